@@ -1,0 +1,1 @@
+//! Model files, tokenizer, decoder, sampling and the runner behind the command line.
