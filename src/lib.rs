@@ -2,6 +2,8 @@
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 #![allow(clippy::needless_range_loop)]
 
+#[cfg(feature = "capi")]
+mod capi;
 mod context;
 mod dtype;
 mod error;
