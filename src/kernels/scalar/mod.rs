@@ -2,9 +2,9 @@
 //! has (SSE2 on x86-64, nothing on a small embedded core). Products and sums are rounded separately, since a fused
 //! multiply-add would be a library call on most baselines.
 
-use crate::kernels::kernel_shells;
 use super::simd::{MAX_LANES, Simd, copy_part};
 use crate::dtype::Element;
+use crate::kernels::kernel_shells;
 use half::{bf16, f16};
 
 /// Proof of nothing: every CPU can.
@@ -50,6 +50,8 @@ impl Simd for Scalar {
     type V = V;
     const LANES: usize = 4;
     const TILE_VECTORS: usize = 2;
+
+    crate::kernels::simd::outline!();
 
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
