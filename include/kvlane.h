@@ -21,19 +21,210 @@
  * - Operations run on the threads of a kvl_parallel_runner, or with null on the calling thread. No bit of a result
  *   depends on it.
  */
-
-
 #ifndef KVLANE_H
 #define KVLANE_H
+
 
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32) && defined(KVL_DLL)
-#define KVL_API __declspec(dllimport)
-#else
-#define KVL_API
-#endif
+/**
+ * It worked.
+ */
+#define KVL_OK 0
+
+/**
+ * A pointer that must not be null is null.
+ */
+#define KVL_ERR_NULL_POINTER 1
+
+/**
+ * A `struct_size` is none that this version of the library knows.
+ */
+#define KVL_ERR_STRUCT_SIZE 2
+
+/**
+ * An integer stands for no value of its enumeration, or a reserved bit is set.
+ */
+#define KVL_ERR_INVALID_ENUM 3
+
+/**
+ * A number is outside what the argument can mean (NaN scale, odd `rotary_dim`, ...).
+ */
+#define KVL_ERR_INVALID_VALUE 4
+
+/**
+ * Shapes do not fit each other, or have a negative axis.
+ */
+#define KVL_ERR_SHAPE 5
+
+/**
+ * Strides let elements of an output share memory, or overflow when multiplied by the shape.
+ */
+#define KVL_ERR_STRIDE 6
+
+/**
+ * A view reaches outside its buffer, or a pointer is not aligned to its elements.
+ */
+#define KVL_ERR_BOUNDS 7
+
+/**
+ * A write would go past the capacity of the cache.
+ */
+#define KVL_ERR_CAPACITY 8
+
+/**
+ * A position, length, row or slot is outside its range.
+ */
+#define KVL_ERR_OUT_OF_RANGE 9
+
+/**
+ * An output shares memory with an input or with another output.
+ */
+#define KVL_ERR_OVERLAP 10
+
+/**
+ * Two tokens of one call would be written to the same slot.
+ */
+#define KVL_ERR_DUPLICATE_SLOT 11
+
+/**
+ * Element types that cannot be combined.
+ */
+#define KVL_ERR_DTYPE 12
+
+/**
+ * The workspace is too small or not aligned to 64 bytes.
+ */
+#define KVL_ERR_WORKSPACE 13
+
+/**
+ * What is asked for does not exist on this machine or in this build.
+ */
+#define KVL_ERR_UNSUPPORTED 14
+
+/**
+ * The parallel runner did not run its tasks.
+ */
+#define KVL_ERR_PARALLEL 15
+
+/**
+ * A bug in the library: a panic was caught.
+ */
+#define KVL_ERR_INTERNAL 16
+
+/**
+ * IEEE 754 binary32.
+ */
+#define KVL_F32 0
+
+/**
+ * IEEE 754 binary16.
+ */
+#define KVL_F16 1
+
+/**
+ * bfloat16: the upper half of a binary32.
+ */
+#define KVL_BF16 2
+
+/**
+ * No level, but the best there is.
+ */
+#define KVL_ISA_BEST 0
+
+/**
+ * Portable code, available everywhere.
+ */
+#define KVL_ISA_SCALAR 1
+
+/**
+ * x86-64 with AVX2, FMA and F16C.
+ */
+#define KVL_ISA_AVX2 2
+
+/**
+ * x86-64 with AVX-512 F, BW, CD, DQ and VL.
+ */
+#define KVL_ISA_AVX512 3
+
+/**
+ * AArch64 with Advanced SIMD.
+ */
+#define KVL_ISA_NEON 4
+
+/**
+ * Cosines and sines of RoPE angles; `KVL_F32` twice.
+ */
+#define KVL_OP_ROPE_ANGLES 0
+
+/**
+ * RoPE, and RoPE fused with a cache write: source type, target type.
+ */
+#define KVL_OP_ROPE 1
+
+/**
+ * The cache write: source type, target type.
+ */
+#define KVL_OP_KV_WRITE 2
+
+/**
+ * The explicit repeat of KV heads: one type twice.
+ */
+#define KVL_OP_REPEAT_KV 3
+
+/**
+ * Attention over a cache: the type of K and V twice; queries and output may be of any type.
+ */
+#define KVL_OP_ATTENTION 4
+
+/**
+ * The merge of attention states: one type twice.
+ */
+#define KVL_OP_MERGE_STATES 5
+
+/**
+ * Elements 2i and 2i + 1: the original paper, Meta's Llama code, llama.cpp's Llama files.
+ */
+#define KVL_INTERLEAVED 0
+
+/**
+ * Elements i and i + rotary_dim / 2: GPT-NeoX, Grok-1, Hugging Face.
+ */
+#define KVL_HALF_SPLIT 1
+
+/**
+ * Not at all: `f_i = base^(-2i / rotary_dim)`.
+ */
+#define KVL_ROPE_UNSCALED 0
+
+/**
+ * `f_i / factor`. Reads `factor`.
+ */
+#define KVL_ROPE_LINEAR 1
+
+/**
+ * The base becomes `base * factor^(rotary_dim / (rotary_dim - 2))`. Reads `factor`.
+ */
+#define KVL_ROPE_NTK 2
+
+/**
+ * Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended. Reads `factor`,
+ * `low_freq_factor`, `high_freq_factor`, `original_max_position`.
+ */
+#define KVL_ROPE_LLAMA3 3
+
+/**
+ * YaRN: a ramp between interpolation and extrapolation over the pairs. Reads `factor`, `original_max_position`,
+ * `beta_fast`, `beta_slow`, `attention_factor`, `keep_ramp`.
+ */
+#define KVL_ROPE_YARN 4
+
+/**
+ * LongRoPE: `f_i / factors[i]`. Reads `factors`, `attention_factor` and, if that is 0, `factor` and
+ * `original_max_position`.
+ */
+#define KVL_ROPE_LONGROPE 5
 
 /**
  * In `kvl_attention_params.flags`: no key after the query's own position is visible.
@@ -536,204 +727,6 @@ typedef struct kvl_attention_state {
     const float *lse;
 } kvl_attention_state;
 
-/**
- * It worked.
- */
-#define KVL_OK 0
-
-/**
- * A pointer that must not be null is null.
- */
-#define KVL_ERR_NULL_POINTER 1
-
-/**
- * A `struct_size` is none that this version of the library knows.
- */
-#define KVL_ERR_STRUCT_SIZE 2
-
-/**
- * An integer stands for no value of its enumeration, or a reserved bit is set.
- */
-#define KVL_ERR_INVALID_ENUM 3
-
-/**
- * A number is outside what the argument can mean (NaN scale, odd `rotary_dim`, ...).
- */
-#define KVL_ERR_INVALID_VALUE 4
-
-/**
- * Shapes do not fit each other, or have a negative axis.
- */
-#define KVL_ERR_SHAPE 5
-
-/**
- * Strides let elements of an output share memory, or overflow when multiplied by the shape.
- */
-#define KVL_ERR_STRIDE 6
-
-/**
- * A view reaches outside its buffer, or a pointer is not aligned to its elements.
- */
-#define KVL_ERR_BOUNDS 7
-
-/**
- * A write would go past the capacity of the cache.
- */
-#define KVL_ERR_CAPACITY 8
-
-/**
- * A position, length, row or slot is outside its range.
- */
-#define KVL_ERR_OUT_OF_RANGE 9
-
-/**
- * An output shares memory with an input or with another output.
- */
-#define KVL_ERR_OVERLAP 10
-
-/**
- * Two tokens of one call would be written to the same slot.
- */
-#define KVL_ERR_DUPLICATE_SLOT 11
-
-/**
- * Element types that cannot be combined.
- */
-#define KVL_ERR_DTYPE 12
-
-/**
- * The workspace is too small or not aligned to 64 bytes.
- */
-#define KVL_ERR_WORKSPACE 13
-
-/**
- * What is asked for does not exist on this machine or in this build.
- */
-#define KVL_ERR_UNSUPPORTED 14
-
-/**
- * The parallel runner did not run its tasks.
- */
-#define KVL_ERR_PARALLEL 15
-
-/**
- * A bug in the library: a panic was caught.
- */
-#define KVL_ERR_INTERNAL 16
-
-/**
- * IEEE 754 binary32.
- */
-#define KVL_F32 0
-
-/**
- * IEEE 754 binary16.
- */
-#define KVL_F16 1
-
-/**
- * bfloat16: the upper half of a binary32.
- */
-#define KVL_BF16 2
-
-/**
- * No level, but the best there is.
- */
-#define KVL_ISA_BEST 0
-
-/**
- * Portable code, available everywhere.
- */
-#define KVL_ISA_SCALAR 1
-
-/**
- * x86-64 with AVX2, FMA and F16C.
- */
-#define KVL_ISA_AVX2 2
-
-/**
- * x86-64 with AVX-512 F, BW, CD, DQ and VL.
- */
-#define KVL_ISA_AVX512 3
-
-/**
- * AArch64 with Advanced SIMD.
- */
-#define KVL_ISA_NEON 4
-
-/**
- * Cosines and sines of RoPE angles; `KVL_F32` twice.
- */
-#define KVL_OP_ROPE_ANGLES 0
-
-/**
- * RoPE, and RoPE fused with a cache write: source type, target type.
- */
-#define KVL_OP_ROPE 1
-
-/**
- * The cache write: source type, target type.
- */
-#define KVL_OP_KV_WRITE 2
-
-/**
- * The explicit repeat of KV heads: one type twice.
- */
-#define KVL_OP_REPEAT_KV 3
-
-/**
- * Attention over a cache: the type of K and V twice; queries and output may be of any type.
- */
-#define KVL_OP_ATTENTION 4
-
-/**
- * The merge of attention states: one type twice.
- */
-#define KVL_OP_MERGE_STATES 5
-
-/**
- * Elements 2i and 2i + 1: the original paper, Meta's Llama code, llama.cpp's Llama files.
- */
-#define KVL_INTERLEAVED 0
-
-/**
- * Elements i and i + rotary_dim / 2: GPT-NeoX, Grok-1, Hugging Face.
- */
-#define KVL_HALF_SPLIT 1
-
-/**
- * Not at all: `f_i = base^(-2i / rotary_dim)`.
- */
-#define KVL_ROPE_UNSCALED 0
-
-/**
- * `f_i / factor`. Reads `factor`.
- */
-#define KVL_ROPE_LINEAR 1
-
-/**
- * The base becomes `base * factor^(rotary_dim / (rotary_dim - 2))`. Reads `factor`.
- */
-#define KVL_ROPE_NTK 2
-
-/**
- * Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended. Reads `factor`,
- * `low_freq_factor`, `high_freq_factor`, `original_max_position`.
- */
-#define KVL_ROPE_LLAMA3 3
-
-/**
- * YaRN: a ramp between interpolation and extrapolation over the pairs. Reads `factor`, `original_max_position`,
- * `beta_fast`, `beta_slow`, `attention_factor`, `keep_ramp`.
- */
-#define KVL_ROPE_YARN 4
-
-/**
- * LongRoPE: `f_i / factors[i]`. Reads `factors`, `attention_factor` and, if that is 0, `factor` and
- * `original_max_position`.
- */
-#define KVL_ROPE_LONGROPE 5
-
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1014,16 +1007,9 @@ kvl_status kvl_alibi_slopes(float *slopes,
 }  // extern "C"
 #endif  // __cplusplus
 
-#endif  /* KVLANE_H */
-
 /* Initialisers: all zero but the size. */
 #ifdef __cplusplus
-template <class T> inline T kvl_sized_init_(void) {
-    T value = {};
-    value.struct_size = sizeof(T);
-    return value;
-}
-#define KVL_SIZED_INIT_(type) kvl_sized_init_<type>()
+#define KVL_SIZED_INIT_(type) ([] { type value = {}; value.struct_size = sizeof(type); return value; }())
 #else
 #define KVL_SIZED_INIT_(type) { .struct_size = sizeof(type) }
 #endif
@@ -1036,7 +1022,8 @@ template <class T> inline T kvl_sized_init_(void) {
 #define KVL_ATTENTION_PARAMS_INIT KVL_SIZED_INIT_(kvl_attention_params)
 
 /* A view of a tensor that lies in memory in the order of its axes. */
-static inline kvl_view kvl_make_view(void *data, kvl_dtype dtype, int64_t batch, int64_t seq, int64_t heads, int64_t dim) {
+static inline kvl_view kvl_make_view(void *data, kvl_dtype dtype, int64_t batch, int64_t seq, int64_t heads,
+                                     int64_t dim) {
     kvl_view view;
     view.data = data;
     view.dtype = dtype;
@@ -1070,8 +1057,8 @@ static inline kvl_const_view kvl_as_const(kvl_view view) {
 }
 
 /* A view of a tensor that is only read and lies in memory in the order of its axes. */
-static inline kvl_const_view kvl_make_const_view(const void *data, kvl_dtype dtype, int64_t batch, int64_t seq, int64_t heads,
-                                                 int64_t dim) {
+static inline kvl_const_view kvl_make_const_view(const void *data, kvl_dtype dtype, int64_t batch, int64_t seq,
+                                                 int64_t heads, int64_t dim) {
     kvl_const_view view = kvl_as_const(kvl_make_view(NULL, dtype, batch, seq, heads, dim));
     view.data = data;
     return view;
