@@ -83,6 +83,8 @@
 // A register tile is arrays indexed by row and vector; iterators over them hide the pattern.
 #![allow(clippy::needless_range_loop)]
 
+#[cfg(feature = "capi")]
+mod capi;
 mod context;
 mod dtype;
 mod error;
