@@ -21,6 +21,7 @@
 //! what is allocated is bounded by a small multiple of the file's size.
 
 pub mod error;
+pub mod gguf;
 pub mod quant;
 
 pub use error::{Error, ErrorKind, Result};
