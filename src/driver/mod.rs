@@ -22,6 +22,7 @@
 
 pub mod error;
 pub mod gguf;
+pub mod hf;
 pub mod quant;
 
 pub use error::{Error, ErrorKind, Result};
