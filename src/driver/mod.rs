@@ -23,6 +23,8 @@
 pub mod error;
 pub mod gguf;
 pub mod hf;
+pub mod linear;
 pub mod quant;
 
 pub use error::{Error, ErrorKind, Result};
+pub use linear::Matrix;
