@@ -25,6 +25,8 @@ pub mod gguf;
 pub mod hf;
 pub mod linear;
 pub mod quant;
+pub mod sampling;
 
 pub use error::{Error, ErrorKind, Result};
 pub use linear::Matrix;
+pub use sampling::{Sampler, SamplerOptions};
