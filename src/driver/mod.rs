@@ -24,9 +24,13 @@ pub mod error;
 pub mod gguf;
 pub mod hf;
 pub mod linear;
+pub mod model;
 pub mod quant;
 pub mod sampling;
+pub mod tokenizer;
 
 pub use error::{Error, ErrorKind, Result};
 pub use linear::Matrix;
+pub use model::{LayerWeights, ModelConfig, ModelFile, RopeConfig, RopePairing, RopeScaling, Weights};
 pub use sampling::{Sampler, SamplerOptions};
+pub use tokenizer::{TextStream, Tokenizer};
