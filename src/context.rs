@@ -1,0 +1,162 @@
+//! The context: which kernel serves each operation.
+
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::isa::Isa;
+use crate::kernels::{self, AnglesFn, AttentionFns, CopyFn, Entry, Function, MergeFn, Op, RopeFn};
+
+const TYPES: usize = DType::ALL.len();
+
+/// The kernels chosen for this machine. Immutable once made, free of interior state, and so shareable between threads.
+///
+/// The table is filled with the scalar kernels first and overlaid with those of every better level that is available, up
+/// to the ceiling: the level asked for, lowered by `KVLANE_MAX_ISA` if that is set. Both can only lower.
+///
+/// ```
+/// use kvlane::{Context, DType, Isa, Op};
+/// let best = Context::new()?;
+/// let portable = Context::with_max_isa(Isa::Scalar)?;
+/// assert_eq!(portable.kernel(Op::Attention, DType::F16, DType::F16).unwrap().name, "attention_f16_scalar");
+/// println!("{}", best.kernel(Op::Attention, DType::F16, DType::F16).unwrap().name);
+/// # Ok::<(), kvlane::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Context {
+    isa: Isa,
+    table: [[[Option<&'static Entry>; TYPES]; TYPES]; Op::ALL.len()],
+}
+
+impl Context {
+    /// Takes the best level that is available and that `KVLANE_MAX_ISA` allows.
+    ///
+    /// # Errors
+    /// `KVLANE_MAX_ISA` is no level, or one of another architecture.
+    pub fn new() -> Result<Self> {
+        Self::up_to(Isa::best())
+    }
+
+    /// Takes the best level that is available, not above `ceiling`, and that `KVLANE_MAX_ISA` allows.
+    ///
+    /// # Errors
+    /// `ceiling` or `KVLANE_MAX_ISA` is a level of another architecture, or the latter is no level.
+    pub fn with_max_isa(ceiling: Isa) -> Result<Self> {
+        Self::up_to(ceiling)
+    }
+
+    fn up_to(ceiling: Isa) -> Result<Self> {
+        let mut isa = Isa::best_up_to(ceiling)?;
+        if let Some(lower) = Isa::ceiling_from_env()? {
+            let lower = Isa::best_up_to(lower)?;
+            if (lower as u32) < isa as u32 {
+                isa = lower;
+            }
+        }
+        let mut table = [[[None; TYPES]; TYPES]; Op::ALL.len()];
+        for entry in kernels::registry() {
+            let info = &entry.info;
+            if info.isa as u32 <= isa as u32 && info.isa.is_available() {
+                table[info.op as usize][info.src.index()][info.dst.index()] = Some(entry);
+            }
+        }
+        Ok(Self { isa, table })
+    }
+
+    /// The level in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The kernel that serves an operation from one type to another; `None` where there is no such pair.
+    ///
+    /// For [`Op::Attention`] the types are those of K and V, which are the same; for [`Op::RopeAngles`] both are f32.
+    pub fn kernel(&self, op: Op, src: DType, dst: DType) -> Option<kernels::KernelInfo> {
+        self.table[op as usize][src.index()][dst.index()].map(|entry| entry.info)
+    }
+
+    fn function(&self, op: Op, src: DType, dst: DType) -> &Function {
+        match &self.table[op as usize][src.index()][dst.index()] {
+            Some(entry) => &entry.function,
+            // The scalar level has every pair that an operation asks for: `tests::every_level_is_complete`.
+            None => unreachable!("no kernel for {op:?} from {src} to {dst}"),
+        }
+    }
+
+    pub(crate) fn angles(&self) -> AnglesFn {
+        match self.function(Op::RopeAngles, DType::F32, DType::F32) {
+            Function::Angles(f) => *f,
+            _ => unreachable!("the registry files angles under RopeAngles"),
+        }
+    }
+
+    pub(crate) fn rope(&self, src: DType, dst: DType) -> RopeFn {
+        match self.function(Op::Rope, src, dst) {
+            Function::Rope(f) => *f,
+            _ => unreachable!("the registry files RoPE under Rope"),
+        }
+    }
+
+    pub(crate) fn copy(&self, op: Op, src: DType, dst: DType) -> CopyFn {
+        match self.function(op, src, dst) {
+            Function::Copy(f) => *f,
+            _ => unreachable!("the registry files copies under KvWrite and RepeatKv"),
+        }
+    }
+
+    pub(crate) fn attention(&self, kv: DType) -> AttentionFns {
+        match self.function(Op::Attention, kv, kv) {
+            Function::Attention(f) => *f,
+            _ => unreachable!("the registry files attention under Attention"),
+        }
+    }
+
+    pub(crate) fn merge(&self, dtype: DType) -> MergeFn {
+        match self.function(Op::MergeStates, dtype, dtype) {
+            Function::Merge(f) => *f,
+            _ => unreachable!("the registry files merges under MergeStates"),
+        }
+    }
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("isa", &self.isa).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_level_is_complete() {
+        for level in Isa::ALL.into_iter().filter(|l| l.is_built()) {
+            for op in Op::ALL {
+                for src in DType::ALL {
+                    for dst in DType::ALL {
+                        let wanted = match op {
+                            Op::RopeAngles => src == DType::F32 && dst == DType::F32,
+                            Op::Rope | Op::KvWrite => true,
+                            Op::RepeatKv | Op::Attention | Op::MergeStates => src == dst,
+                        };
+                        let found = kernels::kernels()
+                            .filter(|k| k.isa == level && k.op == op && k.src == src && k.dst == dst)
+                            .count();
+                        assert_eq!(found, usize::from(wanted), "{op:?} {src} {dst} {level}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_ceiling_only_lowers() {
+        for ceiling in Isa::ALL.into_iter().filter(|l| l.is_built()) {
+            let context = Context::with_max_isa(ceiling).unwrap();
+            assert!(context.isa() as u32 <= ceiling as u32);
+            assert!(context.isa().is_available());
+        }
+        if let Some(foreign) = Isa::ALL.into_iter().find(|l| !l.is_built()) {
+            assert!(Context::with_max_isa(foreign).is_err());
+        }
+    }
+}

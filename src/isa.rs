@@ -1,0 +1,117 @@
+//! Instruction-set levels: which exist, what each needs, and whether this CPU has it.
+
+use crate::error::{Result, ensure, fail};
+
+/// An instruction-set level for which kernels are built.
+///
+/// A level is a *set* of CPU features ([`Isa::features`]); it is available when the CPU and the operating system report
+/// all of them, and nothing else (model names, versions) is looked at. The bits of an output row depend on the level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum Isa {
+    /// Portable code that the compiler vectorises as it can; available everywhere.
+    Scalar = 0,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2 = 1,
+    /// x86-64 with AVX-512 F, BW, CD, DQ and VL.
+    Avx512 = 2,
+    /// AArch64 with Advanced SIMD.
+    Neon = 3,
+}
+
+impl Isa {
+    /// Every level, of every architecture; on one architecture, a later one is preferred.
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Neon];
+
+    /// `"scalar"`, `"avx2"`, `"avx512"` or `"neon"`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Neon => "neon",
+        }
+    }
+
+    /// The level called `name`, if there is one.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|l| l.name() == name)
+    }
+
+    /// The level with this value in the C header, if there is one.
+    pub fn from_u32(value: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|&l| l as u32 == value)
+    }
+
+    /// The CPU features that the level consists of.
+    pub const fn features(self) -> &'static [&'static str] {
+        match self {
+            Self::Scalar => &[],
+            Self::Avx2 => &["avx2", "fma", "f16c"],
+            Self::Avx512 => &["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"],
+            Self::Neon => &["neon"],
+        }
+    }
+
+    /// Whether kernels of this level are part of this build (they are whenever the architecture fits).
+    pub const fn is_built(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            Self::Avx2 | Self::Avx512 => cfg!(target_arch = "x86_64"),
+            Self::Neon => cfg!(all(target_arch = "aarch64", target_endian = "little")),
+        }
+    }
+
+    /// Whether this CPU and operating system can run kernels of this level.
+    pub fn is_available(self) -> bool {
+        crate::kernels::level_available(self)
+    }
+
+    /// The best level that is available here.
+    pub fn best() -> Self {
+        Self::ALL.into_iter().rev().find(|l| l.is_available()).unwrap_or(Self::Scalar)
+    }
+
+    /// The name of the environment variable that lowers every context's level.
+    pub const ENV: &'static str = "KVLANE_MAX_ISA";
+
+    /// The best level that is available and not above `ceiling`.
+    pub(crate) fn best_up_to(ceiling: Self) -> Result<Self> {
+        ensure!(
+            ceiling.is_built(),
+            Unsupported,
+            "ISA level {} does not exist on this architecture ({})",
+            ceiling.name(),
+            std::env::consts::ARCH
+        );
+        Ok(Self::ALL
+            .into_iter()
+            .rev()
+            .find(|&l| l as u32 <= ceiling as u32 && l.is_available())
+            .unwrap_or(Self::Scalar))
+    }
+
+    /// The ceiling that the environment sets, if it does.
+    pub(crate) fn ceiling_from_env() -> Result<Option<Self>> {
+        let Some(value) = std::env::var_os(Self::ENV) else {
+            return Ok(None);
+        };
+        if value.is_empty() {
+            return Ok(None);
+        }
+        match value.to_str().and_then(Self::from_name) {
+            Some(level) => Ok(Some(level)),
+            None => {
+                let known: Vec<_> = Self::ALL.iter().map(|l| l.name()).collect();
+                fail!(InvalidEnum, "{} is {:?}, which is none of {}", Self::ENV, value, known.join(", "))
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Isa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}

@@ -1,0 +1,250 @@
+//! AVX2 with FMA and F16C: eight lanes, sixteen registers.
+
+use crate::kernels::kernel_shells;
+use super::simd::{MAX_LANES, Simd};
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+pulp::simd_type!({
+    /// pulp's proof that the CPU has this level's features.
+    pub(crate) struct Token {
+        pub(crate) sse: f!("sse"),
+        pub(crate) sse3: f!("sse3"),
+        pub(crate) avx: f!("avx"),
+        pub(crate) avx2: f!("avx2"),
+        pub(crate) fma: f!("fma"),
+        pub(crate) f16c: f!("f16c"),
+    }
+});
+
+/// Proof that the CPU has this level.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(Token);
+
+/// Entry 8 - n .. 16 - n: n lanes on, the others off.
+static PREFIX: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+
+impl Avx2 {
+    /// # Safety
+    /// The CPU has the level's features.
+    #[inline(always)]
+    pub unsafe fn new_unchecked() -> Self {
+        // SAFETY: the caller's.
+        Self(unsafe { Token::new_unchecked() })
+    }
+
+    pub fn is_available() -> bool {
+        Token::is_available()
+    }
+
+    #[inline(always)]
+    fn prefix(n: usize) -> __m256i {
+        debug_assert!(n < 8);
+        // SAFETY: n is less than 8, so eight entries from 8 - n are inside the table.
+        unsafe { _mm256_loadu_si256(PREFIX.as_ptr().add(8 - n).cast()) }
+    }
+
+    #[inline(always)]
+    fn round_bf16(self, v: __m256) -> __m128i {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let bits = a._mm256_castps_si256(v);
+        let odd = a2._mm256_and_si256(a2._mm256_srli_epi32::<16>(bits), a._mm256_set1_epi32(1));
+        let rounded = a2._mm256_add_epi32(bits, a2._mm256_add_epi32(odd, a._mm256_set1_epi32(0x7fff)));
+        // The increment could carry a NaN into infinity: NaNs keep their upper half and become quiet.
+        let nan = a._mm256_cmp_ps::<_CMP_UNORD_Q>(v, v);
+        let quiet = a2._mm256_or_si256(bits, a._mm256_set1_epi32(0x40_0000));
+        let chosen = a2._mm256_blendv_epi8(rounded, quiet, a._mm256_castps_si256(nan));
+        let upper = a2._mm256_srli_epi32::<16>(chosen);
+        let packed = a2._mm256_packus_epi32(upper, upper);
+        a._mm256_castsi256_si128(a2._mm256_permute4x64_epi64::<0b00_00_10_00>(packed))
+    }
+
+    #[inline(always)]
+    fn widen_bf16(self, v: __m128i) -> __m256 {
+        let a2 = self.0.avx2;
+        self.0.avx._mm256_castsi256_ps(a2._mm256_slli_epi32::<16>(a2._mm256_cvtepu16_epi32(v)))
+    }
+}
+
+const TO_NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+impl Simd for Avx2 {
+    type V = __m256;
+    const LANES: usize = 8;
+    const TILE_VECTORS: usize = 2;
+
+    #[inline(always)]
+    fn lane_order(i: usize) -> usize {
+        // Three bits reversed: the tree adds lanes 4, then 2, then 1 apart.
+        (i & 1) << 2 | (i & 2) | (i & 4) >> 2
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        self.0.avx._mm256_set1_ps(x)
+    }
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        self.0.avx._mm256_add_ps(a, b)
+    }
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        self.0.avx._mm256_sub_ps(a, b)
+    }
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        self.0.avx._mm256_mul_ps(a, b)
+    }
+    #[inline(always)]
+    fn div(self, a: __m256, b: __m256) -> __m256 {
+        self.0.avx._mm256_div_ps(a, b)
+    }
+    #[inline(always)]
+    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        self.0.fma._mm256_fmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        self.0.avx._mm256_max_ps(a, b)
+    }
+    #[inline(always)]
+    fn select_lt(self, a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
+        let v = self.0.avx;
+        v._mm256_blendv_ps(y, x, v._mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn lt_bits(self, a: __m256, b: __m256) -> u64 {
+        let v = self.0.avx;
+        v._mm256_movemask_ps(v._mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) as u64
+    }
+    #[inline(always)]
+    fn select_bits(self, bits: u64, x: __m256, y: __m256) -> __m256 {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let each = a._mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        let set = a2._mm256_and_si256(a._mm256_set1_epi32(bits as u8 as i32), each);
+        a._mm256_blendv_ps(y, x, a._mm256_castsi256_ps(a2._mm256_cmpeq_epi32(set, each)))
+    }
+    #[inline(always)]
+    fn abs(self, a: __m256) -> __m256 {
+        self.0.avx._mm256_andnot_ps(self.splat(-0.0), a)
+    }
+    #[inline(always)]
+    fn copysign(self, a: __m256, b: __m256) -> __m256 {
+        let (v, sign) = (self.0.avx, self.splat(-0.0));
+        v._mm256_or_ps(v._mm256_andnot_ps(sign, a), v._mm256_and_ps(sign, b))
+    }
+    #[inline(always)]
+    fn round(self, a: __m256) -> __m256 {
+        self.0.avx._mm256_round_ps::<TO_NEAREST>(a)
+    }
+    #[inline(always)]
+    fn exp2i(self, n: __m256) -> __m256 {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let biased = a2._mm256_add_epi32(a._mm256_cvtps_epi32(n), a._mm256_set1_epi32(127));
+        a._mm256_castsi256_ps(a2._mm256_slli_epi32::<23>(biased))
+    }
+    #[inline(always)]
+    fn swap_pairs(self, a: __m256) -> __m256 {
+        self.0.avx._mm256_permute_ps::<0b10_11_00_01>(a)
+    }
+    #[inline(always)]
+    fn sum4(self, v: [__m256; 4]) -> [f32; 4] {
+        let a = self.0.avx;
+        // Halves: [a | b] and [c | d], lane l met by lane l + 4.
+        let ab = a._mm256_add_ps(
+            a._mm256_permute2f128_ps::<0x20>(v[0], v[1]),
+            a._mm256_permute2f128_ps::<0x31>(v[0], v[1]),
+        );
+        let cd = a._mm256_add_ps(
+            a._mm256_permute2f128_ps::<0x20>(v[2], v[3]),
+            a._mm256_permute2f128_ps::<0x31>(v[2], v[3]),
+        );
+        // [a01 c01 | b01 d01] + [a23 c23 | b23 d23]: lane l met by lane l + 2.
+        let pairs = a._mm256_add_ps(
+            a._mm256_shuffle_ps::<0b01_00_01_00>(ab, cd),
+            a._mm256_shuffle_ps::<0b11_10_11_10>(ab, cd),
+        );
+        let sums = a._mm256_add_ps(pairs, a._mm256_permute_ps::<0b10_11_00_01>(pairs));
+        let mut lanes = [0.0f32; 8];
+        // SAFETY: lanes holds eight f32.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sums) };
+        [lanes[0], lanes[4], lanes[2], lanes[6]]
+    }
+    #[inline(always)]
+    fn max_lane(self, a: __m256) -> f32 {
+        let (v, sse) = (self.0.avx, self.0.sse);
+        let m = sse._mm_max_ps(v._mm256_castps256_ps128(a), v._mm256_extractf128_ps::<1>(a));
+        let m = sse._mm_max_ps(m, sse._mm_movehl_ps(m, m));
+        let m = sse._mm_max_ss(m, self.0.sse3._mm_movehdup_ps(m));
+        sse._mm_cvtss_f32(m)
+    }
+    #[inline(always)]
+    fn all_finite(self, a: __m256) -> bool {
+        let v = self.0.avx;
+        let finite = v._mm256_cmp_ps::<_CMP_LT_OQ>(self.abs(a), self.splat(f32::INFINITY));
+        v._mm256_movemask_ps(finite) == 0xff
+    }
+    #[inline(always)]
+    fn transpose(self, v: &mut [__m256; MAX_LANES]) {
+        let a = self.0.avx;
+        let mut t = *v;
+        for i in 0..4 {
+            t[2 * i] = a._mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+            t[2 * i + 1] = a._mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+        }
+        let mut u = t;
+        for i in 0..2 {
+            let [p, q, r, s] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
+            u[4 * i] = a._mm256_shuffle_ps::<0b01_00_01_00>(p, r);
+            u[4 * i + 1] = a._mm256_shuffle_ps::<0b11_10_11_10>(p, r);
+            u[4 * i + 2] = a._mm256_shuffle_ps::<0b01_00_01_00>(q, s);
+            u[4 * i + 3] = a._mm256_shuffle_ps::<0b11_10_11_10>(q, s);
+        }
+        for c in 0..4 {
+            v[c] = a._mm256_permute2f128_ps::<0x20>(u[c], u[4 + c]);
+            v[4 + c] = a._mm256_permute2f128_ps::<0x31>(u[c], u[4 + c]);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(self, p: *const f32) -> __m256 {
+        // SAFETY: the caller's.
+        unsafe { _mm256_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> __m256 {
+        // SAFETY: the caller's; the token proves F16C.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> __m256 {
+        // SAFETY: the caller's.
+        self.widen_bf16(unsafe { _mm_loadu_si128(p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_part_f32(self, p: *const f32, n: usize) -> __m256 {
+        // SAFETY: masked-off lanes are not accessed.
+        unsafe { _mm256_maskload_ps(p, Self::prefix(n)) }
+    }
+    #[inline(always)]
+    unsafe fn store_f32(self, p: *mut f32, v: __m256) {
+        // SAFETY: the caller's.
+        unsafe { _mm256_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut f16, v: __m256) {
+        // SAFETY: the caller's; the token proves F16C.
+        unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: __m256) {
+        // SAFETY: the caller's.
+        unsafe { _mm_storeu_si128(p.cast(), self.round_bf16(v)) }
+    }
+    #[inline(always)]
+    unsafe fn store_part_f32(self, p: *mut f32, v: __m256, n: usize) {
+        // SAFETY: masked-off lanes are not accessed.
+        unsafe { _mm256_maskstore_ps(p, Self::prefix(n), v) }
+    }
+}
+
+kernel_shells!(Avx2, "avx2", #[target_feature(enable = "avx2,fma,f16c")]);

@@ -1,0 +1,276 @@
+//! AVX-512 (F, BW, CD, DQ, VL): sixteen lanes, thirty-two registers, masked loads that never fault on masked-off lanes.
+
+use crate::kernels::kernel_shells;
+use super::simd::{MAX_LANES, Simd};
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+pulp::simd_type!({
+    /// pulp's proof that the CPU has this level's features.
+    pub(crate) struct Token {
+        pub(crate) avx: f!("avx"),
+        pub(crate) avx2: f!("avx2"),
+        pub(crate) fma: f!("fma"),
+        pub(crate) f16c: f!("f16c"),
+        pub(crate) avx512f: f!("avx512f"),
+        pub(crate) avx512bw: f!("avx512bw"),
+        pub(crate) avx512cd: f!("avx512cd"),
+        pub(crate) avx512dq: f!("avx512dq"),
+        pub(crate) avx512vl: f!("avx512vl"),
+    }
+});
+
+/// Proof that the CPU has this level.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512(Token);
+
+impl Avx512 {
+    /// # Safety
+    /// The CPU has the level's features.
+    #[inline(always)]
+    pub unsafe fn new_unchecked() -> Self {
+        // SAFETY: the caller's.
+        Self(unsafe { Token::new_unchecked() })
+    }
+
+    pub fn is_available() -> bool {
+        Token::is_available()
+    }
+
+    #[inline(always)]
+    fn prefix(n: usize) -> u16 {
+        debug_assert!(n < 16);
+        (1u16 << n) - 1
+    }
+
+    /// Adds the 256-bit halves of `a` in the low and those of `b` in the high half of the result, and so on downwards: one
+    /// level of the sum tree for two vectors at once.
+    #[inline(always)]
+    fn fold_quarters(self, a: __m512, b: __m512) -> __m512 {
+        let f = self.0.avx512f;
+        // a's quarters 0, 1 and b's 0, 1; then 2, 3: lane l meets lane l + 8.
+        let low = f._mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
+        let high = f._mm512_shuffle_f32x4::<0b11_10_11_10>(a, b);
+        f._mm512_add_ps(low, high)
+    }
+
+    #[inline(always)]
+    fn round_bf16(self, v: __m512) -> __m256i {
+        let f = self.0.avx512f;
+        let bits = f._mm512_castps_si512(v);
+        let odd = f._mm512_and_si512(f._mm512_srli_epi32::<16>(bits), f._mm512_set1_epi32(1));
+        let rounded = f._mm512_add_epi32(bits, f._mm512_add_epi32(odd, f._mm512_set1_epi32(0x7fff)));
+        // The increment could carry a NaN into infinity: NaNs keep their upper half and become quiet.
+        let nan = f._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+        let quiet = f._mm512_or_si512(bits, f._mm512_set1_epi32(0x40_0000));
+        let chosen = f._mm512_mask_blend_epi32(nan, rounded, quiet);
+        f._mm512_cvtepi32_epi16(f._mm512_srli_epi32::<16>(chosen))
+    }
+
+    #[inline(always)]
+    fn widen_bf16(self, v: __m256i) -> __m512 {
+        let f = self.0.avx512f;
+        f._mm512_castsi512_ps(f._mm512_slli_epi32::<16>(f._mm512_cvtepu16_epi32(v)))
+    }
+}
+
+const TO_NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const LANES: usize = 16;
+    const TILE_VECTORS: usize = 4;
+
+    #[inline(always)]
+    fn lane_order(i: usize) -> usize {
+        // Four bits reversed: the tree adds lanes 8, then 4, then 2, then 1 apart.
+        (i & 1) << 3 | (i & 2) << 1 | (i & 4) >> 1 | (i & 8) >> 3
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        self.0.avx512f._mm512_set1_ps(x)
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        self.0.avx512f._mm512_add_ps(a, b)
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        self.0.avx512f._mm512_sub_ps(a, b)
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        self.0.avx512f._mm512_mul_ps(a, b)
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        self.0.avx512f._mm512_div_ps(a, b)
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        self.0.avx512f._mm512_fmadd_ps(a, b, c)
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        self.0.avx512f._mm512_max_ps(a, b)
+    }
+    #[inline(always)]
+    fn select_lt(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+        let f = self.0.avx512f;
+        f._mm512_mask_blend_ps(f._mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x)
+    }
+    #[inline(always)]
+    fn lt_bits(self, a: __m512, b: __m512) -> u64 {
+        u64::from(self.0.avx512f._mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn select_bits(self, bits: u64, x: __m512, y: __m512) -> __m512 {
+        self.0.avx512f._mm512_mask_blend_ps(bits as u16, y, x)
+    }
+    #[inline(always)]
+    fn abs(self, a: __m512) -> __m512 {
+        self.0.avx512f._mm512_abs_ps(a)
+    }
+    #[inline(always)]
+    fn copysign(self, a: __m512, b: __m512) -> __m512 {
+        let sign = self.splat(-0.0);
+        let dq = self.0.avx512dq;
+        dq._mm512_or_ps(dq._mm512_andnot_ps(sign, a), dq._mm512_and_ps(sign, b))
+    }
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512 {
+        self.0.avx512f._mm512_roundscale_ps::<TO_NEAREST>(a)
+    }
+    #[inline(always)]
+    fn exp2i(self, n: __m512) -> __m512 {
+        let f = self.0.avx512f;
+        f._mm512_scalef_ps(f._mm512_set1_ps(1.0), n)
+    }
+    #[inline(always)]
+    fn swap_pairs(self, a: __m512) -> __m512 {
+        self.0.avx512f._mm512_permute_ps::<0b10_11_00_01>(a)
+    }
+    #[inline(always)]
+    fn sum4(self, v: [__m512; 4]) -> [f32; 4] {
+        let f = self.0.avx512f;
+        // Quarters: [a: l + 8 | a | b | b] and the same of c and d.
+        let ab = self.fold_quarters(v[0], v[1]);
+        let cd = self.fold_quarters(v[2], v[3]);
+        // Lane l meets lane l + 4: even quarters with odd ones.
+        let even = f._mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd);
+        let odd = f._mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd);
+        let abcd = f._mm512_add_ps(even, odd);
+        let abcd = f._mm512_add_ps(abcd, f._mm512_permute_ps::<0b01_00_11_10>(abcd));
+        let abcd = f._mm512_add_ps(abcd, f._mm512_permute_ps::<0b10_11_00_01>(abcd));
+        let sums = f._mm512_castps512_ps128(f._mm512_permutexvar_ps(
+            f._mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0),
+            abcd,
+        ));
+        let mut out = [0.0; 4];
+        // SAFETY: out holds four f32.
+        unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
+        out
+    }
+    #[inline(always)]
+    fn max_lane(self, a: __m512) -> f32 {
+        self.0.avx512f._mm512_reduce_max_ps(a)
+    }
+    #[inline(always)]
+    fn all_finite(self, a: __m512) -> bool {
+        // Classes: quiet NaN, +inf, -inf, signalling NaN.
+        self.0.avx512dq._mm512_fpclass_ps_mask::<0b1001_1001>(a) == 0
+    }
+    #[inline(always)]
+    fn transpose(self, v: &mut [__m512; MAX_LANES]) {
+        let f = self.0.avx512f;
+        let mut t = *v;
+        for i in 0..8 {
+            t[2 * i] = f._mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+            t[2 * i + 1] = f._mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+        }
+        let pd = |a: __m512| f._mm512_castps_pd(a);
+        let mut u = t;
+        for i in 0..4 {
+            let [a, b, c, d] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
+            u[4 * i] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(pd(a), pd(c)));
+            u[4 * i + 1] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(pd(a), pd(c)));
+            u[4 * i + 2] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(pd(b), pd(d)));
+            u[4 * i + 3] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(pd(b), pd(d)));
+        }
+        // u[4g + c] holds columns c, c + 4, c + 8, c + 12 of rows 4g .. 4g + 4, a quarter each.
+        for c in 0..4 {
+            let low01 = f._mm512_shuffle_f32x4::<0b01_00_01_00>(u[c], u[4 + c]);
+            let high01 = f._mm512_shuffle_f32x4::<0b11_10_11_10>(u[c], u[4 + c]);
+            let low23 = f._mm512_shuffle_f32x4::<0b01_00_01_00>(u[8 + c], u[12 + c]);
+            let high23 = f._mm512_shuffle_f32x4::<0b11_10_11_10>(u[8 + c], u[12 + c]);
+            v[c] = f._mm512_shuffle_f32x4::<0b10_00_10_00>(low01, low23);
+            v[4 + c] = f._mm512_shuffle_f32x4::<0b11_01_11_01>(low01, low23);
+            v[8 + c] = f._mm512_shuffle_f32x4::<0b10_00_10_00>(high01, high23);
+            v[12 + c] = f._mm512_shuffle_f32x4::<0b11_01_11_01>(high01, high23);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(self, p: *const f32) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> __m512 {
+        // SAFETY: the caller's.
+        self.0.avx512f._mm512_cvtph_ps(unsafe { _mm256_loadu_si256(p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> __m512 {
+        // SAFETY: the caller's.
+        self.widen_bf16(unsafe { _mm256_loadu_si256(p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_part_f32(self, p: *const f32, n: usize) -> __m512 {
+        // SAFETY: masked-off lanes are not accessed.
+        unsafe { _mm512_maskz_loadu_ps(Self::prefix(n), p) }
+    }
+    #[inline(always)]
+    unsafe fn load_part_f16(self, p: *const f16, n: usize) -> __m512 {
+        // SAFETY: masked-off lanes are not accessed; the token proves BW and VL.
+        self.0.avx512f._mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(Self::prefix(n), p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_part_bf16(self, p: *const bf16, n: usize) -> __m512 {
+        // SAFETY: masked-off lanes are not accessed; the token proves BW and VL.
+        self.widen_bf16(unsafe { _mm256_maskz_loadu_epi16(Self::prefix(n), p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn store_f32(self, p: *mut f32, v: __m512) {
+        // SAFETY: the caller's.
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut f16, v: __m512) {
+        // SAFETY: the caller's.
+        unsafe { _mm256_storeu_si256(p.cast(), self.0.avx512f._mm512_cvtps_ph::<TO_NEAREST>(v)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: __m512) {
+        // SAFETY: the caller's.
+        unsafe { _mm256_storeu_si256(p.cast(), self.round_bf16(v)) }
+    }
+    #[inline(always)]
+    unsafe fn store_part_f32(self, p: *mut f32, v: __m512, n: usize) {
+        // SAFETY: masked-off lanes are not accessed.
+        unsafe { _mm512_mask_storeu_ps(p, Self::prefix(n), v) }
+    }
+    #[inline(always)]
+    unsafe fn store_part_f16(self, p: *mut f16, v: __m512, n: usize) {
+        let narrow = self.0.avx512f._mm512_cvtps_ph::<TO_NEAREST>(v);
+        // SAFETY: masked-off lanes are not accessed; the token proves BW and VL.
+        unsafe { _mm256_mask_storeu_epi16(p.cast(), Self::prefix(n), narrow) }
+    }
+    #[inline(always)]
+    unsafe fn store_part_bf16(self, p: *mut bf16, v: __m512, n: usize) {
+        // SAFETY: masked-off lanes are not accessed; the token proves BW and VL.
+        unsafe { _mm256_mask_storeu_epi16(p.cast(), Self::prefix(n), self.round_bf16(v)) }
+    }
+}
+
+kernel_shells!(Avx512, "avx512", #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]);

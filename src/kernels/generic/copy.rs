@@ -1,0 +1,96 @@
+//! Converting copies: the cache write and the explicit repeat of heads.
+//!
+//! Bound by memory: every source element is read once and every target element written once; widening and narrowing are
+//! one to six instructions a vector, which hide behind the loads.
+
+use crate::kernels::CopyArgs;
+use crate::kernels::simd::{Memory, Simd};
+
+/// Copies `n` elements that lie together, converting them.
+///
+/// # Safety
+/// `n` elements are readable at `src` and writable at `dst`; the two do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn run<S: Simd, A: Memory, B: Memory>(s: S, src: *const A, dst: *mut B, n: usize) {
+    if A::DTYPE == B::DTYPE {
+        // SAFETY: the caller's; equal types need no conversion, and memcpy keeps every bit, NaN payloads too.
+        unsafe { std::ptr::copy_nonoverlapping(src.cast::<B>(), dst, n) };
+        return;
+    }
+    let mut i = 0;
+    while i + S::LANES <= n {
+        // SAFETY: i + LANES <= n.
+        unsafe { B::store(s, dst.add(i), A::load(s, src.add(i))) };
+        i += S::LANES;
+    }
+    if i < n {
+        // SAFETY: n - i elements are left.
+        unsafe { B::store_part(s, dst.add(i), A::load_part(s, src.add(i), n - i), n - i) };
+    }
+}
+
+/// Copies `heads` vectors, each `repeats` times in a row.
+///
+/// # Safety
+/// Every address that `args` describes is valid; source and target do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) {
+    for head in 0..args.heads {
+        let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
+        for repeat in 0..args.repeats {
+            let target = (head * args.repeats + repeat) as isize;
+            let dst = args.dst.cast::<B>().wrapping_offset(target * args.dst_head);
+            if args.src_dim == 1 && args.dst_dim == 1 {
+                // SAFETY: the caller's.
+                unsafe { run::<S, A, B>(s, src, dst, args.dim) };
+            } else {
+                // SAFETY: the caller's.
+                unsafe { strided::<S, A, B>(s, src, args.src_dim, dst, args.dst_dim, args.dim) };
+            }
+        }
+    }
+}
+
+/// Elements a staging buffer holds.
+pub(crate) const STAGE: usize = 256;
+
+/// Copies `n` elements with any strides through a buffer, so that they are converted by the same instructions as others.
+///
+/// # Safety
+/// As [`run`], with strides.
+#[inline(always)]
+unsafe fn strided<S: Simd, A: Memory, B: Memory>(s: S, src: *const A, src_dim: isize, dst: *mut B, dst_dim: isize, n: usize) {
+    let mut from = [A::default(); STAGE];
+    let mut to = [B::default(); STAGE];
+    let mut done = 0;
+    while done < n {
+        let len = (n - done).min(STAGE);
+        // SAFETY: the caller's; len fits both buffers.
+        unsafe {
+            gather(src.wrapping_offset(done as isize * src_dim), src_dim, from.as_mut_ptr(), len);
+            run::<S, A, B>(s, from.as_ptr(), to.as_mut_ptr(), len);
+            scatter(to.as_ptr(), dst.wrapping_offset(done as isize * dst_dim), dst_dim, len);
+        }
+        done += len;
+    }
+}
+
+/// # Safety
+/// `n` elements are readable at `src` with that stride, and writable at `dst` without.
+#[inline(always)]
+pub(crate) unsafe fn gather<T: Copy>(src: *const T, stride: isize, dst: *mut T, n: usize) {
+    for i in 0..n {
+        // SAFETY: the caller's.
+        unsafe { *dst.add(i) = *src.wrapping_offset(i as isize * stride) };
+    }
+}
+
+/// # Safety
+/// `n` elements are readable at `src`, and writable at `dst` with that stride.
+#[inline(always)]
+pub(crate) unsafe fn scatter<T: Copy>(src: *const T, dst: *mut T, stride: isize, n: usize) {
+    for i in 0..n {
+        // SAFETY: the caller's.
+        unsafe { *dst.wrapping_offset(i as isize * stride) = *src.add(i) };
+    }
+}

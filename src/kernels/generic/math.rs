@@ -1,0 +1,64 @@
+//! Exponential and hyperbolic tangent over the vector trait.
+
+use crate::kernels::simd::Simd;
+
+/// Below this, e^x is less than the smallest normal f32 and is taken as 0: subnormal weights cost hundreds of cycles each
+/// and change no sum.
+const EXP_MIN: f32 = -87.336_54;
+
+/// e^x for x <= 88, with an error of about 1 ulp; 0 below [`EXP_MIN`] (so for -inf too), NaN for NaN.
+///
+/// Cody-Waite reduction by ln 2 in two parts, then the polynomial of degree 6 of Cephes' `expf`.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
+    let floor = s.splat(EXP_MIN);
+    // NaN compares false and stays; -inf is replaced before it can become inf - inf.
+    let y = s.select_lt(x, floor, floor, x);
+    let n = s.round(s.mul(y, s.splat(std::f32::consts::LOG2_E)));
+    let r = s.fma(n, s.splat(-0.693_359_4), y);
+    let r = s.fma(n, s.splat(2.121_944_4e-4), r);
+    let p = s.splat(1.987_569_1e-4);
+    let p = s.fma(p, r, s.splat(1.398_199_9e-3));
+    let p = s.fma(p, r, s.splat(8.333_452e-3));
+    let p = s.fma(p, r, s.splat(4.166_579_6e-2));
+    let p = s.fma(p, r, s.splat(1.666_666_5e-1));
+    let p = s.fma(p, r, s.splat(0.5));
+    let p = s.fma(p, s.mul(r, r), s.add(r, s.splat(1.0)));
+    s.select_lt(x, floor, s.zero(), s.mul(p, s.exp2i(n)))
+}
+
+/// e^x of one number, with the bits that [`exp`] gives it in a vector.
+#[inline(always)]
+pub(crate) fn exp1<S: Simd>(s: S, x: f32) -> f32 {
+    lane0(s, exp(s, s.splat(x)))
+}
+
+/// The first lane.
+#[inline(always)]
+pub(crate) fn lane0<S: Simd>(s: S, v: S::V) -> f32 {
+    let mut lane = 0.0;
+    // SAFETY: one f32 is stored to one f32.
+    unsafe { s.store_part_f32(&mut lane, v, 1) };
+    lane
+}
+
+/// tanh x, with an error of a few ulp; NaN for NaN.
+///
+/// An odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel (Cephes' `tanhf`); beyond 9.1 it is 1 to the last bit.
+#[inline(always)]
+pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
+    let a = s.abs(x);
+    let z = s.mul(x, x);
+    let p = s.splat(-5.704_988_7e-3);
+    let p = s.fma(p, z, s.splat(2.063_908_9e-2));
+    let p = s.fma(p, z, s.splat(-5.373_971_6e-2));
+    let p = s.fma(p, z, s.splat(1.333_144_2e-1));
+    let p = s.fma(p, z, s.splat(-3.333_328_2e-1));
+    let small = s.fma(s.mul(p, z), x, x);
+    let limit = s.splat(9.1);
+    let clamped = s.select_lt(limit, a, limit, a);
+    let e = exp(s, s.add(clamped, clamped));
+    let one = s.splat(1.0);
+    let large = s.sub(one, s.div(s.splat(2.0), s.add(e, one)));
+    s.select_lt(a, s.splat(0.625), small, s.copysign(large, x))
+}

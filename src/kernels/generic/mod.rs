@@ -1,0 +1,8 @@
+//! The algorithms, each once, over the vector trait. Everything is `inline(always)`: the code that runs is the copy inside a
+//! level's shell, compiled with that level's features.
+
+pub(crate) mod attention;
+pub(crate) mod copy;
+pub(crate) mod math;
+pub(crate) mod merge;
+pub(crate) mod rope;

@@ -1,0 +1,292 @@
+//! The kernels: one registry, one vector trait, one generic body an algorithm, one thin shell a level.
+//!
+//! | where | what |
+//! | --- | --- |
+//! | this file | the registry: every kernel's operation, types, level, name, error bound and function |
+//! | `simd` | the vector trait |
+//! | `generic` | the algorithms, over the trait |
+//! | `scalar`, `avx2`, `avx512`, `neon` | the trait for one level, and its shells |
+//!
+//! A kernel takes only what an operation has validated; it allocates nothing, starts no thread and keeps no state.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+pub(crate) mod generic;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+pub(crate) mod neon;
+pub(crate) mod scalar;
+pub(crate) mod simd;
+
+use crate::dtype::DType;
+use crate::isa::Isa;
+use crate::ops::rope::Pairing;
+use generic::attention::{Problem, Scratch, Tile};
+
+/// What a kernel does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum Op {
+    /// Cosines and sines of RoPE angles; from f64 to f32.
+    RopeAngles = 0,
+    /// RoPE, and RoPE fused with a cache write: source type, target type.
+    Rope = 1,
+    /// The cache write: source type, target type.
+    KvWrite = 2,
+    /// The explicit repeat of KV heads: one type twice.
+    RepeatKv = 3,
+    /// Attention over a cache: the type of K and V twice; queries and output may be of any type.
+    Attention = 4,
+    /// The merge of attention states: one type twice.
+    MergeStates = 5,
+}
+
+impl Op {
+    /// Every operation.
+    pub const ALL: [Self; 6] =
+        [Self::RopeAngles, Self::Rope, Self::KvWrite, Self::RepeatKv, Self::Attention, Self::MergeStates];
+
+    /// The operation's name, as in kernel names.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::RopeAngles => "rope_angles",
+            Self::Rope => "rope",
+            Self::KvWrite => "kv_write",
+            Self::RepeatKv => "repeat_kv",
+            Self::Attention => "attention",
+            Self::MergeStates => "merge_states",
+        }
+    }
+
+    /// The operation with this value in the C header, if there is one.
+    pub fn from_u32(value: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|&o| o as u32 == value)
+    }
+}
+
+/// What the registry says of a kernel.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct KernelInfo {
+    /// What it does.
+    pub op: Op,
+    /// The type it reads (of K and V, in attention).
+    pub src: DType,
+    /// The type it writes (for attention: the same as `src`).
+    pub dst: DType,
+    /// The level it is compiled for.
+    pub isa: Isa,
+    /// `<op>_<types>_<isa>`.
+    pub name: &'static str,
+    /// The largest error against exact arithmetic on the same inputs with f32 queries and output, as a fraction of the
+    /// largest magnitude that goes into the result (of V in attention); rounding to a narrower target comes on top.
+    pub max_error: f32,
+}
+
+/// `heads` vectors of `dim` elements; strides in elements. Target head `h * repeats + r` is source head `h`.
+#[derive(Clone, Copy)]
+pub(crate) struct CopyArgs {
+    pub src: *const u8,
+    pub dst: *mut u8,
+    pub heads: usize,
+    pub repeats: usize,
+    pub src_head: isize,
+    pub dst_head: isize,
+    pub src_dim: isize,
+    pub dst_dim: isize,
+    pub dim: usize,
+}
+
+/// The heads of one token, and `rotary_dim / 2` cosines and sines.
+#[derive(Clone, Copy)]
+pub(crate) struct RopeArgs {
+    pub copy: CopyArgs,
+    pub rotary_dim: usize,
+    pub pairing: Pairing,
+    pub cos: *const f32,
+    pub sin: *const f32,
+}
+
+impl std::ops::Deref for RopeArgs {
+    type Target = CopyArgs;
+    fn deref(&self) -> &CopyArgs {
+        &self.copy
+    }
+}
+
+/// `dim` elements that lie together, in each of `states` sources.
+#[derive(Clone, Copy)]
+pub(crate) struct MergeArgs {
+    pub srcs: *const *const u8,
+    pub weights: *const f32,
+    pub states: usize,
+    pub dst: *mut u8,
+    pub dim: usize,
+}
+
+pub(crate) type AnglesFn = unsafe fn(f64, &[f64], f64, &mut [f32], &mut [f32]);
+pub(crate) type RopeFn = unsafe fn(&RopeArgs);
+pub(crate) type CopyFn = unsafe fn(&CopyArgs);
+pub(crate) type MergeFn = unsafe fn(&MergeArgs);
+pub(crate) type TileFn = unsafe fn(&Problem, &Tile, &Scratch);
+
+/// A kernel's entry points.
+#[derive(Clone, Copy)]
+pub(crate) enum Function {
+    Angles(AnglesFn),
+    Rope(RopeFn),
+    Copy(CopyFn),
+    Attention(AttentionFns),
+    Merge(MergeFn),
+}
+
+/// Attention runs tiles; a row that was split over chunks is reduced afterwards.
+#[derive(Clone, Copy)]
+pub(crate) struct AttentionFns {
+    pub tile: TileFn,
+    pub reduce: TileFn,
+}
+
+/// One line of the registry.
+pub(crate) struct Entry {
+    pub info: KernelInfo,
+    pub function: Function,
+}
+
+/// One line of a level's part of the registry.
+macro_rules! entry {
+    ($level:ident, $op:ident, $src:ident, $dst:ident, $name:expr, $error:expr, $kind:ident($function:expr)) => {
+        $crate::kernels::Entry {
+            info: $crate::kernels::KernelInfo {
+                op: $crate::kernels::Op::$op,
+                src: $crate::dtype::DType::$src,
+                dst: $crate::dtype::DType::$dst,
+                isa: $crate::isa::Isa::$level,
+                name: $name,
+                max_error: $error,
+            },
+            function: $crate::kernels::Function::$kind($function),
+        }
+    };
+}
+pub(crate) use entry;
+
+/// Writes a level's shells, which are the generic bodies compiled with the level's features, and its part of the registry.
+macro_rules! kernel_shells {
+    ($level:ident, $name:literal, $(#[$feature:meta])*) => {
+        mod shells {
+            use super::$level;
+            use $crate::kernels::generic::{self, attention::{Problem, Scratch, Tile}};
+            use $crate::kernels::simd::Memory;
+            use $crate::kernels::{AttentionFns, CopyArgs, MergeArgs, RopeArgs};
+
+            // Every shell is unsafe for the same two reasons: its caller vouches for the level's features (the registry
+            // hands it out only where they are available) and for the arguments (the operations have validated them).
+
+            $(#[$feature])*
+            pub(super) unsafe fn angles(position: f64, inv_freq: &[f64], magnitude: f64, cos: &mut [f32], sin: &mut [f32]) {
+                generic::rope::angles(position, inv_freq, magnitude, cos, sin);
+            }
+            $(#[$feature])*
+            pub(super) unsafe fn rope<A: Memory, B: Memory>(args: &RopeArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::rope::rope::<_, A, B>($level::new_unchecked(), args) }
+            }
+            $(#[$feature])*
+            pub(super) unsafe fn copy<A: Memory, B: Memory>(args: &CopyArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::copy::copy::<_, A, B>($level::new_unchecked(), args) }
+            }
+            $(#[$feature])*
+            pub(super) unsafe fn merge<T: Memory>(args: &MergeArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::merge::merge::<_, T>($level::new_unchecked(), args) }
+            }
+            $(#[$feature])*
+            unsafe fn tile<T: Memory>(problem: &Problem, tile: &Tile, scratch: &Scratch) {
+                // SAFETY: the caller's.
+                unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, scratch) }
+            }
+            $(#[$feature])*
+            unsafe fn reduce(problem: &Problem, tile: &Tile, scratch: &Scratch) {
+                // SAFETY: the caller's.
+                unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, scratch) }
+            }
+            pub(super) const fn attention<T: Memory>() -> AttentionFns {
+                AttentionFns { tile: tile::<T>, reduce }
+            }
+        }
+
+        pub(crate) static ENTRIES: [$crate::kernels::Entry; $crate::kernels::ENTRIES_PER_LEVEL] = [
+            $crate::kernels::entry!($level, RopeAngles, F32, F32, concat!("rope_angles_", $name), 1e-7, Angles(shells::angles)),
+            $crate::kernels::entry!($level, Rope, F32, F32, concat!("rope_f32_f32_", $name), 4e-7, Rope(shells::rope::<f32, f32>)),
+            $crate::kernels::entry!($level, Rope, F32, F16, concat!("rope_f32_f16_", $name), 4e-7, Rope(shells::rope::<f32, f16>)),
+            $crate::kernels::entry!($level, Rope, F32, Bf16, concat!("rope_f32_bf16_", $name), 4e-7, Rope(shells::rope::<f32, bf16>)),
+            $crate::kernels::entry!($level, Rope, F16, F32, concat!("rope_f16_f32_", $name), 4e-7, Rope(shells::rope::<f16, f32>)),
+            $crate::kernels::entry!($level, Rope, F16, F16, concat!("rope_f16_f16_", $name), 4e-7, Rope(shells::rope::<f16, f16>)),
+            $crate::kernels::entry!($level, Rope, F16, Bf16, concat!("rope_f16_bf16_", $name), 4e-7, Rope(shells::rope::<f16, bf16>)),
+            $crate::kernels::entry!($level, Rope, Bf16, F32, concat!("rope_bf16_f32_", $name), 4e-7, Rope(shells::rope::<bf16, f32>)),
+            $crate::kernels::entry!($level, Rope, Bf16, F16, concat!("rope_bf16_f16_", $name), 4e-7, Rope(shells::rope::<bf16, f16>)),
+            $crate::kernels::entry!($level, Rope, Bf16, Bf16, concat!("rope_bf16_bf16_", $name), 4e-7, Rope(shells::rope::<bf16, bf16>)),
+            $crate::kernels::entry!($level, KvWrite, F32, F32, concat!("kv_write_f32_f32_", $name), 0.0, Copy(shells::copy::<f32, f32>)),
+            $crate::kernels::entry!($level, KvWrite, F32, F16, concat!("kv_write_f32_f16_", $name), 0.0, Copy(shells::copy::<f32, f16>)),
+            $crate::kernels::entry!($level, KvWrite, F32, Bf16, concat!("kv_write_f32_bf16_", $name), 0.0, Copy(shells::copy::<f32, bf16>)),
+            $crate::kernels::entry!($level, KvWrite, F16, F32, concat!("kv_write_f16_f32_", $name), 0.0, Copy(shells::copy::<f16, f32>)),
+            $crate::kernels::entry!($level, KvWrite, F16, F16, concat!("kv_write_f16_f16_", $name), 0.0, Copy(shells::copy::<f16, f16>)),
+            $crate::kernels::entry!($level, KvWrite, F16, Bf16, concat!("kv_write_f16_bf16_", $name), 0.0, Copy(shells::copy::<f16, bf16>)),
+            $crate::kernels::entry!($level, KvWrite, Bf16, F32, concat!("kv_write_bf16_f32_", $name), 0.0, Copy(shells::copy::<bf16, f32>)),
+            $crate::kernels::entry!($level, KvWrite, Bf16, F16, concat!("kv_write_bf16_f16_", $name), 0.0, Copy(shells::copy::<bf16, f16>)),
+            $crate::kernels::entry!($level, KvWrite, Bf16, Bf16, concat!("kv_write_bf16_bf16_", $name), 0.0, Copy(shells::copy::<bf16, bf16>)),
+            $crate::kernels::entry!($level, RepeatKv, F32, F32, concat!("repeat_kv_f32_", $name), 0.0, Copy(shells::copy::<f32, f32>)),
+            $crate::kernels::entry!($level, RepeatKv, F16, F16, concat!("repeat_kv_f16_", $name), 0.0, Copy(shells::copy::<f16, f16>)),
+            $crate::kernels::entry!($level, RepeatKv, Bf16, Bf16, concat!("repeat_kv_bf16_", $name), 0.0, Copy(shells::copy::<bf16, bf16>)),
+            $crate::kernels::entry!($level, Attention, F32, F32, concat!("attention_f32_", $name), 1e-5, Attention(shells::attention::<f32>())),
+            $crate::kernels::entry!($level, Attention, F16, F16, concat!("attention_f16_", $name), 1e-5, Attention(shells::attention::<f16>())),
+            $crate::kernels::entry!($level, Attention, Bf16, Bf16, concat!("attention_bf16_", $name), 1e-5, Attention(shells::attention::<bf16>())),
+            $crate::kernels::entry!($level, MergeStates, F32, F32, concat!("merge_states_f32_", $name), 1e-6, Merge(shells::merge::<f32>)),
+            $crate::kernels::entry!($level, MergeStates, F16, F16, concat!("merge_states_f16_", $name), 1e-6, Merge(shells::merge::<f16>)),
+            $crate::kernels::entry!($level, MergeStates, Bf16, Bf16, concat!("merge_states_bf16_", $name), 1e-6, Merge(shells::merge::<bf16>)),
+        ];
+    };
+}
+pub(crate) use kernel_shells;
+
+/// Every level has every kernel.
+pub(crate) const ENTRIES_PER_LEVEL: usize = 28;
+
+static LEVELS: &[&[Entry; ENTRIES_PER_LEVEL]] = &[
+    &scalar::ENTRIES,
+    #[cfg(target_arch = "x86_64")]
+    &avx2::ENTRIES,
+    #[cfg(target_arch = "x86_64")]
+    &avx512::ENTRIES,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    &neon::ENTRIES,
+];
+
+/// The registry: all kernels of this build, level by level, the portable one first.
+pub(crate) fn registry() -> impl Iterator<Item = &'static Entry> {
+    LEVELS.iter().flat_map(|entries| entries.iter())
+}
+
+/// Every kernel of this build, whether this CPU can run it or not.
+pub fn kernels() -> impl Iterator<Item = KernelInfo> {
+    registry().map(|entry| entry.info)
+}
+
+/// Whether this CPU can run kernels of a level.
+pub(crate) fn level_available(level: Isa) -> bool {
+    match level {
+        Isa::Scalar => true,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::Avx2::is_available(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::Avx512::is_available(),
+        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+        Isa::Neon => neon::Neon::is_available(),
+        #[allow(unreachable_patterns)]
+        _ => false,
+    }
+}

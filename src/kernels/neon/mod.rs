@@ -1,0 +1,218 @@
+//! AArch64 Advanced SIMD: four lanes, thirty-two registers.
+//!
+//! The f16 conversions are part of the base architecture, but their intrinsics ask for more than that (`fp16`): they are
+//! one instruction of inline assembly each.
+
+use crate::kernels::kernel_shells;
+use super::simd::{MAX_LANES, Simd, copy_part};
+use half::{bf16, f16};
+use std::arch::aarch64::*;
+use std::arch::asm;
+
+pulp::simd_type!({
+    /// pulp's proof that the CPU has this level's features.
+    pub(crate) struct Token {
+        pub(crate) neon: f!("neon"),
+    }
+});
+
+/// Proof that the CPU has this level.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Neon(Token);
+
+impl Neon {
+    /// # Safety
+    /// The CPU has the level's features.
+    #[inline(always)]
+    pub unsafe fn new_unchecked() -> Self {
+        // SAFETY: the caller's.
+        Self(unsafe { Token::new_unchecked() })
+    }
+
+    pub fn is_available() -> bool {
+        Token::is_available()
+    }
+}
+
+impl Simd for Neon {
+    type V = float32x4_t;
+    const LANES: usize = 4;
+    const TILE_VECTORS: usize = 4;
+
+    #[inline(always)]
+    fn lane_order(i: usize) -> usize {
+        // Pairwise additions join neighbours.
+        i
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> float32x4_t {
+        self.0.neon.vdupq_n_f32(x)
+    }
+    #[inline(always)]
+    fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        self.0.neon.vaddq_f32(a, b)
+    }
+    #[inline(always)]
+    fn sub(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        self.0.neon.vsubq_f32(a, b)
+    }
+    #[inline(always)]
+    fn mul(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        self.0.neon.vmulq_f32(a, b)
+    }
+    #[inline(always)]
+    fn div(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        self.0.neon.vdivq_f32(a, b)
+    }
+    #[inline(always)]
+    fn fma(self, a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t {
+        self.0.neon.vfmaq_f32(c, a, b)
+    }
+    #[inline(always)]
+    fn max(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // The number where one of the two is NaN.
+        self.0.neon.vmaxnmq_f32(a, b)
+    }
+    #[inline(always)]
+    fn select_lt(self, a: float32x4_t, b: float32x4_t, x: float32x4_t, y: float32x4_t) -> float32x4_t {
+        let n = self.0.neon;
+        n.vbslq_f32(n.vcltq_f32(a, b), x, y)
+    }
+    #[inline(always)]
+    fn lt_bits(self, a: float32x4_t, b: float32x4_t) -> u64 {
+        let n = self.0.neon;
+        const EACH: [u32; 4] = [1, 2, 4, 8];
+        // SAFETY: EACH holds four u32.
+        let each = unsafe { vld1q_u32(EACH.as_ptr()) };
+        u64::from(n.vaddvq_u32(n.vandq_u32(n.vcltq_f32(a, b), each)))
+    }
+    #[inline(always)]
+    fn select_bits(self, bits: u64, x: float32x4_t, y: float32x4_t) -> float32x4_t {
+        let n = self.0.neon;
+        const EACH: [u32; 4] = [1, 2, 4, 8];
+        // SAFETY: EACH holds four u32.
+        let each = unsafe { vld1q_u32(EACH.as_ptr()) };
+        n.vbslq_f32(n.vtstq_u32(n.vdupq_n_u32(bits as u32), each), x, y)
+    }
+    #[inline(always)]
+    fn abs(self, a: float32x4_t) -> float32x4_t {
+        self.0.neon.vabsq_f32(a)
+    }
+    #[inline(always)]
+    fn copysign(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        let n = self.0.neon;
+        n.vbslq_f32(n.vdupq_n_u32(0x8000_0000), b, a)
+    }
+    #[inline(always)]
+    fn round(self, a: float32x4_t) -> float32x4_t {
+        self.0.neon.vrndnq_f32(a)
+    }
+    #[inline(always)]
+    fn exp2i(self, n: float32x4_t) -> float32x4_t {
+        let s = self.0.neon;
+        let biased = s.vaddq_s32(s.vcvtq_s32_f32(n), s.vdupq_n_s32(127));
+        s.vreinterpretq_f32_s32(s.vshlq_n_s32::<23>(biased))
+    }
+    #[inline(always)]
+    fn swap_pairs(self, a: float32x4_t) -> float32x4_t {
+        self.0.neon.vrev64q_f32(a)
+    }
+    #[inline(always)]
+    fn sum4(self, v: [float32x4_t; 4]) -> [f32; 4] {
+        let n = self.0.neon;
+        let sums = n.vpaddq_f32(n.vpaddq_f32(v[0], v[1]), n.vpaddq_f32(v[2], v[3]));
+        let mut out = [0.0; 4];
+        // SAFETY: out holds four f32.
+        unsafe { vst1q_f32(out.as_mut_ptr(), sums) };
+        out
+    }
+    #[inline(always)]
+    fn max_lane(self, a: float32x4_t) -> f32 {
+        self.0.neon.vmaxnmvq_f32(a)
+    }
+    #[inline(always)]
+    fn all_finite(self, a: float32x4_t) -> bool {
+        let n = self.0.neon;
+        let finite = n.vcltq_f32(n.vabsq_f32(a), n.vdupq_n_f32(f32::INFINITY));
+        n.vminvq_u32(finite) == u32::MAX
+    }
+    #[inline(always)]
+    fn transpose(self, v: &mut [float32x4_t; MAX_LANES]) {
+        let n = self.0.neon;
+        let f64s = |a| n.vreinterpretq_f64_f32(a);
+        let f32s = |a| n.vreinterpretq_f32_f64(a);
+        let (even01, odd01) = (n.vtrn1q_f32(v[0], v[1]), n.vtrn2q_f32(v[0], v[1]));
+        let (even23, odd23) = (n.vtrn1q_f32(v[2], v[3]), n.vtrn2q_f32(v[2], v[3]));
+        v[0] = f32s(n.vtrn1q_f64(f64s(even01), f64s(even23)));
+        v[1] = f32s(n.vtrn1q_f64(f64s(odd01), f64s(odd23)));
+        v[2] = f32s(n.vtrn2q_f64(f64s(even01), f64s(even23)));
+        v[3] = f32s(n.vtrn2q_f64(f64s(odd01), f64s(odd23)));
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(self, p: *const f32) -> float32x4_t {
+        // SAFETY: the caller's.
+        unsafe { vld1q_f32(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> float32x4_t {
+        // SAFETY: the caller's; FCVTL of half precision is in every ARMv8-A with Advanced SIMD.
+        unsafe {
+            let narrow = vld1_u16(p.cast());
+            let wide: float32x4_t;
+            asm!("fcvtl {wide:v}.4s, {narrow:v}.4h", wide = lateout(vreg) wide, narrow = in(vreg) narrow,
+                options(pure, nomem, nostack, preserves_flags));
+            wide
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> float32x4_t {
+        let n = self.0.neon;
+        // SAFETY: the caller's.
+        let narrow = unsafe { vld1_u16(p.cast()) };
+        n.vreinterpretq_f32_u32(n.vshll_n_u16::<16>(narrow))
+    }
+    #[inline(always)]
+    unsafe fn load_part_f32(self, p: *const f32, n: usize) -> float32x4_t {
+        // SAFETY: the caller's; the buffer holds a whole vector.
+        unsafe { vld1q_f32(copy_part(p, n).as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn store_f32(self, p: *mut f32, v: float32x4_t) {
+        // SAFETY: the caller's.
+        unsafe { vst1q_f32(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut f16, v: float32x4_t) {
+        // SAFETY: the caller's; FCVTN of half precision is in every ARMv8-A with Advanced SIMD.
+        unsafe {
+            let narrow: uint16x4_t;
+            asm!("fcvtn {narrow:v}.4h, {wide:v}.4s", narrow = lateout(vreg) narrow, wide = in(vreg) v,
+                options(pure, nomem, nostack, preserves_flags));
+            vst1_u16(p.cast(), narrow);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16, v: float32x4_t) {
+        let n = self.0.neon;
+        let bits = n.vreinterpretq_u32_f32(v);
+        let odd = n.vandq_u32(n.vshrq_n_u32::<16>(bits), n.vdupq_n_u32(1));
+        let rounded = n.vaddq_u32(bits, n.vaddq_u32(odd, n.vdupq_n_u32(0x7fff)));
+        // The increment could carry a NaN into infinity: NaNs keep their upper half and become quiet.
+        let quiet = n.vorrq_u32(bits, n.vdupq_n_u32(0x40_0000));
+        let chosen = n.vbslq_u32(n.vceqq_f32(v, v), rounded, quiet);
+        // SAFETY: the caller's.
+        unsafe { vst1_u16(p.cast(), n.vshrn_n_u32::<16>(chosen)) }
+    }
+    #[inline(always)]
+    unsafe fn store_part_f32(self, p: *mut f32, v: float32x4_t, n: usize) {
+        let mut buffer = [0.0f32; 4];
+        // SAFETY: the buffer holds a whole vector; the caller vouches for n elements at p.
+        unsafe {
+            vst1q_f32(buffer.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
+        }
+    }
+}
+
+kernel_shells!(Neon, "neon", #[target_feature(enable = "neon")]);

@@ -1,0 +1,188 @@
+//! The vector trait: what a kernel needs of an instruction set, so that each algorithm stands once in
+//! [`generic`](super::generic).
+//!
+//! A value of a type that implements [`Simd`] is the proof that the CPU has the level's features; it holds pulp's token.
+//! Every method is `inline(always)` and is only ever inlined into a function that carries the level's `target_feature`s
+//! (the shells that [`kernel_shells!`](super::kernel_shells) writes): on its own it would pass vectors through memory.
+
+use crate::dtype::Element;
+use half::{bf16, f16};
+
+/// The widest vector of any level, in f32 lanes: sizes of stack buffers.
+pub(crate) const MAX_LANES: usize = 16;
+
+/// One instruction-set level: f32 vectors, and loads and stores that convert.
+pub(crate) trait Simd: Copy {
+    /// A vector of [`Self::LANES`] f32.
+    type V: Copy;
+    /// Lanes a vector; a power of two, at most [`MAX_LANES`].
+    const LANES: usize;
+    /// Vectors a register tile is wide (rows are always up to [`TILE_ROWS`](super::generic::attention::TILE_ROWS)).
+    const TILE_VECTORS: usize;
+
+    /// The `i`-th lane in the order that turns [`Self::sum4`]'s tree into a depth-first walk: for all i, lanes
+    /// `lane_order(2i)` and `lane_order(2i + 1)` are added first, then neighbouring pairs of those, and so on.
+    fn lane_order(i: usize) -> usize;
+
+    fn splat(self, x: f32) -> Self::V;
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once where the level can.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger; `b` where `a` is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `x` where `a < b`, else `y` (also where either is NaN).
+    fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
+    /// Bit i is set where lane i of `a` is less than that of `b`.
+    fn lt_bits(self, a: Self::V, b: Self::V) -> u64;
+    /// `x` in lane i where bit i of `bits` is set, else `y`.
+    fn select_bits(self, bits: u64, x: Self::V, y: Self::V) -> Self::V;
+    fn abs(self, a: Self::V) -> Self::V;
+    /// The magnitude of `a` with the sign of `b`.
+    fn copysign(self, a: Self::V, b: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even; |a| < 2^22.
+    fn round(self, a: Self::V) -> Self::V;
+    /// 2^n for integral n in -126..=127.
+    fn exp2i(self, n: Self::V) -> Self::V;
+    /// Swaps lanes 2i and 2i + 1.
+    fn swap_pairs(self, a: Self::V) -> Self::V;
+
+    /// Sums of the lanes of four vectors, each by the same tree of pairwise additions.
+    fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
+    /// The largest lane; NaN lanes may be passed over.
+    fn max_lane(self, a: Self::V) -> f32;
+    /// Whether every lane is finite.
+    fn all_finite(self, a: Self::V) -> bool;
+    /// The transpose of the `LANES x LANES` block in the first [`Self::LANES`] entries.
+    fn transpose(self, v: &mut [Self::V; MAX_LANES]);
+
+    /// # Safety
+    /// [`Self::LANES`] elements are readable at `p`; no alignment is asked beyond the element's.
+    unsafe fn load_f32(self, p: *const f32) -> Self::V;
+    /// # Safety
+    /// As [`Self::load_f32`].
+    unsafe fn load_f16(self, p: *const f16) -> Self::V;
+    /// # Safety
+    /// As [`Self::load_f32`].
+    unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
+    /// The first `n < LANES` lanes from memory, the others 0; nothing beyond is read.
+    ///
+    /// # Safety
+    /// `n` elements are readable at `p`.
+    unsafe fn load_part_f32(self, p: *const f32, n: usize) -> Self::V;
+    /// # Safety
+    /// As [`Self::load_part_f32`].
+    unsafe fn load_part_f16(self, p: *const f16, n: usize) -> Self::V {
+        // SAFETY: the caller's.
+        unsafe { self.load_f16(copy_part(p, n).as_ptr()) }
+    }
+    /// # Safety
+    /// As [`Self::load_part_f32`].
+    unsafe fn load_part_bf16(self, p: *const bf16, n: usize) -> Self::V {
+        // SAFETY: the caller's.
+        unsafe { self.load_bf16(copy_part(p, n).as_ptr()) }
+    }
+    /// # Safety
+    /// [`Self::LANES`] elements are writable at `p`.
+    unsafe fn store_f32(self, p: *mut f32, v: Self::V);
+    /// # Safety
+    /// As [`Self::store_f32`].
+    unsafe fn store_f16(self, p: *mut f16, v: Self::V);
+    /// # Safety
+    /// As [`Self::store_f32`].
+    unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
+    /// Stores the first `n < LANES` lanes and nothing beyond.
+    ///
+    /// # Safety
+    /// `n` elements are writable at `p`.
+    unsafe fn store_part_f32(self, p: *mut f32, v: Self::V, n: usize);
+    /// # Safety
+    /// As [`Self::store_part_f32`].
+    unsafe fn store_part_f16(self, p: *mut f16, v: Self::V, n: usize) {
+        let mut buffer = [f16::ZERO; MAX_LANES];
+        // SAFETY: the buffer holds a whole vector; the caller vouches for n elements at p.
+        unsafe {
+            self.store_f16(buffer.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
+        }
+    }
+    /// # Safety
+    /// As [`Self::store_part_f32`].
+    unsafe fn store_part_bf16(self, p: *mut bf16, v: Self::V, n: usize) {
+        let mut buffer = [bf16::ZERO; MAX_LANES];
+        // SAFETY: the buffer holds a whole vector; the caller vouches for n elements at p.
+        unsafe {
+            self.store_bf16(buffer.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
+        }
+    }
+
+    #[inline(always)]
+    fn zero(self) -> Self::V {
+        self.splat(0.0)
+    }
+}
+
+/// The first `n` elements at `p`, the rest of the buffer zero.
+///
+/// # Safety
+/// `n <= MAX_LANES` elements are readable at `p`.
+#[inline(always)]
+pub(crate) unsafe fn copy_part<T: Element>(p: *const T, n: usize) -> [T; MAX_LANES] {
+    let mut buffer = [T::default(); MAX_LANES];
+    debug_assert!(n <= MAX_LANES);
+    // SAFETY: the caller's.
+    unsafe { std::ptr::copy_nonoverlapping(p, buffer.as_mut_ptr(), n) };
+    buffer
+}
+
+/// Loads and stores by element type, so that one generic body serves all three.
+pub(crate) trait Memory: Element {
+    /// # Safety
+    /// As [`Simd::load_f32`].
+    unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V;
+    /// # Safety
+    /// As [`Simd::load_part_f32`].
+    unsafe fn load_part<S: Simd>(simd: S, p: *const Self, n: usize) -> S::V;
+    /// # Safety
+    /// As [`Simd::store_f32`].
+    unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V);
+    /// # Safety
+    /// As [`Simd::store_part_f32`].
+    unsafe fn store_part<S: Simd>(simd: S, p: *mut Self, v: S::V, n: usize);
+}
+
+macro_rules! memory {
+    ($($type:ty: $load:ident $load_part:ident $store:ident $store_part:ident;)*) => {$(
+        impl Memory for $type {
+            #[inline(always)]
+            unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V {
+                // SAFETY: the caller's.
+                unsafe { simd.$load(p) }
+            }
+            #[inline(always)]
+            unsafe fn load_part<S: Simd>(simd: S, p: *const Self, n: usize) -> S::V {
+                // SAFETY: the caller's.
+                unsafe { simd.$load_part(p, n) }
+            }
+            #[inline(always)]
+            unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V) {
+                // SAFETY: the caller's.
+                unsafe { simd.$store(p, v) }
+            }
+            #[inline(always)]
+            unsafe fn store_part<S: Simd>(simd: S, p: *mut Self, v: S::V, n: usize) {
+                // SAFETY: the caller's.
+                unsafe { simd.$store_part(p, v, n) }
+            }
+        }
+    )*};
+}
+
+memory! {
+    f32: load_f32 load_part_f32 store_f32 store_part_f32;
+    f16: load_f16 load_part_f16 store_f16 store_part_f16;
+    bf16: load_bf16 load_part_bf16 store_bf16 store_part_bf16;
+}

@@ -1,0 +1,63 @@
+//! The explicit repeat of KV heads. Attention needs none: it reads each KV head once for its whole group.
+
+use crate::context::Context;
+use crate::error::{Result, ensure};
+use crate::kernels::{CopyArgs, Op};
+use crate::ops::rope::token_copy;
+use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
+use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+
+/// Repeats every head `n` times in a row: `[batch, seq, kv_heads, dim]` becomes `[batch, seq, kv_heads * n, dim]`.
+///
+/// `n` is the ratio of the two head counts. Both views are of one type; NaNs keep their bits.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs.
+///
+/// # Errors
+/// Head counts that are no multiple, other axes or types that differ, views that share memory.
+///
+/// ```
+/// use kvlane::*;
+/// let x = [1.0f32, 2.0];
+/// let mut y = [0.0f32; 6];
+/// repeat_kv(&Context::new()?, &Serial, View::new(&x, [1, 1, 2, 1])?, ViewMut::new(&mut y, [1, 1, 6, 1])?)?;
+/// assert_eq!(y, [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]);
+/// # Ok::<(), kvlane::Error>(())
+/// ```
+pub fn repeat_kv(context: &Context, runner: &dyn Runner, src: View, dst: ViewMut) -> Result<()> {
+    // SAFETY: the views borrow what they reach.
+    unsafe { repeat_kv_raw(context, runner, src.raw, dst.raw) }
+}
+
+/// # Safety
+/// The memory that valid views reach is readable and, for `dst`, writable, by this call alone.
+pub(crate) unsafe fn repeat_kv_raw(context: &Context, runner: &dyn Runner, src: RawView, dst: RawView) -> Result<()> {
+    src.validate("src")?;
+    dst.validate_output("dst")?;
+    for axis in [BATCH, SEQ, DIM] {
+        src.same_axis("src", &dst, "dst", axis)?;
+    }
+    ensure!(src.dtype == dst.dtype, DType, "src is {}, but dst is {}", src.dtype, dst.dtype);
+    let (kv_heads, heads) = (src.shape[HEADS], dst.shape[HEADS]);
+    ensure!(
+        kv_heads > 0 && heads.is_multiple_of(kv_heads) || heads == 0 && kv_heads == 0,
+        Shape,
+        "dst has {heads} heads, which is no multiple of the {kv_heads} of src"
+    );
+    ensure!(!src.overlaps(&dst), Overlap, "src and dst share memory");
+    if dst.is_empty() {
+        return Ok(());
+    }
+    let [batch, seq, _, dim] = src.shape;
+    let kernel = context.copy(Op::RepeatKv, src.dtype, dst.dtype);
+    let tokens = batch * seq;
+    let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
+    for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
+        for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
+            let at = (token / seq, token % seq);
+            // SAFETY: the views are valid and fit each other.
+            unsafe { kernel(&CopyArgs { repeats: heads / kv_heads, ..token_copy(&src, at, &dst, at) }) };
+        }
+    })
+}

@@ -1,0 +1,59 @@
+//! Scratch memory that the caller keeps between calls.
+
+/// 64 bytes, aligned.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Scratch memory for [`attention`](crate::attention): grows when a call needs more, and never shrinks.
+///
+/// Once it is as large as the largest call needs ([`attention_workspace_size`](crate::attention_workspace_size)), no call
+/// allocates. It may be used for any number of calls, one at a time.
+#[derive(Default)]
+pub struct Workspace {
+    lines: Vec<Line>,
+}
+
+impl Workspace {
+    /// An empty workspace.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A workspace of at least `bytes` bytes.
+    pub fn with_capacity(bytes: usize) -> Self {
+        let mut workspace = Self::new();
+        workspace.reserve(bytes);
+        workspace
+    }
+
+    /// Grows to at least `bytes` bytes.
+    pub fn reserve(&mut self, bytes: usize) {
+        let lines = bytes.div_ceil(size_of::<Line>());
+        if lines > self.lines.len() {
+            // The old contents are worth nothing: do not copy them.
+            self.lines = Vec::new();
+            self.lines.resize(lines, Line([0; 64]));
+        }
+    }
+
+    /// Bytes it holds.
+    pub fn len(&self) -> usize {
+        self.lines.len() * size_of::<Line>()
+    }
+
+    /// Whether it holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.lines.is_empty()
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.lines.as_mut_ptr().cast()
+    }
+}
+
+impl std::fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Workspace").field("bytes", &self.len()).finish()
+    }
+}

@@ -1,0 +1,470 @@
+//! Views: where the elements of a tensor lie in the caller's memory.
+//!
+//! Every tensor of the library has rank 4 and its axes are always in the order `[batch, seq, heads, dim]`, whatever the
+//! order in memory: that is what the strides, in elements, are for. BSHD, BHSD, a slice of a fused QKV buffer and a shard
+//! of the heads are all just strides. A view made from a slice can reach only elements of that slice; this is checked
+//! once, when it is made.
+
+use crate::dtype::{DType, Element};
+use crate::error::{Result, ensure};
+use std::marker::PhantomData;
+
+/// Axis numbers of a view.
+pub(crate) const BATCH: usize = 0;
+pub(crate) const SEQ: usize = 1;
+pub(crate) const HEADS: usize = 2;
+pub(crate) const DIM: usize = 3;
+
+/// The longest axis: lengths and positions are 32-bit.
+pub(crate) const MAX_AXIS: usize = i32::MAX as usize;
+
+/// A view without a lifetime: what the C ABI passes and what the operations work on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawView {
+    /// Element `[0, 0, 0, 0]`.
+    pub data: *mut u8,
+    pub dtype: DType,
+    pub shape: [usize; 4],
+    /// In elements.
+    pub strides: [i64; 4],
+    /// Bytes from `data` to the end of the buffer, if known.
+    pub bytes: Option<usize>,
+}
+
+// SAFETY: a raw view is an address and numbers; who dereferences it answers for the access.
+unsafe impl Send for RawView {}
+// SAFETY: as above.
+unsafe impl Sync for RawView {}
+
+/// The bytes a view can touch, relative to its data pointer: `low..high`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub low: isize,
+    pub high: isize,
+}
+
+impl RawView {
+    pub fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Checks shape, strides and buffer; `name` is the argument's name in messages.
+    pub fn validate(&self, name: &str) -> Result<Extent> {
+        for (axis, &n) in self.shape.iter().enumerate() {
+            ensure!(n <= MAX_AXIS, Shape, "{name}: axis {axis} has {n} elements, more than {MAX_AXIS}");
+        }
+        if self.is_empty() {
+            return Ok(Extent { low: 0, high: 0 });
+        }
+        ensure!(!self.data.is_null(), NullPointer, "{name}: data is null, but the shape is {:?}", self.shape);
+        let size = self.dtype.size();
+        ensure!(
+            self.data.addr().is_multiple_of(size),
+            Bounds,
+            "{name}: data at {:#x} is not aligned to its {size}-byte elements",
+            self.data.addr()
+        );
+        let (mut low, mut high) = (0i128, 1i128);
+        for axis in 0..4 {
+            // At most 2^31 * 2^63 an axis: no i128 overflow over four of them.
+            let reach = (self.shape[axis] as i128 - 1) * self.strides[axis] as i128;
+            if reach < 0 { low += reach } else { high += reach }
+        }
+        let (low, high) = (low * size as i128, high * size as i128);
+        let limit = isize::MAX as i128;
+        ensure!(
+            low >= -limit && high <= limit && high - low <= limit,
+            Stride,
+            "{name}: shape {:?} with strides {:?} spans {} bytes, more than an address space holds",
+            self.shape,
+            self.strides,
+            high - low
+        );
+        let (first, last) = (self.data.addr() as i128 + low, self.data.addr() as i128 + high);
+        ensure!(
+            first >= 0 && last <= usize::MAX as i128,
+            Stride,
+            "{name}: shape {:?} with strides {:?} leaves the address space",
+            self.shape,
+            self.strides
+        );
+        if let Some(bytes) = self.bytes {
+            ensure!(
+                low >= 0,
+                Bounds,
+                "{name}: strides {:?} reach {} bytes before the start of its buffer",
+                self.strides,
+                -low
+            );
+            ensure!(
+                high <= bytes as i128,
+                Bounds,
+                "{name}: shape {:?} with strides {:?} reaches byte {high} of a buffer of {bytes}",
+                self.shape,
+                self.strides
+            );
+        }
+        Ok(Extent { low: low as isize, high: high as isize })
+    }
+
+    /// Like [`Self::validate`], and no two elements may share memory.
+    pub fn validate_output(&self, name: &str) -> Result<Extent> {
+        let extent = self.validate(name)?;
+        if self.is_empty() {
+            return Ok(extent);
+        }
+        let mut axes: Vec4 = Vec4::default();
+        for axis in 0..4 {
+            if self.shape[axis] > 1 {
+                axes.push((self.strides[axis].unsigned_abs(), self.shape[axis]));
+            }
+        }
+        axes.sort();
+        // Sorted from the smallest stride: each must step over everything that the smaller ones reach.
+        let mut reach = 0u128;
+        for &(stride, n) in axes.as_slice() {
+            ensure!(
+                stride as u128 > reach,
+                Stride,
+                "{name}: elements of an output share memory (shape {:?}, strides {:?})",
+                self.shape,
+                self.strides
+            );
+            reach += stride as u128 * (n as u128 - 1);
+        }
+        Ok(extent)
+    }
+
+    /// Whether any element of `self` shares a byte with one of `other`; may say yes when unsure.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        if self.is_empty() || other.is_empty() {
+            return false;
+        }
+        let (Ok(a), Ok(b)) = (self.validate("view"), other.validate("view")) else {
+            return true;
+        };
+        let (a0, a1) = (self.data.addr() as i128 + a.low as i128, self.data.addr() as i128 + a.high as i128);
+        let (b0, b1) = (other.data.addr() as i128 + b.low as i128, other.data.addr() as i128 + b.high as i128);
+        if a1 <= b0 || b1 <= a0 {
+            return false;
+        }
+        // Slices of one buffer (K and V side by side, shards of the heads) interleave without touching: with equal
+        // strides the distance between the two is a sum of stride steps if and only if they touch.
+        if self.strides != other.strides || self.dtype.size() != other.dtype.size() {
+            return true;
+        }
+        let size = self.dtype.size() as i128;
+        let distance = other.data.addr() as i128 - self.data.addr() as i128;
+        if distance % size != 0 {
+            return true;
+        }
+        let mut axes: [(i128, i128, i128); 4] = [(0, 0, 0); 4];
+        for (axis, slot) in axes.iter_mut().enumerate() {
+            // Steps along this axis by which an element of `other` can be ahead of one of `self`.
+            *slot = (
+                (self.strides[axis] as i128).abs(),
+                -(other.shape[axis] as i128 - 1),
+                self.shape[axis] as i128 - 1,
+            );
+            if self.strides[axis] < 0 {
+                *slot = (slot.0, -slot.2, -slot.1);
+            }
+        }
+        axes.sort_by_key(|a| std::cmp::Reverse(a.0));
+        reachable(distance / size, &axes)
+    }
+
+    /// The address of element `[b, s, h, 0]`.
+    ///
+    /// # Safety
+    /// The view is validated and the indices are inside its shape.
+    #[inline(always)]
+    pub unsafe fn row(&self, b: usize, s: usize, h: usize) -> *mut u8 {
+        let elements =
+            b as i64 * self.strides[BATCH] + s as i64 * self.strides[SEQ] + h as i64 * self.strides[HEADS];
+        // SAFETY: the caller's indices are inside the shape, so the sum stays in the validated extent.
+        unsafe { self.data.offset(elements as isize * self.dtype.size() as isize) }
+    }
+
+    pub fn axis_name(axis: usize) -> &'static str {
+        ["batch", "seq", "heads", "dim"][axis]
+    }
+
+    /// Fails unless `self` and `other` agree in `axis`.
+    pub fn same_axis(&self, name: &str, other: &Self, other_name: &str, axis: usize) -> Result<()> {
+        ensure!(
+            self.shape[axis] == other.shape[axis],
+            Shape,
+            "{name} has {} = {}, but {other_name} has {}",
+            Self::axis_name(axis),
+            self.shape[axis],
+            other.shape[axis]
+        );
+        Ok(())
+    }
+}
+
+/// Whether `target` is a sum of `step * stride`, `step` in its range, over axes sorted from the largest stride.
+fn reachable(target: i128, axes: &[(i128, i128, i128)]) -> bool {
+    let Some((&(stride, low, high), rest)) = axes.split_first() else {
+        return target == 0;
+    };
+    if stride == 0 {
+        return reachable(target, rest);
+    }
+    // What the smaller strides can still add or take away bounds the steps worth trying to a handful.
+    let slack_high: i128 = rest.iter().map(|a| a.0 * a.2).sum();
+    let slack_low: i128 = rest.iter().map(|a| a.0 * a.1).sum();
+    let first = (target - slack_high).div_euclid(stride).max(low);
+    let last = ((target - slack_low).div_euclid(stride) + 1).min(high);
+    if last - first > 64 {
+        return true;
+    }
+    (first..=last).any(|step| reachable(target - step * stride, rest))
+}
+
+/// Up to four (stride, length) pairs, on the stack.
+#[derive(Default)]
+struct Vec4 {
+    items: [(u64, usize); 4],
+    len: usize,
+}
+
+impl Vec4 {
+    fn push(&mut self, item: (u64, usize)) {
+        self.items[self.len] = item;
+        self.len += 1;
+    }
+    fn sort(&mut self) {
+        self.items[..self.len].sort_unstable();
+    }
+    fn as_slice(&self) -> &[(u64, usize)] {
+        &self.items[..self.len]
+    }
+}
+
+/// Strides of a tensor that lies in memory in the order of its axes.
+pub(crate) fn contiguous(shape: [usize; 4]) -> [i64; 4] {
+    let [_, s, h, d] = shape.map(|n| n as i64);
+    [s.saturating_mul(h).saturating_mul(d), h.saturating_mul(d), d, 1]
+}
+
+/// Strides of a tensor `[batch, seq, heads, dim]` that lies in memory as batch, heads, seq, dim.
+pub(crate) fn bhsd(shape: [usize; 4]) -> [i64; 4] {
+    let [_, s, h, d] = shape.map(|n| n as i64);
+    [s.saturating_mul(h).saturating_mul(d), d, s.saturating_mul(d), 1]
+}
+
+/// A read-only view of a `[batch, seq, heads, dim]` tensor.
+///
+/// ```
+/// use kvlane::View;
+/// // One row of two tokens, three heads of four elements.
+/// let data = vec![0.0f32; 24];
+/// let x = View::new(&data, [1, 2, 3, 4])?;
+/// assert_eq!(x.shape(), [1, 2, 3, 4]);
+/// // The same tensor, had it been stored head by head.
+/// let y = View::bhsd(&data, [1, 2, 3, 4])?;
+/// assert_eq!(y.strides(), [24, 4, 8, 1]);
+/// // The last head alone: a shard.
+/// assert_eq!(x.heads(2, 1)?.shape(), [1, 2, 1, 4]);
+/// # Ok::<(), kvlane::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    pub(crate) raw: RawView,
+    lifetime: PhantomData<&'a [u8]>,
+}
+
+/// A view through which an operation writes; its elements never share memory.
+#[derive(Debug)]
+pub struct ViewMut<'a> {
+    pub(crate) raw: RawView,
+    lifetime: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: a view is a shared (or an exclusive) borrow of a slice of plain numbers, and slices of those cross threads.
+unsafe impl Send for View<'_> {}
+// SAFETY: as above; nothing is written through a `View`.
+unsafe impl Sync for View<'_> {}
+// SAFETY: as above, and the borrow is exclusive.
+unsafe impl Send for ViewMut<'_> {}
+
+fn raw<T: Element>(data: *mut T, len: usize, offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<RawView> {
+    ensure!(offset <= len, Bounds, "offset {offset} is past the end of a slice of {len} elements");
+    let view = RawView {
+        // `wrapping_add`, because validation is still to come; it stays inside or one past the slice.
+        data: data.wrapping_add(offset).cast(),
+        dtype: T::DTYPE,
+        shape,
+        strides,
+        bytes: None,
+    };
+    let extent = view.validate("view")?;
+    let size = size_of::<T>() as isize;
+    ensure!(
+        extent.low / size + offset as isize >= 0,
+        Bounds,
+        "strides {strides:?} from offset {offset} reach {} elements before the start of the slice",
+        -(extent.low / size + offset as isize)
+    );
+    ensure!(
+        extent.high / size + offset as isize <= len as isize,
+        Bounds,
+        "shape {shape:?} with strides {strides:?} from offset {offset} reaches element {} of a slice of {len}",
+        extent.high / size + offset as isize
+    );
+    Ok(view)
+}
+
+macro_rules! slicing {
+    () => {
+        /// `[batch, seq, heads, dim]`.
+        pub fn shape(&self) -> [usize; 4] {
+            self.raw.shape
+        }
+
+        /// Strides in elements, axis by axis.
+        pub fn strides(&self) -> [i64; 4] {
+            self.raw.strides
+        }
+
+        /// The type of the elements.
+        pub fn dtype(&self) -> DType {
+            self.raw.dtype
+        }
+
+        /// The batch rows `start .. start + len`.
+        pub fn rows(self, start: usize, len: usize) -> Result<Self> {
+            self.narrow(BATCH, start, len)
+        }
+
+        /// The tokens (or keys) `start .. start + len` of every row.
+        pub fn seq(self, start: usize, len: usize) -> Result<Self> {
+            self.narrow(SEQ, start, len)
+        }
+
+        /// The heads `start .. start + len`.
+        pub fn heads(self, start: usize, len: usize) -> Result<Self> {
+            self.narrow(HEADS, start, len)
+        }
+
+        fn narrow(mut self, axis: usize, start: usize, len: usize) -> Result<Self> {
+            let n = self.raw.shape[axis];
+            ensure!(
+                start.checked_add(len).is_some_and(|end| end <= n),
+                Shape,
+                "{start} + {len} is past the end of the {} axis, which has {n}",
+                RawView::axis_name(axis)
+            );
+            self.raw.shape[axis] = len;
+            if !self.raw.is_empty() {
+                let elements = start as isize * self.raw.strides[axis] as isize;
+                self.raw.data = self.raw.data.wrapping_offset(elements * self.raw.dtype.size() as isize);
+            }
+            Ok(self)
+        }
+    };
+}
+
+impl<'a> View<'a> {
+    /// A tensor that lies at the start of `data` in the order of its axes (BSHD).
+    pub fn new<T: Element>(data: &'a [T], shape: [usize; 4]) -> Result<Self> {
+        Self::strided(data, 0, shape, contiguous(shape))
+    }
+
+    /// A tensor that lies at the start of `data` in the order batch, heads, seq, dim (BHSD). `shape` stays
+    /// `[batch, seq, heads, dim]`.
+    pub fn bhsd<T: Element>(data: &'a [T], shape: [usize; 4]) -> Result<Self> {
+        Self::strided(data, 0, shape, bhsd(shape))
+    }
+
+    /// A tensor whose element `[0, 0, 0, 0]` is `data[offset]`; strides are in elements and may be negative or 0.
+    pub fn strided<T: Element>(data: &'a [T], offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<Self> {
+        let raw = raw(data.as_ptr().cast_mut(), data.len(), offset, shape, strides)?;
+        Ok(Self { raw, lifetime: PhantomData })
+    }
+
+    slicing!();
+}
+
+impl<'a> ViewMut<'a> {
+    /// A tensor that lies at the start of `data` in the order of its axes (BSHD).
+    pub fn new<T: Element>(data: &'a mut [T], shape: [usize; 4]) -> Result<Self> {
+        Self::strided(data, 0, shape, contiguous(shape))
+    }
+
+    /// A tensor that lies at the start of `data` in the order batch, heads, seq, dim (BHSD). `shape` stays
+    /// `[batch, seq, heads, dim]`.
+    pub fn bhsd<T: Element>(data: &'a mut [T], shape: [usize; 4]) -> Result<Self> {
+        Self::strided(data, 0, shape, bhsd(shape))
+    }
+
+    /// A tensor whose element `[0, 0, 0, 0]` is `data[offset]`; no two elements may share memory.
+    pub fn strided<T: Element>(data: &'a mut [T], offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<Self> {
+        let raw = raw(data.as_mut_ptr(), data.len(), offset, shape, strides)?;
+        raw.validate_output("view")?;
+        Ok(Self { raw, lifetime: PhantomData })
+    }
+
+    /// A read-only view of the same elements.
+    pub fn as_view(&self) -> View<'_> {
+        View { raw: self.raw, lifetime: PhantomData }
+    }
+
+    /// The same view, borrowed for a shorter time.
+    pub fn reborrow(&mut self) -> ViewMut<'_> {
+        ViewMut { raw: self.raw, lifetime: PhantomData }
+    }
+
+    slicing!();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Status;
+
+    #[test]
+    fn a_view_reaches_its_slice_only() {
+        let data = [0f32; 24];
+        assert!(View::new(&data, [1, 2, 3, 4]).is_ok());
+        assert_eq!(View::new(&data, [1, 2, 3, 5]).unwrap_err().status(), Status::Bounds);
+        assert_eq!(View::strided(&data, 0, [1, 2, 3, 4], [0, -12, 4, 1]).unwrap_err().status(), Status::Bounds);
+        assert!(View::strided(&data, 12, [1, 2, 3, 4], [0, -12, 4, 1]).is_ok());
+        assert!(View::strided(&data, 25, [0, 2, 3, 4], [0, 0, 0, 0]).is_err());
+        let huge = View::strided(&data, 0, [2, 2, 2, 2], [i64::MIN, i64::MIN, i64::MAX, i64::MAX]);
+        assert_eq!(huge.unwrap_err().status(), Status::Stride);
+    }
+
+    #[test]
+    fn an_output_shares_no_element() {
+        let mut data = [0f32; 24];
+        assert!(ViewMut::strided(&mut data, 0, [1, 2, 3, 4], [0, 12, 4, 1]).is_ok());
+        assert_eq!(
+            ViewMut::strided(&mut data, 0, [1, 2, 3, 4], [0, 0, 4, 1]).unwrap_err().status(),
+            Status::Stride
+        );
+        assert!(ViewMut::strided(&mut data, 0, [1, 2, 3, 4], [0, 4, 3, 1]).is_err());
+    }
+
+    #[test]
+    fn interleaved_slices_do_not_overlap() {
+        let mut data = [0f32; 64];
+        let base: *mut u8 = data.as_mut_ptr().cast();
+        let at = |offset: usize, shape| RawView {
+            data: base.wrapping_add(offset * 4),
+            dtype: DType::F32,
+            shape,
+            strides: [0, 16, 4, 1],
+            bytes: None,
+        };
+        // Heads 0..2 and 2..4 of four tokens.
+        assert!(!at(0, [1, 4, 2, 4]).overlaps(&at(8, [1, 4, 2, 4])));
+        assert!(at(0, [1, 4, 3, 4]).overlaps(&at(8, [1, 4, 2, 4])));
+        assert!(at(8, [1, 4, 2, 4]).overlaps(&at(0, [1, 4, 3, 4])));
+        assert!(at(0, [1, 4, 2, 4]).overlaps(&at(1, [1, 4, 2, 4])));
+        assert!(!at(0, [1, 2, 4, 4]).overlaps(&at(32, [1, 2, 4, 4])));
+        assert!(at(0, [1, 4, 2, 4]).overlaps(&at(16, [1, 2, 2, 4])));
+    }
+}
