@@ -161,11 +161,8 @@ impl RawView {
         let mut axes: [(i128, i128, i128); 4] = [(0, 0, 0); 4];
         for (axis, slot) in axes.iter_mut().enumerate() {
             // Steps along this axis by which an element of `other` can be ahead of one of `self`.
-            *slot = (
-                (self.strides[axis] as i128).abs(),
-                -(other.shape[axis] as i128 - 1),
-                self.shape[axis] as i128 - 1,
-            );
+            *slot =
+                ((self.strides[axis] as i128).abs(), -(other.shape[axis] as i128 - 1), self.shape[axis] as i128 - 1);
             if self.strides[axis] < 0 {
                 *slot = (slot.0, -slot.2, -slot.1);
             }
@@ -180,8 +177,7 @@ impl RawView {
     /// The view is validated and the indices are inside its shape.
     #[inline(always)]
     pub unsafe fn row(&self, b: usize, s: usize, h: usize) -> *mut u8 {
-        let elements =
-            b as i64 * self.strides[BATCH] + s as i64 * self.strides[SEQ] + h as i64 * self.strides[HEADS];
+        let elements = b as i64 * self.strides[BATCH] + s as i64 * self.strides[SEQ] + h as i64 * self.strides[HEADS];
         // SAFETY: the caller's indices are inside the shape, so the sum stays in the validated extent.
         unsafe { self.data.offset(elements as isize * self.dtype.size() as isize) }
     }
@@ -441,10 +437,7 @@ mod tests {
     fn an_output_shares_no_element() {
         let mut data = [0f32; 24];
         assert!(ViewMut::strided(&mut data, 0, [1, 2, 3, 4], [0, 12, 4, 1]).is_ok());
-        assert_eq!(
-            ViewMut::strided(&mut data, 0, [1, 2, 3, 4], [0, 0, 4, 1]).unwrap_err().status(),
-            Status::Stride
-        );
+        assert_eq!(ViewMut::strided(&mut data, 0, [1, 2, 3, 4], [0, 0, 4, 1]).unwrap_err().status(), Status::Stride);
         assert!(ViewMut::strided(&mut data, 0, [1, 2, 3, 4], [0, 4, 3, 1]).is_err());
     }
 

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use gguf_writer::{T, V, Writer, string, tiny_model};
 use kvlane::driver::gguf::{Array, Gguf, Value};
-use kvlane::driver::{ErrorKind, ModelFile, Result, RopePairing, RopeScaling, Tokenizer, Weights};
+use kvlane::driver::{ErrorKind, ModelFile, Result, Stretch, Tokenizer, Weights};
+use kvlane::{Pairing, RopeScaling};
 use proptest::prelude::*;
 
 /// Remembers the largest single request. Everything here is a few kilobytes of file; what it may lead to is bounded.
@@ -89,7 +90,7 @@ fn the_sound_file_is_read() {
     let (file, tokenizer, weights) = read_all(tiny_model().bytes()).unwrap();
     let c = file.config();
     assert_eq!((c.vocab, c.dim, c.layers, c.heads, c.kv_heads, c.head_dim, c.ffn_dim), (8, 8, 1, 2, 1, 4, 12));
-    assert_eq!((c.rope.pairing, c.rope.rotary_dim, c.rope.base), (RopePairing::Interleaved, 4, 10_000.0));
+    assert_eq!((c.rope.pairing, c.rope.rotary_dim, c.rope.base), (Pairing::Interleaved, 4, 10_000.0));
     assert_eq!((c.tied, c.bos, c.eos.as_slice(), c.context), (true, Some(0), &[1][..], 64));
     assert_eq!(tokenizer.encode("abc ab</s>b", true).unwrap(), [0, 6, 7, 5, 1, 3]);
     assert_eq!(tokenizer.decode(&[0, 6, 7, 5, 1, 3]).unwrap(), "abc abb");
@@ -241,7 +242,7 @@ fn models_that_cannot_be() {
     set("llama.block_count", V::U64(1 << 20));
     assert_names(&set("llama.embedding_length", V::U64(1 << 60)), &["embedding length"]);
     assert_names(&set("llama.feed_forward_length", V::U32(13)), &["ffn_gate", "[12, 8]", "[13, 8]"]);
-    assert_names(&set("llama.rope.dimension_count", V::U32(3)), &["RoPE turns 3", "4"]);
+    assert_names(&set("llama.rope.dimension_count", V::U32(3)), &["rotary_dim is 3"]);
     assert_names(&set("llama.rope.dimension_count", V::U32(6)), &["RoPE turns 6", "4"]);
     assert_names(&set("llama.rope.freq_base", V::F32(f32::NAN)), &["base"]);
     assert_names(&set("llama.expert_count", V::U32(8)), &["8 experts"]);
@@ -265,7 +266,7 @@ fn models_that_cannot_be() {
         &spoilt(|w| {
             w.tensor("rope_freqs.weight", &[3], 1.0);
         }),
-        &["3", "2 frequencies"],
+        &["3 entries", "2 pairs"],
     );
     assert_names(&spoilt(|w| w.tensors.retain(|t| t.name != "output_norm.weight")), &["output_norm", "missing"]);
 }
@@ -276,17 +277,17 @@ fn rope_scaling_is_read() {
         let mut w = tiny_model();
         f(&mut w);
         let (file, ..) = read_all(w.bytes()).unwrap();
-        file.config().rope.scaling.clone()
+        file.config().rope.stretch.clone()
     };
-    assert_eq!(scaling(&|_| ()), RopeScaling::None);
+    assert_eq!(scaling(&|_| ()), Stretch::Fixed(RopeScaling::None));
     let linear = |w: &mut Writer| {
         w.set("llama.rope.scaling.type", V::Str("linear".into())).set("llama.rope.scaling.factor", V::F32(2.0));
     };
-    assert_eq!(scaling(&linear), RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(scaling(&linear), Stretch::Fixed(RopeScaling::Linear { factor: 2.0 }));
     let divisors = |w: &mut Writer| {
         w.tensor("rope_freqs.weight", &[2], 1.0);
     };
-    assert_eq!(scaling(&divisors), RopeScaling::Divisors(vec![1.0, 2.0]));
+    assert_eq!(scaling(&divisors), Stretch::Divisors(vec![1.0, 2.0]));
 }
 
 #[test]
@@ -447,7 +448,7 @@ fn hf_directory_is_read() {
     let dir = hf_directory("hf-whole");
     let (file, tokenizer, weights) = read_directory(&dir).unwrap();
     let c = file.config();
-    assert_eq!((c.rope.pairing, c.head_dim, c.eos.as_slice(), c.tied), (RopePairing::HalfSplit, 4, &[1, 2][..], true));
+    assert_eq!((c.rope.pairing, c.head_dim, c.eos.as_slice(), c.tied), (Pairing::HalfSplit, 4, &[1, 2][..], true));
     assert_eq!(tokenizer.encode("abc ab<s>", true).unwrap(), [6, 7, 5, 0]);
     let check = |w: &Weights| {
         assert_eq!((w.layers[0].qkv.row(0)[0], w.layers[0].qkv.row(8)[0], w.output_norm[0]), (256.0, 384.0, 1280.0));
@@ -507,7 +508,7 @@ fn hf_rope_scaling_is_read() {
     let scaling = |name: &str, json: &str| {
         let dir = hf_directory(name);
         std::fs::write(dir.join("config.json"), HF_CONFIG.replacen("null", json, 1)).unwrap();
-        ModelFile::open(&dir).unwrap().config().rope.scaling.clone()
+        ModelFile::open(&dir).unwrap().config().rope.stretch.clone()
     };
     assert_eq!(
         scaling(
@@ -515,17 +516,25 @@ fn hf_rope_scaling_is_read() {
             r#"{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192}"#
         ),
-        RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192 }
+        Stretch::Fixed(RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position: 8192.0
+        })
     );
-    assert_eq!(scaling("rope-linear", r#"{"type": "linear", "factor": 4.0}"#), RopeScaling::Linear { factor: 4.0 });
-    let RopeScaling::Yarn { factor, original_context, beta_fast, .. } =
+    assert_eq!(
+        scaling("rope-linear", r#"{"type": "linear", "factor": 4.0}"#),
+        Stretch::Fixed(RopeScaling::Linear { factor: 4.0 })
+    );
+    let Stretch::Fixed(RopeScaling::Yarn { factor, original_max_position, beta_fast, .. }) =
         scaling("rope-yarn", r#"{"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}"#)
     else {
         panic!("not YaRN")
     };
-    assert_eq!((factor, original_context, beta_fast), (2.0, 64, 16.0));
+    assert_eq!((factor, original_max_position, beta_fast), (2.0, 64.0, 16.0));
     let long = r#"{"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}"#;
-    assert!(matches!(scaling("rope-long", long), RopeScaling::LongRope { long, .. } if long == [2.0, 3.0]));
+    assert!(matches!(scaling("rope-long", long), Stretch::LongRope { long, .. } if long == [2.0, 3.0]));
 }
 
 #[test]

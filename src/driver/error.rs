@@ -17,7 +17,7 @@ pub enum ErrorKind {
     Argument,
     /// Tokenising or detokenising failed.
     Tokenizer,
-    /// A kernel refused its arguments. From this driver that is a defect, and worth a report.
+    /// The library refused a call's arguments.
     Kernel,
 }
 
@@ -66,6 +66,12 @@ impl Error {
 
     pub(crate) fn tokenizer(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::Tokenizer, message.to_string())
+    }
+}
+
+impl From<crate::Error> for Error {
+    fn from(e: crate::Error) -> Self {
+        Self { kind: ErrorKind::Kernel, message: e.to_string(), source: Some(Box::new(e)) }
     }
 }
 

@@ -31,6 +31,7 @@ pub struct HfConfig {
     pub num_key_value_heads: Option<usize>,
     pub head_dim: Option<usize>,
     pub max_position_embeddings: usize,
+    pub original_max_position_embeddings: Option<usize>,
     pub rms_norm_eps: f64,
     pub rope_theta: Option<f64>,
     pub rope_scaling: Option<HfRope>,
@@ -68,6 +69,7 @@ pub struct HfRope {
     pub mscale_all_dim: Option<f64>,
     pub short_factor: Option<Vec<f64>>,
     pub long_factor: Option<Vec<f64>>,
+    pub truncate: Option<bool>,
 }
 
 /// A token id or several, as `eos_token_id` comes in both forms.

@@ -31,6 +31,6 @@ pub mod tokenizer;
 
 pub use error::{Error, ErrorKind, Result};
 pub use linear::Matrix;
-pub use model::{LayerWeights, ModelConfig, ModelFile, RopeConfig, RopePairing, RopeScaling, Weights};
+pub use model::{LayerWeights, ModelConfig, ModelFile, RopeConfig, Stretch, Weights};
 pub use sampling::{Sampler, SamplerOptions};
 pub use tokenizer::{TextStream, Tokenizer};

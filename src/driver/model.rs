@@ -12,61 +12,22 @@ use super::hf::{HfConfig, HfDir, HfRope};
 use super::linear::Matrix;
 use super::quant::{Tensor, dequantize};
 use super::tokenizer::Tokenizer;
-
-/// Which two elements of a head RoPE turns together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RopePairing {
-    /// Neighbours, `2i` and `2i + 1`. GGUF files of the Llama family have their weights permuted for it.
-    Interleaved,
-    /// `i` and `i + rotary_dim / 2`, as in Hugging Face checkpoints.
-    HalfSplit,
-}
+use crate::{MAX_HEAD_DIM, Pairing, RopeFrequencies, RopeScaling};
 
 /// How a model stretches RoPE over a context longer than it was first trained on.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// Every position is divided by `factor`.
-    Linear {
-        /// The divisor.
-        factor: f64,
-    },
-    /// Llama 3.1: long wavelengths are divided, short ones kept, a ramp lies between.
-    Llama3 {
-        /// The divisor of long wavelengths.
-        factor: f64,
-        /// A wavelength above `original_context / low_freq_factor` is long.
-        low_freq_factor: f64,
-        /// A wavelength below `original_context / high_freq_factor` is short.
-        high_freq_factor: f64,
-        /// The context of the first training.
-        original_context: usize,
-    },
-    /// YaRN.
-    Yarn {
-        /// The divisor of low frequencies.
-        factor: f64,
-        /// The context of the first training.
-        original_context: usize,
-        /// Rotations over the original context above which a frequency is kept.
-        beta_fast: f64,
-        /// Rotations over the original context below which a frequency is divided.
-        beta_slow: f64,
-        /// What cosine and sine are multiplied with, if the file says so itself.
-        attention_factor: Option<f64>,
-        /// DeepSeek's weight of the attention factor.
-        mscale: Option<f64>,
-        /// DeepSeek's second weight; the attention factor is the ratio of the two.
-        mscale_all_dim: Option<f64>,
-    },
+pub enum Stretch {
+    /// One of the library's scalings, the same at every length.
+    Fixed(RopeScaling),
     /// LongRoPE: a divisor for each frequency, one list for short sequences and one for long.
     LongRope {
         /// The divisors up to the original context.
         short: Vec<f64>,
         /// The divisors beyond it.
         long: Vec<f64>,
+        /// How much longer than the original context the model's context is.
+        factor: f64,
         /// The context of the first training.
         original_context: usize,
         /// What cosine and sine are multiplied with, if the file says so itself.
@@ -81,12 +42,38 @@ pub enum RopeScaling {
 pub struct RopeConfig {
     /// The base of the geometric series of wavelengths.
     pub base: f64,
-    /// Which elements form a pair.
-    pub pairing: RopePairing,
+    /// Which elements form a pair: neighbours in GGUF files of the Llama family, whose weights are permuted for it, and
+    /// the two halves of a head in Hugging Face checkpoints.
+    pub pairing: Pairing,
     /// The leading part of a head that is turned.
     pub rotary_dim: usize,
     /// The stretching.
-    pub scaling: RopeScaling,
+    pub stretch: Stretch,
+}
+
+impl RopeConfig {
+    /// The frequencies for sequences of up to `longest` tokens.
+    pub fn frequencies(&self, longest: usize) -> Result<RopeFrequencies> {
+        let new = |scaling: &RopeScaling| RopeFrequencies::new(self.rotary_dim, self.base, scaling);
+        Ok(match &self.stretch {
+            Stretch::Fixed(scaling) => new(scaling)?,
+            Stretch::LongRope { short, long, factor, original_context, attention_factor } => {
+                new(&RopeScaling::LongRope {
+                    factors: if longest > *original_context { long } else { short }.clone(),
+                    factor: *factor,
+                    original_max_position: *original_context as f64,
+                    attention_factor: *attention_factor,
+                })?
+            }
+            // LongRoPE without its factor on cosines and sines is a plain division.
+            Stretch::Divisors(divisors) => new(&RopeScaling::LongRope {
+                factors: divisors.clone(),
+                factor: 1.0,
+                original_max_position: 1.0,
+                attention_factor: Some(1.0),
+            })?,
+        })
+    }
 }
 
 /// The shape of a Llama-family decoder.
@@ -166,20 +153,20 @@ impl ModelConfig {
                 self.heads, self.kv_heads
             )));
         }
-        let rotary = self.rope.rotary_dim;
-        if rotary == 0 || rotary > self.head_dim || !rotary.is_multiple_of(2) {
-            return Err(Error::malformed(format!(
-                "RoPE turns {rotary} of a head's {} elements; it must be an even part of them",
-                self.head_dim
-            )));
+        if self.head_dim > MAX_HEAD_DIM {
+            return Err(Error::unsupported(format!("heads of {} elements; {MAX_HEAD_DIM} is the most", self.head_dim)));
         }
-        if !(self.rope.base.is_finite() && self.rope.base > 0.0) {
-            return Err(Error::malformed(format!("the RoPE base is {}", self.rope.base)));
+        let rotary = self.rope.rotary_dim;
+        if rotary > self.head_dim {
+            return Err(Error::malformed(format!("RoPE turns {rotary} elements of heads of {}", self.head_dim)));
+        }
+        // Both lists of LongRoPE.
+        for longest in [0, usize::MAX] {
+            self.rope.frequencies(longest).map_err(|e| Error::malformed(format!("RoPE: {e}")))?;
         }
         if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
             return Err(Error::malformed(format!("RMSNorm's epsilon is {}", self.rms_eps)));
         }
-        self.check_scaling()?;
         for id in self.bos.iter().chain(&self.eos) {
             if *id as usize >= self.vocab {
                 return Err(Error::malformed(format!(
@@ -189,42 +176,6 @@ impl ModelConfig {
             }
         }
         Ok(())
-    }
-
-    fn check_scaling(&self) -> Result<()> {
-        let pairs = self.rope.rotary_dim / 2;
-        let positive = |what: &str, v: f64| match v.is_finite() && v > 0.0 {
-            true => Ok(()),
-            false => Err(Error::malformed(format!("RoPE scaling: {what} is {v}; it must be above 0"))),
-        };
-        let divisors = |what: &str, v: &[f64]| {
-            if v.len() != pairs {
-                return Err(Error::malformed(format!("RoPE scaling: {} {what} for {pairs} frequencies", v.len())));
-            }
-            v.iter().try_for_each(|&v| positive(what, v))
-        };
-        match &self.rope.scaling {
-            RopeScaling::None => Ok(()),
-            RopeScaling::Linear { factor } => positive("factor", *factor),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-                positive("factor", *factor)?;
-                positive("low_freq_factor", *low_freq_factor)?;
-                positive("high_freq_factor - low_freq_factor", high_freq_factor - low_freq_factor)?;
-                positive("original context", *original_context as f64)
-            }
-            RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, .. } => {
-                positive("factor", *factor)?;
-                positive("beta_fast", *beta_fast)?;
-                positive("beta_slow", *beta_slow)?;
-                positive("original context", *original_context as f64)
-            }
-            RopeScaling::LongRope { short, long, original_context, .. } => {
-                divisors("short factors", short)?;
-                divisors("long factors", long)?;
-                positive("original context", *original_context as f64)
-            }
-            RopeScaling::Divisors(v) => divisors("divisors", v),
-        }
     }
 }
 
@@ -381,7 +332,7 @@ impl ModelFile {
             dst.par_chunks_mut(ELEMENTS).zip(tensor.data.par_chunks(bytes)).try_for_each(|(dst, src)| {
                 dequantize(tensor.ty, src, dst).map_err(|e| e.context(tensor.name))?;
                 progress(done.fetch_add(src.len(), Ordering::Relaxed) + src.len(), total);
-                Ok(())
+                Ok::<(), Error>(())
             })
         })?;
         Ok(weights)
@@ -586,9 +537,9 @@ fn gguf_config(g: &Gguf) -> Result<ModelConfig> {
         rms_eps: g.opt_f64("llama.attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5) as f32,
         rope: RopeConfig {
             base: g.opt_f64("llama.rope.freq_base")?.unwrap_or(10_000.0),
-            pairing: RopePairing::Interleaved,
+            pairing: Pairing::Interleaved,
             rotary_dim,
-            scaling: gguf_scaling(g)?,
+            stretch: gguf_stretch(g)?,
         },
         context: g.usize("llama.context_length")?,
         tied: g.tensor(GGUF_NAMES.output).is_none(),
@@ -619,31 +570,39 @@ pub(crate) fn token_id(g: &Gguf, key: &str) -> Result<Option<u32>> {
     }
 }
 
-fn gguf_scaling(g: &Gguf) -> Result<RopeScaling> {
+fn gguf_stretch(g: &Gguf) -> Result<Stretch> {
     if let Some(t) = g.tensor("rope_freqs.weight") {
         let mut divisors = vec![0.0; t.elements()];
         dequantize(t.ty, t.data, &mut divisors)?;
-        return Ok(RopeScaling::Divisors(divisors.into_iter().map(f64::from).collect()));
+        return Ok(Stretch::Divisors(divisors.into_iter().map(f64::from).collect()));
     }
     let factor = g.opt_f64("llama.rope.scaling.factor")?;
     let factor = || factor.ok_or_else(|| Error::malformed("metadata \"llama.rope.scaling.factor\" is missing"));
-    match g.opt_str("llama.rope.scaling.type")? {
+    Ok(Stretch::Fixed(match g.opt_str("llama.rope.scaling.type")? {
         None | Some("none") => match g.opt_f64("llama.rope.scale_linear")? {
-            Some(factor) if factor != 1.0 => Ok(RopeScaling::Linear { factor }),
-            _ => Ok(RopeScaling::None),
+            Some(factor) if factor != 1.0 => RopeScaling::Linear { factor },
+            _ => RopeScaling::None,
         },
-        Some("linear") => Ok(RopeScaling::Linear { factor: factor()? }),
-        Some("yarn") => Ok(RopeScaling::Yarn {
+        Some("linear") => RopeScaling::Linear { factor: factor()? },
+        Some("yarn") => RopeScaling::Yarn {
             factor: factor()?,
-            original_context: g.usize("llama.rope.scaling.original_context_length")?,
+            original_max_position: g.usize("llama.rope.scaling.original_context_length")? as f64,
             beta_fast: g.opt_f64("llama.rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
             beta_slow: g.opt_f64("llama.rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
-            attention_factor: g.opt_f64("llama.rope.scaling.attn_factor")?,
-            mscale: None,
-            mscale_all_dim: None,
-        }),
-        Some(other) => Err(Error::unsupported(format!("RoPE scaling of type {other:?}"))),
-    }
+            // The file's factor comes on top of the paper's.
+            attention_factor: match g.opt_f64("llama.rope.scaling.attn_factor")? {
+                Some(more) => Some(more * yarn_magnitude(factor()?, 1.0)),
+                None => None,
+            },
+            truncate: true,
+        },
+        Some(other) => return Err(Error::unsupported(format!("RoPE scaling of type {other:?}"))),
+    }))
+}
+
+/// YaRN's factor on cosines and sines, with DeepSeek's weight on its logarithm.
+fn yarn_magnitude(factor: f64, weight: f64) -> f64 {
+    if factor > 1.0 { 0.1 * weight * factor.ln() + 1.0 } else { 1.0 }
 }
 
 fn hf_config(dir: &HfDir) -> Result<ModelConfig> {
@@ -683,9 +642,9 @@ fn hf_config(dir: &HfDir) -> Result<ModelConfig> {
         rms_eps: c.rms_norm_eps as f32,
         rope: RopeConfig {
             base: c.rope_theta.or(rope.and_then(|r| r.rope_theta)).unwrap_or(10_000.0),
-            pairing: RopePairing::HalfSplit,
+            pairing: Pairing::HalfSplit,
             rotary_dim: (head_dim as f64 * partial) as usize,
-            scaling: rope.map_or(Ok(RopeScaling::None), |r| hf_scaling(c, r))?,
+            stretch: rope.map_or(Ok(Stretch::Fixed(RopeScaling::None)), |r| hf_stretch(c, r))?,
         },
         context: c.max_position_embeddings,
         tied: c.tie_word_embeddings,
@@ -697,37 +656,44 @@ fn hf_config(dir: &HfDir) -> Result<ModelConfig> {
     Ok(config)
 }
 
-fn hf_scaling(c: &HfConfig, r: &HfRope) -> Result<RopeScaling> {
+fn hf_stretch(c: &HfConfig, r: &HfRope) -> Result<Stretch> {
     let need = |what: &str, v: Option<f64>| {
         v.ok_or_else(|| Error::malformed(format!("config.json: RoPE scaling without {what:?}")))
     };
-    let original = r.original_max_position_embeddings;
-    Ok(match r.rope_type.as_deref() {
+    let original = r.original_max_position_embeddings.or(c.original_max_position_embeddings);
+    Ok(Stretch::Fixed(match r.rope_type.as_deref() {
         None | Some("default") => RopeScaling::None,
         Some("linear") => RopeScaling::Linear { factor: need("factor", r.factor)? },
         Some("llama3") => RopeScaling::Llama3 {
             factor: need("factor", r.factor)?,
             low_freq_factor: need("low_freq_factor", r.low_freq_factor)?,
             high_freq_factor: need("high_freq_factor", r.high_freq_factor)?,
-            original_context: need("original_max_position_embeddings", original.map(|n| n as f64))? as usize,
+            original_max_position: need("original_max_position_embeddings", original.map(|n| n as f64))?,
         },
-        Some("yarn") => RopeScaling::Yarn {
-            factor: need("factor", r.factor)?,
-            original_context: original.unwrap_or(c.max_position_embeddings),
-            beta_fast: r.beta_fast.unwrap_or(32.0),
-            beta_slow: r.beta_slow.unwrap_or(1.0),
-            attention_factor: r.attention_factor,
-            mscale: r.mscale,
-            mscale_all_dim: r.mscale_all_dim,
-        },
-        Some("longrope" | "su") => RopeScaling::LongRope {
-            short: r.short_factor.clone().unwrap_or_default(),
-            long: r.long_factor.clone().unwrap_or_default(),
-            original_context: original.unwrap_or(c.max_position_embeddings),
-            attention_factor: r.attention_factor,
-        },
-        Some(other) => {
-            return Err(Error::unsupported(format!("RoPE scaling of type {other:?}")));
+        Some("yarn") => {
+            let factor = need("factor", r.factor)?;
+            RopeScaling::Yarn {
+                factor,
+                original_max_position: original.unwrap_or(c.max_position_embeddings) as f64,
+                beta_fast: r.beta_fast.unwrap_or(32.0),
+                beta_slow: r.beta_slow.unwrap_or(1.0),
+                attention_factor: r.attention_factor.or_else(|| {
+                    let (m, all) = r.mscale.zip(r.mscale_all_dim)?;
+                    Some(yarn_magnitude(factor, m) / yarn_magnitude(factor, all))
+                }),
+                truncate: r.truncate.unwrap_or(true),
+            }
         }
-    })
+        Some("longrope" | "su") => {
+            let original_context = original.unwrap_or(c.max_position_embeddings);
+            return Ok(Stretch::LongRope {
+                short: r.short_factor.clone().unwrap_or_default(),
+                long: r.long_factor.clone().unwrap_or_default(),
+                factor: r.factor.unwrap_or(c.max_position_embeddings as f64 / original_context.max(1) as f64),
+                original_context,
+                attention_factor: r.attention_factor,
+            });
+        }
+        Some(other) => return Err(Error::unsupported(format!("RoPE scaling of type {other:?}"))),
+    }))
 }

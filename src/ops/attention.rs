@@ -3,9 +3,7 @@
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{
-    ByteView, CHUNK, MAX_TILE_ROWS, Problem, Scratch, Tile, partial_stride,
-};
+use crate::kernels::generic::attention::{ByteView, CHUNK, MAX_TILE_ROWS, Problem, Scratch, Tile, partial_stride};
 use crate::ops::workspace::Workspace;
 use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
@@ -206,11 +204,8 @@ pub(crate) fn fill_alibi_slopes(slopes: &mut [f32]) {
     }
     let n = 1usize << slopes.len().ilog2();
     for (h, slope) in slopes.iter_mut().enumerate() {
-        let exponent = if h < n {
-            -8.0 * (h + 1) as f64 / n as f64
-        } else {
-            -4.0 * (2 * (h - n) + 1) as f64 / n as f64
-        };
+        let exponent =
+            if h < n { -8.0 * (h + 1) as f64 / n as f64 } else { -4.0 * (2 * (h - n) + 1) as f64 / n as f64 };
         *slope = exponent.exp2() as f32;
     }
 }
@@ -414,9 +409,7 @@ pub(crate) unsafe fn attention_raw(
     let kv_heads = call.k.shape[HEADS];
     let rows = seq * problem.group;
     let memory = SharedMemory(workspace);
-    let scratch = |worker: usize| {
-        Scratch::layout(memory.at(worker * plan.scratch), plan.tile_rows, d, dv).0
-    };
+    let scratch = |worker: usize| Scratch::layout(memory.at(worker * plan.scratch), plan.tile_rows, d, dv).0;
     if !split {
         return for_each_tile(runner, workers, plan.tiles, &|worker, index| {
             let tile = Tile { end_chunk: chunks, ..plan.tile(index, rows, kv_heads) };
@@ -533,7 +526,8 @@ fn validate<'a>(call: &RawAttention<'a>) -> Result<Problem<'a>> {
         if let Some(mask) = &call.mask {
             ensure!(!mask.overlaps(&lse)?, Overlap, "mask and lse share memory");
         }
-        for (name, view) in [("q", Some(q)), ("k", Some(k)), ("v", Some(v)), ("out", Some(out)), ("bias", call.bias.as_ref())]
+        for (name, view) in
+            [("q", Some(q)), ("k", Some(k)), ("v", Some(v)), ("out", Some(out)), ("bias", call.bias.as_ref())]
         {
             ensure!(!view.is_some_and(|view| view.overlaps(&lse)), Overlap, "{name} and lse share memory");
         }
@@ -575,7 +569,9 @@ mod tests {
 
     #[test]
     fn tiles_cover_every_row_once() {
-        for (seq, group, batch, kv_heads, threads) in [(1, 4, 1, 8, 2), (200, 3, 2, 3, 5), (7, 71, 1, 1, 3), (1, 1, 1, 1, 64)] {
+        for (seq, group, batch, kv_heads, threads) in
+            [(1, 4, 1, 8, 2), (200, 3, 2, 3, 5), (7, 71, 1, 1, 3), (1, 1, 1, 1, 64)]
+        {
             let plan = Plan::new([batch, seq, group * kv_heads, 64], [batch, 5000, kv_heads, 64], 64, threads);
             let rows = seq * group;
             let mut seen = vec![0; batch * kv_heads * rows];

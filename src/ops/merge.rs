@@ -76,11 +76,7 @@ pub(crate) unsafe fn merge_states_raw(
     out: RawView,
     lse: *mut f32,
 ) -> Result<()> {
-    ensure!(
-        (1..=MAX_STATES).contains(&states),
-        InvalidValue,
-        "{states} states, but a call merges 1 to {MAX_STATES}"
-    );
+    ensure!((1..=MAX_STATES).contains(&states), InvalidValue, "{states} states, but a call merges 1 to {MAX_STATES}");
     out.validate_output("out")?;
     let rows = out.shape[..3].iter().product::<usize>();
     let lse_view = |data: *const f32| RawView {

@@ -145,14 +145,7 @@ impl RopeFrequencies {
                     *f = (1.0 - kept) * *f / factor + kept * *f;
                 }
             }
-            RopeScaling::Yarn {
-                factor,
-                original_max_position,
-                beta_fast,
-                beta_slow,
-                attention_factor,
-                truncate,
-            } => {
+            RopeScaling::Yarn { factor, original_max_position, beta_fast, beta_slow, attention_factor, truncate } => {
                 positive("factor", factor)?;
                 positive("original_max_position", original_max_position)?;
                 positive("beta_slow", beta_slow)?;

@@ -105,11 +105,7 @@ impl Destination<'_> {
                 for row in 0..batch {
                     for token in 0..self.count(row, seq) {
                         let slot = slots[row * seq + token];
-                        ensure!(
-                            slot >= -1,
-                            OutOfRange,
-                            "slots[{row}, {token}] is {slot}: only -1 stands for no slot"
-                        );
+                        ensure!(slot >= -1, OutOfRange, "slots[{row}, {token}] is {slot}: only -1 stands for no slot");
                         ensure!(
                             (slot as i64) < capacity as i64,
                             Capacity,

@@ -1,7 +1,7 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
-use crate::kernels::kernel_shells;
 use super::simd::{MAX_LANES, Simd};
+use crate::kernels::kernel_shells;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -150,19 +150,13 @@ impl Simd for Avx2 {
     fn sum4(self, v: [__m256; 4]) -> [f32; 4] {
         let a = self.0.avx;
         // Halves: [a | b] and [c | d], lane l met by lane l + 4.
-        let ab = a._mm256_add_ps(
-            a._mm256_permute2f128_ps::<0x20>(v[0], v[1]),
-            a._mm256_permute2f128_ps::<0x31>(v[0], v[1]),
-        );
-        let cd = a._mm256_add_ps(
-            a._mm256_permute2f128_ps::<0x20>(v[2], v[3]),
-            a._mm256_permute2f128_ps::<0x31>(v[2], v[3]),
-        );
+        let ab =
+            a._mm256_add_ps(a._mm256_permute2f128_ps::<0x20>(v[0], v[1]), a._mm256_permute2f128_ps::<0x31>(v[0], v[1]));
+        let cd =
+            a._mm256_add_ps(a._mm256_permute2f128_ps::<0x20>(v[2], v[3]), a._mm256_permute2f128_ps::<0x31>(v[2], v[3]));
         // [a01 c01 | b01 d01] + [a23 c23 | b23 d23]: lane l met by lane l + 2.
-        let pairs = a._mm256_add_ps(
-            a._mm256_shuffle_ps::<0b01_00_01_00>(ab, cd),
-            a._mm256_shuffle_ps::<0b11_10_11_10>(ab, cd),
-        );
+        let pairs =
+            a._mm256_add_ps(a._mm256_shuffle_ps::<0b01_00_01_00>(ab, cd), a._mm256_shuffle_ps::<0b11_10_11_10>(ab, cd));
         let sums = a._mm256_add_ps(pairs, a._mm256_permute_ps::<0b10_11_00_01>(pairs));
         let mut lanes = [0.0f32; 8];
         // SAFETY: lanes holds eight f32.

@@ -1,7 +1,7 @@
 //! AVX-512 (F, BW, CD, DQ, VL): sixteen lanes, thirty-two registers, masked loads that never fault on masked-off lanes.
 
-use crate::kernels::kernel_shells;
 use super::simd::{MAX_LANES, Simd};
+use crate::kernels::kernel_shells;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -162,10 +162,9 @@ impl Simd for Avx512 {
         let abcd = f._mm512_add_ps(even, odd);
         let abcd = f._mm512_add_ps(abcd, f._mm512_permute_ps::<0b01_00_11_10>(abcd));
         let abcd = f._mm512_add_ps(abcd, f._mm512_permute_ps::<0b10_11_00_01>(abcd));
-        let sums = f._mm512_castps512_ps128(f._mm512_permutexvar_ps(
-            f._mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0),
-            abcd,
-        ));
+        let sums = f._mm512_castps512_ps128(
+            f._mm512_permutexvar_ps(f._mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), abcd),
+        );
         let mut out = [0.0; 4];
         // SAFETY: out holds four f32.
         unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };

@@ -286,10 +286,8 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, sc
             // SAFETY: acc has rows * dvp floats.
             unsafe { std::ptr::write_bytes(scratch.acc, 0, tile.rows * dvp) };
             for block in from / BLOCK..to.div_ceil(BLOCK) {
-                let span = Span {
-                    low: from.saturating_sub(block * BLOCK).min(BLOCK),
-                    high: (to - block * BLOCK).min(BLOCK),
-                };
+                let span =
+                    Span { low: from.saturating_sub(block * BLOCK).min(BLOCK), high: (to - block * BLOCK).min(BLOCK) };
                 // SAFETY: keys from..to are visible to some row, so inside the views.
                 unsafe { one_block::<S, T>(s, p, tile, scratch, rows, block, span) };
             }
@@ -898,7 +896,8 @@ unsafe fn finite<S: Simd, T: Memory>(s: S, v: *const T, v_stride: isize, keys: u
         while i < dv {
             let part = (dv - i).min(S::LANES);
             // SAFETY: `part` elements are left.
-            let x = unsafe { if part == S::LANES { T::load(s, row.add(i)) } else { T::load_part(s, row.add(i), part) } };
+            let x =
+                unsafe { if part == S::LANES { T::load(s, row.add(i)) } else { T::load_part(s, row.add(i), part) } };
             if !s.all_finite(x) {
                 return false;
             }

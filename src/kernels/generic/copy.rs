@@ -59,7 +59,14 @@ pub(crate) const STAGE: usize = 256;
 /// # Safety
 /// As [`run`], with strides.
 #[inline(always)]
-unsafe fn strided<S: Simd, A: Memory, B: Memory>(s: S, src: *const A, src_dim: isize, dst: *mut B, dst_dim: isize, n: usize) {
+unsafe fn strided<S: Simd, A: Memory, B: Memory>(
+    s: S,
+    src: *const A,
+    src_dim: isize,
+    dst: *mut B,
+    dst_dim: isize,
+    n: usize,
+) {
     let mut from = [A::default(); STAGE];
     let mut to = [B::default(); STAGE];
     let mut done = 0;

@@ -3,8 +3,8 @@
 //! The f16 conversions are part of the base architecture, but their intrinsics ask for more than that (`fp16`): they are
 //! one instruction of inline assembly each.
 
-use crate::kernels::kernel_shells;
 use super::simd::{MAX_LANES, Simd, copy_part};
+use crate::kernels::kernel_shells;
 use half::{bf16, f16};
 use std::arch::aarch64::*;
 use std::arch::asm;

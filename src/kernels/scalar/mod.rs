@@ -2,9 +2,9 @@
 //! has (SSE2 on x86-64, nothing on a small embedded core). Products and sums are rounded separately, since a fused
 //! multiply-add would be a library call on most baselines.
 
-use crate::kernels::kernel_shells;
 use super::simd::{MAX_LANES, Simd, copy_part};
 use crate::dtype::Element;
+use crate::kernels::kernel_shells;
 use half::{bf16, f16};
 
 /// Proof of nothing: every CPU can.
