@@ -20,6 +20,8 @@
 //! A model file is input from strangers. Whatever it contains, the answer is a value or an [`Error`] with a sentence;
 //! what is allocated is bounded by a small multiple of the file's size.
 
+pub mod cache;
+pub mod decoder;
 pub mod error;
 pub mod gguf;
 pub mod hf;
@@ -27,10 +29,14 @@ pub mod linear;
 pub mod model;
 pub mod quant;
 pub mod sampling;
+pub mod threads;
 pub mod tokenizer;
 
+pub use cache::Cache;
+pub use decoder::{Decoder, Logits, Scratch};
 pub use error::{Error, ErrorKind, Result};
 pub use linear::Matrix;
 pub use model::{LayerWeights, ModelConfig, ModelFile, RopeConfig, Stretch, Weights};
 pub use sampling::{Sampler, SamplerOptions};
+pub use threads::Threads;
 pub use tokenizer::{TextStream, Tokenizer};
