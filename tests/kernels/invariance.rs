@@ -271,7 +271,8 @@ impl Model {
 /// The whole prompt, any chunks of it, and token by token: the same bits for every token, whatever the cache's type.
 fn prompt_in_chunks(level: &Level) {
     let mut rng = Rng::new(65);
-    let options: [(&str, fn(usize) -> Options); 3] = [
+    type Make = fn(usize) -> Options;
+    let options: [(&str, Make); 3] = [
         ("plain", |_| Options::default()),
         ("window, softcap, sinks", |heads| Options {
             window_left: Some(70),

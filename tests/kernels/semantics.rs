@@ -54,6 +54,9 @@ fn order_of_operations(level: &Level) {
     assert_eq!(outcome.out.get([0, 0, 0, 2]), case.v.get([0, 0, 0, 2]), "one key has weight 1");
 }
 
+/// A way to hide keys.
+type Hide = Box<dyn Fn(&mut Options)>;
+
 /// Whatever hides all keys: the output is 0 and the LSE -inf, and nothing of K and V is seen.
 fn row_without_keys(level: &Level) {
     let mut rng = Rng::new(11);
@@ -61,7 +64,7 @@ fn row_without_keys(level: &Level) {
         for tokens in [1, 20] {
             let shape = Shape { tokens, group: 2, dim: 20, v_dim: 20, ..Shape::default() };
             let scores = shape.scores();
-            let kinds: Vec<(&str, Box<dyn Fn(&mut Options)>)> = vec![
+            let kinds: Vec<(&str, Hide)> = vec![
                 ("length 0", Box::new(|o| o.lengths = Some(vec![0]))),
                 ("start at length", Box::new(|o| (o.lengths, o.starts) = (Some(vec![60]), Some(vec![60])))),
                 ("start past length", Box::new(|o| (o.lengths, o.starts) = (Some(vec![6]), Some(vec![60])))),
