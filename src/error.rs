@@ -131,7 +131,8 @@ pub(crate) use fail;
 
 macro_rules! ensure {
     ($condition:expr, $status:ident, $($arg:tt)*) => {
-        if !$condition {
+        if $condition {
+        } else {
             $crate::error::fail!($status, $($arg)*);
         }
     };

@@ -6,18 +6,19 @@ use crate::error::{Result, ensure, fail};
 ///
 /// A level is a *set* of CPU features ([`Isa::features`]); it is available when the CPU and the operating system report
 /// all of them, and nothing else (model names, versions) is looked at. The bits of an output row depend on the level.
+/// The values are those of `kvl_isa` in the C header, where 0 stands for "the best there is".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 #[non_exhaustive]
 pub enum Isa {
     /// Portable code that the compiler vectorises as it can; available everywhere.
-    Scalar = 0,
+    Scalar = 1,
     /// x86-64 with AVX2, FMA and F16C.
-    Avx2 = 1,
+    Avx2 = 2,
     /// x86-64 with AVX-512 F, BW, CD, DQ and VL.
-    Avx512 = 2,
+    Avx512 = 3,
     /// AArch64 with Advanced SIMD.
-    Neon = 3,
+    Neon = 4,
 }
 
 impl Isa {

@@ -1,7 +1,90 @@
 //! Attention over a key/value cache for CPUs.
+//!
+//! A decoder that generates text keeps the keys and values of past tokens and computes only the new token's query. kvlane is
+//! what happens around that cache, vectorised for AVX2, AVX-512 and NEON, behind a safe Rust API and a C ABI
+//! (`include/kvlane.h`):
+//!
+//! | operation | what it does |
+//! | --- | --- |
+//! | [`rope()`], [`rope_in_place`] | rotary position embedding, both pairings, all the usual scalings |
+//! | [`kv_write`] | new keys and values of every row into the cache, each row at its own place; RoPE of the keys on the way |
+//! | [`attention`] | masked softmax attention of grouped queries over the cache: prefill, chunks, decode |
+//! | [`merge_states`] | outputs over disjoint keys become the output over all of them |
+//! | [`repeat_kv`] | the explicit repeat of KV heads, for whoever needs it in memory |
+//!
+//! # One decode step
+//! ```
+//! use half::f16;
+//! use kvlane::*;
+//!
+//! let context = Context::new()?; // once: picks the kernels for this CPU
+//! let (batch, capacity, heads, kv_heads, dim) = (2, 64, 6, 2, 32);
+//! let cache = [batch, capacity, kv_heads, dim];
+//! let mut keys = vec![f16::ZERO; cache.iter().product()];
+//! let mut values = keys.clone();
+//! let frequencies = RopeFrequencies::new(dim, 10_000.0, &RopeScaling::None)?;
+//! let mut workspace = Workspace::new();
+//!
+//! // Row 0 holds 7 tokens, row 1 holds 30; one new token each.
+//! let mut lengths = [7i32, 30];
+//! let (mut q, k, v) = (vec![0.1f32; batch * heads * dim], vec![0.2f32; batch * kv_heads * dim], vec![0.3f32; batch * kv_heads * dim]);
+//! let at = Rope {
+//!     pairing: Pairing::HalfSplit,
+//!     rotary_dim: dim,
+//!     angles: RopeAngles::Frequencies(&frequencies),
+//!     positions: Positions::Offsets(&lengths),
+//! };
+//! rope_in_place(&context, &Serial, ViewMut::new(&mut q, [batch, 1, heads, dim])?, &at)?;
+//! kv_write(&context, &Serial, KvWrite {
+//!     k: View::new(&k, [batch, 1, kv_heads, dim])?,
+//!     v: View::new(&v, [batch, 1, kv_heads, dim])?,
+//!     k_cache: ViewMut::new(&mut keys, cache)?,
+//!     v_cache: ViewMut::new(&mut values, cache)?,
+//!     to: Destination { positions: &lengths, ..Default::default() },
+//!     rope: Some(at),
+//! })?;
+//! lengths.iter_mut().for_each(|n| *n += 1);
+//! let mut out = vec![0f32; batch * heads * dim];
+//! attention(&context, &Serial, &mut workspace, AttentionTensors {
+//!     q: View::new(&q, [batch, 1, heads, dim])?,
+//!     k: View::new(&keys, cache)?,
+//!     v: View::new(&values, cache)?,
+//!     out: ViewMut::new(&mut out, [batch, 1, heads, dim])?,
+//!     lse: None,
+//! }, &AttentionOptions { causal: true, lengths: Some(&lengths), ..Default::default() })?;
+//! # Ok::<(), kvlane::Error>(())
+//! ```
+//!
+//! # What is promised
+//! - **Bitwise invariance.** The bits of an output row depend on that row's inputs and the ISA level alone: not on threads,
+//!   the batch around it, strides, or how the prompt was cut. Cached decode equals full prefill, to the bit.
+//! - **Poison.** NaN or infinity in a slot that is not seen (beyond a length, before a start, masked) never reaches an
+//!   output; NaN in live input does.
+//! - **All or nothing.** Bad input is an [`Error`] with a pinned [`Status`] and a sentence with both numbers, and not a byte
+//!   has been written.
+//! - **No surprises.** Memory is the caller's, threads are the caller's ([`Runner`]); a call allocates nothing, keeps no
+//!   state and reads no environment.
+//!
+//! # The road data takes
+//! ```text
+//! C caller -> capi (guard, null, struct_size, enum range)  \
+//!                                                           -> ops (validate, cut tiles) -> kernel from the registry
+//! Rust caller ------------------------ safe views ---------/        |                       (one ISA level)
+//!                                                                   -> runner (caller's, rayon, or none)
+//! driver -> the Rust API, and nothing private
+//! ```
+//! One direction, no way back: `capi` knows no kernel, a kernel knows no descriptor, the driver uses only what a user has.
+//! A tensor is a [`View`]: always `[batch, seq, heads, dim]`, the order in memory given by strides. An operation
+//! ([`ops`]) validates everything once, cuts the work into tiles by the problem's shape, and hands them to a kernel through
+//! the runner; scratch memory is a [`Workspace`] that the caller keeps. A kernel is a generic algorithm compiled for one
+//! [`Isa`] level and listed in the registry ([`kernels()`]), which dispatch, tests and benches all walk: what is not in it
+//! does not exist. [`Context::kernel`] tells which one serves a call; `KVLANE_MAX_ISA` and [`Context::with_max_isa`] lower.
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
+// A register tile is arrays indexed by row and vector; iterators over them hide the pattern.
 #![allow(clippy::needless_range_loop)]
 
+#[cfg(feature = "capi")]
+mod capi;
 mod context;
 mod dtype;
 mod error;
@@ -33,3 +116,8 @@ pub use ops::write::{Destination, KvWrite, kv_write};
 pub use parallel::Rayon;
 pub use parallel::{Runner, Serial};
 pub use view::{View, ViewMut};
+
+/// The README's Rust examples are documentation tests.
+#[cfg(all(doctest, feature = "rayon"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

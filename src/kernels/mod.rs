@@ -256,7 +256,7 @@ pub(crate) use kernel_shells;
 /// Every level has every kernel.
 pub(crate) const ENTRIES_PER_LEVEL: usize = 28;
 
-static LEVELS: &[&[Entry; ENTRIES_PER_LEVEL]] = &[
+pub(crate) static LEVELS: &[&[Entry; ENTRIES_PER_LEVEL]] = &[
     &scalar::ENTRIES,
     #[cfg(target_arch = "x86_64")]
     &avx2::ENTRIES,

@@ -24,6 +24,13 @@ pub(crate) trait Simd: Copy {
     /// `lane_order(2i)` and `lane_order(2i + 1)` are added first, then neighbouring pairs of those, and so on.
     fn lane_order(i: usize) -> usize;
 
+    /// Runs `body` as a function of its own, compiled with the level's features: for inner loops that several kernels share,
+    /// or that are large.
+    ///
+    /// # Safety
+    /// That of the piece: its pointers are valid for what it does.
+    unsafe fn outline<B: Outlined>(self, body: B);
+
     fn splat(self, x: f32) -> Self::V;
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
@@ -124,6 +131,33 @@ pub(crate) trait Simd: Copy {
         self.splat(0.0)
     }
 }
+
+/// A piece of a kernel that becomes a function of its own.
+pub(crate) trait Outlined {
+    /// The piece; `inline(always)`, into the function that [`Simd::outline`] makes of it.
+    ///
+    /// # Safety
+    /// The pointers in `self` are valid for what the piece does.
+    unsafe fn run<S: Simd>(self, s: S);
+}
+
+/// [`Simd::outline`] of a level with these features.
+macro_rules! outline {
+    ($(#[$feature:meta])*) => {
+        #[inline(always)]
+        unsafe fn outline<B: $crate::kernels::simd::Outlined>(self, body: B) {
+            $(#[$feature])*
+            #[inline(never)]
+            unsafe fn run<S: Simd, B: $crate::kernels::simd::Outlined>(s: S, body: B) {
+                // SAFETY: the caller's.
+                unsafe { body.run(s) }
+            }
+            // SAFETY: `self` proves the features; the caller vouches for `body`.
+            unsafe { run(self, body) }
+        }
+    };
+}
+pub(crate) use outline;
 
 /// The first `n` elements at `p`, the rest of the buffer zero.
 ///

@@ -235,14 +235,26 @@ impl RopeFrequencies {
     /// # Ok::<(), kvlane::Error>(())
     /// ```
     pub fn table(&self, context: &Context, positions: usize) -> (Vec<f32>, Vec<f32>) {
-        let half = self.inv_freq.len();
-        let (mut cos, mut sin) = (vec![0.0; positions * half], vec![0.0; positions * half]);
-        let angles = context.angles();
-        for (position, (c, s)) in cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half)).enumerate() {
-            // SAFETY: the context hands out kernels of available levels only.
-            unsafe { angles(position as f64, &self.inv_freq, self.magnitude, c, s) };
-        }
+        let entries = positions * self.inv_freq.len();
+        let (mut cos, mut sin) = (vec![0.0; entries], vec![0.0; entries]);
+        fill_table(context, &self.inv_freq, self.magnitude, 0, &mut cos, &mut sin);
         (cos, sin)
+    }
+}
+
+/// Cosines and sines for the positions from `first` on, a row of `inv_freq.len()` each, as many rows as `cos` holds.
+pub(crate) fn fill_table(
+    context: &Context,
+    inv_freq: &[f64],
+    magnitude: f64,
+    first: i64,
+    cos: &mut [f32],
+    sin: &mut [f32],
+) {
+    let (half, angles) = (inv_freq.len(), context.angles());
+    for (row, (c, s)) in cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half)).enumerate() {
+        // SAFETY: the context hands out kernels of available levels only.
+        unsafe { angles((first + row as i64) as f64, inv_freq, magnitude, c, s) };
     }
 }
 
@@ -263,7 +275,7 @@ pub(crate) fn check_rotary_dim(rotary_dim: usize) -> Result<()> {
     Ok(())
 }
 
-fn check_frequencies(inv_freq: &[f64], magnitude: f64) -> Result<()> {
+pub(crate) fn check_frequencies(inv_freq: &[f64], magnitude: f64) -> Result<()> {
     if let Some((i, f)) = inv_freq.iter().enumerate().find(|(_, f)| !f.is_finite()) {
         return Err(Error::new(Status::InvalidValue, format!("inv_freq[{i}] is {f}")));
     }

@@ -73,6 +73,8 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const TILE_VECTORS: usize = 2;
 
+    crate::kernels::simd::outline!(#[target_feature(enable = "avx2,fma,f16c")]);
+
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
         // Three bits reversed: the tree adds lanes 4, then 2, then 1 apart.

@@ -81,6 +81,8 @@ impl Simd for Avx512 {
     const LANES: usize = 16;
     const TILE_VECTORS: usize = 4;
 
+    crate::kernels::simd::outline!(#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]);
+
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
         // Four bits reversed: the tree adds lanes 8, then 4, then 2, then 1 apart.

@@ -36,7 +36,7 @@
 
 use super::{copy, math};
 use crate::dtype::DType;
-use crate::kernels::simd::{MAX_LANES, Memory, Simd};
+use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd};
 use crate::view::RawView;
 use half::{bf16, f16};
 
@@ -485,7 +485,8 @@ unsafe fn one_block<S: Simd, T: Memory>(
             scores::<S, f32>(s, scratch, rows.len(), d, scratch.k_block, dp as isize, span);
         }
         for (r, row) in rows.iter_mut().enumerate() {
-            softmax(s, p, tile, row, scratch.s.add(r * BLOCK), base, span, scratch.acc.add(r * dvp), dvp);
+            let (x, acc) = (scratch.s.add(r * BLOCK), scratch.acc.add(r * dvp));
+            s.outline(Softmax { p, tile, row, x, base, span, acc, dvp });
         }
         let v = p.v.row(tile.batch, base + span.low, tile.kv_head);
         if p.v.strides[3] == 1 || dv == 1 {
@@ -547,38 +548,43 @@ unsafe fn scores<S: Simd, T: Memory>(
     span: Span,
 ) {
     let dp = padded(d);
-    // SAFETY: the caller's.
-    unsafe {
-        if rows < PACK_ROWS {
-            let mut r = 0;
-            while r < rows {
-                let (q, out) = (scratch.q.add(r * dp), scratch.s.add(r * BLOCK));
-                // Sixteen accumulators fit where there are 32 registers.
-                if S::LANES != 8 && rows - r >= 4 {
-                    dot::<S, T, 4>(s, q, d, k, k_stride, span, out);
-                    r += 4;
-                } else if rows - r >= 2 {
-                    dot::<S, T, 2>(s, q, d, k, k_stride, span, out);
-                    r += 2;
-                } else {
-                    dot::<S, T, 1>(s, q, d, k, k_stride, span, out);
-                    r += 1;
-                }
-            }
-            return;
-        }
-        pack::<S, T>(s, scratch.kt, d, k, k_stride, span);
-        let mut r = 0;
-        while r < rows {
-            let (q, out) = (scratch.q.add(r * dp), scratch.s.add(r * BLOCK));
-            r += match rows_at_once(rows - r) {
-                6 => packed::<S, 6>(s, q, d, scratch.kt, out),
-                4 => packed::<S, 4>(s, q, d, scratch.kt, out),
-                2 => packed::<S, 2>(s, q, d, scratch.kt, out),
-                _ => packed::<S, 1>(s, q, d, scratch.kt, out),
-            };
-        }
+    if rows >= PACK_ROWS {
+        // SAFETY: the caller's.
+        unsafe { s.outline(Pack { kt: scratch.kt, d, k, k_stride, span }) };
     }
+    let mut r = 0;
+    while r < rows {
+        let (q, out) = (scratch.q.wrapping_add(r * dp), scratch.s.wrapping_add(r * BLOCK));
+        // SAFETY: the caller's; r + rows of the piece <= rows.
+        r += unsafe {
+            match rows - r {
+                left if rows >= PACK_ROWS => {
+                    let kt = scratch.kt;
+                    match rows_at_once(left) {
+                        6 => outlined(s, 6, Packed::<6> { q, d, kt, out }),
+                        4 => outlined(s, 4, Packed::<4> { q, d, kt, out }),
+                        2 => outlined(s, 2, Packed::<2> { q, d, kt, out }),
+                        _ => outlined(s, 1, Packed::<1> { q, d, kt, out }),
+                    }
+                }
+                // Sixteen accumulators fit where there are 32 registers.
+                4.. if S::LANES != 8 => outlined(s, 4, Dot::<T, 4> { q, d, k, k_stride, span, out }),
+                2.. => outlined(s, 2, Dot::<T, 2> { q, d, k, k_stride, span, out }),
+                _ => outlined(s, 1, Dot::<T, 1> { q, d, k, k_stride, span, out }),
+            }
+        };
+    }
+}
+
+/// Runs a piece that does `rows` rows, and says so.
+///
+/// # Safety
+/// As [`Simd::outline`].
+#[inline(always)]
+unsafe fn outlined<S: Simd>(s: S, rows: usize, body: impl Outlined) -> usize {
+    // SAFETY: the caller's.
+    unsafe { s.outline(body) };
+    rows
 }
 
 /// Rows of the next register tile when `left` are to do: few, nearly equal tiles.
@@ -593,118 +599,136 @@ fn rows_at_once(left: usize) -> usize {
     }
 }
 
-/// `R` rows of Q times the keys of a span, four keys at a time: vectors run along the head dimension.
-///
-/// # Safety
-/// As [`scores`]; `q` has `R` rows of `padded(d)`, `out` has `R` rows of [`BLOCK`].
-#[inline(always)]
-unsafe fn dot<S: Simd, T: Memory, const R: usize>(
-    s: S,
+/// `R` rows of Q times the keys of a span, four keys at a time: vectors run along the head dimension. As [`scores`]; `q`
+/// has `R` rows of `padded(d)`, `out` has `R` rows of [`BLOCK`].
+struct Dot<T, const R: usize> {
     q: *const f32,
     d: usize,
     k: *const T,
     k_stride: isize,
     span: Span,
     out: *mut f32,
-) {
-    let dp = padded(d);
-    let whole = d - d % S::LANES;
-    let mut j = span.low;
-    while j < span.high {
-        let keys = (span.high - j).min(4);
-        // Past the end the last key is computed again; its score is not stored.
-        let key: [*const T; 4] = [0, 1, 2, 3].map(|i: usize| {
-            let index = (j - span.low + i.min(keys - 1)) as isize;
-            k.wrapping_offset(index * k_stride)
-        });
-        let mut acc = [[s.zero(); 4]; R];
-        let mut i = 0;
-        // SAFETY: the caller's; partial loads read what is left of a key and the zero padding of Q.
-        unsafe {
-            while i < whole {
-                let kv = [
-                    T::load(s, key[0].add(i)),
-                    T::load(s, key[1].add(i)),
-                    T::load(s, key[2].add(i)),
-                    T::load(s, key[3].add(i)),
-                ];
-                for r in 0..R {
-                    let qv = s.load_f32(q.add(r * dp + i));
-                    for c in 0..4 {
-                        acc[r][c] = s.fma(qv, kv[c], acc[r][c]);
-                    }
-                }
-                i += S::LANES;
-            }
-            if i < d {
-                for c in 0..4 {
-                    let kv = T::load_part(s, key[c].add(i), d - i);
+}
+
+impl<T: Memory, const R: usize> Outlined for Dot<T, R> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { q, d, k, k_stride, span, out } = self;
+        let dp = padded(d);
+        let whole = d - d % S::LANES;
+        let mut j = span.low;
+        while j < span.high {
+            let keys = (span.high - j).min(4);
+            // Past the end the last key is computed again; its score is not stored.
+            let key: [*const T; 4] = [0, 1, 2, 3].map(|i: usize| {
+                let index = (j - span.low + i.min(keys - 1)) as isize;
+                k.wrapping_offset(index * k_stride)
+            });
+            let mut acc = [[s.zero(); 4]; R];
+            let mut i = 0;
+            // SAFETY: the caller's; partial loads read what is left of a key and the zero padding of Q.
+            unsafe {
+                while i < whole {
+                    let kv = [
+                        T::load(s, key[0].add(i)),
+                        T::load(s, key[1].add(i)),
+                        T::load(s, key[2].add(i)),
+                        T::load(s, key[3].add(i)),
+                    ];
                     for r in 0..R {
-                        acc[r][c] = s.fma(s.load_f32(q.add(r * dp + i)), kv, acc[r][c]);
+                        let qv = s.load_f32(q.add(r * dp + i));
+                        for c in 0..4 {
+                            acc[r][c] = s.fma(qv, kv[c], acc[r][c]);
+                        }
+                    }
+                    i += S::LANES;
+                }
+                if i < d {
+                    for c in 0..4 {
+                        let kv = T::load_part(s, key[c].add(i), d - i);
+                        for r in 0..R {
+                            acc[r][c] = s.fma(s.load_f32(q.add(r * dp + i)), kv, acc[r][c]);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    let sums = s.sum4(acc[r]);
+                    if keys == 4 {
+                        out.add(r * BLOCK + j).cast::<[f32; 4]>().write_unaligned(sums);
+                    } else {
+                        std::ptr::copy_nonoverlapping(sums.as_ptr(), out.add(r * BLOCK + j), keys);
                     }
                 }
             }
-            for r in 0..R {
-                let sums = s.sum4(acc[r]);
-                if keys == 4 {
-                    out.add(r * BLOCK + j).cast::<[f32; 4]>().write_unaligned(sums);
-                } else {
-                    std::ptr::copy_nonoverlapping(sums.as_ptr(), out.add(r * BLOCK + j), keys);
-                }
-            }
-        }
-        j += keys;
-    }
-}
-
-/// Transposes the keys of a span into `kt`; columns outside of it become 0.
-///
-/// # Safety
-/// As [`scores`]; `kt` has `padded(d)` rows of [`BLOCK`].
-#[inline(always)]
-unsafe fn pack<S: Simd, T: Memory>(s: S, kt: *mut f32, d: usize, k: *const T, k_stride: isize, span: Span) {
-    for group in (0..BLOCK).step_by(S::LANES) {
-        for i in (0..d).step_by(S::LANES) {
-            let part = (d - i).min(S::LANES);
-            let mut v = [s.zero(); MAX_LANES];
-            for (lane, row) in v.iter_mut().enumerate().take(S::LANES) {
-                let j = group + lane;
-                if j >= span.low && j < span.high {
-                    let key = k.wrapping_offset((j - span.low) as isize * k_stride).wrapping_add(i);
-                    // SAFETY: the key is in the span and has `part` elements from i on.
-                    *row = unsafe { if part == S::LANES { T::load(s, key) } else { T::load_part(s, key, part) } };
-                }
-            }
-            s.transpose(&mut v);
-            for (lane, column) in v.iter().enumerate().take(part) {
-                // SAFETY: kt has d rows of BLOCK.
-                unsafe { s.store_f32(kt.add((i + lane) * BLOCK + group), *column) };
-            }
+            j += keys;
         }
     }
 }
 
-/// `R` rows of Q times a transposed block: vectors run along the keys. Returns `R`.
-///
-/// # Safety
-/// `q` has `R` rows of `padded(d)`, `kt` has `d` rows of [`BLOCK`], `out` has `R` rows of [`BLOCK`].
-#[inline(always)]
-unsafe fn packed<S: Simd, const R: usize>(s: S, q: *const f32, d: usize, kt: *const f32, out: *mut f32) -> usize {
-    // SAFETY: the caller's.
-    unsafe {
+/// Transposes the keys of a span into `kt`; columns outside of it become 0. As [`scores`]; `kt` has `padded(d)` rows of
+/// [`BLOCK`].
+struct Pack<T> {
+    kt: *mut f32,
+    d: usize,
+    k: *const T,
+    k_stride: isize,
+    span: Span,
+}
+
+impl<T: Memory> Outlined for Pack<T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { kt, d, k, k_stride, span } = self;
+        for group in (0..BLOCK).step_by(S::LANES) {
+            for i in (0..d).step_by(S::LANES) {
+                let part = (d - i).min(S::LANES);
+                let mut v = [s.zero(); MAX_LANES];
+                for (lane, row) in v.iter_mut().enumerate().take(S::LANES) {
+                    let j = group + lane;
+                    if j >= span.low && j < span.high {
+                        let key = k.wrapping_offset((j - span.low) as isize * k_stride).wrapping_add(i);
+                        // SAFETY: the key is in the span and has `part` elements from i on.
+                        *row = unsafe { if part == S::LANES { T::load(s, key) } else { T::load_part(s, key, part) } };
+                    }
+                }
+                s.transpose(&mut v);
+                for (lane, column) in v.iter().enumerate().take(part) {
+                    // SAFETY: kt has d rows of BLOCK.
+                    unsafe { s.store_f32(kt.add((i + lane) * BLOCK + group), *column) };
+                }
+            }
+        }
+    }
+}
+
+/// `R` rows of Q times a transposed block: vectors run along the keys. `q` has `R` rows of `padded(d)`, `kt` has `d` rows of
+/// [`BLOCK`], `out` has `R` rows of [`BLOCK`].
+struct Packed<const R: usize> {
+    q: *const f32,
+    d: usize,
+    kt: *const f32,
+    out: *mut f32,
+}
+
+impl<const R: usize> Outlined for Packed<R> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { q, d, kt, out } = self;
         for column in (0..BLOCK).step_by(S::LANES * S::TILE_VECTORS) {
-            if S::TILE_VECTORS == 4 {
-                packed_tile::<S, R, 4>(s, q, d, kt.add(column), out.add(column));
-            } else {
-                packed_tile::<S, R, 2>(s, q, d, kt.add(column), out.add(column));
+            // SAFETY: the caller's.
+            unsafe {
+                if S::TILE_VECTORS == 4 {
+                    packed_tile::<S, R, 4>(s, q, d, kt.add(column), out.add(column));
+                } else {
+                    packed_tile::<S, R, 2>(s, q, d, kt.add(column), out.add(column));
+                }
             }
         }
     }
-    R
 }
 
 /// # Safety
-/// As [`packed`].
+/// As [`Packed`].
 #[inline(always)]
 unsafe fn packed_tile<S: Simd, const R: usize, const N: usize>(
     s: S,
@@ -755,85 +779,86 @@ unsafe fn packed_tile<S: Simd, const R: usize, const N: usize>(
     }
 }
 
-/// Scores of one row to weights, in place; updates the row's max and sum and rescales its accumulator.
-///
-/// # Safety
-/// `x` has [`BLOCK`] scores, valid in `span`; `acc` has `dvp` floats.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn softmax<S: Simd>(
-    s: S,
-    p: &Problem,
-    tile: &Tile,
-    row: &mut RowState,
+/// Scores of one row to weights, in place; updates the row's max and sum and rescales its accumulator. `x` has [`BLOCK`]
+/// scores, valid in `span`; `acc` has `dvp` floats.
+struct Softmax<'a> {
+    p: &'a Problem<'a>,
+    tile: &'a Tile,
+    row: &'a mut RowState,
     x: *mut f32,
     base: usize,
     span: Span,
     acc: *mut f32,
     dvp: usize,
-) {
-    let vectors = span.low / S::LANES * S::LANES..span.high;
-    let hidden = s.splat(f32::NEG_INFINITY);
-    let mut bias_row = [0.0f32; BLOCK];
-    if let Some(bias) = &p.bias {
-        // SAFETY: the bias is as wide as K, and the span is inside K.
-        unsafe {
-            let at = bias.row(tile.batch, row.token as usize, row.head as usize);
-            let first = (base + span.low) as isize * bias.strides[3] as isize * bias.dtype.size() as isize;
-            let to = bias_row.as_mut_ptr().add(span.low);
-            load_row(s, bias.dtype, at.offset(first), bias.strides[3], to, span.high - span.low);
-        }
-    }
-    let mut max = hidden;
-    for i in vectors.clone().step_by(S::LANES) {
-        // SAFETY: i + LANES <= BLOCK.
-        let mut v = s.mul(unsafe { s.load_f32(x.add(i)) }, s.splat(p.scale));
-        if p.softcap != 0.0 {
-            v = s.mul(math::tanh(s, s.mul(v, s.splat(1.0 / p.softcap))), s.splat(p.softcap));
-        }
-        if let Some(slopes) = p.alibi {
-            let distance = (base + i) as i64 - row.position;
-            // SAFETY: the table has MAX_LANES entries.
-            let distance = s.add(unsafe { s.load_f32(IOTA.as_ptr()) }, s.splat(distance as f32));
-            v = s.fma(s.splat(slopes[row.head as usize]), distance, v);
-        }
-        if p.bias.is_some() {
-            // SAFETY: i + LANES <= BLOCK.
-            let b = unsafe { s.load_f32(bias_row.as_ptr().add(i)) };
-            v = s.add(v, b);
-            row.live &= !(s.lt_bits(b, s.splat(f32::MIN)) << i);
-        }
-        v = s.select_bits(row.live >> i, v, hidden);
-        max = s.max(v, max);
-        // SAFETY: i + LANES <= BLOCK.
-        unsafe { s.store_f32(x.add(i), v) };
-    }
-    let block_max = s.max_lane(max);
-    if block_max > row.max {
-        let factor = math::exp1(s, row.max - block_max);
-        row.sum *= factor;
-        // A state that has seen nothing has a zero accumulator: nothing to scale.
-        if row.max > f32::NEG_INFINITY {
-            let factor = s.splat(factor);
-            for i in (0..dvp).step_by(S::LANES) {
-                // SAFETY: dvp is a multiple of LANES.
-                unsafe { s.store_f32(acc.add(i), s.mul(s.load_f32(acc.add(i)), factor)) };
+}
+
+impl Outlined for Softmax<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { p, tile, row, x, base, span, acc, dvp } = self;
+        let vectors = span.low / S::LANES * S::LANES..span.high;
+        let hidden = s.splat(f32::NEG_INFINITY);
+        let mut bias_row = [0.0f32; BLOCK];
+        if let Some(bias) = &p.bias {
+            // SAFETY: the bias is as wide as K, and the span is inside K.
+            unsafe {
+                let at = bias.row(tile.batch, row.token as usize, row.head as usize);
+                let first = (base + span.low) as isize * bias.strides[3] as isize * bias.dtype.size() as isize;
+                let to = bias_row.as_mut_ptr().add(span.low);
+                load_row(s, bias.dtype, at.offset(first), bias.strides[3], to, span.high - span.low);
             }
         }
-        row.max = block_max;
-    }
-    // With nothing but -inf so far, -inf - -inf must not become NaN; a live NaN stays one.
-    let max = s.splat(if row.max == f32::NEG_INFINITY { 0.0 } else { row.max });
-    let mut sum = s.zero();
-    for i in vectors.step_by(S::LANES) {
-        // SAFETY: i + LANES <= BLOCK.
-        unsafe {
-            let w = math::exp(s, s.sub(s.load_f32(x.add(i)), max));
-            s.store_f32(x.add(i), w);
-            sum = s.add(sum, w);
+        let mut max = hidden;
+        for i in vectors.clone().step_by(S::LANES) {
+            // SAFETY: i + LANES <= BLOCK.
+            let mut v = s.mul(unsafe { s.load_f32(x.add(i)) }, s.splat(p.scale));
+            if p.softcap != 0.0 {
+                v = s.mul(math::tanh(s, s.mul(v, s.splat(1.0 / p.softcap))), s.splat(p.softcap));
+            }
+            if let Some(slopes) = p.alibi {
+                let distance = (base + i) as i64 - row.position;
+                // SAFETY: the table has MAX_LANES entries.
+                let distance = s.add(unsafe { s.load_f32(IOTA.as_ptr()) }, s.splat(distance as f32));
+                v = s.fma(s.splat(slopes[row.head as usize]), distance, v);
+            }
+            if p.bias.is_some() {
+                // SAFETY: i + LANES <= BLOCK.
+                let b = unsafe { s.load_f32(bias_row.as_ptr().add(i)) };
+                v = s.add(v, b);
+                row.live &= !(s.lt_bits(b, s.splat(f32::MIN)) << i);
+            }
+            v = s.select_bits(row.live >> i, v, hidden);
+            max = s.max(v, max);
+            // SAFETY: i + LANES <= BLOCK.
+            unsafe { s.store_f32(x.add(i), v) };
         }
+        let block_max = s.max_lane(max);
+        if block_max > row.max {
+            let factor = math::exp1(s, row.max - block_max);
+            row.sum *= factor;
+            // A state that has seen nothing has a zero accumulator: nothing to scale.
+            if row.max > f32::NEG_INFINITY {
+                let factor = s.splat(factor);
+                for i in (0..dvp).step_by(S::LANES) {
+                    // SAFETY: dvp is a multiple of LANES.
+                    unsafe { s.store_f32(acc.add(i), s.mul(s.load_f32(acc.add(i)), factor)) };
+                }
+            }
+            row.max = block_max;
+        }
+        // With nothing but -inf so far, -inf - -inf must not become NaN; a live NaN stays one.
+        let max = s.splat(if row.max == f32::NEG_INFINITY { 0.0 } else { row.max });
+        let mut sum = s.zero();
+        for i in vectors.step_by(S::LANES) {
+            // SAFETY: i + LANES <= BLOCK.
+            unsafe {
+                let w = math::exp(s, s.sub(s.load_f32(x.add(i)), max));
+                s.store_f32(x.add(i), w);
+                sum = s.add(sum, w);
+            }
+        }
+        row.sum += s.sum4([sum, s.zero(), s.zero(), s.zero()])[0];
     }
-    row.sum += s.sum4([sum, s.zero(), s.zero(), s.zero()])[0];
 }
 
 /// 0, 1, 2, ...: distances of the lanes.
@@ -865,7 +890,8 @@ unsafe fn values<S: Simd, T: Memory>(
                     if row.live >> j & 1 == 1 {
                         let value = v.wrapping_offset((j - span.low) as isize * v_stride);
                         let weight = scratch.s.add(r * BLOCK + j);
-                        accumulate::<S, T, 1>(s, weight, scratch.acc.add(r * dvp), dvp, value, 0, 1, dv);
+                        let acc = scratch.acc.add(r * dvp);
+                        s.outline(Accumulate::<T, 1> { weights: weight, acc, v: value, v_stride, keys: 1, dv });
                     }
                 }
             }
@@ -875,10 +901,10 @@ unsafe fn values<S: Simd, T: Memory>(
         while r < rows.len() {
             let (weights, acc) = (scratch.s.add(r * BLOCK + span.low), scratch.acc.add(r * dvp));
             r += match rows_at_once(rows.len() - r) {
-                6 => accumulate::<S, T, 6>(s, weights, acc, dvp, v, v_stride, keys, dv),
-                4 => accumulate::<S, T, 4>(s, weights, acc, dvp, v, v_stride, keys, dv),
-                2 => accumulate::<S, T, 2>(s, weights, acc, dvp, v, v_stride, keys, dv),
-                _ => accumulate::<S, T, 1>(s, weights, acc, dvp, v, v_stride, keys, dv),
+                6 => outlined(s, 6, Accumulate::<T, 6> { weights, acc, v, v_stride, keys, dv }),
+                4 => outlined(s, 4, Accumulate::<T, 4> { weights, acc, v, v_stride, keys, dv }),
+                2 => outlined(s, 2, Accumulate::<T, 2> { weights, acc, v, v_stride, keys, dv }),
+                _ => outlined(s, 1, Accumulate::<T, 1> { weights, acc, v, v_stride, keys, dv }),
             };
         }
     }
@@ -907,44 +933,44 @@ unsafe fn finite<S: Simd, T: Memory>(s: S, v: *const T, v_stride: isize, keys: u
     true
 }
 
-/// `acc[r] += sum over keys of weights[r][j] * v[j]`, one key after the other. Returns `R`.
-///
-/// # Safety
-/// As [`values`]; `weights` has `R` rows of [`BLOCK`], `acc` has `R` rows of `dvp`.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn accumulate<S: Simd, T: Memory, const R: usize>(
-    s: S,
+/// `acc[r] += sum over keys of weights[r][j] * v[j]`, one key after the other. As [`values`]; `weights` has `R` rows of
+/// [`BLOCK`], `acc` has `R` rows of `padded(dv)`.
+struct Accumulate<T, const R: usize> {
     weights: *const f32,
     acc: *mut f32,
-    dvp: usize,
     v: *const T,
     v_stride: isize,
     keys: usize,
     dv: usize,
-) -> usize {
-    let mut i = 0;
-    // SAFETY: the caller's; i never passes dv.
-    unsafe {
-        while S::TILE_VECTORS == 4 && i + 4 * S::LANES <= dv {
-            accumulate_tile::<S, T, R, 4>(s, weights, acc.add(i), dvp, v.add(i), v_stride, keys, S::LANES);
-            i += 4 * S::LANES;
-        }
-        while i + 2 * S::LANES <= dv {
-            accumulate_tile::<S, T, R, 2>(s, weights, acc.add(i), dvp, v.add(i), v_stride, keys, S::LANES);
-            i += 2 * S::LANES;
-        }
-        while i < dv {
-            let part = (dv - i).min(S::LANES);
-            accumulate_tile::<S, T, R, 1>(s, weights, acc.add(i), dvp, v.add(i), v_stride, keys, part);
-            i += part;
+}
+
+impl<T: Memory, const R: usize> Outlined for Accumulate<T, R> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { weights, acc, v, v_stride, keys, dv } = self;
+        let dvp = padded(dv);
+        let mut i = 0;
+        // SAFETY: the caller's; i never passes dv.
+        unsafe {
+            while S::TILE_VECTORS == 4 && i + 4 * S::LANES <= dv {
+                accumulate_tile::<S, T, R, 4>(s, weights, acc.add(i), dvp, v.add(i), v_stride, keys, S::LANES);
+                i += 4 * S::LANES;
+            }
+            while i + 2 * S::LANES <= dv {
+                accumulate_tile::<S, T, R, 2>(s, weights, acc.add(i), dvp, v.add(i), v_stride, keys, S::LANES);
+                i += 2 * S::LANES;
+            }
+            while i < dv {
+                let part = (dv - i).min(S::LANES);
+                accumulate_tile::<S, T, R, 1>(s, weights, acc.add(i), dvp, v.add(i), v_stride, keys, part);
+                i += part;
+            }
         }
     }
-    R
 }
 
 /// # Safety
-/// As [`accumulate`]; `N` vectors, or one of `part` elements, are left.
+/// As [`Accumulate`]; `N` vectors, or one of `part` elements, are left.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 unsafe fn accumulate_tile<S: Simd, T: Memory, const R: usize, const N: usize>(
@@ -997,11 +1023,29 @@ unsafe fn accumulate_tile<S: Simd, T: Memory, const R: usize, const N: usize>(
 #[inline(always)]
 unsafe fn load_row<S: Simd>(s: S, dtype: DType, src: *const u8, stride: i64, dst: *mut f32, n: usize) {
     // SAFETY: the caller's.
-    unsafe {
-        match dtype {
-            DType::F32 => load_typed::<S, f32>(s, src.cast(), stride as isize, dst, n),
-            DType::F16 => load_typed::<S, f16>(s, src.cast(), stride as isize, dst, n),
-            DType::Bf16 => load_typed::<S, bf16>(s, src.cast(), stride as isize, dst, n),
+    unsafe { s.outline(LoadRow { dtype, src, stride: stride as isize, dst, n }) };
+}
+
+/// The arguments of [`load_row`].
+struct LoadRow {
+    dtype: DType,
+    src: *const u8,
+    stride: isize,
+    dst: *mut f32,
+    n: usize,
+}
+
+impl Outlined for LoadRow {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { dtype, src, stride, dst, n } = self;
+        // SAFETY: the caller's.
+        unsafe {
+            match dtype {
+                DType::F32 => load_typed::<S, f32>(s, src.cast(), stride, dst, n),
+                DType::F16 => load_typed::<S, f16>(s, src.cast(), stride, dst, n),
+                DType::Bf16 => load_typed::<S, bf16>(s, src.cast(), stride, dst, n),
+            }
         }
     }
 }

@@ -50,10 +50,10 @@ pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
     let a = s.abs(x);
     let z = s.mul(x, x);
     let p = s.splat(-5.704_988_7e-3);
-    let p = s.fma(p, z, s.splat(2.063_908_9e-2));
+    let p = s.fma(p, z, s.splat(2.063_909e-2));
     let p = s.fma(p, z, s.splat(-5.373_971_6e-2));
     let p = s.fma(p, z, s.splat(1.333_144_2e-1));
-    let p = s.fma(p, z, s.splat(-3.333_328_2e-1));
+    let p = s.fma(p, z, s.splat(-3.333_328e-1));
     let small = s.fma(s.mul(p, z), x, x);
     let limit = s.splat(9.1);
     let clamped = s.select_lt(limit, a, limit, a);

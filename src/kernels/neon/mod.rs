@@ -39,6 +39,8 @@ impl Simd for Neon {
     const LANES: usize = 4;
     const TILE_VECTORS: usize = 4;
 
+    crate::kernels::simd::outline!(#[target_feature(enable = "neon")]);
+
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
         // Pairwise additions join neighbours.

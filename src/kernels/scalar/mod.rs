@@ -51,6 +51,8 @@ impl Simd for Scalar {
     const LANES: usize = 4;
     const TILE_VECTORS: usize = 2;
 
+    crate::kernels::simd::outline!();
+
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
         i

@@ -1,0 +1,55 @@
+//! Gives the shared library its SONAME, and, asked by the feature `regen-header`, writes `include/kvlane.h`.
+
+/// The major version of the ABI, which `kvl_abi_version` reports too; `tests/ffi.rs` compares them.
+const ABI_MAJOR: u32 = 0;
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    let set = |name: &str| std::env::var_os(name).is_some();
+    if set("CARGO_FEATURE_CAPI") {
+        // Programs ask for this name at run time, whatever the file was called that they were linked with.
+        match std::env::var("CARGO_CFG_TARGET_OS").as_deref() {
+            Ok("linux" | "android" | "freebsd" | "netbsd" | "openbsd" | "dragonfly") => {
+                println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libkvlane.so.{ABI_MAJOR}");
+            }
+            Ok("macos" | "ios") => {
+                println!("cargo:rustc-cdylib-link-arg=-Wl,-install_name,@rpath/libkvlane.{ABI_MAJOR}.dylib");
+            }
+            _ => {}
+        }
+    }
+    #[cfg(feature = "regen-header")]
+    header::regenerate();
+}
+
+#[cfg(feature = "regen-header")]
+mod header {
+    use std::path::Path;
+
+    /// Writes the header if it differs from what the sources say, and tells the tests whether it did.
+    pub fn regenerate() {
+        let root = std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets it");
+        let root = Path::new(&root);
+        let (sources, committed) = (root.join("src/capi"), root.join("include/kvlane.h"));
+        // The header itself too: after it has been written the next build finds it right.
+        for path in [&sources, &committed] {
+            println!("cargo:rerun-if-changed={}", path.display());
+        }
+        let config = cbindgen::Config::from_file(sources.join("cbindgen.toml")).expect("cbindgen.toml is valid");
+        // File by file, because looking at the whole crate would start another cargo.
+        let header = cbindgen::Builder::new()
+            .with_config(config)
+            .with_src(sources.join("types.rs"))
+            .with_src(sources.join("mod.rs"))
+            .generate()
+            .expect("the sources of the C ABI are valid");
+        let mut generated = Vec::new();
+        header.write(&mut generated);
+        let stale = std::fs::read(&committed).ok().as_ref() != Some(&generated);
+        if stale {
+            println!("cargo:warning=include/kvlane.h did not fit the sources and has been rewritten");
+            std::fs::write(&committed, generated).expect("include/ can be written");
+        }
+        println!("cargo:rustc-env=KVLANE_HEADER_WAS={}", if stale { "stale" } else { "current" });
+    }
+}

@@ -1,0 +1,19 @@
+/* The header alone, first and only: as C99, C11 and C++17, without a warning. */
+#include "kvlane.h"
+#include "kvlane.h" /* Twice: it guards itself. */
+
+int main(void) {
+    kvl_attention_params attention = KVL_ATTENTION_PARAMS_INIT;
+    kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
+    kvl_rope_params rope = KVL_ROPE_PARAMS_INIT;
+    kvl_rope_frequencies_params frequencies = KVL_ROPE_FREQUENCIES_PARAMS_INIT;
+    kvl_parallel_runner runner = KVL_PARALLEL_RUNNER_INIT;
+    kvl_context_params context = KVL_CONTEXT_PARAMS_INIT;
+    kvl_kernel_info info = KVL_KERNEL_INFO_INIT;
+    attention.out = kvl_make_view(NULL, KVL_F32, 1, 2, 3, 4);
+    attention.q = kvl_as_const(attention.out);
+    attention.k = kvl_make_const_view(NULL, KVL_BF16, 1, 2, 3, 4);
+    return attention.struct_size + write.struct_size + rope.struct_size + frequencies.struct_size + runner.struct_size +
+                   context.struct_size + info.struct_size ==
+               0;
+}

@@ -1,0 +1,164 @@
+/* Sizes and offsets on 64-bit machines, and every value, as numbers: src/capi/types.rs asserts the same ones from the other
+ * side, so no change of either goes unseen. Compiles as C11 and as C++17. */
+#include <assert.h>
+
+#include "kvlane.h"
+
+#define SIZE(type, size) static_assert(sizeof(type) == (size), #type " has changed its size")
+#define AT(type, field, offset) static_assert(offsetof(type, field) == (offset), #type "." #field " has moved")
+#define VALUE(name, value) static_assert((name) == (value), #name " has changed its value")
+
+#if UINTPTR_MAX == 0xffffffffffffffff
+SIZE(kvl_view, 88);
+AT(kvl_view, data, 0);
+AT(kvl_view, dtype, 8);
+AT(kvl_view, reserved, 12);
+AT(kvl_view, shape, 16);
+AT(kvl_view, strides, 48);
+AT(kvl_view, bytes, 80);
+
+SIZE(kvl_const_view, 88);
+AT(kvl_const_view, data, 0);
+AT(kvl_const_view, dtype, 8);
+AT(kvl_const_view, reserved, 12);
+AT(kvl_const_view, shape, 16);
+AT(kvl_const_view, strides, 48);
+AT(kvl_const_view, bytes, 80);
+
+SIZE(kvl_mask, 80);
+AT(kvl_mask, data, 0);
+AT(kvl_mask, shape, 8);
+AT(kvl_mask, strides, 40);
+AT(kvl_mask, bytes, 72);
+
+SIZE(kvl_parallel_runner, 32);
+AT(kvl_parallel_runner, struct_size, 0);
+AT(kvl_parallel_runner, ctx, 8);
+AT(kvl_parallel_runner, num_threads, 16);
+AT(kvl_parallel_runner, run, 24);
+
+SIZE(kvl_context_params, 16);
+AT(kvl_context_params, struct_size, 0);
+AT(kvl_context_params, max_isa, 8);
+AT(kvl_context_params, reserved, 12);
+
+SIZE(kvl_kernel_info, 40);
+AT(kvl_kernel_info, struct_size, 0);
+AT(kvl_kernel_info, name, 8);
+AT(kvl_kernel_info, op, 16);
+AT(kvl_kernel_info, src, 20);
+AT(kvl_kernel_info, dst, 24);
+AT(kvl_kernel_info, isa, 28);
+AT(kvl_kernel_info, available, 32);
+AT(kvl_kernel_info, max_error, 36);
+
+SIZE(kvl_rope_frequencies_params, 96);
+AT(kvl_rope_frequencies_params, struct_size, 0);
+AT(kvl_rope_frequencies_params, rotary_dim, 8);
+AT(kvl_rope_frequencies_params, base, 16);
+AT(kvl_rope_frequencies_params, scaling, 24);
+AT(kvl_rope_frequencies_params, keep_ramp, 28);
+AT(kvl_rope_frequencies_params, factor, 32);
+AT(kvl_rope_frequencies_params, original_max_position, 40);
+AT(kvl_rope_frequencies_params, low_freq_factor, 48);
+AT(kvl_rope_frequencies_params, high_freq_factor, 56);
+AT(kvl_rope_frequencies_params, beta_fast, 64);
+AT(kvl_rope_frequencies_params, beta_slow, 72);
+AT(kvl_rope_frequencies_params, attention_factor, 80);
+AT(kvl_rope_frequencies_params, factors, 88);
+
+SIZE(kvl_rope_params, 80);
+AT(kvl_rope_params, struct_size, 0);
+AT(kvl_rope_params, pairing, 8);
+AT(kvl_rope_params, reserved, 12);
+AT(kvl_rope_params, rotary_dim, 16);
+AT(kvl_rope_params, inv_freq, 24);
+AT(kvl_rope_params, magnitude, 32);
+AT(kvl_rope_params, cos, 40);
+AT(kvl_rope_params, sin, 48);
+AT(kvl_rope_params, table_rows, 56);
+AT(kvl_rope_params, offsets, 64);
+AT(kvl_rope_params, positions, 72);
+
+SIZE(kvl_kv_write_params, 400);
+AT(kvl_kv_write_params, struct_size, 0);
+AT(kvl_kv_write_params, k, 8);
+AT(kvl_kv_write_params, v, 96);
+AT(kvl_kv_write_params, k_cache, 184);
+AT(kvl_kv_write_params, v_cache, 272);
+AT(kvl_kv_write_params, positions, 360);
+AT(kvl_kv_write_params, counts, 368);
+AT(kvl_kv_write_params, rows, 376);
+AT(kvl_kv_write_params, slots, 384);
+AT(kvl_kv_write_params, rope, 392);
+
+SIZE(kvl_attention_state, 96);
+AT(kvl_attention_state, out, 0);
+AT(kvl_attention_state, lse, 88);
+
+SIZE(kvl_attention_params, 608);
+AT(kvl_attention_params, struct_size, 0);
+AT(kvl_attention_params, q, 8);
+AT(kvl_attention_params, k, 96);
+AT(kvl_attention_params, v, 184);
+AT(kvl_attention_params, out, 272);
+AT(kvl_attention_params, lse, 360);
+AT(kvl_attention_params, scale, 368);
+AT(kvl_attention_params, softcap, 372);
+AT(kvl_attention_params, flags, 376);
+AT(kvl_attention_params, reserved, 380);
+AT(kvl_attention_params, window_left, 384);
+AT(kvl_attention_params, window_right, 392);
+AT(kvl_attention_params, lengths, 400);
+AT(kvl_attention_params, starts, 408);
+AT(kvl_attention_params, offsets, 416);
+AT(kvl_attention_params, mask, 424);
+AT(kvl_attention_params, bias, 504);
+AT(kvl_attention_params, alibi_slopes, 592);
+AT(kvl_attention_params, sinks, 600);
+#endif
+
+VALUE(KVL_OK, 0);
+VALUE(KVL_ERR_NULL_POINTER, 1);
+VALUE(KVL_ERR_STRUCT_SIZE, 2);
+VALUE(KVL_ERR_INVALID_ENUM, 3);
+VALUE(KVL_ERR_INVALID_VALUE, 4);
+VALUE(KVL_ERR_SHAPE, 5);
+VALUE(KVL_ERR_STRIDE, 6);
+VALUE(KVL_ERR_BOUNDS, 7);
+VALUE(KVL_ERR_CAPACITY, 8);
+VALUE(KVL_ERR_OUT_OF_RANGE, 9);
+VALUE(KVL_ERR_OVERLAP, 10);
+VALUE(KVL_ERR_DUPLICATE_SLOT, 11);
+VALUE(KVL_ERR_DTYPE, 12);
+VALUE(KVL_ERR_WORKSPACE, 13);
+VALUE(KVL_ERR_UNSUPPORTED, 14);
+VALUE(KVL_ERR_PARALLEL, 15);
+VALUE(KVL_ERR_INTERNAL, 16);
+VALUE(KVL_F32, 0);
+VALUE(KVL_F16, 1);
+VALUE(KVL_BF16, 2);
+VALUE(KVL_ISA_BEST, 0);
+VALUE(KVL_ISA_SCALAR, 1);
+VALUE(KVL_ISA_AVX2, 2);
+VALUE(KVL_ISA_AVX512, 3);
+VALUE(KVL_ISA_NEON, 4);
+VALUE(KVL_OP_ROPE_ANGLES, 0);
+VALUE(KVL_OP_ROPE, 1);
+VALUE(KVL_OP_KV_WRITE, 2);
+VALUE(KVL_OP_REPEAT_KV, 3);
+VALUE(KVL_OP_ATTENTION, 4);
+VALUE(KVL_OP_MERGE_STATES, 5);
+VALUE(KVL_INTERLEAVED, 0);
+VALUE(KVL_HALF_SPLIT, 1);
+VALUE(KVL_ROPE_UNSCALED, 0);
+VALUE(KVL_ROPE_LINEAR, 1);
+VALUE(KVL_ROPE_NTK, 2);
+VALUE(KVL_ROPE_LLAMA3, 3);
+VALUE(KVL_ROPE_YARN, 4);
+VALUE(KVL_ROPE_LONGROPE, 5);
+VALUE(KVL_CAUSAL, 1);
+VALUE(KVL_WINDOW_LEFT, 2);
+VALUE(KVL_WINDOW_RIGHT, 4);
+
+int main(void) { return 0; }
