@@ -16,21 +16,18 @@ fn the_table_of_operations_is_the_registry() {
     for op in Op::ALL {
         let cells = row(op.name());
         let levels: Vec<&str> = cells[2].split(", ").collect();
-        let types: Vec<DType> = DType::ALL
-            .into_iter()
-            .filter(|t| cells[1].split([' ', ',', ';']).any(|word| word == t.name()))
-            .collect();
+        let types: Vec<DType> =
+            DType::ALL.into_iter().filter(|t| cells[1].split([' ', ',', ';']).any(|word| word == t.name())).collect();
         let each_to_each = cells[1].contains("each to each");
         assert_eq!(levels, Isa::ALL.map(Isa::name), "levels of {}", op.name());
         for level in Isa::ALL.into_iter().filter(|l| l.is_built()) {
             let mut promised = Vec::new();
             for src in &types {
-                promised.extend(types.iter().filter(|&dst| src == dst || each_to_each).map(|dst| (src.name(), dst.name())));
+                promised
+                    .extend(types.iter().filter(|&dst| src == dst || each_to_each).map(|dst| (src.name(), dst.name())));
             }
-            let mut found: Vec<_> = kernels()
-                .filter(|k| k.op == op && k.isa == level)
-                .map(|k| (k.src.name(), k.dst.name()))
-                .collect();
+            let mut found: Vec<_> =
+                kernels().filter(|k| k.op == op && k.isa == level).map(|k| (k.src.name(), k.dst.name())).collect();
             promised.sort();
             found.sort();
             assert_eq!(promised, found, "types of {} at {level}", op.name());
