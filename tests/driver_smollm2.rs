@@ -10,7 +10,9 @@ use std::sync::LazyLock;
 
 use kvlane::DType;
 use kvlane::driver::sampling::argmax;
-use kvlane::driver::{Cache, Decoder, Logits, ModelFile, Scratch, Threads, Tokenizer};
+use kvlane::driver::{
+    Cache, Decoder, Event, Finish, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Threads, Tokenizer,
+};
 use serde::Deserialize;
 
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -209,5 +211,38 @@ fn narrow_caches_stay_close() {
         let worst = wide[0].iter().zip(&narrow[0]).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
         eprintln!("{dtype}: largest difference of a logit {worst:.2e}");
         assert!(worst > 0.0 && worst < tolerance, "{dtype}: {worst}");
+    }
+}
+
+/// More requests than slots: each enters when a slot is free, and none notices the others.
+#[test]
+fn slots_are_reused() {
+    let Some((decoder, _)) = MODEL.as_ref() else { return };
+    let cases: Vec<&Prompt> = REFERENCE.prompts.iter().filter(|p| p.ids.len() < 24).collect();
+    let all = cases.len();
+    let mut waiting = cases.iter().enumerate();
+    let mut slots = Slots::new(decoder, 3, 64, DType::F32).unwrap();
+    let mut owner = [usize::MAX; 3];
+    let mut texts = vec![Vec::new(); all];
+    let mut ended = 0;
+    while ended < all {
+        let mut events: Vec<Event> = Vec::new();
+        // Different lengths, so that slots become free at different times and out of order.
+        while let Some(slot) = slots.free_slot() {
+            let Some((i, case)) = waiting.next() else { break };
+            owner[slot] = i;
+            let (prompt, max_tokens) = (case.ids.clone(), 3 + 5 * i % 11);
+            let request = Request { prompt, max_tokens, sampling: SamplerOptions::default() };
+            events.push(slots.insert(request, &mut |_| ()).unwrap());
+        }
+        events.extend(slots.step().unwrap());
+        for event in events {
+            texts[owner[event.slot]].push(event.token);
+            ended += usize::from(event.finish == Some(Finish::MaxTokens));
+        }
+    }
+    assert_eq!((slots.running(), slots.free_slot()), (0, Some(0)));
+    for (case, text) in cases.iter().zip(texts) {
+        assert_eq!(text, case.greedy[..text.len()], "{:?}", case.text);
     }
 }

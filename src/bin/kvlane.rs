@@ -1,3 +1,5 @@
-//! The kvlane command line.
+//! The kvlane command line: `kvlane --help` says everything.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    kvlane::driver::cli::main()
+}

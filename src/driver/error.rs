@@ -9,6 +9,8 @@ use std::path::Path;
 pub enum ErrorKind {
     /// The operating system refused: a missing file, no permission, a full pipe.
     Io,
+    /// Whoever reads our standard output has gone.
+    ClosedPipe,
     /// A file that contradicts itself or its format: truncated, corrupt, or made to harm.
     Malformed,
     /// A sound file that asks for something this driver does not do.
@@ -50,6 +52,18 @@ impl Error {
 
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
         Self { kind: ErrorKind::Io, message: format!("{}: {source}", path.display()), source: Some(Box::new(source)) }
+    }
+
+    pub(crate) fn stdin(source: std::io::Error) -> Self {
+        Self::io(Path::new("standard input"), source)
+    }
+
+    pub(crate) fn stdout(source: std::io::Error) -> Self {
+        let kind = match source.kind() {
+            std::io::ErrorKind::BrokenPipe => ErrorKind::ClosedPipe,
+            _ => ErrorKind::Io,
+        };
+        Self { kind, ..Self::io(Path::new("standard output"), source) }
     }
 
     pub(crate) fn malformed(message: impl Into<String>) -> Self {

@@ -1,0 +1,637 @@
+//! The command line. Standard output carries results only: generated text, a table, a JSON object; progress, figures and
+//! complaints go to standard error.
+
+use std::collections::BTreeMap;
+use std::io::{self, IsTerminal, Read, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use super::cache::Cache;
+use super::decoder::{Decoder, Logits, Scratch};
+use super::embedded;
+use super::error::{Error, ErrorKind, Result};
+use super::model::{ModelConfig, ModelFile, Stretch};
+use super::runner::{Finish, PREFILL_CHUNK, Request, Slots};
+use super::sampling::SamplerOptions;
+use super::threads::Threads;
+use super::tokenizer::Tokenizer;
+use crate::{Context, DType, Isa, KernelInfo, Op, Pairing, RopeScaling, kernels};
+
+/// Attention over a key/value cache for CPUs, shown on small language models.
+#[derive(Debug, Parser)]
+#[command(name = "kvlane", version, arg_required_else_help = true, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Generate(Generate),
+    Info(Info),
+    Inspect(Inspect),
+    CacheCost(CacheCost),
+}
+
+/// Continue a text.
+///
+/// The continuation goes to standard output as it comes, and nothing else does. Figures follow on standard error: tokens
+/// per second while reading the prompt and while writing, and the kernels that ran.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  kvlane generate --prompt 'And God said'
+  kvlane generate --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'Once upon a time' --temperature 0
+  echo 'The moon' | kvlane generate --model ./Llama-3.2-1B --prompt - --kv-type bf16")]
+struct Generate {
+    #[command(flatten)]
+    run: Run,
+    /// The text to continue; `-` reads it from standard input. Special tokens may be written out
+    #[arg(long, value_name = "TEXT", default_value = embedded::PROMPT)]
+    prompt: String,
+    /// The most tokens to write
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    max_tokens: usize,
+    /// How freely to choose; 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    temperature: f32,
+    /// Choose among the likeliest tokens whose probabilities reach P together; 1 is no limit
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    top_p: f32,
+    /// Choose among the K likeliest tokens; 0 is no limit
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Where the random numbers start: one seed, one text
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// Empty the cache before every token and compute the whole text again, to see what the cache saves
+    #[arg(long)]
+    no_cache: bool,
+    /// Write one JSON object with the text and the figures, when done, in the place of the text
+    #[arg(long)]
+    json: bool,
+}
+
+/// What every command that runs a model takes.
+#[derive(Debug, Args)]
+struct Run {
+    /// A GGUF file, or a directory with config.json, tokenizer.json and safetensors. Default: a tiny model that is part
+    /// of this program
+    #[arg(long, value_name = "FILE|DIR")]
+    model: Option<PathBuf>,
+    /// Threads to compute on; 0 is one for every CPU
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    threads: usize,
+    /// Type of the keys and values in the cache
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = dtype_parser())]
+    kv_type: DType,
+    /// The highest instruction-set level to use. Default: the best that this CPU has (and KVLANE_MAX_ISA allows)
+    #[arg(long, value_name = "LEVEL", value_parser = isa_parser())]
+    isa: Option<Isa>,
+}
+
+/// Show the CPU, the instruction-set levels of this build, and the kernel chosen for each operation.
+#[derive(Debug, Args)]
+struct Info {
+    /// Choose as if this were the highest level
+    #[arg(long, value_name = "LEVEL", value_parser = isa_parser())]
+    isa: Option<Isa>,
+    /// Write JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Show a model's shape.
+#[derive(Debug, Args)]
+struct Inspect {
+    /// A GGUF file, or a directory with config.json and safetensors
+    file: PathBuf,
+    /// Write JSON, with every tensor
+    #[arg(long)]
+    json: bool,
+}
+
+/// Measure what a token costs with the cache and without, against the length of the context.
+///
+/// Prints a Markdown table: milliseconds for the next token after a context of so many tokens, once by feeding that token
+/// over the cache, once by computing the whole context again. The median of several runs.
+#[derive(Debug, Args)]
+struct CacheCost {
+    #[command(flatten)]
+    run: Run,
+    /// The longest context to measure; lengths double from 16 up to it. Default: what the model was made for, at most 1024
+    #[arg(long, value_name = "N")]
+    max_context: Option<usize>,
+    /// Write JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn dtype_parser() -> impl TypedValueParser<Value = DType> {
+    PossibleValuesParser::new(DType::ALL.map(DType::name))
+        .try_map(|s| DType::from_name(&s).ok_or_else(|| format!("no type is called {s}")))
+}
+
+fn isa_parser() -> impl TypedValueParser<Value = Isa> {
+    PossibleValuesParser::new(Isa::ALL.map(Isa::name))
+        .try_map(|s| Isa::from_name(&s).ok_or_else(|| format!("no level is called {s}")))
+}
+
+/// Parses the arguments, runs the command, says what went wrong.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Generate(args) => generate(&args),
+        Command::Info(args) => info(&args),
+        Command::Inspect(args) => inspect(&args),
+        Command::CacheCost(args) => cache_cost(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads our output has seen enough, as in `kvlane generate | head -1`.
+        Err(e) if e.kind() == ErrorKind::ClosedPipe => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::stdout)
+}
+
+fn print_json(value: &serde_json::Value) -> Result<()> {
+    print(&format!("{value:#}\n"))
+}
+
+fn open(path: Option<&PathBuf>) -> Result<ModelFile> {
+    match path {
+        Some(path) => ModelFile::open(path),
+        None => embedded::open(),
+    }
+}
+
+/// A bar on standard error if that is a terminal, and nothing otherwise.
+fn bar(what: &str, len: usize, bytes: bool) -> ProgressBar {
+    let template = match bytes {
+        true => "{prefix} {wide_bar} {binary_bytes}/{binary_total_bytes}",
+        false => "{prefix} {wide_bar} {pos}/{len} tokens",
+    };
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::with_draw_target(Some(len as u64), ProgressDrawTarget::stderr());
+    bar.with_style(style).with_prefix(what.to_owned())
+}
+
+impl Run {
+    /// Unpacks the model for sequences of up to `longest(config)` tokens.
+    fn load(&self, file: &ModelFile, longest: usize) -> Result<Decoder> {
+        let threads = Threads::new(self.threads)?;
+        let progress = bar("loading", 0, true);
+        let weights = threads.run(|| {
+            file.weights(&|done, total| {
+                progress.set_length(total as u64);
+                progress.set_position(done as u64);
+            })
+        })?;
+        progress.finish_and_clear();
+        Decoder::new(file.config().clone(), weights, longest, self.isa, threads)
+    }
+}
+
+fn generate(args: &Generate) -> Result<()> {
+    let start = Instant::now();
+    let file = open(args.run.model.as_ref())?;
+    let tokenizer = file.tokenizer()?;
+    let prompt = tokenizer.encode(&prompt_text(&args.prompt)?, true)?;
+    let config = file.config();
+    if prompt.is_empty() {
+        return Err(Error::argument("the prompt has no tokens"));
+    }
+    if prompt.len() > config.context {
+        return Err(Error::argument(format!(
+            "the prompt has {} tokens, but the model was made for {}",
+            prompt.len(),
+            config.context
+        )));
+    }
+    let capacity = prompt.len().saturating_add(args.max_tokens).min(config.context);
+    let decoder = args.run.load(&file, capacity)?;
+    let name = config.name.clone().unwrap_or_else(|| file.format());
+    drop(file);
+    let load = start.elapsed();
+
+    let mut slots = Slots::new(&decoder, 1, capacity, args.run.kv_type)?.recompute(args.no_cache);
+    let request = Request {
+        prompt: prompt.clone(),
+        max_tokens: args.max_tokens,
+        sampling: SamplerOptions {
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            seed: args.seed,
+        },
+    };
+
+    let start = Instant::now();
+    let progress = (prompt.len() > PREFILL_CHUNK).then(|| bar("prompt", prompt.len(), false));
+    let mut event = slots.insert(request, &mut |done| {
+        if let Some(bar) = &progress {
+            bar.set_position(done as u64);
+        }
+    })?;
+    if let Some(bar) = progress {
+        bar.finish_and_clear();
+    }
+    let prefill = start.elapsed();
+
+    let start = Instant::now();
+    let mut tokens = Vec::new();
+    let mut stream = tokenizer.stream();
+    let mut text = String::new();
+    let mut emit = |piece: String| {
+        if args.json {
+            text += &piece;
+            return Ok(());
+        }
+        print(&piece)
+    };
+    let finish = loop {
+        tokens.push(event.token);
+        if event.finish != Some(Finish::Eos) {
+            emit(stream.push(event.token)?)?;
+        }
+        if let Some(finish) = event.finish {
+            break finish;
+        }
+        event = slots.step()?.remove(0);
+    };
+    emit(stream.finish()?)?;
+    let decode = start.elapsed();
+
+    let per_second = |n: usize, time: Duration| n as f64 / time.as_secs_f64();
+    // The first token came out of the prefill.
+    let (prefill_rate, decode_rate) = (per_second(prompt.len(), prefill), per_second(tokens.len() - 1, decode));
+    let ran = kernels_that_run(decoder.context(), args.run.kv_type);
+    let names: Vec<&str> = ran.iter().map(|k| k.name).collect();
+    if args.json {
+        return print_json(&json!({
+            "model": name,
+            "text": text,
+            "prompt_ids": prompt,
+            "ids": tokens,
+            "finish": match finish {
+                Finish::Eos => "eos",
+                Finish::MaxTokens => "max_tokens",
+                Finish::Full => "context",
+            },
+            "cached": !args.no_cache,
+            "threads": decoder.threads().count(),
+            "isa": decoder.context().isa().name(),
+            "kv_type": args.run.kv_type.name(),
+            "cache_bytes": slots.cache().bytes(),
+            "load_seconds": load.as_secs_f64(),
+            "prefill_tokens_per_second": prefill_rate,
+            "decode_tokens_per_second": decode_rate,
+            "kernels": names,
+        }));
+    }
+    if io::stdout().is_terminal() {
+        print("\n")?;
+    }
+    let ending = match finish {
+        Finish::Eos => "the model ended the text",
+        Finish::MaxTokens => "--max-tokens reached",
+        Finish::Full => "the model's context is full",
+    };
+    eprintln!("{name}: loaded in {:.2} s; {ending}", load.as_secs_f64());
+    eprintln!(
+        "prefill {} tokens, {prefill_rate:.1} tokens/s; decode {} tokens, {decode_rate:.1} tokens/s; {} threads{}",
+        prompt.len(),
+        tokens.len() - 1,
+        decoder.threads().count(),
+        if args.no_cache { ", every token from nothing" } else { "" }
+    );
+    eprintln!("kernels: {}", names.join(", "));
+    Ok(())
+}
+
+fn prompt_text(argument: &str) -> Result<String> {
+    if argument != "-" {
+        return Ok(argument.to_owned());
+    }
+    // Far more than any model's context, far less than would hurt.
+    const MOST: u64 = 64 << 20;
+    let mut text = String::new();
+    io::stdin().take(MOST).read_to_string(&mut text).map_err(Error::stdin)?;
+    Ok(text)
+}
+
+/// The kernels behind a pass of the decoder, which computes in f32 and stores in `kv`.
+fn kernels_that_run(context: &Context, kv: DType) -> Vec<KernelInfo> {
+    let f32 = DType::F32;
+    let mut ran: Vec<KernelInfo> = [
+        (Op::RopeAngles, f32, f32),
+        (Op::Rope, f32, f32),
+        (Op::Rope, f32, kv),
+        (Op::KvWrite, f32, kv),
+        (Op::Attention, kv, kv),
+    ]
+    .into_iter()
+    .filter_map(|(op, src, dst)| context.kernel(op, src, dst))
+    .collect();
+    ran.dedup_by_key(|k| k.name);
+    ran
+}
+
+/// What the CPU reports, of the features that kernels of this kind are ever written for.
+fn cpu_features() -> Vec<(&'static str, bool)> {
+    macro_rules! detect {
+        ($detect:ident: $($name:tt),*) => { vec![$(($name, std::arch::$detect!($name))),*] };
+    }
+    #[cfg(target_arch = "x86_64")]
+    let features = detect!(is_x86_feature_detected: "sse4.2", "avx", "avx2", "fma", "f16c", "avxvnni", "avx512f",
+        "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16", "avx512fp16");
+    #[cfg(target_arch = "aarch64")]
+    let features = detect!(is_aarch64_feature_detected: "neon", "fp16", "dotprod", "bf16", "i8mm", "sve", "sve2");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let features = Vec::new();
+    features
+}
+
+/// The name that the operating system gives the CPU, where it does.
+fn cpu_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+fn info(args: &Info) -> Result<()> {
+    let context = match args.isa {
+        Some(isa) => Context::with_max_isa(isa)?,
+        None => Context::new()?,
+    };
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let features = cpu_features();
+    let chosen: Vec<KernelInfo> = Op::ALL
+        .into_iter()
+        .flat_map(|op| DType::ALL.into_iter().map(move |src| (op, src)))
+        .flat_map(|(op, src)| DType::ALL.into_iter().map(move |dst| (op, src, dst)))
+        .filter_map(|(op, src, dst)| context.kernel(op, src, dst))
+        .collect();
+    let built = |level: Isa| kernels().filter(|k| k.isa == level).count();
+
+    if args.json {
+        return print_json(&json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "architecture": std::env::consts::ARCH,
+            "cpu": cpu_name(),
+            "cpus": cpus,
+            "features": features.iter().map(|&(n, has)| (n.to_owned(), has.into())).collect::<serde_json::Map<_, _>>(),
+            "levels": Isa::ALL.map(|level| json!({
+                "name": level.name(),
+                "needs": level.features(),
+                "built": level.is_built(),
+                "available": level.is_available(),
+                "kernels": built(level),
+            })),
+            "isa": context.isa().name(),
+            "chosen": chosen.iter().map(|k| json!({
+                "op": k.op.name(), "from": k.src.name(), "to": k.dst.name(), "isa": k.isa.name(), "name": k.name,
+            })).collect::<Vec<_>>(),
+        }));
+    }
+    let mut text = format!(
+        "kvlane {}\n\nCPU       {} ({cpus} usable)\n",
+        env!("CARGO_PKG_VERSION"),
+        cpu_name().unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+    );
+    let list = |wanted: bool| {
+        let names: Vec<&str> = features.iter().filter(|f| f.1 == wanted).map(|f| f.0).collect();
+        if names.is_empty() { "-".to_owned() } else { names.join(" ") }
+    };
+    text += &format!("has       {}\nhas not   {}\n\nlevels\n", list(true), list(false));
+    for level in Isa::ALL {
+        let state = match (level.is_built(), level.is_available()) {
+            (false, _) => "of another architecture".to_owned(),
+            (true, false) => format!("{} kernels built; this CPU cannot run them", built(level)),
+            (true, true) => format!("{} kernels", built(level)),
+        };
+        let mark = if level == context.isa() { ", chosen" } else { "" };
+        text += &format!("  {:<8}{state}{mark}\n", level.name());
+    }
+    text += "\nkernels\n";
+    for k in &chosen {
+        text += &format!("  {:<14}{:>5} -> {:<6}{}\n", k.op.name(), k.src.name(), k.dst.name(), k.name);
+    }
+    print(&text)
+}
+
+fn inspect(args: &Inspect) -> Result<()> {
+    let file = ModelFile::open(&args.file)?;
+    let c = file.config();
+    let tensors = file.tensors()?;
+    let mut types: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+    for t in &tensors {
+        let entry = types.entry(t.ty).or_default();
+        *entry = (entry.0 + 1, entry.1 + t.bytes);
+    }
+    let token_bytes = |dtype: DType| 2 * c.layers * c.kv_dim() * dtype.size();
+
+    if args.json {
+        return print_json(&json!({
+            "format": file.format(),
+            "name": c.name,
+            "parameters": c.parameters(),
+            "vocab": c.vocab,
+            "dim": c.dim,
+            "layers": c.layers,
+            "heads": c.heads,
+            "kv_heads": c.kv_heads,
+            "head_dim": c.head_dim,
+            "ffn_dim": c.ffn_dim,
+            "rms_eps": c.rms_eps,
+            "rope": {
+                "base": c.rope.base,
+                "rotary_dim": c.rope.rotary_dim,
+                "pairing": pairing(c),
+                "scaling": stretch(c),
+            },
+            "context": c.context,
+            "tied": c.tied,
+            "bos": c.bos,
+            "eos": c.eos,
+            "chat_template": c.chat_template,
+            "cache_bytes_per_token": DType::ALL.map(|t| (t.name().to_owned(), token_bytes(t).into()))
+                .into_iter().collect::<serde_json::Map<_, _>>(),
+            "tensors": tensors.iter().map(|t| json!({
+                "name": t.name, "type": t.ty, "shape": t.shape, "bytes": t.bytes,
+            })).collect::<Vec<_>>(),
+        }));
+    }
+    let tokens = |ids: &[u32], tokenizer: Option<&Tokenizer>| {
+        let name = |id: u32| tokenizer.and_then(|t| t.token(id)).map_or(id.to_string(), |t| format!("{id} {t:?}"));
+        if ids.is_empty() { "-".to_owned() } else { ids.iter().map(|&id| name(id)).collect::<Vec<_>>().join(", ") }
+    };
+    // The shape is worth showing even where the tokenizer is one that cannot be built.
+    let tokenizer = file.tokenizer();
+    let named = tokenizer.as_ref().ok();
+    let bytes: usize = tensors.iter().map(|t| t.bytes).sum();
+    let types: Vec<String> =
+        types.iter().map(|(ty, (n, bytes))| format!("{ty} x{n} ({})", mebibytes(*bytes))).collect();
+    let lines = [
+        ("format", file.format()),
+        ("name", c.name.clone().unwrap_or_else(|| "-".to_owned())),
+        ("parameters", format!("{} in {} tensors, {}", c.parameters(), tensors.len(), mebibytes(bytes))),
+        ("types", types.join(", ")),
+        ("vocabulary", format!("{}{}", c.vocab, if c.tied { ", embedding tied to the head" } else { "" })),
+        ("layers", c.layers.to_string()),
+        ("width", format!("{}, {} in the feed-forward part (SwiGLU)", c.dim, c.ffn_dim)),
+        ("heads", format!("{} over {} key/value heads of {}", c.heads, c.kv_heads, c.head_dim)),
+        (
+            "rope",
+            format!(
+                "base {}, {} of {} elements, {}, {}",
+                c.rope.base,
+                c.rope.rotary_dim,
+                c.head_dim,
+                pairing(c),
+                stretch(c)
+            ),
+        ),
+        ("context", format!("{} tokens", c.context)),
+        (
+            "cache",
+            format!("{} bytes a token in f32, {} in f16 or bf16", token_bytes(DType::F32), token_bytes(DType::F16)),
+        ),
+        ("starts with", tokens(c.bos.as_slice(), named)),
+        ("ends with", tokens(&c.eos, named)),
+        ("chat template", if c.chat_template.is_some() { "yes" } else { "no" }.to_owned()),
+    ];
+    print(&lines.iter().map(|(what, value)| format!("{what:<14}{value}\n")).collect::<String>())?;
+    if let Err(e) = &tokenizer {
+        eprintln!("note: the tokenizer cannot be built: {e}");
+    }
+    Ok(())
+}
+
+fn mebibytes(bytes: usize) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+fn pairing(c: &ModelConfig) -> &'static str {
+    match c.rope.pairing {
+        Pairing::Interleaved => "neighbouring pairs",
+        Pairing::HalfSplit => "pairs of halves",
+    }
+}
+
+fn stretch(c: &ModelConfig) -> String {
+    match &c.rope.stretch {
+        Stretch::Fixed(RopeScaling::None) => "not scaled".to_owned(),
+        Stretch::Fixed(scaling) => format!("scaled by {scaling:?}"),
+        Stretch::LongRope { factor, .. } => format!("LongRoPE by {factor}"),
+        Stretch::Divisors(_) => "scaled by a divisor a frequency".to_owned(),
+    }
+}
+
+fn cache_cost(args: &CacheCost) -> Result<()> {
+    let file = open(args.run.model.as_ref())?;
+    let longest = args.max_context.unwrap_or(file.config().context.min(1024));
+    if longest < 16 {
+        return Err(Error::argument(format!("contexts of up to {longest} tokens; 16 is the least")));
+    }
+    let decoder = args.run.load(&file, longest + 1)?;
+    let lengths: Vec<usize> =
+        std::iter::successors(Some(16usize), |n| n.checked_mul(2)).take_while(|&n| n < longest).collect();
+    let lengths = [lengths, vec![longest]].concat();
+
+    // Which tokens they are does not change what they cost.
+    let ids: Vec<u32> = (0..=longest).map(|i| (i % decoder.config().vocab) as u32).collect();
+    let mut cache = Cache::new(decoder.config(), 1, longest + 1, args.run.kv_type)?;
+    let mut scratch = Scratch::default();
+    let progress = bar("measuring", 2 * lengths.iter().sum::<usize>(), false);
+    let mut rows = Vec::new();
+    for &n in &lengths {
+        let mut feed = |cache: &mut Cache, ids: &[u32]| -> Result<Duration> {
+            let start = Instant::now();
+            for chunk in ids.chunks(PREFILL_CHUNK) {
+                decoder.forward(cache, &mut scratch, 0, &[chunk], Logits::Last)?;
+            }
+            Ok(start.elapsed())
+        };
+        cache.reset(0);
+        feed(&mut cache, &ids[..n])?;
+        progress.inc(n as u64);
+        let mut with = Vec::new();
+        for _ in 0..9 {
+            cache.truncate(0, n);
+            with.push(feed(&mut cache, &ids[n..=n])?);
+        }
+        let mut without = Vec::new();
+        for _ in 0..3 {
+            cache.reset(0);
+            without.push(feed(&mut cache, &ids[..=n])?);
+        }
+        progress.inc(n as u64);
+        rows.push((n, median(with), median(without)));
+    }
+    progress.finish_and_clear();
+
+    if args.json {
+        return print_json(&json!({
+            "model": decoder.config().name,
+            "threads": decoder.threads().count(),
+            "isa": decoder.context().isa().name(),
+            "kv_type": args.run.kv_type.name(),
+            "points": rows.iter().map(|(n, with, without)| json!({
+                "context": n, "cached_ms": with, "recomputed_ms": without,
+            })).collect::<Vec<_>>(),
+        }));
+    }
+    let mut text = String::from(
+        "| context (tokens) | with the cache (ms/token) | without (ms/token) | ratio |\n| ---: | ---: | ---: | ---: |\n",
+    );
+    for (n, with, without) in rows {
+        text += &format!("| {n} | {with:.2} | {without:.2} | {:.1} |\n", without / with);
+    }
+    print(&text)?;
+    eprintln!(
+        "{}, {} threads, {}, cache in {}",
+        decoder.config().name.as_deref().unwrap_or("model"),
+        decoder.threads().count(),
+        decoder.context().isa(),
+        args.run.kv_type
+    );
+    Ok(())
+}
+
+/// In milliseconds.
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort_unstable();
+    times[times.len() / 2].as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_prompt_may_begin_with_a_dash() {
+        let cli = Cli::parse_from(["kvlane", "generate", "--prompt=-", "--isa", "scalar", "--kv-type", "bf16"]);
+        let Command::Generate(args) = cli.command else { panic!("not generate") };
+        assert_eq!((args.run.isa, args.run.kv_type, args.prompt.as_str()), (Some(Isa::Scalar), DType::Bf16, "-"));
+        assert!(Cli::try_parse_from(["kvlane", "generate", "--isa", "mmx"]).is_err());
+    }
+}

@@ -1,0 +1,171 @@
+//! The command line as a user meets it: what goes to which stream, with which exit code.
+#![cfg(feature = "driver")]
+
+use std::process::{Command, Output, Stdio};
+
+fn kvlane(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_kvlane")).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+fn stdout(args: &[&str]) -> String {
+    let out = kvlane(args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+fn json(args: &[&str]) -> serde_json::Value {
+    serde_json::from_str(&stdout(&[args, &["--json"]].concat())).unwrap()
+}
+
+#[test]
+fn generate_writes_text_and_nothing_else() {
+    let args = ["generate", "--max-tokens", "24", "--temperature", "0", "--prompt", "And it came to pass"];
+    let out = kvlane(&args);
+    let (text, notes) = (String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap());
+    assert!(out.status.success());
+    assert!(text.len() > 24 && !text.contains("tokens/s") && !text.contains('\u{1b}'), "{text:?}");
+    for part in ["prefill", "decode", "tokens/s", "kernels: rope_angles_", "attention_f32_"] {
+        assert!(notes.contains(part), "{notes:?} lacks {part:?}");
+    }
+    // No terminal, no bar.
+    assert!(!notes.contains('\u{1b}') && !notes.contains('\r'), "{notes:?}");
+
+    let object = json(&args);
+    assert_eq!(object["text"], text);
+    assert_eq!(object["ids"].as_array().unwrap().len(), 24);
+    assert_eq!((object["finish"].as_str(), object["cached"].as_bool()), (Some("max_tokens"), Some(true)));
+    // The cache changes the cost, not the text.
+    assert_eq!(stdout(&[&args[..], &["--no-cache"]].concat()), text);
+}
+
+#[test]
+fn one_seed_one_text() {
+    let with = |more: &[&str]| stdout(&[&["generate", "--max-tokens", "20"], more].concat());
+    assert_eq!(with(&["--seed", "5"]), with(&["--seed", "5", "--threads", "1"]));
+    assert_ne!(with(&["--seed", "5"]), with(&["--seed", "6"]));
+    assert_eq!(with(&["--seed", "5", "--top-k", "1"]), with(&["--temperature", "0"]));
+    assert!(!with(&["--kv-type", "bf16", "--isa", "scalar", "--top-p", "0.5"]).is_empty());
+}
+
+#[test]
+fn a_prompt_comes_from_standard_input() {
+    use std::io::Write;
+    let args = ["generate", "--max-tokens", "8", "--temperature", "0"];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kvlane"))
+        .args(args)
+        .args(["--prompt", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"The LORD").unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8(out.stdout).unwrap(), stdout(&[&args[..], &["--prompt", "The LORD"]].concat()));
+}
+
+#[test]
+fn a_level_can_be_forced() {
+    let chosen = |args: &[&str]| json(args)["isa"].as_str().unwrap().to_owned();
+    assert_eq!(chosen(&["info", "--isa", "scalar"]), "scalar");
+    let lowered = Command::new(env!("CARGO_BIN_EXE_kvlane"))
+        .args(["info", "--json"])
+        .env("KVLANE_MAX_ISA", "scalar")
+        .output()
+        .unwrap();
+    assert!(String::from_utf8(lowered.stdout).unwrap().contains("\"isa\": \"scalar\""));
+    let generated = json(&["generate", "--max-tokens", "2", "--isa", "scalar"]);
+    assert!(generated["kernels"].as_array().unwrap().iter().all(|k| k.as_str().unwrap().ends_with("_scalar")));
+}
+
+#[test]
+fn info_shows_every_operation() {
+    let (text, object) = (stdout(&["info"]), json(&["info"]));
+    for op in kvlane::Op::ALL {
+        assert!(text.contains(op.name()));
+        assert!(object["chosen"].as_array().unwrap().iter().any(|k| k["op"] == op.name()), "{}", op.name());
+    }
+}
+
+#[test]
+fn inspect_shows_the_shape() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/driver/tiny/tiny.gguf");
+    let text = stdout(&["inspect", path]);
+    assert!(text.contains("6 over 2 key/value heads of 32") && text.contains("Q8_0"), "{text}");
+    let object = json(&["inspect", path]);
+    assert_eq!((object["heads"].as_u64(), object["kv_heads"].as_u64()), (Some(6), Some(2)));
+    assert_eq!(object["tensors"][0]["name"], "token_embd.weight");
+}
+
+#[test]
+fn cache_cost_measures_both() {
+    let object = json(&["cache-cost", "--max-context", "40", "--threads", "1"]);
+    let points = object["points"].as_array().unwrap();
+    let contexts: Vec<u64> = points.iter().map(|p| p["context"].as_u64().unwrap()).collect();
+    assert_eq!(contexts, [16, 32, 40]);
+    assert!(
+        points.iter().all(|p| p["cached_ms"].as_f64().unwrap() > 0.0 && p["recomputed_ms"].as_f64().unwrap() > 0.0)
+    );
+    assert!(stdout(&["cache-cost", "--max-context", "16"]).starts_with("| context (tokens) |"));
+}
+
+#[test]
+fn complaints_are_sentences_on_standard_error() {
+    let cases: [(&[&str], i32, &str); 9] = [
+        (&["generate", "--model", "/nowhere.gguf"], 1, "/nowhere.gguf"),
+        (&["generate", "--model", env!("CARGO_MANIFEST_DIR")], 1, "config.json"),
+        (&["inspect", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")], 1, "not a GGUF file"),
+        (&["generate", "--max-tokens", "0"], 1, "0 tokens"),
+        (&["generate", "--prompt", ""], 1, "no tokens"),
+        (&["generate", "--temperature=-1"], 1, "temperature is -1"),
+        (&["generate", "--top-p", "2"], 1, "top-p is 2"),
+        (&["generate", "--isa", "mmx"], 2, "mmx"),
+        (&["cache-cost", "--max-context", "3"], 1, "16 is the least"),
+    ];
+    for (args, code, part) in cases {
+        let out = kvlane(args);
+        let message = String::from_utf8(out.stderr).unwrap();
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
+        assert!(
+            out.stdout.is_empty() && message.starts_with("error: ") && message.contains(part),
+            "{args:?}: {message}"
+        );
+    }
+    let long = "word ".repeat(600);
+    let out = kvlane(&["generate", "--prompt", &long]);
+    assert!(String::from_utf8(out.stderr).unwrap().contains("but the model was made for 512"));
+}
+
+#[test]
+fn a_reader_may_leave() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kvlane"))
+        .args(["generate", "--max-tokens", "200"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success() && out.stderr.is_empty(), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn help_names_every_option() {
+    let help = stdout(&["generate", "--help"]);
+    for option in [
+        "--model",
+        "--prompt",
+        "--max-tokens",
+        "--temperature",
+        "--top-p",
+        "--top-k",
+        "--seed",
+        "--threads",
+        "--kv-type",
+        "--isa",
+        "--no-cache",
+        "--json",
+    ] {
+        assert!(help.contains(option), "{option}");
+    }
+}

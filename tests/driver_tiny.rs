@@ -1,0 +1,178 @@
+//! The embedded model against what PyTorch computed from the same file (`src/driver/tiny/train.py` writes the reference).
+#![cfg(feature = "driver")]
+
+use kvlane::driver::sampling::argmax;
+use kvlane::driver::{
+    Cache, Decoder, Finish, Logits, Request, SamplerOptions, Scratch, Slots, Threads, Tokenizer, embedded,
+};
+use kvlane::{DType, Isa};
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+struct Case {
+    prompt: String,
+    prompt_ids: Vec<u32>,
+    greedy_ids: Vec<u32>,
+    greedy_text: String,
+    /// After the prompt's last token.
+    logits: Vec<f32>,
+}
+
+fn cases() -> Vec<Case> {
+    serde_json::from_str(include_str!("data/tiny_reference.json")).unwrap()
+}
+
+fn load(isa: Option<Isa>, threads: usize) -> (Decoder, Tokenizer) {
+    let file = embedded::open().unwrap();
+    let threads = Threads::new(threads).unwrap();
+    let weights = threads.run(|| file.weights(&|_, _| ())).unwrap();
+    let decoder = Decoder::new(file.config().clone(), weights, 0, isa, threads).unwrap();
+    (decoder, file.tokenizer().unwrap())
+}
+
+fn greedy(decoder: &Decoder, prompt: &[u32], n: usize, recompute: bool) -> Vec<u32> {
+    let mut slots = Slots::new(decoder, 1, prompt.len() + n, DType::F32).unwrap().recompute(recompute);
+    let request = Request { prompt: prompt.to_vec(), max_tokens: n, sampling: SamplerOptions::default() };
+    let mut event = slots.insert(request, &mut |_| ()).unwrap();
+    let mut ids = vec![event.token];
+    while event.finish.is_none() {
+        event = slots.step().unwrap().remove(0);
+        ids.push(event.token);
+    }
+    ids
+}
+
+#[test]
+fn text_and_logits_are_the_references() {
+    let (decoder, tokenizer) = load(None, 0);
+    let mut worst = 0.0f32;
+    for case in cases() {
+        assert_eq!(tokenizer.encode(&case.prompt, true).unwrap(), case.prompt_ids, "{:?}", case.prompt);
+        let mut cache = Cache::new(decoder.config(), 1, 64, DType::F32).unwrap();
+        let logits =
+            decoder.forward(&mut cache, &mut Scratch::default(), 0, &[&case.prompt_ids], Logits::Last).unwrap();
+        assert_eq!(argmax(&logits).unwrap(), case.greedy_ids[0]);
+        assert_eq!(logits.len(), case.logits.len());
+        worst = logits.iter().zip(&case.logits).fold(worst, |w, (a, b)| w.max((a - b).abs()));
+        let ids = greedy(&decoder, &case.prompt_ids, case.greedy_ids.len(), false);
+        assert_eq!(ids, case.greedy_ids, "{:?}", case.prompt);
+        assert_eq!(tokenizer.decode(&ids).unwrap(), case.greedy_text);
+    }
+    eprintln!("largest difference of a logit: {worst:.2e}");
+    // Four layers in f32, summed in another order; logits are of the order of 10.
+    assert!(worst < 1e-4, "{worst}");
+}
+
+#[test]
+fn cached_is_recomputed_at_every_level() {
+    for level in Isa::ALL.into_iter().filter(|l| l.is_available()) {
+        let (decoder, _) = load(Some(level), 1);
+        for case in cases() {
+            let n = case.greedy_ids.len();
+            let cached = greedy(&decoder, &case.prompt_ids, n, false);
+            assert_eq!(cached, greedy(&decoder, &case.prompt_ids, n, true), "{level} {:?}", case.prompt);
+            assert_eq!(cached, case.greedy_ids, "{level} {:?}", case.prompt);
+        }
+    }
+}
+
+/// How a prompt is cut and how many threads there are does not show in a decode step.
+#[test]
+fn steps_do_not_depend_on_threads() {
+    let case = &cases()[0];
+    let run = |threads: usize| {
+        let (decoder, _) = load(None, threads);
+        let mut cache = Cache::new(decoder.config(), 1, 64, DType::F16).unwrap();
+        let mut scratch = Scratch::default();
+        let mut last = Vec::new();
+        for id in &case.prompt_ids {
+            last = decoder.forward(&mut cache, &mut scratch, 0, &[&[*id]], Logits::Last).unwrap();
+        }
+        last
+    };
+    let one = run(1);
+    for threads in [2, 3] {
+        assert!(run(threads) == one, "{threads} threads");
+    }
+}
+
+/// Rows at different lengths, some without a token, one longer than its neighbours: each as if alone.
+#[test]
+fn ragged_rows_are_rows_alone() {
+    let (decoder, _) = load(None, 2);
+    let ids: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 2000).collect();
+    let alone = |ids: &[u32]| {
+        let mut cache = Cache::new(decoder.config(), 1, 64, DType::F32).unwrap();
+        decoder.forward(&mut cache, &mut Scratch::default(), 0, &[ids], Logits::All).unwrap()
+    };
+    let close = |a: &[f32], b: &[f32]| {
+        assert_eq!(a.len(), b.len());
+        let worst = a.iter().zip(b).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+        assert!(worst < 1e-4, "{worst}");
+    };
+    let vocab = decoder.config().vocab;
+    let mut cache = Cache::new(decoder.config(), 5, 48, DType::F32).unwrap();
+    let mut scratch = Scratch::default();
+    let none: &[u32] = &[];
+    let first = decoder.forward(&mut cache, &mut scratch, 1, &[&ids[..7], none, &ids[5..25]], Logits::All).unwrap();
+    assert_eq!(cache.lengths(), [0, 7, 0, 20, 0]);
+    let (a, b) = first.split_at(7 * vocab);
+    close(a, &alone(&ids[..7]));
+    close(b, &alone(&ids[5..25]));
+    let second =
+        decoder.forward(&mut cache, &mut scratch, 0, &[&ids[..2], &ids[7..10], &ids[..1], none], Logits::Last).unwrap();
+    assert_eq!(cache.lengths(), [2, 10, 1, 20, 0]);
+    for (row, text) in second.chunks(vocab).zip([&ids[..2], &ids[..10], &ids[..1]]) {
+        let all = alone(text);
+        close(row, &all[all.len() - vocab..]);
+    }
+    // What a row held before does not matter once it is reset.
+    cache.reset(3);
+    let again = decoder.forward(&mut cache, &mut scratch, 3, &[&ids[..4]], Logits::All).unwrap();
+    close(&again, &alone(&ids[..4]));
+}
+
+#[test]
+fn bad_calls_leave_the_cache_alone() {
+    let (decoder, _) = load(None, 1);
+    let mut cache = Cache::new(decoder.config(), 2, 4, DType::F32).unwrap();
+    let mut scratch = Scratch::default();
+    decoder.forward(&mut cache, &mut scratch, 0, &[&[1, 2, 3]], Logits::None).unwrap();
+    for (row, tokens) in [(0, &[1, 2][..]), (1, &[1; 5]), (1, &[2048]), (2, &[1])] {
+        assert!(decoder.forward(&mut cache, &mut scratch, row, &[tokens], Logits::Last).is_err());
+        assert_eq!(cache.lengths(), [3, 0]);
+    }
+    assert!(decoder.forward(&mut cache, &mut scratch, usize::MAX, &[&[1]], Logits::Last).is_err());
+    assert!(Cache::new(decoder.config(), usize::MAX, 8, DType::F32).is_err());
+    assert!(Cache::new(decoder.config(), 1, 1 << 40, DType::F32).is_err());
+}
+
+#[test]
+fn requests_end_for_the_reason_they_give() {
+    let (decoder, tokenizer) = load(None, 1);
+    let prompt = tokenizer.encode("And God said", true).unwrap();
+    let end = |max_tokens: usize, capacity: usize| {
+        let mut slots = Slots::new(&decoder, 2, capacity, DType::F32).unwrap();
+        let request = Request { prompt: prompt.clone(), max_tokens, sampling: SamplerOptions::default() };
+        let mut event = slots.insert(request, &mut |_| ()).unwrap();
+        let mut n = 1;
+        while event.finish.is_none() {
+            event = slots.step().unwrap().remove(0);
+            n += 1;
+        }
+        assert!(slots.step().unwrap().is_empty());
+        (n, event.finish)
+    };
+    assert_eq!(end(1, 64), (1, Some(Finish::MaxTokens)));
+    assert_eq!(end(9, 64), (9, Some(Finish::MaxTokens)));
+    // The last token chosen needs no room.
+    assert_eq!(end(9, prompt.len() + 3), (4, Some(Finish::Full)));
+
+    let mut slots = Slots::new(&decoder, 1, 8, DType::F32).unwrap();
+    let mut insert = |prompt: Vec<u32>, max_tokens| {
+        slots.insert(Request { prompt, max_tokens, sampling: SamplerOptions::default() }, &mut |_| ())
+    };
+    assert!(insert(vec![], 1).is_err() && insert(vec![1; 9], 1).is_err() && insert(vec![1], 0).is_err());
+    insert(vec![1], 5).unwrap();
+    assert!(insert(vec![1], 5).is_err(), "the only slot is taken");
+}
