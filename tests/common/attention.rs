@@ -198,6 +198,10 @@ impl Case {
     }
 
     pub fn run_with(&self, context: &Context, runner: &dyn Runner) -> Result<Outcome, Error> {
+        self.run_in(context, runner, &mut Workspace::new())
+    }
+
+    pub fn run_in(&self, context: &Context, runner: &dyn Runner, workspace: &mut Workspace) -> Result<Outcome, Error> {
         let [batch, tokens, heads, _] = self.q.shape;
         let shape = [batch, tokens, heads, self.v.shape[3]];
         let mut out = Tensor::output(self.out_dtype, shape, self.out_layout, self.out_place);
@@ -209,7 +213,7 @@ impl Case {
             out: out.view_mut(),
             lse: Some(&mut lse),
         };
-        let done = attention(context, runner, &mut Workspace::new(), tensors, &self.options.borrow());
+        let done = attention(context, runner, workspace, tensors, &self.options.borrow());
         if let Err(error) = done {
             out.assert_untouched();
             assert!(lse.iter().all(|x| x.is_nan()), "an LSE was written in spite of {error}");

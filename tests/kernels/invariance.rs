@@ -1,6 +1,6 @@
 //! Bits depend on the row and the level, and on nothing else.
 
-use crate::common::attention::{Case, Options, Outcome, Shape};
+use crate::common::attention::{Case, MaskTensor, Options, Outcome, Shape};
 use crate::common::runners::{Backwards, Threads};
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
@@ -13,7 +13,7 @@ use kvlane::{
 
 tests! {
     levels: attention_and_threads, long_decode_and_threads, memory_bound_operations_and_threads, row_alone_and_in_a_batch,
-        strides, prompt_in_chunks, capacity_and_dead_keys, more_tokens_around, same_call_twice;
+        strides, prompt_in_chunks, capacity_and_dead_keys, more_tokens_around, same_call_twice, dirty_workspace;
     once:;
 }
 
@@ -68,7 +68,7 @@ fn long_decode_and_threads(level: &Level) {
             cases.push(Case::new(&mut rng, shape, dtype).with(|o| {
                 let strides = [0, 0, 0, 1];
                 let visible = |at: [usize; 4]| at[3] < 64 || at[3] > 1024;
-                o.mask = Some(crate::common::attention::MaskTensor::new(shape.scores(), strides, Place::Heap, visible));
+                o.mask = Some(MaskTensor::new(shape.scores(), strides, Place::Heap, visible));
             }));
             for case in &cases {
                 let serial = case.run(&level.context);
@@ -193,7 +193,7 @@ fn strides(level: &Level) {
             mask: case.options.mask.as_ref().map(|mask| {
                 let shape = [case.q.shape[0], case.q.shape[1], case.q.shape[2], case.k.shape[1]];
                 let strides = Layout::STEP2.strides(shape);
-                crate::common::attention::MaskTensor::new(shape, strides, Place::Heap, |at| mask.get(at))
+                MaskTensor::new(shape, strides, Place::Heap, |at| mask.get(at))
             }),
         };
         let layouts = [(); 4].map(|()| Layout::random(&mut rng));
@@ -336,8 +336,7 @@ fn capacity_and_dead_keys(level: &Level) {
             assert!(short.run(&level.context).all_bits() == want, "{dtype} the cache ends at the length");
             let masked = Case::new(&mut rng, shape, dtype).with(|o| {
                 let visible = |at: [usize; 4]| at[3] < 75;
-                o.mask =
-                    Some(crate::common::attention::MaskTensor::new(shape.scores(), [0, 0, 0, 1], Place::Heap, visible));
+                o.mask = Some(MaskTensor::new(shape.scores(), [0, 0, 0, 1], Place::Heap, visible));
             });
             let masked = Case { q: case.q.to(Layout::BSHD, Place::Heap), ..masked };
             let masked =
@@ -395,5 +394,39 @@ fn same_call_twice(level: &Level) {
         for at in indices(out.shape) {
             assert_eq!(out.bits(at), want.out.bits(at), "{what} {at:?}");
         }
+    }
+}
+
+/// A workspace that is full of NaN from an earlier call: nothing of it is read before it is written.
+fn dirty_workspace(level: &Level) {
+    let mut rng = Rng::new(69);
+    let runner = Threads(3);
+    for dtype in DType::ALL {
+        let mut workspace = kvlane::Workspace::new();
+        for (tokens, keys, dim, layout) in [(64, 70, 128, Layout::STEP2), (1, 4200, 128, Layout::BSHD)] {
+            let shape = Shape { tokens, keys, group: 2, dim, v_dim: dim, ..Shape::default() };
+            let mut poisoned = Case::new(&mut rng, shape, dtype);
+            for tensor in [&mut poisoned.q, &mut poisoned.k, &mut poisoned.v] {
+                tensor.fill(|_| f32::NAN);
+                *tensor = tensor.to(layout, Place::Heap);
+            }
+            let outcome = poisoned.run_in(&level.context, &runner, &mut workspace).expect("a valid call");
+            assert!(outcome.lse.iter().all(|lse| lse.is_nan()));
+        }
+        for (tokens, keys) in [(1, 3100), (2, 3100), (20, 200)] {
+            let shape = Shape { tokens, keys, group: 4, ..Shape::default() };
+            let case = Case::new(&mut rng, shape, dtype).with(|o| {
+                // The middle chunk is hidden whole.
+                let visible = |at: [usize; 4]| !(1024..2048).contains(&at[3]);
+                o.mask = Some(MaskTensor::new(shape.scores(), [0, 0, 0, 1], Place::Heap, visible));
+                o.sinks = Some(vec![0.5; 4]);
+            });
+            let outcome = case.run_in(&level.context, &runner, &mut workspace).expect("a valid call");
+            level.checked(Op::Attention, dtype, dtype);
+            assert!(outcome.all_bits() == case.run(&level.context).all_bits(), "{dtype} {tokens} tokens");
+        }
+        let (case, what) = random_case(&mut rng);
+        let outcome = case.run_in(&level.context, &runner, &mut workspace).expect("a valid call");
+        assert!(outcome.all_bits() == case.run(&level.context).all_bits(), "{what}");
     }
 }
