@@ -34,7 +34,7 @@ fn property<S: Strategy>(cases: usize, strategy: S, test: impl Fn(S::Value)) {
 /// Any shapes, strides, types, masks and options: within the bound, on any number of threads, with nothing beside the output
 /// written and no guard page touched.
 fn any_call_is_close(level: &Level) {
-    property(400, any::<u64>(), |seed| {
+    property(250, any::<u64>(), |seed| {
         let (case, what) = random_case(&mut Rng::new(seed));
         check(level, &case, || format!("seed {seed}: {what}"));
         let split = case.run_with(&level.context, &Threads(2)).expect("a valid call");

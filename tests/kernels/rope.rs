@@ -96,9 +96,11 @@ fn positions(level: &Level) {
     let f = frequencies(16, 500_000.0);
     let x = Tensor::random(&mut rng, DType::F32, [2, 3, 2, 16], Layout::BHSD, Place::Heap);
     for pairing in PAIRINGS {
-        let all: [Positions; 4] = [
+        let all: [Positions; 5] = [
             Positions::Offsets(&[0, 4095]),
             Positions::Offsets(&[-5, 131_072]),
+            // Beyond what an f32 counts by ones.
+            Positions::Offsets(&[16_777_217, i32::MAX - 2]),
             Positions::Explicit(&[5, 5, 5, 0, -1, 1_000_000]),
             Positions::Explicit(&[2, 1, 0, 9, 0, 9]),
         ];

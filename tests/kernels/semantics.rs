@@ -4,7 +4,7 @@ use crate::attention::check;
 use crate::common::attention::{Case, MaskTensor, Options, Shape, random_bias};
 use crate::common::runners::Threads;
 use crate::common::tensor::{Gaps, poison};
-use crate::common::{Layout, Place, Rng, Tensor, close, scaled};
+use crate::common::{Layout, Place, Rng, Tensor, close, scaled, thin};
 use crate::harness::{Level, tests};
 use kvlane::{DType, Op, alibi_slopes};
 
@@ -109,7 +109,7 @@ fn bias_decides_not_the_logit(level: &Level) {
     let mut rng = Rng::new(12);
     for dtype in DType::ALL {
         for tokens in [1, 14] {
-            for bias_dtype in DType::ALL {
+            for bias_dtype in thin(DType::ALL.to_vec()) {
                 let shape = Shape { tokens, group: 2, keys: 140, ..Shape::default() };
                 let hidden = |j: usize| j % 3 == 1 || (64..128).contains(&j);
                 let mut case = Case::new(&mut rng, shape, dtype);
@@ -330,7 +330,7 @@ fn live_nan_propagates(level: &Level) {
     for dtype in DType::ALL {
         for tokens in [1, 16] {
             // Alone in its chunk, first, last, among others, and where its row sees nothing else.
-            for (keys, j) in [(1, 0), (70, 0), (70, 69), (1030, 1029), (1030, 500)] {
+            for (keys, j) in thin(vec![(1, 0), (70, 0), (70, 69), (1030, 500), (1030, 1029)]) {
                 for which in 0..3 {
                     let shape = Shape { tokens, keys, dim: 19, v_dim: 19, ..Shape::default() };
                     let mut case = Case::new(&mut rng, shape, dtype);
@@ -436,7 +436,7 @@ fn starts_and_lengths(level: &Level) {
 /// Query head h reads KV head h / group.
 fn heads_read_their_group(level: &Level) {
     for dtype in DType::ALL {
-        for group in [1, 2, 3, 7, 16] {
+        for group in thin(vec![1, 2, 3, 7, 16]) {
             for tokens in [1, 3] {
                 let shape = Shape { batch: 2, tokens, kv_heads: 3, group, dim: 8, v_dim: 5, ..Shape::default() };
                 let mut case = Case::new(&mut Rng::new(17), shape, dtype);
@@ -460,7 +460,7 @@ fn heads_read_their_group(level: &Level) {
 fn sinks(level: &Level) {
     let mut rng = Rng::new(18);
     for dtype in DType::ALL {
-        for (tokens, keys) in [(1, 70), (1, 3100), (14, 70)] {
+        for (tokens, keys) in thin(vec![(1, 70), (14, 70), (1, 3100)]) {
             let shape = Shape { tokens, keys, kv_heads: 1, group: 4, dim: 16, v_dim: 16, ..Shape::default() };
             for sinks in [[0.0, 1.0, -3.0, 10.0], [100.0, -100.0, f32::NEG_INFINITY, -1e30]] {
                 let case = Case::new(&mut rng, shape, dtype).with(|o| o.sinks = Some(sinks.to_vec()));
@@ -484,7 +484,7 @@ fn alibi(level: &Level) {
     for dtype in DType::ALL {
         for (tokens, heads) in [(1, 8), (1, 12), (20, 12), (20, 6)] {
             let shape = Shape { tokens, group: heads, keys: 150, dim: 16, v_dim: 16, ..Shape::default() };
-            for offset in [None, Some(3), Some(100_000)] {
+            for offset in thin(vec![None, Some(3), Some(100_000)]) {
                 let case = Case::new(&mut rng, shape, dtype).with(|o| {
                     o.causal = true;
                     o.alibi = Some(alibi_slopes(heads));
@@ -541,7 +541,7 @@ fn mask_broadcast(level: &Level) {
     let mut rng = Rng::new(21);
     let shape = Shape { batch: 2, tokens: 14, kv_heads: 2, group: 2, keys: 131, dim: 16, v_dim: 16 };
     let scores = shape.scores();
-    for broadcast in 0..16 {
+    for broadcast in thin((0..16).collect()) {
         for layout in
             [Layout::BSHD, Layout::STEP2, Layout::DIM_OUTSIDE, Layout { backwards: [true; 4], ..Layout::BSHD }]
         {

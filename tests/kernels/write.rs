@@ -317,7 +317,7 @@ fn repeat(level: &Level) {
     for dtype in DType::ALL {
         for n in [1, 2, 3, 7, 16] {
             for place in [Place::GuardAfter, Place::GuardBefore] {
-                for (i, layout) in Layout::ALL.into_iter().enumerate() {
+                for (i, layout) in thin(Layout::ALL.to_vec()).into_iter().enumerate() {
                     let x = Tensor::random(&mut rng, dtype, [2, 3, 2, 29], layout, place);
                     let mut y = Tensor::output(dtype, [2, 3, 2 * n, 29], Layout::ALL[(i * 3 + 1) % 7], place);
                     repeat_kv(&level.context, &Serial, x.view(), y.view_mut()).unwrap();
