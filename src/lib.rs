@@ -116,3 +116,8 @@ pub use ops::write::{Destination, KvWrite, kv_write};
 pub use parallel::Rayon;
 pub use parallel::{Runner, Serial};
 pub use view::{View, ViewMut};
+
+/// The README's Rust examples are documentation tests.
+#[cfg(all(doctest, feature = "rayon"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,299 @@
+//! The Llama decoder: from token ids to logits, over a cache.
+//!
+//! ```text
+//! ids -> embedding rows x
+//! each layer:  h = RMSNorm(x);  q|k|v = h Wqkv;  rope(q);  cache <- rope(k), v;  x += attention(q, cache) Wo
+//!              h = RMSNorm(x);  g|u = h Wgu;     x += (SiLU(g) * u) Wd
+//! logits = RMSNorm(x) Whead
+//! ```
+//! One function, [`Decoder::forward`], serves prefill, chunked prefill and decode: it appends any number of tokens to any
+//! row of the cache. The activations of a pass are a rectangle `[rows, longest]`; a row with fewer tokens is padded, and
+//! `counts` keeps its padding out of the cache. Queries, keys and values are never taken out of the buffer that the fused
+//! projection fills: they are views with its strides.
+
+use rayon::prelude::*;
+
+use super::cache::Cache;
+use super::error::{Error, Result};
+use super::model::{ModelConfig, Weights};
+use super::threads::Threads;
+use crate::{
+    AttentionOptions, AttentionTensors, Context, Destination, Isa, KvWrite, Positions, Rope, RopeAngles,
+    RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
+};
+
+/// Which positions of a pass get logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logits {
+    /// None: a prompt's chunk before the last.
+    None,
+    /// The last token of every row that was given one.
+    Last,
+    /// Every token.
+    All,
+}
+
+/// A model ready to run.
+#[derive(Debug)]
+pub struct Decoder {
+    config: ModelConfig,
+    weights: Weights,
+    context: Context,
+    frequencies: RopeFrequencies,
+    threads: Threads,
+}
+
+/// Memory for the activations of a pass, kept between passes.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// The residual stream, `[m, dim]`.
+    x: Vec<f32>,
+    /// Normalised input of a half-layer, `[m, dim]`.
+    h: Vec<f32>,
+    /// What a half-layer adds to `x`, `[m, dim]`.
+    delta: Vec<f32>,
+    /// `[m, q_dim + 2 * kv_dim]`.
+    qkv: Vec<f32>,
+    /// `[m, q_dim]`.
+    attn: Vec<f32>,
+    /// `[m, 2 * ffn_dim]`.
+    gate_up: Vec<f32>,
+    /// `[m, ffn_dim]`.
+    act: Vec<f32>,
+    workspace: Workspace,
+}
+
+impl Decoder {
+    /// Takes a model's weights; sequences will be at most `longest` tokens (it matters for LongRoPE only), kernels at
+    /// most of the level `isa`.
+    pub fn new(
+        config: ModelConfig,
+        weights: Weights,
+        longest: usize,
+        isa: Option<Isa>,
+        threads: Threads,
+    ) -> Result<Self> {
+        let context = match isa {
+            Some(isa) => Context::with_max_isa(isa)?,
+            None => Context::new()?,
+        };
+        let frequencies = config.rope.frequencies(longest)?;
+        Ok(Self { config, weights, context, frequencies, threads })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The kernels in use.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// The threads it runs on.
+    pub fn threads(&self) -> &Threads {
+        &self.threads
+    }
+
+    /// Appends `tokens[i]` to row `first_row + i` of the cache, for each i, and gives the logits asked for: `[n, vocab]`,
+    /// rows in order, where n is the number of tokens ([`Logits::All`]) or of rows with any ([`Logits::Last`]).
+    ///
+    /// Rows may differ in length and in the number of tokens they get, which may be 0. On an error no length has changed.
+    pub fn forward(
+        &self,
+        cache: &mut Cache,
+        scratch: &mut Scratch,
+        first_row: usize,
+        tokens: &[&[u32]],
+        logits: Logits,
+    ) -> Result<Vec<f32>> {
+        self.check(cache, first_row, tokens)?;
+        let result = self.threads.run(|| self.pass(cache, scratch, first_row, tokens, logits))?;
+        for (i, row) in tokens.iter().enumerate() {
+            cache.advance(first_row + i, row.len());
+        }
+        Ok(result)
+    }
+
+    fn check(&self, cache: &Cache, first_row: usize, tokens: &[&[u32]]) -> Result<()> {
+        let last = first_row.checked_add(tokens.len()).filter(|&n| n <= cache.rows());
+        if last.is_none() {
+            return Err(Error::argument(format!(
+                "rows {first_row}.. for {} sequences, but the cache has {} rows",
+                tokens.len(),
+                cache.rows()
+            )));
+        }
+        for (row, ids) in (first_row..).zip(tokens) {
+            if ids.len() > cache.room(row) {
+                return Err(Error::argument(format!(
+                    "row {row} holds {} tokens and gets {}, but the cache has room for {}",
+                    cache.len(row),
+                    ids.len(),
+                    cache.capacity()
+                )));
+            }
+            if let Some(id) = ids.iter().find(|&&id| id as usize >= self.config.vocab) {
+                return Err(Error::argument(format!(
+                    "token {id} is outside of the {} of this model",
+                    self.config.vocab
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn pass(
+        &self,
+        cache: &mut Cache,
+        scratch: &mut Scratch,
+        first_row: usize,
+        tokens: &[&[u32]],
+        logits: Logits,
+    ) -> Result<Vec<f32>> {
+        let c = &self.config;
+        let (batch, seq) = (tokens.len(), tokens.iter().map(|t| t.len()).max().unwrap_or(0));
+        let m = batch * seq;
+        if m == 0 {
+            return Ok(Vec::new());
+        }
+        let threads = self.threads.count();
+        let (q_dim, kv_dim) = (c.q_dim(), c.kv_dim());
+        let width = q_dim + 2 * kv_dim;
+        let Scratch { x, h, delta, qkv, attn, gate_up, act, workspace } = scratch;
+        // Every buffer is written before it is read; resizing only makes the lengths right.
+        x.resize(m * c.dim, 0.0);
+        h.resize(m * c.dim, 0.0);
+        delta.resize(m * c.dim, 0.0);
+        qkv.resize(m * width, 0.0);
+        attn.resize(m * q_dim, 0.0);
+        gate_up.resize(m * 2 * c.ffn_dim, 0.0);
+        act.resize(m * c.ffn_dim, 0.0);
+
+        for (row, ids) in x.chunks_exact_mut(seq * c.dim).zip(tokens) {
+            for (t, x) in row.chunks_exact_mut(c.dim).enumerate() {
+                // Padding takes the embedding of token 0: any finite numbers do.
+                let id = ids.get(t).copied().unwrap_or(0);
+                x.copy_from_slice(self.weights.embedding.row(id as usize));
+            }
+        }
+
+        let positions = cache.lengths()[first_row..first_row + batch].to_vec();
+        let counts: Vec<i32> = tokens.iter().map(|t| t.len() as i32).collect();
+        let lengths: Vec<i32> = positions.iter().zip(&counts).map(|(p, n)| p + n).collect();
+        let rope = Rope {
+            pairing: c.rope.pairing,
+            rotary_dim: c.rope.rotary_dim,
+            angles: RopeAngles::Frequencies(&self.frequencies),
+            positions: Positions::Offsets(&positions),
+        };
+        let mask = AttentionOptions {
+            causal: true,
+            lengths: Some(&lengths),
+            // Not the default, which would count back from the last query: in a short row that one is padding.
+            offsets: Some(&positions),
+            ..Default::default()
+        };
+        let strides = [(seq * width) as i64, width as i64, c.head_dim as i64, 1];
+        let q_shape = [batch, seq, c.heads, c.head_dim];
+        let kv_shape = [batch, seq, c.kv_heads, c.head_dim];
+
+        for (i, layer) in self.weights.layers.iter().enumerate() {
+            rms_norm(x, &layer.attn_norm, c.rms_eps, h);
+            layer.qkv.apply(h, m, qkv, threads);
+            rope_in_place(&self.context, &self.threads, ViewMut::strided(qkv, 0, q_shape, strides)?, &rope)?;
+            let (k_cache, v_cache) = cache.views_mut(i)?;
+            kv_write(
+                &self.context,
+                &self.threads,
+                KvWrite {
+                    k: View::strided(qkv, q_dim, kv_shape, strides)?,
+                    v: View::strided(qkv, q_dim + kv_dim, kv_shape, strides)?,
+                    k_cache: k_cache.rows(first_row, batch)?,
+                    v_cache: v_cache.rows(first_row, batch)?,
+                    to: Destination { positions: &positions, counts: Some(&counts), ..Default::default() },
+                    rope: Some(rope),
+                },
+            )?;
+            let (k, v) = cache.views(i)?;
+            attention(
+                &self.context,
+                &self.threads,
+                workspace,
+                AttentionTensors {
+                    q: View::strided(qkv, 0, q_shape, strides)?,
+                    k: k.rows(first_row, batch)?,
+                    v: v.rows(first_row, batch)?,
+                    out: ViewMut::new(attn, q_shape)?,
+                    lse: None,
+                },
+                &mask,
+            )?;
+            layer.attn_out.apply(attn, m, delta, threads);
+            add(x, delta);
+
+            rms_norm(x, &layer.ffn_norm, c.rms_eps, h);
+            layer.gate_up.apply(h, m, gate_up, threads);
+            swiglu(gate_up, c.ffn_dim, act);
+            layer.down.apply(act, m, delta, threads);
+            add(x, delta);
+        }
+
+        let wanted: Vec<usize> = tokens
+            .iter()
+            .enumerate()
+            .flat_map(|(b, ids)| {
+                let from = match logits {
+                    Logits::None => ids.len(),
+                    Logits::Last => ids.len().saturating_sub(1),
+                    Logits::All => 0,
+                };
+                (from..ids.len()).map(move |t| b * seq + t)
+            })
+            .collect();
+        let rows: Vec<f32> = wanted.iter().flat_map(|&i| &x[i * c.dim..][..c.dim]).copied().collect();
+        let normed = &mut h[..rows.len()];
+        rms_norm(&rows, &self.weights.output_norm, c.rms_eps, normed);
+        let mut out = vec![0.0; wanted.len() * c.vocab];
+        self.weights.head().apply(normed, wanted.len(), &mut out, threads);
+        Ok(out)
+    }
+}
+
+/// `y = x / sqrt(mean(x^2) + eps) * weight`, row by row.
+fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let row = |(x, y): (&[f32], &mut [f32])| {
+        // In f64, so that the order of summation is no part of the result at f32's precision.
+        let squares: f64 = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+        let scale = 1.0 / (squares / x.len() as f64 + f64::from(eps)).sqrt();
+        for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
+            *y = (f64::from(x) * scale) as f32 * w;
+        }
+    };
+    let n = weight.len();
+    if x.len() == n {
+        return row((x, y));
+    }
+    x.par_chunks_exact(n).zip(y.par_chunks_exact_mut(n)).with_min_len(8).for_each(row);
+}
+
+/// `y = SiLU(g) * u` for rows `[g | u]` of twice `n` elements.
+fn swiglu(gate_up: &[f32], n: usize, y: &mut [f32]) {
+    let row = |(gu, y): (&[f32], &mut [f32])| {
+        let (g, u) = gu.split_at(n);
+        for ((y, &g), &u) in y.iter_mut().zip(g).zip(u) {
+            *y = g / (1.0 + (-g).exp()) * u;
+        }
+    };
+    if y.len() == n {
+        return row((gate_up, y));
+    }
+    gate_up.par_chunks_exact(2 * n).zip(y.par_chunks_exact_mut(n)).with_min_len(8).for_each(row);
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    for (x, &y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}

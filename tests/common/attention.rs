@@ -1,0 +1,294 @@
+//! One attention call: its tensors and options, owned, so that it can be run again in another way.
+
+use super::memory::Memory;
+use super::oracle;
+use super::rng::Rng;
+use super::tensor::{Gaps, Layout, Place, Tensor, indices};
+use kvlane::{
+    AttentionOptions, AttentionTensors, Context, DType, Error, Mask, Op, Runner, Serial, Workspace, attention,
+};
+
+/// A boolean mask in memory of its own.
+pub struct MaskTensor {
+    memory: Memory,
+    shape: [usize; 4],
+    strides: [i64; 4],
+    offset: usize,
+}
+
+impl MaskTensor {
+    /// A mask whose axes of stride 0 broadcast.
+    pub fn new(
+        shape: [usize; 4],
+        strides: [i64; 4],
+        place: Place,
+        mut visible: impl FnMut([usize; 4]) -> bool,
+    ) -> Self {
+        let reach = |sign: i64| -> usize {
+            (0..4)
+                .map(|a| (shape[a] as i64 - 1).max(0) * strides[a])
+                .filter(|r| r * sign > 0)
+                .sum::<i64>()
+                .unsigned_abs() as usize
+        };
+        let empty = shape.contains(&0);
+        let elements = if empty { 0 } else { reach(1) + reach(-1) + 1 };
+        let mut mask = Self { memory: Memory::new(elements, place), shape, strides, offset: reach(-1) };
+        for at in indices(shape) {
+            // The first of the indices that share an entry decides.
+            if (0..4).all(|a| strides[a] != 0 || at[a] == 0) {
+                let i = mask.index(at);
+                mask.memory.bytes_mut()[i] = visible(at).into();
+            }
+        }
+        mask
+    }
+
+    fn index(&self, at: [usize; 4]) -> usize {
+        let steps: i64 = (0..4).map(|axis| at[axis] as i64 * self.strides[axis]).sum();
+        (self.offset as i64 + steps) as usize
+    }
+
+    pub fn get(&self, at: [usize; 4]) -> bool {
+        self.memory.bytes()[self.index(at)] != 0
+    }
+
+    pub fn view(&self) -> Mask<'_> {
+        Mask::strided(self.memory.bools(), self.offset, self.shape, self.strides).expect("a mask of its own memory")
+    }
+}
+
+/// The options, owned.
+#[derive(Default)]
+pub struct Options {
+    pub scale: Option<f32>,
+    pub softcap: Option<f32>,
+    pub causal: bool,
+    pub window_left: Option<u32>,
+    pub window_right: Option<u32>,
+    pub lengths: Option<Vec<i32>>,
+    pub starts: Option<Vec<i32>>,
+    pub offsets: Option<Vec<i32>>,
+    pub mask: Option<MaskTensor>,
+    pub bias: Option<Tensor>,
+    pub alibi: Option<Vec<f32>>,
+    pub sinks: Option<Vec<f32>>,
+}
+
+impl Options {
+    pub fn borrow(&self) -> AttentionOptions<'_> {
+        let mut options = AttentionOptions::default();
+        options.scale = self.scale;
+        options.softcap = self.softcap;
+        options.causal = self.causal;
+        options.window_left = self.window_left;
+        options.window_right = self.window_right;
+        options.lengths = self.lengths.as_deref();
+        options.starts = self.starts.as_deref();
+        options.offsets = self.offsets.as_deref();
+        options.mask = self.mask.as_ref().map(MaskTensor::view);
+        options.bias = self.bias.as_ref().map(Tensor::view);
+        options.alibi_slopes = self.alibi.as_deref();
+        options.sinks = self.sinks.as_deref();
+        options
+    }
+}
+
+/// One attention call.
+pub struct Case {
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+    pub out_dtype: DType,
+    pub out_layout: Layout,
+    pub out_place: Place,
+    pub options: Options,
+}
+
+/// The shape of a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub batch: usize,
+    pub tokens: usize,
+    pub kv_heads: usize,
+    pub group: usize,
+    pub keys: usize,
+    pub dim: usize,
+    pub v_dim: usize,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self { batch: 1, tokens: 1, kv_heads: 1, group: 1, keys: 70, dim: 64, v_dim: 64 }
+    }
+}
+
+impl Shape {
+    pub fn q(&self) -> [usize; 4] {
+        [self.batch, self.tokens, self.kv_heads * self.group, self.dim]
+    }
+    pub fn k(&self) -> [usize; 4] {
+        [self.batch, self.keys, self.kv_heads, self.dim]
+    }
+    pub fn v(&self) -> [usize; 4] {
+        [self.batch, self.keys, self.kv_heads, self.v_dim]
+    }
+    /// `[batch, tokens, heads, keys]`: of masks and biases.
+    pub fn scores(&self) -> [usize; 4] {
+        [self.batch, self.tokens, self.kv_heads * self.group, self.keys]
+    }
+}
+
+/// What a call computed.
+pub struct Outcome {
+    pub out: Tensor,
+    pub lse: Vec<f32>,
+}
+
+impl Outcome {
+    /// Bits of output and LSE of one token of one batch row.
+    pub fn row_bits(&self, b: usize, t: usize) -> Vec<u32> {
+        let [_, tokens, heads, dim] = self.out.shape;
+        let mut bits: Vec<u32> = Vec::with_capacity(heads * (dim + 1));
+        for h in 0..heads {
+            bits.extend((0..dim).map(|d| self.out.bits([b, t, h, d])));
+            bits.push(self.lse[(b * tokens + t) * heads + h].to_bits());
+        }
+        bits
+    }
+
+    pub fn all_bits(&self) -> Vec<u32> {
+        let [batch, tokens, ..] = self.out.shape;
+        (0..batch).flat_map(|b| (0..tokens).flat_map(move |t| self.row_bits(b, t))).collect()
+    }
+}
+
+impl Case {
+    /// Random f32 queries and output; K and V of a type; everything contiguous on the heap.
+    pub fn new(rng: &mut Rng, shape: Shape, kv: DType) -> Self {
+        let random = |rng: &mut Rng, dtype, shape| Tensor::random(rng, dtype, shape, Layout::BSHD, Place::Heap);
+        Self {
+            q: random(rng, DType::F32, shape.q()),
+            k: random(rng, kv, shape.k()),
+            v: random(rng, kv, shape.v()),
+            out_dtype: DType::F32,
+            out_layout: Layout::BSHD,
+            out_place: Place::Heap,
+            options: Options::default(),
+        }
+    }
+
+    /// With options.
+    pub fn with(mut self, set: impl FnOnce(&mut Options)) -> Self {
+        set(&mut self.options);
+        self
+    }
+
+    /// The same call with its tensors in other layouts and places.
+    pub fn moved(&self, [q, k, v, out]: [Layout; 4], place: Place, options: Options) -> Self {
+        Self {
+            q: self.q.to(q, place),
+            k: self.k.to(k, place),
+            v: self.v.to(v, place),
+            out_dtype: self.out_dtype,
+            out_layout: out,
+            out_place: place,
+            options,
+        }
+    }
+
+    pub fn run_with(&self, context: &Context, runner: &dyn Runner) -> Result<Outcome, Error> {
+        let [batch, tokens, heads, _] = self.q.shape;
+        let shape = [batch, tokens, heads, self.v.shape[3]];
+        let mut out = Tensor::output(self.out_dtype, shape, self.out_layout, self.out_place);
+        let mut lse = vec![f32::NAN; batch * tokens * heads];
+        let tensors = AttentionTensors {
+            q: self.q.view(),
+            k: self.k.view(),
+            v: self.v.view(),
+            out: out.view_mut(),
+            lse: Some(&mut lse),
+        };
+        let done = attention(context, runner, &mut Workspace::new(), tensors, &self.options.borrow());
+        if let Err(error) = done {
+            out.assert_untouched();
+            assert!(lse.iter().all(|x| x.is_nan()), "an LSE was written in spite of {error}");
+            return Err(error);
+        }
+        out.assert_gaps();
+        Ok(Outcome { out, lse })
+    }
+
+    #[track_caller]
+    pub fn run(&self, context: &Context) -> Outcome {
+        self.run_with(context, &Serial).expect("a valid call")
+    }
+
+    pub fn oracle(&self) -> oracle::State {
+        let options = &self.options;
+        let mask = options.mask.as_ref().map(|m| move |at| m.get(at));
+        let bias = options.bias.as_ref().map(|b| move |at| f64::from(b.get(at)));
+        let attention = oracle::Attention {
+            scale: options.scale.map(f64::from),
+            softcap: options.softcap.map(f64::from),
+            causal: options.causal,
+            window_left: options.window_left,
+            window_right: options.window_right,
+            lengths: options.lengths.as_deref(),
+            starts: options.starts.as_deref(),
+            offsets: options.offsets.as_deref(),
+            mask: mask.as_ref().map(|f| f as &dyn Fn([usize; 4]) -> bool),
+            bias: bias.as_ref().map(|f| f as &dyn Fn([usize; 4]) -> f64),
+            alibi: options.alibi.as_deref(),
+            sinks: options.sinks.as_deref(),
+        };
+        attention.run(&self.q.array(), &self.k.array(), &self.v.array())
+    }
+
+    /// Holds a result to the kernel's bound.
+    #[track_caller]
+    pub fn assert_close(&self, context: &Context, outcome: &Outcome, what: &dyn Fn() -> String) {
+        let kv = self.k.dtype;
+        let bound = f64::from(context.kernel(Op::Attention, kv, kv).expect("a kernel").max_error);
+        let want = self.oracle();
+        let [batch, tokens, heads, v_dim] = outcome.out.shape;
+        for b in 0..batch {
+            for t in 0..tokens {
+                for h in 0..heads {
+                    let row = (b * tokens + t) * heads + h;
+                    let sentence = || format!("{}: row [{b}, {t}, {h}]", what());
+                    // A logit of magnitude m is rounded to m * 2^-24 a step, and exp makes a relative error of that: what the
+                    // bound covers for logits of up to 32, which is more than a softmax that is not one-hot has.
+                    let condition = (want.magnitude[row] / 32.0).max(1.0);
+                    let allowed = bound * condition * want.value[row];
+                    for d in 0..v_dim {
+                        let x = want.out.row(b, t, h)[d];
+                        let allowed = allowed + half_ulp(outcome.out.dtype, x.abs() + allowed);
+                        close(outcome.out.get([b, t, h, d]).into(), x, allowed, || {
+                            format!("{} element {d}", sentence())
+                        });
+                    }
+                    let lse = want.lse[row];
+                    let allowed = bound * condition * (1.0 + lse.abs());
+                    close(outcome.lse[row].into(), lse, allowed, || format!("{} LSE", sentence()));
+                }
+            }
+        }
+    }
+}
+
+use super::{close, half_ulp};
+
+/// A bias of a type, random, with a share of -inf.
+pub fn random_bias(
+    rng: &mut Rng,
+    dtype: DType,
+    shape: [usize; 4],
+    strides: [i64; 4],
+    place: Place,
+    hidden: f64,
+) -> Tensor {
+    let mut bias = Tensor::strided(dtype, shape, strides, place, Gaps::Poison);
+    bias.fill(|_| if rng.chance(hidden) { f32::NEG_INFINITY } else { rng.f32() });
+    bias
+}

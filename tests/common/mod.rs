@@ -1,0 +1,64 @@
+//! What all test binaries share: the oracle, tensors of any layout between guard pages, random numbers.
+#![allow(dead_code)] // Each binary uses a part of it.
+
+pub mod attention;
+pub mod memory;
+pub mod oracle;
+pub mod rng;
+pub mod runners;
+pub mod tensor;
+
+pub use rng::Rng;
+pub use tensor::{Array, Layout, Place, Tensor};
+
+use kvlane::DType;
+
+/// The share of test cases that runs: `KVLANE_TEST_SCALE`, else 1, or less where the kernels are not optimised. Emulators
+/// want 0.05 or so.
+pub fn scale() -> f64 {
+    static SCALE: std::sync::OnceLock<f64> = std::sync::OnceLock::new();
+    *SCALE.get_or_init(|| match std::env::var("KVLANE_TEST_SCALE") {
+        Ok(value) => value.parse().expect("KVLANE_TEST_SCALE is a number"),
+        Err(_) if cfg!(debug_assertions) => 0.25,
+        Err(_) => 1.0,
+    })
+}
+
+/// `n` cases, scaled; at least one.
+pub fn scaled(n: usize) -> usize {
+    ((n as f64 * scale()) as usize).max(1)
+}
+
+/// The cases that run: all of them, or an even selection with the first and the last.
+pub fn thin<T>(cases: Vec<T>) -> Vec<T> {
+    let (n, kept) = (cases.len(), scaled(cases.len()).max(2));
+    if kept >= n {
+        return cases;
+    }
+    // Case i is kept where a straight line from 0 to `kept - 1` passes an integer.
+    let step = |i: usize| i * (kept - 1) / (n - 1);
+    cases.into_iter().enumerate().filter(|&(i, _)| i == 0 || step(i) > step(i - 1)).map(|(_, case)| case).collect()
+}
+
+/// Half a unit in the last place of a value of about `x` in a type: what rounding to nearest may be off by.
+pub fn half_ulp(dtype: DType, x: f64) -> f64 {
+    let x = x.abs();
+    match dtype {
+        DType::F32 => 0.0,
+        DType::F16 => (x * 2f64.powi(-11)).max(2f64.powi(-25)),
+        _ => (x * 2f64.powi(-8)).max(2f64.powi(-134)),
+    }
+}
+
+/// Panics with the sentence if a result is further from the expected value than allowed, or NaN where it must not be.
+#[track_caller]
+pub fn close(got: f64, want: f64, tolerance: f64, what: impl Fn() -> String) {
+    let ok = if want.is_nan() {
+        got.is_nan()
+    } else if want.is_infinite() {
+        got == want
+    } else {
+        (got - want).abs() <= tolerance
+    };
+    assert!(ok, "{}: got {got:e}, want {want:e}, off by {:e}, allowed {tolerance:e}", what(), (got - want).abs());
+}

@@ -1,0 +1,180 @@
+//! What every operation means, in f64, written for reading.
+
+use super::tensor::Array;
+use kvlane::Pairing;
+
+/// Masked softmax attention, as `AttentionOptions` describes it.
+#[derive(Default)]
+pub struct Attention<'a> {
+    pub scale: Option<f64>,
+    pub softcap: Option<f64>,
+    pub causal: bool,
+    pub window_left: Option<u32>,
+    pub window_right: Option<u32>,
+    pub lengths: Option<&'a [i32]>,
+    pub starts: Option<&'a [i32]>,
+    pub offsets: Option<&'a [i32]>,
+    /// Whether query `[batch, token, head]` sees a key.
+    pub mask: Option<&'a dyn Fn([usize; 4]) -> bool>,
+    pub bias: Option<&'a dyn Fn([usize; 4]) -> f64>,
+    pub alibi: Option<&'a [f32]>,
+    pub sinks: Option<&'a [f32]>,
+}
+
+/// The result of [`Attention::run`].
+pub struct State {
+    pub out: Array,
+    /// `[batch, token, head]`.
+    pub lse: Vec<f64>,
+    /// A row's largest sum of magnitudes behind a visible logit: what f32 rounding in the logit is relative to.
+    pub magnitude: Vec<f64>,
+    /// A row's largest magnitude of a visible value.
+    pub value: Vec<f64>,
+}
+
+impl Attention<'_> {
+    pub fn run(&self, q: &Array, k: &Array, v: &Array) -> State {
+        let [batch, tokens, heads, dim] = q.shape;
+        let [_, keys, kv_heads, v_dim] = v.shape;
+        let rows = batch * tokens * heads;
+        let mut state = State {
+            out: Array::zeros([batch, tokens, heads, v_dim]),
+            lse: Vec::with_capacity(rows),
+            magnitude: Vec::with_capacity(rows),
+            value: Vec::with_capacity(rows),
+        };
+        let scale = self.scale.unwrap_or(1.0 / (dim as f64).sqrt());
+        for b in 0..batch {
+            let length = self.lengths.map_or(keys as i64, |l| l[b].into());
+            let start = self.starts.map_or(0, |s| s[b].into());
+            let offset = self.offsets.map_or(length - tokens as i64, |o| o[b].into());
+            for t in 0..tokens {
+                let position = t as i64 + offset;
+                for h in 0..heads {
+                    let kv_head = h / (heads / kv_heads);
+                    let visible = |j: usize| {
+                        let key = j as i64;
+                        key < length
+                            && key >= start
+                            && (!self.causal || key <= position)
+                            && self.window_left.is_none_or(|w| key >= position - i64::from(w))
+                            && self.window_right.is_none_or(|w| key <= position + i64::from(w))
+                            && self.mask.is_none_or(|mask| mask([b, t, h, j]))
+                            && self.bias.is_none_or(|bias| bias([b, t, h, j]) != f64::NEG_INFINITY)
+                    };
+                    let seen: Vec<usize> = (0..keys).filter(|&j| visible(j)).collect();
+                    let mut magnitude = 0f64;
+                    let mut value = 0f64;
+                    let logits: Vec<f64> = seen
+                        .iter()
+                        .map(|&j| {
+                            let products = || q.row(b, t, h).iter().zip(k.row(b, j, kv_head)).map(|(q, k)| q * k);
+                            let mut x = products().sum::<f64>() * scale;
+                            let mut size = products().map(f64::abs).sum::<f64>() * scale.abs();
+                            if let Some(cap) = self.softcap {
+                                x = cap * (x / cap).tanh();
+                                size = size.min(cap);
+                            }
+                            if let Some(slopes) = self.alibi {
+                                let term = f64::from(slopes[h]) * (j as i64 - position) as f64;
+                                x += term;
+                                size += term.abs();
+                            }
+                            if let Some(bias) = self.bias {
+                                x += bias([b, t, h, j]);
+                                size += bias([b, t, h, j]).abs();
+                            }
+                            magnitude = magnitude.max(size);
+                            x
+                        })
+                        .collect();
+                    let sink = self.sinks.map_or(f64::NEG_INFINITY, |s| s[h].into());
+                    let max = logits.iter().copied().fold(sink, f64::max);
+                    // Where there is nothing but -inf, every weight is 0.
+                    let shift = if max == f64::NEG_INFINITY { 0.0 } else { max };
+                    let weights: Vec<f64> = logits.iter().map(|x| (x - shift).exp()).collect();
+                    let sum = weights.iter().sum::<f64>() + (sink - shift).exp();
+                    for (&j, weight) in seen.iter().zip(&weights) {
+                        for (o, v) in state.out.row_mut(b, t, h).iter_mut().zip(v.row(b, j, kv_head)) {
+                            value = value.max(v.abs());
+                            if sum != 0.0 {
+                                *o += weight / sum * v;
+                            }
+                        }
+                    }
+                    state.lse.push(shift + sum.ln());
+                    state.magnitude.push(magnitude);
+                    state.value.push(value);
+                }
+            }
+        }
+        state
+    }
+}
+
+/// Rotates the leading `2 * inv_freq.len()` elements of every head.
+pub fn rope(
+    x: &Array,
+    pairing: Pairing,
+    inv_freq: &[f64],
+    magnitude: f64,
+    position: impl Fn(usize, usize) -> i64,
+) -> Array {
+    let mut y = x.clone();
+    let half = inv_freq.len();
+    for b in 0..x.shape[0] {
+        for t in 0..x.shape[1] {
+            for h in 0..x.shape[2] {
+                for (i, frequency) in inv_freq.iter().enumerate() {
+                    let angle = position(b, t) as f64 * frequency;
+                    let (sin, cos) = (angle.sin() * magnitude, angle.cos() * magnitude);
+                    let (i0, i1) = match pairing {
+                        Pairing::Interleaved => (2 * i, 2 * i + 1),
+                        Pairing::HalfSplit => (i, i + half),
+                    };
+                    let (x0, x1) = (x.row(b, t, h)[i0], x.row(b, t, h)[i1]);
+                    let y = y.row_mut(b, t, h);
+                    y[i0] = x0 * cos - x1 * sin;
+                    y[i1] = x1 * cos + x0 * sin;
+                }
+            }
+        }
+    }
+    y
+}
+
+/// The union of attention states: `(outputs, LSEs)`.
+pub fn merge(states: &[(Array, Vec<f64>)]) -> (Array, Vec<f64>) {
+    let mut out = Array::zeros(states[0].0.shape);
+    let width = out.shape[3];
+    let lse: Vec<f64> = (0..states[0].1.len())
+        .map(|row| {
+            let max = states.iter().map(|s| s.1[row]).fold(f64::NEG_INFINITY, f64::max);
+            if max == f64::NEG_INFINITY {
+                return max;
+            }
+            let sum: f64 = states.iter().map(|s| (s.1[row] - max).exp()).sum();
+            for (x, lse) in states.iter().filter(|(_, lse)| lse[row] != f64::NEG_INFINITY) {
+                for i in row * width..(row + 1) * width {
+                    out.data[i] += (lse[row] - max).exp() / sum * x.data[i];
+                }
+            }
+            max + sum.ln()
+        })
+        .collect();
+    (out, lse)
+}
+
+/// Every head `n` times in a row.
+pub fn repeat(x: &Array, n: usize) -> Array {
+    let [batch, tokens, heads, dim] = x.shape;
+    let mut y = Array::zeros([batch, tokens, heads * n, dim]);
+    for b in 0..batch {
+        for t in 0..tokens {
+            for h in 0..heads * n {
+                y.row_mut(b, t, h).copy_from_slice(x.row(b, t, h / n));
+            }
+        }
+    }
+    y
+}

@@ -1,0 +1,217 @@
+//! Runs tests a level, counts which kernels they reached, and fails where one was not reached.
+//!
+//! | variable | what it does |
+//! | --- | --- |
+//! | `KVLANE_REQUIRE_ISA` | levels, separated by commas, that must have run |
+//! | `KVLANE_MAX_ISA` | lowers all contexts: levels above it do not run, and are reported so |
+//! | `KVLANE_TEST_SCALE` | the share of cases that run |
+//!
+//! Understood of libtest's arguments: filters, `--exact`, `--skip`, `--list`, `--test-threads`; others are ignored. Counts
+//! are checked only when all tests run.
+
+use kvlane::{Context, DType, Isa, KernelInfo, Op};
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+/// One test.
+pub struct Test {
+    pub name: &'static str,
+    pub body: Body,
+}
+
+pub enum Body {
+    /// Runs at every level.
+    PerLevel(fn(&Level)),
+    /// Runs once.
+    Once(fn()),
+}
+
+/// Lists a module's tests: those that run a level, then those that run once.
+macro_rules! tests {
+    (levels: $($level:ident),* ; once: $($once:ident),* $(;)?) => {
+        pub const TESTS: &[$crate::harness::Test] = &[
+            $($crate::harness::Test {
+                name: concat!(module_path!(), "::", stringify!($level)),
+                body: $crate::harness::Body::PerLevel($level),
+            },)*
+            $($crate::harness::Test {
+                name: concat!(module_path!(), "::", stringify!($once)),
+                body: $crate::harness::Body::Once($once),
+            },)*
+        ];
+    };
+}
+pub(crate) use tests;
+
+/// A level that runs, and its context.
+pub struct Level {
+    pub isa: Isa,
+    pub context: Context,
+}
+
+static COUNTS: Mutex<BTreeMap<&'static str, usize>> = Mutex::new(BTreeMap::new());
+
+impl Level {
+    /// The kernel that serves an operation, which is of this very level.
+    pub fn kernel(&self, op: Op, src: DType, dst: DType) -> KernelInfo {
+        let kernel = self.context.kernel(op, src, dst).expect("every level has every kernel");
+        assert_eq!(kernel.isa, self.isa, "{} does not serve level {}", kernel.name, self.isa);
+        kernel
+    }
+
+    /// Counts a comparison of a kernel's result with what is expected, and says the kernel's bound.
+    pub fn checked(&self, op: Op, src: DType, dst: DType) -> f64 {
+        let kernel = self.kernel(op, src, dst);
+        *COUNTS.lock().unwrap().entry(kernel.name).or_default() += 1;
+        kernel.max_error.into()
+    }
+}
+
+/// The levels that run, and why the others do not.
+fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
+    let (mut run, mut not) = (Vec::new(), Vec::new());
+    for isa in Isa::ALL {
+        if !isa.is_built() {
+            not.push((isa, "not of this architecture"));
+        } else if !isa.is_available() {
+            not.push((isa, "not on this CPU"));
+        } else {
+            let context = Context::with_max_isa(isa).expect("a context of an available level");
+            if context.isa() == isa {
+                run.push(Level { isa, context });
+            } else {
+                not.push((isa, "lowered by KVLANE_MAX_ISA"));
+            }
+        }
+    }
+    (run, not)
+}
+
+/// What the command line asks for.
+#[derive(Default)]
+struct Arguments {
+    filters: Vec<String>,
+    skip: Vec<String>,
+    exact: bool,
+    list: bool,
+    threads: Option<usize>,
+}
+
+impl Arguments {
+    fn parse() -> Self {
+        let mut arguments = Self::default();
+        let mut rest = std::env::args().skip(1);
+        while let Some(argument) = rest.next() {
+            let (name, value) = match argument.split_once('=') {
+                Some((name, value)) => (name.to_owned(), Some(value.to_owned())),
+                None => (argument, None),
+            };
+            match name.as_str() {
+                "--exact" => arguments.exact = true,
+                "--list" => arguments.list = true,
+                "--skip" => arguments.skip.extend(value.or_else(|| rest.next())),
+                "--test-threads" => arguments.threads = value.or_else(|| rest.next()).and_then(|n| n.parse().ok()),
+                "--format" | "--color" | "--logfile" | "-Z" | "--report-time" => {
+                    let _ = value.or_else(|| rest.next());
+                }
+                flag if flag.starts_with('-') => {}
+                _ => arguments.filters.push(name),
+            }
+        }
+        arguments
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        let fits = |filter: &String| if self.exact { name == filter } else { name.contains(filter.as_str()) };
+        (self.filters.is_empty() || self.filters.iter().any(fits)) && !self.skip.iter().any(fits)
+    }
+}
+
+/// Runs the tests; the exit code says whether all passed.
+pub fn run(modules: &[&[Test]]) -> ExitCode {
+    let arguments = Arguments::parse();
+    let (levels, absent) = levels();
+    let mut cases: Vec<(String, Box<dyn Fn() + Sync + '_>)> = Vec::new();
+    let mut all = true;
+    for test in modules.iter().copied().flatten() {
+        let name = test.name.trim_start_matches("kernels::");
+        match test.body {
+            Body::Once(body) => cases.push((name.to_owned(), Box::new(body))),
+            Body::PerLevel(body) => {
+                for level in &levels {
+                    cases.push((format!("{name}[{}]", level.isa), Box::new(move || body(level))));
+                }
+            }
+        }
+    }
+    cases.retain(|(name, _)| {
+        all &= arguments.wants(name);
+        arguments.wants(name)
+    });
+    if arguments.list {
+        cases.iter().for_each(|(name, _)| println!("{name}: test"));
+        return ExitCode::SUCCESS;
+    }
+
+    println!("\nrunning {} tests", cases.len());
+    let started = Instant::now();
+    let next = AtomicUsize::new(0);
+    let failed = Mutex::new(Vec::new());
+    let available = std::thread::available_parallelism().map_or(1, |n| n.get());
+    std::thread::scope(|scope| {
+        for _ in 0..arguments.threads.unwrap_or(available).max(1) {
+            scope.spawn(|| {
+                while let Some((name, body)) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let started = Instant::now();
+                    let passed = catch_unwind(AssertUnwindSafe(body)).is_ok();
+                    let verdict = if passed { "ok" } else { "FAILED" };
+                    println!("test {name} ... {verdict} ({:.2} s)", started.elapsed().as_secs_f64());
+                    if !passed {
+                        failed.lock().unwrap().push(name.clone());
+                    }
+                }
+            });
+        }
+    });
+    let mut failed = failed.into_inner().unwrap();
+
+    println!();
+    let counts = COUNTS.lock().unwrap();
+    for level in &levels {
+        let kernels: Vec<_> = kvlane::kernels().filter(|k| k.isa == level.isa).collect();
+        let reached = kernels.iter().filter(|k| counts.contains_key(k.name)).count();
+        let checks: usize = kernels.iter().filter_map(|k| counts.get(k.name)).sum();
+        println!("level {}: {checks} kernel checks, {reached} of {} kernels", level.isa, kernels.len());
+        if all {
+            for kernel in kernels.iter().filter(|k| !counts.contains_key(k.name)) {
+                println!("kernel {} was not reached by any test", kernel.name);
+                failed.push(format!("registry_coverage: {}", kernel.name));
+            }
+        }
+    }
+    for (isa, reason) in &absent {
+        println!("level {isa}: not run ({reason})");
+    }
+    let required = std::env::var("KVLANE_REQUIRE_ISA").unwrap_or_default();
+    for name in required.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        if !levels.iter().any(|level| level.isa.name() == name) {
+            println!("level {name} is required by KVLANE_REQUIRE_ISA, but did not run");
+            failed.push(format!("required level {name}"));
+        }
+    }
+
+    let seconds = started.elapsed().as_secs_f64();
+    if failed.is_empty() {
+        println!("\ntest result: ok. {} passed; 0 failed; finished in {seconds:.2}s\n", cases.len());
+        ExitCode::SUCCESS
+    } else {
+        println!("\nfailures:");
+        failed.iter().for_each(|name| println!("    {name}"));
+        println!("\ntest result: FAILED. {} failed; finished in {seconds:.2}s\n", failed.len());
+        ExitCode::FAILURE
+    }
+}

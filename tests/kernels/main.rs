@@ -1,0 +1,15 @@
+//! Every kernel of the registry against the oracle, at every level that this CPU has.
+//!
+//! This binary has its own harness, for one reason: a level that did not run must not look like one that passed. Each test
+//! runs once a level; every call of an operation is counted under the registry entries that served it; and at the end the
+//! counts are printed and checked. See [`harness`].
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod attention;
+mod harness;
+
+fn main() -> std::process::ExitCode {
+    harness::run(&[attention::TESTS])
+}

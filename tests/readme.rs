@@ -1,0 +1,46 @@
+//! What the README says and the code must agree on.
+
+use kvlane::{DType, Isa, Op, kernels};
+
+const README: &str = include_str!("../README.md");
+
+/// The cells of the table row whose first cell is `` `name` ``.
+fn row(name: &str) -> Vec<String> {
+    let start = format!("| `{name}` |");
+    let line = README.lines().find(|l| l.starts_with(&start)).unwrap_or_else(|| panic!("the README has no row {name}"));
+    line.trim_matches('|').split('|').map(|cell| cell.trim().to_string()).collect()
+}
+
+#[test]
+fn the_table_of_operations_is_the_registry() {
+    for op in Op::ALL {
+        let cells = row(op.name());
+        let levels: Vec<&str> = cells[2].split(", ").collect();
+        let types: Vec<DType> = DType::ALL
+            .into_iter()
+            .filter(|t| cells[1].split([' ', ',', ';']).any(|word| word == t.name()))
+            .collect();
+        let each_to_each = cells[1].contains("each to each");
+        assert_eq!(levels, Isa::ALL.map(Isa::name), "levels of {}", op.name());
+        for level in Isa::ALL.into_iter().filter(|l| l.is_built()) {
+            let mut promised = Vec::new();
+            for src in &types {
+                promised.extend(types.iter().filter(|&dst| src == dst || each_to_each).map(|dst| (src.name(), dst.name())));
+            }
+            let mut found: Vec<_> = kernels()
+                .filter(|k| k.op == op && k.isa == level)
+                .map(|k| (k.src.name(), k.dst.name()))
+                .collect();
+            promised.sort();
+            found.sort();
+            assert_eq!(promised, found, "types of {} at {level}", op.name());
+        }
+    }
+}
+
+#[test]
+fn the_c_example_is_the_one_that_is_compiled() {
+    let (_, after) = README.split_once("```c\n").expect("the README has a C example");
+    let (example, _) = after.split_once("```").expect("the C example ends");
+    assert_eq!(example, include_str!("../ffi-tests/example.c"));
+}
