@@ -9,11 +9,11 @@
 #include "check.h"
 
 /* Large enough that every operation uses more than one thread. */
-enum { THREADS = 3, BATCH = 2, NEW = 512, SEQ = 24, HEADS = 6, KV = 2, CAPACITY = 600, D = 64, STATES = 8 };
+enum { THREADS = 3, BATCH = 2, NEW = 512, SEQ = 12, HEADS = 6, KV = 2, CAPACITY = 1200, D = 64, STATES = 16 };
 
 static float q[BATCH * SEQ * HEADS * D], k[BATCH * NEW * KV * D], v[BATCH * NEW * KV * D];
-static const int32_t lengths[BATCH] = {40, 88};
-static const int32_t whole[BATCH] = {552, 600};
+static const int32_t lengths[BATCH] = {600, 688};
+static const int32_t whole[BATCH] = {1112, 1200};
 
 /* Everything that operations write, once a runner. */
 typedef struct results {
@@ -116,7 +116,7 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     view = kvl_make_view(to->merged, KVL_F32, BATCH, SEQ, HEADS, D);
     OK(kvl_merge_states(context, runner, states, STATES, &view, to->merged_lse));
 
-    /* The last query alone: a decode step, split over the keys. */
+    /* The last query alone: a decode step, whose keys are split between threads. */
     p.q = kvl_make_const_view(q + (SEQ - 1) * HEADS * D, KVL_F32, BATCH, 1, HEADS, D);
     p.q.strides[0] = SEQ * HEADS * D;
     p.out = kvl_make_view(to->single, KVL_F32, BATCH, 1, HEADS, D);
