@@ -77,20 +77,20 @@ pub struct Options {
 
 impl Options {
     pub fn borrow(&self) -> AttentionOptions<'_> {
-        let mut options = AttentionOptions::default();
-        options.scale = self.scale;
-        options.softcap = self.softcap;
-        options.causal = self.causal;
-        options.window_left = self.window_left;
-        options.window_right = self.window_right;
-        options.lengths = self.lengths.as_deref();
-        options.starts = self.starts.as_deref();
-        options.offsets = self.offsets.as_deref();
-        options.mask = self.mask.as_ref().map(MaskTensor::view);
-        options.bias = self.bias.as_ref().map(Tensor::view);
-        options.alibi_slopes = self.alibi.as_deref();
-        options.sinks = self.sinks.as_deref();
-        options
+        AttentionOptions {
+            scale: self.scale,
+            softcap: self.softcap,
+            causal: self.causal,
+            window_left: self.window_left,
+            window_right: self.window_right,
+            lengths: self.lengths.as_deref(),
+            starts: self.starts.as_deref(),
+            offsets: self.offsets.as_deref(),
+            mask: self.mask.as_ref().map(MaskTensor::view),
+            bias: self.bias.as_ref().map(Tensor::view),
+            alibi_slopes: self.alibi.as_deref(),
+            sinks: self.sinks.as_deref(),
+        }
     }
 }
 

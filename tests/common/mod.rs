@@ -9,7 +9,7 @@ pub mod runners;
 pub mod tensor;
 
 pub use rng::Rng;
-pub use tensor::{Array, Layout, Place, Tensor};
+pub use tensor::{Layout, Place, Tensor};
 
 use kvlane::DType;
 

@@ -139,8 +139,9 @@ impl Tensor {
     /// Strides may be 0 for an input.
     pub fn strided(dtype: DType, shape: [usize; 4], strides: [i64; 4], place: Place, gaps: Gaps) -> Self {
         let (mut low, mut high) = (0i64, 0i64);
-        for axis in 0..4 {
-            let reach = (shape[axis] as i64 - 1).max(0) * strides[axis];
+        // Without elements there is nothing to reach.
+        for axis in 0..if shape.contains(&0) { 0 } else { 4 } {
+            let reach = (shape[axis] as i64 - 1) * strides[axis];
             if reach < 0 { low += reach } else { high += reach }
         }
         // Against a guard page the memory ends where the tensor does; on the heap an odd number of elements is around it.

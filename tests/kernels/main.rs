@@ -8,8 +8,24 @@
 mod common;
 
 mod attention;
+mod errors;
 mod harness;
+mod invariance;
+mod merge;
+mod properties;
+mod rope;
+mod semantics;
+mod write;
 
 fn main() -> std::process::ExitCode {
-    harness::run(&[attention::TESTS])
+    harness::run(&[
+        attention::TESTS,
+        semantics::TESTS,
+        rope::TESTS,
+        write::TESTS,
+        merge::TESTS,
+        invariance::TESTS,
+        errors::TESTS,
+        properties::TESTS,
+    ])
 }

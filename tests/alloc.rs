@@ -1,0 +1,143 @@
+//! No operation allocates: proven by an allocator that counts.
+
+mod common;
+
+use common::attention::{Case, MaskTensor, Shape, random_bias};
+use common::runners::Backwards;
+use common::{Layout, Place, Rng, Tensor};
+use kvlane::*;
+use std::alloc::{GlobalAlloc, Layout as Block, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: everything is passed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, block: Block) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's.
+        unsafe { System.alloc(block) }
+    }
+    unsafe fn alloc_zeroed(&self, block: Block) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's.
+        unsafe { System.alloc_zeroed(block) }
+    }
+    unsafe fn realloc(&self, at: *mut u8, block: Block, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's.
+        unsafe { System.realloc(at, block, size) }
+    }
+    unsafe fn dealloc(&self, at: *mut u8, block: Block) {
+        // SAFETY: the caller's.
+        unsafe { System.dealloc(at, block) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Allocations while `run` runs. The one test of this binary has the process to itself.
+fn allocations(run: impl FnOnce()) -> usize {
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    run();
+    ALLOCATIONS.load(Ordering::Relaxed) - before
+}
+
+/// One call of every operation, for every type; the most allocations that one of them made.
+fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
+    let mut rng = Rng::new(1);
+    let mut most = 0;
+    for dtype in DType::ALL {
+        for (tokens, keys) in [(1, 70), (1, 3000), (40, 200)] {
+            let shape = Shape { batch: 2, tokens, kv_heads: 2, group: 3, keys, dim: 64, v_dim: 40 };
+            let plain = Case::new(&mut rng, shape, dtype);
+            let mut full = Case::new(&mut rng, shape, dtype).moved([Layout::STEP2; 4], Place::Heap, Default::default());
+            let strides = Layout::BSHD.strides(shape.scores());
+            full.options.mask = Some(MaskTensor::new(shape.scores(), strides, Place::Heap, |at| at[3] % 3 != 0));
+            full.options.bias = Some(random_bias(&mut rng, dtype, shape.scores(), strides, Place::Heap, 0.1));
+            full.options.alibi = Some(alibi_slopes(6));
+            full.options.sinks = Some(vec![0.5; 6]);
+            full.options.softcap = Some(30.0);
+            full.options.causal = true;
+            for case in [&plain, &full] {
+                let threads = runner.num_threads();
+                let size = attention_workspace_size(shape.q(), shape.k(), shape.v_dim, threads);
+                let mut workspace = Workspace::with_capacity(size);
+                let mut out = Tensor::output(dtype, [2, tokens, 6, 40], case.out_layout, Place::Heap);
+                let mut lse = vec![0.0; 2 * tokens * 6];
+                let tensors = AttentionTensors {
+                    q: case.q.view(),
+                    k: case.k.view(),
+                    v: case.v.view(),
+                    out: out.view_mut(),
+                    lse: Some(&mut lse),
+                };
+                let options = case.options.borrow();
+                let made = allocations(|| attention(context, runner, &mut workspace, tensors, &options).unwrap());
+                most = most.max(made);
+            }
+        }
+        for (layout, seq) in [(Layout::BSHD, 3), (Layout::STEP2, 300)] {
+            let shape = [2, seq, 4, 64];
+            let x = Tensor::random(&mut rng, DType::F32, shape, layout, Place::Heap);
+            let same = Tensor::random(&mut rng, dtype, shape, layout, Place::Heap);
+            let mut y = Tensor::output(dtype, shape, layout, Place::Heap);
+            let mut k_cache = Tensor::output(dtype, [2, seq + 9, 4, 64], layout, Place::Heap);
+            let mut v_cache = Tensor::output(dtype, [2, seq + 9, 4, 64], layout, Place::Heap);
+            let mut repeated = Tensor::output(dtype, [2, seq, 8, 64], layout, Place::Heap);
+            let lse = vec![0.5; 2 * seq * 4];
+            let mut joint = vec![0.5; 2 * seq * 4];
+            let frequencies = RopeFrequencies::new(64, 1e4, &RopeScaling::None).unwrap();
+            let options = Rope {
+                pairing: Pairing::Interleaved,
+                rotary_dim: 64,
+                angles: RopeAngles::Frequencies(&frequencies),
+                positions: Positions::Offsets(&[5, 0]),
+            };
+            for rotation in [None, Some(options)] {
+                let write = KvWrite {
+                    k: x.view(),
+                    v: x.view(),
+                    k_cache: k_cache.view_mut(),
+                    v_cache: v_cache.view_mut(),
+                    to: Destination { positions: &[5, 0], rows: Some(&[1, 0]), ..Default::default() },
+                    rope: rotation,
+                };
+                most = most.max(allocations(|| kv_write(context, runner, write).unwrap()));
+            }
+            let (from, to) = (x.view(), y.view_mut());
+            most = most.max(allocations(|| rope(context, runner, from, to, &options).unwrap()));
+            let to = y.view_mut();
+            most = most.max(allocations(|| rope_in_place(context, runner, to, &options).unwrap()));
+            let (from, to) = (same.view(), repeated.view_mut());
+            most = most.max(allocations(|| repeat_kv(context, runner, from, to).unwrap()));
+            let states = [AttentionState { out: same.view(), lse: &lse }; 3];
+            let to = y.view_mut();
+            most = most.max(allocations(|| merge_states(context, runner, &states, to, Some(&mut joint)).unwrap()));
+        }
+    }
+    most
+}
+
+#[test]
+fn no_operation_allocates() {
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let context = Context::with_max_isa(isa).unwrap();
+        assert_eq!(all_operations(&context, &Serial), 0, "{isa}, on the calling thread");
+        // A runner that allocates nothing itself: neither do the plans for several workers.
+        assert_eq!(all_operations(&context, &Backwards(4)), 0, "{isa}, four workers");
+    }
+    #[cfg(feature = "rayon")]
+    {
+        let context = Context::new().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        // The pool's queues grow while it warms up, and now and then by a block for jobs from outside.
+        all_operations(&context, &Rayon::pool(&pool));
+        let most = all_operations(&context, &Rayon::pool(&pool));
+        println!("a call on a rayon pool: at most {most} allocations");
+        assert!(most <= 4, "a call on a rayon pool made {most} allocations");
+    }
+}

@@ -1,0 +1,398 @@
+//! Every mistake is a code and a sentence with the argument and both numbers, and nothing has been written.
+
+use crate::common::attention::{Case, MaskTensor, Shape};
+use crate::common::runners::Broken;
+use crate::common::{Layout, Place, Rng, Tensor};
+use crate::harness::tests;
+use crate::write::Write;
+use kvlane::*;
+
+tests! {
+    levels: ;
+    once: views, masks, attention_shapes, attention_options, attention_overlap, write_destinations, write_shapes, rope_options,
+        repeat_shapes, merge_shapes, runners, contexts, status_values;
+}
+
+#[track_caller]
+fn assert_error<T>(result: Result<T>, status: Status, pieces: &[&str]) {
+    let Err(error) = result else { panic!("no error, but should be {status:?} {pieces:?}") };
+    assert_eq!(error.status(), status, "{error}");
+    for piece in pieces {
+        assert!(error.message().contains(piece), "{error}: does not say {piece:?}");
+    }
+    assert_eq!(error.to_string(), format!("{}: {}", status.description(), error.message()));
+}
+
+fn context() -> Context {
+    Context::new().expect("a context")
+}
+
+fn views() {
+    let mut data = [0f32; 24];
+    assert_error(View::new(&data, [1, 2, 3, 5]), Status::Bounds, &["[1, 2, 3, 5]", "element 30", "24"]);
+    assert_error(View::strided(&data, 25, [1; 4], [0; 4]), Status::Bounds, &["offset 25", "24"]);
+    assert_error(
+        View::strided(&data, 3, [1, 1, 1, 5], [0, 0, 0, -1]),
+        Status::Bounds,
+        &["-1", "offset 3", "1 elements before"],
+    );
+    let span = View::strided(&data, 0, [2; 4], [i64::MAX, i64::MAX, i64::MIN, 1]);
+    assert_error(span, Status::Stride, &["[2, 2, 2, 2]", "address space"]);
+    assert_error(View::new(&data, [1 << 31, 1, 1, 0]), Status::Shape, &["axis 0", "2147483648", "2147483647"]);
+    assert_error(
+        ViewMut::strided(&mut data, 0, [2, 1, 1, 4], [3, 0, 0, 1]),
+        Status::Stride,
+        &["[2, 1, 1, 4]", "[3, 0, 0, 1]"],
+    );
+    assert_error(ViewMut::strided(&mut data, 0, [2, 1, 1, 1], [0; 4]), Status::Stride, &["share memory"]);
+    let view = View::new(&data, [1, 2, 3, 4]).unwrap();
+    assert_error(view.heads(2, 2), Status::Shape, &["2 + 2", "heads", "3"]);
+    assert_error(view.seq(3, 0), Status::Shape, &["3 + 0", "seq", "2"]);
+    assert_error(view.rows(usize::MAX, 2), Status::Shape, &["batch", "1"]);
+    // A shape without elements reaches nothing, wherever it is.
+    assert!(View::strided(&data, 24, [0, 1 << 30, 1 << 30, 1 << 30], [i64::MAX; 4]).is_ok());
+}
+
+fn masks() {
+    let data = [true; 12];
+    assert_error(Mask::new(&data, [1, 2, 1, 7]), Status::Bounds, &["mask", "[1, 2, 1, 7]", "12"]);
+    assert_error(Mask::strided(&data, 13, [1; 4], [0; 4]), Status::Bounds, &["mask", "13", "12"]);
+    assert_error(Mask::strided(&data, 2, [1, 1, 1, 4], [0, 0, 0, -1]), Status::Bounds, &["mask", "offset 2"]);
+    assert_error(Mask::strided(&data, 0, [3; 4], [i64::MAX; 4]), Status::Stride, &["mask", "address space"]);
+    assert_error(Mask::new(&data, [1, 1 << 31, 1, 1]), Status::Shape, &["mask", "axis 1", "2147483648"]);
+}
+
+/// A valid call, changed.
+#[track_caller]
+fn attention_fails(change: impl FnOnce(&mut Case), status: Status, pieces: &[&str]) {
+    let shape = Shape { batch: 2, tokens: 3, kv_heads: 2, group: 2, keys: 10, dim: 8, v_dim: 6 };
+    let mut case = Case::new(&mut Rng::new(70), shape, DType::F32);
+    change(&mut case);
+    // `run_with` checks that the output is untouched.
+    assert_error(case.run_with(&context(), &Serial).map(|_| ()), status, pieces);
+}
+
+fn tensor(dtype: DType, shape: [usize; 4]) -> Tensor {
+    Tensor::random(&mut Rng::new(71), dtype, shape, Layout::BSHD, Place::Heap)
+}
+
+fn attention_shapes() {
+    use Status::{DType as Types, Shape};
+    let f32s = |shape| tensor(DType::F32, shape);
+    attention_fails(|c| c.k = f32s([3, 10, 2, 8]), Shape, &["k has batch = 3", "q has 2"]);
+    attention_fails(|c| c.k = f32s([2, 10, 2, 7]), Shape, &["k has dim = 7", "q has 8"]);
+    attention_fails(|c| c.v = f32s([1, 10, 2, 6]), Shape, &["v has batch = 1", "k has 2"]);
+    attention_fails(|c| c.v = f32s([2, 11, 2, 6]), Shape, &["v has seq = 11", "k has 10"]);
+    attention_fails(|c| c.v = f32s([2, 10, 1, 6]), Shape, &["v has heads = 1", "k has 2"]);
+    attention_fails(|c| c.q = f32s([2, 3, 5, 8]), Shape, &["q has 5 heads", "2 of k"]);
+    attention_fails(|c| (c.k, c.v) = (f32s([2, 10, 0, 8]), f32s([2, 10, 0, 6])), Shape, &["q has 4 heads", "0 of k"]);
+    attention_fails(|c| (c.q, c.k) = (f32s([2, 3, 4, 513]), f32s([2, 10, 2, 513])), Shape, &["k has dim = 513", "512"]);
+    attention_fails(|c| (c.q, c.k) = (f32s([2, 3, 4, 0]), f32s([2, 10, 2, 0])), Shape, &["k has dim = 0", "1"]);
+    attention_fails(|c| c.v = f32s([2, 10, 2, 600]), Shape, &["v has dim = 600", "512"]);
+    attention_fails(|c| c.v = tensor(DType::F16, [2, 10, 2, 6]), Types, &["k is f32", "v is f16"]);
+
+    // Output and LSE of the wrong shape.
+    let (q, k, v) = (f32s([1, 2, 2, 8]), f32s([1, 5, 1, 8]), f32s([1, 5, 1, 6]));
+    for (shape, lse, pieces) in [
+        ([1, 2, 2, 7], 4, ["out has dim = 7", "v has 6"]),
+        ([1, 3, 2, 6], 4, ["out has seq = 3", "q has 2"]),
+        ([2, 2, 2, 6], 4, ["out has batch = 2", "q has 1"]),
+        ([1, 2, 1, 6], 4, ["out has heads = 1", "q has 2"]),
+        ([1, 2, 2, 6], 5, ["lse has 5 entries", "q has 4 rows"]),
+    ] {
+        let mut out = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
+        let mut lse = vec![7.0; lse];
+        let tensors =
+            AttentionTensors { q: q.view(), k: k.view(), v: v.view(), out: out.view_mut(), lse: Some(&mut lse) };
+        let done = attention(&context(), &Serial, &mut Workspace::new(), tensors, &AttentionOptions::default());
+        assert_error(done, Shape, &pieces);
+        out.assert_untouched();
+        assert!(lse.iter().all(|&x| x == 7.0));
+    }
+}
+
+fn attention_options() {
+    use Status::{InvalidValue, OutOfRange, Shape};
+    attention_fails(|c| c.options.lengths = Some(vec![1]), Shape, &["lengths has 1 entries", "batch = 2"]);
+    attention_fails(|c| c.options.lengths = Some(vec![10, 11]), OutOfRange, &["lengths[1] is 11", "seq = 10"]);
+    attention_fails(|c| c.options.lengths = Some(vec![-1, 1]), OutOfRange, &["lengths[0] is -1", "seq = 10"]);
+    attention_fails(|c| c.options.starts = Some(vec![0, 0, 0]), Shape, &["starts has 3 entries", "batch = 2"]);
+    attention_fails(|c| c.options.starts = Some(vec![0, -4]), OutOfRange, &["starts[1] is -4", "seq = 10"]);
+    attention_fails(|c| c.options.starts = Some(vec![99, 0]), OutOfRange, &["starts[0] is 99", "seq = 10"]);
+    attention_fails(|c| c.options.offsets = Some(vec![]), Shape, &["offsets has 0 entries", "batch = 2"]);
+    attention_fails(|c| c.options.alibi = Some(vec![0.0; 2]), Shape, &["alibi_slopes has 2 entries", "q has 4 heads"]);
+    attention_fails(|c| c.options.sinks = Some(vec![0.0; 5]), Shape, &["sinks has 5 entries", "q has 4 heads"]);
+    attention_fails(|c| c.options.scale = Some(f32::NAN), InvalidValue, &["scale is NaN"]);
+    attention_fails(|c| c.options.scale = Some(f32::INFINITY), InvalidValue, &["scale is inf"]);
+    attention_fails(|c| c.options.softcap = Some(-1.0), InvalidValue, &["softcap is -1"]);
+    attention_fails(|c| c.options.softcap = Some(f32::NAN), InvalidValue, &["softcap is NaN"]);
+    let wrong = [2, 3, 4, 9];
+    attention_fails(
+        |c| c.options.mask = Some(MaskTensor::new(wrong, Layout::BSHD.strides(wrong), Place::Heap, |_| true)),
+        Shape,
+        &["mask has shape [2, 3, 4, 9]", "[2, 3, 4, 10]"],
+    );
+    attention_fails(
+        |c| c.options.bias = Some(tensor(DType::F16, [2, 3, 2, 10])),
+        Shape,
+        &["bias has shape [2, 3, 2, 10]", "[2, 3, 4, 10]"],
+    );
+}
+
+/// Views of one buffer, which safe Rust cannot overlap: interleaved ones must pass.
+fn attention_overlap() {
+    // Q, K, V of a token side by side, and the output beside them: `split_at_mut` would not give this; disjoint buffers do.
+    let shape = Shape { tokens: 4, keys: 4, dim: 8, v_dim: 8, ..Shape::default() };
+    let mut case = Case::new(&mut Rng::new(72), shape, DType::F32);
+    let plain = case.run(&context()).all_bits();
+    for tensor in [&mut case.q, &mut case.k, &mut case.v] {
+        *tensor = tensor.to(Layout::FUSED, Place::Heap);
+    }
+    assert_eq!(case.run(&context()).all_bits(), plain);
+}
+
+fn small_write(batch: usize, seq: usize) -> Write {
+    Write {
+        k: tensor(DType::F32, [batch, seq, 2, 4]),
+        v: tensor(DType::F32, [batch, seq, 2, 3]),
+        k_cache: Tensor::output(DType::F16, [3, 8, 2, 4], Layout::BSHD, Place::Heap),
+        v_cache: Tensor::output(DType::F16, [3, 8, 2, 3], Layout::BSHD, Place::Heap),
+    }
+}
+
+#[track_caller]
+fn write_fails(mut write: Write, to: Destination, status: Status, pieces: &[&str]) {
+    let level = crate::harness::Level { isa: context().isa(), context: context() };
+    assert_error(write.run(&level, &Serial, to), status, pieces);
+    write.k_cache.assert_untouched();
+    write.v_cache.assert_untouched();
+}
+
+fn write_destinations() {
+    use Status::{Capacity, DuplicateSlot, OutOfRange, Shape};
+    let at = |positions| Destination { positions, ..Default::default() };
+    // Row 1 is the one at fault; row 0 must not have been written either.
+    write_fails(small_write(2, 3), at(&[0, 6]), Capacity, &["row 1", "3 tokens", "position 6", "holds 8"]);
+    write_fails(small_write(2, 3), at(&[0, i32::MAX]), Capacity, &["row 1", "position 2147483647", "holds 8"]);
+    write_fails(small_write(2, 9), at(&[0, 0]), Capacity, &["row 0", "9 tokens", "holds 8"]);
+    write_fails(small_write(2, 3), at(&[0, -1]), OutOfRange, &["positions[1] is -1", "negative"]);
+    write_fails(small_write(2, 3), at(&[0, i32::MIN]), OutOfRange, &["positions[1] is -2147483648"]);
+    write_fails(small_write(2, 3), at(&[0]), Shape, &["positions has 1 entries", "batch = 2"]);
+    write_fails(small_write(4, 1), at(&[0; 4]), OutOfRange, &["row 3", "cache row 3", "3 rows"]);
+
+    let base = Destination { positions: &[0, 0], ..Default::default() };
+    let fails = |to, status, pieces: &[&str]| write_fails(small_write(2, 3), to, status, pieces);
+    fails(Destination { counts: Some(&[3]), ..base }, Shape, &["counts has 1 entries", "batch = 2"]);
+    fails(Destination { counts: Some(&[3, 4]), ..base }, OutOfRange, &["counts[1] is 4", "seq = 3"]);
+    fails(Destination { counts: Some(&[-1, 3]), ..base }, OutOfRange, &["counts[0] is -1", "seq = 3"]);
+    fails(Destination { rows: Some(&[0, 1, 2]), ..base }, Shape, &["rows has 3 entries", "batch = 2"]);
+    fails(Destination { rows: Some(&[0, 3]), ..base }, OutOfRange, &["row 1", "cache row 3", "3 rows"]);
+    fails(Destination { rows: Some(&[0, -1]), ..base }, OutOfRange, &["row 1", "cache row -1", "3 rows"]);
+    fails(Destination { rows: Some(&[2, 2]), ..base }, DuplicateSlot, &["[0, 0]", "[1, 0]", "slot 0", "row 2"]);
+    let rows = Destination { positions: &[4, 2], rows: Some(&[2, 2]), ..base };
+    fails(rows, DuplicateSlot, &["[0, 0]", "[1, 2]", "slot 4", "row 2"]);
+    fails(Destination { slots: Some(&[0; 5]), ..base }, Shape, &["slots has 5 entries", "batch * seq = 6"]);
+    fails(Destination { slots: Some(&[0, 1, 2, 0, 8, 1]), ..base }, Capacity, &["slots[1, 1] is 8", "holds 8"]);
+    fails(Destination { slots: Some(&[0, 1, 2, 0, 3, -2]), ..base }, OutOfRange, &["slots[1, 2] is -2", "-1"]);
+    fails(
+        Destination { slots: Some(&[0, 1, 2, 5, 3, 5]), ..base },
+        DuplicateSlot,
+        &["[1, 0]", "[1, 2]", "slot 5", "row 1"],
+    );
+    let slots = Destination { slots: Some(&[0, 1, 2, 5, 2, 4]), rows: Some(&[1, 1]), ..base };
+    fails(slots, DuplicateSlot, &["[0, 2]", "[1, 1]", "slot 2", "row 1"]);
+}
+
+fn write_shapes() {
+    use Status::Shape;
+    let to = Destination { positions: &[0, 0], ..Default::default() };
+    let output = |shape| Tensor::output(DType::F16, shape, Layout::BSHD, Place::Heap);
+    let changed = |change: &dyn Fn(&mut Write)| {
+        let mut write = small_write(2, 3);
+        change(&mut write);
+        write
+    };
+    let f32s = |shape| tensor(DType::F32, shape);
+    write_fails(changed(&|w| w.k_cache = output([3, 8, 1, 4])), to, Shape, &["k has heads = 2", "k_cache has 1"]);
+    write_fails(changed(&|w| w.k_cache = output([3, 8, 2, 5])), to, Shape, &["k has dim = 4", "k_cache has 5"]);
+    write_fails(changed(&|w| w.v_cache = output([3, 8, 2, 4])), to, Shape, &["v has dim = 3", "v_cache has 4"]);
+    write_fails(changed(&|w| w.v_cache = output([2, 8, 2, 3])), to, Shape, &["k_cache has batch = 3", "v_cache has 2"]);
+    write_fails(changed(&|w| w.v_cache = output([3, 9, 2, 3])), to, Shape, &["k_cache has seq = 8", "v_cache has 9"]);
+    write_fails(changed(&|w| w.v = f32s([2, 2, 2, 3])), to, Shape, &["k has seq = 3", "v has 2"]);
+    write_fails(changed(&|w| w.v = f32s([1, 3, 2, 3])), to, Shape, &["k has batch = 2", "v has 1"]);
+
+    // A rotation that does not fit.
+    let f = RopeFrequencies::new(6, 1e4, &RopeScaling::None).unwrap();
+    let mut write = small_write(2, 3);
+    let rope = Rope {
+        pairing: Pairing::HalfSplit,
+        rotary_dim: 6,
+        angles: RopeAngles::Frequencies(&f),
+        positions: Positions::Offsets(&[0, 0]),
+    };
+    let done = kv_write(
+        &context(),
+        &Serial,
+        KvWrite {
+            k: write.k.view(),
+            v: write.v.view(),
+            k_cache: write.k_cache.view_mut(),
+            v_cache: write.v_cache.view_mut(),
+            to,
+            rope: Some(rope),
+        },
+    );
+    assert_error(done, Shape, &["rotary_dim 6", "head size 4"]);
+    write.k_cache.assert_untouched();
+    write.v_cache.assert_untouched();
+}
+
+fn rope_options() {
+    use Status::{InvalidValue, OutOfRange, Shape};
+    let f = RopeFrequencies::new(4, 1e4, &RopeScaling::None).unwrap();
+    let good = Rope {
+        pairing: Pairing::HalfSplit,
+        rotary_dim: 4,
+        angles: RopeAngles::Frequencies(&f),
+        positions: Positions::Offsets(&[0, 0]),
+    };
+    let table = [0.0; 20];
+    let by_table = Rope { angles: RopeAngles::Table { cos: &table, sin: &table }, ..good };
+    let x = tensor(DType::F32, [2, 3, 2, 6]);
+    for (options, status, pieces) in [
+        (Rope { rotary_dim: 3, ..good }, InvalidValue, vec!["rotary_dim is 3", "even"]),
+        (Rope { rotary_dim: 0, ..good }, InvalidValue, vec!["rotary_dim is 0", "even"]),
+        (Rope { rotary_dim: 8, ..good }, Shape, vec!["rotary_dim 8", "head size 6"]),
+        (Rope { rotary_dim: 2, ..good }, Shape, vec!["2 frequencies", "rotary_dim 2", "1 pairs"]),
+        (Rope { positions: Positions::Offsets(&[0]), ..good }, Shape, vec!["offsets has 1", "batch 2", "need 2"]),
+        (Rope { positions: Positions::Explicit(&[0; 5]), ..good }, Shape, vec!["positions has 5", "seq 3", "need 6"]),
+        (Rope { positions: Positions::Offsets(&[0, 8]), ..by_table }, OutOfRange, vec!["row 1", "8..=10", "10 rows"]),
+        (Rope { positions: Positions::Offsets(&[-1, 0]), ..by_table }, OutOfRange, vec!["row 0", "-1..=1", "10 rows"]),
+        (
+            Rope { positions: Positions::Explicit(&[0, 1, 2, 3, 10, 5]), ..by_table },
+            OutOfRange,
+            vec!["row 1", "3..=10", "10 rows"],
+        ),
+        (
+            Rope { angles: RopeAngles::Table { cos: &table, sin: &table[..18] }, ..good },
+            Shape,
+            vec!["cos has 20", "sin 18", "rows of 2"],
+        ),
+        (
+            Rope { angles: RopeAngles::Table { cos: &table[..19], sin: &table[..19] }, ..good },
+            Shape,
+            vec!["cos has 19", "rows of 2"],
+        ),
+    ] {
+        let mut y = Tensor::output(DType::F32, x.shape, Layout::BSHD, Place::Heap);
+        assert_error(rope(&context(), &Serial, x.view(), y.view_mut(), &options), status, &pieces);
+        assert_error(rope_in_place(&context(), &Serial, y.view_mut(), &options), status, &pieces);
+        y.assert_untouched();
+    }
+    for (shape, pieces) in [
+        ([1, 3, 2, 6], ["batch = 2", "1"]),
+        ([2, 4, 2, 6], ["seq = 3", "4"]),
+        ([2, 3, 1, 6], ["heads = 2", "1"]),
+        ([2, 3, 2, 7], ["dim = 6", "7"]),
+    ] {
+        let mut y = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
+        assert_error(rope(&context(), &Serial, x.view(), y.view_mut(), &good), Shape, &pieces);
+        y.assert_untouched();
+    }
+}
+
+fn repeat_shapes() {
+    use Status::Shape;
+    let x = tensor(DType::F32, [2, 3, 2, 6]);
+    for (dtype, shape, status, pieces) in [
+        (DType::F32, [2, 3, 5, 6], Shape, ["dst has 5 heads", "2 of src"]),
+        (DType::F32, [1, 3, 4, 6], Shape, ["src has batch = 2", "dst has 1"]),
+        (DType::F32, [2, 4, 4, 6], Shape, ["src has seq = 3", "dst has 4"]),
+        (DType::F32, [2, 3, 4, 7], Shape, ["src has dim = 6", "dst has 7"]),
+        (DType::F16, [2, 3, 4, 6], Status::DType, ["src is f32", "dst is f16"]),
+    ] {
+        let mut y = Tensor::output(dtype, shape, Layout::BSHD, Place::Heap);
+        assert_error(repeat_kv(&context(), &Serial, x.view(), y.view_mut()), status, &pieces);
+        y.assert_untouched();
+    }
+    let none = Tensor::input(DType::F32, [2, 3, 0, 6], Layout::BSHD, Place::Heap);
+    let mut y = Tensor::output(DType::F32, [2, 3, 4, 6], Layout::BSHD, Place::Heap);
+    assert_error(repeat_kv(&context(), &Serial, none.view(), y.view_mut()), Shape, &["dst has 4 heads", "0 of src"]);
+    y.assert_untouched();
+}
+
+fn merge_shapes() {
+    use Status::{InvalidValue, Shape};
+    let (x, other, half) =
+        (tensor(DType::F32, [1, 2, 2, 6]), tensor(DType::F32, [1, 2, 2, 5]), tensor(DType::F16, [1, 2, 2, 6]));
+    let lse = [0.0; 4];
+    let good = AttentionState { out: x.view(), lse: &lse };
+    let mut out = Tensor::output(DType::F32, x.shape, Layout::BSHD, Place::Heap);
+    let mut fails = |states: &[AttentionState], joint: usize, status, pieces: &[&str]| {
+        let mut joint = vec![7.0; joint];
+        assert_error(merge_states(&context(), &Serial, states, out.view_mut(), Some(&mut joint)), status, pieces);
+        out.assert_untouched();
+        assert!(joint.iter().all(|&x| x == 7.0));
+    };
+    fails(&[], 4, InvalidValue, &["0 states", "256"]);
+    fails(&[good; 257], 4, InvalidValue, &["257 states", "256"]);
+    fails(&[good, good], 3, Shape, &["lse has 3 entries", "4 rows"]);
+    fails(&[good, AttentionState { lse: &lse[..3], ..good }], 4, Shape, &["state 1 has 3 entries", "4 rows"]);
+    fails(&[good, AttentionState { out: other.view(), ..good }], 4, Shape, &["dim = 5", "out has 6"]);
+    fails(&[good, AttentionState { out: half.view(), ..good }], 4, Status::DType, &["is f16", "out is f32"]);
+}
+
+/// A runner that does not run is an error, not a result.
+fn runners() {
+    let shape = Shape { batch: 2, tokens: 64, kv_heads: 2, group: 2, keys: 2100, ..Shape::default() };
+    let case = Case::new(&mut Rng::new(73), shape, DType::F32);
+    assert_error(case.run_with(&context(), &Broken).map(|_| ()), Status::Parallel, &["0 of", "workers"]);
+
+    /// Calls tasks twice, and some that there are not.
+    struct Careless;
+    impl Runner for Careless {
+        fn num_threads(&self) -> usize {
+            2
+        }
+        fn run(&self, n: usize, task: &(dyn Fn(usize) + Sync)) -> bool {
+            // A worker's scratch memory must still be its own.
+            (0..n).chain(0..n).chain([n, n + 7, usize::MAX]).for_each(task);
+            true
+        }
+    }
+    let want = case.run(&context()).all_bits();
+    assert!(case.run_with(&context(), &Careless).expect("a result").all_bits() == want);
+}
+
+fn contexts() {
+    for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_built()) {
+        assert_error(
+            Context::with_max_isa(isa).map(|_| ()),
+            Status::Unsupported,
+            &[isa.name(), std::env::consts::ARCH],
+        );
+    }
+    // An environment variable lowers or is an error; a process of its own, since the environment is shared by threads.
+    let run = |value: &str| {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["no test has this name"]).env(Isa::ENV, value).env_remove("KVLANE_REQUIRE_ISA");
+        let output = command.output();
+        output.map(|o| (o.status.success(), String::from_utf8_lossy(&o.stdout).into_owned()))
+    };
+    // An emulator cannot start this binary again.
+    if let Ok((ok, printed)) = run("scalar") {
+        assert!(ok, "{printed}");
+        assert!(printed.contains("level scalar: 0 kernel checks"), "{printed}");
+        for isa in Isa::ALL.into_iter().filter(|&isa| isa.is_available() && isa != Isa::Scalar) {
+            assert!(printed.contains(&format!("level {isa}: not run (lowered by KVLANE_MAX_ISA)")), "{printed}");
+        }
+        assert!(!run("avx9000").unwrap().0, "no level, no context");
+    }
+}
+
+fn status_values() {
+    for (i, status) in Status::ALL.into_iter().enumerate() {
+        assert_eq!(status as usize, i + 1);
+        assert!(!status.description().is_empty());
+    }
+}

@@ -1,0 +1,399 @@
+//! Bits depend on the row and the level, and on nothing else.
+
+use crate::common::attention::{Case, Options, Outcome, Shape};
+use crate::common::runners::{Backwards, Threads};
+use crate::common::tensor::indices;
+use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
+use crate::harness::{Level, tests};
+use crate::semantics::random_case;
+use kvlane::{
+    AttentionState, DType, Destination, KvWrite, Op, Pairing, Positions, Rope, RopeAngles, RopeFrequencies,
+    RopeScaling, Runner, alibi_slopes, kv_write, merge_states, repeat_kv, rope,
+};
+
+tests! {
+    levels: attention_and_threads, long_decode_and_threads, memory_bound_operations_and_threads, row_alone_and_in_a_batch,
+        strides, prompt_in_chunks, capacity_and_dead_keys, more_tokens_around, same_call_twice;
+    once:;
+}
+
+/// Runs a closure with every runner there is a reason to distrust.
+fn each_runner(mut run: impl FnMut(&str, &dyn Runner)) {
+    #[cfg(feature = "rayon")]
+    for threads in [1, 2, 3, 7] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        run(&format!("rayon {threads}"), &kvlane::Rayon::pool(&pool));
+    }
+    run("threads 3", &Threads(3));
+    run("threads 7", &Threads(7));
+    run("backwards 2", &Backwards(2));
+    run("backwards 64", &Backwards(64));
+}
+
+fn attention_and_threads(level: &Level) {
+    let mut rng = Rng::new(60);
+    for dtype in DType::ALL {
+        for (batch, tokens, kv_heads, group, keys) in
+            thin(vec![(1, 150, 1, 3, 300), (3, 40, 2, 4, 150), (2, 1, 4, 8, 700), (1, 300, 1, 1, 1200)])
+        {
+            let shape = Shape { batch, tokens, kv_heads, group, keys, dim: 32, v_dim: 24 };
+            let case = Case::new(&mut rng, shape, dtype).with(|o| {
+                o.causal = true;
+                o.sinks = Some(vec![0.5; kv_heads * group]);
+                o.lengths = Some((0..batch).map(|b| (keys - 7 * b) as i32).collect());
+            });
+            let serial = case.run(&level.context).all_bits();
+            each_runner(|name, runner| {
+                let outcome = case.run_with(&level.context, runner).expect("a valid call");
+                level.checked(Op::Attention, dtype, dtype);
+                assert!(outcome.all_bits() == serial, "{dtype} {shape:?} {name}");
+            });
+        }
+    }
+}
+
+/// One query, more keys than a chunk: the row itself is split over threads, on a grid that is not theirs.
+fn long_decode_and_threads(level: &Level) {
+    let mut rng = Rng::new(61);
+    for dtype in DType::ALL {
+        for keys in thin(vec![1025, 2048, 3000, 5121]) {
+            let shape = Shape { keys, tokens: 1, kv_heads: 1, group: 4, dim: 64, v_dim: 40, ..Shape::default() };
+            let mut cases = vec![Case::new(&mut rng, shape, dtype)];
+            // A window, a start, and hidden chunks in the middle.
+            cases.push(Case::new(&mut rng, shape, dtype).with(|o| (o.causal, o.window_left) = (true, Some(1100))));
+            cases.push(
+                Case::new(&mut rng, shape, dtype)
+                    .with(|o| (o.starts, o.alibi) = (Some(vec![900]), Some(alibi_slopes(4)))),
+            );
+            cases.push(Case::new(&mut rng, shape, dtype).with(|o| {
+                let strides = [0, 0, 0, 1];
+                let visible = |at: [usize; 4]| at[3] < 64 || at[3] > 1024;
+                o.mask = Some(crate::common::attention::MaskTensor::new(shape.scores(), strides, Place::Heap, visible));
+            }));
+            for case in &cases {
+                let serial = case.run(&level.context);
+                case.assert_close(&level.context, &serial, &|| format!("{dtype} {keys} keys"));
+                each_runner(|name, runner| {
+                    let outcome = case.run_with(&level.context, runner).expect("a valid call");
+                    level.checked(Op::Attention, dtype, dtype);
+                    assert!(outcome.all_bits() == serial.all_bits(), "{dtype} {keys} keys {name}");
+                });
+            }
+        }
+    }
+}
+
+fn memory_bound_operations_and_threads(level: &Level) {
+    let mut rng = Rng::new(62);
+    // Enough elements that the operations do start threads.
+    let shape = [2, 300, 4, 64];
+    let f = RopeFrequencies::new(64, 10_000.0, &RopeScaling::None).unwrap();
+    for dtype in DType::ALL {
+        let k = Tensor::random(&mut rng, DType::F32, shape, Layout::BSHD, Place::Heap);
+        let v = Tensor::random(&mut rng, DType::F32, shape, Layout::BHSD, Place::Heap);
+        let same = Tensor::random(&mut rng, dtype, shape, Layout::PADDED, Place::Heap);
+        let lse: Vec<f32> = (0..2 * 300 * 4).map(|_| rng.f32()).collect();
+        let positions = Positions::Offsets(&[0, 17]);
+        let options =
+            Rope { pairing: Pairing::HalfSplit, rotary_dim: 64, angles: RopeAngles::Frequencies(&f), positions };
+        let all = |runner: &dyn Runner| -> Vec<Vec<u32>> {
+            let context = &level.context;
+            let mut rotated = Tensor::output(dtype, shape, Layout::BSHD, Place::Heap);
+            rope(context, runner, k.view(), rotated.view_mut(), &options).unwrap();
+            level.checked(Op::Rope, DType::F32, dtype);
+            let mut k_cache = Tensor::output(dtype, [2, 310, 4, 64], Layout::BHSD, Place::Heap);
+            let mut v_cache = Tensor::output(dtype, [2, 310, 4, 64], Layout::BSHD, Place::Heap);
+            kv_write(
+                context,
+                runner,
+                KvWrite {
+                    k: k.view(),
+                    v: v.view(),
+                    k_cache: k_cache.view_mut(),
+                    v_cache: v_cache.view_mut(),
+                    to: Destination { positions: &[3, 10], ..Default::default() },
+                    rope: Some(options),
+                },
+            )
+            .unwrap();
+            level.checked(Op::KvWrite, DType::F32, dtype);
+            let mut repeated = Tensor::output(dtype, [2, 300, 12, 64], Layout::BSHD, Place::Heap);
+            repeat_kv(context, runner, same.view(), repeated.view_mut()).unwrap();
+            level.checked(Op::RepeatKv, dtype, dtype);
+            let mut merged = Tensor::output(dtype, shape, Layout::BSHD, Place::Heap);
+            let state = AttentionState { out: same.view(), lse: &lse };
+            let mut joint = vec![0.0; lse.len()];
+            merge_states(context, runner, &[state; 3], merged.view_mut(), Some(&mut joint)).unwrap();
+            level.checked(Op::MergeStates, dtype, dtype);
+            let joint = joint.into_iter().map(f32::to_bits).collect();
+            vec![
+                rotated.all_bits(),
+                k_cache.all_bits(),
+                v_cache.all_bits(),
+                repeated.all_bits(),
+                merged.all_bits(),
+                joint,
+            ]
+        };
+        let serial = all(&kvlane::Serial);
+        each_runner(|name, runner| assert!(all(runner) == serial, "{dtype} {name}"));
+    }
+}
+
+/// A row of a batch has the bits that it has alone; so has a KV head of several.
+fn row_alone_and_in_a_batch(level: &Level) {
+    let mut rng = Rng::new(63);
+    for dtype in DType::ALL {
+        for tokens in [1, 3, 30] {
+            let shape = Shape { batch: 3, tokens, kv_heads: 2, group: 3, keys: 140, dim: 24, v_dim: 24 };
+            let lengths = [140, 77, 64];
+            let starts = [0, 3, 64];
+            let case = Case::new(&mut rng, shape, dtype).with(|o| {
+                (o.causal, o.lengths, o.starts) = (true, Some(lengths.to_vec()), Some(starts.to_vec()));
+            });
+            let together = case.run(&level.context);
+            for b in 0..3 {
+                let alone = Case {
+                    q: case.q.cut(b..b + 1, 0..tokens, Layout::PADDED),
+                    // Alone, the cache may also be just as long as the row.
+                    k: case.k.cut(b..b + 1, 0..lengths[b] as usize, Layout::BHSD),
+                    v: case.v.cut(b..b + 1, 0..lengths[b] as usize, Layout::BSHD),
+                    options: Options { causal: true, starts: Some(vec![starts[b]]), ..Options::default() },
+                    out_dtype: DType::F32,
+                    out_layout: Layout::BHSD,
+                    out_place: Place::Heap,
+                };
+                let alone = alone.run(&level.context);
+                level.checked(Op::Attention, dtype, dtype);
+                for t in 0..tokens {
+                    assert_eq!(alone.row_bits(0, t), together.row_bits(b, t), "{dtype} row {b} token {t} of {tokens}");
+                }
+            }
+        }
+    }
+}
+
+fn strides(level: &Level) {
+    let mut rng = Rng::new(64);
+    for _ in 0..scaled(80) {
+        let (case, what) = random_case(&mut rng);
+        let want = case.run(&level.context).all_bits();
+        let options = Options {
+            scale: case.options.scale,
+            softcap: case.options.softcap,
+            causal: case.options.causal,
+            window_left: case.options.window_left,
+            window_right: case.options.window_right,
+            lengths: case.options.lengths.clone(),
+            starts: case.options.starts.clone(),
+            offsets: case.options.offsets.clone(),
+            alibi: case.options.alibi.clone(),
+            sinks: case.options.sinks.clone(),
+            bias: case.options.bias.as_ref().map(|bias| bias.to(Layout::BSHD, Place::Heap)),
+            mask: case.options.mask.as_ref().map(|mask| {
+                let shape = [case.q.shape[0], case.q.shape[1], case.q.shape[2], case.k.shape[1]];
+                let strides = Layout::STEP2.strides(shape);
+                crate::common::attention::MaskTensor::new(shape, strides, Place::Heap, |at| mask.get(at))
+            }),
+        };
+        let layouts = [(); 4].map(|()| Layout::random(&mut rng));
+        let moved = case.moved(layouts, Place::Heap, options);
+        let outcome = moved.run_with(&level.context, &Backwards(5)).expect("a valid call");
+        level.checked(Op::Attention, case.k.dtype, case.v.dtype);
+        assert!(outcome.all_bits() == want, "{what} and {layouts:?}");
+    }
+}
+
+/// A cache that is filled and read in steps: RoPE, write, attention.
+struct Model {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: DType,
+    frequencies: RopeFrequencies,
+    options: fn(usize) -> Options,
+}
+
+impl Model {
+    /// The bits of every token's row, when the prompt is cut into these pieces.
+    fn run(&self, level: &Level, pieces: &[usize], runner: &dyn Runner) -> Vec<Vec<u32>> {
+        let [_, total, heads, dim] = self.q.shape;
+        let cache = [1, total + 3, self.k.shape[2], dim];
+        let mut k_cache = Tensor::output(self.kv, cache, Layout::BHSD, Place::Heap);
+        let mut v_cache = Tensor::output(self.kv, cache, Layout::BSHD, Place::Heap);
+        let mut rows = Vec::new();
+        let mut done = 0;
+        for &tokens in pieces {
+            let piece = |x: &Tensor| x.cut(0..1, done..done + tokens, Layout::BSHD);
+            let (q, k, v) = (piece(&self.q), piece(&self.k), piece(&self.v));
+            let start = [done as i32];
+            let options = Rope {
+                pairing: Pairing::HalfSplit,
+                rotary_dim: dim,
+                angles: RopeAngles::Frequencies(&self.frequencies),
+                positions: Positions::Offsets(&start),
+            };
+            let mut rotated = Tensor::output(DType::F32, q.shape, Layout::BSHD, Place::Heap);
+            rope(&level.context, runner, q.view(), rotated.view_mut(), &options).unwrap();
+            kv_write(
+                &level.context,
+                runner,
+                KvWrite {
+                    k: k.view(),
+                    v: v.view(),
+                    k_cache: k_cache.view_mut(),
+                    v_cache: v_cache.view_mut(),
+                    to: Destination { positions: &start, ..Default::default() },
+                    rope: Some(options),
+                },
+            )
+            .unwrap();
+            done += tokens;
+            let case = Case {
+                q: rotated,
+                k: k_cache,
+                v: v_cache,
+                out_dtype: DType::F32,
+                out_layout: Layout::BSHD,
+                out_place: Place::Heap,
+                options: Options { causal: true, lengths: Some(vec![done as i32]), ..(self.options)(heads) },
+            };
+            let outcome: Outcome = case.run_with(&level.context, runner).unwrap();
+            level.checked(Op::Attention, self.kv, self.kv);
+            rows.extend((0..tokens).map(|t| outcome.row_bits(0, t)));
+            (k_cache, v_cache) = (case.k, case.v);
+        }
+        assert_eq!(done, total);
+        rows
+    }
+}
+
+/// The whole prompt, any chunks of it, and token by token: the same bits for every token, whatever the cache's type.
+fn prompt_in_chunks(level: &Level) {
+    let mut rng = Rng::new(65);
+    type Make = fn(usize) -> Options;
+    let options: [(&str, Make); 3] = [
+        ("plain", |_| Options::default()),
+        ("window, softcap, sinks", |heads| Options {
+            window_left: Some(70),
+            softcap: Some(20.0),
+            sinks: Some(vec![0.25; heads]),
+            ..Options::default()
+        }),
+        ("ALiBi, start", |heads| Options {
+            alibi: Some(alibi_slopes(heads)),
+            starts: Some(vec![2]),
+            ..Options::default()
+        }),
+    ];
+    for kv in DType::ALL {
+        for (total, dim, kv_heads, group) in thin(vec![(150, 16, 2, 3), (260, 20, 1, 1), (1100, 8, 1, 2)]) {
+            for &(name, options) in if total > 1000 { &options[..1] } else { &options[..] } {
+                let random = |rng: &mut Rng, heads| {
+                    Tensor::random(rng, DType::F32, [1, total, heads, dim], Layout::BSHD, Place::Heap)
+                };
+                let model = Model {
+                    q: random(&mut rng, kv_heads * group),
+                    k: random(&mut rng, kv_heads),
+                    v: random(&mut rng, kv_heads),
+                    kv,
+                    frequencies: RopeFrequencies::new(dim, 10_000.0, &RopeScaling::None).unwrap(),
+                    options,
+                };
+                let whole = model.run(level, &[total], &kvlane::Serial);
+                let mut cuts: Vec<Vec<usize>> = vec![vec![1; total]];
+                for _ in 0..3 {
+                    let mut pieces = Vec::new();
+                    while pieces.iter().sum::<usize>() < total {
+                        let left = total - pieces.iter().sum::<usize>();
+                        pieces.push(rng.between(1, 90).min(left));
+                    }
+                    cuts.push(pieces);
+                }
+                for pieces in cuts {
+                    let rows = model.run(level, &pieces, &Backwards(3));
+                    for (t, (got, want)) in rows.iter().zip(&whole).enumerate() {
+                        assert!(got == want, "{kv} {name}: token {t} of {total} in {} pieces", pieces.len());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Keys that are not seen change nothing: not their number, not where the cache ends, not whether a mask or a length hides them.
+fn capacity_and_dead_keys(level: &Level) {
+    let mut rng = Rng::new(66);
+    for dtype in DType::ALL {
+        for tokens in [1, 20] {
+            let shape = Shape { tokens, group: 2, keys: 1300, dim: 20, v_dim: 20, ..Shape::default() };
+            let case = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![75]));
+            let want = case.run(&level.context).all_bits();
+            let mut short = Case::new(&mut rng, shape, dtype);
+            short.q = case.q.to(Layout::BSHD, Place::Heap);
+            short.k = case.k.cut(0..1, 0..75, Layout::BSHD);
+            short.v = case.v.cut(0..1, 0..75, Layout::BSHD);
+            assert!(short.run(&level.context).all_bits() == want, "{dtype} the cache ends at the length");
+            let masked = Case::new(&mut rng, shape, dtype).with(|o| {
+                let visible = |at: [usize; 4]| at[3] < 75;
+                o.mask =
+                    Some(crate::common::attention::MaskTensor::new(shape.scores(), [0, 0, 0, 1], Place::Heap, visible));
+            });
+            let masked = Case { q: case.q.to(Layout::BSHD, Place::Heap), ..masked };
+            let masked =
+                Case { k: case.k.to(Layout::BSHD, Place::Heap), v: case.v.to(Layout::BSHD, Place::Heap), ..masked };
+            level.checked(Op::Attention, dtype, dtype);
+            assert!(masked.run(&level.context).all_bits() == want, "{dtype} a mask instead of a length");
+        }
+    }
+}
+
+/// A token's row does not depend on how many tokens are with it, across every switch between kernels.
+fn more_tokens_around(level: &Level) {
+    let mut rng = Rng::new(67);
+    for dtype in DType::ALL {
+        for dim in thin(vec![3, 16, 17, 33, 64, 100, 128]) {
+            let shape = Shape { tokens: 140, keys: 200, dim, v_dim: dim, ..Shape::default() };
+            let case = Case::new(&mut rng, shape, dtype);
+            let all = case.run(&level.context);
+            for tokens in [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 127, 128, 129] {
+                let first = 140 - tokens;
+                let mut fewer = Case::new(&mut rng, Shape { keys: 1, ..shape }, dtype);
+                fewer.q = case.q.cut(0..1, first..140, Layout::BSHD);
+                fewer.k = case.k.to(Layout::BSHD, Place::Heap);
+                fewer.v = case.v.to(Layout::BSHD, Place::Heap);
+                let outcome = fewer.run(&level.context);
+                level.checked(Op::Attention, dtype, dtype);
+                for t in 0..tokens {
+                    assert!(
+                        outcome.row_bits(0, t) == all.row_bits(0, first + t),
+                        "{dtype} dim {dim}, {tokens} tokens, {t}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Nothing is left behind: not in a workspace that is used again, not in a context.
+fn same_call_twice(level: &Level) {
+    let mut rng = Rng::new(68);
+    let mut workspace = kvlane::Workspace::new();
+    for _ in 0..scaled(30) {
+        let (case, what) = random_case(&mut rng);
+        let want = case.run(&level.context);
+        let mut out = Tensor::output(case.out_dtype, want.out.shape, Layout::BSHD, Place::Heap);
+        let tensors = kvlane::AttentionTensors {
+            q: case.q.view(),
+            k: case.k.view(),
+            v: case.v.view(),
+            out: out.view_mut(),
+            lse: None,
+        };
+        kvlane::attention(&level.context, &Threads(2), &mut workspace, tensors, &case.options.borrow()).unwrap();
+        level.checked(Op::Attention, case.k.dtype, case.v.dtype);
+        for at in indices(out.shape) {
+            assert_eq!(out.bits(at), want.out.bits(at), "{what} {at:?}");
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! The cache write and the explicit repeat: every bit, and nothing else.
+
+use crate::common::tensor::{Array, indices, poison};
+use crate::common::{Layout, Place, Rng, Tensor, oracle, scaled, thin};
+use crate::harness::{Level, tests};
+use half::{bf16, f16};
+use kvlane::{DType, Destination, Error, KvWrite, Op, Runner, Serial, View, ViewMut, kv_write, repeat_kv};
+
+tests! {
+    levels: types_and_layouts, head_shapes, counts_rows_and_slots, skipped_slot, every_pattern, halfway_cases, random_writes,
+        repeat, repeat_keeps_nan_bits;
+    once: rounding_reference;
+}
+
+/// The bits of `x` in a type, to nearest, ties to even: written without `half`.
+pub fn rounded(dtype: DType, x: f32) -> u32 {
+    let sign = x.to_bits() >> 31;
+    match dtype {
+        DType::F32 => x.to_bits(),
+        DType::F16 => {
+            let a = f64::from(x.abs());
+            let magnitude = if a >= 65520.0 {
+                0x7c00
+            } else {
+                // The distance of neighbours: 2^-24 below the smallest normal number, 2^-10 of the leading power above.
+                let exponent = ((a.to_bits() >> 52) as i32 - 1023).max(-14);
+                let steps = (a / 2f64.powi(exponent - 10)).round_ties_even() as u32;
+                // Steps run on into the exponent: 1024 of them are the leading bit.
+                (((exponent + 14) as u32) << 10) + steps
+            };
+            sign << 15 | magnitude
+        }
+        _ => {
+            let bits = x.to_bits();
+            (bits + 0x7fff + (bits >> 16 & 1)) >> 16
+        }
+    }
+}
+
+fn rounding_reference() {
+    for (x, half_bits, brain_bits) in [
+        (0.0f32, 0x0000, 0x0000),
+        (-0.0, 0x8000, 0x8000),
+        (1.0, 0x3c00, 0x3f80),
+        (65504.0, 0x7bff, 0x4780),
+        (65519.996, 0x7bff, 0x4780),
+        (65520.0, 0x7c00, 0x4780),
+        (2f32.powi(-14), 0x0400, 0x3880),
+        (2f32.powi(-24), 0x0001, 0x3380),
+        (2f32.powi(-25), 0x0000, 0x3300),
+        (2f32.powi(-25) * 1.001, 0x0001, 0x3300),
+        (1.0 + 2f32.powi(-11), 0x3c00, 0x3f80),
+        (1.0 + 3.0 * 2f32.powi(-11), 0x3c02, 0x3f80),
+        (1.0 + 2f32.powi(-8), 0x3c04, 0x3f80),
+        (1.0 + 3.0 * 2f32.powi(-8), 0x3c0c, 0x3f82),
+        (f32::MAX, 0x7c00, 0x7f80),
+        (f32::INFINITY, 0x7c00, 0x7f80),
+    ] {
+        assert_eq!(rounded(DType::F16, x), half_bits, "f16 of {x:e}");
+        assert_eq!(rounded(DType::Bf16, x), brain_bits, "bf16 of {x:e}");
+    }
+}
+
+/// Whether `got` is what `src` becomes in another type.
+#[track_caller]
+pub fn assert_element(src: &Tensor, from: [usize; 4], dst: &Tensor, to: [usize; 4]) {
+    let (x, got) = (src.get(from), dst.bits(to));
+    if src.dtype == dst.dtype {
+        assert_eq!(got, src.bits(from), "{from:?} -> {to:?}: the same type keeps every bit");
+    } else if x.is_nan() {
+        assert!(dst.get(to).is_nan(), "{from:?} -> {to:?}: NaN became {}", dst.get(to));
+    } else {
+        let want = rounded(dst.dtype, x);
+        assert_eq!(
+            got, want,
+            "{from:?} -> {to:?}: {x:e} ({}) became {got:#x} ({}), not {want:#x}",
+            src.dtype, dst.dtype
+        );
+    }
+}
+
+/// New tokens and caches.
+pub struct Write {
+    pub k: Tensor,
+    pub v: Tensor,
+    pub k_cache: Tensor,
+    pub v_cache: Tensor,
+}
+
+impl Write {
+    pub fn run(&mut self, level: &Level, runner: &dyn Runner, to: Destination) -> Result<(), Error> {
+        let write = KvWrite {
+            k: self.k.view(),
+            v: self.v.view(),
+            k_cache: self.k_cache.view_mut(),
+            v_cache: self.v_cache.view_mut(),
+            to,
+            rope: None,
+        };
+        kv_write(&level.context, runner, write)
+    }
+
+    /// Writes, and checks every element of both caches.
+    #[track_caller]
+    pub fn check(&mut self, level: &Level, to: Destination) {
+        self.run(level, &Serial, to).expect("a valid write");
+        let [batch, seq, ..] = self.k.shape;
+        for (src, cache) in [(&self.k, &self.k_cache), (&self.v, &self.v_cache)] {
+            level.checked(Op::KvWrite, src.dtype, cache.dtype);
+            let mut written = vec![None; cache.shape[0] * cache.shape[1]];
+            for b in 0..batch {
+                let count = to.counts.map_or(seq, |c| c[b] as usize);
+                for t in 0..count {
+                    let slot = match to.slots {
+                        Some(slots) => slots[b * seq + t],
+                        None => to.positions[b] + t as i32,
+                    };
+                    if slot >= 0 {
+                        let row = to.rows.map_or(b, |r| r[b] as usize);
+                        written[row * cache.shape[1] + slot as usize] = Some((b, t));
+                    }
+                }
+            }
+            let untouched = Tensor::output(cache.dtype, [1, 1, 1, 1], Layout::BSHD, Place::Heap).bits([0; 4]);
+            for at in indices(cache.shape) {
+                match written[at[0] * cache.shape[1] + at[1]] {
+                    Some((b, t)) => assert_element(src, [b, t, at[2], at[3]], cache, at),
+                    None => assert_eq!(cache.bits(at), untouched, "{at:?} was not to be written"),
+                }
+            }
+            cache.assert_gaps();
+        }
+    }
+}
+
+fn random_tensor(rng: &mut Rng, dtype: DType, shape: [usize; 4], layout: Layout, place: Place) -> Tensor {
+    let mut tensor = Tensor::random(rng, dtype, shape, layout, place);
+    // Some elements beyond f16, some of its subnormal numbers, some that are none.
+    for at in indices(shape) {
+        if rng.chance(0.1) {
+            let x = rng.pick(&[1e5, -7e4, 3e-6, -1e-7, 1e-40, f32::NAN, f32::INFINITY, -0.0]);
+            tensor.set(at, x);
+        }
+    }
+    tensor
+}
+
+fn types_and_layouts(level: &Level) {
+    let mut rng = Rng::new(30);
+    for src in DType::ALL {
+        for dst in DType::ALL {
+            for place in [Place::GuardAfter, Place::GuardBefore] {
+                for (i, layout) in Layout::ALL.into_iter().enumerate() {
+                    let other = Layout::ALL[(i * 3 + 1) % 7];
+                    let mut write = Write {
+                        k: random_tensor(&mut rng, src, [2, 3, 2, 37], layout, place),
+                        v: random_tensor(&mut rng, src, [2, 3, 2, 5], other, place),
+                        k_cache: Tensor::output(dst, [2, 8, 2, 37], other, place),
+                        v_cache: Tensor::output(dst, [2, 8, 2, 5], layout, place),
+                    };
+                    write.check(level, Destination { positions: &[5, 0], ..Default::default() });
+                }
+            }
+        }
+    }
+}
+
+fn head_shapes(level: &Level) {
+    let mut rng = Rng::new(31);
+    for dim in thin((1..=70).chain([127, 128, 255, 256, 257, 511, 512, 600]).collect()) {
+        for heads in [1, 3] {
+            let (src, dst) = (rng.pick(&DType::ALL), rng.pick(&DType::ALL));
+            let mut write = Write {
+                k: random_tensor(&mut rng, src, [1, 2, heads, dim], Layout::BSHD, Place::GuardAfter),
+                v: random_tensor(&mut rng, src, [1, 2, heads, dim], Layout::STEP2, Place::GuardAfter),
+                k_cache: Tensor::output(dst, [1, 3, heads, dim], Layout::BSHD, Place::GuardAfter),
+                v_cache: Tensor::output(dst, [1, 3, heads, dim], Layout::BHSD, Place::GuardAfter),
+            };
+            write.check(level, Destination { positions: &[1], ..Default::default() });
+        }
+    }
+}
+
+fn small(rng: &mut Rng, batch: usize, seq: usize, rows: usize, capacity: usize) -> Write {
+    Write {
+        k: random_tensor(rng, DType::F32, [batch, seq, 2, 9], Layout::BSHD, Place::Heap),
+        v: random_tensor(rng, DType::F32, [batch, seq, 2, 4], Layout::BSHD, Place::Heap),
+        k_cache: Tensor::output(DType::F16, [rows, capacity, 2, 9], Layout::BSHD, Place::Heap),
+        v_cache: Tensor::output(DType::Bf16, [rows, capacity, 2, 4], Layout::BHSD, Place::Heap),
+    }
+}
+
+fn counts_rows_and_slots(level: &Level) {
+    let rng = &mut Rng::new(32);
+    small(rng, 3, 4, 3, 6)
+        .check(level, Destination { positions: &[0, 6, 2], counts: Some(&[4, 0, 3]), ..Default::default() });
+    small(rng, 2, 2, 5, 4).check(level, Destination { positions: &[2, 0], rows: Some(&[4, 1]), ..Default::default() });
+    // Two source rows to one cache row, one after the other.
+    small(rng, 2, 2, 3, 4).check(level, Destination { positions: &[2, 0], rows: Some(&[1, 1]), ..Default::default() });
+    small(rng, 2, 3, 2, 9).check(level, Destination { slots: Some(&[8, 0, 3, 1, 2, 0]), ..Default::default() });
+    // Positions are ignored where slots are given.
+    small(rng, 1, 2, 1, 4).check(level, Destination { positions: &[-7], slots: Some(&[3, 1]), ..Default::default() });
+    small(rng, 2, 2, 3, 4).check(
+        level,
+        Destination { slots: Some(&[0, 3, 1, 2]), rows: Some(&[2, 2]), counts: Some(&[2, 1]), ..Default::default() },
+    );
+    // Nothing at all is fine, at the very end too.
+    small(rng, 1, 0, 1, 4).check(level, Destination { positions: &[4], ..Default::default() });
+}
+
+/// A slot of -1 is padding; there may be many.
+fn skipped_slot(level: &Level) {
+    let rng = &mut Rng::new(33);
+    small(rng, 2, 3, 2, 5).check(level, Destination { slots: Some(&[-1, 4, -1, -1, -1, -1]), ..Default::default() });
+    // Beyond a row's count, slots are not looked at.
+    small(rng, 1, 3, 1, 5)
+        .check(level, Destination { slots: Some(&[2, 99, -99]), counts: Some(&[1]), ..Default::default() });
+}
+
+/// Writes numbers as one head of an odd size, in one type from another, and checks each.
+fn convert(level: &Level, src: DType, dst: DType, numbers: &[u32]) {
+    const DIM: usize = 1021;
+    let tokens = numbers.len().div_ceil(DIM);
+    let mut k = Tensor::input(src, [1, tokens, 1, DIM], Layout::BSHD, Place::Heap);
+    k.fill(|_| 0.0);
+    for (i, &bits) in numbers.iter().enumerate() {
+        k.set_element_bits([0, i / DIM, 0, i % DIM], bits);
+    }
+    let mut write = Write {
+        k,
+        v: Tensor::input(src, [1, tokens, 1, 0], Layout::BSHD, Place::Heap),
+        k_cache: Tensor::output(dst, [1, tokens, 1, DIM], Layout::BSHD, Place::Heap),
+        v_cache: Tensor::output(dst, [1, tokens, 1, 0], Layout::BSHD, Place::Heap),
+    };
+    write.check(level, Destination { positions: &[0], ..Default::default() });
+}
+
+/// All 2^16 numbers of either narrow type, into every type.
+fn every_pattern(level: &Level) {
+    let patterns: Vec<u32> = (0..1 << 16).collect();
+    for src in [DType::F16, DType::Bf16] {
+        for dst in DType::ALL {
+            convert(level, src, dst, &patterns);
+        }
+    }
+}
+
+/// f32 numbers that are exactly between two of a narrow type, next to that, the narrow numbers themselves, and random ones.
+fn halfway_cases(level: &Level) {
+    let mut rng = Rng::new(34);
+    for dst in [DType::F16, DType::Bf16] {
+        let wide = |bits: u32| match dst {
+            DType::F16 => f16::from_bits(bits as u16).to_f32(),
+            _ => bf16::from_bits(bits as u16).to_f32(),
+        };
+        let mut numbers = Vec::new();
+        for bits in 0..1u32 << 16 {
+            let (x, next) = (wide(bits), wide(bits.wrapping_add(1)));
+            numbers.push(x.to_bits());
+            let middle = ((f64::from(x) + f64::from(next)) / 2.0) as f32;
+            if middle.is_finite() {
+                numbers.extend([middle.to_bits(), middle.next_up().to_bits(), middle.next_down().to_bits()]);
+            }
+        }
+        // Where rounding first reaches infinity.
+        numbers.extend([65519.99f32, 65520.0, -65520.0, f32::MAX, f32::MIN].map(f32::to_bits));
+        numbers.extend([0x7f7f_7fff, 0x7f7f_8000, 0x7f7f_ffff, 0x0000_8000, 0x0000_8001, 0x0001_8000, 0x8000_0001]);
+        numbers.extend((0..scaled(1 << 17)).map(|_| rng.u64() as u32));
+        convert(level, DType::F32, dst, &numbers);
+    }
+}
+
+fn random_writes(level: &Level) {
+    let mut rng = Rng::new(35);
+    for _ in 0..scaled(150) {
+        let (batch, seq, heads) = (rng.between(1, 4), rng.between(0, 40), rng.between(1, 4));
+        let (rows, capacity) = (batch + rng.below(3), seq + rng.between(0, 10));
+        let (dim, v_dim) = (rng.between(1, 70), rng.between(1, 70));
+        let place = rng.pick(&[Place::Heap, Place::GuardAfter, Place::GuardBefore]);
+        let layouts = [(); 4].map(|()| Layout::random(&mut rng));
+        let types = [(); 4].map(|()| rng.pick(&DType::ALL));
+        let mut write = Write {
+            k: random_tensor(&mut rng, types[0], [batch, seq, heads, dim], layouts[0], place),
+            v: random_tensor(&mut rng, types[1], [batch, seq, heads, v_dim], layouts[1], place),
+            k_cache: Tensor::output(types[2], [rows, capacity, heads, dim], layouts[2], place),
+            v_cache: Tensor::output(types[3], [rows, capacity, heads, v_dim], layouts[3], place),
+        };
+        let counts: Vec<i32> = (0..batch).map(|_| rng.between(0, seq) as i32).collect();
+        let positions: Vec<i32> = counts.iter().map(|&c| rng.between(0, capacity - c as usize) as i32).collect();
+        let mut targets: Vec<i32> = (0..rows as i32).collect();
+        (1..rows).rev().for_each(|i| targets.swap(i, rng.below(i + 1)));
+        let slots: Vec<i32> = (0..batch)
+            .flat_map(|_| {
+                let mut slots: Vec<i32> = (0..capacity as i32).collect();
+                (1..capacity).rev().for_each(|i| slots.swap(i, rng.below(i + 1)));
+                slots.truncate(seq);
+                slots.iter_mut().for_each(|slot| {
+                    if rng.chance(0.2) {
+                        *slot = -1
+                    }
+                });
+                slots
+            })
+            .collect();
+        let to = Destination {
+            positions: &positions,
+            counts: Some(&counts),
+            rows: rng.chance(0.5).then_some(&targets[..batch]),
+            slots: rng.chance(0.5).then_some(&slots),
+        };
+        write.check(level, to);
+    }
+}
+
+fn repeat(level: &Level) {
+    let mut rng = Rng::new(36);
+    for dtype in DType::ALL {
+        for n in [1, 2, 3, 7, 16] {
+            for place in [Place::GuardAfter, Place::GuardBefore] {
+                for (i, layout) in Layout::ALL.into_iter().enumerate() {
+                    let x = Tensor::random(&mut rng, dtype, [2, 3, 2, 29], layout, place);
+                    let mut y = Tensor::output(dtype, [2, 3, 2 * n, 29], Layout::ALL[(i * 3 + 1) % 7], place);
+                    repeat_kv(&level.context, &Serial, x.view(), y.view_mut()).unwrap();
+                    level.checked(Op::RepeatKv, dtype, dtype);
+                    let want: Array = oracle::repeat(&x.array(), n);
+                    assert_eq!(y.array().data, want.data, "{dtype} {n} times {layout:?}");
+                    y.assert_gaps();
+                }
+            }
+        }
+    }
+}
+
+fn repeat_keeps_nan_bits(level: &Level) {
+    for dtype in DType::ALL {
+        let mut x = Tensor::input(dtype, [1, 1, 2, 70], Layout::BSHD, Place::Heap);
+        for at in indices(x.shape) {
+            x.set_element_bits(at, poison(dtype, at[3]));
+        }
+        let mut y = Tensor::output(dtype, [1, 1, 6, 70], Layout::STEP2, Place::Heap);
+        repeat_kv(&level.context, &Serial, x.view(), y.view_mut()).unwrap();
+        level.checked(Op::RepeatKv, dtype, dtype);
+        for at in indices(y.shape) {
+            assert_eq!(y.bits(at), x.bits([0, 0, at[2] / 3, at[3]]));
+        }
+    }
+    // No heads, no tokens: nothing to do, and no division by nothing.
+    let (x, mut y) = ([0f32; 4], [0f32; 4]);
+    for shape in [[1, 1, 0, 4], [1, 0, 2, 4], [0, 1, 2, 4]] {
+        repeat_kv(&level.context, &Serial, View::new(&x, shape).unwrap(), ViewMut::new(&mut y, shape).unwrap())
+            .unwrap();
+    }
+}
