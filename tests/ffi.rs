@@ -309,3 +309,97 @@ mod symbols {
         assert!(text.contains(&soname), "no {soname} in\n{text}");
     }
 }
+
+/// A decoder in C gives the tokens that the driver gives.
+#[cfg(feature = "driver")]
+mod decode {
+    use super::*;
+    use kvlane::driver::gguf::Gguf;
+    use kvlane::driver::sampling::argmax;
+    use kvlane::driver::{Cache, Decoder, Logits, ModelFile, Scratch, Stretch, Threads};
+    use kvlane::{DType, RopeScaling};
+    use std::io::Write;
+
+    const TINY: &[u8] = include_bytes!("../src/driver/tiny/tiny.gguf");
+    const STEPS: usize = 48;
+
+    fn tiny() -> ModelFile {
+        ModelFile::from_gguf(Gguf::from_static(TINY).expect("a GGUF file")).expect("a model")
+    }
+
+    /// Writes a model the way that `ffi-tests/decode.c` says.
+    fn export(file: &ModelFile, path: &Path) -> std::io::Result<()> {
+        let (c, weights) = (file.config(), file.weights(&|_, _| ()).expect("weights"));
+        assert_eq!(c.rope.stretch, Stretch::Fixed(RopeScaling::None), "the C program knows no scaling");
+        let mut out = std::io::BufWriter::new(std::fs::File::create(path)?);
+        out.write_all(b"KVLDECO1")?;
+        let sizes = [c.vocab, c.dim, c.layers, c.heads, c.kv_heads, c.head_dim, c.ffn_dim, c.rope.rotary_dim];
+        let flags = [c.rope.pairing as usize, usize::from(weights.output.is_none())];
+        for n in sizes.into_iter().chain(flags) {
+            out.write_all(&i32::try_from(n).expect("a small number").to_le_bytes())?;
+        }
+        for x in [c.rope.base, f64::from(c.rms_eps)] {
+            out.write_all(&x.to_le_bytes())?;
+        }
+        let mut floats = |data: &[f32]| data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes()));
+        floats(weights.embedding.data())?;
+        for layer in &weights.layers {
+            floats(&layer.attn_norm)?;
+            floats(layer.qkv.data())?;
+            floats(layer.attn_out.data())?;
+            floats(&layer.ffn_norm)?;
+            floats(layer.gate_up.data())?;
+            floats(layer.down.data())?;
+        }
+        floats(&weights.output_norm)?;
+        if let Some(output) = &weights.output {
+            floats(output.data())?;
+        }
+        out.flush()
+    }
+
+    /// The driver's likeliest tokens, and the smallest distance of a best logit from the second best.
+    fn greedy(decoder: &Decoder, prompt: &[u32], dtype: DType) -> (Vec<u32>, f32) {
+        let mut cache = Cache::new(decoder.config(), 1, prompt.len() + STEPS, dtype).expect("a cache");
+        let mut scratch = Scratch::default();
+        let (mut tokens, mut next, mut lead) = (Vec::new(), prompt.to_vec(), f32::INFINITY);
+        while tokens.len() < STEPS {
+            let logits = decoder.forward(&mut cache, &mut scratch, 0, &[&next], Logits::Last).expect("logits");
+            let best = argmax(&logits).expect("a token");
+            let others = logits.iter().enumerate().filter(|&(i, _)| i != best as usize).map(|(_, &x)| x);
+            lead = lead.min(logits[best as usize] - others.fold(f32::NEG_INFINITY, f32::max));
+            tokens.push(best);
+            next = vec![best];
+        }
+        (tokens, lead)
+    }
+
+    #[test]
+    fn a_c_program_decodes_the_same_tokens() {
+        let file = tiny();
+        let tokenizer = file.tokenizer().expect("a tokenizer");
+        std::fs::create_dir_all(work_directory()).expect("the directory for test files can be written");
+        let path = work_directory().join("tiny.kvldeco");
+        export(&file, &path).expect("the model can be written");
+        let weights = file.weights(&|_, _| ()).expect("weights");
+        let decoder = Decoder::new(file.config().clone(), weights, 0, None, Threads::new(1).expect("a thread"))
+            .expect("a decoder");
+        let programs = [Linkage::Shared, Linkage::Static].map(|l| build("decode", "decode.c", Language::C11, l));
+        for (prompt, dtype, program) in [
+            ("In the beginning", DType::F32, &programs[0]),
+            ("And the LORD said unto Moses", DType::Bf16, &programs[1]),
+            ("Blessed are the", DType::F16, &programs[0]),
+        ] {
+            let ids = tokenizer.encode(prompt, true).expect("tokens");
+            let (wanted, lead) = greedy(&decoder, &ids, dtype);
+            // The linear layers of the two sum in another order; a tie would be decided by that.
+            assert!(lead > 1e-3, "{prompt:?} has a lead of only {lead}: choose another prompt");
+            let printed = run(execute(program)
+                .arg(&path)
+                .args([dtype.name(), &STEPS.to_string()])
+                .args(ids.iter().map(u32::to_string)));
+            let got: Vec<u32> = printed.lines().map(|line| line.parse().expect("a number")).collect();
+            assert_eq!(got, wanted, "{prompt:?} with {dtype}");
+        }
+    }
+}
