@@ -64,30 +64,7 @@ impl RawView {
             "{name}: data at {:#x} is not aligned to its {size}-byte elements",
             self.data.addr()
         );
-        let (mut low, mut high) = (0i128, 1i128);
-        for axis in 0..4 {
-            // At most 2^31 * 2^63 an axis: no i128 overflow over four of them.
-            let reach = (self.shape[axis] as i128 - 1) * self.strides[axis] as i128;
-            if reach < 0 { low += reach } else { high += reach }
-        }
-        let (low, high) = (low * size as i128, high * size as i128);
-        let limit = isize::MAX as i128;
-        ensure!(
-            low >= -limit && high <= limit && high - low <= limit,
-            Stride,
-            "{name}: shape {:?} with strides {:?} spans {} bytes, more than an address space holds",
-            self.shape,
-            self.strides,
-            high - low
-        );
-        let (first, last) = (self.data.addr() as i128 + low, self.data.addr() as i128 + high);
-        ensure!(
-            first >= 0 && last <= usize::MAX as i128,
-            Stride,
-            "{name}: shape {:?} with strides {:?} leaves the address space",
-            self.shape,
-            self.strides
-        );
+        let (low, high) = reach(name, self.data.addr(), size, self.shape, self.strides)?;
         if let Some(bytes) = self.bytes {
             ensure!(
                 low >= 0,
@@ -198,6 +175,30 @@ impl RawView {
         );
         Ok(())
     }
+}
+
+/// The bytes that elements of `size` bytes take up around the address `at`; the shape has no 0 and no axis above [`MAX_AXIS`].
+pub(crate) fn reach(name: &str, at: usize, size: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<(i128, i128)> {
+    let (mut low, mut high) = (0i128, 1i128);
+    for axis in 0..4 {
+        // At most 2^31 * 2^63 an axis: no i128 overflow over four of them.
+        let reach = (shape[axis] as i128 - 1) * strides[axis] as i128;
+        if reach < 0 { low += reach } else { high += reach }
+    }
+    let (low, high) = (low * size as i128, high * size as i128);
+    let limit = isize::MAX as i128;
+    ensure!(
+        low >= -limit && high <= limit && high - low <= limit,
+        Stride,
+        "{name}: shape {shape:?} with strides {strides:?} spans {} bytes, more than an address space holds",
+        high - low
+    );
+    ensure!(
+        at as i128 + low >= 0 && at as i128 + high <= usize::MAX as i128,
+        Stride,
+        "{name}: shape {shape:?} with strides {strides:?} leaves the address space"
+    );
+    Ok((low, high))
 }
 
 /// Whether `target` is a sum of `step * stride`, `step` in its range, over axes sorted from the largest stride.

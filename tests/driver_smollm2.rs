@@ -74,8 +74,11 @@ fn recompute(decoder: &Decoder, ids: &[u32]) -> Vec<f32> {
     decoder.forward(&mut cache, &mut Scratch::default(), 0, &[ids], Logits::All).unwrap()
 }
 
-/// Prefill, then a token at a time; the logits that chose each token come along.
-fn cached(decoder: &Decoder, prompt: &[u32], n: usize, dtype: DType) -> (Vec<u32>, Vec<Vec<f32>>) {
+/// The tokens of some steps, and the logits that chose each.
+type Steps = (Vec<u32>, Vec<Vec<f32>>);
+
+/// Prefill, then a token at a time.
+fn cached(decoder: &Decoder, prompt: &[u32], n: usize, dtype: DType) -> Steps {
     let mut cache = Cache::new(decoder.config(), 1, prompt.len() + n, dtype).unwrap();
     let mut scratch = Scratch::default();
     let (mut tokens, mut all) = (Vec::new(), Vec::new());
@@ -91,7 +94,7 @@ fn cached(decoder: &Decoder, prompt: &[u32], n: usize, dtype: DType) -> (Vec<u32
 }
 
 /// Greedy decoding of every prompt through an f32 cache, done once for all tests.
-static DECODED: LazyLock<Vec<(Vec<u32>, Vec<Vec<f32>>)>> = LazyLock::new(|| {
+static DECODED: LazyLock<Vec<Steps>> = LazyLock::new(|| {
     let Some((decoder, _)) = MODEL.as_ref() else { return Vec::new() };
     REFERENCE.prompts.iter().map(|p| cached(decoder, &p.ids, p.greedy.len(), DType::F32)).collect()
 });

@@ -1,11 +1,12 @@
 //! The embedded model against what PyTorch computed from the same file (`src/driver/tiny/train.py` writes the reference).
 #![cfg(feature = "driver")]
 
+use kvlane::driver::quant::dequantize;
 use kvlane::driver::sampling::argmax;
 use kvlane::driver::{
-    Cache, Decoder, Finish, Logits, Request, SamplerOptions, Scratch, Slots, Threads, Tokenizer, embedded,
+    Cache, Decoder, Finish, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Threads, Tokenizer, embedded,
 };
-use kvlane::{DType, Isa};
+use kvlane::{DType, Isa, Pairing};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -175,4 +176,84 @@ fn requests_end_for_the_reason_they_give() {
     assert!(insert(vec![], 1).is_err() && insert(vec![1; 9], 1).is_err() && insert(vec![1], 0).is_err());
     insert(vec![1], 5).unwrap();
     assert!(insert(vec![1], 5).is_err(), "the only slot is taken");
+}
+
+/// The same model as a Hugging Face directory: other names, other container, and the elements of a head in the order that
+/// pairs its halves instead of neighbours.
+#[test]
+fn a_hugging_face_directory_is_the_same_model() {
+    let file = embedded::open().unwrap();
+    let c = file.config().clone();
+    let (decoder, _) = load(None, 1);
+    let gguf = file.gguf().unwrap();
+
+    let floats = |name: &str| {
+        let tensor = gguf.tensor(name).unwrap();
+        let mut values = vec![0.0f32; tensor.elements()];
+        dequantize(tensor.ty, tensor.data, &mut values).unwrap();
+        (tensor.shape, values)
+    };
+    // Row 2i of a head becomes row i, row 2i + 1 becomes row i + dim / 2.
+    let halves = |(shape, values): (Vec<usize>, Vec<f32>)| {
+        let half = c.head_dim / 2;
+        let source = |row: usize| {
+            let (head, j) = (row / c.head_dim, row % c.head_dim);
+            head * c.head_dim + 2 * (j % half) + j / half
+        };
+        let rows = (0..shape[0]).flat_map(|row| values[source(row) * shape[1]..][..shape[1]].to_vec());
+        (shape.clone(), rows.collect::<Vec<f32>>())
+    };
+    let mut tensors = vec![
+        ("model.embed_tokens.weight".to_owned(), floats("token_embd.weight")),
+        ("model.norm.weight".to_owned(), floats("output_norm.weight")),
+    ];
+    for i in 0..c.layers {
+        for (ours, theirs) in [
+            ("attn_norm", "input_layernorm"),
+            ("attn_q", "self_attn.q_proj"),
+            ("attn_k", "self_attn.k_proj"),
+            ("attn_v", "self_attn.v_proj"),
+            ("attn_output", "self_attn.o_proj"),
+            ("ffn_norm", "post_attention_layernorm"),
+            ("ffn_gate", "mlp.gate_proj"),
+            ("ffn_up", "mlp.up_proj"),
+            ("ffn_down", "mlp.down_proj"),
+        ] {
+            let tensor = floats(&format!("blk.{i}.{ours}.weight"));
+            let tensor = if matches!(ours, "attn_q" | "attn_k") { halves(tensor) } else { tensor };
+            tensors.push((format!("model.layers.{i}.{theirs}.weight"), tensor));
+        }
+    }
+    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+        .into_iter()
+        .map(|(name, (shape, values))| (name, shape, values.iter().flat_map(|v| v.to_le_bytes()).collect()))
+        .collect();
+    let views = bytes.iter().map(|(name, shape, data)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), data).unwrap())
+    });
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "vocab_size": c.vocab, "hidden_size": c.dim,
+        "intermediate_size": c.ffn_dim, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads, "max_position_embeddings": c.context, "rms_norm_eps": c.rms_eps,
+        "rope_theta": c.rope.base, "tie_word_embeddings": true, "hidden_act": "silu",
+    });
+    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("tiny-hf");
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+
+    let file = ModelFile::open(&dir).unwrap();
+    assert_eq!(file.config().rope.pairing, Pairing::HalfSplit);
+    let weights = file.weights(&|_, _| ()).unwrap();
+    let other = Decoder::new(file.config().clone(), weights, 0, None, Threads::new(1).unwrap()).unwrap();
+    for case in cases() {
+        let ids = [case.prompt_ids, case.greedy_ids].concat();
+        let logits = |decoder: &Decoder| {
+            let mut cache = Cache::new(decoder.config(), 1, ids.len(), DType::F32).unwrap();
+            decoder.forward(&mut cache, &mut Scratch::default(), 0, &[&ids], Logits::All).unwrap()
+        };
+        let worst = logits(&decoder).iter().zip(logits(&other)).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+        // The products in q.k are the same ones, added in another order.
+        assert!(worst < 1e-4, "{worst}");
+    }
 }

@@ -48,20 +48,32 @@ pub enum Value {
 
 /// An array of metadata values, kept at the width it has in the file: a vocabulary has millions of them.
 #[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs)]
 pub enum Array {
+    /// Unsigned bytes.
     U8(Vec<u8>),
+    /// Signed bytes.
     I8(Vec<i8>),
+    /// Unsigned 16-bit integers.
     U16(Vec<u16>),
+    /// Signed 16-bit integers.
     I16(Vec<i16>),
+    /// Unsigned 32-bit integers.
     U32(Vec<u32>),
+    /// Signed 32-bit integers.
     I32(Vec<i32>),
+    /// Unsigned 64-bit integers.
     U64(Vec<u64>),
+    /// Signed 64-bit integers.
     I64(Vec<i64>),
+    /// 32-bit floats.
     F32(Vec<f32>),
+    /// 64-bit floats.
     F64(Vec<f64>),
+    /// Truth values.
     Bool(Vec<bool>),
+    /// Strings.
     String(Vec<String>),
+    /// Arrays, each of a type of its own.
     Array(Vec<Array>),
 }
 

@@ -19,7 +19,6 @@ const MAX_JSON: u64 = 256 << 20;
 
 /// `config.json`, as far as a Llama decoder needs it. Names are those of the file.
 #[derive(Debug, Clone, Deserialize)]
-#[allow(missing_docs)]
 pub struct HfConfig {
     #[serde(default)]
     pub architectures: Vec<String>,
@@ -52,7 +51,6 @@ pub struct HfConfig {
 
 /// The RoPE part of `config.json`.
 #[derive(Debug, Clone, Default, Deserialize)]
-#[allow(missing_docs)]
 pub struct HfRope {
     #[serde(alias = "type")]
     pub rope_type: Option<String>,
@@ -75,7 +73,6 @@ pub struct HfRope {
 /// A token id or several, as `eos_token_id` comes in both forms.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
-#[allow(missing_docs)]
 pub enum OneOrMany {
     One(u32),
     Many(Vec<u32>),

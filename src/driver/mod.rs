@@ -8,7 +8,7 @@
 //!                      ^                 | logits
 //!                      +---- sampling <--+              ids --tokenizer--> text, as it comes
 //! ```
-//! [`gguf`] and [`hf`] read a container and doubt every number in it; what they hand on are slices of the mapped file.
+//! [`gguf`] and `hf` read a container and doubt every number in it; what they hand on are slices of the mapped file.
 //! [`quant`] turns blocks of any supported type into f32. [`model`] knows what a Llama-family decoder must consist of,
 //! finds every part under either container's names, checks its shape, and unpacks it. From there on nothing knows which
 //! container a model came from; only RoPE's pairing remembers it, because the containers order a head's elements
@@ -34,7 +34,7 @@ pub mod decoder;
 pub mod embedded;
 pub mod error;
 pub mod gguf;
-pub mod hf;
+mod hf;
 pub mod linear;
 pub mod model;
 pub mod quant;

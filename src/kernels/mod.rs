@@ -81,7 +81,9 @@ pub struct KernelInfo {
     /// `<op>_<types>_<isa>`.
     pub name: &'static str,
     /// The largest error against exact arithmetic on the same inputs with f32 queries and output, as a fraction of the
-    /// largest magnitude that goes into the result (of V in attention); rounding to a narrower target comes on top.
+    /// largest magnitude that goes into the result (of V in attention); rounding to a narrower target comes on top. So does,
+    /// in attention, the rounding of logits above 32 or so to f32: a relative error of 2^-24 of a large logit is an absolute
+    /// one that its exponential turns into a relative one again.
     pub max_error: f32,
 }
 

@@ -6,7 +6,7 @@ use crate::error::{Result, ensure};
 use crate::kernels::generic::attention::{ByteView, CHUNK, MAX_TILE_ROWS, Problem, Scratch, Tile, partial_stride};
 use crate::ops::workspace::Workspace;
 use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use crate::view::{BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ, View, ViewMut, reach};
 use std::marker::PhantomData;
 
 /// The largest head size.
@@ -126,26 +126,15 @@ impl RawMask {
             return Ok((0, 0));
         }
         ensure!(!self.data.is_null(), NullPointer, "{name}: data is null, but the shape is {:?}", self.shape);
-        let (mut low, mut high) = (0i128, 1i128);
         for axis in 0..4 {
             ensure!(
-                self.shape[axis] <= crate::view::MAX_AXIS,
+                self.shape[axis] <= MAX_AXIS,
                 Shape,
-                "{name}: axis {axis} has {} entries",
+                "{name}: axis {axis} has {} elements, more than {MAX_AXIS}",
                 self.shape[axis]
             );
-            let reach = (self.shape[axis] as i128 - 1) * self.strides[axis] as i128;
-            if reach < 0 { low += reach } else { high += reach }
         }
-        let limit = isize::MAX as i128;
-        let first = self.data.addr() as i128;
-        ensure!(
-            low >= -limit && high <= limit && first + low >= 0 && first + high <= usize::MAX as i128,
-            Stride,
-            "{name}: shape {:?} with strides {:?} leaves the address space",
-            self.shape,
-            self.strides
-        );
+        let (low, high) = reach(name, self.data.addr(), 1, self.shape, self.strides)?;
         if let Some(bytes) = self.bytes {
             ensure!(
                 low >= 0 && high <= bytes as i128,

@@ -1,0 +1,143 @@
+// The C++ layer: owners, views, exceptions, threads of std::thread.
+#include "kvlane.hpp"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+
+static int failures = 0;
+
+static void expect(bool condition, const char *what) {
+    if (!condition) {
+        failures++;
+        std::fprintf(stderr, "cpp.cpp: not so: %s\n", what);
+    }
+}
+
+template <class F> static void refused(kvl_status status, const char *text, F call) {
+    try {
+        call();
+        expect(false, text);
+    } catch (const kvlane::error &e) {
+        expect(e.status() == status, e.what());
+        expect(std::strstr(e.what(), text) != nullptr, e.what());
+    }
+}
+
+int main() {
+    const kvlane::context scalar(KVL_ISA_SCALAR);
+    kvlane::context context;
+    expect(scalar.isa() == KVL_ISA_SCALAR, "scalar");
+    expect(std::string(scalar.kernel_name(KVL_OP_ATTENTION, KVL_F16, KVL_F16)) == "attention_f16_scalar", "kernel name");
+    refused(KVL_ERR_INVALID_ENUM, "max_isa is 50", [] { kvlane::context none(50); });
+
+    // RoPE, then a write, then attention over the two tokens; one head of four.
+    kvl_rope_frequencies_params scaling = KVL_ROPE_FREQUENCIES_PARAMS_INIT;
+    scaling.rotary_dim = 4;
+    const kvlane::frequencies frequencies = kvlane::rope_frequencies(scaling);
+    expect(frequencies.inv_freq.size() == 2 && frequencies.magnitude == 1, "frequencies");
+    scaling.rotary_dim = 0;
+    refused(KVL_ERR_INVALID_VALUE, "rotary_dim", [&] { kvlane::rope_frequencies(scaling); });
+
+    const std::int32_t position = 1;
+    std::vector<float> q = {1, 2, 3, 4};
+    kvl_rope_params rope = KVL_ROPE_PARAMS_INIT;
+    rope.rotary_dim = 4;
+    rope.inv_freq = frequencies.inv_freq.data();
+    rope.offsets = &position;
+    kvlane::rope_in_place(context, kvlane::view(q, {1, 1, 1, 4}), rope);
+    expect(std::fabs(q[0] - (std::cos(1.0f) - 2 * std::sin(1.0f))) < 1e-6f, "rotated");
+
+    const std::vector<float> k = {1, 0, 0, 0, 0, 1, 0, 0}, v = {1, 2, 3, 4, 1, 2, 3, 4};
+    std::vector<kvlane::bf16> k_cache(4 * 4), v_cache(4 * 4);
+    kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
+    const std::int32_t start = 0, length = 2;
+    write.k = kvlane::view(k, {1, 2, 1, 4});
+    write.v = kvlane::view(v, {1, 2, 1, 4});
+    write.k_cache = kvlane::view(k_cache, {1, 4, 1, 4});
+    write.v_cache = kvlane::view(v_cache, {1, 4, 1, 4});
+    write.positions = &start;
+    write.rope = &rope;
+    kvlane::kv_write(context, write);
+    expect(v_cache[4].bits == 0x3f80, "1 in bfloat16");
+    write.positions = &length;
+    kvlane::kv_write(context, write);
+    refused(KVL_ERR_CAPACITY, "position 3", [&] {
+        const std::int32_t late = 3;
+        write.positions = &late;
+        kvlane::kv_write(context, write);
+    });
+    // The containers say how long they are.
+    refused(KVL_ERR_BOUNDS, "k_cache", [&] {
+        write.k_cache = kvlane::view(k_cache, {1, 5, 1, 4});
+        kvlane::kv_write(context, write);
+    });
+
+    std::array<float, 4> out{};
+    float lse = 0;
+    kvlane::workspace workspace;
+    kvl_attention_params attention = KVL_ATTENTION_PARAMS_INIT;
+    attention.q = kvlane::view(std::as_const(q), {1, 1, 1, 4});
+    attention.k = kvlane::view(std::as_const(k_cache), {1, 4, 1, 4});
+    attention.v = kvlane::view(std::as_const(v_cache), {1, 4, 1, 4});
+    attention.out = kvlane::view(out, {1, 1, 1, 4});
+    attention.lse = &lse;
+    attention.lengths = &length;
+    kvlane::attention(context, workspace, attention);
+    for (std::size_t i = 0; i < 4; ++i) {
+        // All values are the same, so weights do not matter.
+        expect(std::fabs(out[i] - static_cast<float>(i + 1)) < 1e-5f, "attention");
+    }
+
+    // Every second element, and two states that are the same.
+    std::vector<float> spread(8), merged(4), joint(1);
+    const std::vector<kvl_attention_state> states(2, kvl_attention_state{kvlane::view(std::as_const(out), {1, 1, 1, 4}), &lse});
+    kvlane::merge_states(context, states, kvlane::view(spread, {1, 1, 1, 4}, {8, 8, 8, 2}), joint.data());
+    expect(spread[2] == out[1] && spread[1] == 0 && std::fabs(joint[0] - lse - std::log(2.0f)) < 1e-6f, "merge");
+    kvlane::repeat_kv(context, kvlane::view(out.data(), {1, 1, 1, 4}, {4, 4, 4, 1}).data == out.data()
+                                   ? kvlane::view(std::as_const(out), {1, 1, 1, 2})
+                                   : kvl_const_view{},
+                      kvlane::view(merged, {1, 1, 2, 2}));
+    expect(merged[0] == out[0] && merged[2] == out[0] && merged[3] == out[1], "repeat");
+    expect(kvlane::alibi_slopes(4)[0] == 0.25f, "slopes");
+
+    // Threads: enough work that they are used.
+    const std::size_t n = 1u << 20;
+    std::vector<float> many(n), one(2 * n), two(2 * n);
+    for (std::size_t i = 0; i < n; ++i) {
+        many[i] = static_cast<float>(i);
+    }
+    const auto src = kvlane::view(std::as_const(many), {1, static_cast<std::int64_t>(n / 64), 1, 64});
+    const auto to = [&](std::vector<float> &data) { return kvlane::view(data, {1, static_cast<std::int64_t>(n / 64), 2, 64}); };
+    kvlane::repeat_kv(context, src, to(one));
+    int calls = 0;
+    kvlane::parallel_for threads(2, [&](std::size_t tasks, kvlane::task task) {
+        calls++;
+        std::vector<std::thread> running;
+        for (std::size_t i = 0; i < tasks; ++i) {
+            running.emplace_back(task, i);
+        }
+        for (auto &thread : running) {
+            thread.join();
+        }
+    });
+    kvlane::repeat_kv(context, src, to(two), threads.runner());
+    expect(calls == 1 && one == two, "threads");
+    kvlane::parallel_for broken(2, [](std::size_t, kvlane::task) { throw std::runtime_error("no threads today"); });
+    refused(KVL_ERR_PARALLEL, "runner", [&] { kvlane::repeat_kv(context, src, to(two), broken.runner()); });
+    try {
+        kvlane::thread_pool pool(2);
+        std::fill(two.begin(), two.end(), 0.0f);
+        kvlane::repeat_kv(context, src, to(two), pool.runner());
+        expect(one == two, "pool");
+    } catch (const kvlane::error &e) {
+        expect(e.status() == KVL_ERR_UNSUPPORTED, e.what());
+    }
+
+    // A context can be moved and not copied.
+    const kvlane::context moved = std::move(context);
+    expect(moved.get() != nullptr && context.get() == nullptr, "moved");
+    static_assert(!std::is_copy_constructible_v<kvlane::context>);
+    return failures > 0;
+}

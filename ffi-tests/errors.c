@@ -1,0 +1,582 @@
+/* Bad input: for each mistake a code, a sentence that names it, and not one byte written. */
+#include "check.h"
+
+/* All that calls of this file write to. Every check paints it before the call and looks for a stain afterwards. */
+static union {
+    unsigned char bytes[8192];
+    float floats[2048];
+    double doubles[1024];
+    void *pointer;
+} output;
+
+static void paint(void) { memset(output.bytes, 0xa5, sizeof output.bytes); }
+
+static int stained(void) {
+    size_t i;
+    for (i = 0; i < sizeof output.bytes; i++) {
+        if (output.bytes[i] != 0xa5) return 1;
+    }
+    return 0;
+}
+
+#define REFUSED(wanted, text, call)                                                                                    \
+    do {                                                                                                               \
+        kvl_status got_;                                                                                               \
+        paint();                                                                                                       \
+        got_ = (call);                                                                                                 \
+        CHECK(got_ == (wanted), "%s", got_ == KVL_OK ? "accepted" : sentence());                                       \
+        CHECK(strstr(sentence(), (text)) != NULL, "no \"%s\" in: %s", (text), sentence());                             \
+        CHECK(!stained(), "something was written");                                                                    \
+    } while (0)
+
+static const kvl_context *context;
+
+static void last_error(void) {
+    char small[8];
+    size_t needed;
+    kvl_context *none = NULL;
+    CHECK(kvl_last_error(NULL, 0) == 1, "no error yet, but: %s", sentence());
+    CHECK(kvl_context_create(NULL, NULL) == KVL_ERR_NULL_POINTER, "-");
+    needed = kvl_last_error(NULL, 0);
+    CHECK(needed == strlen("the pointer context is null") + 1, "%d", (int)needed);
+    memset(small, 'x', sizeof small);
+    CHECK(kvl_last_error(small, 6) == needed, "-");
+    CHECK(memcmp(small, "the p\0xx", 8) == 0, "%.8s", small);
+    /* A success leaves it alone. */
+    OK(kvl_context_create(NULL, &none));
+    kvl_context_destroy(none);
+    CHECK(strcmp(sentence(), "the pointer context is null") == 0, "%s", sentence());
+}
+
+static void contexts(void) {
+    kvl_context **made = (kvl_context **)&output.pointer;
+    kvl_context_params params = KVL_CONTEXT_PARAMS_INIT;
+    params.struct_size = 0;
+    REFUSED(KVL_ERR_STRUCT_SIZE, "kvl_context_params.struct_size is 0", kvl_context_create(&params, made));
+    params.struct_size = sizeof params + 8;
+    REFUSED(KVL_ERR_STRUCT_SIZE, "is 24", kvl_context_create(&params, made));
+    params.struct_size = sizeof params;
+    params.max_isa = 99;
+    REFUSED(KVL_ERR_INVALID_ENUM, "max_isa is 99", kvl_context_create(&params, made));
+    params.max_isa = -1;
+    REFUSED(KVL_ERR_INVALID_ENUM, "max_isa is -1", kvl_context_create(&params, made));
+    /* One of these two is of another architecture. */
+    params.max_isa = kvl_isa_available(KVL_ISA_NEON) ? KVL_ISA_AVX2 : KVL_ISA_NEON;
+    REFUSED(KVL_ERR_UNSUPPORTED, kvl_isa_name(params.max_isa), kvl_context_create(&params, made));
+    params.max_isa = KVL_ISA_BEST;
+    params.reserved = 1;
+    REFUSED(KVL_ERR_INVALID_ENUM, "reserved is 1", kvl_context_create(&params, made));
+
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_context_isa(NULL, (kvl_isa *)output.bytes));
+    REFUSED(KVL_ERR_NULL_POINTER, "isa", kvl_context_isa(context, NULL));
+    {
+        const char **name = (const char **)&output.pointer;
+        REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_context_kernel_name(NULL, KVL_OP_ROPE, KVL_F32, KVL_F32, name));
+        REFUSED(KVL_ERR_NULL_POINTER, "name", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_F32, KVL_F32, NULL));
+        REFUSED(KVL_ERR_INVALID_ENUM, "op is 6", kvl_context_kernel_name(context, 6, KVL_F32, KVL_F32, name));
+        REFUSED(KVL_ERR_INVALID_ENUM, "src is 3", kvl_context_kernel_name(context, KVL_OP_ROPE, 3, KVL_F32, name));
+        REFUSED(KVL_ERR_INVALID_ENUM, "dst is -2", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_F32, -2, name));
+        REFUSED(KVL_ERR_DTYPE, "attention from f32 to f16",
+                kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_F32, KVL_F16, name));
+    }
+    {
+        kvl_kernel_info info = KVL_KERNEL_INFO_INIT;
+        REFUSED(KVL_ERR_NULL_POINTER, "kvl_kernel_info", kvl_kernel_info_at(0, NULL));
+        /* A struct of the size that the paint spells. */
+        REFUSED(KVL_ERR_STRUCT_SIZE, "kvl_kernel_info", kvl_kernel_info_at(0, (kvl_kernel_info *)output.bytes));
+        info.name = NULL;
+        REFUSED(KVL_ERR_OUT_OF_RANGE, "no kernel 1000", kvl_kernel_info_at(1000, &info));
+        CHECK(info.name == NULL, "written");
+    }
+}
+
+static void runners(void) {
+    kvl_parallel_runner runner = KVL_PARALLEL_RUNNER_INIT;
+    kvl_const_view src = kvl_make_const_view(NULL, KVL_F32, 0, 1, 1, 1);
+    kvl_view dst = kvl_make_view(NULL, KVL_F32, 0, 1, 1, 1);
+    REFUSED(KVL_ERR_NULL_POINTER, "run is null", kvl_repeat_kv(context, &runner, &src, &dst));
+    runner.struct_size = 8;
+    REFUSED(KVL_ERR_STRUCT_SIZE, "kvl_parallel_runner", kvl_repeat_kv(context, &runner, &src, &dst));
+    REFUSED(KVL_ERR_NULL_POINTER, "pool", kvl_thread_pool_create(1, NULL));
+    REFUSED(KVL_ERR_INVALID_VALUE, "num_threads", kvl_thread_pool_create(1000000, (kvl_thread_pool **)&output.pointer));
+    REFUSED(KVL_ERR_NULL_POINTER, "pool", kvl_thread_pool_runner(NULL, (kvl_parallel_runner *)output.bytes));
+    kvl_thread_pool_destroy(NULL);
+}
+
+static void views(void) {
+    static float x[64];
+    kvl_const_view good_src = kvl_make_const_view(x, KVL_F32, 1, 2, 2, 4), src = good_src;
+    kvl_view good_dst = kvl_make_view(output.floats, KVL_F32, 1, 2, 4, 4), dst = good_dst;
+    kvl_parallel_runner *none = NULL;
+#define TRY(status, text)                                                                                              \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_repeat_kv(context, none, &src, &dst));                                               \
+        src = good_src;                                                                                                \
+        dst = good_dst;                                                                                                \
+    } while (0)
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_repeat_kv(NULL, none, &src, &dst));
+    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_repeat_kv(context, none, NULL, &dst));
+    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_repeat_kv(context, none, &src, NULL));
+    src.data = NULL;
+    TRY(KVL_ERR_NULL_POINTER, "src");
+    dst.data = NULL;
+    TRY(KVL_ERR_NULL_POINTER, "dst");
+    src.dtype = 3;
+    TRY(KVL_ERR_INVALID_ENUM, "src.dtype is 3");
+    dst.dtype = -1;
+    TRY(KVL_ERR_INVALID_ENUM, "dst.dtype is -1");
+    src.reserved = 5;
+    TRY(KVL_ERR_INVALID_ENUM, "src.reserved is 5");
+    src.shape[1] = -2;
+    TRY(KVL_ERR_SHAPE, "src has seq = -2, which is negative");
+    dst.shape[0] = INT64_MIN;
+    TRY(KVL_ERR_SHAPE, "dst has batch = -9223372036854775808");
+    src.shape[0] = (int64_t)1 << 31;
+    TRY(KVL_ERR_SHAPE, "2147483648");
+    src.shape[1] = 3;
+    TRY(KVL_ERR_SHAPE, "seq = 3");
+    dst.shape[2] = 3;
+    TRY(KVL_ERR_SHAPE, "3 heads, which is no multiple of the 2");
+    dst.dtype = KVL_F16;
+    TRY(KVL_ERR_DTYPE, "f16");
+    src.data = (const char *)x + 2;
+    TRY(KVL_ERR_BOUNDS, "not aligned");
+    /* A negative stride times a huge shape, and everything that overflows. */
+    src.shape[0] = INT32_MAX;
+    src.strides[0] = INT64_MIN;
+    TRY(KVL_ERR_STRIDE, "src");
+    dst.shape[0] = INT32_MAX;
+    dst.strides[0] = -((int64_t)1 << 40);
+    TRY(KVL_ERR_STRIDE, "dst");
+    dst.strides[1] = INT64_MAX;
+    TRY(KVL_ERR_STRIDE, "dst");
+    /* Downwards out of the address space. */
+    src.strides[1] = -((int64_t)1 << 60);
+    TRY(KVL_ERR_STRIDE, "address space");
+    /* Buffers that are too short. */
+    src.bytes = 63;
+    TRY(KVL_ERR_BOUNDS, "byte 64 of a buffer of 63");
+    dst.bytes = 127;
+    TRY(KVL_ERR_BOUNDS, "byte 128 of a buffer of 127");
+    src.bytes = 64;
+    src.strides[1] = -8;
+    TRY(KVL_ERR_BOUNDS, "before the start");
+    /* Elements of an output on top of each other, and outputs on top of inputs. */
+    dst.strides[2] = 0;
+    TRY(KVL_ERR_STRIDE, "share memory");
+    dst.strides[1] = 15;
+    TRY(KVL_ERR_STRIDE, "share memory");
+    src.data = output.floats + 31;
+    TRY(KVL_ERR_OVERLAP, "src and dst share memory");
+#undef TRY
+    paint();
+    OK(kvl_repeat_kv(context, none, &src, &dst));
+}
+
+static void frequencies(void) {
+    kvl_rope_frequencies_params good = KVL_ROPE_FREQUENCIES_PARAMS_INIT, p;
+    double *inv_freq = output.doubles, *magnitude = output.doubles + 16;
+    good.rotary_dim = 8;
+    p = good;
+#define TRY(status, text)                                                                                              \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_rope_frequencies(&p, inv_freq, 4, magnitude));                                       \
+        p = good;                                                                                                      \
+    } while (0)
+    REFUSED(KVL_ERR_NULL_POINTER, "params", kvl_rope_frequencies(NULL, inv_freq, 4, magnitude));
+    REFUSED(KVL_ERR_NULL_POINTER, "inv_freq", kvl_rope_frequencies(&p, NULL, 4, magnitude));
+    REFUSED(KVL_ERR_NULL_POINTER, "magnitude", kvl_rope_frequencies(&p, inv_freq, 4, NULL));
+    REFUSED(KVL_ERR_SHAPE, "pairs is 5", kvl_rope_frequencies(&p, inv_freq, 5, magnitude));
+    REFUSED(KVL_ERR_SHAPE, "pairs is -1", kvl_rope_frequencies(&p, inv_freq, -1, magnitude));
+    p.struct_size--;
+    TRY(KVL_ERR_STRUCT_SIZE, "kvl_rope_frequencies_params");
+    p.rotary_dim = 7;
+    TRY(KVL_ERR_INVALID_VALUE, "rotary_dim is 7");
+    p.rotary_dim = -8;
+    TRY(KVL_ERR_SHAPE, "rotary_dim is -8");
+    p.rotary_dim = INT64_MAX;
+    TRY(KVL_ERR_INVALID_VALUE, "rotary_dim");
+    p.scaling = 6;
+    TRY(KVL_ERR_INVALID_ENUM, "scaling is 6");
+    p.keep_ramp = 2;
+    TRY(KVL_ERR_INVALID_ENUM, "keep_ramp is 2");
+    p.base = -1;
+    TRY(KVL_ERR_INVALID_VALUE, "base");
+    p.base = NAN;
+    TRY(KVL_ERR_INVALID_VALUE, "base");
+    p.scaling = KVL_ROPE_LINEAR; /* Without a factor. */
+    TRY(KVL_ERR_INVALID_VALUE, "factor");
+    p.scaling = KVL_ROPE_LONGROPE;
+    TRY(KVL_ERR_NULL_POINTER, "factors");
+#undef TRY
+}
+
+static void table(void) {
+    static double inv_freq[] = {1, 2};
+    float *c = output.floats, *s = output.floats + 64;
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_rope_table(NULL, inv_freq, 4, 1, 0, 2, c, s));
+    REFUSED(KVL_ERR_NULL_POINTER, "inv_freq", kvl_rope_table(context, NULL, 4, 1, 0, 2, c, s));
+    REFUSED(KVL_ERR_NULL_POINTER, "table", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, NULL, s));
+    REFUSED(KVL_ERR_NULL_POINTER, "table", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, c, NULL));
+    REFUSED(KVL_ERR_INVALID_VALUE, "rotary_dim is 3", kvl_rope_table(context, inv_freq, 3, 1, 0, 2, c, s));
+    REFUSED(KVL_ERR_SHAPE, "rows is -2", kvl_rope_table(context, inv_freq, 4, 1, 0, -2, c, s));
+    REFUSED(KVL_ERR_OUT_OF_RANGE, "2^52", kvl_rope_table(context, inv_freq, 4, 1, INT64_MIN, 2, c, s));
+    REFUSED(KVL_ERR_INVALID_VALUE, "magnitude", kvl_rope_table(context, inv_freq, 4, NAN, 0, 2, c, s));
+    REFUSED(KVL_ERR_OVERLAP, "cos and sin", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, c, c + 3));
+    REFUSED(KVL_ERR_OVERLAP, "inv_freq", kvl_rope_table(context, (double *)(void *)s, 4, 1, 0, 2, c, s));
+    REFUSED(KVL_ERR_BOUNDS, "aligned", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, (float *)(void *)(output.bytes + 1), s));
+    inv_freq[1] = INFINITY;
+    REFUSED(KVL_ERR_INVALID_VALUE, "inv_freq[1]", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, c, s));
+    inv_freq[1] = 2;
+    REFUSED(KVL_ERR_NULL_POINTER, "slopes", kvl_alibi_slopes(NULL, 3));
+    REFUSED(KVL_ERR_SHAPE, "heads is -3", kvl_alibi_slopes(c, -3));
+    REFUSED(KVL_ERR_SHAPE, "address space", kvl_alibi_slopes(c, INT64_MAX));
+}
+
+static void rope(void) {
+    static float x[16];
+    static const double inv_freq[] = {1, 2};
+    static const float table[8];
+    static const int32_t offsets[] = {2}, positions[] = {0, 4};
+    kvl_const_view src = kvl_make_const_view(x, KVL_F32, 1, 2, 2, 4);
+    kvl_view dst = kvl_make_view(output.floats, KVL_F32, 1, 2, 2, 4), good_dst = dst;
+    kvl_rope_params good = KVL_ROPE_PARAMS_INIT, p;
+    good.rotary_dim = 4;
+    good.inv_freq = inv_freq;
+    good.offsets = offsets;
+    p = good;
+#define TRY(status, text)                                                                                              \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_rope(context, NULL, &src, &dst, &p));                                                \
+        p = good;                                                                                                      \
+        dst = good_dst;                                                                                                \
+    } while (0)
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_rope(NULL, NULL, &src, &dst, &p));
+    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_rope(context, NULL, NULL, &dst, &p));
+    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_rope(context, NULL, &src, NULL, &p));
+    REFUSED(KVL_ERR_NULL_POINTER, "kvl_rope_params", kvl_rope(context, NULL, &src, &dst, NULL));
+    p.struct_size = 1;
+    TRY(KVL_ERR_STRUCT_SIZE, "kvl_rope_params.struct_size is 1");
+    p.reserved = 1;
+    TRY(KVL_ERR_INVALID_ENUM, "reserved");
+    p.pairing = 2;
+    TRY(KVL_ERR_INVALID_ENUM, "pairing is 2");
+    p.rotary_dim = 3;
+    TRY(KVL_ERR_INVALID_VALUE, "rotary_dim is 3");
+    p.rotary_dim = 6;
+    TRY(KVL_ERR_SHAPE, "rotary_dim 6 is above the head size 4");
+    p.rotary_dim = -4;
+    TRY(KVL_ERR_SHAPE, "rotary_dim is -4");
+    p.inv_freq = NULL;
+    TRY(KVL_ERR_NULL_POINTER, "inv_freq");
+    p.cos = table;
+    p.sin = table;
+    TRY(KVL_ERR_INVALID_VALUE, "both inv_freq and a table");
+    p.inv_freq = NULL;
+    p.cos = table;
+    p.table_rows = 4;
+    TRY(KVL_ERR_NULL_POINTER, "sin");
+    p.magnitude = INFINITY;
+    TRY(KVL_ERR_INVALID_VALUE, "magnitude");
+    p.offsets = NULL;
+    TRY(KVL_ERR_NULL_POINTER, "offsets");
+    p.positions = positions;
+    TRY(KVL_ERR_INVALID_VALUE, "both offsets and positions");
+    p.inv_freq = NULL;
+    p.cos = p.sin = table;
+    p.table_rows = 3; /* Positions 2 and 3. */
+    TRY(KVL_ERR_OUT_OF_RANGE, "the cos/sin table has 3 rows");
+    p.inv_freq = NULL;
+    p.cos = p.sin = table;
+    p.table_rows = 4;
+    p.offsets = NULL;
+    p.positions = positions;
+    TRY(KVL_ERR_OUT_OF_RANGE, "0..=4");
+    p.inv_freq = NULL;
+    p.cos = p.sin = table;
+    p.table_rows = -4;
+    TRY(KVL_ERR_SHAPE, "table_rows is -4");
+    p.offsets = (const int32_t *)(const void *)((const char *)offsets + 1);
+    TRY(KVL_ERR_BOUNDS, "offsets");
+    dst.shape[3] = 3;
+    TRY(KVL_ERR_SHAPE, "dim");
+    {
+        /* Almost in place. */
+        kvl_const_view near_dst = kvl_as_const(dst);
+        near_dst.data = output.floats + 1;
+        REFUSED(KVL_ERR_OVERLAP, "src and dst share memory", kvl_rope(context, NULL, &near_dst, &dst, &p));
+    }
+#undef TRY
+    paint();
+    OK(kvl_rope(context, NULL, &src, &dst, &p));
+}
+
+static void kv_write(void) {
+    enum { CACHE = 2 * 8 * 2 * 4 };
+    static float x[2 * 3 * 2 * 4];
+    static const int32_t zeros[6], offsets[2];
+    static const double inv_freq[] = {1, 2};
+    int32_t list[6];
+    kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
+    kvl_kv_write_params good = KVL_KV_WRITE_PARAMS_INIT, p;
+    good.k = good.v = kvl_make_const_view(x, KVL_F32, 2, 3, 2, 4);
+    good.k_cache = kvl_make_view(output.floats, KVL_F32, 2, 8, 2, 4);
+    good.v_cache = kvl_make_view(output.floats + CACHE, KVL_F32, 2, 8, 2, 4);
+    good.positions = zeros;
+    p = good;
+#define LIST(a, b, c, d, e, f) (list[0] = a, list[1] = b, list[2] = c, list[3] = d, list[4] = e, list[5] = f, list)
+#define TRY(status, text)                                                                                              \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_kv_write(context, NULL, &p));                                                        \
+        p = good;                                                                                                      \
+    } while (0)
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_kv_write(NULL, NULL, &p));
+    REFUSED(KVL_ERR_NULL_POINTER, "kvl_kv_write_params", kvl_kv_write(context, NULL, NULL));
+    p.struct_size += 8;
+    TRY(KVL_ERR_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 408");
+    memset(&p.v, 0, sizeof p.v);
+    TRY(KVL_ERR_NULL_POINTER, "only one of v and v_cache");
+    memset(&p.v_cache, 0, sizeof p.v_cache);
+    TRY(KVL_ERR_NULL_POINTER, "only one of v and v_cache");
+    p.k.data = NULL;
+    TRY(KVL_ERR_NULL_POINTER, "k: data is null");
+    p.v.dtype = 9;
+    TRY(KVL_ERR_INVALID_ENUM, "v.dtype is 9");
+    p.k_cache.shape[2] = 1;
+    TRY(KVL_ERR_SHAPE, "k_cache");
+    p.v.shape[1] = 2;
+    TRY(KVL_ERR_SHAPE, "seq");
+    p.positions = NULL;
+    TRY(KVL_ERR_NULL_POINTER, "positions");
+    p.slots = zeros;
+    TRY(KVL_ERR_INVALID_VALUE, "both positions and slots");
+    p.positions = LIST(0, 6, 0, 0, 0, 0);
+    TRY(KVL_ERR_CAPACITY, "row 1 writes 3 tokens at position 6, but the cache holds 8");
+    p.positions = LIST(0, INT32_MAX, 0, 0, 0, 0);
+    TRY(KVL_ERR_CAPACITY, "2147483647");
+    p.positions = LIST(0, -1, 0, 0, 0, 0);
+    TRY(KVL_ERR_OUT_OF_RANGE, "positions[1] is -1");
+    p.counts = LIST(3, 4, 0, 0, 0, 0);
+    TRY(KVL_ERR_OUT_OF_RANGE, "counts[1] is 4");
+    p.counts = LIST(-1, 0, 0, 0, 0, 0);
+    TRY(KVL_ERR_OUT_OF_RANGE, "counts[0] is -1");
+    p.rows = LIST(0, 2, 0, 0, 0, 0);
+    TRY(KVL_ERR_OUT_OF_RANGE, "cache row 2");
+    p.rows = LIST(-1, 0, 0, 0, 0, 0);
+    TRY(KVL_ERR_OUT_OF_RANGE, "cache row -1");
+    p.rows = LIST(1, 1, 0, 0, 0, 0);
+    TRY(KVL_ERR_DUPLICATE_SLOT, "cache row 1");
+    p.positions = NULL;
+    p.slots = LIST(0, 1, 2, 0, 1, 8);
+    TRY(KVL_ERR_CAPACITY, "slots[1, 2] is 8");
+    p.positions = NULL;
+    p.slots = LIST(0, 1, -2, 0, 1, 2);
+    TRY(KVL_ERR_OUT_OF_RANGE, "slots[0, 2] is -2");
+    p.positions = NULL;
+    p.slots = LIST(0, 5, 0, -1, -1, -1);
+    TRY(KVL_ERR_DUPLICATE_SLOT, "slot 0 of cache row 0");
+    p.v_cache.data = output.floats + CACHE - 1;
+    TRY(KVL_ERR_OVERLAP, "k_cache and v_cache share memory");
+    p.k.data = output.floats + 3;
+    TRY(KVL_ERR_OVERLAP, "k and k_cache share memory");
+    p.v.data = output.floats + 3;
+    TRY(KVL_ERR_OVERLAP, "k_cache and v share memory");
+    p.k_cache.strides[1] = 0;
+    TRY(KVL_ERR_STRIDE, "k_cache");
+    p.k_cache.strides[0] = INT64_MIN;
+    TRY(KVL_ERR_STRIDE, "k_cache");
+    p.k_cache.bytes = CACHE * sizeof(float) - 1;
+    TRY(KVL_ERR_BOUNDS, "k_cache");
+    turn.rotary_dim = 4;
+    turn.inv_freq = inv_freq;
+    p.rope = &turn;
+    TRY(KVL_ERR_NULL_POINTER, "offsets");
+    turn.offsets = offsets;
+    turn.struct_size = 3;
+    p.rope = &turn;
+    TRY(KVL_ERR_STRUCT_SIZE, "kvl_rope_params");
+#undef TRY
+#undef LIST
+    paint();
+    OK(kvl_kv_write(context, NULL, &p));
+}
+
+static void attention(void) {
+    static float x[2 * 5 * 4 * 8];
+    static union {
+        unsigned char bytes[65536 + 64];
+        double aligned;
+    } memory;
+    void *workspace = memory.bytes + (64 - (uintptr_t)memory.bytes % 64) % 64;
+    size_t bytes = 65536, *needed = (size_t *)output.bytes;
+    static const unsigned char mask[1];
+    int32_t list[2];
+    float ones[4] = {1, 1, 1, 1};
+    kvl_attention_params good = KVL_ATTENTION_PARAMS_INIT, p;
+    good.q = kvl_make_const_view(x, KVL_F32, 2, 3, 4, 8);
+    good.k = good.v = kvl_make_const_view(x, KVL_F32, 2, 5, 2, 8);
+    good.out = kvl_make_view(output.floats, KVL_F32, 2, 3, 4, 8);
+    good.lse = output.floats + 2 * 3 * 4 * 8;
+    p = good;
+#define LIST(a, b) (list[0] = a, list[1] = b, list)
+#define TRY(status, text)                                                                                              \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_attention(context, NULL, workspace, bytes, &p));                                     \
+        p = good;                                                                                                      \
+    } while (0)
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_attention(NULL, NULL, workspace, bytes, &p));
+    REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_attention(context, NULL, workspace, bytes, NULL));
+    REFUSED(KVL_ERR_WORKSPACE, "needs", kvl_attention(context, NULL, workspace, 64, &p));
+    REFUSED(KVL_ERR_WORKSPACE, "aligned", kvl_attention(context, NULL, NULL, bytes, &p));
+    REFUSED(KVL_ERR_WORKSPACE, "aligned", kvl_attention(context, NULL, (char *)workspace + 32, bytes - 32, &p));
+    p.struct_size = 0;
+    TRY(KVL_ERR_STRUCT_SIZE, "kvl_attention_params.struct_size is 0");
+    p.reserved = 1;
+    TRY(KVL_ERR_INVALID_ENUM, "reserved");
+    p.flags = 8;
+    TRY(KVL_ERR_INVALID_ENUM, "0x8");
+    p.window_left = 4;
+    TRY(KVL_ERR_INVALID_VALUE, "window_left is 4, but its flag is not set");
+    p.window_right = -1;
+    TRY(KVL_ERR_INVALID_VALUE, "window_right is -1, but its flag is not set");
+    p.flags = KVL_WINDOW_LEFT;
+    p.window_left = -2;
+    TRY(KVL_ERR_INVALID_VALUE, "window_left is -2");
+    p.scale = NAN;
+    TRY(KVL_ERR_INVALID_VALUE, "scale");
+    p.softcap = -1;
+    TRY(KVL_ERR_INVALID_VALUE, "softcap is -1");
+    p.q.data = NULL;
+    TRY(KVL_ERR_NULL_POINTER, "q: data is null");
+    p.out.data = NULL;
+    TRY(KVL_ERR_NULL_POINTER, "out: data is null");
+    p.v.dtype = KVL_F16;
+    TRY(KVL_ERR_DTYPE, "k is f32, but v is f16");
+    p.k.dtype = 77;
+    TRY(KVL_ERR_INVALID_ENUM, "k.dtype is 77");
+    p.q.shape[2] = 3;
+    p.out.shape[2] = 3;
+    TRY(KVL_ERR_SHAPE, "3 heads, which is no multiple of the 2");
+    p.q.shape[3] = 7;
+    TRY(KVL_ERR_SHAPE, "dim");
+    p.q.shape[3] = p.k.shape[3] = 513;
+    TRY(KVL_ERR_SHAPE, "512");
+    p.k.shape[0] = 1;
+    TRY(KVL_ERR_SHAPE, "batch");
+    p.v.shape[1] = -5;
+    TRY(KVL_ERR_SHAPE, "v has seq = -5");
+    p.q.strides[1] = INT64_MIN;
+    TRY(KVL_ERR_STRIDE, "q");
+    p.out.strides[1] = 0;
+    TRY(KVL_ERR_STRIDE, "out");
+    p.k.bytes = 4;
+    TRY(KVL_ERR_BOUNDS, "k");
+    p.lengths = LIST(5, 6);
+    TRY(KVL_ERR_OUT_OF_RANGE, "lengths[1] is 6");
+    p.lengths = LIST(-1, 5);
+    TRY(KVL_ERR_OUT_OF_RANGE, "lengths[0] is -1");
+    p.starts = LIST(0, -3);
+    TRY(KVL_ERR_OUT_OF_RANGE, "starts[1] is -3");
+    p.lengths = (const int32_t *)(const void *)((const char *)list + 2);
+    TRY(KVL_ERR_BOUNDS, "lengths");
+    p.alibi_slopes = (const float *)(const void *)((const char *)ones + 1);
+    TRY(KVL_ERR_BOUNDS, "alibi_slopes");
+    p.sinks = (const float *)(const void *)((const char *)ones + 1);
+    TRY(KVL_ERR_BOUNDS, "sinks");
+    p.lse = (float *)(void *)(output.bytes + 4001);
+    TRY(KVL_ERR_BOUNDS, "lse");
+    p.mask.data = mask;
+    TRY(KVL_ERR_SHAPE, "mask has shape");
+    p.mask.shape[0] = 2, p.mask.shape[1] = 3, p.mask.shape[2] = 4, p.mask.shape[3] = 5;
+    TRY(KVL_ERR_NULL_POINTER, "mask: data is null");
+    p.mask.data = mask;
+    p.mask.shape[0] = 2, p.mask.shape[1] = 3, p.mask.shape[2] = 4, p.mask.shape[3] = 5;
+    p.mask.strides[0] = 1;
+    p.mask.bytes = 1;
+    TRY(KVL_ERR_BOUNDS, "mask");
+    p.mask.data = mask;
+    p.mask.shape[3] = -1;
+    TRY(KVL_ERR_SHAPE, "mask has keys = -1");
+    p.bias = kvl_make_const_view(x, KVL_F32, 1, 3, 4, 5);
+    TRY(KVL_ERR_SHAPE, "bias has shape");
+    p.bias = kvl_make_const_view(x, 5, 2, 3, 4, 5);
+    TRY(KVL_ERR_INVALID_ENUM, "bias.dtype");
+    p.bias = kvl_make_const_view(output.floats, KVL_F32, 2, 3, 4, 5);
+    TRY(KVL_ERR_OVERLAP, "bias and out share memory");
+    p.v.data = output.floats + 1;
+    TRY(KVL_ERR_OVERLAP, "v and out share memory");
+    p.q.data = output.floats;
+    TRY(KVL_ERR_OVERLAP, "q and out share memory");
+    p.lse = output.floats + 7;
+    TRY(KVL_ERR_OVERLAP, "out and lse share memory");
+#undef TRY
+    REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_attention_workspace_size(NULL, NULL, needed));
+    REFUSED(KVL_ERR_NULL_POINTER, "bytes", kvl_attention_workspace_size(&p, NULL, NULL));
+    p.q.shape[1] = INT64_MAX;
+    REFUSED(KVL_ERR_SHAPE, "q", kvl_attention_workspace_size(&p, NULL, needed));
+    p.q.shape[1] = -1;
+    REFUSED(KVL_ERR_SHAPE, "negative", kvl_attention_workspace_size(&p, NULL, needed));
+    p = good;
+    p.v.shape[3] = 0;
+    REFUSED(KVL_ERR_SHAPE, "v has dim = 0", kvl_attention_workspace_size(&p, NULL, needed));
+    p = good;
+    paint();
+    OK(kvl_attention_workspace_size(&p, NULL, needed));
+    CHECK(*needed > 0 && *needed <= bytes, "%d bytes", (int)*needed);
+    OK(kvl_attention(context, NULL, workspace, bytes, &p));
+#undef LIST
+}
+
+static void merge(void) {
+    static float x[16];
+    static const float lse_in[4];
+    float *lse = output.floats + 16;
+    kvl_attention_state good[2], states[2];
+    kvl_view out = kvl_make_view(output.floats, KVL_F32, 1, 2, 2, 4);
+    good[0].out = good[1].out = kvl_make_const_view(x, KVL_F32, 1, 2, 2, 4);
+    good[0].lse = good[1].lse = lse_in;
+    memcpy(states, good, sizeof good);
+#define TRY(status, text)                                                                                              \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_merge_states(context, NULL, states, 2, &out, lse));                                  \
+        memcpy(states, good, sizeof good);                                                                             \
+    } while (0)
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_merge_states(NULL, NULL, states, 2, &out, lse));
+    REFUSED(KVL_ERR_NULL_POINTER, "states", kvl_merge_states(context, NULL, NULL, 2, &out, lse));
+    REFUSED(KVL_ERR_NULL_POINTER, "out", kvl_merge_states(context, NULL, states, 2, NULL, lse));
+    REFUSED(KVL_ERR_INVALID_VALUE, "0 states", kvl_merge_states(context, NULL, states, 0, &out, lse));
+    REFUSED(KVL_ERR_INVALID_VALUE, "257 states", kvl_merge_states(context, NULL, states, 257, &out, lse));
+    states[1].lse = NULL;
+    TRY(KVL_ERR_NULL_POINTER, "states[1].lse");
+    states[0].out.dtype = KVL_BF16;
+    TRY(KVL_ERR_DTYPE, "bf16");
+    states[0].out.dtype = 44;
+    TRY(KVL_ERR_INVALID_ENUM, "44");
+    states[1].out.shape[1] = 1;
+    TRY(KVL_ERR_SHAPE, "seq");
+    states[1].out.data = output.floats + 15;
+    TRY(KVL_ERR_OVERLAP, "state 1 and out share memory");
+    states[0].lse = lse;
+    TRY(KVL_ERR_OVERLAP, "state 0 and lse share memory");
+    out.strides[3] = 0;
+    TRY(KVL_ERR_STRIDE, "out");
+#undef TRY
+}
+
+int main(void) {
+    kvl_context *made = NULL;
+    last_error();
+    OK(kvl_context_create(NULL, &made));
+    context = made;
+    contexts();
+    runners();
+    views();
+    frequencies();
+    table();
+    rope();
+    kv_write();
+    attention();
+    merge();
+    kvl_context_destroy(made);
+    return finish("errors");
+}

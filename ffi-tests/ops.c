@@ -1,0 +1,550 @@
+/* Every operation against known answers, at every level that this machine has. */
+#include "check.h"
+
+static void library(void) {
+    size_t i, j, count = kvl_kernel_count();
+    kvl_kernel_info info = KVL_KERNEL_INFO_INIT;
+    CHECK(kvl_abi_version() == KVL_ABI_VERSION, "%u", (unsigned)kvl_abi_version());
+    CHECK(strchr(kvl_version_string(), '.') != NULL, "%s", kvl_version_string());
+    for (i = 0; i <= 16; i++) {
+        for (j = 0; j < i; j++) {
+            const char *a = kvl_status_string((kvl_status)i), *b = kvl_status_string((kvl_status)j);
+            CHECK(strcmp(a, b) != 0, "%d and %d are both %s", (int)i, (int)j, a);
+        }
+    }
+    CHECK(strcmp(kvl_status_string(KVL_OK), "ok") == 0, "%s", kvl_status_string(KVL_OK));
+    CHECK(strcmp(kvl_status_string(-1), "unknown status") == 0, "%s", kvl_status_string(-1));
+    CHECK(strcmp(kvl_isa_name(KVL_ISA_AVX512), "avx512") == 0, "%s", kvl_isa_name(KVL_ISA_AVX512));
+    CHECK(strcmp(kvl_isa_name(77), "unknown") == 0, "%s", kvl_isa_name(77));
+    CHECK(kvl_isa_available(KVL_ISA_BEST) == 1, "-");
+    CHECK(kvl_isa_available(KVL_ISA_SCALAR) == 1, "-");
+    CHECK(kvl_isa_available(-1) == 0, "-");
+    CHECK(count > 0, "%d", (int)count);
+    for (i = 0; i < count; i++) {
+        OK(kvl_kernel_info_at(i, &info));
+        CHECK(strstr(info.name, kvl_isa_name(info.isa)) != NULL, "%s is of %s", info.name, kvl_isa_name(info.isa));
+        CHECK(info.available == kvl_isa_available(info.isa), "%s", info.name);
+        CHECK(info.max_error >= 0 && info.max_error < 1e-3f, "%s has %g", info.name, (double)info.max_error);
+    }
+    CHECK(kvl_kernel_info_at(count, &info) == KVL_ERR_OUT_OF_RANGE, "-");
+}
+
+static void names(const kvl_context *context) {
+    static const kvl_dtype types[] = {KVL_F32, KVL_F16, KVL_BF16};
+    static const kvl_op both[] = {KVL_OP_ROPE, KVL_OP_KV_WRITE}, one[] = {KVL_OP_REPEAT_KV, KVL_OP_ATTENTION, KVL_OP_MERGE_STATES};
+    kvl_isa isa = KVL_ISA_BEST;
+    const char *name = NULL;
+    size_t i, s, d;
+    OK(kvl_context_isa(context, &isa));
+    OK(kvl_context_kernel_name(context, KVL_OP_ROPE_ANGLES, KVL_F32, KVL_F32, &name));
+    CHECK(strstr(name, kvl_isa_name(isa)) != NULL, "%s", name);
+    for (s = 0; s < COUNT(types); s++) {
+        for (d = 0; d < COUNT(types); d++) {
+            for (i = 0; i < COUNT(both); i++) {
+                OK(kvl_context_kernel_name(context, both[i], types[s], types[d], &name));
+                CHECK(strstr(name, kvl_isa_name(isa)) != NULL, "%s", name);
+            }
+        }
+        for (i = 0; i < COUNT(one); i++) {
+            OK(kvl_context_kernel_name(context, one[i], types[s], types[s], &name));
+            CHECK(strstr(name, kvl_isa_name(isa)) != NULL, "%s", name);
+        }
+    }
+    OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_BF16, KVL_BF16, &name));
+    CHECK(strncmp(name, "attention_bf16_", 15) == 0, "%s", name);
+}
+
+static void frequencies(void) {
+    double f[8], magnitude = 0;
+    size_t i;
+    kvl_rope_frequencies_params p = KVL_ROPE_FREQUENCIES_PARAMS_INIT;
+    p.rotary_dim = 8; /* The base is left at its default. */
+    OK(kvl_rope_frequencies(&p, f, 4, &magnitude));
+    {
+        static const double wanted[] = {1.0, 0.1, 0.01, 0.001};
+        for (i = 0; i < 4; i++) NEAR(f[i], wanted[i], 1e-12);
+        NEAR(magnitude, 1, 0);
+    }
+    p.base = 10000;
+    p.factor = 4;
+    p.scaling = KVL_ROPE_LINEAR;
+    OK(kvl_rope_frequencies(&p, f, 4, &magnitude));
+    {
+        static const double wanted[] = {0.25, 0.025, 0.0025, 0.00025};
+        for (i = 0; i < 4; i++) NEAR(f[i], wanted[i], 1e-12);
+    }
+    p.scaling = KVL_ROPE_NTK;
+    OK(kvl_rope_frequencies(&p, f, 4, &magnitude));
+    {
+        static const double wanted[] = {1.0, 0.06299605249474366, 0.003968502629920499, 0.00025};
+        for (i = 0; i < 4; i++) NEAR(f[i], wanted[i], 1e-12);
+    }
+    p.scaling = KVL_ROPE_LONGROPE;
+    {
+        static const double factors[] = {1, 2, 3, 4}, wanted[] = {1.0, 0.05, 0.01 / 3, 0.00025};
+        p.factors = factors;
+        p.factor = 32;
+        p.original_max_position = 4096;
+        OK(kvl_rope_frequencies(&p, f, 4, &magnitude));
+        for (i = 0; i < 4; i++) NEAR(f[i], wanted[i], 1e-12);
+        NEAR(magnitude, 1.1902380714238083, 1e-12);
+        p.attention_factor = 1.5;
+        OK(kvl_rope_frequencies(&p, f, 4, &magnitude));
+        NEAR(magnitude, 1.5, 0);
+        p.attention_factor = 0;
+        p.factors = NULL;
+    }
+    p.rotary_dim = 16;
+    p.scaling = KVL_ROPE_YARN;
+    p.factor = 16;
+    p.original_max_position = 2048; /* beta_fast and beta_slow are left at 32 and 1. */
+    OK(kvl_rope_frequencies(&p, f, 8, &magnitude));
+    {
+        static const double wanted[] = {1.0,       0.31622776601683794,   0.1,     0.024211188335664154,
+                                        0.0053125, 0.0009388011803624875, 6.25e-5, 1.976423537605237e-5};
+        for (i = 0; i < 8; i++) NEAR(f[i], wanted[i], 1e-12);
+        NEAR(magnitude, 1.2772588722239782, 1e-12);
+    }
+    p.keep_ramp = 1;
+    OK(kvl_rope_frequencies(&p, f, 8, &magnitude));
+    CHECK(f[4] != 0.0053125, "the ramp is rounded all the same");
+    p.keep_ramp = 0;
+    p.scaling = KVL_ROPE_LLAMA3;
+    p.base = 500000;
+    p.factor = 8;
+    p.original_max_position = 8192; /* low_freq_factor and high_freq_factor are left at 1 and 4. */
+    OK(kvl_rope_frequencies(&p, f, 8, &magnitude));
+    {
+        static const double wanted[] = {1.0,
+                                        0.19392274474868576,
+                                        0.03760603093086393,
+                                        0.007292664737217109,
+                                        0.0005248461609929547,
+                                        3.428102195952591e-05,
+                                        6.647869871181235e-06,
+                                        1.2891731721515574e-06};
+        for (i = 0; i < 8; i++) NEAR(f[i], wanted[i], 1e-12);
+        NEAR(magnitude, 1, 0);
+    }
+}
+
+static void table(const kvl_context *context) {
+    static const double inv_freq[] = {1.0, 0.01};
+    float cosines[6], sines[6];
+    int r, i;
+    OK(kvl_rope_table(context, inv_freq, 4, 0, 1000000, 3, cosines, sines));
+    for (r = 0; r < 3; r++) {
+        for (i = 0; i < 2; i++) {
+            NEAR(cosines[2 * r + i], cos((1000000 + r) * inv_freq[i]), 1e-7);
+            NEAR(sines[2 * r + i], sin((1000000 + r) * inv_freq[i]), 1e-7);
+        }
+    }
+    OK(kvl_rope_table(context, inv_freq, 4, 2.0, -1, 1, cosines, sines));
+    NEAR(cosines[0], 2 * cos(1.0), 1e-6);
+    NEAR(sines[0], -2 * sin(1.0), 1e-6);
+    OK(kvl_rope_table(context, inv_freq, 4, 0, 0, 0, NULL, NULL));
+}
+
+static void rope(const kvl_context *context) {
+    /* Two rows, two tokens, one head of six elements of which four turn. */
+    static const double inv_freq[] = {1.0, 0.01};
+    static const int32_t offsets[] = {3, 100}, positions[] = {3, 4, 100, 101};
+    float x[24], y[24], z[24], cosines[2 * 110], sines[2 * 110];
+    int pairing, n, i;
+    kvl_rope_params p = KVL_ROPE_PARAMS_INIT;
+    kvl_const_view src;
+    kvl_view dst = kvl_make_view(y, KVL_F32, 2, 2, 1, 6);
+    fill(x, 24, 1);
+    src = kvl_make_const_view(x, KVL_F32, 2, 2, 1, 6);
+    for (pairing = KVL_INTERLEAVED; pairing <= KVL_HALF_SPLIT; pairing++) {
+        p.pairing = pairing;
+        p.rotary_dim = 4;
+        p.inv_freq = inv_freq;
+        p.cos = p.sin = NULL;
+        p.offsets = offsets;
+        p.positions = NULL;
+        OK(kvl_rope(context, NULL, &src, &dst, &p));
+        for (n = 0; n < 4; n++) {
+            const float *a = x + 6 * n, *b = y + 6 * n;
+            for (i = 0; i < 2; i++) {
+                double angle = positions[n] * inv_freq[i], c = cos(angle), s = sin(angle);
+                int first = pairing == KVL_INTERLEAVED ? 2 * i : i, second = pairing == KVL_INTERLEAVED ? 2 * i + 1 : i + 2;
+                NEAR(b[first], a[first] * c - a[second] * s, 1e-6);
+                NEAR(b[second], a[second] * c + a[first] * s, 1e-6);
+            }
+            CHECK(b[4] == a[4] && b[5] == a[5], "what does not turn is copied");
+        }
+        /* Explicit positions, a table, in place, and elements apart: all the same bits. */
+        p.offsets = NULL;
+        p.positions = positions;
+        memset(z, 0, sizeof z);
+        dst.data = z;
+        OK(kvl_rope(context, NULL, &src, &dst, &p));
+        CHECK(memcmp(y, z, sizeof z) == 0, "explicit positions");
+        OK(kvl_rope_table(context, inv_freq, 4, 0, 0, 110, cosines, sines));
+        p.inv_freq = NULL;
+        p.cos = cosines;
+        p.sin = sines;
+        p.table_rows = 110;
+        memset(z, 0, sizeof z);
+        OK(kvl_rope(context, NULL, &src, &dst, &p));
+        CHECK(memcmp(y, z, sizeof z) == 0, "a table");
+        memcpy(z, x, sizeof z);
+        {
+            kvl_const_view same = kvl_as_const(dst);
+            OK(kvl_rope(context, NULL, &same, &dst, &p));
+        }
+        CHECK(memcmp(y, z, sizeof z) == 0, "in place");
+        dst.data = y;
+    }
+    {
+        /* The last element first. */
+        float backwards[24];
+        kvl_view view = kvl_make_view(backwards + 23, KVL_F32, 2, 2, 1, 6);
+        for (i = 0; i < 4; i++) view.strides[i] = -view.strides[i];
+        OK(kvl_rope(context, NULL, &src, &view, &p));
+        for (i = 0; i < 24; i++) CHECK(backwards[23 - i] == y[i], "element %d", i);
+    }
+    {
+        uint16_t narrow[24];
+        kvl_view view = kvl_make_view(narrow, KVL_BF16, 2, 2, 1, 6);
+        view.bytes = sizeof narrow;
+        OK(kvl_rope(context, NULL, &src, &view, &p));
+        for (i = 0; i < 24; i++) NEAR(from_bf16(narrow[i]), y[i], 1.0 / 256);
+    }
+}
+
+static void kv_write(const kvl_context *context) {
+    /* Two rows of three tokens, two heads of two elements; caches with room for five, two rows more than needed. */
+    enum { HEAD = 2, ROW = 5 * 2 * HEAD };
+    float k[24], v[24];
+    uint16_t k_cache[4 * ROW], v_cache[4 * ROW];
+    float fused[4 * ROW], apart[4 * ROW], rotated[24];
+    static const int32_t positions[] = {2, 4}, counts[] = {3, 1}, rows[] = {3, 0}, slots[] = {4, -1, 0, 1, 2, 3};
+    static const double inv_freq[] = {1.0};
+    static const int32_t offsets[] = {2, 4};
+    kvl_kv_write_params p = KVL_KV_WRITE_PARAMS_INIT;
+    kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
+    int i, t;
+    for (i = 0; i < 24; i++) {
+        k[i] = (float)(i + 1);
+        v[i] = -(float)(i + 1) / 2;
+    }
+    p.k = kvl_make_const_view(k, KVL_F32, 2, 3, 2, HEAD);
+    p.v = kvl_make_const_view(v, KVL_F32, 2, 3, 2, HEAD);
+    p.k_cache = kvl_make_view(k_cache, KVL_BF16, 4, 5, 2, HEAD);
+    p.v_cache = kvl_make_view(v_cache, KVL_F16, 4, 5, 2, HEAD);
+    p.k_cache.bytes = sizeof k_cache;
+    p.v_cache.bytes = sizeof v_cache;
+
+    memset(k_cache, 0xff, sizeof k_cache);
+    memset(v_cache, 0xff, sizeof v_cache);
+    p.positions = positions;
+    p.counts = counts;
+    p.rows = rows;
+    OK(kvl_kv_write(context, NULL, &p));
+    for (i = 0; i < 4 * ROW; i++) {
+        int row = i / ROW, slot = i % ROW / 4, e = i % 4;
+        float wanted = 0;
+        if (row == 3 && slot >= 2) wanted = k[(slot - 2) * 4 + e];
+        if (row == 0 && slot == 4) wanted = k[12 + e];
+        if (wanted != 0) {
+            CHECK(from_bf16(k_cache[i]) == wanted, "%d is %g", i, (double)from_bf16(k_cache[i]));
+            CHECK(v_cache[i] != 0xffff, "%d was not written", i);
+        } else {
+            CHECK(k_cache[i] == 0xffff && v_cache[i] == 0xffff, "%d was written", i);
+        }
+    }
+    CHECK(v_cache[3 * ROW + 8] == 0xb800, "-0.5 in f16 is %x", v_cache[3 * ROW + 8]);
+
+    /* By slot, keys alone. */
+    memset(k_cache, 0xff, sizeof k_cache);
+    memset(v_cache, 0xff, sizeof v_cache);
+    p.positions = p.counts = p.rows = NULL;
+    p.slots = slots;
+    memset(&p.v, 0, sizeof p.v);
+    memset(&p.v_cache, 0, sizeof p.v_cache);
+    OK(kvl_kv_write(context, NULL, &p));
+    for (t = 0; t < 6; t++) {
+        if (slots[t] >= 0) {
+            const uint16_t *at = k_cache + t / 3 * ROW + slots[t] * 4;
+            for (i = 0; i < 4; i++) CHECK(from_bf16(at[i]) == k[4 * t + i], "token %d", t);
+        }
+    }
+    CHECK(k_cache[4] == 0xffff, "slot 1 of row 0 was written");
+    for (i = 0; i < 4 * ROW; i++) CHECK(v_cache[i] == 0xffff, "values were written");
+
+    /* RoPE on the way: the bits of RoPE first. */
+    turn.rotary_dim = HEAD;
+    turn.inv_freq = inv_freq;
+    turn.offsets = offsets;
+    memset(fused, 0, sizeof fused);
+    memset(apart, 0, sizeof apart);
+    p.slots = NULL;
+    p.positions = positions;
+    p.counts = counts;
+    p.k_cache = kvl_make_view(fused, KVL_F32, 4, 5, 2, HEAD);
+    p.rope = &turn;
+    OK(kvl_kv_write(context, NULL, &p));
+    {
+        kvl_view to = kvl_make_view(rotated, KVL_F32, 2, 3, 2, HEAD);
+        OK(kvl_rope(context, NULL, &p.k, &to, &turn));
+        p.k = kvl_as_const(to);
+    }
+    p.k_cache.data = apart;
+    p.rope = NULL;
+    OK(kvl_kv_write(context, NULL, &p));
+    CHECK(memcmp(fused, apart, sizeof fused) == 0, "the fused write differs");
+    CHECK(fused[2 * 4] != 0, "nothing was written");
+}
+
+static void repeat(const kvl_context *context) {
+    static const float x[] = {1, 2, 3, 4}, wanted[] = {1, 2, 1, 2, 1, 2, 3, 4, 3, 4, 3, 4};
+    float y[12];
+    kvl_const_view src = kvl_make_const_view(x, KVL_F32, 1, 1, 2, 2);
+    kvl_view dst = kvl_make_view(y, KVL_F32, 1, 1, 6, 2);
+    OK(kvl_repeat_kv(context, NULL, &src, &dst));
+    CHECK(memcmp(y, wanted, sizeof y) == 0, "-");
+}
+
+/* The definition, in double, for one query and head; masks everything by `visible`. */
+static double define(const float *q, const float *k, const float *v, int keys, int stride, int d, int dv, double scale, double cap,
+                     const float *bias, const double *alibi, double sink, const unsigned char *visible, double *out) {
+    double most = sink, sum = 0, weight;
+    double logits[64];
+    int j, i;
+    for (j = 0; j < keys; j++) {
+        double x = 0;
+        for (i = 0; i < d; i++) x += (double)q[i] * (double)k[j * stride * d + i];
+        x *= scale;
+        if (cap > 0) x = cap * tanh(x / cap);
+        logits[j] = x + (bias ? (double)bias[j] : 0) + (alibi ? alibi[j] : 0);
+        if (visible[j] && logits[j] > most) most = logits[j];
+    }
+    for (i = 0; i < dv; i++) out[i] = 0;
+    if (most == -INFINITY) return -INFINITY;
+    sum = exp(sink - most);
+    for (j = 0; j < keys; j++) {
+        if (!visible[j]) continue;
+        weight = exp(logits[j] - most);
+        sum += weight;
+        for (i = 0; i < dv; i++) out[i] += weight * (double)v[j * stride * dv + i];
+    }
+    for (i = 0; i < dv; i++) out[i] /= sum;
+    return most + log(sum);
+}
+
+static void *workspace_for(const kvl_attention_params *p, size_t *bytes) {
+    void *memory;
+    OK(kvl_attention_workspace_size(p, NULL, bytes));
+    memory = aligned_alloc(64, (*bytes + 64) / 64 * 64);
+    if (memory == NULL) abort();
+    return memory;
+}
+
+static void attention(const kvl_context *context) {
+    enum { BATCH = 2, SEQ = 5, HEADS = 6, KV = 2, KEYS = 19, D = 7, DV = 10 };
+    static float q[BATCH * SEQ * HEADS * D], k[BATCH * KEYS * KV * D], v[BATCH * KEYS * KV * DV];
+    static float out[BATCH * SEQ * HEADS * DV], lse[BATCH * SEQ * HEADS], bias[SEQ * KEYS], slopes[HEADS], sinks[HEADS];
+    static unsigned char mask[BATCH * SEQ * KEYS];
+    static const int32_t lengths[] = {19, 11}, starts[] = {2, 0}, offsets[] = {9, -2};
+    int variant, b, t, h, j, e;
+    size_t bytes;
+    void *workspace;
+    fill(q, COUNT(q), 2);
+    fill(k, COUNT(k), 3);
+    fill(v, COUNT(v), 4);
+    fill(bias, COUNT(bias), 5);
+    fill(sinks, COUNT(sinks), 6);
+    bias[3] = -INFINITY;
+    OK(kvl_alibi_slopes(slopes, HEADS));
+    for (j = 0; j < (int)COUNT(mask); j++) mask[j] = (unsigned char)(j % 7 == 3 ? 0 : j % 5 + 1);
+
+    /* Beyond a row's length and before its start lies poison, which must not be felt. */
+    for (b = 0; b < BATCH; b++) {
+        for (j = 0; j < KEYS; j++) {
+            if (j >= starts[b] && j < lengths[b]) continue;
+            for (e = 0; e < KV * D; e++) k[(b * KEYS + j) * KV * D + e] = NAN;
+            for (e = 0; e < KV * DV; e++) v[(b * KEYS + j) * KV * DV + e] = INFINITY;
+        }
+    }
+
+    for (variant = 0; variant < 8; variant++) {
+        kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
+        int left = -1, right = -1, causal = 0;
+        p.q = kvl_make_const_view(q, KVL_F32, BATCH, SEQ, HEADS, D);
+        p.k = kvl_make_const_view(k, KVL_F32, BATCH, KEYS, KV, D);
+        p.v = kvl_make_const_view(v, KVL_F32, BATCH, KEYS, KV, DV);
+        p.out = kvl_make_view(out, KVL_F32, BATCH, SEQ, HEADS, DV);
+        p.lse = lse;
+        p.lengths = lengths;
+        p.starts = starts;
+        if (variant == 1 || variant == 7) {
+            p.flags |= KVL_CAUSAL;
+            causal = 1;
+        }
+        if (variant == 2 || variant == 7) {
+            p.flags |= KVL_WINDOW_LEFT | KVL_WINDOW_RIGHT;
+            p.window_left = left = 4;
+            p.window_right = right = 0;
+            p.offsets = offsets;
+        }
+        if (variant == 3) {
+            p.flags |= KVL_WINDOW_LEFT | KVL_CAUSAL;
+            causal = 1;
+            p.window_left = -1;
+            p.scale = 3.0f;
+        }
+        if (variant == 4 || variant == 7) {
+            p.mask.data = mask;
+            p.mask.shape[0] = BATCH, p.mask.shape[1] = SEQ, p.mask.shape[2] = HEADS, p.mask.shape[3] = KEYS;
+            p.mask.strides[0] = SEQ * KEYS, p.mask.strides[1] = KEYS, p.mask.strides[2] = 0, p.mask.strides[3] = 1;
+            p.mask.bytes = sizeof mask;
+        }
+        if (variant == 5 || variant == 7) {
+            p.bias = kvl_make_const_view(bias, KVL_F32, BATCH, SEQ, HEADS, KEYS);
+            p.bias.strides[0] = 0, p.bias.strides[1] = KEYS, p.bias.strides[2] = 0;
+            p.bias.bytes = sizeof bias;
+            p.alibi_slopes = slopes;
+        }
+        if (variant == 6 || variant == 7) {
+            p.sinks = sinks;
+            p.softcap = 2.0f;
+        }
+        memset(out, 0xff, sizeof out);
+        memset(lse, 0xff, sizeof lse);
+        workspace = workspace_for(&p, &bytes);
+        OK(kvl_attention(context, NULL, workspace, bytes, &p));
+        free(workspace);
+
+        for (b = 0; b < BATCH; b++) {
+            for (t = 0; t < SEQ; t++) {
+                int at = t + (p.offsets ? offsets[b] : lengths[b] - SEQ);
+                for (h = 0; h < HEADS; h++) {
+                    int row = (b * SEQ + t) * HEADS + h, kv = h / (HEADS / KV);
+                    unsigned char visible[KEYS];
+                    double wanted[DV], alibi[KEYS], joint;
+                    for (j = 0; j < KEYS; j++) {
+                        visible[j] = j < lengths[b] && j >= starts[b] && (!causal || j <= at) &&
+                                     (left < 0 || j >= at - left) && (right < 0 || j <= at + right) &&
+                                     (!p.mask.data || mask[(b * SEQ + t) * KEYS + j]) &&
+                                     (!p.bias.data || bias[t * KEYS + j] != -INFINITY);
+                        alibi[j] = (double)slopes[h] * (j - at);
+                    }
+                    joint = define(q + row * D, k + (b * KEYS * KV + kv) * D, v + (b * KEYS * KV + kv) * DV, KEYS, KV, D, DV,
+                                   p.scale != 0 ? (double)p.scale : 1 / sqrt((double)D), (double)p.softcap,
+                                   p.bias.data ? bias + t * KEYS : NULL, p.alibi_slopes ? alibi : NULL,
+                                   p.sinks ? (double)sinks[h] : -INFINITY, visible, wanted);
+                    if (joint == -INFINITY) {
+                        CHECK(lse[row] == -INFINITY, "variant %d row %d has LSE %g", variant, row, (double)lse[row]);
+                    } else {
+                        NEAR(lse[row], joint, 2e-5);
+                    }
+                    for (e = 0; e < DV; e++) NEAR(out[row * DV + e], wanted[e], 2e-5);
+                }
+            }
+        }
+    }
+    {
+        /* No rows at all is no mistake. */
+        kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
+        p.q = kvl_make_const_view(NULL, KVL_F32, 0, 1, HEADS, D);
+        p.k = kvl_make_const_view(NULL, KVL_F32, 0, KEYS, KV, D);
+        p.v = kvl_make_const_view(NULL, KVL_F32, 0, KEYS, KV, DV);
+        p.out = kvl_make_view(NULL, KVL_F32, 0, 1, HEADS, DV);
+        OK(kvl_attention(context, NULL, NULL, 0, &p));
+    }
+}
+
+/* Half types: one key that is seen has weight 1, whatever the query. */
+static void narrow_attention(const kvl_context *context) {
+    static const kvl_dtype types[] = {KVL_F16, KVL_BF16};
+    static const uint16_t two[] = {0x4000, 0x4000}, minus_three[] = {0xc200, 0xc040};
+    int i, e;
+    for (i = 0; i < 2; i++) {
+        uint16_t q[8], k[3 * 8], v[3 * 8], out[8];
+        int32_t length = 1;
+        kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
+        size_t bytes;
+        void *workspace;
+        for (e = 0; e < 24; e++) {
+            k[e] = e < 8 ? two[i] : 0x7fff; /* NaN past the end. */
+            v[e] = e < 8 ? minus_three[i] : 0x7fff;
+            if (e < 8) q[e] = two[i];
+        }
+        p.q = kvl_make_const_view(q, types[i], 1, 1, 1, 8);
+        p.k = kvl_make_const_view(k, types[i], 1, 3, 1, 8);
+        p.v = kvl_make_const_view(v, types[i], 1, 3, 1, 8);
+        p.out = kvl_make_view(out, types[i], 1, 1, 1, 8);
+        p.lengths = &length;
+        workspace = workspace_for(&p, &bytes);
+        OK(kvl_attention(context, NULL, workspace, bytes, &p));
+        for (e = 0; e < 8; e++) CHECK(out[e] == minus_three[i], "type %d: %x", i, out[e]);
+        free(workspace);
+    }
+}
+
+static void merge(const kvl_context *context) {
+    static const float a[] = {1, 1}, b[] = {4, 7}, nothing[] = {NAN, NAN};
+    const float lse_a = 0, lse_b = logf(2), lse_nothing = -INFINITY;
+    float out[2], lse = 0;
+    kvl_attention_state states[3];
+    kvl_view to = kvl_make_view(out, KVL_F32, 1, 1, 1, 2);
+    states[0].out = kvl_make_const_view(a, KVL_F32, 1, 1, 1, 2);
+    states[0].lse = &lse_a;
+    states[1].out = kvl_make_const_view(nothing, KVL_F32, 1, 1, 1, 2);
+    states[1].lse = &lse_nothing;
+    states[2].out = kvl_make_const_view(b, KVL_F32, 1, 1, 1, 2);
+    states[2].lse = &lse_b;
+    OK(kvl_merge_states(context, NULL, states, 3, &to, &lse));
+    NEAR(out[0], 3, 1e-6);
+    NEAR(out[1], 5, 1e-6);
+    NEAR(lse, log(3.0), 1e-6);
+    OK(kvl_merge_states(context, NULL, states + 1, 1, &to, &lse));
+    CHECK(out[0] == 0 && out[1] == 0 && lse == -INFINITY, "%g %g %g", (double)out[0], (double)out[1], (double)lse);
+    OK(kvl_merge_states(context, NULL, states, 2, &to, NULL));
+    CHECK(out[0] == 1 && out[1] == 1, "%g %g", (double)out[0], (double)out[1]);
+}
+
+static void alibi(void) {
+    float slopes[12];
+    int h;
+    OK(kvl_alibi_slopes(slopes, 8));
+    for (h = 0; h < 8; h++) CHECK(slopes[h] == ldexpf(1, -(h + 1)), "%g", (double)slopes[h]);
+    OK(kvl_alibi_slopes(slopes, 12));
+    CHECK(slopes[7] == ldexpf(1, -8), "%g", (double)slopes[7]);
+    for (h = 8; h < 12; h++) NEAR(slopes[h], pow(2, -0.5 * (2 * (h - 8) + 1)), 1e-7);
+    OK(kvl_alibi_slopes(NULL, 0));
+}
+
+int main(void) {
+    kvl_isa isa;
+    int levels = 0;
+    library();
+    frequencies();
+    alibi();
+    for (isa = KVL_ISA_BEST; isa <= KVL_ISA_NEON; isa++) {
+        kvl_context_params params = KVL_CONTEXT_PARAMS_INIT;
+        kvl_context *context = NULL;
+        kvl_isa got = KVL_ISA_BEST;
+        if (!kvl_isa_available(isa)) continue;
+        params.max_isa = isa;
+        OK(kvl_context_create(isa == KVL_ISA_BEST ? NULL : &params, &context));
+        if (context == NULL) continue;
+        OK(kvl_context_isa(context, &got));
+        CHECK(isa == KVL_ISA_BEST || got <= isa, "asked for %s, got %s", kvl_isa_name(isa), kvl_isa_name(got));
+        names(context);
+        table(context);
+        rope(context);
+        kv_write(context);
+        repeat(context);
+        attention(context);
+        narrow_attention(context);
+        merge(context);
+        kvl_context_destroy(context);
+        levels++;
+    }
+    kvl_context_destroy(NULL);
+    printf("operations checked at %d levels\n", levels);
+    return finish("ops");
+}

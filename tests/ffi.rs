@@ -1,0 +1,405 @@
+//! The C ABI from the other side: builds the programs of `ffi-tests` with the machine's compilers, against the shared and
+//! the static library, and runs them.
+//!
+//! `CC` and `CXX` choose the compilers. When the tests run under an emulator (another architecture than the machine's) the
+//! compilers are `<arch>-linux-gnu-gcc` and `-g++`, and programs run under `qemu-<arch>`. `KVLANE_FFI_SANITIZE` is handed to
+//! `-fsanitize=`, for a library that was built with a sanitizer too.
+#![cfg(all(feature = "capi", target_os = "linux"))]
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// Every symbol that the shared library may export: to add one is to add to the ABI, for ever.
+const EXPORTS: &[&str] = &[
+    "kvl_abi_version",
+    "kvl_alibi_slopes",
+    "kvl_attention",
+    "kvl_attention_workspace_size",
+    "kvl_context_create",
+    "kvl_context_destroy",
+    "kvl_context_isa",
+    "kvl_context_kernel_name",
+    "kvl_isa_available",
+    "kvl_isa_name",
+    "kvl_kernel_count",
+    "kvl_kernel_info_at",
+    "kvl_kv_write",
+    "kvl_last_error",
+    "kvl_merge_states",
+    "kvl_repeat_kv",
+    "kvl_rope",
+    "kvl_rope_frequencies",
+    "kvl_rope_table",
+    "kvl_status_string",
+    "kvl_thread_pool_create",
+    "kvl_thread_pool_destroy",
+    "kvl_thread_pool_runner",
+    "kvl_version_string",
+];
+
+const WARNINGS: [&str; 4] = ["-Wall", "-Wextra", "-Werror", "-pedantic"];
+
+/// What the static library needs from the system.
+const SYSTEM: [&str; 3] = ["-lpthread", "-ldl", "-lm"];
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Language {
+    C99,
+    C11,
+    Cpp17,
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Linkage {
+    Shared,
+    Static,
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The machine's architecture, asked of the machine: under an emulator our own `uname` would not tell.
+fn emulated() -> bool {
+    static EMULATED: OnceLock<bool> = OnceLock::new();
+    *EMULATED.get_or_init(|| {
+        let machine = run(Command::new("uname").arg("-m"));
+        machine.trim() != std::env::consts::ARCH
+    })
+}
+
+/// Runs a command that has to succeed; returns what it printed.
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{text}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    text
+}
+
+fn compiler(language: Language) -> Command {
+    let (variable, native, cross) = match language {
+        Language::Cpp17 => ("CXX", "c++", "g++"),
+        _ => ("CC", "cc", "gcc"),
+    };
+    let name = match std::env::var(variable) {
+        Ok(name) if !name.trim().is_empty() && !emulated() => name,
+        _ if emulated() => format!("{}-linux-gnu-{cross}", std::env::consts::ARCH),
+        _ => native.to_owned(),
+    };
+    let mut words = name.split_whitespace();
+    let mut command = Command::new(words.next().expect("a name that is not blank"));
+    command.args(words).args(WARNINGS).arg("-I").arg(root().join("include"));
+    command.args(match language {
+        Language::C99 => ["-std=c99", "-x", "c"],
+        Language::C11 => ["-std=c11", "-x", "c"],
+        Language::Cpp17 => ["-std=c++17", "-x", "c++"],
+    });
+    if let Ok(sanitizers) = std::env::var("KVLANE_FFI_SANITIZE") {
+        command.arg(format!("-fsanitize={sanitizers}")).args(["-fno-sanitize-recover=all", "-g"]);
+    }
+    command
+}
+
+/// A directory with the libraries of this build under the names that a linker and a loader look for.
+fn libraries() -> &'static Path {
+    static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+    DIRECTORY.get_or_init(|| {
+        // Cargo builds every crate type of the package before its integration tests, beside them.
+        let test = std::env::current_exe().expect("the test has a path");
+        let built = test.parent().expect("and a directory");
+        let directory = work_directory().join("lib");
+        std::fs::create_dir_all(&directory).expect("the directory for test files can be written");
+        for (file, names) in
+            [("libkvlane.so", &["libkvlane.so", "libkvlane.so.0"][..]), ("libkvlane.a", &["libkvlane.a"])]
+        {
+            for name in names {
+                let (from, to) = (built.join(file), directory.join(name));
+                let _ = std::fs::remove_file(&to);
+                std::os::unix::fs::symlink(&from, &to).unwrap_or_else(|e| panic!("{to:?}: {e}"));
+                assert!(to.exists(), "{from:?} was not built");
+            }
+        }
+        directory
+    })
+}
+
+fn work_directory() -> PathBuf {
+    // One an architecture, since a target directory may serve several.
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ffi-{}", std::env::consts::ARCH))
+}
+
+/// `name` is the test's: tests run at the same time, and a program that runs cannot be written.
+fn build(name: &str, source: &str, language: Language, linkage: Linkage) -> PathBuf {
+    let libraries = libraries();
+    let program = work_directory().join(format!("{name}-{linkage:?}"));
+    let mut command = compiler(language);
+    command.args(["-D_POSIX_C_SOURCE=200809L", "-O1", "-o"]).arg(&program).arg(root().join("ffi-tests").join(source));
+    command.args(["-x", "none"]);
+    match linkage {
+        Linkage::Shared => {
+            let mut rpath = OsString::from("-Wl,-rpath,");
+            rpath.push(libraries);
+            command.arg("-L").arg(libraries).arg("-lkvlane").arg(rpath).args(["-lpthread", "-lm"]);
+        }
+        Linkage::Static => {
+            command.arg(libraries.join("libkvlane.a")).args(SYSTEM);
+        }
+    }
+    run(&mut command);
+    program
+}
+
+fn execute(program: &Path) -> Command {
+    if !emulated() {
+        return Command::new(program);
+    }
+    let mut command = Command::new(format!("qemu-{}", std::env::consts::ARCH));
+    command.args(["-cpu", "max"]).arg(program);
+    command
+}
+
+/// Builds a program both ways, runs it, and returns what it printed, which is the same.
+fn both(source: &str, language: Language) -> String {
+    let shared = run(&mut execute(&build(source, source, language, Linkage::Shared)));
+    let linked_in = run(&mut execute(&build(source, source, language, Linkage::Static)));
+    assert_eq!(shared, linked_in, "{source} prints another thing with the static library");
+    shared
+}
+
+#[test]
+fn the_header_compiles_alone() {
+    for language in [Language::C99, Language::C11, Language::Cpp17] {
+        run(compiler(language).arg("-fsyntax-only").arg(root().join("ffi-tests/header.c")));
+    }
+}
+
+#[test]
+fn the_layout_is_the_same_on_both_sides() {
+    // The other side are the constant assertions in src/capi/types.rs: this test would not have been built without them.
+    for language in [Language::C11, Language::Cpp17] {
+        run(compiler(language).arg("-fsyntax-only").arg(root().join("ffi-tests/layout.c")));
+    }
+}
+
+#[test]
+fn operations_give_known_answers() {
+    let printed = both("ops.c", Language::C11);
+    assert!(printed.starts_with("operations checked at "), "{printed}");
+}
+
+#[test]
+fn bad_input_is_an_error_and_writes_nothing() {
+    both("errors.c", Language::C11);
+}
+
+#[test]
+fn the_callers_threads_run_operations() {
+    both("threads.c", Language::C11);
+}
+
+#[test]
+fn the_cpp_layer_works() {
+    both("cpp.cpp", Language::Cpp17);
+}
+
+#[test]
+fn the_example_runs() {
+    let printed = both("example.c", Language::C11);
+    assert_eq!(printed.lines().count(), 4, "{printed}");
+    assert!(printed.lines().last().is_some_and(|l| l.starts_with(" 7 tokens in the cache")), "{printed}");
+}
+
+/// A library must not look at the environment for anything but what its documentation says.
+#[test]
+fn the_environment_lowers_the_level() {
+    let program = build("environment", "ops.c", Language::C11, Linkage::Shared);
+    // `ops` checks that levels and names agree, so it passes at any ceiling.
+    run(execute(&program).env("KVLANE_MAX_ISA", "scalar"));
+    let output = execute(&program).env("KVLANE_MAX_ISA", "fastest").output().expect("it can be started");
+    assert!(!output.status.success());
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("KVLANE_MAX_ISA is \"fastest\", which is none of scalar, avx2, avx512, neon"), "{text}");
+}
+
+mod symbols {
+    use super::*;
+
+    fn readelf(args: &[&str], file: &Path) -> String {
+        // Knows the files of every architecture.
+        run(Command::new("readelf").args(args).arg("-W").arg(file).env("LC_ALL", "C"))
+    }
+
+    /// (name, defined here) of the dynamic symbols.
+    fn dynamic(file: &Path) -> Vec<(String, bool)> {
+        let text = readelf(&["--dyn-syms"], file);
+        let fields = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        fields
+            .filter(|f| f.len() >= 8 && f[0].ends_with(':') && matches!(f[4], "GLOBAL" | "WEAK"))
+            .map(|f| (f[7].split('@').next().unwrap_or_default().to_owned(), f[6] != "UND"))
+            .collect()
+    }
+
+    fn allowed() -> BTreeSet<String> {
+        EXPORTS.iter().map(|&s| s.to_owned()).collect()
+    }
+
+    #[test]
+    fn only_the_abi_is_exported() {
+        let exported: BTreeSet<String> =
+            dynamic(&libraries().join("libkvlane.so")).into_iter().filter(|s| s.1).map(|s| s.0).collect();
+        // Sanitizers and profilers add symbols of theirs.
+        let sanitized = std::env::var_os("KVLANE_FFI_SANITIZE").is_some();
+        let foreign = |name: &String| sanitized && name.starts_with("__");
+        let exported: BTreeSet<String> = exported.into_iter().filter(|name| !foreign(name)).collect();
+        assert_eq!(exported, allowed());
+    }
+
+    #[test]
+    fn the_header_declares_every_export() {
+        let header = std::fs::read_to_string(root().join("include/kvlane.h")).expect("the header is committed");
+        let declared: BTreeSet<String> = header
+            .split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '('))
+            .filter_map(|word| word.split_once('(').map(|w| w.0))
+            .filter(|name| name.starts_with("kvl_"))
+            .map(str::to_owned)
+            .collect();
+        let inline = ["kvl_as_const", "kvl_make_const_view", "kvl_make_view"].map(str::to_owned);
+        assert_eq!(declared, allowed().into_iter().chain(inline).collect());
+    }
+
+    #[test]
+    fn every_export_is_used_by_a_program() {
+        let mut used = BTreeSet::new();
+        for (source, language) in [
+            ("ops.c", Language::C11),
+            ("errors.c", Language::C11),
+            ("threads.c", Language::C11),
+            ("cpp.cpp", Language::Cpp17),
+        ] {
+            // A file of its own: another test may be writing the program that it runs.
+            let object = work_directory().join(format!("{source}.o"));
+            std::fs::create_dir_all(work_directory()).expect("the directory for test files can be written");
+            run(compiler(language)
+                .args(["-D_POSIX_C_SOURCE=200809L", "-c", "-o"])
+                .arg(&object)
+                .arg(root().join("ffi-tests").join(source)));
+            let text = readelf(&["--syms"], &object);
+            for line in text.lines().filter(|l| l.contains(" UND ")) {
+                used.extend(line.split_whitespace().last().filter(|n| n.starts_with("kvl_")).map(str::to_owned));
+            }
+        }
+        assert_eq!(used, allowed());
+    }
+
+    #[test]
+    fn the_soname_is_the_major_version_of_the_abi() {
+        let header = std::fs::read_to_string(root().join("include/kvlane.h")).expect("the header is committed");
+        let version = header.lines().find_map(|l| l.strip_prefix("#define KVL_ABI_VERSION ")).expect("a version");
+        let major = version.trim().parse::<u32>().expect("a number") >> 16;
+        let text = readelf(&["-d"], &libraries().join("libkvlane.so"));
+        let soname = format!("Library soname: [libkvlane.so.{major}]");
+        assert!(text.contains(&soname), "no {soname} in\n{text}");
+    }
+}
+
+/// A decoder in C gives the tokens that the driver gives.
+#[cfg(feature = "driver")]
+mod decode {
+    use super::*;
+    use kvlane::driver::gguf::Gguf;
+    use kvlane::driver::sampling::argmax;
+    use kvlane::driver::{Cache, Decoder, Logits, ModelFile, Scratch, Stretch, Threads};
+    use kvlane::{DType, RopeScaling};
+    use std::io::Write;
+
+    const TINY: &[u8] = include_bytes!("../src/driver/tiny/tiny.gguf");
+    const STEPS: usize = 48;
+
+    fn tiny() -> ModelFile {
+        ModelFile::from_gguf(Gguf::from_static(TINY).expect("a GGUF file")).expect("a model")
+    }
+
+    /// Writes a model the way that `ffi-tests/decode.c` says.
+    fn export(file: &ModelFile, path: &Path) -> std::io::Result<()> {
+        let (c, weights) = (file.config(), file.weights(&|_, _| ()).expect("weights"));
+        assert_eq!(c.rope.stretch, Stretch::Fixed(RopeScaling::None), "the C program knows no scaling");
+        let mut out = std::io::BufWriter::new(std::fs::File::create(path)?);
+        out.write_all(b"KVLDECO1")?;
+        let sizes = [c.vocab, c.dim, c.layers, c.heads, c.kv_heads, c.head_dim, c.ffn_dim, c.rope.rotary_dim];
+        let flags = [c.rope.pairing as usize, usize::from(weights.output.is_none())];
+        for n in sizes.into_iter().chain(flags) {
+            out.write_all(&i32::try_from(n).expect("a small number").to_le_bytes())?;
+        }
+        for x in [c.rope.base, f64::from(c.rms_eps)] {
+            out.write_all(&x.to_le_bytes())?;
+        }
+        let mut floats = |data: &[f32]| data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes()));
+        floats(weights.embedding.data())?;
+        for layer in &weights.layers {
+            floats(&layer.attn_norm)?;
+            floats(layer.qkv.data())?;
+            floats(layer.attn_out.data())?;
+            floats(&layer.ffn_norm)?;
+            floats(layer.gate_up.data())?;
+            floats(layer.down.data())?;
+        }
+        floats(&weights.output_norm)?;
+        if let Some(output) = &weights.output {
+            floats(output.data())?;
+        }
+        out.flush()
+    }
+
+    /// The driver's likeliest tokens, and the smallest distance of a best logit from the second best.
+    fn greedy(decoder: &Decoder, prompt: &[u32], dtype: DType) -> (Vec<u32>, f32) {
+        let mut cache = Cache::new(decoder.config(), 1, prompt.len() + STEPS, dtype).expect("a cache");
+        let mut scratch = Scratch::default();
+        let (mut tokens, mut next, mut lead) = (Vec::new(), prompt.to_vec(), f32::INFINITY);
+        while tokens.len() < STEPS {
+            let logits = decoder.forward(&mut cache, &mut scratch, 0, &[&next], Logits::Last).expect("logits");
+            let best = argmax(&logits).expect("a token");
+            let others = logits.iter().enumerate().filter(|&(i, _)| i != best as usize).map(|(_, &x)| x);
+            lead = lead.min(logits[best as usize] - others.fold(f32::NEG_INFINITY, f32::max));
+            tokens.push(best);
+            next = vec![best];
+        }
+        (tokens, lead)
+    }
+
+    #[test]
+    fn a_c_program_decodes_the_same_tokens() {
+        let file = tiny();
+        let tokenizer = file.tokenizer().expect("a tokenizer");
+        std::fs::create_dir_all(work_directory()).expect("the directory for test files can be written");
+        let path = work_directory().join("tiny.kvldeco");
+        export(&file, &path).expect("the model can be written");
+        let weights = file.weights(&|_, _| ()).expect("weights");
+        let decoder = Decoder::new(file.config().clone(), weights, 0, None, Threads::new(1).expect("a thread"))
+            .expect("a decoder");
+        let programs = [Linkage::Shared, Linkage::Static].map(|l| build("decode", "decode.c", Language::C11, l));
+        for (prompt, dtype, program) in [
+            ("In the beginning", DType::F32, &programs[0]),
+            ("And the LORD said unto Moses", DType::Bf16, &programs[1]),
+            ("Blessed are the", DType::F16, &programs[0]),
+        ] {
+            let ids = tokenizer.encode(prompt, true).expect("tokens");
+            let (wanted, lead) = greedy(&decoder, &ids, dtype);
+            // The linear layers of the two sum in another order; a tie would be decided by that.
+            assert!(lead > 1e-3, "{prompt:?} has a lead of only {lead}: choose another prompt");
+            let printed = run(execute(program)
+                .arg(&path)
+                .args([dtype.name(), &STEPS.to_string()])
+                .args(ids.iter().map(u32::to_string)));
+            let got: Vec<u32> = printed.lines().map(|line| line.parse().expect("a number")).collect();
+            assert_eq!(got, wanted, "{prompt:?} with {dtype}");
+        }
+    }
+}
