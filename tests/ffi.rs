@@ -2,8 +2,9 @@
 //! the static library, and runs them.
 //!
 //! `CC` and `CXX` choose the compilers. When the tests run under an emulator (another architecture than the machine's) the
-//! compilers are `<arch>-linux-gnu-gcc` and `-g++`, and programs run under `qemu-<arch>`. `KVLANE_FFI_SANITIZE` is handed to
-//! `-fsanitize=`, for a library that was built with a sanitizer too.
+//! compilers are `<arch>-linux-gnu-gcc` and `-g++`, and programs run under `qemu-<arch>`. `KVLANE_FFI_LIBRARIES` is a
+//! directory with other libraries to test than those of this build, and `KVLANE_FFI_SANITIZE` is handed to `-fsanitize=`:
+//! together they test libraries that were built with a sanitizer, while this program was not.
 #![cfg(all(feature = "capi", target_os = "linux"))]
 
 use std::collections::BTreeSet;
@@ -114,7 +115,8 @@ fn libraries() -> &'static Path {
     DIRECTORY.get_or_init(|| {
         // Cargo builds every crate type of the package before its integration tests, beside them.
         let test = std::env::current_exe().expect("the test has a path");
-        let built = test.parent().expect("and a directory");
+        let other = std::env::var_os("KVLANE_FFI_LIBRARIES").map(|d| std::path::absolute(d).expect("a directory"));
+        let built = other.as_deref().unwrap_or(test.parent().expect("and a directory"));
         let directory = work_directory().join("lib");
         std::fs::create_dir_all(&directory).expect("the directory for test files can be written");
         for (file, names) in
