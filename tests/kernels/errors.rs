@@ -344,7 +344,7 @@ fn merge_shapes() {
 
 /// A runner that does not run is an error, not a result.
 fn runners() {
-    let shape = Shape { batch: 2, tokens: 64, kv_heads: 2, group: 2, keys: 2100, ..Shape::default() };
+    let shape = Shape { batch: 2, tokens: 4, kv_heads: 2, group: 2, keys: 2100, ..Shape::default() };
     let case = Case::new(&mut Rng::new(73), shape, DType::F32);
     assert_error(case.run_with(&context(), &Broken).map(|_| ()), Status::Parallel, &["0 of", "workers"]);
 
@@ -376,18 +376,21 @@ fn contexts() {
     let run = |value: &str| {
         let mut command = std::process::Command::new(std::env::current_exe().unwrap());
         command.args(["no test has this name"]).env(Isa::ENV, value).env_remove("KVLANE_REQUIRE_ISA");
-        let output = command.output();
-        output.map(|o| (o.status.success(), String::from_utf8_lossy(&o.stdout).into_owned()))
+        let output = command.output().ok()?;
+        Some((output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned()))
     };
-    // An emulator cannot start this binary again.
-    if let Ok((ok, printed)) = run("scalar") {
-        assert!(ok, "{printed}");
-        assert!(printed.contains("level scalar: 0 kernel checks"), "{printed}");
-        for isa in Isa::ALL.into_iter().filter(|&isa| isa.is_available() && isa != Isa::Scalar) {
-            assert!(printed.contains(&format!("level {isa}: not run (lowered by KVLANE_MAX_ISA)")), "{printed}");
-        }
-        assert!(!run("avx9000").unwrap().0, "no level, no context");
+    // Without a ceiling it must work; an emulator cannot start a process of its own kind.
+    if !run("").is_some_and(|(ok, printed)| ok && printed.contains("running 0 tests")) {
+        println!("not tested: {} in a process of its own, which cannot be started here", Isa::ENV);
+        assert!(cfg!(not(target_arch = "x86_64")), "this binary starts again on x86-64");
+        return;
     }
+    let (ok, printed) = run("scalar").unwrap();
+    assert!(ok && printed.contains("level scalar: 0 kernel checks"), "{printed}");
+    for isa in Isa::ALL.into_iter().filter(|&isa| isa.is_available() && isa != Isa::Scalar) {
+        assert!(printed.contains(&format!("level {isa}: not run (lowered by KVLANE_MAX_ISA)")), "{printed}");
+    }
+    assert!(!run("avx9000").unwrap().0, "no level, no context");
 }
 
 fn status_values() {

@@ -137,9 +137,22 @@ fn angles_far_out(level: &Level) {
         let positions: Vec<i32> = fixed.into_iter().chain((0..scaled(500)).map(|_| rng.u64() as i32)).collect();
         let mut x = Tensor::input(DType::F32, [1, positions.len(), 1, 64], Layout::BSHD, Place::Heap);
         x.fill(|at| f32::from(at[3] < 32));
-        let y = Tensor::output(DType::F32, x.shape, Layout::BSHD, Place::Heap);
-        level.checked(Op::RopeAngles, DType::F32, DType::F32);
-        check(level, &x, y, &f, Pairing::HalfSplit, Positions::Explicit(&positions), &format!("base {base}"));
+        let options = Rope {
+            pairing: Pairing::HalfSplit,
+            rotary_dim: 64,
+            angles: RopeAngles::Frequencies(&f),
+            positions: Positions::Explicit(&positions),
+        };
+        let y = run(level, &x, DType::F32, &options);
+        let bound = level.checked(Op::RopeAngles, DType::F32, DType::F32);
+        for (t, &position) in positions.iter().enumerate() {
+            for (i, frequency) in f.inv_freq().iter().enumerate() {
+                let angle = f64::from(position) * frequency;
+                let what = |name: &str| format!("{name} at {position}, pair {i}, base {base}");
+                close(y.get([0, t, 0, i]).into(), angle.cos(), bound, || what("cos"));
+                close(y.get([0, t, 0, i + 32]).into(), angle.sin(), bound, || what("sin"));
+            }
+        }
     }
 }
 

@@ -208,10 +208,11 @@ unsafe fn rotate_pairs<S: Simd, A: Memory, B: Memory>(
 /// has no branch and no call, and each operation rounds once, so every level computes the same bits.
 #[inline(always)]
 pub(crate) fn angles(position: f64, inv_freq: &[f64], magnitude: f64, cos: &mut [f32], sin: &mut [f32]) {
-    // pi/2 in three parts of 33 bits: the first two products are exact for |n| < 2^20 (fdlibm, e_rem_pio2.c).
-    const PIO2_1: f64 = 1.570_796_326_734_125_6;
-    const PIO2_2: f64 = 6.077_100_506_303_966e-11;
-    const PIO2_3: f64 = 2.022_266_248_795_950_6e-21;
+    // pi/2 in two parts of 22 bits and the rest: the first two products, and what they leave of x, are exact for |n| < 2^31,
+    // so for every 32-bit position (Cody and Waite, as in fdlibm's e_rem_pio2.c, with shorter parts).
+    const PIO2_1: f64 = 1.570_796_012_878_418;
+    const PIO2_2: f64 = 3.139_164_164_167_596e-7;
+    const PIO2_3: f64 = 6.223_372_171_896_613e-14;
     // 1.5 * 2^52: adding it rounds to an integer, whose low bits are then the low bits of the sum.
     const ROUND: f64 = 6_755_399_441_055_744.0;
     let n = inv_freq.len().min(cos.len()).min(sin.len());
