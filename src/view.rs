@@ -240,6 +240,11 @@ impl Vec4 {
     }
 }
 
+/// Rows `[batch, seq, heads]` of a shape; `usize::MAX` where that is more than a `usize` holds, which fits no buffer.
+pub(crate) fn rows(shape: [usize; 4]) -> usize {
+    shape[..DIM].iter().fold(1, |product, &n| product.saturating_mul(n))
+}
+
 /// Strides of a tensor that lies in memory in the order of its axes.
 pub(crate) fn contiguous(shape: [usize; 4]) -> [i64; 4] {
     let [_, s, h, d] = shape.map(|n| n as i64);

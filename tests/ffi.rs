@@ -208,6 +208,11 @@ fn the_callers_threads_run_operations() {
 }
 
 #[test]
+fn calls_that_compute_do_not_allocate() {
+    both("alloc.c", Language::C11);
+}
+
+#[test]
 fn the_cpp_layer_works() {
     both("cpp.cpp", Language::Cpp17);
 }

@@ -574,6 +574,14 @@ pub(super) fn dtype(name: &str, value: kvl_dtype) -> Result<DType> {
     enumeration("kvl_dtype", name, value, DType::from_u32)
 }
 
+/// Like [`dtype`], for the field of a view: `name` is the view's, since a call that computes makes no string in vain.
+fn element_type(name: &str, value: kvl_dtype) -> Result<DType> {
+    match u32::try_from(value).ok().and_then(DType::from_u32) {
+        Some(dtype) => Ok(dtype),
+        None => fail!(InvalidEnum, "{name}.dtype is {value}, which is no kvl_dtype"),
+    }
+}
+
 pub(super) fn op(name: &str, value: kvl_op) -> Result<Op> {
     enumeration("kvl_op", name, value, Op::from_u32)
 }
@@ -591,7 +599,7 @@ impl kvl_view {
         reserved(name, self.reserved)?;
         Ok(RawView {
             data: self.data.cast(),
-            dtype: dtype(&format_args!("{name}.dtype").to_string(), self.dtype)?,
+            dtype: element_type(name, self.dtype)?,
             shape: shape(name, self.shape, ["batch", "seq", "heads", "dim"])?,
             strides: self.strides,
             bytes: (self.bytes > 0).then_some(self.bytes),

@@ -6,7 +6,7 @@ use crate::error::{Result, ensure};
 use crate::kernels::generic::attention::{ByteView, CHUNK, MAX_TILE_ROWS, Problem, Scratch, Tile, partial_stride};
 use crate::ops::workspace::Workspace;
 use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
-use crate::view::{BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ, View, ViewMut, reach};
+use crate::view::{self, BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ, View, ViewMut, reach};
 use std::marker::PhantomData;
 
 /// The largest head size.
@@ -246,7 +246,7 @@ pub fn attention(
 ) -> Result<()> {
     let AttentionTensors { q, k, v, out, lse } = tensors;
     if let Some(lse) = &lse {
-        let rows = q.shape()[..3].iter().product::<usize>();
+        let rows = view::rows(q.shape());
         ensure!(lse.len() == rows, Shape, "lse has {} entries, but q has {rows} rows", lse.len());
     }
     let call = RawAttention {

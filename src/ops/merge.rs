@@ -5,7 +5,7 @@ use crate::error::{Result, ensure};
 use crate::kernels::MergeArgs;
 use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
 use crate::parallel::{Runner, for_each_tile, workers_for};
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
 /// The most states one call merges.
 pub const MAX_STATES: usize = 256;
@@ -51,7 +51,7 @@ pub fn merge_states(
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
     ensure!(states.len() <= MAX_STATES, InvalidValue, "{} states, but a call merges {MAX_STATES}", states.len());
-    let rows = out.shape()[..3].iter().product::<usize>();
+    let rows = view::rows(out.shape());
     for (i, state) in states.iter().enumerate() {
         let n = state.lse.len();
         ensure!(n == rows, Shape, "the LSE of state {i} has {n} entries, but out has {rows} rows");
@@ -78,7 +78,8 @@ pub(crate) unsafe fn merge_states_raw(
 ) -> Result<()> {
     ensure!((1..=MAX_STATES).contains(&states), InvalidValue, "{states} states, but a call merges 1 to {MAX_STATES}");
     out.validate_output("out")?;
-    let rows = out.shape[..3].iter().product::<usize>();
+    let rows = view::rows(out.shape);
+    ensure!(rows < usize::MAX, Shape, "out has shape {:?}, which is more rows than memory", out.shape);
     let lse_view = |data: *const f32| RawView {
         data: data.cast_mut().cast(),
         dtype: crate::DType::F32,

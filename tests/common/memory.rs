@@ -54,7 +54,10 @@ impl Memory {
             assert_ne!(map, libc::MAP_FAILED, "mmap of {total} bytes");
             let map = map.cast::<u8>();
             assert_eq!(libc::mprotect(map.cast(), page, libc::PROT_NONE), 0);
-            assert_eq!(libc::mprotect(map.add(page + inner).cast(), page, libc::PROT_NONE), 0);
+            // QEMU 7.2 reads whole vectors where AVX2's masked loads must not.
+            if std::env::var_os("KVLANE_TEST_GUARD").is_none_or(|value| value != "off") {
+                assert_eq!(libc::mprotect(map.add(page + inner).cast(), page, libc::PROT_NONE), 0);
+            }
             let base = map.add(if place == Place::GuardAfter { page + inner - bytes } else { page });
             Self { base, bytes, map: Some((map, total)), _heap: Vec::new() }
         }

@@ -382,7 +382,9 @@ fn contexts() {
     // Without a ceiling it must work; an emulator cannot start a process of its own kind.
     if !run("").is_some_and(|(ok, printed)| ok && printed.contains("running 0 tests")) {
         println!("not tested: {} in a process of its own, which cannot be started here", Isa::ENV);
-        assert!(cfg!(not(target_arch = "x86_64")), "this binary starts again on x86-64");
+        if cfg!(target_arch = "x86_64") {
+            panic!("this binary starts again on x86-64");
+        }
         return;
     }
     let (ok, printed) = run("scalar").unwrap();

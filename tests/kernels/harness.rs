@@ -5,6 +5,7 @@
 //! | `KVLANE_REQUIRE_ISA` | levels, separated by commas, that must have run |
 //! | `KVLANE_MAX_ISA` | lowers all contexts: levels above it do not run, and are reported so |
 //! | `KVLANE_TEST_SCALE` | the share of cases that run |
+//! | `KVLANE_TEST_GUARD` | `off`: the page after a tensor may be read, for emulators whose masked loads read all of a vector |
 //!
 //! Understood of libtest's arguments: filters, `--exact`, `--skip`, `--list`, `--test-threads`; others are ignored. Counts
 //! are checked only when all tests run.

@@ -286,7 +286,8 @@ fn hidden_poison(level: &Level) {
 fn poison_reaches_who_sees_it(level: &Level) {
     let mut rng = Rng::new(14);
     let (mut reached, mut spared) = (0, 0);
-    for _ in 0..scaled(120) {
+    // However few cases run, some must see the poison.
+    for _ in 0..scaled(120).max(12) {
         let (mut case, what) = random_case(&mut rng);
         let clean = case.run(&level.context);
         let [batch, tokens, heads, _] = case.q.shape;

@@ -1,0 +1,115 @@
+/* No allocation in a call that computes: this program's malloc counts, and the library's is the same one. For glibc. */
+#include "check.h"
+
+/* A sanitizer has a malloc of its own. */
+#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+#include <errno.h>
+
+extern void *__libc_malloc(size_t);
+extern void *__libc_calloc(size_t, size_t);
+extern void *__libc_realloc(void *, size_t);
+extern void *__libc_memalign(size_t, size_t);
+
+static int allocations;
+
+void *malloc(size_t size) {
+    allocations++;
+    return __libc_malloc(size);
+}
+
+void *calloc(size_t n, size_t size) {
+    allocations++;
+    return __libc_calloc(n, size);
+}
+
+void *realloc(void *old, size_t size) {
+    allocations++;
+    return __libc_realloc(old, size);
+}
+
+int posix_memalign(void **to, size_t alignment, size_t size) {
+    allocations++;
+    *to = __libc_memalign(alignment, size);
+    return *to == NULL ? ENOMEM : 0;
+}
+
+enum { BATCH = 2, SEQ = 3, HEADS = 4, KV = 2, KEYS = 40, D = 16 };
+
+static _Alignas(64) unsigned char workspace[1 << 20];
+static float q[BATCH * SEQ * HEADS * D], k[BATCH * SEQ * KV * D], out[BATCH * SEQ * HEADS * D], lse[BATCH * SEQ * HEADS];
+static float repeated[BATCH * SEQ * HEADS * D], cosines[8 * D / 2], sines[8 * D / 2], slopes[HEADS];
+static uint16_t k_cache[BATCH * KEYS * KV * D], v_cache[BATCH * KEYS * KV * D];
+static unsigned char mask[KEYS];
+
+/* As many threads as it likes; here, none. */
+static int32_t in_order(void *ctx, size_t n, void (*task)(void *, size_t), void *task_ctx) {
+    size_t i;
+    (void)ctx;
+    for (i = 0; i < n; i++) task(task_ctx, i);
+    return 0;
+}
+
+static void everything(const kvl_context *context, const kvl_parallel_runner *runner) {
+    static const double inv_freq[D / 2] = {1.0, 0.5};
+    static const int32_t positions[BATCH] = {7, 30}, lengths[BATCH] = {10, 33};
+    kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
+    kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
+    kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
+    kvl_attention_state states[2];
+    kvl_view queries = kvl_make_view(q, KVL_F32, BATCH, SEQ, HEADS, D), to;
+    kvl_const_view source = kvl_as_const(queries);
+    const char *name;
+    size_t bytes;
+    turn.rotary_dim = D;
+    turn.inv_freq = inv_freq;
+    turn.offsets = positions;
+    OK(kvl_rope_table(context, inv_freq, D, 1, 0, 8, cosines, sines));
+    OK(kvl_alibi_slopes(slopes, HEADS));
+    OK(kvl_rope(context, runner, &source, &queries, &turn));
+    write.k = write.v = kvl_make_const_view(k, KVL_F32, BATCH, SEQ, KV, D);
+    write.k_cache = kvl_make_view(k_cache, KVL_BF16, BATCH, KEYS, KV, D);
+    write.v_cache = kvl_make_view(v_cache, KVL_BF16, BATCH, KEYS, KV, D);
+    write.positions = positions;
+    write.rope = &turn;
+    OK(kvl_kv_write(context, runner, &write));
+    source = write.k;
+    to = kvl_make_view(repeated, KVL_F32, BATCH, SEQ, HEADS, D);
+    OK(kvl_repeat_kv(context, runner, &source, &to));
+    p.q = kvl_as_const(queries);
+    p.k = kvl_as_const(write.k_cache);
+    p.v = kvl_as_const(write.v_cache);
+    p.out = kvl_make_view(out, KVL_F32, BATCH, SEQ, HEADS, D);
+    p.lse = lse;
+    p.lengths = lengths;
+    p.flags = KVL_CAUSAL;
+    p.alibi_slopes = slopes;
+    p.mask.data = mask;
+    p.mask.shape[0] = BATCH, p.mask.shape[1] = SEQ, p.mask.shape[2] = HEADS, p.mask.shape[3] = KEYS;
+    p.mask.strides[3] = 1;
+    OK(kvl_attention_workspace_size(&p, runner, &bytes));
+    CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
+    OK(kvl_attention(context, runner, workspace, sizeof workspace, &p));
+    states[0].out = states[1].out = kvl_as_const(p.out);
+    states[0].lse = states[1].lse = lse;
+    OK(kvl_merge_states(context, runner, states, 2, &to, NULL));
+    OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_F16, KVL_F16, &name));
+}
+
+int main(void) {
+    kvl_context *context = NULL;
+    kvl_parallel_runner runner = KVL_PARALLEL_RUNNER_INIT;
+    runner.num_threads = 4;
+    runner.run = in_order;
+    memset(mask, 1, sizeof mask);
+    OK(kvl_context_create(NULL, &context));
+    CHECK(allocations > 0, "the library's malloc is another, so nothing is counted");
+    allocations = 0;
+    everything(context, NULL);
+    everything(context, &runner);
+    CHECK(allocations == 0, "%d allocations", allocations);
+    kvl_context_destroy(context);
+    return finish("alloc");
+}
+#else
+int main(void) { return finish("alloc"); }
+#endif
