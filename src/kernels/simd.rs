@@ -17,10 +17,15 @@ pub(crate) trait Simd: Copy {
     type V: Copy;
     /// Lanes a vector; a power of two, at most [`MAX_LANES`].
     const LANES: usize;
-    /// Vectors a register tile is wide (rows are always up to [`TILE_ROWS`](super::generic::attention::TILE_ROWS)).
+    /// Vectors a register tile is wide: with [`TILE_ROWS`](super::generic::attention::TILE_ROWS) rows, as many as leave registers
+    /// for operands. 2 or 4.
     const TILE_VECTORS: usize;
+    /// Dot products that run side by side: enough to keep the FMA ports busy, few enough for the registers.
+    const DOTS: usize;
+    /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
+    const SPLITS_BF16: bool;
 
-    /// The `i`-th lane in the order that turns [`Self::sum4`]'s tree into a depth-first walk: for all i, lanes
+    /// The `i`-th lane in the order that turns [`Self::sum_lanes`]'s tree into a depth-first walk: for all i, lanes
     /// `lane_order(2i)` and `lane_order(2i + 1)` are added first, then neighbouring pairs of those, and so on.
     fn lane_order(i: usize) -> usize;
 
@@ -53,11 +58,19 @@ pub(crate) trait Simd: Copy {
     fn round(self, a: Self::V) -> Self::V;
     /// 2^n for integral n in -126..=127.
     fn exp2i(self, n: Self::V) -> Self::V;
+    /// `a * 2^n`, where the lowest nine bits of `n`'s pattern hold n in two's complement; `a` and the result are normal.
+    fn add_exponent(self, a: Self::V, n: Self::V) -> Self::V;
     /// Swaps lanes 2i and 2i + 1.
     fn swap_pairs(self, a: Self::V) -> Self::V;
 
-    /// Sums of the lanes of four vectors, each by the same tree of pairwise additions.
-    fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
+    /// The even and the odd elements of `a` followed by `b`.
+    fn deinterleave(self, a: Self::V, b: Self::V) -> [Self::V; 2];
+    /// The inverse of [`Self::deinterleave`].
+    fn interleave(self, even: Self::V, odd: Self::V) -> [Self::V; 2];
+
+    /// Lane i of the result is the sum of the lanes of `v[i]`, by the same tree of pairwise additions for every i; only the
+    /// first [`Self::LANES`] entries count.
+    fn sum_lanes(self, v: &[Self::V; MAX_LANES]) -> Self::V;
     /// The largest lane; NaN lanes may be passed over.
     fn max_lane(self, a: Self::V) -> f32;
     /// Whether every lane is finite.
@@ -74,6 +87,16 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// As [`Self::load_f32`].
     unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
+    /// `2 * LANES` elements as two vectors: even and odd ones where [`Self::SPLITS_BF16`] says so, which spares a shuffle,
+    /// else the first and the second half.
+    ///
+    /// # Safety
+    /// `2 * LANES` elements are readable at `p`.
+    unsafe fn load_pair_bf16(self, p: *const bf16) -> [Self::V; 2];
+    /// Asks for the cache line at `p`, which may be any address.
+    fn prefetch(self, p: *const u8);
+    /// As [`Self::prefetch`], but not into the first-level cache.
+    fn prefetch_far(self, p: *const u8);
     /// The first `n < LANES` lanes from memory, the others 0; nothing beyond is read.
     ///
     /// # Safety
@@ -177,6 +200,13 @@ pub(crate) trait Memory: Element {
     /// # Safety
     /// As [`Simd::load_f32`].
     unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V;
+    /// Whether [`Self::load_pair`] separates even and odd elements.
+    fn splits<S: Simd>() -> bool;
+    /// `2 * LANES` elements as two vectors, in the order in which attention keeps them.
+    ///
+    /// # Safety
+    /// `2 * LANES` elements are readable at `p`.
+    unsafe fn load_pair<S: Simd>(simd: S, p: *const Self) -> [S::V; 2];
     /// # Safety
     /// As [`Simd::load_part_f32`].
     unsafe fn load_part<S: Simd>(simd: S, p: *const Self, n: usize) -> S::V;
@@ -189,8 +219,17 @@ pub(crate) trait Memory: Element {
 }
 
 macro_rules! memory {
-    ($($type:ty: $load:ident $load_part:ident $store:ident $store_part:ident;)*) => {$(
+    ($($type:ty: $load:ident $load_part:ident $store:ident $store_part:ident $pair:expr, $splits:expr;)*) => {$(
         impl Memory for $type {
+            #[inline(always)]
+            fn splits<S: Simd>() -> bool {
+                $splits(S::SPLITS_BF16)
+            }
+            #[inline(always)]
+            unsafe fn load_pair<S: Simd>(simd: S, p: *const Self) -> [S::V; 2] {
+                // SAFETY: the caller's.
+                unsafe { $pair(simd, p) }
+            }
             #[inline(always)]
             unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V {
                 // SAFETY: the caller's.
@@ -216,7 +255,17 @@ macro_rules! memory {
 }
 
 memory! {
-    f32: load_f32 load_part_f32 store_f32 store_part_f32;
-    f16: load_f16 load_part_f16 store_f16 store_part_f16;
-    bf16: load_bf16 load_part_bf16 store_bf16 store_part_bf16;
+    f32: load_f32 load_part_f32 store_f32 store_part_f32 halves, |_| false;
+    f16: load_f16 load_part_f16 store_f16 store_part_f16 halves, |_| false;
+    bf16: load_bf16 load_part_bf16 store_bf16 store_part_bf16 |s: S, p| s.load_pair_bf16(p), |splits| splits;
+}
+
+/// The first and the second half of `2 * LANES` elements.
+///
+/// # Safety
+/// As [`Memory::load_pair`].
+#[inline(always)]
+unsafe fn halves<S: Simd, T: Memory>(simd: S, p: *const T) -> [S::V; 2] {
+    // SAFETY: the caller's.
+    unsafe { [T::load(simd, p), T::load(simd, p.add(S::LANES))] }
 }

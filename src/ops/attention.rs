@@ -3,7 +3,9 @@
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{ByteView, CHUNK, MAX_TILE_ROWS, Problem, Scratch, Tile, partial_stride};
+use crate::kernels::generic::attention::{
+    ByteView, CHUNK, MAX_TILE_ROWS, PACK_ROWS, Problem, Scratch, Tile, partial_stride,
+};
 use crate::ops::workspace::Workspace;
 use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
 use crate::view::{self, BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ, View, ViewMut, reach};
@@ -274,21 +276,27 @@ pub fn attention(
 }
 
 /// Bytes of workspace that [`attention`] needs at most for queries `[batch, seq, heads, dim]`, keys
-/// `[batch, keys, kv_heads, dim]`, values of `v_dim` elements and `threads` threads, whatever lengths and masks are.
+/// `[batch, keys, kv_heads, dim]`, values of `v_dim` elements and `threads` threads, whatever lengths, strides and masks are.
 pub fn attention_workspace_size(q_shape: [usize; 4], k_shape: [usize; 4], v_dim: usize, threads: usize) -> usize {
-    Plan::new(q_shape, k_shape, v_dim, threads).bytes()
+    let bytes = |together| Plan::new(q_shape, k_shape, v_dim, threads, k_shape[SEQ], together).bytes();
+    bytes(false).max(bytes(true))
 }
 
-/// How rows are cut into tiles: depends on shapes and threads only, and nothing in the result depends on it.
+/// How rows are cut into tiles: depends on shapes, lengths and threads only, and nothing in the result depends on it.
 #[derive(Clone, Copy, Debug)]
 struct Plan {
     workers: usize,
+    /// KV heads a tile.
+    tile_heads: usize,
+    /// Rows of each of them.
     tile_rows: usize,
     tiles_per_head: usize,
     /// Tiles of all batch rows and KV heads.
     tiles: usize,
-    /// Chunks of keys that get a partial state each; 0 if rows are not split.
+    /// Chunks of keys in the longest row.
     chunks: usize,
+    /// Whether every chunk of a tile is a job of its own, which leaves a partial state.
+    split: bool,
     /// Bytes of one worker's scratch memory.
     scratch: usize,
     /// Bytes of the partial states of one tile.
@@ -298,6 +306,9 @@ struct Plan {
 /// Tiles are made smaller, down to this many rows, while there are too few of them for all workers.
 const MIN_TILE_ROWS: usize = 24;
 
+/// Tiles of more than one have a multiple of this many rows: whole register tiles.
+const ROW_STEP: usize = 12;
+
 /// The most memory that partial states may take; beyond it rows are not split.
 const MAX_PARTIALS: usize = 256 << 20;
 
@@ -305,34 +316,42 @@ const MAX_PARTIALS: usize = 256 << 20;
 const GRAIN: usize = 256 * 1024;
 
 impl Plan {
-    fn new(q: [usize; 4], k: [usize; 4], dv: usize, threads: usize) -> Self {
+    /// `longest`: the most keys a row has; `together`: the heads of a token are neighbours in memory. The bytes grow with
+    /// `longest`.
+    fn new(q: [usize; 4], k: [usize; 4], dv: usize, threads: usize, longest: usize, together: bool) -> Self {
         let workers = threads.clamp(1, MAX_WORKERS);
         let [batch, seq, heads, d] = q;
         let (keys, kv_heads) = (k[SEQ], k[HEADS].max(1));
         let rows = seq.saturating_mul(heads / kv_heads).max(1);
-        let pairs = batch.saturating_mul(kv_heads).max(1);
-        let wanted = (2 * workers).div_ceil(pairs).max(1);
-        let most = MAX_TILE_ROWS.min(rows.div_ceil(wanted).max(MIN_TILE_ROWS)).min(rows);
-        let tiles_per_head = rows.div_ceil(most);
-        let tile_rows = rows.div_ceil(tiles_per_head);
-        let tiles = pairs.saturating_mul(tiles_per_head);
-        let mut plan = Self {
+        let chunks = longest.div_ceil(CHUNK);
+        let jobs = 2 * workers;
+        let (tile_heads, tile_rows) = if together && rows < PACK_ROWS {
+            let groups = jobs.div_ceil(batch.saturating_mul(chunks).max(1));
+            (kv_heads.div_ceil(if workers > 1 { groups } else { 1 }).min(MAX_TILE_ROWS / rows), rows)
+        } else {
+            let wanted = jobs.div_ceil(batch.saturating_mul(kv_heads).max(1));
+            let most = MAX_TILE_ROWS.min(rows.div_ceil(wanted).max(MIN_TILE_ROWS));
+            let pieces = rows.div_ceil(most);
+            (1, if pieces == 1 { rows } else { rows.div_ceil(pieces).next_multiple_of(ROW_STEP) })
+        };
+        let tiles_per_head = rows.div_ceil(tile_rows);
+        let tiles = batch.saturating_mul(kv_heads.div_ceil(tile_heads)).saturating_mul(tiles_per_head);
+        let state = partial_stride(dv) * size_of::<f32>();
+        let all_partials = |chunks: usize| {
+            batch.saturating_mul(kv_heads).saturating_mul(tile_rows * tiles_per_head).saturating_mul(chunks * state)
+        };
+        let split = workers > 1 && tiles < jobs && chunks > 1 && all_partials(keys.div_ceil(CHUNK)) <= MAX_PARTIALS;
+        Self {
             workers,
+            tile_heads,
             tile_rows,
             tiles_per_head,
             tiles,
-            chunks: 0,
-            scratch: Scratch::bytes(tile_rows, d, dv),
-            partials: 0,
-        };
-        let chunks = keys.div_ceil(CHUNK);
-        if workers > 1 && tiles < 2 * workers && chunks > 1 {
-            let partials = chunks.saturating_mul(tile_rows).saturating_mul(partial_stride(dv) * size_of::<f32>());
-            if partials.saturating_mul(tiles) <= MAX_PARTIALS {
-                (plan.chunks, plan.partials) = (chunks, partials);
-            }
+            chunks,
+            split,
+            scratch: Scratch::bytes(tile_heads * tile_rows, d, dv),
+            partials: if split { chunks * tile_heads * tile_rows * state } else { 0 },
         }
-        plan
     }
 
     fn bytes(&self) -> usize {
@@ -342,17 +361,25 @@ impl Plan {
     /// Tile `index`, with the last rows first: causal ones see the most keys, and the longest job should not come last.
     fn tile(&self, index: usize, rows: usize, kv_heads: usize) -> Tile {
         let (pair, piece) = (index / self.tiles_per_head, self.tiles_per_head - 1 - index % self.tiles_per_head);
+        let groups = kv_heads.div_ceil(self.tile_heads);
+        let (batch, kv_head) = (pair / groups, pair % groups * self.tile_heads);
         let first_row = (piece * self.tile_rows).min(rows);
         Tile {
-            batch: pair / kv_heads,
-            kv_head: pair % kv_heads,
+            batch,
+            kv_head,
+            kv_heads: self.tile_heads.min(kv_heads - kv_head),
             first_row,
-            rows: self.tile_rows.min(rows - first_row),
+            head_rows: self.tile_rows.min(rows - first_row),
             first_chunk: 0,
-            end_chunk: 0,
+            end_chunk: self.chunks,
             partials: std::ptr::null_mut(),
         }
     }
+}
+
+/// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together.
+fn heads_together(view: &RawView) -> bool {
+    view.strides[DIM] == 1 && view.strides[HEADS].unsigned_abs() < view.strides[SEQ].unsigned_abs()
 }
 
 /// # Safety
@@ -374,7 +401,9 @@ pub(crate) unsafe fn attention_raw(
         return Ok(());
     }
     let dv = call.v.shape[DIM];
-    let plan = Plan::new(call.q.shape, call.k.shape, dv, runner.num_threads());
+    let longest = (0..batch).map(|b| problem.length(b)).max().unwrap_or(0) as usize;
+    let together = heads_together(&call.k) && heads_together(&call.v);
+    let plan = Plan::new(call.q.shape, call.k.shape, dv, runner.num_threads(), longest, together);
     ensure!(
         workspace_bytes >= plan.bytes(),
         Workspace,
@@ -387,36 +416,34 @@ pub(crate) unsafe fn attention_raw(
         "the workspace at {:#x} is not aligned to 64 bytes",
         workspace.addr()
     );
-    let longest = (0..batch).map(|b| problem.length(b)).max().unwrap_or(0) as usize;
     // An upper bound is enough: it only decides whether threads are worth their start.
     let steps = [batch, heads, seq, longest, d + dv].into_iter().fold(1, usize::saturating_mul);
     let workers = plan.workers.min(steps / GRAIN).max(1);
-    let chunks = longest.div_ceil(CHUNK);
-    let split = plan.chunks > 0 && workers > 1 && chunks > 1;
 
     let kernel = context.attention(call.k.dtype);
     let kv_heads = call.k.shape[HEADS];
     let rows = seq * problem.group;
     let memory = SharedMemory(workspace);
-    let scratch = |worker: usize| Scratch::layout(memory.at(worker * plan.scratch), plan.tile_rows, d, dv).0;
-    if !split {
+    let tile_rows = plan.tile_heads * plan.tile_rows;
+    let scratch = |worker: usize| Scratch::layout(memory.at(worker * plan.scratch), tile_rows, d, dv).0;
+    if !plan.split || workers == 1 {
         return for_each_tile(runner, workers, plan.tiles, &|worker, index| {
-            let tile = Tile { end_chunk: chunks, ..plan.tile(index, rows, kv_heads) };
+            let tile = plan.tile(index, rows, kv_heads);
             // SAFETY: the problem is valid and the tile inside it; the scratch is this worker's.
             unsafe { (kernel.tile)(&problem, &tile, &scratch(worker)) };
         });
     }
     let partials = |index: usize| memory.at(plan.workers * plan.scratch + index * plan.partials).cast::<f32>();
-    for_each_tile(runner, workers, plan.tiles * chunks, &|worker, unit| {
-        let (index, chunk) = (unit / chunks, unit % chunks);
+    for_each_tile(runner, workers, plan.tiles * plan.chunks, &|worker, unit| {
+        let (index, chunk) = (unit / plan.chunks, unit % plan.chunks);
         let tile = plan.tile(index, rows, kv_heads);
-        let state = partials(index).wrapping_add(chunk * tile.rows * partial_stride(dv));
+        let state = partials(index).wrapping_add(chunk * tile.rows() * partial_stride(dv));
         let tile = Tile { first_chunk: chunk, end_chunk: chunk + 1, partials: state, ..tile };
         // SAFETY: as above; every unit writes states of its own.
         unsafe { (kernel.tile)(&problem, &tile, &scratch(worker)) };
     })?;
     for_each_tile(runner, workers, plan.tiles, &|worker, index| {
-        let tile = Tile { end_chunk: chunks, partials: partials(index), ..plan.tile(index, rows, kv_heads) };
+        let tile = Tile { partials: partials(index), ..plan.tile(index, rows, kv_heads) };
         // SAFETY: as above; all states have been written.
         unsafe { (kernel.reduce)(&problem, &tile, &scratch(worker)) };
     })
@@ -559,18 +586,24 @@ mod tests {
     #[test]
     fn tiles_cover_every_row_once() {
         for (seq, group, batch, kv_heads, threads) in
-            [(1, 4, 1, 8, 2), (200, 3, 2, 3, 5), (7, 71, 1, 1, 3), (1, 1, 1, 1, 64)]
+            [(1, 4, 1, 8, 2), (200, 3, 2, 3, 5), (7, 71, 1, 1, 3), (1, 1, 1, 1, 64), (1, 1, 2, 300, 1), (3, 3, 1, 7, 2)]
         {
-            let plan = Plan::new([batch, seq, group * kv_heads, 64], [batch, 5000, kv_heads, 64], 64, threads);
-            let rows = seq * group;
-            let mut seen = vec![0; batch * kv_heads * rows];
-            for index in 0..plan.tiles {
-                let tile = plan.tile(index, rows, kv_heads);
-                for row in tile.first_row..tile.first_row + tile.rows {
-                    seen[(tile.batch * kv_heads + tile.kv_head) * rows + row] += 1;
+            for (together, longest) in [(false, 5000), (true, 5000), (true, 100), (true, 0)] {
+                let (q, k) = ([batch, seq, group * kv_heads, 64], [batch, 5000, kv_heads, 64]);
+                let plan = Plan::new(q, k, 64, threads, longest, together);
+                assert!(plan.bytes() <= attention_workspace_size(q, k, 64, threads));
+                let rows = seq * group;
+                let mut seen = vec![0; batch * kv_heads * rows];
+                for index in 0..plan.tiles {
+                    let tile = plan.tile(index, rows, kv_heads);
+                    for head in tile.kv_head..tile.kv_head + tile.kv_heads {
+                        for row in tile.first_row..tile.first_row + tile.head_rows {
+                            seen[(tile.batch * kv_heads + head) * rows + row] += 1;
+                        }
+                    }
                 }
+                assert!(seen.iter().all(|&n| n == 1), "{plan:?}");
             }
-            assert!(seen.iter().all(|&n| n == 1));
         }
     }
 }

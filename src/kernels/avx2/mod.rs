@@ -72,6 +72,8 @@ impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;
     const TILE_VECTORS: usize = 2;
+    const DOTS: usize = 8;
+    const SPLITS_BF16: bool = true;
 
     crate::kernels::simd::outline!(#[target_feature(enable = "avx2,fma,f16c")]);
 
@@ -149,21 +151,43 @@ impl Simd for Avx2 {
         self.0.avx._mm256_permute_ps::<0b10_11_00_01>(a)
     }
     #[inline(always)]
-    fn sum4(self, v: [__m256; 4]) -> [f32; 4] {
+    fn add_exponent(self, a: __m256, n: __m256) -> __m256 {
+        let (v, a2) = (self.0.avx, self.0.avx2);
+        let shifted = a2._mm256_slli_epi32::<23>(v._mm256_castps_si256(n));
+        v._mm256_castsi256_ps(a2._mm256_add_epi32(v._mm256_castps_si256(a), shifted))
+    }
+    #[inline(always)]
+    fn deinterleave(self, a: __m256, b: __m256) -> [__m256; 2] {
+        let (v, a2) = (self.0.avx, self.0.avx2);
+        // [a b | a b] in pairs of lanes, put in order.
+        let even = v._mm256_castps_pd(v._mm256_shuffle_ps::<0b10_00_10_00>(a, b));
+        let odd = v._mm256_castps_pd(v._mm256_shuffle_ps::<0b11_01_11_01>(a, b));
+        [
+            v._mm256_castpd_ps(a2._mm256_permute4x64_pd::<0b11_01_10_00>(even)),
+            v._mm256_castpd_ps(a2._mm256_permute4x64_pd::<0b11_01_10_00>(odd)),
+        ]
+    }
+    #[inline(always)]
+    fn interleave(self, even: __m256, odd: __m256) -> [__m256; 2] {
+        let v = self.0.avx;
+        let (low, high) = (v._mm256_unpacklo_ps(even, odd), v._mm256_unpackhi_ps(even, odd));
+        [v._mm256_permute2f128_ps::<0x20>(low, high), v._mm256_permute2f128_ps::<0x31>(low, high)]
+    }
+    #[inline(always)]
+    fn sum_lanes(self, v: &[__m256; MAX_LANES]) -> __m256 {
         let a = self.0.avx;
-        // Halves: [a | b] and [c | d], lane l met by lane l + 4.
-        let ab =
-            a._mm256_add_ps(a._mm256_permute2f128_ps::<0x20>(v[0], v[1]), a._mm256_permute2f128_ps::<0x31>(v[0], v[1]));
-        let cd =
-            a._mm256_add_ps(a._mm256_permute2f128_ps::<0x20>(v[2], v[3]), a._mm256_permute2f128_ps::<0x31>(v[2], v[3]));
-        // [a01 c01 | b01 d01] + [a23 c23 | b23 d23]: lane l met by lane l + 2.
-        let pairs =
-            a._mm256_add_ps(a._mm256_shuffle_ps::<0b01_00_01_00>(ab, cd), a._mm256_shuffle_ps::<0b11_10_11_10>(ab, cd));
-        let sums = a._mm256_add_ps(pairs, a._mm256_permute_ps::<0b10_11_00_01>(pairs));
-        let mut lanes = [0.0f32; 8];
-        // SAFETY: lanes holds eight f32.
-        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sums) };
-        [lanes[0], lanes[4], lanes[2], lanes[6]]
+        // Each level halves the vectors: lanes with the bit clear go on with the first, the others with the second.
+        let mut w = [v[0]; 4];
+        for i in 0..4 {
+            let (x, y) = (v[i], v[i + 4]);
+            w[i] = a._mm256_add_ps(a._mm256_blend_ps::<0xf0>(x, y), a._mm256_permute2f128_ps::<0x21>(x, y));
+        }
+        for i in 0..2 {
+            let (x, y) = (w[i], w[i + 2]);
+            w[i] = a._mm256_add_ps(a._mm256_blend_ps::<0xcc>(x, y), a._mm256_shuffle_ps::<0b01_00_11_10>(x, y));
+        }
+        let swapped = a._mm256_permute_ps::<0b10_11_00_01>(a._mm256_blend_ps::<0xaa>(w[1], w[0]));
+        a._mm256_add_ps(a._mm256_blend_ps::<0xaa>(w[0], w[1]), swapped)
     }
     #[inline(always)]
     fn max_lane(self, a: __m256) -> f32 {
@@ -215,6 +239,25 @@ impl Simd for Avx2 {
     unsafe fn load_bf16(self, p: *const bf16) -> __m256 {
         // SAFETY: the caller's.
         self.widen_bf16(unsafe { _mm_loadu_si128(p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_pair_bf16(self, p: *const bf16) -> [__m256; 2] {
+        let (v, a2) = (self.0.avx, self.0.avx2);
+        // SAFETY: the caller's.
+        let pairs = unsafe { _mm256_loadu_si256(p.cast()) };
+        // A bf16 is the upper half of an f32.
+        let odd = a2._mm256_and_si256(pairs, v._mm256_set1_epi32(0xffff_0000_u32 as i32));
+        [v._mm256_castsi256_ps(a2._mm256_slli_epi32::<16>(pairs)), v._mm256_castsi256_ps(odd)]
+    }
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_far(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn load_part_f32(self, p: *const f32, n: usize) -> __m256 {

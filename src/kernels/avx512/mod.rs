@@ -43,15 +43,11 @@ impl Avx512 {
         (1u16 << n) - 1
     }
 
-    /// Adds the 256-bit halves of `a` in the low and those of `b` in the high half of the result, and so on downwards: one
-    /// level of the sum tree for two vectors at once.
+    /// Lanes whose bit in `mask` is clear go on with `a`, the others with `b`; each is met by the lane that `index` names.
     #[inline(always)]
-    fn fold_quarters(self, a: __m512, b: __m512) -> __m512 {
+    fn join(self, mask: u16, index: __m512i, a: __m512, b: __m512) -> __m512 {
         let f = self.0.avx512f;
-        // a's quarters 0, 1 and b's 0, 1; then 2, 3: lane l meets lane l + 8.
-        let low = f._mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
-        let high = f._mm512_shuffle_f32x4::<0b11_10_11_10>(a, b);
-        f._mm512_add_ps(low, high)
+        f._mm512_add_ps(f._mm512_mask_blend_ps(mask, a, b), f._mm512_permutex2var_ps(a, index, b))
     }
 
     #[inline(always)]
@@ -80,6 +76,8 @@ impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
     const TILE_VECTORS: usize = 4;
+    const DOTS: usize = 16;
+    const SPLITS_BF16: bool = true;
 
     crate::kernels::simd::outline!(#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]);
 
@@ -153,24 +151,44 @@ impl Simd for Avx512 {
         self.0.avx512f._mm512_permute_ps::<0b10_11_00_01>(a)
     }
     #[inline(always)]
-    fn sum4(self, v: [__m512; 4]) -> [f32; 4] {
+    fn add_exponent(self, a: __m512, n: __m512) -> __m512 {
         let f = self.0.avx512f;
-        // Quarters: [a: l + 8 | a | b | b] and the same of c and d.
-        let ab = self.fold_quarters(v[0], v[1]);
-        let cd = self.fold_quarters(v[2], v[3]);
-        // Lane l meets lane l + 4: even quarters with odd ones.
-        let even = f._mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd);
-        let odd = f._mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd);
-        let abcd = f._mm512_add_ps(even, odd);
-        let abcd = f._mm512_add_ps(abcd, f._mm512_permute_ps::<0b01_00_11_10>(abcd));
-        let abcd = f._mm512_add_ps(abcd, f._mm512_permute_ps::<0b10_11_00_01>(abcd));
-        let sums = f._mm512_castps512_ps128(
-            f._mm512_permutexvar_ps(f._mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), abcd),
-        );
-        let mut out = [0.0; 4];
-        // SAFETY: out holds four f32.
-        unsafe { _mm_storeu_ps(out.as_mut_ptr(), sums) };
-        out
+        let shifted = f._mm512_slli_epi32::<23>(f._mm512_castps_si512(n));
+        f._mm512_castsi512_ps(f._mm512_add_epi32(f._mm512_castps_si512(a), shifted))
+    }
+    #[inline(always)]
+    fn deinterleave(self, a: __m512, b: __m512) -> [__m512; 2] {
+        let f = self.0.avx512f;
+        let even = f._mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        let odd = f._mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        [f._mm512_permutex2var_ps(a, even, b), f._mm512_permutex2var_ps(a, odd, b)]
+    }
+    #[inline(always)]
+    fn interleave(self, even: __m512, odd: __m512) -> [__m512; 2] {
+        let f = self.0.avx512f;
+        let low = f._mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        let high = f._mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        [f._mm512_permutex2var_ps(even, low, odd), f._mm512_permutex2var_ps(even, high, odd)]
+    }
+    #[inline(always)]
+    fn sum_lanes(self, v: &[__m512; MAX_LANES]) -> __m512 {
+        let f = self.0.avx512f;
+        // Each level halves the vectors. The blend runs on either vector port, only the exchange needs the shuffle port.
+        let by8 = f._mm512_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+        let by4 = f._mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+        let by2 = f._mm512_setr_epi32(2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
+        let by1 = f._mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+        let mut w = [v[0]; 8];
+        for i in 0..8 {
+            w[i] = self.join(0xff00, by8, v[i], v[i + 8]);
+        }
+        for i in 0..4 {
+            w[i] = self.join(0xf0f0, by4, w[i], w[i + 4]);
+        }
+        for i in 0..2 {
+            w[i] = self.join(0xcccc, by2, w[i], w[i + 2]);
+        }
+        self.join(0xaaaa, by1, w[0], w[1])
     }
     #[inline(always)]
     fn max_lane(self, a: __m512) -> f32 {
@@ -189,14 +207,16 @@ impl Simd for Avx512 {
             t[2 * i] = f._mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
             t[2 * i + 1] = f._mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
         }
-        let pd = |a: __m512| f._mm512_castps_pd(a);
         let mut u = t;
         for i in 0..4 {
-            let [a, b, c, d] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
-            u[4 * i] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(pd(a), pd(c)));
-            u[4 * i + 1] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(pd(a), pd(c)));
-            u[4 * i + 2] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(pd(b), pd(d)));
-            u[4 * i + 3] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(pd(b), pd(d)));
+            let a = f._mm512_castps_pd(t[4 * i]);
+            let b = f._mm512_castps_pd(t[4 * i + 1]);
+            let c = f._mm512_castps_pd(t[4 * i + 2]);
+            let d = f._mm512_castps_pd(t[4 * i + 3]);
+            u[4 * i] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(a, c));
+            u[4 * i + 1] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(a, c));
+            u[4 * i + 2] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(b, d));
+            u[4 * i + 3] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(b, d));
         }
         // u[4g + c] holds columns c, c + 4, c + 8, c + 12 of rows 4g .. 4g + 4, a quarter each.
         for c in 0..4 {
@@ -225,6 +245,25 @@ impl Simd for Avx512 {
     unsafe fn load_bf16(self, p: *const bf16) -> __m512 {
         // SAFETY: the caller's.
         self.widen_bf16(unsafe { _mm256_loadu_si256(p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_pair_bf16(self, p: *const bf16) -> [__m512; 2] {
+        let f = self.0.avx512f;
+        // SAFETY: the caller's.
+        let pairs = unsafe { _mm512_loadu_si512(p.cast()) };
+        // A bf16 is the upper half of an f32.
+        let odd = f._mm512_and_si512(pairs, f._mm512_set1_epi32(0xffff_0000_u32 as i32));
+        [f._mm512_castsi512_ps(f._mm512_slli_epi32::<16>(pairs)), f._mm512_castsi512_ps(odd)]
+    }
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_far(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn load_part_f32(self, p: *const f32, n: usize) -> __m512 {

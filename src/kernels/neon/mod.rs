@@ -38,6 +38,8 @@ impl Simd for Neon {
     type V = float32x4_t;
     const LANES: usize = 4;
     const TILE_VECTORS: usize = 4;
+    const DOTS: usize = 16;
+    const SPLITS_BF16: bool = false;
 
     crate::kernels::simd::outline!(#[target_feature(enable = "neon")]);
 
@@ -120,13 +122,25 @@ impl Simd for Neon {
         self.0.neon.vrev64q_f32(a)
     }
     #[inline(always)]
-    fn sum4(self, v: [float32x4_t; 4]) -> [f32; 4] {
+    fn add_exponent(self, a: float32x4_t, n: float32x4_t) -> float32x4_t {
+        let s = self.0.neon;
+        let shifted = s.vshlq_n_u32::<23>(s.vreinterpretq_u32_f32(n));
+        s.vreinterpretq_f32_u32(s.vaddq_u32(s.vreinterpretq_u32_f32(a), shifted))
+    }
+    #[inline(always)]
+    fn deinterleave(self, a: float32x4_t, b: float32x4_t) -> [float32x4_t; 2] {
         let n = self.0.neon;
-        let sums = n.vpaddq_f32(n.vpaddq_f32(v[0], v[1]), n.vpaddq_f32(v[2], v[3]));
-        let mut out = [0.0; 4];
-        // SAFETY: out holds four f32.
-        unsafe { vst1q_f32(out.as_mut_ptr(), sums) };
-        out
+        [n.vuzp1q_f32(a, b), n.vuzp2q_f32(a, b)]
+    }
+    #[inline(always)]
+    fn interleave(self, even: float32x4_t, odd: float32x4_t) -> [float32x4_t; 2] {
+        let n = self.0.neon;
+        [n.vzip1q_f32(even, odd), n.vzip2q_f32(even, odd)]
+    }
+    #[inline(always)]
+    fn sum_lanes(self, v: &[float32x4_t; MAX_LANES]) -> float32x4_t {
+        let n = self.0.neon;
+        n.vpaddq_f32(n.vpaddq_f32(v[0], v[1]), n.vpaddq_f32(v[2], v[3]))
     }
     #[inline(always)]
     fn max_lane(self, a: float32x4_t) -> f32 {
@@ -173,6 +187,21 @@ impl Simd for Neon {
         // SAFETY: the caller's.
         let narrow = unsafe { vld1_u16(p.cast()) };
         n.vreinterpretq_f32_u32(n.vshll_n_u16::<16>(narrow))
+    }
+    #[inline(always)]
+    unsafe fn load_pair_bf16(self, p: *const bf16) -> [float32x4_t; 2] {
+        // SAFETY: the caller's.
+        unsafe { [self.load_bf16(p), self.load_bf16(p.add(4))] }
+    }
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) }
+    }
+    #[inline(always)]
+    fn prefetch_far(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) }
     }
     #[inline(always)]
     unsafe fn load_part_f32(self, p: *const f32, n: usize) -> float32x4_t {

@@ -50,6 +50,8 @@ impl Simd for Scalar {
     type V = V;
     const LANES: usize = 4;
     const TILE_VECTORS: usize = 2;
+    const DOTS: usize = 8;
+    const SPLITS_BF16: bool = false;
 
     crate::kernels::simd::outline!();
 
@@ -129,13 +131,20 @@ impl Simd for Scalar {
         [a[1], a[0], a[3], a[2]]
     }
     #[inline(always)]
-    fn sum4(self, v: [V; 4]) -> [f32; 4] {
-        [
-            (v[0][0] + v[0][1]) + (v[0][2] + v[0][3]),
-            (v[1][0] + v[1][1]) + (v[1][2] + v[1][3]),
-            (v[2][0] + v[2][1]) + (v[2][2] + v[2][3]),
-            (v[3][0] + v[3][1]) + (v[3][2] + v[3][3]),
-        ]
+    fn add_exponent(self, a: V, n: V) -> V {
+        map2(a, n, |a, n| f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23)))
+    }
+    #[inline(always)]
+    fn deinterleave(self, a: V, b: V) -> [V; 2] {
+        [[a[0], a[2], b[0], b[2]], [a[1], a[3], b[1], b[3]]]
+    }
+    #[inline(always)]
+    fn interleave(self, even: V, odd: V) -> [V; 2] {
+        [[even[0], odd[0], even[1], odd[1]], [even[2], odd[2], even[3], odd[3]]]
+    }
+    #[inline(always)]
+    fn sum_lanes(self, v: &[V; MAX_LANES]) -> V {
+        [0, 1, 2, 3].map(|i| (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]))
     }
     #[inline(always)]
     fn max_lane(self, a: V) -> f32 {
@@ -168,6 +177,15 @@ impl Simd for Scalar {
         // SAFETY: the caller's.
         unsafe { load(p) }
     }
+    #[inline(always)]
+    unsafe fn load_pair_bf16(self, p: *const bf16) -> [V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [load(p), load(p.add(4))] }
+    }
+    #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
+    #[inline(always)]
+    fn prefetch_far(self, _: *const u8) {}
     #[inline(always)]
     unsafe fn load_part_f32(self, p: *const f32, n: usize) -> V {
         // SAFETY: the caller's.

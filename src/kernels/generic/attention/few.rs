@@ -1,0 +1,404 @@
+//! Few rows (decode): K and V are read once, straight from the cache, in the order in which they lie there.
+//!
+//! # What bounds it
+//! Reading K and V, as long as a KV head serves up to about four rows. Every vector of K is loaded (and widened) once for up
+//! to four rows, four keys at a time: on AVX-512 16 FMAs for 4 loads of K and 4 of Q, and 46 instructions a 16 scores for the
+//! sum over lanes; every vector of V once for up to four rows: 16 FMAs for 4 loads and 4 broadcasts. bf16 costs one
+//! instruction a vector to widen (even and odd elements apart), f16 one. While one piece of [`PIECE`] keys is computed, the
+//! pieces after it are prefetched, across the seams between K and V and between blocks, where the hardware's prefetcher
+//! would have to start anew.
+
+use super::softmax::Softmax;
+use super::{BLOCK, Block, PIECE, RowState, Rows, Span, padded};
+use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd};
+
+/// How far ahead of its use memory is asked for, if a block reaches that far.
+const PREFETCH_BYTES: usize = 12 << 10;
+
+/// One block of keys for all rows of the tile.
+///
+/// # Safety
+/// `k` and `v` are the rows of the block's span.
+#[inline(always)]
+pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<T>) {
+    let Block { tile, span, all, dv, .. } = *block;
+    let heads = tile.kv_heads;
+    let ahead = Ahead::new::<T>(block, k, v);
+    // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
+    unsafe {
+        for (index, keys) in pieces(span) {
+            s.outline(Dots { block, k, keys, ahead: ahead.of_k(index) });
+        }
+        s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: span });
+        if !all && !(0..heads).all(|head| finite::<S, T>(s, v.key(head, 0), v.seq, span.len(), dv)) {
+            for (r, row) in rows.iter().enumerate() {
+                careful::<S, T>(s, block, row, r, v);
+            }
+            return;
+        }
+        for (index, keys) in pieces(span) {
+            s.outline(Values { block, v, keys, ahead: ahead.of_v(index) });
+        }
+    }
+}
+
+/// The pieces of a span: number in the block, and keys.
+#[inline(always)]
+fn pieces(span: Span) -> impl Iterator<Item = (usize, Span)> {
+    (span.low / PIECE..span.high.div_ceil(PIECE))
+        .map(move |index| (index, Span { low: span.low.max(index * PIECE), high: span.high.min((index + 1) * PIECE) }))
+}
+
+/// The distances in bytes from a piece to the one that is read some pieces later: K of the block, then its V, then K of the next
+/// block.
+struct Ahead {
+    k: isize,
+    v: isize,
+    /// Bytes between neighbouring pieces.
+    k_piece: isize,
+    v_piece: isize,
+    by: usize,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn new<T>(block: &Block, k: Rows<T>, v: Rows<T>) -> Self {
+        let piece = PIECE * block.tile.kv_heads * block.d * size_of::<T>();
+        let size = size_of::<T>() as isize;
+        let start = |rows: &Rows<T>| rows.data.addr() as isize - block.span.low as isize * rows.seq * size;
+        Self {
+            k: start(&k),
+            v: start(&v),
+            k_piece: PIECE as isize * k.seq * size,
+            v_piece: PIECE as isize * v.seq * size,
+            by: PREFETCH_BYTES.div_ceil(piece).clamp(1, BLOCK / PIECE),
+        }
+    }
+
+    #[inline(always)]
+    fn of_k(&self, index: usize) -> isize {
+        let target = index + self.by;
+        match target.checked_sub(BLOCK / PIECE) {
+            None => self.by as isize * self.k_piece,
+            Some(after) => self.v + after as isize * self.v_piece - (self.k + index as isize * self.k_piece),
+        }
+    }
+
+    #[inline(always)]
+    fn of_v(&self, index: usize) -> isize {
+        let target = index + self.by;
+        if target < BLOCK / PIECE {
+            self.by as isize * self.v_piece
+        } else {
+            self.k + target as isize * self.k_piece - (self.v + index as isize * self.v_piece)
+        }
+    }
+}
+
+/// Asks for the memory of a pair of vectors, `ahead` bytes on.
+#[inline(always)]
+fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize) {
+    let p = p.cast::<u8>().wrapping_offset(ahead);
+    s.prefetch(p);
+    if 2 * S::LANES * size_of::<T>() > 64 {
+        s.prefetch(p.wrapping_add(64));
+    }
+}
+
+/// Scores of all rows with the keys of a piece.
+struct Dots<'a, T> {
+    block: &'a Block<'a>,
+    k: Rows<T>,
+    keys: Span,
+    ahead: isize,
+}
+
+impl<T: Memory> Outlined for Dots<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let rows = self.block.tile.head_rows;
+        for head in 0..self.block.tile.kv_heads {
+            // SAFETY: the caller's; the rows of the head are inside the tile.
+            unsafe {
+                match (rows, S::DOTS) {
+                    (1, 16) => self.dots::<S, 1, 16>(s, head, 0),
+                    (1, _) => self.dots::<S, 1, 8>(s, head, 0),
+                    (2, 16) => self.dots::<S, 2, 8>(s, head, 0),
+                    (2, _) => self.dots::<S, 2, 4>(s, head, 0),
+                    _ => {
+                        for row in (0..rows).step_by(4) {
+                            match (rows - row, S::DOTS) {
+                                (1, 16) => self.dots::<S, 1, 4>(s, head, row),
+                                (1, _) => self.dots::<S, 1, 2>(s, head, row),
+                                (2, 16) => self.dots::<S, 2, 4>(s, head, row),
+                                (2, _) => self.dots::<S, 2, 2>(s, head, row),
+                                (3, 16) => self.dots::<S, 3, 4>(s, head, row),
+                                (3, _) => self.dots::<S, 3, 2>(s, head, row),
+                                (_, 16) => self.dots::<S, 4, 4>(s, head, row),
+                                _ => self.dots::<S, 4, 2>(s, head, row),
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl<T: Memory> Dots<'_, T> {
+    /// `R` rows of a head from `row` on times the keys of the piece, `C` keys at a time: vectors run along the head dimension.
+    /// Scores of whole groups of `C` keys are written, those outside the piece with numbers of no meaning.
+    ///
+    /// # Safety
+    /// As [`block`]; the rows are inside the tile.
+    #[inline(always)]
+    unsafe fn dots<S: Simd, const R: usize, const C: usize>(&self, s: S, head: usize, row: usize) {
+        let Block { tile, scratch, span, d, .. } = *self.block;
+        let dp = padded(d);
+        let first = head * tile.head_rows + row;
+        let (q, out) = (scratch.q.wrapping_add(first * dp), scratch.s.wrapping_add(first * BLOCK));
+        let Span { low, high } = self.keys;
+        let mut j = low / C * C;
+        while j < high {
+            let mut key = [self.k.data; C];
+            for (c, key) in key.iter_mut().enumerate() {
+                *key = self.k.key(head, (j + c).clamp(low, high - 1) - span.low);
+            }
+            let mut acc = [[s.zero(); C]; R];
+            let mut i = 0;
+            // SAFETY: the caller's; a partial load reads what is left of a key, and Q is padded with zeros.
+            unsafe {
+                while i + 2 * S::LANES <= d {
+                    for c in 0..C {
+                        let at = key[c].add(i);
+                        if row == 0 {
+                            prefetch_pair(s, at, self.ahead);
+                        }
+                        let k = T::load_pair(s, at);
+                        for r in 0..R {
+                            let q = q.add(r * dp + i);
+                            acc[r][c] = s.fma(s.load_f32(q), k[0], acc[r][c]);
+                            acc[r][c] = s.fma(s.load_f32(q.add(S::LANES)), k[1], acc[r][c]);
+                        }
+                    }
+                    i += 2 * S::LANES;
+                }
+                while i < d {
+                    let part = (d - i).min(S::LANES);
+                    for c in 0..C {
+                        let at = key[c].add(i);
+                        let k = if part == S::LANES { T::load(s, at) } else { T::load_part(s, at, part) };
+                        for r in 0..R {
+                            acc[r][c] = s.fma(s.load_f32(q.add(r * dp + i)), k, acc[r][c]);
+                        }
+                    }
+                    i += part;
+                }
+                let mut sums = [0.0f32; 16];
+                for n in (0..R * C).step_by(S::LANES) {
+                    let mut lanes = [s.zero(); MAX_LANES];
+                    for (i, lane) in lanes.iter_mut().enumerate().take(S::LANES.min(R * C - n)) {
+                        *lane = acc[(n + i) / C][(n + i) % C];
+                    }
+                    s.store_f32(sums.as_mut_ptr().add(n), s.sum_lanes(&lanes));
+                }
+                for r in 0..R {
+                    std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * C), out.add(r * BLOCK + j), C);
+                }
+            }
+            j += C;
+        }
+    }
+}
+
+/// Adds the weighted values of a piece to the accumulators of all rows.
+struct Values<'a, T> {
+    block: &'a Block<'a>,
+    v: Rows<T>,
+    keys: Span,
+    ahead: isize,
+}
+
+impl<T: Memory> Outlined for Values<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Block { tile, scratch, span, dv, .. } = *self.block;
+        let wide = S::DOTS == 16;
+        for head in 0..tile.kv_heads {
+            for row in (0..tile.head_rows).step_by(4) {
+                let first = head * tile.head_rows + row;
+                let piece = Weighted {
+                    weights: scratch.s.wrapping_add(first * BLOCK + self.keys.low),
+                    acc: scratch.acc.wrapping_add(first * padded(dv)),
+                    acc_row: padded(dv),
+                    v: self.v.key(head, self.keys.low - span.low),
+                    v_key: self.v.seq,
+                    keys: self.keys.len(),
+                    ahead: if row == 0 { self.ahead } else { 0 },
+                };
+                // SAFETY: the caller's; the rows are inside the tile.
+                unsafe {
+                    match (tile.head_rows - row, wide) {
+                        (1, _) => piece.columns::<S, 1, 8>(s, dv),
+                        (2, true) => piece.columns::<S, 2, 8>(s, dv),
+                        (2, false) => piece.columns::<S, 2, 4>(s, dv),
+                        (3, true) => piece.columns::<S, 3, 8>(s, dv),
+                        (3, false) => piece.columns::<S, 3, 2>(s, dv),
+                        (_, true) => piece.columns::<S, 4, 4>(s, dv),
+                        (_, false) => piece.columns::<S, 4, 2>(s, dv),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `acc[r] += sum over keys of weights[r][key] * v[key]`, one key after the other. Rows of weights lie [`BLOCK`] apart.
+pub(super) struct Weighted<T> {
+    pub weights: *const f32,
+    pub acc: *mut f32,
+    /// Floats from one accumulator to the next.
+    pub acc_row: usize,
+    pub v: *const T,
+    /// Elements from one key to the next.
+    pub v_key: isize,
+    pub keys: usize,
+    /// Bytes from a value to the memory that is prefetched with it; 0: none.
+    pub ahead: isize,
+}
+
+impl<T: Memory> Weighted<T> {
+    /// All `dv` columns of `R` rows, up to `N` vectors at a time.
+    ///
+    /// # Safety
+    /// The pointers are valid for `R` rows, `keys` keys and `dv` columns; accumulators are padded to whole vectors.
+    #[inline(always)]
+    unsafe fn columns<S: Simd, const R: usize, const N: usize>(&self, s: S, dv: usize) {
+        let mut i = 0;
+        // SAFETY: the caller's; i never passes dv.
+        unsafe {
+            while i + N * S::LANES <= dv {
+                self.add::<S, R, N>(s, i, S::LANES);
+                i += N * S::LANES;
+            }
+            while N > 4 && i + 4 * S::LANES <= dv {
+                self.add::<S, R, 4>(s, i, S::LANES);
+                i += 4 * S::LANES;
+            }
+            while N > 2 && i + 2 * S::LANES <= dv {
+                self.add::<S, R, 2>(s, i, S::LANES);
+                i += 2 * S::LANES;
+            }
+            while i < dv {
+                let part = (dv - i).min(S::LANES);
+                self.add::<S, R, 1>(s, i, part);
+                i += part;
+            }
+        }
+    }
+
+    /// `N` vectors of columns from `column` on, or one of `part` elements.
+    ///
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    pub unsafe fn add<S: Simd, const R: usize, const N: usize>(&self, s: S, column: usize, part: usize) {
+        let acc = self.acc.wrapping_add(column);
+        let mut sums = [[s.zero(); N]; R];
+        // SAFETY: the caller's.
+        unsafe {
+            for r in 0..R {
+                for n in 0..N {
+                    sums[r][n] = s.load_f32(acc.add(r * self.acc_row + n * S::LANES));
+                }
+            }
+            for j in 0..self.keys {
+                let v = self.v.wrapping_offset(j as isize * self.v_key).wrapping_add(column);
+                let mut x = [s.zero(); N];
+                if N == 1 {
+                    x[0] = if part == S::LANES { T::load(s, v) } else { T::load_part(s, v, part) };
+                } else {
+                    for n in (0..N).step_by(2) {
+                        let at = v.add(n * S::LANES);
+                        if self.ahead != 0 {
+                            prefetch_pair(s, at, self.ahead);
+                        }
+                        [x[n], x[n + 1]] = T::load_pair(s, at);
+                    }
+                }
+                for r in 0..R {
+                    let w = s.splat(*self.weights.add(r * BLOCK + j));
+                    for n in 0..N {
+                        sums[r][n] = s.fma(w, x[n], sums[r][n]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for n in 0..N {
+                    s.store_f32(acc.add(r * self.acc_row + n * S::LANES), sums[r][n]);
+                }
+            }
+        }
+    }
+}
+
+/// Whether `keys` value rows hold no NaN and no infinity.
+///
+/// # Safety
+/// As [`block`]: rows of `dv` elements lie `v_key` elements apart.
+#[inline(always)]
+unsafe fn finite<S: Simd, T: Memory>(s: S, v: *const T, v_key: isize, keys: usize, dv: usize) -> bool {
+    for j in 0..keys as isize {
+        let row = v.wrapping_offset(j * v_key);
+        let mut i = 0;
+        while i < dv {
+            let part = (dv - i).min(S::LANES);
+            // SAFETY: `part` elements are left.
+            let x =
+                unsafe { if part == S::LANES { T::load(s, row.add(i)) } else { T::load_part(s, row.add(i), part) } };
+            if !s.all_finite(x) {
+                return false;
+            }
+            i += part;
+        }
+    }
+    true
+}
+
+/// Adds the weighted values of the keys that one row sees, key by key: for blocks in which hidden values are not finite.
+///
+/// # Safety
+/// As [`block`]; `row` is number `r` of the tile.
+#[inline(always)]
+pub(super) unsafe fn careful<S: Simd, T: Memory>(s: S, block: &Block, row: &RowState, r: usize, v: Rows<T>) {
+    let Block { tile, scratch, span, dv, .. } = *block;
+    for j in span.low..span.high {
+        if row.live >> j & 1 == 1 {
+            let one = Weighted {
+                weights: scratch.s.wrapping_add(r * BLOCK + j),
+                acc: scratch.acc.wrapping_add(r * padded(dv)),
+                acc_row: padded(dv),
+                v: v.key(r / tile.head_rows, j - span.low),
+                v_key: 0,
+                keys: 1,
+                ahead: 0,
+            };
+            // SAFETY: the caller's.
+            unsafe { s.outline(Careful { one, dv }) };
+        }
+    }
+}
+
+/// One row, one key.
+struct Careful<T> {
+    one: Weighted<T>,
+    dv: usize,
+}
+
+impl<T: Memory> Outlined for Careful<T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        // SAFETY: the caller's.
+        unsafe { self.one.columns::<S, 1, 2>(s, self.dv) }
+    }
+}

@@ -1,0 +1,511 @@
+//! Many rows (prefill): a block of K is transposed and a block of V widened, once for all rows of the tile; then both products
+//! run from these copies in register tiles of [`TILE_ROWS`] rows by [`Simd::TILE_VECTORS`] vectors.
+//!
+//! # What bounds it
+//! The FMA ports. On AVX-512 a step is 24 FMAs for 4 loads and 6 broadcasts; half a slab of K (64 keys of 128 elements) is
+//! 16 KiB, as is one of V, so that either stays in the first-level cache while all rows pass by. The tree over lanes costs
+//! (LANES - 1) additions a LANES-th of the FMAs of a score: 6 % of both products at head size 128. Causal blocks compute what
+//! any of a register tile's rows may see: half slabs of keys in Q K^T, single keys in P V.
+
+use super::few::{Weighted, careful};
+use super::softmax::Softmax;
+use super::{BLOCK, Block, MAX_TILE_ROWS, RowState, Rows, Span, TILE_ROWS, padded};
+use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd};
+use crate::ops::attention::MAX_HEAD_DIM;
+use std::mem::MaybeUninit;
+
+/// One block of keys for all rows of the tile, which are of one KV head.
+///
+/// # Safety
+/// `k` and `v` are the rows of the block's span.
+#[inline(always)]
+pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<T>) {
+    let Block { scratch, span, all, d, dv, .. } = *block;
+    let (dp, dvp) = (padded(d), padded(dv));
+    let (slab, half) = (S::TILE_VECTORS * S::LANES, S::TILE_VECTORS / 2 * S::LANES);
+    let steps = d.div_ceil(S::LANES);
+    let mut finite = true;
+    let mut groups = [Group::default(); MAX_GROUPS];
+    let count = groups_of(rows, &mut groups);
+    let groups = &groups[..count];
+    // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
+    unsafe {
+        s.outline(PackKeys { block, k });
+        let mut next_k = NextBlock::new(k, span, d, 2 * BLOCK / slab * groups.len());
+        let mut next_v = NextBlock::new(v, span, dv, value_slabs::<S>(dv).count() * groups.len());
+        s.outline(PackValues { block, v, finite: if all { None } else { Some(&mut finite) } });
+        for column in (span.low / slab * slab..span.high).step_by(slab) {
+            for second in [false, true] {
+                for_each_group(groups, |r, n, keys| {
+                    next_k.prefetch(s);
+                    if keys.high <= column || keys.low >= column + slab {
+                        return;
+                    }
+                    // Where only one half of the slab's keys is seen, the other is left out.
+                    let (skip, wide) = match (keys.low >= column + half, keys.high <= column + half) {
+                        (true, _) => (half, false),
+                        (_, true) => (0, false),
+                        _ => (0, true),
+                    };
+                    let kt = scratch.kt.add(column * steps * S::LANES + skip);
+                    let (q, out) = (scratch.q.add(r * dp), scratch.s.add(r * BLOCK + column + skip));
+                    match n {
+                        6 => s.outline(Scores::<6> { q, steps, kt, out, wide, second }),
+                        4 => s.outline(Scores::<4> { q, steps, kt, out, wide, second }),
+                        2 => s.outline(Scores::<2> { q, steps, kt, out, wide, second }),
+                        _ => s.outline(Scores::<1> { q, steps, kt, out, wide, second }),
+                    };
+                });
+            }
+        }
+        for_each_group(groups, |r, n, keys| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
+        if !finite {
+            for (r, row) in rows.iter().enumerate() {
+                careful::<S, T>(s, block, row, r, v);
+            }
+            return;
+        }
+        for (column, width) in value_slabs::<S>(dv) {
+            for_each_group(groups, |r, n, keys| {
+                next_v.prefetch(s);
+                let weighted = Weighted {
+                    weights: scratch.s.add(r * BLOCK + keys.low),
+                    acc: scratch.acc.add(r * dvp + column),
+                    acc_row: dvp,
+                    v: scratch.vp.add(column * BLOCK + keys.low * width).cast_const(),
+                    v_key: width as isize,
+                    keys: keys.len(),
+                    ahead: 0,
+                };
+                let vectors = width / S::LANES;
+                match n {
+                    6 => s.outline(Values::<6> { weighted, vectors }),
+                    4 => s.outline(Values::<4> { weighted, vectors }),
+                    2 => s.outline(Values::<2> { weighted, vectors }),
+                    _ => s.outline(Values::<1> { weighted, vectors }),
+                };
+            });
+        }
+    }
+}
+
+/// K or V of the next block: asked for while this one is computed, since its packing would wait for it. A few lines at a time:
+/// more than a core has fill buffers for would make it wait now.
+struct NextBlock {
+    row: *const u8,
+    row_bytes: isize,
+    /// Lines of a row, and the next of them.
+    lines: usize,
+    line: usize,
+    rows: usize,
+    each: usize,
+}
+
+impl NextBlock {
+    /// To be asked for in `calls` calls.
+    #[inline(always)]
+    fn new<T>(rows: Rows<T>, span: Span, columns: usize, calls: usize) -> Self {
+        let lines = (columns * size_of::<T>()).div_ceil(64);
+        Self {
+            row: rows.key(0, BLOCK - span.low).cast(),
+            row_bytes: rows.seq * size_of::<T>() as isize,
+            lines,
+            line: 0,
+            rows: BLOCK,
+            each: (lines * BLOCK).div_ceil(calls.max(1)),
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch<S: Simd>(&mut self, s: S) {
+        for _ in 0..self.each {
+            if self.rows == 0 {
+                return;
+            }
+            s.prefetch_far(self.row.wrapping_add(self.line * 64));
+            self.line += 1;
+            if self.line == self.lines {
+                (self.line, self.rows) = (0, self.rows - 1);
+                self.row = self.row.wrapping_offset(self.row_bytes);
+            }
+        }
+    }
+}
+
+/// First column and width of the slabs in which a block of V is packed: of a register tile's width, then of two vectors, then of
+/// one.
+#[inline(always)]
+fn value_slabs<S: Simd>(dv: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut column = 0;
+    std::iter::from_fn(move || {
+        let left = dv - column;
+        let vectors = if left >= S::TILE_VECTORS * S::LANES {
+            S::TILE_VECTORS
+        } else if left >= 2 * S::LANES {
+            2
+        } else {
+            1
+        };
+        let slab = (column, vectors * S::LANES);
+        column = (column + vectors * S::LANES).min(dv);
+        (left > 0).then_some(slab)
+    })
+}
+
+/// Calls `f` with first row, number of rows and keys of every group.
+#[inline(always)]
+fn for_each_group(groups: &[Group], mut f: impl FnMut(usize, usize, Span)) {
+    for group in groups {
+        f(group.first as usize, group.rows as usize, Span { low: group.low as usize, high: group.high as usize });
+    }
+}
+
+/// Rows of a register tile, and the keys of a block that some of them see, and those between.
+#[derive(Clone, Copy, Default)]
+struct Group {
+    first: u16,
+    rows: u8,
+    low: u8,
+    high: u8,
+}
+
+/// A tile has at most this many register tiles: the last rows may take three.
+const MAX_GROUPS: usize = MAX_TILE_ROWS / TILE_ROWS + 2;
+
+/// The register tiles of a tile that have anything to do in a block.
+#[inline(always)]
+fn groups_of(rows: &[RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
+    let (mut r, mut count) = (0, 0);
+    while r < rows.len() {
+        let n = rows_at_once(rows.len() - r);
+        let keys = Span::around(rows[r..r + n].iter().fold(0, |bits, row| bits | row.live));
+        if keys.low < keys.high {
+            groups[count] = Group { first: r as u16, rows: n as u8, low: keys.low as u8, high: keys.high as u8 };
+            count += 1;
+        }
+        r += n;
+    }
+    count
+}
+
+/// Rows of the next register tile when `left` are to do: few, nearly equal tiles.
+#[inline(always)]
+fn rows_at_once(left: usize) -> usize {
+    match left {
+        8 => 4,
+        TILE_ROWS.. => TILE_ROWS,
+        4..TILE_ROWS => 4,
+        2..4 => 2,
+        _ => 1,
+    }
+}
+
+/// Brings the rows of Q of every register tile into the order in which [`Scores`] reads them: `[step of the walk][row]`, in place.
+/// The walk goes through the lanes in the order of [`Simd::lane_order`], and for each through its element of every vector.
+pub(super) struct PackQueries {
+    pub q: *mut f32,
+    pub rows: usize,
+    pub d: usize,
+}
+
+impl Outlined for PackQueries {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { q, rows, d } = self;
+        let dp = padded(d);
+        let steps = d.div_ceil(S::LANES);
+        let mut copy = [MaybeUninit::<f32>::uninit(); TILE_ROWS * MAX_HEAD_DIM];
+        let copy = copy.as_mut_ptr().cast::<f32>();
+        let mut r = 0;
+        while r < rows {
+            let n = rows_at_once(rows - r);
+            let group = q.wrapping_add(r * dp);
+            // SAFETY: the group has n <= TILE_ROWS rows of dp floats, and so has the copy; LANES * steps <= dp.
+            unsafe {
+                std::ptr::copy_nonoverlapping(group, copy, n * dp);
+                for first in (0..n).step_by(S::LANES) {
+                    let part = (n - first).min(S::LANES);
+                    for step in 0..steps {
+                        let mut v = [s.zero(); MAX_LANES];
+                        for (i, v) in v.iter_mut().enumerate().take(part) {
+                            *v = s.load_f32(copy.add((first + i) * dp + step * S::LANES));
+                        }
+                        s.transpose(&mut v);
+                        for (lane, v) in v.iter().enumerate().take(S::LANES) {
+                            let to = group.add((walk::<S>(lane, steps) + step) * n + first);
+                            if part == S::LANES {
+                                s.store_f32(to, *v);
+                            } else {
+                                s.store_part_f32(to, *v, part);
+                            }
+                        }
+                    }
+                }
+            }
+            r += n;
+        }
+    }
+}
+
+/// Where in the walk a lane begins; [`Simd::lane_order`] is its own inverse.
+#[inline(always)]
+fn walk<S: Simd>(lane: usize, steps: usize) -> usize {
+    S::lane_order(lane) * steps
+}
+
+/// Transposes the keys of a span into slabs as wide as a register tile: `[slab][step of the walk][keys]`. In the vectors of keys
+/// at the span's ends, columns outside of it are numbers of no meaning.
+struct PackKeys<'a, T> {
+    block: &'a Block<'a>,
+    k: Rows<T>,
+}
+
+impl<T: Memory> Outlined for PackKeys<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Block { span, d, .. } = *self.block;
+        let pairs = d / (2 * S::LANES);
+        for group in (span.low / S::LANES * S::LANES..span.high).step_by(S::LANES) {
+            // SAFETY: the caller's; what a step loads is left of a key.
+            unsafe {
+                for pair in 0..pairs {
+                    if T::splits::<S>() {
+                        self.transpose::<S, EVEN>(s, group, 2 * pair);
+                        self.transpose::<S, ODD>(s, group, 2 * pair + 1);
+                    } else {
+                        self.transpose::<S, WHOLE>(s, group, 2 * pair);
+                        self.transpose::<S, WHOLE>(s, group, 2 * pair + 1);
+                    }
+                }
+                for step in 2 * pairs..d.div_ceil(S::LANES) {
+                    if d - step * S::LANES >= S::LANES {
+                        self.transpose::<S, WHOLE>(s, group, step);
+                    } else {
+                        self.transpose::<S, PART>(s, group, step);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What of a key a step holds: `LANES` elements that lie together, the even or the odd ones of a pair of vectors, or what is left.
+const WHOLE: u8 = 0;
+const EVEN: u8 = 1;
+const ODD: u8 = 2;
+const PART: u8 = 3;
+
+impl<T: Memory> PackKeys<'_, T> {
+    /// One step of `LANES` keys from `group` on.
+    ///
+    /// # Safety
+    /// As [`block`]; the step has elements of this kind.
+    #[inline(always)]
+    unsafe fn transpose<S: Simd, const KIND: u8>(&self, s: S, group: usize, step: usize) {
+        let Block { scratch, span, d, .. } = *self.block;
+        let (steps, slab) = (d.div_ceil(S::LANES), S::TILE_VECTORS * S::LANES);
+        let first = group / slab * slab;
+        let kt = scratch.kt.wrapping_add(first * steps * S::LANES + (group - first));
+        let mut v = [s.zero(); MAX_LANES];
+        // Whole vectors of keys need no look at the ends of the span; unrolled, so that all stays in registers.
+        let whole = group >= span.low && group + S::LANES <= span.high;
+        let start = if whole { self.k.key(0, group - span.low) } else { self.k.data };
+        macro_rules! unrolled {
+            ($($lane:literal)*) => {$(
+                if $lane < S::LANES {
+                    let key = if whole {
+                        start.wrapping_offset($lane * self.k.seq)
+                    } else {
+                        self.k.key(0, (group + $lane).clamp(span.low, span.high - 1) - span.low)
+                    };
+                    // SAFETY: the caller's.
+                    v[$lane] = unsafe {
+                        match KIND {
+                            EVEN => T::load_pair(s, key.add(step * S::LANES))[0],
+                            ODD => T::load_pair(s, key.add((step - 1) * S::LANES))[1],
+                            PART => T::load_part(s, key.add(step * S::LANES), d - step * S::LANES),
+                            _ => T::load(s, key.add(step * S::LANES)),
+                        }
+                    };
+                }
+            )*
+            s.transpose(&mut v);
+            $(
+                if $lane < S::LANES {
+                    // SAFETY: kt has steps * LANES rows a slab.
+                    unsafe { s.store_f32(kt.add(($lane * steps + step) * slab), v[S::lane_order($lane)]) };
+                }
+            )*};
+        }
+        unrolled!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+    }
+}
+
+/// Widens the values of a span into the slabs of [`value_slabs`]: `[slab][key][columns]`. Says whether all are finite, if asked.
+struct PackValues<'a, T> {
+    block: &'a Block<'a>,
+    v: Rows<T>,
+    finite: Option<&'a mut bool>,
+}
+
+impl<T: Memory> Outlined for PackValues<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { block: &Block { scratch, span, dv, .. }, v, mut finite } = self;
+        for (column, width) in value_slabs::<S>(dv) {
+            for j in span.low..span.high {
+                let row = v.key(0, j - span.low).wrapping_add(column);
+                let to = scratch.vp.wrapping_add(column * BLOCK + j * width);
+                let mut i = 0;
+                // SAFETY: the value has dv elements; vp has a slab of BLOCK keys for every column of padded(dv).
+                unsafe {
+                    while i + 2 * S::LANES <= width {
+                        let x = T::load_pair(s, row.add(i));
+                        s.store_f32(to.add(i), x[0]);
+                        s.store_f32(to.add(i + S::LANES), x[1]);
+                        if let Some(finite) = &mut finite {
+                            **finite &= s.all_finite(x[0]) && s.all_finite(x[1]);
+                        }
+                        i += 2 * S::LANES;
+                    }
+                    if i < width {
+                        let part = (dv - column).min(S::LANES);
+                        let x = if part == S::LANES { T::load(s, row) } else { T::load_part(s, row, part) };
+                        s.store_f32(to, x);
+                        if let Some(finite) = &mut finite {
+                            **finite &= s.all_finite(x);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `R` rows of Q, packed, times a slab of keys, or the half of it from `kt` on; rows of scores lie [`BLOCK`] apart.
+///
+/// In two parts, each over half of the lanes, so that a slab of either part stays in the first-level cache: the first leaves the
+/// sum over its lanes, the second adds its own to it, as the tree's last level does.
+struct Scores<const R: usize> {
+    q: *const f32,
+    steps: usize,
+    kt: *const f32,
+    out: *mut f32,
+    wide: bool,
+    second: bool,
+}
+
+impl<const R: usize> Outlined for Scores<R> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        // SAFETY: the caller's.
+        unsafe {
+            match (S::TILE_VECTORS, self.wide) {
+                (4, true) => self.tile::<S, 4>(s),
+                (4, false) | (2, true) => self.tile::<S, 2>(s),
+                _ => self.tile::<S, 1>(s),
+            }
+        }
+    }
+}
+
+impl<const R: usize> Scores<R> {
+    /// # Safety
+    /// The pointers are valid for `R` rows and `N` vectors.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const N: usize>(self, s: S) {
+        let Self { q, steps, kt, out, second, .. } = self;
+        let slab = S::TILE_VECTORS * S::LANES;
+        // stash[k]: a finished sum of 2^k lanes that waits for its neighbour.
+        let mut stash = [const { MaybeUninit::<[[S::V; N]; R]>::uninit() }; 3];
+        let half = S::LANES / 2;
+        let from = if second { half } else { 0 };
+        for lane in 0..half {
+            let mut acc = [[s.zero(); N]; R];
+            let mut step = (from + lane) * steps;
+            let end = step + steps;
+            // Two steps a turn: fewer instructions that are no FMA.
+            // SAFETY: kt and Q have LANES * steps steps.
+            unsafe {
+                while step + 2 <= end {
+                    add_step(s, kt.add(step * slab), q.add(step * R), &mut acc);
+                    add_step(s, kt.add((step + 1) * slab), q.add((step + 1) * R), &mut acc);
+                    step += 2;
+                }
+                if step < end {
+                    add_step(s, kt.add(step * slab), q.add(step * R), &mut acc);
+                }
+            }
+            let mut level = 0;
+            while (lane >> level) & 1 == 1 {
+                // SAFETY: the bit says that a sum of 2^level lanes has been left there.
+                let left = unsafe { stash[level].assume_init_ref() };
+                for r in 0..R {
+                    for n in 0..N {
+                        acc[r][n] = s.add(left[r][n], acc[r][n]);
+                    }
+                }
+                level += 1;
+            }
+            if lane + 1 < half {
+                stash[level].write(acc);
+                continue;
+            }
+            for r in 0..R {
+                for n in 0..N {
+                    // SAFETY: out has R rows of BLOCK.
+                    unsafe {
+                        let to = out.add(r * BLOCK + n * S::LANES);
+                        let sum = if second { s.add(s.load_f32(to), acc[r][n]) } else { acc[r][n] };
+                        s.store_f32(to, sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One step of the walk: an element of `R` rows of Q times `N` vectors of keys.
+///
+/// # Safety
+/// `N` vectors are readable at `k`, `R` floats at `q`.
+#[inline(always)]
+unsafe fn add_step<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    k: *const f32,
+    q: *const f32,
+    acc: &mut [[S::V; N]; R],
+) {
+    let mut keys = [s.zero(); N];
+    for n in 0..N {
+        // SAFETY: the caller's.
+        keys[n] = unsafe { s.load_f32(k.add(n * S::LANES)) };
+    }
+    for r in 0..R {
+        // SAFETY: the caller's.
+        let x = s.splat(unsafe { *q.add(r) });
+        for n in 0..N {
+            acc[r][n] = s.fma(x, keys[n], acc[r][n]);
+        }
+    }
+}
+
+/// Adds the weighted values of a slab to `R` rows.
+struct Values<const R: usize> {
+    weighted: Weighted<f32>,
+    vectors: usize,
+}
+
+impl<const R: usize> Outlined for Values<R> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self.vectors {
+                4 if S::TILE_VECTORS == 4 => self.weighted.add::<S, R, 4>(s, 0, S::LANES),
+                2 => self.weighted.add::<S, R, 2>(s, 0, S::LANES),
+                _ => self.weighted.add::<S, R, 1>(s, 0, S::LANES),
+            }
+        }
+    }
+}

@@ -1,0 +1,534 @@
+//! Masked softmax attention of one tile of query rows over a range of keys.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | this one | the problem, the tile, the walk over chunks and blocks |
+//! | `few` | scores and values of few rows (decode): straight from the cache |
+//! | `many` | scores and values of many rows (prefill): from packed copies of a block |
+//! | `softmax` | scores to weights |
+//! | `state` | folding, finishing, and moving rows between their own type and f32 |
+//!
+//! # The road
+//! A tile is query rows of one batch row and of one or several KV heads: tokens times the query heads of the group, so that K
+//! and V are read once for all of them. Several KV heads go together where the heads of a token are neighbours in memory and
+//! the rows are few, so that memory is read in its own order. Keys are walked in blocks of [`BLOCK`] and chunks of [`CHUNK`],
+//! both on a grid that starts at key 0 of the cache, whatever is visible:
+//!
+//! ```text
+//! Q rows -> f32 (once)                      scratch.q     [rows][dp]
+//! per block: live bits of every row         RowState      one u64: BLOCK is 64
+//!            S = Q K^T                      scratch.s     [rows][BLOCK]
+//!            P = 2^(S - max), 0 where hidden, in place
+//!            O = O * 2^(old max - max) + P V    scratch.acc   [rows][dvp]
+//! per chunk: (max, sum, O) folded into the row's total, in ascending order   scratch.total [rows][dvp]
+//! at the end: O / sum -> out, max + ln sum -> LSE
+//! ```
+//! A tile may also leave the states of its chunks in the workspace (`partials`); [`reduce`] folds them later in the same
+//! order, which is how one row runs on many threads.
+//!
+//! # Why the bits do not depend on anything but the row
+//! Every number of a row is computed by a fixed sequence of operations. A score is always the sum over lanes, by
+//! [`Simd::sum_lanes`]'s tree, of partial sums over every LANES-th element (of the order in which [`Memory::load_pair`] gives
+//! them); `few` takes it directly, `many` walks the same tree depth-first over a transposed block. Values are added one key
+//! after the other. Block and chunk grids are absolute. What a mask hides contributes a weight of exactly 0, and a block or
+//! chunk that is wholly hidden leaves a state as it is, so it does not matter whether it is skipped.
+//!
+//! # Why nothing hidden gets out
+//! Keys beyond what some row of the tile may see are not loaded (a prefetch may touch them: it cannot fault and moves no
+//! value). A hidden weight is replaced by 0, not multiplied. A weight of 0 still makes NaN out of a hidden NaN or infinity
+//! in V: when a block is hidden in part, its V is looked at first, and in the rare case that it is not finite, each row takes
+//! only the keys it sees, by the same operations.
+
+mod few;
+mod many;
+mod softmax;
+mod state;
+
+use crate::dtype::Element;
+use crate::kernels::generic::math;
+use crate::kernels::simd::{MAX_LANES, Memory, Simd};
+use crate::view::RawView;
+use state::{fold, is_empty, load_query};
+
+pub(crate) use state::reduce;
+
+/// Keys a block: one live bit each in a `u64`.
+pub(crate) const BLOCK: usize = 64;
+/// Keys a chunk: the unit by which one row is split over threads.
+pub(crate) const CHUNK: usize = 1024;
+/// Query rows a tile has at most: a multiple of every register tile's rows, and what the second-level cache holds.
+pub(crate) const MAX_TILE_ROWS: usize = 240;
+/// From how many rows of a KV head on packed copies of K and V pay.
+pub(crate) const PACK_ROWS: usize = 12;
+/// Query rows of a register tile.
+pub(crate) const TILE_ROWS: usize = 6;
+/// Floats before the accumulator in a partial state: max and sum, and room to keep the accumulator aligned.
+pub(crate) const PARTIAL_HEADER: usize = 16;
+/// Keys of which `few` does the scores, or adds the values, before it goes on to the next KV head.
+const PIECE: usize = 16;
+
+/// One attention call: validated, shared by all tiles.
+pub(crate) struct Problem<'a> {
+    pub q: RawView,
+    pub k: RawView,
+    pub v: RawView,
+    pub out: RawView,
+    /// `[batch, seq, heads]`, contiguous; null if not wanted.
+    pub lse: *mut f32,
+    /// Query heads a KV head.
+    pub group: usize,
+    pub scale: f32,
+    /// 0: none.
+    pub softcap: f32,
+    pub causal: bool,
+    pub window_left: Option<i64>,
+    pub window_right: Option<i64>,
+    /// Valid keys a batch row; all if absent.
+    pub lengths: Option<&'a [i32]>,
+    /// First visible key a batch row; 0 if absent.
+    pub starts: Option<&'a [i32]>,
+    /// Position of query 0 among the keys, a batch row; `length - queries` if absent.
+    pub offsets: Option<&'a [i32]>,
+    /// `[batch, seq, heads, keys]` bytes; 0 hides.
+    pub mask: Option<ByteView>,
+    /// `[batch, seq, heads, keys]`.
+    pub bias: Option<RawView>,
+    /// A slope a query head.
+    pub alibi: Option<&'a [f32]>,
+    /// A logit a query head.
+    pub sinks: Option<&'a [f32]>,
+}
+
+// SAFETY: the pointers are of validated views; tiles write disjoint rows of the outputs and only read the inputs.
+unsafe impl Sync for Problem<'_> {}
+
+/// A boolean mask: strides in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ByteView {
+    pub data: *const u8,
+    pub strides: [i64; 4],
+}
+
+impl Problem<'_> {
+    pub fn length(&self, batch: usize) -> i64 {
+        self.lengths.map_or(self.k.shape[1] as i64, |l| l[batch] as i64)
+    }
+
+    /// The keys that query `token` of `batch` may see by length, start, causality and window: `low..high`.
+    pub fn span(&self, batch: usize, token: usize) -> (i64, i64) {
+        let length = self.length(batch);
+        let position = self.position(batch, token);
+        let mut low = self.starts.map_or(0, |s| s[batch] as i64);
+        let mut high = length;
+        if self.causal {
+            high = high.min(position + 1);
+        }
+        if let Some(left) = self.window_left {
+            low = low.max(position - left);
+        }
+        if let Some(right) = self.window_right {
+            high = high.min(position + right + 1);
+        }
+        if low < high { (low, high) } else { (0, 0) }
+    }
+
+    /// Where query `token` of `batch` stands among the keys.
+    pub fn position(&self, batch: usize, token: usize) -> i64 {
+        let offset = match self.offsets {
+            Some(o) => o[batch] as i64,
+            None => self.length(batch) - self.q.shape[1] as i64,
+        };
+        offset + token as i64
+    }
+}
+
+/// Which rows and which chunks, and where the result goes.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    pub batch: usize,
+    /// KV heads `kv_head..kv_head + kv_heads`; several only if there are fewer than [`PACK_ROWS`] rows of each.
+    pub kv_head: usize,
+    pub kv_heads: usize,
+    /// Rows `first_row..first_row + head_rows` of every KV head; row r stands for token `r / group` and, of the heads that
+    /// share the KV head, number `r % group`.
+    pub first_row: usize,
+    pub head_rows: usize,
+    /// Chunks `first_chunk..end_chunk`.
+    pub first_chunk: usize,
+    pub end_chunk: usize,
+    /// If not null: `[chunks][rows]` states of [`partial_stride`] floats are written here instead of to the output.
+    pub partials: *mut f32,
+}
+
+impl Tile {
+    pub fn rows(&self) -> usize {
+        self.kv_heads * self.head_rows
+    }
+
+    /// Token and query head of a row of the tile.
+    fn token_and_head(&self, p: &Problem, row: usize) -> (usize, usize) {
+        let (kv_head, flat) = (self.kv_head + row / self.head_rows, self.first_row + row % self.head_rows);
+        (flat / p.group, kv_head * p.group + flat % p.group)
+    }
+}
+
+/// Floats a row's partial state takes.
+pub(crate) const fn partial_stride(dv: usize) -> usize {
+    PARTIAL_HEADER + padded(dv)
+}
+
+/// `n` rounded up to whole vectors of the widest level.
+pub(crate) const fn padded(n: usize) -> usize {
+    n.next_multiple_of(MAX_LANES)
+}
+
+/// What a row knows of itself while its tile runs.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct RowState {
+    /// The largest logit of the chunk so far, times log2(e).
+    max: f32,
+    total_max: f32,
+    total_sum: f32,
+    token: u32,
+    low: i64,
+    high: i64,
+    live: u64,
+    position: i64,
+    head: u32,
+}
+
+/// Scratch memory of one worker; see [`Scratch::layout`].
+pub(crate) struct Scratch {
+    q: *mut f32,
+    s: *mut f32,
+    acc: *mut f32,
+    total: *mut f32,
+    /// A row's sum of weights, lane by lane: `[rows][MAX_LANES]`.
+    sums: *mut f32,
+    /// The K block transposed, and the V block in f32, in slabs as wide as a register tile.
+    kt: *mut f32,
+    vp: *mut f32,
+    /// K and V blocks whose elements do not lie together: `[BLOCK][dp]`, `[BLOCK][dvp]` of their type.
+    k_block: *mut u8,
+    v_block: *mut u8,
+    rows: *mut RowState,
+}
+
+impl Scratch {
+    /// Bytes for tiles of `rows` rows; a multiple of 64.
+    pub fn bytes(rows: usize, d: usize, dv: usize) -> usize {
+        Self::layout(std::ptr::null_mut(), rows, d, dv).1
+    }
+
+    /// Cuts the memory at `base` (64-byte aligned) into its parts and says how much that is.
+    pub fn layout(base: *mut u8, rows: usize, d: usize, dv: usize) -> (Self, usize) {
+        let (dp, dvp) = (padded(d), padded(dv));
+        let mut used = 0;
+        let mut floats = |n: usize| {
+            let at = base.wrapping_add(used).cast::<f32>();
+            used += (n * size_of::<f32>()).next_multiple_of(64);
+            at
+        };
+        let scratch = Self {
+            q: floats(rows * dp),
+            s: floats(rows * BLOCK),
+            acc: floats(rows * dvp),
+            total: floats(rows * dvp),
+            sums: floats(rows * MAX_LANES),
+            kt: floats(dp * BLOCK),
+            vp: floats(BLOCK * dvp),
+            k_block: floats(BLOCK * dp).cast(),
+            v_block: floats(BLOCK * dvp).cast(),
+            rows: floats(rows * size_of::<RowState>().div_ceil(size_of::<f32>())).cast(),
+        };
+        (scratch, used)
+    }
+}
+
+/// Keys of a block, relative to its first key.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Span {
+    low: usize,
+    high: usize,
+}
+
+impl Span {
+    fn bits(self) -> u64 {
+        ones(self.high) & !ones(self.low)
+    }
+
+    fn len(self) -> usize {
+        self.high - self.low
+    }
+
+    /// From the first to the last of some live bits.
+    fn around(bits: u64) -> Self {
+        if bits == 0 {
+            return Self { low: 0, high: 0 };
+        }
+        Self { low: bits.trailing_zeros() as usize, high: BLOCK - bits.leading_zeros() as usize }
+    }
+}
+
+/// The lowest `n <= 64` bits.
+#[inline(always)]
+fn ones(n: usize) -> u64 {
+    if n >= 64 { u64::MAX } else { (1 << n) - 1 }
+}
+
+/// The rows of K or V of a block that are loaded, for all KV heads of a tile: rows lie `seq` elements apart and their elements
+/// together.
+#[derive(Clone, Copy)]
+struct Rows<T> {
+    /// The first key of the span, of the first KV head.
+    data: *const T,
+    seq: isize,
+    head: isize,
+}
+
+impl<T> Rows<T> {
+    /// A key of the span, counted from its first, of a KV head.
+    #[inline(always)]
+    fn key(&self, head: usize, key: usize) -> *const T {
+        self.data.wrapping_offset(head as isize * self.head + key as isize * self.seq)
+    }
+}
+
+/// Runs one tile; K and V are of type `T`.
+///
+/// # Safety
+/// `p` is validated, `tile` is inside it, and `scratch` is laid out for at least `tile.rows()` rows.
+#[inline(always)]
+pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
+    let (d, dv) = (p.q.shape[3], p.v.shape[3]);
+    let (dp, dvp) = (padded(d), padded(dv));
+    let n = tile.rows();
+    // SAFETY: the scratch has `n` states; they are plain numbers, written below before they are read.
+    let rows = unsafe { std::slice::from_raw_parts_mut(scratch.rows, n) };
+    let chunk_keys = ((tile.first_chunk * CHUNK) as i64, (tile.end_chunk as i64).saturating_mul(CHUNK as i64));
+    let mut reach = Reach { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX };
+    for (r, row) in rows.iter_mut().enumerate() {
+        let (token, head) = tile.token_and_head(p, r);
+        let (low, high) = p.span(tile.batch, token);
+        let (low, high) = (low.max(chunk_keys.0), high.min(chunk_keys.1));
+        let (low, high) = if low < high { (low, high) } else { (0, 0) };
+        *row = RowState {
+            max: f32::NEG_INFINITY,
+            total_max: f32::NEG_INFINITY,
+            total_sum: 0.0,
+            low,
+            high,
+            live: 0,
+            position: p.position(tile.batch, token),
+            token: token as u32,
+            head: head as u32,
+        };
+        if low < high {
+            (reach.low, reach.high) = (reach.low.min(low), reach.high.max(high));
+        }
+        (reach.inner_low, reach.inner_high) = (reach.inner_low.max(low), reach.inner_high.min(high));
+        // SAFETY: token and head are inside q; the scratch row has dp floats.
+        unsafe { load_query::<S, T>(s, p.q, p.q.row(tile.batch, token, head), scratch.q.add(r * dp), d) };
+    }
+    if tile.head_rows >= PACK_ROWS {
+        // SAFETY: the rows of Q have just been written.
+        unsafe { s.outline(many::PackQueries { q: scratch.q, rows: n, d }) };
+    }
+    let (low, high) = if reach.low < reach.high { (reach.low as usize, reach.high as usize) } else { (0, 0) };
+
+    for chunk in tile.first_chunk..tile.end_chunk {
+        let (from, to) = ((chunk * CHUNK).max(low), ((chunk + 1) * CHUNK).min(high));
+        let last = chunk + 1 == tile.end_chunk;
+        if from < to {
+            rows.iter_mut().for_each(|row| row.max = f32::NEG_INFINITY);
+            // SAFETY: acc has dvp and sums has MAX_LANES floats a row.
+            unsafe {
+                std::ptr::write_bytes(scratch.acc, 0, n * dvp);
+                std::ptr::write_bytes(scratch.sums, 0, n * MAX_LANES);
+            }
+            for block in from / BLOCK..to.div_ceil(BLOCK) {
+                let span =
+                    Span { low: from.saturating_sub(block * BLOCK).min(BLOCK), high: (to - block * BLOCK).min(BLOCK) };
+                // SAFETY: keys from..to are visible to some row, so inside the views.
+                unsafe { one_block::<S, T>(s, p, tile, scratch, rows, block, span, &reach) };
+            }
+        }
+        for (r, row) in rows.iter_mut().enumerate() {
+            // SAFETY: the partials hold a state for every chunk and row of the tile; the scratch parts have their rows.
+            unsafe {
+                let acc = scratch.acc.add(r * dvp);
+                let state = if from < to {
+                    let mut lanes = [s.zero(); MAX_LANES];
+                    lanes[0] = s.load_f32(scratch.sums.add(r * MAX_LANES));
+                    (row.max, math::lane0(s, s.sum_lanes(&lanes)))
+                } else {
+                    (f32::NEG_INFINITY, 0.0)
+                };
+                if !tile.partials.is_null() {
+                    let partial = tile.partials.add(((chunk - tile.first_chunk) * n + r) * partial_stride(dv));
+                    (*partial, *partial.add(1)) = state;
+                    if !is_empty(state) {
+                        std::ptr::copy_nonoverlapping(acc, partial.add(PARTIAL_HEADER), dvp);
+                    }
+                } else if last && is_empty((row.total_max, row.total_sum)) {
+                    state::finish(s, p, tile.batch, row.token as usize, row.head as usize, state, acc);
+                } else {
+                    let total_acc = scratch.total.add(r * dvp);
+                    let mut total = (row.total_max, row.total_sum);
+                    fold(s, &mut total, total_acc, state, acc, dvp);
+                    (row.total_max, row.total_sum) = total;
+                    if last {
+                        state::finish(s, p, tile.batch, row.token as usize, row.head as usize, total, total_acc);
+                    }
+                }
+            }
+        }
+    }
+    if tile.partials.is_null() && tile.first_chunk == tile.end_chunk {
+        for (r, row) in rows.iter().enumerate() {
+            let empty = (f32::NEG_INFINITY, 0.0);
+            // SAFETY: as above.
+            unsafe {
+                let acc = scratch.acc.add(r * dvp);
+                state::finish(s, p, tile.batch, row.token as usize, row.head as usize, empty, acc);
+            }
+        }
+    }
+}
+
+/// Which keys any row of a tile sees, and which all of them do (by length, start, causality and window).
+struct Reach {
+    low: i64,
+    high: i64,
+    inner_low: i64,
+    inner_high: i64,
+}
+
+/// One block of keys for all rows of the tile.
+///
+/// # Safety
+/// As [`tile`]; the keys `span` of block `block` are inside the views.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn one_block<S: Simd, T: Memory>(
+    s: S,
+    p: &Problem,
+    tile: &Tile,
+    scratch: &Scratch,
+    rows: &mut [RowState],
+    block: usize,
+    span: Span,
+    reach: &Reach,
+) {
+    let base = block * BLOCK;
+    let full = span.bits();
+    let inner = reach.inner_low <= (base + span.low) as i64 && (base + span.high) as i64 <= reach.inner_high;
+    let mut all = p.bias.is_none();
+    if inner && p.mask.is_none() {
+        rows.iter_mut().for_each(|row| row.live = full);
+    } else {
+        let mut any = false;
+        for row in rows.iter_mut() {
+            let from = (row.low - base as i64).clamp(0, BLOCK as i64) as usize;
+            let to = (row.high - base as i64).clamp(0, BLOCK as i64) as usize;
+            row.live = ones(to) & !ones(from);
+            if row.live != 0
+                && let Some(mask) = &p.mask
+            {
+                // SAFETY: the row's keys from..to are inside the mask.
+                row.live &= unsafe { mask_bits(mask, tile.batch, row, base, from, to) };
+            }
+            any |= row.live != 0;
+            all &= row.live == full;
+        }
+        if !any {
+            return;
+        }
+    }
+
+    let (d, dv) = (p.q.shape[3], p.v.shape[3]);
+    // SAFETY: the block's keys are inside k and v, the scratch parts have the sizes their layout gives.
+    unsafe {
+        let k = rows_of::<T>(&p.k, tile, scratch.k_block, base, span);
+        let v = rows_of::<T>(&p.v, tile, scratch.v_block, base, span);
+        let call = Block { p, tile, scratch, base, span, all, d, dv };
+        if tile.head_rows >= PACK_ROWS {
+            many::block::<S, T>(s, &call, rows, k, v);
+        } else {
+            few::block::<S, T>(s, &call, rows, k, v);
+        }
+    }
+}
+
+/// What [`few`] and [`many`] need to know of a block.
+struct Block<'a> {
+    p: &'a Problem<'a>,
+    tile: &'a Tile,
+    scratch: &'a Scratch,
+    /// The block's first key.
+    base: usize,
+    span: Span,
+    /// No row has a hidden key in the span.
+    all: bool,
+    d: usize,
+    dv: usize,
+}
+
+/// Where the keys of a block lie; elements that do not lie together are gathered first.
+///
+/// # Safety
+/// The keys are inside the view; `block` has room for [`BLOCK`] rows of `padded(dim)` elements of every KV head, if rows must be
+/// gathered.
+#[inline(always)]
+unsafe fn rows_of<T: Element>(view: &RawView, tile: &Tile, block: *mut u8, base: usize, span: Span) -> Rows<T> {
+    let dim = view.shape[3];
+    // SAFETY: the caller's.
+    unsafe {
+        let first = view.row(tile.batch, base + span.low, tile.kv_head).cast::<T>();
+        let (seq, head, step) = (view.strides[1] as isize, view.strides[2] as isize, view.strides[3] as isize);
+        if step == 1 || dim == 1 {
+            return Rows { data: first, seq, head };
+        }
+        debug_assert_eq!(tile.kv_heads, 1);
+        let to = block.cast::<T>();
+        for j in 0..span.len() {
+            for i in 0..dim {
+                *to.add(j * padded(dim) + i) = *first.wrapping_offset(j as isize * seq + i as isize * step);
+            }
+        }
+        Rows { data: to, seq: padded(dim) as isize, head: 0 }
+    }
+}
+
+/// Bit j of the result: whether the mask shows key `base + j`, for j in `from..to`.
+///
+/// # Safety
+/// Those entries of the mask are readable.
+#[inline(always)]
+unsafe fn mask_bits(mask: &ByteView, batch: usize, row: &RowState, base: usize, from: usize, to: usize) -> u64 {
+    let [sb, st, sh, sk] = mask.strides.map(|x| x as isize);
+    let at = batch as isize * sb + row.token as isize * st + row.head as isize * sh + (base + from) as isize * sk;
+    // SAFETY: the caller's.
+    unsafe {
+        let mut p = mask.data.offset(at);
+        let mut bits = 0;
+        let mut j = from;
+        if sk == 1 {
+            // Eight bytes at a time: the top bit of each byte that is not 0, gathered by one multiplication.
+            while j + 8 <= to {
+                let x = p.cast::<u64>().read_unaligned().to_le();
+                let set = (((x & 0x7f7f_7f7f_7f7f_7f7f) + 0x7f7f_7f7f_7f7f_7f7f) | x) & 0x8080_8080_8080_8080;
+                bits |= ((set >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56) << j;
+                p = p.add(8);
+                j += 8;
+            }
+        }
+        while j < to {
+            bits |= u64::from(*p != 0) << j;
+            p = p.wrapping_offset(sk);
+            j += 1;
+        }
+        bits
+    }
+}

@@ -1,0 +1,241 @@
+//! The state of a row (largest logit, sum of weights, weighted values): folding two, finishing one; and rows between their own
+//! type and f32.
+//!
+//! Logits are kept times log2(e), so that every exponential is a power of two; the LSE is converted back at the end.
+//!
+//! A row of Q, and an accumulator, is kept in the order in which [`Memory::load_pair`] of the type of K and V gives elements:
+//! for bf16 on some levels even elements of every two vectors first, then the odd ones.
+
+use super::{PARTIAL_HEADER, Problem, Scratch, Tile, padded, partial_stride};
+use crate::dtype::DType;
+use crate::kernels::generic::{copy, math};
+use crate::kernels::simd::{Memory, Outlined, Simd};
+use crate::view::RawView;
+use half::{bf16, f16};
+
+/// Folds the chunks of a tile that left them in `tile.partials`, and writes the output.
+///
+/// # Safety
+/// As [`tile`](super::tile); the partial states of all chunks have been written.
+#[inline(always)]
+pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
+    let dv = p.v.shape[3];
+    let dvp = padded(dv);
+    let n = tile.rows();
+    for r in 0..n {
+        let (token, head) = tile.token_and_head(p, r);
+        let mut total = (f32::NEG_INFINITY, 0.0);
+        // SAFETY: the caller's; the scratch holds at least one row.
+        unsafe {
+            for chunk in 0..tile.end_chunk - tile.first_chunk {
+                let state = tile.partials.add((chunk * n + r) * partial_stride(dv));
+                fold(s, &mut total, scratch.total, (*state, *state.add(1)), state.add(PARTIAL_HEADER), dvp);
+            }
+            finish(s, p, tile.batch, token, head, total, scratch.total);
+        }
+    }
+}
+
+/// Whether a state has seen no key: its accumulator is then not looked at.
+#[inline(always)]
+pub(super) fn is_empty((max, sum): (f32, f32)) -> bool {
+    max == f32::NEG_INFINITY && sum == 0.0
+}
+
+/// `total` becomes the union of `total` and a later chunk; the empty state is the neutral element, to the bit.
+///
+/// # Safety
+/// Both accumulators hold `dvp` floats, unless their state is empty; `total_acc` is writable.
+#[inline(always)]
+pub(super) unsafe fn fold<S: Simd>(
+    s: S,
+    total: &mut (f32, f32),
+    total_acc: *mut f32,
+    chunk: (f32, f32),
+    chunk_acc: *const f32,
+    dvp: usize,
+) {
+    if is_empty(chunk) {
+        return;
+    }
+    if is_empty(*total) {
+        *total = chunk;
+        // SAFETY: the caller's.
+        unsafe { std::ptr::copy_nonoverlapping(chunk_acc, total_acc, dvp) };
+        return;
+    }
+    let max = if chunk.0 > total.0 { chunk.0 } else { total.0 };
+    let (old, new) = (math::exp2_1(s, total.0 - max), math::exp2_1(s, chunk.0 - max));
+    *total = (max, total.1 * old + chunk.1 * new);
+    let (old, new) = (s.splat(old), s.splat(new));
+    for i in (0..dvp).step_by(S::LANES) {
+        // SAFETY: dvp is a multiple of LANES.
+        unsafe {
+            let scaled = s.mul(s.load_f32(total_acc.add(i)), old);
+            s.store_f32(total_acc.add(i), s.fma(s.load_f32(chunk_acc.add(i)), new, scaled));
+        }
+    }
+}
+
+/// Divides by the sum, with the sink in it, and writes output and LSE of one row.
+///
+/// # Safety
+/// The indices are inside the problem; `acc` holds `padded(dv)` floats, which are only read unless the state is not empty.
+#[inline(always)]
+pub(super) unsafe fn finish<S: Simd>(
+    s: S,
+    p: &Problem,
+    batch: usize,
+    token: usize,
+    head: usize,
+    state: (f32, f32),
+    acc: *mut f32,
+) {
+    let dv = p.v.shape[3];
+    let (mut max, mut sum) = state;
+    let mut factor = 1.0;
+    if let Some(sinks) = p.sinks {
+        let sink = sinks[head] * std::f32::consts::LOG2_E;
+        let joint = if sink > max { sink } else { max };
+        if joint > f32::NEG_INFINITY {
+            factor = math::exp2_1(s, max - joint);
+            sum = sum * factor + math::exp2_1(s, sink - joint);
+            max = joint;
+        }
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        if !p.lse.is_null() {
+            let index = (batch * p.q.shape[1] + token) * p.q.shape[2] + head;
+            let lse = max as f64 * std::f64::consts::LN_2 + (sum as f64).ln();
+            *p.lse.add(index) = if is_empty((max, sum)) { max } else { lse as f32 };
+        }
+        if is_empty(state) {
+            std::ptr::write_bytes(acc, 0, padded(dv));
+        } else {
+            let inverse = s.splat(factor / sum);
+            for i in (0..padded(dv)).step_by(S::LANES) {
+                let x = s.mul(s.load_f32(acc.add(i)), inverse);
+                // Skipping a hidden key and adding 0 times a value may differ in the sign of a zero; adding +0 ends that.
+                s.store_f32(acc.add(i), s.add(x, s.zero()));
+            }
+            if S::SPLITS_BF16 && p.v.dtype == DType::Bf16 {
+                let pair = 2 * S::LANES;
+                for i in (0..dv / pair * pair).step_by(pair) {
+                    let [low, high] = s.interleave(s.load_f32(acc.add(i)), s.load_f32(acc.add(i + S::LANES)));
+                    s.store_f32(acc.add(i), low);
+                    s.store_f32(acc.add(i + S::LANES), high);
+                }
+            }
+        }
+        store_row(s, acc, p.out.dtype, p.out.row(batch, token, head), p.out.strides[3], dv);
+    }
+}
+
+/// A query row to f32, in the order of K's elements.
+///
+/// # Safety
+/// `src` is a row of the view `q` with `d` elements, `dst` has `padded(d)` floats.
+#[inline(always)]
+pub(super) unsafe fn load_query<S: Simd, T: Memory>(s: S, q: RawView, src: *const u8, dst: *mut f32, d: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        load_row(s, q.dtype, src, q.strides[3], dst, d);
+        (d..padded(d)).for_each(|i| *dst.add(i) = 0.0);
+        if T::splits::<S>() {
+            let pair = 2 * S::LANES;
+            for i in (0..d / pair * pair).step_by(pair) {
+                let [even, odd] = s.deinterleave(s.load_f32(dst.add(i)), s.load_f32(dst.add(i + S::LANES)));
+                s.store_f32(dst.add(i), even);
+                s.store_f32(dst.add(i + S::LANES), odd);
+            }
+        }
+    }
+}
+
+/// `n` elements of a type known at run time to f32.
+///
+/// # Safety
+/// `n` elements with that stride are readable at `src`, `n` floats writable at `dst`.
+#[inline(always)]
+pub(super) unsafe fn load_row<S: Simd>(s: S, dtype: DType, src: *const u8, stride: i64, dst: *mut f32, n: usize) {
+    // SAFETY: the caller's.
+    unsafe { s.outline(LoadRow { dtype, src, stride: stride as isize, dst, n }) };
+}
+
+/// The arguments of [`load_row`].
+struct LoadRow {
+    dtype: DType,
+    src: *const u8,
+    stride: isize,
+    dst: *mut f32,
+    n: usize,
+}
+
+impl Outlined for LoadRow {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { dtype, src, stride, dst, n } = self;
+        // SAFETY: the caller's.
+        unsafe {
+            match dtype {
+                DType::F32 => load_typed::<S, f32>(s, src.cast(), stride, dst, n),
+                DType::F16 => load_typed::<S, f16>(s, src.cast(), stride, dst, n),
+                DType::Bf16 => load_typed::<S, bf16>(s, src.cast(), stride, dst, n),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`load_row`].
+#[inline(always)]
+unsafe fn load_typed<S: Simd, T: Memory>(s: S, src: *const T, stride: isize, dst: *mut f32, n: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        if stride == 1 {
+            copy::run::<S, T, f32>(s, src, dst, n);
+        } else {
+            for i in 0..n {
+                *dst.add(i) = (*src.wrapping_offset(i as isize * stride)).to_f32();
+            }
+        }
+    }
+}
+
+/// `n` floats to a type known at run time.
+///
+/// # Safety
+/// `n` floats are readable at `src`, `n` elements with that stride writable at `dst`.
+#[inline(always)]
+unsafe fn store_row<S: Simd>(s: S, src: *const f32, dtype: DType, dst: *mut u8, stride: i64, n: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        match dtype {
+            DType::F32 => store_typed::<S, f32>(s, src, dst.cast(), stride as isize, n),
+            DType::F16 => store_typed::<S, f16>(s, src, dst.cast(), stride as isize, n),
+            DType::Bf16 => store_typed::<S, bf16>(s, src, dst.cast(), stride as isize, n),
+        }
+    }
+}
+
+/// # Safety
+/// As [`store_row`].
+#[inline(always)]
+unsafe fn store_typed<S: Simd, T: Memory>(s: S, src: *const f32, dst: *mut T, stride: isize, n: usize) {
+    let mut done = 0;
+    // SAFETY: the caller's.
+    unsafe {
+        if stride == 1 {
+            copy::run::<S, f32, T>(s, src, dst, n);
+            return;
+        }
+        let mut buffer = [T::default(); copy::STAGE];
+        while done < n {
+            let len = (n - done).min(copy::STAGE);
+            copy::run::<S, f32, T>(s, src.add(done), buffer.as_mut_ptr(), len);
+            copy::scatter(buffer.as_ptr(), dst.wrapping_offset(done as isize * stride), stride, len);
+            done += len;
+        }
+    }
+}
