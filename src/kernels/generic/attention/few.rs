@@ -161,8 +161,15 @@ impl<T: Memory> Dots<'_, T> {
         let mut j = low / C * C;
         while j < high {
             let mut key = [self.k.data; C];
-            for (c, key) in key.iter_mut().enumerate() {
-                *key = self.k.key(head, (j + c).clamp(low, high - 1) - span.low);
+            if j >= low && j + C <= high {
+                key[0] = self.k.key(head, j - span.low);
+                for c in 1..C {
+                    key[c] = key[c - 1].wrapping_offset(self.k.seq);
+                }
+            } else {
+                for c in 0..C {
+                    key[c] = self.k.key(head, (j + c).clamp(low, high - 1) - span.low);
+                }
             }
             let mut acc = [[s.zero(); C]; R];
             let mut i = 0;
