@@ -28,6 +28,7 @@
 //! A model file is input from strangers. Whatever it contains, the answer is a value or an [`Error`] with a sentence;
 //! what is allocated is bounded by a small multiple of the file's size.
 
+mod bench;
 pub mod cache;
 pub mod cli;
 pub mod decoder;
