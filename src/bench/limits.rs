@@ -98,8 +98,11 @@ fn on_level(isa: Isa, body: impl Outlined) {
             Isa::Avx512 => crate::kernels::avx512::Avx512::new_unchecked().outline(body),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Isa::Neon => crate::kernels::neon::Neon::new_unchecked().outline(body),
-            #[allow(unreachable_patterns)]
-            _ => {}
+            // Levels of other architectures; spelled out, so that a new level has to be given its loops.
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 | Isa::Avx512 => {}
+            #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
+            Isa::Neon => {}
         }
     }
 }
@@ -228,17 +231,17 @@ impl Outlined for MultiplyAdd {
     }
 }
 
-/// Exponentials of a small array, as the softmax computes them.
-struct Exp<'a> {
+/// Exponentials of a small array, as the softmax computes them, `WAYS` vectors side by side.
+struct Exp<'a, const WAYS: usize> {
     data: &'a [f32],
     passes: u64,
 }
 
-impl Outlined for Exp<'_> {
+impl<const WAYS: usize> Outlined for Exp<'_, WAYS> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
-        let step = 4 * S::LANES;
-        let mut sums = [s.zero(); 4];
+        let step = WAYS * S::LANES;
+        let mut sums = [s.zero(); WAYS];
         for _ in 0..self.passes {
             let data = black_box(self.data.as_ptr());
             let mut at = 0;
@@ -251,7 +254,9 @@ impl Outlined for Exp<'_> {
                 at += step;
             }
         }
-        black_box(s.sum4(sums));
+        for sum in sums {
+            black_box(s.sum4([sum; 4]));
+        }
     }
 }
 
@@ -277,6 +282,7 @@ pub enum Kind {
     Exp,
 }
 
+/// A loop over a slice, so many times.
 type ReadLoop = fn(Isa, &[f32], u64);
 
 fn read<const STREAMS: usize, const AHEAD: usize>(isa: Isa, data: &[f32], passes: u64) {
@@ -292,6 +298,12 @@ const READS: [(&str, ReadLoop); 7] = [
     ("4 streams, prefetch 1 KiB", read::<4, 1024>),
     ("8 streams, prefetch 512 B", read::<8, 512>),
 ];
+
+const EXPS: [(&str, ReadLoop); 3] = [("1 vector", exp::<1>), ("2 vectors", exp::<2>), ("4 vectors", exp::<4>)];
+
+fn exp<const WAYS: usize>(isa: Isa, data: &[f32], passes: u64) {
+    on_level(isa, Exp::<WAYS> { data, passes });
+}
 
 type CopyLoop = fn(Isa, &[f32], &mut [f32], u64);
 
@@ -348,6 +360,7 @@ impl Limits {
             }
         };
         let all = threads.count();
+        // A level with other units (matrix tiles) adds its peak as a kind of its own here, and to `run::measure`'s bounds.
         match kind {
             Kind::Read(bytes) => {
                 let data = &self.memory.as_slice()[..(bytes / size_of::<f32>()).max(1)];
@@ -388,8 +401,9 @@ impl Limits {
                 // In the first-level cache, and between -8 and 0 as logits are once their maximum is taken off.
                 let data: Vec<f32> = (0..2048).map(|i| i as f32 / -256.0).collect();
                 let amount = data.len() * all;
-                let passes = |passes: u64| threads.seconds(&|_| on_level(isa, Exp { data: &data, passes }));
-                seen("first-level cache", amount as f64, &mut { passes });
+                for (by, exp) in EXPS.into_iter().filter(|(by, _)| wanted(by)) {
+                    seen(by, amount as f64, &mut |passes| threads.seconds(&|_| exp(isa, &data, passes)));
+                }
             }
         }
         let best = self.found.entry(key).or_insert_with(|| now.clone());

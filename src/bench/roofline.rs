@@ -1,8 +1,8 @@
 //! A report as a picture: what the machine can do as lines, every kernel and shape as a point beneath them.
 //!
-//! For each thread count, at the best level of the report: to the left the roofline, operations a second against operations a
-//! byte; in the middle bytes a second against bytes a call; to the right what the numbers stand for. Kernels that convert
-//! from one type to another are left out.
+//! For each thread count, every kernel at the best level of the report: to the left the roofline, operations a second
+//! against operations a byte; in the middle bytes a second against bytes a call; to the right what the numbers stand for.
+//! Kernels that convert from one type to another are left out.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -32,18 +32,29 @@ type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<Log, Log>>;
 /// # Errors
 /// It has nothing to draw.
 pub fn svg(report: &Report) -> Result<String> {
-    let best = Isa::ALL.into_iter().rev().find(|isa| report.cases.iter().any(|c| c.isa == isa.name()));
-    let Some(isa) = best else {
+    if report.cases.is_empty() {
         return Err(Error::new("the report has no cases, so there is no picture to draw"));
-    };
-    let mut rows: Vec<&LevelLimits> = report.limits.iter().filter(|l| l.isa == isa.name()).collect();
-    rows.retain(|l| report.cases.iter().any(|c| c.isa == l.isa && c.threads == l.threads));
+    }
+    let mut rows: Vec<&LevelLimits> = Vec::new();
+    // Of each thread count the best level that was measured; its limits are the lines.
+    for limits in &report.limits {
+        match rows.iter_mut().find(|row| row.threads == limits.threads) {
+            Some(row) if rank(&row.isa) < rank(&limits.isa) => *row = limits,
+            Some(_) => {}
+            None => rows.push(limits),
+        }
+    }
     if rows.is_empty() {
         return Err(Error::new("the report has no limits for its cases, so there is no picture to draw"));
     }
     let mut text = String::new();
     draw(report, &rows, &mut text).map_err(|e| Error::new(format!("drawing the picture: {e}")))?;
     Ok(text)
+}
+
+/// The later, the better.
+fn rank(isa: &str) -> Option<usize> {
+    Isa::ALL.iter().position(|level| level.name() == isa)
 }
 
 type Drawn<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -58,11 +69,17 @@ fn draw(report: &Report, rows: &[&LevelLimits], text: &mut String) -> Drawn {
         let area = area.margin(44, 6, 6, 6);
         let (charts, legend) = area.split_horizontally(WIDTH - 12 - LEGEND);
         let (roof, memory) = charts.split_horizontally((WIDTH - 12 - LEGEND) * 11 / 20);
-        let cases: Vec<&CaseResult> = report
-            .cases
-            .iter()
-            .filter(|c| c.isa == limits.isa && c.threads == limits.threads && c.src == c.dst && c.bound.is_some())
-            .collect();
+        let mut cases: Vec<&CaseResult> = Vec::new();
+        for c in &report.cases {
+            if c.threads != limits.threads || c.src != c.dst || c.bound.is_none() {
+                continue;
+            }
+            match cases.iter_mut().find(|d| (&d.op, &d.src, &d.case) == (&c.op, &c.src, &c.case)) {
+                Some(other) if rank(&other.isa) < rank(&c.isa) => *other = c,
+                Some(_) => {}
+                None => cases.push(c),
+            }
+        }
         let mut shapes: Vec<(&str, &str)> = Vec::new();
         for c in &cases {
             if !shapes.contains(&(&c.op, &c.case)) {
@@ -96,13 +113,14 @@ fn around(values: impl Iterator<Item = f64>, below: f64, above: f64) -> std::ops
     if low <= high { low * below..high * above } else { 0.1..10.0 }
 }
 
-/// A chart with both axes logarithmic.
+/// A chart with both axes logarithmic; labels of the x axis are at powers of `base`.
 fn chart<'a, 'b>(
     area: &'a Area<'b>,
     title: &str,
     x: std::ops::Range<f64>,
     y: std::ops::Range<f64>,
     names: [&str; 2],
+    base: f64,
     tick: &dyn Fn(&f64) -> String,
 ) -> Drawn<Chart<'a, 'b>> {
     let mut chart = ChartBuilder::on(area)
@@ -110,7 +128,7 @@ fn chart<'a, 'b>(
         .margin(8)
         .x_label_area_size(40)
         .y_label_area_size(58)
-        .build_cartesian_2d(x.log_scale(), y.log_scale())?;
+        .build_cartesian_2d(x.log_scale().base(base), y.log_scale())?;
     chart
         .configure_mesh()
         .bold_line_style(RGBColor(215, 215, 215))
@@ -170,6 +188,7 @@ fn roofline(
         x.clone(),
         y.clone(),
         ["operations a byte", "GFLOP/s"],
+        10.0,
         &|x| plain(*x),
     )?;
     let mut signs: Vec<(f64, f64, String)> = Vec::new();
@@ -197,7 +216,7 @@ fn roofline(
         .into_iter()
         .map(|(sx, sy, text)| {
             let (px, py) = chart.backend_coord(&(sx, sy));
-            if sx == x.end { (px - 4, py - 8, text, HPos::Right) } else { (px + 6, py - 12, text, HPos::Left) }
+            if sx == x.end { (px - 4, py - 8, text, HPos::Right) } else { (px + 16, py + 2, text, HPos::Left) }
         })
         .collect();
     write(area, signs, at, &cases.iter().map(|c| number(c)).collect::<Vec<_>>())
@@ -209,10 +228,15 @@ fn bandwidth(area: &Area, limits: &LevelLimits, cases: &[&CaseResult], number: &
     let lines = || limits.read.iter().chain(&limits.copy);
     let x = around(cases.iter().map(|c| c.bytes as f64).chain(lines().map(|b| b.bytes as f64)), 0.6, 1.7);
     let y = around(cases.iter().map(|c| c.bandwidth() / 1e9).chain(lines().map(|b| b.rate / 1e9)), 0.7, 1.4);
-    let mut chart =
-        chart(area, "What memory holds back: bytes a second against bytes", x, y, ["bytes a call", "GB/s"], &|x| {
-            size(x.round() as usize)
-        })?;
+    let mut chart = chart(
+        area,
+        "What memory holds back: bytes a second against bytes",
+        x,
+        y,
+        ["bytes a call", "GB/s"],
+        4.0,
+        &|x| size(x.round() as usize),
+    )?;
     let mut signs = Vec::new();
     for (name, list, colour) in [("read", &limits.read, READ), ("copy (read + written)", &limits.copy, COPY)] {
         let mut list: Vec<(f64, f64)> = list.iter().map(|b| (b.bytes as f64, b.rate / 1e9)).collect();

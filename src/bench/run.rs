@@ -15,7 +15,7 @@ pub struct Options {
     pub quick: bool,
     /// Thread counts; none stands for one and, unless the run is quick, every CPU.
     pub threads: Vec<usize>,
-    /// Levels; none stands for the best, or all of them unless the run is quick.
+    /// Levels; none stands for all of them, or, if the run is quick, for the kernels that a context chooses.
     pub levels: Vec<Isa>,
     /// Only cases whose `<kernel>/<shape>` contains this.
     pub filter: Option<String>,
@@ -39,7 +39,11 @@ pub struct Progress<'a> {
 /// passes, a kernel that fails.
 pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Report> {
     let machine = Machine::detect();
-    let levels = levels(&options.levels, options.quick)?;
+    let best = Context::new()?;
+    let levels = levels(&options.levels, best.isa())?;
+    // Without a word about levels, a quick run takes what a program would get, whatever level that is of.
+    let default = |k: &KernelInfo| best.kernel(k.op, k.src, k.dst).is_some_and(|chosen| chosen.name == k.name);
+    let every = !options.quick || !options.levels.is_empty();
     let threads = match &options.threads[..] {
         [] if options.quick || machine.cpus == 1 => vec![1],
         [] => vec![1, machine.cpus],
@@ -47,7 +51,7 @@ pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Repor
     };
     let chosen = |isa: Isa| -> Vec<Case> {
         kernels()
-            .filter(|kernel| kernel.isa == isa)
+            .filter(|kernel| kernel.isa == isa && (every || default(kernel)))
             .flat_map(|kernel| cases_of(&kernel))
             .filter(|case| case.quick || !options.quick)
             .filter(|case| options.filter.as_ref().is_none_or(|text| case.id().contains(text.as_str())))
@@ -55,8 +59,9 @@ pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Repor
     };
     // A filtered run measures the limits of its cases only.
     let sizes = if options.filter.is_some() { Vec::new() } else { sizes(options.quick) };
-    let plan: Vec<(Isa, Vec<Case>)> = levels.into_iter().map(|isa| (isa, in_turns(chosen(isa)))).collect();
-    if plan.iter().all(|(_, cases)| cases.is_empty()) {
+    let mut plan: Vec<(Isa, Vec<Case>)> = levels.into_iter().map(|isa| (isa, in_turns(chosen(isa)))).collect();
+    plan.retain(|(_, cases)| !cases.is_empty());
+    if plan.is_empty() {
         let text = options.filter.as_deref().unwrap_or_default();
         return Err(Error::new(format!("no case of this run contains {text:?} in its <kernel>/<shape>")));
     }
@@ -113,11 +118,10 @@ pub fn skipped(kernel: &KernelInfo) -> String {
     format!("{}: {why}", kernel.name)
 }
 
-fn levels(given: &[Isa], quick: bool) -> Result<Vec<Isa>> {
-    let best = Context::new()?.isa();
+/// The levels to measure, of which none is above `best`.
+fn levels(given: &[Isa], best: Isa) -> Result<Vec<Isa>> {
     if given.is_empty() {
-        let all = Isa::ALL.into_iter().filter(|l| l.is_available() && *l as u32 <= best as u32);
-        return Ok(if quick { vec![best] } else { all.collect() });
+        return Ok(Isa::ALL.into_iter().filter(|l| l.is_available() && *l as u32 <= best as u32).collect());
     }
     for level in given {
         if !level.is_available() {

@@ -30,7 +30,7 @@ pub(super) struct Bench {
     /// Thread counts to measure with. Default: 1 and, unless --quick, one for every CPU
     #[arg(long, value_name = "N,..", value_delimiter = ',')]
     threads: Vec<usize>,
-    /// Levels to measure. Default: all that this CPU has; with --quick, the best
+    /// Levels to measure. Default: all that this CPU has; with --quick, the best for each kernel
     #[arg(long, value_name = "LEVEL,..", value_delimiter = ',', value_parser = isa_parser())]
     isa: Vec<Isa>,
     /// Only cases whose `<kernel>/<shape>` contains this
