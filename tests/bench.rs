@@ -23,7 +23,7 @@ fn case(kernel: &str, case: &str, threads: usize, best: f64, flops: f64) -> Case
         small: case.starts_with("decode 1,"),
         bytes,
         flops,
-        timing: Timing { best, median: best * 1.1, samples: 3, calls: 10 },
+        timing: Timing { best, median: best * 2.0, samples: 3, calls: 10 },
         bound: Some(Bound {
             kind: "read".to_owned(),
             by: "plain".to_owned(),
@@ -40,7 +40,8 @@ fn report(factor: f64) -> Report {
     for (isa, threads, scale) in [("scalar", 1, 1.0), ("avx2", 1, 4.0), ("avx2", 2, 8.0)] {
         let bandwidth = |bytes: usize| Bandwidth {
             bytes,
-            rate: scale * 1e10 / (bytes as f64).powf(0.1),
+            // Whole numbers survive; of others the last bit may not.
+            rate: (scale * 1e10 / (bytes as f64).powf(0.1)).round(),
             by: "4 streams, prefetch 1 KiB".to_owned(),
         };
         report.limits.push(LevelLimits {
@@ -65,7 +66,7 @@ fn report(factor: f64) -> Report {
 #[test]
 fn a_report_survives_json() {
     let report = report(1.0);
-    assert_eq!(Report::parse(&report.to_json()).unwrap(), report);
+    assert!(Report::parse(&report.to_json()).unwrap() == report);
 }
 
 #[test]

@@ -37,7 +37,7 @@ pub fn compare(a: &Report, b: &Report) -> Result<String> {
             let _ = writeln!(
                 text,
                 "\n{heading}\n  {:<36} {:<9} {:>9} {:>9} {:>9} {:>9} {:>9}",
-                "case", "types", "A", "B", "of limit", "of limit", "A/B"
+                "case", "types", "A", "B", "A reached", "B reached", "A/B"
             );
             means.push((heading, 0.0, 0));
         }

@@ -86,7 +86,7 @@ impl Machine {
         }
     }
 
-    /// The size of the last cache that a core has to itself, and of the last of all, if known.
+    /// The size of the first CPU's cache for data at a level, if known.
     pub fn cache_bytes(&self, level: u32) -> Option<usize> {
         self.caches.iter().find(|c| c.level == level && c.kind != "Instruction").map(|c| c.bytes)
     }

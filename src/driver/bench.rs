@@ -63,7 +63,7 @@ pub(super) fn bench(args: &Bench) -> Result<()> {
         levels: args.isa.clone(),
         filter: args.filter.clone(),
     };
-    let bar = progress_bar("", 0, "{msg:44} {wide_bar} {pos}/{len}, {eta} left");
+    let bar = progress_bar("", 0, "{bar:24} {pos}/{len}, {eta} left  {wide_msg}");
     let report = run(&options, &mut |Progress { done, total, now }| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);

@@ -13,7 +13,8 @@
 //! finds every part under either container's names, checks its shape, and unpacks it. From there on nothing knows which
 //! container a model came from; only RoPE's pairing remembers it, because the containers order a head's elements
 //! differently. [`decoder`] appends tokens to rows of a [`cache`] and gives logits; [`runner`] keeps several requests in
-//! the rows of one cache; [`cli`] parses arguments and prints.
+//! the rows of one cache; [`cli`] parses arguments and prints;
+//! `kvlane bench` is no more than the command line of [`crate::bench`].
 //!
 //! The decoder uses the library as any other program would: views, [`rope_in_place`](crate::rope_in_place),
 //! [`kv_write`](crate::kv_write) with its fused rotation of the keys, [`attention`](crate::attention()). Nothing private.
