@@ -51,6 +51,7 @@ fn bench_case(group: &mut BenchmarkGroup<WallTime>, case: &Case, limits: &mut Li
             let what = match kind {
                 Kind::Read(_) => "GB/s of reading",
                 Kind::Copy(_) => "GB/s of copying",
+                Kind::Update(_) => "GB/s of updating",
                 _ => "GFLOP/s of multiply-adds",
             };
             let share = seconds / best * 100.0;

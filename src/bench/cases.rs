@@ -220,6 +220,7 @@ impl Case {
         match self.work {
             Work::Angles { .. } => None,
             Work::Attention { .. } => Some(Kind::Read(self.bytes())),
+            Work::Rope { in_place: true, .. } => Some(Kind::Update(self.bytes())),
             _ => Some(Kind::Copy(self.bytes())),
         }
     }

@@ -205,6 +205,34 @@ impl Outlined for Copy<'_> {
     }
 }
 
+/// Reads and writes back every vector, `passes` times.
+struct Update<'a> {
+    data: &'a mut [f32],
+    passes: u64,
+}
+
+impl Outlined for Update<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let step = 4 * S::LANES;
+        let factor = s.splat(black_box(1.0));
+        for _ in 0..self.passes {
+            let data = black_box(self.data.as_mut_ptr());
+            let mut at = 0;
+            while at + step <= self.data.len() {
+                for j in 0..4 {
+                    // SAFETY: the condition.
+                    unsafe {
+                        let p = data.add(at + j * S::LANES);
+                        s.store_f32(p, s.mul(s.load_f32(p), factor));
+                    }
+                }
+                at += step;
+            }
+        }
+    }
+}
+
 /// Multiply-adds without a load, in enough chains to fill every unit: latency times ports is 8 on most CPUs, 16 on the widest
 /// with NEON. Chains, factor and addend fit the registers.
 struct MultiplyAdd {
@@ -269,13 +297,16 @@ pub struct Limit {
     pub by: String,
 }
 
-/// A kind of limit. The bytes of [`Self::Copy`] are those read and those written together.
+/// A kind of limit. The bytes of [`Self::Copy`] and [`Self::Update`] are those read and those written
+/// together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// Reading so many bytes, over and over.
     Read(usize),
     /// Copying half of so many bytes over the other half.
     Copy(usize),
+    /// Changing half of so many bytes where they are: each is read and written.
+    Update(usize),
     /// f32 multiply-adds; two operations each.
     Fma,
     /// Exponentials with the accuracy that softmax needs.
@@ -341,7 +372,7 @@ impl Limits {
         if !isa.is_available() {
             return Err(Error::new(format!("this CPU has no {isa}, so there is no limit to measure")));
         }
-        if let Kind::Read(bytes) | Kind::Copy(bytes) = kind {
+        if let Kind::Read(bytes) | Kind::Copy(bytes) | Kind::Update(bytes) = kind {
             let floats = bytes.div_ceil(size_of::<f32>()).next_multiple_of(2 * LINE);
             if self.memory.len() < floats {
                 self.memory = Aligned::new(0); // Never both at once.
@@ -390,6 +421,23 @@ impl Limits {
                         })
                     });
                 }
+            }
+            Kind::Update(bytes) => {
+                let n = (bytes / 2 / size_of::<f32>()).max(1);
+                let mut data = &mut self.memory.as_mut_slice()[..n];
+                let mut parts = Vec::new();
+                for (_, n) in split(n, all) {
+                    let (mine, rest) = data.split_at_mut(n);
+                    data = rest;
+                    parts.push(Mutex::new(mine));
+                }
+                seen("vectors", bytes as f64, &mut |passes| {
+                    threads.seconds(&|thread| {
+                        if let Ok(mut part) = parts[thread].lock() {
+                            on_level(isa, Update { data: &mut part[..], passes });
+                        }
+                    })
+                });
             }
             Kind::Fma => {
                 const STEPS: u64 = 1000;
@@ -450,13 +498,13 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|l| l.is_available()) {
             for threads in &threads {
                 // A size that neither vectors nor threads divide.
-                for kind in [Kind::Read(10_004), Kind::Copy(10_008), Kind::Fma, Kind::Exp] {
+                for kind in [Kind::Read(10_004), Kind::Copy(10_008), Kind::Update(10_008), Kind::Fma, Kind::Exp] {
                     for _ in 0..2 {
                         let limit = limits.measure(threads, isa, kind).unwrap();
                         assert!(limit.rate > 0.0 && limit.rate.is_finite() && !limit.by.is_empty(), "{isa} {kind:?}");
                     }
                 }
-                assert_eq!(limits.best(threads.count(), isa).count(), 4);
+                assert_eq!(limits.best(threads.count(), isa).count(), 5);
             }
         }
         assert!(Threads::new(0).is_err() && Threads::new(1 << 20).is_err());

@@ -20,7 +20,8 @@
 //! - **Attention** reads K and V once, for all query heads that share them, and does `4 * dim` useful operations for each
 //!   pair of a query head and a key that it sees; what a causal mask hides does not count. Its memory limit is the
 //!   best read of any kind of loop (one stream or several, with and without prefetch) over as many bytes.
-//! - **RoPE, cache write, repeat, merge** are held to the best plain copy of as many bytes, reads and writes together.
+//! - **RoPE, cache write, repeat, merge** are held to the best plain copy of as many bytes, reads and writes together; RoPE
+//!   in place to changing as many where they are.
 //! - **Angles** are f64 trigonometry, for which there is no limit worth the name: only their time is told.
 //!
 //! All limits are those of the kernel's own ISA level: AVX2 kernels are not blamed for having half the lanes.

@@ -95,7 +95,7 @@ pub struct CaseResult {
 /// The limit of a case: memory or arithmetic, whichever takes longer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Bound {
-    /// `read`, `copy` or `fma`.
+    /// `read`, `copy`, `update` or `fma`.
     pub kind: String,
     /// The loop that reached it.
     pub by: String,
@@ -278,14 +278,14 @@ impl Report {
             if text.is_empty() {
                 let _ = writeln!(
                     text,
-                    "\nsmall calls\n  {:<23} {:<36} {:>7} {:>8} {:>8} {:>9}",
+                    "\nsmall calls\n  {:<25} {:<36} {:>7} {:>8} {:>8} {:>9}",
                     "kernel", "case", "threads", "ns/call", "at limit", "overhead"
                 );
             }
             let (call, limit) = (c.timing.best * 1e9, bound.seconds * 1e9);
             let _ = writeln!(
                 text,
-                "  {:<23} {:<36} {:>7} {call:>8.0} {limit:>8.0} {:>9.0}",
+                "  {:<25} {:<36} {:>7} {call:>8.0} {limit:>8.0} {:>9.0}",
                 c.kernel,
                 c.case,
                 c.threads,

@@ -175,7 +175,11 @@ fn measure(
     let mut bounds = Vec::new();
     if let Some((kind, first)) = memory {
         let second = limits.measure(threads, isa, kind)?;
-        let name = if matches!(kind, Kind::Read(_)) { "read" } else { "copy" };
+        let name = match kind {
+            Kind::Read(_) => "read",
+            Kind::Update(_) => "update",
+            _ => "copy",
+        };
         bounds.push(bound(name, case.bytes() as f64, better(first, second.clone())));
         *before = Some((kind, second));
     }
@@ -216,6 +220,8 @@ fn summary(limits: &Limits, isa: Isa, threads: usize) -> LevelLimits {
         match kind {
             Kind::Read(bytes) => summary.read.push(bandwidth(bytes)),
             Kind::Copy(bytes) => summary.copy.push(bandwidth(bytes)),
+            // No curve of its own: it differs from a copy in the caches it fits only.
+            Kind::Update(_) => {}
             Kind::Fma => summary.fma = Some(limit.rate),
             Kind::Exp => summary.exp = Some(limit.rate),
         }
