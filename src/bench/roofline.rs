@@ -191,14 +191,21 @@ fn roofline(
         10.0,
         &|x| plain(*x),
     )?;
-    let mut signs: Vec<(f64, f64, String)> = Vec::new();
+    let mut signs: Vec<Sign> = Vec::new();
     for roof in &roofs {
         let slope = roof.rate / 1e9;
         // From the left or lower edge to the peak.
         let from = x.start.max(y.start / slope);
         let to = (peak / slope).clamp(from, x.end);
         chart.draw_series(LineSeries::new([(from, from * slope), (to, to * slope)], READ.stroke_width(1)))?;
-        signs.push((from, from * slope, format!("{} GB/s, read {}", giga(roof.rate), size(roof.bytes))));
+        // Beneath the line, wherever along it there is room.
+        let along = |i: i32| {
+            let x = from * (to / from).powf(f64::from(i) / 12.0);
+            let (px, py) = chart.backend_coord(&(x, x * slope));
+            (px + 16, py + 2)
+        };
+        let text = format!("{} GB/s, read {}", giga(roof.rate), size(roof.bytes));
+        signs.push(Sign { places: (0..11).map(along).collect(), text, to: HPos::Left });
     }
     for other in report.limits.iter().filter(|l| l.threads == limits.threads) {
         let Some(fma) = other.fma.map(|fma| fma / 1e9).filter(|fma| y.contains(fma)) else { continue };
@@ -208,17 +215,12 @@ fn roofline(
         } else {
             chart.draw_series(DashedLineSeries::new(line, 4, 4, PALE.stroke_width(1)))?;
         }
-        signs.push((x.end, fma, format!("{} GFLOP/s, {} multiply-add", giga(fma * 1e9), other.isa)));
+        let (px, py) = chart.backend_coord(&(x.end, fma));
+        let text = format!("{} GFLOP/s, {} multiply-add", giga(fma * 1e9), other.isa);
+        signs.push(Sign { places: vec![(px - 4, py - 8)], text, to: HPos::Right });
     }
     let points: Vec<_> = cases.iter().map(|c| (intensity(c), c.arithmetic() / 1e9, **c)).collect();
     let at = marks(&mut chart, &points)?;
-    let signs: Vec<_> = signs
-        .into_iter()
-        .map(|(sx, sy, text)| {
-            let (px, py) = chart.backend_coord(&(sx, sy));
-            if sx == x.end { (px - 4, py - 8, text, HPos::Right) } else { (px + 16, py + 2, text, HPos::Left) }
-        })
-        .collect();
     write(area, signs, at, &cases.iter().map(|c| number(c)).collect::<Vec<_>>())
 }
 
@@ -243,7 +245,9 @@ fn bandwidth(area: &Area, limits: &LevelLimits, cases: &[&CaseResult], number: &
         list.sort_by(|a, b| a.0.total_cmp(&b.0));
         if let Some(first) = list.first() {
             let (px, py) = chart.backend_coord(first);
-            signs.push((px + 8, py - 12, name.to_owned(), HPos::Left));
+            // Of two lines that begin together, one name has to stand elsewhere.
+            let places = [-12, 14, -28, 30].map(|dy| (px + 8, py + dy)).to_vec();
+            signs.push(Sign { places, text: name.to_owned(), to: HPos::Left });
         }
         chart.draw_series(LineSeries::new(list, colour.stroke_width(2)))?;
     }
@@ -272,8 +276,15 @@ fn marks(
     Ok(at)
 }
 
+/// The name of a line: where it may stand, the best place first.
+struct Sign {
+    places: Vec<(i32, i32)>,
+    text: String,
+    to: HPos,
+}
+
 /// Writes the lines' names, and each point's number where there is room, with a thin line to the point.
-fn write(area: &Area, signs: Vec<(i32, i32, String, HPos)>, at: Vec<(i32, i32, RGBColor)>, numbers: &[usize]) -> Drawn {
+fn write(area: &Area, signs: Vec<Sign>, at: Vec<(i32, i32, RGBColor)>, numbers: &[usize]) -> Drawn {
     // Coordinates of the page, which begin elsewhere than the area's.
     let (left, top) = area.get_base_pixel();
     let (width, height) = area.dim_in_pixel();
@@ -281,11 +292,18 @@ fn write(area: &Area, signs: Vec<(i32, i32, String, HPos)>, at: Vec<(i32, i32, R
     type Rect = (i32, i32, i32, i32);
     let apart = |a: &Rect, b: &Rect| a.2 <= b.0 || b.2 <= a.0 || a.3 <= b.1 || b.3 <= a.1;
     let mut taken: Vec<Rect> = at.iter().map(|&(x, y, _)| (x - 4, y - 4, x + 4, y + 4)).collect();
-    for (x, y, text, to) in signs {
+    for Sign { places, text, to } in signs {
         let long = text.len() as i32 * 6;
-        let x = if matches!(to, HPos::Right) { x } else { x.min(high.0 - long) };
-        taken.push(if matches!(to, HPos::Right) { (x - long, y - 7, x, y + 7) } else { (x, y - 7, x + long, y + 7) });
-        label(area, &text, (x - left, y - top), 12, INK, to)?;
+        let right = matches!(to, HPos::Right);
+        let rect = |(x, y): (i32, i32)| if right { (x - long, y - 7, x, y + 7) } else { (x, y - 7, x + long, y + 7) };
+        let free = |&place: &(i32, i32)| {
+            let r = rect(place);
+            r.2 < high.0 && taken.iter().all(|t| apart(t, &r))
+        };
+        let first = places.first().copied().unwrap_or_default();
+        let place = places.into_iter().find(free).unwrap_or(first);
+        taken.push(rect(place));
+        label(area, &text, (place.0 - left, place.1 - top), 12, INK, to)?;
     }
     for (&(x, y, colour), number) in at.iter().zip(numbers) {
         let text = number.to_string();
