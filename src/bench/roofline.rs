@@ -196,7 +196,10 @@ fn roofline(
         let slope = roof.rate / 1e9;
         // From the left or lower edge to the peak.
         let from = x.start.max(y.start / slope);
-        let to = (peak / slope).clamp(from, x.end);
+        let to = (peak / slope).min(x.end);
+        if from >= to {
+            continue; // Outside of what is shown.
+        }
         chart.draw_series(LineSeries::new([(from, from * slope), (to, to * slope)], READ.stroke_width(1)))?;
         // Beneath the line, wherever along it there is room.
         let along = |i: i32| {
