@@ -1,193 +1,86 @@
-//! One bench for every kernel of the registry that this CPU can run: `cargo bench`, or `cargo bench -- attention_f16` for some.
+//! One bench for every kernel of the registry that this CPU can run: `cargo bench --features bench`, or
+//! `cargo bench --features bench -- attention_f16` for some.
 //!
-//! Sizes are those of a Llama-3-8B layer (32 query heads, 8 KV heads, head size 128). Throughput is bytes read and written
-//! for the kernels that memory bounds, and for attention the bytes of K and V (decode) or the multiplications and additions
-//! that count (prefill; an "element" is one of them).
+//! Cases, bytes, operations and limits are those of [`kvlane::bench`], as in `kvlane bench`; criterion adds its statistics, and
+//! the change since the last run. After each case a line tells the rate and the share of the limit, which was measured just
+//! before and just after.
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use half::{bf16, f16};
-use kvlane::{
-    AttentionOptions, AttentionState, AttentionTensors, Context, DType, Destination, Element, KernelInfo, KvWrite, Op,
-    Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, Serial, View, ViewMut, Workspace, attention,
-    kernels, kv_write, merge_states, repeat_kv, rope,
-};
-use std::hint::black_box;
+use std::time::{Duration, Instant};
 
-const HEADS: usize = 32;
-const KV_HEADS: usize = 8;
-const DIM: usize = 128;
-const TOKENS: usize = 512;
-const KEYS: usize = 4096;
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
+use kvlane::bench::cases::{Case, cases_of};
+use kvlane::bench::limits::{Kind, Limits, Threads};
+use kvlane::bench::run::skipped;
+use kvlane::kernels;
 
-/// Numbers between -1 and 1, of a type known at run time.
-enum Data {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-}
-
-impl Data {
-    fn new(dtype: DType, n: usize) -> Self {
-        fn fill<T: Element>(n: usize) -> Vec<T> {
-            let mut state = 1u64;
-            let mut next = || {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                T::from_f32((state >> 40) as f32 / (1 << 23) as f32 - 1.0)
+/// Runs a case; tells whether it could.
+fn bench_case(group: &mut BenchmarkGroup<WallTime>, case: &Case, limits: &mut Limits, threads: &Threads) -> bool {
+    let Some(mut prepared) = case.prepare().expect("every level of the registry belongs to this architecture") else {
+        return false;
+    };
+    let (bytes, flops) = (case.bytes() as f64, case.flops());
+    group.throughput(Throughput::Bytes(case.bytes() as u64));
+    let mut best = f64::INFINITY;
+    group.bench_function(&case.name, |b| {
+        b.iter_custom(|calls| {
+            let start = Instant::now();
+            for _ in 0..calls {
+                prepared.run(threads).expect("the case fits its kernel");
+            }
+            let time = start.elapsed();
+            best = best.min(time.as_secs_f64() / calls as f64);
+            time
+        });
+    });
+    if best.is_infinite() {
+        return true; // Not asked for on the command line.
+    }
+    let mut limit = |kind| limits.measure(threads, case.kernel.isa, kind).expect("the level is available");
+    let memory = case.memory_limit().map(|kind| (kind, limit(kind)));
+    let arithmetic = (flops > 0.0).then(|| (Kind::Fma, limit(Kind::Fma)));
+    let slower = [memory.map(|m| (m.0, bytes / m.1.rate, m.1)), arithmetic.map(|a| (a.0, flops / a.1.rate, a.1))]
+        .into_iter()
+        .flatten()
+        .max_by(|a, b| a.1.total_cmp(&b.1));
+    print!("{}: {:.1} GB/s", case.id(), bytes / best / 1e9);
+    if flops > 0.0 {
+        print!(", {:.1} GFLOP/s", flops / best / 1e9);
+    }
+    match slower {
+        Some((kind, seconds, limit)) => {
+            let what = match kind {
+                Kind::Read(_) => "GB/s of reading",
+                Kind::Copy(_) => "GB/s of copying",
+                Kind::Update(_) => "GB/s of updating",
+                _ => "GFLOP/s of multiply-adds",
             };
-            (0..n).map(|_| next()).collect()
+            let share = seconds / best * 100.0;
+            println!(", {share:.0} % of the {:.1} {what} that are possible ({})", limit.rate / 1e9, limit.by);
         }
-        match dtype {
-            DType::F16 => Self::F16(fill(n)),
-            DType::Bf16 => Self::Bf16(fill(n)),
-            _ => Self::F32(fill(n)),
-        }
+        None => println!(),
     }
-
-    fn view(&self, shape: [usize; 4]) -> View<'_> {
-        match self {
-            Self::F32(x) => View::new(x, shape),
-            Self::F16(x) => View::new(x, shape),
-            Self::Bf16(x) => View::new(x, shape),
-        }
-        .expect("the buffer has the size of the shape")
-    }
-
-    fn view_mut(&mut self, shape: [usize; 4]) -> ViewMut<'_> {
-        match self {
-            Self::F32(x) => ViewMut::new(x, shape),
-            Self::F16(x) => ViewMut::new(x, shape),
-            Self::Bf16(x) => ViewMut::new(x, shape),
-        }
-        .expect("the buffer has the size of the shape")
-    }
-}
-
-fn bench_kernel(c: &mut Criterion, kernel: KernelInfo) {
-    let context = Context::with_max_isa(kernel.isa).expect("the level belongs to this architecture");
-    let chosen = context.kernel(kernel.op, kernel.src, kernel.dst).expect("the registry has it");
-    if chosen.name != kernel.name {
-        println!("{}: not run, KVLANE_MAX_ISA leads to {}", kernel.name, chosen.name);
-        return;
-    }
-    let (from, to) = (kernel.src.size(), kernel.dst.size());
-    let mut group = c.benchmark_group(kernel.name);
-    group.sample_size(10).measurement_time(std::time::Duration::from_secs(1));
-    match kernel.op {
-        Op::RopeAngles => {
-            let frequencies = frequencies();
-            group.throughput(Throughput::Elements((TOKENS * DIM / 2) as u64));
-            group.bench_function("table", |b| b.iter(|| black_box(frequencies.table(&context, TOKENS))));
-        }
-        Op::Rope => {
-            let shape = [1, TOKENS, HEADS, DIM];
-            let n = shape.iter().product();
-            let (src, mut dst) = (Data::new(kernel.src, n), Data::new(kernel.dst, n));
-            let frequencies = frequencies();
-            let (cos, sin) = frequencies.table(&context, TOKENS);
-            group.throughput(Throughput::Bytes((n * (from + to)) as u64));
-            for (name, pairing) in [("half_split", Pairing::HalfSplit), ("interleaved", Pairing::Interleaved)] {
-                for (source, angles) in [
-                    ("computed", RopeAngles::Frequencies(&frequencies)),
-                    ("table", RopeAngles::Table { cos: &cos, sin: &sin }),
-                ] {
-                    let options = Rope { pairing, rotary_dim: DIM, angles, positions: Positions::Offsets(&[0]) };
-                    group.bench_function(format!("{name}/{source}"), |b| {
-                        b.iter(|| rope(&context, &Serial, src.view(shape), dst.view_mut(shape), &options).unwrap());
-                    });
-                }
-            }
-        }
-        Op::KvWrite => {
-            let shape = [1, TOKENS, KV_HEADS, DIM];
-            let n: usize = shape.iter().product();
-            let (k, v) = (Data::new(kernel.src, n), Data::new(kernel.src, n));
-            let (mut k_cache, mut v_cache) = (Data::new(kernel.dst, n), Data::new(kernel.dst, n));
-            group.throughput(Throughput::Bytes((2 * n * (from + to)) as u64));
-            group.bench_function("bshd", |b| {
-                b.iter(|| {
-                    let write = KvWrite {
-                        k: k.view(shape),
-                        v: v.view(shape),
-                        k_cache: k_cache.view_mut(shape),
-                        v_cache: v_cache.view_mut(shape),
-                        to: Destination { positions: &[0], ..Default::default() },
-                        rope: None,
-                    };
-                    kv_write(&context, &Serial, write).unwrap();
-                });
-            });
-        }
-        Op::RepeatKv => {
-            let (narrow, wide) = ([1, TOKENS, KV_HEADS, DIM], [1, TOKENS, HEADS, DIM]);
-            let (n, m) = (narrow.iter().product(), wide.iter().product());
-            let (src, mut dst) = (Data::new(kernel.src, n), Data::new(kernel.dst, m));
-            group.throughput(Throughput::Bytes((n * from + m * to) as u64));
-            group.bench_function("bshd", |b| {
-                b.iter(|| repeat_kv(&context, &Serial, src.view(narrow), dst.view_mut(wide)).unwrap());
-            });
-        }
-        Op::Attention => {
-            for (name, queries, keys) in [("decode", 1, KEYS), ("prefill", TOKENS, TOKENS)] {
-                let (q_shape, kv_shape) = ([1, queries, HEADS, DIM], [1, keys, KV_HEADS, DIM]);
-                let (q_len, kv_len) = (q_shape.iter().product(), kv_shape.iter().product::<usize>());
-                let (q, k, v) =
-                    (Data::new(DType::F32, q_len), Data::new(kernel.src, kv_len), Data::new(kernel.src, kv_len));
-                let mut out = Data::new(DType::F32, q_len);
-                let mut workspace = Workspace::new();
-                let options = AttentionOptions { causal: true, ..Default::default() };
-                let pairs: usize = (0..queries).map(|i| keys - queries + i + 1).sum();
-                group.throughput(if queries == 1 {
-                    Throughput::Bytes((2 * kv_len * from) as u64)
-                } else {
-                    Throughput::Elements((4 * pairs * HEADS * DIM) as u64)
-                });
-                group.bench_function(name, |b| {
-                    b.iter(|| {
-                        let tensors = AttentionTensors {
-                            q: q.view(q_shape),
-                            k: k.view(kv_shape),
-                            v: v.view(kv_shape),
-                            out: out.view_mut(q_shape),
-                            lse: None,
-                        };
-                        attention(&context, &Serial, &mut workspace, tensors, &options).unwrap();
-                    });
-                });
-            }
-        }
-        Op::MergeStates => {
-            let shape = [1, TOKENS, HEADS, DIM];
-            let n: usize = shape.iter().product();
-            let (a, b) = (Data::new(kernel.src, n), Data::new(kernel.src, n));
-            let lse = vec![0.0; n / DIM];
-            let mut out = Data::new(kernel.dst, n);
-            group.throughput(Throughput::Bytes((3 * n * from) as u64));
-            group.bench_function("two", |bencher| {
-                bencher.iter(|| {
-                    let states = [
-                        AttentionState { out: a.view(shape), lse: &lse },
-                        AttentionState { out: b.view(shape), lse: &lse },
-                    ];
-                    merge_states(&context, &Serial, &states, out.view_mut(shape), None).unwrap();
-                });
-            });
-        }
-        other => panic!("{other:?} is in the registry, but has no bench"),
-    }
-    group.finish();
-}
-
-fn frequencies() -> RopeFrequencies {
-    RopeFrequencies::new(DIM, 500_000.0, &RopeScaling::None).expect("valid parameters")
+    true
 }
 
 fn registry(c: &mut Criterion) {
+    let mut limits = Limits::new(true);
+    let threads = Threads::new(1).expect("one thread is no wish");
     for kernel in kernels() {
-        if kernel.isa.is_available() {
-            bench_kernel(c, kernel);
-        } else {
-            println!("{}: not run, this CPU lacks {}", kernel.name, kernel.isa.features().join(", "));
+        let cases = cases_of(&kernel);
+        assert!(!cases.is_empty(), "{} is in the registry, but has no bench", kernel.name);
+        let mut group = c.benchmark_group(kernel.name);
+        group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(300));
+        // All levels and kernels, but of each the shapes of a quick run; a kernel without any gets its first.
+        let quick = cases.iter().any(|case| case.quick);
+        let chosen = cases.iter().enumerate().filter(|(i, case)| if quick { case.quick } else { *i == 0 });
+        let mut ran = true;
+        for (_, case) in chosen {
+            ran &= bench_case(&mut group, case, &mut limits, &threads);
         }
+        if !ran {
+            println!("not run: {}", skipped(&kernel));
+        }
+        group.finish();
     }
 }
 

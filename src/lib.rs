@@ -94,6 +94,8 @@ pub mod ops;
 mod parallel;
 mod view;
 
+#[cfg(feature = "bench")]
+pub mod bench;
 #[cfg(feature = "driver")]
 pub mod driver;
 

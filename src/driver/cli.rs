@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
+use super::bench::{Bench, bench};
 use super::cache::Cache;
 use super::decoder::{Decoder, Logits, Scratch};
 use super::embedded;
@@ -21,6 +22,7 @@ use super::runner::{Finish, PREFILL_CHUNK, Request, Slots};
 use super::sampling::SamplerOptions;
 use super::threads::Threads;
 use super::tokenizer::Tokenizer;
+use crate::bench::machine::{cpu_features, cpu_name};
 use crate::{Context, DType, Isa, KernelInfo, Op, Pairing, RopeScaling, kernels};
 
 /// Attention over a key/value cache for CPUs, shown on small language models.
@@ -37,6 +39,7 @@ enum Command {
     Info(Info),
     Inspect(Inspect),
     CacheCost(CacheCost),
+    Bench(Bench),
 }
 
 /// Continue a text.
@@ -137,7 +140,7 @@ fn dtype_parser() -> impl TypedValueParser<Value = DType> {
         .try_map(|s| DType::from_name(&s).ok_or_else(|| format!("no type is called {s}")))
 }
 
-fn isa_parser() -> impl TypedValueParser<Value = Isa> {
+pub(super) fn isa_parser() -> impl TypedValueParser<Value = Isa> {
     PossibleValuesParser::new(Isa::ALL.map(Isa::name))
         .try_map(|s| Isa::from_name(&s).ok_or_else(|| format!("no level is called {s}")))
 }
@@ -149,6 +152,7 @@ pub fn main() -> ExitCode {
         Command::Info(args) => info(&args),
         Command::Inspect(args) => inspect(&args),
         Command::CacheCost(args) => cache_cost(&args),
+        Command::Bench(args) => bench(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -161,7 +165,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn print(text: &str) -> Result<()> {
+pub(super) fn print(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::stdout)
 }
@@ -177,12 +181,17 @@ fn open(path: Option<&PathBuf>) -> Result<ModelFile> {
     }
 }
 
-/// A bar on standard error if that is a terminal, and nothing otherwise.
+/// A bar for bytes or tokens.
 fn bar(what: &str, len: usize, bytes: bool) -> ProgressBar {
     let template = match bytes {
         true => "{prefix} {wide_bar} {binary_bytes}/{binary_total_bytes}",
         false => "{prefix} {wide_bar} {pos}/{len} tokens",
     };
+    progress_bar(what, len, template)
+}
+
+/// A bar on standard error if that is a terminal, and nothing otherwise; `template` is indicatif's.
+pub(super) fn progress_bar(what: &str, len: usize, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::with_draw_target(Some(len as u64), ProgressDrawTarget::stderr());
     bar.with_style(style).with_prefix(what.to_owned())
@@ -347,28 +356,6 @@ fn kernels_that_run(context: &Context, kv: DType) -> Vec<KernelInfo> {
     .collect();
     ran.dedup_by_key(|k| k.name);
     ran
-}
-
-/// What the CPU reports, of the features that kernels of this kind are ever written for.
-fn cpu_features() -> Vec<(&'static str, bool)> {
-    macro_rules! detect {
-        ($detect:ident: $($name:tt),*) => { vec![$(($name, std::arch::$detect!($name))),*] };
-    }
-    #[cfg(target_arch = "x86_64")]
-    let features = detect!(is_x86_feature_detected: "sse4.2", "avx", "avx2", "fma", "f16c", "avxvnni", "avx512f",
-        "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16", "avx512fp16");
-    #[cfg(target_arch = "aarch64")]
-    let features = detect!(is_aarch64_feature_detected: "neon", "fp16", "dotprod", "bf16", "i8mm", "sve", "sve2");
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let features = Vec::new();
-    features
-}
-
-/// The name that the operating system gives the CPU, where it does.
-fn cpu_name() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("model name"))?;
-    Some(line.split_once(':')?.1.trim().to_owned())
 }
 
 fn info(args: &Info) -> Result<()> {

@@ -21,6 +21,8 @@ pub enum ErrorKind {
     Tokenizer,
     /// The library refused a call's arguments.
     Kernel,
+    /// The bench could not measure, or was given what is no report of it.
+    Bench,
 }
 
 /// An error with a sentence that names what went wrong and the numbers involved.
@@ -86,6 +88,12 @@ impl Error {
 impl From<crate::Error> for Error {
     fn from(e: crate::Error) -> Self {
         Self { kind: ErrorKind::Kernel, message: e.to_string(), source: Some(Box::new(e)) }
+    }
+}
+
+impl From<crate::bench::Error> for Error {
+    fn from(e: crate::bench::Error) -> Self {
+        Self { kind: ErrorKind::Bench, message: e.to_string(), source: Some(Box::new(e)) }
     }
 }
 

@@ -13,7 +13,8 @@
 //! finds every part under either container's names, checks its shape, and unpacks it. From there on nothing knows which
 //! container a model came from; only RoPE's pairing remembers it, because the containers order a head's elements
 //! differently. [`decoder`] appends tokens to rows of a [`cache`] and gives logits; [`runner`] keeps several requests in
-//! the rows of one cache; [`cli`] parses arguments and prints.
+//! the rows of one cache; [`cli`] parses arguments and prints;
+//! `kvlane bench` is no more than the command line of [`crate::bench`].
 //!
 //! The decoder uses the library as any other program would: views, [`rope_in_place`](crate::rope_in_place),
 //! [`kv_write`](crate::kv_write) with its fused rotation of the keys, [`attention`](crate::attention()). Nothing private.
@@ -28,6 +29,7 @@
 //! A model file is input from strangers. Whatever it contains, the answer is a value or an [`Error`] with a sentence;
 //! what is allocated is bounded by a small multiple of the file's size.
 
+mod bench;
 pub mod cache;
 pub mod cli;
 pub mod decoder;

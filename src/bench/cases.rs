@@ -1,0 +1,413 @@
+//! What is measured: every kernel of the registry on shapes of real models, through the public API only.
+//!
+//! 32 query heads over 8 KV heads of 128 are a layer of Llama-3-8B, 32 over 32 one of Llama-2-7B, 9 over 3 of 64 one of
+//! SmolLM2-135M; head sizes 80, 96 and 256 are those of Phi-2, Phi-3-mini and Gemma.
+
+use super::data::{Layout, Tensor};
+use super::limits::Kind;
+use crate::{
+    AttentionOptions, AttentionState, AttentionTensors, Context, DType, Destination, KernelInfo, KvWrite, Op, Pairing,
+    Positions, Result, Rope, RopeAngles, RopeFrequencies, RopeScaling, Runner, Workspace, attention, kv_write,
+    merge_states, repeat_kv, rope, rope_in_place,
+};
+
+/// A kernel and a shape for it.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// The kernel that is measured.
+    pub kernel: KernelInfo,
+    /// The shape, in words.
+    pub name: String,
+    /// Whether it is part of a quick run.
+    pub quick: bool,
+    /// Whether it is so little work that what a call costs besides it matters.
+    pub small: bool,
+    work: Work,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Work {
+    Angles { positions: usize, dim: usize },
+    Rope { shape: [usize; 4], pairing: Pairing, table: bool, in_place: bool },
+    Write { shape: [usize; 4], rope: bool },
+    Repeat { shape: [usize; 4], heads: usize },
+    Attention { shape: AttentionShape, layout: Layout, queries: DType },
+    Merge { states: usize, shape: [usize; 4] },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct AttentionShape {
+    batch: usize,
+    seq: usize,
+    keys: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+}
+
+impl AttentionShape {
+    const fn new(batch: usize, seq: usize, keys: usize, heads: usize, kv_heads: usize, dim: usize) -> Self {
+        Self { batch, seq, keys, heads, kv_heads, dim }
+    }
+
+    fn name(&self) -> String {
+        let Self { batch, seq, keys, heads, kv_heads, dim } = *self;
+        let rows = if batch == 1 { String::new() } else { format!("{batch}x") };
+        let keys = match seq {
+            1 => format!("decode {rows}{keys}"),
+            _ if seq == keys => format!("prefill {rows}{keys}"),
+            _ => format!("chunk {rows}{seq} on {keys}"),
+        };
+        format!("{keys}, {heads}/{kv_heads}x{dim}")
+    }
+
+    /// Pairs of a query and a key that it sees, of one head: key j is visible to query i when j <= i + keys - seq.
+    fn pairs(&self) -> usize {
+        self.batch * (0..self.seq).map(|i| self.keys - self.seq + i + 1).sum::<usize>()
+    }
+
+    fn q(&self) -> [usize; 4] {
+        [self.batch, self.seq, self.heads, self.dim]
+    }
+
+    fn kv(&self) -> [usize; 4] {
+        [self.batch, self.keys, self.kv_heads, self.dim]
+    }
+
+    /// K and V are all that matters once there are many keys a query; before that, queries and output too.
+    fn small(&self) -> bool {
+        self.batch * self.keys <= 256
+    }
+}
+
+fn elements(shape: [usize; 4]) -> usize {
+    shape.iter().product()
+}
+
+const HEADS: usize = 32;
+const KV_HEADS: usize = 8;
+const DIM: usize = 128;
+const TOKENS: usize = 2048;
+
+/// The cases of a kernel; there is at least one for every kernel that can be in the registry.
+pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
+    let (src, dst) = (kernel.src, kernel.dst);
+    let mut cases = Vec::new();
+    let mut add = |quick: bool, small: bool, name: String, work: Work| {
+        cases.push(Case { kernel: *kernel, name, quick, small, work });
+    };
+    // Exhaustive: an operation without cases does not compile.
+    match kernel.op {
+        Op::RopeAngles => {
+            add(true, false, format!("{TOKENS} positions of {DIM}"), Work::Angles { positions: TOKENS, dim: DIM });
+        }
+        Op::Rope => {
+            // Of nine pairs of types, the usual ones are enough for a first look.
+            let usual = src == dst || src == DType::F32;
+            let heads = HEADS + KV_HEADS;
+            for (pairing, p) in [(Pairing::HalfSplit, "half-split"), (Pairing::Interleaved, "interleaved")] {
+                for (table, t) in [(true, "table"), (false, "computed")] {
+                    let shape = [1, TOKENS, heads, DIM];
+                    let work = Work::Rope { shape, pairing, table, in_place: false };
+                    add(usual && table, false, format!("{TOKENS}x{heads}x{DIM}, {p}, {t}"), work);
+                }
+            }
+            let (pairing, table) = (Pairing::HalfSplit, true);
+            if src == dst {
+                let work = Work::Rope { shape: [1, TOKENS, heads, DIM], pairing, table, in_place: true };
+                add(true, false, format!("{TOKENS}x{heads}x{DIM}, half-split, in place"), work);
+            }
+            let work = Work::Rope { shape: [1, 1, heads, DIM], pairing, table, in_place: false };
+            add(usual, true, format!("1x{heads}x{DIM}, half-split, table"), work);
+            let work = Work::Write { shape: [1, TOKENS, KV_HEADS, DIM], rope: true };
+            add(usual, false, format!("with write, {TOKENS}x{KV_HEADS}x{DIM}"), work);
+        }
+        Op::KvWrite => {
+            let usual = src == dst || src == DType::F32;
+            for tokens in [TOKENS, 1] {
+                let work = Work::Write { shape: [1, tokens, KV_HEADS, DIM], rope: false };
+                add(usual, tokens == 1, format!("{tokens}x{KV_HEADS}x{DIM}"), work);
+            }
+        }
+        Op::RepeatKv => {
+            let work = Work::Repeat { shape: [1, TOKENS, KV_HEADS, DIM], heads: HEADS };
+            add(true, false, format!("{TOKENS}x{KV_HEADS}x{DIM} to {HEADS} heads"), work);
+        }
+        Op::Attention => {
+            let decode = |batch, keys, heads, kv_heads, dim| AttentionShape::new(batch, 1, keys, heads, kv_heads, dim);
+            for (quick, shape) in [
+                (true, decode(1, 4096, HEADS, KV_HEADS, DIM)),
+                (true, decode(1, 16384, HEADS, KV_HEADS, DIM)),
+                (true, decode(8, 2048, HEADS, KV_HEADS, DIM)),
+                (true, decode(1, 4096, HEADS, HEADS, DIM)),
+                (true, decode(1, 4096, 9, 3, 64)),
+                (false, decode(1, 4096, HEADS, KV_HEADS, 80)),
+                (false, decode(1, 4096, HEADS, KV_HEADS, 96)),
+                (false, decode(1, 4096, HEADS, KV_HEADS, 256)),
+            ] {
+                for layout in [Layout::Bshd, Layout::Bhsd] {
+                    let name = format!("{}, {}", shape.name(), layout.name());
+                    add(quick, false, name, Work::Attention { shape, layout, queries: src });
+                }
+            }
+            for keys in [1, 16, 64, 256] {
+                let shape = decode(1, keys, HEADS, KV_HEADS, DIM);
+                add(true, true, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries: src });
+            }
+            for (quick, shape) in [
+                (true, AttentionShape::new(1, 512, 512, HEADS, KV_HEADS, DIM)),
+                (true, AttentionShape::new(1, 2048, 2048, HEADS, KV_HEADS, DIM)),
+                (true, AttentionShape::new(1, 256, 4096, HEADS, KV_HEADS, DIM)),
+            ] {
+                add(quick, false, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries: src });
+            }
+            if src != DType::F32 {
+                // A decoder that computes in f32 and only stores in a narrow type.
+                for seq in [1, 2048] {
+                    let shape = AttentionShape::new(1, seq, if seq == 1 { 4096 } else { seq }, HEADS, KV_HEADS, DIM);
+                    let work = Work::Attention { shape, layout: Layout::Bshd, queries: DType::F32 };
+                    add(false, false, format!("{}, f32 queries", shape.name()), work);
+                }
+            }
+        }
+        Op::MergeStates => {
+            let (states, shape) = (2, [1, TOKENS, HEADS, DIM]);
+            add(true, false, format!("{states} of {TOKENS}x{HEADS}x{DIM}"), Work::Merge { states, shape });
+        }
+    }
+    cases
+}
+
+impl Case {
+    /// Its name among all cases: `<kernel>/<shape>`.
+    pub fn id(&self) -> String {
+        format!("{}/{}", self.kernel.name, self.name)
+    }
+
+    /// Bytes that a call has to move, reads and writes together.
+    pub fn bytes(&self) -> usize {
+        let (from, to) = (self.kernel.src.size(), self.kernel.dst.size());
+        match self.work {
+            Work::Angles { positions, dim } => positions * dim * to,
+            // Not the table, which a call over all layers reads from a cache.
+            Work::Rope { shape, .. } => elements(shape) * (from + to),
+            Work::Write { shape, .. } => 2 * elements(shape) * (from + to),
+            Work::Repeat { shape, heads } => elements(shape) * from + elements(shape) / shape[2] * heads * to,
+            Work::Attention { shape, queries, .. } => {
+                let kv = 2 * elements(shape.kv()) * from;
+                let rest = 2 * elements(shape.q()) * queries.size();
+                if shape.seq > 1 || shape.small() { kv + rest } else { kv }
+            }
+            Work::Merge { states, shape } => (states + 1) * elements(shape) * to,
+        }
+    }
+
+    /// Operations that a call has to do, a multiply-add counted as two; 0 for mere copies, and for angles, whose count
+    /// depends on the method.
+    pub fn flops(&self) -> f64 {
+        let count = match self.work {
+            Work::Angles { .. } | Work::Write { rope: false, .. } | Work::Repeat { .. } => 0,
+            // Four products and two sums a pair.
+            Work::Rope { shape, .. } | Work::Write { shape, rope: true } => 3 * elements(shape),
+            Work::Attention { shape, .. } => 4 * shape.pairs() * shape.heads * shape.dim,
+            Work::Merge { states, shape } => 2 * states * elements(shape),
+        };
+        count as f64
+    }
+
+    /// The limit of memory that it is held to; `None` if there is none.
+    pub fn memory_limit(&self) -> Option<Kind> {
+        match self.work {
+            Work::Angles { .. } => None,
+            Work::Attention { .. } => Some(Kind::Read(self.bytes())),
+            Work::Rope { in_place: true, .. } => Some(Kind::Update(self.bytes())),
+            _ => Some(Kind::Copy(self.bytes())),
+        }
+    }
+
+    /// Allocates and fills what a call needs.
+    ///
+    /// # Errors
+    /// There is no such context; `None` if `KVLANE_MAX_ISA` or the CPU leads to another kernel.
+    pub fn prepare(&self) -> Result<Option<Prepared>> {
+        let kernel = &self.kernel;
+        if !kernel.isa.is_available() {
+            return Ok(None);
+        }
+        let context = Context::with_max_isa(kernel.isa)?;
+        if context.kernel(kernel.op, kernel.src, kernel.dst).is_none_or(|chosen| chosen.name != kernel.name) {
+            return Ok(None);
+        }
+        let (src, dst) = (kernel.src, kernel.dst);
+        let source = |shape| Tensor::new(src, shape, Layout::Bshd);
+        let target = |shape| Tensor::new(dst, shape, Layout::Bshd);
+        let mut tensors = Vec::new();
+        let mut angles = None;
+        let mut need_angles = |dim: usize, positions: usize| -> Result<()> {
+            let frequencies = RopeFrequencies::new(dim, 500_000.0, &RopeScaling::None)?;
+            let (cos, sin) = frequencies.table(&context, positions);
+            angles = Some(Angles { frequencies, cos, sin });
+            Ok(())
+        };
+        let mut lse = Vec::new();
+        match self.work {
+            Work::Angles { positions, dim } => need_angles(dim, positions)?,
+            Work::Rope { shape, in_place, .. } => {
+                need_angles(shape[3], shape[1])?;
+                tensors.push(source(shape));
+                if !in_place {
+                    tensors.push(target(shape));
+                }
+            }
+            Work::Write { shape, rope } => {
+                if rope {
+                    need_angles(shape[3], shape[1])?;
+                }
+                tensors.extend([source(shape), source(shape), target(shape), target(shape)]);
+            }
+            Work::Repeat { shape, heads } => {
+                tensors.extend([source(shape), target([shape[0], shape[1], heads, shape[3]])]);
+            }
+            Work::Attention { shape, layout, queries } => {
+                let (q, kv) = (shape.q(), shape.kv());
+                tensors.extend([
+                    Tensor::new(queries, q, Layout::Bshd),
+                    Tensor::new(src, kv, layout),
+                    Tensor::new(src, kv, layout),
+                    Tensor::new(queries, q, Layout::Bshd),
+                ]);
+            }
+            Work::Merge { states, shape } => {
+                lse = vec![0.0; elements(shape) / shape[3]];
+                tensors.extend((0..states).map(|_| source(shape)));
+                tensors.push(target(shape));
+            }
+        }
+        Ok(Some(Prepared { context, work: self.work, tensors, angles, lse, workspace: Workspace::new() }))
+    }
+}
+
+struct Angles {
+    frequencies: RopeFrequencies,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Angles {
+    fn rope(&self, pairing: Pairing, table: bool) -> Rope<'_> {
+        let angles = match table {
+            true => RopeAngles::Table { cos: &self.cos, sin: &self.sin },
+            false => RopeAngles::Frequencies(&self.frequencies),
+        };
+        Rope { pairing, rotary_dim: self.frequencies.rotary_dim(), angles, positions: Positions::Offsets(&[0]) }
+    }
+}
+
+/// A case with its data.
+pub struct Prepared {
+    context: Context,
+    work: Work,
+    tensors: Vec<Tensor>,
+    angles: Option<Angles>,
+    lse: Vec<f32>,
+    workspace: Workspace,
+}
+
+impl Prepared {
+    /// One call.
+    ///
+    /// # Errors
+    /// The library refuses it, or the runner fails.
+    pub fn run(&mut self, runner: &dyn Runner) -> Result<()> {
+        let Self { context, work, tensors, angles, lse, workspace } = self;
+        match (*work, &mut tensors[..], angles) {
+            (Work::Angles { positions, .. }, [], Some(angles)) => {
+                std::hint::black_box(angles.frequencies.table(context, positions));
+                Ok(())
+            }
+            (Work::Rope { pairing, table, in_place: true, .. }, [x], Some(angles)) => {
+                rope_in_place(context, runner, x.view_mut()?, &angles.rope(pairing, table))
+            }
+            (Work::Rope { pairing, table, .. }, [src, dst], Some(angles)) => {
+                rope(context, runner, src.view()?, dst.view_mut()?, &angles.rope(pairing, table))
+            }
+            (Work::Write { .. }, [k, v, k_cache, v_cache], angles) => {
+                let write = KvWrite {
+                    k: k.view()?,
+                    v: v.view()?,
+                    k_cache: k_cache.view_mut()?,
+                    v_cache: v_cache.view_mut()?,
+                    to: Destination { positions: &[0], ..Default::default() },
+                    rope: angles.as_ref().map(|a| a.rope(Pairing::HalfSplit, true)),
+                };
+                kv_write(context, runner, write)
+            }
+            (Work::Repeat { .. }, [src, dst], _) => repeat_kv(context, runner, src.view()?, dst.view_mut()?),
+            (Work::Attention { .. }, [q, k, v, out], _) => {
+                let tensors =
+                    AttentionTensors { q: q.view()?, k: k.view()?, v: v.view()?, out: out.view_mut()?, lse: None };
+                let options = AttentionOptions { causal: true, ..Default::default() };
+                attention(context, runner, workspace, tensors, &options)
+            }
+            (Work::Merge { .. }, [a, b, out], _) => {
+                let states =
+                    [AttentionState { out: a.view()?, lse: &*lse }, AttentionState { out: b.view()?, lse: &*lse }];
+                merge_states(context, runner, &states, out.view_mut()?, None)
+            }
+            (work, ..) => unreachable!("prepare() does not make {work:?} so"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Serial, kernels};
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn every_kernel_has_cases_and_every_case_a_name() {
+        let mut ids = BTreeSet::new();
+        for kernel in kernels() {
+            let cases = cases_of(&kernel);
+            assert!(cases.iter().any(|case| case.quick) || kernel.src != kernel.dst, "{}", kernel.name);
+            assert!(!cases.is_empty(), "{} is in the registry, but has no bench", kernel.name);
+            for case in cases {
+                assert!(case.name.len() <= 44, "{} does not fit the table", case.name);
+                assert!(case.bytes() > 0, "{}", case.id());
+                assert!(ids.insert(case.id()), "two cases are called {}", case.id());
+            }
+        }
+    }
+
+    #[test]
+    fn small_cases_run() {
+        for kernel in kernels() {
+            for case in cases_of(&kernel).into_iter().filter(|case| case.bytes() < 1 << 22) {
+                if let Some(mut prepared) = case.prepare().unwrap() {
+                    prepared.run(&Serial).unwrap();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn work_is_counted() {
+        let shape = AttentionShape::new(2, 3, 5, 4, 2, 8);
+        // Queries see 3, 4 and 5 keys.
+        assert_eq!(shape.pairs(), 24);
+        let kernel = kernels().find(|k| k.op == Op::Attention && k.src == DType::F16).unwrap();
+        let case = |shape, queries| Case {
+            kernel,
+            name: String::new(),
+            quick: false,
+            small: false,
+            work: Work::Attention { shape, layout: Layout::Bshd, queries },
+        };
+        let prefill = case(shape, DType::F32);
+        assert_eq!(prefill.flops(), (4 * 24 * 4 * 8) as f64);
+        assert_eq!(prefill.bytes(), 2 * (2 * 5 * 2 * 8) * 2 + 2 * (2 * 3 * 4 * 8) * 4);
+        let decode = case(AttentionShape::new(1, 1, 4096, 32, 8, 128), DType::F16);
+        assert_eq!(decode.bytes(), 16 << 20);
+    }
+}

@@ -1,0 +1,114 @@
+//! Tensors for the cases and buffers for the limits: the same memory, so that neither has an advantage.
+
+use half::{bf16, f16};
+
+use crate::view::{bhsd, contiguous};
+use crate::{DType, Element, Result, View, ViewMut};
+
+/// Elements that begin at a cache line, as the memory of every runtime does.
+pub(crate) struct Aligned<T> {
+    memory: Vec<T>,
+    start: usize,
+    len: usize,
+}
+
+impl<T: Element> Aligned<T> {
+    const LINE: usize = 64;
+
+    /// Numbers between -1 and 1.
+    pub fn new(len: usize) -> Self {
+        // A pattern that is repeated: filling must not take longer than measuring.
+        const PATTERN: usize = 4099;
+        let mut state = 1u64;
+        let pattern: Vec<T> = (0..PATTERN.min(len))
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                T::from_f32((state >> 40) as f32 / (1 << 23) as f32 - 1.0)
+            })
+            .collect();
+        let mut memory = vec![T::default(); len + Self::LINE / size_of::<T>()];
+        let start = memory.as_ptr().align_offset(Self::LINE).min(Self::LINE / size_of::<T>());
+        for chunk in memory[start..start + len].chunks_mut(PATTERN) {
+            chunk.copy_from_slice(&pattern[..chunk.len()]);
+        }
+        Self { memory, start, len }
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn as_slice(&self) -> &[T] {
+        &self.memory[self.start..self.start + self.len]
+    }
+
+    pub fn as_mut_slice(&mut self) -> &mut [T] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
+}
+
+/// How a tensor's axes lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Layout {
+    Bshd,
+    Bhsd,
+}
+
+impl Layout {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bshd => "bshd",
+            Self::Bhsd => "bhsd",
+        }
+    }
+
+    fn strides(self, shape: [usize; 4]) -> [i64; 4] {
+        match self {
+            Self::Bshd => contiguous(shape),
+            Self::Bhsd => bhsd(shape),
+        }
+    }
+}
+
+enum Buffer {
+    F32(Aligned<f32>),
+    F16(Aligned<f16>),
+    Bf16(Aligned<bf16>),
+}
+
+/// A tensor of a type known at run time.
+pub(crate) struct Tensor {
+    buffer: Buffer,
+    shape: [usize; 4],
+    layout: Layout,
+}
+
+impl Tensor {
+    pub fn new(dtype: DType, shape: [usize; 4], layout: Layout) -> Self {
+        let n = shape.iter().product();
+        let buffer = match dtype {
+            DType::F32 => Buffer::F32(Aligned::new(n)),
+            DType::F16 => Buffer::F16(Aligned::new(n)),
+            DType::Bf16 => Buffer::Bf16(Aligned::new(n)),
+        };
+        Self { buffer, shape, layout }
+    }
+
+    pub fn view(&self) -> Result<View<'_>> {
+        let (shape, strides) = (self.shape, self.layout.strides(self.shape));
+        match &self.buffer {
+            Buffer::F32(x) => View::strided(x.as_slice(), 0, shape, strides),
+            Buffer::F16(x) => View::strided(x.as_slice(), 0, shape, strides),
+            Buffer::Bf16(x) => View::strided(x.as_slice(), 0, shape, strides),
+        }
+    }
+
+    pub fn view_mut(&mut self) -> Result<ViewMut<'_>> {
+        let (shape, strides) = (self.shape, self.layout.strides(self.shape));
+        match &mut self.buffer {
+            Buffer::F32(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
+            Buffer::F16(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
+            Buffer::Bf16(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
+        }
+    }
+}

@@ -1,0 +1,524 @@
+//! What the machine can do: loops that do nothing but read, copy, multiply or exponentiate, compiled for every level.
+//!
+//! A limit is the best of everything tried. Which loop reads fastest depends on the CPU and on where the bytes lie: the
+//! hardware prefetcher follows one stream up to the end of a page, software prefetch can look across it, and several streams
+//! keep more lines in flight.
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use super::data::Aligned;
+use super::timing::{Effort, time};
+use super::{Error, Result};
+use crate::kernels::generic::math;
+use crate::kernels::scalar::Scalar;
+use crate::kernels::simd::{Outlined, Simd};
+use crate::{Isa, Rayon, Runner, Serial};
+
+/// The threads that kernels and limits run on: the calling one, or a pool.
+pub struct Threads {
+    pool: Option<rayon::ThreadPool>,
+}
+
+impl Threads {
+    /// `count` threads.
+    ///
+    /// # Errors
+    /// There are none or too many, or the system refuses.
+    pub fn new(count: usize) -> Result<Self> {
+        const MOST: usize = 1024;
+        if !(1..=MOST).contains(&count) {
+            return Err(Error::new(format!("{count} threads; it takes 1 to {MOST}")));
+        }
+        if count == 1 {
+            return Ok(Self { pool: None });
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(count).thread_name(|i| format!("bench-{i}")).build();
+        Ok(Self { pool: Some(pool.map_err(|e| Error::new(format!("starting {count} threads: {e}")))?) })
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.pool.as_ref().map_or(1, rayon::ThreadPool::current_num_threads)
+    }
+
+    /// Seconds from when all threads are ready until the last is done with `f`, which is told its number.
+    fn seconds(&self, f: &(dyn Fn(usize) + Sync)) -> f64 {
+        let Some(pool) = &self.pool else {
+            let start = Instant::now();
+            f(0);
+            return start.elapsed().as_secs_f64();
+        };
+        let ready = AtomicUsize::new(0);
+        let all = self.count();
+        let each = pool.broadcast(|context| {
+            ready.fetch_add(1, Ordering::AcqRel);
+            while ready.load(Ordering::Acquire) < all {
+                // There may be fewer CPUs than threads.
+                std::thread::yield_now();
+            }
+            let start = Instant::now();
+            f(context.index());
+            start.elapsed().as_secs_f64()
+        });
+        each.into_iter().fold(0.0, f64::max)
+    }
+}
+
+impl Runner for Threads {
+    fn num_threads(&self) -> usize {
+        self.count()
+    }
+
+    fn run(&self, n: usize, task: &(dyn Fn(usize) + Sync)) -> bool {
+        match &self.pool {
+            Some(pool) => Rayon::pool(pool).run(n, task),
+            None => Serial.run(n, task),
+        }
+    }
+}
+
+/// Runs `body` compiled for a level; does nothing if the CPU lacks it, which no caller lets happen.
+fn on_level(isa: Isa, body: impl Outlined) {
+    if !isa.is_available() {
+        return;
+    }
+    // SAFETY: the level is available, and every piece here stays inside of slices that it borrows.
+    unsafe {
+        match isa {
+            Isa::Scalar => Scalar::new_unchecked().outline(body),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => crate::kernels::avx2::Avx2::new_unchecked().outline(body),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => crate::kernels::avx512::Avx512::new_unchecked().outline(body),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Isa::Neon => crate::kernels::neon::Neon::new_unchecked().outline(body),
+            // Levels of other architectures; spelled out, so that a new level has to be given its loops.
+            #[cfg(not(target_arch = "x86_64"))]
+            Isa::Avx2 | Isa::Avx512 => {}
+            #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
+            Isa::Neon => {}
+        }
+    }
+}
+
+/// Asks for the cache line at `p`, which need not be readable.
+#[inline(always)]
+fn prefetch(p: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64, and a prefetch never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a prefetch never faults.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) p, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = p;
+}
+
+/// Vectors that a reading loop takes a step; as many sums run side by side.
+const STEP: usize = 8;
+/// Floats in a cache line of 64 bytes.
+const LINE: usize = 16;
+
+/// Reads everything `passes` times, in `STREAMS` streams side by side, each prefetched `AHEAD` bytes ahead.
+struct Read<'a, const STREAMS: usize, const AHEAD: usize> {
+    data: &'a [f32],
+    passes: u64,
+}
+
+impl<const STREAMS: usize, const AHEAD: usize> Outlined for Read<'_, STREAMS, AHEAD> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let each = STEP / STREAMS;
+        let step = each * S::LANES;
+        let steps = self.data.len() / STREAMS / step;
+        let stream = steps * step;
+        let mut sums = [s.zero(); STEP];
+        for _ in 0..self.passes {
+            let data = black_box(self.data.as_ptr());
+            for i in 0..steps {
+                for k in 0..STREAMS {
+                    // SAFETY: `k * stream + i * step + each * LANES` is at most STREAMS * stream, which is at most the length.
+                    unsafe {
+                        let p = data.add(k * stream + i * step);
+                        if AHEAD > 0 {
+                            for line in 0..step.div_ceil(LINE) {
+                                prefetch(p.wrapping_add(AHEAD / size_of::<f32>() + line * LINE));
+                            }
+                        }
+                        for j in 0..each {
+                            sums[k * each + j] = s.add(sums[k * each + j], s.load_f32(p.add(j * S::LANES)));
+                        }
+                    }
+                }
+            }
+            let mut at = STREAMS * stream;
+            while at + S::LANES <= self.data.len() {
+                // SAFETY: the condition.
+                sums[0] = s.add(sums[0], unsafe { s.load_f32(data.add(at)) });
+                at += S::LANES;
+            }
+        }
+        for half in sums.chunks_exact(4) {
+            black_box(s.sum4([half[0], half[1], half[2], half[3]]));
+        }
+    }
+}
+
+/// Copies `src` to `dst` by a vector loop, `passes` times.
+struct Copy<'a> {
+    src: &'a [f32],
+    dst: &'a mut [f32],
+    passes: u64,
+}
+
+impl Outlined for Copy<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let n = self.src.len().min(self.dst.len());
+        let step = 4 * S::LANES;
+        for _ in 0..self.passes {
+            let (src, dst) = (black_box(self.src.as_ptr()), black_box(self.dst.as_mut_ptr()));
+            let mut at = 0;
+            while at + step <= n {
+                // SAFETY: the condition; the slices do not overlap.
+                unsafe {
+                    let v: [S::V; 4] = std::array::from_fn(|j| s.load_f32(src.add(at + j * S::LANES)));
+                    for (j, v) in v.into_iter().enumerate() {
+                        s.store_f32(dst.add(at + j * S::LANES), v);
+                    }
+                }
+                at += step;
+            }
+            // SAFETY: at <= n.
+            unsafe { std::ptr::copy_nonoverlapping(src.add(at), dst.add(at), n - at) };
+        }
+    }
+}
+
+/// Reads and writes back every vector, `passes` times.
+struct Update<'a> {
+    data: &'a mut [f32],
+    passes: u64,
+}
+
+impl Outlined for Update<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let step = 4 * S::LANES;
+        let factor = s.splat(black_box(1.0));
+        for _ in 0..self.passes {
+            let data = black_box(self.data.as_mut_ptr());
+            let mut at = 0;
+            while at + step <= self.data.len() {
+                for j in 0..4 {
+                    // SAFETY: the condition.
+                    unsafe {
+                        let p = data.add(at + j * S::LANES);
+                        s.store_f32(p, s.mul(s.load_f32(p), factor));
+                    }
+                }
+                at += step;
+            }
+        }
+    }
+}
+
+/// Multiply-adds without a load, in enough chains to fill every unit: latency times ports is 8 on most CPUs, 16 on the widest
+/// with NEON. Chains, factor and addend fit the registers.
+struct MultiplyAdd {
+    steps: u64,
+}
+
+/// See [`MultiplyAdd`].
+const CHAINS: usize = if cfg!(target_arch = "aarch64") { 20 } else { 12 };
+
+impl Outlined for MultiplyAdd {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        // Towards 1, where nothing overflows or becomes subnormal.
+        let (factor, addend) = (s.splat(black_box(0.999)), s.splat(black_box(0.001)));
+        let mut chains: [S::V; CHAINS] = std::array::from_fn(|i| s.splat(black_box(i as f32)));
+        for _ in 0..self.steps {
+            for chain in &mut chains {
+                *chain = s.fma(*chain, factor, addend);
+            }
+        }
+        for four in chains.chunks_exact(4) {
+            black_box(s.sum4([four[0], four[1], four[2], four[3]]));
+        }
+    }
+}
+
+/// Exponentials of a small array, as the softmax computes them, `WAYS` vectors side by side.
+struct Exp<'a, const WAYS: usize> {
+    data: &'a [f32],
+    passes: u64,
+}
+
+impl<const WAYS: usize> Outlined for Exp<'_, WAYS> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let step = WAYS * S::LANES;
+        let mut sums = [s.zero(); WAYS];
+        for _ in 0..self.passes {
+            let data = black_box(self.data.as_ptr());
+            let mut at = 0;
+            while at + step <= self.data.len() {
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    // SAFETY: the condition.
+                    let x = unsafe { s.load_f32(data.add(at + j * S::LANES)) };
+                    *sum = s.add(*sum, math::exp(s, x));
+                }
+                at += step;
+            }
+        }
+        for sum in sums {
+            black_box(s.sum4([sum; 4]));
+        }
+    }
+}
+
+/// A limit, and the loop that reached it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Limit {
+    /// Bytes, operations or exponentials a second.
+    pub rate: f64,
+    /// The loop that was fastest.
+    pub by: String,
+}
+
+/// A kind of limit. The bytes of [`Self::Copy`] and [`Self::Update`] are those read and those written
+/// together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// Reading so many bytes, over and over.
+    Read(usize),
+    /// Copying half of so many bytes over the other half.
+    Copy(usize),
+    /// Changing half of so many bytes where they are: each is read and written.
+    Update(usize),
+    /// f32 multiply-adds; two operations each.
+    Fma,
+    /// Exponentials with the accuracy that softmax needs.
+    Exp,
+}
+
+/// A loop over a slice, so many times.
+type ReadLoop = fn(Isa, &[f32], u64);
+
+fn read<const STREAMS: usize, const AHEAD: usize>(isa: Isa, data: &[f32], passes: u64) {
+    on_level(isa, Read::<STREAMS, AHEAD> { data, passes });
+}
+
+const READS: [(&str, ReadLoop); 7] = [
+    ("plain", read::<1, 0>),
+    ("prefetch 512 B", read::<1, 512>),
+    ("prefetch 2 KiB", read::<1, 2048>),
+    ("2 streams", read::<2, 0>),
+    ("4 streams", read::<4, 0>),
+    ("4 streams, prefetch 1 KiB", read::<4, 1024>),
+    ("8 streams, prefetch 512 B", read::<8, 512>),
+];
+
+const EXPS: [(&str, ReadLoop); 3] = [("1 vector", exp::<1>), ("2 vectors", exp::<2>), ("4 vectors", exp::<4>)];
+
+fn exp<const WAYS: usize>(isa: Isa, data: &[f32], passes: u64) {
+    on_level(isa, Exp::<WAYS> { data, passes });
+}
+
+type CopyLoop = fn(Isa, &[f32], &mut [f32], u64);
+
+fn copy_by_vectors(isa: Isa, src: &[f32], dst: &mut [f32], passes: u64) {
+    on_level(isa, Copy { src, dst, passes });
+}
+
+fn copy_by_memcpy(_: Isa, src: &[f32], dst: &mut [f32], passes: u64) {
+    for _ in 0..passes {
+        black_box(&mut *dst).copy_from_slice(black_box(src));
+    }
+}
+
+const COPIES: [(&str, CopyLoop); 2] = [("vectors", copy_by_vectors), ("memcpy", copy_by_memcpy)];
+
+/// Measures limits, and keeps what it has measured.
+pub struct Limits {
+    quick: bool,
+    memory: Aligned<f32>,
+    found: BTreeMap<(u32, usize, Kind), Limit>,
+}
+
+impl Limits {
+    /// Nothing measured yet; `quick` looks for a shorter time.
+    pub fn new(quick: bool) -> Self {
+        Self { quick, memory: Aligned::new(0), found: BTreeMap::new() }
+    }
+
+    /// The limit of a level on so many threads, now: the first time by every loop, later by the one that won, since a
+    /// machine's mood changes. See [`Self::best`] for the best that was ever seen.
+    ///
+    /// # Errors
+    /// The CPU lacks the level.
+    pub fn measure(&mut self, threads: &Threads, isa: Isa, kind: Kind) -> Result<Limit> {
+        if !isa.is_available() {
+            return Err(Error::new(format!("this CPU has no {isa}, so there is no limit to measure")));
+        }
+        if let Kind::Read(bytes) | Kind::Copy(bytes) | Kind::Update(bytes) = kind {
+            let floats = bytes.div_ceil(size_of::<f32>()).next_multiple_of(2 * LINE);
+            if self.memory.len() < floats {
+                self.memory = Aligned::new(0); // Never both at once.
+                self.memory = Aligned::new(floats);
+            }
+        }
+        let key = (isa as u32, threads.count(), kind);
+        let winner = self.found.get(&key).map(|limit| limit.by.clone());
+        let wanted = |by: &str| winner.as_deref().is_none_or(|w| w == by);
+        let mut now = Limit { rate: 0.0, by: String::new() };
+        let effort = Effort::limit(self.quick);
+        let mut seen = |by: &str, amount: f64, run: &mut dyn FnMut(u64) -> f64| {
+            let rate = amount / time(effort, run).best;
+            if rate > now.rate {
+                now = Limit { rate, by: by.to_owned() };
+            }
+        };
+        let all = threads.count();
+        // A level with other units (matrix tiles) adds its peak as a kind of its own here, and to `run::measure`'s bounds.
+        match kind {
+            Kind::Read(bytes) => {
+                let data = &self.memory.as_slice()[..(bytes / size_of::<f32>()).max(1)];
+                let parts: Vec<&[f32]> = split(data.len(), all).map(|(at, n)| &data[at..at + n]).collect();
+                for (by, read) in READS.into_iter().filter(|(by, _)| wanted(by)) {
+                    seen(by, bytes as f64, &mut |calls| threads.seconds(&|thread| read(isa, parts[thread], calls)));
+                }
+            }
+            Kind::Copy(bytes) => {
+                let n = (bytes / 2 / size_of::<f32>()).max(1);
+                let (src, dst) = self.memory.as_mut_slice().split_at_mut(n.next_multiple_of(LINE));
+                let (src, mut dst) = (&src[..n], &mut dst[..n]);
+                let mut parts = Vec::new();
+                for (at, n) in split(n, all) {
+                    let (mine, rest) = dst.split_at_mut(n);
+                    dst = rest;
+                    parts.push(Mutex::new((&src[at..at + n], mine)));
+                }
+                for (by, copy) in COPIES.into_iter().filter(|(by, _)| wanted(by)) {
+                    seen(by, bytes as f64, &mut |calls| {
+                        threads.seconds(&|thread| {
+                            // One lock a sample, which nobody else wants.
+                            if let Ok(mut part) = parts[thread].lock() {
+                                let (src, dst) = &mut *part;
+                                copy(isa, src, dst, calls);
+                            }
+                        })
+                    });
+                }
+            }
+            Kind::Update(bytes) => {
+                let n = (bytes / 2 / size_of::<f32>()).max(1);
+                let mut data = &mut self.memory.as_mut_slice()[..n];
+                let mut parts = Vec::new();
+                for (_, n) in split(n, all) {
+                    let (mine, rest) = data.split_at_mut(n);
+                    data = rest;
+                    parts.push(Mutex::new(mine));
+                }
+                seen("vectors", bytes as f64, &mut |passes| {
+                    threads.seconds(&|thread| {
+                        if let Ok(mut part) = parts[thread].lock() {
+                            on_level(isa, Update { data: &mut part[..], passes });
+                        }
+                    })
+                });
+            }
+            Kind::Fma => {
+                const STEPS: u64 = 1000;
+                let amount = 2 * STEPS as usize * CHAINS * lanes(isa) * all;
+                let steps = |calls: u64| threads.seconds(&|_| on_level(isa, MultiplyAdd { steps: STEPS * calls }));
+                seen("registers", amount as f64, &mut { steps });
+            }
+            Kind::Exp => {
+                // In the first-level cache, and between -8 and 0 as logits are once their maximum is taken off.
+                let data: Vec<f32> = (0..2048).map(|i| i as f32 / -256.0).collect();
+                let amount = data.len() * all;
+                for (by, exp) in EXPS.into_iter().filter(|(by, _)| wanted(by)) {
+                    seen(by, amount as f64, &mut |passes| threads.seconds(&|_| exp(isa, &data, passes)));
+                }
+            }
+        }
+        let best = self.found.entry(key).or_insert_with(|| now.clone());
+        if now.rate > best.rate {
+            *best = now.clone();
+        }
+        Ok(now)
+    }
+
+    /// Everything measured for a level on so many threads, the best of all times.
+    pub fn best(&self, threads: usize, isa: Isa) -> impl Iterator<Item = (Kind, &Limit)> {
+        self.found.iter().filter(move |(key, _)| (key.0, key.1) == (isa as u32, threads)).map(|(key, l)| (key.2, l))
+    }
+}
+
+/// Where each of `parts` begins among `n` floats, at a cache line, and how many it has.
+fn split(n: usize, parts: usize) -> impl Iterator<Item = (usize, usize)> {
+    let at = move |part: usize| if part == parts { n } else { n * part / parts / LINE * LINE };
+    (0..parts).map(move |part| (at(part), at(part + 1) - at(part)))
+}
+
+/// f32 lanes of a level's vectors.
+fn lanes(isa: Isa) -> usize {
+    struct Lanes<'a>(&'a mut usize);
+    impl Outlined for Lanes<'_> {
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self, _: S) {
+            *self.0 = S::LANES;
+        }
+    }
+    let mut lanes = 0;
+    on_level(isa, Lanes(&mut lanes));
+    lanes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_plausible_at_every_level() {
+        let threads = [Threads::new(1).unwrap(), Threads::new(3).unwrap()];
+        let mut limits = Limits::new(true);
+        for isa in Isa::ALL.into_iter().filter(|l| l.is_available()) {
+            for threads in &threads {
+                // A size that neither vectors nor threads divide.
+                for kind in [Kind::Read(10_004), Kind::Copy(10_008), Kind::Update(10_008), Kind::Fma, Kind::Exp] {
+                    for _ in 0..2 {
+                        let limit = limits.measure(threads, isa, kind).unwrap();
+                        assert!(limit.rate > 0.0 && limit.rate.is_finite() && !limit.by.is_empty(), "{isa} {kind:?}");
+                    }
+                }
+                assert_eq!(limits.best(threads.count(), isa).count(), 5);
+            }
+        }
+        assert!(Threads::new(0).is_err() && Threads::new(1 << 20).is_err());
+    }
+
+    #[test]
+    fn parts_cover_everything_once() {
+        for (n, parts) in [(0, 1), (1, 3), (100, 3), (4096, 7)] {
+            let mut next = 0;
+            for (at, len) in split(n, parts) {
+                assert_eq!(at, next);
+                next += len;
+            }
+            assert_eq!(next, n);
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! What the bench ran on, as far as the operating system tells.
+
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Isa;
+
+/// A machine.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// The name that the operating system gives the CPU.
+    pub cpu: Option<String>,
+    /// The architecture, as Rust calls it.
+    pub architecture: String,
+    /// The operating system, as Rust calls it.
+    pub os: String,
+    /// CPUs that this process may use.
+    pub cpus: usize,
+    /// Caches of the first CPU.
+    pub caches: Vec<Cache>,
+    /// The levels of this build, and why this CPU cannot run some of them.
+    pub levels: Vec<Level>,
+    /// How the clock is governed, if the system tells.
+    pub governor: Option<String>,
+    /// When memory comes in huge pages without being asked for, if the system tells: `always`, `madvise` or `never`.
+    pub huge_pages: Option<String>,
+    /// Programs that wanted to run in the last minute before the bench began, if the system tells: figures taken in
+    /// company are worth less.
+    pub load: Option<f64>,
+}
+
+/// A cache.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Cache {
+    /// 1 is next to the core.
+    pub level: u32,
+    /// `Data`, `Instruction` or `Unified`.
+    pub kind: String,
+    /// Its size.
+    pub bytes: usize,
+    /// The CPUs that share it, as the system lists them.
+    pub shared_by: String,
+}
+
+/// An ISA level.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Level {
+    /// Its name.
+    pub name: String,
+    /// Why the CPU cannot run it; absent if it can.
+    pub missing: Option<String>,
+}
+
+impl Machine {
+    /// This machine.
+    pub fn detect() -> Self {
+        let features = cpu_features();
+        let levels = Isa::ALL.into_iter().filter(|level| level.is_built()).map(|level| {
+            let lacking: Vec<&str> = level
+                .features()
+                .iter()
+                .copied()
+                .filter(|name| features.iter().any(|(feature, has)| feature == name && !has))
+                .collect();
+            let missing = match (level.is_available(), lacking.is_empty()) {
+                (true, _) => None,
+                (false, false) => Some(format!("no {}", lacking.join(", "))),
+                (false, true) => Some("the operating system does not allow it".to_owned()),
+            };
+            Level { name: level.name().to_owned(), missing }
+        });
+        let cpu = Path::new("/sys/devices/system/cpu/cpu0");
+        Self {
+            cpu: cpu_name(),
+            architecture: std::env::consts::ARCH.to_owned(),
+            os: std::env::consts::OS.to_owned(),
+            cpus: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            caches: caches(&cpu.join("cache")),
+            levels: levels.collect(),
+            governor: line(&cpu.join("cpufreq/scaling_governor")),
+            huge_pages: line(Path::new("/sys/kernel/mm/transparent_hugepage/enabled"))
+                .and_then(|text| Some(text.split_once('[')?.1.split_once(']')?.0.to_owned())),
+            load: line(Path::new("/proc/loadavg")).and_then(|text| text.split(' ').next()?.parse().ok()),
+        }
+    }
+
+    /// The size of the first CPU's cache for data at a level, if known.
+    pub fn cache_bytes(&self, level: u32) -> Option<usize> {
+        self.caches.iter().find(|c| c.level == level && c.kind != "Instruction").map(|c| c.bytes)
+    }
+}
+
+fn line(path: &Path) -> Option<String> {
+    Some(fs::read_to_string(path).ok()?.trim().to_owned()).filter(|text| !text.is_empty())
+}
+
+fn caches(directory: &Path) -> Vec<Cache> {
+    let cache = |index: usize| {
+        let directory = directory.join(format!("index{index}"));
+        let size = line(&directory.join("size"))?;
+        let digits = size.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let unit = match &size[digits.len()..] {
+            "K" => 1 << 10,
+            "M" => 1 << 20,
+            _ => 1,
+        };
+        Some(Cache {
+            level: line(&directory.join("level"))?.parse().ok()?,
+            kind: line(&directory.join("type"))?,
+            bytes: digits.parse::<usize>().ok()?.checked_mul(unit)?,
+            shared_by: line(&directory.join("shared_cpu_list")).unwrap_or_default(),
+        })
+    };
+    (0..16).map_while(cache).collect()
+}
+
+/// What the CPU reports, of the features that kernels of this kind are ever written for.
+pub(crate) fn cpu_features() -> Vec<(&'static str, bool)> {
+    macro_rules! detect {
+        ($detect:ident: $($name:tt),*) => { vec![$(($name, std::arch::$detect!($name))),*] };
+    }
+    #[cfg(target_arch = "x86_64")]
+    let features = detect!(is_x86_feature_detected: "sse4.2", "avx", "avx2", "fma", "f16c", "avxvnni", "avx512f",
+        "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16", "avx512fp16");
+    #[cfg(target_arch = "aarch64")]
+    let features = detect!(is_aarch64_feature_detected: "neon", "fp16", "dotprod", "bf16", "i8mm", "sve", "sve2");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let features = Vec::new();
+    features
+}
+
+/// The name that the operating system gives the CPU, where it does.
+pub(crate) fn cpu_name() -> Option<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}

@@ -1,0 +1,350 @@
+//! What a run found: as a table for people, as JSON for machines.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::machine::Machine;
+use super::timing::Timing;
+use super::{Error, Result};
+
+/// What a file must call itself.
+const SCHEMA: &str = "kvlane-bench";
+/// Grows when a reader of older files would misread a newer one.
+const VERSION: u32 = 1;
+
+/// A run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// What kind of file this is.
+    pub schema: String,
+    /// The version of the schema.
+    pub version: u32,
+    /// The library's version.
+    pub kvlane: String,
+    /// Whether it was a quick look.
+    pub quick: bool,
+    /// Where it ran.
+    pub machine: Machine,
+    /// What the machine can do, a level and thread count each.
+    pub limits: Vec<LevelLimits>,
+    /// What the kernels did.
+    pub cases: Vec<CaseResult>,
+    /// Kernels that were not measured, and why.
+    pub skipped: Vec<String>,
+}
+
+/// What a level can do on so many threads; the best of the whole run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LevelLimits {
+    /// The level.
+    pub isa: String,
+    /// The threads.
+    pub threads: usize,
+    /// f32 operations a second, a multiply-add counted as two.
+    pub fma: Option<f64>,
+    /// Exponentials a second.
+    pub exp: Option<f64>,
+    /// Reading, by working-set size.
+    pub read: Vec<Bandwidth>,
+    /// Copying, by bytes read and written together.
+    pub copy: Vec<Bandwidth>,
+}
+
+/// A bandwidth at a working-set size.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Bandwidth {
+    /// The size.
+    pub bytes: usize,
+    /// Bytes a second.
+    pub rate: f64,
+    /// The loop that was fastest.
+    pub by: String,
+}
+
+/// What a kernel did on a shape.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CaseResult {
+    /// The kernel's name in the registry.
+    pub kernel: String,
+    /// Its operation.
+    pub op: String,
+    /// The type it reads.
+    pub src: String,
+    /// The type it writes.
+    pub dst: String,
+    /// Its level.
+    pub isa: String,
+    /// The shape.
+    pub case: String,
+    /// The threads.
+    pub threads: usize,
+    /// Whether what a call costs besides its work matters.
+    pub small: bool,
+    /// Bytes that a call moves.
+    pub bytes: usize,
+    /// Operations that count.
+    pub flops: f64,
+    /// Seconds a call.
+    pub timing: Timing,
+    /// The limit it is held to.
+    pub bound: Option<Bound>,
+}
+
+/// The limit of a case: memory or arithmetic, whichever takes longer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Bound {
+    /// `read`, `copy`, `update` or `fma`.
+    pub kind: String,
+    /// The loop that reached it.
+    pub by: String,
+    /// Bytes or operations a second.
+    pub rate: f64,
+    /// Seconds that a call takes at the limit.
+    pub seconds: f64,
+}
+
+impl CaseResult {
+    /// Bytes a second.
+    pub fn bandwidth(&self) -> f64 {
+        self.bytes as f64 / self.timing.best
+    }
+
+    /// Operations a second.
+    pub fn arithmetic(&self) -> f64 {
+        self.flops / self.timing.best
+    }
+
+    /// The share of its limit that it reached.
+    pub fn reached(&self) -> Option<f64> {
+        self.bound.as_ref().map(|bound| bound.seconds / self.timing.best)
+    }
+
+    /// `f16`, or `f32>f16`.
+    pub fn types(&self) -> String {
+        if self.src == self.dst { self.src.clone() } else { format!("{}>{}", self.src, self.dst) }
+    }
+}
+
+impl Report {
+    /// A report without figures.
+    pub fn new(quick: bool, machine: Machine) -> Self {
+        Self {
+            schema: SCHEMA.to_owned(),
+            version: VERSION,
+            kvlane: env!("CARGO_PKG_VERSION").to_owned(),
+            quick,
+            machine,
+            limits: Vec::new(),
+            cases: Vec::new(),
+            skipped: Vec::new(),
+        }
+    }
+
+    /// Reads a report.
+    ///
+    /// # Errors
+    /// The file cannot be read, is no report, or is one of another version.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
+        Self::parse(&text).map_err(|e| Error::file(path, e))
+    }
+
+    /// Reads a report from text.
+    ///
+    /// # Errors
+    /// The text is no report, or one of another version.
+    pub fn parse(text: &str) -> Result<Self> {
+        let value: serde_json::Value =
+            serde_json::from_str(text).map_err(|e| Error::new(format!("not a report of `kvlane bench`: {e}")))?;
+        if value["schema"] != SCHEMA {
+            return Err(Error::new("not a report of `kvlane bench`: its schema is not called kvlane-bench"));
+        }
+        if value["version"] != VERSION {
+            let version = &value["version"];
+            return Err(Error::new(format!("a report of schema version {version}, but this program reads {VERSION}")));
+        }
+        serde_json::from_value(value).map_err(|e| Error::new(format!("a damaged report of `kvlane bench`: {e}")))
+    }
+
+    /// The report as JSON.
+    pub fn to_json(&self) -> String {
+        let mut text = serde_json::to_string_pretty(self).expect("plain data with string keys serialises");
+        text.push('\n');
+        text
+    }
+
+    /// What it ran on, for a terminal.
+    pub fn machine_text(&self) -> String {
+        let m = &self.machine;
+        let mut text = String::new();
+        let mut line = |what: &str, value: String| {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{what:<12}{value}");
+        };
+        line("kvlane", format!("{}{}", self.kvlane, if self.quick { ", quick run" } else { "" }));
+        line("CPU", format!("{} ({}, {})", m.cpu.as_deref().unwrap_or("unknown"), m.architecture, m.os));
+        line("CPUs", format!("{} usable", m.cpus));
+        let caches: Vec<String> = m
+            .caches
+            .iter()
+            .filter(|c| c.kind != "Instruction")
+            .map(|c| format!("L{} {} (CPU {})", c.level, size(c.bytes), c.shared_by))
+            .collect();
+        line("caches", if caches.is_empty() { "unknown".to_owned() } else { caches.join(", ") });
+        for (i, level) in m.levels.iter().enumerate() {
+            let state = level.missing.as_ref().map_or_else(|| "available".to_owned(), |why| format!("not here: {why}"));
+            line(if i == 0 { "levels" } else { "" }, format!("{:<8}{state}", level.name));
+        }
+        line("governor", m.governor.clone().unwrap_or_else(|| "not visible".to_owned()));
+        line("huge pages", m.huge_pages.clone().unwrap_or_else(|| "unknown".to_owned()));
+        if let Some(load) = m.load {
+            line("load before", format!("{load:.2}{}", if load > 0.5 { ": others were busy here" } else { "" }));
+        }
+        text
+    }
+
+    /// The limits, for a terminal.
+    pub fn limits_text(&self) -> String {
+        let mut text = String::new();
+        for l in &self.limits {
+            let mut heading = format!("\nlimits, {}, {}", l.isa, threads(l.threads));
+            if let Some(fma) = l.fma {
+                heading += &format!(": {} GFLOP/s multiply-add", giga(fma));
+            }
+            if let Some(exp) = l.exp {
+                heading += &format!(", {} G exponentials/s", giga(exp));
+            }
+            let _ = writeln!(text, "{heading}");
+            let mut sizes: Vec<usize> = l.read.iter().chain(&l.copy).map(|b| b.bytes).collect();
+            sizes.sort_unstable();
+            sizes.dedup();
+            if !sizes.is_empty() {
+                let _ = writeln!(text, "  {:>10}  {:>9}  {:<27}{:>9}  by", "bytes", "read GB/s", "by", "copy GB/s");
+            }
+            for bytes in sizes {
+                let find = |list: &[Bandwidth]| {
+                    let found = list.iter().find(|b| b.bytes == bytes);
+                    found.map_or((String::new(), String::new()), |b| (giga(b.rate), b.by.clone()))
+                };
+                let ((read, read_by), (copy, copy_by)) = (find(&l.read), find(&l.copy));
+                let row = format!("  {:>10}  {read:>9}  {read_by:<27}{copy:>9}  {copy_by}", size(bytes));
+                let _ = writeln!(text, "{}", row.trim_end());
+            }
+        }
+        text
+    }
+
+    /// The cases, for a terminal of 100 columns.
+    pub fn cases_text(&self) -> String {
+        let mut text = String::new();
+        let mut group = None;
+        for c in &self.cases {
+            let this = (&c.op, &c.isa, c.threads);
+            if group != Some(this) {
+                group = Some(this);
+                let _ = writeln!(text, "\n{}, {}, {}", c.op, c.isa, threads(c.threads));
+                let _ = writeln!(
+                    text,
+                    "  {:<36} {:<9} {:>9} {:>7} {:>8}  {:>15} {:>7}",
+                    "case", "types", "time", "GB/s", "GFLOP/s", "limit", "reached"
+                );
+            }
+            let flops = if c.flops > 0.0 { giga(c.arithmetic()) } else { "-".to_owned() };
+            let (limit, reached) = match (&c.bound, c.reached()) {
+                (Some(bound), Some(reached)) => {
+                    (format!("{} {}", giga(bound.rate), bound.kind), format!("{:.0} %", reached * 100.0))
+                }
+                _ => ("-".to_owned(), "-".to_owned()),
+            };
+            let _ = writeln!(
+                text,
+                "  {:<36} {:<9} {:>9} {:>7} {flops:>8}  {limit:>15} {reached:>7}",
+                c.case,
+                c.types(),
+                seconds(c.timing.best),
+                giga(c.bandwidth())
+            );
+        }
+        text + &self.small_text()
+    }
+
+    /// Small calls: what they cost besides their work.
+    fn small_text(&self) -> String {
+        let mut text = String::new();
+        for c in self.cases.iter().filter(|c| c.small) {
+            let Some(bound) = &c.bound else { continue };
+            if text.is_empty() {
+                let _ = writeln!(
+                    text,
+                    "\nsmall calls\n  {:<25} {:<36} {:>7} {:>8} {:>8} {:>9}",
+                    "kernel", "case", "threads", "ns/call", "at limit", "overhead"
+                );
+            }
+            let (call, limit) = (c.timing.best * 1e9, bound.seconds * 1e9);
+            let _ = writeln!(
+                text,
+                "  {:<25} {:<36} {:>7} {call:>8.0} {limit:>8.0} {:>9.0}",
+                c.kernel,
+                c.case,
+                c.threads,
+                call - limit
+            );
+        }
+        text
+    }
+}
+
+/// `1 thread`, `2 threads`.
+pub(super) fn threads(n: usize) -> String {
+    format!("{n} thread{}", if n == 1 { "" } else { "s" })
+}
+
+/// In thousand millions, with three digits or more.
+pub(super) fn giga(x: f64) -> String {
+    let x = x / 1e9;
+    let digits = if x >= 99.95 {
+        0
+    } else if x >= 9.995 {
+        1
+    } else {
+        2
+    };
+    format!("{x:.digits$}")
+}
+
+/// `16 KiB`.
+pub(super) fn size(bytes: usize) -> String {
+    let x = bytes as f64;
+    let (x, unit) = match bytes {
+        0..1024 => return format!("{bytes} B"),
+        1024..0x10_0000 => (x / 1024.0, "KiB"),
+        0x10_0000..0x4000_0000 => (x / 1048576.0, "MiB"),
+        _ => (x / 1073741824.0, "GiB"),
+    };
+    if x.fract() == 0.0 { format!("{x} {unit}") } else { format!("{x:.1} {unit}") }
+}
+
+/// With the unit that fits.
+pub(super) fn seconds(t: f64) -> String {
+    let (x, unit) = match t {
+        t if t < 0.999_5e-6 => (t * 1e9, "ns"),
+        t if t < 0.999_5e-3 => (t * 1e6, "us"),
+        t if t < 0.999_5 => (t * 1e3, "ms"),
+        t => (t, "s"),
+    };
+    format!("{} {unit}", giga(x * 1e9))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_their_units() {
+        assert_eq!([giga(1.234e9), giga(12.34e9), giga(123.4e9)], ["1.23", "12.3", "123"]);
+        assert_eq!([size(16), size(16 << 10), size(16 << 20), size(3 << 19)], ["16 B", "16 KiB", "16 MiB", "1.5 MiB"]);
+        assert_eq!([seconds(5e-7), seconds(1.2e-3), seconds(2.0)], ["500 ns", "1.20 ms", "2.00 s"]);
+    }
+}

@@ -1,0 +1,230 @@
+//! A run: limits and cases in turns.
+
+use super::cases::{Case, cases_of};
+use super::limits::{Kind, Limit, Limits, Threads};
+use super::machine::Machine;
+use super::report::{Bandwidth, Bound, CaseResult, LevelLimits, Report};
+use super::timing::{Effort, repeat, time};
+use super::{Error, Result};
+use crate::{Context, Isa, KernelInfo, kernels};
+
+/// What to measure.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Fewer shapes, pairs of types and sizes, and a shorter look at each.
+    pub quick: bool,
+    /// Thread counts; none stands for one and, unless the run is quick, every CPU.
+    pub threads: Vec<usize>,
+    /// Levels; none stands for all of them, or, if the run is quick, for the kernels that a context chooses.
+    pub levels: Vec<Isa>,
+    /// Only cases whose `<kernel>/<shape>` contains this.
+    pub filter: Option<String>,
+}
+
+/// How far a run is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// Steps done.
+    pub done: usize,
+    /// Steps in all.
+    pub total: usize,
+    /// What is measured now.
+    pub now: &'a str,
+}
+
+/// Measures.
+///
+/// # Errors
+/// A level that this CPU or `KVLANE_MAX_ISA` does not allow, thread counts that the system refuses, a filter that nothing
+/// passes, a kernel that fails.
+pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Report> {
+    let machine = Machine::detect();
+    let best = Context::new()?;
+    let levels = levels(&options.levels, best.isa())?;
+    // Without a word about levels, a quick run takes what a program would get, whatever level that is of.
+    let default = |k: &KernelInfo| best.kernel(k.op, k.src, k.dst).is_some_and(|chosen| chosen.name == k.name);
+    let every = !options.quick || !options.levels.is_empty();
+    let threads = match &options.threads[..] {
+        [] if options.quick || machine.cpus == 1 => vec![1],
+        [] => vec![1, machine.cpus],
+        given => given.to_vec(),
+    };
+    let chosen = |isa: Isa| -> Vec<Case> {
+        kernels()
+            .filter(|kernel| kernel.isa == isa && (every || default(kernel)))
+            .flat_map(|kernel| cases_of(&kernel))
+            .filter(|case| case.quick || !options.quick)
+            .filter(|case| options.filter.as_ref().is_none_or(|text| case.id().contains(text.as_str())))
+            .collect()
+    };
+    // A filtered run measures the limits of its cases only.
+    let sizes = if options.filter.is_some() { Vec::new() } else { sizes(options.quick) };
+    let mut plan: Vec<(Isa, Vec<Case>)> = levels.into_iter().map(|isa| (isa, in_turns(chosen(isa)))).collect();
+    plan.retain(|(_, cases)| !cases.is_empty());
+    if plan.is_empty() {
+        let text = options.filter.as_deref().unwrap_or_default();
+        return Err(Error::new(format!("no case of this run contains {text:?} in its <kernel>/<shape>")));
+    }
+    let total = threads.len() * plan.iter().map(|(_, cases)| cases.len() + sizes.len()).sum::<usize>();
+    let mut done = 0;
+    let mut step = |now: &str| {
+        observe(Progress { done, total, now });
+        done += 1;
+    };
+
+    let mut report = Report::new(options.quick, machine);
+    let mut limits = Limits::new(options.quick);
+    for count in threads {
+        let threads = Threads::new(count)?;
+        for (isa, cases) in &plan {
+            limits.measure(&threads, *isa, Kind::Fma)?;
+            limits.measure(&threads, *isa, Kind::Exp)?;
+            for &bytes in &sizes {
+                step("limits");
+                limits.measure(&threads, *isa, Kind::Read(bytes))?;
+                limits.measure(&threads, *isa, Kind::Copy(bytes))?;
+            }
+            let mut before = None;
+            for case in cases {
+                step(&case.id());
+                match measure(case, &threads, &mut limits, &mut before, options.quick)? {
+                    Some(result) => report.cases.push(result),
+                    None => report.skipped.push(skipped(&case.kernel)),
+                }
+            }
+            report.limits.push(summary(&limits, *isa, count));
+        }
+    }
+    report.skipped.dedup();
+    // Measured in an order that spares limits, shown in the order of the registry.
+    let order: Vec<String> = kernels().flat_map(|k| cases_of(&k)).map(|case| case.id()).collect();
+    let place = |c: &CaseResult| order.iter().position(|id| *id == format!("{}/{}", c.kernel, c.case));
+    report.cases.sort_by_cached_key(|c| (c.threads, place(c)));
+    Ok(report)
+}
+
+/// Cases whose limits are the same one after the other.
+fn in_turns(mut cases: Vec<Case>) -> Vec<Case> {
+    cases.sort_by_key(|case| (case.kernel.op as u32, case.memory_limit()));
+    cases
+}
+
+/// Why a kernel that is in the registry was not measured.
+pub fn skipped(kernel: &KernelInfo) -> String {
+    let why = match kernel.isa.is_available() {
+        true => format!("{} leads to another kernel", Isa::ENV),
+        false => format!("this CPU lacks one of {}", kernel.isa.features().join(", ")),
+    };
+    format!("{}: {why}", kernel.name)
+}
+
+/// The levels to measure, of which none is above `best`.
+fn levels(given: &[Isa], best: Isa) -> Result<Vec<Isa>> {
+    if given.is_empty() {
+        return Ok(Isa::ALL.into_iter().filter(|l| l.is_available() && *l as u32 <= best as u32).collect());
+    }
+    for level in given {
+        if !level.is_available() {
+            return Err(Error::new(format!("this machine cannot run {level}: `kvlane info` tells what it lacks")));
+        }
+        if *level as u32 > best as u32 {
+            return Err(Error::new(format!("{} allows no more than {best}, so {level} cannot be measured", Isa::ENV)));
+        }
+    }
+    Ok(given.to_vec())
+}
+
+/// Working-set sizes of the curves.
+fn sizes(quick: bool) -> Vec<usize> {
+    let step = if quick { 4 } else { 2 };
+    std::iter::successors(Some(16usize << 10), |n| Some(n * step)).take_while(|&n| n <= 256 << 20).collect()
+}
+
+/// Measures a case between two looks at its limits; `None` if its kernel is not the one that would be called.
+fn measure(
+    case: &Case,
+    threads: &Threads,
+    limits: &mut Limits,
+    before: &mut Option<(Kind, Limit)>,
+    quick: bool,
+) -> Result<Option<CaseResult>> {
+    let isa = case.kernel.isa;
+    let Some(mut prepared) = case.prepare()? else {
+        return Ok(None);
+    };
+    // The look after one case is the look before the next if the limit is the same.
+    let memory = match (case.memory_limit(), before.take()) {
+        (Some(kind), Some((same, limit))) if kind == same => Some((kind, limit)),
+        (Some(kind), _) => Some((kind, limits.measure(threads, isa, kind)?)),
+        (None, _) => None,
+    };
+    let arithmetic = if case.flops() > 0.0 { Some(limits.measure(threads, isa, Kind::Fma)?) } else { None };
+
+    let mut failure = None;
+    let timing = time(Effort::case(quick), |calls| {
+        repeat(calls, || {
+            if let Err(e) = prepared.run(threads) {
+                failure = Some(e);
+            }
+        })
+    });
+    if let Some(e) = failure {
+        return Err(Error::new(format!("{}: {e}", case.id())));
+    }
+
+    let mut bounds = Vec::new();
+    if let Some((kind, first)) = memory {
+        let second = limits.measure(threads, isa, kind)?;
+        let name = match kind {
+            Kind::Read(_) => "read",
+            Kind::Update(_) => "update",
+            _ => "copy",
+        };
+        bounds.push(bound(name, case.bytes() as f64, better(first, second.clone())));
+        *before = Some((kind, second));
+    }
+    if let Some(first) = arithmetic {
+        bounds.push(bound("fma", case.flops(), better(first, limits.measure(threads, isa, Kind::Fma)?)));
+    }
+    let bound = bounds.into_iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds));
+    let kernel = &case.kernel;
+    Ok(Some(CaseResult {
+        kernel: kernel.name.to_owned(),
+        op: kernel.op.name().to_owned(),
+        src: kernel.src.name().to_owned(),
+        dst: kernel.dst.name().to_owned(),
+        isa: isa.name().to_owned(),
+        case: case.name.clone(),
+        threads: threads.count(),
+        small: case.small,
+        bytes: case.bytes(),
+        flops: case.flops(),
+        timing,
+        bound,
+    }))
+}
+
+fn better(a: Limit, b: Limit) -> Limit {
+    if b.rate > a.rate { b } else { a }
+}
+
+fn bound(kind: &str, amount: f64, limit: Limit) -> Bound {
+    Bound { kind: kind.to_owned(), by: limit.by, rate: limit.rate, seconds: amount / limit.rate }
+}
+
+fn summary(limits: &Limits, isa: Isa, threads: usize) -> LevelLimits {
+    let mut summary =
+        LevelLimits { isa: isa.name().to_owned(), threads, fma: None, exp: None, read: Vec::new(), copy: Vec::new() };
+    for (kind, limit) in limits.best(threads, isa) {
+        let bandwidth = |bytes| Bandwidth { bytes, rate: limit.rate, by: limit.by.clone() };
+        match kind {
+            Kind::Read(bytes) => summary.read.push(bandwidth(bytes)),
+            Kind::Copy(bytes) => summary.copy.push(bandwidth(bytes)),
+            // No curve of its own: it differs from a copy in the caches it fits only.
+            Kind::Update(_) => {}
+            Kind::Fma => summary.fma = Some(limit.rate),
+            Kind::Exp => summary.exp = Some(limit.rate),
+        }
+    }
+    summary
+}

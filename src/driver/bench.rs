@@ -1,0 +1,84 @@
+//! `kvlane bench`: the command line of [`crate::bench`].
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::cli::{isa_parser, print, progress_bar};
+use super::error::{Error, Result};
+use crate::Isa;
+use crate::bench::compare::compare;
+use crate::bench::report::Report;
+use crate::bench::roofline;
+use crate::bench::run::{Options, Progress, run};
+
+/// Measure every kernel against what this machine can do.
+///
+/// Limits come first: bandwidth of reading and copying by working-set size, multiply-adds, exponentials. Then every kernel of
+/// every level, on the shapes of real models, each between two looks at its own limit. The table tells what share of the
+/// limit each reached; a figure above 100 % says that the machine was busier while the limit was measured.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  kvlane bench --quick
+  kvlane bench --threads 1,2 --json here.json --svg here.svg
+  kvlane bench --isa avx2 --filter 'attention_bf16'
+  kvlane bench --compare before.json after.json")]
+pub(super) struct Bench {
+    /// The best level, one thread, the usual types and shapes, a short look at each: about a minute
+    #[arg(long)]
+    quick: bool,
+    /// Thread counts to measure with. Default: 1 and, unless --quick, one for every CPU
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    threads: Vec<usize>,
+    /// Levels to measure. Default: all that this CPU has; with --quick, the best for each kernel
+    #[arg(long, value_name = "LEVEL,..", value_delimiter = ',', value_parser = isa_parser())]
+    isa: Vec<Isa>,
+    /// Only cases whose `<kernel>/<shape>` contains this
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+    /// Write the report as JSON to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw the roofline to this file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Compare two reports, and measure nothing
+    #[arg(long, num_args = 2, value_names = ["A.json", "B.json"],
+        conflicts_with_all = ["quick", "threads", "isa", "filter", "json", "svg"])]
+    compare: Vec<PathBuf>,
+}
+
+pub(super) fn bench(args: &Bench) -> Result<()> {
+    if let [a, b] = &args.compare[..] {
+        return print(&compare(&Report::load(a)?, &Report::load(b)?)?);
+    }
+    // A typing error in a path is better known now than in some minutes.
+    for path in [&args.json, &args.svg].into_iter().flatten() {
+        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+        file.map_err(|e| Error::io(path, e))?;
+    }
+    let options = Options {
+        quick: args.quick,
+        threads: args.threads.clone(),
+        levels: args.isa.clone(),
+        filter: args.filter.clone(),
+    };
+    let bar = progress_bar("", 0, "{bar:24} {pos}/{len}, {eta} left  {wide_msg}");
+    let report = run(&options, &mut |Progress { done, total, now }| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+        bar.set_message(now.to_owned());
+    })?;
+    bar.finish_and_clear();
+    if let Some(path) = &args.json {
+        std::fs::write(path, report.to_json()).map_err(|e| Error::io(path, e))?;
+    }
+    if let Some(path) = &args.svg {
+        std::fs::write(path, roofline::svg(&report)?).map_err(|e| Error::io(path, e))?;
+    }
+    print(&(report.machine_text() + &report.limits_text() + &report.cases_text()))?;
+    for line in &report.skipped {
+        eprintln!("not measured: {line}");
+    }
+    Ok(())
+}

@@ -1,0 +1,219 @@
+//! Reports, their comparison and their picture, and `kvlane bench` from end to end. Nothing here depends on how fast anything
+//! is.
+#![cfg(feature = "bench")]
+
+use kvlane::bench::compare::compare;
+use kvlane::bench::machine::Machine;
+use kvlane::bench::report::{Bandwidth, Bound, CaseResult, LevelLimits, Report};
+use kvlane::bench::roofline::svg;
+use kvlane::bench::timing::Timing;
+
+fn case(kernel: &str, case: &str, threads: usize, best: f64, flops: f64) -> CaseResult {
+    let (op, rest) = kernel.split_once('_').unwrap();
+    let (dtype, isa) = rest.split_once('_').unwrap();
+    let bytes = 1 << 20;
+    CaseResult {
+        kernel: kernel.to_owned(),
+        op: op.to_owned(),
+        src: dtype.to_owned(),
+        dst: dtype.to_owned(),
+        isa: isa.to_owned(),
+        case: case.to_owned(),
+        threads,
+        small: case.starts_with("decode 1,"),
+        bytes,
+        flops,
+        timing: Timing { best, median: best * 2.0, samples: 3, calls: 10 },
+        bound: Some(Bound {
+            kind: "read".to_owned(),
+            by: "plain".to_owned(),
+            rate: 1e10,
+            seconds: bytes as f64 / 1e10,
+        }),
+    }
+}
+
+/// Two levels, two thread counts, characters that XML must escape.
+fn report(factor: f64) -> Report {
+    let machine = Machine { cpu: Some("A <fast> & \"quiet\" CPU".to_owned()), cpus: 2, ..Machine::detect() };
+    let mut report = Report::new(true, machine);
+    for (isa, threads, scale) in [("scalar", 1, 1.0), ("avx2", 1, 4.0), ("avx2", 2, 8.0)] {
+        let bandwidth = |bytes: usize| Bandwidth {
+            bytes,
+            // Whole numbers survive; of others the last bit may not.
+            rate: (scale * 1e10 / (bytes as f64).powf(0.1)).round(),
+            by: "4 streams, prefetch 1 KiB".to_owned(),
+        };
+        report.limits.push(LevelLimits {
+            isa: isa.to_owned(),
+            threads,
+            fma: Some(scale * 1e10),
+            exp: Some(scale * 1e8),
+            read: [1 << 14, 1 << 18, 1 << 22, 1 << 26].map(bandwidth).into(),
+            copy: [1 << 14, 1 << 26].map(bandwidth).into(),
+        });
+        for dtype in ["f32", "bf16"] {
+            let kernel = format!("attention_{dtype}_{isa}");
+            for (name, flops) in [("decode 4096, 32/8x128, bhsd", 2e6), ("decode 1, 32/8x128", 2e6), ("prefill", 1e9)] {
+                report.cases.push(case(&kernel, name, threads, factor * 1e-3 / scale, flops));
+            }
+            report.cases.push(case(&format!("copy_{dtype}_{isa}"), "2048", threads, factor * 2e-4 / scale, 0.0));
+        }
+    }
+    report
+}
+
+#[test]
+fn a_report_survives_json() {
+    let report = report(1.0);
+    assert!(Report::parse(&report.to_json()).unwrap() == report);
+}
+
+#[test]
+fn what_is_no_report_is_refused_with_a_sentence() {
+    let good = report(1.0).to_json();
+    for (text, part) in [
+        ("", "not a report of `kvlane bench`"),
+        ("[1, 2]", "its schema is not called kvlane-bench"),
+        ("{\"schema\": \"criterion\"}", "its schema is not called kvlane-bench"),
+        (&good.replace("\"version\": 1", "\"version\": 7"), "schema version 7, but this program reads 1"),
+        (&good.replace("\"threads\"", "\"tasks\""), "damaged report"),
+    ] {
+        let message = Report::parse(text).unwrap_err().to_string();
+        assert!(message.contains(part), "{message:?} lacks {part:?}");
+    }
+}
+
+#[test]
+fn tables_fit_a_terminal() {
+    let report = report(1.0);
+    let text = report.machine_text() + &report.limits_text() + &report.cases_text();
+    for line in text.lines() {
+        assert!(line.chars().count() <= 100 || line.starts_with("CPU") || line.contains("not here"), "{line:?}");
+    }
+    for part in ["attention, avx2, 2 threads", "small calls", "1.00 ms", "10 %", "4 streams, prefetch 1 KiB"] {
+        assert!(text.contains(part), "{text}\nlacks {part:?}");
+    }
+}
+
+#[test]
+fn comparison_shows_what_both_have() {
+    let (a, mut b) = (report(1.0), report(0.5));
+    b.cases.retain(|c| c.threads == 1);
+    let text = compare(&a, &b).unwrap();
+    // The second is twice as fast, in every line and in the mean.
+    let ratios: Vec<&str> = text.lines().filter(|l| l.contains('%')).filter_map(|l| l.split(' ').next_back()).collect();
+    assert_eq!(ratios, vec!["2.00"; 16], "{text}");
+    assert!(text.contains("attention, avx2, 1 thread ") && text.contains("8 of 24 cases are in A only"), "{text}");
+    b.cases.clear();
+    assert!(compare(&a, &b).unwrap_err().to_string().contains("no case in common"));
+}
+
+/// Whether tags close in the order in which they were opened, and `&` and `<` are escaped in text.
+fn well_formed(svg: &str) -> bool {
+    let mut open = Vec::new();
+    let mut rest = svg;
+    while let Some((text, after)) = rest.split_once('<') {
+        if text.split('&').skip(1).any(|entity| !entity.contains(';')) || text.contains('>') {
+            return false;
+        }
+        let Some((tag, after)) = after.split_once('>') else { return false };
+        rest = after;
+        let name = |tag: &str| tag.split([' ', '\n', '/']).next().unwrap_or_default().to_owned();
+        match tag {
+            _ if tag.starts_with(['?', '!']) || tag.ends_with('/') => {}
+            _ if tag.starts_with('/') => {
+                if open.pop() != Some(name(&tag[1..])) {
+                    return false;
+                }
+            }
+            _ => open.push(name(tag)),
+        }
+    }
+    open.is_empty() && rest.trim().is_empty()
+}
+
+#[test]
+fn the_picture_is_well_formed() {
+    assert!(well_formed("<a><b x='1'/>1 &lt; 2</a>") && !well_formed("<a><b></a></b>") && !well_formed("<a>1 & 2</a>"));
+    let picture = svg(&report(1.0)).unwrap();
+    assert!(picture.starts_with("<svg") && well_formed(&picture), "{picture}");
+    // The best level only, once for each thread count.
+    for part in ["avx2, 1 thread", "avx2, 2 threads", "decode 4096, 32/8x128, bhsd", "40.0 GFLOP/s, avx2", "bf16"] {
+        assert!(picture.contains(part), "{part}");
+    }
+    assert!(!picture.contains("scalar, 1 thread") && !picture.contains("NaN") && !picture.contains("inf"));
+
+    // One case alone has ranges without extent.
+    let mut single = report(1.0);
+    single.cases.truncate(1);
+    single.limits.truncate(1);
+    single.limits[0].read.truncate(1);
+    single.limits[0].copy.clear();
+    assert!(well_formed(&svg(&single).unwrap()));
+    single.cases.clear();
+    assert!(svg(&single).unwrap_err().to_string().contains("no cases"));
+}
+
+#[cfg(feature = "driver")]
+mod command {
+    use super::*;
+    use std::path::{Path, PathBuf};
+    use std::process::{Command, Output};
+
+    fn kvlane(args: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_kvlane")).arg("bench").args(args).output().unwrap()
+    }
+
+    fn temporary(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", std::process::id()))
+    }
+
+    #[test]
+    fn one_case_runs_from_end_to_end() {
+        let (json, picture) = (temporary("one.json"), temporary("one.svg"));
+        let paths = [json.to_str().unwrap(), picture.to_str().unwrap()];
+        let best = kvlane::Context::new().unwrap().isa();
+        let filter = format!("attention_f32_{best}/decode 16,");
+        let out = kvlane(&["--quick", "--filter", &filter, "--json", paths[0], "--svg", paths[1]]);
+        let (text, notes) = (String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap());
+        // No terminal, no bar.
+        assert!(out.status.success() && notes.is_empty(), "{notes}");
+        for part in ["CPU ", "levels ", "limits, ", "decode 16, 32/8x128", "small calls"] {
+            assert!(text.contains(part), "{text}\nlacks {part:?}");
+        }
+        let report = Report::load(&json).unwrap();
+        assert_eq!((report.cases.len(), report.limits.len(), report.quick), (1, 1, true));
+        let case = &report.cases[0];
+        assert_eq!((case.kernel.as_str(), case.threads), (format!("attention_f32_{best}").as_str(), 1));
+        assert!(case.reached().unwrap() > 0.0 && case.timing.best <= case.timing.median);
+        assert!(well_formed(&std::fs::read_to_string(&picture).unwrap()));
+
+        let out = kvlane(&["--compare", paths[0], paths[0]]);
+        assert!(String::from_utf8(out.stdout).unwrap().contains(" 1.00\n"));
+        std::fs::remove_file(json).unwrap();
+        std::fs::remove_file(picture).unwrap();
+    }
+
+    #[test]
+    fn complaints_are_sentences() {
+        let toml = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "avx512" };
+        let cases: [(&[&str], i32, &str); 7] = [
+            (&["--compare", toml, toml], 1, "not a report of `kvlane bench`"),
+            (&["--compare", "/nowhere.json", toml], 1, "/nowhere.json"),
+            (&["--compare", toml], 2, "2 values required"),
+            (&["--threads", "0", "--filter", "decode 1,"], 1, "0 threads"),
+            (&["--filter", "no such thing"], 1, "no case of this run contains \"no such thing\""),
+            (&["--isa", foreign], 1, "this machine cannot run"),
+            (&["--json", "/nowhere/report.json"], 1, "/nowhere/report.json"),
+        ];
+        for (args, code, part) in cases {
+            let out = kvlane(args);
+            let message = String::from_utf8(out.stderr).unwrap();
+            assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
+            assert!(out.stdout.is_empty() && message.starts_with("error: "), "{args:?}: {message}");
+            assert!(message.contains(part), "{args:?}: {message}");
+        }
+    }
+}
