@@ -169,7 +169,7 @@ impl<const STREAMS: usize, const AHEAD: usize> Outlined for Read<'_, STREAMS, AH
             }
         }
         for half in sums.chunks_exact(4) {
-            black_box(s.sum4([half[0], half[1], half[2], half[3]]));
+            black_box(s.max_lane(s.add(s.add(half[0], half[1]), s.add(half[2], half[3]))));
         }
     }
 }
@@ -254,7 +254,7 @@ impl Outlined for MultiplyAdd {
             }
         }
         for four in chains.chunks_exact(4) {
-            black_box(s.sum4([four[0], four[1], four[2], four[3]]));
+            black_box(s.max_lane(s.add(s.add(four[0], four[1]), s.add(four[2], four[3]))));
         }
     }
 }
@@ -283,7 +283,7 @@ impl<const WAYS: usize> Outlined for Exp<'_, WAYS> {
             }
         }
         for sum in sums {
-            black_box(s.sum4([sum; 4]));
+            black_box(s.max_lane(sum));
         }
     }
 }
