@@ -22,7 +22,7 @@ pub(crate) mod simd;
 use crate::dtype::DType;
 use crate::isa::Isa;
 use crate::ops::rope::Pairing;
-use generic::attention::{Problem, Scratch, Tile};
+use generic::attention::{Problem, Tile};
 
 /// What a kernel does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -132,7 +132,8 @@ pub(crate) type AnglesFn = unsafe fn(f64, &[f64], f64, &mut [f32], &mut [f32]);
 pub(crate) type RopeFn = unsafe fn(&RopeArgs);
 pub(crate) type CopyFn = unsafe fn(&CopyArgs);
 pub(crate) type MergeFn = unsafe fn(&MergeArgs);
-pub(crate) type TileFn = unsafe fn(&Problem, &Tile, &Scratch);
+/// The memory is aligned to 64 bytes and has what [`AttentionFns::scratch_bytes`] says for the tile's rows.
+pub(crate) type TileFn = unsafe fn(&Problem, &Tile, *mut u8);
 
 /// A kernel's entry points.
 #[derive(Clone, Copy)]
@@ -149,6 +150,10 @@ pub(crate) enum Function {
 pub(crate) struct AttentionFns {
     pub tile: TileFn,
     pub reduce: TileFn,
+    /// The most rows of a tile.
+    pub max_rows: usize,
+    /// Bytes of scratch memory for tiles of so many rows, keys of so many elements and values of so many; a multiple of 64.
+    pub scratch_bytes: fn(usize, usize, usize) -> usize,
 }
 
 /// One line of the registry.
@@ -180,7 +185,7 @@ macro_rules! kernel_shells {
     ($level:ident, $name:literal, $(#[$feature:meta])*) => {
         mod shells {
             use super::$level;
-            use $crate::kernels::generic::{self, attention::{Problem, Scratch, Tile}};
+            use $crate::kernels::generic::{self, attention::{MAX_TILE_ROWS, Problem, Scratch, Tile}};
             use $crate::kernels::simd::Memory;
             use $crate::kernels::{AttentionFns, CopyArgs, MergeArgs, RopeArgs};
 
@@ -207,17 +212,19 @@ macro_rules! kernel_shells {
                 unsafe { generic::merge::merge::<_, T>($level::new_unchecked(), args) }
             }
             $(#[$feature])*
-            unsafe fn tile<T: Memory>(problem: &Problem, tile: &Tile, scratch: &Scratch) {
+            unsafe fn tile<T: Memory>(problem: &Problem, tile: &Tile, scratch: *mut u8) {
+                let scratch = Scratch::layout(scratch, tile.rows, problem.q.shape[3], problem.v.shape[3]).0;
                 // SAFETY: the caller's.
-                unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, scratch) }
+                unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, &scratch) }
             }
             $(#[$feature])*
-            unsafe fn reduce(problem: &Problem, tile: &Tile, scratch: &Scratch) {
+            unsafe fn reduce(problem: &Problem, tile: &Tile, scratch: *mut u8) {
+                let scratch = Scratch::layout(scratch, tile.rows, problem.q.shape[3], problem.v.shape[3]).0;
                 // SAFETY: the caller's.
-                unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, scratch) }
+                unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, &scratch) }
             }
             pub(super) const fn attention<T: Memory>() -> AttentionFns {
-                AttentionFns { tile: tile::<T>, reduce }
+                AttentionFns { tile: tile::<T>, reduce, max_rows: MAX_TILE_ROWS, scratch_bytes: Scratch::bytes }
             }
         }
 

@@ -3,7 +3,8 @@
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{ByteView, CHUNK, MAX_TILE_ROWS, Problem, Scratch, Tile, partial_stride};
+use crate::kernels::generic::attention::{ByteView, CHUNK, Problem, Tile, partial_stride};
+use crate::kernels::{self, AttentionFns, Function};
 use crate::ops::workspace::Workspace;
 use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
 use crate::view::{self, BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ, View, ViewMut, reach};
@@ -276,7 +277,14 @@ pub fn attention(
 /// Bytes of workspace that [`attention`] needs at most for queries `[batch, seq, heads, dim]`, keys
 /// `[batch, keys, kv_heads, dim]`, values of `v_dim` elements and `threads` threads, whatever lengths and masks are.
 pub fn attention_workspace_size(q_shape: [usize; 4], k_shape: [usize; 4], v_dim: usize, threads: usize) -> usize {
-    Plan::new(q_shape, k_shape, v_dim, threads).bytes()
+    // The call may meet any kernel.
+    kernels::registry()
+        .filter_map(|entry| match &entry.function {
+            Function::Attention(kernel) => Some(Plan::new(kernel, q_shape, k_shape, v_dim, threads).bytes()),
+            _ => None,
+        })
+        .max()
+        .unwrap_or(0)
 }
 
 /// How rows are cut into tiles: depends on shapes and threads only, and nothing in the result depends on it.
@@ -305,14 +313,14 @@ const MAX_PARTIALS: usize = 256 << 20;
 const GRAIN: usize = 256 * 1024;
 
 impl Plan {
-    fn new(q: [usize; 4], k: [usize; 4], dv: usize, threads: usize) -> Self {
+    fn new(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], dv: usize, threads: usize) -> Self {
         let workers = threads.clamp(1, MAX_WORKERS);
         let [batch, seq, heads, d] = q;
         let (keys, kv_heads) = (k[SEQ], k[HEADS].max(1));
         let rows = seq.saturating_mul(heads / kv_heads).max(1);
         let pairs = batch.saturating_mul(kv_heads).max(1);
         let wanted = (2 * workers).div_ceil(pairs).max(1);
-        let most = MAX_TILE_ROWS.min(rows.div_ceil(wanted).max(MIN_TILE_ROWS)).min(rows);
+        let most = kernel.max_rows.min(rows.div_ceil(wanted).max(MIN_TILE_ROWS)).min(rows);
         let tiles_per_head = rows.div_ceil(most);
         let tile_rows = rows.div_ceil(tiles_per_head);
         let tiles = pairs.saturating_mul(tiles_per_head);
@@ -322,7 +330,7 @@ impl Plan {
             tiles_per_head,
             tiles,
             chunks: 0,
-            scratch: Scratch::bytes(tile_rows, d, dv),
+            scratch: (kernel.scratch_bytes)(tile_rows, d, dv),
             partials: 0,
         };
         let chunks = keys.div_ceil(CHUNK);
@@ -374,12 +382,11 @@ pub(crate) unsafe fn attention_raw(
         return Ok(());
     }
     let dv = call.v.shape[DIM];
-    let plan = Plan::new(call.q.shape, call.k.shape, dv, runner.num_threads());
+    let needed = attention_workspace_size(call.q.shape, call.k.shape, dv, runner.num_threads());
     ensure!(
-        workspace_bytes >= plan.bytes(),
+        workspace_bytes >= needed,
         Workspace,
-        "the workspace has {workspace_bytes} bytes, but this call needs {}",
-        plan.bytes()
+        "the workspace has {workspace_bytes} bytes, but this call needs {needed}"
     );
     ensure!(
         !workspace.is_null() && workspace.addr().is_multiple_of(64),
@@ -387,6 +394,8 @@ pub(crate) unsafe fn attention_raw(
         "the workspace at {:#x} is not aligned to 64 bytes",
         workspace.addr()
     );
+    let kernel = context.attention(call.k.dtype);
+    let plan = Plan::new(&kernel, call.q.shape, call.k.shape, dv, runner.num_threads());
     let longest = (0..batch).map(|b| problem.length(b)).max().unwrap_or(0) as usize;
     // An upper bound is enough: it only decides whether threads are worth their start.
     let steps = [batch, heads, seq, longest, d + dv].into_iter().fold(1, usize::saturating_mul);
@@ -394,16 +403,15 @@ pub(crate) unsafe fn attention_raw(
     let chunks = longest.div_ceil(CHUNK);
     let split = plan.chunks > 0 && workers > 1 && chunks > 1;
 
-    let kernel = context.attention(call.k.dtype);
     let kv_heads = call.k.shape[HEADS];
     let rows = seq * problem.group;
     let memory = SharedMemory(workspace);
-    let scratch = |worker: usize| Scratch::layout(memory.at(worker * plan.scratch), plan.tile_rows, d, dv).0;
+    let scratch = |worker: usize| memory.at(worker * plan.scratch);
     if !split {
         return for_each_tile(runner, workers, plan.tiles, &|worker, index| {
             let tile = Tile { end_chunk: chunks, ..plan.tile(index, rows, kv_heads) };
             // SAFETY: the problem is valid and the tile inside it; the scratch is this worker's.
-            unsafe { (kernel.tile)(&problem, &tile, &scratch(worker)) };
+            unsafe { (kernel.tile)(&problem, &tile, scratch(worker)) };
         });
     }
     let partials = |index: usize| memory.at(plan.workers * plan.scratch + index * plan.partials).cast::<f32>();
@@ -413,12 +421,12 @@ pub(crate) unsafe fn attention_raw(
         let state = partials(index).wrapping_add(chunk * tile.rows * partial_stride(dv));
         let tile = Tile { first_chunk: chunk, end_chunk: chunk + 1, partials: state, ..tile };
         // SAFETY: as above; every unit writes states of its own.
-        unsafe { (kernel.tile)(&problem, &tile, &scratch(worker)) };
+        unsafe { (kernel.tile)(&problem, &tile, scratch(worker)) };
     })?;
     for_each_tile(runner, workers, plan.tiles, &|worker, index| {
         let tile = Tile { end_chunk: chunks, partials: partials(index), ..plan.tile(index, rows, kv_heads) };
         // SAFETY: as above; all states have been written.
-        unsafe { (kernel.reduce)(&problem, &tile, &scratch(worker)) };
+        unsafe { (kernel.reduce)(&problem, &tile, scratch(worker)) };
     })
 }
 
@@ -558,10 +566,11 @@ mod tests {
 
     #[test]
     fn tiles_cover_every_row_once() {
+        let kernel = crate::Context::new().unwrap().attention(DType::F32);
         for (seq, group, batch, kv_heads, threads) in
             [(1, 4, 1, 8, 2), (200, 3, 2, 3, 5), (7, 71, 1, 1, 3), (1, 1, 1, 1, 64)]
         {
-            let plan = Plan::new([batch, seq, group * kv_heads, 64], [batch, 5000, kv_heads, 64], 64, threads);
+            let plan = Plan::new(&kernel, [batch, seq, group * kv_heads, 64], [batch, 5000, kv_heads, 64], 64, threads);
             let rows = seq * group;
             let mut seen = vec![0; batch * kv_heads * rows];
             for index in 0..plan.tiles {
