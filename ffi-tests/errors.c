@@ -433,6 +433,17 @@ static void attention(void) {
     TRY(KVL_ERR_STRUCT_SIZE, "kvl_attention_params.struct_size is 0");
     p.reserved = 1;
     TRY(KVL_ERR_INVALID_ENUM, "reserved");
+    p.reserved2 = 1;
+    TRY(KVL_ERR_INVALID_ENUM, "reserved2");
+    p.precision = 2;
+    TRY(KVL_ERR_INVALID_ENUM, "precision is 2");
+    p.precision = -1;
+    TRY(KVL_ERR_INVALID_ENUM, "precision is -1");
+    /* The size that the struct had before it had a precision: what lies beyond is not read. */
+    p.struct_size = offsetof(kvl_attention_params, precision);
+    p.precision = 2;
+    OK(kvl_attention(context, NULL, workspace, bytes, &p));
+    p = good;
     p.flags = 8;
     TRY(KVL_ERR_INVALID_ENUM, "0x8");
     p.window_left = 4;

@@ -101,7 +101,7 @@ pub use context::Context;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use isa::Isa;
-pub use kernels::{KernelInfo, Op, kernels};
+pub use kernels::{KernelInfo, Op, Precision, kernels};
 pub use ops::attention::{
     AttentionOptions, AttentionTensors, MAX_HEAD_DIM, Mask, alibi_slopes, attention, attention_workspace_size,
 };

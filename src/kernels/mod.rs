@@ -6,9 +6,12 @@
 //! | `simd` | the vector trait |
 //! | `generic` | the algorithms, over the trait |
 //! | `scalar`, `avx2`, `avx512`, `neon` | the trait for one level, and its shells |
+//! | `amx` | a partial level: attention over bf16, by tile products |
 //!
 //! A kernel takes only what an operation has validated; it allocates nothing, starts no thread and keeps no state.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -66,6 +69,36 @@ impl Op {
     }
 }
 
+/// How exactly attention computes, where levels have kernels for more than one answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum Precision {
+    /// The fastest kernel. Over a bf16 cache at the AMX level, softmax weights are rounded to bf16.
+    #[default]
+    Default = 0,
+    /// What f32 arithmetic gives: weights are not rounded to less than 16 bits.
+    High = 1,
+}
+
+impl Precision {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Default, Self::High];
+
+    /// `"default"` or `"high"`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::High => "high",
+        }
+    }
+
+    /// The precision with this value in the C header, if there is one.
+    pub fn from_u32(value: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|&p| p as u32 == value)
+    }
+}
+
 /// What the registry says of a kernel.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
@@ -78,6 +111,8 @@ pub struct KernelInfo {
     pub dst: DType,
     /// The level it is compiled for.
     pub isa: Isa,
+    /// The precision that it serves; every one if absent.
+    pub precision: Option<Precision>,
     /// `<op>_<types>_<isa>`.
     pub name: &'static str,
     /// The largest error against exact arithmetic on the same inputs with f32 queries and output, as a fraction of the
@@ -165,12 +200,16 @@ pub(crate) struct Entry {
 /// One line of a level's part of the registry.
 macro_rules! entry {
     ($level:ident, $op:ident, $src:ident, $dst:ident, $name:expr, $error:expr, $kind:ident($function:expr)) => {
+        $crate::kernels::entry!($level, $op, $src, $dst, None, $name, $error, $kind($function))
+    };
+    ($level:ident, $op:ident, $src:ident, $dst:ident, $precision:expr, $name:expr, $error:expr, $kind:ident($function:expr)) => {
         $crate::kernels::Entry {
             info: $crate::kernels::KernelInfo {
                 op: $crate::kernels::Op::$op,
                 src: $crate::dtype::DType::$src,
                 dst: $crate::dtype::DType::$dst,
                 isa: $crate::isa::Isa::$level,
+                precision: $precision,
                 name: $name,
                 max_error: $error,
             },
@@ -262,20 +301,22 @@ macro_rules! kernel_shells {
 }
 pub(crate) use kernel_shells;
 
-/// Every level has every kernel.
+/// A level that is not partial has every kernel.
 pub(crate) const ENTRIES_PER_LEVEL: usize = 28;
 
-pub(crate) static LEVELS: &[&[Entry; ENTRIES_PER_LEVEL]] = &[
+pub(crate) static LEVELS: &[&[Entry]] = &[
     &scalar::ENTRIES,
     #[cfg(target_arch = "x86_64")]
     &avx2::ENTRIES,
     #[cfg(target_arch = "x86_64")]
     &avx512::ENTRIES,
+    #[cfg(target_arch = "x86_64")]
+    &amx::ENTRIES,
     #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     &neon::ENTRIES,
 ];
 
-/// The registry: all kernels of this build, level by level, the portable one first.
+/// The registry: all kernels of this build, level by level in the order of preference, the portable one first.
 pub(crate) fn registry() -> impl Iterator<Item = &'static Entry> {
     LEVELS.iter().flat_map(|entries| entries.iter())
 }
@@ -293,6 +334,8 @@ pub(crate) fn level_available(level: Isa) -> bool {
         Isa::Avx2 => avx2::Avx2::is_available(),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => avx512::Avx512::is_available(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => amx::is_available(),
         #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
         Isa::Neon => neon::Neon::is_available(),
         #[allow(unreachable_patterns)]

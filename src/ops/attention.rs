@@ -4,7 +4,7 @@ use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::kernels::generic::attention::{ByteView, CHUNK, Problem, Tile, partial_stride};
-use crate::kernels::{self, AttentionFns, Function};
+use crate::kernels::{self, AttentionFns, Function, Precision};
 use crate::ops::workspace::Workspace;
 use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
 use crate::view::{self, BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ, View, ViewMut, reach};
@@ -74,6 +74,8 @@ pub struct AttentionOptions<'a> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// `[heads]`: one more logit, which takes weight and has no value.
     pub sinks: Option<&'a [f32]>,
+    /// How exactly to compute; see [`Context::kernel_for`](crate::Context::kernel_for) for what that makes of a call.
+    pub precision: Precision,
 }
 
 /// A boolean mask `[batch, seq, heads, keys]`; true lets a query see a key. Strides of 0 broadcast.
@@ -178,6 +180,7 @@ pub(crate) struct RawAttention<'a> {
     pub bias: Option<RawView>,
     pub alibi_slopes: Option<&'a [f32]>,
     pub sinks: Option<&'a [f32]>,
+    pub precision: Precision,
 }
 
 /// The standard ALiBi slopes for any number of heads (<https://arxiv.org/abs/2108.12409>): for a power of two n,
@@ -268,6 +271,7 @@ pub fn attention(
         bias: options.bias.map(|b| b.raw),
         alibi_slopes: options.alibi_slopes,
         sinks: options.sinks,
+        precision: options.precision,
     };
     workspace.reserve(attention_workspace_size(q.shape(), k.shape(), v.shape()[DIM], runner.num_threads()));
     // SAFETY: the views borrow what they reach, and the LSE has an entry a row.
@@ -394,7 +398,7 @@ pub(crate) unsafe fn attention_raw(
         "the workspace at {:#x} is not aligned to 64 bytes",
         workspace.addr()
     );
-    let kernel = context.attention(call.k.dtype);
+    let kernel = context.attention(call.k.dtype, call.precision);
     let plan = Plan::new(&kernel, call.q.shape, call.k.shape, dv, runner.num_threads());
     let longest = (0..batch).map(|b| problem.length(b)).max().unwrap_or(0) as usize;
     // An upper bound is enough: it only decides whether threads are worth their start.
@@ -566,7 +570,7 @@ mod tests {
 
     #[test]
     fn tiles_cover_every_row_once() {
-        let kernel = crate::Context::new().unwrap().attention(DType::F32);
+        let kernel = crate::Context::new().unwrap().attention(DType::F32, Precision::Default);
         for (seq, group, batch, kv_heads, threads) in
             [(1, 4, 1, 8, 2), (200, 3, 2, 3, 5), (7, 71, 1, 1, 3), (1, 1, 1, 1, 64)]
         {

@@ -5,8 +5,27 @@ use super::oracle;
 use super::rng::Rng;
 use super::tensor::{Gaps, Layout, Place, Tensor, indices};
 use kvlane::{
-    AttentionOptions, AttentionTensors, Context, DType, Error, Mask, Op, Runner, Serial, Workspace, attention,
+    AttentionOptions, AttentionTensors, Context, DType, Error, Mask, Op, Precision, Runner, Serial, Workspace,
+    attention,
 };
+use std::cell::Cell;
+
+thread_local! {
+    static PRECISION: Cell<Precision> = const { Cell::new(Precision::Default) };
+}
+
+/// The precision that calls from this thread ask for.
+pub fn precision() -> Precision {
+    PRECISION.get()
+}
+
+/// Runs a test whose calls all ask for a precision.
+pub fn with_precision<T>(precision: Precision, test: impl FnOnce() -> T) -> T {
+    let before = PRECISION.replace(precision);
+    let result = test();
+    PRECISION.set(before);
+    result
+}
 
 /// A boolean mask in memory of its own.
 pub struct MaskTensor {
@@ -90,6 +109,7 @@ impl Options {
             bias: self.bias.as_ref().map(Tensor::view),
             alibi_slopes: self.alibi.as_deref(),
             sinks: self.sinks.as_deref(),
+            precision: precision(),
         }
     }
 }
@@ -253,7 +273,7 @@ impl Case {
     #[track_caller]
     pub fn assert_close(&self, context: &Context, outcome: &Outcome, what: &dyn Fn() -> String) {
         let kv = self.k.dtype;
-        let bound = f64::from(context.kernel(Op::Attention, kv, kv).expect("a kernel").max_error);
+        let bound = f64::from(context.kernel_for(Op::Attention, kv, kv, precision()).expect("a kernel").max_error);
         let want = self.oracle();
         let [batch, tokens, heads, v_dim] = outcome.out.shape;
         for b in 0..batch {

@@ -227,7 +227,7 @@ impl Span {
 
 /// The lowest `n <= 64` bits.
 #[inline(always)]
-fn ones(n: usize) -> u64 {
+pub(crate) fn ones(n: usize) -> u64 {
     if n >= 64 { u64::MAX } else { (1 << n) - 1 }
 }
 
@@ -351,7 +351,7 @@ pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, scratch: &S
 
 /// Whether a state has seen no key: its accumulator is then not looked at.
 #[inline(always)]
-fn is_empty((max, sum): (f32, f32)) -> bool {
+pub(crate) fn is_empty((max, sum): (f32, f32)) -> bool {
     max == f32::NEG_INFINITY && sum == 0.0
 }
 
@@ -461,7 +461,7 @@ unsafe fn one_block<S: Simd, T: Memory>(
             && let Some(mask) = &p.mask
         {
             // SAFETY: the row's keys from..to are inside the mask.
-            row.live &= unsafe { mask_bits(mask, tile.batch, row, base, from, to) };
+            row.live &= unsafe { mask_bits(mask, tile.batch, (row.token, row.head), base, from, to) };
         }
         any |= row.live != 0;
         all &= row.live == full;
@@ -506,9 +506,16 @@ unsafe fn one_block<S: Simd, T: Memory>(
 /// # Safety
 /// Those entries of the mask are readable.
 #[inline(always)]
-unsafe fn mask_bits(mask: &ByteView, batch: usize, row: &RowState, base: usize, from: usize, to: usize) -> u64 {
+pub(crate) unsafe fn mask_bits(
+    mask: &ByteView,
+    batch: usize,
+    (token, head): (u32, u32),
+    base: usize,
+    from: usize,
+    to: usize,
+) -> u64 {
     let [sb, st, sh, sk] = mask.strides.map(|x| x as isize);
-    let at = batch as isize * sb + row.token as isize * st + row.head as isize * sh + (base + from) as isize * sk;
+    let at = batch as isize * sb + token as isize * st + head as isize * sh + (base + from) as isize * sk;
     // SAFETY: the caller's.
     unsafe {
         let mut p = mask.data.offset(at);
@@ -1021,7 +1028,7 @@ unsafe fn accumulate_tile<S: Simd, T: Memory, const R: usize, const N: usize>(
 /// # Safety
 /// `n` elements with that stride are readable at `src`, `n` floats writable at `dst`.
 #[inline(always)]
-unsafe fn load_row<S: Simd>(s: S, dtype: DType, src: *const u8, stride: i64, dst: *mut f32, n: usize) {
+pub(crate) unsafe fn load_row<S: Simd>(s: S, dtype: DType, src: *const u8, stride: i64, dst: *mut f32, n: usize) {
     // SAFETY: the caller's.
     unsafe { s.outline(LoadRow { dtype, src, stride: stride as isize, dst, n }) };
 }
@@ -1071,7 +1078,7 @@ unsafe fn load_typed<S: Simd, T: Memory>(s: S, src: *const T, stride: isize, dst
 /// # Safety
 /// `n` floats are readable at `src`, `n` elements with that stride writable at `dst`.
 #[inline(always)]
-unsafe fn store_row<S: Simd>(s: S, src: *const f32, dtype: DType, dst: *mut u8, stride: i64, n: usize) {
+pub(crate) unsafe fn store_row<S: Simd>(s: S, src: *const f32, dtype: DType, dst: *mut u8, stride: i64, n: usize) {
     // SAFETY: the caller's.
     unsafe {
         match dtype {
