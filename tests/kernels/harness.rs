@@ -12,7 +12,7 @@
 //!
 //! With `--cfg kvlane_emulate_amx` the instructions of the AMX level are emulated.
 
-use crate::common::attention::with_precision;
+use crate::common::attention::{LARGEST_ERRORS, Setting, with_setting};
 use kvlane::{Context, DType, Isa, KernelInfo, Op, Precision};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -58,8 +58,9 @@ pub struct Level {
     pub context: Context,
 }
 
-/// Tests of what partial levels have; the others would meet the levels below again.
+/// Tests of what partial levels have, with exceptions; the others would meet the levels below again.
 const PARTIAL: [&str; 4] = ["attention::", "semantics::", "invariance::", "properties::"];
+const NOT_PARTIAL: [&str; 1] = ["invariance::memory_bound_operations"];
 
 static COUNTS: Mutex<BTreeMap<&'static str, usize>> = Mutex::new(BTreeMap::new());
 
@@ -72,6 +73,12 @@ impl Level {
             assert_eq!(kernel.isa, self.isa, "{} does not serve level {}", kernel.name, self.isa);
         }
         kernel
+    }
+
+    /// Calls that the level has kernels of its own for.
+    fn setting(&self) -> Setting {
+        let has = |&kv: &DType| self.kernel(Op::Attention, kv, kv).isa == self.isa;
+        Setting { precision: self.precision, kv_types: DType::ALL.into_iter().filter(has).collect() }
     }
 
     /// As in the names of tests.
@@ -166,8 +173,9 @@ pub fn run(modules: &[&[Test]]) -> ExitCode {
             Body::Once(body) => cases.push((name.to_owned(), Box::new(body))),
             Body::PerLevel(body) => {
                 for level in &levels {
-                    if !level.isa.is_partial() || PARTIAL.iter().any(|module| name.starts_with(module)) {
-                        let body = move || with_precision(level.precision, || body(level));
+                    let names = |list: &[&str]| list.iter().any(|start| name.starts_with(start));
+                    if !level.isa.is_partial() || names(&PARTIAL) && !names(&NOT_PARTIAL) {
+                        let body = move || with_setting(level.setting(), || body(level));
                         cases.push((format!("{name}[{}]", level.name()), Box::new(body)));
                     }
                 }
@@ -226,6 +234,10 @@ pub fn run(modules: &[&[Test]]) -> ExitCode {
     }
     #[cfg(all(kvlane_emulate_amx, target_arch = "x86_64", target_os = "linux"))]
     println!("{} AMX instructions emulated", crate::common::amx_emulator::performed());
+    for (name, error) in LARGEST_ERRORS.lock().unwrap().iter() {
+        let bound = kvlane::kernels().find(|k| k.name == *name).map_or(0.0, |k| k.max_error);
+        println!("kernel {name}: largest error {error:.1e} of {bound:.0e}");
+    }
     for (isa, reason) in &absent {
         println!("level {isa}: not run ({reason})");
     }
