@@ -42,14 +42,18 @@
 //! infinity times the query is.
 //!
 //! # What bounds it
-//! Not timed: an estimate from instruction counts, for bf16 queries, a group of 32 rows, 64 keys, head size 128. Both
-//! products take 32 `tdpbf16ps` of 16 cycles: 1024 cycles. They load 64 KiB of tiles, 1024 lines at two a cycle, 512 cycles, and O
-//! comes and goes once a span of four blocks. Softmax has 128 vectors of 15 instructions on two ports (one of the
-//! maximum; for the weight an FMA, a range reduction, four FMAs, a scaling of two, two sums, and 3.5 of rounding and packing):
-//! 960 cycles. One after the other they make 2048 cycles, half of the tiles' power; so the loop is written for their overlap: the
-//! reorder buffer reaches from a product into the vectors around it. Packing V is 1300 shuffles a block, for all rows of the
-//! tile: a tenth of a tile of 256 rows. In decode, 32 KiB of K and V take some 3300 cycles to arrive, and all of the above
-//! less than that.
+//! Not timed: an estimate from instruction counts, for bf16 queries, two groups, 64 keys, head size 128. Both products take
+//! 64 `tdpbf16ps` of 16 cycles: 1024 cycles. They load 64 tiles of operands, 1024 lines at two a cycle: 512 cycles; O comes and
+//! goes once a span of four blocks. Softmax has 128 vectors of 15 instructions on two ports (one of the maximum; for the
+//! weight an FMA, a range reduction, four FMAs, a scaling of two, two sums, and 3.5 of rounding and packing): 960 cycles. One
+//! after the other they would leave the tiles idle for half of the time. So two groups are a [`Job`], and the products of its
+//! neighbours, the outputs of the one before and the scores of the one after, are issued a [step](Work::step) at a time between the
+//! vectors of its softmax: 64 cycles of products every four pairs of vectors, near enough for the reorder buffer to hold
+//! both. Queries in f32 take three times the products for scores.
+//!
+//! Packing V takes 1300 shuffles a block, once for all rows of the tile: some 15 % of a block's time at 256 rows. In decode
+//! the 32 KiB of K and V of a block take some 3300 cycles to arrive from memory, and all of the above less than that; the
+//! lines of the next block are asked for while V is packed.
 
 use super::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
 use crate::dtype::DType;
@@ -590,7 +594,11 @@ unsafe fn pack_values(s: Avx512, call: &Call, b: usize, base: usize, low: usize,
             (first, stride) = (call.scratch.block, dvp as isize);
         }
         let to = call.scratch.v.add(b * BLOCK * dvp * size_of::<bf16>());
-        let values = Values { first, stride, low, high, dv, dvp, to };
+        let ahead = |view: &crate::view::RawView| -> (*const u8, isize) {
+            let key = view.row(tile.batch, base, tile.kv_head).cast_const();
+            (key.wrapping_offset(BLOCK as isize * view.strides[1] as isize * 2), view.strides[1] as isize * 2)
+        };
+        let values = Values { first, stride, low, high, dv, dvp, to, ahead: [ahead(&p.k), ahead(&p.v)] };
         if values.transpose::<false>(s) {
             return 0;
         }
@@ -613,6 +621,8 @@ struct Values {
     dv: usize,
     dvp: usize,
     to: *mut u8,
+    /// The first key and value of the next block, which may be outside the views, and bytes from one to the next.
+    ahead: [(*const u8, isize); 2],
 }
 
 impl Values {
@@ -638,6 +648,11 @@ impl Values {
                     let mut x = [_mm512_setzero_si512(); 2];
                     for (i, x) in x.iter_mut().enumerate() {
                         let j = half * DEPTH + 2 * pair + i;
+                        for (first, stride) in self.ahead {
+                            let line = first.wrapping_offset(j as isize * stride).wrapping_add(column * 2);
+                            // It takes any address, and does nothing where there is no memory.
+                            _mm_prefetch::<_MM_HINT_T1>(line.cast());
+                        }
                         if j >= self.low && j < self.high {
                             // SAFETY: the caller's; masked-off lanes are not accessed.
                             *x = unsafe { _mm512_maskz_loadu_epi16(mask, self.key(j).wrapping_add(column).cast()) };
