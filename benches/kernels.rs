@@ -64,7 +64,8 @@ impl Data {
 
 fn bench_kernel(c: &mut Criterion, kernel: KernelInfo) {
     let context = Context::with_max_isa(kernel.isa).expect("the level belongs to this architecture");
-    let chosen = context.kernel(kernel.op, kernel.src, kernel.dst).expect("the registry has it");
+    let precision = kernel.precision.unwrap_or_default();
+    let chosen = context.kernel_for(kernel.op, kernel.src, kernel.dst, precision).expect("the registry has it");
     if chosen.name != kernel.name {
         println!("{}: not run, KVLANE_MAX_ISA leads to {}", kernel.name, chosen.name);
         return;
@@ -134,7 +135,7 @@ fn bench_kernel(c: &mut Criterion, kernel: KernelInfo) {
                     (Data::new(DType::F32, q_len), Data::new(kernel.src, kv_len), Data::new(kernel.src, kv_len));
                 let mut out = Data::new(DType::F32, q_len);
                 let mut workspace = Workspace::new();
-                let options = AttentionOptions { causal: true, ..Default::default() };
+                let options = AttentionOptions { causal: true, precision, ..Default::default() };
                 let pairs: usize = (0..queries).map(|i| keys - queries + i + 1).sum();
                 group.throughput(if queries == 1 {
                     Throughput::Bytes((2 * kv_len * from) as u64)

@@ -172,6 +172,18 @@ mod tests {
     }
 
     #[test]
+    fn high_precision_is_high_at_every_level() {
+        for level in Isa::ALL.into_iter().filter(|l| l.is_available()) {
+            let context = Context::with_max_isa(level).unwrap();
+            for kv in DType::ALL {
+                let [fast, high] = Precision::ALL.map(|p| context.kernel_for(Op::Attention, kv, kv, p).unwrap());
+                assert!(high.max_error <= 1e-5 && fast.max_error >= high.max_error, "{kv} {level}");
+                assert!(high.precision != Some(Precision::Default) && fast.precision != Some(Precision::High));
+            }
+        }
+    }
+
+    #[test]
     fn a_ceiling_only_lowers() {
         for ceiling in Isa::ALL.into_iter().filter(|l| l.is_built()) {
             let context = Context::with_max_isa(ceiling).unwrap();
