@@ -141,7 +141,7 @@ fn layouts(level: &Level) {
     for dtype in kv_types() {
         for place in [Place::GuardAfter, Place::GuardBefore] {
             for layout in thin(Layout::ALL.to_vec()) {
-                for (tokens, dim, keys) in [(1, 20, 70), (15, 33, 65), (2, 16, 3)] {
+                for (tokens, dim, keys) in [(1, 20, 70), (15, 33, 65), (2, 16, 3), (2, 64, 128)] {
                     let shape = Shape { batch: 2, tokens, kv_heads: 2, group: 2, keys, dim, v_dim: dim + 1 };
                     let plain = Case::new(&mut rng, shape, dtype);
                     let options = Options {

@@ -168,6 +168,8 @@ impl Scratch {
     fn layout(base: *mut u8, rows: usize, sizes: Sizes) -> (Self, usize) {
         let Sizes { dk, dvp, .. } = sizes;
         let groups = rows.div_ceil(LANES);
+        // One job, or two in turns.
+        let slots = if groups <= 2 { groups } else { 4 };
         let mut used = 0;
         let mut bytes = |n: usize| {
             let at = base.wrapping_add(used);
@@ -176,8 +178,8 @@ impl Scratch {
         };
         let scratch = Self {
             q: bytes(groups * MAX_TERMS * (dk / DEPTH) * TILE_BYTES),
-            s: bytes(4 * SPAN_KEYS * LANES * size_of::<f32>()).cast(),
-            p: bytes(4 * WEIGHTS * size_of::<u32>()).cast(),
+            s: bytes(slots * SPAN_KEYS * LANES * size_of::<f32>()).cast(),
+            p: bytes(slots * WEIGHTS * size_of::<u32>()).cast(),
             acc: bytes(groups * dvp * LANES * size_of::<f32>()).cast(),
             total: bytes(groups * LANES * dvp * size_of::<f32>()).cast(),
             stage: bytes(LANES * dk.max(dvp) * size_of::<f32>()).cast(),
@@ -472,7 +474,7 @@ unsafe fn one_span<const HIGH: bool>(
     // SAFETY: the blocks that some row sees have been packed; scores, weights and outputs of a job are computed in that order.
     unsafe {
         let mut jobs = (0..groups.len()).step_by(2);
-        let mut parity = 0;
+        let mut parity = 1;
         let mut next = |groups: &[Group]| {
             parity ^= 1;
             jobs.by_ref().find_map(|first| Job::new(groups, first, parity))
