@@ -208,8 +208,8 @@ pub(crate) fn fill_alibi_slopes(slopes: &mut [f32]) {
 /// One entry for prefill (`seq` queries that have just been written to the cache), chunked prefill and decode (`seq` = 1).
 /// Queries, keys and values keep their types; arithmetic is f32, rounded once to the type of `out`.
 ///
-/// The bits of a row of the output depend on that row's inputs and the ISA level alone: not on the runner, the batch around
-/// it or the strides; and so not on how a prompt was cut, since every step sees the same keys.
+/// The bits of a row of the output depend on that row's inputs, the ISA level and the precision alone: not on the runner, the
+/// batch around it or the strides; and so not on how a prompt was cut, since every step sees the same keys.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs and workspaces.
 ///

@@ -764,7 +764,7 @@ impl<'a> Work<'a> {
     ///
     /// # Safety
     /// As [`Self::step`].
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn finish<const HIGH: bool>(&mut self) {
         // SAFETY: the caller's.
         while unsafe { self.step::<HIGH>() } {}
