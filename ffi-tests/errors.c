@@ -404,11 +404,11 @@ static void kv_write(void) {
 static void attention(void) {
     static float x[2 * 5 * 4 * 8];
     static union {
-        unsigned char bytes[65536 + 64];
+        unsigned char bytes[(1 << 18) + 64];
         double aligned;
     } memory;
     void *workspace = memory.bytes + (64 - (uintptr_t)memory.bytes % 64) % 64;
-    size_t bytes = 65536, *needed = (size_t *)output.bytes;
+    size_t bytes = 1 << 18, *needed = (size_t *)output.bytes;
     static const unsigned char mask[1];
     int32_t list[2];
     float ones[4] = {1, 1, 1, 1};
@@ -433,6 +433,17 @@ static void attention(void) {
     TRY(KVL_ERR_STRUCT_SIZE, "kvl_attention_params.struct_size is 0");
     p.reserved = 1;
     TRY(KVL_ERR_INVALID_ENUM, "reserved");
+    p.reserved2 = 1;
+    TRY(KVL_ERR_INVALID_ENUM, "reserved2");
+    p.precision = 2;
+    TRY(KVL_ERR_INVALID_ENUM, "precision is 2");
+    p.precision = -1;
+    TRY(KVL_ERR_INVALID_ENUM, "precision is -1");
+    /* The size that the struct had before it had a precision: what lies beyond is not read. */
+    p.struct_size = offsetof(kvl_attention_params, precision);
+    p.precision = 2;
+    OK(kvl_attention(context, NULL, workspace, bytes, &p));
+    p = good;
     p.flags = 8;
     TRY(KVL_ERR_INVALID_ENUM, "0x8");
     p.window_left = 4;

@@ -96,7 +96,7 @@ SIZE(kvl_attention_state, 96);
 AT(kvl_attention_state, out, 0);
 AT(kvl_attention_state, lse, 88);
 
-SIZE(kvl_attention_params, 608);
+SIZE(kvl_attention_params, 616);
 AT(kvl_attention_params, struct_size, 0);
 AT(kvl_attention_params, q, 8);
 AT(kvl_attention_params, k, 96);
@@ -116,6 +116,8 @@ AT(kvl_attention_params, mask, 424);
 AT(kvl_attention_params, bias, 504);
 AT(kvl_attention_params, alibi_slopes, 592);
 AT(kvl_attention_params, sinks, 600);
+AT(kvl_attention_params, precision, 608);
+AT(kvl_attention_params, reserved2, 612);
 #endif
 
 VALUE(KVL_OK, 0);
@@ -143,12 +145,15 @@ VALUE(KVL_ISA_SCALAR, 1);
 VALUE(KVL_ISA_AVX2, 2);
 VALUE(KVL_ISA_AVX512, 3);
 VALUE(KVL_ISA_NEON, 4);
+VALUE(KVL_ISA_AMX, 5);
 VALUE(KVL_OP_ROPE_ANGLES, 0);
 VALUE(KVL_OP_ROPE, 1);
 VALUE(KVL_OP_KV_WRITE, 2);
 VALUE(KVL_OP_REPEAT_KV, 3);
 VALUE(KVL_OP_ATTENTION, 4);
 VALUE(KVL_OP_MERGE_STATES, 5);
+VALUE(KVL_PRECISION_DEFAULT, 0);
+VALUE(KVL_PRECISION_HIGH, 1);
 VALUE(KVL_INTERLEAVED, 0);
 VALUE(KVL_HALF_SPLIT, 1);
 VALUE(KVL_ROPE_UNSCALED, 0);

@@ -154,6 +154,12 @@
 #define KVL_ISA_NEON 4
 
 /**
+ * x86-64 with what `KVL_ISA_AVX512` needs, AMX tiles and their bf16 products. Preferred to that level, though it has
+ * kernels for attention over bf16 alone; the others are those of `KVL_ISA_AVX512`.
+ */
+#define KVL_ISA_AMX 5
+
+/**
  * Cosines and sines of RoPE angles; `KVL_F32` twice.
  */
 #define KVL_OP_ROPE_ANGLES 0
@@ -182,6 +188,16 @@
  * The merge of attention states: one type twice.
  */
 #define KVL_OP_MERGE_STATES 5
+
+/**
+ * The fastest kernel. Over a bf16 cache at `KVL_ISA_AMX`, softmax weights are rounded to bf16.
+ */
+#define KVL_PRECISION_DEFAULT 0
+
+/**
+ * What f32 arithmetic gives.
+ */
+#define KVL_PRECISION_HIGH 1
 
 /**
  * Elements 2i and 2i + 1: the original paper, Meta's Llama code, llama.cpp's Llama files.
@@ -245,7 +261,7 @@
  * The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major and of this or
  * a higher minor version serves it. The SONAME carries the major version.
  */
-#define KVL_ABI_VERSION 1
+#define KVL_ABI_VERSION 2
 
 /**
  * The kernels chosen for a machine. Made by `kvl_context_create`, immutable from then on.
@@ -336,6 +352,11 @@ typedef struct kvl_context_params {
      */
     int32_t reserved;
 } kvl_context_params;
+
+/**
+ * How exactly attention computes, where a level has kernels for more than one answer.
+ */
+typedef int32_t kvl_precision;
 
 /**
  * Runs `n` independent tasks of an operation on the caller's threads. Start from `KVL_PARALLEL_RUNNER_INIT`.
@@ -711,6 +732,14 @@ typedef struct kvl_attention_params {
      * [heads]: one more logit, which takes weight and has no value; null for none.
      */
     const float *sinks;
+    /**
+     * How exactly to compute; see `kvl_context_attention_kernel_name`. Since ABI version 2.
+     */
+    kvl_precision precision;
+    /**
+     * 0.
+     */
+    int32_t reserved2;
 } kvl_attention_params;
 
 /**
@@ -843,6 +872,19 @@ kvl_status kvl_context_kernel_name(const struct kvl_context *context,
                                    kvl_dtype src,
                                    kvl_dtype dst,
                                    const char **name);
+
+/**
+ * The name of the kernel that serves attention over K and V of a type with a precision, such as
+ * "attention_bf16_high_amx"; a constant of the library. `kvl_context_kernel_name` tells that of `KVL_PRECISION_DEFAULT`; most
+ * kernels serve both. What precision a kernel has is `max_error` in `kvl_kernel_info`. Since ABI version 2.
+ *
+ * Thread safety: may be called from any number of threads at once.
+ * Bad input: null or numbers that are no type or precision is an error, and `*name` is not touched.
+ */
+kvl_status kvl_context_attention_kernel_name(const struct kvl_context *context,
+                                             kvl_dtype kv,
+                                             kvl_precision precision,
+                                             const char **name);
 
 /**
  * Makes a pool of threads, for callers that have none; 0 threads are as many as the machine runs at once. It is released

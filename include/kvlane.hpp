@@ -131,6 +131,12 @@ public:
         return name;
     }
 
+    const char *attention_kernel_name(kvl_dtype kv, kvl_precision precision) const {
+        const char *name = nullptr;
+        check(kvl_context_attention_kernel_name(get(), kv, precision, &name));
+        return name;
+    }
+
 private:
     struct release {
         void operator()(kvl_context *context) const noexcept { kvl_context_destroy(context); }

@@ -3,14 +3,15 @@
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::isa::Isa;
-use crate::kernels::{self, AnglesFn, AttentionFns, CopyFn, Entry, Function, MergeFn, Op, RopeFn};
+use crate::kernels::{self, AnglesFn, AttentionFns, CopyFn, Entry, Function, MergeFn, Op, Precision, RopeFn};
 
 const TYPES: usize = DType::ALL.len();
 
 /// The kernels chosen for this machine. Immutable once made, free of interior state, and so shareable between threads.
 ///
 /// The table is filled with the scalar kernels first and overlaid with those of every better level that is available, up
-/// to the ceiling: the level asked for, lowered by `KVLANE_MAX_ISA` if that is set. Both can only lower.
+/// to the ceiling: the level asked for, lowered by `KVLANE_MAX_ISA` if that is set. Both can only lower. What a partial level
+/// lacks stays with the level below.
 ///
 /// ```
 /// use kvlane::{Context, DType, Isa, Op};
@@ -23,8 +24,11 @@ const TYPES: usize = DType::ALL.len();
 #[derive(Clone)]
 pub struct Context {
     isa: Isa,
-    table: [[[Option<&'static Entry>; TYPES]; TYPES]; Op::ALL.len()],
+    tables: [Table; Precision::ALL.len()],
 }
+
+/// The kernels of one precision.
+type Table = [[[Option<&'static Entry>; TYPES]; TYPES]; Op::ALL.len()];
 
 impl Context {
     /// Takes the best level that is available and that `KVLANE_MAX_ISA` allows.
@@ -32,7 +36,7 @@ impl Context {
     /// # Errors
     /// `KVLANE_MAX_ISA` is no level, or one of another architecture.
     pub fn new() -> Result<Self> {
-        Self::up_to(Isa::best())
+        Self::up_to(None)
     }
 
     /// Takes the best level that is available, not above `ceiling`, and that `KVLANE_MAX_ISA` allows.
@@ -40,25 +44,33 @@ impl Context {
     /// # Errors
     /// `ceiling` or `KVLANE_MAX_ISA` is a level of another architecture, or the latter is no level.
     pub fn with_max_isa(ceiling: Isa) -> Result<Self> {
-        Self::up_to(ceiling)
+        Self::up_to(Some(ceiling))
     }
 
-    fn up_to(ceiling: Isa) -> Result<Self> {
-        let mut isa = Isa::best_up_to(ceiling)?;
-        if let Some(lower) = Isa::ceiling_from_env()? {
-            let lower = Isa::best_up_to(lower)?;
-            if (lower as u32) < isa as u32 {
-                isa = lower;
+    fn up_to(ceiling: Option<Isa>) -> Result<Self> {
+        // The lower one first: a level above it is not even asked for.
+        let isa = match (ceiling, Isa::ceiling_from_env()?) {
+            (None, None) => Isa::best(),
+            (Some(ceiling), None) | (None, Some(ceiling)) => Isa::best_up_to(ceiling)?,
+            (Some(a), Some(b)) => {
+                let (low, high) = if a.rank() <= b.rank() { (a, b) } else { (b, a) };
+                // Either may be of another architecture, which is an error.
+                Isa::check_built(high)?;
+                Isa::best_up_to(low)?
             }
-        }
-        let mut table = [[[None; TYPES]; TYPES]; Op::ALL.len()];
+        };
+        let mut tables = [[[[None; TYPES]; TYPES]; Op::ALL.len()]; Precision::ALL.len()];
         for entry in kernels::registry() {
             let info = &entry.info;
-            if info.isa as u32 <= isa as u32 && info.isa.is_available() {
-                table[info.op as usize][info.src.index()][info.dst.index()] = Some(entry);
+            if info.isa.rank() <= isa.rank() && info.isa.is_available() {
+                for precision in Precision::ALL {
+                    if info.precision.is_none_or(|p| p == precision) {
+                        tables[precision as usize][info.op as usize][info.src.index()][info.dst.index()] = Some(entry);
+                    }
+                }
             }
         }
-        Ok(Self { isa, table })
+        Ok(Self { isa, tables })
     }
 
     /// The level in use.
@@ -70,11 +82,17 @@ impl Context {
     ///
     /// For [`Op::Attention`] the types are those of K and V, which are the same; for [`Op::RopeAngles`] both are f32.
     pub fn kernel(&self, op: Op, src: DType, dst: DType) -> Option<kernels::KernelInfo> {
-        self.table[op as usize][src.index()][dst.index()].map(|entry| entry.info)
+        self.kernel_for(op, src, dst, Precision::Default)
     }
 
-    fn function(&self, op: Op, src: DType, dst: DType) -> &Function {
-        match &self.table[op as usize][src.index()][dst.index()] {
+    /// As [`Self::kernel`], for calls that ask for a precision. Kernels that serve only one say so in their
+    /// [`precision`](kernels::KernelInfo::precision).
+    pub fn kernel_for(&self, op: Op, src: DType, dst: DType, precision: Precision) -> Option<kernels::KernelInfo> {
+        self.tables[precision as usize][op as usize][src.index()][dst.index()].map(|entry| entry.info)
+    }
+
+    fn function(&self, op: Op, src: DType, dst: DType, precision: Precision) -> &Function {
+        match &self.tables[precision as usize][op as usize][src.index()][dst.index()] {
             Some(entry) => &entry.function,
             // The scalar level has every pair that an operation asks for: `tests::every_level_is_complete`.
             None => unreachable!("no kernel for {op:?} from {src} to {dst}"),
@@ -82,35 +100,35 @@ impl Context {
     }
 
     pub(crate) fn angles(&self) -> AnglesFn {
-        match self.function(Op::RopeAngles, DType::F32, DType::F32) {
+        match self.function(Op::RopeAngles, DType::F32, DType::F32, Precision::Default) {
             Function::Angles(f) => *f,
             _ => unreachable!("the registry files angles under RopeAngles"),
         }
     }
 
     pub(crate) fn rope(&self, src: DType, dst: DType) -> RopeFn {
-        match self.function(Op::Rope, src, dst) {
+        match self.function(Op::Rope, src, dst, Precision::Default) {
             Function::Rope(f) => *f,
             _ => unreachable!("the registry files RoPE under Rope"),
         }
     }
 
     pub(crate) fn copy(&self, op: Op, src: DType, dst: DType) -> CopyFn {
-        match self.function(op, src, dst) {
+        match self.function(op, src, dst, Precision::Default) {
             Function::Copy(f) => *f,
             _ => unreachable!("the registry files copies under KvWrite and RepeatKv"),
         }
     }
 
-    pub(crate) fn attention(&self, kv: DType) -> AttentionFns {
-        match self.function(Op::Attention, kv, kv) {
+    pub(crate) fn attention(&self, kv: DType, precision: Precision) -> AttentionFns {
+        match self.function(Op::Attention, kv, kv, precision) {
             Function::Attention(f) => *f,
             _ => unreachable!("the registry files attention under Attention"),
         }
     }
 
     pub(crate) fn merge(&self, dtype: DType) -> MergeFn {
-        match self.function(Op::MergeStates, dtype, dtype) {
+        match self.function(Op::MergeStates, dtype, dtype, Precision::Default) {
             Function::Merge(f) => *f,
             _ => unreachable!("the registry files merges under MergeStates"),
         }
@@ -138,12 +156,29 @@ mod tests {
                             Op::Rope | Op::KvWrite => true,
                             Op::RepeatKv | Op::Attention | Op::MergeStates => src == dst,
                         };
-                        let found = kernels::kernels()
-                            .filter(|k| k.isa == level && k.op == op && k.src == src && k.dst == dst)
-                            .count();
-                        assert_eq!(found, usize::from(wanted), "{op:?} {src} {dst} {level}");
+                        for precision in Precision::ALL {
+                            let found = kernels::kernels()
+                                .filter(|k| k.isa == level && k.op == op && k.src == src && k.dst == dst)
+                                .filter(|k| k.precision.is_none_or(|p| p == precision))
+                                .count();
+                            let most = usize::from(wanted);
+                            let least = if level.is_partial() { 0 } else { most };
+                            assert!((least..=most).contains(&found), "{op:?} {src} {dst} {level} {precision:?}");
+                        }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn high_precision_is_high_at_every_level() {
+        for level in Isa::ALL.into_iter().filter(|l| l.is_available()) {
+            let context = Context::with_max_isa(level).unwrap();
+            for kv in DType::ALL {
+                let [fast, high] = Precision::ALL.map(|p| context.kernel_for(Op::Attention, kv, kv, p).unwrap());
+                assert!(high.max_error <= 1e-5 && fast.max_error >= high.max_error, "{kv} {level}");
+                assert!(high.precision != Some(Precision::Default) && fast.precision != Some(Precision::High));
             }
         }
     }
@@ -152,7 +187,7 @@ mod tests {
     fn a_ceiling_only_lowers() {
         for ceiling in Isa::ALL.into_iter().filter(|l| l.is_built()) {
             let context = Context::with_max_isa(ceiling).unwrap();
-            assert!(context.isa() as u32 <= ceiling as u32);
+            assert!(context.isa().rank() <= ceiling.rank());
             assert!(context.isa().is_available());
         }
         if let Some(foreign) = Isa::ALL.into_iter().find(|l| !l.is_built()) {

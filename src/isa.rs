@@ -19,18 +19,31 @@ pub enum Isa {
     Avx512 = 3,
     /// AArch64 with Advanced SIMD.
     Neon = 4,
+    /// x86-64 with what [`Avx512`](Self::Avx512) needs, AMX tiles and their bf16 products. A partial level: it has kernels
+    /// for attention over bf16 alone, and whatever else there is comes from AVX-512.
+    Amx = 5,
 }
 
 impl Isa {
-    /// Every level, of every architecture; on one architecture, a later one is preferred.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Neon];
+    /// Every level, of every architecture; on one architecture, a later one is preferred. The values say nothing of that.
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx, Self::Neon];
 
-    /// `"scalar"`, `"avx2"`, `"avx512"` or `"neon"`.
+    /// The place in [`Self::ALL`]: of two levels of one architecture, the higher is preferred.
+    pub(crate) const fn rank(self) -> usize {
+        let mut rank = 0;
+        while Self::ALL[rank] as u32 != self as u32 {
+            rank += 1;
+        }
+        rank
+    }
+
+    /// `"scalar"`, `"avx2"`, `"avx512"`, `"amx"` or `"neon"`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
             Self::Neon => "neon",
         }
     }
@@ -51,20 +64,30 @@ impl Isa {
             Self::Scalar => &[],
             Self::Avx2 => &["avx2", "fma", "f16c"],
             Self::Avx512 => &["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"],
+            Self::Amx => &[
+                "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "amx-tile",
+                "amx-bf16",
+            ],
             Self::Neon => &["neon"],
         }
+    }
+
+    /// Whether the level has kernels for some operations and types only; the others are served by the levels below.
+    pub const fn is_partial(self) -> bool {
+        matches!(self, Self::Amx)
     }
 
     /// Whether kernels of this level are part of this build (they are whenever the architecture fits).
     pub const fn is_built(self) -> bool {
         match self {
             Self::Scalar => true,
-            Self::Avx2 | Self::Avx512 => cfg!(target_arch = "x86_64"),
+            Self::Avx2 | Self::Avx512 | Self::Amx => cfg!(target_arch = "x86_64"),
             Self::Neon => cfg!(all(target_arch = "aarch64", target_endian = "little")),
         }
     }
 
-    /// Whether this CPU and operating system can run kernels of this level.
+    /// Whether this CPU and operating system can run kernels of this level. The first question about [`Self::Amx`] on Linux
+    /// asks the kernel for the permission to use its registers, which then holds for the whole process.
     pub fn is_available(self) -> bool {
         crate::kernels::level_available(self)
     }
@@ -79,18 +102,24 @@ impl Isa {
 
     /// The best level that is available and not above `ceiling`.
     pub(crate) fn best_up_to(ceiling: Self) -> Result<Self> {
-        ensure!(
-            ceiling.is_built(),
-            Unsupported,
-            "ISA level {} does not exist on this architecture ({})",
-            ceiling.name(),
-            std::env::consts::ARCH
-        );
+        Self::check_built(ceiling)?;
         Ok(Self::ALL
             .into_iter()
             .rev()
-            .find(|&l| l as u32 <= ceiling as u32 && l.is_available())
+            .find(|&l| l.rank() <= ceiling.rank() && l.is_available())
             .unwrap_or(Self::Scalar))
+    }
+
+    /// An error if the level is one of another architecture.
+    pub(crate) fn check_built(self) -> Result<()> {
+        ensure!(
+            self.is_built(),
+            Unsupported,
+            "ISA level {} does not exist on this architecture ({})",
+            self.name(),
+            std::env::consts::ARCH
+        );
+        Ok(())
     }
 
     /// The ceiling that the environment sets, if it does.

@@ -1,7 +1,7 @@
 //! Attention over a key/value cache for CPUs.
 //!
 //! A decoder that generates text keeps the keys and values of past tokens and computes only the new token's query. kvlane is
-//! what happens around that cache, vectorised for AVX2, AVX-512 and NEON, behind a safe Rust API and a C ABI
+//! what happens around that cache, vectorised for AVX2, AVX-512, AMX and NEON, behind a safe Rust API and a C ABI
 //! (`include/kvlane.h`):
 //!
 //! | operation | what it does |
@@ -56,8 +56,9 @@
 //! ```
 //!
 //! # What is promised
-//! - **Bitwise invariance.** The bits of an output row depend on that row's inputs and the ISA level alone: not on threads,
-//!   the batch around it, strides, or how the prompt was cut. Cached decode equals full prefill, to the bit.
+//! - **Bitwise invariance.** The bits of an output row depend on that row's inputs and the kernel alone, which the ISA level
+//!   and the precision decide: not on threads, the batch around it, strides, or how the prompt was cut. Cached decode equals
+//!   full prefill, to the bit.
 //! - **Poison.** NaN or infinity in a slot that is not seen (beyond a length, before a start, masked) never reaches an
 //!   output; NaN in live input does.
 //! - **All or nothing.** Bad input is an [`Error`] with a pinned [`Status`] and a sentence with both numbers, and not a byte
@@ -103,7 +104,7 @@ pub use context::Context;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use isa::Isa;
-pub use kernels::{KernelInfo, Op, kernels};
+pub use kernels::{KernelInfo, Op, Precision, kernels};
 pub use ops::attention::{
     AttentionOptions, AttentionTensors, MAX_HEAD_DIM, Mask, alibi_slopes, attention, attention_workspace_size,
 };

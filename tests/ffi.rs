@@ -19,6 +19,7 @@ const EXPORTS: &[&str] = &[
     "kvl_alibi_slopes",
     "kvl_attention",
     "kvl_attention_workspace_size",
+    "kvl_context_attention_kernel_name",
     "kvl_context_create",
     "kvl_context_destroy",
     "kvl_context_isa",
@@ -233,7 +234,7 @@ fn the_environment_lowers_the_level() {
     let output = execute(&program).env("KVLANE_MAX_ISA", "fastest").output().expect("it can be started");
     assert!(!output.status.success());
     let text = String::from_utf8_lossy(&output.stderr);
-    assert!(text.contains("KVLANE_MAX_ISA is \"fastest\", which is none of scalar, avx2, avx512, neon"), "{text}");
+    assert!(text.contains("KVLANE_MAX_ISA is \"fastest\", which is none of scalar, avx2, avx512, amx, neon"), "{text}");
 }
 
 mod symbols {

@@ -7,8 +7,8 @@ use super::data::{Layout, Tensor};
 use super::limits::Kind;
 use crate::{
     AttentionOptions, AttentionState, AttentionTensors, Context, DType, Destination, KernelInfo, KvWrite, Op, Pairing,
-    Positions, Result, Rope, RopeAngles, RopeFrequencies, RopeScaling, Runner, Workspace, attention, kv_write,
-    merge_states, repeat_kv, rope, rope_in_place,
+    Positions, Precision, Result, Rope, RopeAngles, RopeFrequencies, RopeScaling, Runner, Workspace, attention,
+    kv_write, merge_states, repeat_kv, rope, rope_in_place,
 };
 
 /// A kernel and a shape for it.
@@ -235,7 +235,9 @@ impl Case {
             return Ok(None);
         }
         let context = Context::with_max_isa(kernel.isa)?;
-        if context.kernel(kernel.op, kernel.src, kernel.dst).is_none_or(|chosen| chosen.name != kernel.name) {
+        let precision = kernel.precision.unwrap_or_default();
+        let chosen = context.kernel_for(kernel.op, kernel.src, kernel.dst, precision);
+        if chosen.is_none_or(|chosen| chosen.name != kernel.name) {
             return Ok(None);
         }
         let (src, dst) = (kernel.src, kernel.dst);
@@ -283,7 +285,7 @@ impl Case {
                 tensors.push(target(shape));
             }
         }
-        Ok(Some(Prepared { context, work: self.work, tensors, angles, lse, workspace: Workspace::new() }))
+        Ok(Some(Prepared { context, precision, work: self.work, tensors, angles, lse, workspace: Workspace::new() }))
     }
 }
 
@@ -306,6 +308,7 @@ impl Angles {
 /// A case with its data.
 pub struct Prepared {
     context: Context,
+    precision: Precision,
     work: Work,
     tensors: Vec<Tensor>,
     angles: Option<Angles>,
@@ -319,7 +322,7 @@ impl Prepared {
     /// # Errors
     /// The library refuses it, or the runner fails.
     pub fn run(&mut self, runner: &dyn Runner) -> Result<()> {
-        let Self { context, work, tensors, angles, lse, workspace } = self;
+        let Self { context, precision, work, tensors, angles, lse, workspace } = self;
         match (*work, &mut tensors[..], angles) {
             (Work::Angles { positions, .. }, [], Some(angles)) => {
                 std::hint::black_box(angles.frequencies.table(context, positions));
@@ -346,7 +349,7 @@ impl Prepared {
             (Work::Attention { .. }, [q, k, v, out], _) => {
                 let tensors =
                     AttentionTensors { q: q.view()?, k: k.view()?, v: v.view()?, out: out.view_mut()?, lse: None };
-                let options = AttentionOptions { causal: true, ..Default::default() };
+                let options = AttentionOptions { causal: true, precision: *precision, ..Default::default() };
                 attention(context, runner, workspace, tensors, &options)
             }
             (Work::Merge { .. }, [a, b, out], _) => {

@@ -17,6 +17,7 @@ mod types;
 use crate::context::Context;
 use crate::error::{Result, ensure, fail};
 use crate::isa::Isa;
+use crate::kernels::Op;
 use crate::ops::attention::{MAX_HEAD_DIM, RawAttention, attention_raw, attention_workspace_size, fill_alibi_slopes};
 use crate::ops::merge::{MAX_STATES, merge_states_raw};
 use crate::ops::repeat::repeat_kv_raw;
@@ -108,6 +109,7 @@ pub extern "C" fn kvl_isa_name(isa: kvl_isa) -> *const c_char {
         KVL_ISA_AVX2 => c"avx2",
         KVL_ISA_AVX512 => c"avx512",
         KVL_ISA_NEON => c"neon",
+        KVL_ISA_AMX => c"amx",
         _ => c"unknown",
     };
     text.as_ptr()
@@ -247,6 +249,33 @@ pub unsafe extern "C" fn kvl_context_kernel_name(
         let (op, src, dst) = (types::op("op", op)?, dtype("src", src)?, dtype("dst", dst)?);
         let Some(kernel) = context.kernel(op, src, dst) else {
             fail!(DType, "there is no kernel for {} from {src} to {dst}", op.name());
+        };
+        // SAFETY: not null, and the caller's to write.
+        unsafe { name.write(names::find(kernel.name)) };
+        Ok(())
+    })
+}
+
+/// The name of the kernel that serves attention over K and V of a type with a precision, such as
+/// "attention_bf16_high_amx"; a constant of the library. `kvl_context_kernel_name` tells that of `KVL_PRECISION_DEFAULT`; most
+/// kernels serve both. What precision a kernel has is `max_error` in `kvl_kernel_info`. Since ABI version 2.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: null or numbers that are no type or precision is an error, and `*name` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_context_attention_kernel_name(
+    context: *const kvl_context,
+    kv: kvl_dtype,
+    precision: kvl_precision,
+    name: *mut *const c_char,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let context = unsafe { borrow(context) }?;
+        ensure!(!name.is_null(), NullPointer, "the pointer name is null");
+        let (kv, precision) = (dtype("kv", kv)?, types::precision("precision", precision)?);
+        let Some(kernel) = context.kernel_for(Op::Attention, kv, kv, precision) else {
+            fail!(DType, "there is no kernel for attention over {kv}");
         };
         // SAFETY: not null, and the caller's to write.
         unsafe { name.write(names::find(kernel.name)) };
@@ -629,6 +658,12 @@ pub unsafe extern "C" fn kvl_attention(
         // SAFETY: as above.
         let params = unsafe { read_sized(params) }?;
         reserved("kvl_attention_params", params.reserved)?;
+        ensure!(
+            params.reserved2 == 0,
+            InvalidEnum,
+            "kvl_attention_params.reserved2 is {}, but must be 0",
+            params.reserved2
+        );
         let unknown = params.flags & !(KVL_CAUSAL | KVL_WINDOW_LEFT | KVL_WINDOW_RIGHT);
         ensure!(unknown == 0, InvalidEnum, "flags has unknown bits {unknown:#x}");
         let q = params.q.raw("q")?;
@@ -656,6 +691,7 @@ pub unsafe extern "C" fn kvl_attention(
                 },
                 alibi_slopes: list("alibi_slopes", params.alibi_slopes, heads)?,
                 sinks: list("sinks", params.sinks, heads)?,
+                precision: types::precision("precision", params.precision)?,
             }
         };
         // SAFETY: as above.

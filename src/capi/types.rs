@@ -11,7 +11,7 @@
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status, ensure, fail};
 use crate::isa::Isa;
-use crate::kernels::Op;
+use crate::kernels::{Op, Precision};
 use crate::ops::attention::RawMask;
 use crate::ops::rope::Pairing;
 use crate::view::RawView;
@@ -78,6 +78,9 @@ pub const KVL_ISA_AVX2: i32 = 2;
 pub const KVL_ISA_AVX512: i32 = 3;
 /// AArch64 with Advanced SIMD.
 pub const KVL_ISA_NEON: i32 = 4;
+/// x86-64 with what `KVL_ISA_AVX512` needs, AMX tiles and their bf16 products. Preferred to that level, though it has
+/// kernels for attention over bf16 alone; the others are those of `KVL_ISA_AVX512`.
+pub const KVL_ISA_AMX: i32 = 5;
 
 /// What a kernel does; kernels are chosen by operation and element types.
 pub type kvl_op = i32;
@@ -93,6 +96,13 @@ pub const KVL_OP_REPEAT_KV: i32 = 3;
 pub const KVL_OP_ATTENTION: i32 = 4;
 /// The merge of attention states: one type twice.
 pub const KVL_OP_MERGE_STATES: i32 = 5;
+
+/// How exactly attention computes, where a level has kernels for more than one answer.
+pub type kvl_precision = i32;
+/// The fastest kernel. Over a bf16 cache at `KVL_ISA_AMX`, softmax weights are rounded to bf16.
+pub const KVL_PRECISION_DEFAULT: i32 = 0;
+/// What f32 arithmetic gives.
+pub const KVL_PRECISION_HIGH: i32 = 1;
 
 /// Which elements of a head form a pair that RoPE turns.
 pub type kvl_pairing = i32;
@@ -128,7 +138,7 @@ pub const KVL_WINDOW_RIGHT: u32 = 4;
 
 /// The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major and of this or
 /// a higher minor version serves it. The SONAME carries the major version.
-pub const KVL_ABI_VERSION: u32 = 1;
+pub const KVL_ABI_VERSION: u32 = 2;
 
 /// The kernels chosen for a machine. Made by `kvl_context_create`, immutable from then on.
 pub struct kvl_context {
@@ -412,6 +422,10 @@ pub struct kvl_attention_params {
     pub alibi_slopes: *const f32,
     /// [heads]: one more logit, which takes weight and has no value; null for none.
     pub sinks: *const f32,
+    /// How exactly to compute; see `kvl_context_attention_kernel_name`. Since ABI version 2.
+    pub precision: kvl_precision,
+    /// 0.
+    pub reserved2: i32,
 }
 
 /// A struct that begins with its size: plain integers, floats and pointers, for which all zeros is a value.
@@ -425,13 +439,14 @@ pub(super) unsafe trait Growing: Copy {
     const SIZES: &'static [usize];
 }
 
+/// A name, and in brackets the first field of each time that the struct grew.
 macro_rules! sized {
-    ($($name:ident),*) => {
+    ($($name:ident $([$($field:ident),*])?),*) => {
         $(
             // SAFETY: integers, floats, nullable pointers and arrays of them, after a `struct_size`.
             unsafe impl Growing for $name {
                 const NAME: &'static str = stringify!($name);
-                const SIZES: &'static [usize] = &[size_of::<$name>()];
+                const SIZES: &'static [usize] = &[$($(std::mem::offset_of!($name, $field),)*)? size_of::<$name>()];
             }
             const _: () = assert!(std::mem::offset_of!($name, struct_size) == 0);
         )*
@@ -444,7 +459,7 @@ sized!(
     kvl_rope_frequencies_params,
     kvl_rope_params,
     kvl_kv_write_params,
-    kvl_attention_params
+    kvl_attention_params[precision]
 );
 
 /// Copies a sized struct of the caller's, whose fields beyond its size are 0.
@@ -590,6 +605,10 @@ pub(super) fn isa(name: &str, value: kvl_isa) -> Result<Isa> {
     enumeration("kvl_isa", name, value, Isa::from_u32)
 }
 
+pub(super) fn precision(name: &str, value: kvl_precision) -> Result<Precision> {
+    enumeration("kvl_precision", name, value, Precision::from_u32)
+}
+
 pub(super) fn pairing(name: &str, value: kvl_pairing) -> Result<Pairing> {
     enumeration("kvl_pairing", name, value, Pairing::from_u32)
 }
@@ -663,11 +682,13 @@ const _: () = {
     assert!(DType::ALL.len() == 3);
     assert!(KVL_ISA_SCALAR == Isa::Scalar as i32 && KVL_ISA_AVX2 == Isa::Avx2 as i32);
     assert!(KVL_ISA_AVX512 == Isa::Avx512 as i32 && KVL_ISA_NEON == Isa::Neon as i32);
-    assert!(Isa::ALL.len() == 4);
+    assert!(KVL_ISA_AMX == Isa::Amx as i32 && Isa::ALL.len() == 5);
     assert!(KVL_OP_ROPE_ANGLES == Op::RopeAngles as i32 && KVL_OP_ROPE == Op::Rope as i32);
     assert!(KVL_OP_KV_WRITE == Op::KvWrite as i32 && KVL_OP_REPEAT_KV == Op::RepeatKv as i32);
     assert!(KVL_OP_ATTENTION == Op::Attention as i32 && KVL_OP_MERGE_STATES == Op::MergeStates as i32);
     assert!(Op::ALL.len() == 6);
+    assert!(KVL_PRECISION_DEFAULT == Precision::Default as i32 && KVL_PRECISION_HIGH == Precision::High as i32);
+    assert!(Precision::ALL.len() == 2);
     assert!(KVL_INTERLEAVED == Pairing::Interleaved as i32 && KVL_HALF_SPLIT == Pairing::HalfSplit as i32);
 };
 
@@ -717,9 +738,9 @@ mod layout {
     );
     layout!(kvl_attention_state, 96, out: 0, lse: 88);
     layout!(
-        kvl_attention_params, 608,
+        kvl_attention_params, 616,
         struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380,
         window_left: 384, window_right: 392, lengths: 400, starts: 408, offsets: 416, mask: 424, bias: 504,
-        alibi_slopes: 592, sinks: 600,
+        alibi_slopes: 592, sinks: 600, precision: 608, reserved2: 612,
     );
 }

@@ -385,6 +385,7 @@ fn info(args: &Info) -> Result<()> {
                 "needs": level.features(),
                 "built": level.is_built(),
                 "available": level.is_available(),
+                "partial": level.is_partial(),
                 "kernels": built(level),
             })),
             "isa": context.isa().name(),
@@ -407,6 +408,7 @@ fn info(args: &Info) -> Result<()> {
         let state = match (level.is_built(), level.is_available()) {
             (false, _) => "of another architecture".to_owned(),
             (true, false) => format!("{} kernels built; this CPU cannot run them", built(level)),
+            (true, true) if level.is_partial() => format!("{} kernels, the others from avx512", built(level)),
             (true, true) => format!("{} kernels", built(level)),
         };
         let mark = if level == context.isa() { ", chosen" } else { "" };

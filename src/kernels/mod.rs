@@ -6,9 +6,12 @@
 //! | `simd` | the vector trait |
 //! | `generic` | the algorithms, over the trait |
 //! | `scalar`, `avx2`, `avx512`, `neon` | the trait for one level, and its shells |
+//! | `amx` | a partial level: attention over bf16, by tile products |
 //!
 //! A kernel takes only what an operation has validated; it allocates nothing, starts no thread and keeps no state.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -22,7 +25,7 @@ pub(crate) mod simd;
 use crate::dtype::DType;
 use crate::isa::Isa;
 use crate::ops::rope::Pairing;
-use generic::attention::{Problem, Scratch, Tile};
+use generic::attention::{Problem, Tile};
 
 /// What a kernel does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -66,6 +69,36 @@ impl Op {
     }
 }
 
+/// How exactly attention computes, where levels have kernels for more than one answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum Precision {
+    /// The fastest kernel. Over a bf16 cache at the AMX level, softmax weights are rounded to bf16.
+    #[default]
+    Default = 0,
+    /// What f32 arithmetic gives: weights are not rounded to less than 16 bits.
+    High = 1,
+}
+
+impl Precision {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Default, Self::High];
+
+    /// `"default"` or `"high"`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Default => "default",
+            Self::High => "high",
+        }
+    }
+
+    /// The precision with this value in the C header, if there is one.
+    pub fn from_u32(value: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|&p| p as u32 == value)
+    }
+}
+
 /// What the registry says of a kernel.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
@@ -78,6 +111,8 @@ pub struct KernelInfo {
     pub dst: DType,
     /// The level it is compiled for.
     pub isa: Isa,
+    /// The precision that it serves; every one if absent.
+    pub precision: Option<Precision>,
     /// `<op>_<types>_<isa>`.
     pub name: &'static str,
     /// The largest error against exact arithmetic on the same inputs with f32 queries and output, as a fraction of the
@@ -132,7 +167,8 @@ pub(crate) type AnglesFn = unsafe fn(f64, &[f64], f64, &mut [f32], &mut [f32]);
 pub(crate) type RopeFn = unsafe fn(&RopeArgs);
 pub(crate) type CopyFn = unsafe fn(&CopyArgs);
 pub(crate) type MergeFn = unsafe fn(&MergeArgs);
-pub(crate) type TileFn = unsafe fn(&Problem, &Tile, &Scratch);
+/// The memory is aligned to 64 bytes and has what [`AttentionFns::scratch_bytes`] says for the tile's rows.
+pub(crate) type TileFn = unsafe fn(&Problem, &Tile, *mut u8);
 
 /// A kernel's entry points.
 #[derive(Clone, Copy)]
@@ -149,6 +185,14 @@ pub(crate) enum Function {
 pub(crate) struct AttentionFns {
     pub tile: TileFn,
     pub reduce: TileFn,
+    /// The most rows of a tile.
+    pub max_rows: usize,
+    /// What the rows of a KV head should be a multiple of, where they are more than a tile takes.
+    pub row_step: usize,
+    /// Whether a tile may have several KV heads.
+    pub several_heads: bool,
+    /// Bytes of scratch memory for tiles of so many rows, keys of so many elements and values of so many; a multiple of 64.
+    pub scratch_bytes: fn(usize, usize, usize) -> usize,
 }
 
 /// One line of the registry.
@@ -160,12 +204,16 @@ pub(crate) struct Entry {
 /// One line of a level's part of the registry.
 macro_rules! entry {
     ($level:ident, $op:ident, $src:ident, $dst:ident, $name:expr, $error:expr, $kind:ident($function:expr)) => {
+        $crate::kernels::entry!($level, $op, $src, $dst, None, $name, $error, $kind($function))
+    };
+    ($level:ident, $op:ident, $src:ident, $dst:ident, $precision:expr, $name:expr, $error:expr, $kind:ident($function:expr)) => {
         $crate::kernels::Entry {
             info: $crate::kernels::KernelInfo {
                 op: $crate::kernels::Op::$op,
                 src: $crate::dtype::DType::$src,
                 dst: $crate::dtype::DType::$dst,
                 isa: $crate::isa::Isa::$level,
+                precision: $precision,
                 name: $name,
                 max_error: $error,
             },
@@ -180,7 +228,7 @@ macro_rules! kernel_shells {
     ($level:ident, $name:literal, $(#[$feature:meta])*) => {
         mod shells {
             use super::$level;
-            use $crate::kernels::generic::{self, attention::{Problem, Scratch, Tile}};
+            use $crate::kernels::generic::{self, attention::{MAX_TILE_ROWS, Problem, Scratch, TILE_ROWS, Tile}};
             use $crate::kernels::simd::Memory;
             use $crate::kernels::{AttentionFns, CopyArgs, MergeArgs, RopeArgs};
 
@@ -207,17 +255,26 @@ macro_rules! kernel_shells {
                 unsafe { generic::merge::merge::<_, T>($level::new_unchecked(), args) }
             }
             $(#[$feature])*
-            unsafe fn tile<T: Memory>(problem: &Problem, tile: &Tile, scratch: &Scratch) {
+            unsafe fn tile<T: Memory>(problem: &Problem, tile: &Tile, scratch: *mut u8) {
+                let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v.shape[3]).0;
                 // SAFETY: the caller's.
-                unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, scratch) }
+                unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, &scratch) }
             }
             $(#[$feature])*
-            unsafe fn reduce(problem: &Problem, tile: &Tile, scratch: &Scratch) {
+            unsafe fn reduce(problem: &Problem, tile: &Tile, scratch: *mut u8) {
+                let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v.shape[3]).0;
                 // SAFETY: the caller's.
-                unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, scratch) }
+                unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, &scratch) }
             }
             pub(super) const fn attention<T: Memory>() -> AttentionFns {
-                AttentionFns { tile: tile::<T>, reduce }
+                AttentionFns {
+                    tile: tile::<T>,
+                    reduce,
+                    max_rows: MAX_TILE_ROWS,
+                    row_step: 2 * TILE_ROWS,
+                    several_heads: true,
+                    scratch_bytes: Scratch::bytes,
+                }
             }
         }
 
@@ -255,20 +312,22 @@ macro_rules! kernel_shells {
 }
 pub(crate) use kernel_shells;
 
-/// Every level has every kernel.
+/// A level that is not partial has every kernel.
 pub(crate) const ENTRIES_PER_LEVEL: usize = 28;
 
-pub(crate) static LEVELS: &[&[Entry; ENTRIES_PER_LEVEL]] = &[
+pub(crate) static LEVELS: &[&[Entry]] = &[
     &scalar::ENTRIES,
     #[cfg(target_arch = "x86_64")]
     &avx2::ENTRIES,
     #[cfg(target_arch = "x86_64")]
     &avx512::ENTRIES,
+    #[cfg(target_arch = "x86_64")]
+    &amx::ENTRIES,
     #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     &neon::ENTRIES,
 ];
 
-/// The registry: all kernels of this build, level by level, the portable one first.
+/// The registry: all kernels of this build, level by level in the order of preference, the portable one first.
 pub(crate) fn registry() -> impl Iterator<Item = &'static Entry> {
     LEVELS.iter().flat_map(|entries| entries.iter())
 }
@@ -286,6 +345,8 @@ pub(crate) fn level_available(level: Isa) -> bool {
         Isa::Avx2 => avx2::Avx2::is_available(),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => avx512::Avx512::is_available(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => amx::is_available(),
         #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
         Isa::Neon => neon::Neon::is_available(),
         #[allow(unreachable_patterns)]

@@ -3,9 +3,8 @@
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{
-    ByteView, CHUNK, MAX_TILE_ROWS, PACK_ROWS, Problem, Scratch, Tile, partial_stride,
-};
+use crate::kernels::generic::attention::{ByteView, CHUNK, PACK_ROWS, Problem, Tile, partial_stride};
+use crate::kernels::{self, AttentionFns, Function, Precision};
 use crate::ops::workspace::Workspace;
 use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
 use crate::view::{self, BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ, View, ViewMut, reach};
@@ -75,6 +74,8 @@ pub struct AttentionOptions<'a> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// `[heads]`: one more logit, which takes weight and has no value.
     pub sinks: Option<&'a [f32]>,
+    /// How exactly to compute; see [`Context::kernel_for`](crate::Context::kernel_for) for what that makes of a call.
+    pub precision: Precision,
 }
 
 /// A boolean mask `[batch, seq, heads, keys]`; true lets a query see a key. Strides of 0 broadcast.
@@ -179,6 +180,7 @@ pub(crate) struct RawAttention<'a> {
     pub bias: Option<RawView>,
     pub alibi_slopes: Option<&'a [f32]>,
     pub sinks: Option<&'a [f32]>,
+    pub precision: Precision,
 }
 
 /// The standard ALiBi slopes for any number of heads (<https://arxiv.org/abs/2108.12409>): for a power of two n,
@@ -206,8 +208,8 @@ pub(crate) fn fill_alibi_slopes(slopes: &mut [f32]) {
 /// One entry for prefill (`seq` queries that have just been written to the cache), chunked prefill and decode (`seq` = 1).
 /// Queries, keys and values keep their types; arithmetic is f32, rounded once to the type of `out`.
 ///
-/// The bits of a row of the output depend on that row's inputs and the ISA level alone: not on the runner, the batch around
-/// it or the strides; and so not on how a prompt was cut, since every step sees the same keys.
+/// The bits of a row of the output depend on that row's inputs, the ISA level and the precision alone: not on the runner, the
+/// batch around it or the strides; and so not on how a prompt was cut, since every step sees the same keys.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs and workspaces.
 ///
@@ -269,8 +271,10 @@ pub fn attention(
         bias: options.bias.map(|b| b.raw),
         alibi_slopes: options.alibi_slopes,
         sinks: options.sinks,
+        precision: options.precision,
     };
-    workspace.reserve(attention_workspace_size(q.shape(), k.shape(), v.shape()[DIM], runner.num_threads()));
+    let kernel = context.attention(call.k.dtype, call.precision);
+    workspace.reserve(workspace_size(&kernel, call.q.shape, call.k.shape, call.v.shape[DIM], runner.num_threads()));
     // SAFETY: the views borrow what they reach, and the LSE has an entry a row.
     unsafe { attention_raw(context, runner, workspace.as_mut_ptr(), workspace.len(), &call) }
 }
@@ -278,7 +282,19 @@ pub fn attention(
 /// Bytes of workspace that [`attention`] needs at most for queries `[batch, seq, heads, dim]`, keys
 /// `[batch, keys, kv_heads, dim]`, values of `v_dim` elements and `threads` threads, whatever lengths, strides and masks are.
 pub fn attention_workspace_size(q_shape: [usize; 4], k_shape: [usize; 4], v_dim: usize, threads: usize) -> usize {
-    let bytes = |together| Plan::new(q_shape, k_shape, v_dim, threads, k_shape[SEQ], together).bytes();
+    // The call may meet any kernel.
+    kernels::registry()
+        .filter_map(|entry| match &entry.function {
+            Function::Attention(kernel) => Some(workspace_size(kernel, q_shape, k_shape, v_dim, threads)),
+            _ => None,
+        })
+        .max()
+        .unwrap_or(0)
+}
+
+/// As [`attention_workspace_size`], for one kernel.
+fn workspace_size(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], v_dim: usize, threads: usize) -> usize {
+    let bytes = |together| Plan::new(kernel, q, k, v_dim, threads, k[SEQ], together).bytes();
     bytes(false).max(bytes(true))
 }
 
@@ -306,9 +322,6 @@ struct Plan {
 /// Tiles are made smaller, down to this many rows, while there are too few of them for all workers.
 const MIN_TILE_ROWS: usize = 24;
 
-/// Tiles of more than one have a multiple of this many rows: whole register tiles.
-const ROW_STEP: usize = 12;
-
 /// The most memory that partial states may take; beyond it rows are not split.
 const MAX_PARTIALS: usize = 256 << 20;
 
@@ -318,21 +331,29 @@ const GRAIN: usize = 256 * 1024;
 impl Plan {
     /// `longest`: the most keys a row has; `together`: the heads of a token are neighbours in memory. The bytes grow with
     /// `longest`.
-    fn new(q: [usize; 4], k: [usize; 4], dv: usize, threads: usize, longest: usize, together: bool) -> Self {
+    fn new(
+        kernel: &AttentionFns,
+        q: [usize; 4],
+        k: [usize; 4],
+        dv: usize,
+        threads: usize,
+        longest: usize,
+        together: bool,
+    ) -> Self {
         let workers = threads.clamp(1, MAX_WORKERS);
         let [batch, seq, heads, d] = q;
         let (keys, kv_heads) = (k[SEQ], k[HEADS].max(1));
         let rows = seq.saturating_mul(heads / kv_heads).max(1);
         let chunks = longest.div_ceil(CHUNK);
         let jobs = 2 * workers;
-        let (tile_heads, tile_rows) = if together && rows < PACK_ROWS {
+        let (tile_heads, tile_rows) = if together && kernel.several_heads && rows < PACK_ROWS {
             let groups = jobs.div_ceil(batch.saturating_mul(chunks).max(1));
-            (kv_heads.div_ceil(if workers > 1 { groups } else { 1 }).min(MAX_TILE_ROWS / rows), rows)
+            (kv_heads.div_ceil(if workers > 1 { groups } else { 1 }).min(kernel.max_rows / rows), rows)
         } else {
             let wanted = jobs.div_ceil(batch.saturating_mul(kv_heads).max(1));
-            let most = MAX_TILE_ROWS.min(rows.div_ceil(wanted).max(MIN_TILE_ROWS));
+            let most = kernel.max_rows.min(rows.div_ceil(wanted).max(MIN_TILE_ROWS));
             let pieces = rows.div_ceil(most);
-            (1, if pieces == 1 { rows } else { rows.div_ceil(pieces).next_multiple_of(ROW_STEP) })
+            (1, if pieces == 1 { rows } else { rows.div_ceil(pieces).next_multiple_of(kernel.row_step) })
         };
         let tiles_per_head = rows.div_ceil(tile_rows);
         let tiles = batch.saturating_mul(kv_heads.div_ceil(tile_heads)).saturating_mul(tiles_per_head);
@@ -349,7 +370,7 @@ impl Plan {
             tiles,
             chunks,
             split,
-            scratch: Scratch::bytes(tile_heads * tile_rows, d, dv),
+            scratch: (kernel.scratch_bytes)(tile_heads * tile_rows, d, dv),
             partials: if split { chunks * tile_heads * tile_rows * state } else { 0 },
         }
     }
@@ -401,14 +422,15 @@ pub(crate) unsafe fn attention_raw(
         return Ok(());
     }
     let dv = call.v.shape[DIM];
+    let kernel = context.attention(call.k.dtype, call.precision);
     let longest = (0..batch).map(|b| problem.length(b)).max().unwrap_or(0) as usize;
     let together = heads_together(&call.k) && heads_together(&call.v);
-    let plan = Plan::new(call.q.shape, call.k.shape, dv, runner.num_threads(), longest, together);
+    let plan = Plan::new(&kernel, call.q.shape, call.k.shape, dv, runner.num_threads(), longest, together);
+    let needed = plan.bytes();
     ensure!(
-        workspace_bytes >= plan.bytes(),
+        workspace_bytes >= needed,
         Workspace,
-        "the workspace has {workspace_bytes} bytes, but this call needs {}",
-        plan.bytes()
+        "the workspace has {workspace_bytes} bytes, but this call needs {needed}"
     );
     ensure!(
         !workspace.is_null() && workspace.addr().is_multiple_of(64),
@@ -420,17 +442,15 @@ pub(crate) unsafe fn attention_raw(
     let steps = [batch, heads, seq, longest, d + dv].into_iter().fold(1, usize::saturating_mul);
     let workers = plan.workers.min(steps / GRAIN).max(1);
 
-    let kernel = context.attention(call.k.dtype);
     let kv_heads = call.k.shape[HEADS];
     let rows = seq * problem.group;
     let memory = SharedMemory(workspace);
-    let tile_rows = plan.tile_heads * plan.tile_rows;
-    let scratch = |worker: usize| Scratch::layout(memory.at(worker * plan.scratch), tile_rows, d, dv).0;
+    let scratch = |worker: usize| memory.at(worker * plan.scratch);
     if !plan.split || workers == 1 {
         return for_each_tile(runner, workers, plan.tiles, &|worker, index| {
             let tile = plan.tile(index, rows, kv_heads);
             // SAFETY: the problem is valid and the tile inside it; the scratch is this worker's.
-            unsafe { (kernel.tile)(&problem, &tile, &scratch(worker)) };
+            unsafe { (kernel.tile)(&problem, &tile, scratch(worker)) };
         });
     }
     let partials = |index: usize| memory.at(plan.workers * plan.scratch + index * plan.partials).cast::<f32>();
@@ -440,12 +460,12 @@ pub(crate) unsafe fn attention_raw(
         let state = partials(index).wrapping_add(chunk * tile.rows() * partial_stride(dv));
         let tile = Tile { first_chunk: chunk, end_chunk: chunk + 1, partials: state, ..tile };
         // SAFETY: as above; every unit writes states of its own.
-        unsafe { (kernel.tile)(&problem, &tile, &scratch(worker)) };
+        unsafe { (kernel.tile)(&problem, &tile, scratch(worker)) };
     })?;
     for_each_tile(runner, workers, plan.tiles, &|worker, index| {
         let tile = Tile { partials: partials(index), ..plan.tile(index, rows, kv_heads) };
         // SAFETY: as above; all states have been written.
-        unsafe { (kernel.reduce)(&problem, &tile, &scratch(worker)) };
+        unsafe { (kernel.reduce)(&problem, &tile, scratch(worker)) };
     })
 }
 
@@ -585,12 +605,13 @@ mod tests {
 
     #[test]
     fn tiles_cover_every_row_once() {
+        let kernel = crate::Context::new().unwrap().attention(DType::F32, Precision::Default);
         for (seq, group, batch, kv_heads, threads) in
             [(1, 4, 1, 8, 2), (200, 3, 2, 3, 5), (7, 71, 1, 1, 3), (1, 1, 1, 1, 64), (1, 1, 2, 300, 1), (3, 3, 1, 7, 2)]
         {
             for (together, longest) in [(false, 5000), (true, 5000), (true, 100), (true, 0)] {
                 let (q, k) = ([batch, seq, group * kv_heads, 64], [batch, 5000, kv_heads, 64]);
-                let plan = Plan::new(q, k, 64, threads, longest, together);
+                let plan = Plan::new(&kernel, q, k, 64, threads, longest, together);
                 assert!(plan.bytes() <= attention_workspace_size(q, k, 64, threads));
                 let rows = seq * group;
                 let mut seen = vec![0; batch * kv_heads * rows];

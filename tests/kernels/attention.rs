@@ -1,6 +1,6 @@
 //! Attention against the oracle: shapes, lengths, types, layouts, logits.
 
-use crate::common::attention::{Case, Options, Shape, random_bias};
+use crate::common::attention::{Case, Options, Shape, kv_types, random_bias};
 use crate::common::{Layout, Place, Rng, scaled, thin};
 use crate::harness::{Level, tests};
 use kvlane::{DType, Op};
@@ -31,7 +31,7 @@ pub fn head_size_list() -> Vec<usize> {
 
 fn head_sizes(level: &Level) {
     let mut rng = Rng::new(1);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for dim in thin(head_size_list()) {
             for (tokens, group) in [(1, 1), (1, 3), (13, 1)] {
                 let shape = Shape { tokens, group, kv_heads: 2, keys: 67, dim, v_dim: dim, ..Shape::default() };
@@ -44,7 +44,7 @@ fn head_sizes(level: &Level) {
 
 fn value_sizes(level: &Level) {
     let mut rng = Rng::new(2);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for (dim, v_dim) in
             thin(vec![(192, 128), (1, 7), (7, 1), (64, 65), (80, 512), (512, 3), (576 / 2, 100), (33, 31)])
         {
@@ -59,7 +59,7 @@ fn value_sizes(level: &Level) {
 
 fn groups(level: &Level) {
     let mut rng = Rng::new(3);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for group in thin(vec![1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 71, 130]) {
             for (tokens, kv_heads) in [(1, 3), (3, 1)] {
                 let shape = Shape { batch: 2, tokens, kv_heads, group, keys: 66, dim: 20, v_dim: 20 };
@@ -72,7 +72,7 @@ fn groups(level: &Level) {
 
 fn lengths(level: &Level) {
     let mut rng = Rng::new(4);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for length in thin((0..=3 * 64 + 1).collect()) {
             let tokens = [1, 2, 13][length % 3];
             // The cache holds more than the length: what lies beyond is poison.
@@ -92,7 +92,7 @@ fn lengths(level: &Level) {
 
 fn chunk_boundaries(level: &Level) {
     let mut rng = Rng::new(5);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for keys in thin(vec![1023, 1024, 1025, 1087, 2047, 2048, 2049, 2112, 3073]) {
             for tokens in [1, 4] {
                 let shape = Shape { tokens, group: 3, keys, dim: 16, v_dim: 24, ..Shape::default() };
@@ -106,7 +106,7 @@ fn chunk_boundaries(level: &Level) {
 /// Rows around the switch from dot products to a packed block (12), the register tile (6) and the tile (128).
 fn query_counts(level: &Level) {
     let mut rng = Rng::new(6);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for tokens in thin(vec![
             1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 17, 18, 19, 23, 64, 65, 127, 128, 129, 131, 200, 257,
         ]) {
@@ -120,7 +120,7 @@ fn query_counts(level: &Level) {
 /// Every type of queries and output with every type of K and V.
 fn types(level: &Level) {
     let mut rng = Rng::new(7);
-    for kv in DType::ALL {
+    for kv in kv_types() {
         for q in DType::ALL {
             for out in DType::ALL {
                 for dim in thin(vec![5, 16, 40]) {
@@ -138,10 +138,10 @@ fn types(level: &Level) {
 /// Every layout, flush against pages that must not be touched, with poison in the gaps.
 fn layouts(level: &Level) {
     let mut rng = Rng::new(8);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for place in [Place::GuardAfter, Place::GuardBefore] {
             for layout in thin(Layout::ALL.to_vec()) {
-                for (tokens, dim, keys) in [(1, 20, 70), (15, 33, 65), (2, 16, 3)] {
+                for (tokens, dim, keys) in [(1, 20, 70), (15, 33, 65), (2, 16, 3), (2, 64, 128)] {
                     let shape = Shape { batch: 2, tokens, kv_heads: 2, group: 2, keys, dim, v_dim: dim + 1 };
                     let plain = Case::new(&mut rng, shape, dtype);
                     let options = Options {
@@ -182,7 +182,7 @@ fn logits(level: &Level) {
         ("an outlier at the start", |j| if j == 0 { 100.0 } else { 99.0 }),
         ("an outlier at the end", |j| if j == KEYS - 1 { 60.0 } else { -60.0 }),
     ];
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for (name, logit) in thin(kinds.to_vec()) {
             for tokens in thin(vec![1, 13]) {
                 for softcap in [None, Some(30.0)] {
@@ -199,7 +199,7 @@ fn logits(level: &Level) {
         }
     }
     // Large logits with all their rounding: the bound grows with their magnitude.
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for _ in 0..scaled(6) {
             let shape = Shape { tokens: 3, keys: 200, ..Shape::default() };
             let mut case = Case::new(&mut rng, shape, dtype);

@@ -7,11 +7,14 @@
 //! | `KVLANE_TEST_SCALE` | the share of cases that run |
 //! | `KVLANE_TEST_GUARD` | `off`: the page after a tensor may be read, for emulators whose masked loads read all of a vector |
 //!
-//! Understood of libtest's arguments: filters, `--exact`, `--skip`, `--list`, `--test-threads`; others are ignored. Counts
-//! are checked only when all tests run.
+//! Understood of libtest's arguments: filters, `--exact`, `--skip`, `--list`, `--test-threads`; others are ignored. A level's
+//! counts are checked only when all of its tests run.
+//!
+//! With `--cfg kvlane_emulate_amx` the instructions of the AMX level are emulated.
 
-use kvlane::{Context, DType, Isa, KernelInfo, Op};
-use std::collections::BTreeMap;
+use crate::common::attention::{LARGEST_ERRORS, Setting, with_setting};
+use kvlane::{Context, DType, Isa, KernelInfo, Op, Precision};
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -48,20 +51,42 @@ macro_rules! tests {
 }
 pub(crate) use tests;
 
-/// A level that runs, and its context.
+/// A level that runs, and its context. One that has kernels for each precision runs with each.
 pub struct Level {
     pub isa: Isa,
+    pub precision: Precision,
     pub context: Context,
 }
+
+/// Tests of what partial levels have, with exceptions; the others would meet the levels below again.
+const PARTIAL: [&str; 4] = ["attention::", "semantics::", "invariance::", "properties::"];
+const NOT_PARTIAL: [&str; 1] = ["invariance::memory_bound_operations"];
 
 static COUNTS: Mutex<BTreeMap<&'static str, usize>> = Mutex::new(BTreeMap::new());
 
 impl Level {
-    /// The kernel that serves an operation, which is of this very level.
+    /// The kernel that serves an operation, which is of this very level if it has one.
     pub fn kernel(&self, op: Op, src: DType, dst: DType) -> KernelInfo {
-        let kernel = self.context.kernel(op, src, dst).expect("every level has every kernel");
-        assert_eq!(kernel.isa, self.isa, "{} does not serve level {}", kernel.name, self.isa);
+        let kernel = self.context.kernel_for(op, src, dst, self.precision).expect("every context has every kernel");
+        let has = |k: KernelInfo| k.isa == self.isa && (k.op, k.src, k.dst) == (op, src, dst);
+        if !self.isa.is_partial() || kvlane::kernels().any(has) {
+            assert_eq!(kernel.isa, self.isa, "{} does not serve level {}", kernel.name, self.isa);
+        }
         kernel
+    }
+
+    /// Calls that the level has kernels of its own for.
+    fn setting(&self) -> Setting {
+        let has = |&kv: &DType| self.kernel(Op::Attention, kv, kv).isa == self.isa;
+        Setting { precision: self.precision, kv_types: DType::ALL.into_iter().filter(has).collect() }
+    }
+
+    /// As in the names of tests.
+    fn name(&self) -> String {
+        match self.precision {
+            Precision::Default => self.isa.to_string(),
+            precision => format!("{}, {}", self.isa, precision.name()),
+        }
     }
 
     /// Counts a comparison of a kernel's result with what is expected, and says the kernel's bound.
@@ -83,7 +108,10 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
         } else {
             let context = Context::with_max_isa(isa).expect("a context of an available level");
             if context.isa() == isa {
-                run.push(Level { isa, context });
+                let apart = kvlane::kernels().any(|k| k.isa == isa && k.precision == Some(Precision::High));
+                for precision in Precision::ALL.into_iter().take(if apart { 2 } else { 1 }) {
+                    run.push(Level { isa, precision, context: context.clone() });
+                }
             } else {
                 not.push((isa, "lowered by KVLANE_MAX_ISA"));
             }
@@ -134,24 +162,34 @@ impl Arguments {
 
 /// Runs the tests; the exit code says whether all passed.
 pub fn run(modules: &[&[Test]]) -> ExitCode {
+    #[cfg(all(kvlane_emulate_amx, target_arch = "x86_64", target_os = "linux"))]
+    crate::common::amx_emulator::install();
     let arguments = Arguments::parse();
     let (levels, absent) = levels();
     let mut cases: Vec<(String, Box<dyn Fn() + Sync + '_>)> = Vec::new();
-    let mut all = true;
     for test in modules.iter().copied().flatten() {
         let name = test.name.trim_start_matches("kernels::");
         match test.body {
             Body::Once(body) => cases.push((name.to_owned(), Box::new(body))),
             Body::PerLevel(body) => {
                 for level in &levels {
-                    cases.push((format!("{name}[{}]", level.isa), Box::new(move || body(level))));
+                    let names = |list: &[&str]| list.iter().any(|start| name.starts_with(start));
+                    if !level.isa.is_partial() || names(&PARTIAL) && !names(&NOT_PARTIAL) {
+                        let body = move || with_setting(level.setting(), || body(level));
+                        cases.push((format!("{name}[{}]", level.name()), Box::new(body)));
+                    }
                 }
             }
         }
     }
+    // Levels of which a test does not run.
+    let mut incomplete = BTreeSet::new();
     cases.retain(|(name, _)| {
-        all &= arguments.wants(name);
-        arguments.wants(name)
+        let wanted = arguments.wants(name);
+        if !wanted && let Some((_, level)) = name.split_once('[') {
+            incomplete.insert(level.split([',', ']']).next().unwrap_or(level).to_owned());
+        }
+        wanted
     });
     if arguments.list {
         cases.iter().for_each(|(name, _)| println!("{name}: test"));
@@ -182,17 +220,23 @@ pub fn run(modules: &[&[Test]]) -> ExitCode {
 
     println!();
     let counts = COUNTS.lock().unwrap();
-    for level in &levels {
+    for level in levels.iter().filter(|level| level.precision == Precision::Default) {
         let kernels: Vec<_> = kvlane::kernels().filter(|k| k.isa == level.isa).collect();
         let reached = kernels.iter().filter(|k| counts.contains_key(k.name)).count();
         let checks: usize = kernels.iter().filter_map(|k| counts.get(k.name)).sum();
         println!("level {}: {checks} kernel checks, {reached} of {} kernels", level.isa, kernels.len());
-        if all {
+        if !incomplete.contains(level.isa.name()) {
             for kernel in kernels.iter().filter(|k| !counts.contains_key(k.name)) {
                 println!("kernel {} was not reached by any test", kernel.name);
                 failed.push(format!("registry_coverage: {}", kernel.name));
             }
         }
+    }
+    #[cfg(all(kvlane_emulate_amx, target_arch = "x86_64", target_os = "linux"))]
+    println!("{} AMX instructions emulated", crate::common::amx_emulator::performed());
+    for (name, error) in LARGEST_ERRORS.lock().unwrap().iter() {
+        let bound = kvlane::kernels().find(|k| k.name == *name).map_or(0.0, |k| k.max_error);
+        println!("kernel {name}: largest error {error:.1e} of {bound:.0e}");
     }
     for (isa, reason) in &absent {
         println!("level {isa}: not run ({reason})");

@@ -1,6 +1,6 @@
 //! Bits depend on the row and the level, and on nothing else.
 
-use crate::common::attention::{Case, MaskTensor, Options, Outcome, Shape};
+use crate::common::attention::{Case, MaskTensor, Options, Outcome, Shape, kv_types};
 use crate::common::runners::{Backwards, Threads};
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
@@ -32,7 +32,7 @@ fn each_runner(mut run: impl FnMut(&str, &dyn Runner)) {
 
 fn attention_and_threads(level: &Level) {
     let mut rng = Rng::new(60);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for (batch, tokens, kv_heads, group, keys) in
             thin(vec![(3, 40, 2, 4, 150), (1, 150, 1, 3, 300), (1, 300, 1, 1, 1200), (2, 1, 4, 8, 700)])
         {
@@ -55,7 +55,7 @@ fn attention_and_threads(level: &Level) {
 /// One query, more keys than a chunk: the row itself is split over threads, on a grid that is not theirs.
 fn long_decode_and_threads(level: &Level) {
     let mut rng = Rng::new(61);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for keys in thin(vec![1025, 5121, 3000, 2048]) {
             let shape = Shape { keys, tokens: 1, kv_heads: 1, group: 4, dim: 64, v_dim: 40, ..Shape::default() };
             let mut cases = vec![Case::new(&mut rng, shape, dtype)];
@@ -143,7 +143,7 @@ fn memory_bound_operations_and_threads(level: &Level) {
 /// A row of a batch has the bits that it has alone; so has a KV head of several.
 fn row_alone_and_in_a_batch(level: &Level) {
     let mut rng = Rng::new(63);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for tokens in [1, 3, 30] {
             let shape = Shape { batch: 3, tokens, kv_heads: 2, group: 3, keys: 140, dim: 24, v_dim: 24 };
             let lengths = [140, 77, 64];
@@ -286,7 +286,7 @@ fn prompt_in_chunks(level: &Level) {
             ..Options::default()
         }),
     ];
-    for kv in DType::ALL {
+    for kv in kv_types() {
         for (total, dim, kv_heads, group) in thin(vec![(150, 16, 2, 3), (260, 20, 1, 1), (1100, 8, 1, 2)]) {
             for &(name, options) in if total > 1000 { &options[..1] } else { &options[..] } {
                 let random = |rng: &mut Rng, heads| {
@@ -324,7 +324,7 @@ fn prompt_in_chunks(level: &Level) {
 /// Keys that are not seen change nothing: not their number, not where the cache ends, not whether a mask or a length hides them.
 fn capacity_and_dead_keys(level: &Level) {
     let mut rng = Rng::new(66);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for tokens in [1, 20] {
             let shape = Shape { tokens, group: 2, keys: 1300, dim: 20, v_dim: 20, ..Shape::default() };
             let case = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![75]));
@@ -350,7 +350,7 @@ fn capacity_and_dead_keys(level: &Level) {
 /// A token's row does not depend on how many tokens are with it, across every switch between kernels.
 fn more_tokens_around(level: &Level) {
     let mut rng = Rng::new(67);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for dim in thin(vec![3, 16, 17, 33, 64, 100, 128]) {
             let shape = Shape { tokens: 140, keys: 200, dim, v_dim: dim, ..Shape::default() };
             let case = Case::new(&mut rng, shape, dtype);
@@ -401,7 +401,7 @@ fn same_call_twice(level: &Level) {
 fn dirty_workspace(level: &Level) {
     let mut rng = Rng::new(69);
     let runner = Threads(3);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         let mut workspace = kvlane::Workspace::new();
         for (tokens, keys, layout) in [(1, 3100, Layout::BSHD), (2, 3100, Layout::STEP2), (20, 200, Layout::STEP2)] {
             let shape = Shape { tokens, keys, group: 4, ..Shape::default() };

@@ -1,7 +1,7 @@
 //! The promises about masks, positions, heads and NaN, one test each.
 
 use crate::attention::check;
-use crate::common::attention::{Case, MaskTensor, Options, Shape, random_bias};
+use crate::common::attention::{Case, MaskTensor, Options, Shape, kv_types, random_bias};
 use crate::common::runners::Threads;
 use crate::common::tensor::{Gaps, poison};
 use crate::common::{Layout, Place, Rng, Tensor, close, scaled, thin};
@@ -60,7 +60,7 @@ type Hide = Box<dyn Fn(&mut Options)>;
 /// Whatever hides all keys: the output is 0 and the LSE -inf, and nothing of K and V is seen.
 fn row_without_keys(level: &Level) {
     let mut rng = Rng::new(11);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for tokens in [1, 20] {
             let shape = Shape { tokens, group: 2, dim: 20, v_dim: 20, ..Shape::default() };
             let scores = shape.scores();
@@ -107,7 +107,7 @@ fn row_without_keys(level: &Level) {
 /// A bias of -inf hides a key whose logit is NaN or infinite.
 fn bias_decides_not_the_logit(level: &Level) {
     let mut rng = Rng::new(12);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for tokens in [1, 14] {
             for bias_dtype in thin(DType::ALL.to_vec()) {
                 let shape = Shape { tokens, group: 2, keys: 140, ..Shape::default() };
@@ -199,7 +199,7 @@ pub fn random_shape(rng: &mut Rng) -> Shape {
 /// A random call with any combination of options.
 pub fn random_case(rng: &mut Rng) -> (Case, String) {
     let shape = random_shape(rng);
-    let kv = rng.pick(&DType::ALL);
+    let kv = rng.pick(&kv_types());
     let plain = Case::new(rng, shape, kv);
     let mut options = random_hiding(rng, shape);
     let heads = shape.kv_heads * shape.group;
@@ -328,7 +328,7 @@ fn poison_reaches_who_sees_it(level: &Level) {
 
 fn live_nan_propagates(level: &Level) {
     let mut rng = Rng::new(15);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for tokens in [1, 16] {
             // Alone in its chunk, first, last, among others, and where its row sees nothing else.
             for (keys, j) in thin(vec![(1, 0), (70, 0), (70, 69), (1030, 500), (1030, 1029)]) {
@@ -436,7 +436,7 @@ fn starts_and_lengths(level: &Level) {
 
 /// Query head h reads KV head h / group.
 fn heads_read_their_group(level: &Level) {
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for group in thin(vec![1, 2, 3, 7, 16]) {
             for tokens in [1, 3] {
                 let shape = Shape { batch: 2, tokens, kv_heads: 3, group, dim: 8, v_dim: 5, ..Shape::default() };
@@ -460,7 +460,7 @@ fn heads_read_their_group(level: &Level) {
 /// A sink is one more logit without a value, once however many chunks and threads there are.
 fn sinks(level: &Level) {
     let mut rng = Rng::new(18);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for (tokens, keys) in thin(vec![(1, 70), (14, 70), (1, 3100)]) {
             let shape = Shape { tokens, keys, kv_heads: 1, group: 4, dim: 16, v_dim: 16, ..Shape::default() };
             for sinks in [[0.0, 1.0, -3.0, 10.0], [100.0, -100.0, f32::NEG_INFINITY, -1e30]] {
@@ -482,7 +482,7 @@ fn sinks(level: &Level) {
 
 fn alibi(level: &Level) {
     let mut rng = Rng::new(19);
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for (tokens, heads) in [(1, 8), (1, 12), (20, 12), (20, 6)] {
             let shape = Shape { tokens, group: heads, keys: 150, dim: 16, v_dim: 16, ..Shape::default() };
             for offset in thin(vec![None, Some(3), Some(100_000)]) {
@@ -524,7 +524,7 @@ fn standard_alibi_slopes() {
 
 /// Natural, over all visible logits.
 fn log_sum_exp(level: &Level) {
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for keys in [1, 64, 1000, 2000] {
             let shape = Shape { keys, dim: 2, v_dim: 2, ..Shape::default() };
             let mut case = Case::new(&mut Rng::new(20), shape, dtype).with(|o| o.scale = Some(1.0));
@@ -568,7 +568,7 @@ fn mask_broadcast(level: &Level) {
 
 fn bias_types(level: &Level) {
     let mut rng = Rng::new(22);
-    for kv in DType::ALL {
+    for kv in kv_types() {
         for dtype in DType::ALL {
             for tokens in [1, 15] {
                 let shape = Shape { tokens, group: 2, keys: 77, ..Shape::default() };
@@ -593,7 +593,7 @@ fn bias_types(level: &Level) {
 
 /// A live logit of -inf (q.k overflows downwards) has weight 0; a row with nothing else is empty.
 fn live_minus_infinity(level: &Level) {
-    for dtype in DType::ALL {
+    for dtype in kv_types() {
         for tokens in [1, 13] {
             let shape = Shape { tokens, keys: 70, dim: 2, v_dim: 3, ..Shape::default() };
             let mut case = Case::new(&mut Rng::new(23), shape, dtype);

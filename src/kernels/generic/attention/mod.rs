@@ -48,9 +48,9 @@ use crate::dtype::Element;
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Memory, Simd};
 use crate::view::RawView;
-use state::{fold, is_empty, load_query};
+use state::{fold, load_query};
 
-pub(crate) use state::reduce;
+pub(crate) use state::{is_empty, load_row, reduce, store_row};
 
 /// Keys a block: one live bit each in a `u64`.
 pub(crate) const BLOCK: usize = 64;
@@ -166,7 +166,7 @@ impl Tile {
     }
 
     /// Token and query head of a row of the tile.
-    fn token_and_head(&self, p: &Problem, row: usize) -> (usize, usize) {
+    pub fn token_and_head(&self, p: &Problem, row: usize) -> (usize, usize) {
         let (kv_head, flat) = (self.kv_head + row / self.head_rows, self.first_row + row % self.head_rows);
         (flat / p.group, kv_head * p.group + flat % p.group)
     }
@@ -273,7 +273,7 @@ impl Span {
 
 /// The lowest `n <= 64` bits.
 #[inline(always)]
-fn ones(n: usize) -> u64 {
+pub(crate) fn ones(n: usize) -> u64 {
     if n >= 64 { u64::MAX } else { (1 << n) - 1 }
 }
 
@@ -437,7 +437,7 @@ unsafe fn one_block<S: Simd, T: Memory>(
                 && let Some(mask) = &p.mask
             {
                 // SAFETY: the row's keys from..to are inside the mask.
-                row.live &= unsafe { mask_bits(mask, tile.batch, row, base, from, to) };
+                row.live &= unsafe { mask_bits(mask, tile.batch, (row.token, row.head), base, from, to) };
             }
             any |= row.live != 0;
             all &= row.live == full;
@@ -506,9 +506,16 @@ unsafe fn rows_of<T: Element>(view: &RawView, tile: &Tile, block: *mut u8, base:
 /// # Safety
 /// Those entries of the mask are readable.
 #[inline(always)]
-unsafe fn mask_bits(mask: &ByteView, batch: usize, row: &RowState, base: usize, from: usize, to: usize) -> u64 {
+pub(crate) unsafe fn mask_bits(
+    mask: &ByteView,
+    batch: usize,
+    (token, head): (u32, u32),
+    base: usize,
+    from: usize,
+    to: usize,
+) -> u64 {
     let [sb, st, sh, sk] = mask.strides.map(|x| x as isize);
-    let at = batch as isize * sb + row.token as isize * st + row.head as isize * sh + (base + from) as isize * sk;
+    let at = batch as isize * sb + token as isize * st + head as isize * sh + (base + from) as isize * sk;
     // SAFETY: the caller's.
     unsafe {
         let mut p = mask.data.offset(at);

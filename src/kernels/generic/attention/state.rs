@@ -38,7 +38,7 @@ pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, scratch: &S
 
 /// Whether a state has seen no key: its accumulator is then not looked at.
 #[inline(always)]
-pub(super) fn is_empty((max, sum): (f32, f32)) -> bool {
+pub(crate) fn is_empty((max, sum): (f32, f32)) -> bool {
     max == f32::NEG_INFINITY && sum == 0.0
 }
 
@@ -158,7 +158,7 @@ pub(super) unsafe fn load_query<S: Simd, T: Memory>(s: S, q: RawView, src: *cons
 /// # Safety
 /// `n` elements with that stride are readable at `src`, `n` floats writable at `dst`.
 #[inline(always)]
-pub(super) unsafe fn load_row<S: Simd>(s: S, dtype: DType, src: *const u8, stride: i64, dst: *mut f32, n: usize) {
+pub(crate) unsafe fn load_row<S: Simd>(s: S, dtype: DType, src: *const u8, stride: i64, dst: *mut f32, n: usize) {
     // SAFETY: the caller's.
     unsafe { s.outline(LoadRow { dtype, src, stride: stride as isize, dst, n }) };
 }
@@ -208,7 +208,7 @@ unsafe fn load_typed<S: Simd, T: Memory>(s: S, src: *const T, stride: isize, dst
 /// # Safety
 /// `n` floats are readable at `src`, `n` elements with that stride writable at `dst`.
 #[inline(always)]
-unsafe fn store_row<S: Simd>(s: S, src: *const f32, dtype: DType, dst: *mut u8, stride: i64, n: usize) {
+pub(crate) unsafe fn store_row<S: Simd>(s: S, src: *const f32, dtype: DType, dst: *mut u8, stride: i64, n: usize) {
     // SAFETY: the caller's.
     unsafe {
         match dtype {

@@ -1,0 +1,1273 @@
+//! Attention over bf16 keys and values by tile products.
+//!
+//! # The road
+//! As in [`generic`](crate::kernels::generic::attention), a tile is query rows of one KV head, its keys are walked in blocks of
+//! 64 and chunks of 1024 on an absolute grid, and what a mask means is decided there; between the two stand spans of
+//! [`SPAN`] blocks, the unit of the online softmax. Everything is transposed, so that the sixteen lanes of a vector are
+//! sixteen rows ([`LANES`], a *group*) and softmax needs no sum across lanes:
+//!
+//! ```text
+//! once:      Q -> bf16 terms, transposed, in pairs      B  [group][term][32 dims]   16 pairs x 16 rows
+//! a span:    K as it lies in memory, or a padded copy   A  [16 keys][32 dims]
+//!            V transposed                               A  [64 keys][half][16 dims] 16 dims x 32 keys
+//! two groups at a time, the blocks that they see:
+//!            S^T = K Q^T                                C  [256 keys][16 rows]
+//!            P^T = 2^(c S^T - max), as bf16 in pairs    B  [128 pairs][16 rows]
+//!            O^T = O^T 2^(old max - max) + V^T P^T      C  [dims][16 rows]
+//! a chunk:   O^T transposed and folded into the row's total, in ascending order
+//! ```
+//! Two neighbouring keys of P^T are the two halves of a 32-bit lane, so packing weights is a shift and an OR; transposing V
+//! is paid once for all rows. Few rows take the same road: it is what makes decode and prefill agree.
+//!
+//! # Exactness
+//! Products of bf16 are exact in f32. A query of another type is the exact sum of two (f16) or three (f32) bf16 terms, and
+//! a score the sum of their products. A softmax weight is rounded to one bf16, an error of 2^-8 of itself, and a row is
+//! divided by the sum of what it was multiplied by: the error of an output is then a mean of |v - output| times 2^-8,
+//! so at most 2^-8 of the largest |v|, and 0 where all values agree. (Dividing by the sum of the exact weights has the same
+//! bound, but errs where values agree.) The log-sum-exp is that of the weights before rounding. With `HIGH`, a weight is two
+//! terms, an error of 2^-17.
+//!
+//! Tile products take subnormal numbers for 0 and make none.
+//!
+//! # Why the bits do not depend on anything but the row
+//! A column of a tile product depends on that column of B alone. All additions to a row's score or output are by tile
+//! products over the same 32 dims or keys in the same order; a key that is hidden, or beyond an end, has weight +0, and
+//! adding its product changes nothing: the sums have just been through a tile product, which leaves no subnormal that another
+//! could flush, so it does not matter whether a block that is hidden is skipped.
+//!
+//! # Why nothing hidden gets out
+//! Keys that no row of the tile may see are not loaded. Hidden scores are replaced. V is looked at while it is packed: an
+//! element that is not finite becomes 0 in the packed copy, and is added afterwards to the rows that see it. A score that is NaN is
+//! computed again, one product after the other, where Q has more than one term: infinity times a term of 0 is not what
+//! infinity times the query is.
+//!
+//! # What bounds it
+//! Not timed: an estimate from instruction counts, for bf16 queries, two groups, 64 keys, head size 128. Both products take
+//! 64 `tdpbf16ps` of 16 cycles: 1024 cycles. They load 64 tiles of operands, 1024 lines at two a cycle: 512 cycles; O comes and
+//! goes once a span of four blocks. Softmax has 128 vectors of 15 instructions on two ports (one of the maximum; for the
+//! weight an FMA, a range reduction, four FMAs, a scaling of two, two sums, and 3.5 of rounding and packing): 960 cycles. One
+//! after the other they would leave the tiles idle for half of the time. So two groups are a [`Job`], and the products of its
+//! neighbours, the outputs of the one before and the scores of the one after, are issued a [step](Work::step) at a time between the
+//! vectors of its softmax: 64 cycles of products every four pairs of vectors, near enough for the reorder buffer to hold
+//! both. Queries in f32 take three times the products for scores.
+//!
+//! Packing V takes 1300 shuffles a block, once for all rows of the tile: some 15 % of a block's time at 256 rows. In decode
+//! the 32 KiB of K and V of a block take some 3300 cycles to arrive from memory, and all of the above less than that; the
+//! lines of the next block are asked for while V is packed.
+
+use super::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
+use crate::dtype::DType;
+use crate::kernels::avx512::Avx512;
+use crate::kernels::generic::attention::{
+    BLOCK, CHUNK, PARTIAL_HEADER, Problem, Tile, is_empty, load_row, mask_bits, ones, padded, partial_stride, store_row,
+};
+use crate::kernels::generic::math;
+use crate::kernels::simd::{MAX_LANES, Simd};
+use crate::kernels::{AttentionFns, simd};
+use half::bf16;
+use std::arch::x86_64::*;
+use std::f32::consts::LOG2_E;
+
+/// Rows of a group: lanes of a vector, columns of a tile.
+const LANES: usize = 16;
+/// Blocks of a span.
+const SPAN: usize = 4;
+/// Keys of a span.
+const SPAN_KEYS: usize = SPAN * BLOCK;
+/// Dims, or keys, of one product of tiles.
+const DEPTH: usize = 32;
+/// The most rows of a tile: as many as keep Q, O and a span of K and V in half of an L2 cache.
+const MAX_ROWS: usize = 256;
+/// Up to so many rows K is read where it lies: a copy that is read once or twice does not pay.
+const DIRECT_ROWS: usize = 2 * LANES;
+/// The most terms of a query.
+const MAX_TERMS: usize = 3;
+
+/// The entry points; `HIGH` gives weights two terms.
+pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
+    AttentionFns {
+        tile: tile::<HIGH>,
+        reduce,
+        max_rows: MAX_ROWS,
+        row_step: 2 * LANES,
+        several_heads: false,
+        scratch_bytes,
+    }
+}
+
+/// Sixteen rows while their tile runs; a lane without a row sees all keys and is not looked at.
+#[repr(C, align(64))]
+struct Group {
+    /// The largest logit so far in this chunk, times log2(e).
+    max: [f32; LANES],
+    /// Sums of the weights, before and after they are rounded.
+    sum: [f32; LANES],
+    rounded: [f32; LANES],
+    /// Which keys of the span's blocks a row sees.
+    live: [[u64; LANES]; SPAN],
+    low: [i64; LANES],
+    high: [i64; LANES],
+    position: [i64; LANES],
+    token: [u32; LANES],
+    head: [u32; LANES],
+    slope: [f32; LANES],
+    total: [State; LANES],
+    rows: usize,
+}
+
+/// A row's maximum (times log2(e)) and sums, of the keys of a chunk or of several.
+#[derive(Clone, Copy)]
+struct State {
+    max: f32,
+    sum: f32,
+    rounded: f32,
+}
+
+impl State {
+    const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0, rounded: 0.0 };
+
+    fn is_empty(self) -> bool {
+        is_empty((self.max, self.sum))
+    }
+}
+
+/// Sizes that follow from those of the heads.
+#[derive(Clone, Copy)]
+struct Sizes {
+    /// Head size, and rounded up to whole products.
+    d: usize,
+    dk: usize,
+    /// Value size, and rounded up to whole tiles.
+    dv: usize,
+    dvp: usize,
+}
+
+impl Sizes {
+    fn new(d: usize, dv: usize) -> Self {
+        Self { d, dk: d.next_multiple_of(DEPTH), dv, dvp: dv.next_multiple_of(LANES) }
+    }
+}
+
+/// Scratch memory of one worker.
+struct Scratch {
+    /// `[groups][terms][dk / 32]` tiles.
+    q: *mut u8,
+    /// `[2 jobs][2 groups][256][16]`.
+    s: *mut f32,
+    /// `[2 jobs][2 groups][2 terms][8]` tiles.
+    p: *mut u32,
+    /// `[groups][dvp][16]`.
+    acc: *mut f32,
+    /// `[rows][dvp]`.
+    total: *mut f32,
+    /// `[16][dvp]`, or `[16][dk]`.
+    stage: *mut f32,
+    /// `[256][dk]`.
+    k: *mut u16,
+    /// `[4][2][dvp / 16]` tiles.
+    v: *mut u8,
+    /// Elements of a block that do not lie together: `[64][dk or dvp]`.
+    block: *mut u16,
+    groups: *mut Group,
+}
+
+impl Scratch {
+    fn layout(base: *mut u8, rows: usize, sizes: Sizes) -> (Self, usize) {
+        let Sizes { dk, dvp, .. } = sizes;
+        let groups = rows.div_ceil(LANES);
+        // One job, or two in turns.
+        let slots = if groups <= 2 { groups } else { 4 };
+        let mut used = 0;
+        let mut bytes = |n: usize| {
+            let at = base.wrapping_add(used);
+            used += n.next_multiple_of(64);
+            at
+        };
+        let scratch = Self {
+            q: bytes(groups * MAX_TERMS * (dk / DEPTH) * TILE_BYTES),
+            s: bytes(slots * SPAN_KEYS * LANES * size_of::<f32>()).cast(),
+            p: bytes(slots * WEIGHTS * size_of::<u32>()).cast(),
+            acc: bytes(groups * dvp * LANES * size_of::<f32>()).cast(),
+            total: bytes(groups * LANES * dvp * size_of::<f32>()).cast(),
+            stage: bytes(LANES * dk.max(dvp) * size_of::<f32>()).cast(),
+            k: bytes(SPAN_KEYS * dk * size_of::<bf16>()).cast(),
+            v: bytes(SPAN_KEYS * dvp * size_of::<bf16>()),
+            block: bytes(BLOCK * dk.max(dvp) * size_of::<bf16>()).cast(),
+            groups: bytes(groups * size_of::<Group>()).cast(),
+        };
+        (scratch, used)
+    }
+}
+
+fn scratch_bytes(rows: usize, d: usize, dv: usize) -> usize {
+    Scratch::layout(std::ptr::null_mut(), rows, Sizes::new(d, dv)).1
+}
+
+/// One call's constants.
+struct Call<'a> {
+    p: &'a Problem<'a>,
+    tile: &'a Tile,
+    scratch: Scratch,
+    sizes: Sizes,
+    /// Terms of a query.
+    terms: usize,
+    /// The scale without its sign, which Q takes.
+    scale: f32,
+    negative: bool,
+    /// Nothing happens to a logit but its scale: `scale * log2(e)`, and 0 otherwise.
+    factor: f32,
+}
+
+/// A block of K: its first key, and bytes from one to the next.
+#[derive(Clone, Copy)]
+struct Keys {
+    first: Operand,
+    stride: isize,
+}
+
+/// # Safety
+/// The level is available, `p` is validated, `tile` is inside it, and `memory` has [`scratch_bytes`] for its rows.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
+    // SAFETY: the level includes AVX-512.
+    let s = unsafe { Avx512::new_unchecked() };
+    let sizes = Sizes::new(p.q.shape[3], p.v.shape[3]);
+    let scale = p.scale.abs();
+    let plain = p.softcap == 0.0 && p.alibi.is_none() && p.bias.is_none() && (scale * LOG2_E).is_normal();
+    let call = Call {
+        p,
+        tile,
+        scratch: Scratch::layout(memory, tile.rows(), sizes).0,
+        sizes,
+        terms: match p.q.dtype {
+            DType::Bf16 => 1,
+            DType::F16 => 2,
+            DType::F32 => MAX_TERMS,
+        },
+        scale,
+        negative: p.scale < 0.0,
+        factor: if plain { scale * LOG2_E } else { 0.0 },
+    };
+    let n = tile.rows().div_ceil(LANES);
+    // SAFETY: the caller's; the scratch has `n` groups, all of whose fields `prepare` writes before they are read.
+    unsafe {
+        let chunk_keys = ((tile.first_chunk * CHUNK) as i64, (tile.end_chunk as i64).saturating_mul(CHUNK as i64));
+        let (mut low, mut high) = (i64::MAX, 0);
+        for g in 0..n {
+            prepare(s, &call, g, chunk_keys);
+            let group = &*call.scratch.groups.add(g);
+            for r in (0..group.rows).filter(|&r| group.low[r] < group.high[r]) {
+                low = low.min(group.low[r]);
+                high = high.max(group.high[r]);
+            }
+        }
+        let groups = std::slice::from_raw_parts_mut(call.scratch.groups, n);
+        let (low, high) = if low < high { (low as usize, high as usize) } else { (0, 0) };
+        let tiles = Tiles::configure();
+        for chunk in tile.first_chunk..tile.end_chunk {
+            let (from, to) = ((chunk * CHUNK).max(low), ((chunk + 1) * CHUNK).min(high));
+            if from < to || !tile.partials.is_null() {
+                for group in groups.iter_mut() {
+                    (group.max, group.sum, group.rounded) = ([f32::NEG_INFINITY; LANES], [0.0; LANES], [0.0; LANES]);
+                }
+            }
+            if from < to {
+                std::ptr::write_bytes(call.scratch.acc, 0, n * sizes.dvp * LANES);
+                for span in from / SPAN_KEYS..to.div_ceil(SPAN_KEYS) {
+                    one_span::<HIGH>(s, &tiles, &call, groups, span, from, to);
+                }
+            }
+            if from < to || !tile.partials.is_null() {
+                for (g, group) in groups.iter_mut().enumerate() {
+                    end_chunk(s, &call, g, group, chunk);
+                }
+            }
+        }
+        drop(tiles);
+        if tile.partials.is_null() {
+            for (g, group) in groups.iter().enumerate() {
+                for r in 0..group.rows {
+                    let total = call.scratch.total.add((g * LANES + r) * sizes.dvp);
+                    finish(s, p, tile.batch, group.token[r] as usize, group.head[r] as usize, group.total[r], total);
+                }
+            }
+        }
+    }
+}
+
+/// Folds the chunks of a tile that left them in `tile.partials`, and writes the output.
+///
+/// # Safety
+/// As [`tile`]; the partial states of all chunks have been written.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn reduce(p: &Problem, tile: &Tile, memory: *mut u8) {
+    // SAFETY: the level includes AVX-512.
+    let s = unsafe { Avx512::new_unchecked() };
+    let dv = p.v.shape[3];
+    let sizes = Sizes::new(p.q.shape[3], dv);
+    let total = Scratch::layout(memory, tile.rows(), sizes).0.total;
+    for r in 0..tile.rows() {
+        let flat = tile.first_row + r;
+        let (token, head) = (flat / p.group, tile.kv_head * p.group + flat % p.group);
+        let mut state = State::EMPTY;
+        // SAFETY: the caller's; the scratch holds at least one row.
+        unsafe {
+            for chunk in 0..tile.end_chunk - tile.first_chunk {
+                let from = tile.partials.add((chunk * tile.rows() + r) * partial_stride(dv));
+                let part = State { max: *from, sum: *from.add(1), rounded: *from.add(2) };
+                fold(s, &mut state, total, part, from.add(PARTIAL_HEADER), sizes.dvp);
+            }
+            finish(s, p, tile.batch, token, head, state, total);
+        }
+    }
+}
+
+/// Says which rows a group has and what they see, and packs their queries.
+///
+/// # Safety
+/// As [`tile`]; group `g` is one of the tile's.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn prepare(s: Avx512, call: &Call, g: usize, chunk_keys: (i64, i64)) {
+    let Call { p, tile, sizes: Sizes { d, dk, .. }, .. } = *call;
+    let stage = call.scratch.stage;
+    let mut group = Group {
+        max: [f32::NEG_INFINITY; LANES],
+        sum: [0.0; LANES],
+        rounded: [0.0; LANES],
+        live: [[0; LANES]; SPAN],
+        low: [0; LANES],
+        high: [0; LANES],
+        position: [0; LANES],
+        token: [0; LANES],
+        head: [0; LANES],
+        slope: [0.0; LANES],
+        total: [State::EMPTY; LANES],
+        rows: (tile.rows() - g * LANES).min(LANES),
+    };
+    // SAFETY: the stage has 16 rows of dk floats; tokens and heads are inside q.
+    unsafe {
+        std::ptr::write_bytes(stage, 0, LANES * dk);
+        for r in 0..group.rows {
+            let flat = tile.first_row + g * LANES + r;
+            let (token, head) = (flat / p.group, tile.kv_head * p.group + flat % p.group);
+            let span = p.span(tile.batch, token);
+            let (low, high) = (span.0.max(chunk_keys.0), span.1.min(chunk_keys.1));
+            (group.low[r], group.high[r]) = if low < high { (low, high) } else { (0, 0) };
+            group.position[r] = p.position(tile.batch, token);
+            (group.token[r], group.head[r]) = (token as u32, head as u32);
+            group.slope[r] = p.alibi.map_or(0.0, |slopes| slopes[head]);
+            load_row(s, p.q.dtype, p.q.row(tile.batch, token, head), p.q.strides[3], stage.add(r * dk), d);
+        }
+        call.scratch.groups.add(g).write(group);
+
+        let sign = if call.negative { i32::MIN } else { 0 };
+        for step in 0..dk / DEPTH {
+            for half in 0..2 {
+                let mut x = [s.zero(); MAX_LANES];
+                for (r, x) in x.iter_mut().enumerate() {
+                    *x = s.load_f32(stage.add(r * dk + step * DEPTH + half * LANES));
+                }
+                s.transpose(&mut x);
+                for pair in 0..LANES / 2 {
+                    let mut x = [x[2 * pair], x[2 * pair + 1]].map(|x| {
+                        _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), _mm512_set1_epi32(sign)))
+                    });
+                    for term in 0..call.terms {
+                        let mut bits = [_mm512_setzero_si512(); 2];
+                        for i in 0..2 {
+                            (bits[i], x[i]) = split(x[i]);
+                        }
+                        let index = ((g * call.terms + term) * (dk / DEPTH) + step) * TILE_BYTES;
+                        let to = call.scratch.q.add(index + (half * LANES / 2 + pair) * ROW_BYTES as usize);
+                        _mm512_storeu_si512(to.cast(), join(bits[0], bits[1]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The upper half of every number, and what that leaves: nothing of an infinity or NaN.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn split(x: __m512) -> (__m512i, __m512) {
+    let bits = _mm512_castps_si512(x);
+    // A NaN whose payload is all in the lower half must not become an infinity.
+    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+    let bits = _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x40_0000));
+    let upper = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+    // Classes: quiet NaN, +inf, -inf, signalling NaN.
+    let special = _mm512_fpclass_ps_mask::<0b1001_1001>(x);
+    (upper, _mm512_maskz_sub_ps(!special, x, _mm512_castsi512_ps(upper)))
+}
+
+/// Two bf16, each in the upper half of its lane, as one pair: `even` below `odd`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn join(even: __m512i, odd: __m512i) -> __m512i {
+    _mm512_or_si512(_mm512_srli_epi32::<16>(even), odd)
+}
+
+/// Nearest bf16, in the upper half; ties go away from zero, which no bound minds. For finite numbers; a NaN has made its row
+/// NaN already.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn round(x: __m512) -> __m512i {
+    let up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
+    _mm512_and_si512(up, _mm512_set1_epi32(0xffff_0000_u32 as i32))
+}
+
+/// 2^x to 3e-6, or 9e-8 with `HIGH`; exact for 0, 0 for -inf, NaN for NaN. The polynomials (minimax on [0, 1), relative,
+/// through 1) are of the fraction that is left when `vreduceps` has taken the floor, which `vscalefps` puts back.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn exp2<const HIGH: bool>(x: __m512) -> __m512 {
+    const TO_FLOOR: i32 = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    let r = _mm512_reduce_ps::<TO_FLOOR>(x);
+    let c = |c: f32| _mm512_set1_ps(c);
+    let p = if HIGH {
+        let p = _mm512_fmadd_ps(c(1.867_138_4e-3), r, c(9.017_009e-3));
+        let p = _mm512_fmadd_ps(p, r, c(5.579_993e-2));
+        let p = _mm512_fmadd_ps(p, r, c(0.240_164_44));
+        _mm512_fmadd_ps(p, r, c(0.693_151_3))
+    } else {
+        let p = _mm512_fmadd_ps(c(1.342_666_9e-2), r, c(5.224_250_4e-2));
+        let p = _mm512_fmadd_ps(p, r, c(0.241_280_19));
+        _mm512_fmadd_ps(p, r, c(0.693_044_85))
+    };
+    _mm512_scalef_ps(_mm512_fmadd_ps(p, r, c(1.0)), x)
+}
+
+/// 2^x of one number.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn exp2_one(x: f32) -> f32 {
+    _mm512_cvtss_f32(exp2::<true>(_mm512_set1_ps(x)))
+}
+
+/// The keys of one span, for all rows of the tile.
+///
+/// # Safety
+/// As [`tile`]; keys `from..to` are visible to some row.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn one_span<const HIGH: bool>(
+    s: Avx512,
+    tiles: &Tiles,
+    call: &Call,
+    groups: &mut [Group],
+    span: usize,
+    from: usize,
+    to: usize,
+) {
+    let mut keys = [Keys { first: std::ptr::null(), stride: 0 }; SPAN];
+    // Keys whose values have elements that are not finite.
+    let mut special = [0u64; SPAN];
+    for b in 0..SPAN {
+        let base = span * SPAN_KEYS + b * BLOCK;
+        let (low, high) = (from.saturating_sub(base).min(BLOCK), to.saturating_sub(base).min(BLOCK));
+        let mut any = 0;
+        for group in groups.iter_mut() {
+            // SAFETY: the keys that a row sees are inside the mask.
+            any |= unsafe { live(call, group, b, base) };
+        }
+        if any != 0 {
+            // SAFETY: low..high of the block is inside the views.
+            unsafe {
+                keys[b] = pack_keys(call, b, base, low, high);
+                special[b] = pack_values(s, call, b, base, low, high);
+            }
+        }
+    }
+    // SAFETY: the blocks that some row sees have been packed; scores, weights and outputs of a job are computed in that order.
+    unsafe {
+        let mut jobs = (0..groups.len()).step_by(2);
+        let mut parity = 1;
+        let mut next = |groups: &[Group]| {
+            parity ^= 1;
+            jobs.by_ref().find_map(|first| Job::new(groups, first, parity))
+        };
+        let mut before = None;
+        let mut job = next(groups);
+        Work::new(tiles, call, &keys, None, job).finish::<HIGH>();
+        while let Some(now) = job {
+            job = next(groups);
+            let mut work = Work::new(tiles, call, &keys, before, job);
+            // As often as it takes to be through at the end.
+            let every = (now.groups * now.blocks().len() * BLOCK / 2 / work.steps::<HIGH>().max(1)).max(1);
+            for i in 0..now.groups {
+                let group = &mut groups[now.first + i];
+                let x = call.scratch.s.add((now.parity * 2 + i) * SPAN_KEYS * LANES);
+                for &b in now.blocks() {
+                    let (x, base) = (x.add(b * BLOCK * LANES), span * SPAN_KEYS + b * BLOCK);
+                    if call.terms > 1 {
+                        repair(s, call, group, x, b, base);
+                    }
+                    mask_scores(s, call, group, x, b, base);
+                }
+                softmax::<HIGH>(s, call, group, now, i, &mut work, every);
+            }
+            work.finish::<HIGH>();
+            if let Some(before) = before {
+                add_special(call, groups, before, &special, span);
+            }
+            before = Some(now);
+        }
+        Work::new(tiles, call, &keys, before, None).finish::<HIGH>();
+        if let Some(before) = before {
+            add_special(call, groups, before, &special, span);
+        }
+    }
+}
+
+/// Which keys of block `b`, which begins at key `base`, the rows of a group see; returns those that some row sees.
+///
+/// # Safety
+/// The keys that a row sees are inside the mask.
+#[inline]
+unsafe fn live(call: &Call, group: &mut Group, b: usize, base: usize) -> u64 {
+    let mut any = 0;
+    for r in 0..LANES {
+        if r >= group.rows {
+            group.live[b][r] = u64::MAX;
+            continue;
+        }
+        let from = (group.low[r] - base as i64).clamp(0, BLOCK as i64) as usize;
+        let to = (group.high[r] - base as i64).clamp(0, BLOCK as i64) as usize;
+        let mut bits = ones(to) & !ones(from);
+        if bits != 0
+            && let Some(mask) = &call.p.mask
+        {
+            // SAFETY: the caller's.
+            bits &= unsafe { mask_bits(mask, call.tile.batch, (group.token[r], group.head[r]), base, from, to) };
+        }
+        group.live[b][r] = bits;
+        any |= bits;
+    }
+    any
+}
+
+/// Keys `low..high` of a block as rows of whole tiles: where they are, or in a copy with zeros around them.
+///
+/// # Safety
+/// Those keys are inside K.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn pack_keys(call: &Call, b: usize, base: usize, low: usize, high: usize) -> Keys {
+    let Call { p, tile, sizes: Sizes { d, dk, .. }, .. } = *call;
+    let [_, k_stride, _, d_stride] = p.k.strides.map(|s| s as isize);
+    // SAFETY: the caller's; the copy has room for 64 keys a block.
+    unsafe {
+        let first = p.k.row(tile.batch, base + low, tile.kv_head).cast::<u16>();
+        if d_stride == 1 && d == dk && high - low == BLOCK && tile.rows() <= DIRECT_ROWS {
+            return Keys { first: first.cast(), stride: k_stride * size_of::<bf16>() as isize };
+        }
+        let copy = call.scratch.k.add(b * BLOCK * dk);
+        for j in 0..BLOCK {
+            let row = copy.add(j * dk);
+            if j < low || j >= high {
+                std::ptr::write_bytes(row, 0, dk);
+                continue;
+            }
+            let key = first.wrapping_offset((j - low) as isize * k_stride);
+            if d_stride == 1 {
+                for i in (0..dk).step_by(DEPTH) {
+                    let x = _mm512_maskz_loadu_epi16(ones(d - i.min(d)) as u32, key.wrapping_add(i).cast());
+                    _mm512_storeu_si512(row.add(i).cast(), x);
+                }
+            } else {
+                (0..d).for_each(|i| *row.add(i) = *key.wrapping_offset(i as isize * d_stride));
+                std::ptr::write_bytes(row.add(d), 0, dk - d);
+            }
+        }
+        Keys { first: copy.cast(), stride: (dk * size_of::<bf16>()) as isize }
+    }
+}
+
+/// Transposes the values of keys `low..high` of a block into tiles, with zeros around them and for elements that are not
+/// finite; returns the keys that have such.
+///
+/// # Safety
+/// Those keys are inside V.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn pack_values(s: Avx512, call: &Call, b: usize, base: usize, low: usize, high: usize) -> u64 {
+    let Call { p, tile, sizes: Sizes { dv, dvp, .. }, .. } = *call;
+    let [_, mut stride, _, d_stride] = p.v.strides.map(|s| s as isize);
+    // SAFETY: the caller's; the copy has room for 64 keys.
+    unsafe {
+        let mut first = p.v.row(tile.batch, base + low, tile.kv_head).cast::<u16>().cast_const();
+        if d_stride != 1 {
+            for j in 0..high - low {
+                let value = first.wrapping_offset(j as isize * stride);
+                let row = call.scratch.block.add(j * dvp);
+                (0..dv).for_each(|i| *row.add(i) = *value.wrapping_offset(i as isize * d_stride));
+            }
+            (first, stride) = (call.scratch.block, dvp as isize);
+        }
+        let to = call.scratch.v.add(b * BLOCK * dvp * size_of::<bf16>());
+        let ahead = |view: &crate::view::RawView| -> (*const u8, isize) {
+            let key = view.row(tile.batch, base, tile.kv_head).cast_const();
+            (key.wrapping_offset(BLOCK as isize * view.strides[1] as isize * 2), view.strides[1] as isize * 2)
+        };
+        let values = Values { first, stride, low, high, dv, dvp, to, ahead: [ahead(&p.k), ahead(&p.v)] };
+        if values.transpose::<false>(s) {
+            return 0;
+        }
+        values.transpose::<true>(s);
+        let is_special = |j: &usize| (0..dv).any(|i| !is_finite(*values.key(*j).add(i)));
+        (low..high).filter(is_special).fold(0, |bits, j| bits | 1 << j)
+    }
+}
+
+fn is_finite(bits: u16) -> bool {
+    bits & 0x7f80 != 0x7f80
+}
+
+/// The values of a block, their elements together, and the tiles that they go to.
+struct Values {
+    first: *const u16,
+    stride: isize,
+    low: usize,
+    high: usize,
+    dv: usize,
+    dvp: usize,
+    to: *mut u8,
+    /// The first key and value of the next block, which may be outside the views, and bytes from one to the next.
+    ahead: [(*const u8, isize); 2],
+}
+
+impl Values {
+    /// The value of key `j` of the block.
+    fn key(&self, j: usize) -> *const u16 {
+        self.first.wrapping_offset((j - self.low) as isize * self.stride)
+    }
+
+    /// Returns whether all elements are finite; with `CLEAN`, puts zeros for those that are not.
+    ///
+    /// # Safety
+    /// The keys are readable, the tiles writable.
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+    unsafe fn transpose<const CLEAN: bool>(&self, s: Avx512) -> bool {
+        let exponent = _mm512_set1_epi16(0x7f80);
+        let mut largest = _mm512_setzero_si512();
+        for half in 0..2 {
+            let tiles = self.to.wrapping_add(half * (self.dvp / LANES) * TILE_BYTES);
+            for column in (0..self.dvp).step_by(DEPTH) {
+                let mask = ones((self.dv - column).min(DEPTH)) as u32;
+                let (mut lows, mut highs) = ([s.zero(); MAX_LANES], [s.zero(); MAX_LANES]);
+                for pair in 0..LANES {
+                    let mut x = [_mm512_setzero_si512(); 2];
+                    for (i, x) in x.iter_mut().enumerate() {
+                        let j = half * DEPTH + 2 * pair + i;
+                        for (first, stride) in self.ahead {
+                            let line = first.wrapping_offset(j as isize * stride).wrapping_add(column * 2);
+                            // It takes any address, and does nothing where there is no memory.
+                            _mm_prefetch::<_MM_HINT_T1>(line.cast());
+                        }
+                        if j >= self.low && j < self.high {
+                            // SAFETY: the caller's; masked-off lanes are not accessed.
+                            *x = unsafe { _mm512_maskz_loadu_epi16(mask, self.key(j).wrapping_add(column).cast()) };
+                            if CLEAN {
+                                let finite = _mm512_cmpneq_epi16_mask(_mm512_and_si512(*x, exponent), exponent);
+                                *x = _mm512_maskz_mov_epi16(finite, *x);
+                            } else {
+                                largest = _mm512_max_epu16(largest, _mm512_and_si512(*x, exponent));
+                            }
+                        }
+                    }
+                    // Within each quarter: elements 0 to 3 of both keys, and 4 to 7.
+                    lows[pair] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x[0], x[1]));
+                    highs[pair] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x[0], x[1]));
+                }
+                s.transpose(&mut lows);
+                s.transpose(&mut highs);
+                for i in 0..LANES {
+                    let element = column + i / 4 * 8 + i % 4;
+                    for (x, element) in [(lows[i], element), (highs[i], element + 4)] {
+                        if element < self.dvp {
+                            let at = element / LANES * TILE_BYTES + element % LANES * ROW_BYTES as usize;
+                            // SAFETY: a row of one of the half's tiles.
+                            unsafe { s.store_f32(tiles.add(at).cast(), x) };
+                        }
+                    }
+                }
+            }
+        }
+        _mm512_cmpge_epu16_mask(largest, exponent) == 0
+    }
+}
+
+/// One or two groups, and the blocks of a span that they see.
+#[derive(Clone, Copy)]
+struct Job {
+    first: usize,
+    groups: usize,
+    list: [usize; SPAN],
+    count: usize,
+    /// Which half of the memory for scores and weights it has: two jobs are under way at a time.
+    parity: usize,
+}
+
+impl Job {
+    /// The groups from `first` on, unless they see nothing.
+    fn new(groups: &[Group], first: usize, parity: usize) -> Option<Self> {
+        let mut job = Self { first, groups: (groups.len() - first).min(2), list: [0; SPAN], count: 0, parity };
+        for b in 0..SPAN {
+            let sees = |group: &Group| group.live[b][..group.rows].iter().any(|&bits| bits != 0);
+            if groups[first..first + job.groups].iter().any(sees) {
+                job.list[job.count] = b;
+                job.count += 1;
+            }
+        }
+        (job.count > 0).then_some(job)
+    }
+
+    fn blocks(&self) -> &[usize] {
+        &self.list[..self.count]
+    }
+}
+
+/// Pairs of weights of a group and span in `scratch.p`: two terms.
+const WEIGHTS: usize = 2 * SPAN_KEYS / 2 * LANES;
+/// From a weight's first term to its second.
+const SECOND: usize = SPAN_KEYS / 2 * LANES;
+
+/// Tile products that wait to be done between the vectors of another job's softmax: the outputs of one job, then the
+/// scores of another. One step is the products of two or four pairs of tiles.
+struct Work<'a> {
+    tiles: &'a Tiles,
+    call: &'a Call<'a>,
+    keys: &'a [Keys; SPAN],
+    outputs: Option<Job>,
+    scores: Option<Job>,
+    /// The tiles of values or keys that the accumulators are of.
+    tile: usize,
+    /// Place in the list of blocks; half of the block, or dims; term.
+    block: usize,
+    part: usize,
+    term: usize,
+}
+
+impl<'a> Work<'a> {
+    fn new(
+        tiles: &'a Tiles,
+        call: &'a Call<'a>,
+        keys: &'a [Keys; SPAN],
+        outputs: Option<Job>,
+        scores: Option<Job>,
+    ) -> Self {
+        Self { tiles, call, keys, outputs, scores, tile: 0, block: 0, part: 0, term: 0 }
+    }
+
+    /// How many steps all of it takes, or a little less.
+    fn steps<const HIGH: bool>(&self) -> usize {
+        let depth = self.call.sizes.dk / DEPTH * self.call.terms;
+        let scores = self.scores.map_or(0, |job| job.count * job.groups * depth);
+        let tiles = self.call.sizes.dvp / LANES;
+        let outputs =
+            self.outputs.map_or(0, |job| tiles.div_ceil(4 / job.groups) * 2 * job.count * if HIGH { 2 } else { 1 });
+        scores + outputs
+    }
+
+    /// Does all that is left.
+    ///
+    /// # Safety
+    /// As [`Self::step`].
+    #[inline(never)]
+    unsafe fn finish<const HIGH: bool>(&mut self) {
+        // SAFETY: the caller's.
+        while unsafe { self.step::<HIGH>() } {}
+    }
+
+    /// One step; returns whether there was one.
+    ///
+    /// # Safety
+    /// Values and weights of the blocks of the outputs, queries and keys of those of the scores are in place.
+    #[inline(always)]
+    unsafe fn step<const HIGH: bool>(&mut self) -> bool {
+        // SAFETY: the caller's.
+        unsafe {
+            if let Some(job) = self.outputs {
+                match (job.groups, self.call.sizes.dvp / LANES - self.tile) {
+                    (1, 4..) => self.outputs::<HIGH, 4, 1>(&job),
+                    (1, 3) => self.outputs::<HIGH, 3, 1>(&job),
+                    (1, 2) => self.outputs::<HIGH, 2, 1>(&job),
+                    (1, _) => self.outputs::<HIGH, 1, 1>(&job),
+                    (_, 2..) => self.outputs::<HIGH, 2, 2>(&job),
+                    (_, _) => self.outputs::<HIGH, 1, 2>(&job),
+                }
+            } else if let Some(job) = self.scores {
+                match job.groups {
+                    1 => self.scores::<4, 1>(&job),
+                    _ => self.scores::<2, 2>(&job),
+                }
+            } else {
+                return false;
+            }
+            true
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::step`].
+    #[inline(always)]
+    unsafe fn outputs<const HIGH: bool, const M: usize, const N: usize>(&mut self, job: &Job) {
+        let scratch = &self.call.scratch;
+        let count = self.call.sizes.dvp / LANES;
+        let (b, part) = (job.list[self.block], self.part);
+        // SAFETY: the caller's; M more tiles of values there are.
+        unsafe {
+            let acc = |m: usize, n: usize| scratch.acc.add(((job.first + n) * count + self.tile + m) * LANES * LANES);
+            if (self.block, self.part, self.term) == (0, 0, 0) {
+                for m in 0..M {
+                    for n in 0..N {
+                        self.tiles.load(m * N + n, acc(m, n));
+                    }
+                }
+            }
+            let values = scratch.v.add(((2 * b + part) * count + self.tile) * TILE_BYTES);
+            let v: [Operand; M] = std::array::from_fn(|m| values.add(m * TILE_BYTES).cast_const());
+            let weights = scratch.p.add(job.parity * 2 * WEIGHTS + self.term * SECOND + (2 * b + part) * LANES * LANES);
+            let w: [Operand; N] = std::array::from_fn(|n| weights.add(n * WEIGHTS).cast_const().cast());
+            self.tiles.multiply(v, ROW_BYTES, w);
+            self.term += 1;
+            if self.term == if HIGH { 2 } else { 1 } {
+                (self.term, self.part) = (0, part + 1);
+            }
+            if self.part == 2 {
+                (self.part, self.block) = (0, self.block + 1);
+            }
+            if self.block == job.count {
+                for m in 0..M {
+                    for n in 0..N {
+                        self.tiles.store(m * N + n, acc(m, n));
+                    }
+                }
+                (self.block, self.tile) = (0, self.tile + M);
+                if self.tile == count {
+                    (self.tile, self.outputs) = (0, None);
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::step`].
+    #[inline(always)]
+    unsafe fn scores<const M: usize, const N: usize>(&mut self, job: &Job) {
+        let Call { scratch, terms, .. } = self.call;
+        let steps = self.call.sizes.dk / DEPTH;
+        let b = job.list[self.block];
+        // SAFETY: the caller's; Q has steps * terms tiles a group, a block four tiles of keys and of scores.
+        unsafe {
+            if (self.part, self.term) == (0, 0) {
+                self.tiles.zero();
+            }
+            let Keys { first, stride } = self.keys[b];
+            let k: [Operand; M] = std::array::from_fn(|m| {
+                let key = (self.tile + m) * LANES;
+                first.wrapping_offset(key as isize * stride).wrapping_add(self.part * ROW_BYTES as usize)
+            });
+            let q: [Operand; N] = std::array::from_fn(|n| {
+                scratch.q.add((((job.first + n) * terms + self.term) * steps + self.part) * TILE_BYTES).cast_const()
+            });
+            self.tiles.multiply(k, stride, q);
+            self.term += 1;
+            if self.term == *terms {
+                (self.term, self.part) = (0, self.part + 1);
+            }
+            if self.part == steps {
+                for m in 0..M {
+                    for n in 0..N {
+                        let at = (job.parity * 2 + n) * SPAN_KEYS + b * BLOCK + (self.tile + m) * LANES;
+                        self.tiles.store(m * N + n, scratch.s.add(at * LANES));
+                    }
+                }
+                (self.part, self.tile) = (0, self.tile + M);
+                if self.tile == BLOCK / LANES {
+                    (self.tile, self.block) = (0, self.block + 1);
+                }
+                if self.block == job.count {
+                    (self.block, self.scores) = (0, None);
+                }
+            }
+        }
+    }
+}
+
+/// Scores that are NaN, of keys that are seen, again: by one product after the other. See the module's text.
+///
+/// # Safety
+/// `x` has the block's scores.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn repair(s: Avx512, call: &Call, group: &Group, x: *mut f32, b: usize, base: usize) {
+    let Call { p, tile, sizes: Sizes { d, .. }, .. } = *call;
+    let mut nan = 0;
+    for j in 0..BLOCK {
+        // SAFETY: the caller's.
+        let v = unsafe { s.load_f32(x.add(j * LANES)) };
+        nan |= _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+    }
+    if nan == 0 {
+        return;
+    }
+    for r in (0..group.rows).filter(|r| nan >> r & 1 == 1) {
+        // SAFETY: the stage has room for d floats; keys that are seen are inside K.
+        unsafe {
+            let q = call.scratch.stage;
+            let row = p.q.row(tile.batch, group.token[r] as usize, group.head[r] as usize);
+            load_row(s, p.q.dtype, row, p.q.strides[3], q, d);
+            for j in (0..BLOCK).filter(|j| group.live[b][r] >> j & 1 == 1) {
+                let score = &mut *x.add(j * LANES + r);
+                if score.is_nan() {
+                    let key = p.k.row(tile.batch, base + j, tile.kv_head).cast::<bf16>();
+                    let products = (0..d)
+                        .map(|i| *q.add(i) * (*key.wrapping_offset(i as isize * p.k.strides[3] as isize)).to_f32());
+                    let sum: f32 = products.sum();
+                    *score = if call.negative { -sum } else { sum };
+                }
+            }
+        }
+    }
+}
+
+/// What stands between a product and a logit (other than a plain scale), and -inf for what is hidden. A bias also hides.
+///
+/// # Safety
+/// `x` has the block's scores.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn mask_scores(s: Avx512, call: &Call, group: &mut Group, x: *mut f32, b: usize, base: usize) {
+    let Call { p, tile, .. } = *call;
+    let hidden = s.splat(f32::NEG_INFINITY);
+    if call.factor == 0.0 {
+        let mut bias = [s.zero(); BLOCK];
+        if let Some(view) = &p.bias {
+            // SAFETY: the bias is as wide as K, and a row's keys are inside K.
+            unsafe { load_bias(s, view, tile.batch, group, b, base, &mut bias) };
+            for (j, bias) in bias.iter().enumerate() {
+                let masked = s.lt_bits(*bias, s.splat(f32::MIN));
+                if masked != 0 {
+                    (0..group.rows).for_each(|r| group.live[b][r] &= !((masked >> r & 1) << j));
+                }
+            }
+        }
+        let mut distance = [0.0; LANES];
+        (0..LANES).for_each(|r| distance[r] = (base as i64 - group.position[r]) as f32);
+        // SAFETY: arrays of sixteen floats.
+        let (distance, slope) = unsafe { (s.load_f32(distance.as_ptr()), s.load_f32(group.slope.as_ptr())) };
+        for j in 0..BLOCK {
+            // SAFETY: the caller's.
+            let mut v = s.mul(unsafe { s.load_f32(x.add(j * LANES)) }, s.splat(call.scale));
+            if p.softcap != 0.0 {
+                v = s.mul(math::tanh(s, s.mul(v, s.splat(1.0 / p.softcap))), s.splat(p.softcap));
+            }
+            if p.alibi.is_some() {
+                v = s.fma(slope, s.add(s.splat(j as f32), distance), v);
+            }
+            if p.bias.is_some() {
+                v = s.add(v, bias[j]);
+            }
+            // SAFETY: the caller's.
+            unsafe { s.store_f32(x.add(j * LANES), s.mul(v, s.splat(LOG2_E))) };
+        }
+    }
+    let live = &group.live[b];
+    if live.iter().all(|&bits| bits == u64::MAX) {
+        return;
+    }
+    // SAFETY: sixteen numbers, the block's scores.
+    unsafe {
+        let (first, last) = (_mm512_loadu_si512(live.as_ptr().cast()), _mm512_loadu_si512(live[8..].as_ptr().cast()));
+        for j in 0..BLOCK {
+            let bit = _mm512_set1_epi64(1 << j);
+            let seen = _mm512_test_epi64_mask(first, bit) as u64 | (_mm512_test_epi64_mask(last, bit) as u64) << 8;
+            let x = x.add(j * LANES);
+            s.store_f32(x, s.select_bits(seen, s.load_f32(x), hidden));
+        }
+    }
+}
+
+/// The bias of a block, a vector of rows a key; 0 where a row's keys end.
+///
+/// # Safety
+/// The keys of the group's rows are inside the bias.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn load_bias(
+    s: Avx512,
+    view: &crate::view::RawView,
+    batch: usize,
+    group: &Group,
+    b: usize,
+    base: usize,
+    to: &mut [__m512; BLOCK],
+) {
+    let mut rows = [[0.0f32; BLOCK]; LANES];
+    for r in (0..group.rows).filter(|&r| group.live[b][r] != 0) {
+        let (from, end) =
+            (group.live[b][r].trailing_zeros() as usize, BLOCK - group.live[b][r].leading_zeros() as usize);
+        // SAFETY: the caller's.
+        unsafe {
+            let at = view.row(batch, group.token[r] as usize, group.head[r] as usize);
+            let first = (base + from) as isize * view.strides[3] as isize * view.dtype.size() as isize;
+            load_row(
+                s,
+                view.dtype,
+                at.wrapping_offset(first),
+                view.strides[3],
+                rows[r].as_mut_ptr().add(from),
+                end - from,
+            );
+        }
+    }
+    for (i, to) in to.as_chunks_mut::<MAX_LANES>().0.iter_mut().enumerate() {
+        for r in 0..LANES {
+            // SAFETY: sixteen floats of a row.
+            to[r] = unsafe { s.load_f32(rows[r].as_ptr().add(i * LANES)) };
+        }
+        s.transpose(to);
+    }
+}
+
+/// Scores of group `i` of a job to weights, with a step of `work` between `every` few vectors; updates the rows' states and
+/// rescales their accumulator.
+///
+/// # Safety
+/// The job's scores have been masked; `group` is the one meant; `work` is of other jobs and as [`Work::step`] wants it.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn softmax<const HIGH: bool>(
+    s: Avx512,
+    call: &Call,
+    group: &mut Group,
+    job: Job,
+    i: usize,
+    work: &mut Work,
+    every: usize,
+) {
+    let slot = job.parity * 2 + i;
+    let blocks = job.blocks();
+    let x = call.scratch.s.wrapping_add(slot * SPAN_KEYS * LANES);
+    let w = call.scratch.p.wrapping_add(slot * WEIGHTS);
+    let acc = call.scratch.acc.wrapping_add((job.first + i) * call.sizes.dvp * LANES);
+    let mut countdown = every;
+    let hidden = s.splat(f32::NEG_INFINITY);
+    let factor = s.splat(if call.factor == 0.0 { 1.0 } else { call.factor });
+    // SAFETY: the caller's; states are sixteen floats.
+    unsafe {
+        // Four maxima, so that none waits for the one before.
+        let mut max = [hidden; 4];
+        for &b in blocks {
+            for j in (0..BLOCK).step_by(4) {
+                for (i, max) in max.iter_mut().enumerate() {
+                    *max = s.max(s.load_f32(x.add((b * BLOCK + j + i) * LANES)), *max);
+                }
+            }
+        }
+        let max = s.max(s.max(max[0], max[1]), s.max(max[2], max[3]));
+        let old = s.load_f32(group.max.as_ptr());
+        let new = s.max(s.mul(max, factor), old);
+        let grown = s.lt_bits(old, new);
+        let (mut sum, mut rounded) = (s.load_f32(group.sum.as_ptr()), s.load_f32(group.rounded.as_ptr()));
+        if grown != 0 {
+            let scale = s.select_bits(grown, exp2::<true>(s.sub(old, new)), s.splat(1.0));
+            (sum, rounded) = (s.mul(sum, scale), s.mul(rounded, scale));
+            // A state that has seen nothing has a zero accumulator: nothing to scale.
+            if grown & s.lt_bits(hidden, old) != 0 {
+                for i in 0..call.sizes.dvp {
+                    let acc = acc.add(i * LANES);
+                    s.store_f32(acc, s.mul(s.load_f32(acc), scale));
+                }
+            }
+            s.store_f32(group.max.as_mut_ptr(), new);
+        }
+        // With nothing but -inf so far, -inf - -inf must not become NaN; a live NaN stays one.
+        let shift = s.select_lt(new, s.splat(f32::MIN), s.zero(), new);
+        let (mut sums, mut rounds) = ([s.zero(); 2], [s.zero(); 2]);
+        for &b in blocks {
+            for pair in 0..BLOCK / 2 {
+                let (mut first, mut second) = ([_mm512_setzero_si512(); 2], [_mm512_setzero_si512(); 2]);
+                for i in 0..2 {
+                    let v = s.load_f32(x.add((b * BLOCK + 2 * pair + i) * LANES));
+                    let weight = exp2::<HIGH>(_mm512_fmsub_ps(v, factor, shift));
+                    sums[i] = s.add(sums[i], weight);
+                    first[i] = round(weight);
+                    let upper = _mm512_castsi512_ps(first[i]);
+                    if HIGH {
+                        second[i] = round(s.sub(weight, upper));
+                    } else {
+                        rounds[i] = s.add(rounds[i], upper);
+                    }
+                }
+                let to = w.add((b * BLOCK / 2 + pair) * LANES);
+                _mm512_storeu_si512(to.cast(), join(first[0], first[1]));
+                if HIGH {
+                    _mm512_storeu_si512(to.add(SECOND).cast(), join(second[0], second[1]));
+                }
+                countdown -= 1;
+                if countdown == 0 {
+                    work.step::<HIGH>();
+                    countdown = every;
+                }
+            }
+        }
+        sum = s.add(sum, s.add(sums[0], sums[1]));
+        rounded = if HIGH { sum } else { s.add(rounded, s.add(rounds[0], rounds[1])) };
+        s.store_f32(group.sum.as_mut_ptr(), sum);
+        s.store_f32(group.rounded.as_mut_ptr(), rounded);
+    }
+}
+
+/// Adds the elements of values that are not finite, of the keys `special` of each block, to the rows of a job that see them.
+///
+/// # Safety
+/// The job's outputs have just been computed, and its weights are still there.
+#[inline]
+unsafe fn add_special(call: &Call, groups: &[Group], job: Job, special: &[u64; SPAN], span: usize) {
+    for &b in job.blocks().iter().filter(|&&b| special[b] != 0) {
+        for i in 0..job.groups {
+            let group = &groups[job.first + i];
+            let w = call.scratch.p.wrapping_add((job.parity * 2 + i) * WEIGHTS + b * BLOCK / 2 * LANES);
+            let acc = call.scratch.acc.wrapping_add((job.first + i) * call.sizes.dvp * LANES);
+            // SAFETY: the caller's.
+            unsafe { add_special_of(call, group, special[b], w, b, span * SPAN_KEYS + b * BLOCK, acc) };
+        }
+    }
+}
+
+/// [`add_special`] of one group and block.
+///
+/// # Safety
+/// `w` has the block's weights (their first term is enough), `acc` is the group's.
+#[cold]
+unsafe fn add_special_of(
+    call: &Call,
+    group: &Group,
+    special: u64,
+    w: *const u32,
+    b: usize,
+    base: usize,
+    acc: *mut f32,
+) {
+    let Call { p, tile, sizes: Sizes { dv, .. }, .. } = *call;
+    for j in (0..BLOCK).filter(|j| special >> j & 1 == 1) {
+        for r in (0..group.rows).filter(|&r| group.live[b][r] >> j & 1 == 1) {
+            // SAFETY: the caller's; keys that are seen are inside V.
+            unsafe {
+                let pair = *w.add(j / 2 * LANES + r);
+                let weight = f32::from_bits(if j % 2 == 0 { pair << 16 } else { pair & 0xffff_0000 });
+                let value = p.v.row(tile.batch, base + j, tile.kv_head).cast::<bf16>();
+                for i in 0..dv {
+                    let element = *value.wrapping_offset(i as isize * p.v.strides[3] as isize);
+                    if !is_finite(element.to_bits()) {
+                        *acc.add(i * LANES + r) += weight * element.to_f32();
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Folds a group's chunk into its totals, or leaves it in the tile's partial states.
+///
+/// # Safety
+/// As [`tile`]; `group` is group `g`.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn end_chunk(s: Avx512, call: &Call, g: usize, group: &mut Group, chunk: usize) {
+    let Call { tile, sizes: Sizes { dv, dvp, .. }, .. } = *call;
+    let state = |group: &Group, r: usize| State { max: group.max[r], sum: group.sum[r], rounded: group.rounded[r] };
+    // SAFETY: the caller's; acc, stage and total have the sizes their layout gives, the partials a state for every chunk and row.
+    unsafe {
+        if (0..group.rows).any(|r| !state(group, r).is_empty()) {
+            for i in (0..dvp).step_by(LANES) {
+                let mut x = [s.zero(); MAX_LANES];
+                for (k, x) in x.iter_mut().enumerate() {
+                    *x = s.load_f32(call.scratch.acc.add((g * dvp + i + k) * LANES));
+                }
+                s.transpose(&mut x);
+                for (r, x) in x.iter().enumerate() {
+                    s.store_f32(call.scratch.stage.add(r * dvp + i), *x);
+                }
+            }
+        }
+        for r in 0..group.rows {
+            let (part, from) = (state(group, r), call.scratch.stage.add(r * dvp));
+            if tile.partials.is_null() {
+                let total = call.scratch.total.add((g * LANES + r) * dvp);
+                fold(s, &mut group.total[r], total, part, from, dvp);
+            } else {
+                let row = (chunk - tile.first_chunk) * tile.rows() + g * LANES + r;
+                let to = tile.partials.add(row * partial_stride(dv));
+                (*to, *to.add(1), *to.add(2)) = (part.max, part.sum, part.rounded);
+                if !part.is_empty() {
+                    std::ptr::copy_nonoverlapping(from, to.add(PARTIAL_HEADER), dvp);
+                }
+            }
+        }
+    }
+}
+
+/// `total` becomes the union of `total` and a later chunk; the empty state is the neutral element, to the bit.
+///
+/// # Safety
+/// Both accumulators hold `dvp` floats, unless their state is empty; `total_acc` is writable.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn fold(s: Avx512, total: &mut State, total_acc: *mut f32, chunk: State, chunk_acc: *const f32, dvp: usize) {
+    if chunk.is_empty() {
+        return;
+    }
+    if total.is_empty() {
+        *total = chunk;
+        // SAFETY: the caller's.
+        unsafe { std::ptr::copy_nonoverlapping(chunk_acc, total_acc, dvp) };
+        return;
+    }
+    let max = if chunk.max > total.max { chunk.max } else { total.max };
+    let (old, new) = (exp2_one(total.max - max), exp2_one(chunk.max - max));
+    *total = State { max, sum: total.sum * old + chunk.sum * new, rounded: total.rounded * old + chunk.rounded * new };
+    let (old, new) = (s.splat(old), s.splat(new));
+    for i in (0..dvp).step_by(LANES) {
+        // SAFETY: dvp is a multiple of sixteen.
+        unsafe {
+            let scaled = s.mul(s.load_f32(total_acc.add(i)), old);
+            s.store_f32(total_acc.add(i), s.fma(s.load_f32(chunk_acc.add(i)), new, scaled));
+        }
+    }
+}
+
+/// Divides by the sum, with the sink in it, and writes output and LSE of one row.
+///
+/// # Safety
+/// The indices are inside the problem; `acc` holds whole tiles of the values' size unless the state is empty.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
+unsafe fn finish(s: Avx512, p: &Problem, batch: usize, token: usize, head: usize, state: State, acc: *mut f32) {
+    let dv = p.v.shape[3];
+    let mut max = f64::from(state.max) * std::f64::consts::LN_2;
+    let (mut sum, mut rounded, mut factor) = (f64::from(state.sum), f64::from(state.rounded), 1.0);
+    if let Some(sinks) = p.sinks {
+        let sink = f64::from(sinks[head]);
+        let joint = if sink > max { sink } else { max };
+        if joint > f64::NEG_INFINITY {
+            let weight = (sink - joint).exp();
+            factor = (max - joint).exp();
+            (sum, rounded, max) = (sum * factor + weight, rounded * factor + weight, joint);
+        }
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        if !p.lse.is_null() {
+            let index = (batch * p.q.shape[1] + token) * p.q.shape[2] + head;
+            *p.lse.add(index) =
+                if max == f64::NEG_INFINITY && sum == 0.0 { f32::NEG_INFINITY } else { (max + sum.ln()) as f32 };
+        }
+        if state.is_empty() {
+            std::ptr::write_bytes(acc, 0, padded(dv));
+        } else {
+            let (factor, sum) = (s.splat(factor as f32), s.splat(rounded as f32));
+            for i in (0..padded(dv)).step_by(LANES) {
+                let x = s.div(s.mul(s.load_f32(acc.add(i)), factor), sum);
+                // Skipping a hidden key and adding 0 times a value may differ in the sign of a zero; adding +0 ends that.
+                s.store_f32(acc.add(i), s.add(x, s.zero()));
+            }
+        }
+        store_row(s, acc, p.out.dtype, p.out.row(batch, token, head), p.out.strides[3], dv);
+    }
+}
+
+const _: () = assert!(simd::MAX_LANES == LANES && CHUNK.is_multiple_of(SPAN_KEYS) && PARTIAL_HEADER >= 3);

@@ -1,0 +1,257 @@
+//! AMX: eight tiles of sixteen rows by sixty-four bytes, and products of bf16 tiles summed in f32.
+//!
+//! A partial level: attention over bf16 keys and values, twice, once for each [`Precision`]. Everything else, and all that
+//! is not a tile product inside these kernels, is AVX-512's.
+//!
+//! # Detection
+//! By CPUID bits alone: (7, 0).EDX bits 24 (tiles) and 22 (bf16), the operating system's word in XCR0 bits 17 and 18, and on
+//! Linux the permission to use the tile data, which a process has to ask for once (`arch_prctl`, 5.16 and later) and which its
+//! threads have from then on. Linux refuses it where a thread has an alternate signal stack that is too small for the larger
+//! frame; then the level is not available, and AVX-512 serves.
+//!
+//! With `--cfg kvlane_emulate_amx` the level is available wherever AVX-512 is. Its instructions then fault, and whoever
+//! built that way has a handler that performs them: `tests/common/amx_emulator.rs`.
+//!
+//! # Tiles
+//! There are no stable intrinsics, so the instructions stand here in inline assembly with fixed names: tmm0 to tmm3
+//! accumulate, tmm4 to tmm7 hold operands. The compiler has no use for tiles of its own, so what is in them stays from one
+//! piece of assembly to the next. [`Tiles`] is the proof that they are configured; it releases them when it is dropped, so that
+//! a context switch has nothing to save between calls.
+
+mod attention;
+
+use super::Precision;
+use super::avx512::Avx512;
+use std::arch::asm;
+use std::marker::PhantomData;
+use std::sync::OnceLock;
+
+/// Whether CPU and operating system let this process use the tiles. Asks for the permission when it is first called.
+pub(crate) fn is_available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
+        Avx512::is_available() && (cfg!(kvlane_emulate_amx) || cpu_has_bf16_tiles() && permission_granted())
+    })
+}
+
+/// Whether the CPU has tiles with bf16 products and the operating system saves them.
+fn cpu_has_bf16_tiles() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    const TILE: u32 = 1 << 24;
+    const BF16: u32 = 1 << 22;
+    const OSXSAVE: u32 = 1 << 27;
+    // Tile configuration and tile data.
+    const STATE: u32 = 1 << 17 | 1 << 18;
+    if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 || __cpuid_count(7, 0).edx & (TILE | BF16) != TILE | BF16 {
+        return false;
+    }
+    let low: u32;
+    // SAFETY: OSXSAVE says that the instruction exists; it only reads.
+    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _, options(nomem, nostack, preserves_flags)) };
+    low & STATE == STATE
+}
+
+#[cfg(target_os = "linux")]
+fn permission_granted() -> bool {
+    const ARCH_PRCTL: i64 = 158;
+    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
+    const TILE_DATA: u64 = 18;
+    let status: i64;
+    // SAFETY: the call takes two numbers and touches no memory of ours; the kernel clobbers rcx and r11.
+    unsafe {
+        asm!("syscall", inlateout("rax") ARCH_PRCTL => status, in("rdi") ARCH_REQ_XCOMP_PERM, in("rsi") TILE_DATA,
+            lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    status == 0
+}
+
+#[cfg(not(target_os = "linux"))]
+fn permission_granted() -> bool {
+    // Elsewhere it is asked for in other ways, which nobody has tried.
+    false
+}
+
+/// Bytes of a tile, all of which are full: 16 rows of 64 bytes.
+const TILE_BYTES: usize = 1024;
+/// Bytes of a tile's row.
+const ROW_BYTES: isize = 64;
+
+/// What `ldtilecfg` reads.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+static CONFIG: Config = Config {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// Proof that this thread's tiles are configured, all of them full.
+struct Tiles(PhantomData<*const ()>);
+
+/// One tile operand in memory: where its first row is. Rows are [`ROW_BYTES`] apart unless a stride is given.
+type Operand = *const u8;
+
+impl Tiles {
+    /// # Safety
+    /// [`is_available`]; the thread has no other `Tiles`.
+    #[inline(always)]
+    unsafe fn configure() -> Self {
+        // SAFETY: the caller's; the configuration is a valid one.
+        unsafe {
+            asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _, options(nostack, preserves_flags));
+        }
+        Self(PhantomData)
+    }
+
+    /// Clears the accumulators.
+    #[inline(always)]
+    fn zero(&self) {
+        // SAFETY: the tiles are configured.
+        unsafe {
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, options(nomem, nostack, preserves_flags));
+        }
+    }
+
+    /// Accumulator `i` from memory.
+    ///
+    /// # Safety
+    /// A tile is readable at `from`.
+    #[inline(always)]
+    unsafe fn load(&self, i: usize, from: *const f32) {
+        macro_rules! load {
+            ($tile:tt) => {
+                asm!(concat!("tileloadd ", $tile, ", [{p} + {s}]"), p = in(reg) from, s = in(reg) ROW_BYTES,
+                    out($tile) _, options(readonly, nostack, preserves_flags))
+            };
+        }
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            match i {
+                0 => load!("tmm0"),
+                1 => load!("tmm1"),
+                2 => load!("tmm2"),
+                _ => load!("tmm3"),
+            }
+        }
+    }
+
+    /// Accumulator `i` to memory.
+    ///
+    /// # Safety
+    /// A tile is writable at `to`.
+    #[inline(always)]
+    unsafe fn store(&self, i: usize, to: *mut f32) {
+        macro_rules! store {
+            ($tile:tt) => {
+                asm!(concat!("tilestored [{p} + {s}], ", $tile), p = in(reg) to, s = in(reg) ROW_BYTES,
+                    options(nostack, preserves_flags))
+            };
+        }
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            match i {
+                0 => store!("tmm0"),
+                1 => store!("tmm1"),
+                2 => store!("tmm2"),
+                _ => store!("tmm3"),
+            }
+        }
+    }
+
+    /// `accumulator[m * b.len() + n] += a[m] * b[n]`. A is row-major, its rows `stride` bytes apart; B has pairs of rows
+    /// interleaved. Four accumulators, or as many as there are products.
+    ///
+    /// # Safety
+    /// The operands are readable; `M` by `N` is one of 4x1, 3x1, 2x1, 1x1, 2x2, 1x2.
+    #[inline(always)]
+    unsafe fn multiply<const M: usize, const N: usize>(&self, a: [Operand; M], stride: isize, b: [Operand; N]) {
+        /// The instructions of one shape: loads of operands as soon as the product that needs them comes.
+        macro_rules! products {
+            ($($line:literal),* ; $($name:ident = $value:expr),* ; $($acc:tt)*) => {
+                asm!($($line),*, $($name = in(reg) $value,)* s = in(reg) stride, t = in(reg) ROW_BYTES,
+                    $(out($acc) _,)* out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(readonly, nostack, preserves_flags))
+            };
+        }
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            match (M, N) {
+                (2, 2) => products!(
+                    "tileloadd tmm6, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b1} + {t}]", "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7" ;
+                    a0 = a[0], a1 = a[1 % M], b0 = b[0], b1 = b[1 % N] ; "tmm0" "tmm1" "tmm2" "tmm3"),
+                (1, 2) => products!(
+                    "tileloadd tmm6, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b1} + {t}]", "tdpbf16ps tmm1, tmm4, tmm7" ;
+                    a0 = a[0], b0 = b[0], b1 = b[1 % N] ; "tmm0" "tmm1"),
+                (4, 1) => products!(
+                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm1, tmm5, tmm7",
+                    "tileloadd tmm6, [{a2} + {s}]", "tdpbf16ps tmm2, tmm6, tmm7",
+                    "tileloadd tmm4, [{a3} + {s}]", "tdpbf16ps tmm3, tmm4, tmm7" ;
+                    a0 = a[0], a1 = a[1 % M], a2 = a[2 % M], a3 = a[3 % M], b0 = b[0] ; "tmm0" "tmm1" "tmm2" "tmm3"),
+                (3, 1) => products!(
+                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm1, tmm5, tmm7",
+                    "tileloadd tmm6, [{a2} + {s}]", "tdpbf16ps tmm2, tmm6, tmm7" ;
+                    a0 = a[0], a1 = a[1 % M], a2 = a[2 % M], b0 = b[0] ; "tmm0" "tmm1" "tmm2"),
+                (2, 1) => products!(
+                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm1, tmm5, tmm7" ;
+                    a0 = a[0], a1 = a[1 % M], b0 = b[0] ; "tmm0" "tmm1"),
+                _ => products!(
+                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7" ;
+                    a0 = a[0], b0 = b[0] ; "tmm0"),
+            }
+        }
+    }
+}
+
+impl Drop for Tiles {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: the tiles are configured; from here on nobody uses them.
+        unsafe {
+            asm!("tilerelease",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _, options(nomem, nostack, preserves_flags));
+        }
+    }
+}
+
+/// The level's part of the registry.
+pub(crate) static ENTRIES: [super::Entry; 2] = [
+    super::entry!(
+        Amx,
+        Attention,
+        Bf16,
+        Bf16,
+        Some(Precision::Default),
+        "attention_bf16_amx",
+        4e-3,
+        Attention(attention::functions::<false>())
+    ),
+    super::entry!(
+        Amx,
+        Attention,
+        Bf16,
+        Bf16,
+        Some(Precision::High),
+        "attention_bf16_high_amx",
+        1e-5,
+        Attention(attention::functions::<true>())
+    ),
+];
