@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times kvlane against the CPU attention of other projects, in turns, on the same numbers, in one process.
 
-    python3 -m venv peers && . peers/bin/activate
+    python3 -m venv target/peers && . target/peers/bin/activate
     pip install --no-deps -r benches/peers/requirements.txt
     cargo build --release --features capi
     python benches/peers/peers.py --markdown
@@ -62,7 +62,7 @@ WRONG = 0.1
 
 
 def cpu_info(name: str) -> str:
-    match = re.search(rf"^{name}\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    match = re.search(rf"^{name}\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return match[1] if match else ""
 
 
@@ -554,8 +554,10 @@ class Vllm(Contestant):
         tokens = p.q.shape[1]
         q, k, positions = p.q.reshape(tokens, -1).clone(), p.k.reshape(tokens, -1).clone(), torch.arange(tokens)
         f, table = self.ops.rotary_embedding, p.table.clone()
-        result = lambda: torch.cat([q.view(p.q.shape), k.view(p.k.shape)], dim=2)  # noqa: E731
-        return Call(lambda: f(positions, q, k, DIM, table, True), result)
+        return Call(
+            lambda: f(positions, q, k, DIM, table, True),
+            lambda: torch.cat([q.view(p.q.shape), k.view(p.k.shape)], dim=2),
+        )
 
     def write(self, p: Write) -> Call:
         # The packed order is vLLM's own affair, so the cache is read by its own attention.
@@ -712,15 +714,18 @@ class OnnxRuntime(Contestant):
             binding.bind_ortvalue_input(name, x)
         for name, x in (("out", out), ("present_k", past["k"]), ("present_v", past["v"])):
             binding.bind_ortvalue_output(name, x)
-        result = lambda: torch.from_numpy(out.numpy()).view(p.q.shape)  # noqa: E731
-        return Call(lambda: session.run_with_iobinding(binding), result, keep=(bound, out))
+        return Call(
+            lambda: session.run_with_iobinding(binding),
+            lambda: torch.from_numpy(out.numpy()).view(p.q.shape),
+            keep=(bound, out),
+        )
 
 
 # ---------------------------------------------------------------- OpenVINO
 
 
 class OpenVino(Contestant):
-    """Prompts alone: its decode lives in models that keep their state, and here would pack the whole cache in every call.
+    """Prompts alone: its decode lives in models that keep their state, and would transpose the cache in every call.
     Heads are expanded beforehand, since groups too are something that it finds in models."""
 
     name = "OpenVINO"
@@ -917,7 +922,7 @@ def probe(class_: type[Contestant], cases: Iterable[str], type_: str | None, opt
                     if not (error := error_of(call, p)) <= WRONG:
                         raise ArithmeticError(f"an error of {error:.2g} on a small {case}")
             end.send(None)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001
             end.send(sentence(error))
             if options.verbose:
                 traceback.print_exc()
@@ -1113,7 +1118,8 @@ def markdown(rows: Sequence[Row], about: str) -> str:
 def update_readme(path: Path, table: str) -> None:
     """Puts the table between the marks."""
     text = path.read_text(encoding="utf-8")
-    new, n = re.subn(r"(<!-- peers -->\n).*?(<!-- /peers -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
+    block = re.compile(r"(<!-- peers -->\n).*?(<!-- /peers -->)", re.DOTALL)
+    new, n = block.subn(lambda m: f"{m[1]}{table}\n{m[2]}", text)
     if n != 1:
         raise SystemExit(f"{path} has {n} blocks between <!-- peers --> and <!-- /peers -->")
     path.write_text(new, encoding="utf-8")
