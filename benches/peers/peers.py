@@ -1043,9 +1043,11 @@ def run_case(case: str, type_: str, field_: Field, contestants: dict[str, Contes
     calls: dict[str, Call] = {}
     errors: dict[str, float] = {}
     for key, contestant in contestants.items():
-        if (key, kind(case), type_) not in field_.able or (call := contestant.call(p)) is None:
+        if (key, kind(case), type_) not in field_.able:
             continue
         try:
+            if (call := contestant.call(p)) is None:
+                continue
             call.run()
             errors[key] = error_of(call, p)
         except Exception as error:
