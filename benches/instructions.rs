@@ -1,0 +1,244 @@
+//! Instructions per call at the AVX2 level, counted by valgrind's callgrind, against the counts in `instructions.txt`: a
+//! guard against regressions that needs no quiet machine.
+//!
+//! ```sh
+//! cargo bench --bench instructions                # compares; fails above 3 %
+//! cargo bench --bench instructions -- decode      # some of them
+//! cargo bench --bench instructions -- --update    # writes the counts anew, after a change that is meant
+//! ```
+//!
+//! Without valgrind nothing runs, which is a failure only where `KVLANE_REQUIRE_VALGRIND` is set. Valgrind has no AVX-512,
+//! so the level above has no such guard. The counts are those of all that a call does: views, checks, kernel. They move a
+//! little with the compiler, hence the tolerance.
+
+use half::{bf16, f16};
+use kvlane::{
+    AttentionOptions, AttentionState, AttentionTensors, Context, Destination, Element, Isa, KvWrite, Pairing,
+    Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, Serial, View, ViewMut, Workspace, attention, kv_write,
+    merge_states, repeat_kv, rope,
+};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::hint::black_box;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+const HEADS: usize = 8;
+const KV_HEADS: usize = 2;
+const DIM: usize = 128;
+const TOKENS: usize = 16;
+const TOLERANCE: f64 = 0.03;
+
+type Case = (&'static str, fn(Context) -> Box<dyn FnMut()>);
+
+const CASES: &[Case] = &[
+    ("decode_1_f32", |c| attend::<f32>(c, 1, 1)),
+    ("decode_16_f32", |c| attend::<f32>(c, 1, 16)),
+    ("decode_512_f32", |c| attend::<f32>(c, 1, 512)),
+    ("decode_512_f16", |c| attend::<f16>(c, 1, 512)),
+    ("decode_512_bf16", |c| attend::<bf16>(c, 1, 512)),
+    ("prefill_64_f32", |c| attend::<f32>(c, 64, 64)),
+    ("prefill_64_f16", |c| attend::<f16>(c, 64, 64)),
+    ("prefill_64_bf16", |c| attend::<bf16>(c, 64, 64)),
+    ("rope_16_half_split_f32", |c| rotate(c, Pairing::HalfSplit)),
+    ("rope_16_interleaved_f32", |c| rotate(c, Pairing::Interleaved)),
+    ("write_16_f32_bf16", write::<f32, bf16>),
+    ("write_16_f16_f16", write::<f16, f16>),
+    ("repeat_16_f32", repeat),
+    ("merge_16_f32", merge),
+];
+
+/// The same numbers between -1 and 1 every time.
+fn data<T: Element>(n: usize) -> Vec<T> {
+    let mut state = 1u64;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        T::from_f32((state >> 40) as f32 / (1 << 23) as f32 - 1.0)
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+/// Causal attention of the last of `keys` tokens, queries and output of the cache's type.
+fn attend<T: Element>(context: Context, queries: usize, keys: usize) -> Box<dyn FnMut()> {
+    let (q_shape, kv_shape) = ([1, queries, HEADS, DIM], [1, keys, KV_HEADS, DIM]);
+    let (q_len, kv_len) = (q_shape.iter().product(), kv_shape.iter().product());
+    let (q, k, v, mut out) = (data::<T>(q_len), data::<T>(kv_len), data::<T>(kv_len), data::<T>(q_len));
+    let mut workspace = Workspace::new();
+    Box::new(move || {
+        let tensors = AttentionTensors {
+            q: View::new(&q, q_shape).unwrap(),
+            k: View::new(&k, kv_shape).unwrap(),
+            v: View::new(&v, kv_shape).unwrap(),
+            out: ViewMut::new(&mut out, q_shape).unwrap(),
+            lse: None,
+        };
+        let options = AttentionOptions { causal: true, ..Default::default() };
+        attention(&context, &Serial, &mut workspace, tensors, &options).unwrap();
+    })
+}
+
+/// Queries turned by angles from a table.
+fn rotate(context: Context, pairing: Pairing) -> Box<dyn FnMut()> {
+    let shape = [1, TOKENS, HEADS, DIM];
+    let (src, mut dst) = (data::<f32>(shape.iter().product()), data::<f32>(shape.iter().product()));
+    let frequencies = RopeFrequencies::new(DIM, 500_000.0, &RopeScaling::None).unwrap();
+    let (cos, sin) = frequencies.table(&context, TOKENS);
+    Box::new(move || {
+        let angles = RopeAngles::Table { cos: &cos, sin: &sin };
+        let options = Rope { pairing, rotary_dim: DIM, angles, positions: Positions::Offsets(&[0]) };
+        let (src, dst) = (View::new(&src, shape).unwrap(), ViewMut::new(&mut dst, shape).unwrap());
+        rope(&context, &Serial, src, dst, &options).unwrap();
+    })
+}
+
+/// Keys and values of one type into caches of another.
+fn write<S: Element, D: Element>(context: Context) -> Box<dyn FnMut()> {
+    let shape = [1, TOKENS, KV_HEADS, DIM];
+    let n = shape.iter().product();
+    let (k, v, mut k_cache, mut v_cache) = (data::<S>(n), data::<S>(n), data::<D>(n), data::<D>(n));
+    Box::new(move || {
+        let write = KvWrite {
+            k: View::new(&k, shape).unwrap(),
+            v: View::new(&v, shape).unwrap(),
+            k_cache: ViewMut::new(&mut k_cache, shape).unwrap(),
+            v_cache: ViewMut::new(&mut v_cache, shape).unwrap(),
+            to: Destination { positions: &[0], ..Default::default() },
+            rope: None,
+        };
+        kv_write(&context, &Serial, write).unwrap();
+    })
+}
+
+fn repeat(context: Context) -> Box<dyn FnMut()> {
+    let (narrow, wide) = ([1, TOKENS, KV_HEADS, DIM], [1, TOKENS, HEADS, DIM]);
+    let (src, mut dst) = (data::<f32>(narrow.iter().product()), data::<f32>(wide.iter().product()));
+    Box::new(move || {
+        repeat_kv(&context, &Serial, View::new(&src, narrow).unwrap(), ViewMut::new(&mut dst, wide).unwrap()).unwrap();
+    })
+}
+
+fn merge(context: Context) -> Box<dyn FnMut()> {
+    let shape = [1, TOKENS, HEADS, DIM];
+    let n: usize = shape.iter().product();
+    let (a, b, mut out) = (data::<f32>(n), data::<f32>(n), data::<f32>(n));
+    let lse = data::<f32>(n / DIM);
+    Box::new(move || {
+        let states = [&a, &b].map(|out| AttentionState { out: View::new(out, shape).unwrap(), lse: &lse });
+        merge_states(&context, &Serial, &states, ViewMut::new(&mut out, shape).unwrap(), None).unwrap();
+    })
+}
+
+/// What valgrind counts inside of: found by its name, so it is neither mangled nor inlined.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn kvlane_counted(call: &mut dyn FnMut()) {
+    black_box(call)();
+}
+
+/// Under valgrind: one call to allocate the workspace and bind symbols, and one that is counted.
+fn run(name: &str) {
+    let context = Context::with_max_isa(Isa::Avx2).expect("AVX2 belongs to this architecture");
+    assert_eq!(context.isa(), Isa::Avx2, "this CPU, or KVLANE_MAX_ISA, does not allow AVX2");
+    let (_, case) = CASES.iter().find(|(n, _)| *n == name).expect("a case of this bench");
+    let mut call = case(context);
+    call();
+    kvlane_counted(&mut call);
+}
+
+/// How many instructions a call takes.
+fn count(name: &str) -> Result<u64, String> {
+    let output = Command::new("valgrind")
+        .args(["--tool=callgrind", "--collect-atstart=no", "--toggle-collect=kvlane_counted"])
+        .arg("--callgrind-out-file=/dev/null")
+        .arg(std::env::current_exe().map_err(|e| e.to_string())?)
+        .args(["--run", name])
+        .output()
+        .map_err(|e| format!("valgrind: {e}"))?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    text.lines()
+        .find_map(|line| line.split_once("Collected :")?.1.trim().parse().ok())
+        .filter(|&n| n > 0 && output.status.success())
+        .ok_or_else(|| format!("valgrind counted nothing:\n{text}"))
+}
+
+fn references_path() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("benches/instructions.txt")
+}
+
+/// Lines of a name and a count.
+fn references() -> BTreeMap<String, u64> {
+    let text = std::fs::read_to_string(references_path()).unwrap_or_default();
+    let parse = |line: &str| {
+        let (name, count) = line.split_once(' ')?;
+        Some((name.to_owned(), count.trim().parse().ok()?))
+    };
+    text.lines().filter_map(parse).collect()
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    if let [flag, name] = &arguments[..]
+        && flag == "--run"
+    {
+        run(name);
+        return ExitCode::SUCCESS;
+    }
+    let valgrind = Command::new("valgrind").arg("--version").output().is_ok_and(|o| o.status.success());
+    if !(valgrind && Isa::Avx2.is_available()) {
+        let required = std::env::var_os("KVLANE_REQUIRE_VALGRIND").is_some();
+        println!("instructions: not run, this needs valgrind and AVX2");
+        return if required { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    }
+    let update = arguments.iter().any(|a| a == "--update");
+    let filters: Vec<&String> = arguments.iter().filter(|a| !a.starts_with("--")).collect();
+    let mut references = references();
+    let (mut passed, mut failed) = (0, 0);
+    println!("{:26} {:>12} {:>12} {:>7}", "instructions per call", "now", "reference", "ratio");
+    for (name, _) in CASES {
+        if !filters.is_empty() && !filters.iter().any(|f| name.contains(f.as_str())) {
+            continue;
+        }
+        let now = match count(name) {
+            Ok(now) => now,
+            Err(message) => {
+                println!("{name}: {message}");
+                failed += 1;
+                continue;
+            }
+        };
+        let reference = references.get(*name).copied();
+        let ratio = reference.map(|r| now as f64 / r as f64);
+        let shown = ratio.map_or_else(String::new, |r| format!("{r:.3}"));
+        let verdict = match ratio {
+            None => "  no reference",
+            Some(r) if r > 1.0 + TOLERANCE => "  TOO MANY",
+            Some(r) if r < 1.0 - TOLERANCE => "  fewer: time to update",
+            _ => "",
+        };
+        println!(
+            "{name:26} {now:12} {:>12} {shown:>7}{verdict}",
+            reference.map_or_else(String::new, |r| r.to_string())
+        );
+        if update || ratio.is_some_and(|r| r <= 1.0 + TOLERANCE) {
+            passed += 1;
+        } else {
+            failed += 1;
+        }
+        references.insert((*name).to_owned(), now);
+    }
+    if update {
+        references.retain(|name, _| CASES.iter().any(|(n, _)| n == name));
+        let text = references.iter().fold(String::new(), |mut text, (name, n)| {
+            writeln!(text, "{name} {n}").expect("a string takes what is written");
+            text
+        });
+        if let Err(error) = std::fs::write(references_path(), text) {
+            println!("{}: {error}", references_path().display());
+            failed += 1;
+        }
+    } else if failed > 0 {
+        println!("If it is meant: cargo bench --bench instructions -- --update");
+    }
+    println!("{passed} passed, {failed} failed");
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
