@@ -326,7 +326,7 @@ const MIN_TILE_ROWS: usize = 24;
 const MAX_PARTIALS: usize = 256 << 20;
 
 /// Multiplications and additions below which another thread does not pay.
-const GRAIN: usize = 256 * 1024;
+const GRAIN: usize = 512 * 1024;
 
 impl Plan {
     /// `longest`: the most keys a row has; `together`: the heads of a token are neighbours in memory. The bytes grow with

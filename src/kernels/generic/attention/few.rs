@@ -26,8 +26,12 @@ pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [
     let ahead = Ahead::new::<T>(block, k, v);
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
-        for (index, keys) in pieces(span) {
-            s.outline(Dots { block, k, keys, ahead: ahead.of_k(index) });
+        if ahead.whole {
+            s.outline(Dots { block, k, keys: span, spread: true, ahead: ahead.of_k(0) });
+        } else {
+            for (index, keys) in pieces(span) {
+                s.outline(Dots { block, k, keys, spread: false, ahead: ahead.of_k(index) });
+            }
         }
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: span });
         if !all && !(0..heads).all(|head| finite::<S, T>(s, v.key(head, 0), v.seq, span.len(), dv)) {
@@ -58,12 +62,16 @@ struct Ahead {
     k_piece: isize,
     v_piece: isize,
     by: usize,
+    /// The block is whole and of one KV head. Then memory is asked for a whole block ahead and, for keys, in several places in
+    /// turn, a page or more apart: one stream alone does not get all that memory can give.
+    whole: bool,
 }
 
 impl Ahead {
     #[inline(always)]
     fn new<T>(block: &Block, k: Rows<T>, v: Rows<T>) -> Self {
         let piece = PIECE * block.tile.kv_heads * block.d * size_of::<T>();
+        let whole = block.tile.kv_heads == 1 && block.span.len() == BLOCK;
         let size = size_of::<T>() as isize;
         let start = |rows: &Rows<T>| rows.data.addr() as isize - block.span.low as isize * rows.seq * size;
         Self {
@@ -71,7 +79,8 @@ impl Ahead {
             v: start(&v),
             k_piece: PIECE as isize * k.seq * size,
             v_piece: PIECE as isize * v.seq * size,
-            by: PREFETCH_BYTES.div_ceil(piece).clamp(1, BLOCK / PIECE),
+            by: if whole { BLOCK / PIECE } else { PREFETCH_BYTES.div_ceil(piece).clamp(1, BLOCK / PIECE) },
+            whole,
         }
     }
 
@@ -110,6 +119,8 @@ struct Dots<'a, T> {
     block: &'a Block<'a>,
     k: Rows<T>,
     keys: Span,
+    /// Keys that are done side by side are far apart.
+    spread: bool,
     ahead: isize,
 }
 
@@ -158,13 +169,15 @@ impl<T: Memory> Dots<'_, T> {
         let first = head * tile.head_rows + row;
         let (q, out) = (scratch.q.wrapping_add(first * dp), scratch.s.wrapping_add(first * BLOCK));
         let Span { low, high } = self.keys;
+        // From one key to the next that is done with it, and from there to the next of all.
+        let (apart, on, end) = if self.spread { (BLOCK / C, 1, BLOCK / C) } else { (1, C, high) };
         let mut j = low / C * C;
-        while j < high {
+        while j < end {
             let mut key = [self.k.data; C];
-            if j >= low && j + C <= high {
+            if self.spread || j >= low && j + C <= high {
                 key[0] = self.k.key(head, j - span.low);
                 for c in 1..C {
-                    key[c] = key[c - 1].wrapping_offset(self.k.seq);
+                    key[c] = key[c - 1].wrapping_offset(apart as isize * self.k.seq);
                 }
             } else {
                 for c in 0..C {
@@ -210,10 +223,17 @@ impl<T: Memory> Dots<'_, T> {
                     s.store_f32(sums.as_mut_ptr().add(n), s.sum_lanes(&lanes));
                 }
                 for r in 0..R {
-                    std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * C), out.add(r * BLOCK + j), C);
+                    let to = out.add(r * BLOCK + j);
+                    if apart == 1 {
+                        std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * C), to, C);
+                    } else {
+                        for c in 0..C {
+                            *to.add(c * apart) = sums[r * C + c];
+                        }
+                    }
                 }
             }
-            j += C;
+            j += on;
         }
     }
 }
