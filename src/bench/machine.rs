@@ -122,8 +122,11 @@ pub(crate) fn cpu_features() -> Vec<(&'static str, bool)> {
         ($detect:ident: $($name:tt),*) => { vec![$(($name, std::arch::$detect!($name))),*] };
     }
     #[cfg(target_arch = "x86_64")]
-    let features = detect!(is_x86_feature_detected: "sse4.2", "avx", "avx2", "fma", "f16c", "avxvnni", "avx512f",
+    let mut features = detect!(is_x86_feature_detected: "sse4.2", "avx", "avx2", "fma", "f16c", "avxvnni", "avx512f",
         "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16", "avx512fp16");
+    // Not to be asked for on stable Rust; the level needs both, and the operating system's consent.
+    #[cfg(target_arch = "x86_64")]
+    features.push(("amx-bf16", Isa::Amx.is_available()));
     #[cfg(target_arch = "aarch64")]
     let features = detect!(is_aarch64_feature_detected: "neon", "fp16", "dotprod", "bf16", "i8mm", "sve", "sve2");
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
