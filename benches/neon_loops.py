@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Counts what the NEON level's innermost loops are made of, in the disassembly of a build for AArch64.
+
+    python3 benches/neon_loops.py target/aarch64-unknown-linux-gnu/release/libkvlane.so
+
+NEON kernels cannot be timed where there is no such CPU, but what bounds them can be read off: a loop keeps the vector units
+busy if it has enough multiply-adds for each load, and does not spill its accumulators. The loops of attention are told by
+their number of multiply-adds, which the register tiles fix:
+
+- prefill, six rows by four vectors: 24 accumulators, so 24 multiply-adds a step (values), or 48, since scores go two
+  steps a turn;
+- decode, four rows by four keys, a pair of vectors a turn: 32.
+
+Fails if there is no such loop, or if the best of a kind has fewer multiply-adds a load, or more stores to the stack, than it
+is held to.
+"""
+
+import re
+import subprocess
+import sys
+from collections import defaultdict
+
+# Multiply-adds a turn: what that is, the least multiply-adds for each load instruction, the most stores to the stack. Of the 32
+# registers the scores' loop needs 24 sums, 4 keys, and elements of two steps of Q: one too many.
+KINDS = {
+    24: ("prefill, values: 6 x 4 vectors, a key a turn", 3.2, 0),
+    48: ("prefill, scores: 6 x 4 vectors, two steps a turn", 3.6, 1),
+    32: ("decode, scores: 4 rows x 4 keys, two vectors a turn", 3.6, 0),
+}
+LINE = re.compile(r"^\s+([0-9a-f]+):\s+(\S+)\s*(.*)$")
+
+
+def innermost_loops(library):
+    """Mnemonics and operands of every run of instructions that ends in a branch to its own start, with no branch between."""
+    command = ["aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", library]
+    body = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dump:
+        for line in dump.stdout:
+            found = LINE.match(line)
+            if not found:
+                body = []
+                continue
+            address, name, operands = int(found[1], 16), found[2], found[3]
+            body.append((address, name, operands))
+            if name == "b" or name.startswith(("b.", "cb", "tb", "ret", "br", "bl")):
+                target = re.search(r"\b([0-9a-f]+) <", operands)
+                inside = [i for i in body if target and i[0] >= int(target[1], 16)]
+                if target and int(target[1], 16) <= address and inside and inside[0][0] == int(target[1], 16):
+                    yield inside
+                body = []
+    if dump.returncode:
+        sys.exit(f"{' '.join(command)} failed")
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    best = defaultdict(lambda: (0.0, 0, 0, 0))
+    for loop in innermost_loops(sys.argv[1]):
+        names = [name for _, name, _ in loop]
+        fmas = sum(name == "fmla" for name in names)
+        if fmas not in KINDS:
+            continue
+        loads = sum(name.startswith("ld") and name != "ldrb" for name in names)
+        spills = sum(name.startswith("st") and "[sp" in operands for _, name, operands in loop)
+        best[fmas] = max(best[fmas], (fmas / max(loads, 1), -spills, loads, len(loop)))
+    failed = 0
+    for fmas, (what, least, most) in KINDS.items():
+        ratio, spills, loads, length = best[fmas]
+        good = ratio >= least and -spills <= most
+        failed += not good
+        print(
+            f"{what}: {fmas} multiply-adds, {loads} loads, {length} instructions, {-spills} stores to the stack; "
+            f"{ratio:.2f} a load, at least {least}: {'ok' if good else 'FAILED'}"
+        )
+    print(f"{len(KINDS) - failed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
