@@ -114,12 +114,17 @@ impl RawView {
 
     /// Whether any element of `self` shares a byte with one of `other`; may say yes when unsure.
     pub fn overlaps(&self, other: &Self) -> bool {
-        if self.is_empty() || other.is_empty() {
-            return false;
-        }
         let (Ok(a), Ok(b)) = (self.validate("view"), other.validate("view")) else {
             return true;
         };
+        self.overlaps_within(a, other, b)
+    }
+
+    /// As [`Self::overlaps`], for extents that are known already.
+    pub fn overlaps_within(&self, a: Extent, other: &Self, b: Extent) -> bool {
+        if self.is_empty() || other.is_empty() {
+            return false;
+        }
         let (a0, a1) = (self.data.addr() as i128 + a.low as i128, self.data.addr() as i128 + a.high as i128);
         let (b0, b1) = (other.data.addr() as i128 + b.low as i128, other.data.addr() as i128 + b.high as i128);
         if a1 <= b0 || b1 <= a0 {

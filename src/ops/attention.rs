@@ -484,10 +484,8 @@ unsafe impl Sync for SharedMemory {}
 
 fn validate<'a>(call: &RawAttention<'a>) -> Result<Problem<'a>> {
     let RawAttention { q, k, v, out, .. } = call;
-    for (name, view) in [("q", q), ("k", k), ("v", v)] {
-        view.validate(name)?;
-    }
-    out.validate_output("out")?;
+    let (q_extent, k_extent, v_extent) = (q.validate("q")?, k.validate("k")?, v.validate("v")?);
+    let out_extent = out.validate_output("out")?;
     ensure!(k.dtype == v.dtype, DType, "k is {}, but v is {}", k.dtype, v.dtype);
     let [batch, seq, heads, dim] = q.shape;
     let (keys, kv_heads, v_dim) = (k.shape[SEQ], k.shape[HEADS], v.shape[DIM]);
@@ -543,11 +541,11 @@ fn validate<'a>(call: &RawAttention<'a>) -> Result<Problem<'a>> {
     }
     if let Some(bias) = &call.bias {
         ensure!(bias.shape == mask_shape, Shape, "bias has shape {:?}, but must have {mask_shape:?}", bias.shape);
-        bias.validate("bias")?;
-        ensure!(!bias.overlaps(out), Overlap, "bias and out share memory");
+        let extent = bias.validate("bias")?;
+        ensure!(!bias.overlaps_within(extent, out, out_extent), Overlap, "bias and out share memory");
     }
-    for (name, view) in [("q", q), ("k", k), ("v", v)] {
-        ensure!(!view.overlaps(out), Overlap, "{name} and out share memory");
+    for (name, view, extent) in [("q", q, q_extent), ("k", k, k_extent), ("v", v, v_extent)] {
+        ensure!(!view.overlaps_within(extent, out, out_extent), Overlap, "{name} and out share memory");
     }
     if !call.lse.is_null() {
         let rows = batch * seq * heads;

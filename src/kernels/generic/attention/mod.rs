@@ -50,7 +50,9 @@ use crate::kernels::simd::{MAX_LANES, Memory, Simd};
 use crate::view::RawView;
 use state::{fold, load_query};
 
-pub(crate) use state::{is_empty, load_row, reduce, store_row};
+pub(crate) use state::{is_empty, reduce};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use state::{load_row, store_row};
 
 /// Keys a block: one live bit each in a `u64`.
 pub(crate) const BLOCK: usize = 64;
