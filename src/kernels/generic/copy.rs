@@ -35,6 +35,13 @@ pub(crate) unsafe fn run<S: Simd, A: Memory, B: Memory>(s: S, src: *const A, dst
 /// Every address that `args` describes is valid; source and target do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) {
+    let dim = args.dim as isize;
+    if args.repeats == 1 && (args.src_dim, args.dst_dim) == (1, 1) && (args.src_head, args.dst_head) == (dim, dim) {
+        // The heads lie one after the other on both sides: one run.
+        // SAFETY: the caller's.
+        unsafe { run::<S, A, B>(s, args.src.cast(), args.dst.cast(), args.heads * args.dim) };
+        return;
+    }
     for head in 0..args.heads {
         let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
         for repeat in 0..args.repeats {
