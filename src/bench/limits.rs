@@ -64,9 +64,11 @@ impl Threads {
             }
             let start = Instant::now();
             f(context.index());
-            start.elapsed().as_secs_f64()
+            (start, Instant::now())
         });
-        each.into_iter().fold(0.0, f64::max)
+        // From the first start: where CPUs are fewer than threads, these take turns.
+        let (first, last) = (each.iter().map(|t| t.0).min(), each.iter().map(|t| t.1).max());
+        first.zip(last).map_or(0.0, |(first, last)| last.duration_since(first).as_secs_f64())
     }
 }
 
