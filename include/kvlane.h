@@ -264,6 +264,36 @@
 #define KVL_ABI_VERSION 2
 
 /**
+ * Caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row b, slot p.
+ */
+#define KVL_CONTIGUOUS 0
+
+/**
+ * The same, but a row keeps its newest tokens only: position p lies in slot p as long as p < sinks, and from there on in slot
+ * `sinks + (p - sinks) % (capacity - sinks)`. Lengths go on counting every token that a row was given.
+ */
+#define KVL_RING 1
+
+/**
+ * Caches are pools [pages, page_size, kv_heads, dim]; position p of row b lies in page
+ * `table[b * pages_per_row + p / page_size]`, slot p % page_size. Rows may share pages that none of them writes. NHD and HND
+ * are two sets of strides.
+ */
+#define KVL_PAGED 2
+
+/**
+ * Beam search without copies: caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row
+ * `table[b * capacity + p]`, slot p.
+ */
+#define KVL_INDIRECT 3
+
+/**
+ * Rows one after the other, each as long as it is: caches are [1, tokens, kv_heads, dim]; position p of row b lies in slot
+ * `table[b] + p`, and row b ends at `table[b + 1]` (`cu_seqlens`).
+ */
+#define KVL_RAGGED 4
+
+/**
  * The kernels chosen for a machine. Made by `kvl_context_create`, immutable from then on.
  */
 typedef struct kvl_context kvl_context;
@@ -1060,6 +1090,7 @@ kvl_status kvl_alibi_slopes(float *slopes,
 #define KVL_KERNEL_INFO_INIT KVL_SIZED_INIT_(kvl_kernel_info)
 #define KVL_ROPE_FREQUENCIES_PARAMS_INIT KVL_SIZED_INIT_(kvl_rope_frequencies_params)
 #define KVL_ROPE_PARAMS_INIT KVL_SIZED_INIT_(kvl_rope_params)
+#define KVL_LAYOUT_INIT KVL_SIZED_INIT_(kvl_layout)
 #define KVL_KV_WRITE_PARAMS_INIT KVL_SIZED_INIT_(kvl_kv_write_params)
 #define KVL_ATTENTION_PARAMS_INIT KVL_SIZED_INIT_(kvl_attention_params)
 

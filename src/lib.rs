@@ -91,6 +91,7 @@ mod dtype;
 mod error;
 mod isa;
 mod kernels;
+pub mod layout;
 pub mod ops;
 mod parallel;
 mod view;
@@ -105,6 +106,7 @@ pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use isa::Isa;
 pub use kernels::{KernelInfo, Op, Precision, kernels};
+pub use layout::Layout;
 pub use ops::attention::{
     AttentionOptions, AttentionTensors, MAX_HEAD_DIM, Mask, alibi_slopes, attention, attention_workspace_size,
 };
