@@ -261,7 +261,7 @@
  * The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major and of this or
  * a higher minor version serves it. The SONAME carries the major version.
  */
-#define KVL_ABI_VERSION 2
+#define KVL_ABI_VERSION 3
 
 /**
  * Caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row b, slot p.
@@ -673,13 +673,89 @@ typedef struct kvl_mask {
 } kvl_mask;
 
 /**
+ * In which slots of a cache the tokens of a row lie.
+ */
+typedef int32_t kvl_layout_kind;
+
+/**
+ * Where in a cache the tokens of its rows lie. Start from `KVL_LAYOUT_INIT`, which is contiguous. Since ABI version 3.
+ */
+typedef struct kvl_layout {
+    /**
+     * `sizeof(kvl_layout)`.
+     */
+    size_t struct_size;
+    /**
+     * One of the above.
+     */
+    kvl_layout_kind kind;
+    /**
+     * `KVL_RING`: how many of a row's first tokens are never overwritten; less than the capacity. Else 0.
+     */
+    int32_t sinks;
+    /**
+     * Rows that the table describes; not looked at without a table.
+     */
+    int64_t rows;
+    /**
+     * `KVL_PAGED`: entries of a row. Else 0.
+     */
+    int64_t pages_per_row;
+    /**
+     * `KVL_PAGED`: [rows, pages_per_row]; entries beyond a row's length are not looked at. `KVL_INDIRECT`: [rows, capacity].
+     * `KVL_RAGGED`: [rows + 1], ascending. Else null.
+     */
+    const int32_t *table;
+} kvl_layout;
+
+/**
+ * A mask [batch, seq, heads, keys] of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
+ * first, and keys are neighbours. Start from `KVL_BIT_MASK_INIT`. Since ABI version 3.
+ *
+ * It may speak of the last keys alone: bit j of row b is of key `first_keys[b] + j`, keys before that are seen, and the last bit
+ * is of the row's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a stride of 0, over
+ * the n tokens that were written last.
+ */
+typedef struct kvl_bit_mask {
+    /**
+     * `sizeof(kvl_bit_mask)`.
+     */
+    size_t struct_size;
+    /**
+     * The byte of entry [0, 0, 0, 0].
+     */
+    const uint8_t *data;
+    /**
+     * Bytes from `data` to the end of the buffer, to be checked against; 0 if unknown.
+     */
+    size_t bytes;
+    /**
+     * The bit of entry [0, 0, 0, 0].
+     */
+    int64_t offset;
+    /**
+     * batch, seq (the most queries of a row), heads, keys.
+     */
+    int64_t shape[4];
+    /**
+     * Of batch, seq and heads, in bits; 0 broadcasts.
+     */
+    int64_t strides[3];
+    /**
+     * [batch]: the key of a row's first bit; null for 0.
+     */
+    const int32_t *first_keys;
+} kvl_bit_mask;
+
+/**
  * What attention reads, writes and sees. Start from `KVL_ATTENTION_PARAMS_INIT`, which sees every key; set `q`, `k`, `v`
  * and `out`. Query head h reads KV head `h / (heads / kv_heads)`; nothing is repeated in memory.
  *
  * A logit is `softcap(q.k * scale) + alibi + bias`; then what is masked is taken out, then softmax in f32. Query i of a
  * row stands at position p = i + offset among the keys, and sees key j when all of these hold: `j < lengths[row]`,
- * `j >= starts[row]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right`, the
- * mask's entry is not 0, the bias is not -inf. A query that sees no key has output 0 and LSE -inf (with a sink: the
+ * `j >= starts[row]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of these
+ * three, a key `j < prefixes[row]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias is not -inf, a
+ * ring has not overwritten it. A query that sees no key has output 0 and LSE -inf (with a sink: the
  * sink's logit). What is not seen cannot reach the output, NaN or not; what is seen does.
  */
 typedef struct kvl_attention_params {
@@ -770,6 +846,30 @@ typedef struct kvl_attention_params {
      * 0.
      */
     int32_t reserved2;
+    /**
+     * In which slots of `k` and `v` the tokens of a row lie, and so what their first two axes mean; null for contiguous rows. A
+     * ring, and pages, need `lengths`. Positions go on counting what a ring has overwritten: a window must lie in what it
+     * retains, and with no window there can be only one query once it has overwritten any. Since ABI version 3.
+     */
+    const struct kvl_layout *layout;
+    /**
+     * [rows + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and row b of the batch is tokens
+     * `query_starts[b]` to `query_starts[b + 1] - 1` (`cu_seqlens`); null for rows of equal length, the first axis of `q`.
+     */
+    const int32_t *query_starts;
+    /**
+     * With `query_starts`: rows of the batch, as many as every [batch] list here has entries. Else 0.
+     */
+    int64_t rows;
+    /**
+     * [batch]: every query sees the keys before this one, whatever causality and windows say (prefix-LM, attention sinks that
+     * a window must not hide); null for 0.
+     */
+    const int32_t *prefixes;
+    /**
+     * Which keys each query sees, a bit each; null for all.
+     */
+    const struct kvl_bit_mask *bit_mask;
 } kvl_attention_params;
 
 /**
@@ -1018,7 +1118,7 @@ kvl_status kvl_repeat_kv(const struct kvl_context *context,
 
 /**
  * Bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever lengths and
- * masks are, and for the threads of `runner`. Only those shapes are looked at: data may be null.
+ * masks are, and for the threads of `runner`. Only those shapes, `layout` and `query_starts` are looked at: data may be null.
  *
  * Thread safety: may be called from any number of threads at once.
  * Bad input: null, an unknown `struct_size`, a negative axis or one above 2^31 - 1, a dim that is not 1 to 512 are errors, and
@@ -1092,6 +1192,7 @@ kvl_status kvl_alibi_slopes(float *slopes,
 #define KVL_ROPE_PARAMS_INIT KVL_SIZED_INIT_(kvl_rope_params)
 #define KVL_LAYOUT_INIT KVL_SIZED_INIT_(kvl_layout)
 #define KVL_KV_WRITE_PARAMS_INIT KVL_SIZED_INIT_(kvl_kv_write_params)
+#define KVL_BIT_MASK_INIT KVL_SIZED_INIT_(kvl_bit_mask)
 #define KVL_ATTENTION_PARAMS_INIT KVL_SIZED_INIT_(kvl_attention_params)
 
 /* A view of a tensor that lies in memory in the order of its axes. */

@@ -100,6 +100,11 @@ impl Error {
         Self { status, message: message.into() }
     }
 
+    /// The same error, and which argument it is about.
+    pub(crate) fn about(self, argument: &str) -> Self {
+        Self { message: format!("{argument}: {}", self.message), ..self }
+    }
+
     /// The kind of mistake.
     pub fn status(&self) -> Status {
         self.status

@@ -63,11 +63,11 @@ impl Layout<'_> {
                 if position < sinks {
                     return ((row, position), sinks - position);
                 }
-                let slot = sinks + (position - sinks) % (slots - sinks);
+                let slot = sinks + divide(position - sinks, slots - sinks).1;
                 ((row, slot), slots - slot)
             }
             Self::Paged { pages, pages_per_row } => {
-                let (page, slot) = (position / slots, position % slots);
+                let (page, slot) = divide(position, slots);
                 ((pages[row * pages_per_row + page] as usize, slot), slots - slot)
             }
             Self::Indirect { rows } => {
@@ -93,11 +93,19 @@ impl Layout<'_> {
         }
     }
 
-    /// The positions that a row of `length` tokens still holds, beside the sinks of a ring: from here on.
+    /// The positions that a row of `length` tokens still holds, beside the sinks of a ring: from here on. 0 if it holds all.
     pub(crate) fn retained_from(&self, cache: &RawView, length: usize) -> usize {
         match *self {
-            Self::Ring { sinks } => length.saturating_sub(cache.shape[SEQ] - sinks),
+            Self::Ring { sinks } if length > cache.shape[SEQ] => length - (cache.shape[SEQ] - sinks),
             _ => 0,
+        }
+    }
+
+    /// The most keys that attention over a row may see.
+    pub(crate) fn most_keys(&self, cache: &RawView) -> usize {
+        match self {
+            Self::Paged { .. } => self.capacity(cache, 0),
+            _ => cache.shape[SEQ],
         }
     }
 
@@ -185,6 +193,13 @@ impl Layout<'_> {
         }
         Ok(())
     }
+}
+
+/// Quotient and remainder of positions, which have 31 bits: that takes a third of the time of 64.
+#[inline(always)]
+fn divide(a: usize, b: usize) -> (usize, usize) {
+    let (a, b) = (a as u32, b as u32);
+    ((a / b) as usize, (a % b) as usize)
 }
 
 /// How far [`Layout::place`] looks ahead in a table that has an entry a token: what attention takes at once.

@@ -108,7 +108,7 @@ pub use isa::Isa;
 pub use kernels::{KernelInfo, Op, Precision, kernels};
 pub use layout::Layout;
 pub use ops::attention::{
-    AttentionOptions, AttentionTensors, MAX_HEAD_DIM, Mask, alibi_slopes, attention, attention_workspace_size,
+    AttentionOptions, AttentionTensors, BitMask, MAX_HEAD_DIM, Mask, alibi_slopes, attention, attention_workspace_size,
 };
 pub use ops::merge::{AttentionState, MAX_STATES, merge_states};
 pub use ops::repeat::repeat_kv;

@@ -18,7 +18,9 @@ use crate::context::Context;
 use crate::error::{Result, ensure, fail};
 use crate::isa::Isa;
 use crate::kernels::Op;
-use crate::ops::attention::{MAX_HEAD_DIM, RawAttention, attention_raw, attention_workspace_size, fill_alibi_slopes};
+use crate::ops::attention::{
+    MAX_HEAD_DIM, RawAttention, attention_raw, attention_shapes, attention_workspace_size, fill_alibi_slopes,
+};
 use crate::ops::merge::{MAX_STATES, merge_states_raw};
 use crate::ops::repeat::repeat_kv_raw;
 use crate::ops::rope::{
@@ -592,7 +594,7 @@ pub unsafe extern "C" fn kvl_repeat_kv(
 // Attention
 
 /// Bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever lengths and
-/// masks are, and for the threads of `runner`. Only those shapes are looked at: data may be null.
+/// masks are, and for the threads of `runner`. Only those shapes, `layout` and `query_starts` are looked at: data may be null.
 ///
 /// Thread safety: may be called from any number of threads at once.
 /// Bad input: null, an unknown `struct_size`, a negative axis or one above 2^31 - 1, a dim that is not 1 to 512 are errors, and
@@ -625,6 +627,9 @@ pub unsafe extern "C" fn kvl_attention_workspace_size(
             Ok(raw.shape)
         };
         let (q, k, v) = (shape("q", &params.q)?, shape("k", &params.k)?, shape("v", &params.v)?);
+        // SAFETY: as above.
+        let (layout, starts) = unsafe { (types::layout(params.layout, k[SEQ])?, query_starts(&params)?) };
+        let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, starts);
         let needed = attention_workspace_size(q, k, v[DIM], runner.as_dyn().num_threads());
         // SAFETY: not null, and the caller's to write.
         unsafe { bytes.write(needed) };
@@ -667,12 +672,15 @@ pub unsafe extern "C" fn kvl_attention(
         let unknown = params.flags & !(KVL_CAUSAL | KVL_WINDOW_LEFT | KVL_WINDOW_RIGHT);
         ensure!(unknown == 0, InvalidEnum, "flags has unknown bits {unknown:#x}");
         let q = params.q.raw("q")?;
-        let (batch, heads) = (q.shape[BATCH], q.shape[HEADS]);
+        let heads = q.shape[HEADS];
+        // SAFETY: as above.
+        let (k, query_starts) = (params.k.raw("k")?, unsafe { query_starts(&params) }?);
+        let batch = query_starts.map_or(q.shape[BATCH], |starts| starts.len() - 1);
         // SAFETY: as above.
         let call = unsafe {
             RawAttention {
                 q,
-                k: params.k.raw("k")?,
+                k,
                 v: params.v.raw("v")?,
                 out: params.out.raw("out")?,
                 lse: params.lse,
@@ -681,10 +689,14 @@ pub unsafe extern "C" fn kvl_attention(
                 causal: params.flags & KVL_CAUSAL != 0,
                 window_left: window("window_left", params.window_left, params.flags & KVL_WINDOW_LEFT != 0)?,
                 window_right: window("window_right", params.window_right, params.flags & KVL_WINDOW_RIGHT != 0)?,
+                layout: types::layout(params.layout, k.shape[SEQ])?,
+                query_starts,
                 lengths: list("lengths", params.lengths, batch)?,
                 starts: list("starts", params.starts, batch)?,
                 offsets: list("offsets", params.offsets, batch)?,
+                prefixes: list("prefixes", params.prefixes, batch)?,
                 mask: params.mask.raw("mask")?,
+                bit_mask: types::bit_mask(params.bit_mask, batch)?,
                 bias: match params.bias.is_absent() {
                     true => None,
                     false => Some(params.bias.raw("bias")?),
@@ -803,6 +815,15 @@ unsafe fn raw_rope<'a>(params: *const kvl_rope_params, src: &RawView) -> Result<
         }
     };
     Ok(RawRope { pairing, rotary_dim, angles, positions })
+}
+
+/// # Safety
+/// `params` is what the header describes.
+unsafe fn query_starts<'a>(params: &kvl_attention_params) -> Result<Option<&'a [i32]>> {
+    let rows = size("rows", params.rows)?;
+    ensure!(!params.query_starts.is_null() || rows == 0, InvalidValue, "rows is {rows}, but there are no query_starts");
+    // SAFETY: the caller's.
+    unsafe { list("query_starts", params.query_starts, rows.saturating_add(1)) }
 }
 
 fn window(name: &str, keys: i64, given: bool) -> Result<Option<i64>> {

@@ -13,7 +13,7 @@ use crate::error::{Error, Result, Status, ensure, fail};
 use crate::isa::Isa;
 use crate::kernels::{Op, Precision};
 use crate::layout::Layout;
-use crate::ops::attention::RawMask;
+use crate::ops::attention::{RawBitMask, RawMask};
 use crate::ops::rope::Pairing;
 use crate::view::RawView;
 use std::ffi::{c_char, c_void};
@@ -139,7 +139,7 @@ pub const KVL_WINDOW_RIGHT: u32 = 4;
 
 /// The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major and of this or
 /// a higher minor version serves it. The SONAME carries the major version.
-pub const KVL_ABI_VERSION: u32 = 2;
+pub const KVL_ABI_VERSION: u32 = 3;
 
 /// The kernels chosen for a machine. Made by `kvl_context_create`, immutable from then on.
 pub struct kvl_context {
@@ -408,13 +408,39 @@ pub struct kvl_attention_state {
     pub lse: *const f32,
 }
 
+/// A mask [batch, seq, heads, keys] of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
+/// first, and keys are neighbours. Start from `KVL_BIT_MASK_INIT`. Since ABI version 3.
+///
+/// It may speak of the last keys alone: bit j of row b is of key `first_keys[b] + j`, keys before that are seen, and the last bit
+/// is of the row's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a stride of 0, over
+/// the n tokens that were written last.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_bit_mask {
+    /// `sizeof(kvl_bit_mask)`.
+    pub struct_size: usize,
+    /// The byte of entry [0, 0, 0, 0].
+    pub data: *const u8,
+    /// Bytes from `data` to the end of the buffer, to be checked against; 0 if unknown.
+    pub bytes: usize,
+    /// The bit of entry [0, 0, 0, 0].
+    pub offset: i64,
+    /// batch, seq (the most queries of a row), heads, keys.
+    pub shape: [i64; 4],
+    /// Of batch, seq and heads, in bits; 0 broadcasts.
+    pub strides: [i64; 3],
+    /// [batch]: the key of a row's first bit; null for 0.
+    pub first_keys: *const i32,
+}
+
 /// What attention reads, writes and sees. Start from `KVL_ATTENTION_PARAMS_INIT`, which sees every key; set `q`, `k`, `v`
 /// and `out`. Query head h reads KV head `h / (heads / kv_heads)`; nothing is repeated in memory.
 ///
 /// A logit is `softcap(q.k * scale) + alibi + bias`; then what is masked is taken out, then softmax in f32. Query i of a
 /// row stands at position p = i + offset among the keys, and sees key j when all of these hold: `j < lengths[row]`,
-/// `j >= starts[row]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right`, the
-/// mask's entry is not 0, the bias is not -inf. A query that sees no key has output 0 and LSE -inf (with a sink: the
+/// `j >= starts[row]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of these
+/// three, a key `j < prefixes[row]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias is not -inf, a
+/// ring has not overwritten it. A query that sees no key has output 0 and LSE -inf (with a sink: the
 /// sink's logit). What is not seen cannot reach the output, NaN or not; what is seen does.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -464,6 +490,20 @@ pub struct kvl_attention_params {
     pub precision: kvl_precision,
     /// 0.
     pub reserved2: i32,
+    /// In which slots of `k` and `v` the tokens of a row lie, and so what their first two axes mean; null for contiguous rows. A
+    /// ring, and pages, need `lengths`. Positions go on counting what a ring has overwritten: a window must lie in what it
+    /// retains, and with no window there can be only one query once it has overwritten any. Since ABI version 3.
+    pub layout: *const kvl_layout,
+    /// [rows + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and row b of the batch is tokens
+    /// `query_starts[b]` to `query_starts[b + 1] - 1` (`cu_seqlens`); null for rows of equal length, the first axis of `q`.
+    pub query_starts: *const i32,
+    /// With `query_starts`: rows of the batch, as many as every [batch] list here has entries. Else 0.
+    pub rows: i64,
+    /// [batch]: every query sees the keys before this one, whatever causality and windows say (prefix-LM, attention sinks that
+    /// a window must not hide); null for 0.
+    pub prefixes: *const i32,
+    /// Which keys each query sees, a bit each; null for all.
+    pub bit_mask: *const kvl_bit_mask,
 }
 
 /// A struct that begins with its size: plain integers, floats and pointers, for which all zeros is a value.
@@ -497,8 +537,9 @@ sized!(
     kvl_rope_frequencies_params,
     kvl_rope_params,
     kvl_layout,
+    kvl_bit_mask,
     kvl_kv_write_params,
-    kvl_attention_params[precision]
+    kvl_attention_params[precision, layout]
 );
 
 /// Copies a sized struct of the caller's, whose fields beyond its size are 0.
@@ -734,6 +775,27 @@ pub(super) unsafe fn layout<'a>(from: *const kvl_layout, slots: usize) -> Result
     })
 }
 
+/// The bit mask at `from`, for so many rows.
+///
+/// # Safety
+/// `from` is null or points to what the header describes.
+pub(super) unsafe fn bit_mask<'a>(from: *const kvl_bit_mask, batch: usize) -> Result<Option<RawBitMask<'a>>> {
+    if from.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: the caller's, here and below.
+    let mask = unsafe { read_sized(from) }?;
+    Ok(Some(RawBitMask {
+        data: mask.data,
+        offset: mask.offset,
+        shape: shape("bit_mask", mask.shape, ["batch", "seq", "heads", "keys"])?,
+        strides: mask.strides,
+        bytes: (mask.bytes > 0).then_some(mask.bytes),
+        // SAFETY: as above.
+        first_keys: unsafe { list("first_keys of bit_mask", mask.first_keys, batch) }?,
+    }))
+}
+
 impl kvl_mask {
     pub(super) fn raw(&self, name: &str) -> Result<Option<RawMask>> {
         let Self { data, shape: axes, strides, bytes } = *self;
@@ -825,9 +887,14 @@ mod layout {
     );
     layout!(kvl_attention_state, 96, out: 0, lse: 88);
     layout!(
-        kvl_attention_params, 616,
+        kvl_attention_params, 656,
         struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380,
         window_left: 384, window_right: 392, lengths: 400, starts: 408, offsets: 416, mask: 424, bias: 504,
-        alibi_slopes: 592, sinks: 600, precision: 608, reserved2: 612,
+        alibi_slopes: 592, sinks: 600, precision: 608, reserved2: 612, layout: 616, query_starts: 624, rows: 632,
+        prefixes: 640, bit_mask: 648,
+    );
+    layout!(
+        kvl_bit_mask, 96,
+        struct_size: 0, data: 8, bytes: 16, offset: 24, shape: 32, strides: 64, first_keys: 88,
     );
 }

@@ -5,7 +5,7 @@ use super::oracle;
 use super::rng::Rng;
 use super::tensor::{Gaps, Layout, Place, Tensor, indices};
 use kvlane::{
-    AttentionOptions, AttentionTensors, Context, DType, Error, Mask, Op, Precision, Runner, Serial, Workspace,
+    AttentionOptions, AttentionTensors, BitMask, Context, DType, Error, Mask, Op, Precision, Runner, Serial, Workspace,
     attention,
 };
 use std::cell::RefCell;
@@ -96,6 +96,71 @@ impl MaskTensor {
     }
 }
 
+/// A bit mask in memory of its own, of exactly as many bytes as it takes.
+pub struct BitMaskTensor {
+    memory: Memory,
+    shape: [usize; 4],
+    /// In bits.
+    strides: [i64; 3],
+    offset: usize,
+    first_keys: Vec<i32>,
+}
+
+impl BitMaskTensor {
+    /// A mask whose axes of stride 0 broadcast, and whose first bit is at `offset`.
+    pub fn new(
+        shape: [usize; 4],
+        strides: [i64; 3],
+        offset: usize,
+        first_keys: Vec<i32>,
+        place: Place,
+        mut visible: impl FnMut([usize; 4]) -> bool,
+    ) -> Self {
+        let last: i64 = (0..3).map(|a| (shape[a] as i64 - 1).max(0) * strides[a]).sum();
+        let bytes = (offset + last as usize + shape[3]).div_ceil(8);
+        let mut mask = Self { memory: Memory::new(bytes, place), shape, strides, offset, first_keys };
+        mask.memory.bytes_mut().fill(0x5a);
+        for at in indices(shape) {
+            if (0..3).all(|a| strides[a] != 0 || at[a] == 0) {
+                let bit = mask.bit(at);
+                let byte = &mut mask.memory.bytes_mut()[bit / 8];
+                *byte = *byte & !(1 << (bit % 8)) | u8::from(visible(at)) << (bit % 8);
+            }
+        }
+        mask
+    }
+
+    /// The same mask with other strides, and without a guard page.
+    pub fn spread(&self) -> Self {
+        let [_, tokens, heads, keys] = self.shape;
+        let head = keys as i64 + 5;
+        let token = head * heads as i64;
+        let strides = [token * tokens as i64 + 3, token, head];
+        Self::new(self.shape, strides, 7, self.first_keys.clone(), Place::Heap, |at| {
+            let bit = self.bit(at);
+            self.memory.bytes()[bit / 8] >> (bit % 8) & 1 == 1
+        })
+    }
+
+    fn bit(&self, at: [usize; 4]) -> usize {
+        let steps: i64 = (0..3).map(|axis| at[axis] as i64 * self.strides[axis]).sum();
+        self.offset + steps as usize + at[3]
+    }
+
+    /// Whether a query may see a key.
+    pub fn get(&self, [b, t, h, key]: [usize; 4]) -> bool {
+        let Some(column) = key.checked_sub(self.first_keys[b] as usize) else { return true };
+        let bit = self.bit([b, t, h, column]);
+        self.memory.bytes()[bit / 8] >> (bit % 8) & 1 == 1
+    }
+
+    pub fn view(&self) -> BitMask<'_> {
+        BitMask::strided(self.memory.bytes(), self.offset, self.shape, self.strides)
+            .expect("a mask of its own memory")
+            .with_first_keys(&self.first_keys)
+    }
+}
+
 /// The options, owned.
 #[derive(Default)]
 pub struct Options {
@@ -107,7 +172,9 @@ pub struct Options {
     pub lengths: Option<Vec<i32>>,
     pub starts: Option<Vec<i32>>,
     pub offsets: Option<Vec<i32>>,
+    pub prefixes: Option<Vec<i32>>,
     pub mask: Option<MaskTensor>,
+    pub bit_mask: Option<BitMaskTensor>,
     pub bias: Option<Tensor>,
     pub alibi: Option<Vec<f32>>,
     pub sinks: Option<Vec<f32>>,
@@ -124,11 +191,14 @@ impl Options {
             lengths: self.lengths.as_deref(),
             starts: self.starts.as_deref(),
             offsets: self.offsets.as_deref(),
+            prefixes: self.prefixes.as_deref(),
             mask: self.mask.as_ref().map(MaskTensor::view),
+            bit_mask: self.bit_mask.as_ref().map(BitMaskTensor::view),
             bias: self.bias.as_ref().map(Tensor::view),
             alibi_slopes: self.alibi.as_deref(),
             sinks: self.sinks.as_deref(),
             precision: precision(),
+            ..Default::default()
         }
     }
 }
@@ -241,18 +311,25 @@ impl Case {
     }
 
     pub fn run_in(&self, context: &Context, runner: &dyn Runner, workspace: &mut Workspace) -> Result<Outcome, Error> {
+        self.run_on(context, runner, workspace, (&self.k, &self.v), self.options.borrow())
+    }
+
+    /// The call with another cache and other options.
+    pub fn run_on(
+        &self,
+        context: &Context,
+        runner: &dyn Runner,
+        workspace: &mut Workspace,
+        (k, v): (&Tensor, &Tensor),
+        options: AttentionOptions,
+    ) -> Result<Outcome, Error> {
         let [batch, tokens, heads, _] = self.q.shape;
         let shape = [batch, tokens, heads, self.v.shape[3]];
         let mut out = Tensor::output(self.out_dtype, shape, self.out_layout, self.out_place);
         let mut lse = vec![f32::NAN; batch * tokens * heads];
-        let tensors = AttentionTensors {
-            q: self.q.view(),
-            k: self.k.view(),
-            v: self.v.view(),
-            out: out.view_mut(),
-            lse: Some(&mut lse),
-        };
-        let done = attention(context, runner, workspace, tensors, &self.options.borrow());
+        let tensors =
+            AttentionTensors { q: self.q.view(), k: k.view(), v: v.view(), out: out.view_mut(), lse: Some(&mut lse) };
+        let done = attention(context, runner, workspace, tensors, &options);
         if let Err(error) = done {
             out.assert_untouched();
             assert!(lse.iter().all(|x| x.is_nan()), "an LSE was written in spite of {error}");
@@ -269,7 +346,9 @@ impl Case {
 
     pub fn oracle(&self) -> oracle::State {
         let options = &self.options;
-        let mask = options.mask.as_ref().map(|m| move |at| m.get(at));
+        let (bytes, bits) = (options.mask.as_ref(), options.bit_mask.as_ref());
+        let shown = move |at| bytes.is_none_or(|m| m.get(at)) && bits.is_none_or(|m| m.get(at));
+        let mask = (bytes.is_some() || bits.is_some()).then_some(shown);
         let bias = options.bias.as_ref().map(|b| move |at| f64::from(b.get(at)));
         let attention = oracle::Attention {
             scale: options.scale.map(f64::from),
@@ -280,6 +359,7 @@ impl Case {
             lengths: options.lengths.as_deref(),
             starts: options.starts.as_deref(),
             offsets: options.offsets.as_deref(),
+            prefixes: options.prefixes.as_deref(),
             mask: mask.as_ref().map(|f| f as &dyn Fn([usize; 4]) -> bool),
             bias: bias.as_ref().map(|f| f as &dyn Fn([usize; 4]) -> f64),
             alibi: options.alibi.as_deref(),

@@ -14,6 +14,7 @@ pub struct Attention<'a> {
     pub lengths: Option<&'a [i32]>,
     pub starts: Option<&'a [i32]>,
     pub offsets: Option<&'a [i32]>,
+    pub prefixes: Option<&'a [i32]>,
     /// Whether query `[batch, token, head]` sees a key.
     pub mask: Option<&'a dyn Fn([usize; 4]) -> bool>,
     pub bias: Option<&'a dyn Fn([usize; 4]) -> f64>,
@@ -47,6 +48,7 @@ impl Attention<'_> {
         for b in 0..batch {
             let length = self.lengths.map_or(keys as i64, |l| l[b].into());
             let start = self.starts.map_or(0, |s| s[b].into());
+            let prefix = self.prefixes.map_or(0, |p| p[b].into());
             let offset = self.offsets.map_or(length - tokens as i64, |o| o[b].into());
             for t in 0..tokens {
                 let position = t as i64 + offset;
@@ -56,9 +58,10 @@ impl Attention<'_> {
                         let key = j as i64;
                         key < length
                             && key >= start
-                            && (!self.causal || key <= position)
-                            && self.window_left.is_none_or(|w| key >= position - i64::from(w))
-                            && self.window_right.is_none_or(|w| key <= position + i64::from(w))
+                            && (key < prefix
+                                || (!self.causal || key <= position)
+                                    && self.window_left.is_none_or(|w| key >= position - i64::from(w))
+                                    && self.window_right.is_none_or(|w| key <= position + i64::from(w)))
                             && self.mask.is_none_or(|mask| mask([b, t, h, j]))
                             && self.bias.is_none_or(|bias| bias([b, t, h, j]) != f64::NEG_INFINITY)
                     };

@@ -1,6 +1,6 @@
 //! Bits depend on the row and the level, and on nothing else.
 
-use crate::common::attention::{Case, MaskTensor, Options, Outcome, Shape, kv_types};
+use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Options, Outcome, Shape, kv_types};
 use crate::common::runners::{Backwards, Threads};
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
@@ -187,6 +187,8 @@ fn strides(level: &Level) {
             lengths: case.options.lengths.clone(),
             starts: case.options.starts.clone(),
             offsets: case.options.offsets.clone(),
+            prefixes: case.options.prefixes.clone(),
+            bit_mask: case.options.bit_mask.as_ref().map(BitMaskTensor::spread),
             alibi: case.options.alibi.clone(),
             sinks: case.options.sinks.clone(),
             bias: case.options.bias.as_ref().map(|bias| bias.to(Layout::BSHD, Place::Heap)),

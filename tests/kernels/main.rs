@@ -11,6 +11,7 @@ mod attention;
 mod errors;
 mod harness;
 mod invariance;
+mod layouts;
 mod merge;
 mod properties;
 mod rope;
@@ -25,6 +26,7 @@ fn main() -> std::process::ExitCode {
         write::TESTS,
         merge::TESTS,
         invariance::TESTS,
+        layouts::TESTS,
         errors::TESTS,
         properties::TESTS,
     ])

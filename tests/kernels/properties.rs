@@ -61,7 +61,7 @@ fn a_mask_is_what_it_replaces(level: &Level) {
         let options = &mut masked.options;
         (options.offsets, options.mask) = (Some(offsets), Some(mask));
         (options.lengths, options.starts, options.causal) = (None, None, false);
-        (options.window_left, options.window_right) = (None, None);
+        (options.window_left, options.window_right, options.prefixes, options.bit_mask) = (None, None, None, None);
         let got = masked.run(&level.context).all_bits();
         assert!(got == want, "seed {seed}: {what}");
     });

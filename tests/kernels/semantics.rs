@@ -1,7 +1,7 @@
 //! The promises about masks, positions, heads and NaN, one test each.
 
 use crate::attention::check;
-use crate::common::attention::{Case, MaskTensor, Options, Shape, kv_types, random_bias};
+use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Options, Shape, kv_types, random_bias};
 use crate::common::runners::Threads;
 use crate::common::tensor::{Gaps, poison};
 use crate::common::{Layout, Place, Rng, Tensor, close, scaled, thin};
@@ -178,7 +178,33 @@ fn random_hiding(rng: &mut Rng, shape: Shape) -> Options {
         let (dtype, hidden) = (rng.pick(&DType::ALL), rng.pick(&[0.0, 0.3, 0.9]));
         options.bias = Some(random_bias(rng, dtype, scores, strides, Place::GuardBefore, hidden));
     }
+    if rng.chance(0.25) {
+        options.prefixes = Some(per_row(rng, 0, keys));
+    }
+    if rng.chance(0.3) {
+        options.bit_mask = Some(random_bit_mask(rng, shape));
+    }
     options
+}
+
+/// Over the last keys or over all, between other bits, against a guard page.
+fn random_bit_mask(rng: &mut Rng, shape: Shape) -> BitMaskTensor {
+    let [batch, tokens, heads, keys] = shape.scores();
+    let first_keys: Vec<i32> =
+        (0..batch).map(|_| if rng.chance(0.5) { 0 } else { rng.between(0, keys) as i32 }).collect();
+    let width = keys - if rng.chance(0.5) { *first_keys.iter().min().unwrap() as usize } else { 0 };
+    let head = (width + rng.below(9)) as i64;
+    let token = head * heads as i64 + rng.below(3) as i64;
+    let mut strides = [token * tokens as i64, token, head];
+    for stride in &mut strides {
+        if rng.chance(0.3) {
+            *stride = 0;
+        }
+    }
+    let (mut inner, share, offset) = (rng.clone(), rng.pick(&[0.1, 0.5, 0.95]), rng.below(11));
+    BitMaskTensor::new([batch, tokens, heads, width], strides, offset, first_keys, Place::GuardAfter, |_| {
+        inner.chance(share)
+    })
 }
 
 /// A shape for random cases.
@@ -224,7 +250,7 @@ pub fn random_case(rng: &mut Rng) -> (Case, String) {
     let o = &case.options;
     let what = format!(
         "{shape:?} kv {kv} q {} out {} {place:?} {layouts:?} causal {} window {:?} {:?} lengths {:?} starts {:?} offsets {:?} \
-         mask {} bias {} softcap {:?} alibi {} sinks {}",
+         prefixes {:?} mask {} bits {} bias {} softcap {:?} alibi {} sinks {}",
         case.q.dtype,
         case.out_dtype,
         o.causal,
@@ -233,7 +259,9 @@ pub fn random_case(rng: &mut Rng) -> (Case, String) {
         o.lengths,
         o.starts,
         o.offsets,
+        o.prefixes,
         o.mask.is_some(),
+        o.bit_mask.is_some(),
         o.bias.is_some(),
         o.softcap,
         o.alibi.is_some(),
@@ -252,9 +280,11 @@ pub fn visible(case: &Case, at: [usize; 4]) -> bool {
     let j = j as i64;
     j < length
         && o.starts.as_ref().is_none_or(|s| j >= s[b].into())
-        && !(o.causal && j > position)
-        && o.window_left.is_none_or(|w| position - j <= w.into())
-        && o.window_right.is_none_or(|w| j - position <= w.into())
+        && (o.prefixes.as_ref().is_some_and(|p| j < p[b].into())
+            || !(o.causal && j > position)
+                && o.window_left.is_none_or(|w| position - j <= w.into())
+                && o.window_right.is_none_or(|w| j - position <= w.into()))
+        && o.bit_mask.as_ref().is_none_or(|m| m.get(at))
         && o.mask.as_ref().is_none_or(|m| m.get(at))
         && o.bias.as_ref().is_none_or(|bias| bias.get(at) != f32::NEG_INFINITY)
 }

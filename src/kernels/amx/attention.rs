@@ -59,7 +59,8 @@ use super::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
 use crate::dtype::DType;
 use crate::kernels::avx512::Avx512;
 use crate::kernels::generic::attention::{
-    BLOCK, CHUNK, PARTIAL_HEADER, Problem, Tile, is_empty, load_row, mask_bits, ones, padded, partial_stride, store_row,
+    BLOCK, CHUNK, Gathered, Located, PARTIAL_HEADER, Problem, Reach, Rows, Span, Tile, between, is_empty, load_row,
+    locate, ones, padded, partial_stride, store_row,
 };
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Simd};
@@ -166,8 +167,8 @@ struct Scratch {
     k: *mut u16,
     /// `[4][2][dvp / 16]` tiles.
     v: *mut u8,
-    /// Elements of a block that do not lie together: `[64][dk or dvp]`.
-    block: *mut u16,
+    /// Keys and values of a block whose elements do not lie together: `[64][dk]`, `[64][dvp]`.
+    gathered: Gathered,
     groups: *mut Group,
 }
 
@@ -192,7 +193,7 @@ impl Scratch {
             stage: bytes(LANES * dk.max(dvp) * size_of::<f32>()).cast(),
             k: bytes(SPAN_KEYS * dk * size_of::<bf16>()).cast(),
             v: bytes(SPAN_KEYS * dvp * size_of::<bf16>()),
-            block: bytes(BLOCK * dk.max(dvp) * size_of::<bf16>()).cast(),
+            gathered: Gathered { k: bytes(BLOCK * dk * size_of::<bf16>()), v: bytes(BLOCK * dvp * size_of::<bf16>()) },
             groups: bytes(groups * size_of::<Group>()).cast(),
         };
         (scratch, used)
@@ -251,21 +252,20 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
     let n = tile.rows().div_ceil(LANES);
     // SAFETY: the caller's; the scratch has `n` groups, all of whose fields `prepare` writes before they are read.
     unsafe {
-        let chunk_keys = ((tile.first_chunk * CHUNK) as i64, (tile.end_chunk as i64).saturating_mul(CHUNK as i64));
-        let (mut low, mut high) = (i64::MAX, 0);
+        let kept = p.kept(tile.batch);
+        let mut reach = Reach { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, kept };
         for g in 0..n {
-            prepare(s, &call, g, chunk_keys);
+            prepare(s, &call, g);
             let group = &*call.scratch.groups.add(g);
             for r in (0..group.rows).filter(|&r| group.low[r] < group.high[r]) {
-                low = low.min(group.low[r]);
-                high = high.max(group.high[r]);
+                reach.low = reach.low.min(group.low[r]);
+                reach.high = reach.high.max(group.high[r]);
             }
         }
         let groups = std::slice::from_raw_parts_mut(call.scratch.groups, n);
-        let (low, high) = if low < high { (low as usize, high as usize) } else { (0, 0) };
         let tiles = Tiles::configure();
         for chunk in tile.first_chunk..tile.end_chunk {
-            let (from, to) = ((chunk * CHUNK).max(low), ((chunk + 1) * CHUNK).min(high));
+            let (from, to) = reach.within(tile.chunks.keys(chunk));
             if from < to || !tile.partials.is_null() {
                 for group in groups.iter_mut() {
                     (group.max, group.sum, group.rounded) = ([f32::NEG_INFINITY; LANES], [0.0; LANES], [0.0; LANES]);
@@ -274,7 +274,7 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
             if from < to {
                 std::ptr::write_bytes(call.scratch.acc, 0, n * sizes.dvp * LANES);
                 for span in from / SPAN_KEYS..to.div_ceil(SPAN_KEYS) {
-                    one_span::<HIGH>(s, &tiles, &call, groups, span, from, to);
+                    one_span::<HIGH>(s, &tiles, &call, groups, span, (from, to), &reach);
                 }
             }
             if from < to || !tile.partials.is_null() {
@@ -327,7 +327,7 @@ unsafe fn reduce(p: &Problem, tile: &Tile, memory: *mut u8) {
 /// # Safety
 /// As [`tile`]; group `g` is one of the tile's.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-unsafe fn prepare(s: Avx512, call: &Call, g: usize, chunk_keys: (i64, i64)) {
+unsafe fn prepare(s: Avx512, call: &Call, g: usize) {
     let Call { p, tile, sizes: Sizes { d, dk, .. }, .. } = *call;
     let stage = call.scratch.stage;
     let mut group = Group {
@@ -350,13 +350,12 @@ unsafe fn prepare(s: Avx512, call: &Call, g: usize, chunk_keys: (i64, i64)) {
         for r in 0..group.rows {
             let flat = tile.first_row + g * LANES + r;
             let (token, head) = (flat / p.group, tile.kv_head * p.group + flat % p.group);
-            let span = p.span(tile.batch, token);
-            let (low, high) = (span.0.max(chunk_keys.0), span.1.min(chunk_keys.1));
-            (group.low[r], group.high[r]) = if low < high { (low, high) } else { (0, 0) };
+            (group.low[r], group.high[r]) = p.span(tile.batch, token);
             group.position[r] = p.position(tile.batch, token);
             (group.token[r], group.head[r]) = (token as u32, head as u32);
             group.slope[r] = p.alibi.map_or(0.0, |slopes| slopes[head]);
-            load_row(s, p.q.dtype, p.q.row(tile.batch, token, head), p.q.strides[3], stage.add(r * dk), d);
+            let (row, token) = p.query(tile.batch, token);
+            load_row(s, p.q.dtype, p.q.row(row, token, head), p.q.strides[3], stage.add(r * dk), d);
         }
         call.scratch.groups.add(g).write(group);
 
@@ -456,8 +455,8 @@ unsafe fn one_span<const HIGH: bool>(
     call: &Call,
     groups: &mut [Group],
     span: usize,
-    from: usize,
-    to: usize,
+    (from, to): (usize, usize),
+    reach: &Reach,
 ) {
     let mut keys = [Keys { first: std::ptr::null(), stride: 0 }; SPAN];
     // Keys whose values have elements that are not finite.
@@ -468,13 +467,16 @@ unsafe fn one_span<const HIGH: bool>(
         let mut any = 0;
         for group in groups.iter_mut() {
             // SAFETY: the keys that a row sees are inside the mask.
-            any |= unsafe { live(call, group, b, base) };
+            any |= unsafe { live(call, group, b, base, between(reach.kept, base)) };
         }
         if any != 0 {
-            // SAFETY: low..high of the block is inside the views.
+            let span = Span { low, high };
+            let (mut k, mut v) = (Located::<bf16>::new(), Located::<bf16>::new());
+            // SAFETY: the keys that some row sees are inside the views.
             unsafe {
-                keys[b] = pack_keys(call, b, base, low, high);
-                special[b] = pack_values(s, call, b, base, low, high);
+                locate(call.p, call.tile, base, span, any, reach, &call.scratch.gathered, (&mut k, &mut v));
+                keys[b] = pack_keys(call, b, span, k.rows());
+                special[b] = pack_values(s, call, b, span, k.rows(), v.rows());
             }
         }
     }
@@ -519,26 +521,23 @@ unsafe fn one_span<const HIGH: bool>(
     }
 }
 
-/// Which keys of block `b`, which begins at key `base`, the rows of a group see; returns those that some row sees.
+/// Which keys of block `b`, which begins at key `base`, the rows of a group see, `kept` among them; returns those that some row
+/// sees.
 ///
 /// # Safety
-/// The keys that a row sees are inside the mask.
+/// The keys that a row sees are inside the masks.
 #[inline]
-unsafe fn live(call: &Call, group: &mut Group, b: usize, base: usize) -> u64 {
+unsafe fn live(call: &Call, group: &mut Group, b: usize, base: usize, kept: u64) -> u64 {
     let mut any = 0;
     for r in 0..LANES {
         if r >= group.rows {
             group.live[b][r] = u64::MAX;
             continue;
         }
-        let from = (group.low[r] - base as i64).clamp(0, BLOCK as i64) as usize;
-        let to = (group.high[r] - base as i64).clamp(0, BLOCK as i64) as usize;
-        let mut bits = ones(to) & !ones(from);
-        if bits != 0
-            && let Some(mask) = &call.p.mask
-        {
+        let mut bits = between((group.low[r], group.high[r]), base) | kept;
+        if bits != 0 {
             // SAFETY: the caller's.
-            bits &= unsafe { mask_bits(mask, call.tile.batch, (group.token[r], group.head[r]), base, from, to) };
+            bits = unsafe { call.p.shown(call.tile.batch, (group.token[r], group.head[r]), base, bits) };
         }
         group.live[b][r] = bits;
         any |= bits;
@@ -546,74 +545,58 @@ unsafe fn live(call: &Call, group: &mut Group, b: usize, base: usize) -> u64 {
     any
 }
 
-/// Keys `low..high` of a block as rows of whole tiles: where they are, or in a copy with zeros around them.
+/// The keys of a block's span as rows of whole tiles: where they are, or in a copy with zeros around them.
 ///
 /// # Safety
 /// Those keys are inside K.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn pack_keys(call: &Call, b: usize, base: usize, low: usize, high: usize) -> Keys {
-    let Call { p, tile, sizes: Sizes { d, dk, .. }, .. } = *call;
-    let [_, k_stride, _, d_stride] = p.k.strides.map(|s| s as isize);
+unsafe fn pack_keys(call: &Call, b: usize, span: Span, k: Rows<bf16>) -> Keys {
+    let Call { tile, sizes: Sizes { d, dk, .. }, .. } = *call;
+    if d == dk
+        && span.low == 0
+        && span.high == BLOCK
+        && tile.rows() <= DIRECT_ROWS
+        && let Some(stride) = k.stride(span)
+    {
+        return Keys { first: k.key(0, 0).cast(), stride };
+    }
     // SAFETY: the caller's; the copy has room for 64 keys a block.
     unsafe {
-        let first = p.k.row(tile.batch, base + low, tile.kv_head).cast::<u16>();
-        if d_stride == 1 && d == dk && high - low == BLOCK && tile.rows() <= DIRECT_ROWS {
-            return Keys { first: first.cast(), stride: k_stride * size_of::<bf16>() as isize };
-        }
         let copy = call.scratch.k.add(b * BLOCK * dk);
         for j in 0..BLOCK {
             let row = copy.add(j * dk);
-            if j < low || j >= high {
+            if j < span.low || j >= span.high {
                 std::ptr::write_bytes(row, 0, dk);
                 continue;
             }
-            let key = first.wrapping_offset((j - low) as isize * k_stride);
-            if d_stride == 1 {
-                for i in (0..dk).step_by(DEPTH) {
-                    let x = _mm512_maskz_loadu_epi16(ones(d - i.min(d)) as u32, key.wrapping_add(i).cast());
-                    _mm512_storeu_si512(row.add(i).cast(), x);
-                }
-            } else {
-                (0..d).for_each(|i| *row.add(i) = *key.wrapping_offset(i as isize * d_stride));
-                std::ptr::write_bytes(row.add(d), 0, dk - d);
+            let key = k.key(0, j);
+            for i in (0..dk).step_by(DEPTH) {
+                let x = _mm512_maskz_loadu_epi16(ones(d - i.min(d)) as u32, key.wrapping_add(i).cast());
+                _mm512_storeu_si512(row.add(i).cast(), x);
             }
         }
         Keys { first: copy.cast(), stride: (dk * size_of::<bf16>()) as isize }
     }
 }
 
-/// Transposes the values of keys `low..high` of a block into tiles, with zeros around them and for elements that are not
-/// finite; returns the keys that have such.
+/// Transposes the values of a block's span into tiles, with zeros around them and for elements that are not finite; returns the
+/// keys that have such.
 ///
 /// # Safety
 /// Those keys are inside V.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-unsafe fn pack_values(s: Avx512, call: &Call, b: usize, base: usize, low: usize, high: usize) -> u64 {
-    let Call { p, tile, sizes: Sizes { dv, dvp, .. }, .. } = *call;
-    let [_, mut stride, _, d_stride] = p.v.strides.map(|s| s as isize);
+unsafe fn pack_values(s: Avx512, call: &Call, b: usize, span: Span, k: Rows<bf16>, v: Rows<bf16>) -> u64 {
+    let Sizes { dv, dvp, .. } = call.sizes;
     // SAFETY: the caller's; the copy has room for 64 keys.
     unsafe {
-        let mut first = p.v.row(tile.batch, base + low, tile.kv_head).cast::<u16>().cast_const();
-        if d_stride != 1 {
-            for j in 0..high - low {
-                let value = first.wrapping_offset(j as isize * stride);
-                let row = call.scratch.block.add(j * dvp);
-                (0..dv).for_each(|i| *row.add(i) = *value.wrapping_offset(i as isize * d_stride));
-            }
-            (first, stride) = (call.scratch.block, dvp as isize);
-        }
         let to = call.scratch.v.add(b * BLOCK * dvp * size_of::<bf16>());
-        let ahead = |view: &crate::view::RawView| -> (*const u8, isize) {
-            let key = view.row(tile.batch, base, tile.kv_head).cast_const();
-            (key.wrapping_offset(BLOCK as isize * view.strides[1] as isize * 2), view.strides[1] as isize * 2)
-        };
-        let values = Values { first, stride, low, high, dv, dvp, to, ahead: [ahead(&p.k), ahead(&p.v)] };
+        let values = Values { v, span, dv, dvp, to, ahead: [k, v] };
         if values.transpose::<false>(s) {
             return 0;
         }
         values.transpose::<true>(s);
-        let is_special = |j: &usize| (0..dv).any(|i| !is_finite(*values.key(*j).add(i)));
-        (low..high).filter(is_special).fold(0, |bits, j| bits | 1 << j)
+        let is_special = |j: &usize| (0..dv).any(|i| !is_finite((*v.key(0, *j).add(i)).to_bits()));
+        (span.low..span.high).filter(is_special).fold(0, |bits, j| bits | 1 << j)
     }
 }
 
@@ -621,25 +604,18 @@ fn is_finite(bits: u16) -> bool {
     bits & 0x7f80 != 0x7f80
 }
 
-/// The values of a block, their elements together, and the tiles that they go to.
-struct Values {
-    first: *const u16,
-    stride: isize,
-    low: usize,
-    high: usize,
+/// The values of a block, and the tiles that they go to.
+struct Values<'a> {
+    v: Rows<'a, bf16>,
+    span: Span,
     dv: usize,
     dvp: usize,
     to: *mut u8,
-    /// The first key and value of the next block, which may be outside the views, and bytes from one to the next.
-    ahead: [(*const u8, isize); 2],
+    /// Those whose next block is asked for.
+    ahead: [Rows<'a, bf16>; 2],
 }
 
-impl Values {
-    /// The value of key `j` of the block.
-    fn key(&self, j: usize) -> *const u16 {
-        self.first.wrapping_offset((j - self.low) as isize * self.stride)
-    }
-
+impl Values<'_> {
     /// Returns whether all elements are finite; with `CLEAN`, puts zeros for those that are not.
     ///
     /// # Safety
@@ -657,14 +633,16 @@ impl Values {
                     let mut x = [_mm512_setzero_si512(); 2];
                     for (i, x) in x.iter_mut().enumerate() {
                         let j = half * DEPTH + 2 * pair + i;
-                        for (first, stride) in self.ahead {
-                            let line = first.wrapping_offset(j as isize * stride).wrapping_add(column * 2);
-                            // It takes any address, and does nothing where there is no memory.
-                            _mm_prefetch::<_MM_HINT_T1>(line.cast());
+                        for rows in self.ahead {
+                            let next = rows.next(j);
+                            if !next.is_null() {
+                                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(column).cast());
+                            }
                         }
-                        if j >= self.low && j < self.high {
+                        if j >= self.span.low && j < self.span.high {
+                            let value = self.v.key(0, j).wrapping_add(column);
                             // SAFETY: the caller's; masked-off lanes are not accessed.
-                            *x = unsafe { _mm512_maskz_loadu_epi16(mask, self.key(j).wrapping_add(column).cast()) };
+                            *x = unsafe { _mm512_maskz_loadu_epi16(mask, value.cast()) };
                             if CLEAN {
                                 let finite = _mm512_cmpneq_epi16_mask(_mm512_and_si512(*x, exponent), exponent);
                                 *x = _mm512_maskz_mov_epi16(finite, *x);
@@ -913,12 +891,13 @@ unsafe fn repair(s: Avx512, call: &Call, group: &Group, x: *mut f32, b: usize, b
         // SAFETY: the stage has room for d floats; keys that are seen are inside K.
         unsafe {
             let q = call.scratch.stage;
-            let row = p.q.row(tile.batch, group.token[r] as usize, group.head[r] as usize);
+            let (row, token) = p.query(tile.batch, group.token[r] as usize);
+            let row = p.q.row(row, token, group.head[r] as usize);
             load_row(s, p.q.dtype, row, p.q.strides[3], q, d);
             for j in (0..BLOCK).filter(|j| group.live[b][r] >> j & 1 == 1) {
                 let score = &mut *x.add(j * LANES + r);
                 if score.is_nan() {
-                    let key = p.k.row(tile.batch, base + j, tile.kv_head).cast::<bf16>();
+                    let key = p.key(tile.batch, base + j, tile.kv_head).cast::<bf16>();
                     let products = (0..d)
                         .map(|i| *q.add(i) * (*key.wrapping_offset(i as isize * p.k.strides[3] as isize)).to_f32());
                     let sum: f32 = products.sum();
@@ -1152,7 +1131,7 @@ unsafe fn add_special_of(
             unsafe {
                 let pair = *w.add(j / 2 * LANES + r);
                 let weight = f32::from_bits(if j % 2 == 0 { pair << 16 } else { pair & 0xffff_0000 });
-                let value = p.v.row(tile.batch, base + j, tile.kv_head).cast::<bf16>();
+                let value = p.value(tile.batch, base + j, tile.kv_head).cast::<bf16>();
                 for i in 0..dv {
                     let element = *value.wrapping_offset(i as isize * p.v.strides[3] as isize);
                     if !is_finite(element.to_bits()) {
@@ -1252,8 +1231,7 @@ unsafe fn finish(s: Avx512, p: &Problem, batch: usize, token: usize, head: usize
     // SAFETY: the caller's.
     unsafe {
         if !p.lse.is_null() {
-            let index = (batch * p.q.shape[1] + token) * p.q.shape[2] + head;
-            *p.lse.add(index) =
+            *p.lse(batch, token, head) =
                 if max == f64::NEG_INFINITY && sum == 0.0 { f32::NEG_INFINITY } else { (max + sum.ln()) as f32 };
         }
         if state.is_empty() {
@@ -1266,7 +1244,8 @@ unsafe fn finish(s: Avx512, p: &Problem, batch: usize, token: usize, head: usize
                 s.store_f32(acc.add(i), s.add(x, s.zero()));
             }
         }
-        store_row(s, acc, p.out.dtype, p.out.row(batch, token, head), p.out.strides[3], dv);
+        let (row, token) = p.query(batch, token);
+        store_row(s, acc, p.out.dtype, p.out.row(row, token, head), p.out.strides[3], dv);
     }
 }
 

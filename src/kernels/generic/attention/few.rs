@@ -8,6 +8,7 @@
 //! pieces after it are prefetched, across the seams between K and V and between blocks, where the hardware's prefetcher
 //! would have to start anew.
 
+use super::keys::PIECES;
 use super::softmax::Softmax;
 use super::{BLOCK, Block, PIECE, RowState, Rows, Span, padded};
 use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd};
@@ -23,85 +24,70 @@ const PREFETCH_BYTES: usize = 12 << 10;
 pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<T>) {
     let Block { tile, span, all, dv, .. } = *block;
     let heads = tile.kv_heads;
-    let ahead = Ahead::new::<T>(block, k, v);
+    let ahead = Ahead::new(block, k, v);
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
         if ahead.whole {
             s.outline(Dots { block, k, keys: span, spread: true, ahead: ahead.of_k(0) });
         } else {
-            for (index, keys) in pieces(span) {
+            for (index, keys) in block.pieces() {
                 s.outline(Dots { block, k, keys, spread: false, ahead: ahead.of_k(index) });
             }
         }
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: span });
-        if !all && !(0..heads).all(|head| finite::<S, T>(s, v.key(head, 0), v.seq, span.len(), dv)) {
+        if !all && !(0..heads).all(|head| finite::<S, T>(s, v, head, span, dv)) {
             for (r, row) in rows.iter().enumerate() {
                 careful::<S, T>(s, block, row, r, v);
             }
             return;
         }
-        for (index, keys) in pieces(span) {
+        for (index, keys) in block.pieces() {
             s.outline(Values { block, v, keys, ahead: ahead.of_v(index) });
         }
     }
 }
 
-/// The pieces of a span: number in the block, and keys.
-#[inline(always)]
-fn pieces(span: Span) -> impl Iterator<Item = (usize, Span)> {
-    (span.low / PIECE..span.high.div_ceil(PIECE))
-        .map(move |index| (index, Span { low: span.low.max(index * PIECE), high: span.high.min((index + 1) * PIECE) }))
-}
-
 /// The distances in bytes from a piece to the one that is read some pieces later: K of the block, then its V, then K of the next
 /// block.
-struct Ahead {
-    k: isize,
-    v: isize,
-    /// Bytes between neighbouring pieces.
-    k_piece: isize,
-    v_piece: isize,
+struct Ahead<'a, T> {
+    k: Rows<'a, T>,
+    v: Rows<'a, T>,
+    span: Span,
     by: usize,
     /// The block is whole and of one KV head. Then memory is asked for a whole block ahead and, for keys, in several places in
     /// turn, a page or more apart: one stream alone does not get all that memory can give.
     whole: bool,
 }
 
-impl Ahead {
+impl<'a, T> Ahead<'a, T> {
     #[inline(always)]
-    fn new<T>(block: &Block, k: Rows<T>, v: Rows<T>) -> Self {
+    fn new(block: &Block, k: Rows<'a, T>, v: Rows<'a, T>) -> Self {
         let piece = PIECE * block.tile.kv_heads * block.d * size_of::<T>();
         let whole = block.tile.kv_heads == 1 && block.span.len() == BLOCK;
-        let size = size_of::<T>() as isize;
-        let start = |rows: &Rows<T>| rows.data.addr() as isize - block.span.low as isize * rows.seq * size;
-        Self {
-            k: start(&k),
-            v: start(&v),
-            k_piece: PIECE as isize * k.seq * size,
-            v_piece: PIECE as isize * v.seq * size,
-            by: if whole { BLOCK / PIECE } else { PREFETCH_BYTES.div_ceil(piece).clamp(1, BLOCK / PIECE) },
-            whole,
-        }
+        let by = if whole { PIECES } else { PREFETCH_BYTES.div_ceil(piece).clamp(1, PIECES) };
+        Self { k, v, span: block.span, by, whole }
     }
 
     #[inline(always)]
     fn of_k(&self, index: usize) -> isize {
         let target = index + self.by;
-        match target.checked_sub(BLOCK / PIECE) {
-            None => self.by as isize * self.k_piece,
-            Some(after) => self.v + after as isize * self.v_piece - (self.k + index as isize * self.k_piece),
-        }
+        let to =
+            if target < PIECES { self.k.piece(self.span, target) } else { self.v.piece(self.span, target - PIECES) };
+        distance(self.k.piece(self.span, index), to)
     }
 
     #[inline(always)]
     fn of_v(&self, index: usize) -> isize {
         let target = index + self.by;
-        if target < BLOCK / PIECE {
-            self.by as isize * self.v_piece
-        } else {
-            self.k + target as isize * self.k_piece - (self.v + index as isize * self.v_piece)
-        }
+        let to = if target < PIECES { self.v.piece(self.span, target) } else { self.k.piece(self.span, target) };
+        distance(self.v.piece(self.span, index), to)
     }
+}
+
+/// In bytes; 0 if there is nothing to go to.
+#[inline(always)]
+fn distance<T>(from: *const T, to: *const T) -> isize {
+    if to.is_null() { 0 } else { to.addr().wrapping_sub(from.addr()) as isize }
 }
 
 /// Asks for the memory of a pair of vectors, `ahead` bytes on.
@@ -117,7 +103,7 @@ fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize) {
 /// Scores of all rows with the keys of a piece.
 struct Dots<'a, T> {
     block: &'a Block<'a>,
-    k: Rows<T>,
+    k: Rows<'a, T>,
     keys: Span,
     /// Keys that are done side by side are far apart.
     spread: bool,
@@ -164,7 +150,7 @@ impl<T: Memory> Dots<'_, T> {
     /// As [`block`]; the rows are inside the tile.
     #[inline(always)]
     unsafe fn dots<S: Simd, const R: usize, const C: usize>(&self, s: S, head: usize, row: usize) {
-        let Block { tile, scratch, span, d, .. } = *self.block;
+        let Block { tile, scratch, d, .. } = *self.block;
         let dp = padded(d);
         let first = head * tile.head_rows + row;
         let (q, out) = (scratch.q.wrapping_add(first * dp), scratch.s.wrapping_add(first * BLOCK));
@@ -173,16 +159,11 @@ impl<T: Memory> Dots<'_, T> {
         let (apart, on, end) = if self.spread { (BLOCK / C, 1, BLOCK / C) } else { (1, C, high) };
         let mut j = low / C * C;
         while j < end {
-            let mut key = [self.k.data; C];
-            if self.spread || j >= low && j + C <= high {
-                key[0] = self.k.key(head, j - span.low);
-                for c in 1..C {
-                    key[c] = key[c - 1].wrapping_offset(apart as isize * self.k.seq);
-                }
-            } else {
-                for c in 0..C {
-                    key[c] = self.k.key(head, (j + c).clamp(low, high - 1) - span.low);
-                }
+            let mut key = [std::ptr::null(); C];
+            for c in 0..C {
+                let at = j + c * apart;
+                let inside = self.spread || j >= low && j + C <= high;
+                key[c] = self.k.key(head, if inside { at } else { at.clamp(low, high - 1) });
             }
             let mut acc = [[s.zero(); C]; R];
             let mut i = 0;
@@ -207,7 +188,7 @@ impl<T: Memory> Dots<'_, T> {
                     let part = (d - i).min(S::LANES);
                     for c in 0..C {
                         let at = key[c].add(i);
-                        let k = if part == S::LANES { T::load(s, at) } else { T::load_part(s, at, part) };
+                        let k = load_up_to(s, at, part);
                         for r in 0..R {
                             acc[r][c] = s.fma(s.load_f32(q.add(r * dp + i)), k, acc[r][c]);
                         }
@@ -241,7 +222,7 @@ impl<T: Memory> Dots<'_, T> {
 /// Adds the weighted values of a piece to the accumulators of all rows.
 struct Values<'a, T> {
     block: &'a Block<'a>,
-    v: Rows<T>,
+    v: Rows<'a, T>,
     keys: Span,
     ahead: isize,
 }
@@ -249,7 +230,7 @@ struct Values<'a, T> {
 impl<T: Memory> Outlined for Values<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
-        let Block { tile, scratch, span, dv, .. } = *self.block;
+        let Block { tile, scratch, dv, .. } = *self.block;
         let wide = S::DOTS == 16;
         for head in 0..tile.kv_heads {
             for row in (0..tile.head_rows).step_by(4) {
@@ -258,8 +239,7 @@ impl<T: Memory> Outlined for Values<'_, T> {
                     weights: scratch.s.wrapping_add(first * BLOCK + self.keys.low),
                     acc: scratch.acc.wrapping_add(first * padded(dv)),
                     acc_row: padded(dv),
-                    v: self.v.key(head, self.keys.low - span.low),
-                    v_key: self.v.seq,
+                    v: Listed { rows: self.v, head, first: self.keys.low },
                     keys: self.keys.len(),
                     ahead: if row == 0 { self.ahead } else { 0 },
                 };
@@ -280,21 +260,54 @@ impl<T: Memory> Outlined for Values<'_, T> {
     }
 }
 
+/// Where the values lie that [`Weighted`] adds.
+pub(super) trait ValueRows {
+    type Element: Memory;
+    fn row(&self, key: usize) -> *const Self::Element;
+}
+
+/// In the cache: keys of a block and KV head, counted from `first`.
+struct Listed<'a, T> {
+    rows: Rows<'a, T>,
+    head: usize,
+    first: usize,
+}
+
+impl<T: Memory> ValueRows for Listed<'_, T> {
+    type Element = T;
+    #[inline(always)]
+    fn row(&self, key: usize) -> *const T {
+        self.rows.key(self.head, self.first + key)
+    }
+}
+
+/// In a packed copy, so many floats apart.
+pub(super) struct Packed {
+    pub first: *const f32,
+    pub width: usize,
+}
+
+impl ValueRows for Packed {
+    type Element = f32;
+    #[inline(always)]
+    fn row(&self, key: usize) -> *const f32 {
+        self.first.wrapping_add(key * self.width)
+    }
+}
+
 /// `acc[r] += sum over keys of weights[r][key] * v[key]`, one key after the other. Rows of weights lie [`BLOCK`] apart.
-pub(super) struct Weighted<T> {
+pub(super) struct Weighted<V> {
     pub weights: *const f32,
     pub acc: *mut f32,
     /// Floats from one accumulator to the next.
     pub acc_row: usize,
-    pub v: *const T,
-    /// Elements from one key to the next.
-    pub v_key: isize,
+    pub v: V,
     pub keys: usize,
     /// Bytes from a value to the memory that is prefetched with it; 0: none.
     pub ahead: isize,
 }
 
-impl<T: Memory> Weighted<T> {
+impl<V: ValueRows> Weighted<V> {
     /// All `dv` columns of `R` rows, up to `N` vectors at a time.
     ///
     /// # Safety
@@ -340,17 +353,17 @@ impl<T: Memory> Weighted<T> {
                 }
             }
             for j in 0..self.keys {
-                let v = self.v.wrapping_offset(j as isize * self.v_key).wrapping_add(column);
+                let v = self.v.row(j).wrapping_add(column);
                 let mut x = [s.zero(); N];
                 if N == 1 {
-                    x[0] = if part == S::LANES { T::load(s, v) } else { T::load_part(s, v, part) };
+                    x[0] = load_up_to(s, v, part);
                 } else {
                     for n in (0..N).step_by(2) {
                         let at = v.add(n * S::LANES);
                         if self.ahead != 0 {
                             prefetch_pair(s, at, self.ahead);
                         }
-                        [x[n], x[n + 1]] = T::load_pair(s, at);
+                        [x[n], x[n + 1]] = V::Element::load_pair(s, at);
                     }
                 }
                 for r in 0..R {
@@ -369,21 +382,29 @@ impl<T: Memory> Weighted<T> {
     }
 }
 
-/// Whether `keys` value rows hold no NaN and no infinity.
+/// A vector of which `part` elements are read.
 ///
 /// # Safety
-/// As [`block`]: rows of `dv` elements lie `v_key` elements apart.
+/// They are readable.
 #[inline(always)]
-unsafe fn finite<S: Simd, T: Memory>(s: S, v: *const T, v_key: isize, keys: usize, dv: usize) -> bool {
-    for j in 0..keys as isize {
-        let row = v.wrapping_offset(j * v_key);
+pub(super) unsafe fn load_up_to<S: Simd, T: Memory>(s: S, from: *const T, part: usize) -> S::V {
+    // SAFETY: the caller's.
+    unsafe { if part == S::LANES { T::load(s, from) } else { T::load_part(s, from, part) } }
+}
+
+/// Whether the values of a span and KV head hold no NaN and no infinity.
+///
+/// # Safety
+/// As [`block`].
+#[inline(always)]
+unsafe fn finite<S: Simd, T: Memory>(s: S, v: Rows<T>, head: usize, span: Span, dv: usize) -> bool {
+    for j in span.low..span.high {
+        let row = v.key(head, j);
         let mut i = 0;
         while i < dv {
             let part = (dv - i).min(S::LANES);
             // SAFETY: `part` elements are left.
-            let x =
-                unsafe { if part == S::LANES { T::load(s, row.add(i)) } else { T::load_part(s, row.add(i), part) } };
-            if !s.all_finite(x) {
+            if !s.all_finite(unsafe { load_up_to(s, row.add(i), part) }) {
                 return false;
             }
             i += part;
@@ -405,8 +426,7 @@ pub(super) unsafe fn careful<S: Simd, T: Memory>(s: S, block: &Block, row: &RowS
                 weights: scratch.s.wrapping_add(r * BLOCK + j),
                 acc: scratch.acc.wrapping_add(r * padded(dv)),
                 acc_row: padded(dv),
-                v: v.key(r / tile.head_rows, j - span.low),
-                v_key: 0,
+                v: Listed { rows: v, head: r / tile.head_rows, first: j },
                 keys: 1,
                 ahead: 0,
             };
@@ -417,12 +437,12 @@ pub(super) unsafe fn careful<S: Simd, T: Memory>(s: S, block: &Block, row: &RowS
 }
 
 /// One row, one key.
-struct Careful<T> {
-    one: Weighted<T>,
+struct Careful<V> {
+    one: Weighted<V>,
     dv: usize,
 }
 
-impl<T: Memory> Outlined for Careful<T> {
+impl<V: ValueRows> Outlined for Careful<V> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
         // SAFETY: the caller's.

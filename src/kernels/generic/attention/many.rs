@@ -7,7 +7,7 @@
 //! (LANES - 1) additions a LANES-th of the FMAs of a score: 6 % of both products at head size 128. Causal blocks compute what
 //! any of a register tile's rows may see: half slabs of keys in Q K^T, single keys in P V.
 
-use super::few::{Weighted, careful};
+use super::few::{Packed, Weighted, careful, load_up_to};
 use super::softmax::Softmax;
 use super::{BLOCK, Block, MAX_TILE_ROWS, RowState, Rows, Span, TILE_ROWS, padded};
 use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd};
@@ -31,8 +31,8 @@ pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [
     // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
     unsafe {
         s.outline(PackKeys { block, k });
-        let mut next_k = NextBlock::new(k, span, d, 2 * BLOCK / slab * groups.len());
-        let mut next_v = NextBlock::new(v, span, dv, value_slabs::<S>(dv).count() * groups.len());
+        let mut next_k = NextBlock::new(k, d, 2 * BLOCK / slab * groups.len());
+        let mut next_v = NextBlock::new(v, dv, value_slabs::<S>(dv).count() * groups.len());
         s.outline(PackValues { block, v, finite: if all { None } else { Some(&mut finite) } });
         for column in (span.low / slab * slab..span.high).step_by(slab) {
             for second in [false, true] {
@@ -72,8 +72,7 @@ pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [
                     weights: scratch.s.add(r * BLOCK + keys.low),
                     acc: scratch.acc.add(r * dvp + column),
                     acc_row: dvp,
-                    v: scratch.vp.add(column * BLOCK + keys.low * width).cast_const(),
-                    v_key: width as isize,
+                    v: Packed { first: scratch.vp.add(column * BLOCK + keys.low * width), width },
                     keys: keys.len(),
                     ahead: 0,
                 };
@@ -91,42 +90,38 @@ pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [
 
 /// K or V of the next block: asked for while this one is computed, since its packing would wait for it. A few lines at a time:
 /// more than a core has fill buffers for would make it wait now.
-struct NextBlock {
-    row: *const u8,
-    row_bytes: isize,
+struct NextBlock<'a, T> {
+    rows: Rows<'a, T>,
+    key: usize,
     /// Lines of a row, and the next of them.
     lines: usize,
     line: usize,
-    rows: usize,
     each: usize,
 }
 
-impl NextBlock {
+impl<'a, T> NextBlock<'a, T> {
     /// To be asked for in `calls` calls.
     #[inline(always)]
-    fn new<T>(rows: Rows<T>, span: Span, columns: usize, calls: usize) -> Self {
+    fn new(rows: Rows<'a, T>, columns: usize, calls: usize) -> Self {
         let lines = (columns * size_of::<T>()).div_ceil(64);
-        Self {
-            row: rows.key(0, BLOCK - span.low).cast(),
-            row_bytes: rows.seq * size_of::<T>() as isize,
-            lines,
-            line: 0,
-            rows: BLOCK,
-            each: (lines * BLOCK).div_ceil(calls.max(1)),
-        }
+        Self { rows, key: 0, lines, line: 0, each: (lines * BLOCK).div_ceil(calls.max(1)) }
     }
 
     #[inline(always)]
     fn prefetch<S: Simd>(&mut self, s: S) {
         for _ in 0..self.each {
-            if self.rows == 0 {
+            if self.key == BLOCK {
                 return;
             }
-            s.prefetch_far(self.row.wrapping_add(self.line * 64));
+            let row = self.rows.next(self.key);
+            if row.is_null() {
+                self.key = BLOCK;
+                return;
+            }
+            s.prefetch_far(row.cast::<u8>().wrapping_add(self.line * 64));
             self.line += 1;
             if self.line == self.lines {
-                (self.line, self.rows) = (0, self.rows - 1);
-                self.row = self.row.wrapping_offset(self.row_bytes);
+                (self.line, self.key) = (0, self.key + 1);
             }
         }
     }
@@ -257,7 +252,7 @@ fn walk<S: Simd>(lane: usize, steps: usize) -> usize {
 /// at the span's ends, columns outside of it are numbers of no meaning.
 struct PackKeys<'a, T> {
     block: &'a Block<'a>,
-    k: Rows<T>,
+    k: Rows<'a, T>,
 }
 
 impl<T: Memory> Outlined for PackKeys<'_, T> {
@@ -309,15 +304,11 @@ impl<T: Memory> PackKeys<'_, T> {
         let mut v = [s.zero(); MAX_LANES];
         // Whole vectors of keys need no look at the ends of the span; unrolled, so that all stays in registers.
         let whole = group >= span.low && group + S::LANES <= span.high;
-        let start = if whole { self.k.key(0, group - span.low) } else { self.k.data };
         macro_rules! unrolled {
             ($($lane:literal)*) => {$(
                 if $lane < S::LANES {
-                    let key = if whole {
-                        start.wrapping_offset($lane * self.k.seq)
-                    } else {
-                        self.k.key(0, (group + $lane).clamp(span.low, span.high - 1) - span.low)
-                    };
+                    let key = group + $lane;
+                    let key = self.k.key(0, if whole { key } else { key.clamp(span.low, span.high - 1) });
                     // SAFETY: the caller's.
                     v[$lane] = unsafe {
                         match KIND {
@@ -344,7 +335,7 @@ impl<T: Memory> PackKeys<'_, T> {
 /// Widens the values of a span into the slabs of [`value_slabs`]: `[slab][key][columns]`. Says whether all are finite, if asked.
 struct PackValues<'a, T> {
     block: &'a Block<'a>,
-    v: Rows<T>,
+    v: Rows<'a, T>,
     finite: Option<&'a mut bool>,
 }
 
@@ -354,7 +345,7 @@ impl<T: Memory> Outlined for PackValues<'_, T> {
         let Self { block: &Block { scratch, span, dv, .. }, v, mut finite } = self;
         for (column, width) in value_slabs::<S>(dv) {
             for j in span.low..span.high {
-                let row = v.key(0, j - span.low).wrapping_add(column);
+                let row = v.key(0, j).wrapping_add(column);
                 let to = scratch.vp.wrapping_add(column * BLOCK + j * width);
                 let mut i = 0;
                 // SAFETY: the value has dv elements; vp has a slab of BLOCK keys for every column of padded(dv).
@@ -370,7 +361,7 @@ impl<T: Memory> Outlined for PackValues<'_, T> {
                     }
                     if i < width {
                         let part = (dv - column).min(S::LANES);
-                        let x = if part == S::LANES { T::load(s, row) } else { T::load_part(s, row, part) };
+                        let x = load_up_to(s, row, part);
                         s.store_f32(to, x);
                         if let Some(finite) = &mut finite {
                             **finite &= s.all_finite(x);
@@ -492,7 +483,7 @@ unsafe fn add_step<S: Simd, const R: usize, const N: usize>(
 
 /// Adds the weighted values of a slab to `R` rows.
 struct Values<const R: usize> {
-    weighted: Weighted<f32>,
+    weighted: Weighted<Packed>,
     vectors: usize,
 }
 

@@ -3,6 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | this one | the problem, the tile, the walk over chunks and blocks |
+//! | `keys` | where the keys of a block lie, whatever the cache's layout |
 //! | `few` | scores and values of few rows (decode): straight from the cache |
 //! | `many` | scores and values of many rows (prefill): from packed copies of a block |
 //! | `softmax` | scores to weights |
@@ -40,19 +41,26 @@
 //! only the keys it sees, by the same operations.
 
 mod few;
+mod keys;
 mod many;
 mod softmax;
 mod state;
 
-use crate::dtype::Element;
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Memory, Simd};
+use crate::layout::Layout;
 use crate::view::RawView;
+#[cfg(not(target_arch = "x86_64"))]
+use keys::{Gathered, Located, Rows, locate};
 use state::{fold, load_query};
+use std::ops::Range;
 
 pub(crate) use state::{is_empty, reduce};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use state::{load_row, store_row};
+pub(crate) use {
+    keys::{Gathered, Located, Rows, locate},
+    state::{load_row, store_row},
+};
 
 /// Keys a block: one live bit each in a `u64`.
 pub(crate) const BLOCK: usize = 64;
@@ -77,6 +85,14 @@ pub(crate) struct Problem<'a> {
     pub out: RawView,
     /// `[batch, seq, heads]`, contiguous; null if not wanted.
     pub lse: *mut f32,
+    /// Rows of the batch, and the most queries that one has.
+    pub batch: usize,
+    pub seq: usize,
+    /// Where the queries of every row begin in axis 1 of `q` and `out`, and where the last ones end, if rows are ragged; else
+    /// rows are axis 0.
+    pub q_starts: Option<&'a [i32]>,
+    /// In which slots of `k` and `v` a row's tokens lie.
+    pub layout: Layout<'a>,
     /// Query heads a KV head.
     pub group: usize,
     pub scale: f32,
@@ -85,14 +101,17 @@ pub(crate) struct Problem<'a> {
     pub causal: bool,
     pub window_left: Option<i64>,
     pub window_right: Option<i64>,
-    /// Valid keys a batch row; all if absent.
+    /// Valid keys a batch row; as many as the cache has room for if absent.
     pub lengths: Option<&'a [i32]>,
+    /// Keys before this one, a batch row, are seen whatever causality and windows say; 0 if absent.
+    pub prefixes: Option<&'a [i32]>,
     /// First visible key a batch row; 0 if absent.
     pub starts: Option<&'a [i32]>,
     /// Position of query 0 among the keys, a batch row; `length - queries` if absent.
     pub offsets: Option<&'a [i32]>,
     /// `[batch, seq, heads, keys]` bytes; 0 hides.
     pub mask: Option<ByteView>,
+    pub bit_mask: Option<BitView<'a>>,
     /// `[batch, seq, heads, keys]`.
     pub bias: Option<RawView>,
     /// A slope a query head.
@@ -111,26 +130,103 @@ pub(crate) struct ByteView {
     pub strides: [i64; 4],
 }
 
+/// One bit a query and key: strides in bits, of batch, queries and heads; keys are neighbours, and the lowest bit of a byte is
+/// the first. It says nothing of keys before its first one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BitView<'a> {
+    pub data: *const u8,
+    /// The bit of entry `[0, 0, 0, 0]`.
+    pub offset: i64,
+    pub strides: [i64; 3],
+    /// The key of a row's first bit, a batch row; 0 if absent.
+    pub first_keys: Option<&'a [i32]>,
+}
+
 impl Problem<'_> {
     pub fn length(&self, batch: usize) -> i64 {
-        self.lengths.map_or(self.k.shape[1] as i64, |l| l[batch] as i64)
+        self.lengths.map_or_else(|| self.layout.capacity(&self.k, batch) as i64, |l| l[batch] as i64)
     }
 
-    /// The keys that query `token` of `batch` may see by length, start, causality and window: `low..high`.
-    pub fn span(&self, batch: usize, token: usize) -> (i64, i64) {
-        let length = self.length(batch);
-        let position = self.position(batch, token);
-        let mut low = self.starts.map_or(0, |s| s[batch] as i64);
-        let mut high = length;
+    /// Queries of a batch row.
+    pub fn queries(&self, batch: usize) -> usize {
+        self.q_starts.map_or(self.seq, |s| (s[batch + 1] - s[batch]) as usize)
+    }
+
+    /// The place of a query in axes 0 and 1 of `q` and `out`.
+    pub fn query(&self, batch: usize, token: usize) -> (usize, usize) {
+        self.q_starts.map_or((batch, token), |s| (0, s[batch] as usize + token))
+    }
+
+    /// A key of a batch row.
+    ///
+    /// # Safety
+    /// It is inside the cache.
+    #[cfg(target_arch = "x86_64")]
+    pub unsafe fn key(&self, batch: usize, position: usize, kv_head: usize) -> *const u8 {
+        let (row, slot) = self.layout.place(&self.k, batch, position).0;
+        // SAFETY: the caller's.
+        unsafe { self.k.row(row, slot, kv_head) }
+    }
+
+    /// A value of a batch row.
+    ///
+    /// # Safety
+    /// It is inside the cache.
+    #[cfg(target_arch = "x86_64")]
+    pub unsafe fn value(&self, batch: usize, position: usize, kv_head: usize) -> *const u8 {
+        let (row, slot) = self.layout.place(&self.k, batch, position).0;
+        // SAFETY: the caller's.
+        unsafe { self.v.row(row, slot, kv_head) }
+    }
+
+    /// Where the LSE of a query and head goes.
+    pub fn lse(&self, batch: usize, token: usize, head: usize) -> *mut f32 {
+        let (row, token) = self.query(batch, token);
+        self.lse.wrapping_add((row * self.q.shape[1] + token) * self.q.shape[2] + head)
+    }
+
+    /// The first key that a row still holds, beside those of its `kept` span.
+    pub fn retained_from(&self, batch: usize) -> i64 {
+        self.layout.retained_from(&self.k, self.length(batch) as usize) as i64
+    }
+
+    /// The keys that every query of `batch` sees, whatever causality and windows say: those of its prefix and, beyond a gap of
+    /// keys that a ring has lost, its sinks; then there is only one query.
+    pub fn kept(&self, batch: usize) -> (i64, i64) {
+        let low = self.starts.map_or(0, |s| s[batch] as i64);
+        let mut high = self.prefixes.map_or(0, |p| p[batch] as i64);
+        if let Layout::Ring { sinks } = self.layout
+            && self.window_left.is_none()
+            && self.retained_from(batch) > 0
+        {
+            high = high.max(self.right_end(batch, 0).min(sinks as i64));
+        }
+        let high = high.min(self.length(batch));
+        if low < high { (low, high) } else { (0, 0) }
+    }
+
+    /// Where the keys end that query `token` of `batch` may see by length, causality and window.
+    fn right_end(&self, batch: usize, token: usize) -> i64 {
+        let (mut high, position) = (self.length(batch), self.position(batch, token));
         if self.causal {
             high = high.min(position + 1);
-        }
-        if let Some(left) = self.window_left {
-            low = low.max(position - left);
         }
         if let Some(right) = self.window_right {
             high = high.min(position + right + 1);
         }
+        high
+    }
+
+    /// Where they begin, by start, window and what a ring retains.
+    pub fn left_end(&self, batch: usize, token: usize) -> i64 {
+        let low = self.starts.map_or(0, |s| s[batch] as i64).max(self.retained_from(batch));
+        self.window_left.map_or(low, |left| low.max(self.position(batch, token) - left))
+    }
+
+    /// The keys, beside those [kept](Self::kept), that query `token` of `batch` may see by length, start, causality, window and
+    /// what a ring retains: `low..high`.
+    pub fn span(&self, batch: usize, token: usize) -> (i64, i64) {
+        let (low, high) = (self.left_end(batch, token), self.right_end(batch, token));
         if low < high { (low, high) } else { (0, 0) }
     }
 
@@ -138,7 +234,7 @@ impl Problem<'_> {
     pub fn position(&self, batch: usize, token: usize) -> i64 {
         let offset = match self.offsets {
             Some(o) => o[batch] as i64,
-            None => self.length(batch) - self.q.shape[1] as i64,
+            None => self.length(batch) - self.queries(batch) as i64,
         };
         offset + token as i64
     }
@@ -155,11 +251,29 @@ pub(crate) struct Tile {
     /// share the KV head, number `r % group`.
     pub first_row: usize,
     pub head_rows: usize,
-    /// Chunks `first_chunk..end_chunk`.
+    /// Numbers `first_chunk..end_chunk` of the call's chunks; see [`Chunks`].
     pub first_chunk: usize,
     pub end_chunk: usize,
+    pub chunks: Chunks,
     /// If not null: `[chunks][rows]` states of [`partial_stride`] floats are written here instead of to the output.
     pub partials: *mut f32,
+}
+
+/// The chunks in which any query of a call may see a key: some from the start of the cache (a prefix, sinks), then, after a gap,
+/// all that follow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Chunks {
+    /// How many lie before the gap, and how many in it.
+    pub before: usize,
+    pub gap: usize,
+}
+
+impl Chunks {
+    /// The keys of the call's chunk number `index`.
+    pub fn keys(self, index: usize) -> Range<usize> {
+        let chunk = if index < self.before { index } else { index + self.gap };
+        chunk * CHUNK..(chunk + 1) * CHUNK
+    }
 }
 
 impl Tile {
@@ -250,9 +364,9 @@ impl Scratch {
 
 /// Keys of a block, relative to its first key.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Span {
-    low: usize,
-    high: usize,
+pub(crate) struct Span {
+    pub low: usize,
+    pub high: usize,
 }
 
 impl Span {
@@ -279,24 +393,6 @@ pub(crate) fn ones(n: usize) -> u64 {
     if n >= 64 { u64::MAX } else { (1 << n) - 1 }
 }
 
-/// The rows of K or V of a block that are loaded, for all KV heads of a tile: rows lie `seq` elements apart and their elements
-/// together.
-#[derive(Clone, Copy)]
-struct Rows<T> {
-    /// The first key of the span, of the first KV head.
-    data: *const T,
-    seq: isize,
-    head: isize,
-}
-
-impl<T> Rows<T> {
-    /// A key of the span, counted from its first, of a KV head.
-    #[inline(always)]
-    fn key(&self, head: usize, key: usize) -> *const T {
-        self.data.wrapping_offset(head as isize * self.head + key as isize * self.seq)
-    }
-}
-
 /// Runs one tile; K and V are of type `T`.
 ///
 /// # Safety
@@ -308,13 +404,11 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, sc
     let n = tile.rows();
     // SAFETY: the scratch has `n` states; they are plain numbers, written below before they are read.
     let rows = unsafe { std::slice::from_raw_parts_mut(scratch.rows, n) };
-    let chunk_keys = ((tile.first_chunk * CHUNK) as i64, (tile.end_chunk as i64).saturating_mul(CHUNK as i64));
-    let mut reach = Reach { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX };
+    let kept = p.kept(tile.batch);
+    let mut reach = Reach { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, kept };
     for (r, row) in rows.iter_mut().enumerate() {
         let (token, head) = tile.token_and_head(p, r);
         let (low, high) = p.span(tile.batch, token);
-        let (low, high) = (low.max(chunk_keys.0), high.min(chunk_keys.1));
-        let (low, high) = if low < high { (low, high) } else { (0, 0) };
         *row = RowState {
             max: f32::NEG_INFINITY,
             total_max: f32::NEG_INFINITY,
@@ -331,16 +425,18 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, sc
         }
         (reach.inner_low, reach.inner_high) = (reach.inner_low.max(low), reach.inner_high.min(high));
         // SAFETY: token and head are inside q; the scratch row has dp floats.
-        unsafe { load_query::<S, T>(s, p.q, p.q.row(tile.batch, token, head), scratch.q.add(r * dp), d) };
+        unsafe {
+            let (batch, token) = p.query(tile.batch, token);
+            load_query::<S, T>(s, p.q, p.q.row(batch, token, head), scratch.q.add(r * dp), d);
+        }
     }
     if tile.head_rows >= PACK_ROWS {
         // SAFETY: the rows of Q have just been written.
         unsafe { s.outline(many::PackQueries { q: scratch.q, rows: n, d }) };
     }
-    let (low, high) = if reach.low < reach.high { (reach.low as usize, reach.high as usize) } else { (0, 0) };
 
     for chunk in tile.first_chunk..tile.end_chunk {
-        let (from, to) = ((chunk * CHUNK).max(low), ((chunk + 1) * CHUNK).min(high));
+        let (from, to) = reach.within(tile.chunks.keys(chunk));
         let last = chunk + 1 == tile.end_chunk;
         if from < to {
             rows.iter_mut().for_each(|row| row.max = f32::NEG_INFINITY);
@@ -400,11 +496,36 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, sc
 }
 
 /// Which keys any row of a tile sees, and which all of them do (by length, start, causality and window).
-struct Reach {
-    low: i64,
-    high: i64,
-    inner_low: i64,
-    inner_high: i64,
+pub(crate) struct Reach {
+    pub low: i64,
+    pub high: i64,
+    pub inner_low: i64,
+    pub inner_high: i64,
+    /// What all rows see besides.
+    pub kept: (i64, i64),
+}
+
+impl Reach {
+    /// From the first to the last key of a chunk that any row sees; nothing if the first is not below the last.
+    pub fn within(&self, chunk: Range<usize>) -> (usize, usize) {
+        let (mut from, mut to) = (chunk.end, chunk.start);
+        for (low, high) in [(self.low, self.high), self.kept] {
+            if low < high {
+                let (low, high) = ((low as usize).max(chunk.start), (high as usize).min(chunk.end));
+                if low < high {
+                    (from, to) = (from.min(low), to.max(high));
+                }
+            }
+        }
+        (from, to)
+    }
+
+    /// Whether any row may see a key.
+    #[inline(always)]
+    pub fn covers(&self, key: usize) -> bool {
+        let key = key as i64;
+        self.low <= key && key < self.high || self.kept.0 <= key && key < self.kept.1
+    }
 }
 
 /// One block of keys for all rows of the tile.
@@ -427,40 +548,46 @@ unsafe fn one_block<S: Simd, T: Memory>(
     let full = span.bits();
     let inner = reach.inner_low <= (base + span.low) as i64 && (base + span.high) as i64 <= reach.inner_high;
     let mut all = p.bias.is_none();
-    if inner && p.mask.is_none() {
+    let mut any = full;
+    if inner && p.mask.is_none() && p.bit_mask.is_none() {
         rows.iter_mut().for_each(|row| row.live = full);
     } else {
-        let mut any = false;
+        any = 0;
+        let kept = between(reach.kept, base);
         for row in rows.iter_mut() {
-            let from = (row.low - base as i64).clamp(0, BLOCK as i64) as usize;
-            let to = (row.high - base as i64).clamp(0, BLOCK as i64) as usize;
-            row.live = ones(to) & !ones(from);
-            if row.live != 0
-                && let Some(mask) = &p.mask
-            {
-                // SAFETY: the row's keys from..to are inside the mask.
-                row.live &= unsafe { mask_bits(mask, tile.batch, (row.token, row.head), base, from, to) };
+            row.live = between((row.low, row.high), base) | kept;
+            if row.live != 0 {
+                // SAFETY: the row's keys are inside the masks.
+                row.live &= unsafe { p.shown(tile.batch, (row.token, row.head), base, row.live) };
             }
-            any |= row.live != 0;
+            any |= row.live;
             all &= row.live == full;
         }
-        if !any {
+        if any == 0 {
             return;
         }
     }
 
     let (d, dv) = (p.q.shape[3], p.v.shape[3]);
-    // SAFETY: the block's keys are inside k and v, the scratch parts have the sizes their layout gives.
+    let (mut k, mut v) = (Located::<T>::new(), Located::<T>::new());
+    let gathered = Gathered { k: scratch.k_block, v: scratch.v_block };
+    // SAFETY: the block's live keys are inside k and v, the scratch parts have the sizes their layout gives.
     unsafe {
-        let k = rows_of::<T>(&p.k, tile, scratch.k_block, base, span);
-        let v = rows_of::<T>(&p.v, tile, scratch.v_block, base, span);
+        locate(p, tile, base, span, any, reach, &gathered, (&mut k, &mut v));
         let call = Block { p, tile, scratch, base, span, all, d, dv };
         if tile.head_rows >= PACK_ROWS {
-            many::block::<S, T>(s, &call, rows, k, v);
+            many::block::<S, T>(s, &call, rows, k.rows(), v.rows());
         } else {
-            few::block::<S, T>(s, &call, rows, k, v);
+            few::block::<S, T>(s, &call, rows, k.rows(), v.rows());
         }
     }
+}
+
+/// The bits of a block's keys that lie in `low..high`.
+#[inline(always)]
+pub(crate) fn between((low, high): (i64, i64), base: usize) -> u64 {
+    let inside = |key: i64| (key - base as i64).clamp(0, BLOCK as i64) as usize;
+    ones(inside(high)) & !ones(inside(low))
 }
 
 /// What [`few`] and [`many`] need to know of a block.
@@ -477,30 +604,57 @@ struct Block<'a> {
     dv: usize,
 }
 
-/// Where the keys of a block lie; elements that do not lie together are gathered first.
-///
-/// # Safety
-/// The keys are inside the view; `block` has room for [`BLOCK`] rows of `padded(dim)` elements of every KV head, if rows must be
-/// gathered.
-#[inline(always)]
-unsafe fn rows_of<T: Element>(view: &RawView, tile: &Tile, block: *mut u8, base: usize, span: Span) -> Rows<T> {
-    let dim = view.shape[3];
-    // SAFETY: the caller's.
-    unsafe {
-        let first = view.row(tile.batch, base + span.low, tile.kv_head).cast::<T>();
-        let (seq, head, step) = (view.strides[1] as isize, view.strides[2] as isize, view.strides[3] as isize);
-        if step == 1 || dim == 1 {
-            return Rows { data: first, seq, head };
-        }
-        debug_assert_eq!(tile.kv_heads, 1);
-        let to = block.cast::<T>();
-        for j in 0..span.len() {
-            for i in 0..dim {
-                *to.add(j * padded(dim) + i) = *first.wrapping_offset(j as isize * seq + i as isize * step);
+impl Problem<'_> {
+    /// Which of the `live` keys of a block the masks show to a query and head.
+    ///
+    /// # Safety
+    /// The live keys are inside the masks.
+    #[inline(always)]
+    pub unsafe fn shown(&self, batch: usize, row: (u32, u32), base: usize, live: u64) -> u64 {
+        let Span { low, high } = Span::around(live);
+        let mut bits = live;
+        // SAFETY: the caller's.
+        unsafe {
+            if let Some(mask) = &self.mask {
+                bits &= mask_bits(mask, batch, row, base, low, high);
+            }
+            if let Some(mask) = &self.bit_mask {
+                bits &= packed_bits(mask, batch, row, base, low, high);
             }
         }
-        Rows { data: to, seq: padded(dim) as isize, head: 0 }
+        bits
     }
+}
+
+/// Bit j of the result: whether the mask shows key `base + j`, for j in `from..to`.
+///
+/// # Safety
+/// Those entries of the mask that it has are readable.
+#[inline(always)]
+unsafe fn packed_bits(
+    mask: &BitView,
+    batch: usize,
+    (token, head): (u32, u32),
+    base: usize,
+    from: usize,
+    to: usize,
+) -> u64 {
+    let first = mask.first_keys.map_or(0, |k| k[batch] as i64) - base as i64;
+    let unmasked = ones(first.clamp(0, BLOCK as i64) as usize);
+    let from = first.max(from as i64);
+    if from >= to as i64 {
+        return u64::MAX;
+    }
+    let [sb, st, sh] = mask.strides;
+    let bit = mask.offset + batch as i64 * sb + i64::from(token) * st + i64::from(head) * sh + from - first;
+    let (mut byte, shift, n) = (bit.div_euclid(8) as isize, bit.rem_euclid(8) as usize, to - from as usize);
+    let mut bits = 0u128;
+    for i in 0..(shift + n).div_ceil(8) {
+        // SAFETY: the caller's.
+        bits |= u128::from(unsafe { *mask.data.offset(byte) }) << (8 * i);
+        byte += 1;
+    }
+    unmasked | ((bits >> shift) as u64) << from
 }
 
 /// Bit j of the result: whether the mask shows key `base + j`, for j in `from..to`.
@@ -508,7 +662,7 @@ unsafe fn rows_of<T: Element>(view: &RawView, tile: &Tile, block: *mut u8, base:
 /// # Safety
 /// Those entries of the mask are readable.
 #[inline(always)]
-pub(crate) unsafe fn mask_bits(
+unsafe fn mask_bits(
     mask: &ByteView,
     batch: usize,
     (token, head): (u32, u32),

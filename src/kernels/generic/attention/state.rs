@@ -106,9 +106,8 @@ pub(super) unsafe fn finish<S: Simd>(
     // SAFETY: the caller's.
     unsafe {
         if !p.lse.is_null() {
-            let index = (batch * p.q.shape[1] + token) * p.q.shape[2] + head;
             let lse = max as f64 * std::f64::consts::LN_2 + (sum as f64).ln();
-            *p.lse.add(index) = if is_empty((max, sum)) { max } else { lse as f32 };
+            *p.lse(batch, token, head) = if is_empty((max, sum)) { max } else { lse as f32 };
         }
         if is_empty(state) {
             std::ptr::write_bytes(acc, 0, padded(dv));
@@ -128,7 +127,8 @@ pub(super) unsafe fn finish<S: Simd>(
                 }
             }
         }
-        store_row(s, acc, p.out.dtype, p.out.row(batch, token, head), p.out.strides[3], dv);
+        let (row, token) = p.query(batch, token);
+        store_row(s, acc, p.out.dtype, p.out.row(row, token, head), p.out.strides[3], dv);
     }
 }
 

@@ -1,0 +1,371 @@
+//! Attention over a cache of any layout: the bits of the contiguous cache that holds the same tokens.
+
+use crate::common::attention::{Case, MaskTensor, Shape, kv_types};
+use crate::common::runners::Threads;
+use crate::common::{Layout as Strides, Place, Rng, Tensor, scaled};
+use crate::harness::{Level, tests};
+use crate::semantics::{random_case, visible};
+use kvlane::{AttentionOptions, Layout, Op, Serial, Status, Workspace};
+
+tests! {
+    levels: paged, shared_pages, ring, ring_without_a_window, indirect, ragged, what_is_not_retained_is_refused,
+        tables_are_checked;
+    once:;
+}
+
+/// A random case whose lengths are said.
+fn with_lengths(rng: &mut Rng) -> (Case, String, Vec<usize>) {
+    let (mut case, what) = random_case(rng);
+    let keys = case.k.shape[1] as i32;
+    let lengths = case.options.lengths.get_or_insert_with(|| vec![keys; case.q.shape[0]]).clone();
+    (case, what, lengths.into_iter().map(|n| n as usize).collect())
+}
+
+/// Whether any query of a row sees a key.
+fn seen(case: &Case, b: usize, j: usize) -> bool {
+    let [_, tokens, heads, _] = case.q.shape;
+    (0..tokens).any(|t| (0..heads).any(|h| visible(case, [b, t, h, j])))
+}
+
+/// Where the keys that a row may see begin and end, by everything but masks; the first query sees the first of them.
+fn reach(case: &Case, b: usize, length: usize) -> std::ops::Range<usize> {
+    let o = &case.options;
+    let position = o.offsets.as_ref().map_or(length as i64 - case.q.shape[1] as i64, |x| x[b].into());
+    let start = o.starts.as_ref().map_or(0, |s| s[b].into());
+    let low = o.window_left.map_or(0, |w| position - i64::from(w)).max(start).max(0);
+    (low as usize).min(length)..length
+}
+
+/// A cache of shape `[rows, slots, kv_heads, dim]`, all poison, into which tokens are put.
+struct Cache {
+    k: Tensor,
+    v: Tensor,
+}
+
+impl Cache {
+    fn new(rng: &mut Rng, case: &Case, rows: usize, slots: usize) -> Self {
+        let place = rng.pick(&[Place::Heap, Place::GuardAfter, Place::GuardBefore]);
+        let mut tensor = |like: &Tensor| {
+            let shape = [rows, slots, like.shape[2], like.shape[3]];
+            Tensor::input(like.dtype, shape, Strides::random(rng), place)
+        };
+        Self { k: tensor(&case.k), v: tensor(&case.v) }
+    }
+
+    fn put(&mut self, case: &Case, (b, j): (usize, usize), (row, slot): (usize, usize)) {
+        for (from, to) in [(&case.k, &mut self.k), (&case.v, &mut self.v)] {
+            for h in 0..from.shape[2] {
+                for d in 0..from.shape[3] {
+                    to.set_element_bits([row, slot, h, d], from.bits([b, j, h, d]));
+                }
+            }
+        }
+    }
+
+    /// Runs the case on this cache: on one thread and on three, the bits that the contiguous cache gives.
+    #[track_caller]
+    fn check(&self, level: &Level, case: &Case, layout: Layout, what: &str) {
+        let want = case.run(&level.context);
+        let options = AttentionOptions { layout, ..case.options.borrow() };
+        for threads in [1, 3] {
+            let (mut workspace, tensors) = (Workspace::new(), (&self.k, &self.v));
+            let got = case.run_on(&level.context, &Threads(threads), &mut workspace, tensors, options);
+            let got = got.unwrap_or_else(|error| panic!("{error}: {layout:?}: {what}"));
+            level.checked(Op::Attention, case.k.dtype, case.v.dtype);
+            assert!(got.all_bits() == want.all_bits(), "{layout:?} on {threads} threads: {what}");
+        }
+    }
+
+    fn error(&self, level: &Level, case: &Case, layout: Layout) -> kvlane::Error {
+        let options = AttentionOptions { layout, ..case.options.borrow() };
+        let done = case.run_on(&level.context, &Serial, &mut Workspace::new(), (&self.k, &self.v), options);
+        done.err().unwrap_or_else(|| panic!("{layout:?} was taken"))
+    }
+}
+
+fn paged(level: &Level) {
+    let mut rng = Rng::new(300);
+    for _ in 0..scaled(120) {
+        let (case, what, lengths) = with_lengths(&mut rng);
+        let size = if rng.chance(0.5) { rng.pick(&[16, 32, 64, 128]) } else { rng.between(1, 70) };
+        let pages_per_row = lengths.iter().max().unwrap().div_ceil(size) + rng.below(3);
+        let pages_per_row = pages_per_row.max(1);
+        let pool = lengths.len() * pages_per_row + rng.below(4);
+        let mut free: Vec<i32> = (0..pool as i32).collect();
+        let mut cache = Cache::new(&mut rng, &case, pool, size);
+        let mut table = vec![-1; lengths.len() * pages_per_row];
+        for (b, &length) in lengths.iter().enumerate() {
+            let kept = case.options.prefixes.as_ref().map_or(0, |p| p[b] as usize).min(length);
+            let start = case.options.starts.as_ref().map_or(0, |s| s[b] as usize);
+            let window = reach(&case, b, length);
+            for page in 0..length.div_ceil(size) {
+                let slots = page * size..((page + 1) * size).min(length);
+                // Pages that no query can see need not exist.
+                if !slots.clone().any(|j| window.contains(&j) || (start..kept).contains(&j)) {
+                    table[b * pages_per_row + page] = rng.pick(&[-1, i32::MAX, pool as i32]);
+                    continue;
+                }
+                let id = free.swap_remove(rng.below(free.len()));
+                table[b * pages_per_row + page] = id;
+                for j in slots.filter(|&j| seen(&case, b, j)) {
+                    cache.put(&case, (b, j), (id as usize, j % size));
+                }
+            }
+        }
+        cache.check(level, &case, Layout::Paged { pages: &table, pages_per_row }, &what);
+    }
+}
+
+/// Two rows over one prefix.
+fn shared_pages(level: &Level) {
+    let mut rng = Rng::new(301);
+    for dtype in kv_types() {
+        let shape = Shape { batch: 2, group: 2, kv_heads: 2, keys: 100, dim: 32, v_dim: 32, ..Shape::default() };
+        let mut case = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![100, 90]));
+        for j in 0..48 {
+            for h in 0..2 {
+                for d in 0..32 {
+                    let (k, v) = (case.k.bits([0, j, h, d]), case.v.bits([0, j, h, d]));
+                    case.k.set_element_bits([1, j, h, d], k);
+                    case.v.set_element_bits([1, j, h, d], v);
+                }
+            }
+        }
+        let mut cache = Cache::new(&mut rng, &case, 11, 16);
+        let table = [7, 3, 5, 0, 2, 10, 1, 7, 3, 5, 4, 8, 9, -1];
+        for b in 0..2 {
+            for j in 0..[100, 90][b] {
+                cache.put(&case, (b, j), (table[b * 7 + j / 16] as usize, j % 16));
+            }
+        }
+        cache.check(level, &case, Layout::Paged { pages: &table, pages_per_row: 7 }, "shared");
+    }
+}
+
+fn ring(level: &Level) {
+    let mut rng = Rng::new(302);
+    let mut wrapped = 0;
+    for _ in 0..scaled(160) {
+        let (mut case, what, lengths) = with_lengths(&mut rng);
+        let keys = case.k.shape[1];
+        if rng.chance(0.8) && case.options.window_left.is_none() {
+            case.options.window_left = Some(rng.below(keys / 2 + 1) as u32);
+        }
+        let recent = lengths.iter().enumerate().map(|(b, &n)| reach(&case, b, n).len()).max().unwrap();
+        let sinks = case.options.prefixes.as_ref().map_or(0, |p| *p.iter().max().unwrap() as usize) + rng.below(3);
+        let slots = sinks + recent.max(1) + rng.below(5);
+        let mut cache = Cache::new(&mut rng, &case, lengths.len(), slots);
+        for (b, &length) in lengths.iter().enumerate() {
+            wrapped += usize::from(length > slots);
+            for j in 0..length {
+                let slot = if j < sinks { j } else { sinks + (j - sinks) % (slots - sinks) };
+                if seen(&case, b, j) {
+                    cache.put(&case, (b, j), (b, slot));
+                }
+            }
+        }
+        cache.check(level, &case, Layout::Ring { sinks }, &what);
+    }
+    assert!(wrapped > 0);
+}
+
+/// One query and no window: it sees the sinks and what is retained, as through a mask.
+fn ring_without_a_window(level: &Level) {
+    let mut rng = Rng::new(303);
+    for dtype in kv_types() {
+        for (length, sinks, slots) in
+            [(50, 4, 20), (50, 0, 20), (200, 70, 140), (2500, 4, 70), (2500, 0, 1100), (1030, 1025, 1027), (20, 4, 20)]
+        {
+            let shape = Shape { group: 3, keys: length, dim: 16, v_dim: 24, ..Shape::default() };
+            let held = |j: usize| j < sinks || j + (slots - sinks) >= length;
+            let mut case = Case::new(&mut rng, shape, dtype);
+            case.options.lengths = Some(vec![length as i32]);
+            case.options.causal = sinks > 0;
+            let mut cache = Cache::new(&mut rng, &case, 1, slots);
+            for j in (0..length).filter(|&j| held(j)) {
+                let slot = if j < sinks { j } else { sinks + (j - sinks) % (slots - sinks) };
+                cache.put(&case, (0, j), (0, slot));
+            }
+            let options = AttentionOptions { layout: Layout::Ring { sinks }, ..case.options.borrow() };
+            let got = |threads| {
+                let mut workspace = Workspace::new();
+                let done =
+                    case.run_on(&level.context, &Threads(threads), &mut workspace, (&cache.k, &cache.v), options);
+                done.expect("a valid call").all_bits()
+            };
+            let (one, three) = (got(1), got(3));
+            let shape = shape.scores();
+            let strides = Strides::BSHD.strides(shape);
+            case.options.mask = Some(MaskTensor::new(shape, strides, Place::Heap, |at| held(at[3])));
+            level.checked(Op::Attention, dtype, dtype);
+            let want = case.run(&level.context).all_bits();
+            assert!(one == want && three == want, "{dtype} {length} tokens, {sinks} sinks, {slots} slots");
+        }
+    }
+}
+
+fn indirect(level: &Level) {
+    let mut rng = Rng::new(304);
+    for _ in 0..scaled(100) {
+        let (case, what, lengths) = with_lengths(&mut rng);
+        let (batch, slots) = (lengths.len(), case.k.shape[1]);
+        let rows = batch + rng.below(2);
+        let mut cache = Cache::new(&mut rng, &case, rows, slots);
+        let mut table = vec![-1; batch * slots];
+        // Beams share long runs of history: the rows change places now and then.
+        let (mut order, turn) = ((0..rows).collect::<Vec<_>>(), rng.pick(&[0.02, 0.2, 1.0]));
+        for j in 0..slots {
+            if rng.chance(turn) {
+                let (a, b) = (rng.below(rows), rng.below(rows));
+                order.swap(a, b);
+            }
+            for b in 0..batch {
+                if j < lengths[b] {
+                    table[b * slots + j] = order[b] as i32;
+                    if seen(&case, b, j) {
+                        cache.put(&case, (b, j), (order[b], j));
+                    }
+                }
+            }
+        }
+        cache.check(level, &case, Layout::Indirect { rows: &table }, &what);
+    }
+}
+
+/// Rows of different numbers of queries and keys one after the other: the bits of each row by itself.
+fn ragged(level: &Level) {
+    let mut rng = Rng::new(305);
+    for _ in 0..scaled(80) {
+        let (mut case, what) = random_case(&mut rng);
+        // Masks and biases are over the longest row; here every row is to be compared by itself.
+        (case.options.mask, case.options.bit_mask, case.options.bias) = (None, None, None);
+        let [batch, tokens, heads, dim] = case.q.shape;
+        let v_dim = case.v.shape[3];
+        let counts: Vec<usize> = (0..batch).map(|_| rng.below(tokens + 1)).collect();
+        let rooms: Vec<usize> = (0..batch)
+            .map(|b| {
+                let listed = [&case.options.lengths, &case.options.starts, &case.options.prefixes];
+                let least = listed.iter().filter_map(|l| l.as_ref().map(|l| l[b] as usize)).max().unwrap_or(0);
+                rng.between(least, case.k.shape[1])
+            })
+            .collect();
+        let starts = |counts: &[usize]| -> Vec<i32> {
+            let mut at = 0;
+            std::iter::once(0).chain(counts.iter().map(|n| (at += *n as i32, at).1)).collect()
+        };
+        let (q_starts, k_starts) = (starts(&counts), starts(&rooms));
+        let mut q = Tensor::input(
+            case.q.dtype,
+            [1, *q_starts.last().unwrap() as usize, heads, dim],
+            Strides::random(&mut rng),
+            Place::GuardAfter,
+        );
+        let mut cache = Cache::new(&mut rng, &case, 1, *k_starts.last().unwrap() as usize);
+        for b in 0..batch {
+            for t in 0..counts[b] {
+                for h in 0..heads {
+                    for d in 0..dim {
+                        q.set_element_bits([0, q_starts[b] as usize + t, h, d], case.q.bits([b, t, h, d]));
+                    }
+                }
+            }
+            for j in 0..rooms[b] {
+                cache.put(&case, (b, j), (0, k_starts[b] as usize + j));
+            }
+        }
+        let together = Case {
+            q,
+            k: cache.k,
+            v: cache.v,
+            out_dtype: case.out_dtype,
+            out_layout: case.out_layout,
+            out_place: case.out_place,
+            options: Default::default(),
+        };
+        let options = AttentionOptions {
+            layout: Layout::Ragged { starts: &k_starts },
+            query_starts: Some(&q_starts),
+            ..case.options.borrow()
+        };
+        for threads in [1, 3] {
+            let mut workspace = Workspace::new();
+            let kv = (&together.k, &together.v);
+            let got = together.run_on(&level.context, &Threads(threads), &mut workspace, kv, options);
+            let got = got.unwrap_or_else(|error| panic!("{error}: {what}"));
+            level.checked(Op::Attention, case.k.dtype, case.v.dtype);
+            assert_eq!(got.out.shape[3], v_dim);
+            for b in 0..batch {
+                let one = |list: &Option<Vec<i32>>| list.as_ref().map(|l| vec![l[b]]);
+                let o = &case.options;
+                let alone = Case {
+                    q: case.q.cut(b..b + 1, 0..counts[b], Strides::BSHD),
+                    k: case.k.cut(b..b + 1, 0..rooms[b], Strides::BSHD),
+                    v: case.v.cut(b..b + 1, 0..rooms[b], Strides::BSHD),
+                    out_dtype: case.out_dtype,
+                    out_layout: Strides::BSHD,
+                    out_place: Place::Heap,
+                    options: crate::common::attention::Options {
+                        scale: o.scale,
+                        softcap: o.softcap,
+                        causal: o.causal,
+                        window_left: o.window_left,
+                        window_right: o.window_right,
+                        lengths: one(&o.lengths),
+                        starts: one(&o.starts),
+                        offsets: one(&o.offsets),
+                        prefixes: one(&o.prefixes),
+                        alibi: o.alibi.clone(),
+                        sinks: o.sinks.clone(),
+                        ..Default::default()
+                    },
+                };
+                let alone = alone.run(&level.context);
+                for t in 0..counts[b] {
+                    let at = q_starts[b] as usize + t;
+                    assert_eq!(got.row_bits(0, at), alone.row_bits(0, t), "row {b} of {counts:?}: {what}");
+                }
+            }
+        }
+    }
+}
+
+fn what_is_not_retained_is_refused(level: &Level) {
+    let mut rng = Rng::new(306);
+    let dtype = kv_types()[0];
+    let shape = Shape { tokens: 2, keys: 40, ..Shape::default() };
+    let mut case = Case::new(&mut rng, shape, dtype).with(|o| (o.causal, o.lengths) = (true, Some(vec![40])));
+    let cache = Cache::new(&mut rng, &case, 1, 20);
+    let ring = Layout::Ring { sinks: 4 };
+    let error = cache.error(level, &case, ring);
+    assert_eq!(
+        error.message(),
+        "the first query of row 0 sees keys from 0 on, but of its 40 tokens the ring retains those from 24 on: give a window, \
+         or a ring of more slots"
+    );
+    assert_eq!(error.status(), Status::Capacity);
+    case.options.window_left = Some(15);
+    assert!(cache.error(level, &case, ring).message().contains("sees keys from 23 on"));
+    case.options.window_left = Some(14);
+    case.options.prefixes = Some(vec![5]);
+    assert!(cache.error(level, &case, ring).message().contains("prefixes[0] is 5, but the ring keeps 4 sinks"));
+    case.options.lengths = None;
+    assert!(cache.error(level, &case, ring).message().starts_with("lengths is absent"));
+    assert!(cache.error(level, &case, Layout::Ring { sinks: 20 }).message().contains("20 sinks"));
+}
+
+fn tables_are_checked(level: &Level) {
+    let mut rng = Rng::new(307);
+    let dtype = kv_types()[0];
+    let shape = Shape { batch: 2, keys: 40, ..Shape::default() };
+    let case = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![40, 16]));
+    let cache = Cache::new(&mut rng, &case, 5, 16);
+    let paged = |pages: &[i32]| cache.error(level, &case, Layout::Paged { pages, pages_per_row: 3 }).to_string();
+    assert!(paged(&[0, 1, 5, 2, 0, 0]).contains("pages[0, 2] is 5, but k has batch = 5"));
+    assert!(paged(&[0, 1, 2, -1, 0, 0]).contains("pages[1, 0] is -1"));
+    assert!(paged(&[0, 1, 2]).contains("k has 1 rows, but q has batch = 2"));
+    assert!(paged(&[0, 1, 2, 3]).contains("pages has 4 entries, which are no rows of 3"));
+    let long = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![40, 49]));
+    let error = cache.error(level, &long, Layout::Paged { pages: &[0, 1, 2, 3, 4, 0], pages_per_row: 3 });
+    assert!(error.message().contains("lengths[1] is 49, but k has room for a row = 48"), "{error}");
+    level.checked(Op::Attention, dtype, dtype);
+}
