@@ -96,7 +96,24 @@ SIZE(kvl_attention_state, 96);
 AT(kvl_attention_state, out, 0);
 AT(kvl_attention_state, lse, 88);
 
-SIZE(kvl_attention_params, 616);
+SIZE(kvl_layout, 40);
+AT(kvl_layout, struct_size, 0);
+AT(kvl_layout, kind, 8);
+AT(kvl_layout, sinks, 12);
+AT(kvl_layout, rows, 16);
+AT(kvl_layout, pages_per_row, 24);
+AT(kvl_layout, table, 32);
+
+SIZE(kvl_bit_mask, 96);
+AT(kvl_bit_mask, struct_size, 0);
+AT(kvl_bit_mask, data, 8);
+AT(kvl_bit_mask, bytes, 16);
+AT(kvl_bit_mask, offset, 24);
+AT(kvl_bit_mask, shape, 32);
+AT(kvl_bit_mask, strides, 64);
+AT(kvl_bit_mask, first_keys, 88);
+
+SIZE(kvl_attention_params, 664);
 AT(kvl_attention_params, struct_size, 0);
 AT(kvl_attention_params, q, 8);
 AT(kvl_attention_params, k, 96);
@@ -118,6 +135,12 @@ AT(kvl_attention_params, alibi_slopes, 592);
 AT(kvl_attention_params, sinks, 600);
 AT(kvl_attention_params, precision, 608);
 AT(kvl_attention_params, reserved2, 612);
+AT(kvl_attention_params, layout, 616);
+AT(kvl_attention_params, query_starts, 624);
+AT(kvl_attention_params, rows, 632);
+AT(kvl_attention_params, prefixes, 640);
+AT(kvl_attention_params, bit_mask, 648);
+AT(kvl_attention_params, plan, 656);
 #endif
 
 VALUE(KVL_OK, 0);

@@ -299,6 +299,12 @@
 typedef struct kvl_context kvl_context;
 
 /**
+ * What depends on the lengths, positions, windows and tables of a step alone, checked and worked out once for all layers. Made by
+ * `kvl_plan_create`.
+ */
+typedef struct kvl_plan kvl_plan;
+
+/**
  * A pool of threads. Made by `kvl_thread_pool_create`.
  */
 typedef struct kvl_thread_pool kvl_thread_pool;
@@ -870,6 +876,11 @@ typedef struct kvl_attention_params {
      * Which keys each query sees, a bit each; null for all.
      */
     const struct kvl_bit_mask *bit_mask;
+    /**
+     * What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `query_starts`, `rows`, `lengths`,
+     * `starts`, `offsets` and `prefixes`, which must then be 0 or null; null for none.
+     */
+    const struct kvl_plan *plan;
 } kvl_attention_params;
 
 /**
@@ -1118,7 +1129,8 @@ kvl_status kvl_repeat_kv(const struct kvl_context *context,
 
 /**
  * Bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever lengths and
- * masks are, and for the threads of `runner`. Only those shapes, `layout` and `query_starts` are looked at: data may be null.
+ * masks are, and for the threads of `runner`. Only those shapes, `layout`, `query_starts` and `plan` are looked at: data may be
+ * null.
  *
  * Thread safety: may be called from any number of threads at once.
  * Bad input: null, an unknown `struct_size`, a negative axis or one above 2^31 - 1, a dim that is not 1 to 512 are errors, and
@@ -1174,6 +1186,67 @@ kvl_status kvl_merge_states(const struct kvl_context *context,
  */
 kvl_status kvl_alibi_slopes(float *slopes,
                             int64_t heads);
+
+/**
+ * Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
+ * `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, and the first two axes of `q` and `k`; nothing else of it is
+ * looked at, and data may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with
+ * `kvl_plan_destroy`.
+ *
+ * A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no mask
+ * and no pointer. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once.
+ * Bad input: null, an unknown `struct_size`, and what `kvl_attention` would say of these fields are errors, and `*plan` is not
+ * touched.
+ */
+kvl_status kvl_plan_create(const struct kvl_attention_params *params,
+                           struct kvl_plan **plan);
+
+/**
+ * Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists or
+ * tables do.
+ *
+ * Thread safety: no other call may use the plan meanwhile.
+ * Bad input: as for `kvl_plan_create`; the plan is then what it was.
+ */
+kvl_status kvl_plan_update(struct kvl_plan *plan,
+                           const struct kvl_attention_params *params);
+
+/**
+ * Takes a plan to the next step: row b has been given `counts[b]` tokens more, and as many queries follow as before. Lengths, and
+ * offsets where they were given, grow; the table must have the entries of the new tokens. Allocates nothing, and looks only at
+ * what is new.
+ *
+ * Thread safety: no other call may use the plan meanwhile.
+ * Bad input: null, a list of other than `rows` entries, a negative count, a row without room, table entries that are no pages or
+ * rows, queries that see what a ring has overwritten are errors, and the plan is then what it was.
+ */
+kvl_status kvl_plan_advance(struct kvl_plan *plan,
+                            const int32_t *counts,
+                            int64_t rows);
+
+/**
+ * Sets `count` entries from `first` on of a row in the table of a plan with a paged or indirect layout: before `kvl_plan_advance`
+ * needs them, or when a page has moved.
+ *
+ * Thread safety: no other call may use the plan meanwhile.
+ * Bad input: null, a layout without a table, entries outside the row, and entries of tokens that the row has which are no pages
+ * or rows of the cache are errors, and the plan is then what it was.
+ */
+kvl_status kvl_plan_set_table(struct kvl_plan *plan,
+                              int64_t row,
+                              int64_t first,
+                              const int32_t *entries,
+                              int64_t count);
+
+/**
+ * Releases a plan; null is allowed.
+ *
+ * Thread safety: no other call may use the plan meanwhile or afterwards.
+ * Bad input: a pointer that is not from `kvl_plan_create`, or one that was released already, is undefined behaviour.
+ */
+void kvl_plan_destroy(struct kvl_plan *plan);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -92,6 +92,7 @@ mod error;
 mod isa;
 mod kernels;
 pub mod layout;
+pub mod masks;
 pub mod ops;
 mod parallel;
 mod view;
@@ -108,9 +109,11 @@ pub use isa::Isa;
 pub use kernels::{KernelInfo, Op, Precision, kernels};
 pub use layout::Layout;
 pub use ops::attention::{
-    AttentionOptions, AttentionTensors, BitMask, MAX_HEAD_DIM, Mask, alibi_slopes, attention, attention_workspace_size,
+    AttentionOptions, AttentionTensors, MAX_HEAD_DIM, alibi_slopes, attention, attention_workspace_size,
 };
+pub use ops::mask::{BitMask, Mask};
 pub use ops::merge::{AttentionState, MAX_STATES, merge_states};
+pub use ops::plan::AttentionPlan;
 pub use ops::repeat::repeat_kv;
 pub use ops::rope::{
     MAX_ROTARY_DIM, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, rope, rope_in_place,

@@ -11,6 +11,7 @@
 #![allow(non_camel_case_types)]
 
 mod guard;
+mod plan;
 mod runner;
 mod types;
 
@@ -594,7 +595,8 @@ pub unsafe extern "C" fn kvl_repeat_kv(
 // Attention
 
 /// Bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever lengths and
-/// masks are, and for the threads of `runner`. Only those shapes, `layout` and `query_starts` are looked at: data may be null.
+/// masks are, and for the threads of `runner`. Only those shapes, `layout`, `query_starts` and `plan` are looked at: data may be
+/// null.
 ///
 /// Thread safety: may be called from any number of threads at once.
 /// Bad input: null, an unknown `struct_size`, a negative axis or one above 2^31 - 1, a dim that is not 1 to 512 are errors, and
@@ -628,8 +630,8 @@ pub unsafe extern "C" fn kvl_attention_workspace_size(
         };
         let (q, k, v) = (shape("q", &params.q)?, shape("k", &params.k)?, shape("v", &params.v)?);
         // SAFETY: as above.
-        let (layout, starts) = unsafe { (types::layout(params.layout, k[SEQ])?, query_starts(&params)?) };
-        let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, starts);
+        let (rows, layout) = unsafe { plan::workspace_spans(&params, q, k[SEQ]) }?;
+        let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
         let needed = attention_workspace_size(q, k, v[DIM], runner.as_dyn().num_threads());
         // SAFETY: not null, and the caller's to write.
         unsafe { bytes.write(needed) };
@@ -669,13 +671,10 @@ pub unsafe extern "C" fn kvl_attention(
             "kvl_attention_params.reserved2 is {}, but must be 0",
             params.reserved2
         );
-        let unknown = params.flags & !(KVL_CAUSAL | KVL_WINDOW_LEFT | KVL_WINDOW_RIGHT);
-        ensure!(unknown == 0, InvalidEnum, "flags has unknown bits {unknown:#x}");
-        let q = params.q.raw("q")?;
+        let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
         let heads = q.shape[HEADS];
         // SAFETY: as above.
-        let (k, query_starts) = (params.k.raw("k")?, unsafe { query_starts(&params) }?);
-        let batch = query_starts.map_or(q.shape[BATCH], |starts| starts.len() - 1);
+        let (spans, planned) = unsafe { plan::spans(&params, &q, k) }?;
         // SAFETY: as above.
         let call = unsafe {
             RawAttention {
@@ -686,17 +685,10 @@ pub unsafe extern "C" fn kvl_attention(
                 lse: params.lse,
                 scale: (params.scale != 0.0).then_some(params.scale),
                 softcap: (params.softcap != 0.0).then_some(params.softcap),
-                causal: params.flags & KVL_CAUSAL != 0,
-                window_left: window("window_left", params.window_left, params.flags & KVL_WINDOW_LEFT != 0)?,
-                window_right: window("window_right", params.window_right, params.flags & KVL_WINDOW_RIGHT != 0)?,
-                layout: types::layout(params.layout, k.shape[SEQ])?,
-                query_starts,
-                lengths: list("lengths", params.lengths, batch)?,
-                starts: list("starts", params.starts, batch)?,
-                offsets: list("offsets", params.offsets, batch)?,
-                prefixes: list("prefixes", params.prefixes, batch)?,
+                spans,
+                planned,
                 mask: params.mask.raw("mask")?,
-                bit_mask: types::bit_mask(params.bit_mask, batch)?,
+                bit_mask: types::bit_mask(params.bit_mask, spans.batch)?,
                 bias: match params.bias.is_absent() {
                     true => None,
                     false => Some(params.bias.raw("bias")?),
@@ -815,20 +807,6 @@ unsafe fn raw_rope<'a>(params: *const kvl_rope_params, src: &RawView) -> Result<
         }
     };
     Ok(RawRope { pairing, rotary_dim, angles, positions })
-}
-
-/// # Safety
-/// `params` is what the header describes.
-unsafe fn query_starts<'a>(params: &kvl_attention_params) -> Result<Option<&'a [i32]>> {
-    let rows = size("rows", params.rows)?;
-    ensure!(!params.query_starts.is_null() || rows == 0, InvalidValue, "rows is {rows}, but there are no query_starts");
-    // SAFETY: the caller's.
-    unsafe { list("query_starts", params.query_starts, rows.saturating_add(1)) }
-}
-
-fn window(name: &str, keys: i64, given: bool) -> Result<Option<i64>> {
-    ensure!(given || keys == 0, InvalidValue, "{name} is {keys}, but its flag is not set");
-    Ok((given && keys != -1).then_some(keys))
 }
 
 /// Names of kernels as C strings, made by the compiler, so that they are constants of the library.

@@ -13,7 +13,7 @@ use crate::error::{Error, Result, Status, ensure, fail};
 use crate::isa::Isa;
 use crate::kernels::{Op, Precision};
 use crate::layout::Layout;
-use crate::ops::attention::{RawBitMask, RawMask};
+use crate::ops::mask::{RawBitMask, RawMask};
 use crate::ops::rope::Pairing;
 use crate::view::RawView;
 use std::ffi::{c_char, c_void};
@@ -144,6 +144,12 @@ pub const KVL_ABI_VERSION: u32 = 3;
 /// The kernels chosen for a machine. Made by `kvl_context_create`, immutable from then on.
 pub struct kvl_context {
     pub(super) context: crate::Context,
+}
+
+/// What depends on the lengths, positions, windows and tables of a step alone, checked and worked out once for all layers. Made by
+/// `kvl_plan_create`.
+pub struct kvl_plan {
+    pub(super) plan: crate::AttentionPlan,
 }
 
 /// A pool of threads. Made by `kvl_thread_pool_create`.
@@ -504,6 +510,9 @@ pub struct kvl_attention_params {
     pub prefixes: *const i32,
     /// Which keys each query sees, a bit each; null for all.
     pub bit_mask: *const kvl_bit_mask,
+    /// What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `query_starts`, `rows`, `lengths`,
+    /// `starts`, `offsets` and `prefixes`, which must then be 0 or null; null for none.
+    pub plan: *const kvl_plan,
 }
 
 /// A struct that begins with its size: plain integers, floats and pointers, for which all zeros is a value.
@@ -887,11 +896,11 @@ mod layout {
     );
     layout!(kvl_attention_state, 96, out: 0, lse: 88);
     layout!(
-        kvl_attention_params, 656,
+        kvl_attention_params, 664,
         struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380,
         window_left: 384, window_right: 392, lengths: 400, starts: 408, offsets: 416, mask: 424, bias: 504,
         alibi_slopes: 592, sinks: 600, precision: 608, reserved2: 612, layout: 616, query_starts: 624, rows: 632,
-        prefixes: 640, bit_mask: 648,
+        prefixes: 640, bit_mask: 648, plan: 656,
     );
     layout!(
         kvl_bit_mask, 96,

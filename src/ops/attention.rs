@@ -3,13 +3,15 @@
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{BitView, ByteView, CHUNK, Chunks, PACK_ROWS, Problem, Tile, partial_stride};
+use crate::kernels::generic::attention::{BitView, ByteView, CHUNK, Problem, Spans, Summary, Tile, partial_stride};
 use crate::kernels::{self, AttentionFns, Function, Precision};
 use crate::layout::Layout;
+use crate::ops::mask::{BitMask, Mask, RawBitMask, RawMask};
+use crate::ops::plan::AttentionPlan;
+use crate::ops::tiling::{GRAIN, Tiling, most_chunks};
 use crate::ops::workspace::Workspace;
-use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
-use crate::view::{self, BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ, View, ViewMut, reach};
-use std::marker::PhantomData;
+use crate::parallel::{Runner, for_each_tile};
+use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
 /// The largest head size.
 pub const MAX_HEAD_DIM: usize = 512;
@@ -92,188 +94,11 @@ pub struct AttentionOptions<'a> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// `[heads]`: one more logit, which takes weight and has no value.
     pub sinks: Option<&'a [f32]>,
+    /// What [`AttentionPlan`] has checked already: instead of causality, windows, layout, query starts, lengths, starts, offsets
+    /// and prefixes, which must then be absent.
+    pub plan: Option<&'a AttentionPlan>,
     /// How exactly to compute; see [`Context::kernel_for`](crate::Context::kernel_for) for what that makes of a call.
     pub precision: Precision,
-}
-
-/// A boolean mask `[batch, seq, heads, keys]`; true lets a query see a key. Strides of 0 broadcast.
-#[derive(Clone, Copy, Debug)]
-pub struct Mask<'a> {
-    raw: RawMask,
-    lifetime: PhantomData<&'a [bool]>,
-}
-
-impl<'a> Mask<'a> {
-    /// A mask whose entry `[0, 0, 0, 0]` is `data[offset]`.
-    ///
-    /// # Errors
-    /// Shape and strides reach outside `data`.
-    pub fn strided(data: &'a [bool], offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<Self> {
-        let raw = RawMask { data: data.as_ptr().cast::<u8>().wrapping_add(offset), shape, strides, bytes: None };
-        let (low, high) = raw.extent("mask")?;
-        ensure!(
-            offset as i128 + low >= 0 && offset as i128 + high <= data.len() as i128,
-            Bounds,
-            "mask: shape {shape:?} with strides {strides:?} from offset {offset} leaves a slice of {} entries",
-            data.len()
-        );
-        Ok(Self { raw, lifetime: PhantomData })
-    }
-
-    /// A mask `[batch, seq, heads, keys]` that lies at the start of `data` in the order of its axes.
-    pub fn new(data: &'a [bool], shape: [usize; 4]) -> Result<Self> {
-        Self::strided(data, 0, shape, crate::view::contiguous(shape))
-    }
-
-    /// A mask `[seq, keys]`, the same for all rows and heads.
-    pub fn for_all(data: &'a [bool], batch: usize, seq: usize, heads: usize, keys: usize) -> Result<Self> {
-        Self::strided(data, 0, [batch, seq, heads, keys], [0, keys as i64, 0, 1])
-    }
-}
-
-/// A mask as the C ABI passes it: bytes, 0 hides.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RawMask {
-    pub data: *const u8,
-    pub shape: [usize; 4],
-    pub strides: [i64; 4],
-    pub bytes: Option<usize>,
-}
-
-impl RawMask {
-    /// The bytes it can touch, relative to its data.
-    fn extent(&self, name: &str) -> Result<(i128, i128)> {
-        if self.shape.contains(&0) {
-            return Ok((0, 0));
-        }
-        ensure!(!self.data.is_null(), NullPointer, "{name}: data is null, but the shape is {:?}", self.shape);
-        for axis in 0..4 {
-            ensure!(
-                self.shape[axis] <= MAX_AXIS,
-                Shape,
-                "{name}: axis {axis} has {} elements, more than {MAX_AXIS}",
-                self.shape[axis]
-            );
-        }
-        let (low, high) = reach(name, self.data.addr(), 1, self.shape, self.strides)?;
-        if let Some(bytes) = self.bytes {
-            ensure!(
-                low >= 0 && high <= bytes as i128,
-                Bounds,
-                "{name}: shape {:?} with strides {:?} reaches bytes {low}..{high} of a buffer of {bytes}",
-                self.shape,
-                self.strides
-            );
-        }
-        Ok((low, high))
-    }
-
-    /// The same bytes as a view, to test for overlap; two mask bytes cannot be told from one f16 there.
-    fn overlaps(&self, out: &RawView) -> Result<bool> {
-        let (low, high) = self.extent("mask")?;
-        let reach = out.validate("out")?;
-        let (a, b) = (self.data.addr() as i128, out.data.addr() as i128);
-        Ok(high > low && a + low < b + reach.high as i128 && b + (reach.low as i128) < a + high)
-    }
-}
-
-/// A mask `[batch, seq, heads, keys]` of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
-/// first, and keys are neighbours; other strides are given in bits, and 0 broadcasts.
-///
-/// It may speak of the last keys alone: with [first keys](Self::with_first_keys), bit j of row b is of key
-/// `first_keys[b] + j`, and keys before are seen. So the tree of a speculation is `[batch, n, 1, n]` bits (heads broadcast)
-/// over the n tokens that were written last.
-#[derive(Clone, Copy, Debug)]
-pub struct BitMask<'a> {
-    pub(crate) raw: RawBitMask<'a>,
-}
-
-impl<'a> BitMask<'a> {
-    /// A mask whose entry `[0, 0, 0, 0]` is bit `offset` of `data`; strides of batch, queries and heads in bits.
-    ///
-    /// # Errors
-    /// Shape and strides reach outside `data`.
-    pub fn strided(data: &'a [u8], offset: usize, shape: [usize; 4], strides: [i64; 3]) -> Result<Self> {
-        let raw = RawBitMask {
-            data: data.as_ptr(),
-            offset: offset as i64,
-            shape,
-            strides,
-            bytes: Some(data.len()),
-            first_keys: None,
-        };
-        raw.validate()?;
-        Ok(Self { raw })
-    }
-
-    /// A mask `[batch, seq, keys]`, the same for all heads, without a gap between its bits.
-    ///
-    /// # Errors
-    /// `data` is too short.
-    pub fn new(data: &'a [u8], batch: usize, seq: usize, heads: usize, keys: usize) -> Result<Self> {
-        let row = keys as i64;
-        Self::strided(data, 0, [batch, seq, heads, keys], [row.saturating_mul(seq as i64), row, 0])
-    }
-
-    /// `[batch]`: the key of a row's first bit. Keys before it are seen.
-    pub fn with_first_keys(self, first_keys: &'a [i32]) -> Self {
-        Self { raw: RawBitMask { first_keys: Some(first_keys), ..self.raw } }
-    }
-}
-
-/// A bit mask as the C ABI passes it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RawBitMask<'a> {
-    pub data: *const u8,
-    /// The bit of entry `[0, 0, 0, 0]`.
-    pub offset: i64,
-    pub shape: [usize; 4],
-    /// In bits; keys are neighbours.
-    pub strides: [i64; 3],
-    pub bytes: Option<usize>,
-    pub first_keys: Option<&'a [i32]>,
-}
-
-impl RawBitMask<'_> {
-    /// The bytes it can touch, relative to its data.
-    fn validate(&self) -> Result<(i128, i128)> {
-        let Self { shape, strides, offset, .. } = *self;
-        for (axis, n) in shape.into_iter().enumerate() {
-            ensure!(n <= MAX_AXIS, Shape, "bit_mask: axis {axis} has {n} elements, more than {MAX_AXIS}");
-        }
-        if shape.contains(&0) {
-            return Ok((0, 0));
-        }
-        ensure!(!self.data.is_null(), NullPointer, "bit_mask: data is null, but the shape is {shape:?}");
-        let (mut low, mut high) = (i128::from(offset), i128::from(offset) + shape[3] as i128);
-        for axis in 0..3 {
-            let reach = (shape[axis] as i128 - 1) * i128::from(strides[axis]);
-            (low, high) = (low + reach.min(0), high + reach.max(0));
-        }
-        let (low, high) = (low.div_euclid(8), (high + 7).div_euclid(8));
-        let (most, at) = (isize::MAX as i128, self.data.addr() as i128);
-        ensure!(
-            low >= -most && high <= most && at + low >= 0 && at + high <= usize::MAX as i128,
-            Stride,
-            "bit_mask: shape {shape:?} with strides {strides:?} from bit {offset} leaves the address space"
-        );
-        if let Some(bytes) = self.bytes {
-            ensure!(
-                low >= 0 && high <= bytes as i128,
-                Bounds,
-                "bit_mask: shape {shape:?} with strides {strides:?} from bit {offset} reaches bytes {low}..{high} of a buffer \
-                 of {bytes}"
-            );
-        }
-        Ok((low, high))
-    }
-
-    fn overlaps(&self, out: &RawView) -> Result<bool> {
-        let (low, high) = self.validate()?;
-        let reach = out.validate("out")?;
-        let (a, b) = (self.data.addr() as i128, out.data.addr() as i128);
-        Ok(high > low && a + low < b + reach.high as i128 && b + (reach.low as i128) < a + high)
-    }
 }
 
 /// [`AttentionTensors`] and [`AttentionOptions`] without lifetimes on the views, as the C ABI has them.
@@ -287,21 +112,86 @@ pub(crate) struct RawAttention<'a> {
     pub lse: *mut f32,
     pub scale: Option<f32>,
     pub softcap: Option<f32>,
-    pub causal: bool,
-    pub window_left: Option<i64>,
-    pub window_right: Option<i64>,
-    pub layout: Layout<'a>,
-    pub query_starts: Option<&'a [i32]>,
-    pub lengths: Option<&'a [i32]>,
-    pub starts: Option<&'a [i32]>,
-    pub offsets: Option<&'a [i32]>,
-    pub prefixes: Option<&'a [i32]>,
+    pub spans: Spans<'a>,
+    /// Of a plan, which has checked the spans.
+    pub planned: Option<Summary>,
     pub mask: Option<RawMask>,
     pub bit_mask: Option<RawBitMask<'a>>,
     pub bias: Option<RawView>,
     pub alibi_slopes: Option<&'a [f32]>,
     pub sinks: Option<&'a [f32]>,
     pub precision: Precision,
+}
+
+impl<'a> AttentionOptions<'a> {
+    /// What of the options a plan takes, for queries of this shape and this cache.
+    pub(crate) fn spans(&self, q_shape: [usize; 4], k: RawView) -> Result<Spans<'a>> {
+        let (batch, seq) = rows_of(q_shape, self.query_starts);
+        Ok(Spans {
+            batch,
+            seq,
+            cache: k,
+            layout: self.layout,
+            query_starts: self.query_starts,
+            causal: self.causal,
+            window_left: self.window_left.map(i64::from),
+            window_right: self.window_right.map(i64::from),
+            lengths: self.lengths,
+            starts: self.starts,
+            offsets: self.offsets,
+            prefixes: self.prefixes,
+        })
+    }
+
+    /// Fails if there is anything beside a plan that is the plan's to say.
+    fn only_plan(&self) -> Result<()> {
+        let given = [
+            ("causal", self.causal),
+            ("window_left", self.window_left.is_some()),
+            ("window_right", self.window_right.is_some()),
+            ("layout", !matches!(self.layout, Layout::Contiguous)),
+            ("query_starts", self.query_starts.is_some()),
+            ("lengths", self.lengths.is_some()),
+            ("starts", self.starts.is_some()),
+            ("offsets", self.offsets.is_some()),
+            ("prefixes", self.prefixes.is_some()),
+        ];
+        for (name, given) in given {
+            ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
+        }
+        Ok(())
+    }
+}
+
+/// Rows of the batch, and the most queries that one has.
+pub(crate) fn rows_of(q_shape: [usize; 4], query_starts: Option<&[i32]>) -> (usize, usize) {
+    match query_starts {
+        None => (q_shape[BATCH], q_shape[SEQ]),
+        Some(starts) => (
+            starts.len().saturating_sub(1),
+            starts.windows(2).map(|s| s[1].saturating_sub(s[0]).max(0) as usize).max().unwrap_or(0),
+        ),
+    }
+}
+
+/// Checks that the layout is one of the cache, and that the cache has the rows that the queries have.
+pub(crate) fn call_rows(q_shape: [usize; 4], spans: &Spans) -> Result<()> {
+    let (layout, k) = (spans.layout, &spans.cache);
+    layout.validate("k", k)?;
+    if let Some(starts) = spans.query_starts {
+        // The queries of ragged rows lie as the keys of a ragged cache do.
+        let q = RawView { shape: q_shape, ..*k };
+        Layout::Ragged { starts }.validate("q", &q).map_err(|e| e.about("query_starts"))?;
+    }
+    let rows = layout.rows(k);
+    ensure!(
+        rows == spans.batch,
+        Shape,
+        "k has {} = {rows}, but q has {}",
+        if matches!(layout, Layout::Contiguous | Layout::Ring { .. }) { "batch" } else { "rows" },
+        spans.batch
+    );
+    Ok(())
 }
 
 /// The standard ALiBi slopes for any number of heads (<https://arxiv.org/abs/2108.12409>): for a power of two n,
@@ -374,6 +264,14 @@ pub fn attention(
         let rows = view::rows(q.shape());
         ensure!(lse.len() == rows, Shape, "lse has {} entries, but q has {rows} rows", lse.len());
     }
+    let (spans, planned) = match options.plan {
+        None => (options.spans(q.raw.shape, k.raw)?, None),
+        Some(plan) => {
+            options.only_plan()?;
+            plan.check(&q.raw, k.raw.shape)?;
+            (plan.spans(), Some(plan.summary()))
+        }
+    };
     let call = RawAttention {
         q: q.raw,
         k: k.raw,
@@ -382,15 +280,8 @@ pub fn attention(
         lse: lse.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr),
         scale: options.scale,
         softcap: options.softcap,
-        causal: options.causal,
-        window_left: options.window_left.map(i64::from),
-        window_right: options.window_right.map(i64::from),
-        layout: options.layout,
-        query_starts: options.query_starts,
-        lengths: options.lengths,
-        starts: options.starts,
-        offsets: options.offsets,
-        prefixes: options.prefixes,
+        spans,
+        planned,
         mask: options.mask.map(|m| m.raw),
         bit_mask: options.bit_mask.map(|m| m.raw),
         bias: options.bias.map(|b| b.raw),
@@ -422,116 +313,8 @@ pub fn attention_workspace_size(q_shape: [usize; 4], k_shape: [usize; 4], v_dim:
 
 /// As [`attention_workspace_size`], for one kernel.
 fn workspace_size(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], v_dim: usize, threads: usize) -> usize {
-    let bytes = |together| Plan::new(kernel, q, k, v_dim, threads, most_chunks(k[SEQ]), together).bytes();
+    let bytes = |together| Tiling::new(kernel, q, k, v_dim, threads, most_chunks(k[SEQ]), together).bytes();
     bytes(false).max(bytes(true))
-}
-
-/// So many keys may lie in so many chunks: a ring's need not begin where a chunk does, nor its sinks lie beside them.
-fn most_chunks(keys: usize) -> usize {
-    keys.div_ceil(CHUNK) + 2
-}
-
-/// How rows are cut into tiles: depends on shapes, lengths and threads only, and nothing in the result depends on it.
-#[derive(Clone, Copy, Debug)]
-struct Plan {
-    workers: usize,
-    /// KV heads a tile.
-    tile_heads: usize,
-    /// Rows of each of them.
-    tile_rows: usize,
-    tiles_per_head: usize,
-    /// Tiles of all batch rows and KV heads.
-    tiles: usize,
-    /// Chunks of keys in the longest row.
-    chunks: usize,
-    /// Whether every chunk of a tile is a job of its own, which leaves a partial state.
-    split: bool,
-    /// Bytes of one worker's scratch memory.
-    scratch: usize,
-    /// Bytes of the partial states of one tile.
-    partials: usize,
-}
-
-/// Tiles are made smaller, down to this many rows, while there are too few of them for all workers.
-const MIN_TILE_ROWS: usize = 24;
-
-/// The most memory that partial states may take; beyond it rows are not split.
-const MAX_PARTIALS: usize = 256 << 20;
-
-/// Multiplications and additions below which another thread does not pay.
-const GRAIN: usize = 512 * 1024;
-
-impl Plan {
-    /// `chunks`: those in which any row sees a key; `together`: the heads of a token are neighbours in memory. The bytes grow
-    /// with `chunks`.
-    fn new(
-        kernel: &AttentionFns,
-        q: [usize; 4],
-        k: [usize; 4],
-        dv: usize,
-        threads: usize,
-        chunks: usize,
-        together: bool,
-    ) -> Self {
-        let workers = threads.clamp(1, MAX_WORKERS);
-        let [batch, seq, heads, d] = q;
-        let (keys, kv_heads) = (k[SEQ], k[HEADS].max(1));
-        let rows = seq.saturating_mul(heads / kv_heads).max(1);
-        let jobs = 2 * workers;
-        let (tile_heads, tile_rows) = if together && kernel.several_heads && rows < PACK_ROWS {
-            let groups = jobs.div_ceil(batch.saturating_mul(chunks).max(1));
-            (kv_heads.div_ceil(if workers > 1 { groups } else { 1 }).min(kernel.max_rows / rows), rows)
-        } else {
-            let wanted = jobs.div_ceil(batch.saturating_mul(kv_heads).max(1));
-            let most = kernel.max_rows.min(rows.div_ceil(wanted).max(MIN_TILE_ROWS));
-            let pieces = rows.div_ceil(most);
-            (1, if pieces == 1 { rows } else { rows.div_ceil(pieces).next_multiple_of(kernel.row_step) })
-        };
-        let tiles_per_head = rows.div_ceil(tile_rows);
-        let tiles = batch.saturating_mul(kv_heads.div_ceil(tile_heads)).saturating_mul(tiles_per_head);
-        let state = partial_stride(dv) * size_of::<f32>();
-        let all_partials = |chunks: usize| {
-            batch.saturating_mul(kv_heads).saturating_mul(tile_rows * tiles_per_head).saturating_mul(chunks * state)
-        };
-        let split = workers > 1 && tiles < jobs && chunks > 1 && all_partials(most_chunks(keys)) <= MAX_PARTIALS;
-        Self {
-            workers,
-            tile_heads,
-            tile_rows,
-            tiles_per_head,
-            tiles,
-            chunks,
-            split,
-            scratch: (kernel.scratch_bytes)(tile_heads * tile_rows, d, dv),
-            partials: if split { chunks * tile_heads * tile_rows * state } else { 0 },
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        self.workers.saturating_mul(self.scratch).saturating_add(self.tiles.saturating_mul(self.partials))
-    }
-
-    /// Tile `index`, with the last rows first: causal ones see the most keys, and the longest job should not come last.
-    ///
-    /// `rows` says how many rows a KV head has in a row of the batch; of ragged ones, some tiles have none.
-    fn tile(&self, index: usize, rows: impl Fn(usize) -> usize, kv_heads: usize, chunks: Chunks) -> Tile {
-        let (pair, piece) = (index / self.tiles_per_head, self.tiles_per_head - 1 - index % self.tiles_per_head);
-        let groups = kv_heads.div_ceil(self.tile_heads);
-        let (batch, kv_head) = (pair / groups, pair % groups * self.tile_heads);
-        let rows = rows(batch);
-        let first_row = (piece * self.tile_rows).min(rows);
-        Tile {
-            batch,
-            kv_head,
-            kv_heads: self.tile_heads.min(kv_heads - kv_head),
-            first_row,
-            head_rows: self.tile_rows.min(rows - first_row),
-            first_chunk: 0,
-            end_chunk: self.chunks,
-            chunks,
-            partials: std::ptr::null_mut(),
-        }
-    }
 }
 
 /// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together.
@@ -549,7 +332,7 @@ pub(crate) unsafe fn attention_raw(
     workspace_bytes: usize,
     call: &RawAttention,
 ) -> Result<()> {
-    let problem = validate(call)?;
+    let (problem, summary) = validate(call)?;
     if call.out.is_empty() && call.lse.is_null() {
         return Ok(());
     }
@@ -560,9 +343,9 @@ pub(crate) unsafe fn attention_raw(
     }
     let dv = call.v.shape[DIM];
     let kernel = context.attention(call.k.dtype, call.precision);
-    let (chunks, count) = chunks_of(&problem);
+    let Summary { longest, chunks, count } = summary;
     let together = heads_together(&call.k) && heads_together(&call.v);
-    let plan = Plan::new(&kernel, q_shape, k_shape, dv, runner.num_threads(), count, together);
+    let plan = Tiling::new(&kernel, q_shape, k_shape, dv, runner.num_threads(), count, together);
     let needed = plan.bytes();
     ensure!(
         workspace_bytes >= needed,
@@ -576,12 +359,11 @@ pub(crate) unsafe fn attention_raw(
         workspace.addr()
     );
     // An upper bound is enough: it only decides whether threads are worth their start.
-    let longest = (0..batch).map(|b| problem.length(b)).max().unwrap_or(0) as usize;
     let steps = [batch, heads, seq, longest.min(count * CHUNK), d + dv].into_iter().fold(1, usize::saturating_mul);
     let workers = plan.workers.min(steps / GRAIN).max(1);
 
     let kv_heads = call.k.shape[HEADS];
-    let rows = |b: usize| problem.queries(b) * problem.group;
+    let rows = |b: usize| problem.spans.queries(b) * problem.group;
     let memory = SharedMemory(workspace);
     let scratch = |worker: usize| memory.at(worker * plan.scratch);
     if !plan.split || workers == 1 {
@@ -613,41 +395,22 @@ pub(crate) unsafe fn attention_raw(
     })
 }
 
-/// The chunks in which any query may see a key, and how many they are.
-fn chunks_of(problem: &Problem) -> (Chunks, usize) {
-    let (mut before, mut first, mut end) = (0, usize::MAX, 0);
-    for row in 0..problem.batch {
-        let (length, low) = (problem.length(row), problem.left_end(row, 0));
-        before = before.max((problem.kept(row).1 as usize).div_ceil(CHUNK));
-        if low < length && problem.queries(row) > 0 {
-            first = first.min(low as usize / CHUNK);
-            end = end.max((length as usize).div_ceil(CHUNK));
-        }
-    }
-    let gap = first.min(end).saturating_sub(before);
-    (Chunks { before, gap }, end.max(before) - gap)
-}
-
 impl RawAttention<'_> {
     fn shapes(&self) -> ([usize; 4], [usize; 4]) {
-        attention_shapes(self.q.shape, self.k, &self.layout, self.query_starts)
+        attention_shapes(self.q.shape, self.k, &self.spans.layout, (self.spans.batch, self.spans.seq))
     }
 }
 
 /// `[batch, seq, heads, dim]` and `[batch, keys, kv_heads, dim]`, whatever the layout: `seq` is the most queries that a row has,
 /// `keys` the most keys that it has room for.
 pub(crate) fn attention_shapes(
-    mut q: [usize; 4],
+    q: [usize; 4],
     k: RawView,
     layout: &Layout,
-    query_starts: Option<&[i32]>,
+    (batch, seq): (usize, usize),
 ) -> ([usize; 4], [usize; 4]) {
-    if let Some(starts) = query_starts {
-        q[BATCH] = starts.len().saturating_sub(1);
-        q[SEQ] = starts.windows(2).map(|s| s[1].saturating_sub(s[0]).max(0) as usize).max().unwrap_or(0);
-    }
     let [.., kv_heads, dim] = k.shape;
-    (q, [q[BATCH], layout.most_keys(&k), kv_heads, dim])
+    ([batch, seq, q[HEADS], q[DIM]], [batch, layout.most_keys(&k), kv_heads, dim])
 }
 
 /// The workspace, cut by worker and tile.
@@ -663,16 +426,15 @@ impl SharedMemory {
 // SAFETY: workers and tiles take disjoint parts.
 unsafe impl Sync for SharedMemory {}
 
-fn validate<'a>(call: &RawAttention<'a>) -> Result<Problem<'a>> {
+fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
     let RawAttention { q, k, v, out, .. } = call;
     let (q_extent, k_extent, v_extent) = (q.validate("q")?, k.validate("k")?, v.validate("v")?);
     let out_extent = out.validate_output("out")?;
     ensure!(k.dtype == v.dtype, DType, "k is {}, but v is {}", k.dtype, v.dtype);
     let (kv_heads, v_dim) = (k.shape[HEADS], v.shape[DIM]);
-    let rows_are_axis_0 =
-        matches!(call.layout, Layout::Contiguous | Layout::Ring { .. }) && call.query_starts.is_none();
-    if rows_are_axis_0 {
-        k.same_axis("k", q, "q", BATCH)?;
+    let spans = call.spans;
+    if call.planned.is_none() {
+        call_rows(q.shape, &spans)?;
     }
     k.same_axis("k", q, "q", DIM)?;
     for axis in [BATCH, SEQ, HEADS] {
@@ -680,17 +442,7 @@ fn validate<'a>(call: &RawAttention<'a>) -> Result<Problem<'a>> {
         out.same_axis("out", q, "q", axis)?;
     }
     out.same_axis("out", v, "v", DIM)?;
-    let layout = call.layout;
-    layout.validate("k", k)?;
-    if let Some(starts) = call.query_starts {
-        // The queries of ragged rows lie as the keys of a ragged cache do.
-        Layout::Ragged { starts }.validate("q", q).map_err(|e| e.about("query_starts"))?;
-    }
     let [batch, seq, heads, dim] = call.shapes().0;
-    if !rows_are_axis_0 {
-        let rows = layout.rows(k);
-        ensure!(rows == batch, Shape, "k has {rows} rows, but q has batch = {batch}");
-    }
     for (name, n) in [("k", dim), ("v", v_dim)] {
         ensure!(
             (1..=MAX_HEAD_DIM).contains(&n),
@@ -704,33 +456,10 @@ fn validate<'a>(call: &RawAttention<'a>) -> Result<Problem<'a>> {
         "q has {heads} heads, which is no multiple of the {kv_heads} of k"
     );
 
-    ensure!(
-        call.lengths.is_some() || !matches!(layout, Layout::Ring { .. } | Layout::Paged { .. }),
-        InvalidValue,
-        "lengths is absent, but a ring and pages do not say how many keys a row has"
-    );
-    let lists =
-        [("lengths", call.lengths), ("starts", call.starts), ("prefixes", call.prefixes), ("offsets", call.offsets)];
-    for (name, list) in lists {
-        let Some(list) = list else { continue };
-        ensure!(list.len() == batch, Shape, "{name} has {} entries, but q has batch = {batch}", list.len());
-        if name == "offsets" {
-            continue;
-        }
-        for (row, &x) in list.iter().enumerate() {
-            let room = layout.capacity(k, row);
-            ensure!(
-                x >= 0 && x as usize <= room,
-                OutOfRange,
-                "{name}[{row}] is {x}, but k has {} = {room}",
-                if room == k.shape[SEQ] { "seq" } else { "room for a row" }
-            );
-        }
-    }
-    for (name, window) in [("window_left", call.window_left), ("window_right", call.window_right)] {
-        let window = window.unwrap_or(0);
-        ensure!((0..=u32::MAX as i64).contains(&window), InvalidValue, "{name} is {window}");
-    }
+    let summary = match call.planned {
+        Some(summary) => summary,
+        None => spans.validate()?,
+    };
     for (name, list) in [("alibi_slopes", call.alibi_slopes), ("sinks", call.sinks)] {
         let n = list.map_or(heads, <[f32]>::len);
         ensure!(n == heads, Shape, "{name} has {n} entries, but q has {heads} heads");
@@ -740,9 +469,7 @@ fn validate<'a>(call: &RawAttention<'a>) -> Result<Problem<'a>> {
     let softcap = call.softcap.unwrap_or(0.0);
     ensure!(softcap.is_finite() && softcap >= 0.0, InvalidValue, "softcap is {softcap}");
 
-    let longest = |list: Option<&[i32]>| list.map(|l| l.iter().copied().max().unwrap_or(0) as usize);
-    let keys =
-        longest(call.lengths).unwrap_or_else(|| (0..batch).map(|row| layout.capacity(k, row)).max().unwrap_or(0));
+    let keys = summary.longest;
     let fits = |name: &str, shape: [usize; 4]| -> Result<()> {
         ensure!(
             shape[..SEQ + 2] == [batch, seq, heads] && shape[DIM] >= keys,
@@ -763,7 +490,7 @@ fn validate<'a>(call: &RawAttention<'a>) -> Result<Problem<'a>> {
         ensure!(n == batch, Shape, "first_keys of bit_mask has {n} entries, but q has batch = {batch}");
         fits("bit_mask", [mask.shape[0], mask.shape[1], mask.shape[2], keys])?;
         for row in 0..batch {
-            let (first, length) = (first(row), call.lengths.map_or(layout.capacity(k, row) as i64, |l| l[row] as i64));
+            let (first, length) = (first(row), spans.length(row));
             ensure!(first >= 0, OutOfRange, "first_keys[{row}] of bit_mask is {first}, which is negative");
             ensure!(
                 first + mask.shape[DIM] as i64 >= length,
@@ -804,75 +531,30 @@ fn validate<'a>(call: &RawAttention<'a>) -> Result<Problem<'a>> {
             ensure!(!view.is_some_and(|view| view.overlaps(&lse)), Overlap, "{name} and lse share memory");
         }
     }
-    let problem = Problem {
-        q: *q,
-        k: *k,
-        v: *v,
-        out: *out,
-        lse: call.lse,
-        batch,
-        seq,
-        q_starts: call.query_starts,
-        layout,
-        group: heads / kv_heads.max(1),
-        scale,
-        softcap,
-        causal: call.causal,
-        window_left: call.window_left,
-        window_right: call.window_right,
-        lengths: call.lengths,
-        prefixes: call.prefixes,
-        starts: call.starts,
-        offsets: call.offsets,
-        mask: call.mask.map(|m| ByteView { data: m.data, strides: m.strides }),
-        bit_mask: call.bit_mask.map(|m| BitView {
-            data: m.data,
-            offset: m.offset,
-            strides: m.strides,
-            first_keys: m.first_keys,
-        }),
-        bias: call.bias,
-        alibi: call.alibi_slopes,
-        sinks: call.sinks,
-    };
-    for row in 0..batch {
-        validate_seen(&problem, row)?;
-    }
-    Ok(problem)
-}
-
-/// Checks that what a row may see is in the cache: not overwritten in a ring, and in pages or rows that exist.
-fn validate_seen(problem: &Problem, row: usize) -> Result<()> {
-    let (length, retained, kept) = (problem.length(row), problem.retained_from(row), problem.kept(row));
-    if let Layout::Ring { sinks } = problem.layout
-        && retained > 0
-        && problem.queries(row) > 0
-    {
-        let wanted = match (problem.window_left, problem.queries(row)) {
-            (None, 1) => retained,
-            (None, _) => problem.starts.map_or(0, |s| s[row] as i64),
-            (Some(left), _) => (problem.position(row, 0) - left).max(problem.starts.map_or(0, |s| s[row] as i64)),
-        };
-        ensure!(
-            wanted >= retained,
-            Capacity,
-            "the first query of row {row} sees keys from {wanted} on, but of its {length} tokens the ring retains those from \
-             {retained} on: give a window, or a ring of more slots"
-        );
-        let prefix = problem.prefixes.map_or(0, |p| p[row] as i64);
-        ensure!(
-            prefix <= sinks as i64,
-            Capacity,
-            "prefixes[{row}] is {prefix}, but the ring keeps {sinks} sinks of row {row}"
-        );
-    }
-    if problem.queries(row) > 0 {
-        let name = "k";
-        problem.layout.validate_row(name, &problem.k, row, kept.0 as usize, kept.1 as usize)?;
-        let from = problem.left_end(row, 0).max(0) as usize;
-        problem.layout.validate_row(name, &problem.k, row, from, length as usize)?;
-    }
-    Ok(())
+    Ok((
+        Problem {
+            q: *q,
+            k: *k,
+            v: *v,
+            out: *out,
+            lse: call.lse,
+            spans,
+            group: heads / kv_heads.max(1),
+            scale,
+            softcap,
+            mask: call.mask.map(|m| ByteView { data: m.data, strides: m.strides }),
+            bit_mask: call.bit_mask.map(|m| BitView {
+                data: m.data,
+                offset: m.offset,
+                strides: m.strides,
+                first_keys: m.first_keys,
+            }),
+            bias: call.bias,
+            alibi: call.alibi_slopes,
+            sinks: call.sinks,
+        },
+        summary,
+    ))
 }
 
 #[cfg(test)]
@@ -886,30 +568,5 @@ mod tests {
         assert_eq!(twelve[..8], alibi_slopes(8));
         assert_eq!(twelve[8..], [1, 3, 5, 7].map(|i: i32| (-0.5 * i as f64).exp2() as f32));
         assert!(alibi_slopes(0).is_empty());
-    }
-
-    #[test]
-    fn tiles_cover_every_row_once() {
-        let kernel = crate::Context::new().unwrap().attention(DType::F32, Precision::Default);
-        for (seq, group, batch, kv_heads, threads) in
-            [(1, 4, 1, 8, 2), (200, 3, 2, 3, 5), (7, 71, 1, 1, 3), (1, 1, 1, 1, 64), (1, 1, 2, 300, 1), (3, 3, 1, 7, 2)]
-        {
-            for (together, chunks) in [(false, 5), (true, 5), (true, 1), (true, 0)] {
-                let (q, k) = ([batch, seq, group * kv_heads, 64], [batch, 5000, kv_heads, 64]);
-                let plan = Plan::new(&kernel, q, k, 64, threads, chunks, together);
-                assert!(plan.bytes() <= attention_workspace_size(q, k, 64, threads));
-                let rows = seq * group;
-                let mut seen = vec![0; batch * kv_heads * rows];
-                for index in 0..plan.tiles {
-                    let tile = plan.tile(index, |_| rows, kv_heads, Chunks::default());
-                    for head in tile.kv_head..tile.kv_head + tile.kv_heads {
-                        for row in tile.first_row..tile.first_row + tile.head_rows {
-                            seen[(tile.batch * kv_heads + head) * rows + row] += 1;
-                        }
-                    }
-                }
-                assert!(seen.iter().all(|&n| n == 1), "{plan:?}");
-            }
-        }
     }
 }

@@ -4,9 +4,12 @@
 //! which the C ABI calls too. All validation is in the latter.
 
 pub mod attention;
+pub mod mask;
 pub mod merge;
+pub mod plan;
 pub mod repeat;
 pub mod rope;
+mod tiling;
 pub mod workspace;
 pub mod write;
 

@@ -5,12 +5,12 @@ use crate::common::runners::Threads;
 use crate::common::{Layout as Strides, Place, Rng, Tensor, scaled};
 use crate::harness::{Level, tests};
 use crate::semantics::{random_case, visible};
-use kvlane::{AttentionOptions, Layout, Op, Serial, Status, Workspace};
+use kvlane::{AttentionOptions, AttentionPlan, Layout, Op, Serial, Status, Workspace};
 
 tests! {
     levels: paged, shared_pages, ring, ring_without_a_window, indirect, ragged, what_is_not_retained_is_refused,
-        tables_are_checked;
-    once:;
+        tables_are_checked, plans;
+    once: plans_advance;
 }
 
 /// A random case whose lengths are said.
@@ -362,10 +362,93 @@ fn tables_are_checked(level: &Level) {
     let paged = |pages: &[i32]| cache.error(level, &case, Layout::Paged { pages, pages_per_row: 3 }).to_string();
     assert!(paged(&[0, 1, 5, 2, 0, 0]).contains("pages[0, 2] is 5, but k has batch = 5"));
     assert!(paged(&[0, 1, 2, -1, 0, 0]).contains("pages[1, 0] is -1"));
-    assert!(paged(&[0, 1, 2]).contains("k has 1 rows, but q has batch = 2"));
+    assert!(paged(&[0, 1, 2]).contains("k has rows = 1, but q has 2"));
     assert!(paged(&[0, 1, 2, 3]).contains("pages has 4 entries, which are no rows of 3"));
     let long = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![40, 49]));
     let error = cache.error(level, &long, Layout::Paged { pages: &[0, 1, 2, 3, 4, 0], pages_per_row: 3 });
     assert!(error.message().contains("lengths[1] is 49, but k has room for a row = 48"), "{error}");
     level.checked(Op::Attention, dtype, dtype);
+}
+
+/// With a plan instead of lists, the same bits.
+fn plans(level: &Level) {
+    let mut rng = Rng::new(308);
+    let mut plan = None;
+    for _ in 0..scaled(60) {
+        let (case, what) = random_case(&mut rng);
+        let options = case.options.borrow();
+        // The memory of the plan before, whatever that was for.
+        let plan = match &mut plan {
+            None => plan.insert(AttentionPlan::new(case.q.shape, case.k.shape, &options).expect("a valid plan")),
+            Some(plan) => {
+                plan.update(case.q.shape, case.k.shape, &options).expect("a valid plan");
+                plan
+            }
+        };
+        let planned = AttentionOptions {
+            plan: Some(plan),
+            mask: options.mask,
+            bit_mask: options.bit_mask,
+            bias: options.bias,
+            scale: options.scale,
+            softcap: options.softcap,
+            alibi_slopes: options.alibi_slopes,
+            sinks: options.sinks,
+            precision: options.precision,
+            ..Default::default()
+        };
+        let want = case.run(&level.context);
+        let kv = (&case.k, &case.v);
+        let got = case.run_on(&level.context, &Threads(2), &mut Workspace::new(), kv, planned).expect("a valid call");
+        level.checked(Op::Attention, case.k.dtype, case.v.dtype);
+        assert!(got.all_bits() == want.all_bits(), "{what}");
+        let error = case.run_on(
+            &level.context,
+            &Serial,
+            &mut Workspace::new(),
+            kv,
+            AttentionOptions { causal: true, ..planned },
+        );
+        assert_eq!(
+            error.err().expect("both").message(),
+            "both plan and causal are given, but causal is the plan's to say"
+        );
+    }
+}
+
+/// A plan that advances is the plan made anew, and one that cannot stays as it is.
+fn plans_advance() {
+    let (q, k) = ([2, 1, 1, 8], [5, 4, 1, 8]);
+    let pages = [3, 1, -1, 0, 4, 2];
+    let layout = Layout::Paged { pages: &pages, pages_per_row: 3 };
+    let at = |lengths: &[i32], layout| {
+        let options = AttentionOptions {
+            causal: true,
+            window_left: Some(5),
+            lengths: Some(lengths),
+            layout,
+            ..Default::default()
+        };
+        AttentionPlan::new(q, k, &options)
+    };
+    let mut plan = at(&[6, 9], layout).unwrap();
+    plan.advance(&[2, 1]).unwrap();
+    assert_eq!(format!("{plan:?}"), format!("{:?}", at(&[8, 10], layout).unwrap()));
+    let before = format!("{plan:?}");
+    for (counts, sentence) in [
+        (&[1, 0][..], "pages[0, 2] is -1, but k has batch = 5"),
+        (&[0, 3], "row 1 of the plan has 10 tokens and is given 3 more, but has room for 12"),
+        (&[0, -1], "counts[1] is -1, which is negative"),
+        (&[1], "counts has 1 entries, but the plan has 2 rows"),
+    ] {
+        assert_eq!(plan.advance(counts).unwrap_err().message(), sentence);
+        assert_eq!(format!("{plan:?}"), before);
+    }
+    assert!(plan.set_table(0, 1, &[5]).unwrap_err().message().contains("entry 1 of row 0 is 5, but k has batch = 5"));
+    assert!(plan.set_table(0, 2, &[1, 1]).unwrap_err().message().contains("entries 2..4 of a row that has 3"));
+    plan.set_table(0, 2, &[1]).unwrap();
+    plan.advance(&[1, 0]).unwrap();
+    assert_eq!(plan.lengths(), [9, 10]);
+    let ring = at(&[4, 9], Layout::Ring { sinks: 0 });
+    assert!(ring.is_err(), "five rows in the cache, two in q");
 }

@@ -59,8 +59,8 @@ use super::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
 use crate::dtype::DType;
 use crate::kernels::avx512::Avx512;
 use crate::kernels::generic::attention::{
-    BLOCK, CHUNK, Gathered, Located, PARTIAL_HEADER, Problem, Reach, Rows, Span, Tile, between, is_empty, load_row,
-    locate, ones, padded, partial_stride, store_row,
+    BLOCK, CHUNK, Gathered, Located, PARTIAL_HEADER, Problem, Reach, Rows, Span, Tile, Wanted, between, is_empty,
+    load_row, locate, ones, padded, partial_stride, store_row,
 };
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Simd};
@@ -252,7 +252,7 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
     let n = tile.rows().div_ceil(LANES);
     // SAFETY: the caller's; the scratch has `n` groups, all of whose fields `prepare` writes before they are read.
     unsafe {
-        let kept = p.kept(tile.batch);
+        let kept = p.spans.kept(tile.batch);
         let mut reach = Reach { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, kept };
         for g in 0..n {
             prepare(s, &call, g);
@@ -350,11 +350,11 @@ unsafe fn prepare(s: Avx512, call: &Call, g: usize) {
         for r in 0..group.rows {
             let flat = tile.first_row + g * LANES + r;
             let (token, head) = (flat / p.group, tile.kv_head * p.group + flat % p.group);
-            (group.low[r], group.high[r]) = p.span(tile.batch, token);
-            group.position[r] = p.position(tile.batch, token);
+            (group.low[r], group.high[r]) = p.spans.span(tile.batch, token);
+            group.position[r] = p.spans.position(tile.batch, token);
             (group.token[r], group.head[r]) = (token as u32, head as u32);
             group.slope[r] = p.alibi.map_or(0.0, |slopes| slopes[head]);
-            let (row, token) = p.query(tile.batch, token);
+            let (row, token) = p.spans.query(tile.batch, token);
             load_row(s, p.q.dtype, p.q.row(row, token, head), p.q.strides[3], stage.add(r * dk), d);
         }
         call.scratch.groups.add(g).write(group);
@@ -474,7 +474,8 @@ unsafe fn one_span<const HIGH: bool>(
             let (mut k, mut v) = (Located::<bf16>::new(), Located::<bf16>::new());
             // SAFETY: the keys that some row sees are inside the views.
             unsafe {
-                locate(call.p, call.tile, base, span, any, reach, &call.scratch.gathered, (&mut k, &mut v));
+                let wanted = Wanted { p: call.p, tile: call.tile, base, span, live: any, reach };
+                locate(&wanted, &call.scratch.gathered, (&mut k, &mut v));
                 keys[b] = pack_keys(call, b, span, k.rows());
                 special[b] = pack_values(s, call, b, span, k.rows(), v.rows());
             }
@@ -891,7 +892,7 @@ unsafe fn repair(s: Avx512, call: &Call, group: &Group, x: *mut f32, b: usize, b
         // SAFETY: the stage has room for d floats; keys that are seen are inside K.
         unsafe {
             let q = call.scratch.stage;
-            let (row, token) = p.query(tile.batch, group.token[r] as usize);
+            let (row, token) = p.spans.query(tile.batch, group.token[r] as usize);
             let row = p.q.row(row, token, group.head[r] as usize);
             load_row(s, p.q.dtype, row, p.q.strides[3], q, d);
             for j in (0..BLOCK).filter(|j| group.live[b][r] >> j & 1 == 1) {
@@ -1244,7 +1245,7 @@ unsafe fn finish(s: Avx512, p: &Problem, batch: usize, token: usize, head: usize
                 s.store_f32(acc.add(i), s.add(x, s.zero()));
             }
         }
-        let (row, token) = p.query(batch, token);
+        let (row, token) = p.spans.query(batch, token);
         store_row(s, acc, p.out.dtype, p.out.row(row, token, head), p.out.strides[3], dv);
     }
 }

@@ -3,14 +3,17 @@
 use super::{BLOCK, Block, PIECE, Problem, Reach, Span, Tile, padded};
 use crate::dtype::Element;
 use crate::view::RawView;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// Pieces of a block.
 pub(crate) const PIECES: usize = BLOCK / PIECE;
 
 /// The rows of K or V of a block, of the first KV head of a tile; the elements of a row lie together.
 pub(crate) struct Located<T> {
-    /// A pointer for every key of the span. That of a key which no row of the tile sees is another key's.
-    keys: [*const T; BLOCK],
+    /// A pointer for every key of the span, nothing for others. That of a key which no row of the tile sees is another key's.
+    keys: [MaybeUninit<*const T>; BLOCK],
     /// Where the pieces of the next block begin, null for those that are not read.
     next: [*const T; PIECES],
     /// Elements from one key to the next, where they are neighbours.
@@ -21,35 +24,59 @@ pub(crate) struct Located<T> {
 
 impl<T> Located<T> {
     pub const fn new() -> Self {
-        Self { keys: [std::ptr::null(); BLOCK], next: [std::ptr::null(); PIECES], seq: 0, head: 0 }
+        Self { keys: [const { MaybeUninit::uninit() }; BLOCK], next: [std::ptr::null(); PIECES], seq: 0, head: 0 }
     }
 
+    /// To be used for keys of the span alone.
+    #[inline(always)]
     pub fn rows(&self) -> Rows<'_, T> {
-        Rows { keys: &self.keys, next: &self.next, seq: self.seq, head: self.head }
+        Rows {
+            keys: self.keys.as_ptr().cast(),
+            next: &self.next,
+            seq: self.seq,
+            head: self.head,
+            lifetime: PhantomData,
+        }
+    }
+
+    /// Keys `keys` lie in steps from `first` on.
+    #[inline(always)]
+    fn run(&mut self, keys: Range<usize>, first: *const T) {
+        for (i, to) in self.keys[keys].iter_mut().enumerate() {
+            to.write(first.wrapping_offset(i as isize * self.seq));
+        }
+    }
+
+    /// Keys `keys` get the pointer of another.
+    fn fill(&mut self, keys: Range<usize>, other: usize) {
+        let other = self.keys[other];
+        self.keys[keys].fill(other);
     }
 }
 
 /// [`Located`], borrowed.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a, T> {
-    keys: &'a [*const T; BLOCK],
+    keys: *const *const T,
     next: &'a [*const T; PIECES],
     seq: isize,
     head: isize,
+    lifetime: PhantomData<&'a Located<T>>,
 }
 
 impl<T> Rows<'_, T> {
     /// The row of a key of the block and of a KV head of the tile.
     #[inline(always)]
     pub fn key(&self, head: usize, key: usize) -> *const T {
-        self.keys[key].wrapping_offset(head as isize * self.head)
+        debug_assert!(key < BLOCK);
+        // SAFETY: callers stay inside the span, whose pointers have been written.
+        unsafe { *self.keys.add(key) }.wrapping_offset(head as isize * self.head)
     }
 
     /// Bytes from a key of the span to the next, if all its keys lie in steps of the same size.
     #[cfg(target_arch = "x86_64")]
     pub fn stride(&self, span: Span) -> Option<isize> {
-        let keys = &self.keys[span.low..span.high];
-        let even = keys.windows(2).all(|pair| pair[1] == pair[0].wrapping_offset(self.seq));
+        let even = (span.low + 1..span.high).all(|j| self.key(0, j) == self.key(0, j - 1).wrapping_offset(self.seq));
         even.then_some(self.seq * size_of::<T>() as isize)
     }
 
@@ -60,7 +87,7 @@ impl<T> Rows<'_, T> {
             return self.next[piece - PIECES];
         }
         let first = (piece * PIECE).max(span.low);
-        if first < span.high { self.keys[first] } else { std::ptr::null() }
+        if first < span.high { self.key(0, first) } else { std::ptr::null() }
     }
 
     /// A row of the next block, if the piece that it belongs to is one run of slots; for prefetches only.
@@ -77,28 +104,75 @@ pub(crate) struct Gathered {
     pub v: *mut u8,
 }
 
+/// The keys of a block that are wanted.
+#[derive(Clone, Copy)]
+pub(crate) struct Wanted<'a> {
+    pub p: &'a Problem<'a>,
+    pub tile: &'a Tile,
+    /// The block's first key.
+    pub base: usize,
+    pub span: Span,
+    /// Keys of the span that some row of the tile sees, which are those inside the cache.
+    pub live: u64,
+    /// What is read later.
+    pub reach: &'a Reach,
+}
+
 /// Finds the keys and values of a block, and gathers those whose elements do not lie together.
-///
-/// `live`: keys of the span that some row of the tile sees, which are those inside the cache.
 ///
 /// # Safety
 /// The live keys, and those that `reach` says are read later, are inside K and V; `gathered` has its room, which is needed for a
 /// tile of one KV head only.
 #[inline(always)]
 pub(crate) unsafe fn locate<T: Element>(
-    p: &Problem,
-    tile: &Tile,
-    base: usize,
-    span: Span,
-    live: u64,
-    reach: &Reach,
+    wanted: &Wanted,
     gathered: &Gathered,
     (k, v): (&mut Located<T>, &mut Located<T>),
 ) {
+    let Wanted { p, tile, base, span, live, .. } = *wanted;
     let views = [&p.k, &p.v];
     for (view, to) in views.into_iter().zip([&mut *k, &mut *v]) {
         (to.seq, to.head) = (view.strides[1] as isize, view.strides[2] as isize);
     }
+    let at = |view: &RawView, (row, slot): (usize, usize)| -> *const T {
+        // SAFETY: a position that is seen lies inside the view.
+        unsafe { view.row(row, slot, tile.kv_head) }.cast_const().cast()
+    };
+    if live == span.bits() {
+        // The usual case: all in one run, and the next block too.
+        let (place, run) = p.spans.place(tile.batch, base + span.low);
+        if run >= 2 * BLOCK - span.low {
+            let low = span.low as isize;
+            let (key, value) = (at(&p.k, place), at(&p.v, place));
+            k.run(span.low..span.high, key);
+            v.run(span.low..span.high, value);
+            for piece in 0..PIECES {
+                let ahead = (BLOCK + piece * PIECE) as isize - low;
+                k.next[piece] = key.wrapping_offset(ahead * k.seq);
+                v.next[piece] = value.wrapping_offset(ahead * v.seq);
+            }
+        } else {
+            // SAFETY: the caller's.
+            unsafe { scattered(wanted, (&mut *k, &mut *v)) };
+        }
+    } else {
+        // SAFETY: the caller's.
+        unsafe { scattered(wanted, (&mut *k, &mut *v)) };
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        gather(&p.k, span, gathered.k, k);
+        gather(&p.v, span, gathered.v, v);
+    }
+}
+
+/// [`locate`] where slots are not in one run, or not all keys are live.
+///
+/// # Safety
+/// As [`locate`].
+#[inline(never)]
+unsafe fn scattered<T: Element>(wanted: &Wanted, (k, v): (&mut Located<T>, &mut Located<T>)) {
+    let Wanted { p, tile, base, span, live, reach } = *wanted;
     let at = |view: &RawView, (row, slot): (usize, usize)| -> *const T {
         // SAFETY: a position that is seen lies inside the view.
         unsafe { view.row(row, slot, tile.kv_head) }.cast_const().cast()
@@ -109,46 +183,31 @@ pub(crate) unsafe fn locate<T: Element>(
         let rest = live >> j;
         if rest & 1 == 0 {
             // Nothing of it is used but that it can be read.
-            let skip = (rest.trailing_zeros() as usize).min(span.high - j);
+            let end = (j + rest.trailing_zeros() as usize).min(span.high);
             if let Some(seen) = seen {
-                let (key, value) = (k.keys[seen], v.keys[seen]);
-                k.keys[j..j + skip].fill(key);
-                v.keys[j..j + skip].fill(value);
+                k.fill(j..end, seen);
+                v.fill(j..end, seen);
             }
-            j += skip;
+            j = end;
             continue;
         }
-        let (place, run) = p.layout.place(&p.k, tile.batch, base + j);
-        let n = run.min(span.high - j);
-        for (view, to) in views.into_iter().zip([&mut *k, &mut *v]) {
-            let mut key = at(view, place);
-            for to in &mut to.keys[j..j + n] {
-                *to = key;
-                key = key.wrapping_offset(view.strides[1] as isize);
-            }
-        }
+        let (place, run) = p.spans.place(tile.batch, base + j);
+        let end = (j + run).min(span.high);
+        k.run(j..end, at(&p.k, place));
+        v.run(j..end, at(&p.v, place));
         if seen.is_none() {
-            let (key, value) = (k.keys[j], v.keys[j]);
-            k.keys[span.low..j].fill(key);
-            v.keys[span.low..j].fill(value);
+            k.fill(span.low..j, j);
+            v.fill(span.low..j, j);
             seen = Some(j);
         }
-        j += n;
+        j = end;
     }
     for piece in 0..PIECES {
         let position = base + BLOCK + piece * PIECE;
-        (k.next[piece], v.next[piece]) = match reach.covers(position) {
-            true => {
-                let place = p.layout.place(&p.k, tile.batch, position).0;
-                (at(&p.k, place), at(&p.v, place))
-            }
-            false => (std::ptr::null(), std::ptr::null()),
-        };
-    }
-    // SAFETY: the caller's.
-    unsafe {
-        gather(&p.k, span, gathered.k, k);
-        gather(&p.v, span, gathered.v, v);
+        if reach.covers(position) {
+            let place = p.spans.place(tile.batch, position).0;
+            (k.next[piece], v.next[piece]) = (at(&p.k, place), at(&p.v, place));
+        }
     }
 }
 
@@ -164,9 +223,9 @@ unsafe fn gather<T: Element>(view: &RawView, span: Span, block: *mut u8, rows: &
         let to = block.cast::<T>().wrapping_add(j * padded(dim));
         for i in 0..dim {
             // SAFETY: the caller's.
-            unsafe { *to.add(i) = *rows.keys[j].wrapping_offset(i as isize * step) };
+            unsafe { *to.add(i) = *rows.keys[j].assume_init().wrapping_offset(i as isize * step) };
         }
-        rows.keys[j] = to;
+        rows.keys[j].write(to);
     }
     (rows.seq, rows.head, rows.next) = (padded(dim) as isize, 0, [std::ptr::null(); PIECES]);
 }

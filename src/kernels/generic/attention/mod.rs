@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | this one | the problem, the tile, the walk over chunks and blocks |
 //! | `keys` | where the keys of a block lie, whatever the cache's layout |
+//! | `spans` | which rows there are, and which keys their queries may see by position |
 //! | `few` | scores and values of few rows (decode): straight from the cache |
 //! | `many` | scores and values of many rows (prefill): from packed copies of a block |
 //! | `softmax` | scores to weights |
@@ -44,21 +45,22 @@ mod few;
 mod keys;
 mod many;
 mod softmax;
+mod spans;
 mod state;
 
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Memory, Simd};
-use crate::layout::Layout;
 use crate::view::RawView;
 #[cfg(not(target_arch = "x86_64"))]
-use keys::{Gathered, Located, Rows, locate};
+use keys::{Gathered, Located, Rows, Wanted, locate};
 use state::{fold, load_query};
 use std::ops::Range;
 
+pub(crate) use spans::{Chunks, Spans, Summary};
 pub(crate) use state::{is_empty, reduce};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use {
-    keys::{Gathered, Located, Rows, locate},
+    keys::{Gathered, Located, Rows, Wanted, locate},
     state::{load_row, store_row},
 };
 
@@ -85,30 +87,13 @@ pub(crate) struct Problem<'a> {
     pub out: RawView,
     /// `[batch, seq, heads]`, contiguous; null if not wanted.
     pub lse: *mut f32,
-    /// Rows of the batch, and the most queries that one has.
-    pub batch: usize,
-    pub seq: usize,
-    /// Where the queries of every row begin in axis 1 of `q` and `out`, and where the last ones end, if rows are ragged; else
-    /// rows are axis 0.
-    pub q_starts: Option<&'a [i32]>,
-    /// In which slots of `k` and `v` a row's tokens lie.
-    pub layout: Layout<'a>,
+    /// Which rows there are, and which keys their queries may see.
+    pub spans: Spans<'a>,
     /// Query heads a KV head.
     pub group: usize,
     pub scale: f32,
     /// 0: none.
     pub softcap: f32,
-    pub causal: bool,
-    pub window_left: Option<i64>,
-    pub window_right: Option<i64>,
-    /// Valid keys a batch row; as many as the cache has room for if absent.
-    pub lengths: Option<&'a [i32]>,
-    /// Keys before this one, a batch row, are seen whatever causality and windows say; 0 if absent.
-    pub prefixes: Option<&'a [i32]>,
-    /// First visible key a batch row; 0 if absent.
-    pub starts: Option<&'a [i32]>,
-    /// Position of query 0 among the keys, a batch row; `length - queries` if absent.
-    pub offsets: Option<&'a [i32]>,
     /// `[batch, seq, heads, keys]` bytes; 0 hides.
     pub mask: Option<ByteView>,
     pub bit_mask: Option<BitView<'a>>,
@@ -143,27 +128,13 @@ pub(crate) struct BitView<'a> {
 }
 
 impl Problem<'_> {
-    pub fn length(&self, batch: usize) -> i64 {
-        self.lengths.map_or_else(|| self.layout.capacity(&self.k, batch) as i64, |l| l[batch] as i64)
-    }
-
-    /// Queries of a batch row.
-    pub fn queries(&self, batch: usize) -> usize {
-        self.q_starts.map_or(self.seq, |s| (s[batch + 1] - s[batch]) as usize)
-    }
-
-    /// The place of a query in axes 0 and 1 of `q` and `out`.
-    pub fn query(&self, batch: usize, token: usize) -> (usize, usize) {
-        self.q_starts.map_or((batch, token), |s| (0, s[batch] as usize + token))
-    }
-
     /// A key of a batch row.
     ///
     /// # Safety
     /// It is inside the cache.
     #[cfg(target_arch = "x86_64")]
     pub unsafe fn key(&self, batch: usize, position: usize, kv_head: usize) -> *const u8 {
-        let (row, slot) = self.layout.place(&self.k, batch, position).0;
+        let (row, slot) = self.spans.place(batch, position).0;
         // SAFETY: the caller's.
         unsafe { self.k.row(row, slot, kv_head) }
     }
@@ -174,69 +145,15 @@ impl Problem<'_> {
     /// It is inside the cache.
     #[cfg(target_arch = "x86_64")]
     pub unsafe fn value(&self, batch: usize, position: usize, kv_head: usize) -> *const u8 {
-        let (row, slot) = self.layout.place(&self.k, batch, position).0;
+        let (row, slot) = self.spans.place(batch, position).0;
         // SAFETY: the caller's.
         unsafe { self.v.row(row, slot, kv_head) }
     }
 
     /// Where the LSE of a query and head goes.
     pub fn lse(&self, batch: usize, token: usize, head: usize) -> *mut f32 {
-        let (row, token) = self.query(batch, token);
+        let (row, token) = self.spans.query(batch, token);
         self.lse.wrapping_add((row * self.q.shape[1] + token) * self.q.shape[2] + head)
-    }
-
-    /// The first key that a row still holds, beside those of its `kept` span.
-    pub fn retained_from(&self, batch: usize) -> i64 {
-        self.layout.retained_from(&self.k, self.length(batch) as usize) as i64
-    }
-
-    /// The keys that every query of `batch` sees, whatever causality and windows say: those of its prefix and, beyond a gap of
-    /// keys that a ring has lost, its sinks; then there is only one query.
-    pub fn kept(&self, batch: usize) -> (i64, i64) {
-        let low = self.starts.map_or(0, |s| s[batch] as i64);
-        let mut high = self.prefixes.map_or(0, |p| p[batch] as i64);
-        if let Layout::Ring { sinks } = self.layout
-            && self.window_left.is_none()
-            && self.retained_from(batch) > 0
-        {
-            high = high.max(self.right_end(batch, 0).min(sinks as i64));
-        }
-        let high = high.min(self.length(batch));
-        if low < high { (low, high) } else { (0, 0) }
-    }
-
-    /// Where the keys end that query `token` of `batch` may see by length, causality and window.
-    fn right_end(&self, batch: usize, token: usize) -> i64 {
-        let (mut high, position) = (self.length(batch), self.position(batch, token));
-        if self.causal {
-            high = high.min(position + 1);
-        }
-        if let Some(right) = self.window_right {
-            high = high.min(position + right + 1);
-        }
-        high
-    }
-
-    /// Where they begin, by start, window and what a ring retains.
-    pub fn left_end(&self, batch: usize, token: usize) -> i64 {
-        let low = self.starts.map_or(0, |s| s[batch] as i64).max(self.retained_from(batch));
-        self.window_left.map_or(low, |left| low.max(self.position(batch, token) - left))
-    }
-
-    /// The keys, beside those [kept](Self::kept), that query `token` of `batch` may see by length, start, causality, window and
-    /// what a ring retains: `low..high`.
-    pub fn span(&self, batch: usize, token: usize) -> (i64, i64) {
-        let (low, high) = (self.left_end(batch, token), self.right_end(batch, token));
-        if low < high { (low, high) } else { (0, 0) }
-    }
-
-    /// Where query `token` of `batch` stands among the keys.
-    pub fn position(&self, batch: usize, token: usize) -> i64 {
-        let offset = match self.offsets {
-            Some(o) => o[batch] as i64,
-            None => self.length(batch) - self.queries(batch) as i64,
-        };
-        offset + token as i64
     }
 }
 
@@ -257,23 +174,6 @@ pub(crate) struct Tile {
     pub chunks: Chunks,
     /// If not null: `[chunks][rows]` states of [`partial_stride`] floats are written here instead of to the output.
     pub partials: *mut f32,
-}
-
-/// The chunks in which any query of a call may see a key: some from the start of the cache (a prefix, sinks), then, after a gap,
-/// all that follow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Chunks {
-    /// How many lie before the gap, and how many in it.
-    pub before: usize,
-    pub gap: usize,
-}
-
-impl Chunks {
-    /// The keys of the call's chunk number `index`.
-    pub fn keys(self, index: usize) -> Range<usize> {
-        let chunk = if index < self.before { index } else { index + self.gap };
-        chunk * CHUNK..(chunk + 1) * CHUNK
-    }
 }
 
 impl Tile {
@@ -404,11 +304,11 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, sc
     let n = tile.rows();
     // SAFETY: the scratch has `n` states; they are plain numbers, written below before they are read.
     let rows = unsafe { std::slice::from_raw_parts_mut(scratch.rows, n) };
-    let kept = p.kept(tile.batch);
+    let kept = p.spans.kept(tile.batch);
     let mut reach = Reach { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, kept };
     for (r, row) in rows.iter_mut().enumerate() {
         let (token, head) = tile.token_and_head(p, r);
-        let (low, high) = p.span(tile.batch, token);
+        let (low, high) = p.spans.span(tile.batch, token);
         *row = RowState {
             max: f32::NEG_INFINITY,
             total_max: f32::NEG_INFINITY,
@@ -416,7 +316,7 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, sc
             low,
             high,
             live: 0,
-            position: p.position(tile.batch, token),
+            position: p.spans.position(tile.batch, token),
             token: token as u32,
             head: head as u32,
         };
@@ -426,7 +326,7 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, sc
         (reach.inner_low, reach.inner_high) = (reach.inner_low.max(low), reach.inner_high.min(high));
         // SAFETY: token and head are inside q; the scratch row has dp floats.
         unsafe {
-            let (batch, token) = p.query(tile.batch, token);
+            let (batch, token) = p.spans.query(tile.batch, token);
             load_query::<S, T>(s, p.q, p.q.row(batch, token, head), scratch.q.add(r * dp), d);
         }
     }
@@ -573,7 +473,7 @@ unsafe fn one_block<S: Simd, T: Memory>(
     let gathered = Gathered { k: scratch.k_block, v: scratch.v_block };
     // SAFETY: the block's live keys are inside k and v, the scratch parts have the sizes their layout gives.
     unsafe {
-        locate(p, tile, base, span, any, reach, &gathered, (&mut k, &mut v));
+        locate(&Wanted { p, tile, base, span, live: any, reach }, &gathered, (&mut k, &mut v));
         let call = Block { p, tile, scratch, base, span, all, d, dv };
         if tile.head_rows >= PACK_ROWS {
             many::block::<S, T>(s, &call, rows, k.rows(), v.rows());

@@ -127,7 +127,7 @@ pub(super) unsafe fn finish<S: Simd>(
                 }
             }
         }
-        let (row, token) = p.query(batch, token);
+        let (row, token) = p.spans.query(batch, token);
         store_row(s, acc, p.out.dtype, p.out.row(row, token, head), p.out.strides[3], dv);
     }
 }

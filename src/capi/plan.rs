@@ -1,0 +1,216 @@
+//! Plans of attention, and what an attention call and a plan read alike.
+
+use super::guard::{guard, guard_value};
+use super::types::*;
+use crate::error::{Result, ensure};
+use crate::kernels::generic::attention::{Spans, Summary};
+use crate::ops::attention::rows_of;
+use crate::ops::plan::AttentionPlan;
+use crate::view::{BATCH, RawView, SEQ};
+
+/// Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
+/// `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, and the first two axes of `q` and `k`; nothing else of it is
+/// looked at, and data may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with
+/// `kvl_plan_destroy`.
+///
+/// A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no mask
+/// and no pointer. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: null, an unknown `struct_size`, and what `kvl_attention` would say of these fields are errors, and `*plan` is not
+/// touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_plan_create(params: *const kvl_attention_params, plan: *mut *mut kvl_plan) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let params = unsafe { read_sized(params) }?;
+        ensure!(!plan.is_null(), NullPointer, "the pointer plan is null");
+        // SAFETY: as above.
+        let made = unsafe { with_spans(&params, AttentionPlan::from_spans) }?;
+        // SAFETY: not null, and the caller's to write.
+        unsafe { plan.write(Box::into_raw(Box::new(kvl_plan { plan: made }))) };
+        Ok(())
+    })
+}
+
+/// Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists or
+/// tables do.
+///
+/// Thread safety: no other call may use the plan meanwhile.
+/// Bad input: as for `kvl_plan_create`; the plan is then what it was.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_plan_update(plan: *mut kvl_plan, params: *const kvl_attention_params) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (plan, params) = unsafe { (borrow_mut(plan)?, read_sized(params)?) };
+        // SAFETY: as above.
+        unsafe { with_spans(&params, |q_shape, spans| plan.take(q_shape, spans)) }
+    })
+}
+
+/// Takes a plan to the next step: row b has been given `counts[b]` tokens more, and as many queries follow as before. Lengths, and
+/// offsets where they were given, grow; the table must have the entries of the new tokens. Allocates nothing, and looks only at
+/// what is new.
+///
+/// Thread safety: no other call may use the plan meanwhile.
+/// Bad input: null, a list of other than `rows` entries, a negative count, a row without room, table entries that are no pages or
+/// rows, queries that see what a ring has overwritten are errors, and the plan is then what it was.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_plan_advance(plan: *mut kvl_plan, counts: *const i32, rows: i64) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let plan = unsafe { borrow_mut(plan) }?;
+        // SAFETY: as above.
+        plan.advance(unsafe { required_list("counts", counts, size("rows", rows)?) }?)
+    })
+}
+
+/// Sets `count` entries from `first` on of a row in the table of a plan with a paged or indirect layout: before `kvl_plan_advance`
+/// needs them, or when a page has moved.
+///
+/// Thread safety: no other call may use the plan meanwhile.
+/// Bad input: null, a layout without a table, entries outside the row, and entries of tokens that the row has which are no pages
+/// or rows of the cache are errors, and the plan is then what it was.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_plan_set_table(
+    plan: *mut kvl_plan,
+    row: i64,
+    first: i64,
+    entries: *const i32,
+    count: i64,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let plan = unsafe { borrow_mut(plan) }?;
+        // SAFETY: as above.
+        let entries = unsafe { required_list("entries", entries, size("count", count)?) }?;
+        plan.set_table(size("row", row)?, size("first", first)?, entries)
+    })
+}
+
+/// Releases a plan; null is allowed.
+///
+/// Thread safety: no other call may use the plan meanwhile or afterwards.
+/// Bad input: a pointer that is not from `kvl_plan_create`, or one that was released already, is undefined behaviour.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_plan_destroy(plan: *mut kvl_plan) {
+    guard_value((), || {
+        if !plan.is_null() {
+            // SAFETY: from `kvl_plan_create`, by the caller's promise, and not released before.
+            drop(unsafe { Box::from_raw(plan) });
+        }
+    });
+}
+
+/// # Safety
+/// `plan` is null or from `kvl_plan_create`, and nobody else uses it as long as the borrow lives.
+unsafe fn borrow_mut<'a>(plan: *mut kvl_plan) -> Result<&'a mut AttentionPlan> {
+    ensure!(!plan.is_null(), NullPointer, "the pointer plan is null");
+    // SAFETY: the caller's.
+    Ok(unsafe { &mut (*plan).plan })
+}
+
+/// Calls `f` with the shape of the queries and what the parameters say of rows.
+///
+/// # Safety
+/// `params` is what the header describes.
+unsafe fn with_spans<T>(params: &kvl_attention_params, f: impl FnOnce([usize; 4], &Spans) -> Result<T>) -> Result<T> {
+    ensure!(params.plan.is_null(), InvalidValue, "a plan is to be made of parameters that have a plan");
+    let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
+    // SAFETY: the caller's.
+    f(q.shape, &unsafe { own_spans(params, &q, k) }?)
+}
+
+/// What the parameters of an attention call say of its rows, by themselves or through a plan.
+///
+/// # Safety
+/// `params` is what the header describes, and its lists and its plan live as long as the result is used.
+pub(super) unsafe fn spans<'a>(
+    params: &kvl_attention_params,
+    q: &RawView,
+    k: RawView,
+) -> Result<(Spans<'a>, Option<Summary>)> {
+    if params.plan.is_null() {
+        // SAFETY: the caller's.
+        return Ok((unsafe { own_spans(params, q, k) }?, None));
+    }
+    let given = [
+        ("flags", params.flags != 0),
+        ("window_left", params.window_left != 0),
+        ("window_right", params.window_right != 0),
+        ("layout", !params.layout.is_null()),
+        ("query_starts", !params.query_starts.is_null()),
+        ("rows", params.rows != 0),
+        ("lengths", !params.lengths.is_null()),
+        ("starts", !params.starts.is_null()),
+        ("offsets", !params.offsets.is_null()),
+        ("prefixes", !params.prefixes.is_null()),
+    ];
+    for (name, given) in given {
+        ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
+    }
+    // SAFETY: the caller's: from `kvl_plan_create`, and nobody changes it meanwhile.
+    let plan: &'a AttentionPlan = unsafe { &(*params.plan).plan };
+    plan.check(q, k.shape)?;
+    Ok((plan.spans(), Some(plan.summary())))
+}
+
+/// # Safety
+/// `params` is what the header describes.
+unsafe fn own_spans<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) -> Result<Spans<'a>> {
+    let unknown = params.flags & !(KVL_CAUSAL | KVL_WINDOW_LEFT | KVL_WINDOW_RIGHT);
+    ensure!(unknown == 0, InvalidEnum, "flags has unknown bits {unknown:#x}");
+    // SAFETY: the caller's, here and below.
+    let query_starts = unsafe { query_starts(params) }?;
+    let batch = query_starts.map_or(q.shape[BATCH], |starts| starts.len() - 1);
+    let (_, seq) = rows_of(q.shape, query_starts);
+    // SAFETY: as above.
+    unsafe {
+        Ok(Spans {
+            batch,
+            seq,
+            cache: k,
+            layout: layout(params.layout, k.shape[SEQ])?,
+            query_starts,
+            causal: params.flags & KVL_CAUSAL != 0,
+            window_left: window("window_left", params.window_left, params.flags & KVL_WINDOW_LEFT != 0)?,
+            window_right: window("window_right", params.window_right, params.flags & KVL_WINDOW_RIGHT != 0)?,
+            lengths: list("lengths", params.lengths, batch)?,
+            starts: list("starts", params.starts, batch)?,
+            offsets: list("offsets", params.offsets, batch)?,
+            prefixes: list("prefixes", params.prefixes, batch)?,
+        })
+    }
+}
+
+/// Slots and rows for which `kvl_attention_workspace_size` is to answer: batch and seq of the queries, and the layout.
+///
+/// # Safety
+/// As [`spans`]; K has `slots` slots.
+pub(super) unsafe fn workspace_spans<'a>(
+    params: &kvl_attention_params,
+    q_shape: [usize; 4],
+    slots: usize,
+) -> Result<((usize, usize), crate::layout::Layout<'a>)> {
+    if params.plan.is_null() {
+        // SAFETY: the caller's.
+        return unsafe { Ok((rows_of(q_shape, query_starts(params)?), layout(params.layout, slots)?)) };
+    }
+    // SAFETY: as in `spans`.
+    let spans = unsafe { &(*params.plan).plan }.spans();
+    Ok(((spans.batch, spans.seq), spans.layout))
+}
+
+/// # Safety
+/// `params` is what the header describes.
+unsafe fn query_starts<'a>(params: &kvl_attention_params) -> Result<Option<&'a [i32]>> {
+    let rows = size("rows", params.rows)?;
+    ensure!(!params.query_starts.is_null() || rows == 0, InvalidValue, "rows is {rows}, but there are no query_starts");
+    // SAFETY: the caller's.
+    unsafe { list("query_starts", params.query_starts, rows.saturating_add(1)) }
+}
+
+fn window(name: &str, keys: i64, given: bool) -> Result<Option<i64>> {
+    ensure!(given || keys == 0, InvalidValue, "{name} is {keys}, but its flag is not set");
+    Ok((given && keys != -1).then_some(keys))
+}

@@ -1,0 +1,98 @@
+//! Masks: who sees whom, in which order things happen to a logit, and how other libraries count.
+//!
+//! This page has no code. It defines what [`AttentionOptions`](crate::AttentionOptions) (in C: `kvl_attention_params`) means
+//! where libraries differ by one, and how their conventions translate.
+//!
+//! # The order
+//! ```text
+//! x = q . k * scale
+//! x = softcap * tanh(x / softcap)          if there is a softcap
+//! x = x + slope[head] * (j - p)            if there are ALiBi slopes
+//! x = x + bias[row, i, head, j]            if there is a bias
+//! hidden keys are taken out
+//! weights = softmax over what is left, and over the head's sink if there is one, in f32
+//! ```
+//! A key is hidden by where it is, by a mask, or by a bias of -inf; never by its logit. So a mask cannot leak through the softcap,
+//! and a logit of -inf or NaN is just that.
+//!
+//! # Positions
+//! Key j of a row is the j-th token that the row was given, in whatever slot a [`Layout`](crate::Layout) keeps it. Query i of
+//! a row stands at position `p = i + offset`. The offset is `length - queries` unless it is given: the last query stands at the
+//! last key (bottom-right alignment), which is what a cache needs. A row's `length`, `start` and `offset` are its own.
+//!
+//! | what | key j is seen when | off by one |
+//! | --- | --- | --- |
+//! | length n | `j < n` | n counts keys |
+//! | start s | `j >= s` | s is the first key that is seen |
+//! | causal | `j <= p` | the own position is seen |
+//! | left window w | `j >= p - w` | w keys before the own position, and that: w + 1 keys |
+//! | right window w | `j <= p + w` | w keys after the own position |
+//! | prefix n | `j < n` | n counts keys; undoes causality and windows, not lengths, starts or masks |
+//! | mask, bit mask | the entry is not 0 | entry `[row, i, head, j]`, by the row's own i and j, ragged or not |
+//! | bit mask with first key f | bit `j - f` is 1, or `j < f` | bit 0 is of key f |
+//! | bias | it is not -inf | added otherwise |
+//! | ring of c slots, s of them sinks, that has been given n > c tokens | `j < s` or `j >= n - (c - s)` | the newest c - s tokens |
+//!
+//! All conditions hold at the same time. What is asked for together is defined together; what cannot be is refused with a
+//! sentence: a window, a prefix or a second query that reaches tokens which a ring has overwritten, a bit mask that ends before
+//! a row's last key, a table entry that is no page of the pool.
+//!
+//! A query that sees no key has output 0 and LSE -inf, or with a sink, the sink's logit.
+//!
+//! # From other conventions
+//! | theirs | ours |
+//! | --- | --- |
+//! | **ONNX** `Attention` `is_causal` | `causal`, `offset` = past length; with `nonpad_kv_seqlen` the default offset |
+//! | ONNX `left_window_size` W, `right_window_size` W | `window_left` = W, `window_right` = W; -1 is none |
+//! | ONNX `attn_mask` of bool, of float | `mask`, `bias`; a last axis that is too short is to be padded with false or -inf |
+//! | ONNX `nonpad_kv_seqlen` | `lengths` |
+//! | **Hugging Face** `sliding_window` W (the own position counts) | `window_left` = W - 1 |
+//! | Hugging Face `attention_mask` with zeros on the left, on the right | `starts`, `lengths` |
+//! | Hugging Face `cache_position` | RoPE positions; attention needs `offsets` only if the last query is not at the last key |
+//! | **PyTorch** `scaled_dot_product_attention(is_causal=True)` (top-left) | `causal`, `offset` = 0 |
+//! | PyTorch `attn_mask` of bool (true is seen), of float | `mask`, `bias` |
+//! | **FlashInfer**, **FlashAttention** `causal` (bottom-right) | `causal` |
+//! | FlashInfer `window_left` W, FlashAttention `window_size` (L, R) | `window_left` = W; `window_left` = L, `window_right` = R |
+//! | FlashInfer `packed_custom_mask` (lowest bit first) | `bit_mask`, one call a request, or rows of one stride |
+//! | FlashInfer `qo_indptr`, `kv_indptr`, `cu_seqlens_q`, `cu_seqlens_k` | `query_starts`, [`Layout::Ragged`](crate::Layout::Ragged) |
+//! | FlashInfer LSE (base 2) | ours times log2(e) |
+//! | **vLLM** `sliding_window` W, `block_table`, `slot_mapping` | `window_left` = W - 1, [`Layout::Paged`](crate::Layout::Paged), slots of a paged write |
+//! | **ONNX Runtime** `GroupQueryAttention` `seqlens_k` (total - 1) | `lengths` = `seqlens_k` + 1 |
+//! | ONNX Runtime `local_window_size` W (the own position counts; in older versions it did not) | `window_left` = W - 1 |
+//! | ONNX Runtime `head_sink`, `softcap` | `sinks`, `softcap` |
+//! | **ggml** `flash_attn_ext` mask (added, f16) | `bias`; or what it is made from: `causal`, `starts`, windows |
+//! | ggml `max_bias` | `alibi_slopes` of [`alibi_slopes`](crate::alibi_slopes) for 8; ggml multiplies the slope with the mask, we with j - p |
+//! | ggml sinks | `sinks` |
+//! | **Grok-1** memory mask times causal mask | `lengths`, `causal` |
+//! | **x-transformers** `seq_start_pos` | `starts` |
+//!
+//! # A tree of guesses
+//! Speculative decoding puts n guessed tokens behind the cache, each the child of one before it, and verifies them in one call.
+//! With T tokens in the cache before them: `lengths` = T + n, no causality, and a [`BitMask`](crate::BitMask) of n bits a query
+//! whose first key is T and whose bit j of query i says that i is j or descends from it. The keys before are seen by all. It
+//! works over every layout; what is rejected is dropped by lengths alone.
+//!
+//! ```
+//! use kvlane::*;
+//! let context = Context::new()?;
+//! // Five tokens in the cache, and the guesses 0 -> 1, 0 -> 2.
+//! let (cached, n) = (5, 3);
+//! let tree = [0b001u8, 0b011, 0b101];
+//! let keys = vec![0.5f32; 8 * 4];
+//! let values: Vec<f32> = (0..8).flat_map(|token| [token as f32; 4]).collect();
+//! let q = vec![0.0f32; n * 4];
+//! let mut out = vec![0.0f32; n * 4];
+//! let bits = BitMask::strided(&tree, 0, [1, n, 1, n], [0, 8, 0])?.with_first_keys(&[cached]);
+//! attention(&context, &Serial, &mut Workspace::new(), AttentionTensors {
+//!     q: View::new(&q, [1, n, 1, 4])?,
+//!     k: View::new(&keys, [1, 8, 1, 4])?,
+//!     v: View::new(&values, [1, 8, 1, 4])?,
+//!     out: ViewMut::new(&mut out, [1, n, 1, 4])?,
+//!     lse: None,
+//! }, &AttentionOptions { bit_mask: Some(bits), ..Default::default() })?;
+//! // All weights are equal: means of tokens 0 to 5, of those and 6, of those and 7 without 6.
+//! assert_eq!(out[0], 2.5);
+//! assert_eq!(out[4], 3.0);
+//! assert!((out[8] - 22.0 / 7.0).abs() < 1e-6);
+//! # Ok::<(), kvlane::Error>(())
+//! ```
