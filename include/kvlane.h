@@ -1161,6 +1161,38 @@ kvl_status kvl_attention(const struct kvl_context *context,
                          const struct kvl_attention_params *params);
 
 /**
+ * Bytes of workspace that `kvl_attention_with_prefix` needs at most for the shapes of its arguments, as
+ * `kvl_attention_workspace_size` says it for `kvl_attention`. Of `prefix_k`, only the shape is looked at. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once.
+ * Bad input: as for `kvl_attention_workspace_size`, and `*bytes` is not touched.
+ */
+kvl_status kvl_attention_with_prefix_workspace_size(const struct kvl_const_view *prefix_k,
+                                                    const struct kvl_attention_params *params,
+                                                    const struct kvl_parallel_runner *runner,
+                                                    size_t *bytes);
+
+/**
+ * Attention over a prefix that all rows share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim], and then over each
+ * row's own keys, of which `params` speaks as it does in `kvl_attention`: position 0 of a row is its first key after the
+ * prefix. Every query sees the whole prefix, which is read once for all of them; sinks count once. The result is that of
+ * attention over both at once within the kernel's bound; it does not depend on the runner, the batch or strides.
+ *
+ * `workspace` is as for `kvl_attention`, of the size that `kvl_attention_with_prefix_workspace_size` says. Since ABI version 3.
+ *
+ * Thread safety: as for `kvl_attention`.
+ * Bad input: as for `kvl_attention`, for either part; ALiBi slopes and a left window, which would have to know where in the
+ * prefix a key stands, are errors. Nothing but the workspace is written then.
+ */
+kvl_status kvl_attention_with_prefix(const struct kvl_context *context,
+                                     const struct kvl_parallel_runner *runner,
+                                     void *workspace,
+                                     size_t workspace_bytes,
+                                     const struct kvl_const_view *prefix_k,
+                                     const struct kvl_const_view *prefix_v,
+                                     const struct kvl_attention_params *params);
+
+/**
  * Merges states over disjoint sets of keys into the state over all of them: `out = sum_i w_i out_i` with
  * `w_i = exp(lse_i - lse)` and `lse = ln sum_i exp(lse_i)`. `lse`, [batch, seq, heads] and contiguous, may be null. All
  * outputs are of one type; the order of the states is the order of the sums. A state with an LSE of -inf is empty: its

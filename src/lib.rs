@@ -114,6 +114,7 @@ pub use ops::attention::{
 pub use ops::mask::{BitMask, Mask};
 pub use ops::merge::{AttentionState, MAX_STATES, merge_states};
 pub use ops::plan::AttentionPlan;
+pub use ops::prefix::{SharedPrefix, attention_with_prefix, attention_with_prefix_workspace_size};
 pub use ops::repeat::repeat_kv;
 pub use ops::rope::{
     MAX_ROTARY_DIM, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, rope, rope_in_place,

@@ -18,6 +18,8 @@ const EXPORTS: &[&str] = &[
     "kvl_abi_version",
     "kvl_alibi_slopes",
     "kvl_attention",
+    "kvl_attention_with_prefix",
+    "kvl_attention_with_prefix_workspace_size",
     "kvl_attention_workspace_size",
     "kvl_context_attention_kernel_name",
     "kvl_context_create",

@@ -23,6 +23,7 @@ use crate::ops::attention::{
     MAX_HEAD_DIM, RawAttention, attention_raw, attention_shapes, attention_workspace_size, fill_alibi_slopes,
 };
 use crate::ops::merge::{MAX_STATES, merge_states_raw};
+use crate::ops::prefix::{attention_with_prefix_raw, prefix_workspace_size};
 use crate::ops::repeat::repeat_kv_raw;
 use crate::ops::rope::{
     Positions, RawAngles, RawRope, RopeFrequencies, RopeScaling, check_frequencies, check_rotary_dim, fill_table,
@@ -611,24 +612,8 @@ pub unsafe extern "C" fn kvl_attention_workspace_size(
         // SAFETY: the caller's promise, here and below.
         let (params, runner) = unsafe { (read_sized(params)?, CallerRunner::new(runner)?) };
         ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
-        let shape = |name: &str, view: &kvl_const_view| -> Result<[usize; 4]> {
-            let raw = view.raw(name)?;
-            // Data and strides do not count here; an empty copy is enough to have the axes checked.
-            RawView { shape: [0; 4], ..raw }.validate(name)?;
-            for axis in [BATCH, SEQ, HEADS] {
-                let n = raw.shape[axis];
-                let most = crate::view::MAX_AXIS;
-                ensure!(n <= most, Shape, "{name}: axis {axis} has {n} elements, more than {most}");
-            }
-            let dim = raw.shape[DIM];
-            ensure!(
-                (1..=MAX_HEAD_DIM).contains(&dim),
-                Shape,
-                "{name} has dim = {dim}, which is not between 1 and {MAX_HEAD_DIM}"
-            );
-            Ok(raw.shape)
-        };
-        let (q, k, v) = (shape("q", &params.q)?, shape("k", &params.k)?, shape("v", &params.v)?);
+        let (q, k, v) =
+            (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, attention_shape("v", &params.v)?);
         // SAFETY: as above.
         let (rows, layout) = unsafe { plan::workspace_spans(&params, q, k[SEQ]) }?;
         let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
@@ -663,43 +648,73 @@ pub unsafe extern "C" fn kvl_attention(
         // SAFETY: the caller's promise, here and below.
         let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
         // SAFETY: as above.
-        let params = unsafe { read_sized(params) }?;
-        reserved("kvl_attention_params", params.reserved)?;
-        ensure!(
-            params.reserved2 == 0,
-            InvalidEnum,
-            "kvl_attention_params.reserved2 is {}, but must be 0",
-            params.reserved2
-        );
-        let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
-        let heads = q.shape[HEADS];
-        // SAFETY: as above.
-        let (spans, planned) = unsafe { plan::spans(&params, &q, k) }?;
-        // SAFETY: as above.
-        let call = unsafe {
-            RawAttention {
-                q,
-                k,
-                v: params.v.raw("v")?,
-                out: params.out.raw("out")?,
-                lse: params.lse,
-                scale: (params.scale != 0.0).then_some(params.scale),
-                softcap: (params.softcap != 0.0).then_some(params.softcap),
-                spans,
-                planned,
-                mask: params.mask.raw("mask")?,
-                bit_mask: types::bit_mask(params.bit_mask, spans.batch)?,
-                bias: match params.bias.is_absent() {
-                    true => None,
-                    false => Some(params.bias.raw("bias")?),
-                },
-                alibi_slopes: list("alibi_slopes", params.alibi_slopes, heads)?,
-                sinks: list("sinks", params.sinks, heads)?,
-                precision: types::precision("precision", params.precision)?,
-            }
-        };
+        let call = unsafe { raw_attention(params) }?;
         // SAFETY: as above.
         unsafe { attention_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, &call) }
+    })
+}
+
+/// Bytes of workspace that `kvl_attention_with_prefix` needs at most for the shapes of its arguments, as
+/// `kvl_attention_workspace_size` says it for `kvl_attention`. Of `prefix_k`, only the shape is looked at. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: as for `kvl_attention_workspace_size`, and `*bytes` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_attention_with_prefix_workspace_size(
+    prefix_k: *const kvl_const_view,
+    params: *const kvl_attention_params,
+    runner: *const kvl_parallel_runner,
+    bytes: *mut usize,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (params, runner) = unsafe { (read_sized(params)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let prefix = unsafe { read("prefix_k", prefix_k) }?;
+        ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
+        let (q, k, v) =
+            (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, attention_shape("v", &params.v)?);
+        let tokens = attention_shape("prefix_k", &prefix)?[SEQ];
+        // SAFETY: as above.
+        let (rows, layout) = unsafe { plan::workspace_spans(&params, q, k[SEQ]) }?;
+        let (shape, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
+        let needed = prefix_workspace_size(q, shape, k, tokens, v[DIM], runner.as_dyn().num_threads());
+        // SAFETY: not null, and the caller's to write.
+        unsafe { bytes.write(needed) };
+        Ok(())
+    })
+}
+
+/// Attention over a prefix that all rows share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim], and then over each
+/// row's own keys, of which `params` speaks as it does in `kvl_attention`: position 0 of a row is its first key after the
+/// prefix. Every query sees the whole prefix, which is read once for all of them; sinks count once. The result is that of
+/// attention over both at once within the kernel's bound; it does not depend on the runner, the batch or strides.
+///
+/// `workspace` is as for `kvl_attention`, of the size that `kvl_attention_with_prefix_workspace_size` says. Since ABI version 3.
+///
+/// Thread safety: as for `kvl_attention`.
+/// Bad input: as for `kvl_attention`, for either part; ALiBi slopes and a left window, which would have to know where in the
+/// prefix a key stands, are errors. Nothing but the workspace is written then.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_attention_with_prefix(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    workspace: *mut c_void,
+    workspace_bytes: usize,
+    prefix_k: *const kvl_const_view,
+    prefix_v: *const kvl_const_view,
+    params: *const kvl_attention_params,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let (k, v) =
+            unsafe { (read("prefix_k", prefix_k)?.raw("prefix_k")?, read("prefix_v", prefix_v)?.raw("prefix_v")?) };
+        // SAFETY: as above.
+        let call = unsafe { raw_attention(params) }?;
+        // SAFETY: as above.
+        unsafe { attention_with_prefix_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, (k, v), &call) }
     })
 }
 
@@ -762,6 +777,66 @@ unsafe fn borrow<'a>(context: *const kvl_context) -> Result<&'a Context> {
     ensure!(!context.is_null(), NullPointer, "the pointer context is null");
     // SAFETY: the caller's.
     Ok(unsafe { &(*context).context })
+}
+
+/// The shape of a tensor of attention, for the size of a workspace: data and strides are not looked at.
+fn attention_shape(name: &str, view: &kvl_const_view) -> Result<[usize; 4]> {
+    let raw = view.raw(name)?;
+    // Data and strides do not count here; an empty copy is enough to have the axes checked.
+    RawView { shape: [0; 4], ..raw }.validate(name)?;
+    for axis in [BATCH, SEQ, HEADS] {
+        let n = raw.shape[axis];
+        let most = crate::view::MAX_AXIS;
+        ensure!(n <= most, Shape, "{name}: axis {axis} has {n} elements, more than {most}");
+    }
+    let dim = raw.shape[DIM];
+    ensure!(
+        (1..=MAX_HEAD_DIM).contains(&dim),
+        Shape,
+        "{name} has dim = {dim}, which is not between 1 and {MAX_HEAD_DIM}"
+    );
+    Ok(raw.shape)
+}
+
+/// # Safety
+/// `params` is null or points to what the header describes.
+unsafe fn raw_attention<'a>(params: *const kvl_attention_params) -> Result<RawAttention<'a>> {
+    // SAFETY: the caller's, here and below.
+    let params = unsafe { read_sized(params) }?;
+    reserved("kvl_attention_params", params.reserved)?;
+    ensure!(
+        params.reserved2 == 0,
+        InvalidEnum,
+        "kvl_attention_params.reserved2 is {}, but must be 0",
+        params.reserved2
+    );
+    let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
+    let heads = q.shape[HEADS];
+    // SAFETY: as above.
+    let (spans, planned) = unsafe { plan::spans(&params, &q, k) }?;
+    // SAFETY: as above.
+    unsafe {
+        Ok(RawAttention {
+            q,
+            k,
+            v: params.v.raw("v")?,
+            out: params.out.raw("out")?,
+            lse: params.lse,
+            scale: (params.scale != 0.0).then_some(params.scale),
+            softcap: (params.softcap != 0.0).then_some(params.softcap),
+            spans,
+            planned,
+            mask: params.mask.raw("mask")?,
+            bit_mask: types::bit_mask(params.bit_mask, spans.batch)?,
+            bias: match params.bias.is_absent() {
+                true => None,
+                false => Some(params.bias.raw("bias")?),
+            },
+            alibi_slopes: list("alibi_slopes", params.alibi_slopes, heads)?,
+            sinks: list("sinks", params.sinks, heads)?,
+            precision: types::precision("precision", params.precision)?,
+        })
+    }
 }
 
 /// # Safety

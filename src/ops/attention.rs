@@ -259,36 +259,7 @@ pub fn attention(
     tensors: AttentionTensors,
     options: &AttentionOptions,
 ) -> Result<()> {
-    let AttentionTensors { q, k, v, out, lse } = tensors;
-    if let Some(lse) = &lse {
-        let rows = view::rows(q.shape());
-        ensure!(lse.len() == rows, Shape, "lse has {} entries, but q has {rows} rows", lse.len());
-    }
-    let (spans, planned) = match options.plan {
-        None => (options.spans(q.raw.shape, k.raw)?, None),
-        Some(plan) => {
-            options.only_plan()?;
-            plan.check(&q.raw, k.raw.shape)?;
-            (plan.spans(), Some(plan.summary()))
-        }
-    };
-    let call = RawAttention {
-        q: q.raw,
-        k: k.raw,
-        v: v.raw,
-        out: out.raw,
-        lse: lse.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr),
-        scale: options.scale,
-        softcap: options.softcap,
-        spans,
-        planned,
-        mask: options.mask.map(|m| m.raw),
-        bit_mask: options.bit_mask.map(|m| m.raw),
-        bias: options.bias.map(|b| b.raw),
-        alibi_slopes: options.alibi_slopes,
-        sinks: options.sinks,
-        precision: options.precision,
-    };
+    let call = RawAttention::new(tensors, options)?;
     let kernel = context.attention(call.k.dtype, call.precision);
     let (q_shape, k_shape) = call.shapes();
     workspace.reserve(workspace_size(&kernel, q_shape, k_shape, call.v.shape[DIM], runner.num_threads()));
@@ -395,7 +366,40 @@ pub(crate) unsafe fn attention_raw(
     })
 }
 
-impl RawAttention<'_> {
+impl<'a> RawAttention<'a> {
+    pub(crate) fn new(tensors: AttentionTensors<'a>, options: &AttentionOptions<'a>) -> Result<Self> {
+        let AttentionTensors { q, k, v, out, lse } = tensors;
+        if let Some(lse) = &lse {
+            let rows = view::rows(q.shape());
+            ensure!(lse.len() == rows, Shape, "lse has {} entries, but q has {rows} rows", lse.len());
+        }
+        let (spans, planned) = match options.plan {
+            None => (options.spans(q.raw.shape, k.raw)?, None),
+            Some(plan) => {
+                options.only_plan()?;
+                plan.check(&q.raw, k.raw.shape)?;
+                (plan.spans(), Some(plan.summary()))
+            }
+        };
+        Ok(Self {
+            q: q.raw,
+            k: k.raw,
+            v: v.raw,
+            out: out.raw,
+            lse: lse.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr),
+            scale: options.scale,
+            softcap: options.softcap,
+            spans,
+            planned,
+            mask: options.mask.map(|m| m.raw),
+            bit_mask: options.bit_mask.map(|m| m.raw),
+            bias: options.bias.map(|b| b.raw),
+            alibi_slopes: options.alibi_slopes,
+            sinks: options.sinks,
+            precision: options.precision,
+        })
+    }
+
     fn shapes(&self) -> ([usize; 4], [usize; 4]) {
         attention_shapes(self.q.shape, self.k, &self.spans.layout, (self.spans.batch, self.spans.seq))
     }

@@ -7,6 +7,7 @@ pub mod attention;
 pub mod mask;
 pub mod merge;
 pub mod plan;
+pub mod prefix;
 pub mod repeat;
 pub mod rope;
 mod tiling;

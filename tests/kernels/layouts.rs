@@ -1,15 +1,18 @@
 //! Attention over a cache of any layout: the bits of the contiguous cache that holds the same tokens.
 
-use crate::common::attention::{Case, MaskTensor, Shape, kv_types};
+use crate::common::attention::{Case, MaskTensor, Outcome, Shape, kv_types};
 use crate::common::runners::Threads;
 use crate::common::{Layout as Strides, Place, Rng, Tensor, scaled};
 use crate::harness::{Level, tests};
 use crate::semantics::{random_case, visible};
-use kvlane::{AttentionOptions, AttentionPlan, Layout, Op, Serial, Status, Workspace};
+use kvlane::{
+    AttentionOptions, AttentionPlan, AttentionTensors, DType, Layout, Op, Serial, SharedPrefix, Status, Workspace,
+    attention_with_prefix,
+};
 
 tests! {
     levels: paged, shared_pages, ring, ring_without_a_window, indirect, ragged, what_is_not_retained_is_refused,
-        tables_are_checked, plans;
+        tables_are_checked, plans, shared_prefix;
     once: plans_advance;
 }
 
@@ -88,8 +91,9 @@ fn paged(level: &Level) {
     for _ in 0..scaled(120) {
         let (case, what, lengths) = with_lengths(&mut rng);
         let size = if rng.chance(0.5) { rng.pick(&[16, 32, 64, 128]) } else { rng.between(1, 70) };
-        let pages_per_row = lengths.iter().max().unwrap().div_ceil(size) + rng.below(3);
-        let pages_per_row = pages_per_row.max(1);
+        let lists = [&case.options.lengths, &case.options.starts, &case.options.prefixes];
+        let most = lists.into_iter().flatten().flatten().max().map_or(0, |&n| n as usize);
+        let pages_per_row = (most.div_ceil(size) + rng.below(3)).max(1);
         let pool = lengths.len() * pages_per_row + rng.below(4);
         let mut free: Vec<i32> = (0..pool as i32).collect();
         let mut cache = Cache::new(&mut rng, &case, pool, size);
@@ -451,4 +455,76 @@ fn plans_advance() {
     assert_eq!(plan.lengths(), [9, 10]);
     let ring = at(&[4, 9], Layout::Ring { sinks: 0 });
     assert!(ring.is_err(), "five rows in the cache, two in q");
+}
+
+/// A prefix that all rows share, and what each has of its own: within the bound of attention over both.
+fn shared_prefix(level: &Level) {
+    let mut rng = Rng::new(309);
+    for _ in 0..scaled(60) {
+        let (dim, v_dim) = (rng.between(1, 80), rng.between(1, 80));
+        let (tokens, prefix) = (rng.pick(&[1, 1, 2, 5, 14]), rng.pick(&[0, 1, 30, 64, 100, 1100]));
+        let own = rng.between(1, 90);
+        let shape = Shape {
+            batch: rng.between(1, 9),
+            tokens,
+            kv_heads: rng.between(1, 3),
+            group: rng.between(1, 4),
+            keys: prefix + own,
+            dim,
+            v_dim,
+        };
+        let kv = rng.pick(&kv_types());
+        let lengths: Vec<i32> = (0..shape.batch).map(|_| (prefix + rng.below(own + 1)) as i32).collect();
+        let heads = shape.kv_heads * shape.group;
+        let mut case = Case::new(&mut rng, shape, kv);
+        case.options.causal = rng.chance(0.5);
+        case.options.softcap = rng.chance(0.3).then_some(20.0);
+        case.options.sinks = rng.chance(0.3).then(|| (0..heads).map(|_| rng.f32()).collect());
+        case.options.lengths = Some(lengths.clone());
+        // The own part sees the queries at the same distance from its keys; a query that causality keeps from the prefix is none.
+        case.options.offsets = Some(lengths.iter().map(|n| (n - tokens as i32).max(prefix as i32 - 1)).collect());
+        case.q = case.q.cast(rng.pick(&DType::ALL)).to(Strides::random(&mut rng), Place::Heap);
+        case.out_dtype = rng.pick(&DType::ALL);
+        for b in 1..shape.batch {
+            for j in 0..prefix {
+                for h in 0..shape.kv_heads {
+                    (0..dim).for_each(|d| case.k.set_element_bits([b, j, h, d], case.k.bits([0, j, h, d])));
+                    (0..v_dim).for_each(|d| case.v.set_element_bits([b, j, h, d], case.v.bits([0, j, h, d])));
+                }
+            }
+        }
+        let layouts = [(); 4].map(|()| Strides::random(&mut rng));
+        let cut = |tensor: &Tensor, rows, seq, strides| tensor.cut(rows, seq, strides);
+        let (k, v) = (cut(&case.k, 0..1, 0..prefix, layouts[0]), cut(&case.v, 0..1, 0..prefix, layouts[1]));
+        let all = 0..shape.batch;
+        let own_k = cut(&case.k, all.clone(), prefix..shape.keys, layouts[2]);
+        let own_v = cut(&case.v, all, prefix..shape.keys, layouts[3]);
+        let own_lengths: Vec<i32> = lengths.iter().map(|n| n - prefix as i32).collect();
+        let offsets: Vec<i32> = case.options.offsets.iter().flatten().map(|n| n - prefix as i32).collect();
+        let options =
+            AttentionOptions { lengths: Some(&own_lengths), offsets: Some(&offsets), ..case.options.borrow() };
+        let run = |threads: usize| {
+            let mut out =
+                Tensor::output(case.out_dtype, [shape.batch, tokens, heads, v_dim], Strides::BHSD, Place::GuardAfter);
+            let mut lse = vec![f32::NAN; shape.batch * tokens * heads];
+            let tensors = AttentionTensors {
+                q: case.q.view(),
+                k: own_k.view(),
+                v: own_v.view(),
+                out: out.view_mut(),
+                lse: Some(&mut lse),
+            };
+            let prefix = SharedPrefix { k: k.view(), v: v.view() };
+            let mut workspace = Workspace::new();
+            attention_with_prefix(&level.context, &Threads(threads), &mut workspace, prefix, tensors, &options)
+                .expect("a valid call");
+            out.assert_gaps();
+            Outcome { out, lse }
+        };
+        let outcome = run(1);
+        level.checked(Op::Attention, kv, kv);
+        level.checked(Op::MergeStates, DType::F32, DType::F32);
+        case.assert_close(&level.context, &outcome, &|| format!("prefix {prefix} {kv} {shape:?} lengths {lengths:?}"));
+        assert!(run(3).all_bits() == outcome.all_bits());
+    }
 }

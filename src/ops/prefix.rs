@@ -1,0 +1,294 @@
+//! Attention over a prefix that all rows of a batch share, and over each row's own keys: a cascade.
+//!
+//! ```text
+//! queries of all rows, as one row of a batch  x  prefix            -> state 0 (f32, with its LSE)
+//! queries of every row                        x  its own keys      -> state 1
+//! state 0, state 1                                                 -> merged by LSE -> out, rounded once
+//! ```
+//! The prefix is read once for as many query rows as a tile holds, where a cache that repeats it, or pages that rows share, are
+//! read once a row.
+
+use crate::context::Context;
+use crate::dtype::DType;
+use crate::error::{Result, ensure};
+use crate::kernels::Op;
+use crate::kernels::generic::attention::Spans;
+use crate::layout::Layout;
+use crate::ops::attention::{
+    AttentionOptions, AttentionTensors, RawAttention, attention_raw, attention_shapes, attention_workspace_size,
+};
+use crate::ops::merge::merge_states_raw;
+use crate::ops::rope::token_copy;
+use crate::ops::workspace::Workspace;
+use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
+use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, contiguous};
+
+/// Keys and values that every row of a batch sees before its own: written once, read once.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedPrefix<'a> {
+    /// `[1, tokens, kv_heads, dim]`, of any strides.
+    pub k: View<'a>,
+    /// `[1, tokens, kv_heads, v_dim]`, of the type of the keys, which need not be that of the rows' own.
+    pub v: View<'a>,
+}
+
+/// [`attention`](crate::attention()) over a prefix that all rows share, and then over each row's own keys.
+///
+/// Every query sees the whole prefix. `tensors` and `options` speak of the rows' own keys alone: position 0 of a row is its first
+/// key after the prefix. A row without own keys sees the prefix. Sinks count once. The result is that of attention over both at once
+/// within the kernel's bound, not to the bit: the two parts are merged by their LSE. It does not depend on threads, the batch or
+/// strides.
+///
+/// It pays from a few rows on, when the prefix is longer than what rows have of their own.
+///
+/// Thread safety: as for [`attention`](crate::attention()).
+///
+/// # Errors
+/// What [`attention`](crate::attention()) says of either part; ALiBi slopes and a left window, which would have to know where in
+/// the prefix a key stands.
+///
+/// ```
+/// use kvlane::*;
+/// let context = Context::new()?;
+/// // Eight rows of one new token each, 3 own tokens, and a common prefix of 40.
+/// let (q, mut out) = (vec![1.0f32; 8 * 2 * 16], vec![0.0f32; 8 * 2 * 16]);
+/// let (own_k, own_v) = (vec![0.5f32; 8 * 3 * 16], vec![4.0f32; 8 * 3 * 16]);
+/// let (k, v) = (vec![0.5f32; 40 * 16], vec![0.0f32; 40 * 16]);
+/// attention_with_prefix(
+///     &context,
+///     &Serial,
+///     &mut Workspace::new(),
+///     SharedPrefix { k: View::new(&k, [1, 40, 1, 16])?, v: View::new(&v, [1, 40, 1, 16])? },
+///     AttentionTensors {
+///         q: View::new(&q, [8, 1, 2, 16])?,
+///         k: View::new(&own_k, [8, 3, 1, 16])?,
+///         v: View::new(&own_v, [8, 3, 1, 16])?,
+///         out: ViewMut::new(&mut out, [8, 1, 2, 16])?,
+///         lse: None,
+///     },
+///     &AttentionOptions::default(),
+/// )?;
+/// assert!((out[0] - 3.0 * 4.0 / 43.0).abs() < 1e-6);
+/// # Ok::<(), kvlane::Error>(())
+/// ```
+pub fn attention_with_prefix(
+    context: &Context,
+    runner: &dyn Runner,
+    workspace: &mut Workspace,
+    prefix: SharedPrefix,
+    tensors: AttentionTensors,
+    options: &AttentionOptions,
+) -> Result<()> {
+    let call = RawAttention::new(tensors, options)?;
+    let (q, k) = attention_shapes(call.q.shape, call.k, &call.spans.layout, (call.spans.batch, call.spans.seq));
+    let threads = runner.num_threads();
+    let bytes = prefix_workspace_size(call.q.shape, q, k, prefix.k.shape()[SEQ], call.v.shape[DIM], threads);
+    workspace.reserve(bytes);
+    // SAFETY: the views borrow what they reach, and the LSE has an entry a row.
+    unsafe {
+        attention_with_prefix_raw(
+            context,
+            runner,
+            workspace.as_mut_ptr(),
+            workspace.len(),
+            (prefix.k.raw, prefix.v.raw),
+            &call,
+        )
+    }
+}
+
+/// Bytes of workspace that [`attention_with_prefix`] needs at most: for queries `[batch, seq, heads, dim]`, own keys
+/// `[batch, keys, kv_heads, dim]`, a prefix of `tokens` and values of `v_dim` elements.
+pub fn attention_with_prefix_workspace_size(
+    q_shape: [usize; 4],
+    k_shape: [usize; 4],
+    tokens: usize,
+    v_dim: usize,
+    threads: usize,
+) -> usize {
+    prefix_workspace_size(q_shape, q_shape, k_shape, tokens, v_dim, threads)
+}
+
+/// As [`attention_with_prefix_workspace_size`], for queries that lie in a tensor of the shape `tensor`.
+pub(crate) fn prefix_workspace_size(
+    tensor: [usize; 4],
+    q: [usize; 4],
+    k: [usize; 4],
+    tokens: usize,
+    v_dim: usize,
+    threads: usize,
+) -> usize {
+    let all = [1, tensor[BATCH].saturating_mul(tensor[SEQ]), tensor[HEADS], tensor[DIM]];
+    let prefix = attention_workspace_size(all, [1, tokens, k[HEADS], k[DIM]], v_dim, threads);
+    let own = attention_workspace_size(q, k, v_dim, threads);
+    Parts::new(tensor, v_dim).bytes.saturating_add(prefix.max(own))
+}
+
+/// What lies in the workspace before that of the two calls: two outputs in f32 with their LSEs, the merged output if it is to be
+/// converted, and the queries one after the other if they do not lie so.
+struct Parts {
+    out: usize,
+    lse: usize,
+    bytes: usize,
+}
+
+impl Parts {
+    fn new(q: [usize; 4], v_dim: usize) -> Self {
+        let rows = view::rows(q);
+        let line = |elements: usize| elements.saturating_mul(size_of::<f32>()).checked_next_multiple_of(64);
+        let line = |elements: usize| line(elements).unwrap_or(usize::MAX);
+        let (out, lse, q) = (line(rows.saturating_mul(v_dim)), line(rows), line(rows.saturating_mul(q[DIM])));
+        let bytes = out.saturating_mul(3).saturating_add(lse.saturating_mul(2)).saturating_add(q);
+        Self { out, lse, bytes }
+    }
+}
+
+/// # Safety
+/// As [`attention_raw`], and the memory that the prefix reaches is readable.
+pub(crate) unsafe fn attention_with_prefix_raw(
+    context: &Context,
+    runner: &dyn Runner,
+    workspace: *mut u8,
+    workspace_bytes: usize,
+    prefix: (RawView, RawView),
+    call: &RawAttention,
+) -> Result<()> {
+    let (k, v) = prefix;
+    for (name, view) in [("the prefix's k", &k), ("the prefix's v", &v)] {
+        let n = view.shape[BATCH];
+        ensure!(n == 1, Shape, "{name} has batch = {n}, but all rows share one prefix");
+        view.validate(name)?;
+        ensure!(!view.overlaps(&call.out), Overlap, "{name} and out share memory");
+    }
+    k.same_axis("the prefix's k", &call.k, "k", HEADS)?;
+    v.same_axis("the prefix's v", &call.v, "v", DIM)?;
+    ensure!(call.alibi_slopes.is_none(), InvalidValue, "alibi_slopes and a shared prefix disagree about positions");
+    ensure!(call.spans.window_left.is_none(), InvalidValue, "window_left and a shared prefix disagree about positions");
+    let out_extent = call.out.validate_output("out")?;
+    let q_extent = call.q.validate("q")?;
+    ensure!(!call.q.overlaps_within(q_extent, &call.out, out_extent), Overlap, "q and out share memory");
+
+    if !call.lse.is_null() {
+        let shape = [1, 1, 1, view::rows(call.q.shape)];
+        let lse = RawView { data: call.lse.cast(), dtype: DType::F32, shape, strides: contiguous(shape), bytes: None };
+        lse.validate("lse")?;
+        let inputs = [("q", &call.q), ("k", &call.k), ("v", &call.v), ("the prefix's k", &k), ("the prefix's v", &v)];
+        for (name, view) in inputs {
+            ensure!(!view.overlaps(&lse), Overlap, "{name} and lse share memory");
+        }
+    }
+
+    let [batch, seq, heads, dim] = call.q.shape;
+    let v_dim = call.v.shape[DIM];
+    let parts = Parts::new(call.q.shape, v_dim);
+    ensure!(
+        workspace_bytes >= parts.bytes,
+        Workspace,
+        "the workspace has {workspace_bytes} bytes, but this call needs more than {}",
+        parts.bytes
+    );
+    ensure!(
+        !workspace.is_null() && workspace.addr().is_multiple_of(64),
+        Workspace,
+        "the workspace at {:#x} is not aligned to 64 bytes",
+        workspace.addr()
+    );
+    let (rest, rest_bytes) = (workspace.wrapping_add(parts.bytes), workspace_bytes - parts.bytes);
+    let f32_view = |data: *mut u8, shape: [usize; 4]| RawView {
+        data,
+        dtype: DType::F32,
+        shape,
+        strides: contiguous(shape),
+        bytes: None,
+    };
+    let out_shape = [batch, seq, heads, v_dim];
+    let outs: [RawView; 3] = std::array::from_fn(|i| f32_view(workspace.wrapping_add(i * parts.out), out_shape));
+    let lses: [*mut f32; 2] =
+        std::array::from_fn(|i| workspace.wrapping_add(3 * parts.out + i * parts.lse).cast::<f32>());
+
+    // The rows' own keys first: this is what checks the call, before anything but the workspace is written.
+    // SAFETY: the caller's; the workspace has room for all parts.
+    unsafe {
+        let own = RawAttention { out: outs[1], lse: lses[1], ..*call };
+        call.out.same_axis("out", &call.q, "q", BATCH)?;
+        for axis in [SEQ, HEADS] {
+            call.out.same_axis("out", &call.q, "q", axis)?;
+        }
+        call.out.same_axis("out", &call.v, "v", DIM)?;
+        for (name, view) in [("k", &call.k), ("v", &call.v)] {
+            ensure!(!view.overlaps(&call.out), Overlap, "{name} and out share memory");
+        }
+        let q = one_row(context, runner, &call.q, workspace.wrapping_add(3 * parts.out + 2 * parts.lse))?;
+        let all = RawAttention {
+            q,
+            k,
+            v,
+            out: f32_view(outs[0].data, [1, batch * seq, heads, v_dim]),
+            lse: lses[0],
+            spans: Spans {
+                batch: 1,
+                seq: batch * seq,
+                cache: k,
+                layout: Layout::Contiguous,
+                query_starts: None,
+                causal: false,
+                window_left: None,
+                window_right: None,
+                lengths: None,
+                starts: None,
+                offsets: None,
+                prefixes: None,
+            },
+            planned: None,
+            mask: None,
+            bit_mask: None,
+            bias: None,
+            sinks: None,
+            scale: Some(call.scale.unwrap_or(1.0 / (dim as f32).sqrt())),
+            ..*call
+        };
+        attention_raw(context, runner, rest, rest_bytes, &own)?;
+        attention_raw(context, runner, rest, rest_bytes, &all)?;
+        let state = |i: usize| (outs[i], lses[i].cast_const());
+        if call.out.dtype == DType::F32 {
+            return merge_states_raw(context, runner, 2, &state, call.out, call.lse);
+        }
+        merge_states_raw(context, runner, 2, &state, outs[2], call.lse)?;
+        copy_tokens(context, runner, &outs[2], &call.out)
+    }
+}
+
+/// The queries of all rows as one row of a batch: as they lie, or in a copy at `to`.
+///
+/// # Safety
+/// The view is valid and readable; `to` has room for it.
+unsafe fn one_row(context: &Context, runner: &dyn Runner, q: &RawView, to: *mut u8) -> Result<RawView> {
+    let [batch, seq, heads, dim] = q.shape;
+    let shape = [1, batch * seq, heads, dim];
+    let [per_row, per_token, ..] = q.strides;
+    if batch <= 1 || seq == 1 || per_row == seq as i64 * per_token {
+        let step = if seq == 1 { per_row } else { per_token };
+        return Ok(RawView { shape, strides: [0, step, q.strides[HEADS], q.strides[DIM]], ..*q });
+    }
+    let copy = RawView { data: to, strides: contiguous(q.shape), bytes: None, ..*q };
+    // SAFETY: the caller's.
+    unsafe { copy_tokens(context, runner, q, &copy) }?;
+    Ok(RawView { shape, strides: contiguous(shape), ..copy })
+}
+
+/// # Safety
+/// The views are valid, of one shape, and disjoint; one is readable, the other writable.
+unsafe fn copy_tokens(context: &Context, runner: &dyn Runner, from: &RawView, to: &RawView) -> Result<()> {
+    let [batch, seq, heads, dim] = from.shape;
+    let copy = context.copy(Op::KvWrite, from.dtype, to.dtype);
+    let tokens = batch * seq;
+    let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
+    for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
+        for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
+            let at = (token / seq, token % seq);
+            // SAFETY: the caller's; tokens are disjoint.
+            unsafe { copy(&token_copy(from, at, to, at)) };
+        }
+    })
+}
