@@ -68,6 +68,7 @@ use crate::kernels::{AttentionFns, simd};
 use half::bf16;
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
+use std::mem::MaybeUninit;
 
 /// Rows of a group: lanes of a vector, columns of a tile.
 const LANES: usize = 16;
@@ -471,7 +472,9 @@ unsafe fn one_span<const HIGH: bool>(
         }
         if any != 0 {
             let span = Span { low, high };
-            let (mut k, mut v) = (Located::<bf16>::new(), Located::<bf16>::new());
+            let mut pointers = [[const { MaybeUninit::uninit() }; BLOCK]; 2];
+            let [first, second] = &mut pointers;
+            let (mut k, mut v) = (Located::<bf16>::new(first), Located::<bf16>::new(second));
             // SAFETY: the keys that some row sees are inside the views.
             unsafe {
                 let wanted = Wanted { p: call.p, tile: call.tile, base, span, live: any, reach };

@@ -11,20 +11,26 @@ use std::ops::Range;
 pub(crate) const PIECES: usize = BLOCK / PIECE;
 
 /// The rows of K or V of a block, of the first KV head of a tile; the elements of a row lie together.
-pub(crate) struct Located<T> {
+pub(crate) struct Located<'a, T> {
     /// A pointer for every key of the span, nothing for others. That of a key which no row of the tile sees is another key's.
-    keys: [MaybeUninit<*const T>; BLOCK],
+    keys: &'a mut Pointers<T>,
     /// Where the pieces of the next block begin, null for those that are not read.
     next: [*const T; PIECES],
     /// Elements from one key to the next, where they are neighbours.
     seq: isize,
     /// Elements from one KV head to the next.
     head: isize,
+    /// The rows are copies, which the next block overwrites.
+    gathered: bool,
 }
 
-impl<T> Located<T> {
-    pub const fn new() -> Self {
-        Self { keys: [const { MaybeUninit::uninit() }; BLOCK], next: [std::ptr::null(); PIECES], seq: 0, head: 0 }
+/// Memory for the pointers of [`Located`].
+pub(crate) type Pointers<T> = [MaybeUninit<*const T>; BLOCK];
+
+impl<'a, T> Located<'a, T> {
+    #[inline(always)]
+    pub fn new(keys: &'a mut Pointers<T>) -> Self {
+        Self { keys, next: [std::ptr::null(); PIECES], seq: 0, head: 0, gathered: false }
     }
 
     /// To be used for keys of the span alone.
@@ -35,6 +41,7 @@ impl<T> Located<T> {
             next: &self.next,
             seq: self.seq,
             head: self.head,
+            gathered: self.gathered,
             lifetime: PhantomData,
         }
     }
@@ -61,7 +68,8 @@ pub(crate) struct Rows<'a, T> {
     next: &'a [*const T; PIECES],
     seq: isize,
     head: isize,
-    lifetime: PhantomData<&'a Located<T>>,
+    gathered: bool,
+    lifetime: PhantomData<&'a Pointers<T>>,
 }
 
 impl<T> Rows<'_, T> {
@@ -70,14 +78,20 @@ impl<T> Rows<'_, T> {
     pub fn key(&self, head: usize, key: usize) -> *const T {
         debug_assert!(key < BLOCK);
         // SAFETY: callers stay inside the span, whose pointers have been written.
-        unsafe { *self.keys.add(key) }.wrapping_offset(head as isize * self.head)
+        unsafe { *self.keys.add(key) }.wrapping_offset(self.head_offset(head))
     }
 
-    /// Bytes from a key of the span to the next, if all its keys lie in steps of the same size.
+    /// From a key of the tile's first KV head to that of another, in elements.
+    #[inline(always)]
+    pub fn head_offset(&self, head: usize) -> isize {
+        head as isize * self.head
+    }
+
+    /// Bytes from a key of the span to the next, if all its keys lie in the cache in steps of the same size.
     #[cfg(target_arch = "x86_64")]
     pub fn stride(&self, span: Span) -> Option<isize> {
         let even = (span.low + 1..span.high).all(|j| self.key(0, j) == self.key(0, j - 1).wrapping_offset(self.seq));
-        even.then_some(self.seq * size_of::<T>() as isize)
+        (even && !self.gathered).then_some(self.seq * size_of::<T>() as isize)
     }
 
     /// Where a piece of this block, or of the next, begins; null if it is not read.
@@ -124,10 +138,10 @@ pub(crate) struct Wanted<'a> {
 /// The live keys, and those that `reach` says are read later, are inside K and V; `gathered` has its room, which is needed for a
 /// tile of one KV head only.
 #[inline(always)]
-pub(crate) unsafe fn locate<T: Element>(
+pub(crate) unsafe fn locate<'a, T: Element>(
     wanted: &Wanted,
     gathered: &Gathered,
-    (k, v): (&mut Located<T>, &mut Located<T>),
+    (k, v): (&mut Located<'a, T>, &mut Located<'a, T>),
 ) {
     let Wanted { p, tile, base, span, live, .. } = *wanted;
     let views = [&p.k, &p.v];
@@ -171,7 +185,7 @@ pub(crate) unsafe fn locate<T: Element>(
 /// # Safety
 /// As [`locate`].
 #[inline(never)]
-unsafe fn scattered<T: Element>(wanted: &Wanted, (k, v): (&mut Located<T>, &mut Located<T>)) {
+unsafe fn scattered<T: Element>(wanted: &Wanted, (k, v): (&mut Located<'_, T>, &mut Located<'_, T>)) {
     let Wanted { p, tile, base, span, live, reach } = *wanted;
     let at = |view: &RawView, (row, slot): (usize, usize)| -> *const T {
         // SAFETY: a position that is seen lies inside the view.
@@ -228,6 +242,7 @@ unsafe fn gather<T: Element>(view: &RawView, span: Span, block: *mut u8, rows: &
         rows.keys[j].write(to);
     }
     (rows.seq, rows.head, rows.next) = (padded(dim) as isize, 0, [std::ptr::null(); PIECES]);
+    rows.gathered = true;
 }
 
 impl Block<'_> {

@@ -54,6 +54,7 @@ use crate::view::RawView;
 #[cfg(not(target_arch = "x86_64"))]
 use keys::{Gathered, Located, Rows, Wanted, locate};
 use state::{fold, load_query};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 pub(crate) use spans::{Chunks, Spans, Summary};
@@ -469,7 +470,9 @@ unsafe fn one_block<S: Simd, T: Memory>(
     }
 
     let (d, dv) = (p.q.shape[3], p.v.shape[3]);
-    let (mut k, mut v) = (Located::<T>::new(), Located::<T>::new());
+    let mut pointers = [[const { MaybeUninit::uninit() }; BLOCK]; 2];
+    let [keys, values] = &mut pointers;
+    let (mut k, mut v) = (Located::<T>::new(keys), Located::<T>::new(values));
     let gathered = Gathered { k: scratch.k_block, v: scratch.v_block };
     // SAFETY: the block's live keys are inside k and v, the scratch parts have the sizes their layout gives.
     unsafe {
