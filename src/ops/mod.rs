@@ -4,9 +4,11 @@
 //! which the C ABI calls too. All validation is in the latter.
 
 pub mod attention;
+pub mod cache;
 pub mod merge;
 pub mod repeat;
 pub mod rope;
+pub mod shard;
 pub mod workspace;
 pub mod write;
 
