@@ -8,6 +8,7 @@
 mod common;
 
 mod attention;
+mod cache;
 mod errors;
 mod harness;
 mod invariance;
@@ -15,6 +16,7 @@ mod merge;
 mod properties;
 mod rope;
 mod semantics;
+mod shard;
 mod write;
 
 fn main() -> std::process::ExitCode {
@@ -27,5 +29,7 @@ fn main() -> std::process::ExitCode {
         invariance::TESTS,
         errors::TESTS,
         properties::TESTS,
+        cache::TESTS,
+        shard::TESTS,
     ])
 }
