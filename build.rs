@@ -41,6 +41,8 @@ mod header {
             .with_config(config)
             .with_src(sources.join("types.rs"))
             .with_src(sources.join("mod.rs"))
+            .with_src(sources.join("cache.rs"))
+            .with_src(sources.join("shard.rs"))
             .generate()
             .expect("the sources of the C ABI are valid");
         let mut generated = Vec::new();

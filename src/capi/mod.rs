@@ -10,8 +10,10 @@
 //! layer over it is `include/kvlane.hpp`; the programs that hold the ABI to its word are in `ffi-tests`.
 #![allow(non_camel_case_types)]
 
+mod cache;
 mod guard;
 mod runner;
+mod shard;
 mod types;
 
 use crate::context::Context;

@@ -74,7 +74,7 @@ impl Stack {
         let layers = (0..n)
             .map(|_| {
                 let heads = rng.between(1, 3);
-                let mut tensor = |rng: &mut Rng| {
+                let tensor = |rng: &mut Rng| {
                     let shape = [first[0], first[1], heads, rng.between(1, 20)];
                     let place = rng.pick(&[Place::Heap, Place::GuardAfter, Place::GuardBefore]);
                     let (dtype, strides) = (rng.pick(&DType::ALL), Strides::random(rng));
@@ -1040,7 +1040,7 @@ fn table_mistakes() {
     });
     refused(OutOfRange, &["positions[1] is -1"], |t, _| set_table_tokens(t, 3, &[0, -1], 1));
     refused(Capacity, &["row 1 has 2 tokens from position 2", "3"], |t, _| set_table_tokens(t, 3, &[0, 2], 2));
-    refused(Capacity, &["from position 2"], |t, _| set_table_tokens(t, 3, &[0, 2], usize::MAX));
+    refused(Capacity, &["from position 0"], |t, _| set_table_tokens(t, 3, &[0, 2], usize::MAX));
     refused(Shape, &["6 entries", "1 rows of 3"], |t, _| set_table_tokens(t, 3, &[0], 1));
 }
 
