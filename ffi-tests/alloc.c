@@ -102,7 +102,7 @@ static void whole_caches(const kvl_context *context, const kvl_parallel_runner *
     static const double inv_freq[D / 2] = {1.0, 0.5};
     static const int32_t parents[4] = {1, 0, 3, 3}, counts[4] = {1, 1, 1, 1}, shorter[4] = {5, 5, 5, 5}, two[2] = {2, 3};
     static const int32_t moves[2] = {0, 2};
-    int32_t lengths[4] = {6, 5, 5, 5}, other_lengths[4] = {7, 0, 0, 0}, local[3][4], slots[8], pages[4] = {3, 1, -1, 0};
+    int32_t lengths[4] = {6, 5, 5, 5}, other_lengths[4] = {7, 0, 0, 0}, local[3][4], slots[8], pages[4] = {3, 1, 0, -1};
     int64_t first, count, heads[4], used;
     kvl_kv_layer layers[2], others[2];
     kvl_cache cache = KVL_CACHE_INIT, other = KVL_CACHE_INIT;

@@ -107,8 +107,11 @@ static void rows(void) {
     {
         static uint16_t half[3][SLOTS * TOKEN];
         kvl_kv_layer sources[2];
-        int32_t length = 3, i;
-        for (i = 0; i < 3 * SLOTS * TOKEN; i++) half[0][i] = 0x3f80; /* 1 */
+        int32_t length = 3;
+        int i, j;
+        for (i = 0; i < 3; i++) {
+            for (j = 0; j < SLOTS * TOKEN; j++) half[i][j] = 0x3f80; /* 1 */
+        }
         memset(sources, 0, sizeof sources);
         sources[0].k = kvl_make_view(half[0], KVL_BF16, 1, SLOTS, HEADS, D);
         sources[0].v = kvl_make_view(half[1], KVL_BF16, 1, SLOTS, HEADS, D);

@@ -1,18 +1,4 @@
 //! Beam search: rows are replaced by their parents, by moving tokens or by moving entries of a table.
-//!
-//! # Without copies
-//! With [`Layout::Indirect`] the tokens of a beam stay where they were written, and a table says for every row and position
-//! in which cache row that is. A step is:
-//!
-//! 1. [`kv_write`](crate::kv_write) with a contiguous layout: the new token of row b goes to cache row b, slot `lengths[b]`;
-//! 2. [`set_table_tokens`]: the table says so; then lengths advance by one;
-//! 3. [`attention`](crate::attention) with [`Layout::Indirect`];
-//! 4. parents are chosen, and [`reorder_table`] permutes the rows of the table and the lengths.
-//!
-//! No slot is written while a row needs what is in it: as long as the rows that have tokens of each other are equally
-//! long, all slots of a position are written in the same step, each by its own row, and later steps write later
-//! positions only. A row that goes back (to a shorter parent, or by [`KvCache::truncate`]) would write positions again; if
-//! a token of another row lies there, the call is refused.
 
 use super::lengths::check_slots_free;
 use super::{KvCache, Layers, RawCache, SafeLayers, Step, for_each_piece, move_tokens, plane};
@@ -65,7 +51,7 @@ pub fn reorder_table_workspace_size(rows: usize, capacity: usize) -> usize {
 }
 
 /// Row b of the table of an [`Indirect`](Layout::Indirect) cache, `[rows, capacity]`, becomes a copy of what row `parents[b]`
-/// was, and so does its length. No token moves; see [the loop](crate::ops::cache).
+/// was, and so does its length. No token moves; see [the loop](crate::ops::cache#beam-search-without-copies).
 ///
 /// Entries beyond a length keep their values or take over others'; they mean nothing.
 ///

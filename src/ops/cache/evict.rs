@@ -36,10 +36,10 @@ impl KvCache<'_, '_> {
     /// are turned to where they then stand. To keep sinks, begin after them.
     ///
     /// `rotations` has an entry a layer, or one for all of them, or none where keys carry no rotation; `None` is a layer whose
-    /// keys are not turned. Angles are computed in f64, arithmetic is f32, rounded once to the type of the cache: every call
-    /// adds at most half a unit in the last place of a pair's length to the error of each key that moves (and in f32 the
-    /// error of the RoPE kernel, `max_error` of [`Op::Rope`]). Values move to the bit. What is behind
-    /// the new end of the row keeps its bytes.
+    /// keys are not turned. Angles are computed in f64, arithmetic is f32, rounded once to the type of the cache. The error
+    /// that a pair of elements has is turned with it, and each call adds that of one more RoPE into the cache's type: half a
+    /// unit in the last place of each element, and in f32 `max_error` of [`Op::Rope`]. Values move to the bit. What is
+    /// behind the new end of the row keeps its bytes.
     ///
     /// In a paged cache tokens move from page to page; pages that the row needs no more are the caller's to give away.
     ///

@@ -18,6 +18,20 @@
 //!
 //! Work is cut by layer, by K and V, and by heads where layers alone would not keep all threads busy. Inside such a piece
 //! tokens move in a fixed order on one thread, so that moves whose slots depend on each other need no synchronisation.
+//!
+//! # Beam search without copies
+//! With [`Layout::Indirect`] the tokens of a beam stay where they were written, and a table says for every row and position
+//! in which cache row that is. A step is:
+//!
+//! 1. [`kv_write`](crate::kv_write) with a contiguous layout: the new token of row b goes to cache row b, slot `lengths[b]`;
+//! 2. [`set_table_tokens`]: the table says so; then lengths advance by one;
+//! 3. [`attention`](crate::attention) with [`Layout::Indirect`];
+//! 4. parents are chosen, and [`reorder_table`] permutes the rows of the table and the lengths.
+//!
+//! No slot is written while a row needs what is in it: as long as the rows that have tokens of each other are equally
+//! long, all slots of a position are written in the same step, each by its own row, and later steps write later
+//! positions only. A row that goes back (to a shorter parent, or by [`KvCache::truncate`]) would write positions again; if
+//! a token of another row lies there, the call is refused.
 
 mod beam;
 mod evict;
