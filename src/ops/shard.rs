@@ -54,7 +54,7 @@ impl Mesh {
     ///
     /// # Errors
     /// An axis has no parts, or the product is more than a `usize` holds.
-    pub fn len(&self) -> Result<usize> {
+    pub fn shards(&self) -> Result<usize> {
         let parts = [self.data, self.model, self.sequence];
         let product = parts.into_iter().try_fold(1usize, |product, n| product.checked_mul(n));
         match product {
@@ -79,7 +79,7 @@ impl Mesh {
     /// # Ok::<(), kvlane::Error>(())
     /// ```
     pub fn shard(&self, rank: usize) -> Result<Shard> {
-        let n = self.len()?;
+        let n = self.shards()?;
         ensure!(rank < n, OutOfRange, "rank is {rank}, but the mesh has {n} shards");
         let (rest, sequence) = (rank / self.sequence, rank % self.sequence);
         Ok(Shard { mesh: *self, data: rest / self.model, model: rest % self.model, sequence })
@@ -90,7 +90,7 @@ impl Mesh {
     /// # Errors
     /// A coordinate is outside the mesh.
     pub fn at(&self, data: usize, model: usize, sequence: usize) -> Result<Shard> {
-        self.len()?;
+        self.shards()?;
         let axes = [("data", data, self.data), ("model", model, self.model), ("sequence", sequence, self.sequence)];
         for (name, x, n) in axes {
             ensure!(x < n, OutOfRange, "{name} is {x}, but the mesh has {n} parts along it");
@@ -311,6 +311,6 @@ mod tests {
             assert_eq!(mesh.at(shard.data(), shard.model(), shard.sequence()).unwrap(), shard);
         }
         assert!(mesh.shard(24).is_err() && mesh.at(0, 2, 0).is_err());
-        assert!(Mesh { data: 0, ..mesh }.len().is_err() && Mesh { data: usize::MAX, ..mesh }.len().is_err());
+        assert!(Mesh { data: 0, ..mesh }.shards().is_err() && Mesh { data: usize::MAX, ..mesh }.shards().is_err());
     }
 }

@@ -61,7 +61,7 @@ fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
             let mesh = Mesh { data: rng.between(1, 5), model, sequence: 1 };
             let [batch, tokens, q_heads, _] = whole.q.shape;
             let mut seen = vec![0; batch * q_heads];
-            for rank in 0..mesh.len().unwrap() {
+            for rank in 0..mesh.shards().unwrap() {
                 let shard = mesh.shard(rank).unwrap();
                 let (rows, part) = (shard.rows(batch), shard.heads(q_heads, kv_heads).unwrap());
                 let out_shape = [rows.len(), tokens, part.heads.len(), shape.v_dim];
