@@ -36,7 +36,7 @@ mod header {
             println!("cargo:rerun-if-changed={}", path.display());
         }
         let config = cbindgen::Config::from_file(sources.join("cbindgen.toml")).expect("cbindgen.toml is valid");
-        // File by file, because looking at the whole crate would start another cargo.
+        // File by file, because looking at the whole crate would start another cargo; mod.rs brings its submodules.
         let header = cbindgen::Builder::new()
             .with_config(config)
             .with_src(sources.join("types.rs"))

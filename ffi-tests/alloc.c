@@ -41,6 +41,9 @@ static float repeated[BATCH * SEQ * HEADS * D], cosines[8 * D / 2], sines[8 * D 
 static uint16_t k_cache[BATCH * KEYS * KV * D], v_cache[BATCH * KEYS * KV * D];
 static unsigned char mask[KEYS];
 
+static float layers_data[4][4 * 8 * KV * D];
+static int32_t rows_of[4 * 8], pool_map[4];
+
 /* As many threads as it likes; here, none. */
 static int32_t in_order(void *ctx, size_t n, void (*task)(void *, size_t), void *task_ctx) {
     size_t i;
@@ -95,6 +98,55 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_F16, KVL_F16, &name));
 }
 
+static void whole_caches(const kvl_context *context, const kvl_parallel_runner *runner) {
+    static const double inv_freq[D / 2] = {1.0, 0.5};
+    static const int32_t parents[4] = {1, 0, 3, 3}, counts[4] = {1, 1, 1, 1}, shorter[4] = {5, 5, 5, 5}, two[2] = {2, 3};
+    static const int32_t moves[2] = {0, 2};
+    int32_t lengths[4] = {6, 5, 5, 5}, other_lengths[4] = {7, 0, 0, 0}, local[3][4], slots[8], pages[4] = {3, 1, 0, -1};
+    int64_t first, count, heads[4], used;
+    kvl_kv_layer layers[2], others[2];
+    kvl_cache cache = KVL_CACHE_INIT, other = KVL_CACHE_INIT;
+    kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
+    const kvl_rope_params *ropes[2] = {NULL, NULL};
+    kvl_shard shard = KVL_SHARD_INIT;
+    kvl_view part;
+    size_t bytes;
+    layers[0].k = kvl_make_view(layers_data[0], KVL_F32, 4, 8, KV, D);
+    layers[0].v = kvl_make_view(layers_data[1], KVL_BF16, 4, 8, KV, D);
+    layers[1].k = kvl_make_view(layers_data[2], KVL_F32, 4, 8, KV, D);
+    memset(&layers[1].v, 0, sizeof layers[1].v);
+    others[0].k = others[0].v = others[1].k = kvl_make_view(layers_data[3], KVL_F16, 1, 8, KV, D);
+    others[0].v.data = (char *)layers_data[3] + 1024, others[1].k.data = (char *)layers_data[3] + 2048;
+    others[1].v = layers[1].v;
+    cache.layers = layers, cache.num_layers = 2, cache.lengths = lengths;
+    other.layers = others, other.num_layers = 2, other.lengths = other_lengths;
+    turn.rotary_dim = D, turn.inv_freq = inv_freq;
+    ropes[0] = &turn;
+    OK(kvl_cache_advance(&cache, counts));
+    OK(kvl_cache_truncate(&cache, shorter, -1));
+    OK(kvl_cache_set_lengths(&cache, two, shorter, 2));
+    OK(kvl_cache_insert_row(context, runner, &cache, 3, &other, 0, 7));
+    OK(kvl_cache_copy_prefix(context, runner, &cache, 3, two, 1, 4));
+    OK(kvl_cache_reorder_workspace_size(&cache, runner, &bytes));
+    CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
+    OK(kvl_cache_reorder(context, runner, workspace, sizeof workspace, &cache, parents));
+    OK(kvl_cache_evict(context, runner, &cache, 3, 1, 3, ropes, 2));
+    OK(kvl_cache_copy_pages(context, runner, layers, 2, moves, 1));
+    OK(kvl_cache_reset(runner, &cache, two, 2, 1));
+    other_lengths[0] = 16, other_lengths[1] = 8;
+    OK(kvl_cache_defragment(context, runner, layers, 2, pages, 2, 2, other_lengths, pool_map, &used));
+    OK(kvl_cache_set_table_tokens(rows_of, 4, 8, counts, 2));
+    OK(kvl_cache_reorder_table_workspace_size(4, 8, &bytes));
+    OK(kvl_cache_reorder_table(workspace, sizeof workspace, rows_of, 4, 8, lengths, parents));
+    OK(kvl_shard_from_rank(0, &shard));
+    OK(kvl_shard_rows(&shard, 4, &first, &count));
+    OK(kvl_shard_heads(&shard, 4, 2, heads, heads + 1, heads + 2, heads + 3));
+    OK(kvl_shard_keys(&shard, 8, &first, &count));
+    OK(kvl_shard_lengths(first, count, 4, 1, shorter, NULL, NULL, local[0], local[1], local[2]));
+    OK(kvl_shard_slots(first, count, 4, 2, counts, slots));
+    OK(kvl_shard_view(&layers[0].k, 1, first, count, &part));
+}
+
 int main(void) {
     kvl_context *context = NULL;
     kvl_parallel_runner runner = KVL_PARALLEL_RUNNER_INIT;
@@ -106,6 +158,8 @@ int main(void) {
     allocations = 0;
     everything(context, NULL);
     everything(context, &runner);
+    whole_caches(context, NULL);
+    whole_caches(context, &runner);
     CHECK(allocations == 0, "%d allocations", allocations);
     kvl_context_destroy(context);
     return finish("alloc");

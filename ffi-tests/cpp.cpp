@@ -102,6 +102,47 @@ int main() {
     expect(merged[0] == out[0] && merged[2] == out[0] && merged[3] == out[1], "repeat");
     expect(kvlane::alibi_slopes(4)[0] == 0.25f, "slopes");
 
+    // A cache of one layer, two rows of four tokens: evicted, reordered, inserted into; pages; a table; shards.
+    std::vector<float> keys(2 * 4 * 2), others(2 * 4 * 2, 7.0f);
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+        keys[i] = static_cast<float>(i);
+    }
+    const std::vector<kvl_kv_layer> layers = {{kvlane::view(keys, {2, 4, 1, 2}), kvl_view{}}};
+    const std::vector<kvl_kv_layer> sources = {{kvlane::view(others, {2, 4, 1, 2}), kvl_view{}}};
+    kvlane::list lengths = {3, 1}, other_lengths = {2, 2};
+    const kvl_cache cache = kvlane::make_cache(layers, lengths), other = kvlane::make_cache(sources, other_lengths);
+    kvlane::cache_advance(cache, {1, 0});
+    kvlane::cache_evict(context, cache, 0, 1, 2);
+    expect(lengths[0] == 3 && keys[2] == 4 && keys[5] == 7, "evicted");
+    kvlane::cache_reorder(context, workspace, cache, {1, 0});
+    expect(lengths == kvlane::list({1, 3}) && keys[0] == 8 && keys[8] == 0 && keys[13] == 7, "reordered");
+    kvlane::cache_truncate(cache, {1, 2});
+    kvlane::cache_copy_prefix(context, cache, 1, {0}, 2);
+    expect(lengths == kvlane::list({2, 2}) && keys[0] == 0 && keys[2] == 4, "copied");
+    kvlane::cache_insert_row(context, cache, 1, other, 0, 1);
+    expect(lengths[1] == 1 && keys[8] == 7 && keys[10] == 4, "inserted");
+    kvlane::cache_reset(cache, {1}, true);
+    kvlane::cache_set_lengths(cache, {0, 1}, {4, 2});
+    expect(lengths == kvlane::list({4, 2}) && keys[8] == 0 && keys[2] == 4, "reset");
+    refused(KVL_ERR_CAPACITY, "row 0 has 4", [&] { kvlane::cache_advance(cache, {1, 0}); });
+    refused(KVL_ERR_SHAPE, "1 and 2", [&] { kvlane::cache_set_lengths(cache, {0}, {4, 2}); });
+    kvlane::cache_copy_pages(context, layers, {{0, 1}});
+    expect(keys[10] == 4, "copied a page");
+    kvlane::list table = {1, -1}, map(2);
+    expect(kvlane::cache_defragment(context, layers, table, {3, 0}, map) == 1 && table[0] == 0 && map[1] == 0, "pages");
+    kvlane::list beams(2 * 4), beam_lengths = {2, 2};
+    kvlane::cache_set_table_tokens(beams, {0, 0}, 2);
+    kvlane::cache_reorder_table(workspace, beams, beam_lengths, {1, 1});
+    expect(beams == kvlane::list({1, 1, 0, 0, 1, 1, 0, 0}), "table");
+
+    const kvl_shard shard = kvlane::make_shard(3, 1, 2, 2);
+    expect(kvlane::shard_rows(shard, 5).count == 5 && kvlane::shard_heads(shard, 8, 4).second.first == 2, "shard");
+    const kvlane::span half = kvlane::shard_keys(shard, 2 * KVL_SPLIT_GRID);
+    expect(half.first == KVL_SPLIT_GRID && half.count == KVL_SPLIT_GRID, "span");
+    expect(kvlane::shard_lengths(half, 1, {1030}).lengths[0] == 6, "lengths of a span");
+    expect(kvlane::shard_slots(half, 2, {1023}) == kvlane::list({-1, 0}), "slots of a span");
+    expect(kvlane::shard_view(layers[0].k, 1, {1, 2}).data == keys.data() + 2, "part of a view");
+
     // Threads: enough work that they are used.
     const std::size_t n = 1u << 20;
     std::vector<float> many(n), one(2 * n), two(2 * n);

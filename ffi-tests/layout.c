@@ -92,6 +92,26 @@ AT(kvl_kv_write_params, rows, 376);
 AT(kvl_kv_write_params, slots, 384);
 AT(kvl_kv_write_params, rope, 392);
 
+SIZE(kvl_kv_layer, 176);
+AT(kvl_kv_layer, k, 0);
+AT(kvl_kv_layer, v, 88);
+
+SIZE(kvl_cache, 40);
+AT(kvl_cache, struct_size, 0);
+AT(kvl_cache, layers, 8);
+AT(kvl_cache, num_layers, 16);
+AT(kvl_cache, layout, 24);
+AT(kvl_cache, lengths, 32);
+
+SIZE(kvl_shard, 56);
+AT(kvl_shard, struct_size, 0);
+AT(kvl_shard, data, 8);
+AT(kvl_shard, num_data, 16);
+AT(kvl_shard, model, 24);
+AT(kvl_shard, num_model, 32);
+AT(kvl_shard, sequence, 40);
+AT(kvl_shard, num_sequence, 48);
+
 SIZE(kvl_attention_state, 96);
 AT(kvl_attention_state, out, 0);
 AT(kvl_attention_state, lse, 88);
@@ -179,6 +199,7 @@ VALUE(KVL_PRECISION_DEFAULT, 0);
 VALUE(KVL_PRECISION_HIGH, 1);
 VALUE(KVL_INTERLEAVED, 0);
 VALUE(KVL_HALF_SPLIT, 1);
+VALUE(KVL_SPLIT_GRID, 1024);
 VALUE(KVL_ROPE_UNSCALED, 0);
 VALUE(KVL_ROPE_LINEAR, 1);
 VALUE(KVL_ROPE_NTK, 2);

@@ -4,7 +4,9 @@
  *
  * A program makes one kvl_context, which chooses the kernels for the machine, and calls operations with it on memory of
  * its own: kvl_rope rotates queries and keys, kvl_kv_write puts new keys and values into a cache (and can rotate on the
- * way), kvl_attention attends to the cache. kvl_repeat_kv and kvl_merge_states are there for those who need them.
+ * way), kvl_attention attends to the cache. kvl_cache_... operate on the caches of all layers as a whole: lengths, rows,
+ * tokens, pages; kvl_shard_... say which part of them is whose where they are spread over machines. kvl_repeat_kv and
+ * kvl_merge_states are there for those who need them.
  *
  * Conventions, for every function:
  * - Tensors are views: a pointer, an element type, and shape and strides over the axes batch, seq, heads, dim, in this
@@ -292,6 +294,11 @@
  * `table[b] + p`, and row b ends at `table[b + 1]` (`cu_seqlens`).
  */
 #define KVL_RAGGED 4
+
+/**
+ * Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
+ */
+#define KVL_SPLIT_GRID 1024
 
 /**
  * The kernels chosen for a machine. Made by `kvl_context_create`, immutable from then on.
@@ -897,6 +904,83 @@ typedef struct kvl_attention_state {
     const float *lse;
 } kvl_attention_state;
 
+/**
+ * The cache of one layer. Since ABI version 3.
+ */
+typedef struct kvl_kv_layer {
+    /**
+     * Keys [rows, slots, kv_heads, dim]; what the first two axes are is the layout's to say.
+     */
+    struct kvl_view k;
+    /**
+     * Values [rows, slots, kv_heads, v_dim]; absent where keys and values share memory.
+     */
+    struct kvl_view v;
+} kvl_kv_layer;
+
+/**
+ * The caches of all layers of a model, or of those that are laid out alike: one list of lengths for all of them. Start from
+ * `KVL_CACHE_INIT`. Layers agree in the first two axes of their views; heads, dims and types may differ, and no two views
+ * share memory. Since ABI version 3.
+ */
+typedef struct kvl_cache {
+    /**
+     * `sizeof(kvl_cache)`.
+     */
+    size_t struct_size;
+    /**
+     * [num_layers].
+     */
+    const struct kvl_kv_layer *layers;
+    /**
+     * At least 1.
+     */
+    size_t num_layers;
+    /**
+     * Where the tokens of a row lie, in every layer; null for contiguous.
+     */
+    const struct kvl_layout *layout;
+    /**
+     * [rows of the layout]: how many tokens each row was given. Calls that change lengths change these, last.
+     */
+    int32_t *lengths;
+} kvl_cache;
+
+/**
+ * One of several shards of a model's caches, by batch (data), heads (model) and keys (sequence). Start from `KVL_SHARD_INIT`,
+ * which is the whole. Since ABI version 3.
+ */
+typedef struct kvl_shard {
+    /**
+     * `sizeof(kvl_shard)`.
+     */
+    size_t struct_size;
+    /**
+     * Which part of the batch; less than `num_data`.
+     */
+    int64_t data;
+    /**
+     * Parts of the batch; 0 is 1.
+     */
+    int64_t num_data;
+    /**
+     * Which part of the heads; less than `num_model`.
+     */
+    int64_t model;
+    /**
+     * Parts of the heads; 0 is 1.
+     */
+    int64_t num_model;
+    /**
+     * Which part of the sequence; less than `num_sequence`.
+     */
+    int64_t sequence;
+    /**
+     * Parts of the sequence; 0 is 1.
+     */
+    int64_t num_sequence;
+} kvl_shard;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1220,6 +1304,233 @@ kvl_status kvl_alibi_slopes(float *slopes,
                             int64_t heads);
 
 /**
+ * Row `rows[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is. Since
+ * ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint caches.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist or comes twice, a
+ * negative value or one above the row's capacity, a table entry that leads outside the cache are errors, and no length
+ * changes.
+ */
+kvl_status kvl_cache_set_lengths(const struct kvl_cache *cache,
+                                 const int32_t *rows,
+                                 const int32_t *values,
+                                 size_t num_rows);
+
+/**
+ * Adds `counts[b]`, [rows], to the length of every row b, after as many tokens have been written to it. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint caches.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the row's
+ * capacity (`KVL_ERR_CAPACITY`), a table entry that leads outside the cache are errors, and no length changes.
+ */
+kvl_status kvl_cache_advance(const struct kvl_cache *cache,
+                             const int32_t *counts);
+
+/**
+ * Takes the last tokens of rows away: row b has `lengths[b]`, [rows], tokens from now on. No byte of the cache changes.
+ *
+ * In a ring the tokens that are taken away have overwritten older ones, so a ring that has gone round can only be truncated
+ * if those will not be looked at: `window` is the left window of all attention over this cache, -1 for none, and a ring
+ * whose capacity exceeds sinks + window by n tokens can give back n. In an indirect cache a slot is not given up while a
+ * token of another row lies there. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint caches.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a length that is negative or above the present
+ * one, a `window` below -1, tokens that have been or would be overwritten are errors, and no length changes.
+ */
+kvl_status kvl_cache_truncate(const struct kvl_cache *cache,
+                              const int32_t *lengths,
+                              int64_t window);
+
+/**
+ * Empties rows: their lengths become 0. With `zero` 1 their slots are filled with zeros too: all that they have, or in a
+ * paged cache their pages as far as they are in use. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist or comes twice, a
+ * `zero` that is neither 0 nor 1, zeros for a page that another row uses too or for an indirect cache are errors, and nothing is
+ * written.
+ */
+kvl_status kvl_cache_reset(const struct kvl_parallel_runner *runner,
+                           const struct kvl_cache *cache,
+                           const int32_t *rows,
+                           size_t num_rows,
+                           int32_t zero);
+
+/**
+ * Copies the first `length` tokens of row `from_row` of the cache `from`, which is only read, into row `row` of the cache
+ * `to`, whose length they become: a prompt that was prefilled alone takes its place in a batch. Both have the same number of
+ * layers, and these the same heads and dims; types (converted to nearest, ties to even) and layouts may differ. A ring takes the
+ * tokens that it would hold after `length`. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
+ * Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a row that does
+ * not exist, a length above the source's or above the row's capacity, tokens that a ring has overwritten, a page that
+ * another row uses too, an indirect target are errors, and nothing is written.
+ */
+kvl_status kvl_cache_insert_row(const struct kvl_context *context,
+                                const struct kvl_parallel_runner *runner,
+                                const struct kvl_cache *to,
+                                int64_t row,
+                                const struct kvl_cache *from,
+                                int64_t from_row,
+                                int64_t length);
+
+/**
+ * Copies the first `tokens` tokens of row `from` into the rows `to`, [num_to], whose length they become: one prompt, many
+ * continuations. Rows of pages can share those that are full instead, by their table. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist, comes twice or is the
+ * source, more tokens than the source has or a row holds, tokens that a ring has overwritten, a page that another row uses too,
+ * an indirect cache are errors, and nothing is written.
+ */
+kvl_status kvl_cache_copy_prefix(const struct kvl_context *context,
+                                 const struct kvl_parallel_runner *runner,
+                                 const struct kvl_cache *cache,
+                                 int64_t from,
+                                 const int32_t *to,
+                                 size_t num_to,
+                                 int64_t tokens);
+
+/**
+ * Bytes of workspace that `kvl_cache_reorder` needs for this cache and the threads of `runner`. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once.
+ * Bad input: null or an unknown `struct_size` or enumeration value is an error, and `*bytes` is not touched.
+ */
+kvl_status kvl_cache_reorder_workspace_size(const struct kvl_cache *cache,
+                                            const struct kvl_parallel_runner *runner,
+                                            size_t *bytes);
+
+/**
+ * Every row b becomes a copy of what row `parents[b]`, [rows], was, tokens and length (beam search). Only valid tokens move, and
+ * only those of rows that are not their own parents. `workspace` has `workspace_bytes` bytes, at least what
+ * `kvl_cache_reorder_workspace_size` says, and is aligned to 64 bytes. Since ABI version 3.
+ *
+ * Rows of pages are reordered by their table, with `kvl_cache_copy_pages` for last pages of their own; for those of an
+ * indirect cache there is `kvl_cache_reorder_table`.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint caches and workspaces; `runner` null is the
+ * calling thread.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a parent that does not exist, a layout that is
+ * neither contiguous nor a ring, a workspace that is too small or misaligned are errors, and nothing is written.
+ */
+kvl_status kvl_cache_reorder(const struct kvl_context *context,
+                             const struct kvl_parallel_runner *runner,
+                             void *workspace,
+                             size_t workspace_bytes,
+                             const struct kvl_cache *cache,
+                             const int32_t *parents);
+
+/**
+ * Bytes of workspace that `kvl_cache_reorder_table` needs for a table [rows, capacity]. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once.
+ * Bad input: null or a negative number is an error, and `*bytes` is not touched.
+ */
+kvl_status kvl_cache_reorder_table_workspace_size(int64_t rows, int64_t capacity, size_t *bytes);
+
+/**
+ * Row b of the table of an indirect cache, [rows, capacity], becomes a copy of what row `parents[b]`, [rows], was, and so does
+ * `lengths[b]`, [rows]. No token moves. A step of beam search is: `kvl_kv_write` as into a contiguous cache, to row b at
+ * position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with `KVL_INDIRECT`; parents are
+ * chosen; this. As long as rows that have tokens of each other are equally long, no slot is written while a row needs what is
+ * in it; where one would be, the call is refused. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint tables and workspaces.
+ * Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a row that
+ * would write slots again in which another row has tokens (`KVL_ERR_OVERLAP`), lists that share memory, a workspace that is
+ * too small or misaligned are errors, and nothing changes.
+ */
+kvl_status kvl_cache_reorder_table(void *workspace,
+                                   size_t workspace_bytes,
+                                   int32_t *table,
+                                   int64_t rows,
+                                   int64_t capacity,
+                                   int32_t *lengths,
+                                   const int32_t *parents);
+
+/**
+ * In the table of an indirect cache, [rows, capacity]: `tokens` tokens of every row b, from position `positions[b]`, [rows], on,
+ * lie in cache row b, where they have just been written. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint tables.
+ * Bad input: null, a negative size, a negative position, tokens past the capacity (`KVL_ERR_CAPACITY`), lists that share memory
+ * are errors, and nothing changes.
+ */
+kvl_status kvl_cache_set_table_tokens(int32_t *table,
+                                      int64_t rows,
+                                      int64_t capacity,
+                                      const int32_t *positions,
+                                      int64_t tokens);
+
+/**
+ * Drops the tokens `first` .. `end` of a row and closes the gap: later tokens move down by `end - first` positions, and their
+ * keys are turned to where they then stand. To keep sinks, begin after them.
+ *
+ * `ropes` has an entry a layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation; a null entry is a layer
+ * whose keys are not turned. Of each, `pairing`, `rotary_dim` and `inv_freq` are what the keys were written with; other fields
+ * are not looked at, but a table is refused: it has no row for a difference of positions. Angles are computed in f64, arithmetic
+ * is f32, rounded once to the cache's type: each call adds one such rounding to the keys that move. Values move to the bit.
+ * Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
+ * Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a row that does not exist, a
+ * range that is none or goes beyond the row's length, a number of ropes that fits nothing, a `rotary_dim` above a layer's dim, a
+ * page that is to be written and that another row uses too, a ring (which drops its oldest tokens by itself), an indirect cache
+ * are errors, and nothing is written.
+ */
+kvl_status kvl_cache_evict(const struct kvl_context *context,
+                           const struct kvl_parallel_runner *runner,
+                           const struct kvl_cache *cache,
+                           int64_t row,
+                           int64_t first,
+                           int64_t end,
+                           const struct kvl_rope_params *const *ropes,
+                           size_t num_ropes);
+
+/**
+ * Copies whole pages of a pool, `moves[2 * i]` to `moves[2 * i + 1]`, in all layers, whose views are
+ * [pages, page_size, kv_heads, dim]: a last page of one's own before writing to one that is shared. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
+ * Bad input: null, views that do not fit each other, a page that does not exist, one that is written twice or both written
+ * and read (`KVL_ERR_DUPLICATE_SLOT`) are errors, and nothing is written.
+ */
+kvl_status kvl_cache_copy_pages(const struct kvl_context *context,
+                                const struct kvl_parallel_runner *runner,
+                                const struct kvl_kv_layer *layers,
+                                size_t num_layers,
+                                const int32_t *moves,
+                                size_t num_moves);
+
+/**
+ * Gathers the pages that rows use at the start of the pool, in all layers, and says in `*used` how many they are: from there on
+ * all pages are free. The views of the layers are [pages, page_size, kv_heads, dim].
+ *
+ * Pages in use hold the first `lengths[b]`, [rows], tokens of a row b; shared ones stay shared. Only pages beyond the new end
+ * move, in ascending order to the lowest free places. `table`, [rows, pages_per_row], is updated; its entries beyond a row's
+ * length become -1, since what they named may be another row's now. `map` has an entry a page; afterwards it says where
+ * each page went, -1 for those that were not in use. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
+ * Bad input: null, a negative size, views that do not fit each other, a length above what a row's entries hold, an entry that
+ * is no page, lists that share memory are errors, and nothing is written but to `map`.
+ */
+kvl_status kvl_cache_defragment(const struct kvl_context *context,
+                                const struct kvl_parallel_runner *runner,
+                                const struct kvl_kv_layer *layers,
+                                size_t num_layers,
+                                int32_t *table,
+                                int64_t rows,
+                                int64_t pages_per_row,
+                                const int32_t *lengths,
+                                int32_t *map,
+                                int64_t *used);
+
+/**
  * Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
  * `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, and the first two axes of `q` and `k`; nothing else of it is
  * looked at, and data may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with
@@ -1280,6 +1591,106 @@ kvl_status kvl_plan_set_table(struct kvl_plan *plan,
  */
 void kvl_plan_destroy(struct kvl_plan *plan);
 
+/**
+ * Sets `shard->data`, `model` and `sequence` to those of shard `rank` of as many as `shard->num_...` say, where neighbours are
+ * parts of one sequence, then of the heads. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint shards.
+ * Bad input: null, an unknown `struct_size`, a negative number, a rank that does not exist are errors, and `shard` is not touched.
+ */
+kvl_status kvl_shard_from_rank(int64_t rank,
+                               struct kvl_shard *shard);
+
+/**
+ * The shard's rows of a batch: `*count` of them from `*first` on. Parts differ by at most one row, and may be empty. Since ABI
+ * version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs.
+ * Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist are errors, and nothing is written.
+ */
+kvl_status kvl_shard_rows(const struct kvl_shard *shard,
+                          int64_t batch,
+                          int64_t *first,
+                          int64_t *count);
+
+/**
+ * The shard's heads: `*num_kv_heads` KV heads from `*first_kv_head` on, and the `*num_heads` query heads from `*first_head` on
+ * that read them. With more parts than KV heads several shards have the same KV head, and share the query heads that read
+ * it. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs.
+ * Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist, `heads` that are no multiple of
+ * `kv_heads`, more parts than KV heads that are no multiple of them are errors, and nothing is written.
+ */
+kvl_status kvl_shard_heads(const struct kvl_shard *shard,
+                           int64_t heads,
+                           int64_t kv_heads,
+                           int64_t *first_head,
+                           int64_t *num_heads,
+                           int64_t *first_kv_head,
+                           int64_t *num_kv_heads);
+
+/**
+ * The shard's span of the slots of a row: `*count` of `capacity`, from `*first` on. Spans begin and end at multiples of
+ * `KVL_SPLIT_GRID` or at the capacity, and may be empty. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs.
+ * Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist are errors, and nothing is written.
+ */
+kvl_status kvl_shard_keys(const struct kvl_shard *shard,
+                          int64_t capacity,
+                          int64_t *first,
+                          int64_t *count);
+
+/**
+ * What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `starts` (null:
+ * 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a row. The results, [batch] each, are counted from the
+ * start of the span: `local_lengths` and `local_starts` lie in it, `local_offsets` may be negative or beyond it. The outputs of
+ * all spans are joined by `kvl_merge_states`; sinks go to one span only. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs.
+ * Bad input: null, a negative number, more keys than an axis holds, an offset that leaves 32 bits, lists that share
+ * memory are errors, and nothing is written.
+ */
+kvl_status kvl_shard_lengths(int64_t first,
+                             int64_t count,
+                             int64_t batch,
+                             int64_t seq,
+                             const int32_t *lengths,
+                             const int32_t *starts,
+                             const int32_t *offsets,
+                             int32_t *local_lengths,
+                             int32_t *local_starts,
+                             int32_t *local_offsets);
+
+/**
+ * The slots, in a cache that holds `count` keys from key `first` on, of tokens that a whole cache would have from
+ * `positions[b]`, [batch], on: `slots`, [batch, seq], for `kvl_kv_write_params`, -1 for those that belong to other spans. Since ABI
+ * version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs.
+ * Bad input: null, a negative number or position, more keys than an axis holds, lists that share memory are errors, and nothing is written.
+ */
+kvl_status kvl_shard_slots(int64_t first,
+                           int64_t count,
+                           int64_t batch,
+                           int64_t seq,
+                           const int32_t *positions,
+                           int32_t *slots);
+
+/**
+ * The part of a tensor that has the indices `first` .. `first + count` of an axis (0 batch, 1 seq, 2 heads, 3 dim), in the same
+ * memory. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs.
+ * Bad input: null, an invalid view, an axis that is none, indices outside it are errors, and nothing is written.
+ */
+kvl_status kvl_shard_view(const struct kvl_view *view,
+                          int32_t axis,
+                          int64_t first,
+                          int64_t count,
+                          struct kvl_view *part);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif  // __cplusplus
@@ -1296,6 +1707,8 @@ void kvl_plan_destroy(struct kvl_plan *plan);
 #define KVL_ROPE_FREQUENCIES_PARAMS_INIT KVL_SIZED_INIT_(kvl_rope_frequencies_params)
 #define KVL_ROPE_PARAMS_INIT KVL_SIZED_INIT_(kvl_rope_params)
 #define KVL_LAYOUT_INIT KVL_SIZED_INIT_(kvl_layout)
+#define KVL_CACHE_INIT KVL_SIZED_INIT_(kvl_cache)
+#define KVL_SHARD_INIT KVL_SIZED_INIT_(kvl_shard)
 #define KVL_KV_WRITE_PARAMS_INIT KVL_SIZED_INIT_(kvl_kv_write_params)
 #define KVL_BIT_MASK_INIT KVL_SIZED_INIT_(kvl_bit_mask)
 #define KVL_ATTENTION_PARAMS_INIT KVL_SIZED_INIT_(kvl_attention_params)

@@ -287,6 +287,186 @@ inline std::vector<float> alibi_slopes(std::size_t heads) {
     return slopes;
 }
 
+/// Layers, lengths and layout as the operations below take them; points into what it is given.
+inline kvl_cache make_cache(const std::vector<kvl_kv_layer> &layers, std::vector<std::int32_t> &lengths,
+                            const kvl_layout *layout = nullptr) {
+    kvl_cache cache = KVL_CACHE_INIT;
+    cache.layers = layers.data();
+    cache.num_layers = layers.size();
+    cache.layout = layout;
+    cache.lengths = lengths.data();
+    return cache;
+}
+
+/// A list of rows, counts, lengths or parents.
+using list = std::vector<std::int32_t>;
+
+namespace detail {
+/// The library cannot see how long a list is.
+inline void same_size(std::size_t a, std::size_t b) {
+    if (a != b) {
+        throw error(KVL_ERR_SHAPE, "lists of " + std::to_string(a) + " and " + std::to_string(b) + " entries");
+    }
+}
+} // namespace detail
+
+inline void cache_set_lengths(const kvl_cache &cache, const list &rows, const list &values) {
+    detail::same_size(rows.size(), values.size());
+    check(kvl_cache_set_lengths(&cache, rows.data(), values.data(), rows.size()));
+}
+
+/// `counts` has an entry a row.
+inline void cache_advance(const kvl_cache &cache, const list &counts) {
+    check(kvl_cache_advance(&cache, counts.data()));
+}
+
+/// `lengths` has an entry a row; `window` -1 is none.
+inline void cache_truncate(const kvl_cache &cache, const list &lengths, std::int64_t window = -1) {
+    check(kvl_cache_truncate(&cache, lengths.data(), window));
+}
+
+inline void cache_reset(const kvl_cache &cache, const list &rows, bool zero,
+                        const kvl_parallel_runner *runner = nullptr) {
+    check(kvl_cache_reset(runner, &cache, rows.data(), rows.size(), zero ? 1 : 0));
+}
+
+inline void cache_insert_row(const context &context, const kvl_cache &to, std::int64_t row, const kvl_cache &from,
+                             std::int64_t from_row, std::int64_t length,
+                             const kvl_parallel_runner *runner = nullptr) {
+    check(kvl_cache_insert_row(context.get(), runner, &to, row, &from, from_row, length));
+}
+
+inline void cache_copy_prefix(const context &context, const kvl_cache &cache, std::int64_t from, const list &to,
+                              std::int64_t tokens, const kvl_parallel_runner *runner = nullptr) {
+    check(kvl_cache_copy_prefix(context.get(), runner, &cache, from, to.data(), to.size(), tokens));
+}
+
+/// `parents` has an entry a row.
+inline void cache_reorder(const context &context, workspace &workspace, const kvl_cache &cache, const list &parents,
+                          const kvl_parallel_runner *runner = nullptr) {
+    std::size_t bytes = 0;
+    check(kvl_cache_reorder_workspace_size(&cache, runner, &bytes));
+    workspace.reserve(bytes);
+    check(kvl_cache_reorder(context.get(), runner, workspace.data(), workspace.size(), &cache, parents.data()));
+}
+
+/// `table` is [lengths.size(), capacity].
+inline void cache_reorder_table(workspace &workspace, list &table, list &lengths, const list &parents) {
+    detail::same_size(lengths.size(), parents.size());
+    const std::size_t rows = lengths.size(), capacity = rows == 0 ? 0 : table.size() / rows;
+    detail::same_size(table.size(), rows * capacity);
+    std::size_t bytes = 0;
+    const auto n = static_cast<std::int64_t>(rows), m = static_cast<std::int64_t>(capacity);
+    check(kvl_cache_reorder_table_workspace_size(n, m, &bytes));
+    workspace.reserve(bytes);
+    check(kvl_cache_reorder_table(workspace.data(), workspace.size(), table.data(), n, m, lengths.data(),
+                                  parents.data()));
+}
+
+/// `table` is [positions.size(), capacity].
+inline void cache_set_table_tokens(list &table, const list &positions, std::int64_t tokens) {
+    const std::size_t rows = positions.size(), capacity = rows == 0 ? 0 : table.size() / rows;
+    detail::same_size(table.size(), rows * capacity);
+    check(kvl_cache_set_table_tokens(table.data(), static_cast<std::int64_t>(rows),
+                                     static_cast<std::int64_t>(capacity), positions.data(), tokens));
+}
+
+/// `ropes` has an entry a layer, or one for all, or none.
+inline void cache_evict(const context &context, const kvl_cache &cache, std::int64_t row, std::int64_t first,
+                        std::int64_t end, const std::vector<const kvl_rope_params *> &ropes = {},
+                        const kvl_parallel_runner *runner = nullptr) {
+    check(kvl_cache_evict(context.get(), runner, &cache, row, first, end, ropes.data(), ropes.size()));
+}
+
+/// Pages {from, to}.
+inline void cache_copy_pages(const context &context, const std::vector<kvl_kv_layer> &layers,
+                             const std::vector<std::array<std::int32_t, 2>> &moves,
+                             const kvl_parallel_runner *runner = nullptr) {
+    const std::int32_t *first = moves.empty() ? nullptr : moves.front().data();
+    check(kvl_cache_copy_pages(context.get(), runner, layers.data(), layers.size(), first, moves.size()));
+}
+
+/// `table` is [lengths.size(), pages_per_row]; returns how many pages are in use.
+inline std::int64_t cache_defragment(const context &context, const std::vector<kvl_kv_layer> &layers, list &table,
+                                     const list &lengths, list &map, const kvl_parallel_runner *runner = nullptr) {
+    const std::size_t rows = lengths.size(), pages_per_row = rows == 0 ? 1 : table.size() / rows;
+    detail::same_size(table.size(), rows * pages_per_row);
+    detail::same_size(map.size(), layers.empty() ? 0 : static_cast<std::size_t>(layers.front().k.shape[0]));
+    std::int64_t used = 0;
+    check(kvl_cache_defragment(context.get(), runner, layers.data(), layers.size(), table.data(),
+                               static_cast<std::int64_t>(rows), static_cast<std::int64_t>(pages_per_row),
+                               lengths.data(), map.data(), &used));
+    return used;
+}
+
+/// `count` indices from `first` on.
+struct span {
+    std::int64_t first = 0;
+    std::int64_t count = 0;
+};
+
+/// Shard `rank` of so many parts of the batch, of the heads and of the sequence.
+inline kvl_shard make_shard(std::int64_t rank, std::int64_t data, std::int64_t model, std::int64_t sequence) {
+    kvl_shard shard = KVL_SHARD_INIT;
+    shard.num_data = data;
+    shard.num_model = model;
+    shard.num_sequence = sequence;
+    check(kvl_shard_from_rank(rank, &shard));
+    return shard;
+}
+
+inline span shard_rows(const kvl_shard &shard, std::int64_t batch) {
+    span rows;
+    check(kvl_shard_rows(&shard, batch, &rows.first, &rows.count));
+    return rows;
+}
+
+/// {query heads, KV heads}.
+inline std::pair<span, span> shard_heads(const kvl_shard &shard, std::int64_t heads, std::int64_t kv_heads) {
+    span q, kv;
+    check(kvl_shard_heads(&shard, heads, kv_heads, &q.first, &q.count, &kv.first, &kv.count));
+    return {q, kv};
+}
+
+inline span shard_keys(const kvl_shard &shard, std::int64_t capacity) {
+    span keys;
+    check(kvl_shard_keys(&shard, capacity, &keys.first, &keys.count));
+    return keys;
+}
+
+/// What attention over a span of the keys takes.
+struct span_lists {
+    list lengths, starts, offsets;
+};
+
+/// `starts` and `offsets` may be empty, for their defaults.
+inline span_lists shard_lengths(const span &keys, std::int64_t seq, const list &lengths, const list &starts = {},
+                                const list &offsets = {}) {
+    const std::size_t batch = lengths.size();
+    detail::same_size(starts.empty() ? batch : starts.size(), batch);
+    detail::same_size(offsets.empty() ? batch : offsets.size(), batch);
+    span_lists local{list(batch), list(batch), list(batch)};
+    check(kvl_shard_lengths(keys.first, keys.count, static_cast<std::int64_t>(batch), seq, lengths.data(),
+                            starts.empty() ? nullptr : starts.data(), offsets.empty() ? nullptr : offsets.data(),
+                            local.lengths.data(), local.starts.data(), local.offsets.data()));
+    return local;
+}
+
+/// [positions.size(), seq].
+inline list shard_slots(const span &keys, std::int64_t seq, const list &positions) {
+    list slots(positions.size() * static_cast<std::size_t>(seq > 0 ? seq : 0));
+    check(kvl_shard_slots(keys.first, keys.count, static_cast<std::int64_t>(positions.size()), seq, positions.data(),
+                          slots.data()));
+    return slots;
+}
+
+/// A part of a tensor along an axis: 0 batch, 1 seq, 2 heads, 3 dim.
+inline kvl_view shard_view(const kvl_view &view, std::int32_t axis, const span &part) {
+    kvl_view result;
+    check(kvl_shard_view(&view, axis, part.first, part.count, &result));
+    return result;
+}
+
 } // namespace kvlane
 
 #endif // KVLANE_HPP

@@ -10,6 +10,8 @@
 //! | [`kv_write`] | new keys and values of every row into the cache, each row at its own place; RoPE of the keys on the way |
 //! | [`attention`] | masked softmax attention of grouped queries over the cache: prefill, chunks, decode |
 //! | [`merge_states`] | outputs over disjoint keys become the output over all of them |
+//! | [`KvCache`] | the caches of all layers: reset, truncate, insert, copy a prefix, reorder rows, evict, defragment pages |
+//! | [`Mesh`] | which rows, heads and keys are whose, where a cache is spread over machines |
 //! | [`repeat_kv`] | the explicit repeat of KV heads, for whoever needs it in memory |
 //!
 //! # One decode step
@@ -111,6 +113,10 @@ pub use layout::Layout;
 pub use ops::attention::{
     AttentionOptions, AttentionTensors, MAX_HEAD_DIM, alibi_slopes, attention, attention_workspace_size,
 };
+pub use ops::cache::{
+    KeyRotation, KvCache, KvLayer, copy_pages, defragment_pages, reorder_table, reorder_table_workspace_size,
+    reorder_workspace_size, set_table_tokens,
+};
 pub use ops::mask::{BitMask, Mask};
 pub use ops::merge::{AttentionState, MAX_STATES, merge_states};
 pub use ops::plan::AttentionPlan;
@@ -119,6 +125,7 @@ pub use ops::repeat::repeat_kv;
 pub use ops::rope::{
     MAX_ROTARY_DIM, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, rope, rope_in_place,
 };
+pub use ops::shard::{HeadShard, Mesh, SPLIT_GRID, Shard, SpanLists, shard_slots};
 pub use ops::workspace::Workspace;
 pub use ops::write::{Destination, KvWrite, kv_write};
 #[cfg(feature = "rayon")]

@@ -21,6 +21,20 @@ const EXPORTS: &[&str] = &[
     "kvl_attention_with_prefix",
     "kvl_attention_with_prefix_workspace_size",
     "kvl_attention_workspace_size",
+    "kvl_cache_advance",
+    "kvl_cache_copy_pages",
+    "kvl_cache_copy_prefix",
+    "kvl_cache_defragment",
+    "kvl_cache_evict",
+    "kvl_cache_insert_row",
+    "kvl_cache_reorder",
+    "kvl_cache_reorder_table",
+    "kvl_cache_reorder_table_workspace_size",
+    "kvl_cache_reorder_workspace_size",
+    "kvl_cache_reset",
+    "kvl_cache_set_lengths",
+    "kvl_cache_set_table_tokens",
+    "kvl_cache_truncate",
     "kvl_context_attention_kernel_name",
     "kvl_context_create",
     "kvl_context_destroy",
@@ -42,6 +56,13 @@ const EXPORTS: &[&str] = &[
     "kvl_rope",
     "kvl_rope_frequencies",
     "kvl_rope_table",
+    "kvl_shard_from_rank",
+    "kvl_shard_heads",
+    "kvl_shard_keys",
+    "kvl_shard_lengths",
+    "kvl_shard_rows",
+    "kvl_shard_slots",
+    "kvl_shard_view",
     "kvl_status_string",
     "kvl_thread_pool_create",
     "kvl_thread_pool_destroy",
@@ -206,6 +227,11 @@ fn operations_give_known_answers() {
 }
 
 #[test]
+fn caches_are_operated_on_as_a_whole() {
+    both("cache.c", Language::C11);
+}
+
+#[test]
 fn bad_input_is_an_error_and_writes_nothing() {
     both("errors.c", Language::C11);
 }
@@ -295,6 +321,7 @@ mod symbols {
         let mut used = BTreeSet::new();
         for (source, language) in [
             ("ops.c", Language::C11),
+            ("cache.c", Language::C11),
             ("errors.c", Language::C11),
             ("threads.c", Language::C11),
             ("cpp.cpp", Language::Cpp17),

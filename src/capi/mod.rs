@@ -10,9 +10,11 @@
 //! layer over it is `include/kvlane.hpp`; the programs that hold the ABI to its word are in `ffi-tests`.
 #![allow(non_camel_case_types)]
 
+mod cache;
 mod guard;
 mod plan;
 mod runner;
+mod shard;
 mod types;
 
 use crate::context::Context;

@@ -2,7 +2,7 @@
 //!
 //! Three rules keep them stable. A struct that may grow begins with its own size, grows only at its end, and means by a
 //! field of zero what it meant before the field existed; a struct that is used in arrays or inside others
-//! ([`kvl_view`], [`kvl_const_view`], [`kvl_attention_state`]) never changes, and has a reserved field where one may be
+//! ([`kvl_view`], [`kvl_const_view`], [`kvl_kv_layer`], [`kvl_attention_state`]) never changes, and has a reserved field where one may be
 //! needed. Enumerations are integers with named values, because an integer that C passes may be anything. Sizes and
 //! offsets are asserted at the end of this file and once more, from the other side, in `ffi-tests/layout.c`.
 //!
@@ -404,6 +404,58 @@ pub struct kvl_kv_write_params {
     pub rope: *const kvl_rope_params,
 }
 
+/// The cache of one layer. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_kv_layer {
+    /// Keys [rows, slots, kv_heads, dim]; what the first two axes are is the layout's to say.
+    pub k: kvl_view,
+    /// Values [rows, slots, kv_heads, v_dim]; absent where keys and values share memory.
+    pub v: kvl_view,
+}
+
+/// The caches of all layers of a model, or of those that are laid out alike: one list of lengths for all of them. Start from
+/// `KVL_CACHE_INIT`. Layers agree in the first two axes of their views; heads, dims and types may differ, and no two views
+/// share memory. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_cache {
+    /// `sizeof(kvl_cache)`.
+    pub struct_size: usize,
+    /// [num_layers].
+    pub layers: *const kvl_kv_layer,
+    /// At least 1.
+    pub num_layers: usize,
+    /// Where the tokens of a row lie, in every layer; null for contiguous.
+    pub layout: *const kvl_layout,
+    /// [rows of the layout]: how many tokens each row was given. Calls that change lengths change these, last.
+    pub lengths: *mut i32,
+}
+
+/// Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
+pub const KVL_SPLIT_GRID: i32 = 1024;
+
+/// One of several shards of a model's caches, by batch (data), heads (model) and keys (sequence). Start from `KVL_SHARD_INIT`,
+/// which is the whole. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_shard {
+    /// `sizeof(kvl_shard)`.
+    pub struct_size: usize,
+    /// Which part of the batch; less than `num_data`.
+    pub data: i64,
+    /// Parts of the batch; 0 is 1.
+    pub num_data: i64,
+    /// Which part of the heads; less than `num_model`.
+    pub model: i64,
+    /// Parts of the heads; 0 is 1.
+    pub num_model: i64,
+    /// Which part of the sequence; less than `num_sequence`.
+    pub sequence: i64,
+    /// Parts of the sequence; 0 is 1.
+    pub num_sequence: i64,
+}
+
 /// One attention state: an output, and the natural logarithm of the sum of its exponentials.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -547,6 +599,8 @@ sized!(
     kvl_rope_params,
     kvl_layout,
     kvl_bit_mask,
+    kvl_cache,
+    kvl_shard,
     kvl_kv_write_params,
     kvl_attention_params[precision, layout]
 );
@@ -846,6 +900,7 @@ const _: () = {
     assert!(Op::ALL.len() == 6);
     assert!(KVL_PRECISION_DEFAULT == Precision::Default as i32 && KVL_PRECISION_HIGH == Precision::High as i32);
     assert!(Precision::ALL.len() == 2);
+    assert!(KVL_SPLIT_GRID as usize == crate::ops::shard::SPLIT_GRID);
     assert!(KVL_INTERLEAVED == Pairing::Interleaved as i32 && KVL_HALF_SPLIT == Pairing::HalfSplit as i32);
 };
 
@@ -893,6 +948,12 @@ mod layout {
         kvl_kv_write_params, 400,
         struct_size: 0, k: 8, v: 96, k_cache: 184, v_cache: 272, positions: 360, counts: 368, rows: 376, slots: 384,
         rope: 392,
+    );
+    layout!(kvl_kv_layer, 176, k: 0, v: 88);
+    layout!(kvl_cache, 40, struct_size: 0, layers: 8, num_layers: 16, layout: 24, lengths: 32);
+    layout!(
+        kvl_shard, 56,
+        struct_size: 0, data: 8, num_data: 16, model: 24, num_model: 32, sequence: 40, num_sequence: 48,
     );
     layout!(kvl_attention_state, 96, out: 0, lse: 88);
     layout!(

@@ -4,12 +4,14 @@
 //! which the C ABI calls too. All validation is in the latter.
 
 pub mod attention;
+pub mod cache;
 pub mod mask;
 pub mod merge;
 pub mod plan;
 pub mod prefix;
 pub mod repeat;
 pub mod rope;
+pub mod shard;
 mod tiling;
 pub mod workspace;
 pub mod write;

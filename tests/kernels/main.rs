@@ -8,6 +8,7 @@
 mod common;
 
 mod attention;
+mod cache;
 mod errors;
 mod harness;
 mod invariance;
@@ -16,6 +17,7 @@ mod merge;
 mod properties;
 mod rope;
 mod semantics;
+mod shard;
 mod write;
 
 fn main() -> std::process::ExitCode {
@@ -29,5 +31,7 @@ fn main() -> std::process::ExitCode {
         layouts::TESTS,
         errors::TESTS,
         properties::TESTS,
+        cache::TESTS,
+        shard::TESTS,
     ])
 }

@@ -1,0 +1,535 @@
+//! Exports that operate on whole caches.
+
+use super::guard::guard;
+use super::runner::CallerRunner;
+use super::types::*;
+use super::{borrow, kvl_context};
+use crate::error::{Error, Result, ensure};
+use crate::layout::Layout;
+use crate::ops::cache::{
+    Layers, RawCache, RawLayer, RawRotation, copy_pages_raw, copy_prefix_raw, defragment_pages_raw, evict_raw,
+    insert_row_raw, reorder_raw, reorder_table_raw, reorder_table_workspace_size, reorder_workspace_size_raw,
+    reset_raw, set_table_tokens,
+};
+use crate::ops::rope::check_rotary_dim;
+use crate::view::{BATCH, SEQ};
+use std::ffi::c_void;
+
+/// Row `rows[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is. Since
+/// ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint caches.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist or comes twice, a
+/// negative value or one above the row's capacity, a table entry that leads outside the cache are errors, and no length
+/// changes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_set_lengths(
+    cache: *const kvl_cache,
+    rows: *const i32,
+    values: *const i32,
+    num_rows: usize,
+) -> kvl_status {
+    guard(|| {
+        let call = |cache: &mut RawCache| {
+            // SAFETY: the caller's promise.
+            let (rows, values) =
+                unsafe { (input(cache, "rows", rows, num_rows)?, input(cache, "values", values, num_rows)?) };
+            cache.set_lengths(rows, values)
+        };
+        // SAFETY: the caller's promise.
+        unsafe { with_cache(cache, call) }
+    })
+}
+
+/// Adds `counts[b]`, [rows], to the length of every row b, after as many tokens have been written to it. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint caches.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the row's
+/// capacity (`KVL_ERR_CAPACITY`), a table entry that leads outside the cache are errors, and no length changes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_advance(cache: *const kvl_cache, counts: *const i32) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            with_cache(cache, |cache| {
+                let n = cache.lengths.len();
+                cache.advance(input(cache, "counts", counts, n)?)
+            })
+        }
+    })
+}
+
+/// Takes the last tokens of rows away: row b has `lengths[b]`, [rows], tokens from now on. No byte of the cache changes.
+///
+/// In a ring the tokens that are taken away have overwritten older ones, so a ring that has gone round can only be truncated
+/// if those will not be looked at: `window` is the left window of all attention over this cache, -1 for none, and a ring
+/// whose capacity exceeds sinks + window by n tokens can give back n. In an indirect cache a slot is not given up while a
+/// token of another row lies there. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint caches.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a length that is negative or above the present
+/// one, a `window` below -1, tokens that have been or would be overwritten are errors, and no length changes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_truncate(cache: *const kvl_cache, lengths: *const i32, window: i64) -> kvl_status {
+    guard(|| {
+        ensure!(window >= -1, InvalidValue, "window is {window}, but only -1 stands for none");
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            with_cache(cache, |cache| {
+                let n = cache.lengths.len();
+                let lengths = input(cache, "the new lengths", lengths, n)?;
+                // One that does not fit is longer than any row.
+                cache.truncate(lengths, (window >= 0).then(|| usize::try_from(window).unwrap_or(usize::MAX)))
+            })
+        }
+    })
+}
+
+/// Empties rows: their lengths become 0. With `zero` 1 their slots are filled with zeros too: all that they have, or in a
+/// paged cache their pages as far as they are in use. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist or comes twice, a
+/// `zero` that is neither 0 nor 1, zeros for a page that another row uses too or for an indirect cache are errors, and nothing is
+/// written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_reset(
+    runner: *const kvl_parallel_runner,
+    cache: *const kvl_cache,
+    rows: *const i32,
+    num_rows: usize,
+    zero: i32,
+) -> kvl_status {
+    guard(|| {
+        let zero = boolean("zero", zero)?;
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            let runner = CallerRunner::new(runner)?;
+            with_cache(cache, |cache| {
+                let rows = input(cache, "rows", rows, num_rows)?;
+                reset_raw(runner.as_dyn(), cache, rows, zero)
+            })
+        }
+    })
+}
+
+/// Copies the first `length` tokens of row `from_row` of the cache `from`, which is only read, into row `row` of the cache
+/// `to`, whose length they become: a prompt that was prefilled alone takes its place in a batch. Both have the same number of
+/// layers, and these the same heads and dims; types (converted to nearest, ties to even) and layouts may differ. A ring takes the
+/// tokens that it would hold after `length`. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
+/// Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a row that does
+/// not exist, a length above the source's or above the row's capacity, tokens that a ring has overwritten, a page that
+/// another row uses too, an indirect target are errors, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_insert_row(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    to: *const kvl_cache,
+    row: i64,
+    from: *const kvl_cache,
+    from_row: i64,
+    length: i64,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            let (context, runner) = (borrow(context)?, CallerRunner::new(runner)?);
+            let length = size("length", length)?;
+            with_cache(to, |to| {
+                let lengths = to.lengths.as_ptr_range();
+                with_cache(from, |from| {
+                    let other = from.lengths.as_ptr_range();
+                    ensure!(
+                        other.end <= lengths.start || lengths.end <= other.start,
+                        Overlap,
+                        "both caches have the same list of lengths"
+                    );
+                    insert_row_raw(context, runner.as_dyn(), to, row, from, from_row, length)
+                })
+            })
+        }
+    })
+}
+
+/// Copies the first `tokens` tokens of row `from` into the rows `to`, [num_to], whose length they become: one prompt, many
+/// continuations. Rows of pages can share those that are full instead, by their table. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist, comes twice or is the
+/// source, more tokens than the source has or a row holds, tokens that a ring has overwritten, a page that another row uses too,
+/// an indirect cache are errors, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_copy_prefix(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    cache: *const kvl_cache,
+    from: i64,
+    to: *const i32,
+    num_to: usize,
+    tokens: i64,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            let (context, runner) = (borrow(context)?, CallerRunner::new(runner)?);
+            let tokens = size("tokens", tokens)?;
+            with_cache(cache, |cache| {
+                let to = input(cache, "to", to, num_to)?;
+                copy_prefix_raw(context, runner.as_dyn(), cache, from, to, tokens)
+            })
+        }
+    })
+}
+
+/// Bytes of workspace that `kvl_cache_reorder` needs for this cache and the threads of `runner`. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: null or an unknown `struct_size` or enumeration value is an error, and `*bytes` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_reorder_workspace_size(
+    cache: *const kvl_cache,
+    runner: *const kvl_parallel_runner,
+    bytes: *mut usize,
+) -> kvl_status {
+    guard(|| {
+        ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            let runner = CallerRunner::new(runner)?;
+            with_cache(cache, |cache| {
+                let threads = runner.as_dyn().num_threads();
+                bytes.write(reorder_workspace_size_raw(cache.layers, cache.lengths.len(), threads)?);
+                Ok(())
+            })
+        }
+    })
+}
+
+/// Every row b becomes a copy of what row `parents[b]`, [rows], was, tokens and length (beam search). Only valid tokens move, and
+/// only those of rows that are not their own parents. `workspace` has `workspace_bytes` bytes, at least what
+/// `kvl_cache_reorder_workspace_size` says, and is aligned to 64 bytes. Since ABI version 3.
+///
+/// Rows of pages are reordered by their table, with `kvl_cache_copy_pages` for last pages of their own; for those of an
+/// indirect cache there is `kvl_cache_reorder_table`.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint caches and workspaces; `runner` null is the
+/// calling thread.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a parent that does not exist, a layout that is
+/// neither contiguous nor a ring, a workspace that is too small or misaligned are errors, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_reorder(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    workspace: *mut c_void,
+    workspace_bytes: usize,
+    cache: *const kvl_cache,
+    parents: *const i32,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            let (context, runner) = (borrow(context)?, CallerRunner::new(runner)?);
+            with_cache(cache, |cache| {
+                let parents = input(cache, "parents", parents, cache.lengths.len())?;
+                reorder_raw(context, runner.as_dyn(), (workspace.cast(), workspace_bytes), cache, parents)
+            })
+        }
+    })
+}
+
+/// Bytes of workspace that `kvl_cache_reorder_table` needs for a table [rows, capacity]. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: null or a negative number is an error, and `*bytes` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_reorder_table_workspace_size(
+    rows: i64,
+    capacity: i64,
+    bytes: *mut usize,
+) -> kvl_status {
+    guard(|| {
+        ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
+        let needed = reorder_table_workspace_size(size("rows", rows)?, size("capacity", capacity)?);
+        // SAFETY: not null, and the caller's to write.
+        unsafe { bytes.write(needed) };
+        Ok(())
+    })
+}
+
+/// Row b of the table of an indirect cache, [rows, capacity], becomes a copy of what row `parents[b]`, [rows], was, and so does
+/// `lengths[b]`, [rows]. No token moves. A step of beam search is: `kvl_kv_write` as into a contiguous cache, to row b at
+/// position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with `KVL_INDIRECT`; parents are
+/// chosen; this. As long as rows that have tokens of each other are equally long, no slot is written while a row needs what is
+/// in it; where one would be, the call is refused. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint tables and workspaces.
+/// Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a row that
+/// would write slots again in which another row has tokens (`KVL_ERR_OVERLAP`), lists that share memory, a workspace that is
+/// too small or misaligned are errors, and nothing changes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_reorder_table(
+    workspace: *mut c_void,
+    workspace_bytes: usize,
+    table: *mut i32,
+    rows: i64,
+    capacity: i64,
+    lengths: *mut i32,
+    parents: *const i32,
+) -> kvl_status {
+    guard(|| {
+        let (rows, capacity) = (size("rows", rows)?, size("capacity", capacity)?);
+        let entries = rows.saturating_mul(capacity);
+        apart([("table", table, entries), ("lengths", lengths, rows), ("parents", parents.cast_mut(), rows)])?;
+        // SAFETY: the caller's promise, and the lists share no memory.
+        unsafe {
+            let table = output_list("table", table, entries)?;
+            let lengths = output_list("lengths", lengths, rows)?;
+            let parents = required_list("parents", parents, rows)?;
+            reorder_table_raw((workspace.cast(), workspace_bytes), table, capacity, lengths, parents)
+        }
+    })
+}
+
+/// In the table of an indirect cache, [rows, capacity]: `tokens` tokens of every row b, from position `positions[b]`, [rows], on,
+/// lie in cache row b, where they have just been written. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint tables.
+/// Bad input: null, a negative size, a negative position, tokens past the capacity (`KVL_ERR_CAPACITY`), lists that share memory
+/// are errors, and nothing changes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_set_table_tokens(
+    table: *mut i32,
+    rows: i64,
+    capacity: i64,
+    positions: *const i32,
+    tokens: i64,
+) -> kvl_status {
+    guard(|| {
+        let (rows, capacity, tokens) = (size("rows", rows)?, size("capacity", capacity)?, size("tokens", tokens)?);
+        let entries = rows.saturating_mul(capacity);
+        apart([("table", table, entries), ("positions", positions.cast_mut(), rows)])?;
+        // SAFETY: the caller's promise, and the lists share no memory.
+        unsafe {
+            let table = output_list("table", table, entries)?;
+            set_table_tokens(table, capacity, required_list("positions", positions, rows)?, tokens)
+        }
+    })
+}
+
+/// Drops the tokens `first` .. `end` of a row and closes the gap: later tokens move down by `end - first` positions, and their
+/// keys are turned to where they then stand. To keep sinks, begin after them.
+///
+/// `ropes` has an entry a layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation; a null entry is a layer
+/// whose keys are not turned. Of each, `pairing`, `rotary_dim` and `inv_freq` are what the keys were written with; other fields
+/// are not looked at, but a table is refused: it has no row for a difference of positions. Angles are computed in f64, arithmetic
+/// is f32, rounded once to the cache's type: each call adds one such rounding to the keys that move. Values move to the bit.
+/// Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
+/// Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a row that does not exist, a
+/// range that is none or goes beyond the row's length, a number of ropes that fits nothing, a `rotary_dim` above a layer's dim, a
+/// page that is to be written and that another row uses too, a ring (which drops its oldest tokens by itself), an indirect cache
+/// are errors, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_evict(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    cache: *const kvl_cache,
+    row: i64,
+    first: i64,
+    end: i64,
+    ropes: *const *const kvl_rope_params,
+    num_ropes: usize,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            let (context, runner) = (borrow(context)?, CallerRunner::new(runner)?);
+            let drop = size("first", first)?..size("end", end)?;
+            let ropes = Ropes(required_list("ropes", ropes, num_ropes)?);
+            with_cache(cache, |cache| {
+                evict_raw(context, runner.as_dyn(), cache, row, drop, num_ropes, &|i| ropes.rotation(i))
+            })
+        }
+    })
+}
+
+/// Copies whole pages of a pool, `moves[2 * i]` to `moves[2 * i + 1]`, in all layers, whose views are
+/// [pages, page_size, kv_heads, dim]: a last page of one's own before writing to one that is shared. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
+/// Bad input: null, views that do not fit each other, a page that does not exist, one that is written twice or both written
+/// and read (`KVL_ERR_DUPLICATE_SLOT`) are errors, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_copy_pages(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    layers: *const kvl_kv_layer,
+    num_layers: usize,
+    moves: *const i32,
+    num_moves: usize,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            let (context, runner) = (borrow(context)?, CallerRunner::new(runner)?);
+            let layers = CallerLayers(required_list("layers", layers, num_layers)?);
+            let moves = required_list("moves", moves.cast::<[i32; 2]>(), num_moves)?;
+            copy_pages_raw(context, runner.as_dyn(), &layers, moves)
+        }
+    })
+}
+
+/// Gathers the pages that rows use at the start of the pool, in all layers, and says in `*used` how many they are: from there on
+/// all pages are free. The views of the layers are [pages, page_size, kv_heads, dim].
+///
+/// Pages in use hold the first `lengths[b]`, [rows], tokens of a row b; shared ones stay shared. Only pages beyond the new end
+/// move, in ascending order to the lowest free places. `table`, [rows, pages_per_row], is updated; its entries beyond a row's
+/// length become -1, since what they named may be another row's now. `map` has an entry a page; afterwards it says where
+/// each page went, -1 for those that were not in use. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
+/// Bad input: null, a negative size, views that do not fit each other, a length above what a row's entries hold, an entry that
+/// is no page, lists that share memory are errors, and nothing is written but to `map`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_defragment(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    layers: *const kvl_kv_layer,
+    num_layers: usize,
+    table: *mut i32,
+    rows: i64,
+    pages_per_row: i64,
+    lengths: *const i32,
+    map: *mut i32,
+    used: *mut i64,
+) -> kvl_status {
+    guard(|| {
+        let (rows, pages_per_row) = (size("rows", rows)?, size("pages_per_row", pages_per_row)?);
+        ensure!(pages_per_row > 0, Shape, "pages_per_row is 0");
+        ensure!(!used.is_null(), NullPointer, "the pointer used is null");
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            let (context, runner) = (borrow(context)?, CallerRunner::new(runner)?);
+            let layers = CallerLayers(required_list("layers", layers, num_layers)?);
+            let pages = layers.first()?.k.shape[BATCH];
+            let entries = rows.saturating_mul(pages_per_row);
+            apart([("table", table, entries), ("lengths", lengths.cast_mut(), rows), ("map", map, pages)])?;
+            let table = output_list("table", table, entries)?;
+            let lengths = required_list("lengths", lengths, rows)?;
+            let map = output_list("map", map, pages)?;
+            let n = defragment_pages_raw(context, runner.as_dyn(), &layers, table, pages_per_row, lengths, map)?;
+            // At most as many as an axis has.
+            used.write(n as i64);
+            Ok(())
+        }
+    })
+}
+
+/// The layers of a caller's struct.
+struct CallerLayers<'a>(&'a [kvl_kv_layer]);
+
+// SAFETY: what is shared is addresses and numbers.
+unsafe impl Sync for CallerLayers<'_> {}
+
+impl CallerLayers<'_> {
+    fn first(&self) -> Result<RawLayer> {
+        ensure!(!self.0.is_empty(), Shape, "the cache has no layers");
+        self.layer(0).map_err(|e| Error::new(e.status(), format!("layer 0: {}", e.message())))
+    }
+}
+
+impl Layers for CallerLayers<'_> {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn layer(&self, i: usize) -> Result<RawLayer> {
+        let kvl_kv_layer { k, v } = &self.0[i];
+        Ok(RawLayer { k: k.raw("k")?, v: if v.is_absent() { None } else { Some(v.raw("v")?) } })
+    }
+}
+
+/// How the keys of each layer were turned.
+#[derive(Clone, Copy)]
+struct Ropes<'a>(&'a [*const kvl_rope_params]);
+
+// SAFETY: what is behind the pointers is only read.
+unsafe impl Sync for Ropes<'_> {}
+
+impl<'a> Ropes<'a> {
+    /// # Safety
+    /// Every pointer is null or points to what the header describes.
+    unsafe fn rotation(self, i: usize) -> Result<Option<RawRotation<'a>>> {
+        if self.0[i].is_null() {
+            return Ok(None);
+        }
+        // SAFETY: the caller's.
+        let params = unsafe { read_sized(self.0[i]) }?;
+        reserved("kvl_rope_params", params.reserved)?;
+        ensure!(
+            params.cos.is_null() && params.sin.is_null(),
+            InvalidValue,
+            "keys are turned by frequencies: a table has no row for a difference of positions"
+        );
+        let pairing = pairing("pairing", params.pairing)?;
+        let rotary_dim = size("rotary_dim", params.rotary_dim)?;
+        check_rotary_dim(rotary_dim)?;
+        // SAFETY: the caller's.
+        let inv_freq = unsafe { required_list("inv_freq", params.inv_freq, rotary_dim / 2) }?;
+        Ok(Some(RawRotation { pairing, inv_freq }))
+    }
+}
+
+/// The cache at `from`, lent to `call`.
+///
+/// # Safety
+/// `from` is null or points to what the header describes.
+unsafe fn with_cache<T>(from: *const kvl_cache, call: impl FnOnce(&mut RawCache) -> Result<T>) -> Result<T> {
+    // SAFETY: the caller's, here and below.
+    let params = unsafe { read_sized(from) }?;
+    // SAFETY: as above.
+    let layers = CallerLayers(unsafe { required_list("layers", params.layers, params.num_layers) }?);
+    let first = layers.first()?.k;
+    // SAFETY: as above.
+    let layout = unsafe { super::types::layout(params.layout, first.shape[SEQ]) }?;
+    let rows = layout.rows(&first);
+    let (table, entries) = match layout {
+        Layout::Paged { pages: table, .. } | Layout::Indirect { rows: table } | Layout::Ragged { starts: table } => {
+            (table.as_ptr(), table.len())
+        }
+        _ => (std::ptr::null(), 0),
+    };
+    apart([("lengths", params.lengths, rows), ("the layout's table", table.cast_mut(), entries)])?;
+    // SAFETY: as above, and nothing else that is borrowed lies there.
+    let lengths = unsafe { output_list("lengths", params.lengths, rows) }?;
+    call(&mut RawCache { layers: &layers, layout, lengths })
+}
+
+/// A list that an operation reads while it changes lengths.
+///
+/// # Safety
+/// As for [`list`].
+unsafe fn input<'a>(cache: &RawCache, name: &str, data: *const i32, n: usize) -> Result<&'a [i32]> {
+    let lengths = cache.lengths.as_ptr().cast_mut();
+    apart([("the cache's lengths", lengths, cache.lengths.len()), (name, data.cast_mut(), n)])?;
+    // SAFETY: the caller's.
+    unsafe { required_list(name, data, n) }
+}
+
+/// Checks that lists, of which one at least is written, share no memory; null ones have none.
+pub(super) fn apart<const N: usize>(lists: [(&str, *mut i32, usize); N]) -> Result<()> {
+    let span = |(_, data, n): (&str, *mut i32, usize)| {
+        let bytes = if data.is_null() { 0 } else { n.saturating_mul(size_of::<i32>()) };
+        (data.addr(), data.addr().saturating_add(bytes))
+    };
+    for (i, &a) in lists.iter().enumerate() {
+        for &b in &lists[..i] {
+            let ((a0, a1), (b0, b1)) = (span(a), span(b));
+            ensure!(a0 >= b1 || b0 >= a1 || a0 == a1 || b0 == b1, Overlap, "{} and {} share memory", b.0, a.0);
+        }
+    }
+    Ok(())
+}

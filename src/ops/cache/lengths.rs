@@ -1,0 +1,166 @@
+//! Lengths: how many tokens the rows of a cache have.
+
+use super::{KvCache, RawCache, check_held, held, lost};
+use crate::error::{Result, ensure};
+use crate::layout::Layout;
+use crate::view::SEQ;
+
+impl KvCache<'_, '_> {
+    /// Row `rows[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is.
+    ///
+    /// # Errors
+    /// Lists of different sizes, a row that does not exist or comes twice, a value that is negative
+    /// ([`OutOfRange`](crate::Status::OutOfRange)) or above the row's capacity ([`Capacity`](crate::Status::Capacity)), a
+    /// table entry that leads outside the cache. No length has changed then.
+    pub fn set_lengths(&mut self, rows: &[i32], values: &[i32]) -> Result<()> {
+        self.with_raw(|cache| cache.set_lengths(rows, values))
+    }
+
+    /// Adds `counts[b]` to the length of every row b, after as many tokens have been written to it.
+    ///
+    /// # Errors
+    /// A list that has not an entry a row, a negative count, a length above the row's capacity
+    /// ([`Capacity`](crate::Status::Capacity)), a table entry that leads outside the cache. No length has changed then.
+    pub fn advance(&mut self, counts: &[i32]) -> Result<()> {
+        self.with_raw(|cache| cache.advance(counts))
+    }
+
+    /// Takes the last tokens of rows away: row b has `lengths[b]` tokens from now on. No byte of the cache changes.
+    ///
+    /// In a ring the tokens that are taken away have overwritten older ones, which a ring of the shorter length would show
+    /// again. So a ring that has gone round can only be truncated if they will not be looked at: `window` is the left window
+    /// of all attention over this cache, as in [`AttentionOptions`](crate::AttentionOptions), and a ring whose capacity
+    /// exceeds `sinks + window` by n tokens can give back n. `None` is no window.
+    ///
+    /// In an [`Indirect`](Layout::Indirect) cache the slots of the tokens that are taken away are written again. That is
+    /// refused while a token that another row keeps lies there.
+    ///
+    /// # Errors
+    /// A list that has not an entry a row, a length that is negative or above the present one, tokens that have been or
+    /// would be overwritten. No length has changed then.
+    pub fn truncate(&mut self, lengths: &[i32], window: Option<u32>) -> Result<()> {
+        self.with_raw(|cache| cache.truncate(lengths, window.map(|w| w as usize)))
+    }
+}
+
+impl RawCache<'_> {
+    pub(crate) fn set_lengths(&mut self, rows: &[i32], values: &[i32]) -> Result<()> {
+        let first = self.validate()?;
+        let (n, m) = (rows.len(), values.len());
+        ensure!(n == m, Shape, "rows has {n} entries, but values has {m}");
+        self.check_rows("rows", rows)?;
+        for (i, (&row, &value)) in rows.iter().zip(values).enumerate() {
+            ensure!(value >= 0, OutOfRange, "values[{i}] is {value}, which is negative");
+            let (row, value) = (row as usize, value as usize);
+            let capacity = self.layout.capacity(&first, row);
+            ensure!(value <= capacity, Capacity, "values[{i}] is {value}, but row {row} holds {capacity}");
+            self.layout.validate_row("the cache", &first, row, 0, value)?;
+        }
+        for (&row, &value) in rows.iter().zip(values) {
+            self.lengths[row as usize] = value;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn advance(&mut self, counts: &[i32]) -> Result<()> {
+        let first = self.validate()?;
+        let (n, rows) = (counts.len(), self.lengths.len());
+        ensure!(n == rows, Shape, "counts has {n} entries, but the cache has {rows} rows");
+        for (row, &count) in counts.iter().enumerate() {
+            ensure!(count >= 0, OutOfRange, "counts[{row}] is {count}, which is negative");
+            let (length, capacity) = (self.length(row), self.layout.capacity(&first, row));
+            let end = length + count as usize;
+            ensure!(
+                end <= capacity,
+                Capacity,
+                "row {row} has {length} tokens and is to have {count} more, but it holds {capacity}"
+            );
+            self.layout.validate_row("the cache", &first, row, length, end)?;
+        }
+        // No sum exceeds a capacity, which is at most `i32::MAX`.
+        self.lengths.iter_mut().zip(counts).for_each(|(length, count)| *length += count);
+        Ok(())
+    }
+
+    pub(crate) fn truncate(&mut self, lengths: &[i32], window: Option<usize>) -> Result<()> {
+        let first = self.validate()?;
+        let (n, rows) = (lengths.len(), self.lengths.len());
+        ensure!(n == rows, Shape, "the new lengths have {n} entries, but the cache has {rows} rows");
+        for (row, &new) in lengths.iter().enumerate() {
+            let old = self.lengths[row];
+            ensure!(new >= 0 && new <= old, OutOfRange, "row {row} is to be truncated to {new} tokens, but has {old}");
+            if new == old {
+                continue;
+            }
+            let (new, old) = (new as usize, old as usize);
+            let lost = lost(&self.layout, &first, old);
+            // The sinks, in the first range, are never lost.
+            let [_, mut seen] = held(&self.layout, &first, new);
+            seen.start = seen.start.max(new.saturating_sub(window.unwrap_or(new)));
+            check_held(&seen, &lost, row, old)?;
+        }
+        if let Layout::Indirect { rows } = self.layout {
+            let shorter = |row: usize| (lengths[row] as usize, self.length(row));
+            check_slots_free(rows, first.shape[SEQ], self.lengths.len(), &shorter, &|c| (c, lengths[c] as usize))?;
+        }
+        self.lengths.copy_from_slice(lengths);
+        Ok(())
+    }
+
+    /// Checks a list of rows that may not contain one twice.
+    pub(super) fn check_rows(&self, name: &str, rows: &[i32]) -> Result<()> {
+        let n = self.lengths.len();
+        for (i, &row) in rows.iter().enumerate() {
+            ensure!(row >= 0 && (row as usize) < n, OutOfRange, "{name}[{i}] is {row}, but the cache has {n} rows");
+            if let Some(j) = rows[..i].iter().position(|&other| other == row) {
+                crate::error::fail!(DuplicateSlot, "{name}[{j}] and {name}[{i}] are both {row}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Checks, in a table of an indirect cache, that the slots which rows give up hold no token that a row keeps: row b goes from
+/// `shorter(b).1` tokens back to `shorter(b).0` and writes its own slots from there on; row c keeps the first
+/// `kept(c).1` tokens of the table's row `kept(c).0`.
+pub(super) fn check_slots_free(
+    table: &[i32],
+    capacity: usize,
+    rows: usize,
+    shorter: &dyn Fn(usize) -> (usize, usize),
+    kept: &dyn Fn(usize) -> (usize, usize),
+) -> Result<()> {
+    for b in 0..rows {
+        let (new, old) = shorter(b);
+        for c in 0..if new < old { rows } else { 0 } {
+            let (source, length) = kept(c);
+            for p in new..old.min(length) {
+                ensure!(
+                    table[source * capacity + p] != b as i32,
+                    Overlap,
+                    "row {b} would go back from {old} tokens to {new} and write position {p} again, where row {c} has a token \
+                     of its own"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::RawView;
+
+    #[test]
+    fn what_a_ring_holds_and_has_lost() {
+        let shape = [1, 8, 1, 1];
+        let strides = crate::view::contiguous(shape);
+        let view = RawView { data: std::ptr::null_mut(), dtype: crate::DType::F32, shape, strides, bytes: None };
+        let ring = Layout::Ring { sinks: 2 };
+        assert_eq!(held(&ring, &view, 1), [0..1, 1..1]);
+        assert_eq!(held(&ring, &view, 8), [0..2, 2..8]);
+        assert_eq!(held(&ring, &view, 9), [0..2, 3..9]);
+        assert_eq!((lost(&ring, &view, 8), lost(&ring, &view, 9), lost(&ring, &view, 3)), (2..2, 2..3, 2..2));
+    }
+}

@@ -1,0 +1,431 @@
+//! Operations on a cache as a whole: its lengths, rows, tokens and pages, in all layers of a model at once.
+//!
+//! | operation | what it does | bytes moved |
+//! | --- | --- | --- |
+//! | [`KvCache::set_lengths`], [`KvCache::advance`] | lengths after tokens were written | none |
+//! | [`KvCache::truncate`] | takes the last tokens away (speculation rejected) | none |
+//! | [`KvCache::reset`] | empties rows, and fills them with zeros if asked | none, or the rows |
+//! | [`KvCache::insert_row`] | a row of one cache into a slot of another, of any type and layout | the row |
+//! | [`KvCache::copy_prefix`] | the first tokens of a row into other rows | the prefix |
+//! | [`KvCache::reorder`] | rows replaced by their parents (beam search) | the rows that change |
+//! | [`reorder_table`], [`set_table_tokens`] | the same with a table | none |
+//! | [`KvCache::evict`] | drops tokens, closes the gap, turns keys to their new positions | what is after the gap |
+//! | [`copy_pages`], [`defragment_pages`] | pages of a pool | the pages that move |
+//!
+//! All layers of a [`KvCache`] share one list of lengths and one layout, so they agree in the first two axes of their views;
+//! heads, dims and types may differ. Everything is checked in every layer before the first byte moves; nothing is clamped.
+//! Lengths change last, and only on success.
+//!
+//! Work is cut by layer, by K and V, and by heads where layers alone would not keep all threads busy. Inside such a piece
+//! tokens move in a fixed order on one thread, so that moves whose slots depend on each other need no synchronisation.
+//!
+//! # Beam search without copies
+//! With [`Layout::Indirect`] the tokens of a beam stay where they were written, and a table says for every row and position
+//! in which cache row that is. A step is:
+//!
+//! 1. [`kv_write`](crate::kv_write) with a contiguous layout: the new token of row b goes to cache row b, slot `lengths[b]`;
+//! 2. [`set_table_tokens`]: the table says so; then lengths advance by one;
+//! 3. [`attention`](crate::attention) with [`Layout::Indirect`];
+//! 4. parents are chosen, and [`reorder_table`] permutes the rows of the table and the lengths.
+//!
+//! No slot is written while a row needs what is in it: as long as the rows that have tokens of each other are equally
+//! long, all slots of a position are written in the same step, each by its own row, and later steps write later
+//! positions only. A row that goes back (to a shorter parent, or by [`KvCache::truncate`]) would write positions again; if
+//! a token of another row lies there, the call is refused.
+
+mod beam;
+mod evict;
+mod lengths;
+mod pages;
+mod rows;
+
+pub use beam::{reorder_table, reorder_table_workspace_size, reorder_workspace_size, set_table_tokens};
+pub use evict::KeyRotation;
+pub use pages::{copy_pages, defragment_pages};
+
+#[cfg(feature = "capi")]
+pub(crate) use beam::{reorder_raw, reorder_table_raw, reorder_workspace_size_raw};
+#[cfg(feature = "capi")]
+pub(crate) use evict::{RawRotation, evict_raw};
+#[cfg(feature = "capi")]
+pub(crate) use pages::{copy_pages_raw, defragment_pages_raw};
+#[cfg(feature = "capi")]
+pub(crate) use rows::{copy_prefix_raw, insert_row_raw, reset_raw};
+
+use crate::error::{Error, Result, ensure};
+use crate::kernels::{CopyArgs, CopyFn, RopeArgs, RopeFn};
+use crate::layout::{Layout, Place};
+use crate::ops::COPY_GRAIN;
+use crate::ops::rope::Pairing;
+use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, ViewMut};
+use std::ops::Range;
+
+/// The cache of one layer: `[rows, slots, kv_heads, dim]` each, where the first two axes mean what the layout says.
+#[derive(Debug)]
+pub struct KvLayer<'a> {
+    /// Keys.
+    pub k: ViewMut<'a>,
+    /// Values, with a `dim` and a type of their own; absent where keys and values share memory.
+    pub v: Option<ViewMut<'a>>,
+}
+
+/// The caches of all layers of a model, or of those that are laid out alike: one list of lengths for all of them.
+///
+/// Layers that differ in capacity or layout (windows and full attention in one model) are two of these, with a list of
+/// lengths each.
+///
+/// ```
+/// use kvlane::*;
+/// let context = Context::new()?;
+/// // Two layers, two rows of eight slots, one head of four elements.
+/// let mut memory = vec![0.0f32; 4 * 2 * 8 * 4];
+/// let mut layers: Vec<KvLayer> = Vec::new();
+/// for layer in memory.chunks_exact_mut(2 * 2 * 8 * 4) {
+///     let (k, v) = layer.split_at_mut(2 * 8 * 4);
+///     k[..12].fill(1.0); // three tokens of row 0
+///     layers.push(KvLayer { k: ViewMut::new(k, [2, 8, 1, 4])?, v: Some(ViewMut::new(v, [2, 8, 1, 4])?) });
+/// }
+/// let mut lengths = [3, 0];
+/// let mut cache = KvCache { layers: &mut layers, layout: Layout::Contiguous, lengths: &mut lengths };
+/// cache.copy_prefix(&context, &Serial, 0, &[1], 2)?;
+/// cache.advance(&[0, 1])?; // after a write of one token to row 1
+/// cache.truncate(&[3, 2], None)?; // which was a bad guess
+/// assert!(cache.advance(&[6, 0]).is_err()); // no room for nine
+/// assert_eq!(lengths, [3, 2]);
+/// drop(layers);
+/// assert_eq!(memory[8 * 4 + 7], 1.0);
+/// # Ok::<(), kvlane::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct KvCache<'a, 'v> {
+    /// At least one.
+    pub layers: &'a mut [KvLayer<'v>],
+    /// Where the tokens of a row lie, in every layer.
+    pub layout: Layout<'a>,
+    /// How many tokens each row was given: an entry for every row that the layout has.
+    pub lengths: &'a mut [i32],
+}
+
+impl KvCache<'_, '_> {
+    /// The same as the raw operations have it, lent to `call`.
+    fn with_raw<T>(&mut self, call: impl FnOnce(&mut RawCache) -> Result<T>) -> Result<T> {
+        let layers = SafeLayers(self.layers);
+        call(&mut RawCache { layers: &layers, layout: self.layout, lengths: self.lengths })
+    }
+}
+
+/// [`KvLayer`] without lifetimes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawLayer {
+    pub k: RawView,
+    pub v: Option<RawView>,
+}
+
+/// The layers of a stack, as a caller has them: there is no list of raw layers, since a call allocates nothing.
+pub(crate) trait Layers: Sync {
+    fn count(&self) -> usize;
+
+    /// Layer i, not validated; an error only where the caller's form of it stands for nothing.
+    fn layer(&self, i: usize) -> Result<RawLayer>;
+}
+
+/// The layers of the safe API.
+struct SafeLayers<'a, 'v>(&'a [KvLayer<'v>]);
+
+// SAFETY: what is shared is addresses; tiles of an operation touch different elements.
+unsafe impl Sync for SafeLayers<'_, '_> {}
+
+impl Layers for SafeLayers<'_, '_> {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn layer(&self, i: usize) -> Result<RawLayer> {
+        let layer = &self.0[i];
+        Ok(RawLayer { k: layer.k.raw, v: layer.v.as_ref().map(|v| v.raw) })
+    }
+}
+
+/// [`KvCache`] as the C ABI has it.
+pub(crate) struct RawCache<'a> {
+    pub layers: &'a dyn Layers,
+    pub layout: Layout<'a>,
+    pub lengths: &'a mut [i32],
+}
+
+impl RawCache<'_> {
+    /// Checks everything but table entries; returns the keys of the first layer, whose first two axes are those of all.
+    fn validate(&self) -> Result<RawView> {
+        let first = validate_layers(self.layers)?;
+        validate_rows(&self.layout, &first, self.lengths)?;
+        Ok(first)
+    }
+
+    /// Checks a row that the caller names.
+    fn check_row(&self, what: &str, row: impl TryInto<i64>) -> Result<usize> {
+        let (row, rows) = (row.try_into().unwrap_or(i64::MAX), self.lengths.len());
+        ensure!(row >= 0 && (row as usize) < rows, OutOfRange, "{what} is {row}, but the cache has {rows} rows");
+        Ok(row as usize)
+    }
+
+    fn length(&self, row: usize) -> usize {
+        self.lengths[row] as usize
+    }
+}
+
+/// Checks the views of all layers, against each other too; returns the keys of the first layer.
+fn validate_layers(layers: &dyn Layers) -> Result<RawView> {
+    let n = layers.count();
+    ensure!(n > 0, Shape, "the cache has no layers");
+    let in_layer = |i: usize, e: Error| Error::new(e.status(), format!("layer {i}: {}", e.message()));
+    let first = layers.layer(0).map_err(|e| in_layer(0, e))?.k;
+    for i in 0..n {
+        let check = || {
+            let layer = layers.layer(i)?;
+            layer.k.validate_output("k")?;
+            for axis in [BATCH, SEQ] {
+                layer.k.same_axis("k", &first, "k of layer 0", axis)?;
+            }
+            if let Some(v) = &layer.v {
+                v.validate_output("v")?;
+                for axis in [BATCH, SEQ, HEADS] {
+                    v.same_axis("v", &layer.k, "k", axis)?;
+                }
+            }
+            Ok(())
+        };
+        check().map_err(|e| in_layer(i, e))?;
+    }
+    for i in 1..2 * n {
+        if let Some(a) = plane(layers, i)? {
+            check_apart(layers, i, &a, "the cache")?;
+        }
+    }
+    Ok(first)
+}
+
+/// Checks that a view shares no memory with the planes of `layers` before `end`.
+fn check_apart(layers: &dyn Layers, end: usize, view: &RawView, whose: &str) -> Result<()> {
+    let a = view.validate("view")?;
+    for j in 0..end {
+        if let Some(b) = plane(layers, j)?
+            && b.overlaps_within(b.validate("view")?, view, a)
+        {
+            let name = ["k", "v"][j % 2];
+            crate::error::fail!(Overlap, "{name} of layer {} shares memory with another view of {whose}", j / 2);
+        }
+    }
+    Ok(())
+}
+
+/// Plane i: the keys or the values of layer i / 2, if it has them.
+fn plane(layers: &dyn Layers, i: usize) -> Result<Option<RawView>> {
+    let layer = layers.layer(i / 2)?;
+    Ok(if i.is_multiple_of(2) { Some(layer.k) } else { layer.v })
+}
+
+/// Checks layout and lengths; table entries are checked where they are used.
+fn validate_rows(layout: &Layout, cache: &RawView, lengths: &[i32]) -> Result<()> {
+    layout.validate("the cache", cache)?;
+    let (n, rows) = (lengths.len(), layout.rows(cache));
+    ensure!(n == rows, Shape, "lengths has {n} entries, but the cache has {rows} rows");
+    for (row, &length) in lengths.iter().enumerate() {
+        let capacity = layout.capacity(cache, row);
+        ensure!(
+            length >= 0 && length as usize <= capacity,
+            OutOfRange,
+            "lengths[{row}] is {length}, but the row holds {capacity}"
+        );
+    }
+    Ok(())
+}
+
+/// The positions that a row of `length` tokens holds: one range, and for a ring that has gone round a second one.
+fn held(layout: &Layout, cache: &RawView, length: usize) -> [Range<usize>; 2] {
+    match *layout {
+        Layout::Ring { sinks } => {
+            let newest = layout.retained_from(cache, length).max(sinks);
+            [0..sinks.min(length), newest.min(length)..length]
+        }
+        _ => [0..length, length..length],
+    }
+}
+
+/// The positions that a row of `length` tokens held once and holds no more.
+fn lost(layout: &Layout, cache: &RawView, length: usize) -> Range<usize> {
+    match *layout {
+        Layout::Ring { sinks } => sinks..layout.retained_from(cache, length).max(sinks),
+        _ => 0..0,
+    }
+}
+
+/// Checks that positions which a row is to have are none of those that it has lost.
+fn check_held(range: &Range<usize>, lost: &Range<usize>, row: usize, length: usize) -> Result<()> {
+    let first = range.start.max(lost.start);
+    ensure!(
+        first >= range.end.min(lost.end),
+        OutOfRange,
+        "position {first} of row {row} would be visible, but the ring, which was given {length} tokens, has overwritten \
+         positions {} to {}",
+        lost.start,
+        lost.end - 1
+    );
+    Ok(())
+}
+
+/// Checks that no row but `row` has a page that holds positions `from..to` of it, and that it has none of them twice;
+/// `others` tells how many tokens of another row count. Layouts without pages share nothing.
+fn check_pages_unshared(
+    layout: &Layout,
+    cache: &RawView,
+    row: usize,
+    (from, to): (usize, usize),
+    others: &dyn Fn(usize) -> usize,
+) -> Result<()> {
+    let Layout::Paged { pages, pages_per_row } = *layout else { return Ok(()) };
+    if from >= to {
+        return Ok(());
+    }
+    let size = cache.shape[SEQ];
+    let own = &pages[row * pages_per_row..(row + 1) * pages_per_row];
+    for i in from / size..to.div_ceil(size) {
+        let page = own[i];
+        for (other, entries) in pages.chunks_exact(pages_per_row).enumerate() {
+            let used = if other == row { to } else { others(other) }.div_ceil(size);
+            // Its own entries before this one were compared already, or are not written; those after it will be.
+            let entries = if other == row { &entries[..i] } else { &entries[..used] };
+            ensure!(
+                !entries.contains(&page),
+                Overlap,
+                "page {page}, which holds tokens of row {row}, holds tokens of row {other} too"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Some heads of a plane.
+struct Piece {
+    layer: usize,
+    values: bool,
+    /// The heads: from this one on, so many.
+    heads: (usize, usize),
+    view: RawView,
+}
+
+/// Runs `body(worker, piece)` for all pieces of all planes; `tokens` of every plane are moved.
+fn for_each_piece(
+    runner: &dyn Runner,
+    layers: &dyn Layers,
+    tokens: usize,
+    body: &(dyn Fn(usize, &Piece) + Sync),
+) -> Result<()> {
+    let planes = 2 * layers.count();
+    let (mut elements, mut most_heads) = (0usize, 1);
+    for i in 0..planes {
+        if let Some(view) = plane(layers, i)? {
+            elements = elements.saturating_add(tokens.saturating_mul(view.shape[HEADS] * view.shape[DIM]));
+            most_heads = most_heads.max(view.shape[HEADS]);
+        }
+    }
+    let workers = workers_for(runner, elements, COPY_GRAIN);
+    let pieces = if workers == 1 { 1 } else { (2 * workers).div_ceil(planes).min(most_heads) };
+    for_each_tile(runner, workers, planes * pieces, &|worker, tile| {
+        let (index, piece) = (tile / pieces, tile % pieces);
+        let view = plane(layers, index).expect("the layers were valid a moment ago");
+        let Some(view) = view else { return };
+        let n = view.shape[HEADS];
+        let (first, end) = (piece * n / pieces, (piece + 1) * n / pieces);
+        let heads = (first, end - first);
+        let view = heads_of(&view, heads);
+        if !view.is_empty() {
+            body(worker, &Piece { layer: index / 2, values: index % 2 == 1, heads, view });
+        }
+    })
+}
+
+/// Heads `first .. first + count` of a view.
+fn heads_of(view: &RawView, (first, count): (usize, usize)) -> RawView {
+    let mut part = *view;
+    part.shape[HEADS] = count;
+    if !part.is_empty() {
+        let bytes = first as isize * view.strides[HEADS] as isize * view.dtype.size() as isize;
+        part.data = part.data.wrapping_offset(bytes);
+    }
+    part
+}
+
+/// What tokens become on their way.
+enum Step<'a> {
+    /// The same, in another type perhaps.
+    Copy(CopyFn),
+    /// Turned by one set of angles.
+    Rotate { kernel: RopeFn, pairing: Pairing, cos: &'a [f32], sin: &'a [f32] },
+}
+
+/// Moves `n` tokens, which lie in slots one after the other on both sides, from one place to another.
+///
+/// # Safety
+/// The views are valid and agree in heads and dim, the slots are inside them, and no element that is read is written.
+unsafe fn move_tokens(step: &Step, src: &RawView, from: Place, dst: &RawView, to: Place, n: usize) {
+    let [.., heads, dim] = src.shape;
+    if n == 0 || heads == 0 || dim == 0 {
+        return;
+    }
+    let args = |t: usize, h: usize, vectors: usize, axis: usize| CopyArgs {
+        // SAFETY: the caller's; t < n and h < heads.
+        src: unsafe { src.row(from.0, from.1 + t, h) },
+        // SAFETY: as above.
+        dst: unsafe { dst.row(to.0, to.1 + t, h) },
+        heads: vectors,
+        repeats: 1,
+        src_head: src.strides[axis] as isize,
+        dst_head: dst.strides[axis] as isize,
+        src_dim: src.strides[DIM] as isize,
+        dst_dim: dst.strides[DIM] as isize,
+        dim,
+    };
+    // A kernel takes any number of vectors at equal distances: the heads of a token, or the tokens of a head.
+    let run = |copy: CopyArgs| match *step {
+        // SAFETY: the caller's.
+        Step::Copy(kernel) => unsafe { kernel(&copy) },
+        Step::Rotate { kernel, pairing, cos, sin } => {
+            let rotary_dim = 2 * cos.len();
+            // SAFETY: the caller's, and there are rotary_dim / 2 cosines and sines.
+            unsafe { kernel(&RopeArgs { copy, rotary_dim, pairing, cos: cos.as_ptr(), sin: sin.as_ptr() }) };
+        }
+    };
+    let together = |view: &RawView| view.strides[DIM] == 1 && (heads == 1 || view.strides[HEADS] == dim as i64);
+    if matches!(step, Step::Copy(_)) && together(src) && together(dst) {
+        run(CopyArgs { dim: heads * dim, ..args(0, 0, n, SEQ) });
+    } else if n >= heads {
+        (0..heads).for_each(|h| run(args(0, h, n, SEQ)));
+    } else {
+        (0..n).for_each(|t| run(args(t, 0, heads, HEADS)));
+    }
+}
+
+/// A row of a cache, to find positions in.
+#[derive(Clone, Copy)]
+struct RowOf<'a> {
+    layout: &'a Layout<'a>,
+    view: &'a RawView,
+    row: usize,
+}
+
+/// Moves positions `from` of one row to the positions from `to` on of another, in ascending order, at most `most` at a time.
+///
+/// # Safety
+/// As [`move_tokens`], for every `most` tokens in turn; all positions have been validated.
+unsafe fn move_range(step: &Step, src: RowOf, from: Range<usize>, dst: RowOf, to: usize, most: usize) {
+    let mut done = 0;
+    while done < from.len() {
+        let (src_place, a) = src.layout.place(src.view, src.row, from.start + done);
+        let (dst_place, b) = dst.layout.place(dst.view, dst.row, to + done);
+        let n = a.min(b).min(most).min(from.len() - done);
+        // SAFETY: the caller's.
+        unsafe { move_tokens(step, src.view, src_place, dst.view, dst_place, n) };
+        done += n;
+    }
+}

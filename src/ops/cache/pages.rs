@@ -1,0 +1,164 @@
+//! Pages of a paged cache: copied, and gathered at the start of their pool.
+
+use super::{KvLayer, Layers, SafeLayers, Step, for_each_piece, move_tokens, validate_layers, validate_rows};
+use crate::context::Context;
+use crate::error::{Result, ensure};
+use crate::kernels::Op;
+use crate::layout::Layout;
+use crate::parallel::Runner;
+use crate::view::{BATCH, SEQ};
+
+/// Copies whole pages of a pool, `moves[i][0]` to `moves[i][1]`, in all layers: a last page of one's own before writing to one
+/// that is shared. The layers' views are `[pages, page_size, kv_heads, dim]`.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint pools.
+///
+/// # Errors
+/// A page that does not exist ([`OutOfRange`](crate::Status::OutOfRange)), one that is written twice or both written and read
+/// ([`DuplicateSlot`](crate::Status::DuplicateSlot)). Nothing has been written then.
+pub fn copy_pages(context: &Context, runner: &dyn Runner, layers: &mut [KvLayer], moves: &[[i32; 2]]) -> Result<()> {
+    // SAFETY: the views borrow what they reach.
+    unsafe { copy_pages_raw(context, runner, &SafeLayers(layers), moves) }
+}
+
+/// Gathers the pages that rows use at the start of the pool, in all layers, and returns how many they are: from there on all
+/// pages are free. The layers' views are `[pages, page_size, kv_heads, dim]`.
+///
+/// Pages in use are those that hold the first `lengths[b]` tokens of a row b; shared ones stay shared. Only pages beyond
+/// the new end move, in ascending order to the lowest free places, and whole: what is moved is the least that can be, and the
+/// same for the same table. `pages`, `[rows, pages_per_row]`, is updated; its entries beyond a row's length become -1, since what
+/// they named may be another row's now. (To keep pages that are reserved, count them in `lengths`.)
+///
+/// `map` has an entry a page; afterwards it says where each page went, -1 for those that were not in use.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint pools.
+///
+/// # Errors
+/// Lists of the wrong sizes, a length above what a row's entries hold, an entry that is no page. Nothing has been written
+/// then, but to `map`.
+///
+/// ```
+/// use kvlane::*;
+/// let mut pool = [0.0f32, 1.0, 2.0, 3.0, 4.0, 5.0]; // six pages of one slot, of one head of one element
+/// let mut layers = [KvLayer { k: ViewMut::new(&mut pool, [6, 1, 1, 1])?, v: None }];
+/// let (mut pages, mut map) = ([5, 1, -1, 5, 3, 0], [0; 6]);
+/// // Row 0 has two tokens; row 1 has two and shares the first.
+/// let used = defragment_pages(&Context::new()?, &Serial, &mut layers, &mut pages, 3, &[2, 2], &mut map)?;
+/// assert_eq!((used, pages), (3, [2, 1, -1, 2, 0, -1]));
+/// assert_eq!(map, [-1, 1, -1, 0, -1, 2]);
+/// drop(layers);
+/// assert_eq!(pool[..3], [3.0, 1.0, 5.0]);
+/// # Ok::<(), kvlane::Error>(())
+/// ```
+pub fn defragment_pages(
+    context: &Context,
+    runner: &dyn Runner,
+    layers: &mut [KvLayer],
+    pages: &mut [i32],
+    pages_per_row: usize,
+    lengths: &[i32],
+    map: &mut [i32],
+) -> Result<usize> {
+    // SAFETY: the views borrow what they reach.
+    unsafe { defragment_pages_raw(context, runner, &SafeLayers(layers), pages, pages_per_row, lengths, map) }
+}
+
+/// # Safety
+/// The memory that valid views reach is readable and writable by this call alone.
+pub(crate) unsafe fn copy_pages_raw(
+    context: &Context,
+    runner: &dyn Runner,
+    layers: &dyn Layers,
+    moves: &[[i32; 2]],
+) -> Result<()> {
+    let [pages, size, ..] = validate_layers(layers)?.shape;
+    for (i, &[from, to]) in moves.iter().enumerate() {
+        for (name, page) in [("from", from), ("to", to)] {
+            ensure!(
+                page >= 0 && (page as usize) < pages,
+                OutOfRange,
+                "move {i} is {name} page {page}, but the pool has {pages} pages"
+            );
+        }
+        for (j, other) in moves.iter().enumerate() {
+            ensure!(
+                other[0] != to && (i == j || other[1] != to),
+                DuplicateSlot,
+                "page {to} is written by move {i} and {} by move {j}",
+                if other[0] == to { "read" } else { "written" }
+            );
+        }
+    }
+    let work = moves.len().saturating_mul(size);
+    for_each_piece(runner, layers, work, &|_, piece| {
+        let step = Step::Copy(context.copy(Op::KvWrite, piece.view.dtype, piece.view.dtype));
+        for &[from, to] in moves {
+            let (from, to) = ((from as usize, 0), (to as usize, 0));
+            // SAFETY: the pages exist and are not the same, and this piece's heads are no other's.
+            unsafe { move_tokens(&step, &piece.view, from, &piece.view, to, size) };
+        }
+    })
+}
+
+/// # Safety
+/// The memory that valid views reach is readable and writable by this call alone.
+pub(crate) unsafe fn defragment_pages_raw(
+    context: &Context,
+    runner: &dyn Runner,
+    layers: &dyn Layers,
+    pages: &mut [i32],
+    pages_per_row: usize,
+    lengths: &[i32],
+    map: &mut [i32],
+) -> Result<usize> {
+    let first = validate_layers(layers)?;
+    let (count, size) = (first.shape[BATCH], first.shape[SEQ]);
+    let n = map.len();
+    ensure!(n == count, Shape, "map has {n} entries, but the pool has {count} pages");
+    let layout = Layout::Paged { pages, pages_per_row };
+    validate_rows(&layout, &first, lengths)?;
+    for (row, &length) in lengths.iter().enumerate() {
+        layout.validate_row("the cache", &first, row, 0, length as usize)?;
+    }
+    let in_use = |row: usize| (lengths[row] as usize).div_ceil(size);
+
+    map.fill(-1);
+    let mut used = 0;
+    for (row, entries) in pages.chunks_exact(pages_per_row).enumerate() {
+        for &page in &entries[..in_use(row)] {
+            let target = &mut map[page as usize];
+            if *target < 0 {
+                (*target, used) = (page, used + 1);
+            }
+        }
+    }
+    // As many pages are in use beyond the new end as are free before it.
+    let mut free = 0;
+    for page in used..count {
+        if map[page] < 0 {
+            continue;
+        }
+        while map[free] >= 0 {
+            free += 1;
+        }
+        map[page] = free as i32;
+        free += 1;
+    }
+
+    let moves = (used..count).filter(|&page| map[page] >= 0);
+    let work = moves.clone().count().saturating_mul(size);
+    for_each_piece(runner, layers, work, &|_, piece| {
+        let step = Step::Copy(context.copy(Op::KvWrite, piece.view.dtype, piece.view.dtype));
+        for page in moves.clone() {
+            let (from, to) = ((page, 0), (map[page] as usize, 0));
+            // SAFETY: the pages exist, one is used and the other is not, and this piece's heads are no other's.
+            unsafe { move_tokens(&step, &piece.view, from, &piece.view, to, size) };
+        }
+    })?;
+    for (row, entries) in pages.chunks_exact_mut(pages_per_row).enumerate() {
+        let (live, rest) = entries.split_at_mut(in_use(row));
+        live.iter_mut().for_each(|page| *page = map[*page as usize]);
+        rest.fill(-1);
+    }
+    Ok(used)
+}

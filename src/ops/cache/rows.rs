@@ -1,0 +1,272 @@
+//! Whole rows: emptied, put in from elsewhere, copied in part.
+
+use super::{
+    KvCache, RawCache, RowOf, SafeLayers, Step, check_apart, check_held, check_pages_unshared, for_each_piece,
+    heads_of, held, lost, move_range, plane,
+};
+use crate::context::Context;
+use crate::error::{Result, ensure, fail};
+use crate::kernels::Op;
+use crate::layout::{Layout, Place};
+use crate::parallel::Runner;
+use crate::view::{DIM, HEADS, RawView, SEQ};
+
+impl KvCache<'_, '_> {
+    /// Empties rows: their lengths become 0. With `zero` their slots are filled with zeros too: all that they have, or in a
+    /// paged cache their pages as far as they are in use.
+    ///
+    /// Thread safety: may be called from any number of threads at once on disjoint caches.
+    ///
+    /// # Errors
+    /// A row that does not exist or comes twice; with `zero`, a page that another row uses too
+    /// ([`Overlap`](crate::Status::Overlap)), or an [`Indirect`](Layout::Indirect) cache, whose rows hold each other's tokens
+    /// (reset it as a contiguous one). Nothing has been written then.
+    pub fn reset(&mut self, runner: &dyn Runner, rows: &[i32], zero: bool) -> Result<()> {
+        // SAFETY: the views borrow what they reach.
+        self.with_raw(|cache| unsafe { reset_raw(runner, cache, rows, zero) })
+    }
+
+    /// Copies the first `length` tokens of row `from_row` of another cache into row `row` of this one, whose length they
+    /// become: a prompt that was prefilled alone takes its place in a batch.
+    ///
+    /// Both caches have the same number of layers, and these the same heads and dims. Types may differ (converted to
+    /// nearest, ties to even), and so may layouts: a row in pages becomes a contiguous one, or the other way round. A ring
+    /// takes the tokens that it would hold after `length`; the other cache must hold those.
+    ///
+    /// Thread safety: may be called from any number of threads at once on disjoint caches.
+    ///
+    /// # Errors
+    /// Caches that differ in more than types and layouts, that share memory, a length above that of the source
+    /// ([`OutOfRange`](crate::Status::OutOfRange)) or above the row's capacity ([`Capacity`](crate::Status::Capacity)), a page
+    /// that another row uses too, an [`Indirect`](Layout::Indirect) target (insert into it as into a contiguous one, then
+    /// call [`set_table_tokens`](crate::set_table_tokens)). Nothing has been written then.
+    pub fn insert_row(
+        &mut self,
+        context: &Context,
+        runner: &dyn Runner,
+        row: usize,
+        from: &mut KvCache,
+        from_row: usize,
+        length: usize,
+    ) -> Result<()> {
+        let layers = SafeLayers(from.layers);
+        let from = RawCache { layers: &layers, layout: from.layout, lengths: from.lengths };
+        // SAFETY: the views borrow what they reach.
+        self.with_raw(|cache| unsafe {
+            insert_row_raw(context, runner, cache, row as i64, &from, from_row as i64, length)
+        })
+    }
+
+    /// Copies the first `tokens` tokens of row `from` into the rows `to`, whose length they become: one prompt, many
+    /// continuations. Rows of pages can share those that are full instead, by their table, and copy none.
+    ///
+    /// Thread safety: may be called from any number of threads at once on disjoint caches.
+    ///
+    /// # Errors
+    /// A row that does not exist, comes twice or is the source itself, more tokens than the source has or a row holds, a
+    /// ring that has overwritten some of them, a page that is to be written and that another row uses too, an
+    /// [`Indirect`](Layout::Indirect) cache (its table can be copied). Nothing has been written then.
+    pub fn copy_prefix(
+        &mut self,
+        context: &Context,
+        runner: &dyn Runner,
+        from: usize,
+        to: &[i32],
+        tokens: usize,
+    ) -> Result<()> {
+        // SAFETY: the views borrow what they reach.
+        self.with_raw(|cache| unsafe { copy_prefix_raw(context, runner, cache, from as i64, to, tokens) })
+    }
+}
+
+/// # Safety
+/// The memory that valid views reach is writable by this call alone.
+pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: &[i32], zero: bool) -> Result<()> {
+    let first = cache.validate()?;
+    cache.check_rows("rows", rows)?;
+    if zero {
+        let (layout, slots) = (cache.layout, first.shape[SEQ]);
+        ensure!(
+            !matches!(layout, Layout::Indirect { .. }),
+            InvalidValue,
+            "rows of an indirect cache hold each other's tokens: to fill them with zeros, reset it as a contiguous one"
+        );
+        // The tokens of a row that has no pages are all its slots; those of a paged one are on pages in use.
+        let tokens = |row: usize| match layout {
+            Layout::Paged { .. } => cache.length(row).next_multiple_of(slots),
+            Layout::Contiguous | Layout::Ring { .. } => slots,
+            _ => layout.capacity(&first, row),
+        };
+        let others = |row: usize| if rows.contains(&(row as i32)) { 0 } else { cache.length(row) };
+        for &row in rows {
+            let row = row as usize;
+            layout.validate_row("the cache", &first, row, 0, cache.length(row))?;
+            check_pages_unshared(&layout, &first, row, (0, cache.length(row)), &others)?;
+        }
+        let most = rows.iter().map(|&row| tokens(row as usize)).fold(0, usize::saturating_add);
+        for_each_piece(runner, cache.layers, most, &|_, piece| {
+            for &row in rows {
+                let (row, mut done) = (row as usize, 0);
+                while done < tokens(row) {
+                    let (place, run) = layout.place(&piece.view, row, done);
+                    let n = run.min(tokens(row) - done);
+                    // SAFETY: the slots are the row's, inside the view, and this piece's heads are no other's.
+                    unsafe { clear(&piece.view, place, n) };
+                    done += n;
+                }
+            }
+        })?;
+    }
+    rows.iter().for_each(|&row| cache.lengths[row as usize] = 0);
+    Ok(())
+}
+
+/// Fills `n` tokens with zeros, which are all bits 0 in every type.
+///
+/// # Safety
+/// The tokens are inside the view and writable.
+unsafe fn clear(view: &RawView, (row, slot): Place, n: usize) {
+    let (size, dim) = (view.dtype.size(), view.shape[DIM]);
+    for t in slot..slot + n {
+        for h in 0..view.shape[HEADS] {
+            // SAFETY: the caller's.
+            unsafe {
+                let first = view.row(row, t, h);
+                if view.strides[DIM] == 1 {
+                    first.write_bytes(0, dim * size);
+                } else {
+                    let step = view.strides[DIM] as isize * size as isize;
+                    (0..dim).for_each(|d| first.wrapping_offset(d as isize * step).write_bytes(0, size));
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The memory that valid views of `from` reach is readable, and that of `to` writable by this call alone.
+pub(crate) unsafe fn insert_row_raw(
+    context: &Context,
+    runner: &dyn Runner,
+    to: &mut RawCache,
+    row: i64,
+    from: &RawCache,
+    from_row: i64,
+    length: usize,
+) -> Result<()> {
+    let (first, from_first) = (to.validate()?, from.validate()?);
+    let (row, from_row) = (to.check_row("row", row)?, from.check_row("from_row", from_row)?);
+    ensure!(
+        !matches!(to.layout, Layout::Indirect { .. }),
+        InvalidValue,
+        "a row of an indirect cache is inserted as into a contiguous one, and its table set afterwards"
+    );
+    let (n, m) = (to.layers.count(), from.layers.count());
+    ensure!(n == m, Shape, "the cache has {n} layers, but the one to copy from has {m}");
+    for i in 0..2 * n {
+        let (dst, src) = (plane(to.layers, i)?, plane(from.layers, i)?);
+        match (&dst, &src) {
+            (Some(dst), Some(src)) => {
+                for axis in [HEADS, DIM] {
+                    let same = dst.shape[axis] == src.shape[axis];
+                    ensure!(
+                        same,
+                        Shape,
+                        "{} of layer {} has {} = {}, but in the cache to copy from it has {}",
+                        ["k", "v"][i % 2],
+                        i / 2,
+                        RawView::axis_name(axis),
+                        dst.shape[axis],
+                        src.shape[axis]
+                    );
+                }
+                check_apart(from.layers, 2 * n, dst, "the two caches")?;
+            }
+            (None, None) => {}
+            _ => fail!(Shape, "only one of the caches has v in layer {}", i / 2),
+        }
+    }
+    let (held_length, capacity) = (from.length(from_row), to.layout.capacity(&first, row));
+    ensure!(
+        length <= held_length,
+        OutOfRange,
+        "length is {length}, but row {from_row} of the cache to copy from has {held_length} tokens"
+    );
+    ensure!(length <= capacity, Capacity, "length is {length}, but row {row} holds {capacity} tokens");
+    let ranges = held(&to.layout, &first, length);
+    for range in &ranges {
+        check_held(range, &lost(&from.layout, &from_first, held_length), from_row, held_length)?;
+        to.layout.validate_row("the cache", &first, row, range.start, range.end)?;
+        from.layout.validate_row("the cache to copy from", &from_first, from_row, range.start, range.end)?;
+    }
+    check_pages_unshared(&to.layout, &first, row, (0, length), &|other| to.length(other))?;
+    let tokens = ranges.iter().map(|range| range.len()).sum();
+    for_each_piece(runner, to.layers, tokens, &|_, piece| {
+        let index = 2 * piece.layer + usize::from(piece.values);
+        let Ok(Some(src)) = plane(from.layers, index) else { unreachable!("both caches have the same planes") };
+        let src = heads_of(&src, piece.heads);
+        let step = Step::Copy(context.copy(Op::KvWrite, src.dtype, piece.view.dtype));
+        let dst = RowOf { layout: &to.layout, view: &piece.view, row };
+        let src = RowOf { layout: &from.layout, view: &src, row: from_row };
+        for range in &ranges {
+            // SAFETY: both rows hold these positions, the caches share no memory, and this piece's heads are no other's.
+            unsafe { move_range(&step, src, range.clone(), dst, range.start, usize::MAX) };
+        }
+    })?;
+    // At most a capacity, which fits.
+    to.lengths[row] = length as i32;
+    Ok(())
+}
+
+/// # Safety
+/// The memory that valid views reach is readable and writable by this call alone.
+pub(crate) unsafe fn copy_prefix_raw(
+    context: &Context,
+    runner: &dyn Runner,
+    cache: &mut RawCache,
+    from: i64,
+    to: &[i32],
+    tokens: usize,
+) -> Result<()> {
+    let first = cache.validate()?;
+    let from = cache.check_row("from", from)?;
+    cache.check_rows("to", to)?;
+    let layout = cache.layout;
+    ensure!(
+        !matches!(layout, Layout::Indirect { .. }),
+        InvalidValue,
+        "a prefix in an indirect cache is copied by copying entries of its table"
+    );
+    let length = cache.length(from);
+    ensure!(tokens <= length, OutOfRange, "tokens is {tokens}, but row {from} has {length}");
+    let ranges = held(&layout, &first, tokens);
+    for range in &ranges {
+        check_held(range, &lost(&layout, &first, length), from, length)?;
+        layout.validate_row("the cache", &first, from, range.start, range.end)?;
+    }
+    let becomes = |row: usize| if to.contains(&(row as i32)) { tokens } else { cache.length(row) };
+    for (i, &row) in to.iter().enumerate() {
+        let row = row as usize;
+        ensure!(row != from, DuplicateSlot, "to[{i}] is {row}, the row to copy from");
+        let capacity = layout.capacity(&first, row);
+        ensure!(tokens <= capacity, Capacity, "tokens is {tokens}, but row {row} holds {capacity}");
+        layout.validate_row("the cache", &first, row, 0, tokens)?;
+        check_pages_unshared(&layout, &first, row, (0, tokens), &becomes)?;
+    }
+    let work = ranges.iter().map(|range| range.len()).sum::<usize>().saturating_mul(to.len());
+    for_each_piece(runner, cache.layers, work, &|_, piece| {
+        let step = Step::Copy(context.copy(Op::KvWrite, piece.view.dtype, piece.view.dtype));
+        let src = RowOf { layout: &layout, view: &piece.view, row: from };
+        for &row in to {
+            for range in &ranges {
+                // SAFETY: both rows hold these positions, in slots that are not the same ones, and this piece's heads are
+                // no other's.
+                unsafe {
+                    move_range(&step, src, range.clone(), RowOf { row: row as usize, ..src }, range.start, usize::MAX)
+                };
+            }
+        }
+    })?;
+    to.iter().for_each(|&row| cache.lengths[row as usize] = tokens as i32);
+    Ok(())
+}

@@ -1,0 +1,1087 @@
+//! Operations on whole caches against plain models: every bit that is to change, and no other byte of any layer.
+
+use crate::common::runners::{Backwards, Threads};
+use crate::common::tensor::{Array, indices};
+use crate::common::{Layout as Strides, Place, Rng, Tensor, oracle, scaled};
+use crate::harness::{Level, tests};
+use crate::write::assert_element;
+use kvlane::*;
+
+tests! {
+    levels: emptied_rows, inserted_rows, copied_prefixes, reordered_rows, evicted_tokens, turned_keys, turned_keys_again,
+        moved_pages, threads_share_the_work;
+    once: claimed_lengths, truncated_rings, tables_instead_of_copies, a_slot_in_use_is_not_given_up, mistakes, insert_mistakes,
+        table_mistakes, bad_layers_change_nothing;
+}
+
+/// A layout, owned.
+#[derive(Clone, Debug)]
+enum Kind {
+    Contiguous,
+    Ring(usize),
+    Paged { pages: Vec<i32>, per_row: usize },
+    Indirect(Vec<i32>),
+    Ragged(Vec<i32>),
+}
+
+impl Kind {
+    fn borrow(&self) -> Layout<'_> {
+        match self {
+            Self::Contiguous => Layout::Contiguous,
+            Self::Ring(sinks) => Layout::Ring { sinks: *sinks },
+            Self::Paged { pages, per_row } => Layout::Paged { pages, pages_per_row: *per_row },
+            Self::Indirect(rows) => Layout::Indirect { rows },
+            Self::Ragged(starts) => Layout::Ragged { starts },
+        }
+    }
+
+    /// Where a position lies; written from the definition, not from the library.
+    fn place(&self, slots: usize, row: usize, position: usize) -> (usize, usize) {
+        match self {
+            Self::Contiguous => (row, position),
+            Self::Ring(sinks) if position < *sinks => (row, position),
+            Self::Ring(sinks) => (row, sinks + (position - sinks) % (slots - sinks)),
+            Self::Paged { pages, per_row } => (pages[row * per_row + position / slots] as usize, position % slots),
+            Self::Indirect(rows) => (rows[row * slots + position] as usize, position),
+            Self::Ragged(starts) => (0, starts[row] as usize + position),
+        }
+    }
+
+    /// The positions that a row of a length holds.
+    fn held(&self, slots: usize, length: usize) -> Vec<usize> {
+        let lost = |p: &usize| match self {
+            Self::Ring(sinks) => *p >= *sinks && p + (slots - sinks) < length,
+            _ => false,
+        };
+        (0..length).filter(|p| !lost(p)).collect()
+    }
+}
+
+/// A cache in memory of its own: `layers[i]` are keys and values.
+struct Stack {
+    layers: Vec<(Tensor, Option<Tensor>)>,
+    kind: Kind,
+    lengths: Vec<i32>,
+}
+
+/// The elements of all tensors, in the order of the axes.
+type Snapshot = Vec<Vec<u32>>;
+
+impl Stack {
+    /// Layers of any types, heads and strides over the same `[rows, slots]`, with noise and poison in all slots.
+    fn random(rng: &mut Rng, first: [usize; 2], kind: Kind, lengths: Vec<i32>) -> Self {
+        let n = rng.between(1, 3);
+        let layers = (0..n)
+            .map(|_| {
+                let heads = rng.between(1, 3);
+                let tensor = |rng: &mut Rng| {
+                    let shape = [first[0], first[1], heads, rng.between(1, 20)];
+                    let place = rng.pick(&[Place::Heap, Place::GuardAfter, Place::GuardBefore]);
+                    let (dtype, strides) = (rng.pick(&DType::ALL), Strides::random(rng));
+                    let mut tensor = Tensor::input(dtype, shape, strides, place);
+                    for at in indices(shape) {
+                        if rng.chance(0.9) {
+                            tensor.set(at, rng.f32());
+                        }
+                    }
+                    tensor
+                };
+                let k = tensor(rng);
+                (k, rng.chance(0.8).then(|| tensor(rng)))
+            })
+            .collect();
+        Self { layers, kind, lengths }
+    }
+
+    /// Any layout of so many rows; lengths are within capacity.
+    fn of_kind(rng: &mut Rng, which: usize, rows: usize) -> Self {
+        let slots = rng.between(1, 24);
+        match which {
+            0 => {
+                let lengths = (0..rows).map(|_| rng.between(0, slots) as i32).collect();
+                Self::random(rng, [rows, slots], Kind::Contiguous, lengths)
+            }
+            1 => {
+                let sinks = rng.below(slots);
+                let lengths = (0..rows).map(|_| rng.between(0, 3 * slots) as i32).collect();
+                Self::random(rng, [rows, slots], Kind::Ring(sinks), lengths)
+            }
+            2 => {
+                let (size, per_row) = (rng.between(1, 6), rng.between(1, 5));
+                let pool = rows * per_row + rng.between(0, 3);
+                let mut order: Vec<i32> = (0..pool as i32).collect();
+                (1..pool).rev().for_each(|i| order.swap(i, rng.below(i + 1)));
+                let lengths: Vec<i32> = (0..rows).map(|_| rng.between(0, per_row * size) as i32).collect();
+                let pages = order[..rows * per_row].to_vec();
+                Self::random(rng, [pool, size], Kind::Paged { pages, per_row }, lengths)
+            }
+            _ => {
+                let mut starts = vec![rng.between(0, 3) as i32];
+                (0..rows).for_each(|_| starts.push(starts[starts.len() - 1] + rng.between(0, slots) as i32));
+                let lengths = starts.windows(2).map(|w| rng.between(0, (w[1] - w[0]) as usize) as i32).collect();
+                let total = starts[rows] as usize + rng.between(0, 2);
+                Self::random(rng, [1, total], Kind::Ragged(starts), lengths)
+            }
+        }
+    }
+
+    fn slots(&self) -> usize {
+        self.layers[0].0.shape[1]
+    }
+
+    fn capacity(&self, row: usize) -> usize {
+        match &self.kind {
+            Kind::Paged { per_row, .. } => per_row * self.slots(),
+            Kind::Ragged(starts) => (starts[row + 1] - starts[row]) as usize,
+            Kind::Ring(_) => 3 * self.slots(),
+            _ => self.slots(),
+        }
+    }
+
+    fn place(&self, row: usize, position: usize) -> (usize, usize) {
+        self.kind.place(self.slots(), row, position)
+    }
+
+    fn held(&self, row: usize) -> Vec<usize> {
+        self.kind.held(self.slots(), self.lengths[row] as usize)
+    }
+
+    fn call<T>(&mut self, call: impl FnOnce(&mut KvCache) -> Result<T>) -> Result<T> {
+        let mut layers: Vec<KvLayer> = self
+            .layers
+            .iter_mut()
+            .map(|(k, v)| KvLayer { k: k.view_mut(), v: v.as_mut().map(Tensor::view_mut) })
+            .collect();
+        call(&mut KvCache { layers: &mut layers, layout: self.kind.borrow(), lengths: &mut self.lengths })
+    }
+
+    fn planes(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers.iter().flat_map(|(k, v)| std::iter::once(k).chain(v))
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        self.planes().map(Tensor::all_bits).collect()
+    }
+
+    fn bytes(&self) -> Vec<Vec<u8>> {
+        self.planes().map(|t| t.bytes().to_vec()).collect()
+    }
+
+    /// Copies the bits of one token to another place, in every plane of a snapshot.
+    fn copy_token(&self, after: &mut Snapshot, before: &Snapshot, from: (usize, usize), to: (usize, usize)) {
+        for (i, tensor) in self.planes().enumerate() {
+            let [_, slots, heads, dim] = tensor.shape;
+            let (n, at) = (heads * dim, |(row, slot): (usize, usize)| (row * slots + slot) * heads * dim);
+            after[i][at(to)..at(to) + n].copy_from_slice(&before[i][at(from)..at(from) + n]);
+        }
+    }
+
+    fn clear_token(&self, after: &mut Snapshot, (row, slot): (usize, usize)) {
+        for (i, tensor) in self.planes().enumerate() {
+            let [_, slots, heads, dim] = tensor.shape;
+            after[i][(row * slots + slot) * heads * dim..][..heads * dim].fill(0);
+        }
+    }
+
+    #[track_caller]
+    fn assert_is(&self, want: &Snapshot, lengths: &[i32], what: &str) {
+        for (i, (tensor, want)) in self.planes().zip(want).enumerate() {
+            for (at, want) in indices(tensor.shape).zip(want) {
+                assert_eq!(tensor.bits(at), *want, "{what}: plane {i}, {at:?} of {:?}, {:?}", tensor.shape, self.kind);
+            }
+            tensor.assert_gaps();
+        }
+        assert_eq!(self.lengths, lengths, "{what}");
+    }
+
+    /// Counts the copies of a call.
+    fn count(&self, level: &Level) {
+        for tensor in self.planes() {
+            level.checked(Op::KvWrite, tensor.dtype, tensor.dtype);
+        }
+    }
+
+    /// A call that fails, and has changed nothing.
+    #[track_caller]
+    fn refuses<T>(&mut self, status: Status, pieces: &[&str], call: impl FnOnce(&mut KvCache) -> Result<T>) {
+        let (bytes, lengths) = (self.bytes(), self.lengths.clone());
+        let Err(error) = self.call(call) else { panic!("no error, but should be {status:?} {pieces:?}") };
+        assert_eq!(error.status(), status, "{error}");
+        for piece in pieces {
+            assert!(error.message().contains(piece), "{error}: does not say {piece:?}");
+        }
+        assert!(self.bytes() == bytes && self.lengths == lengths, "{error}, but something was written");
+    }
+}
+
+fn runner(rng: &mut Rng) -> &'static dyn Runner {
+    rng.pick::<&dyn Runner>(&[&Serial, &Threads(3), &Backwards(5)])
+}
+
+fn permutation(rng: &mut Rng, n: usize) -> Vec<i32> {
+    let mut order: Vec<i32> = (0..n as i32).collect();
+    (1..n).rev().for_each(|i| order.swap(i, rng.below(i + 1)));
+    order
+}
+
+fn claimed_lengths() {
+    let rng = &mut Rng::new(100);
+    for round in 0..scaled(200) {
+        let rows = rng.between(1, 4);
+        let mut stack = Stack::of_kind(rng, round % 4, rows);
+        let before = stack.snapshot();
+        let mut lengths = stack.lengths.clone();
+        let which = permutation(rng, rows);
+        let which = &which[..rng.between(0, rows)];
+        let values: Vec<i32> = which.iter().map(|&r| rng.between(0, stack.capacity(r as usize)) as i32).collect();
+        stack.call(|cache| cache.set_lengths(which, &values)).unwrap();
+        which.iter().zip(&values).for_each(|(&row, &value)| lengths[row as usize] = value);
+        stack.assert_is(&before, &lengths, "set");
+
+        let counts: Vec<i32> =
+            (0..rows).map(|r| rng.between(0, stack.capacity(r).saturating_sub(lengths[r] as usize)) as i32).collect();
+        stack.call(|cache| cache.advance(&counts)).unwrap();
+        lengths.iter_mut().zip(&counts).for_each(|(length, count)| *length += count);
+        stack.assert_is(&before, &lengths, "advanced");
+        if round % 4 != 1 {
+            let mut more = vec![0; rows];
+            more[rows - 1] = (stack.capacity(rows - 1) as i32 - lengths[rows - 1]) + 1;
+            let piece = format!("it holds {}", stack.capacity(rows - 1));
+            stack.refuses(Status::Capacity, &[&piece], |cache| cache.advance(&more));
+
+            lengths.iter_mut().for_each(|length| *length = rng.between(0, *length as usize) as i32);
+            stack.call(|cache| cache.truncate(&lengths, None)).unwrap();
+            stack.assert_is(&before, &lengths, "truncated");
+        }
+    }
+}
+
+/// A ring may be truncated if and only if every token that will be looked at is still there.
+fn truncated_rings() {
+    let mut accepted = [0; 2];
+    for slots in 1..6 {
+        for sinks in 0..slots {
+            let window_of_ring = slots - sinks;
+            for length in 0..3 * slots + 2 {
+                let kind = Kind::Ring(sinks);
+                // Which position each slot holds after tokens 0 .. length were written.
+                let mut holds = vec![None; slots];
+                (0..length).for_each(|p| holds[kind.place(slots, 0, p).1] = Some(p));
+                for new in 0..=length {
+                    for window in (0..slots + 2).map(Some).chain([None]) {
+                        let first = new - window.unwrap_or(new).min(new);
+                        let seen = kind.held(slots, new).into_iter().filter(|&p| p < sinks || p >= first);
+                        let whole = seen.clone().all(|p| holds[kind.place(slots, 0, p).1] == Some(p));
+                        // A ring that has not lost its length is one that was not touched.
+                        let right = whole || new == length;
+                        assert!(new < length || whole);
+                        let mut stack = Stack {
+                            layers: vec![(
+                                Tensor::input(DType::F16, [1, slots, 1, 2], Strides::BSHD, Place::Heap),
+                                None,
+                            )],
+                            kind: kind.clone(),
+                            lengths: vec![length as i32],
+                        };
+                        let done = stack.call(|cache| cache.truncate(&[new as i32], window.map(|w| w as u32)));
+                        let what = format!("{sinks} of {slots}, {length} to {new}, window {window:?}: {done:?}");
+                        assert_eq!(done.is_ok(), right, "{what}");
+                        assert_eq!(stack.lengths[0] as usize, if right { new } else { length }, "{what}");
+                        accepted[usize::from(right)] += 1;
+                        if let Some(w) = window
+                            && window_of_ring >= w
+                            && length - new <= window_of_ring - w
+                        {
+                            assert!(right, "{what}: the documented allowance");
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(accepted[0] > 500 && accepted[1] > 500, "{accepted:?}");
+}
+
+fn emptied_rows(level: &Level) {
+    let _ = level;
+    let rng = &mut Rng::new(101);
+    for round in 0..scaled(120) {
+        let rows = rng.between(1, 4);
+        let mut stack = Stack::of_kind(rng, round % 4, rows);
+        let (mut want, mut lengths) = (stack.snapshot(), stack.lengths.clone());
+        let which = permutation(rng, rows);
+        let which = &which[..rng.between(0, rows)];
+        let zero = rng.chance(0.7);
+        for &row in which {
+            let row = row as usize;
+            let length = std::mem::take(&mut lengths[row]) as usize;
+            let slots = stack.slots();
+            let tokens = match &stack.kind {
+                Kind::Paged { .. } => length.div_ceil(slots) * slots,
+                Kind::Ragged(starts) => (starts[row + 1] - starts[row]) as usize,
+                _ => slots,
+            };
+            for position in (0..tokens).filter(|_| zero) {
+                stack.clear_token(&mut want, stack.place(row, position));
+            }
+        }
+        let runner = runner(rng);
+        stack.call(|cache| cache.reset(runner, which, zero)).unwrap();
+        stack.assert_is(&want, &lengths, "reset");
+    }
+}
+
+fn inserted_rows(level: &Level) {
+    let rng = &mut Rng::new(102);
+    for round in 0..scaled(300) {
+        let rows = rng.between(1, 3);
+        let mut to = Stack::of_kind(rng, round % 4, rows);
+        let from_rows = rng.between(1, 3);
+        let mut from = Stack::of_kind(rng, round / 4 % 4, from_rows);
+        // Layers like those of the target, of other types and strides.
+        let [first, slots, ..] = from.layers[0].0.shape;
+        let like = |rng: &mut Rng, t: &Tensor| {
+            let shape = [first, slots, t.shape[2], t.shape[3]];
+            let (dtype, strides) = (rng.pick(&DType::ALL), Strides::random(rng));
+            let mut tensor = Tensor::input(dtype, shape, strides, Place::GuardAfter);
+            tensor.fill(|_| if rng.chance(0.02) { f32::NAN } else { 3.0 * rng.f32() });
+            tensor
+        };
+        from.layers = to.layers.iter().map(|(k, v)| (like(rng, k), v.as_ref().map(|v| like(rng, v)))).collect();
+        let (row, from_row) = (rng.below(rows), rng.below(from_rows));
+        let length = rng.between(0, to.capacity(row).min(from.lengths[from_row] as usize));
+        let held = to.kind.held(to.slots(), length);
+        let (before, mut lengths) = (to.bytes(), to.lengths.clone());
+        let mut want = to.snapshot();
+        let missing = held.iter().find(|p| !from.held(from_row).contains(p));
+        let runner = runner(rng);
+        let source = from.bytes();
+        let done = to.call(|to| from.call(|from| to.insert_row(&level.context, runner, row, from, from_row, length)));
+        assert!(from.bytes() == source, "the source was written");
+        if let Some(position) = missing {
+            let error = done.expect_err("the source has lost a position");
+            assert_eq!(error.status(), Status::OutOfRange);
+            assert!(error.message().contains(&format!("position {position} of row {from_row}")), "{error}");
+            assert!(to.bytes() == before && to.lengths == lengths);
+            continue;
+        }
+        done.unwrap();
+        lengths[row] = length as i32;
+        for &position in &held {
+            let (src, dst) = (from.place(from_row, position), to.place(row, position));
+            for (i, (a, b)) in from.planes().zip(to.planes()).enumerate() {
+                level.checked(Op::KvWrite, a.dtype, b.dtype);
+                let [_, slots, heads, dim] = b.shape;
+                for (h, d) in (0..heads).flat_map(|h| (0..dim).map(move |d| (h, d))) {
+                    assert_element(a, [src.0, src.1, h, d], b, [dst.0, dst.1, h, d]);
+                    // Compared already: the rest of the snapshot has to be as it was.
+                    want[i][((dst.0 * slots + dst.1) * heads + h) * dim + d] = b.bits([dst.0, dst.1, h, d]);
+                }
+            }
+        }
+        to.assert_is(&want, &lengths, "inserted");
+    }
+}
+
+fn copied_prefixes(level: &Level) {
+    let rng = &mut Rng::new(103);
+    let mut copied = 0;
+    for round in 0..scaled(300) {
+        let rows = rng.between(2, 5);
+        let mut stack = Stack::of_kind(rng, round % 4, rows);
+        let order = permutation(rng, rows);
+        let (from, to) = (order[0] as usize, &order[1..rng.between(1, rows)]);
+        let room = to.iter().map(|&row| stack.capacity(row as usize)).min().unwrap_or(usize::MAX);
+        let tokens = rng.between(0, room.min(stack.lengths[from] as usize));
+        let (before, mut lengths) = (stack.snapshot(), stack.lengths.clone());
+        let mut want = before.clone();
+        let held = stack.kind.held(stack.slots(), tokens);
+        let runner = runner(rng);
+        let whole = held.iter().all(|p| stack.held(from).contains(p));
+        if !whole {
+            stack.refuses(Status::OutOfRange, &["would be visible"], |cache| {
+                cache.copy_prefix(&level.context, runner, from, to, tokens)
+            });
+            continue;
+        }
+        stack.call(|cache| cache.copy_prefix(&level.context, runner, from, to, tokens)).unwrap();
+        for &row in to {
+            for &position in &held {
+                let (src, dst) = (stack.place(from, position), stack.place(row as usize, position));
+                stack.copy_token(&mut want, &before, src, dst);
+                copied += 1;
+            }
+            lengths[row as usize] = tokens as i32;
+        }
+        stack.count(level);
+        stack.assert_is(&want, &lengths, "copied");
+    }
+    assert!(copied > 100 || scaled(100) < 100);
+}
+
+fn reordered_rows(level: &Level) {
+    let rng = &mut Rng::new(104);
+    let mut workspace = Workspace::new();
+    for round in 0..scaled(60) {
+        let rows = rng.between(1, 7);
+        let mut stack = Stack::of_kind(rng, round % 2, rows);
+        for _ in 0..4 {
+            let parents: Vec<i32> = match rng.below(3) {
+                0 => permutation(rng, rows),
+                _ => (0..rows).map(|_| rng.below(rows) as i32).collect(),
+            };
+            let (before, old) = (stack.snapshot(), stack.lengths.clone());
+            let (mut want, mut lengths) = (before.clone(), old.clone());
+            for (row, &parent) in parents.iter().enumerate() {
+                for slot in 0..(old[parent as usize] as usize).min(stack.slots()) {
+                    stack.copy_token(&mut want, &before, (parent as usize, slot), (row, slot));
+                }
+                lengths[row] = old[parent as usize];
+            }
+            let runner = runner(rng);
+            stack.call(|cache| cache.reorder(&level.context, runner, &mut workspace, &parents)).unwrap();
+            stack.count(level);
+            stack.assert_is(&want, &lengths, &format!("{parents:?}"));
+        }
+    }
+}
+
+/// Gathering by the table gives what rows that were really copied hold, over many steps.
+fn tables_instead_of_copies() {
+    let rng = &mut Rng::new(105);
+    let mut workspace = Workspace::new();
+    for _ in 0..scaled(40) {
+        let (groups, beams, capacity) = (rng.between(1, 3), rng.between(1, 5), rng.between(4, 40));
+        let rows = groups * beams;
+        // A token is a number that nothing else is.
+        let mut cache = vec![-1i64; rows * capacity];
+        let mut copies: Vec<Vec<i64>> = vec![Vec::new(); rows];
+        let mut table = vec![i32::MIN; rows * capacity];
+        // Prompts: of another length in each group, the same in its beams.
+        let prompts: Vec<usize> = (0..groups).map(|_| rng.between(0, capacity / 2)).collect();
+        let mut lengths = vec![0; rows];
+        let mut next = 0;
+        let mut step =
+            |tokens: &dyn Fn(usize) -> usize, lengths: &mut [i32], copies: &mut [Vec<i64>], cache: &mut [i64]| {
+                for row in 0..rows {
+                    for t in 0..tokens(row) {
+                        next += 1;
+                        copies[row].push(next);
+                        cache[row * capacity + lengths[row] as usize + t] = next;
+                    }
+                }
+            };
+        step(&|row| prompts[row / beams], &mut lengths, &mut copies, &mut cache);
+        for row in 0..rows {
+            let n = prompts[row / beams];
+            // A row at a time, as rows of other groups are of other lengths.
+            let mut positions = vec![0; rows];
+            positions[row] = 0;
+            let mut part = table.clone();
+            set_table_tokens(&mut part, capacity, &positions, n).unwrap();
+            table[row * capacity..(row + 1) * capacity].copy_from_slice(&part[row * capacity..(row + 1) * capacity]);
+            lengths[row] = n as i32;
+        }
+        let longest = prompts.iter().max().unwrap();
+        for _ in 0..capacity - longest {
+            step(&|_| 1, &mut lengths, &mut copies, &mut cache);
+            set_table_tokens(&mut table, capacity, &lengths, 1).unwrap();
+            lengths.iter_mut().for_each(|n| *n += 1);
+            let parents: Vec<i32> = (0..rows).map(|row| (row / beams * beams + rng.below(beams)) as i32).collect();
+            copies = parents.iter().map(|&parent| copies[parent as usize].clone()).collect();
+            reorder_table(&mut workspace, &mut table, capacity, &mut lengths, &parents).unwrap();
+            for row in 0..rows {
+                let gathered: Vec<i64> = (0..lengths[row] as usize)
+                    .map(|p| cache[table[row * capacity + p] as usize * capacity + p])
+                    .collect();
+                assert_eq!(gathered, copies[row], "row {row} after {parents:?}");
+            }
+        }
+    }
+}
+
+/// Rows of different lengths: whatever is accepted never overwrites a token that is in use, and some is refused.
+fn a_slot_in_use_is_not_given_up() {
+    let rng = &mut Rng::new(106);
+    let (mut accepted, mut refused) = (0, 0);
+    for _ in 0..scaled(60) {
+        let (rows, capacity) = (rng.between(2, 5), 30);
+        let mut cache = vec![-1i64; rows * capacity];
+        let mut copies: Vec<Vec<i64>> = vec![Vec::new(); rows];
+        let (mut table, mut lengths, mut next) = (vec![0; rows * capacity], vec![0i32; rows], 0);
+        while lengths.iter().all(|&n| n < capacity as i32) {
+            for row in 0..rows {
+                next += 1;
+                copies[row].push(next);
+                cache[row * capacity + lengths[row] as usize] = next;
+            }
+            set_table_tokens(&mut table, capacity, &lengths, 1).unwrap();
+            lengths.iter_mut().for_each(|n| *n += 1);
+            let (before, old) = (table.clone(), lengths.clone());
+            let done = if rng.chance(0.4) {
+                let shorter: Vec<i32> = lengths.iter().map(|&n| n - rng.below(3).min(n as usize) as i32).collect();
+                let mut stack = Stack {
+                    layers: vec![(Tensor::input(DType::F32, [rows, capacity, 1, 1], Strides::BSHD, Place::Heap), None)],
+                    kind: Kind::Indirect(table.clone()),
+                    lengths: lengths.clone(),
+                };
+                let done = stack.call(|cache| cache.truncate(&shorter, None));
+                lengths = stack.lengths;
+                if done.is_ok() {
+                    copies.iter_mut().zip(&shorter).for_each(|(copy, &n)| copy.truncate(n as usize));
+                }
+                done
+            } else {
+                let parents: Vec<i32> = (0..rows).map(|_| rng.below(rows) as i32).collect();
+                let done = reorder_table(&mut Workspace::new(), &mut table, capacity, &mut lengths, &parents);
+                if done.is_ok() {
+                    copies = parents.iter().map(|&parent| copies[parent as usize].clone()).collect();
+                }
+                done
+            };
+            match done {
+                Ok(()) => accepted += 1,
+                Err(error) => {
+                    refused += 1;
+                    assert_eq!(error.status(), Status::Overlap, "{error}");
+                    assert!(table == before && lengths == old);
+                }
+            }
+            for row in 0..rows {
+                let gathered: Vec<i64> = (0..lengths[row] as usize)
+                    .map(|p| cache[table[row * capacity + p] as usize * capacity + p])
+                    .collect();
+                assert_eq!(gathered, copies[row], "row {row}");
+            }
+        }
+    }
+    assert!(accepted > 0 && refused > 0, "{accepted} and {refused}");
+}
+
+fn evicted_tokens(level: &Level) {
+    let rng = &mut Rng::new(107);
+    for round in 0..scaled(200) {
+        let rows = rng.between(1, 4);
+        let mut stack = Stack::of_kind(rng, [0, 2, 3][round % 3], rows);
+        let row = rng.below(rows);
+        let length = stack.lengths[row] as usize;
+        let (a, b) = (rng.between(0, length), rng.between(0, length));
+        let drop = a.min(b)..a.max(b);
+        let (before, mut lengths) = (stack.snapshot(), stack.lengths.clone());
+        let mut want = before.clone();
+        for position in drop.end..length {
+            let (src, dst) = (stack.place(row, position), stack.place(row, position - drop.len()));
+            stack.copy_token(&mut want, &before, src, dst);
+        }
+        lengths[row] -= drop.len() as i32;
+        let runner = runner(rng);
+        let none = vec![None; stack.layers.len()];
+        let rotations = rng.pick(&[&[][..], &none, &none[..1]]);
+        stack.call(|cache| cache.evict(&level.context, runner, row, drop.clone(), rotations)).unwrap();
+        stack.count(level);
+        stack.assert_is(&want, &lengths, &format!("{drop:?} of {length}"));
+    }
+}
+
+/// Half a unit in the last place, of f32 too.
+fn half_ulp(dtype: DType, x: f64) -> f64 {
+    if dtype == DType::F32 { x.abs() * 2f64.powi(-24) } else { crate::common::half_ulp(dtype, x) }
+}
+
+fn scalings(rotary_dim: usize) -> Vec<RopeFrequencies> {
+    let yarn = RopeScaling::Yarn {
+        factor: 16.0,
+        original_max_position: 2048.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: None,
+        truncate: true,
+    };
+    let longrope = RopeScaling::LongRope {
+        factors: (0..rotary_dim / 2).map(|i| 1.0 + i as f64).collect(),
+        factor: 8.0,
+        original_max_position: 4096.0,
+        attention_factor: None,
+    };
+    let llama =
+        RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position: 8192.0 };
+    [RopeScaling::None, yarn, longrope, llama]
+        .iter()
+        .map(|scaling| RopeFrequencies::new(rotary_dim, 10_000.0, scaling).unwrap())
+        .collect()
+}
+
+/// A contiguous cache of one row whose keys are exact ones turned to `first + p`; returns the exact ones.
+fn turned(
+    rng: &mut Rng,
+    dtype: DType,
+    shape: [usize; 4],
+    how: (Pairing, &RopeFrequencies),
+    first: i64,
+) -> (Tensor, Array) {
+    let exact = Tensor::random(rng, DType::F32, shape, Strides::BSHD, Place::Heap).array();
+    let k = oracle::rope(&exact, how.0, how.1.inv_freq(), how.1.magnitude(), |_, t| first + t as i64);
+    let strides = Strides::random(rng);
+    let mut cache = Tensor::input(dtype, shape, strides, Place::GuardAfter);
+    for at in indices(shape) {
+        cache.set(at, k.row(at[0], at[1], at[2])[at[3]] as f32);
+    }
+    (cache, exact)
+}
+
+/// Keys that stayed behind a gap are those of their new positions: within the roundings that they went through.
+#[track_caller]
+fn assert_turned(
+    cache: &Tensor,
+    exact: &Array,
+    kept: &[usize],
+    how: (Pairing, &RopeFrequencies),
+    first: i64,
+    roundings: f64,
+) {
+    let rotary_dim = how.1.rotary_dim();
+    let position = |t: usize| kept.iter().position(|&k| k == t).unwrap_or(0);
+    let want = oracle::rope(exact, how.0, how.1.inv_freq(), how.1.magnitude(), |_, t| first + position(t) as i64);
+    for (p, &t) in kept.iter().enumerate() {
+        for h in 0..exact.shape[2] {
+            for d in 0..exact.shape[3] {
+                let (got, want_element) = (f64::from(cache.get([0, p, h, d])), want.row(0, t, h)[d]);
+                let allowed = if d < rotary_dim {
+                    let half = rotary_dim / 2;
+                    let (i, j) = match how.0 {
+                        Pairing::Interleaved => (d, d ^ 1),
+                        Pairing::HalfSplit => (d, if d < half { d + half } else { d - half }),
+                    };
+                    let x = want.row(0, t, h);
+                    let size = x[i].hypot(x[j]);
+                    // The first rounding to f32 and to the type, and one more a turn, on both elements of a pair; the error of a
+                    // pair turns with it.
+                    let once = half_ulp(cache.dtype, size * 1.001) + 6e-7 * size;
+                    2f64.sqrt() * once * roundings
+                } else {
+                    half_ulp(cache.dtype, want_element) + 1e-7 * want_element.abs()
+                };
+                let error = (got - want_element).abs();
+                assert!(
+                    error <= allowed,
+                    "token {t} at {p}, [{h}, {d}]: {got} for {want_element}: {error:e} > {allowed:e}"
+                );
+            }
+        }
+    }
+}
+
+fn turned_keys(level: &Level) {
+    let rng = &mut Rng::new(108);
+    for dtype in DType::ALL {
+        for pairing in [Pairing::Interleaved, Pairing::HalfSplit] {
+            for which in 0..4 {
+                for _ in 0..scaled(4) {
+                    let dim = 2 * rng.between(2, 70);
+                    let rotary_dim = if rng.chance(0.5) { dim } else { 2 * rng.between(2, dim / 2) };
+                    let frequencies = &scalings(rotary_dim)[which];
+                    let shape = [1, rng.between(2, 60), rng.between(1, 3), dim];
+                    let first = rng.pick(&[0, 5, 100_000]);
+                    let (cache, exact) = turned(rng, dtype, shape, (pairing, frequencies), first);
+                    let length = rng.between(2, shape[1]);
+                    let start = rng.below(length);
+                    let drop = start..rng.between(start, length);
+                    let mut stack =
+                        Stack { layers: vec![(cache, None)], kind: Kind::Contiguous, lengths: vec![length as i32] };
+                    let before = stack.snapshot();
+                    let runner = runner(rng);
+                    let rotation = [Some(KeyRotation { pairing, frequencies })];
+                    stack.call(|cache| cache.evict(&level.context, runner, 0, drop.clone(), &rotation)).unwrap();
+                    level.checked(Op::Rope, dtype, dtype);
+                    let kept: Vec<usize> = (0..length).filter(|t| !drop.contains(t)).collect();
+                    let cache = &stack.layers[0].0;
+                    assert_turned(cache, &exact, &kept, (pairing, frequencies), first, 2.0);
+                    // What was before the gap and what is behind the end have not changed at all.
+                    for (at, bits) in indices(shape).zip(&before[0]) {
+                        if at[1] < drop.start || at[1] >= length - drop.len() {
+                            assert_eq!(cache.bits(at), *bits, "{at:?}");
+                        }
+                    }
+                    cache.assert_gaps();
+                    assert_eq!(stack.lengths, [kept.len() as i32]);
+                }
+            }
+        }
+    }
+}
+
+/// Evicting over and over: one rounding more each time, and the magnitude of the frequencies is never applied again.
+fn turned_keys_again(level: &Level) {
+    let rng = &mut Rng::new(109);
+    for dtype in DType::ALL {
+        let frequencies = &scalings(32)[1];
+        assert!(frequencies.magnitude() > 1.2);
+        let shape = [1, 80, 2, 40];
+        let (cache, exact) = turned(rng, dtype, shape, (Pairing::HalfSplit, frequencies), 0);
+        let mut stack = Stack { layers: vec![(cache, None)], kind: Kind::Contiguous, lengths: vec![80] };
+        let mut kept: Vec<usize> = (0..80).collect();
+        let rotation = [Some(KeyRotation { pairing: Pairing::HalfSplit, frequencies })];
+        for turn in 1..=8 {
+            // Two sinks stay.
+            let start = rng.between(2, kept.len() - 9);
+            let drop = start..start + rng.between(1, 8);
+            kept.drain(drop.clone());
+            stack.call(|cache| cache.evict(&level.context, &Serial, 0, drop, &rotation)).unwrap();
+            level.checked(Op::Rope, dtype, dtype);
+            let how = (Pairing::HalfSplit, frequencies);
+            assert_turned(&stack.layers[0].0, &exact, &kept, how, 0, 1.0 + f64::from(turn));
+        }
+    }
+}
+
+fn moved_pages(level: &Level) {
+    let rng = &mut Rng::new(110);
+    for _ in 0..scaled(150) {
+        let rows = rng.between(1, 5);
+        let mut stack = Stack::of_kind(rng, 2, rows);
+        let [pool, size, ..] = stack.layers[0].0.shape;
+        // Some pages of the first row are shared by others.
+        let lengths = stack.lengths.clone();
+        let Kind::Paged { pages, per_row } = &mut stack.kind else { unreachable!() };
+        let per_row = *per_row;
+        for row in 1..rows {
+            for i in 0..lengths[0] as usize / size {
+                if rng.chance(0.4) {
+                    pages[row * per_row + i] = pages[i];
+                }
+            }
+        }
+        // Beyond a length anything may stand.
+        for row in 0..rows {
+            for i in (lengths[row] as usize).div_ceil(size)..per_row {
+                pages[row * per_row + i] = rng.pick(&[-1, i32::MAX, 0, -5]);
+            }
+        }
+        let (old, mut new, mut map) = (pages.clone(), pages.clone(), vec![7; pool]);
+        let (before, held) = (stack.snapshot(), |row: usize| (lengths[row] as usize).div_ceil(size));
+        let mut used: Vec<i32> = (0..rows).flat_map(|row| old[row * per_row..][..held(row)].to_vec()).collect();
+        used.sort_unstable();
+        used.dedup();
+        let runner = runner(rng);
+        let n = stack
+            .call(|cache| defragment_pages(&level.context, runner, cache.layers, &mut new, per_row, &lengths, &mut map))
+            .unwrap();
+        stack.count(level);
+        assert_eq!(n, used.len());
+        // Pages below the end stay, the others go to the free ones in order.
+        let free = (0..n as i32).filter(|page| !used.contains(page));
+        let moves: Vec<(i32, i32)> = used.iter().copied().filter(|&page| page >= n as i32).zip(free).collect();
+        let mut want = before.clone();
+        for &(from, to) in &moves {
+            (0..size).for_each(|s| stack.copy_token(&mut want, &before, (from as usize, s), (to as usize, s)));
+        }
+        let target = |page: i32| moves.iter().find(|m| m.0 == page).map_or(page, |m| m.1);
+        for page in 0..pool as i32 {
+            assert_eq!(map[page as usize], if used.contains(&page) { target(page) } else { -1 });
+        }
+        for (i, &page) in new.iter().enumerate() {
+            let live = i % per_row < held(i / per_row);
+            assert_eq!(page, if live { target(old[i]) } else { -1 });
+        }
+        stack.assert_is(&want, &lengths, "defragmented");
+
+        // And pages by hand: any of the last to any of the first, each at most once.
+        let order = permutation(rng, pool);
+        let (to, from) = order.split_at(pool / 2);
+        let moves: Vec<[i32; 2]> = to.iter().map(|&to| [rng.pick(from), to]).collect();
+        let before = want.clone();
+        for &[from, to] in &moves {
+            (0..size).for_each(|s| stack.copy_token(&mut want, &before, (from as usize, s), (to as usize, s)));
+        }
+        stack.call(|cache| copy_pages(&level.context, runner, cache.layers, &moves)).unwrap();
+        stack.assert_is(&want, &lengths, "copied pages");
+    }
+}
+
+/// Enough work that threads are used: the same bits as on one, in every operation that moves.
+fn threads_share_the_work(level: &Level) {
+    let build = || {
+        let rng = &mut Rng::new(111);
+        let mut tensor = |dtype, dim| {
+            let strides = if dim == 32 { Strides::BSHD } else { Strides::BHSD };
+            Tensor::random(rng, dtype, [4, 300, 5, dim], strides, Place::GuardAfter)
+        };
+        let layers = vec![(tensor(DType::F16, 32), Some(tensor(DType::F32, 24))), (tensor(DType::Bf16, 32), None)];
+        Stack { layers, kind: Kind::Contiguous, lengths: vec![300, 290, 256, 299] }
+    };
+    let frequencies = RopeFrequencies::new(32, 10_000.0, &RopeScaling::None).unwrap();
+    let run = |runner: &dyn Runner| {
+        let (mut stack, mut other) = (build(), build());
+        let mut workspace = Workspace::new();
+        let rotation = [Some(KeyRotation { pairing: Pairing::Interleaved, frequencies: &frequencies })];
+        let context = &level.context;
+        stack.call(|cache| cache.reorder(context, runner, &mut workspace, &[1, 2, 0, 0])).unwrap();
+        let mut states = vec![stack.bytes()];
+        stack.call(|cache| cache.evict(context, runner, 2, 3..50, &rotation)).unwrap();
+        states.push(stack.bytes());
+        stack.call(|cache| cache.copy_prefix(context, runner, 0, &[1, 3], 288)).unwrap();
+        states.push(stack.bytes());
+        stack.call(|to| other.call(|from| to.insert_row(context, runner, 2, from, 0, 300))).unwrap();
+        states.push(stack.bytes());
+        stack.call(|cache| copy_pages(context, runner, cache.layers, &[[0, 3], [1, 2]])).unwrap();
+        states.push(stack.bytes());
+        stack.call(|cache| cache.reset(runner, &[0, 2, 1], true)).unwrap();
+        states.push(stack.bytes());
+        states
+    };
+    let one = run(&Serial);
+    assert!(one.windows(2).all(|w| w[0] != w[1]), "a step changed nothing");
+    for runner in [&Threads(2) as &dyn Runner, &Threads(7), &Backwards(32)] {
+        let many = run(runner);
+        assert!(one == many, "{} threads", runner.num_threads());
+    }
+    for dtype in [DType::F16, DType::Bf16] {
+        level.checked(Op::Rope, dtype, dtype);
+    }
+}
+
+fn contiguous(lengths: [i32; 3]) -> Stack {
+    Stack::random(&mut Rng::new(112), [3, 8], Kind::Contiguous, lengths.to_vec())
+}
+
+fn paged(pages: [i32; 6], lengths: [i32; 3]) -> Stack {
+    Stack::random(&mut Rng::new(113), [6, 4], Kind::Paged { pages: pages.to_vec(), per_row: 2 }, lengths.to_vec())
+}
+
+fn mistakes() {
+    use Status::{Capacity, DuplicateSlot, InvalidValue, OutOfRange, Overlap, Shape};
+    let context = &Context::new().unwrap();
+    let mut c = contiguous([5, 8, 0]);
+    c.refuses(OutOfRange, &["rows[1] is 3", "3 rows"], |c| c.reset(&Serial, &[0, 3], true));
+    c.refuses(OutOfRange, &["rows[0] is -1"], |c| c.reset(&Serial, &[-1], false));
+    c.refuses(DuplicateSlot, &["rows[0] and rows[2] are both 1"], |c| c.reset(&Serial, &[1, 0, 1], true));
+    c.refuses(Shape, &["rows has 1", "values has 2"], |c| c.set_lengths(&[1], &[2, 3]));
+    c.refuses(OutOfRange, &["values[1] is -2"], |c| c.set_lengths(&[1, 0], &[2, -2]));
+    c.refuses(Capacity, &["values[1] is 9", "row 0 holds 8"], |c| c.set_lengths(&[1, 0], &[2, 9]));
+    c.refuses(Shape, &["counts has 2", "3 rows"], |c| c.advance(&[0, 0]));
+    c.refuses(OutOfRange, &["counts[2] is -1"], |c| c.advance(&[1, 0, -1]));
+    c.refuses(Capacity, &["row 1 has 8", "1 more", "holds 8"], |c| c.advance(&[1, 1, 1]));
+    c.refuses(OutOfRange, &["row 2", "to 1", "has 0"], |c| c.truncate(&[1, 1, 1], None));
+    c.refuses(OutOfRange, &["row 0", "to -1"], |c| c.truncate(&[-1, 1, 0], None));
+    c.refuses(Shape, &["have 1", "3 rows"], |c| c.truncate(&[1], None));
+
+    c.refuses(OutOfRange, &["from is 3", "3 rows"], |c| c.copy_prefix(context, &Serial, 3, &[0], 1));
+    c.refuses(OutOfRange, &["tokens is 6", "row 0 has 5"], |c| c.copy_prefix(context, &Serial, 0, &[1], 6));
+    c.refuses(DuplicateSlot, &["to[1] is 0"], |c| c.copy_prefix(context, &Serial, 0, &[1, 0], 2));
+    c.refuses(DuplicateSlot, &["to[0] and to[1] are both 1"], |c| c.copy_prefix(context, &Serial, 0, &[1, 1], 2));
+
+    let mut w = Workspace::new();
+    c.refuses(Shape, &["parents has 2", "3 rows"], |c| c.reorder(context, &Serial, &mut w, &[0, 1]));
+    c.refuses(OutOfRange, &["parents[2] is 3"], |c| c.reorder(context, &Serial, &mut w, &[0, 1, 3]));
+    c.refuses(OutOfRange, &["parents[0] is -1"], |c| c.reorder(context, &Serial, &mut w, &[-1, 1, 2]));
+
+    c.refuses(OutOfRange, &["2 to 6", "row 0 has 5"], |c| c.evict(context, &Serial, 0, 2..6, &[]));
+    #[allow(clippy::reversed_empty_ranges)]
+    c.refuses(OutOfRange, &["3 to 2"], |c| c.evict(context, &Serial, 0, 3..2, &[]));
+    c.refuses(OutOfRange, &["row is 9"], |c| c.evict(context, &Serial, 9, 0..0, &[]));
+    let many = RopeFrequencies::new(64, 10_000.0, &RopeScaling::None).unwrap();
+    let rotation = Some(KeyRotation { pairing: Pairing::HalfSplit, frequencies: &many });
+    let layers = c.layers.len();
+    c.refuses(Shape, &["rotary_dim 64", "layer 0"], |c| c.evict(context, &Serial, 0, 0..1, &[rotation]));
+    c.refuses(Shape, &["7 rotations", &format!("{layers} layers")], |c| {
+        c.evict(context, &Serial, 0, 0..1, &[rotation; 7])
+    });
+
+    // A ring.
+    let mut ring = Stack::random(&mut Rng::new(114), [2, 8], Kind::Ring(2), vec![11, 6]);
+    ring.refuses(InvalidValue, &["a ring drops"], |c| c.evict(context, &Serial, 1, 2..3, &[]));
+    ring.refuses(OutOfRange, &["position 4 of row 0", "11 tokens", "positions 2 to 4"], |c| c.truncate(&[10, 6], None));
+    ring.refuses(OutOfRange, &["position 3 of row 0", "11 tokens"], |c| c.copy_prefix(context, &Serial, 0, &[1], 9));
+    ring.kind = Kind::Ring(8);
+    ring.refuses(Capacity, &["8 sinks", "8 slots"], |c| c.reset(&Serial, &[0], false));
+
+    // Pages: one that two rows share, one that a row has twice, one that does not exist.
+    let mut p = paged([0, 1, 0, 2, 4, 3], [8, 8, 5]);
+    p.refuses(Overlap, &["page 0", "row 0", "row 1"], |c| c.reset(&Serial, &[0], true));
+    p.refuses(Overlap, &["page 0", "row 1"], |c| c.evict(context, &Serial, 1, 0..1, &[]));
+    p.refuses(Overlap, &["page 0", "row 1", "row 0"], |c| c.copy_prefix(context, &Serial, 0, &[1], 6));
+    p.refuses(InvalidValue, &["pages are reordered by their table"], |c| {
+        c.reorder(context, &Serial, &mut w, &[0, 0, 0])
+    });
+    p.call(|c| c.reset(&Serial, &[0, 1], true)).unwrap();
+    let mut p = paged([0, 1, 0, 2, 4, 3], [8, 8, 5]);
+    // Behind the shared page a row may do as it likes.
+    p.call(|c| c.evict(context, &Serial, 1, 4..5, &[])).unwrap();
+    let mut p = paged([5, 5, 0, 2, 4, 9], [8, 8, 3]);
+    p.refuses(Overlap, &["page 5", "row 0"], |c| c.evict(context, &Serial, 0, 1..2, &[]));
+    p.refuses(OutOfRange, &["pages[2, 1] is 9", "6"], |c| c.advance(&[0, 0, 2]));
+    p.refuses(OutOfRange, &["pages[2, 1] is 9", "6"], |c| c.set_lengths(&[2], &[5]));
+    p.refuses(Capacity, &["row 1 has 8", "holds 8"], |c| c.advance(&[0, 1, 0]));
+    p.refuses(OutOfRange, &["lengths[0] is 9", "8"], |c| {
+        let mut lengths = [9, 0, 0];
+        KvCache { layers: c.layers, layout: c.layout, lengths: &mut lengths }.advance(&[0; 3])
+    });
+    p.refuses(Shape, &["lengths has 2", "3 rows"], |c| {
+        KvCache { layers: c.layers, layout: c.layout, lengths: &mut [0; 2] }.advance(&[0; 3])
+    });
+
+    // Pools.
+    p.refuses(OutOfRange, &["move 1 is to page 6", "6 pages"], |c| {
+        copy_pages(context, &Serial, c.layers, &[[0, 1], [2, 6]])
+    });
+    p.refuses(OutOfRange, &["move 0 is from page -1"], |c| copy_pages(context, &Serial, c.layers, &[[-1, 1]]));
+    p.refuses(DuplicateSlot, &["page 1", "written by move 1"], |c| {
+        copy_pages(context, &Serial, c.layers, &[[0, 1], [2, 1]])
+    });
+    p.refuses(DuplicateSlot, &["page 2", "read by move 0"], |c| {
+        copy_pages(context, &Serial, c.layers, &[[2, 1], [0, 2]])
+    });
+    p.refuses(DuplicateSlot, &["page 2", "read by move 0"], |c| copy_pages(context, &Serial, c.layers, &[[2, 2]]));
+    let defragment = |c: &mut KvCache, pages: &mut [i32], per_row, lengths: &[i32], map: usize| {
+        let before = pages.to_vec();
+        let done = defragment_pages(context, &Serial, c.layers, pages, per_row, lengths, &mut vec![0; map]);
+        assert!(done.is_ok() || pages == before);
+        done
+    };
+    p.refuses(Shape, &["map has 5", "6 pages"], |c| defragment(c, &mut [0, 1], 1, &[1, 1], 5));
+    p.refuses(Shape, &["pages has 3", "rows of 2"], |c| defragment(c, &mut [0, 1, 2], 2, &[1], 6));
+    p.refuses(Shape, &["lengths has 1", "2 rows"], |c| defragment(c, &mut [0, 1], 1, &[1], 6));
+    p.refuses(OutOfRange, &["lengths[1] is 5", "4"], |c| defragment(c, &mut [0, 1], 1, &[1, 5], 6));
+    p.refuses(OutOfRange, &["pages[1, 0] is -1"], |c| defragment(c, &mut [5, -1], 1, &[1, 1], 6));
+
+    // Indirect and ragged rows.
+    let mut i = Stack::random(&mut Rng::new(115), [3, 4], Kind::Indirect(vec![0; 12]), vec![4, 2, 1]);
+    i.refuses(InvalidValue, &["indirect"], |c| c.reset(&Serial, &[0], true));
+    i.refuses(InvalidValue, &["indirect"], |c| c.evict(context, &Serial, 0, 0..1, &[]));
+    i.refuses(InvalidValue, &["indirect"], |c| c.copy_prefix(context, &Serial, 0, &[1], 1));
+    i.refuses(InvalidValue, &["indirect"], |c| c.reorder(context, &Serial, &mut w, &[0, 0, 0]));
+    i.refuses(Overlap, &["row 0", "from 4 tokens to 1", "row 1"], |c| c.truncate(&[1, 2, 1], None));
+    i.call(|c| c.truncate(&[2, 2, 1], None)).unwrap();
+    let mut r = Stack::random(&mut Rng::new(116), [1, 9], Kind::Ragged(vec![0, 4, 9]), vec![3, 5]);
+    r.refuses(InvalidValue, &["ragged"], |c| c.reorder(context, &Serial, &mut w, &[0, 0]));
+    r.refuses(Capacity, &["tokens is 5", "row 0 holds 4"], |c| c.copy_prefix(context, &Serial, 1, &[0], 5));
+    r.refuses(Capacity, &["row 0 has 3", "2 more", "holds 4"], |c| c.advance(&[2, 0]));
+    r.kind = Kind::Ragged(vec![0, 4, 10]);
+    r.refuses(OutOfRange, &["starts ends at 10", "9"], |c| c.reset(&Serial, &[0], false));
+}
+
+fn insert_mistakes() {
+    use Status::{Capacity, InvalidValue, OutOfRange, Overlap, Shape};
+    let context = &Context::new().unwrap();
+    let layers = |n: usize, heads: usize, v_dim: usize, first: [usize; 2]| -> Vec<(Tensor, Option<Tensor>)> {
+        let tensor = |dim| {
+            let shape = [first[0], first[1], heads, dim];
+            Tensor::random(&mut Rng::new(117), DType::F32, shape, Strides::BSHD, Place::Heap)
+        };
+        (0..n).map(|_| (tensor(4), (v_dim > 0).then(|| tensor(v_dim)))).collect()
+    };
+    let stack = |layers, kind, lengths: &[i32]| Stack { layers, kind, lengths: lengths.to_vec() };
+    let mut to = stack(layers(2, 2, 3, [2, 6]), Kind::Contiguous, &[1, 2]);
+    let mut refuses = |from: &mut Stack, row, from_row, length, status, pieces: &[&str]| {
+        to.refuses(status, pieces, |to| from.call(|from| to.insert_row(context, &Serial, row, from, from_row, length)));
+    };
+    let mut good = stack(layers(2, 2, 3, [1, 9]), Kind::Contiguous, &[8]);
+    refuses(&mut good, 2, 0, 1, OutOfRange, &["row is 2", "2 rows"]);
+    refuses(&mut good, 0, 1, 1, OutOfRange, &["from_row is 1", "1 rows"]);
+    refuses(&mut good, 0, 0, 9, OutOfRange, &["length is 9", "row 0", "has 8"]);
+    refuses(&mut good, 0, 0, 7, Capacity, &["length is 7", "row 0 holds 6"]);
+    refuses(&mut good, 0, 0, usize::MAX, OutOfRange, &["length is", "has 8"]);
+    refuses(&mut stack(layers(3, 2, 3, [1, 9]), Kind::Contiguous, &[8]), 0, 0, 1, Shape, &["2 layers", "has 3"]);
+    refuses(
+        &mut stack(layers(2, 1, 3, [1, 9]), Kind::Contiguous, &[8]),
+        0,
+        0,
+        1,
+        Shape,
+        &["k of layer 0 has heads = 2", "has 1"],
+    );
+    refuses(
+        &mut stack(layers(2, 2, 5, [1, 9]), Kind::Contiguous, &[8]),
+        0,
+        0,
+        1,
+        Shape,
+        &["v of layer 0 has dim = 3", "has 5"],
+    );
+    refuses(&mut stack(layers(2, 2, 0, [1, 9]), Kind::Contiguous, &[8]), 0, 0, 1, Shape, &["only one", "layer 0"]);
+    refuses(&mut stack(layers(2, 2, 3, [2, 9]), Kind::Contiguous, &[8]), 0, 0, 1, Shape, &["lengths has 1", "2 rows"]);
+    let bad_page = Kind::Paged { pages: vec![0, 7], per_row: 2 };
+    refuses(&mut stack(layers(2, 2, 3, [3, 4]), bad_page, &[8]), 0, 0, 5, OutOfRange, &["pages[0, 1] is 7"]);
+    let shared = Kind::Paged { pages: vec![0, 1, 2, 1], per_row: 2 };
+    let mut to = stack(layers(2, 2, 3, [3, 4]), shared, &[5, 3]);
+    to.refuses(Overlap, &["page 1", "row 1", "row 0"], |to| {
+        good.call(|from| to.insert_row(context, &Serial, 1, from, 0, 5))
+    });
+    let mut to = stack(layers(2, 2, 3, [1, 4]), Kind::Indirect(vec![0; 4]), &[0]);
+    to.refuses(InvalidValue, &["indirect"], |to| good.call(|from| to.insert_row(context, &Serial, 0, from, 0, 4)));
+    let mut none = Stack { layers: Vec::new(), kind: Kind::Contiguous, lengths: Vec::new() };
+    none.refuses(Shape, &["no layers"], |c| c.advance(&[]));
+}
+
+fn table_mistakes() {
+    use Status::{Capacity, OutOfRange, Overlap, Shape};
+    #[track_caller]
+    fn refused(status: Status, pieces: &[&str], call: impl FnOnce(&mut [i32], &mut [i32]) -> Result<()>) {
+        // Two rows of three; row 1 has a token of row 0 at position 1.
+        let (mut table, mut lengths) = ([0, 0, 0, 1, 0, 1], [3, 2]);
+        let error = call(&mut table, &mut lengths).expect_err("should be refused");
+        assert_eq!(error.status(), status, "{error}");
+        for piece in pieces {
+            assert!(error.message().contains(piece), "{error}: does not say {piece:?}");
+        }
+        assert_eq!((table, lengths), ([0, 0, 0, 1, 0, 1], [3, 2]));
+    }
+    let w = &mut Workspace::new();
+    refused(Shape, &["6 entries", "3 rows of 3 are 9"], |t, l| reorder_table(w, t, 3, l, &[0, 1, 1]));
+    refused(Shape, &["6 entries", "2 rows of 2 are 4"], |t, l| reorder_table(w, t, 2, l, &[0, 1]));
+    refused(Shape, &["lengths has 1", "2 rows"], |t, l| reorder_table(w, t, 3, &mut l[..1], &[0, 1]));
+    refused(OutOfRange, &["parents[1] is 2"], |t, l| reorder_table(w, t, 3, l, &[0, 2]));
+    refused(OutOfRange, &["lengths[0] is 4", "3"], |t, _| reorder_table(w, t, 3, &mut [4, 0], &[0, 1]));
+    // Row 0 would go back to two tokens, which is fine; to one is not, while row 1 needs its token at position 1.
+    refused(Overlap, &["row 0", "from 3 tokens to 1", "position 1", "row 1"], |t, _| {
+        let mut lengths = [3, 2, 1];
+        let mut table = [t, &mut [2, 2, 2]].concat();
+        reorder_table(w, &mut table, 3, &mut lengths, &[2, 1, 2])
+    });
+    refused(OutOfRange, &["positions[1] is -1"], |t, _| set_table_tokens(t, 3, &[0, -1], 1));
+    refused(Capacity, &["row 1 has 2 tokens from position 2", "3"], |t, _| set_table_tokens(t, 3, &[0, 2], 2));
+    refused(Capacity, &["from position 0"], |t, _| set_table_tokens(t, 3, &[0, 2], usize::MAX));
+    refused(Shape, &["6 entries", "1 rows of 3"], |t, _| set_table_tokens(t, 3, &[0], 1));
+}
+
+/// Whatever is wrong with the last layer, nothing happens to the first.
+fn bad_layers_change_nothing() {
+    let context = &Context::new().unwrap();
+    let frequencies = &RopeFrequencies::new(8, 10_000.0, &RopeScaling::None).unwrap();
+    let tensor = |shape| Tensor::random(&mut Rng::new(118), DType::F16, shape, Strides::BSHD, Place::Heap);
+    let good = || (tensor([3, 8, 2, 8]), Some(tensor([3, 8, 2, 6])));
+    let bad: [(_, _, &str); 5] = [
+        (tensor([3, 7, 2, 8]), None, "layer 1: k has seq = 7, but k of layer 0 has 8"),
+        (tensor([2, 8, 2, 8]), None, "layer 1: k has batch = 2, but k of layer 0 has 3"),
+        (tensor([3, 8, 2, 8]), Some(tensor([3, 9, 2, 6])), "layer 1: v has seq = 9, but k has 8"),
+        (tensor([3, 8, 2, 8]), Some(tensor([4, 8, 2, 6])), "layer 1: v has batch = 4, but k has 3"),
+        (tensor([3, 8, 2, 8]), Some(tensor([3, 8, 1, 6])), "layer 1: v has heads = 1, but k has 2"),
+    ];
+    for (k, v, sentence) in bad {
+        let mut stack = Stack { layers: vec![good(), (k, v)], kind: Kind::Contiguous, lengths: vec![5, 3, 1] };
+        let mut other = Stack { layers: vec![good(), good()], kind: Kind::Contiguous, lengths: vec![5, 3, 1] };
+        let (shape, s) = (Status::Shape, &[sentence]);
+        let w = &mut Workspace::new();
+        stack.refuses(shape, s, |c| c.reset(&Serial, &[0], true));
+        stack.refuses(shape, s, |c| c.advance(&[1, 0, 0]));
+        stack.refuses(shape, s, |c| c.truncate(&[1, 0, 0], None));
+        stack.refuses(shape, s, |c| c.set_lengths(&[1], &[0]));
+        stack.refuses(shape, s, |c| c.copy_prefix(context, &Serial, 0, &[1], 2));
+        stack.refuses(shape, s, |c| c.reorder(context, &Serial, w, &[1, 0, 0]));
+        stack.refuses(shape, s, |c| c.evict(context, &Serial, 0, 0..1, &[]));
+        stack.refuses(shape, s, |c| copy_pages(context, &Serial, c.layers, &[[0, 1]]));
+        stack.refuses(shape, s, |c| defragment_pages(context, &Serial, c.layers, &mut [2], 1, &[4], &mut [0; 3]));
+        stack.refuses(shape, s, |to| other.call(|from| to.insert_row(context, &Serial, 0, from, 0, 1)));
+        other.refuses(shape, s, |to| stack.call(|from| to.insert_row(context, &Serial, 0, from, 0, 1)));
+    }
+    // A rotation that fits the first layer only.
+    let mut stack =
+        Stack { layers: vec![good(), (tensor([3, 8, 2, 4]), None)], kind: Kind::Contiguous, lengths: vec![5, 3, 1] };
+    let rotation = Some(KeyRotation { pairing: Pairing::HalfSplit, frequencies });
+    for rotations in [&[rotation][..], &[None, rotation]] {
+        stack.refuses(Status::Shape, &["layer 1: rotary_dim 8 is above the head size 4"], |c| {
+            c.evict(context, &Serial, 0, 0..2, rotations)
+        });
+    }
+    stack.call(|c| c.evict(context, &Serial, 0, 0..2, &[rotation, None])).unwrap();
+}

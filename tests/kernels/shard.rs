@@ -1,0 +1,283 @@
+//! Shards of rows, heads and sequences: together they are the whole.
+
+use crate::common::attention::{Case, Outcome, Shape, kv_types};
+use crate::common::tensor::indices;
+use crate::common::{Layout, Place, Rng, Tensor, scaled};
+use crate::harness::{Level, tests};
+use kvlane::*;
+use std::ops::Range;
+
+tests! {
+    levels: rows_and_heads_are_the_bits_of_the_whole, spans_merge_into_the_whole, spans_without_keys_leave_the_bits;
+    once: writes_land_in_their_span, mistakes;
+}
+
+fn random_whole(rng: &mut Rng, shape: Shape, kv: DType) -> Case {
+    Case::new(rng, shape, kv).with(|o| {
+        o.causal = rng.chance(0.7);
+        o.lengths = Some((0..shape.batch).map(|_| rng.between(0, shape.keys) as i32).collect());
+        if rng.chance(0.5) {
+            o.starts = Some((0..shape.batch).map(|_| rng.between(0, shape.keys / 4) as i32).collect());
+        }
+        if rng.chance(0.4) {
+            o.window_left = Some(rng.below(2 * shape.keys) as u32);
+        }
+        if rng.chance(0.4) {
+            o.window_right = Some(rng.below(shape.keys) as u32);
+        }
+        if rng.chance(0.4) {
+            o.offsets = Some((0..shape.batch).map(|_| rng.below(shape.keys) as i32 - 3).collect());
+        }
+        if rng.chance(0.4) {
+            o.alibi = Some((0..shape.kv_heads * shape.group).map(|_| rng.f32() * 0.02).collect());
+        }
+    })
+}
+
+fn cut<'a, T>(list: Option<&'a [T]>, range: &Range<usize>) -> Option<&'a [T]> {
+    list.map(|list| &list[range.clone()])
+}
+
+/// Parts of the batch and of the heads, each a view of the whole.
+fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
+    let rng = &mut Rng::new(130);
+    for kv in kv_types() {
+        for _ in 0..scaled(25) {
+            let (kv_heads, group) = (rng.between(1, 4), rng.between(1, 6));
+            let shape = Shape {
+                batch: rng.between(1, 4),
+                tokens: rng.between(1, 9),
+                kv_heads,
+                group,
+                keys: rng.between(1, 200),
+                dim: rng.between(1, 70),
+                v_dim: rng.between(1, 70),
+            };
+            let whole = random_whole(rng, shape, kv);
+            let want = whole.run(&level.context);
+            level.checked(Op::Attention, kv, kv);
+            // As many parts as there are KV heads or fewer, or a multiple.
+            let model = if rng.chance(0.3) { kv_heads * rng.between(1, 4) } else { rng.between(1, kv_heads) };
+            let mesh = Mesh { data: rng.between(1, 5), model, sequence: 1 };
+            let [batch, tokens, q_heads, _] = whole.q.shape;
+            let mut seen = vec![0; batch * q_heads];
+            for rank in 0..mesh.shards().unwrap() {
+                let shard = mesh.shard(rank).unwrap();
+                let (rows, part) = (shard.rows(batch), shard.heads(q_heads, kv_heads).unwrap());
+                let out_shape = [rows.len(), tokens, part.heads.len(), shape.v_dim];
+                let mut out = Tensor::output(DType::F32, out_shape, Layout::BHSD, Place::GuardAfter);
+                let mut lse = vec![0f32; rows.len() * tokens * part.heads.len()];
+                let q = whole.q.view().rows(rows.start, rows.len()).unwrap();
+                let options = whole.options.borrow();
+                let options = AttentionOptions {
+                    lengths: cut(options.lengths, &rows),
+                    starts: cut(options.starts, &rows),
+                    offsets: cut(options.offsets, &rows),
+                    alibi_slopes: cut(options.alibi_slopes, &part.heads),
+                    ..options
+                };
+                let tensors = AttentionTensors {
+                    q: q.heads(part.heads.start, part.heads.len()).unwrap(),
+                    k: part_of(&whole.k, &rows, &part.kv_heads),
+                    v: part_of(&whole.v, &rows, &part.kv_heads),
+                    out: out.view_mut(),
+                    lse: Some(&mut lse),
+                };
+                attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).unwrap();
+                for (b, t) in (0..rows.len()).flat_map(|b| (0..tokens).map(move |t| (b, t))) {
+                    for (i, h) in part.heads.clone().enumerate() {
+                        let (b_whole, row) = (b + rows.start, (b * tokens + t) * part.heads.len() + i);
+                        let whole_row = (b_whole * tokens + t) * q_heads + h;
+                        assert_eq!(lse[row].to_bits(), want.lse[whole_row].to_bits(), "{shard:?}");
+                        for d in 0..shape.v_dim {
+                            let (x, y) = (out.bits([b, t, i, d]), want.out.bits([b_whole, t, h, d]));
+                            assert_eq!(x, y, "{shard:?}: [{b}, {t}, {i}, {d}]");
+                        }
+                        seen[b_whole * q_heads + h] += usize::from(t == 0);
+                    }
+                }
+            }
+            assert!(seen.iter().all(|&n| n == 1), "{mesh:?}: rows and heads were computed {seen:?} times");
+        }
+    }
+}
+
+fn part_of<'a>(tensor: &'a Tensor, rows: &Range<usize>, heads: &Range<usize>) -> View<'a> {
+    let view = tensor.view().rows(rows.start, rows.len()).unwrap();
+    view.heads(heads.start, heads.len()).unwrap()
+}
+
+/// Attention over the keys of each span alone, with the lists that `SpanLists` makes.
+fn over_spans(level: &Level, whole: &Case, spans: &[Range<usize>]) -> Vec<Outcome> {
+    let options = whole.options.borrow();
+    let [batch, tokens, heads, _] = whole.q.shape;
+    let keys = whole.k.shape[1] as i32;
+    let all = vec![keys; batch];
+    let lists = SpanLists {
+        lengths: options.lengths.unwrap_or(&all),
+        starts: options.starts,
+        offsets: options.offsets,
+        seq: tokens,
+    };
+    let run = |span: &Range<usize>| {
+        let (mut lengths, mut starts, mut offsets) = (vec![0; batch], vec![0; batch], vec![0; batch]);
+        lists.local(span.clone(), &mut lengths, &mut starts, &mut offsets).unwrap();
+        let mut out = Tensor::output(DType::F32, [batch, tokens, heads, whole.v.shape[3]], Layout::BSHD, Place::Heap);
+        let mut lse = vec![0f32; batch * tokens * heads];
+        let tensors = AttentionTensors {
+            q: whole.q.view(),
+            k: whole.k.view().seq(span.start, span.len()).unwrap(),
+            v: whole.v.view().seq(span.start, span.len()).unwrap(),
+            out: out.view_mut(),
+            lse: Some(&mut lse),
+        };
+        let options =
+            AttentionOptions { lengths: Some(&lengths), starts: Some(&starts), offsets: Some(&offsets), ..options };
+        attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).unwrap();
+        Outcome { out, lse }
+    };
+    spans.iter().map(run).collect()
+}
+
+fn merged(level: &Level, parts: &[Outcome]) -> Outcome {
+    let states: Vec<_> = parts.iter().map(|p| AttentionState { out: p.out.view(), lse: &p.lse }).collect();
+    let mut out = Tensor::output(DType::F32, parts[0].out.shape, Layout::BSHD, Place::Heap);
+    let mut lse = vec![0f32; parts[0].lse.len()];
+    merge_states(&level.context, &Serial, &states, out.view_mut(), Some(&mut lse)).unwrap();
+    level.checked(Op::MergeStates, DType::F32, DType::F32);
+    Outcome { out, lse }
+}
+
+fn spans_of(sequence: usize, capacity: usize) -> Vec<Range<usize>> {
+    let mesh = Mesh { data: 1, model: 1, sequence };
+    (0..sequence).map(|rank| mesh.shard(rank).unwrap().keys(capacity)).collect()
+}
+
+/// Spans on the grid and off it: within the bound of the whole.
+fn spans_merge_into_the_whole(level: &Level) {
+    let rng = &mut Rng::new(131);
+    for kv in kv_types() {
+        for round in 0..scaled(12) {
+            let shape = Shape {
+                batch: rng.between(1, 2),
+                tokens: rng.pick(&[1, 3, 20]),
+                kv_heads: rng.between(1, 2),
+                group: rng.between(1, 3),
+                keys: if round % 3 == 0 { rng.between(2 * SPLIT_GRID, 3 * SPLIT_GRID) } else { rng.between(1, 300) },
+                dim: rng.between(1, 40),
+                v_dim: rng.between(1, 40),
+            };
+            let whole = random_whole(rng, shape, kv);
+            let spans = if round % 3 == 0 {
+                spans_of(rng.between(1, 4), shape.keys)
+            } else {
+                let mut ends: Vec<usize> = (0..rng.below(4)).map(|_| rng.between(0, shape.keys)).collect();
+                ends.extend([0, shape.keys]);
+                ends.sort_unstable();
+                ends.windows(2).map(|w| w[0]..w[1]).collect()
+            };
+            assert_eq!(spans.iter().map(Range::len).sum::<usize>(), shape.keys);
+            let outcome = merged(level, &over_spans(level, &whole, &spans));
+            level.checked(Op::Attention, kv, kv);
+            whole.assert_close(&level.context, &outcome, &|| format!("{kv} {shape:?} in {spans:?}"));
+        }
+    }
+}
+
+/// While a text is shorter than the first span, the others are empty states, and merging them changes no bit; each span of a
+/// grid begins where the whole begins a chunk, so its bits are those of the whole with the other keys hidden.
+fn spans_without_keys_leave_the_bits(level: &Level) {
+    let rng = &mut Rng::new(132);
+    for kv in kv_types() {
+        let keys = 2 * SPLIT_GRID + 100;
+        let shape = Shape { batch: 2, tokens: 4, kv_heads: 2, group: 2, keys, dim: 24, v_dim: 16 };
+        for span in spans_of(3, keys) {
+            let mut whole = Case::new(rng, shape, kv).with(|o| {
+                o.causal = true;
+                o.starts = Some(vec![span.start as i32, span.start as i32 + 17]);
+                o.lengths = Some(vec![span.end as i32, span.end as i32 - 60]);
+            });
+            if span.start == 0 {
+                whole.options.starts = None;
+            }
+            let want = whole.run(&level.context);
+            level.checked(Op::Attention, kv, kv);
+            let outcome = merged(level, &over_spans(level, &whole, &spans_of(3, keys)));
+            assert!(outcome.all_bits() == want.all_bits(), "{kv} in {span:?}");
+        }
+    }
+}
+
+fn writes_land_in_their_span() {
+    let rng = &mut Rng::new(133);
+    let context = &Context::new().unwrap();
+    for _ in 0..scaled(20) {
+        let (batch, seq, capacity) = (rng.between(1, 3), rng.between(1, 40), 3 * SPLIT_GRID - 50);
+        let positions: Vec<i32> = (0..batch).map(|_| rng.between(0, capacity - seq) as i32).collect();
+        let k = Tensor::random(rng, DType::F32, [batch, seq, 1, 3], Layout::BSHD, Place::Heap);
+        let write = |cache: &mut Tensor, to: Destination| {
+            let mut v_cache = Tensor::output(DType::F16, cache.shape, Layout::BSHD, Place::Heap);
+            let (v, v_cache) = (k.view(), v_cache.view_mut());
+            let k_cache = cache.view_mut();
+            kv_write(context, &Serial, KvWrite { k: k.view(), v, k_cache, v_cache, to, rope: None }).unwrap();
+        };
+        let cache = |slots| Tensor::output(DType::F16, [batch, slots, 1, 3], Layout::BSHD, Place::Heap);
+        let mut whole = cache(capacity);
+        write(&mut whole, Destination { positions: &positions, ..Default::default() });
+        let mut ends = 0;
+        for span in spans_of(2, capacity) {
+            assert!(span.start == ends && (span.end % SPLIT_GRID == 0 || span.end == capacity));
+            ends = span.end;
+            let (mut part, mut slots) = (cache(span.len()), vec![0; batch * seq]);
+            shard_slots(span.clone(), &positions, &mut slots).unwrap();
+            write(&mut part, Destination { slots: Some(&slots), ..Default::default() });
+            for at in indices(part.shape) {
+                assert_eq!(part.bits(at), whole.bits([at[0], at[1] + span.start, at[2], at[3]]), "{span:?} {at:?}");
+            }
+        }
+        assert_eq!(ends, capacity);
+    }
+}
+
+fn mistakes() {
+    #[track_caller]
+    fn refused<T: std::fmt::Debug>(done: Result<T>, status: Status, pieces: &[&str]) {
+        let error = done.expect_err("should be refused");
+        assert_eq!(error.status(), status, "{error}");
+        for piece in pieces {
+            assert!(error.message().contains(piece), "{error}: does not say {piece:?}");
+        }
+    }
+    let mesh = Mesh { data: 2, model: 3, sequence: 1 };
+    refused(mesh.shard(6), Status::OutOfRange, &["rank is 6", "6 shards"]);
+    refused(mesh.at(0, 3, 0), Status::OutOfRange, &["model is 3", "3 parts"]);
+    refused(Mesh { model: 0, ..mesh }.shard(0), Status::InvalidValue, &["[2, 0, 1]"]);
+    let shard = mesh.shard(5).unwrap();
+    refused(shard.heads(7, 2), Status::Shape, &["7 query heads", "2 KV heads"]);
+    refused(shard.heads(7, 0), Status::Shape, &["0 KV heads"]);
+    refused(shard.heads(8, 2), Status::Shape, &["3 parts", "2 KV heads"]);
+
+    let lists = SpanLists { lengths: &[5, 7], starts: None, offsets: None, seq: 1 };
+    let mut out = [[9; 2]; 3];
+    #[allow(clippy::reversed_empty_ranges)]
+    for (lists, span, status, piece) in [
+        (lists, 4..3, Status::OutOfRange, "4 to 3"),
+        (lists, 0..1 << 31, Status::OutOfRange, "0 to 2147483648"),
+        (SpanLists { lengths: &[5], ..lists }, 0..3, Status::Shape, "lengths has 2 entries"),
+        (SpanLists { starts: Some(&[1]), ..lists }, 0..3, Status::Shape, "starts has 1 entries"),
+        (SpanLists { offsets: Some(&[1]), ..lists }, 0..3, Status::Shape, "offsets has 1 entries"),
+        (SpanLists { lengths: &[5, -1], ..lists }, 0..3, Status::OutOfRange, "lengths[1] is -1"),
+        (SpanLists { starts: Some(&[0, -2]), ..lists }, 0..3, Status::OutOfRange, "starts[1] is -2"),
+        (SpanLists { offsets: Some(&[0, i32::MIN]), ..lists }, 1..3, Status::OutOfRange, "row 1 would have offset"),
+        (SpanLists { seq: usize::MAX, ..lists }, 1..3, Status::OutOfRange, "row 0 would have offset"),
+    ] {
+        let [lengths, starts, offsets] = &mut out;
+        refused(lists.local(span, lengths, starts, offsets), status, &[piece]);
+        assert_eq!(out, [[9; 2]; 3]);
+    }
+    let mut slots = [9; 4];
+    refused(shard_slots(0..4, &[1, -1], &mut slots), Status::OutOfRange, &["positions[1] is -1"]);
+    refused(shard_slots(0..4, &[1, 1, 1], &mut slots), Status::Shape, &["4 entries", "3 positions"]);
+    refused(shard_slots(0..4, &[], &mut slots), Status::Shape, &["4 entries", "0 positions"]);
+    assert_eq!(slots, [9; 4]);
+}
