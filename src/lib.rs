@@ -7,9 +7,11 @@
 //! | operation | what it does |
 //! | --- | --- |
 //! | [`rope()`], [`rope_in_place`] | rotary position embedding, both pairings, all the usual scalings |
-//! | [`kv_write`] | new keys and values of every row into the cache, each row at its own place; RoPE of the keys on the way |
+//! | [`rms_norm`], [`rms_norm_rope`] | RMS norm of heads (QK-norm), alone and with the rotation in one pass |
+//! | [`kv_write`] | new keys and values of every row into the cache, each row at its own place; norm and RoPE of the keys on the way |
 //! | [`attention`] | masked softmax attention of grouped queries over the cache: prefill, chunks, decode |
 //! | [`merge_states`] | outputs over disjoint keys become the output over all of them |
+//! | [`pack_row_pairs`], [`unpack_row_pairs`] | values in pairs of slots, for kernels that multiply tiles, and back |
 //! | [`repeat_kv`] | the explicit repeat of KV heads, for whoever needs it in memory |
 //!
 //! # One decode step
@@ -41,7 +43,9 @@
 //!     k_cache: ViewMut::new(&mut keys, cache)?,
 //!     v_cache: ViewMut::new(&mut values, cache)?,
 //!     to: Destination { positions: &lengths, ..Default::default() },
+//!     k_norm: None,
 //!     rope: Some(at),
+//!     v_packing: Packing::Rows,
 //! })?;
 //! lengths.iter_mut().for_each(|n| *n += 1);
 //! let mut out = vec![0f32; batch * heads * dim];
@@ -106,11 +110,13 @@ pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use isa::Isa;
 pub use kernels::{KernelInfo, Op, Precision, kernels};
-pub use layout::Layout;
+pub use layout::{Layout, Packing};
 pub use ops::attention::{
     AttentionOptions, AttentionTensors, MAX_HEAD_DIM, Mask, alibi_slopes, attention, attention_workspace_size,
 };
 pub use ops::merge::{AttentionState, MAX_STATES, merge_states};
+pub use ops::norm::{RmsNorm, rms_norm, rms_norm_in_place, rms_norm_rope, rms_norm_rope_in_place};
+pub use ops::pack::{pack_row_pairs, unpack_row_pairs};
 pub use ops::repeat::repeat_kv;
 pub use ops::rope::{
     MAX_ROTARY_DIM, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, rope, rope_in_place,

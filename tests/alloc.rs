@@ -105,7 +105,9 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
                     k_cache: k_cache.view_mut(),
                     v_cache: v_cache.view_mut(),
                     to: Destination { positions: &[5, 0], rows: Some(&[1, 0]), ..Default::default() },
+                    k_norm: None,
                     rope: rotation,
+                    v_packing: Packing::Rows,
                 };
                 most = most.max(allocations(|| kv_write(context, runner, write).unwrap()));
             }

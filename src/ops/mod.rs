@@ -5,6 +5,8 @@
 
 pub mod attention;
 pub mod merge;
+pub mod norm;
+pub mod pack;
 pub mod repeat;
 pub mod rope;
 pub mod workspace;

@@ -157,6 +157,7 @@ fn small_write(batch: usize, seq: usize) -> Write {
         v: tensor(DType::F32, [batch, seq, 2, 3]),
         k_cache: Tensor::output(DType::F16, [3, 8, 2, 4], Layout::BSHD, Place::Heap),
         v_cache: Tensor::output(DType::F16, [3, 8, 2, 3], Layout::BSHD, Place::Heap),
+        v_packing: Packing::Rows,
     }
 }
 
@@ -239,7 +240,9 @@ fn write_shapes() {
             k_cache: write.k_cache.view_mut(),
             v_cache: write.v_cache.view_mut(),
             to,
+            k_norm: None,
             rope: Some(rope),
+            v_packing: Packing::Rows,
         },
     );
     assert_error(done, Shape, &["rotary_dim 6", "head size 4"]);

@@ -11,7 +11,10 @@ mod attention;
 mod errors;
 mod harness;
 mod invariance;
+mod layouts;
 mod merge;
+mod norm;
+mod pack;
 mod properties;
 mod rope;
 mod semantics;
@@ -22,7 +25,10 @@ fn main() -> std::process::ExitCode {
         attention::TESTS,
         semantics::TESTS,
         rope::TESTS,
+        norm::TESTS,
         write::TESTS,
+        layouts::TESTS,
+        pack::TESTS,
         merge::TESTS,
         invariance::TESTS,
         errors::TESTS,
