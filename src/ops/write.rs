@@ -157,8 +157,9 @@ impl Destination<'_> {
             }
             self.layout.validate_row("k_cache", cache, target, first, end)?;
         }
-        // Rows of their own meet only on pages.
-        if self.rows.is_none() && !matches!(self.layout, Layout::Paged { .. }) {
+        // Rows of their own meet only on pages, and one run meets nothing.
+        let apart = self.rows.is_none() && !matches!(self.layout, Layout::Paged { .. });
+        if apart || self.runs(batch, seq, cache).nth(1).is_none() {
             return Ok(());
         }
         let mut seen = Seen::new();
