@@ -13,7 +13,7 @@
 
 use half::{bf16, f16};
 use kvlane::{
-    AttentionOptions, AttentionState, AttentionTensors, Context, Destination, Element, Isa, KvWrite, Pairing,
+    AttentionOptions, AttentionState, AttentionTensors, Context, Destination, Element, Isa, KvWrite, Packing, Pairing,
     Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, Serial, View, ViewMut, Workspace, attention, kv_write,
     merge_states, repeat_kv, rope,
 };
@@ -103,7 +103,9 @@ fn write<S: Element, D: Element>(context: Context) -> Box<dyn FnMut()> {
             k_cache: ViewMut::new(&mut k_cache, shape).unwrap(),
             v_cache: ViewMut::new(&mut v_cache, shape).unwrap(),
             to: Destination { positions: &[0], ..Default::default() },
+            k_norm: None,
             rope: None,
+            v_packing: Packing::Rows,
         };
         kv_write(&context, &Serial, write).unwrap();
     })

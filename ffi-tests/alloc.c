@@ -54,13 +54,16 @@ static int32_t in_order(void *ctx, size_t n, void (*task)(void *, size_t), void 
 
 static void everything(const kvl_context *context, const kvl_parallel_runner *runner) {
     static const double inv_freq[D / 2] = {1.0, 0.5};
-    static const int32_t positions[BATCH] = {7, 30}, lengths[BATCH] = {10, 33};
+    static const int32_t positions[BATCH] = {7, 30}, lengths[BATCH] = {10, 33}, starts[BATCH] = {7, 20};
     kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
     kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
     kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
     kvl_attention_state states[2];
     kvl_view queries = kvl_make_view(q, KVL_F32, BATCH, SEQ, HEADS, D), to;
     kvl_const_view source = kvl_as_const(queries);
+    static const int32_t pages[] = {9, 0, 3, 4, 1, 7, 6, 2};
+    kvl_rms_norm_params norm = KVL_RMS_NORM_PARAMS_INIT;
+    kvl_layout layout = KVL_LAYOUT_INIT;
     const char *name;
     size_t bytes;
     turn.rotary_dim = D;
@@ -75,6 +78,28 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     write.positions = positions;
     write.rope = &turn;
     OK(kvl_kv_write(context, runner, &write));
+    OK(kvl_rms_norm(context, runner, &source, &queries, &norm));
+    OK(kvl_rms_norm_rope(context, runner, &source, &queries, &norm, &turn));
+    {
+        kvl_kv_write_params other = write;
+        other.k_norm = &norm;
+        other.k_cache = kvl_make_view(k_cache, KVL_BF16, 10, 8, KV, D);
+        other.v_cache = kvl_make_view(v_cache, KVL_BF16, 10, 4, KV, 2 * D);
+        other.v_packing = KVL_PACK_ROW_PAIRS;
+        other.layout = &layout;
+        layout.kind = KVL_PAGED;
+        layout.table = pages;
+        layout.rows = BATCH;
+        layout.pages_per_row = 4;
+        other.positions = starts;
+        OK(kvl_kv_write(context, runner, &other));
+        source = kvl_make_const_view(k, KVL_F32, 1, 1, KV, 2 * D);
+        to = kvl_make_view(repeated, KVL_F32, 1, 2, KV, D);
+        OK(kvl_unpack_row_pairs(context, runner, &source, &to));
+        source = kvl_as_const(to);
+        to = kvl_make_view(out, KVL_F32, 1, 1, KV, 2 * D);
+        OK(kvl_pack_row_pairs(context, runner, &source, &to));
+    }
     source = write.k;
     to = kvl_make_view(repeated, KVL_F32, BATCH, SEQ, HEADS, D);
     OK(kvl_repeat_kv(context, runner, &source, &to));

@@ -90,6 +90,28 @@ int main() {
         expect(std::fabs(out[i] - static_cast<float>(i + 1)) < 1e-5f, "attention");
     }
 
+    // A norm, alone and with a rotation by nothing, and values in pairs.
+    std::vector<float> heads = {3, 4, 0, 0}, normed(4), turned(4), pairs(4), apart(4);
+    kvl_rms_norm_params norm = KVL_RMS_NORM_PARAMS_INIT;
+    kvlane::rms_norm(context, kvlane::view(std::as_const(heads), {1, 1, 1, 4}), kvlane::view(normed, {1, 1, 1, 4}), norm);
+    expect(std::fabs(normed[0] - 1.2f) < 1e-5f && normed[2] == 0, "norm");
+    const std::int32_t origin = 0;
+    rope.offsets = &origin;
+    kvlane::rms_norm_rope(context, kvlane::view(std::as_const(heads), {1, 1, 1, 4}), kvlane::view(turned, {1, 1, 1, 4}), norm,
+                          rope);
+    expect(turned == normed, "norm and rope");
+    turned = heads;
+    kvlane::rms_norm_rope_in_place(context, kvlane::view(turned, {1, 1, 1, 4}), norm, rope);
+    expect(turned == normed, "norm and rope in place");
+    turned = heads;
+    kvlane::rms_norm_in_place(context, kvlane::view(turned, {1, 1, 1, 4}), norm);
+    expect(turned == normed, "norm in place");
+    kvlane::pack_row_pairs(context, kvlane::view(std::as_const(heads), {1, 2, 1, 2}), kvlane::view(pairs, {1, 1, 1, 4}));
+    expect(pairs == std::vector<float>{3, 0, 4, 0}, "pack");
+    kvlane::unpack_row_pairs(context, kvlane::view(std::as_const(pairs), {1, 1, 1, 4}), kvlane::view(apart, {1, 2, 1, 2}));
+    expect(apart == heads, "unpack");
+    expect(context.v_packing(KVL_F32) == KVL_PACK_ROWS, "packing");
+
     // Every second element, and two states that are the same.
     std::vector<float> spread(8), merged(4), joint(1);
     const std::vector<kvl_attention_state> states(2, kvl_attention_state{kvlane::view(std::as_const(out), {1, 1, 1, 4}), &lse});

@@ -73,11 +73,17 @@ static void contexts(void) {
         const char **name = (const char **)&output.pointer;
         REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_context_kernel_name(NULL, KVL_OP_ROPE, KVL_F32, KVL_F32, name));
         REFUSED(KVL_ERR_NULL_POINTER, "name", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_F32, KVL_F32, NULL));
-        REFUSED(KVL_ERR_INVALID_ENUM, "op is 6", kvl_context_kernel_name(context, 6, KVL_F32, KVL_F32, name));
+        REFUSED(KVL_ERR_INVALID_ENUM, "op is 7", kvl_context_kernel_name(context, 7, KVL_F32, KVL_F32, name));
         REFUSED(KVL_ERR_INVALID_ENUM, "src is 3", kvl_context_kernel_name(context, KVL_OP_ROPE, 3, KVL_F32, name));
         REFUSED(KVL_ERR_INVALID_ENUM, "dst is -2", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_F32, -2, name));
         REFUSED(KVL_ERR_DTYPE, "attention from f32 to f16",
                 kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_F32, KVL_F16, name));
+    }
+    {
+        kvl_packing *packing = (kvl_packing *)output.bytes;
+        REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_context_v_packing(NULL, KVL_BF16, packing));
+        REFUSED(KVL_ERR_NULL_POINTER, "packing", kvl_context_v_packing(context, KVL_BF16, NULL));
+        REFUSED(KVL_ERR_INVALID_ENUM, "dtype is 3", kvl_context_v_packing(context, 3, packing));
     }
     {
         kvl_kernel_info info = KVL_KERNEL_INFO_INIT;
@@ -311,6 +317,87 @@ static void rope(void) {
     OK(kvl_rope(context, NULL, &src, &dst, &p));
 }
 
+static void norm(void) {
+    static float x[16], weight[4];
+    static const double inv_freq[] = {1, 2, 3};
+    static const int32_t offsets[] = {2};
+    kvl_const_view src = kvl_make_const_view(x, KVL_F32, 1, 2, 2, 4), good_src = src;
+    kvl_view dst = kvl_make_view(output.floats, KVL_F32, 1, 2, 2, 4), good_dst = dst;
+    kvl_rms_norm_params good = KVL_RMS_NORM_PARAMS_INIT, p;
+    kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
+    good.weight = weight;
+    turn.rotary_dim = 4;
+    turn.inv_freq = inv_freq;
+    turn.offsets = offsets;
+    p = good;
+#define TRY(status, text)                                                                                              \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_rms_norm(context, NULL, &src, &dst, &p));                                            \
+        REFUSED(status, text, kvl_rms_norm_rope(context, NULL, &src, &dst, &p, &turn));                                \
+        p = good;                                                                                                      \
+        src = good_src;                                                                                                \
+        dst = good_dst;                                                                                                \
+    } while (0)
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_rms_norm(NULL, NULL, &src, &dst, &p));
+    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_rms_norm(context, NULL, NULL, &dst, &p));
+    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_rms_norm(context, NULL, &src, NULL, &p));
+    REFUSED(KVL_ERR_NULL_POINTER, "kvl_rms_norm_params", kvl_rms_norm(context, NULL, &src, &dst, NULL));
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_rms_norm_rope(NULL, NULL, &src, &dst, &p, &turn));
+    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_rms_norm_rope(context, NULL, NULL, &dst, &p, &turn));
+    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_rms_norm_rope(context, NULL, &src, NULL, &p, &turn));
+    REFUSED(KVL_ERR_NULL_POINTER, "kvl_rms_norm_params", kvl_rms_norm_rope(context, NULL, &src, &dst, NULL, &turn));
+    REFUSED(KVL_ERR_NULL_POINTER, "kvl_rope_params", kvl_rms_norm_rope(context, NULL, &src, &dst, &p, NULL));
+    p.struct_size = 16;
+    TRY(KVL_ERR_STRUCT_SIZE, "kvl_rms_norm_params.struct_size is 16");
+    p.reserved = 1;
+    TRY(KVL_ERR_INVALID_ENUM, "reserved");
+    p.eps = -1;
+    TRY(KVL_ERR_INVALID_VALUE, "eps is -1");
+    p.eps = NAN;
+    TRY(KVL_ERR_INVALID_VALUE, "eps is NaN");
+    p.weight = (const float *)(const void *)((const char *)weight + 1);
+    TRY(KVL_ERR_BOUNDS, "weight");
+    dst.shape[3] = 3;
+    TRY(KVL_ERR_SHAPE, "dim");
+    src.dtype = 4;
+    TRY(KVL_ERR_INVALID_ENUM, "src.dtype is 4");
+    src.data = output.floats + 1;
+    TRY(KVL_ERR_OVERLAP, "src and dst share memory");
+    turn.rotary_dim = 6;
+    REFUSED(KVL_ERR_SHAPE, "rotary_dim 6 is above the head size 4",
+            kvl_rms_norm_rope(context, NULL, &src, &dst, &p, &turn));
+    turn.rotary_dim = 4;
+#undef TRY
+    paint();
+    OK(kvl_rms_norm(context, NULL, &src, &dst, &p));
+    OK(kvl_rms_norm_rope(context, NULL, &src, &dst, &p, &turn));
+}
+
+static void pack(void) {
+    static float x[2 * 3 * 2 * 4];
+    kvl_const_view src = kvl_make_const_view(x, KVL_F32, 1, 3, 2, 4), packed = kvl_make_const_view(x, KVL_F32, 1, 2, 2, 8);
+    kvl_view dst = kvl_make_view(output.floats, KVL_F32, 1, 2, 2, 8), plain = kvl_make_view(output.floats, KVL_F32, 1, 3, 2, 4);
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_pack_row_pairs(NULL, NULL, &src, &dst));
+    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_pack_row_pairs(context, NULL, NULL, &dst));
+    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_pack_row_pairs(context, NULL, &src, NULL));
+    REFUSED(KVL_ERR_SHAPE, "dst has seq = 3, but the 3 tokens of src make 2 pairs",
+            kvl_pack_row_pairs(context, NULL, &src, &plain));
+    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_unpack_row_pairs(NULL, NULL, &packed, &plain));
+    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_unpack_row_pairs(context, NULL, NULL, &plain));
+    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_unpack_row_pairs(context, NULL, &packed, NULL));
+    REFUSED(KVL_ERR_SHAPE, "src has seq = 2, but the 2 tokens of dst make 1 pairs",
+            kvl_unpack_row_pairs(context, NULL, &packed, &dst));
+    plain.dtype = KVL_F16;
+    REFUSED(KVL_ERR_DTYPE, "src is f32, but dst is f16", kvl_unpack_row_pairs(context, NULL, &packed, &plain));
+    dst.dtype = KVL_BF16;
+    REFUSED(KVL_ERR_DTYPE, "src is f32, but dst is bf16", kvl_pack_row_pairs(context, NULL, &src, &dst));
+    dst.dtype = plain.dtype = KVL_F32;
+    src.data = output.floats + 3;
+    REFUSED(KVL_ERR_OVERLAP, "src and dst share memory", kvl_pack_row_pairs(context, NULL, &src, &dst));
+    packed.data = output.floats + 3;
+    REFUSED(KVL_ERR_OVERLAP, "src and dst share memory", kvl_unpack_row_pairs(context, NULL, &packed, &plain));
+}
+
 static void kv_write(void) {
     enum { CACHE = 2 * 8 * 2 * 4 };
     static float x[2 * 3 * 2 * 4];
@@ -333,7 +420,7 @@ static void kv_write(void) {
     REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_kv_write(NULL, NULL, &p));
     REFUSED(KVL_ERR_NULL_POINTER, "kvl_kv_write_params", kvl_kv_write(context, NULL, NULL));
     p.struct_size += 8;
-    TRY(KVL_ERR_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 408");
+    TRY(KVL_ERR_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 432");
     memset(&p.v, 0, sizeof p.v);
     TRY(KVL_ERR_NULL_POINTER, "only one of v and v_cache");
     memset(&p.v_cache, 0, sizeof p.v_cache);
@@ -395,6 +482,80 @@ static void kv_write(void) {
     turn.struct_size = 3;
     p.rope = &turn;
     TRY(KVL_ERR_STRUCT_SIZE, "kvl_rope_params");
+    p.reserved = 1;
+    TRY(KVL_ERR_INVALID_ENUM, "kvl_kv_write_params.reserved is 1");
+    p.v_packing = 2;
+    TRY(KVL_ERR_INVALID_ENUM, "v_packing is 2");
+    p.v_packing = KVL_PACK_ROW_PAIRS;
+    TRY(KVL_ERR_SHAPE, "v_cache has dim = 4, but pairs of v have 8");
+    {
+        kvl_rms_norm_params norm = KVL_RMS_NORM_PARAMS_INIT;
+        norm.eps = INFINITY;
+        p.k_norm = &norm;
+        TRY(KVL_ERR_INVALID_VALUE, "eps is inf");
+        norm.struct_size--;
+        p.k_norm = &norm;
+        TRY(KVL_ERR_STRUCT_SIZE, "kvl_rms_norm_params");
+    }
+    {
+        static const int32_t pages[] = {0, 2}, starts[] = {0, 8, 17}, many[6];
+        kvl_layout layout = KVL_LAYOUT_INIT;
+#define LAYOUT(status, text)                                                                                           \
+    do {                                                                                                               \
+        p.layout = &layout;                                                                                            \
+        TRY(status, text);                                                                                             \
+        layout = (kvl_layout)KVL_LAYOUT_INIT;                                                                          \
+    } while (0)
+        layout.struct_size = 8;
+        LAYOUT(KVL_ERR_STRUCT_SIZE, "kvl_layout");
+        layout.kind = 5;
+        LAYOUT(KVL_ERR_INVALID_ENUM, "kind is 5");
+        layout.sinks = 1;
+        LAYOUT(KVL_ERR_INVALID_VALUE, "no ring");
+        layout.kind = KVL_RING;
+        layout.sinks = 8;
+        LAYOUT(KVL_ERR_CAPACITY, "8 sinks, but k_cache has 8 slots");
+        layout.kind = KVL_RING;
+        layout.sinks = -1;
+        LAYOUT(KVL_ERR_SHAPE, "sinks is -1");
+        layout.kind = KVL_RING;
+        layout.sinks = 6;
+        p.positions = LIST(0, 6, 0, 0, 0, 0);
+        LAYOUT(KVL_ERR_DUPLICATE_SLOT, "row 1 writes 3 tokens into a ring of 2 slots");
+        layout.kind = KVL_PAGED;
+        layout.rows = 2;
+        layout.pages_per_row = 1;
+        LAYOUT(KVL_ERR_NULL_POINTER, "table");
+        layout.kind = KVL_PAGED;
+        layout.rows = 2;
+        layout.pages_per_row = 1;
+        layout.table = pages;
+        LAYOUT(KVL_ERR_OUT_OF_RANGE, "pages[1, 0] is 2, but k_cache has batch = 2");
+        layout.kind = KVL_PAGED;
+        p.positions = NULL;
+        p.slots = LIST(0, 1, 2, 3, 4, 16);
+        LAYOUT(KVL_ERR_CAPACITY, "slots[1, 2] is 16, but the cache holds 16");
+        layout.kind = KVL_PAGED;
+        p.positions = NULL;
+        p.slots = LIST(9, 1, 2, 3, -1, 9);
+        LAYOUT(KVL_ERR_DUPLICATE_SLOT, "tokens [0, 0] and [1, 2] both go to slot 9 of the pool");
+        layout.kind = KVL_RAGGED;
+        layout.rows = 2;
+        layout.table = starts;
+        LAYOUT(KVL_ERR_SHAPE, "a batch of one");
+        layout.kind = KVL_INDIRECT;
+        layout.rows = 0;
+        layout.table = many;
+        LAYOUT(KVL_ERR_INVALID_VALUE, "indirect");
+#undef LAYOUT
+    }
+    /* The size that the struct had before it had a layout: what lies beyond is not read. */
+    p.struct_size = offsetof(kvl_kv_write_params, layout);
+    p.layout = (const kvl_layout *)(const void *)x;
+    p.v_packing = 77;
+    paint();
+    OK(kvl_kv_write(context, NULL, &p));
+    p = good;
 #undef TRY
 #undef LIST
     paint();
@@ -585,6 +746,8 @@ int main(void) {
     frequencies();
     table();
     rope();
+    norm();
+    pack();
     kv_write();
     attention();
     merge();

@@ -80,7 +80,13 @@ AT(kvl_rope_params, table_rows, 56);
 AT(kvl_rope_params, offsets, 64);
 AT(kvl_rope_params, positions, 72);
 
-SIZE(kvl_kv_write_params, 400);
+SIZE(kvl_rms_norm_params, 24);
+AT(kvl_rms_norm_params, struct_size, 0);
+AT(kvl_rms_norm_params, weight, 8);
+AT(kvl_rms_norm_params, eps, 16);
+AT(kvl_rms_norm_params, reserved, 20);
+
+SIZE(kvl_kv_write_params, 424);
 AT(kvl_kv_write_params, struct_size, 0);
 AT(kvl_kv_write_params, k, 8);
 AT(kvl_kv_write_params, v, 96);
@@ -91,6 +97,10 @@ AT(kvl_kv_write_params, counts, 368);
 AT(kvl_kv_write_params, rows, 376);
 AT(kvl_kv_write_params, slots, 384);
 AT(kvl_kv_write_params, rope, 392);
+AT(kvl_kv_write_params, layout, 400);
+AT(kvl_kv_write_params, k_norm, 408);
+AT(kvl_kv_write_params, v_packing, 416);
+AT(kvl_kv_write_params, reserved, 420);
 
 SIZE(kvl_kv_layer, 176);
 AT(kvl_kv_layer, k, 0);
@@ -195,8 +205,11 @@ VALUE(KVL_OP_KV_WRITE, 2);
 VALUE(KVL_OP_REPEAT_KV, 3);
 VALUE(KVL_OP_ATTENTION, 4);
 VALUE(KVL_OP_MERGE_STATES, 5);
+VALUE(KVL_OP_RMS_NORM, 6);
 VALUE(KVL_PRECISION_DEFAULT, 0);
 VALUE(KVL_PRECISION_HIGH, 1);
+VALUE(KVL_PACK_ROWS, 0);
+VALUE(KVL_PACK_ROW_PAIRS, 1);
 VALUE(KVL_INTERLEAVED, 0);
 VALUE(KVL_HALF_SPLIT, 1);
 VALUE(KVL_SPLIT_GRID, 1024);

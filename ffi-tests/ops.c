@@ -31,7 +31,7 @@ static void library(void) {
 
 static void names(const kvl_context *context) {
     static const kvl_dtype types[] = {KVL_F32, KVL_F16, KVL_BF16};
-    static const kvl_op both[] = {KVL_OP_ROPE, KVL_OP_KV_WRITE}, one[] = {KVL_OP_REPEAT_KV, KVL_OP_ATTENTION, KVL_OP_MERGE_STATES};
+    static const kvl_op both[] = {KVL_OP_ROPE, KVL_OP_KV_WRITE, KVL_OP_RMS_NORM}, one[] = {KVL_OP_REPEAT_KV, KVL_OP_ATTENTION, KVL_OP_MERGE_STATES};
     kvl_isa isa = KVL_ISA_BEST;
     const char *name = NULL;
     size_t i, s, d;
@@ -43,6 +43,11 @@ static void names(const kvl_context *context) {
         CHECK((isa == KVL_ISA_AMX && types[s] == KVL_BF16) == (strcmp(name, high) != 0), "%s and %s", name, high);
         OK(kvl_context_attention_kernel_name(context, types[s], KVL_PRECISION_DEFAULT, &high));
         CHECK(strcmp(name, high) == 0, "%s and %s", name, high);
+        {
+            kvl_packing packing = -1;
+            OK(kvl_context_v_packing(context, types[s], &packing));
+            CHECK(packing == (strcmp(name, "attention_bf16_amx") == 0 ? KVL_PACK_ROW_PAIRS : KVL_PACK_ROWS), "%d", (int)packing);
+        }
     }
     if (isa == KVL_ISA_AMX) {
         /* All else is served by the level below. */
@@ -313,6 +318,144 @@ static void kv_write(const kvl_context *context) {
     CHECK(fused[2 * 4] != 0, "nothing was written");
 }
 
+/* One row of five tokens after the other into caches of every layout, and values in pairs. */
+static void layouts(const kvl_context *context) {
+    enum { BATCH = 2, SEQ = 5, SLOTS = 32 };
+    /* As pages of four, rows of sixteen, or one long row. */
+    static const int32_t pages[] = {6, 1, 3, 0, 2, 7}, starts[] = {2, 12, 32}, positions[] = {3, 6}, slots[] = {31, 4, -1, 5, 6, 0, 1, 2, 3, 7};
+    static const int32_t ring[2][SEQ] = {{3, 4, 5, 2, 3}, {2, 3, 4, 5, 2}};
+    float k[BATCH * SEQ], v[BATCH * SEQ];
+    int kind, packed, b, t, i;
+    for (i = 0; i < BATCH * SEQ; i++) {
+        k[i] = (float)(i + 1);
+        v[i] = -(float)(i + 1);
+    }
+    for (kind = 0; kind <= 5; kind++) {
+        for (packed = 0; packed < 2; packed++) {
+            float k_cache[SLOTS], v_cache[SLOTS], wanted_k[SLOTS], wanted_v[SLOTS];
+            static const int32_t counts[] = {3, 4};
+            kvl_kv_write_params p = KVL_KV_WRITE_PARAMS_INIT;
+            kvl_layout layout = KVL_LAYOUT_INIT;
+            int rows = kind == KVL_RAGGED ? 1 : kind == KVL_PAGED || kind == 5 ? 8 : 2;
+            int each = kind == KVL_RING ? 6 : SLOTS / rows;
+            if (kind == KVL_INDIRECT) continue;
+            memset(k_cache, 0, sizeof k_cache);
+            memset(v_cache, 0, sizeof v_cache);
+            memset(wanted_k, 0, sizeof wanted_k);
+            memset(wanted_v, 0, sizeof wanted_v);
+            p.k = kvl_make_const_view(k, KVL_F32, BATCH, SEQ, 1, 1);
+            p.v = kvl_make_const_view(v, KVL_F32, BATCH, SEQ, 1, 1);
+            p.k_cache = kvl_make_view(k_cache, KVL_F32, rows, each, 1, 1);
+            p.v_cache = kvl_make_view(v_cache, KVL_F32, rows, packed ? each / 2 : each, 1, packed ? 2 : 1);
+            p.positions = positions;
+            p.v_packing = packed ? KVL_PACK_ROW_PAIRS : KVL_PACK_ROWS;
+            p.layout = kind == KVL_CONTIGUOUS && packed ? NULL : &layout;
+            layout.kind = kind == 5 ? KVL_PAGED : kind;
+            if (kind == KVL_RING) {
+                layout.sinks = 2;
+                p.counts = counts;
+            }
+            if (kind == KVL_PAGED) {
+                layout.table = pages;
+                layout.rows = 2;
+                layout.pages_per_row = 3;
+            }
+            if (kind == KVL_RAGGED) {
+                layout.table = starts;
+                layout.rows = 2;
+            }
+            if (kind == 5) { /* By slots of the pool, where no table is needed. */
+                p.positions = NULL;
+                p.slots = slots;
+            }
+            OK(kvl_kv_write(context, NULL, &p));
+            for (b = 0; b < BATCH; b++) {
+                for (t = 0; t < SEQ; t++) {
+                    int at = positions[b] + t, slot = b * each + at;
+                    if (kind == KVL_RING && t >= counts[b]) continue;
+                    if (kind == KVL_RING) slot = b * each + ring[b][t];
+                    if (kind == KVL_PAGED) slot = pages[3 * b + at / 4] * 4 + at % 4;
+                    if (kind == KVL_RAGGED) slot = starts[b] + at;
+                    if (kind == 5) slot = slots[b * SEQ + t];
+                    if (slot < 0) continue;
+                    wanted_k[slot] = k[b * SEQ + t];
+                    /* A head of one element: a pair of slots is the slots one after the other. */
+                    wanted_v[slot] = v[b * SEQ + t];
+                }
+            }
+            CHECK(memcmp(k_cache, wanted_k, sizeof k_cache) == 0, "keys, kind %d", kind);
+            CHECK(memcmp(v_cache, wanted_v, sizeof v_cache) == 0, "values, kind %d, packed %d", kind, packed);
+        }
+    }
+}
+
+static void pack(const kvl_context *context) {
+    static const float v[] = {1, 2, 3, 4, 5, 6}, wanted[] = {1, 3, 2, 4, 5, 9, 6, 9};
+    float packed[8] = {9, 9, 9, 9, 9, 9, 9, 9}, back[6];
+    kvl_const_view src = kvl_make_const_view(v, KVL_F32, 1, 3, 1, 2);
+    kvl_view dst = kvl_make_view(packed, KVL_F32, 1, 2, 1, 4), plain = kvl_make_view(back, KVL_F32, 1, 3, 1, 2);
+    OK(kvl_pack_row_pairs(context, NULL, &src, &dst));
+    CHECK(memcmp(packed, wanted, sizeof packed) == 0, "-");
+    src = kvl_as_const(dst);
+    OK(kvl_unpack_row_pairs(context, NULL, &src, &plain));
+    CHECK(memcmp(back, v, sizeof back) == 0, "-");
+}
+
+/* Norm, norm and RoPE in one call, and both on the way into a cache. */
+static void norm(const kvl_context *context) {
+    enum { HEADS = 3, D = 6, N = 2 * HEADS * D };
+    static const float weight[] = {1, 2, 0.5f, -1, 3, 1};
+    static const double inv_freq[] = {1.0, 0.01};
+    static const int32_t positions[] = {7};
+    float x[N], y[N], z[N], w[N];
+    int h, i;
+    kvl_rms_norm_params p = KVL_RMS_NORM_PARAMS_INIT;
+    kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
+    kvl_const_view src = kvl_make_const_view(x, KVL_F32, 1, 2, HEADS, D), between;
+    kvl_view dst = kvl_make_view(y, KVL_F32, 1, 2, HEADS, D), to = kvl_make_view(z, KVL_F32, 1, 2, HEADS, D);
+    fill(x, N, 8);
+    p.weight = weight;
+    p.eps = 0.25f;
+    OK(kvl_rms_norm(context, NULL, &src, &dst, &p));
+    for (h = 0; h < 2 * HEADS; h++) {
+        double squares = 0;
+        for (i = 0; i < D; i++) squares += (double)x[h * D + i] * (double)x[h * D + i];
+        for (i = 0; i < D; i++) {
+            NEAR(y[h * D + i], (double)x[h * D + i] / sqrt(squares / D + 0.25) * (double)weight[i], 1e-6);
+        }
+    }
+    turn.pairing = KVL_HALF_SPLIT;
+    turn.rotary_dim = 4;
+    turn.inv_freq = inv_freq;
+    turn.offsets = positions;
+    between = kvl_as_const(dst);
+    OK(kvl_rope(context, NULL, &between, &to, &turn));
+    dst.data = w;
+    OK(kvl_rms_norm_rope(context, NULL, &src, &dst, &p, &turn));
+    CHECK(memcmp(z, w, sizeof w) == 0, "one pass differs from two");
+    {
+        float cache[4 * HEADS * D];
+        static const int32_t at[] = {1};
+        kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
+        memset(cache, 0, sizeof cache);
+        write.k = src;
+        write.k_cache = kvl_make_view(cache, KVL_F32, 1, 4, HEADS, D);
+        write.positions = at;
+        write.k_norm = &p;
+        OK(kvl_kv_write(context, NULL, &write));
+        CHECK(memcmp(cache + HEADS * D, y, sizeof y) == 0, "a normalised write");
+        write.rope = &turn;
+        OK(kvl_kv_write(context, NULL, &write));
+        CHECK(memcmp(cache + HEADS * D, z, sizeof z) == 0, "a normalised and rotated write");
+    }
+    /* An eps of 0 is 1e-6, and no weights are all 1. */
+    p.weight = NULL;
+    p.eps = 0;
+    for (i = 0; i < N; i++) x[i] = 1e-3f;
+    OK(kvl_rms_norm(context, NULL, &src, &dst, &p));
+    NEAR(w[0], sqrt(0.5), 1e-6);
+}
+
 static void repeat(const kvl_context *context) {
     static const float x[] = {1, 2, 3, 4}, wanted[] = {1, 2, 1, 2, 1, 2, 3, 4, 3, 4, 3, 4};
     float y[12];
@@ -552,6 +695,9 @@ int main(void) {
         table(context);
         rope(context);
         kv_write(context);
+        layouts(context);
+        pack(context);
+        norm(context);
         repeat(context);
         attention(context);
         narrow_attention(context);

@@ -3,10 +3,11 @@
  * kvlane: attention over a key/value cache for CPUs. Generated from src/capi of the sources; do not edit.
  *
  * A program makes one kvl_context, which chooses the kernels for the machine, and calls operations with it on memory of
- * its own: kvl_rope rotates queries and keys, kvl_kv_write puts new keys and values into a cache (and can rotate on the
- * way), kvl_attention attends to the cache. kvl_cache_... operate on the caches of all layers as a whole: lengths, rows,
- * tokens, pages; kvl_shard_... say which part of them is whose where they are spread over machines. kvl_repeat_kv and
- * kvl_merge_states are there for those who need them.
+ * its own: kvl_rope rotates queries and keys, kvl_rms_norm_rope normalises them first, kvl_kv_write puts new keys and values
+ * into a cache (and can do both on the way), kvl_attention attends to the cache. kvl_cache_... operate on the caches of all
+ * layers as a whole: lengths, rows, tokens, pages; kvl_shard_... say which part of them is whose where they are spread over
+ * machines; a kvl_plan is what the attention of all layers of a step has in common. kvl_repeat_kv, kvl_merge_states and
+ * kvl_pack_row_pairs are there for those who need them.
  *
  * Conventions, for every function:
  * - Tensors are views: a pointer, an element type, and shape and strides over the axes batch, seq, heads, dim, in this
@@ -192,6 +193,11 @@
 #define KVL_OP_MERGE_STATES 5
 
 /**
+ * RMS norm of heads, alone or on the way to RoPE or the cache: source type, target type. Since ABI version 3.
+ */
+#define KVL_OP_RMS_NORM 6
+
+/**
  * The fastest kernel. Over a bf16 cache at `KVL_ISA_AMX`, softmax weights are rounded to bf16.
  */
 #define KVL_PRECISION_DEFAULT 0
@@ -294,6 +300,18 @@
  * `table[b] + p`, and row b ends at `table[b + 1]` (`cu_seqlens`).
  */
 #define KVL_RAGGED 4
+
+/**
+ * Every slot by itself: [rows, slots, kv_heads, v_dim].
+ */
+#define KVL_PACK_ROWS 0
+
+/**
+ * Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: [rows, slots / 2, kv_heads,
+ * 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. Slots a row (or a page) has, sinks of a ring and
+ * starts of ragged rows are even.
+ */
+#define KVL_PACK_ROW_PAIRS 1
 
 /**
  * Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
@@ -400,6 +418,11 @@ typedef struct kvl_context_params {
  * How exactly attention computes, where a level has kernels for more than one answer.
  */
 typedef int32_t kvl_precision;
+
+/**
+ * How the values of neighbouring slots lie in a cache. Since ABI version 3.
+ */
+typedef int32_t kvl_packing;
 
 /**
  * Runs `n` independent tasks of an operation on the caller's threads. Start from `KVL_PARALLEL_RUNNER_INIT`.
@@ -615,75 +638,27 @@ typedef struct kvl_rope_params {
 } kvl_rope_params;
 
 /**
- * New keys and values, their caches, and where they go. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`, usually
- * `v` and `v_cache`, and either `positions` or `slots`.
+ * How heads are normalised: `y = x * weight / sqrt(mean(x^2) + eps)`, each head of each token by itself. Start from
+ * `KVL_RMS_NORM_PARAMS_INIT`. Since ABI version 3.
  */
-typedef struct kvl_kv_write_params {
+typedef struct kvl_rms_norm_params {
     /**
-     * `sizeof(kvl_kv_write_params)`.
+     * `sizeof(kvl_rms_norm_params)`.
      */
     size_t struct_size;
     /**
-     * New keys [batch, seq, kv_heads, dim].
+     * [dim]: the same for all heads; null for all 1. Models that add 1 to their weights (Gemma) want it added here.
      */
-    struct kvl_const_view k;
+    const float *weight;
     /**
-     * New values [batch, seq, kv_heads, v_dim]; absent together with `v_cache` to write keys alone.
+     * Added to the mean of the squares; 0 is 1e-6.
      */
-    struct kvl_const_view v;
+    float eps;
     /**
-     * Where keys go: [rows, capacity, kv_heads, dim], of any type.
+     * 0.
      */
-    struct kvl_view k_cache;
-    /**
-     * Where values go: [rows, capacity, kv_heads, v_dim], of any type.
-     */
-    struct kvl_view v_cache;
-    /**
-     * [batch]: token t of row b goes to slot `positions[b] + t`.
-     */
-    const int32_t *positions;
-    /**
-     * [batch]: only the first `counts[b]` tokens of row b are written (padded prompts); null for all.
-     */
-    const int32_t *counts;
-    /**
-     * [batch]: source row b goes to row `rows[b]` of the cache; null for row b.
-     */
-    const int32_t *rows;
-    /**
-     * [batch, seq]: the slot of each token, instead of `positions`; -1 skips it.
-     */
-    const int32_t *slots;
-    /**
-     * Rotates keys on their way into the cache; null to write them as they are. The same bits as `kvl_rope` into a view
-     * of the cache's type.
-     */
-    const struct kvl_rope_params *rope;
-} kvl_kv_write_params;
-
-/**
- * A boolean mask [batch, seq, heads, keys] of bytes: 0 hides a key from a query, anything else shows it. Strides may be
- * 0, to broadcast. A mask whose bytes are all 0 is an absent one.
- */
-typedef struct kvl_mask {
-    /**
-     * Entry [0, 0, 0, 0].
-     */
-    const uint8_t *data;
-    /**
-     * Entries along each axis.
-     */
-    int64_t shape[4];
-    /**
-     * Distance of neighbours along each axis, in bytes.
-     */
-    int64_t strides[4];
-    /**
-     * Bytes from `data` to the end of the buffer; 0 if not known.
-     */
-    size_t bytes;
-} kvl_mask;
+    int32_t reserved;
+} kvl_rms_norm_params;
 
 /**
  * In which slots of a cache the tokens of a row lie.
@@ -720,6 +695,97 @@ typedef struct kvl_layout {
      */
     const int32_t *table;
 } kvl_layout;
+
+/**
+ * New keys and values, their caches, and where they go. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`, usually
+ * `v` and `v_cache`, and either `positions` or `slots`.
+ */
+typedef struct kvl_kv_write_params {
+    /**
+     * `sizeof(kvl_kv_write_params)`.
+     */
+    size_t struct_size;
+    /**
+     * New keys [batch, seq, kv_heads, dim].
+     */
+    struct kvl_const_view k;
+    /**
+     * New values [batch, seq, kv_heads, v_dim]; absent together with `v_cache` to write keys alone.
+     */
+    struct kvl_const_view v;
+    /**
+     * Where keys go: [rows, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any type.
+     */
+    struct kvl_view k_cache;
+    /**
+     * Where values go: [rows, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any type.
+     */
+    struct kvl_view v_cache;
+    /**
+     * [batch]: token t of row b is at position `positions[b] + t` of its row of the cache.
+     */
+    const int32_t *positions;
+    /**
+     * [batch]: only the first `counts[b]` tokens of row b are written (padded prompts); null for all.
+     */
+    const int32_t *counts;
+    /**
+     * [batch]: source row b goes to row `rows[b]` of the cache; null for row b.
+     */
+    const int32_t *rows;
+    /**
+     * [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_PAGED` and `KVL_RAGGED` slots are
+     * counted over the whole pool, page by page; the layout's table is not looked at, and there are no `rows`.
+     */
+    const int32_t *slots;
+    /**
+     * Rotates keys on their way into the cache; null to write them as they are. The same bits as `kvl_rope` into a view
+     * of the cache's type.
+     */
+    const struct kvl_rope_params *rope;
+    /**
+     * In which slot a position lies; null for `KVL_CONTIGUOUS`. A `KVL_RING` takes no more tokens of a row in one call than it
+     * has slots beside its sinks. `KVL_INDIRECT` only reads: write to the token's own row, and set the table's entry. Since
+     * ABI version 3.
+     */
+    const struct kvl_layout *layout;
+    /**
+     * Normalises the heads of the keys on their way into the cache, before they are rotated; null not to. The same bits as
+     * `kvl_rms_norm` into f32 first. Since ABI version 3.
+     */
+    const struct kvl_rms_norm_params *k_norm;
+    /**
+     * How values lie in `v_cache`. What attention likes best is said by `kvl_context_v_packing`. Since ABI version 3.
+     */
+    kvl_packing v_packing;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} kvl_kv_write_params;
+
+/**
+ * A boolean mask [batch, seq, heads, keys] of bytes: 0 hides a key from a query, anything else shows it. Strides may be
+ * 0, to broadcast. A mask whose bytes are all 0 is an absent one.
+ */
+typedef struct kvl_mask {
+    /**
+     * Entry [0, 0, 0, 0].
+     */
+    const uint8_t *data;
+    /**
+     * Entries along each axis.
+     */
+    int64_t shape[4];
+    /**
+     * Distance of neighbours along each axis, in bytes.
+     */
+    int64_t strides[4];
+    /**
+     * Bytes from `data` to the end of the buffer; 0 if not known.
+     */
+    size_t bytes;
+} kvl_mask;
 
 /**
  * A mask [batch, seq, heads, keys] of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
@@ -1112,6 +1178,17 @@ kvl_status kvl_context_attention_kernel_name(const struct kvl_context *context,
                                              const char **name);
 
 /**
+ * How values of a type are best packed for the attention kernels in use: `KVL_PACK_ROW_PAIRS` where tiles of bf16 are
+ * multiplied, else `KVL_PACK_ROWS`. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once.
+ * Bad input: null or a number that is no type is an error, and `*packing` is not touched.
+ */
+kvl_status kvl_context_v_packing(const struct kvl_context *context,
+                                 kvl_dtype dtype,
+                                 kvl_packing *packing);
+
+/**
  * Makes a pool of threads, for callers that have none; 0 threads are as many as the machine runs at once. It is released
  * with `kvl_thread_pool_destroy`.
  *
@@ -1185,18 +1262,74 @@ kvl_status kvl_rope(const struct kvl_context *context,
                     const struct kvl_rope_params *params);
 
 /**
+ * Normalises every head: `dst = RMSNorm(src)`, both [batch, seq, heads, dim], of any strides and types; the mean is f64, the
+ * rest f32, rounded once to the type of `dst`. In place, let both views be the same. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
+ * Bad input: null, an unknown `struct_size`, shapes that differ, an `eps` that is negative or not finite, views that share
+ * memory without being the same are errors, and nothing is written.
+ */
+kvl_status kvl_rms_norm(const struct kvl_context *context,
+                        const struct kvl_parallel_runner *runner,
+                        const struct kvl_const_view *src,
+                        const struct kvl_view *dst,
+                        const struct kvl_rms_norm_params *params);
+
+/**
+ * Normalises and then rotates queries or keys in one pass. The bits are those of `kvl_rms_norm` into a view of f32 and
+ * `kvl_rope` from there: what is between the two is never rounded to less. Heads have at most 4096 elements. Since ABI
+ * version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
+ * Bad input: what is an error for `kvl_rms_norm` or `kvl_rope` is one here, and nothing is written.
+ */
+kvl_status kvl_rms_norm_rope(const struct kvl_context *context,
+                             const struct kvl_parallel_runner *runner,
+                             const struct kvl_const_view *src,
+                             const struct kvl_view *dst,
+                             const struct kvl_rms_norm_params *norm,
+                             const struct kvl_rope_params *rope);
+
+/**
  * Writes new keys and values into their caches, all rows in one call, each at its own place, converted to the cache's type
- * (to nearest, ties to even); rotates the keys on the way if `params->rope` is given. Lengths are the caller's to advance.
+ * (to nearest, ties to even); normalises the keys on the way if `params->k_norm` is given, and rotates them if `params->rope`
+ * is. Lengths are the caller's to advance.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches or disjoint rows; `runner` null is the
  * calling thread.
  * Bad input: null, an unknown `struct_size` or enumeration value, shapes that do not fit, a slot past the capacity
- * (`KVL_ERR_CAPACITY`), a negative position, slot or row, two tokens for one slot, a cache that shares memory with
- * anything else are errors, and nothing is written: nothing is clamped.
+ * (`KVL_ERR_CAPACITY`), a negative position, slot or row, a page that does not exist, two tokens for one slot
+ * (`KVL_ERR_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
+ * clamped.
  */
 kvl_status kvl_kv_write(const struct kvl_context *context,
                         const struct kvl_parallel_runner *runner,
                         const struct kvl_kv_write_params *params);
+
+/**
+ * Packs values in pairs of slots (`KVL_PACK_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up, heads,
+ * 2 * dim], of the same type; every bit is kept. Where n is odd, the other half of the last pair is left as it is.
+ * `kvl_kv_write` writes into such a cache directly. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
+ * Bad input: null, shapes that do not fit, types that differ, views that share memory are errors, and nothing is written.
+ */
+kvl_status kvl_pack_row_pairs(const struct kvl_context *context,
+                              const struct kvl_parallel_runner *runner,
+                              const struct kvl_const_view *src,
+                              const struct kvl_view *dst);
+
+/**
+ * The inverse of `kvl_pack_row_pairs`: `src` is [batch, n / 2 rounded up, heads, 2 * dim], `dst` [batch, n, heads, dim]. Since
+ * ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
+ * Bad input: null, shapes that do not fit, types that differ, views that share memory are errors, and nothing is written.
+ */
+kvl_status kvl_unpack_row_pairs(const struct kvl_context *context,
+                                const struct kvl_parallel_runner *runner,
+                                const struct kvl_const_view *src,
+                                const struct kvl_view *dst);
 
 /**
  * Repeats every head n times in a row: [batch, seq, kv_heads, dim] becomes [batch, seq, kv_heads * n, dim], of the same
@@ -1709,6 +1842,7 @@ kvl_status kvl_shard_view(const struct kvl_view *view,
 #define KVL_LAYOUT_INIT KVL_SIZED_INIT_(kvl_layout)
 #define KVL_CACHE_INIT KVL_SIZED_INIT_(kvl_cache)
 #define KVL_SHARD_INIT KVL_SIZED_INIT_(kvl_shard)
+#define KVL_RMS_NORM_PARAMS_INIT KVL_SIZED_INIT_(kvl_rms_norm_params)
 #define KVL_KV_WRITE_PARAMS_INIT KVL_SIZED_INIT_(kvl_kv_write_params)
 #define KVL_BIT_MASK_INIT KVL_SIZED_INIT_(kvl_bit_mask)
 #define KVL_ATTENTION_PARAMS_INIT KVL_SIZED_INIT_(kvl_attention_params)

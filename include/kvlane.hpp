@@ -137,6 +137,13 @@ public:
         return name;
     }
 
+    /// How values of a type are best packed for attention.
+    kvl_packing v_packing(kvl_dtype dtype) const {
+        kvl_packing packing = KVL_PACK_ROWS;
+        check(kvl_context_v_packing(get(), dtype, &packing));
+        return packing;
+    }
+
 private:
     struct release {
         void operator()(kvl_context *context) const noexcept { kvl_context_destroy(context); }
@@ -258,9 +265,40 @@ inline void rope_in_place(const context &context, const kvl_view &x, const kvl_r
     rope(context, kvl_as_const(x), x, params, runner);
 }
 
+inline void rms_norm(const context &context, const kvl_const_view &src, const kvl_view &dst,
+                     const kvl_rms_norm_params &params, const kvl_parallel_runner *runner = nullptr) {
+    check(kvl_rms_norm(context.get(), runner, &src, &dst, &params));
+}
+
+inline void rms_norm_in_place(const context &context, const kvl_view &x, const kvl_rms_norm_params &params,
+                              const kvl_parallel_runner *runner = nullptr) {
+    rms_norm(context, kvl_as_const(x), x, params, runner);
+}
+
+inline void rms_norm_rope(const context &context, const kvl_const_view &src, const kvl_view &dst,
+                          const kvl_rms_norm_params &norm, const kvl_rope_params &rope,
+                          const kvl_parallel_runner *runner = nullptr) {
+    check(kvl_rms_norm_rope(context.get(), runner, &src, &dst, &norm, &rope));
+}
+
+inline void rms_norm_rope_in_place(const context &context, const kvl_view &x, const kvl_rms_norm_params &norm,
+                                   const kvl_rope_params &rope, const kvl_parallel_runner *runner = nullptr) {
+    rms_norm_rope(context, kvl_as_const(x), x, norm, rope, runner);
+}
+
 inline void kv_write(const context &context, const kvl_kv_write_params &params,
                      const kvl_parallel_runner *runner = nullptr) {
     check(kvl_kv_write(context.get(), runner, &params));
+}
+
+inline void pack_row_pairs(const context &context, const kvl_const_view &src, const kvl_view &dst,
+                           const kvl_parallel_runner *runner = nullptr) {
+    check(kvl_pack_row_pairs(context.get(), runner, &src, &dst));
+}
+
+inline void unpack_row_pairs(const context &context, const kvl_const_view &src, const kvl_view &dst,
+                             const kvl_parallel_runner *runner = nullptr) {
+    check(kvl_unpack_row_pairs(context.get(), runner, &src, &dst));
 }
 
 inline void repeat_kv(const context &context, const kvl_const_view &src, const kvl_view &dst,

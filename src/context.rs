@@ -3,7 +3,8 @@
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::isa::Isa;
-use crate::kernels::{self, AnglesFn, AttentionFns, CopyFn, Entry, Function, MergeFn, Op, Precision, RopeFn};
+use crate::kernels::{self, AnglesFn, AttentionFns, CopyFn, Entry, Function, MergeFn, NormFn, Op, Precision, RopeFn};
+use crate::layout::Packing;
 
 const TYPES: usize = DType::ALL.len();
 
@@ -91,6 +92,15 @@ impl Context {
         self.tables[precision as usize][op as usize][src.index()][dst.index()].map(|entry| entry.info)
     }
 
+    /// How values of a type are best packed for the attention kernels in use: in [row pairs](Packing::RowPairs) where tiles
+    /// of bf16 are multiplied, else not at all. Every packing works at every level.
+    pub fn v_packing(&self, dtype: DType) -> Packing {
+        match self.kernel(Op::Attention, dtype, dtype) {
+            Some(kernel) if dtype == DType::Bf16 && kernel.isa == Isa::Amx => Packing::RowPairs,
+            _ => Packing::Rows,
+        }
+    }
+
     fn function(&self, op: Op, src: DType, dst: DType, precision: Precision) -> &Function {
         match &self.tables[precision as usize][op as usize][src.index()][dst.index()] {
             Some(entry) => &entry.function,
@@ -133,6 +143,13 @@ impl Context {
             _ => unreachable!("the registry files merges under MergeStates"),
         }
     }
+
+    pub(crate) fn norm(&self, src: DType, dst: DType) -> NormFn {
+        match self.function(Op::RmsNorm, src, dst, Precision::Default) {
+            Function::Norm(f) => *f,
+            _ => unreachable!("the registry files norms under RmsNorm"),
+        }
+    }
 }
 
 impl std::fmt::Debug for Context {
@@ -153,7 +170,7 @@ mod tests {
                     for dst in DType::ALL {
                         let wanted = match op {
                             Op::RopeAngles => src == DType::F32 && dst == DType::F32,
-                            Op::Rope | Op::KvWrite => true,
+                            Op::Rope | Op::KvWrite | Op::RmsNorm => true,
                             Op::RepeatKv | Op::Attention | Op::MergeStates => src == dst,
                         };
                         for precision in Precision::ALL {
@@ -179,6 +196,18 @@ mod tests {
                 let [fast, high] = Precision::ALL.map(|p| context.kernel_for(Op::Attention, kv, kv, p).unwrap());
                 assert!(high.max_error <= 1e-5 && fast.max_error >= high.max_error, "{kv} {level}");
                 assert!(high.precision != Some(Precision::Default) && fast.precision != Some(Precision::High));
+            }
+        }
+    }
+
+    #[test]
+    fn values_are_packed_for_tiles_alone() {
+        for level in Isa::ALL.into_iter().filter(|l| l.is_available()) {
+            let context = Context::with_max_isa(level).unwrap();
+            for dtype in DType::ALL {
+                let tiles = context.isa() == Isa::Amx && dtype == DType::Bf16;
+                let wanted = if tiles { Packing::RowPairs } else { Packing::Rows };
+                assert_eq!(context.v_packing(dtype), wanted, "{dtype} {level}");
             }
         }
     }

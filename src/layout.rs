@@ -13,6 +13,8 @@
 //!
 //! Strides stay the views' own business: pages of `[page, size, heads, dim]` (NHD) and of `[page, heads, size, dim]` (HND)
 //! are two sets of strides.
+//!
+//! Values may be [packed](Packing) in pairs of slots, for kernels that multiply tiles.
 
 use crate::error::{Result, ensure};
 use crate::view::{BATCH, MAX_AXIS, RawView, SEQ};
@@ -46,6 +48,30 @@ pub enum Layout<'a> {
         /// `[batch + 1]`: where every row starts, and where the last one ends, ascending (`cu_seqlens`).
         starts: &'a [i32],
     },
+}
+
+/// How the values of neighbouring slots lie in a cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum Packing {
+    /// Every slot by itself: `[rows, slots, kv_heads, dim]`.
+    #[default]
+    Rows = 0,
+    /// Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: `[rows, slots / 2, kv_heads,
+    /// 2 * dim]`, in which element `2d + i` of pair s is element d of slot `2s + i`. Slots a row (or a page) has, sinks of a
+    /// ring and starts of ragged rows are even.
+    RowPairs = 1,
+}
+
+impl Packing {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Rows, Self::RowPairs];
+
+    /// The packing with this value in the C header, if there is one.
+    pub fn from_u32(value: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|&p| p as u32 == value)
+    }
 }
 
 /// A token's place: index on the first axis of the views, index on the second.
@@ -165,6 +191,41 @@ impl Layout<'_> {
         Ok(())
     }
 
+    /// Checks that no pair of slots belongs to two rows, or half of it to none: `name` is the cache of the keys, whose slots
+    /// are not packed.
+    pub(crate) fn validate_packing(&self, name: &str, cache: &RawView, packing: Packing) -> Result<()> {
+        if packing == Packing::Rows {
+            return Ok(());
+        }
+        let slots = cache.shape[SEQ];
+        ensure!(
+            slots.is_multiple_of(2),
+            Shape,
+            "{name} has seq = {slots}, which is odd, but values are packed in pairs of 2"
+        );
+        match *self {
+            Self::Ring { sinks } => {
+                ensure!(
+                    sinks.is_multiple_of(2),
+                    InvalidValue,
+                    "a ring keeps {sinks} sinks, which is odd, but values are packed in pairs of 2"
+                );
+            }
+            Self::Ragged { starts } => {
+                // The last entry is where nothing starts any more.
+                for (row, start) in starts.iter().enumerate().take(starts.len().saturating_sub(1)) {
+                    ensure!(
+                        start % 2 == 0,
+                        InvalidValue,
+                        "starts[{row}] is {start}, which is odd, but values are packed in pairs of 2"
+                    );
+                }
+            }
+            Self::Contiguous | Self::Paged { .. } | Self::Indirect { .. } => {}
+        }
+        Ok(())
+    }
+
     /// Checks that positions `from..to` of a row, which are within its capacity, lie inside the cache.
     pub(crate) fn validate_row(&self, name: &str, cache: &RawView, row: usize, from: usize, to: usize) -> Result<()> {
         if from >= to {
@@ -250,5 +311,15 @@ mod tests {
         assert!(Layout::Ragged { starts: &[0, 9] }.validate("k", &cache(1, 8)).is_err());
         assert!(Layout::Ragged { starts: &[3, 2] }.validate("k", &cache(1, 8)).is_err());
         assert!(Layout::Ragged { starts: &[0, 2] }.validate("k", &view).is_err());
+    }
+
+    #[test]
+    fn pairs_belong_to_one_row() {
+        let pairs = |layout: Layout, slots| layout.validate_packing("k", &cache(1, slots), Packing::RowPairs).is_ok();
+        assert!(pairs(Layout::Contiguous, 8) && !pairs(Layout::Contiguous, 7));
+        assert!(pairs(Layout::Ring { sinks: 2 }, 8) && !pairs(Layout::Ring { sinks: 3 }, 8));
+        assert!(pairs(Layout::Ragged { starts: &[0, 4, 7] }, 8) && !pairs(Layout::Ragged { starts: &[0, 3, 6] }, 8));
+        let rows = Layout::Ring { sinks: 3 }.validate_packing("k", &cache(1, 7), Packing::Rows);
+        assert!(rows.is_ok());
     }
 }

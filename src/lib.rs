@@ -7,11 +7,13 @@
 //! | operation | what it does |
 //! | --- | --- |
 //! | [`rope()`], [`rope_in_place`] | rotary position embedding, both pairings, all the usual scalings |
-//! | [`kv_write`] | new keys and values of every row into the cache, each row at its own place; RoPE of the keys on the way |
+//! | [`rms_norm`], [`rms_norm_rope`] | RMS norm of heads (QK-norm), alone and with the rotation in one pass |
+//! | [`kv_write`] | new keys and values of every row into the cache, each row at its own place; norm and RoPE of the keys on the way |
 //! | [`attention`] | masked softmax attention of grouped queries over the cache: prefill, chunks, decode |
 //! | [`merge_states`] | outputs over disjoint keys become the output over all of them |
 //! | [`KvCache`] | the caches of all layers: reset, truncate, insert, copy a prefix, reorder rows, evict, defragment pages |
 //! | [`Mesh`] | which rows, heads and keys are whose, where a cache is spread over machines |
+//! | [`pack_row_pairs`], [`unpack_row_pairs`] | values in pairs of slots, for kernels that multiply tiles, and back |
 //! | [`repeat_kv`] | the explicit repeat of KV heads, for whoever needs it in memory |
 //!
 //! # One decode step
@@ -43,7 +45,9 @@
 //!     k_cache: ViewMut::new(&mut keys, cache)?,
 //!     v_cache: ViewMut::new(&mut values, cache)?,
 //!     to: Destination { positions: &lengths, ..Default::default() },
+//!     k_norm: None,
 //!     rope: Some(at),
+//!     v_packing: Packing::Rows,
 //! })?;
 //! lengths.iter_mut().for_each(|n| *n += 1);
 //! let mut out = vec![0f32; batch * heads * dim];
@@ -109,7 +113,7 @@ pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use isa::Isa;
 pub use kernels::{KernelInfo, Op, Precision, kernels};
-pub use layout::Layout;
+pub use layout::{Layout, Packing};
 pub use ops::attention::{
     AttentionOptions, AttentionTensors, MAX_HEAD_DIM, alibi_slopes, attention, attention_workspace_size,
 };
@@ -119,6 +123,8 @@ pub use ops::cache::{
 };
 pub use ops::mask::{BitMask, Mask};
 pub use ops::merge::{AttentionState, MAX_STATES, merge_states};
+pub use ops::norm::{RmsNorm, rms_norm, rms_norm_in_place, rms_norm_rope, rms_norm_rope_in_place};
+pub use ops::pack::{pack_row_pairs, unpack_row_pairs};
 pub use ops::plan::AttentionPlan;
 pub use ops::prefix::{SharedPrefix, attention_with_prefix, attention_with_prefix_workspace_size};
 pub use ops::repeat::repeat_kv;

@@ -5,7 +5,7 @@ mod common;
 use common::attention::{Case, MaskTensor, Shape, random_bias};
 use common::runners::Backwards;
 use common::{Layout, Place, Rng, Tensor};
-use kvlane::*;
+use kvlane::{Layout as Slots, *};
 use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -105,10 +105,51 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
                     k_cache: k_cache.view_mut(),
                     v_cache: v_cache.view_mut(),
                     to: Destination { positions: &[5, 0], rows: Some(&[1, 0]), ..Default::default() },
+                    k_norm: None,
                     rope: rotation,
+                    v_packing: Packing::Rows,
                 };
                 most = most.max(allocations(|| kv_write(context, runner, write).unwrap()));
             }
+            // Every layout, by positions and by slots that are in no order; values in pairs; a norm on the way.
+            let norm = RmsNorm { weight: None, eps: 1e-6 };
+            let slots: Vec<i32> = (0..2 * seq as i32).rev().collect();
+            let room = (seq + 9).next_multiple_of(2);
+            let pages: Vec<i32> = (0..2 * room as i32).rev().collect();
+            let ends = [0, room as i32, 2 * room as i32];
+            let positions: &[i32] = &[5, 0];
+            let size = 2 * room;
+            for (slots, axes, layout) in [
+                (None, [2, 300], Slots::Ring { sinks: 4 }),
+                (None, [size, 2], Slots::Paged { pages: &pages, pages_per_row: room }),
+                (Some(&slots[..]), [size, 2], Slots::Paged { pages: &[], pages_per_row: 0 }),
+                (None, [1, size], Slots::Ragged { starts: &ends }),
+            ] {
+                for rotation in [None, Some(options)] {
+                    let mut k_cache = Tensor::output(dtype, [axes[0], axes[1], 4, 64], Layout::BSHD, Place::Heap);
+                    let mut v_cache = Tensor::output(dtype, [axes[0], axes[1] / 2, 4, 128], Layout::BSHD, Place::Heap);
+                    let write = KvWrite {
+                        k: x.view(),
+                        v: x.view(),
+                        k_cache: k_cache.view_mut(),
+                        v_cache: v_cache.view_mut(),
+                        to: Destination { positions, slots, layout, ..Default::default() },
+                        k_norm: Some(norm),
+                        rope: rotation,
+                        v_packing: Packing::RowPairs,
+                    };
+                    most = most.max(allocations(|| kv_write(context, runner, write).unwrap()));
+                }
+            }
+            let (from, to) = (x.view(), y.view_mut());
+            most = most.max(allocations(|| rms_norm(context, runner, from, to, &norm).unwrap()));
+            let to = y.view_mut();
+            most = most.max(allocations(|| rms_norm_rope_in_place(context, runner, to, &norm, &options).unwrap()));
+            let mut packed = Tensor::output(dtype, [2, seq.div_ceil(2), 4, 128], Layout::BSHD, Place::Heap);
+            let (from, to) = (same.view(), packed.view_mut());
+            most = most.max(allocations(|| pack_row_pairs(context, runner, from, to).unwrap()));
+            let (from, to) = (packed.view(), y.view_mut());
+            most = most.max(allocations(|| unpack_row_pairs(context, runner, from, to).unwrap()));
             let (from, to) = (x.view(), y.view_mut());
             most = most.max(allocations(|| rope(context, runner, from, to, &options).unwrap()));
             let to = y.view_mut();

@@ -40,6 +40,7 @@ const EXPORTS: &[&str] = &[
     "kvl_context_destroy",
     "kvl_context_isa",
     "kvl_context_kernel_name",
+    "kvl_context_v_packing",
     "kvl_isa_available",
     "kvl_isa_name",
     "kvl_kernel_count",
@@ -52,7 +53,10 @@ const EXPORTS: &[&str] = &[
     "kvl_plan_destroy",
     "kvl_plan_set_table",
     "kvl_plan_update",
+    "kvl_pack_row_pairs",
     "kvl_repeat_kv",
+    "kvl_rms_norm",
+    "kvl_rms_norm_rope",
     "kvl_rope",
     "kvl_rope_frequencies",
     "kvl_rope_table",
@@ -67,6 +71,7 @@ const EXPORTS: &[&str] = &[
     "kvl_thread_pool_create",
     "kvl_thread_pool_destroy",
     "kvl_thread_pool_runner",
+    "kvl_unpack_row_pairs",
     "kvl_version_string",
 ];
 

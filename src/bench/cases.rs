@@ -6,9 +6,9 @@
 use super::data::{Layout, Tensor};
 use super::limits::Kind;
 use crate::{
-    AttentionOptions, AttentionState, AttentionTensors, Context, DType, Destination, KernelInfo, KvWrite, Op, Pairing,
-    Positions, Precision, Result, Rope, RopeAngles, RopeFrequencies, RopeScaling, Runner, Workspace, attention,
-    kv_write, merge_states, repeat_kv, rope, rope_in_place,
+    AttentionOptions, AttentionState, AttentionTensors, Context, DType, Destination, KernelInfo, KvWrite, Op, Packing,
+    Pairing, Positions, Precision, Result, RmsNorm, Rope, RopeAngles, RopeFrequencies, RopeScaling, Runner, Workspace,
+    attention, kv_write, merge_states, repeat_kv, rms_norm, rms_norm_rope, rope, rope_in_place,
 };
 
 /// A kernel and a shape for it.
@@ -28,8 +28,9 @@ pub struct Case {
 #[derive(Clone, Copy, Debug)]
 enum Work {
     Angles { positions: usize, dim: usize },
-    Rope { shape: [usize; 4], pairing: Pairing, table: bool, in_place: bool },
-    Write { shape: [usize; 4], rope: bool },
+    Rope { shape: [usize; 4], pairing: Pairing, table: bool, in_place: bool, norm: bool },
+    Write { shape: [usize; 4], rope: bool, norm: bool, packing: Packing },
+    Norm { shape: [usize; 4] },
     Repeat { shape: [usize; 4], heads: usize },
     Attention { shape: AttentionShape, layout: Layout, queries: DType },
     Merge { states: usize, shape: [usize; 4] },
@@ -108,25 +109,38 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
             for (pairing, p) in [(Pairing::HalfSplit, "half-split"), (Pairing::Interleaved, "interleaved")] {
                 for (table, t) in [(true, "table"), (false, "computed")] {
                     let shape = [1, TOKENS, heads, DIM];
-                    let work = Work::Rope { shape, pairing, table, in_place: false };
+                    let work = Work::Rope { shape, pairing, table, in_place: false, norm: false };
                     add(usual && table, false, format!("{TOKENS}x{heads}x{DIM}, {p}, {t}"), work);
                 }
             }
             let (pairing, table) = (Pairing::HalfSplit, true);
             if src == dst {
-                let work = Work::Rope { shape: [1, TOKENS, heads, DIM], pairing, table, in_place: true };
+                let work = Work::Rope { shape: [1, TOKENS, heads, DIM], pairing, table, in_place: true, norm: false };
                 add(true, false, format!("{TOKENS}x{heads}x{DIM}, half-split, in place"), work);
             }
-            let work = Work::Rope { shape: [1, 1, heads, DIM], pairing, table, in_place: false };
+            let work = Work::Rope { shape: [1, 1, heads, DIM], pairing, table, in_place: false, norm: false };
             add(usual, true, format!("1x{heads}x{DIM}, half-split, table"), work);
-            let work = Work::Write { shape: [1, TOKENS, KV_HEADS, DIM], rope: true };
+            let written = [1, TOKENS, KV_HEADS, DIM];
+            let work = Work::Write { shape: written, rope: true, norm: false, packing: Packing::Rows };
             add(usual, false, format!("with write, {TOKENS}x{KV_HEADS}x{DIM}"), work);
+            if src == DType::F32 {
+                // A norm in the same pass: it hands f32 to the rotation.
+                let work = Work::Rope { shape: [1, TOKENS, heads, DIM], pairing, table, in_place: false, norm: true };
+                add(false, false, format!("with norm, {TOKENS}x{heads}x{DIM}"), work);
+                let work = Work::Write { shape: written, rope: true, norm: true, packing: Packing::Rows };
+                add(false, false, format!("with norm and write, {TOKENS}x{KV_HEADS}x{DIM}"), work);
+            }
         }
         Op::KvWrite => {
             let usual = src == dst || src == DType::F32;
             for tokens in [TOKENS, 1] {
-                let work = Work::Write { shape: [1, tokens, KV_HEADS, DIM], rope: false };
+                let shape = [1, tokens, KV_HEADS, DIM];
+                let work = Work::Write { shape, rope: false, norm: false, packing: Packing::Rows };
                 add(usual, tokens == 1, format!("{tokens}x{KV_HEADS}x{DIM}"), work);
+                if dst == DType::Bf16 {
+                    let work = Work::Write { shape, rope: false, norm: false, packing: Packing::RowPairs };
+                    add(false, tokens == 1, format!("{tokens}x{KV_HEADS}x{DIM}, values in pairs"), work);
+                }
             }
         }
         Op::RepeatKv => {
@@ -174,6 +188,14 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
             let (states, shape) = (2, [1, TOKENS, HEADS, DIM]);
             add(true, false, format!("{states} of {TOKENS}x{HEADS}x{DIM}"), Work::Merge { states, shape });
         }
+        Op::RmsNorm => {
+            let usual = src == dst || src == DType::F32;
+            let heads = HEADS + KV_HEADS;
+            for tokens in [TOKENS, 1] {
+                let work = Work::Norm { shape: [1, tokens, heads, DIM] };
+                add(usual, tokens == 1, format!("{tokens}x{heads}x{DIM}"), work);
+            }
+        }
     }
     cases
 }
@@ -190,7 +212,7 @@ impl Case {
         match self.work {
             Work::Angles { positions, dim } => positions * dim * to,
             // Not the table, which a call over all layers reads from a cache.
-            Work::Rope { shape, .. } => elements(shape) * (from + to),
+            Work::Rope { shape, .. } | Work::Norm { shape } => elements(shape) * (from + to),
             Work::Write { shape, .. } => 2 * elements(shape) * (from + to),
             Work::Repeat { shape, heads } => elements(shape) * from + elements(shape) / shape[2] * heads * to,
             Work::Attention { shape, queries, .. } => {
@@ -207,8 +229,11 @@ impl Case {
     pub fn flops(&self) -> f64 {
         let count = match self.work {
             Work::Angles { .. } | Work::Write { rope: false, .. } | Work::Repeat { .. } => 0,
-            // Four products and two sums a pair.
-            Work::Rope { shape, .. } | Work::Write { shape, rope: true } => 3 * elements(shape),
+            // Four products and two sums a pair; a square, its sum and two products an element of a norm.
+            Work::Rope { shape, norm, .. } | Work::Write { shape, rope: true, norm, .. } => {
+                (3 + 4 * usize::from(norm)) * elements(shape)
+            }
+            Work::Norm { shape } => 4 * elements(shape),
             Work::Attention { shape, .. } => 4 * shape.pairs() * shape.heads * shape.dim,
             Work::Merge { states, shape } => 2 * states * elements(shape),
         };
@@ -251,21 +276,33 @@ impl Case {
             angles = Some(Angles { frequencies, cos, sin });
             Ok(())
         };
-        let mut lse = Vec::new();
+        let (mut lse, mut weight) = (Vec::new(), Vec::new());
         match self.work {
             Work::Angles { positions, dim } => need_angles(dim, positions)?,
+            Work::Norm { shape } => {
+                weight = vec![1.0; shape[3]];
+                tensors.extend([source(shape), target(shape)]);
+            }
             Work::Rope { shape, in_place, .. } => {
                 need_angles(shape[3], shape[1])?;
+                weight = vec![1.0; shape[3]];
                 tensors.push(source(shape));
                 if !in_place {
                     tensors.push(target(shape));
                 }
             }
-            Work::Write { shape, rope } => {
+            Work::Write { shape, rope, packing, .. } => {
                 if rope {
                     need_angles(shape[3], shape[1])?;
                 }
-                tensors.extend([source(shape), source(shape), target(shape), target(shape)]);
+                weight = vec![1.0; shape[3]];
+                // Room for whole pairs.
+                let [rows, slots, heads, dim] = [shape[0], shape[1].next_multiple_of(2), shape[2], shape[3]];
+                let values = match packing {
+                    Packing::Rows => [rows, slots, heads, dim],
+                    Packing::RowPairs => [rows, slots / 2, heads, 2 * dim],
+                };
+                tensors.extend([source(shape), source(shape), target([rows, slots, heads, dim]), target(values)]);
             }
             Work::Repeat { shape, heads } => {
                 tensors.extend([source(shape), target([shape[0], shape[1], heads, shape[3]])]);
@@ -285,7 +322,16 @@ impl Case {
                 tensors.push(target(shape));
             }
         }
-        Ok(Some(Prepared { context, precision, work: self.work, tensors, angles, lse, workspace: Workspace::new() }))
+        Ok(Some(Prepared {
+            context,
+            precision,
+            work: self.work,
+            tensors,
+            angles,
+            lse,
+            weight,
+            workspace: Workspace::new(),
+        }))
     }
 }
 
@@ -313,6 +359,7 @@ pub struct Prepared {
     tensors: Vec<Tensor>,
     angles: Option<Angles>,
     lse: Vec<f32>,
+    weight: Vec<f32>,
     workspace: Workspace,
 }
 
@@ -322,7 +369,8 @@ impl Prepared {
     /// # Errors
     /// The library refuses it, or the runner fails.
     pub fn run(&mut self, runner: &dyn Runner) -> Result<()> {
-        let Self { context, precision, work, tensors, angles, lse, workspace } = self;
+        let Self { context, precision, work, tensors, angles, lse, weight, workspace } = self;
+        let norm = RmsNorm { weight: Some(weight), eps: 1e-6 };
         match (*work, &mut tensors[..], angles) {
             (Work::Angles { positions, .. }, [], Some(angles)) => {
                 std::hint::black_box(angles.frequencies.table(context, positions));
@@ -331,17 +379,23 @@ impl Prepared {
             (Work::Rope { pairing, table, in_place: true, .. }, [x], Some(angles)) => {
                 rope_in_place(context, runner, x.view_mut()?, &angles.rope(pairing, table))
             }
+            (Work::Rope { pairing, table, norm: true, .. }, [src, dst], Some(angles)) => {
+                rms_norm_rope(context, runner, src.view()?, dst.view_mut()?, &norm, &angles.rope(pairing, table))
+            }
+            (Work::Norm { .. }, [src, dst], _) => rms_norm(context, runner, src.view()?, dst.view_mut()?, &norm),
             (Work::Rope { pairing, table, .. }, [src, dst], Some(angles)) => {
                 rope(context, runner, src.view()?, dst.view_mut()?, &angles.rope(pairing, table))
             }
-            (Work::Write { .. }, [k, v, k_cache, v_cache], angles) => {
+            (Work::Write { norm: normed, packing, .. }, [k, v, k_cache, v_cache], angles) => {
                 let write = KvWrite {
                     k: k.view()?,
                     v: v.view()?,
                     k_cache: k_cache.view_mut()?,
                     v_cache: v_cache.view_mut()?,
                     to: Destination { positions: &[0], ..Default::default() },
+                    k_norm: normed.then_some(norm),
                     rope: angles.as_ref().map(|a| a.rope(Pairing::HalfSplit, true)),
+                    v_packing: packing,
                 };
                 kv_write(context, runner, write)
             }

@@ -25,13 +25,15 @@ use crate::ops::attention::{
     MAX_HEAD_DIM, RawAttention, attention_raw, attention_shapes, attention_workspace_size, fill_alibi_slopes,
 };
 use crate::ops::merge::{MAX_STATES, merge_states_raw};
+use crate::ops::norm::rms_norm_raw;
+use crate::ops::pack::{pack_row_pairs_raw, unpack_row_pairs_raw};
 use crate::ops::prefix::{attention_with_prefix_raw, prefix_workspace_size};
 use crate::ops::repeat::repeat_kv_raw;
 use crate::ops::rope::{
     Positions, RawAngles, RawRope, RopeFrequencies, RopeScaling, check_frequencies, check_rotary_dim, fill_table,
     rope_raw,
 };
-use crate::ops::write::{Destination, kv_write_raw};
+use crate::ops::write::{Destination, RawWrite, kv_write_raw};
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ};
 use guard::{guard, guard_value};
 use runner::CallerRunner;
@@ -289,6 +291,28 @@ pub unsafe extern "C" fn kvl_context_attention_kernel_name(
     })
 }
 
+/// How values of a type are best packed for the attention kernels in use: `KVL_PACK_ROW_PAIRS` where tiles of bf16 are
+/// multiplied, else `KVL_PACK_ROWS`. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: null or a number that is no type is an error, and `*packing` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_context_v_packing(
+    context: *const kvl_context,
+    dtype: kvl_dtype,
+    packing: *mut kvl_packing,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let context = unsafe { borrow(context) }?;
+        ensure!(!packing.is_null(), NullPointer, "the pointer packing is null");
+        let best = context.v_packing(types::dtype("dtype", dtype)?);
+        // SAFETY: not null, and the caller's to write.
+        unsafe { packing.write(best as kvl_packing) };
+        Ok(())
+    })
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads
 
@@ -506,7 +530,63 @@ pub unsafe extern "C" fn kvl_rope(
         // SAFETY: as above.
         let rope = unsafe { raw_rope(params, &src) }?;
         // SAFETY: as above.
-        unsafe { rope_raw(context, runner.as_dyn(), src, dst, &rope) }
+        unsafe { rope_raw(context, runner.as_dyn(), src, dst, &rope, None) }
+    })
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// RMS norm
+
+/// Normalises every head: `dst = RMSNorm(src)`, both [batch, seq, heads, dim], of any strides and types; the mean is f64, the
+/// rest f32, rounded once to the type of `dst`. In place, let both views be the same. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
+/// Bad input: null, an unknown `struct_size`, shapes that differ, an `eps` that is negative or not finite, views that share
+/// memory without being the same are errors, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_rms_norm(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    src: *const kvl_const_view,
+    dst: *const kvl_view,
+    params: *const kvl_rms_norm_params,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let (src, dst) = unsafe { (read("src", src)?.raw("src")?, read("dst", dst)?.raw("dst")?) };
+        // SAFETY: as above.
+        let norm = unsafe { types::rms_norm(params, &src) }?;
+        // SAFETY: as above.
+        unsafe { rms_norm_raw(context, runner.as_dyn(), src, dst, &norm) }
+    })
+}
+
+/// Normalises and then rotates queries or keys in one pass. The bits are those of `kvl_rms_norm` into a view of f32 and
+/// `kvl_rope` from there: what is between the two is never rounded to less. Heads have at most 4096 elements. Since ABI
+/// version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
+/// Bad input: what is an error for `kvl_rms_norm` or `kvl_rope` is one here, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_rms_norm_rope(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    src: *const kvl_const_view,
+    dst: *const kvl_view,
+    norm: *const kvl_rms_norm_params,
+    rope: *const kvl_rope_params,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let (src, dst) = unsafe { (read("src", src)?.raw("src")?, read("dst", dst)?.raw("dst")?) };
+        // SAFETY: as above.
+        let (norm, rope) = unsafe { (types::rms_norm(norm, &src)?, raw_rope(rope, &src)?) };
+        // SAFETY: as above.
+        unsafe { rope_raw(context, runner.as_dyn(), src, dst, &rope, Some(norm)) }
     })
 }
 
@@ -514,13 +594,15 @@ pub unsafe extern "C" fn kvl_rope(
 // The cache
 
 /// Writes new keys and values into their caches, all rows in one call, each at its own place, converted to the cache's type
-/// (to nearest, ties to even); rotates the keys on the way if `params->rope` is given. Lengths are the caller's to advance.
+/// (to nearest, ties to even); normalises the keys on the way if `params->k_norm` is given, and rotates them if `params->rope`
+/// is. Lengths are the caller's to advance.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint rows; `runner` null is the
 /// calling thread.
 /// Bad input: null, an unknown `struct_size` or enumeration value, shapes that do not fit, a slot past the capacity
-/// (`KVL_ERR_CAPACITY`), a negative position, slot or row, two tokens for one slot, a cache that shares memory with
-/// anything else are errors, and nothing is written: nothing is clamped.
+/// (`KVL_ERR_CAPACITY`), a negative position, slot or row, a page that does not exist, two tokens for one slot
+/// (`KVL_ERR_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
+/// clamped.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_kv_write(
     context: *const kvl_context,
@@ -532,6 +614,7 @@ pub unsafe extern "C" fn kvl_kv_write(
         let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
         // SAFETY: as above.
         let params = unsafe { read_sized(params) }?;
+        reserved("kvl_kv_write_params", params.reserved)?;
         let keys = (params.k.raw("k")?, params.k_cache.raw("k_cache")?);
         ensure!(
             params.v.is_absent() == params.v_cache.is_absent(),
@@ -559,15 +642,68 @@ pub unsafe extern "C" fn kvl_kv_write(
                 counts: list("counts", params.counts, batch)?,
                 rows: list("rows", params.rows, batch)?,
                 slots: list("slots", params.slots, tokens)?,
+                layout: types::layout(params.layout, keys.1.shape[SEQ])?,
             }
+        };
+        let k_norm = match params.k_norm.is_null() {
+            true => None,
+            // SAFETY: as above.
+            false => Some(unsafe { types::rms_norm(params.k_norm, &keys.0) }?),
         };
         let rope = match params.rope.is_null() {
             true => None,
             // SAFETY: as above.
             false => Some(unsafe { raw_rope(params.rope, &keys.0) }?),
         };
+        let v_packing = types::packing("v_packing", params.v_packing)?;
+        let write = RawWrite { keys, values, to, k_norm, rope, v_packing };
         // SAFETY: as above.
-        unsafe { kv_write_raw(context, runner.as_dyn(), keys, values, &to, rope.as_ref()) }
+        unsafe { kv_write_raw(context, runner.as_dyn(), &write) }
+    })
+}
+
+/// Packs values in pairs of slots (`KVL_PACK_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up, heads,
+/// 2 * dim], of the same type; every bit is kept. Where n is odd, the other half of the last pair is left as it is.
+/// `kvl_kv_write` writes into such a cache directly. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
+/// Bad input: null, shapes that do not fit, types that differ, views that share memory are errors, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_pack_row_pairs(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    src: *const kvl_const_view,
+    dst: *const kvl_view,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let (src, dst) = unsafe { (read("src", src)?.raw("src")?, read("dst", dst)?.raw("dst")?) };
+        // SAFETY: as above.
+        unsafe { pack_row_pairs_raw(context, runner.as_dyn(), src, dst) }
+    })
+}
+
+/// The inverse of `kvl_pack_row_pairs`: `src` is [batch, n / 2 rounded up, heads, 2 * dim], `dst` [batch, n, heads, dim]. Since
+/// ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
+/// Bad input: null, shapes that do not fit, types that differ, views that share memory are errors, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_unpack_row_pairs(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    src: *const kvl_const_view,
+    dst: *const kvl_view,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let (src, dst) = unsafe { (read("src", src)?.raw("src")?, read("dst", dst)?.raw("dst")?) };
+        // SAFETY: as above.
+        unsafe { unpack_row_pairs_raw(context, runner.as_dyn(), src, dst) }
     })
 }
 

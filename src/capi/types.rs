@@ -12,10 +12,11 @@ use crate::dtype::DType;
 use crate::error::{Error, Result, Status, ensure, fail};
 use crate::isa::Isa;
 use crate::kernels::{Op, Precision};
-use crate::layout::Layout;
+use crate::layout::{Layout, Packing};
 use crate::ops::mask::{RawBitMask, RawMask};
+use crate::ops::norm::RmsNorm;
 use crate::ops::rope::Pairing;
-use crate::view::RawView;
+use crate::view::{DIM, RawView};
 use std::ffi::{c_char, c_void};
 
 /// What a call came to: 0, or one of `KVL_ERR_*`. Values are never changed or reused. When it is not 0,
@@ -97,6 +98,8 @@ pub const KVL_OP_REPEAT_KV: i32 = 3;
 pub const KVL_OP_ATTENTION: i32 = 4;
 /// The merge of attention states: one type twice.
 pub const KVL_OP_MERGE_STATES: i32 = 5;
+/// RMS norm of heads, alone or on the way to RoPE or the cache: source type, target type. Since ABI version 3.
+pub const KVL_OP_RMS_NORM: i32 = 6;
 
 /// How exactly attention computes, where a level has kernels for more than one answer.
 pub type kvl_precision = i32;
@@ -376,6 +379,30 @@ pub struct kvl_layout {
     pub table: *const i32,
 }
 
+/// How the values of neighbouring slots lie in a cache. Since ABI version 3.
+pub type kvl_packing = i32;
+/// Every slot by itself: [rows, slots, kv_heads, v_dim].
+pub const KVL_PACK_ROWS: i32 = 0;
+/// Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: [rows, slots / 2, kv_heads,
+/// 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. Slots a row (or a page) has, sinks of a ring and
+/// starts of ragged rows are even.
+pub const KVL_PACK_ROW_PAIRS: i32 = 1;
+
+/// How heads are normalised: `y = x * weight / sqrt(mean(x^2) + eps)`, each head of each token by itself. Start from
+/// `KVL_RMS_NORM_PARAMS_INIT`. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_rms_norm_params {
+    /// `sizeof(kvl_rms_norm_params)`.
+    pub struct_size: usize,
+    /// [dim]: the same for all heads; null for all 1. Models that add 1 to their weights (Gemma) want it added here.
+    pub weight: *const f32,
+    /// Added to the mean of the squares; 0 is 1e-6.
+    pub eps: f32,
+    /// 0.
+    pub reserved: i32,
+}
+
 /// New keys and values, their caches, and where they go. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`, usually
 /// `v` and `v_cache`, and either `positions` or `slots`.
 #[derive(Clone, Copy)]
@@ -387,21 +414,33 @@ pub struct kvl_kv_write_params {
     pub k: kvl_const_view,
     /// New values [batch, seq, kv_heads, v_dim]; absent together with `v_cache` to write keys alone.
     pub v: kvl_const_view,
-    /// Where keys go: [rows, capacity, kv_heads, dim], of any type.
+    /// Where keys go: [rows, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any type.
     pub k_cache: kvl_view,
-    /// Where values go: [rows, capacity, kv_heads, v_dim], of any type.
+    /// Where values go: [rows, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any type.
     pub v_cache: kvl_view,
-    /// [batch]: token t of row b goes to slot `positions[b] + t`.
+    /// [batch]: token t of row b is at position `positions[b] + t` of its row of the cache.
     pub positions: *const i32,
     /// [batch]: only the first `counts[b]` tokens of row b are written (padded prompts); null for all.
     pub counts: *const i32,
     /// [batch]: source row b goes to row `rows[b]` of the cache; null for row b.
     pub rows: *const i32,
-    /// [batch, seq]: the slot of each token, instead of `positions`; -1 skips it.
+    /// [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_PAGED` and `KVL_RAGGED` slots are
+    /// counted over the whole pool, page by page; the layout's table is not looked at, and there are no `rows`.
     pub slots: *const i32,
     /// Rotates keys on their way into the cache; null to write them as they are. The same bits as `kvl_rope` into a view
     /// of the cache's type.
     pub rope: *const kvl_rope_params,
+    /// In which slot a position lies; null for `KVL_CONTIGUOUS`. A `KVL_RING` takes no more tokens of a row in one call than it
+    /// has slots beside its sinks. `KVL_INDIRECT` only reads: write to the token's own row, and set the table's entry. Since
+    /// ABI version 3.
+    pub layout: *const kvl_layout,
+    /// Normalises the heads of the keys on their way into the cache, before they are rotated; null not to. The same bits as
+    /// `kvl_rms_norm` into f32 first. Since ABI version 3.
+    pub k_norm: *const kvl_rms_norm_params,
+    /// How values lie in `v_cache`. What attention likes best is said by `kvl_context_v_packing`. Since ABI version 3.
+    pub v_packing: kvl_packing,
+    /// 0.
+    pub reserved: i32,
 }
 
 /// The cache of one layer. Since ABI version 3.
@@ -601,7 +640,8 @@ sized!(
     kvl_bit_mask,
     kvl_cache,
     kvl_shard,
-    kvl_kv_write_params,
+    kvl_rms_norm_params,
+    kvl_kv_write_params[layout],
     kvl_attention_params[precision, layout]
 );
 
@@ -752,6 +792,10 @@ pub(super) fn precision(name: &str, value: kvl_precision) -> Result<Precision> {
     enumeration("kvl_precision", name, value, Precision::from_u32)
 }
 
+pub(super) fn packing(name: &str, value: kvl_packing) -> Result<Packing> {
+    enumeration("kvl_packing", name, value, Packing::from_u32)
+}
+
 pub(super) fn pairing(name: &str, value: kvl_pairing) -> Result<Pairing> {
     enumeration("kvl_pairing", name, value, Pairing::from_u32)
 }
@@ -859,6 +903,21 @@ pub(super) unsafe fn bit_mask<'a>(from: *const kvl_bit_mask, batch: usize) -> Re
     }))
 }
 
+/// The norm at `from`, of the heads of `src`.
+///
+/// # Safety
+/// `from` is null or points to what the header describes, whose weights nobody writes while the norm is in use.
+pub(super) unsafe fn rms_norm<'a>(from: *const kvl_rms_norm_params, src: &RawView) -> Result<RmsNorm<'a>> {
+    // SAFETY: the caller's, here and below.
+    let params = unsafe { read_sized(from) }?;
+    reserved("kvl_rms_norm_params", params.reserved)?;
+    Ok(RmsNorm {
+        // SAFETY: as above.
+        weight: unsafe { list("weight", params.weight, src.shape[DIM]) }?,
+        eps: if params.eps == 0.0 { 1e-6 } else { params.eps },
+    })
+}
+
 impl kvl_mask {
     pub(super) fn raw(&self, name: &str) -> Result<Option<RawMask>> {
         let Self { data, shape: axes, strides, bytes } = *self;
@@ -897,10 +956,12 @@ const _: () = {
     assert!(KVL_OP_ROPE_ANGLES == Op::RopeAngles as i32 && KVL_OP_ROPE == Op::Rope as i32);
     assert!(KVL_OP_KV_WRITE == Op::KvWrite as i32 && KVL_OP_REPEAT_KV == Op::RepeatKv as i32);
     assert!(KVL_OP_ATTENTION == Op::Attention as i32 && KVL_OP_MERGE_STATES == Op::MergeStates as i32);
-    assert!(Op::ALL.len() == 6);
+    assert!(KVL_OP_RMS_NORM == Op::RmsNorm as i32 && Op::ALL.len() == 7);
     assert!(KVL_PRECISION_DEFAULT == Precision::Default as i32 && KVL_PRECISION_HIGH == Precision::High as i32);
     assert!(Precision::ALL.len() == 2);
     assert!(KVL_SPLIT_GRID as usize == crate::ops::shard::SPLIT_GRID);
+    assert!(KVL_PACK_ROWS == Packing::Rows as i32 && KVL_PACK_ROW_PAIRS == Packing::RowPairs as i32);
+    assert!(Packing::ALL.len() == 2);
     assert!(KVL_INTERLEAVED == Pairing::Interleaved as i32 && KVL_HALF_SPLIT == Pairing::HalfSplit as i32);
 };
 
@@ -945,9 +1006,9 @@ mod layout {
     );
     layout!(kvl_layout, 40, struct_size: 0, kind: 8, sinks: 12, rows: 16, pages_per_row: 24, table: 32);
     layout!(
-        kvl_kv_write_params, 400,
+        kvl_kv_write_params, 424,
         struct_size: 0, k: 8, v: 96, k_cache: 184, v_cache: 272, positions: 360, counts: 368, rows: 376, slots: 384,
-        rope: 392,
+        rope: 392, layout: 400, k_norm: 408, v_packing: 416, reserved: 420,
     );
     layout!(kvl_kv_layer, 176, k: 0, v: 88);
     layout!(kvl_cache, 40, struct_size: 0, layers: 8, num_layers: 16, layout: 24, lengths: 32);
@@ -955,6 +1016,7 @@ mod layout {
         kvl_shard, 56,
         struct_size: 0, data: 8, num_data: 16, model: 24, num_model: 32, sequence: 40, num_sequence: 48,
     );
+    layout!(kvl_rms_norm_params, 24, struct_size: 0, weight: 8, eps: 16, reserved: 20);
     layout!(kvl_attention_state, 96, out: 0, lse: 88);
     layout!(
         kvl_attention_params, 664,

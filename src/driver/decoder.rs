@@ -18,7 +18,7 @@ use super::error::{Error, Result};
 use super::model::{ModelConfig, Weights};
 use super::threads::Threads;
 use crate::{
-    AttentionOptions, AttentionTensors, Context, Destination, Isa, KvWrite, Positions, Rope, RopeAngles,
+    AttentionOptions, AttentionTensors, Context, Destination, Isa, KvWrite, Packing, Positions, Rope, RopeAngles,
     RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
 };
 
@@ -213,7 +213,9 @@ impl Decoder {
                     k_cache: k_cache.rows(first_row, batch)?,
                     v_cache: v_cache.rows(first_row, batch)?,
                     to: Destination { positions: &positions, counts: Some(&counts), ..Default::default() },
+                    k_norm: None,
                     rope: Some(rope),
+                    v_packing: Packing::Rows,
                 },
             )?;
             let (k, v) = cache.views(i)?;

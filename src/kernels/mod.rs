@@ -44,12 +44,21 @@ pub enum Op {
     Attention = 4,
     /// The merge of attention states: one type twice.
     MergeStates = 5,
+    /// RMS norm of heads, alone or on the way to RoPE or the cache: source type, target type.
+    RmsNorm = 6,
 }
 
 impl Op {
     /// Every operation.
-    pub const ALL: [Self; 6] =
-        [Self::RopeAngles, Self::Rope, Self::KvWrite, Self::RepeatKv, Self::Attention, Self::MergeStates];
+    pub const ALL: [Self; 7] = [
+        Self::RopeAngles,
+        Self::Rope,
+        Self::KvWrite,
+        Self::RepeatKv,
+        Self::Attention,
+        Self::MergeStates,
+        Self::RmsNorm,
+    ];
 
     /// The operation's name, as in kernel names.
     pub const fn name(self) -> &'static str {
@@ -60,6 +69,7 @@ impl Op {
             Self::RepeatKv => "repeat_kv",
             Self::Attention => "attention",
             Self::MergeStates => "merge_states",
+            Self::RmsNorm => "rms_norm",
         }
     }
 
@@ -153,6 +163,15 @@ impl std::ops::Deref for RopeArgs {
     }
 }
 
+/// The heads of one token, and what they are normalised with.
+#[derive(Clone, Copy)]
+pub(crate) struct NormArgs {
+    pub copy: CopyArgs,
+    /// `dim` weights; null for all 1.
+    pub weight: *const f32,
+    pub eps: f32,
+}
+
 /// `dim` elements that lie together, in each of `states` sources.
 #[derive(Clone, Copy)]
 pub(crate) struct MergeArgs {
@@ -167,6 +186,7 @@ pub(crate) type AnglesFn = unsafe fn(f64, &[f64], f64, &mut [f32], &mut [f32]);
 pub(crate) type RopeFn = unsafe fn(&RopeArgs);
 pub(crate) type CopyFn = unsafe fn(&CopyArgs);
 pub(crate) type MergeFn = unsafe fn(&MergeArgs);
+pub(crate) type NormFn = unsafe fn(&NormArgs);
 /// The memory is aligned to 64 bytes and has what [`AttentionFns::scratch_bytes`] says for the tile's rows.
 pub(crate) type TileFn = unsafe fn(&Problem, &Tile, *mut u8);
 
@@ -178,6 +198,7 @@ pub(crate) enum Function {
     Copy(CopyFn),
     Attention(AttentionFns),
     Merge(MergeFn),
+    Norm(NormFn),
 }
 
 /// Attention runs tiles; a row that was split over chunks is reduced afterwards.
@@ -230,7 +251,7 @@ macro_rules! kernel_shells {
             use super::$level;
             use $crate::kernels::generic::{self, attention::{MAX_TILE_ROWS, Problem, Scratch, TILE_ROWS, Tile}};
             use $crate::kernels::simd::Memory;
-            use $crate::kernels::{AttentionFns, CopyArgs, MergeArgs, RopeArgs};
+            use $crate::kernels::{AttentionFns, CopyArgs, MergeArgs, NormArgs, RopeArgs};
 
             // Every shell is unsafe for the same two reasons: its caller vouches for the level's features (the registry
             // hands it out only where they are available) and for the arguments (the operations have validated them).
@@ -253,6 +274,11 @@ macro_rules! kernel_shells {
             pub(super) unsafe fn merge<T: Memory>(args: &MergeArgs) {
                 // SAFETY: the caller's.
                 unsafe { generic::merge::merge::<_, T>($level::new_unchecked(), args) }
+            }
+            $(#[$feature])*
+            pub(super) unsafe fn rms_norm<A: Memory, B: Memory>(args: &NormArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::norm::rms_norm::<_, A, B>($level::new_unchecked(), args) }
             }
             $(#[$feature])*
             unsafe fn tile<T: Memory>(problem: &Problem, tile: &Tile, scratch: *mut u8) {
@@ -307,13 +333,22 @@ macro_rules! kernel_shells {
             $crate::kernels::entry!($level, MergeStates, F32, F32, concat!("merge_states_f32_", $name), 1e-6, Merge(shells::merge::<f32>)),
             $crate::kernels::entry!($level, MergeStates, F16, F16, concat!("merge_states_f16_", $name), 1e-6, Merge(shells::merge::<f16>)),
             $crate::kernels::entry!($level, MergeStates, Bf16, Bf16, concat!("merge_states_bf16_", $name), 1e-6, Merge(shells::merge::<bf16>)),
+            $crate::kernels::entry!($level, RmsNorm, F32, F32, concat!("rms_norm_f32_f32_", $name), 2e-7, Norm(shells::rms_norm::<f32, f32>)),
+            $crate::kernels::entry!($level, RmsNorm, F32, F16, concat!("rms_norm_f32_f16_", $name), 2e-7, Norm(shells::rms_norm::<f32, f16>)),
+            $crate::kernels::entry!($level, RmsNorm, F32, Bf16, concat!("rms_norm_f32_bf16_", $name), 2e-7, Norm(shells::rms_norm::<f32, bf16>)),
+            $crate::kernels::entry!($level, RmsNorm, F16, F32, concat!("rms_norm_f16_f32_", $name), 2e-7, Norm(shells::rms_norm::<f16, f32>)),
+            $crate::kernels::entry!($level, RmsNorm, F16, F16, concat!("rms_norm_f16_f16_", $name), 2e-7, Norm(shells::rms_norm::<f16, f16>)),
+            $crate::kernels::entry!($level, RmsNorm, F16, Bf16, concat!("rms_norm_f16_bf16_", $name), 2e-7, Norm(shells::rms_norm::<f16, bf16>)),
+            $crate::kernels::entry!($level, RmsNorm, Bf16, F32, concat!("rms_norm_bf16_f32_", $name), 2e-7, Norm(shells::rms_norm::<bf16, f32>)),
+            $crate::kernels::entry!($level, RmsNorm, Bf16, F16, concat!("rms_norm_bf16_f16_", $name), 2e-7, Norm(shells::rms_norm::<bf16, f16>)),
+            $crate::kernels::entry!($level, RmsNorm, Bf16, Bf16, concat!("rms_norm_bf16_bf16_", $name), 2e-7, Norm(shells::rms_norm::<bf16, bf16>)),
         ];
     };
 }
 pub(crate) use kernel_shells;
 
 /// A level that is not partial has every kernel.
-pub(crate) const ENTRIES_PER_LEVEL: usize = 28;
+pub(crate) const ENTRIES_PER_LEVEL: usize = 37;
 
 pub(crate) static LEVELS: &[&[Entry]] = &[
     &scalar::ENTRIES,

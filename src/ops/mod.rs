@@ -7,6 +7,8 @@ pub mod attention;
 pub mod cache;
 pub mod mask;
 pub mod merge;
+pub mod norm;
+pub mod pack;
 pub mod plan;
 pub mod prefix;
 pub mod repeat;

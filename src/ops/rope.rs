@@ -3,6 +3,7 @@
 use crate::context::Context;
 use crate::error::{Error, Result, Status, ensure};
 use crate::kernels::{AnglesFn, CopyArgs, RopeArgs};
+use crate::ops::norm::{RmsNorm, Rotation};
 use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
@@ -487,15 +488,17 @@ pub(crate) unsafe fn token_copy(src: &RawView, from: (usize, usize), dst: &RawVi
 /// ```
 pub fn rope(context: &Context, runner: &dyn Runner, src: View, dst: ViewMut, options: &Rope) -> Result<()> {
     // SAFETY: the views borrow what they reach.
-    unsafe { rope_raw(context, runner, src.raw, dst.raw, &options.raw()) }
+    unsafe { rope_raw(context, runner, src.raw, dst.raw, &options.raw(), None) }
 }
 
 /// Rotates queries or keys where they are; otherwise as [`rope()`].
 pub fn rope_in_place(context: &Context, runner: &dyn Runner, x: ViewMut, options: &Rope) -> Result<()> {
     // SAFETY: the view borrows what it reaches, exclusively.
-    unsafe { rope_raw(context, runner, x.raw, x.raw, &options.raw()) }
+    unsafe { rope_raw(context, runner, x.raw, x.raw, &options.raw(), None) }
 }
 
+/// RoPE, of normalised heads where there is a norm.
+///
 /// # Safety
 /// The memory that valid views reach is readable and, for `dst`, writable, by this call alone.
 pub(crate) unsafe fn rope_raw(
@@ -504,6 +507,7 @@ pub(crate) unsafe fn rope_raw(
     src: RawView,
     dst: RawView,
     options: &RawRope,
+    norm: Option<RmsNorm>,
 ) -> Result<()> {
     src.validate("src")?;
     dst.validate_output("dst")?;
@@ -511,6 +515,9 @@ pub(crate) unsafe fn rope_raw(
         src.same_axis("src", &dst, "dst", axis)?;
     }
     options.validate(&src)?;
+    if let Some(norm) = norm {
+        norm.validate_staged("src", &src)?;
+    }
     let in_place = src.data == dst.data && src.strides == dst.strides && src.dtype == dst.dtype;
     ensure!(
         in_place || !src.overlaps(&dst),
@@ -521,7 +528,7 @@ pub(crate) unsafe fn rope_raw(
         return Ok(());
     }
     let [batch, seq, heads, dim] = src.shape;
-    let (kernel, angles) = (context.rope(src.dtype, dst.dtype), context.angles());
+    let (rotation, angles) = (Rotation::new(context, norm, src.dtype, dst.dtype), context.angles());
     let tokens = batch * seq;
     let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
     for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
@@ -531,7 +538,7 @@ pub(crate) unsafe fn rope_raw(
             let (cos, sin) = token_angles.at(options, angles, options.position(b, t, seq));
             // SAFETY: the views are valid and equal in shape, the angles are rotary_dim / 2 each.
             unsafe {
-                kernel(&RopeArgs {
+                rotation.run(&RopeArgs {
                     copy: token_copy(&src, (b, t), &dst, (b, t)),
                     rotary_dim: options.rotary_dim,
                     pairing: options.pairing,

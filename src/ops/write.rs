@@ -2,7 +2,10 @@
 
 use crate::context::Context;
 use crate::error::{Result, ensure, fail};
-use crate::kernels::{Op, RopeArgs};
+use crate::kernels::{CopyArgs, Op, RopeArgs};
+use crate::layout::{Layout, Packing, Place};
+use crate::ops::norm::{RmsNorm, Rotation};
+use crate::ops::pack::{check_pair_dim, into_pair};
 use crate::ops::rope::{RawRope, Rope, TokenAngles, token_copy};
 use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
 use crate::parallel::{Runner, for_each_tile, workers_for};
@@ -10,8 +13,9 @@ use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
 /// New keys and values, the caches they go to, and where.
 ///
-/// `k` is `[batch, seq, kv_heads, dim]`, `k_cache` is `[rows, capacity, kv_heads, dim]`, both of any strides and types
-/// (converted to nearest, ties to even); `v` likewise, with a `dim` of its own.
+/// `k` is `[batch, seq, kv_heads, dim]`, `k_cache` is `[rows, capacity, kv_heads, dim]` (or what the destination's
+/// [layout](crate::layout) makes of its first two axes), both of any strides and types (converted to nearest, ties to even);
+/// `v` likewise, with a `dim` of its own.
 #[derive(Debug)]
 pub struct KvWrite<'a> {
     /// New keys.
@@ -20,25 +24,45 @@ pub struct KvWrite<'a> {
     pub v: View<'a>,
     /// Where keys go.
     pub k_cache: ViewMut<'a>,
-    /// Where values go.
+    /// Where values go: of the shape that `v_packing` says.
     pub v_cache: ViewMut<'a>,
     /// Where in the cache.
     pub to: Destination<'a>,
+    /// Normalises the heads of the keys on their way, before `rope`: the same bits as [`rms_norm`](crate::rms_norm) into f32
+    /// first.
+    pub k_norm: Option<RmsNorm<'a>>,
     /// Rotates the keys on their way: the same bits as [`rope()`](crate::rope()) into the cache's type.
     pub rope: Option<Rope<'a>>,
+    /// How values lie in their cache. What attention likes best is [`Context::v_packing`].
+    pub v_packing: Packing,
 }
 
 /// Which slots new tokens are written to.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Destination<'a> {
-    /// `[batch]`: token t of row b goes to slot `positions[b] + t`. Ignored, and may be empty, when `slots` is given.
+    /// `[batch]`: token t of row b is at position `positions[b] + t` of its row of the cache. Ignored, and may be empty, when
+    /// `slots` is given.
     pub positions: &'a [i32],
     /// `[batch]`: only the first `counts[b]` tokens of row b are written; all if absent (padded prompts).
     pub counts: Option<&'a [i32]>,
     /// `[batch]`: source row b goes to row `rows[b]` of the cache; to row b if absent.
     pub rows: Option<&'a [i32]>,
-    /// `[batch, seq]`: the slot of each token; -1 skips it.
+    /// `[batch, seq]`: the slot of each token; -1 skips it. Under [`Layout::Paged`] and [`Layout::Ragged`] slots are counted
+    /// over the whole pool, page by page, the table is not looked at, and there are no `rows`.
     pub slots: Option<&'a [i32]>,
+    /// In which slot a position lies. A [`Layout::Ring`] takes no more tokens of a row in one call than it has slots beside its
+    /// sinks. [`Layout::Indirect`] only reads: write to the token's own row with [`Layout::Contiguous`] and set the table's
+    /// entry.
+    pub layout: Layout<'a>,
+}
+
+/// Tokens of a row, from `token` on, that go to slots one after the other, from `place` on.
+#[derive(Clone, Copy)]
+struct Run {
+    row: usize,
+    token: usize,
+    place: Place,
+    len: usize,
 }
 
 impl Destination<'_> {
@@ -50,25 +74,44 @@ impl Destination<'_> {
         self.rows.map_or(row, |r| r[row] as usize)
     }
 
-    /// The slot of a token that is written.
-    fn slot(&self, row: usize, token: usize, seq: usize) -> Option<usize> {
+    /// Whether slots are counted over all rows of the views.
+    fn pooled(&self) -> bool {
+        matches!(self.layout, Layout::Paged { .. } | Layout::Ragged { .. })
+    }
+
+    /// Where a token goes that is written.
+    fn place(&self, row: usize, token: usize, seq: usize, cache: &RawView) -> Option<Place> {
         if token >= self.count(row, seq) {
             return None;
         }
         match self.slots {
-            Some(slots) => usize::try_from(slots[row * seq + token]).ok(),
-            None => Some(self.positions[row] as usize + token),
+            Some(slots) => {
+                let (slot, size) = (usize::try_from(slots[row * seq + token]).ok()?, cache.shape[SEQ]);
+                Some(if self.pooled() { (slot / size, slot % size) } else { (self.row(row), slot) })
+            }
+            None => Some(self.layout.place(cache, self.row(row), self.positions[row] as usize + token).0),
         }
     }
 
     fn validate(&self, batch: usize, seq: usize, cache: &RawView) -> Result<()> {
-        let (rows, capacity) = (cache.shape[BATCH], cache.shape[SEQ]);
         for (name, list) in [("counts", self.counts), ("rows", self.rows)] {
             if let Some(list) = list {
                 let n = list.len();
                 ensure!(n == batch, Shape, "{name} has {n} entries, but k has batch = {batch}");
             }
         }
+        ensure!(
+            !matches!(self.layout, Layout::Indirect { .. }),
+            InvalidValue,
+            "an indirect layout is not written through: write to contiguous rows, and set the table's entries"
+        );
+        let by_pool = self.slots.is_some() && self.pooled();
+        if by_pool {
+            ensure!(self.rows.is_none(), InvalidValue, "rows is given, but slots of a whole pool belong to no row");
+        } else {
+            self.layout.validate("k_cache", cache)?;
+        }
+        let rows = self.layout.rows(cache);
         for row in 0..batch {
             if let Some(counts) = self.counts {
                 let count = counts[row];
@@ -80,89 +123,157 @@ impl Destination<'_> {
             }
             let target = self.rows.map_or(row as i64, |r| r[row] as i64);
             ensure!(
-                target >= 0 && (target as usize) < rows,
+                by_pool || target >= 0 && (target as usize) < rows,
                 OutOfRange,
                 "row {row} is to be written to cache row {target}, but the cache has {rows} rows"
             );
         }
         match self.slots {
-            None => {
-                let n = self.positions.len();
-                ensure!(n == batch, Shape, "positions has {n} entries, but k has batch = {batch}");
-                for row in 0..batch {
-                    let (position, count) = (self.positions[row] as i64, self.count(row, seq));
-                    ensure!(position >= 0, OutOfRange, "positions[{row}] is {position}, which is negative");
-                    ensure!(
-                        position + count as i64 <= capacity as i64,
-                        Capacity,
-                        "row {row} writes {count} tokens at position {position}, but the cache holds {capacity}"
-                    );
-                }
-            }
-            Some(slots) => {
-                let n = slots.len();
-                ensure!(n == batch * seq, Shape, "slots has {n} entries, but k has batch * seq = {}", batch * seq);
-                for row in 0..batch {
-                    for token in 0..self.count(row, seq) {
-                        let slot = slots[row * seq + token];
-                        ensure!(slot >= -1, OutOfRange, "slots[{row}, {token}] is {slot}: only -1 stands for no slot");
-                        ensure!(
-                            (slot as i64) < capacity as i64,
-                            Capacity,
-                            "slots[{row}, {token}] is {slot}, but the cache holds {capacity}"
-                        );
-                    }
-                    self.no_slot_twice(row, row, seq)?;
-                }
-            }
+            None => self.validate_positions(batch, seq, cache),
+            Some(slots) => self.validate_slots(slots, batch, seq, cache),
         }
-        if self.rows.is_some() {
-            for row in 1..batch {
-                for other in 0..row {
-                    if self.row(row) == self.row(other) {
-                        self.no_slot_twice(row, other, seq)?;
-                    }
+    }
+
+    fn validate_positions(&self, batch: usize, seq: usize, cache: &RawView) -> Result<()> {
+        let n = self.positions.len();
+        ensure!(n == batch, Shape, "positions has {n} entries, but k has batch = {batch}");
+        for row in 0..batch {
+            let (position, count, target) = (self.positions[row] as i64, self.count(row, seq), self.row(row));
+            ensure!(position >= 0, OutOfRange, "positions[{row}] is {position}, which is negative");
+            let capacity = self.layout.capacity(cache, target);
+            ensure!(
+                position + count as i64 <= capacity as i64,
+                Capacity,
+                "row {row} writes {count} tokens at position {position}, but the cache holds {capacity}"
+            );
+            let (first, end) = (position as usize, position as usize + count);
+            if let Layout::Ring { sinks } = self.layout {
+                let (turning, slots) = (end.saturating_sub(first.max(sinks)), cache.shape[SEQ] - sinks);
+                ensure!(
+                    turning <= slots,
+                    DuplicateSlot,
+                    "row {row} writes {turning} tokens into a ring of {slots} slots: write the newest {slots} alone"
+                );
+            }
+            self.layout.validate_row("k_cache", cache, target, first, end)?;
+        }
+        // Rows of their own meet only on pages, and one run meets nothing.
+        let apart = self.rows.is_none() && !matches!(self.layout, Layout::Paged { .. });
+        if apart || self.runs(batch, seq, cache).nth(1).is_none() {
+            return Ok(());
+        }
+        let mut seen = Seen::new();
+        for (i, run) in self.runs(batch, seq, cache).enumerate() {
+            // All ragged rows lie in one row of the view.
+            let key = if let Layout::Ragged { .. } = self.layout { self.row(run.row) } else { run.place.0 };
+            if seen.first_time(key as u64) {
+                continue;
+            }
+            for other in self.runs(batch, seq, cache).take(i) {
+                let (from, with) = (run.place.1, other.place.1);
+                let slot = from.max(with);
+                if run.place.0 == other.place.0 && slot < (from + run.len).min(with + other.len) {
+                    fail!(
+                        DuplicateSlot,
+                        "tokens [{}, {}] and [{}, {}] both go to slot {slot} of {} {}",
+                        other.row,
+                        other.token + slot - with,
+                        run.row,
+                        run.token + slot - from,
+                        if let Layout::Paged { .. } = self.layout { "page" } else { "cache row" },
+                        run.place.0
+                    );
                 }
             }
         }
         Ok(())
     }
 
-    /// Fails if a token of row `a` and another one of row `b` go to the same slot of the same cache row.
-    fn no_slot_twice(&self, a: usize, b: usize, seq: usize) -> Result<()> {
-        let duplicate = |slot: usize, i: usize, j: usize| {
-            fail!(DuplicateSlot, "tokens [{b}, {j}] and [{a}, {i}] both go to slot {slot} of cache row {}", self.row(a))
-        };
-        if self.slots.is_none() {
-            let (pa, pb) = (self.positions[a] as usize, self.positions[b] as usize);
-            let (na, nb) = (self.count(a, seq), self.count(b, seq));
-            let first = pa.max(pb);
-            if first < (pa + na).min(pb + nb) {
-                return duplicate(first, first - pa, first - pb);
+    fn validate_slots(&self, slots: &[i32], batch: usize, seq: usize, cache: &RawView) -> Result<()> {
+        let n = slots.len();
+        ensure!(n == batch * seq, Shape, "slots has {n} entries, but k has batch * seq = {}", batch * seq);
+        let [rows, row_slots, ..] = cache.shape.map(|n| n as u64);
+        let capacity = if self.pooled() { rows * row_slots } else { row_slots };
+        for row in 0..batch {
+            for token in 0..self.count(row, seq) {
+                let slot = slots[row * seq + token];
+                ensure!(slot >= -1, OutOfRange, "slots[{row}, {token}] is {slot}: only -1 stands for no slot");
+                ensure!(
+                    slot < 0 || (slot as u64) < capacity,
+                    Capacity,
+                    "slots[{row}, {token}] is {slot}, but the cache holds {capacity}"
+                );
             }
+        }
+        // Every slot of the cache has a number of its own.
+        let written = || {
+            (0..batch).flat_map(move |row| (0..self.count(row, seq)).map(move |token| (row, token))).filter_map(
+                move |(row, token)| {
+                    let slot = u64::try_from(slots[row * seq + token]).ok()?;
+                    let first = if self.pooled() { 0 } else { self.row(row) as u64 * row_slots };
+                    Some((row, token, first + slot))
+                },
+            )
+        };
+        // In order is the usual case and needs one look.
+        let mut next = 0;
+        let ascending = written().all(|(_, _, slot)| {
+            let ok = slot >= next;
+            next = slot + 1;
+            ok
+        });
+        if ascending {
             return Ok(());
         }
-        if a == b {
-            // In order is the usual case and needs one look.
-            let mut last = None;
-            let ascending = (0..self.count(a, seq)).filter_map(|t| self.slot(a, t, seq)).all(|slot| {
-                let ok = last.is_none_or(|l| l < slot);
-                last = Some(slot);
-                ok
-            });
-            if ascending {
-                return Ok(());
+        let mut seen = Seen::new();
+        for (i, (row, token, slot)) in written().enumerate() {
+            if seen.first_time(slot) {
+                continue;
             }
-        }
-        for i in 0..self.count(a, seq) {
-            let Some(slot) = self.slot(a, i, seq) else { continue };
-            for j in 0..if a == b { i } else { self.count(b, seq) } {
-                if self.slot(b, j, seq) == Some(slot) {
-                    return duplicate(slot, i, j);
-                }
+            if let Some((b, t, _)) = written().take(i).find(|other| other.2 == slot) {
+                let slot = slots[row * seq + token];
+                let place = if self.pooled() { "the pool".into() } else { format!("cache row {}", self.row(row)) };
+                fail!(DuplicateSlot, "tokens [{b}, {t}] and [{row}, {token}] both go to slot {slot} of {place}");
             }
         }
         Ok(())
+    }
+
+    /// All tokens that are written, in order. The destination is valid but for tokens that meet.
+    fn runs(&self, batch: usize, seq: usize, cache: &RawView) -> impl Iterator<Item = Run> {
+        let (mut row, mut token) = (0, 0);
+        std::iter::from_fn(move || {
+            while row < batch && token >= self.count(row, seq) {
+                (row, token) = (row + 1, 0);
+            }
+            if row == batch {
+                return None;
+            }
+            let (place, len) = self.layout.place(cache, self.row(row), self.positions[row] as usize + token);
+            let run = Run { row, token, place, len: len.min(self.count(row, seq) - token) };
+            token += run.len;
+            Some(run)
+        })
+    }
+}
+
+/// Which numbers have come already, sometimes wrong, but never about one that comes again: so that what comes once, as
+/// everything should, is not compared with all that came before.
+struct Seen([u64; Self::WORDS]);
+
+impl Seen {
+    const WORDS: usize = 1024;
+
+    fn new() -> Self {
+        Self([0; Self::WORDS])
+    }
+
+    fn first_time(&mut self, number: u64) -> bool {
+        let word = &mut self.0[(number / 64) as usize % Self::WORDS];
+        let bit = 1 << (number % 64);
+        let new = *word & bit == 0;
+        *word |= bit;
+        new
     }
 }
 
@@ -175,8 +286,8 @@ impl Destination<'_> {
 ///
 /// # Errors
 /// [`Status::Capacity`](crate::Status::Capacity) when a slot is past the end, [`Status::OutOfRange`](crate::Status::OutOfRange)
-/// for a negative position or a row that does not exist, [`Status::DuplicateSlot`](crate::Status::DuplicateSlot) when two
-/// tokens meet.
+/// for a negative position or a row or page that does not exist, [`Status::DuplicateSlot`](crate::Status::DuplicateSlot) when two
+/// tokens meet, shapes that do not fit.
 ///
 /// ```
 /// use kvlane::*;
@@ -190,7 +301,9 @@ impl Destination<'_> {
 ///     k_cache: ViewMut::new(&mut keys, [2, 8, 1, 4])?,
 ///     v_cache: ViewMut::new(&mut values, [2, 8, 1, 4])?,
 ///     to: Destination { positions: &[5, 0], counts: Some(&[2, 1]), ..Default::default() },
+///     k_norm: None,
 ///     rope: None,
+///     v_packing: Packing::Rows,
 /// })?;
 /// assert_eq!(keys[5 * 4].to_f32(), 1.0);
 /// assert_eq!(values[8 * 4].to_f32(), 2.0);
@@ -198,71 +311,114 @@ impl Destination<'_> {
 /// # Ok::<(), kvlane::Error>(())
 /// ```
 pub fn kv_write(context: &Context, runner: &dyn Runner, write: KvWrite) -> Result<()> {
-    let rope = write.rope.as_ref().map(Rope::raw);
-    let keys = (write.k.raw, write.k_cache.raw);
-    let values = (write.v.raw, write.v_cache.raw);
+    let raw = RawWrite {
+        keys: (write.k.raw, write.k_cache.raw),
+        values: Some((write.v.raw, write.v_cache.raw)),
+        to: write.to,
+        k_norm: write.k_norm,
+        rope: write.rope.as_ref().map(Rope::raw),
+        v_packing: write.v_packing,
+    };
     // SAFETY: the views borrow what they reach.
-    unsafe { kv_write_raw(context, runner, keys, Some(values), &write.to, rope.as_ref()) }
+    unsafe { kv_write_raw(context, runner, &raw) }
+}
+
+/// [`KvWrite`] as the C ABI has it; each source with its cache.
+pub(crate) struct RawWrite<'a> {
+    pub keys: (RawView, RawView),
+    pub values: Option<(RawView, RawView)>,
+    pub to: Destination<'a>,
+    pub k_norm: Option<RmsNorm<'a>>,
+    pub rope: Option<RawRope<'a>>,
+    pub v_packing: Packing,
+}
+
+impl RawWrite<'_> {
+    fn validate(&self) -> Result<()> {
+        let (k, k_cache) = &self.keys;
+        check_pair("k", k, "k_cache", k_cache)?;
+        k.same_axis("k", k_cache, "k_cache", DIM)?;
+        if let Some((v, v_cache)) = &self.values {
+            check_pair("v", v, "v_cache", v_cache)?;
+            for axis in [BATCH, SEQ, HEADS] {
+                k.same_axis("k", v, "v", axis)?;
+            }
+            k_cache.same_axis("k_cache", v_cache, "v_cache", BATCH)?;
+            match self.v_packing {
+                Packing::Rows => {
+                    v.same_axis("v", v_cache, "v_cache", DIM)?;
+                    k_cache.same_axis("k_cache", v_cache, "v_cache", SEQ)?;
+                }
+                Packing::RowPairs => {
+                    check_pair_dim(("v", v), ("v_cache", v_cache))?;
+                    self.to.layout.validate_packing("k_cache", k_cache, self.v_packing)?;
+                    let (slots, pairs) = (k_cache.shape[SEQ], v_cache.shape[SEQ]);
+                    ensure!(
+                        pairs == slots / 2,
+                        Shape,
+                        "v_cache has seq = {pairs}, but the {slots} slots of k_cache make {} pairs",
+                        slots / 2
+                    );
+                }
+            }
+            ensure!(!k_cache.overlaps(v_cache), Overlap, "k_cache and v_cache share memory");
+            ensure!(!k_cache.overlaps(v), Overlap, "k_cache and v share memory");
+            ensure!(!v_cache.overlaps(k), Overlap, "v_cache and k share memory");
+        }
+        self.to.validate(k.shape[BATCH], k.shape[SEQ], k_cache)?;
+        if let Some(rope) = &self.rope {
+            rope.validate(k)?;
+        }
+        match (&self.k_norm, &self.rope) {
+            (Some(norm), Some(_)) => norm.validate_staged("k", k),
+            (Some(norm), None) => norm.validate("k", k),
+            (None, _) => Ok(()),
+        }
+    }
 }
 
 /// # Safety
 /// The memory that valid views reach is readable and, for the caches, writable, by this call alone.
-pub(crate) unsafe fn kv_write_raw(
-    context: &Context,
-    runner: &dyn Runner,
-    keys: (RawView, RawView),
-    values: Option<(RawView, RawView)>,
-    to: &Destination,
-    rope: Option<&RawRope>,
-) -> Result<()> {
-    let (k, k_cache) = keys;
-    check_pair("k", &k, "k_cache", &k_cache)?;
-    if let Some((v, v_cache)) = &values {
-        check_pair("v", v, "v_cache", v_cache)?;
-        for axis in [BATCH, SEQ, HEADS] {
-            k.same_axis("k", v, "v", axis)?;
-            if axis != HEADS {
-                k_cache.same_axis("k_cache", v_cache, "v_cache", axis)?;
-            }
-        }
-        ensure!(!k_cache.overlaps(v_cache), Overlap, "k_cache and v_cache share memory");
-        ensure!(!k_cache.overlaps(v), Overlap, "k_cache and v share memory");
-        ensure!(!v_cache.overlaps(&k), Overlap, "v_cache and k share memory");
-    }
+pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write: &RawWrite) -> Result<()> {
+    write.validate()?;
+    let RawWrite { keys: (k, k_cache), values, to, k_norm, rope, v_packing } = write;
     let [batch, seq, heads, dim] = k.shape;
-    to.validate(batch, seq, &k_cache)?;
-    if let Some(rope) = rope {
-        rope.validate(&k)?;
-    }
     let angles = context.angles();
     let k_copy = context.copy(Op::KvWrite, k.dtype, k_cache.dtype);
-    let k_rope = context.rope(k.dtype, k_cache.dtype);
+    let k_normed = context.norm(k.dtype, k_cache.dtype);
+    let rotation = Rotation::new(context, *k_norm, k.dtype, k_cache.dtype);
     let tokens = batch * seq;
     let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
     for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
         let mut token_angles = rope.map(|_| TokenAngles::new());
         for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
             let (b, t) = (token / seq, token % seq);
-            let Some(slot) = to.slot(b, t, seq) else { continue };
-            let target = (to.row(b), slot);
+            let Some(place) = to.place(b, t, seq, k_cache) else { continue };
             // SAFETY: the views and the destination are valid; no two tokens share a slot.
             unsafe {
                 if !k.is_empty() {
-                    match (rope, &mut token_angles) {
-                        (Some(rope), Some(token_angles)) => {
+                    let copy = token_copy(k, (b, t), k_cache, place);
+                    match (rope, &mut token_angles, k_norm) {
+                        (Some(rope), Some(token_angles), _) => {
                             let (cos, sin) = token_angles.at(rope, angles, rope.position(b, t, seq));
-                            let copy = token_copy(&k, (b, t), &k_cache, target);
                             let (rotary_dim, pairing) = (rope.rotary_dim, rope.pairing);
-                            k_rope(&RopeArgs { copy, rotary_dim, pairing, cos, sin });
+                            rotation.run(&RopeArgs { copy, rotary_dim, pairing, cos, sin });
                         }
-                        _ => k_copy(&merge_heads(token_copy(&k, (b, t), &k_cache, target))),
+                        (_, _, Some(norm)) => k_normed(&norm.args(copy)),
+                        _ => k_copy(&merge_heads(copy)),
                     }
                 }
-                if let Some((v, v_cache)) = &values
+                if let Some((v, v_cache)) = values
                     && !v.is_empty()
                 {
                     let v_copy = context.copy(Op::KvWrite, v.dtype, v_cache.dtype);
-                    v_copy(&merge_heads(token_copy(v, (b, t), v_cache, target)));
+                    match v_packing {
+                        Packing::Rows => v_copy(&merge_heads(token_copy(v, (b, t), v_cache, place))),
+                        Packing::RowPairs => {
+                            let pair = (place.0, place.1 / 2);
+                            v_copy(&into_pair(token_copy(v, (b, t), v_cache, pair), v_cache, place.1));
+                        }
+                    }
                 }
             }
         }
@@ -272,18 +428,16 @@ pub(crate) unsafe fn kv_write_raw(
 fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> Result<()> {
     src.validate(name)?;
     cache.validate_output(cache_name)?;
-    for axis in [HEADS, DIM] {
-        src.same_axis(name, cache, cache_name, axis)?;
-    }
+    src.same_axis(name, cache, cache_name, HEADS)?;
     ensure!(!src.overlaps(cache), Overlap, "{name} and {cache_name} share memory");
     Ok(())
 }
 
 /// Heads that lie together on both sides are one long vector.
-fn merge_heads(args: crate::kernels::CopyArgs) -> crate::kernels::CopyArgs {
+fn merge_heads(args: CopyArgs) -> CopyArgs {
     let together = args.dim as isize;
     if args.src_dim == 1 && args.dst_dim == 1 && args.src_head == together && args.dst_head == together {
-        return crate::kernels::CopyArgs { heads: 1, dim: args.heads * args.dim, ..args };
+        return CopyArgs { heads: 1, dim: args.heads * args.dim, ..args };
     }
     args
 }

@@ -146,6 +146,19 @@ pub fn rope(
     y
 }
 
+/// Every head divided by the root of its mean square.
+pub fn rms_norm(x: &Array, weight: Option<&[f32]>, eps: f64) -> Array {
+    let mut y = x.clone();
+    for head in y.data.chunks_mut(x.shape[3].max(1)) {
+        let mean = head.iter().map(|x| x * x).sum::<f64>() / head.len() as f64;
+        let root = (mean + eps).sqrt();
+        for (d, x) in head.iter_mut().enumerate() {
+            *x = *x / root * weight.map_or(1.0, |w| w[d].into());
+        }
+    }
+    y
+}
+
 /// The union of attention states: `(outputs, LSEs)`.
 pub fn merge(states: &[(Array, Vec<f64>)]) -> (Array, Vec<f64>) {
     let mut out = Array::zeros(states[0].0.shape);

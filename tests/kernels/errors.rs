@@ -5,12 +5,12 @@ use crate::common::runners::Broken;
 use crate::common::{Layout, Place, Rng, Tensor};
 use crate::harness::tests;
 use crate::write::Write;
-use kvlane::*;
+use kvlane::{Layout as Slots, *};
 
 tests! {
     levels: ;
-    once: views, masks, attention_shapes, attention_options, attention_overlap, write_destinations, write_shapes, rope_options,
-        repeat_shapes, merge_shapes, runners, contexts, status_values;
+    once: views, masks, attention_shapes, attention_options, attention_overlap, write_destinations, write_layouts,
+        write_packings, write_norms, write_shapes, rope_options, norm_options, pack_shapes, repeat_shapes, merge_shapes, runners, contexts, status_values;
 }
 
 #[track_caller]
@@ -157,6 +157,7 @@ fn small_write(batch: usize, seq: usize) -> Write {
         v: tensor(DType::F32, [batch, seq, 2, 3]),
         k_cache: Tensor::output(DType::F16, [3, 8, 2, 4], Layout::BSHD, Place::Heap),
         v_cache: Tensor::output(DType::F16, [3, 8, 2, 3], Layout::BSHD, Place::Heap),
+        v_packing: Packing::Rows,
     }
 }
 
@@ -203,6 +204,205 @@ fn write_destinations() {
     fails(slots, DuplicateSlot, &["[0, 2]", "[1, 1]", "slot 2", "row 1"]);
 }
 
+/// Tokens for caches with these first two axes.
+fn write_into(batch: usize, seq: usize, axes: [usize; 2]) -> Write {
+    Write {
+        k_cache: Tensor::output(DType::F16, [axes[0], axes[1], 2, 4], Layout::BSHD, Place::Heap),
+        v_cache: Tensor::output(DType::F16, [axes[0], axes[1], 2, 3], Layout::BSHD, Place::Heap),
+        ..small_write(batch, seq)
+    }
+}
+
+fn write_layouts() {
+    use Status::{Capacity, DuplicateSlot, InvalidValue, OutOfRange, Shape};
+    let to = Destination { positions: &[0, 0], ..Default::default() };
+    let fails = |axes, to, status, pieces: &[&str]| write_fails(write_into(2, 3, axes), to, status, pieces);
+
+    let ring = |sinks| Destination { layout: Slots::Ring { sinks }, ..to };
+    fails([2, 8], ring(8), Capacity, &["8 sinks", "k_cache has 8 slots"]);
+    fails([2, 4], Destination { positions: &[0, 9], ..ring(2) }, DuplicateSlot, &["row 1 writes 3", "ring of 2 slots"]);
+    fails([2, 4], Destination { positions: &[9, -1], ..ring(1) }, OutOfRange, &["positions[1] is -1", "negative"]);
+    fails(
+        [2, 4],
+        Destination { positions: &[0, i32::MAX - 1], ..ring(0) },
+        Capacity,
+        &["row 1 writes 3 tokens at position 2147483646", "holds 2147483647"],
+    );
+    let same = Destination { positions: &[6, 13], rows: Some(&[1, 1]), ..ring(0) };
+    fails([2, 8], same, DuplicateSlot, &["tokens [0, 0] and [1, 1]", "slot 6 of cache row 1"]);
+
+    let paged = |pages, pages_per_row| Destination { layout: Slots::Paged { pages, pages_per_row }, ..to };
+    fails([4, 2], paged(&[0, 1, 2], 2), Shape, &["pages has 3 entries", "rows of 2"]);
+    fails([4, 2], paged(&[], 0), Shape, &["pages has 0 entries", "rows of 0"]);
+    fails([4, 0], paged(&[0, 1], 1), Shape, &["k_cache has pages of no slots"]);
+    fails([4, 2], paged(&[0, 1], 2), OutOfRange, &["row 1", "cache row 1", "1 rows"]);
+    fails([4, 2], paged(&[0, 1, 2, 4], 2), OutOfRange, &["pages[1, 1] is 4", "k_cache has batch = 4"]);
+    fails([4, 2], paged(&[0, 1, -1, 3], 2), OutOfRange, &["pages[1, 0] is -1", "k_cache has batch = 4"]);
+    let late = Destination { positions: &[0, 2], ..paged(&[0, 1, 2, 3], 2) };
+    fails([4, 2], late, Capacity, &["row 1 writes 3 tokens at position 2", "holds 4"]);
+    fails([4, 2], paged(&[0, 1, 2, 1], 2), DuplicateSlot, &["tokens [0, 2] and [1, 2]", "slot 0 of page 1"]);
+    fails([4, 2], paged(&[3, 3, 0, 1], 2), DuplicateSlot, &["tokens [0, 0] and [0, 2]", "slot 0 of page 3"]);
+    let rows = Destination { rows: Some(&[1, 1]), ..paged(&[0, 1, 2, 3], 2) };
+    fails([4, 2], rows, DuplicateSlot, &["tokens [0, 0] and [1, 0]", "slot 0 of page 2"]);
+    let rows = Destination { rows: Some(&[0, 2]), ..paged(&[0, 1, 2, 3], 2) };
+    fails([4, 2], rows, OutOfRange, &["row 1", "cache row 2", "2 rows"]);
+
+    let slots = |slots| Destination { slots: Some(slots), ..paged(&[], 0) };
+    fails([4, 2], slots(&[0, 1, 2, 3, 4, 8]), Capacity, &["slots[1, 2] is 8", "holds 8"]);
+    fails([4, 2], slots(&[0, 1, 2, 3, 4, -2]), OutOfRange, &["slots[1, 2] is -2", "-1"]);
+    fails([4, 2], slots(&[0, 1, 2, -1, 7, 1]), DuplicateSlot, &["[0, 1] and [1, 2]", "slot 1 of the pool"]);
+    fails([4, 0], slots(&[0, -1, -1, -1, -1, -1]), Capacity, &["slots[0, 0] is 0", "holds 0"]);
+    let rows = Destination { rows: Some(&[0, 1]), ..slots(&[0, 1, 2, 3, 4, 5]) };
+    fails([4, 2], rows, InvalidValue, &["rows is given", "no row"]);
+
+    let ragged = |starts| Destination { layout: Slots::Ragged { starts }, ..to };
+    fails([2, 8], ragged(&[0, 4, 8]), Shape, &["k_cache has batch = 2", "batch of one"]);
+    fails([1, 8], ragged(&[0, 4, 9]), OutOfRange, &["starts ends at 9", "k_cache has seq = 8"]);
+    fails([1, 8], ragged(&[4, 3, 8]), OutOfRange, &["starts[1] is 3", "starts[0] is 4"]);
+    fails([1, 8], ragged(&[0, 4]), OutOfRange, &["row 1", "cache row 1", "1 rows"]);
+    fails([1, 8], ragged(&[0, 4, 6]), Capacity, &["row 1 writes 3 tokens at position 0", "holds 2"]);
+    let rows = Destination { rows: Some(&[1, 1]), ..ragged(&[0, 4, 8]) };
+    fails([1, 8], rows, DuplicateSlot, &["tokens [0, 0] and [1, 0]", "slot 4 of cache row 0"]);
+
+    let indirect = Destination { layout: Slots::Indirect { rows: &[0; 16] }, ..to };
+    fails([2, 8], indirect, InvalidValue, &["indirect", "contiguous"]);
+}
+
+fn write_packings() {
+    use Status::{InvalidValue, Shape};
+    let to = Destination { positions: &[0, 0], ..Default::default() };
+    let packed = |axes: [usize; 2], values: [usize; 4]| Write {
+        v_cache: Tensor::output(DType::F16, values, Layout::BSHD, Place::Heap),
+        v_packing: Packing::RowPairs,
+        ..write_into(2, 3, axes)
+    };
+    let fails = |axes, values, to, status, pieces: &[&str]| write_fails(packed(axes, values), to, status, pieces);
+    fails([2, 7], [2, 3, 2, 6], to, Shape, &["k_cache has seq = 7", "odd"]);
+    fails([2, 8], [2, 8, 2, 6], to, Shape, &["v_cache has seq = 8", "8 slots of k_cache make 4"]);
+    fails([2, 8], [2, 4, 2, 3], to, Shape, &["v_cache has dim = 3", "pairs of v have 6"]);
+    fails([2, 8], [1, 4, 2, 6], to, Shape, &["k_cache has batch = 2", "v_cache has 1"]);
+    fails([2, 8], [2, 4, 1, 6], to, Shape, &["v has heads = 2", "v_cache has 1"]);
+    let ring = Destination { layout: Slots::Ring { sinks: 3 }, ..to };
+    fails([2, 8], [2, 4, 2, 6], ring, InvalidValue, &["3 sinks", "odd"]);
+    let ragged = Destination { layout: Slots::Ragged { starts: &[0, 5, 8] }, ..to };
+    fails([1, 8], [1, 4, 2, 6], ragged, InvalidValue, &["starts[1] is 5", "odd"]);
+    let paged = Destination { layout: Slots::Paged { pages: &[0, 1], pages_per_row: 1 }, ..to };
+    fails([2, 5], [2, 2, 2, 6], paged, Shape, &["k_cache has seq = 5", "odd"]);
+}
+
+fn write_norms() {
+    use Status::{InvalidValue, Shape};
+    let f = RopeFrequencies::new(2, 1e4, &RopeScaling::None).unwrap();
+    let turn = Rope {
+        pairing: Pairing::HalfSplit,
+        rotary_dim: 2,
+        angles: RopeAngles::Frequencies(&f),
+        positions: Positions::Offsets(&[0, 0]),
+    };
+    let norm = |eps| RmsNorm { weight: Some(&[1.0; 4]), eps };
+    for rope in [None, Some(turn)] {
+        for (k_norm, status, pieces) in [
+            (RmsNorm { weight: Some(&[1.0; 3]), eps: 0.0 }, Shape, ["weight has 3 entries", "k has dim = 4"]),
+            (norm(-1e-6), InvalidValue, ["eps is -0.000001", "from 0"]),
+            (norm(f32::NAN), InvalidValue, ["eps is NaN", "from 0"]),
+            (norm(f32::INFINITY), InvalidValue, ["eps is inf", "from 0"]),
+        ] {
+            let mut write = small_write(2, 3);
+            let call = KvWrite {
+                k: write.k.view(),
+                v: write.v.view(),
+                k_cache: write.k_cache.view_mut(),
+                v_cache: write.v_cache.view_mut(),
+                to: Destination { positions: &[0, 0], ..Default::default() },
+                k_norm: Some(k_norm),
+                rope,
+                v_packing: Packing::Rows,
+            };
+            assert_error(kv_write(&context(), &Serial, call), status, &pieces);
+            write.k_cache.assert_untouched();
+            write.v_cache.assert_untouched();
+        }
+    }
+}
+
+fn norm_options() {
+    use Status::{InvalidValue, Shape};
+    let x = tensor(DType::F32, [2, 3, 2, 6]);
+    let output = |shape| Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
+    let good = RmsNorm { weight: Some(&[1.0; 6]), eps: 1e-6 };
+    let f = RopeFrequencies::new(4, 1e4, &RopeScaling::None).unwrap();
+    let turn = Rope {
+        pairing: Pairing::HalfSplit,
+        rotary_dim: 4,
+        angles: RopeAngles::Frequencies(&f),
+        positions: Positions::Offsets(&[0, 0]),
+    };
+    for (norm, status, pieces) in [
+        (RmsNorm { weight: Some(&[1.0; 7]), ..good }, Shape, ["weight has 7 entries", "src has dim = 6"]),
+        (RmsNorm { eps: -1.0, ..good }, InvalidValue, ["eps is -1", "from 0"]),
+        (RmsNorm { eps: f32::NAN, ..good }, InvalidValue, ["eps is NaN", "from 0"]),
+    ] {
+        let mut y = output(x.shape);
+        assert_error(rms_norm(&context(), &Serial, x.view(), y.view_mut(), &norm), status, &pieces);
+        assert_error(rms_norm_in_place(&context(), &Serial, y.view_mut(), &norm), status, &pieces);
+        assert_error(rms_norm_rope(&context(), &Serial, x.view(), y.view_mut(), &norm, &turn), status, &pieces);
+        assert_error(rms_norm_rope_in_place(&context(), &Serial, y.view_mut(), &norm, &turn), status, &pieces);
+        y.assert_untouched();
+    }
+    for (shape, pieces) in [
+        ([1, 3, 2, 6], ["batch = 2", "1"]),
+        ([2, 4, 2, 6], ["seq = 3", "4"]),
+        ([2, 3, 1, 6], ["heads = 2", "1"]),
+        ([2, 3, 2, 7], ["dim = 6", "7"]),
+    ] {
+        let mut y = output(shape);
+        assert_error(rms_norm(&context(), &Serial, x.view(), y.view_mut(), &good), Shape, &pieces);
+        assert_error(rms_norm_rope(&context(), &Serial, x.view(), y.view_mut(), &good, &turn), Shape, &pieces);
+        y.assert_untouched();
+    }
+    // What is wrong with the rotation is wrong here too.
+    let mut y = output(x.shape);
+    let wrong = Rope { rotary_dim: 8, ..turn };
+    let done = rms_norm_rope(&context(), &Serial, x.view(), y.view_mut(), &good, &wrong);
+    assert_error(done, Shape, &["rotary_dim 8", "head size 6"]);
+    y.assert_untouched();
+    // Heads that do not fit on the stack.
+    let long = tensor(DType::F32, [1, 1, 1, 4097]);
+    let mut y = output(long.shape);
+    let norm = RmsNorm { weight: None, eps: 1e-6 };
+    let once = Rope { positions: Positions::Offsets(&[0]), ..turn };
+    let done = rms_norm_rope(&context(), &Serial, long.view(), y.view_mut(), &norm, &once);
+    assert_error(done, Shape, &["src has dim = 4097", "4096"]);
+    y.assert_untouched();
+}
+
+fn pack_shapes() {
+    use Status::Shape;
+    let v = tensor(DType::F32, [2, 5, 2, 4]);
+    for (dtype, shape, status, pieces) in [
+        (DType::F32, [2, 2, 2, 8], Shape, ["dst has seq = 2", "5 tokens of src make 3"]),
+        (DType::F32, [2, 5, 2, 8], Shape, ["dst has seq = 5", "5 tokens of src make 3"]),
+        (DType::F32, [2, 3, 2, 4], Shape, ["dst has dim = 4", "pairs of src have 8"]),
+        (DType::F32, [2, 3, 1, 8], Shape, ["src has heads = 2", "dst has 1"]),
+        (DType::F32, [1, 3, 2, 8], Shape, ["src has batch = 2", "dst has 1"]),
+        (DType::F16, [2, 3, 2, 8], Status::DType, ["src is f32", "dst is f16"]),
+    ] {
+        let mut y = Tensor::output(dtype, shape, Layout::BSHD, Place::Heap);
+        assert_error(pack_row_pairs(&context(), &Serial, v.view(), y.view_mut()), status, &pieces);
+        y.assert_untouched();
+    }
+    let packed = tensor(DType::F32, [2, 3, 2, 8]);
+    for (shape, pieces) in [
+        ([2, 4, 2, 4], ["src has seq = 3", "4 tokens of dst make 2"]),
+        ([2, 7, 2, 4], ["src has seq = 3", "7 tokens of dst make 4"]),
+        ([2, 5, 2, 8], ["src has dim = 8", "pairs of dst have 16"]),
+    ] {
+        let mut y = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
+        assert_error(unpack_row_pairs(&context(), &Serial, packed.view(), y.view_mut()), Shape, &pieces);
+        y.assert_untouched();
+    }
+}
+
 fn write_shapes() {
     use Status::Shape;
     let to = Destination { positions: &[0, 0], ..Default::default() };
@@ -239,7 +439,9 @@ fn write_shapes() {
             k_cache: write.k_cache.view_mut(),
             v_cache: write.v_cache.view_mut(),
             to,
+            k_norm: None,
             rope: Some(rope),
+            v_packing: Packing::Rows,
         },
     );
     assert_error(done, Shape, &["rotary_dim 6", "head size 4"]);

@@ -7,7 +7,7 @@ use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::semantics::random_case;
 use kvlane::{
-    AttentionState, DType, Destination, KvWrite, Op, Pairing, Positions, Rope, RopeAngles, RopeFrequencies,
+    AttentionState, DType, Destination, KvWrite, Op, Packing, Pairing, Positions, Rope, RopeAngles, RopeFrequencies,
     RopeScaling, Runner, alibi_slopes, kv_write, merge_states, repeat_kv, rope,
 };
 
@@ -112,7 +112,9 @@ fn memory_bound_operations_and_threads(level: &Level) {
                     k_cache: k_cache.view_mut(),
                     v_cache: v_cache.view_mut(),
                     to: Destination { positions: &[3, 10], ..Default::default() },
+                    k_norm: None,
                     rope: Some(options),
+                    v_packing: Packing::Rows,
                 },
             )
             .unwrap();
@@ -246,7 +248,9 @@ impl Model {
                     k_cache: k_cache.view_mut(),
                     v_cache: v_cache.view_mut(),
                     to: Destination { positions: &start, ..Default::default() },
+                    k_norm: None,
                     rope: Some(options),
+                    v_packing: Packing::Rows,
                 },
             )
             .unwrap();

@@ -14,18 +14,24 @@ mod harness;
 mod invariance;
 mod layouts;
 mod merge;
+mod norm;
+mod pack;
 mod properties;
 mod rope;
 mod semantics;
 mod shard;
 mod write;
+mod write_layouts;
 
 fn main() -> std::process::ExitCode {
     harness::run(&[
         attention::TESTS,
         semantics::TESTS,
         rope::TESTS,
+        norm::TESTS,
         write::TESTS,
+        write_layouts::TESTS,
+        pack::TESTS,
         merge::TESTS,
         invariance::TESTS,
         layouts::TESTS,

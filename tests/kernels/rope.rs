@@ -4,8 +4,8 @@ use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, close, half_ulp, oracle, scaled, thin};
 use crate::harness::{Level, tests};
 use kvlane::{
-    Context, DType, Destination, Isa, KvWrite, Op, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling,
-    Serial, kv_write, rope, rope_in_place,
+    Context, DType, Destination, Isa, KvWrite, Op, Packing, Pairing, Positions, Rope, RopeAngles, RopeFrequencies,
+    RopeScaling, Serial, kv_write, rope, rope_in_place,
 };
 
 tests! {
@@ -229,7 +229,9 @@ fn fused_with_write(level: &Level) {
                         k_cache: k_cache.view_mut(),
                         v_cache: v_cache.view_mut(),
                         to,
+                        k_norm: None,
                         rope: Some(options),
+                        v_packing: Packing::Rows,
                     },
                 )
                 .expect("a valid write");

@@ -219,7 +219,21 @@ fn writes_land_in_their_span() {
             let mut v_cache = Tensor::output(DType::F16, cache.shape, Layout::BSHD, Place::Heap);
             let (v, v_cache) = (k.view(), v_cache.view_mut());
             let k_cache = cache.view_mut();
-            kv_write(context, &Serial, KvWrite { k: k.view(), v, k_cache, v_cache, to, rope: None }).unwrap();
+            kv_write(
+                context,
+                &Serial,
+                KvWrite {
+                    k: k.view(),
+                    v,
+                    k_cache,
+                    v_cache,
+                    to,
+                    k_norm: None,
+                    rope: None,
+                    v_packing: kvlane::Packing::Rows,
+                },
+            )
+            .unwrap();
         };
         let cache = |slots| Tensor::output(DType::F16, [batch, slots, 1, 3], Layout::BSHD, Place::Heap);
         let mut whole = cache(capacity);

@@ -4,7 +4,11 @@ use crate::common::tensor::{Array, indices, poison};
 use crate::common::{Layout, Place, Rng, Tensor, oracle, scaled, thin};
 use crate::harness::{Level, tests};
 use half::{bf16, f16};
-use kvlane::{DType, Destination, Error, KvWrite, Op, Runner, Serial, View, ViewMut, kv_write, repeat_kv};
+use kvlane::{
+    DType, Destination, Error, KvWrite, Layout as Slots, Op, Packing, Runner, Serial, View, ViewMut, kv_write,
+    repeat_kv,
+};
+use std::collections::BTreeMap;
 
 tests! {
     levels: types_and_layouts, head_shapes, counts_rows_and_slots, skipped_slot, every_pattern, halfway_cases, random_writes,
@@ -85,6 +89,45 @@ pub struct Write {
     pub v: Tensor,
     pub k_cache: Tensor,
     pub v_cache: Tensor,
+    pub v_packing: Packing,
+}
+
+/// Where a position lies, by the words of the layouts' table.
+pub fn place(layout: Slots, slots: usize, row: usize, position: usize) -> (usize, usize) {
+    match layout {
+        Slots::Contiguous => (row, position),
+        Slots::Ring { sinks } => {
+            // One step after the other; past the last slot it goes on behind the sinks.
+            let step = |slot: usize| if slot + 1 == slots { sinks } else { slot + 1 };
+            (row, (0..position).fold(0, |slot, _| step(slot)))
+        }
+        Slots::Paged { pages, pages_per_row } => {
+            (pages[row * pages_per_row + position / slots] as usize, position % slots)
+        }
+        Slots::Ragged { starts } => (0, starts[row] as usize + position),
+        other => panic!("{other:?} is not written through"),
+    }
+}
+
+/// The token of every place that is written: `(first axis, slot)` to `(batch row, token)`.
+pub fn written(to: &Destination, batch: usize, seq: usize, slots: usize) -> BTreeMap<(usize, usize), (usize, usize)> {
+    let mut written = BTreeMap::new();
+    for b in 0..batch {
+        for t in 0..to.counts.map_or(seq, |c| c[b] as usize) {
+            let row = to.rows.map_or(b, |r| r[b] as usize);
+            let place = match to.slots {
+                None => place(to.layout, slots, row, to.positions[b] as usize + t),
+                Some(list) if list[b * seq + t] < 0 => continue,
+                Some(list) => {
+                    let slot = list[b * seq + t] as usize;
+                    let pool = matches!(to.layout, Slots::Paged { .. } | Slots::Ragged { .. });
+                    if pool { (slot / slots, slot % slots) } else { (row, slot) }
+                }
+            };
+            assert!(written.insert(place, (b, t)).is_none(), "{place:?} is written twice");
+        }
+    }
+    written
 }
 
 impl Write {
@@ -95,7 +138,9 @@ impl Write {
             k_cache: self.k_cache.view_mut(),
             v_cache: self.v_cache.view_mut(),
             to,
+            k_norm: None,
             rope: None,
+            v_packing: self.v_packing,
         };
         kv_write(&level.context, runner, write)
     }
@@ -105,26 +150,18 @@ impl Write {
     pub fn check(&mut self, level: &Level, to: Destination) {
         self.run(level, &Serial, to).expect("a valid write");
         let [batch, seq, ..] = self.k.shape;
-        for (src, cache) in [(&self.k, &self.k_cache), (&self.v, &self.v_cache)] {
+        let written = written(&to, batch, seq, self.k_cache.shape[1]);
+        let caches = [(&self.k, &self.k_cache, Packing::Rows), (&self.v, &self.v_cache, self.v_packing)];
+        for (src, cache, packing) in caches {
             level.checked(Op::KvWrite, src.dtype, cache.dtype);
-            let mut written = vec![None; cache.shape[0] * cache.shape[1]];
-            for b in 0..batch {
-                let count = to.counts.map_or(seq, |c| c[b] as usize);
-                for t in 0..count {
-                    let slot = match to.slots {
-                        Some(slots) => slots[b * seq + t],
-                        None => to.positions[b] + t as i32,
-                    };
-                    if slot >= 0 {
-                        let row = to.rows.map_or(b, |r| r[b] as usize);
-                        written[row * cache.shape[1] + slot as usize] = Some((b, t));
-                    }
-                }
-            }
             let untouched = Tensor::output(cache.dtype, [1, 1, 1, 1], Layout::BSHD, Place::Heap).bits([0; 4]);
             for at in indices(cache.shape) {
-                match written[at[0] * cache.shape[1] + at[1]] {
-                    Some((b, t)) => assert_element(src, [b, t, at[2], at[3]], cache, at),
+                let (slot, d) = match packing {
+                    Packing::RowPairs => (2 * at[1] + at[3] % 2, at[3] / 2),
+                    _ => (at[1], at[3]),
+                };
+                match written.get(&(at[0], slot)) {
+                    Some(&(b, t)) => assert_element(src, [b, t, at[2], d], cache, at),
                     None => assert_eq!(cache.bits(at), untouched, "{at:?} was not to be written"),
                 }
             }
@@ -133,7 +170,7 @@ impl Write {
     }
 }
 
-fn random_tensor(rng: &mut Rng, dtype: DType, shape: [usize; 4], layout: Layout, place: Place) -> Tensor {
+pub fn random_tensor(rng: &mut Rng, dtype: DType, shape: [usize; 4], layout: Layout, place: Place) -> Tensor {
     let mut tensor = Tensor::random(rng, dtype, shape, layout, place);
     // Some elements beyond f16, some of its subnormal numbers, some that are none.
     for at in indices(shape) {
@@ -157,6 +194,7 @@ fn types_and_layouts(level: &Level) {
                         v: random_tensor(&mut rng, src, [2, 3, 2, 5], other, place),
                         k_cache: Tensor::output(dst, [2, 8, 2, 37], other, place),
                         v_cache: Tensor::output(dst, [2, 8, 2, 5], layout, place),
+                        v_packing: Packing::Rows,
                     };
                     write.check(level, Destination { positions: &[5, 0], ..Default::default() });
                 }
@@ -175,6 +213,7 @@ fn head_shapes(level: &Level) {
                 v: random_tensor(&mut rng, src, [1, 2, heads, dim], Layout::STEP2, Place::GuardAfter),
                 k_cache: Tensor::output(dst, [1, 3, heads, dim], Layout::BSHD, Place::GuardAfter),
                 v_cache: Tensor::output(dst, [1, 3, heads, dim], Layout::BHSD, Place::GuardAfter),
+                v_packing: Packing::Rows,
             };
             write.check(level, Destination { positions: &[1], ..Default::default() });
         }
@@ -187,6 +226,7 @@ fn small(rng: &mut Rng, batch: usize, seq: usize, rows: usize, capacity: usize) 
         v: random_tensor(rng, DType::F32, [batch, seq, 2, 4], Layout::BSHD, Place::Heap),
         k_cache: Tensor::output(DType::F16, [rows, capacity, 2, 9], Layout::BSHD, Place::Heap),
         v_cache: Tensor::output(DType::Bf16, [rows, capacity, 2, 4], Layout::BHSD, Place::Heap),
+        v_packing: Packing::Rows,
     }
 }
 
@@ -231,6 +271,7 @@ fn convert(level: &Level, src: DType, dst: DType, numbers: &[u32]) {
         v: Tensor::input(src, [1, tokens, 1, 0], Layout::BSHD, Place::Heap),
         k_cache: Tensor::output(dst, [1, tokens, 1, DIM], Layout::BSHD, Place::Heap),
         v_cache: Tensor::output(dst, [1, tokens, 1, 0], Layout::BSHD, Place::Heap),
+        v_packing: Packing::Rows,
     };
     write.check(level, Destination { positions: &[0], ..Default::default() });
 }
@@ -284,6 +325,7 @@ fn random_writes(level: &Level) {
             v: random_tensor(&mut rng, types[1], [batch, seq, heads, v_dim], layouts[1], place),
             k_cache: Tensor::output(types[2], [rows, capacity, heads, dim], layouts[2], place),
             v_cache: Tensor::output(types[3], [rows, capacity, heads, v_dim], layouts[3], place),
+            v_packing: Packing::Rows,
         };
         let counts: Vec<i32> = (0..batch).map(|_| rng.between(0, seq) as i32).collect();
         let positions: Vec<i32> = counts.iter().map(|&c| rng.between(0, capacity - c as usize) as i32).collect();
@@ -307,6 +349,7 @@ fn random_writes(level: &Level) {
             counts: Some(&counts),
             rows: rng.chance(0.5).then_some(&targets[..batch]),
             slots: rng.chance(0.5).then_some(&slots),
+            layout: Slots::Contiguous,
         };
         write.check(level, to);
     }

@@ -5,4 +5,5 @@ pub(crate) mod attention;
 pub(crate) mod copy;
 pub(crate) mod math;
 pub(crate) mod merge;
+pub(crate) mod norm;
 pub(crate) mod rope;

@@ -253,13 +253,17 @@ pub(crate) unsafe fn reorder_table_raw(
     // What the buffer holds is the row that was moved there last, and so is its length.
     let mut buffered = 0;
     for step in plan(parents, uses, moves) {
-        let (to, from) = (step.to as usize * capacity, step.from as usize * capacity);
+        // The buffer is no row: it has no place in the table.
+        let first = |row| row as usize * capacity;
         if step.to == BUFFER {
+            let from = first(step.from);
             buffered = lengths[step.from as usize] as usize;
             buffer[..buffered].copy_from_slice(&table[from..from + buffered]);
         } else if step.from == BUFFER {
+            let to = first(step.to);
             table[to..to + buffered].copy_from_slice(&buffer[..buffered]);
         } else {
+            let (to, from) = (first(step.to), first(step.from));
             let length = lengths[step.from as usize] as usize;
             table.copy_within(from..from + length, to);
         }

@@ -1,0 +1,145 @@
+//! RMS norm of heads (Zhang and Sennrich, <https://arxiv.org/abs/1910.07467>): `y = x * w / sqrt(mean(x^2) + eps)`.
+//!
+//! The sum of squares is f64: the square of an f32 is exact in it and cannot overflow. Element i is added to sum i % 16, and
+//! the sixteen go through one tree, so every level adds the same numbers in the same order and finds the same root. That
+//! root is rounded to f32 once; `x * root` and the product with the weight round once each.
+//!
+//! Bound by memory: a head is read twice, the second time from the nearest cache.
+
+use super::copy::{self, STAGE};
+use crate::kernels::NormArgs;
+use crate::kernels::simd::{MAX_LANES, Memory, Simd};
+
+/// Sums that run side by side; a chunk of [`STAGE`] elements is a multiple.
+const SUMS: usize = MAX_LANES;
+
+/// Normalises `heads` vectors, each by itself.
+///
+/// # Safety
+/// Every address that `args` describes is valid; `weight` is null or `dim` weights are readable; source and target are the
+/// same elements or do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn rms_norm<S: Simd, A: Memory, B: Memory>(s: S, args: &NormArgs) {
+    let c = &args.copy;
+    for head in 0..c.heads as isize {
+        let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
+        let dst = c.dst.cast::<B>().wrapping_offset(head * c.dst_head);
+        // SAFETY: the caller's.
+        let squares = unsafe { sum_of_squares::<S, A>(s, src, c.src_dim, c.dim) };
+        let root = (1.0 / (squares / c.dim as f64 + f64::from(args.eps)).sqrt()) as f32;
+        if c.src_dim == 1 && c.dst_dim == 1 {
+            // SAFETY: the caller's.
+            unsafe { scale::<S, A, B>(s, src, dst, args.weight, root, c.dim) };
+            continue;
+        }
+        let mut from = [A::default(); STAGE];
+        let mut to = [B::default(); STAGE];
+        let mut done = 0;
+        while done < c.dim {
+            let len = (c.dim - done).min(STAGE);
+            let at = done as isize;
+            let weight = if args.weight.is_null() { args.weight } else { args.weight.wrapping_add(done) };
+            // SAFETY: the caller's; len fits both buffers.
+            unsafe {
+                copy::gather(src.wrapping_offset(at * c.src_dim), c.src_dim, from.as_mut_ptr(), len);
+                scale::<S, A, B>(s, from.as_ptr(), to.as_mut_ptr(), weight, root, len);
+                copy::scatter(to.as_ptr(), dst.wrapping_offset(at * c.dst_dim), c.dst_dim, len);
+            }
+            done += len;
+        }
+    }
+}
+
+/// # Safety
+/// `n` elements are readable at `src` with that stride.
+#[inline(always)]
+unsafe fn sum_of_squares<S: Simd, A: Memory>(s: S, src: *const A, stride: isize, n: usize) -> f64 {
+    let mut sums = [0.0f64; SUMS];
+    if stride == 1 {
+        // SAFETY: the caller's.
+        unsafe { add_squares::<S, A>(s, src, n, &mut sums) };
+    } else {
+        let mut from = [A::default(); STAGE];
+        let mut done = 0;
+        while done < n {
+            let len = (n - done).min(STAGE);
+            // SAFETY: the caller's; len fits the buffer.
+            unsafe {
+                copy::gather(src.wrapping_offset(done as isize * stride), stride, from.as_mut_ptr(), len);
+                add_squares::<S, A>(s, from.as_ptr(), len, &mut sums);
+            }
+            done += len;
+        }
+    }
+    let mut width = SUMS;
+    while width > 1 {
+        width /= 2;
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+    }
+    sums[0]
+}
+
+/// # Safety
+/// `n` elements are readable at `src`.
+#[inline(always)]
+unsafe fn add_squares<S: Simd, A: Memory>(s: S, src: *const A, n: usize, sums: &mut [f64; SUMS]) {
+    let mut i = 0;
+    while i < n {
+        // What is missing at the end is 0, which changes no sum.
+        let mut x = [0.0f32; SUMS];
+        let len = (n - i).min(SUMS);
+        // SAFETY: len elements are left, and fit the buffer. The constant makes the usual case two or four loads.
+        unsafe {
+            if len == SUMS {
+                copy::run::<S, A, f32>(s, src.add(i), x.as_mut_ptr(), SUMS);
+            } else {
+                copy::run::<S, A, f32>(s, src.add(i), x.as_mut_ptr(), len);
+            }
+        }
+        for (sum, x) in sums.iter_mut().zip(x) {
+            *sum += f64::from(x) * f64::from(x);
+        }
+        i += SUMS;
+    }
+}
+
+/// `dst = src * root * weight`, from left to right.
+///
+/// # Safety
+/// `n` elements are readable at `src` and writable at `dst`; `weight` is null or `n` weights are readable.
+#[inline(always)]
+unsafe fn scale<S: Simd, A: Memory, B: Memory>(
+    s: S,
+    src: *const A,
+    dst: *mut B,
+    weight: *const f32,
+    root: f32,
+    n: usize,
+) {
+    let factor = s.splat(root);
+    let mut i = 0;
+    while i + S::LANES <= n {
+        // SAFETY: i + LANES <= n; the load comes before the store, so in place is fine.
+        unsafe {
+            let mut v = s.mul(A::load(s, src.add(i)), factor);
+            if !weight.is_null() {
+                v = s.mul(v, s.load_f32(weight.add(i)));
+            }
+            B::store(s, dst.add(i), v);
+        }
+        i += S::LANES;
+    }
+    if i < n {
+        let rest = n - i;
+        // SAFETY: rest elements are left.
+        unsafe {
+            let mut v = s.mul(A::load_part(s, src.add(i), rest), factor);
+            if !weight.is_null() {
+                v = s.mul(v, s.load_part_f32(weight.add(i), rest));
+            }
+            B::store_part(s, dst.add(i), v, rest);
+        }
+    }
+}

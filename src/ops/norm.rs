@@ -1,0 +1,229 @@
+//! RMS norm of queries and keys, alone and on the way to RoPE.
+
+use crate::context::Context;
+use crate::dtype::DType;
+use crate::error::{Result, ensure};
+use crate::kernels::{CopyArgs, NormArgs, NormFn, RopeArgs, RopeFn};
+use crate::ops::rope::{MAX_ROTARY_DIM, Rope, rope_raw, token_copy};
+use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
+use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use std::mem::MaybeUninit;
+
+/// How heads are normalised: `y = x * weight / sqrt(mean(x^2) + eps)`, each head of each token by itself.
+///
+/// The mean is computed in f64, in one order at every ISA level; the rest is f32, rounded once to the type of the target. The
+/// same weights serve all heads. Models that add 1 to their weights (Gemma) are served by weights that have it added.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RmsNorm<'a> {
+    /// `[dim]`; all 1 if absent.
+    pub weight: Option<&'a [f32]>,
+    /// Added to the mean of the squares; not negative. With 0, a head of zeros becomes NaN.
+    pub eps: f32,
+}
+
+impl RmsNorm<'_> {
+    /// Checks against the tensor that is to be normalised.
+    pub(crate) fn validate(&self, name: &str, src: &RawView) -> Result<()> {
+        let (eps, dim) = (self.eps, src.shape[DIM]);
+        ensure!(eps.is_finite() && eps >= 0.0, InvalidValue, "eps is {eps}, which is no number from 0 up");
+        if let Some(weight) = self.weight {
+            let n = weight.len();
+            ensure!(n == dim, Shape, "weight has {n} entries, but {name} has dim = {dim}");
+        }
+        Ok(())
+    }
+
+    /// As [`Self::validate`], for heads that are rotated too: they wait for that on the stack.
+    pub(crate) fn validate_staged(&self, name: &str, src: &RawView) -> Result<()> {
+        self.validate(name, src)?;
+        let dim = src.shape[DIM];
+        ensure!(
+            dim <= MAX_ROTARY_DIM,
+            Shape,
+            "{name} has dim = {dim}, but heads above {MAX_ROTARY_DIM} are not normalised and rotated in one pass"
+        );
+        Ok(())
+    }
+
+    pub(crate) fn args(&self, copy: CopyArgs) -> NormArgs {
+        NormArgs { copy, weight: self.weight.map_or(std::ptr::null(), <[f32]>::as_ptr), eps: self.eps }
+    }
+}
+
+/// Normalises every head: `dst = RMSNorm(src)`.
+///
+/// `src` and `dst` are `[batch, seq, heads, dim]`, of any strides and types (arithmetic is f32, rounded once to the type of
+/// `dst`).
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs.
+///
+/// # Errors
+/// Shapes that differ, weights that are not `dim`, an `eps` that is negative or not finite, views that share memory. Nothing
+/// has been written then.
+///
+/// ```
+/// use kvlane::*;
+/// let x = [3.0f32, 4.0, 0.0, 0.0];
+/// let mut y = [0.0f32; 4];
+/// let norm = RmsNorm { weight: Some(&[1.0, 10.0, 1.0, 1.0]), eps: 0.0 };
+/// rms_norm(&Context::new()?, &Serial, View::new(&x, [1, 1, 1, 4])?, ViewMut::new(&mut y, [1, 1, 1, 4])?, &norm)?;
+/// // The mean of the squares is 25 / 4.
+/// assert!((y[0] - 1.2).abs() < 1e-6 && (y[1] - 16.0).abs() < 1e-5);
+/// # Ok::<(), kvlane::Error>(())
+/// ```
+pub fn rms_norm(context: &Context, runner: &dyn Runner, src: View, dst: ViewMut, norm: &RmsNorm) -> Result<()> {
+    // SAFETY: the views borrow what they reach.
+    unsafe { rms_norm_raw(context, runner, src.raw, dst.raw, norm) }
+}
+
+/// Normalises every head where it is; otherwise as [`rms_norm`].
+pub fn rms_norm_in_place(context: &Context, runner: &dyn Runner, x: ViewMut, norm: &RmsNorm) -> Result<()> {
+    // SAFETY: the view borrows what it reaches, exclusively.
+    unsafe { rms_norm_raw(context, runner, x.raw, x.raw, norm) }
+}
+
+/// Normalises and then rotates queries or keys in one pass: `dst = RoPE(RMSNorm(src))`.
+///
+/// The bits are those of [`rms_norm`] into an f32 tensor and [`rope()`](crate::rope()) from there: what is between the two is
+/// never rounded to less. Heads are at most [`MAX_ROTARY_DIM`] long; otherwise as the two.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs.
+///
+/// # Errors
+/// Those of [`rms_norm`] and of [`rope()`](crate::rope()). Nothing has been written then.
+pub fn rms_norm_rope(
+    context: &Context,
+    runner: &dyn Runner,
+    src: View,
+    dst: ViewMut,
+    norm: &RmsNorm,
+    rope: &Rope,
+) -> Result<()> {
+    // SAFETY: the views borrow what they reach.
+    unsafe { rope_raw(context, runner, src.raw, dst.raw, &rope.raw(), Some(*norm)) }
+}
+
+/// Normalises and rotates queries or keys where they are; otherwise as [`rms_norm_rope`].
+pub fn rms_norm_rope_in_place(
+    context: &Context,
+    runner: &dyn Runner,
+    x: ViewMut,
+    norm: &RmsNorm,
+    rope: &Rope,
+) -> Result<()> {
+    // SAFETY: the view borrows what it reaches, exclusively.
+    unsafe { rope_raw(context, runner, x.raw, x.raw, &rope.raw(), Some(*norm)) }
+}
+
+/// # Safety
+/// The memory that valid views reach is readable and, for `dst`, writable, by this call alone.
+pub(crate) unsafe fn rms_norm_raw(
+    context: &Context,
+    runner: &dyn Runner,
+    src: RawView,
+    dst: RawView,
+    norm: &RmsNorm,
+) -> Result<()> {
+    src.validate("src")?;
+    dst.validate_output("dst")?;
+    for axis in [BATCH, SEQ, HEADS, DIM] {
+        src.same_axis("src", &dst, "dst", axis)?;
+    }
+    norm.validate("src", &src)?;
+    let in_place = src.data == dst.data && src.strides == dst.strides && src.dtype == dst.dtype;
+    ensure!(
+        in_place || !src.overlaps(&dst),
+        Overlap,
+        "src and dst share memory without being the same view: in place, pass the same view twice"
+    );
+    if src.is_empty() {
+        return Ok(());
+    }
+    let [batch, seq, heads, dim] = src.shape;
+    let kernel = context.norm(src.dtype, dst.dtype);
+    let tokens = batch * seq;
+    let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
+    for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
+        for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
+            let at = (token / seq, token % seq);
+            // SAFETY: the views are valid and equal in shape; there are as many weights as elements in a head.
+            unsafe { kernel(&norm.args(token_copy(&src, at, &dst, at))) };
+        }
+    })
+}
+
+/// Elements that heads take on the stack together, unless one alone is longer: few enough for the nearest cache.
+const STAGE: usize = 1024;
+
+/// Norm, then RoPE, through f32 on the stack: the two kernels, one after the other.
+#[derive(Clone, Copy)]
+pub(crate) struct NormRope<'a> {
+    norm: RmsNorm<'a>,
+    to_f32: NormFn,
+    from_f32: RopeFn,
+    sizes: (usize, usize),
+}
+
+impl<'a> NormRope<'a> {
+    pub fn new(context: &Context, norm: RmsNorm<'a>, src: DType, dst: DType) -> Self {
+        Self {
+            norm,
+            to_f32: context.norm(src, DType::F32),
+            from_f32: context.rope(DType::F32, dst),
+            sizes: (src.size(), dst.size()),
+        }
+    }
+
+    /// # Safety
+    /// As [`RopeFn`], for the types that `self` was made for and a head that [`RmsNorm::validate_staged`] has accepted.
+    pub unsafe fn run(&self, args: &RopeArgs) {
+        let all = args.copy;
+        let mut stage = MaybeUninit::<[f32; MAX_ROTARY_DIM]>::uninit();
+        let stage: *mut f32 = stage.as_mut_ptr().cast();
+        let together = (STAGE / all.dim).max(1);
+        let mut first = 0;
+        while first < all.heads {
+            let heads = (all.heads - first).min(together);
+            let src = all.src.wrapping_offset(first as isize * all.src_head * self.sizes.0 as isize);
+            let dst = all.dst.wrapping_offset(first as isize * all.dst_head * self.sizes.1 as isize);
+            let staged = all.dim as isize;
+            let to = CopyArgs { src, dst: stage.cast(), heads, dst_head: staged, dst_dim: 1, ..all };
+            let from = CopyArgs { src: stage.cast(), dst, heads, src_head: staged, src_dim: 1, ..all };
+            // SAFETY: the caller's; the stage holds these heads, and the first kernel writes what the second reads.
+            unsafe {
+                (self.to_f32)(&self.norm.args(to));
+                (self.from_f32)(&RopeArgs { copy: from, ..*args });
+            }
+            first += heads;
+        }
+    }
+}
+
+/// Which kernel takes a token's heads to their rotated form.
+#[derive(Clone, Copy)]
+pub(crate) enum Rotation<'a> {
+    Rope(RopeFn),
+    NormRope(NormRope<'a>),
+}
+
+impl<'a> Rotation<'a> {
+    pub fn new(context: &Context, norm: Option<RmsNorm<'a>>, src: DType, dst: DType) -> Self {
+        match norm {
+            None => Self::Rope(context.rope(src, dst)),
+            Some(norm) => Self::NormRope(NormRope::new(context, norm, src, dst)),
+        }
+    }
+
+    /// # Safety
+    /// As [`RopeFn`], for the types and the norm that `self` was made for.
+    pub unsafe fn run(&self, args: &RopeArgs) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self {
+                Self::Rope(kernel) => kernel(args),
+                Self::NormRope(staged) => staged.run(args),
+            }
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! Packing values in pairs of slots, and back.
+
+use crate::context::Context;
+use crate::error::{Result, ensure};
+use crate::kernels::{CopyArgs, CopyFn, Op};
+use crate::ops::rope::token_copy;
+use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
+use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+
+/// Packs values in [row pairs](crate::Packing::RowPairs): `[batch, n, heads, dim]` becomes `[batch, n / 2 rounded up, heads,
+/// 2 * dim]`, in which element `2d + i` of token s is element d of token `2s + i` of the source.
+///
+/// Both views are of one type, and every bit is kept. Where n is odd, the other half of the last pair is left as it is.
+/// [`kv_write`](crate::kv_write) writes into such a cache directly; this is for caches that exist already.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs.
+///
+/// # Errors
+/// Shapes that do not fit, types that differ, views that share memory. Nothing has been written then.
+///
+/// ```
+/// use kvlane::*;
+/// let v = [1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0];
+/// let mut packed = [0.0f32; 8];
+/// let (src, dst) = (View::new(&v, [1, 3, 1, 2])?, ViewMut::new(&mut packed, [1, 2, 1, 4])?);
+/// pack_row_pairs(&Context::new()?, &Serial, src, dst)?;
+/// assert_eq!(packed, [1.0, 3.0, 2.0, 4.0, 5.0, 0.0, 6.0, 0.0]);
+/// # Ok::<(), kvlane::Error>(())
+/// ```
+pub fn pack_row_pairs(context: &Context, runner: &dyn Runner, src: View, dst: ViewMut) -> Result<()> {
+    // SAFETY: the views borrow what they reach.
+    unsafe { pack_row_pairs_raw(context, runner, src.raw, dst.raw) }
+}
+
+/// The inverse of [`pack_row_pairs`]: `src` is `[batch, n / 2 rounded up, heads, 2 * dim]`, `dst` `[batch, n, heads, dim]`.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs.
+///
+/// # Errors
+/// Shapes that do not fit, types that differ, views that share memory. Nothing has been written then.
+pub fn unpack_row_pairs(context: &Context, runner: &dyn Runner, src: View, dst: ViewMut) -> Result<()> {
+    // SAFETY: the views borrow what they reach.
+    unsafe { unpack_row_pairs_raw(context, runner, src.raw, dst.raw) }
+}
+
+/// # Safety
+/// The memory that valid views reach is readable and, for `dst`, writable, by this call alone.
+pub(crate) unsafe fn pack_row_pairs_raw(
+    context: &Context,
+    runner: &dyn Runner,
+    src: RawView,
+    dst: RawView,
+) -> Result<()> {
+    let kernel = check(context, ("src", &src), ("dst", &dst), (&src, &dst))?;
+    each_token(runner, &src, &|at| {
+        // SAFETY: the views are valid and fit each other.
+        unsafe { kernel(&into_pair(token_copy(&src, at, &dst, (at.0, at.1 / 2)), &dst, at.1)) };
+    })
+}
+
+/// # Safety
+/// The memory that valid views reach is readable and, for `dst`, writable, by this call alone.
+pub(crate) unsafe fn unpack_row_pairs_raw(
+    context: &Context,
+    runner: &dyn Runner,
+    src: RawView,
+    dst: RawView,
+) -> Result<()> {
+    let kernel = check(context, ("dst", &dst), ("src", &src), (&src, &dst))?;
+    each_token(runner, &dst, &|at| {
+        // SAFETY: the views are valid and fit each other.
+        unsafe {
+            let copy = token_copy(&src, (at.0, at.1 / 2), &dst, at);
+            let step = src.strides[DIM] as isize;
+            let start = copy.src.offset((at.1 % 2) as isize * step * src.dtype.size() as isize);
+            kernel(&CopyArgs { src: start, src_dim: 2 * step, dim: dst.shape[DIM], ..copy });
+        }
+    })
+}
+
+/// The copy of a token into its half of a pair of slots: `copy` goes to the pair's beginning in `packed`.
+///
+/// # Safety
+/// The pair lies in the view, which is validated.
+pub(crate) unsafe fn into_pair(copy: CopyArgs, packed: &RawView, slot: usize) -> CopyArgs {
+    let step = packed.strides[DIM] as isize;
+    // SAFETY: the caller's; the second element of the pair is in the view as the first is.
+    let dst = unsafe { copy.dst.offset((slot % 2) as isize * step * packed.dtype.size() as isize) };
+    CopyArgs { dst, dst_dim: 2 * step, ..copy }
+}
+
+/// Fails unless `packed` is what packing makes of `plain`; gives the kernel that copies.
+fn check(
+    context: &Context,
+    (name, plain): (&str, &RawView),
+    (packed_name, packed): (&str, &RawView),
+    (src, dst): (&RawView, &RawView),
+) -> Result<CopyFn> {
+    src.validate("src")?;
+    dst.validate_output("dst")?;
+    ensure!(src.dtype == dst.dtype, DType, "src is {}, but dst is {}", src.dtype, dst.dtype);
+    for axis in [BATCH, HEADS] {
+        src.same_axis("src", dst, "dst", axis)?;
+    }
+    let (tokens, pairs) = (plain.shape[SEQ], packed.shape[SEQ]);
+    ensure!(
+        pairs == tokens.div_ceil(2),
+        Shape,
+        "{packed_name} has seq = {pairs}, but the {tokens} tokens of {name} make {} pairs",
+        tokens.div_ceil(2)
+    );
+    check_pair_dim((name, plain), (packed_name, packed))?;
+    ensure!(!src.overlaps(dst), Overlap, "src and dst share memory");
+    Ok(context.copy(Op::KvWrite, src.dtype, dst.dtype))
+}
+
+/// Fails unless a pair of slots has room for two heads.
+pub(crate) fn check_pair_dim((name, plain): (&str, &RawView), (packed_name, packed): (&str, &RawView)) -> Result<()> {
+    let (dim, both) = (plain.shape[DIM], packed.shape[DIM]);
+    ensure!(both == 2 * dim, Shape, "{packed_name} has dim = {both}, but pairs of {name} have {}", 2 * dim);
+    Ok(())
+}
+
+/// Runs `copy` for every token of a view that has elements.
+fn each_token(runner: &dyn Runner, plain: &RawView, copy: &(dyn Fn((usize, usize)) + Sync)) -> Result<()> {
+    if plain.is_empty() {
+        return Ok(());
+    }
+    let [batch, seq, heads, dim] = plain.shape;
+    let tokens = batch * seq;
+    let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
+    for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
+        for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
+            copy((token / seq, token % seq));
+        }
+    })
+}
