@@ -287,7 +287,7 @@ impl Matrices {
         }
     }
 
-    /// Keys as operands, in groups of eight; beyond the span's ends its last key stands for others, whose scores nobody looks at.
+    /// Keys as operands, in slabs of eight; beyond the span's ends its last key stands for others, whose scores nobody looks at.
     ///
     /// # Safety
     /// As [`Products::block`].
@@ -295,26 +295,23 @@ impl Matrices {
     #[target_feature(enable = "neon,bf16")]
     unsafe fn pack_keys(&self, block: &Block, k: Rows<bf16>) {
         let Block { span, d, .. } = *block;
-        let steps = steps_of(d);
+        let whole = d / OPERAND * OPERAND;
         for first in (span.low / SLAB_COLUMNS * SLAB_COLUMNS..span.high).step_by(SLAB_COLUMNS) {
             let mut keys = [std::ptr::null(); SLAB_COLUMNS];
             for (i, key) in keys.iter_mut().enumerate() {
                 *key = k.key(0, (first + i).clamp(span.low, span.high - 1) - span.low);
             }
-            let mut to = self.k.wrapping_add(first / SLAB_COLUMNS * steps * SLAB * OPERAND);
-            for i in (0..d).step_by(OPERAND) {
-                // SAFETY: the caller's; d - i elements are left of a key, and a slab has `steps` steps.
-                unsafe {
-                    for pair in 0..SLAB {
-                        let [a, b] =
-                            [keys[2 * pair], keys[2 * pair + 1]].map(|key| load(key.wrapping_add(i), d - i));
-                        let [a, b] = [vreinterpretq_u64_u16(a), vreinterpretq_u64_u16(b)];
-                        let at = to.add(pair * OPERAND);
-                        vst1q_u16(at, vreinterpretq_u16_u64(vzip1q_u64(a, b)));
-                        vst1q_u16(at.add(SLAB * OPERAND), vreinterpretq_u16_u64(vzip2q_u64(a, b)));
-                    }
+            let slab = self.k.wrapping_add(first / SLAB_COLUMNS * steps_of(d) * SLAB * OPERAND);
+            // SAFETY: the caller's; a slab has room for all steps, and eight elements are two of them.
+            unsafe {
+                for i in (0..whole).step_by(OPERAND) {
+                    let x = keys.map(|key| vld1q_u16(key.add(i).cast()));
+                    put_keys(slab.add(i / DEPTH * SLAB * OPERAND), x);
                 }
-                to = to.wrapping_add(2 * SLAB * OPERAND);
+                if whole < d {
+                    let x = keys.map(|key| load_part(key.add(whole), d - whole));
+                    put_keys(slab.add(whole / DEPTH * SLAB * OPERAND), x);
+                }
             }
         }
     }
@@ -327,39 +324,30 @@ impl Matrices {
     #[inline(never)]
     #[target_feature(enable = "neon,bf16")]
     unsafe fn pack_values(&self, block: &Block, k: Rows<bf16>, v: Rows<bf16>) -> u64 {
+        static ZEROS: [bf16; MAX_HEAD_DIM] = [bf16::ZERO; MAX_HEAD_DIM];
         let Block { span, d, dv, .. } = *block;
-        const STEP: usize = SLAB * OPERAND;
-        let zero = vdupq_n_u16(0);
+        let whole = dv / SLAB_COLUMNS * SLAB_COLUMNS;
         let mut products = [vdupq_n_f32(0.0); SLAB];
         for step in span.low / DEPTH..span.high.div_ceil(DEPTH) {
-            let mut key = [std::ptr::null::<bf16>(); DEPTH];
-            for (i, key) in key.iter_mut().enumerate() {
+            let mut keys = [ZEROS.as_ptr(); DEPTH];
+            for (i, key) in keys.iter_mut().enumerate() {
                 let j = step * DEPTH + i;
                 if j >= span.low && j < span.high {
                     *key = v.key(0, j - span.low);
+                    ask_for(k.key(0, BLOCK + j - span.low), d);
+                    ask_for(v.key(0, BLOCK + j - span.low), dv);
                 }
-                ask_for(k.key(0, BLOCK + j - span.low), d);
-                ask_for(v.key(0, BLOCK + j - span.low), dv);
             }
-            let whole = key.iter().all(|key| !key.is_null());
-            for column in (0..dv).step_by(SLAB_COLUMNS) {
-                // SAFETY: the caller's; dv - column elements are left of a value, and a slab has all steps of a block.
-                unsafe {
-                    let x = key.map(|key| {
-                        if whole || !key.is_null() { load(key.wrapping_add(column), dv - column) } else { zero }
-                    });
-                    let (even, odd) = ([x[0], x[2]], [x[1], x[3]]);
-                    let halves = [
-                        (vzip1q_u16(even[0], even[1]), vzip1q_u16(odd[0], odd[1])),
-                        (vzip2q_u16(even[0], even[1]), vzip2q_u16(odd[0], odd[1])),
-                    ];
-                    let to = self.v.add((column / SLAB_COLUMNS * KEY_STEPS + step) * STEP);
-                    for (i, (even, odd)) in halves.into_iter().enumerate() {
-                        for (n, operand) in [vzip1q_u16(even, odd), vzip2q_u16(even, odd)].into_iter().enumerate() {
-                            vst1q_u16(to.add((2 * i + n) * OPERAND), operand);
-                            products[2 * i + n] = bfmmla(products[2 * i + n], operand, zero);
-                        }
-                    }
+            // SAFETY: the caller's; a slab of columns has room for all steps of a block.
+            unsafe {
+                let slabs = self.v.add(step * SLAB * OPERAND);
+                for i in (0..whole).step_by(SLAB_COLUMNS) {
+                    let x = keys.map(|key| vld1q_u16(key.add(i).cast()));
+                    put_values(slabs.add(i / SLAB_COLUMNS * KEY_STEPS * SLAB * OPERAND), x, &mut products);
+                }
+                if whole < dv {
+                    let x = keys.map(|key| load_part(key.add(whole), dv - whole));
+                    put_values(slabs.add(whole / SLAB_COLUMNS * KEY_STEPS * SLAB * OPERAND), x, &mut products);
                 }
             }
         }
@@ -705,15 +693,55 @@ fn upper_half(x: float32x4_t) -> float32x4_t {
     vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xffff_0000)))
 }
 
-/// Eight elements, or the `left` that there are and zeros.
+/// Eight elements of eight keys to the operands of two steps.
+///
+/// # Safety
+/// Eight operands are writable at `to`.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn put_keys(to: *mut u16, x: [uint16x8_t; SLAB_COLUMNS]) {
+    for pair in 0..SLAB {
+        let [a, b] = [vreinterpretq_u64_u16(x[2 * pair]), vreinterpretq_u64_u16(x[2 * pair + 1])];
+        // SAFETY: the caller's.
+        unsafe {
+            vst1q_u16(to.add(pair * OPERAND), vreinterpretq_u16_u64(vzip1q_u64(a, b)));
+            vst1q_u16(to.add((SLAB + pair) * OPERAND), vreinterpretq_u16_u64(vzip2q_u64(a, b)));
+        }
+    }
+}
+
+/// Eight columns of four values to the operands of one step; `products` become NaN where one is not finite.
+///
+/// # Safety
+/// Four operands are writable at `to`.
+#[inline]
+#[target_feature(enable = "neon,bf16")]
+unsafe fn put_values(to: *mut u16, x: [uint16x8_t; DEPTH], products: &mut [float32x4_t; SLAB]) {
+    let zero = vdupq_n_u16(0);
+    let (even, odd) = (vzip1q_u16(x[0], x[2]), vzip1q_u16(x[1], x[3]));
+    let (later_even, later_odd) = (vzip2q_u16(x[0], x[2]), vzip2q_u16(x[1], x[3]));
+    let operands = [
+        vzip1q_u16(even, odd),
+        vzip2q_u16(even, odd),
+        vzip1q_u16(later_even, later_odd),
+        vzip2q_u16(later_even, later_odd),
+    ];
+    for (n, operand) in operands.into_iter().enumerate() {
+        // SAFETY: the caller's.
+        unsafe { vst1q_u16(to.add(n * OPERAND), operand) };
+        products[n] = bfmmla(products[n], operand, zero);
+    }
+}
+
+/// The `n < 8` elements that there are, and zeros.
 ///
 /// # Safety
 /// They are readable.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn load(p: *const bf16, left: usize) -> uint16x8_t {
+unsafe fn load_part(p: *const bf16, n: usize) -> uint16x8_t {
     // SAFETY: the caller's; the buffer holds more than a whole vector.
-    unsafe { if left >= OPERAND { vld1q_u16(p.cast()) } else { vld1q_u16(copy_part(p, left).as_ptr().cast()) } }
+    unsafe { vld1q_u16(copy_part(p, n).as_ptr().cast()) }
 }
 
 /// Asks for the cache lines of a key or value, which may be anywhere.

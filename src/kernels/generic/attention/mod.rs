@@ -50,9 +50,9 @@ use crate::kernels::simd::{MAX_LANES, Memory, Simd};
 use crate::view::RawView;
 use state::{fold, load_query};
 
-pub(crate) use state::{is_empty, reduce};
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) use softmax::Softmax;
+pub(crate) use state::{is_empty, reduce};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use state::{load_row, store_row};
 
