@@ -68,6 +68,11 @@ const KEY_STEPS: usize = BLOCK / DEPTH;
 /// The most terms of a query, and of a weight.
 const MAX_QUERY_TERMS: usize = 3;
 const MAX_WEIGHT_TERMS: usize = 2;
+/// Up to so many rows, K and V are read where they lie: making the operands anew costs less than a copy.
+const FEW_ROWS: usize = 8;
+
+/// A value that no row has a weight for.
+static ZEROS: [bf16; MAX_HEAD_DIM] = [bf16::ZERO; MAX_HEAD_DIM];
 
 /// The entry points; `HIGH` gives weights two terms, and queries in f32 three.
 pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
@@ -255,10 +260,14 @@ impl Matrices {
     unsafe fn add_block(&self, s: Neon, block: &Block, rows: &mut [RowState], k: Rows<bf16>, v: Rows<bf16>) {
         // The accumulators are in pairs of rows: scaling them is not the softmax's, to which a row has no elements.
         let softmax = Block { dv: 0, ..*block };
+        let few = rows.len() <= FEW_ROWS;
+        let (few_scores, few_values) = (few && self.query_terms == 1, few && self.weight_terms == 1);
         // SAFETY: the caller's; all parts of the memory have what their layout says.
         unsafe {
-            self.pack_keys(block, k);
-            let special = self.pack_values(block, k, v);
+            if !few_scores {
+                self.pack_keys(block, k);
+            }
+            let mut special = if few_values { 0 } else { self.pack_values(block, k, v) };
             for (first, pairs) in groups(rows.len()) {
                 let start = 2 * first;
                 let rows = &mut rows[start..(start + 2 * pairs).min(block.tile.rows())];
@@ -267,7 +276,11 @@ impl Matrices {
                     continue;
                 }
                 let group = Group { first, pairs, keys };
-                self.scores(block, group);
+                if few_scores {
+                    self.few_scores(block, group, k, v);
+                } else {
+                    self.scores(block, group);
+                }
                 if self.query_terms > 1 {
                     repair(block, rows, start, k);
                 }
@@ -279,7 +292,11 @@ impl Matrices {
                     self.rescale(block, first + pair, [grown(2 * pair), grown(2 * pair + 1)]);
                 }
                 self.pack_weights(block, group, rows.len());
-                self.values(block, group);
+                if few_values {
+                    special = self.few_values(block, group, k, v);
+                } else {
+                    self.values(block, group, 0);
+                }
                 if special != 0 {
                     add_special(block, rows, start, special, v);
                 }
@@ -324,7 +341,6 @@ impl Matrices {
     #[inline(never)]
     #[target_feature(enable = "neon,bf16")]
     unsafe fn pack_values(&self, block: &Block, k: Rows<bf16>, v: Rows<bf16>) -> u64 {
-        static ZEROS: [bf16; MAX_HEAD_DIM] = [bf16::ZERO; MAX_HEAD_DIM];
         let Block { span, d, dv, .. } = *block;
         let whole = dv / SLAB_COLUMNS * SLAB_COLUMNS;
         let mut products = [vdupq_n_f32(0.0); SLAB];
@@ -351,8 +367,7 @@ impl Matrices {
                 }
             }
         }
-        let sum = vaddq_f32(vaddq_f32(products[0], products[1]), vaddq_f32(products[2], products[3]));
-        if vminvq_u32(vceqq_f32(sum, sum)) == u32::MAX {
+        if all_numbers(products) {
             return 0;
         }
         // SAFETY: the operands of the span's steps have just been written.
@@ -436,16 +451,7 @@ impl Matrices {
                 let q = self.q.add((group.first * self.query_terms + term * P) * steps * OPERAND);
                 multiply(q, k, steps * SLAB * OPERAND, steps, &mut sums);
             }
-            for (p, sums) in sums.iter().enumerate() {
-                for (g, sums) in sums.iter().enumerate() {
-                    for i in 0..SLAB / 2 {
-                        let rows = rows_of_pairs(sums[2 * i], sums[2 * i + 1]);
-                        for (r, row) in rows.into_iter().enumerate() {
-                            vst1q_f32(out.add((2 * p + r) * BLOCK + g * SLAB_COLUMNS + i * 4), row);
-                        }
-                    }
-                }
-            }
+            put_scores(out, &sums);
         }
     }
 
@@ -506,21 +512,21 @@ impl Matrices {
         }
     }
 
-    /// Adds the weighted values of the keys that a group sees to its outputs.
+    /// Adds the weighted values of the keys that a group sees to its outputs, from column `from` on.
     ///
     /// # Safety
     /// Weights and values are packed.
     #[target_feature(enable = "neon,bf16")]
-    unsafe fn values(&self, block: &Block, group: Group) {
+    unsafe fn values(&self, block: &Block, group: Group, from: usize) {
         // SAFETY: the caller's.
         unsafe {
             match group.pairs {
-                1 => self.values_of::<1>(block, group),
-                2 => self.values_of::<2>(block, group),
-                3 => self.values_of::<3>(block, group),
-                4 => self.values_of::<4>(block, group),
-                5 => self.values_of::<5>(block, group),
-                _ => self.values_of::<6>(block, group),
+                1 => self.values_of::<1>(block, group, from),
+                2 => self.values_of::<2>(block, group, from),
+                3 => self.values_of::<3>(block, group, from),
+                4 => self.values_of::<4>(block, group, from),
+                5 => self.values_of::<5>(block, group, from),
+                _ => self.values_of::<6>(block, group, from),
             }
         }
     }
@@ -529,8 +535,8 @@ impl Matrices {
     /// As [`Self::values`]; the group has `P` pairs.
     #[inline(never)]
     #[target_feature(enable = "neon,bf16")]
-    unsafe fn values_of<const P: usize>(&self, block: &Block, group: Group) {
-        let mut column = 0;
+    unsafe fn values_of<const P: usize>(&self, block: &Block, group: Group, from: usize) {
+        let mut column = from;
         // SAFETY: the caller's; columns are padded to whole slabs.
         unsafe {
             while column < block.dv {
@@ -552,33 +558,188 @@ impl Matrices {
     #[inline]
     #[target_feature(enable = "neon,bf16")]
     unsafe fn values_tile<const P: usize, const G: usize>(&self, block: &Block, group: Group, column: usize) {
-        let dvp = self.dvp;
         let (from, to) = (group.keys.low / DEPTH, group.keys.high.div_ceil(DEPTH));
-        let acc = block.scratch.acc.wrapping_add(2 * (group.first * dvp + column));
-        let at = |p: usize, g: usize, n: usize| acc.wrapping_add(2 * p * dvp + (g * SLAB + n) * 4);
-        let mut sums = [[[vdupq_n_f32(0.0); SLAB]; G]; P];
+        let acc = block.scratch.acc.wrapping_add(2 * (group.first * self.dvp + column));
         // SAFETY: the caller's.
         unsafe {
-            for p in 0..P {
-                for g in 0..G {
-                    for n in 0..SLAB {
-                        sums[p][g][n] = vld1q_f32(at(p, g, n));
-                    }
-                }
-            }
+            let mut sums = load_sums::<P, G>(acc, 2 * self.dvp);
             let v = self.v.add((column / SLAB_COLUMNS * KEY_STEPS + from) * SLAB * OPERAND);
             for term in 0..self.weight_terms {
                 let weights = self.weights.add((term * KEY_STEPS + from) * P * OPERAND);
                 multiply(weights, v, KEY_STEPS * SLAB * OPERAND, to - from, &mut sums);
             }
-            for p in 0..P {
+            store_sums(acc, 2 * self.dvp, &sums);
+        }
+    }
+
+    /// As [`Self::scores`], for few rows of one term: keys come from where they lie.
+    ///
+    /// # Safety
+    /// As [`Products::block`]; the group is all rows, whose queries are packed.
+    #[target_feature(enable = "neon,bf16")]
+    unsafe fn few_scores(&self, block: &Block, group: Group, k: Rows<bf16>, v: Rows<bf16>) {
+        // SAFETY: the caller's.
+        unsafe {
+            match group.pairs {
+                1 => self.few_scores_of::<1, 2>(block, group.keys, k, v),
+                2 => self.few_scores_of::<2, 2>(block, group.keys, k, v),
+                3 => self.few_scores_of::<3, 1>(block, group.keys, k, v),
+                _ => self.few_scores_of::<4, 1>(block, group.keys, k, v),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::few_scores`]; there are `P` pairs of rows.
+    #[inline(never)]
+    #[target_feature(enable = "neon,bf16")]
+    unsafe fn few_scores_of<const P: usize, const G: usize>(
+        &self,
+        block: &Block,
+        seen: Span,
+        k: Rows<bf16>,
+        v: Rows<bf16>,
+    ) {
+        let Block { scratch, span, d, dv, .. } = *block;
+        let whole = d / OPERAND * OPERAND;
+        let width = G * SLAB_COLUMNS;
+        for first in (seen.low / width * width..seen.high).step_by(width) {
+            let mut keys = [[std::ptr::null(); SLAB_COLUMNS]; G];
+            for (i, key) in keys.as_flattened_mut().iter_mut().enumerate() {
+                let j = (first + i).clamp(span.low, span.high - 1) - span.low;
+                *key = k.key(0, j);
+                ask_for(v.key(0, j), dv);
+            }
+            let mut sums = [[[vdupq_n_f32(0.0); SLAB]; G]; P];
+            // SAFETY: the caller's; eight elements are two steps. Room for scores is that of whole pairs of rows.
+            unsafe {
+                for i in (0..whole).step_by(OPERAND) {
+                    let q = self.q.add(i / DEPTH * P * OPERAND);
+                    for g in 0..G {
+                        add_keys(q, keys[g].map(|key| vld1q_u16(key.add(i).cast())), g, &mut sums);
+                    }
+                }
+                if whole < d {
+                    let q = self.q.add(whole / DEPTH * P * OPERAND);
+                    for g in 0..G {
+                        add_keys(q, keys[g].map(|key| load_part(key.add(whole), d - whole)), g, &mut sums);
+                    }
+                }
+                put_scores(scratch.s.add(first), &sums);
+            }
+        }
+    }
+
+    /// As [`Self::values`], for few rows of one term: values come from where they lie, and are packed only if one of them is not
+    /// finite. Returns the keys that have such.
+    ///
+    /// # Safety
+    /// As [`Products::block`]; the group is all rows, whose weights are packed.
+    #[target_feature(enable = "neon,bf16")]
+    unsafe fn few_values(&self, block: &Block, group: Group, k: Rows<bf16>, v: Rows<bf16>) -> u64 {
+        // SAFETY: the caller's.
+        unsafe {
+            let done = match group.pairs {
+                1 => self.few_values_of::<1, 2>(block, group.keys, k, v),
+                2 => self.few_values_of::<2, 2>(block, group.keys, k, v),
+                3 => self.few_values_of::<3, 1>(block, group.keys, k, v),
+                _ => self.few_values_of::<4, 1>(block, group.keys, k, v),
+            };
+            if done == block.dv {
+                return 0;
+            }
+            let special = self.pack_values(block, k, v);
+            self.values(block, group, done);
+            special
+        }
+    }
+
+    /// Returns how many columns are done: up to the first slabs that have an element that is not finite, or all.
+    ///
+    /// # Safety
+    /// As [`Self::few_values`]; there are `P` pairs of rows.
+    #[inline(never)]
+    #[target_feature(enable = "neon,bf16")]
+    unsafe fn few_values_of<const P: usize, const G: usize>(
+        &self,
+        block: &Block,
+        seen: Span,
+        k: Rows<bf16>,
+        v: Rows<bf16>,
+    ) -> usize {
+        let mut column = 0;
+        // SAFETY: the caller's; outputs are padded to sixteen columns.
+        unsafe {
+            while column < block.dv {
+                let done = if block.dv - column >= G * SLAB_COLUMNS {
+                    self.few_values_tile::<P, G, false>(block, seen, k, v, column)
+                } else {
+                    self.few_values_tile::<P, 1, true>(block, seen, k, v, column)
+                };
+                if done == 0 {
+                    break;
+                }
+                column = block.dv.min(column + done);
+            }
+        }
+        column
+    }
+
+    /// `G` slabs of columns from `column` on, or (`PART`) one that may be the rest of a value. Returns the number of columns, or
+    /// 0 if one of them has an element that is not finite, and nothing has been added.
+    ///
+    /// # Safety
+    /// As [`Self::few_values_of`].
+    #[inline]
+    #[target_feature(enable = "neon,bf16")]
+    unsafe fn few_values_tile<const P: usize, const G: usize, const PART: bool>(
+        &self,
+        block: &Block,
+        seen: Span,
+        k: Rows<bf16>,
+        v: Rows<bf16>,
+        column: usize,
+    ) -> usize {
+        let Block { scratch, span, d, dv, .. } = *block;
+        let (from, to) = (seen.low / DEPTH, seen.high.div_ceil(DEPTH));
+        let acc = scratch.acc.wrapping_add(2 * column);
+        let zero = vdupq_n_u16(0);
+        let mut finite = [vdupq_n_f32(0.0); SLAB];
+        // SAFETY: the caller's; keys outside of the span read zeros instead.
+        unsafe {
+            let mut sums = load_sums::<P, G>(acc, 2 * self.dvp);
+            for step in from..to {
+                let mut keys = [ZEROS.as_ptr(); DEPTH];
+                for (i, key) in keys.iter_mut().enumerate() {
+                    let j = step * DEPTH + i;
+                    if j >= span.low && j < span.high {
+                        *key = v.key(0, j - span.low).add(column);
+                        if column == 0 {
+                            ask_for(k.key(0, BLOCK + j - span.low), d);
+                        }
+                    }
+                }
+                let weights = self.weights.add(step * P * OPERAND);
                 for g in 0..G {
-                    for n in 0..SLAB {
-                        vst1q_f32(at(p, g, n), sums[p][g][n]);
+                    let x = if PART && dv - column < SLAB_COLUMNS {
+                        keys.map(|key| load_part(key, dv - column))
+                    } else {
+                        keys.map(|key| vld1q_u16(key.add(g * SLAB_COLUMNS).cast()))
+                    };
+                    for (n, operand) in columns_of(x).into_iter().enumerate() {
+                        finite[n] = bfmmla(finite[n], operand, zero);
+                        for p in 0..P {
+                            sums[p][g][n] = bfmmla(sums[p][g][n], vld1q_u16(weights.add(p * OPERAND)), operand);
+                        }
                     }
                 }
             }
+            if !all_numbers(finite) {
+                return 0;
+            }
+            store_sums(acc, 2 * self.dvp, &sums);
         }
+        G * SLAB_COLUMNS
     }
 
     /// Brings the outputs of pairs into rows, and to the sum of the exact weights instead of the rounded ones.
@@ -693,44 +854,133 @@ fn upper_half(x: float32x4_t) -> float32x4_t {
     vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xffff_0000)))
 }
 
-/// Eight elements of eight keys to the operands of two steps.
+/// The sums of `P` pairs of rows, which lie `pair` floats apart.
+///
+/// # Safety
+/// They are readable.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn load_sums<const P: usize, const G: usize>(acc: *const f32, pair: usize) -> [[[float32x4_t; SLAB]; G]; P] {
+    let mut sums = [[[vdupq_n_f32(0.0); SLAB]; G]; P];
+    for p in 0..P {
+        for (i, sum) in sums[p].as_flattened_mut().iter_mut().enumerate() {
+            // SAFETY: the caller's.
+            *sum = unsafe { vld1q_f32(acc.add(p * pair + i * 4)) };
+        }
+    }
+    sums
+}
+
+/// The inverse of [`load_sums`].
+///
+/// # Safety
+/// They are writable.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn store_sums<const P: usize, const G: usize>(acc: *mut f32, pair: usize, sums: &[[[float32x4_t; SLAB]; G]; P]) {
+    for p in 0..P {
+        for (i, sum) in sums[p].as_flattened().iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { vst1q_f32(acc.add(p * pair + i * 4), *sum) };
+        }
+    }
+}
+
+/// Scores of pairs of rows with pairs of keys, row by row.
+///
+/// # Safety
+/// `2 * P` rows of [`BLOCK`] scores are writable at `out`.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn put_scores<const P: usize, const G: usize>(out: *mut f32, sums: &[[[float32x4_t; SLAB]; G]; P]) {
+    for p in 0..P {
+        for (i, both) in sums[p].as_flattened().as_chunks::<2>().0.iter().enumerate() {
+            for (r, row) in rows_of_pairs(both[0], both[1]).into_iter().enumerate() {
+                // SAFETY: the caller's.
+                unsafe { vst1q_f32(out.add((2 * p + r) * BLOCK + i * 4), row) };
+            }
+        }
+    }
+}
+
+/// Eight elements of eight keys as operands: four of one step, four of the next.
+#[inline]
+#[target_feature(enable = "neon")]
+fn steps_of_keys(x: [uint16x8_t; SLAB_COLUMNS]) -> [[uint16x8_t; SLAB]; 2] {
+    let mut operands = [[x[0]; SLAB]; 2];
+    for pair in 0..SLAB {
+        let [a, b] = [vreinterpretq_u64_u16(x[2 * pair]), vreinterpretq_u64_u16(x[2 * pair + 1])];
+        operands[0][pair] = vreinterpretq_u16_u64(vzip1q_u64(a, b));
+        operands[1][pair] = vreinterpretq_u16_u64(vzip2q_u64(a, b));
+    }
+    operands
+}
+
+/// Eight columns of four values as operands: transposed.
+#[inline]
+#[target_feature(enable = "neon")]
+fn columns_of(x: [uint16x8_t; DEPTH]) -> [uint16x8_t; SLAB] {
+    let (even, odd) = (vzip1q_u16(x[0], x[2]), vzip1q_u16(x[1], x[3]));
+    let (later_even, later_odd) = (vzip2q_u16(x[0], x[2]), vzip2q_u16(x[1], x[3]));
+    [vzip1q_u16(even, odd), vzip2q_u16(even, odd), vzip1q_u16(later_even, later_odd), vzip2q_u16(later_even, later_odd)]
+}
+
+/// Writes what [`steps_of_keys`] makes.
 ///
 /// # Safety
 /// Eight operands are writable at `to`.
 #[inline]
 #[target_feature(enable = "neon")]
 unsafe fn put_keys(to: *mut u16, x: [uint16x8_t; SLAB_COLUMNS]) {
-    for pair in 0..SLAB {
-        let [a, b] = [vreinterpretq_u64_u16(x[2 * pair]), vreinterpretq_u64_u16(x[2 * pair + 1])];
+    for (i, operand) in steps_of_keys(x).as_flattened().iter().enumerate() {
         // SAFETY: the caller's.
-        unsafe {
-            vst1q_u16(to.add(pair * OPERAND), vreinterpretq_u16_u64(vzip1q_u64(a, b)));
-            vst1q_u16(to.add((SLAB + pair) * OPERAND), vreinterpretq_u16_u64(vzip2q_u64(a, b)));
-        }
+        unsafe { vst1q_u16(to.add(i * OPERAND), *operand) };
     }
 }
 
-/// Eight columns of four values to the operands of one step; `products` become NaN where one is not finite.
+/// Writes what [`columns_of`] makes; `products` become NaN where one is not finite.
 ///
 /// # Safety
 /// Four operands are writable at `to`.
 #[inline]
 #[target_feature(enable = "neon,bf16")]
 unsafe fn put_values(to: *mut u16, x: [uint16x8_t; DEPTH], products: &mut [float32x4_t; SLAB]) {
-    let zero = vdupq_n_u16(0);
-    let (even, odd) = (vzip1q_u16(x[0], x[2]), vzip1q_u16(x[1], x[3]));
-    let (later_even, later_odd) = (vzip2q_u16(x[0], x[2]), vzip2q_u16(x[1], x[3]));
-    let operands = [
-        vzip1q_u16(even, odd),
-        vzip2q_u16(even, odd),
-        vzip1q_u16(later_even, later_odd),
-        vzip2q_u16(later_even, later_odd),
-    ];
-    for (n, operand) in operands.into_iter().enumerate() {
+    for (n, operand) in columns_of(x).into_iter().enumerate() {
         // SAFETY: the caller's.
         unsafe { vst1q_u16(to.add(n * OPERAND), operand) };
-        products[n] = bfmmla(products[n], operand, zero);
+        products[n] = bfmmla(products[n], operand, vdupq_n_u16(0));
     }
+}
+
+/// Adds the products of two steps: eight elements of the keys of slab `g`.
+///
+/// # Safety
+/// The operands of two steps of `P` pairs of rows are readable at `q`.
+#[inline]
+#[target_feature(enable = "neon,bf16")]
+unsafe fn add_keys<const P: usize, const G: usize>(
+    q: *const u16,
+    x: [uint16x8_t; SLAB_COLUMNS],
+    g: usize,
+    sums: &mut [[[float32x4_t; SLAB]; G]; P],
+) {
+    for (step, operands) in steps_of_keys(x).into_iter().enumerate() {
+        for p in 0..P {
+            // SAFETY: the caller's.
+            let left = unsafe { vld1q_u16(q.add((step * P + p) * OPERAND)) };
+            for n in 0..SLAB {
+                sums[p][g][n] = bfmmla(sums[p][g][n], left, operands[n]);
+            }
+        }
+    }
+}
+
+/// Whether no lane is NaN.
+#[inline]
+#[target_feature(enable = "neon")]
+fn all_numbers(x: [float32x4_t; SLAB]) -> bool {
+    let sum = vaddq_f32(vaddq_f32(x[0], x[1]), vaddq_f32(x[2], x[3]));
+    vminvq_u32(vceqq_f32(sum, sum)) == u32::MAX
 }
 
 /// The `n < 8` elements that there are, and zeros.
