@@ -33,14 +33,15 @@ static void names(const kvl_context *context) {
     static const kvl_dtype types[] = {KVL_F32, KVL_F16, KVL_BF16};
     static const kvl_op both[] = {KVL_OP_ROPE, KVL_OP_KV_WRITE, KVL_OP_RMS_NORM}, one[] = {KVL_OP_REPEAT_KV, KVL_OP_ATTENTION, KVL_OP_MERGE_STATES};
     kvl_isa isa = KVL_ISA_BEST;
-    const char *name = NULL;
+    const char *name = NULL, *only = "";
     size_t i, s, d;
     OK(kvl_context_isa(context, &isa));
     for (s = 0; s < COUNT(types); s++) {
         const char *high = NULL;
         OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, types[s], types[s], &name));
         OK(kvl_context_attention_kernel_name(context, types[s], KVL_PRECISION_HIGH, &high));
-        CHECK((isa == KVL_ISA_AMX && types[s] == KVL_BF16) == (strcmp(name, high) != 0), "%s and %s", name, high);
+        int apart = (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) && types[s] == KVL_BF16;
+        CHECK(apart == (strcmp(name, high) != 0), "%s and %s", name, high);
         OK(kvl_context_attention_kernel_name(context, types[s], KVL_PRECISION_DEFAULT, &high));
         CHECK(strcmp(name, high) == 0, "%s and %s", name, high);
         {
@@ -49,11 +50,12 @@ static void names(const kvl_context *context) {
             CHECK(packing == (strcmp(name, "attention_bf16_amx") == 0 ? KVL_PACK_ROW_PAIRS : KVL_PACK_ROWS), "%d", (int)packing);
         }
     }
-    if (isa == KVL_ISA_AMX) {
+    if (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) {
         /* All else is served by the level below. */
+        only = isa == KVL_ISA_AMX ? "attention_bf16_amx" : "attention_bf16_neon_bf16";
         OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_BF16, KVL_BF16, &name));
-        CHECK(strcmp(name, "attention_bf16_amx") == 0, "%s", name);
-        isa = KVL_ISA_AVX512;
+        CHECK(strcmp(name, only) == 0, "%s", name);
+        isa = isa == KVL_ISA_AMX ? KVL_ISA_AVX512 : KVL_ISA_NEON;
     }
     OK(kvl_context_kernel_name(context, KVL_OP_ROPE_ANGLES, KVL_F32, KVL_F32, &name));
     CHECK(strstr(name, kvl_isa_name(isa)) != NULL, "%s", name);
@@ -66,7 +68,7 @@ static void names(const kvl_context *context) {
         }
         for (i = 0; i < COUNT(one); i++) {
             OK(kvl_context_kernel_name(context, one[i], types[s], types[s], &name));
-            if (strcmp(name, "attention_bf16_amx") == 0) continue;
+            if (strcmp(name, only) == 0) continue;
             CHECK(strstr(name, kvl_isa_name(isa)) != NULL, "%s", name);
         }
     }
@@ -681,7 +683,7 @@ int main(void) {
     library();
     frequencies();
     alibi();
-    for (isa = KVL_ISA_BEST; isa <= KVL_ISA_NEON; isa++) {
+    for (isa = KVL_ISA_BEST; isa <= KVL_ISA_NEON_BF16; isa++) {
         kvl_context_params params = KVL_CONTEXT_PARAMS_INIT;
         kvl_context *context = NULL;
         kvl_isa got = KVL_ISA_BEST;

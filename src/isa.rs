@@ -22,11 +22,14 @@ pub enum Isa {
     /// x86-64 with what [`Avx512`](Self::Avx512) needs, AMX tiles and their bf16 products. A partial level: it has kernels
     /// for attention over bf16 alone, and whatever else there is comes from AVX-512.
     Amx = 5,
+    /// AArch64 with what [`Neon`](Self::Neon) needs and bf16 matrix products (FEAT_BF16). A partial level: it has kernels for
+    /// attention over bf16 alone, and whatever else there is comes from NEON.
+    NeonBf16 = 6,
 }
 
 impl Isa {
     /// Every level, of every architecture; on one architecture, a later one is preferred. The values say nothing of that.
-    pub const ALL: [Self; 5] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx, Self::Neon];
+    pub const ALL: [Self; 6] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx, Self::Neon, Self::NeonBf16];
 
     /// The place in [`Self::ALL`]: of two levels of one architecture, the higher is preferred.
     pub(crate) const fn rank(self) -> usize {
@@ -37,7 +40,7 @@ impl Isa {
         rank
     }
 
-    /// `"scalar"`, `"avx2"`, `"avx512"`, `"amx"` or `"neon"`.
+    /// `"scalar"`, `"avx2"`, `"avx512"`, `"amx"`, `"neon"` or `"neon_bf16"`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
@@ -45,6 +48,7 @@ impl Isa {
             Self::Avx512 => "avx512",
             Self::Amx => "amx",
             Self::Neon => "neon",
+            Self::NeonBf16 => "neon_bf16",
         }
     }
 
@@ -69,12 +73,13 @@ impl Isa {
                 "amx-bf16",
             ],
             Self::Neon => &["neon"],
+            Self::NeonBf16 => &["neon", "bf16"],
         }
     }
 
     /// Whether the level has kernels for some operations and types only; the others are served by the levels below.
     pub const fn is_partial(self) -> bool {
-        matches!(self, Self::Amx)
+        matches!(self, Self::Amx | Self::NeonBf16)
     }
 
     /// Whether kernels of this level are part of this build (they are whenever the architecture fits).
@@ -82,7 +87,7 @@ impl Isa {
         match self {
             Self::Scalar => true,
             Self::Avx2 | Self::Avx512 | Self::Amx => cfg!(target_arch = "x86_64"),
-            Self::Neon => cfg!(all(target_arch = "aarch64", target_endian = "little")),
+            Self::Neon | Self::NeonBf16 => cfg!(all(target_arch = "aarch64", target_endian = "little")),
         }
     }
 

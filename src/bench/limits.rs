@@ -96,16 +96,17 @@ fn on_level(isa: Isa, body: impl Outlined) {
             Isa::Scalar => Scalar::new_unchecked().outline(body),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => crate::kernels::avx2::Avx2::new_unchecked().outline(body),
-            // Tile products have a peak of their own, which is not measured yet: everything else there is AVX-512's.
+            // Tile and matrix products have a peak of their own, which is not measured yet: everything else there is the next
+            // level's.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Amx => crate::kernels::avx512::Avx512::new_unchecked().outline(body),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-            Isa::Neon => crate::kernels::neon::Neon::new_unchecked().outline(body),
+            Isa::Neon | Isa::NeonBf16 => crate::kernels::neon::Neon::new_unchecked().outline(body),
             // Levels of other architectures; spelled out, so that a new level has to be given its loops.
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 | Isa::Amx => {}
             #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
-            Isa::Neon => {}
+            Isa::Neon | Isa::NeonBf16 => {}
         }
     }
 }

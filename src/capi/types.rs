@@ -83,6 +83,9 @@ pub const KVL_ISA_NEON: i32 = 4;
 /// x86-64 with what `KVL_ISA_AVX512` needs, AMX tiles and their bf16 products. Preferred to that level, though it has
 /// kernels for attention over bf16 alone; the others are those of `KVL_ISA_AVX512`.
 pub const KVL_ISA_AMX: i32 = 5;
+/// AArch64 with what `KVL_ISA_NEON` needs and bf16 matrix products (FEAT_BF16). Preferred to that level, though it has
+/// kernels for attention over bf16 alone; the others are those of `KVL_ISA_NEON`.
+pub const KVL_ISA_NEON_BF16: i32 = 6;
 
 /// What a kernel does; kernels are chosen by operation and element types.
 pub type kvl_op = i32;
@@ -103,7 +106,7 @@ pub const KVL_OP_RMS_NORM: i32 = 6;
 
 /// How exactly attention computes, where a level has kernels for more than one answer.
 pub type kvl_precision = i32;
-/// The fastest kernel. Over a bf16 cache at `KVL_ISA_AMX`, softmax weights are rounded to bf16.
+/// The fastest kernel. Over a bf16 cache at `KVL_ISA_AMX` and `KVL_ISA_NEON_BF16`, softmax weights are rounded to bf16.
 pub const KVL_PRECISION_DEFAULT: i32 = 0;
 /// What f32 arithmetic gives.
 pub const KVL_PRECISION_HIGH: i32 = 1;
@@ -952,7 +955,8 @@ const _: () = {
     assert!(DType::ALL.len() == 3);
     assert!(KVL_ISA_SCALAR == Isa::Scalar as i32 && KVL_ISA_AVX2 == Isa::Avx2 as i32);
     assert!(KVL_ISA_AVX512 == Isa::Avx512 as i32 && KVL_ISA_NEON == Isa::Neon as i32);
-    assert!(KVL_ISA_AMX == Isa::Amx as i32 && Isa::ALL.len() == 5);
+    assert!(KVL_ISA_AMX == Isa::Amx as i32 && KVL_ISA_NEON_BF16 == Isa::NeonBf16 as i32);
+    assert!(Isa::ALL.len() == 6);
     assert!(KVL_OP_ROPE_ANGLES == Op::RopeAngles as i32 && KVL_OP_ROPE == Op::Rope as i32);
     assert!(KVL_OP_KV_WRITE == Op::KvWrite as i32 && KVL_OP_REPEAT_KV == Op::RepeatKv as i32);
     assert!(KVL_OP_ATTENTION == Op::Attention as i32 && KVL_OP_MERGE_STATES == Op::MergeStates as i32);

@@ -7,6 +7,7 @@
 //! | `generic` | the algorithms, over the trait |
 //! | `scalar`, `avx2`, `avx512`, `neon` | the trait for one level, and its shells |
 //! | `amx` | a partial level: attention over bf16, by tile products |
+//! | `neon_bf16` | a partial level: attention over bf16, by products of small matrices |
 //!
 //! A kernel takes only what an operation has validated; it allocates nothing, starts no thread and keeps no state.
 
@@ -19,6 +20,8 @@ pub(crate) mod avx512;
 pub(crate) mod generic;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) mod neon;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+pub(crate) mod neon_bf16;
 pub(crate) mod scalar;
 pub(crate) mod simd;
 
@@ -84,7 +87,8 @@ impl Op {
 #[repr(u32)]
 #[non_exhaustive]
 pub enum Precision {
-    /// The fastest kernel. Over a bf16 cache at the AMX level, softmax weights are rounded to bf16.
+    /// The fastest kernel. Over a bf16 cache at the levels AMX and NEON with bf16, softmax weights are rounded to
+    /// bf16.
     #[default]
     Default = 0,
     /// What f32 arithmetic gives: weights are not rounded to less than 16 bits.
@@ -249,7 +253,7 @@ macro_rules! kernel_shells {
     ($level:ident, $name:literal, $(#[$feature:meta])*) => {
         mod shells {
             use super::$level;
-            use $crate::kernels::generic::{self, attention::{MAX_TILE_ROWS, Problem, Scratch, TILE_ROWS, Tile}};
+            use $crate::kernels::generic::{self, attention::{MAX_TILE_ROWS, Problem, Scratch, TILE_ROWS, Tile, Vectors}};
             use $crate::kernels::simd::Memory;
             use $crate::kernels::{AttentionFns, CopyArgs, MergeArgs, NormArgs, RopeArgs};
 
@@ -284,7 +288,7 @@ macro_rules! kernel_shells {
             unsafe fn tile<T: Memory>(problem: &Problem, tile: &Tile, scratch: *mut u8) {
                 let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v.shape[3]).0;
                 // SAFETY: the caller's.
-                unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, &scratch) }
+                unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, &scratch, &Vectors) }
             }
             $(#[$feature])*
             unsafe fn reduce(problem: &Problem, tile: &Tile, scratch: *mut u8) {
@@ -360,6 +364,8 @@ pub(crate) static LEVELS: &[&[Entry]] = &[
     &amx::ENTRIES,
     #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     &neon::ENTRIES,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    &neon_bf16::ENTRIES,
 ];
 
 /// The registry: all kernels of this build, level by level in the order of preference, the portable one first.
@@ -384,6 +390,8 @@ pub(crate) fn level_available(level: Isa) -> bool {
         Isa::Amx => amx::is_available(),
         #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
         Isa::Neon => neon::Neon::is_available(),
+        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+        Isa::NeonBf16 => neon_bf16::is_available(),
         #[allow(unreachable_patterns)]
         _ => false,
     }

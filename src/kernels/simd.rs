@@ -123,6 +123,19 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// As [`Self::store_f32`].
     unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
+    /// The inverse of [`Self::load_pair_bf16`], each element rounded as by [`Self::store_bf16`].
+    ///
+    /// # Safety
+    /// `2 * LANES` elements are writable at `p`.
+    #[inline(always)]
+    unsafe fn store_pair_bf16(self, p: *mut bf16, v: [Self::V; 2]) {
+        const { assert!(!Self::SPLITS_BF16) };
+        // SAFETY: the caller's.
+        unsafe {
+            self.store_bf16(p, v[0]);
+            self.store_bf16(p.add(Self::LANES), v[1]);
+        }
+    }
     /// Stores the first `n < LANES` lanes and nothing beyond.
     ///
     /// # Safety
@@ -213,13 +226,18 @@ pub(crate) trait Memory: Element {
     /// # Safety
     /// As [`Simd::store_f32`].
     unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V);
+    /// The inverse of [`Self::load_pair`].
+    ///
+    /// # Safety
+    /// `2 * LANES` elements are writable at `p`.
+    unsafe fn store_pair<S: Simd>(simd: S, p: *mut Self, v: [S::V; 2]);
     /// # Safety
     /// As [`Simd::store_part_f32`].
     unsafe fn store_part<S: Simd>(simd: S, p: *mut Self, v: S::V, n: usize);
 }
 
 macro_rules! memory {
-    ($($type:ty: $load:ident $load_part:ident $store:ident $store_part:ident $pair:expr, $splits:expr;)*) => {$(
+    ($($type:ty: $load:ident $load_part:ident $store:ident $store_part:ident $pair:expr, $put_pair:expr, $splits:expr;)*) => {$(
         impl Memory for $type {
             #[inline(always)]
             fn splits<S: Simd>() -> bool {
@@ -246,6 +264,11 @@ macro_rules! memory {
                 unsafe { simd.$store(p, v) }
             }
             #[inline(always)]
+            unsafe fn store_pair<S: Simd>(simd: S, p: *mut Self, v: [S::V; 2]) {
+                // SAFETY: the caller's.
+                unsafe { $put_pair(simd, p, v) }
+            }
+            #[inline(always)]
             unsafe fn store_part<S: Simd>(simd: S, p: *mut Self, v: S::V, n: usize) {
                 // SAFETY: the caller's.
                 unsafe { simd.$store_part(p, v, n) }
@@ -255,9 +278,23 @@ macro_rules! memory {
 }
 
 memory! {
-    f32: load_f32 load_part_f32 store_f32 store_part_f32 halves, |_| false;
-    f16: load_f16 load_part_f16 store_f16 store_part_f16 halves, |_| false;
-    bf16: load_bf16 load_part_bf16 store_bf16 store_part_bf16 |s: S, p| s.load_pair_bf16(p), |splits| splits;
+    f32: load_f32 load_part_f32 store_f32 store_part_f32 halves, put_halves, |_| false;
+    f16: load_f16 load_part_f16 store_f16 store_part_f16 halves, put_halves, |_| false;
+    bf16: load_bf16 load_part_bf16 store_bf16 store_part_bf16
+        |s: S, p| s.load_pair_bf16(p), |s: S, p, v| s.store_pair_bf16(p, v), |splits| splits;
+}
+
+/// The inverse of [`halves`].
+///
+/// # Safety
+/// As [`Memory::store_pair`].
+#[inline(always)]
+unsafe fn put_halves<S: Simd, T: Memory>(simd: S, p: *mut T, v: [S::V; 2]) {
+    // SAFETY: the caller's.
+    unsafe {
+        T::store(simd, p, v[0]);
+        T::store(simd, p.add(S::LANES), v[1]);
+    }
 }
 
 /// The first and the second half of `2 * LANES` elements.

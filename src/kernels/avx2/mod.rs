@@ -47,16 +47,22 @@ impl Avx2 {
     #[inline(always)]
     fn round_bf16(self, v: __m256) -> __m128i {
         let (a, a2) = (self.0.avx, self.0.avx2);
+        let upper = a2._mm256_srli_epi32::<16>(self.rounded_bf16(v));
+        let packed = a2._mm256_packus_epi32(upper, upper);
+        a._mm256_castsi256_si128(a2._mm256_permute4x64_epi64::<0b00_00_10_00>(packed))
+    }
+
+    /// The rounded numbers in the upper halves, and anything in the lower ones.
+    #[inline(always)]
+    fn rounded_bf16(self, v: __m256) -> __m256i {
+        let (a, a2) = (self.0.avx, self.0.avx2);
         let bits = a._mm256_castps_si256(v);
         let odd = a2._mm256_and_si256(a2._mm256_srli_epi32::<16>(bits), a._mm256_set1_epi32(1));
         let rounded = a2._mm256_add_epi32(bits, a2._mm256_add_epi32(odd, a._mm256_set1_epi32(0x7fff)));
         // The increment could carry a NaN into infinity: NaNs keep their upper half and become quiet.
         let nan = a._mm256_cmp_ps::<_CMP_UNORD_Q>(v, v);
         let quiet = a2._mm256_or_si256(bits, a._mm256_set1_epi32(0x40_0000));
-        let chosen = a2._mm256_blendv_epi8(rounded, quiet, a._mm256_castps_si256(nan));
-        let upper = a2._mm256_srli_epi32::<16>(chosen);
-        let packed = a2._mm256_packus_epi32(upper, upper);
-        a._mm256_castsi256_si128(a2._mm256_permute4x64_epi64::<0b00_00_10_00>(packed))
+        a2._mm256_blendv_epi8(rounded, quiet, a._mm256_castps_si256(nan))
     }
 
     #[inline(always)]
@@ -278,6 +284,15 @@ impl Simd for Avx2 {
     unsafe fn store_bf16(self, p: *mut bf16, v: __m256) {
         // SAFETY: the caller's.
         unsafe { _mm_storeu_si128(p.cast(), self.round_bf16(v)) }
+    }
+    #[inline(always)]
+    unsafe fn store_pair_bf16(self, p: *mut bf16, [even, odd]: [__m256; 2]) {
+        let a2 = self.0.avx2;
+        let even = a2._mm256_srli_epi32::<16>(self.rounded_bf16(even));
+        // Every other 16 bits from the odd ones.
+        let both = a2._mm256_blend_epi16::<0b1010_1010>(even, self.rounded_bf16(odd));
+        // SAFETY: the caller's.
+        unsafe { _mm256_storeu_si256(p.cast(), both) }
     }
     #[inline(always)]
     unsafe fn store_part_f32(self, p: *mut f32, v: __m256, n: usize) {

@@ -53,14 +53,20 @@ impl Avx512 {
     #[inline(always)]
     fn round_bf16(self, v: __m512) -> __m256i {
         let f = self.0.avx512f;
+        f._mm512_cvtepi32_epi16(f._mm512_srli_epi32::<16>(self.rounded_bf16(v)))
+    }
+
+    /// The rounded numbers in the upper halves, and anything in the lower ones.
+    #[inline(always)]
+    fn rounded_bf16(self, v: __m512) -> __m512i {
+        let f = self.0.avx512f;
         let bits = f._mm512_castps_si512(v);
         let odd = f._mm512_and_si512(f._mm512_srli_epi32::<16>(bits), f._mm512_set1_epi32(1));
         let rounded = f._mm512_add_epi32(bits, f._mm512_add_epi32(odd, f._mm512_set1_epi32(0x7fff)));
         // The increment could carry a NaN into infinity: NaNs keep their upper half and become quiet.
         let nan = f._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
         let quiet = f._mm512_or_si512(bits, f._mm512_set1_epi32(0x40_0000));
-        let chosen = f._mm512_mask_blend_epi32(nan, rounded, quiet);
-        f._mm512_cvtepi32_epi16(f._mm512_srli_epi32::<16>(chosen))
+        f._mm512_mask_blend_epi32(nan, rounded, quiet)
     }
 
     #[inline(always)]
@@ -294,6 +300,14 @@ impl Simd for Avx512 {
     unsafe fn store_bf16(self, p: *mut bf16, v: __m512) {
         // SAFETY: the caller's.
         unsafe { _mm256_storeu_si256(p.cast(), self.round_bf16(v)) }
+    }
+    #[inline(always)]
+    unsafe fn store_pair_bf16(self, p: *mut bf16, [even, odd]: [__m512; 2]) {
+        let f = self.0.avx512f;
+        let even = f._mm512_srli_epi32::<16>(self.rounded_bf16(even));
+        let odd = f._mm512_and_si512(self.rounded_bf16(odd), f._mm512_set1_epi32(0xffff_0000_u32 as i32));
+        // SAFETY: the caller's.
+        unsafe { _mm512_storeu_si512(p.cast(), f._mm512_or_si512(even, odd)) }
     }
     #[inline(always)]
     unsafe fn store_part_f32(self, p: *mut f32, v: __m512, n: usize) {

@@ -51,19 +51,17 @@ mod state;
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Memory, Simd};
 use crate::view::RawView;
-#[cfg(not(target_arch = "x86_64"))]
-use keys::{Gathered, Located, Rows, Wanted, locate};
 use state::{fold, load_query};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+pub(crate) use keys::{Gathered, Located, Rows, Wanted, locate};
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+pub(crate) use softmax::Softmax;
 pub(crate) use spans::{Chunks, Spans, Summary};
 pub(crate) use state::{is_empty, reduce};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use {
-    keys::{Gathered, Located, Rows, Wanted, locate},
-    state::{load_row, store_row},
-};
+pub(crate) use state::{load_row, store_row};
 
 /// Keys a block: one live bit each in a `u64`.
 pub(crate) const BLOCK: usize = 64;
@@ -204,28 +202,28 @@ pub(crate) const fn padded(n: usize) -> usize {
 #[repr(C)]
 pub(crate) struct RowState {
     /// The largest logit of the chunk so far, times log2(e).
-    max: f32,
+    pub max: f32,
     total_max: f32,
     total_sum: f32,
-    token: u32,
+    pub token: u32,
     low: i64,
     high: i64,
-    live: u64,
+    pub live: u64,
     position: i64,
     head: u32,
 }
 
 /// Scratch memory of one worker; see [`Scratch::layout`].
 pub(crate) struct Scratch {
-    q: *mut f32,
-    s: *mut f32,
-    acc: *mut f32,
+    pub q: *mut f32,
+    pub s: *mut f32,
+    pub acc: *mut f32,
     total: *mut f32,
     /// A row's sum of weights, lane by lane: `[rows][MAX_LANES]`.
-    sums: *mut f32,
+    pub sums: *mut f32,
     /// The K block transposed, and the V block in f32, in slabs as wide as a register tile.
-    kt: *mut f32,
-    vp: *mut f32,
+    pub kt: *mut f32,
+    pub vp: *mut f32,
     /// K and V blocks whose elements do not lie together: `[BLOCK][dp]`, `[BLOCK][dvp]` of their type.
     k_block: *mut u8,
     v_block: *mut u8,
@@ -280,7 +278,7 @@ impl Span {
     }
 
     /// From the first to the last of some live bits.
-    fn around(bits: u64) -> Self {
+    pub fn around(bits: u64) -> Self {
         if bits == 0 {
             return Self { low: 0, high: 0 };
         }
@@ -299,7 +297,13 @@ pub(crate) fn ones(n: usize) -> u64 {
 /// # Safety
 /// `p` is validated, `tile` is inside it, and `scratch` is laid out for at least `tile.rows()` rows.
 #[inline(always)]
-pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
+pub(crate) unsafe fn tile<S: Simd, T: Memory>(
+    s: S,
+    p: &Problem,
+    tile: &Tile,
+    scratch: &Scratch,
+    products: &impl Products<S, T>,
+) {
     let (d, dv) = (p.q.shape[3], p.v.shape[3]);
     let (dp, dvp) = (padded(d), padded(dv));
     let n = tile.rows();
@@ -331,10 +335,8 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, sc
             load_query::<S, T>(s, p.q, p.q.row(batch, token, head), scratch.q.add(r * dp), d);
         }
     }
-    if tile.head_rows >= PACK_ROWS {
-        // SAFETY: the rows of Q have just been written.
-        unsafe { s.outline(many::PackQueries { q: scratch.q, rows: n, d }) };
-    }
+    // SAFETY: the rows of Q have just been written.
+    unsafe { products.pack_queries(s, tile, scratch, d) };
 
     for chunk in tile.first_chunk..tile.end_chunk {
         let (from, to) = reach.within(tile.chunks.keys(chunk));
@@ -350,8 +352,10 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(s: S, p: &Problem, tile: &Tile, sc
                 let span =
                     Span { low: from.saturating_sub(block * BLOCK).min(BLOCK), high: (to - block * BLOCK).min(BLOCK) };
                 // SAFETY: keys from..to are visible to some row, so inside the views.
-                unsafe { one_block::<S, T>(s, p, tile, scratch, rows, block, span, &reach) };
+                unsafe { one_block::<S, T>(s, p, tile, scratch, products, rows, block, span, &reach) };
             }
+            // SAFETY: the chunk's blocks are done.
+            unsafe { products.end_chunk(s, rows, scratch) };
         }
         for (r, row) in rows.iter_mut().enumerate() {
             // SAFETY: the partials hold a state for every chunk and row of the tile; the scratch parts have their rows.
@@ -440,6 +444,7 @@ unsafe fn one_block<S: Simd, T: Memory>(
     p: &Problem,
     tile: &Tile,
     scratch: &Scratch,
+    products: &impl Products<S, T>,
     rows: &mut [RowState],
     block: usize,
     span: Span,
@@ -477,12 +482,7 @@ unsafe fn one_block<S: Simd, T: Memory>(
     // SAFETY: the block's live keys are inside k and v, the scratch parts have the sizes their layout gives.
     unsafe {
         locate(&Wanted { p, tile, base, span, live: any, reach }, &gathered, (&mut k, &mut v));
-        let call = Block { p, tile, scratch, base, span, all, d, dv };
-        if tile.head_rows >= PACK_ROWS {
-            many::block::<S, T>(s, &call, rows, k.rows(), v.rows());
-        } else {
-            few::block::<S, T>(s, &call, rows, k.rows(), v.rows());
-        }
+        products.block(s, &Block { p, tile, scratch, base, span, all, d, dv }, rows, k.rows(), v.rows());
     }
 }
 
@@ -493,18 +493,67 @@ pub(crate) fn between((low, high): (i64, i64), base: usize) -> u64 {
     ones(inside(high)) & !ones(inside(low))
 }
 
-/// What [`few`] and [`many`] need to know of a block.
-struct Block<'a> {
-    p: &'a Problem<'a>,
-    tile: &'a Tile,
-    scratch: &'a Scratch,
+/// What [`Products`] need to know of a block.
+#[derive(Clone, Copy)]
+pub(crate) struct Block<'a> {
+    pub p: &'a Problem<'a>,
+    pub tile: &'a Tile,
+    pub scratch: &'a Scratch,
     /// The block's first key.
-    base: usize,
-    span: Span,
+    pub base: usize,
+    pub span: Span,
     /// No row has a hidden key in the span.
-    all: bool,
-    d: usize,
-    dv: usize,
+    pub all: bool,
+    pub d: usize,
+    pub dv: usize,
+}
+
+/// The two products of a block, and the softmax between them. Whatever computes them, rows come as f32 in `scratch.q`, and
+/// at the end of a chunk a row's weighted values are in `scratch.acc`, and its sum of weights in `scratch.sums`.
+pub(crate) trait Products<S: Simd, T: Memory> {
+    /// Once a tile: `scratch.q` has its rows.
+    ///
+    /// # Safety
+    /// `scratch` is laid out for the tile's rows.
+    unsafe fn pack_queries(&self, s: S, tile: &Tile, scratch: &Scratch, d: usize);
+
+    /// One block of keys for all rows of the tile. The first of a chunk finds `scratch.acc` and `scratch.sums` 0.
+    ///
+    /// # Safety
+    /// `k` and `v` are the rows of the block's span.
+    unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<T>);
+
+    /// All blocks of a chunk are done.
+    ///
+    /// # Safety
+    /// `scratch` and `rows` are those of the blocks.
+    #[inline(always)]
+    unsafe fn end_chunk(&self, _s: S, _rows: &[RowState], _scratch: &Scratch) {}
+}
+
+/// [`Products`] by the vector trait: [`few`] or [`many`].
+pub(crate) struct Vectors;
+
+impl<S: Simd, T: Memory> Products<S, T> for Vectors {
+    #[inline(always)]
+    unsafe fn pack_queries(&self, s: S, tile: &Tile, scratch: &Scratch, d: usize) {
+        if tile.head_rows >= PACK_ROWS {
+            // SAFETY: the caller's.
+            unsafe { s.outline(many::PackQueries { q: scratch.q, rows: tile.rows(), d }) };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<T>) {
+        // SAFETY: the caller's.
+        unsafe {
+            if block.tile.head_rows >= PACK_ROWS {
+                many::block::<S, T>(s, block, rows, k, v);
+            } else {
+                few::block::<S, T>(s, block, rows, k, v);
+            }
+        }
+    }
 }
 
 impl Problem<'_> {

@@ -12,7 +12,7 @@ use std::ops::Range;
 ///
 /// Where scale is the only thing between score and logit, the two are one FMA inside the exponential: two passes of 2 and 13
 /// instructions a vector of scores.
-pub(super) struct Softmax<'a> {
+pub(crate) struct Softmax<'a> {
     pub block: &'a Block<'a>,
     pub rows: &'a mut [RowState],
     /// Number of the first of the rows in the tile.
