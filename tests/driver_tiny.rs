@@ -207,7 +207,7 @@ fn a_hugging_face_directory_is_the_same_model() {
         ("model.embed_tokens.weight".to_owned(), floats("token_embd.weight")),
         ("model.norm.weight".to_owned(), floats("output_norm.weight")),
     ];
-    for i in 0..c.layers {
+    for i in 0..c.layers.len() {
         for (ours, theirs) in [
             ("attn_norm", "input_layernorm"),
             ("attn_q", "self_attn.q_proj"),
@@ -233,9 +233,9 @@ fn a_hugging_face_directory_is_the_same_model() {
     });
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "vocab_size": c.vocab, "hidden_size": c.dim,
-        "intermediate_size": c.ffn_dim, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+        "intermediate_size": c.ffn_dim, "num_hidden_layers": c.layers.len(), "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads, "max_position_embeddings": c.context, "rms_norm_eps": c.rms_eps,
-        "rope_theta": c.rope.base, "tie_word_embeddings": true, "hidden_act": "silu",
+        "rope_theta": c.ropes[0].base, "tie_word_embeddings": true, "hidden_act": "silu",
     });
     let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("tiny-hf");
     std::fs::create_dir_all(&dir).unwrap();
@@ -243,7 +243,7 @@ fn a_hugging_face_directory_is_the_same_model() {
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
 
     let file = ModelFile::open(&dir).unwrap();
-    assert_eq!(file.config().rope.pairing, Pairing::HalfSplit);
+    assert_eq!(file.config().ropes[0].pairing, Pairing::HalfSplit);
     let weights = file.weights(&|_, _| ()).unwrap();
     let other = Decoder::new(file.config().clone(), weights, 0, None, Threads::new(1).unwrap()).unwrap();
     for case in cases() {
