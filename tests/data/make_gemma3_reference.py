@@ -72,7 +72,7 @@ PROMPTS = [
     "rustic mire, snuffed about by pigs, and roosted in by poultry, which the Farmer, Death, had already set apart to be "
     "his tumbrils of the Revolution. But that Woodman and that Farmer, though they work unceasingly, work silently, and "
     "no one heard them as they went about with muffled tread: the rather, forasmuch as to entertain any suspicion that "
-    "they were awake, was to be atheistical and traitorous.",
+    "they were awake, was to be atheistical",
 ]
 
 TEXTS = [
