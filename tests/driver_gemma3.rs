@@ -102,8 +102,9 @@ fn tokens_are_the_references() {
 }
 
 /// Both sides round every product of 18 layers to f32, in different orders, and transformers rounds RoPE's angles to f32
-/// as well; the data has four decimals. A wrong angle, scale or window is off by tenths.
-const TOLERANCE: f64 = 2e-3;
+/// as well. The largest difference seen is 2.6e-4, and the data has four decimals. A wrong angle, scale or window is off
+/// by tenths.
+const TOLERANCE: f64 = 1e-3;
 
 #[test]
 fn logits_are_the_references() {

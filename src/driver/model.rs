@@ -839,7 +839,7 @@ fn hf_config(dir: &HfDir) -> Result<ModelConfig> {
             c.architectures
         )));
     }
-    let (family, activation, activation_name, file_name) = match gemma {
+    let (family, activation, theirs, ours) = match gemma {
         true => ("Gemma", Activation::GeluTanh, "gelu_pytorch_tanh", "GELU by tanh"),
         false => ("Llama", Activation::Silu, "silu", "SiLU"),
     };
@@ -849,7 +849,7 @@ fn hf_config(dir: &HfDir) -> Result<ModelConfig> {
         ("biases in the feed-forward part", c.mlp_bias),
         ("a sliding window", !gemma && c.sliding_window.is_some()),
         ("attention to later tokens", c.use_bidirectional_attention.unwrap_or(false)),
-        (&format!("an activation other than {file_name}"), named.is_some_and(|a| a != activation_name)),
+        (&format!("an activation other than {ours}"), named.is_some_and(|a| a != theirs)),
     ] {
         if present {
             return Err(Error::unsupported(format!("{what} in a {family} model")));
