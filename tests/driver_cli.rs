@@ -39,6 +39,24 @@ fn generate_writes_text_and_nothing_else() {
 }
 
 #[test]
+fn a_window_streams_past_the_context() {
+    let args = ["generate", "--temperature", "0", "--prompt", "And God said", "--window", "48", "--sinks", "2"];
+    let short = json(&[&args[..], &["--max-tokens", "30"]].concat());
+    let long = json(&[&args[..], &["--max-tokens", "180"]].concat());
+    assert_eq!((short["evicted"].as_u64(), long["finish"].as_str()), (Some(0), Some("max_tokens")));
+    assert_eq!(long["ids"].as_array().unwrap().len(), 180);
+    assert!(long["evicted"].as_u64().unwrap() > 100 && short["cache_bytes"] == long["cache_bytes"]);
+    let text = |object: &serde_json::Value| object["text"].as_str().unwrap().to_owned();
+    assert!(text(&long).starts_with(&text(&short)));
+    // Before anything is forgotten, it is the text without a window.
+    assert_eq!(text(&short), text(&json(&[&args[..5], &["--max-tokens", "30"]].concat())));
+    // And a prompt may be longer than the context.
+    let prompt = "word ".repeat(600);
+    let past = json(&["generate", "--prompt", &prompt, "--window", "256", "--max-tokens", "3"]);
+    assert!(past["prompt_ids"].as_array().unwrap().len() > 512 && past["evicted"].as_u64().unwrap() > 0);
+}
+
+#[test]
 fn one_seed_one_text() {
     let with = |more: &[&str]| stdout(&[&["generate", "--max-tokens", "20"], more].concat());
     assert_eq!(with(&["--seed", "5"]), with(&["--seed", "5", "--threads", "1"]));
@@ -111,7 +129,7 @@ fn cache_cost_measures_both() {
 
 #[test]
 fn complaints_are_sentences_on_standard_error() {
-    let cases: [(&[&str], i32, &str); 9] = [
+    let cases: [(&[&str], i32, &str); 12] = [
         (&["generate", "--model", "/nowhere.gguf"], 1, "/nowhere.gguf"),
         (&["generate", "--model", env!("CARGO_MANIFEST_DIR")], 1, "config.json"),
         (&["inspect", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")], 1, "not a GGUF file"),
@@ -119,6 +137,9 @@ fn complaints_are_sentences_on_standard_error() {
         (&["generate", "--prompt", ""], 1, "no tokens"),
         (&["generate", "--temperature=-1"], 1, "temperature is -1"),
         (&["generate", "--top-p", "2"], 1, "top-p is 2"),
+        (&["generate", "--window", "0"], 1, "window of 0 tokens after the first 4"),
+        (&["generate", "--window", "500", "--sinks", "13"], 1, "512 positions"),
+        (&["generate", "--sinks", "13"], 2, "--window"),
         (&["generate", "--isa", "mmx"], 2, "mmx"),
         (&["cache-cost", "--max-context", "3"], 1, "16 is the least"),
     ];
@@ -164,6 +185,8 @@ fn help_names_every_option() {
         "--kv-type",
         "--isa",
         "--no-cache",
+        "--window",
+        "--sinks",
         "--json",
     ] {
         assert!(help.contains(option), "{option}");

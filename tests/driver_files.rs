@@ -89,8 +89,8 @@ fn assert_names(message: &str, parts: &[&str]) {
 fn the_sound_file_is_read() {
     let (file, tokenizer, weights) = read_all(tiny_model().bytes()).unwrap();
     let c = file.config();
-    assert_eq!((c.vocab, c.dim, c.layers, c.heads, c.kv_heads, c.head_dim, c.ffn_dim), (8, 8, 1, 2, 1, 4, 12));
-    assert_eq!((c.rope.pairing, c.rope.rotary_dim, c.rope.base), (Pairing::Interleaved, 4, 10_000.0));
+    assert_eq!((c.vocab, c.dim, c.layers.len(), c.heads, c.kv_heads, c.head_dim, c.ffn_dim), (8, 8, 1, 2, 1, 4, 12));
+    assert_eq!((c.ropes[0].pairing, c.ropes[0].rotary_dim, c.ropes[0].base), (Pairing::Interleaved, 4, 10_000.0));
     assert_eq!((c.tied, c.bos, c.eos.as_slice(), c.context), (true, Some(0), &[1][..], 64));
     assert_eq!(tokenizer.encode("abc ab</s>b", true).unwrap(), [0, 6, 7, 5, 1, 3]);
     assert_eq!(tokenizer.decode(&[0, 6, 7, 5, 1, 3]).unwrap(), "abc abb");
@@ -277,7 +277,7 @@ fn rope_scaling_is_read() {
         let mut w = tiny_model();
         f(&mut w);
         let (file, ..) = read_all(w.bytes()).unwrap();
-        file.config().rope.stretch.clone()
+        file.config().ropes[0].stretch.clone()
     };
     assert_eq!(scaling(&|_| ()), Stretch::Fixed(RopeScaling::None));
     let linear = |w: &mut Writer| {
@@ -448,7 +448,7 @@ fn hf_directory_is_read() {
     let dir = hf_directory("hf-whole");
     let (file, tokenizer, weights) = read_directory(&dir).unwrap();
     let c = file.config();
-    assert_eq!((c.rope.pairing, c.head_dim, c.eos.as_slice(), c.tied), (Pairing::HalfSplit, 4, &[1, 2][..], true));
+    assert_eq!((c.ropes[0].pairing, c.head_dim, c.eos.as_slice(), c.tied), (Pairing::HalfSplit, 4, &[1, 2][..], true));
     assert_eq!(tokenizer.encode("abc ab<s>", true).unwrap(), [6, 7, 5, 0]);
     let check = |w: &Weights| {
         assert_eq!((w.layers[0].qkv.row(0)[0], w.layers[0].qkv.row(8)[0], w.output_norm[0]), (256.0, 384.0, 1280.0));
@@ -508,7 +508,7 @@ fn hf_rope_scaling_is_read() {
     let scaling = |name: &str, json: &str| {
         let dir = hf_directory(name);
         std::fs::write(dir.join("config.json"), HF_CONFIG.replacen("null", json, 1)).unwrap();
-        ModelFile::open(&dir).unwrap().config().rope.stretch.clone()
+        ModelFile::open(&dir).unwrap().config().ropes[0].stretch.clone()
     };
     assert_eq!(
         scaling(

@@ -3,7 +3,7 @@
 
 use kvlane::driver::quant::{TensorType, dequantize};
 
-const TYPES: [TensorType; 11] = [
+const TYPES: [TensorType; 13] = [
     TensorType::F32,
     TensorType::F16,
     TensorType::BF16,
@@ -12,6 +12,8 @@ const TYPES: [TensorType; 11] = [
     TensorType::Q4_1,
     TensorType::Q5_0,
     TensorType::Q5_1,
+    TensorType::Q2_K,
+    TensorType::Q3_K,
     TensorType::Q4_K,
     TensorType::Q5_K,
     TensorType::Q6_K,

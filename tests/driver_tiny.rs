@@ -4,9 +4,10 @@
 use kvlane::driver::quant::dequantize;
 use kvlane::driver::sampling::argmax;
 use kvlane::driver::{
-    Cache, Decoder, Finish, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Threads, Tokenizer, embedded,
+    Cache, Decoder, Finish, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Streaming, Stretch, Threads,
+    Tokenizer, embedded,
 };
-use kvlane::{DType, Isa, Pairing};
+use kvlane::{DType, Isa, Pairing, RopeScaling};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -178,6 +179,99 @@ fn requests_end_for_the_reason_they_give() {
     assert!(insert(vec![1], 5).is_err(), "the only slot is taken");
 }
 
+/// In a model of one layer, keys and values depend on a token and its position alone: a cache after forgetting a span is
+/// then the cache of the text without it.
+#[test]
+fn forgetting_a_span_is_not_having_read_it() {
+    let file = embedded::open().unwrap();
+    let ids: Vec<u32> = (0..48).map(|i| (i * 151 + 7) % 2000).collect();
+    // YaRN's factor on cosines and sines must not come twice into a key that is turned again.
+    let yarn = RopeScaling::Yarn {
+        factor: 4.0,
+        original_max_position: 128.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: Some(1.5),
+        truncate: true,
+    };
+    for scaling in [RopeScaling::None, yarn] {
+        let (mut config, mut weights) = (file.config().clone(), file.weights(&|_, _| ()).unwrap());
+        config.layers.truncate(1);
+        weights.layers.truncate(1);
+        config.ropes[0].stretch = Stretch::Fixed(scaling);
+        let decoder = Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap();
+        let mut scratch = Scratch::default();
+        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 0.02), (DType::Bf16, 0.2)] {
+            let mut cache = Cache::new(decoder.config(), 2, 64, dtype).unwrap();
+            decoder.forward(&mut cache, &mut scratch, 0, &[&ids[..5], &ids[..40]], Logits::None).unwrap();
+            decoder.evict(&mut cache, 1, 4..23).unwrap();
+            decoder.evict(&mut cache, 1, 9..9).unwrap();
+            assert_eq!(cache.lengths(), [5, 21]);
+            let after = decoder.forward(&mut cache, &mut scratch, 1, &[&ids[40..]], Logits::Last).unwrap();
+
+            let mut cache = Cache::new(decoder.config(), 1, 64, dtype).unwrap();
+            let text = [&ids[..4], &ids[23..]].concat();
+            let never = decoder.forward(&mut cache, &mut scratch, 0, &[&text], Logits::Last).unwrap();
+            let worst = after.iter().zip(&never).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+            eprintln!("{dtype}: largest difference of a logit {worst:.2e}");
+            assert!(worst < tolerance, "{dtype}: {worst}");
+        }
+        let mut cache = Cache::new(decoder.config(), 1, 8, DType::F32).unwrap();
+        decoder.forward(&mut cache, &mut scratch, 0, &[&ids[..6]], Logits::None).unwrap();
+        assert!(decoder.evict(&mut cache, 1, 0..1).is_err() && decoder.evict(&mut cache, 0, 3..7).is_err());
+        assert_eq!(cache.len(0), 6);
+    }
+}
+
+#[test]
+fn streams_go_on_past_the_cache() {
+    let (decoder, tokenizer) = load(None, 2);
+    let prompt = tokenizer.encode("And it came to pass", true).unwrap();
+    let streaming = Streaming { sinks: 4, window: 40 };
+    let capacity = streaming.capacity(512);
+    assert_eq!(capacity, 54);
+    let n = 3 * capacity;
+    let whole = greedy(&decoder, &prompt, n, false);
+    for dtype in [DType::F32, DType::Bf16] {
+        let mut slots = Slots::new(&decoder, 2, capacity, dtype).unwrap().streaming(Some(streaming)).unwrap();
+        let request = || Request { prompt: prompt.clone(), max_tokens: n, sampling: SamplerOptions::default() };
+        let first = slots.insert(request(), &mut |_| ()).unwrap();
+        let second = slots.insert(request(), &mut |_| ()).unwrap();
+        let mut texts = [vec![first.token], vec![second.token]];
+        while slots.running() > 0 {
+            for event in slots.step().unwrap() {
+                let text = &mut texts[event.slot];
+                text.push(event.token);
+                assert_eq!(event.finish, (text.len() == n).then_some(Finish::MaxTokens));
+            }
+            assert!((0..2).all(|row| slots.cache().len(row) <= capacity));
+        }
+        let [ids, twin] = texts;
+        assert_eq!((ids.len(), &twin), (n, &ids));
+        // The token that a full row gives has seen everything.
+        let before = capacity + 1 - prompt.len();
+        if dtype == DType::F32 {
+            assert_eq!(ids[..before], whole[..before]);
+        }
+        // Each time down to the sinks and all of the window but the token to come.
+        let (fed, kept) = (prompt.len() + n - 1, 4 + 40 - 1);
+        let times = (fed - capacity).div_ceil(capacity - kept);
+        assert_eq!(slots.evicted(), 2 * times * (capacity - kept));
+        // It goes on as language: not one token over and over.
+        assert!(ids[n - 20..].iter().collect::<std::collections::HashSet<_>>().len() > 4, "{ids:?}");
+    }
+    // A prompt longer than the cache.
+    let long: Vec<u32> = prompt.iter().copied().cycle().take(200).collect();
+    let mut slots = Slots::new(&decoder, 1, capacity, DType::F32).unwrap().streaming(Some(streaming)).unwrap();
+    slots.insert(Request { prompt: long, max_tokens: 2, sampling: SamplerOptions::default() }, &mut |_| ()).unwrap();
+    assert!(slots.cache().len(0) > 43 && slots.evicted() >= 200 - capacity);
+
+    let refused = |sinks, window| {
+        Slots::new(&decoder, 1, 54, DType::F32).unwrap().streaming(Some(Streaming { sinks, window })).is_err()
+    };
+    assert!(refused(4, 0) && refused(15, 40) && refused(usize::MAX, 2) && !refused(14, 40) && !refused(0, 1));
+}
+
 /// The same model as a Hugging Face directory: other names, other container, and the elements of a head in the order that
 /// pairs its halves instead of neighbours.
 #[test]
@@ -207,7 +301,7 @@ fn a_hugging_face_directory_is_the_same_model() {
         ("model.embed_tokens.weight".to_owned(), floats("token_embd.weight")),
         ("model.norm.weight".to_owned(), floats("output_norm.weight")),
     ];
-    for i in 0..c.layers {
+    for i in 0..c.layers.len() {
         for (ours, theirs) in [
             ("attn_norm", "input_layernorm"),
             ("attn_q", "self_attn.q_proj"),
@@ -233,9 +327,9 @@ fn a_hugging_face_directory_is_the_same_model() {
     });
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "vocab_size": c.vocab, "hidden_size": c.dim,
-        "intermediate_size": c.ffn_dim, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+        "intermediate_size": c.ffn_dim, "num_hidden_layers": c.layers.len(), "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads, "max_position_embeddings": c.context, "rms_norm_eps": c.rms_eps,
-        "rope_theta": c.rope.base, "tie_word_embeddings": true, "hidden_act": "silu",
+        "rope_theta": c.ropes[0].base, "tie_word_embeddings": true, "hidden_act": "silu",
     });
     let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("tiny-hf");
     std::fs::create_dir_all(&dir).unwrap();
@@ -243,7 +337,7 @@ fn a_hugging_face_directory_is_the_same_model() {
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
 
     let file = ModelFile::open(&dir).unwrap();
-    assert_eq!(file.config().rope.pairing, Pairing::HalfSplit);
+    assert_eq!(file.config().ropes[0].pairing, Pairing::HalfSplit);
     let weights = file.weights(&|_, _| ()).unwrap();
     let other = Decoder::new(file.config().clone(), weights, 0, None, Threads::new(1).unwrap()).unwrap();
     for case in cases() {

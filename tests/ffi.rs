@@ -380,15 +380,15 @@ mod decode {
     /// Writes a model the way that `ffi-tests/decode.c` says.
     fn export(file: &ModelFile, path: &Path) -> std::io::Result<()> {
         let (c, weights) = (file.config(), file.weights(&|_, _| ()).expect("weights"));
-        assert_eq!(c.rope.stretch, Stretch::Fixed(RopeScaling::None), "the C program knows no scaling");
+        assert_eq!(c.ropes[0].stretch, Stretch::Fixed(RopeScaling::None), "the C program knows no scaling");
         let mut out = std::io::BufWriter::new(std::fs::File::create(path)?);
         out.write_all(b"KVLDECO1")?;
-        let sizes = [c.vocab, c.dim, c.layers, c.heads, c.kv_heads, c.head_dim, c.ffn_dim, c.rope.rotary_dim];
-        let flags = [c.rope.pairing as usize, usize::from(weights.output.is_none())];
+        let sizes = [c.vocab, c.dim, c.layers.len(), c.heads, c.kv_heads, c.head_dim, c.ffn_dim, c.ropes[0].rotary_dim];
+        let flags = [c.ropes[0].pairing as usize, usize::from(weights.output.is_none())];
         for n in sizes.into_iter().chain(flags) {
             out.write_all(&i32::try_from(n).expect("a small number").to_le_bytes())?;
         }
-        for x in [c.rope.base, f64::from(c.rms_eps)] {
+        for x in [c.ropes[0].base, f64::from(c.rms_eps)] {
             out.write_all(&x.to_le_bytes())?;
         }
         let mut floats = |data: &[f32]| data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes()));

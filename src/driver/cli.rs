@@ -17,8 +17,8 @@ use super::cache::Cache;
 use super::decoder::{Decoder, Logits, Scratch};
 use super::embedded;
 use super::error::{Error, ErrorKind, Result};
-use super::model::{ModelConfig, ModelFile, Stretch};
-use super::runner::{Finish, PREFILL_CHUNK, Request, Slots};
+use super::model::{Activation, ModelConfig, ModelFile, RopeConfig, Stretch};
+use super::runner::{Finish, PREFILL_CHUNK, Request, Slots, Streaming};
 use super::sampling::SamplerOptions;
 use super::threads::Threads;
 use super::tokenizer::Tokenizer;
@@ -50,6 +50,7 @@ enum Command {
 #[command(after_help = "Examples:
   kvlane generate --prompt 'And God said'
   kvlane generate --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'Once upon a time' --temperature 0
+  kvlane generate --prompt 'And God said' --window 128 --max-tokens 5000
   echo 'The moon' | kvlane generate --model ./Llama-3.2-1B --prompt - --kv-type bf16")]
 struct Generate {
     #[command(flatten)]
@@ -75,6 +76,13 @@ struct Generate {
     /// Empty the cache before every token and compute the whole text again, to see what the cache saves
     #[arg(long)]
     no_cache: bool,
+    /// Go on past the model's context: keep the first tokens (see --sinks) and at least the N most recent ones, forget what
+    /// lies between, and move the kept ones together
+    #[arg(long, value_name = "N", conflicts_with = "no_cache")]
+    window: Option<usize>,
+    /// How many of the first tokens to keep for ever
+    #[arg(long, value_name = "S", default_value_t = 4, requires = "window")]
+    sinks: usize,
     /// Write one JSON object with the text and the figures, when done, in the place of the text
     #[arg(long)]
     json: bool,
@@ -222,20 +230,25 @@ fn generate(args: &Generate) -> Result<()> {
     if prompt.is_empty() {
         return Err(Error::argument("the prompt has no tokens"));
     }
-    if prompt.len() > config.context {
+    let streaming = args.window.map(|window| Streaming { sinks: args.sinks, window });
+    if prompt.len() > config.context && streaming.is_none() {
         return Err(Error::argument(format!(
             "the prompt has {} tokens, but the model was made for {}",
             prompt.len(),
             config.context
         )));
     }
-    let capacity = prompt.len().saturating_add(args.max_tokens).min(config.context);
+    let capacity = match streaming {
+        Some(streaming) => streaming.capacity(config.context),
+        None => prompt.len().saturating_add(args.max_tokens).min(config.context),
+    };
     let decoder = args.run.load(&file, capacity)?;
     let name = config.name.clone().unwrap_or_else(|| file.format());
     drop(file);
     let load = start.elapsed();
 
-    let mut slots = Slots::new(&decoder, 1, capacity, args.run.kv_type)?.recompute(args.no_cache);
+    let mut slots =
+        Slots::new(&decoder, 1, capacity, args.run.kv_type)?.recompute(args.no_cache).streaming(streaming)?;
     let request = Request {
         prompt: prompt.clone(),
         max_tokens: args.max_tokens,
@@ -304,6 +317,7 @@ fn generate(args: &Generate) -> Result<()> {
             "isa": decoder.context().isa().name(),
             "kv_type": args.run.kv_type.name(),
             "cache_bytes": slots.cache().bytes(),
+            "evicted": slots.evicted(),
             "load_seconds": load.as_secs_f64(),
             "prefill_tokens_per_second": prefill_rate,
             "decode_tokens_per_second": decode_rate,
@@ -326,6 +340,9 @@ fn generate(args: &Generate) -> Result<()> {
         decoder.threads().count(),
         if args.no_cache { ", every token from nothing" } else { "" }
     );
+    if streaming.is_some() {
+        eprintln!("cache of {capacity} tokens; {} tokens forgotten", slots.evicted());
+    }
     eprintln!("kernels: {}", names.join(", "));
     Ok(())
 }
@@ -430,7 +447,7 @@ fn inspect(args: &Inspect) -> Result<()> {
         let entry = types.entry(t.ty).or_default();
         *entry = (entry.0 + 1, entry.1 + t.bytes);
     }
-    let token_bytes = |dtype: DType| 2 * c.layers * c.kv_dim() * dtype.size();
+    let token_bytes = |dtype: DType| 2 * c.layers.len() * c.kv_dim() * dtype.size();
 
     if args.json {
         return print_json(&json!({
@@ -439,18 +456,19 @@ fn inspect(args: &Inspect) -> Result<()> {
             "parameters": c.parameters(),
             "vocab": c.vocab,
             "dim": c.dim,
-            "layers": c.layers,
+            "layers": c.layers.len(),
+            "attention": c.layers.iter().map(|l| json!({ "window": l.window, "rope": l.rope })).collect::<Vec<_>>(),
             "heads": c.heads,
             "kv_heads": c.kv_heads,
             "head_dim": c.head_dim,
             "ffn_dim": c.ffn_dim,
             "rms_eps": c.rms_eps,
-            "rope": {
-                "base": c.rope.base,
-                "rotary_dim": c.rope.rotary_dim,
-                "pairing": pairing(c),
-                "scaling": stretch(c),
-            },
+            "ropes": c.ropes.iter().map(|rope| json!({
+                "base": rope.base,
+                "rotary_dim": rope.rotary_dim,
+                "pairing": pairing(rope),
+                "scaling": stretch(rope),
+            })).collect::<Vec<_>>(),
             "context": c.context,
             "tied": c.tied,
             "bos": c.bos,
@@ -473,26 +491,31 @@ fn inspect(args: &Inspect) -> Result<()> {
     let bytes: usize = tensors.iter().map(|t| t.bytes).sum();
     let types: Vec<String> =
         types.iter().map(|(ty, (n, bytes))| format!("{ty} x{n} ({})", mebibytes(*bytes))).collect();
+    let rope = |rope: &RopeConfig| {
+        let (pairing, stretch) = (pairing(rope), stretch(rope));
+        format!("base {}, {} of {} elements, {pairing}, {stretch}", rope.base, rope.rotary_dim, c.head_dim)
+    };
     let lines = [
         ("format", file.format()),
         ("name", c.name.clone().unwrap_or_else(|| "-".to_owned())),
         ("parameters", format!("{} in {} tensors, {}", c.parameters(), tensors.len(), mebibytes(bytes))),
         ("types", types.join(", ")),
         ("vocabulary", format!("{}{}", c.vocab, if c.tied { ", embedding tied to the head" } else { "" })),
-        ("layers", c.layers.to_string()),
-        ("width", format!("{}, {} in the feed-forward part (SwiGLU)", c.dim, c.ffn_dim)),
-        ("heads", format!("{} over {} key/value heads of {}", c.heads, c.kv_heads, c.head_dim)),
+        ("layers", layers(c)),
         (
-            "rope",
+            "width",
             format!(
-                "base {}, {} of {} elements, {}, {}",
-                c.rope.base,
-                c.rope.rotary_dim,
-                c.head_dim,
-                pairing(c),
-                stretch(c)
+                "{}, {} in the feed-forward part ({})",
+                c.dim,
+                c.ffn_dim,
+                match c.activation {
+                    Activation::Silu => "SwiGLU",
+                    Activation::GeluTanh => "GeGLU",
+                }
             ),
         ),
+        ("heads", format!("{} over {} key/value heads of {}", c.heads, c.kv_heads, c.head_dim)),
+        ("rope", c.ropes.iter().map(rope).collect::<Vec<_>>().join("; local layers: ")),
         ("context", format!("{} tokens", c.context)),
         (
             "cache",
@@ -513,15 +536,22 @@ fn mebibytes(bytes: usize) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-fn pairing(c: &ModelConfig) -> &'static str {
-    match c.rope.pairing {
+fn layers(c: &ModelConfig) -> String {
+    let mut windows: BTreeMap<usize, usize> = BTreeMap::new();
+    c.layers.iter().filter_map(|l| l.window).for_each(|n| *windows.entry(n).or_default() += 1);
+    let windows = windows.iter().map(|(n, layers)| format!(", {layers} of them see the last {n} tokens"));
+    format!("{}{}", c.layers.len(), windows.collect::<String>())
+}
+
+fn pairing(rope: &RopeConfig) -> &'static str {
+    match rope.pairing {
         Pairing::Interleaved => "neighbouring pairs",
         Pairing::HalfSplit => "pairs of halves",
     }
 }
 
-fn stretch(c: &ModelConfig) -> String {
-    match &c.rope.stretch {
+fn stretch(rope: &RopeConfig) -> String {
+    match &rope.stretch {
         Stretch::Fixed(RopeScaling::None) => "not scaled".to_owned(),
         Stretch::Fixed(scaling) => format!("scaled by {scaling:?}"),
         Stretch::LongRope { factor, .. } => format!("LongRoPE by {factor}"),

@@ -1,21 +1,27 @@
-//! The Llama decoder: from token ids to logits, over a cache.
+//! The decoder: from token ids to logits, over a cache.
 //!
 //! ```text
-//! ids -> embedding rows x
-//! each layer:  h = RMSNorm(x);  q|k|v = h Wqkv;  rope(q);  cache <- rope(k), v;  x += attention(q, cache) Wo
-//!              h = RMSNorm(x);  g|u = h Wgu;     x += (SiLU(g) * u) Wd
-//! logits = RMSNorm(x) Whead
+//! ids -> embedding rows x [scaled]
+//! each layer:  h = RMSNorm(x);  q|k|v = h Wqkv;  [q, k = RMSNorm of every head];  rope(q);  cache <- rope(k), v
+//!              x += [RMSNorm] attention(q, cache) Wo
+//!              h = RMSNorm(x);  g|u = h Wgu;     x += [RMSNorm] (act(g) * u) Wd
+//! logits = RMSNorm(x) Whead [capped]
 //! ```
+//! What stands in brackets, the activation, and every layer's window and rotary embedding are the model's, told by its
+//! [`ModelConfig`]; a Llama has none of the former, SiLU, no windows and one rotary embedding.
+//!
 //! One function, [`Decoder::forward`], serves prefill, chunked prefill and decode: it appends any number of tokens to any
 //! row of the cache. The activations of a pass are a rectangle `[rows, longest]`; a row with fewer tokens is padded, and
 //! `counts` keeps its padding out of the cache. Queries, keys and values are never taken out of the buffer that the fused
 //! projection fills: they are views with its strides.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::cache::Cache;
 use super::error::{Error, Result};
-use super::model::{ModelConfig, Weights};
+use super::model::{Activation, ModelConfig, Weights};
 use super::threads::Threads;
 use crate::{
     AttentionOptions, AttentionTensors, Context, Destination, Isa, KvWrite, Packing, Positions, Rope, RopeAngles,
@@ -39,7 +45,8 @@ pub struct Decoder {
     config: ModelConfig,
     weights: Weights,
     context: Context,
-    frequencies: RopeFrequencies,
+    /// One for each of the model's rotary embeddings.
+    frequencies: Vec<RopeFrequencies>,
     threads: Threads,
 }
 
@@ -77,7 +84,7 @@ impl Decoder {
             Some(isa) => Context::with_max_isa(isa)?,
             None => Context::new()?,
         };
-        let frequencies = config.rope.frequencies(longest)?;
+        let frequencies = config.ropes.iter().map(|rope| rope.frequencies(longest)).collect::<Result<_>>()?;
         Ok(Self { config, weights, context, frequencies, threads })
     }
 
@@ -114,6 +121,45 @@ impl Decoder {
             cache.advance(first_row + i, row.len());
         }
         Ok(result)
+    }
+
+    /// Forgets the tokens `span` of a row and closes the gap: those after it get the positions from `span.start` on, to
+    /// which their keys are turned. Values, and keys beyond the first layer, still know of what was forgotten.
+    ///
+    /// Every key that moves is rounded once to the cache's type. On an error nothing has changed.
+    pub fn evict(&self, cache: &mut Cache, row: usize, span: Range<usize>) -> Result<()> {
+        if row >= cache.rows() {
+            return Err(Error::argument(format!("row {row}, but the cache has {} rows", cache.rows())));
+        }
+        let len = cache.len(row);
+        if span.start > span.end || span.end > len {
+            return Err(Error::argument(format!("tokens {span:?} of row {row}, which holds {len}")));
+        }
+        if let Some(n) = self.config.layers.iter().find_map(|l| l.window) {
+            return Err(Error::unsupported(format!(
+                "forgetting tokens of a model with layers that see {n} positions only"
+            )));
+        }
+        let turns = vec![-(span.len() as i32); len - span.end];
+        self.threads.run(|| {
+            for (i, layer) in self.config.layers.iter().enumerate() {
+                let rope = &self.config.ropes[layer.rope];
+                // Keys have the magnitude of cosines and sines already.
+                let frequencies =
+                    RopeFrequencies::from_inv_freq(self.frequencies[layer.rope].inv_freq().to_vec(), 1.0)?;
+                let back = Rope {
+                    pairing: rope.pairing,
+                    rotary_dim: rope.rotary_dim,
+                    angles: RopeAngles::Frequencies(&frequencies),
+                    positions: Positions::Explicit(&turns),
+                };
+                let (keys, _) = cache.views_mut(i)?;
+                rope_in_place(&self.context, &self.threads, keys.rows(row, 1)?.seq(span.end, turns.len())?, &back)?;
+            }
+            Ok::<(), Error>(())
+        })?;
+        cache.remove(row, span);
+        Ok(())
     }
 
     fn check(&self, cache: &Cache, first_row: usize, tokens: &[&[u32]]) -> Result<()> {
@@ -176,19 +222,29 @@ impl Decoder {
                 // Padding takes the embedding of token 0: any finite numbers do.
                 let id = ids.get(t).copied().unwrap_or(0);
                 x.copy_from_slice(self.weights.embedding.row(id as usize));
+                if c.embedding_scale != 1.0 {
+                    x.iter_mut().for_each(|x| *x *= c.embedding_scale);
+                }
             }
         }
 
         let positions = cache.lengths()[first_row..first_row + batch].to_vec();
         let counts: Vec<i32> = tokens.iter().map(|t| t.len() as i32).collect();
         let lengths: Vec<i32> = positions.iter().zip(&counts).map(|(p, n)| p + n).collect();
-        let rope = Rope {
-            pairing: c.rope.pairing,
-            rotary_dim: c.rope.rotary_dim,
-            angles: RopeAngles::Frequencies(&self.frequencies),
-            positions: Positions::Offsets(&positions),
-        };
-        let mask = AttentionOptions {
+        let ropes: Vec<Rope> = c
+            .ropes
+            .iter()
+            .zip(&self.frequencies)
+            .map(|(rope, frequencies)| Rope {
+                pairing: rope.pairing,
+                rotary_dim: rope.rotary_dim,
+                angles: RopeAngles::Frequencies(frequencies),
+                positions: Positions::Offsets(&positions),
+            })
+            .collect();
+        let options = AttentionOptions {
+            scale: c.attn_scale,
+            softcap: c.attn_softcap,
             causal: true,
             lengths: Some(&lengths),
             // Not the default, which would count back from the last query: in a short row that one is padding.
@@ -199,9 +255,13 @@ impl Decoder {
         let q_shape = [batch, seq, c.heads, c.head_dim];
         let kv_shape = [batch, seq, c.kv_heads, c.head_dim];
 
-        for (i, layer) in self.weights.layers.iter().enumerate() {
+        for (i, (layer, kind)) in self.weights.layers.iter().zip(&c.layers).enumerate() {
+            let rope = ropes[kind.rope];
             rms_norm(x, &layer.attn_norm, c.rms_eps, h);
             layer.qkv.apply(h, m, qkv, threads);
+            if let Some([q_norm, k_norm]) = &layer.qk_norm {
+                head_norms(qkv, width, (q_dim, q_norm), (kv_dim, k_norm), c.rms_eps);
+            }
             rope_in_place(&self.context, &self.threads, ViewMut::strided(qkv, 0, q_shape, strides)?, &rope)?;
             let (k_cache, v_cache) = cache.views_mut(i)?;
             kv_write(
@@ -230,16 +290,20 @@ impl Decoder {
                     out: ViewMut::new(attn, q_shape)?,
                     lse: None,
                 },
-                &mask,
+                // A window counts the query's own position, `window_left` does not.
+                &AttentionOptions { window_left: kind.window.map(|n| n as u32 - 1), ..options },
             )?;
             layer.attn_out.apply(attn, m, delta, threads);
-            add(x, delta);
+            add_normed(x, delta, layer.attn_post_norm.as_deref(), c.rms_eps, h);
 
             rms_norm(x, &layer.ffn_norm, c.rms_eps, h);
             layer.gate_up.apply(h, m, gate_up, threads);
-            swiglu(gate_up, c.ffn_dim, act);
+            match c.activation {
+                Activation::Silu => gated(gate_up, c.ffn_dim, act, silu),
+                Activation::GeluTanh => gated(gate_up, c.ffn_dim, act, gelu_tanh),
+            }
             layer.down.apply(act, m, delta, threads);
-            add(x, delta);
+            add_normed(x, delta, layer.ffn_post_norm.as_deref(), c.rms_eps, h);
         }
 
         let wanted: Vec<usize> = tokens
@@ -259,16 +323,24 @@ impl Decoder {
         rms_norm(&rows, &self.weights.output_norm, c.rms_eps, normed);
         let mut out = vec![0.0; wanted.len() * c.vocab];
         self.weights.head().apply(normed, wanted.len(), &mut out, threads);
+        if let Some(cap) = c.logit_softcap {
+            out.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        }
         Ok(out)
     }
+}
+
+/// The factor of RMSNorm, `1 / sqrt(mean(x^2) + eps)`.
+fn rms_scale(x: &[f32], eps: f32) -> f64 {
+    // In f64, so that the order of summation is no part of the result at f32's precision.
+    let squares: f64 = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+    1.0 / (squares / x.len() as f64 + f64::from(eps)).sqrt()
 }
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight`, row by row.
 fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     let row = |(x, y): (&[f32], &mut [f32])| {
-        // In f64, so that the order of summation is no part of the result at f32's precision.
-        let squares: f64 = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
-        let scale = 1.0 / (squares / x.len() as f64 + f64::from(eps)).sqrt();
+        let scale = rms_scale(x, eps);
         for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
             *y = (f64::from(x) * scale) as f32 * w;
         }
@@ -280,12 +352,28 @@ fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     x.par_chunks_exact(n).zip(y.par_chunks_exact_mut(n)).with_min_len(8).for_each(row);
 }
 
-/// `y = SiLU(g) * u` for rows `[g | u]` of twice `n` elements.
-fn swiglu(gate_up: &[f32], n: usize, y: &mut [f32]) {
+/// RMSNorm of every head of queries and of keys, where they are: each row of `width` elements begins with those of the
+/// queries, then come the keys'; both with the weights of one head.
+fn head_norms(qkv: &mut [f32], width: usize, (q_dim, q): (usize, &[f32]), (k_dim, k): (usize, &[f32]), eps: f32) {
+    qkv.par_chunks_exact_mut(width).with_min_len(8).for_each(|row| {
+        let (queries, rest) = row.split_at_mut(q_dim);
+        for (heads, weight) in [(queries, q), (&mut rest[..k_dim], k)] {
+            for head in heads.chunks_exact_mut(weight.len()) {
+                let scale = rms_scale(head, eps);
+                for (x, &w) in head.iter_mut().zip(weight) {
+                    *x = (f64::from(*x) * scale) as f32 * w;
+                }
+            }
+        }
+    });
+}
+
+/// `y = act(g) * u` for rows `[g | u]` of twice `n` elements.
+fn gated(gate_up: &[f32], n: usize, y: &mut [f32], act: impl Fn(f32) -> f32 + Sync) {
     let row = |(gu, y): (&[f32], &mut [f32])| {
         let (g, u) = gu.split_at(n);
         for ((y, &g), &u) in y.iter_mut().zip(g).zip(u) {
-            *y = g / (1.0 + (-g).exp()) * u;
+            *y = act(g) * u;
         }
     };
     if y.len() == n {
@@ -294,8 +382,25 @@ fn swiglu(gate_up: &[f32], n: usize, y: &mut [f32]) {
     gate_up.par_chunks_exact(2 * n).zip(y.par_chunks_exact_mut(n)).with_min_len(8).for_each(row);
 }
 
-fn add(x: &mut [f32], y: &[f32]) {
-    for (x, &y) in x.iter_mut().zip(y) {
+fn silu(x: f32) -> f32 {
+    x / (1.0 + (-x).exp())
+}
+
+fn gelu_tanh(x: f32) -> f32 {
+    const SQRT_2_OVER_PI: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+    0.5 * x * (1.0 + (SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)).tanh())
+}
+
+/// `x += delta`, which goes through an RMSNorm first if there are weights for one; `room` is as long as `x`.
+fn add_normed(x: &mut [f32], delta: &[f32], weight: Option<&[f32]>, eps: f32, room: &mut [f32]) {
+    let delta = match weight {
+        Some(weight) => {
+            rms_norm(delta, weight, eps, room);
+            room
+        }
+        None => delta,
+    };
+    for (x, &y) in x.iter_mut().zip(delta) {
         *x += y;
     }
 }

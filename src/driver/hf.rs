@@ -17,7 +17,7 @@ use super::quant::{Tensor, TensorType};
 /// Far above any real file of its kind, far below what would hurt.
 const MAX_JSON: u64 = 256 << 20;
 
-/// `config.json`, as far as a Llama decoder needs it. Names are those of the file.
+/// `config.json`, as far as a decoder of a known family needs it. Names are those of the file.
 #[derive(Debug, Clone, Deserialize)]
 pub struct HfConfig {
     #[serde(default)]
@@ -37,14 +37,24 @@ pub struct HfConfig {
     /// What newer writers put in the place of `rope_theta` and `rope_scaling`.
     pub rope_parameters: Option<HfRope>,
     pub partial_rotary_factor: Option<f64>,
-    #[serde(default)]
-    pub tie_word_embeddings: bool,
+    pub tie_word_embeddings: Option<bool>,
     #[serde(default)]
     pub attention_bias: bool,
     #[serde(default)]
     pub mlp_bias: bool,
     pub hidden_act: Option<String>,
+    pub hidden_activation: Option<String>,
     pub sliding_window: Option<usize>,
+    /// Of so many layers in a row the last is global.
+    #[serde(alias = "_sliding_window_pattern")]
+    pub sliding_window_pattern: Option<usize>,
+    /// `sliding_attention` or `full_attention`, layer by layer.
+    pub layer_types: Option<Vec<String>>,
+    pub rope_local_base_freq: Option<f64>,
+    pub query_pre_attn_scalar: Option<f64>,
+    pub attn_logit_softcapping: Option<f64>,
+    pub final_logit_softcapping: Option<f64>,
+    pub use_bidirectional_attention: Option<bool>,
     pub bos_token_id: Option<OneOrMany>,
     pub eos_token_id: Option<OneOrMany>,
 }
@@ -68,6 +78,9 @@ pub struct HfRope {
     pub short_factor: Option<Vec<f64>>,
     pub long_factor: Option<Vec<f64>>,
     pub truncate: Option<bool>,
+    /// Where layers are of several kinds, newer writers nest what belongs to each.
+    pub full_attention: Option<Box<HfRope>>,
+    pub sliding_attention: Option<Box<HfRope>>,
 }
 
 /// A token id or several, as `eos_token_id` comes in both forms.

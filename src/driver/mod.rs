@@ -9,8 +9,8 @@
 //!                      +---- sampling <--+              ids --tokenizer--> text, as it comes
 //! ```
 //! [`gguf`] and `hf` read a container and doubt every number in it; what they hand on are slices of the mapped file.
-//! [`quant`] turns blocks of any supported type into f32. [`model`] knows what a Llama-family decoder must consist of,
-//! finds every part under either container's names, checks its shape, and unpacks it. From there on nothing knows which
+//! [`quant`] turns blocks of any supported type into f32. [`model`] knows what a decoder of a known family (Llama, Gemma 3)
+//! must consist of, finds every part under either container's names, checks its shape, and unpacks it. From there on nothing knows which
 //! container a model came from; only RoPE's pairing remembers it, because the containers order a head's elements
 //! differently. [`decoder`] appends tokens to rows of a [`cache`] and gives logits; [`runner`] keeps several requests in
 //! the rows of one cache; [`cli`] parses arguments and prints;
@@ -49,8 +49,8 @@ pub use cache::Cache;
 pub use decoder::{Decoder, Logits, Scratch};
 pub use error::{Error, ErrorKind, Result};
 pub use linear::Matrix;
-pub use model::{LayerWeights, ModelConfig, ModelFile, RopeConfig, Stretch, Weights};
-pub use runner::{Event, Finish, Request, Slots};
+pub use model::{Activation, LayerConfig, LayerWeights, ModelConfig, ModelFile, RopeConfig, Stretch, Weights};
+pub use runner::{Event, Finish, Request, Slots, Streaming};
 pub use sampling::{Sampler, SamplerOptions};
 pub use threads::Threads;
 pub use tokenizer::{TextStream, Tokenizer};

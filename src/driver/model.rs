@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use super::error::{Error, Result};
-use super::gguf::{Array, Gguf};
+use super::gguf::{Array, Gguf, Value};
 use super::hf::{HfConfig, HfDir, HfRope};
 use super::linear::Matrix;
 use super::quant::{Tensor, dequantize};
@@ -76,7 +76,26 @@ impl RopeConfig {
     }
 }
 
-/// The shape of a Llama-family decoder.
+/// What one layer's attention sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerConfig {
+    /// The most recent positions that a query sees, its own among them; all of them if absent.
+    pub window: Option<usize>,
+    /// Which of [`ModelConfig::ropes`] turns its queries and keys.
+    pub rope: usize,
+}
+
+/// What the gate of the feed-forward part goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))`.
+    GeluTanh,
+}
+
+/// The shape of a decoder. Families differ in these numbers and in which norms there are, not in code.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// What the file calls itself.
@@ -85,8 +104,8 @@ pub struct ModelConfig {
     pub vocab: usize,
     /// Width of the residual stream.
     pub dim: usize,
-    /// Decoder layers.
-    pub layers: usize,
+    /// The decoder layers, first to last.
+    pub layers: Vec<LayerConfig>,
     /// Query heads.
     pub heads: usize,
     /// Key/value heads; `heads` is a multiple of it.
@@ -95,10 +114,24 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Width inside the feed-forward part.
     pub ffn_dim: usize,
+    /// The feed-forward part's activation.
+    pub activation: Activation,
     /// Added to the mean square before RMSNorm's root.
     pub rms_eps: f32,
-    /// The rotary embedding.
-    pub rope: RopeConfig,
+    /// Whether every head of queries and keys goes through an RMSNorm before RoPE.
+    pub qk_norm: bool,
+    /// Whether what attention and the feed-forward part give goes through an RMSNorm before it is added.
+    pub post_norms: bool,
+    /// The rotary embeddings, at least one; layers name theirs by its index.
+    pub ropes: Vec<RopeConfig>,
+    /// Factor on a token's embedding.
+    pub embedding_scale: f32,
+    /// Factor on `q.k`; `1 / sqrt(head_dim)` if absent.
+    pub attn_scale: Option<f32>,
+    /// Softcap on attention's logits.
+    pub attn_softcap: Option<f32>,
+    /// Softcap on the model's logits.
+    pub logit_softcap: Option<f32>,
     /// Positions the model was made for.
     pub context: usize,
     /// Whether the output layer is the embedding itself.
@@ -125,9 +158,10 @@ impl ModelConfig {
     /// The number of weights, from the shapes.
     pub fn parameters(&self) -> usize {
         let attention = self.dim * (2 * self.q_dim() + 2 * self.kv_dim());
-        let layer = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim;
+        let norms = self.dim * if self.post_norms { 4 } else { 2 } + if self.qk_norm { 2 * self.head_dim } else { 0 };
+        let layer = attention + 3 * self.dim * self.ffn_dim + norms;
         let ends = self.vocab * self.dim * if self.tied { 1 } else { 2 };
-        self.layers * layer + ends + self.dim
+        self.layers.len() * layer + ends + self.dim
     }
 
     /// Refuses what no decoder can have, so that later arithmetic on these numbers is safe.
@@ -137,7 +171,7 @@ impl ModelConfig {
         for (what, n) in [
             ("vocabulary size", self.vocab),
             ("embedding length", self.dim),
-            ("layer count", self.layers),
+            ("layer count", self.layers.len()),
             ("head count", self.heads),
             ("key/value head count", self.kv_heads),
             ("head size", self.head_dim),
@@ -156,13 +190,36 @@ impl ModelConfig {
         if self.head_dim > MAX_HEAD_DIM {
             return Err(Error::unsupported(format!("heads of {} elements; {MAX_HEAD_DIM} is the most", self.head_dim)));
         }
-        let rotary = self.rope.rotary_dim;
-        if rotary > self.head_dim {
-            return Err(Error::malformed(format!("RoPE turns {rotary} elements of heads of {}", self.head_dim)));
+        for rope in &self.ropes {
+            let rotary = rope.rotary_dim;
+            if rotary > self.head_dim {
+                return Err(Error::malformed(format!("RoPE turns {rotary} elements of heads of {}", self.head_dim)));
+            }
+            // Both lists of LongRoPE.
+            for longest in [0, usize::MAX] {
+                rope.frequencies(longest).map_err(|e| Error::malformed(format!("RoPE: {e}")))?;
+            }
         }
-        // Both lists of LongRoPE.
-        for longest in [0, usize::MAX] {
-            self.rope.frequencies(longest).map_err(|e| Error::malformed(format!("RoPE: {e}")))?;
+        for layer in &self.layers {
+            if layer.rope >= self.ropes.len() {
+                return Err(Error::malformed(format!("RoPE {} of {}", layer.rope, self.ropes.len())));
+            }
+            if let Some(n) = layer.window.filter(|n| !(1..=i32::MAX as usize).contains(n)) {
+                return Err(Error::malformed(format!(
+                    "a sliding window of {n} positions; 1 to {} are possible",
+                    i32::MAX
+                )));
+            }
+        }
+        for (what, x) in [
+            ("embedding's scale", Some(self.embedding_scale)),
+            ("scale of attention", self.attn_scale),
+            ("softcap of attention", self.attn_softcap),
+            ("softcap of the logits", self.logit_softcap),
+        ] {
+            if let Some(x) = x.filter(|x| !(x.is_finite() && *x > 0.0)) {
+                return Err(Error::malformed(format!("the {what} is {x}, which is not a positive number")));
+            }
         }
         if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
             return Err(Error::malformed(format!("RMSNorm's epsilon is {}", self.rms_eps)));
@@ -184,16 +241,22 @@ impl ModelConfig {
 pub struct LayerWeights {
     /// RMSNorm before attention.
     pub attn_norm: Vec<f32>,
+    /// RMSNorm of a query's head and of a key's head, `[head_dim]`, where the model has them.
+    pub qk_norm: Option<[Vec<f32>; 2]>,
     /// Queries, keys and values in one matrix, in this order: `[q_dim + 2 * kv_dim, dim]`.
     pub qkv: Matrix,
     /// Attention's output, `[dim, q_dim]`.
     pub attn_out: Matrix,
+    /// RMSNorm of that, where the model has one.
+    pub attn_post_norm: Option<Vec<f32>>,
     /// RMSNorm before the feed-forward part.
     pub ffn_norm: Vec<f32>,
-    /// SwiGLU's gate and up projections in one matrix, in this order: `[2 * ffn_dim, dim]`.
+    /// The gate and up projections in one matrix, in this order: `[2 * ffn_dim, dim]`.
     pub gate_up: Matrix,
     /// Back to the residual stream, `[dim, ffn_dim]`.
     pub down: Matrix,
+    /// RMSNorm of that, where the model has one.
+    pub ffn_post_norm: Option<Vec<f32>>,
 }
 
 /// A model's weights in f32.
@@ -335,13 +398,18 @@ impl ModelFile {
                 Ok::<(), Error>(())
             })
         })?;
+        let offset = self.names().norm_offset;
+        if offset != 0.0 {
+            weights.norms().for_each(|norm| norm.iter_mut().for_each(|w| *w += offset));
+        }
         Ok(weights)
     }
 
     fn names(&self) -> &'static Names {
-        match self.source {
+        match &self.source {
             Source::Gguf(_) => &GGUF_NAMES,
-            Source::Hf(_) => &HF_NAMES,
+            Source::Hf(d) if is_gemma(d) => &HF_GEMMA_NAMES,
+            Source::Hf(_) => &HF_LLAMA_NAMES,
         }
     }
 
@@ -353,18 +421,23 @@ impl ModelFile {
     }
 }
 
-/// What the containers call the parts.
+/// What the containers call the parts, and how they store them.
 struct Names {
     embedding: &'static str,
     output_norm: &'static str,
     output: &'static str,
     layer: &'static str,
     attn_norm: &'static str,
+    qk_norm: [&'static str; 2],
     qkv: [&'static str; 3],
     attn_out: &'static str,
+    attn_post_norm: &'static str,
     ffn_norm: &'static str,
     gate_up: [&'static str; 2],
     down: &'static str,
+    ffn_post_norm: &'static str,
+    /// Added to every norm's weights: some checkpoints store them less one.
+    norm_offset: f32,
     /// Tensors that the configuration already accounts for, by the end of their name.
     known: &'static [&'static str],
 }
@@ -375,27 +448,44 @@ static GGUF_NAMES: Names = Names {
     output: "output.weight",
     layer: "blk.",
     attn_norm: "attn_norm.weight",
+    qk_norm: ["attn_q_norm.weight", "attn_k_norm.weight"],
     qkv: ["attn_q.weight", "attn_k.weight", "attn_v.weight"],
     attn_out: "attn_output.weight",
+    attn_post_norm: "post_attention_norm.weight",
     ffn_norm: "ffn_norm.weight",
     gate_up: ["ffn_gate.weight", "ffn_up.weight"],
     down: "ffn_down.weight",
+    ffn_post_norm: "post_ffw_norm.weight",
+    norm_offset: 0.0,
     known: &["rope_freqs.weight"],
 };
 
-static HF_NAMES: Names = Names {
+static HF_LLAMA_NAMES: Names = Names {
     embedding: "model.embed_tokens.weight",
     output_norm: "model.norm.weight",
     output: "lm_head.weight",
     layer: "model.layers.",
     attn_norm: "input_layernorm.weight",
+    qk_norm: ["self_attn.q_norm.weight", "self_attn.k_norm.weight"],
     qkv: ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
     attn_out: "self_attn.o_proj.weight",
+    attn_post_norm: "",
     ffn_norm: "post_attention_layernorm.weight",
     gate_up: ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     down: "mlp.down_proj.weight",
+    ffn_post_norm: "",
+    norm_offset: 0.0,
     // The head is in some files although it is tied; the frequencies, in old ones, follow from the base.
     known: &["rotary_emb.inv_freq", "lm_head.weight"],
+};
+
+// Gemma's checkpoints hold what its norms add to 1; the converter to GGUF adds it.
+static HF_GEMMA_NAMES: Names = Names {
+    attn_post_norm: "post_attention_layernorm.weight",
+    ffn_norm: "pre_feedforward_layernorm.weight",
+    ffn_post_norm: "post_feedforward_layernorm.weight",
+    norm_offset: 1.0,
+    ..HF_LLAMA_NAMES
 };
 
 /// Finds every tensor, checks its shape and makes room for it, before any is unpacked.
@@ -412,17 +502,24 @@ impl<'a> Plan<'a> {
         let n = self.names;
         let embedding = self.matrix(&[(n.embedding.to_owned(), c.vocab)], c.dim)?;
         let mut layers = Vec::new();
-        for i in 0..c.layers {
+        for i in 0..c.layers.len() {
             let name = |part: &str| format!("{}{i}.{part}", n.layer);
             let [q, k, v] = n.qkv.map(name);
             let [gate, up] = n.gate_up.map(name);
+            let [q_norm, k_norm] = n.qk_norm.map(name);
             layers.push(LayerWeights {
                 attn_norm: self.vector(name(n.attn_norm), c.dim)?,
+                qk_norm: match c.qk_norm {
+                    true => Some([self.vector(q_norm, c.head_dim)?, self.vector(k_norm, c.head_dim)?]),
+                    false => None,
+                },
                 qkv: self.matrix(&[(q, c.q_dim()), (k, c.kv_dim()), (v, c.kv_dim())], c.dim)?,
                 attn_out: self.matrix(&[(name(n.attn_out), c.dim)], c.q_dim())?,
+                attn_post_norm: self.post_norm(name(n.attn_post_norm))?,
                 ffn_norm: self.vector(name(n.ffn_norm), c.dim)?,
                 gate_up: self.matrix(&[(gate, c.ffn_dim), (up, c.ffn_dim)], c.dim)?,
                 down: self.matrix(&[(name(n.down), c.dim)], c.ffn_dim)?,
+                ffn_post_norm: self.post_norm(name(n.ffn_post_norm))?,
             });
         }
         let output_norm = self.vector(n.output_norm.to_owned(), c.dim)?;
@@ -448,6 +545,11 @@ impl<'a> Plan<'a> {
         Ok(vec![0.0; len])
     }
 
+    fn post_norm(&mut self, name: String) -> Result<Option<Vec<f32>>> {
+        let c = &self.file.config;
+        if c.post_norms { self.vector(name, c.dim).map(Some) } else { Ok(None) }
+    }
+
     /// Several tensors of equal width, one below the other. Room is made only for what is in the file.
     fn matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Matrix> {
         for (name, rows) in parts {
@@ -466,8 +568,8 @@ impl<'a> Plan<'a> {
         for name in names {
             if !self.used.contains(name) && !self.names.known.iter().any(|k| name.ends_with(k)) {
                 return Err(Error::unsupported(format!(
-                    "tensor {name:?} has no place in a plain Llama decoder of {} layers",
-                    self.file.config.layers
+                    "tensor {name:?} has no place in a decoder of this architecture with {} layers",
+                    self.file.config.layers.len()
                 )));
             }
         }
@@ -481,67 +583,136 @@ impl Weights {
         let mut all = vec![self.embedding.data_mut()];
         for l in &mut self.layers {
             all.push(&mut l.attn_norm);
+            all.extend(l.qk_norm.iter_mut().flatten().map(Vec::as_mut_slice));
             all.push(l.qkv.data_mut());
             all.push(l.attn_out.data_mut());
+            all.extend(l.attn_post_norm.as_deref_mut());
             all.push(&mut l.ffn_norm);
             all.push(l.gate_up.data_mut());
             all.push(l.down.data_mut());
+            all.extend(l.ffn_post_norm.as_deref_mut());
         }
         all.push(&mut self.output_norm);
         all.extend(self.output.as_mut().map(Matrix::data_mut));
         all
     }
+
+    fn norms(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
+        fn of_layer(l: &mut LayerWeights) -> impl Iterator<Item = &mut Vec<f32>> {
+            let always = [&mut l.attn_norm, &mut l.ffn_norm].into_iter();
+            always.chain(l.qk_norm.iter_mut().flatten()).chain(&mut l.attn_post_norm).chain(&mut l.ffn_post_norm)
+        }
+        self.layers.iter_mut().flat_map(of_layer).chain([&mut self.output_norm])
+    }
+}
+
+/// The metadata of one architecture: keys without its name in front.
+struct Section<'a> {
+    gguf: &'a Gguf,
+    arch: &'a str,
+}
+
+impl Section<'_> {
+    fn key(&self, key: &str) -> String {
+        format!("{}.{key}", self.arch)
+    }
+
+    fn usize(&self, key: &str) -> Result<usize> {
+        self.gguf.usize(&self.key(key))
+    }
+
+    fn opt_usize(&self, key: &str) -> Result<Option<usize>> {
+        self.gguf.opt_usize(&self.key(key))
+    }
+
+    fn opt_f64(&self, key: &str) -> Result<Option<f64>> {
+        self.gguf.opt_f64(&self.key(key))
+    }
+
+    fn opt_f32(&self, key: &str) -> Result<Option<f32>> {
+        Ok(self.opt_f64(key)?.map(|x| x as f32))
+    }
+
+    fn opt_str(&self, key: &str) -> Result<Option<&str>> {
+        self.gguf.opt_str(&self.key(key))
+    }
 }
 
 fn gguf_config(g: &Gguf) -> Result<ModelConfig> {
     let arch = g.str("general.architecture")?;
-    if arch != "llama" {
-        return Err(Error::unsupported(format!("architecture {arch:?}; this driver runs \"llama\"")));
-    }
-    if let Some(n) = g.opt_usize("llama.expert_count")?.filter(|&n| n > 0) {
+    let gemma = match arch {
+        "llama" => false,
+        "gemma3" => true,
+        other => {
+            return Err(Error::unsupported(format!(
+                "architecture {other:?}; this driver runs \"llama\" and \"gemma3\""
+            )));
+        }
+    };
+    let s = Section { gguf: g, arch };
+    if let Some(n) = s.opt_usize("expert_count")?.filter(|&n| n > 0) {
         return Err(Error::unsupported(format!("a mixture of {n} experts")));
     }
-    let dim = g.usize("llama.embedding_length")?;
-    let heads = g.usize("llama.attention.head_count")?;
+    let dim = s.usize("embedding_length")?;
+    let heads = s.usize("attention.head_count")?;
     if heads == 0 {
-        return Err(Error::malformed("llama.attention.head_count is 0"));
+        return Err(Error::malformed(format!("{arch}.attention.head_count is 0")));
     }
-    let head_dim = match g.opt_usize("llama.attention.key_length")? {
+    let head_dim = match s.opt_usize("attention.key_length")? {
         Some(n) => n,
         None if dim.is_multiple_of(heads) => dim / heads,
         None => {
             return Err(Error::malformed(format!("an embedding length of {dim} does not divide into {heads} heads")));
         }
     };
-    if let Some(n) = g.opt_usize("llama.attention.value_length")?.filter(|&n| n != head_dim) {
+    if let Some(n) = s.opt_usize("attention.value_length")?.filter(|&n| n != head_dim) {
         return Err(Error::unsupported(format!("value heads of {n} elements beside key heads of {head_dim}")));
     }
     let embedding = g
         .tensor(GGUF_NAMES.embedding)
         .ok_or_else(|| Error::malformed(format!("tensor {:?} is missing", GGUF_NAMES.embedding)))?;
-    let rotary_dim = g.opt_usize("llama.rope.dimension_count")?.unwrap_or(head_dim);
     let mut eos = Vec::new();
     for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
         eos.extend(token_id(g, key)?);
     }
     eos.dedup();
+    let layers = layer_count(s.usize("block_count")?, g.tensors().len())?;
+    let rope = RopeConfig {
+        base: s.opt_f64("rope.freq_base")?.unwrap_or(10_000.0),
+        pairing: if gemma { Pairing::HalfSplit } else { Pairing::Interleaved },
+        rotary_dim: s.opt_usize("rope.dimension_count")?.unwrap_or(head_dim),
+        stretch: gguf_stretch(&s)?,
+    };
+    let window = if gemma { s.opt_usize("attention.sliding_window")?.filter(|&n| n > 0) } else { None };
+    let local = match window {
+        Some(_) => gguf_local_layers(&s, layers)?,
+        None => vec![false; layers],
+    };
+    let local_base = if gemma { s.opt_f64("rope.freq_base_swa")?.unwrap_or(LOCAL_ROPE_BASE) } else { rope.base };
+    let (layers, ropes) = alternate(&local, window, rope, local_base);
     let config = ModelConfig {
         name: g.opt_str("general.name")?.map(str::to_owned),
         vocab: embedding.shape[0],
         dim,
-        layers: g.usize("llama.block_count")?,
         heads,
-        kv_heads: g.opt_usize("llama.attention.head_count_kv")?.unwrap_or(heads),
+        kv_heads: s.opt_usize("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
-        ffn_dim: g.usize("llama.feed_forward_length")?,
-        rms_eps: g.opt_f64("llama.attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5) as f32,
-        rope: RopeConfig {
-            base: g.opt_f64("llama.rope.freq_base")?.unwrap_or(10_000.0),
-            pairing: Pairing::Interleaved,
-            rotary_dim,
-            stretch: gguf_stretch(g)?,
+        ffn_dim: s.usize("feed_forward_length")?,
+        activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
+        rms_eps: s.opt_f32("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+        qk_norm: gemma,
+        post_norms: gemma,
+        embedding_scale: if gemma { (dim as f64).sqrt() as f32 } else { 1.0 },
+        attn_scale: match s.opt_f32("attention.scale")? {
+            // The format has no key for Gemma's query scale; only the 27B model's is not that of its head size.
+            None if gemma && layers.len() == 62 => Some((dim as f64 / heads as f64).sqrt().recip() as f32),
+            given => given,
         },
-        context: g.usize("llama.context_length")?,
+        attn_softcap: s.opt_f32("attn_logit_softcapping")?,
+        logit_softcap: s.opt_f32("final_logit_softcapping")?,
+        layers,
+        ropes,
+        context: s.usize("context_length")?,
         tied: g.tensor(GGUF_NAMES.output).is_none(),
         bos: token_id(g, "tokenizer.ggml.bos_token_id")?,
         eos,
@@ -560,6 +731,55 @@ fn gguf_config(g: &Gguf) -> Result<ModelConfig> {
     Ok(config)
 }
 
+/// The base of Gemma's local layers where the file does not say.
+const LOCAL_ROPE_BASE: f64 = 10_000.0;
+/// Of so many layers in a row of Gemma's, the last is global, where the file does not say.
+const GEMMA_PATTERN: usize = 6;
+
+/// A description is made for every layer, so that their number must be one that the file can have.
+fn layer_count(layers: usize, tensors: usize) -> Result<usize> {
+    if layers > tensors {
+        return Err(Error::malformed(format!("the layer count is {layers}, but the file has only {tensors} tensors")));
+    }
+    Ok(layers)
+}
+
+/// Layers of two kinds: local ones see `window` positions under a RoPE of a base of their own, without stretching.
+fn alternate(
+    local: &[bool],
+    window: Option<usize>,
+    rope: RopeConfig,
+    local_base: f64,
+) -> (Vec<LayerConfig>, Vec<RopeConfig>) {
+    let layer = |&local: &bool| match local {
+        true => LayerConfig { window, rope: 1 },
+        false => LayerConfig { window: None, rope: 0 },
+    };
+    let mut ropes = vec![rope];
+    if local.contains(&true) {
+        let plain = RopeConfig { base: local_base, stretch: Stretch::Fixed(RopeScaling::None), ..ropes[0].clone() };
+        ropes.push(plain);
+    }
+    (local.iter().map(layer).collect(), ropes)
+}
+
+/// All but the last of every `pattern` layers; none if 1, all if 0.
+fn local_layers(layers: usize, pattern: usize) -> Vec<bool> {
+    (1..=layers).map(|i| pattern == 0 || !i.is_multiple_of(pattern)).collect()
+}
+
+/// Which layers are local: a flag for each, or the length of the pattern.
+fn gguf_local_layers(s: &Section, layers: usize) -> Result<Vec<bool>> {
+    let key = s.key("attention.sliding_window_pattern");
+    match s.gguf.metadata().get(&key) {
+        Some(Value::Array(Array::Bool(flags))) if flags.len() == layers => Ok(flags.clone()),
+        Some(Value::Array(flags)) => {
+            Err(Error::malformed(format!("metadata {key:?} has {} entries; {layers} truth values belong", flags.len())))
+        }
+        _ => Ok(local_layers(layers, s.opt_usize("attention.sliding_window_pattern")?.unwrap_or(GEMMA_PATTERN))),
+    }
+}
+
 pub(crate) fn token_id(g: &Gguf, key: &str) -> Result<Option<u32>> {
     let Some(id) = g.opt_usize(key)? else {
         return Ok(None);
@@ -570,27 +790,28 @@ pub(crate) fn token_id(g: &Gguf, key: &str) -> Result<Option<u32>> {
     }
 }
 
-fn gguf_stretch(g: &Gguf) -> Result<Stretch> {
-    if let Some(t) = g.tensor("rope_freqs.weight") {
+fn gguf_stretch(s: &Section) -> Result<Stretch> {
+    if let Some(t) = s.gguf.tensor("rope_freqs.weight") {
         let mut divisors = vec![0.0; t.elements()];
         dequantize(t.ty, t.data, &mut divisors)?;
         return Ok(Stretch::Divisors(divisors.into_iter().map(f64::from).collect()));
     }
-    let factor = g.opt_f64("llama.rope.scaling.factor")?;
-    let factor = || factor.ok_or_else(|| Error::malformed("metadata \"llama.rope.scaling.factor\" is missing"));
-    Ok(Stretch::Fixed(match g.opt_str("llama.rope.scaling.type")? {
-        None | Some("none") => match g.opt_f64("llama.rope.scale_linear")? {
+    let factor = s.opt_f64("rope.scaling.factor")?;
+    let factor =
+        || factor.ok_or_else(|| Error::malformed(format!("metadata {:?} is missing", s.key("rope.scaling.factor"))));
+    Ok(Stretch::Fixed(match s.opt_str("rope.scaling.type")? {
+        None | Some("none") => match s.opt_f64("rope.scale_linear")? {
             Some(factor) if factor != 1.0 => RopeScaling::Linear { factor },
             _ => RopeScaling::None,
         },
         Some("linear") => RopeScaling::Linear { factor: factor()? },
         Some("yarn") => RopeScaling::Yarn {
             factor: factor()?,
-            original_max_position: g.usize("llama.rope.scaling.original_context_length")? as f64,
-            beta_fast: g.opt_f64("llama.rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
-            beta_slow: g.opt_f64("llama.rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+            original_max_position: s.usize("rope.scaling.original_context_length")? as f64,
+            beta_fast: s.opt_f64("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
+            beta_slow: s.opt_f64("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
             // The file's factor comes on top of the paper's.
-            attention_factor: match g.opt_f64("llama.rope.scaling.attn_factor")? {
+            attention_factor: match s.opt_f64("rope.scaling.attn_factor")? {
                 Some(more) => Some(more * yarn_magnitude(factor()?, 1.0)),
                 None => None,
             },
@@ -605,55 +826,103 @@ fn yarn_magnitude(factor: f64, weight: f64) -> f64 {
     if factor > 1.0 { 0.1 * weight * factor.ln() + 1.0 } else { 1.0 }
 }
 
+fn is_gemma(dir: &HfDir) -> bool {
+    dir.config().architectures.iter().any(|a| a == "Gemma3ForCausalLM")
+}
+
 fn hf_config(dir: &HfDir) -> Result<ModelConfig> {
     let c = dir.config();
-    if !c.architectures.iter().any(|a| a == "LlamaForCausalLM") {
+    let gemma = is_gemma(dir);
+    if !gemma && !c.architectures.iter().any(|a| a == "LlamaForCausalLM") {
         return Err(Error::unsupported(format!(
-            "architectures {:?}; this driver runs LlamaForCausalLM",
+            "architectures {:?}; this driver runs LlamaForCausalLM and Gemma3ForCausalLM",
             c.architectures
         )));
     }
+    let (family, activation, theirs, ours) = match gemma {
+        true => ("Gemma", Activation::GeluTanh, "gelu_pytorch_tanh", "GELU by tanh"),
+        false => ("Llama", Activation::Silu, "silu", "SiLU"),
+    };
+    let named = c.hidden_activation.as_deref().filter(|_| gemma).or(c.hidden_act.as_deref());
     for (what, present) in [
         ("biases in attention", c.attention_bias),
         ("biases in the feed-forward part", c.mlp_bias),
-        ("a sliding window", c.sliding_window.is_some()),
-        ("an activation other than SiLU", c.hidden_act.as_deref().is_some_and(|a| a != "silu")),
+        ("a sliding window", !gemma && c.sliding_window.is_some()),
+        ("attention to later tokens", c.use_bidirectional_attention.unwrap_or(false)),
+        (&format!("an activation other than {ours}"), named.is_some_and(|a| a != theirs)),
     ] {
         if present {
-            return Err(Error::unsupported(format!("{what} in a Llama model")));
+            return Err(Error::unsupported(format!("{what} in a {family} model")));
         }
     }
     let heads = c.num_attention_heads;
     if heads == 0 {
         return Err(Error::malformed("num_attention_heads is 0"));
     }
-    let head_dim = c.head_dim.unwrap_or(c.hidden_size / heads);
+    // Gemma's configurations leave out what is the default of their class.
+    let head_dim = c.head_dim.unwrap_or(if gemma { 256 } else { c.hidden_size / heads });
     let rope = c.rope_parameters.as_ref().or(c.rope_scaling.as_ref());
-    let partial = c.partial_rotary_factor.or(rope.and_then(|r| r.partial_rotary_factor)).unwrap_or(1.0);
+    let global = rope.and_then(|r| r.full_attention.as_deref()).or(rope);
+    let local = rope.and_then(|r| r.sliding_attention.as_deref());
+    let partial = c.partial_rotary_factor.or(global.and_then(|r| r.partial_rotary_factor)).unwrap_or(1.0);
+    let base = c.rope_theta.or(global.and_then(|r| r.rope_theta));
+    let local_base = c.rope_local_base_freq.or(local.and_then(|r| r.rope_theta)).unwrap_or(LOCAL_ROPE_BASE);
+    let rope = RopeConfig {
+        base: base.unwrap_or(if gemma { 1e6 } else { 1e4 }),
+        pairing: Pairing::HalfSplit,
+        rotary_dim: (head_dim as f64 * partial) as usize,
+        stretch: global.map_or(Ok(Stretch::Fixed(RopeScaling::None)), |r| hf_stretch(c, r))?,
+    };
+    let layers = layer_count(c.num_hidden_layers, dir.names().len())?;
+    let window = if gemma { c.sliding_window } else { None };
+    let local = match window {
+        Some(_) => hf_local_layers(c, layers)?,
+        None => vec![false; layers],
+    };
+    let (layers, ropes) = alternate(&local, window, rope, local_base);
+    let query_scale = |scalar: f64| scalar.sqrt().recip() as f32;
     let config = ModelConfig {
         name: None,
         vocab: c.vocab_size,
         dim: c.hidden_size,
-        layers: c.num_hidden_layers,
+        layers,
         heads,
         kv_heads: c.num_key_value_heads.unwrap_or(heads),
         head_dim,
         ffn_dim: c.intermediate_size,
+        activation,
         rms_eps: c.rms_norm_eps as f32,
-        rope: RopeConfig {
-            base: c.rope_theta.or(rope.and_then(|r| r.rope_theta)).unwrap_or(10_000.0),
-            pairing: Pairing::HalfSplit,
-            rotary_dim: (head_dim as f64 * partial) as usize,
-            stretch: rope.map_or(Ok(Stretch::Fixed(RopeScaling::None)), |r| hf_stretch(c, r))?,
-        },
+        qk_norm: gemma,
+        post_norms: gemma,
+        ropes,
+        embedding_scale: if gemma { (c.hidden_size as f64).sqrt() as f32 } else { 1.0 },
+        attn_scale: if gemma { Some(query_scale(c.query_pre_attn_scalar.unwrap_or(256.0))) } else { None },
+        attn_softcap: c.attn_logit_softcapping.map(|x| x as f32),
+        logit_softcap: c.final_logit_softcapping.map(|x| x as f32),
         context: c.max_position_embeddings,
-        tied: c.tie_word_embeddings,
+        tied: c.tie_word_embeddings.unwrap_or(gemma),
         bos: c.bos_token_id.as_ref().and_then(|b| b.ids().first().copied()),
         eos: dir.eos().to_vec(),
         chat_template: dir.chat_template().map(str::to_owned),
     };
     config.check()?;
     Ok(config)
+}
+
+/// Which layers are local: a word for each, or the length of the pattern.
+fn hf_local_layers(c: &HfConfig, layers: usize) -> Result<Vec<bool>> {
+    let Some(types) = &c.layer_types else {
+        return Ok(local_layers(layers, c.sliding_window_pattern.unwrap_or(GEMMA_PATTERN)));
+    };
+    if types.len() != layers {
+        return Err(Error::malformed(format!("layer_types has {} entries for {layers} layers", types.len())));
+    }
+    let is_local = |kind: &String| match kind.as_str() {
+        "sliding_attention" => Ok(true),
+        "full_attention" => Ok(false),
+        other => Err(Error::unsupported(format!("layers of type {other:?}"))),
+    };
+    types.iter().map(is_local).collect()
 }
 
 fn hf_stretch(c: &HfConfig, r: &HfRope) -> Result<Stretch> {

@@ -9,12 +9,15 @@
 //! | Q4_1 | 32 | 20 | `d`, `m`, nibbles | `d * q + m` |
 //! | Q5_0 | 32 | 22 | `d`, 32 fifth bits, nibbles | `d * (q - 16)` |
 //! | Q5_1 | 32 | 24 | `d`, `m`, 32 fifth bits, nibbles | `d * q + m` |
+//! | Q2_K | 256 | 84 | 16 x (4-bit scale, 4-bit min), 2-bit elements, `d`, `dmin` | `d*sc*q - dmin*mn` |
+//! | Q3_K | 256 | 110 | 256 third bits, 2-bit elements, 16 x 6-bit scale, `d` | `d*(sc - 32)*(q - 4)` |
 //! | Q4_K | 256 | 144 | `d`, `dmin`, 8 x (6-bit scale, 6-bit min), nibbles | `d*sc*q - dmin*mn` |
 //! | Q5_K | 256 | 176 | as Q4_K, with 256 fifth bits before the nibbles | `d*sc*q - dmin*mn` |
 //! | Q6_K | 256 | 210 | nibbles, 2-bit tops, 16 x i8 scale, `d` | `d*sc*(q - 32)` |
 //!
-//! A byte of nibbles carries two elements that lie half a group apart, the earlier in its low half. The order of the
-//! floating-point operations is that of ggml's reference, so a weight comes out with the same bits as there.
+//! A byte of nibbles carries two elements that lie half a group apart, the earlier in its low half; a byte of 2-bit elements
+//! carries four that lie 32 apart. The order of the floating-point operations is that of ggml's reference, so a weight comes
+//! out with the same bits as there.
 
 use half::{bf16, f16};
 
@@ -41,6 +44,10 @@ pub enum TensorType {
     Q5_0,
     /// Blocks of 32 five-bit elements with a scale and a minimum.
     Q5_1,
+    /// Super-blocks of 256 two-bit elements, sixteen scales and sixteen minima.
+    Q2_K,
+    /// Super-blocks of 256 three-bit elements, sixteen scales.
+    Q3_K,
     /// Super-blocks of 256 nibbles, eight scales and eight minima.
     Q4_K,
     /// Super-blocks of 256 five-bit elements, eight scales and eight minima.
@@ -60,6 +67,8 @@ impl TensorType {
             6 => Self::Q5_0,
             7 => Self::Q5_1,
             8 => Self::Q8_0,
+            10 => Self::Q2_K,
+            11 => Self::Q3_K,
             12 => Self::Q4_K,
             13 => Self::Q5_K,
             14 => Self::Q6_K,
@@ -79,6 +88,8 @@ impl TensorType {
             Self::Q4_1 => "Q4_1",
             Self::Q5_0 => "Q5_0",
             Self::Q5_1 => "Q5_1",
+            Self::Q2_K => "Q2_K",
+            Self::Q3_K => "Q3_K",
             Self::Q4_K => "Q4_K",
             Self::Q5_K => "Q5_K",
             Self::Q6_K => "Q6_K",
@@ -90,7 +101,7 @@ impl TensorType {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
-            Self::Q4_K | Self::Q5_K | Self::Q6_K => 256,
+            Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K => 256,
         }
     }
 
@@ -104,6 +115,8 @@ impl TensorType {
             Self::Q4_1 => 20,
             Self::Q5_0 => 22,
             Self::Q5_1 => 24,
+            Self::Q2_K => 84,
+            Self::Q3_K => 110,
             Self::Q4_K => 144,
             Self::Q5_K => 176,
             Self::Q6_K => 210,
@@ -162,6 +175,8 @@ pub fn dequantize(ty: TensorType, src: &[u8], dst: &mut [f32]) -> Result<()> {
         TensorType::Q4_1 => blocks(src, dst, q4_1),
         TensorType::Q5_0 => blocks(src, dst, q5_0),
         TensorType::Q5_1 => blocks(src, dst, q5_1),
+        TensorType::Q2_K => blocks(src, dst, q2_k),
+        TensorType::Q3_K => blocks(src, dst, q3_k),
         TensorType::Q4_K => blocks(src, dst, q4_k),
         TensorType::Q5_K => blocks(src, dst, q5_k),
         TensorType::Q6_K => blocks(src, dst, q6_k),
@@ -225,6 +240,33 @@ fn q5_1(b: &[u8; 24], y: &mut [f32; 32]) {
 
 fn fifth(top: u32, i: usize) -> u8 {
     ((top >> i & 1) as u8) << 4
+}
+
+fn q2_k(b: &[u8; 84], y: &mut [f32; 256]) {
+    let (d, dmin) = (scale(b, 80), scale(b, 82));
+    for (j, y) in y.chunks_exact_mut(16).enumerate() {
+        let (d, m) = (d * f32::from(b[j] & 15), dmin * f32::from(b[j] >> 4));
+        let twos = &b[16 + 32 * (j / 8) + 16 * (j % 2)..][..16];
+        for (y, &q) in y.iter_mut().zip(twos) {
+            *y = d * f32::from(q >> (2 * (j / 2 % 4)) & 3) - m;
+        }
+    }
+}
+
+fn q3_k(b: &[u8; 110], y: &mut [f32; 256]) {
+    let (d, scales) = (scale(b, 108), &b[96..108]);
+    for (j, y) in y.chunks_exact_mut(16).enumerate() {
+        // Low four bits in the nibbles of the first eight bytes, high two in the last four.
+        let low = scales[j % 8] >> (4 * (j / 8)) & 15;
+        let high = scales[8 + j % 4] >> (2 * (j / 4)) & 3;
+        let d = d * f32::from((low | high << 4) as i8 - 32);
+        let twos = &b[32 + 32 * (j / 8) + 16 * (j % 2)..][..16];
+        let thirds = &b[16 * (j % 2)..][..16];
+        for ((y, &q), &t) in y.iter_mut().zip(twos).zip(thirds) {
+            let q = (q >> (2 * (j / 2 % 4)) & 3) | (t >> (j / 2) & 1) << 2;
+            *y = d * f32::from(q as i8 - 4);
+        }
+    }
 }
 
 /// The six-bit scale and minimum of sub-block `j` out of the twelve bytes that eight of each are packed in: the first

@@ -4,6 +4,9 @@
 //! token of every running request in one pass, so that the weights are read once for all of them. A request that ends
 //! leaves its slot at once, and the next prompt may take it: nothing of the old one has to be cleared, for what lies beyond
 //! a row's length is never read.
+//!
+//! A sequence ends where its row is full, unless [`Slots::streaming`] lets it go on: then tokens after the first few are
+//! forgotten a span at a time, and positions stay inside of what the model was made for.
 
 use super::cache::Cache;
 use super::decoder::{Decoder, Logits, Scratch};
@@ -36,6 +39,24 @@ pub enum Finish {
     Full,
 }
 
+/// How sequences go on past their cache (StreamingLLM, <https://arxiv.org/abs/2309.17453>).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Streaming {
+    /// The first tokens, which are kept: attention leans on them whatever they say.
+    pub sinks: usize,
+    /// The most recent tokens, itself included, that every token sees at least.
+    pub window: usize,
+}
+
+impl Streaming {
+    /// The tokens that a row should have room for, at most `context`. A quarter of the window more than what is kept lets
+    /// a key move, and be rounded anew, five times at most before it is forgotten itself.
+    pub fn capacity(&self, context: usize) -> usize {
+        let kept = self.sinks.saturating_add(self.window);
+        kept.saturating_add(self.window.div_ceil(4)).min(context)
+    }
+}
+
 /// A token of one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Event {
@@ -64,6 +85,9 @@ pub struct Slots<'a> {
     slots: Vec<Option<Running>>,
     /// Every step from an empty cache: the cost that a cache avoids.
     recompute: bool,
+    streaming: Option<Streaming>,
+    /// Tokens forgotten so far, of all requests.
+    evicted: usize,
 }
 
 impl<'a> Slots<'a> {
@@ -78,6 +102,8 @@ impl<'a> Slots<'a> {
             scratch: Scratch::default(),
             slots: (0..slots).map(|_| None).collect(),
             recompute: false,
+            streaming: None,
+            evicted: 0,
         })
     }
 
@@ -85,6 +111,26 @@ impl<'a> Slots<'a> {
     pub fn recompute(mut self, recompute: bool) -> Self {
         self.recompute = recompute;
         self
+    }
+
+    /// Whether sequences go on when their row is full, and what they keep then.
+    pub fn streaming(mut self, streaming: Option<Streaming>) -> Result<Self> {
+        if let Some(Streaming { sinks, window }) = streaming {
+            let capacity = self.cache.capacity();
+            if window == 0 || sinks.checked_add(window).is_none_or(|kept| kept > capacity) {
+                return Err(Error::argument(format!(
+                    "a window of {window} tokens after the first {sinks}; the window is at least 1, and both must fit \
+                     the {capacity} positions there are"
+                )));
+            }
+        }
+        self.streaming = streaming;
+        Ok(self)
+    }
+
+    /// Tokens forgotten so far, of all requests.
+    pub fn evicted(&self) -> usize {
+        self.evicted
     }
 
     /// The cache.
@@ -109,7 +155,7 @@ impl<'a> Slots<'a> {
             return Err(Error::argument(format!("all {} slots are taken", self.slots.len())));
         };
         let n = request.prompt.len();
-        if n == 0 || n > self.cache.capacity() {
+        if n == 0 || (n > self.cache.capacity() && self.streaming.is_none()) {
             return Err(Error::argument(format!("a prompt of {n} tokens; 1 to {} fit", self.cache.capacity())));
         }
         if request.max_tokens == 0 {
@@ -128,6 +174,7 @@ impl<'a> Slots<'a> {
             return active.into_iter().map(|slot| self.step_from_nothing(slot)).collect();
         }
         let (Some(&first), Some(&last)) = (active.first(), active.last()) else { return Ok(Vec::new()) };
+        active.iter().try_for_each(|&slot| self.make_room(slot))?;
         // Free slots between running ones take part with no token.
         let tokens: Vec<&[u32]> = self.slots[first..=last]
             .iter()
@@ -149,13 +196,27 @@ impl<'a> Slots<'a> {
         self.cache.reset(slot);
         let mut logits = Vec::new();
         let mut done = 0;
-        for chunk in ids.chunks(PREFILL_CHUNK) {
+        while done < ids.len() {
+            self.make_room(slot)?;
+            // A row without room for one token is the decoder's to refuse.
+            let most = PREFILL_CHUNK.min(self.cache.room(slot)).max(1);
+            let chunk = &ids[done..ids.len().min(done + most)];
             done += chunk.len();
             let want = if done == ids.len() { Logits::Last } else { Logits::None };
             logits = self.decoder.forward(&mut self.cache, &mut self.scratch, slot, &[chunk], want)?;
             progress(done);
         }
         Ok(logits)
+    }
+
+    /// Forgets what is neither sink nor window, if a row is full and may go on.
+    fn make_room(&mut self, slot: usize) -> Result<()> {
+        let (Some(Streaming { sinks, window }), 0) = (self.streaming, self.cache.room(slot)) else { return Ok(()) };
+        // The window's last token is the one to come.
+        let span = sinks..self.cache.len(slot) - (window - 1);
+        self.decoder.evict(&mut self.cache, slot, span.clone())?;
+        self.evicted += span.len();
+        Ok(())
     }
 
     fn choose(&mut self, slot: usize, logits: &[f32]) -> Result<Event> {
@@ -169,7 +230,7 @@ impl<'a> Slots<'a> {
             Some(Finish::Eos)
         } else if running.left == 0 {
             Some(Finish::MaxTokens)
-        } else if running.ids.len() > self.cache.capacity() {
+        } else if running.ids.len() > self.cache.capacity() && self.streaming.is_none() {
             Some(Finish::Full)
         } else {
             None

@@ -29,6 +29,7 @@ use super::model::token_id;
 const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
+const BYTE: i32 = 6;
 
 /// SentencePiece's stand-in for a space.
 const META: &str = "\u{2581}";
@@ -74,7 +75,7 @@ impl Tokenizer {
 
         let parts = match g.str("tokenizer.ggml.model")? {
             "gpt2" => byte_level(g, &vocab)?,
-            "llama" => sentence_piece(g, tokens, &vocab)?,
+            "llama" => sentence_piece(g, tokens, types, &vocab)?,
             other => {
                 return Err(Error::unsupported(format!(
                     "a tokenizer of the kind {other:?}; \"gpt2\" and \"llama\" are known"
@@ -292,7 +293,7 @@ fn split(regex: &str) -> Result<PreTokenizerWrapper> {
         .map_err(Error::tokenizer)
 }
 
-fn sentence_piece(g: &Gguf, tokens: &[String], vocab: &HashMap<&str, u32>) -> Result<Parts> {
+fn sentence_piece(g: &Gguf, tokens: &[String], types: &[i32], vocab: &HashMap<&str, u32>) -> Result<Parts> {
     let scores = match g.opt_array("tokenizer.ggml.scores")? {
         Some(Array::F32(s)) if s.len() == tokens.len() => s,
         _ => {
@@ -318,7 +319,7 @@ fn sentence_piece(g: &Gguf, tokens: &[String], vocab: &HashMap<&str, u32>) -> Re
         decode.push(decoders::strip::Strip::new(' ', 1, 0).into());
     }
     Ok(Parts {
-        merges: merges_from_scores(tokens, scores, vocab)?,
+        merges: merges_from_scores(tokens, types, scores, vocab)?,
         byte_fallback: true,
         ignore_merges: false,
         unk: unk.cloned(),
@@ -331,8 +332,8 @@ fn sentence_piece(g: &Gguf, tokens: &[String], vocab: &HashMap<&str, u32>) -> Re
 
 /// Every pair of tokens that join to a token, the best joined score first; SentencePiece always joins that pair next.
 /// Equal scores are ordered as Hugging Face's converter orders them: the longer left half first, then the longer
-/// right half, then the order of the vocabulary.
-fn merges_from_scores(tokens: &[String], scores: &[f32], vocab: &HashMap<&str, u32>) -> Result<Merges> {
+/// right half, then the order of the vocabulary. Letters never join to a token that stands for a byte, or for no text.
+fn merges_from_scores(tokens: &[String], types: &[i32], scores: &[f32], vocab: &HashMap<&str, u32>) -> Result<Merges> {
     // Each cut is two look-ups of up to the token's length, so that one absurdly long token would cost its square.
     const MAX_TOKEN: usize = 4096;
     let mut found = Vec::new();
@@ -342,6 +343,9 @@ fn merges_from_scores(tokens: &[String], scores: &[f32], vocab: &HashMap<&str, u
         }
         if token.len() > MAX_TOKEN {
             return Err(Error::malformed(format!("token {id} has {} bytes; {MAX_TOKEN} are possible", token.len())));
+        }
+        if matches!(types.get(id as usize), Some(&(UNKNOWN | CONTROL | BYTE))) {
+            continue;
         }
         for (at, _) in token.char_indices().skip(1) {
             let (a, b) = token.split_at(at);

@@ -27,6 +27,9 @@ SCALES = {
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],
+    # Last, so that the random numbers of those above stay what they were.
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
 }
 
 

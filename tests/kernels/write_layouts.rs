@@ -1,4 +1,6 @@
 //! The cache write under every layout: each token in the slot that the layout's words say, and nothing else written.
+// Rows are numbers of several lists at once.
+#![allow(clippy::needless_range_loop)]
 
 use crate::common::{Layout, Place, Rng, Tensor, scaled};
 use crate::harness::{Level, tests};

@@ -1,0 +1,176 @@
+//! Gemma-3-270M against Hugging Face transformers reading the same file (`tests/data/make_gemma3_reference.py` says how
+//! the reference is made).
+//!
+//! The model is looked for where `KVLANE_GEMMA3` points to, then in the user's cache directory under `kvlane/`. Without it
+//! these tests say so and do nothing, unless `KVLANE_REQUIRE_MODELS` is set, which makes that a failure.
+#![cfg(feature = "driver")]
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use kvlane::driver::sampling::argmax;
+use kvlane::driver::{
+    Activation, Cache, Decoder, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Threads, Tokenizer,
+};
+use kvlane::{DType, Pairing};
+use serde::Deserialize;
+
+const FILE: &str = "gemma-3-270m-q4_k_m.gguf";
+const WINDOW: usize = 512;
+
+#[derive(Deserialize)]
+struct Reference {
+    vocabulary: Vec<usize>,
+    prompts: Vec<Prompt>,
+    tokenizer: Vec<Text>,
+}
+
+#[derive(Deserialize)]
+struct Prompt {
+    text: String,
+    ids: Vec<u32>,
+    greedy: Vec<u32>,
+    positions: Vec<usize>,
+    logits: Vec<Vec<f64>>,
+    max: Vec<f64>,
+    logsumexp: Vec<f64>,
+}
+
+#[derive(Deserialize)]
+struct Text {
+    text: String,
+    ids: Vec<u32>,
+}
+
+static REFERENCE: LazyLock<Reference> =
+    LazyLock::new(|| serde_json::from_str(include_str!("data/gemma3_reference.json")).unwrap());
+
+/// One model for all tests: a gigabyte of weights.
+static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| {
+    let path = model_path()?;
+    let threads = Threads::new(0).unwrap();
+    let file = ModelFile::open(&path).unwrap();
+    let weights = threads.run(|| file.weights(&|_, _| ())).unwrap();
+    let decoder = Decoder::new(file.config().clone(), weights, 0, None, threads).unwrap();
+    Some((decoder, file.tokenizer().unwrap()))
+});
+
+fn model_path() -> Option<PathBuf> {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| std::env::home_dir().map(|h| h.join(".cache")));
+    let candidates = [std::env::var_os("KVLANE_GEMMA3").map(PathBuf::from), cache.map(|c| c.join("kvlane").join(FILE))];
+    let found = candidates.into_iter().flatten().find(|p| p.is_file());
+    if found.is_none() {
+        let required = std::env::var_os("KVLANE_REQUIRE_MODELS").is_some_and(|v| v != "0");
+        assert!(!required, "{FILE} is required, but neither KVLANE_GEMMA3 nor the cache directory has it");
+        eprintln!("NOT RUN: {FILE} was not found; set KVLANE_GEMMA3 to its path");
+    }
+    found
+}
+
+#[test]
+fn the_file_describes_the_layers() {
+    let Some((decoder, _)) = MODEL.as_ref() else { return };
+    let c = decoder.config();
+    assert_eq!((c.dim, c.heads, c.kv_heads, c.head_dim, c.ffn_dim, c.vocab), (640, 4, 1, 256, 2048, 262_144));
+    assert_eq!((c.activation, c.qk_norm, c.post_norms, c.tied), (Activation::GeluTanh, true, true, true));
+    assert_eq!((c.embedding_scale, c.attn_scale, c.attn_softcap, c.logit_softcap), (640f32.sqrt(), None, None, None));
+    let bases: Vec<_> = c.ropes.iter().map(|r| (r.base, r.pairing)).collect();
+    assert_eq!(bases, [(1e6, Pairing::HalfSplit), (1e4, Pairing::HalfSplit)]);
+    let global: Vec<usize> = (0..18).filter(|&i| c.layers[i].window.is_none()).collect();
+    assert_eq!(global, [5, 11, 17]);
+    assert!(c.layers.iter().all(|l| l.window.is_none_or(|n| n == WINDOW) && (l.rope == 1) == l.window.is_some()));
+    assert_eq!(c.parameters(), 268_098_176);
+}
+
+#[test]
+fn tokens_are_the_references() {
+    let Some((_, tokenizer)) = MODEL.as_ref() else { return };
+    let texts = REFERENCE.tokenizer.iter().map(|t| (&t.text, &t.ids));
+    for (text, ids) in texts.chain(REFERENCE.prompts.iter().map(|p| (&p.text, &p.ids))) {
+        assert_eq!(tokenizer.encode(text, true).unwrap(), *ids, "{text:?}");
+        let mut stream = tokenizer.stream();
+        let mut streamed = String::new();
+        for &id in ids {
+            streamed += &stream.push(id).unwrap();
+        }
+        streamed += &stream.finish().unwrap();
+        assert_eq!(streamed, tokenizer.decode(ids).unwrap());
+        let special = ["<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>"];
+        assert_eq!(streamed, special.iter().fold(text.clone(), |text, token| text.replace(token, "")));
+    }
+}
+
+/// Both sides round every product of 18 layers to f32, in different orders, and transformers rounds RoPE's angles to f32
+/// as well. The largest difference seen is 2.6e-4, and the data has four decimals. A wrong angle, scale or window is off
+/// by tenths.
+const TOLERANCE: f64 = 1e-3;
+
+#[test]
+fn logits_are_the_references() {
+    let Some((decoder, _)) = MODEL.as_ref() else { return };
+    let vocab = decoder.config().vocab;
+    let mut worst = 0.0f64;
+    for case in &REFERENCE.prompts {
+        let ids = [case.ids.as_slice(), &case.greedy[..case.greedy.len() - 1]].concat();
+        let mut cache = Cache::new(decoder.config(), 1, ids.len(), DType::F32).unwrap();
+        let mut scratch = Scratch::default();
+        let mut wanted = case.positions.iter().enumerate().peekable();
+        // In pieces, for all logits of a long text are half a gigabyte.
+        for (piece, tokens) in ids.chunks(64).enumerate() {
+            let logits = decoder.forward(&mut cache, &mut scratch, 0, &[tokens], Logits::All).unwrap();
+            while let Some((i, position)) = wanted.next_if(|&(_, &p)| p < 64 * piece + tokens.len()) {
+                let row = &logits[(position - 64 * piece) * vocab..][..vocab];
+                let max = row.iter().fold(f64::MIN, |m, &l| m.max(f64::from(l)));
+                let sum: f64 = row.iter().map(|&l| (f64::from(l) - max).exp()).sum();
+                let picked =
+                    REFERENCE.vocabulary.iter().map(|&v| f64::from(row[v])).zip(case.logits[i].iter().copied());
+                for (got, want) in picked.chain([(max, case.max[i]), (max + sum.ln(), case.logsumexp[i])]) {
+                    let error = (got - want).abs();
+                    worst = worst.max(error);
+                    assert!(error < TOLERANCE, "{:?} at {position}: {got} for {want}", case.text);
+                }
+            }
+        }
+        assert!(wanted.next().is_none());
+    }
+    eprintln!("largest difference of a logit: {worst:.2e}");
+}
+
+/// The short prompts in rows of one cache, through one padded pass and then a token each.
+#[test]
+fn greedy_tokens_are_the_references() {
+    let Some((decoder, _)) = MODEL.as_ref() else { return };
+    let cases: Vec<&Prompt> = REFERENCE.prompts.iter().filter(|p| p.ids.len() < 64).collect();
+    let mut cache = Cache::new(decoder.config(), cases.len(), 96, DType::F32).unwrap();
+    let mut scratch = Scratch::default();
+    let mut next: Vec<Vec<u32>> = cases.iter().map(|c| c.ids.clone()).collect();
+    for step in 0..cases[0].greedy.len() {
+        let tokens: Vec<&[u32]> = next.iter().map(Vec::as_slice).collect();
+        let logits = decoder.forward(&mut cache, &mut scratch, 0, &tokens, Logits::Last).unwrap();
+        next = logits.chunks(decoder.config().vocab).map(|row| vec![argmax(row).unwrap()]).collect();
+        for (case, token) in cases.iter().zip(&next) {
+            assert_eq!(token[0], case.greedy[step], "{:?} step {step}", case.text);
+        }
+    }
+}
+
+/// The prompt longer than the window, read in chunks, in each of the cache's types.
+#[test]
+fn greedy_tokens_past_the_window_are_the_references() {
+    let Some((decoder, _)) = MODEL.as_ref() else { return };
+    let case = REFERENCE.prompts.iter().max_by_key(|p| p.ids.len()).unwrap();
+    assert!(case.ids.len() > WINDOW + 128);
+    for dtype in [DType::F32, DType::F16] {
+        let n = case.greedy.len();
+        let mut slots = Slots::new(decoder, 1, case.ids.len() + n, dtype).unwrap();
+        let request = Request { prompt: case.ids.clone(), max_tokens: n, sampling: SamplerOptions::default() };
+        let mut event = slots.insert(request, &mut |_| ()).unwrap();
+        let mut tokens = vec![event.token];
+        while event.finish.is_none() {
+            event = slots.step().unwrap().remove(0);
+            tokens.push(event.token);
+        }
+        assert_eq!(tokens, case.greedy, "{dtype}");
+    }
+}

@@ -1,0 +1,300 @@
+//! A Gemma of random weights, small enough for plain f64 arithmetic to say what its logits are.
+#![cfg(feature = "driver")]
+
+// The files of other tests use the rest of it.
+#[allow(dead_code)]
+mod gguf_writer;
+
+use std::collections::BTreeMap;
+
+use gguf_writer::{T, V, Writer};
+use kvlane::DType;
+use kvlane::driver::gguf::Gguf;
+use kvlane::driver::{Cache, Decoder, ErrorKind, Logits, ModelFile, Scratch, Threads};
+
+const VOCAB: usize = 32;
+const DIM: usize = 16;
+const HEADS: usize = 4;
+const KV_HEADS: usize = 2;
+// Not DIM / HEADS.
+const HEAD_DIM: usize = 6;
+const FFN: usize = 24;
+const LAYERS: usize = 5;
+const WINDOW: usize = 4;
+const PATTERN: usize = 3;
+const BASE: f64 = 1e6;
+const LOCAL_BASE: f64 = 1e4;
+const EPS: f64 = 1e-6;
+const ATTN_CAP: f64 = 3.0;
+const LOGIT_CAP: f64 = 8.0;
+
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// Under the names of GGUF; norms as they are applied.
+fn tensors() -> Tensors {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut unit = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let mut all = Tensors::new();
+    let mut add = |name: String, shape: &[usize]| {
+        let norm = shape.len() == 1;
+        let values = (0..shape.iter().product()).map(|_| if norm { 1.0 + 0.5 * unit() } else { 0.6 * unit() });
+        all.insert(name, (shape.to_vec(), values.collect()));
+    };
+    add("token_embd.weight".into(), &[VOCAB, DIM]);
+    add("output_norm.weight".into(), &[DIM]);
+    for i in 0..LAYERS {
+        for (part, shape) in [
+            ("attn_norm", &[DIM][..]),
+            ("attn_q", &[HEADS * HEAD_DIM, DIM]),
+            ("attn_k", &[KV_HEADS * HEAD_DIM, DIM]),
+            ("attn_v", &[KV_HEADS * HEAD_DIM, DIM]),
+            ("attn_q_norm", &[HEAD_DIM]),
+            ("attn_k_norm", &[HEAD_DIM]),
+            ("attn_output", &[DIM, HEADS * HEAD_DIM]),
+            ("post_attention_norm", &[DIM]),
+            ("ffn_norm", &[DIM]),
+            ("ffn_gate", &[FFN, DIM]),
+            ("ffn_up", &[FFN, DIM]),
+            ("ffn_down", &[DIM, FFN]),
+            ("post_ffw_norm", &[DIM]),
+        ] {
+            add(format!("blk.{i}.{part}.weight"), shape);
+        }
+    }
+    all
+}
+
+fn writer() -> Writer {
+    let mut w = Writer::new();
+    w.set("general.architecture", V::Str("gemma3".into()))
+        .set("gemma3.block_count", V::U32(LAYERS as u32))
+        .set("gemma3.context_length", V::U32(64))
+        .set("gemma3.embedding_length", V::U32(DIM as u32))
+        .set("gemma3.feed_forward_length", V::U32(FFN as u32))
+        .set("gemma3.attention.head_count", V::U32(HEADS as u32))
+        .set("gemma3.attention.head_count_kv", V::U32(KV_HEADS as u32))
+        .set("gemma3.attention.key_length", V::U32(HEAD_DIM as u32))
+        .set("gemma3.attention.value_length", V::U32(HEAD_DIM as u32))
+        .set("gemma3.attention.layer_norm_rms_epsilon", V::F32(EPS as f32))
+        .set("gemma3.attention.sliding_window", V::U32(WINDOW as u32))
+        .set("gemma3.attention.sliding_window_pattern", V::U32(PATTERN as u32))
+        .set("gemma3.attn_logit_softcapping", V::F32(ATTN_CAP as f32))
+        .set("gemma3.final_logit_softcapping", V::F32(LOGIT_CAP as f32))
+        .set("gemma3.rope.freq_base", V::F32(BASE as f32));
+    for (name, (shape, values)) in tensors() {
+        w.tensors.push(T {
+            name,
+            extents: shape.iter().rev().map(|&n| n as u64).collect(),
+            ty: 0,
+            offset: None,
+            data: values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        });
+    }
+    w
+}
+
+fn open(w: &Writer) -> kvlane::driver::Result<ModelFile> {
+    ModelFile::from_gguf(Gguf::from_bytes(w.bytes())?)
+}
+
+fn decoder(file: &ModelFile) -> Decoder {
+    let weights = file.weights(&|_, _| ()).unwrap();
+    Decoder::new(file.config().clone(), weights, 0, None, Threads::new(1).unwrap()).unwrap()
+}
+
+/// The logits of every token, `[ids, VOCAB]`, from the definition.
+fn oracle(ids: &[usize]) -> Vec<f64> {
+    let all = tensors();
+    let get = |name: String| all[&name].1.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+    let linear = |x: &[f64], w: &[f64]| -> Vec<f64> {
+        w.chunks(x.len()).map(|row| row.iter().zip(x).map(|(a, b)| a * b).sum()).collect()
+    };
+    let norm = |x: &[f64], w: &[f64]| -> Vec<f64> {
+        let scale = (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64 + EPS).sqrt();
+        x.iter().zip(w).map(|(x, w)| x / scale * w).collect()
+    };
+    let rope = |x: &[f64], position: usize, base: f64| -> Vec<f64> {
+        let half = HEAD_DIM / 2;
+        let turned = |i: usize| {
+            let (cos, sin) = {
+                let angle = position as f64 * base.powf(-2.0 * (i % half) as f64 / HEAD_DIM as f64);
+                (angle.cos(), angle.sin())
+            };
+            if i < half { x[i] * cos - x[i + half] * sin } else { x[i] * cos + x[i - half] * sin }
+        };
+        (0..HEAD_DIM).map(turned).collect()
+    };
+    let embedding = get("token_embd.weight".into());
+    let mut xs: Vec<Vec<f64>> =
+        ids.iter().map(|id| embedding[id * DIM..][..DIM].iter().map(|x| x * (DIM as f64).sqrt()).collect()).collect();
+    for l in 0..LAYERS {
+        let w = |part: &str| get(format!("blk.{l}.{part}.weight"));
+        let local = (l + 1) % PATTERN != 0;
+        let base = if local { LOCAL_BASE } else { BASE };
+        let heads = |x: &[f64], position: usize, matrix: &str, weight: &str| -> Vec<Vec<f64>> {
+            let heads = linear(x, &w(matrix));
+            heads.chunks(HEAD_DIM).map(|head| rope(&norm(head, &w(weight)), position, base)).collect()
+        };
+        let h: Vec<Vec<f64>> = xs.iter().map(|x| norm(x, &w("attn_norm"))).collect();
+        let k: Vec<_> = h.iter().enumerate().map(|(p, h)| heads(h, p, "attn_k", "attn_k_norm")).collect();
+        let v: Vec<_> = h.iter().map(|h| linear(h, &w("attn_v"))).collect();
+        for (p, x) in xs.iter_mut().enumerate() {
+            let first = if local { (p + 1).saturating_sub(WINDOW) } else { 0 };
+            let mut attended = Vec::new();
+            for (head, q) in heads(&h[p], p, "attn_q", "attn_q_norm").iter().enumerate() {
+                let of = head / (HEADS / KV_HEADS);
+                let weight = |j: usize| {
+                    let dot: f64 = q.iter().zip(&k[j][of]).map(|(a, b)| a * b).sum();
+                    (ATTN_CAP * (dot / (HEAD_DIM as f64).sqrt() / ATTN_CAP).tanh()).exp()
+                };
+                let total: f64 = (first..=p).map(weight).sum();
+                let value = |d: usize| (first..=p).map(|j| weight(j) * v[j][of * HEAD_DIM + d]).sum::<f64>() / total;
+                attended.extend((0..HEAD_DIM).map(value));
+            }
+            let delta = norm(&linear(&attended, &w("attn_output")), &w("post_attention_norm"));
+            x.iter_mut().zip(delta).for_each(|(x, d)| *x += d);
+            let h = norm(x, &w("ffn_norm"));
+            let (gate, up) = (linear(&h, &w("ffn_gate")), linear(&h, &w("ffn_up")));
+            let gelu =
+                |g: f64| 0.5 * g * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3))).tanh());
+            let act: Vec<f64> = gate.iter().zip(up).map(|(&g, u)| gelu(g) * u).collect();
+            let delta = norm(&linear(&act, &w("ffn_down")), &w("post_ffw_norm"));
+            x.iter_mut().zip(delta).for_each(|(x, d)| *x += d);
+        }
+    }
+    let last = get("output_norm.weight".into());
+    let logits = xs.iter().flat_map(|x| linear(&norm(x, &last), &embedding));
+    logits.map(|x| LOGIT_CAP * (x / LOGIT_CAP).tanh()).collect()
+}
+
+const IDS: [u32; 15] = [2, 7, 31, 7, 0, 19, 4, 11, 28, 3, 3, 16, 9, 22, 14];
+
+fn compare(decoder: &Decoder, pieces: &[usize]) {
+    let want = oracle(&IDS.map(|id| id as usize));
+    let mut cache = Cache::new(decoder.config(), 1, IDS.len(), DType::F32).unwrap();
+    let mut scratch = Scratch::default();
+    let (mut got, mut rest) = (Vec::new(), &IDS[..]);
+    for &n in pieces {
+        let (piece, tail) = rest.split_at(n);
+        got.extend(decoder.forward(&mut cache, &mut scratch, 0, &[piece], Logits::All).unwrap());
+        rest = tail;
+    }
+    assert!(rest.is_empty() && got.len() == want.len());
+    let worst = got.iter().zip(&want).fold(0.0f64, |worst, (&g, w)| worst.max((f64::from(g) - w).abs()));
+    assert!(want.iter().any(|x| x.abs() > 1.0) && worst < 1e-5, "{worst}");
+}
+
+#[test]
+fn logits_are_the_definitions() {
+    let decoder = decoder(&open(&writer()).unwrap());
+    compare(&decoder, &[IDS.len()]);
+    compare(&decoder, &[6, 1, 1, 7]);
+    compare(&decoder, &[1; IDS.len()]);
+}
+
+/// The last layers that differ: a pattern as a list of flags, and as what a file without one means.
+#[test]
+fn patterns_are_read() {
+    let windows = |change: &dyn Fn(&mut Writer)| {
+        let mut w = writer();
+        change(&mut w);
+        open(&w).map(|f| f.config().layers.iter().map(|l| l.window.is_some()).collect::<Vec<_>>())
+    };
+    let key = "gemma3.attention.sliding_window_pattern";
+    let flags = |flags: &[u8]| {
+        let header = [7u32.to_le_bytes().as_slice(), &(flags.len() as u64).to_le_bytes()].concat();
+        V::Raw(9, [header, flags.to_vec()].concat())
+    };
+    assert_eq!(windows(&|_| ()).unwrap(), [true, true, false, true, true]);
+    assert_eq!(windows(&|w| drop(w.unset(key).bytes())).unwrap(), [true; 5]);
+    assert_eq!(windows(&|w| drop(w.set(key, V::U32(1)).bytes())).unwrap(), [false; 5]);
+    let listed = [false, true, true, false, true];
+    assert_eq!(windows(&|w| drop(w.set(key, flags(&listed.map(u8::from))).bytes())).unwrap(), listed);
+    assert_eq!(windows(&|w| drop(w.unset("gemma3.attention.sliding_window").bytes())).unwrap(), [false; 5]);
+    let error = windows(&|w| drop(w.set(key, flags(&[1; 4])).bytes())).unwrap_err();
+    assert!(error.kind() == ErrorKind::Malformed && error.to_string().contains("4 entries; 5"), "{error}");
+    let error = windows(&|w| drop(w.set("gemma3.attn_logit_softcapping", V::F32(-1.0)).bytes())).unwrap_err();
+    assert!(error.to_string().contains("softcap of attention is -1"), "{error}");
+    let without = |name: &str| {
+        let mut w = writer();
+        w.tensors.retain(|t| t.name != name);
+        open(&w).unwrap().weights(&|_, _| ()).unwrap_err().to_string()
+    };
+    for name in ["blk.2.attn_k_norm.weight", "blk.4.post_ffw_norm.weight"] {
+        assert!(without(name).contains(name));
+    }
+}
+
+/// The same weights as Hugging Face lays them out: other names, norms less one, what is default left out.
+#[test]
+fn a_hugging_face_directory_is_the_same_model() {
+    let parts = [
+        ("attn_norm", "input_layernorm"),
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_q_norm", "self_attn.q_norm"),
+        ("attn_k_norm", "self_attn.k_norm"),
+        ("attn_output", "self_attn.o_proj"),
+        ("post_attention_norm", "post_attention_layernorm"),
+        ("ffn_norm", "pre_feedforward_layernorm"),
+        ("ffn_gate", "mlp.gate_proj"),
+        ("ffn_up", "mlp.up_proj"),
+        ("ffn_down", "mlp.down_proj"),
+        ("post_ffw_norm", "post_feedforward_layernorm"),
+        ("token_embd", "model.embed_tokens"),
+        ("output_norm", "model.norm"),
+    ];
+    let rename = |name: &str| {
+        let part = name.split('.').rev().nth(1).unwrap();
+        let theirs = parts.iter().find(|(ours, _)| *ours == part).unwrap().1;
+        match name.strip_prefix("blk.") {
+            Some(rest) => format!("model.layers.{}.{theirs}.weight", rest.split('.').next().unwrap()),
+            None => format!("{theirs}.weight"),
+        }
+    };
+    let stored: Vec<(String, Vec<usize>, Vec<u8>)> = tensors()
+        .into_iter()
+        .map(|(name, (shape, values))| {
+            let less = if shape.len() == 1 { 1.0 } else { 0.0 };
+            (rename(&name), shape, values.iter().flat_map(|v| (v - less).to_le_bytes()).collect())
+        })
+        .collect();
+    let views = stored.iter().map(|(name, shape, data)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), data).unwrap())
+    });
+    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("gemma-hf");
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let config = serde_json::json!({
+        "architectures": ["Gemma3ForCausalLM"], "vocab_size": VOCAB, "hidden_size": DIM, "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM, "max_position_embeddings": 64, "rms_norm_eps": EPS, "sliding_window": WINDOW,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": HEAD_DIM,
+        "attn_logit_softcapping": ATTN_CAP, "final_logit_softcapping": LOGIT_CAP,
+    });
+    // As configurations have been written at different times.
+    let older = serde_json::json!({
+        "rope_theta": BASE, "rope_local_base_freq": LOCAL_BASE, "rope_scaling": null, "sliding_window_pattern": PATTERN,
+    });
+    let newer = serde_json::json!({
+        "rope_parameters": {
+            "full_attention": { "rope_type": "default", "rope_theta": BASE },
+            "sliding_attention": { "rope_type": "default", "rope_theta": LOCAL_BASE },
+        },
+        "layer_types": (1..=LAYERS)
+            .map(|i| if i % PATTERN == 0 { "full_attention" } else { "sliding_attention" })
+            .collect::<Vec<_>>(),
+    });
+    for more in [older, newer] {
+        let mut config = config.as_object().unwrap().clone();
+        config.extend(more.as_object().unwrap().clone());
+        std::fs::write(dir.join("config.json"), serde_json::to_string(&config).unwrap()).unwrap();
+        compare(&decoder(&ModelFile::open(&dir).unwrap()), &[8, 1, 6]);
+    }
+}
