@@ -1,0 +1,162 @@
+//! `include/kvlane.h`, said once more: what a program in another language would declare. Two tests hold it to the header.
+#![allow(non_camel_case_types)]
+
+use std::ffi::{c_char, c_void};
+
+/// A struct of integers, floats, nullable pointers and arrays of them.
+///
+/// # Safety
+/// `repr(C)`, and all bytes 0 are a value.
+pub unsafe trait Plain: Copy {}
+
+/// All fields 0, for the sized structs also their size.
+pub fn zeroed<T: Plain>() -> T {
+    // SAFETY: a value, by the trait's promise.
+    unsafe { std::mem::zeroed() }
+}
+
+macro_rules! structs {
+    ($($name:ident { $($field:ident: $type:ty),* $(,)? })*) => {
+        $(
+            #[derive(Clone, Copy)]
+            #[repr(C)]
+            pub struct $name { $(pub $field: $type),* }
+            // SAFETY: see the fields below.
+            unsafe impl Plain for $name {}
+        )*
+        /// Every struct with its fields.
+        pub const STRUCTS: &[(&str, &[&str])] = &[$((stringify!($name), &[$(stringify!($field)),*])),*];
+    };
+}
+
+structs! {
+    kvl_view { data: *mut u8, dtype: i32, reserved: i32, shape: [i64; 4], strides: [i64; 4], bytes: usize }
+    // Read only, but of the same fields; that C has `const` there does not concern anybody here.
+    kvl_const_view { data: *mut u8, dtype: i32, reserved: i32, shape: [i64; 4], strides: [i64; 4], bytes: usize }
+    kvl_mask { data: *const u8, shape: [i64; 4], strides: [i64; 4], bytes: usize }
+    kvl_parallel_runner {
+        struct_size: usize,
+        ctx: *mut c_void,
+        num_threads: usize,
+        run: Option<unsafe extern "C" fn(*mut c_void, usize, kvl_task, *mut c_void) -> i32>,
+    }
+    kvl_context_params { struct_size: usize, max_isa: i32, reserved: i32 }
+    kvl_kernel_info {
+        struct_size: usize, name: *const c_char, op: i32, src: i32, dst: i32, isa: i32, available: i32, max_error: f32,
+    }
+    kvl_rope_frequencies_params {
+        struct_size: usize, rotary_dim: i64, base: f64, scaling: i32, keep_ramp: i32, factor: f64,
+        original_max_position: f64, low_freq_factor: f64, high_freq_factor: f64, beta_fast: f64, beta_slow: f64,
+        attention_factor: f64, factors: *const f64,
+    }
+    kvl_rope_params {
+        struct_size: usize, pairing: i32, reserved: i32, rotary_dim: i64, inv_freq: *const f64, magnitude: f64,
+        cos: *const f32, sin: *const f32, table_rows: i64, offsets: *const i32, positions: *const i32,
+    }
+    kvl_kv_write_params {
+        struct_size: usize, k: kvl_const_view, v: kvl_const_view, k_cache: kvl_view, v_cache: kvl_view,
+        positions: *const i32, counts: *const i32, rows: *const i32, slots: *const i32, rope: *const kvl_rope_params,
+    }
+    kvl_attention_params {
+        struct_size: usize, q: kvl_const_view, k: kvl_const_view, v: kvl_const_view, out: kvl_view, lse: *mut f32,
+        scale: f32, softcap: f32, flags: u32, reserved: i32, window_left: i64, window_right: i64, lengths: *const i32,
+        starts: *const i32, offsets: *const i32, mask: kvl_mask, bias: kvl_const_view, alibi_slopes: *const f32,
+        sinks: *const f32, precision: i32, reserved2: i32,
+    }
+    kvl_attention_state { out: kvl_const_view, lse: *const f32 }
+}
+
+pub type kvl_task = unsafe extern "C" fn(*mut c_void, usize);
+
+/// Only ever behind a pointer.
+#[repr(C)]
+pub struct kvl_context([u8; 0]);
+/// Only ever behind a pointer.
+#[repr(C)]
+pub struct kvl_thread_pool([u8; 0]);
+
+type Context = *const kvl_context;
+type Runner = *const kvl_parallel_runner;
+type Text = *const c_char;
+
+unsafe extern "C" {
+    pub safe fn kvl_abi_version() -> u32;
+    pub safe fn kvl_version_string() -> Text;
+    pub safe fn kvl_status_string(status: i32) -> Text;
+    pub fn kvl_last_error(buffer: *mut u8, size: usize) -> usize;
+    pub safe fn kvl_isa_name(isa: i32) -> Text;
+    pub safe fn kvl_isa_available(isa: i32) -> i32;
+    pub safe fn kvl_kernel_count() -> usize;
+    pub fn kvl_kernel_info_at(index: usize, info: *mut kvl_kernel_info) -> i32;
+    pub fn kvl_context_create(params: *const kvl_context_params, context: *mut *mut kvl_context) -> i32;
+    pub fn kvl_context_destroy(context: *mut kvl_context);
+    pub fn kvl_context_isa(context: Context, isa: *mut i32) -> i32;
+    pub fn kvl_context_kernel_name(context: Context, op: i32, src: i32, dst: i32, name: *mut Text) -> i32;
+    pub fn kvl_context_attention_kernel_name(context: Context, kv: i32, precision: i32, name: *mut Text) -> i32;
+    pub fn kvl_thread_pool_create(num_threads: usize, pool: *mut *mut kvl_thread_pool) -> i32;
+    pub fn kvl_thread_pool_destroy(pool: *mut kvl_thread_pool);
+    pub fn kvl_thread_pool_runner(pool: *const kvl_thread_pool, runner: *mut kvl_parallel_runner) -> i32;
+    pub fn kvl_rope_frequencies(
+        params: *const kvl_rope_frequencies_params,
+        inv_freq: *mut f64,
+        pairs: i64,
+        magnitude: *mut f64,
+    ) -> i32;
+    pub fn kvl_rope_table(
+        context: Context,
+        inv_freq: *const f64,
+        rotary_dim: i64,
+        magnitude: f64,
+        first_position: i64,
+        rows: i64,
+        cos: *mut f32,
+        sin: *mut f32,
+    ) -> i32;
+    pub fn kvl_rope(
+        context: Context,
+        runner: Runner,
+        src: *const kvl_const_view,
+        dst: *const kvl_view,
+        params: *const kvl_rope_params,
+    ) -> i32;
+    pub fn kvl_kv_write(context: Context, runner: Runner, params: *const kvl_kv_write_params) -> i32;
+    pub fn kvl_repeat_kv(context: Context, runner: Runner, src: *const kvl_const_view, dst: *const kvl_view) -> i32;
+    pub fn kvl_attention_workspace_size(params: *const kvl_attention_params, runner: Runner, bytes: *mut usize) -> i32;
+    pub fn kvl_attention(
+        context: Context,
+        runner: Runner,
+        workspace: *mut u8,
+        workspace_bytes: usize,
+        params: *const kvl_attention_params,
+    ) -> i32;
+    pub fn kvl_merge_states(
+        context: Context,
+        runner: Runner,
+        states: *const kvl_attention_state,
+        num_states: usize,
+        out: *const kvl_view,
+        lse: *mut f32,
+    ) -> i32;
+    pub fn kvl_alibi_slopes(slopes: *mut f32, heads: i64) -> i32;
+}
+
+/// The struct's name and fields, of every struct that the header defines.
+pub fn header_structs(header: &str) -> Vec<(String, Vec<String>)> {
+    let mut structs = Vec::new();
+    for text in header.split("typedef struct ").skip(1) {
+        let Some((name, rest)) = text.split_once(" {\n") else { continue };
+        let Some((body, _)) = rest.split_once(&format!("}} {name};")) else { continue };
+        let lines = body.lines().map(str::trim).filter(|line| !line.starts_with('*') && line.ends_with(';'));
+        let fields = lines.map(|line| {
+            // A pointer to a function has its name in the middle; what is last elsewhere may be an array.
+            let declared = match line.split_once("(*") {
+                Some((_, function)) => function.split(')').next(),
+                None => line.trim_end_matches(';').split('[').next(),
+            };
+            let words = declared.unwrap_or_default().rsplit(|c: char| c == '*' || c.is_whitespace());
+            words.into_iter().next().unwrap_or_default().to_owned()
+        });
+        structs.push((name.to_owned(), fields.collect()));
+    }
+    structs
+}

@@ -1,0 +1,530 @@
+//! One random call: its numbers, its memory, and what must be true of it afterwards.
+
+use crate::abi::*;
+use crate::common::Rng;
+use crate::memory::{Arena, MASK, POISON, Row, Tensor, element_size};
+use std::ffi::c_void;
+
+/// What lives as long as the whole run.
+pub struct World {
+    /// A context of every level that this CPU has.
+    pub contexts: Vec<*mut kvl_context>,
+    pub pool: *mut kvl_thread_pool,
+    /// A runner of that pool.
+    pub pool_runner: kvl_parallel_runner,
+    /// Bits of random numbers in the range of unit normals, by element type: sums of products of them are numbers too.
+    pub numbers: [Vec<u32>; 3],
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // SAFETY: made by the library, and released once.
+        unsafe {
+            self.contexts.iter().for_each(|&context| kvl_context_destroy(context));
+            kvl_thread_pool_destroy(self.pool);
+        }
+    }
+}
+
+/// Lists with more entries than this are left out instead.
+const LONGEST: i64 = 1 << 20;
+
+const SIZES: [i64; 22] = [
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    15,
+    16,
+    17,
+    63,
+    64,
+    65,
+    511,
+    513,
+    -1,
+    i64::MIN,
+    i64::MAX,
+    i32::MAX as i64,
+    1 << 31,
+    1 << 32,
+];
+const INTS: [i32; 12] = [0, 1, 2, 3, 4, 5, 6, 7, 64, -1, i32::MIN, i32::MAX];
+
+/// A list in memory, and what it says there.
+#[derive(Default)]
+pub struct List<T> {
+    pub at: *const T,
+    pub values: Vec<T>,
+}
+
+pub struct Call<'a> {
+    pub rng: Rng,
+    pub world: &'a World,
+    pub arena: Arena,
+    /// How likely a number is spoiled; 0 in two of five, which must succeed.
+    rate: f64,
+    /// Something is wrong, or may be.
+    spoiled: bool,
+    /// The runner does not run anything.
+    broken: bool,
+    /// All bits are random, so NaN is among the numbers.
+    wild: bool,
+    /// What views say; all of it lies in blocks if the call succeeds.
+    tensors: Vec<Tensor>,
+    /// Bytes that a call that succeeds may write.
+    written: Vec<(usize, usize)>,
+    /// Elements that are numbers afterwards.
+    results: Vec<Row>,
+}
+
+impl<'a> Call<'a> {
+    pub fn new(mut rng: Rng, world: &'a World) -> Self {
+        let rate = if rng.chance(0.4) { 0.0 } else { 0.1 };
+        let wild = rng.chance(0.1);
+        Self {
+            rng,
+            world,
+            arena: Arena::default(),
+            rate,
+            spoiled: false,
+            broken: false,
+            wild,
+            tensors: Vec::new(),
+            written: Vec::new(),
+            results: Vec::new(),
+        }
+    }
+
+    /// How likely each number of a hostile call is spoiled: for functions with more or fewer of them.
+    pub fn spoil_rate(&mut self, rate: f64) {
+        if self.rate > 0.0 {
+            self.rate = rate;
+        }
+    }
+
+    /// Whether to spoil the next number.
+    pub fn hit(&mut self) -> bool {
+        let hit = self.rng.chance(self.rate);
+        self.spoiled |= hit;
+        hit
+    }
+
+    pub fn maybe(&mut self, probability: f64) -> bool {
+        self.rng.chance(probability)
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // Numbers
+
+    pub fn number(&mut self, right: i64) -> i64 {
+        match self.hit() {
+            false => right,
+            true if self.maybe(0.4) => {
+                self.rng.pick(&[right.wrapping_sub(1), right.wrapping_add(1), right.wrapping_neg()])
+            }
+            true => self.rng.pick(&SIZES),
+        }
+    }
+
+    pub fn code(&mut self, right: i32) -> i32 {
+        if self.hit() { self.rng.pick(&INTS) } else { right }
+    }
+
+    pub fn float(&mut self, right: f64) -> f64 {
+        let wrong = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, 0.0, 1e300, -0.0, 1e-300, right * 1e20];
+        if self.hit() { self.rng.pick(&wrong) } else { right }
+    }
+
+    pub fn value(&mut self) -> f32 {
+        self.rng.f32()
+    }
+
+    pub fn dtype(&mut self) -> i32 {
+        self.rng.pick(&[0, 1, 2])
+    }
+
+    /// Batch rows, tokens, heads, head size: small, with the sizes of vectors and one more or less among the last.
+    pub fn shape(&mut self) -> [i64; 4] {
+        let mut axis = |few: usize, many: usize| match self.rng.below(20) {
+            0 => 0,
+            1..=3 => self.rng.between(1, many) as i64,
+            _ => self.rng.between(1, few) as i64,
+        };
+        let mut shape = [axis(3, 5), axis(4, 40), axis(3, 9), self.dim()];
+        // Most calls are over soon, and there are more of them.
+        let most = if self.maybe(0.02) { 1 << 17 } else { 1 << 12 };
+        while shape.iter().product::<i64>() > most {
+            let axis = self.rng.below(4);
+            shape[axis] = (shape[axis] + 1) / 2;
+        }
+        shape
+    }
+
+    pub fn dim(&mut self) -> i64 {
+        match self.rng.below(12) {
+            0..=5 => self.rng.between(1, 24) as i64,
+            6..=10 => self.rng.pick(&[31, 32, 33, 48, 63, 64, 65, 80, 96, 128]),
+            _ => self.rng.pick(&[129, 160, 192, 255, 256, 257, 512]),
+        }
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // Tensors
+
+    /// A tensor of any layout in a block of its own; one that is only read may repeat elements.
+    pub fn tensor(&mut self, dtype: i32, shape: [i64; 4], repeats: bool) -> Tensor {
+        let mut order = [0, 1, 2, 3];
+        match self.rng.below(4) {
+            // As it comes, and as BHSD, most often.
+            0 | 1 => (),
+            2 => order = [0, 2, 1, 3],
+            _ => (0..3).for_each(|i| order.swap(i, self.rng.between(i, 3))),
+        }
+        let (mut strides, mut step) = ([0i64; 4], 1i64);
+        if self.rng.chance(0.1) {
+            step = 2;
+        }
+        let padded = self.rng.chance(0.3);
+        for axis in order.into_iter().rev() {
+            strides[axis] = step;
+            step *= shape[axis].max(1);
+            if padded && self.rng.chance(0.5) {
+                step += self.rng.between(1, 5) as i64;
+            }
+        }
+        let (mut first, mut last) = (0, 0);
+        for axis in 0..4 {
+            if repeats && self.rng.chance(0.06) {
+                strides[axis] = 0;
+            }
+            if self.rng.chance(0.04) {
+                strides[axis] = -strides[axis];
+            }
+            if shape[axis] == 1 && self.rng.chance(0.05) {
+                // One element has no neighbour, so its distance means nothing.
+                strides[axis] = self.rng.pick(&SIZES);
+                continue;
+            }
+            let reach = (shape[axis] - 1).max(0) * strides[axis];
+            if reach < 0 { first += reach } else { last += reach }
+        }
+        let size = element_size(dtype);
+        let empty = shape.contains(&0);
+        let elements = if empty { self.rng.below(2) } else { usize::try_from(last - first + 1).expect("small") };
+        let skip = self.skip(size);
+        let block = self.arena.block(elements * size, skip);
+        let at = if empty { 0 } else { usize::try_from(-first).expect("small") };
+        Tensor { data: block.wrapping_add(at * size), dtype, reserved: 0, shape, strides, bytes: 0 }
+    }
+
+    /// Bytes before a block that leave it aligned to elements of a size, and sometimes to no more.
+    fn skip(&mut self, size: usize) -> usize {
+        if self.rng.chance(0.3) { size * self.rng.below(64 / size) } else { 0 }
+    }
+
+    /// Numbers in all [batch, seq, head] that are `live`; the others stay poison.
+    pub fn fill(&mut self, tensor: &Tensor, live: impl Fn([usize; 3]) -> bool) {
+        if !tensor.fits(&self.arena) {
+            return;
+        }
+        let numbers = &self.world.numbers[tensor.dtype.clamp(0, 2) as usize];
+        let (rng, wild) = (&mut self.rng, self.wild);
+        tensor.for_each_row(|index, row| {
+            let mut random = rng.u64();
+            // SAFETY: a row of a tensor that fits.
+            unsafe {
+                if tensor.dtype == MASK {
+                    row.fill(|| {
+                        random = random.rotate_left(7);
+                        u32::from(!random.is_multiple_of(4))
+                    });
+                } else if live(index) && wild && random.is_multiple_of(4) {
+                    row.fill(|| rng.u64() as u32);
+                } else if live(index) {
+                    let mut at = random as usize;
+                    row.fill(|| {
+                        at = at.wrapping_add(1);
+                        numbers[at % numbers.len()]
+                    });
+                }
+            }
+        });
+    }
+
+    /// Spoils numbers of a tensor by chance, and decides whether to say how many bytes it has. To be called once for each,
+    /// and before [`Self::fill`].
+    pub fn settle(&mut self, tensor: &mut Tensor) {
+        for _ in 0..2 {
+            if self.hit() {
+                self.spoil(tensor);
+            }
+        }
+        // A caller who does not say how long a buffer is vouches for it; so it is said wherever the truth is another.
+        let end = self.arena.bounds(tensor.data).map_or(0, |b| b.1);
+        let rest = end.saturating_sub(tensor.data.addr());
+        let fits = tensor.fits(&self.arena);
+        let before = tensor.reach().is_some_and(|r| r.0 < tensor.data.addr()) && !tensor.is_empty();
+        tensor.bytes = match fits {
+            true if before => 0,
+            true if self.maybe(0.3) => 0,
+            _ => rest,
+        };
+        if !fits && rest == 0 {
+            tensor.data = std::ptr::null_mut();
+        }
+        if self.hit() && rest > 1 {
+            tensor.bytes = self.rng.between(1, rest);
+        }
+        self.tensors.push(*tensor);
+    }
+
+    fn spoil(&mut self, tensor: &mut Tensor) {
+        let axis = self.rng.below(4);
+        match self.rng.below(9) {
+            0 | 1 => tensor.shape[axis] = self.rng.pick(&SIZES),
+            2 => tensor.shape[axis] = tensor.shape[axis].wrapping_add(self.rng.pick(&[-1, 1])),
+            3 => tensor.strides[axis] = self.rng.pick(&SIZES),
+            4 => {
+                let n = tensor.strides[axis];
+                let others =
+                    [n.wrapping_neg(), n.wrapping_sub(1), n.wrapping_add(1), n.wrapping_mul(2), i64::MAX / 4, 1 << 62];
+                tensor.strides[axis] = self.rng.pick(&others);
+            }
+            5 if tensor.dtype != MASK => tensor.dtype = self.rng.pick(&INTS),
+            6 => tensor.reserved = self.rng.pick(&INTS),
+            7 => tensor.data = std::ptr::null_mut(),
+            _ => {
+                let end = self.arena.bounds(tensor.data).map_or(0, |b| b.1);
+                if end > tensor.data.addr() {
+                    tensor.data = tensor.data.wrapping_add(self.rng.between(1, end - tensor.data.addr()).min(9));
+                }
+            }
+        }
+    }
+
+    /// Sometimes, lets one tensor lie where another one does.
+    pub fn alias(&mut self, tensor: &mut Tensor, other: &Tensor) {
+        if self.rate > 0.0 && self.rng.chance(0.05) && !other.data.is_null() {
+            self.spoiled = true;
+            tensor.data = other.data;
+            if self.rng.chance(0.5) {
+                (tensor.shape, tensor.strides) = (other.shape, other.strides);
+            }
+            if let Some((start, end)) = self.arena.bounds(other.data) {
+                let size = element_size(tensor.dtype);
+                tensor.data = tensor.data.wrapping_add(size * self.rng.below((end - start) / size + 1).min(40));
+            }
+        }
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // Lists, structs and what else is behind a pointer
+
+    /// A list of as many entries as the call's other numbers say; null where they say too much. `wrong` are entries that may
+    /// be among them in a hostile call.
+    pub fn list<T: Copy>(
+        &mut self,
+        n: Option<i64>,
+        wrong: &[T],
+        mut right: impl FnMut(&mut Self, usize) -> T,
+    ) -> List<T> {
+        let null = List { at: std::ptr::null(), values: Vec::new() };
+        let Some(n) = n.filter(|n| (0..=LONGEST).contains(n)) else { return null };
+        let mut values: Vec<T> = (0..n as usize).map(|i| right(self, i)).collect();
+        if self.hit() {
+            match self.rng.below(5) {
+                0 => return null,
+                1 => {
+                    let skip = self.rng.between(1, align_of::<T>().max(2) - 1);
+                    return List { at: self.arena.copy(&values, skip), values };
+                }
+                2 if values.len() > 1 => values[0] = values[self.rng.between(1, values.len() - 1)],
+                _ if !values.is_empty() && !wrong.is_empty() => {
+                    let at = self.rng.below(values.len());
+                    values[at] = self.rng.pick(wrong);
+                }
+                _ => (),
+            }
+        }
+        let skip = self.skip(align_of::<T>());
+        List { at: self.arena.copy(&values, skip), values }
+    }
+
+    /// A list that the call writes: poison, `n` entries long.
+    pub fn output<T>(&mut self, n: Option<i64>) -> *mut T {
+        let Some(n) = n.filter(|n| (0..=LONGEST).contains(n)) else { return std::ptr::null_mut() };
+        if self.hit() && self.maybe(0.5) {
+            return std::ptr::null_mut();
+        }
+        let skip = self.skip(align_of::<T>());
+        self.arena.block(n as usize * size_of::<T>(), skip).cast()
+    }
+
+    /// A struct that does not grow, or null.
+    pub fn fixed<T: Copy>(&mut self, value: T) -> *const T {
+        if self.hit() && self.maybe(0.3) {
+            return std::ptr::null();
+        }
+        self.arena.copy(&[value], 0)
+    }
+
+    /// A struct that begins with its size, as long as it says; `older` are the sizes it has had before.
+    pub fn sized<T: Plain>(&mut self, value: &T, older: &[usize]) -> *mut T {
+        let full = size_of::<T>();
+        let mut size = full;
+        if !older.is_empty() && self.maybe(0.1) {
+            size = self.rng.pick(older);
+        }
+        // What is allocated is never less than a size that the library knows says.
+        let mut said = size;
+        if self.hit() {
+            if self.maybe(0.2) {
+                return std::ptr::null_mut();
+            }
+            if self.maybe(0.5) {
+                said = self.rng.pick(&[0, 1, 4, 8, full - 8, full - 1, full + 1, full + 8, usize::MAX, 1 << 32, 7777]);
+                size = full;
+            }
+        }
+        let at = self.arena.block(size, 0);
+        // SAFETY: the block has `size` bytes, of which a `T` has at least as many, the first eight its size.
+        unsafe {
+            std::ptr::copy_nonoverlapping(std::ptr::from_ref(value).cast::<u8>(), at, size);
+            at.cast::<usize>().write(said);
+        }
+        at.cast()
+    }
+
+    pub fn context(&mut self) -> *const kvl_context {
+        if self.hit() && self.maybe(0.3) { std::ptr::null() } else { self.rng.pick(&self.world.contexts).cast_const() }
+    }
+
+    /// No runner, the pool's, or one that runs the last task first.
+    pub fn runner(&mut self) -> *const kvl_parallel_runner {
+        if self.maybe(0.5) {
+            return std::ptr::null();
+        }
+        if self.maybe(0.1) {
+            return self.sized(&self.world.pool_runner.clone(), &[]);
+        }
+        let mut runner = kvl_parallel_runner { run: Some(backwards), num_threads: self.rng.between(1, 4), ..zeroed() };
+        if self.hit() {
+            match self.rng.below(4) {
+                0 => runner.run = None,
+                1 => runner.num_threads = 0,
+                2 => runner.num_threads = usize::MAX,
+                _ => {
+                    runner.run = Some(does_nothing);
+                    self.broken = true;
+                }
+            }
+        }
+        self.sized(&runner, &[])
+    }
+
+    pub fn const_view(&self, t: &Tensor) -> kvl_const_view {
+        let Tensor { data, dtype, reserved, shape, strides, bytes } = *t;
+        kvl_const_view { data, dtype, reserved, shape, strides, bytes }
+    }
+
+    pub fn view(&self, t: &Tensor) -> kvl_view {
+        let Tensor { data, dtype, reserved, shape, strides, bytes } = *t;
+        kvl_view { data, dtype, reserved, shape, strides, bytes }
+    }
+
+    pub fn mask(&self, t: &Tensor) -> kvl_mask {
+        kvl_mask { data: t.data, shape: t.shape, strides: t.strides, bytes: t.bytes }
+    }
+
+    // -----------------------------------------------------------------------------------------------------------------
+    // What the call does
+
+    /// The [batch, seq, head] of a tensor that the call writes; all of them are numbers afterwards.
+    pub fn writes(&mut self, tensor: &Tensor, which: impl Fn([usize; 3]) -> bool) {
+        if !tensor.fits(&self.arena) {
+            return;
+        }
+        tensor.for_each_row(|index, row| {
+            if which(index) {
+                row.ranges(&mut self.written);
+                self.results.push(row);
+            }
+        });
+    }
+
+    /// `n` bytes that the call may write, whatever is in them afterwards.
+    pub fn may_write<T>(&mut self, at: *mut T, n: Option<i64>) {
+        if let Some(n) = n.filter(|&n| n > 0 && !at.is_null()) {
+            self.written.push((at.addr(), at.addr() + n as usize * size_of::<T>()));
+        }
+    }
+
+    /// To be called last before the library: from here on nothing changes but by it.
+    pub fn ready(&mut self) {
+        self.arena.remember();
+    }
+
+    /// To be called with the library's answer.
+    pub fn check(mut self, status: i32) -> i32 {
+        let sentence = last_error();
+        assert_ne!(status, 16, "a panic inside: {sentence}");
+        assert!((0..16).contains(&status), "{status} is no status");
+        if status != 0 {
+            assert!(self.spoiled, "status {status} though nothing is wrong: {sentence}");
+            assert!(!sentence.is_empty());
+        }
+        assert!(status != 15 || self.broken, "status 15, but the runner ran: {sentence}");
+        if status == 15 {
+            return status;
+        }
+        if status != 0 {
+            self.written.clear();
+        }
+        self.arena.check(&self.written);
+        if status == 0 {
+            for tensor in &self.tensors {
+                assert!(tensor.fits(&self.arena), "it worked with {tensor:?}, which leaves its block");
+            }
+            if !self.wild && !self.spoiled {
+                // SAFETY: rows of tensors that fit.
+                let finite = self.results.iter().all(|row| unsafe { row.is_finite() });
+                assert!(finite, "an output is infinite or NaN, though every input that counts is a number");
+            }
+        }
+        status
+    }
+
+    pub fn poisoned(at: *const u8, bytes: usize) -> bool {
+        // SAFETY: a block of a call that goes on.
+        unsafe { std::slice::from_raw_parts(at, bytes) }.iter().all(|&b| b == POISON)
+    }
+}
+
+/// This thread's sentence.
+pub fn last_error() -> String {
+    let mut buffer = [1u8; 1024];
+    // SAFETY: the buffer has that many bytes.
+    let needed = unsafe { kvl_last_error(buffer.as_mut_ptr(), buffer.len()) };
+    assert!((1..=buffer.len()).contains(&needed), "{needed} bytes");
+    std::str::from_utf8(&buffer[..needed - 1]).expect("a sentence is UTF-8").to_owned()
+}
+
+unsafe extern "C" fn backwards(_: *mut c_void, n: usize, task: kvl_task, task_ctx: *mut c_void) -> i32 {
+    // SAFETY: the library's, for all indices below `n`.
+    (0..n).rev().for_each(|i| unsafe { task(task_ctx, i) });
+    0
+}
+
+unsafe extern "C" fn does_nothing(_: *mut c_void, _: usize, _: kvl_task, _: *mut c_void) -> i32 {
+    7
+}
+
+/// Entries of a shape multiplied; none if one is negative or the product is too large.
+pub fn product(axes: &[i64]) -> Option<i64> {
+    axes.iter().try_fold(1i64, |product, &n| if n < 0 { None } else { product.checked_mul(n) })
+}

@@ -1,0 +1,193 @@
+//! Random calls of every function of the C ABI, right ones and hostile ones.
+//!
+//! A call's memory is made of blocks that are exactly as long as its arguments say, filled with NaN wherever nothing
+//! belongs. Whatever the arguments are (shapes, strides, null, sizes of structs, wrong values, lists, lengths of buffers),
+//! one of two things has to happen: an error with a sentence, and not a byte has changed; or success, nothing but the
+//! elements of the outputs has changed, every view was inside its block, and where every number that counts is finite, so
+//! is every output. A call in which nothing was spoiled has to succeed. With AddressSanitizer (the step `sanitize` of
+//! `.ci/run`), any byte that is read outside of a block ends the process too.
+//!
+//! `KVLANE_FUZZ_CALLS` is how many calls to make, and `KVLANE_FUZZ_SEED` another run of them. A call depends on the seed
+//! and its number alone: when one goes wrong its number is printed, and `KVLANE_FUZZ_CALL` makes that one again.
+//!
+//! What is not tried is what no library can check: lists with fewer entries than their comments say, and views that lie
+//! about memory without giving its length.
+#![cfg(feature = "capi")]
+
+#[path = "../common/mod.rs"]
+#[allow(unused_imports)] // Nothing but numbers are drawn from it.
+mod common;
+
+mod abi;
+mod call;
+mod memory;
+mod targets;
+
+use abi::*;
+use call::{Call, World};
+use common::Rng;
+// Brings in the library, whose symbols `abi` declares.
+use kvlane as _;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use targets::{TARGETS, Target};
+
+/// The least share of calls that do something, for every function that has been called often enough to tell.
+const VALID: f64 = 0.3;
+
+/// The longest that a call may take, on a machine that has a lot else to do.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+static SEED: AtomicU64 = AtomicU64::new(0);
+static CALL: AtomicU64 = AtomicU64::new(u64::MAX);
+
+fn announce() {
+    let (seed, call) = (SEED.load(Ordering::Relaxed), CALL.load(Ordering::Relaxed));
+    if call != u64::MAX {
+        eprintln!("again: KVLANE_FUZZ_SEED={seed} KVLANE_FUZZ_CALL={call} cargo test --features capi --test fuzz");
+    }
+}
+
+/// AddressSanitizer calls this when it has found something, before it ends the process.
+#[unsafe(no_mangle)]
+extern "C" fn __asan_on_error() {
+    announce();
+}
+
+/// Ends the process if a call takes longer than any should, as an endless loop does.
+fn watch() {
+    std::thread::spawn(|| {
+        let mut since = (u64::MAX, Instant::now());
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            let call = CALL.load(Ordering::Relaxed);
+            if call != since.0 {
+                since = (call, Instant::now());
+            } else if call != u64::MAX && since.1.elapsed() > PATIENCE {
+                eprintln!("a call has not come back for {PATIENCE:?}");
+                announce();
+                std::process::abort();
+            }
+        }
+    });
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is {value:?}, not a number")))
+}
+
+fn world() -> World {
+    let mut contexts = Vec::new();
+    for max_isa in 1..32 {
+        let params = kvl_context_params { struct_size: size_of::<kvl_context_params>(), max_isa, ..zeroed() };
+        if kvl_isa_available(max_isa) == 1 {
+            let mut context = std::ptr::null_mut();
+            // SAFETY: a struct of the right size and room for the answer.
+            assert_eq!(unsafe { kvl_context_create(&raw const params, &raw mut context) }, 0);
+            contexts.push(context);
+        }
+    }
+    let mut pool = std::ptr::null_mut();
+    let mut pool_runner = kvl_parallel_runner { struct_size: size_of::<kvl_parallel_runner>(), ..zeroed() };
+    // SAFETY: room for the answers, and a pool that lives as long as the process.
+    unsafe {
+        assert_eq!(kvl_thread_pool_create(2, &raw mut pool), 0);
+        assert_eq!(kvl_thread_pool_runner(pool, &raw mut pool_runner), 0);
+    }
+    let mut rng = Rng::new(1);
+    let values: Vec<f32> = (0..1021).map(|_| rng.f32()).collect();
+    let numbers = [
+        values.iter().map(|x| x.to_bits()).collect(),
+        values.iter().map(|&x| half::f16::from_f32(x).to_bits().into()).collect(),
+        values.iter().map(|&x| half::bf16::from_f32(x).to_bits().into()).collect(),
+    ];
+    World { contexts, pool, pool_runner, numbers }
+}
+
+/// The export that call `i` is for, and its random numbers.
+fn plan(seed: u64, i: u64) -> (&'static Target, Rng) {
+    let mut rng = Rng::new(Rng::new(seed).u64() ^ i.wrapping_mul(0x9e6c_63d0_9759_27a5));
+    let mut at = rng.below(TARGETS.iter().map(|t| t.weight).sum());
+    let target = TARGETS.iter().find(|t| {
+        let here = at < t.weight;
+        at = at.saturating_sub(t.weight);
+        here
+    });
+    (target.expect("a target for every weight"), rng)
+}
+
+#[test]
+fn random_calls() {
+    let seed = number("KVLANE_FUZZ_SEED").unwrap_or(1);
+    let calls = number("KVLANE_FUZZ_CALLS").unwrap_or(common::scaled(20_000) as u64);
+    let one = number("KVLANE_FUZZ_CALL");
+    SEED.store(seed, Ordering::Relaxed);
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        hook(info);
+        announce();
+    }));
+
+    watch();
+    let world = world();
+    let mut counts: BTreeMap<&str, BTreeMap<i32, u64>> = BTreeMap::new();
+    let mut slowest = (Duration::ZERO, 0);
+    for i in one.map_or(0..calls, |i| i..i + 1) {
+        let (target, rng) = plan(seed, i);
+        CALL.store(i, Ordering::Relaxed);
+        let start = Instant::now();
+        let status = (target.run)(Call::new(rng, &world));
+        slowest = slowest.max((start.elapsed(), i));
+        *counts.entry(target.name).or_default().entry(status).or_default() += 1;
+    }
+    CALL.store(u64::MAX, Ordering::Relaxed);
+
+    println!(
+        "seed {seed}: {calls} calls on {} levels; the slowest, {}, took {:?}",
+        world.contexts.len(),
+        slowest.1,
+        slowest.0
+    );
+    println!("{:34} {:>9} {:>7}  calls by status", "function", "calls", "valid");
+    let mut idle = Vec::new();
+    for (name, by_status) in &counts {
+        let all: u64 = by_status.values().sum();
+        let share = by_status.get(&0).copied().unwrap_or(0) as f64 / all as f64;
+        let list: Vec<String> = by_status.iter().map(|(status, n)| format!("{status}: {n}")).collect();
+        println!("{name:34} {all:9} {:6.1}%  {}", 100.0 * share, list.join(", "));
+        if all >= 100 && share < VALID {
+            idle.push(*name);
+        }
+    }
+    assert!(idle.is_empty(), "fewer than {VALID} of the calls of {idle:?} did anything");
+    if calls >= 10_000 && one.is_none() {
+        assert_eq!(counts.len(), TARGETS.len(), "not every function has been called");
+    }
+}
+
+#[test]
+fn every_export_is_called() {
+    // The list that the symbols of the shared library are compared with.
+    let source = include_str!("../ffi.rs");
+    let list = source.split_once("const EXPORTS: &[&str] = &[").and_then(|(_, rest)| rest.split_once("];"));
+    let exports: BTreeSet<&str> = list.expect("a list of exports").0.split('"').skip(1).step_by(2).collect();
+    let called: BTreeSet<&str> = TARGETS.iter().map(|t| t.name).collect();
+    assert_eq!(called, exports, "tests/fuzz/targets.rs has a function for each export");
+}
+
+#[test]
+fn every_field_is_known() {
+    let header = include_str!("../../include/kvlane.h");
+    let known: BTreeMap<&str, &[&str]> = STRUCTS.iter().copied().collect();
+    let structs = header_structs(header);
+    assert!(structs.len() >= 11, "the header has changed its form");
+    for (name, fields) in &structs {
+        assert_eq!(
+            known.get(name.as_str()).copied().unwrap_or(&[]),
+            fields,
+            "the fields of {name} in tests/fuzz/abi.rs"
+        );
+    }
+    assert_eq!(structs.len(), STRUCTS.len());
+}

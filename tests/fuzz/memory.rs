@@ -1,0 +1,248 @@
+//! Memory of one call: blocks of exactly as many bytes as the call may touch, so that a sanitizer sees the next one.
+
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+
+/// The memory that one call gets, and what was in it before.
+#[derive(Default)]
+pub struct Arena {
+    blocks: Vec<Block>,
+}
+
+struct Block {
+    base: *mut u8,
+    layout: Layout,
+    /// Bytes at the start that nobody is told of, so that addresses are not all round.
+    skip: usize,
+    /// Nobody cares what is in it afterwards.
+    scratch: bool,
+    before: Vec<u8>,
+}
+
+impl Block {
+    fn start(&self) -> *mut u8 {
+        self.base.wrapping_add(self.skip)
+    }
+
+    fn len(&self) -> usize {
+        self.layout.size() - self.skip
+    }
+
+    fn now(&self) -> &[u8] {
+        // SAFETY: allocated with this size and filled.
+        unsafe { std::slice::from_raw_parts(self.base, self.layout.size()) }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, and released once.
+        unsafe { dealloc(self.base, self.layout) }
+    }
+}
+
+/// NaN in every type, and a negative number in every list.
+pub const POISON: u8 = 0xff;
+
+impl Arena {
+    /// `bytes` bytes of poison; they begin `skip` bytes after an address that is aligned to 64.
+    pub fn block(&mut self, bytes: usize, skip: usize) -> *mut u8 {
+        // Nothing begins at the end of something.
+        let skip = if bytes == 0 { skip.max(64) } else { skip };
+        let layout = Layout::from_size_align(bytes + skip, 64).expect("a size that has been looked at");
+        // SAFETY: the size is not 0; what is allocated is filled at once.
+        let base = unsafe {
+            let base = alloc(layout);
+            if base.is_null() {
+                handle_alloc_error(layout);
+            }
+            base.write_bytes(POISON, layout.size());
+            base
+        };
+        self.blocks.push(Block { base, layout, skip, scratch: false, before: Vec::new() });
+        base.wrapping_add(skip)
+    }
+
+    /// As [`Self::block`], for a call to do with as it likes.
+    pub fn scratch(&mut self, bytes: usize, skip: usize) -> *mut u8 {
+        let at = self.block(bytes, skip);
+        self.blocks.last_mut().expect("just made").scratch = true;
+        at
+    }
+
+    /// A copy of some values, `skip` bytes after an address that is aligned to 64.
+    pub fn copy<T: Copy>(&mut self, values: &[T], skip: usize) -> *mut T {
+        let at = self.block(size_of_val(values), skip);
+        // SAFETY: the block has that many bytes, and is nobody else's.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast::<u8>(), at, size_of_val(values)) };
+        at.cast()
+    }
+
+    /// The addresses of the block that `at` is in, or is the end of.
+    pub fn bounds(&self, at: *const u8) -> Option<(usize, usize)> {
+        let bounds = |block: &Block| (block.start().addr(), block.start().addr() + block.len());
+        self.blocks.iter().map(bounds).find(|&(start, end)| (start..=end).contains(&at.addr()))
+    }
+
+    /// Keeps what is there, to compare it after the call.
+    pub fn remember(&mut self) {
+        for block in self.blocks.iter_mut().filter(|block| !block.scratch) {
+            block.before = block.now().to_vec();
+        }
+    }
+
+    /// Fails if a byte has changed that is not among `written`, ranges of addresses.
+    pub fn check(&mut self, written: &[(usize, usize)]) {
+        for &(start, end) in written {
+            let inside =
+                |block: &&mut Block| block.start().addr() <= start && end <= block.start().addr() + block.len();
+            let block = self.blocks.iter_mut().find(inside).expect("what is written is in one block");
+            let from = start - block.base.addr();
+            // SAFETY: inside the block; not through `now`, which would borrow all of the block.
+            let now = unsafe { std::slice::from_raw_parts(block.base.wrapping_add(from), end - start) };
+            block.before[from..from + (end - start)].copy_from_slice(now);
+        }
+        for block in self.blocks.iter().filter(|block| !block.scratch) {
+            if block.before != block.now() {
+                let at = block.before.iter().zip(block.now()).position(|(a, b)| a != b);
+                panic!("byte {at:?} of a block of {} + {} bytes has changed", block.skip, block.len());
+            }
+        }
+    }
+}
+
+/// `kvl_mask`'s entries, which are no element type.
+pub const MASK: i32 = -100;
+
+pub fn element_size(dtype: i32) -> usize {
+    match dtype {
+        MASK => 1,
+        0 => 4,
+        1 | 2 => 2,
+        // No type; the library has to find that out.
+        _ => 4,
+    }
+}
+
+/// What a view or a mask says, whatever it says.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor {
+    pub data: *mut u8,
+    pub dtype: i32,
+    pub reserved: i32,
+    pub shape: [i64; 4],
+    pub strides: [i64; 4],
+    pub bytes: usize,
+}
+
+impl Tensor {
+    pub fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// The addresses that the elements take up; none if that is no address.
+    pub fn reach(&self) -> Option<(usize, usize)> {
+        let (mut low, mut high) = (0i128, 1i128);
+        for (&n, &stride) in self.shape.iter().zip(&self.strides) {
+            // Shapes and strides have 64 bits each, so four products of them fit.
+            let last = (i128::from(n) - 1).checked_mul(i128::from(stride))?;
+            if last < 0 { low += last } else { high += last }
+        }
+        let (at, size) = (self.data.addr() as i128, element_size(self.dtype) as i128);
+        let ends = (at.checked_add(low.checked_mul(size)?)?, at.checked_add(high.checked_mul(size)?)?);
+        Some((usize::try_from(ends.0).ok()?, usize::try_from(ends.1).ok()?))
+    }
+
+    /// Whether all elements lie in one block.
+    pub fn fits(&self, arena: &Arena) -> bool {
+        if self.shape.iter().any(|&n| n < 0) {
+            return false;
+        }
+        if self.is_empty() {
+            return true;
+        }
+        let (Some((low, high)), Some((start, end))) = (self.reach(), arena.bounds(self.data)) else { return false };
+        start <= low && high <= end
+    }
+
+    /// Every [batch, seq, head] with its elements; the tensor fits. None if there are more than any block has: that takes
+    /// strides of 0, and whoever asks for that does not want to wait for it.
+    pub fn for_each_row(&self, mut visit: impl FnMut([usize; 3], Row)) {
+        let elements = self.shape.iter().try_fold(1, |product: i64, &n| product.checked_mul(n));
+        if self.is_empty() || elements.is_none_or(|n| n > 1 << 20) {
+            return;
+        }
+        let ([batch, seq, heads, dim], size) = (self.shape, element_size(self.dtype) as isize);
+        let step = |i: i64, axis: usize| (i * self.strides[axis]) as isize * size;
+        // The stride of a single element may be anything.
+        let along = if dim > 1 { step(1, 3) } else { 0 };
+        for b in 0..batch {
+            for s in 0..seq {
+                for h in 0..heads {
+                    let at = self.data.wrapping_offset(step(b, 0) + step(s, 1) + step(h, 2));
+                    let row = Row { at, step: along, len: dim as usize, dtype: self.dtype };
+                    visit([b as usize, s as usize, h as usize], row);
+                }
+            }
+        }
+    }
+}
+
+/// Elements at equal distances, which may be 0 or negative.
+#[derive(Clone, Copy)]
+pub struct Row {
+    at: *mut u8,
+    /// In bytes.
+    step: isize,
+    len: usize,
+    dtype: i32,
+}
+
+impl Row {
+    fn elements(self) -> impl Iterator<Item = *mut u8> {
+        (0..self.len as isize).map(move |i| self.at.wrapping_offset(i * self.step))
+    }
+
+    /// The addresses that the elements take up.
+    pub fn ranges(self, add: &mut Vec<(usize, usize)>) {
+        let size = element_size(self.dtype);
+        if self.step == size as isize {
+            add.push((self.at.addr(), self.at.addr() + self.len * size));
+        } else {
+            add.extend(self.elements().map(|at| (at.addr(), at.addr() + size)));
+        }
+    }
+
+    /// Fills the row with what `bits` gives for each element, of which as many are taken as the type has.
+    ///
+    /// # Safety
+    /// The row is in a block.
+    pub unsafe fn fill(self, mut bits: impl FnMut() -> u32) {
+        for at in self.elements() {
+            // SAFETY: the caller's; unaligned, because a spoiled tensor may be.
+            unsafe {
+                match element_size(self.dtype) {
+                    1 => at.write(bits() as u8),
+                    2 => at.cast::<u16>().write_unaligned(bits() as u16),
+                    _ => at.cast::<u32>().write_unaligned(bits()),
+                }
+            }
+        }
+    }
+
+    /// Whether no element is infinite or NaN.
+    ///
+    /// # Safety
+    /// The row is in a block.
+    pub unsafe fn is_finite(self) -> bool {
+        self.elements().all(|at| {
+            // SAFETY: the caller's; unaligned as above.
+            unsafe {
+                match self.dtype {
+                    1 => at.cast::<u16>().read_unaligned() & 0x7c00 != 0x7c00,
+                    2 => at.cast::<u16>().read_unaligned() & 0x7f80 != 0x7f80,
+                    _ => at.cast::<f32>().read_unaligned().is_finite(),
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,642 @@
+//! What is called: one function for each export, which makes up arguments, most of them right, and calls it.
+//!
+//! Whoever adds an export declares it in `abi.rs`, writes a function here and adds it to [`TARGETS`]; whoever adds a field
+//! adds it in `abi.rs` and gives it values here.
+
+use crate::abi::*;
+use crate::call::{Call, List, product};
+use crate::memory::MASK;
+use std::ffi::CStr;
+use std::mem::offset_of;
+
+/// An export, how often it is called, and what calls it and returns its status.
+pub struct Target {
+    pub name: &'static str,
+    pub weight: usize,
+    pub run: fn(Call) -> i32,
+}
+
+macro_rules! targets {
+    ($($weight:literal $name:ident: $run:expr),* $(,)?) => {
+        pub const TARGETS: &[Target] = &[$(Target { name: stringify!($name), weight: $weight, run: $run }),*];
+    };
+}
+
+targets! {
+    35 kvl_attention: attention,
+    15 kvl_kv_write: kv_write,
+    10 kvl_rope: rope,
+    10 kvl_merge_states: merge_states,
+    8 kvl_repeat_kv: repeat_kv,
+    5 kvl_attention_workspace_size: attention_workspace_size,
+    5 kvl_rope_frequencies: rope_frequencies,
+    5 kvl_rope_table: rope_table,
+    1 kvl_alibi_slopes: alibi_slopes,
+    1 kvl_context_create: context_create,
+    1 kvl_context_destroy: context_destroy,
+    1 kvl_context_isa: context_isa,
+    1 kvl_context_kernel_name: context_kernel_name,
+    1 kvl_context_attention_kernel_name: context_attention_kernel_name,
+    1 kvl_kernel_info_at: kernel_info_at,
+    1 kvl_thread_pool_create: thread_pool_create,
+    1 kvl_thread_pool_destroy: thread_pool_destroy,
+    1 kvl_thread_pool_runner: thread_pool_runner,
+    1 kvl_last_error: last_error,
+    1 kvl_abi_version: constants,
+    1 kvl_version_string: constants,
+    1 kvl_status_string: constants,
+    1 kvl_isa_name: constants,
+    1 kvl_isa_available: constants,
+    1 kvl_kernel_count: constants,
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention
+
+fn attention(mut c: Call) -> i32 {
+    c.spoil_rate(0.05);
+    let [mut batch, mut seq, mut kv_heads, dim] = c.shape();
+    let v_dim = if c.maybe(0.7) { dim } else { c.dim() };
+    let keys = match c.rng.below(40) {
+        0 => 0,
+        // More than a chunk of the kernels, and of one short row, or it would take long.
+        1 => c.rng.between(1000, 1100) as i64,
+        2..=5 => c.rng.between(60, 200) as i64,
+        _ => c.rng.between(1, 50) as i64,
+    };
+    if keys > 200 {
+        (batch, seq, kv_heads) = (1, seq.min(2), 1);
+    }
+    let (dim, v_dim) = if keys > 50 { (dim.min(70), v_dim.min(70)) } else { (dim, v_dim) };
+    let heads = kv_heads * c.rng.between(1, 4) as i64;
+    let kv = c.dtype();
+    let (q_type, out_type, bias_type) = (c.dtype(), c.dtype(), c.dtype());
+    let mut q = c.tensor(q_type, [batch, seq, heads, dim], true);
+    let mut k = c.tensor(kv, [batch, keys, kv_heads, dim], true);
+    let mut v = c.tensor(kv, [batch, keys, kv_heads, v_dim], true);
+    let mut out = c.tensor(out_type, [batch, seq, heads, v_dim], false);
+    let scores = [batch, seq, heads, keys];
+    let mut mask = c.maybe(0.25).then(|| c.tensor(MASK, scores, true));
+    let mut bias = c.maybe(0.25).then(|| c.tensor(bias_type, scores, true));
+    c.alias(&mut out, &q);
+    c.alias(&mut out, &v);
+    c.alias(&mut k, &v);
+    for tensor in [&mut q, &mut k, &mut v, &mut out].into_iter().chain(&mut mask).chain(&mut bias) {
+        c.settle(tensor);
+    }
+    if k.shape[1] == v.shape[1] && k.shape[1] > 1 << 16 {
+        // It would be right, and take for ever.
+        v.shape[1] -= 1;
+    }
+
+    let wrong = [i32::MIN, -1, keys as i32 + 1, i32::MAX];
+    let rows = (q.shape[0] >= 0).then_some(q.shape[0]);
+    let optional = |c: &mut Call, probability: f64, n: Option<i64>| if c.maybe(probability) { n } else { None };
+    let n = optional(&mut c, 0.6, rows);
+    let lengths = c.list(n, &wrong, |c, _| c.rng.between(0, keys as usize) as i32);
+    let n = optional(&mut c, 0.2, rows);
+    let starts = c.list(n, &wrong, |c, _| c.rng.between(0, keys as usize) as i32 / 2);
+    let n = optional(&mut c, 0.3, rows);
+    let offsets = c.list(n, &[i32::MIN, i32::MAX], |c, _| c.rng.between(0, 2 * keys as usize) as i32 - keys as i32 / 2);
+    let n = optional(&mut c, 0.2, Some(q.shape[2]));
+    let slopes = c.list(n, &[f32::NAN, f32::INFINITY, -1e38], |c, _| c.value());
+    let n = optional(&mut c, 0.2, Some(q.shape[2]));
+    let sinks = c.list(n, &[f32::NAN, f32::INFINITY, f32::NEG_INFINITY], |c, _| c.value());
+    let lse_entries = product(&q.shape[..3]);
+    let n = optional(&mut c, 0.5, lse_entries);
+    let lse: *mut f32 = c.output(n);
+
+    // Keys that no query of their row sees stay poison.
+    let live = |at: [usize; 3]| {
+        let end = lengths.values.get(at[0]).map_or(i64::MAX, |&n| n.into());
+        let start = starts.values.get(at[0]).map_or(0, |&n| n.into());
+        (start..end).contains(&(at[1] as i64))
+    };
+    c.fill(&q, |_| true);
+    c.fill(&k, live);
+    c.fill(&v, live);
+    mask.iter().chain(&bias).for_each(|t| c.fill(t, |_| true));
+
+    let (left, right) = (c.maybe(0.25), c.maybe(0.15));
+    let flags = u32::from(c.maybe(0.5)) | u32::from(left) << 1 | u32::from(right) << 2;
+    let window = |c: &mut Call, given: bool| {
+        let keys = if given { c.rng.between(0, 40) as i64 - 1 } else { 0 };
+        c.number(keys)
+    };
+    let (scale, softcap) = (c.value() * 0.3, c.value().abs() * 20.0);
+    let (scale, softcap) = (if c.maybe(0.5) { 0.0 } else { scale }, if c.maybe(0.7) { 0.0 } else { softcap });
+    let precision = i32::from(c.maybe(0.3));
+    let params = kvl_attention_params {
+        q: c.const_view(&q),
+        k: c.const_view(&k),
+        v: c.const_view(&v),
+        out: c.view(&out),
+        lse,
+        scale: c.float(scale.into()) as f32,
+        softcap: c.float(softcap.into()) as f32,
+        flags: c.code(flags as i32) as u32,
+        reserved: c.code(0),
+        window_left: window(&mut c, left),
+        window_right: window(&mut c, right),
+        lengths: lengths.at,
+        starts: starts.at,
+        offsets: offsets.at,
+        mask: mask.map_or(zeroed(), |t| c.mask(&t)),
+        bias: bias.map_or(zeroed(), |t| c.const_view(&t)),
+        alibi_slopes: slopes.at,
+        sinks: sinks.at,
+        precision: c.code(precision),
+        reserved2: c.code(0),
+        ..zeroed()
+    };
+    let params = c.sized(&params, &[offset_of!(kvl_attention_params, precision)]);
+    let (context, runner) = (c.context(), c.runner());
+
+    let mut needed = 0;
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    let status = unsafe { kvl_attention_workspace_size(params, runner, &raw mut needed) };
+    if status != 0 || needed > 64 << 20 {
+        // What is wrong with the shapes has to show there too, and there is no such workspace.
+        needed = 64;
+        c.hit();
+    }
+    if c.hit() {
+        needed = c.rng.below(needed + 1);
+    }
+    let skip = if c.hit() { c.rng.between(1, 63) } else { 0 };
+    let workspace = c.arena.scratch(needed, skip);
+    c.writes(&out, |_| true);
+    if !lse.is_null() {
+        c.may_write(lse, lse_entries);
+    }
+    c.ready();
+    // SAFETY: as above.
+    let status = unsafe { kvl_attention(context, runner, workspace, needed, params) };
+    c.check(status)
+}
+
+fn attention_workspace_size(mut c: Call) -> i32 {
+    c.spoil_rate(0.05);
+    let view = |c: &mut Call| {
+        let shape = c.shape().map(|n| c.number(n));
+        kvl_const_view { shape, dtype: c.code(0), reserved: c.code(0), ..zeroed() }
+    };
+    let (q, k, v) = (view(&mut c), view(&mut c), view(&mut c));
+    let params = kvl_attention_params { q, k, v, ..zeroed() };
+    let params = c.sized(&params, &[offset_of!(kvl_attention_params, precision)]);
+    let (runner, bytes) = (c.runner(), c.output::<usize>(Some(1)));
+    c.may_write(bytes, Some(1));
+    c.ready();
+    // SAFETY: as in `attention`; data is null, and is not looked at.
+    let status = unsafe { kvl_attention_workspace_size(params, runner, bytes) };
+    c.check(status)
+}
+
+fn merge_states(mut c: Call) -> i32 {
+    c.spoil_rate(0.1);
+    let (shape, dtype) = (c.shape(), c.dtype());
+    let n = if c.hit() { c.rng.pick(&[0, 257, 300]) } else { c.rng.between(1, 5) };
+    let mut out = c.tensor(dtype, shape, false);
+    let mut states = Vec::new();
+    for i in 0..n.min(6) {
+        let mut state = c.tensor(dtype, shape, true);
+        if i == 0 {
+            c.alias(&mut out, &state);
+        }
+        c.settle(&mut state);
+        let rows = product(&state.shape[..3]);
+        let lse = c.list(rows, &[f32::NAN, f32::INFINITY, 3e38], |c, _| {
+            if c.maybe(0.2) { f32::NEG_INFINITY } else { c.value() * 5.0 }
+        });
+        let [_, seq, heads, _] = state.shape.map(|n| n.max(0) as usize);
+        // The output of an empty state is not read; where outputs share memory, one of them may be.
+        let own = state.strides.iter().all(|&s| s != 0);
+        c.fill(&state, |[b, s, h]| !own || lse.values.get((b * seq + s) * heads + h) != Some(&f32::NEG_INFINITY));
+        states.push(kvl_attention_state { out: c.const_view(&state), lse: lse.at });
+    }
+    // More than there may be: the same ones again.
+    let states: Vec<_> = states.iter().cycle().take(if states.is_empty() { 0 } else { n }).copied().collect();
+    c.settle(&mut out);
+    let rows = product(&out.shape[..3]);
+    let lse: *mut f32 = if c.maybe(0.5) { c.output(rows) } else { std::ptr::null_mut() };
+    let states = c.arena.copy(&states, 0);
+    let states = if c.hit() { std::ptr::null() } else { states.cast_const() };
+    c.writes(&out, |_| true);
+    c.may_write(lse, rows);
+    let (view, context, runner) = (c.view(&out), c.context(), c.runner());
+    let view = c.fixed(view);
+    c.ready();
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    let status = unsafe { kvl_merge_states(context, runner, states, n, view, lse) };
+    c.check(status)
+}
+
+fn alibi_slopes(mut c: Call) -> i32 {
+    let heads = c.rng.between(0, 70) as i64;
+    let heads = c.number(heads);
+    let slopes: *mut f32 = c.output(Some(heads));
+    c.may_write(slopes, Some(heads));
+    c.ready();
+    // SAFETY: null, or as many entries as it says.
+    let status = unsafe { kvl_alibi_slopes(slopes, heads) };
+    c.check(status)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// RoPE, the cache, repeated heads
+
+/// How to rotate a tensor of a shape, of which the call may have any opinion.
+fn rope_params(c: &mut Call, shape: [i64; 4]) -> *const kvl_rope_params {
+    let [batch, seq, _, dim] = shape;
+    let pairs = c.rng.between(1, (dim.clamp(2, 512) / 2) as usize) as i64;
+    let rotary_dim = c.number(pairs * 2);
+    let half = (2..=4096).contains(&rotary_dim).then_some(rotary_dim / 2).or(Some(1));
+    let table = c.maybe(0.5);
+    let rows = c.rng.between(seq.clamp(1, 100) as usize, seq.clamp(1, 100) as usize + 40) as i64;
+    let table_rows = if table { c.number(rows) } else { 0 };
+    let entries = half.and_then(|half| product(&[table_rows, half]));
+    let explicit = c.maybe(0.4);
+    let position = |c: &mut Call, room: i64| match table {
+        true => c.rng.below(room.max(1) as usize) as i32,
+        false => c.rng.u64() as i32 >> c.rng.below(32),
+    };
+    let wrong = [-1, rows as i32, i32::MIN, i32::MAX];
+    // A hostile call may give both, or a table and frequencies, or nothing.
+    let (tables, frequencies) = (table != c.hit(), table == c.hit());
+    let (offsets, positions) = (explicit == c.hit(), explicit != c.hit());
+    let list = |c: &mut Call, given: bool| {
+        let cos = |c: &mut Call, _| c.value();
+        c.list(if given { entries } else { None }, &[f32::NAN, f32::INFINITY], cos).at
+    };
+    let params = kvl_rope_params {
+        pairing: i32::from(c.maybe(0.5)),
+        rotary_dim,
+        cos: list(c, tables),
+        sin: list(c, tables),
+        table_rows,
+        ..zeroed()
+    };
+    let wrong_frequencies = [f64::NAN, f64::INFINITY, -1e300, 1e300];
+    let n = if frequencies { half } else { None };
+    let inv_freq = c.list(n, &wrong_frequencies, |c, _| f64::from(c.value().abs())).at;
+    let n = if offsets { Some(batch) } else { None };
+    let offsets = c.list(n, &wrong, |c, _| position(c, rows - seq.max(1) + 1)).at;
+    let n = if positions { product(&[batch, seq]) } else { None };
+    let positions = c.list(n, &wrong, |c, _| position(c, rows)).at;
+    let magnitude = if c.maybe(0.5) { 0.0 } else { 1.25 };
+    let params = kvl_rope_params {
+        pairing: c.code(params.pairing),
+        reserved: c.code(0),
+        magnitude: c.float(magnitude),
+        inv_freq,
+        offsets,
+        positions,
+        ..params
+    };
+    c.sized(&params, &[])
+}
+
+fn rope(mut c: Call) -> i32 {
+    c.spoil_rate(0.08);
+    let mut shape = c.shape();
+    shape[3] = shape[3].max(2);
+    let (from, to) = (c.dtype(), c.dtype());
+    let mut src = c.tensor(from, shape, true);
+    c.settle(&mut src);
+    c.fill(&src, |_| true);
+    let in_place = c.maybe(0.2) && src.strides.iter().zip(src.shape).all(|(&s, n)| s != 0 || n == 1);
+    let dst = match in_place {
+        true => src,
+        false => {
+            let mut dst = c.tensor(to, shape, false);
+            c.alias(&mut dst, &src);
+            c.settle(&mut dst);
+            dst
+        }
+    };
+    let params = rope_params(&mut c, src.shape);
+    c.writes(&dst, |_| true);
+    let (src, dst, context, runner) = (c.const_view(&src), c.view(&dst), c.context(), c.runner());
+    let (src, dst) = (c.fixed(src), c.fixed(dst));
+    c.ready();
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    let status = unsafe { kvl_rope(context, runner, src, dst, params) };
+    c.check(status)
+}
+
+fn kv_write(mut c: Call) -> i32 {
+    c.spoil_rate(0.05);
+    let [batch, seq, heads, dim] = c.shape();
+    let (dim, v_dim) = (dim.max(2), c.dim());
+    // Room for every row, and for every token anywhere.
+    let rows = batch + c.rng.below(3) as i64;
+    let capacity = seq + c.rng.below(20) as i64;
+    let types: [i32; 4] = std::array::from_fn(|_| c.dtype());
+    let mut k = c.tensor(types[0], [batch, seq, heads, dim], true);
+    let mut k_cache = c.tensor(types[1], [rows, capacity, heads, dim], false);
+    let v_heads = if c.maybe(0.9) { heads } else { c.number(heads) };
+    let mut v = c.tensor(types[2], [batch, seq, v_heads.clamp(0, 20), v_dim], true);
+    let mut v_cache = c.tensor(types[3], [rows, capacity, v_heads.clamp(0, 20), v_dim], false);
+    c.alias(&mut k_cache, &k);
+    c.alias(&mut v_cache, &k_cache);
+    c.settle(&mut k);
+    c.settle(&mut k_cache);
+    let values = c.maybe(0.8);
+    if values {
+        c.settle(&mut v);
+        c.settle(&mut v_cache);
+    }
+    c.fill(&k, |_| true);
+    c.fill(&v, |_| true);
+
+    let (batch, seq) = (k.shape[0], k.shape[1]);
+    let wrong = [-2, -1, capacity as i32, capacity as i32 - 1, rows as i32, i32::MIN, i32::MAX];
+    let by_slot = c.maybe(0.4);
+    let counts = if c.maybe(0.3) { Some(batch) } else { None };
+    let counts: List<i32> = c.list(counts, &wrong, |c, _| c.rng.below(seq.clamp(0, 1000) as usize + 1) as i32);
+    let first = c.rng.below(rows.max(1) as usize);
+    let to_rows = if c.maybe(0.4) { Some(batch) } else { None };
+    let to_rows: List<i32> = c.list(to_rows, &wrong, |_, b| ((first + b) % rows.max(1) as usize) as i32);
+    let room = (capacity - seq.clamp(0, capacity)) as usize;
+    let n = if by_slot == c.hit() { Some(batch) } else { None };
+    let positions: List<i32> = c.list(n, &wrong, |c, _| c.rng.below(room + 1) as i32);
+    let n = if by_slot != c.hit() { product(&[batch, seq]) } else { None };
+    let start = c.rng.below(capacity.max(1) as usize);
+    let slots: List<i32> = c.list(n, &wrong, |c, i| {
+        // A ring: no slot twice, since a row has no more tokens than there are slots.
+        let ring = (start + i % seq.max(1) as usize) % capacity.max(1) as usize;
+        if c.maybe(0.1) { -1 } else { ring as i32 }
+    });
+    let rope = if c.maybe(0.3) { rope_params(&mut c, k.shape) } else { std::ptr::null() };
+
+    // The tokens that go somewhere.
+    let mut targets = std::collections::BTreeSet::new();
+    if k.fits(&c.arena) && !k.is_empty() || v.fits(&c.arena) && !v.is_empty() {
+        for b in 0..positions.values.len().max(slots.values.len().checked_div(seq as usize).unwrap_or(0)) {
+            let row = to_rows.values.get(b).map_or(b as i32, |&r| r);
+            let count = counts.values.get(b).map_or(seq, |&n| n.into());
+            for t in 0..count.clamp(0, seq.clamp(0, 1 << 16)) as usize {
+                let slot = match slots.at.is_null() {
+                    true => positions.values.get(b).map(|&p| p.wrapping_add(t as i32)),
+                    false => slots.values.get(b * seq as usize + t).copied(),
+                };
+                targets.extend(slot.map(|slot| (row, slot)));
+            }
+        }
+    }
+    let written = |at: [usize; 3]| targets.contains(&(at[0] as i32, at[1] as i32));
+    c.writes(&k_cache, written);
+    if values {
+        c.writes(&v_cache, written);
+    }
+    let absent: [kvl_const_view; 2] = [zeroed(), zeroed()];
+    let params = kvl_kv_write_params {
+        k: c.const_view(&k),
+        v: if values { c.const_view(&v) } else { absent[0] },
+        k_cache: c.view(&k_cache),
+        v_cache: if values || c.hit() { c.view(&v_cache) } else { zeroed() },
+        positions: positions.at,
+        counts: counts.at,
+        rows: to_rows.at,
+        slots: slots.at,
+        rope,
+        ..zeroed()
+    };
+    let (params, context, runner) = (c.sized(&params, &[]), c.context(), c.runner());
+    c.ready();
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    let status = unsafe { kvl_kv_write(context, runner, params) };
+    c.check(status)
+}
+
+fn repeat_kv(mut c: Call) -> i32 {
+    c.spoil_rate(0.1);
+    let [batch, seq, heads, dim] = c.shape();
+    let (n, from) = (c.rng.between(1, 4) as i64, c.dtype());
+    let to = if c.hit() { c.dtype() } else { from };
+    let mut src = c.tensor(from, [batch, seq, heads, dim], true);
+    let mut dst = c.tensor(to, [batch, seq, heads * n, dim], false);
+    c.alias(&mut dst, &src);
+    c.settle(&mut src);
+    c.settle(&mut dst);
+    c.fill(&src, |_| true);
+    c.writes(&dst, |_| true);
+    let (src, dst, context, runner) = (c.const_view(&src), c.view(&dst), c.context(), c.runner());
+    let (src, dst) = (c.fixed(src), c.fixed(dst));
+    c.ready();
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    let status = unsafe { kvl_repeat_kv(context, runner, src, dst) };
+    c.check(status)
+}
+
+fn rope_frequencies(mut c: Call) -> i32 {
+    c.spoil_rate(0.05);
+    let right = c.rng.pick(&[1, 2, 3, 16, 32, 64, 2048]);
+    let (scaling, base) = (c.rng.between(0, 5) as i32, c.rng.pick(&[0.0, 10_000.0, 500_000.0]));
+    // NTK has no exponent for a single pair.
+    let right = if scaling == 2 { right.max(2) } else { right };
+    let rotary_dim = c.number(2 * right);
+    let pairs = c.number(right);
+    let factors = c.list(Some(pairs), &[0.0, -1.0, f64::NAN], |c, _| 1.0 + f64::from(c.value().abs()));
+    let (attention_factor, keep_ramp) = (if c.maybe(0.5) { 0.0 } else { 1.1 }, i32::from(c.maybe(0.5)));
+    let params = kvl_rope_frequencies_params {
+        rotary_dim,
+        base: c.float(base),
+        scaling: c.code(scaling),
+        keep_ramp: c.code(keep_ramp),
+        factor: c.float(8.0),
+        original_max_position: c.float(8192.0),
+        low_freq_factor: c.float(0.0),
+        high_freq_factor: c.float(4.0),
+        beta_fast: c.float(0.0),
+        beta_slow: c.float(1.0),
+        attention_factor: c.float(attention_factor),
+        factors: factors.at,
+        ..zeroed()
+    };
+    let params = c.sized(&params, &[]);
+    let (inv_freq, magnitude) = (c.output::<f64>(Some(pairs)), c.output::<f64>(Some(1)));
+    c.may_write(inv_freq, Some(pairs));
+    c.may_write(magnitude, Some(1));
+    c.ready();
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    let status = unsafe { kvl_rope_frequencies(params, inv_freq, pairs, magnitude) };
+    c.check(status)
+}
+
+fn rope_table(mut c: Call) -> i32 {
+    c.spoil_rate(0.08);
+    let (rows, half) = (c.rng.between(0, 40) as i64, c.rng.between(1, 70) as i64);
+    let (rows, rotary_dim) = (c.number(rows), c.number(2 * half));
+    let half = (2..=4096).contains(&rotary_dim).then_some(rotary_dim / 2);
+    let entries = half.and_then(|half| product(&[rows, half]));
+    let wrong = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+    let inv_freq = c.list(half.or(Some(1)), &wrong, |c, _| f64::from(c.value().abs()));
+    let (cos, sin) = (c.output::<f32>(entries), c.output::<f32>(entries));
+    let sin = if c.hit() { cos.wrapping_add(1) } else { sin };
+    let first = c.rng.u64() as i32 as i64;
+    let (first, magnitude) = (c.number(first), c.float(0.0));
+    c.may_write(cos, entries);
+    if !sin.is_null() && sin != cos.wrapping_add(1) {
+        c.may_write(sin, entries);
+    }
+    let context = c.context();
+    c.ready();
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    let status = unsafe { kvl_rope_table(context, inv_freq.at, rotary_dim, magnitude, first, rows, cos, sin) };
+    c.check(status)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Contexts, pools, and what the library says of itself
+
+fn context_create(mut c: Call) -> i32 {
+    let level = if c.maybe(0.5) { 0 } else { 1 };
+    let params = kvl_context_params { max_isa: c.code(level), reserved: c.code(0), ..zeroed() };
+    let params = if c.maybe(0.3) { std::ptr::null_mut() } else { c.sized(&params, &[]) };
+    let context: *mut *mut kvl_context = c.output(Some(1));
+    c.may_write(context, Some(1));
+    c.ready();
+    // SAFETY: structs of the right size, or null.
+    let status = unsafe { kvl_context_create(params, context) };
+    if status == 0 {
+        // SAFETY: just made, and destroyed once.
+        unsafe { kvl_context_destroy(context.read()) };
+    }
+    c.check(status)
+}
+
+fn context_destroy(mut c: Call) -> i32 {
+    let mut context = std::ptr::null_mut();
+    if c.maybe(0.7) {
+        // SAFETY: an output of the right size.
+        assert_eq!(unsafe { kvl_context_create(std::ptr::null(), &raw mut context) }, 0);
+    }
+    c.ready();
+    // SAFETY: null, or just made, and destroyed once.
+    unsafe { kvl_context_destroy(context) };
+    c.check(0)
+}
+
+fn context_isa(mut c: Call) -> i32 {
+    let (context, isa) = (c.context(), c.output::<i32>(Some(1)));
+    c.may_write(isa, Some(1));
+    c.ready();
+    // SAFETY: a context or null, and room for the answer or null.
+    let status = unsafe { kvl_context_isa(context, isa) };
+    c.check(status)
+}
+
+fn context_kernel_name(mut c: Call) -> i32 {
+    let (op, src) = (c.rng.between(0, 5) as i32, c.dtype());
+    // The angles are f32; RoPE and the write have kernels for any two types.
+    let src = if op == 0 { 0 } else { src };
+    let dst = if matches!(op, 1 | 2) { c.dtype() } else { src };
+    let (op, src, dst, context) = (c.code(op), c.code(src), c.code(dst), c.context());
+    let name = c.output(Some(1));
+    c.may_write(name, Some(1));
+    c.ready();
+    // SAFETY: as above.
+    let status = unsafe { kvl_context_kernel_name(context, op, src, dst, name) };
+    if status == 0 {
+        // SAFETY: a constant of the library.
+        assert!(unsafe { CStr::from_ptr(name.read()) }.to_str().is_ok_and(|name| name.contains('_')));
+    }
+    c.check(status)
+}
+
+fn context_attention_kernel_name(mut c: Call) -> i32 {
+    let (kv, precision) = (c.dtype(), i32::from(c.maybe(0.5)));
+    let (kv, precision, context) = (c.code(kv), c.code(precision), c.context());
+    let name = c.output(Some(1));
+    c.may_write(name, Some(1));
+    c.ready();
+    // SAFETY: as above.
+    let status = unsafe { kvl_context_attention_kernel_name(context, kv, precision, name) };
+    if status == 0 {
+        // SAFETY: a constant of the library.
+        assert!(unsafe { CStr::from_ptr(name.read()) }.to_str().is_ok_and(|name| name.starts_with("attention_")));
+    }
+    c.check(status)
+}
+
+fn kernel_info_at(mut c: Call) -> i32 {
+    let index = c.rng.below(kvl_kernel_count()) as i64;
+    let index = c.number(index) as usize;
+    let info = c.sized(&zeroed::<kvl_kernel_info>(), &[]);
+    c.may_write(info, Some(1));
+    c.ready();
+    // SAFETY: a struct of the right size, or null.
+    let status = unsafe { kvl_kernel_info_at(index, info) };
+    c.check(status)
+}
+
+fn thread_pool_create(mut c: Call) -> i32 {
+    let threads = c.rng.between(1, 2);
+    let threads = if c.hit() { c.rng.pick(&[4097, usize::MAX, 1 << 40]) } else { threads };
+    let pool: *mut *mut kvl_thread_pool = c.output(Some(1));
+    c.may_write(pool, Some(1));
+    c.ready();
+    // SAFETY: room for the answer, or null.
+    let status = unsafe { kvl_thread_pool_create(threads, pool) };
+    if status == 0 {
+        // SAFETY: just made, and destroyed once.
+        unsafe { kvl_thread_pool_destroy(pool.read()) };
+    }
+    c.check(status)
+}
+
+fn thread_pool_destroy(mut c: Call) -> i32 {
+    let mut pool = std::ptr::null_mut();
+    if c.maybe(0.5) {
+        // SAFETY: room for the answer.
+        assert_eq!(unsafe { kvl_thread_pool_create(1, &raw mut pool) }, 0);
+    }
+    c.ready();
+    // SAFETY: null, or just made, and destroyed once.
+    unsafe { kvl_thread_pool_destroy(pool) };
+    c.check(0)
+}
+
+fn thread_pool_runner(mut c: Call) -> i32 {
+    let pool = if c.hit() { std::ptr::null_mut() } else { c.world.pool };
+    let runner = c.sized(&zeroed::<kvl_parallel_runner>(), &[]);
+    c.may_write(runner, Some(1));
+    c.ready();
+    // SAFETY: a pool that lives, or null; a struct of the right size, or null.
+    let status = unsafe { kvl_thread_pool_runner(pool, runner) };
+    c.check(status)
+}
+
+fn last_error(mut c: Call) -> i32 {
+    // SAFETY: null is an error, and makes a sentence.
+    assert_ne!(unsafe { kvl_context_isa(std::ptr::null(), std::ptr::null_mut()) }, 0);
+    let size = c.rng.below(80);
+    let buffer = c.arena.block(size, 0);
+    let null = c.maybe(0.2);
+    c.may_write(buffer, Some(size as i64));
+    c.ready();
+    // SAFETY: as many bytes as it says, or null.
+    let needed = unsafe { kvl_last_error(if null { std::ptr::null_mut() } else { buffer }, size) };
+    assert!((2..=1024).contains(&needed));
+    if !null && size > 0 {
+        // SAFETY: a block of this call.
+        let text = unsafe { std::slice::from_raw_parts(buffer, size) };
+        assert_eq!(text.iter().position(|&b| b == 0), Some(size.min(needed) - 1));
+    }
+    assert!(!null || Call::poisoned(buffer, size));
+    c.check(0)
+}
+
+fn constants(mut c: Call) -> i32 {
+    c.ready();
+    let any = if c.maybe(0.7) { c.rng.below(20) as i32 - 2 } else { c.rng.u64() as i32 };
+    // SAFETY: constants of the library, which end with a zero.
+    let texts = unsafe {
+        [kvl_version_string(), kvl_status_string(any), kvl_isa_name(any)].map(|text| CStr::from_ptr(text).to_str())
+    };
+    assert!(texts.iter().all(|text| text.is_ok_and(|text| !text.is_empty())));
+    assert!((0..=1).contains(&kvl_isa_available(any)));
+    assert!(kvl_kernel_count() > 0 && kvl_abi_version() >> 16 == 0);
+    c.check(0)
+}
