@@ -143,7 +143,7 @@ AT(kvl_bit_mask, shape, 32);
 AT(kvl_bit_mask, strides, 64);
 AT(kvl_bit_mask, first_keys, 88);
 
-SIZE(kvl_attention_params, 664);
+SIZE(kvl_attention_params, 672);
 AT(kvl_attention_params, struct_size, 0);
 AT(kvl_attention_params, q, 8);
 AT(kvl_attention_params, k, 96);
@@ -171,6 +171,8 @@ AT(kvl_attention_params, rows, 632);
 AT(kvl_attention_params, prefixes, 640);
 AT(kvl_attention_params, bit_mask, 648);
 AT(kvl_attention_params, plan, 656);
+AT(kvl_attention_params, v_packing, 664);
+AT(kvl_attention_params, reserved3, 668);
 #endif
 
 VALUE(KVL_OK, 0);

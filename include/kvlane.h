@@ -960,6 +960,15 @@ typedef struct kvl_attention_params {
      * `starts`, `offsets` and `prefixes`, which must then be 0 or null; null for none.
      */
     const struct kvl_plan *plan;
+    /**
+     * How values lie in `v`: with `KVL_PACK_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
+     * that are not packed.
+     */
+    kvl_packing v_packing;
+    /**
+     * 0.
+     */
+    int32_t reserved3;
 } kvl_attention_params;
 
 /**

@@ -21,6 +21,7 @@ use crate::context::Context;
 use crate::error::{Result, ensure, fail};
 use crate::isa::Isa;
 use crate::kernels::Op;
+use crate::layout::Packing;
 use crate::ops::attention::{
     MAX_HEAD_DIM, RawAttention, attention_raw, attention_shapes, attention_workspace_size, fill_alibi_slopes,
 };
@@ -751,8 +752,7 @@ pub unsafe extern "C" fn kvl_attention_workspace_size(
         // SAFETY: the caller's promise, here and below.
         let (params, runner) = unsafe { (read_sized(params)?, CallerRunner::new(runner)?) };
         ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
-        let (q, k, v) =
-            (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, attention_shape("v", &params.v)?);
+        let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(&params)?);
         // SAFETY: as above.
         let (rows, layout) = unsafe { plan::workspace_spans(&params, q, k[SEQ]) }?;
         let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
@@ -811,8 +811,7 @@ pub unsafe extern "C" fn kvl_attention_with_prefix_workspace_size(
         // SAFETY: as above.
         let prefix = unsafe { read("prefix_k", prefix_k) }?;
         ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
-        let (q, k, v) =
-            (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, attention_shape("v", &params.v)?);
+        let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(&params)?);
         let tokens = attention_shape("prefix_k", &prefix)?[SEQ];
         // SAFETY: as above.
         let (rows, layout) = unsafe { plan::workspace_spans(&params, q, k[SEQ]) }?;
@@ -918,6 +917,15 @@ unsafe fn borrow<'a>(context: *const kvl_context) -> Result<&'a Context> {
     Ok(unsafe { &(*context).context })
 }
 
+/// The shape of the values, of which two are a row of `v` if they are packed.
+fn value_shape(params: &kvl_attention_params) -> Result<[usize; 4]> {
+    let mut v = params.v;
+    if types::packing("v_packing", params.v_packing)? == Packing::RowPairs {
+        v.shape[DIM] /= 2;
+    }
+    attention_shape("v", &v)
+}
+
 /// The shape of a tensor of attention, for the size of a workspace: data and strides are not looked at.
 fn attention_shape(name: &str, view: &kvl_const_view) -> Result<[usize; 4]> {
     let raw = view.raw(name)?;
@@ -949,6 +957,12 @@ unsafe fn raw_attention<'a>(params: *const kvl_attention_params) -> Result<RawAt
         "kvl_attention_params.reserved2 is {}, but must be 0",
         params.reserved2
     );
+    ensure!(
+        params.reserved3 == 0,
+        InvalidEnum,
+        "kvl_attention_params.reserved3 is {}, but must be 0",
+        params.reserved3
+    );
     let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
     let heads = q.shape[HEADS];
     // SAFETY: as above.
@@ -963,6 +977,7 @@ unsafe fn raw_attention<'a>(params: *const kvl_attention_params) -> Result<RawAt
             lse: params.lse,
             scale: (params.scale != 0.0).then_some(params.scale),
             softcap: (params.softcap != 0.0).then_some(params.softcap),
+            v_packing: types::packing("v_packing", params.v_packing)?,
             spans,
             planned,
             mask: params.mask.raw("mask")?,

@@ -607,6 +607,11 @@ pub struct kvl_attention_params {
     /// What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `query_starts`, `rows`, `lengths`,
     /// `starts`, `offsets` and `prefixes`, which must then be 0 or null; null for none.
     pub plan: *const kvl_plan,
+    /// How values lie in `v`: with `KVL_PACK_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
+    /// that are not packed.
+    pub v_packing: kvl_packing,
+    /// 0.
+    pub reserved3: i32,
 }
 
 /// A struct that begins with its size: plain integers, floats and pointers, for which all zeros is a value.
@@ -1023,11 +1028,11 @@ mod layout {
     layout!(kvl_rms_norm_params, 24, struct_size: 0, weight: 8, eps: 16, reserved: 20);
     layout!(kvl_attention_state, 96, out: 0, lse: 88);
     layout!(
-        kvl_attention_params, 664,
+        kvl_attention_params, 672,
         struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380,
         window_left: 384, window_right: 392, lengths: 400, starts: 408, offsets: 416, mask: 424, bias: 504,
         alibi_slopes: 592, sinks: 600, precision: 608, reserved2: 612, layout: 616, query_starts: 624, rows: 632,
-        prefixes: 640, bit_mask: 648, plan: 656,
+        prefixes: 640, bit_mask: 648, plan: 656, v_packing: 664, reserved3: 668,
     );
     layout!(
         kvl_bit_mask, 96,

@@ -286,13 +286,13 @@ macro_rules! kernel_shells {
             }
             $(#[$feature])*
             unsafe fn tile<T: Memory>(problem: &Problem, tile: &Tile, scratch: *mut u8) {
-                let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v.shape[3]).0;
+                let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v_dim).0;
                 // SAFETY: the caller's.
                 unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, &scratch, &Vectors) }
             }
             $(#[$feature])*
             unsafe fn reduce(problem: &Problem, tile: &Tile, scratch: *mut u8) {
-                let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v.shape[3]).0;
+                let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v_dim).0;
                 // SAFETY: the caller's.
                 unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, &scratch) }
             }

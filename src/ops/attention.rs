@@ -5,7 +5,7 @@ use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::kernels::generic::attention::{BitView, ByteView, CHUNK, Problem, Spans, Summary, Tile, partial_stride};
 use crate::kernels::{self, AttentionFns, Function, Precision};
-use crate::layout::Layout;
+use crate::layout::{Layout, Packing};
 use crate::ops::mask::{BitMask, Mask, RawBitMask, RawMask};
 use crate::ops::plan::AttentionPlan;
 use crate::ops::tiling::{GRAIN, Tiling, most_chunks};
@@ -69,6 +69,9 @@ pub struct AttentionOptions<'a> {
     /// what a ring has overwritten: a window must lie in what it retains, and with no window there can be only one query once
     /// it has overwritten any.
     pub layout: Layout<'a>,
+    /// How the values of two slots lie in `v`: packed in pairs, it is `[rows, slots / 2, kv_heads, 2 * v_dim]`. The same bits as for
+    /// values that are not packed.
+    pub v_packing: Packing,
     /// `[batch + 1]`: ragged queries. `q` and `out` are `[1, tokens, heads, dim]`, and row b of the batch is tokens
     /// `query_starts[b]..query_starts[b + 1]` (`cu_seqlens`).
     pub query_starts: Option<&'a [i32]>,
@@ -112,6 +115,7 @@ pub(crate) struct RawAttention<'a> {
     pub lse: *mut f32,
     pub scale: Option<f32>,
     pub softcap: Option<f32>,
+    pub v_packing: Packing,
     pub spans: Spans<'a>,
     /// Of a plan, which has checked the spans.
     pub planned: Option<Summary>,
@@ -262,7 +266,7 @@ pub fn attention(
     let call = RawAttention::new(tensors, options)?;
     let kernel = context.attention(call.k.dtype, call.precision);
     let (q_shape, k_shape) = call.shapes();
-    workspace.reserve(workspace_size(&kernel, q_shape, k_shape, call.v.shape[DIM], runner.num_threads()));
+    workspace.reserve(workspace_size(&kernel, q_shape, k_shape, call.v_dim(), runner.num_threads()));
     // SAFETY: the views borrow what they reach, and the LSE has an entry a row.
     unsafe { attention_raw(context, runner, workspace.as_mut_ptr(), workspace.len(), &call) }
 }
@@ -312,10 +316,10 @@ pub(crate) unsafe fn attention_raw(
     if batch * seq * heads == 0 {
         return Ok(());
     }
-    let dv = call.v.shape[DIM];
+    let dv = call.v_dim();
     let kernel = context.attention(call.k.dtype, call.precision);
     let Summary { longest, chunks, count } = summary;
-    let together = heads_together(&call.k) && heads_together(&call.v);
+    let together = heads_together(&call.k) && heads_together(&call.v) && call.v_packing == Packing::Rows;
     let plan = Tiling::new(&kernel, q_shape, k_shape, dv, runner.num_threads(), count, together);
     let needed = plan.bytes();
     ensure!(
@@ -389,6 +393,7 @@ impl<'a> RawAttention<'a> {
             lse: lse.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr),
             scale: options.scale,
             softcap: options.softcap,
+            v_packing: options.v_packing,
             spans,
             planned,
             mask: options.mask.map(|m| m.raw),
@@ -398,6 +403,11 @@ impl<'a> RawAttention<'a> {
             sinks: options.sinks,
             precision: options.precision,
         })
+    }
+
+    /// Elements of a value.
+    pub(crate) fn v_dim(&self) -> usize {
+        self.v.shape[DIM] / if self.v_packing == Packing::RowPairs { 2 } else { 1 }
     }
 
     fn shapes(&self) -> ([usize; 4], [usize; 4]) {
@@ -435,17 +445,30 @@ fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
     let (q_extent, k_extent, v_extent) = (q.validate("q")?, k.validate("k")?, v.validate("v")?);
     let out_extent = out.validate_output("out")?;
     ensure!(k.dtype == v.dtype, DType, "k is {}, but v is {}", k.dtype, v.dtype);
-    let (kv_heads, v_dim) = (k.shape[HEADS], v.shape[DIM]);
+    let (kv_heads, v_dim) = (k.shape[HEADS], call.v_dim());
     let spans = call.spans;
     if call.planned.is_none() {
         call_rows(q.shape, &spans)?;
     }
     k.same_axis("k", q, "q", DIM)?;
+    let slots = match call.v_packing {
+        Packing::Rows => *v,
+        Packing::RowPairs => {
+            spans.layout.validate_packing("k", k, call.v_packing)?;
+            let ([rows, pairs, heads, dims], slots) = (v.shape, k.shape[SEQ]);
+            ensure!(
+                pairs.checked_mul(2) == Some(slots) && dims.is_multiple_of(2),
+                Shape,
+                "v is packed in pairs and has seq = {pairs} and dim = {dims}, but k has seq = {slots}"
+            );
+            RawView { shape: [rows, slots, heads, v_dim], ..*v }
+        }
+    };
     for axis in [BATCH, SEQ, HEADS] {
-        v.same_axis("v", k, "k", axis)?;
+        slots.same_axis("v", k, "k", axis)?;
         out.same_axis("out", q, "q", axis)?;
     }
-    out.same_axis("out", v, "v", DIM)?;
+    out.same_axis("out", &slots, "v", DIM)?;
     let [batch, seq, heads, dim] = call.shapes().0;
     for (name, n) in [("k", dim), ("v", v_dim)] {
         ensure!(
@@ -540,6 +563,8 @@ fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
             q: *q,
             k: *k,
             v: *v,
+            v_dim,
+            v_packing: call.v_packing,
             out: *out,
             lse: call.lse,
             spans,

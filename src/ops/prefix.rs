@@ -13,7 +13,7 @@ use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::kernels::Op;
 use crate::kernels::generic::attention::Spans;
-use crate::layout::Layout;
+use crate::layout::{Layout, Packing};
 use crate::ops::attention::{
     AttentionOptions, AttentionTensors, RawAttention, attention_raw, attention_shapes, attention_workspace_size,
 };
@@ -83,7 +83,7 @@ pub fn attention_with_prefix(
     let call = RawAttention::new(tensors, options)?;
     let (q, k) = attention_shapes(call.q.shape, call.k, &call.spans.layout, (call.spans.batch, call.spans.seq));
     let threads = runner.num_threads();
-    let bytes = prefix_workspace_size(call.q.shape, q, k, prefix.k.shape()[SEQ], call.v.shape[DIM], threads);
+    let bytes = prefix_workspace_size(call.q.shape, q, k, prefix.k.shape()[SEQ], call.v_dim(), threads);
     workspace.reserve(bytes);
     // SAFETY: the views borrow what they reach, and the LSE has an entry a row.
     unsafe {
@@ -162,7 +162,8 @@ pub(crate) unsafe fn attention_with_prefix_raw(
         ensure!(!view.overlaps(&call.out), Overlap, "{name} and out share memory");
     }
     k.same_axis("the prefix's k", &call.k, "k", HEADS)?;
-    v.same_axis("the prefix's v", &call.v, "v", DIM)?;
+    let (n, v_dim) = (v.shape[DIM], call.v_dim());
+    ensure!(n == v_dim, Shape, "the prefix's v has dim = {n}, but v has {v_dim}");
     ensure!(call.alibi_slopes.is_none(), InvalidValue, "alibi_slopes and a shared prefix disagree about positions");
     ensure!(call.spans.window_left.is_none(), InvalidValue, "window_left and a shared prefix disagree about positions");
     let out_extent = call.out.validate_output("out")?;
@@ -180,7 +181,6 @@ pub(crate) unsafe fn attention_with_prefix_raw(
     }
 
     let [batch, seq, heads, dim] = call.q.shape;
-    let v_dim = call.v.shape[DIM];
     let parts = Parts::new(call.q.shape, v_dim);
     ensure!(
         workspace_bytes >= parts.bytes,
@@ -215,7 +215,8 @@ pub(crate) unsafe fn attention_with_prefix_raw(
         for axis in [SEQ, HEADS] {
             call.out.same_axis("out", &call.q, "q", axis)?;
         }
-        call.out.same_axis("out", &call.v, "v", DIM)?;
+        let n = call.out.shape[DIM];
+        ensure!(n == v_dim, Shape, "out has dim = {n}, but v has {v_dim}");
         for (name, view) in [("k", &call.k), ("v", &call.v)] {
             ensure!(!view.overlaps(&call.out), Overlap, "{name} and out share memory");
         }
@@ -241,6 +242,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
                 prefixes: None,
             },
             planned: None,
+            v_packing: Packing::Rows,
             mask: None,
             bit_mask: None,
             bias: None,

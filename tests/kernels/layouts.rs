@@ -2,16 +2,17 @@
 
 use crate::common::attention::{Case, MaskTensor, Outcome, Shape, kv_types};
 use crate::common::runners::Threads;
+use crate::common::tensor::indices;
 use crate::common::{Layout as Strides, Place, Rng, Tensor, scaled};
 use crate::harness::{Level, tests};
 use crate::semantics::{random_case, visible};
 use kvlane::{
-    AttentionOptions, AttentionPlan, AttentionTensors, DType, Layout, Op, Serial, SharedPrefix, Status, Workspace,
-    attention_with_prefix,
+    AttentionOptions, AttentionPlan, AttentionTensors, DType, Layout, Op, Packing, Serial, SharedPrefix, Status,
+    Workspace, attention_with_prefix,
 };
 
 tests! {
-    levels: paged, shared_pages, ring, ring_without_a_window, indirect, ragged, what_is_not_retained_is_refused,
+    levels: contiguous, paged, shared_pages, ring, ring_without_a_window, indirect, ragged, what_is_not_retained_is_refused,
         tables_are_checked, plans, shared_prefix;
     once: plans_advance;
 }
@@ -69,14 +70,39 @@ impl Cache {
     #[track_caller]
     fn check(&self, level: &Level, case: &Case, layout: Layout, what: &str) {
         let want = case.run(&level.context);
-        let options = AttentionOptions { layout, ..case.options.borrow() };
-        for threads in [1, 3] {
-            let (mut workspace, tensors) = (Workspace::new(), (&self.k, &self.v));
-            let got = case.run_on(&level.context, &Threads(threads), &mut workspace, tensors, options);
+        let packed = self.packed(layout);
+        for (threads, packed) in [(1, None), (3, None), (2, packed.as_ref())] {
+            let (v, v_packing) = match packed {
+                None => (&self.v, Packing::Rows),
+                Some(v) => (v, Packing::RowPairs),
+            };
+            let options = AttentionOptions { layout, v_packing, ..case.options.borrow() };
+            let mut workspace = Workspace::new();
+            let got = case.run_on(&level.context, &Threads(threads), &mut workspace, (&self.k, v), options);
             let got = got.unwrap_or_else(|error| panic!("{error}: {layout:?}: {what}"));
             level.checked(Op::Attention, case.k.dtype, case.v.dtype);
-            assert!(got.all_bits() == want.all_bits(), "{layout:?} on {threads} threads: {what}");
+            let how = if packed.is_some() { "packed" } else { "not packed" };
+            assert!(got.all_bits() == want.all_bits(), "{layout:?}, {how}, on {threads} threads: {what}");
         }
+    }
+
+    /// The values in pairs of slots, where the layout lets them be.
+    fn packed(&self, layout: Layout) -> Option<Tensor> {
+        let [rows, slots, heads, dim] = self.v.shape;
+        let even = match layout {
+            Layout::Ring { sinks } => sinks % 2 == 0,
+            Layout::Ragged { starts } => starts.iter().all(|start| start % 2 == 0),
+            _ => true,
+        };
+        if slots % 2 == 1 || !even {
+            return None;
+        }
+        let strides = if dim % 3 == 0 { Strides::STEP2 } else { Strides::BHSD };
+        let mut packed = Tensor::input(self.v.dtype, [rows, slots / 2, heads, 2 * dim], strides, Place::GuardAfter);
+        for [row, slot, h, d] in indices(self.v.shape) {
+            packed.set_element_bits([row, slot / 2, h, 2 * d + slot % 2], self.v.bits([row, slot, h, d]));
+        }
+        Some(packed)
     }
 
     fn error(&self, level: &Level, case: &Case, layout: Layout) -> kvlane::Error {
@@ -117,6 +143,20 @@ fn paged(level: &Level) {
             }
         }
         cache.check(level, &case, Layout::Paged { pages: &table, pages_per_row }, &what);
+    }
+}
+
+/// The contiguous cache, of an even number of slots, so that its values can be packed.
+fn contiguous(level: &Level) {
+    let mut rng = Rng::new(310);
+    for _ in 0..scaled(60) {
+        let (case, what, lengths) = with_lengths(&mut rng);
+        let slots = case.k.shape[1].next_multiple_of(2);
+        let mut cache = Cache::new(&mut rng, &case, lengths.len(), slots);
+        for (b, &length) in lengths.iter().enumerate() {
+            (0..length).filter(|&j| seen(&case, b, j)).for_each(|j| cache.put(&case, (b, j), (b, j)));
+        }
+        cache.check(level, &case, Layout::Contiguous, &what);
     }
 }
 

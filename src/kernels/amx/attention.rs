@@ -233,7 +233,7 @@ struct Keys {
 unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
     // SAFETY: the level includes AVX-512.
     let s = unsafe { Avx512::new_unchecked() };
-    let sizes = Sizes::new(p.q.shape[3], p.v.shape[3]);
+    let sizes = Sizes::new(p.q.shape[3], p.v_dim);
     let scale = p.scale.abs();
     let plain = p.softcap == 0.0 && p.alibi.is_none() && p.bias.is_none() && (scale * LOG2_E).is_normal();
     let call = Call {
@@ -304,7 +304,7 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
 unsafe fn reduce(p: &Problem, tile: &Tile, memory: *mut u8) {
     // SAFETY: the level includes AVX-512.
     let s = unsafe { Avx512::new_unchecked() };
-    let dv = p.v.shape[3];
+    let dv = p.v_dim;
     let sizes = Sizes::new(p.q.shape[3], dv);
     let total = Scratch::layout(memory, tile.rows(), sizes).0.total;
     for r in 0..tile.rows() {
@@ -556,7 +556,9 @@ unsafe fn live(call: &Call, group: &mut Group, b: usize, base: usize, kept: u64)
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn pack_keys(call: &Call, b: usize, span: Span, k: Rows<bf16>) -> Keys {
     let Call { tile, sizes: Sizes { d, dk, .. }, .. } = *call;
+    // A copy of rows whose elements lie apart is gone with the next block.
     if d == dk
+        && call.p.k.strides[3] == 1
         && span.low == 0
         && span.high == BLOCK
         && tile.rows() <= DIRECT_ROWS
@@ -1137,7 +1139,7 @@ unsafe fn add_special_of(
                 let weight = f32::from_bits(if j % 2 == 0 { pair << 16 } else { pair & 0xffff_0000 });
                 let value = p.value(tile.batch, base + j, tile.kv_head).cast::<bf16>();
                 for i in 0..dv {
-                    let element = *value.wrapping_offset(i as isize * p.v.strides[3] as isize);
+                    let element = *value.wrapping_offset(i as isize * p.value_step());
                     if !is_finite(element.to_bits()) {
                         *acc.add(i * LANES + r) += weight * element.to_f32();
                     }
@@ -1220,7 +1222,7 @@ unsafe fn fold(s: Avx512, total: &mut State, total_acc: *mut f32, chunk: State, 
 /// The indices are inside the problem; `acc` holds whole tiles of the values' size unless the state is empty.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
 unsafe fn finish(s: Avx512, p: &Problem, batch: usize, token: usize, head: usize, state: State, acc: *mut f32) {
-    let dv = p.v.shape[3];
+    let dv = p.v_dim;
     let mut max = f64::from(state.max) * std::f64::consts::LN_2;
     let (mut sum, mut rounded, mut factor) = (f64::from(state.sum), f64::from(state.rounded), 1.0);
     if let Some(sinks) = p.sinks {

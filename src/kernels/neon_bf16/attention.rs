@@ -90,7 +90,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
 /// The level is available, `p` is validated, `tile` is inside it, and `memory` has [`scratch_bytes`] for its rows.
 #[target_feature(enable = "neon,bf16")]
 unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
-    let (scratch, mut matrices, _) = layout(memory, tile.rows(), p.q.shape[3], p.v.shape[3]);
+    let (scratch, mut matrices, _) = layout(memory, tile.rows(), p.q.shape[3], p.v_dim);
     matrices.query_terms = match p.q.dtype {
         DType::Bf16 => 1,
         DType::F16 => 2,
@@ -107,7 +107,7 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
 /// As [`tile`]; the partial states of all chunks have been written.
 #[target_feature(enable = "neon,bf16")]
 unsafe fn reduce(p: &Problem, tile: &Tile, memory: *mut u8) {
-    let scratch = layout(memory, tile.rows(), p.q.shape[3], p.v.shape[3]).0;
+    let scratch = layout(memory, tile.rows(), p.q.shape[3], p.v_dim).0;
     // SAFETY: the caller's; the level includes NEON.
     unsafe { generic::reduce(Neon::new_unchecked(), p, tile, &scratch) }
 }

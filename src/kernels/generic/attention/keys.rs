@@ -2,7 +2,7 @@
 
 use super::{BLOCK, Block, PIECE, Problem, Reach, Span, Tile, padded};
 use crate::dtype::Element;
-use crate::view::RawView;
+use crate::layout::{Packing, Place};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -20,8 +20,6 @@ pub(crate) struct Located<'a, T> {
     seq: isize,
     /// Elements from one KV head to the next.
     head: isize,
-    /// The rows are copies, which the next block overwrites.
-    gathered: bool,
 }
 
 /// Memory for the pointers of [`Located`].
@@ -30,7 +28,7 @@ pub(crate) type Pointers<T> = [MaybeUninit<*const T>; BLOCK];
 impl<'a, T> Located<'a, T> {
     #[inline(always)]
     pub fn new(keys: &'a mut Pointers<T>) -> Self {
-        Self { keys, next: [std::ptr::null(); PIECES], seq: 0, head: 0, gathered: false }
+        Self { keys, next: [std::ptr::null(); PIECES], seq: 0, head: 0 }
     }
 
     /// To be used for keys of the span alone.
@@ -41,7 +39,6 @@ impl<'a, T> Located<'a, T> {
             next: &self.next,
             seq: self.seq,
             head: self.head,
-            gathered: self.gathered,
             lifetime: PhantomData,
         }
     }
@@ -68,7 +65,6 @@ pub(crate) struct Rows<'a, T> {
     next: &'a [*const T; PIECES],
     seq: isize,
     head: isize,
-    gathered: bool,
     lifetime: PhantomData<&'a Pointers<T>>,
 }
 
@@ -87,11 +83,11 @@ impl<T> Rows<'_, T> {
         head as isize * self.head
     }
 
-    /// Bytes from a key of the span to the next, if all its keys lie in the cache in steps of the same size.
+    /// Bytes from a key of the span to the next, if all its keys lie in steps of the same size.
     #[cfg(target_arch = "x86_64")]
     pub fn stride(&self, span: Span) -> Option<isize> {
         let even = (span.low + 1..span.high).all(|j| self.key(0, j) == self.key(0, j - 1).wrapping_offset(self.seq));
-        (even && !self.gathered).then_some(self.seq * size_of::<T>() as isize)
+        even.then_some(self.seq * size_of::<T>() as isize)
     }
 
     /// Where a piece of this block, or of the next, begins; null if it is not read.
@@ -148,16 +144,12 @@ pub(crate) unsafe fn locate<'a, T: Element>(
     for (view, to) in views.into_iter().zip([&mut *k, &mut *v]) {
         (to.seq, to.head) = (view.strides[1] as isize, view.strides[2] as isize);
     }
-    let at = |view: &RawView, (row, slot): (usize, usize)| -> *const T {
-        // SAFETY: a position that is seen lies inside the view.
-        unsafe { view.row(row, slot, tile.kv_head) }.cast_const().cast()
-    };
     if live == span.bits() {
         // The usual case: all in one run, and the next block too.
         let (place, run) = p.spans.place(tile.batch, base + span.low);
-        if run >= 2 * BLOCK - span.low {
+        if run >= 2 * BLOCK - span.low && p.v_packing == Packing::Rows {
             let low = span.low as isize;
-            let (key, value) = (at(&p.k, place), at(&p.v, place));
+            let (key, value) = wanted.at::<T>(place);
             k.run(span.low..span.high, key);
             v.run(span.low..span.high, value);
             for piece in 0..PIECES {
@@ -175,8 +167,8 @@ pub(crate) unsafe fn locate<'a, T: Element>(
     }
     // SAFETY: the caller's.
     unsafe {
-        gather(&p.k, span, gathered.k, k);
-        gather(&p.v, span, gathered.v, v);
+        gather(p.k.shape[3], p.k.strides[3] as isize, span, gathered.k, k);
+        gather(p.v_dim, p.value_step(), span, gathered.v, v);
     }
 }
 
@@ -187,10 +179,6 @@ pub(crate) unsafe fn locate<'a, T: Element>(
 #[inline(never)]
 unsafe fn scattered<T: Element>(wanted: &Wanted, (k, v): (&mut Located<'_, T>, &mut Located<'_, T>)) {
     let Wanted { p, tile, base, span, live, reach } = *wanted;
-    let at = |view: &RawView, (row, slot): (usize, usize)| -> *const T {
-        // SAFETY: a position that is seen lies inside the view.
-        unsafe { view.row(row, slot, tile.kv_head) }.cast_const().cast()
-    };
     let mut j = span.low;
     let mut seen = None;
     while j < span.high {
@@ -205,10 +193,14 @@ unsafe fn scattered<T: Element>(wanted: &Wanted, (k, v): (&mut Located<'_, T>, &
             j = end;
             continue;
         }
-        let (place, run) = p.spans.place(tile.batch, base + j);
+        let ((row, slot), run) = p.spans.place(tile.batch, base + j);
         let end = (j + run).min(span.high);
-        k.run(j..end, at(&p.k, place));
-        v.run(j..end, at(&p.v, place));
+        let (key, value) = wanted.at((row, slot));
+        k.run(j..end, key);
+        match p.v_packing {
+            Packing::Rows => v.run(j..end, value),
+            Packing::RowPairs => (j..end).for_each(|i| v.run(i..i + 1, wanted.at((row, slot + i - j)).1)),
+        }
         if seen.is_none() {
             k.fill(span.low..j, j);
             v.fill(span.low..j, j);
@@ -219,8 +211,7 @@ unsafe fn scattered<T: Element>(wanted: &Wanted, (k, v): (&mut Located<'_, T>, &
     for piece in 0..PIECES {
         let position = base + BLOCK + piece * PIECE;
         if reach.covers(position) {
-            let place = p.spans.place(tile.batch, position).0;
-            (k.next[piece], v.next[piece]) = (at(&p.k, place), at(&p.v, place));
+            (k.next[piece], v.next[piece]) = wanted.at(p.spans.place(tile.batch, position).0);
         }
     }
 }
@@ -228,21 +219,41 @@ unsafe fn scattered<T: Element>(wanted: &Wanted, (k, v): (&mut Located<'_, T>, &
 /// # Safety
 /// As [`locate`].
 #[inline(always)]
-unsafe fn gather<T: Element>(view: &RawView, span: Span, block: *mut u8, rows: &mut Located<T>) {
-    let (dim, step) = (view.shape[3], view.strides[3] as isize);
+unsafe fn gather<T: Element>(dim: usize, step: isize, span: Span, block: *mut u8, rows: &mut Located<T>) {
     if step == 1 || dim == 1 {
         return;
     }
     for j in span.low..span.high {
-        let to = block.cast::<T>().wrapping_add(j * padded(dim));
-        for i in 0..dim {
-            // SAFETY: the caller's.
-            unsafe { *to.add(i) = *rows.keys[j].assume_init().wrapping_offset(i as isize * step) };
+        let (from, to) = (rows.keys[j], block.cast::<T>().wrapping_add(j * padded(dim)));
+        // SAFETY: the caller's: a row of the cache has dim elements in such steps, one of the block padded(dim).
+        unsafe {
+            let from = from.assume_init();
+            if step == 2 {
+                // Of pairs; a constant step makes vectors of it.
+                for i in 0..dim {
+                    *to.add(i) = *from.add(2 * i);
+                }
+            } else {
+                for i in 0..dim {
+                    *to.add(i) = *from.wrapping_offset(i as isize * step);
+                }
+            }
         }
         rows.keys[j].write(to);
     }
     (rows.seq, rows.head, rows.next) = (padded(dim) as isize, 0, [std::ptr::null(); PIECES]);
-    rows.gathered = true;
+}
+
+impl Wanted<'_> {
+    /// The key and the value at a place.
+    #[inline(always)]
+    fn at<T>(&self, (row, slot): Place) -> (*const T, *const T) {
+        // SAFETY: a position that is seen lies inside the cache.
+        unsafe {
+            let key = self.p.k.row(row, slot, self.tile.kv_head).cast_const();
+            (key.cast(), self.p.value_at((row, slot), self.tile.kv_head).cast())
+        }
+    }
 }
 
 impl Block<'_> {

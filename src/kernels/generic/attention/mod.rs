@@ -50,6 +50,7 @@ mod state;
 
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Memory, Simd};
+use crate::layout::{Packing, Place};
 use crate::view::RawView;
 use state::{fold, load_query};
 use std::mem::MaybeUninit;
@@ -83,6 +84,9 @@ pub(crate) struct Problem<'a> {
     pub q: RawView,
     pub k: RawView,
     pub v: RawView,
+    /// Elements of a value, and how those of two slots lie in `v`.
+    pub v_dim: usize,
+    pub v_packing: Packing,
     pub out: RawView,
     /// `[batch, seq, heads]`, contiguous; null if not wanted.
     pub lse: *mut f32,
@@ -138,15 +142,39 @@ impl Problem<'_> {
         unsafe { self.k.row(row, slot, kv_head) }
     }
 
+    /// The value at a place.
+    ///
+    /// # Safety
+    /// It is inside the cache.
+    #[inline(always)]
+    unsafe fn value_at(&self, (row, slot): Place, kv_head: usize) -> *const u8 {
+        // SAFETY: the caller's.
+        unsafe {
+            match self.v_packing {
+                Packing::Rows => self.v.row(row, slot, kv_head),
+                Packing::RowPairs => {
+                    let half = (slot % 2) as isize * self.v.strides[3] as isize * self.v.dtype.size() as isize;
+                    self.v.row(row, slot / 2, kv_head).offset(half)
+                }
+            }
+        }
+    }
+
+    /// From one element of a value to the next.
+    #[inline(always)]
+    pub fn value_step(&self) -> isize {
+        self.v.strides[3] as isize * if self.v_packing == Packing::RowPairs { 2 } else { 1 }
+    }
+
     /// A value of a batch row.
     ///
     /// # Safety
     /// It is inside the cache.
     #[cfg(target_arch = "x86_64")]
     pub unsafe fn value(&self, batch: usize, position: usize, kv_head: usize) -> *const u8 {
-        let (row, slot) = self.spans.place(batch, position).0;
+        let place = self.spans.place(batch, position).0;
         // SAFETY: the caller's.
-        unsafe { self.v.row(row, slot, kv_head) }
+        unsafe { self.value_at(place, kv_head) }
     }
 
     /// Where the LSE of a query and head goes.
@@ -304,7 +332,7 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
     scratch: &Scratch,
     products: &impl Products<S, T>,
 ) {
-    let (d, dv) = (p.q.shape[3], p.v.shape[3]);
+    let (d, dv) = (p.q.shape[3], p.v_dim);
     let (dp, dvp) = (padded(d), padded(dv));
     let n = tile.rows();
     // SAFETY: the scratch has `n` states; they are plain numbers, written below before they are read.
@@ -474,7 +502,7 @@ unsafe fn one_block<S: Simd, T: Memory>(
         }
     }
 
-    let (d, dv) = (p.q.shape[3], p.v.shape[3]);
+    let (d, dv) = (p.q.shape[3], p.v_dim);
     let mut pointers = [[const { MaybeUninit::uninit() }; BLOCK]; 2];
     let [keys, values] = &mut pointers;
     let (mut k, mut v) = (Located::<T>::new(keys), Located::<T>::new(values));

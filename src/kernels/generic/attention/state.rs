@@ -19,7 +19,7 @@ use half::{bf16, f16};
 /// As [`tile`](super::tile); the partial states of all chunks have been written.
 #[inline(always)]
 pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
-    let dv = p.v.shape[3];
+    let dv = p.v_dim;
     let dvp = padded(dv);
     let n = tile.rows();
     for r in 0..n {
@@ -91,7 +91,7 @@ pub(super) unsafe fn finish<S: Simd>(
     state: (f32, f32),
     acc: *mut f32,
 ) {
-    let dv = p.v.shape[3];
+    let dv = p.v_dim;
     let (mut max, mut sum) = state;
     let mut factor = 1.0;
     if let Some(sinks) = p.sinks {
