@@ -429,10 +429,10 @@ pub(crate) fn attention_shapes(
 
 /// The workspace, cut by worker and tile.
 #[derive(Clone, Copy)]
-struct SharedMemory(*mut u8);
+pub(super) struct SharedMemory(pub *mut u8);
 
 impl SharedMemory {
-    fn at(self, offset: usize) -> *mut u8 {
+    pub fn at(self, offset: usize) -> *mut u8 {
         self.0.wrapping_add(offset)
     }
 }
@@ -440,7 +440,7 @@ impl SharedMemory {
 // SAFETY: workers and tiles take disjoint parts.
 unsafe impl Sync for SharedMemory {}
 
-fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
+pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
     let RawAttention { q, k, v, out, .. } = call;
     let (q_extent, k_extent, v_extent) = (q.validate("q")?, k.validate("k")?, v.validate("v")?);
     let out_extent = out.validate_output("out")?;

@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod cache;
+pub mod chunks;
 pub mod mask;
 pub mod merge;
 pub mod norm;

@@ -1,6 +1,7 @@
 //! Shards of rows, heads and sequences: together they are the whole.
 
-use crate::common::attention::{Case, Outcome, Shape, kv_types};
+use crate::common::attention::{Case, Outcome, Shape, kv_types, precision};
+use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled};
 use crate::harness::{Level, tests};
@@ -8,8 +9,9 @@ use kvlane::*;
 use std::ops::Range;
 
 tests! {
-    levels: rows_and_heads_are_the_bits_of_the_whole, spans_merge_into_the_whole, spans_without_keys_leave_the_bits;
-    once: writes_land_in_their_span, mistakes;
+    levels: rows_and_heads_are_the_bits_of_the_whole, spans_merge_into_the_whole, spans_without_keys_leave_the_bits,
+        chunks_of_spans_are_the_bits_of_the_whole;
+    once: chunks_are_checked, writes_land_in_their_span, mistakes;
 }
 
 fn random_whole(rng: &mut Rng, shape: Shape, kv: DType) -> Case {
@@ -137,6 +139,101 @@ fn over_spans(level: &Level, whole: &Case, spans: &[Range<usize>]) -> Vec<Outcom
         Outcome { out, lse }
     };
     spans.iter().map(run).collect()
+}
+
+/// Spans that end on the grid, by the states of their chunks: the bits of the whole.
+fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
+    let rng = &mut Rng::new(134);
+    for kv in kv_types() {
+        for round in 0..scaled(10) {
+            let shape = Shape {
+                batch: rng.between(1, 2),
+                tokens: rng.pick(&[1, 3, 20, 100]),
+                kv_heads: rng.between(1, 2),
+                group: rng.between(1, 3),
+                keys: if round % 2 == 0 { rng.between(1, 3 * SPLIT_GRID) } else { 2 * SPLIT_GRID + rng.between(0, 1) },
+                dim: rng.between(1, 40),
+                v_dim: rng.between(1, 40),
+            };
+            let mut whole = random_whole(rng, shape, kv);
+            let [batch, tokens, heads, _] = whole.q.shape;
+            let sinks: Vec<f32> = (0..heads).map(|_| rng.f32()).collect();
+            let spans = spans_of(rng.between(1, 4), shape.keys);
+            let options = whole.options.borrow();
+            let all = vec![shape.keys as i32; batch];
+            let lists = SpanLists {
+                lengths: options.lengths.unwrap_or(&all),
+                starts: options.starts,
+                offsets: options.offsets,
+                seq: tokens,
+            };
+            let states: Vec<Vec<f32>> = spans
+                .iter()
+                .map(|span| {
+                    let (mut lengths, mut starts, mut offsets) = (vec![0; batch], vec![0; batch], vec![0; batch]);
+                    lists.local(span.clone(), &mut lengths, &mut starts, &mut offsets).unwrap();
+                    let options = AttentionOptions {
+                        lengths: Some(&lengths),
+                        starts: Some(&starts),
+                        offsets: Some(&offsets),
+                        ..options
+                    };
+                    let mut states = vec![f32::NAN; chunk_states_len(whole.q.shape, span.len(), shape.v_dim)];
+                    let k = whole.k.view().seq(span.start, span.len()).unwrap();
+                    let v = whole.v.view().seq(span.start, span.len()).unwrap();
+                    let (runner, mut workspace) = (Threads(1 + span.start % 3), Workspace::new());
+                    let tensors = (whole.q.view(), k, v);
+                    attention_chunks(&level.context, &runner, &mut workspace, tensors, &options, &mut states).unwrap();
+                    states
+                })
+                .collect();
+            let states: Vec<&[f32]> = states.iter().map(Vec::as_slice).collect();
+            let mut out =
+                Tensor::output(DType::F32, [batch, tokens, heads, shape.v_dim], Layout::BHSD, Place::GuardAfter);
+            let mut lse = vec![f32::NAN; batch * tokens * heads];
+            let merge = ChunkMerge { kv_heads: shape.kv_heads, dtype: kv, precision: precision(), sinks: Some(&sinks) };
+            let mut workspace = Workspace::new();
+            let to = out.view_mut();
+            merge_chunks(&level.context, &Threads(2), &mut workspace, &states, &merge, to, Some(&mut lse)).unwrap();
+            out.assert_gaps();
+            whole.options.sinks = Some(sinks);
+            let want = whole.run(&level.context);
+            level.checked(Op::Attention, kv, kv);
+            assert!(Outcome { out, lse }.all_bits() == want.all_bits(), "{kv} {shape:?} in {spans:?}");
+        }
+    }
+}
+
+fn chunks_are_checked() {
+    let context = &Context::new().unwrap();
+    let (q, k) = (vec![1f32; 2 * 8], vec![1f32; 2000 * 8]);
+    let shape = [1, 2000, 1, 8];
+    let mut states = vec![0f32; chunk_states_len([1, 1, 2, 8], 2000, 8)];
+    let tensors =
+        || (View::new(&q, [1, 1, 2, 8]).unwrap(), View::new(&k, shape).unwrap(), View::new(&k, shape).unwrap());
+    let run = |options: &AttentionOptions, states: &mut [f32]| {
+        let done = attention_chunks(context, &Serial, &mut Workspace::new(), tensors(), options, states);
+        done.map_err(|error| error.to_string())
+    };
+    let n = states.len();
+    assert!(run(&AttentionOptions::default(), &mut states[..n - 1]).unwrap_err().contains("states has 127 floats"));
+    assert!(run(&AttentionOptions::default(), &mut states[..3]).unwrap_err().contains("states has 3 floats"));
+    let sinks = AttentionOptions { sinks: Some(&[0.0, 0.0]), ..Default::default() };
+    assert!(run(&sinks, &mut states).unwrap_err().contains("sinks are given where spans are merged"));
+    run(&AttentionOptions::default(), &mut states).unwrap();
+    let merge = ChunkMerge { kv_heads: 1, dtype: DType::F32, precision: Precision::Default, sinks: None };
+    let mut out = [7f32; 16];
+    for (spans, merge, sentence) in [
+        (&[&states[..]; 0][..], merge, "0 spans"),
+        (&[&states[..65]], merge, "span 0 has 65 floats, which are no chunks of 64"),
+        (&[&states[..]], ChunkMerge { kv_heads: 3, ..merge }, "no multiple of kv_heads = 3"),
+        (&[&states[..]], ChunkMerge { sinks: Some(&[0.0]), ..merge }, "sinks has 1 entries, but out needs 2"),
+    ] {
+        let to = ViewMut::new(&mut out, [1, 1, 2, 8]).unwrap();
+        let error = merge_chunks(context, &Serial, &mut Workspace::new(), spans, &merge, to, None).unwrap_err();
+        assert!(error.message().contains(sentence), "{error}: does not say {sentence:?}");
+    }
+    assert_eq!(out, [7f32; 16]);
 }
 
 fn merged(level: &Level, parts: &[Outcome]) -> Outcome {
