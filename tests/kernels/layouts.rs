@@ -189,7 +189,7 @@ fn shared_pages(level: &Level) {
 fn ring(level: &Level) {
     let mut rng = Rng::new(302);
     let mut wrapped = 0;
-    for _ in 0..scaled(160) {
+    for _ in 0..scaled(160).max(12) {
         let (mut case, what, lengths) = with_lengths(&mut rng);
         let keys = case.k.shape[1];
         if rng.chance(0.8) && case.options.window_left.is_none() {
