@@ -478,7 +478,7 @@ unsafe fn one_span<const HIGH: bool>(
             // SAFETY: the keys that some row sees are inside the views.
             unsafe {
                 let wanted = Wanted { p: call.p, tile: call.tile, base, span, live: any, reach };
-                locate(&wanted, &call.scratch.gathered, (&mut k, &mut v));
+                locate(s, &wanted, &call.scratch.gathered, (&mut k, &mut v));
                 keys[b] = pack_keys(call, b, span, k.rows());
                 special[b] = pack_values(s, call, b, span, k.rows(), v.rows());
             }

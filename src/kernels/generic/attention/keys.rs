@@ -2,6 +2,7 @@
 
 use super::{BLOCK, Block, PIECE, Problem, Reach, Span, Tile, padded};
 use crate::dtype::Element;
+use crate::kernels::simd::Simd;
 use crate::layout::{Packing, Place};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -134,7 +135,8 @@ pub(crate) struct Wanted<'a> {
 /// The live keys, and those that `reach` says are read later, are inside K and V; `gathered` has its room, which is needed for a
 /// tile of one KV head only.
 #[inline(always)]
-pub(crate) unsafe fn locate<'a, T: Element>(
+pub(crate) unsafe fn locate<'a, S: Simd, T: Element>(
+    s: S,
     wanted: &Wanted,
     gathered: &Gathered,
     (k, v): (&mut Located<'a, T>, &mut Located<'a, T>),
@@ -167,8 +169,8 @@ pub(crate) unsafe fn locate<'a, T: Element>(
     }
     // SAFETY: the caller's.
     unsafe {
-        gather(p.k.shape[3], p.k.strides[3] as isize, span, gathered.k, k);
-        gather(p.v_dim, p.value_step(), span, gathered.v, v);
+        gather(s, p.k.shape[3], p.k.strides[3] as isize, span, gathered.k, k);
+        gather(s, p.v_dim, p.value_step(), span, gathered.v, v);
     }
 }
 
@@ -219,27 +221,46 @@ unsafe fn scattered<T: Element>(wanted: &Wanted, (k, v): (&mut Located<'_, T>, &
 /// # Safety
 /// As [`locate`].
 #[inline(always)]
-unsafe fn gather<T: Element>(dim: usize, step: isize, span: Span, block: *mut u8, rows: &mut Located<T>) {
+unsafe fn gather<S: Simd, T: Element>(
+    s: S,
+    dim: usize,
+    step: isize,
+    span: Span,
+    block: *mut u8,
+    rows: &mut Located<T>,
+) {
     if step == 1 || dim == 1 {
         return;
     }
-    for j in span.low..span.high {
-        let (from, to) = (rows.keys[j], block.cast::<T>().wrapping_add(j * padded(dim)));
+    let row = |j: usize| block.cast::<T>().wrapping_add(j * padded(dim));
+    let mut j = span.low;
+    while j < span.high {
         // SAFETY: the caller's: a row of the cache has dim elements in such steps, one of the block padded(dim).
         unsafe {
-            let from = from.assume_init();
-            if step == 2 {
-                // Of pairs; a constant step makes vectors of it.
-                for i in 0..dim {
-                    *to.add(i) = *from.add(2 * i);
+            let from = rows.keys[j].assume_init();
+            if step == 2 && j + 1 < span.high && rows.keys[j + 1].assume_init() == from.wrapping_add(1) {
+                // Both of a pair. What the next block needs is asked for here, since nothing else goes this way again.
+                let next = rows.next[j / PIECE];
+                if !next.is_null() {
+                    let next = next.wrapping_offset((j % PIECE / 2) as isize * rows.seq).cast::<u8>();
+                    (0..2 * dim * size_of::<T>()).step_by(64).for_each(|i| s.prefetch(next.wrapping_add(i)));
                 }
-            } else {
+                let (from, even, odd) = (from.cast::<[T; 2]>(), row(j), row(j + 1));
                 for i in 0..dim {
-                    *to.add(i) = *from.wrapping_offset(i as isize * step);
+                    let [a, b] = *from.add(i);
+                    (*even.add(i), *odd.add(i)) = (a, b);
                 }
+                rows.keys[j].write(even);
+                rows.keys[j + 1].write(odd);
+                j += 2;
+                continue;
             }
+            for i in 0..dim {
+                *row(j).add(i) = *from.wrapping_offset(i as isize * step);
+            }
+            rows.keys[j].write(row(j));
+            j += 1;
         }
-        rows.keys[j].write(to);
     }
     (rows.seq, rows.head, rows.next) = (padded(dim) as isize, 0, [std::ptr::null(); PIECES]);
 }

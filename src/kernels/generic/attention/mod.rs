@@ -509,7 +509,7 @@ unsafe fn one_block<S: Simd, T: Memory>(
     let gathered = Gathered { k: scratch.k_block, v: scratch.v_block };
     // SAFETY: the block's live keys are inside k and v, the scratch parts have the sizes their layout gives.
     unsafe {
-        locate(&Wanted { p, tile, base, span, live: any, reach }, &gathered, (&mut k, &mut v));
+        locate(s, &Wanted { p, tile, base, span, live: any, reach }, &gathered, (&mut k, &mut v));
         products.block(s, &Block { p, tile, scratch, base, span, all, d, dv }, rows, k.rows(), v.rows());
     }
 }
