@@ -96,9 +96,8 @@ impl Plan {
                     let position = rng.between(0, plan.pages_per_row * size - count);
                     plan.positions[b] = position as i32;
                     let first = target(b) * plan.pages_per_row;
-                    for page in position / size..(position + count).div_ceil(size) {
-                        plan.table[first + page] = pages[first + page];
-                    }
+                    let used = first + position / size..first + (position + count).div_ceil(size);
+                    plan.table[used.clone()].copy_from_slice(&pages[used]);
                 }
             }
             Kind::Ragged => {
