@@ -217,7 +217,7 @@ fn rings_are_rows_that_keep_everything() {
     let texts = [text(90, 1), text(61, 2), text(7, 3)];
     let run = |chunk: usize, dtype: DType| {
         let mut cache = Cache::with_chunk(decoder.config(), 3, 100, chunk, dtype).unwrap();
-        let slots = (LAYERS - 1) * 100.min(WINDOW.saturating_add(chunk)) + 100;
+        let slots = (LAYERS - 1) * 100usize.min(WINDOW.saturating_add(chunk)) + 100;
         assert_eq!(cache.bytes(), 3 * slots * 2 * KV_HEADS * HEAD_DIM * dtype.size());
         let mut scratch = Scratch::default();
         let mut logits = vec![Vec::new(); 3];
@@ -326,7 +326,7 @@ fn slots_with_rings_are_reused() {
         sampling: SamplerOptions::default(),
     };
     let mut texts = [Vec::new(), Vec::new()];
-    let mut insert = |slots: &mut Slots, texts: &mut [Vec<u32>; 2], i: usize, n: usize| {
+    let insert = |slots: &mut Slots, texts: &mut [Vec<u32>; 2], i: usize, n: usize| {
         let event = slots.insert(request(&prompts[i], n), &mut |_| ()).unwrap();
         texts[event.slot] = vec![event.token];
         event.slot

@@ -13,8 +13,8 @@
 //! One function, [`Decoder::forward`], serves prefill, chunked prefill and decode: it appends any number of tokens to any
 //! row of the cache. The activations of a pass are a rectangle `[rows, longest]`; a row with fewer tokens is padded, and
 //! `counts` keeps its padding out of the cache. More tokens of a row than the cache's rings allow for at a time
-//! ([`Cache::chunk`]) go in several passes. Layers of one window share an [`AttentionPlan`]. Queries, keys and values are never taken out of the buffer that the fused
-//! projection fills: they are views with its strides.
+//! ([`Cache::chunk`]) go in several passes. Layers of one window share an [`AttentionPlan`]. Queries, keys and values are
+//! never taken out of the buffer that the fused projection fills: they are views with its strides.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -317,7 +317,6 @@ impl Decoder {
             layer.down.apply(act, m, delta, threads);
             add_normed(x, delta, layer.ffn_post_norm.as_deref(), c.rms_eps, h);
         }
-
         Ok(())
     }
 
