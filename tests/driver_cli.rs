@@ -121,6 +121,8 @@ fn cache_cost_measures_both() {
     let points = object["points"].as_array().unwrap();
     let contexts: Vec<u64> = points.iter().map(|p| p["context"].as_u64().unwrap()).collect();
     assert_eq!(contexts, [16, 32, 40]);
+    // One token more than the longest context, in four layers of two heads of 32.
+    assert_eq!(object["cache_bytes"].as_u64(), Some(41 * 4 * 2 * (2 * 32) * 4));
     assert!(
         points.iter().all(|p| p["cached_ms"].as_f64().unwrap() > 0.0 && p["recomputed_ms"].as_f64().unwrap() > 0.0)
     );

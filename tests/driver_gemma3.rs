@@ -113,10 +113,11 @@ fn logits_are_the_references() {
     let mut worst = 0.0f64;
     for case in &REFERENCE.prompts {
         let ids = [case.ids.as_slice(), &case.greedy[..case.greedy.len() - 1]].concat();
-        let mut cache = Cache::new(decoder.config(), 1, ids.len(), DType::F32).unwrap();
+        // In pieces, for all logits of a long text are half a gigabyte. The rings of local layers are no longer than the window
+        // and such a piece: the longest text goes round.
+        let mut cache = Cache::with_chunk(decoder.config(), 1, ids.len(), 64, DType::F32).unwrap();
         let mut scratch = Scratch::default();
         let mut wanted = case.positions.iter().enumerate().peekable();
-        // In pieces, for all logits of a long text are half a gigabyte.
         for (piece, tokens) in ids.chunks(64).enumerate() {
             let logits = decoder.forward(&mut cache, &mut scratch, 0, &[tokens], Logits::All).unwrap();
             while let Some((i, position)) = wanted.next_if(|&(_, &p)| p < 64 * piece + tokens.len()) {
@@ -152,6 +153,24 @@ fn greedy_tokens_are_the_references() {
         for (case, token) in cases.iter().zip(&next) {
             assert_eq!(token[0], case.greedy[step], "{:?} step {step}", case.text);
         }
+    }
+}
+
+/// The prompt longer than the rings of local layers, which are rings of the window and 96 tokens.
+#[test]
+fn greedy_tokens_past_a_ring_are_the_references() {
+    let Some((decoder, _)) = MODEL.as_ref() else { return };
+    let case = REFERENCE.prompts.iter().max_by_key(|p| p.ids.len()).unwrap();
+    let (chunk, capacity) = (96, case.ids.len() + case.greedy.len());
+    let mut cache = Cache::with_chunk(decoder.config(), 1, capacity, chunk, DType::F32).unwrap();
+    assert!(case.ids.len() > WINDOW + chunk);
+    assert_eq!(cache.bytes(), (15 * (WINDOW + chunk) + 3 * capacity) * 2 * 256 * 4);
+    let mut scratch = Scratch::default();
+    let mut next = case.ids.clone();
+    for want in &case.greedy {
+        let logits = decoder.forward(&mut cache, &mut scratch, 0, &[&next], Logits::Last).unwrap();
+        next = vec![argmax(&logits).unwrap()];
+        assert_eq!(next[0], *want);
     }
 }
 

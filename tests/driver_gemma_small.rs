@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use gguf_writer::{T, V, Writer};
 use kvlane::DType;
 use kvlane::driver::gguf::Gguf;
-use kvlane::driver::{Cache, Decoder, ErrorKind, Logits, ModelFile, Scratch, Threads};
+use kvlane::driver::sampling::argmax;
+use kvlane::driver::{Cache, Decoder, ErrorKind, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Threads};
 
 const VOCAB: usize = 32;
 const DIM: usize = 16;
@@ -174,9 +175,10 @@ fn oracle(ids: &[usize]) -> Vec<f64> {
 
 const IDS: [u32; 15] = [2, 7, 31, 7, 0, 19, 4, 11, 28, 3, 3, 16, 9, 22, 14];
 
-fn compare(decoder: &Decoder, pieces: &[usize]) {
+/// `chunk` decides how long the rings of local layers are: with [`IDS`] they never go round.
+fn compare(decoder: &Decoder, chunk: usize, pieces: &[usize]) {
     let want = oracle(&IDS.map(|id| id as usize));
-    let mut cache = Cache::new(decoder.config(), 1, IDS.len(), DType::F32).unwrap();
+    let mut cache = Cache::with_chunk(decoder.config(), 1, IDS.len(), chunk, DType::F32).unwrap();
     let mut scratch = Scratch::default();
     let (mut got, mut rest) = (Vec::new(), &IDS[..]);
     for &n in pieces {
@@ -192,9 +194,155 @@ fn compare(decoder: &Decoder, pieces: &[usize]) {
 #[test]
 fn logits_are_the_definitions() {
     let decoder = decoder(&open(&writer()).unwrap());
-    compare(&decoder, &[IDS.len()]);
-    compare(&decoder, &[6, 1, 1, 7]);
-    compare(&decoder, &[1; IDS.len()]);
+    for chunk in [1, 2, 3, 5, IDS.len(), usize::MAX] {
+        compare(&decoder, chunk, &[IDS.len()]);
+        compare(&decoder, chunk, &[6, 1, 1, 7]);
+        compare(&decoder, chunk, &[1; IDS.len()]);
+    }
+}
+
+fn text(n: usize, seed: usize) -> Vec<u32> {
+    (0..n).map(|i| ((i * i * 7 + i * 13 + seed * 5) % VOCAB) as u32).collect()
+}
+
+fn worst(a: &[f32], b: &[f32]) -> f32 {
+    assert!(!a.is_empty() && a.len() == b.len());
+    a.iter().zip(b).fold(0.0, |worst, (a, b)| worst.max((a - b).abs()))
+}
+
+/// Rows of different lengths, in rings that go round many times and in rows that keep everything.
+#[test]
+fn rings_are_rows_that_keep_everything() {
+    let decoder = decoder(&open(&writer()).unwrap());
+    let texts = [text(90, 1), text(61, 2), text(7, 3)];
+    let run = |chunk: usize, dtype: DType| {
+        let mut cache = Cache::with_chunk(decoder.config(), 3, 100, chunk, dtype).unwrap();
+        let slots = (LAYERS - 1) * 100usize.min(WINDOW.saturating_add(chunk)) + 100;
+        assert_eq!(cache.bytes(), 3 * slots * 2 * KV_HEADS * HEAD_DIM * dtype.size());
+        let mut scratch = Scratch::default();
+        let mut logits = vec![Vec::new(); 3];
+        // Prompts of three lengths, then a token each until the shortest has none left, and so on.
+        let mut done = [0; 3];
+        for counts in [[40, 11, 0], [1, 0, 2]].into_iter().chain([[1, 1, 1]; 100]) {
+            let pieces: Vec<&[u32]> =
+                (0..3).map(|b| &texts[b][done[b]..texts[b].len().min(done[b] + counts[b])]).collect();
+            let mut got = &decoder.forward(&mut cache, &mut scratch, 0, &pieces, Logits::All).unwrap()[..];
+            for (b, piece) in pieces.iter().enumerate() {
+                let (row, rest) = got.split_at(piece.len() * VOCAB);
+                logits[b].extend_from_slice(row);
+                done[b] += piece.len();
+                got = rest;
+            }
+            assert!(got.is_empty());
+        }
+        assert_eq!(cache.lengths(), [90, 61, 7]);
+        logits.concat()
+    };
+    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 0.02), (DType::Bf16, 0.2)] {
+        let whole = run(100, dtype);
+        for chunk in [1, 4, 9] {
+            let worst = worst(&run(chunk, dtype), &whole);
+            assert!(worst < tolerance, "{dtype} {chunk}: {worst}");
+        }
+    }
+}
+
+/// Asked for the last tokens alone, passes in pieces give them in the order of the rows.
+#[test]
+fn last_tokens_come_in_the_order_of_rows() {
+    let decoder = decoder(&open(&writer()).unwrap());
+    let texts = [text(3, 1), text(20, 2), text(0, 3), text(11, 4)];
+    let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+    let run = |chunk: usize, logits: Logits| {
+        let mut cache = Cache::with_chunk(decoder.config(), 4, 20, chunk, DType::F32).unwrap();
+        let got = decoder.forward(&mut cache, &mut Scratch::default(), 0, &texts, logits).unwrap();
+        assert_eq!(cache.lengths(), [3, 20, 0, 11]);
+        got
+    };
+    assert!(run(4, Logits::None).is_empty());
+    let all = run(20, Logits::All);
+    let last: Vec<f32> = [3, 23, 34].iter().flat_map(|&end| &all[(end - 1) * VOCAB..end * VOCAB]).copied().collect();
+    assert!(worst(&run(4, Logits::Last), &last) < 1e-5);
+    assert!(worst(&run(4, Logits::All), &all) < 1e-5);
+}
+
+#[test]
+fn a_ring_gives_back_what_it_has() {
+    let decoder = decoder(&open(&writer()).unwrap());
+    let chunk = 3;
+    let mut scratch = Scratch::default();
+    let mut feed =
+        |cache: &mut Cache, ids: &[u32]| decoder.forward(cache, &mut scratch, 0, &[ids], Logits::All).unwrap();
+    let mut cache = Cache::with_chunk(decoder.config(), 1, 64, chunk, DType::F32).unwrap();
+    let first = feed(&mut cache, &IDS);
+    // One more than the chunk, and then no more, for what was overwritten stays so.
+    let n = IDS.len() - chunk - 1;
+    for (before, to) in [(IDS.len(), n - 1), (IDS.len(), 1)] {
+        let error = cache.truncate(0, to).unwrap_err().to_string();
+        assert!(error.contains(&format!("from {before} tokens to {to}")), "{error}");
+        assert_eq!(cache.len(0), before);
+    }
+    cache.truncate(0, n).unwrap();
+    assert!(cache.truncate(0, n - 1).is_err() && cache.len(0) == n);
+    feed(&mut cache, &[9, 9]);
+    assert!(cache.truncate(0, n - 1).is_err() && cache.len(0) == n + 2);
+    cache.truncate(0, n).unwrap();
+    cache.truncate(0, 99).unwrap();
+    let again = feed(&mut cache, &IDS[n..]);
+    assert!(worst(&again, &first[n * VOCAB..]) < 1e-5);
+    // An emptied row remembers nothing, and one that has not gone round gives back anything.
+    cache.truncate(0, 0).unwrap();
+    feed(&mut cache, &IDS[..WINDOW + chunk]);
+    cache.truncate(0, 1).unwrap();
+    assert!(worst(&feed(&mut cache, &IDS[1..]), &first[VOCAB..]) < 1e-5);
+
+    let error = Cache::with_chunk(decoder.config(), 1, 64, 0, DType::F32).unwrap_err();
+    assert!(error.kind() == ErrorKind::Argument && error.to_string().contains("at least 1"), "{error}");
+}
+
+/// Prompts longer than the rings, in a slot that had another before, beside one that runs.
+#[test]
+fn slots_with_rings_are_reused() {
+    let decoder = decoder(&open(&writer()).unwrap());
+    let (capacity, new) = (1200, 9);
+    let prompts = [text(1100, 1), text(40, 2), text(800, 3)];
+    let whole = |prompt: &[u32]| {
+        let mut cache = Cache::with_chunk(decoder.config(), 1, capacity, capacity, DType::F32).unwrap();
+        let mut scratch = Scratch::default();
+        let mut next = prompt.to_vec();
+        let step = |_| {
+            let logits = decoder.forward(&mut cache, &mut scratch, 0, &[&next], Logits::Last).unwrap();
+            next = vec![argmax(&logits).unwrap()];
+            next[0]
+        };
+        (0..new).map(step).collect::<Vec<u32>>()
+    };
+    let mut slots = Slots::new(&decoder, 2, capacity, DType::F32).unwrap();
+    let rings = Cache::with_chunk(decoder.config(), 2, capacity, capacity, DType::F32).unwrap();
+    assert!(slots.cache().bytes() < rings.bytes());
+    let request = |prompt: &[u32], max_tokens| Request {
+        prompt: prompt.to_vec(),
+        max_tokens,
+        sampling: SamplerOptions::default(),
+    };
+    let mut texts = [Vec::new(), Vec::new()];
+    let insert = |slots: &mut Slots, texts: &mut [Vec<u32>; 2], i: usize, n: usize| {
+        let event = slots.insert(request(&prompts[i], n), &mut |_| ()).unwrap();
+        texts[event.slot] = vec![event.token];
+        event.slot
+    };
+    let step = |slots: &mut Slots, texts: &mut [Vec<u32>; 2]| {
+        slots.step().unwrap().iter().for_each(|event| texts[event.slot].push(event.token));
+    };
+    assert_eq!(insert(&mut slots, &mut texts, 0, 3), 0);
+    assert_eq!(insert(&mut slots, &mut texts, 1, new), 1);
+    (0..2).for_each(|_| step(&mut slots, &mut texts));
+    assert_eq!(texts[0], whole(&prompts[0])[..3]);
+    assert_eq!(insert(&mut slots, &mut texts, 2, new), 0);
+    while slots.running() > 0 {
+        step(&mut slots, &mut texts);
+    }
+    assert_eq!(texts, [whole(&prompts[2]), whole(&prompts[1])]);
 }
 
 /// The last layers that differ: a pattern as a list of flags, and as what a file without one means.
@@ -295,6 +443,6 @@ fn a_hugging_face_directory_is_the_same_model() {
         let mut config = config.as_object().unwrap().clone();
         config.extend(more.as_object().unwrap().clone());
         std::fs::write(dir.join("config.json"), serde_json::to_string(&config).unwrap()).unwrap();
-        compare(&decoder(&ModelFile::open(&dir).unwrap()), &[8, 1, 6]);
+        compare(&decoder(&ModelFile::open(&dir).unwrap()), usize::MAX, &[8, 1, 6]);
     }
 }

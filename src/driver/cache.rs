@@ -6,7 +6,10 @@ use half::{bf16, f16};
 
 use super::error::{Error, Result};
 use super::model::{LayerConfig, ModelConfig};
-use crate::{DType, View, ViewMut};
+use crate::{Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, View, ViewMut};
+
+/// Prompt tokens in one pass. More would not make a pass more efficient, and its activations larger.
+pub const PREFILL_CHUNK: usize = 512;
 
 /// Elements of the type that the user chose for the cache.
 #[derive(Debug, Clone)]
@@ -22,15 +25,6 @@ impl Buffer {
             DType::F32 => Self::F32(vec![0.0; len]),
             DType::F16 => Self::F16(vec![f16::ZERO; len]),
             DType::Bf16 => Self::Bf16(vec![bf16::ZERO; len]),
-        }
-    }
-
-    /// Moves elements to `to`, which may be among them.
-    fn copy_within(&mut self, elements: Range<usize>, to: usize) {
-        match self {
-            Self::F32(v) => v.copy_within(elements, to),
-            Self::F16(v) => v.copy_within(elements, to),
-            Self::Bf16(v) => v.copy_within(elements, to),
         }
     }
 
@@ -57,29 +51,46 @@ struct LayerCache {
     k: Buffer,
     v: Buffer,
     shape: [usize; 4],
+    /// The layer's, as [`LayerConfig::window`]: with one, rows are rings.
+    window: Option<usize>,
 }
 
 /// Keys and values of every layer, zero at first.
 ///
 /// A row is a sequence of its own: its length says how many tokens it holds, and the next token's position is that number.
 /// What lies beyond the length is never read, whatever it is.
+///
+/// Layers with a window keep rings: a row of theirs has slots for the window and the tokens of one pass, whose first query
+/// sees a window that the last token must not have overwritten. The other layers keep every token.
 #[derive(Debug, Clone)]
 pub struct Cache {
     layers: Vec<LayerCache>,
     lengths: Vec<i32>,
+    /// The most tokens each row has had since it was emptied: what these overwrote in a ring is gone, whatever was forgotten
+    /// after that.
+    most: Vec<i32>,
     capacity: usize,
+    chunk: usize,
     dtype: DType,
 }
 
-/// The slots that a layer needs for sequences of up to `capacity` tokens; a position's slot is its own number.
-fn slots(_layer: &LayerConfig, capacity: usize) -> usize {
-    capacity
+/// The slots that a layer needs for sequences of up to `capacity` tokens, fed at most `chunk` at a time.
+fn slots(layer: &LayerConfig, capacity: usize, chunk: usize) -> usize {
+    layer.window.map_or(capacity, |window| window.saturating_add(chunk).min(capacity))
 }
 
 impl Cache {
-    /// Room for `rows` sequences of up to `capacity` tokens.
+    /// Room for `rows` sequences of up to `capacity` tokens, fed at most [`PREFILL_CHUNK`] at a time.
     pub fn new(config: &ModelConfig, rows: usize, capacity: usize, dtype: DType) -> Result<Self> {
-        let shape = |layer: &LayerConfig| [rows, slots(layer, capacity), config.kv_heads, config.head_dim];
+        Self::with_chunk(config, rows, capacity, PREFILL_CHUNK, dtype)
+    }
+
+    /// The same, fed at most `chunk` tokens of a row at a time: the fewer, the smaller the rings of layers with a window.
+    pub fn with_chunk(config: &ModelConfig, rows: usize, capacity: usize, chunk: usize, dtype: DType) -> Result<Self> {
+        if chunk == 0 {
+            return Err(Error::argument("0 tokens of a row in one pass; at least 1 is needed"));
+        }
+        let shape = |layer: &LayerConfig| [rows, slots(layer, capacity, chunk), config.kv_heads, config.head_dim];
         let elements = |shape: [usize; 4]| shape.iter().try_fold(1usize, |n, &e| n.checked_mul(e));
         let all = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(elements(shape(layer))?));
         let bytes = all.and_then(|n| n.checked_mul(2 * dtype.size()));
@@ -89,11 +100,18 @@ impl Cache {
                 config.layers.len()
             )));
         }
-        let layer = |layer| {
+        let layer = |layer: &LayerConfig| {
             let (shape, len) = (shape(layer), shape(layer).iter().product());
-            LayerCache { k: Buffer::zeros(dtype, len), v: Buffer::zeros(dtype, len), shape }
+            LayerCache { k: Buffer::zeros(dtype, len), v: Buffer::zeros(dtype, len), shape, window: layer.window }
         };
-        Ok(Self { layers: config.layers.iter().map(layer).collect(), lengths: vec![0; rows], capacity, dtype })
+        Ok(Self {
+            layers: config.layers.iter().map(layer).collect(),
+            lengths: vec![0; rows],
+            most: vec![0; rows],
+            capacity,
+            chunk,
+            dtype,
+        })
     }
 
     /// The number of sequences it has room for.
@@ -104,6 +122,11 @@ impl Cache {
     /// The number of tokens a row has room for.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// The most tokens of a row that one pass may feed.
+    pub fn chunk(&self) -> usize {
+        self.chunk
     }
 
     /// The type of the elements.
@@ -133,13 +156,33 @@ impl Cache {
     }
 
     /// Forgets all but the first `len` tokens of a row; no data moves.
-    pub fn truncate(&mut self, row: usize, len: usize) {
-        self.lengths[row] = self.lengths[row].min(i32::try_from(len).unwrap_or(i32::MAX));
+    ///
+    /// A ring that has gone round can only give back as many of the newest tokens as overwrote nothing that the next one
+    /// sees: one more than [`chunk`](Self::chunk). On an error nothing has changed. To forget all tokens is always possible.
+    pub fn truncate(&mut self, row: usize, len: usize) -> Result<()> {
+        let len = len.min(self.len(row));
+        if len == 0 {
+            self.reset(row);
+            return Ok(());
+        }
+        for &LayerCache { shape: [_, slots, ..], window, .. } in &self.layers {
+            let Some(window) = window else { continue };
+            let (seen, kept) = ((len + 1).saturating_sub(window), (self.most[row] as usize).saturating_sub(slots));
+            if seen < kept {
+                return Err(Error::argument(format!(
+                    "row {row} cannot go back from {} tokens to {len}: the next one would see those from {seen} on, but a \
+                     ring of {slots} slots holds those from {kept} on",
+                    self.len(row)
+                )));
+            }
+        }
+        self.lengths[row] = len as i32;
+        Ok(())
     }
 
     /// Forgets a row's tokens.
     pub fn reset(&mut self, row: usize) {
-        self.truncate(row, 0);
+        (self.lengths[row], self.most[row]) = (0, 0);
     }
 
     /// Room left in a row.
@@ -149,26 +192,40 @@ impl Cache {
 
     pub(super) fn advance(&mut self, row: usize, tokens: usize) {
         self.lengths[row] += tokens as i32;
+        self.most[row] = self.most[row].max(self.lengths[row]);
     }
 
-    /// Forgets a span of a row's tokens and moves those after it up; turning their keys is the caller's.
-    pub(super) fn remove(&mut self, row: usize, span: Range<usize>) {
-        let len = self.len(row);
-        for LayerCache { k, v, shape: [_, slots, heads, dim] } in &mut self.layers {
-            let at = |slot: usize| (row * *slots + slot) * *heads * *dim;
-            k.copy_within(at(span.end)..at(len), at(span.start));
-            v.copy_within(at(span.end)..at(len), at(span.start));
-        }
-        self.lengths[row] -= span.len() as i32;
+    /// [`KvCache::evict`] in all layers, none of which may have a window.
+    pub(super) fn evict(
+        &mut self,
+        context: &Context,
+        runner: &dyn Runner,
+        row: usize,
+        span: Range<usize>,
+        rotations: &[Option<KeyRotation>],
+    ) -> Result<()> {
+        let layers = self
+            .layers
+            .iter_mut()
+            .map(|LayerCache { k, v, shape, .. }| Ok(KvLayer { k: k.view_mut(*shape)?, v: Some(v.view_mut(*shape)?) }));
+        let mut layers = layers.collect::<Result<Vec<_>>>()?;
+        let mut cache = KvCache { layers: &mut layers, layout: Layout::Contiguous, lengths: &mut self.lengths };
+        Ok(cache.evict(context, runner, row, span, rotations)?)
+    }
+
+    /// Where a layer's tokens lie, and in how many slots a row.
+    pub(super) fn layout(&self, layer: usize) -> (Layout<'static>, usize) {
+        let &LayerCache { shape: [_, slots, ..], window, .. } = &self.layers[layer];
+        (if window.is_some() { Layout::Ring { sinks: 0 } } else { Layout::Contiguous }, slots)
     }
 
     pub(super) fn views(&self, layer: usize) -> Result<(View<'_>, View<'_>)> {
-        let LayerCache { k, v, shape } = &self.layers[layer];
+        let LayerCache { k, v, shape, .. } = &self.layers[layer];
         Ok((k.view(*shape)?, v.view(*shape)?))
     }
 
     pub(super) fn views_mut(&mut self, layer: usize) -> Result<(ViewMut<'_>, ViewMut<'_>)> {
-        let LayerCache { k, v, shape } = &mut self.layers[layer];
+        let LayerCache { k, v, shape, .. } = &mut self.layers[layer];
         Ok((k.view_mut(*shape)?, v.view_mut(*shape)?))
     }
 }

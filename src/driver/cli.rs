@@ -13,12 +13,12 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::bench::{Bench, bench};
-use super::cache::Cache;
+use super::cache::{Cache, PREFILL_CHUNK};
 use super::decoder::{Decoder, Logits, Scratch};
 use super::embedded;
 use super::error::{Error, ErrorKind, Result};
 use super::model::{Activation, ModelConfig, ModelFile, RopeConfig, Stretch};
-use super::runner::{Finish, PREFILL_CHUNK, Request, Slots, Streaming};
+use super::runner::{Finish, Request, Slots, Streaming};
 use super::sampling::SamplerOptions;
 use super::threads::Threads;
 use super::tokenizer::Tokenizer;
@@ -519,7 +519,16 @@ fn inspect(args: &Inspect) -> Result<()> {
         ("context", format!("{} tokens", c.context)),
         (
             "cache",
-            format!("{} bytes a token in f32, {} in f16 or bf16", token_bytes(DType::F32), token_bytes(DType::F16)),
+            format!(
+                "{} bytes a token in f32, {} in f16 or bf16{}",
+                token_bytes(DType::F32),
+                token_bytes(DType::F16),
+                if c.layers.iter().any(|l| l.window.is_some()) {
+                    format!("; local layers keep the tokens of their window and {PREFILL_CHUNK} more")
+                } else {
+                    String::new()
+                }
+            ),
         ),
         ("starts with", tokens(c.bos.as_slice(), named)),
         ("ends with", tokens(&c.eos, named)),
@@ -579,9 +588,7 @@ fn cache_cost(args: &CacheCost) -> Result<()> {
     for &n in &lengths {
         let mut feed = |cache: &mut Cache, ids: &[u32]| -> Result<Duration> {
             let start = Instant::now();
-            for chunk in ids.chunks(PREFILL_CHUNK) {
-                decoder.forward(cache, &mut scratch, 0, &[chunk], Logits::Last)?;
-            }
+            decoder.forward(cache, &mut scratch, 0, &[ids], Logits::Last)?;
             Ok(start.elapsed())
         };
         cache.reset(0);
@@ -589,7 +596,7 @@ fn cache_cost(args: &CacheCost) -> Result<()> {
         progress.inc(n as u64);
         let mut with = Vec::new();
         for _ in 0..9 {
-            cache.truncate(0, n);
+            cache.truncate(0, n)?;
             with.push(feed(&mut cache, &ids[n..=n])?);
         }
         let mut without = Vec::new();
@@ -608,6 +615,7 @@ fn cache_cost(args: &CacheCost) -> Result<()> {
             "threads": decoder.threads().count(),
             "isa": decoder.context().isa().name(),
             "kv_type": args.run.kv_type.name(),
+            "cache_bytes": cache.bytes(),
             "points": rows.iter().map(|(n, with, without)| json!({
                 "context": n, "cached_ms": with, "recomputed_ms": without,
             })).collect::<Vec<_>>(),
@@ -621,11 +629,13 @@ fn cache_cost(args: &CacheCost) -> Result<()> {
     }
     print(&text)?;
     eprintln!(
-        "{}, {} threads, {}, cache in {}",
+        "{}, {} threads, {}, cache in {}, {} for {} tokens",
         decoder.config().name.as_deref().unwrap_or("model"),
         decoder.threads().count(),
         decoder.context().isa(),
-        args.run.kv_type
+        args.run.kv_type,
+        mebibytes(cache.bytes()),
+        cache.capacity()
     );
     Ok(())
 }

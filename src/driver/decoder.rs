@@ -12,20 +12,23 @@
 //!
 //! One function, [`Decoder::forward`], serves prefill, chunked prefill and decode: it appends any number of tokens to any
 //! row of the cache. The activations of a pass are a rectangle `[rows, longest]`; a row with fewer tokens is padded, and
-//! `counts` keeps its padding out of the cache. Queries, keys and values are never taken out of the buffer that the fused
-//! projection fills: they are views with its strides.
+//! `counts` keeps its padding out of the cache. More tokens of a row than the cache's rings allow for at a time
+//! ([`Cache::chunk`]) go in several passes. Layers of one window share an [`AttentionPlan`]. Queries, keys and values are
+//! never taken out of the buffer that the fused projection fills: they are views with its strides.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::cache::Cache;
 use super::error::{Error, Result};
-use super::model::{Activation, ModelConfig, Weights};
+use super::model::{Activation, LayerConfig, ModelConfig, Weights};
 use super::threads::Threads;
 use crate::{
-    AttentionOptions, AttentionTensors, Context, Destination, Isa, KvWrite, Packing, Positions, Rope, RopeAngles,
-    RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
+    AttentionOptions, AttentionPlan, AttentionTensors, Context, Destination, Isa, KeyRotation, KvWrite, Packing,
+    Positions, Rope, RopeAngles, RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
 };
 
 /// Which positions of a pass get logits.
@@ -106,7 +109,8 @@ impl Decoder {
     /// Appends `tokens[i]` to row `first_row + i` of the cache, for each i, and gives the logits asked for: `[n, vocab]`,
     /// rows in order, where n is the number of tokens ([`Logits::All`]) or of rows with any ([`Logits::Last`]).
     ///
-    /// Rows may differ in length and in the number of tokens they get, which may be 0. On an error no length has changed.
+    /// Rows may differ in length and in the number of tokens they get, which may be 0. Bad arguments are refused before any
+    /// length has changed; should a kernel fail, the rows have the tokens of the passes before it.
     pub fn forward(
         &self,
         cache: &mut Cache,
@@ -116,11 +120,28 @@ impl Decoder {
         logits: Logits,
     ) -> Result<Vec<f32>> {
         self.check(cache, first_row, tokens)?;
-        let result = self.threads.run(|| self.pass(cache, scratch, first_row, tokens, logits))?;
-        for (i, row) in tokens.iter().enumerate() {
-            cache.advance(first_row + i, row.len());
+        let (dim, chunk) = (self.config.dim, cache.chunk());
+        let longest = tokens.iter().map(|ids| ids.len()).max().unwrap_or(0);
+        let mut wanted = vec![Vec::new(); tokens.len()];
+        for start in (0..longest).step_by(chunk) {
+            let part = |ids: &[u32]| start.min(ids.len())..ids.len().min(start.saturating_add(chunk));
+            let pieces: Vec<&[u32]> = tokens.iter().map(|ids| &ids[part(ids)]).collect();
+            let seq = chunk.min(longest - start);
+            self.threads.run(|| self.pass(cache, scratch, first_row, &pieces, seq))?;
+            for (b, (ids, wanted)) in tokens.iter().zip(&mut wanted).enumerate() {
+                cache.advance(first_row + b, part(ids).len());
+                let from = match logits {
+                    Logits::None => ids.len(),
+                    Logits::Last => ids.len().saturating_sub(1),
+                    Logits::All => 0,
+                };
+                let row = &scratch.x[b * seq * dim..];
+                for t in from.max(start)..part(ids).end {
+                    wanted.extend_from_slice(&row[(t - start) * dim..][..dim]);
+                }
+            }
         }
-        Ok(result)
+        Ok(self.threads.run(|| self.logits(&wanted.concat())))
     }
 
     /// Forgets the tokens `span` of a row and closes the gap: those after it get the positions from `span.start` on, to
@@ -128,38 +149,19 @@ impl Decoder {
     ///
     /// Every key that moves is rounded once to the cache's type. On an error nothing has changed.
     pub fn evict(&self, cache: &mut Cache, row: usize, span: Range<usize>) -> Result<()> {
-        if row >= cache.rows() {
-            return Err(Error::argument(format!("row {row}, but the cache has {} rows", cache.rows())));
-        }
-        let len = cache.len(row);
-        if span.start > span.end || span.end > len {
-            return Err(Error::argument(format!("tokens {span:?} of row {row}, which holds {len}")));
-        }
         if let Some(n) = self.config.layers.iter().find_map(|l| l.window) {
             return Err(Error::unsupported(format!(
                 "forgetting tokens of a model with layers that see {n} positions only"
             )));
         }
-        let turns = vec![-(span.len() as i32); len - span.end];
-        self.threads.run(|| {
-            for (i, layer) in self.config.layers.iter().enumerate() {
-                let rope = &self.config.ropes[layer.rope];
-                // Keys have the magnitude of cosines and sines already.
-                let frequencies =
-                    RopeFrequencies::from_inv_freq(self.frequencies[layer.rope].inv_freq().to_vec(), 1.0)?;
-                let back = Rope {
-                    pairing: rope.pairing,
-                    rotary_dim: rope.rotary_dim,
-                    angles: RopeAngles::Frequencies(&frequencies),
-                    positions: Positions::Explicit(&turns),
-                };
-                let (keys, _) = cache.views_mut(i)?;
-                rope_in_place(&self.context, &self.threads, keys.rows(row, 1)?.seq(span.end, turns.len())?, &back)?;
-            }
-            Ok::<(), Error>(())
-        })?;
-        cache.remove(row, span);
-        Ok(())
+        let rotation = |layer: &LayerConfig| {
+            Some(KeyRotation {
+                pairing: self.config.ropes[layer.rope].pairing,
+                frequencies: &self.frequencies[layer.rope],
+            })
+        };
+        let rotations: Vec<_> = self.config.layers.iter().map(rotation).collect();
+        cache.evict(&self.context, &self.threads, row, span, &rotations)
     }
 
     fn check(&self, cache: &Cache, first_row: usize, tokens: &[&[u32]]) -> Result<()> {
@@ -190,20 +192,18 @@ impl Decoder {
         Ok(())
     }
 
+    /// Feeds the layers with up to `seq` tokens a row; what they make of each, `[rows, seq, dim]`, is left in `scratch.x`.
     fn pass(
         &self,
         cache: &mut Cache,
         scratch: &mut Scratch,
         first_row: usize,
         tokens: &[&[u32]],
-        logits: Logits,
-    ) -> Result<Vec<f32>> {
+        seq: usize,
+    ) -> Result<()> {
         let c = &self.config;
-        let (batch, seq) = (tokens.len(), tokens.iter().map(|t| t.len()).max().unwrap_or(0));
+        let batch = tokens.len();
         let m = batch * seq;
-        if m == 0 {
-            return Ok(Vec::new());
-        }
         let threads = self.threads.count();
         let (q_dim, kv_dim) = (c.q_dim(), c.kv_dim());
         let width = q_dim + 2 * kv_dim;
@@ -242,9 +242,7 @@ impl Decoder {
                 positions: Positions::Offsets(&positions),
             })
             .collect();
-        let options = AttentionOptions {
-            scale: c.attn_scale,
-            softcap: c.attn_softcap,
+        let rows = AttentionOptions {
             causal: true,
             lengths: Some(&lengths),
             // Not the default, which would count back from the last query: in a short row that one is padding.
@@ -254,6 +252,15 @@ impl Decoder {
         let strides = [(seq * width) as i64, width as i64, c.head_dim as i64, 1];
         let q_shape = [batch, seq, c.heads, c.head_dim];
         let kv_shape = [batch, seq, c.kv_heads, c.head_dim];
+        let mut plans = BTreeMap::new();
+        for (i, kind) in c.layers.iter().enumerate() {
+            if let Entry::Vacant(entry) = plans.entry(kind.window) {
+                let (layout, slots) = cache.layout(i);
+                // A window counts the query's own position, `window_left` does not.
+                let rows = AttentionOptions { window_left: kind.window.map(|n| n as u32 - 1), layout, ..rows };
+                entry.insert(AttentionPlan::new(q_shape, [batch, slots, c.kv_heads, c.head_dim], &rows)?);
+            }
+        }
 
         for (i, (layer, kind)) in self.weights.layers.iter().zip(&c.layers).enumerate() {
             let rope = ropes[kind.rope];
@@ -263,6 +270,7 @@ impl Decoder {
                 head_norms(qkv, width, (q_dim, q_norm), (kv_dim, k_norm), c.rms_eps);
             }
             rope_in_place(&self.context, &self.threads, ViewMut::strided(qkv, 0, q_shape, strides)?, &rope)?;
+            let (layout, _) = cache.layout(i);
             let (k_cache, v_cache) = cache.views_mut(i)?;
             kv_write(
                 &self.context,
@@ -272,7 +280,7 @@ impl Decoder {
                     v: View::strided(qkv, q_dim + kv_dim, kv_shape, strides)?,
                     k_cache: k_cache.rows(first_row, batch)?,
                     v_cache: v_cache.rows(first_row, batch)?,
-                    to: Destination { positions: &positions, counts: Some(&counts), ..Default::default() },
+                    to: Destination { positions: &positions, counts: Some(&counts), layout, ..Default::default() },
                     k_norm: None,
                     rope: Some(rope),
                     v_packing: Packing::Rows,
@@ -290,8 +298,12 @@ impl Decoder {
                     out: ViewMut::new(attn, q_shape)?,
                     lse: None,
                 },
-                // A window counts the query's own position, `window_left` does not.
-                &AttentionOptions { window_left: kind.window.map(|n| n as u32 - 1), ..options },
+                &AttentionOptions {
+                    scale: c.attn_scale,
+                    softcap: c.attn_softcap,
+                    plan: Some(&plans[&kind.window]),
+                    ..Default::default()
+                },
             )?;
             layer.attn_out.apply(attn, m, delta, threads);
             add_normed(x, delta, layer.attn_post_norm.as_deref(), c.rms_eps, h);
@@ -305,28 +317,21 @@ impl Decoder {
             layer.down.apply(act, m, delta, threads);
             add_normed(x, delta, layer.ffn_post_norm.as_deref(), c.rms_eps, h);
         }
+        Ok(())
+    }
 
-        let wanted: Vec<usize> = tokens
-            .iter()
-            .enumerate()
-            .flat_map(|(b, ids)| {
-                let from = match logits {
-                    Logits::None => ids.len(),
-                    Logits::Last => ids.len().saturating_sub(1),
-                    Logits::All => 0,
-                };
-                (from..ids.len()).map(move |t| b * seq + t)
-            })
-            .collect();
-        let rows: Vec<f32> = wanted.iter().flat_map(|&i| &x[i * c.dim..][..c.dim]).copied().collect();
-        let normed = &mut h[..rows.len()];
-        rms_norm(&rows, &self.weights.output_norm, c.rms_eps, normed);
-        let mut out = vec![0.0; wanted.len() * c.vocab];
-        self.weights.head().apply(normed, wanted.len(), &mut out, threads);
+    /// What the layers made of tokens, `[n, dim]`, as logits, `[n, vocab]`.
+    fn logits(&self, x: &[f32]) -> Vec<f32> {
+        let c = &self.config;
+        let n = x.len() / c.dim;
+        let mut normed = vec![0.0; x.len()];
+        rms_norm(x, &self.weights.output_norm, c.rms_eps, &mut normed);
+        let mut out = vec![0.0; n * c.vocab];
+        self.weights.head().apply(&normed, n, &mut out, self.threads.count());
         if let Some(cap) = c.logit_softcap {
             out.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
         }
-        Ok(out)
+        out
     }
 }
 

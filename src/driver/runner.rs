@@ -14,9 +14,6 @@ use super::error::{Error, Result};
 use super::sampling::{Sampler, SamplerOptions};
 use crate::DType;
 
-/// Prompt tokens in one pass. More would not make a pass more efficient, and its activations larger.
-pub const PREFILL_CHUNK: usize = 512;
-
 /// What to generate.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -199,7 +196,7 @@ impl<'a> Slots<'a> {
         while done < ids.len() {
             self.make_room(slot)?;
             // A row without room for one token is the decoder's to refuse.
-            let most = PREFILL_CHUNK.min(self.cache.room(slot)).max(1);
+            let most = self.cache.chunk().min(self.cache.room(slot)).max(1);
             let chunk = &ids[done..ids.len().min(done + most)];
             done += chunk.len();
             let want = if done == ids.len() { Logits::Last } else { Logits::None };
