@@ -56,12 +56,29 @@ structs! {
     kvl_kv_write_params {
         struct_size: usize, k: kvl_const_view, v: kvl_const_view, k_cache: kvl_view, v_cache: kvl_view,
         positions: *const i32, counts: *const i32, rows: *const i32, slots: *const i32, rope: *const kvl_rope_params,
+        layout: *const kvl_layout, k_norm: *const kvl_rms_norm_params, v_packing: i32, reserved: i32,
+    }
+    kvl_layout {
+        struct_size: usize, kind: i32, sinks: i32, rows: i64, pages_per_row: i64, table: *const i32,
+    }
+    kvl_rms_norm_params { struct_size: usize, weight: *const f32, eps: f32, reserved: i32 }
+    kvl_bit_mask {
+        struct_size: usize, data: *const u8, bytes: usize, offset: i64, shape: [i64; 4], strides: [i64; 3],
+        first_keys: *const i32,
+    }
+    kvl_kv_layer { k: kvl_view, v: kvl_view }
+    kvl_cache {
+        struct_size: usize, layers: *const kvl_kv_layer, num_layers: usize, layout: *const kvl_layout, lengths: *mut i32,
+    }
+    kvl_shard {
+        struct_size: usize, data: i64, num_data: i64, model: i64, num_model: i64, sequence: i64, num_sequence: i64,
     }
     kvl_attention_params {
         struct_size: usize, q: kvl_const_view, k: kvl_const_view, v: kvl_const_view, out: kvl_view, lse: *mut f32,
         scale: f32, softcap: f32, flags: u32, reserved: i32, window_left: i64, window_right: i64, lengths: *const i32,
         starts: *const i32, offsets: *const i32, mask: kvl_mask, bias: kvl_const_view, alibi_slopes: *const f32,
-        sinks: *const f32, precision: i32, reserved2: i32,
+        sinks: *const f32, precision: i32, reserved2: i32, layout: *const kvl_layout, query_starts: *const i32,
+        rows: i64, prefixes: *const i32, bit_mask: *const kvl_bit_mask, plan: *const kvl_plan,
     }
     kvl_attention_state { out: kvl_const_view, lse: *const f32 }
 }
@@ -71,6 +88,9 @@ pub type kvl_task = unsafe extern "C" fn(*mut c_void, usize);
 /// Only ever behind a pointer.
 #[repr(C)]
 pub struct kvl_context([u8; 0]);
+/// Only ever behind a pointer.
+#[repr(C)]
+pub struct kvl_plan([u8; 0]);
 /// Only ever behind a pointer.
 #[repr(C)]
 pub struct kvl_thread_pool([u8; 0]);
@@ -138,6 +158,166 @@ unsafe extern "C" {
         lse: *mut f32,
     ) -> i32;
     pub fn kvl_alibi_slopes(slopes: *mut f32, heads: i64) -> i32;
+    pub fn kvl_attention_with_prefix_workspace_size(
+        prefix_k: *const kvl_const_view,
+        params: *const kvl_attention_params,
+        runner: Runner,
+        bytes: *mut usize,
+    ) -> i32;
+    pub fn kvl_attention_with_prefix(
+        context: Context,
+        runner: Runner,
+        workspace: *mut u8,
+        workspace_bytes: usize,
+        prefix_k: *const kvl_const_view,
+        prefix_v: *const kvl_const_view,
+        params: *const kvl_attention_params,
+    ) -> i32;
+    pub fn kvl_plan_create(params: *const kvl_attention_params, plan: *mut *mut kvl_plan) -> i32;
+    pub fn kvl_plan_update(plan: *mut kvl_plan, params: *const kvl_attention_params) -> i32;
+    pub fn kvl_plan_advance(plan: *mut kvl_plan, counts: *const i32, rows: i64) -> i32;
+    pub fn kvl_plan_set_table(plan: *mut kvl_plan, row: i64, first: i64, entries: *const i32, count: i64) -> i32;
+    pub fn kvl_plan_destroy(plan: *mut kvl_plan);
+    pub fn kvl_context_v_packing(context: Context, dtype: i32, packing: *mut i32) -> i32;
+    pub fn kvl_rms_norm(
+        context: Context,
+        runner: Runner,
+        src: *const kvl_const_view,
+        dst: *const kvl_view,
+        params: *const kvl_rms_norm_params,
+    ) -> i32;
+    pub fn kvl_rms_norm_rope(
+        context: Context,
+        runner: Runner,
+        src: *const kvl_const_view,
+        dst: *const kvl_view,
+        norm: *const kvl_rms_norm_params,
+        rope: *const kvl_rope_params,
+    ) -> i32;
+    pub fn kvl_pack_row_pairs(
+        context: Context,
+        runner: Runner,
+        src: *const kvl_const_view,
+        dst: *const kvl_view,
+    ) -> i32;
+    pub fn kvl_unpack_row_pairs(
+        context: Context,
+        runner: Runner,
+        src: *const kvl_const_view,
+        dst: *const kvl_view,
+    ) -> i32;
+    pub fn kvl_cache_set_lengths(cache: *const kvl_cache, rows: *const i32, values: *const i32, num_rows: usize)
+    -> i32;
+    pub fn kvl_cache_advance(cache: *const kvl_cache, counts: *const i32) -> i32;
+    pub fn kvl_cache_truncate(cache: *const kvl_cache, lengths: *const i32, window: i64) -> i32;
+    pub fn kvl_cache_reset(
+        runner: Runner,
+        cache: *const kvl_cache,
+        rows: *const i32,
+        num_rows: usize,
+        zero: i32,
+    ) -> i32;
+    pub fn kvl_cache_insert_row(
+        context: Context,
+        runner: Runner,
+        to: *const kvl_cache,
+        row: i64,
+        from: *const kvl_cache,
+        from_row: i64,
+        length: i64,
+    ) -> i32;
+    pub fn kvl_cache_copy_prefix(
+        context: Context,
+        runner: Runner,
+        cache: *const kvl_cache,
+        from: i64,
+        to: *const i32,
+        num_to: usize,
+        tokens: i64,
+    ) -> i32;
+    pub fn kvl_cache_reorder_workspace_size(cache: *const kvl_cache, runner: Runner, bytes: *mut usize) -> i32;
+    pub fn kvl_cache_reorder(
+        context: Context,
+        runner: Runner,
+        workspace: *mut u8,
+        workspace_bytes: usize,
+        cache: *const kvl_cache,
+        parents: *const i32,
+    ) -> i32;
+    pub fn kvl_cache_reorder_table_workspace_size(rows: i64, capacity: i64, bytes: *mut usize) -> i32;
+    pub fn kvl_cache_reorder_table(
+        workspace: *mut u8,
+        workspace_bytes: usize,
+        table: *mut i32,
+        rows: i64,
+        capacity: i64,
+        lengths: *mut i32,
+        parents: *const i32,
+    ) -> i32;
+    pub fn kvl_cache_set_table_tokens(
+        table: *mut i32,
+        rows: i64,
+        capacity: i64,
+        positions: *const i32,
+        tokens: i64,
+    ) -> i32;
+    pub fn kvl_cache_evict(
+        context: Context,
+        runner: Runner,
+        cache: *const kvl_cache,
+        row: i64,
+        first: i64,
+        end: i64,
+        ropes: *const *const kvl_rope_params,
+        num_ropes: usize,
+    ) -> i32;
+    pub fn kvl_cache_copy_pages(
+        context: Context,
+        runner: Runner,
+        layers: *const kvl_kv_layer,
+        num_layers: usize,
+        moves: *const i32,
+        num_moves: usize,
+    ) -> i32;
+    pub fn kvl_cache_defragment(
+        context: Context,
+        runner: Runner,
+        layers: *const kvl_kv_layer,
+        num_layers: usize,
+        table: *mut i32,
+        rows: i64,
+        pages_per_row: i64,
+        lengths: *const i32,
+        map: *mut i32,
+        used: *mut i64,
+    ) -> i32;
+    pub fn kvl_shard_from_rank(rank: i64, shard: *mut kvl_shard) -> i32;
+    pub fn kvl_shard_rows(shard: *const kvl_shard, batch: i64, first: *mut i64, count: *mut i64) -> i32;
+    pub fn kvl_shard_heads(
+        shard: *const kvl_shard,
+        heads: i64,
+        kv_heads: i64,
+        first_head: *mut i64,
+        num_heads: *mut i64,
+        first_kv_head: *mut i64,
+        num_kv_heads: *mut i64,
+    ) -> i32;
+    pub fn kvl_shard_keys(shard: *const kvl_shard, capacity: i64, first: *mut i64, count: *mut i64) -> i32;
+    pub fn kvl_shard_lengths(
+        first: i64,
+        count: i64,
+        batch: i64,
+        seq: i64,
+        lengths: *const i32,
+        starts: *const i32,
+        offsets: *const i32,
+        local_lengths: *mut i32,
+        local_starts: *mut i32,
+        local_offsets: *mut i32,
+    ) -> i32;
+    pub fn kvl_shard_slots(first: i64, count: i64, batch: i64, seq: i64, positions: *const i32, slots: *mut i32)
+    -> i32;
+    pub fn kvl_shard_view(view: *const kvl_view, axis: i32, first: i64, count: i64, part: *mut kvl_view) -> i32;
 }
 
 /// The struct's name and fields, of every struct that the header defines.

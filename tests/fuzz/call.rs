@@ -114,6 +114,24 @@ impl<'a> Call<'a> {
         hit
     }
 
+    /// Whether nothing is wrong so far, nor will be.
+    pub fn is_right(&self) -> bool {
+        self.rate == 0.0
+    }
+
+    /// What is about to be done may be wrong.
+    pub fn allow_error(&mut self) {
+        self.spoiled = true;
+    }
+
+    /// Does something of which nothing is spoiled, whatever becomes of the rest.
+    pub fn rightly<T>(&mut self, what: impl FnOnce(&mut Self) -> T) -> T {
+        let rate = std::mem::replace(&mut self.rate, 0.0);
+        let result = what(self);
+        self.rate = rate;
+        result
+    }
+
     pub fn maybe(&mut self, probability: f64) -> bool {
         self.rng.chance(probability)
     }
@@ -146,6 +164,13 @@ impl<'a> Call<'a> {
 
     pub fn dtype(&mut self) -> i32 {
         self.rng.pick(&[0, 1, 2])
+    }
+
+    /// The numbers below `n` in any order.
+    pub fn permutation(&mut self, n: usize) -> Vec<i32> {
+        let mut all: Vec<i32> = (0..n as i32).collect();
+        (1..n).for_each(|i| all.swap(i, self.rng.below(i + 1)));
+        all
     }
 
     /// Batch rows, tokens, heads, head size: small, with the sizes of vectors and one more or less among the last.
@@ -457,6 +482,33 @@ impl<'a> Call<'a> {
         });
     }
 
+    /// As [`Self::writes`], where slots of values lie in pairs: `which` is asked for [batch, slot, head].
+    pub fn writes_pairs(&mut self, packed: &Tensor, which: impl Fn([usize; 3]) -> bool) {
+        if !packed.fits(&self.arena) || packed.is_empty() {
+            return;
+        }
+        let step = if packed.shape[3] > 1 { packed.strides[3] } else { 0 };
+        for odd in 0..2 {
+            let mut half = *packed;
+            half.shape[3] /= 2;
+            half.strides[3] = 2 * step;
+            half.data = half.data.wrapping_offset(odd as isize * step as isize * element_size(packed.dtype) as isize);
+            self.writes(&half, |[b, s, h]| which([b, 2 * s + odd, h]));
+        }
+    }
+
+    /// The [batch, seq, head] of a tensor that the call may write, whatever is in them afterwards.
+    pub fn touches(&mut self, tensor: &Tensor, which: impl Fn([usize; 3]) -> bool) {
+        if !tensor.fits(&self.arena) {
+            return;
+        }
+        tensor.for_each_row(|index, row| {
+            if which(index) {
+                row.ranges(&mut self.written);
+            }
+        });
+    }
+
     /// `n` bytes that the call may write, whatever is in them afterwards.
     pub fn may_write<T>(&mut self, at: *mut T, n: Option<i64>) {
         if let Some(n) = n.filter(|&n| n > 0 && !at.is_null()) {
@@ -467,6 +519,12 @@ impl<'a> Call<'a> {
     /// To be called last before the library: from here on nothing changes but by it.
     pub fn ready(&mut self) {
         self.arena.remember();
+    }
+
+    /// As [`Self::check`], for a call that does not look at all that there is.
+    pub fn check_answer(mut self, status: i32) -> i32 {
+        self.tensors.clear();
+        self.check(status)
     }
 
     /// To be called with the library's answer.

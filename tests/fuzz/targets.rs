@@ -4,8 +4,11 @@
 //! adds it in `abi.rs` and gives it values here.
 
 use crate::abi::*;
+use crate::attention::*;
+use crate::caches::*;
 use crate::call::{Call, List, product};
-use crate::memory::MASK;
+use crate::places::*;
+use crate::shards::*;
 use std::ffi::CStr;
 use std::mem::offset_of;
 
@@ -23,18 +26,51 @@ macro_rules! targets {
 }
 
 targets! {
-    35 kvl_attention: attention,
-    15 kvl_kv_write: kv_write,
-    10 kvl_rope: rope,
-    10 kvl_merge_states: merge_states,
-    8 kvl_repeat_kv: repeat_kv,
-    5 kvl_attention_workspace_size: attention_workspace_size,
+    60 kvl_attention: attention,
+    20 kvl_attention_with_prefix: attention_with_prefix,
+    30 kvl_kv_write: kv_write,
+    8 kvl_rope: rope,
+    8 kvl_rms_norm: rms_norm,
+    8 kvl_rms_norm_rope: rms_norm_rope,
+    8 kvl_merge_states: merge_states,
+    6 kvl_repeat_kv: repeat_kv,
+    6 kvl_pack_row_pairs: pack_row_pairs,
+    6 kvl_unpack_row_pairs: unpack_row_pairs,
+    4 kvl_attention_workspace_size: attention_workspace_size,
+    4 kvl_attention_with_prefix_workspace_size: attention_with_prefix_workspace_size,
+    6 kvl_plan_create: plan_create,
+    6 kvl_plan_update: plan_update,
+    6 kvl_plan_advance: plan_advance,
+    6 kvl_plan_set_table: plan_set_table,
+    1 kvl_plan_destroy: plan_destroy,
+    6 kvl_cache_set_lengths: cache_set_lengths,
+    6 kvl_cache_advance: cache_advance,
+    6 kvl_cache_truncate: cache_truncate,
+    8 kvl_cache_reset: cache_reset,
+    12 kvl_cache_insert_row: cache_insert_row,
+    10 kvl_cache_copy_prefix: cache_copy_prefix,
+    2 kvl_cache_reorder_workspace_size: cache_reorder_workspace_size,
+    8 kvl_cache_reorder: cache_reorder,
+    1 kvl_cache_reorder_table_workspace_size: cache_reorder_table_workspace_size,
+    6 kvl_cache_reorder_table: cache_reorder_table,
+    4 kvl_cache_set_table_tokens: cache_set_table_tokens,
+    10 kvl_cache_evict: cache_evict,
+    8 kvl_cache_copy_pages: cache_copy_pages,
+    8 kvl_cache_defragment: cache_defragment,
+    2 kvl_shard_from_rank: shard_from_rank,
+    2 kvl_shard_rows: shard_rows,
+    2 kvl_shard_heads: shard_heads,
+    2 kvl_shard_keys: shard_keys,
+    4 kvl_shard_lengths: shard_lengths,
+    4 kvl_shard_slots: shard_slots,
+    3 kvl_shard_view: shard_view,
     5 kvl_rope_frequencies: rope_frequencies,
     5 kvl_rope_table: rope_table,
     1 kvl_alibi_slopes: alibi_slopes,
     1 kvl_context_create: context_create,
     1 kvl_context_destroy: context_destroy,
     1 kvl_context_isa: context_isa,
+    1 kvl_context_v_packing: context_v_packing,
     1 kvl_context_kernel_name: context_kernel_name,
     1 kvl_context_attention_kernel_name: context_attention_kernel_name,
     1 kvl_kernel_info_at: kernel_info_at,
@@ -51,146 +87,7 @@ targets! {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Attention
-
-fn attention(mut c: Call) -> i32 {
-    c.spoil_rate(0.05);
-    let [mut batch, mut seq, mut kv_heads, dim] = c.shape();
-    let v_dim = if c.maybe(0.7) { dim } else { c.dim() };
-    let keys = match c.rng.below(40) {
-        0 => 0,
-        // More than a chunk of the kernels, and of one short row, or it would take long.
-        1 => c.rng.between(1000, 1100) as i64,
-        2..=5 => c.rng.between(60, 200) as i64,
-        _ => c.rng.between(1, 50) as i64,
-    };
-    if keys > 200 {
-        (batch, seq, kv_heads) = (1, seq.min(2), 1);
-    }
-    let (dim, v_dim) = if keys > 50 { (dim.min(70), v_dim.min(70)) } else { (dim, v_dim) };
-    let heads = kv_heads * c.rng.between(1, 4) as i64;
-    let kv = c.dtype();
-    let (q_type, out_type, bias_type) = (c.dtype(), c.dtype(), c.dtype());
-    let mut q = c.tensor(q_type, [batch, seq, heads, dim], true);
-    let mut k = c.tensor(kv, [batch, keys, kv_heads, dim], true);
-    let mut v = c.tensor(kv, [batch, keys, kv_heads, v_dim], true);
-    let mut out = c.tensor(out_type, [batch, seq, heads, v_dim], false);
-    let scores = [batch, seq, heads, keys];
-    let mut mask = c.maybe(0.25).then(|| c.tensor(MASK, scores, true));
-    let mut bias = c.maybe(0.25).then(|| c.tensor(bias_type, scores, true));
-    c.alias(&mut out, &q);
-    c.alias(&mut out, &v);
-    c.alias(&mut k, &v);
-    for tensor in [&mut q, &mut k, &mut v, &mut out].into_iter().chain(&mut mask).chain(&mut bias) {
-        c.settle(tensor);
-    }
-    if k.shape[1] == v.shape[1] && k.shape[1] > 1 << 16 {
-        // It would be right, and take for ever.
-        v.shape[1] -= 1;
-    }
-
-    let wrong = [i32::MIN, -1, keys as i32 + 1, i32::MAX];
-    let rows = (q.shape[0] >= 0).then_some(q.shape[0]);
-    let optional = |c: &mut Call, probability: f64, n: Option<i64>| if c.maybe(probability) { n } else { None };
-    let n = optional(&mut c, 0.6, rows);
-    let lengths = c.list(n, &wrong, |c, _| c.rng.between(0, keys as usize) as i32);
-    let n = optional(&mut c, 0.2, rows);
-    let starts = c.list(n, &wrong, |c, _| c.rng.between(0, keys as usize) as i32 / 2);
-    let n = optional(&mut c, 0.3, rows);
-    let offsets = c.list(n, &[i32::MIN, i32::MAX], |c, _| c.rng.between(0, 2 * keys as usize) as i32 - keys as i32 / 2);
-    let n = optional(&mut c, 0.2, Some(q.shape[2]));
-    let slopes = c.list(n, &[f32::NAN, f32::INFINITY, -1e38], |c, _| c.value());
-    let n = optional(&mut c, 0.2, Some(q.shape[2]));
-    let sinks = c.list(n, &[f32::NAN, f32::INFINITY, f32::NEG_INFINITY], |c, _| c.value());
-    let lse_entries = product(&q.shape[..3]);
-    let n = optional(&mut c, 0.5, lse_entries);
-    let lse: *mut f32 = c.output(n);
-
-    // Keys that no query of their row sees stay poison.
-    let live = |at: [usize; 3]| {
-        let end = lengths.values.get(at[0]).map_or(i64::MAX, |&n| n.into());
-        let start = starts.values.get(at[0]).map_or(0, |&n| n.into());
-        (start..end).contains(&(at[1] as i64))
-    };
-    c.fill(&q, |_| true);
-    c.fill(&k, live);
-    c.fill(&v, live);
-    mask.iter().chain(&bias).for_each(|t| c.fill(t, |_| true));
-
-    let (left, right) = (c.maybe(0.25), c.maybe(0.15));
-    let flags = u32::from(c.maybe(0.5)) | u32::from(left) << 1 | u32::from(right) << 2;
-    let window = |c: &mut Call, given: bool| {
-        let keys = if given { c.rng.between(0, 40) as i64 - 1 } else { 0 };
-        c.number(keys)
-    };
-    let (scale, softcap) = (c.value() * 0.3, c.value().abs() * 20.0);
-    let (scale, softcap) = (if c.maybe(0.5) { 0.0 } else { scale }, if c.maybe(0.7) { 0.0 } else { softcap });
-    let precision = i32::from(c.maybe(0.3));
-    let params = kvl_attention_params {
-        q: c.const_view(&q),
-        k: c.const_view(&k),
-        v: c.const_view(&v),
-        out: c.view(&out),
-        lse,
-        scale: c.float(scale.into()) as f32,
-        softcap: c.float(softcap.into()) as f32,
-        flags: c.code(flags as i32) as u32,
-        reserved: c.code(0),
-        window_left: window(&mut c, left),
-        window_right: window(&mut c, right),
-        lengths: lengths.at,
-        starts: starts.at,
-        offsets: offsets.at,
-        mask: mask.map_or(zeroed(), |t| c.mask(&t)),
-        bias: bias.map_or(zeroed(), |t| c.const_view(&t)),
-        alibi_slopes: slopes.at,
-        sinks: sinks.at,
-        precision: c.code(precision),
-        reserved2: c.code(0),
-        ..zeroed()
-    };
-    let params = c.sized(&params, &[offset_of!(kvl_attention_params, precision)]);
-    let (context, runner) = (c.context(), c.runner());
-
-    let mut needed = 0;
-    // SAFETY: everything is in blocks that are as long as the arguments say.
-    let status = unsafe { kvl_attention_workspace_size(params, runner, &raw mut needed) };
-    if status != 0 || needed > 64 << 20 {
-        // What is wrong with the shapes has to show there too, and there is no such workspace.
-        needed = 64;
-        c.hit();
-    }
-    if c.hit() {
-        needed = c.rng.below(needed + 1);
-    }
-    let skip = if c.hit() { c.rng.between(1, 63) } else { 0 };
-    let workspace = c.arena.scratch(needed, skip);
-    c.writes(&out, |_| true);
-    if !lse.is_null() {
-        c.may_write(lse, lse_entries);
-    }
-    c.ready();
-    // SAFETY: as above.
-    let status = unsafe { kvl_attention(context, runner, workspace, needed, params) };
-    c.check(status)
-}
-
-fn attention_workspace_size(mut c: Call) -> i32 {
-    c.spoil_rate(0.05);
-    let view = |c: &mut Call| {
-        let shape = c.shape().map(|n| c.number(n));
-        kvl_const_view { shape, dtype: c.code(0), reserved: c.code(0), ..zeroed() }
-    };
-    let (q, k, v) = (view(&mut c), view(&mut c), view(&mut c));
-    let params = kvl_attention_params { q, k, v, ..zeroed() };
-    let params = c.sized(&params, &[offset_of!(kvl_attention_params, precision)]);
-    let (runner, bytes) = (c.runner(), c.output::<usize>(Some(1)));
-    c.may_write(bytes, Some(1));
-    c.ready();
-    // SAFETY: as in `attention`; data is null, and is not looked at.
-    let status = unsafe { kvl_attention_workspace_size(params, runner, bytes) };
-    c.check(status)
-}
+// States of attention
 
 fn merge_states(mut c: Call) -> i32 {
     c.spoil_rate(0.1);
@@ -246,7 +143,7 @@ fn alibi_slopes(mut c: Call) -> i32 {
 // RoPE, the cache, repeated heads
 
 /// How to rotate a tensor of a shape, of which the call may have any opinion.
-fn rope_params(c: &mut Call, shape: [i64; 4]) -> *const kvl_rope_params {
+pub fn rope_params(c: &mut Call, shape: [i64; 4]) -> *const kvl_rope_params {
     let [batch, seq, _, dim] = shape;
     let pairs = c.rng.between(1, (dim.clamp(2, 512) / 2) as usize) as i64;
     let rotary_dim = c.number(pairs * 2);
@@ -296,10 +193,32 @@ fn rope_params(c: &mut Call, shape: [i64; 4]) -> *const kvl_rope_params {
     c.sized(&params, &[])
 }
 
-fn rope(mut c: Call) -> i32 {
+/// How to normalise heads of a size.
+fn norm_params(c: &mut Call, dim: i64) -> *const kvl_rms_norm_params {
+    let n = if c.maybe(0.7) { product(&[dim]) } else { None };
+    let weight = c.list(n, &[f32::NAN, f32::INFINITY, -1e38], |c, _| c.value()).at;
+    let eps = if c.maybe(0.5) { 0.0 } else { 1e-5 };
+    let params = kvl_rms_norm_params { weight, eps: c.float(eps) as f32, reserved: c.code(0), ..zeroed() };
+    c.sized(&params, &[])
+}
+
+fn rope(c: Call) -> i32 {
+    transform(c, false, true)
+}
+
+fn rms_norm(c: Call) -> i32 {
+    transform(c, true, false)
+}
+
+fn rms_norm_rope(c: Call) -> i32 {
+    transform(c, true, true)
+}
+
+/// Norm, rotation, or both.
+fn transform(mut c: Call, norm: bool, rope: bool) -> i32 {
     c.spoil_rate(0.08);
     let mut shape = c.shape();
-    shape[3] = shape[3].max(2);
+    shape[3] = if rope { shape[3].max(2) } else { shape[3] };
     let (from, to) = (c.dtype(), c.dtype());
     let mut src = c.tensor(from, shape, true);
     c.settle(&mut src);
@@ -314,29 +233,43 @@ fn rope(mut c: Call) -> i32 {
             dst
         }
     };
-    let params = rope_params(&mut c, src.shape);
+    let norm_params = if norm { norm_params(&mut c, src.shape[3]) } else { std::ptr::null() };
+    let params = if rope { rope_params(&mut c, src.shape) } else { std::ptr::null() };
     c.writes(&dst, |_| true);
     let (src, dst, context, runner) = (c.const_view(&src), c.view(&dst), c.context(), c.runner());
     let (src, dst) = (c.fixed(src), c.fixed(dst));
     c.ready();
     // SAFETY: everything is in blocks that are as long as the arguments say.
-    let status = unsafe { kvl_rope(context, runner, src, dst, params) };
+    let status = unsafe {
+        match (norm, rope) {
+            (true, true) => kvl_rms_norm_rope(context, runner, src, dst, norm_params, params),
+            (true, false) => kvl_rms_norm(context, runner, src, dst, norm_params),
+            _ => kvl_rope(context, runner, src, dst, params),
+        }
+    };
     c.check(status)
 }
 
 fn kv_write(mut c: Call) -> i32 {
-    c.spoil_rate(0.05);
+    c.spoil_rate(0.035);
     let [batch, seq, heads, dim] = c.shape();
     let (dim, v_dim) = (dim.max(2), c.dim());
     // Room for every row, and for every token anywhere.
     let rows = batch + c.rng.below(3) as i64;
-    let capacity = seq + c.rng.below(20) as i64;
+    let kind = if c.maybe(0.4) { CONTIGUOUS } else { c.rng.pick(&[RING, PAGED, RAGGED]) };
+    // Through an indirect table nothing is written.
+    let kind = if c.hit() { INDIRECT } else { kind };
+    let pairs = c.maybe(0.3);
+    let room = seq + c.rng.below(20) as i64;
+    let places = Places::new(&mut c, kind, rows, room, if pairs { 2 } else { 1 }, Use::Write);
+    let [k0, k1] = places.axes;
     let types: [i32; 4] = std::array::from_fn(|_| c.dtype());
     let mut k = c.tensor(types[0], [batch, seq, heads, dim], true);
-    let mut k_cache = c.tensor(types[1], [rows, capacity, heads, dim], false);
-    let v_heads = if c.maybe(0.9) { heads } else { c.number(heads) };
-    let mut v = c.tensor(types[2], [batch, seq, v_heads.clamp(0, 20), v_dim], true);
-    let mut v_cache = c.tensor(types[3], [rows, capacity, v_heads.clamp(0, 20), v_dim], false);
+    let mut k_cache = c.tensor(types[1], [k0, k1, heads, dim], false);
+    let v_heads = if c.maybe(0.9) { heads } else { c.number(heads) }.clamp(0, 20);
+    let mut v = c.tensor(types[2], [batch, seq, v_heads, v_dim], true);
+    let v_shape = if pairs { [k0, k1 / 2, v_heads, 2 * v_dim] } else { [k0, k1, v_heads, v_dim] };
+    let mut v_cache = c.tensor(types[3], v_shape, false);
     c.alias(&mut k_cache, &k);
     c.alias(&mut v_cache, &k_cache);
     c.settle(&mut k);
@@ -350,44 +283,59 @@ fn kv_write(mut c: Call) -> i32 {
     c.fill(&v, |_| true);
 
     let (batch, seq) = (k.shape[0], k.shape[1]);
-    let wrong = [-2, -1, capacity as i32, capacity as i32 - 1, rows as i32, i32::MIN, i32::MAX];
+    let layout = places.give(&mut c, k_cache.shape[1]);
+    let wrong = [-2, -1, k1 as i32, k1 as i32 - 1, rows as i32, k0 as i32, i32::MIN, i32::MAX];
     let by_slot = c.maybe(0.4);
+    let pooled = matches!(kind, PAGED | RAGGED);
     let counts = if c.maybe(0.3) { Some(batch) } else { None };
     let counts: List<i32> = c.list(counts, &wrong, |c, _| c.rng.below(seq.clamp(0, 1000) as usize + 1) as i32);
     let first = c.rng.below(rows.max(1) as usize);
-    let to_rows = if c.maybe(0.4) { Some(batch) } else { None };
-    let to_rows: List<i32> = c.list(to_rows, &wrong, |_, b| ((first + b) % rows.max(1) as usize) as i32);
-    let room = (capacity - seq.clamp(0, capacity)) as usize;
+    let to_rows = if c.maybe(0.4) && !(by_slot && pooled) || c.hit() { Some(batch) } else { None };
+    let row = |b: usize| (first + b) % rows.max(1) as usize;
+    let to_rows: List<i32> = c.list(to_rows, &wrong, |_, b| row(b) as i32);
     let n = if by_slot == c.hit() { Some(batch) } else { None };
-    let positions: List<i32> = c.list(n, &wrong, |c, _| c.rng.below(room + 1) as i32);
+    let positions: List<i32> = c.list(n, &wrong, |c, b| {
+        let target = if to_rows.at.is_null() { b.min(rows.max(1) as usize - 1) } else { row(b) };
+        let room = if rows > 0 { places.room(target) - seq.clamp(0, places.room(target)) } else { 0 };
+        c.rng.below(room as usize + 1) as i32
+    });
     let n = if by_slot != c.hit() { product(&[batch, seq]) } else { None };
-    let start = c.rng.below(capacity.max(1) as usize);
+    let start = c.rng.below(k1.max(1) as usize);
+    let pool = c.permutation(if pooled { (k0 * k1) as usize } else { 0 });
     let slots: List<i32> = c.list(n, &wrong, |c, i| {
         // A ring: no slot twice, since a row has no more tokens than there are slots.
-        let ring = (start + i % seq.max(1) as usize) % capacity.max(1) as usize;
-        if c.maybe(0.1) { -1 } else { ring as i32 }
+        let ring = (start + i % seq.max(1) as usize) % k1.max(1) as usize;
+        let slot = if pooled { pool.get(i).copied().unwrap_or(-1) } else { ring as i32 };
+        if c.maybe(0.1) { -1 } else { slot }
     });
     let rope = if c.maybe(0.3) { rope_params(&mut c, k.shape) } else { std::ptr::null() };
+    let k_norm = if c.maybe(0.25) { norm_params(&mut c, k.shape[3]) } else { std::ptr::null() };
+    let v_packing = c.code(pairs.into());
 
     // The tokens that go somewhere.
     let mut targets = std::collections::BTreeSet::new();
     if k.fits(&c.arena) && !k.is_empty() || v.fits(&c.arena) && !v.is_empty() {
         for b in 0..positions.values.len().max(slots.values.len().checked_div(seq as usize).unwrap_or(0)) {
-            let row = to_rows.values.get(b).map_or(b as i32, |&r| r);
+            let row = to_rows.values.get(b).map_or(b as i64, |&r| r.into());
             let count = counts.values.get(b).map_or(seq, |&n| n.into());
-            for t in 0..count.clamp(0, seq.clamp(0, 1 << 16)) as usize {
-                let slot = match slots.at.is_null() {
-                    true => positions.values.get(b).map(|&p| p.wrapping_add(t as i32)),
-                    false => slots.values.get(b * seq as usize + t).copied(),
-                };
-                targets.extend(slot.map(|slot| (row, slot)));
+            for t in 0..count.clamp(0, seq.clamp(0, 1 << 16)) {
+                let slot = slots.values.get(b * seq as usize + t as usize).map(|&slot| i64::from(slot));
+                targets.extend(match (slots.at.is_null(), slot, k_cache.shape[1]) {
+                    (true, ..) => positions.values.get(b).and_then(|&p| layout.place(row, i64::from(p) + t)),
+                    (false, Some(0..), 1..) if matches!(layout.kind(), PAGED | RAGGED) => {
+                        slot.map(|slot| (slot / k_cache.shape[1], slot % k_cache.shape[1]))
+                    }
+                    _ => slot.map(|slot| (row, slot)),
+                });
             }
         }
     }
-    let written = |at: [usize; 3]| targets.contains(&(at[0] as i32, at[1] as i32));
+    let written = |at: [usize; 3]| targets.contains(&(at[0] as i64, at[1] as i64));
     c.writes(&k_cache, written);
-    if values {
-        c.writes(&v_cache, written);
+    match (values, v_packing) {
+        (true, 1) => c.writes_pairs(&v_cache, written),
+        (true, _) => c.writes(&v_cache, written),
+        _ => (),
     }
     let absent: [kvl_const_view; 2] = [zeroed(), zeroed()];
     let params = kvl_kv_write_params {
@@ -400,12 +348,55 @@ fn kv_write(mut c: Call) -> i32 {
         rows: to_rows.at,
         slots: slots.at,
         rope,
+        layout: layout.at,
+        k_norm,
+        v_packing,
+        reserved: c.code(0),
         ..zeroed()
     };
-    let (params, context, runner) = (c.sized(&params, &[]), c.context(), c.runner());
+    let is_new = !layout.at.is_null() || !k_norm.is_null() || v_packing != 0;
+    let older: &[usize] = if is_new { &[] } else { &[offset_of!(kvl_kv_write_params, layout)] };
+    let (params, context, runner) = (c.sized(&params, older), c.context(), c.runner());
     c.ready();
     // SAFETY: everything is in blocks that are as long as the arguments say.
     let status = unsafe { kvl_kv_write(context, runner, params) };
+    c.check(status)
+}
+
+fn pack_row_pairs(c: Call) -> i32 {
+    pack(c, true)
+}
+
+fn unpack_row_pairs(c: Call) -> i32 {
+    pack(c, false)
+}
+
+fn pack(mut c: Call, forwards: bool) -> i32 {
+    c.spoil_rate(0.1);
+    let ([batch, seq, heads, dim], from) = (c.shape(), c.dtype());
+    let to = if c.hit() { c.dtype() } else { from };
+    let (plain, pairs) = ([batch, seq, heads, dim], [batch, (seq + 1) / 2, heads, 2 * dim]);
+    let mut src = c.tensor(from, if forwards { plain } else { pairs }, true);
+    let mut dst = c.tensor(to, if forwards { pairs } else { plain }, false);
+    c.alias(&mut dst, &src);
+    c.settle(&mut src);
+    c.settle(&mut dst);
+    c.fill(&src, |_| true);
+    let seq = src.shape[1];
+    match forwards {
+        true => c.writes_pairs(&dst, |at| (at[1] as i64) < seq),
+        false => c.writes(&dst, |_| true),
+    }
+    let (src, dst, context, runner) = (c.const_view(&src), c.view(&dst), c.context(), c.runner());
+    let (src, dst) = (c.fixed(src), c.fixed(dst));
+    c.ready();
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    let status = unsafe {
+        match forwards {
+            true => kvl_pack_row_pairs(context, runner, src, dst),
+            false => kvl_unpack_row_pairs(context, runner, src, dst),
+        }
+    };
     c.check(status)
 }
 
@@ -528,10 +519,10 @@ fn context_isa(mut c: Call) -> i32 {
 }
 
 fn context_kernel_name(mut c: Call) -> i32 {
-    let (op, src) = (c.rng.between(0, 5) as i32, c.dtype());
-    // The angles are f32; RoPE and the write have kernels for any two types.
+    let (op, src) = (c.rng.between(0, 6) as i32, c.dtype());
+    // The angles are f32; RoPE, the write and the norm have kernels for any two types.
     let src = if op == 0 { 0 } else { src };
-    let dst = if matches!(op, 1 | 2) { c.dtype() } else { src };
+    let dst = if matches!(op, 1 | 2 | 6) { c.dtype() } else { src };
     let (op, src, dst, context) = (c.code(op), c.code(src), c.code(dst), c.context());
     let name = c.output(Some(1));
     c.may_write(name, Some(1));
@@ -541,6 +532,20 @@ fn context_kernel_name(mut c: Call) -> i32 {
     if status == 0 {
         // SAFETY: a constant of the library.
         assert!(unsafe { CStr::from_ptr(name.read()) }.to_str().is_ok_and(|name| name.contains('_')));
+    }
+    c.check(status)
+}
+
+fn context_v_packing(mut c: Call) -> i32 {
+    let dtype = c.dtype();
+    let (dtype, context, packing) = (c.code(dtype), c.context(), c.output::<i32>(Some(1)));
+    c.may_write(packing, Some(1));
+    c.ready();
+    // SAFETY: a context or null, and room for the answer or null.
+    let status = unsafe { kvl_context_v_packing(context, dtype, packing) };
+    if status == 0 {
+        // SAFETY: just written.
+        assert!((0..=1).contains(&unsafe { packing.read() }));
     }
     c.check(status)
 }

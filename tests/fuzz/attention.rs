@@ -1,0 +1,655 @@
+//! Calls of attention: rows of any layout, masks, shared prefixes, and plans.
+
+use crate::abi::*;
+use crate::call::{Call, List, last_error, product};
+use crate::memory::{MASK, Tensor};
+use crate::places::*;
+use std::collections::BTreeSet;
+use std::mem::offset_of;
+
+/// What an attention call says of its rows, nothing of it wrong.
+struct Rows {
+    places: Places,
+    /// The first two axes of the queries.
+    q: [i64; 2],
+    batch: i64,
+    /// The most queries of a row.
+    seq: i64,
+    query_starts: Option<Vec<i32>>,
+    lengths: Option<Vec<i32>>,
+    starts: Option<Vec<i32>>,
+    offsets: Option<Vec<i32>>,
+    prefixes: Option<Vec<i32>>,
+    flags: i32,
+    left: i64,
+    right: i64,
+}
+
+/// What the library was told of them.
+struct Said {
+    layout: Given,
+    params: kvl_attention_params,
+    /// Entries of every list of rows.
+    batch: Option<i64>,
+    query_starts: List<i32>,
+    lengths: List<i32>,
+    starts: List<i32>,
+}
+
+impl Rows {
+    /// `left` is whether there may be a left window.
+    fn new(c: &mut Call, batch: i64, seq: i64, keys: i64, left: bool) -> Self {
+        let kind = if c.maybe(0.4) { CONTIGUOUS } else { c.rng.between(1, 4) as i32 };
+        let places = Places::new(c, kind, batch, keys, 1, Use::Read);
+        let n = batch as usize;
+        let (mut q, mut most, mut query_starts) = ([batch, seq], seq, None);
+        if c.maybe(0.3) {
+            let mut at = c.rng.below(3) as i32;
+            let mut starts = vec![at];
+            for _ in 0..n {
+                at += c.rng.between(0, seq as usize) as i32;
+                starts.push(at);
+            }
+            most = starts.windows(2).map(|s| i64::from(s[1] - s[0])).max().unwrap_or(0);
+            q = [1, i64::from(at) + c.rng.below(3) as i64];
+            query_starts = Some(starts);
+        }
+
+        let mut window = |c: &mut Call, probability: f64| -> Option<i64> {
+            c.maybe(probability).then(|| c.rng.between(0, 40) as i64 - 1)
+        };
+        let (mut left, right) = (window(c, if left { 0.25 } else { 0.0 }), window(c, 0.15));
+        let mut lengths: Vec<i32> = (0..n).map(|b| c.rng.between(0, places.room(b) as usize) as i32).collect();
+        let mut offsets = c.maybe(0.3).then(|| -> Vec<i32> {
+            (0..n).map(|_| c.rng.between(0, 2 * keys as usize) as i32 - keys as i32 / 2).collect()
+        });
+        // What queries see of a ring, it must hold still.
+        let (slots, turning) = (places.axes[1], places.axes[1] - places.sinks);
+        let mut most_prefix = i64::MAX;
+        if kind == RING {
+            let newest = left.is_none_or(|left| left == -1);
+            if most > 1 && !newest && turning >= most || most == 1 && !newest {
+                left = Some(c.rng.between(0, (turning - most) as usize) as i64);
+                offsets = None;
+                most_prefix = places.sinks;
+            } else if most <= 1 && newest {
+                most_prefix = places.sinks;
+            } else {
+                lengths.iter_mut().for_each(|n| *n = (*n).min(slots as i32));
+            }
+        }
+        let entry = |c: &mut Call, b: usize| c.rng.between(0, places.room(b).min(keys + 2) as usize) as i32 / 2;
+        let starts = c.maybe(0.2).then(|| (0..n).map(|b| entry(c, b)).collect());
+        let prefixes = c.maybe(0.2).then(|| (0..n).map(|b| i64::from(entry(c, b)).min(most_prefix) as i32).collect());
+        let optional = kind != RING && kind != PAGED && c.maybe(0.4);
+        // Without a list, all entries of a table count, and they are right.
+        let lengths = (!optional).then_some(lengths);
+        let flags = i32::from(c.maybe(0.5)) | i32::from(left.is_some()) << 1 | i32::from(right.is_some()) << 2;
+        let (left, right) = (left.unwrap_or(0), right.unwrap_or(0));
+        Self { places, q, batch, seq: most, query_starts, lengths, starts, offsets, prefixes, flags, left, right }
+    }
+
+    fn length(&self, row: usize) -> i64 {
+        self.lengths.as_ref().map_or_else(|| self.places.room(row), |l| l[row].into())
+    }
+
+    /// Of the longest row.
+    fn longest(&self) -> i64 {
+        (0..self.batch as usize).map(|row| self.length(row)).max().unwrap_or(0)
+    }
+
+    /// Says so, or something else, where the call's views say `q` and `k`.
+    fn give(&self, c: &mut Call, q: [i64; 4], k: [i64; 4]) -> Said {
+        let layout = self.places.give(c, k[1]);
+        let rows = if self.query_starts.is_some() || c.hit() { c.number(self.batch) } else { 0 };
+        let query_starts = match &self.query_starts {
+            Some(starts) => {
+                let n = product(&[rows]).and_then(|n| n.checked_add(1));
+                let wrong = [-1, i32::MIN, i32::MAX, 0, self.q[1] as i32, self.q[1] as i32 + 1];
+                c.list(n, &wrong, |_, i| starts.get(i).or(starts.last()).copied().unwrap_or(0))
+            }
+            None => List { at: std::ptr::null(), values: Vec::new() },
+        };
+        let batch = if query_starts.at.is_null() { q[0] } else { rows };
+        let batch = (batch >= 0).then_some(batch);
+        let most = self.longest() as i32;
+        let list = |c: &mut Call, right: &Option<Vec<i32>>, wrong: &[i32]| match right {
+            Some(right) => c.list(batch, wrong, |_, i| right.get(i).copied().unwrap_or(0)),
+            None => List { at: std::ptr::null(), values: Vec::new() },
+        };
+        let wrong = [i32::MIN, -1, most, most.saturating_add(1), i32::MAX];
+        let lengths = list(c, &self.lengths, &wrong);
+        let starts = list(c, &self.starts, &wrong);
+        let offsets = list(c, &self.offsets, &[i32::MIN, i32::MAX]);
+        let prefixes = list(c, &self.prefixes, &wrong);
+        let params = kvl_attention_params {
+            flags: c.code(self.flags) as u32,
+            window_left: c.number(self.left),
+            window_right: c.number(self.right),
+            lengths: lengths.at,
+            starts: starts.at,
+            offsets: offsets.at,
+            layout: layout.at,
+            query_starts: query_starts.at,
+            rows,
+            prefixes: prefixes.at,
+            ..zeroed()
+        };
+        Said { layout, params, batch, query_starts, lengths, starts }
+    }
+}
+
+impl Said {
+    /// Where keys lie that a query may see.
+    fn live(&self) -> BTreeSet<(i64, i64)> {
+        let mut live = BTreeSet::new();
+        for row in 0..self.batch.unwrap_or(0).min(1 << 10) {
+            let b = row as usize;
+            let length = self.lengths.values.get(b).map_or_else(|| self.layout.capacity(b), |&n| n.into());
+            let start = self.starts.values.get(b).map_or(0, |&n| n.into());
+            live.extend(self.layout.places(row, start..length, length));
+        }
+        live
+    }
+
+    /// Whether a query is one of a row.
+    fn is_asked(&self, [_, token, _]: [usize; 3]) -> bool {
+        match (self.query_starts.at.is_null(), self.query_starts.values.first(), self.query_starts.values.last()) {
+            (false, Some(&first), Some(&last)) => (first..last).contains(&(token as i32)),
+            _ => true,
+        }
+    }
+
+    /// Whether fields are given that the struct had not always.
+    fn is_new(&self) -> bool {
+        !self.layout.at.is_null() || !self.query_starts.at.is_null() || !self.params.prefixes.is_null()
+    }
+}
+
+/// A plan that is released.
+struct Plan(*mut kvl_plan);
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: null or from the library, and released once.
+        unsafe { kvl_plan_destroy(self.0) };
+    }
+}
+
+/// Sometimes, makes a plan of what was said, and lets that stand for it.
+fn planned(c: &mut Call, rows: &Rows, said: &mut Said, q: [i64; 4], k: [i64; 4]) -> Plan {
+    let mut plan = Plan(std::ptr::null_mut());
+    if !c.maybe(0.25) {
+        return plan;
+    }
+    // Of other views than those of the call, in a hostile one.
+    let axes = |c: &mut Call, shape: [i64; 4]| kvl_const_view { shape: shape.map(|n| c.number(n)), ..zeroed() };
+    let params =
+        kvl_attention_params { q: axes(c, q), k: axes(c, k), struct_size: size_of_val(&said.params), ..said.params };
+    // Lists have as many entries as the call's own views say, so other ones cannot say more.
+    if params.q.shape[0] != q[0] || params.k.shape[1] != k[1] {
+        return plan;
+    }
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    if unsafe { kvl_plan_create(&raw const params, &raw mut plan.0) } != 0 {
+        return plan;
+    }
+    if c.is_right() && c.maybe(0.4) && said.lengths.values.iter().all(|&n| n > 0) && !said.lengths.at.is_null() {
+        advanced(c, rows, said, &params, &mut plan);
+    }
+    let kept = if c.hit() { c.rng.between(1, 9) } else { 0 };
+    let mut now = kvl_attention_params { plan: plan.0, ..zeroed() };
+    match kept {
+        1 => now.flags = said.params.flags,
+        2 => now.window_left = said.params.window_left,
+        3 => now.window_right = said.params.window_right,
+        4 => now.layout = said.params.layout,
+        5 => (now.query_starts, now.rows) = (said.params.query_starts, said.params.rows),
+        6 => now.lengths = said.params.lengths,
+        7 => now.starts = said.params.starts,
+        8 => now.offsets = said.params.offsets,
+        9 => now.prefixes = said.params.prefixes,
+        _ => (),
+    }
+    said.params = now;
+    plan
+}
+
+/// Comes to the same plan by a step.
+fn advanced(c: &mut Call, rows: &Rows, said: &Said, params: &kvl_attention_params, plan: &mut Plan) {
+    let counts: Vec<i32> = said.lengths.values.iter().map(|&n| c.rng.below(n as usize + 1) as i32).collect();
+    let before = |list: &[i32]| -> Vec<i32> { list.iter().zip(&counts).map(|(x, n)| x - n).collect() };
+    let (lengths, offsets) = (before(&said.lengths.values), rows.offsets.as_deref().map(before));
+    let offsets = offsets.as_ref().map_or(std::ptr::null(), |o| o.as_ptr());
+    let params = kvl_attention_params { lengths: lengths.as_ptr(), offsets, ..*params };
+    // SAFETY: as in `planned`, and lists of as many entries.
+    unsafe {
+        assert_eq!(kvl_plan_update(plan.0, &raw const params), 0, "{}", last_error());
+        assert_eq!(kvl_plan_advance(plan.0, counts.as_ptr(), counts.len() as i64), 0, "{}", last_error());
+    }
+}
+
+/// A mask of bits over all keys, or over a row's last ones, in a buffer of exactly as many bytes.
+fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const kvl_bit_mask {
+    let longest = rows.longest();
+    let tree = c.maybe(0.5);
+    let keys = if tree { c.rng.between(0, longest.min(20) as usize) as i64 } else { longest + c.rng.below(9) as i64 };
+    let wrong = [-1, i32::MIN, i32::MAX, longest as i32];
+    let n = if tree { batch } else { None };
+    let first_keys =
+        c.list(n, &wrong, |_, b| (rows.length(b.min(rows.batch.max(1) as usize - 1)) - keys).max(0) as i32);
+    let first_keys = if tree { first_keys.at } else { std::ptr::null() };
+
+    let right = [rows.batch, rows.seq, heads, keys];
+    let mut strides = [0i64; 3];
+    let mut step = keys + c.rng.below(10) as i64;
+    for axis in [1, 2, 0] {
+        if !c.maybe(if axis == 2 { 0.7 } else { 0.15 }) {
+            strides[axis] = step;
+            step = step * right[axis].max(1) + c.rng.below(9) as i64;
+        }
+    }
+    let offset = c.rng.below(20) as i64;
+    let reach: i64 = (0..3).map(|axis| (right[axis] - 1).max(0) * strides[axis]).sum();
+    let empty = right.contains(&0);
+    let bytes = if empty { 0 } else { ((offset + reach + keys) as usize).div_ceil(8) };
+    let data = c.arena.block(bytes, 0);
+    // Most bits are 1; whole words of 0 hide a row from all.
+    let mut random = c.rng.u64() | c.rng.u64();
+    for i in 0..bytes {
+        random = random.rotate_left(11);
+        // SAFETY: one of the block's bytes.
+        unsafe { data.add(i).write(random as u8) };
+    }
+    let shape = right.map(|n| c.number(n));
+    let (said_offset, said_strides) = (c.number(offset), strides.map(|n| c.number(n)));
+    let same = (shape, said_offset, said_strides) == (right, offset, strides);
+    let mut said_bytes = if same && c.maybe(0.3) { 0 } else { bytes };
+    if c.hit() && bytes > 0 {
+        said_bytes = c.rng.between(1, bytes);
+    }
+    let data = if bytes == 0 || c.hit() && c.maybe(0.3) { std::ptr::null_mut() } else { data };
+    let mask = kvl_bit_mask {
+        data,
+        bytes: said_bytes,
+        offset: said_offset,
+        shape,
+        strides: said_strides,
+        first_keys,
+        ..zeroed()
+    };
+    c.sized(&mask, &[])
+}
+
+/// Sizes of the struct in older versions.
+const OLDER: [usize; 2] = [offset_of!(kvl_attention_params, precision), offset_of!(kvl_attention_params, layout)];
+
+pub fn attention(c: Call) -> i32 {
+    attend(c, false)
+}
+
+pub fn attention_with_prefix(c: Call) -> i32 {
+    attend(c, true)
+}
+
+fn attend(mut c: Call, shared: bool) -> i32 {
+    c.spoil_rate(if shared { 0.025 } else { 0.03 });
+    let [mut batch, mut seq, mut kv_heads, dim] = c.shape();
+    let v_dim = if c.maybe(0.7) { dim } else { c.dim() };
+    let keys = match c.rng.below(40) {
+        0 => 0,
+        // More than a chunk of the kernels, and of one short row, or it would take long.
+        1 => c.rng.between(1000, 1100) as i64,
+        2..=5 => c.rng.between(60, 200) as i64,
+        _ => c.rng.between(1, 50) as i64,
+    };
+    if keys > 200 {
+        (batch, seq, kv_heads) = (1, seq.min(2), 1);
+    }
+    let (dim, v_dim) = if keys > 50 { (dim.min(70), v_dim.min(70)) } else { (dim, v_dim) };
+    if c.maybe(0.3) {
+        // Decode.
+        seq = seq.min(1);
+    }
+    let rows = Rows::new(&mut c, batch, seq, keys, !shared);
+    let heads = kv_heads * c.rng.between(1, 4) as i64;
+    let kv = c.dtype();
+    let (q_type, out_type, bias_type) = (c.dtype(), c.dtype(), c.dtype());
+    let ([q0, q1], [k0, k1]) = (rows.q, rows.places.axes);
+    let mut q = c.tensor(q_type, [q0, q1, heads, dim], true);
+    let mut k = c.tensor(kv, [k0, k1, kv_heads, dim], true);
+    let mut v = c.tensor(kv, [k0, k1, kv_heads, v_dim], true);
+    let mut out = c.tensor(out_type, [q0, q1, heads, v_dim], false);
+    let scores = [rows.batch, rows.seq, heads, rows.longest() + c.rng.below(3) as i64];
+    let small = product(&scores).is_some_and(|n| n <= 1 << 19);
+    let mut mask = (small && c.maybe(0.2)).then(|| c.tensor(MASK, scores, true));
+    let mut bias = (small && c.maybe(0.2)).then(|| c.tensor(bias_type, scores, true));
+    c.alias(&mut out, &q);
+    c.alias(&mut out, &v);
+    c.alias(&mut k, &v);
+    for tensor in [&mut q, &mut k, &mut v, &mut out].into_iter().chain(&mut mask).chain(&mut bias) {
+        c.settle(tensor);
+    }
+    if k.shape[1] == v.shape[1] && k.shape[1] > 1 << 16 {
+        // It would be right, and take for ever.
+        v.shape[1] -= 1;
+    }
+    let prefix = shared.then(|| {
+        let (tokens, kv) = (c.rng.between(0, 30) as i64, if c.maybe(0.8) { kv } else { c.dtype() });
+        let mut k = c.tensor(kv, [1, tokens, kv_heads, dim], true);
+        let mut v = c.tensor(kv, [1, tokens, kv_heads, v_dim], true);
+        c.alias(&mut k, &out);
+        c.settle(&mut k);
+        c.settle(&mut v);
+        c.fill(&k, |_| true);
+        c.fill(&v, |_| true);
+        (k, v)
+    });
+
+    let mut said = rows.give(&mut c, q.shape, k.shape);
+    let is_new = said.is_new();
+    let plan = planned(&mut c, &rows, &mut said, q.shape, k.shape);
+    let optional = |c: &mut Call, probability: f64, n: Option<i64>| if c.maybe(probability) { n } else { None };
+    let n = optional(&mut c, if shared { 0.02 } else { 0.2 }, Some(q.shape[2]));
+    let n = if shared && c.is_right() { None } else { n };
+    let slopes = c.list(n, &[f32::NAN, f32::INFINITY, -1e38], |c, _| c.value());
+    if shared && !slopes.at.is_null() {
+        c.allow_error();
+    }
+    let n = optional(&mut c, 0.2, Some(q.shape[2]));
+    let sinks = c.list(n, &[f32::NAN, f32::INFINITY, f32::NEG_INFINITY], |c, _| c.value());
+    let lse_entries = product(&q.shape[..3]);
+    let n = optional(&mut c, 0.5, lse_entries);
+    let lse: *mut f32 = c.output(n);
+    let bits = if c.maybe(0.25) { bit_mask(&mut c, &rows, said.batch, heads) } else { std::ptr::null() };
+
+    // Keys that no query sees stay poison.
+    let live = said.live();
+    let is_live = |at: [usize; 3]| live.contains(&(at[0] as i64, at[1] as i64));
+    c.fill(&q, |_| true);
+    c.fill(&k, is_live);
+    c.fill(&v, is_live);
+    mask.iter().chain(&bias).for_each(|t| c.fill(t, |_| true));
+
+    let (scale, softcap) = (c.value() * 0.3, c.value().abs() * 20.0);
+    let (scale, softcap) = (if c.maybe(0.5) { 0.0 } else { scale }, if c.maybe(0.7) { 0.0 } else { softcap });
+    let precision = i32::from(c.maybe(0.3));
+    let params = kvl_attention_params {
+        q: c.const_view(&q),
+        k: c.const_view(&k),
+        v: c.const_view(&v),
+        out: c.view(&out),
+        lse,
+        scale: c.float(scale.into()) as f32,
+        softcap: c.float(softcap.into()) as f32,
+        reserved: c.code(0),
+        mask: mask.map_or(zeroed(), |t| c.mask(&t)),
+        bias: bias.map_or(zeroed(), |t| c.const_view(&t)),
+        alibi_slopes: slopes.at,
+        sinks: sinks.at,
+        precision: c.code(precision),
+        reserved2: c.code(0),
+        bit_mask: bits,
+        ..said.params
+    };
+    let older: &[usize] = if is_new || !plan.0.is_null() || !bits.is_null() { &[] } else { &OLDER };
+    let params = c.sized(&params, older);
+    let (context, runner) = (c.context(), c.runner());
+    let prefix = prefix.map(|(k, v)| {
+        let (k, v) = (c.const_view(&k), c.const_view(&v));
+        (c.fixed(k), c.fixed(v))
+    });
+
+    let mut needed = 0;
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    let status = unsafe {
+        match prefix {
+            None => kvl_attention_workspace_size(params, runner, &raw mut needed),
+            Some((k, _)) => kvl_attention_with_prefix_workspace_size(k, params, runner, &raw mut needed),
+        }
+    };
+    if status != 0 || needed > 64 << 20 {
+        // What is wrong with the shapes has to show there too, and there is no such workspace.
+        needed = 64;
+        c.hit();
+    }
+    if c.hit() {
+        needed = c.rng.below(needed + 1);
+    }
+    let skip = if c.hit() { c.rng.between(1, 63) } else { 0 };
+    let workspace = c.arena.scratch(needed, skip);
+    c.writes(&out, |at| said.is_asked(at));
+    if !lse.is_null() {
+        c.may_write(lse, lse_entries);
+    }
+    c.ready();
+    // SAFETY: as above.
+    let status = unsafe {
+        match prefix {
+            None => kvl_attention(context, runner, workspace, needed, params),
+            Some((k, v)) => kvl_attention_with_prefix(context, runner, workspace, needed, k, v, params),
+        }
+    };
+    c.check(status)
+}
+
+/// Shapes alone, for calls that do not look at data.
+struct Shapes {
+    rows: Rows,
+    q: [i64; 4],
+    k: [i64; 4],
+}
+
+impl Shapes {
+    fn new(c: &mut Call) -> Self {
+        let [batch, seq, heads, dim] = c.shape();
+        let keys = c.rng.between(0, 60) as i64;
+        let rows = Rows::new(c, batch, seq, keys, true);
+        let ([q0, q1], [k0, k1]) = (rows.q, rows.places.axes);
+        Self { q: [q0, q1, heads, dim], k: [k0, k1, heads, dim], rows }
+    }
+
+    /// Parameters of these shapes, or of others.
+    fn params(&self, c: &mut Call) -> (kvl_attention_params, bool) {
+        let view = |c: &mut Call, shape: [i64; 4]| {
+            let shape = shape.map(|n| c.number(n));
+            kvl_const_view { shape, dtype: c.code(0), reserved: c.code(0), ..zeroed() }
+        };
+        let (q, k) = (view(c, self.q), view(c, self.k));
+        let said = self.rows.give(c, q.shape, k.shape);
+        (kvl_attention_params { q, k, v: k, ..said.params }, said.is_new())
+    }
+
+    /// A plan of exactly this.
+    fn plan(&self, c: &mut Call) -> Plan {
+        let mut plan = Plan(std::ptr::null_mut());
+        let said = c.rightly(|c| self.rows.give(c, self.q, self.k));
+        let params = kvl_attention_params {
+            struct_size: size_of::<kvl_attention_params>(),
+            q: kvl_const_view { shape: self.q, ..zeroed() },
+            k: kvl_const_view { shape: self.k, ..zeroed() },
+            ..said.params
+        };
+        // SAFETY: lists of as many entries as the shapes say.
+        unsafe { assert_eq!(kvl_plan_create(&raw const params, &raw mut plan.0), 0, "{}", last_error()) };
+        plan
+    }
+}
+
+pub fn attention_workspace_size(c: Call) -> i32 {
+    workspace_size(c, false)
+}
+
+pub fn attention_with_prefix_workspace_size(c: Call) -> i32 {
+    workspace_size(c, true)
+}
+
+fn workspace_size(mut c: Call, shared: bool) -> i32 {
+    c.spoil_rate(0.03);
+    let shapes = Shapes::new(&mut c);
+    let (params, is_new) = shapes.params(&mut c);
+    let params = c.sized(&params, if is_new { &[] } else { &OLDER });
+    let shape = shapes.k.map(|n| c.number(n));
+    let prefix = c.fixed(kvl_const_view { shape, ..zeroed() });
+    let (runner, bytes) = (c.runner(), c.output::<usize>(Some(1)));
+    c.may_write(bytes, Some(1));
+    c.ready();
+    // SAFETY: lists of as many entries as the shapes say; data is null, and is not looked at.
+    let status = unsafe {
+        match shared {
+            false => kvl_attention_workspace_size(params, runner, bytes),
+            true => kvl_attention_with_prefix_workspace_size(prefix, params, runner, bytes),
+        }
+    };
+    c.check(status)
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Plans
+
+/// Attends with a plan over caches of exactly the shapes that it was made for, which has to work whatever has been tried on
+/// it: what it says of rows must stay inside them.
+fn exercise(c: &Call, plan: &Plan, q: [i64; 4], k: [i64; 4]) {
+    if q.iter().chain(&k).any(|&n| n > 1 << 11) || q[..2].iter().chain(&k[..2]).product::<i64>() > 1 << 14 {
+        return;
+    }
+    let axes = |shape: [i64; 4]| [shape[0], shape[1], 2, 3];
+    let (q, k) = (axes(q), axes(k));
+    let values = |shape: [i64; 4]| vec![0.5f32; shape.iter().product::<i64>() as usize];
+    let (queries, keys, mut out) = (values(q), values(k), values(q));
+    let view = |data: *mut f32, shape: [i64; 4]| {
+        let strides = [shape[1] * 6, 6, 3, 1];
+        let bytes = shape.iter().product::<i64>() as usize * 4;
+        Tensor { data: data.cast(), dtype: 0, reserved: 0, shape, strides, bytes }
+    };
+    let cache = c.const_view(&view(keys.as_ptr().cast_mut(), k));
+    let params = kvl_attention_params {
+        struct_size: size_of::<kvl_attention_params>(),
+        q: c.const_view(&view(queries.as_ptr().cast_mut(), q)),
+        k: cache,
+        v: cache,
+        out: c.view(&view(out.as_mut_ptr(), q)),
+        plan: plan.0,
+        ..zeroed()
+    };
+    let mut bytes = 0;
+    // SAFETY: tensors as long as they say, a plan that lives, and a workspace of the size that the library says.
+    unsafe {
+        let runner = std::ptr::null();
+        assert_eq!(kvl_attention_workspace_size(&raw const params, runner, &raw mut bytes), 0, "{}", last_error());
+        let mut arena = crate::memory::Arena::default();
+        let workspace = arena.block(bytes, 0);
+        let context = c.world.contexts[0].cast_const();
+        let status = kvl_attention(context, runner, workspace, bytes, &raw const params);
+        assert_eq!(status, 0, "a plan that was made does not serve: {}", last_error());
+    }
+    assert!(out.iter().all(|x| x.is_finite()));
+}
+
+pub fn plan_create(mut c: Call) -> i32 {
+    c.spoil_rate(0.03);
+    let shapes = Shapes::new(&mut c);
+    let (params, is_new) = shapes.params(&mut c);
+    let (q, k) = (params.q.shape, params.k.shape);
+    let params = c.sized(&params, if is_new { &[] } else { &OLDER });
+    let plan: *mut *mut kvl_plan = c.output(Some(1));
+    c.may_write(plan, Some(1));
+    c.ready();
+    // SAFETY: lists of as many entries as the shapes say, and room for the answer or null.
+    let status = unsafe { kvl_plan_create(params, plan) };
+    if status == 0 {
+        // SAFETY: just made, and released once.
+        exercise(&c, &Plan(unsafe { plan.read() }), q, k);
+    }
+    c.check(status)
+}
+
+pub fn plan_update(mut c: Call) -> i32 {
+    c.spoil_rate(0.03);
+    let (before, after) = (Shapes::new(&mut c), Shapes::new(&mut c));
+    let plan = before.plan(&mut c);
+    let (params, is_new) = after.params(&mut c);
+    let (q, k) = (params.q.shape, params.k.shape);
+    let params = c.sized(&params, if is_new { &[] } else { &OLDER });
+    let target = if c.hit() && c.maybe(0.2) { std::ptr::null_mut() } else { plan.0 };
+    c.ready();
+    // SAFETY: lists of as many entries as the shapes say, and a plan that nobody else uses.
+    let status = unsafe { kvl_plan_update(target, params) };
+    match status {
+        0 => exercise(&c, &plan, q, k),
+        _ => exercise(&c, &plan, before.q, before.k),
+    }
+    c.check(status)
+}
+
+pub fn plan_advance(mut c: Call) -> i32 {
+    c.spoil_rate(0.1);
+    let mut shapes = Shapes::new(&mut c);
+    let rows = &mut shapes.rows;
+    // Steps from where the row is to where it might have been.
+    let counts: Vec<i32> = match &mut rows.lengths {
+        Some(lengths) => lengths
+            .iter_mut()
+            .map(|n| {
+                let count = c.rng.below(*n as usize + 1) as i32;
+                *n -= count;
+                count
+            })
+            .collect(),
+        None => vec![0; rows.batch as usize],
+    };
+    if rows.lengths.is_some()
+        && let Some(offsets) = &mut rows.offsets
+    {
+        offsets.iter_mut().zip(&counts).for_each(|(offset, count)| *offset -= count);
+    }
+    let plan = shapes.plan(&mut c);
+    let n = c.number(shapes.rows.batch);
+    let wrong = [-1, i32::MIN, i32::MAX, 1, 50];
+    let counts = c.list((n >= 0).then_some(n), &wrong, |_, i| counts.get(i).copied().unwrap_or(0));
+    let target = if c.hit() && c.maybe(0.2) { std::ptr::null_mut() } else { plan.0 };
+    c.ready();
+    // SAFETY: a list of as many entries as it says, and a plan that nobody else uses.
+    let status = unsafe { kvl_plan_advance(target, counts.at, n) };
+    exercise(&c, &plan, shapes.q, shapes.k);
+    c.check(status)
+}
+
+pub fn plan_set_table(mut c: Call) -> i32 {
+    c.spoil_rate(0.08);
+    let mut shapes = Shapes::new(&mut c);
+    let has_table = |shapes: &Shapes| {
+        matches!(shapes.rows.places.kind, PAGED | INDIRECT) && shapes.rows.batch > 0 && shapes.k[1] > 0
+    };
+    while !has_table(&shapes) {
+        if !c.is_right() && c.maybe(0.05) {
+            c.allow_error();
+            break;
+        }
+        shapes = Shapes::new(&mut c);
+    }
+    let plan = shapes.plan(&mut c);
+    let places = &shapes.rows.places;
+    let per_row = if places.kind == PAGED { places.pages_per_row } else { places.axes[1] };
+    let first = c.rng.between(0, per_row.max(0) as usize) as i64;
+    let count = c.rng.between(0, (per_row - first).max(0) as usize) as i64;
+    let row = c.rng.below(shapes.rows.batch.max(1) as usize) as i64;
+    let (row, first, count) = (c.number(row), c.number(first), c.number(count));
+    let pages = places.axes[0];
+    let wrong = [-1, i32::MIN, i32::MAX, pages as i32];
+    let entries = c.list((count >= 0).then_some(count), &wrong, |c, _| c.rng.below(pages.max(1) as usize) as i32);
+    let target = if c.hit() && c.maybe(0.2) { std::ptr::null_mut() } else { plan.0 };
+    c.ready();
+    // SAFETY: a list of as many entries as it says, and a plan that nobody else uses.
+    let status = unsafe { kvl_plan_set_table(target, row, first, entries.at, count) };
+    exercise(&c, &plan, shapes.q, shapes.k);
+    c.check(status)
+}
+
+pub fn plan_destroy(mut c: Call) -> i32 {
+    let shapes = Shapes::new(&mut c);
+    let plan = if c.maybe(0.7) { shapes.plan(&mut c) } else { Plan(std::ptr::null_mut()) };
+    c.ready();
+    drop(plan);
+    c.check(0)
+}
