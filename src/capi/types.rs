@@ -278,7 +278,8 @@ pub struct kvl_kernel_info {
     /// 1 if this machine can run it, 0 if not.
     pub available: i32,
     /// The largest error against exact arithmetic on the same inputs with f32 output, as a fraction of the largest magnitude
-    /// that goes into the result (of V in attention); rounding to a narrower target comes on top.
+    /// that goes into the result (of V in attention); rounding to a narrower target comes on top. In attention it grows with logits
+    /// beyond 32 (before the largest is taken off, ALiBi and bias included), in proportion: f32 rounds them to 2^-24 of themselves.
     pub max_error: f32,
 }
 
