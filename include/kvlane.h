@@ -160,6 +160,12 @@
 #define KVL_ISA_AMX 5
 
 /**
+ * AArch64 with what `KVL_ISA_NEON` needs and bf16 matrix products (FEAT_BF16). Preferred to that level, though it has
+ * kernels for attention over bf16 alone; the others are those of `KVL_ISA_NEON`.
+ */
+#define KVL_ISA_NEON_BF16 6
+
+/**
  * Cosines and sines of RoPE angles; `KVL_F32` twice.
  */
 #define KVL_OP_ROPE_ANGLES 0
@@ -190,7 +196,7 @@
 #define KVL_OP_MERGE_STATES 5
 
 /**
- * The fastest kernel. Over a bf16 cache at `KVL_ISA_AMX`, softmax weights are rounded to bf16.
+ * The fastest kernel. Over a bf16 cache at `KVL_ISA_AMX` and `KVL_ISA_NEON_BF16`, softmax weights are rounded to bf16.
  */
 #define KVL_PRECISION_DEFAULT 0
 

@@ -36,8 +36,34 @@
 //! Keys that no row of the tile may see are not loaded; in K's copy another stands for them, in V's there are zeros. Hidden
 //! scores are replaced by the softmax. V is looked at while it is packed, by products with 0 that only NaN and infinity
 //! survive: such an element becomes 0 in the packed copy, and is added afterwards to the rows that see it. Where there is no
-//! copy, columns in which one turns up are given up before they are stored, and done again from one. A score that is NaN is computed again, one product after the other, where Q has more than one term: infinity times a term of 0 is not
-//! what infinity times the query is.
+//! copy, columns in which one turns up are given up before they are stored, and done again from one. A score that is NaN is
+//! computed again, one product after the other, where Q has more than one term: infinity times a term of 0 is not what infinity
+//! times the query is.
+//!
+//! # What bounds it
+//! Never timed. What the disassembly has, and what LLVM's model of Neoverse V2 (`llvm-mca`) makes of it, in which a cycle takes
+//! four vector instructions, three loads and six micro-operations, three of them for a load of two registers; in brackets if
+//! it were eight, as the manual has it:
+//!
+//! | loop | does | cycles a turn | of which the vector pipes need |
+//! | --- | --- | --- | --- |
+//! | scores, values; 6 pairs by 4 | 24 products for 5 loads of pairs | 8.1 (6.1) | 6 |
+//! | few scores, 1 pair by 8 | 16 products, 16 shuffles, 17 loads | 9.6 (8.1) | 8 |
+//! | few scores, 4 pairs by 4 | 32 products, 8 shuffles, 12 loads | 11.1 (10.1) | 10 |
+//! | copy of K, 8 keys by 8 dims | 8 shuffles, 8 loads, 4 stores of pairs | 5.6 (4.6) | 2 |
+//! | copy of V, 4 keys by 8 columns | 8 shuffles, 4 products, 4 loads, 2 stores of pairs | 4.6 (4.1) | 3 |
+//!
+//! A product is 16 multiply-adds, so many rows are bound by the vector pipes, at up to 64 multiply-adds a cycle: four times what
+//! f32 has. Six by four is the largest tile that leaves registers for operands: 24 sums, the 4 operands of one side, and those
+//! of the other one after the other; each that is loaded is used 4 or 6 times. Fewer pairs of rows take eight columns
+//! instead of four, since a sum waits four cycles for the one before. With Neoverse N2's two pipes the tile takes 12 cycles of 12.
+//! At 240 rows and 128 dims a block's products take 61000 cycles at least, its copies 1900, and its softmax, 16 vectors of 15
+//! instructions a row, 14000.
+//!
+//! Few rows are bound by memory as far as it goes: two of them take in 128 bytes of K in 4.8 cycles and 64 bytes of V in about
+//! as many, some 18 bytes a cycle. Half of that are shuffles that transpose V and the look for what is not finite. Eight
+//! elements more take one product for every further pair of rows; widened to f32 they would take two multiply-adds for every
+//! further row. The lines of a block's V are asked for while its K is computed, and those of the next K with V.
 
 use super::{bfmmla, round};
 use crate::dtype::DType;
