@@ -49,6 +49,7 @@
 //! | --- | --- | --- | --- |
 //! | scores, values; 6 pairs by 4 | 24 products for 5 loads of pairs | 8.1 (6.1) | 6 |
 //! | few scores, 1 pair by 8 | 16 products, 16 shuffles, 17 loads | 9.6 (8.1) | 8 |
+//! | few values, 1 pair by 8 | 8 products and 8 with 0, 16 shuffles, 7 loads, most of pairs | 10.1 (8.1) | 8 |
 //! | few scores, 4 pairs by 4 | 32 products, 8 shuffles, 12 loads | 11.1 (10.1) | 10 |
 //! | copy of K, 8 keys by 8 dims | 8 shuffles, 8 loads, 4 stores of pairs | 5.6 (4.6) | 2 |
 //! | copy of V, 4 keys by 8 columns | 8 shuffles, 4 products, 4 loads, 2 stores of pairs | 4.6 (4.1) | 3 |
@@ -60,10 +61,9 @@
 //! At 240 rows and 128 dims a block's products take 61000 cycles at least, its copies 1900, and its softmax, 16 vectors of 15
 //! instructions a row, 14000.
 //!
-//! Few rows are bound by memory as far as it goes: two of them take in 128 bytes of K in 4.8 cycles and 64 bytes of V in about
-//! as many, some 18 bytes a cycle. Half of that are shuffles that transpose V and the look for what is not finite. Eight
-//! elements more take one product for every further pair of rows; widened to f32 they would take two multiply-adds for every
-//! further row. The lines of a block's V are asked for while its K is computed, and those of the next K with V.
+//! Few rows are bound by memory as far as it goes: two of them take in 256 bytes of K in 9.6 cycles and 128 bytes of V in 10.1,
+//! 17 bytes a cycle. Half of that are the shuffles that transpose V and the look for what is not finite. For every further pair
+//! of rows eight elements take one product more; widened to f32 they would take two multiply-adds for every further row. The lines of a block's V are asked for while its K is computed, and those of the next K with V.
 
 use super::{bfmmla, round};
 use crate::dtype::DType;
