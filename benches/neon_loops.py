@@ -11,6 +11,13 @@ their number of multiply-adds, which the register tiles fix:
   steps a turn;
 - decode, four rows by four keys, a pair of vectors a turn: 32.
 
+The loops of the level neon_bf16 are counted in `bfmmla` instead, each of which is 16 multiply-adds, as four of the others are:
+
+- from packed copies (prefill), six pairs of rows by four pairs of keys or columns: 24 sums, so 24 a step;
+- from where they lie (decode), a pair of rows by eight pairs of keys, two steps a turn: 16; four pairs of rows by four pairs
+  of keys: 32; a pair of rows by eight pairs of columns: 8, and 8 more that only look for NaN. These are told by the shuffles that
+  bring keys into pairs (of 64 bits) or transpose values (of 16).
+
 Fails if there is no such loop, or if the best of a kind has fewer multiply-adds a load, or more stores to the stack, than it
 is held to.
 """
@@ -23,9 +30,13 @@ from collections import defaultdict
 # Multiply-adds a turn: what that is, the least multiply-adds for each load instruction, the most stores to the stack. Of the 32
 # registers the scores' loop needs 24 sums, 4 keys, and elements of two steps of Q: one too many.
 KINDS = {
-    24: ("prefill, values: 6 x 4 vectors, a key a turn", 3.2, 0),
-    48: ("prefill, scores: 6 x 4 vectors, two steps a turn", 3.6, 1),
-    32: ("decode, scores: 4 rows x 4 keys, two vectors a turn", 3.6, 0),
+    ("fmla", 24, ""): ("prefill, values: 6 x 4 vectors, a key a turn", 3.2, 0),
+    ("fmla", 48, ""): ("prefill, scores: 6 x 4 vectors, two steps a turn", 3.6, 1),
+    ("fmla", 32, ""): ("decode, scores: 4 rows x 4 keys, two vectors a turn", 3.6, 0),
+    ("bfmmla", 24, ""): ("prefill, both: 6 x 4 pairs, a step a turn", 4.0, 0),
+    ("bfmmla", 16, "2d"): ("decode, scores: 1 x 8 pairs, two steps a turn", 0.9, 0),
+    ("bfmmla", 32, "2d"): ("decode, scores: 4 x 4 pairs, two steps a turn", 2.6, 0),
+    ("bfmmla", 16, "8h"): ("decode, values: 1 x 8 pairs, a step a turn", 2.2, 0),
 }
 LINE = re.compile(r"^\s+([0-9a-f]+):\s+(\S+)\s*(.*)$")
 
@@ -58,19 +69,20 @@ def main():
     best = defaultdict(lambda: (0.0, 0, 0, 0))
     for loop in innermost_loops(sys.argv[1]):
         names = [name for _, name, _ in loop]
-        fmas = sum(name == "fmla" for name in names)
-        if fmas not in KINDS:
-            continue
         loads = sum(name.startswith("ld") and name != "ldrb" for name in names)
         spills = sum(name.startswith("st") and "[sp" in operands for _, name, operands in loop)
-        best[fmas] = max(best[fmas], (fmas / max(loads, 1), -spills, loads, len(loop)))
+        shuffle = next((operands.split(",")[0].split(".")[-1] for _, name, operands in loop if name == "zip1"), "")
+        for instruction in ("fmla", "bfmmla"):
+            kind = (instruction, names.count(instruction), shuffle)
+            if kind in KINDS:
+                best[kind] = max(best[kind], (kind[1] / max(loads, 1), -spills, loads, len(loop)))
     failed = 0
-    for fmas, (what, least, most) in KINDS.items():
-        ratio, spills, loads, length = best[fmas]
+    for kind, (what, least, most) in KINDS.items():
+        ratio, spills, loads, length = best[kind]
         good = ratio >= least and -spills <= most
         failed += not good
         print(
-            f"{what}: {fmas} multiply-adds, {loads} loads, {length} instructions, {-spills} stores to the stack; "
+            f"{what}: {kind[1]} {kind[0]}, {loads} loads, {length} instructions, {-spills} stores to the stack; "
             f"{ratio:.2f} a load, at least {least}: {'ok' if good else 'FAILED'}"
         )
     print(f"{len(KINDS) - failed} passed, {failed} failed")

@@ -15,7 +15,8 @@
 //!            O = O 2^(old max - max) + P V      scratch.acc    pairs of rows, 2 x 2 numbers a vector
 //! a chunk:   O to rows, times (sum of weights) / (sum of rounded weights)
 //! ```
-//! Few rows take the same road, padded to a pair: it is what makes decode and prefill agree.
+//! Few rows take the same road, padded to a pair, through the same products: it is what makes decode and prefill agree. Up to
+//! [`FEW_ROWS`] of them make the operands of K and V from where they lie, without a copy, unless there are several terms.
 //!
 //! # Exactness
 //! Products of bf16 are exact in f32. A query of bf16 is one term, of f16 the exact sum of two, of f32 the exact sum of three, of
@@ -34,9 +35,35 @@
 //! # Why nothing hidden gets out
 //! Keys that no row of the tile may see are not loaded; in K's copy another stands for them, in V's there are zeros. Hidden
 //! scores are replaced by the softmax. V is looked at while it is packed, by products with 0 that only NaN and infinity
-//! survive: such an element becomes 0 in the packed copy, and is added afterwards to the rows that see it. A score that
-//! is NaN is computed again, one product after the other, where Q has more than one term: infinity times a term of 0 is not
-//! what infinity times the query is.
+//! survive: such an element becomes 0 in the packed copy, and is added afterwards to the rows that see it. Where there is no
+//! copy, columns in which one turns up are given up before they are stored, and done again from one. A score that is NaN is
+//! computed again, one product after the other, where Q has more than one term: infinity times a term of 0 is not what infinity
+//! times the query is.
+//!
+//! # What bounds it
+//! Never timed. What the disassembly has, and what LLVM's model of Neoverse V2 (`llvm-mca`) makes of it, in which a cycle takes
+//! four vector instructions, three loads and six micro-operations, three of them for a load of two registers; in brackets if
+//! it were eight, as the manual has it:
+//!
+//! | loop | does | cycles a turn | of which the vector pipes need |
+//! | --- | --- | --- | --- |
+//! | scores, values; 6 pairs by 4 | 24 products for 5 loads of pairs | 8.1 (6.1) | 6 |
+//! | few scores, 1 pair by 8 | 16 products, 16 shuffles, 17 loads | 9.6 (8.1) | 8 |
+//! | few values, 1 pair by 8 | 8 products and 8 with 0, 16 shuffles, 7 loads, most of pairs | 10.1 (8.1) | 8 |
+//! | few scores, 4 pairs by 4 | 32 products, 8 shuffles, 12 loads | 11.1 (10.1) | 10 |
+//! | copy of K, 8 keys by 8 dims | 8 shuffles, 8 loads, 4 stores of pairs | 5.6 (4.6) | 2 |
+//! | copy of V, 4 keys by 8 columns | 8 shuffles, 4 products, 4 loads, 2 stores of pairs | 4.6 (4.1) | 3 |
+//!
+//! A product is 16 multiply-adds, so many rows are bound by the vector pipes, at up to 64 multiply-adds a cycle: four times what
+//! f32 has. Six by four is the largest tile that leaves registers for operands: 24 sums, the 4 operands of one side, and those
+//! of the other one after the other; each that is loaded is used 4 or 6 times. Fewer pairs of rows take eight columns
+//! instead of four, since a sum waits four cycles for the one before. With Neoverse N2's two pipes the tile takes 12 cycles of 12.
+//! At 240 rows and 128 dims a block's products take 61000 cycles at least, its copies 1900, and its softmax, 16 vectors of 15
+//! instructions a row, 14000.
+//!
+//! Few rows are bound by memory as far as it goes: two of them take in 256 bytes of K in 9.6 cycles and 128 bytes of V in 10.1,
+//! 17 bytes a cycle. Half of that are the shuffles that transpose V and the look for what is not finite. For every further pair
+//! of rows eight elements take one product more; widened to f32 they would take two multiply-adds for every further row. The lines of a block's V are asked for while its K is computed, and those of the next K with V.
 
 use super::{bfmmla, round};
 use crate::dtype::DType;
@@ -667,19 +694,25 @@ impl Matrices {
         k: Rows<bf16>,
         v: Rows<bf16>,
     ) -> usize {
+        let Block { span, d, dv, .. } = *block;
+        let mut values = [ZEROS.as_ptr(); BLOCK];
+        for j in span.low..span.high {
+            values[j] = v.key(0, j);
+            ask_for(k.next(j), d);
+        }
         let mut column = 0;
         // SAFETY: the caller's; outputs are padded to sixteen columns.
         unsafe {
-            while column < block.dv {
-                let done = if block.dv - column >= G * SLAB_COLUMNS {
-                    self.few_values_tile::<P, G, false>(block, seen, k, v, column)
+            while column < dv {
+                let done = if dv - column >= G * SLAB_COLUMNS {
+                    self.few_values_tile::<P, G, false>(block, seen, &values, column)
                 } else {
-                    self.few_values_tile::<P, 1, true>(block, seen, k, v, column)
+                    self.few_values_tile::<P, 1, true>(block, seen, &values, column)
                 };
                 if done == 0 {
                     break;
                 }
-                column = block.dv.min(column + done);
+                column = dv.min(column + done);
             }
         }
         column
@@ -689,42 +722,31 @@ impl Matrices {
     /// 0 if one of them has an element that is not finite, and nothing has been added.
     ///
     /// # Safety
-    /// As [`Self::few_values_of`].
+    /// As [`Self::few_values_of`]; `values` are the block's, and zeros for keys outside of the span.
     #[inline]
     #[target_feature(enable = "neon,bf16")]
     unsafe fn few_values_tile<const P: usize, const G: usize, const PART: bool>(
         &self,
         block: &Block,
         seen: Span,
-        k: Rows<bf16>,
-        v: Rows<bf16>,
+        values: &[*const bf16; BLOCK],
         column: usize,
     ) -> usize {
-        let Block { scratch, span, d, dv, .. } = *block;
         let (from, to) = (seen.low / DEPTH, seen.high.div_ceil(DEPTH));
-        let acc = scratch.acc.wrapping_add(2 * column);
+        let acc = block.scratch.acc.wrapping_add(2 * column);
+        let left = block.dv - column;
         let zero = vdupq_n_u16(0);
         let mut finite = [vdupq_n_f32(0.0); SLAB];
-        // SAFETY: the caller's; keys outside of the span read zeros instead.
+        // SAFETY: the caller's.
         unsafe {
             let mut sums = load_sums::<P, G>(acc, 2 * self.dvp);
-            for step in from..to {
-                let mut keys = [ZEROS.as_ptr(); DEPTH];
-                for (i, key) in keys.iter_mut().enumerate() {
-                    let j = step * DEPTH + i;
-                    if j >= span.low && j < span.high {
-                        *key = v.key(0, j).add(column);
-                        if column == 0 {
-                            ask_for(k.next(j), d);
-                        }
-                    }
-                }
-                let weights = self.weights.add(step * P * OPERAND);
+            let mut weights = self.weights.add(from * P * OPERAND);
+            for values in &values.as_chunks::<DEPTH>().0[from..to] {
                 for g in 0..G {
-                    let x = if PART && dv - column < SLAB_COLUMNS {
-                        keys.map(|key| load_part(key, dv - column))
+                    let x = if PART && left < SLAB_COLUMNS {
+                        values.map(|value| load_part(value.add(column), left))
                     } else {
-                        keys.map(|key| vld1q_u16(key.add(g * SLAB_COLUMNS).cast()))
+                        values.map(|value| vld1q_u16(value.add(column + g * SLAB_COLUMNS).cast()))
                     };
                     for (n, operand) in columns_of(x).into_iter().enumerate() {
                         finite[n] = bfmmla(finite[n], operand, zero);
@@ -733,6 +755,7 @@ impl Matrices {
                         }
                     }
                 }
+                weights = weights.wrapping_add(P * OPERAND);
             }
             if !all_numbers(finite) {
                 return 0;
