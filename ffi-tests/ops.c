@@ -413,9 +413,10 @@ static void norm(const kvl_context *context) {
     int h, i;
     kvl_rms_norm_params p = KVL_RMS_NORM_PARAMS_INIT;
     kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
-    kvl_const_view src = kvl_make_const_view(x, KVL_F32, 1, 2, HEADS, D), between;
+    kvl_const_view src, between;
     kvl_view dst = kvl_make_view(y, KVL_F32, 1, 2, HEADS, D), to = kvl_make_view(z, KVL_F32, 1, 2, HEADS, D);
     fill(x, N, 8);
+    src = kvl_make_const_view(x, KVL_F32, 1, 2, HEADS, D);
     p.weight = weight;
     p.eps = 0.25f;
     OK(kvl_rms_norm(context, NULL, &src, &dst, &p));

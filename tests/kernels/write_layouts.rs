@@ -1,6 +1,4 @@
 //! The cache write under every layout: each token in the slot that the layout's words say, and nothing else written.
-// Rows are numbers of several lists at once.
-#![allow(clippy::needless_range_loop)]
 
 use crate::common::{Layout, Place, Rng, Tensor, scaled};
 use crate::harness::{Level, tests};
@@ -67,19 +65,19 @@ impl Plan {
             Kind::Contiguous => {
                 let capacity = even(seq + rng.between(0, 10));
                 plan.axes[1] = capacity;
-                for b in 0..batch {
-                    plan.positions[b] = rng.between(0, capacity - counts[b] as usize) as i32;
+                for (position, &count) in plan.positions.iter_mut().zip(&counts) {
+                    *position = rng.between(0, capacity - count as usize) as i32;
                 }
             }
             Kind::Ring => {
                 let capacity = even(rng.between(1, 20));
                 plan.axes[1] = capacity;
                 plan.sinks = even(rng.below(capacity)).min(capacity - even(1));
-                for b in 0..batch {
+                for (b, count) in counts.iter_mut().enumerate() {
                     let position = rng.below(3 * capacity);
                     let most = plan.sinks.saturating_sub(position) + capacity - plan.sinks;
                     plan.positions[b] = position as i32;
-                    counts[b] = counts[b].min(most as i32);
+                    *count = (*count).min(most as i32);
                 }
             }
             Kind::Paged => {
@@ -91,13 +89,12 @@ impl Plan {
                 // What is not written to is not looked at.
                 plan.table =
                     (0..rows_there * plan.pages_per_row).map(|_| rng.pick(&[-1, i32::MIN, i32::MAX])).collect();
-                for b in 0..batch {
-                    let count = counts[b] as usize;
+                for (b, count) in counts.iter().map(|&count| count as usize).enumerate() {
                     let position = rng.between(0, plan.pages_per_row * size - count);
                     plan.positions[b] = position as i32;
                     let first = target(b) * plan.pages_per_row;
-                    let used = first + position / size..first + (position + count).div_ceil(size);
-                    plan.table[used.clone()].copy_from_slice(&pages[used]);
+                    let needed = first + position / size..first + (position + count).div_ceil(size);
+                    plan.table[needed.clone()].copy_from_slice(&pages[needed]);
                 }
             }
             Kind::Ragged => {
