@@ -52,7 +52,103 @@ static int32_t in_order(void *ctx, size_t n, void (*task)(void *, size_t), void 
     return 0;
 }
 
-static void everything(const kvl_context *context, const kvl_parallel_runner *runner) {
+/* Ten pages of eight slots, or two rows of forty: the same memory. */
+static kvl_attention_params pool(const kvl_layout *layout) {
+    kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
+    static const int32_t lengths[BATCH] = {10, 28};
+    p.q = kvl_make_const_view(q, KVL_F32, BATCH, SEQ, HEADS, D);
+    p.k = kvl_make_const_view(k_cache, KVL_BF16, 10, 8, KV, D);
+    p.v = kvl_make_const_view(v_cache, KVL_BF16, 10, 8, KV, D);
+    p.lengths = lengths;
+    p.flags = KVL_CAUSAL;
+    p.layout = layout;
+    return p;
+}
+
+static kvl_layout pool_layout(void) {
+    static const int32_t pages[] = {9, 0, 3, 4, 1, 7, 6, 2};
+    kvl_layout layout = KVL_LAYOUT_INIT;
+    layout.kind = KVL_PAGED;
+    layout.table = pages;
+    layout.rows = BATCH;
+    layout.pages_per_row = 4;
+    return layout;
+}
+
+static void attend(const kvl_context *context, const kvl_parallel_runner *runner, kvl_attention_params p) {
+    size_t bytes;
+    p.out = kvl_make_view(out, KVL_F32, BATCH, SEQ, HEADS, D);
+    p.lse = lse;
+    OK(kvl_attention_workspace_size(&p, runner, &bytes));
+    CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
+    OK(kvl_attention(context, runner, workspace, sizeof workspace, &p));
+}
+
+static void attend_by_layout(const kvl_context *context, const kvl_parallel_runner *runner, kvl_attention_params plain,
+                             kvl_plan *plan) {
+    static const int32_t counts[BATCH] = {1, 1}, prefixes[BATCH] = {2, 0}, page[1] = {5}, long_gone[BATCH] = {50, 61};
+    static const int32_t starts[BATCH + 1] = {0, 35, 80}, query_starts[BATCH + 1] = {0, 1, SEQ};
+    static int32_t beams[BATCH * KEYS];
+    static const unsigned char tree[BATCH * SEQ] = {1, 3, 7, 1, 3, 5};
+    static const int32_t first_keys[BATCH] = {7, 25};
+    kvl_bit_mask mask = KVL_BIT_MASK_INIT;
+    kvl_const_view prefix = kvl_make_const_view(k, KVL_F32, 1, SEQ, KV, D);
+    kvl_layout layout = pool_layout();
+    kvl_attention_params p = pool(&layout);
+    size_t bytes;
+    mask.data = tree;
+    mask.shape[0] = BATCH, mask.shape[1] = mask.shape[3] = SEQ, mask.shape[2] = HEADS;
+    mask.strides[0] = 8 * SEQ, mask.strides[1] = 8;
+    mask.first_keys = first_keys;
+    p.bit_mask = &mask;
+    p.prefixes = prefixes;
+    attend(context, runner, p);
+    /* A plan that is there, taken on. */
+    p = pool(NULL);
+    p.lengths = NULL;
+    p.flags = 0;
+    p.plan = plan;
+    attend(context, runner, p);
+    OK(kvl_plan_set_table(plan, 0, 2, page, 1));
+    OK(kvl_plan_advance(plan, counts, BATCH));
+    attend(context, runner, p);
+    p = pool(&layout);
+    OK(kvl_plan_update(plan, &p));
+
+    plain.alibi_slopes = NULL;
+    memset(&plain.mask, 0, sizeof plain.mask);
+    p = plain;
+    p.layout = &layout;
+    layout = (kvl_layout)KVL_LAYOUT_INIT;
+    layout.kind = KVL_RING;
+    layout.sinks = 2;
+    p.lengths = long_gone;
+    p.flags |= KVL_WINDOW_LEFT;
+    p.window_left = 9;
+    attend(context, runner, p);
+    p = plain;
+    p.layout = &layout;
+    layout = (kvl_layout)KVL_LAYOUT_INIT;
+    layout.kind = KVL_INDIRECT;
+    layout.rows = BATCH;
+    layout.table = beams;
+    attend(context, runner, p);
+    layout.kind = KVL_RAGGED;
+    layout.table = starts;
+    p.k = kvl_make_const_view(k_cache, KVL_BF16, 1, BATCH * KEYS, KV, D);
+    p.v = kvl_make_const_view(v_cache, KVL_BF16, 1, BATCH * KEYS, KV, D);
+    attend(context, runner, p);
+    p.q = kvl_make_const_view(q, KVL_F32, 1, SEQ, HEADS, D);
+    p.query_starts = query_starts;
+    p.rows = BATCH;
+    p.out = kvl_make_view(out, KVL_F32, 1, SEQ, HEADS, D);
+    OK(kvl_attention(context, runner, workspace, sizeof workspace, &p));
+    OK(kvl_attention_with_prefix_workspace_size(&prefix, &plain, runner, &bytes));
+    CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
+    OK(kvl_attention_with_prefix(context, runner, workspace, sizeof workspace, &prefix, &prefix, &plain));
+}
+
+static void everything(const kvl_context *context, const kvl_parallel_runner *runner, kvl_plan *plan) {
     static const double inv_freq[D / 2] = {1.0, 0.5};
     static const int32_t positions[BATCH] = {7, 30}, lengths[BATCH] = {10, 33}, starts[BATCH] = {7, 20};
     kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
@@ -117,6 +213,7 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     OK(kvl_attention_workspace_size(&p, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
     OK(kvl_attention(context, runner, workspace, sizeof workspace, &p));
+    attend_by_layout(context, runner, p, plan);
     states[0].out = states[1].out = kvl_as_const(p.out);
     states[0].lse = states[1].lse = lse;
     OK(kvl_merge_states(context, runner, states, 2, &to, NULL));
@@ -175,17 +272,22 @@ static void whole_caches(const kvl_context *context, const kvl_parallel_runner *
 int main(void) {
     kvl_context *context = NULL;
     kvl_parallel_runner runner = KVL_PARALLEL_RUNNER_INIT;
+    kvl_layout layout = pool_layout();
+    kvl_attention_params planned = pool(&layout);
+    kvl_plan *plan = NULL;
     runner.num_threads = 4;
     runner.run = in_order;
     memset(mask, 1, sizeof mask);
     OK(kvl_context_create(NULL, &context));
+    OK(kvl_plan_create(&planned, &plan));
     CHECK(allocations > 0, "the library's malloc is another, so nothing is counted");
     allocations = 0;
-    everything(context, NULL);
-    everything(context, &runner);
+    everything(context, NULL, plan);
+    everything(context, &runner, plan);
     whole_caches(context, NULL);
     whole_caches(context, &runner);
     CHECK(allocations == 0, "%d allocations", allocations);
+    kvl_plan_destroy(plan);
     kvl_context_destroy(context);
     return finish("alloc");
 }

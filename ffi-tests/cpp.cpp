@@ -90,6 +90,63 @@ int main() {
         expect(std::fabs(out[i] - static_cast<float>(i + 1)) < 1e-5f, "attention");
     }
 
+    // Four pages of one token instead of a row of four, by a plan that gets its table bit by bit; then a ring, rows of beams and
+    // ragged rows of the same memory; and the first token as a prefix of the second.
+    {
+        const std::array<float, 4> wanted = out;
+        const auto close = [&](const char *what) {
+            for (std::size_t i = 0; i < 4; ++i) {
+                expect(std::fabs(out[i] - wanted[i]) < 1e-6f, what);
+            }
+            out.fill(0);
+        };
+        out.fill(0);
+        const kvlane::list table = {0, -1}, one = {1};
+        const kvl_layout paged = kvlane::paged_layout(table, 1);
+        kvl_attention_params p = attention;
+        p.k = kvlane::view(std::as_const(k_cache), {4, 1, 1, 4});
+        p.v = kvlane::view(std::as_const(v_cache), {4, 1, 1, 4});
+        p.layout = &paged;
+        p.lengths = one.data();
+        kvlane::plan plan(p);
+        refused(KVL_ERR_OUT_OF_RANGE, "pages[0, 1] is -1", [&] { plan.advance({1}); });
+        plan.set_table(0, 1, {1});
+        plan.advance({1});
+        refused(KVL_ERR_SHAPE, "counts has 2 entries", [&] { plan.advance({1, 1}); });
+        refused(KVL_ERR_INVALID_VALUE, "both plan and layout", [&] {
+            p.plan = plan.get();
+            kvlane::attention(context, workspace, p);
+        });
+        p.layout = nullptr;
+        p.lengths = nullptr;
+        kvlane::plan taken = std::move(plan);
+        expect(plan.get() == nullptr && taken.get() == p.plan, "a plan that is moved");
+        static_assert(!std::is_copy_constructible_v<kvlane::plan>);
+        kvlane::attention(context, workspace, p);
+        close("planned pages");
+        p = attention;
+        taken.update(p);
+        p.lengths = nullptr;
+        p.plan = taken.get();
+        kvlane::attention(context, workspace, p);
+        close("a plan anew");
+        p = attention;
+        const kvlane::list beams(4), starts = {0, 2};
+        for (const kvl_layout &layout : {kvlane::ring_layout(1), kvlane::indirect_layout(beams, 4), kvlane::ragged_layout(starts)}) {
+            p.layout = &layout;
+            kvlane::attention(context, workspace, p);
+            close("another layout");
+        }
+        refused(KVL_ERR_SHAPE, "3 and 2", [&] { kvlane::paged_layout({0, 1, 2}, 2); });
+        p = attention;
+        p.k = kvl_as_const(kvlane::view(k_cache.data() + 4, {1, 1, 1, 4}));
+        p.v = kvl_as_const(kvlane::view(v_cache.data() + 4, {1, 1, 1, 4}));
+        p.lengths = nullptr;
+        kvlane::attention_with_prefix(context, workspace, kvlane::view(std::as_const(k_cache), {1, 1, 1, 4}),
+                                      kvlane::view(std::as_const(v_cache), {1, 1, 1, 4}), p);
+        close("a shared prefix");
+    }
+
     // A norm, alone and with a rotation by nothing, and values in pairs.
     std::vector<float> heads = {3, 4, 0, 0}, normed(4), turned(4), pairs(4), apart(4);
     kvl_rms_norm_params norm = KVL_RMS_NORM_PARAMS_INIT;

@@ -605,6 +605,17 @@ static void attention(void) {
     p.precision = 2;
     OK(kvl_attention(context, NULL, workspace, bytes, &p));
     p = good;
+    /* The size before layouts, and one that never was. */
+    p.struct_size = offsetof(kvl_attention_params, layout);
+    p.layout = (const kvl_layout *)(const void *)x;
+    p.rows = -9;
+    p.plan = (const kvl_plan *)(const void *)x;
+    paint();
+    OK(kvl_attention(context, NULL, workspace, bytes, &p));
+    CHECK(stained(), "nothing was written");
+    p = good;
+    p.struct_size = offsetof(kvl_attention_params, plan);
+    TRY(KVL_ERR_STRUCT_SIZE, "kvl_attention_params.struct_size is 656");
     p.flags = 8;
     TRY(KVL_ERR_INVALID_ENUM, "0x8");
     p.window_left = 4;
@@ -681,6 +692,217 @@ static void attention(void) {
     TRY(KVL_ERR_OVERLAP, "q and out share memory");
     p.lse = output.floats + 7;
     TRY(KVL_ERR_OVERLAP, "out and lse share memory");
+    {
+        /* Caches of two rows, or pages, of five slots. */
+        static const int32_t pages[] = {0, 2}, good_pages[] = {1, 0}, beams[] = {0, 0, 1, 1, 1, 0, 0, 0, 0, 2};
+        static const int32_t starts[] = {0, 2, 5}, falling[] = {0, 4, 3}, prefixes[] = {0, 3};
+        kvl_layout layout = KVL_LAYOUT_INIT;
+#define LAYOUT(status, text)                                                                                           \
+    do {                                                                                                               \
+        p.layout = &layout;                                                                                            \
+        TRY(status, text);                                                                                             \
+        layout = (kvl_layout)KVL_LAYOUT_INIT;                                                                          \
+    } while (0)
+#define PAGED(entries) (layout.kind = KVL_PAGED, layout.rows = 2, layout.pages_per_row = 1, layout.table = (entries))
+        layout.struct_size = 8;
+        LAYOUT(KVL_ERR_STRUCT_SIZE, "kvl_layout.struct_size is 8");
+        layout.kind = 5;
+        LAYOUT(KVL_ERR_INVALID_ENUM, "kind is 5");
+        layout.kind = -1;
+        LAYOUT(KVL_ERR_INVALID_ENUM, "kind is -1");
+        layout.sinks = 1;
+        LAYOUT(KVL_ERR_INVALID_VALUE, "sinks is 1, but the layout is no ring");
+        layout.pages_per_row = 3;
+        LAYOUT(KVL_ERR_INVALID_VALUE, "pages_per_row is 3, but the layout is not paged");
+        layout.table = pages;
+        LAYOUT(KVL_ERR_INVALID_VALUE, "a table, but kind 0 takes none");
+        PAGED(NULL);
+        LAYOUT(KVL_ERR_NULL_POINTER, "table");
+        PAGED(good_pages);
+        layout.pages_per_row = 0;
+        LAYOUT(KVL_ERR_SHAPE, "no rows of 0");
+        PAGED(good_pages);
+        layout.rows = -2;
+        LAYOUT(KVL_ERR_SHAPE, "rows is -2");
+        PAGED(good_pages);
+        LAYOUT(KVL_ERR_INVALID_VALUE, "lengths is absent");
+        PAGED(good_pages);
+        p.lengths = LIST(5, 5);
+        layout.rows = 1;
+        LAYOUT(KVL_ERR_SHAPE, "k has rows = 1, but q has 2");
+        PAGED(good_pages);
+        p.lengths = LIST(5, 6);
+        LAYOUT(KVL_ERR_OUT_OF_RANGE, "lengths[1] is 6");
+        PAGED(pages);
+        p.lengths = LIST(5, 1);
+        LAYOUT(KVL_ERR_OUT_OF_RANGE, "pages[1, 0] is 2, but k has batch = 2");
+        layout.kind = KVL_INDIRECT;
+        layout.rows = 2;
+        layout.table = beams;
+        LAYOUT(KVL_ERR_OUT_OF_RANGE, "rows[1, 4] is 2, but k has batch = 2");
+        layout.kind = KVL_RAGGED;
+        layout.rows = 2;
+        layout.table = starts;
+        LAYOUT(KVL_ERR_SHAPE, "k has batch = 2, but ragged rows lie in a batch of one");
+        layout.kind = KVL_RAGGED;
+        layout.rows = 2;
+        layout.table = falling;
+        p.k.shape[0] = p.v.shape[0] = 1;
+        LAYOUT(KVL_ERR_OUT_OF_RANGE, "starts[2] is 3, but starts[1] is 4");
+        layout.kind = KVL_RING;
+        LAYOUT(KVL_ERR_INVALID_VALUE, "lengths is absent");
+        layout.kind = KVL_RING;
+        layout.sinks = 5;
+        p.lengths = LIST(5, 5);
+        LAYOUT(KVL_ERR_CAPACITY, "5 sinks, but k has 5 slots");
+        /* Three queries and no window, when two tokens are gone. */
+        layout.kind = KVL_RING;
+        p.lengths = LIST(5, 7);
+        LAYOUT(KVL_ERR_CAPACITY, "row 1 sees keys from 0 on, but of its 7 tokens the ring retains those from 2");
+        layout.kind = KVL_RING;
+        layout.sinks = 2;
+        p.lengths = LIST(4, 6);
+        p.prefixes = prefixes;
+        p.flags = KVL_WINDOW_LEFT;
+        LAYOUT(KVL_ERR_CAPACITY, "prefixes[1] is 3, but the ring keeps 2 sinks");
+#undef PAGED
+#undef LAYOUT
+        p.prefixes = LIST(6, 0);
+        TRY(KVL_ERR_OUT_OF_RANGE, "prefixes[0] is 6");
+        p.prefixes = LIST(0, -1);
+        TRY(KVL_ERR_OUT_OF_RANGE, "prefixes[1] is -1");
+        p.rows = 2;
+        TRY(KVL_ERR_INVALID_VALUE, "rows is 2, but there are no query_starts");
+        p.rows = 2;
+        p.query_starts = starts;
+        TRY(KVL_ERR_SHAPE, "query_starts");
+    }
+    {
+        static const unsigned char bits[16];
+        kvl_bit_mask good_mask = KVL_BIT_MASK_INIT, bit_mask;
+        good_mask.data = bits;
+        good_mask.bytes = sizeof bits;
+        good_mask.shape[0] = 2, good_mask.shape[1] = 3, good_mask.shape[2] = 4, good_mask.shape[3] = 5;
+        good_mask.strides[0] = 24, good_mask.strides[1] = 8;
+        bit_mask = good_mask;
+#define MASK(status, text)                                                                                             \
+    do {                                                                                                               \
+        p.bit_mask = &bit_mask;                                                                                        \
+        TRY(status, text);                                                                                             \
+        bit_mask = good_mask;                                                                                          \
+    } while (0)
+        bit_mask.struct_size = 4;
+        MASK(KVL_ERR_STRUCT_SIZE, "kvl_bit_mask.struct_size is 4");
+        bit_mask.data = NULL;
+        MASK(KVL_ERR_NULL_POINTER, "bit_mask: data is null");
+        bit_mask.bytes = 5;
+        MASK(KVL_ERR_BOUNDS, "reaches bytes 0..6 of a buffer of 5");
+        bit_mask.offset = -1;
+        MASK(KVL_ERR_BOUNDS, "reaches bytes -1..6");
+        bit_mask.strides[0] = INT64_MAX;
+        MASK(KVL_ERR_STRIDE, "bit_mask");
+        bit_mask.shape[3] = 4;
+        MASK(KVL_ERR_SHAPE, "bit_mask ends at key 4 of row 0, which has 5 keys");
+        bit_mask.shape[1] = 2;
+        MASK(KVL_ERR_SHAPE, "bit_mask has shape [2, 2, 4, 5]");
+        bit_mask.shape[2] = -4;
+        MASK(KVL_ERR_SHAPE, "bit_mask has heads = -4");
+        bit_mask.first_keys = LIST(0, -1);
+        MASK(KVL_ERR_OUT_OF_RANGE, "first_keys[1] of bit_mask is -1");
+        bit_mask.data = output.bytes;
+        MASK(KVL_ERR_OVERLAP, "bit_mask and out share memory");
+#undef MASK
+    }
+    {
+        /* Two rows of three queries; the second has room for one token more. */
+        static const int32_t one[] = {1, 1}, two[] = {0, 2}, negative[] = {1, -1};
+        kvl_plan *plan = NULL, **made = (kvl_plan **)&output.pointer;
+        p.lengths = LIST(3, 4);
+        OK(kvl_plan_create(&p, &plan));
+        p = good;
+        p.plan = plan;
+        REFUSED(KVL_ERR_INVALID_VALUE, "a plan is to be made", kvl_plan_create(&p, made));
+        p.lengths = LIST(3, 4);
+        TRY(KVL_ERR_INVALID_VALUE, "both plan and lengths");
+        p.plan = plan;
+        p.flags = KVL_CAUSAL;
+        TRY(KVL_ERR_INVALID_VALUE, "both plan and flags");
+        p.plan = plan;
+        p.prefixes = one;
+        TRY(KVL_ERR_INVALID_VALUE, "both plan and prefixes");
+        p.plan = plan;
+        p.q.shape[1] = p.out.shape[1] = 2;
+        TRY(KVL_ERR_SHAPE, "the plan is for q of batch and seq [2, 3], but q has [2, 2]");
+        p.plan = plan;
+        p.k.shape[1] = p.v.shape[1] = 4;
+        TRY(KVL_ERR_SHAPE, "the plan is for k of batch and seq [2, 5], but k has [2, 4]");
+        REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_plan_create(NULL, made));
+        REFUSED(KVL_ERR_NULL_POINTER, "plan", kvl_plan_create(&p, NULL));
+        REFUSED(KVL_ERR_NULL_POINTER, "plan", kvl_plan_update(NULL, &p));
+        REFUSED(KVL_ERR_NULL_POINTER, "plan", kvl_plan_advance(NULL, one, 2));
+        REFUSED(KVL_ERR_NULL_POINTER, "plan", kvl_plan_set_table(NULL, 0, 0, one, 1));
+        p.lengths = LIST(3, 6);
+        REFUSED(KVL_ERR_OUT_OF_RANGE, "lengths[1] is 6", kvl_plan_create(&p, made));
+        REFUSED(KVL_ERR_OUT_OF_RANGE, "lengths[1] is 6", kvl_plan_update(plan, &p));
+        p = good;
+        REFUSED(KVL_ERR_NULL_POINTER, "counts", kvl_plan_advance(plan, NULL, 2));
+        REFUSED(KVL_ERR_SHAPE, "counts has 1 entries, but the plan has 2 rows", kvl_plan_advance(plan, one, 1));
+        REFUSED(KVL_ERR_SHAPE, "rows is -1", kvl_plan_advance(plan, one, -1));
+        REFUSED(KVL_ERR_OUT_OF_RANGE, "counts[1] is -1", kvl_plan_advance(plan, negative, 2));
+        REFUSED(KVL_ERR_CAPACITY, "has 4 tokens and is given 2 more, but has room for 5", kvl_plan_advance(plan, two, 2));
+        REFUSED(KVL_ERR_INVALID_VALUE, "no table", kvl_plan_set_table(plan, 0, 0, one, 1));
+        /* None of these has changed it. */
+        OK(kvl_plan_advance(plan, one, 2));
+        REFUSED(KVL_ERR_CAPACITY, "has 5 tokens", kvl_plan_advance(plan, one, 2));
+        {
+            static const int32_t pages[] = {1, -1, 0, -1}, bad[] = {2};
+            kvl_layout layout = KVL_LAYOUT_INIT;
+            layout.kind = KVL_PAGED;
+            layout.rows = layout.pages_per_row = 2;
+            layout.table = pages;
+            p.layout = &layout;
+            p.lengths = LIST(5, 4);
+            OK(kvl_plan_update(plan, &p));
+            REFUSED(KVL_ERR_OUT_OF_RANGE, "pages[0, 1] is -1, but k has batch = 2", kvl_plan_advance(plan, one, 2));
+            REFUSED(KVL_ERR_OUT_OF_RANGE, "entry 0 of row 1 is 2", kvl_plan_set_table(plan, 1, 0, bad, 1));
+            REFUSED(KVL_ERR_OUT_OF_RANGE, "row 2", kvl_plan_set_table(plan, 2, 0, one, 1));
+            REFUSED(KVL_ERR_OUT_OF_RANGE, "entries 1..3", kvl_plan_set_table(plan, 1, 1, one, 2));
+            REFUSED(KVL_ERR_SHAPE, "first is -1", kvl_plan_set_table(plan, 1, -1, one, 1));
+            REFUSED(KVL_ERR_NULL_POINTER, "entries", kvl_plan_set_table(plan, 1, 1, NULL, 1));
+            OK(kvl_plan_set_table(plan, 0, 1, one, 1));
+            OK(kvl_plan_advance(plan, one, 2));
+            p = good;
+        }
+        kvl_plan_destroy(plan);
+        kvl_plan_destroy(NULL);
+    }
+    {
+        kvl_const_view prefix = kvl_make_const_view(x, KVL_F32, 1, 7, 2, 8), other = prefix;
+#define PREFIX(status, text)                                                                                           \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_attention_with_prefix(context, NULL, workspace, bytes, &other, &prefix, &p));        \
+        p = good;                                                                                                      \
+        other = prefix;                                                                                                \
+    } while (0)
+        REFUSED(KVL_ERR_NULL_POINTER, "prefix_k", kvl_attention_with_prefix(context, NULL, workspace, bytes, NULL, &prefix, &p));
+        REFUSED(KVL_ERR_NULL_POINTER, "prefix_v", kvl_attention_with_prefix(context, NULL, workspace, bytes, &prefix, NULL, &p));
+        REFUSED(KVL_ERR_WORKSPACE, "1024", kvl_attention_with_prefix(context, NULL, workspace, 1024, &prefix, &prefix, &p));
+        other.shape[0] = 2;
+        PREFIX(KVL_ERR_SHAPE, "batch = 2, but all rows share one prefix");
+        other.shape[2] = 1;
+        PREFIX(KVL_ERR_SHAPE, "heads");
+        other.data = output.floats;
+        PREFIX(KVL_ERR_OVERLAP, "the prefix's k and out share memory");
+        p.alibi_slopes = ones;
+        PREFIX(KVL_ERR_INVALID_VALUE, "alibi_slopes");
+        p.flags = KVL_WINDOW_LEFT;
+        PREFIX(KVL_ERR_INVALID_VALUE, "window_left");
+        p.lengths = LIST(5, 6);
+        PREFIX(KVL_ERR_OUT_OF_RANGE, "lengths[1] is 6");
+#undef PREFIX
+        REFUSED(KVL_ERR_NULL_POINTER, "prefix_k", kvl_attention_with_prefix_workspace_size(NULL, &p, NULL, needed));
+        REFUSED(KVL_ERR_NULL_POINTER, "bytes", kvl_attention_with_prefix_workspace_size(&prefix, &p, NULL, NULL));
+    }
 #undef TRY
     REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_attention_workspace_size(NULL, NULL, needed));
     REFUSED(KVL_ERR_NULL_POINTER, "bytes", kvl_attention_workspace_size(&p, NULL, NULL));

@@ -314,6 +314,17 @@ inline void attention(const context &context, workspace &workspace, const kvl_at
     check(kvl_attention(context.get(), runner, workspace.data(), workspace.size(), &params));
 }
 
+/// Over a prefix that all rows share, [1, tokens, kv_heads, ...], and then over each row's own keys.
+inline void attention_with_prefix(const context &context, workspace &workspace, const kvl_const_view &prefix_k,
+                                  const kvl_const_view &prefix_v, const kvl_attention_params &params,
+                                  const kvl_parallel_runner *runner = nullptr) {
+    std::size_t bytes = 0;
+    check(kvl_attention_with_prefix_workspace_size(&prefix_k, &params, runner, &bytes));
+    workspace.reserve(bytes);
+    check(kvl_attention_with_prefix(context.get(), runner, workspace.data(), workspace.size(), &prefix_k, &prefix_v,
+                                    &params));
+}
+
 inline void merge_states(const context &context, const std::vector<kvl_attention_state> &states, const kvl_view &out,
                          float *lse = nullptr, const kvl_parallel_runner *runner = nullptr) {
     check(kvl_merge_states(context.get(), runner, states.data(), states.size(), &out, lse));
@@ -347,6 +358,79 @@ inline void same_size(std::size_t a, std::size_t b) {
     }
 }
 } // namespace detail
+
+/// Rows of which the newest tokens are kept, and for ever the first `sinks`.
+inline kvl_layout ring_layout(std::int32_t sinks = 0) {
+    kvl_layout layout = KVL_LAYOUT_INIT;
+    layout.kind = KVL_RING;
+    layout.sinks = sinks;
+    return layout;
+}
+
+/// `table` is [rows, pages_per_row]; points into it, as do the next two.
+inline kvl_layout paged_layout(const list &table, std::int64_t rows) {
+    kvl_layout layout = KVL_LAYOUT_INIT;
+    const std::size_t n = rows > 0 ? static_cast<std::size_t>(rows) : 1, pages_per_row = table.size() / n;
+    detail::same_size(table.size(), n * pages_per_row);
+    layout.kind = KVL_PAGED;
+    layout.rows = rows;
+    layout.pages_per_row = static_cast<std::int64_t>(pages_per_row);
+    layout.table = table.data();
+    return layout;
+}
+
+/// `table` is [rows, capacity].
+inline kvl_layout indirect_layout(const list &table, std::int64_t capacity) {
+    kvl_layout layout = KVL_LAYOUT_INIT;
+    const std::size_t n = capacity > 0 ? static_cast<std::size_t>(capacity) : 1, rows = table.size() / n;
+    detail::same_size(table.size(), n * rows);
+    layout.kind = KVL_INDIRECT;
+    layout.rows = static_cast<std::int64_t>(rows);
+    layout.table = table.data();
+    return layout;
+}
+
+/// `starts` is [rows + 1].
+inline kvl_layout ragged_layout(const list &starts) {
+    kvl_layout layout = KVL_LAYOUT_INIT;
+    layout.kind = KVL_RAGGED;
+    layout.rows = static_cast<std::int64_t>(starts.size()) - 1;
+    layout.table = starts.data();
+    return layout;
+}
+
+/// What the attention of all layers of a step has in common; may be shared between threads while none changes it.
+class plan {
+public:
+    explicit plan(const kvl_attention_params &params) {
+        kvl_plan *made = nullptr;
+        check(kvl_plan_create(&params, &made));
+        handle_.reset(made);
+    }
+
+    /// For `kvl_attention_params::plan`.
+    const kvl_plan *get() const noexcept { return handle_.get(); }
+
+    /// Anew, in the memory that it has.
+    void update(const kvl_attention_params &params) { check(kvl_plan_update(handle_.get(), &params)); }
+
+    /// `counts` has an entry a row.
+    void advance(const list &counts) {
+        check(kvl_plan_advance(handle_.get(), counts.data(), static_cast<std::int64_t>(counts.size())));
+    }
+
+    /// Entries from `first` on of a row in the table of pages or rows.
+    void set_table(std::int64_t row, std::int64_t first, const list &entries) {
+        const auto count = static_cast<std::int64_t>(entries.size());
+        check(kvl_plan_set_table(handle_.get(), row, first, entries.data(), count));
+    }
+
+private:
+    struct release {
+        void operator()(kvl_plan *plan) const noexcept { kvl_plan_destroy(plan); }
+    };
+    std::unique_ptr<kvl_plan, release> handle_;
+};
 
 inline void cache_set_lengths(const kvl_cache &cache, const list &rows, const list &values) {
     detail::same_size(rows.size(), values.size());

@@ -10,11 +10,16 @@
 //! | [`rms_norm`], [`rms_norm_rope`] | RMS norm of heads (QK-norm), alone and with the rotation in one pass |
 //! | [`kv_write`] | new keys and values of every row into the cache, each row at its own place; norm and RoPE of the keys on the way |
 //! | [`attention`] | masked softmax attention of grouped queries over the cache: prefill, chunks, decode |
+//! | [`AttentionPlan`] | what the attention of all layers of a step has in common, checked and worked out once |
+//! | [`attention_with_prefix`] | attention over a prefix that all rows share, read once, and over each row's own keys |
 //! | [`merge_states`] | outputs over disjoint keys become the output over all of them |
 //! | [`KvCache`] | the caches of all layers: reset, truncate, insert, copy a prefix, reorder rows, evict, defragment pages |
 //! | [`Mesh`] | which rows, heads and keys are whose, where a cache is spread over machines |
 //! | [`pack_row_pairs`], [`unpack_row_pairs`] | values in pairs of slots, for kernels that multiply tiles, and back |
 //! | [`repeat_kv`] | the explicit repeat of KV heads, for whoever needs it in memory |
+//!
+//! In which slots of a cache tokens lie (rings, pages, tables of beams, ragged rows) is said in [`layout`], who sees whom in
+//! [`masks`].
 //!
 //! # One decode step
 //! ```

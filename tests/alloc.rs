@@ -46,6 +46,60 @@ fn allocations(run: impl FnOnce()) -> usize {
     ALLOCATIONS.load(Ordering::Relaxed) - before
 }
 
+/// Attention over every layout, by itself and by a plan that is taken on; the most allocations that one call made.
+fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtype: DType) -> usize {
+    const ROOM: usize = 1120;
+    let mut most = 0;
+    let q = Tensor::random(rng, DType::F32, [2, 1, 6, 64], Layout::BSHD, Place::Heap);
+    let pages: Vec<i32> = (0..2 * ROOM as i32 / 16).rev().collect();
+    let rows: Vec<i32> = (0..2 * ROOM as i32).map(|i| i / 5 % 2).collect();
+    let starts = [0, ROOM as i32, 2 * ROOM as i32];
+    let tree = [1u8; 2];
+    let mut workspace = Workspace::new();
+    let mut out = Tensor::output(dtype, [2, 1, 6, 64], Layout::BSHD, Place::Heap);
+    for (axes, layout) in [
+        ([2, ROOM], Slots::Contiguous),
+        ([2, 300], Slots::Ring { sinks: 4 }),
+        ([2 * ROOM / 16, 16], Slots::Paged { pages: &pages, pages_per_row: ROOM / 16 }),
+        ([2, ROOM], Slots::Indirect { rows: &rows }),
+        ([1, 2 * ROOM], Slots::Ragged { starts: &starts }),
+    ] {
+        let shape = [axes[0], axes[1], 2, 64];
+        let k = Tensor::random(rng, dtype, shape, Layout::BSHD, Place::Heap);
+        let v = Tensor::random(rng, dtype, shape, Layout::BSHD, Place::Heap);
+        let mut attend = |options: &AttentionOptions| {
+            let tensors = AttentionTensors { q: q.view(), k: k.view(), v: v.view(), out: out.view_mut(), lse: None };
+            attention(context, runner, &mut workspace, tensors, options).unwrap();
+        };
+        let options = AttentionOptions {
+            causal: true,
+            lengths: Some(&[1090, 40]),
+            prefixes: Some(&[4, 0]),
+            layout,
+            ..Default::default()
+        };
+        let bits = BitMask::strided(&tree, 0, [2, 1, 6, 1], [8, 0, 0]).unwrap().with_first_keys(&[1089, 39]);
+        let mut plan = AttentionPlan::new([2, 1, 6, 64], shape, &options).unwrap();
+        // Grows the workspace.
+        attend(&options);
+        most = most.max(allocations(|| attend(&options)));
+        most = most.max(allocations(|| attend(&AttentionOptions { bit_mask: Some(bits), ..options })));
+        most = most.max(allocations(|| plan.advance(&[1, 3]).unwrap()));
+        most = most.max(allocations(|| attend(&AttentionOptions { plan: Some(&plan), ..Default::default() })));
+        most = most.max(allocations(|| plan.update([2, 1, 6, 64], shape, &options).unwrap()));
+    }
+    let k = Tensor::random(rng, dtype, [2, 40, 2, 64], Layout::BSHD, Place::Heap);
+    let shared = Tensor::random(rng, dtype, [1, 1100, 2, 64], Layout::BSHD, Place::Heap);
+    let mut cascade = || {
+        let prefix = SharedPrefix { k: shared.view(), v: shared.view() };
+        let tensors = AttentionTensors { q: q.view(), k: k.view(), v: k.view(), out: out.view_mut(), lse: None };
+        let options = AttentionOptions { causal: true, lengths: Some(&[40, 7]), ..Default::default() };
+        attention_with_prefix(context, runner, &mut workspace, prefix, tensors, &options).unwrap();
+    };
+    cascade();
+    most.max(allocations(cascade))
+}
+
 /// One call of every operation, for every type; the most allocations that one of them made.
 fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
     let mut rng = Rng::new(1);
@@ -80,6 +134,7 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
                 most = most.max(made);
             }
         }
+        most = most.max(layouts_and_plans(context, runner, &mut rng, dtype));
         // 260 tokens are enough that the operations do ask for workers.
         for (layout, seq) in [(Layout::BSHD, 3), (Layout::STEP2, if common::scale() < 0.5 { 5 } else { 260 })] {
             let shape = [2, seq, 4, 64];

@@ -237,6 +237,11 @@ fn caches_are_operated_on_as_a_whole() {
 }
 
 #[test]
+fn every_layout_gives_the_same_bits() {
+    both("layouts.c", Language::C11);
+}
+
+#[test]
 fn bad_input_is_an_error_and_writes_nothing() {
     both("errors.c", Language::C11);
 }
@@ -330,6 +335,7 @@ mod symbols {
         for (source, language) in [
             ("ops.c", Language::C11),
             ("cache.c", Language::C11),
+            ("layouts.c", Language::C11),
             ("errors.c", Language::C11),
             ("threads.c", Language::C11),
             ("cpp.cpp", Language::Cpp17),
