@@ -55,7 +55,7 @@ impl Rows {
             query_starts = Some(starts);
         }
 
-        let mut window = |c: &mut Call, probability: f64| -> Option<i64> {
+        let window = |c: &mut Call, probability: f64| -> Option<i64> {
             c.maybe(probability).then(|| c.rng.between(0, 40) as i64 - 1)
         };
         let (mut left, right) = (window(c, if left { 0.25 } else { 0.0 }), window(c, 0.15));

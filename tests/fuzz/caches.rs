@@ -489,7 +489,7 @@ pub fn cache_defragment(mut c: Call) -> i32 {
     let map = if c.hit() && c.maybe(0.3) { std::ptr::null_mut() } else { map };
     let used: *mut i64 = c.output(Some(1));
 
-    let mut in_use = BTreeSet::new();
+    let mut in_use: BTreeSet<i32> = BTreeSet::new();
     for (row, &length) in lengths.values.iter().enumerate() {
         let n = (i64::from(length.max(0)) + shape[1].max(1) - 1) / shape[1].max(1);
         let first = (row as i64).saturating_mul(per_row).clamp(0, table.values.len() as i64) as usize;

@@ -497,18 +497,6 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The [batch, seq, head] of a tensor that the call may write, whatever is in them afterwards.
-    pub fn touches(&mut self, tensor: &Tensor, which: impl Fn([usize; 3]) -> bool) {
-        if !tensor.fits(&self.arena) {
-            return;
-        }
-        tensor.for_each_row(|index, row| {
-            if which(index) {
-                row.ranges(&mut self.written);
-            }
-        });
-    }
-
     /// `n` bytes that the call may write, whatever is in them afterwards.
     pub fn may_write<T>(&mut self, at: *mut T, n: Option<i64>) {
         if let Some(n) = n.filter(|&n| n > 0 && !at.is_null()) {

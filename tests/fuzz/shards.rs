@@ -5,7 +5,7 @@ use crate::call::{Call, product};
 
 /// One of up to 4 x 4 x 4 shards.
 fn shard(c: &mut Call, model: usize) -> *mut kvl_shard {
-    let mut part = |c: &mut Call, n: usize| {
+    let part = |c: &mut Call, n: usize| {
         let at = c.rng.below(n.max(1)) as i64;
         (c.number(at), c.number(n as i64))
     };
