@@ -396,7 +396,8 @@ typedef struct kvl_kernel_info {
     int32_t available;
     /**
      * The largest error against exact arithmetic on the same inputs with f32 output, as a fraction of the largest magnitude
-     * that goes into the result (of V in attention); rounding to a narrower target comes on top.
+     * that goes into the result (of V in attention); rounding to a narrower target comes on top. In attention it grows with logits
+     * beyond 32 (before the largest is taken off, ALiBi and bias included), in proportion: f32 rounds them to 2^-24 of themselves.
      */
     float max_error;
 } kvl_kernel_info;
