@@ -800,7 +800,7 @@ static void attention(void) {
         bit_mask.offset = -1;
         MASK(KVL_ERR_BOUNDS, "reaches bytes -1..6");
         bit_mask.strides[0] = INT64_MAX;
-        MASK(KVL_ERR_STRIDE, "bit_mask");
+        MASK(KVL_ERR_BOUNDS, "of a buffer of 16");
         bit_mask.shape[3] = 4;
         MASK(KVL_ERR_SHAPE, "bit_mask ends at key 4 of row 0, which has 5 keys");
         bit_mask.shape[1] = 2;

@@ -205,7 +205,8 @@ static void prompt_and_decode(kvl_dtype dtype) {
             CHECK(same(&is, &prefixed), "%s, step %d, window and prefix", caches[i].name, (int)step);
         }
         CHECK((next[0] > WINDOW + 1) == !same(&windowed, &free_of_windows), "step %d: the window hides", (int)step);
-        CHECK((next[0] > WINDOW + 1) == !same(&prefixed, &windowed), "step %d: the prefix shows", (int)step);
+        CHECK(seq == 1 && next[0] <= WINDOW + 1 ? same(&prefixed, &windowed) : !same(&prefixed, &windowed),
+              "step %d: a prefix shows what causality and the window hide", (int)step);
         memcpy(lengths, next, sizeof lengths);
     }
     CHECK(lengths[1] > RING, "the ring has not gone round: %d", (int)lengths[1]);
