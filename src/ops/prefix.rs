@@ -252,13 +252,32 @@ pub(crate) unsafe fn attention_with_prefix_raw(
         };
         attention_raw(context, runner, rest, rest_bytes, &own)?;
         attention_raw(context, runner, rest, rest_bytes, &all)?;
-        let state = |i: usize| (outs[i], lses[i].cast_const());
-        if call.out.dtype == DType::F32 {
-            return merge_states_raw(context, runner, 2, &state, call.out, call.lse);
+        // Ragged queries may leave tokens that are of no row: those have no state, and their outputs are left alone.
+        let (first, n) = match call.spans.query_starts {
+            Some(starts) => (starts[0] as usize, (starts[starts.len() - 1] - starts[0]) as usize),
+            None => (0, seq),
+        };
+        let [out, merged] = [&call.out, &outs[2]].map(|view| tokens_of(view, first, n));
+        let lse_of = |lse: *mut f32| if lse.is_null() { lse } else { lse.wrapping_add(first * heads) };
+        let state = |i: usize| (tokens_of(&outs[i], first, n), lse_of(lses[i]).cast_const());
+        if out.dtype == DType::F32 {
+            return merge_states_raw(context, runner, 2, &state, out, lse_of(call.lse));
         }
-        merge_states_raw(context, runner, 2, &state, outs[2], call.lse)?;
-        copy_tokens(context, runner, &outs[2], &call.out)
+        merge_states_raw(context, runner, 2, &state, merged, lse_of(call.lse))?;
+        copy_tokens(context, runner, &merged, &out)
     }
+}
+
+/// `n` tokens of every row, from `first` on.
+fn tokens_of(view: &RawView, first: usize, n: usize) -> RawView {
+    let mut part = *view;
+    part.shape[SEQ] = n;
+    if first > 0 && !part.is_empty() {
+        let bytes = first as isize * view.strides[SEQ] as isize * view.dtype.size() as isize;
+        part.data = part.data.wrapping_offset(bytes);
+        part.bytes = part.bytes.map(|all| all.wrapping_sub_signed(bytes));
+    }
+    part
 }
 
 /// The queries of all rows as one row of a batch: as they lie, or in a copy at `to`.

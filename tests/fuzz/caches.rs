@@ -390,7 +390,7 @@ pub fn cache_set_table_tokens(mut c: Call) -> i32 {
     let (rows, capacity, tokens) = (c.number(rows), c.number(capacity), c.number(tokens));
     let table: *mut i32 = c.output(product(&[rows, capacity]));
     c.may_write(table, product(&[rows, capacity]));
-    let wrong = [-1, i32::MIN, i32::MAX, capacity as i32, capacity as i32 + 1];
+    let wrong = [-1, i32::MIN, i32::MAX, capacity as i32, (capacity as i32).wrapping_add(1)];
     let positions = c.list(product(&[rows]), &wrong, |c, _| c.rng.between(0, room) as i32);
     c.ready();
     // SAFETY: lists of as many entries as the numbers say.
