@@ -78,7 +78,8 @@ structs! {
         scale: f32, softcap: f32, flags: u32, reserved: i32, window_left: i64, window_right: i64, lengths: *const i32,
         starts: *const i32, offsets: *const i32, mask: kvl_mask, bias: kvl_const_view, alibi_slopes: *const f32,
         sinks: *const f32, precision: i32, reserved2: i32, layout: *const kvl_layout, query_starts: *const i32,
-        rows: i64, prefixes: *const i32, bit_mask: *const kvl_bit_mask, plan: *const kvl_plan,
+        rows: i64, prefixes: *const i32, bit_mask: *const kvl_bit_mask, plan: *const kvl_plan, v_packing: i32,
+        reserved3: i32,
     }
     kvl_attention_state { out: kvl_const_view, lse: *const f32 }
 }

@@ -318,7 +318,13 @@ fn attend(mut c: Call, shared: bool) -> i32 {
     let ([q0, q1], [k0, k1]) = (rows.q, rows.places.axes);
     let mut q = c.tensor(q_type, [q0, q1, heads, dim], true);
     let mut k = c.tensor(kv, [k0, k1, kv_heads, dim], true);
-    let mut v = c.tensor(kv, [k0, k1, kv_heads, v_dim], true);
+    let packed = k1 % 2 == 0 && c.maybe(0.15);
+    if packed {
+        // Sinks or starts may be odd.
+        c.allow_error();
+    }
+    let v_shape = if packed { [k0, k1 / 2, kv_heads, 2 * v_dim] } else { [k0, k1, kv_heads, v_dim] };
+    let mut v = c.tensor(kv, v_shape, true);
     let mut out = c.tensor(out_type, [q0, q1, heads, v_dim], false);
     let scores = [rows.batch, rows.seq, heads, rows.longest() + c.rng.below(3) as i64];
     let small = product(&scores).is_some_and(|n| n <= 1 << 19);
@@ -368,7 +374,10 @@ fn attend(mut c: Call, shared: bool) -> i32 {
     let is_live = |at: [usize; 3]| live.contains(&(at[0] as i64, at[1] as i64));
     c.fill(&q, |_| true);
     c.fill(&k, is_live);
-    c.fill(&v, is_live);
+    c.fill(&v, |[row, slot, head]| match packed {
+        true => is_live([row, 2 * slot, head]) || is_live([row, 2 * slot + 1, head]),
+        false => is_live([row, slot, head]),
+    });
     mask.iter().chain(&bias).for_each(|t| c.fill(t, |_| true));
 
     let (scale, softcap) = (c.value() * 0.3, c.value().abs() * 20.0);
@@ -390,9 +399,11 @@ fn attend(mut c: Call, shared: bool) -> i32 {
         precision: c.code(precision),
         reserved2: c.code(0),
         bit_mask: bits,
+        v_packing: c.code(packed.into()),
+        reserved3: c.code(0),
         ..said.params
     };
-    let older: &[usize] = if is_new || !plan.0.is_null() || !bits.is_null() { &[] } else { &OLDER };
+    let older: &[usize] = if is_new || packed || !plan.0.is_null() || !bits.is_null() { &[] } else { &OLDER };
     let params = c.sized(&params, older);
     let (context, runner) = (c.context(), c.runner());
     let prefix = prefix.map(|(k, v)| {
