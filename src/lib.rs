@@ -13,6 +13,7 @@
 //! | [`AttentionPlan`] | what the attention of all layers of a step has in common, checked and worked out once |
 //! | [`attention_with_prefix`] | attention over a prefix that all rows share, read once, and over each row's own keys |
 //! | [`merge_states`] | outputs over disjoint keys become the output over all of them |
+//! | [`attention_chunks`], [`merge_chunks`] | the same for spans of a sequence, with the bits of one call |
 //! | [`KvCache`] | the caches of all layers: reset, truncate, insert, copy a prefix, reorder rows, evict, defragment pages |
 //! | [`Mesh`] | which rows, heads and keys are whose, where a cache is spread over machines |
 //! | [`pack_row_pairs`], [`unpack_row_pairs`] | values in pairs of slots, for kernels that multiply tiles, and back |

@@ -63,8 +63,9 @@ pub unsafe extern "C" fn kvl_cache_advance(cache: *const kvl_cache, counts: *con
 ///
 /// In a ring the tokens that are taken away have overwritten older ones, so a ring that has gone round can only be truncated
 /// if those will not be looked at: `window` is the left window of all attention over this cache, -1 for none, and a ring
-/// whose capacity exceeds sinks + window by n tokens can give back n. In an indirect cache a slot is not given up while a
-/// token of another row lies there. Since ABI version 3.
+/// whose capacity exceeds sinks + window by n tokens can give back n. The cache knows no length but the present one: truncations
+/// that follow each other without new tokens between them count together, and who makes several has to add them up. In an
+/// indirect cache a slot is not given up while a token of another row lies there. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches.
 /// Bad input: null, an unknown `struct_size`, views that do not fit each other, a length that is negative or above the present

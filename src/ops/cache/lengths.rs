@@ -30,7 +30,9 @@ impl KvCache<'_, '_> {
     /// In a ring the tokens that are taken away have overwritten older ones, which a ring of the shorter length would show
     /// again. So a ring that has gone round can only be truncated if they will not be looked at: `window` is the left window
     /// of all attention over this cache, as in [`AttentionOptions`](crate::AttentionOptions), and a ring whose capacity
-    /// exceeds `sinks + window` by n tokens can give back n. `None` is no window.
+    /// exceeds `sinks + window` by n tokens can give back n. `None` is no window. The cache knows no length but the present one:
+    /// truncations that follow each other without new tokens between them count together, and who makes several has to add
+    /// them up.
     ///
     /// In an [`Indirect`](Layout::Indirect) cache the slots of the tokens that are taken away are written again. That is
     /// refused while a token that another row keeps lies there.
