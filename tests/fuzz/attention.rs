@@ -90,7 +90,7 @@ impl Rows {
     }
 
     fn length(&self, row: usize) -> i64 {
-        self.lengths.as_ref().map_or_else(|| self.places.room(row), |l| l[row].into())
+        self.lengths.as_ref().map_or_else(|| self.places.room(row), |l| l.get(row).map_or(0, |&n| n.into()))
     }
 
     /// Of the longest row.

@@ -120,6 +120,11 @@ impl Places {
             ..zeroed()
         };
         given.at = c.sized(&layout, &[]);
+        if given.at.is_null() {
+            // Which is as good as another.
+            given =
+                Given { at: given.at, kind: CONTIGUOUS, sinks: 0, rows: 0, pages_per_row: 0, table: Vec::new(), slots };
+        }
         given
     }
 }

@@ -319,7 +319,10 @@ fn kv_write(mut c: Call) -> i32 {
             let row = to_rows.values.get(b).map_or(b as i64, |&r| r.into());
             let count = counts.values.get(b).map_or(seq, |&n| n.into());
             for t in 0..count.clamp(0, seq.clamp(0, 1 << 16)) {
-                let slot = slots.values.get(b * seq as usize + t as usize).map(|&slot| i64::from(slot));
+                let slot = slots
+                    .values
+                    .get(b.wrapping_mul(seq as usize).wrapping_add(t as usize))
+                    .map(|&slot| i64::from(slot));
                 targets.extend(match (slots.at.is_null(), slot, k_cache.shape[1]) {
                     (true, ..) => positions.values.get(b).and_then(|&p| layout.place(row, i64::from(p) + t)),
                     (false, Some(0..), 1..) if matches!(layout.kind(), PAGED | RAGGED) => {

@@ -137,7 +137,8 @@ const BUFFER: i32 = -1;
 /// Bytes of a plan for so many rows, in which each moves once, and into the buffer once a cycle of two or more.
 fn plan_bytes(rows: usize) -> usize {
     let moves = rows.saturating_add(rows / 2);
-    rows.saturating_mul(size_of::<i32>()).saturating_add(moves.saturating_mul(size_of::<Move>())).next_multiple_of(64)
+    let bytes = rows.saturating_mul(size_of::<i32>()).saturating_add(moves.saturating_mul(size_of::<Move>()));
+    bytes.checked_next_multiple_of(64).unwrap_or(usize::MAX)
 }
 
 /// The parts of a workspace that a plan takes: a number a row, and the moves.

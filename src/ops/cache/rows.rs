@@ -135,8 +135,9 @@ unsafe fn clear(view: &RawView, (row, slot): Place, n: usize) {
                 if view.strides[DIM] == 1 {
                     first.write_bytes(0, dim * size);
                 } else {
-                    let step = view.strides[DIM] as isize * size as isize;
-                    (0..dim).for_each(|d| first.wrapping_offset(d as isize * step).write_bytes(0, size));
+                    // The stride of a single element may be anything.
+                    let step = (view.strides[DIM] as isize).wrapping_mul(size as isize);
+                    (0..dim as isize).for_each(|d| first.wrapping_offset(d.wrapping_mul(step)).write_bytes(0, size));
                 }
             }
         }
