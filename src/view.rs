@@ -44,6 +44,12 @@ pub(crate) struct Extent {
 }
 
 impl RawView {
+    /// `n` floats one after the other.
+    pub fn floats(data: *mut f32, n: usize) -> Self {
+        let (dtype, shape, strides) = (DType::F32, [1, 1, 1, n], [0, 0, 0, 1]);
+        Self { data: data.cast(), dtype, shape, strides, bytes: None }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.shape.contains(&0)
     }

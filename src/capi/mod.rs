@@ -35,6 +35,7 @@ use crate::ops::rope::{
     rope_raw,
 };
 use crate::ops::write::{Destination, RawWrite, kv_write_raw};
+use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ};
 use guard::{guard, guard_value};
 use runner::CallerRunner;
@@ -677,14 +678,8 @@ pub unsafe extern "C" fn kvl_pack_row_pairs(
     src: *const kvl_const_view,
     dst: *const kvl_view,
 ) -> kvl_status {
-    guard(|| {
-        // SAFETY: the caller's promise, here and below.
-        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
-        // SAFETY: as above.
-        let (src, dst) = unsafe { (read("src", src)?.raw("src")?, read("dst", dst)?.raw("dst")?) };
-        // SAFETY: as above.
-        unsafe { pack_row_pairs_raw(context, runner.as_dyn(), src, dst) }
-    })
+    // SAFETY: the caller's promise.
+    unsafe { from_one_to_another(context, runner, src, dst, pack_row_pairs_raw) }
 }
 
 /// The inverse of `kvl_pack_row_pairs`: `src` is [batch, n / 2 rounded up, heads, 2 * dim], `dst` [batch, n, heads, dim]. Since
@@ -699,14 +694,8 @@ pub unsafe extern "C" fn kvl_unpack_row_pairs(
     src: *const kvl_const_view,
     dst: *const kvl_view,
 ) -> kvl_status {
-    guard(|| {
-        // SAFETY: the caller's promise, here and below.
-        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
-        // SAFETY: as above.
-        let (src, dst) = unsafe { (read("src", src)?.raw("src")?, read("dst", dst)?.raw("dst")?) };
-        // SAFETY: as above.
-        unsafe { unpack_row_pairs_raw(context, runner.as_dyn(), src, dst) }
-    })
+    // SAFETY: the caller's promise.
+    unsafe { from_one_to_another(context, runner, src, dst, unpack_row_pairs_raw) }
 }
 
 /// Repeats every head n times in a row: [batch, seq, kv_heads, dim] becomes [batch, seq, kv_heads * n, dim], of the same
@@ -722,14 +711,8 @@ pub unsafe extern "C" fn kvl_repeat_kv(
     src: *const kvl_const_view,
     dst: *const kvl_view,
 ) -> kvl_status {
-    guard(|| {
-        // SAFETY: the caller's promise, here and below.
-        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
-        // SAFETY: as above.
-        let (src, dst) = unsafe { (read("src", src)?.raw("src")?, read("dst", dst)?.raw("dst")?) };
-        // SAFETY: as above.
-        unsafe { repeat_kv_raw(context, runner.as_dyn(), src, dst) }
-    })
+    // SAFETY: the caller's promise.
+    unsafe { from_one_to_another(context, runner, src, dst, repeat_kv_raw) }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -991,6 +974,27 @@ unsafe fn raw_attention<'a>(params: *const kvl_attention_params) -> Result<RawAt
             precision: types::precision("precision", params.precision)?,
         })
     }
+}
+
+/// An export that does something with a view and puts it into another.
+///
+/// # Safety
+/// The pointers are what the header describes.
+unsafe fn from_one_to_another(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    src: *const kvl_const_view,
+    dst: *const kvl_view,
+    run: unsafe fn(&Context, &dyn Runner, RawView, RawView) -> Result<()>,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let (src, dst) = unsafe { (read("src", src)?.raw("src")?, read("dst", dst)?.raw("dst")?) };
+        // SAFETY: as above.
+        unsafe { run(context, runner.as_dyn(), src, dst) }
+    })
 }
 
 /// # Safety

@@ -1,7 +1,6 @@
 //! Attention over a cache: one entry for prefill, chunked prefill and decode.
 
 use crate::context::Context;
-use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::kernels::generic::attention::{BitView, ByteView, CHUNK, Problem, Spans, Summary, Tile, partial_stride};
 use crate::kernels::{self, AttentionFns, Function, Precision};
@@ -9,7 +8,7 @@ use crate::layout::{Layout, Packing};
 use crate::ops::mask::{BitMask, Mask, RawBitMask, RawMask};
 use crate::ops::plan::AttentionPlan;
 use crate::ops::tiling::{GRAIN, Tiling, most_chunks};
-use crate::ops::workspace::Workspace;
+use crate::ops::workspace::{Workspace, check_workspace};
 use crate::parallel::{Runner, for_each_tile};
 use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
@@ -322,17 +321,7 @@ pub(crate) unsafe fn attention_raw(
     let together = heads_together(&call.k) && heads_together(&call.v) && call.v_packing == Packing::Rows;
     let plan = Tiling::new(&kernel, q_shape, k_shape, dv, runner.num_threads(), count, together);
     let needed = plan.bytes();
-    ensure!(
-        workspace_bytes >= needed,
-        Workspace,
-        "the workspace has {workspace_bytes} bytes, but this call needs {needed}"
-    );
-    ensure!(
-        !workspace.is_null() && workspace.addr().is_multiple_of(64),
-        Workspace,
-        "the workspace at {:#x} is not aligned to 64 bytes",
-        workspace.addr()
-    );
+    check_workspace((workspace, workspace_bytes), needed)?;
     // An upper bound is enough: it only decides whether threads are worth their start.
     let steps = [batch, heads, seq, longest.min(count * CHUNK), d + dv].into_iter().fold(1, usize::saturating_mul);
     let workers = plan.workers.min(steps / GRAIN).max(1);
@@ -538,13 +527,7 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
     }
     if !call.lse.is_null() {
         let rows = view::rows(q.shape);
-        let lse = RawView {
-            data: call.lse.cast(),
-            dtype: DType::F32,
-            shape: [1, 1, 1, rows],
-            strides: [0, 0, 0, 1],
-            bytes: None,
-        };
+        let lse = RawView::floats(call.lse, rows);
         lse.validate("lse")?;
         if let Some(mask) = &call.mask {
             ensure!(!mask.overlaps(&lse)?, Overlap, "mask and lse share memory");

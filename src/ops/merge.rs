@@ -80,13 +80,7 @@ pub(crate) unsafe fn merge_states_raw(
     out.validate_output("out")?;
     let rows = view::rows(out.shape);
     ensure!(rows < usize::MAX, Shape, "out has shape {:?}, which is more rows than memory", out.shape);
-    let lse_view = |data: *const f32| RawView {
-        data: data.cast_mut().cast(),
-        dtype: crate::DType::F32,
-        shape: [1, 1, 1, rows],
-        strides: [0, 0, 0, 1],
-        bytes: None,
-    };
+    let lse_view = |data: *const f32| RawView::floats(data.cast_mut(), rows);
     let mut inputs: [(RawView, Pointer); MAX_STATES] = [(out, Pointer(std::ptr::null())); MAX_STATES];
     for (i, input) in inputs.iter_mut().enumerate().take(states) {
         let (view, state_lse) = state(i);

@@ -13,13 +13,13 @@ use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::kernels::Op;
 use crate::kernels::generic::attention::Spans;
-use crate::layout::{Layout, Packing};
+use crate::layout::Packing;
 use crate::ops::attention::{
     AttentionOptions, AttentionTensors, RawAttention, attention_raw, attention_shapes, attention_workspace_size,
 };
 use crate::ops::merge::merge_states_raw;
 use crate::ops::rope::token_copy;
-use crate::ops::workspace::Workspace;
+use crate::ops::workspace::{Workspace, check_alignment};
 use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, contiguous};
@@ -171,8 +171,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
     ensure!(!call.q.overlaps_within(q_extent, &call.out, out_extent), Overlap, "q and out share memory");
 
     if !call.lse.is_null() {
-        let shape = [1, 1, 1, view::rows(call.q.shape)];
-        let lse = RawView { data: call.lse.cast(), dtype: DType::F32, shape, strides: contiguous(shape), bytes: None };
+        let lse = RawView::floats(call.lse, view::rows(call.q.shape));
         lse.validate("lse")?;
         let inputs = [("q", &call.q), ("k", &call.k), ("v", &call.v), ("the prefix's k", &k), ("the prefix's v", &v)];
         for (name, view) in inputs {
@@ -188,12 +187,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
         "the workspace has {workspace_bytes} bytes, but this call needs more than {}",
         parts.bytes
     );
-    ensure!(
-        !workspace.is_null() && workspace.addr().is_multiple_of(64),
-        Workspace,
-        "the workspace at {:#x} is not aligned to 64 bytes",
-        workspace.addr()
-    );
+    check_alignment(workspace)?;
     let (rest, rest_bytes) = (workspace.wrapping_add(parts.bytes), workspace_bytes - parts.bytes);
     let f32_view = |data: *mut u8, shape: [usize; 4]| RawView {
         data,
@@ -227,20 +221,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
             v,
             out: f32_view(outs[0].data, [1, batch * seq, heads, v_dim]),
             lse: lses[0],
-            spans: Spans {
-                batch: 1,
-                seq: batch * seq,
-                cache: k,
-                layout: Layout::Contiguous,
-                query_starts: None,
-                causal: false,
-                window_left: None,
-                window_right: None,
-                lengths: None,
-                starts: None,
-                offsets: None,
-                prefixes: None,
-            },
+            spans: Spans::unmasked(1, batch * seq, k),
             planned: None,
             v_packing: Packing::Rows,
             mask: None,

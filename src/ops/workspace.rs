@@ -1,5 +1,24 @@
 //! Scratch memory that the caller keeps between calls.
 
+use crate::error::{Result, ensure};
+
+/// Checks a workspace of the caller's: its first byte, and how many it has.
+pub(crate) fn check_workspace((data, bytes): (*mut u8, usize), needed: usize) -> Result<()> {
+    ensure!(bytes >= needed, Workspace, "the workspace has {bytes} bytes, but this call needs {needed}");
+    if needed == 0 { Ok(()) } else { check_alignment(data) }
+}
+
+/// Checks that a workspace begins where one may.
+pub(crate) fn check_alignment(data: *mut u8) -> Result<()> {
+    ensure!(
+        !data.is_null() && data.addr().is_multiple_of(64),
+        Workspace,
+        "the workspace at {:#x} is not aligned to 64 bytes",
+        data.addr()
+    );
+    Ok(())
+}
+
 /// 64 bytes, aligned.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]

@@ -6,7 +6,7 @@ use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::kernels::Op;
 use crate::layout::Layout;
-use crate::ops::workspace::Workspace;
+use crate::ops::workspace::{Workspace, check_workspace};
 use crate::parallel::{MAX_WORKERS, Runner};
 use crate::view::{DIM, HEADS, RawView, SEQ, contiguous};
 
@@ -204,18 +204,6 @@ fn plan<'a>(parents: &[i32], uses: &mut [i32], moves: &'a mut [Move]) -> &'a [Mo
         }
     }
     &moves[..n]
-}
-
-/// Checks a workspace of the caller's.
-fn check_workspace((data, bytes): (*mut u8, usize), needed: usize) -> Result<()> {
-    ensure!(bytes >= needed, Workspace, "the workspace has {bytes} bytes, but this call needs {needed}");
-    ensure!(
-        needed == 0 || !data.is_null() && data.addr().is_multiple_of(64),
-        Workspace,
-        "the workspace at {:#x} is not aligned to 64 bytes",
-        data.addr()
-    );
-    Ok(())
 }
 
 /// # Safety

@@ -60,6 +60,24 @@ impl Chunks {
 }
 
 impl Spans<'_> {
+    /// Every query sees every key of a contiguous cache.
+    pub fn unmasked(batch: usize, seq: usize, cache: RawView) -> Self {
+        Self {
+            batch,
+            seq,
+            cache,
+            layout: Layout::Contiguous,
+            query_starts: None,
+            causal: false,
+            window_left: None,
+            window_right: None,
+            lengths: None,
+            starts: None,
+            offsets: None,
+            prefixes: None,
+        }
+    }
+
     pub fn length(&self, batch: usize) -> i64 {
         self.lengths.map_or_else(|| self.layout.capacity(&self.cache, batch) as i64, |l| l[batch] as i64)
     }
