@@ -5,68 +5,22 @@
 //! these tests say so and do nothing, unless `KVLANE_REQUIRE_MODELS` is set, which makes that a failure.
 #![cfg(feature = "driver")]
 
-use std::path::PathBuf;
+mod model_reference;
+
 use std::sync::LazyLock;
 
 use kvlane::driver::sampling::argmax;
-use kvlane::driver::{
-    Activation, Cache, Decoder, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Threads, Tokenizer,
-};
+use kvlane::driver::{Activation, Cache, Decoder, Logits, Request, SamplerOptions, Scratch, Slots, Tokenizer};
 use kvlane::{DType, Pairing};
-use serde::Deserialize;
+use model_reference::{Prompt, Reference, open_model};
 
 const FILE: &str = "gemma-3-270m-q4_k_m.gguf";
 const WINDOW: usize = 512;
 
-#[derive(Deserialize)]
-struct Reference {
-    vocabulary: Vec<usize>,
-    prompts: Vec<Prompt>,
-    tokenizer: Vec<Text>,
-}
-
-#[derive(Deserialize)]
-struct Prompt {
-    text: String,
-    ids: Vec<u32>,
-    greedy: Vec<u32>,
-    positions: Vec<usize>,
-    logits: Vec<Vec<f64>>,
-    max: Vec<f64>,
-    logsumexp: Vec<f64>,
-}
-
-#[derive(Deserialize)]
-struct Text {
-    text: String,
-    ids: Vec<u32>,
-}
-
-static REFERENCE: LazyLock<Reference> =
-    LazyLock::new(|| serde_json::from_str(include_str!("data/gemma3_reference.json")).unwrap());
+static REFERENCE: LazyLock<Reference> = LazyLock::new(|| Reference::read(include_str!("data/gemma3_reference.json")));
 
 /// One model for all tests: a gigabyte of weights.
-static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| {
-    let path = model_path()?;
-    let threads = Threads::new(0).unwrap();
-    let file = ModelFile::open(&path).unwrap();
-    let weights = threads.run(|| file.weights(&|_, _| ())).unwrap();
-    let decoder = Decoder::new(file.config().clone(), weights, 0, None, threads).unwrap();
-    Some((decoder, file.tokenizer().unwrap()))
-});
-
-fn model_path() -> Option<PathBuf> {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| std::env::home_dir().map(|h| h.join(".cache")));
-    let candidates = [std::env::var_os("KVLANE_GEMMA3").map(PathBuf::from), cache.map(|c| c.join("kvlane").join(FILE))];
-    let found = candidates.into_iter().flatten().find(|p| p.is_file());
-    if found.is_none() {
-        let required = std::env::var_os("KVLANE_REQUIRE_MODELS").is_some_and(|v| v != "0");
-        assert!(!required, "{FILE} is required, but neither KVLANE_GEMMA3 nor the cache directory has it");
-        eprintln!("NOT RUN: {FILE} was not found; set KVLANE_GEMMA3 to its path");
-    }
-    found
-}
+static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| open_model("KVLANE_GEMMA3", FILE));
 
 #[test]
 fn the_file_describes_the_layers() {
@@ -122,15 +76,7 @@ fn logits_are_the_references() {
             let logits = decoder.forward(&mut cache, &mut scratch, 0, &[tokens], Logits::All).unwrap();
             while let Some((i, position)) = wanted.next_if(|&(_, &p)| p < 64 * piece + tokens.len()) {
                 let row = &logits[(position - 64 * piece) * vocab..][..vocab];
-                let max = row.iter().fold(f64::MIN, |m, &l| m.max(f64::from(l)));
-                let sum: f64 = row.iter().map(|&l| (f64::from(l) - max).exp()).sum();
-                let picked =
-                    REFERENCE.vocabulary.iter().map(|&v| f64::from(row[v])).zip(case.logits[i].iter().copied());
-                for (got, want) in picked.chain([(max, case.max[i]), (max + sum.ln(), case.logsumexp[i])]) {
-                    let error = (got - want).abs();
-                    worst = worst.max(error);
-                    assert!(error < TOLERANCE, "{:?} at {position}: {got} for {want}", case.text);
-                }
+                worst = worst.max(REFERENCE.check_logits(case, i, row, TOLERANCE));
             }
         }
         assert!(wanted.next().is_none());

@@ -5,68 +5,21 @@
 //! it these tests say so and do nothing, unless `KVLANE_REQUIRE_MODELS` is set, which makes that a failure.
 #![cfg(feature = "driver")]
 
-use std::path::PathBuf;
+mod model_reference;
+
 use std::sync::LazyLock;
 
 use kvlane::DType;
 use kvlane::driver::sampling::argmax;
-use kvlane::driver::{
-    Cache, Decoder, Event, Finish, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Threads, Tokenizer,
-};
-use serde::Deserialize;
+use kvlane::driver::{Cache, Decoder, Event, Finish, Logits, Request, SamplerOptions, Scratch, Slots, Tokenizer};
+use model_reference::{Prompt, Reference, open_model};
 
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
-#[derive(Deserialize)]
-struct Reference {
-    vocabulary: Vec<usize>,
-    prompts: Vec<Prompt>,
-    tokenizer: Vec<Text>,
-}
-
-#[derive(Deserialize)]
-struct Prompt {
-    text: String,
-    ids: Vec<u32>,
-    greedy: Vec<u32>,
-    positions: Vec<usize>,
-    logits: Vec<Vec<f64>>,
-    max: Vec<f64>,
-    logsumexp: Vec<f64>,
-}
-
-#[derive(Deserialize)]
-struct Text {
-    text: String,
-    ids: Vec<u32>,
-}
-
-static REFERENCE: LazyLock<Reference> =
-    LazyLock::new(|| serde_json::from_str(include_str!("data/smollm2_reference.json")).unwrap());
+static REFERENCE: LazyLock<Reference> = LazyLock::new(|| Reference::read(include_str!("data/smollm2_reference.json")));
 
 /// One model for all tests: half a gigabyte of weights.
-static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| {
-    let path = model_path()?;
-    let threads = Threads::new(0).unwrap();
-    let file = ModelFile::open(&path).unwrap();
-    let weights = threads.run(|| file.weights(&|_, _| ())).unwrap();
-    let decoder = Decoder::new(file.config().clone(), weights, 0, None, threads).unwrap();
-    Some((decoder, file.tokenizer().unwrap()))
-});
-
-fn model_path() -> Option<PathBuf> {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| std::env::home_dir().map(|h| h.join(".cache")));
-    let candidates =
-        [std::env::var_os("KVLANE_SMOLLM2").map(PathBuf::from), cache.map(|c| c.join("kvlane").join(FILE))];
-    let found = candidates.into_iter().flatten().find(|p| p.is_file());
-    if found.is_none() {
-        let required = std::env::var_os("KVLANE_REQUIRE_MODELS").is_some_and(|v| v != "0");
-        assert!(!required, "{FILE} is required, but neither KVLANE_SMOLLM2 nor the cache directory has it");
-        eprintln!("NOT RUN: {FILE} was not found; set KVLANE_SMOLLM2 to its path");
-    }
-    found
-}
+static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| open_model("KVLANE_SMOLLM2", FILE));
 
 /// A fresh pass over `ids`, logits for every token.
 fn recompute(decoder: &Decoder, ids: &[u32]) -> Vec<f32> {
@@ -134,14 +87,7 @@ fn logits_are_the_references() {
         let logits = recompute(decoder, &ids);
         for (i, &position) in case.positions.iter().enumerate() {
             let row = &logits[position * decoder.config().vocab..][..decoder.config().vocab];
-            let max = row.iter().fold(f64::MIN, |m, &l| m.max(f64::from(l)));
-            let sum: f64 = row.iter().map(|&l| (f64::from(l) - max).exp()).sum();
-            let picked = REFERENCE.vocabulary.iter().map(|&v| f64::from(row[v])).zip(case.logits[i].iter().copied());
-            for (got, want) in picked.chain([(max, case.max[i]), (max + sum.ln(), case.logsumexp[i])]) {
-                let error = (got - want).abs();
-                worst = worst.max(error);
-                assert!(error < TOLERANCE, "{:?} at {position}: {got} for {want}", case.text);
-            }
+            worst = worst.max(REFERENCE.check_logits(case, i, row, TOLERANCE));
         }
     }
     eprintln!("largest difference of a logit: {worst:.2e}");
