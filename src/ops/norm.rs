@@ -5,9 +5,9 @@ use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::kernels::{CopyArgs, NormArgs, NormFn, RopeArgs, RopeFn};
 use crate::ops::rope::{MAX_ROTARY_DIM, Rope, rope_raw, token_copy};
-use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
-use crate::parallel::{Runner, for_each_tile, workers_for};
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use crate::ops::{check_in_place_or_apart, for_each_token};
+use crate::parallel::Runner;
+use crate::view::{DIM, RawView, View, ViewMut};
 use std::mem::MaybeUninit;
 
 /// How heads are normalised: `y = x * weight / sqrt(mean(x^2) + eps)`, each head of each token by itself.
@@ -125,31 +125,12 @@ pub(crate) unsafe fn rms_norm_raw(
     dst: RawView,
     norm: &RmsNorm,
 ) -> Result<()> {
-    src.validate("src")?;
-    dst.validate_output("dst")?;
-    for axis in [BATCH, SEQ, HEADS, DIM] {
-        src.same_axis("src", &dst, "dst", axis)?;
-    }
+    check_in_place_or_apart(&src, &dst)?;
     norm.validate("src", &src)?;
-    let in_place = src.data == dst.data && src.strides == dst.strides && src.dtype == dst.dtype;
-    ensure!(
-        in_place || !src.overlaps(&dst),
-        Overlap,
-        "src and dst share memory without being the same view: in place, pass the same view twice"
-    );
-    if src.is_empty() {
-        return Ok(());
-    }
-    let [batch, seq, heads, dim] = src.shape;
     let kernel = context.norm(src.dtype, dst.dtype);
-    let tokens = batch * seq;
-    let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
-    for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
-        for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
-            let at = (token / seq, token % seq);
-            // SAFETY: the views are valid and equal in shape; there are as many weights as elements in a head.
-            unsafe { kernel(&norm.args(token_copy(&src, at, &dst, at))) };
-        }
+    for_each_token(runner, &src, |at| {
+        // SAFETY: the views are valid and equal in shape; there are as many weights as elements in a head.
+        unsafe { kernel(&norm.args(token_copy(&src, at, &dst, at))) };
     })
 }
 

@@ -3,9 +3,9 @@
 use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::kernels::{CopyArgs, CopyFn, Op};
+use crate::ops::for_each_token;
 use crate::ops::rope::token_copy;
-use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
-use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
 /// Packs values in [row pairs](crate::Packing::RowPairs): `[batch, n, heads, dim]` becomes `[batch, n / 2 rounded up, heads,
@@ -53,7 +53,7 @@ pub(crate) unsafe fn pack_row_pairs_raw(
     dst: RawView,
 ) -> Result<()> {
     let kernel = check(context, ("src", &src), ("dst", &dst), (&src, &dst))?;
-    each_token(runner, &src, &|at| {
+    for_each_token(runner, &src, |at| {
         // SAFETY: the views are valid and fit each other.
         unsafe { kernel(&into_pair(token_copy(&src, at, &dst, (at.0, at.1 / 2)), &dst, at.1)) };
     })
@@ -68,7 +68,7 @@ pub(crate) unsafe fn unpack_row_pairs_raw(
     dst: RawView,
 ) -> Result<()> {
     let kernel = check(context, ("dst", &dst), ("src", &src), (&src, &dst))?;
-    each_token(runner, &dst, &|at| {
+    for_each_token(runner, &dst, |at| {
         // SAFETY: the views are valid and fit each other.
         unsafe {
             let copy = token_copy(&src, (at.0, at.1 / 2), &dst, at);
@@ -120,19 +120,4 @@ pub(crate) fn check_pair_dim((name, plain): (&str, &RawView), (packed_name, pack
     let (dim, both) = (plain.shape[DIM], packed.shape[DIM]);
     ensure!(both == 2 * dim, Shape, "{packed_name} has dim = {both}, but pairs of {name} have {}", 2 * dim);
     Ok(())
-}
-
-/// Runs `copy` for every token of a view that has elements.
-fn each_token(runner: &dyn Runner, plain: &RawView, copy: &(dyn Fn((usize, usize)) + Sync)) -> Result<()> {
-    if plain.is_empty() {
-        return Ok(());
-    }
-    let [batch, seq, heads, dim] = plain.shape;
-    let tokens = batch * seq;
-    let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
-    for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
-        for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
-            copy((token / seq, token % seq));
-        }
-    })
 }

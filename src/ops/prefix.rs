@@ -17,11 +17,11 @@ use crate::layout::Packing;
 use crate::ops::attention::{
     AttentionOptions, AttentionTensors, RawAttention, attention_raw, attention_shapes, attention_workspace_size,
 };
+use crate::ops::for_each_token;
 use crate::ops::merge::merge_states_raw;
 use crate::ops::rope::token_copy;
 use crate::ops::workspace::{Workspace, check_alignment};
-use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
-use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::parallel::Runner;
 use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, contiguous};
 
 /// Keys and values that every row of a batch sees before its own: written once, read once.
@@ -282,15 +282,9 @@ unsafe fn one_row(context: &Context, runner: &dyn Runner, q: &RawView, to: *mut 
 /// # Safety
 /// The views are valid, of one shape, and disjoint; one is readable, the other writable.
 unsafe fn copy_tokens(context: &Context, runner: &dyn Runner, from: &RawView, to: &RawView) -> Result<()> {
-    let [batch, seq, heads, dim] = from.shape;
     let copy = context.copy(Op::KvWrite, from.dtype, to.dtype);
-    let tokens = batch * seq;
-    let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
-    for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
-        for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
-            let at = (token / seq, token % seq);
-            // SAFETY: the caller's; tokens are disjoint.
-            unsafe { copy(&token_copy(from, at, to, at)) };
-        }
+    for_each_token(runner, from, |at| {
+        // SAFETY: the caller's; tokens are disjoint.
+        unsafe { copy(&token_copy(from, at, to, at)) };
     })
 }

@@ -3,9 +3,9 @@
 use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::kernels::{CopyArgs, Op};
+use crate::ops::for_each_token;
 use crate::ops::rope::token_copy;
-use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
-use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
 /// Repeats every head `n` times in a row: `[batch, seq, kv_heads, dim]` becomes `[batch, seq, kv_heads * n, dim]`.
@@ -46,18 +46,9 @@ pub(crate) unsafe fn repeat_kv_raw(context: &Context, runner: &dyn Runner, src: 
         "dst has {heads} heads, which is no multiple of the {kv_heads} of src"
     );
     ensure!(!src.overlaps(&dst), Overlap, "src and dst share memory");
-    if dst.is_empty() {
-        return Ok(());
-    }
-    let [batch, seq, _, dim] = src.shape;
     let kernel = context.copy(Op::RepeatKv, src.dtype, dst.dtype);
-    let tokens = batch * seq;
-    let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
-    for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
-        for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
-            let at = (token / seq, token % seq);
-            // SAFETY: the views are valid and fit each other.
-            unsafe { kernel(&CopyArgs { repeats: heads / kv_heads, ..token_copy(&src, at, &dst, at) }) };
-        }
+    for_each_token(runner, &dst, |at| {
+        // SAFETY: the views are valid and fit each other.
+        unsafe { kernel(&CopyArgs { repeats: heads / kv_heads, ..token_copy(&src, at, &dst, at) }) };
     })
 }

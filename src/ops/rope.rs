@@ -4,9 +4,9 @@ use crate::context::Context;
 use crate::error::{Error, Result, Status, ensure};
 use crate::kernels::{AnglesFn, CopyArgs, RopeArgs};
 use crate::ops::norm::{RmsNorm, Rotation};
-use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
-use crate::parallel::{Runner, for_each_tile, workers_for};
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use crate::ops::{check_in_place_or_apart, for_each_token_with};
+use crate::parallel::Runner;
+use crate::view::{DIM, HEADS, RawView, SEQ, View, ViewMut};
 
 /// Which elements of a head form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -509,43 +509,27 @@ pub(crate) unsafe fn rope_raw(
     options: &RawRope,
     norm: Option<RmsNorm>,
 ) -> Result<()> {
-    src.validate("src")?;
-    dst.validate_output("dst")?;
-    for axis in [BATCH, SEQ, HEADS, DIM] {
-        src.same_axis("src", &dst, "dst", axis)?;
-    }
+    check_in_place_or_apart(&src, &dst)?;
     options.validate(&src)?;
     if let Some(norm) = norm {
         norm.validate_staged("src", &src)?;
     }
-    let in_place = src.data == dst.data && src.strides == dst.strides && src.dtype == dst.dtype;
-    ensure!(
-        in_place || !src.overlaps(&dst),
-        Overlap,
-        "src and dst share memory without being the same view: in place, pass the same view twice"
-    );
     if src.is_empty() {
         return Ok(());
     }
-    let [batch, seq, heads, dim] = src.shape;
+    let seq = src.shape[SEQ];
     let (rotation, angles) = (Rotation::new(context, norm, src.dtype, dst.dtype), context.angles());
-    let tokens = batch * seq;
-    let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
-    for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
-        let mut token_angles = TokenAngles::new();
-        for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
-            let (b, t) = (token / seq, token % seq);
-            let (cos, sin) = token_angles.at(options, angles, options.position(b, t, seq));
-            // SAFETY: the views are valid and equal in shape, the angles are rotary_dim / 2 each.
-            unsafe {
-                rotation.run(&RopeArgs {
-                    copy: token_copy(&src, (b, t), &dst, (b, t)),
-                    rotary_dim: options.rotary_dim,
-                    pairing: options.pairing,
-                    cos,
-                    sin,
-                });
-            }
+    for_each_token_with(runner, src.shape, TokenAngles::new, |token_angles, (b, t)| {
+        let (cos, sin) = token_angles.at(options, angles, options.position(b, t, seq));
+        // SAFETY: the views are valid and equal in shape, the angles are rotary_dim / 2 each.
+        unsafe {
+            rotation.run(&RopeArgs {
+                copy: token_copy(&src, (b, t), &dst, (b, t)),
+                rotary_dim: options.rotary_dim,
+                pairing: options.pairing,
+                cos,
+                sin,
+            });
         }
     })
 }

@@ -4,11 +4,11 @@ use crate::context::Context;
 use crate::error::{Result, ensure, fail};
 use crate::kernels::{CopyArgs, Op, RopeArgs};
 use crate::layout::{Layout, Packing, Place};
+use crate::ops::for_each_token_with;
 use crate::ops::norm::{RmsNorm, Rotation};
 use crate::ops::pack::{check_pair_dim, into_pair};
 use crate::ops::rope::{RawRope, Rope, TokenAngles, token_copy};
-use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE};
-use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
 /// New keys and values, the caches they go to, and where.
@@ -382,23 +382,22 @@ impl RawWrite<'_> {
 pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write: &RawWrite) -> Result<()> {
     write.validate()?;
     let RawWrite { keys: (k, k_cache), values, to, k_norm, rope, v_packing } = write;
-    let [batch, seq, heads, dim] = k.shape;
+    let seq = k.shape[SEQ];
     let angles = context.angles();
     let k_copy = context.copy(Op::KvWrite, k.dtype, k_cache.dtype);
     let k_normed = context.norm(k.dtype, k_cache.dtype);
     let rotation = Rotation::new(context, *k_norm, k.dtype, k_cache.dtype);
-    let tokens = batch * seq;
-    let workers = workers_for(runner, tokens * heads * dim, COPY_GRAIN);
-    for_each_tile(runner, workers, tokens.div_ceil(TOKENS_PER_TILE), &|_, tile| {
-        let mut token_angles = rope.map(|_| TokenAngles::new());
-        for token in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(tokens) {
-            let (b, t) = (token / seq, token % seq);
-            let Some(place) = to.place(b, t, seq, k_cache) else { continue };
+    for_each_token_with(
+        runner,
+        k.shape,
+        || rope.map(|_| TokenAngles::new()),
+        |token_angles, (b, t)| {
+            let Some(place) = to.place(b, t, seq, k_cache) else { return };
             // SAFETY: the views and the destination are valid; no two tokens share a slot.
             unsafe {
                 if !k.is_empty() {
                     let copy = token_copy(k, (b, t), k_cache, place);
-                    match (rope, &mut token_angles, k_norm) {
+                    match (rope, token_angles, k_norm) {
                         (Some(rope), Some(token_angles), _) => {
                             let (cos, sin) = token_angles.at(rope, angles, rope.position(b, t, seq));
                             let (rotary_dim, pairing) = (rope.rotary_dim, rope.pairing);
@@ -421,8 +420,8 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                     }
                 }
             }
-        }
-    })
+        },
+    )
 }
 
 fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> Result<()> {
