@@ -111,9 +111,8 @@ pub(crate) unsafe fn evict_raw<'a>(
             let Some(rotation) = of_layer(i)? else { return Ok(()) };
             let (rotary_dim, dim) = (rotation.inv_freq.len().saturating_mul(2), layers.layer(i)?.k.shape[DIM]);
             check_rotary_dim(rotary_dim)?;
-            check_frequencies(rotation.inv_freq, 1.0)?;
             ensure!(rotary_dim <= dim, Shape, "rotary_dim {rotary_dim} is above the head size {dim}");
-            Ok(())
+            check_frequencies(rotation.inv_freq, 1.0)
         };
         check().map_err(|e: Error| Error::new(e.status(), format!("layer {i}: {}", e.message())))?;
     }
