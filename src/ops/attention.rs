@@ -318,7 +318,7 @@ pub(crate) unsafe fn attention_raw(
     let dv = call.v_dim();
     let kernel = context.attention(call.k.dtype, call.precision);
     let Summary { longest, chunks, count } = summary;
-    let together = heads_together(&call.k) && heads_together(&call.v) && call.v_packing == Packing::Rows;
+    let together = heads_together(&call.k) && heads_together(&call.v);
     let plan = Tiling::new(&kernel, q_shape, k_shape, dv, runner.num_threads(), count, together);
     let needed = plan.bytes();
     check_workspace((workspace, workspace_bytes), needed)?;

@@ -51,7 +51,7 @@
 //! vectors of its softmax: 64 cycles of products every four pairs of vectors, near enough for the reorder buffer to hold
 //! both. Queries in f32 take three times the products for scores.
 //!
-//! Packing V takes 1300 shuffles a block, once for all rows of the tile: some 15 % of a block's time at 256 rows. In decode
+//! Packing V takes 1300 shuffles a block (from pairs 1000), once for all rows of the tile: some 15 % of a block's time at 256 rows. In decode
 //! the 32 KiB of K and V of a block take some 3300 cycles to arrive from memory, and all of the above less than that; the
 //! lines of the next block are asked for while V is packed.
 
@@ -59,12 +59,13 @@ use super::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
 use crate::dtype::DType;
 use crate::kernels::avx512::Avx512;
 use crate::kernels::generic::attention::{
-    BLOCK, CHUNK, Gathered, Located, PARTIAL_HEADER, Problem, Reach, Rows, Span, Tile, Wanted, between, is_empty,
-    load_row, locate, ones, padded, partial_stride, store_row,
+    BLOCK, CHUNK, Gathered, Located, PARTIAL_HEADER, Problem, Reach, Rows, Span, Tile, Wanted, are_pairs, between,
+    is_empty, load_row, locate, ones, padded, part, partial_stride, store_row,
 };
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::kernels::{AttentionFns, simd};
+use crate::layout::Packing;
 use half::bf16;
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
@@ -478,9 +479,9 @@ unsafe fn one_span<const HIGH: bool>(
             // SAFETY: the keys that some row sees are inside the views.
             unsafe {
                 let wanted = Wanted { p: call.p, tile: call.tile, base, span, live: any, reach };
-                locate(s, &wanted, &call.scratch.gathered, (&mut k, &mut v));
+                locate(&wanted, &call.scratch.gathered, (&mut k, &mut v));
                 keys[b] = pack_keys(call, b, span, k.rows());
-                special[b] = pack_values(s, call, b, span, k.rows(), v.rows());
+                special[b] = pack_values(s, call, b, span, k.rows(), &mut v);
             }
         }
     }
@@ -586,39 +587,49 @@ unsafe fn pack_keys(call: &Call, b: usize, span: Span, k: Rows<bf16>) -> Keys {
 }
 
 /// Transposes the values of a block's span into tiles, with zeros around them and for elements that are not finite; returns the
-/// keys that have such.
+/// keys that have such. Packed pairs of slots are what it begins by making of rows, so where two neighbouring keys are one, they
+/// are taken as they lie.
 ///
 /// # Safety
 /// Those keys are inside V.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-unsafe fn pack_values(s: Avx512, call: &Call, b: usize, span: Span, k: Rows<bf16>, v: Rows<bf16>) -> u64 {
-    let Sizes { dv, dvp, .. } = call.sizes;
-    // SAFETY: the caller's; the copy has room for 64 keys.
+unsafe fn pack_values(s: Avx512, call: &Call, b: usize, span: Span, k: Rows<bf16>, v: &mut Located<bf16>) -> u64 {
+    let Call { p, sizes: Sizes { dv, dvp, .. }, .. } = *call;
+    let packed = p.v_packing == Packing::RowPairs;
+    let pairs = packed && are_pairs(p, &v.rows(), span);
+    // SAFETY: the caller's; the copies have room for 64 keys.
     unsafe {
+        if packed && !pairs {
+            part(p, span, call.scratch.gathered.v, v);
+        }
+        let v = v.rows();
         let to = call.scratch.v.add(b * BLOCK * dvp * size_of::<bf16>());
-        let values = Values { v, span, dv, dvp, to, ahead: [k, v] };
+        let values = Values { v, pairs, span, dv, dvp, to, k };
         if values.transpose::<false>(s) {
             return 0;
         }
         values.transpose::<true>(s);
-        let is_special = |j: &usize| (0..dv).any(|i| !is_finite((*v.key(0, *j).add(i)).to_bits()));
+        let step = if pairs { 2 } else { 1 };
+        let is_special = |j: &usize| (0..dv).any(|i| !is_finite((*v.key(0, *j).add(step * i)).to_bits()));
         (span.low..span.high).filter(is_special).fold(0, |bits, j| bits | 1 << j)
     }
 }
 
 fn is_finite(bits: u16) -> bool {
-    bits & 0x7f80 != 0x7f80
+    bits & EXPONENT as u16 != EXPONENT as u16
 }
 
 /// The values of a block, and the tiles that they go to.
 struct Values<'a> {
     v: Rows<'a, bf16>,
+    /// Every even key of the span and the next are a pair.
+    pairs: bool,
     span: Span,
     dv: usize,
     dvp: usize,
     to: *mut u8,
-    /// Those whose next block is asked for.
-    ahead: [Rows<'a, bf16>; 2],
+    /// Keys, whose next block is asked for as that of the values is.
+    k: Rows<'a, bf16>,
 }
 
 impl Values<'_> {
@@ -628,56 +639,91 @@ impl Values<'_> {
     /// The keys are readable, the tiles writable.
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
     unsafe fn transpose<const CLEAN: bool>(&self, s: Avx512) -> bool {
-        let exponent = _mm512_set1_epi16(0x7f80);
         let mut largest = _mm512_setzero_si512();
         for half in 0..2 {
             let tiles = self.to.wrapping_add(half * (self.dvp / LANES) * TILE_BYTES);
             for column in (0..self.dvp).step_by(DEPTH) {
-                let mask = ones((self.dv - column).min(DEPTH)) as u32;
-                let (mut lows, mut highs) = ([s.zero(); MAX_LANES], [s.zero(); MAX_LANES]);
+                let mut x = [[s.zero(); MAX_LANES]; 2];
                 for pair in 0..LANES {
-                    let mut x = [_mm512_setzero_si512(); 2];
-                    for (i, x) in x.iter_mut().enumerate() {
-                        let j = half * DEPTH + 2 * pair + i;
-                        for rows in self.ahead {
-                            let next = rows.next(j);
-                            if !next.is_null() {
-                                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(column).cast());
-                            }
-                        }
-                        if j >= self.span.low && j < self.span.high {
-                            let value = self.v.key(0, j).wrapping_add(column);
-                            // SAFETY: the caller's; masked-off lanes are not accessed.
-                            *x = unsafe { _mm512_maskz_loadu_epi16(mask, value.cast()) };
-                            if CLEAN {
-                                let finite = _mm512_cmpneq_epi16_mask(_mm512_and_si512(*x, exponent), exponent);
-                                *x = _mm512_maskz_mov_epi16(finite, *x);
-                            } else {
-                                largest = _mm512_max_epu16(largest, _mm512_and_si512(*x, exponent));
-                            }
-                        }
-                    }
-                    // Within each quarter: elements 0 to 3 of both keys, and 4 to 7.
-                    lows[pair] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x[0], x[1]));
-                    highs[pair] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x[0], x[1]));
+                    let j = half * DEPTH + 2 * pair;
+                    self.ask_for_next(j, column);
+                    // SAFETY: the caller's.
+                    let [first, second] = unsafe { self.pair::<CLEAN>(j, column, &mut largest) };
+                    (x[0][pair], x[1][pair]) = (_mm512_castsi512_ps(first), _mm512_castsi512_ps(second));
                 }
-                s.transpose(&mut lows);
-                s.transpose(&mut highs);
-                for i in 0..LANES {
-                    let element = column + i / 4 * 8 + i % 4;
-                    for (x, element) in [(lows[i], element), (highs[i], element + 4)] {
+                for (part, x) in x.iter_mut().enumerate() {
+                    s.transpose(x);
+                    for (i, x) in x.iter().enumerate() {
+                        // Rows are unpacked within each quarter: elements 0 to 3 of both keys, and 4 to 7.
+                        let element = column + if self.pairs { part * LANES + i } else { i / 4 * 8 + part * 4 + i % 4 };
                         if element < self.dvp {
                             let at = element / LANES * TILE_BYTES + element % LANES * ROW_BYTES as usize;
                             // SAFETY: a row of one of the half's tiles.
-                            unsafe { s.store_f32(tiles.add(at).cast(), x) };
+                            unsafe { s.store_f32(tiles.add(at).cast(), *x) };
                         }
                     }
                 }
             }
         }
-        _mm512_cmpge_epu16_mask(largest, exponent) == 0
+        _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(EXPONENT)) == 0
+    }
+
+    /// Elements `column..column + 32` of keys `j` and `j + 1` as pairs; zeros for keys outside of the span.
+    ///
+    /// # Safety
+    /// As [`Self::transpose`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn pair<const CLEAN: bool>(&self, j: usize, column: usize, largest: &mut __m512i) -> [__m512i; 2] {
+        let exponent = _mm512_set1_epi16(EXPONENT);
+        let mut load = |key: usize, first: usize, n: usize| {
+            if key < self.span.low || key >= self.span.high {
+                return _mm512_setzero_si512();
+            }
+            let from = self.v.key(0, key).wrapping_add(first);
+            // SAFETY: the caller's; masked-off lanes are not accessed.
+            let x = unsafe { _mm512_maskz_loadu_epi16(ones(n.min(DEPTH)) as u32, from.cast()) };
+            if CLEAN {
+                let finite = _mm512_cmpneq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+                return _mm512_maskz_mov_epi16(finite, x);
+            }
+            *largest = _mm512_max_epu16(*largest, _mm512_and_si512(x, exponent));
+            x
+        };
+        let left = self.dv - column;
+        if self.pairs {
+            let both = 2 * left;
+            return [load(j, 2 * column, both), load(j, 2 * column + DEPTH, both.saturating_sub(DEPTH))];
+        }
+        let (even, odd) = (load(j, column, left), load(j + 1, column, left));
+        [_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)]
+    }
+
+    /// Asks for what [`Self::pair`] loads of the next block, and for the keys.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn ask_for_next(&self, j: usize, column: usize) {
+        let ask = |row: *const bf16, element: usize| {
+            if !row.is_null() {
+                _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(element).cast());
+            }
+        };
+        for j in [j, j + 1] {
+            ask(self.k.next(j), column);
+        }
+        if self.pairs {
+            ask(self.v.next_pair(j), 2 * column);
+            ask(self.v.next_pair(j), 2 * column + DEPTH);
+        } else {
+            for j in [j, j + 1] {
+                ask(self.v.next(j), column);
+            }
+        }
     }
 }
+
+/// The exponent of a bf16.
+const EXPONENT: i16 = 0x7f80;
 
 /// One or two groups, and the blocks of a span that they see.
 #[derive(Clone, Copy)]

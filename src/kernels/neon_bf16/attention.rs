@@ -69,12 +69,13 @@ use super::{bfmmla, round};
 use crate::dtype::DType;
 use crate::kernels::AttentionFns;
 use crate::kernels::generic::attention::{
-    self as generic, BLOCK, Block, MAX_TILE_ROWS, Problem, Products, RowState, Rows, Scratch, Softmax, Span, Tile,
-    is_empty, padded,
+    self as generic, BLOCK, Block, Located, MAX_TILE_ROWS, Problem, Products, RowState, Rows, Scratch, Softmax, Span,
+    Tile, is_empty, padded, part,
 };
 use crate::kernels::generic::math;
 use crate::kernels::neon::Neon;
 use crate::kernels::simd::{MAX_LANES, Simd, copy_part};
+use crate::layout::Packing;
 use crate::ops::attention::MAX_HEAD_DIM;
 use half::bf16;
 use std::arch::aarch64::*;
@@ -197,9 +198,14 @@ impl Products<Neon, bf16> for Matrices {
     }
 
     #[inline(always)]
-    unsafe fn block(&self, s: Neon, block: &Block, rows: &mut [RowState], k: Rows<bf16>, v: Rows<bf16>) {
-        // SAFETY: the caller's; the level is available.
-        unsafe { self.add_block(s, block, rows, k, v) }
+    unsafe fn block(&self, s: Neon, block: &Block, rows: &mut [RowState], k: Rows<bf16>, v: &mut Located<bf16>) {
+        // SAFETY: the caller's; the level is available, and the scratch memory for values holds a block of them.
+        unsafe {
+            if block.p.v_packing == Packing::RowPairs {
+                part(block.p, block.span, block.scratch.v_block, v);
+            }
+            self.add_block(s, block, rows, k, v.rows());
+        }
     }
 
     #[inline(always)]

@@ -9,9 +9,13 @@
 //! would have to start anew.
 
 use super::keys::PIECES;
+use super::pairs::{Widen, are_pairs, load_two, widen};
 use super::softmax::Softmax;
 use super::{BLOCK, Block, PIECE, RowState, Rows, Span, padded};
 use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd};
+use crate::layout::Packing;
+use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// How far ahead of its use memory is asked for, if a block reaches that far.
 const PREFETCH_BYTES: usize = 12 << 10;
@@ -19,30 +23,63 @@ const PREFETCH_BYTES: usize = 12 << 10;
 /// One block of keys for all rows of the tile.
 ///
 /// # Safety
-/// `k` and `v` are the rows of the block's span.
+/// `k` and `v` are the rows of the block's span, values as they lie if they are packed.
 #[inline(always)]
 pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<T>) {
-    let Block { tile, span, all, dv, .. } = *block;
-    let heads = tile.kv_heads;
     let ahead = Ahead::new(block, k, v);
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
         if ahead.whole {
-            s.outline(Dots { block, k, keys: span, spread: true, ahead: ahead.of_k(0) });
+            s.outline(Dots { block, k, keys: block.span, spread: true, ahead: ahead.of_k(0) });
         } else {
             for (index, keys) in block.pieces() {
                 s.outline(Dots { block, k, keys, spread: false, ahead: ahead.of_k(index) });
             }
         }
-        s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: span });
-        if !all && !(0..heads).all(|head| finite::<S, T>(s, v, head, span, dv)) {
-            for (r, row) in rows.iter().enumerate() {
-                careful::<S, T>(s, block, row, r, v);
+        s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.span });
+        let heads = 0..block.tile.kv_heads;
+        if block.p.v_packing == Packing::Rows {
+            values(s, block, rows, heads, v, |index| ahead.of_v(index));
+            return;
+        }
+        let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
+        if block.all && are_pairs(block.p, &v, block.span) {
+            for (index, keys) in block.pieces() {
+                s.outline(Values { block, v, pairs: Paired, heads: heads.clone(), keys, ahead: ahead.of_v(index) });
+            }
+            return;
+        }
+        for head in heads {
+            let v = widen(s, Widen { block, v, head }, &mut pointers);
+            values(s, block, rows, head..head + 1, v.rows(), |_| 0);
+        }
+    }
+}
+
+/// Adds the weighted values of a block and some KV heads; `ahead` is how far from a piece of them the memory is that is asked for.
+///
+/// # Safety
+/// As [`block`]; weights are in place.
+#[inline(always)]
+unsafe fn values<S: Simd, V: Memory>(
+    s: S,
+    block: &Block,
+    rows: &[RowState],
+    heads: Range<usize>,
+    v: Rows<V>,
+    ahead: impl Fn(usize) -> isize,
+) {
+    let Block { tile, span, all, dv, .. } = *block;
+    // SAFETY: the caller's.
+    unsafe {
+        if !all && !heads.clone().all(|head| finite::<S, V>(s, v, head, span, dv)) {
+            for r in heads.start * tile.head_rows..heads.end * tile.head_rows {
+                careful::<S, V>(s, block, &rows[r], r, v);
             }
             return;
         }
         for (index, keys) in block.pieces() {
-            s.outline(Values { block, v, keys, ahead: ahead.of_v(index) });
+            s.outline(Values { block, v, pairs: Single, heads: heads.clone(), keys, ahead: ahead(index) });
         }
     }
 }
@@ -219,27 +256,54 @@ impl<T: Memory> Dots<'_, T> {
     }
 }
 
-/// Adds the weighted values of a piece to the accumulators of all rows.
-struct Values<'a, T> {
+/// How values lie: by themselves, or in pairs of slots.
+trait Lie: Copy {
+    fn of<'a, T: Memory>(self, rows: Rows<'a, T>, head: usize, first: usize) -> impl ValueRows + 'a;
+}
+
+#[derive(Clone, Copy)]
+struct Single;
+
+impl Lie for Single {
+    #[inline(always)]
+    fn of<'a, T: Memory>(self, rows: Rows<'a, T>, head: usize, first: usize) -> impl ValueRows + 'a {
+        Listed { rows, head, first }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Paired;
+
+impl Lie for Paired {
+    #[inline(always)]
+    fn of<'a, T: Memory>(self, rows: Rows<'a, T>, head: usize, first: usize) -> impl ValueRows + 'a {
+        InPairs { rows, head, first }
+    }
+}
+
+/// Adds the weighted values of a piece to the accumulators of some heads' rows.
+struct Values<'a, T, L> {
     block: &'a Block<'a>,
     v: Rows<'a, T>,
+    pairs: L,
+    heads: Range<usize>,
     keys: Span,
     ahead: isize,
 }
 
-impl<T: Memory> Outlined for Values<'_, T> {
+impl<T: Memory, L: Lie> Outlined for Values<'_, T, L> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
         let Block { tile, scratch, dv, .. } = *self.block;
         let wide = S::DOTS == 16;
-        for head in 0..tile.kv_heads {
+        for head in self.heads {
             for row in (0..tile.head_rows).step_by(4) {
                 let first = head * tile.head_rows + row;
                 let piece = Weighted {
                     weights: scratch.s.wrapping_add(first * BLOCK + self.keys.low),
                     acc: scratch.acc.wrapping_add(first * padded(dv)),
                     acc_row: padded(dv),
-                    v: Listed { rows: self.v, head, first: self.keys.low },
+                    v: self.pairs.of(self.v, head, self.keys.low),
                     keys: self.keys.len(),
                     ahead: if row == 0 { self.ahead } else { 0 },
                 };
@@ -266,6 +330,28 @@ pub(super) trait ValueRows {
     /// An element of a key. `offset` is [`Self::offset`] of its column.
     fn at(&self, key: usize, offset: isize) -> *const Self::Element;
     fn offset(&self, column: usize) -> isize;
+
+    /// Adds keys `j` and `j + 1`.
+    ///
+    /// # Safety
+    /// As [`Weighted::columns`].
+    #[inline(always)]
+    unsafe fn add_two<S: Simd, const R: usize, const N: usize>(
+        s: S,
+        weighted: &Weighted<Self>,
+        j: usize,
+        offset: isize,
+        part: usize,
+        sums: &mut [[S::V; N]; R],
+    ) where
+        Self: Sized,
+    {
+        // SAFETY: the caller's.
+        unsafe {
+            weighted.add_key(s, j, offset, part, sums);
+            weighted.add_key(s, j + 1, offset, part, sums);
+        }
+    }
 }
 
 /// In the cache: keys of a block and KV head, counted from `first`.
@@ -284,6 +370,49 @@ impl<T: Memory> ValueRows for Listed<'_, T> {
     #[inline(always)]
     fn offset(&self, column: usize) -> isize {
         self.rows.head_offset(self.head) + column as isize
+    }
+}
+
+/// In the cache, in pairs of slots: keys of a block and KV head, counted from `first`, of which every even one begins a pair.
+struct InPairs<'a, T> {
+    rows: Rows<'a, T>,
+    head: usize,
+    first: usize,
+}
+
+impl<T: Memory> ValueRows for InPairs<'_, T> {
+    type Element = T;
+    #[inline(always)]
+    fn at(&self, key: usize, offset: isize) -> *const T {
+        self.rows.key(0, self.first + key).wrapping_offset(offset)
+    }
+    #[inline(always)]
+    fn offset(&self, column: usize) -> isize {
+        self.rows.head_offset(self.head) + 2 * column as isize
+    }
+
+    #[inline(always)]
+    unsafe fn add_two<S: Simd, const R: usize, const N: usize>(
+        s: S,
+        weighted: &Weighted<Self>,
+        j: usize,
+        offset: isize,
+        part: usize,
+        sums: &mut [[S::V; N]; R],
+    ) {
+        let pair = weighted.v.at(j, offset);
+        if weighted.ahead != 0 {
+            for n in 0..N {
+                prefetch_pair(s, pair.wrapping_add(2 * n * S::LANES), weighted.ahead);
+            }
+        }
+        // SAFETY: the caller's.
+        unsafe {
+            let x = load_two::<S, T, N>(s, pair, part);
+            for (i, x) in x.iter().enumerate() {
+                weighted.add_values(s, j + i, x, sums);
+            }
+        }
     }
 }
 
@@ -366,8 +495,7 @@ impl<V: ValueRows> Weighted<V> {
             let offset = self.v.offset(column);
             let mut j = 0;
             while j + 2 <= self.keys {
-                self.add_key(s, j, offset, part, &mut sums);
-                self.add_key(s, j + 1, offset, part, &mut sums);
+                V::add_two(s, self, j, offset, part, &mut sums);
                 j += 2;
             }
             if j < self.keys {
@@ -411,11 +539,25 @@ impl<V: ValueRows> Weighted<V> {
                     [x[n], x[n + 1]] = V::Element::load_pair(s, at);
                 }
             }
-            for r in 0..R {
-                let w = s.splat(*self.weights.add(r * BLOCK + j));
-                for n in 0..N {
-                    sums[r][n] = s.fma(w, x[n], sums[r][n]);
-                }
+            self.add_values(s, j, &x, sums);
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    unsafe fn add_values<S: Simd, const R: usize, const N: usize>(
+        &self,
+        s: S,
+        j: usize,
+        x: &[S::V; N],
+        sums: &mut [[S::V; N]; R],
+    ) {
+        for r in 0..R {
+            // SAFETY: the caller's.
+            let w = s.splat(unsafe { *self.weights.add(r * BLOCK + j) });
+            for n in 0..N {
+                sums[r][n] = s.fma(w, x[n], sums[r][n]);
             }
         }
     }

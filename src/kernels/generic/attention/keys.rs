@@ -2,7 +2,7 @@
 
 use super::{BLOCK, Block, PIECE, Problem, Reach, Span, Tile, padded};
 use crate::dtype::Element;
-use crate::kernels::simd::Simd;
+use crate::kernels::generic::copy;
 use crate::layout::{Packing, Place};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -50,6 +50,13 @@ impl<'a, T> Located<'a, T> {
         for (i, to) in self.keys[keys].iter_mut().enumerate() {
             to.write(first.wrapping_offset(i as isize * self.seq));
         }
+    }
+
+    /// The keys of a span are in rows of a block now, `width` elements apart, and nothing comes after them.
+    #[inline(always)]
+    pub fn place(&mut self, span: Span, block: *const T, width: usize) {
+        (self.seq, self.head, self.next) = (width as isize, 0, [std::ptr::null(); PIECES]);
+        self.run(span.low..span.high, block.wrapping_add(span.low * width));
     }
 
     /// Keys `keys` get the pointer of another.
@@ -101,6 +108,13 @@ impl<T> Rows<'_, T> {
         if first < span.high { self.key(0, first) } else { std::ptr::null() }
     }
 
+    /// The pair of slots in the next block that a key of this one is answered by, where values are packed; for prefetches only.
+    #[inline(always)]
+    pub fn next_pair(&self, key: usize) -> *const T {
+        let piece = self.next[key / PIECE];
+        if piece.is_null() { piece } else { piece.wrapping_offset((key % PIECE / 2) as isize * self.seq) }
+    }
+
     /// A row of the next block, if the piece that it belongs to is one run of slots; for prefetches only.
     #[inline(always)]
     pub fn next(&self, key: usize) -> *const T {
@@ -129,14 +143,14 @@ pub(crate) struct Wanted<'a> {
     pub reach: &'a Reach,
 }
 
-/// Finds the keys and values of a block, and gathers those whose elements do not lie together.
+/// Finds the keys and values of a block, and gathers those whose elements do not lie together, but for values that are packed in
+/// pairs: those are for [`part`](super::part), or for a kernel that takes them as they lie.
 ///
 /// # Safety
 /// The live keys, and those that `reach` says are read later, are inside K and V; `gathered` has its room, which is needed for a
 /// tile of one KV head only.
 #[inline(always)]
-pub(crate) unsafe fn locate<'a, S: Simd, T: Element>(
-    s: S,
+pub(crate) unsafe fn locate<'a, T: Element>(
     wanted: &Wanted,
     gathered: &Gathered,
     (k, v): (&mut Located<'a, T>, &mut Located<'a, T>),
@@ -149,15 +163,14 @@ pub(crate) unsafe fn locate<'a, S: Simd, T: Element>(
     if live == span.bits() {
         // The usual case: all in one run, and the next block too.
         let (place, run) = p.spans.place(tile.batch, base + span.low);
-        if run >= 2 * BLOCK - span.low && p.v_packing == Packing::Rows {
-            let low = span.low as isize;
-            let (key, value) = wanted.at::<T>(place);
+        if run >= 2 * BLOCK - span.low {
+            let key = wanted.at::<T>(place).0;
             k.run(span.low..span.high, key);
-            v.run(span.low..span.high, value);
+            wanted.values(v, span.low..span.high, place);
             for piece in 0..PIECES {
-                let ahead = (BLOCK + piece * PIECE) as isize - low;
-                k.next[piece] = key.wrapping_offset(ahead * k.seq);
-                v.next[piece] = value.wrapping_offset(ahead * v.seq);
+                let ahead = BLOCK + piece * PIECE - span.low;
+                k.next[piece] = key.wrapping_offset(ahead as isize * k.seq);
+                v.next[piece] = wanted.at((place.0, place.1 + ahead)).1;
             }
         } else {
             // SAFETY: the caller's.
@@ -169,8 +182,10 @@ pub(crate) unsafe fn locate<'a, S: Simd, T: Element>(
     }
     // SAFETY: the caller's.
     unsafe {
-        gather(s, p.k.shape[3], p.k.strides[3] as isize, span, gathered.k, k);
-        gather(s, p.v_dim, p.value_step(), span, gathered.v, v);
+        gather(p.k.shape[3], p.k.strides[3] as isize, span, gathered.k, k);
+        if p.v_packing == Packing::Rows {
+            gather(p.v_dim, p.value_step(), span, gathered.v, v);
+        }
     }
 }
 
@@ -195,14 +210,10 @@ unsafe fn scattered<T: Element>(wanted: &Wanted, (k, v): (&mut Located<'_, T>, &
             j = end;
             continue;
         }
-        let ((row, slot), run) = p.spans.place(tile.batch, base + j);
+        let (place, run) = p.spans.place(tile.batch, base + j);
         let end = (j + run).min(span.high);
-        let (key, value) = wanted.at((row, slot));
-        k.run(j..end, key);
-        match p.v_packing {
-            Packing::Rows => v.run(j..end, value),
-            Packing::RowPairs => (j..end).for_each(|i| v.run(i..i + 1, wanted.at((row, slot + i - j)).1)),
-        }
+        k.run(j..end, wanted.at(place).0);
+        wanted.values(v, j..end, place);
         if seen.is_none() {
             k.fill(span.low..j, j);
             v.fill(span.low..j, j);
@@ -221,51 +232,36 @@ unsafe fn scattered<T: Element>(wanted: &Wanted, (k, v): (&mut Located<'_, T>, &
 /// # Safety
 /// As [`locate`].
 #[inline(always)]
-unsafe fn gather<S: Simd, T: Element>(
-    s: S,
-    dim: usize,
-    step: isize,
-    span: Span,
-    block: *mut u8,
-    rows: &mut Located<T>,
-) {
+unsafe fn gather<T: Element>(dim: usize, step: isize, span: Span, block: *mut u8, rows: &mut Located<T>) {
     if step == 1 || dim == 1 {
         return;
     }
-    let row = |j: usize| block.cast::<T>().wrapping_add(j * padded(dim));
-    let mut j = span.low;
-    while j < span.high {
+    let block = block.cast::<T>();
+    for j in span.low..span.high {
         // SAFETY: the caller's: a row of the cache has dim elements in such steps, one of the block padded(dim).
-        unsafe {
-            let from = rows.keys[j].assume_init();
-            if step == 2 && j + 1 < span.high && rows.keys[j + 1].assume_init() == from.wrapping_add(1) {
-                // Both of a pair. What the next block needs is asked for here, since nothing else goes this way again.
-                let next = rows.next[j / PIECE];
-                if !next.is_null() {
-                    let next = next.wrapping_offset((j % PIECE / 2) as isize * rows.seq).cast::<u8>();
-                    (0..2 * dim * size_of::<T>()).step_by(64).for_each(|i| s.prefetch(next.wrapping_add(i)));
-                }
-                let (from, even, odd) = (from.cast::<[T; 2]>(), row(j), row(j + 1));
-                for i in 0..dim {
-                    let [a, b] = *from.add(i);
-                    (*even.add(i), *odd.add(i)) = (a, b);
-                }
-                rows.keys[j].write(even);
-                rows.keys[j + 1].write(odd);
-                j += 2;
-                continue;
-            }
-            for i in 0..dim {
-                *row(j).add(i) = *from.wrapping_offset(i as isize * step);
-            }
-            rows.keys[j].write(row(j));
-            j += 1;
-        }
+        unsafe { copy::gather(rows.keys[j].assume_init(), step, block.add(j * padded(dim)), dim) };
     }
-    (rows.seq, rows.head, rows.next) = (padded(dim) as isize, 0, [std::ptr::null(); PIECES]);
+    rows.place(span, block, padded(dim));
 }
 
 impl Wanted<'_> {
+    /// The values of keys that lie in slots one after the other, from `place` on.
+    #[inline(always)]
+    fn values<T>(&self, v: &mut Located<T>, keys: Range<usize>, place: Place) {
+        match self.p.v_packing {
+            Packing::Rows => v.run(keys, self.at(place).1),
+            Packing::RowPairs => {
+                let (row, slot) = place;
+                let (pair, odd) = (self.at::<T>((row, slot / 2 * 2)).1, slot % 2);
+                let half = self.p.v.strides[3] as isize;
+                for (i, to) in v.keys[keys].iter_mut().enumerate() {
+                    let (pairs, second) = ((odd + i) / 2, (odd + i) % 2);
+                    to.write(pair.wrapping_offset(pairs as isize * v.seq + second as isize * half));
+                }
+            }
+        }
+    }
+
     /// The key and the value at a place.
     #[inline(always)]
     fn at<T>(&self, (row, slot): Place) -> (*const T, *const T) {

@@ -8,18 +8,38 @@
 //! any of a register tile's rows may see: half slabs of keys in Q K^T, single keys in P V.
 
 use super::few::{Packed, Weighted, careful, load_up_to};
+use super::pairs::{Widen, widen};
 use super::softmax::Softmax;
 use super::{BLOCK, Block, MAX_TILE_ROWS, RowState, Rows, Span, TILE_ROWS, padded};
 use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd};
+use crate::layout::Packing;
 use crate::ops::attention::MAX_HEAD_DIM;
 use std::mem::MaybeUninit;
 
 /// One block of keys for all rows of the tile, which are of one KV head.
 ///
 /// # Safety
-/// `k` and `v` are the rows of the block's span.
+/// `k` and `v` are the rows of the block's span, values as they lie if they are packed.
 #[inline(always)]
 pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<T>) {
+    match block.p.v_packing {
+        // SAFETY: the caller's.
+        Packing::Rows => unsafe { products(s, block, rows, k, v) },
+        Packing::RowPairs => {
+            let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
+            // SAFETY: the caller's.
+            unsafe {
+                let v = widen(s, Widen { block, v, head: 0 }, &mut pointers);
+                products(s, block, rows, k, v.rows());
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `k` and `v` are the rows of the block's span.
+#[inline(always)]
+unsafe fn products<S: Simd, T: Memory, V: Memory>(s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<V>) {
     let Block { scratch, span, all, d, dv, .. } = *block;
     let (dp, dvp) = (padded(d), padded(dv));
     let (slab, half) = (S::TILE_VECTORS * S::LANES, S::TILE_VECTORS / 2 * S::LANES);
@@ -61,7 +81,7 @@ pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [
         for_each_group(groups, |r, n, keys| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
         if !finite {
             for (r, row) in rows.iter().enumerate() {
-                careful::<S, T>(s, block, row, r, v);
+                careful::<S, V>(s, block, row, r, v);
             }
             return;
         }

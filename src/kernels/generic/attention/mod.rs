@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | this one | the problem, the tile, the walk over chunks and blocks |
 //! | `keys` | where the keys of a block lie, whatever the cache's layout |
+//! | `pairs` | values packed in pairs of slots, made into rows |
 //! | `spans` | which rows there are, and which keys their queries may see by position |
 //! | `few` | scores and values of few rows (decode): straight from the cache |
 //! | `many` | scores and values of many rows (prefill): from packed copies of a block |
@@ -44,6 +45,7 @@
 mod few;
 mod keys;
 mod many;
+mod pairs;
 mod softmax;
 mod spans;
 mod state;
@@ -57,6 +59,10 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 pub(crate) use keys::{Gathered, Located, Rows, Wanted, locate};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use pairs::are_pairs;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) use pairs::part;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) use softmax::Softmax;
 pub(crate) use spans::{Chunks, Spans, Summary};
@@ -254,7 +260,7 @@ pub(crate) struct Scratch {
     pub vp: *mut f32,
     /// K and V blocks whose elements do not lie together: `[BLOCK][dp]`, `[BLOCK][dvp]` of their type.
     k_block: *mut u8,
-    v_block: *mut u8,
+    pub v_block: *mut u8,
     rows: *mut RowState,
 }
 
@@ -509,8 +515,8 @@ unsafe fn one_block<S: Simd, T: Memory>(
     let gathered = Gathered { k: scratch.k_block, v: scratch.v_block };
     // SAFETY: the block's live keys are inside k and v, the scratch parts have the sizes their layout gives.
     unsafe {
-        locate(s, &Wanted { p, tile, base, span, live: any, reach }, &gathered, (&mut k, &mut v));
-        products.block(s, &Block { p, tile, scratch, base, span, all, d, dv }, rows, k.rows(), v.rows());
+        locate(&Wanted { p, tile, base, span, live: any, reach }, &gathered, (&mut k, &mut v));
+        products.block(s, &Block { p, tile, scratch, base, span, all, d, dv }, rows, k.rows(), &mut v);
     }
 }
 
@@ -548,8 +554,8 @@ pub(crate) trait Products<S: Simd, T: Memory> {
     /// One block of keys for all rows of the tile. The first of a chunk finds `scratch.acc` and `scratch.sums` 0.
     ///
     /// # Safety
-    /// `k` and `v` are the rows of the block's span.
-    unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<T>);
+    /// `k` and `v` are the rows of the block's span, values as they lie if they are packed.
+    unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: &mut Located<T>);
 
     /// All blocks of a chunk are done.
     ///
@@ -572,13 +578,13 @@ impl<S: Simd, T: Memory> Products<S, T> for Vectors {
     }
 
     #[inline(always)]
-    unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<T>) {
+    unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: &mut Located<T>) {
         // SAFETY: the caller's.
         unsafe {
             if block.tile.head_rows >= PACK_ROWS {
-                many::block::<S, T>(s, block, rows, k, v);
+                many::block::<S, T>(s, block, rows, k, v.rows());
             } else {
-                few::block::<S, T>(s, block, rows, k, v);
+                few::block::<S, T>(s, block, rows, k, v.rows());
             }
         }
     }
