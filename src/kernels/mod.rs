@@ -140,6 +140,9 @@ pub struct KernelInfo {
 #[derive(Clone, Copy)]
 pub(crate) struct CopyArgs {
     pub src: *const u8,
+    /// Null, or a second source whose elements take turns with those of the first, both in one target of `2 * dim` elements. Then
+    /// all elements lie together, and nothing is repeated.
+    pub second: *const u8,
     pub dst: *mut u8,
     pub heads: usize,
     pub repeats: usize,

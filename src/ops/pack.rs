@@ -3,6 +3,7 @@
 use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::kernels::{CopyArgs, CopyFn, Op};
+use crate::layout::Place;
 use crate::ops::for_each_token;
 use crate::ops::rope::token_copy;
 use crate::parallel::Runner;
@@ -55,7 +56,7 @@ pub(crate) unsafe fn pack_row_pairs_raw(
     let kernel = check(context, ("src", &src), ("dst", &dst), (&src, &dst))?;
     for_each_token(runner, &src, |at| {
         // SAFETY: the views are valid and fit each other.
-        unsafe { kernel(&into_pair(token_copy(&src, at, &dst, (at.0, at.1 / 2)), &dst, at.1)) };
+        unsafe { pack_token(kernel, &src, at, &dst, |token| Some((at.0, token))) };
     })
 }
 
@@ -79,11 +80,40 @@ pub(crate) unsafe fn unpack_row_pairs_raw(
     })
 }
 
+/// Copies token `(row, token)` into its half of a pair of slots. `place` says where tokens of the row go: where a neighbour goes to
+/// the other half, the one in the first half takes it along.
+///
+/// # Safety
+/// The views are valid and fit each other, places lie in pairs of `packed`, and no two tokens go to the same.
+pub(crate) unsafe fn pack_token(
+    kernel: CopyFn,
+    src: &RawView,
+    (row, token): Place,
+    packed: &RawView,
+    place: impl Fn(usize) -> Option<Place>,
+) {
+    let Some((target, slot)) = place(token) else { return };
+    let together = src.strides[DIM] == 1 && packed.strides[DIM] == 1;
+    let goes_to = |token: usize, slot| together && token < src.shape[SEQ] && place(token) == Some((target, slot));
+    if slot % 2 == 1 && token > 0 && goes_to(token - 1, slot - 1) {
+        return;
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        let copy = token_copy(src, (row, token), packed, (target, slot / 2));
+        if slot % 2 == 0 && goes_to(token + 1, slot + 1) {
+            kernel(&CopyArgs { second: src.row(row, token + 1, 0), ..copy });
+        } else {
+            kernel(&into_pair(copy, packed, slot));
+        }
+    }
+}
+
 /// The copy of a token into its half of a pair of slots: `copy` goes to the pair's beginning in `packed`.
 ///
 /// # Safety
 /// The pair lies in the view, which is validated.
-pub(crate) unsafe fn into_pair(copy: CopyArgs, packed: &RawView, slot: usize) -> CopyArgs {
+unsafe fn into_pair(copy: CopyArgs, packed: &RawView, slot: usize) -> CopyArgs {
     let step = packed.strides[DIM] as isize;
     // SAFETY: the caller's; the second element of the pair is in the view as the first is.
     let dst = unsafe { copy.dst.offset((slot % 2) as isize * step * packed.dtype.size() as isize) };

@@ -447,6 +447,7 @@ pub(crate) unsafe fn token_copy(src: &RawView, from: (usize, usize), dst: &RawVi
     unsafe {
         CopyArgs {
             src: src.row(from.0, from.1, 0),
+            second: std::ptr::null(),
             dst: dst.row(to.0, to.1, 0),
             heads: src.shape[HEADS],
             repeats: 1,

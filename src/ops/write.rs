@@ -6,7 +6,7 @@ use crate::kernels::{CopyArgs, Op, RopeArgs};
 use crate::layout::{Layout, Packing, Place};
 use crate::ops::for_each_token_with;
 use crate::ops::norm::{RmsNorm, Rotation};
-use crate::ops::pack::{check_pair_dim, into_pair};
+use crate::ops::pack::{check_pair_dim, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles, token_copy};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
@@ -413,10 +413,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                     let v_copy = context.copy(Op::KvWrite, v.dtype, v_cache.dtype);
                     match v_packing {
                         Packing::Rows => v_copy(&merge_heads(token_copy(v, (b, t), v_cache, place))),
-                        Packing::RowPairs => {
-                            let pair = (place.0, place.1 / 2);
-                            v_copy(&into_pair(token_copy(v, (b, t), v_cache, pair), v_cache, place.1));
-                        }
+                        Packing::RowPairs => pack_token(v_copy, v, (b, t), v_cache, |t| to.place(b, t, seq, k_cache)),
                     }
                 }
             }

@@ -4,7 +4,7 @@
 //! one to six instructions a vector, which hide behind the loads.
 
 use crate::kernels::CopyArgs;
-use crate::kernels::simd::{Memory, Simd};
+use crate::kernels::simd::{MAX_LANES, Memory, Simd};
 
 /// Copies `n` elements that lie together, converting them.
 ///
@@ -36,6 +36,16 @@ pub(crate) unsafe fn run<S: Simd, A: Memory, B: Memory>(s: S, src: *const A, dst
 #[inline(always)]
 pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) {
     let dim = args.dim as isize;
+    if !args.second.is_null() {
+        for head in 0..args.heads {
+            let [src, second] =
+                [args.src, args.second].map(|p| p.cast::<A>().wrapping_offset(head as isize * args.src_head));
+            let dst = args.dst.cast::<B>().wrapping_offset(head as isize * args.dst_head);
+            // SAFETY: the caller's.
+            unsafe { interleave::<S, A, B>(s, [src, second], dst, args.dim) };
+        }
+        return;
+    }
     if args.repeats == 1 && (args.src_dim, args.dst_dim) == (1, 1) && (args.src_head, args.dst_head) == (dim, dim) {
         // The heads lie one after the other on both sides: one run.
         // SAFETY: the caller's.
@@ -54,6 +64,39 @@ pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) 
                 // SAFETY: the caller's.
                 unsafe { strided::<S, A, B>(s, src, args.src_dim, dst, args.dst_dim, args.dim) };
             }
+        }
+    }
+}
+
+/// Copies `n` elements of each source, in turns.
+///
+/// # Safety
+/// As [`run`], with `2 * n` elements at `dst`.
+#[inline(always)]
+unsafe fn interleave<S: Simd, A: Memory, B: Memory>(s: S, src: [*const A; 2], dst: *mut B, n: usize) {
+    if A::DTYPE == B::DTYPE {
+        for i in 0..n {
+            // SAFETY: the caller's; equal types need no conversion.
+            unsafe { *dst.cast::<[B; 2]>().add(i) = src.map(|src| *src.add(i).cast::<B>()) };
+        }
+        return;
+    }
+    let mut i = 0;
+    // SAFETY: the caller's; what is left at the end goes through a buffer.
+    unsafe {
+        while i + S::LANES <= n {
+            let [low, high] = s.interleave(A::load(s, src[0].add(i)), A::load(s, src[1].add(i)));
+            B::store(s, dst.add(2 * i), low);
+            B::store(s, dst.add(2 * i + S::LANES), high);
+            i += S::LANES;
+        }
+        if i < n {
+            let part = n - i;
+            let mut last = [B::default(); 2 * MAX_LANES];
+            let [low, high] = s.interleave(A::load_part(s, src[0].add(i), part), A::load_part(s, src[1].add(i), part));
+            B::store(s, last.as_mut_ptr(), low);
+            B::store(s, last.as_mut_ptr().add(S::LANES), high);
+            std::ptr::copy_nonoverlapping(last.as_ptr(), dst.add(2 * i), 2 * part);
         }
     }
 }

@@ -376,6 +376,7 @@ unsafe fn move_tokens(step: &Step, src: &RawView, from: Place, dst: &RawView, to
     let args = |t: usize, h: usize, vectors: usize, axis: usize| CopyArgs {
         // SAFETY: the caller's; t < n and h < heads.
         src: unsafe { src.row(from.0, from.1 + t, h) },
+        second: std::ptr::null(),
         // SAFETY: as above.
         dst: unsafe { dst.row(to.0, to.1 + t, h) },
         heads: vectors,
