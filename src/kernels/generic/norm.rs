@@ -4,7 +4,8 @@
 //! the sixteen go through one tree, so every level adds the same numbers in the same order and finds the same root. That
 //! root is rounded to f32 once; `x * root` and the product with the weight round once each.
 //!
-//! Bound by memory: a head is read twice, the second time from the nearest cache.
+//! Bound by memory beyond the second-level cache: a head is read twice, the second time from the nearest cache. Several heads go
+//! together, first through their sums, then through their roots, so that none waits for a root of another.
 
 use super::copy::{self, STAGE};
 use crate::kernels::NormArgs;
@@ -12,6 +13,8 @@ use crate::kernels::simd::{MAX_LANES, Memory, Simd};
 
 /// Sums that run side by side; a chunk of [`STAGE`] elements is a multiple.
 const SUMS: usize = MAX_LANES;
+/// Heads whose roots are found together; few enough to be in the nearest cache when they are read again.
+const HEADS: usize = 8;
 
 /// Normalises `heads` vectors, each by itself.
 ///
@@ -21,32 +24,57 @@ const SUMS: usize = MAX_LANES;
 #[inline(always)]
 pub(crate) unsafe fn rms_norm<S: Simd, A: Memory, B: Memory>(s: S, args: &NormArgs) {
     let c = &args.copy;
-    for head in 0..c.heads as isize {
-        let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
-        let dst = c.dst.cast::<B>().wrapping_offset(head * c.dst_head);
-        // SAFETY: the caller's.
-        let squares = unsafe { sum_of_squares::<S, A>(s, src, c.src_dim, c.dim) };
-        let root = (1.0 / (squares / c.dim as f64 + f64::from(args.eps)).sqrt()) as f32;
-        if c.src_dim == 1 && c.dst_dim == 1 {
+    let source = |head: usize| c.src.cast::<A>().wrapping_offset(head as isize * c.src_head);
+    for first in (0..c.heads).step_by(HEADS) {
+        let heads = first..(first + HEADS).min(c.heads);
+        let mut roots = [1.0; HEADS];
+        for (squares, head) in roots.iter_mut().zip(heads.clone()) {
             // SAFETY: the caller's.
-            unsafe { scale::<S, A, B>(s, src, dst, args.weight, root, c.dim) };
-            continue;
+            *squares = unsafe { sum_of_squares::<S, A>(s, source(head), c.src_dim, c.dim) };
         }
-        let mut from = [A::default(); STAGE];
-        let mut to = [B::default(); STAGE];
-        let mut done = 0;
-        while done < c.dim {
-            let len = (c.dim - done).min(STAGE);
-            let at = done as isize;
-            let weight = if args.weight.is_null() { args.weight } else { args.weight.wrapping_add(done) };
-            // SAFETY: the caller's; len fits both buffers.
+        let roots = roots.map(|squares| (1.0 / (squares / c.dim as f64 + f64::from(args.eps)).sqrt()) as f32);
+        for (root, head) in roots.into_iter().zip(heads) {
+            let dst = c.dst.cast::<B>().wrapping_offset(head as isize * c.dst_head);
+            // SAFETY: the caller's.
             unsafe {
-                copy::gather(src.wrapping_offset(at * c.src_dim), c.src_dim, from.as_mut_ptr(), len);
-                scale::<S, A, B>(s, from.as_ptr(), to.as_mut_ptr(), weight, root, len);
-                copy::scatter(to.as_ptr(), dst.wrapping_offset(at * c.dst_dim), c.dst_dim, len);
-            }
-            done += len;
+                scale_strided::<S, A, B>(s, (source(head), c.src_dim), (dst, c.dst_dim), args.weight, root, c.dim)
+            };
         }
+    }
+}
+
+/// [`scale`] with any strides.
+///
+/// # Safety
+/// As [`scale`], with strides.
+#[inline(always)]
+unsafe fn scale_strided<S: Simd, A: Memory, B: Memory>(
+    s: S,
+    (src, src_dim): (*const A, isize),
+    (dst, dst_dim): (*mut B, isize),
+    weight: *const f32,
+    root: f32,
+    n: usize,
+) {
+    if src_dim == 1 && dst_dim == 1 {
+        // SAFETY: the caller's.
+        unsafe { scale::<S, A, B>(s, src, dst, weight, root, n) };
+        return;
+    }
+    let mut from = [A::default(); STAGE];
+    let mut to = [B::default(); STAGE];
+    let mut done = 0;
+    while done < n {
+        let len = (n - done).min(STAGE);
+        let at = done as isize;
+        let weight = if weight.is_null() { weight } else { weight.wrapping_add(done) };
+        // SAFETY: the caller's; len fits both buffers.
+        unsafe {
+            copy::gather(src.wrapping_offset(at * src_dim), src_dim, from.as_mut_ptr(), len);
+            scale::<S, A, B>(s, from.as_ptr(), to.as_mut_ptr(), weight, root, len);
+            copy::scatter(to.as_ptr(), dst.wrapping_offset(at * dst_dim), dst_dim, len);
+        }
+        done += len;
     }
 }
 
