@@ -44,9 +44,14 @@ pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [
         }
         let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
         if block.all && are_pairs(block.p, &v, block.span) {
-            for (index, keys) in block.pieces() {
-                s.outline(Values { block, v, pairs: Paired, heads: heads.clone(), keys, ahead: ahead.of_v(index) });
-            }
+            runs(
+                block,
+                &heads,
+                |index| ahead.of_v(index),
+                |keys, ahead| {
+                    s.outline(Values { block, v, pairs: Paired, heads: heads.clone(), keys, ahead });
+                },
+            );
             return;
         }
         for head in heads {
@@ -78,9 +83,32 @@ unsafe fn values<S: Simd, V: Memory>(
             }
             return;
         }
-        for (index, keys) in block.pieces() {
-            s.outline(Values { block, v, pairs: Single, heads: heads.clone(), keys, ahead: ahead(index) });
-        }
+        runs(block, &heads, ahead, |keys, ahead| {
+            s.outline(Values { block, v, pairs: Single, heads: heads.clone(), keys, ahead });
+        });
+    }
+}
+
+/// Calls `f` with the pieces of a block and their distances, of one head several at once if their distances agree.
+#[inline(always)]
+fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> isize, mut f: impl FnMut(Span, isize)) {
+    let mut run = None;
+    for (index, keys) in block.pieces() {
+        let ahead = ahead(index);
+        run = match run {
+            Some((Span { low, .. }, same)) if heads.len() == 1 && same == ahead => {
+                Some((Span { low, high: keys.high }, same))
+            }
+            other => {
+                if let Some((keys, ahead)) = other {
+                    f(keys, ahead);
+                }
+                Some((keys, ahead))
+            }
+        };
+    }
+    if let Some((keys, ahead)) = run {
+        f(keys, ahead);
     }
 }
 
@@ -137,6 +165,9 @@ fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize) {
     }
 }
 
+/// The most products of a row and a key that run side by side ([`Simd::DOTS`]).
+const MAX_DOTS: usize = 16;
+
 /// Scores of all rows with the keys of a piece.
 struct Dots<'a, T> {
     block: &'a Block<'a>,
@@ -187,71 +218,102 @@ impl<T: Memory> Dots<'_, T> {
     /// As [`block`]; the rows are inside the tile.
     #[inline(always)]
     unsafe fn dots<S: Simd, const R: usize, const C: usize>(&self, s: S, head: usize, row: usize) {
+        let Block { tile, scratch, .. } = *self.block;
+        let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK);
+        // SAFETY: the caller's; the rows of scores have BLOCK floats.
+        unsafe {
+            let mut sums = [[0.0f32; MAX_DOTS]; MAX_LANES];
+            if !self.spread {
+                let Span { low, high } = self.keys;
+                for j in (low / C * C..high).step_by(C) {
+                    let inside = j >= low && j + C <= high;
+                    let key = |c: usize| if inside { j + c } else { (j + c).clamp(low, high - 1) };
+                    self.sums::<S, R, C>(s, head, row, key, &mut sums[0]);
+                    for r in 0..R {
+                        std::ptr::copy_nonoverlapping(sums[0].as_ptr().add(r * C), out.add(r * BLOCK + j), C);
+                    }
+                }
+                return;
+            }
+            // Sums of keys that are far apart are stored by themselves; turned round, a vector of them has neighbours.
+            let apart = BLOCK / C;
+            let at_once = S::LANES.min(apart);
+            for first in (0..apart).step_by(at_once) {
+                for (i, sums) in sums.iter_mut().enumerate().take(at_once) {
+                    self.sums::<S, R, C>(s, head, row, |c| first + i + c * apart, sums);
+                }
+                for n in (0..R * C).step_by(S::LANES) {
+                    let mut x = [s.zero(); MAX_LANES];
+                    for (x, sums) in x.iter_mut().zip(&sums).take(S::LANES) {
+                        *x = s.load_f32(sums.as_ptr().add(n));
+                    }
+                    s.transpose(&mut x);
+                    for (i, x) in x.iter().enumerate().take(S::LANES.min(R * C - n)) {
+                        let (r, c) = ((n + i) / C, (n + i) % C);
+                        let to = out.add(r * BLOCK + c * apart + first);
+                        if at_once == S::LANES { s.store_f32(to, *x) } else { s.store_part_f32(to, *x, at_once) }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The products of `R` rows with `C` keys, those of a row side by side.
+    ///
+    /// # Safety
+    /// As [`Self::dots`]; `key` gives keys of the span.
+    #[inline(always)]
+    unsafe fn sums<S: Simd, const R: usize, const C: usize>(
+        &self,
+        s: S,
+        head: usize,
+        row: usize,
+        key: impl Fn(usize) -> usize,
+        sums: &mut [f32; MAX_DOTS],
+    ) {
         let Block { tile, scratch, d, .. } = *self.block;
         let dp = padded(d);
-        let first = head * tile.head_rows + row;
-        let (q, out) = (scratch.q.wrapping_add(first * dp), scratch.s.wrapping_add(first * BLOCK));
-        let Span { low, high } = self.keys;
-        // From one key to the next that is done with it, and from there to the next of all.
-        let (apart, on, end) = if self.spread { (BLOCK / C, 1, BLOCK / C) } else { (1, C, high) };
-        let mut j = low / C * C;
-        while j < end {
-            let mut key = [std::ptr::null(); C];
-            for c in 0..C {
-                let at = j + c * apart;
-                let inside = self.spread || j >= low && j + C <= high;
-                key[c] = self.k.key(head, if inside { at } else { at.clamp(low, high - 1) });
+        let q = scratch.q.wrapping_add((head * tile.head_rows + row) * dp);
+        let mut keys = [std::ptr::null(); C];
+        for c in 0..C {
+            keys[c] = self.k.key(head, key(c));
+        }
+        let mut acc = [[s.zero(); C]; R];
+        let mut i = 0;
+        // SAFETY: the caller's; a partial load reads what is left of a key, and Q is padded with zeros.
+        unsafe {
+            while i + 2 * S::LANES <= d {
+                for c in 0..C {
+                    let at = keys[c].add(i);
+                    if row == 0 {
+                        prefetch_pair(s, at, self.ahead);
+                    }
+                    let k = T::load_pair(s, at);
+                    for r in 0..R {
+                        let q = q.add(r * dp + i);
+                        acc[r][c] = s.fma(s.load_f32(q), k[0], acc[r][c]);
+                        acc[r][c] = s.fma(s.load_f32(q.add(S::LANES)), k[1], acc[r][c]);
+                    }
+                }
+                i += 2 * S::LANES;
             }
-            let mut acc = [[s.zero(); C]; R];
-            let mut i = 0;
-            // SAFETY: the caller's; a partial load reads what is left of a key, and Q is padded with zeros.
-            unsafe {
-                while i + 2 * S::LANES <= d {
-                    for c in 0..C {
-                        let at = key[c].add(i);
-                        if row == 0 {
-                            prefetch_pair(s, at, self.ahead);
-                        }
-                        let k = T::load_pair(s, at);
-                        for r in 0..R {
-                            let q = q.add(r * dp + i);
-                            acc[r][c] = s.fma(s.load_f32(q), k[0], acc[r][c]);
-                            acc[r][c] = s.fma(s.load_f32(q.add(S::LANES)), k[1], acc[r][c]);
-                        }
-                    }
-                    i += 2 * S::LANES;
-                }
-                while i < d {
-                    let part = (d - i).min(S::LANES);
-                    for c in 0..C {
-                        let at = key[c].add(i);
-                        let k = load_up_to(s, at, part);
-                        for r in 0..R {
-                            acc[r][c] = s.fma(s.load_f32(q.add(r * dp + i)), k, acc[r][c]);
-                        }
-                    }
-                    i += part;
-                }
-                let mut sums = [0.0f32; 16];
-                for n in (0..R * C).step_by(S::LANES) {
-                    let mut lanes = [s.zero(); MAX_LANES];
-                    for (i, lane) in lanes.iter_mut().enumerate().take(S::LANES.min(R * C - n)) {
-                        *lane = acc[(n + i) / C][(n + i) % C];
-                    }
-                    s.store_f32(sums.as_mut_ptr().add(n), s.sum_lanes(&lanes));
-                }
-                for r in 0..R {
-                    let to = out.add(r * BLOCK + j);
-                    if apart == 1 {
-                        std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * C), to, C);
-                    } else {
-                        for c in 0..C {
-                            *to.add(c * apart) = sums[r * C + c];
-                        }
+            while i < d {
+                let part = (d - i).min(S::LANES);
+                for c in 0..C {
+                    let k = load_up_to(s, keys[c].add(i), part);
+                    for r in 0..R {
+                        acc[r][c] = s.fma(s.load_f32(q.add(r * dp + i)), k, acc[r][c]);
                     }
                 }
+                i += part;
             }
-            j += on;
+            for n in (0..R * C).step_by(S::LANES) {
+                let mut lanes = [s.zero(); MAX_LANES];
+                for (i, lane) in lanes.iter_mut().enumerate().take(S::LANES.min(R * C - n)) {
+                    *lane = acc[(n + i) / C][(n + i) % C];
+                }
+                s.store_f32(sums.as_mut_ptr().add(n), s.sum_lanes(&lanes));
+            }
         }
     }
 }
