@@ -39,7 +39,7 @@ pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.span });
         let heads = 0..block.tile.kv_heads;
         if block.p.v_packing == Packing::Rows {
-            values(s, block, rows, heads, v, |index| ahead.of_v(index));
+            values(s, block, rows, heads, v, ahead.whole, |index| ahead.of_v(index));
             return;
         }
         let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
@@ -48,15 +48,23 @@ pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [
                 block,
                 &heads,
                 |index| ahead.of_v(index),
-                |keys, ahead| {
-                    s.outline(Values { block, v, pairs: Paired, heads: heads.clone(), keys, ahead });
+                |keys, bytes| {
+                    s.outline(Values {
+                        block,
+                        v,
+                        pairs: Paired,
+                        heads: heads.clone(),
+                        keys,
+                        ahead: bytes,
+                        whole: ahead.whole,
+                    });
                 },
             );
             return;
         }
         for head in heads {
             let v = widen(s, Widen { block, v, head }, &mut pointers);
-            values(s, block, rows, head..head + 1, v.rows(), |_| 0);
+            values(s, block, rows, head..head + 1, v.rows(), false, |_| 0);
         }
     }
 }
@@ -72,6 +80,7 @@ unsafe fn values<S: Simd, V: Memory>(
     rows: &[RowState],
     heads: Range<usize>,
     v: Rows<V>,
+    whole: bool,
     ahead: impl Fn(usize) -> isize,
 ) {
     let Block { tile, span, all, dv, .. } = *block;
@@ -84,7 +93,7 @@ unsafe fn values<S: Simd, V: Memory>(
             return;
         }
         runs(block, &heads, ahead, |keys, ahead| {
-            s.outline(Values { block, v, pairs: Single, heads: heads.clone(), keys, ahead });
+            s.outline(Values { block, v, pairs: Single, heads: heads.clone(), keys, ahead, whole });
         });
     }
 }
@@ -155,13 +164,22 @@ fn distance<T>(from: *const T, to: *const T) -> isize {
     if to.is_null() { 0 } else { to.addr().wrapping_sub(from.addr()) as isize }
 }
 
-/// Asks for the memory of a pair of vectors, `ahead` bytes on.
+/// How far ahead of its use memory of whole blocks is asked for once more, now into the first-level cache: a block ahead is more
+/// than that holds.
+const NEAR_BYTES: usize = 512;
+
+/// Asks for the memory of a pair of vectors, `ahead` bytes on, or of whole blocks for that and for what comes soon.
 #[inline(always)]
-fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize) {
-    let p = p.cast::<u8>().wrapping_offset(ahead);
-    s.prefetch(p);
-    if 2 * S::LANES * size_of::<T>() > 64 {
-        s.prefetch(p.wrapping_add(64));
+fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize, whole: bool) {
+    let p = p.cast::<u8>();
+    for line in (0..2 * S::LANES * size_of::<T>()).step_by(64) {
+        let next = p.wrapping_offset(ahead).wrapping_add(line);
+        if whole {
+            s.prefetch_far(next);
+            s.prefetch(p.wrapping_add(NEAR_BYTES + line));
+        } else {
+            s.prefetch(next);
+        }
     }
 }
 
@@ -286,7 +304,7 @@ impl<T: Memory> Dots<'_, T> {
                 for c in 0..C {
                     let at = keys[c].add(i);
                     if row == 0 {
-                        prefetch_pair(s, at, self.ahead);
+                        prefetch_pair(s, at, self.ahead, self.spread);
                     }
                     let k = T::load_pair(s, at);
                     for r in 0..R {
@@ -351,6 +369,7 @@ struct Values<'a, T, L> {
     heads: Range<usize>,
     keys: Span,
     ahead: isize,
+    whole: bool,
 }
 
 impl<T: Memory, L: Lie> Outlined for Values<'_, T, L> {
@@ -368,6 +387,7 @@ impl<T: Memory, L: Lie> Outlined for Values<'_, T, L> {
                     v: self.pairs.of(self.v, head, self.keys.low),
                     keys: self.keys.len(),
                     ahead: if row == 0 { self.ahead } else { 0 },
+                    whole: self.whole,
                 };
                 // SAFETY: the caller's; the rows are inside the tile.
                 unsafe {
@@ -465,7 +485,7 @@ impl<T: Memory> ValueRows for InPairs<'_, T> {
         let pair = weighted.v.at(j, offset);
         if weighted.ahead != 0 {
             for n in 0..N {
-                prefetch_pair(s, pair.wrapping_add(2 * n * S::LANES), weighted.ahead);
+                prefetch_pair(s, pair.wrapping_add(2 * n * S::LANES), weighted.ahead, weighted.whole);
             }
         }
         // SAFETY: the caller's.
@@ -506,6 +526,8 @@ pub(super) struct Weighted<V> {
     pub keys: usize,
     /// Bytes from a value to the memory that is prefetched with it; 0: none.
     pub ahead: isize,
+    /// See [`prefetch_pair`].
+    pub whole: bool,
 }
 
 impl<V: ValueRows> Weighted<V> {
@@ -596,7 +618,7 @@ impl<V: ValueRows> Weighted<V> {
                 for n in (0..N).step_by(2) {
                     let at = v.add(n * S::LANES);
                     if self.ahead != 0 {
-                        prefetch_pair(s, at, self.ahead);
+                        prefetch_pair(s, at, self.ahead, self.whole);
                     }
                     [x[n], x[n + 1]] = V::Element::load_pair(s, at);
                 }
@@ -672,6 +694,7 @@ pub(super) unsafe fn careful<S: Simd, T: Memory>(s: S, block: &Block, row: &RowS
                 v: Listed { rows: v, head: r / tile.head_rows, first: j },
                 keys: 1,
                 ahead: 0,
+                whole: false,
             };
             // SAFETY: the caller's.
             unsafe { s.outline(Careful { one, dv }) };

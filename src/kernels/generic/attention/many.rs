@@ -95,6 +95,7 @@ unsafe fn products<S: Simd, T: Memory, V: Memory>(s: S, block: &Block, rows: &mu
                     v: Packed { first: scratch.vp.add(column * BLOCK + keys.low * width), width },
                     keys: keys.len(),
                     ahead: 0,
+                    whole: false,
                 };
                 let vectors = width / S::LANES;
                 match n {
