@@ -971,7 +971,7 @@ static void chunks(void) {
     float *states = output.floats;
     int i;
     {
-        static int32_t lengths[LEN];
+        static int32_t lengths[LEN + 1];
         kvl_attention_params good = KVL_ATTENTION_PARAMS_INIT, p;
         kvl_layout layout = KVL_LAYOUT_INIT;
         good.q = kvl_make_const_view(x, KVL_F32, 2, 3, 4, 8);
@@ -1010,7 +1010,7 @@ static void chunks(void) {
         TRY(KVL_ERR_OVERLAP, "mask and states share memory");
         p.bias = kvl_make_const_view(output.floats + LEN - 1, KVL_F32, 2, 3, 4, 5);
         TRY(KVL_ERR_OVERLAP, "bias and states share memory");
-        for (i = 0; i < LEN; i++) lengths[i] = 5;
+        for (i = 0; i <= LEN; i++) lengths[i] = 5;
         p.lengths = lengths;
         REFUSED(KVL_ERR_OVERLAP, "lengths and states share memory",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)(lengths + 1), LEN));

@@ -70,8 +70,8 @@ pub unsafe extern "C" fn kvl_attention_chunks_workspace_size(
 /// `params` is as for `kvl_attention`, in the span's own positions: `lengths`, `starts`, `offsets` and so on count from the span's
 /// first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts spans so, `kvl_shard_lengths` computes the lists). There
 /// is no `out`, no `lse`, and there are no `sinks`: those are given to `kvl_merge_chunks`. `states` has `states_len` floats, exactly
-/// what `kvl_attention_chunks_states_len` says. They mean something to a context of the same level, and may be sent to it as they
-/// are; bytes that they do not need are left alone.
+/// what `kvl_attention_chunks_states_len` says. They mean something to a context of the same level, for keys of the same type and
+/// the same precision, and may be sent there as they are; floats that they do not need are left alone.
 ///
 /// `workspace` is as for `kvl_attention`, of the size that `kvl_attention_chunks_workspace_size` says. Since ABI version 3.
 ///

@@ -632,7 +632,7 @@ pub struct kvl_chunk_states {
 pub struct kvl_merge_chunks_params {
     /// `sizeof(kvl_merge_chunks_params)`.
     pub struct_size: usize,
-    /// [num_spans], in the order of the sequence; the list is not looked at any more once something is written.
+    /// [num_spans], in the order of the sequence.
     pub spans: *const kvl_chunk_states,
     /// 1 to 256.
     pub num_spans: usize,
