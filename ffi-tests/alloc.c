@@ -40,6 +40,7 @@ static float q[BATCH * SEQ * HEADS * D], k[BATCH * SEQ * KV * D], out[BATCH * SE
 static float repeated[BATCH * SEQ * HEADS * D], cosines[8 * D / 2], sines[8 * D / 2], slopes[HEADS];
 static uint16_t k_cache[BATCH * KEYS * KV * D], v_cache[BATCH * KEYS * KV * D];
 static unsigned char mask[KEYS];
+static float span[BATCH * SEQ * HEADS * (16 + D)];
 
 static float layers_data[4][4 * 8 * KV * D];
 static int32_t rows_of[4 * 8], pool_map[4];
@@ -82,6 +83,30 @@ static void attend(const kvl_context *context, const kvl_parallel_runner *runner
     OK(kvl_attention_workspace_size(&p, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
     OK(kvl_attention(context, runner, workspace, sizeof workspace, &p));
+}
+
+static void attend_to_spans(const kvl_context *context, const kvl_parallel_runner *runner, kvl_attention_params p) {
+    kvl_chunk_states spans[2];
+    kvl_merge_chunks_params merge = KVL_MERGE_CHUNKS_PARAMS_INIT;
+    size_t bytes;
+    merge.out = p.out;
+    merge.lse = p.lse;
+    memset(&p.out, 0, sizeof p.out);
+    p.lse = NULL;
+    OK(kvl_attention_chunks_states_len(&p, &spans[0].len));
+    CHECK(spans[0].len == (int64_t)(sizeof span / sizeof *span), "%d floats", (int)spans[0].len);
+    spans[0].states = span;
+    spans[1] = spans[0];
+    OK(kvl_attention_chunks_workspace_size(&p, runner, &bytes));
+    CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
+    OK(kvl_attention_chunks(context, runner, workspace, sizeof workspace, &p, span, spans[0].len));
+    merge.spans = spans;
+    merge.num_spans = 2;
+    merge.kv_heads = KV;
+    merge.dtype = KVL_BF16;
+    OK(kvl_merge_chunks_workspace_size(&merge, runner, &bytes));
+    CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
+    OK(kvl_merge_chunks(context, runner, workspace, sizeof workspace, &merge));
 }
 
 static void attend_by_layout(const kvl_context *context, const kvl_parallel_runner *runner, kvl_attention_params plain,
@@ -213,6 +238,7 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     OK(kvl_attention_workspace_size(&p, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
     OK(kvl_attention(context, runner, workspace, sizeof workspace, &p));
+    attend_to_spans(context, runner, p);
     attend_by_layout(context, runner, p, plan);
     states[0].out = states[1].out = kvl_as_const(p.out);
     states[0].lse = states[1].lse = lse;

@@ -139,6 +139,22 @@ int main() {
         }
         refused(KVL_ERR_SHAPE, "3 and 2", [&] { kvlane::paged_layout({0, 1, 2}, 2); });
         p = attention;
+        refused(KVL_ERR_INVALID_VALUE, "out is given", [&] { kvlane::attention_chunks(context, workspace, p); });
+        p.out = {};
+        p.lse = nullptr;
+        const std::vector<float> first = kvlane::attention_chunks(context, workspace, p);
+        const kvl_chunk_states span = kvlane::chunk_states(first);
+        kvl_merge_chunks_params merge = KVL_MERGE_CHUNKS_PARAMS_INIT;
+        merge.spans = &span;
+        merge.num_spans = 1;
+        merge.kv_heads = p.k.shape[2];
+        merge.dtype = p.k.dtype;
+        merge.out = attention.out;
+        kvlane::merge_chunks(context, workspace, merge);
+        close("the chunks of a span");
+        merge.kv_heads = 0;
+        refused(KVL_ERR_SHAPE, "kv_heads = 0", [&] { kvlane::merge_chunks(context, workspace, merge); });
+        p = attention;
         p.k = kvl_as_const(kvlane::view(k_cache.data() + 4, {1, 1, 1, 4}));
         p.v = kvl_as_const(kvlane::view(v_cache.data() + 4, {1, 1, 1, 4}));
         p.lengths = nullptr;

@@ -957,6 +957,195 @@ static void merge(void) {
 #undef TRY
 }
 
+static void chunks(void) {
+    enum { LEN = 2 * 3 * 4 * (16 + 16) };
+    static float x[2 * 5 * 4 * 8], of_spans[2 * LEN], sinks[4];
+    static union {
+        unsigned char bytes[(1 << 18) + 64];
+        double aligned;
+    } memory;
+    static const int32_t starts[] = {0, 2, 3}, all[] = {5, 5};
+    void *workspace = memory.bytes + (64 - (uintptr_t)memory.bytes % 64) % 64;
+    size_t bytes = 1 << 18, *needed = (size_t *)output.bytes;
+    int64_t *len = (int64_t *)output.bytes;
+    float *states = output.floats;
+    int i;
+    {
+        static int32_t lengths[LEN + 1];
+        kvl_attention_params good = KVL_ATTENTION_PARAMS_INIT, p;
+        kvl_layout layout = KVL_LAYOUT_INIT;
+        good.q = kvl_make_const_view(x, KVL_F32, 2, 3, 4, 8);
+        good.k = good.v = kvl_make_const_view(x, KVL_F32, 2, 5, 2, 8);
+        p = good;
+#define TRY(status, text)                                                                                              \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_attention_chunks(context, NULL, workspace, bytes, &p, states, LEN));                 \
+        p = good;                                                                                                      \
+    } while (0)
+        REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_attention_chunks(NULL, NULL, workspace, bytes, &p, states, LEN));
+        REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params",
+                kvl_attention_chunks(context, NULL, workspace, bytes, NULL, states, LEN));
+        REFUSED(KVL_ERR_WORKSPACE, "needs", kvl_attention_chunks(context, NULL, workspace, 64, &p, states, LEN));
+        REFUSED(KVL_ERR_WORKSPACE, "aligned", kvl_attention_chunks(context, NULL, NULL, bytes, &p, states, LEN));
+        REFUSED(KVL_ERR_WORKSPACE, "aligned",
+                kvl_attention_chunks(context, NULL, (char *)workspace + 32, bytes - 32, &p, states, LEN));
+        REFUSED(KVL_ERR_NULL_POINTER, "states: data is null",
+                kvl_attention_chunks(context, NULL, workspace, bytes, &p, NULL, LEN));
+        REFUSED(KVL_ERR_SHAPE, "states has 767 floats, but must have 768 for 5 keys",
+                kvl_attention_chunks(context, NULL, workspace, bytes, &p, states, LEN - 1));
+        REFUSED(KVL_ERR_SHAPE, "states has 769 floats", kvl_attention_chunks(context, NULL, workspace, bytes, &p, states, LEN + 1));
+        REFUSED(KVL_ERR_SHAPE, "states_len is -1, which is negative",
+                kvl_attention_chunks(context, NULL, workspace, bytes, &p, states, -1));
+        REFUSED(KVL_ERR_BOUNDS, "states: data",
+                kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)(output.bytes + 2), LEN));
+        REFUSED(KVL_ERR_OVERLAP, "q and states share memory",
+                kvl_attention_chunks(context, NULL, workspace, bytes, &p, x + 191, LEN));
+        p.v.data = output.floats + LEN - 1;
+        TRY(KVL_ERR_OVERLAP, "v and states share memory");
+        /* At their end, where no output of these rows would be. */
+        p.k.data = output.floats + LEN - 1;
+        TRY(KVL_ERR_OVERLAP, "k and states share memory");
+        p.mask.data = output.bytes + LEN * sizeof(float) - 1;
+        p.mask.shape[0] = 2, p.mask.shape[1] = 3, p.mask.shape[2] = 4, p.mask.shape[3] = 5;
+        TRY(KVL_ERR_OVERLAP, "mask and states share memory");
+        p.bias = kvl_make_const_view(output.floats + LEN - 1, KVL_F32, 2, 3, 4, 5);
+        TRY(KVL_ERR_OVERLAP, "bias and states share memory");
+        for (i = 0; i <= LEN; i++) lengths[i] = 5;
+        p.lengths = lengths;
+        REFUSED(KVL_ERR_OVERLAP, "lengths and states share memory",
+                kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)(lengths + 1), LEN));
+        p.lengths = all;
+        p.starts = p.offsets = lengths;
+        REFUSED(KVL_ERR_OVERLAP, "starts and states share memory",
+                kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)lengths, LEN));
+        p = good;
+        p.alibi_slopes = of_spans;
+        REFUSED(KVL_ERR_OVERLAP, "alibi_slopes and states share memory",
+                kvl_attention_chunks(context, NULL, workspace, bytes, &p, of_spans + 3, LEN));
+        p = good;
+        p.sinks = sinks;
+        TRY(KVL_ERR_INVALID_VALUE, "sinks are given where spans are merged");
+        p.out = kvl_make_view(output.floats + LEN, KVL_F32, 2, 3, 4, 8);
+        TRY(KVL_ERR_INVALID_VALUE, "out is given where spans are merged");
+        p.lse = output.floats + LEN;
+        TRY(KVL_ERR_INVALID_VALUE, "lse is given where spans are merged");
+        p.v.dtype = KVL_BF16;
+        TRY(KVL_ERR_DTYPE, "k is f32, but v is bf16");
+        p.flags = 8;
+        TRY(KVL_ERR_INVALID_ENUM, "0x8");
+        p.layout = &layout;
+        p.lengths = all;
+        layout.kind = KVL_RING;
+        REFUSED(KVL_ERR_INVALID_VALUE, "a ring is no span", kvl_attention_chunks_states_len(&p, len));
+        REFUSED(KVL_ERR_INVALID_VALUE, "a ring is no span", kvl_attention_chunks_workspace_size(&p, NULL, needed));
+        TRY(KVL_ERR_INVALID_VALUE, "a ring is no span");
+        p.q = kvl_make_const_view(x, KVL_F32, 1, 3, 4, 8);
+        p.query_starts = starts;
+        p.rows = 2;
+        REFUSED(KVL_ERR_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_states_len(&p, len));
+        REFUSED(KVL_ERR_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_workspace_size(&p, NULL, needed));
+        {
+            kvl_plan *plan = NULL;
+            kvl_attention_params planned = good;
+            OK(kvl_plan_create(&p, &plan));
+            planned.q = p.q;
+            planned.plan = plan;
+            REFUSED(KVL_ERR_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_states_len(&planned, len));
+            kvl_plan_destroy(plan);
+        }
+        TRY(KVL_ERR_INVALID_VALUE, "ragged queries have no format");
+#undef TRY
+        REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_attention_chunks_states_len(NULL, len));
+        REFUSED(KVL_ERR_NULL_POINTER, "len", kvl_attention_chunks_states_len(&p, NULL));
+        REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_attention_chunks_workspace_size(NULL, NULL, needed));
+        REFUSED(KVL_ERR_NULL_POINTER, "bytes", kvl_attention_chunks_workspace_size(&p, NULL, NULL));
+        p.q.shape[0] = p.q.shape[1] = p.q.shape[2] = p.k.shape[1] = INT32_MAX;
+        REFUSED(KVL_ERR_SHAPE, "more than an address space holds", kvl_attention_chunks_states_len(&p, len));
+        p.q.shape[1] = -2;
+        REFUSED(KVL_ERR_SHAPE, "negative", kvl_attention_chunks_states_len(&p, len));
+    }
+    {
+        kvl_chunk_states good_spans[2], spans[257];
+        kvl_merge_chunks_params good = KVL_MERGE_CHUNKS_PARAMS_INIT, p;
+        for (i = 0; i < 2; i++) {
+            good_spans[i].states = of_spans + i * LEN;
+            good_spans[i].len = LEN;
+        }
+        memcpy(spans, good_spans, sizeof good_spans);
+        good.spans = spans;
+        good.num_spans = 2;
+        good.kv_heads = 2;
+        good.sinks = sinks;
+        good.out = kvl_make_view(output.floats, KVL_F32, 2, 3, 4, 8);
+        good.lse = output.floats + 2 * 3 * 4 * 8;
+        p = good;
+#define TRY(status, text)                                                                                              \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_merge_chunks(context, NULL, workspace, bytes, &p));                                  \
+        p = good;                                                                                                      \
+        memcpy(spans, good_spans, sizeof good_spans);                                                                  \
+    } while (0)
+/* What does not depend on where anything lies: the size of the workspace has to say it too. */
+#define BOTH(status, text)                                                                                             \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_merge_chunks_workspace_size(&p, NULL, needed));                                      \
+        TRY(status, text);                                                                                             \
+    } while (0)
+        REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_merge_chunks(NULL, NULL, workspace, bytes, &p));
+        REFUSED(KVL_ERR_NULL_POINTER, "kvl_merge_chunks_params", kvl_merge_chunks(context, NULL, workspace, bytes, NULL));
+        REFUSED(KVL_ERR_WORKSPACE, "needs", kvl_merge_chunks(context, NULL, workspace, 64, &p));
+        REFUSED(KVL_ERR_WORKSPACE, "aligned", kvl_merge_chunks(context, NULL, (char *)workspace + 32, bytes - 32, &p));
+        REFUSED(KVL_ERR_NULL_POINTER, "kvl_merge_chunks_params", kvl_merge_chunks_workspace_size(NULL, NULL, needed));
+        REFUSED(KVL_ERR_NULL_POINTER, "bytes", kvl_merge_chunks_workspace_size(&p, NULL, NULL));
+        p.struct_size = 8;
+        BOTH(KVL_ERR_STRUCT_SIZE, "kvl_merge_chunks_params.struct_size is 8");
+        p.spans = NULL;
+        BOTH(KVL_ERR_NULL_POINTER, "spans is null");
+        p.num_spans = 0;
+        BOTH(KVL_ERR_INVALID_VALUE, "0 spans");
+        p.num_spans = 257;
+        BOTH(KVL_ERR_INVALID_VALUE, "257 spans, but a call merges 1 to 256");
+        spans[1].len = -LEN;
+        BOTH(KVL_ERR_SHAPE, "spans[1].len is -768, which is negative");
+        spans[1].len = LEN - 1;
+        BOTH(KVL_ERR_SHAPE, "span 1 has 767 floats, which are no chunks of 768");
+        spans[0].len = 0;
+        BOTH(KVL_ERR_SHAPE, "span 0 has 0 floats");
+        p.kv_heads = 3;
+        BOTH(KVL_ERR_SHAPE, "no multiple of kv_heads = 3");
+        p.kv_heads = -1;
+        BOTH(KVL_ERR_SHAPE, "kv_heads is -1");
+        p.dtype = 3;
+        BOTH(KVL_ERR_INVALID_ENUM, "dtype is 3");
+        p.precision = 2;
+        BOTH(KVL_ERR_INVALID_ENUM, "precision is 2");
+        p.out.shape[3] = 513;
+        BOTH(KVL_ERR_SHAPE, "out has dim = 513");
+        p.out.shape[1] = -1;
+        BOTH(KVL_ERR_SHAPE, "negative");
+        p.out.strides[3] = 0;
+        TRY(KVL_ERR_STRIDE, "out");
+        spans[1].states = NULL;
+        TRY(KVL_ERR_NULL_POINTER, "span 1 is null, but has 768 floats");
+        spans[1].states = (const float *)(const void *)((const char *)of_spans + 2);
+        TRY(KVL_ERR_BOUNDS, "the states of a span");
+        spans[1].states = output.floats + 2 * 3 * 4 * 8 - 1;
+        TRY(KVL_ERR_OVERLAP, "span 1 and out share memory");
+        spans[0].states = output.floats + 2 * 3 * 4 * 9 - 1;
+        TRY(KVL_ERR_OVERLAP, "span 0 and lse share memory");
+        p.sinks = output.floats + 2 * 3 * 4 * 8 - 4;
+        TRY(KVL_ERR_OVERLAP, "sinks and out share memory");
+        p.sinks = p.lse + 1;
+        TRY(KVL_ERR_OVERLAP, "sinks and lse share memory");
+        p.lse--;
+        TRY(KVL_ERR_OVERLAP, "out and lse share memory");
+        p.lse = (float *)(void *)(output.bytes + 2);
+        TRY(KVL_ERR_BOUNDS, "lse");
+#undef BOTH
+#undef TRY
+    }
+}
+
 int main(void) {
     kvl_context *made = NULL;
     last_error();
@@ -973,6 +1162,7 @@ int main(void) {
     kv_write();
     attention();
     merge();
+    chunks();
     kvl_context_destroy(made);
     return finish("errors");
 }

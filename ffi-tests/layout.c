@@ -173,6 +173,21 @@ AT(kvl_attention_params, bit_mask, 648);
 AT(kvl_attention_params, plan, 656);
 AT(kvl_attention_params, v_packing, 664);
 AT(kvl_attention_params, reserved3, 668);
+
+SIZE(kvl_chunk_states, 16);
+AT(kvl_chunk_states, states, 0);
+AT(kvl_chunk_states, len, 8);
+
+SIZE(kvl_merge_chunks_params, 144);
+AT(kvl_merge_chunks_params, struct_size, 0);
+AT(kvl_merge_chunks_params, spans, 8);
+AT(kvl_merge_chunks_params, num_spans, 16);
+AT(kvl_merge_chunks_params, kv_heads, 24);
+AT(kvl_merge_chunks_params, dtype, 32);
+AT(kvl_merge_chunks_params, precision, 36);
+AT(kvl_merge_chunks_params, sinks, 40);
+AT(kvl_merge_chunks_params, out, 48);
+AT(kvl_merge_chunks_params, lse, 136);
 #endif
 
 VALUE(KVL_OK, 0);

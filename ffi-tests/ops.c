@@ -667,6 +667,87 @@ static void merge(const kvl_context *context) {
     CHECK(out[0] == 1 && out[1] == 1, "%g %g", (double)out[0], (double)out[1]);
 }
 
+/* Two spans on the grid, each with lists of its own: the bits of one call over all keys. */
+static void chunks(const kvl_context *context) {
+    enum { BATCH = 2, SEQ = 3, HEADS = 4, KV = 2, KEYS = KVL_SPLIT_GRID + 40, D = 6, DV = 5, SPANS = 2 };
+    static float q[BATCH * SEQ * HEADS * D], k[BATCH * KEYS * KV * D], v[BATCH * KEYS * KV * DV], sinks[HEADS];
+    static float out[BATCH * SEQ * HEADS * DV], merged[BATCH * SEQ * HEADS * DV];
+    static float lse[BATCH * SEQ * HEADS], merged_lse[BATCH * SEQ * HEADS];
+    static const int32_t lengths[BATCH] = {KEYS, 700}, starts[BATCH] = {3, 0};
+    kvl_chunk_states spans[SPANS];
+    kvl_attention_params whole = KVL_ATTENTION_PARAMS_INIT;
+    kvl_merge_chunks_params merge = KVL_MERGE_CHUNKS_PARAMS_INIT;
+    kvl_shard shard = KVL_SHARD_INIT;
+    size_t bytes;
+    void *workspace;
+    int i;
+    fill(q, COUNT(q), 11);
+    fill(k, COUNT(k), 12);
+    fill(v, COUNT(v), 13);
+    fill(sinks, COUNT(sinks), 14);
+    whole.q = kvl_make_const_view(q, KVL_F32, BATCH, SEQ, HEADS, D);
+    whole.k = kvl_make_const_view(k, KVL_F32, BATCH, KEYS, KV, D);
+    whole.v = kvl_make_const_view(v, KVL_F32, BATCH, KEYS, KV, DV);
+    whole.flags = KVL_CAUSAL;
+    whole.lengths = lengths;
+    whole.starts = starts;
+    shard.num_sequence = SPANS;
+    for (i = 0; i < SPANS; i++) {
+        kvl_attention_params p = whole;
+        kvl_view part;
+        int32_t local[3][BATCH];
+        int64_t first, count, len = 0;
+        float *states;
+        shard.sequence = i;
+        OK(kvl_shard_keys(&shard, KEYS, &first, &count));
+        OK(kvl_shard_lengths(first, count, BATCH, SEQ, lengths, starts, NULL, local[0], local[1], local[2]));
+        p.lengths = local[0];
+        p.starts = local[1];
+        p.offsets = local[2];
+        part = kvl_make_view(k, KVL_F32, BATCH, KEYS, KV, D);
+        OK(kvl_shard_view(&part, 1, first, count, &part));
+        p.k = kvl_as_const(part);
+        part = kvl_make_view(v, KVL_F32, BATCH, KEYS, KV, DV);
+        OK(kvl_shard_view(&part, 1, first, count, &part));
+        p.v = kvl_as_const(part);
+        OK(kvl_attention_chunks_states_len(&p, &len));
+        CHECK(len == BATCH * SEQ * HEADS * (16 + 16), "%d floats", (int)len);
+        states = malloc((size_t)len * sizeof *states);
+        OK(kvl_attention_chunks_workspace_size(&p, NULL, &bytes));
+        workspace = aligned_alloc(64, (bytes + 64) / 64 * 64);
+        if (states == NULL || workspace == NULL) abort();
+        memset(states, 0xff, (size_t)len * sizeof *states);
+        OK(kvl_attention_chunks(context, NULL, workspace, bytes, &p, states, len));
+        free(workspace);
+        spans[i].states = states;
+        spans[i].len = len;
+    }
+    merge.spans = spans;
+    merge.num_spans = SPANS;
+    merge.kv_heads = KV;
+    merge.dtype = KVL_F32;
+    merge.sinks = sinks;
+    merge.out = kvl_make_view(merged, KVL_F32, BATCH, SEQ, HEADS, DV);
+    merge.lse = merged_lse;
+    memset(merged, 0xff, sizeof merged);
+    memset(merged_lse, 0xff, sizeof merged_lse);
+    OK(kvl_merge_chunks_workspace_size(&merge, NULL, &bytes));
+    workspace = aligned_alloc(64, (bytes + 64) / 64 * 64);
+    if (workspace == NULL) abort();
+    OK(kvl_merge_chunks(context, NULL, workspace, bytes, &merge));
+    free(workspace);
+    for (i = 0; i < SPANS; i++) free((void *)spans[i].states);
+
+    whole.out = kvl_make_view(out, KVL_F32, BATCH, SEQ, HEADS, DV);
+    whole.lse = lse;
+    whole.sinks = sinks;
+    workspace = workspace_for(&whole, &bytes);
+    OK(kvl_attention(context, NULL, workspace, bytes, &whole));
+    free(workspace);
+    CHECK(memcmp(out, merged, sizeof out) == 0, "%g and %g", (double)out[0], (double)merged[0]);
+    CHECK(memcmp(lse, merged_lse, sizeof lse) == 0, "%g and %g", (double)lse[0], (double)merged_lse[0]);
+}
+
 static void alibi(void) {
     float slopes[12];
     int h;
@@ -705,6 +786,7 @@ int main(void) {
         attention(context);
         narrow_attention(context);
         merge(context);
+        chunks(context);
         kvl_context_destroy(context);
         levels++;
     }

@@ -6,8 +6,9 @@
  * its own: kvl_rope rotates queries and keys, kvl_rms_norm_rope normalises them first, kvl_kv_write puts new keys and values
  * into a cache (and can do both on the way), kvl_attention attends to the cache. kvl_cache_... operate on the caches of all
  * layers as a whole: lengths, rows, tokens, pages; kvl_shard_... say which part of them is whose where they are spread over
- * machines; a kvl_plan is what the attention of all layers of a step has in common. kvl_repeat_kv, kvl_merge_states and
- * kvl_pack_row_pairs are there for those who need them.
+ * machines, and kvl_attention_chunks and kvl_merge_chunks then give the bits that one machine would have; a kvl_plan is what the
+ * attention of all layers of a step has in common. kvl_repeat_kv, kvl_merge_states and kvl_pack_row_pairs are there for those who
+ * need them.
  *
  * Conventions, for every function:
  * - Tensors are views: a pointer, an element type, and shape and strides over the axes batch, seq, heads, dim, in this
@@ -1029,6 +1030,64 @@ typedef struct kvl_cache {
 } kvl_cache;
 
 /**
+ * The states of a span's chunks, as `kvl_attention_chunks` left them. Since ABI version 3.
+ */
+typedef struct kvl_chunk_states {
+    /**
+     * [len].
+     */
+    const float *states;
+    /**
+     * How many floats, as `kvl_attention_chunks_states_len` said it for the span.
+     */
+    int64_t len;
+} kvl_chunk_states;
+
+/**
+ * What a merge of spans reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `spans`, `num_spans`, `kv_heads`, `dtype`,
+ * `out`, and `precision` if that of the spans was another. Since ABI version 3.
+ */
+typedef struct kvl_merge_chunks_params {
+    /**
+     * `sizeof(kvl_merge_chunks_params)`.
+     */
+    size_t struct_size;
+    /**
+     * [num_spans], in the order of the sequence.
+     */
+    const struct kvl_chunk_states *spans;
+    /**
+     * 1 to 256.
+     */
+    size_t num_spans;
+    /**
+     * KV heads of the cache.
+     */
+    int64_t kv_heads;
+    /**
+     * The type of its keys and values.
+     */
+    kvl_dtype dtype;
+    /**
+     * That of the spans' calls.
+     */
+    kvl_precision precision;
+    /**
+     * [heads]: one more logit, which takes weight and has no value, once for all spans; null for none.
+     */
+    const float *sinks;
+    /**
+     * Output [batch, seq, heads, v_dim], of any type.
+     */
+    struct kvl_view out;
+    /**
+     * Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a row's logits; null if not
+     * wanted.
+     */
+    float *lse;
+} kvl_merge_chunks_params;
+
+/**
  * One of several shards of a model's caches, by batch (data), heads (model) and keys (sequence). Start from `KVL_SHARD_INIT`,
  * which is the whole. Since ABI version 3.
  */
@@ -1681,6 +1740,83 @@ kvl_status kvl_cache_defragment(const struct kvl_context *context,
                                 int64_t *used);
 
 /**
+ * How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every row [batch, seq, heads] and
+ * every `KVL_SPLIT_GRID` keys, or part of as many, that a row of the cache has room for, v_dim rounded up to 16 and 16 more. Only
+ * those shapes, `layout`, `query_starts` and `plan` are looked at: data may be null. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs.
+ * Bad input: as for `kvl_attention_workspace_size`; ragged queries, a ring, and more floats than an address space holds are errors
+ * too, and `*len` is not touched.
+ */
+kvl_status kvl_attention_chunks_states_len(const struct kvl_attention_params *params,
+                                           int64_t *len);
+
+/**
+ * Bytes of workspace that `kvl_attention_chunks` needs at most, as `kvl_attention_workspace_size` says it for `kvl_attention`.
+ * Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs.
+ * Bad input: as for `kvl_attention_workspace_size`; ragged queries and a ring are errors too, and `*bytes` is not touched.
+ */
+kvl_status kvl_attention_chunks_workspace_size(const struct kvl_attention_params *params,
+                                               const struct kvl_parallel_runner *runner,
+                                               size_t *bytes);
+
+/**
+ * Attention over a span of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
+ * keys are spread over machines, or come in pieces, the merged bits are those of one `kvl_attention` over all keys.
+ *
+ * `params` is as for `kvl_attention`, in the span's own positions: `lengths`, `starts`, `offsets` and so on count from the span's
+ * first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts spans so, `kvl_shard_lengths` computes the lists). There
+ * is no `out`, no `lse`, and there are no `sinks`: those are given to `kvl_merge_chunks`. `states` has `states_len` floats, exactly
+ * what `kvl_attention_chunks_states_len` says. They mean something to a context of the same level, for keys of the same type and
+ * the same precision, and may be sent there as they are; floats that they do not need are left alone.
+ *
+ * `workspace` is as for `kvl_attention`, of the size that `kvl_attention_chunks_workspace_size` says. Since ABI version 3.
+ *
+ * Thread safety: as for `kvl_attention`.
+ * Bad input: as for `kvl_attention`; an `out`, an `lse`, `sinks`, ragged queries, a ring, `states` that are null, of another length,
+ * not aligned to 4 bytes or that share memory with a tensor or a list are errors too, and nothing is written.
+ */
+kvl_status kvl_attention_chunks(const struct kvl_context *context,
+                                const struct kvl_parallel_runner *runner,
+                                void *workspace,
+                                size_t workspace_bytes,
+                                const struct kvl_attention_params *params,
+                                float *states,
+                                int64_t states_len);
+
+/**
+ * Bytes of workspace that `kvl_merge_chunks` needs at most for the shape of `params->out`, `kv_heads` and the lengths of the spans'
+ * states, and for the threads of `runner`. Only those are looked at: data and states may be null. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs.
+ * Bad input: null, an unknown `struct_size`, no span or more than 256, an axis that is negative or above 2^31 - 1, a dim that is not
+ * 1 to 512, heads that are no multiple of `kv_heads`, lengths that are no number of chunks are errors, and `*bytes` is not touched.
+ */
+kvl_status kvl_merge_chunks_workspace_size(const struct kvl_merge_chunks_params *params,
+                                           const struct kvl_parallel_runner *runner,
+                                           size_t *bytes);
+
+/**
+ * Output and LSE of attention whose keys lay in several spans, from the states that `kvl_attention_chunks` left of each. The bits
+ * are those of one `kvl_attention` over all keys, if every span but the last ended at a multiple of `KVL_SPLIT_GRID`.
+ * `kvl_merge_states` needs less memory, and has the kernel's bound instead of its bits.
+ *
+ * `workspace` is as for `kvl_attention`, of the size that `kvl_merge_chunks_workspace_size` says. Since ABI version 3.
+ *
+ * Thread safety: as for `kvl_attention`.
+ * Bad input: null, an unknown `struct_size` or enumeration value, what `kvl_merge_chunks_workspace_size` refuses, an output that
+ * shares memory with states, sinks or the other output, a workspace that is too small or misaligned are errors, and nothing is
+ * written.
+ */
+kvl_status kvl_merge_chunks(const struct kvl_context *context,
+                            const struct kvl_parallel_runner *runner,
+                            void *workspace,
+                            size_t workspace_bytes,
+                            const struct kvl_merge_chunks_params *params);
+
+/**
  * Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
  * `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, and the first two axes of `q` and `k`; nothing else of it is
  * looked at, and data may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with
@@ -1796,7 +1932,8 @@ kvl_status kvl_shard_keys(const struct kvl_shard *shard,
  * What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `starts` (null:
  * 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a row. The results, [batch] each, are counted from the
  * start of the span: `local_lengths` and `local_starts` lie in it, `local_offsets` may be negative or beyond it. The outputs of
- * all spans are joined by `kvl_merge_states`; sinks go to one span only. Since ABI version 3.
+ * all spans are joined by `kvl_merge_states`, and sinks go to one span only; or by `kvl_attention_chunks` and `kvl_merge_chunks`,
+ * to the bit. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint outputs.
  * Bad input: null, a negative number, more keys than an axis holds, an offset that leaves 32 bits, lists that share
@@ -1863,6 +2000,7 @@ kvl_status kvl_shard_view(const struct kvl_view *view,
 #define KVL_KV_WRITE_PARAMS_INIT KVL_SIZED_INIT_(kvl_kv_write_params)
 #define KVL_BIT_MASK_INIT KVL_SIZED_INIT_(kvl_bit_mask)
 #define KVL_ATTENTION_PARAMS_INIT KVL_SIZED_INIT_(kvl_attention_params)
+#define KVL_MERGE_CHUNKS_PARAMS_INIT KVL_SIZED_INIT_(kvl_merge_chunks_params)
 
 /* A view of a tensor that lies in memory in the order of its axes. */
 static inline kvl_view kvl_make_view(void *data, kvl_dtype dtype, int64_t batch, int64_t seq, int64_t heads,

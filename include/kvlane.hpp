@@ -330,6 +330,33 @@ inline void merge_states(const context &context, const std::vector<kvl_attention
     check(kvl_merge_states(context.get(), runner, states.data(), states.size(), &out, lse));
 }
 
+/// The states of a span's chunks; `params` has no out, no lse and no sinks.
+inline std::vector<float> attention_chunks(const context &context, workspace &workspace,
+                                           const kvl_attention_params &params,
+                                           const kvl_parallel_runner *runner = nullptr) {
+    std::int64_t len = 0;
+    check(kvl_attention_chunks_states_len(&params, &len));
+    std::vector<float> states(static_cast<std::size_t>(len));
+    std::size_t bytes = 0;
+    check(kvl_attention_chunks_workspace_size(&params, runner, &bytes));
+    workspace.reserve(bytes);
+    check(kvl_attention_chunks(context.get(), runner, workspace.data(), workspace.size(), &params, states.data(), len));
+    return states;
+}
+
+/// The states of a span as `kvl_merge_chunks_params` lists them; points into what it is given.
+inline kvl_chunk_states chunk_states(const std::vector<float> &states) {
+    return {states.data(), static_cast<std::int64_t>(states.size())};
+}
+
+inline void merge_chunks(const context &context, workspace &workspace, const kvl_merge_chunks_params &params,
+                         const kvl_parallel_runner *runner = nullptr) {
+    std::size_t bytes = 0;
+    check(kvl_merge_chunks_workspace_size(&params, runner, &bytes));
+    workspace.reserve(bytes);
+    check(kvl_merge_chunks(context.get(), runner, workspace.data(), workspace.size(), &params));
+}
+
 inline std::vector<float> alibi_slopes(std::size_t heads) {
     std::vector<float> slopes(heads);
     check(kvl_alibi_slopes(slopes.data(), static_cast<std::int64_t>(heads)));

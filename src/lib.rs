@@ -127,7 +127,10 @@ pub use ops::cache::{
     KeyRotation, KvCache, KvLayer, copy_pages, defragment_pages, reorder_table, reorder_table_workspace_size,
     reorder_workspace_size, set_table_tokens,
 };
-pub use ops::chunks::{ChunkMerge, MAX_SPANS, attention_chunks, chunk_states_len, merge_chunks};
+pub use ops::chunks::{
+    ChunkMerge, MAX_SPANS, attention_chunks, attention_chunks_workspace_size, chunk_states_len, merge_chunks,
+    merge_chunks_workspace_size,
+};
 pub use ops::mask::{BitMask, Mask};
 pub use ops::merge::{AttentionState, MAX_STATES, merge_states};
 pub use ops::norm::{RmsNorm, rms_norm, rms_norm_in_place, rms_norm_rope, rms_norm_rope_in_place};

@@ -100,7 +100,25 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
         attention_with_prefix(context, runner, &mut workspace, prefix, tensors, &options).unwrap();
     };
     cascade();
-    most.max(allocations(cascade))
+    most = most.max(allocations(cascade));
+
+    let k = Tensor::random(rng, dtype, [2, room, 2, 64], Layout::BSHD, Place::Heap);
+    let mut states = vec![0.0; chunk_states_len(q.shape, room, 64)];
+    let options = AttentionOptions { causal: true, lengths: Some(&[long, 40]), ..Default::default() };
+    let threads = runner.num_threads();
+    let mut workspace =
+        Workspace::with_capacity(attention_chunks_workspace_size(q.shape, [2, room, 2, 64], 64, threads));
+    most = most.max(allocations(|| {
+        let tensors = (q.view(), k.view(), k.view());
+        attention_chunks(context, runner, &mut workspace, tensors, &options, &mut states).unwrap();
+    }));
+    let size = merge_chunks_workspace_size(out.shape, 2, 2 * states.len(), threads);
+    let mut workspace = Workspace::with_capacity(size);
+    let merge = ChunkMerge { kv_heads: 2, dtype, precision: Precision::Default, sinks: None };
+    most.max(allocations(|| {
+        let spans = [&states[..], &states[..]];
+        merge_chunks(context, runner, &mut workspace, &spans, &merge, out.view_mut(), None).unwrap();
+    }))
 }
 
 /// One call of every operation, for every type; the most allocations that one of them made.

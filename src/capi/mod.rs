@@ -11,6 +11,7 @@
 #![allow(non_camel_case_types)]
 
 mod cache;
+mod chunks;
 mod guard;
 mod plan;
 mod runner;
@@ -770,7 +771,7 @@ pub unsafe extern "C" fn kvl_attention(
         // SAFETY: the caller's promise, here and below.
         let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
         // SAFETY: as above.
-        let call = unsafe { raw_attention(params) }?;
+        let call = unsafe { raw_attention(&read_sized(params)?) }?;
         // SAFETY: as above.
         unsafe { attention_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, &call) }
     })
@@ -833,7 +834,7 @@ pub unsafe extern "C" fn kvl_attention_with_prefix(
         let (k, v) =
             unsafe { (read("prefix_k", prefix_k)?.raw("prefix_k")?, read("prefix_v", prefix_v)?.raw("prefix_v")?) };
         // SAFETY: as above.
-        let call = unsafe { raw_attention(params) }?;
+        let call = unsafe { raw_attention(&read_sized(params)?) }?;
         // SAFETY: as above.
         unsafe { attention_with_prefix_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, (k, v), &call) }
     })
@@ -929,10 +930,8 @@ fn attention_shape(name: &str, view: &kvl_const_view) -> Result<[usize; 4]> {
 }
 
 /// # Safety
-/// `params` is null or points to what the header describes.
-unsafe fn raw_attention<'a>(params: *const kvl_attention_params) -> Result<RawAttention<'a>> {
-    // SAFETY: the caller's, here and below.
-    let params = unsafe { read_sized(params) }?;
+/// `params` is what the header describes.
+unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<RawAttention<'a>> {
     reserved("kvl_attention_params", params.reserved)?;
     ensure!(
         params.reserved2 == 0,
@@ -948,8 +947,8 @@ unsafe fn raw_attention<'a>(params: *const kvl_attention_params) -> Result<RawAt
     );
     let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
     let heads = q.shape[HEADS];
-    // SAFETY: as above.
-    let (spans, planned) = unsafe { plan::spans(&params, &q, k) }?;
+    // SAFETY: the caller's, here and below.
+    let (spans, planned) = unsafe { plan::spans(params, &q, k) }?;
     // SAFETY: as above.
     unsafe {
         Ok(RawAttention {

@@ -201,6 +201,18 @@ pub(super) unsafe fn workspace_spans<'a>(
     Ok(((spans.batch, spans.seq), spans.layout))
 }
 
+/// Whether queries are ragged, by the parameters themselves or through a plan.
+///
+/// # Safety
+/// As [`spans`].
+pub(super) unsafe fn is_ragged(params: &kvl_attention_params) -> bool {
+    if params.plan.is_null() {
+        return !params.query_starts.is_null();
+    }
+    // SAFETY: as in `spans`.
+    unsafe { &(*params.plan).plan }.spans().query_starts.is_some()
+}
+
 /// # Safety
 /// `params` is what the header describes.
 unsafe fn query_starts<'a>(params: &kvl_attention_params) -> Result<Option<&'a [i32]>> {

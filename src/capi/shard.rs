@@ -102,7 +102,8 @@ pub unsafe extern "C" fn kvl_shard_keys(
 /// What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `starts` (null:
 /// 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a row. The results, [batch] each, are counted from the
 /// start of the span: `local_lengths` and `local_starts` lie in it, `local_offsets` may be negative or beyond it. The outputs of
-/// all spans are joined by `kvl_merge_states`; sinks go to one span only. Since ABI version 3.
+/// all spans are joined by `kvl_merge_states`, and sinks go to one span only; or by `kvl_attention_chunks` and `kvl_merge_chunks`,
+/// to the bit. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 /// Bad input: null, a negative number, more keys than an axis holds, an offset that leaves 32 bits, lists that share

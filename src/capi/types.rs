@@ -2,7 +2,7 @@
 //!
 //! Three rules keep them stable. A struct that may grow begins with its own size, grows only at its end, and means by a
 //! field of zero what it meant before the field existed; a struct that is used in arrays or inside others
-//! ([`kvl_view`], [`kvl_const_view`], [`kvl_kv_layer`], [`kvl_attention_state`]) never changes, and has a reserved field where one may be
+//! ([`kvl_view`], [`kvl_const_view`], [`kvl_kv_layer`], [`kvl_attention_state`], [`kvl_chunk_states`]) never changes, and has a reserved field where one may be
 //! needed. Enumerations are integers with named values, because an integer that C passes may be anything. Sizes and
 //! offsets are asserted at the end of this file and once more, from the other side, in `ffi-tests/layout.c`.
 //!
@@ -615,6 +615,42 @@ pub struct kvl_attention_params {
     pub reserved3: i32,
 }
 
+/// The states of a span's chunks, as `kvl_attention_chunks` left them. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_chunk_states {
+    /// [len].
+    pub states: *const f32,
+    /// How many floats, as `kvl_attention_chunks_states_len` said it for the span.
+    pub len: i64,
+}
+
+/// What a merge of spans reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `spans`, `num_spans`, `kv_heads`, `dtype`,
+/// `out`, and `precision` if that of the spans was another. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_merge_chunks_params {
+    /// `sizeof(kvl_merge_chunks_params)`.
+    pub struct_size: usize,
+    /// [num_spans], in the order of the sequence.
+    pub spans: *const kvl_chunk_states,
+    /// 1 to 256.
+    pub num_spans: usize,
+    /// KV heads of the cache.
+    pub kv_heads: i64,
+    /// The type of its keys and values.
+    pub dtype: kvl_dtype,
+    /// That of the spans' calls.
+    pub precision: kvl_precision,
+    /// [heads]: one more logit, which takes weight and has no value, once for all spans; null for none.
+    pub sinks: *const f32,
+    /// Output [batch, seq, heads, v_dim], of any type.
+    pub out: kvl_view,
+    /// Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a row's logits; null if not
+    /// wanted.
+    pub lse: *mut f32,
+}
+
 /// A struct that begins with its size: plain integers, floats and pointers, for which all zeros is a value.
 ///
 /// # Safety
@@ -651,7 +687,8 @@ sized!(
     kvl_shard,
     kvl_rms_norm_params,
     kvl_kv_write_params[layout],
-    kvl_attention_params[precision, layout]
+    kvl_attention_params[precision, layout],
+    kvl_merge_chunks_params
 );
 
 /// Copies a sized struct of the caller's, whose fields beyond its size are 0.
@@ -825,7 +862,7 @@ impl kvl_view {
         self.as_const().is_absent()
     }
 
-    fn as_const(&self) -> kvl_const_view {
+    pub(super) fn as_const(&self) -> kvl_const_view {
         let Self { data, dtype, reserved, shape, strides, bytes } = *self;
         kvl_const_view { data, dtype, reserved, shape, strides, bytes }
     }
@@ -1038,5 +1075,10 @@ mod layout {
     layout!(
         kvl_bit_mask, 96,
         struct_size: 0, data: 8, bytes: 16, offset: 24, shape: 32, strides: 64, first_keys: 88,
+    );
+    layout!(kvl_chunk_states, 16, states: 0, len: 8);
+    layout!(
+        kvl_merge_chunks_params, 144,
+        struct_size: 0, spans: 8, num_spans: 16, kv_heads: 24, dtype: 32, precision: 36, sinks: 40, out: 48, lse: 136,
     );
 }

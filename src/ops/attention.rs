@@ -10,7 +10,7 @@ use crate::ops::plan::AttentionPlan;
 use crate::ops::tiling::{GRAIN, Tiling, most_chunks};
 use crate::ops::workspace::{Workspace, check_workspace};
 use crate::parallel::{Runner, for_each_tile};
-use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use crate::view::{self, BATCH, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut};
 
 /// The largest head size.
 pub const MAX_HEAD_DIM: usize = 512;
@@ -275,10 +275,14 @@ pub fn attention(
 /// For layouts that are not contiguous, `keys` is the most that a row has room for (of a ring, its slots), and for ragged queries
 /// `batch` is their rows and `seq` the most that one of them has.
 pub fn attention_workspace_size(q_shape: [usize; 4], k_shape: [usize; 4], v_dim: usize, threads: usize) -> usize {
-    // The call may meet any kernel.
+    largest(|kernel| workspace_size(kernel, q_shape, k_shape, v_dim, threads))
+}
+
+/// The most that any kernel needs, since a call may meet any.
+pub(super) fn largest(bytes: impl Fn(&AttentionFns) -> usize) -> usize {
     kernels::registry()
         .filter_map(|entry| match &entry.function {
-            Function::Attention(kernel) => Some(workspace_size(kernel, q_shape, k_shape, v_dim, threads)),
+            Function::Attention(kernel) => Some(bytes(kernel)),
             _ => None,
         })
         .max()
@@ -399,6 +403,26 @@ impl<'a> RawAttention<'a> {
         self.v.shape[DIM] / if self.v_packing == Packing::RowPairs { 2 } else { 1 }
     }
 
+    /// Fails if an output shares memory with a tensor that is read. All are valid; `extents` are those of q, k and v.
+    pub(super) fn check_apart(&self, extents: [Extent; 3], name: &str, output: &RawView, extent: Extent) -> Result<()> {
+        if output.is_empty() {
+            return Ok(());
+        }
+        if let Some(mask) = &self.mask {
+            ensure!(!mask.overlaps(output)?, Overlap, "mask and {name} share memory");
+        }
+        if let Some(mask) = &self.bit_mask {
+            ensure!(!mask.overlaps(output)?, Overlap, "bit_mask and {name} share memory");
+        }
+        if let Some(bias) = &self.bias {
+            ensure!(!bias.overlaps(output), Overlap, "bias and {name} share memory");
+        }
+        for ((input, view), own) in [("q", &self.q), ("k", &self.k), ("v", &self.v)].into_iter().zip(extents) {
+            ensure!(!view.overlaps_within(own, output, extent), Overlap, "{input} and {name} share memory");
+        }
+        Ok(())
+    }
+
     fn shapes(&self) -> ([usize; 4], [usize; 4]) {
         attention_shapes(self.q.shape, self.k, &self.spans.layout, (self.spans.batch, self.spans.seq))
     }
@@ -429,10 +453,36 @@ impl SharedMemory {
 // SAFETY: workers and tiles take disjoint parts.
 unsafe impl Sync for SharedMemory {}
 
-pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
-    let RawAttention { q, k, v, out, .. } = call;
-    let (q_extent, k_extent, v_extent) = (q.validate("q")?, k.validate("k")?, v.validate("v")?);
+/// A call whose inputs are checked, and their extents: those of q, k and v.
+pub(super) struct Inputs<'a> {
+    pub problem: Problem<'a>,
+    pub summary: Summary,
+    pub extents: [Extent; 3],
+}
+
+fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
+    let RawAttention { q, out, .. } = call;
+    let Inputs { problem, summary, extents } = validate_inputs(call)?;
     let out_extent = out.validate_output("out")?;
+    for axis in [BATCH, SEQ, HEADS] {
+        out.same_axis("out", q, "q", axis)?;
+    }
+    let (n, v_dim) = (out.shape[DIM], problem.v_dim);
+    ensure!(n == v_dim, Shape, "out has dim = {n}, but v has {v_dim}");
+    call.check_apart(extents, "out", out, out_extent)?;
+    if !call.lse.is_null() {
+        let lse = RawView::floats(call.lse, view::rows(q.shape));
+        let lse_extent = lse.validate("lse")?;
+        call.check_apart(extents, "lse", &lse, lse_extent)?;
+        ensure!(!out.overlaps_within(out_extent, &lse, lse_extent), Overlap, "out and lse share memory");
+    }
+    Ok((problem, summary))
+}
+
+/// Checks everything but `out` and `lse`.
+pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>> {
+    let RawAttention { q, k, v, .. } = call;
+    let extents = [q.validate("q")?, k.validate("k")?, v.validate("v")?];
     ensure!(k.dtype == v.dtype, DType, "k is {}, but v is {}", k.dtype, v.dtype);
     let (kv_heads, v_dim) = (k.shape[HEADS], call.v_dim());
     let spans = call.spans;
@@ -455,9 +505,7 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
     };
     for axis in [BATCH, SEQ, HEADS] {
         slots.same_axis("v", k, "k", axis)?;
-        out.same_axis("out", q, "q", axis)?;
     }
-    out.same_axis("out", &slots, "v", DIM)?;
     let [batch, seq, heads, dim] = call.shapes().0;
     for (name, n) in [("k", dim), ("v", v_dim)] {
         ensure!(
@@ -497,7 +545,6 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
     if let Some(mask) = &call.mask {
         fits("mask", mask.shape)?;
         mask.extent("mask")?;
-        ensure!(!mask.overlaps(out)?, Overlap, "mask and out share memory");
     }
     if let Some(mask) = &call.bit_mask {
         mask.validate()?;
@@ -515,40 +562,19 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
                 first + mask.shape[DIM] as i64
             );
         }
-        ensure!(!mask.overlaps(out)?, Overlap, "bit_mask and out share memory");
     }
     if let Some(bias) = &call.bias {
         fits("bias", bias.shape)?;
-        let extent = bias.validate("bias")?;
-        ensure!(!bias.overlaps_within(extent, out, out_extent), Overlap, "bias and out share memory");
+        bias.validate("bias")?;
     }
-    for (name, view, extent) in [("q", q, q_extent), ("k", k, k_extent), ("v", v, v_extent)] {
-        ensure!(!view.overlaps_within(extent, out, out_extent), Overlap, "{name} and out share memory");
-    }
-    if !call.lse.is_null() {
-        let rows = view::rows(q.shape);
-        let lse = RawView::floats(call.lse, rows);
-        lse.validate("lse")?;
-        if let Some(mask) = &call.mask {
-            ensure!(!mask.overlaps(&lse)?, Overlap, "mask and lse share memory");
-        }
-        if let Some(mask) = &call.bit_mask {
-            ensure!(!mask.overlaps(&lse)?, Overlap, "bit_mask and lse share memory");
-        }
-        for (name, view) in
-            [("q", Some(q)), ("k", Some(k)), ("v", Some(v)), ("out", Some(out)), ("bias", call.bias.as_ref())]
-        {
-            ensure!(!view.is_some_and(|view| view.overlaps(&lse)), Overlap, "{name} and lse share memory");
-        }
-    }
-    Ok((
-        Problem {
+    Ok(Inputs {
+        problem: Problem {
             q: *q,
             k: *k,
             v: *v,
             v_dim,
             v_packing: call.v_packing,
-            out: *out,
+            out: call.out,
             lse: call.lse,
             spans,
             group: heads / kv_heads.max(1),
@@ -566,7 +592,8 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
             sinks: call.sinks,
         },
         summary,
-    ))
+        extents,
+    })
 }
 
 #[cfg(test)]

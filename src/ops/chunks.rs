@@ -17,11 +17,13 @@ use crate::error::{Result, ensure};
 use crate::kernels::generic::attention::{CHUNK, Chunks, Problem, Spans, Tile, partial_stride};
 use crate::kernels::{AttentionFns, Precision};
 use crate::layout::{Layout, Packing};
-use crate::ops::attention::{AttentionOptions, AttentionTensors, MAX_HEAD_DIM, RawAttention, SharedMemory, validate};
+use crate::ops::attention::{
+    AttentionOptions, AttentionTensors, Inputs, MAX_HEAD_DIM, RawAttention, SharedMemory, largest, validate_inputs,
+};
 use crate::ops::shard::SPLIT_GRID;
-use crate::ops::workspace::Workspace;
+use crate::ops::workspace::{Workspace, check_workspace};
 use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut, contiguous};
+use crate::view::{self, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut, contiguous};
 
 /// Query rows of a KV head that are computed together; a part of the format, so no matter of the kernel's.
 const PIECE: usize = 192;
@@ -30,10 +32,27 @@ const PIECE: usize = 192;
 pub const MAX_SPANS: usize = 256;
 
 /// Floats that the states of queries `[batch, seq, heads, dim]` over a span of up to `keys` keys take: for every row and chunk, the
-/// values' elements and 16 more.
+/// values' elements, rounded up to 16, and 16 more.
 pub fn chunk_states_len(q_shape: [usize; 4], keys: usize, v_dim: usize) -> usize {
-    let rows = [q_shape[BATCH], q_shape[SEQ], q_shape[HEADS]].into_iter().fold(1, usize::saturating_mul);
-    rows.saturating_mul(keys.div_ceil(CHUNK).max(1)).saturating_mul(partial_stride(v_dim))
+    view::rows(q_shape).saturating_mul(chunks_of(keys)).saturating_mul(partial_stride(v_dim))
+}
+
+/// Chunks that the states of a span have; one at least, so that there is something to merge.
+fn chunks_of(keys: usize) -> usize {
+    keys.div_ceil(CHUNK).max(1)
+}
+
+/// The states of rows `[batch, seq, heads]`, so many floats a row, as a tensor that shares memory with others or does not.
+fn states_view(data: *mut f32, [batch, seq, heads, _]: [usize; 4], floats: usize) -> RawView {
+    let shape = [batch, seq, heads, floats];
+    RawView { data: data.cast(), dtype: DType::F32, shape, strides: contiguous(shape), bytes: None }
+}
+
+/// Fails for queries and layouts whose states have no format.
+pub(crate) fn check_format(ragged: bool, layout: &Layout) -> Result<()> {
+    ensure!(!ragged, InvalidValue, "query_starts: the states of ragged queries have no format");
+    ensure!(!matches!(layout, Layout::Ring { .. }), InvalidValue, "a ring is no span of a sequence");
+    Ok(())
 }
 
 /// Attention over a span of a sequence: writes the states of its chunks to `states`, of [`chunk_states_len`] floats for the slots that
@@ -44,7 +63,8 @@ pub fn chunk_states_len(q_shape: [usize; 4], keys: usize, v_dim: usize) -> usize
 /// Thread safety: as for [`attention`](crate::attention()).
 ///
 /// # Errors
-/// What [`attention`](crate::attention()) says; sinks, ragged queries, rings; `states` of another length.
+/// What [`attention`](crate::attention()) says; sinks, ragged queries, rings; `states` of another length. Nothing has been written
+/// then.
 pub fn attention_chunks(
     context: &Context,
     runner: &dyn Runner,
@@ -53,58 +73,148 @@ pub fn attention_chunks(
     options: &AttentionOptions,
     states: &mut [f32],
 ) -> Result<()> {
-    let v_dim = v.shape()[DIM] / if options.v_packing == Packing::RowPairs { 2 } else { 1 };
-    ensure!(
-        (1..=MAX_HEAD_DIM).contains(&v_dim),
-        Shape,
-        "v has dim = {v_dim}, which is not between 1 and {MAX_HEAD_DIM}"
-    );
-    let [batch, seq, heads, dim] = q.shape();
-    let n = states.len();
-    let shape = [batch, seq, heads, v_dim];
-    let needed = shape.into_iter().fold(1, usize::saturating_mul);
-    ensure!(n >= needed, Shape, "states has {n} floats, which are not even an output's {needed}");
-    let states = states.as_mut_ptr();
-    // SAFETY: the first floats of a list that is this call's alone. An output that is never written: it stands for the shape of
-    // what a merge will write.
-    let out = ViewMut::new(unsafe { std::slice::from_raw_parts_mut(states, needed) }, shape)?;
-    let call = RawAttention::new(AttentionTensors { q, k, v, out, lse: None }, options)?;
-    ensure!(
-        options.sinks.is_none(),
-        InvalidValue,
-        "sinks are given where spans are merged, not where they are computed"
-    );
-    ensure!(
-        call.spans.query_starts.is_none(),
-        InvalidValue,
-        "query_starts: the states of ragged queries have no format"
-    );
-    ensure!(!matches!(call.spans.layout, Layout::Ring { .. }), InvalidValue, "a ring is no span of a sequence");
-    let keys = call.spans.layout.most_keys(&call.k);
-    let want = chunk_states_len(call.q.shape, keys, v_dim);
-    ensure!(n == want, Shape, "states has {n} floats, but must have {want} for {keys} keys");
-    let (problem, _) = validate(&call)?;
+    let out = ViewMut::new::<f32>(&mut [], [0; 4])?;
+    let attention = RawAttention::new(AttentionTensors { q, k, v, out, lse: None }, options)?;
+    let call = RawChunks { attention, states: states.as_mut_ptr(), len: states.len() };
+    let job = SpanJob::new(context, runner, &call)?;
+    workspace.reserve(job.workspace);
+    // SAFETY: the views borrow what they reach, and the states are this call's alone.
+    unsafe { job.run(runner, workspace.as_mut_ptr()) }
+}
 
-    let kernel = context.attention(call.k.dtype, call.precision);
-    let grid = Grid::new(batch, seq, heads, call.k.shape[HEADS]);
-    let chunks = keys.div_ceil(CHUNK).max(1);
-    let workers = runner.num_threads().clamp(1, MAX_WORKERS);
-    let scratch = grid.scratch(&kernel, dim, v_dim);
-    workspace.reserve(workers * scratch);
-    let (memory, states) = (SharedMemory(workspace.as_mut_ptr()), SharedMemory(states.cast()));
-    for_each_tile(runner, workers, grid.tiles() * chunks, &|worker, unit| {
-        let (index, chunk) = (unit / chunks, unit % chunks);
-        let tile = grid.tile(index);
-        let at = (grid.first(&tile) * chunks + chunk * tile.head_rows) * partial_stride(v_dim);
-        let tile = Tile {
-            first_chunk: chunk,
-            end_chunk: chunk + 1,
-            partials: states.at(at * size_of::<f32>()).cast(),
-            ..tile
+/// Bytes of workspace that [`attention_chunks`] needs at most for queries `[batch, seq, heads, dim]`, keys
+/// `[batch, keys, kv_heads, dim]`, values of `v_dim` elements and `threads` threads; of pages, `keys` is the most that a row has room
+/// for.
+pub fn attention_chunks_workspace_size(
+    q_shape: [usize; 4],
+    k_shape: [usize; 4],
+    v_dim: usize,
+    threads: usize,
+) -> usize {
+    let grid = Grid::new(q_shape, k_shape[HEADS]);
+    let units = grid.tiles().saturating_mul(chunks_of(k_shape[SEQ]));
+    largest(|kernel| workers(threads, units) * grid.scratch(kernel, q_shape[DIM], v_dim))
+}
+
+/// [`attention_chunks`] as the C ABI has it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawChunks<'a> {
+    /// Without an output: `out` and `lse` are not looked at.
+    pub attention: RawAttention<'a>,
+    pub states: *mut f32,
+    pub len: usize,
+}
+
+impl<'a> RawChunks<'a> {
+    /// Checks everything; also tells how many chunks there are.
+    fn validate(&self) -> Result<(Problem<'a>, usize)> {
+        let call = &self.attention;
+        ensure!(
+            call.sinks.is_none(),
+            InvalidValue,
+            "sinks are given where spans are merged, not where they are computed"
+        );
+        check_format(call.spans.query_starts.is_some(), &call.spans.layout)?;
+        let Inputs { problem, extents, .. } = validate_inputs(call)?;
+        let (keys, v_dim) = (call.spans.layout.most_keys(&call.k), problem.v_dim);
+        let (n, want) = (self.len, chunk_states_len(call.q.shape, keys, v_dim));
+        ensure!(n == want, Shape, "states has {n} floats, but must have {want} for {keys} keys");
+        let chunks = chunks_of(keys);
+        let states = states_view(self.states, call.q.shape, chunks * partial_stride(v_dim));
+        let extent = states.validate("states")?;
+        call.check_apart(extents, "states", &states, extent)?;
+        let Spans { layout, lengths, starts, offsets, prefixes, .. } = call.spans;
+        let table = match layout {
+            Layout::Paged { pages: table, .. }
+            | Layout::Indirect { rows: table }
+            | Layout::Ragged { starts: table } => Some(table),
+            Layout::Contiguous | Layout::Ring { .. } => None,
         };
-        // SAFETY: the problem is valid and the tile inside it; the scratch is this worker's, the states this unit's.
-        unsafe { (kernel.tile)(&problem, &tile, memory.at(worker * scratch)) };
-    })
+        let first_keys = call.bit_mask.and_then(|mask| mask.first_keys);
+        for (name, list) in [
+            ("lengths", lengths),
+            ("starts", starts),
+            ("offsets", offsets),
+            ("prefixes", prefixes),
+            ("the layout's table", table),
+            ("first_keys of bit_mask", first_keys),
+        ] {
+            check_list_apart(name, list, ("states", &states, extent))?;
+        }
+        check_list_apart("alibi_slopes", call.alibi_slopes, ("states", &states, extent))?;
+        Ok((problem, chunks))
+    }
+}
+
+/// Fails if an output, which is valid, shares memory with a list.
+fn check_list_apart<T>(name: &str, list: Option<&[T]>, output: (&str, &RawView, Extent)) -> Result<()> {
+    let (output_name, view, Extent { low, high }) = output;
+    let list = list.unwrap_or(&[]).as_ptr_range();
+    let (start, end) = (view.data.addr().wrapping_add_signed(low), view.data.addr().wrapping_add_signed(high));
+    let apart = list.is_empty() || start == end || list.end.addr() <= start || end <= list.start.addr();
+    ensure!(apart, Overlap, "{name} and {output_name} share memory");
+    Ok(())
+}
+
+/// # Safety
+/// The memory that valid views reach is readable and, for `states`, writable, by this call alone; `workspace` holds
+/// `workspace_bytes` bytes that this call alone uses.
+pub(crate) unsafe fn attention_chunks_raw(
+    context: &Context,
+    runner: &dyn Runner,
+    workspace: *mut u8,
+    workspace_bytes: usize,
+    call: &RawChunks,
+) -> Result<()> {
+    let job = SpanJob::new(context, runner, call)?;
+    check_workspace((workspace, workspace_bytes), job.workspace)?;
+    // SAFETY: the caller's.
+    unsafe { job.run(runner, workspace) }
+}
+
+/// A span's call that has been checked.
+struct SpanJob<'a> {
+    problem: Problem<'a>,
+    kernel: AttentionFns,
+    grid: Grid,
+    chunks: usize,
+    states: SharedMemory,
+    workers: usize,
+    /// Bytes of a worker's scratch, and of all of them.
+    scratch: usize,
+    workspace: usize,
+}
+
+impl<'a> SpanJob<'a> {
+    fn new(context: &Context, runner: &dyn Runner, call: &RawChunks<'a>) -> Result<Self> {
+        let (problem, chunks) = call.validate()?;
+        let kernel = context.attention(problem.k.dtype, call.attention.precision);
+        let grid = Grid::new(problem.q.shape, problem.k.shape[HEADS]);
+        let workers = workers(runner.num_threads(), grid.tiles() * chunks);
+        let scratch = grid.scratch(&kernel, problem.q.shape[DIM], problem.v_dim);
+        let (states, workspace) = (SharedMemory(call.states.cast()), workers * scratch);
+        Ok(Self { problem, kernel, grid, chunks, states, workers, scratch, workspace })
+    }
+
+    /// # Safety
+    /// As [`attention_chunks_raw`], with `self.workspace` bytes at `workspace`, aligned to 64.
+    unsafe fn run(&self, runner: &dyn Runner, workspace: *mut u8) -> Result<()> {
+        let Self { problem, kernel, grid, chunks, states, scratch, .. } = self;
+        let (memory, stride) = (SharedMemory(workspace), partial_stride(problem.v_dim));
+        for_each_tile(runner, self.workers, grid.tiles() * chunks, &|worker, unit| {
+            let (index, chunk) = (unit / chunks, unit % chunks);
+            let tile = grid.tile(index);
+            let at = (grid.first(&tile) * chunks + chunk * tile.head_rows) * stride;
+            let tile = Tile {
+                first_chunk: chunk,
+                end_chunk: chunk + 1,
+                partials: states.at(at * size_of::<f32>()).cast(),
+                ..tile
+            };
+            // SAFETY: the problem is valid and the tile inside it; the scratch is this worker's, the states this unit's.
+            unsafe { (kernel.tile)(problem, &tile, memory.at(worker * scratch)) };
+        })
+    }
 }
 
 /// What the spans of a merge have in common.
@@ -122,7 +232,7 @@ pub struct ChunkMerge<'a> {
 
 /// Output and LSE of attention whose keys lay in several spans: `spans` are the states that [`attention_chunks`] left, in the order of
 /// the sequence. The bits are those of one call of [`attention`](crate::attention()) over all keys, if every span but the last ended
-/// on the grid. `out` is `[batch, seq, heads, v_dim]`, `lse` `[batch, seq, heads]` and contiguous.
+/// on the grid. `out` is `[batch, seq, heads, v_dim]`, of any type, `lse` `[batch, seq, heads]` and contiguous.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs and workspaces.
 ///
@@ -138,66 +248,212 @@ pub fn merge_chunks(
     out: ViewMut,
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
-    let [batch, seq, heads, v_dim] = out.shape();
-    let (kv_heads, count) = (merge.kv_heads, spans.len());
-    out.raw.validate_output("out")?;
-    ensure!((1..=MAX_SPANS).contains(&count), InvalidValue, "{count} spans, but a call merges 1 to {MAX_SPANS}");
-    ensure!(
-        (1..=MAX_HEAD_DIM).contains(&v_dim),
-        Shape,
-        "out has dim = {v_dim}, which is not between 1 and {MAX_HEAD_DIM}"
-    );
-    ensure!(
-        kv_heads > 0 && heads.is_multiple_of(kv_heads),
-        Shape,
-        "out has {heads} heads, which is no multiple of kv_heads = {kv_heads}"
-    );
-    let rows = batch * seq * heads;
-    for (name, n, want) in [
-        ("lse", lse.as_ref().map_or(rows, |l| l.len()), rows),
-        ("sinks", merge.sinks.map_or(heads, <[f32]>::len), heads),
-    ] {
-        ensure!(n == want, Shape, "{name} has {n} entries, but out needs {want}");
+    let count = spans.len();
+    ensure!(count <= MAX_SPANS, InvalidValue, "{count} spans, but a call merges 1 to {MAX_SPANS}");
+    if let Some(lse) = &lse {
+        let (n, rows) = (lse.len(), view::rows(out.shape()));
+        ensure!(n == rows, Shape, "lse has {n} entries, but out needs {rows}");
     }
-    let per_chunk = rows * partial_stride(v_dim);
-    let mut total = 0;
-    for (i, states) in spans.iter().enumerate() {
-        let n = states.len();
-        ensure!(
-            per_chunk == 0 && n == 0 || per_chunk > 0 && n > 0 && n.is_multiple_of(per_chunk),
-            Shape,
-            "span {i} has {n} floats, which are no chunks of {per_chunk}"
-        );
-        total += n.checked_div(per_chunk).unwrap_or(0);
+    let mut raw = [RawStates::default(); MAX_SPANS];
+    for (raw, states) in raw.iter_mut().zip(spans) {
+        *raw = RawStates { data: states.as_ptr(), len: states.len() };
     }
-    if rows == 0 {
-        return Ok(());
-    }
-    let kernel = context.attention(merge.dtype, merge.precision);
-    let grid = Grid::new(batch, seq, heads, kv_heads);
-    let stride = partial_stride(v_dim);
-    let scratch = grid.scratch(&kernel, 1, v_dim);
-    let copy = (total * grid.piece * stride * size_of::<f32>()).next_multiple_of(64);
-    let workers = runner.num_threads().clamp(1, MAX_WORKERS);
-    workspace.reserve(workers * (scratch + copy));
-    let memory = SharedMemory(workspace.as_mut_ptr());
-    let problem = grid.problem(merge, out.raw, lse.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr));
-    for_each_tile(runner, workers, grid.tiles(), &|worker, index| {
-        let tile = grid.tile(index);
-        let own = memory.at(worker * (scratch + copy));
-        let partials = own.wrapping_add(scratch).cast::<f32>();
-        let mut done = 0;
-        for states in spans {
-            let chunks = states.len() / per_chunk;
-            let (from, n) = (grid.first(&tile) * chunks * stride, chunks * tile.head_rows * stride);
-            // SAFETY: the copy has room for all chunks of a piece.
-            unsafe { std::ptr::copy_nonoverlapping(states[from..from + n].as_ptr(), partials.add(done), n) };
-            done += n;
-        }
-        let tile = Tile { end_chunk: total, partials, ..tile };
-        // SAFETY: the states of all chunks are there; reducing reads nothing else, and writes the tile's rows of the output.
-        unsafe { (kernel.reduce)(&problem, &tile, own) };
+    let lse = lse.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr);
+    let call = RawMerge { spans: &raw[..count], merge: *merge, out: out.raw, lse };
+    let job = MergeJob::new(context, runner, &call)?;
+    workspace.reserve(job.workspace);
+    // SAFETY: the views borrow what they reach, the states are as long as they say, and the LSE has an entry a row.
+    unsafe { job.run(runner, workspace.as_mut_ptr()) }
+}
+
+/// Bytes of workspace that [`merge_chunks`] needs at most for an output `[batch, seq, heads, v_dim]`, spans whose states are
+/// `states` floats together, and `threads` threads.
+pub fn merge_chunks_workspace_size(out_shape: [usize; 4], kv_heads: usize, states: usize, threads: usize) -> usize {
+    let (grid, v_dim) = (Grid::new(out_shape, kv_heads), out_shape[DIM]);
+    let chunks = states.checked_div(floats_a_chunk(out_shape)).unwrap_or(0);
+    let workers = workers(threads, grid.tiles());
+    largest(|kernel| {
+        let each = grid.scratch(kernel, 1, v_dim).saturating_add(grid.copy_bytes(chunks, v_dim));
+        workers.saturating_mul(each)
     })
+}
+
+/// Floats of the states of all rows in one chunk.
+fn floats_a_chunk(out_shape: [usize; 4]) -> usize {
+    view::rows(out_shape).saturating_mul(partial_stride(out_shape[DIM]))
+}
+
+/// The states of a span, as the C ABI has them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawStates {
+    pub data: *const f32,
+    /// How many floats.
+    pub len: usize,
+}
+
+impl Default for RawStates {
+    fn default() -> Self {
+        Self { data: std::ptr::null(), len: 0 }
+    }
+}
+
+// SAFETY: an address and a number, through which nothing is written; who reads there answers for it.
+unsafe impl Sync for RawStates {}
+
+/// [`merge_chunks`] as the C ABI has it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawMerge<'a> {
+    pub spans: &'a [RawStates],
+    pub merge: ChunkMerge<'a>,
+    pub out: RawView,
+    /// Null if not wanted.
+    pub lse: *mut f32,
+}
+
+impl RawMerge<'_> {
+    /// Checks what does not depend on where anything lies, and tells how many chunks all spans have.
+    fn count_chunks(&self) -> Result<usize> {
+        let ([_, _, heads, v_dim], kv_heads) = (self.out.shape, self.merge.kv_heads);
+        let count = self.spans.len();
+        ensure!((1..=MAX_SPANS).contains(&count), InvalidValue, "{count} spans, but a call merges 1 to {MAX_SPANS}");
+        ensure!(
+            (1..=MAX_HEAD_DIM).contains(&v_dim),
+            Shape,
+            "out has dim = {v_dim}, which is not between 1 and {MAX_HEAD_DIM}"
+        );
+        ensure!(
+            kv_heads > 0 && heads.is_multiple_of(kv_heads),
+            Shape,
+            "out has {heads} heads, which is no multiple of kv_heads = {kv_heads}"
+        );
+        let per_chunk = floats_a_chunk(self.out.shape);
+        let mut total = 0usize;
+        for (i, RawStates { len: n, .. }) in self.spans.iter().enumerate() {
+            ensure!(
+                per_chunk == 0 && *n == 0 || per_chunk > 0 && *n > 0 && n.is_multiple_of(per_chunk),
+                Shape,
+                "span {i} has {n} floats, which are no chunks of {per_chunk}"
+            );
+            total = total.saturating_add(n.checked_div(per_chunk).unwrap_or(0));
+        }
+        Ok(total)
+    }
+
+    /// Checks everything, and tells how many chunks all spans have.
+    fn validate(&self) -> Result<usize> {
+        let Self { out, merge, .. } = self;
+        let total = self.count_chunks()?;
+        let out_extent = out.validate_output("out")?;
+        let heads = out.shape[HEADS];
+        let n = merge.sinks.map_or(heads, <[f32]>::len);
+        ensure!(n == heads, Shape, "sinks has {n} entries, but out needs {heads}");
+        let lse = (!self.lse.is_null()).then(|| RawView::floats(self.lse, view::rows(out.shape)));
+        let lse_extent = lse.map(|lse| lse.validate("lse")).transpose()?;
+        let outputs = || {
+            let lse = lse.as_ref().zip(lse_extent).map(|(lse, extent)| ("lse", lse, extent));
+            [Some(("out", out, out_extent)), lse].into_iter().flatten()
+        };
+        let per_row = |n: usize| n.checked_div(view::rows(out.shape)).unwrap_or(0);
+        for (i, &RawStates { data, len }) in self.spans.iter().enumerate() {
+            ensure!(!data.is_null() || len == 0, NullPointer, "span {i} is null, but has {len} floats");
+            let states = states_view(data.cast_mut(), out.shape, per_row(len));
+            let extent = states.validate("the states of a span")?;
+            for (name, output, reach) in outputs() {
+                let shared = states.overlaps_within(extent, output, reach);
+                ensure!(!shared, Overlap, "span {i} and {name} share memory");
+            }
+        }
+        for output in outputs() {
+            check_list_apart("sinks", merge.sinks, output)?;
+        }
+        if let Some((lse, extent)) = lse.zip(lse_extent) {
+            ensure!(!out.overlaps_within(out_extent, &lse, extent), Overlap, "out and lse share memory");
+        }
+        Ok(total)
+    }
+
+    /// Bytes of workspace that the call needs at most; where anything lies is not looked at.
+    ///
+    /// # Errors
+    /// Shapes and lengths that do not fit each other.
+    pub fn workspace_size(&self, threads: usize) -> Result<usize> {
+        self.count_chunks()?;
+        let states = self.spans.iter().fold(0, |sum: usize, span| sum.saturating_add(span.len));
+        Ok(merge_chunks_workspace_size(self.out.shape, self.merge.kv_heads, states, threads))
+    }
+}
+
+/// # Safety
+/// The memory that a valid view reaches, and `lse` if not null, a float a row, is writable by this call alone; states are readable,
+/// as many as they say; `workspace` holds `workspace_bytes` bytes that this call alone uses.
+pub(crate) unsafe fn merge_chunks_raw(
+    context: &Context,
+    runner: &dyn Runner,
+    workspace: *mut u8,
+    workspace_bytes: usize,
+    call: &RawMerge,
+) -> Result<()> {
+    let job = MergeJob::new(context, runner, call)?;
+    check_workspace((workspace, workspace_bytes), job.workspace)?;
+    // SAFETY: the caller's.
+    unsafe { job.run(runner, workspace) }
+}
+
+/// A merge that has been checked.
+struct MergeJob<'a> {
+    problem: Problem<'a>,
+    spans: &'a [RawStates],
+    kernel: AttentionFns,
+    grid: Grid,
+    /// Chunks of all spans.
+    chunks: usize,
+    workers: usize,
+    /// Bytes of a worker's scratch, those with the states of a piece after it, and those of all workers.
+    scratch: usize,
+    each: usize,
+    workspace: usize,
+}
+
+impl<'a> MergeJob<'a> {
+    fn new(context: &Context, runner: &dyn Runner, call: &RawMerge<'a>) -> Result<Self> {
+        let chunks = call.validate()?;
+        let RawMerge { spans, merge, out, lse } = call;
+        let (kernel, v_dim) = (context.attention(merge.dtype, merge.precision), out.shape[DIM]);
+        let grid = Grid::new(out.shape, merge.kv_heads);
+        let workers = workers(runner.num_threads(), grid.tiles());
+        let scratch = grid.scratch(&kernel, 1, v_dim);
+        let each = scratch.saturating_add(grid.copy_bytes(chunks, v_dim));
+        let (problem, workspace) = (grid.problem(merge, *out, *lse), workers.saturating_mul(each));
+        Ok(Self { problem, spans, kernel, grid, chunks, workers, scratch, each, workspace })
+    }
+
+    /// # Safety
+    /// As [`merge_chunks_raw`], with `self.workspace` bytes at `workspace`, aligned to 64.
+    unsafe fn run(&self, runner: &dyn Runner, workspace: *mut u8) -> Result<()> {
+        let Self { problem, spans, kernel, grid, scratch, each, .. } = self;
+        let (memory, stride) = (SharedMemory(workspace), partial_stride(problem.v_dim));
+        for_each_tile(runner, self.workers, grid.tiles(), &|worker, index| {
+            let tile = grid.tile(index);
+            let own = memory.at(worker * each);
+            let partials = own.wrapping_add(*scratch).cast::<f32>();
+            let mut done = 0;
+            for RawStates { data, len } in *spans {
+                let chunks = len / floats_a_chunk(problem.out.shape);
+                let (from, n) = (grid.first(&tile) * chunks * stride, chunks * tile.head_rows * stride);
+                // SAFETY: the states have these, the tile's rows in every chunk, and the copy has room for all chunks of a piece.
+                unsafe { std::ptr::copy_nonoverlapping(data.add(from), partials.add(done), n) };
+                done += n;
+            }
+            let tile = Tile { end_chunk: self.chunks, partials, ..tile };
+            // SAFETY: the states of all chunks are there; reducing reads nothing else, and writes the tile's rows of the output.
+            unsafe { (kernel.reduce)(problem, &tile, own) };
+        })
+    }
+}
+
+/// How many workers there are for so many units of work: none if there is nothing to do.
+fn workers(threads: usize, units: usize) -> usize {
+    threads.clamp(1, MAX_WORKERS).min(units)
 }
 
 /// The rows of a call, in pieces of up to [`PIECE`] of a KV head.
@@ -213,17 +469,23 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(batch: usize, seq: usize, heads: usize, kv_heads: usize) -> Self {
-        let rows = seq * (heads / kv_heads.max(1));
+    fn new([batch, seq, heads, _]: [usize; 4], kv_heads: usize) -> Self {
+        let rows = seq.saturating_mul(heads / kv_heads.max(1));
         Self { batch, seq, heads, kv_heads, rows, piece: rows.clamp(1, PIECE) }
     }
 
     fn tiles(&self) -> usize {
-        self.batch * self.kv_heads * self.rows.div_ceil(self.piece)
+        self.batch.saturating_mul(self.kv_heads).saturating_mul(self.rows.div_ceil(self.piece))
     }
 
+    /// Bytes of a worker's scratch.
     fn scratch(&self, kernel: &AttentionFns, dim: usize, v_dim: usize) -> usize {
         (kernel.scratch_bytes)(self.piece, dim, v_dim)
+    }
+
+    /// Bytes of the states of a piece in so many chunks; a multiple of 64.
+    fn copy_bytes(&self, chunks: usize, v_dim: usize) -> usize {
+        chunks.saturating_mul(self.piece * partial_stride(v_dim) * size_of::<f32>())
     }
 
     fn tile(&self, index: usize) -> Tile {
@@ -279,4 +541,7 @@ impl Grid {
     }
 }
 
-const _: () = assert!(SPLIT_GRID == CHUNK);
+const _: () = {
+    assert!(SPLIT_GRID == CHUNK);
+    assert!((partial_stride(1) * size_of::<f32>()).is_multiple_of(64));
+};

@@ -82,6 +82,11 @@ structs! {
         reserved3: i32,
     }
     kvl_attention_state { out: kvl_const_view, lse: *const f32 }
+    kvl_chunk_states { states: *const f32, len: i64 }
+    kvl_merge_chunks_params {
+        struct_size: usize, spans: *const kvl_chunk_states, num_spans: usize, kv_heads: i64, dtype: i32, precision: i32,
+        sinks: *const f32, out: kvl_view, lse: *mut f32,
+    }
 }
 
 pub type kvl_task = unsafe extern "C" fn(*mut c_void, usize);
@@ -173,6 +178,33 @@ unsafe extern "C" {
         prefix_k: *const kvl_const_view,
         prefix_v: *const kvl_const_view,
         params: *const kvl_attention_params,
+    ) -> i32;
+    pub fn kvl_attention_chunks_states_len(params: *const kvl_attention_params, len: *mut i64) -> i32;
+    pub fn kvl_attention_chunks_workspace_size(
+        params: *const kvl_attention_params,
+        runner: Runner,
+        bytes: *mut usize,
+    ) -> i32;
+    pub fn kvl_attention_chunks(
+        context: Context,
+        runner: Runner,
+        workspace: *mut u8,
+        workspace_bytes: usize,
+        params: *const kvl_attention_params,
+        states: *mut f32,
+        states_len: i64,
+    ) -> i32;
+    pub fn kvl_merge_chunks_workspace_size(
+        params: *const kvl_merge_chunks_params,
+        runner: Runner,
+        bytes: *mut usize,
+    ) -> i32;
+    pub fn kvl_merge_chunks(
+        context: Context,
+        runner: Runner,
+        workspace: *mut u8,
+        workspace_bytes: usize,
+        params: *const kvl_merge_chunks_params,
     ) -> i32;
     pub fn kvl_plan_create(params: *const kvl_attention_params, plan: *mut *mut kvl_plan) -> i32;
     pub fn kvl_plan_update(plan: *mut kvl_plan, params: *const kvl_attention_params) -> i32;

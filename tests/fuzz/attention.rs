@@ -1,4 +1,4 @@
-//! Calls of attention: rows of any layout, masks, shared prefixes, and plans.
+//! Calls of attention: rows of any layout, masks, shared prefixes, spans of a sequence, and plans.
 
 use crate::abi::*;
 use crate::call::{Call, List, last_error, product};
@@ -6,6 +6,16 @@ use crate::memory::{MASK, Tensor};
 use crate::places::*;
 use std::collections::BTreeSet;
 use std::mem::offset_of;
+
+/// Which function takes the parameters.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    Plain,
+    /// With a prefix that rows share, and so without a left window.
+    Shared,
+    /// Of a span that leaves states: no ring, no ragged queries, no output.
+    Span,
+}
 
 /// What an attention call says of its rows, nothing of it wrong.
 struct Rows {
@@ -37,13 +47,21 @@ struct Said {
 }
 
 impl Rows {
-    /// `left` is whether there may be a left window.
-    fn new(c: &mut Call, batch: i64, seq: i64, keys: i64, left: bool) -> Self {
-        let kind = if c.maybe(0.4) { CONTIGUOUS } else { c.rng.between(1, 4) as i32 };
+    fn new(c: &mut Call, batch: i64, seq: i64, keys: i64, form: Form) -> Self {
+        let mut kind = if c.maybe(0.4) { CONTIGUOUS } else { c.rng.between(1, 4) as i32 };
+        let mut ragged = c.maybe(0.3);
+        if form == Form::Span && (kind == RING || ragged) {
+            if !c.is_right() && c.maybe(0.1) {
+                c.allow_error();
+            } else {
+                kind = if kind == RING { PAGED } else { kind };
+                ragged = false;
+            }
+        }
         let places = Places::new(c, kind, batch, keys, 1, Use::Read);
         let n = batch as usize;
         let (mut q, mut most, mut query_starts) = ([batch, seq], seq, None);
-        if c.maybe(0.3) {
+        if ragged {
             let mut at = c.rng.below(3) as i32;
             let mut starts = vec![at];
             for _ in 0..n {
@@ -58,7 +76,8 @@ impl Rows {
         let window = |c: &mut Call, probability: f64| -> Option<i64> {
             c.maybe(probability).then(|| c.rng.between(0, 40) as i64 - 1)
         };
-        let (mut left, right) = (window(c, if left { 0.25 } else { 0.0 }), window(c, 0.15));
+        let left = window(c, if form == Form::Shared { 0.0 } else { 0.25 });
+        let (mut left, right) = (left, window(c, 0.15));
         let mut lengths: Vec<i32> = (0..n).map(|b| c.rng.between(0, places.room(b) as usize) as i32).collect();
         let mut offsets = c.maybe(0.3).then(|| -> Vec<i32> {
             (0..n).map(|_| c.rng.between(0, 2 * keys as usize) as i32 - keys as i32 / 2).collect()
@@ -285,15 +304,20 @@ fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const
 const OLDER: [usize; 2] = [offset_of!(kvl_attention_params, precision), offset_of!(kvl_attention_params, layout)];
 
 pub fn attention(c: Call) -> i32 {
-    attend(c, false)
+    attend(c, Form::Plain)
 }
 
 pub fn attention_with_prefix(c: Call) -> i32 {
-    attend(c, true)
+    attend(c, Form::Shared)
 }
 
-fn attend(mut c: Call, shared: bool) -> i32 {
-    c.spoil_rate(if shared { 0.025 } else { 0.03 });
+pub fn attention_chunks(c: Call) -> i32 {
+    attend(c, Form::Span)
+}
+
+fn attend(mut c: Call, form: Form) -> i32 {
+    let (shared, span) = (form == Form::Shared, form == Form::Span);
+    c.spoil_rate(if form == Form::Plain { 0.03 } else { 0.025 });
     let [mut batch, mut seq, mut kv_heads, dim] = c.shape();
     let v_dim = if c.maybe(0.7) { dim } else { c.dim() };
     let keys = match c.rng.below(40) {
@@ -311,7 +335,7 @@ fn attend(mut c: Call, shared: bool) -> i32 {
         // Decode.
         seq = seq.min(1);
     }
-    let rows = Rows::new(&mut c, batch, seq, keys, !shared);
+    let rows = Rows::new(&mut c, batch, seq, keys, form);
     let heads = kv_heads * c.rng.between(1, 4) as i64;
     let kv = c.dtype();
     let (q_type, out_type, bias_type) = (c.dtype(), c.dtype(), c.dtype());
@@ -333,8 +357,13 @@ fn attend(mut c: Call, shared: bool) -> i32 {
     c.alias(&mut out, &q);
     c.alias(&mut out, &v);
     c.alias(&mut k, &v);
-    for tensor in [&mut q, &mut k, &mut v, &mut out].into_iter().chain(&mut mask).chain(&mut bias) {
+    for tensor in [&mut q, &mut k, &mut v].into_iter().chain(&mut mask).chain(&mut bias) {
         c.settle(tensor);
+    }
+    // A span has none, unless that is what is wrong.
+    let has_output = !span || c.hit();
+    if has_output {
+        c.settle(&mut out);
     }
     if k.shape[1] == v.shape[1] && k.shape[1] > 1 << 16 {
         // It would be right, and take for ever.
@@ -362,10 +391,10 @@ fn attend(mut c: Call, shared: bool) -> i32 {
     if shared && !slopes.at.is_null() {
         c.allow_error();
     }
-    let n = optional(&mut c, 0.2, Some(q.shape[2]));
+    let n = optional(&mut c, 0.2, Some(q.shape[2])).filter(|_| !span || c.hit());
     let sinks = c.list(n, &[f32::NAN, f32::INFINITY, f32::NEG_INFINITY], |c, _| c.value());
     let lse_entries = product(&q.shape[..3]);
-    let n = optional(&mut c, 0.5, lse_entries);
+    let n = optional(&mut c, 0.5, lse_entries).filter(|_| !span || c.hit());
     let lse: *mut f32 = c.output(n);
     let bits = if c.maybe(0.25) { bit_mask(&mut c, &rows, said.batch, heads) } else { std::ptr::null() };
 
@@ -383,11 +412,12 @@ fn attend(mut c: Call, shared: bool) -> i32 {
     let (scale, softcap) = (c.value() * 0.3, c.value().abs() * 20.0);
     let (scale, softcap) = (if c.maybe(0.5) { 0.0 } else { scale }, if c.maybe(0.7) { 0.0 } else { softcap });
     let precision = i32::from(c.maybe(0.3));
+    let v_packing = c.code(packed.into());
     let params = kvl_attention_params {
         q: c.const_view(&q),
         k: c.const_view(&k),
         v: c.const_view(&v),
-        out: c.view(&out),
+        out: if has_output { c.view(&out) } else { zeroed() },
         lse,
         scale: c.float(scale.into()) as f32,
         softcap: c.float(softcap.into()) as f32,
@@ -399,10 +429,11 @@ fn attend(mut c: Call, shared: bool) -> i32 {
         precision: c.code(precision),
         reserved2: c.code(0),
         bit_mask: bits,
-        v_packing: c.code(packed.into()),
+        v_packing,
         reserved3: c.code(0),
         ..said.params
     };
+
     let older: &[usize] = if is_new || packed || !plan.0.is_null() || !bits.is_null() { &[] } else { &OLDER };
     let params = c.sized(&params, older);
     let (context, runner) = (c.context(), c.runner());
@@ -411,10 +442,14 @@ fn attend(mut c: Call, shared: bool) -> i32 {
         (c.fixed(k), c.fixed(v))
     });
 
+    let inputs: Vec<*mut u8> = [q, k, v].iter().filter(|t| !t.is_empty()).map(|t| t.data).collect();
+    let states = span.then(|| states(&mut c, params, &inputs));
+
     let mut needed = 0;
     // SAFETY: everything is in blocks that are as long as the arguments say.
     let status = unsafe {
         match prefix {
+            None if span => kvl_attention_chunks_workspace_size(params, runner, &raw mut needed),
             None => kvl_attention_workspace_size(params, runner, &raw mut needed),
             Some((k, _)) => kvl_attention_with_prefix_workspace_size(k, params, runner, &raw mut needed),
         }
@@ -429,7 +464,9 @@ fn attend(mut c: Call, shared: bool) -> i32 {
     }
     let skip = if c.hit() { c.rng.between(1, 63) } else { 0 };
     let workspace = c.arena.scratch(needed, skip);
-    c.writes(&out, |at| said.is_asked(at));
+    if has_output {
+        c.writes(&out, |at| said.is_asked(at));
+    }
     if !lse.is_null() {
         c.may_write(lse, lse_entries);
     }
@@ -437,11 +474,90 @@ fn attend(mut c: Call, shared: bool) -> i32 {
     // SAFETY: as above.
     let status = unsafe {
         match prefix {
-            None => kvl_attention(context, runner, workspace, needed, params),
+            None => match states {
+                Some((at, len)) => kvl_attention_chunks(context, runner, workspace, needed, params, at, len),
+                None => kvl_attention(context, runner, workspace, needed, params),
+            },
             Some((k, v)) => kvl_attention_with_prefix(context, runner, workspace, needed, k, v, params),
         }
     };
+    if let (0, Some((at, len))) = (status, states) {
+        // SAFETY: the struct is as long as it says, and all bytes 0 are one.
+        let given = unsafe {
+            let mut given: kvl_attention_params = zeroed();
+            std::ptr::copy_nonoverlapping(params.cast::<u8>(), (&raw mut given).cast(), (*params).struct_size);
+            given
+        };
+        compare(context, &given, at, len);
+    }
     c.check(status)
+}
+
+/// Room for the states of a span, or something wrong, and how many floats are said to be there. `inputs` are tensors in which they
+/// must not lie.
+fn states(c: &mut Call, params: *const kvl_attention_params, inputs: &[*mut u8]) -> (*mut f32, i64) {
+    let mut len = 0;
+    // SAFETY: a struct that is as long as it says, or null, and room for the answer.
+    if unsafe { kvl_attention_chunks_states_len(params, &raw mut len) } != 0 {
+        // What is wrong with the shapes has to show in the call too.
+        len = c.rng.below(100) as i64;
+        c.allow_error();
+    }
+    let at: *mut f32 = c.output(Some(len));
+    if at.is_null() {
+        // Longer than any list here.
+        c.allow_error();
+    }
+    c.may_write(at, Some(len));
+    if len > 0 && !inputs.is_empty() && c.hit() {
+        let input = c.rng.pick(inputs);
+        return (input.wrapping_add(c.rng.below(2)).cast(), len);
+    }
+    (at, c.number(len))
+}
+
+/// The states of a single span are those of the whole: merged, they have its bits.
+fn compare(context: *const kvl_context, params: &kvl_attention_params, states: *mut f32, len: i64) {
+    let ([batch, seq, heads, _], v) = (params.q.shape, params.v.shape[3]);
+    let shape = [batch, seq, heads, if params.v_packing == 1 { v / 2 } else { v }];
+    let (rows, strides) =
+        (product(&shape[..3]).expect("few rows"), [seq * heads * shape[3], heads * shape[3], shape[3], 1]);
+    if rows == 0 {
+        return;
+    }
+    let elements = (rows * shape[3]) as usize;
+    let (mut whole, mut merged) = (vec![f32::NAN; elements], vec![f32::NAN; elements]);
+    let (mut whole_lse, mut merged_lse) = (vec![f32::NAN; rows as usize], vec![f32::NAN; rows as usize]);
+    let view = |data: &mut [f32]| {
+        let bytes = size_of_val(data);
+        kvl_view { data: data.as_mut_ptr().cast(), dtype: 0, reserved: 0, shape, strides, bytes }
+    };
+    let params = kvl_attention_params { out: view(&mut whole), lse: whole_lse.as_mut_ptr(), ..*params };
+    let span = kvl_chunk_states { states, len };
+    let merge = kvl_merge_chunks_params {
+        struct_size: size_of::<kvl_merge_chunks_params>(),
+        spans: &raw const span,
+        num_spans: 1,
+        kv_heads: params.k.shape[2],
+        dtype: params.k.dtype,
+        precision: params.precision,
+        out: view(&mut merged),
+        lse: merged_lse.as_mut_ptr(),
+        ..zeroed()
+    };
+    let (mut arena, mut bytes, runner) = (crate::memory::Arena::default(), 0, std::ptr::null());
+    // SAFETY: what a call has just worked with, outputs as long as they say, and workspaces of the sizes that the library says.
+    unsafe {
+        assert_eq!(kvl_attention_workspace_size(&raw const params, runner, &raw mut bytes), 0, "{}", last_error());
+        let status = kvl_attention(context, runner, arena.block(bytes, 0), bytes, &raw const params);
+        assert_eq!(status, 0, "a span's call is none of attention: {}", last_error());
+        assert_eq!(kvl_merge_chunks_workspace_size(&raw const merge, runner, &raw mut bytes), 0, "{}", last_error());
+        let status = kvl_merge_chunks(context, runner, arena.block(bytes, 0), bytes, &raw const merge);
+        assert_eq!(status, 0, "states that were written cannot be merged: {}", last_error());
+    }
+    let same =
+        |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(x, y)| x.to_bits() == y.to_bits() || x.is_nan() && y.is_nan());
+    assert!(same(&whole, &merged) && same(&whole_lse, &merged_lse), "a span's merged bits are others than the whole's");
 }
 
 /// Shapes alone, for calls that do not look at data.
@@ -452,10 +568,10 @@ struct Shapes {
 }
 
 impl Shapes {
-    fn new(c: &mut Call) -> Self {
+    fn new(c: &mut Call, form: Form) -> Self {
         let [batch, seq, heads, dim] = c.shape();
         let keys = c.rng.between(0, 60) as i64;
-        let rows = Rows::new(c, batch, seq, keys, true);
+        let rows = Rows::new(c, batch, seq, keys, form);
         let ([q0, q1], [k0, k1]) = (rows.q, rows.places.axes);
         Self { q: [q0, q1, heads, dim], k: [k0, k1, heads, dim], rows }
     }
@@ -488,16 +604,37 @@ impl Shapes {
 }
 
 pub fn attention_workspace_size(c: Call) -> i32 {
-    workspace_size(c, false)
+    workspace_size(c, Form::Plain)
 }
 
 pub fn attention_with_prefix_workspace_size(c: Call) -> i32 {
-    workspace_size(c, true)
+    workspace_size(c, Form::Shared)
 }
 
-fn workspace_size(mut c: Call, shared: bool) -> i32 {
+pub fn attention_chunks_workspace_size(c: Call) -> i32 {
+    workspace_size(c, Form::Span)
+}
+
+pub fn attention_chunks_states_len(mut c: Call) -> i32 {
     c.spoil_rate(0.03);
-    let shapes = Shapes::new(&mut c);
+    let shapes = Shapes::new(&mut c, Form::Span);
+    let (params, is_new) = shapes.params(&mut c);
+    let params = c.sized(&params, if is_new { &[] } else { &OLDER });
+    let len = c.output::<i64>(Some(1));
+    c.may_write(len, Some(1));
+    c.ready();
+    // SAFETY: lists of as many entries as the shapes say; data is null, and is not looked at.
+    let status = unsafe { kvl_attention_chunks_states_len(params, len) };
+    if status == 0 {
+        // SAFETY: just written.
+        assert!(unsafe { len.read() } >= 0);
+    }
+    c.check(status)
+}
+
+fn workspace_size(mut c: Call, form: Form) -> i32 {
+    c.spoil_rate(0.03);
+    let shapes = Shapes::new(&mut c, form);
     let (params, is_new) = shapes.params(&mut c);
     let params = c.sized(&params, if is_new { &[] } else { &OLDER });
     let shape = shapes.k.map(|n| c.number(n));
@@ -507,9 +644,10 @@ fn workspace_size(mut c: Call, shared: bool) -> i32 {
     c.ready();
     // SAFETY: lists of as many entries as the shapes say; data is null, and is not looked at.
     let status = unsafe {
-        match shared {
-            false => kvl_attention_workspace_size(params, runner, bytes),
-            true => kvl_attention_with_prefix_workspace_size(prefix, params, runner, bytes),
+        match form {
+            Form::Plain => kvl_attention_workspace_size(params, runner, bytes),
+            Form::Shared => kvl_attention_with_prefix_workspace_size(prefix, params, runner, bytes),
+            Form::Span => kvl_attention_chunks_workspace_size(params, runner, bytes),
         }
     };
     c.check(status)
@@ -559,7 +697,7 @@ fn exercise(c: &Call, plan: &Plan, q: [i64; 4], k: [i64; 4]) {
 
 pub fn plan_create(mut c: Call) -> i32 {
     c.spoil_rate(0.03);
-    let shapes = Shapes::new(&mut c);
+    let shapes = Shapes::new(&mut c, Form::Plain);
     let (params, is_new) = shapes.params(&mut c);
     let (q, k) = (params.q.shape, params.k.shape);
     let params = c.sized(&params, if is_new { &[] } else { &OLDER });
@@ -577,7 +715,7 @@ pub fn plan_create(mut c: Call) -> i32 {
 
 pub fn plan_update(mut c: Call) -> i32 {
     c.spoil_rate(0.03);
-    let (before, after) = (Shapes::new(&mut c), Shapes::new(&mut c));
+    let (before, after) = (Shapes::new(&mut c, Form::Plain), Shapes::new(&mut c, Form::Plain));
     let plan = before.plan(&mut c);
     let (params, is_new) = after.params(&mut c);
     let (q, k) = (params.q.shape, params.k.shape);
@@ -595,7 +733,7 @@ pub fn plan_update(mut c: Call) -> i32 {
 
 pub fn plan_advance(mut c: Call) -> i32 {
     c.spoil_rate(0.1);
-    let mut shapes = Shapes::new(&mut c);
+    let mut shapes = Shapes::new(&mut c, Form::Plain);
     let rows = &mut shapes.rows;
     // Steps from where the row is to where it might have been.
     let counts: Vec<i32> = match &mut rows.lengths {
@@ -628,7 +766,7 @@ pub fn plan_advance(mut c: Call) -> i32 {
 
 pub fn plan_set_table(mut c: Call) -> i32 {
     c.spoil_rate(0.08);
-    let mut shapes = Shapes::new(&mut c);
+    let mut shapes = Shapes::new(&mut c, Form::Plain);
     let has_table = |shapes: &Shapes| {
         matches!(shapes.rows.places.kind, PAGED | INDIRECT) && shapes.rows.batch > 0 && shapes.k[1] > 0
     };
@@ -637,7 +775,7 @@ pub fn plan_set_table(mut c: Call) -> i32 {
             c.allow_error();
             break;
         }
-        shapes = Shapes::new(&mut c);
+        shapes = Shapes::new(&mut c, Form::Plain);
     }
     let plan = shapes.plan(&mut c);
     let places = &shapes.rows.places;
@@ -658,7 +796,7 @@ pub fn plan_set_table(mut c: Call) -> i32 {
 }
 
 pub fn plan_destroy(mut c: Call) -> i32 {
-    let shapes = Shapes::new(&mut c);
+    let shapes = Shapes::new(&mut c, Form::Plain);
     let plan = if c.maybe(0.7) { shapes.plan(&mut c) } else { Plan(std::ptr::null_mut()) };
     c.ready();
     drop(plan);

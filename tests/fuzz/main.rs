@@ -22,6 +22,7 @@ mod abi;
 mod attention;
 mod caches;
 mod call;
+mod chunks;
 mod memory;
 mod places;
 mod shards;

@@ -7,6 +7,7 @@ use crate::abi::*;
 use crate::attention::*;
 use crate::caches::*;
 use crate::call::{Call, List, product};
+use crate::chunks::*;
 use crate::places::*;
 use crate::shards::*;
 use std::ffi::CStr;
@@ -28,6 +29,8 @@ macro_rules! targets {
 targets! {
     60 kvl_attention: attention,
     20 kvl_attention_with_prefix: attention_with_prefix,
+    20 kvl_attention_chunks: attention_chunks,
+    12 kvl_merge_chunks: merge_chunks,
     30 kvl_kv_write: kv_write,
     8 kvl_rope: rope,
     8 kvl_rms_norm: rms_norm,
@@ -38,6 +41,9 @@ targets! {
     6 kvl_unpack_row_pairs: unpack_row_pairs,
     4 kvl_attention_workspace_size: attention_workspace_size,
     4 kvl_attention_with_prefix_workspace_size: attention_with_prefix_workspace_size,
+    4 kvl_attention_chunks_states_len: attention_chunks_states_len,
+    4 kvl_attention_chunks_workspace_size: attention_chunks_workspace_size,
+    4 kvl_merge_chunks_workspace_size: merge_chunks_workspace_size,
     6 kvl_plan_create: plan_create,
     6 kvl_plan_update: plan_update,
     6 kvl_plan_advance: plan_advance,

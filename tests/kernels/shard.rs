@@ -181,9 +181,13 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
                     let mut states = vec![f32::NAN; chunk_states_len(whole.q.shape, span.len(), shape.v_dim)];
                     let k = whole.k.view().seq(span.start, span.len()).unwrap();
                     let v = whole.v.view().seq(span.start, span.len()).unwrap();
-                    let (runner, mut workspace) = (Threads(1 + span.start % 3), Workspace::new());
-                    let tensors = (whole.q.view(), k, v);
+                    let runner = Threads(1 + span.start % 3);
+                    let size =
+                        attention_chunks_workspace_size(whole.q.shape, k.shape(), shape.v_dim, runner.num_threads());
+                    let mut workspace = Workspace::with_capacity(size);
+                    let (tensors, before) = ((whole.q.view(), k, v), workspace.len());
                     attention_chunks(&level.context, &runner, &mut workspace, tensors, &options, &mut states).unwrap();
+                    assert_eq!(workspace.len(), before, "{size} bytes were not enough");
                     states
                 })
                 .collect();
@@ -192,9 +196,12 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
                 Tensor::output(DType::F32, [batch, tokens, heads, shape.v_dim], Layout::BHSD, Place::GuardAfter);
             let mut lse = vec![f32::NAN; batch * tokens * heads];
             let merge = ChunkMerge { kv_heads: shape.kv_heads, dtype: kv, precision: precision(), sinks: Some(&sinks) };
-            let mut workspace = Workspace::new();
-            let to = out.view_mut();
+            let floats = states.iter().map(|s| s.len()).sum();
+            let size = merge_chunks_workspace_size(out.shape, shape.kv_heads, floats, 2);
+            let mut workspace = Workspace::with_capacity(size);
+            let (to, before) = (out.view_mut(), workspace.len());
             merge_chunks(&level.context, &Threads(2), &mut workspace, &states, &merge, to, Some(&mut lse)).unwrap();
+            assert_eq!(workspace.len(), before, "{size} bytes were not enough");
             out.assert_gaps();
             whole.options.sinks = Some(sinks);
             let want = whole.run(&level.context);
@@ -216,23 +223,53 @@ fn chunks_are_checked() {
         done.map_err(|error| error.to_string())
     };
     let n = states.len();
-    assert!(run(&AttentionOptions::default(), &mut states[..n - 1]).unwrap_err().contains("states has 127 floats"));
+    states.fill(9.0);
+    let wrong = "states has 127 floats, but must have 128 for 2000 keys";
+    assert!(run(&AttentionOptions::default(), &mut states[..n - 1]).unwrap_err().contains(wrong));
     assert!(run(&AttentionOptions::default(), &mut states[..3]).unwrap_err().contains("states has 3 floats"));
-    let sinks = AttentionOptions { sinks: Some(&[0.0, 0.0]), ..Default::default() };
-    assert!(run(&sinks, &mut states).unwrap_err().contains("sinks are given where spans are merged"));
+    let (sinks, list) = ([0.0, 0.0], [1500]);
+    let ring =
+        AttentionOptions { layout: kvlane::Layout::Ring { sinks: 0 }, lengths: Some(&list), ..Default::default() };
+    let ragged = AttentionOptions { query_starts: Some(&[0, 1]), ..Default::default() };
+    let plan = |options| AttentionPlan::new([1, 1, 2, 8], shape, options).unwrap();
+    let plans = [plan(&ring), plan(&ragged)];
+    for (options, sentence) in [
+        (AttentionOptions { sinks: Some(&sinks), ..Default::default() }, "sinks are given where spans are merged"),
+        (ring, "a ring is no span of a sequence"),
+        (ragged, "query_starts: the states of ragged queries have no format"),
+        (AttentionOptions { plan: Some(&plans[0]), ..Default::default() }, "a ring is no span of a sequence"),
+        (AttentionOptions { plan: Some(&plans[1]), ..Default::default() }, "query_starts: the states"),
+        (AttentionOptions { lengths: Some(&[2001]), ..Default::default() }, "lengths[0] is 2001, but k has seq = 2000"),
+        (AttentionOptions { scale: Some(f32::NAN), ..Default::default() }, "scale is NaN"),
+    ] {
+        let error = run(&options, &mut states).unwrap_err();
+        assert!(error.contains(sentence), "{error}: does not say {sentence:?}");
+    }
+    assert!(states.iter().all(|&x| x == 9.0), "written for a call that is refused");
     run(&AttentionOptions::default(), &mut states).unwrap();
     let merge = ChunkMerge { kv_heads: 1, dtype: DType::F32, precision: Precision::Default, sinks: None };
-    let mut out = [7f32; 16];
-    for (spans, merge, sentence) in [
-        (&[&states[..]; 0][..], merge, "0 spans"),
-        (&[&states[..65]], merge, "span 0 has 65 floats, which are no chunks of 64"),
-        (&[&states[..]], ChunkMerge { kv_heads: 3, ..merge }, "no multiple of kv_heads = 3"),
-        (&[&states[..]], ChunkMerge { sinks: Some(&[0.0]), ..merge }, "sinks has 1 entries, but out needs 2"),
+    let (mut out, mut lse) = ([7f32; 16], [7f32; 3]);
+    let many = vec![&states[..]; MAX_SPANS + 1];
+    for (spans, merge, lse_len, sentence) in [
+        (&[&states[..]; 0][..], merge, 0, "0 spans"),
+        (&many, merge, 0, "257 spans, but a call merges 1 to 256"),
+        (&[&states[..65]], merge, 0, "span 0 has 65 floats, which are no chunks of 64"),
+        (&[&states[..], &[]], merge, 0, "span 1 has 0 floats"),
+        (&[&states[..]], ChunkMerge { kv_heads: 3, ..merge }, 0, "no multiple of kv_heads = 3"),
+        (&[&states[..]], ChunkMerge { kv_heads: 0, ..merge }, 0, "no multiple of kv_heads = 0"),
+        (&[&states[..]], ChunkMerge { sinks: Some(&[0.0]), ..merge }, 0, "sinks has 1 entries, but out needs 2"),
+        (&[&states[..]], merge, 3, "lse has 3 entries, but out needs 2"),
     ] {
         let to = ViewMut::new(&mut out, [1, 1, 2, 8]).unwrap();
-        let error = merge_chunks(context, &Serial, &mut Workspace::new(), spans, &merge, to, None).unwrap_err();
+        let lse = (lse_len > 0).then_some(&mut lse[..lse_len]);
+        let error = merge_chunks(context, &Serial, &mut Workspace::new(), spans, &merge, to, lse).unwrap_err();
         assert!(error.message().contains(sentence), "{error}: does not say {sentence:?}");
     }
+    let mut wide = [7f32; 2 * 513];
+    let to = ViewMut::new(&mut wide, [1, 1, 2, 513]).unwrap();
+    let error = merge_chunks(context, &Serial, &mut Workspace::new(), &[&states], &merge, to, None).unwrap_err();
+    assert!(error.message().contains("out has dim = 513"), "{error}");
+    assert!(wide.iter().chain(&lse).all(|&x| x == 7.0));
     assert_eq!(out, [7f32; 16]);
 }
 

@@ -1,0 +1,210 @@
+//! Exports for attention whose keys are spread over several calls.
+
+use super::guard::guard;
+use super::runner::CallerRunner;
+use super::types::*;
+use super::{attention_shape, borrow, plan, raw_attention, value_shape};
+use crate::error::{Result, ensure, fail};
+use crate::ops::attention::attention_shapes;
+use crate::ops::chunks::{
+    ChunkMerge, MAX_SPANS, RawChunks, RawMerge, RawStates, attention_chunks_raw, attention_chunks_workspace_size,
+    check_format, chunk_states_len, merge_chunks_raw,
+};
+use crate::view::{DIM, HEADS, RawView, SEQ};
+use std::ffi::c_void;
+
+/// How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every row [batch, seq, heads] and
+/// every `KVL_SPLIT_GRID` keys, or part of as many, that a row of the cache has room for, v_dim rounded up to 16 and 16 more. Only
+/// those shapes, `layout`, `query_starts` and `plan` are looked at: data may be null. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs.
+/// Bad input: as for `kvl_attention_workspace_size`; ragged queries, a ring, and more floats than an address space holds are errors
+/// too, and `*len` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_attention_chunks_states_len(
+    params: *const kvl_attention_params,
+    len: *mut i64,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let params = unsafe { read_sized(params) }?;
+        ensure!(!len.is_null(), NullPointer, "the pointer len is null");
+        // SAFETY: as above.
+        let (q, k, v_dim) = unsafe { span_shapes(&params) }?;
+        let n = chunk_states_len(q, k[SEQ], v_dim);
+        let bytes = n.checked_mul(size_of::<f32>()).filter(|&bytes| isize::try_from(bytes).is_ok());
+        ensure!(bytes.is_some(), Shape, "states would have {n} floats, more than an address space holds");
+        // SAFETY: not null, and the caller's to write. Less than the address space, so it fits.
+        unsafe { len.write(n as i64) };
+        Ok(())
+    })
+}
+
+/// Bytes of workspace that `kvl_attention_chunks` needs at most, as `kvl_attention_workspace_size` says it for `kvl_attention`.
+/// Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs.
+/// Bad input: as for `kvl_attention_workspace_size`; ragged queries and a ring are errors too, and `*bytes` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_attention_chunks_workspace_size(
+    params: *const kvl_attention_params,
+    runner: *const kvl_parallel_runner,
+    bytes: *mut usize,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (params, runner) = unsafe { (read_sized(params)?, CallerRunner::new(runner)?) };
+        ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
+        // SAFETY: as above.
+        let (q, k, v_dim) = unsafe { span_shapes(&params) }?;
+        let needed = attention_chunks_workspace_size(q, k, v_dim, runner.as_dyn().num_threads());
+        // SAFETY: not null, and the caller's to write.
+        unsafe { bytes.write(needed) };
+        Ok(())
+    })
+}
+
+/// Attention over a span of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
+/// keys are spread over machines, or come in pieces, the merged bits are those of one `kvl_attention` over all keys.
+///
+/// `params` is as for `kvl_attention`, in the span's own positions: `lengths`, `starts`, `offsets` and so on count from the span's
+/// first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts spans so, `kvl_shard_lengths` computes the lists). There
+/// is no `out`, no `lse`, and there are no `sinks`: those are given to `kvl_merge_chunks`. `states` has `states_len` floats, exactly
+/// what `kvl_attention_chunks_states_len` says. They mean something to a context of the same level, for keys of the same type and
+/// the same precision, and may be sent there as they are; floats that they do not need are left alone.
+///
+/// `workspace` is as for `kvl_attention`, of the size that `kvl_attention_chunks_workspace_size` says. Since ABI version 3.
+///
+/// Thread safety: as for `kvl_attention`.
+/// Bad input: as for `kvl_attention`; an `out`, an `lse`, `sinks`, ragged queries, a ring, `states` that are null, of another length,
+/// not aligned to 4 bytes or that share memory with a tensor or a list are errors too, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_attention_chunks(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    workspace: *mut c_void,
+    workspace_bytes: usize,
+    params: *const kvl_attention_params,
+    states: *mut f32,
+    states_len: i64,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let params = unsafe { read_sized(params) }?;
+        for (name, given) in [("out", !params.out.is_absent()), ("lse", !params.lse.is_null())] {
+            ensure!(!given, InvalidValue, "{name} is given where spans are merged, not where they are computed");
+        }
+        // SAFETY: as above.
+        let attention = unsafe { raw_attention(&params) }?;
+        let call = RawChunks { attention, states, len: size("states_len", states_len)? };
+        // SAFETY: as above.
+        unsafe { attention_chunks_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, &call) }
+    })
+}
+
+/// Bytes of workspace that `kvl_merge_chunks` needs at most for the shape of `params->out`, `kv_heads` and the lengths of the spans'
+/// states, and for the threads of `runner`. Only those are looked at: data and states may be null. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs.
+/// Bad input: null, an unknown `struct_size`, no span or more than 256, an axis that is negative or above 2^31 - 1, a dim that is not
+/// 1 to 512, heads that are no multiple of `kv_heads`, lengths that are no number of chunks are errors, and `*bytes` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_merge_chunks_workspace_size(
+    params: *const kvl_merge_chunks_params,
+    runner: *const kvl_parallel_runner,
+    bytes: *mut usize,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (params, runner) = unsafe { (read_sized(params)?, CallerRunner::new(runner)?) };
+        ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
+        let out = params.out.raw("out")?;
+        attention_shape("out", &params.out.as_const())?;
+        // SAFETY: as above.
+        let spans = unsafe { spans(&params) }?;
+        let merge = chunk_merge(&params, None)?;
+        let call = RawMerge { spans: &spans[..params.num_spans], merge, out, lse: std::ptr::null_mut() };
+        let needed = call.workspace_size(runner.as_dyn().num_threads())?;
+        // SAFETY: not null, and the caller's to write.
+        unsafe { bytes.write(needed) };
+        Ok(())
+    })
+}
+
+/// Output and LSE of attention whose keys lay in several spans, from the states that `kvl_attention_chunks` left of each. The bits
+/// are those of one `kvl_attention` over all keys, if every span but the last ended at a multiple of `KVL_SPLIT_GRID`.
+/// `kvl_merge_states` needs less memory, and has the kernel's bound instead of its bits.
+///
+/// `workspace` is as for `kvl_attention`, of the size that `kvl_merge_chunks_workspace_size` says. Since ABI version 3.
+///
+/// Thread safety: as for `kvl_attention`.
+/// Bad input: null, an unknown `struct_size` or enumeration value, what `kvl_merge_chunks_workspace_size` refuses, an output that
+/// shares memory with states, sinks or the other output, a workspace that is too small or misaligned are errors, and nothing is
+/// written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_merge_chunks(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    workspace: *mut c_void,
+    workspace_bytes: usize,
+    params: *const kvl_merge_chunks_params,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let params = unsafe { read_sized(params) }?;
+        let out = params.out.raw("out")?;
+        // SAFETY: as above.
+        let (spans, sinks) = unsafe { (spans(&params)?, list("sinks", params.sinks, out.shape[HEADS])?) };
+        let merge = chunk_merge(&params, sinks)?;
+        let call = RawMerge { spans: &spans[..params.num_spans], merge, out, lse: params.lse };
+        // SAFETY: as above.
+        unsafe { merge_chunks_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, &call) }
+    })
+}
+
+/// Queries, the keys that a row of the span has room for, and the elements of a value.
+///
+/// # Safety
+/// `params` is what the header describes.
+unsafe fn span_shapes(params: &kvl_attention_params) -> Result<([usize; 4], [usize; 4], usize)> {
+    let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(params)?);
+    // SAFETY: the caller's, here and below.
+    let (rows, layout) = unsafe { plan::workspace_spans(params, q, k[SEQ]) }?;
+    // SAFETY: as above.
+    check_format(unsafe { plan::is_ragged(params) }, &layout)?;
+    let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
+    Ok((q, k, v[DIM]))
+}
+
+/// The spans of a merge: on the stack, and converted before anything runs, since a conversion can fail.
+///
+/// # Safety
+/// `params` is what the header describes.
+unsafe fn spans(params: &kvl_merge_chunks_params) -> Result<[RawStates; MAX_SPANS]> {
+    let n = params.num_spans;
+    ensure!(n <= MAX_SPANS, InvalidValue, "{n} spans, but a call merges 1 to {MAX_SPANS}");
+    let mut raw = [RawStates::default(); MAX_SPANS];
+    // SAFETY: the caller's.
+    let spans = unsafe { required_list("spans", params.spans, n) }?;
+    for (i, (span, raw)) in spans.iter().zip(&mut raw).enumerate() {
+        let Ok(len) = usize::try_from(span.len) else {
+            let wrong = if span.len < 0 { "negative" } else { "too large" };
+            fail!(Shape, "spans[{i}].len is {}, which is {wrong}", span.len);
+        };
+        *raw = RawStates { data: span.states, len };
+    }
+    Ok(raw)
+}
+
+fn chunk_merge<'a>(params: &kvl_merge_chunks_params, sinks: Option<&'a [f32]>) -> Result<ChunkMerge<'a>> {
+    Ok(ChunkMerge {
+        kv_heads: size("kv_heads", params.kv_heads)?,
+        dtype: dtype("dtype", params.dtype)?,
+        precision: precision("precision", params.precision)?,
+        sinks,
+    })
+}
