@@ -240,20 +240,21 @@ impl<T: Memory> Dots<'_, T> {
         let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK);
         // SAFETY: the caller's; the rows of scores have BLOCK floats.
         unsafe {
-            let mut sums = [[0.0f32; MAX_DOTS]; MAX_LANES];
             if !self.spread {
+                let mut sums = [0.0f32; MAX_DOTS];
                 let Span { low, high } = self.keys;
                 for j in (low / C * C..high).step_by(C) {
                     let inside = j >= low && j + C <= high;
                     let key = |c: usize| if inside { j + c } else { (j + c).clamp(low, high - 1) };
-                    self.sums::<S, R, C>(s, head, row, key, &mut sums[0]);
+                    self.sums::<S, R, C>(s, head, row, key, &mut sums);
                     for r in 0..R {
-                        std::ptr::copy_nonoverlapping(sums[0].as_ptr().add(r * C), out.add(r * BLOCK + j), C);
+                        std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * C), out.add(r * BLOCK + j), C);
                     }
                 }
                 return;
             }
             // Sums of keys that are far apart are stored by themselves; turned round, a vector of them has neighbours.
+            let mut sums = [[0.0f32; MAX_DOTS]; MAX_LANES];
             let apart = BLOCK / C;
             let at_once = S::LANES.min(apart);
             for first in (0..apart).step_by(at_once) {
