@@ -811,6 +811,56 @@ static void attention(void) {
         MASK(KVL_ERR_OUT_OF_RANGE, "first_keys[1] of bit_mask is -1");
         bit_mask.data = output.bytes;
         MASK(KVL_ERR_OVERLAP, "bit_mask and out share memory");
+        {
+            /* Three queries a row: of 5 keys from bit 3 on, 5 bits apart; of 4 keys from bit 20 on, 9 bits apart. */
+            static const int64_t row_starts[] = {3, 20}, widths[] = {5, 9}, before[] = {3, -20}, backwards[] = {-5, 9},
+                                 far[] = {3, INT64_MAX}, wide[] = {INT64_MAX, 9};
+            good_mask.strides[0] = good_mask.strides[1] = 0;
+            good_mask.row_starts = row_starts;
+            good_mask.query_strides = widths;
+            good_mask.bytes = 6;
+            bit_mask = good_mask;
+#define ROWS(status, text)                                                                                             \
+    do {                                                                                                               \
+        p.lengths = LIST(5, 4);                                                                                        \
+        MASK(status, text);                                                                                            \
+    } while (0)
+            p.lengths = LIST(5, 4);
+            p.bit_mask = &bit_mask;
+            OK(kvl_attention(context, NULL, workspace, bytes, &p));
+            bit_mask.bytes = 5;
+            ROWS(KVL_ERR_BOUNDS, "the 3 queries of 4 keys of row 1, 9 bits apart from bit 20, reach bytes 2..6 of a buffer of 5");
+            bit_mask.strides[2] = 1;
+            bit_mask.bytes = 5;
+            ROWS(KVL_ERR_BOUNDS, "row 1, 9 bits apart from bit 20, reach bytes 2..6");
+            bit_mask.strides[2] = -2;
+            ROWS(KVL_ERR_BOUNDS, "row 0, 5 bits apart from bit 3, reach bytes -1..3");
+            bit_mask.row_starts = far;
+            ROWS(KVL_ERR_BOUNDS, "9 bits apart from bit 9223372036854775807, reach bytes");
+            bit_mask.bytes = 0;
+            bit_mask.query_strides = wide;
+            ROWS(KVL_ERR_STRIDE, "row 0, 9223372036854775807 bits apart from bit 3, leave the address space");
+            bit_mask.row_starts = before;
+            ROWS(KVL_ERR_OUT_OF_RANGE, "row_starts[1] of bit_mask is -20, which is negative");
+            bit_mask.query_strides = backwards;
+            ROWS(KVL_ERR_OUT_OF_RANGE, "query_strides[0] of bit_mask is -5, which is negative");
+            bit_mask.query_strides = NULL;
+            ROWS(KVL_ERR_INVALID_VALUE, "bit_mask has row_starts, but query_strides is null");
+            bit_mask.row_starts = NULL;
+            ROWS(KVL_ERR_INVALID_VALUE, "bit_mask has query_strides, but row_starts is null");
+            bit_mask.offset = 8;
+            ROWS(KVL_ERR_INVALID_VALUE, "bit_mask has row_starts, but its offset, which they replace, is 8");
+            bit_mask.strides[1] = 5;
+            ROWS(KVL_ERR_INVALID_VALUE, "strides[1], which they replace, is 5");
+            bit_mask.row_starts = (const int64_t *)(const void *)((const char *)row_starts + 4);
+            ROWS(KVL_ERR_BOUNDS, "row_starts of bit_mask at");
+            bit_mask.shape[3] = 4;
+            ROWS(KVL_ERR_SHAPE, "bit_mask ends at key 4 of row 0, which has 5 keys");
+            bit_mask.data = output.bytes;
+            bit_mask.bytes = 0;
+            ROWS(KVL_ERR_OVERLAP, "bit_mask and out share memory");
+#undef ROWS
+        }
 #undef MASK
     }
     {

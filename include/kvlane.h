@@ -801,6 +801,10 @@ typedef struct kvl_mask {
  * It may speak of the last keys alone: bit j of row b is of key `first_keys[b] + j`, keys before that are seen, and the last bit
  * is of the row's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a stride of 0, over
  * the n tokens that were written last.
+ *
+ * Its rows may be as wide as each is, and lie anywhere: with `row_starts` and `query_strides`, a row has bits for its own queries
+ * and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of requests one after
+ * the other, each [queries, keys] of its own, are one mask.
  */
 typedef struct kvl_bit_mask {
     /**
@@ -808,7 +812,7 @@ typedef struct kvl_bit_mask {
      */
     size_t struct_size;
     /**
-     * The byte of entry [0, 0, 0, 0].
+     * From whose first byte bits are counted.
      */
     const uint8_t *data;
     /**
@@ -820,7 +824,7 @@ typedef struct kvl_bit_mask {
      */
     int64_t offset;
     /**
-     * batch, seq (the most queries of a row), heads, keys.
+     * batch, seq (the most queries of a row), heads, keys (at least the most of a row, less its first key).
      */
     int64_t shape[4];
     /**
@@ -831,6 +835,16 @@ typedef struct kvl_bit_mask {
      * [batch]: the key of a row's first bit; null for 0.
      */
     const int32_t *first_keys;
+    /**
+     * [batch]: the bit of a row's query 0, head 0 and first key, not negative, instead of `offset` and the stride of batch, which
+     * must be 0; null if rows lie at those. Given with `query_strides` or not at all.
+     */
+    const int64_t *row_starts;
+    /**
+     * [batch]: bits from a query of a row to the next, not negative, 0 to broadcast, instead of the stride of seq, which must be
+     * 0; null if all rows have that.
+     */
+    const int64_t *query_strides;
 } kvl_bit_mask;
 
 /**

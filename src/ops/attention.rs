@@ -2,10 +2,10 @@
 
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{BitView, ByteView, CHUNK, Problem, Spans, Summary, Tile, partial_stride};
+use crate::kernels::generic::attention::{CHUNK, Problem, Spans, Summary, Tile, partial_stride};
 use crate::kernels::{self, AttentionFns, Function, Precision};
 use crate::layout::{Layout, Packing};
-use crate::ops::mask::{BitMask, Mask, RawBitMask, RawMask};
+use crate::ops::mask::{BitMask, Mask, RawMasks, check_scores};
 use crate::ops::plan::AttentionPlan;
 use crate::ops::tiling::{GRAIN, Tiling, most_chunks};
 use crate::ops::workspace::{Workspace, check_workspace};
@@ -118,8 +118,7 @@ pub(crate) struct RawAttention<'a> {
     pub spans: Spans<'a>,
     /// Of a plan, which has checked the spans.
     pub planned: Option<Summary>,
-    pub mask: Option<RawMask>,
-    pub bit_mask: Option<RawBitMask<'a>>,
+    pub masks: RawMasks<'a>,
     pub bias: Option<RawView>,
     pub alibi_slopes: Option<&'a [f32]>,
     pub sinks: Option<&'a [f32]>,
@@ -144,6 +143,10 @@ impl<'a> AttentionOptions<'a> {
             offsets: self.offsets,
             prefixes: self.prefixes,
         })
+    }
+
+    fn masks(&self) -> RawMasks<'a> {
+        RawMasks { mask: self.mask.map(|m| m.raw), bit_mask: self.bit_mask.map(|m| m.raw) }
     }
 
     /// Fails if there is anything beside a plan that is the plan's to say.
@@ -385,8 +388,7 @@ impl<'a> RawAttention<'a> {
             v_packing: options.v_packing,
             spans,
             planned,
-            mask: options.mask.map(|m| m.raw),
-            bit_mask: options.bit_mask.map(|m| m.raw),
+            masks: options.masks(),
             bias: options.bias.map(|b| b.raw),
             alibi_slopes: options.alibi_slopes,
             sinks: options.sinks,
@@ -485,40 +487,10 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
     let softcap = call.softcap.unwrap_or(0.0);
     ensure!(softcap.is_finite() && softcap >= 0.0, InvalidValue, "softcap is {softcap}");
 
-    let keys = summary.longest;
-    let fits = |name: &str, shape: [usize; 4]| -> Result<()> {
-        ensure!(
-            shape[..SEQ + 2] == [batch, seq, heads] && shape[DIM] >= keys,
-            Shape,
-            "{name} has shape {shape:?}, but must have [{batch}, {seq}, {heads}, {keys}] or more keys"
-        );
-        Ok(())
-    };
-    if let Some(mask) = &call.mask {
-        fits("mask", mask.shape)?;
-        mask.extent("mask")?;
-        ensure!(!mask.overlaps(out)?, Overlap, "mask and out share memory");
-    }
-    if let Some(mask) = &call.bit_mask {
-        mask.validate()?;
-        let first = |row: usize| mask.first_keys.map_or(0, |f| f[row] as i64);
-        let n = mask.first_keys.map_or(batch, <[i32]>::len);
-        ensure!(n == batch, Shape, "first_keys of bit_mask has {n} entries, but q has batch = {batch}");
-        fits("bit_mask", [mask.shape[0], mask.shape[1], mask.shape[2], keys])?;
-        for row in 0..batch {
-            let (first, length) = (first(row), spans.length(row));
-            ensure!(first >= 0, OutOfRange, "first_keys[{row}] of bit_mask is {first}, which is negative");
-            ensure!(
-                first + mask.shape[DIM] as i64 >= length,
-                Shape,
-                "bit_mask ends at key {} of row {row}, which has {length} keys",
-                first + mask.shape[DIM] as i64
-            );
-        }
-        ensure!(!mask.overlaps(out)?, Overlap, "bit_mask and out share memory");
-    }
+    let masks = call.masks.validate(&spans, heads, summary.longest)?;
+    masks.check_apart("out", out)?;
     if let Some(bias) = &call.bias {
-        fits("bias", bias.shape)?;
+        check_scores("bias", bias.shape, [batch, seq, heads], summary.longest)?;
         let extent = bias.validate("bias")?;
         ensure!(!bias.overlaps_within(extent, out, out_extent), Overlap, "bias and out share memory");
     }
@@ -529,18 +501,14 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
         let rows = view::rows(q.shape);
         let lse = RawView::floats(call.lse, rows);
         lse.validate("lse")?;
-        if let Some(mask) = &call.mask {
-            ensure!(!mask.overlaps(&lse)?, Overlap, "mask and lse share memory");
-        }
-        if let Some(mask) = &call.bit_mask {
-            ensure!(!mask.overlaps(&lse)?, Overlap, "bit_mask and lse share memory");
-        }
+        masks.check_apart("lse", &lse)?;
         for (name, view) in
             [("q", Some(q)), ("k", Some(k)), ("v", Some(v)), ("out", Some(out)), ("bias", call.bias.as_ref())]
         {
             ensure!(!view.is_some_and(|view| view.overlaps(&lse)), Overlap, "{name} and lse share memory");
         }
     }
+    let (mask, bit_mask) = call.masks.views();
     Ok((
         Problem {
             q: *q,
@@ -554,13 +522,8 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
             group: heads / kv_heads.max(1),
             scale,
             softcap,
-            mask: call.mask.map(|m| ByteView { data: m.data, strides: m.strides }),
-            bit_mask: call.bit_mask.map(|m| BitView {
-                data: m.data,
-                offset: m.offset,
-                strides: m.strides,
-                first_keys: m.first_keys,
-            }),
+            mask,
+            bit_mask,
             bias: call.bias,
             alibi: call.alibi_slopes,
             sinks: call.sinks,

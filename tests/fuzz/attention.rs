@@ -241,18 +241,25 @@ fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const
     let first_keys = if tree { first_keys.at } else { std::ptr::null() };
 
     let right = [rows.batch, rows.seq, heads, keys];
-    let mut strides = [0i64; 3];
-    let mut step = keys + c.rng.below(10) as i64;
-    for axis in [1, 2, 0] {
-        if !c.maybe(if axis == 2 { 0.7 } else { 0.15 }) {
-            strides[axis] = step;
-            step = step * right[axis].max(1) + c.rng.below(9) as i64;
+    let (mut strides, mut lists) = ([0i64; 3], None);
+    let (offset, bits);
+    if c.maybe(0.4) {
+        let (starts, widths, end) = bits_by_row(c, rows, tree.then_some(keys));
+        strides[2] = if c.maybe(0.7) { 0 } else { end };
+        (offset, bits) = (0, end + (heads - 1).max(0) * strides[2]);
+        lists = Some((starts, widths));
+    } else {
+        let mut step = keys + c.rng.below(10) as i64;
+        for axis in [1, 2, 0] {
+            if !c.maybe(if axis == 2 { 0.7 } else { 0.15 }) {
+                strides[axis] = step;
+                step = step * right[axis].max(1) + c.rng.below(9) as i64;
+            }
         }
+        offset = c.rng.below(20) as i64;
+        bits = offset + (0..3).map(|axis| (right[axis] - 1).max(0) * strides[axis]).sum::<i64>() + keys;
     }
-    let offset = c.rng.below(20) as i64;
-    let reach: i64 = (0..3).map(|axis| (right[axis] - 1).max(0) * strides[axis]).sum();
-    let empty = right.contains(&0);
-    let bytes = if empty { 0 } else { ((offset + reach + keys) as usize).div_ceil(8) };
+    let bytes = if right.contains(&0) { 0 } else { (bits as usize).div_ceil(8) };
     let data = c.arena.block(bytes, 0);
     // Most bits are 1; whole words of 0 hide a row from all.
     let mut random = c.rng.u64() | c.rng.u64();
@@ -263,7 +270,14 @@ fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const
     }
     let shape = right.map(|n| c.number(n));
     let (said_offset, said_strides) = (c.number(offset), strides.map(|n| c.number(n)));
-    let same = (shape, said_offset, said_strides) == (right, offset, strides);
+    let (mut row_starts, mut query_strides) = (std::ptr::null(), std::ptr::null());
+    // What a row's own bits are is for lists to say that may be wrong.
+    let same = (shape, said_offset, said_strides) == (right, offset, strides) && (lists.is_none() || c.is_right());
+    if let Some((starts, widths)) = lists {
+        let wrong = [-1, i64::MIN, i64::MAX, 1, bits, bits + 1];
+        let list = |c: &mut Call, right: Vec<i64>| c.list(batch, &wrong, |_, b| right.get(b).copied().unwrap_or(0)).at;
+        (row_starts, query_strides) = (list(c, starts), list(c, widths));
+    }
     let mut said_bytes = if same && c.maybe(0.3) { 0 } else { bytes };
     if c.hit() && bytes > 0 {
         said_bytes = c.rng.between(1, bytes);
@@ -276,9 +290,28 @@ fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const
         shape,
         strides: said_strides,
         first_keys,
+        row_starts,
+        query_strides,
         ..zeroed()
     };
     c.sized(&mask, &[])
+}
+
+/// Where bits of rows one after the other begin, how far apart their queries are, and where the last ones end: of all keys of a
+/// row, or of the last ones.
+fn bits_by_row(c: &mut Call, rows: &Rows, last: Option<i64>) -> (Vec<i64>, Vec<i64>, i64) {
+    let (mut starts, mut widths, mut end) = (Vec::new(), Vec::new(), 0);
+    for b in 0..rows.batch as usize {
+        let queries = rows.query_starts.as_ref().map_or(rows.seq, |s| (s[b + 1] - s[b]).into());
+        let keys = rows.length(b).min(last.unwrap_or(i64::MAX));
+        let width = if c.maybe(0.1) { 0 } else { keys + if c.maybe(0.6) { 0 } else { c.rng.below(9) as i64 } };
+        starts.push(end + c.rng.below(9) as i64);
+        widths.push(width);
+        if queries > 0 && keys > 0 {
+            end = starts[b] + (queries - 1) * width + keys;
+        }
+    }
+    (starts, widths, end)
 }
 
 /// Sizes of the struct in older versions.

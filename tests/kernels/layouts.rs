@@ -1,6 +1,6 @@
 //! Attention over a cache of any layout: the bits of the contiguous cache that holds the same tokens.
 
-use crate::common::attention::{Case, MaskTensor, Outcome, Shape, kv_types};
+use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Outcome, Shape, kv_types};
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout as Strides, Place, Rng, Tensor, scaled};
@@ -281,7 +281,7 @@ fn ragged(level: &Level) {
     let mut rng = Rng::new(305);
     for _ in 0..scaled(80) {
         let (mut case, what) = random_case(&mut rng);
-        // Masks and biases are over the longest row; here every row is to be compared by itself.
+        // Masks and biases are over the longest row; here every row is to be compared by itself, with bits of its own width.
         (case.options.mask, case.options.bit_mask, case.options.bias) = (None, None, None);
         let [batch, tokens, heads, dim] = case.q.shape;
         let v_dim = case.v.shape[3];
@@ -326,12 +326,25 @@ fn ragged(level: &Level) {
             out_place: case.out_place,
             options: Default::default(),
         };
-        let options = AttentionOptions {
-            layout: Layout::Ragged { starts: &k_starts },
-            query_starts: Some(&q_starts),
-            ..case.options.borrow()
-        };
-        for threads in [1, 3] {
+        let length = |b: usize| case.options.lengths.as_ref().map_or(rooms[b] as i32, |l| l[b]);
+        let lengths: Vec<i32> = (0..batch).map(length).collect();
+        let bits = rng.chance(0.5).then(|| {
+            let most = counts.iter().copied().max().unwrap();
+            let keys = lengths.iter().copied().max().unwrap() as usize;
+            let firsts = lengths.iter().map(|&n| rng.below(n as usize + 1) as i32 / 2).collect();
+            let head = if rng.chance(0.5) { keys as i64 } else { 0 };
+            let token = (keys * heads) as i64;
+            let (shape, strides) = ([batch, most, heads, keys], [token * most as i64, token, head]);
+            BitMaskTensor::new(shape, strides, 0, firsts, Place::GuardAfter, |_| rng.chance(0.7))
+        });
+        let by_row = bits.as_ref().map(|bits| bits.by_row(&mut rng, &counts, &lengths));
+        for (threads, bits) in [(1, &by_row), (3, &by_row), (1, &bits)] {
+            let options = AttentionOptions {
+                layout: Layout::Ragged { starts: &k_starts },
+                query_starts: Some(&q_starts),
+                bit_mask: bits.as_ref().map(BitMaskTensor::view),
+                ..case.options.borrow()
+            };
             let mut workspace = Workspace::new();
             let kv = (&together.k, &together.v);
             let got = together.run_on(&level.context, &Threads(threads), &mut workspace, kv, options);
@@ -360,6 +373,11 @@ fn ragged(level: &Level) {
                         prefixes: one(&o.prefixes),
                         alibi: o.alibi.clone(),
                         sinks: o.sinks.clone(),
+                        mask: bits.as_ref().map(|bits| {
+                            let shape = [1, counts[b], heads, rooms[b]];
+                            let shown = |[_, t, h, j]: [usize; 4]| j >= lengths[b] as usize || bits.get([b, t, h, j]);
+                            MaskTensor::new(shape, Strides::BSHD.strides(shape), Place::GuardAfter, shown)
+                        }),
                         ..Default::default()
                     },
                 };

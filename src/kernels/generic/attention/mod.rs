@@ -128,6 +128,17 @@ pub(crate) struct BitView<'a> {
     pub strides: [i64; 3],
     /// The key of a row's first bit, a batch row; 0 if absent.
     pub first_keys: Option<&'a [i32]>,
+    /// Instead of the offset and the first two strides.
+    pub rows: Option<BitRows<'a>>,
+}
+
+/// Where the bits of every batch row lie, if they do not lie at fixed strides.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BitRows<'a> {
+    /// The bit of a row's query 0, head 0 and first key.
+    pub starts: &'a [i64],
+    /// Bits from a query of a row to the next.
+    pub query_strides: &'a [i64],
 }
 
 impl Problem<'_> {
@@ -626,7 +637,11 @@ unsafe fn packed_bits(
         return u64::MAX;
     }
     let [sb, st, sh] = mask.strides;
-    let bit = mask.offset + batch as i64 * sb + i64::from(token) * st + i64::from(head) * sh + from - first;
+    let (start, st) = match mask.rows {
+        None => (mask.offset + batch as i64 * sb, st),
+        Some(rows) => (rows.starts[batch], rows.query_strides[batch]),
+    };
+    let bit = start + i64::from(token) * st + i64::from(head) * sh + from - first;
     let (mut byte, shift, n) = (bit.div_euclid(8) as isize, bit.rem_euclid(8) as usize, to - from as usize);
     let mut bits = 0u128;
     for i in 0..(shift + n).div_ceil(8) {
