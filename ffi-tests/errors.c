@@ -923,6 +923,38 @@ static void attention(void) {
             OK(kvl_plan_advance(plan, one, 2));
             p = good;
         }
+        {
+            static const unsigned char bits[16] = {1};
+            kvl_bit_mask by_head = KVL_BIT_MASK_INIT;
+            by_head.data = bits;
+            by_head.bytes = sizeof bits;
+            by_head.shape[0] = 2, by_head.shape[1] = 3, by_head.shape[2] = 4, by_head.shape[3] = 5;
+            by_head.strides[2] = 5;
+            p.bit_mask = &by_head;
+            p.lengths = LIST(3, 4);
+            OK(kvl_plan_update(plan, &p));
+            by_head.bytes = 2;
+            REFUSED(KVL_ERR_BOUNDS, "reaches bytes 0..3 of a buffer of 2", kvl_plan_update(plan, &p));
+            REFUSED(KVL_ERR_BOUNDS, "reaches bytes 0..3 of a buffer of 2", kvl_plan_create(&p, made));
+            by_head.bytes = 0;
+            p.q.shape[2] = 2;
+            REFUSED(KVL_ERR_SHAPE, "bit_mask has shape [2, 3, 4, 4], but must have [2, 3, 2, 4]", kvl_plan_update(plan, &p));
+            REFUSED(KVL_ERR_INVALID_VALUE, "the plan holds masks", kvl_plan_advance(plan, one, 2));
+            p = good;
+            p.plan = plan;
+            p.bit_mask = &by_head;
+            TRY(KVL_ERR_INVALID_VALUE, "both plan and bit_mask are given, but bit_mask is the plan's to say");
+            p.plan = plan;
+            p.mask.data = mask;
+            p.mask.shape[0] = 2, p.mask.shape[1] = 3, p.mask.shape[2] = 4, p.mask.shape[3] = 5;
+            TRY(KVL_ERR_INVALID_VALUE, "both plan and mask are given, but mask is the plan's to say");
+            p.plan = plan;
+            p.q.shape[2] = p.out.shape[2] = 2;
+            TRY(KVL_ERR_SHAPE, "the plan's masks are for q of 4 heads, but q has 2");
+            p.plan = plan;
+            OK(kvl_attention(context, NULL, workspace, bytes, &p));
+            p = good;
+        }
         kvl_plan_destroy(plan);
         kvl_plan_destroy(NULL);
     }

@@ -342,7 +342,7 @@ static void flattened(kvl_dtype dtype) {
     static const int32_t lengths[ROWS] = {17, 11}, query_starts[ROWS + 1] = {0, 2, 5};
     static const int64_t shape[4] = {ROWS, 3, HEADS, CAPACITY};
     static unsigned char shown[ROWS][3][CAPACITY];
-    unsigned char packed[16];
+    unsigned char packed[16], original[16];
     int64_t row_starts[ROWS], query_strides[ROWS];
     kvl_bit_mask mask = KVL_BIT_MASK_INIT;
     cache caches[CACHES];
@@ -365,6 +365,7 @@ static void flattened(kvl_dtype dtype) {
         }
         bytes += (size_t)(n * lengths[b] + 7) / 8;
     }
+    memcpy(original, packed, sizeof packed);
     p = over(&caches[CONTIGUOUS], 5);
     p.q = kvl_make_const_view(q, KVL_F32, 1, 5, HEADS, D);
     p.query_starts = query_starts;
@@ -384,12 +385,25 @@ static void flattened(kvl_dtype dtype) {
     mask.row_starts = row_starts;
     mask.query_strides = query_strides;
     for (i = 0; i < RING_ROWS; i++) {
+        kvl_attention_params planned = KVL_ATTENTION_PARAMS_INIT;
+        kvl_plan *plan = NULL;
         p.k = kvl_as_const(caches[i].k);
         p.v = kvl_as_const(caches[i].v);
         p.layout = &caches[i].layout;
         p.bit_mask = &mask;
         is = run(p);
         CHECK(same(&is, &wanted), "%s", caches[i].name);
+        /* The plan has bits of its own. */
+        OK(kvl_plan_create(&p, &plan));
+        memset(packed, 0, sizeof packed);
+        planned.q = p.q;
+        planned.k = p.k;
+        planned.v = p.v;
+        planned.plan = plan;
+        is = run(planned);
+        CHECK(same(&is, &wanted), "%s, by a plan", caches[i].name);
+        kvl_plan_destroy(plan);
+        memcpy(packed, original, sizeof packed);
     }
 }
 

@@ -972,7 +972,8 @@ typedef struct kvl_attention_params {
     const struct kvl_bit_mask *bit_mask;
     /**
      * What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `query_starts`, `rows`, `lengths`,
-     * `starts`, `offsets` and `prefixes`, which must then be 0 or null; null for none.
+     * `starts`, `offsets` and `prefixes`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
+     * plan was made of either; null for none.
      */
     const struct kvl_plan *plan;
     /**
@@ -1696,12 +1697,16 @@ kvl_status kvl_cache_defragment(const struct kvl_context *context,
 
 /**
  * Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
- * `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, and the first two axes of `q` and `k`; nothing else of it is
- * looked at, and data may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with
- * `kvl_plan_destroy`.
+ * `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
+ * there are masks, the heads of `q`; nothing else of it is looked at, and data of tensors may be null.
+ * `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
  *
- * A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no mask
- * and no pointer. Since ABI version 3.
+ * Masks are read here and once: the plan has bits of its own, for the queries of every row and the keys up to its length, of each
+ * head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they hide nothing
+ * that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
+ *
+ * A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no
+ * pointer of the caller's. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once.
  * Bad input: null, an unknown `struct_size`, and what `kvl_attention` would say of these fields are errors, and `*plan` is not
@@ -1711,8 +1716,8 @@ kvl_status kvl_plan_create(const struct kvl_attention_params *params,
                            struct kvl_plan **plan);
 
 /**
- * Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists or
- * tables do.
+ * Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists,
+ * tables or masks do.
  *
  * Thread safety: no other call may use the plan meanwhile.
  * Bad input: as for `kvl_plan_create`; the plan is then what it was.
@@ -1727,7 +1732,8 @@ kvl_status kvl_plan_update(struct kvl_plan *plan,
  *
  * Thread safety: no other call may use the plan meanwhile.
  * Bad input: null, a list of other than `rows` entries, a negative count, a row without room, table entries that are no pages or
- * rows, queries that see what a ring has overwritten are errors, and the plan is then what it was.
+ * rows, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new tokens is for
+ * `kvl_plan_update`) are errors, and the plan is then what it was.
  */
 kvl_status kvl_plan_advance(struct kvl_plan *plan,
                             const int32_t *counts,

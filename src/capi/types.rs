@@ -617,7 +617,8 @@ pub struct kvl_attention_params {
     /// Which keys each query sees, a bit each; null for all.
     pub bit_mask: *const kvl_bit_mask,
     /// What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `query_starts`, `rows`, `lengths`,
-    /// `starts`, `offsets` and `prefixes`, which must then be 0 or null; null for none.
+    /// `starts`, `offsets` and `prefixes`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
+    /// plan was made of either; null for none.
     pub plan: *const kvl_plan,
     /// How values lie in `v`: with `KVL_PACK_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
     /// that are not packed.

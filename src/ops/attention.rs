@@ -2,7 +2,7 @@
 
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{CHUNK, Problem, Spans, Summary, Tile, partial_stride};
+use crate::kernels::generic::attention::{BitView, CHUNK, Problem, Spans, Summary, Tile, partial_stride};
 use crate::kernels::{self, AttentionFns, Function, Precision};
 use crate::layout::{Layout, Packing};
 use crate::ops::mask::{BitMask, Mask, RawMasks, check_scores};
@@ -97,7 +97,7 @@ pub struct AttentionOptions<'a> {
     /// `[heads]`: one more logit, which takes weight and has no value.
     pub sinks: Option<&'a [f32]>,
     /// What [`AttentionPlan`] has checked already: instead of causality, windows, layout, query starts, lengths, starts, offsets
-    /// and prefixes, which must then be absent.
+    /// and prefixes, which must then be absent; so must the masks, if it was made of any.
     pub plan: Option<&'a AttentionPlan>,
     /// How exactly to compute; see [`Context::kernel_for`](crate::Context::kernel_for) for what that makes of a call.
     pub precision: Precision,
@@ -117,12 +117,22 @@ pub(crate) struct RawAttention<'a> {
     pub v_packing: Packing,
     pub spans: Spans<'a>,
     /// Of a plan, which has checked the spans.
-    pub planned: Option<Summary>,
+    pub planned: Option<Planned<'a>>,
     pub masks: RawMasks<'a>,
     pub bias: Option<RawView>,
     pub alibi_slopes: Option<&'a [f32]>,
     pub sinks: Option<&'a [f32]>,
     pub precision: Precision,
+}
+
+/// What a call has from a plan, besides its spans.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Planned<'a> {
+    pub summary: Summary,
+    /// The masks are the plan's to say.
+    pub has_masks: bool,
+    /// Their bits, if they hide anything.
+    pub bits: Option<BitView<'a>>,
 }
 
 impl<'a> AttentionOptions<'a> {
@@ -145,7 +155,7 @@ impl<'a> AttentionOptions<'a> {
         })
     }
 
-    fn masks(&self) -> RawMasks<'a> {
+    pub(crate) fn masks(&self) -> RawMasks<'a> {
         RawMasks { mask: self.mask.map(|m| m.raw), bit_mask: self.bit_mask.map(|m| m.raw) }
     }
 
@@ -374,7 +384,7 @@ impl<'a> RawAttention<'a> {
             Some(plan) => {
                 options.only_plan()?;
                 plan.check(&q.raw, k.raw.shape)?;
-                (plan.spans(), Some(plan.summary()))
+                (plan.spans(), Some(plan.planned()))
             }
         };
         Ok(Self {
@@ -475,7 +485,7 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
     );
 
     let summary = match call.planned {
-        Some(summary) => summary,
+        Some(planned) => planned.summary,
         None => spans.validate()?,
     };
     for (name, list) in [("alibi_slopes", call.alibi_slopes), ("sinks", call.sinks)] {
@@ -487,6 +497,15 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
     let softcap = call.softcap.unwrap_or(0.0);
     ensure!(softcap.is_finite() && softcap >= 0.0, InvalidValue, "softcap is {softcap}");
 
+    let planned_bits = match call.planned {
+        Some(planned) if planned.has_masks => {
+            for (name, given) in [("mask", call.masks.mask.is_some()), ("bit_mask", call.masks.bit_mask.is_some())] {
+                ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
+            }
+            planned.bits
+        }
+        _ => None,
+    };
     let masks = call.masks.validate(&spans, heads, summary.longest)?;
     masks.check_apart("out", out)?;
     if let Some(bias) = &call.bias {
@@ -523,7 +542,7 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
             scale,
             softcap,
             mask,
-            bit_mask,
+            bit_mask: bit_mask.or(planned_bits),
             bias: call.bias,
             alibi: call.alibi_slopes,
             sinks: call.sinks,

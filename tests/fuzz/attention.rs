@@ -176,16 +176,41 @@ impl Drop for Plan {
     }
 }
 
-/// Sometimes, makes a plan of what was said, and lets that stand for it.
-fn planned(c: &mut Call, rows: &Rows, said: &mut Said, q: [i64; 4], k: [i64; 4]) -> Plan {
+/// The masks of a call.
+#[derive(Clone, Copy)]
+struct Masks {
+    mask: kvl_mask,
+    bit_mask: *const kvl_bit_mask,
+}
+
+impl Masks {
+    const NONE: Self = Self {
+        mask: kvl_mask { data: std::ptr::null(), shape: [0; 4], strides: [0; 4], bytes: 0 },
+        bit_mask: std::ptr::null(),
+    };
+
+    fn are_none(&self) -> bool {
+        self.mask.shape == [0; 4] && self.mask.data.is_null() && self.bit_mask.is_null()
+    }
+}
+
+/// Sometimes, makes a plan of what was said, with the masks or without, and lets that stand for it.
+fn planned(c: &mut Call, rows: &Rows, said: &mut Said, masks: &mut Masks, q: [i64; 4], k: [i64; 4]) -> Plan {
     let mut plan = Plan(std::ptr::null_mut());
     if !c.maybe(0.25) {
         return plan;
     }
     // Of other views than those of the call, in a hostile one.
     let axes = |c: &mut Call, shape: [i64; 4]| kvl_const_view { shape: shape.map(|n| c.number(n)), ..zeroed() };
-    let params =
-        kvl_attention_params { q: axes(c, q), k: axes(c, k), struct_size: size_of_val(&said.params), ..said.params };
+    let planned = if c.maybe(0.7) { *masks } else { Masks::NONE };
+    let params = kvl_attention_params {
+        q: axes(c, q),
+        k: axes(c, k),
+        struct_size: size_of_val(&said.params),
+        mask: planned.mask,
+        bit_mask: planned.bit_mask,
+        ..said.params
+    };
     // Lists have as many entries as the call's own views say, so other ones cannot say more.
     if params.q.shape[0] != q[0] || params.k.shape[1] != k[1] {
         return plan;
@@ -194,7 +219,14 @@ fn planned(c: &mut Call, rows: &Rows, said: &mut Said, q: [i64; 4], k: [i64; 4])
     if unsafe { kvl_plan_create(&raw const params, &raw mut plan.0) } != 0 {
         return plan;
     }
-    if c.is_right() && c.maybe(0.4) && said.lengths.values.iter().all(|&n| n > 0) && !said.lengths.at.is_null() {
+    if !planned.are_none() {
+        let counts = vec![0; rows.batch as usize];
+        // SAFETY: a list of as many entries as it says.
+        assert_ne!(unsafe { kvl_plan_advance(plan.0, counts.as_ptr(), rows.batch) }, 0, "masks of new tokens");
+        if !c.hit() {
+            *masks = Masks::NONE;
+        }
+    } else if c.is_right() && c.maybe(0.4) && said.lengths.values.iter().all(|&n| n > 0) && !said.lengths.at.is_null() {
         advanced(c, rows, said, &params, &mut plan);
     }
     let kept = if c.hit() { c.rng.between(1, 9) } else { 0 };
@@ -387,7 +419,10 @@ fn attend(mut c: Call, shared: bool) -> i32 {
 
     let mut said = rows.give(&mut c, q.shape, k.shape);
     let is_new = said.is_new();
-    let plan = planned(&mut c, &rows, &mut said, q.shape, k.shape);
+    let bits = if c.maybe(0.25) { bit_mask(&mut c, &rows, said.batch, heads) } else { std::ptr::null() };
+    mask.iter().for_each(|t| c.fill(t, |_| true));
+    let mut masks = Masks { mask: mask.map_or(zeroed(), |t| c.mask(&t)), bit_mask: bits };
+    let plan = planned(&mut c, &rows, &mut said, &mut masks, q.shape, k.shape);
     let optional = |c: &mut Call, probability: f64, n: Option<i64>| if c.maybe(probability) { n } else { None };
     let n = optional(&mut c, if shared { 0.02 } else { 0.2 }, Some(q.shape[2]));
     let n = if shared && c.is_right() { None } else { n };
@@ -400,7 +435,6 @@ fn attend(mut c: Call, shared: bool) -> i32 {
     let lse_entries = product(&q.shape[..3]);
     let n = optional(&mut c, 0.5, lse_entries);
     let lse: *mut f32 = c.output(n);
-    let bits = if c.maybe(0.25) { bit_mask(&mut c, &rows, said.batch, heads) } else { std::ptr::null() };
 
     // Keys that no query sees stay poison.
     let live = said.live();
@@ -411,7 +445,7 @@ fn attend(mut c: Call, shared: bool) -> i32 {
         true => is_live([row, 2 * slot, head]) || is_live([row, 2 * slot + 1, head]),
         false => is_live([row, slot, head]),
     });
-    mask.iter().chain(&bias).for_each(|t| c.fill(t, |_| true));
+    bias.iter().for_each(|t| c.fill(t, |_| true));
 
     let (scale, softcap) = (c.value() * 0.3, c.value().abs() * 20.0);
     let (scale, softcap) = (if c.maybe(0.5) { 0.0 } else { scale }, if c.maybe(0.7) { 0.0 } else { softcap });
@@ -425,13 +459,13 @@ fn attend(mut c: Call, shared: bool) -> i32 {
         scale: c.float(scale.into()) as f32,
         softcap: c.float(softcap.into()) as f32,
         reserved: c.code(0),
-        mask: mask.map_or(zeroed(), |t| c.mask(&t)),
+        mask: masks.mask,
         bias: bias.map_or(zeroed(), |t| c.const_view(&t)),
         alibi_slopes: slopes.at,
         sinks: sinks.at,
         precision: c.code(precision),
         reserved2: c.code(0),
-        bit_mask: bits,
+        bit_mask: masks.bit_mask,
         v_packing: c.code(packed.into()),
         reserved3: c.code(0),
         ..said.params
@@ -493,22 +527,44 @@ impl Shapes {
         Self { q: [q0, q1, heads, dim], k: [k0, k1, heads, dim], rows }
     }
 
-    /// Parameters of these shapes, or of others.
-    fn params(&self, c: &mut Call) -> (kvl_attention_params, bool) {
+    /// Parameters of these shapes, or of others, and with `masks` sometimes some of these.
+    fn params(&self, c: &mut Call, masks: bool) -> (kvl_attention_params, bool) {
         let view = |c: &mut Call, shape: [i64; 4]| {
             let shape = shape.map(|n| c.number(n));
             kvl_const_view { shape, dtype: c.code(0), reserved: c.code(0), ..zeroed() }
         };
         let (q, k) = (view(c, self.q), view(c, self.k));
         let said = self.rows.give(c, q.shape, k.shape);
-        (kvl_attention_params { q, k, v: k, ..said.params }, said.is_new())
+        let Masks { mask, bit_mask } = if masks { self.masks(c, said.batch) } else { Masks::NONE };
+        let is_new = said.is_new() || !bit_mask.is_null();
+        (kvl_attention_params { q, k, v: k, mask, bit_mask, ..said.params }, is_new)
     }
 
-    /// A plan of exactly this.
-    fn plan(&self, c: &mut Call) -> Plan {
+    /// Masks for rows of which the library is told that they are so many.
+    fn masks(&self, c: &mut Call, batch: Option<i64>) -> Masks {
+        let (rows, heads) = (&self.rows, self.q[2]);
+        let mut masks = Masks::NONE;
+        let scores = [rows.batch, rows.seq, heads, rows.longest() + c.rng.below(3) as i64];
+        if c.maybe(0.3) && product(&scores).is_some_and(|n| n <= 1 << 16) {
+            let mut mask = c.tensor(MASK, scores, true);
+            c.settle(&mut mask);
+            c.fill(&mask, |_| true);
+            masks.mask = c.mask(&mask);
+        }
+        if c.maybe(0.3) {
+            masks.bit_mask = bit_mask(c, rows, batch, heads);
+        }
+        masks
+    }
+
+    /// A plan of exactly this, and with `masks` sometimes of some.
+    fn plan(&self, c: &mut Call, masks: bool) -> Plan {
         let mut plan = Plan(std::ptr::null_mut());
         let said = c.rightly(|c| self.rows.give(c, self.q, self.k));
+        let Masks { mask, bit_mask } = if masks { c.rightly(|c| self.masks(c, said.batch)) } else { Masks::NONE };
         let params = kvl_attention_params {
+            mask,
+            bit_mask,
             struct_size: size_of::<kvl_attention_params>(),
             q: kvl_const_view { shape: self.q, ..zeroed() },
             k: kvl_const_view { shape: self.k, ..zeroed() },
@@ -531,7 +587,7 @@ pub fn attention_with_prefix_workspace_size(c: Call) -> i32 {
 fn workspace_size(mut c: Call, shared: bool) -> i32 {
     c.spoil_rate(0.03);
     let shapes = Shapes::new(&mut c);
-    let (params, is_new) = shapes.params(&mut c);
+    let (params, is_new) = shapes.params(&mut c, false);
     let params = c.sized(&params, if is_new { &[] } else { &OLDER });
     let shape = shapes.k.map(|n| c.number(n));
     let prefix = c.fixed(kvl_const_view { shape, ..zeroed() });
@@ -554,15 +610,15 @@ fn workspace_size(mut c: Call, shared: bool) -> i32 {
 /// Attends with a plan over caches of exactly the shapes that it was made for, which has to work whatever has been tried on
 /// it: what it says of rows must stay inside them.
 fn exercise(c: &Call, plan: &Plan, q: [i64; 4], k: [i64; 4]) {
-    if q.iter().chain(&k).any(|&n| n > 1 << 11) || q[..2].iter().chain(&k[..2]).product::<i64>() > 1 << 14 {
+    // Masks may be of the heads that there were.
+    if q.iter().chain(&k).any(|&n| n > 1 << 11) || q[..3].iter().chain(&k[..2]).product::<i64>() > 1 << 15 {
         return;
     }
-    let axes = |shape: [i64; 4]| [shape[0], shape[1], 2, 3];
-    let (q, k) = (axes(q), axes(k));
+    let (q, k) = ([q[0], q[1], q[2], 3], [k[0], k[1], 1, 3]);
     let values = |shape: [i64; 4]| vec![0.5f32; shape.iter().product::<i64>() as usize];
     let (queries, keys, mut out) = (values(q), values(k), values(q));
     let view = |data: *mut f32, shape: [i64; 4]| {
-        let strides = [shape[1] * 6, 6, 3, 1];
+        let strides = [shape[1] * shape[2] * 3, shape[2] * 3, 3, 1];
         let bytes = shape.iter().product::<i64>() as usize * 4;
         Tensor { data: data.cast(), dtype: 0, reserved: 0, shape, strides, bytes }
     };
@@ -593,7 +649,7 @@ fn exercise(c: &Call, plan: &Plan, q: [i64; 4], k: [i64; 4]) {
 pub fn plan_create(mut c: Call) -> i32 {
     c.spoil_rate(0.03);
     let shapes = Shapes::new(&mut c);
-    let (params, is_new) = shapes.params(&mut c);
+    let (params, is_new) = shapes.params(&mut c, true);
     let (q, k) = (params.q.shape, params.k.shape);
     let params = c.sized(&params, if is_new { &[] } else { &OLDER });
     let plan: *mut *mut kvl_plan = c.output(Some(1));
@@ -611,8 +667,8 @@ pub fn plan_create(mut c: Call) -> i32 {
 pub fn plan_update(mut c: Call) -> i32 {
     c.spoil_rate(0.03);
     let (before, after) = (Shapes::new(&mut c), Shapes::new(&mut c));
-    let plan = before.plan(&mut c);
-    let (params, is_new) = after.params(&mut c);
+    let plan = before.plan(&mut c, true);
+    let (params, is_new) = after.params(&mut c, true);
     let (q, k) = (params.q.shape, params.k.shape);
     let params = c.sized(&params, if is_new { &[] } else { &OLDER });
     let target = if c.hit() && c.maybe(0.2) { std::ptr::null_mut() } else { plan.0 };
@@ -647,7 +703,7 @@ pub fn plan_advance(mut c: Call) -> i32 {
     {
         offsets.iter_mut().zip(&counts).for_each(|(offset, count)| *offset -= count);
     }
-    let plan = shapes.plan(&mut c);
+    let plan = shapes.plan(&mut c, false);
     let n = c.number(shapes.rows.batch);
     let wrong = [-1, i32::MIN, i32::MAX, 1, 50];
     let counts = c.list((n >= 0).then_some(n), &wrong, |_, i| counts.get(i).copied().unwrap_or(0));
@@ -672,7 +728,7 @@ pub fn plan_set_table(mut c: Call) -> i32 {
         }
         shapes = Shapes::new(&mut c);
     }
-    let plan = shapes.plan(&mut c);
+    let plan = shapes.plan(&mut c, true);
     let places = &shapes.rows.places;
     let per_row = if places.kind == PAGED { places.pages_per_row } else { places.axes[1] };
     let first = c.rng.between(0, per_row.max(0) as usize) as i64;
@@ -692,7 +748,7 @@ pub fn plan_set_table(mut c: Call) -> i32 {
 
 pub fn plan_destroy(mut c: Call) -> i32 {
     let shapes = Shapes::new(&mut c);
-    let plan = if c.maybe(0.7) { shapes.plan(&mut c) } else { Plan(std::ptr::null_mut()) };
+    let plan = if c.maybe(0.7) { shapes.plan(&mut c, true) } else { Plan(std::ptr::null_mut()) };
     c.ready();
     drop(plan);
     c.check(0)

@@ -602,19 +602,35 @@ impl Problem<'_> {
     /// The live keys are inside the masks.
     #[inline(always)]
     pub unsafe fn shown(&self, batch: usize, row: (u32, u32), base: usize, live: u64) -> u64 {
-        let Span { low, high } = Span::around(live);
-        let mut bits = live;
         // SAFETY: the caller's.
-        unsafe {
-            if let Some(mask) = &self.mask {
-                bits &= mask_bits(mask, batch, row, base, low, high);
-            }
-            if let Some(mask) = &self.bit_mask {
-                bits &= packed_bits(mask, batch, row, base, low, high);
-            }
-        }
-        bits
+        unsafe { shown((self.mask.as_ref(), self.bit_mask.as_ref()), batch, row, base, live) }
     }
+}
+
+/// Which of the `live` keys of a block masks show to a query and head.
+///
+/// # Safety
+/// The live keys are inside the masks.
+#[inline(always)]
+pub(crate) unsafe fn shown(
+    (mask, bit_mask): (Option<&ByteView>, Option<&BitView>),
+    batch: usize,
+    row: (u32, u32),
+    base: usize,
+    live: u64,
+) -> u64 {
+    let Span { low, high } = Span::around(live);
+    let mut bits = live;
+    // SAFETY: the caller's.
+    unsafe {
+        if let Some(mask) = mask {
+            bits &= mask_bits(mask, batch, row, base, low, high);
+        }
+        if let Some(mask) = bit_mask {
+            bits &= packed_bits(mask, batch, row, base, low, high);
+        }
+    }
+    bits
 }
 
 /// Bit j of the result: whether the mask shows key `base + j`, for j in `from..to`.
