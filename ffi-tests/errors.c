@@ -811,6 +811,56 @@ static void attention(void) {
         MASK(KVL_ERR_OUT_OF_RANGE, "first_keys[1] of bit_mask is -1");
         bit_mask.data = output.bytes;
         MASK(KVL_ERR_OVERLAP, "bit_mask and out share memory");
+        {
+            /* Three queries a row: of 5 keys from bit 3 on, 5 bits apart; of 4 keys from bit 20 on, 9 bits apart. */
+            static const int64_t row_starts[] = {3, 20}, widths[] = {5, 9}, before[] = {3, -20}, backwards[] = {-5, 9},
+                                 far[] = {3, INT64_MAX}, wide[] = {INT64_MAX, 9};
+            good_mask.strides[0] = good_mask.strides[1] = 0;
+            good_mask.row_starts = row_starts;
+            good_mask.query_strides = widths;
+            good_mask.bytes = 6;
+            bit_mask = good_mask;
+#define ROWS(status, text)                                                                                             \
+    do {                                                                                                               \
+        p.lengths = LIST(5, 4);                                                                                        \
+        MASK(status, text);                                                                                            \
+    } while (0)
+            p.lengths = LIST(5, 4);
+            p.bit_mask = &bit_mask;
+            OK(kvl_attention(context, NULL, workspace, bytes, &p));
+            bit_mask.bytes = 5;
+            ROWS(KVL_ERR_BOUNDS, "the 3 queries of 4 keys of row 1, 9 bits apart from bit 20, reach bytes 2..6 of a buffer of 5");
+            bit_mask.strides[2] = 1;
+            bit_mask.bytes = 5;
+            ROWS(KVL_ERR_BOUNDS, "row 1, 9 bits apart from bit 20, reach bytes 2..6");
+            bit_mask.strides[2] = -2;
+            ROWS(KVL_ERR_BOUNDS, "row 0, 5 bits apart from bit 3, reach bytes -1..3");
+            bit_mask.row_starts = far;
+            ROWS(KVL_ERR_BOUNDS, "9 bits apart from bit 9223372036854775807, reach bytes");
+            bit_mask.bytes = 0;
+            bit_mask.query_strides = wide;
+            ROWS(KVL_ERR_STRIDE, "row 0, 9223372036854775807 bits apart from bit 3, leave the address space");
+            bit_mask.row_starts = before;
+            ROWS(KVL_ERR_OUT_OF_RANGE, "row_starts[1] of bit_mask is -20, which is negative");
+            bit_mask.query_strides = backwards;
+            ROWS(KVL_ERR_OUT_OF_RANGE, "query_strides[0] of bit_mask is -5, which is negative");
+            bit_mask.query_strides = NULL;
+            ROWS(KVL_ERR_INVALID_VALUE, "bit_mask has row_starts, but query_strides is null");
+            bit_mask.row_starts = NULL;
+            ROWS(KVL_ERR_INVALID_VALUE, "bit_mask has query_strides, but row_starts is null");
+            bit_mask.offset = 8;
+            ROWS(KVL_ERR_INVALID_VALUE, "bit_mask has row_starts, but its offset, which they replace, is 8");
+            bit_mask.strides[1] = 5;
+            ROWS(KVL_ERR_INVALID_VALUE, "strides[1], which they replace, is 5");
+            bit_mask.row_starts = (const int64_t *)(const void *)((const char *)row_starts + 4);
+            ROWS(KVL_ERR_BOUNDS, "row_starts of bit_mask at");
+            bit_mask.shape[3] = 4;
+            ROWS(KVL_ERR_SHAPE, "bit_mask ends at key 4 of row 0, which has 5 keys");
+            bit_mask.data = output.bytes;
+            bit_mask.bytes = 0;
+            ROWS(KVL_ERR_OVERLAP, "bit_mask and out share memory");
+#undef ROWS
+        }
 #undef MASK
     }
     {
@@ -871,6 +921,38 @@ static void attention(void) {
             REFUSED(KVL_ERR_NULL_POINTER, "entries", kvl_plan_set_table(plan, 1, 1, NULL, 1));
             OK(kvl_plan_set_table(plan, 0, 1, one, 1));
             OK(kvl_plan_advance(plan, one, 2));
+            p = good;
+        }
+        {
+            static const unsigned char bits[16] = {1};
+            kvl_bit_mask by_head = KVL_BIT_MASK_INIT;
+            by_head.data = bits;
+            by_head.bytes = sizeof bits;
+            by_head.shape[0] = 2, by_head.shape[1] = 3, by_head.shape[2] = 4, by_head.shape[3] = 5;
+            by_head.strides[2] = 5;
+            p.bit_mask = &by_head;
+            p.lengths = LIST(3, 4);
+            OK(kvl_plan_update(plan, &p));
+            by_head.bytes = 2;
+            REFUSED(KVL_ERR_BOUNDS, "reaches bytes 0..3 of a buffer of 2", kvl_plan_update(plan, &p));
+            REFUSED(KVL_ERR_BOUNDS, "reaches bytes 0..3 of a buffer of 2", kvl_plan_create(&p, made));
+            by_head.bytes = 0;
+            p.q.shape[2] = 2;
+            REFUSED(KVL_ERR_SHAPE, "bit_mask has shape [2, 3, 4, 4], but must have [2, 3, 2, 4]", kvl_plan_update(plan, &p));
+            REFUSED(KVL_ERR_INVALID_VALUE, "the plan holds masks", kvl_plan_advance(plan, one, 2));
+            p = good;
+            p.plan = plan;
+            p.bit_mask = &by_head;
+            TRY(KVL_ERR_INVALID_VALUE, "both plan and bit_mask are given, but bit_mask is the plan's to say");
+            p.plan = plan;
+            p.mask.data = mask;
+            p.mask.shape[0] = 2, p.mask.shape[1] = 3, p.mask.shape[2] = 4, p.mask.shape[3] = 5;
+            TRY(KVL_ERR_INVALID_VALUE, "both plan and mask are given, but mask is the plan's to say");
+            p.plan = plan;
+            p.q.shape[2] = p.out.shape[2] = 2;
+            TRY(KVL_ERR_SHAPE, "the plan's masks are for q of 4 heads, but q has 2");
+            p.plan = plan;
+            OK(kvl_attention(context, NULL, workspace, bytes, &p));
             p = good;
         }
         kvl_plan_destroy(plan);

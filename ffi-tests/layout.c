@@ -134,7 +134,7 @@ AT(kvl_layout, rows, 16);
 AT(kvl_layout, pages_per_row, 24);
 AT(kvl_layout, table, 32);
 
-SIZE(kvl_bit_mask, 96);
+SIZE(kvl_bit_mask, 112);
 AT(kvl_bit_mask, struct_size, 0);
 AT(kvl_bit_mask, data, 8);
 AT(kvl_bit_mask, bytes, 16);
@@ -142,6 +142,8 @@ AT(kvl_bit_mask, offset, 24);
 AT(kvl_bit_mask, shape, 32);
 AT(kvl_bit_mask, strides, 64);
 AT(kvl_bit_mask, first_keys, 88);
+AT(kvl_bit_mask, row_starts, 96);
+AT(kvl_bit_mask, query_strides, 104);
 
 SIZE(kvl_attention_params, 672);
 AT(kvl_attention_params, struct_size, 0);

@@ -337,6 +337,76 @@ static void tree(kvl_dtype dtype) {
     }
 }
 
+/* Masks of requests one after the other, each [queries, keys] of its own from a whole byte on, against a byte an entry. */
+static void flattened(kvl_dtype dtype) {
+    static const int32_t lengths[ROWS] = {17, 11}, query_starts[ROWS + 1] = {0, 2, 5};
+    static const int64_t shape[4] = {ROWS, 3, HEADS, CAPACITY};
+    static unsigned char shown[ROWS][3][CAPACITY];
+    unsigned char packed[16], original[16];
+    int64_t row_starts[ROWS], query_strides[ROWS];
+    kvl_bit_mask mask = KVL_BIT_MASK_INIT;
+    cache caches[CACHES];
+    kvl_attention_params p;
+    result wanted, is;
+    int i, b, s, j;
+    size_t bytes = 0;
+    prefilled(caches, dtype, lengths);
+    memset(packed, 0, sizeof packed);
+    for (b = 0; b < ROWS; b++) {
+        const int n = query_starts[b + 1] - query_starts[b];
+        row_starts[b] = 8 * (int64_t)bytes;
+        query_strides[b] = lengths[b];
+        for (s = 0; s < n; s++) {
+            for (j = 0; j < lengths[b]; j++) {
+                const int bit = (int)row_starts[b] + s * lengths[b] + j;
+                shown[b][s][j] = (unsigned char)((j * j + 3 * s + b) % 5 != 0);
+                packed[bit / 8] |= (unsigned char)(shown[b][s][j] << bit % 8);
+            }
+        }
+        bytes += (size_t)(n * lengths[b] + 7) / 8;
+    }
+    memcpy(original, packed, sizeof packed);
+    p = over(&caches[CONTIGUOUS], 5);
+    p.q = kvl_make_const_view(q, KVL_F32, 1, 5, HEADS, D);
+    p.query_starts = query_starts;
+    p.rows = ROWS;
+    p.lengths = lengths;
+    p.mask.data = &shown[0][0][0];
+    p.mask.bytes = sizeof shown;
+    memcpy(p.mask.shape, shape, sizeof shape);
+    p.mask.strides[0] = 3 * CAPACITY, p.mask.strides[1] = CAPACITY, p.mask.strides[3] = 1;
+    wanted = run(p);
+    memset(&p.mask, 0, sizeof p.mask);
+    is = run(p);
+    CHECK(!same(&is, &wanted), "the mask hides nothing");
+    mask.data = packed;
+    mask.bytes = bytes;
+    memcpy(mask.shape, shape, sizeof shape);
+    mask.row_starts = row_starts;
+    mask.query_strides = query_strides;
+    for (i = 0; i < RING_ROWS; i++) {
+        kvl_attention_params planned = KVL_ATTENTION_PARAMS_INIT;
+        kvl_plan *plan = NULL;
+        p.k = kvl_as_const(caches[i].k);
+        p.v = kvl_as_const(caches[i].v);
+        p.layout = &caches[i].layout;
+        p.bit_mask = &mask;
+        is = run(p);
+        CHECK(same(&is, &wanted), "%s", caches[i].name);
+        /* The plan has bits of its own. */
+        OK(kvl_plan_create(&p, &plan));
+        memset(packed, 0, sizeof packed);
+        planned.q = p.q;
+        planned.k = p.k;
+        planned.v = p.v;
+        planned.plan = plan;
+        is = run(planned);
+        CHECK(same(&is, &wanted), "%s, by a plan", caches[i].name);
+        kvl_plan_destroy(plan);
+        memcpy(packed, original, sizeof packed);
+    }
+}
+
 /* Two layers, one with pages in NHD and one in HND, share a plan from step to step; a page is given when it is needed. */
 static void plans(kvl_dtype dtype) {
     static const int32_t begin[ROWS] = {7, 3}, one[ROWS] = {1, 1};
@@ -506,6 +576,7 @@ int main(void) {
             prompt_and_decode(types[type]);
             ragged_queries(types[type]);
             tree(types[type]);
+            flattened(types[type]);
             plans(types[type]);
             beam_search(types[type]);
         }

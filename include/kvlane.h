@@ -802,6 +802,10 @@ typedef struct kvl_mask {
  * It may speak of the last keys alone: bit j of row b is of key `first_keys[b] + j`, keys before that are seen, and the last bit
  * is of the row's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a stride of 0, over
  * the n tokens that were written last.
+ *
+ * Its rows may be as wide as each is, and lie anywhere: with `row_starts` and `query_strides`, a row has bits for its own queries
+ * and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of requests one after
+ * the other, each [queries, keys] of its own, are one mask.
  */
 typedef struct kvl_bit_mask {
     /**
@@ -809,7 +813,7 @@ typedef struct kvl_bit_mask {
      */
     size_t struct_size;
     /**
-     * The byte of entry [0, 0, 0, 0].
+     * From whose first byte bits are counted.
      */
     const uint8_t *data;
     /**
@@ -821,7 +825,7 @@ typedef struct kvl_bit_mask {
      */
     int64_t offset;
     /**
-     * batch, seq (the most queries of a row), heads, keys.
+     * batch, seq (the most queries of a row), heads, keys (at least the most of a row, less its first key).
      */
     int64_t shape[4];
     /**
@@ -832,6 +836,16 @@ typedef struct kvl_bit_mask {
      * [batch]: the key of a row's first bit; null for 0.
      */
     const int32_t *first_keys;
+    /**
+     * [batch]: the bit of a row's query 0, head 0 and first key, not negative, instead of `offset` and the stride of batch, which
+     * must be 0; null if rows lie at those. Given with `query_strides` or not at all.
+     */
+    const int64_t *row_starts;
+    /**
+     * [batch]: bits from a query of a row to the next, not negative, 0 to broadcast, instead of the stride of seq, which must be
+     * 0; null if all rows have that.
+     */
+    const int64_t *query_strides;
 } kvl_bit_mask;
 
 /**
@@ -959,7 +973,8 @@ typedef struct kvl_attention_params {
     const struct kvl_bit_mask *bit_mask;
     /**
      * What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `query_starts`, `rows`, `lengths`,
-     * `starts`, `offsets` and `prefixes`, which must then be 0 or null; null for none.
+     * `starts`, `offsets` and `prefixes`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
+     * plan was made of either; null for none.
      */
     const struct kvl_plan *plan;
     /**
@@ -1818,12 +1833,16 @@ kvl_status kvl_merge_chunks(const struct kvl_context *context,
 
 /**
  * Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
- * `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, and the first two axes of `q` and `k`; nothing else of it is
- * looked at, and data may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with
- * `kvl_plan_destroy`.
+ * `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
+ * there are masks, the heads of `q`; nothing else of it is looked at, and data of tensors may be null.
+ * `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
  *
- * A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no mask
- * and no pointer. Since ABI version 3.
+ * Masks are read here and once: the plan has bits of its own, for the queries of every row and the keys up to its length, of each
+ * head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they hide nothing
+ * that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
+ *
+ * A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no
+ * pointer of the caller's. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once.
  * Bad input: null, an unknown `struct_size`, and what `kvl_attention` would say of these fields are errors, and `*plan` is not
@@ -1833,8 +1852,8 @@ kvl_status kvl_plan_create(const struct kvl_attention_params *params,
                            struct kvl_plan **plan);
 
 /**
- * Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists or
- * tables do.
+ * Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists,
+ * tables or masks do.
  *
  * Thread safety: no other call may use the plan meanwhile.
  * Bad input: as for `kvl_plan_create`; the plan is then what it was.
@@ -1849,7 +1868,8 @@ kvl_status kvl_plan_update(struct kvl_plan *plan,
  *
  * Thread safety: no other call may use the plan meanwhile.
  * Bad input: null, a list of other than `rows` entries, a negative count, a row without room, table entries that are no pages or
- * rows, queries that see what a ring has overwritten are errors, and the plan is then what it was.
+ * rows, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new tokens is for
+ * `kvl_plan_update`) are errors, and the plan is then what it was.
  */
 kvl_status kvl_plan_advance(struct kvl_plan *plan,
                             const int32_t *counts,

@@ -53,7 +53,7 @@
 //! | PyTorch `attn_mask` of bool (true is seen), of float | `mask`, `bias` |
 //! | **FlashInfer**, **FlashAttention** `causal` (bottom-right) | `causal` |
 //! | FlashInfer `window_left` W, FlashAttention `window_size` (L, R) | `window_left` = W; `window_left` = L, `window_right` = R |
-//! | FlashInfer `packed_custom_mask` (lowest bit first) | `bit_mask`, one call a request, or rows of one stride |
+//! | FlashInfer `packed_custom_mask` (lowest bit first) | `bit_mask` with a row's own start and stride: [below](#flattened-masks) |
 //! | FlashInfer `qo_indptr`, `kv_indptr`, `cu_seqlens_q`, `cu_seqlens_k` | `query_starts`, [`Layout::Ragged`](crate::Layout::Ragged) |
 //! | FlashInfer LSE (base 2) | ours times log2(e) |
 //! | **vLLM** `sliding_window` W, `block_table`, `slot_mapping` | `window_left` = W - 1, [`Layout::Paged`](crate::Layout::Paged), slots of a paged write |
@@ -65,6 +65,49 @@
 //! | ggml sinks | `sinks` |
 //! | **Grok-1** memory mask times causal mask | `lengths`, `causal` |
 //! | **x-transformers** `seq_start_pos` | `starts` |
+//!
+//! # Flattened masks
+//! FlashInfer gives a ragged batch its masks one after the other, each `[queries, keys]` of its request and no wider. Such a buffer is
+//! a [`BitMask`](crate::BitMask::per_row) of which every row says where its bits begin and how far apart its queries are:
+//!
+//! | theirs | `row_starts[b]`, in bits | `query_strides[b]`, in bits |
+//! | --- | --- | --- |
+//! | `packed_custom_mask`: every request begins a byte, `mask_indptr` counts bytes | `8 * mask_indptr[b]` | keys of request b |
+//! | `custom_mask` (a boolean an entry), packed as one row of bits, lowest first | sum of queries times keys of the requests before | keys of request b |
+//!
+//! The shape is `[requests, most queries, heads, most keys]`, the stride of heads 0; queries are `query_starts` = `qo_indptr`, and
+//! keys of a request are its `lengths`.
+//!
+//! ```
+//! use kvlane::*;
+//! let context = Context::new()?;
+//! // One query that sees keys 0 and 2 of three, and two that see all but the last, or the first, of four.
+//! let (packed_custom_mask, mask_indptr) = ([0b101u8, 0b1110_0111], [0i64, 1, 2]);
+//! let (qo_indptr, lengths) = ([0, 1, 3], [3, 4]);
+//! let row_starts: Vec<i64> = mask_indptr[..2].iter().map(|byte| 8 * byte).collect();
+//! let query_strides: Vec<i64> = lengths.iter().map(|&n| n.into()).collect();
+//! let bits = BitMask::per_row(&packed_custom_mask, &row_starts, &query_strides, 0, [2, 2, 1, 4])?;
+//! let keys = vec![0.5f32; 2 * 4 * 4];
+//! let values: Vec<f32> = (0..8).flat_map(|token| [token as f32; 4]).collect();
+//! let (q, mut out) = (vec![0.0f32; 3 * 4], vec![0.0f32; 3 * 4]);
+//! attention(&context, &Serial, &mut Workspace::new(), AttentionTensors {
+//!     q: View::new(&q, [1, 3, 1, 4])?,
+//!     k: View::new(&keys, [2, 4, 1, 4])?,
+//!     v: View::new(&values, [2, 4, 1, 4])?,
+//!     out: ViewMut::new(&mut out, [1, 3, 1, 4])?,
+//!     lse: None,
+//! }, &AttentionOptions {
+//!     query_starts: Some(&qo_indptr),
+//!     lengths: Some(&lengths),
+//!     bit_mask: Some(bits),
+//!     ..Default::default()
+//! })?;
+//! // All weights are equal: means of tokens 0 and 2, of 4 to 6, and of 5 to 7.
+//! for (query, mean) in [1.0, 5.0, 6.0].into_iter().enumerate() {
+//!     assert!((out[4 * query] - mean).abs() < 1e-6);
+//! }
+//! # Ok::<(), kvlane::Error>(())
+//! ```
 //!
 //! # A tree of guesses
 //! Speculative decoding puts n guessed tokens behind the cache, each the child of one before it, and verifies them in one call.

@@ -90,6 +90,10 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
         most = most.max(allocations(|| plan.advance(&[1, 3]).unwrap()));
         most = most.max(allocations(|| attend(&AttentionOptions { plan: Some(&plan), ..Default::default() })));
         most = most.max(allocations(|| plan.update([2, 1, 6, 64], shape, &options).unwrap()));
+        let masked = AttentionOptions { bit_mask: Some(bits), ..options };
+        plan.update([2, 1, 6, 64], shape, &masked).unwrap();
+        most = most.max(allocations(|| plan.update([2, 1, 6, 64], shape, &masked).unwrap()));
+        most = most.max(allocations(|| attend(&AttentionOptions { plan: Some(&plan), ..Default::default() })));
     }
     let k = Tensor::random(rng, dtype, [2, 40, 2, 64], Layout::BSHD, Place::Heap);
     let shared = Tensor::random(rng, dtype, [1, room - 20, 2, 64], Layout::BSHD, Place::Heap);

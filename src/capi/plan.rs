@@ -3,18 +3,23 @@
 use super::guard::{guard, guard_value};
 use super::types::*;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{Spans, Summary};
-use crate::ops::attention::rows_of;
+use crate::kernels::generic::attention::Spans;
+use crate::ops::attention::{Planned, rows_of};
+use crate::ops::mask::RawMasks;
 use crate::ops::plan::AttentionPlan;
 use crate::view::{BATCH, RawView, SEQ};
 
 /// Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
-/// `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, and the first two axes of `q` and `k`; nothing else of it is
-/// looked at, and data may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with
-/// `kvl_plan_destroy`.
+/// `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
+/// there are masks, the heads of `q`; nothing else of it is looked at, and data of tensors may be null.
+/// `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
 ///
-/// A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no mask
-/// and no pointer. Since ABI version 3.
+/// Masks are read here and once: the plan has bits of its own, for the queries of every row and the keys up to its length, of each
+/// head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they hide nothing
+/// that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
+///
+/// A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no
+/// pointer of the caller's. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once.
 /// Bad input: null, an unknown `struct_size`, and what `kvl_attention` would say of these fields are errors, and `*plan` is not
@@ -33,8 +38,8 @@ pub unsafe extern "C" fn kvl_plan_create(params: *const kvl_attention_params, pl
     })
 }
 
-/// Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists or
-/// tables do.
+/// Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists,
+/// tables or masks do.
 ///
 /// Thread safety: no other call may use the plan meanwhile.
 /// Bad input: as for `kvl_plan_create`; the plan is then what it was.
@@ -44,7 +49,7 @@ pub unsafe extern "C" fn kvl_plan_update(plan: *mut kvl_plan, params: *const kvl
         // SAFETY: the caller's promise, here and below.
         let (plan, params) = unsafe { (borrow_mut(plan)?, read_sized(params)?) };
         // SAFETY: as above.
-        unsafe { with_spans(&params, |q_shape, spans| plan.take(q_shape, spans)) }
+        unsafe { with_spans(&params, |q_shape, spans, masks| plan.take(q_shape, spans, masks)) }
     })
 }
 
@@ -54,7 +59,8 @@ pub unsafe extern "C" fn kvl_plan_update(plan: *mut kvl_plan, params: *const kvl
 ///
 /// Thread safety: no other call may use the plan meanwhile.
 /// Bad input: null, a list of other than `rows` entries, a negative count, a row without room, table entries that are no pages or
-/// rows, queries that see what a ring has overwritten are errors, and the plan is then what it was.
+/// rows, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new tokens is for
+/// `kvl_plan_update`) are errors, and the plan is then what it was.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_plan_advance(plan: *mut kvl_plan, counts: *const i32, rows: i64) -> kvl_status {
     guard(|| {
@@ -110,15 +116,20 @@ unsafe fn borrow_mut<'a>(plan: *mut kvl_plan) -> Result<&'a mut AttentionPlan> {
     Ok(unsafe { &mut (*plan).plan })
 }
 
-/// Calls `f` with the shape of the queries and what the parameters say of rows.
+/// Calls `f` with the shape of the queries, what the parameters say of rows, and their masks.
 ///
 /// # Safety
 /// `params` is what the header describes.
-unsafe fn with_spans<T>(params: &kvl_attention_params, f: impl FnOnce([usize; 4], &Spans) -> Result<T>) -> Result<T> {
+unsafe fn with_spans<T>(
+    params: &kvl_attention_params,
+    f: impl FnOnce([usize; 4], &Spans, &RawMasks) -> Result<T>,
+) -> Result<T> {
     ensure!(params.plan.is_null(), InvalidValue, "a plan is to be made of parameters that have a plan");
     let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
-    // SAFETY: the caller's.
-    f(q.shape, &unsafe { own_spans(params, &q, k) }?)
+    // SAFETY: the caller's, here and below.
+    let spans = unsafe { own_spans(params, &q, k) }?;
+    // SAFETY: as above.
+    f(q.shape, &spans, &unsafe { masks(params, spans.batch) }?)
 }
 
 /// What the parameters of an attention call say of its rows, by themselves or through a plan.
@@ -129,7 +140,7 @@ pub(super) unsafe fn spans<'a>(
     params: &kvl_attention_params,
     q: &RawView,
     k: RawView,
-) -> Result<(Spans<'a>, Option<Summary>)> {
+) -> Result<(Spans<'a>, Option<Planned<'a>>)> {
     if params.plan.is_null() {
         // SAFETY: the caller's.
         return Ok((unsafe { own_spans(params, q, k) }?, None));
@@ -152,7 +163,7 @@ pub(super) unsafe fn spans<'a>(
     // SAFETY: the caller's: from `kvl_plan_create`, and nobody changes it meanwhile.
     let plan: &'a AttentionPlan = unsafe { &(*params.plan).plan };
     plan.check(q, k.shape)?;
-    Ok((plan.spans(), Some(plan.summary())))
+    Ok((plan.spans(), Some(plan.planned())))
 }
 
 /// # Safety

@@ -11,9 +11,10 @@
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status, ensure, fail};
 use crate::isa::Isa;
+use crate::kernels::generic::attention::BitRows;
 use crate::kernels::{Op, Precision};
 use crate::layout::{Layout, Packing};
-use crate::ops::mask::{RawBitMask, RawMask};
+use crate::ops::mask::{RawBitMask, RawMask, RawMasks};
 use crate::ops::norm::RmsNorm;
 use crate::ops::rope::Pairing;
 use crate::view::{DIM, RawView};
@@ -515,23 +516,33 @@ pub struct kvl_attention_state {
 /// It may speak of the last keys alone: bit j of row b is of key `first_keys[b] + j`, keys before that are seen, and the last bit
 /// is of the row's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a stride of 0, over
 /// the n tokens that were written last.
+///
+/// Its rows may be as wide as each is, and lie anywhere: with `row_starts` and `query_strides`, a row has bits for its own queries
+/// and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of requests one after
+/// the other, each [queries, keys] of its own, are one mask.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_bit_mask {
     /// `sizeof(kvl_bit_mask)`.
     pub struct_size: usize,
-    /// The byte of entry [0, 0, 0, 0].
+    /// From whose first byte bits are counted.
     pub data: *const u8,
     /// Bytes from `data` to the end of the buffer, to be checked against; 0 if unknown.
     pub bytes: usize,
     /// The bit of entry [0, 0, 0, 0].
     pub offset: i64,
-    /// batch, seq (the most queries of a row), heads, keys.
+    /// batch, seq (the most queries of a row), heads, keys (at least the most of a row, less its first key).
     pub shape: [i64; 4],
     /// Of batch, seq and heads, in bits; 0 broadcasts.
     pub strides: [i64; 3],
     /// [batch]: the key of a row's first bit; null for 0.
     pub first_keys: *const i32,
+    /// [batch]: the bit of a row's query 0, head 0 and first key, not negative, instead of `offset` and the stride of batch, which
+    /// must be 0; null if rows lie at those. Given with `query_strides` or not at all.
+    pub row_starts: *const i64,
+    /// [batch]: bits from a query of a row to the next, not negative, 0 to broadcast, instead of the stride of seq, which must be
+    /// 0; null if all rows have that.
+    pub query_strides: *const i64,
 }
 
 /// What attention reads, writes and sees. Start from `KVL_ATTENTION_PARAMS_INIT`, which sees every key; set `q`, `k`, `v`
@@ -606,7 +617,8 @@ pub struct kvl_attention_params {
     /// Which keys each query sees, a bit each; null for all.
     pub bit_mask: *const kvl_bit_mask,
     /// What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `query_starts`, `rows`, `lengths`,
-    /// `starts`, `offsets` and `prefixes`, which must then be 0 or null; null for none.
+    /// `starts`, `offsets` and `prefixes`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
+    /// plan was made of either; null for none.
     pub plan: *const kvl_plan,
     /// How values lie in `v`: with `KVL_PACK_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
     /// that are not packed.
@@ -928,16 +940,41 @@ pub(super) unsafe fn layout<'a>(from: *const kvl_layout, slots: usize) -> Result
     })
 }
 
-/// The bit mask at `from`, for so many rows.
+/// The masks of a call of so many rows.
 ///
 /// # Safety
+/// `params` is what the header describes.
+pub(super) unsafe fn masks<'a>(params: &kvl_attention_params, batch: usize) -> Result<RawMasks<'a>> {
+    // SAFETY: the caller's.
+    Ok(RawMasks { mask: params.mask.raw("mask")?, bit_mask: unsafe { bit_mask(params.bit_mask, batch) }? })
+}
+
+/// # Safety
 /// `from` is null or points to what the header describes.
-pub(super) unsafe fn bit_mask<'a>(from: *const kvl_bit_mask, batch: usize) -> Result<Option<RawBitMask<'a>>> {
+unsafe fn bit_mask<'a>(from: *const kvl_bit_mask, batch: usize) -> Result<Option<RawBitMask<'a>>> {
     if from.is_null() {
         return Ok(None);
     }
     // SAFETY: the caller's, here and below.
     let mask = unsafe { read_sized(from) }?;
+    // SAFETY: as above.
+    let lists = unsafe {
+        (
+            list("row_starts of bit_mask", mask.row_starts, batch)?,
+            list("query_strides of bit_mask", mask.query_strides, batch)?,
+        )
+    };
+    let rows = match lists {
+        (Some(starts), Some(query_strides)) => Some(BitRows { starts, query_strides }),
+        (None, None) => None,
+        (starts, _) => {
+            let [given, absent] = match starts {
+                Some(_) => ["row_starts", "query_strides"],
+                None => ["query_strides", "row_starts"],
+            };
+            fail!(InvalidValue, "bit_mask has {given}, but {absent} is null")
+        }
+    };
     Ok(Some(RawBitMask {
         data: mask.data,
         offset: mask.offset,
@@ -946,6 +983,7 @@ pub(super) unsafe fn bit_mask<'a>(from: *const kvl_bit_mask, batch: usize) -> Re
         bytes: (mask.bytes > 0).then_some(mask.bytes),
         // SAFETY: as above.
         first_keys: unsafe { list("first_keys of bit_mask", mask.first_keys, batch) }?,
+        rows,
     }))
 }
 
@@ -1073,8 +1111,9 @@ mod layout {
         prefixes: 640, bit_mask: 648, plan: 656, v_packing: 664, reserved3: 668,
     );
     layout!(
-        kvl_bit_mask, 96,
-        struct_size: 0, data: 8, bytes: 16, offset: 24, shape: 32, strides: 64, first_keys: 88,
+        kvl_bit_mask, 112,
+        struct_size: 0, data: 8, bytes: 16, offset: 24, shape: 32, strides: 64, first_keys: 88, row_starts: 96,
+        query_strides: 104,
     );
     layout!(kvl_chunk_states, 16, states: 0, len: 8);
     layout!(

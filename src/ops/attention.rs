@@ -2,10 +2,10 @@
 
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{BitView, ByteView, CHUNK, Problem, Spans, Summary, Tile, partial_stride};
+use crate::kernels::generic::attention::{BitView, CHUNK, Problem, Spans, Summary, Tile, partial_stride};
 use crate::kernels::{self, AttentionFns, Function, Precision};
 use crate::layout::{Layout, Packing};
-use crate::ops::mask::{BitMask, Mask, RawBitMask, RawMask};
+use crate::ops::mask::{BitMask, Mask, RawMasks, Touched, check_scores};
 use crate::ops::plan::AttentionPlan;
 use crate::ops::tiling::{GRAIN, Tiling, most_chunks};
 use crate::ops::workspace::{Workspace, check_workspace};
@@ -97,7 +97,7 @@ pub struct AttentionOptions<'a> {
     /// `[heads]`: one more logit, which takes weight and has no value.
     pub sinks: Option<&'a [f32]>,
     /// What [`AttentionPlan`] has checked already: instead of causality, windows, layout, query starts, lengths, starts, offsets
-    /// and prefixes, which must then be absent.
+    /// and prefixes, which must then be absent; so must the masks, if it was made of any.
     pub plan: Option<&'a AttentionPlan>,
     /// How exactly to compute; see [`Context::kernel_for`](crate::Context::kernel_for) for what that makes of a call.
     pub precision: Precision,
@@ -117,13 +117,22 @@ pub(crate) struct RawAttention<'a> {
     pub v_packing: Packing,
     pub spans: Spans<'a>,
     /// Of a plan, which has checked the spans.
-    pub planned: Option<Summary>,
-    pub mask: Option<RawMask>,
-    pub bit_mask: Option<RawBitMask<'a>>,
+    pub planned: Option<Planned<'a>>,
+    pub masks: RawMasks<'a>,
     pub bias: Option<RawView>,
     pub alibi_slopes: Option<&'a [f32]>,
     pub sinks: Option<&'a [f32]>,
     pub precision: Precision,
+}
+
+/// What a call has from a plan, besides its spans.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Planned<'a> {
+    pub summary: Summary,
+    /// The masks are the plan's to say.
+    pub has_masks: bool,
+    /// Their bits, if they hide anything.
+    pub bits: Option<BitView<'a>>,
 }
 
 impl<'a> AttentionOptions<'a> {
@@ -144,6 +153,10 @@ impl<'a> AttentionOptions<'a> {
             offsets: self.offsets,
             prefixes: self.prefixes,
         })
+    }
+
+    pub(crate) fn masks(&self) -> RawMasks<'a> {
+        RawMasks { mask: self.mask.map(|m| m.raw), bit_mask: self.bit_mask.map(|m| m.raw) }
     }
 
     /// Fails if there is anything beside a plan that is the plan's to say.
@@ -375,7 +388,7 @@ impl<'a> RawAttention<'a> {
             Some(plan) => {
                 options.only_plan()?;
                 plan.check(&q.raw, k.raw.shape)?;
-                (plan.spans(), Some(plan.summary()))
+                (plan.spans(), Some(plan.planned()))
             }
         };
         Ok(Self {
@@ -389,8 +402,7 @@ impl<'a> RawAttention<'a> {
             v_packing: options.v_packing,
             spans,
             planned,
-            mask: options.mask.map(|m| m.raw),
-            bit_mask: options.bit_mask.map(|m| m.raw),
+            masks: options.masks(),
             bias: options.bias.map(|b| b.raw),
             alibi_slopes: options.alibi_slopes,
             sinks: options.sinks,
@@ -401,26 +413,6 @@ impl<'a> RawAttention<'a> {
     /// Elements of a value.
     pub(crate) fn v_dim(&self) -> usize {
         self.v.shape[DIM] / if self.v_packing == Packing::RowPairs { 2 } else { 1 }
-    }
-
-    /// Fails if an output shares memory with a tensor that is read. All are valid; `extents` are those of q, k and v.
-    pub(super) fn check_apart(&self, extents: [Extent; 3], name: &str, output: &RawView, extent: Extent) -> Result<()> {
-        if output.is_empty() {
-            return Ok(());
-        }
-        if let Some(mask) = &self.mask {
-            ensure!(!mask.overlaps(output)?, Overlap, "mask and {name} share memory");
-        }
-        if let Some(mask) = &self.bit_mask {
-            ensure!(!mask.overlaps(output)?, Overlap, "bit_mask and {name} share memory");
-        }
-        if let Some(bias) = &self.bias {
-            ensure!(!bias.overlaps(output), Overlap, "bias and {name} share memory");
-        }
-        for ((input, view), own) in [("q", &self.q), ("k", &self.k), ("v", &self.v)].into_iter().zip(extents) {
-            ensure!(!view.overlaps_within(own, output, extent), Overlap, "{input} and {name} share memory");
-        }
-        Ok(())
     }
 
     fn shapes(&self) -> ([usize; 4], [usize; 4]) {
@@ -453,30 +445,49 @@ impl SharedMemory {
 // SAFETY: workers and tiles take disjoint parts.
 unsafe impl Sync for SharedMemory {}
 
-/// A call whose inputs are checked, and their extents: those of q, k and v.
+/// A call whose inputs are checked, and what they can touch: q, k and v, and the masks.
 pub(super) struct Inputs<'a> {
     pub problem: Problem<'a>,
     pub summary: Summary,
-    pub extents: [Extent; 3],
+    extents: [Extent; 3],
+    masks: Touched,
+}
+
+impl Inputs<'_> {
+    /// Fails if an output, which is valid, shares memory with a tensor that is read.
+    pub fn check_apart(&self, name: &str, output: &RawView, extent: Extent) -> Result<()> {
+        if output.is_empty() {
+            return Ok(());
+        }
+        self.masks.check_apart(name, output)?;
+        let Problem { q, k, v, bias, .. } = &self.problem;
+        if let Some(bias) = bias {
+            ensure!(!bias.overlaps(output), Overlap, "bias and {name} share memory");
+        }
+        for ((input, view), own) in [("q", q), ("k", k), ("v", v)].into_iter().zip(self.extents) {
+            ensure!(!view.overlaps_within(own, output, extent), Overlap, "{input} and {name} share memory");
+        }
+        Ok(())
+    }
 }
 
 fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
     let RawAttention { q, out, .. } = call;
-    let Inputs { problem, summary, extents } = validate_inputs(call)?;
+    let inputs = validate_inputs(call)?;
     let out_extent = out.validate_output("out")?;
     for axis in [BATCH, SEQ, HEADS] {
         out.same_axis("out", q, "q", axis)?;
     }
-    let (n, v_dim) = (out.shape[DIM], problem.v_dim);
+    let (n, v_dim) = (out.shape[DIM], inputs.problem.v_dim);
     ensure!(n == v_dim, Shape, "out has dim = {n}, but v has {v_dim}");
-    call.check_apart(extents, "out", out, out_extent)?;
+    inputs.check_apart("out", out, out_extent)?;
     if !call.lse.is_null() {
         let lse = RawView::floats(call.lse, view::rows(q.shape));
         let lse_extent = lse.validate("lse")?;
-        call.check_apart(extents, "lse", &lse, lse_extent)?;
+        inputs.check_apart("lse", &lse, lse_extent)?;
         ensure!(!out.overlaps_within(out_extent, &lse, lse_extent), Overlap, "out and lse share memory");
     }
-    Ok((problem, summary))
+    Ok((inputs.problem, inputs.summary))
 }
 
 /// Checks everything but `out` and `lse`.
@@ -521,7 +532,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
     );
 
     let summary = match call.planned {
-        Some(summary) => summary,
+        Some(planned) => planned.summary,
         None => spans.validate()?,
     };
     for (name, list) in [("alibi_slopes", call.alibi_slopes), ("sinks", call.sinks)] {
@@ -533,40 +544,21 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
     let softcap = call.softcap.unwrap_or(0.0);
     ensure!(softcap.is_finite() && softcap >= 0.0, InvalidValue, "softcap is {softcap}");
 
-    let keys = summary.longest;
-    let fits = |name: &str, shape: [usize; 4]| -> Result<()> {
-        ensure!(
-            shape[..SEQ + 2] == [batch, seq, heads] && shape[DIM] >= keys,
-            Shape,
-            "{name} has shape {shape:?}, but must have [{batch}, {seq}, {heads}, {keys}] or more keys"
-        );
-        Ok(())
-    };
-    if let Some(mask) = &call.mask {
-        fits("mask", mask.shape)?;
-        mask.extent("mask")?;
-    }
-    if let Some(mask) = &call.bit_mask {
-        mask.validate()?;
-        let first = |row: usize| mask.first_keys.map_or(0, |f| f[row] as i64);
-        let n = mask.first_keys.map_or(batch, <[i32]>::len);
-        ensure!(n == batch, Shape, "first_keys of bit_mask has {n} entries, but q has batch = {batch}");
-        fits("bit_mask", [mask.shape[0], mask.shape[1], mask.shape[2], keys])?;
-        for row in 0..batch {
-            let (first, length) = (first(row), spans.length(row));
-            ensure!(first >= 0, OutOfRange, "first_keys[{row}] of bit_mask is {first}, which is negative");
-            ensure!(
-                first + mask.shape[DIM] as i64 >= length,
-                Shape,
-                "bit_mask ends at key {} of row {row}, which has {length} keys",
-                first + mask.shape[DIM] as i64
-            );
+    let planned_bits = match call.planned {
+        Some(planned) if planned.has_masks => {
+            for (name, given) in [("mask", call.masks.mask.is_some()), ("bit_mask", call.masks.bit_mask.is_some())] {
+                ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
+            }
+            planned.bits
         }
-    }
+        _ => None,
+    };
+    let masks = call.masks.validate(&spans, heads, summary.longest)?;
     if let Some(bias) = &call.bias {
-        fits("bias", bias.shape)?;
+        check_scores("bias", bias.shape, [batch, seq, heads], summary.longest)?;
         bias.validate("bias")?;
     }
+    let (mask, bit_mask) = call.masks.views();
     Ok(Inputs {
         problem: Problem {
             q: *q,
@@ -580,19 +572,15 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
             group: heads / kv_heads.max(1),
             scale,
             softcap,
-            mask: call.mask.map(|m| ByteView { data: m.data, strides: m.strides }),
-            bit_mask: call.bit_mask.map(|m| BitView {
-                data: m.data,
-                offset: m.offset,
-                strides: m.strides,
-                first_keys: m.first_keys,
-            }),
+            mask,
+            bit_mask: bit_mask.or(planned_bits),
             bias: call.bias,
             alibi: call.alibi_slopes,
             sinks: call.sinks,
         },
         summary,
         extents,
+        masks,
     })
 }
 

@@ -18,7 +18,7 @@ use crate::kernels::generic::attention::{CHUNK, Chunks, Problem, Spans, Tile, pa
 use crate::kernels::{AttentionFns, Precision};
 use crate::layout::{Layout, Packing};
 use crate::ops::attention::{
-    AttentionOptions, AttentionTensors, Inputs, MAX_HEAD_DIM, RawAttention, SharedMemory, largest, validate_inputs,
+    AttentionOptions, AttentionTensors, MAX_HEAD_DIM, RawAttention, SharedMemory, largest, validate_inputs,
 };
 use crate::ops::shard::SPLIT_GRID;
 use crate::ops::workspace::{Workspace, check_workspace};
@@ -115,14 +115,14 @@ impl<'a> RawChunks<'a> {
             "sinks are given where spans are merged, not where they are computed"
         );
         check_format(call.spans.query_starts.is_some(), &call.spans.layout)?;
-        let Inputs { problem, extents, .. } = validate_inputs(call)?;
-        let (keys, v_dim) = (call.spans.layout.most_keys(&call.k), problem.v_dim);
+        let inputs = validate_inputs(call)?;
+        let (keys, v_dim) = (call.spans.layout.most_keys(&call.k), inputs.problem.v_dim);
         let (n, want) = (self.len, chunk_states_len(call.q.shape, keys, v_dim));
         ensure!(n == want, Shape, "states has {n} floats, but must have {want} for {keys} keys");
         let chunks = chunks_of(keys);
         let states = states_view(self.states, call.q.shape, chunks * partial_stride(v_dim));
         let extent = states.validate("states")?;
-        call.check_apart(extents, "states", &states, extent)?;
+        inputs.check_apart("states", &states, extent)?;
         let Spans { layout, lengths, starts, offsets, prefixes, .. } = call.spans;
         let table = match layout {
             Layout::Paged { pages: table, .. }
@@ -130,19 +130,26 @@ impl<'a> RawChunks<'a> {
             | Layout::Ragged { starts: table } => Some(table),
             Layout::Contiguous | Layout::Ring { .. } => None,
         };
-        let first_keys = call.bit_mask.and_then(|mask| mask.first_keys);
+        let bit_mask = call.masks.bit_mask;
+        let bit_rows = bit_mask.and_then(|mask| mask.rows);
         for (name, list) in [
             ("lengths", lengths),
             ("starts", starts),
             ("offsets", offsets),
             ("prefixes", prefixes),
             ("the layout's table", table),
-            ("first_keys of bit_mask", first_keys),
+            ("first_keys of bit_mask", bit_mask.and_then(|mask| mask.first_keys)),
+        ] {
+            check_list_apart(name, list, ("states", &states, extent))?;
+        }
+        for (name, list) in [
+            ("row_starts of bit_mask", bit_rows.map(|rows| rows.starts)),
+            ("query_strides of bit_mask", bit_rows.map(|rows| rows.query_strides)),
         ] {
             check_list_apart(name, list, ("states", &states, extent))?;
         }
         check_list_apart("alibi_slopes", call.alibi_slopes, ("states", &states, extent))?;
-        Ok((problem, chunks))
+        Ok((inputs.problem, chunks))
     }
 }
 

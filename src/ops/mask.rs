@@ -1,8 +1,10 @@
 //! Masks as data: a byte, or a bit, a query and key.
 
 use crate::error::{Result, ensure};
+use crate::kernels::generic::attention::{BitRows, BitView, ByteView, Spans};
 use crate::view::{MAX_AXIS, RawView, reach};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// A boolean mask `[batch, seq, heads, keys]`; true lets a query see a key. Strides of 0 broadcast.
 #[derive(Clone, Copy, Debug)]
@@ -75,14 +77,6 @@ impl RawMask {
         }
         Ok((low, high))
     }
-
-    /// The same bytes as a view, to test for overlap; two mask bytes cannot be told from one f16 there.
-    pub fn overlaps(&self, out: &RawView) -> Result<bool> {
-        let (low, high) = self.extent("mask")?;
-        let reach = out.validate("out")?;
-        let (a, b) = (self.data.addr() as i128, out.data.addr() as i128);
-        Ok(high > low && a + low < b + reach.high as i128 && b + (reach.low as i128) < a + high)
-    }
 }
 
 /// A mask `[batch, seq, heads, keys]` of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
@@ -109,8 +103,9 @@ impl<'a> BitMask<'a> {
             strides,
             bytes: Some(data.len()),
             first_keys: None,
+            rows: None,
         };
-        raw.validate()?;
+        raw.fixed_extent()?;
         Ok(Self { raw })
     }
 
@@ -121,6 +116,36 @@ impl<'a> BitMask<'a> {
     pub fn new(data: &'a [u8], batch: usize, seq: usize, heads: usize, keys: usize) -> Result<Self> {
         let row = keys as i64;
         Self::strided(data, 0, [batch, seq, heads, keys], [row.saturating_mul(seq as i64), row, 0])
+    }
+
+    /// A mask whose rows lie anywhere and are as wide as each is: `row_starts` and `query_strides` are `[batch]`, the bit of a
+    /// row's query 0, head 0 and first key, and the bits from one of its queries to the next; 0 broadcasts, as does a
+    /// `head_stride` of 0. Of `shape`, `seq` is the most queries of a row and `keys` at least the most keys: a row has bits for
+    /// its own queries and for its own keys, from its first key to its length, and none behind those is read.
+    ///
+    /// So the masks of requests one after the other, each `[queries, keys]` of its own, are [one mask](crate::masks#flattened-masks).
+    ///
+    /// # Errors
+    /// A list that has not `batch` entries, or a negative one. Whether the bits of a row lie in `data` depends on its queries and
+    /// its length, so the call that has those says it.
+    pub fn per_row(
+        data: &'a [u8],
+        row_starts: &'a [i64],
+        query_strides: &'a [i64],
+        head_stride: i64,
+        shape: [usize; 4],
+    ) -> Result<Self> {
+        let raw = RawBitMask {
+            data: data.as_ptr(),
+            offset: 0,
+            shape,
+            strides: [0, 0, head_stride],
+            bytes: Some(data.len()),
+            first_keys: None,
+            rows: Some(BitRows { starts: row_starts, query_strides }),
+        };
+        raw.check_lists(shape[0])?;
+        Ok(Self { raw })
     }
 
     /// `[batch]`: the key of a row's first bit. Keys before it are seen.
@@ -140,15 +165,71 @@ pub(crate) struct RawBitMask<'a> {
     pub strides: [i64; 3],
     pub bytes: Option<usize>,
     pub first_keys: Option<&'a [i32]>,
+    /// Instead of the offset and the first two strides, which are 0.
+    pub rows: Option<BitRows<'a>>,
 }
 
-impl RawBitMask<'_> {
-    /// The bytes it can touch, relative to its data.
-    pub fn validate(&self) -> Result<(i128, i128)> {
-        let Self { shape, strides, offset, .. } = *self;
-        for (axis, n) in shape.into_iter().enumerate() {
+impl<'a> RawBitMask<'a> {
+    pub fn view(&self) -> BitView<'a> {
+        let Self { data, offset, strides, first_keys, rows, .. } = *self;
+        BitView { data, offset, strides, first_keys, rows }
+    }
+
+    /// Checks it for the rows of a call; the bytes that those can touch, relative to its data.
+    fn extent(&self, spans: &Spans) -> Result<(i128, i128)> {
+        self.check_lists(spans.batch)?;
+        self.check_axes()?;
+        for row in 0..spans.batch {
+            let (first, length) = (self.first_key(row), spans.length(row));
+            ensure!(first >= 0, OutOfRange, "first_keys[{row}] of bit_mask is {first}, which is negative");
+            let end = first + self.shape[3] as i64;
+            ensure!(end >= length, Shape, "bit_mask ends at key {end} of row {row}, which has {length} keys");
+        }
+        let Some(rows) = self.rows else { return self.fixed_extent() };
+        let (mut low, mut high) = (i128::MAX, i128::MIN);
+        for row in 0..spans.batch {
+            let (queries, keys) = (spans.queries(row), spans.length(row) - self.first_key(row));
+            if queries > 0 && keys > 0 && self.shape[2] > 0 {
+                let bytes = self.row_extent(rows, row, queries, keys)?;
+                (low, high) = (low.min(bytes.0), high.max(bytes.1));
+            }
+        }
+        Ok(if low < high { (low, high) } else { (0, 0) })
+    }
+
+    fn first_key(&self, row: usize) -> i64 {
+        self.first_keys.map_or(0, |f| f[row].into())
+    }
+
+    fn check_lists(&self, batch: usize) -> Result<()> {
+        let n = self.first_keys.map_or(batch, <[i32]>::len);
+        ensure!(n == batch, Shape, "first_keys of bit_mask has {n} entries, but q has batch = {batch}");
+        let Some(rows) = self.rows else { return Ok(()) };
+        for (name, list) in [("row_starts", rows.starts), ("query_strides", rows.query_strides)] {
+            let n = list.len();
+            ensure!(n == batch, Shape, "{name} of bit_mask has {n} entries, but batch = {batch}");
+            for (row, &bits) in list.iter().enumerate() {
+                ensure!(bits >= 0, OutOfRange, "{name}[{row}] of bit_mask is {bits}, which is negative");
+            }
+        }
+        for (name, bits) in [("offset", self.offset), ("strides[0]", self.strides[0]), ("strides[1]", self.strides[1])]
+        {
+            ensure!(bits == 0, InvalidValue, "bit_mask has row_starts, but its {name}, which they replace, is {bits}");
+        }
+        Ok(())
+    }
+
+    fn check_axes(&self) -> Result<()> {
+        for (axis, n) in self.shape.into_iter().enumerate() {
             ensure!(n <= MAX_AXIS, Shape, "bit_mask: axis {axis} has {n} elements, more than {MAX_AXIS}");
         }
+        Ok(())
+    }
+
+    /// The bytes that fixed strides can touch, relative to its data.
+    fn fixed_extent(&self) -> Result<(i128, i128)> {
+        self.check_axes()?;
+        let Self { shape, strides, offset, .. } = *self;
         if shape.contains(&0) {
             return Ok((0, 0));
         }
@@ -159,12 +240,6 @@ impl RawBitMask<'_> {
             (low, high) = (low + reach.min(0), high + reach.max(0));
         }
         let (low, high) = (low.div_euclid(8), (high + 7).div_euclid(8));
-        let (most, at) = (isize::MAX as i128, self.data.addr() as i128);
-        ensure!(
-            low >= -most && high <= most && at + low >= 0 && at + high <= usize::MAX as i128,
-            Stride,
-            "bit_mask: shape {shape:?} with strides {strides:?} from bit {offset} leaves the address space"
-        );
         if let Some(bytes) = self.bytes {
             ensure!(
                 low >= 0 && high <= bytes as i128,
@@ -173,13 +248,108 @@ impl RawBitMask<'_> {
                  of {bytes}"
             );
         }
+        ensure!(
+            self.is_addressable(low, high),
+            Stride,
+            "bit_mask: shape {shape:?} with strides {strides:?} from bit {offset} leaves the address space"
+        );
         Ok((low, high))
     }
 
-    pub fn overlaps(&self, out: &RawView) -> Result<bool> {
-        let (low, high) = self.validate()?;
-        let reach = out.validate("out")?;
-        let (a, b) = (self.data.addr() as i128, out.data.addr() as i128);
-        Ok(high > low && a + low < b + reach.high as i128 && b + (reach.low as i128) < a + high)
+    /// The bytes that a row's own queries and keys can touch.
+    fn row_extent(&self, rows: BitRows, row: usize, queries: usize, keys: i64) -> Result<(i128, i128)> {
+        ensure!(
+            !self.data.is_null(),
+            NullPointer,
+            "bit_mask: data is null, but row {row} has {queries} queries of {keys} keys"
+        );
+        let (start, stride) = (rows.starts[row], rows.query_strides[row]);
+        let heads = (self.shape[2] as i128 - 1) * i128::from(self.strides[2]);
+        let end = i128::from(start) + (queries as i128 - 1) * i128::from(stride) + i128::from(keys);
+        let low = (i128::from(start) + heads.min(0)).div_euclid(8);
+        let high = (end + heads.max(0) + 7).div_euclid(8);
+        if let Some(bytes) = self.bytes {
+            ensure!(
+                low >= 0 && high <= bytes as i128,
+                Bounds,
+                "bit_mask: the {queries} queries of {keys} keys of row {row}, {stride} bits apart from bit {start}, reach \
+                 bytes {low}..{high} of a buffer of {bytes}"
+            );
+        }
+        ensure!(
+            self.is_addressable(low, high),
+            Stride,
+            "bit_mask: the {queries} queries of {keys} keys of row {row}, {stride} bits apart from bit {start}, leave the \
+             address space"
+        );
+        Ok((low, high))
+    }
+
+    /// Whether bytes are in the address space, and their bits in 64 bits, in which kernels count them.
+    fn is_addressable(&self, low: i128, high: i128) -> bool {
+        let (most, at) = ((isize::MAX as i128).min(i64::MAX as i128 / 8), self.data.addr() as i128);
+        low >= -most && high <= most && at + low >= 0 && at + high <= usize::MAX as i128
+    }
+}
+
+/// Which keys queries see by masks: those that all masks show.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RawMasks<'a> {
+    pub mask: Option<RawMask>,
+    pub bit_mask: Option<RawBitMask<'a>>,
+}
+
+impl<'a> RawMasks<'a> {
+    /// Checks the masks for the rows of a call, whose queries have so many heads and whose longest row has `keys` keys.
+    pub fn validate(&self, spans: &Spans, heads: usize, keys: usize) -> Result<Touched> {
+        let rows = [spans.batch, spans.seq, heads];
+        let mut touched = Touched([("mask", 0..0), ("bit_mask", 0..0)]);
+        if let Some(mask) = &self.mask {
+            check_scores("mask", mask.shape, rows, keys)?;
+            touched.set(0, mask.data, mask.extent("mask")?);
+        }
+        if let Some(mask) = &self.bit_mask {
+            // A row's keys are counted from its first one; how many it needs is checked with its extent.
+            let [batch, seq, heads, _] = mask.shape;
+            check_scores("bit_mask", [batch, seq, heads, keys], rows, keys)?;
+            touched.set(1, mask.data, mask.extent(spans)?);
+        }
+        Ok(touched)
+    }
+
+    pub fn views(&self) -> (Option<ByteView>, Option<BitView<'a>>) {
+        (self.mask.map(|m| ByteView { data: m.data, strides: m.strides }), self.bit_mask.as_ref().map(RawBitMask::view))
+    }
+}
+
+/// Fails unless a tensor `[batch, seq, heads, keys]` of that shape has an entry for every query and key of a call.
+pub(crate) fn check_scores(name: &str, shape: [usize; 4], rows: [usize; 3], keys: usize) -> Result<()> {
+    let [batch, seq, heads] = rows;
+    ensure!(
+        shape[..3] == rows && shape[3] >= keys,
+        Shape,
+        "{name} has shape {shape:?}, but must have [{batch}, {seq}, {heads}, {keys}] or more keys"
+    );
+    Ok(())
+}
+
+/// The addresses that each mask can touch.
+pub(crate) struct Touched([(&'static str, Range<i128>); 2]);
+
+impl Touched {
+    fn set(&mut self, mask: usize, data: *const u8, (low, high): (i128, i128)) {
+        let at = data.addr() as i128;
+        self.0[mask].1 = at + low..at + high;
+    }
+
+    /// Fails if an output shares memory with one of them.
+    pub fn check_apart(&self, name: &str, out: &RawView) -> Result<()> {
+        let (reach, at) = (out.validate(name)?, out.data.addr() as i128);
+        let out = at + reach.low as i128..at + reach.high as i128;
+        for (mask, touched) in &self.0 {
+            let meet = touched.start < touched.end && touched.start < out.end && out.start < touched.end;
+            ensure!(!meet, Overlap, "{mask} and {name} share memory");
+        }
+        Ok(())
     }
 }

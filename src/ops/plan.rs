@@ -1,17 +1,27 @@
 //! Plans: what depends on lengths, positions and tables alone, checked and worked out once a step and used by every layer.
 
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{Spans, Summary};
+use crate::kernels::generic::attention::{BLOCK, BitRows, BitView, ByteView, CHUNK, Spans, Summary, between, shown};
 use crate::layout::Layout;
-use crate::ops::attention::{AttentionOptions, call_rows};
-use crate::view::{BATCH, MAX_AXIS, RawView, SEQ};
+use crate::ops::attention::{AttentionOptions, Planned, call_rows};
+use crate::ops::mask::RawMasks;
+use crate::view::{BATCH, HEADS, MAX_AXIS, RawView, SEQ};
+use std::ops::Range;
 
-/// The rows of an attention call: their queries, lengths, positions, windows and the layout of their cache, copied and checked.
+/// The rows of an attention call: their queries, lengths, positions, windows, masks and the layout of their cache, copied and
+/// checked.
 ///
 /// A decoder makes one for its step and hands it to the attention of every layer, as [`AttentionOptions::plan`]; after the step,
 /// [`advance`](Self::advance) takes it to the next token, which costs a look at what is new and nothing that grows with the
-/// cache. Layers whose caches differ in rows or slots, or in windows, need plans of their own. A plan holds no data of a cache, no
-/// mask, and nothing that depends on threads or the CPU; its size is that of its lists.
+/// cache. Layers whose caches differ in rows or slots, or in windows, need plans of their own. A plan holds no data of a cache and
+/// nothing that depends on threads or the CPU; its size is that of its lists, and of the bits of its masks.
+///
+/// Masks are read when the plan is made, once for all layers: [`mask`](AttentionOptions::mask) and
+/// [`bit_mask`](AttentionOptions::bit_mask) become one bit a query and key, for the queries of every row and the keys up to its
+/// length (less those at its start that all queries see), by head only if a mask differs by head. Masks that hide nothing which
+/// could be seen otherwise become nothing, and chunks of keys at either end that they hide from all queries are not visited. A plan
+/// that is made of masks has no next token: it is to be [updated](Self::update). With one that is not, every call may give masks
+/// of its own.
 ///
 /// Thread safety: any number of calls may use a plan at the same time; changing it takes it alone, which `&mut` says.
 ///
@@ -56,6 +66,24 @@ pub struct AttentionPlan {
     offsets: List,
     prefixes: List,
     summary: Summary,
+    masks: Masks,
+}
+
+/// What masks let the queries of a plan see.
+#[derive(Clone, Debug, Default)]
+struct Masks {
+    /// There were any, whether or not they hide something.
+    given: bool,
+    /// The heads that they tell apart; none if they serve any number.
+    heads: Option<usize>,
+    /// Whether there are bits below: if not, nothing is hidden.
+    hide: bool,
+    /// In the order of bytes, so that the lowest bit of the first byte is the first, whatever the machine.
+    words: Vec<u64>,
+    first_keys: Vec<i32>,
+    starts: Vec<i64>,
+    query_strides: Vec<i64>,
+    head_stride: i64,
 }
 
 /// A layout without its table.
@@ -89,13 +117,13 @@ impl List {
 
 impl AttentionPlan {
     /// A plan for queries `[batch, seq, heads, dim]` (of ragged ones `[1, tokens, heads, dim]`) and caches
-    /// `[rows, slots, kv_heads, dim]`; of both, only the first two axes count. Of the options, it takes those that have an entry
-    /// a row, causality, windows and the layout.
+    /// `[rows, slots, kv_heads, dim]`; of both, only the first two axes count, and with masks the heads of queries. Of the options,
+    /// it takes those that have an entry a row, causality, windows, masks and the layout.
     ///
     /// # Errors
     /// What [`attention`](crate::attention()) would say of them.
     pub fn new(q_shape: [usize; 4], k_shape: [usize; 4], options: &AttentionOptions) -> Result<Self> {
-        Self::from_spans(q_shape, &options.spans(q_shape, axes(k_shape))?)
+        Self::from_spans(q_shape, &options.spans(q_shape, axes(k_shape))?, &options.masks())
     }
 
     /// The same plan for other rows: what [`new`](Self::new) makes, in the memory that is there already.
@@ -103,10 +131,10 @@ impl AttentionPlan {
     /// # Errors
     /// As [`new`](Self::new); the plan is then what it was.
     pub fn update(&mut self, q_shape: [usize; 4], k_shape: [usize; 4], options: &AttentionOptions) -> Result<()> {
-        self.take(q_shape, &options.spans(q_shape, axes(k_shape))?)
+        self.take(q_shape, &options.spans(q_shape, axes(k_shape))?, &options.masks())
     }
 
-    pub(crate) fn from_spans(q_shape: [usize; 4], spans: &Spans) -> Result<Self> {
+    pub(crate) fn from_spans(q_shape: [usize; 4], spans: &Spans, masks: &RawMasks) -> Result<Self> {
         let mut plan = Self {
             batch: 0,
             seq: 0,
@@ -123,17 +151,24 @@ impl AttentionPlan {
             offsets: List::default(),
             prefixes: List::default(),
             summary: Summary::default(),
+            masks: Masks::default(),
         };
-        plan.take(q_shape, spans)?;
+        plan.take(q_shape, spans, masks)?;
         Ok(plan)
     }
 
-    pub(crate) fn take(&mut self, q_shape: [usize; 4], spans: &Spans) -> Result<()> {
+    pub(crate) fn take(&mut self, q_shape: [usize; 4], spans: &Spans, masks: &RawMasks) -> Result<()> {
         for (name, n) in [("seq of q", q_shape[SEQ]), ("batch of k", spans.cache.shape[BATCH])] {
             ensure!(n <= MAX_AXIS, Shape, "{name} is {n}, more than {MAX_AXIS}");
         }
         call_rows(q_shape, spans)?;
-        self.summary = spans.validate()?;
+        let summary = spans.validate()?;
+        masks.validate(spans, q_shape[HEADS], summary.longest)?;
+        let lines = Lines::new(spans, masks, q_shape[HEADS])?;
+        self.summary = match self.masks.take(&lines) {
+            Some(seen) => summary.within(seen),
+            None => summary,
+        };
         (self.batch, self.seq, self.tokens) = (spans.batch, spans.seq, q_shape[SEQ]);
         self.cache = RawView { data: std::ptr::null_mut(), ..spans.cache };
         (self.causal, self.window_left, self.window_right) = (spans.causal, spans.window_left, spans.window_right);
@@ -161,9 +196,14 @@ impl AttentionPlan {
     ///
     /// # Errors
     /// A list of another length, a negative count, a row that has no room, table entries of the new tokens that are none of
-    /// the cache, queries that see what a ring has overwritten. The plan is then what it was.
+    /// the cache, queries that see what a ring has overwritten, a plan that was made of masks. The plan is then what it was.
     pub fn advance(&mut self, counts: &[i32]) -> Result<()> {
         let n = counts.len();
+        ensure!(
+            !self.masks.given,
+            InvalidValue,
+            "the plan holds masks, which say nothing of new tokens: update it with masks that do"
+        );
         ensure!(n == self.batch, Shape, "counts has {n} entries, but the plan has {} rows", self.batch);
         let spans = self.spans();
         for (row, &count) in counts.iter().enumerate() {
@@ -255,8 +295,8 @@ impl AttentionPlan {
         }
     }
 
-    pub(crate) fn summary(&self) -> Summary {
-        self.summary
+    pub(crate) fn planned(&self) -> Planned<'_> {
+        Planned { summary: self.summary, has_masks: self.masks.given, bits: self.masks.view() }
     }
 
     /// Checks that a call's tensors are those that it was made for.
@@ -267,7 +307,156 @@ impl AttentionPlan {
         let axes = |shape: [usize; 4]| [shape[BATCH], shape[SEQ]];
         let (want, have) = (axes(self.cache.shape), axes(k_shape));
         ensure!(want == have, Shape, "the plan is for k of batch and seq {want:?}, but k has {have:?}");
+        if let Some(heads) = self.masks.heads {
+            let have = q.shape[HEADS];
+            ensure!(heads == have, Shape, "the plan's masks are for q of {heads} heads, but q has {have}");
+        }
         Ok(())
+    }
+}
+
+/// The lines of valid masks: what they show of a row's keys to a query and head, or to several that they do not tell apart.
+struct Lines<'a> {
+    spans: &'a Spans<'a>,
+    mask: Option<ByteView>,
+    bit_mask: Option<BitView<'a>>,
+    by_query: bool,
+    by_head: bool,
+    heads: usize,
+}
+
+impl<'a> Lines<'a> {
+    fn new(spans: &'a Spans<'a>, masks: &RawMasks<'a>, heads: usize) -> Result<Self> {
+        let (mask, bit_mask) = masks.views();
+        let by_head = mask.is_some_and(|m| m.strides[2] != 0) || bit_mask.is_some_and(|m| m.strides[2] != 0);
+        let by_query = mask.is_some_and(|m| m.strides[1] != 0)
+            || bit_mask.is_some_and(|m| m.rows.map_or(m.strides[1] != 0, |r| r.query_strides.iter().any(|&n| n != 0)));
+        let lines = Self { spans, mask, bit_mask, by_query, by_head, heads };
+        if lines.any() {
+            let words = |row: usize| (lines.queries(row) as u128).saturating_mul(lines.blocks(row) as u128);
+            let bits = (0..spans.batch)
+                .map(words)
+                .fold(0, u128::saturating_add)
+                .saturating_mul(lines.heads().max(1) as u128)
+                .saturating_mul(BLOCK as u128);
+            let most = isize::MAX as u128;
+            ensure!(bits <= most, Shape, "the masks of the plan would have {bits} bits, more than {most}");
+        }
+        Ok(lines)
+    }
+
+    fn any(&self) -> bool {
+        self.mask.is_some() || self.bit_mask.is_some()
+    }
+
+    /// Heads that have lines of their own.
+    fn heads(&self) -> usize {
+        if self.by_head { self.heads } else { self.heads.min(1) }
+    }
+
+    /// Queries of a row that have lines of their own.
+    fn queries(&self, row: usize) -> usize {
+        let n = self.spans.queries(row);
+        if self.by_query { n } else { n.min(1) }
+    }
+
+    fn blocks(&self, row: usize) -> usize {
+        (self.spans.length(row) as usize).div_ceil(BLOCK)
+    }
+
+    /// The keys that the queries of a line see by position, from the first to the last.
+    fn span(&self, row: usize, query: usize) -> (i64, i64) {
+        if self.by_query {
+            return self.spans.span(row, query);
+        }
+        // Where a query sees anything, the next one sees from there or the next key on: nothing lies between.
+        let spans =
+            (0..self.spans.queries(row)).map(|query| self.spans.span(row, query)).filter(|(low, high)| low < high);
+        spans.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).unwrap_or((0, 0))
+    }
+
+    /// Calls `f(head, query, block, live, shown)` for all lines of a row and the blocks in a range: which of a block's keys are
+    /// seen by position, and which of those the masks show.
+    fn for_each(&self, row: usize, blocks: Range<usize>, mut f: impl FnMut(usize, usize, usize, u64, u64)) {
+        let masks = (self.mask.as_ref(), self.bit_mask.as_ref());
+        let kept = self.spans.kept(row);
+        for query in 0..self.queries(row) {
+            let span = self.span(row, query);
+            for head in 0..self.heads() {
+                for block in blocks.clone() {
+                    let base = block * BLOCK;
+                    let live = between(span, base) | between(kept, base);
+                    let shown = match live {
+                        0 => 0,
+                        // SAFETY: the masks are valid for the row's queries and the keys below its length.
+                        _ => unsafe { shown(masks, row, (query as u32, head as u32), base, live) },
+                    };
+                    f(head, query, block, live, shown);
+                }
+            }
+        }
+    }
+}
+
+impl Masks {
+    /// Takes what the masks show; if they hide anything, the chunks of the cache in which a query sees a key in spite of them, from
+    /// the first to the last.
+    fn take(&mut self, lines: &Lines) -> Option<Range<usize>> {
+        self.given = lines.any();
+        self.heads = (lines.by_head && self.given).then_some(lines.heads);
+        self.hide = false;
+        self.head_stride = 0;
+        self.words.clear();
+        self.first_keys.clear();
+        self.starts.clear();
+        self.query_strides.clear();
+        if !self.given {
+            return None;
+        }
+        let (mut seen, mut words) = (usize::MAX..0, 0);
+        for row in 0..lines.spans.batch {
+            let blocks = lines.blocks(row);
+            let mut first = blocks;
+            lines.for_each(row, 0..blocks, |_, _, block, live, shown| {
+                if live != shown {
+                    first = first.min(block);
+                }
+                if shown != 0 {
+                    let chunk = block * BLOCK / CHUNK;
+                    seen = seen.start.min(chunk)..seen.end.max(chunk + 1);
+                }
+            });
+            self.hide |= first < blocks;
+            let width = blocks - first;
+            self.first_keys.push((first * BLOCK).min(lines.spans.length(row) as usize) as i32);
+            self.starts.push((words * BLOCK) as i64);
+            self.query_strides.push(if lines.by_query { (width * BLOCK) as i64 } else { 0 });
+            words += width * lines.queries(row);
+        }
+        if !self.hide {
+            return None;
+        }
+        self.head_stride = if lines.by_head { (words * BLOCK) as i64 } else { 0 };
+        self.words.resize(words * lines.heads(), 0);
+        for row in 0..lines.spans.batch {
+            let (blocks, start) = (lines.blocks(row), self.starts[row] as usize / BLOCK);
+            let first = (self.first_keys[row] as usize).div_ceil(BLOCK);
+            let width = blocks - first;
+            lines.for_each(row, first..blocks, |head, query, block, _, shown| {
+                self.words[head * words + start + query * width + block - first] = shown.to_le();
+            });
+        }
+        Some(if seen.is_empty() { 0..0 } else { seen })
+    }
+
+    fn view(&self) -> Option<BitView<'_>> {
+        self.hide.then(|| BitView {
+            data: self.words.as_ptr().cast(),
+            offset: 0,
+            strides: [0, 0, self.head_stride],
+            first_keys: Some(&self.first_keys),
+            rows: Some(BitRows { starts: &self.starts, query_strides: &self.query_strides }),
+        })
     }
 }
 
@@ -281,4 +470,78 @@ fn axes(k_shape: [usize; 4]) -> RawView {
     let shape = [k_shape[BATCH], k_shape[SEQ], 1, 1];
     let dtype = crate::dtype::DType::F32;
     RawView { data: std::ptr::null_mut(), dtype, shape, strides: [0; 4], bytes: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{BitMask, Mask};
+
+    const Q: [usize; 4] = [2, 3, 4, 8];
+    const K: [usize; 4] = [2, 4096, 1, 8];
+
+    fn plan(bits: &[bool], strides: [i64; 4], options: AttentionOptions) -> AttentionPlan {
+        let mask = Mask::strided(bits, 0, [2, 3, 4, 4096], strides).unwrap();
+        let options = AttentionOptions { mask: Some(mask), lengths: Some(&[2100, 70]), ..options };
+        AttentionPlan::new(Q, K, &options).unwrap()
+    }
+
+    /// What hides only what nobody sees is no mask, but the plan remembers that it was made of one.
+    #[test]
+    fn masks_that_hide_nothing_are_dropped() {
+        let shown: Vec<bool> = (0..4096).map(|key| key < 2100).collect();
+        let mut made = plan(&shown, [0, 0, 0, 1], AttentionOptions::default());
+        assert!(made.planned().bits.is_none() && made.planned().has_masks && made.masks.words.is_empty());
+        assert!(made.advance(&[1, 1]).unwrap_err().message().starts_with("the plan holds masks"));
+        // As a causal mask does, if there is causality.
+        let causal: Vec<bool> = (0..3 * 4096).map(|i| i % 4096 <= 2097 + i / 4096).collect();
+        let options = AttentionOptions { causal: true, ..Default::default() };
+        assert!(plan(&causal, [0, 4096, 0, 1], options).planned().bits.is_none());
+        assert!(plan(&causal, [0, 4096, 0, 1], AttentionOptions::default()).planned().bits.is_some());
+    }
+
+    /// Bits are those of keys from the first hidden block to the length, of queries and heads that differ.
+    #[test]
+    fn bits_are_no_more_than_what_differs() {
+        let hidden: Vec<bool> = (0..12 * 4096).map(|i| i % 4096 != 2050).collect();
+        for (strides, lines) in
+            [([0, 0, 0, 1], 1), ([0, 4096, 0, 1], 3), ([0, 0, 4096, 1], 4), ([0, 16384, 4096, 1], 12)]
+        {
+            let made = plan(&hidden, strides, AttentionOptions::default());
+            // Keys 2048 to 2099 of the first row, and none of the second, from which nothing is hidden.
+            assert_eq!(made.masks.first_keys, [2048, 70]);
+            assert_eq!(made.masks.words.len(), lines);
+            assert_eq!(made.masks.heads, (strides[2] != 0).then_some(4));
+        }
+    }
+
+    /// Chunks at either end that nobody sees are not visited.
+    #[test]
+    fn hidden_chunks_are_not_visited() {
+        let shown: Vec<bool> = (0..4096).map(|key| (1024..2048).contains(&key)).collect();
+        let summary = plan(&shown, [0, 0, 0, 1], AttentionOptions::default()).planned().summary;
+        assert_eq!((summary.chunks.keys(0), summary.count, summary.longest), (1024..2048, 1, 2100));
+        let none = plan(&[false], [0; 4], AttentionOptions::default()).planned().summary;
+        assert_eq!(none.count, 0);
+    }
+
+    /// An update that fails leaves what there was, and one that does not takes no memory that is there already.
+    #[test]
+    fn an_update_is_whole_or_nothing() {
+        let hidden: Vec<bool> = (0..4096).map(|key| key % 7 != 0).collect();
+        let mut made = plan(&hidden, [0, 0, 0, 1], AttentionOptions::default());
+        let (before, at) = (format!("{made:?}"), made.masks.words.as_ptr());
+        let bits = [0u8; 512];
+        let short = BitMask::per_row(&bits, &[0, 8], &[2100, 70], 0, [2, 3, 4, 4096]).unwrap();
+        let options = AttentionOptions { bit_mask: Some(short), lengths: Some(&[2100, 70]), ..Default::default() };
+        let error = made.update(Q, K, &options).unwrap_err();
+        assert!(error.message().contains("the 3 queries of 2100 keys of row 0"), "{error}");
+        assert_eq!(format!("{made:?}"), before);
+        made.update(Q, K, &AttentionOptions { lengths: Some(&[5, 6]), ..Default::default() }).unwrap();
+        assert!(!made.planned().has_masks && made.masks.words.is_empty());
+        let mask = Mask::strided(&hidden, 0, [2, 3, 4, 4096], [0, 0, 0, 1]).unwrap();
+        let options = AttentionOptions { mask: Some(mask), lengths: Some(&[2100, 70]), ..Default::default() };
+        made.update(Q, K, &options).unwrap();
+        assert_eq!((format!("{made:?}"), made.masks.words.as_ptr()), (before, at));
+    }
 }

@@ -18,6 +18,7 @@ use crate::ops::attention::{
     AttentionOptions, AttentionTensors, RawAttention, attention_raw, attention_shapes, attention_workspace_size,
 };
 use crate::ops::for_each_token;
+use crate::ops::mask::RawMasks;
 use crate::ops::merge::merge_states_raw;
 use crate::ops::rope::token_copy;
 use crate::ops::workspace::{Workspace, check_alignment};
@@ -224,8 +225,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
             spans: Spans::unmasked(1, batch * seq, k),
             planned: None,
             v_packing: Packing::Rows,
-            mask: None,
-            bit_mask: None,
+            masks: RawMasks::default(),
             bias: None,
             sinks: None,
             scale: Some(call.scale.unwrap_or(1.0 / (dim as f32).sqrt())),

@@ -104,6 +104,15 @@ pub struct BitMaskTensor {
     strides: [i64; 3],
     offset: usize,
     first_keys: Vec<i32>,
+    rows: Option<BitRows>,
+}
+
+/// Rows of their own width.
+struct BitRows {
+    starts: Vec<i64>,
+    query_strides: Vec<i64>,
+    /// Queries and keys that have bits.
+    own: Vec<[usize; 2]>,
 }
 
 impl BitMaskTensor {
@@ -118,16 +127,72 @@ impl BitMaskTensor {
     ) -> Self {
         let last: i64 = (0..3).map(|a| (shape[a] as i64 - 1).max(0) * strides[a]).sum();
         let bytes = (offset + last as usize + shape[3]).div_ceil(8);
-        let mut mask = Self { memory: Memory::new(bytes, place), shape, strides, offset, first_keys };
+        let mut mask = Self { memory: Memory::new(bytes, place), shape, strides, offset, first_keys, rows: None };
         mask.memory.bytes_mut().fill(0x5a);
         for at in indices(shape) {
             if (0..3).all(|a| strides[a] != 0 || at[a] == 0) {
-                let bit = mask.bit(at);
-                let byte = &mut mask.memory.bytes_mut()[bit / 8];
-                *byte = *byte & !(1 << (bit % 8)) | u8::from(visible(at)) << (bit % 8);
+                mask.set(mask.bit(at), visible(at));
             }
         }
         mask
+    }
+
+    /// The same mask for rows of so many queries and lengths, each as wide as it is, one after the other: what else there is in
+    /// the buffer is noise, up to the byte of the last bit.
+    pub fn by_row(&self, rng: &mut Rng, queries: &[usize], lengths: &[i32]) -> Self {
+        let heads = self.shape[2];
+        let (mut rows, mut end) = (BitRows { starts: vec![], query_strides: vec![], own: vec![] }, 0);
+        for (b, &n) in queries.iter().enumerate() {
+            let keys = (lengths[b] - self.first_keys[b]).max(0) as usize;
+            rows.own.push([n, keys]);
+            if n == 0 || keys == 0 {
+                // A row without bits may say that they are anywhere.
+                rows.starts.push(rng.pick(&[0, i64::MAX]));
+                rows.query_strides.push(rng.pick(&[0, i64::MAX]));
+                continue;
+            }
+            let stride = if self.strides[1] == 0 { 0 } else { keys + if rng.chance(0.5) { 0 } else { rng.below(9) } };
+            rows.starts.push((end + rng.below(11)) as i64);
+            rows.query_strides.push(stride as i64);
+            end = rows.starts[b] as usize + (n - 1) * stride + keys;
+        }
+        let head_stride = if self.strides[2] == 0 { 0 } else { end as i64 };
+        let bytes = (end + (heads - 1) * head_stride as usize).div_ceil(8);
+        let mut mask = Self {
+            memory: Memory::new(bytes, Place::GuardAfter),
+            shape: self.shape,
+            strides: [0, 0, head_stride],
+            offset: 0,
+            first_keys: self.first_keys.clone(),
+            rows: None,
+        };
+        mask.memory.bytes_mut().fill_with(|| rng.u64() as u8);
+        let own = rows.own.clone();
+        mask.rows = Some(rows);
+        for (b, [queries, keys]) in own.into_iter().enumerate() {
+            for [t, h, j] in indices([queries, heads, keys, 1]).map(|[t, h, j, _]| [t, h, j]) {
+                let visible = self.get([b, t, h, self.first_keys[b] as usize + j]);
+                mask.set(mask.bit([b, t, h, j]), visible);
+            }
+        }
+        mask
+    }
+
+    /// Turns the bits over that are of no row's queries and keys.
+    pub fn disturb(&mut self) {
+        let own = self.rows.as_ref().expect("rows of their own width").own.clone();
+        let mut kept = vec![false; self.memory.bytes().len() * 8];
+        for (b, [queries, keys]) in own.into_iter().enumerate() {
+            indices([queries, self.shape[2], keys, 1]).for_each(|[t, h, j, _]| kept[self.bit([b, t, h, j])] = true);
+        }
+        for (bit, _) in kept.into_iter().enumerate().filter(|(_, kept)| !kept) {
+            self.memory.bytes_mut()[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+
+    fn set(&mut self, bit: usize, visible: bool) {
+        let byte = &mut self.memory.bytes_mut()[bit / 8];
+        *byte = *byte & !(1 << (bit % 8)) | u8::from(visible) << (bit % 8);
     }
 
     /// The same mask with other strides, and without a guard page.
@@ -137,27 +202,40 @@ impl BitMaskTensor {
         let token = head * heads as i64;
         let strides = [token * tokens as i64 + 3, token, head];
         Self::new(self.shape, strides, 7, self.first_keys.clone(), Place::Heap, |at| {
-            let bit = self.bit(at);
-            self.memory.bytes()[bit / 8] >> (bit % 8) & 1 == 1
+            let [b, t, _, j] = at;
+            // Nobody asks for bits that a row does not have.
+            let has = self.rows.as_ref().is_none_or(|rows| t < rows.own[b][0] && j < rows.own[b][1]);
+            has && self.is_set(self.bit(at))
         })
     }
 
     fn bit(&self, at: [usize; 4]) -> usize {
-        let steps: i64 = (0..3).map(|axis| at[axis] as i64 * self.strides[axis]).sum();
+        let steps = match &self.rows {
+            None => (0..3).map(|axis| at[axis] as i64 * self.strides[axis]).sum::<i64>(),
+            Some(rows) => {
+                rows.starts[at[0]] + at[1] as i64 * rows.query_strides[at[0]] + at[2] as i64 * self.strides[2]
+            }
+        };
         self.offset + steps as usize + at[3]
+    }
+
+    fn is_set(&self, bit: usize) -> bool {
+        self.memory.bytes()[bit / 8] >> (bit % 8) & 1 == 1
     }
 
     /// Whether a query may see a key.
     pub fn get(&self, [b, t, h, key]: [usize; 4]) -> bool {
         let Some(column) = key.checked_sub(self.first_keys[b] as usize) else { return true };
-        let bit = self.bit([b, t, h, column]);
-        self.memory.bytes()[bit / 8] >> (bit % 8) & 1 == 1
+        self.is_set(self.bit([b, t, h, column]))
     }
 
     pub fn view(&self) -> BitMask<'_> {
-        BitMask::strided(self.memory.bytes(), self.offset, self.shape, self.strides)
-            .expect("a mask of its own memory")
-            .with_first_keys(&self.first_keys)
+        let bytes = self.memory.bytes();
+        let mask = match &self.rows {
+            None => BitMask::strided(bytes, self.offset, self.shape, self.strides),
+            Some(rows) => BitMask::per_row(bytes, &rows.starts, &rows.query_strides, self.strides[2], self.shape),
+        };
+        mask.expect("a mask of its own memory").with_first_keys(&self.first_keys)
     }
 }
 

@@ -64,7 +64,7 @@ structs! {
     kvl_rms_norm_params { struct_size: usize, weight: *const f32, eps: f32, reserved: i32 }
     kvl_bit_mask {
         struct_size: usize, data: *const u8, bytes: usize, offset: i64, shape: [i64; 4], strides: [i64; 3],
-        first_keys: *const i32,
+        first_keys: *const i32, row_starts: *const i64, query_strides: *const i64,
     }
     kvl_kv_layer { k: kvl_view, v: kvl_view }
     kvl_cache {

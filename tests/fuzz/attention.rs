@@ -195,16 +195,41 @@ impl Drop for Plan {
     }
 }
 
-/// Sometimes, makes a plan of what was said, and lets that stand for it.
-fn planned(c: &mut Call, rows: &Rows, said: &mut Said, q: [i64; 4], k: [i64; 4]) -> Plan {
+/// The masks of a call.
+#[derive(Clone, Copy)]
+struct Masks {
+    mask: kvl_mask,
+    bit_mask: *const kvl_bit_mask,
+}
+
+impl Masks {
+    const NONE: Self = Self {
+        mask: kvl_mask { data: std::ptr::null(), shape: [0; 4], strides: [0; 4], bytes: 0 },
+        bit_mask: std::ptr::null(),
+    };
+
+    fn are_none(&self) -> bool {
+        self.mask.shape == [0; 4] && self.mask.data.is_null() && self.bit_mask.is_null()
+    }
+}
+
+/// Sometimes, makes a plan of what was said, with the masks or without, and lets that stand for it.
+fn planned(c: &mut Call, rows: &Rows, said: &mut Said, masks: &mut Masks, q: [i64; 4], k: [i64; 4]) -> Plan {
     let mut plan = Plan(std::ptr::null_mut());
     if !c.maybe(0.25) {
         return plan;
     }
     // Of other views than those of the call, in a hostile one.
     let axes = |c: &mut Call, shape: [i64; 4]| kvl_const_view { shape: shape.map(|n| c.number(n)), ..zeroed() };
-    let params =
-        kvl_attention_params { q: axes(c, q), k: axes(c, k), struct_size: size_of_val(&said.params), ..said.params };
+    let planned = if c.maybe(0.7) { *masks } else { Masks::NONE };
+    let params = kvl_attention_params {
+        q: axes(c, q),
+        k: axes(c, k),
+        struct_size: size_of_val(&said.params),
+        mask: planned.mask,
+        bit_mask: planned.bit_mask,
+        ..said.params
+    };
     // Lists have as many entries as the call's own views say, so other ones cannot say more.
     if params.q.shape[0] != q[0] || params.k.shape[1] != k[1] {
         return plan;
@@ -213,7 +238,14 @@ fn planned(c: &mut Call, rows: &Rows, said: &mut Said, q: [i64; 4], k: [i64; 4])
     if unsafe { kvl_plan_create(&raw const params, &raw mut plan.0) } != 0 {
         return plan;
     }
-    if c.is_right() && c.maybe(0.4) && said.lengths.values.iter().all(|&n| n > 0) && !said.lengths.at.is_null() {
+    if !planned.are_none() {
+        let counts = vec![0; rows.batch as usize];
+        // SAFETY: a list of as many entries as it says.
+        assert_ne!(unsafe { kvl_plan_advance(plan.0, counts.as_ptr(), rows.batch) }, 0, "masks of new tokens");
+        if !c.hit() {
+            *masks = Masks::NONE;
+        }
+    } else if c.is_right() && c.maybe(0.4) && said.lengths.values.iter().all(|&n| n > 0) && !said.lengths.at.is_null() {
         advanced(c, rows, said, &params, &mut plan);
     }
     let kept = if c.hit() { c.rng.between(1, 9) } else { 0 };
@@ -260,18 +292,25 @@ fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const
     let first_keys = if tree { first_keys.at } else { std::ptr::null() };
 
     let right = [rows.batch, rows.seq, heads, keys];
-    let mut strides = [0i64; 3];
-    let mut step = keys + c.rng.below(10) as i64;
-    for axis in [1, 2, 0] {
-        if !c.maybe(if axis == 2 { 0.7 } else { 0.15 }) {
-            strides[axis] = step;
-            step = step * right[axis].max(1) + c.rng.below(9) as i64;
+    let (mut strides, mut lists) = ([0i64; 3], None);
+    let (offset, bits);
+    if c.maybe(0.4) {
+        let (starts, widths, end) = bits_by_row(c, rows, tree.then_some(keys));
+        strides[2] = if c.maybe(0.7) { 0 } else { end };
+        (offset, bits) = (0, end + (heads - 1).max(0) * strides[2]);
+        lists = Some((starts, widths));
+    } else {
+        let mut step = keys + c.rng.below(10) as i64;
+        for axis in [1, 2, 0] {
+            if !c.maybe(if axis == 2 { 0.7 } else { 0.15 }) {
+                strides[axis] = step;
+                step = step * right[axis].max(1) + c.rng.below(9) as i64;
+            }
         }
+        offset = c.rng.below(20) as i64;
+        bits = offset + (0..3).map(|axis| (right[axis] - 1).max(0) * strides[axis]).sum::<i64>() + keys;
     }
-    let offset = c.rng.below(20) as i64;
-    let reach: i64 = (0..3).map(|axis| (right[axis] - 1).max(0) * strides[axis]).sum();
-    let empty = right.contains(&0);
-    let bytes = if empty { 0 } else { ((offset + reach + keys) as usize).div_ceil(8) };
+    let bytes = if right.contains(&0) { 0 } else { (bits as usize).div_ceil(8) };
     let data = c.arena.block(bytes, 0);
     // Most bits are 1; whole words of 0 hide a row from all.
     let mut random = c.rng.u64() | c.rng.u64();
@@ -282,7 +321,14 @@ fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const
     }
     let shape = right.map(|n| c.number(n));
     let (said_offset, said_strides) = (c.number(offset), strides.map(|n| c.number(n)));
-    let same = (shape, said_offset, said_strides) == (right, offset, strides);
+    let (mut row_starts, mut query_strides) = (std::ptr::null(), std::ptr::null());
+    // What a row's own bits are is for lists to say that may be wrong.
+    let same = (shape, said_offset, said_strides) == (right, offset, strides) && (lists.is_none() || c.is_right());
+    if let Some((starts, widths)) = lists {
+        let wrong = [-1, i64::MIN, i64::MAX, 1, bits, bits + 1];
+        let list = |c: &mut Call, right: Vec<i64>| c.list(batch, &wrong, |_, b| right.get(b).copied().unwrap_or(0)).at;
+        (row_starts, query_strides) = (list(c, starts), list(c, widths));
+    }
     let mut said_bytes = if same && c.maybe(0.3) { 0 } else { bytes };
     if c.hit() && bytes > 0 {
         said_bytes = c.rng.between(1, bytes);
@@ -295,9 +341,28 @@ fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const
         shape,
         strides: said_strides,
         first_keys,
+        row_starts,
+        query_strides,
         ..zeroed()
     };
     c.sized(&mask, &[])
+}
+
+/// Where bits of rows one after the other begin, how far apart their queries are, and where the last ones end: of all keys of a
+/// row, or of the last ones.
+fn bits_by_row(c: &mut Call, rows: &Rows, last: Option<i64>) -> (Vec<i64>, Vec<i64>, i64) {
+    let (mut starts, mut widths, mut end) = (Vec::new(), Vec::new(), 0);
+    for b in 0..rows.batch as usize {
+        let queries = rows.query_starts.as_ref().map_or(rows.seq, |s| (s[b + 1] - s[b]).into());
+        let keys = rows.length(b).min(last.unwrap_or(i64::MAX));
+        let width = if c.maybe(0.1) { 0 } else { keys + if c.maybe(0.6) { 0 } else { c.rng.below(9) as i64 } };
+        starts.push(end + c.rng.below(9) as i64);
+        widths.push(width);
+        if queries > 0 && keys > 0 {
+            end = starts[b] + (queries - 1) * width + keys;
+        }
+    }
+    (starts, widths, end)
 }
 
 /// Sizes of the struct in older versions.
@@ -383,7 +448,10 @@ fn attend(mut c: Call, form: Form) -> i32 {
 
     let mut said = rows.give(&mut c, q.shape, k.shape);
     let is_new = said.is_new();
-    let plan = planned(&mut c, &rows, &mut said, q.shape, k.shape);
+    let bits = if c.maybe(0.25) { bit_mask(&mut c, &rows, said.batch, heads) } else { std::ptr::null() };
+    mask.iter().for_each(|t| c.fill(t, |_| true));
+    let mut masks = Masks { mask: mask.map_or(zeroed(), |t| c.mask(&t)), bit_mask: bits };
+    let plan = planned(&mut c, &rows, &mut said, &mut masks, q.shape, k.shape);
     let optional = |c: &mut Call, probability: f64, n: Option<i64>| if c.maybe(probability) { n } else { None };
     let n = optional(&mut c, if shared { 0.02 } else { 0.2 }, Some(q.shape[2]));
     let n = if shared && c.is_right() { None } else { n };
@@ -396,7 +464,6 @@ fn attend(mut c: Call, form: Form) -> i32 {
     let lse_entries = product(&q.shape[..3]);
     let n = optional(&mut c, 0.5, lse_entries).filter(|_| !span || c.hit());
     let lse: *mut f32 = c.output(n);
-    let bits = if c.maybe(0.25) { bit_mask(&mut c, &rows, said.batch, heads) } else { std::ptr::null() };
 
     // Keys that no query sees stay poison.
     let live = said.live();
@@ -407,7 +474,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
         true => is_live([row, 2 * slot, head]) || is_live([row, 2 * slot + 1, head]),
         false => is_live([row, slot, head]),
     });
-    mask.iter().chain(&bias).for_each(|t| c.fill(t, |_| true));
+    bias.iter().for_each(|t| c.fill(t, |_| true));
 
     let (scale, softcap) = (c.value() * 0.3, c.value().abs() * 20.0);
     let (scale, softcap) = (if c.maybe(0.5) { 0.0 } else { scale }, if c.maybe(0.7) { 0.0 } else { softcap });
@@ -422,13 +489,13 @@ fn attend(mut c: Call, form: Form) -> i32 {
         scale: c.float(scale.into()) as f32,
         softcap: c.float(softcap.into()) as f32,
         reserved: c.code(0),
-        mask: mask.map_or(zeroed(), |t| c.mask(&t)),
+        mask: masks.mask,
         bias: bias.map_or(zeroed(), |t| c.const_view(&t)),
         alibi_slopes: slopes.at,
         sinks: sinks.at,
         precision: c.code(precision),
         reserved2: c.code(0),
-        bit_mask: bits,
+        bit_mask: masks.bit_mask,
         v_packing,
         reserved3: c.code(0),
         ..said.params
@@ -576,22 +643,44 @@ impl Shapes {
         Self { q: [q0, q1, heads, dim], k: [k0, k1, heads, dim], rows }
     }
 
-    /// Parameters of these shapes, or of others.
-    fn params(&self, c: &mut Call) -> (kvl_attention_params, bool) {
+    /// Parameters of these shapes, or of others, and with `masks` sometimes some of these.
+    fn params(&self, c: &mut Call, masks: bool) -> (kvl_attention_params, bool) {
         let view = |c: &mut Call, shape: [i64; 4]| {
             let shape = shape.map(|n| c.number(n));
             kvl_const_view { shape, dtype: c.code(0), reserved: c.code(0), ..zeroed() }
         };
         let (q, k) = (view(c, self.q), view(c, self.k));
         let said = self.rows.give(c, q.shape, k.shape);
-        (kvl_attention_params { q, k, v: k, ..said.params }, said.is_new())
+        let Masks { mask, bit_mask } = if masks { self.masks(c, said.batch) } else { Masks::NONE };
+        let is_new = said.is_new() || !bit_mask.is_null();
+        (kvl_attention_params { q, k, v: k, mask, bit_mask, ..said.params }, is_new)
     }
 
-    /// A plan of exactly this.
-    fn plan(&self, c: &mut Call) -> Plan {
+    /// Masks for rows of which the library is told that they are so many.
+    fn masks(&self, c: &mut Call, batch: Option<i64>) -> Masks {
+        let (rows, heads) = (&self.rows, self.q[2]);
+        let mut masks = Masks::NONE;
+        let scores = [rows.batch, rows.seq, heads, rows.longest() + c.rng.below(3) as i64];
+        if c.maybe(0.3) && product(&scores).is_some_and(|n| n <= 1 << 16) {
+            let mut mask = c.tensor(MASK, scores, true);
+            c.settle(&mut mask);
+            c.fill(&mask, |_| true);
+            masks.mask = c.mask(&mask);
+        }
+        if c.maybe(0.3) {
+            masks.bit_mask = bit_mask(c, rows, batch, heads);
+        }
+        masks
+    }
+
+    /// A plan of exactly this, and with `masks` sometimes of some.
+    fn plan(&self, c: &mut Call, masks: bool) -> Plan {
         let mut plan = Plan(std::ptr::null_mut());
         let said = c.rightly(|c| self.rows.give(c, self.q, self.k));
+        let Masks { mask, bit_mask } = if masks { c.rightly(|c| self.masks(c, said.batch)) } else { Masks::NONE };
         let params = kvl_attention_params {
+            mask,
+            bit_mask,
             struct_size: size_of::<kvl_attention_params>(),
             q: kvl_const_view { shape: self.q, ..zeroed() },
             k: kvl_const_view { shape: self.k, ..zeroed() },
@@ -618,7 +707,7 @@ pub fn attention_chunks_workspace_size(c: Call) -> i32 {
 pub fn attention_chunks_states_len(mut c: Call) -> i32 {
     c.spoil_rate(0.03);
     let shapes = Shapes::new(&mut c, Form::Span);
-    let (params, is_new) = shapes.params(&mut c);
+    let (params, is_new) = shapes.params(&mut c, false);
     let params = c.sized(&params, if is_new { &[] } else { &OLDER });
     let len = c.output::<i64>(Some(1));
     c.may_write(len, Some(1));
@@ -635,7 +724,7 @@ pub fn attention_chunks_states_len(mut c: Call) -> i32 {
 fn workspace_size(mut c: Call, form: Form) -> i32 {
     c.spoil_rate(0.03);
     let shapes = Shapes::new(&mut c, form);
-    let (params, is_new) = shapes.params(&mut c);
+    let (params, is_new) = shapes.params(&mut c, false);
     let params = c.sized(&params, if is_new { &[] } else { &OLDER });
     let shape = shapes.k.map(|n| c.number(n));
     let prefix = c.fixed(kvl_const_view { shape, ..zeroed() });
@@ -659,15 +748,15 @@ fn workspace_size(mut c: Call, form: Form) -> i32 {
 /// Attends with a plan over caches of exactly the shapes that it was made for, which has to work whatever has been tried on
 /// it: what it says of rows must stay inside them.
 fn exercise(c: &Call, plan: &Plan, q: [i64; 4], k: [i64; 4]) {
-    if q.iter().chain(&k).any(|&n| n > 1 << 11) || q[..2].iter().chain(&k[..2]).product::<i64>() > 1 << 14 {
+    // Masks may be of the heads that there were.
+    if q.iter().chain(&k).any(|&n| n > 1 << 11) || q[..3].iter().chain(&k[..2]).product::<i64>() > 1 << 15 {
         return;
     }
-    let axes = |shape: [i64; 4]| [shape[0], shape[1], 2, 3];
-    let (q, k) = (axes(q), axes(k));
+    let (q, k) = ([q[0], q[1], q[2], 3], [k[0], k[1], 1, 3]);
     let values = |shape: [i64; 4]| vec![0.5f32; shape.iter().product::<i64>() as usize];
     let (queries, keys, mut out) = (values(q), values(k), values(q));
     let view = |data: *mut f32, shape: [i64; 4]| {
-        let strides = [shape[1] * 6, 6, 3, 1];
+        let strides = [shape[1] * shape[2] * 3, shape[2] * 3, 3, 1];
         let bytes = shape.iter().product::<i64>() as usize * 4;
         Tensor { data: data.cast(), dtype: 0, reserved: 0, shape, strides, bytes }
     };
@@ -698,7 +787,7 @@ fn exercise(c: &Call, plan: &Plan, q: [i64; 4], k: [i64; 4]) {
 pub fn plan_create(mut c: Call) -> i32 {
     c.spoil_rate(0.03);
     let shapes = Shapes::new(&mut c, Form::Plain);
-    let (params, is_new) = shapes.params(&mut c);
+    let (params, is_new) = shapes.params(&mut c, true);
     let (q, k) = (params.q.shape, params.k.shape);
     let params = c.sized(&params, if is_new { &[] } else { &OLDER });
     let plan: *mut *mut kvl_plan = c.output(Some(1));
@@ -716,8 +805,8 @@ pub fn plan_create(mut c: Call) -> i32 {
 pub fn plan_update(mut c: Call) -> i32 {
     c.spoil_rate(0.03);
     let (before, after) = (Shapes::new(&mut c, Form::Plain), Shapes::new(&mut c, Form::Plain));
-    let plan = before.plan(&mut c);
-    let (params, is_new) = after.params(&mut c);
+    let plan = before.plan(&mut c, true);
+    let (params, is_new) = after.params(&mut c, true);
     let (q, k) = (params.q.shape, params.k.shape);
     let params = c.sized(&params, if is_new { &[] } else { &OLDER });
     let target = if c.hit() && c.maybe(0.2) { std::ptr::null_mut() } else { plan.0 };
@@ -752,7 +841,7 @@ pub fn plan_advance(mut c: Call) -> i32 {
     {
         offsets.iter_mut().zip(&counts).for_each(|(offset, count)| *offset -= count);
     }
-    let plan = shapes.plan(&mut c);
+    let plan = shapes.plan(&mut c, false);
     let n = c.number(shapes.rows.batch);
     let wrong = [-1, i32::MIN, i32::MAX, 1, 50];
     let counts = c.list((n >= 0).then_some(n), &wrong, |_, i| counts.get(i).copied().unwrap_or(0));
@@ -777,7 +866,7 @@ pub fn plan_set_table(mut c: Call) -> i32 {
         }
         shapes = Shapes::new(&mut c, Form::Plain);
     }
-    let plan = shapes.plan(&mut c);
+    let plan = shapes.plan(&mut c, true);
     let places = &shapes.rows.places;
     let per_row = if places.kind == PAGED { places.pages_per_row } else { places.axes[1] };
     let first = c.rng.between(0, per_row.max(0) as usize) as i64;
@@ -797,7 +886,7 @@ pub fn plan_set_table(mut c: Call) -> i32 {
 
 pub fn plan_destroy(mut c: Call) -> i32 {
     let shapes = Shapes::new(&mut c, Form::Plain);
-    let plan = if c.maybe(0.7) { shapes.plan(&mut c) } else { Plan(std::ptr::null_mut()) };
+    let plan = if c.maybe(0.7) { shapes.plan(&mut c, true) } else { Plan(std::ptr::null_mut()) };
     c.ready();
     drop(plan);
     c.check(0)

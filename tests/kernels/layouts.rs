@@ -1,6 +1,6 @@
 //! Attention over a cache of any layout: the bits of the contiguous cache that holds the same tokens.
 
-use crate::common::attention::{Case, MaskTensor, Outcome, Shape, kv_types};
+use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Outcome, Shape, kv_types};
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout as Strides, Place, Rng, Tensor, scaled};
@@ -13,7 +13,7 @@ use kvlane::{
 
 tests! {
     levels: contiguous, paged, shared_pages, ring, ring_without_a_window, indirect, ragged, what_is_not_retained_is_refused,
-        tables_are_checked, plans, shared_prefix;
+        tables_are_checked, plans, plans_of_far_masks, shared_prefix;
     once: plans_advance;
 }
 
@@ -281,7 +281,7 @@ fn ragged(level: &Level) {
     let mut rng = Rng::new(305);
     for _ in 0..scaled(80) {
         let (mut case, what) = random_case(&mut rng);
-        // Masks and biases are over the longest row; here every row is to be compared by itself.
+        // Masks and biases are over the longest row; here every row is to be compared by itself, with bits of its own width.
         (case.options.mask, case.options.bit_mask, case.options.bias) = (None, None, None);
         let [batch, tokens, heads, dim] = case.q.shape;
         let v_dim = case.v.shape[3];
@@ -326,12 +326,27 @@ fn ragged(level: &Level) {
             out_place: case.out_place,
             options: Default::default(),
         };
-        let options = AttentionOptions {
-            layout: Layout::Ragged { starts: &k_starts },
-            query_starts: Some(&q_starts),
-            ..case.options.borrow()
-        };
-        for threads in [1, 3] {
+        let length = |b: usize| case.options.lengths.as_ref().map_or(rooms[b] as i32, |l| l[b]);
+        let lengths: Vec<i32> = (0..batch).map(length).collect();
+        let bits = rng.chance(0.5).then(|| {
+            let most = counts.iter().copied().max().unwrap();
+            let keys = lengths.iter().copied().max().unwrap() as usize;
+            let firsts = lengths.iter().map(|&n| rng.below(n as usize + 1) as i32 / 2).collect();
+            let head = if rng.chance(0.5) { keys as i64 } else { 0 };
+            let token = (keys * heads) as i64;
+            let (shape, strides) = ([batch, most, heads, keys], [token * most as i64, token, head]);
+            BitMaskTensor::new(shape, strides, 0, firsts, Place::GuardAfter, |_| rng.chance(0.7))
+        });
+        let by_row = bits.as_ref().map(|bits| bits.by_row(&mut rng, &counts, &lengths));
+        for (threads, bits, planned) in [(1, &by_row, false), (3, &by_row, true), (1, &bits, false)] {
+            let options = AttentionOptions {
+                layout: Layout::Ragged { starts: &k_starts },
+                query_starts: Some(&q_starts),
+                bit_mask: bits.as_ref().map(BitMaskTensor::view),
+                ..case.options.borrow()
+            };
+            let plan = AttentionPlan::new(together.q.shape, together.k.shape, &options).expect("a valid plan");
+            let options = if planned { rest(&options, &plan) } else { options };
             let mut workspace = Workspace::new();
             let kv = (&together.k, &together.v);
             let got = together.run_on(&level.context, &Threads(threads), &mut workspace, kv, options);
@@ -360,6 +375,11 @@ fn ragged(level: &Level) {
                         prefixes: one(&o.prefixes),
                         alibi: o.alibi.clone(),
                         sinks: o.sinks.clone(),
+                        mask: bits.as_ref().map(|bits| {
+                            let shape = [1, counts[b], heads, rooms[b]];
+                            let shown = |[_, t, h, j]: [usize; 4]| j >= lengths[b] as usize || bits.get([b, t, h, j]);
+                            MaskTensor::new(shape, Strides::BSHD.strides(shape), Place::GuardAfter, shown)
+                        }),
                         ..Default::default()
                     },
                 };
@@ -414,13 +434,29 @@ fn tables_are_checked(level: &Level) {
     level.checked(Op::Attention, dtype, dtype);
 }
 
-/// With a plan instead of lists, the same bits.
+/// What a call has to say beside a plan of its options, masks and all.
+fn rest<'a>(options: &AttentionOptions<'a>, plan: &'a AttentionPlan) -> AttentionOptions<'a> {
+    AttentionOptions {
+        plan: Some(plan),
+        bias: options.bias,
+        scale: options.scale,
+        softcap: options.softcap,
+        alibi_slopes: options.alibi_slopes,
+        sinks: options.sinks,
+        precision: options.precision,
+        ..Default::default()
+    }
+}
+
+/// With a plan instead of lists and masks, or instead of lists alone, the same bits.
 fn plans(level: &Level) {
     let mut rng = Rng::new(308);
     let mut plan = None;
-    for _ in 0..scaled(60) {
+    for _ in 0..scaled(120) {
         let (case, what) = random_case(&mut rng);
-        let options = case.options.borrow();
+        let all = case.options.borrow();
+        let with_masks = rng.chance(0.7);
+        let options = if with_masks { all } else { AttentionOptions { mask: None, bit_mask: None, ..all } };
         // The memory of the plan before, whatever that was for.
         let plan = match &mut plan {
             None => plan.insert(AttentionPlan::new(case.q.shape, case.k.shape, &options).expect("a valid plan")),
@@ -429,34 +465,63 @@ fn plans(level: &Level) {
                 plan
             }
         };
-        let planned = AttentionOptions {
-            plan: Some(plan),
-            mask: options.mask,
-            bit_mask: options.bit_mask,
-            bias: options.bias,
-            scale: options.scale,
-            softcap: options.softcap,
-            alibi_slopes: options.alibi_slopes,
-            sinks: options.sinks,
-            precision: options.precision,
-            ..Default::default()
+        let planned = rest(&options, plan);
+        let planned = match with_masks {
+            true => planned,
+            false => AttentionOptions { mask: all.mask, bit_mask: all.bit_mask, ..planned },
         };
         let want = case.run(&level.context);
         let kv = (&case.k, &case.v);
         let got = case.run_on(&level.context, &Threads(2), &mut Workspace::new(), kv, planned).expect("a valid call");
         level.checked(Op::Attention, case.k.dtype, case.v.dtype);
         assert!(got.all_bits() == want.all_bits(), "{what}");
-        let error = case.run_on(
-            &level.context,
-            &Serial,
-            &mut Workspace::new(),
-            kv,
-            AttentionOptions { causal: true, ..planned },
-        );
-        assert_eq!(
-            error.err().expect("both").message(),
-            "both plan and causal are given, but causal is the plan's to say"
-        );
+        let refused = |name: &str, options| {
+            let error = case.run_on(&level.context, &Serial, &mut Workspace::new(), kv, options).err().expect("both");
+            let sentence = format!("both plan and {name} are given, but {name} is the plan's to say");
+            assert_eq!(error.message(), sentence, "{what}");
+        };
+        refused("causal", AttentionOptions { causal: true, ..planned });
+        if with_masks && all.mask.is_some() {
+            refused("mask", AttentionOptions { mask: all.mask, ..planned });
+        } else if with_masks && all.bit_mask.is_some() {
+            refused("bit_mask", AttentionOptions { bit_mask: all.bit_mask, ..planned });
+        }
+    }
+}
+
+/// Masks that hide whole chunks, at either end or between prefix and window: with a plan, the same bits.
+fn plans_of_far_masks(level: &Level) {
+    let mut rng = Rng::new(311);
+    for _ in 0..scaled(24) {
+        let (dtype, keys) = (rng.pick(&kv_types()), rng.between(1025, 5000));
+        let tokens = rng.pick(&[1, 1, 2, 14]);
+        let shape = Shape { batch: rng.between(1, 2), tokens, group: 2, keys, dim: 8, v_dim: 8, ..Shape::default() };
+        let entry = |rng: &mut Rng, most: usize| (0..shape.batch).map(|_| rng.between(0, most) as i32).collect();
+        let mut case = Case::new(&mut rng, shape, dtype);
+        if rng.chance(0.5) {
+            case.options.lengths = Some(entry(&mut rng, keys));
+        }
+        if rng.chance(0.5) {
+            case.options.prefixes = Some(entry(&mut rng, keys.min(1500)));
+        }
+        case.options.window_left = rng.chance(0.5).then(|| rng.below(1500) as u32);
+        let (scores, by_head) = (shape.scores(), rng.chance(0.3));
+        let shown = [(); 2].map(|()| {
+            let first = rng.below(keys);
+            first..first + rng.below(keys)
+        });
+        let strides = [0, if rng.chance(0.5) { 2 * keys as i64 } else { 0 }, if by_head { keys as i64 } else { 0 }, 1];
+        let shown = |[_, _, h, j]: [usize; 4]| shown[if by_head { h } else { 0 }].contains(&j) && j % 5 != 1;
+        case.options.mask = Some(MaskTensor::new(scores, strides, Place::GuardAfter, shown));
+        let want = case.run(&level.context);
+        let options = case.options.borrow();
+        let plan = AttentionPlan::new(case.q.shape, case.k.shape, &options).expect("a valid plan");
+        for threads in [1, 3] {
+            let (mut workspace, kv) = (Workspace::new(), (&case.k, &case.v));
+            let got = case.run_on(&level.context, &Threads(threads), &mut workspace, kv, rest(&options, &plan));
+            level.checked(Op::Attention, dtype, dtype);
+            assert!(got.expect("a valid call").all_bits() == want.all_bits(), "{dtype} {shape:?} on {threads} threads");
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use kvlane::{DType, Op, alibi_slopes};
 tests! {
     levels: order_of_operations, row_without_keys, bias_decides_not_the_logit, hidden_poison, poison_reaches_who_sees_it,
         live_nan_propagates, causal_offset, negative_offset, windows, starts_and_lengths, heads_read_their_group,
-        sinks, alibi, log_sum_exp, mask_broadcast, bias_types, live_minus_infinity;
+        sinks, alibi, log_sum_exp, mask_broadcast, bias_types, live_minus_infinity, bits_by_row;
     once: standard_alibi_slopes;
 }
 
@@ -182,7 +182,11 @@ fn random_hiding(rng: &mut Rng, shape: Shape) -> Options {
         options.prefixes = Some(per_row(rng, 0, keys));
     }
     if rng.chance(0.3) {
-        options.bit_mask = Some(random_bit_mask(rng, shape));
+        let bits = random_bit_mask(rng, shape);
+        let lengths = options.lengths.clone().unwrap_or_else(|| vec![keys as i32; shape.batch]);
+        let by_row = rng.chance(0.4);
+        options.bit_mask =
+            Some(if by_row { bits.by_row(rng, &vec![shape.tokens; shape.batch], &lengths) } else { bits });
     }
     options
 }
@@ -634,6 +638,42 @@ fn live_minus_infinity(level: &Level) {
             check(level, &case, || format!("{dtype} every logit -inf"));
             let outcome = case.run(&level.context);
             (0..tokens).for_each(|t| assert_empty(&outcome, 0, t));
+        }
+    }
+}
+
+/// Rows of bits that are as wide as each row: the bits of the same mask at fixed strides, whatever lies between them.
+fn bits_by_row(level: &Level) {
+    let mut rng = Rng::new(26);
+    for dtype in kv_types() {
+        for tokens in [1, 3, 20] {
+            for heads_differ in [false, true] {
+                let shape = Shape { batch: 4, tokens, kv_heads: 2, group: 2, keys: 150, ..Shape::default() };
+                let [batch, _, heads, keys] = shape.scores();
+                let lengths = vec![150, 0, 67, 131];
+                let firsts = if rng.chance(0.5) { vec![0; 4] } else { vec![3, 10, 67, 40] };
+                let head = if heads_differ { keys as i64 } else { 0 };
+                let token = (keys * heads) as i64;
+                let strides = [token * tokens as i64, token, head];
+                let fixed =
+                    BitMaskTensor::new([batch, tokens, heads, keys], strides, 5, firsts, Place::GuardAfter, |_| {
+                        rng.chance(0.6)
+                    });
+                let rows = fixed.by_row(&mut rng, &vec![tokens; batch], &lengths);
+                let mut case = Case::new(&mut rng, shape, dtype);
+                (case.options.lengths, case.options.bit_mask) = (Some(lengths), Some(fixed));
+                let want = case.run(&level.context);
+                assert_empty(&want, 1, 0);
+                case.options.bit_mask = Some(rows);
+                check(level, &case, || format!("{dtype} {tokens} tokens"));
+                let got = case.run_with(&level.context, &Threads(3)).expect("a valid call");
+                assert!(got.all_bits() == want.all_bits(), "{dtype} {tokens} tokens");
+                case.options.bit_mask.as_mut().unwrap().disturb();
+                assert!(
+                    case.run(&level.context).all_bits() == want.all_bits(),
+                    "{dtype} {tokens} tokens: noise is seen"
+                );
+            }
         }
     }
 }

@@ -134,6 +134,17 @@ pub(crate) struct BitView<'a> {
     pub strides: [i64; 3],
     /// The key of a row's first bit, a batch row; 0 if absent.
     pub first_keys: Option<&'a [i32]>,
+    /// Instead of the offset and the first two strides.
+    pub rows: Option<BitRows<'a>>,
+}
+
+/// Where the bits of every batch row lie, if they do not lie at fixed strides.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BitRows<'a> {
+    /// The bit of a row's query 0, head 0 and first key.
+    pub starts: &'a [i64],
+    /// Bits from a query of a row to the next.
+    pub query_strides: &'a [i64],
 }
 
 impl Problem<'_> {
@@ -597,19 +608,35 @@ impl Problem<'_> {
     /// The live keys are inside the masks.
     #[inline(always)]
     pub unsafe fn shown(&self, batch: usize, row: (u32, u32), base: usize, live: u64) -> u64 {
-        let Span { low, high } = Span::around(live);
-        let mut bits = live;
         // SAFETY: the caller's.
-        unsafe {
-            if let Some(mask) = &self.mask {
-                bits &= mask_bits(mask, batch, row, base, low, high);
-            }
-            if let Some(mask) = &self.bit_mask {
-                bits &= packed_bits(mask, batch, row, base, low, high);
-            }
-        }
-        bits
+        unsafe { shown((self.mask.as_ref(), self.bit_mask.as_ref()), batch, row, base, live) }
     }
+}
+
+/// Which of the `live` keys of a block masks show to a query and head.
+///
+/// # Safety
+/// The live keys are inside the masks.
+#[inline(always)]
+pub(crate) unsafe fn shown(
+    (mask, bit_mask): (Option<&ByteView>, Option<&BitView>),
+    batch: usize,
+    row: (u32, u32),
+    base: usize,
+    live: u64,
+) -> u64 {
+    let Span { low, high } = Span::around(live);
+    let mut bits = live;
+    // SAFETY: the caller's.
+    unsafe {
+        if let Some(mask) = mask {
+            bits &= mask_bits(mask, batch, row, base, low, high);
+        }
+        if let Some(mask) = bit_mask {
+            bits &= packed_bits(mask, batch, row, base, low, high);
+        }
+    }
+    bits
 }
 
 /// Bit j of the result: whether the mask shows key `base + j`, for j in `from..to`.
@@ -632,7 +659,11 @@ unsafe fn packed_bits(
         return u64::MAX;
     }
     let [sb, st, sh] = mask.strides;
-    let bit = mask.offset + batch as i64 * sb + i64::from(token) * st + i64::from(head) * sh + from - first;
+    let (start, st) = match mask.rows {
+        None => (mask.offset + batch as i64 * sb, st),
+        Some(rows) => (rows.starts[batch], rows.query_strides[batch]),
+    };
+    let bit = start + i64::from(token) * st + i64::from(head) * sh + from - first;
     let (mut byte, shift, n) = (bit.div_euclid(8) as isize, bit.rem_euclid(8) as usize, to - from as usize);
     let mut bits = 0u128;
     for i in 0..(shift + n).div_ceil(8) {

@@ -59,6 +59,20 @@ impl Chunks {
     }
 }
 
+impl Summary {
+    /// The same rows, of whose chunks masks hide all but some of those `seen`: by number in the cache.
+    pub fn within(self, seen: Range<usize>) -> Self {
+        let Chunks { before, gap } = self.chunks;
+        let end = (self.count + gap).min(seen.end);
+        if gap > 0 && seen.start < before {
+            // Two spans begin at chunk 0, so only their end can move.
+            return Self { count: end.saturating_sub(gap).max(before.min(end)), ..self };
+        }
+        let first = if gap == 0 { 0 } else { before + gap }.max(seen.start);
+        Self { chunks: Chunks { before: 0, gap: first }, count: end.saturating_sub(first), ..self }
+    }
+}
+
 impl Spans<'_> {
     /// Every query sees every key of a contiguous cache.
     pub fn unmasked(batch: usize, seq: usize, cache: RawView) -> Self {
@@ -239,5 +253,28 @@ impl Spans<'_> {
             "prefixes[{row}] is {prefix}, but the ring keeps {sinks} sinks of row {row}"
         );
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_summary_narrows_to_the_chunks_that_are_seen() {
+        let numbers = |s: Summary| -> Vec<usize> { (0..s.count).map(|i| s.chunks.keys(i).start / CHUNK).collect() };
+        for (before, gap, count) in (0..4).flat_map(|b| (0..4).flat_map(move |g| (b..7).map(move |n| (b, g, n)))) {
+            let all = Summary { longest: 9, chunks: Chunks { before, gap }, count };
+            for seen in (0..12).flat_map(|start| (start..12).map(move |end| start..end)) {
+                let (was, is) = (numbers(all), numbers(all.within(seen.clone())));
+                let kept = was.iter().filter(|chunk| seen.contains(chunk)).copied().collect::<Vec<_>>();
+                // What is left out is not seen, and what is not seen is left out, but for what comes before a gap.
+                assert!(kept.iter().all(|chunk| is.contains(chunk)) && is.iter().all(|chunk| was.contains(chunk)));
+                if before == 0 || gap == 0 || seen.start >= before {
+                    assert_eq!(is, kept, "{all:?} {seen:?}");
+                }
+                assert!(is.iter().all(|&chunk| chunk < seen.end), "{all:?} {seen:?}");
+            }
+        }
     }
 }
