@@ -344,10 +344,9 @@ impl Touched {
 
     /// Fails if an output shares memory with one of them.
     pub fn check_apart(&self, name: &str, out: &RawView) -> Result<()> {
-        let (reach, at) = (out.validate(name)?, out.data.addr() as i128);
-        let out = at + reach.low as i128..at + reach.high as i128;
-        for (mask, touched) in &self.0 {
-            let meet = touched.start < touched.end && touched.start < out.end && out.start < touched.end;
+        for (mask, touched) in self.0.iter().filter(|(_, touched)| !touched.is_empty()) {
+            let (reach, at) = (out.validate(name)?, out.data.addr() as i128);
+            let meet = touched.start < at + reach.high as i128 && at + (reach.low as i128) < touched.end;
             ensure!(!meet, Overlap, "{mask} and {name} share memory");
         }
         Ok(())

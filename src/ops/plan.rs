@@ -413,7 +413,7 @@ impl Masks {
         if !self.given {
             return None;
         }
-        let (mut seen, mut words) = (usize::MAX..0, 0);
+        let (mut first_seen, mut end_seen, mut words) = (usize::MAX, 0, 0);
         for row in 0..lines.spans.batch {
             let blocks = lines.blocks(row);
             let mut first = blocks;
@@ -423,7 +423,7 @@ impl Masks {
                 }
                 if shown != 0 {
                     let chunk = block * BLOCK / CHUNK;
-                    seen = seen.start.min(chunk)..seen.end.max(chunk + 1);
+                    (first_seen, end_seen) = (first_seen.min(chunk), end_seen.max(chunk + 1));
                 }
             });
             self.hide |= first < blocks;
@@ -446,7 +446,7 @@ impl Masks {
                 self.words[head * words + start + query * width + block - first] = shown.to_le();
             });
         }
-        Some(if seen.is_empty() { 0..0 } else { seen })
+        Some(first_seen.min(end_seen)..end_seen)
     }
 
     fn view(&self) -> Option<BitView<'_>> {
