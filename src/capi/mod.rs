@@ -962,7 +962,7 @@ unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<RawAttentio
             v_packing: types::packing("v_packing", params.v_packing)?,
             spans,
             planned,
-            masks: types::masks(&params, spans.batch)?,
+            masks: types::masks(params, spans.batch)?,
             bias: match params.bias.is_absent() {
                 true => None,
                 false => Some(params.bias.raw("bias")?),
