@@ -151,6 +151,9 @@ pub(crate) struct CopyArgs {
     pub src_dim: isize,
     pub dst_dim: isize,
     pub dim: usize,
+    /// Bytes to what is copied after it, and to where that goes, which is asked for meanwhile; 0: nothing.
+    pub src_ahead: isize,
+    pub dst_ahead: isize,
 }
 
 /// The heads of one token, and `rotary_dim / 2` cosines and sines.

@@ -97,6 +97,8 @@ pub(crate) trait Simd: Copy {
     fn prefetch(self, p: *const u8);
     /// As [`Self::prefetch`], but not into the first-level cache.
     fn prefetch_far(self, p: *const u8);
+    /// As [`Self::prefetch`], to be written to.
+    fn prefetch_write(self, p: *const u8);
     /// The first `n < LANES` lanes from memory, the others 0; nothing beyond is read.
     ///
     /// # Safety

@@ -169,8 +169,8 @@ impl<'a> NormRope<'a> {
             let src = all.src.wrapping_offset(first as isize * all.src_head * self.sizes.0 as isize);
             let dst = all.dst.wrapping_offset(first as isize * all.dst_head * self.sizes.1 as isize);
             let staged = all.dim as isize;
-            let to = CopyArgs { src, dst: stage.cast(), heads, dst_head: staged, dst_dim: 1, ..all };
-            let from = CopyArgs { src: stage.cast(), dst, heads, src_head: staged, src_dim: 1, ..all };
+            let to = CopyArgs { src, dst: stage.cast(), heads, dst_head: staged, dst_dim: 1, dst_ahead: 0, ..all };
+            let from = CopyArgs { src: stage.cast(), dst, heads, src_head: staged, src_dim: 1, src_ahead: 0, ..all };
             // SAFETY: the caller's; the stage holds these heads, and the first kernel writes what the second reads.
             unsafe {
                 (self.to_f32)(&self.norm.args(to));

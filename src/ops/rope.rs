@@ -456,6 +456,8 @@ pub(crate) unsafe fn token_copy(src: &RawView, from: (usize, usize), dst: &RawVi
             src_dim: src.strides[DIM] as isize,
             dst_dim: dst.strides[DIM] as isize,
             dim: src.shape[DIM],
+            src_ahead: 0,
+            dst_ahead: 0,
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::ops::norm::{RmsNorm, Rotation};
 use crate::ops::pack::{check_pair_dim, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles, token_copy};
 use crate::parallel::Runner;
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
 /// New keys and values, the caches they go to, and where.
 ///
@@ -384,6 +384,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     let RawWrite { keys: (k, k_cache), values, to, k_norm, rope, v_packing } = write;
     let seq = k.shape[SEQ];
     let angles = context.angles();
+    let large = view::rows(k.shape) * k.shape[DIM] * (k.dtype.size() + k_cache.dtype.size()) > LARGE / 2;
     let k_copy = context.copy(Op::KvWrite, k.dtype, k_cache.dtype);
     let k_normed = context.norm(k.dtype, k_cache.dtype);
     let rotation = Rotation::new(context, *k_norm, k.dtype, k_cache.dtype);
@@ -395,8 +396,9 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
             let Some(place) = to.place(b, t, seq, k_cache) else { return };
             // SAFETY: the views and the destination are valid; no two tokens share a slot.
             unsafe {
+                let next = if large && t + 1 < seq { to.place(b, t + 1, seq, k_cache) } else { None };
                 if !k.is_empty() {
-                    let copy = token_copy(k, (b, t), k_cache, place);
+                    let copy = with_next(token_copy(k, (b, t), k_cache, place), (k, (b, t)), (k_cache, place), next);
                     match (rope, token_angles, k_norm) {
                         (Some(rope), Some(token_angles), _) => {
                             let (cos, sin) = token_angles.at(rope, angles, rope.position(b, t, seq));
@@ -404,7 +406,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                             rotation.run(&RopeArgs { copy, rotary_dim, pairing, cos, sin });
                         }
                         (_, _, Some(norm)) => k_normed(&norm.args(copy)),
-                        _ => k_copy(&merge_heads(copy)),
+                        _ => k_copy(&copy),
                     }
                 }
                 if let Some((v, v_cache)) = values
@@ -412,7 +414,10 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                 {
                     let v_copy = context.copy(Op::KvWrite, v.dtype, v_cache.dtype);
                     match v_packing {
-                        Packing::Rows => v_copy(&merge_heads(token_copy(v, (b, t), v_cache, place))),
+                        Packing::Rows => {
+                            let copy = token_copy(v, (b, t), v_cache, place);
+                            v_copy(&with_next(copy, (v, (b, t)), (v_cache, place), next));
+                        }
                         Packing::RowPairs => pack_token(v_copy, v, (b, t), v_cache, |t| to.place(b, t, seq, k_cache)),
                     }
                 }
@@ -429,11 +434,26 @@ fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> R
     Ok(())
 }
 
-/// Heads that lie together on both sides are one long vector.
-fn merge_heads(args: CopyArgs) -> CopyArgs {
-    let together = args.dim as isize;
-    if args.src_dim == 1 && args.dst_dim == 1 && args.src_head == together && args.dst_head == together {
-        return CopyArgs { heads: 1, dim: args.heads * args.dim, ..args };
+/// Bytes from which on a write asks for the next token while it copies one: what a second-level cache holds.
+const LARGE: usize = 1 << 20;
+
+/// The copy of a token, which also asks for the next one, if that has a place.
+///
+/// # Safety
+/// The views are validated, and the indices inside them.
+unsafe fn with_next(copy: CopyArgs, from: (&RawView, Place), to: (&RawView, Place), next: Option<Place>) -> CopyArgs {
+    let Some(next) = next else { return copy };
+    let ((src, (row, token)), (dst, place)) = (from, to);
+    if (copy.src_dim, copy.dst_dim) != (1, 1) {
+        return copy;
     }
-    args
+    // SAFETY: the caller's.
+    let rows = unsafe {
+        [
+            (src.row(row, token, 0), src.row(row, token + 1, 0)),
+            (dst.row(place.0, place.1, 0), dst.row(next.0, next.1, 0)),
+        ]
+    };
+    let [src_ahead, dst_ahead] = rows.map(|(from, to)| to.addr().wrapping_sub(from.addr()) as isize);
+    CopyArgs { src_ahead, dst_ahead, ..copy }
 }

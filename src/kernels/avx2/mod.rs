@@ -266,6 +266,11 @@ impl Simd for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
+    fn prefetch_write(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load_part_f32(self, p: *const f32, n: usize) -> __m256 {
         // SAFETY: masked-off lanes are not accessed.
         unsafe { _mm256_maskload_ps(p, Self::prefix(n)) }

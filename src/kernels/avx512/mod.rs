@@ -272,6 +272,11 @@ impl Simd for Avx512 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
+    fn prefetch_write(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn load_part_f32(self, p: *const f32, n: usize) -> __m512 {
         // SAFETY: masked-off lanes are not accessed.
         unsafe { _mm512_maskz_loadu_ps(Self::prefix(n), p) }

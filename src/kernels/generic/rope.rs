@@ -39,6 +39,8 @@ pub(crate) unsafe fn rope<S: Simd, A: Memory, B: Memory>(s: S, args: &RopeArgs) 
             src: args.src.cast::<A>().wrapping_offset(args.rotary_dim as isize * args.copy.src_dim).cast(),
             dst: args.dst.cast::<B>().wrapping_offset(args.rotary_dim as isize * args.copy.dst_dim).cast(),
             dim: args.dim - args.rotary_dim,
+            src_ahead: 0,
+            dst_ahead: 0,
             ..args.copy
         };
         // SAFETY: the caller's.
@@ -62,6 +64,9 @@ unsafe fn half_split<S: Simd, A: Memory, B: Memory>(
     for head in 0..c.heads as isize {
         let x0 = c.src.cast::<A>().wrapping_offset(head * c.src_head + first as isize * c.src_dim);
         let y0 = c.dst.cast::<B>().wrapping_offset(head * c.dst_head + first as isize * c.dst_dim);
+        if first == 0 {
+            copy::ask_for_next::<S, A, B>(s, c, x0, y0);
+        }
         let x1 = x0.wrapping_offset(half * c.src_dim);
         let y1 = y0.wrapping_offset(half * c.dst_dim);
         if c.src_dim == 1 && c.dst_dim == 1 {
@@ -154,6 +159,9 @@ unsafe fn interleaved<S: Simd, A: Memory, B: Memory>(
     for head in 0..c.heads as isize {
         let x = c.src.cast::<A>().wrapping_offset(head * c.src_head + 2 * first as isize * c.src_dim);
         let y = c.dst.cast::<B>().wrapping_offset(head * c.dst_head + 2 * first as isize * c.dst_dim);
+        if first == 0 {
+            copy::ask_for_next::<S, A, B>(s, c, x, y);
+        }
         if c.src_dim == 1 && c.dst_dim == 1 {
             // SAFETY: the caller's.
             unsafe { rotate_pairs::<S, A, B>(s, x, y, cosines.as_ptr(), sines.as_ptr(), n) };

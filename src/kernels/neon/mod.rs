@@ -208,6 +208,11 @@ impl Simd for Neon {
         unsafe { asm!("prfm pldl2keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) }
     }
     #[inline(always)]
+    fn prefetch_write(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { asm!("prfm pstl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) }
+    }
+    #[inline(always)]
     unsafe fn load_part_f32(self, p: *const f32, n: usize) -> float32x4_t {
         // SAFETY: the caller's; the buffer holds a whole vector.
         unsafe { vld1q_f32(copy_part(p, n).as_ptr()) }

@@ -187,6 +187,8 @@ impl Simd for Scalar {
     #[inline(always)]
     fn prefetch_far(self, _: *const u8) {}
     #[inline(always)]
+    fn prefetch_write(self, _: *const u8) {}
+    #[inline(always)]
     unsafe fn load_part_f32(self, p: *const f32, n: usize) -> V {
         // SAFETY: the caller's.
         unsafe { load(copy_part(p, n).as_ptr()) }

@@ -386,6 +386,8 @@ unsafe fn move_tokens(step: &Step, src: &RawView, from: Place, dst: &RawView, to
         src_dim: src.strides[DIM] as isize,
         dst_dim: dst.strides[DIM] as isize,
         dim,
+        src_ahead: 0,
+        dst_ahead: 0,
     };
     // A kernel takes any number of vectors at equal distances: the heads of a token, or the tokens of a head.
     let run = |copy: CopyArgs| match *step {
