@@ -398,7 +398,10 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
             unsafe {
                 let next = if large && t + 1 < seq { to.place(b, t + 1, seq, k_cache) } else { None };
                 if !k.is_empty() {
-                    let copy = with_next(token_copy(k, (b, t), k_cache, place), (k, (b, t)), (k_cache, place), next);
+                    let mut copy = token_copy(k, (b, t), k_cache, place);
+                    if let Some(next) = next {
+                        ask_for(&mut copy, (k, (b, t)), k_cache, next);
+                    }
                     match (rope, token_angles, k_norm) {
                         (Some(rope), Some(token_angles), _) => {
                             let (cos, sin) = token_angles.at(rope, angles, rope.position(b, t, seq));
@@ -415,8 +418,11 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                     let v_copy = context.copy(Op::KvWrite, v.dtype, v_cache.dtype);
                     match v_packing {
                         Packing::Rows => {
-                            let copy = token_copy(v, (b, t), v_cache, place);
-                            v_copy(&with_next(copy, (v, (b, t)), (v_cache, place), next));
+                            let mut copy = token_copy(v, (b, t), v_cache, place);
+                            if let Some(next) = next {
+                                ask_for(&mut copy, (v, (b, t)), v_cache, next);
+                            }
+                            v_copy(&copy);
                         }
                         Packing::RowPairs => pack_token(v_copy, v, (b, t), v_cache, |t| to.place(b, t, seq, k_cache)),
                     }
@@ -437,23 +443,15 @@ fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> R
 /// Bytes from which on a write asks for the next token while it copies one: what a second-level cache holds.
 const LARGE: usize = 1 << 20;
 
-/// The copy of a token, which also asks for the next one, if that has a place.
+/// Has a token's copy ask for the next one, which goes to `next`.
 ///
 /// # Safety
 /// The views are validated, and the indices inside them.
-unsafe fn with_next(copy: CopyArgs, from: (&RawView, Place), to: (&RawView, Place), next: Option<Place>) -> CopyArgs {
-    let Some(next) = next else { return copy };
-    let ((src, (row, token)), (dst, place)) = (from, to);
-    if (copy.src_dim, copy.dst_dim) != (1, 1) {
-        return copy;
+unsafe fn ask_for(copy: &mut CopyArgs, (src, (row, token)): (&RawView, Place), dst: &RawView, next: Place) {
+    if (copy.src_dim, copy.dst_dim) == (1, 1) {
+        // SAFETY: the caller's.
+        let (from, to) = unsafe { (src.row(row, token + 1, 0), dst.row(next.0, next.1, 0)) };
+        copy.src_ahead = from.addr().wrapping_sub(copy.src.addr()) as isize;
+        copy.dst_ahead = to.addr().wrapping_sub(copy.dst.addr()) as isize;
     }
-    // SAFETY: the caller's.
-    let rows = unsafe {
-        [
-            (src.row(row, token, 0), src.row(row, token + 1, 0)),
-            (dst.row(place.0, place.1, 0), dst.row(next.0, next.1, 0)),
-        ]
-    };
-    let [src_ahead, dst_ahead] = rows.map(|(from, to)| to.addr().wrapping_sub(from.addr()) as isize);
-    CopyArgs { src_ahead, dst_ahead, ..copy }
 }

@@ -49,37 +49,44 @@ pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) 
     let dim = args.dim as isize;
     let together =
         args.repeats == 1 && (args.src_dim, args.dst_dim) == (1, 1) && (args.src_head, args.dst_head) == (dim, dim);
-    let args = if together { &CopyArgs { heads: 1, dim: args.heads * args.dim, ..*args } } else { args };
-    for head in 0..args.heads {
+    let (heads, dim) = if together { (1, args.heads * args.dim) } else { (args.heads, args.dim) };
+    for head in 0..heads {
         let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
-        if A::DTYPE == B::DTYPE {
+        if A::DTYPE == B::DTYPE && args.src_ahead != 0 {
             // A conversion is slow enough for the hardware's prefetcher.
-            ask_for_next::<S, A, B>(s, args, src, args.dst.cast::<B>().wrapping_offset(head as isize * args.dst_head));
+            let dst = args.dst.cast::<B>().wrapping_offset(head as isize * args.dst_head);
+            ask_for_next::<S, A, B>(s, args, src, dst, dim);
         }
         for repeat in 0..args.repeats {
             let target = (head * args.repeats + repeat) as isize;
             let dst = args.dst.cast::<B>().wrapping_offset(target * args.dst_head);
             if args.src_dim == 1 && args.dst_dim == 1 {
                 // SAFETY: the caller's.
-                unsafe { run::<S, A, B>(s, src, dst, args.dim) };
+                unsafe { run::<S, A, B>(s, src, dst, dim) };
             } else {
                 // SAFETY: the caller's.
-                unsafe { strided::<S, A, B>(s, src, args.src_dim, dst, args.dst_dim, args.dim) };
+                unsafe { strided::<S, A, B>(s, src, args.src_dim, dst, args.dst_dim, dim) };
             }
         }
     }
 }
 
-/// Asks for what is copied after a head, which goes from `src` to `dst`: where tokens are a page or more apart, the hardware's
+/// Asks for what is copied after a vector of `dim` elements, which goes from `src` to `dst`: where tokens are a page or more apart, the hardware's
 /// prefetcher starts anew with each.
 #[inline(always)]
-pub(crate) fn ask_for_next<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs, src: *const A, dst: *const B) {
+pub(crate) fn ask_for_next<S: Simd, A: Memory, B: Memory>(
+    s: S,
+    args: &CopyArgs,
+    src: *const A,
+    dst: *const B,
+    dim: usize,
+) {
     let line = |p: *const u8, ahead: isize, i: usize| p.wrapping_offset(ahead).wrapping_add(i);
     if args.src_ahead != 0 {
-        (0..args.dim * size_of::<A>()).step_by(64).for_each(|i| s.prefetch(line(src.cast(), args.src_ahead, i)));
+        (0..dim * size_of::<A>()).step_by(64).for_each(|i| s.prefetch(line(src.cast(), args.src_ahead, i)));
     }
     if args.dst_ahead != 0 {
-        (0..args.dim * size_of::<B>()).step_by(64).for_each(|i| s.prefetch_write(line(dst.cast(), args.dst_ahead, i)));
+        (0..dim * size_of::<B>()).step_by(64).for_each(|i| s.prefetch_write(line(dst.cast(), args.dst_ahead, i)));
     }
 }
 
