@@ -399,8 +399,12 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                 let next = if large && t + 1 < seq { to.place(b, t + 1, seq, k_cache) } else { None };
                 if !k.is_empty() {
                     let mut copy = token_copy(k, (b, t), k_cache, place);
-                    if let Some(next) = next {
-                        ask_for(&mut copy, (k, (b, t)), k_cache, next);
+                    if large
+                        && let Some((v, v_cache)) = values
+                        && *v_packing == Packing::Rows
+                        && !v.is_empty()
+                    {
+                        ask_for(&mut copy, v.row(b, t, 0), v_cache.row(place.0, place.1, 0));
                     }
                     match (rope, token_angles, k_norm) {
                         (Some(rope), Some(token_angles), _) => {
@@ -420,7 +424,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                         Packing::Rows => {
                             let mut copy = token_copy(v, (b, t), v_cache, place);
                             if let Some(next) = next {
-                                ask_for(&mut copy, (v, (b, t)), v_cache, next);
+                                ask_for(&mut copy, k.row(b, t + 1, 0), k_cache.row(next.0, next.1, 0));
                             }
                             v_copy(&copy);
                         }
@@ -440,18 +444,14 @@ fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> R
     Ok(())
 }
 
-/// Bytes from which on a write asks for the next token while it copies one: what a second-level cache holds.
+/// Bytes from which on a write asks for what it copies next while it copies: values while it is at the keys of a token, and the next
+/// keys while it is at the values. It is what a second-level cache holds.
 const LARGE: usize = 1 << 20;
 
-/// Has a token's copy ask for the next one, which goes to `next`.
-///
-/// # Safety
-/// The views are validated, and the indices inside them.
-unsafe fn ask_for(copy: &mut CopyArgs, (src, (row, token)): (&RawView, Place), dst: &RawView, next: Place) {
+/// Has a token's copy ask for what is copied after it.
+fn ask_for(copy: &mut CopyArgs, src: *const u8, dst: *const u8) {
     if (copy.src_dim, copy.dst_dim) == (1, 1) {
-        // SAFETY: the caller's.
-        let (from, to) = unsafe { (src.row(row, token + 1, 0), dst.row(next.0, next.1, 0)) };
-        copy.src_ahead = from.addr().wrapping_sub(copy.src.addr()) as isize;
-        copy.dst_ahead = to.addr().wrapping_sub(copy.dst.addr()) as isize;
+        copy.src_ahead = src.addr().wrapping_sub(copy.src.addr()) as isize;
+        copy.dst_ahead = dst.addr().wrapping_sub(copy.dst.addr()) as isize;
     }
 }

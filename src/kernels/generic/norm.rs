@@ -29,6 +29,8 @@ pub(crate) unsafe fn rms_norm<S: Simd, A: Memory, B: Memory>(s: S, args: &NormAr
         let heads = first..(first + HEADS).min(c.heads);
         let mut roots = [1.0; HEADS];
         for (squares, head) in roots.iter_mut().zip(heads.clone()) {
+            let dst = c.dst.cast::<B>().wrapping_offset(head as isize * c.dst_head);
+            copy::ask_for_next::<S, A, B>(s, c, source(head), dst, c.dim);
             // SAFETY: the caller's.
             *squares = unsafe { sum_of_squares::<S, A>(s, source(head), c.src_dim, c.dim) };
         }
