@@ -21,7 +21,9 @@ use crate::ops::attention::{
     AttentionOptions, AttentionTensors, MAX_HEAD_DIM, RawAttention, SharedMemory, largest, validate_inputs,
 };
 use crate::ops::shard::SPLIT_GRID;
-use crate::ops::workspace::{Workspace, check_workspace};
+use crate::ops::workspace::Workspace;
+#[cfg(feature = "capi")]
+use crate::ops::workspace::check_workspace;
 use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
 use crate::view::{self, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut, contiguous};
 
@@ -166,6 +168,7 @@ fn check_list_apart<T>(name: &str, list: Option<&[T]>, output: (&str, &RawView, 
 /// # Safety
 /// The memory that valid views reach is readable and, for `states`, writable, by this call alone; `workspace` holds
 /// `workspace_bytes` bytes that this call alone uses.
+#[cfg(feature = "capi")]
 pub(crate) unsafe fn attention_chunks_raw(
     context: &Context,
     runner: &dyn Runner,
@@ -383,6 +386,7 @@ impl RawMerge<'_> {
     ///
     /// # Errors
     /// Shapes and lengths that do not fit each other.
+    #[cfg(feature = "capi")]
     pub fn workspace_size(&self, threads: usize) -> Result<usize> {
         self.count_chunks()?;
         let states = self.spans.iter().fold(0, |sum: usize, span| sum.saturating_add(span.len));
@@ -393,6 +397,7 @@ impl RawMerge<'_> {
 /// # Safety
 /// The memory that a valid view reaches, and `lse` if not null, a float a row, is writable by this call alone; states are readable,
 /// as many as they say; `workspace` holds `workspace_bytes` bytes that this call alone uses.
+#[cfg(feature = "capi")]
 pub(crate) unsafe fn merge_chunks_raw(
     context: &Context,
     runner: &dyn Runner,
