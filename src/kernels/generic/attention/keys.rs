@@ -112,14 +112,14 @@ impl<T> Rows<'_, T> {
     #[inline(always)]
     pub fn next_pair(&self, key: usize) -> *const T {
         let piece = self.next[key / PIECE];
-        if piece.is_null() { piece } else { piece.wrapping_offset((key % PIECE / 2) as isize * self.seq) }
+        if piece.is_null() { piece } else { piece.wrapping_offset(((key % PIECE / 2) as isize).wrapping_mul(self.seq)) }
     }
 
     /// A row of the next block, if the piece that it belongs to is one run of slots; for prefetches only.
     #[inline(always)]
     pub fn next(&self, key: usize) -> *const T {
         let piece = self.next[key / PIECE];
-        if piece.is_null() { piece } else { piece.wrapping_offset((key % PIECE) as isize * self.seq) }
+        if piece.is_null() { piece } else { piece.wrapping_offset(((key % PIECE) as isize).wrapping_mul(self.seq)) }
     }
 }
 
