@@ -39,61 +39,47 @@ pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.span });
         let heads = 0..block.tile.kv_heads;
         if block.p.v_packing == Packing::Rows {
-            values(s, block, rows, heads, v, ahead.whole, |index| ahead.of_v(index));
+            values::<S, T, T, false>(s, block, rows, heads, v, Some(&ahead));
+            return;
+        }
+        if block.all && are_pairs(block.p, &v, block.span) {
+            values::<S, T, T, true>(s, block, rows, heads, v, Some(&ahead));
             return;
         }
         let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
-        if block.all && are_pairs(block.p, &v, block.span) {
-            runs(
-                block,
-                &heads,
-                |index| ahead.of_v(index),
-                |keys, bytes| {
-                    s.outline(Values {
-                        block,
-                        v,
-                        pairs: Paired,
-                        heads: heads.clone(),
-                        keys,
-                        ahead: bytes,
-                        whole: ahead.whole,
-                    });
-                },
-            );
-            return;
-        }
         for head in heads {
             let v = widen(s, Widen { block, v, head }, &mut pointers);
-            values(s, block, rows, head..head + 1, v.rows(), false, |_| 0);
+            values::<S, T, f32, false>(s, block, rows, head..head + 1, v.rows(), None);
         }
     }
 }
 
-/// Adds the weighted values of a block and some KV heads; `ahead` is how far from a piece of them the memory is that is asked for.
+/// Adds the weighted values of a block and some KV heads, and asks for what is `ahead`.
 ///
 /// # Safety
-/// As [`block`]; weights are in place.
+/// As [`block`]; weights are in place. With `PAIRS`, the values are pairs and nothing else, and no key is hidden.
 #[inline(always)]
-unsafe fn values<S: Simd, V: Memory>(
+unsafe fn values<S: Simd, T: Memory, V: Memory, const PAIRS: bool>(
     s: S,
     block: &Block,
     rows: &[RowState],
     heads: Range<usize>,
     v: Rows<V>,
-    whole: bool,
-    ahead: impl Fn(usize) -> isize,
+    ahead: Option<&Ahead<T>>,
 ) {
     let Block { tile, span, all, dv, .. } = *block;
+    let whole = ahead.is_some_and(|ahead| ahead.whole);
     // SAFETY: the caller's.
     unsafe {
-        if !all && !heads.clone().all(|head| finite::<S, V>(s, v, head, span, dv)) {
+        if !PAIRS && !all && !heads.clone().all(|head| finite::<S, V>(s, v, head, span, dv)) {
             for r in heads.start * tile.head_rows..heads.end * tile.head_rows {
                 careful::<S, V>(s, block, &rows[r], r, v);
             }
             return;
         }
-        runs(block, &heads, ahead, |keys, ahead| {
-            s.outline(Values { block, v, pairs: Single, heads: heads.clone(), keys, ahead, whole });
+        let distance = |index| ahead.map_or(0, |ahead| ahead.of_v(index));
+        runs(block, &heads, distance, |keys, ahead| {
+            s.outline(Values::<V, PAIRS> { block, v, heads: heads.clone(), keys, ahead, whole });
         });
     }
 }
@@ -337,43 +323,17 @@ impl<T: Memory> Dots<'_, T> {
     }
 }
 
-/// How values lie: by themselves, or in pairs of slots.
-trait Lie: Copy {
-    fn of<'a, T: Memory>(self, rows: Rows<'a, T>, head: usize, first: usize) -> impl ValueRows + 'a;
-}
-
-#[derive(Clone, Copy)]
-struct Single;
-
-impl Lie for Single {
-    #[inline(always)]
-    fn of<'a, T: Memory>(self, rows: Rows<'a, T>, head: usize, first: usize) -> impl ValueRows + 'a {
-        Listed { rows, head, first }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Paired;
-
-impl Lie for Paired {
-    #[inline(always)]
-    fn of<'a, T: Memory>(self, rows: Rows<'a, T>, head: usize, first: usize) -> impl ValueRows + 'a {
-        InPairs { rows, head, first }
-    }
-}
-
-/// Adds the weighted values of a piece to the accumulators of some heads' rows.
-struct Values<'a, T, L> {
+/// Adds the weighted values of a piece to the accumulators of some heads' rows; see [`Listed`] for `PAIRS`.
+struct Values<'a, T, const PAIRS: bool> {
     block: &'a Block<'a>,
     v: Rows<'a, T>,
-    pairs: L,
     heads: Range<usize>,
     keys: Span,
     ahead: isize,
     whole: bool,
 }
 
-impl<T: Memory, L: Lie> Outlined for Values<'_, T, L> {
+impl<T: Memory, const PAIRS: bool> Outlined for Values<'_, T, PAIRS> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
         let Block { tile, scratch, dv, .. } = *self.block;
@@ -385,7 +345,7 @@ impl<T: Memory, L: Lie> Outlined for Values<'_, T, L> {
                     weights: scratch.s.wrapping_add(first * BLOCK + self.keys.low),
                     acc: scratch.acc.wrapping_add(first * padded(dv)),
                     acc_row: padded(dv),
-                    v: self.pairs.of(self.v, head, self.keys.low),
+                    v: Listed::<T, PAIRS> { rows: self.v, head, first: self.keys.low },
                     keys: self.keys.len(),
                     ahead: if row == 0 { self.ahead } else { 0 },
                     whole: self.whole,
@@ -430,21 +390,18 @@ pub(super) trait ValueRows {
         Self: Sized,
     {
         // SAFETY: the caller's.
-        unsafe {
-            weighted.add_key(s, j, offset, part, sums);
-            weighted.add_key(s, j + 1, offset, part, sums);
-        }
+        unsafe { weighted.add_each(s, j, offset, part, sums) };
     }
 }
 
-/// In the cache: keys of a block and KV head, counted from `first`.
-struct Listed<'a, T> {
+/// In the cache: keys of a block and KV head, counted from `first`. `PAIRS`: every even one begins a pair of slots, with the next.
+struct Listed<'a, T, const PAIRS: bool> {
     rows: Rows<'a, T>,
     head: usize,
     first: usize,
 }
 
-impl<T: Memory> ValueRows for Listed<'_, T> {
+impl<T: Memory, const PAIRS: bool> ValueRows for Listed<'_, T, PAIRS> {
     type Element = T;
     #[inline(always)]
     fn at(&self, key: usize, offset: isize) -> *const T {
@@ -452,26 +409,7 @@ impl<T: Memory> ValueRows for Listed<'_, T> {
     }
     #[inline(always)]
     fn offset(&self, column: usize) -> isize {
-        self.rows.head_offset(self.head) + column as isize
-    }
-}
-
-/// In the cache, in pairs of slots: keys of a block and KV head, counted from `first`, of which every even one begins a pair.
-struct InPairs<'a, T> {
-    rows: Rows<'a, T>,
-    head: usize,
-    first: usize,
-}
-
-impl<T: Memory> ValueRows for InPairs<'_, T> {
-    type Element = T;
-    #[inline(always)]
-    fn at(&self, key: usize, offset: isize) -> *const T {
-        self.rows.key(0, self.first + key).wrapping_offset(offset)
-    }
-    #[inline(always)]
-    fn offset(&self, column: usize) -> isize {
-        self.rows.head_offset(self.head) + 2 * column as isize
+        self.rows.head_offset(self.head) + if PAIRS { 2 } else { 1 } * column as isize
     }
 
     #[inline(always)]
@@ -483,6 +421,11 @@ impl<T: Memory> ValueRows for InPairs<'_, T> {
         part: usize,
         sums: &mut [[S::V; N]; R],
     ) {
+        if !PAIRS {
+            // SAFETY: the caller's.
+            unsafe { weighted.add_each(s, j, offset, part, sums) };
+            return;
+        }
         let pair = weighted.v.at(j, offset);
         if weighted.ahead != 0 {
             for n in 0..N {
@@ -596,6 +539,26 @@ impl<V: ValueRows> Weighted<V> {
 }
 
 impl<V: ValueRows> Weighted<V> {
+    /// Two keys of [`Self::add`], each by itself.
+    ///
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    unsafe fn add_each<S: Simd, const R: usize, const N: usize>(
+        &self,
+        s: S,
+        j: usize,
+        offset: isize,
+        part: usize,
+        sums: &mut [[S::V; N]; R],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            self.add_key(s, j, offset, part, sums);
+            self.add_key(s, j + 1, offset, part, sums);
+        }
+    }
+
     /// One key of [`Self::add`].
     ///
     /// # Safety
@@ -692,7 +655,7 @@ pub(super) unsafe fn careful<S: Simd, T: Memory>(s: S, block: &Block, row: &RowS
                 weights: scratch.s.wrapping_add(r * BLOCK + j),
                 acc: scratch.acc.wrapping_add(r * padded(dv)),
                 acc_row: padded(dv),
-                v: Listed { rows: v, head: r / tile.head_rows, first: j },
+                v: Listed::<T, false> { rows: v, head: r / tile.head_rows, first: j },
                 keys: 1,
                 ahead: 0,
                 whole: false,
