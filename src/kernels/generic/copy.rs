@@ -52,7 +52,7 @@ pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) 
     let (heads, dim) = if together { (1, args.heads * args.dim) } else { (args.heads, args.dim) };
     for head in 0..heads {
         let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
-        if A::DTYPE == B::DTYPE && args.src_ahead != 0 {
+        if A::DTYPE == B::DTYPE {
             // A conversion is slow enough for the hardware's prefetcher.
             let dst = args.dst.cast::<B>().wrapping_offset(head as isize * args.dst_head);
             ask_for_next::<S, A, B>(s, args, src, dst, dim);
@@ -71,8 +71,8 @@ pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) 
     }
 }
 
-/// Asks for what is copied after a vector of `dim` elements, which goes from `src` to `dst`: where tokens are a page or more apart, the hardware's
-/// prefetcher starts anew with each.
+/// Asks for what is copied after a vector of `dim` elements, which goes from `src` to `dst`: where tokens are a page or more
+/// apart, the hardware's prefetcher starts anew with each.
 #[inline(always)]
 pub(crate) fn ask_for_next<S: Simd, A: Memory, B: Memory>(
     s: S,
@@ -146,18 +146,32 @@ unsafe fn strided<S: Simd, A: Memory, B: Memory>(
         }
         return;
     }
+    // SAFETY: the caller's; what is staged lies in buffers.
+    unsafe { staged((src, src_dim), (dst, dst_dim), n, |_, from, to, len| run::<S, A, B>(s, from, to, len)) };
+}
+
+/// Brings `n` elements with any strides into a buffer, a part at a time, and what `f` makes of it to its place: `f(first, from, to,
+/// len)` has `len` elements from number `first` on.
+///
+/// # Safety
+/// The elements are readable and writable; `f` fills `to`.
+#[inline(always)]
+pub(crate) unsafe fn staged<A: Memory, B: Memory>(
+    (src, src_dim): (*const A, isize),
+    (dst, dst_dim): (*mut B, isize),
+    n: usize,
+    mut f: impl FnMut(usize, *const A, *mut B, usize),
+) {
     let mut from = [A::default(); STAGE];
     let mut to = [B::default(); STAGE];
-    let mut done = 0;
-    while done < n {
-        let len = (n - done).min(STAGE);
+    for first in (0..n).step_by(STAGE) {
+        let (len, at) = ((n - first).min(STAGE), first as isize);
         // SAFETY: the caller's; len fits both buffers.
         unsafe {
-            gather(src.wrapping_offset(done as isize * src_dim), src_dim, from.as_mut_ptr(), len);
-            run::<S, A, B>(s, from.as_ptr(), to.as_mut_ptr(), len);
-            scatter(to.as_ptr(), dst.wrapping_offset(done as isize * dst_dim), dst_dim, len);
+            gather(src.wrapping_offset(at * src_dim), src_dim, from.as_mut_ptr(), len);
+            f(first, from.as_ptr(), to.as_mut_ptr(), len);
+            scatter(to.as_ptr(), dst.wrapping_offset(at * dst_dim), dst_dim, len);
         }
-        done += len;
     }
 }
 

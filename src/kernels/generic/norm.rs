@@ -63,20 +63,12 @@ unsafe fn scale_strided<S: Simd, A: Memory, B: Memory>(
         unsafe { scale::<S, A, B>(s, src, dst, weight, root, n) };
         return;
     }
-    let mut from = [A::default(); STAGE];
-    let mut to = [B::default(); STAGE];
-    let mut done = 0;
-    while done < n {
-        let len = (n - done).min(STAGE);
-        let at = done as isize;
-        let weight = if weight.is_null() { weight } else { weight.wrapping_add(done) };
-        // SAFETY: the caller's; len fits both buffers.
-        unsafe {
-            copy::gather(src.wrapping_offset(at * src_dim), src_dim, from.as_mut_ptr(), len);
-            scale::<S, A, B>(s, from.as_ptr(), to.as_mut_ptr(), weight, root, len);
-            copy::scatter(to.as_ptr(), dst.wrapping_offset(at * dst_dim), dst_dim, len);
-        }
-        done += len;
+    // SAFETY: the caller's; what is staged lies in buffers.
+    unsafe {
+        copy::staged((src, src_dim), (dst, dst_dim), n, |first, from, to, len| {
+            let weight = if weight.is_null() { weight } else { weight.wrapping_add(first) };
+            scale::<S, A, B>(s, from, to, weight, root, len);
+        });
     }
 }
 

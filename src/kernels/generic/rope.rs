@@ -64,7 +64,7 @@ unsafe fn half_split<S: Simd, A: Memory, B: Memory>(
     for head in 0..c.heads as isize {
         let x0 = c.src.cast::<A>().wrapping_offset(head * c.src_head + first as isize * c.src_dim);
         let y0 = c.dst.cast::<B>().wrapping_offset(head * c.dst_head + first as isize * c.dst_dim);
-        if first == 0 && (c.src_ahead, c.dst_ahead) != (0, 0) {
+        if first == 0 {
             copy::ask_for_next::<S, A, B>(s, c, x0, y0, c.dim);
         }
         let x1 = x0.wrapping_offset(half * c.src_dim);
@@ -159,7 +159,7 @@ unsafe fn interleaved<S: Simd, A: Memory, B: Memory>(
     for head in 0..c.heads as isize {
         let x = c.src.cast::<A>().wrapping_offset(head * c.src_head + 2 * first as isize * c.src_dim);
         let y = c.dst.cast::<B>().wrapping_offset(head * c.dst_head + 2 * first as isize * c.dst_dim);
-        if first == 0 && (c.src_ahead, c.dst_ahead) != (0, 0) {
+        if first == 0 {
             copy::ask_for_next::<S, A, B>(s, c, x, y, c.dim);
         }
         if c.src_dim == 1 && c.dst_dim == 1 {
