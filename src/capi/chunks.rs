@@ -3,7 +3,7 @@
 use super::guard::guard;
 use super::runner::CallerRunner;
 use super::types::*;
-use super::{attention_shape, borrow, plan, raw_attention, value_shape};
+use super::{attention_shape, borrow, plan, raw_attention, value_shape, workspace_size};
 use crate::error::{Result, ensure, fail};
 use crate::ops::attention::attention_shapes;
 use crate::ops::chunks::{
@@ -51,17 +51,13 @@ pub unsafe extern "C" fn kvl_attention_chunks_workspace_size(
     runner: *const kvl_parallel_runner,
     bytes: *mut usize,
 ) -> kvl_status {
-    guard(|| {
-        // SAFETY: the caller's promise, here and below.
-        let (params, runner) = unsafe { (read_sized(params)?, CallerRunner::new(runner)?) };
-        ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
-        // SAFETY: as above.
-        let (q, k, v_dim) = unsafe { span_shapes(&params) }?;
-        let needed = attention_chunks_workspace_size(q, k, v_dim, runner.as_dyn().num_threads());
-        // SAFETY: not null, and the caller's to write.
-        unsafe { bytes.write(needed) };
-        Ok(())
-    })
+    let size = |params: &kvl_attention_params, threads| {
+        // SAFETY: the caller's promise.
+        let (q, k, v_dim) = unsafe { span_shapes(params) }?;
+        Ok(attention_chunks_workspace_size(q, k, v_dim, threads))
+    };
+    // SAFETY: the caller's promise.
+    unsafe { workspace_size(params, runner, bytes, size) }
 }
 
 /// Attention over a span of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
@@ -116,21 +112,17 @@ pub unsafe extern "C" fn kvl_merge_chunks_workspace_size(
     runner: *const kvl_parallel_runner,
     bytes: *mut usize,
 ) -> kvl_status {
-    guard(|| {
-        // SAFETY: the caller's promise, here and below.
-        let (params, runner) = unsafe { (read_sized(params)?, CallerRunner::new(runner)?) };
-        ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
+    let size = |params: &kvl_merge_chunks_params, threads| {
         let out = params.out.raw("out")?;
         attention_shape("out", &params.out.as_const())?;
-        // SAFETY: as above.
-        let spans = unsafe { spans(&params) }?;
-        let merge = chunk_merge(&params, None)?;
+        // SAFETY: the caller's promise.
+        let spans = unsafe { spans(params) }?;
+        let merge = chunk_merge(params, None)?;
         let call = RawMerge { spans: &spans[..params.num_spans], merge, out, lse: std::ptr::null_mut() };
-        let needed = call.workspace_size(runner.as_dyn().num_threads())?;
-        // SAFETY: not null, and the caller's to write.
-        unsafe { bytes.write(needed) };
-        Ok(())
-    })
+        call.workspace_size(threads)
+    };
+    // SAFETY: the caller's promise.
+    unsafe { workspace_size(params, runner, bytes, size) }
 }
 
 /// Output and LSE of attention whose keys lay in several spans, from the states that `kvl_attention_chunks` left of each. The bits

@@ -732,15 +732,32 @@ pub unsafe extern "C" fn kvl_attention_workspace_size(
     runner: *const kvl_parallel_runner,
     bytes: *mut usize,
 ) -> kvl_status {
+    let size = |params: &kvl_attention_params, threads| {
+        let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(params)?);
+        // SAFETY: the caller's promise.
+        let (rows, layout) = unsafe { plan::workspace_spans(params, q, k[SEQ]) }?;
+        let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
+        Ok(attention_workspace_size(q, k, v[DIM], threads))
+    };
+    // SAFETY: the caller's promise.
+    unsafe { workspace_size(params, runner, bytes, size) }
+}
+
+/// Writes the bytes of workspace that a call with these parameters needs on so many threads.
+///
+/// # Safety
+/// The pointers are null, or what the header describes.
+unsafe fn workspace_size<P: Growing>(
+    params: *const P,
+    runner: *const kvl_parallel_runner,
+    bytes: *mut usize,
+    size: impl FnOnce(&P, usize) -> Result<usize>,
+) -> kvl_status {
     guard(|| {
-        // SAFETY: the caller's promise, here and below.
+        // SAFETY: the caller's.
         let (params, runner) = unsafe { (read_sized(params)?, CallerRunner::new(runner)?) };
         ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
-        let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(&params)?);
-        // SAFETY: as above.
-        let (rows, layout) = unsafe { plan::workspace_spans(&params, q, k[SEQ]) }?;
-        let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
-        let needed = attention_workspace_size(q, k, v[DIM], runner.as_dyn().num_threads());
+        let needed = size(&params, runner.as_dyn().num_threads())?;
         // SAFETY: not null, and the caller's to write.
         unsafe { bytes.write(needed) };
         Ok(())
