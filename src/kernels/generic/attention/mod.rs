@@ -225,10 +225,22 @@ impl Tile {
         self.kv_heads * self.head_rows
     }
 
-    /// Token and query head of a row of the tile.
-    pub fn token_and_head(&self, p: &Problem, row: usize) -> (usize, usize) {
-        let (kv_head, flat) = (self.kv_head + row / self.head_rows, self.first_row + row % self.head_rows);
-        (flat / p.group, kv_head * p.group + flat % p.group)
+    /// Token and query head of every row of the tile, in order.
+    pub fn tokens_and_heads(&self, p: &Problem) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let Self { kv_head, kv_heads, first_row, head_rows, .. } = *self;
+        let group = p.group;
+        let first = (first_row / group, first_row % group);
+        (kv_head..kv_head + kv_heads).flat_map(move |kv_head| {
+            let (mut token, mut number) = first;
+            (0..head_rows).map(move |_| {
+                let row = (token, kv_head * group + number);
+                number += 1;
+                if number == group {
+                    (token, number) = (token + 1, 0);
+                }
+                row
+            })
+        })
     }
 }
 
@@ -356,9 +368,13 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
     let rows = unsafe { std::slice::from_raw_parts_mut(scratch.rows, n) };
     let kept = p.spans.kept(tile.batch);
     let mut reach = Reach { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, kept };
-    for (r, row) in rows.iter_mut().enumerate() {
-        let (token, head) = tile.token_and_head(p, r);
-        let (low, high) = p.spans.span(tile.batch, token);
+    let mut seen = None;
+    for (r, (row, (token, head))) in rows.iter_mut().zip(tile.tokens_and_heads(p)).enumerate() {
+        let ((low, high), position) = match seen {
+            Some((same, keys)) if same == token => keys,
+            _ => (p.spans.span(tile.batch, token), p.spans.position(tile.batch, token)),
+        };
+        seen = Some((token, ((low, high), position)));
         *row = RowState {
             max: f32::NEG_INFINITY,
             total_max: f32::NEG_INFINITY,
@@ -366,7 +382,7 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
             low,
             high,
             live: 0,
-            position: p.spans.position(tile.batch, token),
+            position,
             token: token as u32,
             head: head as u32,
         };

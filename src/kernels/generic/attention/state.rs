@@ -22,8 +22,7 @@ pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, scratch: &S
     let dv = p.v_dim;
     let dvp = padded(dv);
     let n = tile.rows();
-    for r in 0..n {
-        let (token, head) = tile.token_and_head(p, r);
+    for (r, (token, head)) in tile.tokens_and_heads(p).enumerate() {
         let mut total = (f32::NEG_INFINITY, 0.0);
         // SAFETY: the caller's; the scratch holds at least one row.
         unsafe {
