@@ -25,6 +25,10 @@ pub(crate) trait Simd: Copy {
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
     const SPLITS_BF16: bool;
 
+    /// Whether the second-level cache brings aligned pairs of lines of 64 bytes when it is asked for one of them: the spatial
+    /// prefetcher of Intel's Optimization Reference Manual. A fill buffer is then worth two lines.
+    const FETCHES_LINE_PAIRS: bool;
+
     /// The `i`-th lane in the order that turns [`Self::sum_lanes`]'s tree into a depth-first walk: for all i, lanes
     /// `lane_order(2i)` and `lane_order(2i + 1)` are added first, then neighbouring pairs of those, and so on.
     fn lane_order(i: usize) -> usize;

@@ -80,6 +80,7 @@ impl Simd for Avx2 {
     const TILE_VECTORS: usize = 2;
     const DOTS: usize = 8;
     const SPLITS_BF16: bool = true;
+    const FETCHES_LINE_PAIRS: bool = true;
 
     crate::kernels::simd::outline!(#[target_feature(enable = "avx2,fma,f16c")]);
 

@@ -84,6 +84,7 @@ impl Simd for Avx512 {
     const TILE_VECTORS: usize = 4;
     const DOTS: usize = 16;
     const SPLITS_BF16: bool = true;
+    const FETCHES_LINE_PAIRS: bool = true;
 
     crate::kernels::simd::outline!(#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]);
 

@@ -44,6 +44,7 @@ impl Simd for Neon {
     const TILE_VECTORS: usize = 4;
     const DOTS: usize = 16;
     const SPLITS_BF16: bool = false;
+    const FETCHES_LINE_PAIRS: bool = false;
 
     crate::kernels::simd::outline!(#[target_feature(enable = "neon")]);
 

@@ -52,6 +52,7 @@ impl Simd for Scalar {
     const TILE_VECTORS: usize = 2;
     const DOTS: usize = 8;
     const SPLITS_BF16: bool = false;
+    const FETCHES_LINE_PAIRS: bool = false;
 
     crate::kernels::simd::outline!();
 

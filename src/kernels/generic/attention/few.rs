@@ -161,7 +161,9 @@ fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize, whole: bool) {
     for line in (0..2 * S::LANES * size_of::<T>()).step_by(64) {
         let next = p.wrapping_offset(ahead).wrapping_add(line);
         if whole {
-            s.prefetch_far(next);
+            if !S::FETCHES_LINE_PAIRS || next.addr() & 64 == 0 {
+                s.prefetch_far(next);
+            }
             s.prefetch(p.wrapping_add(NEAR_BYTES + line));
         } else {
             s.prefetch(next);

@@ -51,8 +51,8 @@ unsafe fn products<S: Simd, T: Memory, V: Memory>(s: S, block: &Block, rows: &mu
     // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
     unsafe {
         s.outline(PackKeys { block, k });
-        let mut next_k = NextBlock::new(k, d, 2 * BLOCK / slab * groups.len());
-        let mut next_v = NextBlock::new(v, dv, value_slabs::<S>(dv).count() * groups.len());
+        let mut next_k = NextBlock::new(s, k, d, 2 * BLOCK / slab * groups.len());
+        let mut next_v = NextBlock::new(s, v, dv, value_slabs::<S>(dv).count() * groups.len());
         s.outline(PackValues { block, v, finite: if all { None } else { Some(&mut finite) } });
         for column in (span.low / slab * slab..span.high).step_by(slab) {
             for second in [false, true] {
@@ -113,36 +113,40 @@ unsafe fn products<S: Simd, T: Memory, V: Memory>(s: S, block: &Block, rows: &mu
 /// more than a core has fill buffers for would make it wait now.
 struct NextBlock<'a, T> {
     rows: Rows<'a, T>,
+    /// The row that is being asked for, from where on, and how many of its bytes are left.
     key: usize,
-    /// Lines of a row, and the next of them.
-    lines: usize,
-    line: usize,
+    at: *const u8,
+    left: usize,
+    row: usize,
+    /// What one prefetch brings, and how many are done at a time.
+    step: usize,
     each: usize,
 }
 
 impl<'a, T> NextBlock<'a, T> {
     /// To be asked for in `calls` calls.
     #[inline(always)]
-    fn new(rows: Rows<'a, T>, columns: usize, calls: usize) -> Self {
-        let lines = (columns * size_of::<T>()).div_ceil(64);
-        Self { rows, key: 0, lines, line: 0, each: (lines * BLOCK).div_ceil(calls.max(1)) }
+    fn new<S: Simd>(_s: S, rows: Rows<'a, T>, columns: usize, calls: usize) -> Self {
+        let step = if S::FETCHES_LINE_PAIRS { 128 } else { 64 };
+        let row = columns * size_of::<T>();
+        let each = (row.div_ceil(step) * BLOCK).div_ceil(calls.max(1));
+        let at = rows.next(0).cast();
+        Self { rows, key: 0, at, left: if at.is_null() { 0 } else { row }, row, step, each }
     }
 
     #[inline(always)]
     fn prefetch<S: Simd>(&mut self, s: S) {
         for _ in 0..self.each {
-            if self.key == BLOCK {
+            if self.left == 0 {
                 return;
             }
-            let row = self.rows.next(self.key);
-            if row.is_null() {
-                self.key = BLOCK;
-                return;
-            }
-            s.prefetch_far(row.cast::<u8>().wrapping_add(self.line * 64));
-            self.line += 1;
-            if self.line == self.lines {
-                (self.line, self.key) = (0, self.key + 1);
+            s.prefetch_far(self.at);
+            self.at = self.at.wrapping_add(self.step);
+            self.left = self.left.saturating_sub(self.step);
+            if self.left == 0 && self.key + 1 < BLOCK {
+                self.key += 1;
+                self.at = self.rows.next(self.key).cast();
+                self.left = if self.at.is_null() { 0 } else { self.row };
             }
         }
     }
