@@ -372,6 +372,8 @@ impl<T: Memory, const PAIRS: bool> Outlined for Values<'_, T, PAIRS> {
 /// Where the values lie that [`Weighted`] adds.
 pub(super) trait ValueRows {
     type Element: Memory;
+    /// Whether they are the cache's own, and others come after them.
+    const IN_CACHE: bool;
     /// An element of a key. `offset` is [`Self::offset`] of its column.
     fn at(&self, key: usize, offset: isize) -> *const Self::Element;
     fn offset(&self, column: usize) -> isize;
@@ -405,6 +407,7 @@ struct Listed<'a, T, const PAIRS: bool> {
 
 impl<T: Memory, const PAIRS: bool> ValueRows for Listed<'_, T, PAIRS> {
     type Element = T;
+    const IN_CACHE: bool = true;
     #[inline(always)]
     fn at(&self, key: usize, offset: isize) -> *const T {
         self.rows.key(0, self.first + key).wrapping_offset(offset)
@@ -452,6 +455,7 @@ pub(super) struct Packed {
 
 impl ValueRows for Packed {
     type Element = f32;
+    const IN_CACHE: bool = false;
     #[inline(always)]
     fn at(&self, key: usize, offset: isize) -> *const f32 {
         self.first.wrapping_add(key * self.width).wrapping_offset(offset)
@@ -523,13 +527,11 @@ impl<V: ValueRows> Weighted<V> {
             }
             // Two keys a turn: every instruction that is no FMA counts here, for the front end as much as for the ports.
             let offset = self.v.offset(column);
-            let mut j = 0;
-            while j + 2 <= self.keys {
-                V::add_two(s, self, j, offset, part, &mut sums);
-                j += 2;
+            for turn in 0..self.keys / 2 {
+                V::add_two(s, self, 2 * turn, offset, part, &mut sums);
             }
-            if j < self.keys {
-                self.add_key(s, j, offset, part, &mut sums);
+            if self.keys % 2 == 1 {
+                self.add_key(s, self.keys - 1, offset, part, &mut sums);
             }
             for r in 0..R {
                 for n in 0..N {
@@ -583,7 +585,7 @@ impl<V: ValueRows> Weighted<V> {
             } else {
                 for n in (0..N).step_by(2) {
                     let at = v.add(n * S::LANES);
-                    if self.ahead != 0 {
+                    if V::IN_CACHE && self.ahead != 0 {
                         prefetch_pair(s, at, self.ahead, self.whole);
                     }
                     [x[n], x[n + 1]] = V::Element::load_pair(s, at);
