@@ -96,6 +96,7 @@
 // A register tile is arrays indexed by row and vector; iterators over them hide the pattern.
 #![allow(clippy::needless_range_loop)]
 
+mod caches;
 #[cfg(feature = "capi")]
 mod capi;
 mod context;

@@ -1,11 +1,13 @@
 //! How the rows of an attention call are cut into tiles.
 
+use crate::caches;
 use crate::kernels::AttentionFns;
-use crate::kernels::generic::attention::{CHUNK, Chunks, PACK_ROWS, Tile, partial_stride};
+use crate::kernels::generic::attention::{BLOCK, CHUNK, Chunks, PACK_ROWS, Tile, padded, partial_stride};
 use crate::parallel::MAX_WORKERS;
 use crate::view::{HEADS, SEQ};
 
-/// How rows are cut into tiles: depends on shapes, lengths and threads only, and nothing in the result depends on it.
+/// How rows are cut into tiles: depends on shapes, lengths, threads and the CPU's cache only, and nothing in the result depends
+/// on it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tiling {
     pub workers: usize,
@@ -35,6 +37,15 @@ const MAX_PARTIALS: usize = 256 << 20;
 /// Multiplications and additions below which another thread does not pay.
 pub(super) const GRAIN: usize = 512 * 1024;
 
+/// The most rows of a tile of which the second-level cache holds what every block of keys goes through, which is a row of Q,
+/// of scores and of the accumulator. The larger a tile, the fewer times K and V are read; of the cache, three eighths are left to
+/// them.
+fn cached_rows(kernel: &AttentionFns, d: usize, dv: usize) -> usize {
+    let row = (padded(d) + BLOCK + padded(dv)) * size_of::<f32>();
+    let rows = caches::second_level() / 8 * 5 / row;
+    (rows / kernel.row_step * kernel.row_step).clamp(MIN_TILE_ROWS, kernel.max_rows)
+}
+
 impl Tiling {
     /// `chunks`: those in which any row sees a key; `together`: the heads of a token are neighbours in memory. The bytes grow
     /// with `chunks`.
@@ -57,7 +68,7 @@ impl Tiling {
             (kv_heads.div_ceil(if workers > 1 { groups } else { 1 }).min(kernel.max_rows / rows), rows)
         } else {
             let wanted = jobs.div_ceil(batch.saturating_mul(kv_heads).max(1));
-            let most = kernel.max_rows.min(rows.div_ceil(wanted).max(MIN_TILE_ROWS));
+            let most = cached_rows(kernel, d, dv).min(rows.div_ceil(wanted).max(MIN_TILE_ROWS));
             let pieces = rows.div_ceil(most);
             (1, if pieces == 1 { rows } else { rows.div_ceil(pieces).next_multiple_of(kernel.row_step) })
         };

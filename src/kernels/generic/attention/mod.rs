@@ -74,8 +74,8 @@ pub(crate) use state::{load_row, store_row};
 pub(crate) const BLOCK: usize = 64;
 /// Keys a chunk: the unit by which one row is split over threads.
 pub(crate) const CHUNK: usize = 1024;
-/// Query rows a tile has at most: a multiple of every register tile's rows, and what the second-level cache holds.
-pub(crate) const MAX_TILE_ROWS: usize = 240;
+/// Query rows a tile has at most: a multiple of every register tile's rows.
+pub(crate) const MAX_TILE_ROWS: usize = 480;
 /// From how many rows of a KV head on packed copies of K and V pay.
 pub(crate) const PACK_ROWS: usize = 12;
 /// Query rows of a register tile.
