@@ -161,7 +161,7 @@ fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize, whole: bool) {
     for line in (0..2 * S::LANES * size_of::<T>()).step_by(64) {
         let next = p.wrapping_offset(ahead).wrapping_add(line);
         if whole {
-            if !S::FETCHES_LINE_PAIRS || next.addr() & 64 == 0 {
+            if !S::FETCHES_LINE_PAIRS || line % 128 == 0 {
                 s.prefetch_far(next);
             }
             s.prefetch(p.wrapping_add(NEAR_BYTES + line));
