@@ -44,6 +44,8 @@ unsafe fn products<S: Simd, T: Memory, V: Memory>(s: S, block: &Block, rows: &mu
     let (dp, dvp) = (padded(d), padded(dv));
     let (slab, half) = (S::TILE_VECTORS * S::LANES, S::TILE_VECTORS / 2 * S::LANES);
     let steps = d.div_ceil(S::LANES);
+    let parts = if slab * steps * S::LANES * size_of::<f32>() > SLAB_BYTES { 2 } else { 1 };
+    let lanes = S::LANES / parts;
     let mut finite = true;
     let mut groups = [Group::default(); MAX_GROUPS];
     let count = groups_of(rows, &mut groups);
@@ -51,11 +53,11 @@ unsafe fn products<S: Simd, T: Memory, V: Memory>(s: S, block: &Block, rows: &mu
     // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
     unsafe {
         s.outline(PackKeys { block, k });
-        let mut next_k = NextBlock::new(s, k, d, 2 * BLOCK / slab * groups.len());
+        let mut next_k = NextBlock::new(s, k, d, parts * BLOCK / slab * groups.len());
         let mut next_v = NextBlock::new(s, v, dv, value_slabs::<S>(dv).count() * groups.len());
         s.outline(PackValues { block, v, finite: if all { None } else { Some(&mut finite) } });
         for column in (span.low / slab * slab..span.high).step_by(slab) {
-            for second in [false, true] {
+            for part in 0..parts {
                 for_each_group(groups, |r, n, keys| {
                     next_k.prefetch(s);
                     if keys.high <= column || keys.low >= column + slab {
@@ -67,13 +69,16 @@ unsafe fn products<S: Simd, T: Memory, V: Memory>(s: S, block: &Block, rows: &mu
                         (_, true) => (0, false),
                         _ => (0, true),
                     };
-                    let kt = scratch.kt.add(column * steps * S::LANES + skip);
-                    let (q, out) = (scratch.q.add(r * dp), scratch.s.add(r * BLOCK + column + skip));
+                    let first = part * lanes * steps;
+                    let kt = scratch.kt.add(column * steps * S::LANES + first * slab + skip);
+                    let q = scratch.q.add(r * dp + first * n);
+                    let out = scratch.s.add(r * BLOCK + column + skip);
+                    let add = part > 0;
                     match n {
-                        6 => s.outline(Scores::<6> { q, steps, kt, out, wide, second }),
-                        4 => s.outline(Scores::<4> { q, steps, kt, out, wide, second }),
-                        2 => s.outline(Scores::<2> { q, steps, kt, out, wide, second }),
-                        _ => s.outline(Scores::<1> { q, steps, kt, out, wide, second }),
+                        6 => s.outline(Scores::<6> { q, lanes, steps, kt, out, wide, add }),
+                        4 => s.outline(Scores::<4> { q, lanes, steps, kt, out, wide, add }),
+                        2 => s.outline(Scores::<2> { q, lanes, steps, kt, out, wide, add }),
+                        _ => s.outline(Scores::<1> { q, lanes, steps, kt, out, wide, add }),
                     };
                 });
             }
@@ -398,17 +403,22 @@ impl<T: Memory> Outlined for PackValues<'_, T> {
     }
 }
 
+/// What a slab of K may take of the first-level cache while all rows pass by.
+const SLAB_BYTES: usize = 16 << 10;
+
 /// `R` rows of Q, packed, times a slab of keys, or the half of it from `kt` on; rows of scores lie [`BLOCK`] apart.
 ///
-/// In two parts, each over half of the lanes, so that a slab of either part stays in the first-level cache: the first leaves the
-/// sum over its lanes, the second adds its own to it, as the tree's last level does.
+/// Of a slab of more than [`SLAB_BYTES`] one half of the lanes is done for all rows, and then the other: the first leaves the sum
+/// over its lanes, the second adds its own to it, as the tree's last level does.
 struct Scores<const R: usize> {
     q: *const f32,
+    /// A power of two, and steps of each.
+    lanes: usize,
     steps: usize,
     kt: *const f32,
     out: *mut f32,
     wide: bool,
-    second: bool,
+    add: bool,
 }
 
 impl<const R: usize> Outlined for Scores<R> {
@@ -430,14 +440,11 @@ impl<const R: usize> Scores<R> {
     /// The pointers are valid for `R` rows and `N` vectors.
     #[inline(always)]
     unsafe fn tile<S: Simd, const N: usize>(self, s: S) {
-        let Self { steps, out, second, .. } = self;
+        let Self { mut q, lanes, steps, mut kt, out, add, .. } = self;
         let slab = S::TILE_VECTORS * S::LANES;
         // stash[k]: a finished sum of 2^k lanes that waits for its neighbour.
-        let mut stash = [const { MaybeUninit::<[[S::V; N]; R]>::uninit() }; 3];
-        let half = S::LANES / 2;
-        let from = if second { half * steps } else { 0 };
-        let (mut kt, mut q) = (self.kt.wrapping_add(from * slab), self.q.wrapping_add(from * R));
-        for lane in 0..half {
+        let mut stash = [const { MaybeUninit::<[[S::V; N]; R]>::uninit() }; MAX_LANES.ilog2() as usize];
+        for lane in 0..lanes {
             let mut acc = [[s.zero(); N]; R];
             // Two steps a turn, and pointers that move: fewer instructions that are no FMA.
             // SAFETY: kt and Q have LANES * steps steps.
@@ -463,7 +470,7 @@ impl<const R: usize> Scores<R> {
                 }
                 level += 1;
             }
-            if lane + 1 < half {
+            if lane + 1 < lanes {
                 stash[level].write(acc);
                 continue;
             }
@@ -472,7 +479,7 @@ impl<const R: usize> Scores<R> {
                     // SAFETY: out has R rows of BLOCK.
                     unsafe {
                         let to = out.add(r * BLOCK + n * S::LANES);
-                        let sum = if second { s.add(s.load_f32(to), acc[r][n]) } else { acc[r][n] };
+                        let sum = if add { s.add(s.load_f32(to), acc[r][n]) } else { acc[r][n] };
                         s.store_f32(to, sum);
                     }
                 }
