@@ -368,6 +368,8 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
     let rows = unsafe { std::slice::from_raw_parts_mut(scratch.rows, n) };
     let kept = p.spans.kept(tile.batch);
     let mut reach = Reach { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, kept };
+    let far = tile.head_rows >= PACK_ROWS;
+    let mut ahead = tile.tokens_and_heads(p).skip(ROWS_AHEAD);
     let mut seen = None;
     for (r, (row, (token, head))) in rows.iter_mut().zip(tile.tokens_and_heads(p)).enumerate() {
         let ((low, high), position) = match seen {
@@ -392,6 +394,10 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
         (reach.inner_low, reach.inner_high) = (reach.inner_low.max(low), reach.inner_high.min(high));
         // SAFETY: token and head are inside q; the scratch row has dp floats.
         unsafe {
+            if let (true, Some((token, head))) = (far, ahead.next()) {
+                let (batch, token) = p.spans.query(tile.batch, token);
+                each_line(&p.q, p.q.row(batch, token, head), |line| s.prefetch(line));
+            }
             let (batch, token) = p.spans.query(tile.batch, token);
             load_query::<S, T>(s, p.q, p.q.row(batch, token, head), scratch.q.add(r * dp), d);
         }
@@ -418,7 +424,14 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
             // SAFETY: the chunk's blocks are done.
             unsafe { products.end_chunk(s, rows, scratch) };
         }
-        for (r, row) in rows.iter_mut().enumerate() {
+        for r in 0..n {
+            if let (true, true, Some(row)) = (far, last, rows.get(r + ROWS_AHEAD)) {
+                let (batch, token) = p.spans.query(tile.batch, row.token as usize);
+                // SAFETY: token and head are inside out.
+                let row = unsafe { p.out.row(batch, token, row.head as usize) };
+                each_line(&p.out, row, |line| s.prefetch_write(line));
+            }
+            let row = &mut rows[r];
             // SAFETY: the partials hold a state for every chunk and row of the tile; the scratch parts have their rows.
             unsafe {
                 let acc = scratch.acc.add(r * dvp);
@@ -458,6 +471,18 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
                 state::finish(s, p, tile.batch, row.token as usize, row.head as usize, empty, acc);
             }
         }
+    }
+}
+
+/// How many rows ahead of their use rows of Q and of the output are asked for, where there are many: those of a prompt lie in
+/// pieces of a few rows, too short for a hardware prefetcher.
+const ROWS_AHEAD: usize = 8;
+
+/// Calls `f` with every line of a row whose elements lie together.
+#[inline(always)]
+fn each_line(view: &RawView, row: *const u8, f: impl Fn(*const u8)) {
+    if view.strides[3] == 1 {
+        (0..view.shape[3] * view.dtype.size()).step_by(64).for_each(|i| f(row.wrapping_add(i)));
     }
 }
 
