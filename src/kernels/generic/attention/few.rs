@@ -192,7 +192,7 @@ impl<T: Memory> Outlined for Dots<'_, T> {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             unsafe {
                 match (rows, S::DOTS) {
-                    (1, 16) => self.dots::<S, 1, 16>(s, head, 0),
+                    // Sixteen keys would fill the tree over lanes, but one row waits for memory, which likes fewer streams.
                     (1, _) => self.dots::<S, 1, 8>(s, head, 0),
                     (2, 16) => self.dots::<S, 2, 8>(s, head, 0),
                     (2, _) => self.dots::<S, 2, 4>(s, head, 0),
