@@ -110,12 +110,14 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_part_f32(self, p: *const f32, n: usize) -> Self::V;
     /// # Safety
     /// As [`Self::load_part_f32`].
+    #[inline(always)]
     unsafe fn load_part_f16(self, p: *const f16, n: usize) -> Self::V {
         // SAFETY: the caller's.
         unsafe { self.load_f16(copy_part(p, n).as_ptr()) }
     }
     /// # Safety
     /// As [`Self::load_part_f32`].
+    #[inline(always)]
     unsafe fn load_part_bf16(self, p: *const bf16, n: usize) -> Self::V {
         // SAFETY: the caller's.
         unsafe { self.load_bf16(copy_part(p, n).as_ptr()) }
@@ -149,6 +151,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn store_part_f32(self, p: *mut f32, v: Self::V, n: usize);
     /// # Safety
     /// As [`Self::store_part_f32`].
+    #[inline(always)]
     unsafe fn store_part_f16(self, p: *mut f16, v: Self::V, n: usize) {
         let mut buffer = [f16::ZERO; MAX_LANES];
         // SAFETY: the buffer holds a whole vector; the caller vouches for n elements at p.
@@ -159,6 +162,7 @@ pub(crate) trait Simd: Copy {
     }
     /// # Safety
     /// As [`Self::store_part_f32`].
+    #[inline(always)]
     unsafe fn store_part_bf16(self, p: *mut bf16, v: Self::V, n: usize) {
         let mut buffer = [bf16::ZERO; MAX_LANES];
         // SAFETY: the buffer holds a whole vector; the caller vouches for n elements at p.

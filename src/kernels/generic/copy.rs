@@ -147,20 +147,40 @@ unsafe fn strided<S: Simd, A: Memory, B: Memory>(
         return;
     }
     // SAFETY: the caller's; what is staged lies in buffers.
-    unsafe { staged((src, src_dim), (dst, dst_dim), n, |_, from, to, len| run::<S, A, B>(s, from, to, len)) };
+    unsafe { staged(s, (src, src_dim), (dst, dst_dim), n, &Converted) };
 }
 
-/// Brings `n` elements with any strides into a buffer, a part at a time, and what `f` makes of it to its place: `f(first, from, to,
-/// len)` has `len` elements from number `first` on.
+/// What is made of elements that lie together. No closure: that would be a function of its own, without the level's features.
+pub(crate) trait Staged {
+    /// `len` elements, from number `first` of a vector on.
+    ///
+    /// # Safety
+    /// As [`run`].
+    unsafe fn run<S: Simd, A: Memory, B: Memory>(&self, s: S, first: usize, from: *const A, to: *mut B, len: usize);
+}
+
+/// The same numbers.
+struct Converted;
+
+impl Staged for Converted {
+    #[inline(always)]
+    unsafe fn run<S: Simd, A: Memory, B: Memory>(&self, s: S, _first: usize, from: *const A, to: *mut B, len: usize) {
+        // SAFETY: the caller's.
+        unsafe { run::<S, A, B>(s, from, to, len) };
+    }
+}
+
+/// Brings `n` elements with any strides into a buffer, a part at a time, and what is made of it to its place.
 ///
 /// # Safety
-/// The elements are readable and writable; `f` fills `to`.
+/// The elements are readable and writable.
 #[inline(always)]
-pub(crate) unsafe fn staged<A: Memory, B: Memory>(
+pub(crate) unsafe fn staged<S: Simd, A: Memory, B: Memory>(
+    s: S,
     (src, src_dim): (*const A, isize),
     (dst, dst_dim): (*mut B, isize),
     n: usize,
-    mut f: impl FnMut(usize, *const A, *mut B, usize),
+    stage: &impl Staged,
 ) {
     let mut from = [A::default(); STAGE];
     let mut to = [B::default(); STAGE];
@@ -169,7 +189,7 @@ pub(crate) unsafe fn staged<A: Memory, B: Memory>(
         // SAFETY: the caller's; len fits both buffers.
         unsafe {
             gather(src.wrapping_offset(at * src_dim), src_dim, from.as_mut_ptr(), len);
-            f(first, from.as_ptr(), to.as_mut_ptr(), len);
+            stage.run(s, first, from.as_ptr(), to.as_mut_ptr(), len);
             scatter(to.as_ptr(), dst.wrapping_offset(at * dst_dim), dst_dim, len);
         }
     }

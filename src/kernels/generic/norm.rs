@@ -7,7 +7,7 @@
 //! Bound by memory beyond the second-level cache: a head is read twice, the second time from the nearest cache. Several heads go
 //! together, first through their sums, then through their roots, so that none waits for a root of another.
 
-use super::copy::{self, STAGE};
+use super::copy::{self, STAGE, Staged};
 use crate::kernels::NormArgs;
 use crate::kernels::simd::{MAX_LANES, Memory, Simd};
 
@@ -65,10 +65,22 @@ unsafe fn scale_strided<S: Simd, A: Memory, B: Memory>(
     }
     // SAFETY: the caller's; what is staged lies in buffers.
     unsafe {
-        copy::staged((src, src_dim), (dst, dst_dim), n, |first, from, to, len| {
-            let weight = if weight.is_null() { weight } else { weight.wrapping_add(first) };
-            scale::<S, A, B>(s, from, to, weight, root, len);
-        });
+        copy::staged(s, (src, src_dim), (dst, dst_dim), n, &Scaled { weight, root });
+    }
+}
+
+/// Times root and weights, which may be null.
+struct Scaled {
+    weight: *const f32,
+    root: f32,
+}
+
+impl Staged for Scaled {
+    #[inline(always)]
+    unsafe fn run<S: Simd, A: Memory, B: Memory>(&self, s: S, first: usize, from: *const A, to: *mut B, len: usize) {
+        let weight = if self.weight.is_null() { self.weight } else { self.weight.wrapping_add(first) };
+        // SAFETY: the caller's.
+        unsafe { scale::<S, A, B>(s, from, to, weight, self.root, len) };
     }
 }
 
