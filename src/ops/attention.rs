@@ -304,8 +304,12 @@ pub(super) fn largest(bytes: impl Fn(&AttentionFns) -> usize) -> usize {
 
 /// As [`attention_workspace_size`], for one kernel.
 fn workspace_size(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], v_dim: usize, threads: usize) -> usize {
-    let bytes = |together| Tiling::new(kernel, q, k, v_dim, threads, most_chunks(k[SEQ]), together).bytes();
-    bytes(false).max(bytes(true))
+    // A call that is too small for several threads takes one.
+    let bytes = |threads, together| Tiling::new(kernel, q, k, v_dim, threads, most_chunks(k[SEQ]), together).bytes();
+    [(threads, false), (threads, true), (1, false), (1, true)]
+        .into_iter()
+        .map(|(n, all)| bytes(n, all))
+        .fold(0, usize::max)
 }
 
 /// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together.
@@ -336,12 +340,15 @@ pub(crate) unsafe fn attention_raw(
     let kernel = context.attention(call.k.dtype, call.precision);
     let Summary { longest, chunks, count } = summary;
     let together = heads_together(&call.k) && heads_together(&call.v);
-    let plan = Tiling::new(&kernel, q_shape, k_shape, dv, runner.num_threads(), count, together);
-    let needed = plan.bytes();
-    check_workspace((workspace, workspace_bytes), needed)?;
     // An upper bound is enough: it only decides whether threads are worth their start.
     let steps = [batch, heads, seq, longest.min(count * CHUNK), d + dv].into_iter().fold(1, usize::saturating_mul);
-    let workers = plan.workers.min(steps / GRAIN).max(1);
+    let worth = (steps / GRAIN).max(1);
+    // Tiles for several threads would be smaller ones.
+    let threads = if worth == 1 { 1 } else { runner.num_threads() };
+    let plan = Tiling::new(&kernel, q_shape, k_shape, dv, threads, count, together);
+    let needed = plan.bytes();
+    check_workspace((workspace, workspace_bytes), needed)?;
+    let workers = plan.workers.min(worth);
 
     let kv_heads = call.k.shape[HEADS];
     let rows = |b: usize| problem.spans.queries(b) * problem.group;
