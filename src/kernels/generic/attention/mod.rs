@@ -394,7 +394,7 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
         (reach.inner_low, reach.inner_high) = (reach.inner_low.max(low), reach.inner_high.min(high));
         // SAFETY: token and head are inside q; the scratch row has dp floats.
         unsafe {
-            if let (true, Some((token, head))) = (far, ahead.next()) {
+            if far && let Some((token, head)) = ahead.next() {
                 let (batch, token) = p.spans.query(tile.batch, token);
                 each_line(&p.q, p.q.row(batch, token, head), |line| s.prefetch(line));
             }
@@ -425,7 +425,10 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
             unsafe { products.end_chunk(s, rows, scratch) };
         }
         for r in 0..n {
-            if let (true, true, Some(row)) = (far, last, rows.get(r + ROWS_AHEAD)) {
+            if far
+                && last
+                && let Some(row) = rows.get(r + ROWS_AHEAD)
+            {
                 let (batch, token) = p.spans.query(tile.batch, row.token as usize);
                 // SAFETY: token and head are inside out.
                 let row = unsafe { p.out.row(batch, token, row.head as usize) };
