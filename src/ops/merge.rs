@@ -119,9 +119,9 @@ pub(crate) unsafe fn merge_states_raw(
             let (b, t, h) = (row / (seq * heads), row / heads % seq, row % heads);
             // SAFETY: every LSE has an entry a row, and the views are valid and equal in shape.
             unsafe {
-                let joint = weigh(inputs, row, &mut weights);
+                let (max, sum) = weigh(inputs, row, &mut weights);
                 if !lse.get().is_null() {
-                    *lse.get().add(row) = joint;
+                    *lse.get().add(row) = if max == f32::NEG_INFINITY { max } else { (max as f64 + sum.ln()) as f32 };
                 }
                 // Elements that do not lie together go one by one: the same additions in the same order.
                 let together = out.strides[DIM] == 1 && inputs.iter().all(|(view, _)| view.strides[DIM] == 1);
@@ -147,11 +147,12 @@ pub(crate) unsafe fn merge_states_raw(
     })
 }
 
-/// The weights of the states in one row, and their joint LSE.
+/// The weights of the states in one row. Their joint LSE is the maximum, if that is minus infinity, or else its sum with the
+/// logarithm of the second number.
 ///
 /// # Safety
 /// Every LSE holds an entry for `row`.
-unsafe fn weigh(inputs: &[(RawView, Pointer)], row: usize, weights: &mut [f32; MAX_STATES]) -> f32 {
+unsafe fn weigh(inputs: &[(RawView, Pointer)], row: usize, weights: &mut [f32; MAX_STATES]) -> (f32, f64) {
     let mut max = f32::NEG_INFINITY;
     for (weight, (_, lse)) in weights.iter_mut().zip(inputs) {
         // SAFETY: the caller's.
@@ -163,18 +164,23 @@ unsafe fn weigh(inputs: &[(RawView, Pointer)], row: usize, weights: &mut [f32; M
     }
     if max == f32::NEG_INFINITY {
         weights[..inputs.len()].fill(0.0);
-        return max;
+        return (max, 0.0);
     }
     let mut sum = 0.0f64;
     for weight in &mut weights[..inputs.len()] {
-        let share = if *weight == f32::NEG_INFINITY { 0.0 } else { (*weight as f64 - max as f64).exp() };
+        // Of two states one is the largest: that saves every second exponential. Two infinities have no difference.
+        let share = match *weight as f64 - max as f64 {
+            0.0 => 1.0,
+            f64::NEG_INFINITY => 0.0,
+            difference => difference.exp(),
+        };
         sum += share;
         *weight = share as f32;
     }
     for weight in &mut weights[..inputs.len()] {
         *weight = (*weight as f64 / sum) as f32;
     }
-    (max as f64 + sum.ln()) as f32
+    (max, sum)
 }
 
 /// A pointer that tiles share: they read different rows through it, or the same ones.
