@@ -58,8 +58,8 @@ unsafe fn products<S: Simd, T: Memory, V: Memory>(s: S, block: &Block, rows: &mu
     // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
     unsafe {
         s.outline(PackKeys { block, k });
-        let mut next_k = NextBlock::new(s, k, d, parts * BLOCK / slab * groups.len());
-        let mut next_v = NextBlock::new(s, v, dv, value_slabs::<S>(dv).count() * groups.len());
+        let mut next_k = NextBlock::new::<S>(k, d, parts * BLOCK / slab * groups.len());
+        let mut next_v = NextBlock::new::<S>(v, dv, value_slabs::<S>(dv).count() * groups.len());
         s.outline(PackValues { block, v, finite: if all { None } else { Some(&mut finite) } });
         for column in (span.low / slab * slab..span.high).step_by(slab) {
             for part in 0..parts {
@@ -136,7 +136,7 @@ struct NextBlock<'a, T> {
 impl<'a, T> NextBlock<'a, T> {
     /// To be asked for in `calls` calls.
     #[inline(always)]
-    fn new<S: Simd>(_s: S, rows: Rows<'a, T>, columns: usize, calls: usize) -> Self {
+    fn new<S: Simd>(rows: Rows<'a, T>, columns: usize, calls: usize) -> Self {
         let step = if S::FETCHES_LINE_PAIRS { 128 } else { 64 };
         let row = columns * size_of::<T>();
         let each = (row.div_ceil(step) * BLOCK).div_ceil(calls.max(1));
