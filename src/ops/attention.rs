@@ -9,7 +9,7 @@ use crate::ops::mask::{BitMask, Mask, RawMasks, Touched, check_scores};
 use crate::ops::plan::AttentionPlan;
 use crate::ops::tiling::{GRAIN, Tiling, most_chunks};
 use crate::ops::workspace::{Workspace, check_workspace};
-use crate::parallel::{Runner, for_each_tile};
+use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::view::{self, BATCH, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut};
 
 /// The largest head size.
@@ -304,12 +304,12 @@ pub(super) fn largest(bytes: impl Fn(&AttentionFns) -> usize) -> usize {
 
 /// As [`attention_workspace_size`], for one kernel.
 fn workspace_size(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], v_dim: usize, threads: usize) -> usize {
+    let most = |threads| {
+        let bytes = |together| Tiling::new(kernel, q, k, v_dim, threads, most_chunks(k[SEQ]), together).bytes();
+        bytes(false).max(bytes(true))
+    };
     // A call that is too small for several threads takes one.
-    let bytes = |threads, together| Tiling::new(kernel, q, k, v_dim, threads, most_chunks(k[SEQ]), together).bytes();
-    [(threads, false), (threads, true), (1, false), (1, true)]
-        .into_iter()
-        .map(|(n, all)| bytes(n, all))
-        .fold(0, usize::max)
+    if threads > 1 { most(threads).max(most(1)) } else { most(threads) }
 }
 
 /// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together.
@@ -342,13 +342,12 @@ pub(crate) unsafe fn attention_raw(
     let together = heads_together(&call.k) && heads_together(&call.v);
     // An upper bound is enough: it only decides whether threads are worth their start.
     let steps = [batch, heads, seq, longest.min(count * CHUNK), d + dv].into_iter().fold(1, usize::saturating_mul);
-    let worth = (steps / GRAIN).max(1);
+    let workers = workers_for(runner, steps, GRAIN);
     // Tiles for several threads would be smaller ones.
-    let threads = if worth == 1 { 1 } else { runner.num_threads() };
+    let threads = if workers == 1 { 1 } else { runner.num_threads() };
     let plan = Tiling::new(&kernel, q_shape, k_shape, dv, threads, count, together);
     let needed = plan.bytes();
     check_workspace((workspace, workspace_bytes), needed)?;
-    let workers = plan.workers.min(worth);
 
     let kv_heads = call.k.shape[HEADS];
     let rows = |b: usize| problem.spans.queries(b) * problem.group;
