@@ -25,9 +25,9 @@ pub(crate) trait Simd: Copy {
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
     const SPLITS_BF16: bool;
 
-    /// Whether the second-level cache brings aligned pairs of lines of 64 bytes when it is asked for one of them: the spatial
-    /// prefetcher of Intel's Optimization Reference Manual. A fill buffer is then worth two lines.
-    const FETCHES_LINE_PAIRS: bool;
+    /// Bytes that the second-level cache brings when it is asked for one of them: a line, or an aligned pair of lines, as by the
+    /// spatial prefetcher of Intel's Optimization Reference Manual. A fill buffer is then worth two lines.
+    const FETCHED_BYTES: usize;
 
     /// The `i`-th lane in the order that turns [`Self::sum_lanes`]'s tree into a depth-first walk: for all i, lanes
     /// `lane_order(2i)` and `lane_order(2i + 1)` are added first, then neighbouring pairs of those, and so on.
@@ -176,6 +176,15 @@ pub(crate) trait Simd: Copy {
     fn zero(self) -> Self::V {
         self.splat(0.0)
     }
+}
+
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+
+/// The lines of so many bytes from `p` on, to be asked for.
+#[inline(always)]
+pub(crate) fn lines(p: *const u8, bytes: usize) -> impl Iterator<Item = *const u8> {
+    (0..bytes).step_by(LINE).map(move |i| p.wrapping_add(i))
 }
 
 /// A piece of a kernel that becomes a function of its own.

@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
-use super::simd::{MAX_LANES, Simd};
+use super::simd::{LINE, MAX_LANES, Simd};
 use crate::kernels::kernel_shells;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -80,7 +80,7 @@ impl Simd for Avx2 {
     const TILE_VECTORS: usize = 2;
     const DOTS: usize = 8;
     const SPLITS_BF16: bool = true;
-    const FETCHES_LINE_PAIRS: bool = true;
+    const FETCHED_BYTES: usize = 2 * LINE;
 
     crate::kernels::simd::outline!(#[target_feature(enable = "avx2,fma,f16c")]);
 

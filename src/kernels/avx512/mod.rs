@@ -1,6 +1,6 @@
 //! AVX-512 (F, BW, CD, DQ, VL): sixteen lanes, thirty-two registers, masked loads that never fault on masked-off lanes.
 
-use super::simd::{MAX_LANES, Simd};
+use super::simd::{LINE, MAX_LANES, Simd};
 use crate::kernels::kernel_shells;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -84,7 +84,7 @@ impl Simd for Avx512 {
     const TILE_VECTORS: usize = 4;
     const DOTS: usize = 16;
     const SPLITS_BF16: bool = true;
-    const FETCHES_LINE_PAIRS: bool = true;
+    const FETCHED_BYTES: usize = 2 * LINE;
 
     crate::kernels::simd::outline!(#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]);
 

@@ -4,7 +4,7 @@
 //! one to six instructions a vector, which hide behind the loads.
 
 use crate::kernels::CopyArgs;
-use crate::kernels::simd::{MAX_LANES, Memory, Simd};
+use crate::kernels::simd::{MAX_LANES, Memory, Simd, lines};
 
 /// Copies `n` elements that lie together, converting them.
 ///
@@ -81,12 +81,11 @@ pub(crate) fn ask_for_next<S: Simd, A: Memory, B: Memory>(
     dst: *const B,
     dim: usize,
 ) {
-    let line = |p: *const u8, ahead: isize, i: usize| p.wrapping_offset(ahead).wrapping_add(i);
     if args.src_ahead != 0 {
-        (0..dim * size_of::<A>()).step_by(64).for_each(|i| s.prefetch(line(src.cast(), args.src_ahead, i)));
+        lines(src.cast(), dim * size_of::<A>()).for_each(|line| s.prefetch(line.wrapping_offset(args.src_ahead)));
     }
     if args.dst_ahead != 0 {
-        (0..dim * size_of::<B>()).step_by(64).for_each(|i| s.prefetch_write(line(dst.cast(), args.dst_ahead, i)));
+        lines(dst.cast(), dim * size_of::<B>()).for_each(|line| s.prefetch_write(line.wrapping_offset(args.dst_ahead)));
     }
 }
 

@@ -7,7 +7,7 @@
 //! The f16 conversions are part of the base architecture, but their intrinsics ask for more than that (`fp16`): they are
 //! one instruction of inline assembly each.
 
-use super::simd::{MAX_LANES, Simd, copy_part};
+use super::simd::{LINE, MAX_LANES, Simd, copy_part};
 use crate::kernels::kernel_shells;
 use half::{bf16, f16};
 use std::arch::aarch64::*;
@@ -44,7 +44,7 @@ impl Simd for Neon {
     const TILE_VECTORS: usize = 4;
     const DOTS: usize = 16;
     const SPLITS_BF16: bool = false;
-    const FETCHES_LINE_PAIRS: bool = false;
+    const FETCHED_BYTES: usize = LINE;
 
     crate::kernels::simd::outline!(#[target_feature(enable = "neon")]);
 

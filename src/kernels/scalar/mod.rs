@@ -2,7 +2,7 @@
 //! has (SSE2 on x86-64, nothing on a small embedded core). Products and sums are rounded separately, since a fused
 //! multiply-add would be a library call on most baselines.
 
-use super::simd::{MAX_LANES, Simd, copy_part};
+use super::simd::{LINE, MAX_LANES, Simd, copy_part};
 use crate::dtype::Element;
 use crate::kernels::kernel_shells;
 use half::{bf16, f16};
@@ -52,7 +52,7 @@ impl Simd for Scalar {
     const TILE_VECTORS: usize = 2;
     const DOTS: usize = 8;
     const SPLITS_BF16: bool = false;
-    const FETCHES_LINE_PAIRS: bool = false;
+    const FETCHED_BYTES: usize = LINE;
 
     crate::kernels::simd::outline!();
 

@@ -12,7 +12,7 @@ use super::keys::PIECES;
 use super::pairs::{Widen, are_pairs, load_two, widen};
 use super::softmax::Softmax;
 use super::{BLOCK, Block, PIECE, RowState, Rows, Span, padded};
-use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd};
+use crate::kernels::simd::{LINE, MAX_LANES, Memory, Outlined, Simd};
 use crate::layout::Packing;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -158,10 +158,10 @@ const NEAR_BYTES: usize = 512;
 #[inline(always)]
 fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize, whole: bool) {
     let p = p.cast::<u8>();
-    for line in (0..2 * S::LANES * size_of::<T>()).step_by(64) {
+    for line in (0..2 * S::LANES * size_of::<T>()).step_by(LINE) {
         let next = p.wrapping_offset(ahead).wrapping_add(line);
         if whole {
-            if !S::FETCHES_LINE_PAIRS || line % 128 == 0 {
+            if line % S::FETCHED_BYTES == 0 {
                 s.prefetch_far(next);
             }
             s.prefetch(p.wrapping_add(NEAR_BYTES + line));

@@ -128,8 +128,7 @@ struct NextBlock<'a, T> {
     at: *const u8,
     left: usize,
     row: usize,
-    /// What one prefetch brings, and how many are done at a time.
-    step: usize,
+    /// Prefetches of a call.
     each: usize,
 }
 
@@ -137,11 +136,10 @@ impl<'a, T> NextBlock<'a, T> {
     /// To be asked for in `calls` calls.
     #[inline(always)]
     fn new<S: Simd>(rows: Rows<'a, T>, columns: usize, calls: usize) -> Self {
-        let step = if S::FETCHES_LINE_PAIRS { 128 } else { 64 };
         let row = columns * size_of::<T>();
-        let each = (row.div_ceil(step) * BLOCK).div_ceil(calls.max(1));
+        let each = (row.div_ceil(S::FETCHED_BYTES) * BLOCK).div_ceil(calls.max(1));
         let at = rows.next(0).cast();
-        Self { rows, key: 0, at, left: if at.is_null() { 0 } else { row }, row, step, each }
+        Self { rows, key: 0, at, left: if at.is_null() { 0 } else { row }, row, each }
     }
 
     #[inline(always)]
@@ -151,8 +149,8 @@ impl<'a, T> NextBlock<'a, T> {
                 return;
             }
             s.prefetch_far(self.at);
-            self.at = self.at.wrapping_add(self.step);
-            self.left = self.left.saturating_sub(self.step);
+            self.at = self.at.wrapping_add(S::FETCHED_BYTES);
+            self.left = self.left.saturating_sub(S::FETCHED_BYTES);
             if self.left == 0 && self.key + 1 < BLOCK {
                 self.key += 1;
                 self.at = self.rows.next(self.key).cast();

@@ -51,7 +51,7 @@ mod spans;
 mod state;
 
 use crate::kernels::generic::math;
-use crate::kernels::simd::{MAX_LANES, Memory, Simd};
+use crate::kernels::simd::{MAX_LANES, Memory, Simd, lines};
 use crate::layout::{Packing, Place};
 use crate::view::RawView;
 use state::{fold, load_query};
@@ -396,7 +396,7 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
         unsafe {
             if far && let Some((token, head)) = ahead.next() {
                 let (batch, token) = p.spans.query(tile.batch, token);
-                each_line(&p.q, p.q.row(batch, token, head), |line| s.prefetch(line));
+                row_lines(&p.q, p.q.row(batch, token, head)).for_each(|line| s.prefetch(line));
             }
             let (batch, token) = p.spans.query(tile.batch, token);
             load_query::<S, T>(s, p.q, p.q.row(batch, token, head), scratch.q.add(r * dp), d);
@@ -432,7 +432,7 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
                 let (batch, token) = p.spans.query(tile.batch, row.token as usize);
                 // SAFETY: token and head are inside out.
                 let row = unsafe { p.out.row(batch, token, row.head as usize) };
-                each_line(&p.out, row, |line| s.prefetch_write(line));
+                row_lines(&p.out, row).for_each(|line| s.prefetch_write(line));
             }
             let row = &mut rows[r];
             // SAFETY: the partials hold a state for every chunk and row of the tile; the scratch parts have their rows.
@@ -481,12 +481,10 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
 /// pieces of a few rows, too short for a hardware prefetcher.
 const ROWS_AHEAD: usize = 8;
 
-/// Calls `f` with every line of a row whose elements lie together.
+/// The lines of a row, if its elements lie together.
 #[inline(always)]
-fn each_line(view: &RawView, row: *const u8, f: impl Fn(*const u8)) {
-    if view.strides[3] == 1 {
-        (0..view.shape[3] * view.dtype.size()).step_by(64).for_each(|i| f(row.wrapping_add(i)));
-    }
+fn row_lines(view: &RawView, row: *const u8) -> impl Iterator<Item = *const u8> + use<> {
+    lines(row, if view.strides[3] == 1 { view.shape[3] * view.dtype.size() } else { 0 })
 }
 
 /// Which keys any row of a tile sees, and which all of them do (by length, start, causality and window).

@@ -5,7 +5,7 @@ use super::keys::{Located, Pointers, Rows};
 use super::{Block, Problem, Span, padded};
 use crate::dtype::Element;
 use crate::kernels::generic::copy;
-use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd};
+use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd, lines};
 use crate::ops::attention::MAX_HEAD_DIM;
 
 /// Whether a pair of slots holds the values of a key of the span and of the one after it, in its first half and its second.
@@ -92,7 +92,7 @@ impl<T: Memory> Outlined for Widen<'_, T> {
             let from = self.v.key(self.head, j);
             let next = self.v.next_pair(j).cast::<u8>();
             if !next.is_null() {
-                (0..2 * dv * size_of::<T>()).step_by(64).for_each(|i| s.prefetch_far(next.wrapping_add(i)));
+                lines(next, 2 * dv * size_of::<T>()).for_each(|line| s.prefetch_far(line));
             }
             // SAFETY: the caller's; rows have padded(dv) floats, and a buffer the largest head size.
             unsafe {
