@@ -3,6 +3,7 @@
 //! Bound by memory: every source element is read once and every target element written once; widening and narrowing are
 //! one to six instructions a vector, which hide behind the loads.
 
+use crate::dtype::DType;
 use crate::kernels::CopyArgs;
 use crate::kernels::simd::{MAX_LANES, Memory, Simd, lines};
 
@@ -12,7 +13,9 @@ use crate::kernels::simd::{MAX_LANES, Memory, Simd, lines};
 /// `n` elements are readable at `src` and writable at `dst`; the two do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn run<S: Simd, A: Memory, B: Memory>(s: S, src: *const A, dst: *mut B, n: usize) {
-    if A::DTYPE == B::DTYPE {
+    // Vectors of f32 keep every bit, and for a head of one or two hundred of them a call takes as long as the copy.
+    let short = A::DTYPE == DType::F32 && n <= STAGE;
+    if A::DTYPE == B::DTYPE && !short {
         // SAFETY: the caller's; equal types need no conversion, and memcpy keeps every bit, NaN payloads too.
         unsafe { std::ptr::copy_nonoverlapping(src.cast::<B>(), dst, n) };
         return;

@@ -50,7 +50,6 @@ mod softmax;
 mod spans;
 mod state;
 
-use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Memory, Simd, lines};
 use crate::layout::{Packing, Place};
 use crate::view::RawView;
@@ -424,6 +423,7 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
             // SAFETY: the chunk's blocks are done.
             unsafe { products.end_chunk(s, rows, scratch) };
         }
+        let mut sums = [0.0; MAX_LANES];
         for r in 0..n {
             if far
                 && last
@@ -439,9 +439,15 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
             unsafe {
                 let acc = scratch.acc.add(r * dvp);
                 let state = if from < to {
-                    let mut lanes = [s.zero(); MAX_LANES];
-                    lanes[0] = s.load_f32(scratch.sums.add(r * MAX_LANES));
-                    (row.max, math::lane0(s, s.sum_lanes(&lanes)))
+                    // Of as many rows at a time as there are lanes.
+                    if r.is_multiple_of(S::LANES) {
+                        let mut lanes = [s.zero(); MAX_LANES];
+                        for (row, lanes) in (r..n).zip(lanes.iter_mut().take(S::LANES)) {
+                            *lanes = s.load_f32(scratch.sums.add(row * MAX_LANES));
+                        }
+                        s.store_f32(sums.as_mut_ptr(), s.sum_lanes(&lanes));
+                    }
+                    (row.max, sums[r % S::LANES])
                 } else {
                     (f32::NEG_INFINITY, 0.0)
                 };

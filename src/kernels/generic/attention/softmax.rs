@@ -84,10 +84,10 @@ impl Scores {
             let max = s.mul(max, factor);
             if s.lt_bits(s.splat(row.max), max) != 0 {
                 let block_max = s.max_lane(max);
-                let shrink = s.splat(math::exp2_1(s, row.max - block_max));
-                s.store_f32(sums, s.mul(s.load_f32(sums), shrink));
-                // A state that has seen nothing has a zero accumulator: nothing to scale.
+                // A state that has seen nothing has sums and an accumulator of 0: nothing to scale.
                 if row.max > f32::NEG_INFINITY {
+                    let shrink = s.splat(math::exp2_1(s, row.max - block_max));
+                    s.store_f32(sums, s.mul(s.load_f32(sums), shrink));
                     for i in (0..dvp).step_by(S::LANES) {
                         s.store_f32(acc.add(i), s.mul(s.load_f32(acc.add(i)), shrink));
                     }

@@ -6,6 +6,7 @@
 //! A row of Q, and an accumulator, is kept in the order in which [`Memory::load_pair`] of the type of K and V gives elements:
 //! for bf16 on some levels even elements of every two vectors first, then the odd ones.
 
+use super::few::load_up_to;
 use super::{PARTIAL_HEADER, Problem, Scratch, Tile, padded, partial_stride};
 use crate::dtype::DType;
 use crate::kernels::generic::{copy, math};
@@ -108,26 +109,87 @@ pub(super) unsafe fn finish<S: Simd>(
             let lse = max as f64 * std::f64::consts::LN_2 + (sum as f64).ln();
             *p.lse(batch, token, head) = if is_empty((max, sum)) { max } else { lse as f32 };
         }
-        if is_empty(state) {
+        let scale = if is_empty(state) {
             std::ptr::write_bytes(acc, 0, padded(dv));
+            0.0
         } else {
-            let inverse = s.splat(factor / sum);
-            for i in (0..padded(dv)).step_by(S::LANES) {
-                let x = s.mul(s.load_f32(acc.add(i)), inverse);
-                // Skipping a hidden key and adding 0 times a value may differ in the sign of a zero; adding +0 ends that.
-                s.store_f32(acc.add(i), s.add(x, s.zero()));
-            }
-            if S::SPLITS_BF16 && p.v.dtype == DType::Bf16 {
-                let pair = 2 * S::LANES;
-                for i in (0..dv / pair * pair).step_by(pair) {
-                    let [low, high] = s.interleave(s.load_f32(acc.add(i)), s.load_f32(acc.add(i + S::LANES)));
-                    s.store_f32(acc.add(i), low);
-                    s.store_f32(acc.add(i + S::LANES), high);
-                }
+            factor / sum
+        };
+        let (row, token) = p.spans.query(batch, token);
+        let outcome = Outcome { acc, scale, splits: S::SPLITS_BF16 && p.v.dtype == DType::Bf16 };
+        let (dst, stride) = (p.out.row(row, token, head), p.out.strides[3] as isize);
+        match p.out.dtype {
+            DType::F32 => outcome.store::<S, f32>(s, dst.cast(), stride, dv),
+            DType::F16 => outcome.store::<S, f16>(s, dst.cast(), stride, dv),
+            DType::Bf16 => outcome.store::<S, bf16>(s, dst.cast(), stride, dv),
+        }
+    }
+}
+
+/// A row that is done, but for a factor and the order of its elements.
+struct Outcome {
+    acc: *const f32,
+    scale: f32,
+    /// Even and odd elements of two vectors are apart.
+    splits: bool,
+}
+
+impl Outcome {
+    /// # Safety
+    /// `acc` holds `n` floats, and there is room for as many elements with that stride at `dst`.
+    #[inline(always)]
+    unsafe fn store<S: Simd, T: Memory>(&self, s: S, dst: *mut T, stride: isize, n: usize) {
+        if stride == 1 {
+            // SAFETY: the caller's.
+            unsafe { self.run(s, 0, dst, n) };
+            return;
+        }
+        let mut buffer = [T::default(); copy::STAGE];
+        for first in (0..n).step_by(copy::STAGE) {
+            let len = (n - first).min(copy::STAGE);
+            // SAFETY: the caller's; a part of whole vectors but for the last one fits the buffer.
+            unsafe {
+                self.run(s, first, buffer.as_mut_ptr(), len);
+                copy::scatter(buffer.as_ptr(), dst.wrapping_offset(first as isize * stride), stride, len);
             }
         }
-        let (row, token) = p.spans.query(batch, token);
-        store_row(s, acc, p.out.dtype, p.out.row(row, token, head), p.out.strides[3], dv);
+    }
+
+    #[inline(always)]
+    fn scaled<S: Simd>(&self, s: S, x: S::V) -> S::V {
+        // Skipping a hidden key and adding 0 times a value may differ in the sign of a zero; adding +0 ends that.
+        s.add(s.mul(x, s.splat(self.scale)), s.zero())
+    }
+
+    /// `n` elements from number `first` on, to where they lie together.
+    ///
+    /// # Safety
+    /// As [`Self::store`]; `first` is a multiple of two vectors.
+    #[inline(always)]
+    unsafe fn run<S: Simd, T: Memory>(&self, s: S, first: usize, dst: *mut T, n: usize) {
+        let acc = self.acc.wrapping_add(first);
+        let mut i = 0;
+        // SAFETY: the caller's.
+        unsafe {
+            while i + 2 * S::LANES <= n {
+                let first = self.scaled(s, s.load_f32(acc.add(i)));
+                let second = self.scaled(s, s.load_f32(acc.add(i + S::LANES)));
+                let [first, second] = if self.splits { s.interleave(first, second) } else { [first, second] };
+                T::store(s, dst.add(i), first);
+                T::store(s, dst.add(i + S::LANES), second);
+                i += 2 * S::LANES;
+            }
+            while i < n {
+                let part = (n - i).min(S::LANES);
+                let x = self.scaled(s, load_up_to(s, acc.add(i), part));
+                if part == S::LANES {
+                    T::store(s, dst.add(i), x)
+                } else {
+                    T::store_part(s, dst.add(i), x, part)
+                }
+                i += part;
+            }
+        }
     }
 }
 
