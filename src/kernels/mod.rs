@@ -297,15 +297,16 @@ macro_rules! kernel_shells {
                 unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, &scratch, &Vectors) }
             }
             $(#[$feature])*
-            unsafe fn reduce(problem: &Problem, tile: &Tile, scratch: *mut u8) {
+            unsafe fn reduce<T: Memory>(problem: &Problem, tile: &Tile, scratch: *mut u8) {
                 let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v_dim).0;
+                let splits = T::splits::<$level>();
                 // SAFETY: the caller's.
-                unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, &scratch) }
+                unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, scratch.total, splits) }
             }
             pub(super) const fn attention<T: Memory>() -> AttentionFns {
                 AttentionFns {
                     tile: tile::<T>,
-                    reduce,
+                    reduce: reduce::<T>,
                     max_rows: MAX_TILE_ROWS,
                     row_step: 2 * TILE_ROWS,
                     several_heads: true,

@@ -58,9 +58,10 @@
 use super::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
 use crate::dtype::DType;
 use crate::kernels::avx512::Avx512;
+use crate::kernels::generic::attention::state::{EMPTY, Output, is_empty, load_row};
 use crate::kernels::generic::attention::{
-    BLOCK, CHUNK, Gathered, Located, PARTIAL_HEADER, Problem, Reach, Rows, Span, Tile, Wanted, are_pairs, between,
-    is_empty, load_row, locate, ones, padded, part, partial_stride, store_row,
+    self as generic, BLOCK, CHUNK, Gathered, Located, Problem, Reach, Rows, Span, Tile, Wanted, are_pairs, between,
+    locate, ones, part,
 };
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Simd};
@@ -114,24 +115,9 @@ struct Group {
     token: [u32; LANES],
     head: [u32; LANES],
     slope: [f32; LANES],
-    total: [State; LANES],
+    /// Largest logit and sum of the chunks before, a row.
+    total: [(f32, f32); LANES],
     rows: usize,
-}
-
-/// A row's maximum (times log2(e)) and sums, of the keys of a chunk or of several.
-#[derive(Clone, Copy)]
-struct State {
-    max: f32,
-    sum: f32,
-    rounded: f32,
-}
-
-impl State {
-    const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0, rounded: 0.0 };
-
-    fn is_empty(self) -> bool {
-        is_empty((self.max, self.sum))
-    }
 }
 
 /// Sizes that follow from those of the heads.
@@ -256,8 +242,9 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
     unsafe {
         let kept = p.spans.kept(tile.batch);
         let mut reach = Reach { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, kept };
+        let mut rows = tile.tokens_and_heads(p);
         for g in 0..n {
-            prepare(s, &call, g);
+            prepare(s, &call, g, &mut rows);
             let group = &*call.scratch.groups.add(g);
             for r in (0..group.rows).filter(|&r| group.low[r] < group.high[r]) {
                 reach.low = reach.low.min(group.low[r]);
@@ -268,10 +255,8 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
         let tiles = Tiles::configure();
         for chunk in tile.first_chunk..tile.end_chunk {
             let (from, to) = reach.within(tile.chunks.keys(chunk));
-            if from < to || !tile.partials.is_null() {
-                for group in groups.iter_mut() {
-                    (group.max, group.sum, group.rounded) = ([f32::NEG_INFINITY; LANES], [0.0; LANES], [0.0; LANES]);
-                }
+            for group in groups.iter_mut() {
+                (group.max, group.sum, group.rounded) = ([f32::NEG_INFINITY; LANES], [0.0; LANES], [0.0; LANES]);
             }
             if from < to {
                 std::ptr::write_bytes(call.scratch.acc, 0, n * sizes.dvp * LANES);
@@ -279,19 +264,14 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
                     one_span::<HIGH>(s, &tiles, &call, groups, span, (from, to), &reach);
                 }
             }
-            if from < to || !tile.partials.is_null() {
-                for (g, group) in groups.iter_mut().enumerate() {
-                    end_chunk(s, &call, g, group, chunk);
-                }
+            for (g, group) in groups.iter_mut().enumerate() {
+                end_chunk(s, &call, g, group, chunk);
             }
         }
         drop(tiles);
-        if tile.partials.is_null() {
-            for (g, group) in groups.iter().enumerate() {
-                for r in 0..group.rows {
-                    let total = call.scratch.total.add((g * LANES + r) * sizes.dvp);
-                    finish(s, p, tile.batch, group.token[r] as usize, group.head[r] as usize, group.total[r], total);
-                }
+        if tile.partials.is_null() && tile.first_chunk == tile.end_chunk {
+            for group in groups.iter() {
+                (0..group.rows).for_each(|r| output(&call, group, r).finish(s, EMPTY, call.scratch.stage));
             }
         }
     }
@@ -305,31 +285,23 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
 unsafe fn reduce(p: &Problem, tile: &Tile, memory: *mut u8) {
     // SAFETY: the level includes AVX-512.
     let s = unsafe { Avx512::new_unchecked() };
-    let dv = p.v_dim;
-    let sizes = Sizes::new(p.q.shape[3], dv);
-    let total = Scratch::layout(memory, tile.rows(), sizes).0.total;
-    for r in 0..tile.rows() {
-        let flat = tile.first_row + r;
-        let (token, head) = (flat / p.group, tile.kv_head * p.group + flat % p.group);
-        let mut state = State::EMPTY;
-        // SAFETY: the caller's; the scratch holds at least one row.
-        unsafe {
-            for chunk in 0..tile.end_chunk - tile.first_chunk {
-                let from = tile.partials.add((chunk * tile.rows() + r) * partial_stride(dv));
-                let part = State { max: *from, sum: *from.add(1), rounded: *from.add(2) };
-                fold(s, &mut state, total, part, from.add(PARTIAL_HEADER), sizes.dvp);
-            }
-            finish(s, p, tile.batch, token, head, state, total);
-        }
-    }
+    let total = Scratch::layout(memory, tile.rows(), Sizes::new(p.q.shape[3], p.v_dim)).0.total;
+    // SAFETY: the caller's; the scratch holds at least one row.
+    unsafe { generic::reduce(s, p, tile, total, false) }
 }
 
-/// Says which rows a group has and what they see, and packs their queries.
+/// Where row `r` of a group goes.
+fn output<'a>(call: &Call<'a>, group: &Group, r: usize) -> Output<'a> {
+    let (token, head) = (group.token[r] as usize, group.head[r] as usize);
+    Output { p: call.p, batch: call.tile.batch, token, head, splits: false }
+}
+
+/// Says which rows a group has, the next of `rows`, and what they see, and packs their queries.
 ///
 /// # Safety
 /// As [`tile`]; group `g` is one of the tile's.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-unsafe fn prepare(s: Avx512, call: &Call, g: usize) {
+unsafe fn prepare(s: Avx512, call: &Call, g: usize, rows: &mut impl Iterator<Item = (usize, usize)>) {
     let Call { p, tile, sizes: Sizes { d, dk, .. }, .. } = *call;
     let stage = call.scratch.stage;
     let mut group = Group {
@@ -343,15 +315,13 @@ unsafe fn prepare(s: Avx512, call: &Call, g: usize) {
         token: [0; LANES],
         head: [0; LANES],
         slope: [0.0; LANES],
-        total: [State::EMPTY; LANES],
+        total: [EMPTY; LANES],
         rows: (tile.rows() - g * LANES).min(LANES),
     };
     // SAFETY: the stage has 16 rows of dk floats; tokens and heads are inside q.
     unsafe {
         std::ptr::write_bytes(stage, 0, LANES * dk);
-        for r in 0..group.rows {
-            let flat = tile.first_row + g * LANES + r;
-            let (token, head) = (flat / p.group, tile.kv_head * p.group + flat % p.group);
+        for (r, (token, head)) in rows.take(group.rows).enumerate() {
             (group.low[r], group.high[r]) = p.spans.span(tile.batch, token);
             group.position[r] = p.spans.position(tile.batch, token);
             (group.token[r], group.head[r]) = (token as u32, head as u32);
@@ -437,13 +407,6 @@ fn exp2<const HIGH: bool>(x: __m512) -> __m512 {
         _mm512_fmadd_ps(p, r, c(0.693_044_85))
     };
     _mm512_scalef_ps(_mm512_fmadd_ps(p, r, c(1.0)), x)
-}
-
-/// 2^x of one number.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn exp2_one(x: f32) -> f32 {
-    _mm512_cvtss_f32(exp2::<true>(_mm512_set1_ps(x)))
 }
 
 /// The keys of one span, for all rows of the tile.
@@ -1195,21 +1158,23 @@ unsafe fn add_special_of(
     }
 }
 
-/// Folds a group's chunk into its totals, or leaves it in the tile's partial states.
+/// What becomes of a group's rows at the end of a chunk. Their values are multiplied by what makes the sum of the weights before
+/// rounding the one to divide by.
 ///
 /// # Safety
 /// As [`tile`]; `group` is group `g`.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
 unsafe fn end_chunk(s: Avx512, call: &Call, g: usize, group: &mut Group, chunk: usize) {
-    let Call { tile, sizes: Sizes { dv, dvp, .. }, .. } = *call;
-    let state = |group: &Group, r: usize| State { max: group.max[r], sum: group.sum[r], rounded: group.rounded[r] };
-    // SAFETY: the caller's; acc, stage and total have the sizes their layout gives, the partials a state for every chunk and row.
+    let Call { tile, sizes: Sizes { dvp, .. }, .. } = *call;
+    let states: [_; LANES] = std::array::from_fn(|r| (group.max[r], group.sum[r]));
+    // SAFETY: the caller's; acc, stage and total have the sizes their layout gives.
     unsafe {
-        if (0..group.rows).any(|r| !state(group, r).is_empty()) {
+        if !states[..group.rows].iter().all(|&state| is_empty(state)) {
+            let ratio = s.div(s.load_f32(group.sum.as_ptr()), s.load_f32(group.rounded.as_ptr()));
             for i in (0..dvp).step_by(LANES) {
                 let mut x = [s.zero(); MAX_LANES];
                 for (k, x) in x.iter_mut().enumerate() {
-                    *x = s.load_f32(call.scratch.acc.add((g * dvp + i + k) * LANES));
+                    *x = s.mul(s.load_f32(call.scratch.acc.add((g * dvp + i + k) * LANES)), ratio);
                 }
                 s.transpose(&mut x);
                 for (r, x) in x.iter().enumerate() {
@@ -1218,87 +1183,12 @@ unsafe fn end_chunk(s: Avx512, call: &Call, g: usize, group: &mut Group, chunk: 
             }
         }
         for r in 0..group.rows {
-            let (part, from) = (state(group, r), call.scratch.stage.add(r * dvp));
-            if tile.partials.is_null() {
-                let total = call.scratch.total.add((g * LANES + r) * dvp);
-                fold(s, &mut group.total[r], total, part, from, dvp);
-            } else {
-                let row = (chunk - tile.first_chunk) * tile.rows() + g * LANES + r;
-                let to = tile.partials.add(row * partial_stride(dv));
-                (*to, *to.add(1), *to.add(2)) = (part.max, part.sum, part.rounded);
-                if !part.is_empty() {
-                    std::ptr::copy_nonoverlapping(from, to.add(PARTIAL_HEADER), dvp);
-                }
-            }
+            let row = g * LANES + r;
+            let (acc, total) = (call.scratch.stage.add(r * dvp), call.scratch.total.add(row * dvp));
+            let output = output(call, group, r);
+            output.end_chunk(s, tile, (chunk, row), (states[r], acc), (&mut group.total[r], total));
         }
     }
 }
 
-/// `total` becomes the union of `total` and a later chunk; the empty state is the neutral element, to the bit.
-///
-/// # Safety
-/// Both accumulators hold `dvp` floats, unless their state is empty; `total_acc` is writable.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-unsafe fn fold(s: Avx512, total: &mut State, total_acc: *mut f32, chunk: State, chunk_acc: *const f32, dvp: usize) {
-    if chunk.is_empty() {
-        return;
-    }
-    if total.is_empty() {
-        *total = chunk;
-        // SAFETY: the caller's.
-        unsafe { std::ptr::copy_nonoverlapping(chunk_acc, total_acc, dvp) };
-        return;
-    }
-    let max = if chunk.max > total.max { chunk.max } else { total.max };
-    let (old, new) = (exp2_one(total.max - max), exp2_one(chunk.max - max));
-    *total = State { max, sum: total.sum * old + chunk.sum * new, rounded: total.rounded * old + chunk.rounded * new };
-    let (old, new) = (s.splat(old), s.splat(new));
-    for i in (0..dvp).step_by(LANES) {
-        // SAFETY: dvp is a multiple of sixteen.
-        unsafe {
-            let scaled = s.mul(s.load_f32(total_acc.add(i)), old);
-            s.store_f32(total_acc.add(i), s.fma(s.load_f32(chunk_acc.add(i)), new, scaled));
-        }
-    }
-}
-
-/// Divides by the sum, with the sink in it, and writes output and LSE of one row.
-///
-/// # Safety
-/// The indices are inside the problem; `acc` holds whole tiles of the values' size unless the state is empty.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-unsafe fn finish(s: Avx512, p: &Problem, batch: usize, token: usize, head: usize, state: State, acc: *mut f32) {
-    let dv = p.v_dim;
-    let mut max = f64::from(state.max) * std::f64::consts::LN_2;
-    let (mut sum, mut rounded, mut factor) = (f64::from(state.sum), f64::from(state.rounded), 1.0);
-    if let Some(sinks) = p.sinks {
-        let sink = f64::from(sinks[head]);
-        let joint = if sink > max { sink } else { max };
-        if joint > f64::NEG_INFINITY {
-            let weight = (sink - joint).exp();
-            factor = (max - joint).exp();
-            (sum, rounded, max) = (sum * factor + weight, rounded * factor + weight, joint);
-        }
-    }
-    // SAFETY: the caller's.
-    unsafe {
-        if !p.lse.is_null() {
-            *p.lse(batch, token, head) =
-                if max == f64::NEG_INFINITY && sum == 0.0 { f32::NEG_INFINITY } else { (max + sum.ln()) as f32 };
-        }
-        if state.is_empty() {
-            std::ptr::write_bytes(acc, 0, padded(dv));
-        } else {
-            let (factor, sum) = (s.splat(factor as f32), s.splat(rounded as f32));
-            for i in (0..padded(dv)).step_by(LANES) {
-                let x = s.div(s.mul(s.load_f32(acc.add(i)), factor), sum);
-                // Skipping a hidden key and adding 0 times a value may differ in the sign of a zero; adding +0 ends that.
-                s.store_f32(acc.add(i), s.add(x, s.zero()));
-            }
-        }
-        let (row, token) = p.spans.query(batch, token);
-        store_row(s, acc, p.out.dtype, p.out.row(row, token, head), p.out.strides[3], dv);
-    }
-}
-
-const _: () = assert!(simd::MAX_LANES == LANES && CHUNK.is_multiple_of(SPAN_KEYS) && PARTIAL_HEADER >= 3);
+const _: () = assert!(simd::MAX_LANES == LANES && CHUNK.is_multiple_of(SPAN_KEYS));

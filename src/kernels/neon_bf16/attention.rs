@@ -68,9 +68,10 @@
 use super::{bfmmla, round};
 use crate::dtype::DType;
 use crate::kernels::AttentionFns;
+use crate::kernels::generic::attention::state::is_empty;
 use crate::kernels::generic::attention::{
     self as generic, BLOCK, Block, Located, MAX_TILE_ROWS, Problem, Products, RowState, Rows, Scratch, Softmax, Span,
-    Tile, is_empty, padded, part,
+    Tile, padded, part,
 };
 use crate::kernels::generic::math;
 use crate::kernels::neon::Neon;
@@ -137,7 +138,7 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
 unsafe fn reduce(p: &Problem, tile: &Tile, memory: *mut u8) {
     let scratch = layout(memory, tile.rows(), p.q.shape[3], p.v_dim).0;
     // SAFETY: the caller's; the level includes NEON.
-    unsafe { generic::reduce(Neon::new_unchecked(), p, tile, &scratch) }
+    unsafe { generic::reduce(Neon::new_unchecked(), p, tile, scratch.total, false) }
 }
 
 fn scratch_bytes(rows: usize, d: usize, dv: usize) -> usize {

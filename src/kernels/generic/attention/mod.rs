@@ -48,12 +48,11 @@ mod many;
 mod pairs;
 mod softmax;
 mod spans;
-mod state;
+pub(crate) mod state;
 
 use crate::kernels::simd::{MAX_LANES, Memory, Simd, lines};
 use crate::layout::{Packing, Place};
 use crate::view::RawView;
-use state::{fold, load_query};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -65,9 +64,8 @@ pub(crate) use pairs::part;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) use softmax::Softmax;
 pub(crate) use spans::{Chunks, Spans, Summary};
-pub(crate) use state::{is_empty, reduce};
-#[cfg(target_arch = "x86_64")]
-pub(crate) use state::{load_row, store_row};
+pub(crate) use state::reduce;
+use state::{EMPTY, Output, load_query};
 
 /// Keys a block: one live bit each in a `u64`.
 pub(crate) const BLOCK: usize = 64;
@@ -259,8 +257,8 @@ pub(crate) const fn padded(n: usize) -> usize {
 pub(crate) struct RowState {
     /// The largest logit of the chunk so far, times log2(e).
     pub max: f32,
-    total_max: f32,
-    total_sum: f32,
+    /// Largest logit and sum of the chunks before.
+    total: (f32, f32),
     pub token: u32,
     low: i64,
     high: i64,
@@ -274,7 +272,7 @@ pub(crate) struct Scratch {
     pub q: *mut f32,
     pub s: *mut f32,
     pub acc: *mut f32,
-    total: *mut f32,
+    pub total: *mut f32,
     /// A row's sum of weights, lane by lane: `[rows][MAX_LANES]`.
     pub sums: *mut f32,
     /// The K block transposed, and the V block in f32, in slabs as wide as a register tile.
@@ -378,8 +376,7 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
         seen = Some((token, ((low, high), position)));
         *row = RowState {
             max: f32::NEG_INFINITY,
-            total_max: f32::NEG_INFINITY,
-            total_sum: 0.0,
+            total: EMPTY,
             low,
             high,
             live: 0,
@@ -404,6 +401,10 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
     // SAFETY: the rows of Q have just been written.
     unsafe { products.pack_queries(s, tile, scratch, d) };
 
+    let output = |row: &RowState| {
+        let (token, head) = (row.token as usize, row.head as usize);
+        Output { p, batch: tile.batch, token, head, splits: T::splits::<S>() }
+    };
     for chunk in tile.first_chunk..tile.end_chunk {
         let (from, to) = reach.within(tile.chunks.keys(chunk));
         let last = chunk + 1 == tile.end_chunk;
@@ -435,9 +436,8 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
                 row_lines(&p.out, row).for_each(|line| s.prefetch_write(line));
             }
             let row = &mut rows[r];
-            // SAFETY: the partials hold a state for every chunk and row of the tile; the scratch parts have their rows.
+            // SAFETY: the scratch parts have their rows.
             unsafe {
-                let acc = scratch.acc.add(r * dvp);
                 let state = if from < to {
                     // Of as many rows at a time as there are lanes.
                     if r.is_multiple_of(S::LANES) {
@@ -449,36 +449,17 @@ pub(crate) unsafe fn tile<S: Simd, T: Memory>(
                     }
                     (row.max, sums[r % S::LANES])
                 } else {
-                    (f32::NEG_INFINITY, 0.0)
+                    EMPTY
                 };
-                if !tile.partials.is_null() {
-                    let partial = tile.partials.add(((chunk - tile.first_chunk) * n + r) * partial_stride(dv));
-                    (*partial, *partial.add(1)) = state;
-                    if !is_empty(state) {
-                        std::ptr::copy_nonoverlapping(acc, partial.add(PARTIAL_HEADER), dvp);
-                    }
-                } else if last && is_empty((row.total_max, row.total_sum)) {
-                    state::finish(s, p, tile.batch, row.token as usize, row.head as usize, state, acc);
-                } else {
-                    let total_acc = scratch.total.add(r * dvp);
-                    let mut total = (row.total_max, row.total_sum);
-                    fold(s, &mut total, total_acc, state, acc, dvp);
-                    (row.total_max, row.total_sum) = total;
-                    if last {
-                        state::finish(s, p, tile.batch, row.token as usize, row.head as usize, total, total_acc);
-                    }
-                }
+                let (acc, total) = (scratch.acc.add(r * dvp), scratch.total.add(r * dvp));
+                output(row).end_chunk(s, tile, (chunk, r), (state, acc), (&mut row.total, total));
             }
         }
     }
     if tile.partials.is_null() && tile.first_chunk == tile.end_chunk {
         for (r, row) in rows.iter().enumerate() {
-            let empty = (f32::NEG_INFINITY, 0.0);
             // SAFETY: as above.
-            unsafe {
-                let acc = scratch.acc.add(r * dvp);
-                state::finish(s, p, tile.batch, row.token as usize, row.head as usize, empty, acc);
-            }
+            unsafe { output(row).finish(s, EMPTY, scratch.acc.add(r * dvp)) };
         }
     }
 }

@@ -7,39 +7,48 @@
 //! for bf16 on some levels even elements of every two vectors first, then the odd ones.
 
 use super::few::load_up_to;
-use super::{PARTIAL_HEADER, Problem, Scratch, Tile, padded, partial_stride};
+use super::{PARTIAL_HEADER, Problem, Tile, padded, partial_stride};
 use crate::dtype::DType;
 use crate::kernels::generic::{copy, math};
 use crate::kernels::simd::{Memory, Outlined, Simd};
 use crate::view::RawView;
 use half::{bf16, f16};
 
-/// Folds the chunks of a tile that left them in `tile.partials`, and writes the output.
+/// Folds the chunks of a tile that left them in `tile.partials`, and writes the output. `splits` as in [`Output`].
 ///
 /// # Safety
-/// As [`tile`](super::tile); the partial states of all chunks have been written.
+/// As [`tile`](super::tile); the partial states of all chunks have been written, and there is room for `padded(dv)` floats at
+/// `total`.
 #[inline(always)]
-pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
-    let dv = p.v_dim;
-    let dvp = padded(dv);
-    let n = tile.rows();
+pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, total: *mut f32, splits: bool) {
     for (r, (token, head)) in tile.tokens_and_heads(p).enumerate() {
-        let mut total = (f32::NEG_INFINITY, 0.0);
-        // SAFETY: the caller's; the scratch holds at least one row.
+        let mut state = EMPTY;
+        // SAFETY: the caller's.
         unsafe {
-            for chunk in 0..tile.end_chunk - tile.first_chunk {
-                let state = tile.partials.add((chunk * n + r) * partial_stride(dv));
-                fold(s, &mut total, scratch.total, (*state, *state.add(1)), state.add(PARTIAL_HEADER), dvp);
+            for chunk in tile.first_chunk..tile.end_chunk {
+                let partial = tile.partial(p, chunk, r);
+                fold(s, &mut state, total, (*partial, *partial.add(1)), partial.add(PARTIAL_HEADER), padded(p.v_dim));
             }
-            finish(s, p, tile.batch, token, head, total, scratch.total);
+            Output { p, batch: tile.batch, token, head, splits }.finish(s, state, total);
         }
+    }
+}
+
+/// The largest logit and the sum of weights of no key at all.
+pub(crate) const EMPTY: (f32, f32) = (f32::NEG_INFINITY, 0.0);
+
+impl Tile {
+    /// Where the state of row `r` after a chunk goes, and after [`PARTIAL_HEADER`] floats its accumulator.
+    #[inline(always)]
+    fn partial(&self, p: &Problem, chunk: usize, r: usize) -> *mut f32 {
+        self.partials.wrapping_add(((chunk - self.first_chunk) * self.rows() + r) * partial_stride(p.v_dim))
     }
 }
 
 /// Whether a state has seen no key: its accumulator is then not looked at.
 #[inline(always)]
 pub(crate) fn is_empty((max, sum): (f32, f32)) -> bool {
-    max == f32::NEG_INFINITY && sum == 0.0
+    (max, sum) == EMPTY
 }
 
 /// `total` becomes the union of `total` and a later chunk; the empty state is the neutral element, to the bit.
@@ -47,7 +56,7 @@ pub(crate) fn is_empty((max, sum): (f32, f32)) -> bool {
 /// # Safety
 /// Both accumulators hold `dvp` floats, unless their state is empty; `total_acc` is writable.
 #[inline(always)]
-pub(super) unsafe fn fold<S: Simd>(
+unsafe fn fold<S: Simd>(
     s: S,
     total: &mut (f32, f32),
     total_acc: *mut f32,
@@ -77,64 +86,105 @@ pub(super) unsafe fn fold<S: Simd>(
     }
 }
 
-/// Divides by the sum, with the sink in it, and writes output and LSE of one row.
-///
-/// # Safety
-/// The indices are inside the problem; `acc` holds `padded(dv)` floats, which are only read unless the state is not empty.
-#[inline(always)]
-pub(super) unsafe fn finish<S: Simd>(
-    s: S,
-    p: &Problem,
-    batch: usize,
-    token: usize,
-    head: usize,
-    state: (f32, f32),
-    acc: *mut f32,
-) {
-    let dv = p.v_dim;
-    let (mut max, mut sum) = state;
-    let mut factor = 1.0;
-    if let Some(sinks) = p.sinks {
-        let sink = sinks[head] * std::f32::consts::LOG2_E;
-        let joint = if sink > max { sink } else { max };
-        if joint > f32::NEG_INFINITY {
-            factor = math::exp2_1(s, max - joint);
-            sum = sum * factor + math::exp2_1(s, sink - joint);
-            max = joint;
+/// Where a row of a tile goes in the end.
+#[derive(Clone, Copy)]
+pub(crate) struct Output<'a> {
+    pub p: &'a Problem<'a>,
+    pub batch: usize,
+    pub token: usize,
+    pub head: usize,
+    /// In its accumulator, even and odd elements of every two vectors are apart.
+    pub splits: bool,
+}
+
+impl Output<'_> {
+    /// What becomes of row `r` of a tile at the end of a chunk: the state is left in the tile's partial states, or folded into the
+    /// row's `total` and, if the chunk is the last one, written out.
+    ///
+    /// # Safety
+    /// The indices are inside the problem and the tile; both accumulators hold `padded(dv)` floats, which are only read unless
+    /// their state is empty.
+    #[inline(always)]
+    pub unsafe fn end_chunk<S: Simd>(
+        self,
+        s: S,
+        tile: &Tile,
+        (chunk, r): (usize, usize),
+        (state, acc): ((f32, f32), *mut f32),
+        (total, total_acc): (&mut (f32, f32), *mut f32),
+    ) {
+        let (last, dvp) = (chunk + 1 == tile.end_chunk, padded(self.p.v_dim));
+        // SAFETY: the caller's; the partials hold a state for every chunk and row of the tile.
+        unsafe {
+            if !tile.partials.is_null() {
+                let partial = tile.partial(self.p, chunk, r);
+                (*partial, *partial.add(1)) = state;
+                if !is_empty(state) {
+                    std::ptr::copy_nonoverlapping(acc, partial.add(PARTIAL_HEADER), dvp);
+                }
+            } else if last && is_empty(*total) {
+                self.finish(s, state, acc);
+            } else {
+                fold(s, total, total_acc, state, acc, dvp);
+                if last {
+                    self.finish(s, *total, total_acc);
+                }
+            }
         }
     }
-    // SAFETY: the caller's.
-    unsafe {
-        if !p.lse.is_null() {
-            let lse = max as f64 * std::f64::consts::LN_2 + (sum as f64).ln();
-            *p.lse(batch, token, head) = if is_empty((max, sum)) { max } else { lse as f32 };
+
+    /// Divides by the sum, with the sink in it, and writes output and LSE.
+    ///
+    /// # Safety
+    /// The indices are inside the problem; `acc` holds `padded(dv)` floats, which are only read unless the state is empty.
+    #[inline(always)]
+    pub unsafe fn finish<S: Simd>(self, s: S, state: (f32, f32), acc: *mut f32) {
+        let Self { p, batch, token, head, splits } = self;
+        let dv = p.v_dim;
+        let (mut max, mut sum) = state;
+        let mut factor = 1.0;
+        if let Some(sinks) = p.sinks {
+            let sink = sinks[head] * std::f32::consts::LOG2_E;
+            let joint = if sink > max { sink } else { max };
+            if joint > f32::NEG_INFINITY {
+                factor = math::exp2_1(s, max - joint);
+                sum = sum * factor + math::exp2_1(s, sink - joint);
+                max = joint;
+            }
         }
-        let scale = if is_empty(state) {
-            std::ptr::write_bytes(acc, 0, padded(dv));
-            0.0
-        } else {
-            factor / sum
-        };
-        let (row, token) = p.spans.query(batch, token);
-        let outcome = Outcome { acc, scale, splits: S::SPLITS_BF16 && p.v.dtype == DType::Bf16 };
-        let (dst, stride) = (p.out.row(row, token, head), p.out.strides[3] as isize);
-        match p.out.dtype {
-            DType::F32 => outcome.store::<S, f32>(s, dst.cast(), stride, dv),
-            DType::F16 => outcome.store::<S, f16>(s, dst.cast(), stride, dv),
-            DType::Bf16 => outcome.store::<S, bf16>(s, dst.cast(), stride, dv),
+        // SAFETY: the caller's.
+        unsafe {
+            if !p.lse.is_null() {
+                let lse = max as f64 * std::f64::consts::LN_2 + (sum as f64).ln();
+                *p.lse(batch, token, head) = if is_empty((max, sum)) { max } else { lse as f32 };
+            }
+            let scale = if is_empty(state) {
+                std::ptr::write_bytes(acc, 0, padded(dv));
+                0.0
+            } else {
+                factor / sum
+            };
+            let (row, token) = p.spans.query(batch, token);
+            let scaled = Scaled { acc, scale, splits };
+            let (dst, stride) = (p.out.row(row, token, head), p.out.strides[3] as isize);
+            match p.out.dtype {
+                DType::F32 => scaled.store::<S, f32>(s, dst.cast(), stride, dv),
+                DType::F16 => scaled.store::<S, f16>(s, dst.cast(), stride, dv),
+                DType::Bf16 => scaled.store::<S, bf16>(s, dst.cast(), stride, dv),
+            }
         }
     }
 }
 
 /// A row that is done, but for a factor and the order of its elements.
-struct Outcome {
+struct Scaled {
     acc: *const f32,
     scale: f32,
-    /// Even and odd elements of two vectors are apart.
+    /// See [`Output`].
     splits: bool,
 }
 
-impl Outcome {
+impl Scaled {
     /// # Safety
     /// `acc` holds `n` floats, and there is room for as many elements with that stride at `dst`.
     #[inline(always)]
@@ -156,7 +206,7 @@ impl Outcome {
     }
 
     #[inline(always)]
-    fn scaled<S: Simd>(&self, s: S, x: S::V) -> S::V {
+    fn times<S: Simd>(&self, s: S, x: S::V) -> S::V {
         // Skipping a hidden key and adding 0 times a value may differ in the sign of a zero; adding +0 ends that.
         s.add(s.mul(x, s.splat(self.scale)), s.zero())
     }
@@ -172,8 +222,8 @@ impl Outcome {
         // SAFETY: the caller's.
         unsafe {
             while i + 2 * S::LANES <= n {
-                let first = self.scaled(s, s.load_f32(acc.add(i)));
-                let second = self.scaled(s, s.load_f32(acc.add(i + S::LANES)));
+                let first = self.times(s, s.load_f32(acc.add(i)));
+                let second = self.times(s, s.load_f32(acc.add(i + S::LANES)));
                 let [first, second] = if self.splits { s.interleave(first, second) } else { [first, second] };
                 T::store(s, dst.add(i), first);
                 T::store(s, dst.add(i + S::LANES), second);
@@ -181,7 +231,7 @@ impl Outcome {
             }
             while i < n {
                 let part = (n - i).min(S::LANES);
-                let x = self.scaled(s, load_up_to(s, acc.add(i), part));
+                let x = self.times(s, load_up_to(s, acc.add(i), part));
                 if part == S::LANES {
                     T::store(s, dst.add(i), x)
                 } else {
@@ -260,43 +310,6 @@ unsafe fn load_typed<S: Simd, T: Memory>(s: S, src: *const T, stride: isize, dst
             for i in 0..n {
                 *dst.add(i) = (*src.wrapping_offset(i as isize * stride)).to_f32();
             }
-        }
-    }
-}
-
-/// `n` floats to a type known at run time.
-///
-/// # Safety
-/// `n` floats are readable at `src`, `n` elements with that stride writable at `dst`.
-#[inline(always)]
-pub(crate) unsafe fn store_row<S: Simd>(s: S, src: *const f32, dtype: DType, dst: *mut u8, stride: i64, n: usize) {
-    // SAFETY: the caller's.
-    unsafe {
-        match dtype {
-            DType::F32 => store_typed::<S, f32>(s, src, dst.cast(), stride as isize, n),
-            DType::F16 => store_typed::<S, f16>(s, src, dst.cast(), stride as isize, n),
-            DType::Bf16 => store_typed::<S, bf16>(s, src, dst.cast(), stride as isize, n),
-        }
-    }
-}
-
-/// # Safety
-/// As [`store_row`].
-#[inline(always)]
-unsafe fn store_typed<S: Simd, T: Memory>(s: S, src: *const f32, dst: *mut T, stride: isize, n: usize) {
-    let mut done = 0;
-    // SAFETY: the caller's.
-    unsafe {
-        if stride == 1 {
-            copy::run::<S, f32, T>(s, src, dst, n);
-            return;
-        }
-        let mut buffer = [T::default(); copy::STAGE];
-        while done < n {
-            let len = (n - done).min(copy::STAGE);
-            copy::run::<S, f32, T>(s, src.add(done), buffer.as_mut_ptr(), len);
-            copy::scatter(buffer.as_ptr(), dst.wrapping_offset(done as isize * stride), stride, len);
-            done += len;
         }
     }
 }
