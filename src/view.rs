@@ -54,6 +54,11 @@ impl RawView {
         self.shape.contains(&0)
     }
 
+    /// How many there are; `usize::MAX` where that is more than a `usize` holds.
+    pub fn elements(&self) -> usize {
+        rows(self.shape).saturating_mul(self.shape[DIM])
+    }
+
     /// Checks shape, strides and buffer; `name` is the argument's name in messages.
     pub fn validate(&self, name: &str) -> Result<Extent> {
         for (axis, &n) in self.shape.iter().enumerate() {

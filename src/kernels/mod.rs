@@ -190,6 +190,8 @@ pub(crate) struct MergeArgs {
     pub states: usize,
     pub dst: *mut u8,
     pub dim: usize,
+    /// Bytes to what is merged later, in every source and in the target, which is asked for meanwhile; 0: nothing.
+    pub ahead: isize,
 }
 
 pub(crate) type AnglesFn = unsafe fn(f64, &[f64], f64, &mut [f32], &mut [f32]);

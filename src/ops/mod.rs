@@ -3,7 +3,9 @@
 //! Every operation exists twice: a safe function over [`View`](crate::View)s, and beneath it an unsafe one over raw views,
 //! which the C ABI calls too. All validation is in the latter.
 
+use crate::caches;
 use crate::error::{Result, ensure};
+use crate::kernels::CopyArgs;
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ};
 
@@ -53,6 +55,81 @@ fn for_each_token_with<S>(
             token(&mut state, (i / seq, i % seq));
         }
     })
+}
+
+/// The copy of one token's heads from one view to another.
+///
+/// # Safety
+/// Both views are validated and the indices inside them.
+unsafe fn token_copy(src: &RawView, from: (usize, usize), dst: &RawView, to: (usize, usize)) -> CopyArgs {
+    // SAFETY: the caller's.
+    unsafe {
+        CopyArgs {
+            src: src.row(from.0, from.1, 0),
+            second: std::ptr::null(),
+            dst: dst.row(to.0, to.1, 0),
+            heads: src.shape[HEADS],
+            repeats: 1,
+            src_head: src.strides[HEADS] as isize,
+            dst_head: dst.strides[HEADS] as isize,
+            src_dim: src.strides[DIM] as isize,
+            dst_dim: dst.strides[DIM] as isize,
+            dim: src.shape[DIM],
+            src_ahead: 0,
+            dst_ahead: 0,
+        }
+    }
+}
+
+/// The copies of all tokens of one view to the same places of another, one token after the other.
+#[derive(Clone, Copy)]
+struct TokenCopies<'a> {
+    src: &'a RawView,
+    dst: &'a RawView,
+    src_ahead: isize,
+    dst_ahead: isize,
+}
+
+impl<'a> TokenCopies<'a> {
+    fn new(src: &'a RawView, dst: &'a RawView) -> Self {
+        let ahead = |view| if is_large(&[src, dst]) { ahead(view) } else { 0 };
+        // What is asked for to be written need not be asked for to be read.
+        let src_ahead = if src.data == dst.data { 0 } else { ahead(src) };
+        Self { src, dst, src_ahead, dst_ahead: ahead(dst) }
+    }
+
+    /// # Safety
+    /// Both views are validated and the indices inside them.
+    unsafe fn at(&self, at: (usize, usize)) -> CopyArgs {
+        let Self { src, dst, src_ahead, dst_ahead } = *self;
+        // SAFETY: the caller's.
+        unsafe { CopyArgs { src_ahead, dst_ahead, ..token_copy(src, at, dst, at) } }
+    }
+}
+
+/// Whether so much is read and written that a second-level cache does not hold it.
+fn is_large(views: &[&RawView]) -> bool {
+    views.iter().map(|view| view.elements().saturating_mul(view.dtype.size())).fold(0, usize::saturating_add)
+        > caches::second_level()
+}
+
+/// How far ahead of its use a walk over a large view asks for memory.
+const AHEAD: usize = 4 << 10;
+
+/// Bytes from a head of a view to one that a walk, token by token, comes to some [`AHEAD`] bytes later: the hardware's prefetcher
+/// does not look as far, and a few dozen cycles of arithmetic a head keep it from what is behind them.
+fn ahead(view: &RawView) -> isize {
+    let size = view.dtype.size();
+    let head = view.shape[DIM] * size;
+    let token = view.shape[HEADS] * head;
+    let (step, bytes) = match view.strides {
+        [.., dim] if dim != 1 => return 0,
+        // Most of what is asked for is of the same token.
+        [_, seq, heads, _] if token >= 2 * AHEAD && heads.unsigned_abs() <= seq.unsigned_abs() => (heads, head),
+        [_, seq, ..] => (seq, token),
+    };
+    let steps = AHEAD.div_ceil(bytes.max(1));
+    (step as isize).wrapping_mul(steps as isize).wrapping_mul(size as isize)
 }
 
 /// Fails unless both are valid, of one shape, and either the same view or apart.

@@ -4,8 +4,8 @@ use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::kernels::{CopyArgs, NormArgs, NormFn, RopeArgs, RopeFn};
-use crate::ops::rope::{MAX_ROTARY_DIM, Rope, rope_raw, token_copy};
-use crate::ops::{check_in_place_or_apart, for_each_token};
+use crate::ops::rope::{MAX_ROTARY_DIM, Rope, rope_raw};
+use crate::ops::{TokenCopies, check_in_place_or_apart, for_each_token};
 use crate::parallel::Runner;
 use crate::view::{DIM, RawView, View, ViewMut};
 use std::mem::MaybeUninit;
@@ -128,9 +128,10 @@ pub(crate) unsafe fn rms_norm_raw(
     check_in_place_or_apart(&src, &dst)?;
     norm.validate("src", &src)?;
     let kernel = context.norm(src.dtype, dst.dtype);
+    let copies = TokenCopies::new(&src, &dst);
     for_each_token(runner, &src, |at| {
         // SAFETY: the views are valid and equal in shape; there are as many weights as elements in a head.
-        unsafe { kernel(&norm.args(token_copy(&src, at, &dst, at))) };
+        unsafe { kernel(&norm.args(copies.at(at))) };
     })
 }
 

@@ -4,8 +4,7 @@ use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::kernels::{CopyArgs, CopyFn, Op};
 use crate::layout::Place;
-use crate::ops::for_each_token;
-use crate::ops::rope::token_copy;
+use crate::ops::{for_each_token, token_copy};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 

@@ -17,11 +17,10 @@ use crate::layout::Packing;
 use crate::ops::attention::{
     AttentionOptions, AttentionTensors, RawAttention, attention_raw, attention_shapes, attention_workspace_size,
 };
-use crate::ops::for_each_token;
 use crate::ops::mask::RawMasks;
 use crate::ops::merge::merge_states_raw;
-use crate::ops::rope::token_copy;
 use crate::ops::workspace::{Workspace, check_alignment};
+use crate::ops::{TokenCopies, for_each_token};
 use crate::parallel::Runner;
 use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, contiguous};
 
@@ -283,8 +282,9 @@ unsafe fn one_row(context: &Context, runner: &dyn Runner, q: &RawView, to: *mut 
 /// The views are valid, of one shape, and disjoint; one is readable, the other writable.
 unsafe fn copy_tokens(context: &Context, runner: &dyn Runner, from: &RawView, to: &RawView) -> Result<()> {
     let copy = context.copy(Op::KvWrite, from.dtype, to.dtype);
+    let copies = TokenCopies::new(from, to);
     for_each_token(runner, from, |at| {
         // SAFETY: the caller's; tokens are disjoint.
-        unsafe { copy(&token_copy(from, at, to, at)) };
+        unsafe { copy(&copies.at(at)) };
     })
 }

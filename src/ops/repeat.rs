@@ -3,8 +3,7 @@
 use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::kernels::{CopyArgs, Op};
-use crate::ops::for_each_token;
-use crate::ops::rope::token_copy;
+use crate::ops::{TokenCopies, for_each_token};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
@@ -47,8 +46,9 @@ pub(crate) unsafe fn repeat_kv_raw(context: &Context, runner: &dyn Runner, src: 
     );
     ensure!(!src.overlaps(&dst), Overlap, "src and dst share memory");
     let kernel = context.copy(Op::RepeatKv, src.dtype, dst.dtype);
+    let copies = TokenCopies::new(&src, &dst);
     for_each_token(runner, &dst, |at| {
         // SAFETY: the views are valid and fit each other.
-        unsafe { kernel(&CopyArgs { repeats: heads / kv_heads, ..token_copy(&src, at, &dst, at) }) };
+        unsafe { kernel(&CopyArgs { repeats: heads / kv_heads, ..copies.at(at) }) };
     })
 }

@@ -2,11 +2,11 @@
 
 use crate::context::Context;
 use crate::error::{Error, Result, Status, ensure};
-use crate::kernels::{AnglesFn, CopyArgs, RopeArgs};
+use crate::kernels::{AnglesFn, RopeArgs};
 use crate::ops::norm::{RmsNorm, Rotation};
-use crate::ops::{check_in_place_or_apart, for_each_token_with};
+use crate::ops::{TokenCopies, check_in_place_or_apart, for_each_token_with};
 use crate::parallel::Runner;
-use crate::view::{DIM, HEADS, RawView, SEQ, View, ViewMut};
+use crate::view::{RawView, SEQ, View, ViewMut};
 
 /// Which elements of a head form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -438,30 +438,6 @@ impl TokenAngles {
     }
 }
 
-/// The copy of one token's heads from one view to another.
-///
-/// # Safety
-/// Both views are validated and the indices inside them.
-pub(crate) unsafe fn token_copy(src: &RawView, from: (usize, usize), dst: &RawView, to: (usize, usize)) -> CopyArgs {
-    // SAFETY: the caller's.
-    unsafe {
-        CopyArgs {
-            src: src.row(from.0, from.1, 0),
-            second: std::ptr::null(),
-            dst: dst.row(to.0, to.1, 0),
-            heads: src.shape[HEADS],
-            repeats: 1,
-            src_head: src.strides[HEADS] as isize,
-            dst_head: dst.strides[HEADS] as isize,
-            src_dim: src.strides[DIM] as isize,
-            dst_dim: dst.strides[DIM] as isize,
-            dim: src.shape[DIM],
-            src_ahead: 0,
-            dst_ahead: 0,
-        }
-    }
-}
-
 /// Rotates queries or keys: `dst = RoPE(src)`.
 ///
 /// `src` and `dst` are `[batch, seq, heads, dim]`, of any strides and types (arithmetic is f32, rounded once to the type of
@@ -522,12 +498,13 @@ pub(crate) unsafe fn rope_raw(
     }
     let seq = src.shape[SEQ];
     let (rotation, angles) = (Rotation::new(context, norm, src.dtype, dst.dtype), context.angles());
+    let copies = TokenCopies::new(&src, &dst);
     for_each_token_with(runner, src.shape, TokenAngles::new, |token_angles, (b, t)| {
         let (cos, sin) = token_angles.at(options, angles, options.position(b, t, seq));
         // SAFETY: the views are valid and equal in shape, the angles are rotary_dim / 2 each.
         unsafe {
             rotation.run(&RopeArgs {
-                copy: token_copy(&src, (b, t), &dst, (b, t)),
+                copy: copies.at((b, t)),
                 rotary_dim: options.rotary_dim,
                 pairing: options.pairing,
                 cos,

@@ -1,15 +1,16 @@
 //! The cache write.
 
+use crate::caches;
 use crate::context::Context;
 use crate::error::{Result, ensure, fail};
 use crate::kernels::{CopyArgs, Op, RopeArgs};
 use crate::layout::{Layout, Packing, Place};
-use crate::ops::for_each_token_with;
 use crate::ops::norm::{RmsNorm, Rotation};
 use crate::ops::pack::{check_pair_dim, pack_token};
-use crate::ops::rope::{RawRope, Rope, TokenAngles, token_copy};
+use crate::ops::rope::{RawRope, Rope, TokenAngles};
+use crate::ops::{for_each_token_with, token_copy};
 use crate::parallel::Runner;
-use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
 /// New keys and values, the caches they go to, and where.
 ///
@@ -384,7 +385,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     let RawWrite { keys: (k, k_cache), values, to, k_norm, rope, v_packing } = write;
     let seq = k.shape[SEQ];
     let angles = context.angles();
-    let large = view::rows(k.shape) * k.shape[DIM] * (k.dtype.size() + k_cache.dtype.size()) > LARGE / 2;
+    let large = k.elements() * (k.dtype.size() + k_cache.dtype.size()) > caches::second_level() / 2;
     let k_copy = context.copy(Op::KvWrite, k.dtype, k_cache.dtype);
     let k_normed = context.norm(k.dtype, k_cache.dtype);
     let rotation = Rotation::new(context, *k_norm, k.dtype, k_cache.dtype);
@@ -444,11 +445,8 @@ fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> R
     Ok(())
 }
 
-/// Bytes from which on a write asks for what it copies next while it copies: values while it is at the keys of a token, and the next
-/// keys while it is at the values. It is what a second-level cache holds.
-const LARGE: usize = 1 << 20;
-
-/// Has a token's copy ask for what is copied after it.
+/// Has a token's copy ask for what is copied after it: values while a large write is at the keys of a token, and the next keys while it
+/// is at the values.
 fn ask_for(copy: &mut CopyArgs, src: *const u8, dst: *const u8) {
     if (copy.src_dim, copy.dst_dim) == (1, 1) {
         copy.src_ahead = src.addr().wrapping_sub(copy.src.addr()) as isize;

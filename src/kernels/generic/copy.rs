@@ -55,14 +55,14 @@ pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) 
     let (heads, dim) = if together { (1, args.heads * args.dim) } else { (args.heads, args.dim) };
     for head in 0..heads {
         let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
-        if A::DTYPE == B::DTYPE {
-            // A conversion is slow enough for the hardware's prefetcher.
-            let dst = args.dst.cast::<B>().wrapping_offset(head as isize * args.dst_head);
-            ask_for_next::<S, A, B>(s, args, src, dst, dim);
-        }
         for repeat in 0..args.repeats {
             let target = (head * args.repeats + repeat) as isize;
             let dst = args.dst.cast::<B>().wrapping_offset(target * args.dst_head);
+            if A::DTYPE == B::DTYPE {
+                // A conversion is slow enough for the hardware's prefetcher.
+                let args = if repeat == 0 { *args } else { CopyArgs { src_ahead: 0, ..*args } };
+                ask_for_next::<S, A, B>(s, &args, src, dst, dim);
+            }
             if args.src_dim == 1 && args.dst_dim == 1 {
                 // SAFETY: the caller's.
                 unsafe { run::<S, A, B>(s, src, dst, dim) };

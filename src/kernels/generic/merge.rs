@@ -5,7 +5,7 @@
 //! state a load, two instructions to widen and two FMAs on AVX-512.
 
 use crate::kernels::MergeArgs;
-use crate::kernels::simd::{Memory, Simd};
+use crate::kernels::simd::{Memory, Simd, lines};
 
 /// Pairs of vectors that go side by side.
 const PAIRS: usize = 4;
@@ -16,6 +16,15 @@ const PAIRS: usize = 4;
 /// Every address that `args` describes is valid; no source overlaps the target.
 #[inline(always)]
 pub(crate) unsafe fn merge<S: Simd, T: Memory>(s: S, args: &MergeArgs) {
+    if args.ahead != 0 {
+        let ahead =
+            |from: *const u8| lines(from, args.dim * size_of::<T>()).map(|line| line.wrapping_offset(args.ahead));
+        for state in 0..args.states {
+            // SAFETY: there are as many sources.
+            ahead(unsafe { *args.srcs.add(state) }).for_each(|line| s.prefetch(line));
+        }
+        ahead(args.dst).for_each(|line| s.prefetch_write(line));
+    }
     let mut i = 0;
     // SAFETY: the caller's; no piece reaches beyond the last element.
     unsafe {
