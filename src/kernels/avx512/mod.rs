@@ -61,12 +61,13 @@ impl Avx512 {
     fn rounded_bf16(self, v: __m512) -> __m512i {
         let f = self.0.avx512f;
         let bits = f._mm512_castps_si512(v);
-        let odd = f._mm512_and_si512(f._mm512_srli_epi32::<16>(bits), f._mm512_set1_epi32(1));
-        let rounded = f._mm512_add_epi32(bits, f._mm512_add_epi32(odd, f._mm512_set1_epi32(0x7fff)));
+        // To the nearest, ties to the even one: the half of what is cut off, less one where the last bit that stays is 0.
+        let odd = f._mm512_test_epi32_mask(bits, f._mm512_set1_epi32(0x1_0000));
+        let rounded = f._mm512_add_epi32(bits, f._mm512_set1_epi32(0x7fff));
+        let rounded = f._mm512_mask_add_epi32(rounded, odd, rounded, f._mm512_set1_epi32(1));
         // The increment could carry a NaN into infinity: NaNs keep their upper half and become quiet.
         let nan = f._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
-        let quiet = f._mm512_or_si512(bits, f._mm512_set1_epi32(0x40_0000));
-        f._mm512_mask_blend_epi32(nan, rounded, quiet)
+        f._mm512_mask_or_epi32(rounded, nan, bits, f._mm512_set1_epi32(0x40_0000))
     }
 
     #[inline(always)]
