@@ -477,7 +477,8 @@ impl Inputs<'_> {
     }
 }
 
-fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
+/// Checks all of a call.
+pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
     let RawAttention { q, out, .. } = call;
     let inputs = validate_inputs(call)?;
     let out_extent = out.validate_output("out")?;

@@ -16,6 +16,7 @@ use crate::kernels::generic::attention::Spans;
 use crate::layout::Packing;
 use crate::ops::attention::{
     AttentionOptions, AttentionTensors, RawAttention, attention_raw, attention_shapes, attention_workspace_size,
+    validate,
 };
 use crate::ops::mask::RawMasks;
 use crate::ops::merge::merge_states_raw;
@@ -155,29 +156,20 @@ pub(crate) unsafe fn attention_with_prefix_raw(
     call: &RawAttention,
 ) -> Result<()> {
     let (k, v) = prefix;
+    validate(call)?;
+    let lse = RawView::floats(call.lse, view::rows(call.q.shape));
     for (name, view) in [("the prefix's k", &k), ("the prefix's v", &v)] {
         let n = view.shape[BATCH];
         ensure!(n == 1, Shape, "{name} has batch = {n}, but all rows share one prefix");
         view.validate(name)?;
         ensure!(!view.overlaps(&call.out), Overlap, "{name} and out share memory");
+        ensure!(call.lse.is_null() || !view.overlaps(&lse), Overlap, "{name} and lse share memory");
     }
     k.same_axis("the prefix's k", &call.k, "k", HEADS)?;
     let (n, v_dim) = (v.shape[DIM], call.v_dim());
     ensure!(n == v_dim, Shape, "the prefix's v has dim = {n}, but v has {v_dim}");
     ensure!(call.alibi_slopes.is_none(), InvalidValue, "alibi_slopes and a shared prefix disagree about positions");
     ensure!(call.spans.window_left.is_none(), InvalidValue, "window_left and a shared prefix disagree about positions");
-    let out_extent = call.out.validate_output("out")?;
-    let q_extent = call.q.validate("q")?;
-    ensure!(!call.q.overlaps_within(q_extent, &call.out, out_extent), Overlap, "q and out share memory");
-
-    if !call.lse.is_null() {
-        let lse = RawView::floats(call.lse, view::rows(call.q.shape));
-        lse.validate("lse")?;
-        let inputs = [("q", &call.q), ("k", &call.k), ("v", &call.v), ("the prefix's k", &k), ("the prefix's v", &v)];
-        for (name, view) in inputs {
-            ensure!(!view.overlaps(&lse), Overlap, "{name} and lse share memory");
-        }
-    }
 
     let [batch, seq, heads, dim] = call.q.shape;
     let parts = Parts::new(call.q.shape, v_dim);
@@ -201,19 +193,9 @@ pub(crate) unsafe fn attention_with_prefix_raw(
     let lses: [*mut f32; 2] =
         std::array::from_fn(|i| workspace.wrapping_add(3 * parts.out + i * parts.lse).cast::<f32>());
 
-    // The rows' own keys first: this is what checks the call, before anything but the workspace is written.
     // SAFETY: the caller's; the workspace has room for all parts.
     unsafe {
         let own = RawAttention { out: outs[1], lse: lses[1], ..*call };
-        call.out.same_axis("out", &call.q, "q", BATCH)?;
-        for axis in [SEQ, HEADS] {
-            call.out.same_axis("out", &call.q, "q", axis)?;
-        }
-        let n = call.out.shape[DIM];
-        ensure!(n == v_dim, Shape, "out has dim = {n}, but v has {v_dim}");
-        for (name, view) in [("k", &call.k), ("v", &call.v)] {
-            ensure!(!view.overlaps(&call.out), Overlap, "{name} and out share memory");
-        }
         let q = one_row(context, runner, &call.q, workspace.wrapping_add(3 * parts.out + 2 * parts.lse))?;
         let all = RawAttention {
             q,
