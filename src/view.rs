@@ -70,7 +70,7 @@ impl RawView {
         ensure!(!self.data.is_null(), NullPointer, "{name}: data is null, but the shape is {:?}", self.shape);
         let size = self.dtype.size();
         ensure!(
-            self.data.addr().is_multiple_of(size),
+            self.dtype.is_aligned(self.data.addr()),
             Bounds,
             "{name}: data at {:#x} is not aligned to its {size}-byte elements",
             self.data.addr()
@@ -85,14 +85,14 @@ impl RawView {
                 -low
             );
             ensure!(
-                high <= bytes as i128,
+                high as usize <= bytes,
                 Bounds,
                 "{name}: shape {:?} with strides {:?} reaches byte {high} of a buffer of {bytes}",
                 self.shape,
                 self.strides
             );
         }
-        Ok(Extent { low: low as isize, high: high as isize })
+        Ok(Extent { low, high })
     }
 
     /// Like [`Self::validate`], and no two elements may share memory.
@@ -136,8 +136,12 @@ impl RawView {
         if self.is_empty() || other.is_empty() {
             return false;
         }
-        let (a0, a1) = (self.data.addr() as i128 + a.low as i128, self.data.addr() as i128 + a.high as i128);
-        let (b0, b1) = (other.data.addr() as i128 + b.low as i128, other.data.addr() as i128 + b.high as i128);
+        // Valid views are inside the address space.
+        let touched = |view: &Self, extent: Extent| {
+            let at = view.data.addr();
+            (at.wrapping_add_signed(extent.low), at.wrapping_add_signed(extent.high))
+        };
+        let ((a0, a1), (b0, b1)) = (touched(self, a), touched(other, b));
         if a1 <= b0 || b1 <= a0 {
             return false;
         }
@@ -194,7 +198,29 @@ impl RawView {
 }
 
 /// The bytes that elements of `size` bytes take up around the address `at`; the shape has no 0 and no axis above [`MAX_AXIS`].
-pub(crate) fn reach(name: &str, at: usize, size: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<(i128, i128)> {
+pub(crate) fn reach(
+    name: &str,
+    at: usize,
+    size: usize,
+    shape: [usize; 4],
+    strides: [i64; 4],
+) -> Result<(isize, isize)> {
+    // All but absurd ones: numbers so small that nothing can overflow.
+    const SMALL: i64 = 1 << 28;
+    if shape.iter().all(|&n| n as i64 <= SMALL) && strides.iter().all(|&n| n.unsigned_abs() <= SMALL as u64) {
+        let (mut low, mut high) = (0, 1);
+        for axis in 0..4 {
+            let reach = (shape[axis] as i64 - 1) * strides[axis];
+            if reach < 0 { low += reach } else { high += reach }
+        }
+        let bytes = |elements: i64| isize::try_from(elements * size as i64);
+        if let (Ok(low), Ok(high)) = (bytes(low), bytes(high))
+            && at.checked_add_signed(low).is_some()
+            && at.checked_add_signed(high).is_some()
+        {
+            return Ok((low, high));
+        }
+    }
     let (mut low, mut high) = (0i128, 1i128);
     for axis in 0..4 {
         // At most 2^31 * 2^63 an axis: no i128 overflow over four of them.
@@ -214,7 +240,7 @@ pub(crate) fn reach(name: &str, at: usize, size: usize, shape: [usize; 4], strid
         Stride,
         "{name}: shape {shape:?} with strides {strides:?} leaves the address space"
     );
-    Ok((low, high))
+    Ok((low as isize, high as isize))
 }
 
 /// Whether `target` is a sum of `step * stride`, `step` in its range, over axes sorted from the largest stride.

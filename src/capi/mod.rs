@@ -24,7 +24,7 @@ use crate::isa::Isa;
 use crate::kernels::Op;
 use crate::layout::Packing;
 use crate::ops::attention::{
-    MAX_HEAD_DIM, RawAttention, attention_raw, attention_shapes, attention_workspace_size, fill_alibi_slopes,
+    MAX_HEAD_DIM, Memory, RawAttention, attention_raw, attention_shapes, attention_workspace_size, fill_alibi_slopes,
 };
 use crate::ops::merge::{MAX_STATES, merge_states_raw};
 use crate::ops::norm::rms_norm_raw;
@@ -789,8 +789,9 @@ pub unsafe extern "C" fn kvl_attention(
         let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
         // SAFETY: as above.
         let call = unsafe { raw_attention(&read_sized(params)?) }?;
+        let memory = Memory::Fixed(workspace.cast(), workspace_bytes);
         // SAFETY: as above.
-        unsafe { attention_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, &call) }
+        unsafe { attention_raw(context, runner.as_dyn(), memory, &call) }
     })
 }
 

@@ -276,11 +276,8 @@ pub fn attention(
     options: &AttentionOptions,
 ) -> Result<()> {
     let call = RawAttention::new(tensors, options)?;
-    let kernel = context.attention(call.k.dtype, call.precision);
-    let (q_shape, k_shape) = call.shapes();
-    workspace.reserve(workspace_size(&kernel, q_shape, k_shape, call.v_dim(), runner.num_threads()));
     // SAFETY: the views borrow what they reach, and the LSE has an entry a row.
-    unsafe { attention_raw(context, runner, workspace.as_mut_ptr(), workspace.len(), &call) }
+    unsafe { attention_raw(context, runner, Memory::Growing(workspace), &call) }
 }
 
 /// Bytes of workspace that [`attention`] needs at most for queries `[batch, seq, heads, dim]`, keys
@@ -317,14 +314,21 @@ fn heads_together(view: &RawView) -> bool {
     view.strides[DIM] == 1 && view.strides[HEADS].unsigned_abs() < view.strides[SEQ].unsigned_abs()
 }
 
+/// Where a call has its workspace.
+pub(crate) enum Memory<'a> {
+    /// So many bytes, which must do.
+    Fixed(*mut u8, usize),
+    /// Where they do not, it grows to what the largest call on this cache needs.
+    Growing(&'a mut Workspace),
+}
+
 /// # Safety
 /// The memory that valid views reach is readable and, for `out`, writable, by this call alone; `lse`, if not null, holds a
-/// float a row; `workspace` holds `workspace_bytes` bytes that this call alone uses.
+/// float a row; a fixed `memory` has its bytes, which this call alone uses.
 pub(crate) unsafe fn attention_raw(
     context: &Context,
     runner: &dyn Runner,
-    workspace: *mut u8,
-    workspace_bytes: usize,
+    memory: Memory,
     call: &RawAttention,
 ) -> Result<()> {
     let (problem, summary) = validate(call)?;
@@ -347,7 +351,18 @@ pub(crate) unsafe fn attention_raw(
     let threads = if workers == 1 { 1 } else { runner.num_threads() };
     let plan = Tiling::new(&kernel, q_shape, k_shape, dv, threads, count, together);
     let needed = plan.bytes();
-    check_workspace((workspace, workspace_bytes), needed)?;
+    let workspace = match memory {
+        Memory::Fixed(data, bytes) => {
+            check_workspace((data, bytes), needed)?;
+            data
+        }
+        Memory::Growing(workspace) => {
+            if workspace.len() < needed {
+                workspace.reserve(workspace_size(&kernel, q_shape, k_shape, dv, runner.num_threads()));
+            }
+            workspace.as_mut_ptr()
+        }
+    };
 
     let kv_heads = call.k.shape[HEADS];
     let rows = |b: usize| problem.spans.queries(b) * problem.group;

@@ -66,6 +66,7 @@ impl RawMask {
             );
         }
         let (low, high) = reach(name, self.data.addr(), 1, self.shape, self.strides)?;
+        let (low, high) = (low as i128, high as i128);
         if let Some(bytes) = self.bytes {
             ensure!(
                 low >= 0 && high <= bytes as i128,

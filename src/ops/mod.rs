@@ -134,14 +134,13 @@ fn ahead(view: &RawView) -> isize {
 
 /// Fails unless both are valid, of one shape, and either the same view or apart.
 fn check_in_place_or_apart(src: &RawView, dst: &RawView) -> Result<()> {
-    src.validate("src")?;
-    dst.validate_output("dst")?;
+    let (from, to) = (src.validate("src")?, dst.validate_output("dst")?);
     for axis in [BATCH, SEQ, HEADS, DIM] {
         src.same_axis("src", dst, "dst", axis)?;
     }
     let in_place = src.data == dst.data && src.strides == dst.strides && src.dtype == dst.dtype;
     ensure!(
-        in_place || !src.overlaps(dst),
+        in_place || !src.overlaps_within(from, dst, to),
         Overlap,
         "src and dst share memory without being the same view: in place, pass the same view twice"
     );

@@ -15,8 +15,8 @@ use crate::kernels::Op;
 use crate::kernels::generic::attention::Spans;
 use crate::layout::Packing;
 use crate::ops::attention::{
-    AttentionOptions, AttentionTensors, RawAttention, attention_raw, attention_shapes, attention_workspace_size,
-    validate,
+    AttentionOptions, AttentionTensors, Memory, RawAttention, attention_raw, attention_shapes,
+    attention_workspace_size, validate,
 };
 use crate::ops::mask::RawMasks;
 use crate::ops::merge::merge_states_raw;
@@ -212,8 +212,8 @@ pub(crate) unsafe fn attention_with_prefix_raw(
             scale: Some(call.scale.unwrap_or(1.0 / (dim as f32).sqrt())),
             ..*call
         };
-        attention_raw(context, runner, rest, rest_bytes, &own)?;
-        attention_raw(context, runner, rest, rest_bytes, &all)?;
+        attention_raw(context, runner, Memory::Fixed(rest, rest_bytes), &own)?;
+        attention_raw(context, runner, Memory::Fixed(rest, rest_bytes), &all)?;
         // Ragged queries may leave tokens that are of no row: those have no state, and their outputs are left alone.
         let (first, n) = match call.spans.query_starts {
             Some(starts) => (starts[0] as usize, (starts[starts.len() - 1] - starts[0]) as usize),

@@ -66,6 +66,8 @@ impl Tiling {
         let (tile_heads, tile_rows) = if together && kernel.several_heads && rows < PACK_ROWS {
             let groups = jobs.div_ceil(batch.saturating_mul(chunks).max(1));
             (kv_heads.div_ceil(if workers > 1 { groups } else { 1 }).min(kernel.max_rows / rows), rows)
+        } else if rows <= MIN_TILE_ROWS {
+            (1, rows)
         } else {
             let wanted = jobs.div_ceil(batch.saturating_mul(kv_heads).max(1));
             let most = cached_rows(kernel, d, dv).min(rows.div_ceil(wanted).max(MIN_TILE_ROWS));

@@ -10,7 +10,7 @@ use crate::ops::pack::{check_pair_dim, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles};
 use crate::ops::{for_each_token_with, token_copy};
 use crate::parallel::Runner;
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use crate::view::{BATCH, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut};
 
 /// New keys and values, the caches they go to, and where.
 ///
@@ -337,10 +337,10 @@ pub(crate) struct RawWrite<'a> {
 impl RawWrite<'_> {
     fn validate(&self) -> Result<()> {
         let (k, k_cache) = &self.keys;
-        check_pair("k", k, "k_cache", k_cache)?;
+        let (k_extent, k_cache_extent) = check_pair("k", k, "k_cache", k_cache)?;
         k.same_axis("k", k_cache, "k_cache", DIM)?;
         if let Some((v, v_cache)) = &self.values {
-            check_pair("v", v, "v_cache", v_cache)?;
+            let (v_extent, v_cache_extent) = check_pair("v", v, "v_cache", v_cache)?;
             for axis in [BATCH, SEQ, HEADS] {
                 k.same_axis("k", v, "v", axis)?;
             }
@@ -362,9 +362,11 @@ impl RawWrite<'_> {
                     );
                 }
             }
-            ensure!(!k_cache.overlaps(v_cache), Overlap, "k_cache and v_cache share memory");
-            ensure!(!k_cache.overlaps(v), Overlap, "k_cache and v share memory");
-            ensure!(!v_cache.overlaps(k), Overlap, "v_cache and k share memory");
+            let keys = |view: &RawView, extent| k_cache.overlaps_within(k_cache_extent, view, extent);
+            ensure!(!keys(v_cache, v_cache_extent), Overlap, "k_cache and v_cache share memory");
+            ensure!(!keys(v, v_extent), Overlap, "k_cache and v share memory");
+            let shared = v_cache.overlaps_within(v_cache_extent, k, k_extent);
+            ensure!(!shared, Overlap, "v_cache and k share memory");
         }
         self.to.validate(k.shape[BATCH], k.shape[SEQ], k_cache)?;
         if let Some(rope) = &self.rope {
@@ -437,12 +439,12 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     )
 }
 
-fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> Result<()> {
-    src.validate(name)?;
-    cache.validate_output(cache_name)?;
+/// Checks what is written and where it goes; returns what the two can touch.
+fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> Result<(Extent, Extent)> {
+    let (from, to) = (src.validate(name)?, cache.validate_output(cache_name)?);
     src.same_axis(name, cache, cache_name, HEADS)?;
-    ensure!(!src.overlaps(cache), Overlap, "{name} and {cache_name} share memory");
-    Ok(())
+    ensure!(!src.overlaps_within(from, cache, to), Overlap, "{name} and {cache_name} share memory");
+    Ok((from, to))
 }
 
 /// Has a token's copy ask for what is copied after it: values while a large write is at the keys of a token, and the next keys while it
