@@ -92,10 +92,8 @@ struct TokenCopies<'a> {
 
 impl<'a> TokenCopies<'a> {
     fn new(src: &'a RawView, dst: &'a RawView) -> Self {
-        let ahead = |view| if is_large(&[src, dst]) { ahead(view) } else { 0 };
-        // What is asked for to be written need not be asked for to be read.
-        let src_ahead = if src.data == dst.data { 0 } else { ahead(src) };
-        Self { src, dst, src_ahead, dst_ahead: ahead(dst) }
+        let (src_ahead, dst_ahead) = aheads(src, dst);
+        Self { src, dst, src_ahead, dst_ahead }
     }
 
     /// # Safety
@@ -105,6 +103,15 @@ impl<'a> TokenCopies<'a> {
         // SAFETY: the caller's.
         unsafe { CopyArgs { src_ahead, dst_ahead, ..token_copy(src, at, dst, at) } }
     }
+}
+
+/// [`ahead`] of a source and its target, if they are large.
+fn aheads(src: &RawView, dst: &RawView) -> (isize, isize) {
+    if !is_large(&[src, dst]) {
+        return (0, 0);
+    }
+    // What is asked for to be written need not be asked for to be read.
+    (if src.data == dst.data { 0 } else { ahead(src) }, ahead(dst))
 }
 
 /// Whether so much is read and written that a second-level cache does not hold it.

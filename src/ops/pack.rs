@@ -4,7 +4,7 @@ use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::kernels::{CopyArgs, CopyFn, Op};
 use crate::layout::Place;
-use crate::ops::{for_each_token, token_copy};
+use crate::ops::{aheads, for_each_token, token_copy};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
@@ -53,9 +53,10 @@ pub(crate) unsafe fn pack_row_pairs_raw(
     dst: RawView,
 ) -> Result<()> {
     let kernel = check(context, ("src", &src), ("dst", &dst), (&src, &dst))?;
+    let ahead = aheads(&src, &dst);
     for_each_token(runner, &src, |at| {
         // SAFETY: the views are valid and fit each other.
-        unsafe { pack_token(kernel, &src, at, &dst, |token| Some((at.0, token))) };
+        unsafe { pack_token(kernel, &src, at, &dst, ahead, |token| Some((at.0, token))) };
     })
 }
 
@@ -80,7 +81,7 @@ pub(crate) unsafe fn unpack_row_pairs_raw(
 }
 
 /// Copies token `(row, token)` into its half of a pair of slots. `place` says where tokens of the row go: where a neighbour goes to
-/// the other half, the one in the first half takes it along.
+/// the other half, the one in the first half takes it along. `ahead` is what [`aheads`] says.
 ///
 /// # Safety
 /// The views are valid and fit each other, places lie in pairs of `packed`, and no two tokens go to the same.
@@ -89,6 +90,7 @@ pub(crate) unsafe fn pack_token(
     src: &RawView,
     (row, token): Place,
     packed: &RawView,
+    (src_ahead, dst_ahead): (isize, isize),
     place: impl Fn(usize) -> Option<Place>,
 ) {
     let Some((target, slot)) = place(token) else { return };
@@ -99,7 +101,7 @@ pub(crate) unsafe fn pack_token(
     }
     // SAFETY: the caller's.
     unsafe {
-        let copy = token_copy(src, (row, token), packed, (target, slot / 2));
+        let copy = CopyArgs { src_ahead, dst_ahead, ..token_copy(src, (row, token), packed, (target, slot / 2)) };
         if slot % 2 == 0 && goes_to(token + 1, slot + 1) {
             kernel(&CopyArgs { second: src.row(row, token + 1, 0), ..copy });
         } else {

@@ -8,7 +8,7 @@ use crate::layout::{Layout, Packing, Place};
 use crate::ops::norm::{RmsNorm, Rotation};
 use crate::ops::pack::{check_pair_dim, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles};
-use crate::ops::{for_each_token_with, token_copy};
+use crate::ops::{ahead, for_each_token_with, token_copy};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut};
 
@@ -402,12 +402,12 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                 let next = if large && t + 1 < seq { to.place(b, t + 1, seq, k_cache) } else { None };
                 if !k.is_empty() {
                     let mut copy = token_copy(k, (b, t), k_cache, place);
-                    if large
-                        && let Some((v, v_cache)) = values
-                        && *v_packing == Packing::Rows
-                        && !v.is_empty()
-                    {
-                        ask_for(&mut copy, v.row(b, t, 0), v_cache.row(place.0, place.1, 0));
+                    match values {
+                        Some((v, v_cache)) if large && *v_packing == Packing::Rows && !v.is_empty() => {
+                            ask_for(&mut copy, v.row(b, t, 0), v_cache.row(place.0, place.1, 0));
+                        }
+                        _ if large => (copy.src_ahead, copy.dst_ahead) = (ahead(k), ahead(k_cache)),
+                        _ => {}
                     }
                     match (rope, token_angles, k_norm) {
                         (Some(rope), Some(token_angles), _) => {
@@ -431,7 +431,10 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                             }
                             v_copy(&copy);
                         }
-                        Packing::RowPairs => pack_token(v_copy, v, (b, t), v_cache, |t| to.place(b, t, seq, k_cache)),
+                        Packing::RowPairs => {
+                            let ahead = if large { (ahead(v), ahead(v_cache)) } else { (0, 0) };
+                            pack_token(v_copy, v, (b, t), v_cache, ahead, |t| to.place(b, t, seq, k_cache))
+                        }
                     }
                 }
             }

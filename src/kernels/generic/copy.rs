@@ -43,6 +43,8 @@ pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) 
             let [src, second] =
                 [args.src, args.second].map(|p| p.cast::<A>().wrapping_offset(head as isize * args.src_head));
             let dst = args.dst.cast::<B>().wrapping_offset(head as isize * args.dst_head);
+            ask_for_next::<S, A, B>(s, args, src, dst, args.dim);
+            ask_for_next::<S, A, B>(s, args, second, dst.wrapping_add(args.dim), args.dim);
             // SAFETY: the caller's.
             unsafe { interleave::<S, A, B>(s, [src, second], dst, args.dim) };
         }
