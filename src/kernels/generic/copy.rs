@@ -55,15 +55,16 @@ pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) 
     let together =
         args.repeats == 1 && (args.src_dim, args.dst_dim) == (1, 1) && (args.src_head, args.dst_head) == (dim, dim);
     let (heads, dim) = if together { (1, args.heads * args.dim) } else { (args.heads, args.dim) };
+    // A conversion is slow enough for the hardware's prefetcher.
+    let asks = A::DTYPE == B::DTYPE && (args.src_ahead, args.dst_ahead) != (0, 0);
     for head in 0..heads {
         let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
         for repeat in 0..args.repeats {
             let target = (head * args.repeats + repeat) as isize;
             let dst = args.dst.cast::<B>().wrapping_offset(target * args.dst_head);
-            if A::DTYPE == B::DTYPE {
-                // A conversion is slow enough for the hardware's prefetcher.
-                let args = if repeat == 0 { *args } else { CopyArgs { src_ahead: 0, ..*args } };
-                ask_for_next::<S, A, B>(s, &args, src, dst, dim);
+            if asks {
+                let src_ahead = if repeat == 0 { args.src_ahead } else { 0 };
+                ask_for_next::<S, A, B>(s, &CopyArgs { src_ahead, ..*args }, src, dst, dim);
             }
             if args.src_dim == 1 && args.dst_dim == 1 {
                 // SAFETY: the caller's.
