@@ -128,7 +128,7 @@ const AHEAD: usize = 4 << 10;
 fn ahead(view: &RawView) -> isize {
     let size = view.dtype.size();
     let head = view.shape[DIM] * size;
-    let token = view.shape[HEADS] * head;
+    let token = view.shape[HEADS].saturating_mul(head);
     let (step, bytes) = match view.strides {
         [.., dim] if dim != 1 => return 0,
         // Most of what is asked for is of the same token.
@@ -152,4 +152,30 @@ fn check_in_place_or_apart(src: &RawView, dst: &RawView) -> Result<()> {
         "src and dst share memory without being the same view: in place, pass the same view twice"
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::DType;
+    use crate::view::{bhsd, contiguous};
+
+    #[test]
+    fn a_walk_asks_for_what_it_comes_to() {
+        let view =
+            |shape, strides| RawView { data: std::ptr::null_mut(), dtype: DType::F16, shape, strides, bytes: None };
+        // 40 heads of 256 bytes: the sixteenth from here on, wherever heads lie.
+        let shape = [1, 2048, 40, 128];
+        assert_eq!(ahead(&view(shape, contiguous(shape))), 16 * 256);
+        assert_eq!(ahead(&view(shape, [0, -3 * 40 * 128, -128, 1])), -16 * 256);
+        // Four tokens of 1 KiB, or as many of each head.
+        let shape = [1, 2048, 4, 128];
+        assert_eq!(ahead(&view(shape, contiguous(shape))), 4 * 1024);
+        assert_eq!(ahead(&view(shape, bhsd(shape))), 4 * 256);
+        // Elements that lie apart, absurd sizes.
+        assert_eq!(ahead(&view(shape, [0, 1, 2048, 8192])), 0);
+        let most = i32::MAX as usize;
+        ahead(&view([most; 4], [i64::MAX, i64::MIN, i64::MAX, 1]));
+        ahead(&view([0; 4], [0, 0, 0, 1]));
+    }
 }

@@ -387,7 +387,8 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     let RawWrite { keys: (k, k_cache), values, to, k_norm, rope, v_packing } = write;
     let seq = k.shape[SEQ];
     let angles = context.angles();
-    let large = k.elements() * (k.dtype.size() + k_cache.dtype.size()) > caches::second_level() / 2;
+    let bytes = k.elements().saturating_mul(k.dtype.size() + k_cache.dtype.size());
+    let large = bytes > caches::second_level() / 2;
     let k_copy = context.copy(Op::KvWrite, k.dtype, k_cache.dtype);
     let k_normed = context.norm(k.dtype, k_cache.dtype);
     let rotation = Rotation::new(context, *k_norm, k.dtype, k_cache.dtype);
