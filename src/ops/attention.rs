@@ -351,22 +351,20 @@ pub(crate) unsafe fn attention_raw(
     let threads = if workers == 1 { 1 } else { runner.num_threads() };
     let plan = Tiling::new(&kernel, q_shape, k_shape, dv, threads, count, together);
     let needed = plan.bytes();
-    let workspace = match memory {
-        Memory::Fixed(data, bytes) => {
-            check_workspace((data, bytes), needed)?;
-            data
-        }
+    let memory = match memory {
+        Memory::Fixed(data, bytes) => (data, bytes),
         Memory::Growing(workspace) => {
             if workspace.len() < needed {
                 workspace.reserve(workspace_size(&kernel, q_shape, k_shape, dv, runner.num_threads()));
             }
-            workspace.as_mut_ptr()
+            (workspace.as_mut_ptr(), workspace.len())
         }
     };
+    check_workspace(memory, needed)?;
 
     let kv_heads = call.k.shape[HEADS];
     let rows = |b: usize| problem.spans.queries(b) * problem.group;
-    let memory = SharedMemory(workspace);
+    let memory = SharedMemory(memory.0);
     let scratch = |worker: usize| memory.at(worker * plan.scratch);
     if !plan.split || workers == 1 {
         return for_each_tile(runner, workers, plan.tiles, &|worker, index| {
