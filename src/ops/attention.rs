@@ -306,7 +306,7 @@ fn workspace_size(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], v_dim: us
         bytes(false).max(bytes(true))
     };
     // A call that is too small for several threads takes one.
-    if threads > 1 { most(threads).max(most(1)) } else { most(threads) }
+    most(threads).max(most(1))
 }
 
 /// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together.

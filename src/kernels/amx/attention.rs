@@ -22,8 +22,8 @@
 //! # Exactness
 //! Products of bf16 are exact in f32. A query of another type is the exact sum of two (f16) or three (f32) bf16 terms, and
 //! a score the sum of their products. A softmax weight is rounded to one bf16, an error of 2^-8 of itself, and a row is
-//! divided by the sum of what it was multiplied by: the error of an output is then a mean of |v - output| times 2^-8,
-//! so at most 2^-8 of the largest |v|, and 0 where all values agree. (Dividing by the sum of the exact weights has the same
+//! divided, chunk by chunk, by the sum of what it was multiplied by: the error of an output is then a mean of |v - output| times 2^-8,
+//! so at most 2^-8 of the largest |v|, and no more than f32 rounds where all values agree. (Dividing by the sum of the exact weights has the same
 //! bound, but errs where values agree.) The log-sum-exp is that of the weights before rounding. With `HIGH`, a weight is two
 //! terms, an error of 2^-17.
 //!
