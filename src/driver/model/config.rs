@@ -1,0 +1,226 @@
+//! The shape of a decoder, as every container's reader fills it in, and the checks that hold for all of them.
+
+use crate::driver::error::{Error, Result};
+use crate::{MAX_HEAD_DIM, Pairing, RopeFrequencies, RopeScaling};
+
+/// How a model stretches RoPE over a context longer than it was first trained on.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Stretch {
+    /// One of the library's scalings, the same at every length.
+    Fixed(RopeScaling),
+    /// LongRoPE: a divisor for each frequency, one list for short sequences and one for long.
+    LongRope {
+        /// The divisors up to the original context.
+        short: Vec<f64>,
+        /// The divisors beyond it.
+        long: Vec<f64>,
+        /// How much longer than the original context the model's context is.
+        factor: f64,
+        /// The context of the first training.
+        original_context: usize,
+        /// What cosine and sine are multiplied with, if the file says so itself.
+        attention_factor: Option<f64>,
+    },
+    /// A divisor for each frequency, already worked out: how GGUF files carry Llama 3.1's scaling.
+    Divisors(Vec<f64>),
+}
+
+/// Everything about a model's rotary embedding.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeConfig {
+    /// The base of the geometric series of wavelengths.
+    pub base: f64,
+    /// Which elements form a pair: neighbours in GGUF files of the Llama family, whose weights are permuted for it, and
+    /// the two halves of a head in Hugging Face checkpoints.
+    pub pairing: Pairing,
+    /// The leading part of a head that is turned.
+    pub rotary_dim: usize,
+    /// The stretching.
+    pub stretch: Stretch,
+}
+
+impl RopeConfig {
+    /// The frequencies for sequences of up to `longest` tokens.
+    pub fn frequencies(&self, longest: usize) -> Result<RopeFrequencies> {
+        let new = |scaling: &RopeScaling| RopeFrequencies::new(self.rotary_dim, self.base, scaling);
+        Ok(match &self.stretch {
+            Stretch::Fixed(scaling) => new(scaling)?,
+            Stretch::LongRope { short, long, factor, original_context, attention_factor } => {
+                new(&RopeScaling::LongRope {
+                    factors: if longest > *original_context { long } else { short }.clone(),
+                    factor: *factor,
+                    original_max_position: *original_context as f64,
+                    attention_factor: *attention_factor,
+                })?
+            }
+            // LongRoPE without its factor on cosines and sines is a plain division.
+            Stretch::Divisors(divisors) => new(&RopeScaling::LongRope {
+                factors: divisors.clone(),
+                factor: 1.0,
+                original_max_position: 1.0,
+                attention_factor: Some(1.0),
+            })?,
+        })
+    }
+}
+
+/// What one layer's attention sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerConfig {
+    /// The most recent positions that a query sees, its own among them; all of them if absent.
+    pub window: Option<usize>,
+    /// Which of [`ModelConfig::ropes`] turns its queries and keys.
+    pub rope: usize,
+}
+
+/// What the gate of the feed-forward part goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))`.
+    GeluTanh,
+}
+
+/// The shape of a decoder. Families differ in these numbers and in which norms there are, not in code.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// What the file calls itself.
+    pub name: Option<String>,
+    /// Tokens in the vocabulary.
+    pub vocab: usize,
+    /// Width of the residual stream.
+    pub dim: usize,
+    /// The decoder layers, first to last.
+    pub layers: Vec<LayerConfig>,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; `heads` is a multiple of it.
+    pub kv_heads: usize,
+    /// Elements in a head.
+    pub head_dim: usize,
+    /// Width inside the feed-forward part.
+    pub ffn_dim: usize,
+    /// The feed-forward part's activation.
+    pub activation: Activation,
+    /// Added to the mean square before RMSNorm's root.
+    pub rms_eps: f32,
+    /// Whether every head of queries and keys goes through an RMSNorm before RoPE.
+    pub qk_norm: bool,
+    /// Whether what attention and the feed-forward part give goes through an RMSNorm before it is added.
+    pub post_norms: bool,
+    /// The rotary embeddings, at least one; layers name theirs by its index.
+    pub ropes: Vec<RopeConfig>,
+    /// Factor on a token's embedding.
+    pub embedding_scale: f32,
+    /// Factor on `q.k`; `1 / sqrt(head_dim)` if absent.
+    pub attn_scale: Option<f32>,
+    /// Softcap on attention's logits.
+    pub attn_softcap: Option<f32>,
+    /// Softcap on the model's logits.
+    pub logit_softcap: Option<f32>,
+    /// Positions the model was made for.
+    pub context: usize,
+    /// Whether the output layer is the embedding itself.
+    pub tied: bool,
+    /// The token that starts a text, if any.
+    pub bos: Option<u32>,
+    /// The tokens that end a text.
+    pub eos: Vec<u32>,
+    /// The chat template as the file carries it (Jinja source).
+    pub chat_template: Option<String>,
+}
+
+impl ModelConfig {
+    /// Elements of all query heads together.
+    pub fn q_dim(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Elements of all key (or value) heads together.
+    pub fn kv_dim(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// The number of weights, from the shapes.
+    pub fn parameters(&self) -> usize {
+        let attention = self.dim * (2 * self.q_dim() + 2 * self.kv_dim());
+        let norms = self.dim * if self.post_norms { 4 } else { 2 } + if self.qk_norm { 2 * self.head_dim } else { 0 };
+        let layer = attention + 3 * self.dim * self.ffn_dim + norms;
+        let ends = self.vocab * self.dim * if self.tied { 1 } else { 2 };
+        self.layers.len() * layer + ends + self.dim
+    }
+
+    /// Refuses what no decoder can have, so that later arithmetic on these numbers is safe.
+    pub(super) fn check(&self) -> Result<()> {
+        // Far beyond any model; small enough that a product of three fits 64 bits.
+        const MOST: usize = 1 << 21;
+        for (what, n) in [
+            ("vocabulary size", self.vocab),
+            ("embedding length", self.dim),
+            ("layer count", self.layers.len()),
+            ("head count", self.heads),
+            ("key/value head count", self.kv_heads),
+            ("head size", self.head_dim),
+            ("feed-forward length", self.ffn_dim),
+        ] {
+            if n == 0 || n > MOST {
+                return Err(Error::malformed(format!("the {what} is {n}; 1 to {MOST} are possible")));
+            }
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return Err(Error::malformed(format!(
+                "{} query heads cannot share {} key/value heads evenly",
+                self.heads, self.kv_heads
+            )));
+        }
+        if self.head_dim > MAX_HEAD_DIM {
+            return Err(Error::unsupported(format!("heads of {} elements; {MAX_HEAD_DIM} is the most", self.head_dim)));
+        }
+        for rope in &self.ropes {
+            let rotary = rope.rotary_dim;
+            if rotary > self.head_dim {
+                return Err(Error::malformed(format!("RoPE turns {rotary} elements of heads of {}", self.head_dim)));
+            }
+            // Both lists of LongRoPE.
+            for longest in [0, usize::MAX] {
+                rope.frequencies(longest).map_err(|e| Error::malformed(format!("RoPE: {e}")))?;
+            }
+        }
+        for layer in &self.layers {
+            if layer.rope >= self.ropes.len() {
+                return Err(Error::malformed(format!("RoPE {} of {}", layer.rope, self.ropes.len())));
+            }
+            if let Some(n) = layer.window.filter(|n| !(1..=i32::MAX as usize).contains(n)) {
+                return Err(Error::malformed(format!(
+                    "a sliding window of {n} positions; 1 to {} are possible",
+                    i32::MAX
+                )));
+            }
+        }
+        for (what, x) in [
+            ("embedding's scale", Some(self.embedding_scale)),
+            ("scale of attention", self.attn_scale),
+            ("softcap of attention", self.attn_softcap),
+            ("softcap of the logits", self.logit_softcap),
+        ] {
+            if let Some(x) = x.filter(|x| !(x.is_finite() && *x > 0.0)) {
+                return Err(Error::malformed(format!("the {what} is {x}, which is not a positive number")));
+            }
+        }
+        if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
+            return Err(Error::malformed(format!("RMSNorm's epsilon is {}", self.rms_eps)));
+        }
+        for id in self.bos.iter().chain(&self.eos) {
+            if *id as usize >= self.vocab {
+                return Err(Error::malformed(format!(
+                    "token id {id} is outside of the {} in the vocabulary",
+                    self.vocab
+                )));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,148 @@
+//! The configuration in a Hugging Face directory's `config.json`.
+
+use super::config::{Activation, ModelConfig, RopeConfig, Stretch};
+use super::family::{GEMMA_PATTERN, LOCAL_ROPE_BASE, alternate, layer_count, local_layers, yarn_magnitude};
+use crate::driver::error::{Error, Result};
+use crate::driver::hf::{HfConfig, HfDir, HfRope};
+use crate::{Pairing, RopeScaling};
+
+pub(super) fn is_gemma(dir: &HfDir) -> bool {
+    dir.config().architectures.iter().any(|a| a == "Gemma3ForCausalLM")
+}
+
+pub(super) fn config(dir: &HfDir) -> Result<ModelConfig> {
+    let c = dir.config();
+    let gemma = is_gemma(dir);
+    if !gemma && !c.architectures.iter().any(|a| a == "LlamaForCausalLM") {
+        return Err(Error::unsupported(format!(
+            "architectures {:?}; this driver runs LlamaForCausalLM and Gemma3ForCausalLM",
+            c.architectures
+        )));
+    }
+    let (family, activation, theirs, ours) = match gemma {
+        true => ("Gemma", Activation::GeluTanh, "gelu_pytorch_tanh", "GELU by tanh"),
+        false => ("Llama", Activation::Silu, "silu", "SiLU"),
+    };
+    let named = c.hidden_activation.as_deref().filter(|_| gemma).or(c.hidden_act.as_deref());
+    for (what, present) in [
+        ("biases in attention", c.attention_bias),
+        ("biases in the feed-forward part", c.mlp_bias),
+        ("a sliding window", !gemma && c.sliding_window.is_some()),
+        ("attention to later tokens", c.use_bidirectional_attention.unwrap_or(false)),
+        (&format!("an activation other than {ours}"), named.is_some_and(|a| a != theirs)),
+    ] {
+        if present {
+            return Err(Error::unsupported(format!("{what} in a {family} model")));
+        }
+    }
+    let heads = c.num_attention_heads;
+    if heads == 0 {
+        return Err(Error::malformed("num_attention_heads is 0"));
+    }
+    // Gemma's configurations leave out what is the default of their class.
+    let head_dim = c.head_dim.unwrap_or(if gemma { 256 } else { c.hidden_size / heads });
+    let rope = c.rope_parameters.as_ref().or(c.rope_scaling.as_ref());
+    let global = rope.and_then(|r| r.full_attention.as_deref()).or(rope);
+    let local = rope.and_then(|r| r.sliding_attention.as_deref());
+    let partial = c.partial_rotary_factor.or(global.and_then(|r| r.partial_rotary_factor)).unwrap_or(1.0);
+    let base = c.rope_theta.or(global.and_then(|r| r.rope_theta));
+    let local_base = c.rope_local_base_freq.or(local.and_then(|r| r.rope_theta)).unwrap_or(LOCAL_ROPE_BASE);
+    let rope = RopeConfig {
+        base: base.unwrap_or(if gemma { 1e6 } else { 1e4 }),
+        pairing: Pairing::HalfSplit,
+        rotary_dim: (head_dim as f64 * partial) as usize,
+        stretch: global.map_or(Ok(Stretch::Fixed(RopeScaling::None)), |r| stretch(c, r))?,
+    };
+    let layers = layer_count(c.num_hidden_layers, dir.names().len())?;
+    let window = if gemma { c.sliding_window } else { None };
+    let local = match window {
+        Some(_) => which_are_local(c, layers)?,
+        None => vec![false; layers],
+    };
+    let (layers, ropes) = alternate(&local, window, rope, local_base);
+    let query_scale = |scalar: f64| scalar.sqrt().recip() as f32;
+    let config = ModelConfig {
+        name: None,
+        vocab: c.vocab_size,
+        dim: c.hidden_size,
+        layers,
+        heads,
+        kv_heads: c.num_key_value_heads.unwrap_or(heads),
+        head_dim,
+        ffn_dim: c.intermediate_size,
+        activation,
+        rms_eps: c.rms_norm_eps as f32,
+        qk_norm: gemma,
+        post_norms: gemma,
+        ropes,
+        embedding_scale: if gemma { (c.hidden_size as f64).sqrt() as f32 } else { 1.0 },
+        attn_scale: if gemma { Some(query_scale(c.query_pre_attn_scalar.unwrap_or(256.0))) } else { None },
+        attn_softcap: c.attn_logit_softcapping.map(|x| x as f32),
+        logit_softcap: c.final_logit_softcapping.map(|x| x as f32),
+        context: c.max_position_embeddings,
+        tied: c.tie_word_embeddings.unwrap_or(gemma),
+        bos: c.bos_token_id.as_ref().and_then(|b| b.ids().first().copied()),
+        eos: dir.eos().to_vec(),
+        chat_template: dir.chat_template().map(str::to_owned),
+    };
+    config.check()?;
+    Ok(config)
+}
+
+/// Which layers are local: a word for each, or the length of the pattern.
+fn which_are_local(c: &HfConfig, layers: usize) -> Result<Vec<bool>> {
+    let Some(types) = &c.layer_types else {
+        return Ok(local_layers(layers, c.sliding_window_pattern.unwrap_or(GEMMA_PATTERN)));
+    };
+    if types.len() != layers {
+        return Err(Error::malformed(format!("layer_types has {} entries for {layers} layers", types.len())));
+    }
+    let is_local = |kind: &String| match kind.as_str() {
+        "sliding_attention" => Ok(true),
+        "full_attention" => Ok(false),
+        other => Err(Error::unsupported(format!("layers of type {other:?}"))),
+    };
+    types.iter().map(is_local).collect()
+}
+
+fn stretch(c: &HfConfig, r: &HfRope) -> Result<Stretch> {
+    let need = |what: &str, v: Option<f64>| {
+        v.ok_or_else(|| Error::malformed(format!("config.json: RoPE scaling without {what:?}")))
+    };
+    let original = r.original_max_position_embeddings.or(c.original_max_position_embeddings);
+    Ok(Stretch::Fixed(match r.rope_type.as_deref() {
+        None | Some("default") => RopeScaling::None,
+        Some("linear") => RopeScaling::Linear { factor: need("factor", r.factor)? },
+        Some("llama3") => RopeScaling::Llama3 {
+            factor: need("factor", r.factor)?,
+            low_freq_factor: need("low_freq_factor", r.low_freq_factor)?,
+            high_freq_factor: need("high_freq_factor", r.high_freq_factor)?,
+            original_max_position: need("original_max_position_embeddings", original.map(|n| n as f64))?,
+        },
+        Some("yarn") => {
+            let factor = need("factor", r.factor)?;
+            RopeScaling::Yarn {
+                factor,
+                original_max_position: original.unwrap_or(c.max_position_embeddings) as f64,
+                beta_fast: r.beta_fast.unwrap_or(32.0),
+                beta_slow: r.beta_slow.unwrap_or(1.0),
+                attention_factor: r.attention_factor.or_else(|| {
+                    let (m, all) = r.mscale.zip(r.mscale_all_dim)?;
+                    Some(yarn_magnitude(factor, m) / yarn_magnitude(factor, all))
+                }),
+                truncate: r.truncate.unwrap_or(true),
+            }
+        }
+        Some("longrope" | "su") => {
+            let original_context = original.unwrap_or(c.max_position_embeddings);
+            return Ok(Stretch::LongRope {
+                short: r.short_factor.clone().unwrap_or_default(),
+                long: r.long_factor.clone().unwrap_or_default(),
+                factor: r.factor.unwrap_or(c.max_position_embeddings as f64 / original_context.max(1) as f64),
+                original_context,
+                attention_factor: r.attention_factor,
+            });
+        }
+        Some(other) => return Err(Error::unsupported(format!("RoPE scaling of type {other:?}"))),
+    }))
+}

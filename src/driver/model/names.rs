@@ -1,0 +1,68 @@
+//! The containers' names for a decoder's tensors.
+
+/// What the containers call the parts, and how they store them.
+pub(super) struct Names {
+    pub embedding: &'static str,
+    pub output_norm: &'static str,
+    pub output: &'static str,
+    pub layer: &'static str,
+    pub attn_norm: &'static str,
+    pub qk_norm: [&'static str; 2],
+    pub qkv: [&'static str; 3],
+    pub attn_out: &'static str,
+    pub attn_post_norm: &'static str,
+    pub ffn_norm: &'static str,
+    pub gate_up: [&'static str; 2],
+    pub down: &'static str,
+    pub ffn_post_norm: &'static str,
+    /// Added to every norm's weights: some checkpoints store them less one.
+    pub norm_offset: f32,
+    /// Tensors that the configuration already accounts for, by the end of their name.
+    pub known: &'static [&'static str],
+}
+
+pub(super) static GGUF_NAMES: Names = Names {
+    embedding: "token_embd.weight",
+    output_norm: "output_norm.weight",
+    output: "output.weight",
+    layer: "blk.",
+    attn_norm: "attn_norm.weight",
+    qk_norm: ["attn_q_norm.weight", "attn_k_norm.weight"],
+    qkv: ["attn_q.weight", "attn_k.weight", "attn_v.weight"],
+    attn_out: "attn_output.weight",
+    attn_post_norm: "post_attention_norm.weight",
+    ffn_norm: "ffn_norm.weight",
+    gate_up: ["ffn_gate.weight", "ffn_up.weight"],
+    down: "ffn_down.weight",
+    ffn_post_norm: "post_ffw_norm.weight",
+    norm_offset: 0.0,
+    known: &["rope_freqs.weight"],
+};
+
+pub(super) static HF_LLAMA_NAMES: Names = Names {
+    embedding: "model.embed_tokens.weight",
+    output_norm: "model.norm.weight",
+    output: "lm_head.weight",
+    layer: "model.layers.",
+    attn_norm: "input_layernorm.weight",
+    qk_norm: ["self_attn.q_norm.weight", "self_attn.k_norm.weight"],
+    qkv: ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    attn_out: "self_attn.o_proj.weight",
+    attn_post_norm: "",
+    ffn_norm: "post_attention_layernorm.weight",
+    gate_up: ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    down: "mlp.down_proj.weight",
+    ffn_post_norm: "",
+    norm_offset: 0.0,
+    // The head is in some files although it is tied; the frequencies, in old ones, follow from the base.
+    known: &["rotary_emb.inv_freq", "lm_head.weight"],
+};
+
+// Gemma's checkpoints hold what its norms add to 1; the converter to GGUF adds it.
+pub(super) static HF_GEMMA_NAMES: Names = Names {
+    attn_post_norm: "post_attention_layernorm.weight",
+    ffn_norm: "pre_feedforward_layernorm.weight",
+    ffn_post_norm: "post_feedforward_layernorm.weight",
+    norm_offset: 1.0,
+    ..HF_LLAMA_NAMES
+};
