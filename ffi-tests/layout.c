@@ -1,4 +1,4 @@
-/* Sizes and offsets on 64-bit machines, and every value, as numbers: src/capi/types.rs asserts the same ones from the other
+/* Sizes and offsets on 64-bit machines, and every value, as numbers: src/capi asserts the same ones from the other
  * side, so no change of either goes unseen. Compiles as C11 and as C++17. */
 #include <assert.h>
 

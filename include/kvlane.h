@@ -33,6 +33,12 @@
 #include <stdint.h>
 
 /**
+ * The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major and of this or
+ * a higher minor version serves it. The SONAME carries the major version.
+ */
+#define KVL_ABI_VERSION 3
+
+/**
  * It worked.
  */
 #define KVL_OK 0
@@ -258,27 +264,6 @@
 #define KVL_ROPE_LONGROPE 5
 
 /**
- * In `kvl_attention_params.flags`: no key after the query's own position is visible.
- */
-#define KVL_CAUSAL 1
-
-/**
- * In `kvl_attention_params.flags`: `window_left` counts.
- */
-#define KVL_WINDOW_LEFT 2
-
-/**
- * In `kvl_attention_params.flags`: `window_right` counts.
- */
-#define KVL_WINDOW_RIGHT 4
-
-/**
- * The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major and of this or
- * a higher minor version serves it. The SONAME carries the major version.
- */
-#define KVL_ABI_VERSION 3
-
-/**
  * Caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row b, slot p.
  */
 #define KVL_CONTIGUOUS 0
@@ -319,6 +304,21 @@
  * starts of ragged rows are even.
  */
 #define KVL_PACK_ROW_PAIRS 1
+
+/**
+ * In `kvl_attention_params.flags`: no key after the query's own position is visible.
+ */
+#define KVL_CAUSAL 1
+
+/**
+ * In `kvl_attention_params.flags`: `window_left` counts.
+ */
+#define KVL_WINDOW_LEFT 2
+
+/**
+ * In `kvl_attention_params.flags`: `window_right` counts.
+ */
+#define KVL_WINDOW_RIGHT 4
 
 /**
  * Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
@@ -1468,6 +1468,16 @@ kvl_status kvl_attention(const struct kvl_context *context,
                          const struct kvl_attention_params *params);
 
 /**
+ * Fills the standard ALiBi slopes for any number of heads: for a power of two n, `2^(-8 (h + 1) / n)`; otherwise those of
+ * the largest power of two below, then every other one of twice that.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint outputs.
+ * Bad input: null or a negative number of heads is an error, and nothing is written.
+ */
+kvl_status kvl_alibi_slopes(float *slopes,
+                            int64_t heads);
+
+/**
  * Bytes of workspace that `kvl_attention_with_prefix` needs at most for the shapes of its arguments, as
  * `kvl_attention_workspace_size` says it for `kvl_attention`. Of `prefix_k`, only the shape is looked at. Since ABI version 3.
  *
@@ -1517,14 +1527,70 @@ kvl_status kvl_merge_states(const struct kvl_context *context,
                             float *lse);
 
 /**
- * Fills the standard ALiBi slopes for any number of heads: for a power of two n, `2^(-8 (h + 1) / n)`; otherwise those of
- * the largest power of two below, then every other one of twice that.
+ * Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
+ * `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
+ * there are masks, the heads of `q`; nothing else of it is looked at, and data of tensors may be null.
+ * `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null or a negative number of heads is an error, and nothing is written.
+ * Masks are read here and once: the plan has bits of its own, for the queries of every row and the keys up to its length, of each
+ * head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they hide nothing
+ * that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
+ *
+ * A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no
+ * pointer of the caller's. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once.
+ * Bad input: null, an unknown `struct_size`, and what `kvl_attention` would say of these fields are errors, and `*plan` is not
+ * touched.
  */
-kvl_status kvl_alibi_slopes(float *slopes,
-                            int64_t heads);
+kvl_status kvl_plan_create(const struct kvl_attention_params *params,
+                           struct kvl_plan **plan);
+
+/**
+ * Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists,
+ * tables or masks do.
+ *
+ * Thread safety: no other call may use the plan meanwhile.
+ * Bad input: as for `kvl_plan_create`; the plan is then what it was.
+ */
+kvl_status kvl_plan_update(struct kvl_plan *plan,
+                           const struct kvl_attention_params *params);
+
+/**
+ * Takes a plan to the next step: row b has been given `counts[b]` tokens more, and as many queries follow as before. Lengths, and
+ * offsets where they were given, grow; the table must have the entries of the new tokens. Allocates nothing, and looks only at
+ * what is new.
+ *
+ * Thread safety: no other call may use the plan meanwhile.
+ * Bad input: null, a list of other than `rows` entries, a negative count, a row without room, table entries that are no pages or
+ * rows, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new tokens is for
+ * `kvl_plan_update`) are errors, and the plan is then what it was.
+ */
+kvl_status kvl_plan_advance(struct kvl_plan *plan,
+                            const int32_t *counts,
+                            int64_t rows);
+
+/**
+ * Sets `count` entries from `first` on of a row in the table of a plan with a paged or indirect layout: before `kvl_plan_advance`
+ * needs them, or when a page has moved.
+ *
+ * Thread safety: no other call may use the plan meanwhile.
+ * Bad input: null, a layout without a table, entries outside the row, and entries of tokens that the row has which are no pages
+ * or rows of the cache are errors, and the plan is then what it was.
+ */
+kvl_status kvl_plan_set_table(struct kvl_plan *plan,
+                              int64_t row,
+                              int64_t first,
+                              const int32_t *entries,
+                              int64_t count);
+
+/**
+ * Releases a plan; null is allowed.
+ *
+ * Thread safety: no other call may use the plan meanwhile or afterwards.
+ * Bad input: a pointer that is not from `kvl_plan_create`, or one that was released already, is undefined behaviour.
+ */
+void kvl_plan_destroy(struct kvl_plan *plan);
 
 /**
  * Row `rows[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is. Since
@@ -1830,72 +1896,6 @@ kvl_status kvl_merge_chunks(const struct kvl_context *context,
                             void *workspace,
                             size_t workspace_bytes,
                             const struct kvl_merge_chunks_params *params);
-
-/**
- * Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
- * `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
- * there are masks, the heads of `q`; nothing else of it is looked at, and data of tensors may be null.
- * `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
- *
- * Masks are read here and once: the plan has bits of its own, for the queries of every row and the keys up to its length, of each
- * head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they hide nothing
- * that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
- *
- * A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no
- * pointer of the caller's. Since ABI version 3.
- *
- * Thread safety: may be called from any number of threads at once.
- * Bad input: null, an unknown `struct_size`, and what `kvl_attention` would say of these fields are errors, and `*plan` is not
- * touched.
- */
-kvl_status kvl_plan_create(const struct kvl_attention_params *params,
-                           struct kvl_plan **plan);
-
-/**
- * Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists,
- * tables or masks do.
- *
- * Thread safety: no other call may use the plan meanwhile.
- * Bad input: as for `kvl_plan_create`; the plan is then what it was.
- */
-kvl_status kvl_plan_update(struct kvl_plan *plan,
-                           const struct kvl_attention_params *params);
-
-/**
- * Takes a plan to the next step: row b has been given `counts[b]` tokens more, and as many queries follow as before. Lengths, and
- * offsets where they were given, grow; the table must have the entries of the new tokens. Allocates nothing, and looks only at
- * what is new.
- *
- * Thread safety: no other call may use the plan meanwhile.
- * Bad input: null, a list of other than `rows` entries, a negative count, a row without room, table entries that are no pages or
- * rows, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new tokens is for
- * `kvl_plan_update`) are errors, and the plan is then what it was.
- */
-kvl_status kvl_plan_advance(struct kvl_plan *plan,
-                            const int32_t *counts,
-                            int64_t rows);
-
-/**
- * Sets `count` entries from `first` on of a row in the table of a plan with a paged or indirect layout: before `kvl_plan_advance`
- * needs them, or when a page has moved.
- *
- * Thread safety: no other call may use the plan meanwhile.
- * Bad input: null, a layout without a table, entries outside the row, and entries of tokens that the row has which are no pages
- * or rows of the cache are errors, and the plan is then what it was.
- */
-kvl_status kvl_plan_set_table(struct kvl_plan *plan,
-                              int64_t row,
-                              int64_t first,
-                              const int32_t *entries,
-                              int64_t count);
-
-/**
- * Releases a plan; null is allowed.
- *
- * Thread safety: no other call may use the plan meanwhile or afterwards.
- * Bad input: a pointer that is not from `kvl_plan_create`, or one that was released already, is undefined behaviour.
- */
-void kvl_plan_destroy(struct kvl_plan *plan);
 
 /**
  * Sets `shard->data`, `model` and `sequence` to those of shard `rank` of as many as `shard->num_...` say, where neighbours are

@@ -224,7 +224,7 @@ fn the_header_compiles_alone() {
 
 #[test]
 fn the_layout_is_the_same_on_both_sides() {
-    // The other side are the constant assertions in src/capi/types.rs: this test would not have been built without them.
+    // The other side are the constant assertions in src/capi: this test would not have been built without them.
     for language in [Language::C11, Language::Cpp17] {
         run(compiler(language).arg("-fsyntax-only").arg(root().join("ffi-tests/layout.c")));
     }

@@ -1,9 +1,14 @@
 //! Exports that operate on whole caches.
 
+use super::arguments::{apart, boolean, output_list, required_list, reserved, size};
+use super::context::{borrow, kvl_context};
 use super::guard::guard;
-use super::runner::CallerRunner;
-use super::types::*;
-use super::{borrow, kvl_context};
+use super::layout::{kvl_layout, read_layout};
+use super::rope::{kvl_rope_params, parse_pairing};
+use super::runner::{CallerRunner, kvl_parallel_runner};
+use super::sized::{assert_layout, read_sized, sized};
+use super::status::kvl_status;
+use super::views::kvl_view;
 use crate::error::{Error, Result, ensure};
 use crate::layout::Layout;
 use crate::ops::cache::{
@@ -14,6 +19,39 @@ use crate::ops::cache::{
 use crate::ops::rope::check_rotary_dim;
 use crate::view::{BATCH, SEQ};
 use std::ffi::c_void;
+
+/// The cache of one layer. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_kv_layer {
+    /// Keys [rows, slots, kv_heads, dim]; what the first two axes are is the layout's to say.
+    pub k: kvl_view,
+    /// Values [rows, slots, kv_heads, v_dim]; absent where keys and values share memory.
+    pub v: kvl_view,
+}
+
+assert_layout!(kvl_kv_layer, 176, k: 0, v: 88);
+
+/// The caches of all layers of a model, or of those that are laid out alike: one list of lengths for all of them. Start from
+/// `KVL_CACHE_INIT`. Layers agree in the first two axes of their views; heads, dims and types may differ, and no two views
+/// share memory. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_cache {
+    /// `sizeof(kvl_cache)`.
+    pub struct_size: usize,
+    /// [num_layers].
+    pub layers: *const kvl_kv_layer,
+    /// At least 1.
+    pub num_layers: usize,
+    /// Where the tokens of a row lie, in every layer; null for contiguous.
+    pub layout: *const kvl_layout,
+    /// [rows of the layout]: how many tokens each row was given. Calls that change lengths change these, last.
+    pub lengths: *mut i32,
+}
+
+sized!(kvl_cache);
+assert_layout!(kvl_cache, 40, struct_size: 0, layers: 8, num_layers: 16, layout: 24, lengths: 32);
 
 /// Row `rows[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is. Since
 /// ABI version 3.
@@ -475,7 +513,7 @@ impl<'a> Ropes<'a> {
             InvalidValue,
             "keys are turned by frequencies: a table has no row for a difference of positions"
         );
-        let pairing = pairing("pairing", params.pairing)?;
+        let pairing = parse_pairing("pairing", params.pairing)?;
         let rotary_dim = size("rotary_dim", params.rotary_dim)?;
         check_rotary_dim(rotary_dim)?;
         // SAFETY: the caller's.
@@ -495,7 +533,7 @@ unsafe fn with_cache<T>(from: *const kvl_cache, call: impl FnOnce(&mut RawCache)
     let layers = CallerLayers(unsafe { required_list("layers", params.layers, params.num_layers) }?);
     let first = layers.first()?.k;
     // SAFETY: as above.
-    let layout = unsafe { super::types::layout(params.layout, first.shape[SEQ]) }?;
+    let layout = unsafe { read_layout(params.layout, first.shape[SEQ]) }?;
     let rows = layout.rows(&first);
     let (table, entries) = match layout {
         Layout::Paged { pages: table, .. } | Layout::Indirect { rows: table } | Layout::Ragged { starts: table } => {
@@ -518,19 +556,4 @@ unsafe fn input<'a>(cache: &RawCache, name: &str, data: *const i32, n: usize) ->
     apart([("the cache's lengths", lengths, cache.lengths.len()), (name, data.cast_mut(), n)])?;
     // SAFETY: the caller's.
     unsafe { required_list(name, data, n) }
-}
-
-/// Checks that lists, of which one at least is written, share no memory; null ones have none.
-pub(super) fn apart<const N: usize>(lists: [(&str, *mut i32, usize); N]) -> Result<()> {
-    let span = |(_, data, n): (&str, *mut i32, usize)| {
-        let bytes = if data.is_null() { 0 } else { n.saturating_mul(size_of::<i32>()) };
-        (data.addr(), data.addr().saturating_add(bytes))
-    };
-    for (i, &a) in lists.iter().enumerate() {
-        for &b in &lists[..i] {
-            let ((a0, a1), (b0, b1)) = (span(a), span(b));
-            ensure!(a0 >= b1 || b0 >= a1 || a0 == a1 || b0 == b1, Overlap, "{} and {} share memory", b.0, a.0);
-        }
-    }
-    Ok(())
 }

@@ -1,9 +1,16 @@
 //! Exports for attention whose keys are spread over several calls.
 
+use super::arguments::{list, required_list, size};
+use super::attention::{attention_shape, kvl_attention_params, raw_attention, value_shape, workspace_size};
+use super::context::{borrow, kvl_context};
+use super::dtype::{kvl_dtype, parse_dtype};
 use super::guard::guard;
-use super::runner::CallerRunner;
-use super::types::*;
-use super::{attention_shape, borrow, plan, raw_attention, value_shape, workspace_size};
+use super::kernels::{kvl_precision, parse_precision};
+use super::plan;
+use super::runner::{CallerRunner, kvl_parallel_runner};
+use super::sized::{assert_layout, read_sized, sized};
+use super::status::kvl_status;
+use super::views::kvl_view;
 use crate::error::{Result, ensure, fail};
 use crate::ops::attention::attention_shapes;
 use crate::ops::chunks::{
@@ -12,6 +19,47 @@ use crate::ops::chunks::{
 };
 use crate::view::{DIM, HEADS, RawView, SEQ};
 use std::ffi::c_void;
+
+/// The states of a span's chunks, as `kvl_attention_chunks` left them. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_chunk_states {
+    /// [len].
+    pub states: *const f32,
+    /// How many floats, as `kvl_attention_chunks_states_len` said it for the span.
+    pub len: i64,
+}
+
+assert_layout!(kvl_chunk_states, 16, states: 0, len: 8);
+
+/// What a merge of spans reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `spans`, `num_spans`, `kv_heads`, `dtype`,
+/// `out`, and `precision` if that of the spans was another. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_merge_chunks_params {
+    /// `sizeof(kvl_merge_chunks_params)`.
+    pub struct_size: usize,
+    /// [num_spans], in the order of the sequence.
+    pub spans: *const kvl_chunk_states,
+    /// 1 to 256.
+    pub num_spans: usize,
+    /// KV heads of the cache.
+    pub kv_heads: i64,
+    /// The type of its keys and values.
+    pub dtype: kvl_dtype,
+    /// That of the spans' calls.
+    pub precision: kvl_precision,
+    /// [heads]: one more logit, which takes weight and has no value, once for all spans; null for none.
+    pub sinks: *const f32,
+    /// Output [batch, seq, heads, v_dim], of any type.
+    pub out: kvl_view,
+    /// Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a row's logits; null if not
+    /// wanted.
+    pub lse: *mut f32,
+}
+
+sized!(kvl_merge_chunks_params);
+assert_layout!(kvl_merge_chunks_params, 144, struct_size: 0, spans: 8, num_spans: 16, kv_heads: 24, dtype: 32, precision: 36, sinks: 40, out: 48, lse: 136);
 
 /// How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every row [batch, seq, heads] and
 /// every `KVL_SPLIT_GRID` keys, or part of as many, that a row of the cache has room for, v_dim rounded up to 16 and 16 more. Only
@@ -195,8 +243,8 @@ unsafe fn spans(params: &kvl_merge_chunks_params) -> Result<[RawStates; MAX_SPAN
 fn chunk_merge<'a>(params: &kvl_merge_chunks_params, sinks: Option<&'a [f32]>) -> Result<ChunkMerge<'a>> {
     Ok(ChunkMerge {
         kv_heads: size("kv_heads", params.kv_heads)?,
-        dtype: dtype("dtype", params.dtype)?,
-        precision: precision("precision", params.precision)?,
+        dtype: parse_dtype("dtype", params.dtype)?,
+        precision: parse_precision("precision", params.precision)?,
         sinks,
     })
 }

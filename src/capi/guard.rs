@@ -1,6 +1,6 @@
 //! The border: no panic crosses it, and what went wrong is kept for the thread that asked.
 
-use super::types::{KVL_ERR_INTERNAL, KVL_OK, kvl_status};
+use super::status::{KVL_ERR_INTERNAL, KVL_OK, kvl_status};
 use crate::error::Result;
 use std::any::Any;
 use std::cell::RefCell;

@@ -1,13 +1,24 @@
 //! Plans of attention, and what an attention call and a plan read alike.
 
+use super::arguments::{list, required_list, size};
+use super::attention::{KVL_CAUSAL, KVL_WINDOW_LEFT, KVL_WINDOW_RIGHT, kvl_attention_params};
 use super::guard::{guard, guard_value};
-use super::types::*;
+use super::layout::read_layout;
+use super::masks::read_masks;
+use super::sized::read_sized;
+use super::status::kvl_status;
 use crate::error::{Result, ensure};
 use crate::kernels::generic::attention::Spans;
 use crate::ops::attention::{Planned, rows_of};
 use crate::ops::mask::RawMasks;
 use crate::ops::plan::AttentionPlan;
 use crate::view::{BATCH, RawView, SEQ};
+
+/// What depends on the lengths, positions, windows and tables of a step alone, checked and worked out once for all layers. Made by
+/// `kvl_plan_create`.
+pub struct kvl_plan {
+    pub(super) plan: crate::AttentionPlan,
+}
 
 /// Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
 /// `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
@@ -129,7 +140,7 @@ unsafe fn with_spans<T>(
     // SAFETY: the caller's, here and below.
     let spans = unsafe { own_spans(params, &q, k) }?;
     // SAFETY: as above.
-    f(q.shape, &spans, &unsafe { masks(params, spans.batch) }?)
+    f(q.shape, &spans, &unsafe { read_masks(params, spans.batch) }?)
 }
 
 /// What the parameters of an attention call say of its rows, by themselves or through a plan.
@@ -181,7 +192,7 @@ unsafe fn own_spans<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) 
             batch,
             seq,
             cache: k,
-            layout: layout(params.layout, k.shape[SEQ])?,
+            layout: read_layout(params.layout, k.shape[SEQ])?,
             query_starts,
             causal: params.flags & KVL_CAUSAL != 0,
             window_left: window("window_left", params.window_left, params.flags & KVL_WINDOW_LEFT != 0)?,
@@ -205,7 +216,7 @@ pub(super) unsafe fn workspace_spans<'a>(
 ) -> Result<((usize, usize), crate::layout::Layout<'a>)> {
     if params.plan.is_null() {
         // SAFETY: the caller's.
-        return unsafe { Ok((rows_of(q_shape, query_starts(params)?), layout(params.layout, slots)?)) };
+        return unsafe { Ok((rows_of(q_shape, query_starts(params)?), read_layout(params.layout, slots)?)) };
     }
     // SAFETY: as in `spans`.
     let spans = unsafe { &(*params.plan).plan }.spans();

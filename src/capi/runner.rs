@@ -1,11 +1,39 @@
-//! The caller's threads, seen from here; and threads of ours, seen from there.
+//! The caller's threads.
 
-use super::types::{kvl_parallel_runner, read_sized};
+use super::sized::{assert_layout, read_sized, sized};
 use crate::error::{Result, ensure};
 use crate::parallel::{Runner, Serial};
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Runs `n` independent tasks of an operation on the caller's threads. Start from `KVL_PARALLEL_RUNNER_INIT`.
+///
+/// `run` calls `task(task_ctx, i)` exactly once for every i in 0 .. n, on any threads in any order, also all on one, and
+/// returns 0 after the last of these calls has returned; anything but 0 says that it could not. It must not unwind (no
+/// C++ exception, no longjmp). `n` is at most `num_threads`. No bit of a result depends on the runner.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_parallel_runner {
+    /// `sizeof(kvl_parallel_runner)`.
+    pub struct_size: usize,
+    /// Handed to `run`.
+    pub ctx: *mut c_void,
+    /// How many tasks can run at the same time; at least 1.
+    pub num_threads: usize,
+    /// Runs the tasks.
+    pub run: Option<
+        unsafe extern "C" fn(
+            ctx: *mut c_void,
+            n: usize,
+            task: Option<unsafe extern "C" fn(task_ctx: *mut c_void, i: usize)>,
+            task_ctx: *mut c_void,
+        ) -> i32,
+    >,
+}
+
+sized!(kvl_parallel_runner);
+assert_layout!(kvl_parallel_runner, 32, struct_size: 0, ctx: 8, num_threads: 16, run: 24);
 
 /// A `kvl_parallel_runner` of the caller's, or the calling thread.
 pub(super) enum CallerRunner {
@@ -20,7 +48,7 @@ pub(super) struct Threads {
     run: unsafe extern "C" fn(*mut c_void, usize, Option<Task>, *mut c_void) -> i32,
 }
 
-type Task = unsafe extern "C" fn(task_ctx: *mut c_void, i: usize);
+pub(super) type Task = unsafe extern "C" fn(task_ctx: *mut c_void, i: usize);
 
 // SAFETY: `ctx` is only handed back to `run`, on the thread that made the call.
 unsafe impl Sync for Threads {}
@@ -78,85 +106,6 @@ impl Runner for Threads {
         // SAFETY: the header asks of `run` that all calls of the task have returned when it does.
         let status = unsafe { (self.run)(self.ctx, n, Some(trampoline), task_ctx) };
         status == 0 && !job.panicked.load(Ordering::Relaxed)
-    }
-}
-
-#[cfg(feature = "rayon")]
-pub(super) use pool::Pool;
-
-#[cfg(feature = "rayon")]
-mod pool {
-    use super::*;
-    use crate::error::{Error, Status};
-    use crate::parallel::Rayon;
-    use std::thread::JoinHandle;
-
-    /// A rayon pool whose threads have ended when it has been dropped, as a library that can be unloaded needs.
-    pub(in crate::capi) struct Pool {
-        // An option, because it has to go before the threads can be joined.
-        pool: Option<rayon::ThreadPool>,
-        threads: Vec<JoinHandle<()>>,
-    }
-
-    impl Pool {
-        pub(in crate::capi) fn new(threads: usize) -> Result<Self> {
-            let mut handles = Vec::new();
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).spawn_handler(|thread| {
-                let mut builder = std::thread::Builder::new().name(format!("kvlane-{}", thread.index()));
-                if let Some(size) = thread.stack_size() {
-                    builder = builder.stack_size(size);
-                }
-                handles.push(builder.spawn(|| thread.run())?);
-                Ok(())
-            });
-            let pool = pool.build().map_err(|e| Error::new(Status::Parallel, format!("no thread pool: {e}")))?;
-            Ok(Self { pool: Some(pool), threads: handles })
-        }
-
-        /// The runner that `self` serves as; valid as long as `self` is.
-        pub(in crate::capi) fn runner(&self) -> kvl_parallel_runner {
-            kvl_parallel_runner {
-                struct_size: size_of::<kvl_parallel_runner>(),
-                ctx: (&raw const *self).cast_mut().cast(),
-                num_threads: self.pool().current_num_threads(),
-                run: Some(run),
-            }
-        }
-
-        fn pool(&self) -> &rayon::ThreadPool {
-            self.pool.as_ref().expect("the pool is there until the drop")
-        }
-    }
-
-    impl Drop for Pool {
-        fn drop(&mut self) {
-            self.pool = None;
-            for thread in self.threads.drain(..) {
-                // A thread that ended in a panic is a thread that ended.
-                let _ = thread.join();
-            }
-        }
-    }
-
-    struct Call {
-        task: Task,
-        task_ctx: *mut c_void,
-    }
-    // SAFETY: a task may be called from any thread; that is what a runner is for.
-    unsafe impl Sync for Call {}
-
-    unsafe extern "C" fn run(ctx: *mut c_void, n: usize, task: Option<Task>, task_ctx: *mut c_void) -> i32 {
-        let Some(task) = task else { return 1 };
-        // SAFETY: `Pool::runner` has put the pool there, which the header asks to outlive the runner.
-        let pool = unsafe { &*ctx.cast::<Pool>() };
-        let call = Call { task, task_ctx };
-        let each = |i: usize| {
-            let call = &call;
-            // SAFETY: each index once, as a runner has to.
-            unsafe { (call.task)(call.task_ctx, i) }
-        };
-        let ran = catch_unwind(AssertUnwindSafe(|| Rayon::pool(pool.pool()).run(n, &each)));
-        if ran.unwrap_or(false) { 0 } else { 1 }
     }
 }
 

@@ -1,11 +1,44 @@
 //! Exports that say which part of a cache is whose.
 
-use super::cache::apart;
+use super::arguments::{apart, list, output_list, read, required_list, size};
 use super::guard::guard;
-use super::types::*;
+use super::sized::{assert_layout, read_sized, sized};
+use super::status::kvl_status;
+use super::views::kvl_view;
 use crate::error::{Result, ensure, fail};
 use crate::ops::shard::{Mesh, Shard, SpanLists, shard_slots};
 use crate::view::{BATCH, DIM, RawView};
+
+/// Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
+pub const KVL_SPLIT_GRID: i32 = 1024;
+
+/// One of several shards of a model's caches, by batch (data), heads (model) and keys (sequence). Start from `KVL_SHARD_INIT`,
+/// which is the whole. Since ABI version 3.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_shard {
+    /// `sizeof(kvl_shard)`.
+    pub struct_size: usize,
+    /// Which part of the batch; less than `num_data`.
+    pub data: i64,
+    /// Parts of the batch; 0 is 1.
+    pub num_data: i64,
+    /// Which part of the heads; less than `num_model`.
+    pub model: i64,
+    /// Parts of the heads; 0 is 1.
+    pub num_model: i64,
+    /// Which part of the sequence; less than `num_sequence`.
+    pub sequence: i64,
+    /// Parts of the sequence; 0 is 1.
+    pub num_sequence: i64,
+}
+
+sized!(kvl_shard);
+assert_layout!(kvl_shard, 56, struct_size: 0, data: 8, num_data: 16, model: 24, num_model: 32, sequence: 40, num_sequence: 48);
+
+const _: () = {
+    assert!(KVL_SPLIT_GRID as usize == crate::ops::shard::SPLIT_GRID);
+};
 
 /// Sets `shard->data`, `model` and `sequence` to those of shard `rank` of as many as `shard->num_...` say, where neighbours are
 /// parts of one sequence, then of the heads. Since ABI version 3.

@@ -1,0 +1,181 @@
+//! The context: which kernel serves each operation.
+
+use super::arguments::reserved;
+use super::dtype::{kvl_dtype, parse_dtype};
+use super::guard::{guard, guard_value};
+use super::isa::{KVL_ISA_BEST, kvl_isa, parse_isa};
+use super::kernels::{kvl_op, kvl_precision, names, parse_op, parse_precision};
+use super::layout::kvl_packing;
+use super::sized::{assert_layout, read_sized, sized};
+use super::status::kvl_status;
+use crate::Op;
+use crate::context::Context;
+use crate::error::{Result, ensure, fail};
+use std::ffi::c_char;
+
+/// The kernels chosen for a machine. Made by `kvl_context_create`, immutable from then on.
+pub struct kvl_context {
+    pub(super) context: crate::Context,
+}
+
+/// What a context is made from. Start from `KVL_CONTEXT_PARAMS_INIT`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_context_params {
+    /// `sizeof(kvl_context_params)`.
+    pub struct_size: usize,
+    /// The highest level to use; 0 (`KVL_ISA_BEST`) for no limit. The environment variable `KVLANE_MAX_ISA` (`scalar`,
+    /// `avx2`, ...) can lower it further, and neither can raise.
+    pub max_isa: kvl_isa,
+    /// 0.
+    pub reserved: i32,
+}
+
+sized!(kvl_context_params);
+assert_layout!(kvl_context_params, 16, struct_size: 0, max_isa: 8, reserved: 12);
+
+/// Makes a context: looks at the CPU and chooses a kernel for each operation and type.
+///
+/// `params` may be null for the defaults: the best level there is, lowered by `KVLANE_MAX_ISA` if that is set. The context
+/// is released with `kvl_context_destroy`.
+///
+/// Thread safety: may be called from any thread; it reads the environment, so nobody may change that meanwhile.
+/// Bad input: null, an unknown `struct_size`, a level that is none (also in `KVLANE_MAX_ISA`) or one of another architecture is
+/// an error, and `*context` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_context_create(
+    params: *const kvl_context_params,
+    context: *mut *mut kvl_context,
+) -> kvl_status {
+    guard(|| {
+        let mut max_isa = KVL_ISA_BEST;
+        if !params.is_null() {
+            // SAFETY: the caller's promise.
+            let params = unsafe { read_sized(params) }?;
+            reserved("kvl_context_params", params.reserved)?;
+            max_isa = params.max_isa;
+        }
+        ensure!(!context.is_null(), NullPointer, "the pointer context is null");
+        let made = match max_isa {
+            KVL_ISA_BEST => Context::new()?,
+            level => Context::with_max_isa(parse_isa("kvl_context_params.max_isa", level)?)?,
+        };
+        // SAFETY: not null, and the caller's to write.
+        unsafe { context.write(Box::into_raw(Box::new(kvl_context { context: made }))) };
+        Ok(())
+    })
+}
+
+/// Releases a context; null is allowed.
+///
+/// Thread safety: no other call may use the context meanwhile or afterwards.
+/// Bad input: a pointer that is not from `kvl_context_create`, or one that was released already, is undefined behaviour.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_context_destroy(context: *mut kvl_context) {
+    guard_value((), || {
+        if !context.is_null() {
+            // SAFETY: from `kvl_context_create`, by the caller's promise, and not released before.
+            drop(unsafe { Box::from_raw(context) });
+        }
+    });
+}
+
+/// The level that a context uses.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: null is an error, and `*isa` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_context_isa(context: *const kvl_context, isa: *mut kvl_isa) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let context = unsafe { borrow(context) }?;
+        ensure!(!isa.is_null(), NullPointer, "the pointer isa is null");
+        // SAFETY: not null, and the caller's to write.
+        unsafe { isa.write(context.isa() as kvl_isa) };
+        Ok(())
+    })
+}
+
+/// The name of the kernel that serves an operation, such as "attention_bf16_avx512"; a constant of the library. Which two
+/// types an operation has is said at `kvl_op`.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: null, numbers that are no operation or type, or types that no kernel has is an error, and `*name` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_context_kernel_name(
+    context: *const kvl_context,
+    op: kvl_op,
+    src: kvl_dtype,
+    dst: kvl_dtype,
+    name: *mut *const c_char,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let context = unsafe { borrow(context) }?;
+        ensure!(!name.is_null(), NullPointer, "the pointer name is null");
+        let (op, src, dst) = (parse_op("op", op)?, parse_dtype("src", src)?, parse_dtype("dst", dst)?);
+        let Some(kernel) = context.kernel(op, src, dst) else {
+            fail!(DType, "there is no kernel for {} from {src} to {dst}", op.name());
+        };
+        // SAFETY: not null, and the caller's to write.
+        unsafe { name.write(names::find(kernel.name)) };
+        Ok(())
+    })
+}
+
+/// The name of the kernel that serves attention over K and V of a type with a precision, such as
+/// "attention_bf16_high_amx"; a constant of the library. `kvl_context_kernel_name` tells that of `KVL_PRECISION_DEFAULT`; most
+/// kernels serve both. What precision a kernel has is `max_error` in `kvl_kernel_info`. Since ABI version 2.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: null or numbers that are no type or precision is an error, and `*name` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_context_attention_kernel_name(
+    context: *const kvl_context,
+    kv: kvl_dtype,
+    precision: kvl_precision,
+    name: *mut *const c_char,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let context = unsafe { borrow(context) }?;
+        ensure!(!name.is_null(), NullPointer, "the pointer name is null");
+        let (kv, precision) = (parse_dtype("kv", kv)?, parse_precision("precision", precision)?);
+        let Some(kernel) = context.kernel_for(Op::Attention, kv, kv, precision) else {
+            fail!(DType, "there is no kernel for attention over {kv}");
+        };
+        // SAFETY: not null, and the caller's to write.
+        unsafe { name.write(names::find(kernel.name)) };
+        Ok(())
+    })
+}
+
+/// How values of a type are best packed for the attention kernels in use: `KVL_PACK_ROW_PAIRS` where tiles of bf16 are
+/// multiplied, else `KVL_PACK_ROWS`. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: null or a number that is no type is an error, and `*packing` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_context_v_packing(
+    context: *const kvl_context,
+    dtype: kvl_dtype,
+    packing: *mut kvl_packing,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let context = unsafe { borrow(context) }?;
+        ensure!(!packing.is_null(), NullPointer, "the pointer packing is null");
+        let best = context.v_packing(parse_dtype("dtype", dtype)?);
+        // SAFETY: not null, and the caller's to write.
+        unsafe { packing.write(best as kvl_packing) };
+        Ok(())
+    })
+}
+
+/// # Safety
+/// `context` is null or from `kvl_context_create`, and lives as long as the borrow.
+pub(super) unsafe fn borrow<'a>(context: *const kvl_context) -> Result<&'a Context> {
+    ensure!(!context.is_null(), NullPointer, "the pointer context is null");
+    // SAFETY: the caller's.
+    Ok(unsafe { &(*context).context })
+}

@@ -1,0 +1,83 @@
+//! Levels of instruction sets.
+
+use super::arguments::enumeration;
+use super::guard::guard_value;
+use crate::error::Result;
+use crate::isa::Isa;
+use std::ffi::{CStr, c_char};
+
+/// A level of instruction sets.
+pub type kvl_isa = i32;
+/// No level, but the best there is.
+pub const KVL_ISA_BEST: i32 = 0;
+/// Portable code, available everywhere.
+pub const KVL_ISA_SCALAR: i32 = 1;
+/// x86-64 with AVX2, FMA and F16C.
+pub const KVL_ISA_AVX2: i32 = 2;
+/// x86-64 with AVX-512 F, BW, CD, DQ and VL.
+pub const KVL_ISA_AVX512: i32 = 3;
+/// AArch64 with Advanced SIMD.
+pub const KVL_ISA_NEON: i32 = 4;
+/// x86-64 with what `KVL_ISA_AVX512` needs, AMX tiles and their bf16 products. Preferred to that level, though it has
+/// kernels for attention over bf16 alone; the others are those of `KVL_ISA_AVX512`.
+pub const KVL_ISA_AMX: i32 = 5;
+/// AArch64 with what `KVL_ISA_NEON` needs and bf16 matrix products (FEAT_BF16). Preferred to that level, though it has
+/// kernels for attention over bf16 alone; the others are those of `KVL_ISA_NEON`.
+pub const KVL_ISA_NEON_BF16: i32 = 6;
+
+/// The name of a level, such as "avx2"; a constant.
+///
+/// Thread safety: may be called from any thread at any time.
+/// Bad input: a number that is no level is "unknown", and `KVL_ISA_BEST` is "best".
+#[unsafe(no_mangle)]
+pub extern "C" fn kvl_isa_name(isa: kvl_isa) -> *const c_char {
+    let text: &CStr = match isa {
+        KVL_ISA_BEST => c"best",
+        KVL_ISA_SCALAR => c"scalar",
+        KVL_ISA_AVX2 => c"avx2",
+        KVL_ISA_AVX512 => c"avx512",
+        KVL_ISA_NEON => c"neon",
+        KVL_ISA_AMX => c"amx",
+        KVL_ISA_NEON_BF16 => c"neon_bf16",
+        _ => c"unknown",
+    };
+    text.as_ptr()
+}
+
+/// 1 if this CPU and operating system can run kernels of a level, 0 if not. `KVL_ISA_BEST` is always available.
+///
+/// Thread safety: may be called from any thread at any time.
+/// Bad input: a number that is no level is not available.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvl_isa_available(isa: kvl_isa) -> i32 {
+    guard_value(0, || {
+        let available = isa == KVL_ISA_BEST || parse_isa("isa", isa).is_ok_and(Isa::is_available);
+        i32::from(available)
+    })
+}
+
+pub(super) fn parse_isa(name: &str, value: kvl_isa) -> Result<Isa> {
+    enumeration("kvl_isa", name, value, Isa::from_u32)
+}
+
+// The values are pinned twice, here and in the enumerations; they cannot drift apart.
+const _: () = {
+    assert!(KVL_ISA_SCALAR == Isa::Scalar as i32 && KVL_ISA_AVX2 == Isa::Avx2 as i32);
+    assert!(KVL_ISA_AVX512 == Isa::Avx512 as i32 && KVL_ISA_NEON == Isa::Neon as i32);
+    assert!(KVL_ISA_AMX == Isa::Amx as i32 && KVL_ISA_NEON_BF16 == Isa::NeonBf16 as i32);
+    assert!(Isa::ALL.len() == 6);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_rust_api() {
+        for isa in Isa::ALL {
+            // SAFETY: a constant of the library.
+            let text = unsafe { CStr::from_ptr(kvl_isa_name(isa as kvl_isa)) };
+            assert_eq!(text.to_str().unwrap(), isa.name());
+        }
+    }
+}

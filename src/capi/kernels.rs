@@ -1,0 +1,170 @@
+//! What the registry says of kernels.
+
+use super::arguments::enumeration;
+use super::dtype::kvl_dtype;
+use super::guard::{guard, guard_value};
+use super::isa::kvl_isa;
+use super::sized::{assert_layout, read_sized, sized};
+use super::status::kvl_status;
+use crate::error::{Result, fail};
+use crate::{Op, Precision};
+use std::ffi::c_char;
+
+/// What a kernel does; kernels are chosen by operation and element types.
+pub type kvl_op = i32;
+/// Cosines and sines of RoPE angles; `KVL_F32` twice.
+pub const KVL_OP_ROPE_ANGLES: i32 = 0;
+/// RoPE, and RoPE fused with a cache write: source type, target type.
+pub const KVL_OP_ROPE: i32 = 1;
+/// The cache write: source type, target type.
+pub const KVL_OP_KV_WRITE: i32 = 2;
+/// The explicit repeat of KV heads: one type twice.
+pub const KVL_OP_REPEAT_KV: i32 = 3;
+/// Attention over a cache: the type of K and V twice; queries and output may be of any type.
+pub const KVL_OP_ATTENTION: i32 = 4;
+/// The merge of attention states: one type twice.
+pub const KVL_OP_MERGE_STATES: i32 = 5;
+/// RMS norm of heads, alone or on the way to RoPE or the cache: source type, target type. Since ABI version 3.
+pub const KVL_OP_RMS_NORM: i32 = 6;
+
+/// How exactly attention computes, where a level has kernels for more than one answer.
+pub type kvl_precision = i32;
+/// The fastest kernel. Over a bf16 cache at `KVL_ISA_AMX` and `KVL_ISA_NEON_BF16`, softmax weights are rounded to bf16.
+pub const KVL_PRECISION_DEFAULT: i32 = 0;
+/// What f32 arithmetic gives.
+pub const KVL_PRECISION_HIGH: i32 = 1;
+
+/// What the registry says of a kernel. Start from `KVL_KERNEL_INFO_INIT`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_kernel_info {
+    /// `sizeof(kvl_kernel_info)`.
+    pub struct_size: usize,
+    /// `<op>_<types>_<isa>`; a constant of the library.
+    pub name: *const c_char,
+    /// What it does.
+    pub op: kvl_op,
+    /// The type it reads.
+    pub src: kvl_dtype,
+    /// The type it writes.
+    pub dst: kvl_dtype,
+    /// The level it is compiled for.
+    pub isa: kvl_isa,
+    /// 1 if this machine can run it, 0 if not.
+    pub available: i32,
+    /// The largest error against exact arithmetic on the same inputs with f32 output, as a fraction of the largest magnitude
+    /// that goes into the result (of V in attention); rounding to a narrower target comes on top. In attention it grows with logits
+    /// beyond 32 (before the largest is taken off, ALiBi and bias included), in proportion: f32 rounds them to 2^-24 of themselves.
+    pub max_error: f32,
+}
+
+sized!(kvl_kernel_info);
+assert_layout!(kvl_kernel_info, 40, struct_size: 0, name: 8, op: 16, src: 20, dst: 24, isa: 28, available: 32, max_error: 36);
+
+/// How many kernels the library has, of all levels that it was built with.
+///
+/// Thread safety: may be called from any thread at any time.
+/// Bad input: there is none.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvl_kernel_count() -> usize {
+    guard_value(0, || crate::kernels::kernels().count())
+}
+
+/// Describes kernel `index`, 0 .. `kvl_kernel_count()`; the order may change from version to version.
+///
+/// Thread safety: may be called from any thread at any time.
+/// Bad input: null, an unknown `info->struct_size` or an index past the end is an error, and `info` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_kernel_info_at(index: usize, info: *mut kvl_kernel_info) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let size = unsafe { read_sized(info.cast_const()) }?.struct_size;
+        let Some(kernel) = crate::kernels::kernels().nth(index) else {
+            fail!(OutOfRange, "there is no kernel {index}, only {}", crate::kernels::kernels().count());
+        };
+        let filled = kvl_kernel_info {
+            struct_size: size,
+            name: names::find(kernel.name),
+            op: kernel.op as kvl_op,
+            src: kernel.src as kvl_dtype,
+            dst: kernel.dst as kvl_dtype,
+            isa: kernel.isa as kvl_isa,
+            available: i32::from(kernel.isa.is_available()),
+            max_error: kernel.max_error,
+        };
+        // SAFETY: `size` is one that the struct has had, and the caller has that many bytes there.
+        unsafe { std::ptr::copy_nonoverlapping((&raw const filled).cast::<u8>(), info.cast(), size) };
+        Ok(())
+    })
+}
+
+pub(super) fn parse_op(name: &str, value: kvl_op) -> Result<Op> {
+    enumeration("kvl_op", name, value, Op::from_u32)
+}
+
+pub(super) fn parse_precision(name: &str, value: kvl_precision) -> Result<Precision> {
+    enumeration("kvl_precision", name, value, Precision::from_u32)
+}
+
+/// Names of kernels as C strings, made by the compiler, so that they are constants of the library.
+pub(super) mod names {
+    use crate::kernels::LEVELS;
+    use std::ffi::{CStr, c_char};
+
+    const SIZE: usize = 48;
+    const COUNT: usize = {
+        let (mut n, mut level) = (0, 0);
+        while level < LEVELS.len() {
+            n += LEVELS[level].len();
+            level += 1;
+        }
+        n
+    };
+
+    static NAMES: [[u8; SIZE]; COUNT] = {
+        let mut names = [[0; SIZE]; COUNT];
+        let (mut n, mut level) = (0, 0);
+        while level < LEVELS.len() {
+            let mut entry = 0;
+            while entry < LEVELS[level].len() {
+                let name = LEVELS[level][entry].info.name.as_bytes();
+                assert!(name.len() < SIZE);
+                names[n].split_at_mut(name.len()).0.copy_from_slice(name);
+                (n, entry) = (n + 1, entry + 1);
+            }
+            level += 1;
+        }
+        names
+    };
+
+    /// The C string with the text of a kernel's name.
+    pub(in crate::capi) fn find(name: &str) -> *const c_char {
+        let found =
+            NAMES.iter().find(|n| CStr::from_bytes_until_nul(&n[..]).is_ok_and(|n| n.to_bytes() == name.as_bytes()));
+        found.map_or(c"unknown".as_ptr(), |n| n.as_ptr().cast())
+    }
+}
+
+// The values are pinned twice, here and in the enumerations; they cannot drift apart.
+const _: () = {
+    assert!(KVL_OP_ROPE_ANGLES == Op::RopeAngles as i32 && KVL_OP_ROPE == Op::Rope as i32);
+    assert!(KVL_OP_KV_WRITE == Op::KvWrite as i32 && KVL_OP_REPEAT_KV == Op::RepeatKv as i32);
+    assert!(KVL_OP_ATTENTION == Op::Attention as i32 && KVL_OP_MERGE_STATES == Op::MergeStates as i32);
+    assert!(KVL_OP_RMS_NORM == Op::RmsNorm as i32 && Op::ALL.len() == 7);
+    assert!(KVL_PRECISION_DEFAULT == Precision::Default as i32 && KVL_PRECISION_HIGH == Precision::High as i32);
+    assert!(Precision::ALL.len() == 2);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CStr;
+
+    #[test]
+    fn every_kernel_has_a_c_name() {
+        for kernel in crate::kernels() {
+            // SAFETY: a constant of the library.
+            assert_eq!(unsafe { CStr::from_ptr(names::find(kernel.name)) }.to_str().unwrap(), kernel.name);
+        }
+    }
+}

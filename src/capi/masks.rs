@@ -1,0 +1,121 @@
+//! Masks, one byte or one bit an entry.
+
+use super::arguments::{list, shape};
+use super::attention::kvl_attention_params;
+use super::sized::{assert_layout, read_sized, sized};
+use crate::error::{Result, fail};
+use crate::kernels::generic::attention::BitRows;
+use crate::ops::mask::{RawBitMask, RawMask, RawMasks};
+
+/// A boolean mask [batch, seq, heads, keys] of bytes: 0 hides a key from a query, anything else shows it. Strides may be
+/// 0, to broadcast. A mask whose bytes are all 0 is an absent one.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_mask {
+    /// Entry [0, 0, 0, 0].
+    pub data: *const u8,
+    /// Entries along each axis.
+    pub shape: [i64; 4],
+    /// Distance of neighbours along each axis, in bytes.
+    pub strides: [i64; 4],
+    /// Bytes from `data` to the end of the buffer; 0 if not known.
+    pub bytes: usize,
+}
+
+assert_layout!(kvl_mask, 80, data: 0, shape: 8, strides: 40, bytes: 72);
+
+/// A mask [batch, seq, heads, keys] of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
+/// first, and keys are neighbours. Start from `KVL_BIT_MASK_INIT`. Since ABI version 3.
+///
+/// It may speak of the last keys alone: bit j of row b is of key `first_keys[b] + j`, keys before that are seen, and the last bit
+/// is of the row's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a stride of 0, over
+/// the n tokens that were written last.
+///
+/// Its rows may be as wide as each is, and lie anywhere: with `row_starts` and `query_strides`, a row has bits for its own queries
+/// and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of requests one after
+/// the other, each [queries, keys] of its own, are one mask.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_bit_mask {
+    /// `sizeof(kvl_bit_mask)`.
+    pub struct_size: usize,
+    /// From whose first byte bits are counted.
+    pub data: *const u8,
+    /// Bytes from `data` to the end of the buffer, to be checked against; 0 if unknown.
+    pub bytes: usize,
+    /// The bit of entry [0, 0, 0, 0].
+    pub offset: i64,
+    /// batch, seq (the most queries of a row), heads, keys (at least the most of a row, less its first key).
+    pub shape: [i64; 4],
+    /// Of batch, seq and heads, in bits; 0 broadcasts.
+    pub strides: [i64; 3],
+    /// [batch]: the key of a row's first bit; null for 0.
+    pub first_keys: *const i32,
+    /// [batch]: the bit of a row's query 0, head 0 and first key, not negative, instead of `offset` and the stride of batch, which
+    /// must be 0; null if rows lie at those. Given with `query_strides` or not at all.
+    pub row_starts: *const i64,
+    /// [batch]: bits from a query of a row to the next, not negative, 0 to broadcast, instead of the stride of seq, which must be
+    /// 0; null if all rows have that.
+    pub query_strides: *const i64,
+}
+
+sized!(kvl_bit_mask);
+assert_layout!(kvl_bit_mask, 112, struct_size: 0, data: 8, bytes: 16, offset: 24, shape: 32, strides: 64, first_keys: 88, row_starts: 96, query_strides: 104);
+
+impl kvl_mask {
+    pub(super) fn raw(&self, name: &str) -> Result<Option<RawMask>> {
+        let Self { data, shape: axes, strides, bytes } = *self;
+        if data.is_null() && axes == [0; 4] && strides == [0; 4] && bytes == 0 {
+            return Ok(None);
+        }
+        let shape = shape(name, axes, ["batch", "seq", "heads", "keys"])?;
+        Ok(Some(RawMask { data, shape, strides, bytes: (bytes > 0).then_some(bytes) }))
+    }
+}
+
+/// The masks of a call of so many rows.
+///
+/// # Safety
+/// `params` is what the header describes.
+pub(super) unsafe fn read_masks<'a>(params: &kvl_attention_params, batch: usize) -> Result<RawMasks<'a>> {
+    // SAFETY: the caller's.
+    Ok(RawMasks { mask: params.mask.raw("mask")?, bit_mask: unsafe { bit_mask(params.bit_mask, batch) }? })
+}
+
+/// # Safety
+/// `from` is null or points to what the header describes.
+pub(super) unsafe fn bit_mask<'a>(from: *const kvl_bit_mask, batch: usize) -> Result<Option<RawBitMask<'a>>> {
+    if from.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: the caller's, here and below.
+    let mask = unsafe { read_sized(from) }?;
+    // SAFETY: as above.
+    let lists = unsafe {
+        (
+            list("row_starts of bit_mask", mask.row_starts, batch)?,
+            list("query_strides of bit_mask", mask.query_strides, batch)?,
+        )
+    };
+    let rows = match lists {
+        (Some(starts), Some(query_strides)) => Some(BitRows { starts, query_strides }),
+        (None, None) => None,
+        (starts, _) => {
+            let [given, absent] = match starts {
+                Some(_) => ["row_starts", "query_strides"],
+                None => ["query_strides", "row_starts"],
+            };
+            fail!(InvalidValue, "bit_mask has {given}, but {absent} is null")
+        }
+    };
+    Ok(Some(RawBitMask {
+        data: mask.data,
+        offset: mask.offset,
+        shape: shape("bit_mask", mask.shape, ["batch", "seq", "heads", "keys"])?,
+        strides: mask.strides,
+        bytes: (mask.bytes > 0).then_some(mask.bytes),
+        // SAFETY: as above.
+        first_keys: unsafe { list("first_keys of bit_mask", mask.first_keys, batch) }?,
+        rows,
+    }))
+}

@@ -1,0 +1,59 @@
+//! The merge of attention states.
+
+use super::arguments::{read, required_list};
+use super::context::{borrow, kvl_context};
+use super::guard::guard;
+use super::runner::{CallerRunner, kvl_parallel_runner};
+use super::sized::assert_layout;
+use super::status::kvl_status;
+use super::views::{kvl_const_view, kvl_view};
+use crate::error::ensure;
+use crate::ops::merge::{MAX_STATES, merge_states_raw};
+
+/// One attention state: an output, and the natural logarithm of the sum of its exponentials.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_attention_state {
+    /// [batch, seq, heads, dim].
+    pub out: kvl_const_view,
+    /// [batch, seq, heads], contiguous.
+    pub lse: *const f32,
+}
+
+assert_layout!(kvl_attention_state, 96, out: 0, lse: 88);
+
+/// Merges states over disjoint sets of keys into the state over all of them: `out = sum_i w_i out_i` with
+/// `w_i = exp(lse_i - lse)` and `lse = ln sum_i exp(lse_i)`. `lse`, [batch, seq, heads] and contiguous, may be null. All
+/// outputs are of one type; the order of the states is the order of the sums. A state with an LSE of -inf is empty: its
+/// output is not read. Merging only empty states gives output 0 and LSE -inf.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
+/// Bad input: null, no state or more than 256, shapes or types that differ, an output that shares memory with an input are
+/// errors, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_merge_states(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    states: *const kvl_attention_state,
+    num_states: usize,
+    out: *const kvl_view,
+    lse: *mut f32,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let out = unsafe { read("out", out) }?.raw("out")?;
+        ensure!(num_states <= MAX_STATES, InvalidValue, "{num_states} states, but a call merges 1 to {MAX_STATES}");
+        // SAFETY: as above.
+        let states = unsafe { required_list("states", states, num_states) }?;
+        // On the stack, and converted before anything runs, since a conversion can fail.
+        let mut raw = [(out, lse.cast_const()); MAX_STATES];
+        for (i, (state, raw)) in states.iter().zip(&mut raw).enumerate() {
+            ensure!(!state.lse.is_null(), NullPointer, "states[{i}].lse is null");
+            *raw = (state.out.raw("the output of a state")?, state.lse);
+        }
+        // SAFETY: as above.
+        unsafe { merge_states_raw(context, runner.as_dyn(), num_states, &|i| raw[i], out, lse) }
+    })
+}

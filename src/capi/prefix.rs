@@ -1,0 +1,79 @@
+//! Attention over a shared prefix.
+
+use super::arguments::read;
+use super::attention::{attention_shape, kvl_attention_params, raw_attention, value_shape};
+use super::context::{borrow, kvl_context};
+use super::guard::guard;
+use super::plan;
+use super::runner::{CallerRunner, kvl_parallel_runner};
+use super::sized::read_sized;
+use super::status::kvl_status;
+use super::views::kvl_const_view;
+use crate::error::ensure;
+use crate::ops::attention::attention_shapes;
+use crate::ops::prefix::{attention_with_prefix_raw, prefix_workspace_size};
+use crate::view::{DIM, RawView, SEQ};
+use std::ffi::c_void;
+
+/// Bytes of workspace that `kvl_attention_with_prefix` needs at most for the shapes of its arguments, as
+/// `kvl_attention_workspace_size` says it for `kvl_attention`. Of `prefix_k`, only the shape is looked at. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: as for `kvl_attention_workspace_size`, and `*bytes` is not touched.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_attention_with_prefix_workspace_size(
+    prefix_k: *const kvl_const_view,
+    params: *const kvl_attention_params,
+    runner: *const kvl_parallel_runner,
+    bytes: *mut usize,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (params, runner) = unsafe { (read_sized(params)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let prefix = unsafe { read("prefix_k", prefix_k) }?;
+        ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
+        let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(&params)?);
+        let tokens = attention_shape("prefix_k", &prefix)?[SEQ];
+        // SAFETY: as above.
+        let (rows, layout) = unsafe { plan::workspace_spans(&params, q, k[SEQ]) }?;
+        let (shape, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
+        let needed = prefix_workspace_size(q, shape, k, tokens, v[DIM], runner.as_dyn().num_threads());
+        // SAFETY: not null, and the caller's to write.
+        unsafe { bytes.write(needed) };
+        Ok(())
+    })
+}
+
+/// Attention over a prefix that all rows share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim], and then over each
+/// row's own keys, of which `params` speaks as it does in `kvl_attention`: position 0 of a row is its first key after the
+/// prefix. Every query sees the whole prefix, which is read once for all of them; sinks count once. The result is that of
+/// attention over both at once within the kernel's bound; it does not depend on the runner, the batch or strides.
+///
+/// `workspace` is as for `kvl_attention`, of the size that `kvl_attention_with_prefix_workspace_size` says. Since ABI version 3.
+///
+/// Thread safety: as for `kvl_attention`.
+/// Bad input: as for `kvl_attention`, for either part; ALiBi slopes and a left window, which would have to know where in the
+/// prefix a key stands, are errors. Nothing but the workspace is written then.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_attention_with_prefix(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    workspace: *mut c_void,
+    workspace_bytes: usize,
+    prefix_k: *const kvl_const_view,
+    prefix_v: *const kvl_const_view,
+    params: *const kvl_attention_params,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let (k, v) =
+            unsafe { (read("prefix_k", prefix_k)?.raw("prefix_k")?, read("prefix_v", prefix_v)?.raw("prefix_v")?) };
+        // SAFETY: as above.
+        let call = unsafe { raw_attention(&read_sized(params)?) }?;
+        // SAFETY: as above.
+        unsafe { attention_with_prefix_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, (k, v), &call) }
+    })
+}

@@ -1,0 +1,72 @@
+//! Structs that begin with their size, and the layout of all structs.
+
+use crate::error::{Result, ensure};
+
+/// A struct that begins with its size: plain integers, floats and pointers, for which all zeros is a value.
+///
+/// # Safety
+/// `repr(C)`, first field `struct_size: usize`, valid for every bit pattern.
+pub(super) unsafe trait Growing: Copy {
+    /// Its name in the header.
+    const NAME: &'static str;
+    /// Every size it has had, in order of ABI versions; the last is today's.
+    const SIZES: &'static [usize];
+}
+
+/// A name, and in brackets the first field of each time that the struct grew.
+macro_rules! sized {
+    ($($name:ident $([$($field:ident),*])?),*) => {
+        $(
+            // SAFETY: integers, floats, nullable pointers and arrays of them, after a `struct_size`.
+            unsafe impl $crate::capi::sized::Growing for $name {
+                const NAME: &'static str = stringify!($name);
+                const SIZES: &'static [usize] = &[$($(std::mem::offset_of!($name, $field),)*)? size_of::<$name>()];
+            }
+            const _: () = assert!(std::mem::offset_of!($name, struct_size) == 0);
+        )*
+    };
+}
+
+pub(super) use sized;
+
+/// The size of a struct and the offsets of its fields on 64-bit machines; `ffi-tests/layout.c` holds the same numbers.
+macro_rules! assert_layout {
+    ($name:ident, $size:literal, $($field:ident: $offset:literal),* $(,)?) => {
+        #[cfg(target_pointer_width = "64")]
+        const _: () = {
+            use std::mem::offset_of;
+            assert!(size_of::<$name>() == $size && align_of::<$name>() == 8);
+            $(assert!(offset_of!($name, $field) == $offset);)*
+            // Every field is listed: this pattern has no `..`.
+            #[allow(dead_code)]
+            fn complete(value: $name) {
+                let $name { $($field: _),* } = value;
+            }
+        };
+    };
+}
+pub(super) use assert_layout;
+
+/// Copies a sized struct of the caller's, whose fields beyond its size are 0.
+///
+/// # Safety
+/// `from` is null or points to a struct that is as long as its first field says.
+pub(super) unsafe fn read_sized<T: Growing>(from: *const T) -> Result<T> {
+    ensure!(!from.is_null(), NullPointer, "the pointer to {} is null", T::NAME);
+    // SAFETY: not null; the caller's promise covers the first field. Unaligned, because nothing else needs alignment.
+    let size = unsafe { from.cast::<usize>().read_unaligned() };
+    ensure!(
+        T::SIZES.contains(&size),
+        StructSize,
+        "{}.struct_size is {size}, but this library knows {:?}: start from its _INIT macro, and do not use a header that is \
+         newer than the library",
+        T::NAME,
+        T::SIZES
+    );
+    let mut value = std::mem::MaybeUninit::<T>::zeroed();
+    // SAFETY: `size` bytes are readable by the caller's promise and are no more than a `T` has; zeros are a valid `T`.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from.cast::<u8>(), value.as_mut_ptr().cast(), size);
+        Ok(value.assume_init())
+    }
+}

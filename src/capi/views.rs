@@ -1,0 +1,89 @@
+//! Tensors in the caller's memory.
+
+use super::arguments::{reserved, shape};
+use super::dtype::{element_type, kvl_dtype};
+use super::sized::assert_layout;
+use crate::error::Result;
+use crate::view::RawView;
+use std::ffi::c_void;
+
+/// A tensor in the caller's memory that is written. Axes are always in the order batch, seq, heads, dim, whatever their
+/// order in memory: that is what strides are for. Element [b, s, h, d] is at
+/// `data + element_size * (b * strides[0] + s * strides[1] + h * strides[2] + d * strides[3])`.
+///
+/// `data` is aligned to its elements. Strides may be negative; no two elements of a written view share memory. Nothing
+/// outside the elements is ever read or written. A view whose bytes are all 0 is an absent one.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_view {
+    /// Element [0, 0, 0, 0].
+    pub data: *mut c_void,
+    /// The type of the elements.
+    pub dtype: kvl_dtype,
+    /// 0.
+    pub reserved: i32,
+    /// Elements along each axis; at most 2^31 - 1.
+    pub shape: [i64; 4],
+    /// Distance of neighbours along each axis, in elements.
+    pub strides: [i64; 4],
+    /// Bytes from `data` to the end of the buffer, to check shape and strides against; 0 if not known. When it is given,
+    /// strides must not reach before `data`.
+    pub bytes: usize,
+}
+
+assert_layout!(kvl_view, 88, data: 0, dtype: 8, reserved: 12, shape: 16, strides: 48, bytes: 80);
+
+/// A tensor in the caller's memory that is read; otherwise as `kvl_view`. Strides may be 0, to broadcast.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_const_view {
+    /// Element [0, 0, 0, 0].
+    pub data: *const c_void,
+    /// The type of the elements.
+    pub dtype: kvl_dtype,
+    /// 0.
+    pub reserved: i32,
+    /// Elements along each axis; at most 2^31 - 1.
+    pub shape: [i64; 4],
+    /// Distance of neighbours along each axis, in elements.
+    pub strides: [i64; 4],
+    /// Bytes from `data` to the end of the buffer; 0 if not known.
+    pub bytes: usize,
+}
+
+assert_layout!(kvl_const_view, 88, data: 0, dtype: 8, reserved: 12, shape: 16, strides: 48, bytes: 80);
+
+impl kvl_view {
+    pub(super) fn raw(&self, name: &str) -> Result<RawView> {
+        reserved(name, self.reserved)?;
+        Ok(RawView {
+            data: self.data.cast(),
+            dtype: element_type(name, self.dtype)?,
+            shape: shape(name, self.shape, ["batch", "seq", "heads", "dim"])?,
+            strides: self.strides,
+            bytes: (self.bytes > 0).then_some(self.bytes),
+        })
+    }
+
+    pub(super) fn is_absent(&self) -> bool {
+        self.as_const().is_absent()
+    }
+
+    pub(super) fn as_const(&self) -> kvl_const_view {
+        let Self { data, dtype, reserved, shape, strides, bytes } = *self;
+        kvl_const_view { data, dtype, reserved, shape, strides, bytes }
+    }
+}
+
+impl kvl_const_view {
+    /// The operations do not write through views that they only read.
+    pub(super) fn raw(&self, name: &str) -> Result<RawView> {
+        let Self { data, dtype, reserved, shape, strides, bytes } = *self;
+        kvl_view { data: data.cast_mut(), dtype, reserved, shape, strides, bytes }.raw(name)
+    }
+
+    pub(super) fn is_absent(&self) -> bool {
+        let Self { data, dtype, reserved, shape, strides, bytes } = *self;
+        data.is_null() && dtype == 0 && reserved == 0 && shape == [0; 4] && strides == [0; 4] && bytes == 0
+    }
+}

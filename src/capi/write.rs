@@ -1,0 +1,127 @@
+//! The cache write.
+
+use super::arguments::{list, required_list, reserved};
+use super::context::{borrow, kvl_context};
+use super::guard::guard;
+use super::layout::{kvl_layout, kvl_packing, parse_packing, read_layout};
+use super::norm::{kvl_rms_norm_params, read_rms_norm};
+use super::rope::{kvl_rope_params, read_rope};
+use super::runner::{CallerRunner, kvl_parallel_runner};
+use super::sized::{assert_layout, read_sized, sized};
+use super::status::kvl_status;
+use super::views::{kvl_const_view, kvl_view};
+use crate::error::ensure;
+use crate::ops::write::{Destination, RawWrite, kv_write_raw};
+use crate::view::{BATCH, SEQ};
+
+/// New keys and values, their caches, and where they go. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`, usually
+/// `v` and `v_cache`, and either `positions` or `slots`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_kv_write_params {
+    /// `sizeof(kvl_kv_write_params)`.
+    pub struct_size: usize,
+    /// New keys [batch, seq, kv_heads, dim].
+    pub k: kvl_const_view,
+    /// New values [batch, seq, kv_heads, v_dim]; absent together with `v_cache` to write keys alone.
+    pub v: kvl_const_view,
+    /// Where keys go: [rows, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any type.
+    pub k_cache: kvl_view,
+    /// Where values go: [rows, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any type.
+    pub v_cache: kvl_view,
+    /// [batch]: token t of row b is at position `positions[b] + t` of its row of the cache.
+    pub positions: *const i32,
+    /// [batch]: only the first `counts[b]` tokens of row b are written (padded prompts); null for all.
+    pub counts: *const i32,
+    /// [batch]: source row b goes to row `rows[b]` of the cache; null for row b.
+    pub rows: *const i32,
+    /// [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_PAGED` and `KVL_RAGGED` slots are
+    /// counted over the whole pool, page by page; the layout's table is not looked at, and there are no `rows`.
+    pub slots: *const i32,
+    /// Rotates keys on their way into the cache; null to write them as they are. The same bits as `kvl_rope` into a view
+    /// of the cache's type.
+    pub rope: *const kvl_rope_params,
+    /// In which slot a position lies; null for `KVL_CONTIGUOUS`. A `KVL_RING` takes no more tokens of a row in one call than it
+    /// has slots beside its sinks. `KVL_INDIRECT` only reads: write to the token's own row, and set the table's entry. Since
+    /// ABI version 3.
+    pub layout: *const kvl_layout,
+    /// Normalises the heads of the keys on their way into the cache, before they are rotated; null not to. The same bits as
+    /// `kvl_rms_norm` into f32 first. Since ABI version 3.
+    pub k_norm: *const kvl_rms_norm_params,
+    /// How values lie in `v_cache`. What attention likes best is said by `kvl_context_v_packing`. Since ABI version 3.
+    pub v_packing: kvl_packing,
+    /// 0.
+    pub reserved: i32,
+}
+
+sized!(kvl_kv_write_params[layout]);
+assert_layout!(kvl_kv_write_params, 424, struct_size: 0, k: 8, v: 96, k_cache: 184, v_cache: 272, positions: 360, counts: 368, rows: 376, slots: 384, rope: 392, layout: 400, k_norm: 408, v_packing: 416, reserved: 420);
+
+/// Writes new keys and values into their caches, all rows in one call, each at its own place, converted to the cache's type
+/// (to nearest, ties to even); normalises the keys on the way if `params->k_norm` is given, and rotates them if `params->rope`
+/// is. Lengths are the caller's to advance.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint rows; `runner` null is the
+/// calling thread.
+/// Bad input: null, an unknown `struct_size` or enumeration value, shapes that do not fit, a slot past the capacity
+/// (`KVL_ERR_CAPACITY`), a negative position, slot or row, a page that does not exist, two tokens for one slot
+/// (`KVL_ERR_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
+/// clamped.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_kv_write(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    params: *const kvl_kv_write_params,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        // SAFETY: as above.
+        let params = unsafe { read_sized(params) }?;
+        reserved("kvl_kv_write_params", params.reserved)?;
+        let keys = (params.k.raw("k")?, params.k_cache.raw("k_cache")?);
+        ensure!(
+            params.v.is_absent() == params.v_cache.is_absent(),
+            NullPointer,
+            "only one of v and v_cache is given: give both, or leave both all zero to write keys alone"
+        );
+        let values = match params.v.is_absent() {
+            true => None,
+            false => Some((params.v.raw("v")?, params.v_cache.raw("v_cache")?)),
+        };
+        let batch = keys.0.shape[BATCH];
+        let tokens = batch.saturating_mul(keys.0.shape[SEQ]);
+        ensure!(
+            params.slots.is_null() || params.positions.is_null(),
+            InvalidValue,
+            "both positions and slots are given: give either"
+        );
+        // SAFETY: as above.
+        let to = unsafe {
+            Destination {
+                positions: match params.slots.is_null() {
+                    true => required_list("positions", params.positions, batch)?,
+                    false => &[],
+                },
+                counts: list("counts", params.counts, batch)?,
+                rows: list("rows", params.rows, batch)?,
+                slots: list("slots", params.slots, tokens)?,
+                layout: read_layout(params.layout, keys.1.shape[SEQ])?,
+            }
+        };
+        let k_norm = match params.k_norm.is_null() {
+            true => None,
+            // SAFETY: as above.
+            false => Some(unsafe { read_rms_norm(params.k_norm, &keys.0) }?),
+        };
+        let rope = match params.rope.is_null() {
+            true => None,
+            // SAFETY: as above.
+            false => Some(unsafe { read_rope(params.rope, &keys.0) }?),
+        };
+        let v_packing = parse_packing("v_packing", params.v_packing)?;
+        let write = RawWrite { keys, values, to, k_norm, rope, v_packing };
+        // SAFETY: as above.
+        unsafe { kv_write_raw(context, runner.as_dyn(), &write) }
+    })
+}
