@@ -1,5 +1,5 @@
-//! One bench for every kernel of the registry that this CPU can run: `cargo bench --features bench`, or
-//! `cargo bench --features bench -- attention_f16` for some.
+//! One bench for every kernel of the registry that this CPU can run: `cargo bench --features criterion
+//! --bench kernels`, or with `-- attention_f16` for some.
 //!
 //! Cases, bytes, operations and limits are those of [`kvlane::bench`], as in `kvlane bench`; criterion adds its statistics, and
 //! the change since the last run. After each case a line tells the rate and the share of the limit, which was measured just
