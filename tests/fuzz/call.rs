@@ -16,6 +16,37 @@ pub struct World {
     pub numbers: [Vec<u32>; 3],
 }
 
+impl World {
+    /// Contexts of every level that this CPU has, and a pool of two threads.
+    pub fn new() -> Self {
+        let mut contexts = Vec::new();
+        for max_isa in 1..32 {
+            let params = kvl_context_params { struct_size: size_of::<kvl_context_params>(), max_isa, ..zeroed() };
+            if kvl_isa_available(max_isa) == 1 {
+                let mut context = std::ptr::null_mut();
+                // SAFETY: a struct of the right size and room for the answer.
+                assert_eq!(unsafe { kvl_context_create(&raw const params, &raw mut context) }, 0);
+                contexts.push(context);
+            }
+        }
+        let mut pool = std::ptr::null_mut();
+        let mut pool_runner = kvl_parallel_runner { struct_size: size_of::<kvl_parallel_runner>(), ..zeroed() };
+        // SAFETY: room for the answers, and a pool that lives as long as the process.
+        unsafe {
+            assert_eq!(kvl_thread_pool_create(2, &raw mut pool), 0);
+            assert_eq!(kvl_thread_pool_runner(pool, &raw mut pool_runner), 0);
+        }
+        let mut rng = Rng::new(1);
+        let values: Vec<f32> = (0..1021).map(|_| rng.f32()).collect();
+        let numbers = [
+            values.iter().map(|x| x.to_bits()).collect(),
+            values.iter().map(|&x| half::f16::from_f32(x).to_bits().into()).collect(),
+            values.iter().map(|&x| half::bf16::from_f32(x).to_bits().into()).collect(),
+        ];
+        Self { contexts, pool, pool_runner, numbers }
+    }
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         // SAFETY: made by the library, and released once.

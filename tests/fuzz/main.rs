@@ -82,34 +82,6 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is {value:?}, not a number")))
 }
 
-fn world() -> World {
-    let mut contexts = Vec::new();
-    for max_isa in 1..32 {
-        let params = kvl_context_params { struct_size: size_of::<kvl_context_params>(), max_isa, ..zeroed() };
-        if kvl_isa_available(max_isa) == 1 {
-            let mut context = std::ptr::null_mut();
-            // SAFETY: a struct of the right size and room for the answer.
-            assert_eq!(unsafe { kvl_context_create(&raw const params, &raw mut context) }, 0);
-            contexts.push(context);
-        }
-    }
-    let mut pool = std::ptr::null_mut();
-    let mut pool_runner = kvl_parallel_runner { struct_size: size_of::<kvl_parallel_runner>(), ..zeroed() };
-    // SAFETY: room for the answers, and a pool that lives as long as the process.
-    unsafe {
-        assert_eq!(kvl_thread_pool_create(2, &raw mut pool), 0);
-        assert_eq!(kvl_thread_pool_runner(pool, &raw mut pool_runner), 0);
-    }
-    let mut rng = Rng::new(1);
-    let values: Vec<f32> = (0..1021).map(|_| rng.f32()).collect();
-    let numbers = [
-        values.iter().map(|x| x.to_bits()).collect(),
-        values.iter().map(|&x| half::f16::from_f32(x).to_bits().into()).collect(),
-        values.iter().map(|&x| half::bf16::from_f32(x).to_bits().into()).collect(),
-    ];
-    World { contexts, pool, pool_runner, numbers }
-}
-
 /// The export that call `i` is for, and its random numbers.
 fn plan(seed: u64, i: u64) -> (&'static Target, Rng) {
     let mut rng = Rng::new(Rng::new(seed).u64() ^ i.wrapping_mul(0x9e6c_63d0_9759_27a5));
@@ -135,7 +107,7 @@ fn random_calls() {
     }));
 
     watch();
-    let world = world();
+    let world = World::new();
     let mut counts: BTreeMap<&str, BTreeMap<i32, u64>> = BTreeMap::new();
     let mut slowest = (Duration::ZERO, 0);
     for i in one.map_or(0..calls, |i| i..i + 1) {
