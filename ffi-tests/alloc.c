@@ -57,11 +57,11 @@ static int32_t in_order(void *ctx, size_t n, void (*task)(void *, size_t), void 
 static kvl_attention_params pool(const kvl_layout *layout) {
     kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
     static const int32_t lengths[BATCH] = {10, 28};
-    p.q = kvl_make_const_view(q, KVL_F32, BATCH, SEQ, HEADS, D);
-    p.k = kvl_make_const_view(k_cache, KVL_BF16, 10, 8, KV, D);
-    p.v = kvl_make_const_view(v_cache, KVL_BF16, 10, 8, KV, D);
+    p.q = kvl_make_const_view(q, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
+    p.k = kvl_make_const_view(k_cache, KVL_DTYPE_BF16, 10, 8, KV, D);
+    p.v = kvl_make_const_view(v_cache, KVL_DTYPE_BF16, 10, 8, KV, D);
     p.lengths = lengths;
-    p.flags = KVL_CAUSAL;
+    p.flags = KVL_ATTENTION_FLAG_CAUSAL;
     p.layout = layout;
     return p;
 }
@@ -69,7 +69,7 @@ static kvl_attention_params pool(const kvl_layout *layout) {
 static kvl_layout pool_layout(void) {
     static const int32_t pages[] = {9, 0, 3, 4, 1, 7, 6, 2};
     kvl_layout layout = KVL_LAYOUT_INIT;
-    layout.kind = KVL_PAGED;
+    layout.kind = KVL_LAYOUT_KIND_PAGED;
     layout.table = pages;
     layout.rows = BATCH;
     layout.pages_per_row = 4;
@@ -78,7 +78,7 @@ static kvl_layout pool_layout(void) {
 
 static void attend(const kvl_context *context, const kvl_parallel_runner *runner, kvl_attention_params p) {
     size_t bytes;
-    p.out = kvl_make_view(out, KVL_F32, BATCH, SEQ, HEADS, D);
+    p.out = kvl_make_view(out, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
     p.lse = lse;
     OK(kvl_attention_workspace_size(&p, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
@@ -103,7 +103,7 @@ static void attend_to_spans(const kvl_context *context, const kvl_parallel_runne
     merge.spans = spans;
     merge.num_spans = 2;
     merge.kv_heads = KV;
-    merge.dtype = KVL_BF16;
+    merge.dtype = KVL_DTYPE_BF16;
     OK(kvl_merge_chunks_workspace_size(&merge, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
     OK(kvl_merge_chunks(context, runner, workspace, sizeof workspace, &merge));
@@ -117,7 +117,7 @@ static void attend_by_layout(const kvl_context *context, const kvl_parallel_runn
     static const unsigned char tree[BATCH * SEQ] = {1, 3, 7, 1, 3, 5};
     static const int32_t first_keys[BATCH] = {7, 25};
     kvl_bit_mask mask = KVL_BIT_MASK_INIT;
-    kvl_const_view prefix = kvl_make_const_view(k, KVL_F32, 1, SEQ, KV, D);
+    kvl_const_view prefix = kvl_make_const_view(k, KVL_DTYPE_F32, 1, SEQ, KV, D);
     kvl_layout layout = pool_layout();
     kvl_attention_params p = pool(&layout);
     size_t bytes;
@@ -145,28 +145,28 @@ static void attend_by_layout(const kvl_context *context, const kvl_parallel_runn
     p = plain;
     p.layout = &layout;
     layout = (kvl_layout)KVL_LAYOUT_INIT;
-    layout.kind = KVL_RING;
+    layout.kind = KVL_LAYOUT_KIND_RING;
     layout.sinks = 2;
     p.lengths = long_gone;
-    p.flags |= KVL_WINDOW_LEFT;
+    p.flags |= KVL_ATTENTION_FLAG_WINDOW_LEFT;
     p.window_left = 9;
     attend(context, runner, p);
     p = plain;
     p.layout = &layout;
     layout = (kvl_layout)KVL_LAYOUT_INIT;
-    layout.kind = KVL_INDIRECT;
+    layout.kind = KVL_LAYOUT_KIND_INDIRECT;
     layout.rows = BATCH;
     layout.table = beams;
     attend(context, runner, p);
-    layout.kind = KVL_RAGGED;
+    layout.kind = KVL_LAYOUT_KIND_RAGGED;
     layout.table = starts;
-    p.k = kvl_make_const_view(k_cache, KVL_BF16, 1, BATCH * KEYS, KV, D);
-    p.v = kvl_make_const_view(v_cache, KVL_BF16, 1, BATCH * KEYS, KV, D);
+    p.k = kvl_make_const_view(k_cache, KVL_DTYPE_BF16, 1, BATCH * KEYS, KV, D);
+    p.v = kvl_make_const_view(v_cache, KVL_DTYPE_BF16, 1, BATCH * KEYS, KV, D);
     attend(context, runner, p);
-    p.q = kvl_make_const_view(q, KVL_F32, 1, SEQ, HEADS, D);
+    p.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, SEQ, HEADS, D);
     p.query_starts = query_starts;
     p.rows = BATCH;
-    p.out = kvl_make_view(out, KVL_F32, 1, SEQ, HEADS, D);
+    p.out = kvl_make_view(out, KVL_DTYPE_F32, 1, SEQ, HEADS, D);
     OK(kvl_attention(context, runner, workspace, sizeof workspace, &p));
     OK(kvl_attention_with_prefix_workspace_size(&prefix, &plain, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
@@ -180,7 +180,7 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
     kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
     kvl_attention_state states[2];
-    kvl_view queries = kvl_make_view(q, KVL_F32, BATCH, SEQ, HEADS, D), to;
+    kvl_view queries = kvl_make_view(q, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D), to;
     kvl_const_view source = kvl_as_const(queries);
     static const int32_t pages[] = {9, 0, 3, 4, 1, 7, 6, 2};
     kvl_rms_norm_params norm = KVL_RMS_NORM_PARAMS_INIT;
@@ -193,9 +193,9 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     OK(kvl_rope_table(context, inv_freq, D, 1, 0, 8, cosines, sines));
     OK(kvl_alibi_slopes(slopes, HEADS));
     OK(kvl_rope(context, runner, &source, &queries, &turn));
-    write.k = write.v = kvl_make_const_view(k, KVL_F32, BATCH, SEQ, KV, D);
-    write.k_cache = kvl_make_view(k_cache, KVL_BF16, BATCH, KEYS, KV, D);
-    write.v_cache = kvl_make_view(v_cache, KVL_BF16, BATCH, KEYS, KV, D);
+    write.k = write.v = kvl_make_const_view(k, KVL_DTYPE_F32, BATCH, SEQ, KV, D);
+    write.k_cache = kvl_make_view(k_cache, KVL_DTYPE_BF16, BATCH, KEYS, KV, D);
+    write.v_cache = kvl_make_view(v_cache, KVL_DTYPE_BF16, BATCH, KEYS, KV, D);
     write.positions = positions;
     write.rope = &turn;
     OK(kvl_kv_write(context, runner, &write));
@@ -204,33 +204,33 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     {
         kvl_kv_write_params other = write;
         other.k_norm = &norm;
-        other.k_cache = kvl_make_view(k_cache, KVL_BF16, 10, 8, KV, D);
-        other.v_cache = kvl_make_view(v_cache, KVL_BF16, 10, 4, KV, 2 * D);
-        other.v_packing = KVL_PACK_ROW_PAIRS;
+        other.k_cache = kvl_make_view(k_cache, KVL_DTYPE_BF16, 10, 8, KV, D);
+        other.v_cache = kvl_make_view(v_cache, KVL_DTYPE_BF16, 10, 4, KV, 2 * D);
+        other.v_packing = KVL_PACKING_ROW_PAIRS;
         other.layout = &layout;
-        layout.kind = KVL_PAGED;
+        layout.kind = KVL_LAYOUT_KIND_PAGED;
         layout.table = pages;
         layout.rows = BATCH;
         layout.pages_per_row = 4;
         other.positions = starts;
         OK(kvl_kv_write(context, runner, &other));
-        source = kvl_make_const_view(k, KVL_F32, 1, 1, KV, 2 * D);
-        to = kvl_make_view(repeated, KVL_F32, 1, 2, KV, D);
+        source = kvl_make_const_view(k, KVL_DTYPE_F32, 1, 1, KV, 2 * D);
+        to = kvl_make_view(repeated, KVL_DTYPE_F32, 1, 2, KV, D);
         OK(kvl_unpack_row_pairs(context, runner, &source, &to));
         source = kvl_as_const(to);
-        to = kvl_make_view(out, KVL_F32, 1, 1, KV, 2 * D);
+        to = kvl_make_view(out, KVL_DTYPE_F32, 1, 1, KV, 2 * D);
         OK(kvl_pack_row_pairs(context, runner, &source, &to));
     }
     source = write.k;
-    to = kvl_make_view(repeated, KVL_F32, BATCH, SEQ, HEADS, D);
+    to = kvl_make_view(repeated, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
     OK(kvl_repeat_kv(context, runner, &source, &to));
     p.q = kvl_as_const(queries);
     p.k = kvl_as_const(write.k_cache);
     p.v = kvl_as_const(write.v_cache);
-    p.out = kvl_make_view(out, KVL_F32, BATCH, SEQ, HEADS, D);
+    p.out = kvl_make_view(out, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
     p.lse = lse;
     p.lengths = lengths;
-    p.flags = KVL_CAUSAL;
+    p.flags = KVL_ATTENTION_FLAG_CAUSAL;
     p.alibi_slopes = slopes;
     p.mask.data = mask;
     p.mask.shape[0] = BATCH, p.mask.shape[1] = SEQ, p.mask.shape[2] = HEADS, p.mask.shape[3] = KEYS;
@@ -243,7 +243,7 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     states[0].out = states[1].out = kvl_as_const(p.out);
     states[0].lse = states[1].lse = lse;
     OK(kvl_merge_states(context, runner, states, 2, &to, NULL));
-    OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_F16, KVL_F16, &name));
+    OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_DTYPE_F16, KVL_DTYPE_F16, &name));
 }
 
 static void whole_caches(const kvl_context *context, const kvl_parallel_runner *runner) {
@@ -259,11 +259,11 @@ static void whole_caches(const kvl_context *context, const kvl_parallel_runner *
     kvl_shard shard = KVL_SHARD_INIT;
     kvl_view part;
     size_t bytes;
-    layers[0].k = kvl_make_view(layers_data[0], KVL_F32, 4, 8, KV, D);
-    layers[0].v = kvl_make_view(layers_data[1], KVL_BF16, 4, 8, KV, D);
-    layers[1].k = kvl_make_view(layers_data[2], KVL_F32, 4, 8, KV, D);
+    layers[0].k = kvl_make_view(layers_data[0], KVL_DTYPE_F32, 4, 8, KV, D);
+    layers[0].v = kvl_make_view(layers_data[1], KVL_DTYPE_BF16, 4, 8, KV, D);
+    layers[1].k = kvl_make_view(layers_data[2], KVL_DTYPE_F32, 4, 8, KV, D);
     memset(&layers[1].v, 0, sizeof layers[1].v);
-    others[0].k = others[0].v = others[1].k = kvl_make_view(layers_data[3], KVL_F16, 1, 8, KV, D);
+    others[0].k = others[0].v = others[1].k = kvl_make_view(layers_data[3], KVL_DTYPE_F16, 1, 8, KV, D);
     others[0].v.data = (char *)layers_data[3] + 1024, others[1].k.data = (char *)layers_data[3] + 2048;
     others[1].v = layers[1].v;
     cache.layers = layers, cache.num_layers = 2, cache.lengths = lengths;

@@ -27,9 +27,9 @@ static kvl_cache fresh(int32_t a, int32_t b, int32_t c) {
     }
     all.lengths[0] = a, all.lengths[1] = b, all.lengths[2] = c;
     memset(layers, 0, sizeof layers);
-    layers[0].k = kvl_make_view(all.k[0], KVL_F32, ROWS, SLOTS, HEADS, D);
-    layers[0].v = kvl_make_view(all.v, KVL_F32, ROWS, SLOTS, HEADS, D);
-    layers[1].k = kvl_make_view(all.k[1], KVL_F32, ROWS, SLOTS, HEADS, D); /* Its values are absent. */
+    layers[0].k = kvl_make_view(all.k[0], KVL_DTYPE_F32, ROWS, SLOTS, HEADS, D);
+    layers[0].v = kvl_make_view(all.v, KVL_DTYPE_F32, ROWS, SLOTS, HEADS, D);
+    layers[1].k = kvl_make_view(all.k[1], KVL_DTYPE_F32, ROWS, SLOTS, HEADS, D); /* Its values are absent. */
     cache.layers = layers;
     cache.num_layers = 2;
     cache.lengths = all.lengths;
@@ -60,7 +60,7 @@ static int token(int row, int slot) {
         kvl_status got_;                                                                                               \
         saved = all;                                                                                                   \
         got_ = (call);                                                                                                 \
-        CHECK(got_ == (wanted), "%d: %s", (int)got_, got_ == KVL_OK ? "accepted" : sentence());                        \
+        CHECK(got_ == (wanted), "%d: %s", (int)got_, got_ == KVL_STATUS_OK ? "accepted" : sentence());                        \
         CHECK(strstr(sentence(), (text)) != NULL, "no \"%s\" in: %s", (text), sentence());                             \
         CHECK(memcmp(&saved, &all, sizeof all) == 0, "something was written");                                         \
     } while (0)
@@ -99,9 +99,9 @@ static void rows(void) {
     ROW(0, 100, 101, 2);
     ROW(1, 0, 1, 2, 3, 104);
     ROW(2, 100, 101, 202);
-    REFUSED(KVL_ERR_WORKSPACE, "bytes", kvl_cache_reorder(context, NULL, workspace, bytes - 1, &cache, parents));
-    REFUSED(KVL_ERR_WORKSPACE, "64 bytes", kvl_cache_reorder(context, NULL, workspace + 8, bytes, &cache, parents));
-    REFUSED(KVL_ERR_NULL_POINTER, "parents is null", kvl_cache_reorder(context, NULL, workspace, bytes, &cache, NULL));
+    REFUSED(KVL_STATUS_WORKSPACE, "bytes", kvl_cache_reorder(context, NULL, workspace, bytes - 1, &cache, parents));
+    REFUSED(KVL_STATUS_WORKSPACE, "64 bytes", kvl_cache_reorder(context, NULL, workspace + 8, bytes, &cache, parents));
+    REFUSED(KVL_STATUS_NULL_POINTER, "parents is null", kvl_cache_reorder(context, NULL, workspace, bytes, &cache, NULL));
 
     /* A row of half precision from elsewhere. */
     {
@@ -113,9 +113,9 @@ static void rows(void) {
             for (j = 0; j < SLOTS * TOKEN; j++) half[i][j] = 0x3f80; /* 1 */
         }
         memset(sources, 0, sizeof sources);
-        sources[0].k = kvl_make_view(half[0], KVL_BF16, 1, SLOTS, HEADS, D);
-        sources[0].v = kvl_make_view(half[1], KVL_BF16, 1, SLOTS, HEADS, D);
-        sources[1].k = kvl_make_view(half[2], KVL_BF16, 1, SLOTS, HEADS, D);
+        sources[0].k = kvl_make_view(half[0], KVL_DTYPE_BF16, 1, SLOTS, HEADS, D);
+        sources[0].v = kvl_make_view(half[1], KVL_DTYPE_BF16, 1, SLOTS, HEADS, D);
+        sources[1].k = kvl_make_view(half[2], KVL_DTYPE_BF16, 1, SLOTS, HEADS, D);
         other = cache = fresh(4, 2, 1);
         other.layers = sources;
         other.lengths = &length;
@@ -123,29 +123,29 @@ static void rows(void) {
         LENGTHS(4, 2, 2);
         ROW(2, 1, 1, 202);
         CHECK(all.k[0][2 * SLOTS * TOKEN] == 1 && all.k[0][(2 * SLOTS + 2) * TOKEN] == 202, "-");
-        REFUSED(KVL_ERR_OUT_OF_RANGE, "length is 4", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 4));
-        REFUSED(KVL_ERR_SHAPE, "length is -1", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, -1));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "length is 4", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 4));
+        REFUSED(KVL_STATUS_SHAPE, "length is -1", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, -1));
         other.lengths = all.lengths;
-        REFUSED(KVL_ERR_OVERLAP, "list of lengths", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 1));
+        REFUSED(KVL_STATUS_OVERLAP, "list of lengths", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 1));
         other.lengths = &length;
         sources[1].k = layers[1].k;
         sources[1].k.shape[0] = 1;
-        REFUSED(KVL_ERR_OVERLAP, "layer 1", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 1));
+        REFUSED(KVL_STATUS_OVERLAP, "layer 1", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 1));
     }
 
     /* A ring of two sinks that has gone round. */
     cache = fresh(9, 2, 1);
-    ring.kind = KVL_RING;
+    ring.kind = KVL_LAYOUT_KIND_RING;
     ring.sinks = 2;
     cache.layout = &ring;
     {
         static const int32_t back[] = {8, 2, 1};
-        REFUSED(KVL_ERR_OUT_OF_RANGE, "has overwritten positions 2 to 4", kvl_cache_truncate(&cache, back, -1));
-        REFUSED(KVL_ERR_INVALID_VALUE, "window is -2", kvl_cache_truncate(&cache, back, -2));
-        REFUSED(KVL_ERR_OUT_OF_RANGE, "position 4 of row 0", kvl_cache_truncate(&cache, back, 4));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "has overwritten positions 2 to 4", kvl_cache_truncate(&cache, back, -1));
+        REFUSED(KVL_STATUS_INVALID_VALUE, "window is -2", kvl_cache_truncate(&cache, back, -2));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "position 4 of row 0", kvl_cache_truncate(&cache, back, 4));
         OK(kvl_cache_truncate(&cache, back, 3));
         LENGTHS(8, 2, 1);
-        REFUSED(KVL_ERR_INVALID_VALUE, "a ring drops", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 0));
+        REFUSED(KVL_STATUS_INVALID_VALUE, "a ring drops", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 0));
     }
 }
 
@@ -176,24 +176,24 @@ static void evict(void) {
         NEAR(is[2], was[2] * c2 - was[3] * s2, 1e-5);
         NEAR(is[D + 3], was[D + 3] * c2 + was[D + 2] * s2, 1e-5);
     }
-    REFUSED(KVL_ERR_SHAPE, "3 rotations", kvl_cache_evict(context, NULL, &cache, 1, 1, 2, ropes, 3));
-    REFUSED(KVL_ERR_OUT_OF_RANGE, "1 to 7", kvl_cache_evict(context, NULL, &cache, 0, 1, 7, ropes, 1));
-    REFUSED(KVL_ERR_OUT_OF_RANGE, "row is -1", kvl_cache_evict(context, NULL, &cache, -1, 0, 0, ropes, 1));
-    REFUSED(KVL_ERR_SHAPE, "first is -1", kvl_cache_evict(context, NULL, &cache, 0, -1, 0, ropes, 1));
+    REFUSED(KVL_STATUS_SHAPE, "3 rotations", kvl_cache_evict(context, NULL, &cache, 1, 1, 2, ropes, 3));
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "1 to 7", kvl_cache_evict(context, NULL, &cache, 0, 1, 7, ropes, 1));
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "row is -1", kvl_cache_evict(context, NULL, &cache, -1, 0, 0, ropes, 1));
+    REFUSED(KVL_STATUS_SHAPE, "first is -1", kvl_cache_evict(context, NULL, &cache, 0, -1, 0, ropes, 1));
     turn.rotary_dim = D + 2;
-    REFUSED(KVL_ERR_SHAPE, "rotary_dim 6", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
+    REFUSED(KVL_STATUS_SHAPE, "rotary_dim 6", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
     turn.rotary_dim = D;
     turn.pairing = 7;
-    REFUSED(KVL_ERR_INVALID_ENUM, "pairing is 7", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
-    turn.pairing = KVL_HALF_SPLIT;
+    REFUSED(KVL_STATUS_INVALID_ENUM, "pairing is 7", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
+    turn.pairing = KVL_PAIRING_HALF_SPLIT;
     turn.cos = cosines;
-    REFUSED(KVL_ERR_INVALID_VALUE, "by frequencies", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
+    REFUSED(KVL_STATUS_INVALID_VALUE, "by frequencies", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
     turn.cos = NULL;
     turn.inv_freq = NULL;
-    REFUSED(KVL_ERR_NULL_POINTER, "inv_freq", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
+    REFUSED(KVL_STATUS_NULL_POINTER, "inv_freq", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
     turn.struct_size = 3;
-    REFUSED(KVL_ERR_STRUCT_SIZE, "kvl_rope_params", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
-    REFUSED(KVL_ERR_NULL_POINTER, "ropes is null", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 1));
+    REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_rope_params", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
+    REFUSED(KVL_STATUS_NULL_POINTER, "ropes is null", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 1));
 }
 
 static void tables(void) {
@@ -211,13 +211,13 @@ static void tables(void) {
         CHECK(table[4 * i + 1] == table[4 * i] && table[4 * i + 2] == i, "row %d: %d", i, (int)table[4 * i + 2]);
     }
     memcpy(before, table, sizeof table);
-    CHECK(kvl_cache_reorder_table(workspace, bytes - 1, table, 3, 4, lengths, parents) == KVL_ERR_WORKSPACE, "-");
-    CHECK(kvl_cache_reorder_table(workspace, bytes, table, 3, 4, table + 1, parents) == KVL_ERR_OVERLAP, "-");
+    CHECK(kvl_cache_reorder_table(workspace, bytes - 1, table, 3, 4, lengths, parents) == KVL_STATUS_WORKSPACE, "-");
+    CHECK(kvl_cache_reorder_table(workspace, bytes, table, 3, 4, table + 1, parents) == KVL_STATUS_OVERLAP, "-");
     CHECK(strstr(sentence(), "table and lengths share memory") != NULL, "%s", sentence());
-    CHECK(kvl_cache_set_table_tokens(table, 3, 4, lengths, 3) == KVL_ERR_CAPACITY, "-");
-    CHECK(kvl_cache_set_table_tokens(table, 3, -4, lengths, 1) == KVL_ERR_SHAPE, "-");
-    CHECK(kvl_cache_set_table_tokens(NULL, 3, 4, lengths, 1) == KVL_ERR_NULL_POINTER, "-");
-    CHECK(kvl_cache_reorder_table_workspace_size(3, 4, NULL) == KVL_ERR_NULL_POINTER, "-");
+    CHECK(kvl_cache_set_table_tokens(table, 3, 4, lengths, 3) == KVL_STATUS_CAPACITY, "-");
+    CHECK(kvl_cache_set_table_tokens(table, 3, -4, lengths, 1) == KVL_STATUS_SHAPE, "-");
+    CHECK(kvl_cache_set_table_tokens(NULL, 3, 4, lengths, 1) == KVL_STATUS_NULL_POINTER, "-");
+    CHECK(kvl_cache_reorder_table_workspace_size(3, 4, NULL) == KVL_STATUS_NULL_POINTER, "-");
     CHECK(memcmp(before, table, sizeof table) == 0, "the table has changed");
 }
 
@@ -234,59 +234,59 @@ static void pages(void) {
     ROW(0, 200, 201, 202, 203, 204, 205);
     OK(kvl_cache_copy_pages(context, NULL, layers, 2, moves, 1));
     ROW(1, 200, 201, 202, 203, 204, 205);
-    REFUSED(KVL_ERR_DUPLICATE_SLOT, "page 1", kvl_cache_copy_pages(context, NULL, layers, 2, twice, 2));
-    REFUSED(KVL_ERR_SHAPE, "no layers", kvl_cache_copy_pages(context, NULL, layers, 0, moves, 1));
-    REFUSED(KVL_ERR_NULL_POINTER, "layers is null", kvl_cache_copy_pages(context, NULL, NULL, 2, moves, 1));
-    REFUSED(KVL_ERR_SHAPE, "pages_per_row is 0",
+    REFUSED(KVL_STATUS_DUPLICATE_SLOT, "page 1", kvl_cache_copy_pages(context, NULL, layers, 2, twice, 2));
+    REFUSED(KVL_STATUS_SHAPE, "no layers", kvl_cache_copy_pages(context, NULL, layers, 0, moves, 1));
+    REFUSED(KVL_STATUS_NULL_POINTER, "layers is null", kvl_cache_copy_pages(context, NULL, NULL, 2, moves, 1));
+    REFUSED(KVL_STATUS_SHAPE, "pages_per_row is 0",
             kvl_cache_defragment(context, NULL, layers, 2, table, 2, 0, lengths, map, &used));
-    REFUSED(KVL_ERR_OVERLAP, "share memory",
+    REFUSED(KVL_STATUS_OVERLAP, "share memory",
             kvl_cache_defragment(context, NULL, layers, 2, table, 2, 2, table + 1, map, &used));
-    REFUSED(KVL_ERR_NULL_POINTER, "used is null",
+    REFUSED(KVL_STATUS_NULL_POINTER, "used is null",
             kvl_cache_defragment(context, NULL, layers, 2, table, 2, 2, lengths, map, NULL));
 
     /* Both rows have page 0 now, so neither may be cleared alone. */
-    paged.kind = KVL_PAGED;
+    paged.kind = KVL_LAYOUT_KIND_PAGED;
     paged.rows = paged.pages_per_row = 2;
     paged.table = table;
     cache.layout = &paged;
     all.lengths[0] = all.lengths[1] = 6;
-    REFUSED(KVL_ERR_OVERLAP, "page 0", kvl_cache_reset(NULL, &cache, table, 1, 1));
+    REFUSED(KVL_STATUS_OVERLAP, "page 0", kvl_cache_reset(NULL, &cache, table, 1, 1));
     cache.lengths = table;
-    REFUSED(KVL_ERR_OVERLAP, "the layout's table", kvl_cache_reset(NULL, &cache, lengths, 1, 0));
+    REFUSED(KVL_STATUS_OVERLAP, "the layout's table", kvl_cache_reset(NULL, &cache, lengths, 1, 0));
 }
 
 static void mistakes(void) {
     static const int32_t zeros[ROWS] = {0, 0, 0};
     size_t bytes;
     kvl_cache cache = fresh(5, 6, 0);
-    REFUSED(KVL_ERR_NULL_POINTER, "kvl_cache", kvl_cache_advance(NULL, zeros));
-    REFUSED(KVL_ERR_NULL_POINTER, "counts is null", kvl_cache_advance(&cache, NULL));
-    REFUSED(KVL_ERR_OVERLAP, "share memory", kvl_cache_advance(&cache, all.lengths));
-    REFUSED(KVL_ERR_INVALID_ENUM, "zero is 2", kvl_cache_reset(NULL, &cache, zeros, 1, 2));
-    REFUSED(KVL_ERR_NULL_POINTER, "rows is null", kvl_cache_reset(NULL, &cache, NULL, 1, 1));
-    REFUSED(KVL_ERR_DUPLICATE_SLOT, "both 0", kvl_cache_reset(NULL, &cache, zeros, 2, 1));
-    REFUSED(KVL_ERR_NULL_POINTER, "bytes", kvl_cache_reorder_workspace_size(&cache, NULL, NULL));
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_cache_reorder(NULL, NULL, workspace, sizeof workspace, &cache, zeros));
+    REFUSED(KVL_STATUS_NULL_POINTER, "kvl_cache", kvl_cache_advance(NULL, zeros));
+    REFUSED(KVL_STATUS_NULL_POINTER, "counts is null", kvl_cache_advance(&cache, NULL));
+    REFUSED(KVL_STATUS_OVERLAP, "share memory", kvl_cache_advance(&cache, all.lengths));
+    REFUSED(KVL_STATUS_INVALID_ENUM, "zero is 2", kvl_cache_reset(NULL, &cache, zeros, 1, 2));
+    REFUSED(KVL_STATUS_NULL_POINTER, "rows is null", kvl_cache_reset(NULL, &cache, NULL, 1, 1));
+    REFUSED(KVL_STATUS_DUPLICATE_SLOT, "both 0", kvl_cache_reset(NULL, &cache, zeros, 2, 1));
+    REFUSED(KVL_STATUS_NULL_POINTER, "bytes", kvl_cache_reorder_workspace_size(&cache, NULL, NULL));
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_cache_reorder(NULL, NULL, workspace, sizeof workspace, &cache, zeros));
     cache.lengths = NULL;
-    REFUSED(KVL_ERR_NULL_POINTER, "lengths is null", kvl_cache_advance(&cache, zeros));
+    REFUSED(KVL_STATUS_NULL_POINTER, "lengths is null", kvl_cache_advance(&cache, zeros));
     cache.lengths = all.lengths;
     cache.struct_size = 41;
-    REFUSED(KVL_ERR_STRUCT_SIZE, "kvl_cache.struct_size is 41", kvl_cache_advance(&cache, zeros));
+    REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_cache.struct_size is 41", kvl_cache_advance(&cache, zeros));
     cache.struct_size = sizeof cache;
     cache.num_layers = 0;
-    REFUSED(KVL_ERR_SHAPE, "no layers", kvl_cache_reorder_workspace_size(&cache, NULL, &bytes));
+    REFUSED(KVL_STATUS_SHAPE, "no layers", kvl_cache_reorder_workspace_size(&cache, NULL, &bytes));
     cache.num_layers = 2;
     /* The last layer is bad, the first must not notice. */
     layers[1].k.dtype = 9;
-    REFUSED(KVL_ERR_INVALID_ENUM, "layer 1: k.dtype is 9", kvl_cache_reset(NULL, &cache, zeros, 1, 1));
+    REFUSED(KVL_STATUS_INVALID_ENUM, "layer 1: k.dtype is 9", kvl_cache_reset(NULL, &cache, zeros, 1, 1));
     layers[1].k = layers[0].v;
-    REFUSED(KVL_ERR_OVERLAP, "v of layer 0", kvl_cache_reset(NULL, &cache, zeros, 1, 1));
+    REFUSED(KVL_STATUS_OVERLAP, "v of layer 0", kvl_cache_reset(NULL, &cache, zeros, 1, 1));
     layers[1].k = layers[0].k;
     layers[1].k.data = NULL;
-    REFUSED(KVL_ERR_NULL_POINTER, "layer 1: k", kvl_cache_reset(NULL, &cache, zeros, 1, 1));
+    REFUSED(KVL_STATUS_NULL_POINTER, "layer 1: k", kvl_cache_reset(NULL, &cache, zeros, 1, 1));
     layers[1].k.data = all.k[1];
     layers[1].k.bytes = sizeof all.k[1] - 1;
-    REFUSED(KVL_ERR_BOUNDS, "layer 1: k", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 0));
+    REFUSED(KVL_STATUS_BOUNDS, "layer 1: k", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 0));
 }
 
 static void shards(void) {
@@ -294,7 +294,7 @@ static void shards(void) {
     int64_t first = -1, count = -1, heads[4] = {-1, -1, -1, -1};
     int32_t lengths[2] = {1500, 700}, local[3][2], slots[4] = {9, 9, 9, 9};
     static const int32_t position[1] = {1022};
-    kvl_view whole = kvl_make_view(all.v, KVL_F32, ROWS, SLOTS, HEADS, D), part;
+    kvl_view whole = kvl_make_view(all.v, KVL_DTYPE_F32, ROWS, SLOTS, HEADS, D), part;
     OK(kvl_shard_rows(&shard, 7, &first, &count));
     CHECK(first == 0 && count == 7, "the default is the whole, not %d of %d", (int)first, (int)count);
     shard.num_data = 2;
@@ -322,17 +322,17 @@ static void shards(void) {
 
     first = -1;
     shard.model = 4;
-    REFUSED(KVL_ERR_OUT_OF_RANGE, "model is 4", kvl_shard_rows(&shard, 7, &first, &count));
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "model is 4", kvl_shard_rows(&shard, 7, &first, &count));
     shard.model = 0;
-    REFUSED(KVL_ERR_NULL_POINTER, "count is null", kvl_shard_keys(&shard, 7, &first, NULL));
-    REFUSED(KVL_ERR_SHAPE, "capacity is -1", kvl_shard_keys(&shard, -1, &first, &count));
-    REFUSED(KVL_ERR_SHAPE, "5 query heads", kvl_shard_heads(&shard, 5, 2, heads, heads, heads, heads));
-    REFUSED(KVL_ERR_OUT_OF_RANGE, "rank is 16", kvl_shard_from_rank(16, &shard));
-    REFUSED(KVL_ERR_OVERLAP, "share memory",
+    REFUSED(KVL_STATUS_NULL_POINTER, "count is null", kvl_shard_keys(&shard, 7, &first, NULL));
+    REFUSED(KVL_STATUS_SHAPE, "capacity is -1", kvl_shard_keys(&shard, -1, &first, &count));
+    REFUSED(KVL_STATUS_SHAPE, "5 query heads", kvl_shard_heads(&shard, 5, 2, heads, heads, heads, heads));
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "rank is 16", kvl_shard_from_rank(16, &shard));
+    REFUSED(KVL_STATUS_OVERLAP, "share memory",
             kvl_shard_lengths(0, 9, 2, 1, lengths, NULL, NULL, local[0], local[0], local[2]));
-    REFUSED(KVL_ERR_OUT_OF_RANGE, "no span", kvl_shard_slots(0, INT64_MAX, 1, 4, position, slots));
-    REFUSED(KVL_ERR_SHAPE, "1 + 2", kvl_shard_view(&whole, 2, 1, 2, &part));
-    REFUSED(KVL_ERR_INVALID_ENUM, "axis is 4", kvl_shard_view(&whole, 4, 0, 1, &part));
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "no span", kvl_shard_slots(0, INT64_MAX, 1, 4, position, slots));
+    REFUSED(KVL_STATUS_SHAPE, "1 + 2", kvl_shard_view(&whole, 2, 1, 2, &part));
+    REFUSED(KVL_STATUS_INVALID_ENUM, "axis is 4", kvl_shard_view(&whole, 4, 0, 1, &part));
     CHECK(first == -1, "%d", (int)first);
 }
 

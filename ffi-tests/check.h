@@ -31,7 +31,7 @@ static inline const char *sentence(void) {
 #define OK(call)                                                                                                       \
     do {                                                                                                               \
         kvl_status status_ = (call);                                                                                   \
-        CHECK(status_ == KVL_OK, "%s: %s", kvl_status_string(status_), sentence());                                    \
+        CHECK(status_ == KVL_STATUS_OK, "%s: %s", kvl_status_string(status_), sentence());                             \
     } while (0)
 
 #define NEAR(value, wanted, tolerance)                                                                                 \

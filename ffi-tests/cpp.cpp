@@ -29,8 +29,8 @@ int main() {
     const kvlane::context scalar(KVL_ISA_SCALAR);
     kvlane::context context;
     expect(scalar.isa() == KVL_ISA_SCALAR, "scalar");
-    expect(std::string(scalar.kernel_name(KVL_OP_ATTENTION, KVL_F16, KVL_F16)) == "attention_f16_scalar", "kernel name");
-    refused(KVL_ERR_INVALID_ENUM, "max_isa is 50", [] { kvlane::context none(50); });
+    expect(std::string(scalar.kernel_name(KVL_OP_ATTENTION, KVL_DTYPE_F16, KVL_DTYPE_F16)) == "attention_f16_scalar", "kernel name");
+    refused(KVL_STATUS_INVALID_ENUM, "max_isa is 50", [] { kvlane::context none(50); });
 
     // RoPE, then a write, then attention over the two tokens; one head of four.
     kvl_rope_frequencies_params scaling = KVL_ROPE_FREQUENCIES_PARAMS_INIT;
@@ -38,7 +38,7 @@ int main() {
     const kvlane::frequencies frequencies = kvlane::rope_frequencies(scaling);
     expect(frequencies.inv_freq.size() == 2 && frequencies.magnitude == 1, "frequencies");
     scaling.rotary_dim = 0;
-    refused(KVL_ERR_INVALID_VALUE, "rotary_dim", [&] { kvlane::rope_frequencies(scaling); });
+    refused(KVL_STATUS_INVALID_VALUE, "rotary_dim", [&] { kvlane::rope_frequencies(scaling); });
 
     const std::int32_t position = 1;
     std::vector<float> q = {1, 2, 3, 4};
@@ -63,13 +63,13 @@ int main() {
     expect(v_cache[4].bits == 0x3f80, "1 in bfloat16");
     write.positions = &length;
     kvlane::kv_write(context, write);
-    refused(KVL_ERR_CAPACITY, "position 3", [&] {
+    refused(KVL_STATUS_CAPACITY, "position 3", [&] {
         const std::int32_t late = 3;
         write.positions = &late;
         kvlane::kv_write(context, write);
     });
     // The containers say how long they are.
-    refused(KVL_ERR_BOUNDS, "k_cache", [&] {
+    refused(KVL_STATUS_BOUNDS, "k_cache", [&] {
         write.k_cache = kvlane::view(k_cache, {1, 5, 1, 4});
         kvlane::kv_write(context, write);
     });
@@ -109,11 +109,11 @@ int main() {
         p.layout = &paged;
         p.lengths = one.data();
         kvlane::plan plan(p);
-        refused(KVL_ERR_OUT_OF_RANGE, "pages[0, 1] is -1", [&] { plan.advance({1}); });
+        refused(KVL_STATUS_OUT_OF_RANGE, "pages[0, 1] is -1", [&] { plan.advance({1}); });
         plan.set_table(0, 1, {1});
         plan.advance({1});
-        refused(KVL_ERR_SHAPE, "counts has 2 entries", [&] { plan.advance({1, 1}); });
-        refused(KVL_ERR_INVALID_VALUE, "both plan and layout", [&] {
+        refused(KVL_STATUS_SHAPE, "counts has 2 entries", [&] { plan.advance({1, 1}); });
+        refused(KVL_STATUS_INVALID_VALUE, "both plan and layout", [&] {
             p.plan = plan.get();
             kvlane::attention(context, workspace, p);
         });
@@ -137,9 +137,9 @@ int main() {
             kvlane::attention(context, workspace, p);
             close("another layout");
         }
-        refused(KVL_ERR_SHAPE, "3 and 2", [&] { kvlane::paged_layout({0, 1, 2}, 2); });
+        refused(KVL_STATUS_SHAPE, "3 and 2", [&] { kvlane::paged_layout({0, 1, 2}, 2); });
         p = attention;
-        refused(KVL_ERR_INVALID_VALUE, "out is given", [&] { kvlane::attention_chunks(context, workspace, p); });
+        refused(KVL_STATUS_INVALID_VALUE, "out is given", [&] { kvlane::attention_chunks(context, workspace, p); });
         p.out = {};
         p.lse = nullptr;
         const std::vector<float> first = kvlane::attention_chunks(context, workspace, p);
@@ -153,7 +153,7 @@ int main() {
         kvlane::merge_chunks(context, workspace, merge);
         close("the chunks of a span");
         merge.kv_heads = 0;
-        refused(KVL_ERR_SHAPE, "kv_heads = 0", [&] { kvlane::merge_chunks(context, workspace, merge); });
+        refused(KVL_STATUS_SHAPE, "kv_heads = 0", [&] { kvlane::merge_chunks(context, workspace, merge); });
         p = attention;
         p.k = kvl_as_const(kvlane::view(k_cache.data() + 4, {1, 1, 1, 4}));
         p.v = kvl_as_const(kvlane::view(v_cache.data() + 4, {1, 1, 1, 4}));
@@ -183,7 +183,7 @@ int main() {
     expect(pairs == std::vector<float>{3, 0, 4, 0}, "pack");
     kvlane::unpack_row_pairs(context, kvlane::view(std::as_const(pairs), {1, 1, 1, 4}), kvlane::view(apart, {1, 2, 1, 2}));
     expect(apart == heads, "unpack");
-    expect(context.v_packing(KVL_F32) == KVL_PACK_ROWS, "packing");
+    expect(context.v_packing(KVL_DTYPE_F32) == KVL_PACKING_ROWS, "packing");
 
     // Every second element, and two states that are the same.
     std::vector<float> spread(8), merged(4), joint(1);
@@ -219,8 +219,8 @@ int main() {
     kvlane::cache_reset(cache, {1}, true);
     kvlane::cache_set_lengths(cache, {0, 1}, {4, 2});
     expect(lengths == kvlane::list({4, 2}) && keys[8] == 0 && keys[2] == 4, "reset");
-    refused(KVL_ERR_CAPACITY, "row 0 has 4", [&] { kvlane::cache_advance(cache, {1, 0}); });
-    refused(KVL_ERR_SHAPE, "1 and 2", [&] { kvlane::cache_set_lengths(cache, {0}, {4, 2}); });
+    refused(KVL_STATUS_CAPACITY, "row 0 has 4", [&] { kvlane::cache_advance(cache, {1, 0}); });
+    refused(KVL_STATUS_SHAPE, "1 and 2", [&] { kvlane::cache_set_lengths(cache, {0}, {4, 2}); });
     kvlane::cache_copy_pages(context, layers, {{0, 1}});
     expect(keys[10] == 4, "copied a page");
     kvlane::list table = {1, -1}, map(2);
@@ -261,14 +261,14 @@ int main() {
     kvlane::repeat_kv(context, src, to(two), threads.runner());
     expect(calls == 1 && one == two, "threads");
     kvlane::parallel_for broken(2, [](std::size_t, kvlane::task) { throw std::runtime_error("no threads today"); });
-    refused(KVL_ERR_PARALLEL, "runner", [&] { kvlane::repeat_kv(context, src, to(two), broken.runner()); });
+    refused(KVL_STATUS_PARALLEL, "runner", [&] { kvlane::repeat_kv(context, src, to(two), broken.runner()); });
     try {
         kvlane::thread_pool pool(2);
         std::fill(two.begin(), two.end(), 0.0f);
         kvlane::repeat_kv(context, src, to(two), pool.runner());
         expect(one == two, "pool");
     } catch (const kvlane::error &e) {
-        expect(e.status() == KVL_ERR_UNSUPPORTED, e.what());
+        expect(e.status() == KVL_STATUS_UNSUPPORTED, e.what());
     }
 
     // A context can be moved and not copied.

@@ -30,7 +30,7 @@ static void fail(const char *what) {
 
 static void check(kvl_status status) {
     char sentence[1024];
-    if (status != KVL_OK) {
+    if (status != KVL_STATUS_OK) {
         kvl_last_error(sentence, sizeof sentence);
         fail(sentence);
     }
@@ -154,7 +154,7 @@ typedef struct decoder {
 /* Views into the buffer that the fused projection fills: nothing is taken apart. */
 static kvl_view part(const decoder *d, int n, int first_head, int heads) {
     int width = (d->m.heads + 2 * d->m.kv_heads) * d->m.head_dim;
-    kvl_view view = kvl_make_view(d->qkv + first_head * d->m.head_dim, KVL_F32, 1, n, heads, d->m.head_dim);
+    kvl_view view = kvl_make_view(d->qkv + first_head * d->m.head_dim, KVL_DTYPE_F32, 1, n, heads, d->m.head_dim);
     view.strides[0] = (int64_t)n * width;
     view.strides[1] = width;
     return view;
@@ -165,8 +165,8 @@ static kvl_attention_params attention_params(const decoder *d, int n) {
     kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
     p.q = kvl_as_const(part(d, n, 0, m->heads));
     p.k = p.v = kvl_make_const_view(NULL, d->kv_type, 1, d->capacity, m->kv_heads, m->head_dim);
-    p.out = kvl_make_view(d->attn, KVL_F32, 1, n, m->heads, m->head_dim);
-    p.flags = KVL_CAUSAL;
+    p.out = kvl_make_view(d->attn, KVL_DTYPE_F32, 1, n, m->heads, m->head_dim);
+    p.flags = KVL_ATTENTION_FLAG_CAUSAL;
     return p;
 }
 

@@ -24,7 +24,7 @@ static int stained(void) {
         kvl_status got_;                                                                                               \
         paint();                                                                                                       \
         got_ = (call);                                                                                                 \
-        CHECK(got_ == (wanted), "%s", got_ == KVL_OK ? "accepted" : sentence());                                       \
+        CHECK(got_ == (wanted), "%s", got_ == KVL_STATUS_OK ? "accepted" : sentence());                                       \
         CHECK(strstr(sentence(), (text)) != NULL, "no \"%s\" in: %s", (text), sentence());                             \
         CHECK(!stained(), "something was written");                                                                    \
     } while (0)
@@ -36,7 +36,7 @@ static void last_error(void) {
     size_t needed;
     kvl_context *none = NULL;
     CHECK(kvl_last_error(NULL, 0) == 1, "no error yet, but: %s", sentence());
-    CHECK(kvl_context_create(NULL, NULL) == KVL_ERR_NULL_POINTER, "-");
+    CHECK(kvl_context_create(NULL, NULL) == KVL_STATUS_NULL_POINTER, "-");
     needed = kvl_last_error(NULL, 0);
     CHECK(needed == strlen("the pointer context is null") + 1, "%d", (int)needed);
     memset(small, 'x', sizeof small);
@@ -52,67 +52,67 @@ static void contexts(void) {
     kvl_context **made = (kvl_context **)&output.pointer;
     kvl_context_params params = KVL_CONTEXT_PARAMS_INIT;
     params.struct_size = 0;
-    REFUSED(KVL_ERR_STRUCT_SIZE, "kvl_context_params.struct_size is 0", kvl_context_create(&params, made));
+    REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_context_params.struct_size is 0", kvl_context_create(&params, made));
     params.struct_size = sizeof params + 8;
-    REFUSED(KVL_ERR_STRUCT_SIZE, "is 24", kvl_context_create(&params, made));
+    REFUSED(KVL_STATUS_STRUCT_SIZE, "is 24", kvl_context_create(&params, made));
     params.struct_size = sizeof params;
     params.max_isa = 99;
-    REFUSED(KVL_ERR_INVALID_ENUM, "max_isa is 99", kvl_context_create(&params, made));
+    REFUSED(KVL_STATUS_INVALID_ENUM, "max_isa is 99", kvl_context_create(&params, made));
     params.max_isa = -1;
-    REFUSED(KVL_ERR_INVALID_ENUM, "max_isa is -1", kvl_context_create(&params, made));
+    REFUSED(KVL_STATUS_INVALID_ENUM, "max_isa is -1", kvl_context_create(&params, made));
     /* One of these two is of another architecture. */
     params.max_isa = kvl_isa_available(KVL_ISA_NEON) ? KVL_ISA_AVX2 : KVL_ISA_NEON;
-    REFUSED(KVL_ERR_UNSUPPORTED, kvl_isa_name(params.max_isa), kvl_context_create(&params, made));
+    REFUSED(KVL_STATUS_UNSUPPORTED, kvl_isa_name(params.max_isa), kvl_context_create(&params, made));
     params.max_isa = KVL_ISA_BEST;
     params.reserved = 1;
-    REFUSED(KVL_ERR_INVALID_ENUM, "reserved is 1", kvl_context_create(&params, made));
+    REFUSED(KVL_STATUS_INVALID_ENUM, "reserved is 1", kvl_context_create(&params, made));
 
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_context_isa(NULL, (kvl_isa *)output.bytes));
-    REFUSED(KVL_ERR_NULL_POINTER, "isa", kvl_context_isa(context, NULL));
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_isa(NULL, (kvl_isa *)output.bytes));
+    REFUSED(KVL_STATUS_NULL_POINTER, "isa", kvl_context_isa(context, NULL));
     {
         const char **name = (const char **)&output.pointer;
-        REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_context_kernel_name(NULL, KVL_OP_ROPE, KVL_F32, KVL_F32, name));
-        REFUSED(KVL_ERR_NULL_POINTER, "name", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_F32, KVL_F32, NULL));
-        REFUSED(KVL_ERR_INVALID_ENUM, "op is 7", kvl_context_kernel_name(context, 7, KVL_F32, KVL_F32, name));
-        REFUSED(KVL_ERR_INVALID_ENUM, "src is 3", kvl_context_kernel_name(context, KVL_OP_ROPE, 3, KVL_F32, name));
-        REFUSED(KVL_ERR_INVALID_ENUM, "dst is -2", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_F32, -2, name));
-        REFUSED(KVL_ERR_DTYPE, "attention from f32 to f16",
-                kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_F32, KVL_F16, name));
+        REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_kernel_name(NULL, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
+        REFUSED(KVL_STATUS_NULL_POINTER, "name", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, NULL));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "op is 7", kvl_context_kernel_name(context, 7, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "src is 3", kvl_context_kernel_name(context, KVL_OP_ROPE, 3, KVL_DTYPE_F32, name));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "dst is -2", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, -2, name));
+        REFUSED(KVL_STATUS_DTYPE, "attention from f32 to f16",
+                kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_DTYPE_F32, KVL_DTYPE_F16, name));
     }
     {
         kvl_packing *packing = (kvl_packing *)output.bytes;
-        REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_context_v_packing(NULL, KVL_BF16, packing));
-        REFUSED(KVL_ERR_NULL_POINTER, "packing", kvl_context_v_packing(context, KVL_BF16, NULL));
-        REFUSED(KVL_ERR_INVALID_ENUM, "dtype is 3", kvl_context_v_packing(context, 3, packing));
+        REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_v_packing(NULL, KVL_DTYPE_BF16, packing));
+        REFUSED(KVL_STATUS_NULL_POINTER, "packing", kvl_context_v_packing(context, KVL_DTYPE_BF16, NULL));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "dtype is 3", kvl_context_v_packing(context, 3, packing));
     }
     {
         kvl_kernel_info info = KVL_KERNEL_INFO_INIT;
-        REFUSED(KVL_ERR_NULL_POINTER, "kvl_kernel_info", kvl_kernel_info_at(0, NULL));
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kernel_info", kvl_kernel_info_at(0, NULL));
         /* A struct of the size that the paint spells. */
-        REFUSED(KVL_ERR_STRUCT_SIZE, "kvl_kernel_info", kvl_kernel_info_at(0, (kvl_kernel_info *)output.bytes));
+        REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_kernel_info", kvl_kernel_info_at(0, (kvl_kernel_info *)output.bytes));
         info.name = NULL;
-        REFUSED(KVL_ERR_OUT_OF_RANGE, "no kernel 1000", kvl_kernel_info_at(1000, &info));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "no kernel 1000", kvl_kernel_info_at(1000, &info));
         CHECK(info.name == NULL, "written");
     }
 }
 
 static void runners(void) {
     kvl_parallel_runner runner = KVL_PARALLEL_RUNNER_INIT;
-    kvl_const_view src = kvl_make_const_view(NULL, KVL_F32, 0, 1, 1, 1);
-    kvl_view dst = kvl_make_view(NULL, KVL_F32, 0, 1, 1, 1);
-    REFUSED(KVL_ERR_NULL_POINTER, "run is null", kvl_repeat_kv(context, &runner, &src, &dst));
+    kvl_const_view src = kvl_make_const_view(NULL, KVL_DTYPE_F32, 0, 1, 1, 1);
+    kvl_view dst = kvl_make_view(NULL, KVL_DTYPE_F32, 0, 1, 1, 1);
+    REFUSED(KVL_STATUS_NULL_POINTER, "run is null", kvl_repeat_kv(context, &runner, &src, &dst));
     runner.struct_size = 8;
-    REFUSED(KVL_ERR_STRUCT_SIZE, "kvl_parallel_runner", kvl_repeat_kv(context, &runner, &src, &dst));
-    REFUSED(KVL_ERR_NULL_POINTER, "pool", kvl_thread_pool_create(1, NULL));
-    REFUSED(KVL_ERR_INVALID_VALUE, "num_threads", kvl_thread_pool_create(1000000, (kvl_thread_pool **)&output.pointer));
-    REFUSED(KVL_ERR_NULL_POINTER, "pool", kvl_thread_pool_runner(NULL, (kvl_parallel_runner *)output.bytes));
+    REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_parallel_runner", kvl_repeat_kv(context, &runner, &src, &dst));
+    REFUSED(KVL_STATUS_NULL_POINTER, "pool", kvl_thread_pool_create(1, NULL));
+    REFUSED(KVL_STATUS_INVALID_VALUE, "num_threads", kvl_thread_pool_create(1000000, (kvl_thread_pool **)&output.pointer));
+    REFUSED(KVL_STATUS_NULL_POINTER, "pool", kvl_thread_pool_runner(NULL, (kvl_parallel_runner *)output.bytes));
     kvl_thread_pool_destroy(NULL);
 }
 
 static void views(void) {
     static float x[64];
-    kvl_const_view good_src = kvl_make_const_view(x, KVL_F32, 1, 2, 2, 4), src = good_src;
-    kvl_view good_dst = kvl_make_view(output.floats, KVL_F32, 1, 2, 4, 4), dst = good_dst;
+    kvl_const_view good_src = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 2, 2, 4), src = good_src;
+    kvl_view good_dst = kvl_make_view(output.floats, KVL_DTYPE_F32, 1, 2, 4, 4), dst = good_dst;
     kvl_parallel_runner *none = NULL;
 #define TRY(status, text)                                                                                              \
     do {                                                                                                               \
@@ -120,60 +120,60 @@ static void views(void) {
         src = good_src;                                                                                                \
         dst = good_dst;                                                                                                \
     } while (0)
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_repeat_kv(NULL, none, &src, &dst));
-    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_repeat_kv(context, none, NULL, &dst));
-    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_repeat_kv(context, none, &src, NULL));
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_repeat_kv(NULL, none, &src, &dst));
+    REFUSED(KVL_STATUS_NULL_POINTER, "src", kvl_repeat_kv(context, none, NULL, &dst));
+    REFUSED(KVL_STATUS_NULL_POINTER, "dst", kvl_repeat_kv(context, none, &src, NULL));
     src.data = NULL;
-    TRY(KVL_ERR_NULL_POINTER, "src");
+    TRY(KVL_STATUS_NULL_POINTER, "src");
     dst.data = NULL;
-    TRY(KVL_ERR_NULL_POINTER, "dst");
+    TRY(KVL_STATUS_NULL_POINTER, "dst");
     src.dtype = 3;
-    TRY(KVL_ERR_INVALID_ENUM, "src.dtype is 3");
+    TRY(KVL_STATUS_INVALID_ENUM, "src.dtype is 3");
     dst.dtype = -1;
-    TRY(KVL_ERR_INVALID_ENUM, "dst.dtype is -1");
+    TRY(KVL_STATUS_INVALID_ENUM, "dst.dtype is -1");
     src.reserved = 5;
-    TRY(KVL_ERR_INVALID_ENUM, "src.reserved is 5");
+    TRY(KVL_STATUS_INVALID_ENUM, "src.reserved is 5");
     src.shape[1] = -2;
-    TRY(KVL_ERR_SHAPE, "src has seq = -2, which is negative");
+    TRY(KVL_STATUS_SHAPE, "src has seq = -2, which is negative");
     dst.shape[0] = INT64_MIN;
-    TRY(KVL_ERR_SHAPE, "dst has batch = -9223372036854775808");
+    TRY(KVL_STATUS_SHAPE, "dst has batch = -9223372036854775808");
     src.shape[0] = (int64_t)1 << 31;
-    TRY(KVL_ERR_SHAPE, "2147483648");
+    TRY(KVL_STATUS_SHAPE, "2147483648");
     src.shape[1] = 3;
-    TRY(KVL_ERR_SHAPE, "seq = 3");
+    TRY(KVL_STATUS_SHAPE, "seq = 3");
     dst.shape[2] = 3;
-    TRY(KVL_ERR_SHAPE, "3 heads, which is no multiple of the 2");
-    dst.dtype = KVL_F16;
-    TRY(KVL_ERR_DTYPE, "f16");
+    TRY(KVL_STATUS_SHAPE, "3 heads, which is no multiple of the 2");
+    dst.dtype = KVL_DTYPE_F16;
+    TRY(KVL_STATUS_DTYPE, "f16");
     src.data = (const char *)x + 2;
-    TRY(KVL_ERR_BOUNDS, "not aligned");
+    TRY(KVL_STATUS_BOUNDS, "not aligned");
     /* A negative stride times a huge shape, and everything that overflows. */
     src.shape[0] = INT32_MAX;
     src.strides[0] = INT64_MIN;
-    TRY(KVL_ERR_STRIDE, "src");
+    TRY(KVL_STATUS_STRIDE, "src");
     dst.shape[0] = INT32_MAX;
     dst.strides[0] = -((int64_t)1 << 40);
-    TRY(KVL_ERR_STRIDE, "dst");
+    TRY(KVL_STATUS_STRIDE, "dst");
     dst.strides[1] = INT64_MAX;
-    TRY(KVL_ERR_STRIDE, "dst");
+    TRY(KVL_STATUS_STRIDE, "dst");
     /* Downwards out of the address space. */
     src.strides[1] = -((int64_t)1 << 60);
-    TRY(KVL_ERR_STRIDE, "address space");
+    TRY(KVL_STATUS_STRIDE, "address space");
     /* Buffers that are too short. */
     src.bytes = 63;
-    TRY(KVL_ERR_BOUNDS, "byte 64 of a buffer of 63");
+    TRY(KVL_STATUS_BOUNDS, "byte 64 of a buffer of 63");
     dst.bytes = 127;
-    TRY(KVL_ERR_BOUNDS, "byte 128 of a buffer of 127");
+    TRY(KVL_STATUS_BOUNDS, "byte 128 of a buffer of 127");
     src.bytes = 64;
     src.strides[1] = -8;
-    TRY(KVL_ERR_BOUNDS, "before the start");
+    TRY(KVL_STATUS_BOUNDS, "before the start");
     /* Elements of an output on top of each other, and outputs on top of inputs. */
     dst.strides[2] = 0;
-    TRY(KVL_ERR_STRIDE, "share memory");
+    TRY(KVL_STATUS_STRIDE, "share memory");
     dst.strides[1] = 15;
-    TRY(KVL_ERR_STRIDE, "share memory");
+    TRY(KVL_STATUS_STRIDE, "share memory");
     src.data = output.floats + 31;
-    TRY(KVL_ERR_OVERLAP, "src and dst share memory");
+    TRY(KVL_STATUS_OVERLAP, "src and dst share memory");
 #undef TRY
     paint();
     OK(kvl_repeat_kv(context, none, &src, &dst));
@@ -189,54 +189,54 @@ static void frequencies(void) {
         REFUSED(status, text, kvl_rope_frequencies(&p, inv_freq, 4, magnitude));                                       \
         p = good;                                                                                                      \
     } while (0)
-    REFUSED(KVL_ERR_NULL_POINTER, "params", kvl_rope_frequencies(NULL, inv_freq, 4, magnitude));
-    REFUSED(KVL_ERR_NULL_POINTER, "inv_freq", kvl_rope_frequencies(&p, NULL, 4, magnitude));
-    REFUSED(KVL_ERR_NULL_POINTER, "magnitude", kvl_rope_frequencies(&p, inv_freq, 4, NULL));
-    REFUSED(KVL_ERR_SHAPE, "pairs is 5", kvl_rope_frequencies(&p, inv_freq, 5, magnitude));
-    REFUSED(KVL_ERR_SHAPE, "pairs is -1", kvl_rope_frequencies(&p, inv_freq, -1, magnitude));
+    REFUSED(KVL_STATUS_NULL_POINTER, "params", kvl_rope_frequencies(NULL, inv_freq, 4, magnitude));
+    REFUSED(KVL_STATUS_NULL_POINTER, "inv_freq", kvl_rope_frequencies(&p, NULL, 4, magnitude));
+    REFUSED(KVL_STATUS_NULL_POINTER, "magnitude", kvl_rope_frequencies(&p, inv_freq, 4, NULL));
+    REFUSED(KVL_STATUS_SHAPE, "pairs is 5", kvl_rope_frequencies(&p, inv_freq, 5, magnitude));
+    REFUSED(KVL_STATUS_SHAPE, "pairs is -1", kvl_rope_frequencies(&p, inv_freq, -1, magnitude));
     p.struct_size--;
-    TRY(KVL_ERR_STRUCT_SIZE, "kvl_rope_frequencies_params");
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_rope_frequencies_params");
     p.rotary_dim = 7;
-    TRY(KVL_ERR_INVALID_VALUE, "rotary_dim is 7");
+    TRY(KVL_STATUS_INVALID_VALUE, "rotary_dim is 7");
     p.rotary_dim = -8;
-    TRY(KVL_ERR_SHAPE, "rotary_dim is -8");
+    TRY(KVL_STATUS_SHAPE, "rotary_dim is -8");
     p.rotary_dim = INT64_MAX;
-    TRY(KVL_ERR_INVALID_VALUE, "rotary_dim");
+    TRY(KVL_STATUS_INVALID_VALUE, "rotary_dim");
     p.scaling = 6;
-    TRY(KVL_ERR_INVALID_ENUM, "scaling is 6");
+    TRY(KVL_STATUS_INVALID_ENUM, "scaling is 6");
     p.keep_ramp = 2;
-    TRY(KVL_ERR_INVALID_ENUM, "keep_ramp is 2");
+    TRY(KVL_STATUS_INVALID_ENUM, "keep_ramp is 2");
     p.base = -1;
-    TRY(KVL_ERR_INVALID_VALUE, "base");
+    TRY(KVL_STATUS_INVALID_VALUE, "base");
     p.base = NAN;
-    TRY(KVL_ERR_INVALID_VALUE, "base");
-    p.scaling = KVL_ROPE_LINEAR; /* Without a factor. */
-    TRY(KVL_ERR_INVALID_VALUE, "factor");
-    p.scaling = KVL_ROPE_LONGROPE;
-    TRY(KVL_ERR_NULL_POINTER, "factors");
+    TRY(KVL_STATUS_INVALID_VALUE, "base");
+    p.scaling = KVL_ROPE_SCALING_LINEAR; /* Without a factor. */
+    TRY(KVL_STATUS_INVALID_VALUE, "factor");
+    p.scaling = KVL_ROPE_SCALING_LONGROPE;
+    TRY(KVL_STATUS_NULL_POINTER, "factors");
 #undef TRY
 }
 
 static void table(void) {
     static double inv_freq[] = {1, 2};
     float *c = output.floats, *s = output.floats + 64;
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_rope_table(NULL, inv_freq, 4, 1, 0, 2, c, s));
-    REFUSED(KVL_ERR_NULL_POINTER, "inv_freq", kvl_rope_table(context, NULL, 4, 1, 0, 2, c, s));
-    REFUSED(KVL_ERR_NULL_POINTER, "table", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, NULL, s));
-    REFUSED(KVL_ERR_NULL_POINTER, "table", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, c, NULL));
-    REFUSED(KVL_ERR_INVALID_VALUE, "rotary_dim is 3", kvl_rope_table(context, inv_freq, 3, 1, 0, 2, c, s));
-    REFUSED(KVL_ERR_SHAPE, "rows is -2", kvl_rope_table(context, inv_freq, 4, 1, 0, -2, c, s));
-    REFUSED(KVL_ERR_OUT_OF_RANGE, "2^52", kvl_rope_table(context, inv_freq, 4, 1, INT64_MIN, 2, c, s));
-    REFUSED(KVL_ERR_INVALID_VALUE, "magnitude", kvl_rope_table(context, inv_freq, 4, NAN, 0, 2, c, s));
-    REFUSED(KVL_ERR_OVERLAP, "cos and sin", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, c, c + 3));
-    REFUSED(KVL_ERR_OVERLAP, "inv_freq", kvl_rope_table(context, (double *)(void *)s, 4, 1, 0, 2, c, s));
-    REFUSED(KVL_ERR_BOUNDS, "aligned", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, (float *)(void *)(output.bytes + 1), s));
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_rope_table(NULL, inv_freq, 4, 1, 0, 2, c, s));
+    REFUSED(KVL_STATUS_NULL_POINTER, "inv_freq", kvl_rope_table(context, NULL, 4, 1, 0, 2, c, s));
+    REFUSED(KVL_STATUS_NULL_POINTER, "table", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, NULL, s));
+    REFUSED(KVL_STATUS_NULL_POINTER, "table", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, c, NULL));
+    REFUSED(KVL_STATUS_INVALID_VALUE, "rotary_dim is 3", kvl_rope_table(context, inv_freq, 3, 1, 0, 2, c, s));
+    REFUSED(KVL_STATUS_SHAPE, "rows is -2", kvl_rope_table(context, inv_freq, 4, 1, 0, -2, c, s));
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "2^52", kvl_rope_table(context, inv_freq, 4, 1, INT64_MIN, 2, c, s));
+    REFUSED(KVL_STATUS_INVALID_VALUE, "magnitude", kvl_rope_table(context, inv_freq, 4, NAN, 0, 2, c, s));
+    REFUSED(KVL_STATUS_OVERLAP, "cos and sin", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, c, c + 3));
+    REFUSED(KVL_STATUS_OVERLAP, "inv_freq", kvl_rope_table(context, (double *)(void *)s, 4, 1, 0, 2, c, s));
+    REFUSED(KVL_STATUS_BOUNDS, "aligned", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, (float *)(void *)(output.bytes + 1), s));
     inv_freq[1] = INFINITY;
-    REFUSED(KVL_ERR_INVALID_VALUE, "inv_freq[1]", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, c, s));
+    REFUSED(KVL_STATUS_INVALID_VALUE, "inv_freq[1]", kvl_rope_table(context, inv_freq, 4, 1, 0, 2, c, s));
     inv_freq[1] = 2;
-    REFUSED(KVL_ERR_NULL_POINTER, "slopes", kvl_alibi_slopes(NULL, 3));
-    REFUSED(KVL_ERR_SHAPE, "heads is -3", kvl_alibi_slopes(c, -3));
-    REFUSED(KVL_ERR_SHAPE, "address space", kvl_alibi_slopes(c, INT64_MAX));
+    REFUSED(KVL_STATUS_NULL_POINTER, "slopes", kvl_alibi_slopes(NULL, 3));
+    REFUSED(KVL_STATUS_SHAPE, "heads is -3", kvl_alibi_slopes(c, -3));
+    REFUSED(KVL_STATUS_SHAPE, "address space", kvl_alibi_slopes(c, INT64_MAX));
 }
 
 static void rope(void) {
@@ -244,8 +244,8 @@ static void rope(void) {
     static const double inv_freq[] = {1, 2};
     static const float table[8];
     static const int32_t offsets[] = {2}, positions[] = {0, 4};
-    kvl_const_view src = kvl_make_const_view(x, KVL_F32, 1, 2, 2, 4);
-    kvl_view dst = kvl_make_view(output.floats, KVL_F32, 1, 2, 2, 4), good_dst = dst;
+    kvl_const_view src = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 2, 2, 4);
+    kvl_view dst = kvl_make_view(output.floats, KVL_DTYPE_F32, 1, 2, 2, 4), good_dst = dst;
     kvl_rope_params good = KVL_ROPE_PARAMS_INIT, p;
     good.rotary_dim = 4;
     good.inv_freq = inv_freq;
@@ -257,60 +257,60 @@ static void rope(void) {
         p = good;                                                                                                      \
         dst = good_dst;                                                                                                \
     } while (0)
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_rope(NULL, NULL, &src, &dst, &p));
-    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_rope(context, NULL, NULL, &dst, &p));
-    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_rope(context, NULL, &src, NULL, &p));
-    REFUSED(KVL_ERR_NULL_POINTER, "kvl_rope_params", kvl_rope(context, NULL, &src, &dst, NULL));
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_rope(NULL, NULL, &src, &dst, &p));
+    REFUSED(KVL_STATUS_NULL_POINTER, "src", kvl_rope(context, NULL, NULL, &dst, &p));
+    REFUSED(KVL_STATUS_NULL_POINTER, "dst", kvl_rope(context, NULL, &src, NULL, &p));
+    REFUSED(KVL_STATUS_NULL_POINTER, "kvl_rope_params", kvl_rope(context, NULL, &src, &dst, NULL));
     p.struct_size = 1;
-    TRY(KVL_ERR_STRUCT_SIZE, "kvl_rope_params.struct_size is 1");
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_rope_params.struct_size is 1");
     p.reserved = 1;
-    TRY(KVL_ERR_INVALID_ENUM, "reserved");
+    TRY(KVL_STATUS_INVALID_ENUM, "reserved");
     p.pairing = 2;
-    TRY(KVL_ERR_INVALID_ENUM, "pairing is 2");
+    TRY(KVL_STATUS_INVALID_ENUM, "pairing is 2");
     p.rotary_dim = 3;
-    TRY(KVL_ERR_INVALID_VALUE, "rotary_dim is 3");
+    TRY(KVL_STATUS_INVALID_VALUE, "rotary_dim is 3");
     p.rotary_dim = 6;
-    TRY(KVL_ERR_SHAPE, "rotary_dim 6 is above the head size 4");
+    TRY(KVL_STATUS_SHAPE, "rotary_dim 6 is above the head size 4");
     p.rotary_dim = -4;
-    TRY(KVL_ERR_SHAPE, "rotary_dim is -4");
+    TRY(KVL_STATUS_SHAPE, "rotary_dim is -4");
     p.inv_freq = NULL;
-    TRY(KVL_ERR_NULL_POINTER, "inv_freq");
+    TRY(KVL_STATUS_NULL_POINTER, "inv_freq");
     p.cos = table;
     p.sin = table;
-    TRY(KVL_ERR_INVALID_VALUE, "both inv_freq and a table");
+    TRY(KVL_STATUS_INVALID_VALUE, "both inv_freq and a table");
     p.inv_freq = NULL;
     p.cos = table;
     p.table_rows = 4;
-    TRY(KVL_ERR_NULL_POINTER, "sin");
+    TRY(KVL_STATUS_NULL_POINTER, "sin");
     p.magnitude = INFINITY;
-    TRY(KVL_ERR_INVALID_VALUE, "magnitude");
+    TRY(KVL_STATUS_INVALID_VALUE, "magnitude");
     p.offsets = NULL;
-    TRY(KVL_ERR_NULL_POINTER, "offsets");
+    TRY(KVL_STATUS_NULL_POINTER, "offsets");
     p.positions = positions;
-    TRY(KVL_ERR_INVALID_VALUE, "both offsets and positions");
+    TRY(KVL_STATUS_INVALID_VALUE, "both offsets and positions");
     p.inv_freq = NULL;
     p.cos = p.sin = table;
     p.table_rows = 3; /* Positions 2 and 3. */
-    TRY(KVL_ERR_OUT_OF_RANGE, "the cos/sin table has 3 rows");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "the cos/sin table has 3 rows");
     p.inv_freq = NULL;
     p.cos = p.sin = table;
     p.table_rows = 4;
     p.offsets = NULL;
     p.positions = positions;
-    TRY(KVL_ERR_OUT_OF_RANGE, "0..=4");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "0..=4");
     p.inv_freq = NULL;
     p.cos = p.sin = table;
     p.table_rows = -4;
-    TRY(KVL_ERR_SHAPE, "table_rows is -4");
+    TRY(KVL_STATUS_SHAPE, "table_rows is -4");
     p.offsets = (const int32_t *)(const void *)((const char *)offsets + 1);
-    TRY(KVL_ERR_BOUNDS, "offsets");
+    TRY(KVL_STATUS_BOUNDS, "offsets");
     dst.shape[3] = 3;
-    TRY(KVL_ERR_SHAPE, "dim");
+    TRY(KVL_STATUS_SHAPE, "dim");
     {
         /* Almost in place. */
         kvl_const_view near_dst = kvl_as_const(dst);
         near_dst.data = output.floats + 1;
-        REFUSED(KVL_ERR_OVERLAP, "src and dst share memory", kvl_rope(context, NULL, &near_dst, &dst, &p));
+        REFUSED(KVL_STATUS_OVERLAP, "src and dst share memory", kvl_rope(context, NULL, &near_dst, &dst, &p));
     }
 #undef TRY
     paint();
@@ -321,8 +321,8 @@ static void norm(void) {
     static float x[16], weight[4];
     static const double inv_freq[] = {1, 2, 3};
     static const int32_t offsets[] = {2};
-    kvl_const_view src = kvl_make_const_view(x, KVL_F32, 1, 2, 2, 4), good_src = src;
-    kvl_view dst = kvl_make_view(output.floats, KVL_F32, 1, 2, 2, 4), good_dst = dst;
+    kvl_const_view src = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 2, 2, 4), good_src = src;
+    kvl_view dst = kvl_make_view(output.floats, KVL_DTYPE_F32, 1, 2, 2, 4), good_dst = dst;
     kvl_rms_norm_params good = KVL_RMS_NORM_PARAMS_INIT, p;
     kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
     good.weight = weight;
@@ -338,33 +338,33 @@ static void norm(void) {
         src = good_src;                                                                                                \
         dst = good_dst;                                                                                                \
     } while (0)
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_rms_norm(NULL, NULL, &src, &dst, &p));
-    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_rms_norm(context, NULL, NULL, &dst, &p));
-    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_rms_norm(context, NULL, &src, NULL, &p));
-    REFUSED(KVL_ERR_NULL_POINTER, "kvl_rms_norm_params", kvl_rms_norm(context, NULL, &src, &dst, NULL));
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_rms_norm_rope(NULL, NULL, &src, &dst, &p, &turn));
-    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_rms_norm_rope(context, NULL, NULL, &dst, &p, &turn));
-    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_rms_norm_rope(context, NULL, &src, NULL, &p, &turn));
-    REFUSED(KVL_ERR_NULL_POINTER, "kvl_rms_norm_params", kvl_rms_norm_rope(context, NULL, &src, &dst, NULL, &turn));
-    REFUSED(KVL_ERR_NULL_POINTER, "kvl_rope_params", kvl_rms_norm_rope(context, NULL, &src, &dst, &p, NULL));
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_rms_norm(NULL, NULL, &src, &dst, &p));
+    REFUSED(KVL_STATUS_NULL_POINTER, "src", kvl_rms_norm(context, NULL, NULL, &dst, &p));
+    REFUSED(KVL_STATUS_NULL_POINTER, "dst", kvl_rms_norm(context, NULL, &src, NULL, &p));
+    REFUSED(KVL_STATUS_NULL_POINTER, "kvl_rms_norm_params", kvl_rms_norm(context, NULL, &src, &dst, NULL));
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_rms_norm_rope(NULL, NULL, &src, &dst, &p, &turn));
+    REFUSED(KVL_STATUS_NULL_POINTER, "src", kvl_rms_norm_rope(context, NULL, NULL, &dst, &p, &turn));
+    REFUSED(KVL_STATUS_NULL_POINTER, "dst", kvl_rms_norm_rope(context, NULL, &src, NULL, &p, &turn));
+    REFUSED(KVL_STATUS_NULL_POINTER, "kvl_rms_norm_params", kvl_rms_norm_rope(context, NULL, &src, &dst, NULL, &turn));
+    REFUSED(KVL_STATUS_NULL_POINTER, "kvl_rope_params", kvl_rms_norm_rope(context, NULL, &src, &dst, &p, NULL));
     p.struct_size = 16;
-    TRY(KVL_ERR_STRUCT_SIZE, "kvl_rms_norm_params.struct_size is 16");
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_rms_norm_params.struct_size is 16");
     p.reserved = 1;
-    TRY(KVL_ERR_INVALID_ENUM, "reserved");
+    TRY(KVL_STATUS_INVALID_ENUM, "reserved");
     p.eps = -1;
-    TRY(KVL_ERR_INVALID_VALUE, "eps is -1");
+    TRY(KVL_STATUS_INVALID_VALUE, "eps is -1");
     p.eps = NAN;
-    TRY(KVL_ERR_INVALID_VALUE, "eps is NaN");
+    TRY(KVL_STATUS_INVALID_VALUE, "eps is NaN");
     p.weight = (const float *)(const void *)((const char *)weight + 1);
-    TRY(KVL_ERR_BOUNDS, "weight");
+    TRY(KVL_STATUS_BOUNDS, "weight");
     dst.shape[3] = 3;
-    TRY(KVL_ERR_SHAPE, "dim");
+    TRY(KVL_STATUS_SHAPE, "dim");
     src.dtype = 4;
-    TRY(KVL_ERR_INVALID_ENUM, "src.dtype is 4");
+    TRY(KVL_STATUS_INVALID_ENUM, "src.dtype is 4");
     src.data = output.floats + 1;
-    TRY(KVL_ERR_OVERLAP, "src and dst share memory");
+    TRY(KVL_STATUS_OVERLAP, "src and dst share memory");
     turn.rotary_dim = 6;
-    REFUSED(KVL_ERR_SHAPE, "rotary_dim 6 is above the head size 4",
+    REFUSED(KVL_STATUS_SHAPE, "rotary_dim 6 is above the head size 4",
             kvl_rms_norm_rope(context, NULL, &src, &dst, &p, &turn));
     turn.rotary_dim = 4;
 #undef TRY
@@ -375,27 +375,27 @@ static void norm(void) {
 
 static void pack(void) {
     static float x[2 * 3 * 2 * 4];
-    kvl_const_view src = kvl_make_const_view(x, KVL_F32, 1, 3, 2, 4), packed = kvl_make_const_view(x, KVL_F32, 1, 2, 2, 8);
-    kvl_view dst = kvl_make_view(output.floats, KVL_F32, 1, 2, 2, 8), plain = kvl_make_view(output.floats, KVL_F32, 1, 3, 2, 4);
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_pack_row_pairs(NULL, NULL, &src, &dst));
-    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_pack_row_pairs(context, NULL, NULL, &dst));
-    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_pack_row_pairs(context, NULL, &src, NULL));
-    REFUSED(KVL_ERR_SHAPE, "dst has seq = 3, but the 3 tokens of src make 2 pairs",
+    kvl_const_view src = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 3, 2, 4), packed = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 2, 2, 8);
+    kvl_view dst = kvl_make_view(output.floats, KVL_DTYPE_F32, 1, 2, 2, 8), plain = kvl_make_view(output.floats, KVL_DTYPE_F32, 1, 3, 2, 4);
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_pack_row_pairs(NULL, NULL, &src, &dst));
+    REFUSED(KVL_STATUS_NULL_POINTER, "src", kvl_pack_row_pairs(context, NULL, NULL, &dst));
+    REFUSED(KVL_STATUS_NULL_POINTER, "dst", kvl_pack_row_pairs(context, NULL, &src, NULL));
+    REFUSED(KVL_STATUS_SHAPE, "dst has seq = 3, but the 3 tokens of src make 2 pairs",
             kvl_pack_row_pairs(context, NULL, &src, &plain));
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_unpack_row_pairs(NULL, NULL, &packed, &plain));
-    REFUSED(KVL_ERR_NULL_POINTER, "src", kvl_unpack_row_pairs(context, NULL, NULL, &plain));
-    REFUSED(KVL_ERR_NULL_POINTER, "dst", kvl_unpack_row_pairs(context, NULL, &packed, NULL));
-    REFUSED(KVL_ERR_SHAPE, "src has seq = 2, but the 2 tokens of dst make 1 pairs",
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_unpack_row_pairs(NULL, NULL, &packed, &plain));
+    REFUSED(KVL_STATUS_NULL_POINTER, "src", kvl_unpack_row_pairs(context, NULL, NULL, &plain));
+    REFUSED(KVL_STATUS_NULL_POINTER, "dst", kvl_unpack_row_pairs(context, NULL, &packed, NULL));
+    REFUSED(KVL_STATUS_SHAPE, "src has seq = 2, but the 2 tokens of dst make 1 pairs",
             kvl_unpack_row_pairs(context, NULL, &packed, &dst));
-    plain.dtype = KVL_F16;
-    REFUSED(KVL_ERR_DTYPE, "src is f32, but dst is f16", kvl_unpack_row_pairs(context, NULL, &packed, &plain));
-    dst.dtype = KVL_BF16;
-    REFUSED(KVL_ERR_DTYPE, "src is f32, but dst is bf16", kvl_pack_row_pairs(context, NULL, &src, &dst));
-    dst.dtype = plain.dtype = KVL_F32;
+    plain.dtype = KVL_DTYPE_F16;
+    REFUSED(KVL_STATUS_DTYPE, "src is f32, but dst is f16", kvl_unpack_row_pairs(context, NULL, &packed, &plain));
+    dst.dtype = KVL_DTYPE_BF16;
+    REFUSED(KVL_STATUS_DTYPE, "src is f32, but dst is bf16", kvl_pack_row_pairs(context, NULL, &src, &dst));
+    dst.dtype = plain.dtype = KVL_DTYPE_F32;
     src.data = output.floats + 3;
-    REFUSED(KVL_ERR_OVERLAP, "src and dst share memory", kvl_pack_row_pairs(context, NULL, &src, &dst));
+    REFUSED(KVL_STATUS_OVERLAP, "src and dst share memory", kvl_pack_row_pairs(context, NULL, &src, &dst));
     packed.data = output.floats + 3;
-    REFUSED(KVL_ERR_OVERLAP, "src and dst share memory", kvl_unpack_row_pairs(context, NULL, &packed, &plain));
+    REFUSED(KVL_STATUS_OVERLAP, "src and dst share memory", kvl_unpack_row_pairs(context, NULL, &packed, &plain));
 }
 
 static void kv_write(void) {
@@ -406,9 +406,9 @@ static void kv_write(void) {
     int32_t list[6];
     kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
     kvl_kv_write_params good = KVL_KV_WRITE_PARAMS_INIT, p;
-    good.k = good.v = kvl_make_const_view(x, KVL_F32, 2, 3, 2, 4);
-    good.k_cache = kvl_make_view(output.floats, KVL_F32, 2, 8, 2, 4);
-    good.v_cache = kvl_make_view(output.floats + CACHE, KVL_F32, 2, 8, 2, 4);
+    good.k = good.v = kvl_make_const_view(x, KVL_DTYPE_F32, 2, 3, 2, 4);
+    good.k_cache = kvl_make_view(output.floats, KVL_DTYPE_F32, 2, 8, 2, 4);
+    good.v_cache = kvl_make_view(output.floats + CACHE, KVL_DTYPE_F32, 2, 8, 2, 4);
     good.positions = zeros;
     p = good;
 #define LIST(a, b, c, d, e, f) (list[0] = a, list[1] = b, list[2] = c, list[3] = d, list[4] = e, list[5] = f, list)
@@ -417,85 +417,85 @@ static void kv_write(void) {
         REFUSED(status, text, kvl_kv_write(context, NULL, &p));                                                        \
         p = good;                                                                                                      \
     } while (0)
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_kv_write(NULL, NULL, &p));
-    REFUSED(KVL_ERR_NULL_POINTER, "kvl_kv_write_params", kvl_kv_write(context, NULL, NULL));
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_kv_write(NULL, NULL, &p));
+    REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kv_write_params", kvl_kv_write(context, NULL, NULL));
     p.struct_size += 8;
-    TRY(KVL_ERR_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 432");
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 432");
     memset(&p.v, 0, sizeof p.v);
-    TRY(KVL_ERR_NULL_POINTER, "only one of v and v_cache");
+    TRY(KVL_STATUS_NULL_POINTER, "only one of v and v_cache");
     memset(&p.v_cache, 0, sizeof p.v_cache);
-    TRY(KVL_ERR_NULL_POINTER, "only one of v and v_cache");
+    TRY(KVL_STATUS_NULL_POINTER, "only one of v and v_cache");
     p.k.data = NULL;
-    TRY(KVL_ERR_NULL_POINTER, "k: data is null");
+    TRY(KVL_STATUS_NULL_POINTER, "k: data is null");
     p.v.dtype = 9;
-    TRY(KVL_ERR_INVALID_ENUM, "v.dtype is 9");
+    TRY(KVL_STATUS_INVALID_ENUM, "v.dtype is 9");
     p.k_cache.shape[2] = 1;
-    TRY(KVL_ERR_SHAPE, "k_cache");
+    TRY(KVL_STATUS_SHAPE, "k_cache");
     p.v.shape[1] = 2;
-    TRY(KVL_ERR_SHAPE, "seq");
+    TRY(KVL_STATUS_SHAPE, "seq");
     p.positions = NULL;
-    TRY(KVL_ERR_NULL_POINTER, "positions");
+    TRY(KVL_STATUS_NULL_POINTER, "positions");
     p.slots = zeros;
-    TRY(KVL_ERR_INVALID_VALUE, "both positions and slots");
+    TRY(KVL_STATUS_INVALID_VALUE, "both positions and slots");
     p.positions = LIST(0, 6, 0, 0, 0, 0);
-    TRY(KVL_ERR_CAPACITY, "row 1 writes 3 tokens at position 6, but the cache holds 8");
+    TRY(KVL_STATUS_CAPACITY, "row 1 writes 3 tokens at position 6, but the cache holds 8");
     p.positions = LIST(0, INT32_MAX, 0, 0, 0, 0);
-    TRY(KVL_ERR_CAPACITY, "2147483647");
+    TRY(KVL_STATUS_CAPACITY, "2147483647");
     p.positions = LIST(0, -1, 0, 0, 0, 0);
-    TRY(KVL_ERR_OUT_OF_RANGE, "positions[1] is -1");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "positions[1] is -1");
     p.counts = LIST(3, 4, 0, 0, 0, 0);
-    TRY(KVL_ERR_OUT_OF_RANGE, "counts[1] is 4");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "counts[1] is 4");
     p.counts = LIST(-1, 0, 0, 0, 0, 0);
-    TRY(KVL_ERR_OUT_OF_RANGE, "counts[0] is -1");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "counts[0] is -1");
     p.rows = LIST(0, 2, 0, 0, 0, 0);
-    TRY(KVL_ERR_OUT_OF_RANGE, "cache row 2");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "cache row 2");
     p.rows = LIST(-1, 0, 0, 0, 0, 0);
-    TRY(KVL_ERR_OUT_OF_RANGE, "cache row -1");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "cache row -1");
     p.rows = LIST(1, 1, 0, 0, 0, 0);
-    TRY(KVL_ERR_DUPLICATE_SLOT, "cache row 1");
+    TRY(KVL_STATUS_DUPLICATE_SLOT, "cache row 1");
     p.positions = NULL;
     p.slots = LIST(0, 1, 2, 0, 1, 8);
-    TRY(KVL_ERR_CAPACITY, "slots[1, 2] is 8");
+    TRY(KVL_STATUS_CAPACITY, "slots[1, 2] is 8");
     p.positions = NULL;
     p.slots = LIST(0, 1, -2, 0, 1, 2);
-    TRY(KVL_ERR_OUT_OF_RANGE, "slots[0, 2] is -2");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "slots[0, 2] is -2");
     p.positions = NULL;
     p.slots = LIST(0, 5, 0, -1, -1, -1);
-    TRY(KVL_ERR_DUPLICATE_SLOT, "slot 0 of cache row 0");
+    TRY(KVL_STATUS_DUPLICATE_SLOT, "slot 0 of cache row 0");
     p.v_cache.data = output.floats + CACHE - 1;
-    TRY(KVL_ERR_OVERLAP, "k_cache and v_cache share memory");
+    TRY(KVL_STATUS_OVERLAP, "k_cache and v_cache share memory");
     p.k.data = output.floats + 3;
-    TRY(KVL_ERR_OVERLAP, "k and k_cache share memory");
+    TRY(KVL_STATUS_OVERLAP, "k and k_cache share memory");
     p.v.data = output.floats + 3;
-    TRY(KVL_ERR_OVERLAP, "k_cache and v share memory");
+    TRY(KVL_STATUS_OVERLAP, "k_cache and v share memory");
     p.k_cache.strides[1] = 0;
-    TRY(KVL_ERR_STRIDE, "k_cache");
+    TRY(KVL_STATUS_STRIDE, "k_cache");
     p.k_cache.strides[0] = INT64_MIN;
-    TRY(KVL_ERR_STRIDE, "k_cache");
+    TRY(KVL_STATUS_STRIDE, "k_cache");
     p.k_cache.bytes = CACHE * sizeof(float) - 1;
-    TRY(KVL_ERR_BOUNDS, "k_cache");
+    TRY(KVL_STATUS_BOUNDS, "k_cache");
     turn.rotary_dim = 4;
     turn.inv_freq = inv_freq;
     p.rope = &turn;
-    TRY(KVL_ERR_NULL_POINTER, "offsets");
+    TRY(KVL_STATUS_NULL_POINTER, "offsets");
     turn.offsets = offsets;
     turn.struct_size = 3;
     p.rope = &turn;
-    TRY(KVL_ERR_STRUCT_SIZE, "kvl_rope_params");
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_rope_params");
     p.reserved = 1;
-    TRY(KVL_ERR_INVALID_ENUM, "kvl_kv_write_params.reserved is 1");
+    TRY(KVL_STATUS_INVALID_ENUM, "kvl_kv_write_params.reserved is 1");
     p.v_packing = 2;
-    TRY(KVL_ERR_INVALID_ENUM, "v_packing is 2");
-    p.v_packing = KVL_PACK_ROW_PAIRS;
-    TRY(KVL_ERR_SHAPE, "v_cache has dim = 4, but pairs of v have 8");
+    TRY(KVL_STATUS_INVALID_ENUM, "v_packing is 2");
+    p.v_packing = KVL_PACKING_ROW_PAIRS;
+    TRY(KVL_STATUS_SHAPE, "v_cache has dim = 4, but pairs of v have 8");
     {
         kvl_rms_norm_params norm = KVL_RMS_NORM_PARAMS_INIT;
         norm.eps = INFINITY;
         p.k_norm = &norm;
-        TRY(KVL_ERR_INVALID_VALUE, "eps is inf");
+        TRY(KVL_STATUS_INVALID_VALUE, "eps is inf");
         norm.struct_size--;
         p.k_norm = &norm;
-        TRY(KVL_ERR_STRUCT_SIZE, "kvl_rms_norm_params");
+        TRY(KVL_STATUS_STRUCT_SIZE, "kvl_rms_norm_params");
     }
     {
         static const int32_t pages[] = {0, 2}, starts[] = {0, 8, 17}, many[6];
@@ -507,46 +507,46 @@ static void kv_write(void) {
         layout = (kvl_layout)KVL_LAYOUT_INIT;                                                                          \
     } while (0)
         layout.struct_size = 8;
-        LAYOUT(KVL_ERR_STRUCT_SIZE, "kvl_layout");
+        LAYOUT(KVL_STATUS_STRUCT_SIZE, "kvl_layout");
         layout.kind = 5;
-        LAYOUT(KVL_ERR_INVALID_ENUM, "kind is 5");
+        LAYOUT(KVL_STATUS_INVALID_ENUM, "kind is 5");
         layout.sinks = 1;
-        LAYOUT(KVL_ERR_INVALID_VALUE, "no ring");
-        layout.kind = KVL_RING;
+        LAYOUT(KVL_STATUS_INVALID_VALUE, "no ring");
+        layout.kind = KVL_LAYOUT_KIND_RING;
         layout.sinks = 8;
-        LAYOUT(KVL_ERR_CAPACITY, "8 sinks, but k_cache has 8 slots");
-        layout.kind = KVL_RING;
+        LAYOUT(KVL_STATUS_CAPACITY, "8 sinks, but k_cache has 8 slots");
+        layout.kind = KVL_LAYOUT_KIND_RING;
         layout.sinks = -1;
-        LAYOUT(KVL_ERR_SHAPE, "sinks is -1");
-        layout.kind = KVL_RING;
+        LAYOUT(KVL_STATUS_SHAPE, "sinks is -1");
+        layout.kind = KVL_LAYOUT_KIND_RING;
         layout.sinks = 6;
         p.positions = LIST(0, 6, 0, 0, 0, 0);
-        LAYOUT(KVL_ERR_DUPLICATE_SLOT, "row 1 writes 3 tokens into a ring of 2 slots");
-        layout.kind = KVL_PAGED;
+        LAYOUT(KVL_STATUS_DUPLICATE_SLOT, "row 1 writes 3 tokens into a ring of 2 slots");
+        layout.kind = KVL_LAYOUT_KIND_PAGED;
         layout.rows = 2;
         layout.pages_per_row = 1;
-        LAYOUT(KVL_ERR_NULL_POINTER, "table");
-        layout.kind = KVL_PAGED;
+        LAYOUT(KVL_STATUS_NULL_POINTER, "table");
+        layout.kind = KVL_LAYOUT_KIND_PAGED;
         layout.rows = 2;
         layout.pages_per_row = 1;
         layout.table = pages;
-        LAYOUT(KVL_ERR_OUT_OF_RANGE, "pages[1, 0] is 2, but k_cache has batch = 2");
-        layout.kind = KVL_PAGED;
+        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "pages[1, 0] is 2, but k_cache has batch = 2");
+        layout.kind = KVL_LAYOUT_KIND_PAGED;
         p.positions = NULL;
         p.slots = LIST(0, 1, 2, 3, 4, 16);
-        LAYOUT(KVL_ERR_CAPACITY, "slots[1, 2] is 16, but the cache holds 16");
-        layout.kind = KVL_PAGED;
+        LAYOUT(KVL_STATUS_CAPACITY, "slots[1, 2] is 16, but the cache holds 16");
+        layout.kind = KVL_LAYOUT_KIND_PAGED;
         p.positions = NULL;
         p.slots = LIST(9, 1, 2, 3, -1, 9);
-        LAYOUT(KVL_ERR_DUPLICATE_SLOT, "tokens [0, 0] and [1, 2] both go to slot 9 of the pool");
-        layout.kind = KVL_RAGGED;
+        LAYOUT(KVL_STATUS_DUPLICATE_SLOT, "tokens [0, 0] and [1, 2] both go to slot 9 of the pool");
+        layout.kind = KVL_LAYOUT_KIND_RAGGED;
         layout.rows = 2;
         layout.table = starts;
-        LAYOUT(KVL_ERR_SHAPE, "a batch of one");
-        layout.kind = KVL_INDIRECT;
+        LAYOUT(KVL_STATUS_SHAPE, "a batch of one");
+        layout.kind = KVL_LAYOUT_KIND_INDIRECT;
         layout.rows = 0;
         layout.table = many;
-        LAYOUT(KVL_ERR_INVALID_VALUE, "indirect");
+        LAYOUT(KVL_STATUS_INVALID_VALUE, "indirect");
 #undef LAYOUT
     }
     /* The size that the struct had before it had a layout: what lies beyond is not read. */
@@ -574,9 +574,9 @@ static void attention(void) {
     int32_t list[2];
     float ones[4] = {1, 1, 1, 1};
     kvl_attention_params good = KVL_ATTENTION_PARAMS_INIT, p;
-    good.q = kvl_make_const_view(x, KVL_F32, 2, 3, 4, 8);
-    good.k = good.v = kvl_make_const_view(x, KVL_F32, 2, 5, 2, 8);
-    good.out = kvl_make_view(output.floats, KVL_F32, 2, 3, 4, 8);
+    good.q = kvl_make_const_view(x, KVL_DTYPE_F32, 2, 3, 4, 8);
+    good.k = good.v = kvl_make_const_view(x, KVL_DTYPE_F32, 2, 5, 2, 8);
+    good.out = kvl_make_view(output.floats, KVL_DTYPE_F32, 2, 3, 4, 8);
     good.lse = output.floats + 2 * 3 * 4 * 8;
     p = good;
 #define LIST(a, b) (list[0] = a, list[1] = b, list)
@@ -585,21 +585,21 @@ static void attention(void) {
         REFUSED(status, text, kvl_attention(context, NULL, workspace, bytes, &p));                                     \
         p = good;                                                                                                      \
     } while (0)
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_attention(NULL, NULL, workspace, bytes, &p));
-    REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_attention(context, NULL, workspace, bytes, NULL));
-    REFUSED(KVL_ERR_WORKSPACE, "needs", kvl_attention(context, NULL, workspace, 64, &p));
-    REFUSED(KVL_ERR_WORKSPACE, "aligned", kvl_attention(context, NULL, NULL, bytes, &p));
-    REFUSED(KVL_ERR_WORKSPACE, "aligned", kvl_attention(context, NULL, (char *)workspace + 32, bytes - 32, &p));
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_attention(NULL, NULL, workspace, bytes, &p));
+    REFUSED(KVL_STATUS_NULL_POINTER, "kvl_attention_params", kvl_attention(context, NULL, workspace, bytes, NULL));
+    REFUSED(KVL_STATUS_WORKSPACE, "needs", kvl_attention(context, NULL, workspace, 64, &p));
+    REFUSED(KVL_STATUS_WORKSPACE, "aligned", kvl_attention(context, NULL, NULL, bytes, &p));
+    REFUSED(KVL_STATUS_WORKSPACE, "aligned", kvl_attention(context, NULL, (char *)workspace + 32, bytes - 32, &p));
     p.struct_size = 0;
-    TRY(KVL_ERR_STRUCT_SIZE, "kvl_attention_params.struct_size is 0");
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_attention_params.struct_size is 0");
     p.reserved = 1;
-    TRY(KVL_ERR_INVALID_ENUM, "reserved");
+    TRY(KVL_STATUS_INVALID_ENUM, "reserved");
     p.reserved2 = 1;
-    TRY(KVL_ERR_INVALID_ENUM, "reserved2");
+    TRY(KVL_STATUS_INVALID_ENUM, "reserved2");
     p.precision = 2;
-    TRY(KVL_ERR_INVALID_ENUM, "precision is 2");
+    TRY(KVL_STATUS_INVALID_ENUM, "precision is 2");
     p.precision = -1;
-    TRY(KVL_ERR_INVALID_ENUM, "precision is -1");
+    TRY(KVL_STATUS_INVALID_ENUM, "precision is -1");
     /* The size that the struct had before it had a precision: what lies beyond is not read. */
     p.struct_size = offsetof(kvl_attention_params, precision);
     p.precision = 2;
@@ -615,83 +615,83 @@ static void attention(void) {
     CHECK(stained(), "nothing was written");
     p = good;
     p.struct_size = offsetof(kvl_attention_params, plan);
-    TRY(KVL_ERR_STRUCT_SIZE, "kvl_attention_params.struct_size is 656");
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_attention_params.struct_size is 656");
     p.flags = 8;
-    TRY(KVL_ERR_INVALID_ENUM, "0x8");
+    TRY(KVL_STATUS_INVALID_ENUM, "0x8");
     p.window_left = 4;
-    TRY(KVL_ERR_INVALID_VALUE, "window_left is 4, but its flag is not set");
+    TRY(KVL_STATUS_INVALID_VALUE, "window_left is 4, but its flag is not set");
     p.window_right = -1;
-    TRY(KVL_ERR_INVALID_VALUE, "window_right is -1, but its flag is not set");
-    p.flags = KVL_WINDOW_LEFT;
+    TRY(KVL_STATUS_INVALID_VALUE, "window_right is -1, but its flag is not set");
+    p.flags = KVL_ATTENTION_FLAG_WINDOW_LEFT;
     p.window_left = -2;
-    TRY(KVL_ERR_INVALID_VALUE, "window_left is -2");
+    TRY(KVL_STATUS_INVALID_VALUE, "window_left is -2");
     p.scale = NAN;
-    TRY(KVL_ERR_INVALID_VALUE, "scale");
+    TRY(KVL_STATUS_INVALID_VALUE, "scale");
     p.softcap = -1;
-    TRY(KVL_ERR_INVALID_VALUE, "softcap is -1");
+    TRY(KVL_STATUS_INVALID_VALUE, "softcap is -1");
     p.q.data = NULL;
-    TRY(KVL_ERR_NULL_POINTER, "q: data is null");
+    TRY(KVL_STATUS_NULL_POINTER, "q: data is null");
     p.out.data = NULL;
-    TRY(KVL_ERR_NULL_POINTER, "out: data is null");
-    p.v.dtype = KVL_F16;
-    TRY(KVL_ERR_DTYPE, "k is f32, but v is f16");
+    TRY(KVL_STATUS_NULL_POINTER, "out: data is null");
+    p.v.dtype = KVL_DTYPE_F16;
+    TRY(KVL_STATUS_DTYPE, "k is f32, but v is f16");
     p.k.dtype = 77;
-    TRY(KVL_ERR_INVALID_ENUM, "k.dtype is 77");
+    TRY(KVL_STATUS_INVALID_ENUM, "k.dtype is 77");
     p.q.shape[2] = 3;
     p.out.shape[2] = 3;
-    TRY(KVL_ERR_SHAPE, "3 heads, which is no multiple of the 2");
+    TRY(KVL_STATUS_SHAPE, "3 heads, which is no multiple of the 2");
     p.q.shape[3] = 7;
-    TRY(KVL_ERR_SHAPE, "dim");
+    TRY(KVL_STATUS_SHAPE, "dim");
     p.q.shape[3] = p.k.shape[3] = 513;
-    TRY(KVL_ERR_SHAPE, "512");
+    TRY(KVL_STATUS_SHAPE, "512");
     p.k.shape[0] = 1;
-    TRY(KVL_ERR_SHAPE, "batch");
+    TRY(KVL_STATUS_SHAPE, "batch");
     p.v.shape[1] = -5;
-    TRY(KVL_ERR_SHAPE, "v has seq = -5");
+    TRY(KVL_STATUS_SHAPE, "v has seq = -5");
     p.q.strides[1] = INT64_MIN;
-    TRY(KVL_ERR_STRIDE, "q");
+    TRY(KVL_STATUS_STRIDE, "q");
     p.out.strides[1] = 0;
-    TRY(KVL_ERR_STRIDE, "out");
+    TRY(KVL_STATUS_STRIDE, "out");
     p.k.bytes = 4;
-    TRY(KVL_ERR_BOUNDS, "k");
+    TRY(KVL_STATUS_BOUNDS, "k");
     p.lengths = LIST(5, 6);
-    TRY(KVL_ERR_OUT_OF_RANGE, "lengths[1] is 6");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "lengths[1] is 6");
     p.lengths = LIST(-1, 5);
-    TRY(KVL_ERR_OUT_OF_RANGE, "lengths[0] is -1");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "lengths[0] is -1");
     p.starts = LIST(0, -3);
-    TRY(KVL_ERR_OUT_OF_RANGE, "starts[1] is -3");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "starts[1] is -3");
     p.lengths = (const int32_t *)(const void *)((const char *)list + 2);
-    TRY(KVL_ERR_BOUNDS, "lengths");
+    TRY(KVL_STATUS_BOUNDS, "lengths");
     p.alibi_slopes = (const float *)(const void *)((const char *)ones + 1);
-    TRY(KVL_ERR_BOUNDS, "alibi_slopes");
+    TRY(KVL_STATUS_BOUNDS, "alibi_slopes");
     p.sinks = (const float *)(const void *)((const char *)ones + 1);
-    TRY(KVL_ERR_BOUNDS, "sinks");
+    TRY(KVL_STATUS_BOUNDS, "sinks");
     p.lse = (float *)(void *)(output.bytes + 4001);
-    TRY(KVL_ERR_BOUNDS, "lse");
+    TRY(KVL_STATUS_BOUNDS, "lse");
     p.mask.data = mask;
-    TRY(KVL_ERR_SHAPE, "mask has shape");
+    TRY(KVL_STATUS_SHAPE, "mask has shape");
     p.mask.shape[0] = 2, p.mask.shape[1] = 3, p.mask.shape[2] = 4, p.mask.shape[3] = 5;
-    TRY(KVL_ERR_NULL_POINTER, "mask: data is null");
+    TRY(KVL_STATUS_NULL_POINTER, "mask: data is null");
     p.mask.data = mask;
     p.mask.shape[0] = 2, p.mask.shape[1] = 3, p.mask.shape[2] = 4, p.mask.shape[3] = 5;
     p.mask.strides[0] = 1;
     p.mask.bytes = 1;
-    TRY(KVL_ERR_BOUNDS, "mask");
+    TRY(KVL_STATUS_BOUNDS, "mask");
     p.mask.data = mask;
     p.mask.shape[3] = -1;
-    TRY(KVL_ERR_SHAPE, "mask has keys = -1");
-    p.bias = kvl_make_const_view(x, KVL_F32, 1, 3, 4, 5);
-    TRY(KVL_ERR_SHAPE, "bias has shape");
+    TRY(KVL_STATUS_SHAPE, "mask has keys = -1");
+    p.bias = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 3, 4, 5);
+    TRY(KVL_STATUS_SHAPE, "bias has shape");
     p.bias = kvl_make_const_view(x, 5, 2, 3, 4, 5);
-    TRY(KVL_ERR_INVALID_ENUM, "bias.dtype");
-    p.bias = kvl_make_const_view(output.floats, KVL_F32, 2, 3, 4, 5);
-    TRY(KVL_ERR_OVERLAP, "bias and out share memory");
+    TRY(KVL_STATUS_INVALID_ENUM, "bias.dtype");
+    p.bias = kvl_make_const_view(output.floats, KVL_DTYPE_F32, 2, 3, 4, 5);
+    TRY(KVL_STATUS_OVERLAP, "bias and out share memory");
     p.v.data = output.floats + 1;
-    TRY(KVL_ERR_OVERLAP, "v and out share memory");
+    TRY(KVL_STATUS_OVERLAP, "v and out share memory");
     p.q.data = output.floats;
-    TRY(KVL_ERR_OVERLAP, "q and out share memory");
+    TRY(KVL_STATUS_OVERLAP, "q and out share memory");
     p.lse = output.floats + 7;
-    TRY(KVL_ERR_OVERLAP, "out and lse share memory");
+    TRY(KVL_STATUS_OVERLAP, "out and lse share memory");
     {
         /* Caches of two rows, or pages, of five slots. */
         static const int32_t pages[] = {0, 2}, good_pages[] = {1, 0}, beams[] = {0, 0, 1, 1, 1, 0, 0, 0, 0, 2};
@@ -703,79 +703,79 @@ static void attention(void) {
         TRY(status, text);                                                                                             \
         layout = (kvl_layout)KVL_LAYOUT_INIT;                                                                          \
     } while (0)
-#define PAGED(entries) (layout.kind = KVL_PAGED, layout.rows = 2, layout.pages_per_row = 1, layout.table = (entries))
+#define PAGED(entries) (layout.kind = KVL_LAYOUT_KIND_PAGED, layout.rows = 2, layout.pages_per_row = 1, layout.table = (entries))
         layout.struct_size = 8;
-        LAYOUT(KVL_ERR_STRUCT_SIZE, "kvl_layout.struct_size is 8");
+        LAYOUT(KVL_STATUS_STRUCT_SIZE, "kvl_layout.struct_size is 8");
         layout.kind = 5;
-        LAYOUT(KVL_ERR_INVALID_ENUM, "kind is 5");
+        LAYOUT(KVL_STATUS_INVALID_ENUM, "kind is 5");
         layout.kind = -1;
-        LAYOUT(KVL_ERR_INVALID_ENUM, "kind is -1");
+        LAYOUT(KVL_STATUS_INVALID_ENUM, "kind is -1");
         layout.sinks = 1;
-        LAYOUT(KVL_ERR_INVALID_VALUE, "sinks is 1, but the layout is no ring");
+        LAYOUT(KVL_STATUS_INVALID_VALUE, "sinks is 1, but the layout is no ring");
         layout.pages_per_row = 3;
-        LAYOUT(KVL_ERR_INVALID_VALUE, "pages_per_row is 3, but the layout is not paged");
+        LAYOUT(KVL_STATUS_INVALID_VALUE, "pages_per_row is 3, but the layout is not paged");
         layout.table = pages;
-        LAYOUT(KVL_ERR_INVALID_VALUE, "a table, but kind 0 takes none");
+        LAYOUT(KVL_STATUS_INVALID_VALUE, "a table, but kind 0 takes none");
         PAGED(NULL);
-        LAYOUT(KVL_ERR_NULL_POINTER, "table");
+        LAYOUT(KVL_STATUS_NULL_POINTER, "table");
         PAGED(good_pages);
         layout.pages_per_row = 0;
-        LAYOUT(KVL_ERR_SHAPE, "no rows of 0");
+        LAYOUT(KVL_STATUS_SHAPE, "no rows of 0");
         PAGED(good_pages);
         layout.rows = -2;
-        LAYOUT(KVL_ERR_SHAPE, "rows is -2");
+        LAYOUT(KVL_STATUS_SHAPE, "rows is -2");
         PAGED(good_pages);
-        LAYOUT(KVL_ERR_INVALID_VALUE, "lengths is absent");
+        LAYOUT(KVL_STATUS_INVALID_VALUE, "lengths is absent");
         PAGED(good_pages);
         p.lengths = LIST(5, 5);
         layout.rows = 1;
-        LAYOUT(KVL_ERR_SHAPE, "k has rows = 1, but q has 2");
+        LAYOUT(KVL_STATUS_SHAPE, "k has rows = 1, but q has 2");
         PAGED(good_pages);
         p.lengths = LIST(5, 6);
-        LAYOUT(KVL_ERR_OUT_OF_RANGE, "lengths[1] is 6");
+        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "lengths[1] is 6");
         PAGED(pages);
         p.lengths = LIST(5, 1);
-        LAYOUT(KVL_ERR_OUT_OF_RANGE, "pages[1, 0] is 2, but k has batch = 2");
-        layout.kind = KVL_INDIRECT;
+        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "pages[1, 0] is 2, but k has batch = 2");
+        layout.kind = KVL_LAYOUT_KIND_INDIRECT;
         layout.rows = 2;
         layout.table = beams;
-        LAYOUT(KVL_ERR_OUT_OF_RANGE, "rows[1, 4] is 2, but k has batch = 2");
-        layout.kind = KVL_RAGGED;
+        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "rows[1, 4] is 2, but k has batch = 2");
+        layout.kind = KVL_LAYOUT_KIND_RAGGED;
         layout.rows = 2;
         layout.table = starts;
-        LAYOUT(KVL_ERR_SHAPE, "k has batch = 2, but ragged rows lie in a batch of one");
-        layout.kind = KVL_RAGGED;
+        LAYOUT(KVL_STATUS_SHAPE, "k has batch = 2, but ragged rows lie in a batch of one");
+        layout.kind = KVL_LAYOUT_KIND_RAGGED;
         layout.rows = 2;
         layout.table = falling;
         p.k.shape[0] = p.v.shape[0] = 1;
-        LAYOUT(KVL_ERR_OUT_OF_RANGE, "starts[2] is 3, but starts[1] is 4");
-        layout.kind = KVL_RING;
-        LAYOUT(KVL_ERR_INVALID_VALUE, "lengths is absent");
-        layout.kind = KVL_RING;
+        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "starts[2] is 3, but starts[1] is 4");
+        layout.kind = KVL_LAYOUT_KIND_RING;
+        LAYOUT(KVL_STATUS_INVALID_VALUE, "lengths is absent");
+        layout.kind = KVL_LAYOUT_KIND_RING;
         layout.sinks = 5;
         p.lengths = LIST(5, 5);
-        LAYOUT(KVL_ERR_CAPACITY, "5 sinks, but k has 5 slots");
+        LAYOUT(KVL_STATUS_CAPACITY, "5 sinks, but k has 5 slots");
         /* Three queries and no window, when two tokens are gone. */
-        layout.kind = KVL_RING;
+        layout.kind = KVL_LAYOUT_KIND_RING;
         p.lengths = LIST(5, 7);
-        LAYOUT(KVL_ERR_CAPACITY, "row 1 sees keys from 0 on, but of its 7 tokens the ring retains those from 2");
-        layout.kind = KVL_RING;
+        LAYOUT(KVL_STATUS_CAPACITY, "row 1 sees keys from 0 on, but of its 7 tokens the ring retains those from 2");
+        layout.kind = KVL_LAYOUT_KIND_RING;
         layout.sinks = 2;
         p.lengths = LIST(4, 6);
         p.prefixes = prefixes;
-        p.flags = KVL_WINDOW_LEFT;
-        LAYOUT(KVL_ERR_CAPACITY, "prefixes[1] is 3, but the ring keeps 2 sinks");
+        p.flags = KVL_ATTENTION_FLAG_WINDOW_LEFT;
+        LAYOUT(KVL_STATUS_CAPACITY, "prefixes[1] is 3, but the ring keeps 2 sinks");
 #undef PAGED
 #undef LAYOUT
         p.prefixes = LIST(6, 0);
-        TRY(KVL_ERR_OUT_OF_RANGE, "prefixes[0] is 6");
+        TRY(KVL_STATUS_OUT_OF_RANGE, "prefixes[0] is 6");
         p.prefixes = LIST(0, -1);
-        TRY(KVL_ERR_OUT_OF_RANGE, "prefixes[1] is -1");
+        TRY(KVL_STATUS_OUT_OF_RANGE, "prefixes[1] is -1");
         p.rows = 2;
-        TRY(KVL_ERR_INVALID_VALUE, "rows is 2, but there are no query_starts");
+        TRY(KVL_STATUS_INVALID_VALUE, "rows is 2, but there are no query_starts");
         p.rows = 2;
         p.query_starts = starts;
-        TRY(KVL_ERR_SHAPE, "query_starts");
+        TRY(KVL_STATUS_SHAPE, "query_starts");
     }
     {
         static const unsigned char bits[16];
@@ -792,25 +792,25 @@ static void attention(void) {
         bit_mask = good_mask;                                                                                          \
     } while (0)
         bit_mask.struct_size = 4;
-        MASK(KVL_ERR_STRUCT_SIZE, "kvl_bit_mask.struct_size is 4");
+        MASK(KVL_STATUS_STRUCT_SIZE, "kvl_bit_mask.struct_size is 4");
         bit_mask.data = NULL;
-        MASK(KVL_ERR_NULL_POINTER, "bit_mask: data is null");
+        MASK(KVL_STATUS_NULL_POINTER, "bit_mask: data is null");
         bit_mask.bytes = 5;
-        MASK(KVL_ERR_BOUNDS, "reaches bytes 0..6 of a buffer of 5");
+        MASK(KVL_STATUS_BOUNDS, "reaches bytes 0..6 of a buffer of 5");
         bit_mask.offset = -1;
-        MASK(KVL_ERR_BOUNDS, "reaches bytes -1..6");
+        MASK(KVL_STATUS_BOUNDS, "reaches bytes -1..6");
         bit_mask.strides[0] = INT64_MAX;
-        MASK(KVL_ERR_BOUNDS, "of a buffer of 16");
+        MASK(KVL_STATUS_BOUNDS, "of a buffer of 16");
         bit_mask.shape[3] = 4;
-        MASK(KVL_ERR_SHAPE, "bit_mask ends at key 4 of row 0, which has 5 keys");
+        MASK(KVL_STATUS_SHAPE, "bit_mask ends at key 4 of row 0, which has 5 keys");
         bit_mask.shape[1] = 2;
-        MASK(KVL_ERR_SHAPE, "bit_mask has shape [2, 2, 4, 5]");
+        MASK(KVL_STATUS_SHAPE, "bit_mask has shape [2, 2, 4, 5]");
         bit_mask.shape[2] = -4;
-        MASK(KVL_ERR_SHAPE, "bit_mask has heads = -4");
+        MASK(KVL_STATUS_SHAPE, "bit_mask has heads = -4");
         bit_mask.first_keys = LIST(0, -1);
-        MASK(KVL_ERR_OUT_OF_RANGE, "first_keys[1] of bit_mask is -1");
+        MASK(KVL_STATUS_OUT_OF_RANGE, "first_keys[1] of bit_mask is -1");
         bit_mask.data = output.bytes;
-        MASK(KVL_ERR_OVERLAP, "bit_mask and out share memory");
+        MASK(KVL_STATUS_OVERLAP, "bit_mask and out share memory");
         {
             /* Three queries a row: of 5 keys from bit 3 on, 5 bits apart; of 4 keys from bit 20 on, 9 bits apart. */
             static const int64_t row_starts[] = {3, 20}, widths[] = {5, 9}, before[] = {3, -20}, backwards[] = {-5, 9},
@@ -829,36 +829,36 @@ static void attention(void) {
             p.bit_mask = &bit_mask;
             OK(kvl_attention(context, NULL, workspace, bytes, &p));
             bit_mask.bytes = 5;
-            ROWS(KVL_ERR_BOUNDS, "the 3 queries of 4 keys of row 1, 9 bits apart from bit 20, reach bytes 2..6 of a buffer of 5");
+            ROWS(KVL_STATUS_BOUNDS, "the 3 queries of 4 keys of row 1, 9 bits apart from bit 20, reach bytes 2..6 of a buffer of 5");
             bit_mask.strides[2] = 1;
             bit_mask.bytes = 5;
-            ROWS(KVL_ERR_BOUNDS, "row 1, 9 bits apart from bit 20, reach bytes 2..6");
+            ROWS(KVL_STATUS_BOUNDS, "row 1, 9 bits apart from bit 20, reach bytes 2..6");
             bit_mask.strides[2] = -2;
-            ROWS(KVL_ERR_BOUNDS, "row 0, 5 bits apart from bit 3, reach bytes -1..3");
+            ROWS(KVL_STATUS_BOUNDS, "row 0, 5 bits apart from bit 3, reach bytes -1..3");
             bit_mask.row_starts = far;
-            ROWS(KVL_ERR_BOUNDS, "9 bits apart from bit 9223372036854775807, reach bytes");
+            ROWS(KVL_STATUS_BOUNDS, "9 bits apart from bit 9223372036854775807, reach bytes");
             bit_mask.bytes = 0;
             bit_mask.query_strides = wide;
-            ROWS(KVL_ERR_STRIDE, "row 0, 9223372036854775807 bits apart from bit 3, leave the address space");
+            ROWS(KVL_STATUS_STRIDE, "row 0, 9223372036854775807 bits apart from bit 3, leave the address space");
             bit_mask.row_starts = before;
-            ROWS(KVL_ERR_OUT_OF_RANGE, "row_starts[1] of bit_mask is -20, which is negative");
+            ROWS(KVL_STATUS_OUT_OF_RANGE, "row_starts[1] of bit_mask is -20, which is negative");
             bit_mask.query_strides = backwards;
-            ROWS(KVL_ERR_OUT_OF_RANGE, "query_strides[0] of bit_mask is -5, which is negative");
+            ROWS(KVL_STATUS_OUT_OF_RANGE, "query_strides[0] of bit_mask is -5, which is negative");
             bit_mask.query_strides = NULL;
-            ROWS(KVL_ERR_INVALID_VALUE, "bit_mask has row_starts, but query_strides is null");
+            ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has row_starts, but query_strides is null");
             bit_mask.row_starts = NULL;
-            ROWS(KVL_ERR_INVALID_VALUE, "bit_mask has query_strides, but row_starts is null");
+            ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has query_strides, but row_starts is null");
             bit_mask.offset = 8;
-            ROWS(KVL_ERR_INVALID_VALUE, "bit_mask has row_starts, but its offset, which they replace, is 8");
+            ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has row_starts, but its offset, which they replace, is 8");
             bit_mask.strides[1] = 5;
-            ROWS(KVL_ERR_INVALID_VALUE, "strides[1], which they replace, is 5");
+            ROWS(KVL_STATUS_INVALID_VALUE, "strides[1], which they replace, is 5");
             bit_mask.row_starts = (const int64_t *)(const void *)((const char *)row_starts + 4);
-            ROWS(KVL_ERR_BOUNDS, "row_starts of bit_mask at");
+            ROWS(KVL_STATUS_BOUNDS, "row_starts of bit_mask at");
             bit_mask.shape[3] = 4;
-            ROWS(KVL_ERR_SHAPE, "bit_mask ends at key 4 of row 0, which has 5 keys");
+            ROWS(KVL_STATUS_SHAPE, "bit_mask ends at key 4 of row 0, which has 5 keys");
             bit_mask.data = output.bytes;
             bit_mask.bytes = 0;
-            ROWS(KVL_ERR_OVERLAP, "bit_mask and out share memory");
+            ROWS(KVL_STATUS_OVERLAP, "bit_mask and out share memory");
 #undef ROWS
         }
 #undef MASK
@@ -871,54 +871,54 @@ static void attention(void) {
         OK(kvl_plan_create(&p, &plan));
         p = good;
         p.plan = plan;
-        REFUSED(KVL_ERR_INVALID_VALUE, "a plan is to be made", kvl_plan_create(&p, made));
+        REFUSED(KVL_STATUS_INVALID_VALUE, "a plan is to be made", kvl_plan_create(&p, made));
         p.lengths = LIST(3, 4);
-        TRY(KVL_ERR_INVALID_VALUE, "both plan and lengths");
+        TRY(KVL_STATUS_INVALID_VALUE, "both plan and lengths");
         p.plan = plan;
-        p.flags = KVL_CAUSAL;
-        TRY(KVL_ERR_INVALID_VALUE, "both plan and flags");
+        p.flags = KVL_ATTENTION_FLAG_CAUSAL;
+        TRY(KVL_STATUS_INVALID_VALUE, "both plan and flags");
         p.plan = plan;
         p.prefixes = one;
-        TRY(KVL_ERR_INVALID_VALUE, "both plan and prefixes");
+        TRY(KVL_STATUS_INVALID_VALUE, "both plan and prefixes");
         p.plan = plan;
         p.q.shape[1] = p.out.shape[1] = 2;
-        TRY(KVL_ERR_SHAPE, "the plan is for q of batch and seq [2, 3], but q has [2, 2]");
+        TRY(KVL_STATUS_SHAPE, "the plan is for q of batch and seq [2, 3], but q has [2, 2]");
         p.plan = plan;
         p.k.shape[1] = p.v.shape[1] = 4;
-        TRY(KVL_ERR_SHAPE, "the plan is for k of batch and seq [2, 5], but k has [2, 4]");
-        REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_plan_create(NULL, made));
-        REFUSED(KVL_ERR_NULL_POINTER, "plan", kvl_plan_create(&p, NULL));
-        REFUSED(KVL_ERR_NULL_POINTER, "plan", kvl_plan_update(NULL, &p));
-        REFUSED(KVL_ERR_NULL_POINTER, "plan", kvl_plan_advance(NULL, one, 2));
-        REFUSED(KVL_ERR_NULL_POINTER, "plan", kvl_plan_set_table(NULL, 0, 0, one, 1));
+        TRY(KVL_STATUS_SHAPE, "the plan is for k of batch and seq [2, 5], but k has [2, 4]");
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_attention_params", kvl_plan_create(NULL, made));
+        REFUSED(KVL_STATUS_NULL_POINTER, "plan", kvl_plan_create(&p, NULL));
+        REFUSED(KVL_STATUS_NULL_POINTER, "plan", kvl_plan_update(NULL, &p));
+        REFUSED(KVL_STATUS_NULL_POINTER, "plan", kvl_plan_advance(NULL, one, 2));
+        REFUSED(KVL_STATUS_NULL_POINTER, "plan", kvl_plan_set_table(NULL, 0, 0, one, 1));
         p.lengths = LIST(3, 6);
-        REFUSED(KVL_ERR_OUT_OF_RANGE, "lengths[1] is 6", kvl_plan_create(&p, made));
-        REFUSED(KVL_ERR_OUT_OF_RANGE, "lengths[1] is 6", kvl_plan_update(plan, &p));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "lengths[1] is 6", kvl_plan_create(&p, made));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "lengths[1] is 6", kvl_plan_update(plan, &p));
         p = good;
-        REFUSED(KVL_ERR_NULL_POINTER, "counts", kvl_plan_advance(plan, NULL, 2));
-        REFUSED(KVL_ERR_SHAPE, "counts has 1 entries, but the plan has 2 rows", kvl_plan_advance(plan, one, 1));
-        REFUSED(KVL_ERR_SHAPE, "rows is -1", kvl_plan_advance(plan, one, -1));
-        REFUSED(KVL_ERR_OUT_OF_RANGE, "counts[1] is -1", kvl_plan_advance(plan, negative, 2));
-        REFUSED(KVL_ERR_CAPACITY, "has 4 tokens and is given 2 more, but has room for 5", kvl_plan_advance(plan, two, 2));
-        REFUSED(KVL_ERR_INVALID_VALUE, "no table", kvl_plan_set_table(plan, 0, 0, one, 1));
+        REFUSED(KVL_STATUS_NULL_POINTER, "counts", kvl_plan_advance(plan, NULL, 2));
+        REFUSED(KVL_STATUS_SHAPE, "counts has 1 entries, but the plan has 2 rows", kvl_plan_advance(plan, one, 1));
+        REFUSED(KVL_STATUS_SHAPE, "rows is -1", kvl_plan_advance(plan, one, -1));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "counts[1] is -1", kvl_plan_advance(plan, negative, 2));
+        REFUSED(KVL_STATUS_CAPACITY, "has 4 tokens and is given 2 more, but has room for 5", kvl_plan_advance(plan, two, 2));
+        REFUSED(KVL_STATUS_INVALID_VALUE, "no table", kvl_plan_set_table(plan, 0, 0, one, 1));
         /* None of these has changed it. */
         OK(kvl_plan_advance(plan, one, 2));
-        REFUSED(KVL_ERR_CAPACITY, "has 5 tokens", kvl_plan_advance(plan, one, 2));
+        REFUSED(KVL_STATUS_CAPACITY, "has 5 tokens", kvl_plan_advance(plan, one, 2));
         {
             static const int32_t pages[] = {1, -1, 0, -1}, bad[] = {2};
             kvl_layout layout = KVL_LAYOUT_INIT;
-            layout.kind = KVL_PAGED;
+            layout.kind = KVL_LAYOUT_KIND_PAGED;
             layout.rows = layout.pages_per_row = 2;
             layout.table = pages;
             p.layout = &layout;
             p.lengths = LIST(5, 4);
             OK(kvl_plan_update(plan, &p));
-            REFUSED(KVL_ERR_OUT_OF_RANGE, "pages[0, 1] is -1, but k has batch = 2", kvl_plan_advance(plan, one, 2));
-            REFUSED(KVL_ERR_OUT_OF_RANGE, "entry 0 of row 1 is 2", kvl_plan_set_table(plan, 1, 0, bad, 1));
-            REFUSED(KVL_ERR_OUT_OF_RANGE, "row 2", kvl_plan_set_table(plan, 2, 0, one, 1));
-            REFUSED(KVL_ERR_OUT_OF_RANGE, "entries 1..3", kvl_plan_set_table(plan, 1, 1, one, 2));
-            REFUSED(KVL_ERR_SHAPE, "first is -1", kvl_plan_set_table(plan, 1, -1, one, 1));
-            REFUSED(KVL_ERR_NULL_POINTER, "entries", kvl_plan_set_table(plan, 1, 1, NULL, 1));
+            REFUSED(KVL_STATUS_OUT_OF_RANGE, "pages[0, 1] is -1, but k has batch = 2", kvl_plan_advance(plan, one, 2));
+            REFUSED(KVL_STATUS_OUT_OF_RANGE, "entry 0 of row 1 is 2", kvl_plan_set_table(plan, 1, 0, bad, 1));
+            REFUSED(KVL_STATUS_OUT_OF_RANGE, "row 2", kvl_plan_set_table(plan, 2, 0, one, 1));
+            REFUSED(KVL_STATUS_OUT_OF_RANGE, "entries 1..3", kvl_plan_set_table(plan, 1, 1, one, 2));
+            REFUSED(KVL_STATUS_SHAPE, "first is -1", kvl_plan_set_table(plan, 1, -1, one, 1));
+            REFUSED(KVL_STATUS_NULL_POINTER, "entries", kvl_plan_set_table(plan, 1, 1, NULL, 1));
             OK(kvl_plan_set_table(plan, 0, 1, one, 1));
             OK(kvl_plan_advance(plan, one, 2));
             p = good;
@@ -934,23 +934,23 @@ static void attention(void) {
             p.lengths = LIST(3, 4);
             OK(kvl_plan_update(plan, &p));
             by_head.bytes = 2;
-            REFUSED(KVL_ERR_BOUNDS, "reaches bytes 0..3 of a buffer of 2", kvl_plan_update(plan, &p));
-            REFUSED(KVL_ERR_BOUNDS, "reaches bytes 0..3 of a buffer of 2", kvl_plan_create(&p, made));
+            REFUSED(KVL_STATUS_BOUNDS, "reaches bytes 0..3 of a buffer of 2", kvl_plan_update(plan, &p));
+            REFUSED(KVL_STATUS_BOUNDS, "reaches bytes 0..3 of a buffer of 2", kvl_plan_create(&p, made));
             by_head.bytes = 0;
             p.q.shape[2] = 2;
-            REFUSED(KVL_ERR_SHAPE, "bit_mask has shape [2, 3, 4, 4], but must have [2, 3, 2, 4]", kvl_plan_update(plan, &p));
-            REFUSED(KVL_ERR_INVALID_VALUE, "the plan holds masks", kvl_plan_advance(plan, one, 2));
+            REFUSED(KVL_STATUS_SHAPE, "bit_mask has shape [2, 3, 4, 4], but must have [2, 3, 2, 4]", kvl_plan_update(plan, &p));
+            REFUSED(KVL_STATUS_INVALID_VALUE, "the plan holds masks", kvl_plan_advance(plan, one, 2));
             p = good;
             p.plan = plan;
             p.bit_mask = &by_head;
-            TRY(KVL_ERR_INVALID_VALUE, "both plan and bit_mask are given, but bit_mask is the plan's to say");
+            TRY(KVL_STATUS_INVALID_VALUE, "both plan and bit_mask are given, but bit_mask is the plan's to say");
             p.plan = plan;
             p.mask.data = mask;
             p.mask.shape[0] = 2, p.mask.shape[1] = 3, p.mask.shape[2] = 4, p.mask.shape[3] = 5;
-            TRY(KVL_ERR_INVALID_VALUE, "both plan and mask are given, but mask is the plan's to say");
+            TRY(KVL_STATUS_INVALID_VALUE, "both plan and mask are given, but mask is the plan's to say");
             p.plan = plan;
             p.q.shape[2] = p.out.shape[2] = 2;
-            TRY(KVL_ERR_SHAPE, "the plan's masks are for q of 4 heads, but q has 2");
+            TRY(KVL_STATUS_SHAPE, "the plan's masks are for q of 4 heads, but q has 2");
             p.plan = plan;
             OK(kvl_attention(context, NULL, workspace, bytes, &p));
             p = good;
@@ -959,42 +959,42 @@ static void attention(void) {
         kvl_plan_destroy(NULL);
     }
     {
-        kvl_const_view prefix = kvl_make_const_view(x, KVL_F32, 1, 7, 2, 8), other = prefix;
+        kvl_const_view prefix = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 7, 2, 8), other = prefix;
 #define PREFIX(status, text)                                                                                           \
     do {                                                                                                               \
         REFUSED(status, text, kvl_attention_with_prefix(context, NULL, workspace, bytes, &other, &prefix, &p));        \
         p = good;                                                                                                      \
         other = prefix;                                                                                                \
     } while (0)
-        REFUSED(KVL_ERR_NULL_POINTER, "prefix_k", kvl_attention_with_prefix(context, NULL, workspace, bytes, NULL, &prefix, &p));
-        REFUSED(KVL_ERR_NULL_POINTER, "prefix_v", kvl_attention_with_prefix(context, NULL, workspace, bytes, &prefix, NULL, &p));
-        REFUSED(KVL_ERR_WORKSPACE, "1024", kvl_attention_with_prefix(context, NULL, workspace, 1024, &prefix, &prefix, &p));
+        REFUSED(KVL_STATUS_NULL_POINTER, "prefix_k", kvl_attention_with_prefix(context, NULL, workspace, bytes, NULL, &prefix, &p));
+        REFUSED(KVL_STATUS_NULL_POINTER, "prefix_v", kvl_attention_with_prefix(context, NULL, workspace, bytes, &prefix, NULL, &p));
+        REFUSED(KVL_STATUS_WORKSPACE, "1024", kvl_attention_with_prefix(context, NULL, workspace, 1024, &prefix, &prefix, &p));
         other.shape[0] = 2;
-        PREFIX(KVL_ERR_SHAPE, "batch = 2, but all rows share one prefix");
+        PREFIX(KVL_STATUS_SHAPE, "batch = 2, but all rows share one prefix");
         other.shape[2] = 1;
-        PREFIX(KVL_ERR_SHAPE, "heads");
+        PREFIX(KVL_STATUS_SHAPE, "heads");
         other.data = output.floats;
-        PREFIX(KVL_ERR_OVERLAP, "the prefix's k and out share memory");
+        PREFIX(KVL_STATUS_OVERLAP, "the prefix's k and out share memory");
         p.alibi_slopes = ones;
-        PREFIX(KVL_ERR_INVALID_VALUE, "alibi_slopes");
-        p.flags = KVL_WINDOW_LEFT;
-        PREFIX(KVL_ERR_INVALID_VALUE, "window_left");
+        PREFIX(KVL_STATUS_INVALID_VALUE, "alibi_slopes");
+        p.flags = KVL_ATTENTION_FLAG_WINDOW_LEFT;
+        PREFIX(KVL_STATUS_INVALID_VALUE, "window_left");
         p.lengths = LIST(5, 6);
-        PREFIX(KVL_ERR_OUT_OF_RANGE, "lengths[1] is 6");
+        PREFIX(KVL_STATUS_OUT_OF_RANGE, "lengths[1] is 6");
 #undef PREFIX
-        REFUSED(KVL_ERR_NULL_POINTER, "prefix_k", kvl_attention_with_prefix_workspace_size(NULL, &p, NULL, needed));
-        REFUSED(KVL_ERR_NULL_POINTER, "bytes", kvl_attention_with_prefix_workspace_size(&prefix, &p, NULL, NULL));
+        REFUSED(KVL_STATUS_NULL_POINTER, "prefix_k", kvl_attention_with_prefix_workspace_size(NULL, &p, NULL, needed));
+        REFUSED(KVL_STATUS_NULL_POINTER, "bytes", kvl_attention_with_prefix_workspace_size(&prefix, &p, NULL, NULL));
     }
 #undef TRY
-    REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_attention_workspace_size(NULL, NULL, needed));
-    REFUSED(KVL_ERR_NULL_POINTER, "bytes", kvl_attention_workspace_size(&p, NULL, NULL));
+    REFUSED(KVL_STATUS_NULL_POINTER, "kvl_attention_params", kvl_attention_workspace_size(NULL, NULL, needed));
+    REFUSED(KVL_STATUS_NULL_POINTER, "bytes", kvl_attention_workspace_size(&p, NULL, NULL));
     p.q.shape[1] = INT64_MAX;
-    REFUSED(KVL_ERR_SHAPE, "q", kvl_attention_workspace_size(&p, NULL, needed));
+    REFUSED(KVL_STATUS_SHAPE, "q", kvl_attention_workspace_size(&p, NULL, needed));
     p.q.shape[1] = -1;
-    REFUSED(KVL_ERR_SHAPE, "negative", kvl_attention_workspace_size(&p, NULL, needed));
+    REFUSED(KVL_STATUS_SHAPE, "negative", kvl_attention_workspace_size(&p, NULL, needed));
     p = good;
     p.v.shape[3] = 0;
-    REFUSED(KVL_ERR_SHAPE, "v has dim = 0", kvl_attention_workspace_size(&p, NULL, needed));
+    REFUSED(KVL_STATUS_SHAPE, "v has dim = 0", kvl_attention_workspace_size(&p, NULL, needed));
     p = good;
     paint();
     OK(kvl_attention_workspace_size(&p, NULL, needed));
@@ -1008,8 +1008,8 @@ static void merge(void) {
     static const float lse_in[4];
     float *lse = output.floats + 16;
     kvl_attention_state good[2], states[2];
-    kvl_view out = kvl_make_view(output.floats, KVL_F32, 1, 2, 2, 4);
-    good[0].out = good[1].out = kvl_make_const_view(x, KVL_F32, 1, 2, 2, 4);
+    kvl_view out = kvl_make_view(output.floats, KVL_DTYPE_F32, 1, 2, 2, 4);
+    good[0].out = good[1].out = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 2, 2, 4);
     good[0].lse = good[1].lse = lse_in;
     memcpy(states, good, sizeof good);
 #define TRY(status, text)                                                                                              \
@@ -1017,25 +1017,25 @@ static void merge(void) {
         REFUSED(status, text, kvl_merge_states(context, NULL, states, 2, &out, lse));                                  \
         memcpy(states, good, sizeof good);                                                                             \
     } while (0)
-    REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_merge_states(NULL, NULL, states, 2, &out, lse));
-    REFUSED(KVL_ERR_NULL_POINTER, "states", kvl_merge_states(context, NULL, NULL, 2, &out, lse));
-    REFUSED(KVL_ERR_NULL_POINTER, "out", kvl_merge_states(context, NULL, states, 2, NULL, lse));
-    REFUSED(KVL_ERR_INVALID_VALUE, "0 states", kvl_merge_states(context, NULL, states, 0, &out, lse));
-    REFUSED(KVL_ERR_INVALID_VALUE, "257 states", kvl_merge_states(context, NULL, states, 257, &out, lse));
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_merge_states(NULL, NULL, states, 2, &out, lse));
+    REFUSED(KVL_STATUS_NULL_POINTER, "states", kvl_merge_states(context, NULL, NULL, 2, &out, lse));
+    REFUSED(KVL_STATUS_NULL_POINTER, "out", kvl_merge_states(context, NULL, states, 2, NULL, lse));
+    REFUSED(KVL_STATUS_INVALID_VALUE, "0 states", kvl_merge_states(context, NULL, states, 0, &out, lse));
+    REFUSED(KVL_STATUS_INVALID_VALUE, "257 states", kvl_merge_states(context, NULL, states, 257, &out, lse));
     states[1].lse = NULL;
-    TRY(KVL_ERR_NULL_POINTER, "states[1].lse");
-    states[0].out.dtype = KVL_BF16;
-    TRY(KVL_ERR_DTYPE, "bf16");
+    TRY(KVL_STATUS_NULL_POINTER, "states[1].lse");
+    states[0].out.dtype = KVL_DTYPE_BF16;
+    TRY(KVL_STATUS_DTYPE, "bf16");
     states[0].out.dtype = 44;
-    TRY(KVL_ERR_INVALID_ENUM, "44");
+    TRY(KVL_STATUS_INVALID_ENUM, "44");
     states[1].out.shape[1] = 1;
-    TRY(KVL_ERR_SHAPE, "seq");
+    TRY(KVL_STATUS_SHAPE, "seq");
     states[1].out.data = output.floats + 15;
-    TRY(KVL_ERR_OVERLAP, "state 1 and out share memory");
+    TRY(KVL_STATUS_OVERLAP, "state 1 and out share memory");
     states[0].lse = lse;
-    TRY(KVL_ERR_OVERLAP, "state 0 and lse share memory");
+    TRY(KVL_STATUS_OVERLAP, "state 0 and lse share memory");
     out.strides[3] = 0;
-    TRY(KVL_ERR_STRIDE, "out");
+    TRY(KVL_STATUS_STRIDE, "out");
 #undef TRY
 }
 
@@ -1056,95 +1056,95 @@ static void chunks(void) {
         static int32_t lengths[LEN + 1];
         kvl_attention_params good = KVL_ATTENTION_PARAMS_INIT, p;
         kvl_layout layout = KVL_LAYOUT_INIT;
-        good.q = kvl_make_const_view(x, KVL_F32, 2, 3, 4, 8);
-        good.k = good.v = kvl_make_const_view(x, KVL_F32, 2, 5, 2, 8);
+        good.q = kvl_make_const_view(x, KVL_DTYPE_F32, 2, 3, 4, 8);
+        good.k = good.v = kvl_make_const_view(x, KVL_DTYPE_F32, 2, 5, 2, 8);
         p = good;
 #define TRY(status, text)                                                                                              \
     do {                                                                                                               \
         REFUSED(status, text, kvl_attention_chunks(context, NULL, workspace, bytes, &p, states, LEN));                 \
         p = good;                                                                                                      \
     } while (0)
-        REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_attention_chunks(NULL, NULL, workspace, bytes, &p, states, LEN));
-        REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params",
+        REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_attention_chunks(NULL, NULL, workspace, bytes, &p, states, LEN));
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_attention_params",
                 kvl_attention_chunks(context, NULL, workspace, bytes, NULL, states, LEN));
-        REFUSED(KVL_ERR_WORKSPACE, "needs", kvl_attention_chunks(context, NULL, workspace, 64, &p, states, LEN));
-        REFUSED(KVL_ERR_WORKSPACE, "aligned", kvl_attention_chunks(context, NULL, NULL, bytes, &p, states, LEN));
-        REFUSED(KVL_ERR_WORKSPACE, "aligned",
+        REFUSED(KVL_STATUS_WORKSPACE, "needs", kvl_attention_chunks(context, NULL, workspace, 64, &p, states, LEN));
+        REFUSED(KVL_STATUS_WORKSPACE, "aligned", kvl_attention_chunks(context, NULL, NULL, bytes, &p, states, LEN));
+        REFUSED(KVL_STATUS_WORKSPACE, "aligned",
                 kvl_attention_chunks(context, NULL, (char *)workspace + 32, bytes - 32, &p, states, LEN));
-        REFUSED(KVL_ERR_NULL_POINTER, "states: data is null",
+        REFUSED(KVL_STATUS_NULL_POINTER, "states: data is null",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, NULL, LEN));
-        REFUSED(KVL_ERR_SHAPE, "states has 767 floats, but must have 768 for 5 keys",
+        REFUSED(KVL_STATUS_SHAPE, "states has 767 floats, but must have 768 for 5 keys",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, states, LEN - 1));
-        REFUSED(KVL_ERR_SHAPE, "states has 769 floats", kvl_attention_chunks(context, NULL, workspace, bytes, &p, states, LEN + 1));
-        REFUSED(KVL_ERR_SHAPE, "states_len is -1, which is negative",
+        REFUSED(KVL_STATUS_SHAPE, "states has 769 floats", kvl_attention_chunks(context, NULL, workspace, bytes, &p, states, LEN + 1));
+        REFUSED(KVL_STATUS_SHAPE, "states_len is -1, which is negative",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, states, -1));
-        REFUSED(KVL_ERR_BOUNDS, "states: data",
+        REFUSED(KVL_STATUS_BOUNDS, "states: data",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)(output.bytes + 2), LEN));
-        REFUSED(KVL_ERR_OVERLAP, "q and states share memory",
+        REFUSED(KVL_STATUS_OVERLAP, "q and states share memory",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, x + 191, LEN));
         p.v.data = output.floats + LEN - 1;
-        TRY(KVL_ERR_OVERLAP, "v and states share memory");
+        TRY(KVL_STATUS_OVERLAP, "v and states share memory");
         /* At their end, where no output of these rows would be. */
         p.k.data = output.floats + LEN - 1;
-        TRY(KVL_ERR_OVERLAP, "k and states share memory");
+        TRY(KVL_STATUS_OVERLAP, "k and states share memory");
         p.mask.data = output.bytes + LEN * sizeof(float) - 1;
         p.mask.shape[0] = 2, p.mask.shape[1] = 3, p.mask.shape[2] = 4, p.mask.shape[3] = 5;
-        TRY(KVL_ERR_OVERLAP, "mask and states share memory");
-        p.bias = kvl_make_const_view(output.floats + LEN - 1, KVL_F32, 2, 3, 4, 5);
-        TRY(KVL_ERR_OVERLAP, "bias and states share memory");
+        TRY(KVL_STATUS_OVERLAP, "mask and states share memory");
+        p.bias = kvl_make_const_view(output.floats + LEN - 1, KVL_DTYPE_F32, 2, 3, 4, 5);
+        TRY(KVL_STATUS_OVERLAP, "bias and states share memory");
         for (i = 0; i <= LEN; i++) lengths[i] = 5;
         p.lengths = lengths;
-        REFUSED(KVL_ERR_OVERLAP, "lengths and states share memory",
+        REFUSED(KVL_STATUS_OVERLAP, "lengths and states share memory",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)(lengths + 1), LEN));
         p.lengths = all;
         p.starts = p.offsets = lengths;
-        REFUSED(KVL_ERR_OVERLAP, "starts and states share memory",
+        REFUSED(KVL_STATUS_OVERLAP, "starts and states share memory",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)lengths, LEN));
         p = good;
         p.alibi_slopes = of_spans;
-        REFUSED(KVL_ERR_OVERLAP, "alibi_slopes and states share memory",
+        REFUSED(KVL_STATUS_OVERLAP, "alibi_slopes and states share memory",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, of_spans + 3, LEN));
         p = good;
         p.sinks = sinks;
-        TRY(KVL_ERR_INVALID_VALUE, "sinks are given where spans are merged");
-        p.out = kvl_make_view(output.floats + LEN, KVL_F32, 2, 3, 4, 8);
-        TRY(KVL_ERR_INVALID_VALUE, "out is given where spans are merged");
+        TRY(KVL_STATUS_INVALID_VALUE, "sinks are given where spans are merged");
+        p.out = kvl_make_view(output.floats + LEN, KVL_DTYPE_F32, 2, 3, 4, 8);
+        TRY(KVL_STATUS_INVALID_VALUE, "out is given where spans are merged");
         p.lse = output.floats + LEN;
-        TRY(KVL_ERR_INVALID_VALUE, "lse is given where spans are merged");
-        p.v.dtype = KVL_BF16;
-        TRY(KVL_ERR_DTYPE, "k is f32, but v is bf16");
+        TRY(KVL_STATUS_INVALID_VALUE, "lse is given where spans are merged");
+        p.v.dtype = KVL_DTYPE_BF16;
+        TRY(KVL_STATUS_DTYPE, "k is f32, but v is bf16");
         p.flags = 8;
-        TRY(KVL_ERR_INVALID_ENUM, "0x8");
+        TRY(KVL_STATUS_INVALID_ENUM, "0x8");
         p.layout = &layout;
         p.lengths = all;
-        layout.kind = KVL_RING;
-        REFUSED(KVL_ERR_INVALID_VALUE, "a ring is no span", kvl_attention_chunks_states_len(&p, len));
-        REFUSED(KVL_ERR_INVALID_VALUE, "a ring is no span", kvl_attention_chunks_workspace_size(&p, NULL, needed));
-        TRY(KVL_ERR_INVALID_VALUE, "a ring is no span");
-        p.q = kvl_make_const_view(x, KVL_F32, 1, 3, 4, 8);
+        layout.kind = KVL_LAYOUT_KIND_RING;
+        REFUSED(KVL_STATUS_INVALID_VALUE, "a ring is no span", kvl_attention_chunks_states_len(&p, len));
+        REFUSED(KVL_STATUS_INVALID_VALUE, "a ring is no span", kvl_attention_chunks_workspace_size(&p, NULL, needed));
+        TRY(KVL_STATUS_INVALID_VALUE, "a ring is no span");
+        p.q = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 3, 4, 8);
         p.query_starts = starts;
         p.rows = 2;
-        REFUSED(KVL_ERR_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_states_len(&p, len));
-        REFUSED(KVL_ERR_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_workspace_size(&p, NULL, needed));
+        REFUSED(KVL_STATUS_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_states_len(&p, len));
+        REFUSED(KVL_STATUS_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_workspace_size(&p, NULL, needed));
         {
             kvl_plan *plan = NULL;
             kvl_attention_params planned = good;
             OK(kvl_plan_create(&p, &plan));
             planned.q = p.q;
             planned.plan = plan;
-            REFUSED(KVL_ERR_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_states_len(&planned, len));
+            REFUSED(KVL_STATUS_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_states_len(&planned, len));
             kvl_plan_destroy(plan);
         }
-        TRY(KVL_ERR_INVALID_VALUE, "ragged queries have no format");
+        TRY(KVL_STATUS_INVALID_VALUE, "ragged queries have no format");
 #undef TRY
-        REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_attention_chunks_states_len(NULL, len));
-        REFUSED(KVL_ERR_NULL_POINTER, "len", kvl_attention_chunks_states_len(&p, NULL));
-        REFUSED(KVL_ERR_NULL_POINTER, "kvl_attention_params", kvl_attention_chunks_workspace_size(NULL, NULL, needed));
-        REFUSED(KVL_ERR_NULL_POINTER, "bytes", kvl_attention_chunks_workspace_size(&p, NULL, NULL));
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_attention_params", kvl_attention_chunks_states_len(NULL, len));
+        REFUSED(KVL_STATUS_NULL_POINTER, "len", kvl_attention_chunks_states_len(&p, NULL));
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_attention_params", kvl_attention_chunks_workspace_size(NULL, NULL, needed));
+        REFUSED(KVL_STATUS_NULL_POINTER, "bytes", kvl_attention_chunks_workspace_size(&p, NULL, NULL));
         p.q.shape[0] = p.q.shape[1] = p.q.shape[2] = p.k.shape[1] = INT32_MAX;
-        REFUSED(KVL_ERR_SHAPE, "more than an address space holds", kvl_attention_chunks_states_len(&p, len));
+        REFUSED(KVL_STATUS_SHAPE, "more than an address space holds", kvl_attention_chunks_states_len(&p, len));
         p.q.shape[1] = -2;
-        REFUSED(KVL_ERR_SHAPE, "negative", kvl_attention_chunks_states_len(&p, len));
+        REFUSED(KVL_STATUS_SHAPE, "negative", kvl_attention_chunks_states_len(&p, len));
     }
     {
         kvl_chunk_states good_spans[2], spans[257];
@@ -1158,7 +1158,7 @@ static void chunks(void) {
         good.num_spans = 2;
         good.kv_heads = 2;
         good.sinks = sinks;
-        good.out = kvl_make_view(output.floats, KVL_F32, 2, 3, 4, 8);
+        good.out = kvl_make_view(output.floats, KVL_DTYPE_F32, 2, 3, 4, 8);
         good.lse = output.floats + 2 * 3 * 4 * 8;
         p = good;
 #define TRY(status, text)                                                                                              \
@@ -1173,56 +1173,56 @@ static void chunks(void) {
         REFUSED(status, text, kvl_merge_chunks_workspace_size(&p, NULL, needed));                                      \
         TRY(status, text);                                                                                             \
     } while (0)
-        REFUSED(KVL_ERR_NULL_POINTER, "context", kvl_merge_chunks(NULL, NULL, workspace, bytes, &p));
-        REFUSED(KVL_ERR_NULL_POINTER, "kvl_merge_chunks_params", kvl_merge_chunks(context, NULL, workspace, bytes, NULL));
-        REFUSED(KVL_ERR_WORKSPACE, "needs", kvl_merge_chunks(context, NULL, workspace, 64, &p));
-        REFUSED(KVL_ERR_WORKSPACE, "aligned", kvl_merge_chunks(context, NULL, (char *)workspace + 32, bytes - 32, &p));
-        REFUSED(KVL_ERR_NULL_POINTER, "kvl_merge_chunks_params", kvl_merge_chunks_workspace_size(NULL, NULL, needed));
-        REFUSED(KVL_ERR_NULL_POINTER, "bytes", kvl_merge_chunks_workspace_size(&p, NULL, NULL));
+        REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_merge_chunks(NULL, NULL, workspace, bytes, &p));
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_merge_chunks_params", kvl_merge_chunks(context, NULL, workspace, bytes, NULL));
+        REFUSED(KVL_STATUS_WORKSPACE, "needs", kvl_merge_chunks(context, NULL, workspace, 64, &p));
+        REFUSED(KVL_STATUS_WORKSPACE, "aligned", kvl_merge_chunks(context, NULL, (char *)workspace + 32, bytes - 32, &p));
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_merge_chunks_params", kvl_merge_chunks_workspace_size(NULL, NULL, needed));
+        REFUSED(KVL_STATUS_NULL_POINTER, "bytes", kvl_merge_chunks_workspace_size(&p, NULL, NULL));
         p.struct_size = 8;
-        BOTH(KVL_ERR_STRUCT_SIZE, "kvl_merge_chunks_params.struct_size is 8");
+        BOTH(KVL_STATUS_STRUCT_SIZE, "kvl_merge_chunks_params.struct_size is 8");
         p.spans = NULL;
-        BOTH(KVL_ERR_NULL_POINTER, "spans is null");
+        BOTH(KVL_STATUS_NULL_POINTER, "spans is null");
         p.num_spans = 0;
-        BOTH(KVL_ERR_INVALID_VALUE, "0 spans");
+        BOTH(KVL_STATUS_INVALID_VALUE, "0 spans");
         p.num_spans = 257;
-        BOTH(KVL_ERR_INVALID_VALUE, "257 spans, but a call merges 1 to 256");
+        BOTH(KVL_STATUS_INVALID_VALUE, "257 spans, but a call merges 1 to 256");
         spans[1].len = -LEN;
-        BOTH(KVL_ERR_SHAPE, "spans[1].len is -768, which is negative");
+        BOTH(KVL_STATUS_SHAPE, "spans[1].len is -768, which is negative");
         spans[1].len = LEN - 1;
-        BOTH(KVL_ERR_SHAPE, "span 1 has 767 floats, which are no chunks of 768");
+        BOTH(KVL_STATUS_SHAPE, "span 1 has 767 floats, which are no chunks of 768");
         spans[0].len = 0;
-        BOTH(KVL_ERR_SHAPE, "span 0 has 0 floats");
+        BOTH(KVL_STATUS_SHAPE, "span 0 has 0 floats");
         p.kv_heads = 3;
-        BOTH(KVL_ERR_SHAPE, "no multiple of kv_heads = 3");
+        BOTH(KVL_STATUS_SHAPE, "no multiple of kv_heads = 3");
         p.kv_heads = -1;
-        BOTH(KVL_ERR_SHAPE, "kv_heads is -1");
+        BOTH(KVL_STATUS_SHAPE, "kv_heads is -1");
         p.dtype = 3;
-        BOTH(KVL_ERR_INVALID_ENUM, "dtype is 3");
+        BOTH(KVL_STATUS_INVALID_ENUM, "dtype is 3");
         p.precision = 2;
-        BOTH(KVL_ERR_INVALID_ENUM, "precision is 2");
+        BOTH(KVL_STATUS_INVALID_ENUM, "precision is 2");
         p.out.shape[3] = 513;
-        BOTH(KVL_ERR_SHAPE, "out has dim = 513");
+        BOTH(KVL_STATUS_SHAPE, "out has dim = 513");
         p.out.shape[1] = -1;
-        BOTH(KVL_ERR_SHAPE, "negative");
+        BOTH(KVL_STATUS_SHAPE, "negative");
         p.out.strides[3] = 0;
-        TRY(KVL_ERR_STRIDE, "out");
+        TRY(KVL_STATUS_STRIDE, "out");
         spans[1].states = NULL;
-        TRY(KVL_ERR_NULL_POINTER, "span 1 is null, but has 768 floats");
+        TRY(KVL_STATUS_NULL_POINTER, "span 1 is null, but has 768 floats");
         spans[1].states = (const float *)(const void *)((const char *)of_spans + 2);
-        TRY(KVL_ERR_BOUNDS, "the states of a span");
+        TRY(KVL_STATUS_BOUNDS, "the states of a span");
         spans[1].states = output.floats + 2 * 3 * 4 * 8 - 1;
-        TRY(KVL_ERR_OVERLAP, "span 1 and out share memory");
+        TRY(KVL_STATUS_OVERLAP, "span 1 and out share memory");
         spans[0].states = output.floats + 2 * 3 * 4 * 9 - 1;
-        TRY(KVL_ERR_OVERLAP, "span 0 and lse share memory");
+        TRY(KVL_STATUS_OVERLAP, "span 0 and lse share memory");
         p.sinks = output.floats + 2 * 3 * 4 * 8 - 4;
-        TRY(KVL_ERR_OVERLAP, "sinks and out share memory");
+        TRY(KVL_STATUS_OVERLAP, "sinks and out share memory");
         p.sinks = p.lse + 1;
-        TRY(KVL_ERR_OVERLAP, "sinks and lse share memory");
+        TRY(KVL_STATUS_OVERLAP, "sinks and lse share memory");
         p.lse--;
-        TRY(KVL_ERR_OVERLAP, "out and lse share memory");
+        TRY(KVL_STATUS_OVERLAP, "out and lse share memory");
         p.lse = (float *)(void *)(output.bytes + 2);
-        TRY(KVL_ERR_BOUNDS, "lse");
+        TRY(KVL_STATUS_BOUNDS, "lse");
 #undef BOTH
 #undef TRY
     }

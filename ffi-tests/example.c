@@ -10,7 +10,7 @@
 enum { HEADS = 4, KV_HEADS = 2, DIM = 8, CAPACITY = 16, PROMPT = 4, STEPS = 3 };
 
 static void check(kvl_status status) {
-    if (status != KVL_OK) {
+    if (status != KVL_STATUS_OK) {
         char sentence[1024];
         kvl_last_error(sentence, sizeof sentence);
         fprintf(stderr, "%s: %s\n", kvl_status_string(status), sentence);
@@ -37,19 +37,19 @@ static void step(const kvl_context *context, const double *inv_freq, uint16_t *k
 
     /* Queries are rotated where they are, keys on their way into the cache. */
     kvl_rope_params rope = KVL_ROPE_PARAMS_INIT;
-    rope.pairing = KVL_HALF_SPLIT;
+    rope.pairing = KVL_PAIRING_HALF_SPLIT;
     rope.rotary_dim = DIM;
     rope.inv_freq = inv_freq;
     rope.offsets = &length;
-    kvl_view queries = kvl_make_view(q, KVL_F32, 1, seq, HEADS, DIM);
+    kvl_view queries = kvl_make_view(q, KVL_DTYPE_F32, 1, seq, HEADS, DIM);
     kvl_const_view same = kvl_as_const(queries);
     check(kvl_rope(context, NULL, &same, &queries, &rope));
 
     kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
-    write.k = kvl_make_const_view(k, KVL_F32, 1, seq, KV_HEADS, DIM);
-    write.v = kvl_make_const_view(v, KVL_F32, 1, seq, KV_HEADS, DIM);
-    write.k_cache = kvl_make_view(k_cache, KVL_BF16, 1, CAPACITY, KV_HEADS, DIM);
-    write.v_cache = kvl_make_view(v_cache, KVL_BF16, 1, CAPACITY, KV_HEADS, DIM);
+    write.k = kvl_make_const_view(k, KVL_DTYPE_F32, 1, seq, KV_HEADS, DIM);
+    write.v = kvl_make_const_view(v, KVL_DTYPE_F32, 1, seq, KV_HEADS, DIM);
+    write.k_cache = kvl_make_view(k_cache, KVL_DTYPE_BF16, 1, CAPACITY, KV_HEADS, DIM);
+    write.v_cache = kvl_make_view(v_cache, KVL_DTYPE_BF16, 1, CAPACITY, KV_HEADS, DIM);
     write.positions = &length;
     write.rope = &rope;
     check(kvl_kv_write(context, NULL, &write));
@@ -60,8 +60,8 @@ static void step(const kvl_context *context, const double *inv_freq, uint16_t *k
     attention.q = kvl_as_const(queries);
     attention.k = kvl_as_const(write.k_cache);
     attention.v = kvl_as_const(write.v_cache);
-    attention.out = kvl_make_view(out, KVL_F32, 1, seq, HEADS, DIM);
-    attention.flags = KVL_CAUSAL;
+    attention.out = kvl_make_view(out, KVL_DTYPE_F32, 1, seq, HEADS, DIM);
+    attention.flags = KVL_ATTENTION_FLAG_CAUSAL;
     attention.lengths = &valid;
 
     size_t bytes;

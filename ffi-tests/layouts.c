@@ -21,7 +21,7 @@ static const int32_t pages[ROWS * PAGES_PER_ROW] = {7, 0, 12, 3, 9, 1, 4, 13, 2,
 static const int32_t starts[ROWS + 1] = {1, 1 + CAPACITY - 1, 2 * CAPACITY - 1};
 static int32_t beams[ROWS * CAPACITY];
 
-static size_t element(kvl_dtype dtype) { return dtype == KVL_F32 ? 4 : 2; }
+static size_t element(kvl_dtype dtype) { return dtype == KVL_DTYPE_F32 ? 4 : 2; }
 
 static void hnd(kvl_view *view) {
     view->strides[0] = view->shape[1] * view->shape[2] * view->shape[3];
@@ -32,7 +32,7 @@ static void hnd(kvl_view *view) {
 /* Caches in which every number is NaN. */
 static void make(cache caches[CACHES], kvl_dtype dtype) {
     static const char *const names[CACHES] = {"contiguous", "paged NHD", "paged HND", "ragged", "indirect", "ring"};
-    static const int kinds[CACHES] = {KVL_CONTIGUOUS, KVL_PAGED, KVL_PAGED, KVL_RAGGED, KVL_INDIRECT, KVL_RING};
+    static const int kinds[CACHES] = {KVL_LAYOUT_KIND_CONTIGUOUS, KVL_LAYOUT_KIND_PAGED, KVL_LAYOUT_KIND_PAGED, KVL_LAYOUT_KIND_RAGGED, KVL_LAYOUT_KIND_INDIRECT, KVL_LAYOUT_KIND_RING};
     static const int axes[CACHES][2] = {{ROWS, CAPACITY},     {POOL, PAGE},     {POOL, PAGE},
                                         {1, ROWS * CAPACITY}, {ROWS, CAPACITY}, {ROWS, RING}};
     int i;
@@ -59,16 +59,16 @@ static void make(cache caches[CACHES], kvl_dtype dtype) {
 /* New tokens, `counts[b]` of `seq`, from `lengths[b]` on. */
 static void append(const cache *c, int seq, const int32_t *lengths, const int32_t *counts) {
     kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
-    write.k = kvl_make_const_view(new_k, KVL_F32, ROWS, seq, KV, D);
-    write.v = kvl_make_const_view(new_v, KVL_F32, ROWS, seq, KV, V_DIM);
+    write.k = kvl_make_const_view(new_k, KVL_DTYPE_F32, ROWS, seq, KV, D);
+    write.v = kvl_make_const_view(new_v, KVL_DTYPE_F32, ROWS, seq, KV, V_DIM);
     write.k_cache = c->k;
     write.v_cache = c->v;
     write.positions = lengths;
     write.counts = counts;
     /* Tokens go to the row of their own; the table says so. */
-    write.layout = c->layout.kind == KVL_INDIRECT ? NULL : &c->layout;
+    write.layout = c->layout.kind == KVL_LAYOUT_KIND_INDIRECT ? NULL : &c->layout;
     OK(kvl_kv_write(context, NULL, &write));
-    if (c->layout.kind == KVL_INDIRECT) OK(kvl_cache_set_table_tokens(beams, ROWS, CAPACITY, lengths, seq));
+    if (c->layout.kind == KVL_LAYOUT_KIND_INDIRECT) OK(kvl_cache_set_table_tokens(beams, ROWS, CAPACITY, lengths, seq));
 }
 
 static void draw(int seq, uint32_t seed) {
@@ -79,7 +79,7 @@ static void draw(int seq, uint32_t seed) {
 
 static kvl_attention_params over(const cache *c, int seq) {
     kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
-    p.q = kvl_make_const_view(q, KVL_F32, ROWS, seq, HEADS, D);
+    p.q = kvl_make_const_view(q, KVL_DTYPE_F32, ROWS, seq, HEADS, D);
     p.k = kvl_as_const(c->k);
     p.v = kvl_as_const(c->v);
     p.layout = &c->layout;
@@ -108,7 +108,7 @@ static result run(kvl_attention_params p) {
     for (i = 0; i < 2; i++) {
         size_t bytes = 0;
         memset(&results[i], 0, sizeof results[i]);
-        p.out = kvl_make_view(results[i].out, KVL_F32, p.q.shape[0], p.q.shape[1], HEADS, V_DIM);
+        p.out = kvl_make_view(results[i].out, KVL_DTYPE_F32, p.q.shape[0], p.q.shape[1], HEADS, V_DIM);
         p.lse = results[i].lse;
         OK(kvl_attention_workspace_size(&p, runners[i], &bytes));
         CHECK(bytes > 0 && bytes <= sizeof workspace, "%d bytes", (int)bytes);
@@ -137,13 +137,13 @@ static int alive(const result *r, int seq) {
 static const unsigned char *token(const cache *c, const kvl_view *view, int row, int position) {
     int64_t at[2] = {row, position};
     switch (c->layout.kind) {
-    case KVL_RING:
+    case KVL_LAYOUT_KIND_RING:
         if (position >= SINKS) at[1] = SINKS + (position - SINKS) % (RING - SINKS);
         break;
-    case KVL_PAGED:
+    case KVL_LAYOUT_KIND_PAGED:
         at[0] = pages[row * PAGES_PER_ROW + position / PAGE], at[1] = position % PAGE;
         break;
-    case KVL_RAGGED:
+    case KVL_LAYOUT_KIND_RAGGED:
         at[0] = 0, at[1] = starts[row] + position;
         break;
     default:
@@ -157,7 +157,7 @@ static void where_tokens_lie(const cache *c, const cache *plain, const int32_t *
     for (b = 0; b < ROWS; b++) {
         for (p = 0; p < lengths[b]; p++) {
             /* Overwritten by now. */
-            if (c->layout.kind == KVL_RING && lengths[b] > RING && p >= SINKS && p < lengths[b] - (RING - SINKS)) continue;
+            if (c->layout.kind == KVL_LAYOUT_KIND_RING && lengths[b] > RING && p >= SINKS && p < lengths[b] - (RING - SINKS)) continue;
             CHECK(memcmp(token(c, &c->k, b, p), token(plain, &plain->k, b, p), D * element(c->k.dtype)) == 0 &&
                       memcmp(token(c, &c->v, b, p), token(plain, &plain->v, b, p), V_DIM * element(c->v.dtype)) == 0,
                   "%s, token %d of row %d", c->name, p, b);
@@ -186,14 +186,14 @@ static void prompt_and_decode(kvl_dtype dtype) {
             result is;
             append(&caches[i], seq, lengths, counts);
             p.lengths = next;
-            p.flags = KVL_CAUSAL;
+            p.flags = KVL_ATTENTION_FLAG_CAUSAL;
             if (i != RING_ROWS) {
                 is = run(p);
                 if (i == CONTIGUOUS) free_of_windows = is;
                 CHECK(alive(&is, seq), "%s, step %d", caches[i].name, (int)step);
                 CHECK(same(&is, &free_of_windows), "%s, step %d", caches[i].name, (int)step);
             }
-            p.flags |= KVL_WINDOW_LEFT;
+            p.flags |= KVL_ATTENTION_FLAG_WINDOW_LEFT;
             p.window_left = WINDOW;
             is = run(p);
             if (i == CONTIGUOUS) windowed = is;
@@ -260,23 +260,23 @@ static void ragged_queries(kvl_dtype dtype) {
     for (b = 0; b < ROWS; b++) {
         const int n = query_starts[b + 1] - query_starts[b];
         kvl_attention_params p = over(&caches[CONTIGUOUS], n);
-        p.q = kvl_make_const_view(q + query_starts[b] * HEADS * D, KVL_F32, 1, n, HEADS, D);
+        p.q = kvl_make_const_view(q + query_starts[b] * HEADS * D, KVL_DTYPE_F32, 1, n, HEADS, D);
         p.k.shape[0] = p.v.shape[0] = 1;
         p.k.data = token(&caches[CONTIGUOUS], &caches[CONTIGUOUS].k, b, 0);
         p.v.data = token(&caches[CONTIGUOUS], &caches[CONTIGUOUS].v, b, 0);
         p.k.bytes = p.v.bytes = 0;
         p.lengths = lengths + b;
-        p.flags = KVL_CAUSAL;
+        p.flags = KVL_ATTENTION_FLAG_CAUSAL;
         p.layout = NULL;
         alone[b] = run(p);
     }
     for (i = 0; i < RING_ROWS; i++) {
         kvl_attention_params p = over(&caches[i], 5);
-        p.q = kvl_make_const_view(q, KVL_F32, 1, 5, HEADS, D);
+        p.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, 5, HEADS, D);
         p.query_starts = query_starts;
         p.rows = ROWS;
         p.lengths = lengths;
-        p.flags = KVL_CAUSAL;
+        p.flags = KVL_ATTENTION_FLAG_CAUSAL;
         together = run(p);
         for (b = 0; b < ROWS; b++) {
             const int first = query_starts[b], n = query_starts[b + 1] - first;
@@ -317,7 +317,7 @@ static void tree(kvl_dtype dtype) {
     p.mask.strides[0] = MOST * CAPACITY, p.mask.strides[1] = CAPACITY, p.mask.strides[3] = 1;
     wanted = run(p);
     memset(&p.mask, 0, sizeof p.mask);
-    p.flags = KVL_CAUSAL;
+    p.flags = KVL_ATTENTION_FLAG_CAUSAL;
     causal = run(p);
     CHECK(!same(&wanted, &causal), "the tree is none");
     mask.data = bits;
@@ -367,7 +367,7 @@ static void flattened(kvl_dtype dtype) {
     }
     memcpy(original, packed, sizeof packed);
     p = over(&caches[CONTIGUOUS], 5);
-    p.q = kvl_make_const_view(q, KVL_F32, 1, 5, HEADS, D);
+    p.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, 5, HEADS, D);
     p.query_starts = query_starts;
     p.rows = ROWS;
     p.lengths = lengths;
@@ -429,7 +429,7 @@ static void plans(kvl_dtype dtype) {
     p.k.data = p.v.data = NULL; /* Only shapes count. */
     p.layout = &so_far;
     p.lengths = begin;
-    p.flags = KVL_CAUSAL | KVL_WINDOW_LEFT;
+    p.flags = KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT;
     p.window_left = WINDOW;
     OK(kvl_plan_create(&p, &plan));
     /* The lists are the plan's own from now on. */
@@ -447,7 +447,7 @@ static void plans(kvl_dtype dtype) {
         OK(kvl_plan_advance(plan, one, ROWS));
         p = over(&caches[CONTIGUOUS], 1);
         p.lengths = lengths;
-        p.flags = KVL_CAUSAL | KVL_WINDOW_LEFT;
+        p.flags = KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT;
         p.window_left = WINDOW;
         wanted = run(p);
         for (i = PAGED_NHD; i <= PAGED_HND; i++) {
@@ -463,11 +463,11 @@ static void plans(kvl_dtype dtype) {
         static const int32_t query_starts[ROWS + 1] = {0, 1, 4};
         draw(MOST, 900);
         p = over(&caches[CONTIGUOUS], MOST);
-        p.q = kvl_make_const_view(q, KVL_F32, 1, 4, HEADS, D);
+        p.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, 4, HEADS, D);
         p.query_starts = query_starts;
         p.rows = ROWS;
         p.lengths = lengths;
-        p.flags = KVL_CAUSAL;
+        p.flags = KVL_ATTENTION_FLAG_CAUSAL;
         wanted = run(p);
         OK(kvl_plan_update(plan, &p));
         p.query_starts = NULL;
@@ -498,11 +498,11 @@ static void shared_prefix(void) {
     memcpy(k[1], k[0], PREFIX * sizeof k[0][0]);
     memcpy(v[1], v[0], PREFIX * sizeof v[0][0]);
     draw(MOST, 63);
-    p.q = kvl_make_const_view(q, KVL_F32, ROWS, 2, HEADS, D);
-    p.k = kvl_make_const_view(k, KVL_F32, ROWS, PREFIX + OWN, KV, D);
-    p.v = kvl_make_const_view(v, KVL_F32, ROWS, PREFIX + OWN, KV, V_DIM);
+    p.q = kvl_make_const_view(q, KVL_DTYPE_F32, ROWS, 2, HEADS, D);
+    p.k = kvl_make_const_view(k, KVL_DTYPE_F32, ROWS, PREFIX + OWN, KV, D);
+    p.v = kvl_make_const_view(v, KVL_DTYPE_F32, ROWS, PREFIX + OWN, KV, V_DIM);
     p.lengths = both;
-    p.flags = KVL_CAUSAL;
+    p.flags = KVL_ATTENTION_FLAG_CAUSAL;
     p.sinks = sinks;
     wanted = run(p);
 
@@ -514,7 +514,7 @@ static void shared_prefix(void) {
     p.v.data = v[0][PREFIX];
     p.lengths = own;
     memset(&is, 0, sizeof is);
-    p.out = kvl_make_view(is.out, KVL_F32, ROWS, 2, HEADS, V_DIM);
+    p.out = kvl_make_view(is.out, KVL_DTYPE_F32, ROWS, 2, HEADS, V_DIM);
     p.lse = is.lse;
     OK(kvl_attention_with_prefix_workspace_size(&prefix_k, &p, NULL, &bytes));
     OK(kvl_attention_workspace_size(&p, NULL, &plain));
@@ -561,7 +561,7 @@ static void beam_search(kvl_dtype dtype) {
 }
 
 int main(void) {
-    static const kvl_dtype types[] = {KVL_F32, KVL_F16, KVL_BF16};
+    static const kvl_dtype types[] = {KVL_DTYPE_F32, KVL_DTYPE_F16, KVL_DTYPE_BF16};
     static const kvl_isa levels[] = {KVL_ISA_SCALAR, KVL_ISA_AVX2,      KVL_ISA_AVX512, KVL_ISA_AMX,
                                      KVL_ISA_NEON,   KVL_ISA_NEON_BF16};
     size_t level, type;

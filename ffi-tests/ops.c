@@ -12,7 +12,7 @@ static void library(void) {
             CHECK(strcmp(a, b) != 0, "%d and %d are both %s", (int)i, (int)j, a);
         }
     }
-    CHECK(strcmp(kvl_status_string(KVL_OK), "ok") == 0, "%s", kvl_status_string(KVL_OK));
+    CHECK(strcmp(kvl_status_string(KVL_STATUS_OK), "ok") == 0, "%s", kvl_status_string(KVL_STATUS_OK));
     CHECK(strcmp(kvl_status_string(-1), "unknown status") == 0, "%s", kvl_status_string(-1));
     CHECK(strcmp(kvl_isa_name(KVL_ISA_AVX512), "avx512") == 0, "%s", kvl_isa_name(KVL_ISA_AVX512));
     CHECK(strcmp(kvl_isa_name(77), "unknown") == 0, "%s", kvl_isa_name(77));
@@ -26,11 +26,11 @@ static void library(void) {
         CHECK(info.available == kvl_isa_available(info.isa), "%s", info.name);
         CHECK(info.max_error >= 0 && info.max_error < 5e-3f, "%s has %g", info.name, (double)info.max_error);
     }
-    CHECK(kvl_kernel_info_at(count, &info) == KVL_ERR_OUT_OF_RANGE, "-");
+    CHECK(kvl_kernel_info_at(count, &info) == KVL_STATUS_OUT_OF_RANGE, "-");
 }
 
 static void names(const kvl_context *context) {
-    static const kvl_dtype types[] = {KVL_F32, KVL_F16, KVL_BF16};
+    static const kvl_dtype types[] = {KVL_DTYPE_F32, KVL_DTYPE_F16, KVL_DTYPE_BF16};
     static const kvl_op both[] = {KVL_OP_ROPE, KVL_OP_KV_WRITE, KVL_OP_RMS_NORM}, one[] = {KVL_OP_REPEAT_KV, KVL_OP_ATTENTION, KVL_OP_MERGE_STATES};
     kvl_isa isa = KVL_ISA_BEST;
     const char *name = NULL, *only = "";
@@ -40,24 +40,24 @@ static void names(const kvl_context *context) {
         const char *high = NULL;
         OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, types[s], types[s], &name));
         OK(kvl_context_attention_kernel_name(context, types[s], KVL_PRECISION_HIGH, &high));
-        int apart = (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) && types[s] == KVL_BF16;
+        int apart = (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) && types[s] == KVL_DTYPE_BF16;
         CHECK(apart == (strcmp(name, high) != 0), "%s and %s", name, high);
         OK(kvl_context_attention_kernel_name(context, types[s], KVL_PRECISION_DEFAULT, &high));
         CHECK(strcmp(name, high) == 0, "%s and %s", name, high);
         {
             kvl_packing packing = -1;
             OK(kvl_context_v_packing(context, types[s], &packing));
-            CHECK(packing == (strcmp(name, "attention_bf16_amx") == 0 ? KVL_PACK_ROW_PAIRS : KVL_PACK_ROWS), "%d", (int)packing);
+            CHECK(packing == (strcmp(name, "attention_bf16_amx") == 0 ? KVL_PACKING_ROW_PAIRS : KVL_PACKING_ROWS), "%d", (int)packing);
         }
     }
     if (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) {
         /* All else is served by the level below. */
         only = isa == KVL_ISA_AMX ? "attention_bf16_amx" : "attention_bf16_neon_bf16";
-        OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_BF16, KVL_BF16, &name));
+        OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_DTYPE_BF16, KVL_DTYPE_BF16, &name));
         CHECK(strcmp(name, only) == 0, "%s", name);
         isa = isa == KVL_ISA_AMX ? KVL_ISA_AVX512 : KVL_ISA_NEON;
     }
-    OK(kvl_context_kernel_name(context, KVL_OP_ROPE_ANGLES, KVL_F32, KVL_F32, &name));
+    OK(kvl_context_kernel_name(context, KVL_OP_ROPE_ANGLES, KVL_DTYPE_F32, KVL_DTYPE_F32, &name));
     CHECK(strstr(name, kvl_isa_name(isa)) != NULL, "%s", name);
     for (s = 0; s < COUNT(types); s++) {
         for (d = 0; d < COUNT(types); d++) {
@@ -72,7 +72,7 @@ static void names(const kvl_context *context) {
             CHECK(strstr(name, kvl_isa_name(isa)) != NULL, "%s", name);
         }
     }
-    OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_BF16, KVL_BF16, &name));
+    OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_DTYPE_BF16, KVL_DTYPE_BF16, &name));
     CHECK(strncmp(name, "attention_bf16_", 15) == 0, "%s", name);
 }
 
@@ -89,19 +89,19 @@ static void frequencies(void) {
     }
     p.base = 10000;
     p.factor = 4;
-    p.scaling = KVL_ROPE_LINEAR;
+    p.scaling = KVL_ROPE_SCALING_LINEAR;
     OK(kvl_rope_frequencies(&p, f, 4, &magnitude));
     {
         static const double wanted[] = {0.25, 0.025, 0.0025, 0.00025};
         for (i = 0; i < 4; i++) NEAR(f[i], wanted[i], 1e-12);
     }
-    p.scaling = KVL_ROPE_NTK;
+    p.scaling = KVL_ROPE_SCALING_NTK;
     OK(kvl_rope_frequencies(&p, f, 4, &magnitude));
     {
         static const double wanted[] = {1.0, 0.06299605249474366, 0.003968502629920499, 0.00025};
         for (i = 0; i < 4; i++) NEAR(f[i], wanted[i], 1e-12);
     }
-    p.scaling = KVL_ROPE_LONGROPE;
+    p.scaling = KVL_ROPE_SCALING_LONGROPE;
     {
         static const double factors[] = {1, 2, 3, 4}, wanted[] = {1.0, 0.05, 0.01 / 3, 0.00025};
         p.factors = factors;
@@ -117,7 +117,7 @@ static void frequencies(void) {
         p.factors = NULL;
     }
     p.rotary_dim = 16;
-    p.scaling = KVL_ROPE_YARN;
+    p.scaling = KVL_ROPE_SCALING_YARN;
     p.factor = 16;
     p.original_max_position = 2048; /* beta_fast and beta_slow are left at 32 and 1. */
     OK(kvl_rope_frequencies(&p, f, 8, &magnitude));
@@ -131,7 +131,7 @@ static void frequencies(void) {
     OK(kvl_rope_frequencies(&p, f, 8, &magnitude));
     CHECK(f[4] != 0.0053125, "the ramp is rounded all the same");
     p.keep_ramp = 0;
-    p.scaling = KVL_ROPE_LLAMA3;
+    p.scaling = KVL_ROPE_SCALING_LLAMA3;
     p.base = 500000;
     p.factor = 8;
     p.original_max_position = 8192; /* low_freq_factor and high_freq_factor are left at 1 and 4. */
@@ -175,10 +175,10 @@ static void rope(const kvl_context *context) {
     int pairing, n, i;
     kvl_rope_params p = KVL_ROPE_PARAMS_INIT;
     kvl_const_view src;
-    kvl_view dst = kvl_make_view(y, KVL_F32, 2, 2, 1, 6);
+    kvl_view dst = kvl_make_view(y, KVL_DTYPE_F32, 2, 2, 1, 6);
     fill(x, 24, 1);
-    src = kvl_make_const_view(x, KVL_F32, 2, 2, 1, 6);
-    for (pairing = KVL_INTERLEAVED; pairing <= KVL_HALF_SPLIT; pairing++) {
+    src = kvl_make_const_view(x, KVL_DTYPE_F32, 2, 2, 1, 6);
+    for (pairing = KVL_PAIRING_INTERLEAVED; pairing <= KVL_PAIRING_HALF_SPLIT; pairing++) {
         p.pairing = pairing;
         p.rotary_dim = 4;
         p.inv_freq = inv_freq;
@@ -190,7 +190,7 @@ static void rope(const kvl_context *context) {
             const float *a = x + 6 * n, *b = y + 6 * n;
             for (i = 0; i < 2; i++) {
                 double angle = positions[n] * inv_freq[i], c = cos(angle), s = sin(angle);
-                int first = pairing == KVL_INTERLEAVED ? 2 * i : i, second = pairing == KVL_INTERLEAVED ? 2 * i + 1 : i + 2;
+                int first = pairing == KVL_PAIRING_INTERLEAVED ? 2 * i : i, second = pairing == KVL_PAIRING_INTERLEAVED ? 2 * i + 1 : i + 2;
                 NEAR(b[first], a[first] * c - a[second] * s, 1e-6);
                 NEAR(b[second], a[second] * c + a[first] * s, 1e-6);
             }
@@ -222,14 +222,14 @@ static void rope(const kvl_context *context) {
     {
         /* The last element first. */
         float backwards[24];
-        kvl_view view = kvl_make_view(backwards + 23, KVL_F32, 2, 2, 1, 6);
+        kvl_view view = kvl_make_view(backwards + 23, KVL_DTYPE_F32, 2, 2, 1, 6);
         for (i = 0; i < 4; i++) view.strides[i] = -view.strides[i];
         OK(kvl_rope(context, NULL, &src, &view, &p));
         for (i = 0; i < 24; i++) CHECK(backwards[23 - i] == y[i], "element %d", i);
     }
     {
         uint16_t narrow[24];
-        kvl_view view = kvl_make_view(narrow, KVL_BF16, 2, 2, 1, 6);
+        kvl_view view = kvl_make_view(narrow, KVL_DTYPE_BF16, 2, 2, 1, 6);
         view.bytes = sizeof narrow;
         OK(kvl_rope(context, NULL, &src, &view, &p));
         for (i = 0; i < 24; i++) NEAR(from_bf16(narrow[i]), y[i], 1.0 / 256);
@@ -252,10 +252,10 @@ static void kv_write(const kvl_context *context) {
         k[i] = (float)(i + 1);
         v[i] = -(float)(i + 1) / 2;
     }
-    p.k = kvl_make_const_view(k, KVL_F32, 2, 3, 2, HEAD);
-    p.v = kvl_make_const_view(v, KVL_F32, 2, 3, 2, HEAD);
-    p.k_cache = kvl_make_view(k_cache, KVL_BF16, 4, 5, 2, HEAD);
-    p.v_cache = kvl_make_view(v_cache, KVL_F16, 4, 5, 2, HEAD);
+    p.k = kvl_make_const_view(k, KVL_DTYPE_F32, 2, 3, 2, HEAD);
+    p.v = kvl_make_const_view(v, KVL_DTYPE_F32, 2, 3, 2, HEAD);
+    p.k_cache = kvl_make_view(k_cache, KVL_DTYPE_BF16, 4, 5, 2, HEAD);
+    p.v_cache = kvl_make_view(v_cache, KVL_DTYPE_F16, 4, 5, 2, HEAD);
     p.k_cache.bytes = sizeof k_cache;
     p.v_cache.bytes = sizeof v_cache;
 
@@ -305,11 +305,11 @@ static void kv_write(const kvl_context *context) {
     p.slots = NULL;
     p.positions = positions;
     p.counts = counts;
-    p.k_cache = kvl_make_view(fused, KVL_F32, 4, 5, 2, HEAD);
+    p.k_cache = kvl_make_view(fused, KVL_DTYPE_F32, 4, 5, 2, HEAD);
     p.rope = &turn;
     OK(kvl_kv_write(context, NULL, &p));
     {
-        kvl_view to = kvl_make_view(rotated, KVL_F32, 2, 3, 2, HEAD);
+        kvl_view to = kvl_make_view(rotated, KVL_DTYPE_F32, 2, 3, 2, HEAD);
         OK(kvl_rope(context, NULL, &p.k, &to, &turn));
         p.k = kvl_as_const(to);
     }
@@ -338,31 +338,31 @@ static void layouts(const kvl_context *context) {
             static const int32_t counts[] = {3, 4};
             kvl_kv_write_params p = KVL_KV_WRITE_PARAMS_INIT;
             kvl_layout layout = KVL_LAYOUT_INIT;
-            int rows = kind == KVL_RAGGED ? 1 : kind == KVL_PAGED || kind == 5 ? 8 : 2;
-            int each = kind == KVL_RING ? 6 : SLOTS / rows;
-            if (kind == KVL_INDIRECT) continue;
+            int rows = kind == KVL_LAYOUT_KIND_RAGGED ? 1 : kind == KVL_LAYOUT_KIND_PAGED || kind == 5 ? 8 : 2;
+            int each = kind == KVL_LAYOUT_KIND_RING ? 6 : SLOTS / rows;
+            if (kind == KVL_LAYOUT_KIND_INDIRECT) continue;
             memset(k_cache, 0, sizeof k_cache);
             memset(v_cache, 0, sizeof v_cache);
             memset(wanted_k, 0, sizeof wanted_k);
             memset(wanted_v, 0, sizeof wanted_v);
-            p.k = kvl_make_const_view(k, KVL_F32, BATCH, SEQ, 1, 1);
-            p.v = kvl_make_const_view(v, KVL_F32, BATCH, SEQ, 1, 1);
-            p.k_cache = kvl_make_view(k_cache, KVL_F32, rows, each, 1, 1);
-            p.v_cache = kvl_make_view(v_cache, KVL_F32, rows, packed ? each / 2 : each, 1, packed ? 2 : 1);
+            p.k = kvl_make_const_view(k, KVL_DTYPE_F32, BATCH, SEQ, 1, 1);
+            p.v = kvl_make_const_view(v, KVL_DTYPE_F32, BATCH, SEQ, 1, 1);
+            p.k_cache = kvl_make_view(k_cache, KVL_DTYPE_F32, rows, each, 1, 1);
+            p.v_cache = kvl_make_view(v_cache, KVL_DTYPE_F32, rows, packed ? each / 2 : each, 1, packed ? 2 : 1);
             p.positions = positions;
-            p.v_packing = packed ? KVL_PACK_ROW_PAIRS : KVL_PACK_ROWS;
-            p.layout = kind == KVL_CONTIGUOUS && packed ? NULL : &layout;
-            layout.kind = kind == 5 ? KVL_PAGED : kind;
-            if (kind == KVL_RING) {
+            p.v_packing = packed ? KVL_PACKING_ROW_PAIRS : KVL_PACKING_ROWS;
+            p.layout = kind == KVL_LAYOUT_KIND_CONTIGUOUS && packed ? NULL : &layout;
+            layout.kind = kind == 5 ? KVL_LAYOUT_KIND_PAGED : kind;
+            if (kind == KVL_LAYOUT_KIND_RING) {
                 layout.sinks = 2;
                 p.counts = counts;
             }
-            if (kind == KVL_PAGED) {
+            if (kind == KVL_LAYOUT_KIND_PAGED) {
                 layout.table = pages;
                 layout.rows = 2;
                 layout.pages_per_row = 3;
             }
-            if (kind == KVL_RAGGED) {
+            if (kind == KVL_LAYOUT_KIND_RAGGED) {
                 layout.table = starts;
                 layout.rows = 2;
             }
@@ -374,10 +374,10 @@ static void layouts(const kvl_context *context) {
             for (b = 0; b < BATCH; b++) {
                 for (t = 0; t < SEQ; t++) {
                     int at = positions[b] + t, slot = b * each + at;
-                    if (kind == KVL_RING && t >= counts[b]) continue;
-                    if (kind == KVL_RING) slot = b * each + ring[b][t];
-                    if (kind == KVL_PAGED) slot = pages[3 * b + at / 4] * 4 + at % 4;
-                    if (kind == KVL_RAGGED) slot = starts[b] + at;
+                    if (kind == KVL_LAYOUT_KIND_RING && t >= counts[b]) continue;
+                    if (kind == KVL_LAYOUT_KIND_RING) slot = b * each + ring[b][t];
+                    if (kind == KVL_LAYOUT_KIND_PAGED) slot = pages[3 * b + at / 4] * 4 + at % 4;
+                    if (kind == KVL_LAYOUT_KIND_RAGGED) slot = starts[b] + at;
                     if (kind == 5) slot = slots[b * SEQ + t];
                     if (slot < 0) continue;
                     wanted_k[slot] = k[b * SEQ + t];
@@ -394,8 +394,8 @@ static void layouts(const kvl_context *context) {
 static void pack(const kvl_context *context) {
     static const float v[] = {1, 2, 3, 4, 5, 6}, wanted[] = {1, 3, 2, 4, 5, 9, 6, 9};
     float packed[8] = {9, 9, 9, 9, 9, 9, 9, 9}, back[6];
-    kvl_const_view src = kvl_make_const_view(v, KVL_F32, 1, 3, 1, 2);
-    kvl_view dst = kvl_make_view(packed, KVL_F32, 1, 2, 1, 4), plain = kvl_make_view(back, KVL_F32, 1, 3, 1, 2);
+    kvl_const_view src = kvl_make_const_view(v, KVL_DTYPE_F32, 1, 3, 1, 2);
+    kvl_view dst = kvl_make_view(packed, KVL_DTYPE_F32, 1, 2, 1, 4), plain = kvl_make_view(back, KVL_DTYPE_F32, 1, 3, 1, 2);
     OK(kvl_pack_row_pairs(context, NULL, &src, &dst));
     CHECK(memcmp(packed, wanted, sizeof packed) == 0, "-");
     src = kvl_as_const(dst);
@@ -414,9 +414,9 @@ static void norm(const kvl_context *context) {
     kvl_rms_norm_params p = KVL_RMS_NORM_PARAMS_INIT;
     kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
     kvl_const_view src, between;
-    kvl_view dst = kvl_make_view(y, KVL_F32, 1, 2, HEADS, D), to = kvl_make_view(z, KVL_F32, 1, 2, HEADS, D);
+    kvl_view dst = kvl_make_view(y, KVL_DTYPE_F32, 1, 2, HEADS, D), to = kvl_make_view(z, KVL_DTYPE_F32, 1, 2, HEADS, D);
     fill(x, N, 8);
-    src = kvl_make_const_view(x, KVL_F32, 1, 2, HEADS, D);
+    src = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 2, HEADS, D);
     p.weight = weight;
     p.eps = 0.25f;
     OK(kvl_rms_norm(context, NULL, &src, &dst, &p));
@@ -427,7 +427,7 @@ static void norm(const kvl_context *context) {
             NEAR(y[h * D + i], (double)x[h * D + i] / sqrt(squares / D + 0.25) * (double)weight[i], 1e-6);
         }
     }
-    turn.pairing = KVL_HALF_SPLIT;
+    turn.pairing = KVL_PAIRING_HALF_SPLIT;
     turn.rotary_dim = 4;
     turn.inv_freq = inv_freq;
     turn.offsets = positions;
@@ -442,7 +442,7 @@ static void norm(const kvl_context *context) {
         kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
         memset(cache, 0, sizeof cache);
         write.k = src;
-        write.k_cache = kvl_make_view(cache, KVL_F32, 1, 4, HEADS, D);
+        write.k_cache = kvl_make_view(cache, KVL_DTYPE_F32, 1, 4, HEADS, D);
         write.positions = at;
         write.k_norm = &p;
         OK(kvl_kv_write(context, NULL, &write));
@@ -462,8 +462,8 @@ static void norm(const kvl_context *context) {
 static void repeat(const kvl_context *context) {
     static const float x[] = {1, 2, 3, 4}, wanted[] = {1, 2, 1, 2, 1, 2, 3, 4, 3, 4, 3, 4};
     float y[12];
-    kvl_const_view src = kvl_make_const_view(x, KVL_F32, 1, 1, 2, 2);
-    kvl_view dst = kvl_make_view(y, KVL_F32, 1, 1, 6, 2);
+    kvl_const_view src = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 1, 2, 2);
+    kvl_view dst = kvl_make_view(y, KVL_DTYPE_F32, 1, 1, 6, 2);
     OK(kvl_repeat_kv(context, NULL, &src, &dst));
     CHECK(memcmp(y, wanted, sizeof y) == 0, "-");
 }
@@ -533,25 +533,25 @@ static void attention(const kvl_context *context) {
     for (variant = 0; variant < 8; variant++) {
         kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
         int left = -1, right = -1, causal = 0;
-        p.q = kvl_make_const_view(q, KVL_F32, BATCH, SEQ, HEADS, D);
-        p.k = kvl_make_const_view(k, KVL_F32, BATCH, KEYS, KV, D);
-        p.v = kvl_make_const_view(v, KVL_F32, BATCH, KEYS, KV, DV);
-        p.out = kvl_make_view(out, KVL_F32, BATCH, SEQ, HEADS, DV);
+        p.q = kvl_make_const_view(q, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
+        p.k = kvl_make_const_view(k, KVL_DTYPE_F32, BATCH, KEYS, KV, D);
+        p.v = kvl_make_const_view(v, KVL_DTYPE_F32, BATCH, KEYS, KV, DV);
+        p.out = kvl_make_view(out, KVL_DTYPE_F32, BATCH, SEQ, HEADS, DV);
         p.lse = lse;
         p.lengths = lengths;
         p.starts = starts;
         if (variant == 1 || variant == 7) {
-            p.flags |= KVL_CAUSAL;
+            p.flags |= KVL_ATTENTION_FLAG_CAUSAL;
             causal = 1;
         }
         if (variant == 2 || variant == 7) {
-            p.flags |= KVL_WINDOW_LEFT | KVL_WINDOW_RIGHT;
+            p.flags |= KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT;
             p.window_left = left = 4;
             p.window_right = right = 0;
             p.offsets = offsets;
         }
         if (variant == 3) {
-            p.flags |= KVL_WINDOW_LEFT | KVL_CAUSAL;
+            p.flags |= KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_CAUSAL;
             causal = 1;
             p.window_left = -1;
             p.scale = 3.0f;
@@ -563,7 +563,7 @@ static void attention(const kvl_context *context) {
             p.mask.bytes = sizeof mask;
         }
         if (variant == 5 || variant == 7) {
-            p.bias = kvl_make_const_view(bias, KVL_F32, BATCH, SEQ, HEADS, KEYS);
+            p.bias = kvl_make_const_view(bias, KVL_DTYPE_F32, BATCH, SEQ, HEADS, KEYS);
             p.bias.strides[0] = 0, p.bias.strides[1] = KEYS, p.bias.strides[2] = 0;
             p.bias.bytes = sizeof bias;
             p.alibi_slopes = slopes;
@@ -609,17 +609,17 @@ static void attention(const kvl_context *context) {
     {
         /* No rows at all is no mistake. */
         kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
-        p.q = kvl_make_const_view(NULL, KVL_F32, 0, 1, HEADS, D);
-        p.k = kvl_make_const_view(NULL, KVL_F32, 0, KEYS, KV, D);
-        p.v = kvl_make_const_view(NULL, KVL_F32, 0, KEYS, KV, DV);
-        p.out = kvl_make_view(NULL, KVL_F32, 0, 1, HEADS, DV);
+        p.q = kvl_make_const_view(NULL, KVL_DTYPE_F32, 0, 1, HEADS, D);
+        p.k = kvl_make_const_view(NULL, KVL_DTYPE_F32, 0, KEYS, KV, D);
+        p.v = kvl_make_const_view(NULL, KVL_DTYPE_F32, 0, KEYS, KV, DV);
+        p.out = kvl_make_view(NULL, KVL_DTYPE_F32, 0, 1, HEADS, DV);
         OK(kvl_attention(context, NULL, NULL, 0, &p));
     }
 }
 
 /* Half types: one key that is seen has weight 1, whatever the query. */
 static void narrow_attention(const kvl_context *context) {
-    static const kvl_dtype types[] = {KVL_F16, KVL_BF16};
+    static const kvl_dtype types[] = {KVL_DTYPE_F16, KVL_DTYPE_BF16};
     static const uint16_t two[] = {0x4000, 0x4000}, minus_three[] = {0xc200, 0xc040};
     int i, e;
     for (i = 0; i < 2; i++) {
@@ -650,12 +650,12 @@ static void merge(const kvl_context *context) {
     const float lse_a = 0, lse_b = logf(2), lse_nothing = -INFINITY;
     float out[2], lse = 0;
     kvl_attention_state states[3];
-    kvl_view to = kvl_make_view(out, KVL_F32, 1, 1, 1, 2);
-    states[0].out = kvl_make_const_view(a, KVL_F32, 1, 1, 1, 2);
+    kvl_view to = kvl_make_view(out, KVL_DTYPE_F32, 1, 1, 1, 2);
+    states[0].out = kvl_make_const_view(a, KVL_DTYPE_F32, 1, 1, 1, 2);
     states[0].lse = &lse_a;
-    states[1].out = kvl_make_const_view(nothing, KVL_F32, 1, 1, 1, 2);
+    states[1].out = kvl_make_const_view(nothing, KVL_DTYPE_F32, 1, 1, 1, 2);
     states[1].lse = &lse_nothing;
-    states[2].out = kvl_make_const_view(b, KVL_F32, 1, 1, 1, 2);
+    states[2].out = kvl_make_const_view(b, KVL_DTYPE_F32, 1, 1, 1, 2);
     states[2].lse = &lse_b;
     OK(kvl_merge_states(context, NULL, states, 3, &to, &lse));
     NEAR(out[0], 3, 1e-6);
@@ -685,10 +685,10 @@ static void chunks(const kvl_context *context) {
     fill(k, COUNT(k), 12);
     fill(v, COUNT(v), 13);
     fill(sinks, COUNT(sinks), 14);
-    whole.q = kvl_make_const_view(q, KVL_F32, BATCH, SEQ, HEADS, D);
-    whole.k = kvl_make_const_view(k, KVL_F32, BATCH, KEYS, KV, D);
-    whole.v = kvl_make_const_view(v, KVL_F32, BATCH, KEYS, KV, DV);
-    whole.flags = KVL_CAUSAL;
+    whole.q = kvl_make_const_view(q, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
+    whole.k = kvl_make_const_view(k, KVL_DTYPE_F32, BATCH, KEYS, KV, D);
+    whole.v = kvl_make_const_view(v, KVL_DTYPE_F32, BATCH, KEYS, KV, DV);
+    whole.flags = KVL_ATTENTION_FLAG_CAUSAL;
     whole.lengths = lengths;
     whole.starts = starts;
     shard.num_sequence = SPANS;
@@ -704,10 +704,10 @@ static void chunks(const kvl_context *context) {
         p.lengths = local[0];
         p.starts = local[1];
         p.offsets = local[2];
-        part = kvl_make_view(k, KVL_F32, BATCH, KEYS, KV, D);
+        part = kvl_make_view(k, KVL_DTYPE_F32, BATCH, KEYS, KV, D);
         OK(kvl_shard_view(&part, 1, first, count, &part));
         p.k = kvl_as_const(part);
-        part = kvl_make_view(v, KVL_F32, BATCH, KEYS, KV, DV);
+        part = kvl_make_view(v, KVL_DTYPE_F32, BATCH, KEYS, KV, DV);
         OK(kvl_shard_view(&part, 1, first, count, &part));
         p.v = kvl_as_const(part);
         OK(kvl_attention_chunks_states_len(&p, &len));
@@ -725,9 +725,9 @@ static void chunks(const kvl_context *context) {
     merge.spans = spans;
     merge.num_spans = SPANS;
     merge.kv_heads = KV;
-    merge.dtype = KVL_F32;
+    merge.dtype = KVL_DTYPE_F32;
     merge.sinks = sinks;
-    merge.out = kvl_make_view(merged, KVL_F32, BATCH, SEQ, HEADS, DV);
+    merge.out = kvl_make_view(merged, KVL_DTYPE_F32, BATCH, SEQ, HEADS, DV);
     merge.lse = merged_lse;
     memset(merged, 0xff, sizeof merged);
     memset(merged_lse, 0xff, sizeof merged_lse);
@@ -738,7 +738,7 @@ static void chunks(const kvl_context *context) {
     free(workspace);
     for (i = 0; i < SPANS; i++) free((void *)spans[i].states);
 
-    whole.out = kvl_make_view(out, KVL_F32, BATCH, SEQ, HEADS, DV);
+    whole.out = kvl_make_view(out, KVL_DTYPE_F32, BATCH, SEQ, HEADS, DV);
     whole.lse = lse;
     whole.sinks = sinks;
     workspace = workspace_for(&whole, &bytes);

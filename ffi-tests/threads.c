@@ -78,28 +78,28 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     /* Some history, then a write with RoPE. */
     fill(to->k_cache, COUNT(to->k_cache), 10);
     fill(to->v_cache, COUNT(to->v_cache), 11);
-    write.k = kvl_make_const_view(k, KVL_F32, BATCH, NEW, KV, D);
-    write.v = kvl_make_const_view(v, KVL_F32, BATCH, NEW, KV, D);
-    write.k_cache = kvl_make_view(to->k_cache, KVL_F32, BATCH, CAPACITY, KV, D);
-    write.v_cache = kvl_make_view(to->v_cache, KVL_F32, BATCH, CAPACITY, KV, D);
+    write.k = kvl_make_const_view(k, KVL_DTYPE_F32, BATCH, NEW, KV, D);
+    write.v = kvl_make_const_view(v, KVL_DTYPE_F32, BATCH, NEW, KV, D);
+    write.k_cache = kvl_make_view(to->k_cache, KVL_DTYPE_F32, BATCH, CAPACITY, KV, D);
+    write.v_cache = kvl_make_view(to->v_cache, KVL_DTYPE_F32, BATCH, CAPACITY, KV, D);
     write.positions = lengths;
     write.rope = &turn;
     OK(kvl_kv_write(context, runner, &write));
 
     source = kvl_as_const(write.k_cache);
-    view = kvl_make_view(to->repeated, KVL_F32, BATCH, CAPACITY, HEADS, D);
+    view = kvl_make_view(to->repeated, KVL_DTYPE_F32, BATCH, CAPACITY, HEADS, D);
     OK(kvl_repeat_kv(context, runner, &source, &view));
     source = kvl_as_const(view);
     view.data = to->rotated;
     OK(kvl_rope(context, runner, &source, &view, &turn));
 
-    p.q = kvl_make_const_view(q, KVL_F32, BATCH, SEQ, HEADS, D);
+    p.q = kvl_make_const_view(q, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
     p.k = kvl_as_const(write.k_cache);
     p.v = kvl_as_const(write.v_cache);
-    p.out = kvl_make_view(to->out, KVL_F32, BATCH, SEQ, HEADS, D);
+    p.out = kvl_make_view(to->out, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
     p.lse = to->lse;
     p.lengths = whole;
-    p.flags = KVL_CAUSAL;
+    p.flags = KVL_ATTENTION_FLAG_CAUSAL;
     OK(kvl_attention_workspace_size(&p, runner, &bytes));
     p.q.shape[1] = 1;
     OK(kvl_attention_workspace_size(&p, runner, &more));
@@ -113,13 +113,13 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
         states[i].out = kvl_as_const(p.out);
         states[i].lse = to->lse;
     }
-    view = kvl_make_view(to->merged, KVL_F32, BATCH, SEQ, HEADS, D);
+    view = kvl_make_view(to->merged, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
     OK(kvl_merge_states(context, runner, states, STATES, &view, to->merged_lse));
 
     /* The last query alone: a decode step, whose keys are split between threads. */
-    p.q = kvl_make_const_view(q + (SEQ - 1) * HEADS * D, KVL_F32, BATCH, 1, HEADS, D);
+    p.q = kvl_make_const_view(q + (SEQ - 1) * HEADS * D, KVL_DTYPE_F32, BATCH, 1, HEADS, D);
     p.q.strides[0] = SEQ * HEADS * D;
-    p.out = kvl_make_view(to->single, KVL_F32, BATCH, 1, HEADS, D);
+    p.out = kvl_make_view(to->single, KVL_DTYPE_F32, BATCH, 1, HEADS, D);
     p.lse = NULL;
     OK(kvl_attention(context, runner, workspace, bytes, &p));
     for (i = 0; i < BATCH; i++) {
@@ -159,7 +159,7 @@ static void *call_everything(void *from) {
     char text[64];
     CHECK(kvl_last_error(NULL, 0) == 1, "a fresh thread has an error");
     everything(c->context, NULL, c->to);
-    CHECK(kvl_context_isa(NULL, NULL) == KVL_ERR_NULL_POINTER, "-");
+    CHECK(kvl_context_isa(NULL, NULL) == KVL_STATUS_NULL_POINTER, "-");
     kvl_last_error(text, sizeof text);
     CHECK(strcmp(text, "the pointer context is null") == 0, "%s", text);
     return NULL;
@@ -185,18 +185,18 @@ int main(void) {
     CHECK(memcmp(&serial, &parallel, sizeof serial) == 0, "threads change the result");
 
     {
-        kvl_const_view source = kvl_make_const_view(serial.k_cache, KVL_F32, BATCH, CAPACITY, KV, D);
-        kvl_view view = kvl_make_view(parallel.repeated, KVL_F32, BATCH, CAPACITY, HEADS, D);
+        kvl_const_view source = kvl_make_const_view(serial.k_cache, KVL_DTYPE_F32, BATCH, CAPACITY, KV, D);
+        kvl_view view = kvl_make_view(parallel.repeated, KVL_DTYPE_F32, BATCH, CAPACITY, HEADS, D);
         runner.num_threads = 0;
         status = kvl_repeat_kv(context, &runner, &source, &view);
-        CHECK(status == KVL_ERR_INVALID_VALUE && strstr(sentence(), "num_threads"), "%d: %s", (int)status, sentence());
+        CHECK(status == KVL_STATUS_INVALID_VALUE && strstr(sentence(), "num_threads"), "%d: %s", (int)status, sentence());
         runner.num_threads = THREADS;
         runner.run = refuse;
         status = kvl_repeat_kv(context, &runner, &source, &view);
-        CHECK(status == KVL_ERR_PARALLEL && strstr(sentence(), "runner"), "%d: %s", (int)status, sentence());
+        CHECK(status == KVL_STATUS_PARALLEL && strstr(sentence(), "runner"), "%d: %s", (int)status, sentence());
         runner.run = forget;
         status = kvl_repeat_kv(context, &runner, &source, &view);
-        CHECK(status == KVL_ERR_PARALLEL && strstr(sentence(), " 0 of "), "%d: %s", (int)status, sentence());
+        CHECK(status == KVL_STATUS_PARALLEL && strstr(sentence(), " 0 of "), "%d: %s", (int)status, sentence());
         runner.run = stutter;
         memset(parallel.repeated, 0, sizeof parallel.repeated);
         OK(kvl_repeat_kv(context, &runner, &source, &view));
@@ -204,17 +204,17 @@ int main(void) {
     }
 
     status = kvl_thread_pool_create(THREADS, &pool);
-    if (status == KVL_ERR_UNSUPPORTED) {
+    if (status == KVL_STATUS_UNSUPPORTED) {
         printf("no thread pool in this build\n");
     } else {
         kvl_parallel_runner of_pool = KVL_PARALLEL_RUNNER_INIT;
-        CHECK(status == KVL_OK, "%s", sentence());
+        CHECK(status == KVL_STATUS_OK, "%s", sentence());
         OK(kvl_thread_pool_runner(pool, &of_pool));
         CHECK(of_pool.num_threads == THREADS, "%d", (int)of_pool.num_threads);
         everything(context, &of_pool, &pooled);
         CHECK(memcmp(&serial, &pooled, sizeof serial) == 0, "the pool changes the result");
         of_pool.struct_size = 1;
-        CHECK(kvl_thread_pool_runner(pool, &of_pool) == KVL_ERR_STRUCT_SIZE, "-");
+        CHECK(kvl_thread_pool_runner(pool, &of_pool) == KVL_STATUS_STRUCT_SIZE, "-");
         kvl_thread_pool_destroy(pool);
     }
 

@@ -41,102 +41,102 @@
 /**
  * It worked.
  */
-#define KVL_OK 0
+#define KVL_STATUS_OK 0
 
 /**
  * A pointer that must not be null is null.
  */
-#define KVL_ERR_NULL_POINTER 1
+#define KVL_STATUS_NULL_POINTER 1
 
 /**
  * A `struct_size` is none that this version of the library knows.
  */
-#define KVL_ERR_STRUCT_SIZE 2
+#define KVL_STATUS_STRUCT_SIZE 2
 
 /**
  * An integer stands for no value of its enumeration, or a reserved bit is set.
  */
-#define KVL_ERR_INVALID_ENUM 3
+#define KVL_STATUS_INVALID_ENUM 3
 
 /**
  * A number is outside what the argument can mean (NaN scale, odd `rotary_dim`, ...).
  */
-#define KVL_ERR_INVALID_VALUE 4
+#define KVL_STATUS_INVALID_VALUE 4
 
 /**
  * Shapes do not fit each other, or have a negative axis.
  */
-#define KVL_ERR_SHAPE 5
+#define KVL_STATUS_SHAPE 5
 
 /**
  * Strides let elements of an output share memory, or overflow when multiplied by the shape.
  */
-#define KVL_ERR_STRIDE 6
+#define KVL_STATUS_STRIDE 6
 
 /**
  * A view reaches outside its buffer, or a pointer is not aligned to its elements.
  */
-#define KVL_ERR_BOUNDS 7
+#define KVL_STATUS_BOUNDS 7
 
 /**
  * A write would go past the capacity of the cache.
  */
-#define KVL_ERR_CAPACITY 8
+#define KVL_STATUS_CAPACITY 8
 
 /**
  * A position, length, row or slot is outside its range.
  */
-#define KVL_ERR_OUT_OF_RANGE 9
+#define KVL_STATUS_OUT_OF_RANGE 9
 
 /**
  * An output shares memory with an input or with another output.
  */
-#define KVL_ERR_OVERLAP 10
+#define KVL_STATUS_OVERLAP 10
 
 /**
  * Two tokens of one call would be written to the same slot.
  */
-#define KVL_ERR_DUPLICATE_SLOT 11
+#define KVL_STATUS_DUPLICATE_SLOT 11
 
 /**
  * Element types that cannot be combined.
  */
-#define KVL_ERR_DTYPE 12
+#define KVL_STATUS_DTYPE 12
 
 /**
  * The workspace is too small or not aligned to 64 bytes.
  */
-#define KVL_ERR_WORKSPACE 13
+#define KVL_STATUS_WORKSPACE 13
 
 /**
  * What is asked for does not exist on this machine or in this build.
  */
-#define KVL_ERR_UNSUPPORTED 14
+#define KVL_STATUS_UNSUPPORTED 14
 
 /**
  * The parallel runner did not run its tasks.
  */
-#define KVL_ERR_PARALLEL 15
+#define KVL_STATUS_PARALLEL 15
 
 /**
  * A bug in the library: a panic was caught.
  */
-#define KVL_ERR_INTERNAL 16
+#define KVL_STATUS_INTERNAL 16
 
 /**
  * IEEE 754 binary32.
  */
-#define KVL_F32 0
+#define KVL_DTYPE_F32 0
 
 /**
  * IEEE 754 binary16.
  */
-#define KVL_F16 1
+#define KVL_DTYPE_F16 1
 
 /**
  * bfloat16: the upper half of a binary32.
  */
-#define KVL_BF16 2
+#define KVL_DTYPE_BF16 2
 
 /**
  * No level, but the best there is.
@@ -176,7 +176,7 @@
 #define KVL_ISA_NEON_BF16 6
 
 /**
- * Cosines and sines of RoPE angles; `KVL_F32` twice.
+ * Cosines and sines of RoPE angles; `KVL_DTYPE_F32` twice.
  */
 #define KVL_OP_ROPE_ANGLES 0
 
@@ -223,102 +223,102 @@
 /**
  * Elements 2i and 2i + 1: the original paper, Meta's Llama code, llama.cpp's Llama files.
  */
-#define KVL_INTERLEAVED 0
+#define KVL_PAIRING_INTERLEAVED 0
 
 /**
  * Elements i and i + rotary_dim / 2: GPT-NeoX, Grok-1, Hugging Face.
  */
-#define KVL_HALF_SPLIT 1
+#define KVL_PAIRING_HALF_SPLIT 1
 
 /**
  * Not at all: `f_i = base^(-2i / rotary_dim)`.
  */
-#define KVL_ROPE_UNSCALED 0
+#define KVL_ROPE_SCALING_NONE 0
 
 /**
  * `f_i / factor`. Reads `factor`.
  */
-#define KVL_ROPE_LINEAR 1
+#define KVL_ROPE_SCALING_LINEAR 1
 
 /**
  * The base becomes `base * factor^(rotary_dim / (rotary_dim - 2))`. Reads `factor`.
  */
-#define KVL_ROPE_NTK 2
+#define KVL_ROPE_SCALING_NTK 2
 
 /**
  * Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended. Reads `factor`,
  * `low_freq_factor`, `high_freq_factor`, `original_max_position`.
  */
-#define KVL_ROPE_LLAMA3 3
+#define KVL_ROPE_SCALING_LLAMA3 3
 
 /**
  * YaRN: a ramp between interpolation and extrapolation over the pairs. Reads `factor`, `original_max_position`,
  * `beta_fast`, `beta_slow`, `attention_factor`, `keep_ramp`.
  */
-#define KVL_ROPE_YARN 4
+#define KVL_ROPE_SCALING_YARN 4
 
 /**
  * LongRoPE: `f_i / factors[i]`. Reads `factors`, `attention_factor` and, if that is 0, `factor` and
  * `original_max_position`.
  */
-#define KVL_ROPE_LONGROPE 5
+#define KVL_ROPE_SCALING_LONGROPE 5
 
 /**
  * Caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row b, slot p.
  */
-#define KVL_CONTIGUOUS 0
+#define KVL_LAYOUT_KIND_CONTIGUOUS 0
 
 /**
  * The same, but a row keeps its newest tokens only: position p lies in slot p as long as p < sinks, and from there on in slot
  * `sinks + (p - sinks) % (capacity - sinks)`. Lengths go on counting every token that a row was given.
  */
-#define KVL_RING 1
+#define KVL_LAYOUT_KIND_RING 1
 
 /**
  * Caches are pools [pages, page_size, kv_heads, dim]; position p of row b lies in page
  * `table[b * pages_per_row + p / page_size]`, slot p % page_size. Rows may share pages that none of them writes. NHD and HND
  * are two sets of strides.
  */
-#define KVL_PAGED 2
+#define KVL_LAYOUT_KIND_PAGED 2
 
 /**
  * Beam search without copies: caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row
  * `table[b * capacity + p]`, slot p.
  */
-#define KVL_INDIRECT 3
+#define KVL_LAYOUT_KIND_INDIRECT 3
 
 /**
  * Rows one after the other, each as long as it is: caches are [1, tokens, kv_heads, dim]; position p of row b lies in slot
  * `table[b] + p`, and row b ends at `table[b + 1]` (`cu_seqlens`).
  */
-#define KVL_RAGGED 4
+#define KVL_LAYOUT_KIND_RAGGED 4
 
 /**
  * Every slot by itself: [rows, slots, kv_heads, v_dim].
  */
-#define KVL_PACK_ROWS 0
+#define KVL_PACKING_ROWS 0
 
 /**
  * Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: [rows, slots / 2, kv_heads,
  * 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. Slots a row (or a page) has, sinks of a ring and
  * starts of ragged rows are even.
  */
-#define KVL_PACK_ROW_PAIRS 1
+#define KVL_PACKING_ROW_PAIRS 1
 
 /**
- * In `kvl_attention_params.flags`: no key after the query's own position is visible.
+ * No key after the query's own position is visible.
  */
-#define KVL_CAUSAL 1
+#define KVL_ATTENTION_FLAG_CAUSAL 1
 
 /**
- * In `kvl_attention_params.flags`: `window_left` counts.
+ * Keys more than `window_left` before the query's own position are masked.
  */
-#define KVL_WINDOW_LEFT 2
+#define KVL_ATTENTION_FLAG_WINDOW_LEFT 2
 
 /**
- * In `kvl_attention_params.flags`: `window_right` counts.
+ * Keys more than `window_right` after the query's own position are masked.
  */
-#define KVL_WINDOW_RIGHT 4
+#define KVL_ATTENTION_FLAG_WINDOW_RIGHT 4
 
 /**
  * Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
@@ -342,9 +342,9 @@ typedef struct kvl_plan kvl_plan;
 typedef struct kvl_thread_pool kvl_thread_pool;
 
 /**
- * What a call came to: 0, or one of `KVL_ERR_*`. Values are never changed or reused. When it is not 0,
- * `kvl_last_error` has the sentence, and no output has been touched unless it is `KVL_ERR_PARALLEL` or
- * `KVL_ERR_INTERNAL`.
+ * What a call came to: 0, or one of `KVL_STATUS_*`. Values are never changed or reused. When it is not 0,
+ * `kvl_last_error` has the sentence, and no output has been touched unless it is `KVL_STATUS_PARALLEL` or
+ * `KVL_STATUS_INTERNAL`.
  */
 typedef int32_t kvl_status;
 
@@ -686,7 +686,7 @@ typedef struct kvl_layout {
      */
     kvl_layout_kind kind;
     /**
-     * `KVL_RING`: how many of a row's first tokens are never overwritten; less than the capacity. Else 0.
+     * `KVL_LAYOUT_KIND_RING`: how many of a row's first tokens are never overwritten; less than the capacity. Else 0.
      */
     int32_t sinks;
     /**
@@ -694,12 +694,12 @@ typedef struct kvl_layout {
      */
     int64_t rows;
     /**
-     * `KVL_PAGED`: entries of a row. Else 0.
+     * `KVL_LAYOUT_KIND_PAGED`: entries of a row. Else 0.
      */
     int64_t pages_per_row;
     /**
-     * `KVL_PAGED`: [rows, pages_per_row]; entries beyond a row's length are not looked at. `KVL_INDIRECT`: [rows, capacity].
-     * `KVL_RAGGED`: [rows + 1], ascending. Else null.
+     * `KVL_LAYOUT_KIND_PAGED`: [rows, pages_per_row]; entries beyond a row's length are not looked at. `KVL_LAYOUT_KIND_INDIRECT`: [rows, capacity].
+     * `KVL_LAYOUT_KIND_RAGGED`: [rows + 1], ascending. Else null.
      */
     const int32_t *table;
 } kvl_layout;
@@ -742,7 +742,7 @@ typedef struct kvl_kv_write_params {
      */
     const int32_t *rows;
     /**
-     * [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_PAGED` and `KVL_RAGGED` slots are
+     * [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_LAYOUT_KIND_PAGED` and `KVL_LAYOUT_KIND_RAGGED` slots are
      * counted over the whole pool, page by page; the layout's table is not looked at, and there are no `rows`.
      */
     const int32_t *slots;
@@ -752,8 +752,8 @@ typedef struct kvl_kv_write_params {
      */
     const struct kvl_rope_params *rope;
     /**
-     * In which slot a position lies; null for `KVL_CONTIGUOUS`. A `KVL_RING` takes no more tokens of a row in one call than it
-     * has slots beside its sinks. `KVL_INDIRECT` only reads: write to the token's own row, and set the table's entry. Since
+     * In which slot a position lies; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. A `KVL_LAYOUT_KIND_RING` takes no more tokens of a row in one call than it
+     * has slots beside its sinks. `KVL_LAYOUT_KIND_INDIRECT` only reads: write to the token's own row, and set the table's entry. Since
      * ABI version 3.
      */
     const struct kvl_layout *layout;
@@ -771,6 +771,11 @@ typedef struct kvl_kv_write_params {
      */
     int32_t reserved;
 } kvl_kv_write_params;
+
+/**
+ * What `kvl_attention_params.flags` is a sum of.
+ */
+typedef uint32_t kvl_attention_flag;
 
 /**
  * A boolean mask [batch, seq, heads, keys] of bytes: 0 hides a key from a query, anything else shows it. Strides may be
@@ -894,20 +899,20 @@ typedef struct kvl_attention_params {
      */
     float softcap;
     /**
-     * `KVL_CAUSAL | KVL_WINDOW_LEFT | KVL_WINDOW_RIGHT`. A window of 0 keys means something, so whether there is a window
+     * `KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT`. A window of 0 keys means something, so whether there is a window
      * is said here, not by its size.
      */
-    uint32_t flags;
+    kvl_attention_flag flags;
     /**
      * 0.
      */
     int32_t reserved;
     /**
-     * With `KVL_WINDOW_LEFT`: keys visible before the query's own position, not counting it; -1 for all. Else 0.
+     * With `KVL_ATTENTION_FLAG_WINDOW_LEFT`: keys visible before the query's own position, not counting it; -1 for all. Else 0.
      */
     int64_t window_left;
     /**
-     * With `KVL_WINDOW_RIGHT`: keys visible after the query's own position, not counting it; -1 for all. Else 0.
+     * With `KVL_ATTENTION_FLAG_WINDOW_RIGHT`: keys visible after the query's own position, not counting it; -1 for all. Else 0.
      */
     int64_t window_right;
     /**
@@ -978,7 +983,7 @@ typedef struct kvl_attention_params {
      */
     const struct kvl_plan *plan;
     /**
-     * How values lie in `v`: with `KVL_PACK_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
+     * How values lie in `v`: with `KVL_PACKING_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
      * that are not packed.
      */
     kvl_packing v_packing;
@@ -1166,7 +1171,7 @@ const char *kvl_version_string(void);
 const char *kvl_status_string(kvl_status status);
 
 /**
- * The sentence that belongs to the last status other than `KVL_OK` on the calling thread: which argument, and the numbers
+ * The sentence that belongs to the last status other than `KVL_STATUS_OK` on the calling thread: which argument, and the numbers
  * that disagree. Empty if there was none. A successful call leaves it alone.
  *
  * Copies at most `size` bytes, the terminating zero included, cutting what does not fit, and returns how many bytes the
@@ -1268,8 +1273,8 @@ kvl_status kvl_context_attention_kernel_name(const struct kvl_context *context,
                                              const char **name);
 
 /**
- * How values of a type are best packed for the attention kernels in use: `KVL_PACK_ROW_PAIRS` where tiles of bf16 are
- * multiplied, else `KVL_PACK_ROWS`. Since ABI version 3.
+ * How values of a type are best packed for the attention kernels in use: `KVL_PACKING_ROW_PAIRS` where tiles of bf16 are
+ * multiplied, else `KVL_PACKING_ROWS`. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once.
  * Bad input: null or a number that is no type is an error, and `*packing` is not touched.
@@ -1283,7 +1288,7 @@ kvl_status kvl_context_v_packing(const struct kvl_context *context,
  * with `kvl_thread_pool_destroy`.
  *
  * Thread safety: may be called from any thread.
- * Bad input: null is an error, and so is a library built without the feature `rayon` (`KVL_ERR_UNSUPPORTED`); `*pool` is not
+ * Bad input: null is an error, and so is a library built without the feature `rayon` (`KVL_STATUS_UNSUPPORTED`); `*pool` is not
  * touched.
  */
 kvl_status kvl_thread_pool_create(size_t num_threads,
@@ -1388,8 +1393,8 @@ kvl_status kvl_rms_norm_rope(const struct kvl_context *context,
  * Thread safety: may be called from any number of threads at once on disjoint caches or disjoint rows; `runner` null is the
  * calling thread.
  * Bad input: null, an unknown `struct_size` or enumeration value, shapes that do not fit, a slot past the capacity
- * (`KVL_ERR_CAPACITY`), a negative position, slot or row, a page that does not exist, two tokens for one slot
- * (`KVL_ERR_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
+ * (`KVL_STATUS_CAPACITY`), a negative position, slot or row, a page that does not exist, two tokens for one slot
+ * (`KVL_STATUS_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
  * clamped.
  */
 kvl_status kvl_kv_write(const struct kvl_context *context,
@@ -1397,7 +1402,7 @@ kvl_status kvl_kv_write(const struct kvl_context *context,
                         const struct kvl_kv_write_params *params);
 
 /**
- * Packs values in pairs of slots (`KVL_PACK_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up, heads,
+ * Packs values in pairs of slots (`KVL_PACKING_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up, heads,
  * 2 * dim], of the same type; every bit is kept. Where n is odd, the other half of the last pair is left as it is.
  * `kvl_kv_write` writes into such a cache directly. Since ABI version 3.
  *
@@ -1611,7 +1616,7 @@ kvl_status kvl_cache_set_lengths(const struct kvl_cache *cache,
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches.
  * Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the row's
- * capacity (`KVL_ERR_CAPACITY`), a table entry that leads outside the cache are errors, and no length changes.
+ * capacity (`KVL_STATUS_CAPACITY`), a table entry that leads outside the cache are errors, and no length changes.
  */
 kvl_status kvl_cache_advance(const struct kvl_cache *cache,
                              const int32_t *counts);
@@ -1725,13 +1730,13 @@ kvl_status kvl_cache_reorder_table_workspace_size(int64_t rows, int64_t capacity
 /**
  * Row b of the table of an indirect cache, [rows, capacity], becomes a copy of what row `parents[b]`, [rows], was, and so does
  * `lengths[b]`, [rows]. No token moves. A step of beam search is: `kvl_kv_write` as into a contiguous cache, to row b at
- * position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with `KVL_INDIRECT`; parents are
+ * position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with `KVL_LAYOUT_KIND_INDIRECT`; parents are
  * chosen; this. As long as rows that have tokens of each other are equally long, no slot is written while a row needs what is
  * in it; where one would be, the call is refused. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint tables and workspaces.
  * Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a row that
- * would write slots again in which another row has tokens (`KVL_ERR_OVERLAP`), lists that share memory, a workspace that is
+ * would write slots again in which another row has tokens (`KVL_STATUS_OVERLAP`), lists that share memory, a workspace that is
  * too small or misaligned are errors, and nothing changes.
  */
 kvl_status kvl_cache_reorder_table(void *workspace,
@@ -1747,7 +1752,7 @@ kvl_status kvl_cache_reorder_table(void *workspace,
  * lie in cache row b, where they have just been written. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint tables.
- * Bad input: null, a negative size, a negative position, tokens past the capacity (`KVL_ERR_CAPACITY`), lists that share memory
+ * Bad input: null, a negative size, a negative position, tokens past the capacity (`KVL_STATUS_CAPACITY`), lists that share memory
  * are errors, and nothing changes.
  */
 kvl_status kvl_cache_set_table_tokens(int32_t *table,
@@ -1787,7 +1792,7 @@ kvl_status kvl_cache_evict(const struct kvl_context *context,
  *
  * Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
  * Bad input: null, views that do not fit each other, a page that does not exist, one that is written twice or both written
- * and read (`KVL_ERR_DUPLICATE_SLOT`) are errors, and nothing is written.
+ * and read (`KVL_STATUS_DUPLICATE_SLOT`) are errors, and nothing is written.
  */
 kvl_status kvl_cache_copy_pages(const struct kvl_context *context,
                                 const struct kvl_parallel_runner *runner,

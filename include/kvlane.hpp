@@ -27,7 +27,7 @@
 
 namespace kvlane {
 
-/// A status other than KVL_OK; what() is the sentence.
+/// A status other than KVL_STATUS_OK; what() is the sentence.
 class error : public std::runtime_error {
 public:
     error(kvl_status status, const std::string &sentence) : std::runtime_error(sentence), status_(status) {}
@@ -46,9 +46,9 @@ inline std::string last_error() {
     return text;
 }
 
-/// Throws unless `status` is KVL_OK.
+/// Throws unless `status` is KVL_STATUS_OK.
 inline void check(kvl_status status) {
-    if (status != KVL_OK) {
+    if (status != KVL_STATUS_OK) {
         throw error(status, last_error());
     }
 }
@@ -65,9 +65,9 @@ struct bf16 {
 
 /// The element type of a C++ type; specialise it for a half type of your own.
 template <class T> struct dtype_of;
-template <> struct dtype_of<float> : std::integral_constant<kvl_dtype, KVL_F32> {};
-template <> struct dtype_of<f16> : std::integral_constant<kvl_dtype, KVL_F16> {};
-template <> struct dtype_of<bf16> : std::integral_constant<kvl_dtype, KVL_BF16> {};
+template <> struct dtype_of<float> : std::integral_constant<kvl_dtype, KVL_DTYPE_F32> {};
+template <> struct dtype_of<f16> : std::integral_constant<kvl_dtype, KVL_DTYPE_F16> {};
+template <> struct dtype_of<bf16> : std::integral_constant<kvl_dtype, KVL_DTYPE_BF16> {};
 
 /// batch, seq, heads, dim.
 using axes = std::array<std::int64_t, 4>;
@@ -139,7 +139,7 @@ public:
 
     /// How values of a type are best packed for attention.
     kvl_packing v_packing(kvl_dtype dtype) const {
-        kvl_packing packing = KVL_PACK_ROWS;
+        kvl_packing packing = KVL_PACKING_ROWS;
         check(kvl_context_v_packing(get(), dtype, &packing));
         return packing;
     }
@@ -186,7 +186,7 @@ private:
 };
 
 /// A runner from `run(n, task)`, which calls task(i) for every i < n, on any threads, and returns when all have returned.
-/// An exception from it becomes KVL_ERR_PARALLEL.
+/// An exception from it becomes KVL_STATUS_PARALLEL.
 template <class Run> class parallel_for {
 public:
     parallel_for(std::size_t num_threads, Run run) : run_(std::move(run)) {
@@ -381,7 +381,7 @@ namespace detail {
 /// The library cannot see how long a list is.
 inline void same_size(std::size_t a, std::size_t b) {
     if (a != b) {
-        throw error(KVL_ERR_SHAPE, "lists of " + std::to_string(a) + " and " + std::to_string(b) + " entries");
+        throw error(KVL_STATUS_SHAPE, "lists of " + std::to_string(a) + " and " + std::to_string(b) + " entries");
     }
 }
 } // namespace detail
@@ -389,7 +389,7 @@ inline void same_size(std::size_t a, std::size_t b) {
 /// Rows of which the newest tokens are kept, and for ever the first `sinks`.
 inline kvl_layout ring_layout(std::int32_t sinks = 0) {
     kvl_layout layout = KVL_LAYOUT_INIT;
-    layout.kind = KVL_RING;
+    layout.kind = KVL_LAYOUT_KIND_RING;
     layout.sinks = sinks;
     return layout;
 }
@@ -399,7 +399,7 @@ inline kvl_layout paged_layout(const list &table, std::int64_t rows) {
     kvl_layout layout = KVL_LAYOUT_INIT;
     const std::size_t n = rows > 0 ? static_cast<std::size_t>(rows) : 1, pages_per_row = table.size() / n;
     detail::same_size(table.size(), n * pages_per_row);
-    layout.kind = KVL_PAGED;
+    layout.kind = KVL_LAYOUT_KIND_PAGED;
     layout.rows = rows;
     layout.pages_per_row = static_cast<std::int64_t>(pages_per_row);
     layout.table = table.data();
@@ -411,7 +411,7 @@ inline kvl_layout indirect_layout(const list &table, std::int64_t capacity) {
     kvl_layout layout = KVL_LAYOUT_INIT;
     const std::size_t n = capacity > 0 ? static_cast<std::size_t>(capacity) : 1, rows = table.size() / n;
     detail::same_size(table.size(), n * rows);
-    layout.kind = KVL_INDIRECT;
+    layout.kind = KVL_LAYOUT_KIND_INDIRECT;
     layout.rows = static_cast<std::int64_t>(rows);
     layout.table = table.data();
     return layout;
@@ -420,7 +420,7 @@ inline kvl_layout indirect_layout(const list &table, std::int64_t capacity) {
 /// `starts` is [rows + 1].
 inline kvl_layout ragged_layout(const list &starts) {
     kvl_layout layout = KVL_LAYOUT_INIT;
-    layout.kind = KVL_RAGGED;
+    layout.kind = KVL_LAYOUT_KIND_RAGGED;
     layout.rows = static_cast<std::int64_t>(starts.size()) - 1;
     layout.table = starts.data();
     return layout;

@@ -334,6 +334,31 @@ mod symbols {
         assert_eq!(declared, allowed().into_iter().chain(inline).collect());
     }
 
+    /// The enumerations are integers with named values.
+    #[test]
+    fn every_enumerator_carries_the_prefix_of_its_enumeration() {
+        let header = std::fs::read_to_string(root().join("include/kvlane.h")).expect("the header is committed");
+        let enumerations: Vec<String> = header
+            .lines()
+            .filter_map(|line| line.strip_prefix("typedef ")?.strip_suffix(';')?.split_once("int32_t "))
+            .map(|(_, name)| format!("{}_", name.to_uppercase()))
+            .collect();
+        assert!(enumerations.len() >= 10, "{enumerations:?}");
+        let mut counts = vec![0; enumerations.len()];
+        for line in header.lines() {
+            let Some((name, value)) = line.strip_prefix("#define ").and_then(|rest| rest.split_once(' ')) else {
+                continue;
+            };
+            if value.parse::<u32>().is_err() || ["KVL_ABI_VERSION", "KVL_SPLIT_GRID"].contains(&name) {
+                continue;
+            }
+            let of = enumerations.iter().position(|prefix| name.starts_with(prefix.as_str()));
+            counts[of.unwrap_or_else(|| panic!("{name} carries none of {enumerations:?}"))] += 1;
+        }
+        let empty: Vec<_> = enumerations.iter().zip(&counts).filter(|&(_, &n)| n < 2).collect();
+        assert!(empty.is_empty(), "{empty:?}");
+    }
+
     #[test]
     fn every_export_is_used_by_a_program() {
         let mut used = BTreeSet::new();

@@ -19,12 +19,14 @@ use crate::ops::attention::{
 use crate::view::{BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ};
 use std::ffi::c_void;
 
-/// In `kvl_attention_params.flags`: no key after the query's own position is visible.
-pub const KVL_CAUSAL: u32 = 1;
-/// In `kvl_attention_params.flags`: `window_left` counts.
-pub const KVL_WINDOW_LEFT: u32 = 2;
-/// In `kvl_attention_params.flags`: `window_right` counts.
-pub const KVL_WINDOW_RIGHT: u32 = 4;
+/// What `kvl_attention_params.flags` is a sum of.
+pub type kvl_attention_flag = u32;
+/// No key after the query's own position is visible.
+pub const KVL_ATTENTION_FLAG_CAUSAL: u32 = 1;
+/// Keys more than `window_left` before the query's own position are masked.
+pub const KVL_ATTENTION_FLAG_WINDOW_LEFT: u32 = 2;
+/// Keys more than `window_right` after the query's own position are masked.
+pub const KVL_ATTENTION_FLAG_WINDOW_RIGHT: u32 = 4;
 
 /// What attention reads, writes and sees. Start from `KVL_ATTENTION_PARAMS_INIT`, which sees every key; set `q`, `k`, `v`
 /// and `out`. Query head h reads KV head `h / (heads / kv_heads)`; nothing is repeated in memory.
@@ -55,14 +57,14 @@ pub struct kvl_attention_params {
     pub scale: f32,
     /// `softcap * tanh(x / softcap)` on scaled logits; 0 is none.
     pub softcap: f32,
-    /// `KVL_CAUSAL | KVL_WINDOW_LEFT | KVL_WINDOW_RIGHT`. A window of 0 keys means something, so whether there is a window
+    /// `KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT`. A window of 0 keys means something, so whether there is a window
     /// is said here, not by its size.
-    pub flags: u32,
+    pub flags: kvl_attention_flag,
     /// 0.
     pub reserved: i32,
-    /// With `KVL_WINDOW_LEFT`: keys visible before the query's own position, not counting it; -1 for all. Else 0.
+    /// With `KVL_ATTENTION_FLAG_WINDOW_LEFT`: keys visible before the query's own position, not counting it; -1 for all. Else 0.
     pub window_left: i64,
-    /// With `KVL_WINDOW_RIGHT`: keys visible after the query's own position, not counting it; -1 for all. Else 0.
+    /// With `KVL_ATTENTION_FLAG_WINDOW_RIGHT`: keys visible after the query's own position, not counting it; -1 for all. Else 0.
     pub window_right: i64,
     /// [batch]: valid keys; null for all.
     pub lengths: *const i32,
@@ -101,7 +103,7 @@ pub struct kvl_attention_params {
     /// `starts`, `offsets` and `prefixes`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
     /// plan was made of either; null for none.
     pub plan: *const kvl_plan,
-    /// How values lie in `v`: with `KVL_PACK_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
+    /// How values lie in `v`: with `KVL_PACKING_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
     /// that are not packed.
     pub v_packing: kvl_packing,
     /// 0.

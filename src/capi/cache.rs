@@ -83,7 +83,7 @@ pub unsafe extern "C" fn kvl_cache_set_lengths(
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches.
 /// Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the row's
-/// capacity (`KVL_ERR_CAPACITY`), a table entry that leads outside the cache are errors, and no length changes.
+/// capacity (`KVL_STATUS_CAPACITY`), a table entry that leads outside the cache are errors, and no length changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_advance(cache: *const kvl_cache, counts: *const i32) -> kvl_status {
     guard(|| {
@@ -299,13 +299,13 @@ pub unsafe extern "C" fn kvl_cache_reorder_table_workspace_size(
 
 /// Row b of the table of an indirect cache, [rows, capacity], becomes a copy of what row `parents[b]`, [rows], was, and so does
 /// `lengths[b]`, [rows]. No token moves. A step of beam search is: `kvl_kv_write` as into a contiguous cache, to row b at
-/// position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with `KVL_INDIRECT`; parents are
+/// position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with `KVL_LAYOUT_KIND_INDIRECT`; parents are
 /// chosen; this. As long as rows that have tokens of each other are equally long, no slot is written while a row needs what is
 /// in it; where one would be, the call is refused. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint tables and workspaces.
 /// Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a row that
-/// would write slots again in which another row has tokens (`KVL_ERR_OVERLAP`), lists that share memory, a workspace that is
+/// would write slots again in which another row has tokens (`KVL_STATUS_OVERLAP`), lists that share memory, a workspace that is
 /// too small or misaligned are errors, and nothing changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_reorder_table(
@@ -335,7 +335,7 @@ pub unsafe extern "C" fn kvl_cache_reorder_table(
 /// lie in cache row b, where they have just been written. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint tables.
-/// Bad input: null, a negative size, a negative position, tokens past the capacity (`KVL_ERR_CAPACITY`), lists that share memory
+/// Bad input: null, a negative size, a negative position, tokens past the capacity (`KVL_STATUS_CAPACITY`), lists that share memory
 /// are errors, and nothing changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_set_table_tokens(
@@ -400,7 +400,7 @@ pub unsafe extern "C" fn kvl_cache_evict(
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
 /// Bad input: null, views that do not fit each other, a page that does not exist, one that is written twice or both written
-/// and read (`KVL_ERR_DUPLICATE_SLOT`) are errors, and nothing is written.
+/// and read (`KVL_STATUS_DUPLICATE_SLOT`) are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_copy_pages(
     context: *const kvl_context,

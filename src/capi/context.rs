@@ -150,8 +150,8 @@ pub unsafe extern "C" fn kvl_context_attention_kernel_name(
     })
 }
 
-/// How values of a type are best packed for the attention kernels in use: `KVL_PACK_ROW_PAIRS` where tiles of bf16 are
-/// multiplied, else `KVL_PACK_ROWS`. Since ABI version 3.
+/// How values of a type are best packed for the attention kernels in use: `KVL_PACKING_ROW_PAIRS` where tiles of bf16 are
+/// multiplied, else `KVL_PACKING_ROWS`. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once.
 /// Bad input: null or a number that is no type is an error, and `*packing` is not touched.

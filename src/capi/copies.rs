@@ -13,7 +13,7 @@ use crate::ops::repeat::repeat_kv_raw;
 use crate::parallel::Runner;
 use crate::view::RawView;
 
-/// Packs values in pairs of slots (`KVL_PACK_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up, heads,
+/// Packs values in pairs of slots (`KVL_PACKING_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up, heads,
 /// 2 * dim], of the same type; every bit is kept. Where n is odd, the other half of the last pair is left as it is.
 /// `kvl_kv_write` writes into such a cache directly. Since ABI version 3.
 ///

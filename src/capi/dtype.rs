@@ -7,11 +7,11 @@ use crate::error::{Result, fail};
 /// The type of elements.
 pub type kvl_dtype = i32;
 /// IEEE 754 binary32.
-pub const KVL_F32: i32 = 0;
+pub const KVL_DTYPE_F32: i32 = 0;
 /// IEEE 754 binary16.
-pub const KVL_F16: i32 = 1;
+pub const KVL_DTYPE_F16: i32 = 1;
 /// bfloat16: the upper half of a binary32.
-pub const KVL_BF16: i32 = 2;
+pub const KVL_DTYPE_BF16: i32 = 2;
 
 pub(super) fn parse_dtype(name: &str, value: kvl_dtype) -> Result<DType> {
     enumeration("kvl_dtype", name, value, DType::from_u32)
@@ -27,6 +27,10 @@ pub(super) fn element_type(name: &str, value: kvl_dtype) -> Result<DType> {
 
 // The values are pinned twice, here and in the enumerations; they cannot drift apart.
 const _: () = {
-    assert!(KVL_F32 == DType::F32 as i32 && KVL_F16 == DType::F16 as i32 && KVL_BF16 == DType::Bf16 as i32);
+    assert!(
+        KVL_DTYPE_F32 == DType::F32 as i32
+            && KVL_DTYPE_F16 == DType::F16 as i32
+            && KVL_DTYPE_BF16 == DType::Bf16 as i32
+    );
     assert!(DType::ALL.len() == 3);
 };

@@ -1,6 +1,6 @@
 //! The border: no panic crosses it, and what went wrong is kept for the thread that asked.
 
-use super::status::{KVL_ERR_INTERNAL, KVL_OK, kvl_status};
+use super::status::{KVL_STATUS_INTERNAL, KVL_STATUS_OK, kvl_status};
 use crate::error::Result;
 use std::any::Any;
 use std::cell::RefCell;
@@ -53,21 +53,21 @@ pub(super) unsafe fn copy_last_error(buffer: *mut u8, size: usize) -> usize {
     })
 }
 
-/// Runs the body of an export: an error becomes its status and this thread's sentence, a panic `KVL_ERR_INTERNAL`.
+/// Runs the body of an export: an error becomes its status and this thread's sentence, a panic `KVL_STATUS_INTERNAL`.
 ///
 /// In a build with `panic = "abort"` there are no panics to catch; the default profiles unwind.
 pub(super) fn guard(body: impl FnOnce() -> Result<()>) -> kvl_status {
     // Unwind safety: what a panic leaves half-done are outputs, which the status says, and the last error, which is whole
     // at all times.
     match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(Ok(())) => KVL_OK,
+        Ok(Ok(())) => KVL_STATUS_OK,
         Ok(Err(error)) => {
             remember(error.message());
             error.status() as kvl_status
         }
         Err(panic) => {
             remember(panic_message(&*panic));
-            KVL_ERR_INTERNAL
+            KVL_STATUS_INTERNAL
         }
     }
 }
@@ -100,15 +100,15 @@ mod tests {
 
     #[test]
     fn errors_and_panics_become_a_status_and_a_sentence() {
-        assert_eq!(guard(|| Ok(())), KVL_OK);
+        assert_eq!(guard(|| Ok(())), KVL_STATUS_OK);
         assert_eq!(guard(|| fail!(Capacity, "{} is full", "row 3")), 8);
         assert_eq!(last(), (14, "row 3 is full".to_owned()));
-        assert_eq!(guard(|| panic!("index {}", 7)), KVL_ERR_INTERNAL);
+        assert_eq!(guard(|| panic!("index {}", 7)), KVL_STATUS_INTERNAL);
         assert_eq!(last().1, "index 7");
         assert_eq!(guard_value(5, || panic!("fixed")), 5);
         assert_eq!(last().1, "fixed");
         // A success leaves it alone; another thread has its own.
-        assert_eq!(guard(|| Ok(())), KVL_OK);
+        assert_eq!(guard(|| Ok(())), KVL_STATUS_OK);
         assert_eq!(last().1, "fixed");
         assert_eq!(std::thread::spawn(last).join().unwrap(), (1, String::new()));
     }

@@ -12,7 +12,7 @@ use std::ffi::c_char;
 
 /// What a kernel does; kernels are chosen by operation and element types.
 pub type kvl_op = i32;
-/// Cosines and sines of RoPE angles; `KVL_F32` twice.
+/// Cosines and sines of RoPE angles; `KVL_DTYPE_F32` twice.
 pub const KVL_OP_ROPE_ANGLES: i32 = 0;
 /// RoPE, and RoPE fused with a cache write: source type, target type.
 pub const KVL_OP_ROPE: i32 = 1;

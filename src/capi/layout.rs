@@ -8,20 +8,20 @@ use crate::layout::{Layout, Packing};
 /// In which slots of a cache the tokens of a row lie.
 pub type kvl_layout_kind = i32;
 /// Caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row b, slot p.
-pub const KVL_CONTIGUOUS: i32 = 0;
+pub const KVL_LAYOUT_KIND_CONTIGUOUS: i32 = 0;
 /// The same, but a row keeps its newest tokens only: position p lies in slot p as long as p < sinks, and from there on in slot
 /// `sinks + (p - sinks) % (capacity - sinks)`. Lengths go on counting every token that a row was given.
-pub const KVL_RING: i32 = 1;
+pub const KVL_LAYOUT_KIND_RING: i32 = 1;
 /// Caches are pools [pages, page_size, kv_heads, dim]; position p of row b lies in page
 /// `table[b * pages_per_row + p / page_size]`, slot p % page_size. Rows may share pages that none of them writes. NHD and HND
 /// are two sets of strides.
-pub const KVL_PAGED: i32 = 2;
+pub const KVL_LAYOUT_KIND_PAGED: i32 = 2;
 /// Beam search without copies: caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row
 /// `table[b * capacity + p]`, slot p.
-pub const KVL_INDIRECT: i32 = 3;
+pub const KVL_LAYOUT_KIND_INDIRECT: i32 = 3;
 /// Rows one after the other, each as long as it is: caches are [1, tokens, kv_heads, dim]; position p of row b lies in slot
 /// `table[b] + p`, and row b ends at `table[b + 1]` (`cu_seqlens`).
-pub const KVL_RAGGED: i32 = 4;
+pub const KVL_LAYOUT_KIND_RAGGED: i32 = 4;
 
 /// Where in a cache the tokens of its rows lie. Start from `KVL_LAYOUT_INIT`, which is contiguous. Since ABI version 3.
 #[derive(Clone, Copy)]
@@ -31,14 +31,14 @@ pub struct kvl_layout {
     pub struct_size: usize,
     /// One of the above.
     pub kind: kvl_layout_kind,
-    /// `KVL_RING`: how many of a row's first tokens are never overwritten; less than the capacity. Else 0.
+    /// `KVL_LAYOUT_KIND_RING`: how many of a row's first tokens are never overwritten; less than the capacity. Else 0.
     pub sinks: i32,
     /// Rows that the table describes; not looked at without a table.
     pub rows: i64,
-    /// `KVL_PAGED`: entries of a row. Else 0.
+    /// `KVL_LAYOUT_KIND_PAGED`: entries of a row. Else 0.
     pub pages_per_row: i64,
-    /// `KVL_PAGED`: [rows, pages_per_row]; entries beyond a row's length are not looked at. `KVL_INDIRECT`: [rows, capacity].
-    /// `KVL_RAGGED`: [rows + 1], ascending. Else null.
+    /// `KVL_LAYOUT_KIND_PAGED`: [rows, pages_per_row]; entries beyond a row's length are not looked at. `KVL_LAYOUT_KIND_INDIRECT`: [rows, capacity].
+    /// `KVL_LAYOUT_KIND_RAGGED`: [rows + 1], ascending. Else null.
     pub table: *const i32,
 }
 
@@ -48,11 +48,11 @@ assert_layout!(kvl_layout, 40, struct_size: 0, kind: 8, sinks: 12, rows: 16, pag
 /// How the values of neighbouring slots lie in a cache. Since ABI version 3.
 pub type kvl_packing = i32;
 /// Every slot by itself: [rows, slots, kv_heads, v_dim].
-pub const KVL_PACK_ROWS: i32 = 0;
+pub const KVL_PACKING_ROWS: i32 = 0;
 /// Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: [rows, slots / 2, kv_heads,
 /// 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. Slots a row (or a page) has, sinks of a ring and
 /// starts of ragged rows are even.
-pub const KVL_PACK_ROW_PAIRS: i32 = 1;
+pub const KVL_PACKING_ROW_PAIRS: i32 = 1;
 
 /// The layout at `from`, of caches with so many slots; contiguous if it is null.
 ///
@@ -72,31 +72,31 @@ pub(super) unsafe fn read_layout<'a>(from: *const kvl_layout, slots: usize) -> R
     let rows = || size("the layout's rows", layout.rows);
     let kind = layout.kind;
     ensure!(
-        kind == KVL_RING || layout.sinks == 0,
+        kind == KVL_LAYOUT_KIND_RING || layout.sinks == 0,
         InvalidValue,
         "sinks is {}, but the layout is no ring",
         layout.sinks
     );
     ensure!(
-        kind == KVL_PAGED || layout.pages_per_row == 0,
+        kind == KVL_LAYOUT_KIND_PAGED || layout.pages_per_row == 0,
         InvalidValue,
         "pages_per_row is {}, but the layout is not paged",
         layout.pages_per_row
     );
     ensure!(
-        !(kind == KVL_CONTIGUOUS || kind == KVL_RING) || layout.table.is_null(),
+        !(kind == KVL_LAYOUT_KIND_CONTIGUOUS || kind == KVL_LAYOUT_KIND_RING) || layout.table.is_null(),
         InvalidValue,
         "the layout has a table, but kind {kind} takes none"
     );
     Ok(match kind {
-        KVL_CONTIGUOUS => Layout::Contiguous,
-        KVL_RING => Layout::Ring { sinks: size("sinks", layout.sinks.into())? },
-        KVL_PAGED => {
+        KVL_LAYOUT_KIND_CONTIGUOUS => Layout::Contiguous,
+        KVL_LAYOUT_KIND_RING => Layout::Ring { sinks: size("sinks", layout.sinks.into())? },
+        KVL_LAYOUT_KIND_PAGED => {
             let pages_per_row = size("pages_per_row", layout.pages_per_row)?;
             Layout::Paged { pages: table(rows()?.checked_mul(pages_per_row))?, pages_per_row }
         }
-        KVL_INDIRECT => Layout::Indirect { rows: table(rows()?.checked_mul(slots))? },
-        KVL_RAGGED => Layout::Ragged { starts: table(rows()?.checked_add(1))? },
+        KVL_LAYOUT_KIND_INDIRECT => Layout::Indirect { rows: table(rows()?.checked_mul(slots))? },
+        KVL_LAYOUT_KIND_RAGGED => Layout::Ragged { starts: table(rows()?.checked_add(1))? },
         _ => fail!(InvalidEnum, "the layout's kind is {kind}, which is no kvl_layout_kind"),
     })
 }
@@ -107,6 +107,6 @@ pub(super) fn parse_packing(name: &str, value: kvl_packing) -> Result<Packing> {
 
 // The values are pinned twice, here and in the enumerations; they cannot drift apart.
 const _: () = {
-    assert!(KVL_PACK_ROWS == Packing::Rows as i32 && KVL_PACK_ROW_PAIRS == Packing::RowPairs as i32);
+    assert!(KVL_PACKING_ROWS == Packing::Rows as i32 && KVL_PACKING_ROW_PAIRS == Packing::RowPairs as i32);
     assert!(Packing::ALL.len() == 2);
 };

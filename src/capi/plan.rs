@@ -1,7 +1,9 @@
 //! Plans of attention, and what an attention call and a plan read alike.
 
 use super::arguments::{list, required_list, size};
-use super::attention::{KVL_CAUSAL, KVL_WINDOW_LEFT, KVL_WINDOW_RIGHT, kvl_attention_params};
+use super::attention::{
+    KVL_ATTENTION_FLAG_CAUSAL, KVL_ATTENTION_FLAG_WINDOW_LEFT, KVL_ATTENTION_FLAG_WINDOW_RIGHT, kvl_attention_params,
+};
 use super::guard::{guard, guard_value};
 use super::layout::read_layout;
 use super::masks::read_masks;
@@ -180,7 +182,8 @@ pub(super) unsafe fn spans<'a>(
 /// # Safety
 /// `params` is what the header describes.
 unsafe fn own_spans<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) -> Result<Spans<'a>> {
-    let unknown = params.flags & !(KVL_CAUSAL | KVL_WINDOW_LEFT | KVL_WINDOW_RIGHT);
+    let unknown =
+        params.flags & !(KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT);
     ensure!(unknown == 0, InvalidEnum, "flags has unknown bits {unknown:#x}");
     // SAFETY: the caller's, here and below.
     let query_starts = unsafe { query_starts(params) }?;
@@ -194,9 +197,13 @@ unsafe fn own_spans<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) 
             cache: k,
             layout: read_layout(params.layout, k.shape[SEQ])?,
             query_starts,
-            causal: params.flags & KVL_CAUSAL != 0,
-            window_left: window("window_left", params.window_left, params.flags & KVL_WINDOW_LEFT != 0)?,
-            window_right: window("window_right", params.window_right, params.flags & KVL_WINDOW_RIGHT != 0)?,
+            causal: params.flags & KVL_ATTENTION_FLAG_CAUSAL != 0,
+            window_left: window("window_left", params.window_left, params.flags & KVL_ATTENTION_FLAG_WINDOW_LEFT != 0)?,
+            window_right: window(
+                "window_right",
+                params.window_right,
+                params.flags & KVL_ATTENTION_FLAG_WINDOW_RIGHT != 0,
+            )?,
             lengths: list("lengths", params.lengths, batch)?,
             starts: list("starts", params.starts, batch)?,
             offsets: list("offsets", params.offsets, batch)?,

@@ -18,7 +18,7 @@ pub struct kvl_thread_pool {
 /// with `kvl_thread_pool_destroy`.
 ///
 /// Thread safety: may be called from any thread.
-/// Bad input: null is an error, and so is a library built without the feature `rayon` (`KVL_ERR_UNSUPPORTED`); `*pool` is not
+/// Bad input: null is an error, and so is a library built without the feature `rayon` (`KVL_STATUS_UNSUPPORTED`); `*pool` is not
 /// touched.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_thread_pool_create(num_threads: usize, pool: *mut *mut kvl_thread_pool) -> kvl_status {

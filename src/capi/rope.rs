@@ -19,27 +19,27 @@ use std::ffi::c_void;
 /// Which elements of a head form a pair that RoPE turns.
 pub type kvl_pairing = i32;
 /// Elements 2i and 2i + 1: the original paper, Meta's Llama code, llama.cpp's Llama files.
-pub const KVL_INTERLEAVED: i32 = 0;
+pub const KVL_PAIRING_INTERLEAVED: i32 = 0;
 /// Elements i and i + rotary_dim / 2: GPT-NeoX, Grok-1, Hugging Face.
-pub const KVL_HALF_SPLIT: i32 = 1;
+pub const KVL_PAIRING_HALF_SPLIT: i32 = 1;
 
 /// How RoPE frequencies are stretched beyond the length that a model was trained for.
 pub type kvl_rope_scaling = i32;
 /// Not at all: `f_i = base^(-2i / rotary_dim)`.
-pub const KVL_ROPE_UNSCALED: i32 = 0;
+pub const KVL_ROPE_SCALING_NONE: i32 = 0;
 /// `f_i / factor`. Reads `factor`.
-pub const KVL_ROPE_LINEAR: i32 = 1;
+pub const KVL_ROPE_SCALING_LINEAR: i32 = 1;
 /// The base becomes `base * factor^(rotary_dim / (rotary_dim - 2))`. Reads `factor`.
-pub const KVL_ROPE_NTK: i32 = 2;
+pub const KVL_ROPE_SCALING_NTK: i32 = 2;
 /// Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended. Reads `factor`,
 /// `low_freq_factor`, `high_freq_factor`, `original_max_position`.
-pub const KVL_ROPE_LLAMA3: i32 = 3;
+pub const KVL_ROPE_SCALING_LLAMA3: i32 = 3;
 /// YaRN: a ramp between interpolation and extrapolation over the pairs. Reads `factor`, `original_max_position`,
 /// `beta_fast`, `beta_slow`, `attention_factor`, `keep_ramp`.
-pub const KVL_ROPE_YARN: i32 = 4;
+pub const KVL_ROPE_SCALING_YARN: i32 = 4;
 /// LongRoPE: `f_i / factors[i]`. Reads `factors`, `attention_factor` and, if that is 0, `factor` and
 /// `original_max_position`.
-pub const KVL_ROPE_LONGROPE: i32 = 5;
+pub const KVL_ROPE_SCALING_LONGROPE: i32 = 5;
 
 /// What RoPE frequencies are made from. Start from `KVL_ROPE_FREQUENCIES_PARAMS_INIT`, set `rotary_dim`, `base` and what the
 /// `scaling` reads.
@@ -141,16 +141,16 @@ pub unsafe extern "C" fn kvl_rope_frequencies(
         let (factor, original_max_position) = (params.factor, params.original_max_position);
         let truncate = !boolean("keep_ramp", params.keep_ramp)?;
         let scaling = match params.scaling {
-            KVL_ROPE_UNSCALED => RopeScaling::None,
-            KVL_ROPE_LINEAR => RopeScaling::Linear { factor },
-            KVL_ROPE_NTK => RopeScaling::Ntk { factor },
-            KVL_ROPE_LLAMA3 => RopeScaling::Llama3 {
+            KVL_ROPE_SCALING_NONE => RopeScaling::None,
+            KVL_ROPE_SCALING_LINEAR => RopeScaling::Linear { factor },
+            KVL_ROPE_SCALING_NTK => RopeScaling::Ntk { factor },
+            KVL_ROPE_SCALING_LLAMA3 => RopeScaling::Llama3 {
                 factor,
                 low_freq_factor: or(params.low_freq_factor, 1.0),
                 high_freq_factor: or(params.high_freq_factor, 4.0),
                 original_max_position,
             },
-            KVL_ROPE_YARN => RopeScaling::Yarn {
+            KVL_ROPE_SCALING_YARN => RopeScaling::Yarn {
                 factor,
                 original_max_position,
                 beta_fast: or(params.beta_fast, 32.0),
@@ -158,7 +158,7 @@ pub unsafe extern "C" fn kvl_rope_frequencies(
                 attention_factor,
                 truncate,
             },
-            KVL_ROPE_LONGROPE => {
+            KVL_ROPE_SCALING_LONGROPE => {
                 // SAFETY: the caller's promise.
                 let factors = unsafe { required_list("factors", params.factors, pairs) }?.to_vec();
                 RopeScaling::LongRope { factors, factor, original_max_position, attention_factor }
@@ -309,5 +309,7 @@ pub(super) unsafe fn read_rope<'a>(params: *const kvl_rope_params, src: &RawView
 
 // The values are pinned twice, here and in the enumerations; they cannot drift apart.
 const _: () = {
-    assert!(KVL_INTERLEAVED == Pairing::Interleaved as i32 && KVL_HALF_SPLIT == Pairing::HalfSplit as i32);
+    assert!(
+        KVL_PAIRING_INTERLEAVED == Pairing::Interleaved as i32 && KVL_PAIRING_HALF_SPLIT == Pairing::HalfSplit as i32
+    );
 };

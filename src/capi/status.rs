@@ -4,44 +4,44 @@ use super::guard::{self, guard_value};
 use crate::error::Status;
 use std::ffi::{CStr, c_char};
 
-/// What a call came to: 0, or one of `KVL_ERR_*`. Values are never changed or reused. When it is not 0,
-/// `kvl_last_error` has the sentence, and no output has been touched unless it is `KVL_ERR_PARALLEL` or
-/// `KVL_ERR_INTERNAL`.
+/// What a call came to: 0, or one of `KVL_STATUS_*`. Values are never changed or reused. When it is not 0,
+/// `kvl_last_error` has the sentence, and no output has been touched unless it is `KVL_STATUS_PARALLEL` or
+/// `KVL_STATUS_INTERNAL`.
 pub type kvl_status = i32;
 /// It worked.
-pub const KVL_OK: i32 = 0;
+pub const KVL_STATUS_OK: i32 = 0;
 /// A pointer that must not be null is null.
-pub const KVL_ERR_NULL_POINTER: i32 = 1;
+pub const KVL_STATUS_NULL_POINTER: i32 = 1;
 /// A `struct_size` is none that this version of the library knows.
-pub const KVL_ERR_STRUCT_SIZE: i32 = 2;
+pub const KVL_STATUS_STRUCT_SIZE: i32 = 2;
 /// An integer stands for no value of its enumeration, or a reserved bit is set.
-pub const KVL_ERR_INVALID_ENUM: i32 = 3;
+pub const KVL_STATUS_INVALID_ENUM: i32 = 3;
 /// A number is outside what the argument can mean (NaN scale, odd `rotary_dim`, ...).
-pub const KVL_ERR_INVALID_VALUE: i32 = 4;
+pub const KVL_STATUS_INVALID_VALUE: i32 = 4;
 /// Shapes do not fit each other, or have a negative axis.
-pub const KVL_ERR_SHAPE: i32 = 5;
+pub const KVL_STATUS_SHAPE: i32 = 5;
 /// Strides let elements of an output share memory, or overflow when multiplied by the shape.
-pub const KVL_ERR_STRIDE: i32 = 6;
+pub const KVL_STATUS_STRIDE: i32 = 6;
 /// A view reaches outside its buffer, or a pointer is not aligned to its elements.
-pub const KVL_ERR_BOUNDS: i32 = 7;
+pub const KVL_STATUS_BOUNDS: i32 = 7;
 /// A write would go past the capacity of the cache.
-pub const KVL_ERR_CAPACITY: i32 = 8;
+pub const KVL_STATUS_CAPACITY: i32 = 8;
 /// A position, length, row or slot is outside its range.
-pub const KVL_ERR_OUT_OF_RANGE: i32 = 9;
+pub const KVL_STATUS_OUT_OF_RANGE: i32 = 9;
 /// An output shares memory with an input or with another output.
-pub const KVL_ERR_OVERLAP: i32 = 10;
+pub const KVL_STATUS_OVERLAP: i32 = 10;
 /// Two tokens of one call would be written to the same slot.
-pub const KVL_ERR_DUPLICATE_SLOT: i32 = 11;
+pub const KVL_STATUS_DUPLICATE_SLOT: i32 = 11;
 /// Element types that cannot be combined.
-pub const KVL_ERR_DTYPE: i32 = 12;
+pub const KVL_STATUS_DTYPE: i32 = 12;
 /// The workspace is too small or not aligned to 64 bytes.
-pub const KVL_ERR_WORKSPACE: i32 = 13;
+pub const KVL_STATUS_WORKSPACE: i32 = 13;
 /// What is asked for does not exist on this machine or in this build.
-pub const KVL_ERR_UNSUPPORTED: i32 = 14;
+pub const KVL_STATUS_UNSUPPORTED: i32 = 14;
 /// The parallel runner did not run its tasks.
-pub const KVL_ERR_PARALLEL: i32 = 15;
+pub const KVL_STATUS_PARALLEL: i32 = 15;
 /// A bug in the library: a panic was caught.
-pub const KVL_ERR_INTERNAL: i32 = 16;
+pub const KVL_STATUS_INTERNAL: i32 = 16;
 
 /// A short description of a status; a constant.
 ///
@@ -50,29 +50,29 @@ pub const KVL_ERR_INTERNAL: i32 = 16;
 #[unsafe(no_mangle)]
 pub extern "C" fn kvl_status_string(status: kvl_status) -> *const c_char {
     let text: &CStr = match status {
-        KVL_OK => c"ok",
-        KVL_ERR_NULL_POINTER => c"null pointer",
-        KVL_ERR_STRUCT_SIZE => c"unknown struct_size",
-        KVL_ERR_INVALID_ENUM => c"invalid enumeration value",
-        KVL_ERR_INVALID_VALUE => c"invalid value",
-        KVL_ERR_SHAPE => c"shapes do not fit",
-        KVL_ERR_STRIDE => c"invalid strides",
-        KVL_ERR_BOUNDS => c"view outside its buffer",
-        KVL_ERR_CAPACITY => c"cache capacity exceeded",
-        KVL_ERR_OUT_OF_RANGE => c"out of range",
-        KVL_ERR_OVERLAP => c"overlapping memory",
-        KVL_ERR_DUPLICATE_SLOT => c"slot written twice",
-        KVL_ERR_DTYPE => c"element types do not fit",
-        KVL_ERR_WORKSPACE => c"workspace too small or misaligned",
-        KVL_ERR_UNSUPPORTED => c"not available on this machine",
-        KVL_ERR_PARALLEL => c"parallel runner failed",
-        KVL_ERR_INTERNAL => c"internal error",
+        KVL_STATUS_OK => c"ok",
+        KVL_STATUS_NULL_POINTER => c"null pointer",
+        KVL_STATUS_STRUCT_SIZE => c"unknown struct_size",
+        KVL_STATUS_INVALID_ENUM => c"invalid enumeration value",
+        KVL_STATUS_INVALID_VALUE => c"invalid value",
+        KVL_STATUS_SHAPE => c"shapes do not fit",
+        KVL_STATUS_STRIDE => c"invalid strides",
+        KVL_STATUS_BOUNDS => c"view outside its buffer",
+        KVL_STATUS_CAPACITY => c"cache capacity exceeded",
+        KVL_STATUS_OUT_OF_RANGE => c"out of range",
+        KVL_STATUS_OVERLAP => c"overlapping memory",
+        KVL_STATUS_DUPLICATE_SLOT => c"slot written twice",
+        KVL_STATUS_DTYPE => c"element types do not fit",
+        KVL_STATUS_WORKSPACE => c"workspace too small or misaligned",
+        KVL_STATUS_UNSUPPORTED => c"not available on this machine",
+        KVL_STATUS_PARALLEL => c"parallel runner failed",
+        KVL_STATUS_INTERNAL => c"internal error",
         _ => c"unknown status",
     };
     text.as_ptr()
 }
 
-/// The sentence that belongs to the last status other than `KVL_OK` on the calling thread: which argument, and the numbers
+/// The sentence that belongs to the last status other than `KVL_STATUS_OK` on the calling thread: which argument, and the numbers
 /// that disagree. Empty if there was none. A successful call leaves it alone.
 ///
 /// Copies at most `size` bytes, the terminating zero included, cutting what does not fit, and returns how many bytes the
@@ -89,23 +89,23 @@ pub unsafe extern "C" fn kvl_last_error(buffer: *mut c_char, size: usize) -> usi
 
 // The values are pinned twice, here and in the enumerations; they cannot drift apart.
 const _: () = {
-    assert!(KVL_ERR_NULL_POINTER == Status::NullPointer as i32);
-    assert!(KVL_ERR_STRUCT_SIZE == Status::StructSize as i32);
-    assert!(KVL_ERR_INVALID_ENUM == Status::InvalidEnum as i32);
-    assert!(KVL_ERR_INVALID_VALUE == Status::InvalidValue as i32);
-    assert!(KVL_ERR_SHAPE == Status::Shape as i32);
-    assert!(KVL_ERR_STRIDE == Status::Stride as i32);
-    assert!(KVL_ERR_BOUNDS == Status::Bounds as i32);
-    assert!(KVL_ERR_CAPACITY == Status::Capacity as i32);
-    assert!(KVL_ERR_OUT_OF_RANGE == Status::OutOfRange as i32);
-    assert!(KVL_ERR_OVERLAP == Status::Overlap as i32);
-    assert!(KVL_ERR_DUPLICATE_SLOT == Status::DuplicateSlot as i32);
-    assert!(KVL_ERR_DTYPE == Status::DType as i32);
-    assert!(KVL_ERR_WORKSPACE == Status::Workspace as i32);
-    assert!(KVL_ERR_UNSUPPORTED == Status::Unsupported as i32);
-    assert!(KVL_ERR_PARALLEL == Status::Parallel as i32);
-    assert!(KVL_ERR_INTERNAL == Status::Internal as i32);
-    assert!(Status::ALL.len() == KVL_ERR_INTERNAL as usize);
+    assert!(KVL_STATUS_NULL_POINTER == Status::NullPointer as i32);
+    assert!(KVL_STATUS_STRUCT_SIZE == Status::StructSize as i32);
+    assert!(KVL_STATUS_INVALID_ENUM == Status::InvalidEnum as i32);
+    assert!(KVL_STATUS_INVALID_VALUE == Status::InvalidValue as i32);
+    assert!(KVL_STATUS_SHAPE == Status::Shape as i32);
+    assert!(KVL_STATUS_STRIDE == Status::Stride as i32);
+    assert!(KVL_STATUS_BOUNDS == Status::Bounds as i32);
+    assert!(KVL_STATUS_CAPACITY == Status::Capacity as i32);
+    assert!(KVL_STATUS_OUT_OF_RANGE == Status::OutOfRange as i32);
+    assert!(KVL_STATUS_OVERLAP == Status::Overlap as i32);
+    assert!(KVL_STATUS_DUPLICATE_SLOT == Status::DuplicateSlot as i32);
+    assert!(KVL_STATUS_DTYPE == Status::DType as i32);
+    assert!(KVL_STATUS_WORKSPACE == Status::Workspace as i32);
+    assert!(KVL_STATUS_UNSUPPORTED == Status::Unsupported as i32);
+    assert!(KVL_STATUS_PARALLEL == Status::Parallel as i32);
+    assert!(KVL_STATUS_INTERNAL == Status::Internal as i32);
+    assert!(Status::ALL.len() == KVL_STATUS_INTERNAL as usize);
 };
 
 #[cfg(test)]

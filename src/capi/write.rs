@@ -35,14 +35,14 @@ pub struct kvl_kv_write_params {
     pub counts: *const i32,
     /// [batch]: source row b goes to row `rows[b]` of the cache; null for row b.
     pub rows: *const i32,
-    /// [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_PAGED` and `KVL_RAGGED` slots are
+    /// [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_LAYOUT_KIND_PAGED` and `KVL_LAYOUT_KIND_RAGGED` slots are
     /// counted over the whole pool, page by page; the layout's table is not looked at, and there are no `rows`.
     pub slots: *const i32,
     /// Rotates keys on their way into the cache; null to write them as they are. The same bits as `kvl_rope` into a view
     /// of the cache's type.
     pub rope: *const kvl_rope_params,
-    /// In which slot a position lies; null for `KVL_CONTIGUOUS`. A `KVL_RING` takes no more tokens of a row in one call than it
-    /// has slots beside its sinks. `KVL_INDIRECT` only reads: write to the token's own row, and set the table's entry. Since
+    /// In which slot a position lies; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. A `KVL_LAYOUT_KIND_RING` takes no more tokens of a row in one call than it
+    /// has slots beside its sinks. `KVL_LAYOUT_KIND_INDIRECT` only reads: write to the token's own row, and set the table's entry. Since
     /// ABI version 3.
     pub layout: *const kvl_layout,
     /// Normalises the heads of the keys on their way into the cache, before they are rotated; null not to. The same bits as
@@ -64,8 +64,8 @@ assert_layout!(kvl_kv_write_params, 424, struct_size: 0, k: 8, v: 96, k_cache: 1
 /// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint rows; `runner` null is the
 /// calling thread.
 /// Bad input: null, an unknown `struct_size` or enumeration value, shapes that do not fit, a slot past the capacity
-/// (`KVL_ERR_CAPACITY`), a negative position, slot or row, a page that does not exist, two tokens for one slot
-/// (`KVL_ERR_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
+/// (`KVL_STATUS_CAPACITY`), a negative position, slot or row, a page that does not exist, two tokens for one slot
+/// (`KVL_STATUS_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
 /// clamped.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_kv_write(
