@@ -109,7 +109,7 @@ int main() {
         p.layout = &paged;
         p.lengths = one.data();
         kvlane::plan plan(p);
-        refused(KVL_STATUS_OUT_OF_RANGE, "pages[0, 1] is -1", [&] { plan.advance({1}); });
+        refused(KVL_STATUS_OUT_OF_RANGE, "page_table[0, 1] is -1", [&] { plan.advance({1}); });
         plan.set_table(0, 1, {1});
         plan.advance({1});
         refused(KVL_STATUS_SHAPE, "counts has 2 entries", [&] { plan.advance({1, 1}); });

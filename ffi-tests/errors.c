@@ -514,7 +514,7 @@ static void kv_write(void) {
         LAYOUT(KVL_STATUS_INVALID_VALUE, "no ring");
         layout.kind = KVL_LAYOUT_KIND_RING;
         layout.sinks = 8;
-        LAYOUT(KVL_STATUS_CAPACITY, "8 sinks, but k_cache has 8 slots");
+        LAYOUT(KVL_STATUS_CAPACITY, "8 sink tokens, but k_cache has 8 slots");
         layout.kind = KVL_LAYOUT_KIND_RING;
         layout.sinks = -1;
         LAYOUT(KVL_STATUS_SHAPE, "sinks is -1");
@@ -530,7 +530,7 @@ static void kv_write(void) {
         layout.rows = 2;
         layout.pages_per_row = 1;
         layout.table = pages;
-        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "pages[1, 0] is 2, but k_cache has batch = 2");
+        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "page_table[1, 0] is 2, but k_cache has batch = 2");
         layout.kind = KVL_LAYOUT_KIND_PAGED;
         p.positions = NULL;
         p.slots = LIST(0, 1, 2, 3, 4, 16);
@@ -659,7 +659,7 @@ static void attention(void) {
     p.lengths = LIST(-1, 5);
     TRY(KVL_STATUS_OUT_OF_RANGE, "lengths[0] is -1");
     p.starts = LIST(0, -3);
-    TRY(KVL_STATUS_OUT_OF_RANGE, "starts[1] is -3");
+    TRY(KVL_STATUS_OUT_OF_RANGE, "kv_starts[1] is -3");
     p.lengths = (const int32_t *)(const void *)((const char *)list + 2);
     TRY(KVL_STATUS_BOUNDS, "lengths");
     p.alibi_slopes = (const float *)(const void *)((const char *)ones + 1);
@@ -735,7 +735,7 @@ static void attention(void) {
         LAYOUT(KVL_STATUS_OUT_OF_RANGE, "lengths[1] is 6");
         PAGED(pages);
         p.lengths = LIST(5, 1);
-        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "pages[1, 0] is 2, but k has batch = 2");
+        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "page_table[1, 0] is 2, but k has batch = 2");
         layout.kind = KVL_LAYOUT_KIND_INDIRECT;
         layout.rows = 2;
         layout.table = beams;
@@ -748,13 +748,13 @@ static void attention(void) {
         layout.rows = 2;
         layout.table = falling;
         p.k.shape[0] = p.v.shape[0] = 1;
-        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "starts[2] is 3, but starts[1] is 4");
+        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "cu_seqlens[2] is 3, but cu_seqlens[1] is 4");
         layout.kind = KVL_LAYOUT_KIND_RING;
         LAYOUT(KVL_STATUS_INVALID_VALUE, "lengths is absent");
         layout.kind = KVL_LAYOUT_KIND_RING;
         layout.sinks = 5;
         p.lengths = LIST(5, 5);
-        LAYOUT(KVL_STATUS_CAPACITY, "5 sinks, but k has 5 slots");
+        LAYOUT(KVL_STATUS_CAPACITY, "5 sink tokens, but k has 5 slots");
         /* Three queries and no window, when two tokens are gone. */
         layout.kind = KVL_LAYOUT_KIND_RING;
         p.lengths = LIST(5, 7);
@@ -764,18 +764,18 @@ static void attention(void) {
         p.lengths = LIST(4, 6);
         p.prefixes = prefixes;
         p.flags = KVL_ATTENTION_FLAG_WINDOW_LEFT;
-        LAYOUT(KVL_STATUS_CAPACITY, "prefixes[1] is 3, but the ring keeps 2 sinks");
+        LAYOUT(KVL_STATUS_CAPACITY, "prefix_lengths[1] is 3, but the ring keeps 2 sink tokens");
 #undef PAGED
 #undef LAYOUT
         p.prefixes = LIST(6, 0);
-        TRY(KVL_STATUS_OUT_OF_RANGE, "prefixes[0] is 6");
+        TRY(KVL_STATUS_OUT_OF_RANGE, "prefix_lengths[0] is 6");
         p.prefixes = LIST(0, -1);
-        TRY(KVL_STATUS_OUT_OF_RANGE, "prefixes[1] is -1");
+        TRY(KVL_STATUS_OUT_OF_RANGE, "prefix_lengths[1] is -1");
         p.rows = 2;
         TRY(KVL_STATUS_INVALID_VALUE, "rows is 2, but there are no query_starts");
         p.rows = 2;
         p.query_starts = starts;
-        TRY(KVL_STATUS_SHAPE, "query_starts");
+        TRY(KVL_STATUS_SHAPE, "cu_seqlens_q");
     }
     {
         static const unsigned char bits[16];
@@ -841,7 +841,7 @@ static void attention(void) {
             bit_mask.query_strides = wide;
             ROWS(KVL_STATUS_STRIDE, "row 0, 9223372036854775807 bits apart from bit 3, leave the address space");
             bit_mask.row_starts = before;
-            ROWS(KVL_STATUS_OUT_OF_RANGE, "row_starts[1] of bit_mask is -20, which is negative");
+            ROWS(KVL_STATUS_OUT_OF_RANGE, "bit_offsets[1] of bit_mask is -20, which is negative");
             bit_mask.query_strides = backwards;
             ROWS(KVL_STATUS_OUT_OF_RANGE, "query_strides[0] of bit_mask is -5, which is negative");
             bit_mask.query_strides = NULL;
@@ -849,7 +849,7 @@ static void attention(void) {
             bit_mask.row_starts = NULL;
             ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has query_strides, but row_starts is null");
             bit_mask.offset = 8;
-            ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has row_starts, but its offset, which they replace, is 8");
+            ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has bit_offsets, but its offset, which they replace, is 8");
             bit_mask.strides[1] = 5;
             ROWS(KVL_STATUS_INVALID_VALUE, "strides[1], which they replace, is 5");
             bit_mask.row_starts = (const int64_t *)(const void *)((const char *)row_starts + 4);
@@ -913,7 +913,7 @@ static void attention(void) {
             p.layout = &layout;
             p.lengths = LIST(5, 4);
             OK(kvl_plan_update(plan, &p));
-            REFUSED(KVL_STATUS_OUT_OF_RANGE, "pages[0, 1] is -1, but k has batch = 2", kvl_plan_advance(plan, one, 2));
+            REFUSED(KVL_STATUS_OUT_OF_RANGE, "page_table[0, 1] is -1, but k has batch = 2", kvl_plan_advance(plan, one, 2));
             REFUSED(KVL_STATUS_OUT_OF_RANGE, "entry 0 of row 1 is 2", kvl_plan_set_table(plan, 1, 0, bad, 1));
             REFUSED(KVL_STATUS_OUT_OF_RANGE, "row 2", kvl_plan_set_table(plan, 2, 0, one, 1));
             REFUSED(KVL_STATUS_OUT_OF_RANGE, "entries 1..3", kvl_plan_set_table(plan, 1, 1, one, 2));
@@ -1098,7 +1098,7 @@ static void chunks(void) {
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)(lengths + 1), LEN));
         p.lengths = all;
         p.starts = p.offsets = lengths;
-        REFUSED(KVL_STATUS_OVERLAP, "starts and states share memory",
+        REFUSED(KVL_STATUS_OVERLAP, "kv_starts and states share memory",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)lengths, LEN));
         p = good;
         p.alibi_slopes = of_spans;
@@ -1106,7 +1106,7 @@ static void chunks(void) {
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, of_spans + 3, LEN));
         p = good;
         p.sinks = sinks;
-        TRY(KVL_STATUS_INVALID_VALUE, "sinks are given where spans are merged");
+        TRY(KVL_STATUS_INVALID_VALUE, "sink_logits are given where spans are merged");
         p.out = kvl_make_view(output.floats + LEN, KVL_DTYPE_F32, 2, 3, 4, 8);
         TRY(KVL_STATUS_INVALID_VALUE, "out is given where spans are merged");
         p.lse = output.floats + LEN;
@@ -1216,9 +1216,9 @@ static void chunks(void) {
         spans[0].states = output.floats + 2 * 3 * 4 * 9 - 1;
         TRY(KVL_STATUS_OVERLAP, "span 0 and lse share memory");
         p.sinks = output.floats + 2 * 3 * 4 * 8 - 4;
-        TRY(KVL_STATUS_OVERLAP, "sinks and out share memory");
+        TRY(KVL_STATUS_OVERLAP, "sink_logits and out share memory");
         p.sinks = p.lse + 1;
-        TRY(KVL_STATUS_OVERLAP, "sinks and lse share memory");
+        TRY(KVL_STATUS_OVERLAP, "sink_logits and lse share memory");
         p.lse--;
         TRY(KVL_STATUS_OVERLAP, "out and lse share memory");
         p.lse = (float *)(void *)(output.bytes + 2);

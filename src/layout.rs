@@ -1,52 +1,56 @@
-//! Layouts: in which slot of a cache each token of a row lies.
+//! Layouts: in which slot of a cache each token of a sequence lies.
 //!
-//! A cache is two views, `[rows, slots, kv_heads, dim]`; what their first two axes mean is the layout's to say. Every
-//! operation counts *positions*: token p of a row is the p-th that the row was given, wherever it lies.
+//! A cache is two views, one of keys and one of values, `[batch, slots, kv_heads, dim]`. The layout says what their first two axes
+//! mean. Every operation counts *positions*: position p of a sequence is its token number p, wherever that token lies.
 //!
-//! | layout | the views' first two axes | position p of row b lies in |
+//! | layout | first two axes of the views | slot of position p of sequence b |
 //! | --- | --- | --- |
-//! | [`Contiguous`](Layout::Contiguous) | rows, capacity | row b, slot p |
-//! | [`Ring`](Layout::Ring) | rows, capacity | row b, slot p while `p < sinks`, then `sinks + (p - sinks) % (capacity - sinks)` |
-//! | [`Paged`](Layout::Paged) | pages, page size | page `pages[b][p / size]`, slot `p % size` |
-//! | [`Indirect`](Layout::Indirect) | rows, capacity | row `rows[b][p]`, slot p |
-//! | [`Ragged`](Layout::Ragged) | 1, tokens | row 0, slot `starts[b] + p` |
+//! | [`Contiguous`](Layout::Contiguous) | sequences, capacity | `[b, p]` |
+//! | [`Ring`](Layout::Ring) | sequences, capacity | `[b, p]` while `p < sink_tokens`, then `[b, sink_tokens + (p - sink_tokens) % (capacity - sink_tokens)]` |
+//! | [`Paged`](Layout::Paged) | pages, page size | `[page_table[b][p / size], p % size]` |
+//! | [`Indirect`](Layout::Indirect) | sequences, capacity | `[beam_table[b][p], p]` |
+//! | [`Ragged`](Layout::Ragged) | 1, tokens | `[0, cu_seqlens[b] + p]` |
 //!
-//! Strides stay the views' own business: pages of `[page, size, heads, dim]` (NHD) and of `[page, heads, size, dim]` (HND)
-//! are two sets of strides.
+//! Strides belong to the views: pages `[page, size, heads, dim]` (NHD) and `[page, heads, size, dim]` (HND) differ in their strides
+//! only.
 //!
 //! Values may be [packed](Packing) in pairs of slots, for kernels that multiply tiles.
 
 use crate::error::{Result, ensure};
 use crate::view::{BATCH, MAX_AXIS, RawView, SEQ};
 
-/// Where in a cache the tokens of its rows lie; see the [table](self).
+/// In which slots of a cache the tokens of its sequences lie; see the [table](self).
+///
+/// Tables are `i32` lists that the caller keeps; a call reads them and never writes them.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub enum Layout<'a> {
-    /// Every row is one run of slots.
+    /// Every sequence is one run of slots.
     #[default]
     Contiguous,
-    /// Every row keeps the newest tokens only: `capacity - sinks` of them, and for ever its first `sinks`.
+    /// Every sequence keeps its first `sink_tokens` tokens and, in the remaining `capacity - sink_tokens` slots, its newest ones.
     Ring {
         /// How many of the first tokens are never overwritten; less than the capacity.
-        sinks: usize,
+        sink_tokens: usize,
     },
-    /// Rows are made of pages of a common pool; several rows may share a page that none of them writes.
+    /// Sequences are made of pages of a common pool. Sequences may share a page that none of them writes.
     Paged {
-        /// `[batch, pages_per_row]`: the page of every `page size` tokens. Entries beyond a row's length are not looked at.
-        pages: &'a [i32],
-        /// Entries a row has.
-        pages_per_row: usize,
+        /// `[batch, pages_per_sequence]`: the page that holds each `page size` tokens. Entries beyond the length of a sequence are
+        /// not read.
+        page_table: &'a [i32],
+        /// Entries of the table per sequence.
+        pages_per_sequence: usize,
     },
-    /// Beam search without copies: every token says in which row it was written.
+    /// Beam search without copies: for every token, a table names the sequence it was written to.
     Indirect {
-        /// `[batch, positions]`: the cache row of every token; as many a row as the cache has slots.
-        rows: &'a [i32],
+        /// `[batch, capacity]`: the index on the first axis of the cache of every token. Entries beyond the length of a sequence are
+        /// not read.
+        beam_table: &'a [i32],
     },
-    /// Rows lie one after the other, each as long as it is.
+    /// Sequences of different lengths lie one after the other.
     Ragged {
-        /// `[batch + 1]`: where every row starts, and where the last one ends, ascending (`cu_seqlens`).
-        starts: &'a [i32],
+        /// `[batch + 1]`, ascending: the first slot of every sequence, and the end of the last one.
+        cu_seqlens: &'a [i32],
     },
 }
 
@@ -55,17 +59,17 @@ pub enum Layout<'a> {
 #[repr(u32)]
 #[non_exhaustive]
 pub enum Packing {
-    /// Every slot by itself: `[rows, slots, kv_heads, dim]`.
+    /// Every slot by itself: `[batch, slots, kv_heads, dim]`.
     #[default]
     Rows = 0,
-    /// Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: `[rows, slots / 2, kv_heads,
-    /// 2 * dim]`, in which element `2d + i` of pair s is element d of slot `2s + i`. Slots a row (or a page) has, sinks of a
-    /// ring and starts of ragged rows are even.
+    /// Two slots interleaved, as instructions that multiply tiles of 16-bit numbers read them: `[batch, slots / 2, kv_heads,
+    /// 2 * dim]`, in which element `2d + i` of pair s is element d of slot `2s + i`. The slots of a sequence (or of a page), the sink
+    /// tokens of a ring and the first slots of ragged sequences are even.
     RowPairs = 1,
 }
 
 impl Packing {
-    /// Both.
+    /// All packings.
     pub const ALL: [Self; 2] = [Self::Rows, Self::RowPairs];
 
     /// The packing with this value in the C header, if there is one.
@@ -85,25 +89,25 @@ impl Layout<'_> {
         let slots = cache.shape[SEQ];
         match *self {
             Self::Contiguous => ((row, position), slots - position),
-            Self::Ring { sinks } => {
-                if position < sinks {
-                    return ((row, position), sinks - position);
+            Self::Ring { sink_tokens } => {
+                if position < sink_tokens {
+                    return ((row, position), sink_tokens - position);
                 }
-                let slot = sinks + divide(position - sinks, slots - sinks).1;
+                let slot = sink_tokens + divide(position - sink_tokens, slots - sink_tokens).1;
                 ((row, slot), slots - slot)
             }
-            Self::Paged { pages, pages_per_row } => {
+            Self::Paged { page_table, pages_per_sequence } => {
                 let (page, slot) = divide(position, slots);
-                ((pages[row * pages_per_row + page] as usize, slot), slots - slot)
+                ((page_table[row * pages_per_sequence + page] as usize, slot), slots - slot)
             }
-            Self::Indirect { rows } => {
-                let rows = &rows[row * slots + position..(row + 1) * slots];
-                let run = rows.iter().take(RUN).take_while(|&&r| r == rows[0]).count();
-                ((rows[0] as usize, position), run)
+            Self::Indirect { beam_table } => {
+                let entries = &beam_table[row * slots + position..(row + 1) * slots];
+                let run = entries.iter().take(RUN).take_while(|&&entry| entry == entries[0]).count();
+                ((entries[0] as usize, position), run)
             }
-            Self::Ragged { starts } => {
-                let first = starts[row] as usize;
-                ((0, first + position), starts[row + 1] as usize - first - position)
+            Self::Ragged { cu_seqlens } => {
+                let first = cu_seqlens[row] as usize;
+                ((0, first + position), cu_seqlens[row + 1] as usize - first - position)
             }
         }
     }
@@ -114,15 +118,15 @@ impl Layout<'_> {
         match *self {
             Self::Contiguous | Self::Indirect { .. } => slots,
             Self::Ring { .. } => MAX_AXIS,
-            Self::Paged { pages_per_row, .. } => pages_per_row.saturating_mul(slots).min(MAX_AXIS),
-            Self::Ragged { starts } => (starts[row + 1] - starts[row]) as usize,
+            Self::Paged { pages_per_sequence, .. } => pages_per_sequence.saturating_mul(slots).min(MAX_AXIS),
+            Self::Ragged { cu_seqlens } => (cu_seqlens[row + 1] - cu_seqlens[row]) as usize,
         }
     }
 
-    /// The positions that a row of `length` tokens still holds, beside the sinks of a ring: from here on. 0 if it holds all.
+    /// The positions that a row of `length` tokens still holds, beside the sink tokens of a ring: from here on. 0 if it holds all.
     pub(crate) fn retained_from(&self, cache: &RawView, length: usize) -> usize {
         match *self {
-            Self::Ring { sinks } if length > cache.shape[SEQ] => length - (cache.shape[SEQ] - sinks),
+            Self::Ring { sink_tokens } if length > cache.shape[SEQ] => length - (cache.shape[SEQ] - sink_tokens),
             _ => 0,
         }
     }
@@ -139,9 +143,13 @@ impl Layout<'_> {
     pub(crate) fn rows(&self, cache: &RawView) -> usize {
         match *self {
             Self::Contiguous | Self::Ring { .. } => cache.shape[BATCH],
-            Self::Paged { pages, pages_per_row } => pages.len().checked_div(pages_per_row).unwrap_or(0),
-            Self::Indirect { rows } => rows.len().checked_div(cache.shape[SEQ]).unwrap_or(cache.shape[BATCH]),
-            Self::Ragged { starts } => starts.len().saturating_sub(1),
+            Self::Paged { page_table, pages_per_sequence } => {
+                page_table.len().checked_div(pages_per_sequence).unwrap_or(0)
+            }
+            Self::Indirect { beam_table } => {
+                beam_table.len().checked_div(cache.shape[SEQ]).unwrap_or(cache.shape[BATCH])
+            }
+            Self::Ragged { cu_seqlens } => cu_seqlens.len().saturating_sub(1),
         }
     }
 
@@ -150,42 +158,50 @@ impl Layout<'_> {
         let [rows, slots, ..] = cache.shape;
         match *self {
             Self::Contiguous => {}
-            Self::Ring { sinks } => {
-                ensure!(sinks < slots, Capacity, "a ring keeps {sinks} sinks, but {name} has {slots} slots a row");
-            }
-            Self::Paged { pages, pages_per_row } => {
-                let n = pages.len();
+            Self::Ring { sink_tokens } => {
                 ensure!(
-                    pages_per_row > 0 && n.is_multiple_of(pages_per_row),
-                    Shape,
-                    "pages has {n} entries, which are no rows of {pages_per_row}"
+                    sink_tokens < slots,
+                    Capacity,
+                    "a ring keeps {sink_tokens} sink tokens, but {name} has {slots} slots per sequence"
                 );
-                ensure!(slots > 0, Shape, "{name} has pages of no slots");
             }
-            Self::Indirect { rows } => {
-                let n = rows.len();
+            Self::Paged { page_table, pages_per_sequence } => {
+                let n = page_table.len();
+                ensure!(
+                    pages_per_sequence > 0 && n.is_multiple_of(pages_per_sequence),
+                    Shape,
+                    "page_table has {n} entries, which is no multiple of pages_per_sequence = {pages_per_sequence}"
+                );
+                ensure!(slots > 0, Shape, "{name} has seq = 0, but pages need slots");
+            }
+            Self::Indirect { beam_table } => {
+                let n = beam_table.len();
                 ensure!(
                     slots == 0 && n == 0 || slots > 0 && n.is_multiple_of(slots),
                     Shape,
-                    "rows has {n} entries, which are no rows of {slots}"
+                    "beam_table has {n} entries, which is no multiple of the {slots} slots of {name}"
                 );
             }
-            Self::Ragged { starts } => {
-                ensure!(rows == 1, Shape, "{name} has batch = {rows}, but ragged rows lie in a batch of one");
-                ensure!(!starts.is_empty(), Shape, "starts is empty, but has an entry more than there are rows");
-                ensure!(starts[0] >= 0, OutOfRange, "starts[0] is {}, which is negative", starts[0]);
-                for (row, pair) in starts.windows(2).enumerate() {
+            Self::Ragged { cu_seqlens } => {
+                ensure!(rows == 1, Shape, "{name} has batch = {rows}, but ragged sequences lie in a batch of one");
+                ensure!(
+                    !cu_seqlens.is_empty(),
+                    Shape,
+                    "cu_seqlens is empty, but needs one entry more than there are sequences"
+                );
+                ensure!(cu_seqlens[0] >= 0, OutOfRange, "cu_seqlens[0] is {}, which is negative", cu_seqlens[0]);
+                for (row, pair) in cu_seqlens.windows(2).enumerate() {
                     ensure!(
                         pair[0] <= pair[1],
                         OutOfRange,
-                        "starts[{}] is {}, but starts[{row}] is {}",
+                        "cu_seqlens[{}] is {}, but cu_seqlens[{row}] is {}",
                         row + 1,
                         pair[1],
                         pair[0]
                     );
                 }
-                let end = starts[starts.len() - 1];
-                ensure!(end as usize <= slots, OutOfRange, "starts ends at {end}, but {name} has seq = {slots}");
+                let end = cu_seqlens[cu_seqlens.len() - 1];
+                ensure!(end as usize <= slots, OutOfRange, "cu_seqlens ends at {end}, but {name} has seq = {slots}");
             }
         }
         Ok(())
@@ -204,20 +220,20 @@ impl Layout<'_> {
             "{name} has seq = {slots}, which is odd, but values are packed in pairs of 2"
         );
         match *self {
-            Self::Ring { sinks } => {
+            Self::Ring { sink_tokens } => {
                 ensure!(
-                    sinks.is_multiple_of(2),
+                    sink_tokens.is_multiple_of(2),
                     InvalidValue,
-                    "a ring keeps {sinks} sinks, which is odd, but values are packed in pairs of 2"
+                    "a ring keeps {sink_tokens} sink tokens, which is odd, but values are packed in pairs of 2"
                 );
             }
-            Self::Ragged { starts } => {
-                // The last entry is where nothing starts any more.
-                for (row, start) in starts.iter().enumerate().take(starts.len().saturating_sub(1)) {
+            Self::Ragged { cu_seqlens } => {
+                // The last entry is the end, where nothing starts.
+                for (row, start) in cu_seqlens.iter().enumerate().take(cu_seqlens.len().saturating_sub(1)) {
                     ensure!(
                         start % 2 == 0,
                         InvalidValue,
-                        "starts[{row}] is {start}, which is odd, but values are packed in pairs of 2"
+                        "cu_seqlens[{row}] is {start}, which is odd, but values are packed in pairs of 2"
                     );
                 }
             }
@@ -232,14 +248,14 @@ impl Layout<'_> {
             return Ok(());
         }
         let (table, entries, first) = match *self {
-            Self::Paged { pages, pages_per_row } => {
+            Self::Paged { page_table, pages_per_sequence } => {
                 let slots = cache.shape[SEQ];
                 let (first, end) = (from / slots, to.div_ceil(slots));
-                ("pages", &pages[row * pages_per_row + first..row * pages_per_row + end], first)
+                ("page_table", &page_table[row * pages_per_sequence + first..row * pages_per_sequence + end], first)
             }
-            Self::Indirect { rows } => {
+            Self::Indirect { beam_table } => {
                 let slots = cache.shape[SEQ];
-                ("rows", &rows[row * slots + from..row * slots + to], from)
+                ("beam_table", &beam_table[row * slots + from..row * slots + to], from)
             }
             _ => return Ok(()),
         };
@@ -281,18 +297,18 @@ mod tests {
     fn places() {
         let view = cache(3, 8);
         assert_eq!(Layout::Contiguous.place(&view, 2, 5), ((2, 5), 3));
-        let ring = Layout::Ring { sinks: 2 };
+        let ring = Layout::Ring { sink_tokens: 2 };
         assert_eq!(ring.place(&view, 1, 1), ((1, 1), 1));
         assert_eq!(ring.place(&view, 1, 7), ((1, 7), 1));
         assert_eq!(ring.place(&view, 1, 8), ((1, 2), 6));
         assert_eq!(ring.place(&view, 1, 15), ((1, 3), 5));
         assert_eq!((ring.retained_from(&view, 5), ring.retained_from(&view, 20)), (0, 14));
-        let paged = Layout::Paged { pages: &[2, 0, 1, -1], pages_per_row: 2 };
+        let paged = Layout::Paged { page_table: &[2, 0, 1, -1], pages_per_sequence: 2 };
         assert_eq!(paged.place(&view, 0, 9), ((0, 1), 7));
         assert_eq!((paged.rows(&view), paged.capacity(&view, 0)), (2, 16));
-        let indirect = Layout::Indirect { rows: &[0, 0, 1, 1, 1, 2, 2, 2] };
+        let indirect = Layout::Indirect { beam_table: &[0, 0, 1, 1, 1, 2, 2, 2] };
         assert_eq!(indirect.place(&view, 0, 2), ((1, 2), 3));
-        let ragged = Layout::Ragged { starts: &[1, 4, 4, 8] };
+        let ragged = Layout::Ragged { cu_seqlens: &[1, 4, 4, 8] };
         assert_eq!(ragged.place(&cache(1, 8), 2, 1), ((0, 5), 3));
         assert_eq!(ragged.capacity(&cache(1, 8), 1), 0);
     }
@@ -300,26 +316,28 @@ mod tests {
     #[test]
     fn what_lies_outside_is_refused() {
         let view = cache(3, 8);
-        assert!(Layout::Ring { sinks: 8 }.validate("k", &view).is_err());
-        assert!(Layout::Paged { pages: &[0, 1, 2], pages_per_row: 2 }.validate("k", &view).is_err());
-        let paged = Layout::Paged { pages: &[2, 3], pages_per_row: 2 };
+        assert!(Layout::Ring { sink_tokens: 8 }.validate("k", &view).is_err());
+        assert!(Layout::Paged { page_table: &[0, 1, 2], pages_per_sequence: 2 }.validate("k", &view).is_err());
+        let paged = Layout::Paged { page_table: &[2, 3], pages_per_sequence: 2 };
         paged.validate("k", &view).unwrap();
         paged.validate_row("k", &view, 0, 0, 8).unwrap();
         let error = paged.validate_row("k", &view, 0, 0, 9).unwrap_err();
-        assert_eq!(error.to_string(), "out of range: pages[0, 1] is 3, but k has batch = 3");
-        assert!(Layout::Indirect { rows: &[0; 9] }.validate("k", &view).is_err());
-        assert!(Layout::Ragged { starts: &[0, 9] }.validate("k", &cache(1, 8)).is_err());
-        assert!(Layout::Ragged { starts: &[3, 2] }.validate("k", &cache(1, 8)).is_err());
-        assert!(Layout::Ragged { starts: &[0, 2] }.validate("k", &view).is_err());
+        assert_eq!(error.to_string(), "out of range: page_table[0, 1] is 3, but k has batch = 3");
+        assert!(Layout::Indirect { beam_table: &[0; 9] }.validate("k", &view).is_err());
+        assert!(Layout::Ragged { cu_seqlens: &[0, 9] }.validate("k", &cache(1, 8)).is_err());
+        assert!(Layout::Ragged { cu_seqlens: &[3, 2] }.validate("k", &cache(1, 8)).is_err());
+        assert!(Layout::Ragged { cu_seqlens: &[0, 2] }.validate("k", &view).is_err());
     }
 
     #[test]
     fn pairs_belong_to_one_row() {
         let pairs = |layout: Layout, slots| layout.validate_packing("k", &cache(1, slots), Packing::RowPairs).is_ok();
         assert!(pairs(Layout::Contiguous, 8) && !pairs(Layout::Contiguous, 7));
-        assert!(pairs(Layout::Ring { sinks: 2 }, 8) && !pairs(Layout::Ring { sinks: 3 }, 8));
-        assert!(pairs(Layout::Ragged { starts: &[0, 4, 7] }, 8) && !pairs(Layout::Ragged { starts: &[0, 3, 6] }, 8));
-        let rows = Layout::Ring { sinks: 3 }.validate_packing("k", &cache(1, 7), Packing::Rows);
+        assert!(pairs(Layout::Ring { sink_tokens: 2 }, 8) && !pairs(Layout::Ring { sink_tokens: 3 }, 8));
+        assert!(
+            pairs(Layout::Ragged { cu_seqlens: &[0, 4, 7] }, 8) && !pairs(Layout::Ragged { cu_seqlens: &[0, 3, 6] }, 8)
+        );
+        let rows = Layout::Ring { sink_tokens: 3 }.validate_packing("k", &cache(1, 7), Packing::Rows);
         assert!(rows.is_ok());
     }
 }

@@ -47,35 +47,35 @@
 //! | ONNX `attn_mask` of bool, of float | `mask`, `bias`; a last axis that is too short is to be padded with false or -inf |
 //! | ONNX `nonpad_kv_seqlen` | `lengths` |
 //! | **Hugging Face** `sliding_window` W (the own position counts) | `window_left` = W - 1 |
-//! | Hugging Face `attention_mask` with zeros on the left, on the right | `starts`, `lengths` |
+//! | Hugging Face `attention_mask` with zeros on the left, on the right | `kv_starts`, `lengths` |
 //! | Hugging Face `cache_position` | RoPE positions; attention needs `offsets` only if the last query is not at the last key |
 //! | **PyTorch** `scaled_dot_product_attention(is_causal=True)` (top-left) | `causal`, `offset` = 0 |
 //! | PyTorch `attn_mask` of bool (true is seen), of float | `mask`, `bias` |
 //! | **FlashInfer**, **FlashAttention** `causal` (bottom-right) | `causal` |
 //! | FlashInfer `window_left` W, FlashAttention `window_size` (L, R) | `window_left` = W; `window_left` = L, `window_right` = R |
 //! | FlashInfer `packed_custom_mask` (lowest bit first) | `bit_mask` with a row's own start and stride: [below](#flattened-masks) |
-//! | FlashInfer `qo_indptr`, `kv_indptr`, `cu_seqlens_q`, `cu_seqlens_k` | `query_starts`, [`Layout::Ragged`](crate::Layout::Ragged) |
+//! | FlashInfer `qo_indptr`, `kv_indptr`, `cu_seqlens_q`, `cu_seqlens_k` | `cu_seqlens_q`, [`Layout::Ragged`](crate::Layout::Ragged) |
 //! | FlashInfer LSE (base 2) | ours times log2(e) |
 //! | **vLLM** `sliding_window` W, `block_table`, `slot_mapping` | `window_left` = W - 1, [`Layout::Paged`](crate::Layout::Paged), slots of a paged write |
 //! | **ONNX Runtime** `GroupQueryAttention` `seqlens_k` (total - 1) | `lengths` = `seqlens_k` + 1 |
 //! | ONNX Runtime `local_window_size` W (the own position counts; in older versions it did not) | `window_left` = W - 1 |
-//! | ONNX Runtime `head_sink`, `softcap` | `sinks`, `softcap` |
-//! | **ggml** `flash_attn_ext` mask (added, f16) | `bias`; or what it is made from: `causal`, `starts`, windows |
+//! | ONNX Runtime `head_sink`, `softcap` | `sink_logits`, `softcap` |
+//! | **ggml** `flash_attn_ext` mask (added, f16) | `bias`; or what it is made from: `causal`, `kv_starts`, windows |
 //! | ggml `max_bias` | `alibi_slopes` of [`alibi_slopes`](crate::alibi_slopes) for 8; ggml multiplies the slope with the mask, we with j - p |
-//! | ggml sinks | `sinks` |
+//! | ggml sinks | `sink_logits` |
 //! | **Grok-1** memory mask times causal mask | `lengths`, `causal` |
-//! | **x-transformers** `seq_start_pos` | `starts` |
+//! | **x-transformers** `seq_start_pos` | `kv_starts` |
 //!
 //! # Flattened masks
 //! FlashInfer gives a ragged batch its masks one after the other, each `[queries, keys]` of its request and no wider. Such a buffer is
 //! a [`BitMask`](crate::BitMask::per_row) of which every row says where its bits begin and how far apart its queries are:
 //!
-//! | theirs | `row_starts[b]`, in bits | `query_strides[b]`, in bits |
+//! | theirs | `bit_offsets[b]`, in bits | `query_strides[b]`, in bits |
 //! | --- | --- | --- |
 //! | `packed_custom_mask`: every request begins a byte, `mask_indptr` counts bytes | `8 * mask_indptr[b]` | keys of request b |
 //! | `custom_mask` (a boolean an entry), packed as one row of bits, lowest first | sum of queries times keys of the requests before | keys of request b |
 //!
-//! The shape is `[requests, most queries, heads, most keys]`, the stride of heads 0; queries are `query_starts` = `qo_indptr`, and
+//! The shape is `[requests, most queries, heads, most keys]`, the stride of heads 0; queries are `cu_seqlens_q` = `qo_indptr`, and
 //! keys of a request are its `lengths`.
 //!
 //! ```
@@ -84,9 +84,9 @@
 //! // One query that sees keys 0 and 2 of three, and two that see all but the last, or the first, of four.
 //! let (packed_custom_mask, mask_indptr) = ([0b101u8, 0b1110_0111], [0i64, 1, 2]);
 //! let (qo_indptr, lengths) = ([0, 1, 3], [3, 4]);
-//! let row_starts: Vec<i64> = mask_indptr[..2].iter().map(|byte| 8 * byte).collect();
+//! let bit_offsets: Vec<i64> = mask_indptr[..2].iter().map(|byte| 8 * byte).collect();
 //! let query_strides: Vec<i64> = lengths.iter().map(|&n| n.into()).collect();
-//! let bits = BitMask::per_row(&packed_custom_mask, &row_starts, &query_strides, 0, [2, 2, 1, 4])?;
+//! let bits = BitMask::per_row(&packed_custom_mask, &bit_offsets, &query_strides, 0, [2, 2, 1, 4])?;
 //! let keys = vec![0.5f32; 2 * 4 * 4];
 //! let values: Vec<f32> = (0..8).flat_map(|token| [token as f32; 4]).collect();
 //! let (q, mut out) = (vec![0.0f32; 3 * 4], vec![0.0f32; 3 * 4]);
@@ -97,7 +97,7 @@
 //!     out: ViewMut::new(&mut out, [1, 3, 1, 4])?,
 //!     lse: None,
 //! }, &AttentionOptions {
-//!     query_starts: Some(&qo_indptr),
+//!     cu_seqlens_q: Some(&qo_indptr),
 //!     lengths: Some(&lengths),
 //!     bit_mask: Some(bits),
 //!     ..Default::default()

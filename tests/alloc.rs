@@ -61,10 +61,10 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
     let mut out = Tensor::output(dtype, [2, 1, 6, 64], Layout::BSHD, Place::Heap);
     for (axes, layout) in [
         ([2, room], Slots::Contiguous),
-        ([2, room / 4], Slots::Ring { sinks: 4 }),
-        ([2 * room / 16, 16], Slots::Paged { pages: &pages, pages_per_row: room / 16 }),
-        ([2, room], Slots::Indirect { rows: &rows }),
-        ([1, 2 * room], Slots::Ragged { starts: &starts }),
+        ([2, room / 4], Slots::Ring { sink_tokens: 4 }),
+        ([2 * room / 16, 16], Slots::Paged { page_table: &pages, pages_per_sequence: room / 16 }),
+        ([2, room], Slots::Indirect { beam_table: &rows }),
+        ([1, 2 * room], Slots::Ragged { cu_seqlens: &starts }),
     ] {
         let shape = [axes[0], axes[1], 2, 64];
         let k = Tensor::random(rng, dtype, shape, Layout::BSHD, Place::Heap);
@@ -76,7 +76,7 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
         let options = AttentionOptions {
             causal: true,
             lengths: Some(&[long, 40]),
-            prefixes: Some(&[4, 0]),
+            prefix_lengths: Some(&[4, 0]),
             layout,
             ..Default::default()
         };
@@ -118,7 +118,7 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
     }));
     let size = merge_chunks_workspace_size(out.shape, 2, 2 * states.len(), threads);
     let mut workspace = Workspace::with_capacity(size);
-    let merge = ChunkMerge { kv_heads: 2, dtype, precision: Precision::Default, sinks: None };
+    let merge = ChunkMerge { kv_heads: 2, dtype, precision: Precision::Default, sink_logits: None };
     most.max(allocations(|| {
         let spans = [&states[..], &states[..]];
         merge_chunks(context, runner, &mut workspace, &spans, &merge, out.view_mut(), None).unwrap();
@@ -138,7 +138,7 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
             full.options.mask = Some(MaskTensor::new(shape.scores(), strides, Place::Heap, |at| at[3] % 3 != 0));
             full.options.bias = Some(random_bias(&mut rng, dtype, shape.scores(), strides, Place::Heap, 0.1));
             full.options.alibi = Some(alibi_slopes(6));
-            full.options.sinks = Some(vec![0.5; 6]);
+            full.options.sink_logits = Some(vec![0.5; 6]);
             full.options.softcap = Some(30.0);
             full.options.causal = true;
             for case in [&plain, &full] {
@@ -200,10 +200,10 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
             let positions: &[i32] = &[5, 0];
             let size = 2 * room;
             for (slots, axes, layout) in [
-                (None, [2, 300], Slots::Ring { sinks: 4 }),
-                (None, [size, 2], Slots::Paged { pages: &pages, pages_per_row: room }),
-                (Some(&slots[..]), [size, 2], Slots::Paged { pages: &[], pages_per_row: 0 }),
-                (None, [1, size], Slots::Ragged { starts: &ends }),
+                (None, [2, 300], Slots::Ring { sink_tokens: 4 }),
+                (None, [size, 2], Slots::Paged { page_table: &pages, pages_per_sequence: room }),
+                (Some(&slots[..]), [size, 2], Slots::Paged { page_table: &[], pages_per_sequence: 0 }),
+                (None, [1, size], Slots::Ragged { cu_seqlens: &ends }),
             ] {
                 for rotation in [None, Some(options)] {
                     let mut k_cache = Tensor::output(dtype, [axes[0], axes[1], 4, 64], Layout::BSHD, Place::Heap);

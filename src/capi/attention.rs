@@ -270,7 +270,7 @@ pub(super) unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<
                 false => Some(params.bias.raw("bias")?),
             },
             alibi_slopes: list("alibi_slopes", params.alibi_slopes, heads)?,
-            sinks: list("sinks", params.sinks, heads)?,
+            sink_logits: list("sinks", params.sinks, heads)?,
             precision: parse_precision("precision", params.precision)?,
         })
     }

@@ -536,9 +536,9 @@ unsafe fn with_cache<T>(from: *const kvl_cache, call: impl FnOnce(&mut RawCache)
     let layout = unsafe { read_layout(params.layout, first.shape[SEQ]) }?;
     let rows = layout.rows(&first);
     let (table, entries) = match layout {
-        Layout::Paged { pages: table, .. } | Layout::Indirect { rows: table } | Layout::Ragged { starts: table } => {
-            (table.as_ptr(), table.len())
-        }
+        Layout::Paged { page_table: table, .. }
+        | Layout::Indirect { beam_table: table }
+        | Layout::Ragged { cu_seqlens: table } => (table.as_ptr(), table.len()),
         _ => (std::ptr::null(), 0),
     };
     apart([("lengths", params.lengths, rows), ("the layout's table", table.cast_mut(), entries)])?;

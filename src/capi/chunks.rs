@@ -245,6 +245,6 @@ fn chunk_merge<'a>(params: &kvl_merge_chunks_params, sinks: Option<&'a [f32]>) -
         kv_heads: size("kv_heads", params.kv_heads)?,
         dtype: parse_dtype("dtype", params.dtype)?,
         precision: parse_precision("precision", params.precision)?,
-        sinks,
+        sink_logits: sinks,
     })
 }

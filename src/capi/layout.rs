@@ -90,13 +90,13 @@ pub(super) unsafe fn read_layout<'a>(from: *const kvl_layout, slots: usize) -> R
     );
     Ok(match kind {
         KVL_LAYOUT_KIND_CONTIGUOUS => Layout::Contiguous,
-        KVL_LAYOUT_KIND_RING => Layout::Ring { sinks: size("sinks", layout.sinks.into())? },
+        KVL_LAYOUT_KIND_RING => Layout::Ring { sink_tokens: size("sinks", layout.sinks.into())? },
         KVL_LAYOUT_KIND_PAGED => {
             let pages_per_row = size("pages_per_row", layout.pages_per_row)?;
-            Layout::Paged { pages: table(rows()?.checked_mul(pages_per_row))?, pages_per_row }
+            Layout::Paged { page_table: table(rows()?.checked_mul(pages_per_row))?, pages_per_sequence: pages_per_row }
         }
-        KVL_LAYOUT_KIND_INDIRECT => Layout::Indirect { rows: table(rows()?.checked_mul(slots))? },
-        KVL_LAYOUT_KIND_RAGGED => Layout::Ragged { starts: table(rows()?.checked_add(1))? },
+        KVL_LAYOUT_KIND_INDIRECT => Layout::Indirect { beam_table: table(rows()?.checked_mul(slots))? },
+        KVL_LAYOUT_KIND_RAGGED => Layout::Ragged { cu_seqlens: table(rows()?.checked_add(1))? },
         _ => fail!(InvalidEnum, "the layout's kind is {kind}, which is no kvl_layout_kind"),
     })
 }

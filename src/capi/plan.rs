@@ -196,7 +196,7 @@ unsafe fn own_spans<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) 
             seq,
             cache: k,
             layout: read_layout(params.layout, k.shape[SEQ])?,
-            query_starts,
+            cu_seqlens_q: query_starts,
             causal: params.flags & KVL_ATTENTION_FLAG_CAUSAL != 0,
             window_left: window("window_left", params.window_left, params.flags & KVL_ATTENTION_FLAG_WINDOW_LEFT != 0)?,
             window_right: window(
@@ -205,9 +205,9 @@ unsafe fn own_spans<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) 
                 params.flags & KVL_ATTENTION_FLAG_WINDOW_RIGHT != 0,
             )?,
             lengths: list("lengths", params.lengths, batch)?,
-            starts: list("starts", params.starts, batch)?,
+            kv_starts: list("starts", params.starts, batch)?,
             offsets: list("offsets", params.offsets, batch)?,
-            prefixes: list("prefixes", params.prefixes, batch)?,
+            prefix_lengths: list("prefixes", params.prefixes, batch)?,
         })
     }
 }
@@ -239,7 +239,7 @@ pub(super) unsafe fn is_ragged(params: &kvl_attention_params) -> bool {
         return !params.query_starts.is_null();
     }
     // SAFETY: as in `spans`.
-    unsafe { &(*params.plan).plan }.spans().query_starts.is_some()
+    unsafe { &(*params.plan).plan }.spans().cu_seqlens_q.is_some()
 }
 
 /// # Safety

@@ -168,7 +168,7 @@ pub unsafe extern "C" fn kvl_shard_lengths(
         unsafe {
             let whole = SpanLists {
                 lengths: required_list("lengths", lengths, batch)?,
-                starts: list("starts", starts, batch)?,
+                kv_starts: list("starts", starts, batch)?,
                 offsets: list("offsets", offsets, batch)?,
                 seq: size("seq", seq)?,
             };

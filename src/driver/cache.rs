@@ -216,7 +216,7 @@ impl Cache {
     /// Where a layer's tokens lie, and in how many slots a row.
     pub(super) fn layout(&self, layer: usize) -> (Layout<'static>, usize) {
         let &LayerCache { shape: [_, slots, ..], window, .. } = &self.layers[layer];
-        (if window.is_some() { Layout::Ring { sinks: 0 } } else { Layout::Contiguous }, slots)
+        (if window.is_some() { Layout::Ring { sink_tokens: 0 } } else { Layout::Contiguous }, slots)
     }
 
     pub(super) fn views(&self, layer: usize) -> Result<(View<'_>, View<'_>)> {

@@ -41,10 +41,10 @@ pub struct AttentionTensors<'a> {
 /// | option | condition |
 /// | --- | --- |
 /// | `lengths` | `j < lengths[row]` |
-/// | `starts` | `j >= starts[row]` |
-/// | `causal` | `j <= p`, or `j < prefixes[row]` |
-/// | `window_left` | `j >= p - window_left`, or `j < prefixes[row]` |
-/// | `window_right` | `j <= p + window_right`, or `j < prefixes[row]` |
+/// | `kv_starts` | `j >= kv_starts[row]` |
+/// | `causal` | `j <= p`, or `j < prefix_lengths[row]` |
+/// | `window_left` | `j >= p - window_left`, or `j < prefix_lengths[row]` |
+/// | `window_right` | `j <= p + window_right`, or `j < prefix_lengths[row]` |
 /// | `mask` | the entry is true |
 /// | `bit_mask` | the bit is 1, or `j` is before the mask's first key |
 /// | `bias` | the entry is not -inf |
@@ -72,18 +72,18 @@ pub struct AttentionOptions<'a> {
     /// values that are not packed.
     pub v_packing: Packing,
     /// `[batch + 1]`: ragged queries. `q` and `out` are `[1, tokens, heads, dim]`, and row b of the batch is tokens
-    /// `query_starts[b]..query_starts[b + 1]` (`cu_seqlens`).
-    pub query_starts: Option<&'a [i32]>,
+    /// `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` (`cu_seqlens`).
+    pub cu_seqlens_q: Option<&'a [i32]>,
     /// `[batch]`: valid keys; as many as the cache has room for if absent.
     pub lengths: Option<&'a [i32]>,
     /// `[batch]`: the first visible key (left-padded batches); 0 if absent.
-    pub starts: Option<&'a [i32]>,
+    pub kv_starts: Option<&'a [i32]>,
     /// `[batch]`: the position of query 0 among the keys; `length - seq` if absent, so that the last query sees the last
     /// key. A negative one leaves leading queries without keys.
     pub offsets: Option<&'a [i32]>,
     /// `[batch]`: every query sees the keys before this one, whatever causality and windows say (prefix-LM, attention sinks
     /// that a window must not hide); 0 if absent.
-    pub prefixes: Option<&'a [i32]>,
+    pub prefix_lengths: Option<&'a [i32]>,
     /// Which keys each query sees, a byte each.
     pub mask: Option<Mask<'a>>,
     /// Which keys each query sees, a bit each.
@@ -95,9 +95,9 @@ pub struct AttentionOptions<'a> {
     /// `[heads]`: `slope * (j - p)` is added to logits; see [`alibi_slopes`].
     pub alibi_slopes: Option<&'a [f32]>,
     /// `[heads]`: one more logit, which takes weight and has no value.
-    pub sinks: Option<&'a [f32]>,
+    pub sink_logits: Option<&'a [f32]>,
     /// What [`AttentionPlan`] has checked already: instead of causality, windows, layout, query starts, lengths, starts, offsets
-    /// and prefixes, which must then be absent; so must the masks, if it was made of any.
+    /// and prefix lengths, which must then be absent; so must the masks, if it was made of any.
     pub plan: Option<&'a AttentionPlan>,
     /// How exactly to compute; see [`Context::kernel_for`](crate::Context::kernel_for) for what that makes of a call.
     pub precision: Precision,
@@ -121,7 +121,7 @@ pub(crate) struct RawAttention<'a> {
     pub masks: RawMasks<'a>,
     pub bias: Option<RawView>,
     pub alibi_slopes: Option<&'a [f32]>,
-    pub sinks: Option<&'a [f32]>,
+    pub sink_logits: Option<&'a [f32]>,
     pub precision: Precision,
 }
 
@@ -138,20 +138,20 @@ pub(crate) struct Planned<'a> {
 impl<'a> AttentionOptions<'a> {
     /// What of the options a plan takes, for queries of this shape and this cache.
     pub(crate) fn spans(&self, q_shape: [usize; 4], k: RawView) -> Result<Spans<'a>> {
-        let (batch, seq) = rows_of(q_shape, self.query_starts);
+        let (batch, seq) = rows_of(q_shape, self.cu_seqlens_q);
         Ok(Spans {
             batch,
             seq,
             cache: k,
             layout: self.layout,
-            query_starts: self.query_starts,
+            cu_seqlens_q: self.cu_seqlens_q,
             causal: self.causal,
             window_left: self.window_left.map(i64::from),
             window_right: self.window_right.map(i64::from),
             lengths: self.lengths,
-            starts: self.starts,
+            kv_starts: self.kv_starts,
             offsets: self.offsets,
-            prefixes: self.prefixes,
+            prefix_lengths: self.prefix_lengths,
         })
     }
 
@@ -166,11 +166,11 @@ impl<'a> AttentionOptions<'a> {
             ("window_left", self.window_left.is_some()),
             ("window_right", self.window_right.is_some()),
             ("layout", !matches!(self.layout, Layout::Contiguous)),
-            ("query_starts", self.query_starts.is_some()),
+            ("cu_seqlens_q", self.cu_seqlens_q.is_some()),
             ("lengths", self.lengths.is_some()),
-            ("starts", self.starts.is_some()),
+            ("kv_starts", self.kv_starts.is_some()),
             ("offsets", self.offsets.is_some()),
-            ("prefixes", self.prefixes.is_some()),
+            ("prefix_lengths", self.prefix_lengths.is_some()),
         ];
         for (name, given) in given {
             ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
@@ -180,8 +180,8 @@ impl<'a> AttentionOptions<'a> {
 }
 
 /// Rows of the batch, and the most queries that one has.
-pub(crate) fn rows_of(q_shape: [usize; 4], query_starts: Option<&[i32]>) -> (usize, usize) {
-    match query_starts {
+pub(crate) fn rows_of(q_shape: [usize; 4], cu_seqlens_q: Option<&[i32]>) -> (usize, usize) {
+    match cu_seqlens_q {
         None => (q_shape[BATCH], q_shape[SEQ]),
         Some(starts) => (
             starts.len().saturating_sub(1),
@@ -194,10 +194,10 @@ pub(crate) fn rows_of(q_shape: [usize; 4], query_starts: Option<&[i32]>) -> (usi
 pub(crate) fn call_rows(q_shape: [usize; 4], spans: &Spans) -> Result<()> {
     let (layout, k) = (spans.layout, &spans.cache);
     layout.validate("k", k)?;
-    if let Some(starts) = spans.query_starts {
+    if let Some(starts) = spans.cu_seqlens_q {
         // The queries of ragged rows lie as the keys of a ragged cache do.
         let q = RawView { shape: q_shape, ..*k };
-        Layout::Ragged { starts }.validate("q", &q).map_err(|e| e.about("query_starts"))?;
+        Layout::Ragged { cu_seqlens: starts }.validate("q", &q).map_err(|e| e.about("cu_seqlens_q"))?;
     }
     let rows = layout.rows(k);
     ensure!(
@@ -424,7 +424,7 @@ impl<'a> RawAttention<'a> {
             masks: options.masks(),
             bias: options.bias.map(|b| b.raw),
             alibi_slopes: options.alibi_slopes,
-            sinks: options.sinks,
+            sink_logits: options.sink_logits,
             precision: options.precision,
         })
     }
@@ -555,7 +555,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
         Some(planned) => planned.summary,
         None => spans.validate()?,
     };
-    for (name, list) in [("alibi_slopes", call.alibi_slopes), ("sinks", call.sinks)] {
+    for (name, list) in [("alibi_slopes", call.alibi_slopes), ("sink_logits", call.sink_logits)] {
         let n = list.map_or(heads, <[f32]>::len);
         ensure!(n == heads, Shape, "{name} has {n} entries, but q has {heads} heads");
     }
@@ -596,7 +596,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
             bit_mask: bit_mask.or(planned_bits),
             bias: call.bias,
             alibi: call.alibi_slopes,
-            sinks: call.sinks,
+            sinks: call.sink_logits,
         },
         summary,
         extents,

@@ -52,7 +52,7 @@ fn states_view(data: *mut f32, [batch, seq, heads, _]: [usize; 4], floats: usize
 
 /// Fails for queries and layouts whose states have no format.
 pub(crate) fn check_format(ragged: bool, layout: &Layout) -> Result<()> {
-    ensure!(!ragged, InvalidValue, "query_starts: the states of ragged queries have no format");
+    ensure!(!ragged, InvalidValue, "cu_seqlens_q: the states of ragged queries have no format");
     ensure!(!matches!(layout, Layout::Ring { .. }), InvalidValue, "a ring is no span of a sequence");
     Ok(())
 }
@@ -112,11 +112,11 @@ impl<'a> RawChunks<'a> {
     fn validate(&self) -> Result<(Problem<'a>, usize)> {
         let call = &self.attention;
         ensure!(
-            call.sinks.is_none(),
+            call.sink_logits.is_none(),
             InvalidValue,
-            "sinks are given where spans are merged, not where they are computed"
+            "sink_logits are given where spans are merged, not where they are computed"
         );
-        check_format(call.spans.query_starts.is_some(), &call.spans.layout)?;
+        check_format(call.spans.cu_seqlens_q.is_some(), &call.spans.layout)?;
         let inputs = validate_inputs(call)?;
         let (keys, v_dim) = (call.spans.layout.most_keys(&call.k), inputs.problem.v_dim);
         let (n, want) = (self.len, chunk_states_len(call.q.shape, keys, v_dim));
@@ -125,27 +125,27 @@ impl<'a> RawChunks<'a> {
         let states = states_view(self.states, call.q.shape, chunks * partial_stride(v_dim));
         let extent = states.validate("states")?;
         inputs.check_apart("states", &states, extent)?;
-        let Spans { layout, lengths, starts, offsets, prefixes, .. } = call.spans;
+        let Spans { layout, lengths, kv_starts, offsets, prefix_lengths, .. } = call.spans;
         let table = match layout {
-            Layout::Paged { pages: table, .. }
-            | Layout::Indirect { rows: table }
-            | Layout::Ragged { starts: table } => Some(table),
+            Layout::Paged { page_table: table, .. }
+            | Layout::Indirect { beam_table: table }
+            | Layout::Ragged { cu_seqlens: table } => Some(table),
             Layout::Contiguous | Layout::Ring { .. } => None,
         };
         let bit_mask = call.masks.bit_mask;
         let bit_rows = bit_mask.and_then(|mask| mask.rows);
         for (name, list) in [
             ("lengths", lengths),
-            ("starts", starts),
+            ("kv_starts", kv_starts),
             ("offsets", offsets),
-            ("prefixes", prefixes),
+            ("prefix_lengths", prefix_lengths),
             ("the layout's table", table),
             ("first_keys of bit_mask", bit_mask.and_then(|mask| mask.first_keys)),
         ] {
             check_list_apart(name, list, ("states", &states, extent))?;
         }
         for (name, list) in [
-            ("row_starts of bit_mask", bit_rows.map(|rows| rows.starts)),
+            ("bit_offsets of bit_mask", bit_rows.map(|rows| rows.starts)),
             ("query_strides of bit_mask", bit_rows.map(|rows| rows.query_strides)),
         ] {
             check_list_apart(name, list, ("states", &states, extent))?;
@@ -236,8 +236,8 @@ pub struct ChunkMerge<'a> {
     pub dtype: DType,
     /// That of the spans' calls.
     pub precision: Precision,
-    /// `[heads]`: as in [`AttentionOptions::sinks`]; they count once, here.
-    pub sinks: Option<&'a [f32]>,
+    /// `[heads]`: as in [`AttentionOptions::sink_logits`]; they count once, here.
+    pub sink_logits: Option<&'a [f32]>,
 }
 
 /// Output and LSE of attention whose keys lay in several spans: `spans` are the states that [`attention_chunks`] left, in the order of
@@ -355,8 +355,8 @@ impl RawMerge<'_> {
         let total = self.count_chunks()?;
         let out_extent = out.validate_output("out")?;
         let heads = out.shape[HEADS];
-        let n = merge.sinks.map_or(heads, <[f32]>::len);
-        ensure!(n == heads, Shape, "sinks has {n} entries, but out needs {heads}");
+        let n = merge.sink_logits.map_or(heads, <[f32]>::len);
+        ensure!(n == heads, Shape, "sink_logits has {n} entries, but out needs {heads}");
         let lse = (!self.lse.is_null()).then(|| RawView::floats(self.lse, view::rows(out.shape)));
         let lse_extent = lse.map(|lse| lse.validate("lse")).transpose()?;
         let outputs = || {
@@ -374,7 +374,7 @@ impl RawMerge<'_> {
             }
         }
         for output in outputs() {
-            check_list_apart("sinks", merge.sinks, output)?;
+            check_list_apart("sink_logits", merge.sink_logits, output)?;
         }
         if let Some((lse, extent)) = lse.zip(lse_extent) {
             ensure!(!out.overlaps_within(out_extent, &lse, extent), Overlap, "out and lse share memory");
@@ -548,7 +548,7 @@ impl Grid {
             bit_mask: None,
             bias: None,
             alibi: None,
-            sinks: merge.sinks,
+            sinks: merge.sink_logits,
         }
     }
 }

@@ -119,7 +119,7 @@ impl<'a> BitMask<'a> {
         Self::strided(data, 0, [batch, seq, heads, keys], [row.saturating_mul(seq as i64), row, 0])
     }
 
-    /// A mask whose rows lie anywhere and are as wide as each is: `row_starts` and `query_strides` are `[batch]`, the bit of a
+    /// A mask whose rows lie anywhere and are as wide as each is: `bit_offsets` and `query_strides` are `[batch]`, the bit of a
     /// row's query 0, head 0 and first key, and the bits from one of its queries to the next; 0 broadcasts, as does a
     /// `head_stride` of 0. Of `shape`, `seq` is the most queries of a row and `keys` at least the most keys: a row has bits for
     /// its own queries and for its own keys, from its first key to its length, and none behind those is read.
@@ -131,7 +131,7 @@ impl<'a> BitMask<'a> {
     /// its length, so the call that has those says it.
     pub fn per_row(
         data: &'a [u8],
-        row_starts: &'a [i64],
+        bit_offsets: &'a [i64],
         query_strides: &'a [i64],
         head_stride: i64,
         shape: [usize; 4],
@@ -143,7 +143,7 @@ impl<'a> BitMask<'a> {
             strides: [0, 0, head_stride],
             bytes: Some(data.len()),
             first_keys: None,
-            rows: Some(BitRows { starts: row_starts, query_strides }),
+            rows: Some(BitRows { starts: bit_offsets, query_strides }),
         };
         raw.check_lists(shape[0])?;
         Ok(Self { raw })
@@ -206,7 +206,7 @@ impl<'a> RawBitMask<'a> {
         let n = self.first_keys.map_or(batch, <[i32]>::len);
         ensure!(n == batch, Shape, "first_keys of bit_mask has {n} entries, but q has batch = {batch}");
         let Some(rows) = self.rows else { return Ok(()) };
-        for (name, list) in [("row_starts", rows.starts), ("query_strides", rows.query_strides)] {
+        for (name, list) in [("bit_offsets", rows.starts), ("query_strides", rows.query_strides)] {
             let n = list.len();
             ensure!(n == batch, Shape, "{name} of bit_mask has {n} entries, but batch = {batch}");
             for (row, &bits) in list.iter().enumerate() {
@@ -215,7 +215,7 @@ impl<'a> RawBitMask<'a> {
         }
         for (name, bits) in [("offset", self.offset), ("strides[0]", self.strides[0]), ("strides[1]", self.strides[1])]
         {
-            ensure!(bits == 0, InvalidValue, "bit_mask has row_starts, but its {name}, which they replace, is {bits}");
+            ensure!(bits == 0, InvalidValue, "bit_mask has bit_offsets, but its {name}, which they replace, is {bits}");
         }
         Ok(())
     }

@@ -60,11 +60,11 @@ pub struct AttentionPlan {
     window_right: Option<i64>,
     kind: Kind,
     table: Vec<i32>,
-    query_starts: List,
+    cu_seqlens_q: List,
     lengths: Vec<i32>,
-    starts: List,
+    kv_starts: List,
     offsets: List,
-    prefixes: List,
+    prefix_lengths: List,
     summary: Summary,
     masks: Masks,
 }
@@ -90,8 +90,8 @@ struct Masks {
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     Contiguous,
-    Ring { sinks: usize },
-    Paged { pages_per_row: usize },
+    Ring { sink_tokens: usize },
+    Paged { pages_per_sequence: usize },
     Indirect,
     Ragged,
 }
@@ -145,11 +145,11 @@ impl AttentionPlan {
             window_right: None,
             kind: Kind::Contiguous,
             table: Vec::new(),
-            query_starts: List::default(),
+            cu_seqlens_q: List::default(),
             lengths: Vec::new(),
-            starts: List::default(),
+            kv_starts: List::default(),
             offsets: List::default(),
-            prefixes: List::default(),
+            prefix_lengths: List::default(),
             summary: Summary::default(),
             masks: Masks::default(),
         };
@@ -174,20 +174,20 @@ impl AttentionPlan {
         (self.causal, self.window_left, self.window_right) = (spans.causal, spans.window_left, spans.window_right);
         let (kind, table): (Kind, &[i32]) = match spans.layout {
             Layout::Contiguous => (Kind::Contiguous, &[]),
-            Layout::Ring { sinks } => (Kind::Ring { sinks }, &[]),
-            Layout::Paged { pages, pages_per_row } => (Kind::Paged { pages_per_row }, pages),
-            Layout::Indirect { rows } => (Kind::Indirect, rows),
-            Layout::Ragged { starts } => (Kind::Ragged, starts),
+            Layout::Ring { sink_tokens } => (Kind::Ring { sink_tokens }, &[]),
+            Layout::Paged { page_table, pages_per_sequence } => (Kind::Paged { pages_per_sequence }, page_table),
+            Layout::Indirect { beam_table } => (Kind::Indirect, beam_table),
+            Layout::Ragged { cu_seqlens } => (Kind::Ragged, cu_seqlens),
         };
         self.kind = kind;
         self.table.clear();
         self.table.extend_from_slice(table);
         self.lengths.clear();
         self.lengths.extend((0..spans.batch).map(|row| spans.length(row) as i32));
-        self.query_starts.set(spans.query_starts);
-        self.starts.set(spans.starts);
+        self.cu_seqlens_q.set(spans.cu_seqlens_q);
+        self.kv_starts.set(spans.kv_starts);
         self.offsets.set(spans.offsets);
-        self.prefixes.set(spans.prefixes);
+        self.prefix_lengths.set(spans.prefix_lengths);
         Ok(())
     }
 
@@ -244,7 +244,7 @@ impl AttentionPlan {
     /// is then what it was.
     pub fn set_table(&mut self, row: usize, first: usize, entries: &[i32]) -> Result<()> {
         let (per_row, tokens) = match self.kind {
-            Kind::Paged { pages_per_row } => (pages_per_row, self.cache.shape[SEQ]),
+            Kind::Paged { pages_per_sequence } => (pages_per_sequence, self.cache.shape[SEQ]),
             Kind::Indirect => (self.cache.shape[SEQ], 1),
             _ => (0, 1),
         };
@@ -279,19 +279,19 @@ impl AttentionPlan {
             cache: self.cache,
             layout: match self.kind {
                 Kind::Contiguous => Layout::Contiguous,
-                Kind::Ring { sinks } => Layout::Ring { sinks },
-                Kind::Paged { pages_per_row } => Layout::Paged { pages: table, pages_per_row },
-                Kind::Indirect => Layout::Indirect { rows: table },
-                Kind::Ragged => Layout::Ragged { starts: table },
+                Kind::Ring { sink_tokens } => Layout::Ring { sink_tokens },
+                Kind::Paged { pages_per_sequence } => Layout::Paged { page_table: table, pages_per_sequence },
+                Kind::Indirect => Layout::Indirect { beam_table: table },
+                Kind::Ragged => Layout::Ragged { cu_seqlens: table },
             },
-            query_starts: self.query_starts.get(),
+            cu_seqlens_q: self.cu_seqlens_q.get(),
             causal: self.causal,
             window_left: self.window_left,
             window_right: self.window_right,
             lengths: Some(&self.lengths),
-            starts: self.starts.get(),
+            kv_starts: self.kv_starts.get(),
             offsets: self.offsets.get(),
-            prefixes: self.prefixes.get(),
+            prefix_lengths: self.prefix_lengths.get(),
         }
     }
 
@@ -301,7 +301,7 @@ impl AttentionPlan {
 
     /// Checks that a call's tensors are those that it was made for.
     pub(crate) fn check(&self, q: &RawView, k_shape: [usize; 4]) -> Result<()> {
-        let rows = if self.query_starts.given { 1 } else { self.batch };
+        let rows = if self.cu_seqlens_q.given { 1 } else { self.batch };
         let (want, have) = ([rows, self.tokens], [q.shape[BATCH], q.shape[SEQ]]);
         ensure!(want == have, Shape, "the plan is for q of batch and seq {want:?}, but q has {have:?}");
         let axes = |shape: [usize; 4]| [shape[BATCH], shape[SEQ]];

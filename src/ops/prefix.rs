@@ -208,14 +208,14 @@ pub(crate) unsafe fn attention_with_prefix_raw(
             v_packing: Packing::Rows,
             masks: RawMasks::default(),
             bias: None,
-            sinks: None,
+            sink_logits: None,
             scale: Some(call.scale.unwrap_or(1.0 / (dim as f32).sqrt())),
             ..*call
         };
         attention_raw(context, runner, Memory::Fixed(rest, rest_bytes), &own)?;
         attention_raw(context, runner, Memory::Fixed(rest, rest_bytes), &all)?;
         // Ragged queries may leave tokens that are of no row: those have no state, and their outputs are left alone.
-        let (first, n) = match call.spans.query_starts {
+        let (first, n) = match call.spans.cu_seqlens_q {
             Some(starts) => (starts[0] as usize, (starts[starts.len() - 1] - starts[0]) as usize),
             None => (0, seq),
         };

@@ -174,7 +174,7 @@ pub struct SpanLists<'a> {
     /// Valid keys of every row.
     pub lengths: &'a [i32],
     /// The first visible key of every row; 0 if absent.
-    pub starts: Option<&'a [i32]>,
+    pub kv_starts: Option<&'a [i32]>,
     /// The position of query 0 of every row; `length - seq` if absent.
     pub offsets: Option<&'a [i32]>,
     /// Queries a row.
@@ -191,30 +191,30 @@ impl SpanLists<'_> {
     ///
     /// ```
     /// // 1500 and 700 tokens, one query each; the span that begins at key 1024.
-    /// let whole = kvlane::SpanLists { lengths: &[1500, 700], starts: None, offsets: None, seq: 1 };
-    /// let (mut lengths, mut starts, mut offsets) = ([0; 2], [0; 2], [0; 2]);
-    /// whole.local(1024..2048, &mut lengths, &mut starts, &mut offsets)?;
-    /// assert_eq!((lengths, starts, offsets), ([476, 0], [0, 0], [475, -325]));
+    /// let whole = kvlane::SpanLists { lengths: &[1500, 700], kv_starts: None, offsets: None, seq: 1 };
+    /// let (mut lengths, mut kv_starts, mut offsets) = ([0; 2], [0; 2], [0; 2]);
+    /// whole.local(1024..2048, &mut lengths, &mut kv_starts, &mut offsets)?;
+    /// assert_eq!((lengths, kv_starts, offsets), ([476, 0], [0, 0], [475, -325]));
     /// # Ok::<(), kvlane::Error>(())
     /// ```
     pub fn local(
         &self,
         span: Range<usize>,
         lengths: &mut [i32],
-        starts: &mut [i32],
+        kv_starts: &mut [i32],
         offsets: &mut [i32],
     ) -> Result<()> {
         check_span(&span)?;
         let batch = self.lengths.len();
-        let given = [("starts", self.starts.map(<[i32]>::len)), ("offsets", self.offsets.map(<[i32]>::len))];
-        let outputs = [("lengths", lengths.len()), ("starts", starts.len()), ("offsets", offsets.len())];
+        let given = [("kv_starts", self.kv_starts.map(<[i32]>::len)), ("offsets", self.offsets.map(<[i32]>::len))];
+        let outputs = [("lengths", lengths.len()), ("kv_starts", kv_starts.len()), ("offsets", offsets.len())];
         for (name, n) in given.into_iter().filter_map(|(name, n)| n.map(|n| (name, n))).chain(outputs) {
             ensure!(n == batch, Shape, "{name} has {n} entries, but the lengths of the whole have {batch}");
         }
         for row in 0..batch {
-            let (length, start) = (self.lengths[row], self.starts.map_or(0, |s| s[row]));
+            let (length, start) = (self.lengths[row], self.kv_starts.map_or(0, |s| s[row]));
             ensure!(length >= 0, OutOfRange, "lengths[{row}] is {length}, which is negative");
-            ensure!(start >= 0, OutOfRange, "starts[{row}] is {start}, which is negative");
+            ensure!(start >= 0, OutOfRange, "kv_starts[{row}] is {start}, which is negative");
             let offset = self.offset(row, &span);
             ensure!(
                 i32::try_from(offset).is_ok(),
@@ -227,7 +227,7 @@ impl SpanLists<'_> {
         let local = |x: i32| (x as usize).clamp(span.start, span.end) - span.start;
         for row in 0..batch {
             lengths[row] = local(self.lengths[row]) as i32;
-            starts[row] = self.starts.map_or(0, |s| local(s[row])) as i32;
+            kv_starts[row] = self.kv_starts.map_or(0, |s| local(s[row])) as i32;
             offsets[row] = self.offset(row, &span) as i32;
         }
         Ok(())

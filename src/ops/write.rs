@@ -52,7 +52,7 @@ pub struct Destination<'a> {
     /// over the whole pool, page by page, the table is not looked at, and there are no `rows`.
     pub slots: Option<&'a [i32]>,
     /// In which slot a position lies. A [`Layout::Ring`] takes no more tokens of a row in one call than it has slots beside its
-    /// sinks. [`Layout::Indirect`] only reads: write to the token's own row with [`Layout::Contiguous`] and set the table's
+    /// sink tokens. [`Layout::Indirect`] only reads: write to the token's own row with [`Layout::Contiguous`] and set the table's
     /// entry.
     pub layout: Layout<'a>,
 }
@@ -148,8 +148,8 @@ impl Destination<'_> {
                 "row {row} writes {count} tokens at position {position}, but the cache holds {capacity}"
             );
             let (first, end) = (position as usize, position as usize + count);
-            if let Layout::Ring { sinks } = self.layout {
-                let (turning, slots) = (end.saturating_sub(first.max(sinks)), cache.shape[SEQ] - sinks);
+            if let Layout::Ring { sink_tokens } = self.layout {
+                let (turning, slots) = (end.saturating_sub(first.max(sink_tokens)), cache.shape[SEQ] - sink_tokens);
                 ensure!(
                     turning <= slots,
                     DuplicateSlot,

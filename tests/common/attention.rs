@@ -248,14 +248,14 @@ pub struct Options {
     pub window_left: Option<u32>,
     pub window_right: Option<u32>,
     pub lengths: Option<Vec<i32>>,
-    pub starts: Option<Vec<i32>>,
+    pub kv_starts: Option<Vec<i32>>,
     pub offsets: Option<Vec<i32>>,
-    pub prefixes: Option<Vec<i32>>,
+    pub prefix_lengths: Option<Vec<i32>>,
     pub mask: Option<MaskTensor>,
     pub bit_mask: Option<BitMaskTensor>,
     pub bias: Option<Tensor>,
     pub alibi: Option<Vec<f32>>,
-    pub sinks: Option<Vec<f32>>,
+    pub sink_logits: Option<Vec<f32>>,
 }
 
 impl Options {
@@ -267,14 +267,14 @@ impl Options {
             window_left: self.window_left,
             window_right: self.window_right,
             lengths: self.lengths.as_deref(),
-            starts: self.starts.as_deref(),
+            kv_starts: self.kv_starts.as_deref(),
             offsets: self.offsets.as_deref(),
-            prefixes: self.prefixes.as_deref(),
+            prefix_lengths: self.prefix_lengths.as_deref(),
             mask: self.mask.as_ref().map(MaskTensor::view),
             bit_mask: self.bit_mask.as_ref().map(BitMaskTensor::view),
             bias: self.bias.as_ref().map(Tensor::view),
             alibi_slopes: self.alibi.as_deref(),
-            sinks: self.sinks.as_deref(),
+            sink_logits: self.sink_logits.as_deref(),
             precision: precision(),
             ..Default::default()
         }
@@ -435,13 +435,13 @@ impl Case {
             window_left: options.window_left,
             window_right: options.window_right,
             lengths: options.lengths.as_deref(),
-            starts: options.starts.as_deref(),
+            kv_starts: options.kv_starts.as_deref(),
             offsets: options.offsets.as_deref(),
-            prefixes: options.prefixes.as_deref(),
+            prefix_lengths: options.prefix_lengths.as_deref(),
             mask: mask.as_ref().map(|f| f as &dyn Fn([usize; 4]) -> bool),
             bias: bias.as_ref().map(|f| f as &dyn Fn([usize; 4]) -> f64),
             alibi: options.alibi.as_deref(),
-            sinks: options.sinks.as_deref(),
+            sink_logits: options.sink_logits.as_deref(),
         };
         attention.run(&self.q.array(), &self.k.array(), &self.v.array())
     }

@@ -12,14 +12,14 @@ pub struct Attention<'a> {
     pub window_left: Option<u32>,
     pub window_right: Option<u32>,
     pub lengths: Option<&'a [i32]>,
-    pub starts: Option<&'a [i32]>,
+    pub kv_starts: Option<&'a [i32]>,
     pub offsets: Option<&'a [i32]>,
-    pub prefixes: Option<&'a [i32]>,
+    pub prefix_lengths: Option<&'a [i32]>,
     /// Whether query `[batch, token, head]` sees a key.
     pub mask: Option<&'a dyn Fn([usize; 4]) -> bool>,
     pub bias: Option<&'a dyn Fn([usize; 4]) -> f64>,
     pub alibi: Option<&'a [f32]>,
-    pub sinks: Option<&'a [f32]>,
+    pub sink_logits: Option<&'a [f32]>,
 }
 
 /// The result of [`Attention::run`].
@@ -47,8 +47,8 @@ impl Attention<'_> {
         let scale = self.scale.unwrap_or(1.0 / (dim as f64).sqrt());
         for b in 0..batch {
             let length = self.lengths.map_or(keys as i64, |l| l[b].into());
-            let start = self.starts.map_or(0, |s| s[b].into());
-            let prefix = self.prefixes.map_or(0, |p| p[b].into());
+            let start = self.kv_starts.map_or(0, |s| s[b].into());
+            let prefix = self.prefix_lengths.map_or(0, |p| p[b].into());
             let offset = self.offsets.map_or(length - tokens as i64, |o| o[b].into());
             for t in 0..tokens {
                 let position = t as i64 + offset;
@@ -91,7 +91,7 @@ impl Attention<'_> {
                             x
                         })
                         .collect();
-                    let sink = self.sinks.map_or(f64::NEG_INFINITY, |s| s[h].into());
+                    let sink = self.sink_logits.map_or(f64::NEG_INFINITY, |s| s[h].into());
                     let max = logits.iter().copied().fold(sink, f64::max);
                     // Where there is nothing but -inf, every weight is 0.
                     let shift = if max == f64::NEG_INFINITY { 0.0 } else { max };

@@ -28,10 +28,10 @@ impl Kind {
     fn borrow(&self) -> Layout<'_> {
         match self {
             Self::Contiguous => Layout::Contiguous,
-            Self::Ring(sinks) => Layout::Ring { sinks: *sinks },
-            Self::Paged { pages, per_row } => Layout::Paged { pages, pages_per_row: *per_row },
-            Self::Indirect(rows) => Layout::Indirect { rows },
-            Self::Ragged(starts) => Layout::Ragged { starts },
+            Self::Ring(sinks) => Layout::Ring { sink_tokens: *sinks },
+            Self::Paged { pages, per_row } => Layout::Paged { page_table: pages, pages_per_sequence: *per_row },
+            Self::Indirect(rows) => Layout::Indirect { beam_table: rows },
+            Self::Ragged(starts) => Layout::Ragged { cu_seqlens: starts },
         }
     }
 
@@ -893,7 +893,7 @@ fn mistakes() {
     ring.refuses(OutOfRange, &["position 4 of row 0", "11 tokens", "positions 2 to 4"], |c| c.truncate(&[10, 6], None));
     ring.refuses(OutOfRange, &["position 3 of row 0", "11 tokens"], |c| c.copy_prefix(context, &Serial, 0, &[1], 9));
     ring.kind = Kind::Ring(8);
-    ring.refuses(Capacity, &["8 sinks", "8 slots"], |c| c.reset(&Serial, &[0], false));
+    ring.refuses(Capacity, &["8 sink tokens", "8 slots"], |c| c.reset(&Serial, &[0], false));
 
     // Pages: one that two rows share, one that a row has twice, one that does not exist.
     let mut p = paged([0, 1, 0, 2, 4, 3], [8, 8, 5]);
@@ -909,8 +909,8 @@ fn mistakes() {
     p.call(|c| c.evict(context, &Serial, 1, 4..5, &[])).unwrap();
     let mut p = paged([5, 5, 0, 2, 4, 9], [8, 8, 3]);
     p.refuses(Overlap, &["page 5", "row 0"], |c| c.evict(context, &Serial, 0, 1..2, &[]));
-    p.refuses(OutOfRange, &["pages[2, 1] is 9", "6"], |c| c.advance(&[0, 0, 2]));
-    p.refuses(OutOfRange, &["pages[2, 1] is 9", "6"], |c| c.set_lengths(&[2], &[5]));
+    p.refuses(OutOfRange, &["page_table[2, 1] is 9", "6"], |c| c.advance(&[0, 0, 2]));
+    p.refuses(OutOfRange, &["page_table[2, 1] is 9", "6"], |c| c.set_lengths(&[2], &[5]));
     p.refuses(Capacity, &["row 1 has 8", "holds 8"], |c| c.advance(&[0, 1, 0]));
     p.refuses(OutOfRange, &["lengths[0] is 9", "8"], |c| {
         let mut lengths = [9, 0, 0];
@@ -939,10 +939,10 @@ fn mistakes() {
         done
     };
     p.refuses(Shape, &["map has 5", "6 pages"], |c| defragment(c, &mut [0, 1], 1, &[1, 1], 5));
-    p.refuses(Shape, &["pages has 3", "rows of 2"], |c| defragment(c, &mut [0, 1, 2], 2, &[1], 6));
+    p.refuses(Shape, &["page_table has 3", "pages_per_sequence = 2"], |c| defragment(c, &mut [0, 1, 2], 2, &[1], 6));
     p.refuses(Shape, &["lengths has 1", "2 rows"], |c| defragment(c, &mut [0, 1], 1, &[1], 6));
     p.refuses(OutOfRange, &["lengths[1] is 5", "4"], |c| defragment(c, &mut [0, 1], 1, &[1, 5], 6));
-    p.refuses(OutOfRange, &["pages[1, 0] is -1"], |c| defragment(c, &mut [5, -1], 1, &[1, 1], 6));
+    p.refuses(OutOfRange, &["page_table[1, 0] is -1"], |c| defragment(c, &mut [5, -1], 1, &[1, 1], 6));
 
     // Indirect and ragged rows.
     let mut i = Stack::random(&mut Rng::new(115), [3, 4], Kind::Indirect(vec![0; 12]), vec![4, 2, 1]);
@@ -957,7 +957,7 @@ fn mistakes() {
     r.refuses(Capacity, &["tokens is 5", "row 0 holds 4"], |c| c.copy_prefix(context, &Serial, 1, &[0], 5));
     r.refuses(Capacity, &["row 0 has 3", "2 more", "holds 4"], |c| c.advance(&[2, 0]));
     r.kind = Kind::Ragged(vec![0, 4, 10]);
-    r.refuses(OutOfRange, &["starts ends at 10", "9"], |c| c.reset(&Serial, &[0], false));
+    r.refuses(OutOfRange, &["cu_seqlens ends at 10", "9"], |c| c.reset(&Serial, &[0], false));
 }
 
 fn insert_mistakes() {
@@ -1001,7 +1001,7 @@ fn insert_mistakes() {
     refuses(&mut stack(layers(2, 2, 0, [1, 9]), Kind::Contiguous, &[8]), 0, 0, 1, Shape, &["only one", "layer 0"]);
     refuses(&mut stack(layers(2, 2, 3, [2, 9]), Kind::Contiguous, &[8]), 0, 0, 1, Shape, &["lengths has 1", "2 rows"]);
     let bad_page = Kind::Paged { pages: vec![0, 7], per_row: 2 };
-    refuses(&mut stack(layers(2, 2, 3, [3, 4]), bad_page, &[8]), 0, 0, 5, OutOfRange, &["pages[0, 1] is 7"]);
+    refuses(&mut stack(layers(2, 2, 3, [3, 4]), bad_page, &[8]), 0, 0, 5, OutOfRange, &["page_table[0, 1] is 7"]);
     let shared = Kind::Paged { pages: vec![0, 1, 2, 1], per_row: 2 };
     let mut to = stack(layers(2, 2, 3, [3, 4]), shared, &[5, 3]);
     to.refuses(Overlap, &["page 1", "row 1", "row 0"], |to| {

@@ -116,12 +116,16 @@ fn attention_options() {
     attention_fails(|c| c.options.lengths = Some(vec![1]), Shape, &["lengths has 1 entries", "batch = 2"]);
     attention_fails(|c| c.options.lengths = Some(vec![10, 11]), OutOfRange, &["lengths[1] is 11", "seq = 10"]);
     attention_fails(|c| c.options.lengths = Some(vec![-1, 1]), OutOfRange, &["lengths[0] is -1", "seq = 10"]);
-    attention_fails(|c| c.options.starts = Some(vec![0, 0, 0]), Shape, &["starts has 3 entries", "batch = 2"]);
-    attention_fails(|c| c.options.starts = Some(vec![0, -4]), OutOfRange, &["starts[1] is -4", "seq = 10"]);
-    attention_fails(|c| c.options.starts = Some(vec![99, 0]), OutOfRange, &["starts[0] is 99", "seq = 10"]);
+    attention_fails(|c| c.options.kv_starts = Some(vec![0, 0, 0]), Shape, &["kv_starts has 3 entries", "batch = 2"]);
+    attention_fails(|c| c.options.kv_starts = Some(vec![0, -4]), OutOfRange, &["kv_starts[1] is -4", "seq = 10"]);
+    attention_fails(|c| c.options.kv_starts = Some(vec![99, 0]), OutOfRange, &["kv_starts[0] is 99", "seq = 10"]);
     attention_fails(|c| c.options.offsets = Some(vec![]), Shape, &["offsets has 0 entries", "batch = 2"]);
     attention_fails(|c| c.options.alibi = Some(vec![0.0; 2]), Shape, &["alibi_slopes has 2 entries", "q has 4 heads"]);
-    attention_fails(|c| c.options.sinks = Some(vec![0.0; 5]), Shape, &["sinks has 5 entries", "q has 4 heads"]);
+    attention_fails(
+        |c| c.options.sink_logits = Some(vec![0.0; 5]),
+        Shape,
+        &["sink_logits has 5 entries", "q has 4 heads"],
+    );
     attention_fails(|c| c.options.scale = Some(f32::NAN), InvalidValue, &["scale is NaN"]);
     attention_fails(|c| c.options.scale = Some(f32::INFINITY), InvalidValue, &["scale is inf"]);
     attention_fails(|c| c.options.softcap = Some(-1.0), InvalidValue, &["softcap is -1"]);
@@ -218,8 +222,8 @@ fn write_layouts() {
     let to = Destination { positions: &[0, 0], ..Default::default() };
     let fails = |axes, to, status, pieces: &[&str]| write_fails(write_into(2, 3, axes), to, status, pieces);
 
-    let ring = |sinks| Destination { layout: Slots::Ring { sinks }, ..to };
-    fails([2, 8], ring(8), Capacity, &["8 sinks", "k_cache has 8 slots"]);
+    let ring = |sinks| Destination { layout: Slots::Ring { sink_tokens: sinks }, ..to };
+    fails([2, 8], ring(8), Capacity, &["8 sink tokens", "k_cache has 8 slots"]);
     fails([2, 4], Destination { positions: &[0, 9], ..ring(2) }, DuplicateSlot, &["row 1 writes 3", "ring of 2 slots"]);
     fails([2, 4], Destination { positions: &[9, -1], ..ring(1) }, OutOfRange, &["positions[1] is -1", "negative"]);
     fails(
@@ -231,13 +235,16 @@ fn write_layouts() {
     let same = Destination { positions: &[6, 13], rows: Some(&[1, 1]), ..ring(0) };
     fails([2, 8], same, DuplicateSlot, &["tokens [0, 0] and [1, 1]", "slot 6 of cache row 1"]);
 
-    let paged = |pages, pages_per_row| Destination { layout: Slots::Paged { pages, pages_per_row }, ..to };
-    fails([4, 2], paged(&[0, 1, 2], 2), Shape, &["pages has 3 entries", "rows of 2"]);
-    fails([4, 2], paged(&[], 0), Shape, &["pages has 0 entries", "rows of 0"]);
-    fails([4, 0], paged(&[0, 1], 1), Shape, &["k_cache has pages of no slots"]);
+    let paged = |pages, pages_per_row| Destination {
+        layout: Slots::Paged { page_table: pages, pages_per_sequence: pages_per_row },
+        ..to
+    };
+    fails([4, 2], paged(&[0, 1, 2], 2), Shape, &["page_table has 3 entries", "pages_per_sequence = 2"]);
+    fails([4, 2], paged(&[], 0), Shape, &["page_table has 0 entries", "pages_per_sequence = 0"]);
+    fails([4, 0], paged(&[0, 1], 1), Shape, &["k_cache has seq = 0"]);
     fails([4, 2], paged(&[0, 1], 2), OutOfRange, &["row 1", "cache row 1", "1 rows"]);
-    fails([4, 2], paged(&[0, 1, 2, 4], 2), OutOfRange, &["pages[1, 1] is 4", "k_cache has batch = 4"]);
-    fails([4, 2], paged(&[0, 1, -1, 3], 2), OutOfRange, &["pages[1, 0] is -1", "k_cache has batch = 4"]);
+    fails([4, 2], paged(&[0, 1, 2, 4], 2), OutOfRange, &["page_table[1, 1] is 4", "k_cache has batch = 4"]);
+    fails([4, 2], paged(&[0, 1, -1, 3], 2), OutOfRange, &["page_table[1, 0] is -1", "k_cache has batch = 4"]);
     let late = Destination { positions: &[0, 2], ..paged(&[0, 1, 2, 3], 2) };
     fails([4, 2], late, Capacity, &["row 1 writes 3 tokens at position 2", "holds 4"]);
     fails([4, 2], paged(&[0, 1, 2, 1], 2), DuplicateSlot, &["tokens [0, 2] and [1, 2]", "slot 0 of page 1"]);
@@ -255,16 +262,16 @@ fn write_layouts() {
     let rows = Destination { rows: Some(&[0, 1]), ..slots(&[0, 1, 2, 3, 4, 5]) };
     fails([4, 2], rows, InvalidValue, &["rows is given", "no row"]);
 
-    let ragged = |starts| Destination { layout: Slots::Ragged { starts }, ..to };
+    let ragged = |starts| Destination { layout: Slots::Ragged { cu_seqlens: starts }, ..to };
     fails([2, 8], ragged(&[0, 4, 8]), Shape, &["k_cache has batch = 2", "batch of one"]);
-    fails([1, 8], ragged(&[0, 4, 9]), OutOfRange, &["starts ends at 9", "k_cache has seq = 8"]);
-    fails([1, 8], ragged(&[4, 3, 8]), OutOfRange, &["starts[1] is 3", "starts[0] is 4"]);
+    fails([1, 8], ragged(&[0, 4, 9]), OutOfRange, &["cu_seqlens ends at 9", "k_cache has seq = 8"]);
+    fails([1, 8], ragged(&[4, 3, 8]), OutOfRange, &["cu_seqlens[1] is 3", "cu_seqlens[0] is 4"]);
     fails([1, 8], ragged(&[0, 4]), OutOfRange, &["row 1", "cache row 1", "1 rows"]);
     fails([1, 8], ragged(&[0, 4, 6]), Capacity, &["row 1 writes 3 tokens at position 0", "holds 2"]);
     let rows = Destination { rows: Some(&[1, 1]), ..ragged(&[0, 4, 8]) };
     fails([1, 8], rows, DuplicateSlot, &["tokens [0, 0] and [1, 0]", "slot 4 of cache row 0"]);
 
-    let indirect = Destination { layout: Slots::Indirect { rows: &[0; 16] }, ..to };
+    let indirect = Destination { layout: Slots::Indirect { beam_table: &[0; 16] }, ..to };
     fails([2, 8], indirect, InvalidValue, &["indirect", "contiguous"]);
 }
 
@@ -282,11 +289,11 @@ fn write_packings() {
     fails([2, 8], [2, 4, 2, 3], to, Shape, &["v_cache has dim = 3", "pairs of v have 6"]);
     fails([2, 8], [1, 4, 2, 6], to, Shape, &["k_cache has batch = 2", "v_cache has 1"]);
     fails([2, 8], [2, 4, 1, 6], to, Shape, &["v has heads = 2", "v_cache has 1"]);
-    let ring = Destination { layout: Slots::Ring { sinks: 3 }, ..to };
-    fails([2, 8], [2, 4, 2, 6], ring, InvalidValue, &["3 sinks", "odd"]);
-    let ragged = Destination { layout: Slots::Ragged { starts: &[0, 5, 8] }, ..to };
-    fails([1, 8], [1, 4, 2, 6], ragged, InvalidValue, &["starts[1] is 5", "odd"]);
-    let paged = Destination { layout: Slots::Paged { pages: &[0, 1], pages_per_row: 1 }, ..to };
+    let ring = Destination { layout: Slots::Ring { sink_tokens: 3 }, ..to };
+    fails([2, 8], [2, 4, 2, 6], ring, InvalidValue, &["3 sink tokens", "odd"]);
+    let ragged = Destination { layout: Slots::Ragged { cu_seqlens: &[0, 5, 8] }, ..to };
+    fails([1, 8], [1, 4, 2, 6], ragged, InvalidValue, &["cu_seqlens[1] is 5", "odd"]);
+    let paged = Destination { layout: Slots::Paged { page_table: &[0, 1], pages_per_sequence: 1 }, ..to };
     fails([2, 5], [2, 2, 2, 6], paged, Shape, &["k_cache has seq = 5", "odd"]);
 }
 

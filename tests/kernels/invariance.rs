@@ -39,7 +39,7 @@ fn attention_and_threads(level: &Level) {
             let shape = Shape { batch, tokens, kv_heads, group, keys, dim: 32, v_dim: 24 };
             let case = Case::new(&mut rng, shape, dtype).with(|o| {
                 o.causal = true;
-                o.sinks = Some(vec![0.5; kv_heads * group]);
+                o.sink_logits = Some(vec![0.5; kv_heads * group]);
                 o.lengths = Some((0..batch).map(|b| (keys - 7 * b) as i32).collect());
             });
             let serial = case.run(&level.context).all_bits();
@@ -63,7 +63,7 @@ fn long_decode_and_threads(level: &Level) {
             cases.push(Case::new(&mut rng, shape, dtype).with(|o| (o.causal, o.window_left) = (true, Some(1100))));
             cases.push(
                 Case::new(&mut rng, shape, dtype)
-                    .with(|o| (o.starts, o.alibi) = (Some(vec![900]), Some(alibi_slopes(4)))),
+                    .with(|o| (o.kv_starts, o.alibi) = (Some(vec![900]), Some(alibi_slopes(4)))),
             );
             cases.push(Case::new(&mut rng, shape, dtype).with(|o| {
                 let strides = [0, 0, 0, 1];
@@ -151,7 +151,7 @@ fn row_alone_and_in_a_batch(level: &Level) {
             let lengths = [140, 77, 64];
             let starts = [0, 3, 64];
             let case = Case::new(&mut rng, shape, dtype).with(|o| {
-                (o.causal, o.lengths, o.starts) = (true, Some(lengths.to_vec()), Some(starts.to_vec()));
+                (o.causal, o.lengths, o.kv_starts) = (true, Some(lengths.to_vec()), Some(starts.to_vec()));
             });
             let together = case.run(&level.context);
             for b in 0..3 {
@@ -160,7 +160,7 @@ fn row_alone_and_in_a_batch(level: &Level) {
                     // Alone, the cache may also be just as long as the row.
                     k: case.k.cut(b..b + 1, 0..lengths[b] as usize, Layout::BHSD),
                     v: case.v.cut(b..b + 1, 0..lengths[b] as usize, Layout::BSHD),
-                    options: Options { causal: true, starts: Some(vec![starts[b]]), ..Options::default() },
+                    options: Options { causal: true, kv_starts: Some(vec![starts[b]]), ..Options::default() },
                     out_dtype: DType::F32,
                     out_layout: Layout::BHSD,
                     out_place: Place::Heap,
@@ -187,12 +187,12 @@ fn strides(level: &Level) {
             window_left: case.options.window_left,
             window_right: case.options.window_right,
             lengths: case.options.lengths.clone(),
-            starts: case.options.starts.clone(),
+            kv_starts: case.options.kv_starts.clone(),
             offsets: case.options.offsets.clone(),
-            prefixes: case.options.prefixes.clone(),
+            prefix_lengths: case.options.prefix_lengths.clone(),
             bit_mask: case.options.bit_mask.as_ref().map(BitMaskTensor::spread),
             alibi: case.options.alibi.clone(),
-            sinks: case.options.sinks.clone(),
+            sink_logits: case.options.sink_logits.clone(),
             bias: case.options.bias.as_ref().map(|bias| bias.to(Layout::BSHD, Place::Heap)),
             mask: case.options.mask.as_ref().map(|mask| {
                 let shape = [case.q.shape[0], case.q.shape[1], case.q.shape[2], case.k.shape[1]];
@@ -283,12 +283,12 @@ fn prompt_in_chunks(level: &Level) {
         ("window, softcap, sinks", |heads| Options {
             window_left: Some(70),
             softcap: Some(20.0),
-            sinks: Some(vec![0.25; heads]),
+            sink_logits: Some(vec![0.25; heads]),
             ..Options::default()
         }),
         ("ALiBi, start", |heads| Options {
             alibi: Some(alibi_slopes(heads)),
-            starts: Some(vec![2]),
+            kv_starts: Some(vec![2]),
             ..Options::default()
         }),
     ];
@@ -420,7 +420,7 @@ fn dirty_workspace(level: &Level) {
             let case = Case::new(&mut rng, shape, dtype).with(|o| {
                 let visible = |at: [usize; 4]| !(1024..2048).contains(&at[3]);
                 o.mask = Some(MaskTensor::new(shape.scores(), [0, 0, 0, 1], Place::Heap, visible));
-                o.sinks = Some(vec![0.5; 4]);
+                o.sink_logits = Some(vec![0.5; 4]);
             });
             let want = case.run(&level.context).all_bits();
             // The same shape cuts the workspace the same way: every part of it is full of NaN then.

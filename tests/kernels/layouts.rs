@@ -35,7 +35,7 @@ fn seen(case: &Case, b: usize, j: usize) -> bool {
 fn reach(case: &Case, b: usize, length: usize) -> std::ops::Range<usize> {
     let o = &case.options;
     let position = o.offsets.as_ref().map_or(length as i64 - case.q.shape[1] as i64, |x| x[b].into());
-    let start = o.starts.as_ref().map_or(0, |s| s[b].into());
+    let start = o.kv_starts.as_ref().map_or(0, |s| s[b].into());
     let low = o.window_left.map_or(0, |w| position - i64::from(w)).max(start).max(0);
     (low as usize).min(length)..length
 }
@@ -90,8 +90,8 @@ impl Cache {
     fn packed(&self, layout: Layout) -> Option<Tensor> {
         let [rows, slots, heads, dim] = self.v.shape;
         let even = match layout {
-            Layout::Ring { sinks } => sinks % 2 == 0,
-            Layout::Ragged { starts } => starts.iter().all(|start| start % 2 == 0),
+            Layout::Ring { sink_tokens: sinks } => sinks % 2 == 0,
+            Layout::Ragged { cu_seqlens: starts } => starts.iter().all(|start| start % 2 == 0),
             _ => true,
         };
         if slots % 2 == 1 || !even {
@@ -117,7 +117,7 @@ fn paged(level: &Level) {
     for _ in 0..scaled(120) {
         let (case, what, lengths) = with_lengths(&mut rng);
         let size = if rng.chance(0.5) { rng.pick(&[16, 32, 64, 128]) } else { rng.between(1, 70) };
-        let lists = [&case.options.lengths, &case.options.starts, &case.options.prefixes];
+        let lists = [&case.options.lengths, &case.options.kv_starts, &case.options.prefix_lengths];
         let most = lists.into_iter().flatten().flatten().max().map_or(0, |&n| n as usize);
         let pages_per_row = (most.div_ceil(size) + rng.below(3)).max(1);
         let pool = lengths.len() * pages_per_row + rng.below(4);
@@ -125,8 +125,8 @@ fn paged(level: &Level) {
         let mut cache = Cache::new(&mut rng, &case, pool, size);
         let mut table = vec![-1; lengths.len() * pages_per_row];
         for (b, &length) in lengths.iter().enumerate() {
-            let kept = case.options.prefixes.as_ref().map_or(0, |p| p[b] as usize).min(length);
-            let start = case.options.starts.as_ref().map_or(0, |s| s[b] as usize);
+            let kept = case.options.prefix_lengths.as_ref().map_or(0, |p| p[b] as usize).min(length);
+            let start = case.options.kv_starts.as_ref().map_or(0, |s| s[b] as usize);
             let window = reach(&case, b, length);
             for page in 0..length.div_ceil(size) {
                 let slots = page * size..((page + 1) * size).min(length);
@@ -142,7 +142,7 @@ fn paged(level: &Level) {
                 }
             }
         }
-        cache.check(level, &case, Layout::Paged { pages: &table, pages_per_row }, &what);
+        cache.check(level, &case, Layout::Paged { page_table: &table, pages_per_sequence: pages_per_row }, &what);
     }
 }
 
@@ -182,7 +182,7 @@ fn shared_pages(level: &Level) {
                 cache.put(&case, (b, j), (table[b * 7 + j / 16] as usize, j % 16));
             }
         }
-        cache.check(level, &case, Layout::Paged { pages: &table, pages_per_row: 7 }, "shared");
+        cache.check(level, &case, Layout::Paged { page_table: &table, pages_per_sequence: 7 }, "shared");
     }
 }
 
@@ -196,7 +196,8 @@ fn ring(level: &Level) {
             case.options.window_left = Some(rng.below(keys / 2 + 1) as u32);
         }
         let recent = lengths.iter().enumerate().map(|(b, &n)| reach(&case, b, n).len()).max().unwrap();
-        let sinks = case.options.prefixes.as_ref().map_or(0, |p| *p.iter().max().unwrap() as usize) + rng.below(3);
+        let sinks =
+            case.options.prefix_lengths.as_ref().map_or(0, |p| *p.iter().max().unwrap() as usize) + rng.below(3);
         let slots = sinks + recent.max(1) + rng.below(5);
         let mut cache = Cache::new(&mut rng, &case, lengths.len(), slots);
         for (b, &length) in lengths.iter().enumerate() {
@@ -208,7 +209,7 @@ fn ring(level: &Level) {
                 }
             }
         }
-        cache.check(level, &case, Layout::Ring { sinks }, &what);
+        cache.check(level, &case, Layout::Ring { sink_tokens: sinks }, &what);
     }
     assert!(wrapped > 0);
 }
@@ -230,7 +231,7 @@ fn ring_without_a_window(level: &Level) {
                 let slot = if j < sinks { j } else { sinks + (j - sinks) % (slots - sinks) };
                 cache.put(&case, (0, j), (0, slot));
             }
-            let options = AttentionOptions { layout: Layout::Ring { sinks }, ..case.options.borrow() };
+            let options = AttentionOptions { layout: Layout::Ring { sink_tokens: sinks }, ..case.options.borrow() };
             let got = |threads| {
                 let mut workspace = Workspace::new();
                 let done =
@@ -272,7 +273,7 @@ fn indirect(level: &Level) {
                 }
             }
         }
-        cache.check(level, &case, Layout::Indirect { rows: &table }, &what);
+        cache.check(level, &case, Layout::Indirect { beam_table: &table }, &what);
     }
 }
 
@@ -288,7 +289,7 @@ fn ragged(level: &Level) {
         let counts: Vec<usize> = (0..batch).map(|_| rng.below(tokens + 1)).collect();
         let rooms: Vec<usize> = (0..batch)
             .map(|b| {
-                let listed = [&case.options.lengths, &case.options.starts, &case.options.prefixes];
+                let listed = [&case.options.lengths, &case.options.kv_starts, &case.options.prefix_lengths];
                 let least = listed.iter().filter_map(|l| l.as_ref().map(|l| l[b] as usize)).max().unwrap_or(0);
                 rng.between(least, case.k.shape[1])
             })
@@ -340,8 +341,8 @@ fn ragged(level: &Level) {
         let by_row = bits.as_ref().map(|bits| bits.by_row(&mut rng, &counts, &lengths));
         for (threads, bits, planned) in [(1, &by_row, false), (3, &by_row, true), (1, &bits, false)] {
             let options = AttentionOptions {
-                layout: Layout::Ragged { starts: &k_starts },
-                query_starts: Some(&q_starts),
+                layout: Layout::Ragged { cu_seqlens: &k_starts },
+                cu_seqlens_q: Some(&q_starts),
                 bit_mask: bits.as_ref().map(BitMaskTensor::view),
                 ..case.options.borrow()
             };
@@ -370,11 +371,11 @@ fn ragged(level: &Level) {
                         window_left: o.window_left,
                         window_right: o.window_right,
                         lengths: one(&o.lengths),
-                        starts: one(&o.starts),
+                        kv_starts: one(&o.kv_starts),
                         offsets: one(&o.offsets),
-                        prefixes: one(&o.prefixes),
+                        prefix_lengths: one(&o.prefix_lengths),
                         alibi: o.alibi.clone(),
-                        sinks: o.sinks.clone(),
+                        sink_logits: o.sink_logits.clone(),
                         mask: bits.as_ref().map(|bits| {
                             let shape = [1, counts[b], heads, rooms[b]];
                             let shown = |[_, t, h, j]: [usize; 4]| j >= lengths[b] as usize || bits.get([b, t, h, j]);
@@ -399,7 +400,7 @@ fn what_is_not_retained_is_refused(level: &Level) {
     let shape = Shape { tokens: 2, keys: 40, ..Shape::default() };
     let mut case = Case::new(&mut rng, shape, dtype).with(|o| (o.causal, o.lengths) = (true, Some(vec![40])));
     let cache = Cache::new(&mut rng, &case, 1, 20);
-    let ring = Layout::Ring { sinks: 4 };
+    let ring = Layout::Ring { sink_tokens: 4 };
     let error = cache.error(level, &case, ring);
     assert_eq!(
         error.message(),
@@ -410,11 +411,13 @@ fn what_is_not_retained_is_refused(level: &Level) {
     case.options.window_left = Some(15);
     assert!(cache.error(level, &case, ring).message().contains("sees keys from 23 on"));
     case.options.window_left = Some(14);
-    case.options.prefixes = Some(vec![5]);
-    assert!(cache.error(level, &case, ring).message().contains("prefixes[0] is 5, but the ring keeps 4 sinks"));
+    case.options.prefix_lengths = Some(vec![5]);
+    assert!(
+        cache.error(level, &case, ring).message().contains("prefix_lengths[0] is 5, but the ring keeps 4 sink tokens")
+    );
     case.options.lengths = None;
     assert!(cache.error(level, &case, ring).message().starts_with("lengths is absent"));
-    assert!(cache.error(level, &case, Layout::Ring { sinks: 20 }).message().contains("20 sinks"));
+    assert!(cache.error(level, &case, Layout::Ring { sink_tokens: 20 }).message().contains("20 sink tokens"));
 }
 
 fn tables_are_checked(level: &Level) {
@@ -423,13 +426,15 @@ fn tables_are_checked(level: &Level) {
     let shape = Shape { batch: 2, keys: 40, ..Shape::default() };
     let case = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![40, 16]));
     let cache = Cache::new(&mut rng, &case, 5, 16);
-    let paged = |pages: &[i32]| cache.error(level, &case, Layout::Paged { pages, pages_per_row: 3 }).to_string();
-    assert!(paged(&[0, 1, 5, 2, 0, 0]).contains("pages[0, 2] is 5, but k has batch = 5"));
-    assert!(paged(&[0, 1, 2, -1, 0, 0]).contains("pages[1, 0] is -1"));
+    let paged = |pages: &[i32]| {
+        cache.error(level, &case, Layout::Paged { page_table: pages, pages_per_sequence: 3 }).to_string()
+    };
+    assert!(paged(&[0, 1, 5, 2, 0, 0]).contains("page_table[0, 2] is 5, but k has batch = 5"));
+    assert!(paged(&[0, 1, 2, -1, 0, 0]).contains("page_table[1, 0] is -1"));
     assert!(paged(&[0, 1, 2]).contains("k has rows = 1, but q has 2"));
-    assert!(paged(&[0, 1, 2, 3]).contains("pages has 4 entries, which are no rows of 3"));
+    assert!(paged(&[0, 1, 2, 3]).contains("page_table has 4 entries, which is no multiple of pages_per_sequence = 3"));
     let long = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![40, 49]));
-    let error = cache.error(level, &long, Layout::Paged { pages: &[0, 1, 2, 3, 4, 0], pages_per_row: 3 });
+    let error = cache.error(level, &long, Layout::Paged { page_table: &[0, 1, 2, 3, 4, 0], pages_per_sequence: 3 });
     assert!(error.message().contains("lengths[1] is 49, but k has room for a row = 48"), "{error}");
     level.checked(Op::Attention, dtype, dtype);
 }
@@ -442,7 +447,7 @@ fn rest<'a>(options: &AttentionOptions<'a>, plan: &'a AttentionPlan) -> Attentio
         scale: options.scale,
         softcap: options.softcap,
         alibi_slopes: options.alibi_slopes,
-        sinks: options.sinks,
+        sink_logits: options.sink_logits,
         precision: options.precision,
         ..Default::default()
     }
@@ -502,7 +507,7 @@ fn plans_of_far_masks(level: &Level) {
             case.options.lengths = Some(entry(&mut rng, keys));
         }
         if rng.chance(0.5) {
-            case.options.prefixes = Some(entry(&mut rng, keys.min(1500)));
+            case.options.prefix_lengths = Some(entry(&mut rng, keys.min(1500)));
         }
         case.options.window_left = rng.chance(0.5).then(|| rng.below(1500) as u32);
         let (scores, by_head) = (shape.scores(), rng.chance(0.3));
@@ -529,7 +534,7 @@ fn plans_of_far_masks(level: &Level) {
 fn plans_advance() {
     let (q, k) = ([2, 1, 1, 8], [5, 4, 1, 8]);
     let pages = [3, 1, -1, 0, 4, 2];
-    let layout = Layout::Paged { pages: &pages, pages_per_row: 3 };
+    let layout = Layout::Paged { page_table: &pages, pages_per_sequence: 3 };
     let at = |lengths: &[i32], layout| {
         let options = AttentionOptions {
             causal: true,
@@ -545,7 +550,7 @@ fn plans_advance() {
     assert_eq!(format!("{plan:?}"), format!("{:?}", at(&[8, 10], layout).unwrap()));
     let before = format!("{plan:?}");
     for (counts, sentence) in [
-        (&[1, 0][..], "pages[0, 2] is -1, but k has batch = 5"),
+        (&[1, 0][..], "page_table[0, 2] is -1, but k has batch = 5"),
         (&[0, 3], "row 1 of the plan has 10 tokens and is given 3 more, but has room for 12"),
         (&[0, -1], "counts[1] is -1, which is negative"),
         (&[1], "counts has 1 entries, but the plan has 2 rows"),
@@ -558,7 +563,7 @@ fn plans_advance() {
     plan.set_table(0, 2, &[1]).unwrap();
     plan.advance(&[1, 0]).unwrap();
     assert_eq!(plan.lengths(), [9, 10]);
-    let ring = at(&[4, 9], Layout::Ring { sinks: 0 });
+    let ring = at(&[4, 9], Layout::Ring { sink_tokens: 0 });
     assert!(ring.is_err(), "five rows in the cache, two in q");
 }
 
@@ -584,7 +589,7 @@ fn shared_prefix(level: &Level) {
         let mut case = Case::new(&mut rng, shape, kv);
         case.options.causal = rng.chance(0.5);
         case.options.softcap = rng.chance(0.3).then_some(20.0);
-        case.options.sinks = rng.chance(0.3).then(|| (0..heads).map(|_| rng.f32()).collect());
+        case.options.sink_logits = rng.chance(0.3).then(|| (0..heads).map(|_| rng.f32()).collect());
         case.options.lengths = Some(lengths.clone());
         // The own part sees the queries at the same distance from its keys; a query that causality keeps from the prefix is none.
         case.options.offsets = Some(lengths.iter().map(|n| (n - tokens as i32).max(prefix as i32 - 1)).collect());

@@ -205,9 +205,9 @@ fn fused_with_write(level: &Level) {
     let pages = [2, 5, 0, 3, 1, 4];
     let layouts: [(Slots, [usize; 2]); 4] = [
         (Slots::Contiguous, [2, 10]),
-        (Slots::Ring { sinks: 2 }, [2, 6]),
-        (Slots::Paged { pages: &pages, pages_per_row: 3 }, [6, 4]),
-        (Slots::Ragged { starts: &[2, 12, 24] }, [1, 24]),
+        (Slots::Ring { sink_tokens: 2 }, [2, 6]),
+        (Slots::Paged { page_table: &pages, pages_per_sequence: 3 }, [6, 4]),
+        (Slots::Ragged { cu_seqlens: &[2, 12, 24] }, [1, 24]),
     ];
     for src in DType::ALL {
         for dst in DType::ALL {

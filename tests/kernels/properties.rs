@@ -60,8 +60,9 @@ fn a_mask_is_what_it_replaces(level: &Level) {
             .collect();
         let options = &mut masked.options;
         (options.offsets, options.mask) = (Some(offsets), Some(mask));
-        (options.lengths, options.starts, options.causal) = (None, None, false);
-        (options.window_left, options.window_right, options.prefixes, options.bit_mask) = (None, None, None, None);
+        (options.lengths, options.kv_starts, options.causal) = (None, None, false);
+        (options.window_left, options.window_right, options.prefix_lengths, options.bit_mask) =
+            (None, None, None, None);
         let got = masked.run(&level.context).all_bits();
         assert!(got == want, "seed {seed}: {what}");
     });

@@ -66,8 +66,8 @@ fn row_without_keys(level: &Level) {
             let scores = shape.scores();
             let kinds: Vec<(&str, Hide)> = vec![
                 ("length 0", Box::new(|o| o.lengths = Some(vec![0]))),
-                ("start at length", Box::new(|o| (o.lengths, o.starts) = (Some(vec![60]), Some(vec![60])))),
-                ("start past length", Box::new(|o| (o.lengths, o.starts) = (Some(vec![6]), Some(vec![60])))),
+                ("start at length", Box::new(|o| (o.lengths, o.kv_starts) = (Some(vec![60]), Some(vec![60])))),
+                ("start past length", Box::new(|o| (o.lengths, o.kv_starts) = (Some(vec![6]), Some(vec![60])))),
                 ("causal before the first key", Box::new(|o| (o.causal, o.offsets) = (true, Some(vec![-20])))),
                 ("window past the last key", Box::new(|o| (o.window_left, o.offsets) = (Some(3), Some(vec![1000])))),
                 (
@@ -139,7 +139,7 @@ fn random_hiding(rng: &mut Rng, shape: Shape) -> Options {
         options.lengths = Some(per_row(rng, 0, keys));
     }
     if rng.chance(0.3) {
-        options.starts = Some(per_row(rng, 0, keys));
+        options.kv_starts = Some(per_row(rng, 0, keys));
     }
     if rng.chance(0.5) {
         options.causal = true;
@@ -179,7 +179,7 @@ fn random_hiding(rng: &mut Rng, shape: Shape) -> Options {
         options.bias = Some(random_bias(rng, dtype, scores, strides, Place::GuardBefore, hidden));
     }
     if rng.chance(0.25) {
-        options.prefixes = Some(per_row(rng, 0, keys));
+        options.prefix_lengths = Some(per_row(rng, 0, keys));
     }
     if rng.chance(0.3) {
         let bits = random_bit_mask(rng, shape);
@@ -244,7 +244,7 @@ pub fn random_case(rng: &mut Rng) -> (Case, String) {
             Some(if rng.chance(0.5) { alibi_slopes(heads) } else { (0..heads).map(|_| rng.f32() * 0.05).collect() });
     }
     if rng.chance(0.3) {
-        options.sinks = Some((0..heads).map(|_| rng.f32()).collect());
+        options.sink_logits = Some((0..heads).map(|_| rng.f32()).collect());
     }
     let layouts = [(); 4].map(|()| Layout::random(rng));
     let place = rng.pick(&[Place::Heap, Place::GuardAfter, Place::GuardBefore]);
@@ -254,22 +254,22 @@ pub fn random_case(rng: &mut Rng) -> (Case, String) {
     let o = &case.options;
     let what = format!(
         "{shape:?} kv {kv} q {} out {} {place:?} {layouts:?} causal {} window {:?} {:?} lengths {:?} starts {:?} offsets {:?} \
-         prefixes {:?} mask {} bits {} bias {} softcap {:?} alibi {} sinks {}",
+         prefix_lengths {:?} mask {} bits {} bias {} softcap {:?} alibi {} sinks {}",
         case.q.dtype,
         case.out_dtype,
         o.causal,
         o.window_left,
         o.window_right,
         o.lengths,
-        o.starts,
+        o.kv_starts,
         o.offsets,
-        o.prefixes,
+        o.prefix_lengths,
         o.mask.is_some(),
         o.bit_mask.is_some(),
         o.bias.is_some(),
         o.softcap,
         o.alibi.is_some(),
-        o.sinks.is_some(),
+        o.sink_logits.is_some(),
     );
     (case, what)
 }
@@ -283,8 +283,8 @@ pub fn visible(case: &Case, at: [usize; 4]) -> bool {
     let position = t as i64 + o.offsets.as_ref().map_or(length - tokens, |x| x[b].into());
     let j = j as i64;
     j < length
-        && o.starts.as_ref().is_none_or(|s| j >= s[b].into())
-        && (o.prefixes.as_ref().is_some_and(|p| j < p[b].into())
+        && o.kv_starts.as_ref().is_none_or(|s| j >= s[b].into())
+        && (o.prefix_lengths.as_ref().is_some_and(|p| j < p[b].into())
             || !(o.causal && j > position)
                 && o.window_left.is_none_or(|w| position - j <= w.into())
                 && o.window_right.is_none_or(|w| j - position <= w.into()))
@@ -460,10 +460,10 @@ fn windows(level: &Level) {
 
 fn starts_and_lengths(level: &Level) {
     for tokens in [1, 20] {
-        let rows = seen_keys(level, 90, tokens, |o| (o.starts, o.lengths) = (Some(vec![66]), Some(vec![71])));
+        let rows = seen_keys(level, 90, tokens, |o| (o.kv_starts, o.lengths) = (Some(vec![66]), Some(vec![71])));
         assert!(rows.iter().all(|seen| *seen == [66, 67, 68, 69, 70]));
         // The default offset is length - tokens: starts do not move positions.
-        let rows = seen_keys(level, 90, tokens, |o| (o.causal, o.starts) = (true, Some(vec![3])));
+        let rows = seen_keys(level, 90, tokens, |o| (o.causal, o.kv_starts) = (true, Some(vec![3])));
         assert_eq!(rows[0], (3..90 - tokens + 1).collect::<Vec<_>>());
     }
 }
@@ -498,15 +498,15 @@ fn sinks(level: &Level) {
         for (tokens, keys) in thin(vec![(1, 70), (14, 70), (1, 3100)]) {
             let shape = Shape { tokens, keys, kv_heads: 1, group: 4, dim: 16, v_dim: 16, ..Shape::default() };
             for sinks in [[0.0, 1.0, -3.0, 10.0], [100.0, -100.0, f32::NEG_INFINITY, -1e30]] {
-                let case = Case::new(&mut rng, shape, dtype).with(|o| o.sinks = Some(sinks.to_vec()));
+                let case = Case::new(&mut rng, shape, dtype).with(|o| o.sink_logits = Some(sinks.to_vec()));
                 check(level, &case, || format!("{dtype} sinks {sinks:?} keys {keys}"));
                 let serial = case.run(&level.context).all_bits();
                 let split = case.run_with(&level.context, &Threads(3)).unwrap();
                 assert_eq!(split.all_bits(), serial, "{dtype} sinks {sinks:?} keys {keys}");
             }
             // Nothing but the sink.
-            let case =
-                Case::new(&mut rng, shape, dtype).with(|o| (o.sinks, o.lengths) = (Some(vec![2.5; 4]), Some(vec![0])));
+            let case = Case::new(&mut rng, shape, dtype)
+                .with(|o| (o.sink_logits, o.lengths) = (Some(vec![2.5; 4]), Some(vec![0])));
             let outcome = case.run(&level.context);
             assert!(outcome.out.all_bits().iter().all(|&bits| bits == 0));
             assert!(outcome.lse.iter().all(|&lse| lse == 2.5));

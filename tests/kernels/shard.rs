@@ -19,7 +19,7 @@ fn random_whole(rng: &mut Rng, shape: Shape, kv: DType) -> Case {
         o.causal = rng.chance(0.7);
         o.lengths = Some((0..shape.batch).map(|_| rng.between(0, shape.keys) as i32).collect());
         if rng.chance(0.5) {
-            o.starts = Some((0..shape.batch).map(|_| rng.between(0, shape.keys / 4) as i32).collect());
+            o.kv_starts = Some((0..shape.batch).map(|_| rng.between(0, shape.keys / 4) as i32).collect());
         }
         if rng.chance(0.4) {
             o.window_left = Some(rng.below(2 * shape.keys) as u32);
@@ -73,7 +73,7 @@ fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
                 let options = whole.options.borrow();
                 let options = AttentionOptions {
                     lengths: cut(options.lengths, &rows),
-                    starts: cut(options.starts, &rows),
+                    kv_starts: cut(options.kv_starts, &rows),
                     offsets: cut(options.offsets, &rows),
                     alibi_slopes: cut(options.alibi_slopes, &part.heads),
                     ..options
@@ -117,7 +117,7 @@ fn over_spans(level: &Level, whole: &Case, spans: &[Range<usize>]) -> Vec<Outcom
     let all = vec![keys; batch];
     let lists = SpanLists {
         lengths: options.lengths.unwrap_or(&all),
-        starts: options.starts,
+        kv_starts: options.kv_starts,
         offsets: options.offsets,
         seq: tokens,
     };
@@ -134,7 +134,7 @@ fn over_spans(level: &Level, whole: &Case, spans: &[Range<usize>]) -> Vec<Outcom
             lse: Some(&mut lse),
         };
         let options =
-            AttentionOptions { lengths: Some(&lengths), starts: Some(&starts), offsets: Some(&offsets), ..options };
+            AttentionOptions { lengths: Some(&lengths), kv_starts: Some(&starts), offsets: Some(&offsets), ..options };
         attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).unwrap();
         Outcome { out, lse }
     };
@@ -163,7 +163,7 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
             let all = vec![shape.keys as i32; batch];
             let lists = SpanLists {
                 lengths: options.lengths.unwrap_or(&all),
-                starts: options.starts,
+                kv_starts: options.kv_starts,
                 offsets: options.offsets,
                 seq: tokens,
             };
@@ -174,7 +174,7 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
                     lists.local(span.clone(), &mut lengths, &mut starts, &mut offsets).unwrap();
                     let options = AttentionOptions {
                         lengths: Some(&lengths),
-                        starts: Some(&starts),
+                        kv_starts: Some(&starts),
                         offsets: Some(&offsets),
                         ..options
                     };
@@ -195,7 +195,8 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
             let mut out =
                 Tensor::output(DType::F32, [batch, tokens, heads, shape.v_dim], Layout::BHSD, Place::GuardAfter);
             let mut lse = vec![f32::NAN; batch * tokens * heads];
-            let merge = ChunkMerge { kv_heads: shape.kv_heads, dtype: kv, precision: precision(), sinks: Some(&sinks) };
+            let merge =
+                ChunkMerge { kv_heads: shape.kv_heads, dtype: kv, precision: precision(), sink_logits: Some(&sinks) };
             let floats = states.iter().map(|s| s.len()).sum();
             let size = merge_chunks_workspace_size(out.shape, shape.kv_heads, floats, 2);
             let mut workspace = Workspace::with_capacity(size);
@@ -203,7 +204,7 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
             merge_chunks(&level.context, &Threads(2), &mut workspace, &states, &merge, to, Some(&mut lse)).unwrap();
             assert_eq!(workspace.len(), before, "{size} bytes were not enough");
             out.assert_gaps();
-            whole.options.sinks = Some(sinks);
+            whole.options.sink_logits = Some(sinks);
             let want = whole.run(&level.context);
             level.checked(Op::Attention, kv, kv);
             assert!(Outcome { out, lse }.all_bits() == want.all_bits(), "{kv} {shape:?} in {spans:?}");
@@ -228,17 +229,23 @@ fn chunks_are_checked() {
     assert!(run(&AttentionOptions::default(), &mut states[..n - 1]).unwrap_err().contains(wrong));
     assert!(run(&AttentionOptions::default(), &mut states[..3]).unwrap_err().contains("states has 3 floats"));
     let (sinks, list) = ([0.0, 0.0], [1500]);
-    let ring =
-        AttentionOptions { layout: kvlane::Layout::Ring { sinks: 0 }, lengths: Some(&list), ..Default::default() };
-    let ragged = AttentionOptions { query_starts: Some(&[0, 1]), ..Default::default() };
+    let ring = AttentionOptions {
+        layout: kvlane::Layout::Ring { sink_tokens: 0 },
+        lengths: Some(&list),
+        ..Default::default()
+    };
+    let ragged = AttentionOptions { cu_seqlens_q: Some(&[0, 1]), ..Default::default() };
     let plan = |options| AttentionPlan::new([1, 1, 2, 8], shape, options).unwrap();
     let plans = [plan(&ring), plan(&ragged)];
     for (options, sentence) in [
-        (AttentionOptions { sinks: Some(&sinks), ..Default::default() }, "sinks are given where spans are merged"),
+        (
+            AttentionOptions { sink_logits: Some(&sinks), ..Default::default() },
+            "sink_logits are given where spans are merged",
+        ),
         (ring, "a ring is no span of a sequence"),
-        (ragged, "query_starts: the states of ragged queries have no format"),
+        (ragged, "cu_seqlens_q: the states of ragged queries have no format"),
         (AttentionOptions { plan: Some(&plans[0]), ..Default::default() }, "a ring is no span of a sequence"),
-        (AttentionOptions { plan: Some(&plans[1]), ..Default::default() }, "query_starts: the states"),
+        (AttentionOptions { plan: Some(&plans[1]), ..Default::default() }, "cu_seqlens_q: the states"),
         (AttentionOptions { lengths: Some(&[2001]), ..Default::default() }, "lengths[0] is 2001, but k has seq = 2000"),
         (AttentionOptions { scale: Some(f32::NAN), ..Default::default() }, "scale is NaN"),
     ] {
@@ -247,7 +254,7 @@ fn chunks_are_checked() {
     }
     assert!(states.iter().all(|&x| x == 9.0), "written for a call that is refused");
     run(&AttentionOptions::default(), &mut states).unwrap();
-    let merge = ChunkMerge { kv_heads: 1, dtype: DType::F32, precision: Precision::Default, sinks: None };
+    let merge = ChunkMerge { kv_heads: 1, dtype: DType::F32, precision: Precision::Default, sink_logits: None };
     let (mut out, mut lse) = ([7f32; 16], [7f32; 3]);
     let many = vec![&states[..]; MAX_SPANS + 1];
     for (spans, merge, lse_len, sentence) in [
@@ -257,7 +264,12 @@ fn chunks_are_checked() {
         (&[&states[..], &[]], merge, 0, "span 1 has 0 floats"),
         (&[&states[..]], ChunkMerge { kv_heads: 3, ..merge }, 0, "no multiple of kv_heads = 3"),
         (&[&states[..]], ChunkMerge { kv_heads: 0, ..merge }, 0, "no multiple of kv_heads = 0"),
-        (&[&states[..]], ChunkMerge { sinks: Some(&[0.0]), ..merge }, 0, "sinks has 1 entries, but out needs 2"),
+        (
+            &[&states[..]],
+            ChunkMerge { sink_logits: Some(&[0.0]), ..merge },
+            0,
+            "sink_logits has 1 entries, but out needs 2",
+        ),
         (&[&states[..]], merge, 3, "lse has 3 entries, but out needs 2"),
     ] {
         let to = ViewMut::new(&mut out, [1, 1, 2, 8]).unwrap();
@@ -328,11 +340,11 @@ fn spans_without_keys_leave_the_bits(level: &Level) {
         for span in spans_of(3, keys) {
             let mut whole = Case::new(rng, shape, kv).with(|o| {
                 o.causal = true;
-                o.starts = Some(vec![span.start as i32, span.start as i32 + 17]);
+                o.kv_starts = Some(vec![span.start as i32, span.start as i32 + 17]);
                 o.lengths = Some(vec![span.end as i32, span.end as i32 - 60]);
             });
             if span.start == 0 {
-                whole.options.starts = None;
+                whole.options.kv_starts = None;
             }
             let want = whole.run(&level.context);
             level.checked(Op::Attention, kv, kv);
@@ -405,17 +417,17 @@ fn mistakes() {
     refused(shard.heads(7, 0), Status::Shape, &["0 KV heads"]);
     refused(shard.heads(8, 2), Status::Shape, &["3 parts", "2 KV heads"]);
 
-    let lists = SpanLists { lengths: &[5, 7], starts: None, offsets: None, seq: 1 };
+    let lists = SpanLists { lengths: &[5, 7], kv_starts: None, offsets: None, seq: 1 };
     let mut out = [[9; 2]; 3];
     #[allow(clippy::reversed_empty_ranges)]
     for (lists, span, status, piece) in [
         (lists, 4..3, Status::OutOfRange, "4 to 3"),
         (lists, 0..1 << 31, Status::OutOfRange, "0 to 2147483648"),
         (SpanLists { lengths: &[5], ..lists }, 0..3, Status::Shape, "lengths has 2 entries"),
-        (SpanLists { starts: Some(&[1]), ..lists }, 0..3, Status::Shape, "starts has 1 entries"),
+        (SpanLists { kv_starts: Some(&[1]), ..lists }, 0..3, Status::Shape, "kv_starts has 1 entries"),
         (SpanLists { offsets: Some(&[1]), ..lists }, 0..3, Status::Shape, "offsets has 1 entries"),
         (SpanLists { lengths: &[5, -1], ..lists }, 0..3, Status::OutOfRange, "lengths[1] is -1"),
-        (SpanLists { starts: Some(&[0, -2]), ..lists }, 0..3, Status::OutOfRange, "starts[1] is -2"),
+        (SpanLists { kv_starts: Some(&[0, -2]), ..lists }, 0..3, Status::OutOfRange, "kv_starts[1] is -2"),
         (SpanLists { offsets: Some(&[0, i32::MIN]), ..lists }, 1..3, Status::OutOfRange, "row 1 would have offset"),
         (SpanLists { seq: usize::MAX, ..lists }, 1..3, Status::OutOfRange, "row 0 would have offset"),
     ] {

@@ -96,15 +96,15 @@ pub struct Write {
 pub fn place(layout: Slots, slots: usize, row: usize, position: usize) -> (usize, usize) {
     match layout {
         Slots::Contiguous => (row, position),
-        Slots::Ring { sinks } => {
+        Slots::Ring { sink_tokens: sinks } => {
             // One step after the other; past the last slot it goes on behind the sinks.
             let step = |slot: usize| if slot + 1 == slots { sinks } else { slot + 1 };
             (row, (0..position).fold(0, |slot, _| step(slot)))
         }
-        Slots::Paged { pages, pages_per_row } => {
+        Slots::Paged { page_table: pages, pages_per_sequence: pages_per_row } => {
             (pages[row * pages_per_row + position / slots] as usize, position % slots)
         }
-        Slots::Ragged { starts } => (0, starts[row] as usize + position),
+        Slots::Ragged { cu_seqlens: starts } => (0, starts[row] as usize + position),
         other => panic!("{other:?} is not written through"),
     }
 }

@@ -26,7 +26,7 @@ struct Plan {
     /// Page table, or starts.
     table: Vec<i32>,
     pages_per_row: usize,
-    sinks: usize,
+    sink_tokens: usize,
     kind: Kind,
     /// First two axes of the views.
     axes: [usize; 2],
@@ -57,7 +57,7 @@ impl Plan {
             slots: None,
             table: Vec::new(),
             pages_per_row: 0,
-            sinks: 0,
+            sink_tokens: 0,
             kind,
             axes: [rows_there, 0],
         };
@@ -72,10 +72,10 @@ impl Plan {
             Kind::Ring => {
                 let capacity = even(rng.between(1, 20));
                 plan.axes[1] = capacity;
-                plan.sinks = even(rng.below(capacity)).min(capacity - even(1));
+                plan.sink_tokens = even(rng.below(capacity)).min(capacity - even(1));
                 for (b, count) in counts.iter_mut().enumerate() {
                     let position = rng.below(3 * capacity);
-                    let most = plan.sinks.saturating_sub(position) + capacity - plan.sinks;
+                    let most = plan.sink_tokens.saturating_sub(position) + capacity - plan.sink_tokens;
                     plan.positions[b] = position as i32;
                     *count = (*count).min(most as i32);
                 }
@@ -156,9 +156,9 @@ impl Plan {
             slots: self.slots.as_deref(),
             layout: match self.kind {
                 Kind::Contiguous => Slots::Contiguous,
-                Kind::Ring => Slots::Ring { sinks: self.sinks },
-                Kind::Paged => Slots::Paged { pages: &self.table, pages_per_row: self.pages_per_row },
-                Kind::Ragged => Slots::Ragged { starts: &self.table },
+                Kind::Ring => Slots::Ring { sink_tokens: self.sink_tokens },
+                Kind::Paged => Slots::Paged { page_table: &self.table, pages_per_sequence: self.pages_per_row },
+                Kind::Ragged => Slots::Ragged { cu_seqlens: &self.table },
             },
         }
     }
@@ -222,7 +222,7 @@ fn ring_turns(level: &Level) {
     for sinks in 0..5 {
         for position in 0..17 {
             let (one, two) = ([position], [position, 1000]);
-            let to = Destination { layout: Slots::Ring { sinks }, ..Default::default() };
+            let to = Destination { layout: Slots::Ring { sink_tokens: sinks }, ..Default::default() };
             let most = sinks.saturating_sub(position as usize) + 5 - sinks;
             let counts = [most as i32, 5 - sinks as i32];
             small(rng, most, [2, 5], 2).check(level, Destination { positions: &two, counts: Some(&counts), ..to });
@@ -239,12 +239,12 @@ fn pages_are_shared(level: &Level) {
     let rng = &mut Rng::new(92);
     // A common prefix of two pages; then each row has its own.
     let pages = [4, 1, 0, 4, 1, 2, 4, 1, 3];
-    let layout = Slots::Paged { pages: &pages, pages_per_row: 3 };
+    let layout = Slots::Paged { page_table: &pages, pages_per_sequence: 3 };
     small(rng, 3, [5, 4], 3).check(level, Destination { positions: &[8, 9, 8], layout, ..Default::default() });
     // Different slots of one page.
     small(rng, 1, [5, 4], 3).check(level, Destination { positions: &[4, 7, 5], layout, ..Default::default() });
     // One row of the table twice, one page twice in a row of it.
-    let layout = Slots::Paged { pages: &[3, 3, 0], pages_per_row: 3 };
+    let layout = Slots::Paged { page_table: &[3, 3, 0], pages_per_sequence: 3 };
     let to =
         Destination { positions: &[1, 6], counts: Some(&[2, 2]), rows: Some(&[0, 0]), layout, ..Default::default() };
     small(rng, 2, [5, 4], 2).run(level, &kvlane::Serial, to).expect_err("slot 2 of page 3 twice");
@@ -256,7 +256,7 @@ fn pages_are_shared(level: &Level) {
 fn far_positions(level: &Level) {
     let rng = &mut Rng::new(93);
     let mut write = small(rng, 2, [1, 7], 1);
-    let layout = Slots::Ring { sinks: 2 };
+    let layout = Slots::Ring { sink_tokens: 2 };
     let last = i32::MAX - 2;
     write.run(level, &kvlane::Serial, Destination { positions: &[last], layout, ..Default::default() }).unwrap();
     // 2147483645 - 2 is 3 more than a multiple of 5.
@@ -281,7 +281,7 @@ fn numbers_that_look_alike(level: &Level) {
         v_packing: Packing::Rows,
     };
     let axes = [FAR as usize + 9, 2];
-    let layout = Slots::Paged { pages: &[FAR + 3, 3, 4, FAR + 4], pages_per_row: 2 };
+    let layout = Slots::Paged { page_table: &[FAR + 3, 3, 4, FAR + 4], pages_per_sequence: 2 };
     big(4, axes, 2).check(level, Destination { positions: &[0, 0], layout, ..Default::default() });
     let slots = [FAR + 7, 7, 2 * FAR + 7, 6, FAR + 6, 8];
     big(3, axes, 2).check(level, Destination { slots: Some(&slots), layout, ..Default::default() });
@@ -307,9 +307,9 @@ fn token_by_token(level: &Level) {
             };
             let layout = match kind {
                 Kind::Contiguous => Slots::Contiguous,
-                Kind::Ring => Slots::Ring { sinks },
-                Kind::Paged => Slots::Paged { pages: &table, pages_per_row: 5 },
-                Kind::Ragged => Slots::Ragged { starts: &table },
+                Kind::Ring => Slots::Ring { sink_tokens: sinks },
+                Kind::Paged => Slots::Paged { page_table: &table, pages_per_sequence: 5 },
+                Kind::Ragged => Slots::Ragged { cu_seqlens: &table },
             };
             let k = Tensor::random(&mut rng, DType::F32, [2, total, 2, 6], Layout::BSHD, Place::Heap);
             let v = Tensor::random(&mut rng, DType::F32, [2, total, 2, 9], Layout::BSHD, Place::Heap);

@@ -101,9 +101,11 @@ impl RawCache<'_> {
             seen.start = seen.start.max(new.saturating_sub(window.unwrap_or(new)));
             check_held(&seen, &lost, row, old)?;
         }
-        if let Layout::Indirect { rows } = self.layout {
+        if let Layout::Indirect { beam_table } = self.layout {
             let shorter = |row: usize| (lengths[row] as usize, self.length(row));
-            check_slots_free(rows, first.shape[SEQ], self.lengths.len(), &shorter, &|c| (c, lengths[c] as usize))?;
+            check_slots_free(beam_table, first.shape[SEQ], self.lengths.len(), &shorter, &|c| {
+                (c, lengths[c] as usize)
+            })?;
         }
         self.lengths.copy_from_slice(lengths);
         Ok(())
@@ -159,7 +161,7 @@ mod tests {
         let shape = [1, 8, 1, 1];
         let strides = crate::view::contiguous(shape);
         let view = RawView { data: std::ptr::null_mut(), dtype: crate::DType::F32, shape, strides, bytes: None };
-        let ring = Layout::Ring { sinks: 2 };
+        let ring = Layout::Ring { sink_tokens: 2 };
         assert_eq!(held(&ring, &view, 1), [0..1, 1..1]);
         assert_eq!(held(&ring, &view, 8), [0..2, 2..8]);
         assert_eq!(held(&ring, &view, 9), [0..2, 3..9]);

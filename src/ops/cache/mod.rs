@@ -244,9 +244,9 @@ fn validate_rows(layout: &Layout, cache: &RawView, lengths: &[i32]) -> Result<()
 /// The positions that a row of `length` tokens holds: one range, and for a ring that has gone round a second one.
 fn held(layout: &Layout, cache: &RawView, length: usize) -> [Range<usize>; 2] {
     match *layout {
-        Layout::Ring { sinks } => {
-            let newest = layout.retained_from(cache, length).max(sinks);
-            [0..sinks.min(length), newest.min(length)..length]
+        Layout::Ring { sink_tokens } => {
+            let newest = layout.retained_from(cache, length).max(sink_tokens);
+            [0..sink_tokens.min(length), newest.min(length)..length]
         }
         _ => [0..length, length..length],
     }
@@ -255,7 +255,7 @@ fn held(layout: &Layout, cache: &RawView, length: usize) -> [Range<usize>; 2] {
 /// The positions that a row of `length` tokens held once and holds no more.
 fn lost(layout: &Layout, cache: &RawView, length: usize) -> Range<usize> {
     match *layout {
-        Layout::Ring { sinks } => sinks..layout.retained_from(cache, length).max(sinks),
+        Layout::Ring { sink_tokens } => sink_tokens..layout.retained_from(cache, length).max(sink_tokens),
         _ => 0..0,
     }
 }
@@ -283,15 +283,15 @@ fn check_pages_unshared(
     (from, to): (usize, usize),
     others: &dyn Fn(usize) -> usize,
 ) -> Result<()> {
-    let Layout::Paged { pages, pages_per_row } = *layout else { return Ok(()) };
+    let Layout::Paged { page_table, pages_per_sequence } = *layout else { return Ok(()) };
     if from >= to {
         return Ok(());
     }
     let size = cache.shape[SEQ];
-    let own = &pages[row * pages_per_row..(row + 1) * pages_per_row];
+    let own = &page_table[row * pages_per_sequence..(row + 1) * pages_per_sequence];
     for i in from / size..to.div_ceil(size) {
         let page = own[i];
-        for (other, entries) in pages.chunks_exact(pages_per_row).enumerate() {
+        for (other, entries) in page_table.chunks_exact(pages_per_sequence).enumerate() {
             let used = if other == row { to } else { others(other) }.div_ceil(size);
             // Its own entries before this one were compared already, or are not written; those after it will be.
             let entries = if other == row { &entries[..i] } else { &entries[..used] };

@@ -26,7 +26,7 @@ pub fn copy_pages(context: &Context, runner: &dyn Runner, layers: &mut [KvLayer]
 ///
 /// Pages in use are those that hold the first `lengths[b]` tokens of a row b; shared ones stay shared. Only pages beyond
 /// the new end move, in ascending order to the lowest free places, and whole: what is moved is the least that can be, and the
-/// same for the same table. `pages`, `[rows, pages_per_row]`, is updated; its entries beyond a row's length become -1, since what
+/// same for the same table. `page_table`, `[rows, pages_per_sequence]`, is updated; its entries beyond a row's length become -1, since what
 /// they named may be another row's now. (To keep pages that are reserved, count them in `lengths`.)
 ///
 /// `map` has an entry a page; afterwards it says where each page went, -1 for those that were not in use.
@@ -41,10 +41,10 @@ pub fn copy_pages(context: &Context, runner: &dyn Runner, layers: &mut [KvLayer]
 /// use kvlane::*;
 /// let mut pool = [0.0f32, 1.0, 2.0, 3.0, 4.0, 5.0]; // six pages of one slot, of one head of one element
 /// let mut layers = [KvLayer { k: ViewMut::new(&mut pool, [6, 1, 1, 1])?, v: None }];
-/// let (mut pages, mut map) = ([5, 1, -1, 5, 3, 0], [0; 6]);
+/// let (mut page_table, mut map) = ([5, 1, -1, 5, 3, 0], [0; 6]);
 /// // Row 0 has two tokens; row 1 has two and shares the first.
-/// let used = defragment_pages(&Context::new()?, &Serial, &mut layers, &mut pages, 3, &[2, 2], &mut map)?;
-/// assert_eq!((used, pages), (3, [2, 1, -1, 2, 0, -1]));
+/// let used = defragment_pages(&Context::new()?, &Serial, &mut layers, &mut page_table, 3, &[2, 2], &mut map)?;
+/// assert_eq!((used, page_table), (3, [2, 1, -1, 2, 0, -1]));
 /// assert_eq!(map, [-1, 1, -1, 0, -1, 2]);
 /// drop(layers);
 /// assert_eq!(pool[..3], [3.0, 1.0, 5.0]);
@@ -54,13 +54,13 @@ pub fn defragment_pages(
     context: &Context,
     runner: &dyn Runner,
     layers: &mut [KvLayer],
-    pages: &mut [i32],
-    pages_per_row: usize,
+    page_table: &mut [i32],
+    pages_per_sequence: usize,
     lengths: &[i32],
     map: &mut [i32],
 ) -> Result<usize> {
     // SAFETY: the views borrow what they reach.
-    unsafe { defragment_pages_raw(context, runner, &SafeLayers(layers), pages, pages_per_row, lengths, map) }
+    unsafe { defragment_pages_raw(context, runner, &SafeLayers(layers), page_table, pages_per_sequence, lengths, map) }
 }
 
 /// # Safety
@@ -106,8 +106,8 @@ pub(crate) unsafe fn defragment_pages_raw(
     context: &Context,
     runner: &dyn Runner,
     layers: &dyn Layers,
-    pages: &mut [i32],
-    pages_per_row: usize,
+    page_table: &mut [i32],
+    pages_per_sequence: usize,
     lengths: &[i32],
     map: &mut [i32],
 ) -> Result<usize> {
@@ -115,7 +115,7 @@ pub(crate) unsafe fn defragment_pages_raw(
     let (count, size) = (first.shape[BATCH], first.shape[SEQ]);
     let n = map.len();
     ensure!(n == count, Shape, "map has {n} entries, but the pool has {count} pages");
-    let layout = Layout::Paged { pages, pages_per_row };
+    let layout = Layout::Paged { page_table, pages_per_sequence };
     validate_rows(&layout, &first, lengths)?;
     for (row, &length) in lengths.iter().enumerate() {
         layout.validate_row("the cache", &first, row, 0, length as usize)?;
@@ -124,7 +124,7 @@ pub(crate) unsafe fn defragment_pages_raw(
 
     map.fill(-1);
     let mut used = 0;
-    for (row, entries) in pages.chunks_exact(pages_per_row).enumerate() {
+    for (row, entries) in page_table.chunks_exact(pages_per_sequence).enumerate() {
         for &page in &entries[..in_use(row)] {
             let target = &mut map[page as usize];
             if *target < 0 {
@@ -155,7 +155,7 @@ pub(crate) unsafe fn defragment_pages_raw(
             unsafe { move_tokens(&step, &piece.view, from, &piece.view, to, size) };
         }
     })?;
-    for (row, entries) in pages.chunks_exact_mut(pages_per_row).enumerate() {
+    for (row, entries) in page_table.chunks_exact_mut(pages_per_sequence).enumerate() {
         let (live, rest) = entries.split_at_mut(in_use(row));
         live.iter_mut().for_each(|page| *page = map[*page as usize]);
         rest.fill(-1);

@@ -18,18 +18,18 @@ pub(crate) struct Spans<'a> {
     pub layout: Layout<'a>,
     /// Where the queries of every row begin in axis 1 of `q` and `out`, and where the last ones end, if rows are ragged; else
     /// rows are axis 0.
-    pub query_starts: Option<&'a [i32]>,
+    pub cu_seqlens_q: Option<&'a [i32]>,
     pub causal: bool,
     pub window_left: Option<i64>,
     pub window_right: Option<i64>,
     /// Valid keys a row; as many as the cache has room for if absent.
     pub lengths: Option<&'a [i32]>,
     /// First visible key a row; 0 if absent.
-    pub starts: Option<&'a [i32]>,
+    pub kv_starts: Option<&'a [i32]>,
     /// Position of query 0 among the keys, a row; `length - queries` if absent.
     pub offsets: Option<&'a [i32]>,
     /// Keys before this one, a row, are seen whatever causality and windows say; 0 if absent.
-    pub prefixes: Option<&'a [i32]>,
+    pub prefix_lengths: Option<&'a [i32]>,
 }
 
 /// What follows from all rows of [`Spans`].
@@ -81,14 +81,14 @@ impl Spans<'_> {
             seq,
             cache,
             layout: Layout::Contiguous,
-            query_starts: None,
+            cu_seqlens_q: None,
             causal: false,
             window_left: None,
             window_right: None,
             lengths: None,
-            starts: None,
+            kv_starts: None,
             offsets: None,
-            prefixes: None,
+            prefix_lengths: None,
         }
     }
 
@@ -98,12 +98,12 @@ impl Spans<'_> {
 
     /// Queries of a batch row.
     pub fn queries(&self, batch: usize) -> usize {
-        self.query_starts.map_or(self.seq, |s| (s[batch + 1] - s[batch]) as usize)
+        self.cu_seqlens_q.map_or(self.seq, |s| (s[batch + 1] - s[batch]) as usize)
     }
 
     /// The place of a query in axes 0 and 1 of `q` and `out`.
     pub fn query(&self, batch: usize, token: usize) -> (usize, usize) {
-        self.query_starts.map_or((batch, token), |s| (0, s[batch] as usize + token))
+        self.cu_seqlens_q.map_or((batch, token), |s| (0, s[batch] as usize + token))
     }
 
     /// The first key that a row still holds, beside those of its `kept` span.
@@ -114,13 +114,13 @@ impl Spans<'_> {
     /// The keys that every query of `batch` sees, whatever causality and windows say: those of its prefix and, beyond a gap of
     /// keys that a ring has lost, its sinks; then there is only one query.
     pub fn kept(&self, batch: usize) -> (i64, i64) {
-        let low = self.starts.map_or(0, |s| s[batch] as i64);
-        let mut high = self.prefixes.map_or(0, |p| p[batch] as i64);
-        if let Layout::Ring { sinks } = self.layout
+        let low = self.kv_starts.map_or(0, |s| s[batch] as i64);
+        let mut high = self.prefix_lengths.map_or(0, |p| p[batch] as i64);
+        if let Layout::Ring { sink_tokens } = self.layout
             && self.window_left.is_none()
             && self.retained_from(batch) > 0
         {
-            high = high.max(self.right_end(batch, 0).min(sinks as i64));
+            high = high.max(self.right_end(batch, 0).min(sink_tokens as i64));
         }
         let high = high.min(self.length(batch));
         if low < high { (low, high) } else { (0, 0) }
@@ -140,7 +140,7 @@ impl Spans<'_> {
 
     /// Where they begin, by start, window and what a ring retains.
     pub fn left_end(&self, batch: usize, token: usize) -> i64 {
-        let low = self.starts.map_or(0, |s| s[batch] as i64).max(self.retained_from(batch));
+        let low = self.kv_starts.map_or(0, |s| s[batch] as i64).max(self.retained_from(batch));
         self.window_left.map_or(low, |left| low.max(self.position(batch, token) - left))
     }
 
@@ -175,7 +175,7 @@ impl Spans<'_> {
             InvalidValue,
             "lengths is absent, but a ring and pages do not say how many keys a row has"
         );
-        let lists = [("lengths", self.lengths), ("starts", self.starts), ("prefixes", self.prefixes)];
+        let lists = [("lengths", self.lengths), ("kv_starts", self.kv_starts), ("prefix_lengths", self.prefix_lengths)];
         for (name, list) in lists.into_iter().chain([("offsets", self.offsets)]) {
             let n = list.map_or(batch, <[i32]>::len);
             ensure!(n == batch, Shape, "{name} has {n} entries, but q has batch = {batch}");
@@ -229,11 +229,11 @@ impl Spans<'_> {
     /// Checks that a ring has not overwritten what the queries of a row see.
     fn check_retained(&self, row: usize) -> Result<()> {
         let retained = self.retained_from(row);
-        let Layout::Ring { sinks } = self.layout else { return Ok(()) };
+        let Layout::Ring { sink_tokens } = self.layout else { return Ok(()) };
         if retained == 0 {
             return Ok(());
         }
-        let start = self.starts.map_or(0, |s| s[row] as i64);
+        let start = self.kv_starts.map_or(0, |s| s[row] as i64);
         let wanted = match self.window_left {
             None if self.queries(row) == 1 => retained,
             None => start,
@@ -246,11 +246,11 @@ impl Spans<'_> {
              on: give a window, or a ring of more slots",
             self.length(row)
         );
-        let prefix = self.prefixes.map_or(0, |p| p[row] as i64);
+        let prefix = self.prefix_lengths.map_or(0, |p| p[row] as i64);
         ensure!(
-            prefix <= sinks as i64,
+            prefix <= sink_tokens as i64,
             Capacity,
-            "prefixes[{row}] is {prefix}, but the ring keeps {sinks} sinks of row {row}"
+            "prefix_lengths[{row}] is {prefix}, but the ring keeps {sink_tokens} sink tokens of row {row}"
         );
         Ok(())
     }
