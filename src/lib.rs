@@ -19,8 +19,9 @@
 //! | [`pack_row_pairs`], [`unpack_row_pairs`] | values in pairs of slots, for kernels that multiply tiles, and back |
 //! | [`repeat_kv`] | the explicit repeat of KV heads, for whoever needs it in memory |
 //!
-//! In which slots of a cache tokens lie (rings, pages, tables of beams, ragged rows) is said in [`layout`], who sees whom in
-//! [`masks`].
+//! [`layout`] defines in which slots of a cache tokens lie (rings, pages, tables of beams, ragged rows), and [`masks`] which query
+//! sees which key. [`docs`] has the manual: recipes for caches, the C API, performance, conformance, the command line, and a
+//! [glossary](docs::glossary) of the words used here.
 //!
 //! # One decode step
 //! ```
@@ -100,6 +101,7 @@ mod caches;
 #[cfg(feature = "capi")]
 mod capi;
 mod context;
+pub mod docs;
 mod dtype;
 mod error;
 mod isa;

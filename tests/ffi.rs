@@ -273,6 +273,12 @@ fn the_example_runs() {
     assert!(printed.lines().last().is_some_and(|l| l.starts_with(" 7 tokens in the cache")), "{printed}");
 }
 
+#[test]
+fn the_example_of_the_readme_runs() {
+    // One key: the output is its value.
+    assert_eq!(both("step.c", Language::C99).trim(), "1 2 3");
+}
+
 /// A library must not look at the environment for anything but what its documentation says.
 #[test]
 fn the_environment_lowers_the_level() {

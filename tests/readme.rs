@@ -44,9 +44,15 @@ fn the_table_of_operations_is_the_registry() {
     }
 }
 
-#[test]
-fn the_c_example_is_the_one_that_is_compiled() {
-    let (_, after) = README.split_once("```c\n").expect("the README has a C example");
+/// The first C program of a text.
+fn c_example(text: &str) -> &str {
+    let (_, after) = text.split_once("```c\n").expect("the text has a C example");
     let (example, _) = after.split_once("```").expect("the C example ends");
-    assert_eq!(example, include_str!("../ffi-tests/example.c"));
+    example
+}
+
+#[test]
+fn the_c_examples_are_those_that_are_compiled() {
+    assert_eq!(c_example(README), include_str!("../ffi-tests/step.c"));
+    assert_eq!(c_example(include_str!("../src/docs/c_api.md")), include_str!("../ffi-tests/example.c"));
 }

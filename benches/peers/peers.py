@@ -1016,7 +1016,7 @@ def print_row(row: Row) -> None:
 
 
 def markdown(rows: Sequence[Row], about: str) -> str:
-    """The table for the README: milliseconds, the fastest of a row in bold."""
+    """The table for the page on performance: milliseconds, the fastest of a row in bold."""
     present = [key for key in KVLANE | PEERS if any(key in row.times for row in rows)]
     limits = any(row.limit is not None for row in rows)
     names = [(KVLANE | PEERS)[key].name for key in present]
@@ -1035,7 +1035,7 @@ def markdown(rows: Sequence[Row], about: str) -> str:
     return "\n".join([*lines, "", about])
 
 
-def update_readme(path: Path, table: str) -> None:
+def update_table(path: Path, table: str) -> None:
     """Puts the table between the marks."""
     text = path.read_text(encoding="utf-8")
     block = re.compile(r"(<!-- peers -->\n).*?(<!-- /peers -->)", re.DOTALL)
@@ -1090,8 +1090,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=120, help="seconds a trial may take (default: %(default)s)")
     parser.add_argument("--limits", type=Path, help="JSON that has the least seconds a case can take, under 'limits'")
     parser.add_argument("--json", type=Path, help="where to write everything")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table")
-    parser.add_argument("--update-readme", action="store_true", help="write the table into the README")
+    parser.add_argument("--markdown", action="store_true", help="print the table of src/docs/performance.md")
+    parser.add_argument("--update-docs", action="store_true", help="write the table into src/docs/performance.md")
     parser.add_argument("--verbose", action="store_true", help="tell where a trial failed")
     options = parser.parse_args()
     options.limits = read_limits(options.limits)
@@ -1143,8 +1143,8 @@ def main() -> None:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.markdown:
         print(f"\n{table}")
-    if options.update_readme:
-        update_readme(ROOT / "README.md", table)
+    if options.update_docs:
+        update_table(ROOT / "src/docs/performance.md", table)
 
 
 if __name__ == "__main__":
