@@ -6,7 +6,7 @@
 //! after the other over a piece of `W` small enough to stay in cache. A row's bits then do not depend on how many rows
 //! there are, up to that number, nor on the number of threads.
 
-use gemm::Parallelism;
+use gemm_common::Parallelism;
 use rayon::prelude::*;
 
 /// A dense f32 matrix, row-major.
@@ -107,24 +107,30 @@ fn gemm_xwt(x: &[f32], m: usize, w: &[f32], k: usize, y: &mut [f32], threads: us
     assert!(x.len() == m * k && w.len() == n * k && y.len() == m * n);
     let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };
     let (k_stride, n_stride) = (k as isize, n as isize);
-    let (dst, lhs, rhs) = (y.as_mut_ptr(), x.as_ptr(), w.as_ptr());
+    // (pointer, distance of columns, distance of rows); the kernels want a destination whose columns lie together.
+    let (x, w, y) = ((x.as_ptr(), 1, k_stride), (w.as_ptr(), 1, k_stride), (y.as_mut_ptr(), 1, n_stride));
+    let transpose = |(pointer, columns, rows)| (pointer, rows, columns);
+    let (m, n, y, lhs, rhs) = match n {
+        1 => (m, n, y, x, transpose(w)),
+        _ => (n, m, (y.0, y.2, y.1), w, transpose(x)),
+    };
     // SAFETY: the assertion above makes every address that m, n, k and these strides can form lie inside its slice, and
     // the borrows keep `y` apart from `x` and `w`.
     unsafe {
-        gemm::gemm(
+        gemm_f32::gemm::f32::get_gemm_fn()(
             m,
             n,
             k,
-            dst,
-            1,
-            n_stride,
+            y.0,
+            y.1,
+            y.2,
             false,
-            lhs,
-            1,
-            k_stride,
-            rhs,
-            k_stride,
-            1,
+            lhs.0,
+            lhs.1,
+            lhs.2,
+            rhs.0,
+            rhs.1,
+            rhs.2,
             0.0,
             1.0,
             false,
