@@ -47,7 +47,12 @@ impl Tokenizer {
     /// Reads a `tokenizer.json`.
     pub fn from_json(json: &[u8]) -> Result<Self> {
         check_json_merges(json)?;
-        let inner = shielded("tokenizer.json", || tokenizers::Tokenizer::from_bytes(json))?;
+        let inner = shielded("tokenizer.json", || {
+            let mut inner = tokenizers::Tokenizer::from_bytes(json)?;
+            // A decoder is given all of a text and nothing else; and the length to pad to may be any number.
+            inner.with_truncation(None)?.with_padding(None);
+            Ok(inner)
+        })?;
         Ok(Self { inner, prefix: None, suffix: None })
     }
 
@@ -126,7 +131,7 @@ impl Tokenizer {
     /// The ids of a text. With `special`, what the model expects around a text (a start token, say) is added; special
     /// tokens written out in the text are recognised either way.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode(text, special).map_err(Error::tokenizer)?;
+        let encoding = running("encoding a text", || self.inner.encode(text, special))?;
         let mut ids = encoding.get_ids().to_vec();
         if special {
             if let Some(bos) = self.prefix {
@@ -139,7 +144,7 @@ impl Tokenizer {
 
     /// The text of ids, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(Error::tokenizer)
+        running("decoding tokens", || self.inner.decode(ids, true))
     }
 
     /// The token as the vocabulary spells it.
@@ -179,7 +184,7 @@ pub struct TextStream<'a> {
 impl TextStream<'_> {
     /// Takes one id and gives the text that is now complete, which may be none.
     pub fn push(&mut self, id: u32) -> Result<String> {
-        match self.inner.step(id).map_err(Error::tokenizer)? {
+        match running("decoding tokens", || self.inner.step(id))? {
             Some(text) => {
                 self.pending.clear();
                 Ok(text)
@@ -405,6 +410,14 @@ fn shielded<T>(what: &str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<
         Ok(Ok(t)) => Ok(t),
         Ok(Err(e)) => Err(Error::malformed(format!("{what}: {e}"))),
         Err(_) => Err(Error::malformed(format!("{what}: the data makes the tokenizers library panic"))),
+    }
+}
+
+/// As [`shielded`], for what a tokenizer that was read is asked for.
+fn running<T>(what: &str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(f)) {
+        Ok(result) => result.map_err(Error::tokenizer),
+        Err(_) => Err(Error::tokenizer(format!("{what}: the tokenizer's data makes the tokenizers library panic"))),
     }
 }
 
