@@ -621,3 +621,130 @@ fn sentence_piece_from_scores() {
 fn strings_in_files_are_what_the_writer_thinks() {
     assert_eq!(string("ab"), [2, 0, 0, 0, 0, 0, 0, 0, b'a', b'b']);
 }
+
+#[test]
+fn a_text_is_neither_cut_nor_padded() {
+    let with = |from: &str, to: &str| {
+        let json = HF_TOKENIZER.replacen(from, to, 1);
+        assert_ne!(json, HF_TOKENIZER);
+        Tokenizer::from_json(json.as_bytes()).unwrap().encode("abc ab<s>", true).unwrap()
+    };
+    let cut = r#""truncation": {"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}"#;
+    assert_eq!(with(r#""truncation": null"#, cut), [6, 7, 5, 0]);
+    let padded = r#""padding": {"strategy": {"Fixed": 1000000000000}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}"#;
+    assert_eq!(with(r#""padding": null"#, padded), [6, 7, 5, 0]);
+    bounded();
+}
+
+/// Tensors of several block types, all zero.
+fn quantised_model() -> Writer {
+    let mut w = tiny_model();
+    w.set("llama.embedding_length", V::U32(32)).set("llama.feed_forward_length", V::U32(32));
+    w.tensors.clear();
+    // 8 tokens; 2 query heads and 1 key/value head of 16.
+    for (name, rows, ty, block_bytes) in [
+        ("token_embd", 8, 8, 34),
+        ("blk.0.attn_q", 32, 2, 18),
+        ("blk.0.attn_k", 16, 3, 20),
+        ("blk.0.attn_v", 16, 6, 22),
+        ("blk.0.attn_output", 32, 7, 24),
+        ("blk.0.ffn_gate", 32, 1, 2 * 32),
+        ("blk.0.ffn_up", 32, 30, 2 * 32),
+        ("blk.0.ffn_down", 32, 8, 34),
+    ] {
+        let (name, extents) = (format!("{name}.weight"), vec![32, rows as u64]);
+        w.tensors.push(T { name, extents, ty, offset: None, data: vec![0; rows * block_bytes] });
+    }
+    for name in ["blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"] {
+        w.tensor(name, &[32], 0.0);
+    }
+    w
+}
+
+/// A vocabulary with scores in the place of merges.
+fn scored_model() -> Writer {
+    let mut w = tiny_model();
+    let tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a"];
+    w.set("tokenizer.ggml.model", V::Str("llama".into()))
+        .set("tokenizer.ggml.tokens", V::Strs(tokens.map(str::to_owned).to_vec()))
+        .set("tokenizer.ggml.scores", V::F32s(vec![0.0, 0.0, 0.0, -10.0, -11.0, -12.0, -2.0, -1.0]))
+        .set("tokenizer.ggml.token_type", V::I32s(vec![2, 3, 3, 1, 1, 1, 1, 1]))
+        .set("tokenizer.ggml.bos_token_id", V::U32(1))
+        .set("tokenizer.ggml.eos_token_id", V::U32(2))
+        .unset("tokenizer.ggml.merges");
+    w
+}
+
+const UNIGRAM_TOKENIZER: &str = r#"{
+    "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+    "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]},
+    "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
+    "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "</s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": {"</s>": {"id": "</s>", "ids": [1],
+        "tokens": ["</s>"]}}},
+    "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
+    "model": {"type": "Unigram", "unk_id": 0, "byte_fallback": false,
+              "vocab": [["<unk>", 0.0], ["</s>", 0.0], ["▁", -2.0], ["a", -3.0], ["b", -4.0], ["ab", -2.5]]}
+}"#;
+
+const WORD_PIECE_TOKENIZER: &str = r###"{
+    "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+    "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null,
+                   "lowercase": true},
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "\\s+"},
+        "behavior": "Removed", "invert": false}, {"type": "Punctuation", "behavior": "Isolated"}]},
+    "post_processor": null, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+    "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+              "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "a": 1, "##b": 2, "##c": 3, "ab": 4}}
+}"###;
+
+/// The inputs that coverage-guided fuzzing starts from are sound, and what these tests make. With `KVLANE_WRITE_SEEDS` they are
+/// written.
+#[test]
+fn fuzzing_starts_from_sound_files() {
+    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/coverage_fuzz/seeds");
+    // The first byte says which file of the directory it is.
+    let chosen = |file: u8, contents: &[u8]| [&[file], contents].concat();
+    let map: serde_json::Map<_, _> =
+        hf_tensors().iter().map(|(name, ..)| (name.clone(), "model.safetensors".into())).collect();
+    let index = serde_json::json!({ "weight_map": map }).to_string();
+    let files = [
+        ("gguf/byte_level", tiny_model().bytes()),
+        ("gguf/quantised", quantised_model().bytes()),
+        ("gguf/scored", scored_model().bytes()),
+        ("safetensors/tensors", chosen(0, &safetensors(&hf_tensors()))),
+        ("safetensors/config", chosen(1, HF_CONFIG.as_bytes())),
+        ("safetensors/index", chosen(2, index.as_bytes())),
+        ("safetensors/generation", chosen(3, br#"{"eos_token_id": [1, 2]}"#)),
+        ("safetensors/chat", chosen(4, br#"{"chat_template": "{{ text }}"}"#)),
+        ("tokenizer/byte_level", HF_TOKENIZER.as_bytes().to_vec()),
+        ("tokenizer/unigram", UNIGRAM_TOKENIZER.as_bytes().to_vec()),
+        ("tokenizer/word_piece", WORD_PIECE_TOKENIZER.as_bytes().to_vec()),
+    ];
+    let names = ["model.safetensors", "config.json", "model.safetensors.index.json", "generation_config.json"];
+    for (name, bytes) in &files {
+        let path = seeds.join(name);
+        if std::env::var_os("KVLANE_WRITE_SEEDS").is_some() {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, bytes).unwrap();
+        }
+        assert!(
+            std::fs::read(&path).unwrap() == *bytes,
+            "{name} is not what the test makes; KVLANE_WRITE_SEEDS=1 writes it"
+        );
+        match name.split_once('/').unwrap().0 {
+            "gguf" => drop(read_all(bytes.clone()).unwrap_or_else(|e| panic!("{name}: {e}"))),
+            "safetensors" => {
+                let dir = hf_directory("fuzz-seed");
+                let file = names.get(usize::from(bytes[0])).unwrap_or(&"tokenizer_config.json");
+                std::fs::write(dir.join(file), &bytes[1..]).unwrap();
+                read_directory(&dir).unwrap_or_else(|e| panic!("{name}: {e}"));
+            }
+            _ => {
+                let tokenizer = Tokenizer::from_json(bytes).unwrap_or_else(|e| panic!("{name}: {e}"));
+                assert!(!tokenizer.encode("ab", true).unwrap().is_empty(), "{name}");
+            }
+        }
+    }
+}

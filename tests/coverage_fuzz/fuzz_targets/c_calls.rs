@@ -1,0 +1,51 @@
+//! Sequences of calls of the C ABI, right ones and hostile ones, made and judged as by `tests/fuzz`; the input stands for the random
+//! numbers, so that the coverage of a call guides the next.
+#![no_main]
+
+#[path = "../../fuzz/abi.rs"]
+#[allow(dead_code)] // The lists of fields are for the tests of the header.
+mod abi;
+#[path = "../../fuzz/attention.rs"]
+mod attention;
+#[path = "../../fuzz/caches.rs"]
+mod caches;
+#[path = "../../fuzz/call.rs"]
+mod call;
+#[path = "../../fuzz/chunks.rs"]
+mod chunks;
+mod common;
+#[path = "../../fuzz/memory.rs"]
+mod memory;
+#[path = "../../fuzz/places.rs"]
+mod places;
+#[path = "../../fuzz/shards.rs"]
+mod shards;
+#[path = "../../fuzz/targets.rs"]
+mod targets;
+
+use call::{Call, World};
+use common::Rng;
+// Brings in the library, whose symbols `abi` declares.
+use kvlane as _;
+use libfuzzer_sys::fuzz_target;
+use targets::TARGETS;
+
+/// The most calls that one input makes.
+const MOST: usize = 12;
+
+thread_local! {
+    static WORLD: World = World::new();
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let mut rng = Rng::from_bytes(bytes);
+    WORLD.with(|world| {
+        for _ in 0..MOST {
+            let target = &TARGETS[rng.below(TARGETS.len())];
+            (target.run)(Call::new(rng.clone(), world));
+            if rng.is_empty() {
+                break;
+            }
+        }
+    });
+});
