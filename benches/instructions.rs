@@ -13,7 +13,7 @@
 
 use half::{bf16, f16};
 use kvlane::{
-    AttentionOptions, AttentionState, AttentionTensors, Context, Destination, Element, Isa, KvWrite, Packing, Pairing,
+    AttentionOptions, AttentionState, AttentionTensors, Context, Destination, Element, Isa, KvWrite, Pairing,
     Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, Serial, View, ViewMut, Workspace, attention, kv_write,
     merge_states, repeat_kv, rope,
 };
@@ -65,14 +65,13 @@ fn attend<T: Element>(context: Context, queries: usize, keys: usize) -> Box<dyn 
     let (q, k, v, mut out) = (data::<T>(q_len), data::<T>(kv_len), data::<T>(kv_len), data::<T>(q_len));
     let mut workspace = Workspace::new();
     Box::new(move || {
-        let tensors = AttentionTensors {
-            q: View::new(&q, q_shape).unwrap(),
-            k: View::new(&k, kv_shape).unwrap(),
-            v: View::new(&v, kv_shape).unwrap(),
-            out: ViewMut::new(&mut out, q_shape).unwrap(),
-            lse: None,
-        };
-        let options = AttentionOptions { causal: true, ..Default::default() };
+        let tensors = AttentionTensors::new(
+            View::new(&q, q_shape).unwrap(),
+            View::new(&k, kv_shape).unwrap(),
+            View::new(&v, kv_shape).unwrap(),
+            ViewMut::new(&mut out, q_shape).unwrap(),
+        );
+        let options = AttentionOptions::new().causal(true);
         attention(&context, &Serial, &mut workspace, tensors, &options).unwrap();
     })
 }
@@ -84,8 +83,8 @@ fn rotate(context: Context, pairing: Pairing) -> Box<dyn FnMut()> {
     let frequencies = RopeFrequencies::new(DIM, 500_000.0, &RopeScaling::None).unwrap();
     let (cos, sin) = frequencies.table(&context, TOKENS);
     Box::new(move || {
-        let angles = RopeAngles::Table { cos: &cos, sin: &sin };
-        let options = Rope { pairing, rotary_dim: DIM, angles, positions: Positions::Offsets(&[0]) };
+        let angles = RopeAngles::table(&cos, &sin);
+        let options = Rope::new(pairing, DIM, angles, Positions::Offsets(&[0]));
         let (src, dst) = (View::new(&src, shape).unwrap(), ViewMut::new(&mut dst, shape).unwrap());
         rope(&context, &Serial, src, dst, &options).unwrap();
     })
@@ -97,16 +96,13 @@ fn write<S: Element, D: Element>(context: Context) -> Box<dyn FnMut()> {
     let n = shape.iter().product();
     let (k, v, mut k_cache, mut v_cache) = (data::<S>(n), data::<S>(n), data::<D>(n), data::<D>(n));
     Box::new(move || {
-        let write = KvWrite {
-            k: View::new(&k, shape).unwrap(),
-            v: View::new(&v, shape).unwrap(),
-            k_cache: ViewMut::new(&mut k_cache, shape).unwrap(),
-            v_cache: ViewMut::new(&mut v_cache, shape).unwrap(),
-            to: Destination { positions: &[0], ..Default::default() },
-            k_norm: None,
-            rope: None,
-            v_packing: Packing::Rows,
-        };
+        let write = KvWrite::new(
+            View::new(&k, shape).unwrap(),
+            View::new(&v, shape).unwrap(),
+            ViewMut::new(&mut k_cache, shape).unwrap(),
+            ViewMut::new(&mut v_cache, shape).unwrap(),
+            Destination::positions(&[0]),
+        );
         kv_write(&context, &Serial, write).unwrap();
     })
 }
@@ -125,7 +121,7 @@ fn merge(context: Context) -> Box<dyn FnMut()> {
     let (a, b, mut out) = (data::<f32>(n), data::<f32>(n), data::<f32>(n));
     let lse = data::<f32>(n / DIM);
     Box::new(move || {
-        let states = [&a, &b].map(|out| AttentionState { out: View::new(out, shape).unwrap(), lse: &lse });
+        let states = [&a, &b].map(|out| AttentionState::new(View::new(out, shape).unwrap(), &lse));
         merge_states(&context, &Serial, &states, ViewMut::new(&mut out, shape).unwrap(), None).unwrap();
     })
 }

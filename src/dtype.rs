@@ -2,12 +2,11 @@
 
 use half::{bf16, f16};
 
-/// The type of the elements behind a view.
+/// The type of the elements behind a view: what arithmetic reads and writes.
 ///
-/// The values are those of `kvl_dtype` in the C header; room is left for quantised and packed types.
+/// The values are those of `kvl_dtype` in the C header. The list is closed, so that a match on it names every type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
-#[non_exhaustive]
 pub enum DType {
     /// IEEE 754 binary32.
     F32 = 0,
@@ -21,7 +20,7 @@ impl DType {
     /// Every element type.
     pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
 
-    /// Bytes an element.
+    /// Bytes per element.
     pub const fn size(self) -> usize {
         match self {
             Self::F32 => 4,

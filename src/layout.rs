@@ -1,25 +1,24 @@
-//! Layouts: in which slot of a cache each token of a sequence lies.
-//!
-//! A cache is two views, one of keys and one of values, `[batch, slots, kv_heads, dim]`. The layout says what their first two axes
-//! mean. Every operation counts *positions*: position p of a sequence is its token number p, wherever that token lies.
-//!
-//! | layout | first two axes of the views | slot of position p of sequence b |
-//! | --- | --- | --- |
-//! | [`Contiguous`](Layout::Contiguous) | sequences, capacity | `[b, p]` |
-//! | [`Ring`](Layout::Ring) | sequences, capacity | `[b, p]` while `p < sink_tokens`, then `[b, sink_tokens + (p - sink_tokens) % (capacity - sink_tokens)]` |
-//! | [`Paged`](Layout::Paged) | pages, page size | `[page_table[b][p / size], p % size]` |
-//! | [`Indirect`](Layout::Indirect) | sequences, capacity | `[beam_table[b][p], p]` |
-//! | [`Ragged`](Layout::Ragged) | 1, tokens | `[0, cu_seqlens[b] + p]` |
-//!
-//! Strides belong to the views: pages `[page, size, heads, dim]` (NHD) and `[page, heads, size, dim]` (HND) differ in their strides
-//! only.
-//!
-//! Values may be [packed](Packing) in pairs of slots, for kernels that multiply tiles.
+//! Where in a cache the tokens of a sequence lie.
 
 use crate::error::{Result, ensure};
 use crate::view::{BATCH, MAX_AXIS, RawView, SEQ};
 
-/// In which slots of a cache the tokens of its sequences lie; see the [table](self).
+/// In which slot of a cache each token of a sequence lies.
+///
+/// A cache is two views, one of keys and one of values, `[batch, slots, kv_heads, dim]`. The layout says what their first two axes
+/// mean. Every operation counts *positions*: position p of a sequence is its token number p, wherever that token lies. The bits of
+/// an output do not depend on the layout.
+///
+/// | layout | first two axes of the views | slot of position p of sequence b |
+/// | --- | --- | --- |
+/// | [`Contiguous`](Self::Contiguous) | sequences, capacity | `[b, p]` |
+/// | [`Ring`](Self::Ring) | sequences, capacity | `[b, p]` while `p < sink_tokens`, then `[b, sink_tokens + (p - sink_tokens) % (capacity - sink_tokens)]` |
+/// | [`Paged`](Self::Paged) | pages, page size | `[page_table[b][p / size], p % size]` |
+/// | [`Indirect`](Self::Indirect) | sequences, capacity | `[beam_table[b][p], p]` |
+/// | [`Ragged`](Self::Ragged) | 1, tokens | `[0, cu_seqlens[b] + p]` |
+///
+/// Strides belong to the views: pages `[page, size, heads, dim]` (NHD) and `[page, heads, size, dim]` (HND) differ in their strides
+/// only. Values may be [packed](Packing) in pairs of slots, for kernels that multiply tiles.
 ///
 /// Tables are `i32` lists that the caller keeps; a call reads them and never writes them.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,11 +28,13 @@ pub enum Layout<'a> {
     #[default]
     Contiguous,
     /// Every sequence keeps its first `sink_tokens` tokens and, in the remaining `capacity - sink_tokens` slots, its newest ones.
+    #[non_exhaustive]
     Ring {
         /// How many of the first tokens are never overwritten; less than the capacity.
         sink_tokens: usize,
     },
     /// Sequences are made of pages of a common pool. Sequences may share a page that none of them writes.
+    #[non_exhaustive]
     Paged {
         /// `[batch, pages_per_sequence]`: the page that holds each `page size` tokens. Entries beyond the length of a sequence are
         /// not read.
@@ -42,16 +43,40 @@ pub enum Layout<'a> {
         pages_per_sequence: usize,
     },
     /// Beam search without copies: for every token, a table names the sequence it was written to.
+    #[non_exhaustive]
     Indirect {
         /// `[batch, capacity]`: the index on the first axis of the cache of every token. Entries beyond the length of a sequence are
         /// not read.
         beam_table: &'a [i32],
     },
     /// Sequences of different lengths lie one after the other.
+    #[non_exhaustive]
     Ragged {
         /// `[batch + 1]`, ascending: the first slot of every sequence, and the end of the last one.
         cu_seqlens: &'a [i32],
     },
+}
+
+impl<'a> Layout<'a> {
+    /// [`Layout::Ring`].
+    pub fn ring(sink_tokens: usize) -> Self {
+        Self::Ring { sink_tokens }
+    }
+
+    /// [`Layout::Paged`].
+    pub fn paged(page_table: &'a [i32], pages_per_sequence: usize) -> Self {
+        Self::Paged { page_table, pages_per_sequence }
+    }
+
+    /// [`Layout::Indirect`].
+    pub fn indirect(beam_table: &'a [i32]) -> Self {
+        Self::Indirect { beam_table }
+    }
+
+    /// [`Layout::Ragged`].
+    pub fn ragged(cu_seqlens: &'a [i32]) -> Self {
+        Self::Ragged { cu_seqlens }
+    }
 }
 
 /// How the values of neighbouring slots lie in a cache.

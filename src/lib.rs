@@ -19,53 +19,36 @@
 //! | [`pack_row_pairs`], [`unpack_row_pairs`] | values in pairs of slots, for kernels that multiply tiles, and back |
 //! | [`repeat_kv`] | the explicit repeat of KV heads, for whoever needs it in memory |
 //!
-//! [`layout`] defines in which slots of a cache tokens lie (rings, pages, tables of beams, ragged rows), and [`masks`] which query
+//! [`Layout`] defines in which slots of a cache tokens lie (rings, pages, beam tables, ragged sequences), and [`masks`] which query
 //! sees which key. [`docs`] has the manual: recipes for caches, the C API, performance, conformance, the command line, and a
 //! [glossary](docs::glossary) of the words used here.
 //!
 //! # One decode step
 //! ```
-//! use half::f16;
 //! use kvlane::*;
 //!
-//! let context = Context::new()?; // once: picks the kernels for this CPU
-//! let (batch, capacity, heads, kv_heads, dim) = (2, 64, 6, 2, 32);
-//! let cache = [batch, capacity, kv_heads, dim];
-//! let mut keys = vec![f16::ZERO; cache.iter().product()];
-//! let mut values = keys.clone();
-//! let frequencies = RopeFrequencies::new(dim, 10_000.0, &RopeScaling::None)?;
-//! let mut workspace = Workspace::new();
-//!
-//! // Row 0 holds 7 tokens, row 1 holds 30; one new token each.
-//! let mut lengths = [7i32, 30];
-//! let (mut q, k, v) = (vec![0.1f32; batch * heads * dim], vec![0.2f32; batch * kv_heads * dim], vec![0.3f32; batch * kv_heads * dim]);
-//! let at = Rope {
-//!     pairing: Pairing::HalfSplit,
-//!     rotary_dim: dim,
-//!     angles: RopeAngles::Frequencies(&frequencies),
-//!     positions: Positions::Offsets(&lengths),
-//! };
-//! rope_in_place(&context, &Serial, ViewMut::new(&mut q, [batch, 1, heads, dim])?, &at)?;
-//! kv_write(&context, &Serial, KvWrite {
-//!     k: View::new(&k, [batch, 1, kv_heads, dim])?,
-//!     v: View::new(&v, [batch, 1, kv_heads, dim])?,
-//!     k_cache: ViewMut::new(&mut keys, cache)?,
-//!     v_cache: ViewMut::new(&mut values, cache)?,
-//!     to: Destination { positions: &lengths, ..Default::default() },
-//!     k_norm: None,
-//!     rope: Some(at),
-//!     v_packing: Packing::Rows,
-//! })?;
-//! lengths.iter_mut().for_each(|n| *n += 1);
-//! let mut out = vec![0f32; batch * heads * dim];
-//! attention(&context, &Serial, &mut workspace, AttentionTensors {
-//!     q: View::new(&q, [batch, 1, heads, dim])?,
-//!     k: View::new(&keys, cache)?,
-//!     v: View::new(&values, cache)?,
-//!     out: ViewMut::new(&mut out, [batch, 1, heads, dim])?,
-//!     lse: None,
-//! }, &AttentionOptions { causal: true, lengths: Some(&lengths), ..Default::default() })?;
-//! # Ok::<(), kvlane::Error>(())
+//! fn main() -> Result<()> {
+//!     let context = Context::new()?; // once: picks the kernels for this CPU
+//!     let mut workspace = Workspace::new(); // scratch memory, kept between calls
+//!     // A cache of two sequences with room for 64 tokens, 2 KV heads of 32, in f16. They hold 7 and 30 tokens.
+//!     let (q_shape, kv_shape, cache_shape) = ([2, 1, 6, 32], [2, 1, 2, 32], [2, 64, 2, 32]);
+//!     let (mut keys, mut values) = (vec![half::f16::ZERO; 8192], vec![half::f16::ZERO; 8192]);
+//!     let mut lengths = [7, 30];
+//!     // One new token per sequence: 6 query heads share the 2 KV heads.
+//!     let (mut q, k, v, mut out) = ([0.1f32; 384], [0.2f32; 128], [0.3f32; 128], [0.0f32; 384]);
+//!     let frequencies = RopeFrequencies::new(32, 10_000.0, &RopeScaling::None)?;
+//!     let rope = Rope::new(Pairing::HalfSplit, 32, &frequencies, Positions::Offsets(&lengths));
+//!     rope_in_place(&context, &Serial, ViewMut::new(&mut q, q_shape)?, &rope)?;
+//!     let (k, v) = (View::new(&k, kv_shape)?, View::new(&v, kv_shape)?);
+//!     let (k_cache, v_cache) = (ViewMut::new(&mut keys, cache_shape)?, ViewMut::new(&mut values, cache_shape)?);
+//!     let write = KvWrite::new(k, v, k_cache, v_cache, Destination::positions(&lengths));
+//!     kv_write(&context, &Serial, write.rope(rope))?; // keys are rotated on their way into the cache
+//!     lengths.iter_mut().for_each(|n| *n += 1);
+//!     let (k, v) = (View::new(&keys, cache_shape)?, View::new(&values, cache_shape)?);
+//!     let tensors = AttentionTensors::new(View::new(&q, q_shape)?, k, v, ViewMut::new(&mut out, q_shape)?);
+//!     let options = AttentionOptions::new().causal(true).lengths(&lengths);
+//!     attention(&context, &Serial, &mut workspace, tensors, &options)
+//! }
 //! ```
 //!
 //! # What is promised
@@ -89,7 +72,7 @@
 //! ```
 //! One direction, no way back: `capi` knows no kernel, a kernel knows no descriptor, the driver uses only what a user has.
 //! A tensor is a [`View`]: always `[batch, seq, heads, dim]`, the order in memory given by strides. An operation
-//! ([`ops`]) validates everything once, cuts the work into tiles by the problem's shape, and hands them to a kernel through
+//! validates everything once, cuts the work into tiles by the problem's shape, and hands them to a kernel through
 //! the runner; scratch memory is a [`Workspace`] that the caller keeps. A kernel is a generic algorithm compiled for one
 //! [`Isa`] level and listed in the registry ([`kernels()`]), which dispatch, tests and benches all walk: what is not in it
 //! does not exist. [`Context::kernel`] tells which one serves a call; `KVLANE_MAX_ISA` and [`Context::with_max_isa`] lower.
@@ -106,9 +89,9 @@ mod dtype;
 mod error;
 mod isa;
 mod kernels;
-pub mod layout;
+mod layout;
 pub mod masks;
-pub mod ops;
+mod ops;
 mod parallel;
 mod view;
 
@@ -131,7 +114,7 @@ pub use ops::cache::{
     reorder_workspace_size, set_table_tokens,
 };
 pub use ops::chunks::{
-    ChunkMerge, MAX_SPANS, attention_chunks, attention_chunks_workspace_size, chunk_states_len, merge_chunks,
+    ChunkMerge, MAX_SEGMENTS, attention_chunks, attention_chunks_workspace_size, chunk_states_len, merge_chunks,
     merge_chunks_workspace_size,
 };
 pub use ops::mask::{BitMask, Mask};
@@ -142,9 +125,10 @@ pub use ops::plan::AttentionPlan;
 pub use ops::prefix::{SharedPrefix, attention_with_prefix, attention_with_prefix_workspace_size};
 pub use ops::repeat::repeat_kv;
 pub use ops::rope::{
-    MAX_ROTARY_DIM, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, rope, rope_in_place,
+    Llama3Scaling, LongRopeScaling, MAX_ROTARY_DIM, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling,
+    YarnScaling, rope, rope_in_place,
 };
-pub use ops::shard::{HeadShard, Mesh, SPLIT_GRID, Shard, SpanLists, shard_slots};
+pub use ops::shard::{HeadShard, Mesh, SPLIT_GRID, SegmentLists, Shard, shard_slots};
 pub use ops::workspace::Workspace;
 pub use ops::write::{Destination, KvWrite, kv_write};
 #[cfg(feature = "rayon")]

@@ -90,18 +90,14 @@
 //! let keys = vec![0.5f32; 2 * 4 * 4];
 //! let values: Vec<f32> = (0..8).flat_map(|token| [token as f32; 4]).collect();
 //! let (q, mut out) = (vec![0.0f32; 3 * 4], vec![0.0f32; 3 * 4]);
-//! attention(&context, &Serial, &mut Workspace::new(), AttentionTensors {
-//!     q: View::new(&q, [1, 3, 1, 4])?,
-//!     k: View::new(&keys, [2, 4, 1, 4])?,
-//!     v: View::new(&values, [2, 4, 1, 4])?,
-//!     out: ViewMut::new(&mut out, [1, 3, 1, 4])?,
-//!     lse: None,
-//! }, &AttentionOptions {
-//!     cu_seqlens_q: Some(&qo_indptr),
-//!     lengths: Some(&lengths),
-//!     bit_mask: Some(bits),
-//!     ..Default::default()
-//! })?;
+//! let tensors = AttentionTensors::new(
+//!     View::new(&q, [1, 3, 1, 4])?,
+//!     View::new(&keys, [2, 4, 1, 4])?,
+//!     View::new(&values, [2, 4, 1, 4])?,
+//!     ViewMut::new(&mut out, [1, 3, 1, 4])?,
+//! );
+//! let options = AttentionOptions::new().cu_seqlens_q(&qo_indptr).lengths(&lengths).bit_mask(bits);
+//! attention(&context, &Serial, &mut Workspace::new(), tensors, &options)?;
 //! // All weights are equal: means of tokens 0 and 2, of 4 to 6, and of 5 to 7.
 //! for (query, mean) in [1.0, 5.0, 6.0].into_iter().enumerate() {
 //!     assert!((out[4 * query] - mean).abs() < 1e-6);
@@ -126,13 +122,13 @@
 //! let q = vec![0.0f32; n * 4];
 //! let mut out = vec![0.0f32; n * 4];
 //! let bits = BitMask::strided(&tree, 0, [1, n, 1, n], [0, 8, 0])?.with_first_keys(&cached);
-//! attention(&context, &Serial, &mut Workspace::new(), AttentionTensors {
-//!     q: View::new(&q, [1, n, 1, 4])?,
-//!     k: View::new(&keys, [1, 8, 1, 4])?,
-//!     v: View::new(&values, [1, 8, 1, 4])?,
-//!     out: ViewMut::new(&mut out, [1, n, 1, 4])?,
-//!     lse: None,
-//! }, &AttentionOptions { bit_mask: Some(bits), ..Default::default() })?;
+//! let tensors = AttentionTensors::new(
+//!     View::new(&q, [1, n, 1, 4])?,
+//!     View::new(&keys, [1, 8, 1, 4])?,
+//!     View::new(&values, [1, 8, 1, 4])?,
+//!     ViewMut::new(&mut out, [1, n, 1, 4])?,
+//! );
+//! attention(&context, &Serial, &mut Workspace::new(), tensors, &AttentionOptions::new().bit_mask(bits))?;
 //! // All weights are equal: means of tokens 0 to 5, of those and 6, of those and 7 without 6.
 //! for (query, mean) in [2.5, 3.0, 22.0 / 7.0].into_iter().enumerate() {
 //!     assert!((out[4 * query] - mean).abs() < 1e-6);

@@ -61,46 +61,41 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
     let mut out = Tensor::output(dtype, [2, 1, 6, 64], Layout::BSHD, Place::Heap);
     for (axes, layout) in [
         ([2, room], Slots::Contiguous),
-        ([2, room / 4], Slots::Ring { sink_tokens: 4 }),
-        ([2 * room / 16, 16], Slots::Paged { page_table: &pages, pages_per_sequence: room / 16 }),
-        ([2, room], Slots::Indirect { beam_table: &rows }),
-        ([1, 2 * room], Slots::Ragged { cu_seqlens: &starts }),
+        ([2, room / 4], Slots::ring(4)),
+        ([2 * room / 16, 16], Slots::paged(&pages, room / 16)),
+        ([2, room], Slots::indirect(&rows)),
+        ([1, 2 * room], Slots::ragged(&starts)),
     ] {
         let shape = [axes[0], axes[1], 2, 64];
         let k = Tensor::random(rng, dtype, shape, Layout::BSHD, Place::Heap);
         let v = Tensor::random(rng, dtype, shape, Layout::BSHD, Place::Heap);
         let mut attend = |options: &AttentionOptions| {
-            let tensors = AttentionTensors { q: q.view(), k: k.view(), v: v.view(), out: out.view_mut(), lse: None };
+            let tensors = AttentionTensors::new(q.view(), k.view(), v.view(), out.view_mut());
             attention(context, runner, &mut workspace, tensors, options).unwrap();
         };
-        let options = AttentionOptions {
-            causal: true,
-            lengths: Some(&[long, 40]),
-            prefix_lengths: Some(&[4, 0]),
-            layout,
-            ..Default::default()
-        };
+        let lengths = [long, 40];
+        let options = AttentionOptions::new().causal(true).lengths(&lengths).prefix_lengths(&[4, 0]).layout(layout);
         let firsts = [long - 1, 39];
         let bits = BitMask::strided(&tree, 0, [2, 1, 6, 1], [8, 0, 0]).unwrap().with_first_keys(&firsts);
         let mut plan = AttentionPlan::new([2, 1, 6, 64], shape, &options).unwrap();
         // Grows the workspace.
         attend(&options);
         most = most.max(allocations(|| attend(&options)));
-        most = most.max(allocations(|| attend(&AttentionOptions { bit_mask: Some(bits), ..options })));
+        most = most.max(allocations(|| attend(&options.bit_mask(bits))));
         most = most.max(allocations(|| plan.advance(&[1, 3]).unwrap()));
-        most = most.max(allocations(|| attend(&AttentionOptions { plan: Some(&plan), ..Default::default() })));
+        most = most.max(allocations(|| attend(&AttentionOptions::new().plan(&plan))));
         most = most.max(allocations(|| plan.update([2, 1, 6, 64], shape, &options).unwrap()));
-        let masked = AttentionOptions { bit_mask: Some(bits), ..options };
+        let masked = options.bit_mask(bits);
         plan.update([2, 1, 6, 64], shape, &masked).unwrap();
         most = most.max(allocations(|| plan.update([2, 1, 6, 64], shape, &masked).unwrap()));
-        most = most.max(allocations(|| attend(&AttentionOptions { plan: Some(&plan), ..Default::default() })));
+        most = most.max(allocations(|| attend(&AttentionOptions::new().plan(&plan))));
     }
     let k = Tensor::random(rng, dtype, [2, 40, 2, 64], Layout::BSHD, Place::Heap);
     let shared = Tensor::random(rng, dtype, [1, room - 20, 2, 64], Layout::BSHD, Place::Heap);
     let mut cascade = || {
-        let prefix = SharedPrefix { k: shared.view(), v: shared.view() };
-        let tensors = AttentionTensors { q: q.view(), k: k.view(), v: k.view(), out: out.view_mut(), lse: None };
-        let options = AttentionOptions { causal: true, lengths: Some(&[40, 7]), ..Default::default() };
+        let prefix = SharedPrefix::new(shared.view(), shared.view());
+        let tensors = AttentionTensors::new(q.view(), k.view(), k.view(), out.view_mut());
+        let options = AttentionOptions::new().causal(true).lengths(&[40, 7]);
         attention_with_prefix(context, runner, &mut workspace, prefix, tensors, &options).unwrap();
     };
     cascade();
@@ -108,7 +103,8 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
 
     let k = Tensor::random(rng, dtype, [2, room, 2, 64], Layout::BSHD, Place::Heap);
     let mut states = vec![0.0; chunk_states_len(q.shape, room, 64)];
-    let options = AttentionOptions { causal: true, lengths: Some(&[long, 40]), ..Default::default() };
+    let lengths = [long, 40];
+    let options = AttentionOptions::new().causal(true).lengths(&lengths);
     let threads = runner.num_threads();
     let mut workspace =
         Workspace::with_capacity(attention_chunks_workspace_size(q.shape, [2, room, 2, 64], 64, threads));
@@ -118,7 +114,7 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
     }));
     let size = merge_chunks_workspace_size(out.shape, 2, 2 * states.len(), threads);
     let mut workspace = Workspace::with_capacity(size);
-    let merge = ChunkMerge { kv_heads: 2, dtype, precision: Precision::Default, sink_logits: None };
+    let merge = ChunkMerge::new(2, dtype);
     most.max(allocations(|| {
         let spans = [&states[..], &states[..]];
         merge_chunks(context, runner, &mut workspace, &spans, &merge, out.view_mut(), None).unwrap();
@@ -147,13 +143,8 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
                 let mut workspace = Workspace::with_capacity(size);
                 let mut out = Tensor::output(dtype, [2, tokens, 6, 40], case.out_layout, Place::Heap);
                 let mut lse = vec![0.0; 2 * tokens * 6];
-                let tensors = AttentionTensors {
-                    q: case.q.view(),
-                    k: case.k.view(),
-                    v: case.v.view(),
-                    out: out.view_mut(),
-                    lse: Some(&mut lse),
-                };
+                let tensors =
+                    AttentionTensors::new(case.q.view(), case.k.view(), case.v.view(), out.view_mut()).lse(&mut lse);
                 let options = case.options.borrow();
                 let made = allocations(|| attention(context, runner, &mut workspace, tensors, &options).unwrap());
                 most = most.max(made);
@@ -172,27 +163,20 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
             let lse = vec![0.5; 2 * seq * 4];
             let mut joint = vec![0.5; 2 * seq * 4];
             let frequencies = RopeFrequencies::new(64, 1e4, &RopeScaling::None).unwrap();
-            let options = Rope {
-                pairing: Pairing::Interleaved,
-                rotary_dim: 64,
-                angles: RopeAngles::Frequencies(&frequencies),
-                positions: Positions::Offsets(&[5, 0]),
-            };
+            let options = Rope::new(Pairing::Interleaved, 64, &frequencies, Positions::Offsets(&[5, 0]));
             for rotation in [None, Some(options)] {
-                let write = KvWrite {
-                    k: x.view(),
-                    v: x.view(),
-                    k_cache: k_cache.view_mut(),
-                    v_cache: v_cache.view_mut(),
-                    to: Destination { positions: &[5, 0], rows: Some(&[1, 0]), ..Default::default() },
-                    k_norm: None,
-                    rope: rotation,
-                    v_packing: Packing::Rows,
-                };
+                let mut write = KvWrite::new(
+                    x.view(),
+                    x.view(),
+                    k_cache.view_mut(),
+                    v_cache.view_mut(),
+                    Destination::positions(&[5, 0]).rows(&[1, 0]),
+                );
+                write.rope = rotation;
                 most = most.max(allocations(|| kv_write(context, runner, write).unwrap()));
             }
             // Every layout, by positions and by slots that are in no order; values in pairs; a norm on the way.
-            let norm = RmsNorm { weight: None, eps: 1e-6 };
+            let norm = RmsNorm::new(1e-6);
             let slots: Vec<i32> = (0..2 * seq as i32).rev().collect();
             let room = (seq + 9).next_multiple_of(2);
             let pages: Vec<i32> = (0..2 * room as i32).rev().collect();
@@ -200,24 +184,20 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
             let positions: &[i32] = &[5, 0];
             let size = 2 * room;
             for (slots, axes, layout) in [
-                (None, [2, 300], Slots::Ring { sink_tokens: 4 }),
-                (None, [size, 2], Slots::Paged { page_table: &pages, pages_per_sequence: room }),
-                (Some(&slots[..]), [size, 2], Slots::Paged { page_table: &[], pages_per_sequence: 0 }),
-                (None, [1, size], Slots::Ragged { cu_seqlens: &ends }),
+                (None, [2, 300], Slots::ring(4)),
+                (None, [size, 2], Slots::paged(&pages, room)),
+                (Some(&slots[..]), [size, 2], Slots::paged(&[], 0)),
+                (None, [1, size], Slots::ragged(&ends)),
             ] {
                 for rotation in [None, Some(options)] {
                     let mut k_cache = Tensor::output(dtype, [axes[0], axes[1], 4, 64], Layout::BSHD, Place::Heap);
                     let mut v_cache = Tensor::output(dtype, [axes[0], axes[1] / 2, 4, 128], Layout::BSHD, Place::Heap);
-                    let write = KvWrite {
-                        k: x.view(),
-                        v: x.view(),
-                        k_cache: k_cache.view_mut(),
-                        v_cache: v_cache.view_mut(),
-                        to: Destination { positions, slots, layout, ..Default::default() },
-                        k_norm: Some(norm),
-                        rope: rotation,
-                        v_packing: Packing::RowPairs,
-                    };
+                    let mut to = Destination::positions(positions).layout(layout);
+                    to.slots = slots;
+                    let mut write = KvWrite::new(x.view(), x.view(), k_cache.view_mut(), v_cache.view_mut(), to)
+                        .k_norm(norm)
+                        .v_packing(Packing::RowPairs);
+                    write.rope = rotation;
                     most = most.max(allocations(|| kv_write(context, runner, write).unwrap()));
                 }
             }
@@ -236,7 +216,7 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
             most = most.max(allocations(|| rope_in_place(context, runner, to, &options).unwrap()));
             let (from, to) = (same.view(), repeated.view_mut());
             most = most.max(allocations(|| repeat_kv(context, runner, from, to).unwrap()));
-            let states = [AttentionState { out: same.view(), lse: &lse }; 3];
+            let states = [AttentionState::new(same.view(), &lse); 3];
             let to = y.view_mut();
             most = most.max(allocations(|| merge_states(context, runner, &states, to, Some(&mut joint)).unwrap()));
         }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use gguf_writer::{T, V, Writer, string, tiny_model};
 use kvlane::driver::gguf::{Array, Gguf, Value};
 use kvlane::driver::{ErrorKind, ModelFile, Result, Stretch, Tokenizer, Weights};
-use kvlane::{Pairing, RopeScaling};
+use kvlane::{Llama3Scaling, Pairing, RopeScaling};
 use proptest::prelude::*;
 
 /// Remembers the largest single request. Everything here is a few kilobytes of file; what it may lead to is bounded.
@@ -516,23 +516,18 @@ fn hf_rope_scaling_is_read() {
             r#"{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192}"#
         ),
-        Stretch::Fixed(RopeScaling::Llama3 {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position: 8192.0
-        })
+        Stretch::Fixed(Llama3Scaling::new(8.0, 8192.0).low_freq_factor(1.0).high_freq_factor(4.0).into())
     );
     assert_eq!(
         scaling("rope-linear", r#"{"type": "linear", "factor": 4.0}"#),
         Stretch::Fixed(RopeScaling::Linear { factor: 4.0 })
     );
-    let Stretch::Fixed(RopeScaling::Yarn { factor, original_max_position, beta_fast, .. }) =
+    let Stretch::Fixed(RopeScaling::Yarn(yarn)) =
         scaling("rope-yarn", r#"{"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}"#)
     else {
         panic!("not YaRN")
     };
-    assert_eq!((factor, original_max_position, beta_fast), (2.0, 64.0, 16.0));
+    assert_eq!((yarn.factor, yarn.original_max_position, yarn.beta_fast), (2.0, 64.0, 16.0));
     let long = r#"{"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}"#;
     assert!(matches!(scaling("rope-long", long), Stretch::LongRope { long, .. } if long == [2.0, 3.0]));
 }

@@ -7,7 +7,7 @@ use kvlane::driver::{
     Cache, Decoder, Finish, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Streaming, Stretch, Threads,
     Tokenizer, embedded,
 };
-use kvlane::{DType, Isa, Pairing, RopeScaling};
+use kvlane::{DType, Isa, Pairing, RopeScaling, YarnScaling};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -186,14 +186,7 @@ fn forgetting_a_span_is_not_having_read_it() {
     let file = embedded::open().unwrap();
     let ids: Vec<u32> = (0..48).map(|i| (i * 151 + 7) % 2000).collect();
     // YaRN's factor on cosines and sines must not come twice into a key that is turned again.
-    let yarn = RopeScaling::Yarn {
-        factor: 4.0,
-        original_max_position: 128.0,
-        beta_fast: 32.0,
-        beta_slow: 1.0,
-        attention_factor: Some(1.5),
-        truncate: true,
-    };
+    let yarn = YarnScaling::new(4.0, 128.0).attention_factor(1.5).into();
     for scaling in [RopeScaling::None, yarn] {
         let (mut config, mut weights) = (file.config().clone(), file.weights(&|_, _| ()).unwrap());
         config.layers.truncate(1);

@@ -344,10 +344,10 @@ struct Angles {
 impl Angles {
     fn rope(&self, pairing: Pairing, table: bool) -> Rope<'_> {
         let angles = match table {
-            true => RopeAngles::Table { cos: &self.cos, sin: &self.sin },
+            true => RopeAngles::table(&self.cos, &self.sin),
             false => RopeAngles::Frequencies(&self.frequencies),
         };
-        Rope { pairing, rotary_dim: self.frequencies.rotary_dim(), angles, positions: Positions::Offsets(&[0]) }
+        Rope::new(pairing, self.frequencies.rotary_dim(), angles, Positions::Offsets(&[0]))
     }
 }
 
@@ -370,7 +370,7 @@ impl Prepared {
     /// The library refuses it, or the runner fails.
     pub fn run(&mut self, runner: &dyn Runner) -> Result<()> {
         let Self { context, precision, work, tensors, angles, lse, weight, workspace } = self;
-        let norm = RmsNorm { weight: Some(weight), eps: 1e-6 };
+        let norm = RmsNorm::new(1e-6).weight(weight);
         match (*work, &mut tensors[..], angles) {
             (Work::Angles { positions, .. }, [], Some(angles)) => {
                 std::hint::black_box(angles.frequencies.table(context, positions));
@@ -387,28 +387,26 @@ impl Prepared {
                 rope(context, runner, src.view()?, dst.view_mut()?, &angles.rope(pairing, table))
             }
             (Work::Write { norm: normed, packing, .. }, [k, v, k_cache, v_cache], angles) => {
-                let write = KvWrite {
-                    k: k.view()?,
-                    v: v.view()?,
-                    k_cache: k_cache.view_mut()?,
-                    v_cache: v_cache.view_mut()?,
-                    to: Destination { positions: &[0], ..Default::default() },
-                    k_norm: normed.then_some(norm),
-                    rope: angles.as_ref().map(|a| a.rope(Pairing::HalfSplit, true)),
-                    v_packing: packing,
-                };
+                let mut write = KvWrite::new(
+                    k.view()?,
+                    v.view()?,
+                    k_cache.view_mut()?,
+                    v_cache.view_mut()?,
+                    Destination::positions(&[0]),
+                )
+                .v_packing(packing);
+                write.k_norm = normed.then_some(norm);
+                write.rope = angles.as_ref().map(|a| a.rope(Pairing::HalfSplit, true));
                 kv_write(context, runner, write)
             }
             (Work::Repeat { .. }, [src, dst], _) => repeat_kv(context, runner, src.view()?, dst.view_mut()?),
             (Work::Attention { .. }, [q, k, v, out], _) => {
-                let tensors =
-                    AttentionTensors { q: q.view()?, k: k.view()?, v: v.view()?, out: out.view_mut()?, lse: None };
-                let options = AttentionOptions { causal: true, precision: *precision, ..Default::default() };
+                let tensors = AttentionTensors::new(q.view()?, k.view()?, v.view()?, out.view_mut()?);
+                let options = AttentionOptions::new().causal(true).precision(*precision);
                 attention(context, runner, workspace, tensors, &options)
             }
             (Work::Merge { .. }, [a, b, out], _) => {
-                let states =
-                    [AttentionState { out: a.view()?, lse: &*lse }, AttentionState { out: b.view()?, lse: &*lse }];
+                let states = [AttentionState::new(a.view()?, &*lse), AttentionState::new(b.view()?, &*lse)];
                 merge_states(context, runner, &states, out.view_mut()?, None)
             }
             (work, ..) => unreachable!("prepare() does not make {work:?} so"),

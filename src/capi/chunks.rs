@@ -14,7 +14,7 @@ use super::views::kvl_view;
 use crate::error::{Result, ensure, fail};
 use crate::ops::attention::attention_shapes;
 use crate::ops::chunks::{
-    ChunkMerge, MAX_SPANS, RawChunks, RawMerge, RawStates, attention_chunks_raw, attention_chunks_workspace_size,
+    ChunkMerge, MAX_SEGMENTS, RawChunks, RawMerge, RawStates, attention_chunks_raw, attention_chunks_workspace_size,
     check_format, chunk_states_len, merge_chunks_raw,
 };
 use crate::view::{DIM, HEADS, RawView, SEQ};
@@ -224,10 +224,10 @@ unsafe fn span_shapes(params: &kvl_attention_params) -> Result<([usize; 4], [usi
 ///
 /// # Safety
 /// `params` is what the header describes.
-unsafe fn spans(params: &kvl_merge_chunks_params) -> Result<[RawStates; MAX_SPANS]> {
+unsafe fn spans(params: &kvl_merge_chunks_params) -> Result<[RawStates; MAX_SEGMENTS]> {
     let n = params.num_spans;
-    ensure!(n <= MAX_SPANS, InvalidValue, "{n} spans, but a call merges 1 to {MAX_SPANS}");
-    let mut raw = [RawStates::default(); MAX_SPANS];
+    ensure!(n <= MAX_SEGMENTS, InvalidValue, "{n} spans, but a call merges 1 to {MAX_SEGMENTS}");
+    let mut raw = [RawStates::default(); MAX_SEGMENTS];
     // SAFETY: the caller's.
     let spans = unsafe { required_list("spans", params.spans, n) }?;
     for (i, (span, raw)) in spans.iter().zip(&mut raw).enumerate() {

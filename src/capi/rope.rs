@@ -10,8 +10,8 @@ use super::views::{kvl_const_view, kvl_view};
 use crate::dtype::DType;
 use crate::error::{Result, ensure, fail};
 use crate::ops::rope::{
-    Pairing, Positions, RawAngles, RawRope, RopeFrequencies, RopeScaling, check_frequencies, check_rotary_dim,
-    fill_table, rope_raw,
+    Llama3Scaling, LongRopeScaling, Pairing, Positions, RawAngles, RawRope, RopeFrequencies, RopeScaling, YarnScaling,
+    check_frequencies, check_rotary_dim, fill_table, rope_raw,
 };
 use crate::view::RawView;
 use std::ffi::c_void;
@@ -144,24 +144,24 @@ pub unsafe extern "C" fn kvl_rope_frequencies(
             KVL_ROPE_SCALING_NONE => RopeScaling::None,
             KVL_ROPE_SCALING_LINEAR => RopeScaling::Linear { factor },
             KVL_ROPE_SCALING_NTK => RopeScaling::Ntk { factor },
-            KVL_ROPE_SCALING_LLAMA3 => RopeScaling::Llama3 {
-                factor,
-                low_freq_factor: or(params.low_freq_factor, 1.0),
-                high_freq_factor: or(params.high_freq_factor, 4.0),
-                original_max_position,
-            },
-            KVL_ROPE_SCALING_YARN => RopeScaling::Yarn {
-                factor,
-                original_max_position,
-                beta_fast: or(params.beta_fast, 32.0),
-                beta_slow: or(params.beta_slow, 1.0),
-                attention_factor,
-                truncate,
-            },
+            KVL_ROPE_SCALING_LLAMA3 => Llama3Scaling::new(factor, original_max_position)
+                .low_freq_factor(or(params.low_freq_factor, 1.0))
+                .high_freq_factor(or(params.high_freq_factor, 4.0))
+                .into(),
+            KVL_ROPE_SCALING_YARN => {
+                let mut yarn = YarnScaling::new(factor, original_max_position)
+                    .beta_fast(or(params.beta_fast, 32.0))
+                    .beta_slow(or(params.beta_slow, 1.0))
+                    .truncate(truncate);
+                yarn.attention_factor = attention_factor;
+                yarn.into()
+            }
             KVL_ROPE_SCALING_LONGROPE => {
                 // SAFETY: the caller's promise.
                 let factors = unsafe { required_list("factors", params.factors, pairs) }?.to_vec();
-                RopeScaling::LongRope { factors, factor, original_max_position, attention_factor }
+                let mut scaling = LongRopeScaling::new(factors, factor, original_max_position);
+                scaling.attention_factor = attention_factor;
+                scaling.into()
             }
             other => fail!(InvalidEnum, "scaling is {other}, which is no kvl_rope_scaling"),
         };

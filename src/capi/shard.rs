@@ -6,7 +6,7 @@ use super::sized::{assert_layout, read_sized, sized};
 use super::status::kvl_status;
 use super::views::kvl_view;
 use crate::error::{Result, ensure, fail};
-use crate::ops::shard::{Mesh, Shard, SpanLists, shard_slots};
+use crate::ops::shard::{Mesh, SegmentLists, Shard, shard_slots};
 use crate::view::{BATCH, DIM, RawView};
 
 /// Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
@@ -166,7 +166,7 @@ pub unsafe extern "C" fn kvl_shard_lengths(
         ])?;
         // SAFETY: the caller's promise, and no list shares memory with another.
         unsafe {
-            let whole = SpanLists {
+            let whole = SegmentLists {
                 lengths: required_list("lengths", lengths, batch)?,
                 kv_starts: list("starts", starts, batch)?,
                 offsets: list("offsets", offsets, batch)?,

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | [`glossary`] | the words that this documentation uses, and what each means |
 //! | [`caches`] | choosing a layout for a cache, and recipes: pages, rings, beam search, trees, shards |
-//! | [`layout`](crate::layout) | the definition of every layout |
+//! | [`Layout`](crate::Layout) | the definition of every layout |
 //! | [`masks`](crate::masks) | which query sees which key, the order of operations on a logit, conventions of other libraries |
 //! | [`c_api`] | building and linking the C library, and the rules that all of its functions follow |
 //! | [`performance`] | how to measure, the figures, and what bounds them |

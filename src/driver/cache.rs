@@ -207,16 +207,16 @@ impl Cache {
         let layers = self
             .layers
             .iter_mut()
-            .map(|LayerCache { k, v, shape, .. }| Ok(KvLayer { k: k.view_mut(*shape)?, v: Some(v.view_mut(*shape)?) }));
+            .map(|LayerCache { k, v, shape, .. }| Ok(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?)));
         let mut layers = layers.collect::<Result<Vec<_>>>()?;
-        let mut cache = KvCache { layers: &mut layers, layout: Layout::Contiguous, lengths: &mut self.lengths };
+        let mut cache = KvCache::new(&mut layers, Layout::Contiguous, &mut self.lengths);
         Ok(cache.evict(context, runner, row, span, rotations)?)
     }
 
     /// Where a layer's tokens lie, and in how many slots a row.
     pub(super) fn layout(&self, layer: usize) -> (Layout<'static>, usize) {
         let &LayerCache { shape: [_, slots, ..], window, .. } = &self.layers[layer];
-        (if window.is_some() { Layout::Ring { sink_tokens: 0 } } else { Layout::Contiguous }, slots)
+        (if window.is_some() { Layout::ring(0) } else { Layout::Contiguous }, slots)
     }
 
     pub(super) fn views(&self, layer: usize) -> Result<(View<'_>, View<'_>)> {

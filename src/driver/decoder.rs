@@ -27,8 +27,8 @@ use super::error::{Error, Result};
 use super::model::{Activation, LayerConfig, ModelConfig, Weights};
 use super::threads::Threads;
 use crate::{
-    AttentionOptions, AttentionPlan, AttentionTensors, Context, Destination, Isa, KeyRotation, KvWrite, Packing,
-    Positions, Rope, RopeAngles, RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
+    AttentionOptions, AttentionPlan, AttentionTensors, Context, Destination, Isa, KeyRotation, KvWrite, Positions,
+    Rope, RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
 };
 
 /// Which positions of a pass get logits.
@@ -155,10 +155,7 @@ impl Decoder {
             )));
         }
         let rotation = |layer: &LayerConfig| {
-            Some(KeyRotation {
-                pairing: self.config.ropes[layer.rope].pairing,
-                frequencies: &self.frequencies[layer.rope],
-            })
+            Some(KeyRotation::new(self.config.ropes[layer.rope].pairing, &self.frequencies[layer.rope]))
         };
         let rotations: Vec<_> = self.config.layers.iter().map(rotation).collect();
         cache.evict(&self.context, &self.threads, row, span, &rotations)
@@ -235,20 +232,12 @@ impl Decoder {
             .ropes
             .iter()
             .zip(&self.frequencies)
-            .map(|(rope, frequencies)| Rope {
-                pairing: rope.pairing,
-                rotary_dim: rope.rotary_dim,
-                angles: RopeAngles::Frequencies(frequencies),
-                positions: Positions::Offsets(&positions),
+            .map(|(rope, frequencies)| {
+                Rope::new(rope.pairing, rope.rotary_dim, frequencies, Positions::Offsets(&positions))
             })
             .collect();
-        let rows = AttentionOptions {
-            causal: true,
-            lengths: Some(&lengths),
-            // Not the default, which would count back from the last query: in a short row that one is padding.
-            offsets: Some(&positions),
-            ..Default::default()
-        };
+        // Offsets are given because the default counts back from the last query, which is padding in a short row.
+        let visible = AttentionOptions::new().causal(true).lengths(&lengths).offsets(&positions);
         let strides = [(seq * width) as i64, width as i64, c.head_dim as i64, 1];
         let q_shape = [batch, seq, c.heads, c.head_dim];
         let kv_shape = [batch, seq, c.kv_heads, c.head_dim];
@@ -257,8 +246,9 @@ impl Decoder {
             if let Entry::Vacant(entry) = plans.entry(kind.window) {
                 let (layout, slots) = cache.layout(i);
                 // A window counts the query's own position, `window_left` does not.
-                let rows = AttentionOptions { window_left: kind.window.map(|n| n as u32 - 1), layout, ..rows };
-                entry.insert(AttentionPlan::new(q_shape, [batch, slots, c.kv_heads, c.head_dim], &rows)?);
+                let mut options = visible.layout(layout);
+                options.window_left = kind.window.map(|n| n as u32 - 1);
+                entry.insert(AttentionPlan::new(q_shape, [batch, slots, c.kv_heads, c.head_dim], &options)?);
             }
         }
 
@@ -275,35 +265,29 @@ impl Decoder {
             kv_write(
                 &self.context,
                 &self.threads,
-                KvWrite {
-                    k: View::strided(qkv, q_dim, kv_shape, strides)?,
-                    v: View::strided(qkv, q_dim + kv_dim, kv_shape, strides)?,
-                    k_cache: k_cache.rows(first_row, batch)?,
-                    v_cache: v_cache.rows(first_row, batch)?,
-                    to: Destination { positions: &positions, counts: Some(&counts), layout, ..Default::default() },
-                    k_norm: None,
-                    rope: Some(rope),
-                    v_packing: Packing::Rows,
-                },
+                KvWrite::new(
+                    View::strided(qkv, q_dim, kv_shape, strides)?,
+                    View::strided(qkv, q_dim + kv_dim, kv_shape, strides)?,
+                    k_cache.rows(first_row, batch)?,
+                    v_cache.rows(first_row, batch)?,
+                    Destination::positions(&positions).counts(&counts).layout(layout),
+                )
+                .rope(rope),
             )?;
             let (k, v) = cache.views(i)?;
+            let mut options = AttentionOptions::new().plan(&plans[&kind.window]);
+            (options.scale, options.softcap) = (c.attn_scale, c.attn_softcap);
             attention(
                 &self.context,
                 &self.threads,
                 workspace,
-                AttentionTensors {
-                    q: View::strided(qkv, 0, q_shape, strides)?,
-                    k: k.rows(first_row, batch)?,
-                    v: v.rows(first_row, batch)?,
-                    out: ViewMut::new(attn, q_shape)?,
-                    lse: None,
-                },
-                &AttentionOptions {
-                    scale: c.attn_scale,
-                    softcap: c.attn_softcap,
-                    plan: Some(&plans[&kind.window]),
-                    ..Default::default()
-                },
+                AttentionTensors::new(
+                    View::strided(qkv, 0, q_shape, strides)?,
+                    k.rows(first_row, batch)?,
+                    v.rows(first_row, batch)?,
+                    ViewMut::new(attn, q_shape)?,
+                ),
+                &options,
             )?;
             layer.attn_out.apply(attn, m, delta, threads);
             add_normed(x, delta, layer.attn_post_norm.as_deref(), c.rms_eps, h);

@@ -7,6 +7,7 @@ use crate::kernels::{self, AttentionFns, Function, Precision};
 use crate::layout::{Layout, Packing};
 use crate::ops::mask::{BitMask, Mask, RawMasks, Touched, check_scores};
 use crate::ops::plan::AttentionPlan;
+use crate::ops::setters::setters;
 use crate::ops::tiling::{GRAIN, Tiling, most_chunks};
 use crate::ops::workspace::{Workspace, check_workspace};
 use crate::parallel::{Runner, for_each_tile, workers_for};
@@ -19,6 +20,7 @@ pub const MAX_HEAD_DIM: usize = 512;
 ///
 /// Query head `h` reads KV head `h / (heads / kv_heads)`; nothing is repeated in memory.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct AttentionTensors<'a> {
     /// Queries `[batch, seq, heads, dim]`, of any type.
     pub q: View<'a>,
@@ -31,6 +33,17 @@ pub struct AttentionTensors<'a> {
     pub out: ViewMut<'a>,
     /// `[batch, seq, heads]`, contiguous: natural logarithm of the sum of the exponentials of a row's logits.
     pub lse: Option<&'a mut [f32]>,
+}
+
+impl<'a> AttentionTensors<'a> {
+    /// Queries, keys, values and the output; no LSE is written.
+    pub fn new(q: View<'a>, k: View<'a>, v: View<'a>, out: ViewMut<'a>) -> Self {
+        Self { q, k, v, out, lse: None }
+    }
+
+    setters! {
+        optional { lse: &'a mut [f32], }
+    }
 }
 
 /// How attention is masked and scaled. The default sees every key.
@@ -53,6 +66,7 @@ pub struct AttentionTensors<'a> {
 /// Where windows count from, and how other libraries count, is a [page of its own](crate::masks). A query that sees no key has output 0 and LSE -inf (with a sink: the sink's logit). What is not seen cannot reach the
 /// output, whatever it is; what is seen does, NaN too. A live logit of -inf has weight 0.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct AttentionOptions<'a> {
     /// Factor on `q.k`; `1 / sqrt(dim)` if absent.
     pub scale: Option<f32>,
@@ -136,6 +150,37 @@ pub(crate) struct Planned<'a> {
 }
 
 impl<'a> AttentionOptions<'a> {
+    /// Every query sees every key: the default.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    setters! {
+        optional {
+            scale: f32,
+            softcap: f32,
+            window_left: u32,
+            window_right: u32,
+            cu_seqlens_q: &'a [i32],
+            lengths: &'a [i32],
+            kv_starts: &'a [i32],
+            offsets: &'a [i32],
+            prefix_lengths: &'a [i32],
+            mask: Mask<'a>,
+            bit_mask: BitMask<'a>,
+            bias: View<'a>,
+            alibi_slopes: &'a [f32],
+            sink_logits: &'a [f32],
+            plan: &'a AttentionPlan,
+        }
+        plain {
+            causal: bool,
+            layout: Layout<'a>,
+            v_packing: Packing,
+            precision: Precision,
+        }
+    }
+
     /// What of the options a plan takes, for queries of this shape and this cache.
     pub(crate) fn spans(&self, q_shape: [usize; 4], k: RawView) -> Result<Spans<'a>> {
         let (batch, seq) = rows_of(q_shape, self.cu_seqlens_q);
@@ -256,14 +301,13 @@ pub(crate) fn fill_alibi_slopes(slopes: &mut [f32]) {
 ///     &context,
 ///     &Serial,
 ///     &mut Workspace::new(),
-///     AttentionTensors {
-///         q: View::new(&q, [1, 1, 4, 8])?,
-///         k: View::new(&keys, [1, 16, 2, 8])?,
-///         v: View::new(&values, [1, 16, 2, 8])?,
-///         out: ViewMut::new(&mut out, [1, 1, 4, 8])?,
-///         lse: None,
-///     },
-///     &AttentionOptions { causal: true, lengths: Some(&[3]), ..Default::default() },
+///     AttentionTensors::new(
+///         View::new(&q, [1, 1, 4, 8])?,
+///         View::new(&keys, [1, 16, 2, 8])?,
+///         View::new(&values, [1, 16, 2, 8])?,
+///         ViewMut::new(&mut out, [1, 1, 4, 8])?,
+///     ),
+///     &AttentionOptions::new().causal(true).lengths(&[3]),
 /// )?;
 /// assert_eq!(out[0], 0.5);
 /// # Ok::<(), kvlane::Error>(())

@@ -20,6 +20,7 @@ use crate::layout::{Layout, Packing};
 use crate::ops::attention::{
     AttentionOptions, AttentionTensors, MAX_HEAD_DIM, RawAttention, SharedMemory, largest, validate_inputs,
 };
+use crate::ops::setters::setters;
 use crate::ops::shard::SPLIT_GRID;
 use crate::ops::workspace::Workspace;
 #[cfg(feature = "capi")]
@@ -31,7 +32,7 @@ use crate::view::{self, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut, contigu
 const PIECE: usize = 192;
 
 /// The most spans that one call merges.
-pub const MAX_SPANS: usize = 256;
+pub const MAX_SEGMENTS: usize = 256;
 
 /// Floats that the states of queries `[batch, seq, heads, dim]` over a span of up to `keys` keys take: for every row and chunk, the
 /// values' elements, rounded up to 16, and 16 more.
@@ -59,7 +60,7 @@ pub(crate) fn check_format(ragged: bool, layout: &Layout) -> Result<()> {
 
 /// Attention over a span of a sequence: writes the states of its chunks to `states`, of [`chunk_states_len`] floats for the slots that
 /// `k` has. `options` are as for [`attention`](crate::attention()), in the span's own positions: lengths and offsets less the span's
-/// first key, which is a multiple of [`SPLIT_GRID`] ([`SpanLists`](crate::SpanLists) computes them). Sinks are given to
+/// first key, which is a multiple of [`SPLIT_GRID`] ([`SegmentLists`](crate::SegmentLists) computes them). Sinks are given to
 /// [`merge_chunks`] instead.
 ///
 /// Thread safety: as for [`attention`](crate::attention()).
@@ -76,7 +77,7 @@ pub fn attention_chunks(
     states: &mut [f32],
 ) -> Result<()> {
     let out = ViewMut::new::<f32>(&mut [], [0; 4])?;
-    let attention = RawAttention::new(AttentionTensors { q, k, v, out, lse: None }, options)?;
+    let attention = RawAttention::new(AttentionTensors::new(q, k, v, out), options)?;
     let call = RawChunks { attention, states: states.as_mut_ptr(), len: states.len() };
     let job = SpanJob::new(context, runner, &call)?;
     workspace.reserve(job.workspace);
@@ -229,6 +230,7 @@ impl<'a> SpanJob<'a> {
 
 /// What the spans of a merge have in common.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct ChunkMerge<'a> {
     /// KV heads of the cache.
     pub kv_heads: usize,
@@ -240,6 +242,18 @@ pub struct ChunkMerge<'a> {
     pub sink_logits: Option<&'a [f32]>,
 }
 
+impl<'a> ChunkMerge<'a> {
+    /// A merge for a cache of so many KV heads and of this type, at the default precision, without sink logits.
+    pub fn new(kv_heads: usize, dtype: DType) -> Self {
+        Self { kv_heads, dtype, precision: Precision::Default, sink_logits: None }
+    }
+
+    setters! {
+        optional { sink_logits: &'a [f32], }
+        plain { kv_heads: usize, dtype: DType, precision: Precision, }
+    }
+}
+
 /// Output and LSE of attention whose keys lay in several spans: `spans` are the states that [`attention_chunks`] left, in the order of
 /// the sequence. The bits are those of one call of [`attention`](crate::attention()) over all keys, if every span but the last ended
 /// on the grid. `out` is `[batch, seq, heads, v_dim]`, of any type, `lse` `[batch, seq, heads]` and contiguous.
@@ -247,7 +261,7 @@ pub struct ChunkMerge<'a> {
 /// Thread safety: may be called from any number of threads at once on disjoint outputs and workspaces.
 ///
 /// # Errors
-/// No span or more than [`MAX_SPANS`], states whose length is no number of chunks of these rows, lists of another length. Nothing has
+/// No span or more than [`MAX_SEGMENTS`], states whose length is no number of chunks of these rows, lists of another length. Nothing has
 /// been written then.
 pub fn merge_chunks(
     context: &Context,
@@ -259,12 +273,12 @@ pub fn merge_chunks(
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
     let count = spans.len();
-    ensure!(count <= MAX_SPANS, InvalidValue, "{count} spans, but a call merges 1 to {MAX_SPANS}");
+    ensure!(count <= MAX_SEGMENTS, InvalidValue, "{count} spans, but a call merges 1 to {MAX_SEGMENTS}");
     if let Some(lse) = &lse {
         let (n, rows) = (lse.len(), view::rows(out.shape()));
         ensure!(n == rows, Shape, "lse has {n} entries, but out needs {rows}");
     }
-    let mut raw = [RawStates::default(); MAX_SPANS];
+    let mut raw = [RawStates::default(); MAX_SEGMENTS];
     for (raw, states) in raw.iter_mut().zip(spans) {
         *raw = RawStates { data: states.as_ptr(), len: states.len() };
     }
@@ -325,7 +339,11 @@ impl RawMerge<'_> {
     fn count_chunks(&self) -> Result<usize> {
         let ([_, _, heads, v_dim], kv_heads) = (self.out.shape, self.merge.kv_heads);
         let count = self.spans.len();
-        ensure!((1..=MAX_SPANS).contains(&count), InvalidValue, "{count} spans, but a call merges 1 to {MAX_SPANS}");
+        ensure!(
+            (1..=MAX_SEGMENTS).contains(&count),
+            InvalidValue,
+            "{count} spans, but a call merges 1 to {MAX_SEGMENTS}"
+        );
         ensure!(
             (1..=MAX_HEAD_DIM).contains(&v_dim),
             Shape,

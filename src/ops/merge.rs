@@ -12,11 +12,19 @@ pub const MAX_STATES: usize = 256;
 
 /// One attention state: an output, and the natural logarithm of the sum of its exponentials.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct AttentionState<'a> {
     /// `[batch, seq, heads, dim]`.
     pub out: View<'a>,
     /// `[batch, seq, heads]`, contiguous.
     pub lse: &'a [f32],
+}
+
+impl<'a> AttentionState<'a> {
+    /// An output and its LSE.
+    pub fn new(out: View<'a>, lse: &'a [f32]) -> Self {
+        Self { out, lse }
+    }
 }
 
 /// Merges two or more (output, LSE) pairs: `out = sum_i w_i out_i` with `w_i = exp(lse_i - lse)` and
@@ -36,8 +44,8 @@ pub struct AttentionState<'a> {
 /// let mut out = [0.0f32];
 /// let mut lse = [0.0f32];
 /// let states = [
-///     AttentionState { out: View::new(&a, [1, 1, 1, 1])?, lse: &[0.0] },
-///     AttentionState { out: View::new(&b, [1, 1, 1, 1])?, lse: &[2f32.ln()] },
+///     AttentionState::new(View::new(&a, [1, 1, 1, 1])?, &[0.0]),
+///     AttentionState::new(View::new(&b, [1, 1, 1, 1])?, &[2f32.ln()]),
 /// ];
 /// merge_states(&Context::new()?, &Serial, &states, ViewMut::new(&mut out, [1, 1, 1, 1])?, Some(&mut lse))?;
 /// assert!((out[0] - 3.0).abs() < 1e-6 && (lse[0] - 3f32.ln()).abs() < 1e-6);

@@ -20,6 +20,7 @@ pub mod plan;
 pub mod prefix;
 pub mod repeat;
 pub mod rope;
+mod setters;
 pub mod shard;
 mod tiling;
 pub mod workspace;

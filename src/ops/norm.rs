@@ -5,6 +5,7 @@ use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::kernels::{CopyArgs, NormArgs, NormFn, RopeArgs, RopeFn};
 use crate::ops::rope::{MAX_ROTARY_DIM, Rope, rope_raw};
+use crate::ops::setters::setters;
 use crate::ops::{TokenCopies, check_in_place_or_apart, for_each_token};
 use crate::parallel::Runner;
 use crate::view::{DIM, RawView, View, ViewMut};
@@ -15,11 +16,24 @@ use std::mem::MaybeUninit;
 /// The mean is computed in f64, in one order at every ISA level; the rest is f32, rounded once to the type of the target. The
 /// same weights serve all heads. Models that add 1 to their weights (Gemma) are served by weights that have it added.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct RmsNorm<'a> {
     /// `[dim]`; all 1 if absent.
     pub weight: Option<&'a [f32]>,
     /// Added to the mean of the squares; not negative. With 0, a head of zeros becomes NaN.
     pub eps: f32,
+}
+
+impl<'a> RmsNorm<'a> {
+    /// A norm without weights.
+    pub fn new(eps: f32) -> Self {
+        Self { weight: None, eps }
+    }
+
+    setters! {
+        optional { weight: &'a [f32], }
+        plain { eps: f32, }
+    }
 }
 
 impl RmsNorm<'_> {
@@ -66,7 +80,7 @@ impl RmsNorm<'_> {
 /// use kvlane::*;
 /// let x = [3.0f32, 4.0, 0.0, 0.0];
 /// let mut y = [0.0f32; 4];
-/// let norm = RmsNorm { weight: Some(&[1.0, 10.0, 1.0, 1.0]), eps: 0.0 };
+/// let norm = RmsNorm::new(0.0).weight(&[1.0, 10.0, 1.0, 1.0]);
 /// rms_norm(&Context::new()?, &Serial, View::new(&x, [1, 1, 1, 4])?, ViewMut::new(&mut y, [1, 1, 1, 4])?, &norm)?;
 /// // The mean of the squares is 25 / 4.
 /// assert!((y[0] - 1.2).abs() < 1e-6 && (y[1] - 16.0).abs() < 1e-5);

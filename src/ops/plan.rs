@@ -31,17 +31,17 @@ use std::ops::Range;
 /// let cache = [1, 16, 2, 8];
 /// let (keys, values) = (vec![0.5f32; 256], vec![0.25f32; 256]);
 /// let (q, mut out) = (vec![1.0f32; 32], vec![0.0f32; 32]);
-/// let options = AttentionOptions { causal: true, lengths: Some(&[3]), ..Default::default() };
+/// let options = AttentionOptions::new().causal(true).lengths(&[3]);
 /// let mut plan = AttentionPlan::new([1, 1, 4, 8], cache, &options)?;
 /// for _step in 0..2 {
 ///     for _layer in 0..2 {
-///         attention(&context, &Serial, &mut Workspace::new(), AttentionTensors {
-///             q: View::new(&q, [1, 1, 4, 8])?,
-///             k: View::new(&keys, cache)?,
-///             v: View::new(&values, cache)?,
-///             out: ViewMut::new(&mut out, [1, 1, 4, 8])?,
-///             lse: None,
-///         }, &AttentionOptions { plan: Some(&plan), ..Default::default() })?;
+///         let tensors = AttentionTensors::new(
+///             View::new(&q, [1, 1, 4, 8])?,
+///             View::new(&keys, cache)?,
+///             View::new(&values, cache)?,
+///             ViewMut::new(&mut out, [1, 1, 4, 8])?,
+///         );
+///         attention(&context, &Serial, &mut Workspace::new(), tensors, &AttentionOptions::new().plan(&plan))?;
 ///     }
 ///     plan.advance(&[1])?;
 /// }

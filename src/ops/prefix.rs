@@ -27,11 +27,19 @@ use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, contiguous};
 
 /// Keys and values that every row of a batch sees before its own: written once, read once.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct SharedPrefix<'a> {
     /// `[1, tokens, kv_heads, dim]`, of any strides.
     pub k: View<'a>,
     /// `[1, tokens, kv_heads, v_dim]`, of the type of the keys, which need not be that of the rows' own.
     pub v: View<'a>,
+}
+
+impl<'a> SharedPrefix<'a> {
+    /// A prefix of these keys and values.
+    pub fn new(k: View<'a>, v: View<'a>) -> Self {
+        Self { k, v }
+    }
 }
 
 /// [`attention`](crate::attention()) over a prefix that all rows share, and then over each row's own keys.
@@ -60,14 +68,13 @@ pub struct SharedPrefix<'a> {
 ///     &context,
 ///     &Serial,
 ///     &mut Workspace::new(),
-///     SharedPrefix { k: View::new(&k, [1, 40, 1, 16])?, v: View::new(&v, [1, 40, 1, 16])? },
-///     AttentionTensors {
-///         q: View::new(&q, [8, 1, 2, 16])?,
-///         k: View::new(&own_k, [8, 3, 1, 16])?,
-///         v: View::new(&own_v, [8, 3, 1, 16])?,
-///         out: ViewMut::new(&mut out, [8, 1, 2, 16])?,
-///         lse: None,
-///     },
+///     SharedPrefix::new(View::new(&k, [1, 40, 1, 16])?, View::new(&v, [1, 40, 1, 16])?),
+///     AttentionTensors::new(
+///         View::new(&q, [8, 1, 2, 16])?,
+///         View::new(&own_k, [8, 3, 1, 16])?,
+///         View::new(&own_v, [8, 3, 1, 16])?,
+///         ViewMut::new(&mut out, [8, 1, 2, 16])?,
+///     ),
 ///     &AttentionOptions::default(),
 /// )?;
 /// assert!((out[0] - 3.0 * 4.0 / 43.0).abs() < 1e-6);

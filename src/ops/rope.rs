@@ -4,6 +4,7 @@ use crate::context::Context;
 use crate::error::{Error, Result, Status, ensure};
 use crate::kernels::{AnglesFn, RopeArgs};
 use crate::ops::norm::{RmsNorm, Rotation};
+use crate::ops::setters::setters;
 use crate::ops::{TokenCopies, check_in_place_or_apart, for_each_token_with};
 use crate::parallel::Runner;
 use crate::view::{RawView, SEQ, View, ViewMut};
@@ -47,55 +48,120 @@ pub enum RopeScaling {
         factor: f64,
     },
     /// Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended.
-    Llama3 {
-        /// Divisor of the low frequencies.
-        factor: f64,
-        /// Wavelengths above `original_max_position / low_freq_factor` are divided.
-        low_freq_factor: f64,
-        /// Wavelengths below `original_max_position / high_freq_factor` are kept.
-        high_freq_factor: f64,
-        /// The length that the model was trained for.
-        original_max_position: f64,
-    },
+    Llama3(Llama3Scaling),
     /// YaRN (<https://arxiv.org/abs/2309.00071>): a ramp between interpolation and extrapolation over the pairs.
-    Yarn {
-        /// How much longer than in training.
-        factor: f64,
-        /// The length that the model was trained for.
-        original_max_position: f64,
-        /// Pairs that turn more often than this over the original length are kept; 32 in the paper.
-        beta_fast: f64,
-        /// Pairs that turn less often than this are divided by `factor`; 1 in the paper.
-        beta_slow: f64,
-        /// Factor on cosines and sines; `None` is the paper's `0.1 ln(factor) + 1`. Sources disagree about it (some
-        /// derive it from `mscale` and `mscale_all_dim`, some leave it out): give it where the model says so.
-        attention_factor: Option<f64>,
-        /// Whether the ends of the ramp are rounded outwards to whole pairs, as most sources do.
-        truncate: bool,
-    },
+    Yarn(YarnScaling),
     /// LongRoPE (<https://arxiv.org/abs/2402.13753>): `f_i / factors[i]`. Which of a model's two lists applies depends on
     /// the length of the text: make one set of frequencies for each.
-    LongRope {
-        /// `rotary_dim / 2` divisors.
-        factors: Vec<f64>,
-        /// How much longer than in training: only for `attention_factor`.
-        factor: f64,
-        /// The length that the model was trained for: only for `attention_factor`.
-        original_max_position: f64,
-        /// Factor on cosines and sines; `None` is `sqrt(1 + ln(factor) / ln(original_max_position))`, or 1 for a factor
-        /// of at most 1.
-        attention_factor: Option<f64>,
-    },
+    LongRope(LongRopeScaling),
+}
+
+/// The parameters of [`RopeScaling::Llama3`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Llama3Scaling {
+    /// Divisor of the low frequencies.
+    pub factor: f64,
+    /// Wavelengths above `original_max_position / low_freq_factor`, in tokens, are divided; 1 in the published models.
+    pub low_freq_factor: f64,
+    /// Wavelengths below `original_max_position / high_freq_factor`, in tokens, are kept; 4 in the published models.
+    pub high_freq_factor: f64,
+    /// The length that the model was trained for, in tokens.
+    pub original_max_position: f64,
+}
+
+impl Llama3Scaling {
+    /// The frequency factors of the published models: 1 and 4.
+    pub fn new(factor: f64, original_max_position: f64) -> Self {
+        Self { factor, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position }
+    }
+
+    setters! {
+        plain { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_position: f64, }
+    }
+}
+
+/// The parameters of [`RopeScaling::Yarn`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct YarnScaling {
+    /// How much longer than in training.
+    pub factor: f64,
+    /// The length that the model was trained for, in tokens.
+    pub original_max_position: f64,
+    /// Pairs that turn more often than this over the original length are kept; 32 in the paper.
+    pub beta_fast: f64,
+    /// Pairs that turn less often than this are divided by `factor`; 1 in the paper.
+    pub beta_slow: f64,
+    /// Factor on cosines and sines; `None` is the paper's `0.1 ln(factor) + 1`. Sources disagree about it: some derive it from
+    /// `mscale` and `mscale_all_dim`, some leave it out. Set it where the model says so.
+    pub attention_factor: Option<f64>,
+    /// Whether the ends of the ramp are rounded outwards to whole pairs, as in most sources.
+    pub truncate: bool,
+}
+
+impl YarnScaling {
+    /// The parameters of the paper, and a ramp whose ends are rounded to whole pairs.
+    pub fn new(factor: f64, original_max_position: f64) -> Self {
+        Self { factor, original_max_position, beta_fast: 32.0, beta_slow: 1.0, attention_factor: None, truncate: true }
+    }
+
+    setters! {
+        optional { attention_factor: f64, }
+        plain { factor: f64, original_max_position: f64, beta_fast: f64, beta_slow: f64, truncate: bool, }
+    }
+}
+
+/// The parameters of [`RopeScaling::LongRope`].
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct LongRopeScaling {
+    /// `rotary_dim / 2` divisors.
+    pub factors: Vec<f64>,
+    /// How much longer than in training; `attention_factor` alone depends on it.
+    pub factor: f64,
+    /// The length that the model was trained for, in tokens; `attention_factor` alone depends on it.
+    pub original_max_position: f64,
+    /// Factor on cosines and sines; `None` is `sqrt(1 + ln(factor) / ln(original_max_position))`, or 1 for a `factor` of at most 1.
+    pub attention_factor: Option<f64>,
+}
+
+impl LongRopeScaling {
+    /// Divisors, and the lengths from which the factor on cosines and sines follows.
+    pub fn new(factors: Vec<f64>, factor: f64, original_max_position: f64) -> Self {
+        Self { factors, factor, original_max_position, attention_factor: None }
+    }
+
+    setters! {
+        optional { attention_factor: f64, }
+        plain { factors: Vec<f64>, factor: f64, original_max_position: f64, }
+    }
+}
+
+impl From<Llama3Scaling> for RopeScaling {
+    fn from(scaling: Llama3Scaling) -> Self {
+        Self::Llama3(scaling)
+    }
+}
+
+impl From<YarnScaling> for RopeScaling {
+    fn from(scaling: YarnScaling) -> Self {
+        Self::Yarn(scaling)
+    }
+}
+
+impl From<LongRopeScaling> for RopeScaling {
+    fn from(scaling: LongRopeScaling) -> Self {
+        Self::LongRope(scaling)
+    }
 }
 
 /// Angular frequencies, in f64, and a factor on cosines and sines.
 ///
 /// ```
-/// use kvlane::{RopeFrequencies, RopeScaling};
+/// use kvlane::{Llama3Scaling, RopeFrequencies, RopeScaling};
 /// let plain = RopeFrequencies::new(128, 10_000.0, &RopeScaling::None)?;
-/// let stretched = RopeFrequencies::new(128, 500_000.0, &RopeScaling::Llama3 {
-///     factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position: 8192.0,
-/// })?;
+/// let stretched = RopeFrequencies::new(128, 500_000.0, &Llama3Scaling::new(8.0, 8192.0).into())?;
 /// assert_eq!(plain.inv_freq().len(), 64);
 /// assert_eq!(stretched.inv_freq()[0], 1.0);
 /// # Ok::<(), kvlane::Error>(())
@@ -131,7 +197,7 @@ impl RopeFrequencies {
                 ensure!(rotary_dim > 2, InvalidValue, "NTK scaling needs a rotary_dim above 2, got {rotary_dim}");
                 inv_freq = frequencies(base * factor.powf(dim / (dim - 2.0)));
             }
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+            RopeScaling::Llama3(Llama3Scaling { factor, low_freq_factor, high_freq_factor, original_max_position }) => {
                 positive("factor", factor)?;
                 positive("low_freq_factor", low_freq_factor)?;
                 positive("original_max_position", original_max_position)?;
@@ -146,7 +212,14 @@ impl RopeFrequencies {
                     *f = (1.0 - kept) * *f / factor + kept * *f;
                 }
             }
-            RopeScaling::Yarn { factor, original_max_position, beta_fast, beta_slow, attention_factor, truncate } => {
+            RopeScaling::Yarn(YarnScaling {
+                factor,
+                original_max_position,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+                truncate,
+            }) => {
                 positive("factor", factor)?;
                 positive("original_max_position", original_max_position)?;
                 positive("beta_slow", beta_slow)?;
@@ -173,7 +246,7 @@ impl RopeFrequencies {
                 }
                 magnitude = attention_factor.unwrap_or(if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 });
             }
-            RopeScaling::LongRope { ref factors, factor, original_max_position, attention_factor } => {
+            RopeScaling::LongRope(LongRopeScaling { ref factors, factor, original_max_position, attention_factor }) => {
                 ensure!(
                     factors.len() == half,
                     Shape,
@@ -286,10 +359,12 @@ pub(crate) fn check_frequencies(inv_freq: &[f64], magnitude: f64) -> Result<()> 
 
 /// Where the angles of a rotation come from.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum RopeAngles<'a> {
     /// Position times frequency, computed and reduced in f64.
     Frequencies(&'a RopeFrequencies),
     /// A table of the caller's, `[rows, rotary_dim / 2]` each; a position is a row.
+    #[non_exhaustive]
     Table {
         /// Cosines.
         cos: &'a [f32],
@@ -298,8 +373,22 @@ pub enum RopeAngles<'a> {
     },
 }
 
+impl<'a> RopeAngles<'a> {
+    /// Tables of cosines and sines, `[rows, rotary_dim / 2]` each.
+    pub fn table(cos: &'a [f32], sin: &'a [f32]) -> Self {
+        Self::Table { cos, sin }
+    }
+}
+
+impl<'a> From<&'a RopeFrequencies> for RopeAngles<'a> {
+    fn from(frequencies: &'a RopeFrequencies) -> Self {
+        Self::Frequencies(frequencies)
+    }
+}
+
 /// Which position each token has.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum Positions<'a> {
     /// `[batch]`: token t of row b is at `offsets[b] + t`.
     Offsets(&'a [i32]),
@@ -309,6 +398,7 @@ pub enum Positions<'a> {
 
 /// How to rotate.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Rope<'a> {
     /// Which elements form a pair.
     pub pairing: Pairing,
@@ -321,6 +411,20 @@ pub struct Rope<'a> {
 }
 
 impl<'a> Rope<'a> {
+    /// A rotation of the leading `rotary_dim` elements of every head, by frequencies or by a table.
+    pub fn new(
+        pairing: Pairing,
+        rotary_dim: usize,
+        angles: impl Into<RopeAngles<'a>>,
+        positions: Positions<'a>,
+    ) -> Self {
+        Self { pairing, rotary_dim, angles: angles.into(), positions }
+    }
+
+    setters! {
+        plain { pairing: Pairing, rotary_dim: usize, angles: RopeAngles<'a>, positions: Positions<'a>, }
+    }
+
     pub(crate) fn raw(&self) -> RawRope<'a> {
         RawRope {
             pairing: self.pairing,
@@ -455,12 +559,7 @@ impl TokenAngles {
 /// let frequencies = RopeFrequencies::new(4, 10_000.0, &RopeScaling::None)?;
 /// let x = [1.0f32, 2.0, 3.0, 4.0];
 /// let mut y = [0.0f32; 4];
-/// let options = Rope {
-///     pairing: Pairing::HalfSplit,
-///     rotary_dim: 4,
-///     angles: RopeAngles::Frequencies(&frequencies),
-///     positions: Positions::Offsets(&[3]),
-/// };
+/// let options = Rope::new(Pairing::HalfSplit, 4, &frequencies, Positions::Offsets(&[3]));
 /// rope(&context, &Serial, View::new(&x, [1, 1, 1, 4])?, ViewMut::new(&mut y, [1, 1, 1, 4])?, &options)?;
 /// assert!((y[0] - (3f32.cos() - 3.0 * 3f32.sin())).abs() < 1e-6);
 /// # Ok::<(), kvlane::Error>(())

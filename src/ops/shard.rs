@@ -15,6 +15,7 @@
 
 use crate::error::{Result, ensure};
 use crate::kernels::generic::attention::CHUNK;
+use crate::ops::setters::setters;
 use std::ops::Range;
 
 /// Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
@@ -22,6 +23,7 @@ pub const SPLIT_GRID: usize = CHUNK;
 
 /// How many parts each axis is split into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct Mesh {
     /// Parts of the batch.
     pub data: usize,
@@ -42,6 +44,7 @@ pub struct Shard {
 
 /// The heads of a shard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct HeadShard {
     /// Heads of K and V.
     pub kv_heads: Range<usize>,
@@ -50,6 +53,15 @@ pub struct HeadShard {
 }
 
 impl Mesh {
+    /// So many parts of the batch, of the heads and of the sequence.
+    pub fn new(data: usize, model: usize, sequence: usize) -> Self {
+        Self { data, model, sequence }
+    }
+
+    setters! {
+        plain { data: usize, model: usize, sequence: usize, }
+    }
+
     /// How many shards there are.
     ///
     /// # Errors
@@ -70,7 +82,7 @@ impl Mesh {
     /// There is no shard of this rank.
     ///
     /// ```
-    /// let mesh = kvlane::Mesh { data: 2, model: 4, sequence: 1 };
+    /// let mesh = kvlane::Mesh::new(2, 4, 1);
     /// let shard = mesh.shard(5)?;
     /// assert_eq!((shard.data(), shard.model(), shard.sequence()), (1, 1, 0));
     /// assert_eq!(shard.rows(3), 2..3);
@@ -170,7 +182,8 @@ fn part(n: usize, i: usize, parts: usize) -> Range<usize> {
 
 /// What attention over a whole sequence would take: `[batch]` lists as in [`AttentionOptions`](crate::AttentionOptions).
 #[derive(Clone, Copy, Debug)]
-pub struct SpanLists<'a> {
+#[non_exhaustive]
+pub struct SegmentLists<'a> {
     /// Valid keys of every row.
     pub lengths: &'a [i32],
     /// The first visible key of every row; 0 if absent.
@@ -181,7 +194,19 @@ pub struct SpanLists<'a> {
     pub seq: usize,
 }
 
-impl SpanLists<'_> {
+impl<'a> SegmentLists<'a> {
+    /// Lists of sequences that begin at key 0 and whose queries are the last `seq` tokens.
+    pub fn new(lengths: &'a [i32], seq: usize) -> Self {
+        Self { lengths, kv_starts: None, offsets: None, seq }
+    }
+
+    setters! {
+        optional { kv_starts: &'a [i32], offsets: &'a [i32], }
+        plain { lengths: &'a [i32], seq: usize, }
+    }
+}
+
+impl SegmentLists<'_> {
     /// What attention over the keys `span` alone takes: how many of them are valid, the first visible one, and where query 0
     /// stands, all counted from the start of the span. An offset may be negative, or beyond the span.
     ///
@@ -191,7 +216,7 @@ impl SpanLists<'_> {
     ///
     /// ```
     /// // 1500 and 700 tokens, one query each; the span that begins at key 1024.
-    /// let whole = kvlane::SpanLists { lengths: &[1500, 700], kv_starts: None, offsets: None, seq: 1 };
+    /// let whole = kvlane::SegmentLists::new(&[1500, 700], 1);
     /// let (mut lengths, mut kv_starts, mut offsets) = ([0; 2], [0; 2], [0; 2]);
     /// whole.local(1024..2048, &mut lengths, &mut kv_starts, &mut offsets)?;
     /// assert_eq!((lengths, kv_starts, offsets), ([476, 0], [0, 0], [475, -325]));

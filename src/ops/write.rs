@@ -8,6 +8,7 @@ use crate::layout::{Layout, Packing, Place};
 use crate::ops::norm::{RmsNorm, Rotation};
 use crate::ops::pack::{check_pair_dim, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles};
+use crate::ops::setters::setters;
 use crate::ops::{ahead, for_each_token_with, token_copy};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut};
@@ -15,9 +16,10 @@ use crate::view::{BATCH, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut};
 /// New keys and values, the caches they go to, and where.
 ///
 /// `k` is `[batch, seq, kv_heads, dim]`, `k_cache` is `[rows, capacity, kv_heads, dim]` (or what the destination's
-/// [layout](crate::layout) makes of its first two axes), both of any strides and types (converted to nearest, ties to even);
+/// [layout](crate::Layout) makes of its first two axes), both of any strides and types (converted to nearest, ties to even);
 /// `v` likewise, with a `dim` of its own.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct KvWrite<'a> {
     /// New keys.
     pub k: View<'a>,
@@ -38,8 +40,21 @@ pub struct KvWrite<'a> {
     pub v_packing: Packing,
 }
 
+impl<'a> KvWrite<'a> {
+    /// A write of `k` to `k_cache` and of `v` to `v_cache`, without norm, rotation and packing.
+    pub fn new(k: View<'a>, v: View<'a>, k_cache: ViewMut<'a>, v_cache: ViewMut<'a>, to: Destination<'a>) -> Self {
+        Self { k, v, k_cache, v_cache, to, k_norm: None, rope: None, v_packing: Packing::Rows }
+    }
+
+    setters! {
+        optional { k_norm: RmsNorm<'a>, rope: Rope<'a>, }
+        plain { v_packing: Packing, }
+    }
+}
+
 /// Which slots new tokens are written to.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Destination<'a> {
     /// `[batch]`: token t of row b is at position `positions[b] + t` of its row of the cache. Ignored, and may be empty, when
     /// `slots` is given.
@@ -64,6 +79,23 @@ struct Run {
     token: usize,
     place: Place,
     len: usize,
+}
+
+impl<'a> Destination<'a> {
+    /// Tokens go to positions of a contiguous cache: token t of sequence b to `positions[b] + t`.
+    pub fn positions(positions: &'a [i32]) -> Self {
+        Self { positions, counts: None, rows: None, slots: None, layout: Layout::Contiguous }
+    }
+
+    /// Each token goes to a slot of its own in a contiguous cache, or is skipped.
+    pub fn slots(slots: &'a [i32]) -> Self {
+        Self { slots: Some(slots), ..Self::positions(&[]) }
+    }
+
+    setters! {
+        optional { counts: &'a [i32], rows: &'a [i32], }
+        plain { layout: Layout<'a>, }
+    }
 }
 
 impl Destination<'_> {
@@ -296,16 +328,17 @@ impl Seen {
 /// // Two rows with room for eight tokens, one head of four elements; row 0 holds 5 tokens, row 1 none.
 /// let (mut keys, mut values) = (vec![half::f16::ZERO; 64], vec![half::f16::ZERO; 64]);
 /// let (k, v) = (vec![1.0f32; 16], vec![2.0f32; 16]);
-/// kv_write(&context, &Serial, KvWrite {
-///     k: View::new(&k, [2, 2, 1, 4])?,
-///     v: View::new(&v, [2, 2, 1, 4])?,
-///     k_cache: ViewMut::new(&mut keys, [2, 8, 1, 4])?,
-///     v_cache: ViewMut::new(&mut values, [2, 8, 1, 4])?,
-///     to: Destination { positions: &[5, 0], counts: Some(&[2, 1]), ..Default::default() },
-///     k_norm: None,
-///     rope: None,
-///     v_packing: Packing::Rows,
-/// })?;
+/// kv_write(
+///     &context,
+///     &Serial,
+///     KvWrite::new(
+///         View::new(&k, [2, 2, 1, 4])?,
+///         View::new(&v, [2, 2, 1, 4])?,
+///         ViewMut::new(&mut keys, [2, 8, 1, 4])?,
+///         ViewMut::new(&mut values, [2, 8, 1, 4])?,
+///         Destination::positions(&[5, 0]).counts(&[2, 1]),
+///     ),
+/// )?;
 /// assert_eq!(keys[5 * 4].to_f32(), 1.0);
 /// assert_eq!(values[8 * 4].to_f32(), 2.0);
 /// assert_eq!(values[9 * 4].to_f32(), 0.0);

@@ -260,24 +260,21 @@ pub struct Options {
 
 impl Options {
     pub fn borrow(&self) -> AttentionOptions<'_> {
-        AttentionOptions {
-            scale: self.scale,
-            softcap: self.softcap,
-            causal: self.causal,
-            window_left: self.window_left,
-            window_right: self.window_right,
-            lengths: self.lengths.as_deref(),
-            kv_starts: self.kv_starts.as_deref(),
-            offsets: self.offsets.as_deref(),
-            prefix_lengths: self.prefix_lengths.as_deref(),
-            mask: self.mask.as_ref().map(MaskTensor::view),
-            bit_mask: self.bit_mask.as_ref().map(BitMaskTensor::view),
-            bias: self.bias.as_ref().map(Tensor::view),
-            alibi_slopes: self.alibi.as_deref(),
-            sink_logits: self.sink_logits.as_deref(),
-            precision: precision(),
-            ..Default::default()
-        }
+        let mut options = AttentionOptions::new().causal(self.causal).precision(precision());
+        options.scale = self.scale;
+        options.softcap = self.softcap;
+        options.window_left = self.window_left;
+        options.window_right = self.window_right;
+        options.lengths = self.lengths.as_deref();
+        options.kv_starts = self.kv_starts.as_deref();
+        options.offsets = self.offsets.as_deref();
+        options.prefix_lengths = self.prefix_lengths.as_deref();
+        options.mask = self.mask.as_ref().map(MaskTensor::view);
+        options.bit_mask = self.bit_mask.as_ref().map(BitMaskTensor::view);
+        options.bias = self.bias.as_ref().map(Tensor::view);
+        options.alibi_slopes = self.alibi.as_deref();
+        options.sink_logits = self.sink_logits.as_deref();
+        options
     }
 }
 
@@ -405,8 +402,7 @@ impl Case {
         let shape = [batch, tokens, heads, self.v.shape[3]];
         let mut out = Tensor::output(self.out_dtype, shape, self.out_layout, self.out_place);
         let mut lse = vec![f32::NAN; batch * tokens * heads];
-        let tensors =
-            AttentionTensors { q: self.q.view(), k: k.view(), v: v.view(), out: out.view_mut(), lse: Some(&mut lse) };
+        let tensors = AttentionTensors::new(self.q.view(), k.view(), v.view(), out.view_mut()).lse(&mut lse);
         let done = attention(context, runner, workspace, tensors, &options);
         if let Err(error) = done {
             out.assert_untouched();

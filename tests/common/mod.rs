@@ -48,7 +48,7 @@ pub fn half_ulp(dtype: DType, x: f64) -> f64 {
     match dtype {
         DType::F32 => 0.0,
         DType::F16 => (x * 2f64.powi(-11)).max(2f64.powi(-25)),
-        _ => (x * 2f64.powi(-8)).max(2f64.powi(-134)),
+        DType::Bf16 => (x * 2f64.powi(-8)).max(2f64.powi(-134)),
     }
 }
 

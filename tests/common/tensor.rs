@@ -188,7 +188,7 @@ impl Tensor {
         match self.dtype {
             DType::F32 => f32::from_bits(bits),
             DType::F16 => f16::from_bits(bits as u16).to_f32(),
-            _ => bf16::from_bits(bits as u16).to_f32(),
+            DType::Bf16 => bf16::from_bits(bits as u16).to_f32(),
         }
     }
 
@@ -197,7 +197,7 @@ impl Tensor {
         let bits = match self.dtype {
             DType::F32 => x.to_bits(),
             DType::F16 => u32::from(f16::from_f32(x).to_bits()),
-            _ => u32::from(bf16::from_f32(x).to_bits()),
+            DType::Bf16 => u32::from(bf16::from_f32(x).to_bits()),
         };
         self.set_element_bits(at, bits);
     }
@@ -263,7 +263,7 @@ impl Tensor {
         match self.dtype {
             DType::F32 => View::strided(self.memory.slice::<f32>(), offset, shape, strides),
             DType::F16 => View::strided(self.memory.slice::<f16>(), offset, shape, strides),
-            _ => View::strided(self.memory.slice::<bf16>(), offset, shape, strides),
+            DType::Bf16 => View::strided(self.memory.slice::<bf16>(), offset, shape, strides),
         }
         .expect("a view of a tensor's own memory")
     }
@@ -273,7 +273,7 @@ impl Tensor {
         match self.dtype {
             DType::F32 => ViewMut::strided(self.memory.slice_mut::<f32>(), offset, shape, strides),
             DType::F16 => ViewMut::strided(self.memory.slice_mut::<f16>(), offset, shape, strides),
-            _ => ViewMut::strided(self.memory.slice_mut::<bf16>(), offset, shape, strides),
+            DType::Bf16 => ViewMut::strided(self.memory.slice_mut::<bf16>(), offset, shape, strides),
         }
         .expect("a view of a tensor's own memory")
     }
@@ -311,7 +311,7 @@ pub fn poison(dtype: DType, i: usize) -> u32 {
     match dtype {
         DType::F32 => [0x7fc0_0000, 0x7f80_0000, 0xff80_0000, 0xffc0_0001][i % 4],
         DType::F16 => [0x7e00, 0x7c00, 0xfc00, 0xfe01][i % 4],
-        _ => [0x7fc0, 0x7f80, 0xff80, 0xffc1][i % 4],
+        DType::Bf16 => [0x7fc0, 0x7f80, 0xff80, 0xffc1][i % 4],
     }
 }
 

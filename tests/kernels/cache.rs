@@ -28,10 +28,10 @@ impl Kind {
     fn borrow(&self) -> Layout<'_> {
         match self {
             Self::Contiguous => Layout::Contiguous,
-            Self::Ring(sinks) => Layout::Ring { sink_tokens: *sinks },
-            Self::Paged { pages, per_row } => Layout::Paged { page_table: pages, pages_per_sequence: *per_row },
-            Self::Indirect(rows) => Layout::Indirect { beam_table: rows },
-            Self::Ragged(starts) => Layout::Ragged { cu_seqlens: starts },
+            Self::Ring(sinks) => Layout::ring(*sinks),
+            Self::Paged { pages, per_row } => Layout::paged(pages, *per_row),
+            Self::Indirect(rows) => Layout::indirect(rows),
+            Self::Ragged(starts) => Layout::ragged(starts),
         }
     }
 
@@ -150,9 +150,12 @@ impl Stack {
         let mut layers: Vec<KvLayer> = self
             .layers
             .iter_mut()
-            .map(|(k, v)| KvLayer { k: k.view_mut(), v: v.as_mut().map(Tensor::view_mut) })
+            .map(|(k, v)| match v.as_mut() {
+                Some(v) => KvLayer::new(k.view_mut(), v.view_mut()),
+                None => KvLayer::keys(k.view_mut()),
+            })
             .collect();
-        call(&mut KvCache { layers: &mut layers, layout: self.kind.borrow(), lengths: &mut self.lengths })
+        call(&mut KvCache::new(&mut layers, self.kind.borrow(), &mut self.lengths))
     }
 
     fn planes(&self) -> impl Iterator<Item = &Tensor> {
@@ -589,22 +592,10 @@ fn half_ulp(dtype: DType, x: f64) -> f64 {
 }
 
 fn scalings(rotary_dim: usize) -> Vec<RopeFrequencies> {
-    let yarn = RopeScaling::Yarn {
-        factor: 16.0,
-        original_max_position: 2048.0,
-        beta_fast: 32.0,
-        beta_slow: 1.0,
-        attention_factor: None,
-        truncate: true,
-    };
-    let longrope = RopeScaling::LongRope {
-        factors: (0..rotary_dim / 2).map(|i| 1.0 + i as f64).collect(),
-        factor: 8.0,
-        original_max_position: 4096.0,
-        attention_factor: None,
-    };
-    let llama =
-        RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position: 8192.0 };
+    let yarn = YarnScaling::new(16.0, 2048.0).into();
+    let divisors = (0..rotary_dim / 2).map(|i| 1.0 + i as f64).collect();
+    let longrope = LongRopeScaling::new(divisors, 8.0, 4096.0).into();
+    let llama = Llama3Scaling::new(8.0, 8192.0).into();
     [RopeScaling::None, yarn, longrope, llama]
         .iter()
         .map(|scaling| RopeFrequencies::new(rotary_dim, 10_000.0, scaling).unwrap())
@@ -690,7 +681,7 @@ fn turned_keys(level: &Level) {
                         Stack { layers: vec![(cache, None)], kind: Kind::Contiguous, lengths: vec![length as i32] };
                     let before = stack.snapshot();
                     let runner = runner(rng);
-                    let rotation = [Some(KeyRotation { pairing, frequencies })];
+                    let rotation = [Some(KeyRotation::new(pairing, frequencies))];
                     stack.call(|cache| cache.evict(&level.context, runner, 0, drop.clone(), &rotation)).unwrap();
                     level.checked(Op::Rope, dtype, dtype);
                     let kept: Vec<usize> = (0..length).filter(|t| !drop.contains(t)).collect();
@@ -720,7 +711,7 @@ fn turned_keys_again(level: &Level) {
         let (cache, exact) = turned(rng, dtype, shape, (Pairing::HalfSplit, frequencies), 0);
         let mut stack = Stack { layers: vec![(cache, None)], kind: Kind::Contiguous, lengths: vec![80] };
         let mut kept: Vec<usize> = (0..80).collect();
-        let rotation = [Some(KeyRotation { pairing: Pairing::HalfSplit, frequencies })];
+        let rotation = [Some(KeyRotation::new(Pairing::HalfSplit, frequencies))];
         for turn in 1..=8 {
             // Two sinks stay.
             let start = rng.between(2, kept.len() - 9);
@@ -813,7 +804,7 @@ fn threads_share_the_work(level: &Level) {
     let run = |runner: &dyn Runner| {
         let (mut stack, mut other) = (build(), build());
         let mut workspace = Workspace::new();
-        let rotation = [Some(KeyRotation { pairing: Pairing::Interleaved, frequencies: &frequencies })];
+        let rotation = [Some(KeyRotation::new(Pairing::Interleaved, &frequencies))];
         let context = &level.context;
         stack.call(|cache| cache.reorder(context, runner, &mut workspace, &[1, 2, 0, 0])).unwrap();
         let mut states = vec![stack.bytes()];
@@ -880,7 +871,7 @@ fn mistakes() {
     c.refuses(OutOfRange, &["3 to 2"], |c| c.evict(context, &Serial, 0, 3..2, &[]));
     c.refuses(OutOfRange, &["row is 9"], |c| c.evict(context, &Serial, 9, 0..0, &[]));
     let many = RopeFrequencies::new(64, 10_000.0, &RopeScaling::None).unwrap();
-    let rotation = Some(KeyRotation { pairing: Pairing::HalfSplit, frequencies: &many });
+    let rotation = Some(KeyRotation::new(Pairing::HalfSplit, &many));
     let layers = c.layers.len();
     c.refuses(Shape, &["rotary_dim 64", "layer 0"], |c| c.evict(context, &Serial, 0, 0..1, &[rotation]));
     c.refuses(Shape, &["7 rotations", &format!("{layers} layers")], |c| {
@@ -914,11 +905,9 @@ fn mistakes() {
     p.refuses(Capacity, &["row 1 has 8", "holds 8"], |c| c.advance(&[0, 1, 0]));
     p.refuses(OutOfRange, &["lengths[0] is 9", "8"], |c| {
         let mut lengths = [9, 0, 0];
-        KvCache { layers: c.layers, layout: c.layout, lengths: &mut lengths }.advance(&[0; 3])
+        KvCache::new(c.layers, c.layout, &mut lengths).advance(&[0; 3])
     });
-    p.refuses(Shape, &["lengths has 2", "3 rows"], |c| {
-        KvCache { layers: c.layers, layout: c.layout, lengths: &mut [0; 2] }.advance(&[0; 3])
-    });
+    p.refuses(Shape, &["lengths has 2", "3 rows"], |c| KvCache::new(c.layers, c.layout, &mut [0; 2]).advance(&[0; 3]));
 
     // Pools.
     p.refuses(OutOfRange, &["move 1 is to page 6", "6 pages"], |c| {
@@ -1077,7 +1066,7 @@ fn bad_layers_change_nothing() {
     // A rotation that fits the first layer only.
     let mut stack =
         Stack { layers: vec![good(), (tensor([3, 8, 2, 4]), None)], kind: Kind::Contiguous, lengths: vec![5, 3, 1] };
-    let rotation = Some(KeyRotation { pairing: Pairing::HalfSplit, frequencies });
+    let rotation = Some(KeyRotation::new(Pairing::HalfSplit, frequencies));
     for rotations in [&[rotation][..], &[None, rotation]] {
         stack.refuses(Status::Shape, &["layer 1: rotary_dim 8 is above the head size 4"], |c| {
             c.evict(context, &Serial, 0, 0..2, rotations)

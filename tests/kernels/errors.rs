@@ -102,8 +102,7 @@ fn attention_shapes() {
     ] {
         let mut out = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
         let mut lse = vec![7.0; lse];
-        let tensors =
-            AttentionTensors { q: q.view(), k: k.view(), v: v.view(), out: out.view_mut(), lse: Some(&mut lse) };
+        let tensors = AttentionTensors::new(q.view(), k.view(), v.view(), out.view_mut()).lse(&mut lse);
         let done = attention(&context(), &Serial, &mut Workspace::new(), tensors, &AttentionOptions::default());
         assert_error(done, Shape, &pieces);
         out.assert_untouched();
@@ -175,7 +174,7 @@ fn write_fails(mut write: Write, to: Destination, status: Status, pieces: &[&str
 
 fn write_destinations() {
     use Status::{Capacity, DuplicateSlot, OutOfRange, Shape};
-    let at = |positions| Destination { positions, ..Default::default() };
+    let at = |positions| Destination::positions(positions);
     // Row 1 is the one at fault; row 0 must not have been written either.
     write_fails(small_write(2, 3), at(&[0, 6]), Capacity, &["row 1", "3 tokens", "position 6", "holds 8"]);
     write_fails(small_write(2, 3), at(&[0, i32::MAX]), Capacity, &["row 1", "position 2147483647", "holds 8"]);
@@ -185,26 +184,22 @@ fn write_destinations() {
     write_fails(small_write(2, 3), at(&[0]), Shape, &["positions has 1 entries", "batch = 2"]);
     write_fails(small_write(4, 1), at(&[0; 4]), OutOfRange, &["row 3", "cache row 3", "3 rows"]);
 
-    let base = Destination { positions: &[0, 0], ..Default::default() };
+    let base = Destination::positions(&[0, 0]);
     let fails = |to, status, pieces: &[&str]| write_fails(small_write(2, 3), to, status, pieces);
-    fails(Destination { counts: Some(&[3]), ..base }, Shape, &["counts has 1 entries", "batch = 2"]);
-    fails(Destination { counts: Some(&[3, 4]), ..base }, OutOfRange, &["counts[1] is 4", "seq = 3"]);
-    fails(Destination { counts: Some(&[-1, 3]), ..base }, OutOfRange, &["counts[0] is -1", "seq = 3"]);
-    fails(Destination { rows: Some(&[0, 1, 2]), ..base }, Shape, &["rows has 3 entries", "batch = 2"]);
-    fails(Destination { rows: Some(&[0, 3]), ..base }, OutOfRange, &["row 1", "cache row 3", "3 rows"]);
-    fails(Destination { rows: Some(&[0, -1]), ..base }, OutOfRange, &["row 1", "cache row -1", "3 rows"]);
-    fails(Destination { rows: Some(&[2, 2]), ..base }, DuplicateSlot, &["[0, 0]", "[1, 0]", "slot 0", "row 2"]);
-    let rows = Destination { positions: &[4, 2], rows: Some(&[2, 2]), ..base };
+    fails(base.counts(&[3]), Shape, &["counts has 1 entries", "batch = 2"]);
+    fails(base.counts(&[3, 4]), OutOfRange, &["counts[1] is 4", "seq = 3"]);
+    fails(base.counts(&[-1, 3]), OutOfRange, &["counts[0] is -1", "seq = 3"]);
+    fails(base.rows(&[0, 1, 2]), Shape, &["rows has 3 entries", "batch = 2"]);
+    fails(base.rows(&[0, 3]), OutOfRange, &["row 1", "cache row 3", "3 rows"]);
+    fails(base.rows(&[0, -1]), OutOfRange, &["row 1", "cache row -1", "3 rows"]);
+    fails(base.rows(&[2, 2]), DuplicateSlot, &["[0, 0]", "[1, 0]", "slot 0", "row 2"]);
+    let rows = Destination::positions(&[4, 2]).rows(&[2, 2]);
     fails(rows, DuplicateSlot, &["[0, 0]", "[1, 2]", "slot 4", "row 2"]);
-    fails(Destination { slots: Some(&[0; 5]), ..base }, Shape, &["slots has 5 entries", "batch * seq = 6"]);
-    fails(Destination { slots: Some(&[0, 1, 2, 0, 8, 1]), ..base }, Capacity, &["slots[1, 1] is 8", "holds 8"]);
-    fails(Destination { slots: Some(&[0, 1, 2, 0, 3, -2]), ..base }, OutOfRange, &["slots[1, 2] is -2", "-1"]);
-    fails(
-        Destination { slots: Some(&[0, 1, 2, 5, 3, 5]), ..base },
-        DuplicateSlot,
-        &["[1, 0]", "[1, 2]", "slot 5", "row 1"],
-    );
-    let slots = Destination { slots: Some(&[0, 1, 2, 5, 2, 4]), rows: Some(&[1, 1]), ..base };
+    fails(Destination::slots(&[0; 5]), Shape, &["slots has 5 entries", "batch * seq = 6"]);
+    fails(Destination::slots(&[0, 1, 2, 0, 8, 1]), Capacity, &["slots[1, 1] is 8", "holds 8"]);
+    fails(Destination::slots(&[0, 1, 2, 0, 3, -2]), OutOfRange, &["slots[1, 2] is -2", "-1"]);
+    fails(Destination::slots(&[0, 1, 2, 5, 3, 5]), DuplicateSlot, &["[1, 0]", "[1, 2]", "slot 5", "row 1"]);
+    let slots = Destination::slots(&[0, 1, 2, 5, 2, 4]).rows(&[1, 1]);
     fails(slots, DuplicateSlot, &["[0, 2]", "[1, 1]", "slot 2", "row 1"]);
 }
 
@@ -219,65 +214,63 @@ fn write_into(batch: usize, seq: usize, axes: [usize; 2]) -> Write {
 
 fn write_layouts() {
     use Status::{Capacity, DuplicateSlot, InvalidValue, OutOfRange, Shape};
-    let to = Destination { positions: &[0, 0], ..Default::default() };
+    let to = Destination::positions(&[0, 0]);
     let fails = |axes, to, status, pieces: &[&str]| write_fails(write_into(2, 3, axes), to, status, pieces);
 
-    let ring = |sinks| Destination { layout: Slots::Ring { sink_tokens: sinks }, ..to };
+    let ring_at = |positions, sinks| Destination::positions(positions).layout(Slots::ring(sinks));
+    let ring = |sinks| ring_at(&[0, 0], sinks);
     fails([2, 8], ring(8), Capacity, &["8 sink tokens", "k_cache has 8 slots"]);
-    fails([2, 4], Destination { positions: &[0, 9], ..ring(2) }, DuplicateSlot, &["row 1 writes 3", "ring of 2 slots"]);
-    fails([2, 4], Destination { positions: &[9, -1], ..ring(1) }, OutOfRange, &["positions[1] is -1", "negative"]);
+    fails([2, 4], ring_at(&[0, 9], 2), DuplicateSlot, &["row 1 writes 3", "ring of 2 slots"]);
+    fails([2, 4], ring_at(&[9, -1], 1), OutOfRange, &["positions[1] is -1", "negative"]);
     fails(
         [2, 4],
-        Destination { positions: &[0, i32::MAX - 1], ..ring(0) },
+        ring_at(&[0, i32::MAX - 1], 0),
         Capacity,
         &["row 1 writes 3 tokens at position 2147483646", "holds 2147483647"],
     );
-    let same = Destination { positions: &[6, 13], rows: Some(&[1, 1]), ..ring(0) };
+    let same = ring_at(&[6, 13], 0).rows(&[1, 1]);
     fails([2, 8], same, DuplicateSlot, &["tokens [0, 0] and [1, 1]", "slot 6 of cache row 1"]);
 
-    let paged = |pages, pages_per_row| Destination {
-        layout: Slots::Paged { page_table: pages, pages_per_sequence: pages_per_row },
-        ..to
-    };
+    let paged = |pages, pages_per_row| to.layout(Slots::paged(pages, pages_per_row));
     fails([4, 2], paged(&[0, 1, 2], 2), Shape, &["page_table has 3 entries", "pages_per_sequence = 2"]);
     fails([4, 2], paged(&[], 0), Shape, &["page_table has 0 entries", "pages_per_sequence = 0"]);
     fails([4, 0], paged(&[0, 1], 1), Shape, &["k_cache has seq = 0"]);
     fails([4, 2], paged(&[0, 1], 2), OutOfRange, &["row 1", "cache row 1", "1 rows"]);
     fails([4, 2], paged(&[0, 1, 2, 4], 2), OutOfRange, &["page_table[1, 1] is 4", "k_cache has batch = 4"]);
     fails([4, 2], paged(&[0, 1, -1, 3], 2), OutOfRange, &["page_table[1, 0] is -1", "k_cache has batch = 4"]);
-    let late = Destination { positions: &[0, 2], ..paged(&[0, 1, 2, 3], 2) };
+    let late = Destination::positions(&[0, 2]).layout(Slots::paged(&[0, 1, 2, 3], 2));
     fails([4, 2], late, Capacity, &["row 1 writes 3 tokens at position 2", "holds 4"]);
     fails([4, 2], paged(&[0, 1, 2, 1], 2), DuplicateSlot, &["tokens [0, 2] and [1, 2]", "slot 0 of page 1"]);
     fails([4, 2], paged(&[3, 3, 0, 1], 2), DuplicateSlot, &["tokens [0, 0] and [0, 2]", "slot 0 of page 3"]);
-    let rows = Destination { rows: Some(&[1, 1]), ..paged(&[0, 1, 2, 3], 2) };
+    let rows = paged(&[0, 1, 2, 3], 2).rows(&[1, 1]);
     fails([4, 2], rows, DuplicateSlot, &["tokens [0, 0] and [1, 0]", "slot 0 of page 2"]);
-    let rows = Destination { rows: Some(&[0, 2]), ..paged(&[0, 1, 2, 3], 2) };
+    let rows = paged(&[0, 1, 2, 3], 2).rows(&[0, 2]);
     fails([4, 2], rows, OutOfRange, &["row 1", "cache row 2", "2 rows"]);
 
-    let slots = |slots| Destination { slots: Some(slots), ..paged(&[], 0) };
+    let slots = |slots| Destination::slots(slots).layout(Slots::paged(&[], 0));
     fails([4, 2], slots(&[0, 1, 2, 3, 4, 8]), Capacity, &["slots[1, 2] is 8", "holds 8"]);
     fails([4, 2], slots(&[0, 1, 2, 3, 4, -2]), OutOfRange, &["slots[1, 2] is -2", "-1"]);
     fails([4, 2], slots(&[0, 1, 2, -1, 7, 1]), DuplicateSlot, &["[0, 1] and [1, 2]", "slot 1 of the pool"]);
     fails([4, 0], slots(&[0, -1, -1, -1, -1, -1]), Capacity, &["slots[0, 0] is 0", "holds 0"]);
-    let rows = Destination { rows: Some(&[0, 1]), ..slots(&[0, 1, 2, 3, 4, 5]) };
+    let rows = slots(&[0, 1, 2, 3, 4, 5]).rows(&[0, 1]);
     fails([4, 2], rows, InvalidValue, &["rows is given", "no row"]);
 
-    let ragged = |starts| Destination { layout: Slots::Ragged { cu_seqlens: starts }, ..to };
+    let ragged = |starts| to.layout(Slots::ragged(starts));
     fails([2, 8], ragged(&[0, 4, 8]), Shape, &["k_cache has batch = 2", "batch of one"]);
     fails([1, 8], ragged(&[0, 4, 9]), OutOfRange, &["cu_seqlens ends at 9", "k_cache has seq = 8"]);
     fails([1, 8], ragged(&[4, 3, 8]), OutOfRange, &["cu_seqlens[1] is 3", "cu_seqlens[0] is 4"]);
     fails([1, 8], ragged(&[0, 4]), OutOfRange, &["row 1", "cache row 1", "1 rows"]);
     fails([1, 8], ragged(&[0, 4, 6]), Capacity, &["row 1 writes 3 tokens at position 0", "holds 2"]);
-    let rows = Destination { rows: Some(&[1, 1]), ..ragged(&[0, 4, 8]) };
+    let rows = ragged(&[0, 4, 8]).rows(&[1, 1]);
     fails([1, 8], rows, DuplicateSlot, &["tokens [0, 0] and [1, 0]", "slot 4 of cache row 0"]);
 
-    let indirect = Destination { layout: Slots::Indirect { beam_table: &[0; 16] }, ..to };
+    let indirect = to.layout(Slots::indirect(&[0; 16]));
     fails([2, 8], indirect, InvalidValue, &["indirect", "contiguous"]);
 }
 
 fn write_packings() {
     use Status::{InvalidValue, Shape};
-    let to = Destination { positions: &[0, 0], ..Default::default() };
+    let to = Destination::positions(&[0, 0]);
     let packed = |axes: [usize; 2], values: [usize; 4]| Write {
         v_cache: Tensor::output(DType::F16, values, Layout::BSHD, Place::Heap),
         v_packing: Packing::RowPairs,
@@ -289,42 +282,36 @@ fn write_packings() {
     fails([2, 8], [2, 4, 2, 3], to, Shape, &["v_cache has dim = 3", "pairs of v have 6"]);
     fails([2, 8], [1, 4, 2, 6], to, Shape, &["k_cache has batch = 2", "v_cache has 1"]);
     fails([2, 8], [2, 4, 1, 6], to, Shape, &["v has heads = 2", "v_cache has 1"]);
-    let ring = Destination { layout: Slots::Ring { sink_tokens: 3 }, ..to };
+    let ring = to.layout(Slots::ring(3));
     fails([2, 8], [2, 4, 2, 6], ring, InvalidValue, &["3 sink tokens", "odd"]);
-    let ragged = Destination { layout: Slots::Ragged { cu_seqlens: &[0, 5, 8] }, ..to };
+    let ragged = to.layout(Slots::ragged(&[0, 5, 8]));
     fails([1, 8], [1, 4, 2, 6], ragged, InvalidValue, &["cu_seqlens[1] is 5", "odd"]);
-    let paged = Destination { layout: Slots::Paged { page_table: &[0, 1], pages_per_sequence: 1 }, ..to };
+    let paged = to.layout(Slots::paged(&[0, 1], 1));
     fails([2, 5], [2, 2, 2, 6], paged, Shape, &["k_cache has seq = 5", "odd"]);
 }
 
 fn write_norms() {
     use Status::{InvalidValue, Shape};
     let f = RopeFrequencies::new(2, 1e4, &RopeScaling::None).unwrap();
-    let turn = Rope {
-        pairing: Pairing::HalfSplit,
-        rotary_dim: 2,
-        angles: RopeAngles::Frequencies(&f),
-        positions: Positions::Offsets(&[0, 0]),
-    };
-    let norm = |eps| RmsNorm { weight: Some(&[1.0; 4]), eps };
+    let turn = Rope::new(Pairing::HalfSplit, 2, &f, Positions::Offsets(&[0, 0]));
+    let norm = |eps| RmsNorm::new(eps).weight(&[1.0; 4]);
     for rope in [None, Some(turn)] {
         for (k_norm, status, pieces) in [
-            (RmsNorm { weight: Some(&[1.0; 3]), eps: 0.0 }, Shape, ["weight has 3 entries", "k has dim = 4"]),
+            (RmsNorm::new(0.0).weight(&[1.0; 3]), Shape, ["weight has 3 entries", "k has dim = 4"]),
             (norm(-1e-6), InvalidValue, ["eps is -0.000001", "from 0"]),
             (norm(f32::NAN), InvalidValue, ["eps is NaN", "from 0"]),
             (norm(f32::INFINITY), InvalidValue, ["eps is inf", "from 0"]),
         ] {
             let mut write = small_write(2, 3);
-            let call = KvWrite {
-                k: write.k.view(),
-                v: write.v.view(),
-                k_cache: write.k_cache.view_mut(),
-                v_cache: write.v_cache.view_mut(),
-                to: Destination { positions: &[0, 0], ..Default::default() },
-                k_norm: Some(k_norm),
-                rope,
-                v_packing: Packing::Rows,
-            };
+            let mut call = KvWrite::new(
+                write.k.view(),
+                write.v.view(),
+                write.k_cache.view_mut(),
+                write.v_cache.view_mut(),
+                Destination::positions(&[0, 0]),
+            )
+            .k_norm(k_norm);
+            call.rope = rope;
             assert_error(kv_write(&context(), &Serial, call), status, &pieces);
             write.k_cache.assert_untouched();
             write.v_cache.assert_untouched();
@@ -336,18 +323,13 @@ fn norm_options() {
     use Status::{InvalidValue, Shape};
     let x = tensor(DType::F32, [2, 3, 2, 6]);
     let output = |shape| Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
-    let good = RmsNorm { weight: Some(&[1.0; 6]), eps: 1e-6 };
+    let good = RmsNorm::new(1e-6).weight(&[1.0; 6]);
     let f = RopeFrequencies::new(4, 1e4, &RopeScaling::None).unwrap();
-    let turn = Rope {
-        pairing: Pairing::HalfSplit,
-        rotary_dim: 4,
-        angles: RopeAngles::Frequencies(&f),
-        positions: Positions::Offsets(&[0, 0]),
-    };
+    let turn = Rope::new(Pairing::HalfSplit, 4, &f, Positions::Offsets(&[0, 0]));
     for (norm, status, pieces) in [
-        (RmsNorm { weight: Some(&[1.0; 7]), ..good }, Shape, ["weight has 7 entries", "src has dim = 6"]),
-        (RmsNorm { eps: -1.0, ..good }, InvalidValue, ["eps is -1", "from 0"]),
-        (RmsNorm { eps: f32::NAN, ..good }, InvalidValue, ["eps is NaN", "from 0"]),
+        (good.weight(&[1.0; 7]), Shape, ["weight has 7 entries", "src has dim = 6"]),
+        (good.eps(-1.0), InvalidValue, ["eps is -1", "from 0"]),
+        (good.eps(f32::NAN), InvalidValue, ["eps is NaN", "from 0"]),
     ] {
         let mut y = output(x.shape);
         assert_error(rms_norm(&context(), &Serial, x.view(), y.view_mut(), &norm), status, &pieces);
@@ -369,15 +351,15 @@ fn norm_options() {
     }
     // What is wrong with the rotation is wrong here too.
     let mut y = output(x.shape);
-    let wrong = Rope { rotary_dim: 8, ..turn };
+    let wrong = turn.rotary_dim(8);
     let done = rms_norm_rope(&context(), &Serial, x.view(), y.view_mut(), &good, &wrong);
     assert_error(done, Shape, &["rotary_dim 8", "head size 6"]);
     y.assert_untouched();
     // Heads that do not fit on the stack.
     let long = tensor(DType::F32, [1, 1, 1, 4097]);
     let mut y = output(long.shape);
-    let norm = RmsNorm { weight: None, eps: 1e-6 };
-    let once = Rope { positions: Positions::Offsets(&[0]), ..turn };
+    let norm = RmsNorm::new(1e-6);
+    let once = turn.positions(Positions::Offsets(&[0]));
     let done = rms_norm_rope(&context(), &Serial, long.view(), y.view_mut(), &norm, &once);
     assert_error(done, Shape, &["src has dim = 4097", "4096"]);
     y.assert_untouched();
@@ -412,7 +394,7 @@ fn pack_shapes() {
 
 fn write_shapes() {
     use Status::Shape;
-    let to = Destination { positions: &[0, 0], ..Default::default() };
+    let to = Destination::positions(&[0, 0]);
     let output = |shape| Tensor::output(DType::F16, shape, Layout::BSHD, Place::Heap);
     let changed = |change: &dyn Fn(&mut Write)| {
         let mut write = small_write(2, 3);
@@ -431,25 +413,11 @@ fn write_shapes() {
     // A rotation that does not fit.
     let f = RopeFrequencies::new(6, 1e4, &RopeScaling::None).unwrap();
     let mut write = small_write(2, 3);
-    let rope = Rope {
-        pairing: Pairing::HalfSplit,
-        rotary_dim: 6,
-        angles: RopeAngles::Frequencies(&f),
-        positions: Positions::Offsets(&[0, 0]),
-    };
+    let rope = Rope::new(Pairing::HalfSplit, 6, &f, Positions::Offsets(&[0, 0]));
     let done = kv_write(
         &context(),
         &Serial,
-        KvWrite {
-            k: write.k.view(),
-            v: write.v.view(),
-            k_cache: write.k_cache.view_mut(),
-            v_cache: write.v_cache.view_mut(),
-            to,
-            k_norm: None,
-            rope: Some(rope),
-            v_packing: Packing::Rows,
-        },
+        KvWrite::new(write.k.view(), write.v.view(), write.k_cache.view_mut(), write.v_cache.view_mut(), to).rope(rope),
     );
     assert_error(done, Shape, &["rotary_dim 6", "head size 4"]);
     write.k_cache.assert_untouched();
@@ -459,39 +427,22 @@ fn write_shapes() {
 fn rope_options() {
     use Status::{InvalidValue, OutOfRange, Shape};
     let f = RopeFrequencies::new(4, 1e4, &RopeScaling::None).unwrap();
-    let good = Rope {
-        pairing: Pairing::HalfSplit,
-        rotary_dim: 4,
-        angles: RopeAngles::Frequencies(&f),
-        positions: Positions::Offsets(&[0, 0]),
-    };
+    let good = Rope::new(Pairing::HalfSplit, 4, &f, Positions::Offsets(&[0, 0]));
     let table = [0.0; 20];
-    let by_table = Rope { angles: RopeAngles::Table { cos: &table, sin: &table }, ..good };
+    let by_table = good.angles(RopeAngles::table(&table, &table));
     let x = tensor(DType::F32, [2, 3, 2, 6]);
     for (options, status, pieces) in [
-        (Rope { rotary_dim: 3, ..good }, InvalidValue, vec!["rotary_dim is 3", "even"]),
-        (Rope { rotary_dim: 0, ..good }, InvalidValue, vec!["rotary_dim is 0", "even"]),
-        (Rope { rotary_dim: 8, ..good }, Shape, vec!["rotary_dim 8", "head size 6"]),
-        (Rope { rotary_dim: 2, ..good }, Shape, vec!["2 frequencies", "rotary_dim 2", "1 pairs"]),
-        (Rope { positions: Positions::Offsets(&[0]), ..good }, Shape, vec!["offsets has 1", "batch 2", "need 2"]),
-        (Rope { positions: Positions::Explicit(&[0; 5]), ..good }, Shape, vec!["positions has 5", "seq 3", "need 6"]),
-        (Rope { positions: Positions::Offsets(&[0, 8]), ..by_table }, OutOfRange, vec!["row 1", "8..=10", "10 rows"]),
-        (Rope { positions: Positions::Offsets(&[-1, 0]), ..by_table }, OutOfRange, vec!["row 0", "-1..=1", "10 rows"]),
-        (
-            Rope { positions: Positions::Explicit(&[0, 1, 2, 3, 10, 5]), ..by_table },
-            OutOfRange,
-            vec!["row 1", "3..=10", "10 rows"],
-        ),
-        (
-            Rope { angles: RopeAngles::Table { cos: &table, sin: &table[..18] }, ..good },
-            Shape,
-            vec!["cos has 20", "sin 18", "rows of 2"],
-        ),
-        (
-            Rope { angles: RopeAngles::Table { cos: &table[..19], sin: &table[..19] }, ..good },
-            Shape,
-            vec!["cos has 19", "rows of 2"],
-        ),
+        (good.rotary_dim(3), InvalidValue, vec!["rotary_dim is 3", "even"]),
+        (good.rotary_dim(0), InvalidValue, vec!["rotary_dim is 0", "even"]),
+        (good.rotary_dim(8), Shape, vec!["rotary_dim 8", "head size 6"]),
+        (good.rotary_dim(2), Shape, vec!["2 frequencies", "rotary_dim 2", "1 pairs"]),
+        (good.positions(Positions::Offsets(&[0])), Shape, vec!["offsets has 1", "batch 2", "need 2"]),
+        (good.positions(Positions::Explicit(&[0; 5])), Shape, vec!["positions has 5", "seq 3", "need 6"]),
+        (by_table.positions(Positions::Offsets(&[0, 8])), OutOfRange, vec!["row 1", "8..=10", "10 rows"]),
+        (by_table.positions(Positions::Offsets(&[-1, 0])), OutOfRange, vec!["row 0", "-1..=1", "10 rows"]),
+        (by_table.positions(Positions::Explicit(&[0, 1, 2, 3, 10, 5])), OutOfRange, vec!["row 1", "3..=10", "10 rows"]),
+        (good.angles(RopeAngles::table(&table, &table[..18])), Shape, vec!["cos has 20", "sin 18", "rows of 2"]),
+        (good.angles(RopeAngles::table(&table[..19], &table[..19])), Shape, vec!["cos has 19", "rows of 2"]),
     ] {
         let mut y = Tensor::output(DType::F32, x.shape, Layout::BSHD, Place::Heap);
         assert_error(rope(&context(), &Serial, x.view(), y.view_mut(), &options), status, &pieces);
@@ -535,7 +486,7 @@ fn merge_shapes() {
     let (x, other, half) =
         (tensor(DType::F32, [1, 2, 2, 6]), tensor(DType::F32, [1, 2, 2, 5]), tensor(DType::F16, [1, 2, 2, 6]));
     let lse = [0.0; 4];
-    let good = AttentionState { out: x.view(), lse: &lse };
+    let good = AttentionState::new(x.view(), &lse);
     let mut out = Tensor::output(DType::F32, x.shape, Layout::BSHD, Place::Heap);
     let mut fails = |states: &[AttentionState], joint: usize, status, pieces: &[&str]| {
         let mut joint = vec![7.0; joint];
@@ -546,9 +497,9 @@ fn merge_shapes() {
     fails(&[], 4, InvalidValue, &["0 states", "256"]);
     fails(&[good; 257], 4, InvalidValue, &["257 states", "256"]);
     fails(&[good, good], 3, Shape, &["lse has 3 entries", "4 rows"]);
-    fails(&[good, AttentionState { lse: &lse[..3], ..good }], 4, Shape, &["state 1 has 3 entries", "4 rows"]);
-    fails(&[good, AttentionState { out: other.view(), ..good }], 4, Shape, &["dim = 5", "out has 6"]);
-    fails(&[good, AttentionState { out: half.view(), ..good }], 4, Status::DType, &["is f16", "out is f32"]);
+    fails(&[good, AttentionState::new(good.out, &lse[..3])], 4, Shape, &["state 1 has 3 entries", "4 rows"]);
+    fails(&[good, AttentionState::new(other.view(), &lse)], 4, Shape, &["dim = 5", "out has 6"]);
+    fails(&[good, AttentionState::new(half.view(), &lse)], 4, Status::DType, &["is f16", "out is f32"]);
 }
 
 /// A runner that does not run is an error, not a result.

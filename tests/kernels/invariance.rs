@@ -7,8 +7,8 @@ use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::semantics::random_case;
 use kvlane::{
-    AttentionState, DType, Destination, KvWrite, Op, Packing, Pairing, Positions, Rope, RopeAngles, RopeFrequencies,
-    RopeScaling, Runner, alibi_slopes, kv_write, merge_states, repeat_kv, rope,
+    AttentionState, DType, Destination, KvWrite, Op, Pairing, Positions, Rope, RopeFrequencies, RopeScaling, Runner,
+    alibi_slopes, kv_write, merge_states, repeat_kv, rope,
 };
 
 tests! {
@@ -94,8 +94,7 @@ fn memory_bound_operations_and_threads(level: &Level) {
         let same = Tensor::random(&mut rng, dtype, shape, Layout::PADDED, Place::Heap);
         let lse: Vec<f32> = (0..2 * 300 * 4).map(|_| rng.f32()).collect();
         let positions = Positions::Offsets(&[0, 17]);
-        let options =
-            Rope { pairing: Pairing::HalfSplit, rotary_dim: 64, angles: RopeAngles::Frequencies(&f), positions };
+        let options = Rope::new(Pairing::HalfSplit, 64, &f, positions);
         let all = |runner: &dyn Runner| -> Vec<Vec<u32>> {
             let context = &level.context;
             let mut rotated = Tensor::output(dtype, shape, Layout::BSHD, Place::Heap);
@@ -106,16 +105,14 @@ fn memory_bound_operations_and_threads(level: &Level) {
             kv_write(
                 context,
                 runner,
-                KvWrite {
-                    k: k.view(),
-                    v: v.view(),
-                    k_cache: k_cache.view_mut(),
-                    v_cache: v_cache.view_mut(),
-                    to: Destination { positions: &[3, 10], ..Default::default() },
-                    k_norm: None,
-                    rope: Some(options),
-                    v_packing: Packing::Rows,
-                },
+                KvWrite::new(
+                    k.view(),
+                    v.view(),
+                    k_cache.view_mut(),
+                    v_cache.view_mut(),
+                    Destination::positions(&[3, 10]),
+                )
+                .rope(options),
             )
             .unwrap();
             level.checked(Op::KvWrite, DType::F32, dtype);
@@ -123,7 +120,7 @@ fn memory_bound_operations_and_threads(level: &Level) {
             repeat_kv(context, runner, same.view(), repeated.view_mut()).unwrap();
             level.checked(Op::RepeatKv, dtype, dtype);
             let mut merged = Tensor::output(dtype, shape, Layout::BSHD, Place::Heap);
-            let state = AttentionState { out: same.view(), lse: &lse };
+            let state = AttentionState::new(same.view(), &lse);
             let mut joint = vec![0.0; lse.len()];
             merge_states(context, runner, &[state; 3], merged.view_mut(), Some(&mut joint)).unwrap();
             level.checked(Op::MergeStates, dtype, dtype);
@@ -231,27 +228,20 @@ impl Model {
             let piece = |x: &Tensor| x.cut(0..1, done..done + tokens, Layout::BSHD);
             let (q, k, v) = (piece(&self.q), piece(&self.k), piece(&self.v));
             let start = [done as i32];
-            let options = Rope {
-                pairing: Pairing::HalfSplit,
-                rotary_dim: dim,
-                angles: RopeAngles::Frequencies(&self.frequencies),
-                positions: Positions::Offsets(&start),
-            };
+            let options = Rope::new(Pairing::HalfSplit, dim, &self.frequencies, Positions::Offsets(&start));
             let mut rotated = Tensor::output(DType::F32, q.shape, Layout::BSHD, Place::Heap);
             rope(&level.context, runner, q.view(), rotated.view_mut(), &options).unwrap();
             kv_write(
                 &level.context,
                 runner,
-                KvWrite {
-                    k: k.view(),
-                    v: v.view(),
-                    k_cache: k_cache.view_mut(),
-                    v_cache: v_cache.view_mut(),
-                    to: Destination { positions: &start, ..Default::default() },
-                    k_norm: None,
-                    rope: Some(options),
-                    v_packing: Packing::Rows,
-                },
+                KvWrite::new(
+                    k.view(),
+                    v.view(),
+                    k_cache.view_mut(),
+                    v_cache.view_mut(),
+                    Destination::positions(&start),
+                )
+                .rope(options),
             )
             .unwrap();
             done += tokens;
@@ -388,13 +378,7 @@ fn same_call_twice(level: &Level) {
         let (case, what) = random_case(&mut rng);
         let want = case.run(&level.context);
         let mut out = Tensor::output(case.out_dtype, want.out.shape, Layout::BSHD, Place::Heap);
-        let tensors = kvlane::AttentionTensors {
-            q: case.q.view(),
-            k: case.k.view(),
-            v: case.v.view(),
-            out: out.view_mut(),
-            lse: None,
-        };
+        let tensors = kvlane::AttentionTensors::new(case.q.view(), case.k.view(), case.v.view(), out.view_mut());
         kvlane::attention(&level.context, &Threads(2), &mut workspace, tensors, &case.options.borrow()).unwrap();
         level.checked(Op::Attention, case.k.dtype, case.v.dtype);
         for at in indices(out.shape) {

@@ -76,7 +76,7 @@ impl Cache {
                 None => (&self.v, Packing::Rows),
                 Some(v) => (v, Packing::RowPairs),
             };
-            let options = AttentionOptions { layout, v_packing, ..case.options.borrow() };
+            let options = case.options.borrow().layout(layout).v_packing(v_packing);
             let mut workspace = Workspace::new();
             let got = case.run_on(&level.context, &Threads(threads), &mut workspace, (&self.k, v), options);
             let got = got.unwrap_or_else(|error| panic!("{error}: {layout:?}: {what}"));
@@ -90,8 +90,8 @@ impl Cache {
     fn packed(&self, layout: Layout) -> Option<Tensor> {
         let [rows, slots, heads, dim] = self.v.shape;
         let even = match layout {
-            Layout::Ring { sink_tokens: sinks } => sinks % 2 == 0,
-            Layout::Ragged { cu_seqlens: starts } => starts.iter().all(|start| start % 2 == 0),
+            Layout::Ring { sink_tokens: sinks, .. } => sinks % 2 == 0,
+            Layout::Ragged { cu_seqlens: starts, .. } => starts.iter().all(|start| start % 2 == 0),
             _ => true,
         };
         if slots % 2 == 1 || !even {
@@ -106,7 +106,7 @@ impl Cache {
     }
 
     fn error(&self, level: &Level, case: &Case, layout: Layout) -> kvlane::Error {
-        let options = AttentionOptions { layout, ..case.options.borrow() };
+        let options = case.options.borrow().layout(layout);
         let done = case.run_on(&level.context, &Serial, &mut Workspace::new(), (&self.k, &self.v), options);
         done.err().unwrap_or_else(|| panic!("{layout:?} was taken"))
     }
@@ -142,7 +142,7 @@ fn paged(level: &Level) {
                 }
             }
         }
-        cache.check(level, &case, Layout::Paged { page_table: &table, pages_per_sequence: pages_per_row }, &what);
+        cache.check(level, &case, Layout::paged(&table, pages_per_row), &what);
     }
 }
 
@@ -182,7 +182,7 @@ fn shared_pages(level: &Level) {
                 cache.put(&case, (b, j), (table[b * 7 + j / 16] as usize, j % 16));
             }
         }
-        cache.check(level, &case, Layout::Paged { page_table: &table, pages_per_sequence: 7 }, "shared");
+        cache.check(level, &case, Layout::paged(&table, 7), "shared");
     }
 }
 
@@ -209,7 +209,7 @@ fn ring(level: &Level) {
                 }
             }
         }
-        cache.check(level, &case, Layout::Ring { sink_tokens: sinks }, &what);
+        cache.check(level, &case, Layout::ring(sinks), &what);
     }
     assert!(wrapped > 0);
 }
@@ -231,7 +231,7 @@ fn ring_without_a_window(level: &Level) {
                 let slot = if j < sinks { j } else { sinks + (j - sinks) % (slots - sinks) };
                 cache.put(&case, (0, j), (0, slot));
             }
-            let options = AttentionOptions { layout: Layout::Ring { sink_tokens: sinks }, ..case.options.borrow() };
+            let options = case.options.borrow().layout(Layout::ring(sinks));
             let got = |threads| {
                 let mut workspace = Workspace::new();
                 let done =
@@ -273,7 +273,7 @@ fn indirect(level: &Level) {
                 }
             }
         }
-        cache.check(level, &case, Layout::Indirect { beam_table: &table }, &what);
+        cache.check(level, &case, Layout::indirect(&table), &what);
     }
 }
 
@@ -340,12 +340,8 @@ fn ragged(level: &Level) {
         });
         let by_row = bits.as_ref().map(|bits| bits.by_row(&mut rng, &counts, &lengths));
         for (threads, bits, planned) in [(1, &by_row, false), (3, &by_row, true), (1, &bits, false)] {
-            let options = AttentionOptions {
-                layout: Layout::Ragged { cu_seqlens: &k_starts },
-                cu_seqlens_q: Some(&q_starts),
-                bit_mask: bits.as_ref().map(BitMaskTensor::view),
-                ..case.options.borrow()
-            };
+            let mut options = case.options.borrow().layout(Layout::ragged(&k_starts)).cu_seqlens_q(&q_starts);
+            options.bit_mask = bits.as_ref().map(BitMaskTensor::view);
             let plan = AttentionPlan::new(together.q.shape, together.k.shape, &options).expect("a valid plan");
             let options = if planned { rest(&options, &plan) } else { options };
             let mut workspace = Workspace::new();
@@ -400,7 +396,7 @@ fn what_is_not_retained_is_refused(level: &Level) {
     let shape = Shape { tokens: 2, keys: 40, ..Shape::default() };
     let mut case = Case::new(&mut rng, shape, dtype).with(|o| (o.causal, o.lengths) = (true, Some(vec![40])));
     let cache = Cache::new(&mut rng, &case, 1, 20);
-    let ring = Layout::Ring { sink_tokens: 4 };
+    let ring = Layout::ring(4);
     let error = cache.error(level, &case, ring);
     assert_eq!(
         error.message(),
@@ -417,7 +413,7 @@ fn what_is_not_retained_is_refused(level: &Level) {
     );
     case.options.lengths = None;
     assert!(cache.error(level, &case, ring).message().starts_with("lengths is absent"));
-    assert!(cache.error(level, &case, Layout::Ring { sink_tokens: 20 }).message().contains("20 sink tokens"));
+    assert!(cache.error(level, &case, Layout::ring(20)).message().contains("20 sink tokens"));
 }
 
 fn tables_are_checked(level: &Level) {
@@ -426,31 +422,23 @@ fn tables_are_checked(level: &Level) {
     let shape = Shape { batch: 2, keys: 40, ..Shape::default() };
     let case = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![40, 16]));
     let cache = Cache::new(&mut rng, &case, 5, 16);
-    let paged = |pages: &[i32]| {
-        cache.error(level, &case, Layout::Paged { page_table: pages, pages_per_sequence: 3 }).to_string()
-    };
+    let paged = |pages: &[i32]| cache.error(level, &case, Layout::paged(pages, 3)).to_string();
     assert!(paged(&[0, 1, 5, 2, 0, 0]).contains("page_table[0, 2] is 5, but k has batch = 5"));
     assert!(paged(&[0, 1, 2, -1, 0, 0]).contains("page_table[1, 0] is -1"));
     assert!(paged(&[0, 1, 2]).contains("k has rows = 1, but q has 2"));
     assert!(paged(&[0, 1, 2, 3]).contains("page_table has 4 entries, which is no multiple of pages_per_sequence = 3"));
     let long = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![40, 49]));
-    let error = cache.error(level, &long, Layout::Paged { page_table: &[0, 1, 2, 3, 4, 0], pages_per_sequence: 3 });
+    let error = cache.error(level, &long, Layout::paged(&[0, 1, 2, 3, 4, 0], 3));
     assert!(error.message().contains("lengths[1] is 49, but k has room for a row = 48"), "{error}");
     level.checked(Op::Attention, dtype, dtype);
 }
 
 /// What a call has to say beside a plan of its options, masks and all.
 fn rest<'a>(options: &AttentionOptions<'a>, plan: &'a AttentionPlan) -> AttentionOptions<'a> {
-    AttentionOptions {
-        plan: Some(plan),
-        bias: options.bias,
-        scale: options.scale,
-        softcap: options.softcap,
-        alibi_slopes: options.alibi_slopes,
-        sink_logits: options.sink_logits,
-        precision: options.precision,
-        ..Default::default()
-    }
+    let mut rest = AttentionOptions::new().plan(plan).precision(options.precision);
+    (rest.bias, rest.scale, rest.softcap) = (options.bias, options.scale, options.softcap);
+    (rest.alibi_slopes, rest.sink_logits) = (options.alibi_slopes, options.sink_logits);
+    rest
 }
 
 /// With a plan instead of lists and masks, or instead of lists alone, the same bits.
@@ -461,7 +449,10 @@ fn plans(level: &Level) {
         let (case, what) = random_case(&mut rng);
         let all = case.options.borrow();
         let with_masks = rng.chance(0.7);
-        let options = if with_masks { all } else { AttentionOptions { mask: None, bit_mask: None, ..all } };
+        let mut options = all;
+        if !with_masks {
+            (options.mask, options.bit_mask) = (None, None);
+        }
         // The memory of the plan before, whatever that was for.
         let plan = match &mut plan {
             None => plan.insert(AttentionPlan::new(case.q.shape, case.k.shape, &options).expect("a valid plan")),
@@ -470,11 +461,10 @@ fn plans(level: &Level) {
                 plan
             }
         };
-        let planned = rest(&options, plan);
-        let planned = match with_masks {
-            true => planned,
-            false => AttentionOptions { mask: all.mask, bit_mask: all.bit_mask, ..planned },
-        };
+        let mut planned = rest(&options, plan);
+        if !with_masks {
+            (planned.mask, planned.bit_mask) = (all.mask, all.bit_mask);
+        }
         let want = case.run(&level.context);
         let kv = (&case.k, &case.v);
         let got = case.run_on(&level.context, &Threads(2), &mut Workspace::new(), kv, planned).expect("a valid call");
@@ -485,11 +475,14 @@ fn plans(level: &Level) {
             let sentence = format!("both plan and {name} are given, but {name} is the plan's to say");
             assert_eq!(error.message(), sentence, "{what}");
         };
-        refused("causal", AttentionOptions { causal: true, ..planned });
+        refused("causal", planned.causal(true));
+        let mut both = planned;
         if with_masks && all.mask.is_some() {
-            refused("mask", AttentionOptions { mask: all.mask, ..planned });
+            both.mask = all.mask;
+            refused("mask", both);
         } else if with_masks && all.bit_mask.is_some() {
-            refused("bit_mask", AttentionOptions { bit_mask: all.bit_mask, ..planned });
+            both.bit_mask = all.bit_mask;
+            refused("bit_mask", both);
         }
     }
 }
@@ -534,15 +527,9 @@ fn plans_of_far_masks(level: &Level) {
 fn plans_advance() {
     let (q, k) = ([2, 1, 1, 8], [5, 4, 1, 8]);
     let pages = [3, 1, -1, 0, 4, 2];
-    let layout = Layout::Paged { page_table: &pages, pages_per_sequence: 3 };
+    let layout = Layout::paged(&pages, 3);
     let at = |lengths: &[i32], layout| {
-        let options = AttentionOptions {
-            causal: true,
-            window_left: Some(5),
-            lengths: Some(lengths),
-            layout,
-            ..Default::default()
-        };
+        let options = AttentionOptions::new().causal(true).window_left(5).lengths(lengths).layout(layout);
         AttentionPlan::new(q, k, &options)
     };
     let mut plan = at(&[6, 9], layout).unwrap();
@@ -563,7 +550,7 @@ fn plans_advance() {
     plan.set_table(0, 2, &[1]).unwrap();
     plan.advance(&[1, 0]).unwrap();
     assert_eq!(plan.lengths(), [9, 10]);
-    let ring = at(&[4, 9], Layout::Ring { sink_tokens: 0 });
+    let ring = at(&[4, 9], Layout::ring(0));
     assert!(ring.is_err(), "five rows in the cache, two in q");
 }
 
@@ -611,20 +598,14 @@ fn shared_prefix(level: &Level) {
         let own_v = cut(&case.v, all, prefix..shape.keys, layouts[3]);
         let own_lengths: Vec<i32> = lengths.iter().map(|n| n - prefix as i32).collect();
         let offsets: Vec<i32> = case.options.offsets.iter().flatten().map(|n| n - prefix as i32).collect();
-        let options =
-            AttentionOptions { lengths: Some(&own_lengths), offsets: Some(&offsets), ..case.options.borrow() };
+        let options = case.options.borrow().lengths(&own_lengths).offsets(&offsets);
         let run = |threads: usize| {
             let mut out =
                 Tensor::output(case.out_dtype, [shape.batch, tokens, heads, v_dim], Strides::BHSD, Place::GuardAfter);
             let mut lse = vec![f32::NAN; shape.batch * tokens * heads];
-            let tensors = AttentionTensors {
-                q: case.q.view(),
-                k: own_k.view(),
-                v: own_v.view(),
-                out: out.view_mut(),
-                lse: Some(&mut lse),
-            };
-            let prefix = SharedPrefix { k: k.view(), v: v.view() };
+            let tensors =
+                AttentionTensors::new(case.q.view(), own_k.view(), own_v.view(), out.view_mut()).lse(&mut lse);
+            let prefix = SharedPrefix::new(k.view(), v.view());
             let mut workspace = Workspace::new();
             attention_with_prefix(&level.context, &Threads(threads), &mut workspace, prefix, tensors, &options)
                 .expect("a valid call");

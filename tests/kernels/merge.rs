@@ -31,7 +31,7 @@ impl States {
 
     fn run(&self, level: &Level, out: &mut Tensor) -> Vec<f32> {
         let states: Vec<AttentionState> =
-            self.outs.iter().zip(&self.lses).map(|(out, lse)| AttentionState { out: out.view(), lse }).collect();
+            self.outs.iter().zip(&self.lses).map(|(out, lse)| AttentionState::new(out.view(), lse)).collect();
         let mut lse = vec![f32::NAN; self.lses[0].len()];
         merge_states(&level.context, &Serial, &states, out.view_mut(), Some(&mut lse)).expect("valid states");
         out.assert_gaps();

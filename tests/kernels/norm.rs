@@ -5,8 +5,8 @@ use crate::common::{Layout, Place, Rng, Tensor, close, half_ulp, oracle, scaled,
 use crate::harness::{Level, tests};
 use kvlane::{
     Context, DType, Destination, Isa, KvWrite, Layout as Slots, MAX_ROTARY_DIM, Op, Packing, Pairing, Positions,
-    RmsNorm, Rope, RopeAngles, RopeFrequencies, RopeScaling, Serial, kv_write, rms_norm, rms_norm_in_place,
-    rms_norm_rope, rms_norm_rope_in_place, rope,
+    RmsNorm, Rope, RopeFrequencies, RopeScaling, Serial, kv_write, rms_norm, rms_norm_in_place, rms_norm_rope,
+    rms_norm_rope_in_place, rope,
 };
 
 tests! {
@@ -44,7 +44,8 @@ fn types_and_layouts(level: &Level) {
                 for (i, layout) in Layout::ALL.into_iter().enumerate() {
                     let x = Tensor::random(&mut rng, src, [2, 3, 2, 29], layout, place);
                     let y = Tensor::output(dst, x.shape, Layout::ALL[(i * 3 + 1) % 7], place);
-                    let norm = RmsNorm { weight: (i % 2 == 0).then_some(&weight), eps: [1e-6, 1e-5, 0.0][i % 3] };
+                    let mut norm = RmsNorm::new([1e-6, 1e-5, 0.0][i % 3]);
+                    norm.weight = (i % 2 == 0).then_some(&weight);
                     check(level, &x, y, &norm, &format!("{src} {dst} {layout:?}"));
                 }
             }
@@ -60,7 +61,7 @@ fn head_sizes(level: &Level) {
             let src = rng.pick(&DType::ALL);
             let x = Tensor::random(&mut rng, src, [1, 3, 2, dim], layout, Place::GuardAfter);
             let y = Tensor::output(DType::F32, x.shape, layout, Place::GuardAfter);
-            check(level, &x, y, &RmsNorm { weight: Some(&weight), eps: 1e-5 }, &format!("{src} {dim}"));
+            check(level, &x, y, &RmsNorm::new(1e-5).weight(&weight), &format!("{src} {dim}"));
         }
     }
 }
@@ -73,14 +74,14 @@ fn magnitudes(level: &Level) {
         let plain = x.to(Layout::BSHD, Place::Heap);
         x.fill(|at| plain.get(at) * factor);
         let y = Tensor::output(DType::F32, x.shape, Layout::BSHD, Place::Heap);
-        check(level, &x, y, &RmsNorm { weight: None, eps: 0.0 }, &format!("{factor:e}"));
+        check(level, &x, y, &RmsNorm::new(0.0), &format!("{factor:e}"));
     }
     // Zeros stay zeros where there is an eps, and are 0 / 0 where there is none.
     let mut x = Tensor::input(DType::F32, [1, 1, 1, 20], Layout::BSHD, Place::Heap);
     x.fill(|_| 0.0);
     let mut y = Tensor::output(DType::F32, x.shape, Layout::BSHD, Place::Heap);
     for (eps, wanted) in [(1e-6, Some(0.0)), (0.0, None)] {
-        rms_norm(&level.context, &Serial, x.view(), y.view_mut(), &RmsNorm { weight: None, eps }).unwrap();
+        rms_norm(&level.context, &Serial, x.view(), y.view_mut(), &RmsNorm::new(eps)).unwrap();
         assert!(indices(x.shape).all(|at| wanted.map_or(y.get(at).is_nan(), |wanted: f32| y.get(at) == wanted)));
     }
 }
@@ -106,7 +107,7 @@ fn in_place(level: &Level) {
     for dtype in DType::ALL {
         for dim in [64, 29, 600] {
             let weight = weights(&mut rng, dim);
-            let norm = RmsNorm { weight: Some(&weight), eps: 1e-6 };
+            let norm = RmsNorm::new(1e-6).weight(&weight);
             for layout in Layout::ALL {
                 let x = Tensor::random(&mut rng, dtype, [2, 3, 2, dim], Layout::BSHD, Place::Heap);
                 let want = normed(level, &x, dtype, &norm);
@@ -124,7 +125,7 @@ fn poison_stays_in_its_head(level: &Level) {
     let mut rng = Rng::new(84);
     for dtype in DType::ALL {
         let mut x = Tensor::random(&mut rng, dtype, [1, 2, 3, 37], Layout::BSHD, Place::Heap);
-        let norm = RmsNorm { weight: None, eps: 1e-6 };
+        let norm = RmsNorm::new(1e-6);
         let want = normed(level, &x, dtype, &norm);
         x.set([0, 1, 1, 36], f32::NAN);
         x.set([0, 0, 2, 3], f32::INFINITY);
@@ -155,9 +156,10 @@ fn fused_with_rope(level: &Level) {
                 let f = RopeFrequencies::new(rotary_dim, 10_000.0, &RopeScaling::None).unwrap();
                 let weight = weights(&mut rng, dim);
                 for pairing in PAIRINGS {
-                    let norm = RmsNorm { weight: rng.chance(0.7).then_some(&weight), eps: 1e-6 };
+                    let mut norm = RmsNorm::new(1e-6);
+                    norm.weight = rng.chance(0.7).then_some(&weight);
                     let positions = Positions::Offsets(&[7, 100]);
-                    let options = Rope { pairing, rotary_dim, angles: RopeAngles::Frequencies(&f), positions };
+                    let options = Rope::new(pairing, rotary_dim, &f, positions);
                     let (from, to) = (Layout::random(&mut rng), Layout::random(&mut rng));
                     let x = Tensor::random(&mut rng, src, [2, 2, heads, dim], from, Place::GuardAfter);
                     let want = apart(level, &x, dst, &norm, &options);
@@ -180,11 +182,11 @@ fn fused_with_rope_in_place(level: &Level) {
         for (dim, rotary_dim) in [(64, 64), (29, 26), (600, 598)] {
             let f = RopeFrequencies::new(rotary_dim, 10_000.0, &RopeScaling::None).unwrap();
             let weight = weights(&mut rng, dim);
-            let norm = RmsNorm { weight: Some(&weight), eps: 1e-5 };
+            let norm = RmsNorm::new(1e-5).weight(&weight);
             for pairing in PAIRINGS {
                 for layout in thin(Layout::ALL.to_vec()) {
                     let positions = Positions::Offsets(&[3, 70]);
-                    let options = Rope { pairing, rotary_dim, angles: RopeAngles::Frequencies(&f), positions };
+                    let options = Rope::new(pairing, rotary_dim, &f, positions);
                     let x = Tensor::random(&mut rng, dtype, [2, 3, 2, dim], Layout::BSHD, Place::Heap);
                     let want = apart(level, &x, dtype, &norm, &options);
                     let mut y = x.to(layout, Place::GuardAfter);
@@ -205,21 +207,21 @@ fn fused_with_write(level: &Level) {
     let pages = [2, 5, 0, 3, 1, 4];
     let layouts: [(Slots, [usize; 2]); 4] = [
         (Slots::Contiguous, [2, 10]),
-        (Slots::Ring { sink_tokens: 2 }, [2, 6]),
-        (Slots::Paged { page_table: &pages, pages_per_sequence: 3 }, [6, 4]),
-        (Slots::Ragged { cu_seqlens: &[2, 12, 24] }, [1, 24]),
+        (Slots::ring(2), [2, 6]),
+        (Slots::paged(&pages, 3), [6, 4]),
+        (Slots::ragged(&[2, 12, 24]), [1, 24]),
     ];
     for src in DType::ALL {
         for dst in DType::ALL {
             for pairing in PAIRINGS {
                 for (layout, [rows, slots]) in layouts {
                     let weight = weights(&mut rng, 23);
-                    let norm = RmsNorm { weight: Some(&weight), eps: 1e-6 };
+                    let norm = RmsNorm::new(1e-6).weight(&weight);
                     let places = [(); 3].map(|()| Layout::random(&mut rng));
                     let k = Tensor::random(&mut rng, src, [2, 4, 3, 23], places[0], Place::GuardAfter);
                     let v = Tensor::random(&mut rng, src, [2, 4, 3, 11], Layout::BSHD, Place::GuardAfter);
                     let positions = Positions::Explicit(&[4, 5, 6, 7, 0, 1, 2, 3]);
-                    let options = Rope { pairing, rotary_dim: 20, angles: RopeAngles::Frequencies(&f), positions };
+                    let options = Rope::new(pairing, 20, &f, positions);
                     let packing = rng.pick(&Packing::ALL);
                     let values = match packing {
                         Packing::RowPairs => [rows, slots / 2, 3, 22],
@@ -228,18 +230,11 @@ fn fused_with_write(level: &Level) {
                     for turn in [None, Some(options)] {
                         let mut k_cache = Tensor::output(dst, [rows, slots, 3, 23], places[1], Place::GuardBefore);
                         let mut v_cache = Tensor::output(dst, values, places[2], Place::GuardBefore);
-                        let to =
-                            Destination { positions: &[4, 0], counts: Some(&[4, 3]), layout, ..Default::default() };
-                        let write = KvWrite {
-                            k: k.view(),
-                            v: v.view(),
-                            k_cache: k_cache.view_mut(),
-                            v_cache: v_cache.view_mut(),
-                            to,
-                            k_norm: Some(norm),
-                            rope: turn,
-                            v_packing: packing,
-                        };
+                        let to = Destination::positions(&[4, 0]).counts(&[4, 3]).layout(layout);
+                        let mut write = KvWrite::new(k.view(), v.view(), k_cache.view_mut(), v_cache.view_mut(), to)
+                            .k_norm(norm)
+                            .v_packing(packing);
+                        write.rope = turn;
                         kv_write(&level.context, &Serial, write).expect("a valid write");
                         let want = match &turn {
                             None => normed(level, &k, dst, &norm),
@@ -289,7 +284,7 @@ fn levels_agree() {
             .iter()
             .map(|context| {
                 let mut y = Tensor::output(dst, x.shape, Layout::BSHD, Place::GuardAfter);
-                let norm = RmsNorm { weight: Some(&weight), eps: 1e-6 };
+                let norm = RmsNorm::new(1e-6).weight(&weight);
                 rms_norm(context, &Serial, x.view(), y.view_mut(), &norm).unwrap();
                 y.all_bits()
             })
@@ -303,7 +298,7 @@ fn every_token_alone() {
     let mut rng = Rng::new(89);
     let context = Context::new().unwrap();
     let weight = weights(&mut rng, 64);
-    let norm = RmsNorm { weight: Some(&weight), eps: 1e-6 };
+    let norm = RmsNorm::new(1e-6).weight(&weight);
     let x = Tensor::random(&mut rng, DType::F32, [2, 300, 4, 64], Layout::BHSD, Place::Heap);
     let mut all = Tensor::output(DType::Bf16, x.shape, Layout::BSHD, Place::Heap);
     rms_norm(&context, &crate::common::runners::Threads(3), x.view(), all.view_mut(), &norm).unwrap();

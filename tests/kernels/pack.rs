@@ -52,7 +52,7 @@ fn a_write_packs_as_packing_does(level: &Level) {
                 v_cache: Tensor::output(dst, [2, 10, 3, dim], Layout::BSHD, Place::Heap),
                 v_packing: Packing::Rows,
             };
-            let to = Destination { positions: &[3, 0], ..Default::default() };
+            let to = Destination::positions(&[3, 0]);
             write.check(level, to);
             let mut packed = Tensor::output(dst, [2, 5, 3, 2 * dim], Layout::BSHD, Place::Heap);
             pack_row_pairs(&level.context, &Serial, write.v_cache.view(), packed.view_mut()).expect("a valid call");

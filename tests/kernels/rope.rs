@@ -4,8 +4,8 @@ use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, close, half_ulp, oracle, scaled, thin};
 use crate::harness::{Level, tests};
 use kvlane::{
-    Context, DType, Destination, Isa, KvWrite, Op, Packing, Pairing, Positions, Rope, RopeAngles, RopeFrequencies,
-    RopeScaling, Serial, kv_write, rope, rope_in_place,
+    Context, DType, Destination, Isa, KvWrite, Llama3Scaling, LongRopeScaling, Op, Pairing, Positions, Rope,
+    RopeAngles, RopeFrequencies, RopeScaling, Serial, YarnScaling, kv_write, rope, rope_in_place,
 };
 
 tests! {
@@ -37,13 +37,14 @@ fn check(
     positions: Positions,
     what: &str,
 ) {
-    let options = Rope { pairing, rotary_dim: f.rotary_dim(), angles: RopeAngles::Frequencies(f), positions };
+    let options = Rope::new(pairing, f.rotary_dim(), f, positions);
     rope(&level.context, &Serial, x.view(), y.view_mut(), &options).expect("a valid call");
     let bound = level.checked(Op::Rope, x.dtype, y.dtype);
     let seq = x.shape[1];
     let position = |b: usize, t: usize| match positions {
         Positions::Offsets(o) => i64::from(o[b]) + t as i64,
         Positions::Explicit(p) => i64::from(p[b * seq + t]),
+        _ => unreachable!("positions of another kind"),
     };
     let source = x.array();
     let want = oracle::rope(&source, pairing, f.inv_freq(), f.magnitude(), position);
@@ -137,12 +138,7 @@ fn angles_far_out(level: &Level) {
         let positions: Vec<i32> = fixed.into_iter().chain((0..scaled(500)).map(|_| rng.u64() as i32)).collect();
         let mut x = Tensor::input(DType::F32, [1, positions.len(), 1, 64], Layout::BSHD, Place::Heap);
         x.fill(|at| f32::from(at[3] < 32));
-        let options = Rope {
-            pairing: Pairing::HalfSplit,
-            rotary_dim: 64,
-            angles: RopeAngles::Frequencies(&f),
-            positions: Positions::Explicit(&positions),
-        };
+        let options = Rope::new(Pairing::HalfSplit, 64, &f, Positions::Explicit(&positions));
         let y = run(level, &x, DType::F32, &options);
         let bound = level.checked(Op::RopeAngles, DType::F32, DType::F32);
         for (t, &position) in positions.iter().enumerate() {
@@ -172,8 +168,8 @@ fn table_and_frequencies(level: &Level) {
         for pairing in PAIRINGS {
             let x = Tensor::random(&mut rng, src, [2, 5, 2, 30], Layout::PADDED, Place::Heap);
             for positions in [Positions::Offsets(&[0, 45]), Positions::Explicit(&[9, 8, 49, 0, 0, 1, 2, 3, 4, 5])] {
-                let by_angle = Rope { pairing, rotary_dim: 24, angles: RopeAngles::Frequencies(&f), positions };
-                let by_table = Rope { angles: RopeAngles::Table { cos: &cos, sin: &sin }, ..by_angle };
+                let by_angle = Rope::new(pairing, 24, &f, positions);
+                let by_table = by_angle.angles(RopeAngles::table(&cos, &sin));
                 assert_eq!(run(level, &x, src, &by_angle).all_bits(), run(level, &x, src, &by_table).all_bits());
             }
         }
@@ -190,7 +186,7 @@ fn in_place(level: &Level) {
                     let f = frequencies(rotary_dim, 10_000.0);
                     let x = Tensor::random(&mut rng, dtype, [2, 3, 2, dim], Layout::BSHD, Place::Heap);
                     let positions = Positions::Offsets(&[3, 70]);
-                    let options = Rope { pairing, rotary_dim, angles: RopeAngles::Frequencies(&f), positions };
+                    let options = Rope::new(pairing, rotary_dim, &f, positions);
                     let want = run(level, &x, dtype, &options);
                     let mut y = Tensor::output(dtype, x.shape, layout, Place::GuardAfter);
                     indices(x.shape).for_each(|at| y.set_element_bits(at, x.bits(at)));
@@ -214,25 +210,16 @@ fn fused_with_write(level: &Level) {
                 let k = Tensor::random(&mut rng, src, [2, 4, 3, 23], layout, Place::GuardAfter);
                 let v = Tensor::random(&mut rng, src, [2, 4, 3, 11], Layout::BSHD, Place::GuardAfter);
                 let positions = Positions::Explicit(&[4, 5, 6, 7, 0, 1, 2, 3]);
-                let options = Rope { pairing, rotary_dim: 20, angles: RopeAngles::Frequencies(&f), positions };
+                let options = Rope::new(pairing, 20, &f, positions);
                 let rotated = run(level, &k, dst, &options);
                 let layout = Layout::random(&mut rng);
                 let mut k_cache = Tensor::output(dst, [2, 9, 3, 23], layout, Place::GuardBefore);
                 let mut v_cache = Tensor::output(dst, [2, 9, 3, 11], Layout::BHSD, Place::GuardBefore);
-                let to = Destination { positions: &[4, 0], counts: Some(&[4, 3]), ..Default::default() };
+                let to = Destination::positions(&[4, 0]).counts(&[4, 3]);
                 kv_write(
                     &level.context,
                     &Serial,
-                    KvWrite {
-                        k: k.view(),
-                        v: v.view(),
-                        k_cache: k_cache.view_mut(),
-                        v_cache: v_cache.view_mut(),
-                        to,
-                        k_norm: None,
-                        rope: Some(options),
-                        v_packing: Packing::Rows,
-                    },
+                    KvWrite::new(k.view(), v.view(), k_cache.view_mut(), v_cache.view_mut(), to).rope(options),
                 )
                 .expect("a valid write");
                 level.checked(Op::Rope, src, dst);
@@ -266,8 +253,7 @@ fn beyond_rotary_dim_is_copied(level: &Level) {
             x.set([0, 1, 1, 39], f32::NAN);
             x.set([0, 1, 0, 4], f32::NEG_INFINITY);
             let positions = Positions::Offsets(&[9]);
-            let options =
-                Rope { pairing: Pairing::HalfSplit, rotary_dim: 4, angles: RopeAngles::Frequencies(&f), positions };
+            let options = Rope::new(Pairing::HalfSplit, 4, &f, positions);
             let y = run(level, &x, dst, &options);
             for at in indices(x.shape).filter(|at| at[3] >= 4) {
                 crate::write::assert_element(&x, at, &y, at);
@@ -311,26 +297,24 @@ fn goldens() {
         let scaling = match kind {
             "linear" => RopeScaling::Linear { factor: get("factor") },
             "ntk" => RopeScaling::Ntk { factor: get("factor") },
-            "llama3" => RopeScaling::Llama3 {
-                factor: get("factor"),
-                low_freq_factor: get("low"),
-                high_freq_factor: get("high"),
-                original_max_position: get("original"),
-            },
-            "yarn" => RopeScaling::Yarn {
-                factor: get("factor"),
-                original_max_position: get("original"),
-                beta_fast: get("fast"),
-                beta_slow: get("slow"),
-                attention_factor: number("attention"),
-                truncate: get("truncate") != 0.0,
-            },
-            "longrope" => RopeScaling::LongRope {
-                factors: text("factors").unwrap().split(',').map(|x| x.parse().unwrap()).collect(),
-                factor: get("factor"),
-                original_max_position: get("original"),
-                attention_factor: number("attention"),
-            },
+            "llama3" => Llama3Scaling::new(get("factor"), get("original"))
+                .low_freq_factor(get("low"))
+                .high_freq_factor(get("high"))
+                .into(),
+            "yarn" => {
+                let mut yarn = YarnScaling::new(get("factor"), get("original"))
+                    .beta_fast(get("fast"))
+                    .beta_slow(get("slow"))
+                    .truncate(get("truncate") != 0.0);
+                yarn.attention_factor = number("attention");
+                yarn.into()
+            }
+            "longrope" => {
+                let factors = text("factors").unwrap().split(',').map(|x| x.parse().unwrap()).collect();
+                let mut long = LongRopeScaling::new(factors, get("factor"), get("original"));
+                long.attention_factor = number("attention");
+                long.into()
+            }
             other => panic!("an unknown kind {other}"),
         };
         let f = RopeFrequencies::new(get("dim") as usize, get("base"), &scaling).unwrap();
@@ -378,13 +362,8 @@ fn llama3_by_wavelength() {
                 }
             })
             .collect();
-        let scaling = RopeScaling::Llama3 {
-            factor,
-            low_freq_factor: low,
-            high_freq_factor: high,
-            original_max_position: original,
-        };
-        let got = RopeFrequencies::new(dim, base, &scaling).unwrap();
+        let scaling = Llama3Scaling::new(factor, original).low_freq_factor(low).high_freq_factor(high);
+        let got = RopeFrequencies::new(dim, base, &scaling.into()).unwrap();
         assert_frequencies(&got, &want);
         assert_eq!(got.magnitude(), 1.0);
     }
@@ -411,18 +390,11 @@ fn yarn_by_the_paper() {
                 f / factor * (1.0 - kept) + f * kept
             })
             .collect();
-        let yarn = |attention_factor| RopeScaling::Yarn {
-            factor,
-            original_max_position: original,
-            beta_fast: fast,
-            beta_slow: slow,
-            attention_factor,
-            truncate,
-        };
-        let got = RopeFrequencies::new(dim, base, &yarn(None)).unwrap();
+        let yarn = YarnScaling::new(factor, original).beta_fast(fast).beta_slow(slow).truncate(truncate);
+        let got = RopeFrequencies::new(dim, base, &yarn.into()).unwrap();
         assert_frequencies(&got, &want);
         close(got.magnitude(), 0.1 * factor.ln() + 1.0, 1e-12, || "the paper's attention factor".into());
-        assert_eq!(RopeFrequencies::new(dim, base, &yarn(Some(0.75))).unwrap().magnitude(), 0.75);
+        assert_eq!(RopeFrequencies::new(dim, base, &yarn.attention_factor(0.75).into()).unwrap().magnitude(), 0.75);
     }
 }
 
@@ -438,9 +410,9 @@ fn ntk_and_linear() {
 fn longrope_magnitude() {
     let factors: Vec<f64> = (0..32).map(|i| 1.0 + i as f64).collect();
     let long = |factor, attention_factor| {
-        let scaling =
-            RopeScaling::LongRope { factors: factors.clone(), factor, original_max_position: 4096.0, attention_factor };
-        RopeFrequencies::new(64, 10_000.0, &scaling).unwrap()
+        let mut scaling = LongRopeScaling::new(factors.clone(), factor, 4096.0);
+        scaling.attention_factor = attention_factor;
+        RopeFrequencies::new(64, 10_000.0, &scaling.into()).unwrap()
     };
     let want: Vec<f64> = plain(64, 10_000.0).iter().zip(&factors).map(|(f, d)| f / d).collect();
     assert_frequencies(&long(32.0, None), &want);
@@ -452,26 +424,16 @@ fn longrope_magnitude() {
 
 fn scaling_errors() {
     use kvlane::Status::{InvalidValue, Shape};
-    let yarn = |factor, beta_fast, beta_slow| RopeScaling::Yarn {
-        factor,
-        original_max_position: 4096.0,
-        beta_fast,
-        beta_slow,
-        attention_factor: None,
-        truncate: true,
+    let yarn = |factor, beta_fast, beta_slow| {
+        YarnScaling::new(factor, 4096.0).beta_fast(beta_fast).beta_slow(beta_slow).into()
     };
-    let llama3 = |factor, low_freq_factor, high_freq_factor, original_max_position| RopeScaling::Llama3 {
-        factor,
-        low_freq_factor,
-        high_freq_factor,
-        original_max_position,
+    let llama3 = |factor, low_freq_factor, high_freq_factor, original_max_position| {
+        Llama3Scaling::new(factor, original_max_position)
+            .low_freq_factor(low_freq_factor)
+            .high_freq_factor(high_freq_factor)
+            .into()
     };
-    let long = |factors, original_max_position| RopeScaling::LongRope {
-        factors,
-        factor: 2.0,
-        original_max_position,
-        attention_factor: None,
-    };
+    let long = |factors, original_max_position| LongRopeScaling::new(factors, 2.0, original_max_position).into();
     for (dim, base, scaling, status, pieces) in [
         (7, 1e4, RopeScaling::None, InvalidValue, ["rotary_dim is 7", "4096"]),
         (0, 1e4, RopeScaling::None, InvalidValue, ["rotary_dim is 0", "4096"]),

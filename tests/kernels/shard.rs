@@ -60,7 +60,7 @@ fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
             level.checked(Op::Attention, kv, kv);
             // As many parts as there are KV heads or fewer, or a multiple.
             let model = if rng.chance(0.3) { kv_heads * rng.between(1, 4) } else { rng.between(1, kv_heads) };
-            let mesh = Mesh { data: rng.between(1, 5), model, sequence: 1 };
+            let mesh = Mesh::new(rng.between(1, 5), model, 1);
             let [batch, tokens, q_heads, _] = whole.q.shape;
             let mut seen = vec![0; batch * q_heads];
             for rank in 0..mesh.shards().unwrap() {
@@ -70,21 +70,18 @@ fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
                 let mut out = Tensor::output(DType::F32, out_shape, Layout::BHSD, Place::GuardAfter);
                 let mut lse = vec![0f32; rows.len() * tokens * part.heads.len()];
                 let q = whole.q.view().rows(rows.start, rows.len()).unwrap();
-                let options = whole.options.borrow();
-                let options = AttentionOptions {
-                    lengths: cut(options.lengths, &rows),
-                    kv_starts: cut(options.kv_starts, &rows),
-                    offsets: cut(options.offsets, &rows),
-                    alibi_slopes: cut(options.alibi_slopes, &part.heads),
-                    ..options
-                };
-                let tensors = AttentionTensors {
-                    q: q.heads(part.heads.start, part.heads.len()).unwrap(),
-                    k: part_of(&whole.k, &rows, &part.kv_heads),
-                    v: part_of(&whole.v, &rows, &part.kv_heads),
-                    out: out.view_mut(),
-                    lse: Some(&mut lse),
-                };
+                let mut options = whole.options.borrow();
+                options.lengths = cut(options.lengths, &rows);
+                options.kv_starts = cut(options.kv_starts, &rows);
+                options.offsets = cut(options.offsets, &rows);
+                options.alibi_slopes = cut(options.alibi_slopes, &part.heads);
+                let tensors = AttentionTensors::new(
+                    q.heads(part.heads.start, part.heads.len()).unwrap(),
+                    part_of(&whole.k, &rows, &part.kv_heads),
+                    part_of(&whole.v, &rows, &part.kv_heads),
+                    out.view_mut(),
+                )
+                .lse(&mut lse);
                 attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).unwrap();
                 for (b, t) in (0..rows.len()).flat_map(|b| (0..tokens).map(move |t| (b, t))) {
                     for (i, h) in part.heads.clone().enumerate() {
@@ -109,32 +106,28 @@ fn part_of<'a>(tensor: &'a Tensor, rows: &Range<usize>, heads: &Range<usize>) ->
     view.heads(heads.start, heads.len()).unwrap()
 }
 
-/// Attention over the keys of each span alone, with the lists that `SpanLists` makes.
+/// Attention over the keys of each span alone, with the lists that `SegmentLists` makes.
 fn over_spans(level: &Level, whole: &Case, spans: &[Range<usize>]) -> Vec<Outcome> {
     let options = whole.options.borrow();
     let [batch, tokens, heads, _] = whole.q.shape;
     let keys = whole.k.shape[1] as i32;
     let all = vec![keys; batch];
-    let lists = SpanLists {
-        lengths: options.lengths.unwrap_or(&all),
-        kv_starts: options.kv_starts,
-        offsets: options.offsets,
-        seq: tokens,
-    };
+    let mut lists = SegmentLists::new(options.lengths.unwrap_or(&all), tokens);
+    lists.kv_starts = options.kv_starts;
+    lists.offsets = options.offsets;
     let run = |span: &Range<usize>| {
         let (mut lengths, mut starts, mut offsets) = (vec![0; batch], vec![0; batch], vec![0; batch]);
         lists.local(span.clone(), &mut lengths, &mut starts, &mut offsets).unwrap();
         let mut out = Tensor::output(DType::F32, [batch, tokens, heads, whole.v.shape[3]], Layout::BSHD, Place::Heap);
         let mut lse = vec![0f32; batch * tokens * heads];
-        let tensors = AttentionTensors {
-            q: whole.q.view(),
-            k: whole.k.view().seq(span.start, span.len()).unwrap(),
-            v: whole.v.view().seq(span.start, span.len()).unwrap(),
-            out: out.view_mut(),
-            lse: Some(&mut lse),
-        };
-        let options =
-            AttentionOptions { lengths: Some(&lengths), kv_starts: Some(&starts), offsets: Some(&offsets), ..options };
+        let tensors = AttentionTensors::new(
+            whole.q.view(),
+            whole.k.view().seq(span.start, span.len()).unwrap(),
+            whole.v.view().seq(span.start, span.len()).unwrap(),
+            out.view_mut(),
+        )
+        .lse(&mut lse);
+        let options = options.lengths(&lengths).kv_starts(&starts).offsets(&offsets);
         attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).unwrap();
         Outcome { out, lse }
     };
@@ -161,23 +154,15 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
             let spans = spans_of(rng.between(1, 4), shape.keys);
             let options = whole.options.borrow();
             let all = vec![shape.keys as i32; batch];
-            let lists = SpanLists {
-                lengths: options.lengths.unwrap_or(&all),
-                kv_starts: options.kv_starts,
-                offsets: options.offsets,
-                seq: tokens,
-            };
+            let mut lists = SegmentLists::new(options.lengths.unwrap_or(&all), tokens);
+            lists.kv_starts = options.kv_starts;
+            lists.offsets = options.offsets;
             let states: Vec<Vec<f32>> = spans
                 .iter()
                 .map(|span| {
                     let (mut lengths, mut starts, mut offsets) = (vec![0; batch], vec![0; batch], vec![0; batch]);
                     lists.local(span.clone(), &mut lengths, &mut starts, &mut offsets).unwrap();
-                    let options = AttentionOptions {
-                        lengths: Some(&lengths),
-                        kv_starts: Some(&starts),
-                        offsets: Some(&offsets),
-                        ..options
-                    };
+                    let options = options.lengths(&lengths).kv_starts(&starts).offsets(&offsets);
                     let mut states = vec![f32::NAN; chunk_states_len(whole.q.shape, span.len(), shape.v_dim)];
                     let k = whole.k.view().seq(span.start, span.len()).unwrap();
                     let v = whole.v.view().seq(span.start, span.len()).unwrap();
@@ -195,8 +180,7 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
             let mut out =
                 Tensor::output(DType::F32, [batch, tokens, heads, shape.v_dim], Layout::BHSD, Place::GuardAfter);
             let mut lse = vec![f32::NAN; batch * tokens * heads];
-            let merge =
-                ChunkMerge { kv_heads: shape.kv_heads, dtype: kv, precision: precision(), sink_logits: Some(&sinks) };
+            let merge = ChunkMerge::new(shape.kv_heads, kv).precision(precision()).sink_logits(&sinks);
             let floats = states.iter().map(|s| s.len()).sum();
             let size = merge_chunks_workspace_size(out.shape, shape.kv_heads, floats, 2);
             let mut workspace = Workspace::with_capacity(size);
@@ -229,47 +213,35 @@ fn chunks_are_checked() {
     assert!(run(&AttentionOptions::default(), &mut states[..n - 1]).unwrap_err().contains(wrong));
     assert!(run(&AttentionOptions::default(), &mut states[..3]).unwrap_err().contains("states has 3 floats"));
     let (sinks, list) = ([0.0, 0.0], [1500]);
-    let ring = AttentionOptions {
-        layout: kvlane::Layout::Ring { sink_tokens: 0 },
-        lengths: Some(&list),
-        ..Default::default()
-    };
-    let ragged = AttentionOptions { cu_seqlens_q: Some(&[0, 1]), ..Default::default() };
+    let ring = AttentionOptions::new().layout(kvlane::Layout::ring(0)).lengths(&list);
+    let ragged = AttentionOptions::new().cu_seqlens_q(&[0, 1]);
     let plan = |options| AttentionPlan::new([1, 1, 2, 8], shape, options).unwrap();
     let plans = [plan(&ring), plan(&ragged)];
     for (options, sentence) in [
-        (
-            AttentionOptions { sink_logits: Some(&sinks), ..Default::default() },
-            "sink_logits are given where spans are merged",
-        ),
+        (AttentionOptions::new().sink_logits(&sinks), "sink_logits are given where spans are merged"),
         (ring, "a ring is no span of a sequence"),
         (ragged, "cu_seqlens_q: the states of ragged queries have no format"),
-        (AttentionOptions { plan: Some(&plans[0]), ..Default::default() }, "a ring is no span of a sequence"),
-        (AttentionOptions { plan: Some(&plans[1]), ..Default::default() }, "cu_seqlens_q: the states"),
-        (AttentionOptions { lengths: Some(&[2001]), ..Default::default() }, "lengths[0] is 2001, but k has seq = 2000"),
-        (AttentionOptions { scale: Some(f32::NAN), ..Default::default() }, "scale is NaN"),
+        (AttentionOptions::new().plan(&plans[0]), "a ring is no span of a sequence"),
+        (AttentionOptions::new().plan(&plans[1]), "cu_seqlens_q: the states"),
+        (AttentionOptions::new().lengths(&[2001]), "lengths[0] is 2001, but k has seq = 2000"),
+        (AttentionOptions::new().scale(f32::NAN), "scale is NaN"),
     ] {
         let error = run(&options, &mut states).unwrap_err();
         assert!(error.contains(sentence), "{error}: does not say {sentence:?}");
     }
     assert!(states.iter().all(|&x| x == 9.0), "written for a call that is refused");
     run(&AttentionOptions::default(), &mut states).unwrap();
-    let merge = ChunkMerge { kv_heads: 1, dtype: DType::F32, precision: Precision::Default, sink_logits: None };
+    let merge = ChunkMerge::new(1, DType::F32);
     let (mut out, mut lse) = ([7f32; 16], [7f32; 3]);
-    let many = vec![&states[..]; MAX_SPANS + 1];
+    let many = vec![&states[..]; MAX_SEGMENTS + 1];
     for (spans, merge, lse_len, sentence) in [
         (&[&states[..]; 0][..], merge, 0, "0 spans"),
         (&many, merge, 0, "257 spans, but a call merges 1 to 256"),
         (&[&states[..65]], merge, 0, "span 0 has 65 floats, which are no chunks of 64"),
         (&[&states[..], &[]], merge, 0, "span 1 has 0 floats"),
-        (&[&states[..]], ChunkMerge { kv_heads: 3, ..merge }, 0, "no multiple of kv_heads = 3"),
-        (&[&states[..]], ChunkMerge { kv_heads: 0, ..merge }, 0, "no multiple of kv_heads = 0"),
-        (
-            &[&states[..]],
-            ChunkMerge { sink_logits: Some(&[0.0]), ..merge },
-            0,
-            "sink_logits has 1 entries, but out needs 2",
-        ),
+        (&[&states[..]], merge.kv_heads(3), 0, "no multiple of kv_heads = 3"),
+        (&[&states[..]], merge.kv_heads(0), 0, "no multiple of kv_heads = 0"),
+        (&[&states[..]], merge.sink_logits(&[0.0]), 0, "sink_logits has 1 entries, but out needs 2"),
         (&[&states[..]], merge, 3, "lse has 3 entries, but out needs 2"),
     ] {
         let to = ViewMut::new(&mut out, [1, 1, 2, 8]).unwrap();
@@ -286,7 +258,7 @@ fn chunks_are_checked() {
 }
 
 fn merged(level: &Level, parts: &[Outcome]) -> Outcome {
-    let states: Vec<_> = parts.iter().map(|p| AttentionState { out: p.out.view(), lse: &p.lse }).collect();
+    let states: Vec<_> = parts.iter().map(|p| AttentionState::new(p.out.view(), &p.lse)).collect();
     let mut out = Tensor::output(DType::F32, parts[0].out.shape, Layout::BSHD, Place::Heap);
     let mut lse = vec![0f32; parts[0].lse.len()];
     merge_states(&level.context, &Serial, &states, out.view_mut(), Some(&mut lse)).unwrap();
@@ -295,7 +267,7 @@ fn merged(level: &Level, parts: &[Outcome]) -> Outcome {
 }
 
 fn spans_of(sequence: usize, capacity: usize) -> Vec<Range<usize>> {
-    let mesh = Mesh { data: 1, model: 1, sequence };
+    let mesh = Mesh::new(1, 1, sequence);
     (0..sequence).map(|rank| mesh.shard(rank).unwrap().keys(capacity)).collect()
 }
 
@@ -368,29 +340,20 @@ fn writes_land_in_their_span() {
             kv_write(
                 context,
                 &Serial,
-                KvWrite {
-                    k: k.view(),
-                    v,
-                    k_cache,
-                    v_cache,
-                    to,
-                    k_norm: None,
-                    rope: None,
-                    v_packing: kvlane::Packing::Rows,
-                },
+                KvWrite::new(k.view(), v, k_cache, v_cache, to).v_packing(kvlane::Packing::Rows),
             )
             .unwrap();
         };
         let cache = |slots| Tensor::output(DType::F16, [batch, slots, 1, 3], Layout::BSHD, Place::Heap);
         let mut whole = cache(capacity);
-        write(&mut whole, Destination { positions: &positions, ..Default::default() });
+        write(&mut whole, Destination::positions(&positions));
         let mut ends = 0;
         for span in spans_of(2, capacity) {
             assert!(span.start == ends && (span.end % SPLIT_GRID == 0 || span.end == capacity));
             ends = span.end;
             let (mut part, mut slots) = (cache(span.len()), vec![0; batch * seq]);
             shard_slots(span.clone(), &positions, &mut slots).unwrap();
-            write(&mut part, Destination { slots: Some(&slots), ..Default::default() });
+            write(&mut part, Destination::slots(&slots));
             for at in indices(part.shape) {
                 assert_eq!(part.bits(at), whole.bits([at[0], at[1] + span.start, at[2], at[3]]), "{span:?} {at:?}");
             }
@@ -408,28 +371,28 @@ fn mistakes() {
             assert!(error.message().contains(piece), "{error}: does not say {piece:?}");
         }
     }
-    let mesh = Mesh { data: 2, model: 3, sequence: 1 };
+    let mesh = Mesh::new(2, 3, 1);
     refused(mesh.shard(6), Status::OutOfRange, &["rank is 6", "6 shards"]);
     refused(mesh.at(0, 3, 0), Status::OutOfRange, &["model is 3", "3 parts"]);
-    refused(Mesh { model: 0, ..mesh }.shard(0), Status::InvalidValue, &["[2, 0, 1]"]);
+    refused(mesh.model(0).shard(0), Status::InvalidValue, &["[2, 0, 1]"]);
     let shard = mesh.shard(5).unwrap();
     refused(shard.heads(7, 2), Status::Shape, &["7 query heads", "2 KV heads"]);
     refused(shard.heads(7, 0), Status::Shape, &["0 KV heads"]);
     refused(shard.heads(8, 2), Status::Shape, &["3 parts", "2 KV heads"]);
 
-    let lists = SpanLists { lengths: &[5, 7], kv_starts: None, offsets: None, seq: 1 };
+    let lists = SegmentLists::new(&[5, 7], 1);
     let mut out = [[9; 2]; 3];
     #[allow(clippy::reversed_empty_ranges)]
     for (lists, span, status, piece) in [
         (lists, 4..3, Status::OutOfRange, "4 to 3"),
         (lists, 0..1 << 31, Status::OutOfRange, "0 to 2147483648"),
-        (SpanLists { lengths: &[5], ..lists }, 0..3, Status::Shape, "lengths has 2 entries"),
-        (SpanLists { kv_starts: Some(&[1]), ..lists }, 0..3, Status::Shape, "kv_starts has 1 entries"),
-        (SpanLists { offsets: Some(&[1]), ..lists }, 0..3, Status::Shape, "offsets has 1 entries"),
-        (SpanLists { lengths: &[5, -1], ..lists }, 0..3, Status::OutOfRange, "lengths[1] is -1"),
-        (SpanLists { kv_starts: Some(&[0, -2]), ..lists }, 0..3, Status::OutOfRange, "kv_starts[1] is -2"),
-        (SpanLists { offsets: Some(&[0, i32::MIN]), ..lists }, 1..3, Status::OutOfRange, "row 1 would have offset"),
-        (SpanLists { seq: usize::MAX, ..lists }, 1..3, Status::OutOfRange, "row 0 would have offset"),
+        (lists.lengths(&[5]), 0..3, Status::Shape, "lengths has 2 entries"),
+        (lists.kv_starts(&[1]), 0..3, Status::Shape, "kv_starts has 1 entries"),
+        (lists.offsets(&[1]), 0..3, Status::Shape, "offsets has 1 entries"),
+        (lists.lengths(&[5, -1]), 0..3, Status::OutOfRange, "lengths[1] is -1"),
+        (lists.kv_starts(&[0, -2]), 0..3, Status::OutOfRange, "kv_starts[1] is -2"),
+        (lists.offsets(&[0, i32::MIN]), 1..3, Status::OutOfRange, "row 1 would have offset"),
+        (lists.seq(usize::MAX), 1..3, Status::OutOfRange, "row 0 would have offset"),
     ] {
         let [lengths, starts, offsets] = &mut out;
         refused(lists.local(span, lengths, starts, offsets), status, &[piece]);

@@ -96,15 +96,15 @@ pub struct Write {
 pub fn place(layout: Slots, slots: usize, row: usize, position: usize) -> (usize, usize) {
     match layout {
         Slots::Contiguous => (row, position),
-        Slots::Ring { sink_tokens: sinks } => {
+        Slots::Ring { sink_tokens: sinks, .. } => {
             // One step after the other; past the last slot it goes on behind the sinks.
             let step = |slot: usize| if slot + 1 == slots { sinks } else { slot + 1 };
             (row, (0..position).fold(0, |slot, _| step(slot)))
         }
-        Slots::Paged { page_table: pages, pages_per_sequence: pages_per_row } => {
+        Slots::Paged { page_table: pages, pages_per_sequence: pages_per_row, .. } => {
             (pages[row * pages_per_row + position / slots] as usize, position % slots)
         }
-        Slots::Ragged { cu_seqlens: starts } => (0, starts[row] as usize + position),
+        Slots::Ragged { cu_seqlens: starts, .. } => (0, starts[row] as usize + position),
         other => panic!("{other:?} is not written through"),
     }
 }
@@ -132,16 +132,8 @@ pub fn written(to: &Destination, batch: usize, seq: usize, slots: usize) -> BTre
 
 impl Write {
     pub fn run(&mut self, level: &Level, runner: &dyn Runner, to: Destination) -> Result<(), Error> {
-        let write = KvWrite {
-            k: self.k.view(),
-            v: self.v.view(),
-            k_cache: self.k_cache.view_mut(),
-            v_cache: self.v_cache.view_mut(),
-            to,
-            k_norm: None,
-            rope: None,
-            v_packing: self.v_packing,
-        };
+        let write = KvWrite::new(self.k.view(), self.v.view(), self.k_cache.view_mut(), self.v_cache.view_mut(), to)
+            .v_packing(self.v_packing);
         kv_write(&level.context, runner, write)
     }
 
@@ -196,7 +188,7 @@ fn types_and_layouts(level: &Level) {
                         v_cache: Tensor::output(dst, [2, 8, 2, 5], layout, place),
                         v_packing: Packing::Rows,
                     };
-                    write.check(level, Destination { positions: &[5, 0], ..Default::default() });
+                    write.check(level, Destination::positions(&[5, 0]));
                 }
             }
         }
@@ -215,7 +207,7 @@ fn head_shapes(level: &Level) {
                 v_cache: Tensor::output(dst, [1, 3, heads, dim], Layout::BHSD, Place::GuardAfter),
                 v_packing: Packing::Rows,
             };
-            write.check(level, Destination { positions: &[1], ..Default::default() });
+            write.check(level, Destination::positions(&[1]));
         }
     }
 }
@@ -232,29 +224,26 @@ fn small(rng: &mut Rng, batch: usize, seq: usize, rows: usize, capacity: usize) 
 
 fn counts_rows_and_slots(level: &Level) {
     let rng = &mut Rng::new(32);
-    small(rng, 3, 4, 3, 6)
-        .check(level, Destination { positions: &[0, 6, 2], counts: Some(&[4, 0, 3]), ..Default::default() });
-    small(rng, 2, 2, 5, 4).check(level, Destination { positions: &[2, 0], rows: Some(&[4, 1]), ..Default::default() });
+    small(rng, 3, 4, 3, 6).check(level, Destination::positions(&[0, 6, 2]).counts(&[4, 0, 3]));
+    small(rng, 2, 2, 5, 4).check(level, Destination::positions(&[2, 0]).rows(&[4, 1]));
     // Two source rows to one cache row, one after the other.
-    small(rng, 2, 2, 3, 4).check(level, Destination { positions: &[2, 0], rows: Some(&[1, 1]), ..Default::default() });
-    small(rng, 2, 3, 2, 9).check(level, Destination { slots: Some(&[8, 0, 3, 1, 2, 0]), ..Default::default() });
+    small(rng, 2, 2, 3, 4).check(level, Destination::positions(&[2, 0]).rows(&[1, 1]));
+    small(rng, 2, 3, 2, 9).check(level, Destination::slots(&[8, 0, 3, 1, 2, 0]));
     // Positions are ignored where slots are given.
-    small(rng, 1, 2, 1, 4).check(level, Destination { positions: &[-7], slots: Some(&[3, 1]), ..Default::default() });
-    small(rng, 2, 2, 3, 4).check(
-        level,
-        Destination { slots: Some(&[0, 3, 1, 2]), rows: Some(&[2, 2]), counts: Some(&[2, 1]), ..Default::default() },
-    );
+    let mut to = Destination::slots(&[3, 1]);
+    to.positions = &[-7];
+    small(rng, 1, 2, 1, 4).check(level, to);
+    small(rng, 2, 2, 3, 4).check(level, Destination::slots(&[0, 3, 1, 2]).rows(&[2, 2]).counts(&[2, 1]));
     // Nothing at all is fine, at the very end too.
-    small(rng, 1, 0, 1, 4).check(level, Destination { positions: &[4], ..Default::default() });
+    small(rng, 1, 0, 1, 4).check(level, Destination::positions(&[4]));
 }
 
 /// A slot of -1 is padding; there may be many.
 fn skipped_slot(level: &Level) {
     let rng = &mut Rng::new(33);
-    small(rng, 2, 3, 2, 5).check(level, Destination { slots: Some(&[-1, 4, -1, -1, -1, -1]), ..Default::default() });
+    small(rng, 2, 3, 2, 5).check(level, Destination::slots(&[-1, 4, -1, -1, -1, -1]));
     // Beyond a row's count, slots are not looked at.
-    small(rng, 1, 3, 1, 5)
-        .check(level, Destination { slots: Some(&[2, 99, -99]), counts: Some(&[1]), ..Default::default() });
+    small(rng, 1, 3, 1, 5).check(level, Destination::slots(&[2, 99, -99]).counts(&[1]));
 }
 
 /// Writes numbers as one head of an odd size, in one type from another, and checks each.
@@ -273,7 +262,7 @@ fn convert(level: &Level, src: DType, dst: DType, numbers: &[u32]) {
         v_cache: Tensor::output(dst, [1, tokens, 1, 0], Layout::BSHD, Place::Heap),
         v_packing: Packing::Rows,
     };
-    write.check(level, Destination { positions: &[0], ..Default::default() });
+    write.check(level, Destination::positions(&[0]));
 }
 
 /// All 2^16 numbers of either narrow type, into every type.
@@ -344,13 +333,9 @@ fn random_writes(level: &Level) {
                 slots
             })
             .collect();
-        let to = Destination {
-            positions: &positions,
-            counts: Some(&counts),
-            rows: rng.chance(0.5).then_some(&targets[..batch]),
-            slots: rng.chance(0.5).then_some(&slots),
-            layout: Slots::Contiguous,
-        };
+        let mut to = Destination::positions(&positions).counts(&counts);
+        to.rows = rng.chance(0.5).then_some(&targets[..batch]);
+        to.slots = rng.chance(0.5).then_some(&slots);
         write.check(level, to);
     }
 }

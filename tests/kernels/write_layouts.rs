@@ -149,18 +149,14 @@ impl Plan {
     }
 
     fn destination(&self) -> Destination<'_> {
-        Destination {
-            positions: &self.positions,
-            counts: Some(&self.counts),
-            rows: self.rows.as_deref(),
-            slots: self.slots.as_deref(),
-            layout: match self.kind {
-                Kind::Contiguous => Slots::Contiguous,
-                Kind::Ring => Slots::Ring { sink_tokens: self.sink_tokens },
-                Kind::Paged => Slots::Paged { page_table: &self.table, pages_per_sequence: self.pages_per_row },
-                Kind::Ragged => Slots::Ragged { cu_seqlens: &self.table },
-            },
-        }
+        let mut to = Destination::positions(&self.positions).counts(&self.counts);
+        (to.rows, to.slots) = (self.rows.as_deref(), self.slots.as_deref());
+        to.layout(match self.kind {
+            Kind::Contiguous => Slots::Contiguous,
+            Kind::Ring => Slots::ring(self.sink_tokens),
+            Kind::Paged => Slots::paged(&self.table, self.pages_per_row),
+            Kind::Ragged => Slots::ragged(&self.table),
+        })
     }
 }
 
@@ -222,13 +218,16 @@ fn ring_turns(level: &Level) {
     for sinks in 0..5 {
         for position in 0..17 {
             let (one, two) = ([position], [position, 1000]);
-            let to = Destination { layout: Slots::Ring { sink_tokens: sinks }, ..Default::default() };
+            let layout = Slots::ring(sinks);
             let most = sinks.saturating_sub(position as usize) + 5 - sinks;
             let counts = [most as i32, 5 - sinks as i32];
-            small(rng, most, [2, 5], 2).check(level, Destination { positions: &two, counts: Some(&counts), ..to });
+            small(rng, most, [2, 5], 2).check(level, Destination::positions(&two).counts(&counts).layout(layout));
             // One more is one too many.
-            let status =
-                small(rng, most + 1, [1, 5], 1).run(level, &kvlane::Serial, Destination { positions: &one, ..to });
+            let status = small(rng, most + 1, [1, 5], 1).run(
+                level,
+                &kvlane::Serial,
+                Destination::positions(&one).layout(layout),
+            );
             assert_eq!(status.unwrap_err().status(), kvlane::Status::DuplicateSlot, "{sinks} {position}");
         }
     }
@@ -239,16 +238,15 @@ fn pages_are_shared(level: &Level) {
     let rng = &mut Rng::new(92);
     // A common prefix of two pages; then each row has its own.
     let pages = [4, 1, 0, 4, 1, 2, 4, 1, 3];
-    let layout = Slots::Paged { page_table: &pages, pages_per_sequence: 3 };
-    small(rng, 3, [5, 4], 3).check(level, Destination { positions: &[8, 9, 8], layout, ..Default::default() });
+    let layout = Slots::paged(&pages, 3);
+    small(rng, 3, [5, 4], 3).check(level, Destination::positions(&[8, 9, 8]).layout(layout));
     // Different slots of one page.
-    small(rng, 1, [5, 4], 3).check(level, Destination { positions: &[4, 7, 5], layout, ..Default::default() });
+    small(rng, 1, [5, 4], 3).check(level, Destination::positions(&[4, 7, 5]).layout(layout));
     // One row of the table twice, one page twice in a row of it.
-    let layout = Slots::Paged { page_table: &[3, 3, 0], pages_per_sequence: 3 };
-    let to =
-        Destination { positions: &[1, 6], counts: Some(&[2, 2]), rows: Some(&[0, 0]), layout, ..Default::default() };
+    let layout = Slots::paged(&[3, 3, 0], 3);
+    let mut to = Destination::positions(&[1, 6]).counts(&[2, 2]).rows(&[0, 0]).layout(layout);
     small(rng, 2, [5, 4], 2).run(level, &kvlane::Serial, to).expect_err("slot 2 of page 3 twice");
-    let to = Destination { positions: &[0, 6], ..to };
+    to.positions = &[0, 6];
     small(rng, 2, [5, 4], 2).check(level, to);
 }
 
@@ -256,9 +254,9 @@ fn pages_are_shared(level: &Level) {
 fn far_positions(level: &Level) {
     let rng = &mut Rng::new(93);
     let mut write = small(rng, 2, [1, 7], 1);
-    let layout = Slots::Ring { sink_tokens: 2 };
+    let layout = Slots::ring(2);
     let last = i32::MAX - 2;
-    write.run(level, &kvlane::Serial, Destination { positions: &[last], layout, ..Default::default() }).unwrap();
+    write.run(level, &kvlane::Serial, Destination::positions(&[last]).layout(layout)).unwrap();
     // 2147483645 - 2 is 3 more than a multiple of 5.
     for (t, slot) in [(0, 5), (1, 6)] {
         for h in 0..2 {
@@ -281,14 +279,12 @@ fn numbers_that_look_alike(level: &Level) {
         v_packing: Packing::Rows,
     };
     let axes = [FAR as usize + 9, 2];
-    let layout = Slots::Paged { page_table: &[FAR + 3, 3, 4, FAR + 4], pages_per_sequence: 2 };
-    big(4, axes, 2).check(level, Destination { positions: &[0, 0], layout, ..Default::default() });
+    let layout = Slots::paged(&[FAR + 3, 3, 4, FAR + 4], 2);
+    big(4, axes, 2).check(level, Destination::positions(&[0, 0]).layout(layout));
     let slots = [FAR + 7, 7, 2 * FAR + 7, 6, FAR + 6, 8];
-    big(3, axes, 2).check(level, Destination { slots: Some(&slots), layout, ..Default::default() });
+    big(3, axes, 2).check(level, Destination::slots(&slots).layout(layout));
     let slots = [FAR + 7, 7, 2 * FAR + 7, 6, FAR + 6, 7];
-    let error = big(3, axes, 2)
-        .run(level, &kvlane::Serial, Destination { slots: Some(&slots), layout, ..Default::default() })
-        .unwrap_err();
+    let error = big(3, axes, 2).run(level, &kvlane::Serial, Destination::slots(&slots).layout(layout)).unwrap_err();
     assert!(error.message().contains("tokens [0, 1] and [1, 2] both go to slot 7 of the pool"), "{error}");
 }
 
@@ -307,9 +303,9 @@ fn token_by_token(level: &Level) {
             };
             let layout = match kind {
                 Kind::Contiguous => Slots::Contiguous,
-                Kind::Ring => Slots::Ring { sink_tokens: sinks },
-                Kind::Paged => Slots::Paged { page_table: &table, pages_per_sequence: 5 },
-                Kind::Ragged => Slots::Ragged { cu_seqlens: &table },
+                Kind::Ring => Slots::ring(sinks),
+                Kind::Paged => Slots::paged(&table, 5),
+                Kind::Ragged => Slots::ragged(&table),
             };
             let k = Tensor::random(&mut rng, DType::F32, [2, total, 2, 6], Layout::BSHD, Place::Heap);
             let v = Tensor::random(&mut rng, DType::F32, [2, total, 2, 9], Layout::BSHD, Place::Heap);
@@ -333,7 +329,7 @@ fn token_by_token(level: &Level) {
                         v_packing: packing,
                     };
                     let positions = [done as i32; 2];
-                    let to = Destination { positions: &positions, layout, ..Default::default() };
+                    let to = Destination::positions(&positions).layout(layout);
                     write.run(level, &kvlane::Serial, to).expect("a valid write");
                     (k_cache, v_cache) = (write.k_cache, write.v_cache);
                     done += tokens;

@@ -1,7 +1,7 @@
 //! The shape of a decoder, as every container's reader fills it in, and the checks that hold for all of them.
 
 use crate::driver::error::{Error, Result};
-use crate::{MAX_HEAD_DIM, Pairing, RopeFrequencies, RopeScaling};
+use crate::{LongRopeScaling, MAX_HEAD_DIM, Pairing, RopeFrequencies, RopeScaling};
 
 /// How a model stretches RoPE over a context longer than it was first trained on.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,20 +47,15 @@ impl RopeConfig {
         Ok(match &self.stretch {
             Stretch::Fixed(scaling) => new(scaling)?,
             Stretch::LongRope { short, long, factor, original_context, attention_factor } => {
-                new(&RopeScaling::LongRope {
-                    factors: if longest > *original_context { long } else { short }.clone(),
-                    factor: *factor,
-                    original_max_position: *original_context as f64,
-                    attention_factor: *attention_factor,
-                })?
+                let factors = if longest > *original_context { long } else { short }.clone();
+                let mut scaling = LongRopeScaling::new(factors, *factor, *original_context as f64);
+                scaling.attention_factor = *attention_factor;
+                new(&scaling.into())?
             }
             // LongRoPE without its factor on cosines and sines is a plain division.
-            Stretch::Divisors(divisors) => new(&RopeScaling::LongRope {
-                factors: divisors.clone(),
-                factor: 1.0,
-                original_max_position: 1.0,
-                attention_factor: Some(1.0),
-            })?,
+            Stretch::Divisors(divisors) => {
+                new(&LongRopeScaling::new(divisors.clone(), 1.0, 1.0).attention_factor(1.0).into())?
+            }
         })
     }
 }

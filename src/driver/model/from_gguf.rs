@@ -6,7 +6,7 @@ use super::names::GGUF_NAMES;
 use crate::driver::error::{Error, Result};
 use crate::driver::gguf::{Array, Gguf, Value};
 use crate::driver::quant::dequantize;
-use crate::{Pairing, RopeScaling};
+use crate::{Pairing, RopeScaling, YarnScaling};
 
 /// The metadata of one architecture: keys without its name in front.
 struct Section<'a> {
@@ -170,18 +170,16 @@ fn stretch(s: &Section) -> Result<Stretch> {
             _ => RopeScaling::None,
         },
         Some("linear") => RopeScaling::Linear { factor: factor()? },
-        Some("yarn") => RopeScaling::Yarn {
-            factor: factor()?,
-            original_max_position: s.usize("rope.scaling.original_context_length")? as f64,
-            beta_fast: s.opt_f64("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
-            beta_slow: s.opt_f64("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+        Some("yarn") => {
+            let factor = factor()?;
+            let mut yarn = YarnScaling::new(factor, s.usize("rope.scaling.original_context_length")? as f64)
+                .beta_fast(s.opt_f64("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0))
+                .beta_slow(s.opt_f64("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0));
             // The file's factor comes on top of the paper's.
-            attention_factor: match s.opt_f64("rope.scaling.attn_factor")? {
-                Some(more) => Some(more * yarn_magnitude(factor()?, 1.0)),
-                None => None,
-            },
-            truncate: true,
-        },
+            yarn.attention_factor =
+                s.opt_f64("rope.scaling.attn_factor")?.map(|more| more * yarn_magnitude(factor, 1.0));
+            yarn.into()
+        }
         Some(other) => return Err(Error::unsupported(format!("RoPE scaling of type {other:?}"))),
     }))
 }

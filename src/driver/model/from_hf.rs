@@ -4,7 +4,7 @@ use super::config::{Activation, ModelConfig, RopeConfig, Stretch};
 use super::family::{GEMMA_PATTERN, LOCAL_ROPE_BASE, alternate, layer_count, local_layers, yarn_magnitude};
 use crate::driver::error::{Error, Result};
 use crate::driver::hf::{HfConfig, HfDir, HfRope};
-use crate::{Pairing, RopeScaling};
+use crate::{Llama3Scaling, Pairing, RopeScaling, YarnScaling};
 
 pub(super) fn is_gemma(dir: &HfDir) -> bool {
     dir.config().architectures.iter().any(|a| a == "Gemma3ForCausalLM")
@@ -113,25 +113,28 @@ fn stretch(c: &HfConfig, r: &HfRope) -> Result<Stretch> {
     Ok(Stretch::Fixed(match r.rope_type.as_deref() {
         None | Some("default") => RopeScaling::None,
         Some("linear") => RopeScaling::Linear { factor: need("factor", r.factor)? },
-        Some("llama3") => RopeScaling::Llama3 {
-            factor: need("factor", r.factor)?,
-            low_freq_factor: need("low_freq_factor", r.low_freq_factor)?,
-            high_freq_factor: need("high_freq_factor", r.high_freq_factor)?,
-            original_max_position: need("original_max_position_embeddings", original.map(|n| n as f64))?,
-        },
+        Some("llama3") => {
+            let factor = need("factor", r.factor)?;
+            let low_freq_factor = need("low_freq_factor", r.low_freq_factor)?;
+            let high_freq_factor = need("high_freq_factor", r.high_freq_factor)?;
+            let original = need("original_max_position_embeddings", original.map(|n| n as f64))?;
+            Llama3Scaling::new(factor, original)
+                .low_freq_factor(low_freq_factor)
+                .high_freq_factor(high_freq_factor)
+                .into()
+        }
         Some("yarn") => {
             let factor = need("factor", r.factor)?;
-            RopeScaling::Yarn {
-                factor,
-                original_max_position: original.unwrap_or(c.max_position_embeddings) as f64,
-                beta_fast: r.beta_fast.unwrap_or(32.0),
-                beta_slow: r.beta_slow.unwrap_or(1.0),
-                attention_factor: r.attention_factor.or_else(|| {
-                    let (m, all) = r.mscale.zip(r.mscale_all_dim)?;
-                    Some(yarn_magnitude(factor, m) / yarn_magnitude(factor, all))
-                }),
-                truncate: r.truncate.unwrap_or(true),
-            }
+            let original = original.unwrap_or(c.max_position_embeddings) as f64;
+            let mut yarn = YarnScaling::new(factor, original)
+                .beta_fast(r.beta_fast.unwrap_or(32.0))
+                .beta_slow(r.beta_slow.unwrap_or(1.0))
+                .truncate(r.truncate.unwrap_or(true));
+            yarn.attention_factor = r.attention_factor.or_else(|| {
+                let (m, all) = r.mscale.zip(r.mscale_all_dim)?;
+                Some(yarn_magnitude(factor, m) / yarn_magnitude(factor, all))
+            });
+            yarn.into()
         }
         Some("longrope" | "su") => {
             let original_context = original.unwrap_or(c.max_position_embeddings);

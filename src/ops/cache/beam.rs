@@ -51,7 +51,7 @@ pub fn reorder_table_workspace_size(rows: usize, capacity: usize) -> usize {
 }
 
 /// Row b of the table of an [`Indirect`](Layout::Indirect) cache, `[rows, capacity]`, becomes a copy of what row `parents[b]`
-/// was, and so does its length. No token moves; see [the loop](crate::ops::cache#beam-search-without-copies).
+/// was, and so does its length. No token moves; see [the steps of a beam search](crate::KvCache#beam-search-without-copies).
 ///
 /// Entries beyond a length keep their values or take over others'; they mean nothing.
 ///

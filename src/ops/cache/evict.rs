@@ -17,11 +17,19 @@ use std::ops::Range;
 
 /// How the keys of a layer were turned when they were written.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct KeyRotation<'a> {
     /// Which elements form a pair.
     pub pairing: Pairing,
     /// The frequencies, scaling and all; their magnitude does not matter here.
     pub frequencies: &'a RopeFrequencies,
+}
+
+impl<'a> KeyRotation<'a> {
+    /// The rotation that keys were written with.
+    pub fn new(pairing: Pairing, frequencies: &'a RopeFrequencies) -> Self {
+        Self { pairing, frequencies }
+    }
 }
 
 /// [`KeyRotation`] as the C ABI has it.

@@ -63,11 +63,24 @@ use std::ops::Range;
 
 /// The cache of one layer: `[rows, slots, kv_heads, dim]` each, where the first two axes mean what the layout says.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct KvLayer<'a> {
     /// Keys.
     pub k: ViewMut<'a>,
     /// Values, with a `dim` and a type of their own; absent where keys and values share memory.
     pub v: Option<ViewMut<'a>>,
+}
+
+impl<'a> KvLayer<'a> {
+    /// A layer with keys and values.
+    pub fn new(k: ViewMut<'a>, v: ViewMut<'a>) -> Self {
+        Self { k, v: Some(v) }
+    }
+
+    /// A layer whose values share the memory of its keys (latent attention).
+    pub fn keys(k: ViewMut<'a>) -> Self {
+        Self { k, v: None }
+    }
 }
 
 /// The caches of all layers of a model, or of those that are laid out alike: one list of lengths for all of them.
@@ -84,10 +97,10 @@ pub struct KvLayer<'a> {
 /// for layer in memory.chunks_exact_mut(2 * 2 * 8 * 4) {
 ///     let (k, v) = layer.split_at_mut(2 * 8 * 4);
 ///     k[..12].fill(1.0); // three tokens of row 0
-///     layers.push(KvLayer { k: ViewMut::new(k, [2, 8, 1, 4])?, v: Some(ViewMut::new(v, [2, 8, 1, 4])?) });
+///     layers.push(KvLayer::new(ViewMut::new(k, [2, 8, 1, 4])?, ViewMut::new(v, [2, 8, 1, 4])?));
 /// }
 /// let mut lengths = [3, 0];
-/// let mut cache = KvCache { layers: &mut layers, layout: Layout::Contiguous, lengths: &mut lengths };
+/// let mut cache = KvCache::new(&mut layers, Layout::Contiguous, &mut lengths);
 /// cache.copy_prefix(&context, &Serial, 0, &[1], 2)?;
 /// cache.advance(&[0, 1])?; // after a write of one token to row 1
 /// cache.truncate(&[3, 2], None)?; // which was a bad guess
@@ -98,6 +111,7 @@ pub struct KvLayer<'a> {
 /// # Ok::<(), kvlane::Error>(())
 /// ```
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct KvCache<'a, 'v> {
     /// At least one.
     pub layers: &'a mut [KvLayer<'v>],
@@ -105,6 +119,13 @@ pub struct KvCache<'a, 'v> {
     pub layout: Layout<'a>,
     /// How many tokens each row was given: an entry for every row that the layout has.
     pub lengths: &'a mut [i32],
+}
+
+impl<'a, 'v> KvCache<'a, 'v> {
+    /// The cache that these layers, their layout and their lengths make.
+    pub fn new(layers: &'a mut [KvLayer<'v>], layout: Layout<'a>, lengths: &'a mut [i32]) -> Self {
+        Self { layers, layout, lengths }
+    }
 }
 
 impl KvCache<'_, '_> {

@@ -40,7 +40,7 @@ pub fn copy_pages(context: &Context, runner: &dyn Runner, layers: &mut [KvLayer]
 /// ```
 /// use kvlane::*;
 /// let mut pool = [0.0f32, 1.0, 2.0, 3.0, 4.0, 5.0]; // six pages of one slot, of one head of one element
-/// let mut layers = [KvLayer { k: ViewMut::new(&mut pool, [6, 1, 1, 1])?, v: None }];
+/// let mut layers = [KvLayer::keys(ViewMut::new(&mut pool, [6, 1, 1, 1])?)];
 /// let (mut page_table, mut map) = ([5, 1, -1, 5, 3, 0], [0; 6]);
 /// // Row 0 has two tokens; row 1 has two and shares the first.
 /// let used = defragment_pages(&Context::new()?, &Serial, &mut layers, &mut page_table, 3, &[2, 2], &mut map)?;
