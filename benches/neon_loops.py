@@ -11,7 +11,7 @@ their number of multiply-adds, which the register tiles fix:
   steps a turn;
 - decode, four rows by four keys, a pair of vectors a turn: 32.
 
-The loops of the level neon_bf16 are counted in `bfmmla` instead, each of which is 16 multiply-adds, as four of the others are:
+The loops of the level neonbf16 are counted in `bfmmla` instead, each of which is 16 multiply-adds, as four of the others are:
 
 - from packed copies (prefill), six pairs of rows by four pairs of keys or columns: 24 sums, so 24 a step;
 - from where they lie (decode), a pair of rows by eight pairs of keys, two steps a turn: 16; four pairs of rows by four pairs

@@ -52,7 +52,7 @@ static void names(const kvl_context *context) {
     }
     if (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) {
         /* All else is served by the level below. */
-        only = isa == KVL_ISA_AMX ? "attention_bf16_amx" : "attention_bf16_neon_bf16";
+        only = isa == KVL_ISA_AMX ? "attention_bf16_amx" : "attention_bf16_neonbf16";
         OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_DTYPE_BF16, KVL_DTYPE_BF16, &name));
         CHECK(strcmp(name, only) == 0, "%s", name);
         isa = isa == KVL_ISA_AMX ? KVL_ISA_AVX512 : KVL_ISA_NEON;

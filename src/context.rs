@@ -3,16 +3,19 @@
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::isa::Isa;
-use crate::kernels::{self, AnglesFn, AttentionFns, CopyFn, Entry, Function, MergeFn, NormFn, Op, Precision, RopeFn};
+use crate::kernels::api::{
+    AnglesFn, AttentionFns, CopyFn, Function, KernelInfo, MergeFn, NormFn, Op, Precision, RopeFn,
+};
+use crate::kernels::registry::{self, Entry};
 use crate::layout::Packing;
 
 const TYPES: usize = DType::ALL.len();
 
 /// The kernels chosen for this machine. Immutable once made, free of interior state, and so shareable between threads.
 ///
-/// The table is filled with the scalar kernels first and overlaid with those of every better level that is available, up
-/// to the ceiling: the level asked for, lowered by `KVLANE_MAX_ISA` if that is set. Both can only lower. What a partial level
-/// lacks stays with the level below.
+/// Each operation and pair of types is served by the kernel of the preferred level among those that are available and have no
+/// feature beyond the ceiling's: the level asked for, lowered by `KVLANE_MAX_ISA` if that is set. Both can only lower. What a
+/// partial level lacks is served by another level.
 ///
 /// ```
 /// use kvlane::{Context, DType, Isa, Op};
@@ -40,7 +43,8 @@ impl Context {
         Self::up_to(None)
     }
 
-    /// Takes the best level that is available, not above `ceiling`, and that `KVLANE_MAX_ISA` allows.
+    /// Takes the preferred level of those that are available, have no feature beyond those of `ceiling`, and are allowed by
+    /// `KVLANE_MAX_ISA`.
     ///
     /// # Errors
     /// `ceiling` or `KVLANE_MAX_ISA` is a level of another architecture, or the latter is no level.
@@ -49,25 +53,18 @@ impl Context {
     }
 
     fn up_to(ceiling: Option<Isa>) -> Result<Self> {
-        // The lower one first: a level above it is not even asked for.
-        let isa = match (ceiling, Isa::ceiling_from_env()?) {
-            (None, None) => Isa::best(),
-            (Some(ceiling), None) | (None, Some(ceiling)) => Isa::best_up_to(ceiling)?,
-            (Some(a), Some(b)) => {
-                let (low, high) = if a.rank() <= b.rank() { (a, b) } else { (b, a) };
-                // Either may be of another architecture, which is an error.
-                Isa::check_built(high)?;
-                Isa::best_up_to(low)?
-            }
-        };
-        let mut tables = [[[[None; TYPES]; TYPES]; Op::ALL.len()]; Precision::ALL.len()];
-        for entry in kernels::registry() {
+        let ceilings: Vec<Isa> = ceiling.into_iter().chain(Isa::ceiling_from_env()?).collect();
+        let isa = Isa::best_within(&ceilings)?;
+        let mut tables: [Table; Precision::ALL.len()] = [[[[None; TYPES]; TYPES]; Op::ALL.len()]; Precision::ALL.len()];
+        for entry in registry::entries() {
             let info = &entry.info;
-            if info.isa.rank() <= isa.rank() && info.isa.is_available() {
-                for precision in Precision::ALL {
-                    if info.precision.is_none_or(|p| p == precision) {
-                        tables[precision as usize][info.op as usize][info.src.index()][info.dst.index()] = Some(entry);
-                    }
+            if !info.isa.is_within(isa) || !info.isa.is_available() {
+                continue;
+            }
+            for precision in Precision::ALL.into_iter().filter(|&p| info.precision.is_none_or(|own| own == p)) {
+                let slot = &mut tables[precision as usize][info.op as usize][info.src.index()][info.dst.index()];
+                if slot.is_none_or(|other| other.info.isa.priority() < info.isa.priority()) {
+                    *slot = Some(entry);
                 }
             }
         }
@@ -82,13 +79,13 @@ impl Context {
     /// The kernel that serves an operation from one type to another; `None` where there is no such pair.
     ///
     /// For [`Op::Attention`] the types are those of K and V, which are the same; for [`Op::RopeAngles`] both are f32.
-    pub fn kernel(&self, op: Op, src: DType, dst: DType) -> Option<kernels::KernelInfo> {
+    pub fn kernel(&self, op: Op, src: DType, dst: DType) -> Option<KernelInfo> {
         self.kernel_for(op, src, dst, Precision::Default)
     }
 
     /// As [`Self::kernel`], for calls that ask for a precision. Kernels that serve only one say so in their
-    /// [`precision`](kernels::KernelInfo::precision).
-    pub fn kernel_for(&self, op: Op, src: DType, dst: DType, precision: Precision) -> Option<kernels::KernelInfo> {
+    /// [`precision`](KernelInfo::precision).
+    pub fn kernel_for(&self, op: Op, src: DType, dst: DType, precision: Precision) -> Option<KernelInfo> {
         self.tables[precision as usize][op as usize][src.index()][dst.index()].map(|entry| entry.info)
     }
 
@@ -174,7 +171,7 @@ mod tests {
                             Op::RepeatKv | Op::Attention | Op::MergeStates => src == dst,
                         };
                         for precision in Precision::ALL {
-                            let found = kernels::kernels()
+                            let found = registry::kernels()
                                 .filter(|k| k.isa == level && k.op == op && k.src == src && k.dst == dst)
                                 .filter(|k| k.precision.is_none_or(|p| p == precision))
                                 .count();
@@ -216,7 +213,7 @@ mod tests {
     fn a_ceiling_only_lowers() {
         for ceiling in Isa::ALL.into_iter().filter(|l| l.is_built()) {
             let context = Context::with_max_isa(ceiling).unwrap();
-            assert!(context.isa().rank() <= ceiling.rank());
+            assert!(context.isa().is_within(ceiling));
             assert!(context.isa().is_available());
         }
         if let Some(foreign) = Isa::ALL.into_iter().find(|l| !l.is_built()) {

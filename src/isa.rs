@@ -28,19 +28,26 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// Every level, of every architecture; on one architecture, a later one is preferred. The values say nothing of that.
+    /// Every level, of every architecture.
     pub const ALL: [Self; 6] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx, Self::Neon, Self::NeonBf16];
 
-    /// The place in [`Self::ALL`]: of two levels of one architecture, the higher is preferred.
-    pub(crate) const fn rank(self) -> usize {
-        let mut rank = 0;
-        while Self::ALL[rank] as u32 != self as u32 {
-            rank += 1;
+    /// Of the levels that a CPU has, kernels of the one with the highest priority are preferred. A level can have more features
+    /// than another and still be the slower one, so this is not the size of the feature set.
+    pub(crate) const fn priority(self) -> u32 {
+        match self {
+            Self::Scalar => 0,
+            Self::Avx2 | Self::Neon => 10,
+            Self::Avx512 | Self::NeonBf16 => 20,
+            Self::Amx => 30,
         }
-        rank
     }
 
-    /// `"scalar"`, `"avx2"`, `"avx512"`, `"amx"`, `"neon"` or `"neon_bf16"`.
+    /// Whether a CPU that has exactly the features of `ceiling` can run kernels of this level.
+    pub(crate) fn is_within(self, ceiling: Self) -> bool {
+        self.features().iter().all(|feature| ceiling.features().contains(feature))
+    }
+
+    /// `"scalar"`, `"avx2"`, `"avx512"`, `"amx"`, `"neon"` or `"neonbf16"`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
@@ -48,7 +55,7 @@ impl Isa {
             Self::Avx512 => "avx512",
             Self::Amx => "amx",
             Self::Neon => "neon",
-            Self::NeonBf16 => "neon_bf16",
+            Self::NeonBf16 => "neonbf16",
         }
     }
 
@@ -64,17 +71,7 @@ impl Isa {
 
     /// The CPU features that the level consists of.
     pub const fn features(self) -> &'static [&'static str] {
-        match self {
-            Self::Scalar => &[],
-            Self::Avx2 => &["avx2", "fma", "f16c"],
-            Self::Avx512 => &["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"],
-            Self::Amx => &[
-                "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "amx-tile",
-                "amx-bf16",
-            ],
-            Self::Neon => &["neon"],
-            Self::NeonBf16 => &["neon", "bf16"],
-        }
+        crate::cpu::features(self)
     }
 
     /// Whether the level has kernels for some operations and types only; the others are served by the levels below.
@@ -94,25 +91,26 @@ impl Isa {
     /// Whether this CPU and operating system can run kernels of this level. The first question about [`Self::Amx`] on Linux
     /// asks the kernel for the permission to use its registers, which then holds for the whole process.
     pub fn is_available(self) -> bool {
-        crate::kernels::level_available(self)
+        crate::cpu::has(self)
     }
 
-    /// The best level that is available here.
+    /// The level that is preferred here.
     pub fn best() -> Self {
-        Self::ALL.into_iter().rev().find(|l| l.is_available()).unwrap_or(Self::Scalar)
+        Self::best_within(&[]).unwrap_or(Self::Scalar)
     }
 
     /// The name of the environment variable that lowers every context's level.
     pub const ENV: &'static str = "KVLANE_MAX_ISA";
 
-    /// The best level that is available and not above `ceiling`.
-    pub(crate) fn best_up_to(ceiling: Self) -> Result<Self> {
-        Self::check_built(ceiling)?;
-        Ok(Self::ALL
+    /// The level that is preferred among those that are available and have no feature beyond those of any ceiling.
+    pub(crate) fn best_within(ceilings: &[Self]) -> Result<Self> {
+        ceilings.iter().try_for_each(|ceiling| ceiling.check_built())?;
+        // Whether a level is available is asked last: of AMX, that takes a permission for the whole process.
+        let level = Self::ALL
             .into_iter()
-            .rev()
-            .find(|&l| l.rank() <= ceiling.rank() && l.is_available())
-            .unwrap_or(Self::Scalar))
+            .filter(|level| ceilings.iter().all(|&ceiling| level.is_within(ceiling)) && level.is_available())
+            .max_by_key(|level| level.priority());
+        Ok(level.unwrap_or(Self::Scalar))
     }
 
     /// An error if the level is one of another architecture.

@@ -80,10 +80,10 @@
 // A register tile is arrays indexed by row and vector; iterators over them hide the pattern.
 #![allow(clippy::needless_range_loop)]
 
-mod caches;
 #[cfg(feature = "capi")]
 mod capi;
 mod context;
+mod cpu;
 pub mod docs;
 mod dtype;
 mod error;
@@ -93,6 +93,7 @@ mod layout;
 pub mod masks;
 mod ops;
 mod parallel;
+mod problem;
 mod view;
 
 #[cfg(feature = "bench")]
@@ -104,11 +105,10 @@ pub use context::Context;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use isa::Isa;
-pub use kernels::{KernelInfo, Op, Precision, kernels};
+pub use kernels::api::{KernelInfo, Op, Precision};
+pub use kernels::registry::kernels;
 pub use layout::{Layout, Packing};
-pub use ops::attention::{
-    AttentionOptions, AttentionTensors, MAX_HEAD_DIM, alibi_slopes, attention, attention_workspace_size,
-};
+pub use ops::attention::{AttentionOptions, AttentionTensors, alibi_slopes, attention, attention_workspace_size};
 pub use ops::cache::{
     KeyRotation, KvCache, KvLayer, copy_pages, defragment_pages, reorder_table, reorder_table_workspace_size,
     reorder_workspace_size, set_table_tokens,
@@ -125,8 +125,8 @@ pub use ops::plan::AttentionPlan;
 pub use ops::prefix::{SharedPrefix, attention_with_prefix, attention_with_prefix_workspace_size};
 pub use ops::repeat::repeat_kv;
 pub use ops::rope::{
-    Llama3Scaling, LongRopeScaling, MAX_ROTARY_DIM, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling,
-    YarnScaling, rope, rope_in_place,
+    Llama3Scaling, LongRopeScaling, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, YarnScaling, rope,
+    rope_in_place,
 };
 pub use ops::shard::{HeadShard, Mesh, SPLIT_GRID, SegmentLists, Shard, shard_slots};
 pub use ops::workspace::Workspace;
@@ -134,6 +134,8 @@ pub use ops::write::{Destination, KvWrite, kv_write};
 #[cfg(feature = "rayon")]
 pub use parallel::Rayon;
 pub use parallel::{Runner, Serial};
+pub use problem::limits::{MAX_HEAD_DIM, MAX_ROTARY_DIM};
+pub use problem::rotation::Pairing;
 pub use view::{View, ViewMut};
 
 /// The README's Rust examples are documentation tests.

@@ -121,13 +121,13 @@ pub fn skipped(kernel: &KernelInfo) -> String {
 /// The levels to measure, of which none is above `best`.
 fn levels(given: &[Isa], best: Isa) -> Result<Vec<Isa>> {
     if given.is_empty() {
-        return Ok(Isa::ALL.into_iter().filter(|l| l.is_available() && l.rank() <= best.rank()).collect());
+        return Ok(Isa::ALL.into_iter().filter(|l| l.is_within(best) && l.is_available()).collect());
     }
     for level in given {
         if !level.is_available() {
             return Err(Error::new(format!("this machine cannot run {level}: `kvlane info` tells what it lacks")));
         }
-        if level.rank() > best.rank() {
+        if !level.is_within(best) {
             return Err(Error::new(format!("{} allows no more than {best}, so {level} cannot be measured", Isa::ENV)));
         }
     }

@@ -14,8 +14,9 @@ use super::views::{kvl_const_view, kvl_view};
 use crate::error::{Result, ensure};
 use crate::layout::Packing;
 use crate::ops::attention::{
-    MAX_HEAD_DIM, Memory, RawAttention, attention_raw, attention_shapes, attention_workspace_size, fill_alibi_slopes,
+    Memory, RawAttention, attention_raw, attention_shapes, attention_workspace_size, fill_alibi_slopes,
 };
+use crate::problem::limits::MAX_HEAD_DIM;
 use crate::view::{BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ};
 use std::ffi::c_void;
 
@@ -129,7 +130,7 @@ pub unsafe extern "C" fn kvl_attention_workspace_size(
     let size = |params: &kvl_attention_params, threads| {
         let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(params)?);
         // SAFETY: the caller's promise.
-        let (rows, layout) = unsafe { plan::workspace_spans(params, q, k[SEQ]) }?;
+        let (rows, layout) = unsafe { plan::workspace_visibility(params, q, k[SEQ]) }?;
         let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
         Ok(attention_workspace_size(q, k, v[DIM], threads))
     };
@@ -250,7 +251,7 @@ pub(super) unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<
     let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
     let heads = q.shape[HEADS];
     // SAFETY: the caller's, here and below.
-    let (spans, planned) = unsafe { plan::spans(params, &q, k) }?;
+    let (visibility, planned) = unsafe { plan::visibility(params, &q, k) }?;
     // SAFETY: as above.
     unsafe {
         Ok(RawAttention {
@@ -262,9 +263,9 @@ pub(super) unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<
             scale: (params.scale != 0.0).then_some(params.scale),
             softcap: (params.softcap != 0.0).then_some(params.softcap),
             v_packing: parse_packing("v_packing", params.v_packing)?,
-            spans,
+            visibility,
             planned,
-            masks: read_masks(params, spans.batch)?,
+            masks: read_masks(params, visibility.batch)?,
             bias: match params.bias.is_absent() {
                 true => None,
                 false => Some(params.bias.raw("bias")?),

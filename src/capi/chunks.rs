@@ -213,7 +213,7 @@ pub unsafe extern "C" fn kvl_merge_chunks(
 unsafe fn span_shapes(params: &kvl_attention_params) -> Result<([usize; 4], [usize; 4], usize)> {
     let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(params)?);
     // SAFETY: the caller's, here and below.
-    let (rows, layout) = unsafe { plan::workspace_spans(params, q, k[SEQ]) }?;
+    let (rows, layout) = unsafe { plan::workspace_visibility(params, q, k[SEQ]) }?;
     // SAFETY: as above.
     check_format(unsafe { plan::is_ragged(params) }, &layout)?;
     let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);

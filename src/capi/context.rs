@@ -4,7 +4,7 @@ use super::arguments::reserved;
 use super::dtype::{kvl_dtype, parse_dtype};
 use super::guard::{guard, guard_value};
 use super::isa::{KVL_ISA_BEST, kvl_isa, parse_isa};
-use super::kernels::{kvl_op, kvl_precision, names, parse_op, parse_precision};
+use super::kernels::{kvl_op, kvl_precision, parse_op, parse_precision};
 use super::layout::kvl_packing;
 use super::sized::{assert_layout, read_sized, sized};
 use super::status::kvl_status;
@@ -118,7 +118,7 @@ pub unsafe extern "C" fn kvl_context_kernel_name(
             fail!(DType, "there is no kernel for {} from {src} to {dst}", op.name());
         };
         // SAFETY: not null, and the caller's to write.
-        unsafe { name.write(names::find(kernel.name)) };
+        unsafe { name.write(kernel.c_name.as_ptr()) };
         Ok(())
     })
 }
@@ -145,7 +145,7 @@ pub unsafe extern "C" fn kvl_context_attention_kernel_name(
             fail!(DType, "there is no kernel for attention over {kv}");
         };
         // SAFETY: not null, and the caller's to write.
-        unsafe { name.write(names::find(kernel.name)) };
+        unsafe { name.write(kernel.c_name.as_ptr()) };
         Ok(())
     })
 }

@@ -38,7 +38,7 @@ pub extern "C" fn kvl_isa_name(isa: kvl_isa) -> *const c_char {
         KVL_ISA_AVX512 => c"avx512",
         KVL_ISA_NEON => c"neon",
         KVL_ISA_AMX => c"amx",
-        KVL_ISA_NEON_BF16 => c"neon_bf16",
+        KVL_ISA_NEON_BF16 => c"neonbf16",
         _ => c"unknown",
     };
     text.as_ptr()

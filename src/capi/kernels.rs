@@ -67,7 +67,7 @@ assert_layout!(kvl_kernel_info, 40, struct_size: 0, name: 8, op: 16, src: 20, ds
 /// Bad input: there is none.
 #[unsafe(no_mangle)]
 pub extern "C" fn kvl_kernel_count() -> usize {
-    guard_value(0, || crate::kernels::kernels().count())
+    guard_value(0, || crate::kernels().count())
 }
 
 /// Describes kernel `index`, 0 .. `kvl_kernel_count()`; the order may change from version to version.
@@ -79,12 +79,12 @@ pub unsafe extern "C" fn kvl_kernel_info_at(index: usize, info: *mut kvl_kernel_
     guard(|| {
         // SAFETY: the caller's promise.
         let size = unsafe { read_sized(info.cast_const()) }?.struct_size;
-        let Some(kernel) = crate::kernels::kernels().nth(index) else {
-            fail!(OutOfRange, "there is no kernel {index}, only {}", crate::kernels::kernels().count());
+        let Some(kernel) = crate::kernels().nth(index) else {
+            fail!(OutOfRange, "there is no kernel {index}, only {}", crate::kernels().count());
         };
         let filled = kvl_kernel_info {
             struct_size: size,
-            name: names::find(kernel.name),
+            name: kernel.c_name.as_ptr(),
             op: kernel.op as kvl_op,
             src: kernel.src as kvl_dtype,
             dst: kernel.dst as kvl_dtype,
@@ -106,55 +106,6 @@ pub(super) fn parse_precision(name: &str, value: kvl_precision) -> Result<Precis
     enumeration("kvl_precision", name, value, Precision::from_u32)
 }
 
-/// Names of kernels as C strings, made by the compiler, so that they are constants of the library.
-pub(super) mod names {
-    use crate::kernels::LEVELS;
-    use std::ffi::{CStr, c_char};
-
-    const SIZE: usize = 48;
-    const COUNT: usize = {
-        let (mut n, mut level) = (0, 0);
-        while level < LEVELS.len() {
-            n += LEVELS[level].len();
-            level += 1;
-        }
-        n
-    };
-
-    static NAMES: [[u8; SIZE]; COUNT] = {
-        let mut names = [[0; SIZE]; COUNT];
-        let (mut n, mut level) = (0, 0);
-        while level < LEVELS.len() {
-            let mut entry = 0;
-            while entry < LEVELS[level].len() {
-                let name = LEVELS[level][entry].info.name.as_bytes();
-                assert!(name.len() < SIZE);
-                names[n].split_at_mut(name.len()).0.copy_from_slice(name);
-                (n, entry) = (n + 1, entry + 1);
-            }
-            level += 1;
-        }
-        names
-    };
-
-    /// The C string with the text of a kernel's name.
-    pub(in crate::capi) fn find(name: &str) -> *const c_char {
-        let found =
-            NAMES.iter().find(|n| CStr::from_bytes_until_nul(&n[..]).is_ok_and(|n| n.to_bytes() == name.as_bytes()));
-        found.map_or(c"unknown".as_ptr(), |n| n.as_ptr().cast())
-    }
-}
-
-// The values are pinned twice, here and in the enumerations; they cannot drift apart.
-const _: () = {
-    assert!(KVL_OP_ROPE_ANGLES == Op::RopeAngles as i32 && KVL_OP_ROPE == Op::Rope as i32);
-    assert!(KVL_OP_KV_WRITE == Op::KvWrite as i32 && KVL_OP_REPEAT_KV == Op::RepeatKv as i32);
-    assert!(KVL_OP_ATTENTION == Op::Attention as i32 && KVL_OP_MERGE_STATES == Op::MergeStates as i32);
-    assert!(KVL_OP_RMS_NORM == Op::RmsNorm as i32 && Op::ALL.len() == 7);
-    assert!(KVL_PRECISION_DEFAULT == Precision::Default as i32 && KVL_PRECISION_HIGH == Precision::High as i32);
-    assert!(Precision::ALL.len() == 2);
-};
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,7 +115,7 @@ mod tests {
     fn every_kernel_has_a_c_name() {
         for kernel in crate::kernels() {
             // SAFETY: a constant of the library.
-            assert_eq!(unsafe { CStr::from_ptr(names::find(kernel.name)) }.to_str().unwrap(), kernel.name);
+            assert_eq!(unsafe { CStr::from_ptr(kernel.c_name.as_ptr()) }.to_str().unwrap(), kernel.name);
         }
     }
 }

@@ -4,8 +4,8 @@ use super::arguments::{list, shape};
 use super::attention::kvl_attention_params;
 use super::sized::{assert_layout, read_sized, sized};
 use crate::error::{Result, fail};
-use crate::kernels::generic::attention::BitRows;
 use crate::ops::mask::{RawBitMask, RawMask, RawMasks};
+use crate::problem::masks::BitRows;
 
 /// A boolean mask [batch, seq, heads, keys] of bytes: 0 hides a key from a query, anything else shows it. Strides may be
 /// 0, to broadcast. A mask whose bytes are all 0 is an absent one.

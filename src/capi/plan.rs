@@ -10,10 +10,10 @@ use super::masks::read_masks;
 use super::sized::read_sized;
 use super::status::kvl_status;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::Spans;
 use crate::ops::attention::{Planned, rows_of};
 use crate::ops::mask::RawMasks;
 use crate::ops::plan::AttentionPlan;
+use crate::problem::visibility::Visibility;
 use crate::view::{BATCH, RawView, SEQ};
 
 /// What depends on the lengths, positions, windows and tables of a step alone, checked and worked out once for all layers. Made by
@@ -44,7 +44,7 @@ pub unsafe extern "C" fn kvl_plan_create(params: *const kvl_attention_params, pl
         let params = unsafe { read_sized(params) }?;
         ensure!(!plan.is_null(), NullPointer, "the pointer plan is null");
         // SAFETY: as above.
-        let made = unsafe { with_spans(&params, AttentionPlan::from_spans) }?;
+        let made = unsafe { with_visibility(&params, AttentionPlan::from_visibility) }?;
         // SAFETY: not null, and the caller's to write.
         unsafe { plan.write(Box::into_raw(Box::new(kvl_plan { plan: made }))) };
         Ok(())
@@ -62,7 +62,7 @@ pub unsafe extern "C" fn kvl_plan_update(plan: *mut kvl_plan, params: *const kvl
         // SAFETY: the caller's promise, here and below.
         let (plan, params) = unsafe { (borrow_mut(plan)?, read_sized(params)?) };
         // SAFETY: as above.
-        unsafe { with_spans(&params, |q_shape, spans, masks| plan.take(q_shape, spans, masks)) }
+        unsafe { with_visibility(&params, |q_shape, visibility, masks| plan.take(q_shape, visibility, masks)) }
     })
 }
 
@@ -133,30 +133,30 @@ unsafe fn borrow_mut<'a>(plan: *mut kvl_plan) -> Result<&'a mut AttentionPlan> {
 ///
 /// # Safety
 /// `params` is what the header describes.
-unsafe fn with_spans<T>(
+unsafe fn with_visibility<T>(
     params: &kvl_attention_params,
-    f: impl FnOnce([usize; 4], &Spans, &RawMasks) -> Result<T>,
+    f: impl FnOnce([usize; 4], &Visibility, &RawMasks) -> Result<T>,
 ) -> Result<T> {
     ensure!(params.plan.is_null(), InvalidValue, "a plan is to be made of parameters that have a plan");
     let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
     // SAFETY: the caller's, here and below.
-    let spans = unsafe { own_spans(params, &q, k) }?;
+    let visibility = unsafe { own_visibility(params, &q, k) }?;
     // SAFETY: as above.
-    f(q.shape, &spans, &unsafe { read_masks(params, spans.batch) }?)
+    f(q.shape, &visibility, &unsafe { read_masks(params, visibility.batch) }?)
 }
 
 /// What the parameters of an attention call say of its rows, by themselves or through a plan.
 ///
 /// # Safety
 /// `params` is what the header describes, and its lists and its plan live as long as the result is used.
-pub(super) unsafe fn spans<'a>(
+pub(super) unsafe fn visibility<'a>(
     params: &kvl_attention_params,
     q: &RawView,
     k: RawView,
-) -> Result<(Spans<'a>, Option<Planned<'a>>)> {
+) -> Result<(Visibility<'a>, Option<Planned<'a>>)> {
     if params.plan.is_null() {
         // SAFETY: the caller's.
-        return Ok((unsafe { own_spans(params, q, k) }?, None));
+        return Ok((unsafe { own_visibility(params, q, k) }?, None));
     }
     let given = [
         ("flags", params.flags != 0),
@@ -176,12 +176,12 @@ pub(super) unsafe fn spans<'a>(
     // SAFETY: the caller's: from `kvl_plan_create`, and nobody changes it meanwhile.
     let plan: &'a AttentionPlan = unsafe { &(*params.plan).plan };
     plan.check(q, k.shape)?;
-    Ok((plan.spans(), Some(plan.planned())))
+    Ok((plan.visibility(), Some(plan.planned())))
 }
 
 /// # Safety
 /// `params` is what the header describes.
-unsafe fn own_spans<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) -> Result<Spans<'a>> {
+unsafe fn own_visibility<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) -> Result<Visibility<'a>> {
     let unknown =
         params.flags & !(KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT);
     ensure!(unknown == 0, InvalidEnum, "flags has unknown bits {unknown:#x}");
@@ -191,7 +191,7 @@ unsafe fn own_spans<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) 
     let (_, seq) = rows_of(q.shape, query_starts);
     // SAFETY: as above.
     unsafe {
-        Ok(Spans {
+        Ok(Visibility {
             batch,
             seq,
             cache: k,
@@ -215,8 +215,8 @@ unsafe fn own_spans<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) 
 /// Slots and rows for which `kvl_attention_workspace_size` is to answer: batch and seq of the queries, and the layout.
 ///
 /// # Safety
-/// As [`spans`]; K has `slots` slots.
-pub(super) unsafe fn workspace_spans<'a>(
+/// As [`visibility`]; K has `slots` slots.
+pub(super) unsafe fn workspace_visibility<'a>(
     params: &kvl_attention_params,
     q_shape: [usize; 4],
     slots: usize,
@@ -225,21 +225,21 @@ pub(super) unsafe fn workspace_spans<'a>(
         // SAFETY: the caller's.
         return unsafe { Ok((rows_of(q_shape, query_starts(params)?), read_layout(params.layout, slots)?)) };
     }
-    // SAFETY: as in `spans`.
-    let spans = unsafe { &(*params.plan).plan }.spans();
-    Ok(((spans.batch, spans.seq), spans.layout))
+    // SAFETY: as in `visibility`.
+    let visibility = unsafe { &(*params.plan).plan }.visibility();
+    Ok(((visibility.batch, visibility.seq), visibility.layout))
 }
 
 /// Whether queries are ragged, by the parameters themselves or through a plan.
 ///
 /// # Safety
-/// As [`spans`].
+/// As [`visibility`].
 pub(super) unsafe fn is_ragged(params: &kvl_attention_params) -> bool {
     if params.plan.is_null() {
         return !params.query_starts.is_null();
     }
-    // SAFETY: as in `spans`.
-    unsafe { &(*params.plan).plan }.spans().cu_seqlens_q.is_some()
+    // SAFETY: as in `visibility`.
+    unsafe { &(*params.plan).plan }.visibility().cu_seqlens_q.is_some()
 }
 
 /// # Safety

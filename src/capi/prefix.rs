@@ -36,7 +36,7 @@ pub unsafe extern "C" fn kvl_attention_with_prefix_workspace_size(
         let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(&params)?);
         let tokens = attention_shape("prefix_k", &prefix)?[SEQ];
         // SAFETY: as above.
-        let (rows, layout) = unsafe { plan::workspace_spans(&params, q, k[SEQ]) }?;
+        let (rows, layout) = unsafe { plan::workspace_visibility(&params, q, k[SEQ]) }?;
         let (shape, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
         let needed = prefix_workspace_size(q, shape, k, tokens, v[DIM], runner.as_dyn().num_threads());
         // SAFETY: not null, and the caller's to write.

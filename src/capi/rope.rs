@@ -10,9 +10,10 @@ use super::views::{kvl_const_view, kvl_view};
 use crate::dtype::DType;
 use crate::error::{Result, ensure, fail};
 use crate::ops::rope::{
-    Llama3Scaling, LongRopeScaling, Pairing, Positions, RawAngles, RawRope, RopeFrequencies, RopeScaling, YarnScaling,
+    Llama3Scaling, LongRopeScaling, Positions, RawAngles, RawRope, RopeFrequencies, RopeScaling, YarnScaling,
     check_frequencies, check_rotary_dim, fill_table, rope_raw,
 };
+use crate::problem::rotation::Pairing;
 use crate::view::RawView;
 use std::ffi::c_void;
 

@@ -6,10 +6,8 @@
 //! (the shells that [`kernel_shells!`](super::kernel_shells) writes): on its own it would pass vectors through memory.
 
 use crate::dtype::Element;
+pub(crate) use crate::problem::limits::MAX_LANES;
 use half::{bf16, f16};
-
-/// The widest vector of any level, in f32 lanes: sizes of stack buffers.
-pub(crate) const MAX_LANES: usize = 16;
 
 /// One instruction-set level: f32 vectors, and loads and stores that convert.
 pub(crate) trait Simd: Copy {
@@ -17,17 +15,17 @@ pub(crate) trait Simd: Copy {
     type V: Copy;
     /// Lanes a vector; a power of two, at most [`MAX_LANES`].
     const LANES: usize;
-    /// Vectors a register tile is wide: with [`TILE_ROWS`](super::generic::attention::TILE_ROWS) rows, as many as leave registers
+    /// VectorProducts a register tile is wide: with [`TILE_ROWS`](super::generic::attention::TILE_ROWS) rows, as many as leave registers
     /// for operands. 2 or 4.
     const TILE_VECTORS: usize;
     /// Dot products that run side by side: enough to keep the FMA ports busy, few enough for the registers.
-    const DOTS: usize;
+    const PARALLEL_DOTS: usize;
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
-    const SPLITS_BF16: bool;
+    const DEINTERLEAVED_BF16: bool;
 
     /// Bytes that the second-level cache brings when it is asked for one of them: a line, or an aligned pair of lines, as by the
     /// spatial prefetcher of Intel's Optimization Reference Manual. A fill buffer is then worth two lines.
-    const FETCHED_BYTES: usize;
+    const PREFETCH_BYTES: usize;
 
     /// The `i`-th lane in the order that turns [`Self::sum_lanes`]'s tree into a depth-first walk: for all i, lanes
     /// `lane_order(2i)` and `lane_order(2i + 1)` are added first, then neighbouring pairs of those, and so on.
@@ -91,7 +89,7 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// As [`Self::load_f32`].
     unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
-    /// `2 * LANES` elements as two vectors: even and odd ones where [`Self::SPLITS_BF16`] says so, which spares a shuffle,
+    /// `2 * LANES` elements as two vectors: even and odd ones where [`Self::DEINTERLEAVED_BF16`] says so, which spares a shuffle,
     /// else the first and the second half.
     ///
     /// # Safety
@@ -137,7 +135,7 @@ pub(crate) trait Simd: Copy {
     /// `2 * LANES` elements are writable at `p`.
     #[inline(always)]
     unsafe fn store_pair_bf16(self, p: *mut bf16, v: [Self::V; 2]) {
-        const { assert!(!Self::SPLITS_BF16) };
+        const { assert!(!Self::DEINTERLEAVED_BF16) };
         // SAFETY: the caller's.
         unsafe {
             self.store_bf16(p, v[0]);
@@ -198,10 +196,10 @@ pub(crate) trait Outlined {
 
 /// [`Simd::outline`] of a level with these features.
 macro_rules! outline {
-    ($(#[$feature:meta])*) => {
+    {[$($feature:literal)*]} => {
         #[inline(always)]
         unsafe fn outline<B: $crate::kernels::simd::Outlined>(self, body: B) {
-            $(#[$feature])*
+            $(#[target_feature(enable = $feature)])*
             #[inline(never)]
             unsafe fn run<S: Simd, B: $crate::kernels::simd::Outlined>(s: S, body: B) {
                 // SAFETY: the caller's.
@@ -228,12 +226,12 @@ pub(crate) unsafe fn copy_part<T: Element>(p: *const T, n: usize) -> [T; MAX_LAN
 }
 
 /// Loads and stores by element type, so that one generic body serves all three.
-pub(crate) trait Memory: Element {
+pub(crate) trait LoadStore: Element {
     /// # Safety
     /// As [`Simd::load_f32`].
     unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V;
     /// Whether [`Self::load_pair`] separates even and odd elements.
-    fn splits<S: Simd>() -> bool;
+    fn deinterleaved<S: Simd>() -> bool;
     /// `2 * LANES` elements as two vectors, in the order in which attention keeps them.
     ///
     /// # Safety
@@ -257,10 +255,10 @@ pub(crate) trait Memory: Element {
 
 macro_rules! memory {
     ($($type:ty: $load:ident $load_part:ident $store:ident $store_part:ident $pair:expr, $put_pair:expr, $splits:expr;)*) => {$(
-        impl Memory for $type {
+        impl LoadStore for $type {
             #[inline(always)]
-            fn splits<S: Simd>() -> bool {
-                $splits(S::SPLITS_BF16)
+            fn deinterleaved<S: Simd>() -> bool {
+                $splits(S::DEINTERLEAVED_BF16)
             }
             #[inline(always)]
             unsafe fn load_pair<S: Simd>(simd: S, p: *const Self) -> [S::V; 2] {
@@ -300,15 +298,15 @@ memory! {
     f32: load_f32 load_part_f32 store_f32 store_part_f32 halves, put_halves, |_| false;
     f16: load_f16 load_part_f16 store_f16 store_part_f16 halves, put_halves, |_| false;
     bf16: load_bf16 load_part_bf16 store_bf16 store_part_bf16
-        |s: S, p| s.load_pair_bf16(p), |s: S, p, v| s.store_pair_bf16(p, v), |splits| splits;
+        |s: S, p| s.load_pair_bf16(p), |s: S, p, v| s.store_pair_bf16(p, v), |deinterleaved| deinterleaved;
 }
 
 /// The inverse of [`halves`].
 ///
 /// # Safety
-/// As [`Memory::store_pair`].
+/// As [`LoadStore::store_pair`].
 #[inline(always)]
-unsafe fn put_halves<S: Simd, T: Memory>(simd: S, p: *mut T, v: [S::V; 2]) {
+unsafe fn put_halves<S: Simd, T: LoadStore>(simd: S, p: *mut T, v: [S::V; 2]) {
     // SAFETY: the caller's.
     unsafe {
         T::store(simd, p, v[0]);
@@ -319,9 +317,9 @@ unsafe fn put_halves<S: Simd, T: Memory>(simd: S, p: *mut T, v: [S::V; 2]) {
 /// The first and the second half of `2 * LANES` elements.
 ///
 /// # Safety
-/// As [`Memory::load_pair`].
+/// As [`LoadStore::load_pair`].
 #[inline(always)]
-unsafe fn halves<S: Simd, T: Memory>(simd: S, p: *const T) -> [S::V; 2] {
+unsafe fn halves<S: Simd, T: LoadStore>(simd: S, p: *const T) -> [S::V; 2] {
     // SAFETY: the caller's.
     unsafe { [T::load(simd, p), T::load(simd, p.add(S::LANES))] }
 }

@@ -2,19 +2,23 @@
 
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{BitView, CHUNK, Problem, Spans, Summary, Tile, partial_stride};
-use crate::kernels::{self, AttentionFns, Function, Precision};
+use crate::kernels::api::{AttentionFns, Function, Precision};
+use crate::kernels::registry;
 use crate::layout::{Layout, Packing};
 use crate::ops::mask::{BitMask, Mask, RawMasks, Touched, check_scores};
 use crate::ops::plan::AttentionPlan;
 use crate::ops::setters::setters;
-use crate::ops::tiling::{GRAIN, Tiling, most_chunks};
+use crate::ops::tiling::{GRAIN, Tiling};
+use crate::ops::visibility;
 use crate::ops::workspace::{Workspace, check_workspace};
 use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::problem::attention::Problem;
+use crate::problem::grid::{CHUNK, most_chunks, partial_stride};
+use crate::problem::limits::MAX_HEAD_DIM;
+use crate::problem::masks::BitView;
+use crate::problem::tile::Tile;
+use crate::problem::visibility::{Summary, Visibility};
 use crate::view::{self, BATCH, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut};
-
-/// The largest head size.
-pub const MAX_HEAD_DIM: usize = 512;
 
 /// What attention reads and writes.
 ///
@@ -129,8 +133,8 @@ pub(crate) struct RawAttention<'a> {
     pub scale: Option<f32>,
     pub softcap: Option<f32>,
     pub v_packing: Packing,
-    pub spans: Spans<'a>,
-    /// Of a plan, which has checked the spans.
+    pub visibility: Visibility<'a>,
+    /// Of a plan, which has checked the visibility.
     pub planned: Option<Planned<'a>>,
     pub masks: RawMasks<'a>,
     pub bias: Option<RawView>,
@@ -139,7 +143,7 @@ pub(crate) struct RawAttention<'a> {
     pub precision: Precision,
 }
 
-/// What a call has from a plan, besides its spans.
+/// What a call has from a plan, besides its visibility.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Planned<'a> {
     pub summary: Summary,
@@ -182,9 +186,9 @@ impl<'a> AttentionOptions<'a> {
     }
 
     /// What of the options a plan takes, for queries of this shape and this cache.
-    pub(crate) fn spans(&self, q_shape: [usize; 4], k: RawView) -> Result<Spans<'a>> {
+    pub(crate) fn visibility(&self, q_shape: [usize; 4], k: RawView) -> Result<Visibility<'a>> {
         let (batch, seq) = rows_of(q_shape, self.cu_seqlens_q);
-        Ok(Spans {
+        Ok(Visibility {
             batch,
             seq,
             cache: k,
@@ -236,21 +240,21 @@ pub(crate) fn rows_of(q_shape: [usize; 4], cu_seqlens_q: Option<&[i32]>) -> (usi
 }
 
 /// Checks that the layout is one of the cache, and that the cache has the rows that the queries have.
-pub(crate) fn call_rows(q_shape: [usize; 4], spans: &Spans) -> Result<()> {
-    let (layout, k) = (spans.layout, &spans.cache);
+pub(crate) fn call_rows(q_shape: [usize; 4], visibility: &Visibility) -> Result<()> {
+    let (layout, k) = (visibility.layout, &visibility.cache);
     layout.validate("k", k)?;
-    if let Some(starts) = spans.cu_seqlens_q {
+    if let Some(starts) = visibility.cu_seqlens_q {
         // The queries of ragged rows lie as the keys of a ragged cache do.
         let q = RawView { shape: q_shape, ..*k };
         Layout::Ragged { cu_seqlens: starts }.validate("q", &q).map_err(|e| e.about("cu_seqlens_q"))?;
     }
     let rows = layout.rows(k);
     ensure!(
-        rows == spans.batch,
+        rows == visibility.batch,
         Shape,
         "k has {} = {rows}, but q has {}",
         if matches!(layout, Layout::Contiguous | Layout::Ring { .. }) { "batch" } else { "rows" },
-        spans.batch
+        visibility.batch
     );
     Ok(())
 }
@@ -334,7 +338,7 @@ pub fn attention_workspace_size(q_shape: [usize; 4], k_shape: [usize; 4], v_dim:
 
 /// The most that any kernel needs, since a call may meet any.
 pub(super) fn largest(bytes: impl Fn(&AttentionFns) -> usize) -> usize {
-    kernels::registry()
+    registry::entries()
         .filter_map(|entry| match &entry.function {
             Function::Attention(kernel) => Some(bytes(kernel)),
             _ => None,
@@ -407,7 +411,7 @@ pub(crate) unsafe fn attention_raw(
     check_workspace(memory, needed)?;
 
     let kv_heads = call.k.shape[HEADS];
-    let rows = |b: usize| problem.spans.queries(b) * problem.group;
+    let rows = |b: usize| problem.visibility.queries(b) * problem.group;
     let memory = SharedMemory(memory.0);
     let scratch = |worker: usize| memory.at(worker * plan.scratch);
     if !plan.split || workers == 1 {
@@ -446,12 +450,12 @@ impl<'a> RawAttention<'a> {
             let rows = view::rows(q.shape());
             ensure!(lse.len() == rows, Shape, "lse has {} entries, but q has {rows} rows", lse.len());
         }
-        let (spans, planned) = match options.plan {
-            None => (options.spans(q.raw.shape, k.raw)?, None),
+        let (visibility, planned) = match options.plan {
+            None => (options.visibility(q.raw.shape, k.raw)?, None),
             Some(plan) => {
                 options.only_plan()?;
                 plan.check(&q.raw, k.raw.shape)?;
-                (plan.spans(), Some(plan.planned()))
+                (plan.visibility(), Some(plan.planned()))
             }
         };
         Ok(Self {
@@ -463,7 +467,7 @@ impl<'a> RawAttention<'a> {
             scale: options.scale,
             softcap: options.softcap,
             v_packing: options.v_packing,
-            spans,
+            visibility,
             planned,
             masks: options.masks(),
             bias: options.bias.map(|b| b.raw),
@@ -479,7 +483,7 @@ impl<'a> RawAttention<'a> {
     }
 
     fn shapes(&self) -> ([usize; 4], [usize; 4]) {
-        attention_shapes(self.q.shape, self.k, &self.spans.layout, (self.spans.batch, self.spans.seq))
+        attention_shapes(self.q.shape, self.k, &self.visibility.layout, (self.visibility.batch, self.visibility.seq))
     }
 }
 
@@ -560,15 +564,15 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
     let extents = [q.validate("q")?, k.validate("k")?, v.validate("v")?];
     ensure!(k.dtype == v.dtype, DType, "k is {}, but v is {}", k.dtype, v.dtype);
     let (kv_heads, v_dim) = (k.shape[HEADS], call.v_dim());
-    let spans = call.spans;
+    let visibility = call.visibility;
     if call.planned.is_none() {
-        call_rows(q.shape, &spans)?;
+        call_rows(q.shape, &visibility)?;
     }
     k.same_axis("k", q, "q", DIM)?;
     let slots = match call.v_packing {
         Packing::Rows => *v,
         Packing::RowPairs => {
-            spans.layout.validate_packing("k", k, call.v_packing)?;
+            visibility.layout.validate_packing("k", k, call.v_packing)?;
             let ([rows, pairs, heads, dims], slots) = (v.shape, k.shape[SEQ]);
             ensure!(
                 pairs.checked_mul(2) == Some(slots) && dims.is_multiple_of(2),
@@ -597,7 +601,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
 
     let summary = match call.planned {
         Some(planned) => planned.summary,
-        None => spans.validate()?,
+        None => visibility::validate(&visibility)?,
     };
     for (name, list) in [("alibi_slopes", call.alibi_slopes), ("sink_logits", call.sink_logits)] {
         let n = list.map_or(heads, <[f32]>::len);
@@ -617,7 +621,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
         }
         _ => None,
     };
-    let masks = call.masks.validate(&spans, heads, summary.longest)?;
+    let masks = call.masks.validate(&visibility, heads, summary.longest)?;
     if let Some(bias) = &call.bias {
         check_scores("bias", bias.shape, [batch, seq, heads], summary.longest)?;
         bias.validate("bias")?;
@@ -632,7 +636,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
             v_packing: call.v_packing,
             out: call.out,
             lse: call.lse,
-            spans,
+            visibility,
             group: heads / kv_heads.max(1),
             scale,
             softcap,

@@ -14,18 +14,20 @@
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{CHUNK, Chunks, Problem, Spans, Tile, partial_stride};
-use crate::kernels::{AttentionFns, Precision};
+use crate::kernels::api::{AttentionFns, Precision};
 use crate::layout::{Layout, Packing};
-use crate::ops::attention::{
-    AttentionOptions, AttentionTensors, MAX_HEAD_DIM, RawAttention, SharedMemory, largest, validate_inputs,
-};
+use crate::ops::attention::{AttentionOptions, AttentionTensors, RawAttention, SharedMemory, largest, validate_inputs};
 use crate::ops::setters::setters;
 use crate::ops::shard::SPLIT_GRID;
 use crate::ops::workspace::Workspace;
 #[cfg(feature = "capi")]
 use crate::ops::workspace::check_workspace;
 use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
+use crate::problem::attention::Problem;
+use crate::problem::grid::{CHUNK, Chunks, partial_stride};
+use crate::problem::limits::MAX_HEAD_DIM;
+use crate::problem::tile::Tile;
+use crate::problem::visibility::Visibility;
 use crate::view::{self, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut, contiguous};
 
 /// Query rows of a KV head that are computed together; a part of the format, so no matter of the kernel's.
@@ -117,16 +119,16 @@ impl<'a> RawChunks<'a> {
             InvalidValue,
             "sink_logits are given where spans are merged, not where they are computed"
         );
-        check_format(call.spans.cu_seqlens_q.is_some(), &call.spans.layout)?;
+        check_format(call.visibility.cu_seqlens_q.is_some(), &call.visibility.layout)?;
         let inputs = validate_inputs(call)?;
-        let (keys, v_dim) = (call.spans.layout.most_keys(&call.k), inputs.problem.v_dim);
+        let (keys, v_dim) = (call.visibility.layout.most_keys(&call.k), inputs.problem.v_dim);
         let (n, want) = (self.len, chunk_states_len(call.q.shape, keys, v_dim));
         ensure!(n == want, Shape, "states has {n} floats, but must have {want} for {keys} keys");
         let chunks = chunks_of(keys);
         let states = states_view(self.states, call.q.shape, chunks * partial_stride(v_dim));
         let extent = states.validate("states")?;
         inputs.check_apart("states", &states, extent)?;
-        let Spans { layout, lengths, kv_starts, offsets, prefix_lengths, .. } = call.spans;
+        let Visibility { layout, lengths, kv_starts, offsets, prefix_lengths, .. } = call.visibility;
         let table = match layout {
             Layout::Paged { page_table: table, .. }
             | Layout::Indirect { beam_table: table }
@@ -558,7 +560,7 @@ impl Grid {
             v_packing: Packing::Rows,
             out,
             lse,
-            spans: Spans::unmasked(self.batch, self.seq, k),
+            visibility: Visibility::unmasked(self.batch, self.seq, k),
             group: self.heads / self.kv_heads,
             scale: 1.0,
             softcap: 0.0,

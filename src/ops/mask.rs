@@ -1,7 +1,8 @@
 //! Masks as data: a byte, or a bit, a query and key.
 
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{BitRows, BitView, ByteView, Spans};
+use crate::problem::masks::{BitRows, BitView, ByteView};
+use crate::problem::visibility::Visibility;
 use crate::view::{MAX_AXIS, RawView, reach};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -177,19 +178,19 @@ impl<'a> RawBitMask<'a> {
     }
 
     /// Checks it for the rows of a call; the bytes that those can touch, relative to its data.
-    fn extent(&self, spans: &Spans) -> Result<(i128, i128)> {
-        self.check_lists(spans.batch)?;
+    fn extent(&self, visibility: &Visibility) -> Result<(i128, i128)> {
+        self.check_lists(visibility.batch)?;
         self.check_axes()?;
-        for row in 0..spans.batch {
-            let (first, length) = (self.first_key(row), spans.length(row));
+        for row in 0..visibility.batch {
+            let (first, length) = (self.first_key(row), visibility.length(row));
             ensure!(first >= 0, OutOfRange, "first_keys[{row}] of bit_mask is {first}, which is negative");
             let end = first + self.shape[3] as i64;
             ensure!(end >= length, Shape, "bit_mask ends at key {end} of row {row}, which has {length} keys");
         }
         let Some(rows) = self.rows else { return self.fixed_extent() };
         let (mut low, mut high) = (i128::MAX, i128::MIN);
-        for row in 0..spans.batch {
-            let (queries, keys) = (spans.queries(row), spans.length(row) - self.first_key(row));
+        for row in 0..visibility.batch {
+            let (queries, keys) = (visibility.queries(row), visibility.length(row) - self.first_key(row));
             if queries > 0 && keys > 0 && self.shape[2] > 0 {
                 let bytes = self.row_extent(rows, row, queries, keys)?;
                 (low, high) = (low.min(bytes.0), high.max(bytes.1));
@@ -302,8 +303,8 @@ pub(crate) struct RawMasks<'a> {
 
 impl<'a> RawMasks<'a> {
     /// Checks the masks for the rows of a call, whose queries have so many heads and whose longest row has `keys` keys.
-    pub fn validate(&self, spans: &Spans, heads: usize, keys: usize) -> Result<Touched> {
-        let rows = [spans.batch, spans.seq, heads];
+    pub fn validate(&self, visibility: &Visibility, heads: usize, keys: usize) -> Result<Touched> {
+        let rows = [visibility.batch, visibility.seq, heads];
         let mut touched = Touched([("mask", 0..0), ("bit_mask", 0..0)]);
         if let Some(mask) = &self.mask {
             check_scores("mask", mask.shape, rows, keys)?;
@@ -313,7 +314,7 @@ impl<'a> RawMasks<'a> {
             // A row's keys are counted from its first one; how many it needs is checked with its extent.
             let [batch, seq, heads, _] = mask.shape;
             check_scores("bit_mask", [batch, seq, heads, keys], rows, keys)?;
-            touched.set(1, mask.data, mask.extent(spans)?);
+            touched.set(1, mask.data, mask.extent(visibility)?);
         }
         Ok(touched)
     }

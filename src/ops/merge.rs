@@ -2,7 +2,7 @@
 
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::MergeArgs;
+use crate::kernels::api::MergeArgs;
 use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE, ahead, is_large};
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};

@@ -3,9 +3,8 @@
 //! Every operation exists twice: a safe function over [`View`](crate::View)s, and beneath it an unsafe one over raw views,
 //! which the C ABI calls too. All validation is in the latter.
 
-use crate::caches;
 use crate::error::{Result, ensure};
-use crate::kernels::CopyArgs;
+use crate::kernels::api::CopyArgs;
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ};
 
@@ -23,6 +22,7 @@ pub mod rope;
 mod setters;
 pub mod shard;
 mod tiling;
+mod visibility;
 pub mod workspace;
 pub mod write;
 
@@ -76,8 +76,8 @@ unsafe fn token_copy(src: &RawView, from: (usize, usize), dst: &RawView, to: (us
             src_dim: src.strides[DIM] as isize,
             dst_dim: dst.strides[DIM] as isize,
             dim: src.shape[DIM],
-            src_ahead: 0,
-            dst_ahead: 0,
+            src_prefetch: 0,
+            dst_prefetch: 0,
         }
     }
 }
@@ -87,22 +87,22 @@ unsafe fn token_copy(src: &RawView, from: (usize, usize), dst: &RawView, to: (us
 struct TokenCopies<'a> {
     src: &'a RawView,
     dst: &'a RawView,
-    src_ahead: isize,
-    dst_ahead: isize,
+    src_prefetch: isize,
+    dst_prefetch: isize,
 }
 
 impl<'a> TokenCopies<'a> {
     fn new(src: &'a RawView, dst: &'a RawView) -> Self {
-        let (src_ahead, dst_ahead) = aheads(src, dst);
-        Self { src, dst, src_ahead, dst_ahead }
+        let (src_prefetch, dst_prefetch) = aheads(src, dst);
+        Self { src, dst, src_prefetch, dst_prefetch }
     }
 
     /// # Safety
     /// Both views are validated and the indices inside them.
     unsafe fn at(&self, at: (usize, usize)) -> CopyArgs {
-        let Self { src, dst, src_ahead, dst_ahead } = *self;
+        let Self { src, dst, src_prefetch, dst_prefetch } = *self;
         // SAFETY: the caller's.
-        unsafe { CopyArgs { src_ahead, dst_ahead, ..token_copy(src, at, dst, at) } }
+        unsafe { CopyArgs { src_prefetch, dst_prefetch, ..token_copy(src, at, dst, at) } }
     }
 }
 
@@ -118,7 +118,7 @@ fn aheads(src: &RawView, dst: &RawView) -> (isize, isize) {
 /// Whether so much is read and written that a second-level cache does not hold it.
 fn is_large(views: &[&RawView]) -> bool {
     views.iter().map(|view| view.elements().saturating_mul(view.dtype.size())).fold(0, usize::saturating_add)
-        > caches::second_level()
+        > crate::cpu::cache::second_level()
 }
 
 /// How far ahead of its use a walk over a large view asks for memory.

@@ -3,11 +3,12 @@
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
-use crate::kernels::{CopyArgs, NormArgs, NormFn, RopeArgs, RopeFn};
-use crate::ops::rope::{MAX_ROTARY_DIM, Rope, rope_raw};
+use crate::kernels::api::{CopyArgs, NormArgs, NormFn, RopeArgs, RopeFn};
+use crate::ops::rope::{Rope, rope_raw};
 use crate::ops::setters::setters;
 use crate::ops::{TokenCopies, check_in_place_or_apart, for_each_token};
 use crate::parallel::Runner;
+use crate::problem::limits::MAX_ROTARY_DIM;
 use crate::view::{DIM, RawView, View, ViewMut};
 use std::mem::MaybeUninit;
 
@@ -184,8 +185,8 @@ impl<'a> NormRope<'a> {
             let src = all.src.wrapping_offset(first as isize * all.src_head * self.sizes.0 as isize);
             let dst = all.dst.wrapping_offset(first as isize * all.dst_head * self.sizes.1 as isize);
             let staged = all.dim as isize;
-            let to = CopyArgs { src, dst: stage.cast(), heads, dst_head: staged, dst_dim: 1, dst_ahead: 0, ..all };
-            let from = CopyArgs { src: stage.cast(), dst, heads, src_head: staged, src_dim: 1, src_ahead: 0, ..all };
+            let to = CopyArgs { src, dst: stage.cast(), heads, dst_head: staged, dst_dim: 1, dst_prefetch: 0, ..all };
+            let from = CopyArgs { src: stage.cast(), dst, heads, src_head: staged, src_dim: 1, src_prefetch: 0, ..all };
             // SAFETY: the caller's; the stage holds these heads, and the first kernel writes what the second reads.
             unsafe {
                 (self.to_f32)(&self.norm.args(to));

@@ -2,7 +2,7 @@
 
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::{CopyArgs, CopyFn, Op};
+use crate::kernels::api::{CopyArgs, CopyFn, Op};
 use crate::layout::Place;
 use crate::ops::{aheads, for_each_token, token_copy};
 use crate::parallel::Runner;
@@ -90,7 +90,7 @@ pub(crate) unsafe fn pack_token(
     src: &RawView,
     (row, token): Place,
     packed: &RawView,
-    (src_ahead, dst_ahead): (isize, isize),
+    (src_prefetch, dst_prefetch): (isize, isize),
     place: impl Fn(usize) -> Option<Place>,
 ) {
     let Some((target, slot)) = place(token) else { return };
@@ -101,7 +101,7 @@ pub(crate) unsafe fn pack_token(
     }
     // SAFETY: the caller's.
     unsafe {
-        let copy = CopyArgs { src_ahead, dst_ahead, ..token_copy(src, (row, token), packed, (target, slot / 2)) };
+        let copy = CopyArgs { src_prefetch, dst_prefetch, ..token_copy(src, (row, token), packed, (target, slot / 2)) };
         if slot % 2 == 0 && goes_to(token + 1, slot + 1) {
             kernel(&CopyArgs { second: src.row(row, token + 1, 0), ..copy });
         } else {

@@ -1,10 +1,13 @@
 //! Plans: what depends on lengths, positions and tables alone, checked and worked out once a step and used by every layer.
 
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::{BLOCK, BitRows, BitView, ByteView, CHUNK, Spans, Summary, between, shown};
 use crate::layout::Layout;
 use crate::ops::attention::{AttentionOptions, Planned, call_rows};
 use crate::ops::mask::RawMasks;
+use crate::ops::visibility;
+use crate::problem::grid::{BLOCK, CHUNK, between};
+use crate::problem::masks::{BitRows, BitView, ByteView, visible_by_masks};
+use crate::problem::visibility::{Summary, Visibility};
 use crate::view::{BATCH, HEADS, MAX_AXIS, RawView, SEQ};
 use std::ops::Range;
 
@@ -123,7 +126,7 @@ impl AttentionPlan {
     /// # Errors
     /// What [`attention`](crate::attention()) would say of them.
     pub fn new(q_shape: [usize; 4], k_shape: [usize; 4], options: &AttentionOptions) -> Result<Self> {
-        Self::from_spans(q_shape, &options.spans(q_shape, axes(k_shape))?, &options.masks())
+        Self::from_visibility(q_shape, &options.visibility(q_shape, axes(k_shape))?, &options.masks())
     }
 
     /// The same plan for other rows: what [`new`](Self::new) makes, in the memory that is there already.
@@ -131,15 +134,15 @@ impl AttentionPlan {
     /// # Errors
     /// As [`new`](Self::new); the plan is then what it was.
     pub fn update(&mut self, q_shape: [usize; 4], k_shape: [usize; 4], options: &AttentionOptions) -> Result<()> {
-        self.take(q_shape, &options.spans(q_shape, axes(k_shape))?, &options.masks())
+        self.take(q_shape, &options.visibility(q_shape, axes(k_shape))?, &options.masks())
     }
 
-    pub(crate) fn from_spans(q_shape: [usize; 4], spans: &Spans, masks: &RawMasks) -> Result<Self> {
+    pub(crate) fn from_visibility(q_shape: [usize; 4], visibility: &Visibility, masks: &RawMasks) -> Result<Self> {
         let mut plan = Self {
             batch: 0,
             seq: 0,
             tokens: 0,
-            cache: spans.cache,
+            cache: visibility.cache,
             causal: false,
             window_left: None,
             window_right: None,
@@ -153,26 +156,27 @@ impl AttentionPlan {
             summary: Summary::default(),
             masks: Masks::default(),
         };
-        plan.take(q_shape, spans, masks)?;
+        plan.take(q_shape, visibility, masks)?;
         Ok(plan)
     }
 
-    pub(crate) fn take(&mut self, q_shape: [usize; 4], spans: &Spans, masks: &RawMasks) -> Result<()> {
-        for (name, n) in [("seq of q", q_shape[SEQ]), ("batch of k", spans.cache.shape[BATCH])] {
+    pub(crate) fn take(&mut self, q_shape: [usize; 4], visibility: &Visibility, masks: &RawMasks) -> Result<()> {
+        for (name, n) in [("seq of q", q_shape[SEQ]), ("batch of k", visibility.cache.shape[BATCH])] {
             ensure!(n <= MAX_AXIS, Shape, "{name} is {n}, more than {MAX_AXIS}");
         }
-        call_rows(q_shape, spans)?;
-        let summary = spans.validate()?;
-        masks.validate(spans, q_shape[HEADS], summary.longest)?;
-        let lines = Lines::new(spans, masks, q_shape[HEADS])?;
+        call_rows(q_shape, visibility)?;
+        let summary = visibility::validate(visibility)?;
+        masks.validate(visibility, q_shape[HEADS], summary.longest)?;
+        let lines = Lines::new(visibility, masks, q_shape[HEADS])?;
         self.summary = match self.masks.take(&lines) {
             Some(seen) => summary.within(seen),
             None => summary,
         };
-        (self.batch, self.seq, self.tokens) = (spans.batch, spans.seq, q_shape[SEQ]);
-        self.cache = RawView { data: std::ptr::null_mut(), ..spans.cache };
-        (self.causal, self.window_left, self.window_right) = (spans.causal, spans.window_left, spans.window_right);
-        let (kind, table): (Kind, &[i32]) = match spans.layout {
+        (self.batch, self.seq, self.tokens) = (visibility.batch, visibility.seq, q_shape[SEQ]);
+        self.cache = RawView { data: std::ptr::null_mut(), ..visibility.cache };
+        (self.causal, self.window_left, self.window_right) =
+            (visibility.causal, visibility.window_left, visibility.window_right);
+        let (kind, table): (Kind, &[i32]) = match visibility.layout {
             Layout::Contiguous => (Kind::Contiguous, &[]),
             Layout::Ring { sink_tokens } => (Kind::Ring { sink_tokens }, &[]),
             Layout::Paged { page_table, pages_per_sequence } => (Kind::Paged { pages_per_sequence }, page_table),
@@ -183,11 +187,11 @@ impl AttentionPlan {
         self.table.clear();
         self.table.extend_from_slice(table);
         self.lengths.clear();
-        self.lengths.extend((0..spans.batch).map(|row| spans.length(row) as i32));
-        self.cu_seqlens_q.set(spans.cu_seqlens_q);
-        self.kv_starts.set(spans.kv_starts);
-        self.offsets.set(spans.offsets);
-        self.prefix_lengths.set(spans.prefix_lengths);
+        self.lengths.extend((0..visibility.batch).map(|row| visibility.length(row) as i32));
+        self.cu_seqlens_q.set(visibility.cu_seqlens_q);
+        self.kv_starts.set(visibility.kv_starts);
+        self.offsets.set(visibility.offsets);
+        self.prefix_lengths.set(visibility.prefix_lengths);
         Ok(())
     }
 
@@ -205,19 +209,19 @@ impl AttentionPlan {
             "the plan holds masks, which say nothing of new tokens: update it with masks that do"
         );
         ensure!(n == self.batch, Shape, "counts has {n} entries, but the plan has {} rows", self.batch);
-        let spans = self.spans();
+        let visibility = self.visibility();
         for (row, &count) in counts.iter().enumerate() {
-            let (length, room) = (spans.length(row) as usize, spans.layout.capacity(&spans.cache, row));
+            let (length, room) = (visibility.length(row) as usize, visibility.layout.capacity(&visibility.cache, row));
             ensure!(count >= 0, OutOfRange, "counts[{row}] is {count}, which is negative");
             ensure!(
                 length + count as usize <= room,
                 Capacity,
                 "row {row} of the plan has {length} tokens and is given {count} more, but has room for {room}"
             );
-            spans.layout.validate_row("k", &spans.cache, row, length, length + count as usize)?;
+            visibility.layout.validate_row("k", &visibility.cache, row, length, length + count as usize)?;
         }
         self.move_by(counts, 1);
-        match self.spans().summarize() {
+        match visibility::summarize(&self.visibility()) {
             Ok(summary) => self.summary = summary,
             Err(error) => {
                 self.move_by(counts, -1);
@@ -271,9 +275,9 @@ impl AttentionPlan {
     }
 
     /// What it holds, as a call takes it.
-    pub(crate) fn spans(&self) -> Spans<'_> {
+    pub(crate) fn visibility(&self) -> Visibility<'_> {
         let table = &self.table[..];
-        Spans {
+        Visibility {
             batch: self.batch,
             seq: self.seq,
             cache: self.cache,
@@ -317,7 +321,7 @@ impl AttentionPlan {
 
 /// The lines of valid masks: what they show of a row's keys to a query and head, or to several that they do not tell apart.
 struct Lines<'a> {
-    spans: &'a Spans<'a>,
+    visibility: &'a Visibility<'a>,
     mask: Option<ByteView>,
     bit_mask: Option<BitView<'a>>,
     by_query: bool,
@@ -326,15 +330,15 @@ struct Lines<'a> {
 }
 
 impl<'a> Lines<'a> {
-    fn new(spans: &'a Spans<'a>, masks: &RawMasks<'a>, heads: usize) -> Result<Self> {
+    fn new(visibility: &'a Visibility<'a>, masks: &RawMasks<'a>, heads: usize) -> Result<Self> {
         let (mask, bit_mask) = masks.views();
         let by_head = mask.is_some_and(|m| m.strides[2] != 0) || bit_mask.is_some_and(|m| m.strides[2] != 0);
         let by_query = mask.is_some_and(|m| m.strides[1] != 0)
             || bit_mask.is_some_and(|m| m.rows.map_or(m.strides[1] != 0, |r| r.query_strides.iter().any(|&n| n != 0)));
-        let lines = Self { spans, mask, bit_mask, by_query, by_head, heads };
+        let lines = Self { visibility, mask, bit_mask, by_query, by_head, heads };
         if lines.any() {
             let words = |row: usize| (lines.queries(row) as u128).saturating_mul(lines.blocks(row) as u128);
-            let bits = (0..spans.batch)
+            let bits = (0..visibility.batch)
                 .map(words)
                 .fold(0, u128::saturating_add)
                 .saturating_mul(lines.heads().max(1) as u128)
@@ -356,30 +360,31 @@ impl<'a> Lines<'a> {
 
     /// Queries of a row that have lines of their own.
     fn queries(&self, row: usize) -> usize {
-        let n = self.spans.queries(row);
+        let n = self.visibility.queries(row);
         if self.by_query { n } else { n.min(1) }
     }
 
     fn blocks(&self, row: usize) -> usize {
-        (self.spans.length(row) as usize).div_ceil(BLOCK)
+        (self.visibility.length(row) as usize).div_ceil(BLOCK)
     }
 
     /// The keys that the queries of a line see by position, from the first to the last.
     fn span(&self, row: usize, query: usize) -> (i64, i64) {
         if self.by_query {
-            return self.spans.span(row, query);
+            return self.visibility.visible_keys(row, query);
         }
         // Where a query sees anything, the next one sees from there or the next key on: nothing lies between.
-        let spans =
-            (0..self.spans.queries(row)).map(|query| self.spans.span(row, query)).filter(|(low, high)| low < high);
-        spans.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).unwrap_or((0, 0))
+        let visibility = (0..self.visibility.queries(row))
+            .map(|query| self.visibility.visible_keys(row, query))
+            .filter(|(low, high)| low < high);
+        visibility.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).unwrap_or((0, 0))
     }
 
     /// Calls `f(head, query, block, live, shown)` for all lines of a row and the blocks in a range: which of a block's keys are
     /// seen by position, and which of those the masks show.
     fn for_each(&self, row: usize, blocks: Range<usize>, mut f: impl FnMut(usize, usize, usize, u64, u64)) {
         let masks = (self.mask.as_ref(), self.bit_mask.as_ref());
-        let kept = self.spans.kept(row);
+        let kept = self.visibility.always_visible(row);
         for query in 0..self.queries(row) {
             let span = self.span(row, query);
             for head in 0..self.heads() {
@@ -389,7 +394,7 @@ impl<'a> Lines<'a> {
                     let shown = match live {
                         0 => 0,
                         // SAFETY: the masks are valid for the row's queries and the keys below its length.
-                        _ => unsafe { shown(masks, row, (query as u32, head as u32), base, live) },
+                        _ => unsafe { visible_by_masks(masks, row, (query as u32, head as u32), base, live) },
                     };
                     f(head, query, block, live, shown);
                 }
@@ -414,7 +419,7 @@ impl Masks {
             return None;
         }
         let (mut first_seen, mut end_seen, mut words) = (usize::MAX, 0, 0);
-        for row in 0..lines.spans.batch {
+        for row in 0..lines.visibility.batch {
             let blocks = lines.blocks(row);
             let mut first = blocks;
             lines.for_each(row, 0..blocks, |_, _, block, live, shown| {
@@ -428,7 +433,7 @@ impl Masks {
             });
             self.hide |= first < blocks;
             let width = blocks - first;
-            self.first_keys.push((first * BLOCK).min(lines.spans.length(row) as usize) as i32);
+            self.first_keys.push((first * BLOCK).min(lines.visibility.length(row) as usize) as i32);
             self.starts.push((words * BLOCK) as i64);
             self.query_strides.push(if lines.by_query { (width * BLOCK) as i64 } else { 0 });
             words += width * lines.queries(row);
@@ -438,7 +443,7 @@ impl Masks {
         }
         self.head_stride = if lines.by_head { (words * BLOCK) as i64 } else { 0 };
         self.words.resize(words * lines.heads(), 0);
-        for row in 0..lines.spans.batch {
+        for row in 0..lines.visibility.batch {
             let (blocks, start) = (lines.blocks(row), self.starts[row] as usize / BLOCK);
             let first = (self.first_keys[row] as usize).div_ceil(BLOCK);
             let width = blocks - first;

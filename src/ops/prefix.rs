@@ -11,8 +11,7 @@
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
-use crate::kernels::Op;
-use crate::kernels::generic::attention::Spans;
+use crate::kernels::api::Op;
 use crate::layout::Packing;
 use crate::ops::attention::{
     AttentionOptions, AttentionTensors, Memory, RawAttention, attention_raw, attention_shapes,
@@ -23,6 +22,7 @@ use crate::ops::merge::merge_states_raw;
 use crate::ops::workspace::{Workspace, check_alignment};
 use crate::ops::{TokenCopies, for_each_token};
 use crate::parallel::Runner;
+use crate::problem::visibility::Visibility;
 use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, contiguous};
 
 /// Keys and values that every row of a batch sees before its own: written once, read once.
@@ -89,7 +89,8 @@ pub fn attention_with_prefix(
     options: &AttentionOptions,
 ) -> Result<()> {
     let call = RawAttention::new(tensors, options)?;
-    let (q, k) = attention_shapes(call.q.shape, call.k, &call.spans.layout, (call.spans.batch, call.spans.seq));
+    let (q, k) =
+        attention_shapes(call.q.shape, call.k, &call.visibility.layout, (call.visibility.batch, call.visibility.seq));
     let threads = runner.num_threads();
     let bytes = prefix_workspace_size(call.q.shape, q, k, prefix.k.shape()[SEQ], call.v_dim(), threads);
     workspace.reserve(bytes);
@@ -176,7 +177,11 @@ pub(crate) unsafe fn attention_with_prefix_raw(
     let (n, v_dim) = (v.shape[DIM], call.v_dim());
     ensure!(n == v_dim, Shape, "the prefix's v has dim = {n}, but v has {v_dim}");
     ensure!(call.alibi_slopes.is_none(), InvalidValue, "alibi_slopes and a shared prefix disagree about positions");
-    ensure!(call.spans.window_left.is_none(), InvalidValue, "window_left and a shared prefix disagree about positions");
+    ensure!(
+        call.visibility.window_left.is_none(),
+        InvalidValue,
+        "window_left and a shared prefix disagree about positions"
+    );
 
     let [batch, seq, heads, dim] = call.q.shape;
     let parts = Parts::new(call.q.shape, v_dim);
@@ -210,7 +215,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
             v,
             out: f32_view(outs[0].data, [1, batch * seq, heads, v_dim]),
             lse: lses[0],
-            spans: Spans::unmasked(1, batch * seq, k),
+            visibility: Visibility::unmasked(1, batch * seq, k),
             planned: None,
             v_packing: Packing::Rows,
             masks: RawMasks::default(),
@@ -222,7 +227,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
         attention_raw(context, runner, Memory::Fixed(rest, rest_bytes), &own)?;
         attention_raw(context, runner, Memory::Fixed(rest, rest_bytes), &all)?;
         // Ragged queries may leave tokens that are of no row: those have no state, and their outputs are left alone.
-        let (first, n) = match call.spans.cu_seqlens_q {
+        let (first, n) = match call.visibility.cu_seqlens_q {
             Some(starts) => (starts[0] as usize, (starts[starts.len() - 1] - starts[0]) as usize),
             None => (0, seq),
         };

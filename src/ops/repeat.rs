@@ -2,7 +2,7 @@
 
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::{CopyArgs, Op};
+use crate::kernels::api::{CopyArgs, Op};
 use crate::ops::{TokenCopies, for_each_token};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};

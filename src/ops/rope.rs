@@ -2,33 +2,14 @@
 
 use crate::context::Context;
 use crate::error::{Error, Result, Status, ensure};
-use crate::kernels::{AnglesFn, RopeArgs};
+use crate::kernels::api::{AnglesFn, RopeArgs};
 use crate::ops::norm::{RmsNorm, Rotation};
 use crate::ops::setters::setters;
 use crate::ops::{TokenCopies, check_in_place_or_apart, for_each_token_with};
 use crate::parallel::Runner;
+use crate::problem::limits::MAX_ROTARY_DIM;
+use crate::problem::rotation::Pairing;
 use crate::view::{RawView, SEQ, View, ViewMut};
-
-/// Which elements of a head form a pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u32)]
-pub enum Pairing {
-    /// Elements `2i` and `2i + 1`: the original paper, Meta's Llama code, llama.cpp's Llama files.
-    Interleaved = 0,
-    /// Elements `i` and `i + rotary_dim / 2`: GPT-NeoX, Grok-1, Hugging Face.
-    HalfSplit = 1,
-}
-
-impl Pairing {
-    /// The pairing with this value in the C header, if there is one.
-    pub fn from_u32(value: u32) -> Option<Self> {
-        match value {
-            0 => Some(Self::Interleaved),
-            1 => Some(Self::HalfSplit),
-            _ => None,
-        }
-    }
-}
 
 /// How frequencies are stretched beyond the length that a model was trained for. Write `f_i = base^(-2i / rotary_dim)`.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -331,9 +312,6 @@ pub(crate) fn fill_table(
         unsafe { angles((first + row as i64) as f64, inv_freq, magnitude, c, s) };
     }
 }
-
-/// The largest `rotary_dim`: cosines and sines of one token live on the stack.
-pub const MAX_ROTARY_DIM: usize = 4096;
 
 fn positive(name: &str, x: f64) -> Result<()> {
     ensure!(x.is_finite() && x > 0.0, InvalidValue, "{name} is {x}, which is not a positive number");

@@ -14,8 +14,8 @@
 //! attention sink takes part once: give it to one shard of the sequence, and none to the others.
 
 use crate::error::{Result, ensure};
-use crate::kernels::generic::attention::CHUNK;
 use crate::ops::setters::setters;
+use crate::problem::grid::CHUNK;
 use std::ops::Range;
 
 /// Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.

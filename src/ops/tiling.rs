@@ -1,9 +1,10 @@
 //! How the rows of an attention call are cut into tiles.
 
-use crate::caches;
-use crate::kernels::AttentionFns;
-use crate::kernels::generic::attention::{BLOCK, CHUNK, Chunks, PACK_ROWS, Tile, padded, partial_stride};
+use crate::cpu::cache;
+use crate::kernels::api::AttentionFns;
 use crate::parallel::MAX_WORKERS;
+use crate::problem::grid::{BLOCK, Chunks, most_chunks, padded, partial_stride};
+use crate::problem::tile::{PACK_ROWS, Tile};
 use crate::view::{HEADS, SEQ};
 
 /// How rows are cut into tiles: depends on shapes, lengths, threads and the CPU's cache only, and nothing in the result depends
@@ -42,7 +43,7 @@ pub(super) const GRAIN: usize = 512 * 1024;
 /// them.
 fn cached_rows(kernel: &AttentionFns, d: usize, dv: usize) -> usize {
     let row = (padded(d) + BLOCK + padded(dv)) * size_of::<f32>();
-    let rows = caches::second_level() / 8 * 5 / row;
+    let rows = cache::second_level() / 8 * 5 / row;
     (rows / kernel.row_step * kernel.row_step).clamp(MIN_TILE_ROWS, kernel.max_rows)
 }
 
@@ -121,16 +122,11 @@ impl Tiling {
     }
 }
 
-/// So many keys may lie in so many chunks: a ring's need not begin where a chunk does, nor its sinks lie beside them.
-pub(super) fn most_chunks(keys: usize) -> usize {
-    keys.div_ceil(CHUNK) + 2
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::dtype::DType;
-    use crate::kernels::Precision;
+    use crate::kernels::api::Precision;
     use crate::ops::attention::attention_workspace_size;
 
     #[test]

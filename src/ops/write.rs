@@ -1,9 +1,9 @@
 //! The cache write.
 
-use crate::caches;
 use crate::context::Context;
+use crate::cpu::cache;
 use crate::error::{Result, ensure, fail};
-use crate::kernels::{CopyArgs, Op, RopeArgs};
+use crate::kernels::api::{CopyArgs, Op, RopeArgs};
 use crate::layout::{Layout, Packing, Place};
 use crate::ops::norm::{RmsNorm, Rotation};
 use crate::ops::pack::{check_pair_dim, pack_token};
@@ -421,7 +421,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     let seq = k.shape[SEQ];
     let angles = context.angles();
     let bytes = k.elements().saturating_mul(k.dtype.size() + k_cache.dtype.size());
-    let large = bytes > caches::second_level() / 2;
+    let large = bytes > cache::second_level() / 2;
     let k_copy = context.copy(Op::KvWrite, k.dtype, k_cache.dtype);
     let k_normed = context.norm(k.dtype, k_cache.dtype);
     let rotation = Rotation::new(context, *k_norm, k.dtype, k_cache.dtype);
@@ -440,7 +440,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                         Some((v, v_cache)) if large && *v_packing == Packing::Rows && !v.is_empty() => {
                             ask_for(&mut copy, v.row(b, t, 0), v_cache.row(place.0, place.1, 0));
                         }
-                        _ if large => (copy.src_ahead, copy.dst_ahead) = (ahead(k), ahead(k_cache)),
+                        _ if large => (copy.src_prefetch, copy.dst_prefetch) = (ahead(k), ahead(k_cache)),
                         _ => {}
                     }
                     match (rope, token_angles, k_norm) {
@@ -488,7 +488,7 @@ fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> R
 /// is at the values.
 fn ask_for(copy: &mut CopyArgs, src: *const u8, dst: *const u8) {
     if (copy.src_dim, copy.dst_dim) == (1, 1) {
-        copy.src_ahead = src.addr().wrapping_sub(copy.src.addr()) as isize;
-        copy.dst_ahead = dst.addr().wrapping_sub(copy.dst.addr()) as isize;
+        copy.src_prefetch = src.addr().wrapping_sub(copy.src.addr()) as isize;
+        copy.dst_prefetch = dst.addr().wrapping_sub(copy.dst.addr()) as isize;
     }
 }

@@ -2,13 +2,13 @@
 //!
 //! # The road
 //! As in [`generic`](crate::kernels::generic::attention), a tile is query rows of one KV head, its keys are walked in blocks of
-//! 64 and chunks of 1024 on an absolute grid, and what a mask means is decided there; between the two stand spans of
-//! [`SPAN`] blocks, the unit of the online softmax. Everything is transposed, so that the sixteen lanes of a vector are
+//! 64 and chunks of 1024 on an absolute grid, and what a mask means is decided there; between the two stand visibility of
+//! [`SUPERBLOCK`] blocks, the unit of the online softmax. Everything is transposed, so that the sixteen lanes of a vector are
 //! sixteen rows ([`LANES`], a *group*) and softmax needs no sum across lanes:
 //!
 //! ```text
 //! once:      Q -> bf16 terms, transposed, in pairs      B  [group][term][32 dims]   16 pairs x 16 rows
-//! a span:    K as it lies in memory, or a padded copy   A  [16 keys][32 dims]
+//! a superblock:    K as it lies in memory, or a padded copy   A  [16 keys][32 dims]
 //!            V transposed                               A  [64 keys][half][16 dims] 16 dims x 32 keys
 //! two groups at a time, the blocks that they see:
 //!            S^T = K Q^T                                C  [256 keys][16 rows]
@@ -44,7 +44,7 @@
 //! # What bounds it
 //! Not timed: an estimate from instruction counts, for bf16 queries, two groups, 64 keys, head size 128. Both products take
 //! 64 `tdpbf16ps` of 16 cycles: 1024 cycles. They load 64 tiles of operands, 1024 lines at two a cycle: 512 cycles; O comes and
-//! goes once a span of four blocks. Softmax has 128 vectors of 15 instructions on two ports (one of the maximum; for the
+//! goes once a superblock of four blocks. Softmax has 128 vectors of 15 instructions on two ports (one of the maximum; for the
 //! weight an FMA, a range reduction, four FMAs, a scaling of two, two sums, and 3.5 of rounding and packing): 960 cycles. One
 //! after the other they would leave the tiles idle for half of the time. So two groups are a [`Job`], and the products of its
 //! neighbours, the outputs of the one before and the scores of the one after, are issued a [step](Work::step) at a time between the
@@ -57,16 +57,20 @@
 
 use super::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
 use crate::dtype::DType;
+use crate::kernels::api::AttentionFns;
 use crate::kernels::avx512::Avx512;
 use crate::kernels::generic::attention::state::{EMPTY, Output, is_empty, load_row};
 use crate::kernels::generic::attention::{
-    self as generic, BLOCK, CHUNK, Gathered, Located, Problem, Reach, Rows, Span, Tile, Wanted, are_pairs, between,
-    locate, ones, part,
+    self as generic, BlockRequest, GatherBuffers, KeyPointerTable, KeyPointers, are_pairs, locate, unpack_pairs,
 };
 use crate::kernels::generic::math;
+use crate::kernels::simd;
 use crate::kernels::simd::{MAX_LANES, Simd};
-use crate::kernels::{AttentionFns, simd};
 use crate::layout::Packing;
+use crate::problem::attention::Problem;
+use crate::problem::grid::{BLOCK, CHUNK, KeyRange, between, ones};
+use crate::problem::tile::Tile;
+use crate::problem::visibility::TileVisibility;
 use half::bf16;
 use std::arch::x86_64::*;
 use std::f32::consts::LOG2_E;
@@ -74,13 +78,13 @@ use std::mem::MaybeUninit;
 
 /// Rows of a group: lanes of a vector, columns of a tile.
 const LANES: usize = 16;
-/// Blocks of a span.
-const SPAN: usize = 4;
-/// Keys of a span.
-const SPAN_KEYS: usize = SPAN * BLOCK;
+/// Blocks of a superblock.
+const SUPERBLOCK: usize = 4;
+/// Keys of a superblock.
+const SUPERBLOCK_KEYS: usize = SUPERBLOCK * BLOCK;
 /// Dims, or keys, of one product of tiles.
 const DEPTH: usize = 32;
-/// The most rows of a tile: as many as keep Q, O and a span of K and V in half of an L2 cache.
+/// The most rows of a tile: as many as keep Q, O and a superblock of K and V in half of an L2 cache.
 const MAX_ROWS: usize = 256;
 /// Up to so many rows K is read where it lies: a copy that is read once or twice does not pay.
 const DIRECT_ROWS: usize = 2 * LANES;
@@ -107,8 +111,8 @@ struct Group {
     /// Sums of the weights, before and after they are rounded.
     sum: [f32; LANES],
     rounded: [f32; LANES],
-    /// Which keys of the span's blocks a row sees.
-    live: [[u64; LANES]; SPAN],
+    /// Which keys of the superblock's blocks a row sees.
+    visible_bits: [[u64; LANES]; SUPERBLOCK],
     low: [i64; LANES],
     high: [i64; LANES],
     position: [i64; LANES],
@@ -156,7 +160,7 @@ struct Scratch {
     /// `[4][2][dvp / 16]` tiles.
     v: *mut u8,
     /// Keys and values of a block whose elements do not lie together: `[64][dk]`, `[64][dvp]`.
-    gathered: Gathered,
+    gather_buffers: GatherBuffers,
     groups: *mut Group,
 }
 
@@ -174,14 +178,17 @@ impl Scratch {
         };
         let scratch = Self {
             q: bytes(groups * MAX_TERMS * (dk / DEPTH) * TILE_BYTES),
-            s: bytes(slots * SPAN_KEYS * LANES * size_of::<f32>()).cast(),
+            s: bytes(slots * SUPERBLOCK_KEYS * LANES * size_of::<f32>()).cast(),
             p: bytes(slots * WEIGHTS * size_of::<u32>()).cast(),
             acc: bytes(groups * dvp * LANES * size_of::<f32>()).cast(),
             total: bytes(groups * LANES * dvp * size_of::<f32>()).cast(),
             stage: bytes(LANES * dk.max(dvp) * size_of::<f32>()).cast(),
-            k: bytes(SPAN_KEYS * dk * size_of::<bf16>()).cast(),
-            v: bytes(SPAN_KEYS * dvp * size_of::<bf16>()),
-            gathered: Gathered { k: bytes(BLOCK * dk * size_of::<bf16>()), v: bytes(BLOCK * dvp * size_of::<bf16>()) },
+            k: bytes(SUPERBLOCK_KEYS * dk * size_of::<bf16>()).cast(),
+            v: bytes(SUPERBLOCK_KEYS * dvp * size_of::<bf16>()),
+            gather_buffers: GatherBuffers {
+                k: bytes(BLOCK * dk * size_of::<bf16>()),
+                v: bytes(BLOCK * dvp * size_of::<bf16>()),
+            },
             groups: bytes(groups * size_of::<Group>()).cast(),
         };
         (scratch, used)
@@ -240,8 +247,8 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
     let n = tile.rows().div_ceil(LANES);
     // SAFETY: the caller's; the scratch has `n` groups, all of whose fields `prepare` writes before they are read.
     unsafe {
-        let kept = p.spans.kept(tile.batch);
-        let mut reach = Reach { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, kept };
+        let always_visible = p.visibility.always_visible(tile.batch);
+        let mut reach = TileVisibility { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, always_visible };
         let mut rows = tile.tokens_and_heads(p);
         for g in 0..n {
             prepare(s, &call, g, &mut rows);
@@ -260,8 +267,8 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
             }
             if from < to {
                 std::ptr::write_bytes(call.scratch.acc, 0, n * sizes.dvp * LANES);
-                for span in from / SPAN_KEYS..to.div_ceil(SPAN_KEYS) {
-                    one_span::<HIGH>(s, &tiles, &call, groups, span, (from, to), &reach);
+                for index in from / SUPERBLOCK_KEYS..to.div_ceil(SUPERBLOCK_KEYS) {
+                    superblock::<HIGH>(s, &tiles, &call, groups, index, (from, to), &reach);
                 }
             }
             for (g, group) in groups.iter_mut().enumerate() {
@@ -293,7 +300,7 @@ unsafe fn reduce(p: &Problem, tile: &Tile, memory: *mut u8) {
 /// Where row `r` of a group goes.
 fn output<'a>(call: &Call<'a>, group: &Group, r: usize) -> Output<'a> {
     let (token, head) = (group.token[r] as usize, group.head[r] as usize);
-    Output { p: call.p, batch: call.tile.batch, token, head, splits: false }
+    Output { p: call.p, batch: call.tile.batch, token, head, deinterleaved: false }
 }
 
 /// Says which rows a group has, the next of `rows`, and what they see, and packs their queries.
@@ -308,7 +315,7 @@ unsafe fn prepare(s: Avx512, call: &Call, g: usize, rows: &mut impl Iterator<Ite
         max: [f32::NEG_INFINITY; LANES],
         sum: [0.0; LANES],
         rounded: [0.0; LANES],
-        live: [[0; LANES]; SPAN],
+        visible_bits: [[0; LANES]; SUPERBLOCK],
         low: [0; LANES],
         high: [0; LANES],
         position: [0; LANES],
@@ -322,11 +329,11 @@ unsafe fn prepare(s: Avx512, call: &Call, g: usize, rows: &mut impl Iterator<Ite
     unsafe {
         std::ptr::write_bytes(stage, 0, LANES * dk);
         for (r, (token, head)) in rows.take(group.rows).enumerate() {
-            (group.low[r], group.high[r]) = p.spans.span(tile.batch, token);
-            group.position[r] = p.spans.position(tile.batch, token);
+            (group.low[r], group.high[r]) = p.visibility.visible_keys(tile.batch, token);
+            group.position[r] = p.visibility.position(tile.batch, token);
             (group.token[r], group.head[r]) = (token as u32, head as u32);
             group.slope[r] = p.alibi.map_or(0.0, |slopes| slopes[head]);
-            let (row, token) = p.spans.query(tile.batch, token);
+            let (row, token) = p.visibility.query(tile.batch, token);
             load_row(s, p.q.dtype, p.q.row(row, token, head), p.q.strides[3], stage.add(r * dk), d);
         }
         call.scratch.groups.add(g).write(group);
@@ -368,8 +375,8 @@ fn split(x: __m512) -> (__m512i, __m512) {
     let bits = _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x40_0000));
     let upper = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32 as i32));
     // Classes: quiet NaN, +inf, -inf, signalling NaN.
-    let special = _mm512_fpclass_ps_mask::<0b1001_1001>(x);
-    (upper, _mm512_maskz_sub_ps(!special, x, _mm512_castsi512_ps(upper)))
+    let non_finite = _mm512_fpclass_ps_mask::<0b1001_1001>(x);
+    (upper, _mm512_maskz_sub_ps(!non_finite, x, _mm512_castsi512_ps(upper)))
 }
 
 /// Two bf16, each in the upper half of its lane, as one pair: `even` below `odd`.
@@ -409,42 +416,42 @@ fn exp2<const HIGH: bool>(x: __m512) -> __m512 {
     _mm512_scalef_ps(_mm512_fmadd_ps(p, r, c(1.0)), x)
 }
 
-/// The keys of one span, for all rows of the tile.
+/// The keys of one superblock, for all rows of the tile.
 ///
 /// # Safety
 /// As [`tile`]; keys `from..to` are visible to some row.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-unsafe fn one_span<const HIGH: bool>(
+unsafe fn superblock<const HIGH: bool>(
     s: Avx512,
     tiles: &Tiles,
     call: &Call,
     groups: &mut [Group],
-    span: usize,
+    index: usize,
     (from, to): (usize, usize),
-    reach: &Reach,
+    reach: &TileVisibility,
 ) {
-    let mut keys = [Keys { first: std::ptr::null(), stride: 0 }; SPAN];
+    let mut keys = [Keys { first: std::ptr::null(), stride: 0 }; SUPERBLOCK];
     // Keys whose values have elements that are not finite.
-    let mut special = [0u64; SPAN];
-    for b in 0..SPAN {
-        let base = span * SPAN_KEYS + b * BLOCK;
+    let mut non_finite = [0u64; SUPERBLOCK];
+    for b in 0..SUPERBLOCK {
+        let base = index * SUPERBLOCK_KEYS + b * BLOCK;
         let (low, high) = (from.saturating_sub(base).min(BLOCK), to.saturating_sub(base).min(BLOCK));
         let mut any = 0;
         for group in groups.iter_mut() {
             // SAFETY: the keys that a row sees are inside the mask.
-            any |= unsafe { live(call, group, b, base, between(reach.kept, base)) };
+            any |= unsafe { visible_bits(call, group, b, base, between(reach.always_visible, base)) };
         }
         if any != 0 {
-            let span = Span { low, high };
+            let key_range = KeyRange { low, high };
             let mut pointers = [[const { MaybeUninit::uninit() }; BLOCK]; 2];
             let [first, second] = &mut pointers;
-            let (mut k, mut v) = (Located::<bf16>::new(first), Located::<bf16>::new(second));
+            let (mut k, mut v) = (KeyPointerTable::<bf16>::new(first), KeyPointerTable::<bf16>::new(second));
             // SAFETY: the keys that some row sees are inside the views.
             unsafe {
-                let wanted = Wanted { p: call.p, tile: call.tile, base, span, live: any, reach };
-                locate(&wanted, &call.scratch.gathered, (&mut k, &mut v));
-                keys[b] = pack_keys(call, b, span, k.rows());
-                special[b] = pack_values(s, call, b, span, k.rows(), &mut v);
+                let request = BlockRequest { p: call.p, tile: call.tile, base, key_range, visible_bits: any, reach };
+                locate(&request, &call.scratch.gather_buffers, (&mut k, &mut v));
+                keys[b] = pack_keys(call, b, key_range, k.rows());
+                non_finite[b] = pack_values(s, call, b, key_range, k.rows(), &mut v);
             }
         }
     }
@@ -466,9 +473,9 @@ unsafe fn one_span<const HIGH: bool>(
             let every = (now.groups * now.blocks().len() * BLOCK / 2 / work.steps::<HIGH>().max(1)).max(1);
             for i in 0..now.groups {
                 let group = &mut groups[now.first + i];
-                let x = call.scratch.s.add((now.parity * 2 + i) * SPAN_KEYS * LANES);
+                let x = call.scratch.s.add((now.parity * 2 + i) * SUPERBLOCK_KEYS * LANES);
                 for &b in now.blocks() {
-                    let (x, base) = (x.add(b * BLOCK * LANES), span * SPAN_KEYS + b * BLOCK);
+                    let (x, base) = (x.add(b * BLOCK * LANES), index * SUPERBLOCK_KEYS + b * BLOCK);
                     if call.terms > 1 {
                         repair(s, call, group, x, b, base);
                     }
@@ -478,55 +485,55 @@ unsafe fn one_span<const HIGH: bool>(
             }
             work.finish::<HIGH>();
             if let Some(before) = before {
-                add_special(call, groups, before, &special, span);
+                add_non_finite(call, groups, before, &non_finite, index);
             }
             before = Some(now);
         }
         Work::new(tiles, call, &keys, before, None).finish::<HIGH>();
         if let Some(before) = before {
-            add_special(call, groups, before, &special, span);
+            add_non_finite(call, groups, before, &non_finite, index);
         }
     }
 }
 
-/// Which keys of block `b`, which begins at key `base`, the rows of a group see, `kept` among them; returns those that some row
+/// Which keys of block `b`, which begins at key `base`, the rows of a group see, `always_visible` among them; returns those that some row
 /// sees.
 ///
 /// # Safety
 /// The keys that a row sees are inside the masks.
 #[inline]
-unsafe fn live(call: &Call, group: &mut Group, b: usize, base: usize, kept: u64) -> u64 {
+unsafe fn visible_bits(call: &Call, group: &mut Group, b: usize, base: usize, always_visible: u64) -> u64 {
     let mut any = 0;
     for r in 0..LANES {
         if r >= group.rows {
-            group.live[b][r] = u64::MAX;
+            group.visible_bits[b][r] = u64::MAX;
             continue;
         }
-        let mut bits = between((group.low[r], group.high[r]), base) | kept;
+        let mut bits = between((group.low[r], group.high[r]), base) | always_visible;
         if bits != 0 {
             // SAFETY: the caller's.
-            bits = unsafe { call.p.shown(call.tile.batch, (group.token[r], group.head[r]), base, bits) };
+            bits = unsafe { call.p.visible_by_masks(call.tile.batch, (group.token[r], group.head[r]), base, bits) };
         }
-        group.live[b][r] = bits;
+        group.visible_bits[b][r] = bits;
         any |= bits;
     }
     any
 }
 
-/// The keys of a block's span as rows of whole tiles: where they are, or in a copy with zeros around them.
+/// The keys of a block's key range as rows of whole tiles: where they are, or in a copy with zeros around them.
 ///
 /// # Safety
 /// Those keys are inside K.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn pack_keys(call: &Call, b: usize, span: Span, k: Rows<bf16>) -> Keys {
+unsafe fn pack_keys(call: &Call, b: usize, key_range: KeyRange, k: KeyPointers<bf16>) -> Keys {
     let Call { tile, sizes: Sizes { d, dk, .. }, .. } = *call;
     // A copy of rows whose elements lie apart is gone with the next block.
     if d == dk
         && call.p.k.strides[3] == 1
-        && span.low == 0
-        && span.high == BLOCK
+        && key_range.low == 0
+        && key_range.high == BLOCK
         && tile.rows() <= DIRECT_ROWS
-        && let Some(stride) = k.stride(span)
+        && let Some(stride) = k.stride(key_range)
     {
         return Keys { first: k.key(0, 0).cast(), stride };
     }
@@ -535,7 +542,7 @@ unsafe fn pack_keys(call: &Call, b: usize, span: Span, k: Rows<bf16>) -> Keys {
         let copy = call.scratch.k.add(b * BLOCK * dk);
         for j in 0..BLOCK {
             let row = copy.add(j * dk);
-            if j < span.low || j >= span.high {
+            if j < key_range.low || j >= key_range.high {
                 std::ptr::write_bytes(row, 0, dk);
                 continue;
             }
@@ -549,32 +556,39 @@ unsafe fn pack_keys(call: &Call, b: usize, span: Span, k: Rows<bf16>) -> Keys {
     }
 }
 
-/// Transposes the values of a block's span into tiles, with zeros around them and for elements that are not finite; returns the
-/// keys that have such. Packed pairs of slots are what it begins by making of rows, so where two neighbouring keys are one, they
+/// Transposes the values of a block's key range into tiles, with zeros around them and for elements that are not finite; returns the
+/// keys that have such. PackedValues pairs of slots are what it begins by making of rows, so where two neighbouring keys are one, they
 /// are taken as they lie.
 ///
 /// # Safety
 /// Those keys are inside V.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-unsafe fn pack_values(s: Avx512, call: &Call, b: usize, span: Span, k: Rows<bf16>, v: &mut Located<bf16>) -> u64 {
+unsafe fn pack_values(
+    s: Avx512,
+    call: &Call,
+    b: usize,
+    key_range: KeyRange,
+    k: KeyPointers<bf16>,
+    v: &mut KeyPointerTable<bf16>,
+) -> u64 {
     let Call { p, sizes: Sizes { dv, dvp, .. }, .. } = *call;
     let packed = p.v_packing == Packing::RowPairs;
-    let pairs = packed && are_pairs(p, &v.rows(), span);
+    let pairs = packed && are_pairs(p, &v.rows(), key_range);
     // SAFETY: the caller's; the copies have room for 64 keys.
     unsafe {
         if packed && !pairs {
-            part(p, span, call.scratch.gathered.v, v);
+            unpack_pairs(p, key_range, call.scratch.gather_buffers.v, v);
         }
         let v = v.rows();
         let to = call.scratch.v.add(b * BLOCK * dvp * size_of::<bf16>());
-        let values = Values { v, pairs, span, dv, dvp, to, k };
+        let values = Values { v, pairs, key_range, dv, dvp, to, k };
         if values.transpose::<false>(s) {
             return 0;
         }
         values.transpose::<true>(s);
         let step = if pairs { 2 } else { 1 };
-        let is_special = |j: &usize| (0..dv).any(|i| !is_finite((*v.key(0, *j).add(step * i)).to_bits()));
-        (span.low..span.high).filter(is_special).fold(0, |bits, j| bits | 1 << j)
+        let is_non_finite = |j: &usize| (0..dv).any(|i| !is_finite((*v.key(0, *j).add(step * i)).to_bits()));
+        (key_range.low..key_range.high).filter(is_non_finite).fold(0, |bits, j| bits | 1 << j)
     }
 }
 
@@ -584,15 +598,15 @@ fn is_finite(bits: u16) -> bool {
 
 /// The values of a block, and the tiles that they go to.
 struct Values<'a> {
-    v: Rows<'a, bf16>,
-    /// Every even key of the span and the next are a pair.
+    v: KeyPointers<'a, bf16>,
+    /// Every even key of the key range and the next are a pair.
     pairs: bool,
-    span: Span,
+    key_range: KeyRange,
     dv: usize,
     dvp: usize,
     to: *mut u8,
     /// Keys, whose next block is asked for as that of the values is.
-    k: Rows<'a, bf16>,
+    k: KeyPointers<'a, bf16>,
 }
 
 impl Values<'_> {
@@ -631,7 +645,7 @@ impl Values<'_> {
         _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(EXPONENT)) == 0
     }
 
-    /// Elements `column..column + 32` of keys `j` and `j + 1` as pairs; zeros for keys outside of the span.
+    /// Elements `column..column + 32` of keys `j` and `j + 1` as pairs; zeros for keys outside of the key range.
     ///
     /// # Safety
     /// As [`Self::transpose`].
@@ -640,7 +654,7 @@ impl Values<'_> {
     unsafe fn pair<const CLEAN: bool>(&self, j: usize, column: usize, largest: &mut __m512i) -> [__m512i; 2] {
         let exponent = _mm512_set1_epi16(EXPONENT);
         let mut load = |key: usize, first: usize, n: usize| {
-            if key < self.span.low || key >= self.span.high {
+            if key < self.key_range.low || key >= self.key_range.high {
                 return _mm512_setzero_si512();
             }
             let from = self.v.key(0, key).wrapping_add(first);
@@ -688,12 +702,12 @@ impl Values<'_> {
 /// The exponent of a bf16.
 const EXPONENT: i16 = 0x7f80;
 
-/// One or two groups, and the blocks of a span that they see.
+/// One or two groups, and the blocks of a superblock that they see.
 #[derive(Clone, Copy)]
 struct Job {
     first: usize,
     groups: usize,
-    list: [usize; SPAN],
+    list: [usize; SUPERBLOCK],
     count: usize,
     /// Which half of the memory for scores and weights it has: two jobs are under way at a time.
     parity: usize,
@@ -702,9 +716,9 @@ struct Job {
 impl Job {
     /// The groups from `first` on, unless they see nothing.
     fn new(groups: &[Group], first: usize, parity: usize) -> Option<Self> {
-        let mut job = Self { first, groups: (groups.len() - first).min(2), list: [0; SPAN], count: 0, parity };
-        for b in 0..SPAN {
-            let sees = |group: &Group| group.live[b][..group.rows].iter().any(|&bits| bits != 0);
+        let mut job = Self { first, groups: (groups.len() - first).min(2), list: [0; SUPERBLOCK], count: 0, parity };
+        for b in 0..SUPERBLOCK {
+            let sees = |group: &Group| group.visible_bits[b][..group.rows].iter().any(|&bits| bits != 0);
             if groups[first..first + job.groups].iter().any(sees) {
                 job.list[job.count] = b;
                 job.count += 1;
@@ -718,17 +732,17 @@ impl Job {
     }
 }
 
-/// Pairs of weights of a group and span in `scratch.p`: two terms.
-const WEIGHTS: usize = 2 * SPAN_KEYS / 2 * LANES;
+/// Pairs of weights of a group and superblock in `scratch.p`: two terms.
+const WEIGHTS: usize = 2 * SUPERBLOCK_KEYS / 2 * LANES;
 /// From a weight's first term to its second.
-const SECOND: usize = SPAN_KEYS / 2 * LANES;
+const SECOND: usize = SUPERBLOCK_KEYS / 2 * LANES;
 
 /// Tile products that wait to be done between the vectors of another job's softmax: the outputs of one job, then the
 /// scores of another. One step is the products of two or four pairs of tiles.
 struct Work<'a> {
     tiles: &'a Tiles,
     call: &'a Call<'a>,
-    keys: &'a [Keys; SPAN],
+    keys: &'a [Keys; SUPERBLOCK],
     outputs: Option<Job>,
     scores: Option<Job>,
     /// The tiles of values or keys that the accumulators are of.
@@ -743,7 +757,7 @@ impl<'a> Work<'a> {
     fn new(
         tiles: &'a Tiles,
         call: &'a Call<'a>,
-        keys: &'a [Keys; SPAN],
+        keys: &'a [Keys; SUPERBLOCK],
         outputs: Option<Job>,
         scores: Option<Job>,
     ) -> Self {
@@ -870,7 +884,7 @@ impl<'a> Work<'a> {
             if self.part == steps {
                 for m in 0..M {
                     for n in 0..N {
-                        let at = (job.parity * 2 + n) * SPAN_KEYS + b * BLOCK + (self.tile + m) * LANES;
+                        let at = (job.parity * 2 + n) * SUPERBLOCK_KEYS + b * BLOCK + (self.tile + m) * LANES;
                         self.tiles.store(m * N + n, scratch.s.add(at * LANES));
                     }
                 }
@@ -906,10 +920,10 @@ unsafe fn repair(s: Avx512, call: &Call, group: &Group, x: *mut f32, b: usize, b
         // SAFETY: the stage has room for d floats; keys that are seen are inside K.
         unsafe {
             let q = call.scratch.stage;
-            let (row, token) = p.spans.query(tile.batch, group.token[r] as usize);
+            let (row, token) = p.visibility.query(tile.batch, group.token[r] as usize);
             let row = p.q.row(row, token, group.head[r] as usize);
             load_row(s, p.q.dtype, row, p.q.strides[3], q, d);
-            for j in (0..BLOCK).filter(|j| group.live[b][r] >> j & 1 == 1) {
+            for j in (0..BLOCK).filter(|j| group.visible_bits[b][r] >> j & 1 == 1) {
                 let score = &mut *x.add(j * LANES + r);
                 if score.is_nan() {
                     let key = p.key(tile.batch, base + j, tile.kv_head).cast::<bf16>();
@@ -939,7 +953,7 @@ unsafe fn mask_scores(s: Avx512, call: &Call, group: &mut Group, x: *mut f32, b:
             for (j, bias) in bias.iter().enumerate() {
                 let masked = s.lt_bits(*bias, s.splat(f32::MIN));
                 if masked != 0 {
-                    (0..group.rows).for_each(|r| group.live[b][r] &= !((masked >> r & 1) << j));
+                    (0..group.rows).for_each(|r| group.visible_bits[b][r] &= !((masked >> r & 1) << j));
                 }
             }
         }
@@ -963,13 +977,14 @@ unsafe fn mask_scores(s: Avx512, call: &Call, group: &mut Group, x: *mut f32, b:
             unsafe { s.store_f32(x.add(j * LANES), s.mul(v, s.splat(LOG2_E))) };
         }
     }
-    let live = &group.live[b];
-    if live.iter().all(|&bits| bits == u64::MAX) {
+    let visible_bits = &group.visible_bits[b];
+    if visible_bits.iter().all(|&bits| bits == u64::MAX) {
         return;
     }
     // SAFETY: sixteen numbers, the block's scores.
     unsafe {
-        let (first, last) = (_mm512_loadu_si512(live.as_ptr().cast()), _mm512_loadu_si512(live[8..].as_ptr().cast()));
+        let (first, last) =
+            (_mm512_loadu_si512(visible_bits.as_ptr().cast()), _mm512_loadu_si512(visible_bits[8..].as_ptr().cast()));
         for j in 0..BLOCK {
             let bit = _mm512_set1_epi64(1 << j);
             let seen = _mm512_test_epi64_mask(first, bit) as u64 | (_mm512_test_epi64_mask(last, bit) as u64) << 8;
@@ -994,9 +1009,11 @@ unsafe fn load_bias(
     to: &mut [__m512; BLOCK],
 ) {
     let mut rows = [[0.0f32; BLOCK]; LANES];
-    for r in (0..group.rows).filter(|&r| group.live[b][r] != 0) {
-        let (from, end) =
-            (group.live[b][r].trailing_zeros() as usize, BLOCK - group.live[b][r].leading_zeros() as usize);
+    for r in (0..group.rows).filter(|&r| group.visible_bits[b][r] != 0) {
+        let (from, end) = (
+            group.visible_bits[b][r].trailing_zeros() as usize,
+            BLOCK - group.visible_bits[b][r].leading_zeros() as usize,
+        );
         // SAFETY: the caller's.
         unsafe {
             let at = view.row(batch, group.token[r] as usize, group.head[r] as usize);
@@ -1037,7 +1054,7 @@ unsafe fn softmax<const HIGH: bool>(
 ) {
     let slot = job.parity * 2 + i;
     let blocks = job.blocks();
-    let x = call.scratch.s.wrapping_add(slot * SPAN_KEYS * LANES);
+    let x = call.scratch.s.wrapping_add(slot * SUPERBLOCK_KEYS * LANES);
     let w = call.scratch.p.wrapping_add(slot * WEIGHTS);
     let acc = call.scratch.acc.wrapping_add((job.first + i) * call.sizes.dvp * LANES);
     let mut countdown = every;
@@ -1108,40 +1125,40 @@ unsafe fn softmax<const HIGH: bool>(
     }
 }
 
-/// Adds the elements of values that are not finite, of the keys `special` of each block, to the rows of a job that see them.
+/// Adds the elements of values that are not finite, of the keys `non_finite` of each block, to the rows of a job that see them.
 ///
 /// # Safety
 /// The job's outputs have just been computed, and its weights are still there.
 #[inline]
-unsafe fn add_special(call: &Call, groups: &[Group], job: Job, special: &[u64; SPAN], span: usize) {
-    for &b in job.blocks().iter().filter(|&&b| special[b] != 0) {
+unsafe fn add_non_finite(call: &Call, groups: &[Group], job: Job, non_finite: &[u64; SUPERBLOCK], index: usize) {
+    for &b in job.blocks().iter().filter(|&&b| non_finite[b] != 0) {
         for i in 0..job.groups {
             let group = &groups[job.first + i];
             let w = call.scratch.p.wrapping_add((job.parity * 2 + i) * WEIGHTS + b * BLOCK / 2 * LANES);
             let acc = call.scratch.acc.wrapping_add((job.first + i) * call.sizes.dvp * LANES);
             // SAFETY: the caller's.
-            unsafe { add_special_of(call, group, special[b], w, b, span * SPAN_KEYS + b * BLOCK, acc) };
+            unsafe { add_non_finite_of(call, group, non_finite[b], w, b, index * SUPERBLOCK_KEYS + b * BLOCK, acc) };
         }
     }
 }
 
-/// [`add_special`] of one group and block.
+/// [`add_non_finite`] of one group and block.
 ///
 /// # Safety
 /// `w` has the block's weights (their first term is enough), `acc` is the group's.
 #[cold]
-unsafe fn add_special_of(
+unsafe fn add_non_finite_of(
     call: &Call,
     group: &Group,
-    special: u64,
+    non_finite: u64,
     w: *const u32,
     b: usize,
     base: usize,
     acc: *mut f32,
 ) {
     let Call { p, tile, sizes: Sizes { dv, .. }, .. } = *call;
-    for j in (0..BLOCK).filter(|j| special >> j & 1 == 1) {
-        for r in (0..group.rows).filter(|&r| group.live[b][r] >> j & 1 == 1) {
+    for j in (0..BLOCK).filter(|j| non_finite >> j & 1 == 1) {
+        for r in (0..group.rows).filter(|&r| group.visible_bits[b][r] >> j & 1 == 1) {
             // SAFETY: the caller's; keys that are seen are inside V.
             unsafe {
                 let pair = *w.add(j / 2 * LANES + r);
@@ -1191,4 +1208,4 @@ unsafe fn end_chunk(s: Avx512, call: &Call, g: usize, group: &mut Group, chunk: 
     }
 }
 
-const _: () = assert!(simd::MAX_LANES == LANES && CHUNK.is_multiple_of(SPAN_KEYS));
+const _: () = assert!(simd::MAX_LANES == LANES && CHUNK.is_multiple_of(SUPERBLOCK_KEYS));

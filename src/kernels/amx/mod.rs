@@ -3,15 +3,6 @@
 //! A partial level: attention over bf16 keys and values, twice, once for each [`Precision`]. Everything else, and all that
 //! is not a tile product inside these kernels, is AVX-512's.
 //!
-//! # Detection
-//! By CPUID bits alone: (7, 0).EDX bits 24 (tiles) and 22 (bf16), the operating system's word in XCR0 bits 17 and 18, and on
-//! Linux the permission to use the tile data, which a process has to ask for once (`arch_prctl`, 5.16 and later) and which its
-//! threads have from then on. Linux refuses it where a thread has an alternate signal stack that is too small for the larger
-//! frame; then the level is not available, and AVX-512 serves.
-//!
-//! With `--cfg kvlane_emulate_amx` the level is available wherever AVX-512 is. Its instructions then fault, and whoever
-//! built that way has a handler that performs them: `tests/common/amx_emulator.rs`.
-//!
 //! # Tiles
 //! There are no stable intrinsics, so the instructions stand here in inline assembly with fixed names: tmm0 to tmm3
 //! accumulate, tmm4 to tmm7 hold operands. The compiler has no use for tiles of its own, so what is in them stays from one
@@ -20,56 +11,9 @@
 
 mod attention;
 
-use super::Precision;
-use super::avx512::Avx512;
+use super::api::Precision;
 use std::arch::asm;
 use std::marker::PhantomData;
-use std::sync::OnceLock;
-
-/// Whether CPU and operating system let this process use the tiles. Asks for the permission when it is first called.
-pub(crate) fn is_available() -> bool {
-    static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| {
-        Avx512::is_available() && (cfg!(kvlane_emulate_amx) || cpu_has_bf16_tiles() && permission_granted())
-    })
-}
-
-/// Whether the CPU has tiles with bf16 products and the operating system saves them.
-fn cpu_has_bf16_tiles() -> bool {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
-    const TILE: u32 = 1 << 24;
-    const BF16: u32 = 1 << 22;
-    const OSXSAVE: u32 = 1 << 27;
-    // Tile configuration and tile data.
-    const STATE: u32 = 1 << 17 | 1 << 18;
-    if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 || __cpuid_count(7, 0).edx & (TILE | BF16) != TILE | BF16 {
-        return false;
-    }
-    let low: u32;
-    // SAFETY: OSXSAVE says that the instruction exists; it only reads.
-    unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _, options(nomem, nostack, preserves_flags)) };
-    low & STATE == STATE
-}
-
-#[cfg(target_os = "linux")]
-fn permission_granted() -> bool {
-    const ARCH_PRCTL: i64 = 158;
-    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
-    const TILE_DATA: u64 = 18;
-    let status: i64;
-    // SAFETY: the call takes two numbers and touches no memory of ours; the kernel clobbers rcx and r11.
-    unsafe {
-        asm!("syscall", inlateout("rax") ARCH_PRCTL => status, in("rdi") ARCH_REQ_XCOMP_PERM, in("rsi") TILE_DATA,
-            lateout("rcx") _, lateout("r11") _, options(nostack));
-    }
-    status == 0
-}
-
-#[cfg(not(target_os = "linux"))]
-fn permission_granted() -> bool {
-    // Elsewhere it is asked for in other ways, which nobody has tried.
-    false
-}
 
 /// Bytes of a tile, all of which are full: 16 rows of 64 bytes.
 const TILE_BYTES: usize = 1024;
@@ -102,7 +46,7 @@ type Operand = *const u8;
 
 impl Tiles {
     /// # Safety
-    /// [`is_available`]; the thread has no other `Tiles`.
+    /// The level is available; the thread has no other `Tiles`.
     #[inline(always)]
     unsafe fn configure() -> Self {
         // SAFETY: the caller's; the configuration is a valid one.
@@ -233,8 +177,8 @@ impl Drop for Tiles {
 }
 
 /// The level's part of the registry.
-pub(crate) static ENTRIES: [super::Entry; 2] = [
-    super::entry!(
+pub(crate) static ENTRIES: &[super::registry::Entry] = &[
+    super::registry::entry!(
         Amx,
         Attention,
         Bf16,
@@ -244,7 +188,7 @@ pub(crate) static ENTRIES: [super::Entry; 2] = [
         4e-3,
         Attention(attention::functions::<false>())
     ),
-    super::entry!(
+    super::registry::entry!(
         Amx,
         Attention,
         Bf16,

@@ -1,7 +1,9 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
 use super::simd::{LINE, MAX_LANES, Simd};
-use crate::kernels::kernel_shells;
+use crate::cpu::level_features;
+use crate::kernels::shells::{kernel_shells, kernel_table};
+use crate::kernels::simd::outline;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -31,10 +33,6 @@ impl Avx2 {
     pub unsafe fn new_unchecked() -> Self {
         // SAFETY: the caller's.
         Self(unsafe { Token::new_unchecked() })
-    }
-
-    pub fn is_available() -> bool {
-        Token::is_available()
     }
 
     #[inline(always)]
@@ -78,11 +76,11 @@ impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;
     const TILE_VECTORS: usize = 2;
-    const DOTS: usize = 8;
-    const SPLITS_BF16: bool = true;
-    const FETCHED_BYTES: usize = 2 * LINE;
+    const PARALLEL_DOTS: usize = 8;
+    const DEINTERLEAVED_BF16: bool = true;
+    const PREFETCH_BYTES: usize = 2 * LINE;
 
-    crate::kernels::simd::outline!(#[target_feature(enable = "avx2,fma,f16c")]);
+    level_features!(Avx2, outline! {});
 
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
@@ -307,4 +305,5 @@ impl Simd for Avx2 {
     }
 }
 
-kernel_shells!(Avx2, "avx2", #[target_feature(enable = "avx2,fma,f16c")]);
+level_features!(Avx2, kernel_shells! { Avx2 });
+kernel_table!(Avx2);

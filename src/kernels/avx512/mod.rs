@@ -1,7 +1,9 @@
 //! AVX-512 (F, BW, CD, DQ, VL): sixteen lanes, thirty-two registers, masked loads that never fault on masked-off lanes.
 
 use super::simd::{LINE, MAX_LANES, Simd};
-use crate::kernels::kernel_shells;
+use crate::cpu::level_features;
+use crate::kernels::shells::{kernel_shells, kernel_table};
+use crate::kernels::simd::outline;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
@@ -31,10 +33,6 @@ impl Avx512 {
     pub unsafe fn new_unchecked() -> Self {
         // SAFETY: the caller's.
         Self(unsafe { Token::new_unchecked() })
-    }
-
-    pub fn is_available() -> bool {
-        Token::is_available()
     }
 
     #[inline(always)]
@@ -83,11 +81,11 @@ impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
     const TILE_VECTORS: usize = 4;
-    const DOTS: usize = 16;
-    const SPLITS_BF16: bool = true;
-    const FETCHED_BYTES: usize = 2 * LINE;
+    const PARALLEL_DOTS: usize = 16;
+    const DEINTERLEAVED_BF16: bool = true;
+    const PREFETCH_BYTES: usize = 2 * LINE;
 
-    crate::kernels::simd::outline!(#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]);
+    level_features!(Avx512, outline! {});
 
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
@@ -334,4 +332,5 @@ impl Simd for Avx512 {
     }
 }
 
-kernel_shells!(Avx512, "avx512", #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]);
+level_features!(Avx512, kernel_shells! { Avx512 });
+kernel_table!(Avx512);

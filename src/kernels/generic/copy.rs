@@ -4,16 +4,16 @@
 //! one to six instructions a vector, which hide behind the loads.
 
 use crate::dtype::DType;
-use crate::kernels::CopyArgs;
-use crate::kernels::simd::{MAX_LANES, Memory, Simd, lines};
+use crate::kernels::api::CopyArgs;
+use crate::kernels::simd::{LoadStore, MAX_LANES, Simd, lines};
 
 /// Copies `n` elements that lie together, converting them.
 ///
 /// # Safety
 /// `n` elements are readable at `src` and writable at `dst`; the two do not overlap.
 #[inline(always)]
-pub(crate) unsafe fn run<S: Simd, A: Memory, B: Memory>(s: S, src: *const A, dst: *mut B, n: usize) {
-    // Vectors of f32 keep every bit, and for a head of one or two hundred of them a call takes as long as the copy.
+pub(crate) unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(s: S, src: *const A, dst: *mut B, n: usize) {
+    // VectorProducts of f32 keep every bit, and for a head of one or two hundred of them a call takes as long as the copy.
     let short = A::DTYPE == DType::F32 && n <= STAGE;
     if A::DTYPE == B::DTYPE && !short {
         // SAFETY: the caller's; equal types need no conversion, and memcpy keeps every bit, NaN payloads too.
@@ -37,7 +37,7 @@ pub(crate) unsafe fn run<S: Simd, A: Memory, B: Memory>(s: S, src: *const A, dst
 /// # Safety
 /// Every address that `args` describes is valid; source and target do not overlap.
 #[inline(always)]
-pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) {
+pub(crate) unsafe fn copy<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &CopyArgs) {
     if !args.second.is_null() {
         for head in 0..args.heads {
             let [src, second] =
@@ -56,15 +56,15 @@ pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) 
         args.repeats == 1 && (args.src_dim, args.dst_dim) == (1, 1) && (args.src_head, args.dst_head) == (dim, dim);
     let (heads, dim) = if together { (1, args.heads * args.dim) } else { (args.heads, args.dim) };
     // A conversion is slow enough for the hardware's prefetcher.
-    let asks = A::DTYPE == B::DTYPE && (args.src_ahead, args.dst_ahead) != (0, 0);
+    let asks = A::DTYPE == B::DTYPE && (args.src_prefetch, args.dst_prefetch) != (0, 0);
     for head in 0..heads {
         let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
         for repeat in 0..args.repeats {
             let target = (head * args.repeats + repeat) as isize;
             let dst = args.dst.cast::<B>().wrapping_offset(target * args.dst_head);
             if asks {
-                let src_ahead = if repeat == 0 { args.src_ahead } else { 0 };
-                ask_for_next::<S, A, B>(s, &CopyArgs { src_ahead, ..*args }, src, dst, dim);
+                let src_prefetch = if repeat == 0 { args.src_prefetch } else { 0 };
+                ask_for_next::<S, A, B>(s, &CopyArgs { src_prefetch, ..*args }, src, dst, dim);
             }
             if args.src_dim == 1 && args.dst_dim == 1 {
                 // SAFETY: the caller's.
@@ -80,18 +80,19 @@ pub(crate) unsafe fn copy<S: Simd, A: Memory, B: Memory>(s: S, args: &CopyArgs) 
 /// Asks for what is copied after a vector of `dim` elements, which goes from `src` to `dst`: where tokens are a page or more
 /// apart, the hardware's prefetcher starts anew with each.
 #[inline(always)]
-pub(crate) fn ask_for_next<S: Simd, A: Memory, B: Memory>(
+pub(crate) fn ask_for_next<S: Simd, A: LoadStore, B: LoadStore>(
     s: S,
     args: &CopyArgs,
     src: *const A,
     dst: *const B,
     dim: usize,
 ) {
-    if args.src_ahead != 0 {
-        lines(src.cast(), dim * size_of::<A>()).for_each(|line| s.prefetch(line.wrapping_offset(args.src_ahead)));
+    if args.src_prefetch != 0 {
+        lines(src.cast(), dim * size_of::<A>()).for_each(|line| s.prefetch(line.wrapping_offset(args.src_prefetch)));
     }
-    if args.dst_ahead != 0 {
-        lines(dst.cast(), dim * size_of::<B>()).for_each(|line| s.prefetch_write(line.wrapping_offset(args.dst_ahead)));
+    if args.dst_prefetch != 0 {
+        lines(dst.cast(), dim * size_of::<B>())
+            .for_each(|line| s.prefetch_write(line.wrapping_offset(args.dst_prefetch)));
     }
 }
 
@@ -100,7 +101,7 @@ pub(crate) fn ask_for_next<S: Simd, A: Memory, B: Memory>(
 /// # Safety
 /// As [`run`], with `2 * n` elements at `dst`.
 #[inline(always)]
-unsafe fn interleave<S: Simd, A: Memory, B: Memory>(s: S, src: [*const A; 2], dst: *mut B, n: usize) {
+unsafe fn interleave<S: Simd, A: LoadStore, B: LoadStore>(s: S, src: [*const A; 2], dst: *mut B, n: usize) {
     if A::DTYPE == B::DTYPE {
         for i in 0..n {
             // SAFETY: the caller's; equal types need no conversion.
@@ -136,7 +137,7 @@ pub(crate) const STAGE: usize = 256;
 /// # Safety
 /// As [`run`], with strides.
 #[inline(always)]
-unsafe fn strided<S: Simd, A: Memory, B: Memory>(
+unsafe fn strided<S: Simd, A: LoadStore, B: LoadStore>(
     s: S,
     src: *const A,
     src_dim: isize,
@@ -161,7 +162,14 @@ pub(crate) trait Staged {
     ///
     /// # Safety
     /// As [`run`].
-    unsafe fn run<S: Simd, A: Memory, B: Memory>(&self, s: S, first: usize, from: *const A, to: *mut B, len: usize);
+    unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(
+        &self,
+        s: S,
+        first: usize,
+        from: *const A,
+        to: *mut B,
+        len: usize,
+    );
 }
 
 /// The same numbers.
@@ -169,7 +177,14 @@ struct Converted;
 
 impl Staged for Converted {
     #[inline(always)]
-    unsafe fn run<S: Simd, A: Memory, B: Memory>(&self, s: S, _first: usize, from: *const A, to: *mut B, len: usize) {
+    unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(
+        &self,
+        s: S,
+        _first: usize,
+        from: *const A,
+        to: *mut B,
+        len: usize,
+    ) {
         // SAFETY: the caller's.
         unsafe { run::<S, A, B>(s, from, to, len) };
     }
@@ -180,7 +195,7 @@ impl Staged for Converted {
 /// # Safety
 /// The elements are readable and writable.
 #[inline(always)]
-pub(crate) unsafe fn staged<S: Simd, A: Memory, B: Memory>(
+pub(crate) unsafe fn staged<S: Simd, A: LoadStore, B: LoadStore>(
     s: S,
     (src, src_dim): (*const A, isize),
     (dst, dst_dim): (*mut B, isize),

@@ -4,8 +4,8 @@
 //! of them, and bf16 goes in pairs of vectors, even and odd elements apart where that spares shuffles: per 32 elements and
 //! state a load, two instructions to widen and two FMAs on AVX-512.
 
-use crate::kernels::MergeArgs;
-use crate::kernels::simd::{Memory, Simd, lines};
+use crate::kernels::api::MergeArgs;
+use crate::kernels::simd::{LoadStore, Simd, lines};
 
 /// Pairs of vectors that go side by side.
 const PAIRS: usize = 4;
@@ -15,7 +15,7 @@ const PAIRS: usize = 4;
 /// # Safety
 /// Every address that `args` describes is valid; no source overlaps the target.
 #[inline(always)]
-pub(crate) unsafe fn merge<S: Simd, T: Memory>(s: S, args: &MergeArgs) {
+pub(crate) unsafe fn merge<S: Simd, T: LoadStore>(s: S, args: &MergeArgs) {
     if args.ahead != 0 {
         let ahead =
             |from: *const u8| lines(from, args.dim * size_of::<T>()).map(|line| line.wrapping_offset(args.ahead));
@@ -59,7 +59,7 @@ pub(crate) unsafe fn merge<S: Simd, T: Memory>(s: S, args: &MergeArgs) {
 /// # Safety
 /// As [`merge`]; there are so many elements.
 #[inline(always)]
-unsafe fn pairs<S: Simd, T: Memory, const N: usize>(s: S, args: &MergeArgs, i: usize) {
+unsafe fn pairs<S: Simd, T: LoadStore, const N: usize>(s: S, args: &MergeArgs, i: usize) {
     let mut sums = [[s.zero(); 2]; N];
     // SAFETY: the caller's.
     unsafe {

@@ -10,8 +10,8 @@
 //! none waits for a root of another.
 
 use super::copy::{self, STAGE, Staged};
-use crate::kernels::NormArgs;
-use crate::kernels::simd::{MAX_LANES, Memory, Simd};
+use crate::kernels::api::NormArgs;
+use crate::kernels::simd::{LoadStore, MAX_LANES, Simd};
 
 /// Sums that run side by side; a chunk of [`STAGE`] elements is a multiple.
 const SUMS: usize = MAX_LANES;
@@ -24,7 +24,7 @@ const HEADS: usize = 8;
 /// Every address that `args` describes is valid; `weight` is null or `dim` weights are readable; source and target are the
 /// same elements or do not overlap.
 #[inline(always)]
-pub(crate) unsafe fn rms_norm<S: Simd, A: Memory, B: Memory>(s: S, args: &NormArgs) {
+pub(crate) unsafe fn rms_norm<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &NormArgs) {
     let c = &args.copy;
     let source = |head: usize| c.src.cast::<A>().wrapping_offset(head as isize * c.src_head);
     for first in (0..c.heads).step_by(HEADS) {
@@ -52,7 +52,7 @@ pub(crate) unsafe fn rms_norm<S: Simd, A: Memory, B: Memory>(s: S, args: &NormAr
 /// # Safety
 /// As [`scale`], with strides.
 #[inline(always)]
-unsafe fn scale_strided<S: Simd, A: Memory, B: Memory>(
+unsafe fn scale_strided<S: Simd, A: LoadStore, B: LoadStore>(
     s: S,
     (src, src_dim): (*const A, isize),
     (dst, dst_dim): (*mut B, isize),
@@ -79,7 +79,14 @@ struct Scaled {
 
 impl Staged for Scaled {
     #[inline(always)]
-    unsafe fn run<S: Simd, A: Memory, B: Memory>(&self, s: S, first: usize, from: *const A, to: *mut B, len: usize) {
+    unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(
+        &self,
+        s: S,
+        first: usize,
+        from: *const A,
+        to: *mut B,
+        len: usize,
+    ) {
         let weight = if self.weight.is_null() { self.weight } else { self.weight.wrapping_add(first) };
         // SAFETY: the caller's.
         unsafe { scale::<S, A, B>(s, from, to, weight, self.root, len) };
@@ -89,7 +96,7 @@ impl Staged for Scaled {
 /// # Safety
 /// `n` elements are readable at `src` with that stride.
 #[inline(always)]
-unsafe fn sum_of_squares<S: Simd, A: Memory>(s: S, src: *const A, stride: isize, n: usize) -> f64 {
+unsafe fn sum_of_squares<S: Simd, A: LoadStore>(s: S, src: *const A, stride: isize, n: usize) -> f64 {
     let mut sums = [0.0f64; SUMS];
     if stride == 1 {
         // SAFETY: the caller's.
@@ -120,7 +127,7 @@ unsafe fn sum_of_squares<S: Simd, A: Memory>(s: S, src: *const A, stride: isize,
 /// # Safety
 /// `n` elements are readable at `src`.
 #[inline(always)]
-unsafe fn add_squares<S: Simd, A: Memory>(s: S, src: *const A, n: usize, sums: &mut [f64; SUMS]) {
+unsafe fn add_squares<S: Simd, A: LoadStore>(s: S, src: *const A, n: usize, sums: &mut [f64; SUMS]) {
     let mut i = 0;
     while i < n {
         // What is missing at the end is 0, which changes no sum.
@@ -146,7 +153,7 @@ unsafe fn add_squares<S: Simd, A: Memory>(s: S, src: *const A, n: usize, sums: &
 /// # Safety
 /// `n` elements are readable at `src` and writable at `dst`; `weight` is null or `n` weights are readable.
 #[inline(always)]
-unsafe fn scale<S: Simd, A: Memory, B: Memory>(
+unsafe fn scale<S: Simd, A: LoadStore, B: LoadStore>(
     s: S,
     src: *const A,
     dst: *mut B,

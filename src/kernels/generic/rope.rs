@@ -5,9 +5,9 @@
 //! `fma(x0, cos, -(x1 * sin))`, `fma(x1, cos, x0 * sin)`. Bound by memory: two multiplications and two FMAs a pair.
 
 use super::copy;
-use crate::kernels::RopeArgs;
-use crate::kernels::simd::{Memory, Simd};
-use crate::ops::rope::Pairing;
+use crate::kernels::api::RopeArgs;
+use crate::kernels::simd::{LoadStore, Simd};
+use crate::problem::rotation::Pairing;
 
 /// Pairs handled at a time; the interleaved form duplicates their cosines and sines on the stack.
 const CHUNK: usize = copy::STAGE / 2;
@@ -17,7 +17,7 @@ const CHUNK: usize = copy::STAGE / 2;
 /// # Safety
 /// Every address that `args` describes is valid; source and target are the same elements or do not overlap.
 #[inline(always)]
-pub(crate) unsafe fn rope<S: Simd, A: Memory, B: Memory>(s: S, args: &RopeArgs) {
+pub(crate) unsafe fn rope<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &RopeArgs) {
     let half = args.rotary_dim / 2;
     let mut first = 0;
     while first < half {
@@ -35,12 +35,12 @@ pub(crate) unsafe fn rope<S: Simd, A: Memory, B: Memory>(s: S, args: &RopeArgs) 
     }
     let in_place = args.src.addr() == args.dst.addr() && A::DTYPE == B::DTYPE;
     if args.rotary_dim < args.dim && !in_place {
-        let rest = crate::kernels::CopyArgs {
+        let rest = crate::kernels::api::CopyArgs {
             src: args.src.cast::<A>().wrapping_offset(args.rotary_dim as isize * args.copy.src_dim).cast(),
             dst: args.dst.cast::<B>().wrapping_offset(args.rotary_dim as isize * args.copy.dst_dim).cast(),
             dim: args.dim - args.rotary_dim,
-            src_ahead: 0,
-            dst_ahead: 0,
+            src_prefetch: 0,
+            dst_prefetch: 0,
             ..args.copy
         };
         // SAFETY: the caller's.
@@ -51,7 +51,7 @@ pub(crate) unsafe fn rope<S: Simd, A: Memory, B: Memory>(s: S, args: &RopeArgs) 
 /// # Safety
 /// As [`rope`]; `pairs` cosines and sines are readable.
 #[inline(always)]
-unsafe fn half_split<S: Simd, A: Memory, B: Memory>(
+unsafe fn half_split<S: Simd, A: LoadStore, B: LoadStore>(
     s: S,
     args: &RopeArgs,
     first: usize,
@@ -100,7 +100,7 @@ fn rotate<S: Simd>(s: S, a: S::V, b: S::V, c: S::V, d: S::V) -> (S::V, S::V) {
 /// `n` elements are valid at every pointer.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn rotate_halves<S: Simd, A: Memory, B: Memory>(
+unsafe fn rotate_halves<S: Simd, A: LoadStore, B: LoadStore>(
     s: S,
     x0: *const A,
     x1: *const A,
@@ -137,7 +137,7 @@ unsafe fn rotate_halves<S: Simd, A: Memory, B: Memory>(
 /// # Safety
 /// As [`rope`]; `pairs` cosines and sines are readable.
 #[inline(always)]
-unsafe fn interleaved<S: Simd, A: Memory, B: Memory>(
+unsafe fn interleaved<S: Simd, A: LoadStore, B: LoadStore>(
     s: S,
     args: &RopeArgs,
     first: usize,
@@ -181,7 +181,7 @@ unsafe fn interleaved<S: Simd, A: Memory, B: Memory>(
 /// # Safety
 /// `n` elements are valid at every pointer; `n` is even.
 #[inline(always)]
-unsafe fn rotate_pairs<S: Simd, A: Memory, B: Memory>(
+unsafe fn rotate_pairs<S: Simd, A: LoadStore, B: LoadStore>(
     s: S,
     x: *const A,
     y: *mut B,

@@ -8,7 +8,9 @@
 //! one instruction of inline assembly each.
 
 use super::simd::{LINE, MAX_LANES, Simd, copy_part};
-use crate::kernels::kernel_shells;
+use crate::cpu::level_features;
+use crate::kernels::shells::{kernel_shells, kernel_table};
+use crate::kernels::simd::outline;
 use half::{bf16, f16};
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -32,21 +34,17 @@ impl Neon {
         // SAFETY: the caller's.
         Self(unsafe { Token::new_unchecked() })
     }
-
-    pub fn is_available() -> bool {
-        Token::is_available()
-    }
 }
 
 impl Simd for Neon {
     type V = float32x4_t;
     const LANES: usize = 4;
     const TILE_VECTORS: usize = 4;
-    const DOTS: usize = 16;
-    const SPLITS_BF16: bool = false;
-    const FETCHED_BYTES: usize = LINE;
+    const PARALLEL_DOTS: usize = 16;
+    const DEINTERLEAVED_BF16: bool = false;
+    const PREFETCH_BYTES: usize = LINE;
 
-    crate::kernels::simd::outline!(#[target_feature(enable = "neon")]);
+    level_features!(Neon, outline! {});
 
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
@@ -256,4 +254,5 @@ impl Simd for Neon {
     }
 }
 
-kernel_shells!(Neon, "neon", #[target_feature(enable = "neon")]);
+level_features!(Neon, kernel_shells! { Neon });
+kernel_table!(Neon);

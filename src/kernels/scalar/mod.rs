@@ -3,8 +3,10 @@
 //! multiply-add would be a library call on most baselines.
 
 use super::simd::{LINE, MAX_LANES, Simd, copy_part};
+use crate::cpu::level_features;
 use crate::dtype::Element;
-use crate::kernels::kernel_shells;
+use crate::kernels::shells::{kernel_shells, kernel_table};
+use crate::kernels::simd::outline;
 use half::{bf16, f16};
 
 /// Proof of nothing: every CPU can.
@@ -50,11 +52,11 @@ impl Simd for Scalar {
     type V = V;
     const LANES: usize = 4;
     const TILE_VECTORS: usize = 2;
-    const DOTS: usize = 8;
-    const SPLITS_BF16: bool = false;
-    const FETCHED_BYTES: usize = LINE;
+    const PARALLEL_DOTS: usize = 8;
+    const DEINTERLEAVED_BF16: bool = false;
+    const PREFETCH_BYTES: usize = LINE;
 
-    crate::kernels::simd::outline!();
+    level_features!(Scalar, outline! {});
 
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
@@ -216,4 +218,5 @@ impl Simd for Scalar {
     }
 }
 
-kernel_shells!(Scalar, "scalar",);
+level_features!(Scalar, kernel_shells! { Scalar });
+kernel_table!(Scalar);

@@ -4,7 +4,7 @@ use super::lengths::check_slots_free;
 use super::{KvCache, Layers, RawCache, SafeLayers, Step, for_each_piece, move_tokens, plane};
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::Op;
+use crate::kernels::api::Op;
 use crate::layout::Layout;
 use crate::ops::workspace::{Workspace, check_workspace};
 use crate::parallel::{MAX_WORKERS, Runner};

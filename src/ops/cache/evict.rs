@@ -8,10 +8,12 @@
 use super::{KvCache, RawCache, RowOf, Step, check_pages_unshared, for_each_piece, move_range};
 use crate::context::Context;
 use crate::error::{Error, Result, ensure};
-use crate::kernels::Op;
+use crate::kernels::api::Op;
 use crate::layout::Layout;
-use crate::ops::rope::{MAX_ROTARY_DIM, Pairing, RopeFrequencies, check_frequencies, check_rotary_dim};
+use crate::ops::rope::{RopeFrequencies, check_frequencies, check_rotary_dim};
 use crate::parallel::Runner;
+use crate::problem::limits::MAX_ROTARY_DIM;
+use crate::problem::rotation::Pairing;
 use crate::view::DIM;
 use std::ops::Range;
 

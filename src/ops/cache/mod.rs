@@ -53,11 +53,11 @@ pub(crate) use pages::{copy_pages_raw, defragment_pages_raw};
 pub(crate) use rows::{copy_prefix_raw, insert_row_raw, reset_raw};
 
 use crate::error::{Error, Result, ensure};
-use crate::kernels::{CopyArgs, CopyFn, RopeArgs, RopeFn};
+use crate::kernels::api::{CopyArgs, CopyFn, RopeArgs, RopeFn};
 use crate::layout::{Layout, Place};
 use crate::ops::COPY_GRAIN;
-use crate::ops::rope::Pairing;
 use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::problem::rotation::Pairing;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, ViewMut};
 use std::ops::Range;
 
@@ -407,8 +407,8 @@ unsafe fn move_tokens(step: &Step, src: &RawView, from: Place, dst: &RawView, to
         src_dim: src.strides[DIM] as isize,
         dst_dim: dst.strides[DIM] as isize,
         dim,
-        src_ahead: 0,
-        dst_ahead: 0,
+        src_prefetch: 0,
+        dst_prefetch: 0,
     };
     // A kernel takes any number of vectors at equal distances: the heads of a token, or the tokens of a head.
     let run = |copy: CopyArgs| match *step {

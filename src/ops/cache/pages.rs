@@ -3,7 +3,7 @@
 use super::{KvLayer, Layers, SafeLayers, Step, for_each_piece, move_tokens, validate_layers, validate_rows};
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::Op;
+use crate::kernels::api::Op;
 use crate::layout::Layout;
 use crate::parallel::Runner;
 use crate::view::{BATCH, SEQ};

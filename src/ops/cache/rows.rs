@@ -6,7 +6,7 @@ use super::{
 };
 use crate::context::Context;
 use crate::error::{Result, ensure, fail};
-use crate::kernels::Op;
+use crate::kernels::api::Op;
 use crate::layout::{Layout, Place};
 use crate::parallel::Runner;
 use crate::view::{DIM, HEADS, RawView, SEQ};

@@ -1,14 +1,15 @@
 //! Scores to weights, in place.
 
 use super::state::load_row;
-use super::{BLOCK, Block, RowState, Span, padded};
+use super::{Block, RowState};
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
+use crate::problem::grid::{BLOCK, KeyRange, padded};
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-/// Weights of some rows, from their scores with the keys of a span. Updates each row's largest logit, and rescales its sums
-/// and its accumulator when that grows. Beyond the span, whole vectors of scores may be overwritten.
+/// Weights of some rows, from their scores with the keys of a key range. Updates each row's largest logit, and rescales its sums
+/// and its accumulator when that grows. Beyond the key range, whole vectors of scores may be overwritten.
 ///
 /// Where scale is the only thing between score and logit, the two are one FMA inside the exponential: two passes of 2 and 13
 /// instructions a vector of scores.
@@ -17,7 +18,7 @@ pub(crate) struct Softmax<'a> {
     pub rows: &'a mut [RowState],
     /// Number of the first of the rows in the tile.
     pub first: usize,
-    pub keys: Span,
+    pub keys: KeyRange,
 }
 
 impl Outlined for Softmax<'_> {
@@ -39,7 +40,7 @@ impl Outlined for Softmax<'_> {
                 }
                 let scores = Scores { x, sums: scratch.sums.add((first + r) * MAX_LANES), factor };
                 let acc = scratch.acc.add((first + r) * dvp);
-                if row.live == u64::MAX {
+                if row.visible_bits == u64::MAX {
                     scores.weigh::<S, true>(s, row, 0..BLOCK, acc, dvp);
                 } else {
                     scores.weigh::<S, false>(s, row, vectors.clone(), acc, dvp);
@@ -58,7 +59,7 @@ struct Scores {
 }
 
 impl Scores {
-    /// `ALL`: every score of a block counts, else those whose bit in `row.live` is set.
+    /// `ALL`: every score of a block counts, else those whose bit in `row.visible_bits` is set.
     ///
     /// # Safety
     /// The pointers are the row's; `keys` are whole vectors.
@@ -78,7 +79,7 @@ impl Scores {
             let mut max = hidden;
             for i in keys.clone().step_by(S::LANES) {
                 let v = s.load_f32(x.add(i));
-                max = s.max(if ALL { v } else { s.select_bits(row.live >> i, v, hidden) }, max);
+                max = s.max(if ALL { v } else { s.select_bits(row.visible_bits >> i, v, hidden) }, max);
             }
             // Rounding is monotonic: the largest product is the product of the largest.
             let max = s.mul(max, factor);
@@ -99,7 +100,7 @@ impl Scores {
             let mut sum = s.load_f32(sums);
             for i in keys.step_by(S::LANES) {
                 let w = math::exp2(s, s.fma(s.load_f32(x.add(i)), factor, minus_max));
-                let w = if ALL { w } else { s.select_bits(row.live >> i, w, s.zero()) };
+                let w = if ALL { w } else { s.select_bits(row.visible_bits >> i, w, s.zero()) };
                 s.store_f32(x.add(i), w);
                 sum = s.add(sum, w);
             }
@@ -108,21 +109,21 @@ impl Scores {
     }
 }
 
-/// Scores to logits times log2(e), in place; takes the keys that the bias hides out of `row.live`.
+/// Scores to logits times log2(e), in place; takes the keys that the bias hides out of `row.visible_bits`.
 ///
 /// # Safety
 /// As [`Softmax`]; `x` is the row's.
 #[inline(always)]
-unsafe fn logits<S: Simd>(s: S, block: &Block, row: &mut RowState, x: *mut f32, keys: Span) {
-    let Block { p, tile, base, span, .. } = *block;
+unsafe fn logits<S: Simd>(s: S, block: &Block, row: &mut RowState, x: *mut f32, keys: KeyRange) {
+    let Block { p, tile, base, key_range, .. } = *block;
     let mut bias_row = [0.0f32; BLOCK];
     if let Some(bias) = &p.bias {
-        // SAFETY: the bias is as wide as K, and the span is inside K.
+        // SAFETY: the bias is as wide as K, and the key range is inside K.
         unsafe {
             let at = bias.row(tile.batch, row.token as usize, row.head as usize);
-            let first = (base + span.low) as isize * bias.strides[3] as isize * bias.dtype.size() as isize;
-            let to = bias_row.as_mut_ptr().add(span.low);
-            load_row(s, bias.dtype, at.offset(first), bias.strides[3], to, span.len());
+            let first = (base + key_range.low) as isize * bias.strides[3] as isize * bias.dtype.size() as isize;
+            let to = bias_row.as_mut_ptr().add(key_range.low);
+            load_row(s, bias.dtype, at.offset(first), bias.strides[3], to, key_range.len());
         }
     }
     for i in (keys.low / S::LANES * S::LANES..keys.high).step_by(S::LANES) {
@@ -140,7 +141,7 @@ unsafe fn logits<S: Simd>(s: S, block: &Block, row: &mut RowState, x: *mut f32, 
             if p.bias.is_some() {
                 let b = s.load_f32(bias_row.as_ptr().add(i));
                 v = s.add(v, b);
-                row.live &= !(s.lt_bits(b, s.splat(f32::MIN)) << i);
+                row.visible_bits &= !(s.lt_bits(b, s.splat(f32::MIN)) << i);
             }
             s.store_f32(x.add(i), s.mul(v, s.splat(LOG2_E)));
         }

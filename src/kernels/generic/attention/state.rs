@@ -3,24 +3,26 @@
 //!
 //! Logits are kept times log2(e), so that every exponential is a power of two; the LSE is converted back at the end.
 //!
-//! A row of Q, and an accumulator, is kept in the order in which [`Memory::load_pair`] of the type of K and V gives elements:
+//! A row of Q, and an accumulator, is kept in the order in which [`LoadStore::load_pair`] of the type of K and V gives elements:
 //! for bf16 on some levels even elements of every two vectors first, then the odd ones.
 
-use super::few::load_up_to;
-use super::{PARTIAL_HEADER, Problem, Tile, padded, partial_stride};
+use super::direct::load_up_to;
 use crate::dtype::DType;
 use crate::kernels::generic::{copy, math};
-use crate::kernels::simd::{Memory, Outlined, Simd};
+use crate::kernels::simd::{LoadStore, Outlined, Simd};
+use crate::problem::attention::Problem;
+use crate::problem::grid::{PARTIAL_HEADER, padded, partial_stride};
+use crate::problem::tile::Tile;
 use crate::view::RawView;
 use half::{bf16, f16};
 
-/// Folds the chunks of a tile that left them in `tile.partials`, and writes the output. `splits` as in [`Output`].
+/// Folds the chunks of a tile that left them in `tile.partials`, and writes the output. `deinterleaved` as in [`Output`].
 ///
 /// # Safety
 /// As [`tile`](super::tile); the partial states of all chunks have been written, and there is room for `padded(dv)` floats at
 /// `total`.
 #[inline(always)]
-pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, total: *mut f32, splits: bool) {
+pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, total: *mut f32, deinterleaved: bool) {
     for (r, (token, head)) in tile.tokens_and_heads(p).enumerate() {
         let mut state = EMPTY;
         // SAFETY: the caller's.
@@ -29,7 +31,7 @@ pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, total: *mut
                 let partial = tile.partial(p, chunk, r);
                 fold(s, &mut state, total, (*partial, *partial.add(1)), partial.add(PARTIAL_HEADER), padded(p.v_dim));
             }
-            Output { p, batch: tile.batch, token, head, splits }.finish(s, state, total);
+            Output { p, batch: tile.batch, token, head, deinterleaved }.finish(s, state, total);
         }
     }
 }
@@ -94,7 +96,7 @@ pub(crate) struct Output<'a> {
     pub token: usize,
     pub head: usize,
     /// In its accumulator, even and odd elements of every two vectors are apart.
-    pub splits: bool,
+    pub deinterleaved: bool,
 }
 
 impl Output<'_> {
@@ -139,7 +141,7 @@ impl Output<'_> {
     /// The indices are inside the problem; `acc` holds `padded(dv)` floats, which are only read unless the state is empty.
     #[inline(always)]
     pub unsafe fn finish<S: Simd>(self, s: S, state: (f32, f32), acc: *mut f32) {
-        let Self { p, batch, token, head, splits } = self;
+        let Self { p, batch, token, head, deinterleaved } = self;
         let dv = p.v_dim;
         let (mut max, mut sum) = state;
         let mut factor = 1.0;
@@ -164,8 +166,8 @@ impl Output<'_> {
             } else {
                 factor / sum
             };
-            let (row, token) = p.spans.query(batch, token);
-            let scaled = Scaled { acc, scale, splits };
+            let (row, token) = p.visibility.query(batch, token);
+            let scaled = Scaled { acc, scale, deinterleaved };
             let (dst, stride) = (p.out.row(row, token, head), p.out.strides[3] as isize);
             match p.out.dtype {
                 DType::F32 => scaled.store::<S, f32>(s, dst.cast(), stride, dv),
@@ -181,14 +183,14 @@ struct Scaled {
     acc: *const f32,
     scale: f32,
     /// See [`Output`].
-    splits: bool,
+    deinterleaved: bool,
 }
 
 impl Scaled {
     /// # Safety
     /// `acc` holds `n` floats, and there is room for as many elements with that stride at `dst`.
     #[inline(always)]
-    unsafe fn store<S: Simd, T: Memory>(&self, s: S, dst: *mut T, stride: isize, n: usize) {
+    unsafe fn store<S: Simd, T: LoadStore>(&self, s: S, dst: *mut T, stride: isize, n: usize) {
         if stride == 1 {
             // SAFETY: the caller's.
             unsafe { self.run(s, 0, dst, n) };
@@ -216,7 +218,7 @@ impl Scaled {
     /// # Safety
     /// As [`Self::store`]; `first` is a multiple of two vectors.
     #[inline(always)]
-    unsafe fn run<S: Simd, T: Memory>(&self, s: S, first: usize, dst: *mut T, n: usize) {
+    unsafe fn run<S: Simd, T: LoadStore>(&self, s: S, first: usize, dst: *mut T, n: usize) {
         let acc = self.acc.wrapping_add(first);
         let mut i = 0;
         // SAFETY: the caller's.
@@ -224,7 +226,7 @@ impl Scaled {
             while i + 2 * S::LANES <= n {
                 let first = self.times(s, s.load_f32(acc.add(i)));
                 let second = self.times(s, s.load_f32(acc.add(i + S::LANES)));
-                let [first, second] = if self.splits { s.interleave(first, second) } else { [first, second] };
+                let [first, second] = if self.deinterleaved { s.interleave(first, second) } else { [first, second] };
                 T::store(s, dst.add(i), first);
                 T::store(s, dst.add(i + S::LANES), second);
                 i += 2 * S::LANES;
@@ -248,12 +250,12 @@ impl Scaled {
 /// # Safety
 /// `src` is a row of the view `q` with `d` elements, `dst` has `padded(d)` floats.
 #[inline(always)]
-pub(super) unsafe fn load_query<S: Simd, T: Memory>(s: S, q: RawView, src: *const u8, dst: *mut f32, d: usize) {
+pub(super) unsafe fn load_query<S: Simd, T: LoadStore>(s: S, q: RawView, src: *const u8, dst: *mut f32, d: usize) {
     // SAFETY: the caller's.
     unsafe {
         load_row(s, q.dtype, src, q.strides[3], dst, d);
         (d..padded(d)).for_each(|i| *dst.add(i) = 0.0);
-        if T::splits::<S>() {
+        if T::deinterleaved::<S>() {
             let pair = 2 * S::LANES;
             for i in (0..d / pair * pair).step_by(pair) {
                 let [even, odd] = s.deinterleave(s.load_f32(dst.add(i)), s.load_f32(dst.add(i + S::LANES)));
@@ -301,7 +303,7 @@ impl Outlined for LoadRow {
 /// # Safety
 /// As [`load_row`].
 #[inline(always)]
-unsafe fn load_typed<S: Simd, T: Memory>(s: S, src: *const T, stride: isize, dst: *mut f32, n: usize) {
+unsafe fn load_typed<S: Simd, T: LoadStore>(s: S, src: *const T, stride: isize, dst: *mut f32, n: usize) {
     // SAFETY: the caller's.
     unsafe {
         if stride == 1 {

@@ -67,17 +67,19 @@
 
 use super::{bfmmla, round};
 use crate::dtype::DType;
-use crate::kernels::AttentionFns;
+use crate::kernels::api::AttentionFns;
 use crate::kernels::generic::attention::state::is_empty;
 use crate::kernels::generic::attention::{
-    self as generic, BLOCK, Block, Located, MAX_TILE_ROWS, Problem, Products, RowState, Rows, Scratch, Softmax, Span,
-    Tile, padded, part,
+    self as generic, Block, KeyPointerTable, KeyPointers, Products, RowState, Scratch, Softmax, unpack_pairs,
 };
 use crate::kernels::generic::math;
 use crate::kernels::neon::Neon;
 use crate::kernels::simd::{MAX_LANES, Simd, copy_part};
 use crate::layout::Packing;
-use crate::ops::attention::MAX_HEAD_DIM;
+use crate::problem::attention::Problem;
+use crate::problem::grid::{BLOCK, KeyRange, padded};
+use crate::problem::limits::MAX_HEAD_DIM;
+use crate::problem::tile::{MAX_TILE_ROWS, Tile};
 use half::bf16;
 use std::arch::aarch64::*;
 
@@ -199,11 +201,18 @@ impl Products<Neon, bf16> for Matrices {
     }
 
     #[inline(always)]
-    unsafe fn block(&self, s: Neon, block: &Block, rows: &mut [RowState], k: Rows<bf16>, v: &mut Located<bf16>) {
+    unsafe fn block(
+        &self,
+        s: Neon,
+        block: &Block,
+        rows: &mut [RowState],
+        k: KeyPointers<bf16>,
+        v: &mut KeyPointerTable<bf16>,
+    ) {
         // SAFETY: the caller's; the level is available, and the scratch memory for values holds a block of them.
         unsafe {
             if block.p.v_packing == Packing::RowPairs {
-                part(block.p, block.span, block.scratch.v_block, v);
+                part(block.p, block.key_range, block.scratch.v_block, v);
             }
             self.add_block(s, block, rows, k, v.rows());
         }
@@ -222,7 +231,7 @@ struct Group {
     /// The first pair of rows, and how many there are.
     first: usize,
     pairs: usize,
-    keys: Span,
+    keys: KeyRange,
 }
 
 /// Pairs of rows of the next register tile when `left` are to do: few, nearly equal tiles.
@@ -291,7 +300,14 @@ impl Matrices {
     /// # Safety
     /// As [`Products::block`].
     #[target_feature(enable = "neon,bf16")]
-    unsafe fn add_block(&self, s: Neon, block: &Block, rows: &mut [RowState], k: Rows<bf16>, v: Rows<bf16>) {
+    unsafe fn add_block(
+        &self,
+        s: Neon,
+        block: &Block,
+        rows: &mut [RowState],
+        k: KeyPointers<bf16>,
+        v: KeyPointers<bf16>,
+    ) {
         // The accumulators are in pairs of rows: scaling them is not the softmax's, to which a row has no elements.
         let softmax = Block { dv: 0, ..*block };
         let few = rows.len() <= FEW_ROWS;
@@ -305,7 +321,7 @@ impl Matrices {
             for (first, pairs) in groups(rows.len()) {
                 let start = 2 * first;
                 let rows = &mut rows[start..(start + 2 * pairs).min(block.tile.rows())];
-                let keys = Span::around(rows.iter().fold(0, |bits, row| bits | row.live));
+                let keys = KeyRange::around(rows.iter().fold(0, |bits, row| bits | row.visible_bits));
                 if keys.low == keys.high {
                     continue;
                 }
@@ -338,19 +354,19 @@ impl Matrices {
         }
     }
 
-    /// Keys as operands, in slabs of eight; beyond the span's ends its last key stands for others, whose scores nobody looks at.
+    /// Keys as operands, in slabs of eight; beyond the key range's ends its last key stands for others, whose scores nobody looks at.
     ///
     /// # Safety
     /// As [`Products::block`].
     #[inline(never)]
     #[target_feature(enable = "neon,bf16")]
-    unsafe fn pack_keys(&self, block: &Block, k: Rows<bf16>) {
-        let Block { span, d, .. } = *block;
+    unsafe fn pack_keys(&self, block: &Block, k: KeyPointers<bf16>) {
+        let Block { key_range, d, .. } = *block;
         let whole = d / OPERAND * OPERAND;
-        for first in (span.low / SLAB_COLUMNS * SLAB_COLUMNS..span.high).step_by(SLAB_COLUMNS) {
+        for first in (key_range.low / SLAB_COLUMNS * SLAB_COLUMNS..key_range.high).step_by(SLAB_COLUMNS) {
             let mut keys = [std::ptr::null(); SLAB_COLUMNS];
             for (i, key) in keys.iter_mut().enumerate() {
-                *key = k.key(0, (first + i).clamp(span.low, span.high - 1));
+                *key = k.key(0, (first + i).clamp(key_range.low, key_range.high - 1));
             }
             let slab = self.k.wrapping_add(first / SLAB_COLUMNS * steps_of(d) * SLAB * OPERAND);
             // SAFETY: the caller's; a slab has room for all steps, and eight elements are two of them.
@@ -367,22 +383,22 @@ impl Matrices {
         }
     }
 
-    /// Values as operands, in slabs of eight columns, with zeros for keys outside of the span and for elements that are not finite;
+    /// Values as operands, in slabs of eight columns, with zeros for keys outside of the key range and for elements that are not finite;
     /// returns the keys that have such.
     ///
     /// # Safety
     /// As [`Products::block`].
     #[inline(never)]
     #[target_feature(enable = "neon,bf16")]
-    unsafe fn pack_values(&self, block: &Block, k: Rows<bf16>, v: Rows<bf16>) -> u64 {
-        let Block { span, d, dv, .. } = *block;
+    unsafe fn pack_values(&self, block: &Block, k: KeyPointers<bf16>, v: KeyPointers<bf16>) -> u64 {
+        let Block { key_range, d, dv, .. } = *block;
         let whole = dv / SLAB_COLUMNS * SLAB_COLUMNS;
         let mut products = [vdupq_n_f32(0.0); SLAB];
-        for step in span.low / DEPTH..span.high.div_ceil(DEPTH) {
+        for step in key_range.low / DEPTH..key_range.high.div_ceil(DEPTH) {
             let mut keys = [ZEROS.as_ptr(); DEPTH];
             for (i, key) in keys.iter_mut().enumerate() {
                 let j = step * DEPTH + i;
-                if j >= span.low && j < span.high {
+                if j >= key_range.low && j < key_range.high {
                     *key = v.key(0, j);
                     ask_for(k.next(j), d);
                     ask_for(v.next(j), dv);
@@ -404,17 +420,17 @@ impl Matrices {
         if all_numbers(products) {
             return 0;
         }
-        // SAFETY: the operands of the span's steps have just been written.
+        // SAFETY: the operands of the key range's steps have just been written.
         unsafe { self.clear_special(block, v) }
     }
 
     /// # Safety
     /// As [`Self::pack_values`], which has written the copy.
     #[cold]
-    unsafe fn clear_special(&self, block: &Block, v: Rows<bf16>) -> u64 {
-        let Block { span, dv, .. } = *block;
+    unsafe fn clear_special(&self, block: &Block, v: KeyPointers<bf16>) -> u64 {
+        let Block { key_range, dv, .. } = *block;
         let mut special = 0;
-        for j in span.low..span.high {
+        for j in key_range.low..key_range.high {
             for i in 0..dv {
                 // SAFETY: the caller's.
                 unsafe {
@@ -611,7 +627,7 @@ impl Matrices {
     /// # Safety
     /// As [`Products::block`]; the group is all rows, whose queries are packed.
     #[target_feature(enable = "neon,bf16")]
-    unsafe fn few_scores(&self, block: &Block, group: Group, k: Rows<bf16>, v: Rows<bf16>) {
+    unsafe fn few_scores(&self, block: &Block, group: Group, k: KeyPointers<bf16>, v: KeyPointers<bf16>) {
         // SAFETY: the caller's.
         unsafe {
             match group.pairs {
@@ -630,17 +646,17 @@ impl Matrices {
     unsafe fn few_scores_of<const P: usize, const G: usize>(
         &self,
         block: &Block,
-        seen: Span,
-        k: Rows<bf16>,
-        v: Rows<bf16>,
+        seen: KeyRange,
+        k: KeyPointers<bf16>,
+        v: KeyPointers<bf16>,
     ) {
-        let Block { scratch, span, d, dv, .. } = *block;
+        let Block { scratch, key_range, d, dv, .. } = *block;
         let whole = d / OPERAND * OPERAND;
         let width = G * SLAB_COLUMNS;
         for first in (seen.low / width * width..seen.high).step_by(width) {
             let mut keys = [[std::ptr::null(); SLAB_COLUMNS]; G];
             for (i, key) in keys.as_flattened_mut().iter_mut().enumerate() {
-                let j = (first + i).clamp(span.low, span.high - 1);
+                let j = (first + i).clamp(key_range.low, key_range.high - 1);
                 *key = k.key(0, j);
                 ask_for(v.key(0, j), dv);
             }
@@ -670,7 +686,7 @@ impl Matrices {
     /// # Safety
     /// As [`Products::block`]; the group is all rows, whose weights are packed.
     #[target_feature(enable = "neon,bf16")]
-    unsafe fn few_values(&self, block: &Block, group: Group, k: Rows<bf16>, v: Rows<bf16>) -> u64 {
+    unsafe fn few_values(&self, block: &Block, group: Group, k: KeyPointers<bf16>, v: KeyPointers<bf16>) -> u64 {
         // SAFETY: the caller's.
         unsafe {
             let done = match group.pairs {
@@ -697,13 +713,13 @@ impl Matrices {
     unsafe fn few_values_of<const P: usize, const G: usize>(
         &self,
         block: &Block,
-        seen: Span,
-        k: Rows<bf16>,
-        v: Rows<bf16>,
+        seen: KeyRange,
+        k: KeyPointers<bf16>,
+        v: KeyPointers<bf16>,
     ) -> usize {
-        let Block { span, d, dv, .. } = *block;
+        let Block { key_range, d, dv, .. } = *block;
         let mut values = [ZEROS.as_ptr(); BLOCK];
-        for j in span.low..span.high {
+        for j in key_range.low..key_range.high {
             values[j] = v.key(0, j);
             ask_for(k.next(j), d);
         }
@@ -729,13 +745,13 @@ impl Matrices {
     /// 0 if one of them has an element that is not finite, and nothing has been added.
     ///
     /// # Safety
-    /// As [`Self::few_values_of`]; `values` are the block's, and zeros for keys outside of the span.
+    /// As [`Self::few_values_of`]; `values` are the block's, and zeros for keys outside of the key range.
     #[inline]
     #[target_feature(enable = "neon,bf16")]
     unsafe fn few_values_tile<const P: usize, const G: usize, const PART: bool>(
         &self,
         block: &Block,
-        seen: Span,
+        seen: KeyRange,
         values: &[*const bf16; BLOCK],
         column: usize,
     ) -> usize {
@@ -1044,8 +1060,8 @@ fn ask_for(row: *const bf16, dim: usize) {
 /// # Safety
 /// The scores of the rows, of which `first` is the first, have been computed.
 #[target_feature(enable = "neon,bf16")]
-unsafe fn repair(block: &Block, rows: &[RowState], first: usize, k: Rows<bf16>) {
-    let Block { scratch, span, d, .. } = *block;
+unsafe fn repair(block: &Block, rows: &[RowState], first: usize, k: KeyPointers<bf16>) {
+    let Block { scratch, key_range, d, .. } = *block;
     for (r, row) in rows.iter().enumerate() {
         let scores = scratch.s.wrapping_add((first + r) * BLOCK);
         let mut numbers = vdupq_n_u32(u32::MAX);
@@ -1057,8 +1073,8 @@ unsafe fn repair(block: &Block, rows: &[RowState], first: usize, k: Rows<bf16>) 
         if vminvq_u32(numbers) == u32::MAX {
             continue;
         }
-        for j in (span.low..span.high).filter(|j| row.live >> j & 1 == 1) {
-            // SAFETY: keys that are seen are in the span; the row's query is as long as a key.
+        for j in (key_range.low..key_range.high).filter(|j| row.visible_bits >> j & 1 == 1) {
+            // SAFETY: keys that are seen are in the key range; the row's query is as long as a key.
             unsafe {
                 let score = &mut *scores.add(j);
                 if score.is_nan() {
@@ -1075,12 +1091,12 @@ unsafe fn repair(block: &Block, rows: &[RowState], first: usize, k: Rows<bf16>) 
 /// # Safety
 /// The outputs of the rows, of which `first` is the first, have just been computed, and their weights are still there.
 #[cold]
-unsafe fn add_special(block: &Block, rows: &[RowState], first: usize, special: u64, v: Rows<bf16>) {
-    let Block { scratch, span, dv, .. } = *block;
+unsafe fn add_special(block: &Block, rows: &[RowState], first: usize, special: u64, v: KeyPointers<bf16>) {
+    let Block { scratch, key_range, dv, .. } = *block;
     for (r, row) in rows.iter().enumerate() {
-        for j in (span.low..span.high).filter(|j| (row.live & special) >> j & 1 == 1) {
+        for j in (key_range.low..key_range.high).filter(|j| (row.visible_bits & special) >> j & 1 == 1) {
             let pair = scratch.acc.wrapping_add((first + r) / 2 * 2 * padded(dv) + r % 2 * 2);
-            // SAFETY: the caller's; keys that are seen are in the span.
+            // SAFETY: the caller's; keys that are seen are in the key range.
             unsafe {
                 let weight = *scratch.s.add((first + r) * BLOCK + j);
                 let value = v.key(0, j);

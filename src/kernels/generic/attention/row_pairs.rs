@@ -1,35 +1,42 @@
 //! Values that are packed in pairs of slots ([`Packing::RowPairs`](crate::layout::Packing::RowPairs)): taken apart in registers, or, for
 //! many rows and where they are no pairs, once a block.
 
-use super::keys::{Located, Pointers, Rows};
-use super::{Block, Problem, Span, padded};
+use super::Block;
+use super::key_pointers::{KeyPointerTable, KeyPointers, Pointers};
 use crate::dtype::Element;
 use crate::kernels::generic::copy;
-use crate::kernels::simd::{MAX_LANES, Memory, Outlined, Simd, lines};
-use crate::ops::attention::MAX_HEAD_DIM;
+use crate::kernels::simd::{LoadStore, MAX_LANES, Outlined, Simd, lines};
+use crate::problem::attention::Problem;
+use crate::problem::grid::{KeyRange, padded};
+use crate::problem::limits::MAX_HEAD_DIM;
 
-/// Whether a pair of slots holds the values of a key of the span and of the one after it, in its first half and its second.
+/// Whether a pair of slots holds the values of a key of the key range and of the one after it, in its first half and its second.
 #[inline(always)]
-pub(crate) fn is_pair<T>(p: &Problem, v: &Rows<T>, span: Span, key: usize) -> bool {
-    p.value_step() == 2 && key + 1 < span.high && v.key(0, key + 1) == v.key(0, key).wrapping_add(1)
+pub(crate) fn is_pair<T>(p: &Problem, v: &KeyPointers<T>, key_range: KeyRange, key: usize) -> bool {
+    p.value_step() == 2 && key + 1 < key_range.high && v.key(0, key + 1) == v.key(0, key).wrapping_add(1)
 }
 
-/// Copies the values of a span to rows of their own, of `[BLOCK][padded(dim)]` at `block`: for kernels that take no pairs.
+/// Copies the values of a key range to rows of their own, of `[BLOCK][padded(dim)]` at `block`: for kernels that take no pairs.
 ///
 /// # Safety
 /// As [`locate`](super::locate), which has found the values.
 #[inline(always)]
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-pub(crate) unsafe fn part<T: Element>(p: &Problem, span: Span, block: *mut u8, v: &mut Located<T>) {
+pub(crate) unsafe fn unpack_pairs<T: Element>(
+    p: &Problem,
+    key_range: KeyRange,
+    block: *mut u8,
+    v: &mut KeyPointerTable<T>,
+) {
     let (dim, step) = (p.v_dim, p.value_step());
     let row = |j: usize| block.cast::<T>().wrapping_add(j * padded(dim));
     let rows = v.rows();
-    let mut j = span.low;
-    while j < span.high {
+    let mut j = key_range.low;
+    while j < key_range.high {
         let from = rows.key(0, j);
         // SAFETY: the caller's.
         unsafe {
-            if is_pair(p, &rows, span, j) {
+            if is_pair(p, &rows, key_range, j) {
                 let (from, even, odd) = (from.cast::<[T; 2]>(), row(j), row(j + 1));
                 for i in 0..dim {
                     let [a, b] = *from.add(i);
@@ -42,30 +49,30 @@ pub(crate) unsafe fn part<T: Element>(p: &Problem, span: Span, block: *mut u8, v
             }
         }
     }
-    v.place(span, row(0), padded(dim));
+    v.place(key_range, row(0), padded(dim));
 }
 
-/// [`is_pair`] of every other key: the span is of pairs and of nothing else.
+/// [`is_pair`] of every other key: the key range is of pairs and of nothing else.
 #[inline(always)]
-pub(crate) fn are_pairs<T>(p: &Problem, v: &Rows<T>, span: Span) -> bool {
-    let whole = span.low.is_multiple_of(2) && span.high.is_multiple_of(2);
-    whole && (span.low..span.high).step_by(2).all(|j| is_pair(p, v, span, j))
+pub(crate) fn are_pairs<T>(p: &Problem, v: &KeyPointers<T>, key_range: KeyRange) -> bool {
+    let whole = key_range.low.is_multiple_of(2) && key_range.high.is_multiple_of(2);
+    whole && (key_range.low..key_range.high).step_by(2).all(|j| is_pair(p, v, key_range, j))
 }
 
-/// The values of a span and KV head as rows of f32, in the order of [`Memory::load_pair`]: widening loses nothing, so that sums over
+/// The values of a key range and KV head as rows of f32, in the order of [`LoadStore::load_pair`]: widening loses nothing, so that sums over
 /// these have the bits of sums over values that are not packed.
 ///
 /// # Safety
 /// As [`Widen`].
 #[inline(always)]
-pub(super) unsafe fn widen<'a, S: Simd, T: Memory>(
+pub(super) unsafe fn widen<'a, S: Simd, T: LoadStore>(
     s: S,
     values: Widen<T>,
     memory: &'a mut Pointers<f32>,
-) -> Located<'a, f32> {
-    let Block { scratch, span, dv, .. } = *values.block;
-    let mut widened = Located::new(memory);
-    widened.place(span, scratch.v_block.cast(), padded(dv));
+) -> KeyPointerTable<'a, f32> {
+    let Block { scratch, key_range, dv, .. } = *values.block;
+    let mut widened = KeyPointerTable::new(memory);
+    widened.place(key_range, scratch.v_block.cast(), padded(dv));
     // SAFETY: the caller's.
     unsafe { s.outline(values) };
     widened
@@ -74,21 +81,21 @@ pub(super) unsafe fn widen<'a, S: Simd, T: Memory>(
 /// Writes `[BLOCK][padded(dv)]` floats to the scratch memory for values.
 ///
 /// # Safety
-/// `v` are the values of the block's span, as they lie in pairs.
+/// `v` are the values of the block's key range, as they lie in pairs.
 pub(super) struct Widen<'a, T> {
     pub block: &'a Block<'a>,
-    pub v: Rows<'a, T>,
+    pub v: KeyPointers<'a, T>,
     /// The KV head of the tile.
     pub head: usize,
 }
 
-impl<T: Memory> Outlined for Widen<'_, T> {
+impl<T: LoadStore> Outlined for Widen<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
-        let Block { p, scratch, span, dv, .. } = *self.block;
+        let Block { p, scratch, key_range, dv, .. } = *self.block;
         let row = |j: usize| scratch.v_block.cast::<f32>().wrapping_add(j * padded(dv));
-        let mut j = span.low;
-        while j < span.high {
+        let mut j = key_range.low;
+        while j < key_range.high {
             let from = self.v.key(self.head, j);
             let next = self.v.next_pair(j).cast::<u8>();
             if !next.is_null() {
@@ -96,7 +103,7 @@ impl<T: Memory> Outlined for Widen<'_, T> {
             }
             // SAFETY: the caller's; rows have padded(dv) floats, and a buffer the largest head size.
             unsafe {
-                if is_pair(p, &self.v, span, j) {
+                if is_pair(p, &self.v, key_range, j) {
                     widen_pair(s, from, [row(j), row(j + 1)], dv);
                     j += 2;
                 } else {
@@ -113,7 +120,7 @@ impl<T: Memory> Outlined for Widen<'_, T> {
 /// # Safety
 /// `2 * dim` elements are readable at `from`, `dim` rounded up to whole vectors writable at both rows of `to`.
 #[inline(always)]
-unsafe fn widen_pair<S: Simd, T: Memory>(s: S, from: *const T, to: [*mut f32; 2], dim: usize) {
+unsafe fn widen_pair<S: Simd, T: LoadStore>(s: S, from: *const T, to: [*mut f32; 2], dim: usize) {
     let mut i = 0;
     // SAFETY: the caller's.
     unsafe {
@@ -134,12 +141,16 @@ unsafe fn widen_pair<S: Simd, T: Memory>(s: S, from: *const T, to: [*mut f32; 2]
     }
 }
 
-/// `N` vectors, an even number, of both values of a pair, in the order of [`Memory::load_pair`]; or one, of `part` elements.
+/// `N` vectors, an even number, of both values of a pair, in the order of [`LoadStore::load_pair`]; or one, of `part` elements.
 ///
 /// # Safety
 /// `2 * N * LANES` elements, or `2 * part`, are readable.
 #[inline(always)]
-pub(super) unsafe fn load_two<S: Simd, T: Memory, const N: usize>(s: S, from: *const T, part: usize) -> [[S::V; N]; 2] {
+pub(super) unsafe fn load_two<S: Simd, T: LoadStore, const N: usize>(
+    s: S,
+    from: *const T,
+    part: usize,
+) -> [[S::V; N]; 2] {
     let mut x = [[s.zero(); N]; 2];
     // SAFETY: the caller's; of less than a vector, a copy is read.
     unsafe {
@@ -158,7 +169,7 @@ pub(super) unsafe fn load_two<S: Simd, T: Memory, const N: usize>(s: S, from: *c
             let (low, high) = (halves::<S, T>(s, from), halves::<S, T>(s, from.add(2 * S::LANES)));
             for i in 0..2 {
                 [x[i][n], x[i][n + 1]] =
-                    if T::splits::<S>() { s.deinterleave(low[i], high[i]) } else { [low[i], high[i]] };
+                    if T::deinterleaved::<S>() { s.deinterleave(low[i], high[i]) } else { [low[i], high[i]] };
             }
         }
     }
@@ -170,16 +181,16 @@ pub(super) unsafe fn load_two<S: Simd, T: Memory, const N: usize>(s: S, from: *c
 /// # Safety
 /// They are readable.
 #[inline(always)]
-unsafe fn halves<S: Simd, T: Memory>(s: S, from: *const T) -> [S::V; 2] {
+unsafe fn halves<S: Simd, T: LoadStore>(s: S, from: *const T) -> [S::V; 2] {
     // SAFETY: the caller's.
     let [a, b] = unsafe { T::load_pair(s, from) };
-    if T::splits::<S>() { [a, b] } else { s.deinterleave(a, b) }
+    if T::deinterleaved::<S>() { [a, b] } else { s.deinterleave(a, b) }
 }
 
 /// # Safety
 /// `dim` rounded up to whole vectors are readable at `from` and writable at `to`.
 #[inline(always)]
-unsafe fn widen_one<S: Simd, T: Memory>(s: S, from: *const T, to: *mut f32, dim: usize) {
+unsafe fn widen_one<S: Simd, T: LoadStore>(s: S, from: *const T, to: *mut f32, dim: usize) {
     let mut i = 0;
     // SAFETY: the caller's.
     unsafe {
@@ -195,5 +206,3 @@ unsafe fn widen_one<S: Simd, T: Memory>(s: S, from: *const T, to: *mut f32, dim:
         }
     }
 }
-
-const _: () = assert!(MAX_HEAD_DIM.is_multiple_of(MAX_LANES));

@@ -8,15 +8,9 @@
 
 mod attention;
 
-use super::Precision;
-use super::neon::Neon;
+use super::api::Precision;
 use std::arch::aarch64::*;
 use std::arch::asm;
-
-/// Whether the CPU has the level's features.
-pub(crate) fn is_available() -> bool {
-    Neon::is_available() && std::arch::is_aarch64_feature_detected!("bf16")
-}
 
 /// `sum[2 i + j] + a[i] * b[j]`, where row i of `a` and of `b` are four bf16 each, for i and j in 0..2.
 ///
@@ -48,24 +42,24 @@ fn round(low: float32x4_t, high: float32x4_t) -> uint16x8_t {
 }
 
 /// The level's part of the registry.
-pub(crate) static ENTRIES: [super::Entry; 2] = [
-    super::entry!(
+pub(crate) static ENTRIES: &[super::registry::Entry] = &[
+    super::registry::entry!(
         NeonBf16,
         Attention,
         Bf16,
         Bf16,
         Some(Precision::Default),
-        "attention_bf16_neon_bf16",
+        "attention_bf16_neonbf16",
         4e-3,
         Attention(attention::functions::<false>())
     ),
-    super::entry!(
+    super::registry::entry!(
         NeonBf16,
         Attention,
         Bf16,
         Bf16,
         Some(Precision::High),
-        "attention_bf16_high_neon_bf16",
+        "attention_bf16_high_neonbf16",
         1e-5,
         Attention(attention::functions::<true>())
     ),

@@ -4,45 +4,52 @@
 //! Reading K and V, as long as a KV head serves up to about four rows. Every vector of K is loaded (and widened) once for up
 //! to four rows, four keys at a time: on AVX-512 16 FMAs for 4 loads of K and 4 of Q, and 46 instructions a 16 scores for the
 //! sum over lanes; every vector of V once for up to four rows: 16 FMAs for 4 loads and 4 broadcasts. bf16 costs one
-//! instruction a vector to widen (even and odd elements apart), f16 one. While one piece of [`PIECE`] keys is computed, the
+//! instruction a vector to widen (even and odd elements apart), f16 one. While one piece of [`SUBBLOCK`] keys is computed, the
 //! pieces after it are prefetched, across the seams between K and V and between blocks, where the hardware's prefetcher
 //! would have to start anew.
 
-use super::keys::PIECES;
-use super::pairs::{Widen, are_pairs, load_two, widen};
+use super::key_pointers::SUBBLOCKS;
+use super::row_pairs::{Widen, are_pairs, load_two, widen};
 use super::softmax::Softmax;
-use super::{BLOCK, Block, PIECE, RowState, Rows, Span, padded};
-use crate::kernels::simd::{LINE, MAX_LANES, Memory, Outlined, Simd};
+use super::{Block, KeyPointers, RowState, SUBBLOCK};
+use crate::kernels::simd::{LINE, LoadStore, MAX_LANES, Outlined, Simd};
 use crate::layout::Packing;
+use crate::problem::grid::{BLOCK, KeyRange, padded};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// How far ahead of its use memory is asked for, if a block reaches that far.
-const PREFETCH_BYTES: usize = 12 << 10;
+const PREFETCH_DISTANCE: usize = 12 << 10;
 
 /// One block of keys for all rows of the tile.
 ///
 /// # Safety
-/// `k` and `v` are the rows of the block's span, values as they lie if they are packed.
+/// `k` and `v` are the rows of the block's key range, values as they lie if they are packed.
 #[inline(always)]
-pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [RowState], k: Rows<T>, v: Rows<T>) {
-    let ahead = Ahead::new(block, k, v);
+pub(super) unsafe fn block<S: Simd, T: LoadStore>(
+    s: S,
+    block: &Block,
+    rows: &mut [RowState],
+    k: KeyPointers<T>,
+    v: KeyPointers<T>,
+) {
+    let ahead = PrefetchDistances::new(block, k, v);
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
         if ahead.whole {
-            s.outline(Dots { block, k, keys: block.span, spread: true, ahead: ahead.of_k(0) });
+            s.outline(Dots { block, k, keys: block.key_range, spread: true, ahead: ahead.of_k(0) });
         } else {
             for (index, keys) in block.pieces() {
                 s.outline(Dots { block, k, keys, spread: false, ahead: ahead.of_k(index) });
             }
         }
-        s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.span });
+        s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
         let heads = 0..block.tile.kv_heads;
         if block.p.v_packing == Packing::Rows {
             values::<S, T, T, false>(s, block, rows, heads, v, Some(&ahead));
             return;
         }
-        if block.all && are_pairs(block.p, &v, block.span) {
+        if block.all && are_pairs(block.p, &v, block.key_range) {
             values::<S, T, T, true>(s, block, rows, heads, v, Some(&ahead));
             return;
         }
@@ -59,21 +66,21 @@ pub(super) unsafe fn block<S: Simd, T: Memory>(s: S, block: &Block, rows: &mut [
 /// # Safety
 /// As [`block`]; weights are in place. With `PAIRS`, the values are pairs and nothing else, and no key is hidden.
 #[inline(always)]
-unsafe fn values<S: Simd, T: Memory, V: Memory, const PAIRS: bool>(
+unsafe fn values<S: Simd, T: LoadStore, V: LoadStore, const PAIRS: bool>(
     s: S,
     block: &Block,
     rows: &[RowState],
     heads: Range<usize>,
-    v: Rows<V>,
-    ahead: Option<&Ahead<T>>,
+    v: KeyPointers<V>,
+    ahead: Option<&PrefetchDistances<T>>,
 ) {
-    let Block { tile, span, all, dv, .. } = *block;
+    let Block { tile, key_range, all, dv, .. } = *block;
     let whole = ahead.is_some_and(|ahead| ahead.whole);
     // SAFETY: the caller's.
     unsafe {
-        if !PAIRS && !all && !heads.clone().all(|head| finite::<S, V>(s, v, head, span, dv)) {
+        if !PAIRS && !all && !heads.clone().all(|head| finite::<S, V>(s, v, head, key_range, dv)) {
             for r in heads.start * tile.head_rows..heads.end * tile.head_rows {
-                careful::<S, V>(s, block, &rows[r], r, v);
+                accumulate_visible::<S, V>(s, block, &rows[r], r, v);
             }
             return;
         }
@@ -86,13 +93,13 @@ unsafe fn values<S: Simd, T: Memory, V: Memory, const PAIRS: bool>(
 
 /// Calls `f` with the pieces of a block and their distances, of one head several at once if their distances agree.
 #[inline(always)]
-fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> isize, mut f: impl FnMut(Span, isize)) {
+fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> isize, mut f: impl FnMut(KeyRange, isize)) {
     let mut run = None;
     for (index, keys) in block.pieces() {
         let ahead = ahead(index);
         run = match run {
-            Some((Span { low, .. }, same)) if heads.len() == 1 && same == ahead => {
-                Some((Span { low, high: keys.high }, same))
+            Some((KeyRange { low, .. }, same)) if heads.len() == 1 && same == ahead => {
+                Some((KeyRange { low, high: keys.high }, same))
             }
             other => {
                 if let Some((keys, ahead)) = other {
@@ -109,38 +116,45 @@ fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> isize, mut
 
 /// The distances in bytes from a piece to the one that is read some pieces later: K of the block, then its V, then K of the next
 /// block.
-struct Ahead<'a, T> {
-    k: Rows<'a, T>,
-    v: Rows<'a, T>,
-    span: Span,
+struct PrefetchDistances<'a, T> {
+    k: KeyPointers<'a, T>,
+    v: KeyPointers<'a, T>,
+    key_range: KeyRange,
     by: usize,
     /// The block is whole and of one KV head. Then memory is asked for a whole block ahead and, for keys, in several places in
     /// turn, a page or more apart: one stream alone does not get all that memory can give.
     whole: bool,
 }
 
-impl<'a, T> Ahead<'a, T> {
+impl<'a, T> PrefetchDistances<'a, T> {
     #[inline(always)]
-    fn new(block: &Block, k: Rows<'a, T>, v: Rows<'a, T>) -> Self {
-        let piece = PIECE * block.tile.kv_heads * block.d * size_of::<T>();
-        let whole = block.tile.kv_heads == 1 && block.span.len() == BLOCK;
-        let by = if whole { PIECES } else { PREFETCH_BYTES.div_ceil(piece).clamp(1, PIECES) };
-        Self { k, v, span: block.span, by, whole }
+    fn new(block: &Block, k: KeyPointers<'a, T>, v: KeyPointers<'a, T>) -> Self {
+        let piece = SUBBLOCK * block.tile.kv_heads * block.d * size_of::<T>();
+        let whole = block.tile.kv_heads == 1 && block.key_range.len() == BLOCK;
+        let by = if whole { SUBBLOCKS } else { PREFETCH_DISTANCE.div_ceil(piece).clamp(1, SUBBLOCKS) };
+        Self { k, v, key_range: block.key_range, by, whole }
     }
 
     #[inline(always)]
     fn of_k(&self, index: usize) -> isize {
         let target = index + self.by;
-        let to =
-            if target < PIECES { self.k.piece(self.span, target) } else { self.v.piece(self.span, target - PIECES) };
-        distance(self.k.piece(self.span, index), to)
+        let to = if target < SUBBLOCKS {
+            self.k.piece(self.key_range, target)
+        } else {
+            self.v.piece(self.key_range, target - SUBBLOCKS)
+        };
+        distance(self.k.piece(self.key_range, index), to)
     }
 
     #[inline(always)]
     fn of_v(&self, index: usize) -> isize {
         let target = index + self.by;
-        let to = if target < PIECES { self.v.piece(self.span, target) } else { self.k.piece(self.span, target) };
-        distance(self.v.piece(self.span, index), to)
+        let to = if target < SUBBLOCKS {
+            self.v.piece(self.key_range, target)
+        } else {
+            self.k.piece(self.key_range, target)
+        };
+        distance(self.v.piece(self.key_range, index), to)
     }
 }
 
@@ -152,7 +166,7 @@ fn distance<T>(from: *const T, to: *const T) -> isize {
 
 /// How far ahead of its use memory of whole blocks is asked for once more, now into the first-level cache: a block ahead is more
 /// than that holds.
-const NEAR_BYTES: usize = 512;
+const NEAR_DISTANCE: usize = 512;
 
 /// Asks for the memory of a pair of vectors, `ahead` bytes on, or of whole blocks for that and for what comes soon.
 #[inline(always)]
@@ -161,44 +175,44 @@ fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize, whole: bool) {
     for line in (0..2 * S::LANES * size_of::<T>()).step_by(LINE) {
         let next = p.wrapping_offset(ahead).wrapping_add(line);
         if whole {
-            if line % S::FETCHED_BYTES == 0 {
+            if line % S::PREFETCH_BYTES == 0 {
                 s.prefetch_far(next);
             }
-            s.prefetch(p.wrapping_add(NEAR_BYTES + line));
+            s.prefetch(p.wrapping_add(NEAR_DISTANCE + line));
         } else {
             s.prefetch(next);
         }
     }
 }
 
-/// The most products of a row and a key that run side by side ([`Simd::DOTS`]).
-const MAX_DOTS: usize = 16;
+/// The most products of a row and a key that run side by side ([`Simd::PARALLEL_DOTS`]).
+const MAX_PARALLEL_DOTS: usize = 16;
 
 /// Scores of all rows with the keys of a piece.
 struct Dots<'a, T> {
     block: &'a Block<'a>,
-    k: Rows<'a, T>,
-    keys: Span,
+    k: KeyPointers<'a, T>,
+    keys: KeyRange,
     /// Keys that are done side by side are far apart.
     spread: bool,
     ahead: isize,
 }
 
-impl<T: Memory> Outlined for Dots<'_, T> {
+impl<T: LoadStore> Outlined for Dots<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
         let rows = self.block.tile.head_rows;
         for head in 0..self.block.tile.kv_heads {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             unsafe {
-                match (rows, S::DOTS) {
+                match (rows, S::PARALLEL_DOTS) {
                     // Sixteen keys would fill the tree over lanes, but one row waits for memory, which likes fewer streams.
                     (1, _) => self.dots::<S, 1, 8>(s, head, 0),
                     (2, 16) => self.dots::<S, 2, 8>(s, head, 0),
                     (2, _) => self.dots::<S, 2, 4>(s, head, 0),
                     _ => {
                         for row in (0..rows).step_by(4) {
-                            match (rows - row, S::DOTS) {
+                            match (rows - row, S::PARALLEL_DOTS) {
                                 (1, 16) => self.dots::<S, 1, 4>(s, head, row),
                                 (1, _) => self.dots::<S, 1, 2>(s, head, row),
                                 (2, 16) => self.dots::<S, 2, 4>(s, head, row),
@@ -216,7 +230,7 @@ impl<T: Memory> Outlined for Dots<'_, T> {
     }
 }
 
-impl<T: Memory> Dots<'_, T> {
+impl<T: LoadStore> Dots<'_, T> {
     /// `R` rows of a head from `row` on times the keys of the piece, `C` keys at a time: vectors run along the head dimension.
     /// Scores of whole groups of `C` keys are written, those outside the piece with numbers of no meaning.
     ///
@@ -229,8 +243,8 @@ impl<T: Memory> Dots<'_, T> {
         // SAFETY: the caller's; the rows of scores have BLOCK floats.
         unsafe {
             if !self.spread {
-                let mut sums = [0.0f32; MAX_DOTS];
-                let Span { low, high } = self.keys;
+                let mut sums = [0.0f32; MAX_PARALLEL_DOTS];
+                let KeyRange { low, high } = self.keys;
                 for j in (low / C * C..high).step_by(C) {
                     let inside = j >= low && j + C <= high;
                     let key = |c: usize| if inside { j + c } else { (j + c).clamp(low, high - 1) };
@@ -242,7 +256,7 @@ impl<T: Memory> Dots<'_, T> {
                 return;
             }
             // Sums of keys that are far apart are stored by themselves; turned round, a vector of them has neighbours.
-            let mut sums = [[0.0f32; MAX_DOTS]; MAX_LANES];
+            let mut sums = [[0.0f32; MAX_PARALLEL_DOTS]; MAX_LANES];
             let apart = BLOCK / C;
             let at_once = S::LANES.min(apart);
             for first in (0..apart).step_by(at_once) {
@@ -268,7 +282,7 @@ impl<T: Memory> Dots<'_, T> {
     /// The products of `R` rows with `C` keys, those of a row side by side.
     ///
     /// # Safety
-    /// As [`Self::dots`]; `key` gives keys of the span.
+    /// As [`Self::dots`]; `key` gives keys of the key range.
     #[inline(always)]
     unsafe fn sums<S: Simd, const R: usize, const C: usize>(
         &self,
@@ -276,7 +290,7 @@ impl<T: Memory> Dots<'_, T> {
         head: usize,
         row: usize,
         key: impl Fn(usize) -> usize,
-        sums: &mut [f32; MAX_DOTS],
+        sums: &mut [f32; MAX_PARALLEL_DOTS],
     ) {
         let Block { tile, scratch, d, .. } = *self.block;
         let dp = padded(d);
@@ -325,29 +339,29 @@ impl<T: Memory> Dots<'_, T> {
     }
 }
 
-/// Adds the weighted values of a piece to the accumulators of some heads' rows; see [`Listed`] for `PAIRS`.
+/// Adds the weighted values of a piece to the accumulators of some heads' rows; see [`CacheValues`] for `PAIRS`.
 struct Values<'a, T, const PAIRS: bool> {
     block: &'a Block<'a>,
-    v: Rows<'a, T>,
+    v: KeyPointers<'a, T>,
     heads: Range<usize>,
-    keys: Span,
+    keys: KeyRange,
     ahead: isize,
     whole: bool,
 }
 
-impl<T: Memory, const PAIRS: bool> Outlined for Values<'_, T, PAIRS> {
+impl<T: LoadStore, const PAIRS: bool> Outlined for Values<'_, T, PAIRS> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
         let Block { tile, scratch, dv, .. } = *self.block;
-        let wide = S::DOTS == 16;
+        let wide = S::PARALLEL_DOTS == 16;
         for head in self.heads {
             for row in (0..tile.head_rows).step_by(4) {
                 let first = head * tile.head_rows + row;
-                let piece = Weighted {
+                let piece = WeightedValues {
                     weights: scratch.s.wrapping_add(first * BLOCK + self.keys.low),
                     acc: scratch.acc.wrapping_add(first * padded(dv)),
                     acc_row: padded(dv),
-                    v: Listed::<T, PAIRS> { rows: self.v, head, first: self.keys.low },
+                    v: CacheValues::<T, PAIRS> { rows: self.v, head, first: self.keys.low },
                     keys: self.keys.len(),
                     ahead: if row == 0 { self.ahead } else { 0 },
                     whole: self.whole,
@@ -369,9 +383,9 @@ impl<T: Memory, const PAIRS: bool> Outlined for Values<'_, T, PAIRS> {
     }
 }
 
-/// Where the values lie that [`Weighted`] adds.
+/// Where the values lie that [`WeightedValues`] adds.
 pub(super) trait ValueRows {
-    type Element: Memory;
+    type Element: LoadStore;
     /// Whether they are the cache's own, and others come after them.
     const IN_CACHE: bool;
     /// An element of a key. `offset` is [`Self::offset`] of its column.
@@ -381,11 +395,11 @@ pub(super) trait ValueRows {
     /// Adds keys `j` and `j + 1`.
     ///
     /// # Safety
-    /// As [`Weighted::columns`].
+    /// As [`WeightedValues::columns`].
     #[inline(always)]
     unsafe fn add_two<S: Simd, const R: usize, const N: usize>(
         s: S,
-        weighted: &Weighted<Self>,
+        weighted: &WeightedValues<Self>,
         j: usize,
         offset: isize,
         part: usize,
@@ -399,13 +413,13 @@ pub(super) trait ValueRows {
 }
 
 /// In the cache: keys of a block and KV head, counted from `first`. `PAIRS`: every even one begins a pair of slots, with the next.
-struct Listed<'a, T, const PAIRS: bool> {
-    rows: Rows<'a, T>,
+struct CacheValues<'a, T, const PAIRS: bool> {
+    rows: KeyPointers<'a, T>,
     head: usize,
     first: usize,
 }
 
-impl<T: Memory, const PAIRS: bool> ValueRows for Listed<'_, T, PAIRS> {
+impl<T: LoadStore, const PAIRS: bool> ValueRows for CacheValues<'_, T, PAIRS> {
     type Element = T;
     const IN_CACHE: bool = true;
     #[inline(always)]
@@ -420,7 +434,7 @@ impl<T: Memory, const PAIRS: bool> ValueRows for Listed<'_, T, PAIRS> {
     #[inline(always)]
     unsafe fn add_two<S: Simd, const R: usize, const N: usize>(
         s: S,
-        weighted: &Weighted<Self>,
+        weighted: &WeightedValues<Self>,
         j: usize,
         offset: isize,
         part: usize,
@@ -448,12 +462,12 @@ impl<T: Memory, const PAIRS: bool> ValueRows for Listed<'_, T, PAIRS> {
 }
 
 /// In a packed copy, so many floats apart.
-pub(super) struct Packed {
+pub(super) struct PackedValues {
     pub first: *const f32,
     pub width: usize,
 }
 
-impl ValueRows for Packed {
+impl ValueRows for PackedValues {
     type Element = f32;
     const IN_CACHE: bool = false;
     #[inline(always)]
@@ -467,7 +481,7 @@ impl ValueRows for Packed {
 }
 
 /// `acc[r] += sum over keys of weights[r][key] * v[key]`, one key after the other. Rows of weights lie [`BLOCK`] apart.
-pub(super) struct Weighted<V> {
+pub(super) struct WeightedValues<V> {
     pub weights: *const f32,
     pub acc: *mut f32,
     /// Floats from one accumulator to the next.
@@ -480,7 +494,7 @@ pub(super) struct Weighted<V> {
     pub whole: bool,
 }
 
-impl<V: ValueRows> Weighted<V> {
+impl<V: ValueRows> WeightedValues<V> {
     /// All `dv` columns of `R` rows, up to `N` vectors at a time.
     ///
     /// # Safety
@@ -542,7 +556,7 @@ impl<V: ValueRows> Weighted<V> {
     }
 }
 
-impl<V: ValueRows> Weighted<V> {
+impl<V: ValueRows> WeightedValues<V> {
     /// Two keys of [`Self::add`], each by itself.
     ///
     /// # Safety
@@ -620,18 +634,18 @@ impl<V: ValueRows> Weighted<V> {
 /// # Safety
 /// They are readable.
 #[inline(always)]
-pub(super) unsafe fn load_up_to<S: Simd, T: Memory>(s: S, from: *const T, part: usize) -> S::V {
+pub(super) unsafe fn load_up_to<S: Simd, T: LoadStore>(s: S, from: *const T, part: usize) -> S::V {
     // SAFETY: the caller's.
     unsafe { if part == S::LANES { T::load(s, from) } else { T::load_part(s, from, part) } }
 }
 
-/// Whether the values of a span and KV head hold no NaN and no infinity.
+/// Whether the values of a key range and KV head hold no NaN and no infinity.
 ///
 /// # Safety
 /// As [`block`].
 #[inline(always)]
-unsafe fn finite<S: Simd, T: Memory>(s: S, v: Rows<T>, head: usize, span: Span, dv: usize) -> bool {
-    for j in span.low..span.high {
+unsafe fn finite<S: Simd, T: LoadStore>(s: S, v: KeyPointers<T>, head: usize, key_range: KeyRange, dv: usize) -> bool {
+    for j in key_range.low..key_range.high {
         let row = v.key(head, j);
         let mut i = 0;
         while i < dv {
@@ -651,32 +665,38 @@ unsafe fn finite<S: Simd, T: Memory>(s: S, v: Rows<T>, head: usize, span: Span, 
 /// # Safety
 /// As [`block`]; `row` is number `r` of the tile.
 #[inline(always)]
-pub(super) unsafe fn careful<S: Simd, T: Memory>(s: S, block: &Block, row: &RowState, r: usize, v: Rows<T>) {
-    let Block { tile, scratch, span, dv, .. } = *block;
-    for j in span.low..span.high {
-        if row.live >> j & 1 == 1 {
-            let one = Weighted {
+pub(super) unsafe fn accumulate_visible<S: Simd, T: LoadStore>(
+    s: S,
+    block: &Block,
+    row: &RowState,
+    r: usize,
+    v: KeyPointers<T>,
+) {
+    let Block { tile, scratch, key_range, dv, .. } = *block;
+    for j in key_range.low..key_range.high {
+        if row.visible_bits >> j & 1 == 1 {
+            let one = WeightedValues {
                 weights: scratch.s.wrapping_add(r * BLOCK + j),
                 acc: scratch.acc.wrapping_add(r * padded(dv)),
                 acc_row: padded(dv),
-                v: Listed::<T, false> { rows: v, head: r / tile.head_rows, first: j },
+                v: CacheValues::<T, false> { rows: v, head: r / tile.head_rows, first: j },
                 keys: 1,
                 ahead: 0,
                 whole: false,
             };
             // SAFETY: the caller's.
-            unsafe { s.outline(Careful { one, dv }) };
+            unsafe { s.outline(AccumulateOne { one, dv }) };
         }
     }
 }
 
 /// One row, one key.
-struct Careful<V> {
-    one: Weighted<V>,
+struct AccumulateOne<V> {
+    one: WeightedValues<V>,
     dv: usize,
 }
 
-impl<V: ValueRows> Outlined for Careful<V> {
+impl<V: ValueRows> Outlined for AccumulateOne<V> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
         // SAFETY: the caller's.

@@ -1,0 +1,100 @@
+//! The registry: every kernel of this build, with what it does, for which types and level, its name, its error bound and its
+//! function. Dispatch, tests and benches read it and nothing else.
+
+use super::api::{Function, KernelInfo};
+use super::scalar;
+#[cfg(target_arch = "x86_64")]
+use super::{amx, avx2, avx512};
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+use super::{neon, neonbf16};
+
+/// One line of the registry.
+pub(crate) struct Entry {
+    pub info: KernelInfo,
+    pub function: Function,
+}
+
+/// One line of a level's part of the registry.
+macro_rules! entry {
+    ($level:ident, $op:ident, $src:ident, $dst:ident, $precision:expr, $name:expr, $error:expr, $kind:ident($function:expr)) => {
+        $crate::kernels::registry::Entry {
+            info: $crate::kernels::api::KernelInfo {
+                op: $crate::kernels::api::Op::$op,
+                src: $crate::dtype::DType::$src,
+                dst: $crate::dtype::DType::$dst,
+                isa: $crate::isa::Isa::$level,
+                precision: $precision,
+                name: $name,
+                c_name: match std::ffi::CStr::from_bytes_with_nul(concat!($name, "\0").as_bytes()) {
+                    Ok(name) => name,
+                    Err(_) => panic!("a kernel's name holds a zero"),
+                },
+                max_error: $error,
+            },
+            function: $crate::kernels::api::Function::$kind($function),
+        }
+    };
+}
+pub(crate) use entry;
+
+/// The entries of every level, the portable one first.
+static LEVELS: &[&[Entry]] = &[
+    scalar::ENTRIES,
+    #[cfg(target_arch = "x86_64")]
+    avx2::ENTRIES,
+    #[cfg(target_arch = "x86_64")]
+    avx512::ENTRIES,
+    #[cfg(target_arch = "x86_64")]
+    amx::ENTRIES,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    neon::ENTRIES,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    neonbf16::ENTRIES,
+];
+
+/// The registry: all kernels of this build, level by level in the order of preference, the portable one first.
+pub(crate) fn entries() -> impl Iterator<Item = &'static Entry> {
+    LEVELS.iter().flat_map(|entries| entries.iter())
+}
+
+/// Every kernel of this build, whether this CPU can run it or not.
+pub fn kernels() -> impl Iterator<Item = KernelInfo> {
+    entries().map(|entry| entry.info)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Isa;
+    use crate::kernels::api::{Op, Precision};
+
+    /// `<op>[_<source>[_<target>]][_<precision>]_<isa>`: one type where an operation has but one, none where it has no choice.
+    fn grammatical(info: &KernelInfo) -> String {
+        let types = match info.op {
+            Op::RopeAngles => vec![],
+            Op::Rope | Op::KvWrite | Op::RmsNorm => vec![info.src.name(), info.dst.name()],
+            Op::RepeatKv | Op::Attention | Op::MergeStates => vec![info.src.name()],
+        };
+        // The default precision has no word.
+        let precision = info.precision.filter(|&p| p != Precision::Default).map(Precision::name);
+        let words = [info.op.name()].into_iter().chain(types).chain(precision).chain([info.isa.name()]);
+        words.collect::<Vec<_>>().join("_")
+    }
+
+    #[test]
+    fn names_follow_their_grammar() {
+        for info in kernels() {
+            assert_eq!(info.name, grammatical(&info));
+            assert_eq!(info.c_name.to_str(), Ok(info.name));
+        }
+        // A level is the last word of a name, so it must be one word.
+        assert!(Isa::ALL.into_iter().all(|isa| !isa.name().contains('_')));
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let mut names: Vec<_> = kernels().map(|info| info.name).collect();
+        names.sort_unstable();
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]));
+    }
+}

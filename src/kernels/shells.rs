@@ -1,0 +1,147 @@
+//! The shells and the registry lines of a level that has every kernel.
+
+/// Writes a level's shells: the generic bodies, compiled with the level's features.
+///
+/// Called through [`level_features`](crate::cpu::level_features).
+macro_rules! kernel_shells {
+    {[$($feature:literal)*] $level:ident} => {
+        mod shells {
+            use super::$level;
+            use $crate::kernels::api::{AttentionFns, CopyArgs, MergeArgs, NormArgs, RopeArgs};
+            use $crate::kernels::generic::{self, attention::{Scratch, VectorProducts}};
+            use $crate::kernels::simd::LoadStore;
+            use $crate::problem::attention::Problem;
+            use $crate::problem::tile::{MAX_TILE_ROWS, TILE_ROWS, Tile};
+
+            // Every shell is unsafe for the same two reasons: its caller vouches for the level's features (the registry
+            // hands it out only where they are available) and for the arguments (the operations have validated them).
+
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn angles(position: f64, inv_freq: &[f64], magnitude: f64, cos: &mut [f32], sin: &mut [f32]) {
+                generic::rope::angles(position, inv_freq, magnitude, cos, sin);
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn rope<A: LoadStore, B: LoadStore>(args: &RopeArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::rope::rope::<_, A, B>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn copy<A: LoadStore, B: LoadStore>(args: &CopyArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::copy::copy::<_, A, B>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn merge<T: LoadStore>(args: &MergeArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::merge::merge::<_, T>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn rms_norm<A: LoadStore, B: LoadStore>(args: &NormArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::norm::rms_norm::<_, A, B>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn tile<T: LoadStore>(problem: &Problem, tile: &Tile, scratch: *mut u8) {
+                let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v_dim).0;
+                // SAFETY: the caller's.
+                unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, &scratch, &VectorProducts) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn reduce<T: LoadStore>(problem: &Problem, tile: &Tile, scratch: *mut u8) {
+                let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v_dim).0;
+                let deinterleaved = T::deinterleaved::<$level>();
+                // SAFETY: the caller's.
+                unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, scratch.total, deinterleaved) }
+            }
+            pub(super) const fn attention<T: LoadStore>() -> AttentionFns {
+                AttentionFns {
+                    tile: tile::<T>,
+                    reduce: reduce::<T>,
+                    max_rows: MAX_TILE_ROWS,
+                    row_step: 2 * TILE_ROWS,
+                    several_heads: true,
+                    scratch_bytes: Scratch::bytes,
+                }
+            }
+        }
+    };
+}
+pub(crate) use kernel_shells;
+
+/// Writes a level's part of the registry, `ENTRIES`. Every line is a kernel, with its name on every level:
+/// operation, source and target format, largest error, function, names.
+macro_rules! kernel_table {
+    ($level:ident) => { $crate::kernels::shells::kernel_lines! { $level
+    RopeAngles  F32  F32  1e-7 Angles(angles)                   "rope_angles_scalar" "rope_angles_avx2" "rope_angles_avx512" "rope_angles_neon";
+    Rope        F32  F32  4e-7 Rope(rope::<f32, f32>)           "rope_f32_f32_scalar" "rope_f32_f32_avx2" "rope_f32_f32_avx512" "rope_f32_f32_neon";
+    Rope        F32  F16  4e-7 Rope(rope::<f32, f16>)           "rope_f32_f16_scalar" "rope_f32_f16_avx2" "rope_f32_f16_avx512" "rope_f32_f16_neon";
+    Rope        F32  Bf16 4e-7 Rope(rope::<f32, bf16>)          "rope_f32_bf16_scalar" "rope_f32_bf16_avx2" "rope_f32_bf16_avx512" "rope_f32_bf16_neon";
+    Rope        F16  F32  4e-7 Rope(rope::<f16, f32>)           "rope_f16_f32_scalar" "rope_f16_f32_avx2" "rope_f16_f32_avx512" "rope_f16_f32_neon";
+    Rope        F16  F16  4e-7 Rope(rope::<f16, f16>)           "rope_f16_f16_scalar" "rope_f16_f16_avx2" "rope_f16_f16_avx512" "rope_f16_f16_neon";
+    Rope        F16  Bf16 4e-7 Rope(rope::<f16, bf16>)          "rope_f16_bf16_scalar" "rope_f16_bf16_avx2" "rope_f16_bf16_avx512" "rope_f16_bf16_neon";
+    Rope        Bf16 F32  4e-7 Rope(rope::<bf16, f32>)          "rope_bf16_f32_scalar" "rope_bf16_f32_avx2" "rope_bf16_f32_avx512" "rope_bf16_f32_neon";
+    Rope        Bf16 F16  4e-7 Rope(rope::<bf16, f16>)          "rope_bf16_f16_scalar" "rope_bf16_f16_avx2" "rope_bf16_f16_avx512" "rope_bf16_f16_neon";
+    Rope        Bf16 Bf16 4e-7 Rope(rope::<bf16, bf16>)         "rope_bf16_bf16_scalar" "rope_bf16_bf16_avx2" "rope_bf16_bf16_avx512" "rope_bf16_bf16_neon";
+    KvWrite     F32  F32  0.0  Copy(copy::<f32, f32>)           "kv_write_f32_f32_scalar" "kv_write_f32_f32_avx2" "kv_write_f32_f32_avx512" "kv_write_f32_f32_neon";
+    KvWrite     F32  F16  0.0  Copy(copy::<f32, f16>)           "kv_write_f32_f16_scalar" "kv_write_f32_f16_avx2" "kv_write_f32_f16_avx512" "kv_write_f32_f16_neon";
+    KvWrite     F32  Bf16 0.0  Copy(copy::<f32, bf16>)          "kv_write_f32_bf16_scalar" "kv_write_f32_bf16_avx2" "kv_write_f32_bf16_avx512" "kv_write_f32_bf16_neon";
+    KvWrite     F16  F32  0.0  Copy(copy::<f16, f32>)           "kv_write_f16_f32_scalar" "kv_write_f16_f32_avx2" "kv_write_f16_f32_avx512" "kv_write_f16_f32_neon";
+    KvWrite     F16  F16  0.0  Copy(copy::<f16, f16>)           "kv_write_f16_f16_scalar" "kv_write_f16_f16_avx2" "kv_write_f16_f16_avx512" "kv_write_f16_f16_neon";
+    KvWrite     F16  Bf16 0.0  Copy(copy::<f16, bf16>)          "kv_write_f16_bf16_scalar" "kv_write_f16_bf16_avx2" "kv_write_f16_bf16_avx512" "kv_write_f16_bf16_neon";
+    KvWrite     Bf16 F32  0.0  Copy(copy::<bf16, f32>)          "kv_write_bf16_f32_scalar" "kv_write_bf16_f32_avx2" "kv_write_bf16_f32_avx512" "kv_write_bf16_f32_neon";
+    KvWrite     Bf16 F16  0.0  Copy(copy::<bf16, f16>)          "kv_write_bf16_f16_scalar" "kv_write_bf16_f16_avx2" "kv_write_bf16_f16_avx512" "kv_write_bf16_f16_neon";
+    KvWrite     Bf16 Bf16 0.0  Copy(copy::<bf16, bf16>)         "kv_write_bf16_bf16_scalar" "kv_write_bf16_bf16_avx2" "kv_write_bf16_bf16_avx512" "kv_write_bf16_bf16_neon";
+    RepeatKv    F32  F32  0.0  Copy(copy::<f32, f32>)           "repeat_kv_f32_scalar" "repeat_kv_f32_avx2" "repeat_kv_f32_avx512" "repeat_kv_f32_neon";
+    RepeatKv    F16  F16  0.0  Copy(copy::<f16, f16>)           "repeat_kv_f16_scalar" "repeat_kv_f16_avx2" "repeat_kv_f16_avx512" "repeat_kv_f16_neon";
+    RepeatKv    Bf16 Bf16 0.0  Copy(copy::<bf16, bf16>)         "repeat_kv_bf16_scalar" "repeat_kv_bf16_avx2" "repeat_kv_bf16_avx512" "repeat_kv_bf16_neon";
+    Attention   F32  F32  1e-5 Attention(attention::<f32>())    "attention_f32_scalar" "attention_f32_avx2" "attention_f32_avx512" "attention_f32_neon";
+    Attention   F16  F16  1e-5 Attention(attention::<f16>())    "attention_f16_scalar" "attention_f16_avx2" "attention_f16_avx512" "attention_f16_neon";
+    Attention   Bf16 Bf16 1e-5 Attention(attention::<bf16>())   "attention_bf16_scalar" "attention_bf16_avx2" "attention_bf16_avx512" "attention_bf16_neon";
+    MergeStates F32  F32  1e-6 Merge(merge::<f32>)              "merge_states_f32_scalar" "merge_states_f32_avx2" "merge_states_f32_avx512" "merge_states_f32_neon";
+    MergeStates F16  F16  1e-6 Merge(merge::<f16>)              "merge_states_f16_scalar" "merge_states_f16_avx2" "merge_states_f16_avx512" "merge_states_f16_neon";
+    MergeStates Bf16 Bf16 1e-6 Merge(merge::<bf16>)             "merge_states_bf16_scalar" "merge_states_bf16_avx2" "merge_states_bf16_avx512" "merge_states_bf16_neon";
+    RmsNorm     F32  F32  2e-7 Norm(rms_norm::<f32, f32>)       "rms_norm_f32_f32_scalar" "rms_norm_f32_f32_avx2" "rms_norm_f32_f32_avx512" "rms_norm_f32_f32_neon";
+    RmsNorm     F32  F16  2e-7 Norm(rms_norm::<f32, f16>)       "rms_norm_f32_f16_scalar" "rms_norm_f32_f16_avx2" "rms_norm_f32_f16_avx512" "rms_norm_f32_f16_neon";
+    RmsNorm     F32  Bf16 2e-7 Norm(rms_norm::<f32, bf16>)      "rms_norm_f32_bf16_scalar" "rms_norm_f32_bf16_avx2" "rms_norm_f32_bf16_avx512" "rms_norm_f32_bf16_neon";
+    RmsNorm     F16  F32  2e-7 Norm(rms_norm::<f16, f32>)       "rms_norm_f16_f32_scalar" "rms_norm_f16_f32_avx2" "rms_norm_f16_f32_avx512" "rms_norm_f16_f32_neon";
+    RmsNorm     F16  F16  2e-7 Norm(rms_norm::<f16, f16>)       "rms_norm_f16_f16_scalar" "rms_norm_f16_f16_avx2" "rms_norm_f16_f16_avx512" "rms_norm_f16_f16_neon";
+    RmsNorm     F16  Bf16 2e-7 Norm(rms_norm::<f16, bf16>)      "rms_norm_f16_bf16_scalar" "rms_norm_f16_bf16_avx2" "rms_norm_f16_bf16_avx512" "rms_norm_f16_bf16_neon";
+    RmsNorm     Bf16 F32  2e-7 Norm(rms_norm::<bf16, f32>)      "rms_norm_bf16_f32_scalar" "rms_norm_bf16_f32_avx2" "rms_norm_bf16_f32_avx512" "rms_norm_bf16_f32_neon";
+    RmsNorm     Bf16 F16  2e-7 Norm(rms_norm::<bf16, f16>)      "rms_norm_bf16_f16_scalar" "rms_norm_bf16_f16_avx2" "rms_norm_bf16_f16_avx512" "rms_norm_bf16_f16_neon";
+    RmsNorm     Bf16 Bf16 2e-7 Norm(rms_norm::<bf16, bf16>)     "rms_norm_bf16_bf16_scalar" "rms_norm_bf16_bf16_avx2" "rms_norm_bf16_bf16_avx512" "rms_norm_bf16_bf16_neon";
+    } };
+}
+pub(crate) use kernel_table;
+
+/// The lines of [`kernel_table`] as entries of the registry.
+macro_rules! kernel_lines {
+    ($level:ident $($op:ident $src:ident $dst:ident $error:literal $kind:ident($function:expr)
+        $scalar:literal $avx2:literal $avx512:literal $neon:literal;)*) => {
+        pub(crate) static ENTRIES: &[$crate::kernels::registry::Entry] = {
+            use shells::*;
+            &[$($crate::kernels::registry::entry!(
+                $level, $op, $src, $dst, None,
+                $crate::kernels::shells::column!($level $scalar $avx2 $avx512 $neon),
+                $error, $kind($function)
+            )),*]
+        };
+    };
+}
+pub(crate) use kernel_lines;
+
+/// A kernel's name on a level.
+macro_rules! column {
+    (Scalar $scalar:literal $avx2:literal $avx512:literal $neon:literal) => {
+        $scalar
+    };
+    (Avx2 $scalar:literal $avx2:literal $avx512:literal $neon:literal) => {
+        $avx2
+    };
+    (Avx512 $scalar:literal $avx2:literal $avx512:literal $neon:literal) => {
+        $avx512
+    };
+    (Neon $scalar:literal $avx2:literal $avx512:literal $neon:literal) => {
+        $neon
+    };
+}
+pub(crate) use column;

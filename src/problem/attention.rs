@@ -1,0 +1,102 @@
+//! One attention call.
+
+use super::masks::{BitView, ByteView, visible_by_masks};
+use super::visibility::Visibility;
+use crate::layout::{Packing, Place};
+use crate::view::RawView;
+
+/// One attention call: validated, shared by all tiles.
+pub(crate) struct Problem<'a> {
+    pub q: RawView,
+    pub k: RawView,
+    pub v: RawView,
+    /// Elements of a value, and how those of two slots lie in `v`.
+    pub v_dim: usize,
+    pub v_packing: Packing,
+    pub out: RawView,
+    /// `[batch, seq, heads]`, contiguous; null if not request.
+    pub lse: *mut f32,
+    /// Which rows there are, and which keys their queries may see.
+    pub visibility: Visibility<'a>,
+    /// Query heads a KV head.
+    pub group: usize,
+    pub scale: f32,
+    /// 0: none.
+    pub softcap: f32,
+    /// `[batch, seq, heads, keys]` bytes; 0 hides.
+    pub mask: Option<ByteView>,
+    pub bit_mask: Option<BitView<'a>>,
+    /// `[batch, seq, heads, keys]`.
+    pub bias: Option<RawView>,
+    /// A slope a query head.
+    pub alibi: Option<&'a [f32]>,
+    /// A logit a query head.
+    pub sinks: Option<&'a [f32]>,
+}
+
+// SAFETY: the pointers are of validated views; tiles write disjoint rows of the outputs and only read the inputs.
+unsafe impl Sync for Problem<'_> {}
+
+impl Problem<'_> {
+    /// A key of a batch row.
+    ///
+    /// # Safety
+    /// It is inside the cache.
+    #[cfg(target_arch = "x86_64")]
+    pub unsafe fn key(&self, batch: usize, position: usize, kv_head: usize) -> *const u8 {
+        let (row, slot) = self.visibility.place(batch, position).0;
+        // SAFETY: the caller's.
+        unsafe { self.k.row(row, slot, kv_head) }
+    }
+
+    /// The value at a place.
+    ///
+    /// # Safety
+    /// It is inside the cache.
+    #[inline(always)]
+    pub unsafe fn value_at(&self, (row, slot): Place, kv_head: usize) -> *const u8 {
+        // SAFETY: the caller's.
+        unsafe {
+            match self.v_packing {
+                Packing::Rows => self.v.row(row, slot, kv_head),
+                Packing::RowPairs => {
+                    let half = (slot % 2) as isize * self.v.strides[3] as isize * self.v.dtype.size() as isize;
+                    self.v.row(row, slot / 2, kv_head).offset(half)
+                }
+            }
+        }
+    }
+
+    /// From one element of a value to the next.
+    #[inline(always)]
+    pub fn value_step(&self) -> isize {
+        self.v.strides[3] as isize * if self.v_packing == Packing::RowPairs { 2 } else { 1 }
+    }
+
+    /// A value of a batch row.
+    ///
+    /// # Safety
+    /// It is inside the cache.
+    #[cfg(target_arch = "x86_64")]
+    pub unsafe fn value(&self, batch: usize, position: usize, kv_head: usize) -> *const u8 {
+        let place = self.visibility.place(batch, position).0;
+        // SAFETY: the caller's.
+        unsafe { self.value_at(place, kv_head) }
+    }
+
+    /// Where the LSE of a query and head goes.
+    pub fn lse(&self, batch: usize, token: usize, head: usize) -> *mut f32 {
+        let (row, token) = self.visibility.query(batch, token);
+        self.lse.wrapping_add((row * self.q.shape[1] + token) * self.q.shape[2] + head)
+    }
+
+    /// Which of the `visible_bits` keys of a block the masks show to a query and head.
+    ///
+    /// # Safety
+    /// The visible keys are inside the masks.
+    #[inline(always)]
+    pub unsafe fn visible_by_masks(&self, batch: usize, row: (u32, u32), base: usize, visible_bits: u64) -> u64 {
+        // SAFETY: the caller's.
+        unsafe { visible_by_masks((self.mask.as_ref(), self.bit_mask.as_ref()), batch, row, base, visible_bits) }
+    }
+}
