@@ -106,6 +106,16 @@ pub(super) fn parse_precision(name: &str, value: kvl_precision) -> Result<Precis
     enumeration("kvl_precision", name, value, Precision::from_u32)
 }
 
+// The values are pinned twice, here and in the enumerations; they cannot drift apart.
+const _: () = {
+    assert!(KVL_OP_ROPE_ANGLES == Op::RopeAngles as i32 && KVL_OP_ROPE == Op::Rope as i32);
+    assert!(KVL_OP_KV_WRITE == Op::KvWrite as i32 && KVL_OP_REPEAT_KV == Op::RepeatKv as i32);
+    assert!(KVL_OP_ATTENTION == Op::Attention as i32 && KVL_OP_MERGE_STATES == Op::MergeStates as i32);
+    assert!(KVL_OP_RMS_NORM == Op::RmsNorm as i32 && Op::ALL.len() == 7);
+    assert!(KVL_PRECISION_DEFAULT == Precision::Default as i32 && KVL_PRECISION_HIGH == Precision::High as i32);
+    assert!(Precision::ALL.len() == 2);
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;

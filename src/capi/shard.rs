@@ -112,7 +112,7 @@ pub unsafe extern "C" fn kvl_shard_heads(
     })
 }
 
-/// The shard's span of the slots of a row: `*count` of `capacity`, from `*first` on. Visibility begin and end at multiples of
+/// The shard's span of the slots of a row: `*count` of `capacity`, from `*first` on. Spans begin and end at multiples of
 /// `KVL_SPLIT_GRID` or at the capacity, and may be empty. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
