@@ -118,7 +118,6 @@ const _: () = {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::ffi::CStr;
 
     #[test]
