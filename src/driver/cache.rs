@@ -1,4 +1,4 @@
-//! The key/value cache of a whole model: one pair of tensors a layer, one length a batch row.
+//! The key/value cache of a whole model: a pair of tensors per layer, and one length per sequence.
 
 use std::ops::Range;
 
@@ -8,10 +8,10 @@ use super::error::{Error, Result};
 use super::model::{LayerConfig, ModelConfig};
 use crate::{Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, View, ViewMut};
 
-/// Prompt tokens in one pass. More would not make a pass more efficient, and its activations larger.
+/// Prompt tokens per pass. More would enlarge the activations without making a pass more efficient.
 pub const PREFILL_CHUNK: usize = 512;
 
-/// Elements of the type that the user chose for the cache.
+/// Elements of the type chosen for the cache.
 #[derive(Debug, Clone)]
 enum Buffer {
     F32(Vec<f32>),
@@ -51,41 +51,42 @@ struct LayerCache {
     k: Buffer,
     v: Buffer,
     shape: [usize; 4],
-    /// The layer's, as [`LayerConfig::window`]: with one, rows are rings.
+    /// As [`LayerConfig::window`]. A layer with a window keeps rings.
     window: Option<usize>,
 }
 
-/// Keys and values of every layer, zero at first.
+/// Keys and values of every layer, initially zero.
 ///
-/// A row is a sequence of its own: its length says how many tokens it holds, and the next token's position is that number.
-/// What lies beyond the length is never read, whatever it is.
+/// Each row holds one sequence. Its length is the number of tokens that it holds and the position of the next token.
+/// Slots beyond the length are never read.
 ///
-/// Layers with a window keep rings: a row of theirs has slots for the window and the tokens of one pass, whose first query
-/// sees a window that the last token must not have overwritten. The other layers keep every token.
+/// Layers with a window keep rings. A ring has slots for the window and for the tokens of one pass, because the last
+/// token of a pass must not overwrite the window of the first query. The other layers keep every token.
 #[derive(Debug, Clone)]
 pub struct Cache {
     layers: Vec<LayerCache>,
     lengths: Vec<i32>,
-    /// The most tokens each row has had since it was emptied: what these overwrote in a ring is gone, whatever was forgotten
-    /// after that.
+    /// The greatest length of each row since it was emptied. It decides which tokens of a ring are overwritten, even
+    /// after a truncation.
     most: Vec<i32>,
     capacity: usize,
     chunk: usize,
     dtype: DType,
 }
 
-/// The slots that a layer needs for sequences of up to `capacity` tokens, fed at most `chunk` at a time.
+/// The slots that a layer needs for sequences of up to `capacity` tokens, with at most `chunk` new tokens per pass.
 fn slots(layer: &LayerConfig, capacity: usize, chunk: usize) -> usize {
     layer.window.map_or(capacity, |window| window.saturating_add(chunk).min(capacity))
 }
 
 impl Cache {
-    /// Room for `rows` sequences of up to `capacity` tokens, fed at most [`PREFILL_CHUNK`] at a time.
+    /// Room for `rows` sequences of up to `capacity` tokens, with at most [`PREFILL_CHUNK`] new tokens per pass.
     pub fn new(config: &ModelConfig, rows: usize, capacity: usize, dtype: DType) -> Result<Self> {
         Self::with_chunk(config, rows, capacity, PREFILL_CHUNK, dtype)
     }
 
-    /// The same, fed at most `chunk` tokens of a row at a time: the fewer, the smaller the rings of layers with a window.
+    /// As [`Self::new`], with at most `chunk` new tokens per sequence and pass. A smaller chunk makes the rings of
+    /// layers with a window smaller.
     pub fn with_chunk(config: &ModelConfig, rows: usize, capacity: usize, chunk: usize, dtype: DType) -> Result<Self> {
         if chunk == 0 {
             return Err(Error::argument("0 tokens of a row in one pass; at least 1 is needed"));
@@ -114,51 +115,52 @@ impl Cache {
         })
     }
 
-    /// The number of sequences it has room for.
+    /// The number of sequences that fit.
     pub fn rows(&self) -> usize {
         self.lengths.len()
     }
 
-    /// The number of tokens a row has room for.
+    /// The number of tokens that a row can hold.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// The most tokens of a row that one pass may feed.
+    /// The most new tokens of a row in one pass.
     pub fn chunk(&self) -> usize {
         self.chunk
     }
 
-    /// The type of the elements.
+    /// The element type.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// The number of tokens each row holds.
+    /// The number of tokens in each row.
     pub fn lengths(&self) -> &[i32] {
         &self.lengths
     }
 
-    /// The tokens that row `row` holds.
+    /// The number of tokens in row `row`.
     pub fn len(&self, row: usize) -> usize {
         self.lengths[row] as usize
     }
 
-    /// Whether no row holds a token.
+    /// Whether all rows are empty.
     pub fn is_empty(&self) -> bool {
         self.lengths.iter().all(|&n| n == 0)
     }
 
-    /// The bytes of all keys and values.
+    /// The size of all keys and values in bytes.
     pub fn bytes(&self) -> usize {
         let elements: usize = self.layers.iter().map(|l| l.shape.iter().product::<usize>()).sum();
         2 * elements * self.dtype.size()
     }
 
-    /// Forgets all but the first `len` tokens of a row; no data moves.
+    /// Keeps the first `len` tokens of a row and forgets the others. No data moves.
     ///
-    /// A ring that has gone round can only give back as many of the newest tokens as overwrote nothing that the next one
-    /// sees: one more than [`chunk`](Self::chunk). On an error nothing has changed. To forget all tokens is always possible.
+    /// A ring that has wrapped around can forget at most [`chunk`](Self::chunk) + 1 of its newest tokens, because
+    /// older ones have been overwritten. Otherwise this is an error, and nothing has changed. Forgetting all tokens is
+    /// always possible.
     pub fn truncate(&mut self, row: usize, len: usize) -> Result<()> {
         let len = len.min(self.len(row));
         if len == 0 {
@@ -180,12 +182,12 @@ impl Cache {
         Ok(())
     }
 
-    /// Forgets a row's tokens.
+    /// Empties a row.
     pub fn reset(&mut self, row: usize) {
         (self.lengths[row], self.most[row]) = (0, 0);
     }
 
-    /// Room left in a row.
+    /// The number of tokens that still fit into a row.
     pub fn room(&self, row: usize) -> usize {
         self.capacity() - self.len(row)
     }
@@ -213,7 +215,7 @@ impl Cache {
         Ok(cache.evict(context, runner, row, span, rotations)?)
     }
 
-    /// Where a layer's tokens lie, and in how many slots a row.
+    /// A layer's layout, and its slots per row.
     pub(super) fn layout(&self, layer: usize) -> (Layout<'static>, usize) {
         let &LayerCache { shape: [_, slots, ..], window, .. } = &self.layers[layer];
         (if window.is_some() { Layout::ring(0) } else { Layout::Contiguous }, slots)

@@ -7,14 +7,14 @@
 //!              h = RMSNorm(x);  g|u = h Wgu;     x += [RMSNorm] (act(g) * u) Wd
 //! logits = RMSNorm(x) Whead [capped]
 //! ```
-//! What stands in brackets, the activation, and every layer's window and rotary embedding are the model's, told by its
-//! [`ModelConfig`]; a Llama has none of the former, SiLU, no windows and one rotary embedding.
+//! [`ModelConfig`] decides about the operations in brackets, the activation, and each layer's window and rotary
+//! embedding. A Llama model has no bracketed operation, SiLU, no windows and one rotary embedding.
 //!
-//! One function, [`Decoder::forward`], serves prefill, chunked prefill and decode: it appends any number of tokens to any
-//! row of the cache. The activations of a pass are a rectangle `[rows, longest]`; a row with fewer tokens is padded, and
-//! `counts` keeps its padding out of the cache. More tokens of a row than the cache's rings allow for at a time
-//! ([`Cache::chunk`]) go in several passes. Layers of one window share an [`AttentionPlan`]. Queries, keys and values are
-//! never taken out of the buffer that the fused projection fills: they are views with its strides.
+//! [`Decoder::forward`] serves prefill, chunked prefill and decode: it appends any number of tokens to any sequence of
+//! the cache. The activations of a pass have the shape `[sequences, longest]`. Shorter sequences are padded, and
+//! `counts` keeps padding out of the cache. More new tokens than the cache's rings allow ([`Cache::chunk`]) take
+//! several passes. Layers with the same window share an [`AttentionPlan`]. Queries, keys and values are strided views
+//! of the buffer that the fused projection fills; they are never copied.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -31,12 +31,12 @@ use crate::{
     Rope, RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
 };
 
-/// Which positions of a pass get logits.
+/// The positions of a pass for which logits are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Logits {
-    /// None: a prompt's chunk before the last.
+    /// None, for the chunks of a prompt before the last.
     None,
-    /// The last token of every row that was given one.
+    /// The last token of every sequence that has new tokens.
     Last,
     /// Every token.
     All,
@@ -48,7 +48,7 @@ pub struct Decoder {
     config: ModelConfig,
     weights: Weights,
     context: Context,
-    /// One for each of the model's rotary embeddings.
+    /// One per entry of [`ModelConfig::ropes`].
     frequencies: Vec<RopeFrequencies>,
     threads: Threads,
 }
@@ -60,7 +60,7 @@ pub struct Scratch {
     x: Vec<f32>,
     /// Normalised input of a half-layer, `[m, dim]`.
     h: Vec<f32>,
-    /// What a half-layer adds to `x`, `[m, dim]`.
+    /// The output of a half-layer, which is added to `x`, `[m, dim]`.
     delta: Vec<f32>,
     /// `[m, q_dim + 2 * kv_dim]`.
     qkv: Vec<f32>,
@@ -74,8 +74,8 @@ pub struct Scratch {
 }
 
 impl Decoder {
-    /// Takes a model's weights; sequences will be at most `longest` tokens (it matters for LongRoPE only), kernels at
-    /// most of the level `isa`.
+    /// Takes a model's weights. `longest` is the length of the longest sequence to come and matters for LongRoPE only;
+    /// `isa` is the highest level to use.
     pub fn new(
         config: ModelConfig,
         weights: Weights,
@@ -106,11 +106,11 @@ impl Decoder {
         &self.threads
     }
 
-    /// Appends `tokens[i]` to row `first_row + i` of the cache, for each i, and gives the logits asked for: `[n, vocab]`,
-    /// rows in order, where n is the number of tokens ([`Logits::All`]) or of rows with any ([`Logits::Last`]).
+    /// Appends `tokens[i]` to row `first_row + i` of the cache, for each i. Returns logits `[n, vocab]` in the order
+    /// of the rows; n is the number of tokens ([`Logits::All`]) or of rows with new tokens ([`Logits::Last`]).
     ///
-    /// Rows may differ in length and in the number of tokens they get, which may be 0. Bad arguments are refused before any
-    /// length has changed; should a kernel fail, the rows have the tokens of the passes before it.
+    /// Rows may differ in length and in the number of new tokens, which may be 0. Bad arguments are an error before
+    /// any length has changed. If a kernel fails, the rows hold the tokens of the passes before it.
     pub fn forward(
         &self,
         cache: &mut Cache,
@@ -144,8 +144,9 @@ impl Decoder {
         Ok(self.threads.run(|| self.logits(&wanted.concat())))
     }
 
-    /// Forgets the tokens `span` of a row and closes the gap: those after it get the positions from `span.start` on, to
-    /// which their keys are turned. Values, and keys beyond the first layer, still know of what was forgotten.
+    /// Forgets the tokens `span` of a row and closes the gap: later tokens move to the positions from `span.start` on,
+    /// and their keys are rotated to them. Values, and keys beyond the first layer, still depend on the tokens that
+    /// were forgotten.
     ///
     /// Every key that moves is rounded once to the cache's type. On an error nothing has changed.
     pub fn evict(&self, cache: &mut Cache, row: usize, span: Range<usize>) -> Result<()> {
@@ -189,7 +190,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// Feeds the layers with up to `seq` tokens a row; what they make of each, `[rows, seq, dim]`, is left in `scratch.x`.
+    /// Runs the layers on up to `seq` new tokens per row, and leaves the result, `[rows, seq, dim]`, in `scratch.x`.
     fn pass(
         &self,
         cache: &mut Cache,
@@ -205,7 +206,7 @@ impl Decoder {
         let (q_dim, kv_dim) = (c.q_dim(), c.kv_dim());
         let width = q_dim + 2 * kv_dim;
         let Scratch { x, h, delta, qkv, attn, gate_up, act, workspace } = scratch;
-        // Every buffer is written before it is read; resizing only makes the lengths right.
+        // Every buffer is written before it is read, so that the values of `resize` do not matter.
         x.resize(m * c.dim, 0.0);
         h.resize(m * c.dim, 0.0);
         delta.resize(m * c.dim, 0.0);
@@ -216,7 +217,7 @@ impl Decoder {
 
         for (row, ids) in x.chunks_exact_mut(seq * c.dim).zip(tokens) {
             for (t, x) in row.chunks_exact_mut(c.dim).enumerate() {
-                // Padding takes the embedding of token 0: any finite numbers do.
+                // Padding takes the embedding of token 0; any finite numbers would do.
                 let id = ids.get(t).copied().unwrap_or(0);
                 x.copy_from_slice(self.weights.embedding.row(id as usize));
                 if c.embedding_scale != 1.0 {
@@ -304,7 +305,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// What the layers made of tokens, `[n, dim]`, as logits, `[n, vocab]`.
+    /// Converts the output of the layers, `[n, dim]`, to logits, `[n, vocab]`.
     fn logits(&self, x: &[f32]) -> Vec<f32> {
         let c = &self.config;
         let n = x.len() / c.dim;
@@ -321,7 +322,7 @@ impl Decoder {
 
 /// The factor of RMSNorm, `1 / sqrt(mean(x^2) + eps)`.
 fn rms_scale(x: &[f32], eps: f32) -> f64 {
-    // In f64, so that the order of summation is no part of the result at f32's precision.
+    // In f64, so that the order of summation does not affect the result at f32 precision.
     let squares: f64 = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
     1.0 / (squares / x.len() as f64 + f64::from(eps)).sqrt()
 }
@@ -341,8 +342,8 @@ fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     x.par_chunks_exact(n).zip(y.par_chunks_exact_mut(n)).with_min_len(8).for_each(row);
 }
 
-/// RMSNorm of every head of queries and of keys, where they are: each row of `width` elements begins with those of the
-/// queries, then come the keys'; both with the weights of one head.
+/// RMSNorm of every query head and key head, in place. Each row of `width` elements begins with the queries, followed
+/// by the keys; each has the weights of one head.
 fn head_norms(qkv: &mut [f32], width: usize, (q_dim, q): (usize, &[f32]), (k_dim, k): (usize, &[f32]), eps: f32) {
     qkv.par_chunks_exact_mut(width).with_min_len(8).for_each(|row| {
         let (queries, rest) = row.split_at_mut(q_dim);
@@ -380,7 +381,7 @@ fn gelu_tanh(x: f32) -> f32 {
     0.5 * x * (1.0 + (SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)).tanh())
 }
 
-/// `x += delta`, which goes through an RMSNorm first if there are weights for one; `room` is as long as `x`.
+/// `x += delta`, after an RMSNorm of `delta` if there are weights for one. `room` is scratch as long as `x`.
 fn add_normed(x: &mut [f32], delta: &[f32], weight: Option<&[f32]>, eps: f32, room: &mut [f32]) {
     let delta = match weight {
         Some(weight) => {

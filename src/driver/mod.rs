@@ -1,4 +1,4 @@
-//! A small decoder on top of the kernels: model files, tokenizer, decoder, sampling, and the command line over them.
+//! A small decoder on top of the library: model files, tokenizer, decoder, sampling, and the command line.
 //!
 //! # The road data takes
 //! ```text
@@ -8,26 +8,26 @@
 //!                      ^                 | logits
 //!                      +---- sampling <--+              ids --tokenizer--> text, as it comes
 //! ```
-//! [`gguf`] and `hf` read a container and doubt every number in it; what they hand on are slices of the mapped file.
-//! [`quant`] turns blocks of any supported type into f32. [`model`] knows what a decoder of a known family (Llama, Gemma 3)
-//! must consist of, finds every part under either container's names, checks its shape, and unpacks it. From there on nothing knows which
-//! container a model came from; only RoPE's pairing remembers it, because the containers order a head's elements
-//! differently. [`decoder`] appends tokens to rows of a [`cache`] and gives logits; [`runner`] keeps several requests in
-//! the rows of one cache; [`cli`] parses arguments and prints;
-//! `kvlane bench` is no more than the command line of [`crate::bench`].
+//! [`gguf`] and `hf` read a container, check every number in it, and return slices of the mapped file. [`quant`]
+//! converts blocks of every supported type to f32. [`model`] knows the tensors of each supported family (Llama, Gemma
+//! 3). It finds every tensor under the names of either container, checks its shape and unpacks it. The other modules
+//! do not depend on the container, except for RoPE's pairing, because the containers order the elements of a head
+//! differently. [`decoder`] appends tokens to the sequences of a [`cache`] and returns logits. [`runner`] runs several
+//! requests over one cache. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
+//! [`crate::bench`].
 //!
-//! The decoder uses the library as any other program would: views, [`rope_in_place`](crate::rope_in_place),
-//! [`kv_write`](crate::kv_write) with its fused rotation of the keys, [`attention`](crate::attention()). Nothing private.
+//! The decoder uses the public API only, as any other program would: views, [`rope_in_place`](crate::rope_in_place),
+//! [`kv_write`](crate::kv_write) with its fused rotation of the keys, [`attention`](crate::attention()).
 //!
 //! # Who owns what
-//! A [`ModelFile`] owns the mapping and may be dropped once [`Weights`] and [`Tokenizer`] are built, for both are copies.
-//! A [`Decoder`] owns the weights, the kernels' [`Context`](crate::Context) and the threads, and does not change while it
-//! runs; what changes is the caller's: the [`Cache`] and the [`Scratch`] of one pass. Weights are plain f32: this driver is
-//! here to show the cache and its kernels, and leaves the linear layers to the `gemm` crate ([`linear`]).
+//! A [`ModelFile`] owns the mapping. It can be dropped once [`Weights`] and [`Tokenizer`] are built, because both are
+//! copies. A [`Decoder`] owns the weights, the [`Context`](crate::Context) and the threads, and is immutable. The
+//! caller owns the [`Cache`] and the [`Scratch`] of a pass. Weights are plain f32: the driver shows the cache and its
+//! kernels, and leaves the linear layers to the `gemm` crate ([`linear`]).
 //!
 //! # Trust
-//! A model file is input from strangers. Whatever it contains, the answer is a value or an [`Error`] with a sentence;
-//! what is allocated is bounded by a small multiple of the file's size.
+//! A model file is not trusted. Whatever it contains, the result is a value or an [`Error`] with a sentence, and the
+//! memory allocated is at most a small multiple of the file's size.
 
 mod bench;
 pub mod cache;

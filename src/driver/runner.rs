@@ -1,12 +1,12 @@
-//! Several requests over one cache: each has a row (a slot) while it runs, and all of them advance together.
+//! Several requests over one cache. Each occupies a row (a slot) while it runs, and all advance together.
 //!
-//! A prompt enters a free slot in passes of its own, while the other slots wait; then every [`Slots::step`] feeds the last
-//! token of every running request in one pass, so that the weights are read once for all of them. A request that ends
-//! leaves its slot at once, and the next prompt may take it: nothing of the old one has to be cleared, for what lies beyond
-//! a row's length is never read.
+//! A prompt enters a free slot in passes of its own, while the other slots wait. Then every [`Slots::step`] feeds the
+//! last token of every running request in one pass, so that the weights are read once for all requests. A request that
+//! ends frees its slot at once. The next prompt can take it without clearing it, because slots beyond a row's length
+//! are never read.
 //!
-//! A sequence ends where its row is full, unless [`Slots::streaming`] lets it go on: then tokens after the first few are
-//! forgotten a span at a time, and positions stay inside of what the model was made for.
+//! A sequence ends when its row is full, unless [`Slots::streaming`] allows it to continue. Then tokens after the
+//! first few are forgotten, many at a time, and positions stay within the model's context.
 
 use super::cache::Cache;
 use super::decoder::{Decoder, Logits, Scratch};
@@ -21,14 +21,14 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// The most tokens to generate.
     pub max_tokens: usize,
-    /// How to choose them.
+    /// How to choose tokens.
     pub sampling: SamplerOptions,
 }
 
 /// Why a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
-    /// The model chose a token that ends the text.
+    /// The model chose a token that ends a text.
     Eos,
     /// The request's limit is reached.
     MaxTokens,
@@ -36,18 +36,18 @@ pub enum Finish {
     Full,
 }
 
-/// How sequences go on past their cache (StreamingLLM, <https://arxiv.org/abs/2309.17453>).
+/// How sequences continue beyond their cache (StreamingLLM, <https://arxiv.org/abs/2309.17453>).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Streaming {
-    /// The first tokens, which are kept: attention leans on them whatever they say.
+    /// The first tokens, which are kept because attention puts weight on them whatever they contain.
     pub sinks: usize,
-    /// The most recent tokens, itself included, that every token sees at least.
+    /// The number of most recent tokens, its own included, that every token sees at least.
     pub window: usize,
 }
 
 impl Streaming {
-    /// The tokens that a row should have room for, at most `context`. A quarter of the window more than what is kept lets
-    /// a key move, and be rounded anew, five times at most before it is forgotten itself.
+    /// The capacity that a row should have, at most `context`: the tokens that are kept and a quarter of the window.
+    /// With it a key moves, and is rounded again, at most five times before it is forgotten itself.
     pub fn capacity(&self, context: usize) -> usize {
         let kept = self.sinks.saturating_add(self.window);
         kept.saturating_add(self.window.div_ceil(4)).min(context)
@@ -59,7 +59,7 @@ impl Streaming {
 pub struct Event {
     /// The slot of the request; free again if `finish` is set.
     pub slot: usize,
-    /// The token. The one that ends a text is reported too.
+    /// The token. A token that ends a text is reported too.
     pub token: u32,
     /// Set if this was the request's last token.
     pub finish: Option<Finish>,
@@ -67,7 +67,7 @@ pub struct Event {
 
 #[derive(Debug)]
 struct Running {
-    /// Prompt and what came after it; the last one is not in the cache yet.
+    /// The prompt and the generated tokens; the last one is not in the cache yet.
     ids: Vec<u32>,
     left: usize,
     sampler: Sampler,
@@ -80,10 +80,10 @@ pub struct Slots<'a> {
     cache: Cache,
     scratch: Scratch,
     slots: Vec<Option<Running>>,
-    /// Every step from an empty cache: the cost that a cache avoids.
+    /// Whether every step starts from an empty cache, to measure what a cache saves.
     recompute: bool,
     streaming: Option<Streaming>,
-    /// Tokens forgotten so far, of all requests.
+    /// The number of tokens forgotten so far, over all requests.
     evicted: usize,
 }
 
@@ -104,13 +104,13 @@ impl<'a> Slots<'a> {
         })
     }
 
-    /// Whether to empty the cache before every step and feed the whole sequence again.
+    /// Sets whether every step empties the cache and feeds the whole sequence again.
     pub fn recompute(mut self, recompute: bool) -> Self {
         self.recompute = recompute;
         self
     }
 
-    /// Whether sequences go on when their row is full, and what they keep then.
+    /// Sets whether sequences continue when their row is full, and which tokens they keep.
     pub fn streaming(mut self, streaming: Option<Streaming>) -> Result<Self> {
         if let Some(Streaming { sinks, window }) = streaming {
             let capacity = self.cache.capacity();
@@ -125,7 +125,7 @@ impl<'a> Slots<'a> {
         Ok(self)
     }
 
-    /// Tokens forgotten so far, of all requests.
+    /// The number of tokens forgotten so far, over all requests.
     pub fn evicted(&self) -> usize {
         self.evicted
     }
@@ -135,7 +135,7 @@ impl<'a> Slots<'a> {
         &self.cache
     }
 
-    /// A slot that no request is in.
+    /// A free slot.
     pub fn free_slot(&self) -> Option<usize> {
         self.slots.iter().position(Option::is_none)
     }
@@ -145,8 +145,8 @@ impl<'a> Slots<'a> {
         self.slots.iter().flatten().count()
     }
 
-    /// Puts a request into a free slot, feeds its prompt, and chooses its first token. `progress` hears how many of the
-    /// prompt's tokens are done.
+    /// Puts a request into a free slot, feeds its prompt, and chooses its first token. `progress` receives the number
+    /// of prompt tokens done.
     pub fn insert(&mut self, request: Request, progress: &mut dyn FnMut(usize)) -> Result<Event> {
         let Some(slot) = self.free_slot() else {
             return Err(Error::argument(format!("all {} slots are taken", self.slots.len())));
@@ -164,7 +164,7 @@ impl<'a> Slots<'a> {
         self.choose(slot, &logits)
     }
 
-    /// One more token for every request that has not ended.
+    /// Generates one token for every running request.
     pub fn step(&mut self) -> Result<Vec<Event>> {
         let active: Vec<usize> = (0..self.slots.len()).filter(|&i| self.slots[i].is_some()).collect();
         if self.recompute {
@@ -172,7 +172,7 @@ impl<'a> Slots<'a> {
         }
         let (Some(&first), Some(&last)) = (active.first(), active.last()) else { return Ok(Vec::new()) };
         active.iter().try_for_each(|&slot| self.make_room(slot))?;
-        // Free slots between running ones take part with no token.
+        // Free slots between running ones take part with 0 tokens.
         let tokens: Vec<&[u32]> = self.slots[first..=last]
             .iter()
             .map(|slot| slot.as_ref().map_or(&[][..], |r| &r.ids[r.ids.len() - 1..]))
@@ -188,14 +188,14 @@ impl<'a> Slots<'a> {
         self.choose(slot, &logits)
     }
 
-    /// Fills an emptied row and gives the last token's logits.
+    /// Fills an empty row and returns the last token's logits.
     fn feed(&mut self, slot: usize, ids: &[u32], progress: &mut dyn FnMut(usize)) -> Result<Vec<f32>> {
         self.cache.reset(slot);
         let mut logits = Vec::new();
         let mut done = 0;
         while done < ids.len() {
             self.make_room(slot)?;
-            // A row without room for one token is the decoder's to refuse.
+            // The decoder reports a row without room for one token.
             let most = self.cache.chunk().min(self.cache.room(slot)).max(1);
             let chunk = &ids[done..ids.len().min(done + most)];
             done += chunk.len();
@@ -206,10 +206,10 @@ impl<'a> Slots<'a> {
         Ok(logits)
     }
 
-    /// Forgets what is neither sink nor window, if a row is full and may go on.
+    /// Forgets the tokens between the sink tokens and the window, if a row is full and may continue.
     fn make_room(&mut self, slot: usize) -> Result<()> {
         let (Some(Streaming { sinks, window }), 0) = (self.streaming, self.cache.room(slot)) else { return Ok(()) };
-        // The window's last token is the one to come.
+        // The window includes the token to come.
         let span = sinks..self.cache.len(slot) - (window - 1);
         self.decoder.evict(&mut self.cache, slot, span.clone())?;
         self.evicted += span.len();

@@ -1,8 +1,8 @@
 //! The choice of the next token from its logits.
 //!
-//! The filters apply in the order that other runtimes use: temperature, then top-k, then top-p on what is left. Equal
-//! logits are ordered by token id, so that a tie never depends on a sort's internals; the random numbers come from a
-//! ChaCha stream that is the same on every machine. Logits, options and seed together fix the text.
+//! The filters apply in the order that other runtimes use: temperature, then top-k, then top-p on the remaining
+//! tokens. Equal logits are ordered by token id, so that a tie does not depend on the sort. Random numbers come from a
+//! ChaCha stream, which is the same on every machine. Logits, options and seed together determine the text.
 
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt, SeedableRng};
@@ -12,13 +12,13 @@ use super::error::{Error, Result};
 /// How to choose.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SamplerOptions {
-    /// Divides the logits; 0 always takes the most likely token.
+    /// Divisor of the logits; 0 always selects the most likely token.
     pub temperature: f32,
-    /// Only the `k` most likely tokens may be chosen; 0 is no limit.
+    /// Selects among the `k` most likely tokens; 0 is no limit.
     pub top_k: usize,
-    /// Only the most likely tokens whose probabilities first reach this sum may be chosen; 1 is no limit.
+    /// Selects among the most likely tokens whose probabilities together reach this sum; 1 is no limit.
     pub top_p: f32,
-    /// Where the random stream starts.
+    /// Seed of the random stream.
     pub seed: u64,
 }
 
@@ -49,7 +49,7 @@ impl Sampler {
         Ok(Self { options, rng: ChaCha12Rng::seed_from_u64(seed), candidates: Vec::new() })
     }
 
-    /// Chooses a token. Logits of minus infinity are never chosen; a NaN among them is an error, for it means that the
+    /// Selects a token. A logit of minus infinity is never selected. A NaN is an error, because it means that the
     /// model or its weights are broken.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
         let best = argmax(logits)?;
@@ -66,7 +66,7 @@ impl Sampler {
             c.select_nth_unstable_by(top_k - 1, order);
             c.truncate(top_k);
         }
-        // Sorted even where no filter needs it: the walk below must meet the tokens in an order that is fixed.
+        // Sorted even where no filter needs it, because the walk below must see the tokens in a fixed order.
         c.sort_unstable_by(order);
 
         let top = f64::from(c[0].0);
@@ -90,7 +90,7 @@ impl Sampler {
                 return Ok(candidate.1);
             }
         }
-        // Rounding can leave a sliver behind the last candidate.
+        // Rounding can leave a remainder after the last candidate.
         Ok(c[c.len() - 1].1)
     }
 }

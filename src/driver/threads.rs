@@ -3,14 +3,14 @@
 use super::error::{Error, Result};
 use crate::{Rayon, Runner};
 
-/// A pool of its own, so that `--threads` means what it says whatever else the process does with rayon.
+/// A pool of its own, so that `--threads` holds whatever else the process does with rayon.
 #[derive(Debug)]
 pub struct Threads {
     pool: rayon::ThreadPool,
 }
 
 impl Threads {
-    /// `count` threads; 0 is one for every CPU that this process may use.
+    /// Starts `count` threads; 0 starts one per CPU that the process may use.
     pub fn new(count: usize) -> Result<Self> {
         const MOST: usize = 1024;
         if count > MOST {
@@ -24,12 +24,12 @@ impl Threads {
         Ok(Self { pool })
     }
 
-    /// How many there are.
+    /// The number of threads.
     pub fn count(&self) -> usize {
         self.pool.current_num_threads()
     }
 
-    /// Runs `f` on the pool: what it does with rayon stays there.
+    /// Runs `f` on the pool. Rayon calls in `f` use the same pool.
     pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.pool.install(f)
     }
