@@ -1,13 +1,13 @@
-//! Gives the shared library its SONAME, and, asked by the feature `regen-header`, writes `include/kvlane.h`.
+//! Sets the SONAME of the shared library, and writes `include/kvlane.h` if the feature `regen-header` is on.
 
-/// The major version of the ABI, which `kvl_abi_version` reports too; `tests/ffi.rs` compares them.
+/// The major version of the ABI, which `kvl_abi_version` returns too; `tests/ffi.rs` compares them.
 const ABI_MAJOR: u32 = 0;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     let set = |name: &str| std::env::var_os(name).is_some();
     if set("CARGO_FEATURE_CAPI") {
-        // Programs ask for this name at run time, whatever the file was called that they were linked with.
+        // The name under which programs load the library at run time.
         match std::env::var("CARGO_CFG_TARGET_OS").as_deref() {
             Ok("linux" | "android" | "freebsd" | "netbsd" | "openbsd" | "dragonfly") => {
                 println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libkvlane.so.{ABI_MAJOR}");
@@ -51,15 +51,15 @@ mod header {
         "chunks",
         "shard",
     ];
-    /// Those that declare nothing of the header.
+    /// Files that declare nothing of the header.
     const INTERNAL: [&str; 4] = ["mod", "guard", "sized", "arguments"];
 
-    /// Writes the header if it differs from what the sources say, and tells the tests whether it did.
+    /// Writes the header if it differs from the sources, and tells the tests whether it did.
     pub fn regenerate() {
         let root = std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets it");
         let root = Path::new(&root);
         let (sources, committed) = (root.join("src/capi"), root.join("include/kvlane.h"));
-        // The header itself too: after it has been written the next build finds it right.
+        // Watch the header too, so that the next build finds it current after it has been written.
         for path in [&sources, &committed] {
             println!("cargo:rerun-if-changed={}", path.display());
         }
@@ -73,7 +73,7 @@ mod header {
             .collect();
         names.retain(|name| !SUBJECTS.contains(&name.as_str()) && !INTERNAL.contains(&name.as_str()));
         assert!(names.is_empty(), "build.rs knows no place in the header for {names:?} of src/capi");
-        // File by file, because looking at the whole crate would start another cargo.
+        // File by file, because parsing the whole crate would start another cargo.
         let header = SUBJECTS
             .iter()
             .fold(cbindgen::Builder::new().with_config(config), |builder, name| {

@@ -1,27 +1,27 @@
-//! The one error type: a pinned status code and a sentence.
+//! The error type: a fixed status code and a sentence.
 
 use std::fmt;
 
-/// What kind of mistake an error is; the values are pinned and are those of `kvl_status` in the C header.
+/// The kind of an error. The values never change and are those of `kvl_status` in the C header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(i32)]
 #[non_exhaustive]
 pub enum Status {
     /// A pointer that must not be null is null.
     NullPointer = 1,
-    /// A `struct_size` is none that this version of the library knows.
+    /// A `struct_size` is not supported by this version of the library.
     StructSize = 2,
-    /// An integer stands for no value of its enumeration.
+    /// An integer is not a value of its enumeration.
     InvalidEnum = 3,
-    /// A number is outside what the argument can mean (NaN scale, odd `rotary_dim`, ...).
+    /// A number is invalid for the argument (NaN scale, odd `rotary_dim`, ...).
     InvalidValue = 4,
-    /// Shapes do not fit each other.
+    /// Shapes do not match.
     Shape = 5,
-    /// Strides let elements of an output share memory, or overflow when multiplied by the shape.
+    /// Strides make elements of an output share memory, or overflow when multiplied with the shape.
     Stride = 6,
     /// A view reaches outside the buffer it was given.
     Bounds = 7,
-    /// A write would go past the capacity of the cache.
+    /// A write would exceed the capacity of the cache.
     Capacity = 8,
     /// A position, length, row or slot is outside its range.
     OutOfRange = 9,
@@ -33,7 +33,7 @@ pub enum Status {
     DType = 12,
     /// The workspace is too small or not aligned to 64 bytes.
     Workspace = 13,
-    /// The instruction set asked for is not available here.
+    /// The requested instruction set is not available on this machine.
     Unsupported = 14,
     /// The parallel runner did not run its tasks.
     Parallel = 15,
@@ -87,8 +87,8 @@ impl Status {
 
 /// An error: its [`Status`] and a sentence that names the argument and the numbers that disagree.
 ///
-/// Whenever an operation returns one, nothing has been written to any output, with two exceptions that are not the
-/// caller's arguments: [`Status::Parallel`] and [`Status::Internal`].
+/// If an operation returns an error, it has written nothing to any output. [`Status::Parallel`] and
+/// [`Status::Internal`] are exceptions; they do not come from the caller's arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     status: Status,
@@ -100,12 +100,12 @@ impl Error {
         Self { status, message: message.into() }
     }
 
-    /// The same error, and which argument it is about.
+    /// The same error, with the name of the argument before its sentence.
     pub(crate) fn about(self, argument: &str) -> Self {
         Self { message: format!("{argument}: {}", self.message), ..self }
     }
 
-    /// The kind of mistake.
+    /// The kind.
     pub fn status(&self) -> Status {
         self.status
     }

@@ -1,15 +1,15 @@
-//! How work is spread over threads: always by a runner of the caller's, never by threads of our own.
+//! How work is spread over threads: by a runner of the caller's. The library starts no threads of its own.
 
 use crate::error::{Result, Status};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Runs `n` independent tasks, on as many threads as it likes.
+/// Runs `n` independent tasks, on any number of threads.
 ///
 /// An implementation calls `task(i)` exactly once for every `i` in `0..n` and returns when all calls have returned; it
-/// returns `false` if it could not. The result of an operation does not depend on the runner, not in a single bit.
+/// returns `false` if it could not. No bit of a result depends on the runner.
 pub trait Runner: Sync {
-    /// How many tasks can run at the same time; operations never start more than this.
+    /// How many tasks can run at the same time. Operations start at most this many.
     fn num_threads(&self) -> usize;
 
     /// Runs `task(0)`, ..., `task(n - 1)`.
@@ -54,7 +54,7 @@ impl Runner for Rayon<'_> {
 
     fn run(&self, n: usize, task: &(dyn Fn(usize) + Sync)) -> bool {
         use rayon::prelude::*;
-        // `join` underneath: jobs live on the stack, where a spawn would allocate each.
+        // A parallel iterator uses `join`, whose jobs live on the stack; `spawn` would allocate each.
         let work = || (0..n).into_par_iter().with_max_len(1).for_each(task);
         match self.pool {
             Some(pool) => pool.install(work),
@@ -64,8 +64,8 @@ impl Runner for Rayon<'_> {
     }
 }
 
-/// Runs `tile(worker, t)` for every `t` in `0..tiles`, over at most `workers` workers that take the next tile whenever they
-/// are free; `worker` tells which scratch memory is theirs. Returns the runner's failure or a tile's panic as an error.
+/// Runs `tile(worker, t)` for every `t` in `0..tiles` on at most `workers` workers. A free worker takes the next tile;
+/// `worker` is the index of its scratch memory. A failure of the runner or a panic of a tile is an error.
 pub(crate) fn for_each_tile(
     runner: &dyn Runner,
     workers: usize,
@@ -83,7 +83,7 @@ pub(crate) fn for_each_tile(
     let started: [AtomicBool; MAX_WORKERS] = [const { AtomicBool::new(false) }; MAX_WORKERS];
     let workers = workers.min(MAX_WORKERS);
     let ran = runner.run(workers, &|worker| {
-        // A caller's runner is outside our control: an index twice or past the end must not share scratch memory.
+        // The caller's runner may be wrong: an index that it runs twice or past the end must not share scratch memory.
         if worker >= workers || started[worker].swap(true, Ordering::Relaxed) {
             return;
         }
@@ -113,10 +113,10 @@ pub(crate) fn for_each_tile(
     Ok(())
 }
 
-/// More workers than this gain nothing on any machine this is for.
+/// Upper bound on workers; more would gain nothing.
 pub(crate) const MAX_WORKERS: usize = 512;
 
-/// How many workers an operation of `work` elementary steps uses: forking costs some microseconds.
+/// The number of workers for `work` elementary steps, at least `grain` each, because forking costs some microseconds.
 pub(crate) fn workers_for(runner: &dyn Runner, work: usize, grain: usize) -> usize {
     runner.num_threads().clamp(1, MAX_WORKERS).min(work / grain.max(1)).max(1)
 }

@@ -14,9 +14,10 @@ use crate::bench::run::{Options, Progress, run};
 
 /// Measure every kernel against what this machine can do.
 ///
-/// Limits come first: bandwidth of reading and copying by working-set size, multiply-adds, exponentials. Then every kernel of
-/// every level, on the shapes of real models, each between two looks at its own limit. The table tells what share of the
-/// limit each reached; a figure above 100 % says that the machine was busier while the limit was measured.
+/// Measures the limits first: bandwidth of reading and copying by working-set size, multiply-adds, exponentials. Then
+/// measures every kernel of every level on the shapes of real models, each between two measurements of its own limit.
+/// The table shows the share of the limit that each kernel reached. A share above 100 % means that the machine was
+/// busier while the limit was measured.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   kvlane bench --quick
@@ -24,7 +25,7 @@ use crate::bench::run::{Options, Progress, run};
   kvlane bench --isa avx2 --filter 'attention_bf16'
   kvlane bench --compare before.json after.json")]
 pub(super) struct Bench {
-    /// The best level, one thread, the usual types and shapes, a short look at each: about a minute
+    /// The best level, one thread, the usual types and shapes, a short measurement of each: about a minute
     #[arg(long)]
     quick: bool,
     /// Thread counts to measure with. Default: 1 and, unless --quick, one for every CPU
@@ -52,7 +53,7 @@ pub(super) fn bench(args: &Bench) -> Result<()> {
     if let [a, b] = &args.compare[..] {
         return print(&compare(&Report::load(a)?, &Report::load(b)?)?);
     }
-    // A typing error in a path is better known now than in some minutes.
+    // Open the files first, so that a wrong path fails before the measurement.
     for path in [&args.json, &args.svg].into_iter().flatten() {
         let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
         file.map_err(|e| Error::io(path, e))?;

@@ -1,5 +1,5 @@
-//! The command line. Standard output carries results only: generated text, a table, a JSON object; progress, figures and
-//! complaints go to standard error.
+//! The command line. Results (generated text, a table, a JSON object) go to standard output; progress, figures and
+//! errors go to standard error.
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Read, Write};
@@ -44,8 +44,8 @@ enum Command {
 
 /// Continue a text.
 ///
-/// The continuation goes to standard output as it comes, and nothing else does. Figures follow on standard error: tokens
-/// per second while reading the prompt and while writing, and the kernels that ran.
+/// The continuation goes to standard output as it is generated. Figures follow on standard error: tokens per second of
+/// the prompt and of the generation, and the kernels that ran.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   kvlane generate --prompt 'And God said'
@@ -55,47 +55,47 @@ enum Command {
 struct Generate {
     #[command(flatten)]
     run: Run,
-    /// The text to continue; `-` reads it from standard input. Special tokens may be written out
+    /// The text to continue; `-` reads it from standard input. Special tokens can be written out
     #[arg(long, value_name = "TEXT", default_value = embedded::PROMPT)]
     prompt: String,
     /// The most tokens to write
     #[arg(long, value_name = "N", default_value_t = 128)]
     max_tokens: usize,
-    /// How freely to choose; 0 always takes the most likely token
+    /// Divisor of the logits; 0 always selects the most likely token
     #[arg(long, value_name = "T", default_value_t = 0.8)]
     temperature: f32,
-    /// Choose among the likeliest tokens whose probabilities reach P together; 1 is no limit
+    /// Select among the most likely tokens whose probabilities together reach P; 1 is no limit
     #[arg(long, value_name = "P", default_value_t = 0.95)]
     top_p: f32,
-    /// Choose among the K likeliest tokens; 0 is no limit
+    /// Select among the K most likely tokens; 0 is no limit
     #[arg(long, value_name = "K", default_value_t = 0)]
     top_k: usize,
-    /// Where the random numbers start: one seed, one text
+    /// Seed of the random numbers: the same seed gives the same text
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
-    /// Empty the cache before every token and compute the whole text again, to see what the cache saves
+    /// Empty the cache before every token and compute the whole text again, to measure what the cache saves
     #[arg(long)]
     no_cache: bool,
-    /// Go on past the model's context: keep the first tokens (see --sinks) and at least the N most recent ones, forget what
-    /// lies between, and move the kept ones together
+    /// Continue beyond the model's context: keep the first tokens (see --sinks) and at least the N most recent ones,
+    /// forget the tokens between them, and close the gap
     #[arg(long, value_name = "N", conflicts_with = "no_cache")]
     window: Option<usize>,
-    /// How many of the first tokens to keep for ever
+    /// Number of first tokens that are never forgotten
     #[arg(long, value_name = "S", default_value_t = 4, requires = "window")]
     sinks: usize,
-    /// Write one JSON object with the text and the figures, when done, in the place of the text
+    /// Write one JSON object with the text and the figures at the end, instead of the text
     #[arg(long)]
     json: bool,
 }
 
-/// What every command that runs a model takes.
+/// Options of every command that runs a model.
 #[derive(Debug, Args)]
 struct Run {
     /// A GGUF file, or a directory with config.json, tokenizer.json and safetensors. Default: a tiny model that is part
     /// of this program
     #[arg(long, value_name = "FILE|DIR")]
     model: Option<PathBuf>,
-    /// Threads to compute on; 0 is one for every CPU
+    /// Number of threads; 0 is one per CPU
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
     /// Type of the keys and values in the cache
@@ -109,7 +109,7 @@ struct Run {
 /// Show the CPU, the instruction-set levels of this build, and the kernel chosen for each operation.
 #[derive(Debug, Args)]
 struct Info {
-    /// Choose as if this were the highest level
+    /// Choose kernels as if this were the highest level
     #[arg(long, value_name = "LEVEL", value_parser = isa_parser())]
     isa: Option<Isa>,
     /// Write JSON
@@ -129,13 +129,13 @@ struct Inspect {
 
 /// Measure what a token costs with the cache and without, against the length of the context.
 ///
-/// Prints a Markdown table: milliseconds for the next token after a context of so many tokens, once by feeding that token
-/// over the cache, once by computing the whole context again. The median of several runs.
+/// Prints a Markdown table: for each context length, the milliseconds for the next token with the cache, and by
+/// computing the whole context again. Each is the median of several runs.
 #[derive(Debug, Args)]
 struct CacheCost {
     #[command(flatten)]
     run: Run,
-    /// The longest context to measure; lengths double from 16 up to it. Default: what the model was made for, at most 1024
+    /// The longest context to measure; lengths double from 16 up to it. Default: the model's context, at most 1024
     #[arg(long, value_name = "N")]
     max_context: Option<usize>,
     /// Write JSON
@@ -153,7 +153,7 @@ pub(super) fn isa_parser() -> impl TypedValueParser<Value = Isa> {
         .try_map(|s| Isa::from_name(&s).ok_or_else(|| format!("no level is called {s}")))
 }
 
-/// Parses the arguments, runs the command, says what went wrong.
+/// Parses the arguments, runs the command, and reports an error.
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Generate(args) => generate(&args),
@@ -164,7 +164,7 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever reads our output has seen enough, as in `kvlane generate | head -1`.
+        // The reader of standard output has closed it, as in `kvlane generate | head -1`.
         Err(e) if e.kind() == ErrorKind::ClosedPipe => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("error: {e}");
@@ -198,7 +198,7 @@ fn bar(what: &str, len: usize, bytes: bool) -> ProgressBar {
     progress_bar(what, len, template)
 }
 
-/// A bar on standard error if that is a terminal, and nothing otherwise; `template` is indicatif's.
+/// A bar on standard error if that is a terminal, otherwise a hidden one; `template` is in indicatif's syntax.
 pub(super) fn progress_bar(what: &str, len: usize, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::with_draw_target(Some(len as u64), ProgressDrawTarget::stderr());
@@ -297,7 +297,7 @@ fn generate(args: &Generate) -> Result<()> {
     let decode = start.elapsed();
 
     let per_second = |n: usize, time: Duration| n as f64 / time.as_secs_f64();
-    // The first token came out of the prefill.
+    // The prefill generates the first token.
     let (prefill_rate, decode_rate) = (per_second(prompt.len(), prefill), per_second(tokens.len() - 1, decode));
     let ran = kernels_that_run(decoder.context(), args.run.kv_type);
     let names: Vec<&str> = ran.iter().map(|k| k.name).collect();
@@ -351,14 +351,14 @@ fn prompt_text(argument: &str) -> Result<String> {
     if argument != "-" {
         return Ok(argument.to_owned());
     }
-    // Far more than any model's context, far less than would hurt.
+    // Far more than any model's context, and little memory.
     const MOST: u64 = 64 << 20;
     let mut text = String::new();
     io::stdin().take(MOST).read_to_string(&mut text).map_err(Error::stdin)?;
     Ok(text)
 }
 
-/// The kernels behind a pass of the decoder, which computes in f32 and stores in `kv`.
+/// The kernels of a pass of the decoder, which computes in f32 and stores in `kv`.
 fn kernels_that_run(context: &Context, kv: DType) -> Vec<KernelInfo> {
     let f32 = DType::F32;
     let mut ran: Vec<KernelInfo> = [
@@ -485,7 +485,7 @@ fn inspect(args: &Inspect) -> Result<()> {
         let name = |id: u32| tokenizer.and_then(|t| t.token(id)).map_or(id.to_string(), |t| format!("{id} {t:?}"));
         if ids.is_empty() { "-".to_owned() } else { ids.iter().map(|&id| name(id)).collect::<Vec<_>>().join(", ") }
     };
-    // The shape is worth showing even where the tokenizer is one that cannot be built.
+    // Show the shape even if the tokenizer cannot be built.
     let tokenizer = file.tokenizer();
     let named = tokenizer.as_ref().ok();
     let bytes: usize = tensors.iter().map(|t| t.bytes).sum();
@@ -579,7 +579,7 @@ fn cache_cost(args: &CacheCost) -> Result<()> {
         std::iter::successors(Some(16usize), |n| n.checked_mul(2)).take_while(|&n| n < longest).collect();
     let lengths = [lengths, vec![longest]].concat();
 
-    // Which tokens they are does not change what they cost.
+    // The cost does not depend on the tokens.
     let ids: Vec<u32> = (0..=longest).map(|i| (i % decoder.config().vocab) as u32).collect();
     let mut cache = Cache::new(decoder.config(), 1, longest + 1, args.run.kv_type)?;
     let mut scratch = Scratch::default();

@@ -1,4 +1,4 @@
-//! The model that is part of the program; `src/driver/tiny/README.md` says what it is and how it was made.
+//! The embedded model. `src/driver/tiny/README.md` describes it and its training.
 
 use super::error::Result;
 use super::gguf::Gguf;
@@ -6,7 +6,7 @@ use super::model::ModelFile;
 
 static TINY: &[u8] = include_bytes!("tiny/tiny.gguf");
 
-/// What starts a text when the user names neither a model nor a prompt.
+/// The prompt if the user gives neither a model nor a prompt.
 pub const PROMPT: &str = "In the beginning";
 
 /// Opens the embedded model.

@@ -3,29 +3,29 @@
 use std::fmt;
 use std::path::Path;
 
-/// What kind of thing went wrong, for a caller that wants to react to it.
+/// The kind of an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The operating system refused: a missing file, no permission, a full pipe.
+    /// An error of the operating system: a missing file, no permission, a full disk.
     Io,
-    /// Whoever reads our standard output has gone.
+    /// The reader of standard output has closed it.
     ClosedPipe,
-    /// A file that contradicts itself or its format: truncated, corrupt, or made to harm.
+    /// A file that contradicts itself or its format: truncated, corrupt or hostile.
     Malformed,
-    /// A sound file that asks for something this driver does not do.
+    /// A valid file with a feature that the driver does not support.
     Unsupported,
-    /// An argument out of its range.
+    /// An argument outside its range.
     Argument,
-    /// Tokenising or detokenising failed.
+    /// Encoding or decoding of text failed.
     Tokenizer,
-    /// The library refused a call's arguments.
+    /// The library rejected the arguments of a call.
     Kernel,
-    /// The bench could not measure, or was given what is no report of it.
+    /// The bench could not measure, or a file is not a report of the bench.
     Bench,
 }
 
-/// An error with a sentence that names what went wrong and the numbers involved.
+/// An error: its kind, and a sentence that names the cause and the numbers.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
@@ -41,12 +41,12 @@ impl Error {
         Self { kind, message: message.into(), source: None }
     }
 
-    /// The kind of failure.
+    /// The kind.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// Says first which file, layer or request the error belongs to.
+    /// Prepends the file, layer or request to the sentence.
     pub fn context(mut self, what: impl fmt::Display) -> Self {
         self.message = format!("{what}: {}", self.message);
         self

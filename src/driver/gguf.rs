@@ -7,9 +7,9 @@
 //! padding to `general.alignment` (32 unless given), then the data that the offsets count from
 //! ```
 //!
-//! Every number in the file is doubted. A count is compared with the bytes that are left before anything is reserved
-//! for it, so what the reader allocates is a small multiple of the file's size; sums and products are checked; a tensor
-//! must lie inside the file and may not overlap another, so that the weights unpacked later are bounded by the file too.
+//! No number in the file is trusted. A count is compared with the remaining bytes before memory is reserved for it, so
+//! that the reader allocates at most a small multiple of the file's size. Sums and products are checked. A tensor must
+//! lie inside the file and must not overlap another, so that the file's size also bounds the unpacked weights.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
@@ -21,9 +21,9 @@ use memmap2::Mmap;
 use super::error::{Error, Result};
 use super::quant::{Tensor, TensorType};
 
-/// ggml knows no tensor of higher rank.
+/// The highest rank of a ggml tensor.
 const MAX_RANK: u32 = 4;
-/// The format's own limit for a key, taken for tensor names as well.
+/// The format's limit for keys, applied to tensor names as well.
 const MAX_NAME: usize = 65_535;
 /// The format allows arrays of arrays and sets no limit; no known file nests them at all.
 const MAX_NESTING: usize = 4;
@@ -38,15 +38,16 @@ pub enum Value {
     Signed(i64),
     /// A float of either width.
     Float(f64),
-    /// A truth value.
+    /// A boolean.
     Bool(bool),
     /// A string.
     String(String),
-    /// An array, all of one type.
+    /// An array of one element type.
     Array(Array),
 }
 
-/// An array of metadata values, kept at the width it has in the file: a vocabulary has millions of them.
+/// An array of metadata values, at the width that it has in the file, because a vocabulary can have millions of
+/// entries.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Array {
     /// Unsigned bytes.
@@ -69,11 +70,11 @@ pub enum Array {
     F32(Vec<f32>),
     /// 64-bit floats.
     F64(Vec<f64>),
-    /// Truth values.
+    /// Booleans.
     Bool(Vec<bool>),
     /// Strings.
     String(Vec<String>),
-    /// Arrays, each of a type of its own.
+    /// Arrays, which may differ in type.
     Array(Vec<Array>),
 }
 
@@ -135,7 +136,7 @@ impl Value {
     }
 }
 
-/// What the file says about one tensor.
+/// The description of one tensor.
 #[derive(Debug, Clone)]
 struct Info {
     name: String,
@@ -164,7 +165,7 @@ impl std::ops::Deref for Bytes {
     }
 }
 
-/// An open GGUF file. Tensors are slices of the mapping, nothing is copied.
+/// An open GGUF file. Tensors are slices of the mapping; they are not copied.
 pub struct Gguf {
     bytes: Bytes,
     version: u32,
@@ -188,8 +189,8 @@ impl Gguf {
     /// Maps and reads a file. The file must not be changed or shortened while it is open.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        // SAFETY: the mapping is private and read-only; that nobody truncates the file meanwhile is the documented
-        // condition of every memory-mapped model file.
+        // SAFETY: the mapping is private and read-only, and the documentation requires that the file is not changed or
+        // shortened.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
         Self::parse(Bytes::Mapped(map)).map_err(|e| e.context(path.display()))
     }
@@ -217,7 +218,7 @@ impl Gguf {
         if !(2..=3).contains(&version) {
             return Err(Error::unsupported(format!("GGUF version {version}; versions 2 and 3 can be read")));
         }
-        // The least that one tensor description (empty name, rank 1) and one pair (empty key, one byte) can take.
+        // The least bytes of a tensor description (empty name, rank 1) and of a pair (empty key, one byte).
         let tensor_count = r.count(8 + 4 + 8 + 4 + 8, "tensors")?;
         let pair_count = r.count(8 + 4 + 1, "metadata pairs")?;
 
@@ -306,7 +307,7 @@ impl Gguf {
         self.typed(key, "a number", Value::as_f64)
     }
 
-    /// A truth value that may be missing.
+    /// A boolean that may be missing.
     pub fn opt_bool(&self, key: &str) -> Result<Option<bool>> {
         self.typed(key, "a bool", |v| if let Value::Bool(b) = v { Some(*b) } else { None })
     }
@@ -321,12 +322,12 @@ impl Gguf {
         self.typed(key, "an array", |v| if let Value::Array(a) = v { Some(a) } else { None })
     }
 
-    /// A non-negative integer that must be there.
+    /// A non-negative integer; an error if it is missing.
     pub fn usize(&self, key: &str) -> Result<usize> {
         self.opt_usize(key)?.ok_or_else(|| missing(key))
     }
 
-    /// A string that must be there.
+    /// A string; an error if it is missing.
     pub fn str(&self, key: &str) -> Result<&str> {
         self.opt_str(key)?.ok_or_else(|| missing(key))
     }
@@ -346,7 +347,7 @@ fn missing(key: &str) -> Error {
     Error::malformed(format!("metadata {key:?} is missing"))
 }
 
-/// Tensors that share bytes would let a small file unpack to any size.
+/// Overlapping tensors are an error, because they would let a small file unpack to any size.
 fn reject_overlap(tensors: &[Info]) -> Result<()> {
     let mut order: Vec<&Info> = tensors.iter().collect();
     order.sort_by_key(|i| i.start);
@@ -404,7 +405,7 @@ impl<'a> Reader<'a> {
         Ok(u64::from_le_bytes(self.fixed(what)?))
     }
 
-    /// A count of things that take at least `least` bytes each.
+    /// A count of items of at least `least` bytes each.
     fn count(&mut self, least: usize, what: impl Display) -> Result<usize> {
         let n = self.u64(&what)?;
         let room = self.left() / least;

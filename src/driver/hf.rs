@@ -14,10 +14,10 @@ use serde::Deserialize;
 use super::error::{Error, Result};
 use super::quant::{Tensor, TensorType};
 
-/// Far above any real file of its kind, far below what would hurt.
+/// Limit for JSON files, far above the size of any real one.
 const MAX_JSON: u64 = 256 << 20;
 
-/// `config.json`, as far as a decoder of a known family needs it. Names are those of the file.
+/// The fields of `config.json` that the supported families need. Names are those of the file.
 #[derive(Debug, Clone, Deserialize)]
 pub struct HfConfig {
     #[serde(default)]
@@ -34,7 +34,7 @@ pub struct HfConfig {
     pub rms_norm_eps: f64,
     pub rope_theta: Option<f64>,
     pub rope_scaling: Option<HfRope>,
-    /// What newer writers put in the place of `rope_theta` and `rope_scaling`.
+    /// Newer files have this field instead of `rope_theta` and `rope_scaling`.
     pub rope_parameters: Option<HfRope>,
     pub partial_rotary_factor: Option<f64>,
     pub tie_word_embeddings: Option<bool>,
@@ -45,10 +45,10 @@ pub struct HfConfig {
     pub hidden_act: Option<String>,
     pub hidden_activation: Option<String>,
     pub sliding_window: Option<usize>,
-    /// Of so many layers in a row the last is global.
+    /// One layer in this many is global, the last of each run.
     #[serde(alias = "_sliding_window_pattern")]
     pub sliding_window_pattern: Option<usize>,
-    /// `sliding_attention` or `full_attention`, layer by layer.
+    /// `sliding_attention` or `full_attention` for each layer.
     pub layer_types: Option<Vec<String>>,
     pub rope_local_base_freq: Option<f64>,
     pub query_pre_attn_scalar: Option<f64>,
@@ -78,12 +78,12 @@ pub struct HfRope {
     pub short_factor: Option<Vec<f64>>,
     pub long_factor: Option<Vec<f64>>,
     pub truncate: Option<bool>,
-    /// Where layers are of several kinds, newer writers nest what belongs to each.
+    /// Newer files nest the parameters of each kind of layer.
     pub full_attention: Option<Box<HfRope>>,
     pub sliding_attention: Option<Box<HfRope>>,
 }
 
-/// A token id or several, as `eos_token_id` comes in both forms.
+/// One token id or several; `eos_token_id` occurs in both forms.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 pub enum OneOrMany {
@@ -129,7 +129,7 @@ pub struct HfDir {
     eos: Vec<u32>,
     chat_template: Option<String>,
     shards: Vec<Shard>,
-    /// Tensor name to shard; the names are sorted by the lookups that need an order.
+    /// Tensor name to index in `shards`.
     tensors: HashMap<String, usize>,
 }
 
@@ -140,7 +140,7 @@ impl std::fmt::Debug for HfDir {
 }
 
 impl HfDir {
-    /// Reads the configuration and maps the weights. The files must not be changed or shortened while open.
+    /// Reads the configuration and maps the weights. The files must not be changed or shortened while they are open.
     pub fn open(path: &Path) -> Result<Self> {
         let config: HfConfig = read_json(&path.join("config.json"))?;
         let generation: GenerationConfig =
@@ -159,12 +159,12 @@ impl HfDir {
         &self.config
     }
 
-    /// The ids that end a text, from `generation_config.json` if it names them, else from `config.json`.
+    /// The token ids that end a text, from `generation_config.json` if it has them, else from `config.json`.
     pub fn eos(&self) -> &[u32] {
         &self.eos
     }
 
-    /// The chat template as the author wrote it.
+    /// The chat template (Jinja source).
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template.as_deref()
     }
@@ -181,7 +181,7 @@ impl HfDir {
         names
     }
 
-    /// The tensor of that name; an error if it is there in a type that cannot be read.
+    /// The tensor of that name; an error if its type is not supported.
     pub fn tensor(&self, name: &str) -> Result<Option<Tensor<'_>>> {
         let Some((key, &shard)) = self.tensors.get_key_value(name) else {
             return Ok(None);
@@ -226,7 +226,7 @@ fn open_weights(dir: &Path) -> Result<(Vec<Shard>, HashMap<String, usize>)> {
     files.dedup();
     let mut shards = Vec::with_capacity(files.len());
     for file in &files {
-        // The index may name files beside itself, not reach elsewhere on the disk.
+        // The index may only name files in its own directory.
         let mut parts = Path::new(file).components();
         if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
             return Err(Error::malformed(format!("{}: shard {file:?} is not a plain file name", index_path.display())));
@@ -248,8 +248,8 @@ fn open_weights(dir: &Path) -> Result<(Vec<Shard>, HashMap<String, usize>)> {
 
 fn open_shard(path: &Path) -> Result<Shard> {
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    // SAFETY: the mapping is private and read-only; that nobody truncates the file meanwhile is the documented
-    // condition of every memory-mapped model file.
+    // SAFETY: the mapping is private and read-only, and the documentation requires that the file is not changed or
+    // shortened.
     let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
     let (header, metadata) =
         SafeTensors::read_metadata(&map).map_err(|e| Error::malformed(format!("{}: {e}", path.display())))?;

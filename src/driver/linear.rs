@@ -1,10 +1,10 @@
 //! Linear layers: `y[m, out] = x[m, in] * W^T`, with `W` row-major `[out, in]` as model files store it.
 //!
 //! One row (a decode step) is a matrix-vector product, bound by reading `W` once; many rows (a prompt) are bound by
-//! arithmetic. Both are the `gemm` crate's work, which for more than one row packs `W` first, at the price of several
-//! times its reading. For the few rows of a batched decode step that never pays; those are matrix-vector products one
-//! after the other over a piece of `W` small enough to stay in cache. A row's bits then do not depend on how many rows
-//! there are, up to that number, nor on the number of threads.
+//! arithmetic. The `gemm` crate computes both. For more than one row it packs `W` first, which costs several times the
+//! reading of `W`. This does not pay for the few rows of a batched decode step, which are computed as matrix-vector
+//! products, one row after another, over a part of `W` that fits into the CPU's cache. Up to that number of rows, the
+//! bits of a row depend neither on the number of rows nor on the number of threads.
 
 use gemm_common::Parallelism;
 use rayon::prelude::*;
@@ -71,8 +71,8 @@ impl Matrix {
         if m > FEW_ROWS {
             return gemm_xwt(x, m, &self.data, self.cols, y, threads);
         }
-        // The grid of pieces depends on the matrix alone, never on the number of threads: the crate picks its inner loop
-        // by a product's size, and with it the order of summation.
+        // The grid depends on the matrix alone, not on the number of threads, because `gemm` chooses its inner loop,
+        // and with it the order of summation, by the size of a product.
         let rows = (PIECE / self.cols).next_multiple_of(16).max(16);
         let mut pieces: Vec<Vec<&mut [f32]>> = Vec::new();
         pieces.resize_with(self.rows.div_ceil(rows), || Vec::with_capacity(m));
@@ -96,12 +96,14 @@ impl Matrix {
     }
 }
 
-/// Up to here a pass of matrix-vector products is faster than packing `W`; measured over the shapes of SmolLM2-135M.
+/// Up to this number of rows, matrix-vector products are faster than packing `W`; measured on the shapes of
+/// SmolLM2-135M.
 const FEW_ROWS: usize = 8;
-/// The piece of `W`, in elements, that all rows meet before the next one is read: an eighth of a common L2.
+/// Elements of the part of `W` that is multiplied with all rows before the next part is read: an eighth of a common
+/// L2.
 const PIECE: usize = 32 * 1024;
 
-/// `y[m, n] = x[m, k] * w[n, k]^T`, where `n` is what the lengths say.
+/// `y[m, n] = x[m, k] * w[n, k]^T`; `n` follows from the length of `y`.
 fn gemm_xwt(x: &[f32], m: usize, w: &[f32], k: usize, y: &mut [f32], threads: usize) {
     let n = y.len() / m;
     assert!(x.len() == m * k && w.len() == n * k && y.len() == m * n);

@@ -1,6 +1,6 @@
-//! Tensors as they lie in a file, and their way to f32.
+//! Tensors as they are stored in a file, and their conversion to f32.
 //!
-//! A quantised row is a run of blocks. A block holds a fixed number of elements behind one or two f16 scales:
+//! A quantised row is a sequence of blocks. A block holds a fixed number of elements with one or two f16 scales:
 //!
 //! | type | elements | bytes | layout | value |
 //! | --- | --- | --- | --- | --- |
@@ -15,9 +15,9 @@
 //! | Q5_K | 256 | 176 | as Q4_K, with 256 fifth bits before the nibbles | `d*sc*q - dmin*mn` |
 //! | Q6_K | 256 | 210 | nibbles, 2-bit tops, 16 x i8 scale, `d` | `d*sc*(q - 32)` |
 //!
-//! A byte of nibbles carries two elements that lie half a group apart, the earlier in its low half; a byte of 2-bit elements
-//! carries four that lie 32 apart. The order of the floating-point operations is that of ggml's reference, so a weight comes
-//! out with the same bits as there.
+//! A byte of nibbles holds two elements that are half a group apart, the earlier in the low nibble; a byte of 2-bit
+//! elements holds four that are 32 apart. The order of the floating-point operations is that of ggml's reference, so
+//! that weights have the same bits.
 
 use half::{bf16, f16};
 
@@ -77,7 +77,7 @@ impl TensorType {
         })
     }
 
-    /// The name that ggml and the model files' authors use.
+    /// The name in ggml and in the names of model files.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "F32",
@@ -123,7 +123,7 @@ impl TensorType {
         }
     }
 
-    /// Bytes of `elements` elements, if they fill whole blocks and the size can be represented.
+    /// Bytes of `elements` elements; `None` if they do not fill whole blocks or the size overflows.
     pub fn bytes(self, elements: usize) -> Option<usize> {
         if !elements.is_multiple_of(self.block_elements()) {
             return None;
@@ -141,7 +141,7 @@ pub struct Tensor<'a> {
     pub ty: TensorType,
     /// Its extents, slowest first: a linear layer is `[out, in]`.
     pub shape: Vec<usize>,
-    /// Its bytes, whole blocks, rows one after the other.
+    /// Its bytes: whole blocks, row after row.
     pub data: &'a [u8],
 }
 
@@ -154,7 +154,7 @@ impl Tensor<'_> {
 
 /// Converts whole blocks in `src` to the f32 values in `dst`.
 ///
-/// Fails if `dst` is not a whole number of blocks, or `src` not exactly their bytes.
+/// It is an error if `dst` is not a whole number of blocks, or `src` does not have their size.
 pub fn dequantize(ty: TensorType, src: &[u8], dst: &mut [f32]) -> Result<()> {
     if ty.bytes(dst.len()) != Some(src.len()) {
         return Err(Error::malformed(format!(
@@ -256,7 +256,7 @@ fn q2_k(b: &[u8; 84], y: &mut [f32; 256]) {
 fn q3_k(b: &[u8; 110], y: &mut [f32; 256]) {
     let (d, scales) = (scale(b, 108), &b[96..108]);
     for (j, y) in y.chunks_exact_mut(16).enumerate() {
-        // Low four bits in the nibbles of the first eight bytes, high two in the last four.
+        // The low four bits are nibbles of the first eight bytes, the high two bits are in the last four bytes.
         let low = scales[j % 8] >> (4 * (j / 8)) & 15;
         let high = scales[8 + j % 4] >> (2 * (j / 4)) & 3;
         let d = d * f32::from((low | high << 4) as i8 - 32);
@@ -269,9 +269,8 @@ fn q3_k(b: &[u8; 110], y: &mut [f32; 256]) {
     }
 }
 
-/// The six-bit scale and minimum of sub-block `j` out of the twelve bytes that eight of each are packed in: the first
-/// four lie in the low six bits of bytes 0..4 and 4..8, the last four are split between bytes 8..12 and the spare top
-/// bits of the first eight.
+/// The six-bit scale and minimum of sub-block `j`. Twelve bytes pack eight of each: the first four are the low six
+/// bits of bytes 0..4 and 4..8; the last four are split between bytes 8..12 and the top two bits of bytes 0..8.
 fn scale_min(s: &[u8], j: usize) -> (f32, f32) {
     let (sc, mn) = if j < 4 {
         (s[j] & 63, s[j + 4] & 63)

@@ -1,12 +1,12 @@
-//! Text to token ids and back, by the `tokenizers` crate.
+//! Encoding of text to token ids and back, with the `tokenizers` crate.
 //!
-//! A Hugging Face directory brings a `tokenizer.json` that the crate reads itself. A GGUF file brings only a vocabulary,
-//! merges or scores, and the *name* of a convention; the pieces that belong to the name are put together here:
+//! A Hugging Face directory has a `tokenizer.json`, which the crate reads. A GGUF file has only a vocabulary, merges
+//! or scores, and the *name* of a convention. This module builds the tokenizer that the name stands for:
 //!
-//! - `gpt2`: byte-level BPE. How text is cut into words before BPE is named by `tokenizer.ggml.pre`, and decides
-//!   which merges can ever apply, so that an unknown name is an error and not a guess.
-//! - `llama`: SentencePiece BPE. The file has a score for every token instead of merges; the merges are all ways to put
-//!   a token together from two others, best score first.
+//! - `gpt2`: byte-level BPE. `tokenizer.ggml.pre` names the rule that cuts text into words before BPE. The rule
+//!   decides which merges can apply, so that an unknown name is an error.
+//! - `llama`: SentencePiece BPE. The file has a score for every token instead of merges. The merges are all pairs of
+//!   tokens that join to a token, best score first.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,20 +25,21 @@ use super::error::{Error, Result};
 use super::gguf::{Array, Gguf};
 use super::model::token_id;
 
-/// `tokenizer.ggml.token_type` of tokens that are no ordinary text.
+/// Values of `tokenizer.ggml.token_type` for tokens other than ordinary text.
 const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 const BYTE: i32 = 6;
 
-/// SentencePiece's stand-in for a space.
+/// SentencePiece's replacement for a space.
 const META: &str = "\u{2581}";
 
 /// A model's tokenizer.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// Put around every encoded text. A `tokenizer.json` has rules of its own for this, run by the crate.
+    /// Added before and after every encoded text. A `tokenizer.json` has rules of its own for this, which the crate
+    /// applies.
     prefix: Option<u32>,
     suffix: Option<u32>,
 }
@@ -116,7 +117,7 @@ impl Tokenizer {
             }
             match token_id(g, id)? {
                 Some(id) if (id as usize) < tokens.len() => Ok(Some(id)),
-                // Only a flag that was really set makes the missing id an error.
+                // A missing id is an error only if the flag is set.
                 None if g.opt_bool(flag)?.is_none() => Ok(None),
                 id => Err(Error::malformed(format!("{flag:?} is set, but the token id is {id:?} of {}", tokens.len()))),
             }
@@ -128,8 +129,8 @@ impl Tokenizer {
         })
     }
 
-    /// The ids of a text. With `special`, what the model expects around a text (a start token, say) is added; special
-    /// tokens written out in the text are recognised either way.
+    /// The token ids of a text. `special` adds the tokens that the model expects around a text, such as a start token.
+    /// Special tokens written out in the text are recognised in either case.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = running("encoding a text", || self.inner.encode(text, special))?;
         let mut ids = encoding.get_ids().to_vec();
@@ -142,7 +143,7 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The text of ids, special tokens left out.
+    /// The text of token ids, without special tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         running("decoding tokens", || self.inner.decode(ids, true))
     }
@@ -167,22 +168,22 @@ impl Tokenizer {
         self.len() == 0
     }
 
-    /// A stream that turns ids into text as they come.
+    /// A stream that converts token ids to text as they arrive.
     pub fn stream(&self) -> TextStream<'_> {
         TextStream { tokenizer: self, inner: self.inner.decode_stream(true), pending: Vec::new() }
     }
 }
 
-/// Turns ids into text as they come, never in the middle of a character.
+/// Converts token ids to text as they arrive, in whole characters.
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
     inner: DecodeStream<'a, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>,
-    /// Ids that have not become text yet.
+    /// Ids that are not converted yet.
     pending: Vec<u32>,
 }
 
 impl TextStream<'_> {
-    /// Takes one id and gives the text that is now complete, which may be none.
+    /// Takes one id and returns the text that it completes, which may be empty.
     pub fn push(&mut self, id: u32) -> Result<String> {
         match running("decoding tokens", || self.inner.step(id))? {
             Some(text) => {
@@ -196,13 +197,13 @@ impl TextStream<'_> {
         }
     }
 
-    /// What is left when no more ids come: bytes that never became a character, as replacement characters.
+    /// Ends the stream and returns the rest: incomplete characters become replacement characters.
     pub fn finish(self) -> Result<String> {
         self.tokenizer.decode(&self.pending)
     }
 }
 
-/// What distinguishes one kind of GGUF tokenizer from another.
+/// The parts in which kinds of GGUF tokenizers differ.
 struct Parts {
     merges: Merges,
     byte_fallback: bool,
@@ -219,7 +220,7 @@ fn byte_level(g: &Gguf, vocab: &HashMap<&str, u32>) -> Result<Parts> {
         .ok_or_else(|| Error::malformed("metadata \"tokenizer.ggml.merges\" is missing"))?;
     let mut merges = Merges::with_capacity(lines.len());
     for line in lines {
-        // The first character may itself be a space in no byte-level vocabulary, so one space always divides.
+        // No token of a byte-level vocabulary begins with a space, so that the first space separates the pair.
         let Some((a, b)) = line.split_once(' ') else {
             return Err(Error::malformed(format!("merge {line:?} has no space between its halves")));
         };
@@ -248,15 +249,15 @@ struct PreTokenizerRules {
     bos_by_default: bool,
 }
 
-/// The cutting rules behind a `tokenizer.ggml.pre` name, as the models' own tokenizers (and llama.cpp) define them.
+/// The splitting rules of a `tokenizer.ggml.pre` name, as the models' own tokenizers (and llama.cpp) define them.
 fn pre_tokenizer(name: &str) -> Result<PreTokenizerRules> {
-    // Contractions, words with the space before them, digits, and runs of anything else: GPT-2's rule, which
-    // `ByteLevel` brings along.
+    // GPT-2's rule, part of `ByteLevel`: contractions, words with the space before them, digits, and runs of other
+    // characters.
     let gpt2 = || PreTokenizerWrapper::from(ByteLevel::new(false, true, true));
     let bytes_only = || PreTokenizerWrapper::from(ByteLevel::new(false, true, false));
     let plain = |steps| PreTokenizerRules { steps, ignore_merges: false, nfc: false, bos_by_default: false };
-    // Words may begin with any one character that is no letter, digits come in threes or singly, line breaks stick to
-    // the punctuation before them.
+    // A word may begin with one character that is not a letter; digits are split in threes or singly; line breaks
+    // belong to the punctuation before them.
     let later = |digits: &str| {
         format!(
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -335,11 +336,13 @@ fn sentence_piece(g: &Gguf, tokens: &[String], types: &[i32], vocab: &HashMap<&s
     })
 }
 
-/// Every pair of tokens that join to a token, the best joined score first; SentencePiece always joins that pair next.
-/// Equal scores are ordered as Hugging Face's converter orders them: the longer left half first, then the longer
-/// right half, then the order of the vocabulary. Letters never join to a token that stands for a byte, or for no text.
+/// Every pair of tokens that join to a token, best score of the joined token first, which is the order in which
+/// SentencePiece joins pairs. Equal scores are ordered as in Hugging Face's converter: the longer left half first,
+/// then the longer right half, then the order of the vocabulary. Byte tokens, control tokens and unknown tokens are
+/// not joined.
 fn merges_from_scores(tokens: &[String], types: &[i32], scores: &[f32], vocab: &HashMap<&str, u32>) -> Result<Merges> {
-    // Each cut is two look-ups of up to the token's length, so that one absurdly long token would cost its square.
+    // Every split takes two lookups of up to the token's length, so that the cost is quadratic in the length of a
+    // token.
     const MAX_TOKEN: usize = 4096;
     let mut found = Vec::new();
     for ((token, &score), id) in tokens.iter().zip(scores).zip(0u32..) {
@@ -367,7 +370,7 @@ fn merges_from_scores(tokens: &[String], types: &[i32], scores: &[f32], vocab: &
     Ok(found.into_iter().map(|(_, a, b, _)| (a.to_owned(), b.to_owned())).collect())
 }
 
-/// The crate trusts that what two merged tokens join to is in the vocabulary, and panics where that fails badly.
+/// Rejects merges whose halves or result are not in the vocabulary, on which the crate can panic.
 fn check_merges(merges: &Merges, known: impl Fn(&str) -> bool) -> Result<()> {
     for (a, b) in merges {
         for part in [a.as_str(), b.as_str(), &format!("{a}{b}")] {
@@ -403,8 +406,7 @@ fn check_json_merges(json: &[u8]) -> Result<()> {
     check_merges(&merges, |t| vocab.is_some_and(|v| v.contains_key(t))).map_err(|e| e.context("tokenizer.json"))
 }
 
-/// Runs the crate on data from a file. The checks above cover the panics that are known; one that is not must still
-/// come out as an error.
+/// Runs the crate on data from a file, and returns a panic as an error. The checks above cover the known panics.
 fn shielded<T>(what: &str, f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
     match catch_unwind(AssertUnwindSafe(f)) {
         Ok(Ok(t)) => Ok(t),

@@ -1,9 +1,9 @@
-//! The shape of a decoder, as every container's reader fills it in, and the checks that hold for all of them.
+//! The shape of a decoder, which the reader of each container fills in, and the checks that all shapes must pass.
 
 use crate::driver::error::{Error, Result};
 use crate::{LongRopeScaling, MAX_HEAD_DIM, Pairing, RopeFrequencies, RopeScaling};
 
-/// How a model stretches RoPE over a context longer than it was first trained on.
+/// How a model extends RoPE to a context longer than that of its first training.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Stretch {
@@ -15,18 +15,18 @@ pub enum Stretch {
         short: Vec<f64>,
         /// The divisors beyond it.
         long: Vec<f64>,
-        /// How much longer than the original context the model's context is.
+        /// The ratio of the model's context to the original context.
         factor: f64,
         /// The context of the first training.
         original_context: usize,
-        /// What cosine and sine are multiplied with, if the file says so itself.
+        /// The factor on cosines and sines, if the file has one.
         attention_factor: Option<f64>,
     },
-    /// A divisor for each frequency, already worked out: how GGUF files carry Llama 3.1's scaling.
+    /// A divisor for each frequency. GGUF files store Llama 3.1's scaling in this form.
     Divisors(Vec<f64>),
 }
 
-/// Everything about a model's rotary embedding.
+/// The parameters of a rotary embedding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
     /// The base of the geometric series of wavelengths.
@@ -34,9 +34,9 @@ pub struct RopeConfig {
     /// Which elements form a pair: neighbours in GGUF files of the Llama family, whose weights are permuted for it, and
     /// the two halves of a head in Hugging Face checkpoints.
     pub pairing: Pairing,
-    /// The leading part of a head that is turned.
+    /// The number of leading elements of a head that are rotated.
     pub rotary_dim: usize,
-    /// The stretching.
+    /// The extension to longer contexts.
     pub stretch: Stretch,
 }
 
@@ -60,16 +60,16 @@ impl RopeConfig {
     }
 }
 
-/// What one layer's attention sees.
+/// The attention of one layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerConfig {
-    /// The most recent positions that a query sees, its own among them; all of them if absent.
+    /// The number of most recent positions that a query sees, its own included; all if absent.
     pub window: Option<usize>,
-    /// Which of [`ModelConfig::ropes`] turns its queries and keys.
+    /// The index in [`ModelConfig::ropes`] of the rotary embedding of its queries and keys.
     pub rope: usize,
 }
 
-/// What the gate of the feed-forward part goes through.
+/// The activation of the feed-forward part's gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Activation {
@@ -79,10 +79,10 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// The shape of a decoder. Families differ in these numbers and in which norms there are, not in code.
+/// The shape of a decoder. Families differ in these values only, not in code.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// What the file calls itself.
+    /// The model's name in the file.
     pub name: Option<String>,
     /// Tokens in the vocabulary.
     pub vocab: usize,
@@ -104,9 +104,9 @@ pub struct ModelConfig {
     pub rms_eps: f32,
     /// Whether every head of queries and keys goes through an RMSNorm before RoPE.
     pub qk_norm: bool,
-    /// Whether what attention and the feed-forward part give goes through an RMSNorm before it is added.
+    /// Whether the outputs of attention and of the feed-forward part go through an RMSNorm before they are added.
     pub post_norms: bool,
-    /// The rotary embeddings, at least one; layers name theirs by its index.
+    /// The rotary embeddings, at least one. Layers refer to them by index.
     pub ropes: Vec<RopeConfig>,
     /// Factor on a token's embedding.
     pub embedding_scale: f32,
@@ -116,7 +116,7 @@ pub struct ModelConfig {
     pub attn_softcap: Option<f32>,
     /// Softcap on the model's logits.
     pub logit_softcap: Option<f32>,
-    /// Positions the model was made for.
+    /// The number of positions that the model was trained for.
     pub context: usize,
     /// Whether the output layer is the embedding itself.
     pub tied: bool,
@@ -124,7 +124,7 @@ pub struct ModelConfig {
     pub bos: Option<u32>,
     /// The tokens that end a text.
     pub eos: Vec<u32>,
-    /// The chat template as the file carries it (Jinja source).
+    /// The chat template (Jinja source).
     pub chat_template: Option<String>,
 }
 
@@ -148,9 +148,9 @@ impl ModelConfig {
         self.layers.len() * layer + ends + self.dim
     }
 
-    /// Refuses what no decoder can have, so that later arithmetic on these numbers is safe.
+    /// Rejects impossible values, so that later arithmetic on these numbers cannot overflow.
     pub(super) fn check(&self) -> Result<()> {
-        // Far beyond any model; small enough that a product of three fits 64 bits.
+        // Far beyond any model, and small enough that a product of three fits into 64 bits.
         const MOST: usize = 1 << 21;
         for (what, n) in [
             ("vocabulary size", self.vocab),
@@ -179,7 +179,7 @@ impl ModelConfig {
             if rotary > self.head_dim {
                 return Err(Error::malformed(format!("RoPE turns {rotary} elements of heads of {}", self.head_dim)));
             }
-            // Both lists of LongRoPE.
+            // Check both lists of LongRoPE.
             for longest in [0, usize::MAX] {
                 rope.frequencies(longest).map_err(|e| Error::malformed(format!("RoPE: {e}")))?;
             }

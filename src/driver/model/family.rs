@@ -4,12 +4,12 @@ use super::config::{LayerConfig, RopeConfig, Stretch};
 use crate::RopeScaling;
 use crate::driver::error::{Error, Result};
 
-/// The base of Gemma's local layers where the file does not say.
+/// The RoPE base of Gemma's local layers if the file has none.
 pub(super) const LOCAL_ROPE_BASE: f64 = 10_000.0;
-/// Of so many layers in a row of Gemma's, the last is global, where the file does not say.
+/// One layer in this many is global in Gemma, the last of each run, if the file does not say.
 pub(super) const GEMMA_PATTERN: usize = 6;
 
-/// A description is made for every layer, so that their number must be one that the file can have.
+/// Checks the layer count against the file, because memory is reserved for every layer.
 pub(super) fn layer_count(layers: usize, tensors: usize) -> Result<usize> {
     if layers > tensors {
         return Err(Error::malformed(format!("the layer count is {layers}, but the file has only {tensors} tensors")));
@@ -17,7 +17,7 @@ pub(super) fn layer_count(layers: usize, tensors: usize) -> Result<usize> {
     Ok(layers)
 }
 
-/// Layers of two kinds: local ones see `window` positions under a RoPE of a base of their own, without stretching.
+/// Layers of two kinds. Local layers see `window` positions, and their RoPE has the base `local_base` and no scaling.
 pub(super) fn alternate(
     local: &[bool],
     window: Option<usize>,
@@ -36,7 +36,7 @@ pub(super) fn alternate(
     (local.iter().map(layer).collect(), ropes)
 }
 
-/// All but the last of every `pattern` layers; none if 1, all if 0.
+/// Marks all but the last of every `pattern` layers as local; none if 1, all if 0.
 pub(super) fn local_layers(layers: usize, pattern: usize) -> Vec<bool> {
     (1..=layers).map(|i| pattern == 0 || !i.is_multiple_of(pattern)).collect()
 }

@@ -1,4 +1,4 @@
-//! An open model file, whichever container it is.
+//! An open model file of either container.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::driver::hf::HfDir;
 use crate::driver::quant::Tensor;
 use crate::driver::tokenizer::Tokenizer;
 
-/// A listing entry of [`ModelFile::tensors`].
+/// An entry of [`ModelFile::tensors`].
 #[derive(Debug, Clone)]
 pub struct TensorInfo {
     /// The name in the file.
@@ -30,7 +30,7 @@ enum Source {
     Hf(Box<HfDir>),
 }
 
-/// An open model: configuration read and checked, weights still in the file.
+/// An open model. Its configuration is read and checked; its weights are still in the file.
 #[derive(Debug)]
 pub struct ModelFile {
     source: Source,
@@ -48,7 +48,7 @@ impl ModelFile {
         Self::from_gguf(Gguf::open(path)?).map_err(|e| e.context(path.display()))
     }
 
-    /// Takes a GGUF file that is already read.
+    /// Takes an open GGUF file.
     pub fn from_gguf(gguf: Gguf) -> Result<Self> {
         let config = from_gguf::config(&gguf)?;
         Ok(Self { source: Source::Gguf(gguf), config })
@@ -59,7 +59,7 @@ impl ModelFile {
         &self.config
     }
 
-    /// The container: `GGUF v3`, or `safetensors`.
+    /// The container's name: `GGUF v3`, or `safetensors`.
     pub fn format(&self) -> String {
         match &self.source {
             Source::Gguf(g) => format!("GGUF v{}", g.version()),
@@ -67,7 +67,7 @@ impl ModelFile {
         }
     }
 
-    /// The GGUF file below, if it is one.
+    /// The GGUF file, if the container is one.
     pub fn gguf(&self) -> Option<&Gguf> {
         match &self.source {
             Source::Gguf(g) => Some(g),

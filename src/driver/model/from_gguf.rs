@@ -8,7 +8,7 @@ use crate::driver::gguf::{Array, Gguf, Value};
 use crate::driver::quant::dequantize;
 use crate::{Pairing, RopeScaling, YarnScaling};
 
-/// The metadata of one architecture: keys without its name in front.
+/// The metadata of one architecture. Its keys are given without the architecture's prefix.
 struct Section<'a> {
     gguf: &'a Gguf,
     arch: &'a str,
@@ -106,7 +106,7 @@ pub(super) fn config(g: &Gguf) -> Result<ModelConfig> {
         post_norms: gemma,
         embedding_scale: if gemma { (dim as f64).sqrt() as f32 } else { 1.0 },
         attn_scale: match s.opt_f32("attention.scale")? {
-            // The format has no key for Gemma's query scale; only the 27B model's is not that of its head size.
+            // The format has no key for Gemma's query scale. Only that of the 27B model differs from the default.
             None if gemma && layers.len() == 62 => Some((dim as f64 / heads as f64).sqrt().recip() as f32),
             given => given,
         },
@@ -133,7 +133,7 @@ pub(super) fn config(g: &Gguf) -> Result<ModelConfig> {
     Ok(config)
 }
 
-/// Which layers are local: a flag for each, or the length of the pattern.
+/// Which layers are local. The file has a flag for each layer, or the length of the pattern.
 fn which_are_local(s: &Section, layers: usize) -> Result<Vec<bool>> {
     let key = s.key("attention.sliding_window_pattern");
     match s.gguf.metadata().get(&key) {
@@ -175,7 +175,7 @@ fn stretch(s: &Section) -> Result<Stretch> {
             let mut yarn = YarnScaling::new(factor, s.usize("rope.scaling.original_context_length")? as f64)
                 .beta_fast(s.opt_f64("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0))
                 .beta_slow(s.opt_f64("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0));
-            // The file's factor comes on top of the paper's.
+            // The file's factor multiplies that of the paper.
             yarn.attention_factor =
                 s.opt_f64("rope.scaling.attn_factor")?.map(|more| more * yarn_magnitude(factor, 1.0));
             yarn.into()

@@ -39,7 +39,7 @@ pub(super) fn config(dir: &HfDir) -> Result<ModelConfig> {
     if heads == 0 {
         return Err(Error::malformed("num_attention_heads is 0"));
     }
-    // Gemma's configurations leave out what is the default of their class.
+    // Gemma's configurations omit values that equal the default of their class.
     let head_dim = c.head_dim.unwrap_or(if gemma { 256 } else { c.hidden_size / heads });
     let rope = c.rope_parameters.as_ref().or(c.rope_scaling.as_ref());
     let global = rope.and_then(|r| r.full_attention.as_deref()).or(rope);
@@ -89,7 +89,7 @@ pub(super) fn config(dir: &HfDir) -> Result<ModelConfig> {
     Ok(config)
 }
 
-/// Which layers are local: a word for each, or the length of the pattern.
+/// Which layers are local. The file has a word for each layer, or the length of the pattern.
 fn which_are_local(c: &HfConfig, layers: usize) -> Result<Vec<bool>> {
     let Some(types) = &c.layer_types else {
         return Ok(local_layers(layers, c.sliding_window_pattern.unwrap_or(GEMMA_PATTERN)));

@@ -1,4 +1,4 @@
-//! A model file's configuration and its weights, brought to one form whatever the container.
+//! A model file's configuration and weights, in one form for all containers.
 //!
 //! | file | holds |
 //! | --- | --- |

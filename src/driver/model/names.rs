@@ -1,6 +1,6 @@
 //! The containers' names for a decoder's tensors.
 
-/// What the containers call the parts, and how they store them.
+/// The names of the tensors in a container, and how it stores the norms.
 pub(super) struct Names {
     pub embedding: &'static str,
     pub output_norm: &'static str,
@@ -15,9 +15,9 @@ pub(super) struct Names {
     pub gate_up: [&'static str; 2],
     pub down: &'static str,
     pub ffn_post_norm: &'static str,
-    /// Added to every norm's weights: some checkpoints store them less one.
+    /// Added to the weights of every norm; some checkpoints store them minus 1.
     pub norm_offset: f32,
-    /// Tensors that the configuration already accounts for, by the end of their name.
+    /// Ends of the names of tensors that no weight uses, and that are not an error.
     pub known: &'static [&'static str],
 }
 
@@ -54,11 +54,11 @@ pub(super) static HF_LLAMA_NAMES: Names = Names {
     down: "mlp.down_proj.weight",
     ffn_post_norm: "",
     norm_offset: 0.0,
-    // The head is in some files although it is tied; the frequencies, in old ones, follow from the base.
+    // Some files have the head although it is tied. Old files have the frequencies, which follow from the base.
     known: &["rotary_emb.inv_freq", "lm_head.weight"],
 };
 
-// Gemma's checkpoints hold what its norms add to 1; the converter to GGUF adds it.
+// Gemma's checkpoints store norm weights minus 1; GGUF files store them with 1 added.
 pub(super) static HF_GEMMA_NAMES: Names = Names {
     attn_post_norm: "post_attention_layernorm.weight",
     ffn_norm: "pre_feedforward_layernorm.weight",

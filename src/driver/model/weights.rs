@@ -1,4 +1,4 @@
-//! A decoder's weights in f32, and their way out of a file: every tensor is found and its shape checked before any is unpacked.
+//! A decoder's weights in f32. Every tensor is found and its shape checked before any is unpacked.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,13 +16,13 @@ use crate::driver::quant::{Tensor, dequantize};
 pub struct LayerWeights {
     /// RMSNorm before attention.
     pub attn_norm: Vec<f32>,
-    /// RMSNorm of a query's head and of a key's head, `[head_dim]`, where the model has them.
+    /// RMSNorm of query heads and of key heads, `[head_dim]` each, if the model has them.
     pub qk_norm: Option<[Vec<f32>; 2]>,
     /// Queries, keys and values in one matrix, in this order: `[q_dim + 2 * kv_dim, dim]`.
     pub qkv: Matrix,
     /// Attention's output, `[dim, q_dim]`.
     pub attn_out: Matrix,
-    /// RMSNorm of that, where the model has one.
+    /// RMSNorm of its output, if the model has one.
     pub attn_post_norm: Option<Vec<f32>>,
     /// RMSNorm before the feed-forward part.
     pub ffn_norm: Vec<f32>,
@@ -30,14 +30,14 @@ pub struct LayerWeights {
     pub gate_up: Matrix,
     /// Back to the residual stream, `[dim, ffn_dim]`.
     pub down: Matrix,
-    /// RMSNorm of that, where the model has one.
+    /// RMSNorm of its output, if the model has one.
     pub ffn_post_norm: Option<Vec<f32>>,
 }
 
 /// A model's weights in f32.
 #[derive(Debug, Clone)]
 pub struct Weights {
-    /// One row a token, `[vocab, dim]`.
+    /// One row per token, `[vocab, dim]`.
     pub embedding: Matrix,
     /// The layers, first to last.
     pub layers: Vec<LayerWeights>,
@@ -55,8 +55,8 @@ impl Weights {
 }
 
 impl ModelFile {
-    /// Unpacks all weights to f32, on the current rayon pool. `progress` hears, from any thread, how many of how many
-    /// bytes of the file are done.
+    /// Unpacks all weights to f32, on the current rayon pool. `progress` receives the bytes done and the total bytes,
+    /// from any thread.
     pub fn weights(&self, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Weights> {
         let mut plan = Plan { file: self, names: self.names(), jobs: Vec::new(), used: HashSet::new() };
         let mut weights = plan.allocate()?;
@@ -65,7 +65,7 @@ impl ModelFile {
 
         let total = jobs.iter().map(|t| t.data.len()).sum();
         let done = AtomicUsize::new(0);
-        // The same order in which the plan met the tensors; `check_shape` made the lengths equal.
+        // Weights and tensors are in the same order; `Plan::take` has checked that their lengths agree.
         let mut jobs = jobs.into_iter();
         let mut pairs: Vec<(Tensor<'_>, &mut [f32])> = Vec::new();
         for mut dst in weights.slices() {
@@ -77,7 +77,7 @@ impl ModelFile {
             }
         }
         pairs.into_par_iter().try_for_each(|(tensor, dst)| {
-            // A multiple of every block, small enough that one large embedding keeps all threads busy.
+            // A multiple of every block size, small enough that one large embedding keeps all threads busy.
             const ELEMENTS: usize = 1 << 16;
             let bytes = tensor.ty.bytes(ELEMENTS).unwrap_or(usize::MAX);
             dst.par_chunks_mut(ELEMENTS).zip(tensor.data.par_chunks(bytes)).try_for_each(|(dst, src)| {
@@ -94,7 +94,7 @@ impl ModelFile {
     }
 }
 
-/// Finds every tensor, checks its shape and makes room for it, before any is unpacked.
+/// Finds every tensor, checks its shape and allocates memory for it, before any is unpacked.
 struct Plan<'a> {
     file: &'a ModelFile,
     names: &'static Names,
@@ -156,7 +156,7 @@ impl<'a> Plan<'a> {
         if c.post_norms { self.vector(name, c.dim).map(Some) } else { Ok(None) }
     }
 
-    /// Several tensors of equal width, one below the other. Room is made only for what is in the file.
+    /// Several tensors of equal width, one below the other. Memory is allocated only for tensors that the file has.
     fn matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Matrix> {
         for (name, rows) in parts {
             self.take(name.clone(), &[*rows, cols])?;
@@ -164,8 +164,8 @@ impl<'a> Plan<'a> {
         Ok(Matrix::zeros(parts.iter().map(|(_, rows)| rows).sum(), cols))
     }
 
-    /// A tensor that nothing uses (a bias, an expert, a second norm) means a model that is not computed as its author
-    /// meant, and better refused than run.
+    /// An unused tensor (a bias, an expert, a second norm) is an error, because the model would not be computed as its
+    /// author meant.
     fn reject_strangers(&self) -> Result<()> {
         for name in self.file.tensor_names() {
             if !self.used.contains(name) && !self.names.known.iter().any(|k| name.ends_with(k)) {
