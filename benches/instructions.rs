@@ -1,15 +1,15 @@
-//! Instructions per call at the AVX2 level, counted by valgrind's callgrind, against the counts in `instructions.txt`: a
-//! guard against regressions that needs no quiet machine.
+//! Counts instructions per call at the AVX2 level with valgrind's callgrind, and compares them with
+//! `instructions.txt`: a guard against regressions that needs no quiet machine.
 //!
 //! ```sh
 //! cargo bench --bench instructions                # compares; fails above 3 %
 //! cargo bench --bench instructions -- decode      # some of them
-//! cargo bench --bench instructions -- --update    # writes the counts anew, after a change that is meant
+//! cargo bench --bench instructions -- --update    # records new counts, after an intended change
 //! ```
 //!
-//! Without valgrind nothing runs, which is a failure only where `KVLANE_REQUIRE_VALGRIND` is set. Valgrind has no AVX-512,
-//! so the level above has no such guard. The counts are those of all that a call does: views, checks, kernel. They move a
-//! little with the compiler, hence the tolerance.
+//! Without valgrind nothing runs, which is a failure only if `KVLANE_REQUIRE_VALGRIND` is set. Valgrind does not
+//! support AVX-512. The counts include the whole call: views, checks, kernel. They vary a little with the compiler,
+//! hence the tolerance.
 
 use half::{bf16, f16};
 use kvlane::{
@@ -48,7 +48,7 @@ const CASES: &[Case] = &[
     ("merge_16_f32", merge),
 ];
 
-/// The same numbers between -1 and 1 every time.
+/// The same numbers between -1 and 1 in every run.
 fn data<T: Element>(n: usize) -> Vec<T> {
     let mut state = 1u64;
     let mut next = || {
@@ -76,7 +76,7 @@ fn attend<T: Element>(context: Context, queries: usize, keys: usize) -> Box<dyn 
     })
 }
 
-/// Queries turned by angles from a table.
+/// Rotation of queries by angles from a table.
 fn rotate(context: Context, pairing: Pairing) -> Box<dyn FnMut()> {
     let shape = [1, TOKENS, HEADS, DIM];
     let (src, mut dst) = (data::<f32>(shape.iter().product()), data::<f32>(shape.iter().product()));
@@ -90,7 +90,7 @@ fn rotate(context: Context, pairing: Pairing) -> Box<dyn FnMut()> {
     })
 }
 
-/// Keys and values of one type into caches of another.
+/// A write of keys and values of one type into caches of another.
 fn write<S: Element, D: Element>(context: Context) -> Box<dyn FnMut()> {
     let shape = [1, TOKENS, KV_HEADS, DIM];
     let n = shape.iter().product();
@@ -126,14 +126,14 @@ fn merge(context: Context) -> Box<dyn FnMut()> {
     })
 }
 
-/// What valgrind counts inside of: found by its name, so it is neither mangled nor inlined.
+/// Valgrind counts inside of this function. It finds it by name, so it is neither mangled nor inlined.
 #[unsafe(no_mangle)]
 #[inline(never)]
 fn kvlane_counted(call: &mut dyn FnMut()) {
     black_box(call)();
 }
 
-/// Under valgrind: one call to allocate the workspace and bind symbols, and one that is counted.
+/// Runs under valgrind: one call to allocate the workspace and bind symbols, then one that is counted.
 fn run(name: &str) {
     let context = Context::with_max_isa(Isa::Avx2).expect("AVX2 belongs to this architecture");
     assert_eq!(context.isa(), Isa::Avx2, "this CPU, or KVLANE_MAX_ISA, does not allow AVX2");
@@ -143,7 +143,7 @@ fn run(name: &str) {
     kvlane_counted(&mut call);
 }
 
-/// How many instructions a call takes.
+/// The number of instructions per call.
 fn count(name: &str) -> Result<u64, String> {
     let output = Command::new("valgrind")
         .args(["--tool=callgrind", "--collect-atstart=no", "--toggle-collect=kvlane_counted"])
@@ -163,7 +163,7 @@ fn references_path() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("benches/instructions.txt")
 }
 
-/// Lines of a name and a count.
+/// Parses lines of a name and a count.
 fn references() -> BTreeMap<String, u64> {
     let text = std::fs::read_to_string(references_path()).unwrap_or_default();
     let parse = |line: &str| {

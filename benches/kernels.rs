@@ -1,9 +1,9 @@
-//! One bench for every kernel of the registry that this CPU can run: `cargo bench --features criterion
-//! --bench kernels`, or with `-- attention_f16` for some.
+//! A bench for every kernel of the registry that this CPU can run: `cargo bench --features criterion --bench kernels`,
+//! or with `-- attention_f16` for some.
 //!
-//! Cases, bytes, operations and limits are those of [`kvlane::bench`], as in `kvlane bench`; criterion adds its statistics, and
-//! the change since the last run. After each case a line tells the rate and the share of the limit, which was measured just
-//! before and just after.
+//! Cases, bytes, operations and limits are those of [`kvlane::bench`], as in `kvlane bench`; criterion adds its
+//! statistics and the change since the last run. After each case a line shows the rate and the share of the limit,
+//! which is measured just before and just after.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use kvlane::bench::limits::{Kind, Limits, Threads};
 use kvlane::bench::run::skipped;
 use kvlane::kernels;
 
-/// Runs a case; tells whether it could.
+/// Runs a case; returns whether it could run.
 fn bench_case(group: &mut BenchmarkGroup<WallTime>, case: &Case, limits: &mut Limits, threads: &Threads) -> bool {
     let Some(mut prepared) = case.prepare().expect("every level of the registry belongs to this architecture") else {
         return false;
@@ -33,7 +33,7 @@ fn bench_case(group: &mut BenchmarkGroup<WallTime>, case: &Case, limits: &mut Li
         });
     });
     if best.is_infinite() {
-        return true; // Not asked for on the command line.
+        return true; // Not selected on the command line.
     }
     let mut limit = |kind| limits.measure(threads, case.kernel.isa, kind).expect("the level is available");
     let memory = case.memory_limit().map(|kind| (kind, limit(kind)));
@@ -70,7 +70,7 @@ fn registry(c: &mut Criterion) {
         assert!(!cases.is_empty(), "{} is in the registry, but has no bench", kernel.name);
         let mut group = c.benchmark_group(kernel.name);
         group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(300));
-        // All levels and kernels, but of each the shapes of a quick run; a kernel without any gets its first.
+        // All levels and kernels, with the shapes of a quick run; a kernel without such a shape takes its first.
         let quick = cases.iter().any(|case| case.quick);
         let chosen = cases.iter().enumerate().filter(|(i, case)| if quick { case.quick } else { *i == 0 });
         let mut ran = true;

@@ -1,25 +1,25 @@
 #!/usr/bin/env python3
-"""Counts what the NEON level's innermost loops are made of, in the disassembly of a build for AArch64.
+"""Counts instructions of the innermost loops of the NEON levels, in the disassembly of a build for AArch64.
 
     python3 benches/neon_loops.py target/aarch64-unknown-linux-gnu/release/libkvlane.so
 
-NEON kernels cannot be timed where there is no such CPU, but what bounds them can be read off: a loop keeps the vector units
-busy if it has enough multiply-adds for each load, and does not spill its accumulators. The loops of attention are told by
-their number of multiply-adds, which the register tiles fix:
+NEON kernels cannot be timed without such a CPU, but their bounds can be read from the code: a loop keeps the vector units busy if
+it has enough multiply-adds per load and does not spill its accumulators. The loops of attention are recognised by their number of
+multiply-adds, which the register tiles fix:
 
-- prefill, six rows by four vectors: 24 accumulators, so 24 multiply-adds a step (values), or 48, since scores go two
-  steps a turn;
-- decode, four rows by four keys, a pair of vectors a turn: 32.
+- prefill, six rows by four vectors: 24 accumulators, hence 24 multiply-adds per step (values), or 48 (scores, which take two
+  steps per iteration);
+- decode, four rows by four keys, a pair of vectors per iteration: 32.
 
-The loops of the level neonbf16 are counted in `bfmmla` instead, each of which is 16 multiply-adds, as four of the others are:
+The loops of the level neonbf16 are counted in `bfmmla` instructions. Each is 16 multiply-adds, as many as four `fmla`:
 
-- from packed copies (prefill), six pairs of rows by four pairs of keys or columns: 24 sums, so 24 a step;
-- from where they lie (decode), a pair of rows by eight pairs of keys, two steps a turn: 16; four pairs of rows by four pairs
-  of keys: 32; a pair of rows by eight pairs of columns: 8, and 8 more that only look for NaN. These are told by the shuffles that
-  bring keys into pairs (of 64 bits) or transpose values (of 16).
+- from packed copies (prefill), six pairs of rows by four pairs of keys or columns: 24 sums, hence 24 per step;
+- in place (decode), a pair of rows by eight pairs of keys, two steps per iteration: 16; four pairs of rows by four pairs of keys:
+  32; a pair of rows by eight pairs of columns: 8, and 8 more that only detect NaN. These are recognised by the shuffles that bring
+  keys into pairs (of 64 bits) or transpose values (of 16).
 
-Fails if there is no such loop, or if the best of a kind has fewer multiply-adds a load, or more stores to the stack, than it
-is held to.
+Fails if a kind of loop does not exist, or if the best loop of a kind has fewer multiply-adds per load or more stores to the stack
+than its bound.
 """
 
 import re
@@ -27,8 +27,8 @@ import subprocess
 import sys
 from collections import defaultdict
 
-# Multiply-adds a turn: what that is, the least multiply-adds for each load instruction, the most stores to the stack. Of the 32
-# registers the scores' loop needs 24 sums, 4 keys, and elements of two steps of Q: one too many.
+# Multiply-adds per iteration: the loop, its least multiply-adds per load instruction, its most stores to the stack. The loop of
+# scores needs 24 sums, 4 keys and elements of two steps of Q: one more than the 32 registers.
 KINDS = {
     ("fmla", 24, ""): ("prefill, values: 6 x 4 vectors, a key a turn", 3.2, 0),
     ("fmla", 48, ""): ("prefill, scores: 6 x 4 vectors, two steps a turn", 3.6, 1),
@@ -42,7 +42,7 @@ LINE = re.compile(r"^\s+([0-9a-f]+):\s+(\S+)\s*(.*)$")
 
 
 def innermost_loops(library):
-    """Mnemonics and operands of every run of instructions that ends in a branch to its own start, with no branch between."""
+    """Mnemonics and operands of every run of instructions that ends in a branch to its start, without a branch in between."""
     command = ["aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", library]
     body = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dump:

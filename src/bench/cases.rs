@@ -1,4 +1,4 @@
-//! What is measured: every kernel of the registry on shapes of real models, through the public API only.
+//! The cases of the bench: every kernel of the registry on shapes of real models, through the public API only.
 //!
 //! 32 query heads over 8 KV heads of 128 are a layer of Llama-3-8B, 32 over 32 one of Llama-2-7B, 9 over 3 of 64 one of
 //! SmolLM2-135M; head sizes 80, 96 and 256 are those of Phi-2, Phi-3-mini and Gemma.
@@ -11,16 +11,16 @@ use crate::{
     attention, kv_write, merge_states, repeat_kv, rms_norm, rms_norm_rope, rope, rope_in_place,
 };
 
-/// A kernel and a shape for it.
+/// A kernel with a shape.
 #[derive(Clone, Debug)]
 pub struct Case {
     /// The kernel that is measured.
     pub kernel: KernelInfo,
-    /// The shape, in words.
+    /// A description of the shape.
     pub name: String,
     /// Whether it is part of a quick run.
     pub quick: bool,
-    /// Whether it is so little work that what a call costs besides it matters.
+    /// Whether the work is so little that the overhead of a call matters.
     pub small: bool,
     work: Work,
 }
@@ -75,7 +75,7 @@ impl AttentionShape {
         [self.batch, self.keys, self.kv_heads, self.dim]
     }
 
-    /// K and V are all that matters once there are many keys a query; before that, queries and output too.
+    /// With many keys per query, K and V dominate; with few, queries and output count too.
     fn small(&self) -> bool {
         self.batch * self.keys <= 256
     }
@@ -90,20 +90,20 @@ const KV_HEADS: usize = 8;
 const DIM: usize = 128;
 const TOKENS: usize = 2048;
 
-/// The cases of a kernel; there is at least one for every kernel that can be in the registry.
+/// The cases of a kernel, at least one for every kernel of the registry.
 pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
     let (src, dst) = (kernel.src, kernel.dst);
     let mut cases = Vec::new();
     let mut add = |quick: bool, small: bool, name: String, work: Work| {
         cases.push(Case { kernel: *kernel, name, quick, small, work });
     };
-    // Exhaustive: an operation without cases does not compile.
+    // The match is exhaustive, so that an operation without cases does not compile.
     match kernel.op {
         Op::RopeAngles => {
             add(true, false, format!("{TOKENS} positions of {DIM}"), Work::Angles { positions: TOKENS, dim: DIM });
         }
         Op::Rope => {
-            // Of nine pairs of types, the usual ones are enough for a first look.
+            // A quick run takes the usual pairs of types only.
             let usual = src == dst || src == DType::F32;
             let heads = HEADS + KV_HEADS;
             for (pairing, p) in [(Pairing::HalfSplit, "half-split"), (Pairing::Interleaved, "interleaved")] {
@@ -124,7 +124,7 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
             let work = Work::Write { shape: written, rope: true, norm: false, packing: Packing::Rows };
             add(usual, false, format!("with write, {TOKENS}x{KV_HEADS}x{DIM}"), work);
             if src == DType::F32 {
-                // A norm in the same pass: it hands f32 to the rotation.
+                // A norm in the same pass, which passes f32 to the rotation.
                 let work = Work::Rope { shape: [1, TOKENS, heads, DIM], pairing, table, in_place: false, norm: true };
                 add(false, false, format!("with norm, {TOKENS}x{heads}x{DIM}"), work);
                 let work = Work::Write { shape: written, rope: true, norm: true, packing: Packing::Rows };
@@ -176,7 +176,7 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
                 add(quick, false, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries: src });
             }
             if src != DType::F32 {
-                // A decoder that computes in f32 and only stores in a narrow type.
+                // A decoder that computes in f32 and stores in a narrow type.
                 for seq in [1, 2048] {
                     let shape = AttentionShape::new(1, seq, if seq == 1 { 4096 } else { seq }, HEADS, KV_HEADS, DIM);
                     let work = Work::Attention { shape, layout: Layout::Bshd, queries: DType::F32 };
@@ -201,17 +201,17 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
 }
 
 impl Case {
-    /// Its name among all cases: `<kernel>/<shape>`.
+    /// Its unique name: `<kernel>/<shape>`.
     pub fn id(&self) -> String {
         format!("{}/{}", self.kernel.name, self.name)
     }
 
-    /// Bytes that a call has to move, reads and writes together.
+    /// Bytes that a call must move: reads plus writes.
     pub fn bytes(&self) -> usize {
         let (from, to) = (self.kernel.src.size(), self.kernel.dst.size());
         match self.work {
             Work::Angles { positions, dim } => positions * dim * to,
-            // Not the table, which a call over all layers reads from a cache.
+            // The table of angles is not counted, because calls for all layers read it from the CPU's cache.
             Work::Rope { shape, .. } | Work::Norm { shape } => elements(shape) * (from + to),
             Work::Write { shape, .. } => 2 * elements(shape) * (from + to),
             Work::Repeat { shape, heads } => elements(shape) * from + elements(shape) / shape[2] * heads * to,
@@ -224,12 +224,12 @@ impl Case {
         }
     }
 
-    /// Operations that a call has to do, a multiply-add counted as two; 0 for mere copies, and for angles, whose count
-    /// depends on the method.
+    /// Floating-point operations that a call must do, a multiply-add counted as two; 0 for copies, and for angles,
+    /// where the count depends on the method.
     pub fn flops(&self) -> f64 {
         let count = match self.work {
             Work::Angles { .. } | Work::Write { rope: false, .. } | Work::Repeat { .. } => 0,
-            // Four products and two sums a pair; a square, its sum and two products an element of a norm.
+            // Per pair: four products and two sums. Per element of a norm: a square, its sum and two products.
             Work::Rope { shape, norm, .. } | Work::Write { shape, rope: true, norm, .. } => {
                 (3 + 4 * usize::from(norm)) * elements(shape)
             }
@@ -240,7 +240,7 @@ impl Case {
         count as f64
     }
 
-    /// The limit of memory that it is held to; `None` if there is none.
+    /// The memory limit that applies; `None` if there is none.
     pub fn memory_limit(&self) -> Option<Kind> {
         match self.work {
             Work::Angles { .. } => None,
@@ -250,10 +250,10 @@ impl Case {
         }
     }
 
-    /// Allocates and fills what a call needs.
+    /// Allocates and fills the data of a call. `None` if `KVLANE_MAX_ISA` or the CPU selects another kernel.
     ///
     /// # Errors
-    /// There is no such context; `None` if `KVLANE_MAX_ISA` or the CPU leads to another kernel.
+    /// The context cannot be created.
     pub fn prepare(&self) -> Result<Option<Prepared>> {
         let kernel = &self.kernel;
         if !kernel.isa.is_available() {
@@ -296,7 +296,7 @@ impl Case {
                     need_angles(shape[3], shape[1])?;
                 }
                 weight = vec![1.0; shape[3]];
-                // Room for whole pairs.
+                // Space for whole pairs.
                 let [rows, slots, heads, dim] = [shape[0], shape[1].next_multiple_of(2), shape[2], shape[3]];
                 let values = match packing {
                     Packing::Rows => [rows, slots, heads, dim],
@@ -367,7 +367,7 @@ impl Prepared {
     /// One call.
     ///
     /// # Errors
-    /// The library refuses it, or the runner fails.
+    /// The library rejects the call, or the runner fails.
     pub fn run(&mut self, runner: &dyn Runner) -> Result<()> {
         let Self { context, precision, work, tensors, angles, lse, weight, workspace } = self;
         let norm = RmsNorm::new(1e-6).weight(weight);

@@ -1,4 +1,4 @@
-//! Two reports, case by case.
+//! Comparison of two reports, case by case.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -6,15 +6,15 @@ use std::fmt::Write;
 use super::report::{CaseResult, Report, seconds, threads};
 use super::{Error, Result};
 
-/// What cases of two reports must share to be compared.
+/// The key by which cases of two reports are matched.
 fn key(c: &CaseResult) -> (&str, &str, usize) {
     (&c.kernel, &c.case, c.threads)
 }
 
-/// A table of how many times as fast the second report's cases are as the first's; above 1, the second is faster.
+/// A table of speed ratios per case: above 1, the second report is faster.
 ///
 /// # Errors
-/// No case is in both.
+/// The reports have no case in common.
 pub fn compare(a: &Report, b: &Report) -> Result<String> {
     let second: BTreeMap<_, &CaseResult> = b.cases.iter().map(|c| (key(c), c)).collect();
     let pairs: Vec<(&CaseResult, &CaseResult)> =

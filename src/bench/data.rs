@@ -1,11 +1,11 @@
-//! Tensors for the cases and buffers for the limits: the same memory, so that neither has an advantage.
+//! Tensors for the cases and buffers for the limits, in the same kind of memory, so that they compare.
 
 use half::{bf16, f16};
 
 use crate::view::{bhsd, contiguous};
 use crate::{DType, Element, Result, View, ViewMut};
 
-/// Elements that begin at a cache line, as the memory of every runtime does.
+/// Elements aligned to a cache line, as in most runtimes.
 pub(crate) struct Aligned<T> {
     memory: Vec<T>,
     start: usize,
@@ -17,7 +17,7 @@ impl<T: Element> Aligned<T> {
 
     /// Numbers between -1 and 1.
     pub fn new(len: usize) -> Self {
-        // A pattern that is repeated: filling must not take longer than measuring.
+        // A repeated pattern, so that filling does not take longer than measuring.
         const PATTERN: usize = 4099;
         let mut state = 1u64;
         let pattern: Vec<T> = (0..PATTERN.min(len))
@@ -47,7 +47,7 @@ impl<T: Element> Aligned<T> {
     }
 }
 
-/// How a tensor's axes lie in memory.
+/// The order of a tensor's axes in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Layout {
     Bshd,

@@ -1,8 +1,8 @@
-//! What the machine can do: loops that do nothing but read, copy, multiply or exponentiate, compiled for every level.
+//! The limits of the machine: loops that only read, copy, multiply or exponentiate, compiled for every level.
 //!
-//! A limit is the best of everything tried. Which loop reads fastest depends on the CPU and on where the bytes lie: the
-//! hardware prefetcher follows one stream up to the end of a page, software prefetch can look across it, and several streams
-//! keep more lines in flight.
+//! A limit is the best rate of several loops. Which loop reads fastest depends on the CPU and on the level of memory:
+//! the hardware prefetcher follows one stream to the end of a page, software prefetches cross pages, and several
+//! streams keep more cache lines in flight.
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -20,7 +20,7 @@ use crate::kernels::scalar::Scalar;
 use crate::kernels::simd::{Outlined, Simd};
 use crate::{Isa, Rayon, Runner, Serial};
 
-/// The threads that kernels and limits run on: the calling one, or a pool.
+/// The threads of kernels and limits: the calling thread, or a pool.
 pub struct Threads {
     pool: Option<rayon::ThreadPool>,
 }
@@ -29,7 +29,7 @@ impl Threads {
     /// `count` threads.
     ///
     /// # Errors
-    /// There are none or too many, or the system refuses.
+    /// `count` is 0 or too large, or the system cannot start them.
     pub fn new(count: usize) -> Result<Self> {
         const MOST: usize = 1024;
         if !(1..=MOST).contains(&count) {
@@ -42,12 +42,13 @@ impl Threads {
         Ok(Self { pool: Some(pool.map_err(|e| Error::new(format!("starting {count} threads: {e}")))?) })
     }
 
-    /// How many there are.
+    /// The number of threads.
     pub fn count(&self) -> usize {
         self.pool.as_ref().map_or(1, rayon::ThreadPool::current_num_threads)
     }
 
-    /// Seconds from when all threads are ready until the last is done with `f`, which is told its number.
+    /// Runs `f` with its index on every thread. Returns the seconds from when all threads are ready until the last is
+    /// done.
     fn seconds(&self, f: &(dyn Fn(usize) + Sync)) -> f64 {
         let Some(pool) = &self.pool else {
             let start = Instant::now();
@@ -59,14 +60,14 @@ impl Threads {
         let each = pool.broadcast(|context| {
             ready.fetch_add(1, Ordering::AcqRel);
             while ready.load(Ordering::Acquire) < all {
-                // There may be fewer CPUs than threads.
+                // Yield, because there may be fewer CPUs than threads.
                 std::thread::yield_now();
             }
             let start = Instant::now();
             f(context.index());
             (start, Instant::now())
         });
-        // From the first start: where CPUs are fewer than threads, these take turns.
+        // From the first start, because threads take turns if there are fewer CPUs.
         let (first, last) = (each.iter().map(|t| t.0).min(), each.iter().map(|t| t.1).max());
         first.zip(last).map_or(0.0, |(first, last)| last.duration_since(first).as_secs_f64())
     }
@@ -85,24 +86,24 @@ impl Runner for Threads {
     }
 }
 
-/// Runs `body` compiled for a level; does nothing if the CPU lacks it, which no caller lets happen.
+/// Runs `body` compiled for a level. Callers have checked that the level is available; otherwise this does nothing.
 fn on_level(isa: Isa, body: impl Outlined) {
     if !isa.is_available() {
         return;
     }
-    // SAFETY: the level is available, and every piece here stays inside of slices that it borrows.
+    // SAFETY: the level is available, and every loop stays inside the slices that it borrows.
     unsafe {
         match isa {
             Isa::Scalar => Scalar::new_unchecked().outline(body),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => crate::kernels::avx2::Avx2::new_unchecked().outline(body),
-            // Tile and matrix products have a peak of their own, which is not measured yet: everything else there is the next
-            // level's.
+            // Partial levels run the loops of the level below. The peak of their tile and matrix products is not
+            // measured.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Amx => crate::kernels::avx512::Avx512::new_unchecked().outline(body),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Isa::Neon | Isa::NeonBf16 => crate::kernels::neon::Neon::new_unchecked().outline(body),
-            // Levels of other architectures; spelled out, so that a new level has to be given its loops.
+            // Levels of other architectures, listed so that a new level does not compile without its loops.
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 | Isa::Amx => {}
             #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
@@ -111,7 +112,7 @@ fn on_level(isa: Isa, body: impl Outlined) {
     }
 }
 
-/// Asks for the cache line at `p`, which need not be readable.
+/// Prefetches the cache line at `p`, which need not be readable.
 #[inline(always)]
 fn prefetch(p: *const f32) {
     #[cfg(target_arch = "x86_64")]
@@ -128,12 +129,12 @@ fn prefetch(p: *const f32) {
     let _ = p;
 }
 
-/// Vectors that a reading loop takes a step; as many sums run side by side.
+/// Vectors per step of a reading loop, each with a sum of its own.
 const STEP: usize = 8;
 /// Floats in a cache line of 64 bytes.
 const LINE: usize = 16;
 
-/// Reads everything `passes` times, in `STREAMS` streams side by side, each prefetched `AHEAD` bytes ahead.
+/// Reads all data `passes` times, in `STREAMS` parallel streams with a prefetch distance of `AHEAD` bytes.
 struct Read<'a, const STREAMS: usize, const AHEAD: usize> {
     data: &'a [f32],
     passes: u64,
@@ -178,7 +179,7 @@ impl<const STREAMS: usize, const AHEAD: usize> Outlined for Read<'_, STREAMS, AH
     }
 }
 
-/// Copies `src` to `dst` by a vector loop, `passes` times.
+/// Copies `src` to `dst` with a vector loop, `passes` times.
 struct Copy<'a> {
     src: &'a [f32],
     dst: &'a mut [f32],
@@ -209,7 +210,7 @@ impl Outlined for Copy<'_> {
     }
 }
 
-/// Reads and writes back every vector, `passes` times.
+/// Reads, changes and writes every vector, `passes` times.
 struct Update<'a> {
     data: &'a mut [f32],
     passes: u64,
@@ -237,8 +238,8 @@ impl Outlined for Update<'_> {
     }
 }
 
-/// Multiply-adds without a load, in enough chains to fill every unit: latency times ports is 8 on most CPUs, 16 on the widest
-/// with NEON. Chains, factor and addend fit the registers.
+/// Multiply-adds without loads, in enough chains to fill all units: latency times ports is 8 on most CPUs, 16 on the
+/// widest with NEON. Chains, factor and addend fit into the registers.
 struct MultiplyAdd {
     steps: u64,
 }
@@ -249,7 +250,7 @@ const CHAINS: usize = if cfg!(target_arch = "aarch64") { 20 } else { 12 };
 impl Outlined for MultiplyAdd {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
-        // Towards 1, where nothing overflows or becomes subnormal.
+        // Converges to 1, so that no value overflows or becomes subnormal.
         let (factor, addend) = (s.splat(black_box(0.999)), s.splat(black_box(0.001)));
         let mut chains: [S::V; CHAINS] = std::array::from_fn(|i| s.splat(black_box(i as f32)));
         for _ in 0..self.steps {
@@ -263,7 +264,7 @@ impl Outlined for MultiplyAdd {
     }
 }
 
-/// Exponentials of a small array, as the softmax computes them, `WAYS` vectors side by side.
+/// Exponentials of a small array as in softmax, `WAYS` vectors at a time.
 struct Exp<'a, const WAYS: usize> {
     data: &'a [f32],
     passes: u64,
@@ -295,29 +296,28 @@ impl<const WAYS: usize> Outlined for Exp<'_, WAYS> {
 /// A limit, and the loop that reached it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Limit {
-    /// Bytes, operations or exponentials a second.
+    /// Bytes, operations or exponentials per second.
     pub rate: f64,
-    /// The loop that was fastest.
+    /// The fastest loop.
     pub by: String,
 }
 
-/// A kind of limit. The bytes of [`Self::Copy`] and [`Self::Update`] are those read and those written
-/// together.
+/// A kind of limit. The bytes of [`Self::Copy`] and [`Self::Update`] are bytes read plus bytes written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// Reading so many bytes, over and over.
+    /// Reading this many bytes repeatedly.
     Read(usize),
-    /// Copying half of so many bytes over the other half.
+    /// Copying one half of this many bytes to the other half.
     Copy(usize),
-    /// Changing half of so many bytes where they are: each is read and written.
+    /// Changing half of this many bytes in place; each is read and written.
     Update(usize),
-    /// f32 multiply-adds; two operations each.
+    /// f32 multiply-adds, two operations each.
     Fma,
     /// Exponentials with the accuracy that softmax needs.
     Exp,
 }
 
-/// A loop over a slice, so many times.
+/// A loop over a slice, repeated.
 type ReadLoop = fn(Isa, &[f32], u64);
 
 fn read<const STREAMS: usize, const AHEAD: usize>(isa: Isa, data: &[f32], passes: u64) {
@@ -354,7 +354,7 @@ fn copy_by_memcpy(_: Isa, src: &[f32], dst: &mut [f32], passes: u64) {
 
 const COPIES: [(&str, CopyLoop); 2] = [("vectors", copy_by_vectors), ("memcpy", copy_by_memcpy)];
 
-/// Measures limits, and keeps what it has measured.
+/// Measures limits and keeps the results.
 pub struct Limits {
     quick: bool,
     memory: Aligned<f32>,
@@ -362,13 +362,13 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Nothing measured yet; `quick` looks for a shorter time.
+    /// Without measurements. `quick` shortens each measurement.
     pub fn new(quick: bool) -> Self {
         Self { quick, memory: Aligned::new(0), found: BTreeMap::new() }
     }
 
-    /// The limit of a level on so many threads, now: the first time by every loop, later by the one that won, since a
-    /// machine's mood changes. See [`Self::best`] for the best that was ever seen.
+    /// Measures a limit of a level on `threads` threads. The first call runs every loop, later calls the loop that was
+    /// fastest, because rates change over time. [`Self::best`] returns the best of all calls.
     ///
     /// # Errors
     /// The CPU lacks the level.
@@ -379,7 +379,7 @@ impl Limits {
         if let Kind::Read(bytes) | Kind::Copy(bytes) | Kind::Update(bytes) = kind {
             let floats = bytes.div_ceil(size_of::<f32>()).next_multiple_of(2 * LINE);
             if self.memory.len() < floats {
-                self.memory = Aligned::new(0); // Never both at once.
+                self.memory = Aligned::new(0); // Never allocate both at once.
                 self.memory = Aligned::new(floats);
             }
         }
@@ -395,7 +395,8 @@ impl Limits {
             }
         };
         let all = threads.count();
-        // A level with other units (matrix tiles) adds its peak as a kind of its own here, and to `run::measure`'s bounds.
+        // A level with other units (matrix tiles) would add its peak as a kind here, and in the bounds of
+        // `run::measure`.
         match kind {
             Kind::Read(bytes) => {
                 let data = &self.memory.as_slice()[..(bytes / size_of::<f32>()).max(1)];
@@ -417,7 +418,7 @@ impl Limits {
                 for (by, copy) in COPIES.into_iter().filter(|(by, _)| wanted(by)) {
                     seen(by, bytes as f64, &mut |calls| {
                         threads.seconds(&|thread| {
-                            // One lock a sample, which nobody else wants.
+                            // One uncontended lock per sample.
                             if let Ok(mut part) = parts[thread].lock() {
                                 let (src, dst) = &mut *part;
                                 copy(isa, src, dst, calls);
@@ -450,7 +451,7 @@ impl Limits {
                 seen("registers", amount as f64, &mut { steps });
             }
             Kind::Exp => {
-                // In the first-level cache, and between -8 and 0 as logits are once their maximum is taken off.
+                // In the first-level cache, and between -8 and 0, like logits after the subtraction of their maximum.
                 let data: Vec<f32> = (0..2048).map(|i| i as f32 / -256.0).collect();
                 let amount = data.len() * all;
                 for (by, exp) in EXPS.into_iter().filter(|(by, _)| wanted(by)) {
@@ -465,19 +466,19 @@ impl Limits {
         Ok(now)
     }
 
-    /// Everything measured for a level on so many threads, the best of all times.
+    /// The best rates of a level on `threads` threads.
     pub fn best(&self, threads: usize, isa: Isa) -> impl Iterator<Item = (Kind, &Limit)> {
         self.found.iter().filter(move |(key, _)| (key.0, key.1) == (isa as u32, threads)).map(|(key, l)| (key.2, l))
     }
 }
 
-/// Where each of `parts` begins among `n` floats, at a cache line, and how many it has.
+/// Splits `n` floats into `parts` at cache lines: the first index and the length of each part.
 fn split(n: usize, parts: usize) -> impl Iterator<Item = (usize, usize)> {
     let at = move |part: usize| if part == parts { n } else { n * part / parts / LINE * LINE };
     (0..parts).map(move |part| (at(part), at(part + 1) - at(part)))
 }
 
-/// f32 lanes of a level's vectors.
+/// f32 lanes of a vector of the level.
 fn lanes(isa: Isa) -> usize {
     struct Lanes<'a>(&'a mut usize);
     impl Outlined for Lanes<'_> {
@@ -501,7 +502,7 @@ mod tests {
         let mut limits = Limits::new(true);
         for isa in Isa::ALL.into_iter().filter(|l| l.is_available()) {
             for threads in &threads {
-                // A size that neither vectors nor threads divide.
+                // A size that is divisible neither by vectors nor by threads.
                 for kind in [Kind::Read(10_004), Kind::Copy(10_008), Kind::Update(10_008), Kind::Fma, Kind::Exp] {
                     for _ in 0..2 {
                         let limit = limits.measure(threads, isa, kind).unwrap();

@@ -1,4 +1,4 @@
-//! What the bench ran on, as far as the operating system tells.
+//! The machine on which the bench runs, as the operating system describes it.
 
 use std::fs;
 use std::path::Path;
@@ -10,37 +10,37 @@ use crate::Isa;
 /// A machine.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
-    /// The name that the operating system gives the CPU.
+    /// The CPU's name, from the operating system.
     pub cpu: Option<String>,
-    /// The architecture, as Rust calls it.
+    /// The architecture's name in Rust.
     pub architecture: String,
-    /// The operating system, as Rust calls it.
+    /// The operating system's name in Rust.
     pub os: String,
     /// CPUs that this process may use.
     pub cpus: usize,
     /// Caches of the first CPU.
     pub caches: Vec<Cache>,
-    /// The levels of this build, and why this CPU cannot run some of them.
+    /// The levels of this build, and for each whether the CPU can run it.
     pub levels: Vec<Level>,
-    /// How the clock is governed, if the system tells.
+    /// The frequency governor, if known.
     pub governor: Option<String>,
-    /// When memory comes in huge pages without being asked for, if the system tells: `always`, `madvise` or `never`.
+    /// The setting of transparent huge pages, if known: `always`, `madvise` or `never`.
     pub huge_pages: Option<String>,
-    /// Programs that wanted to run in the last minute before the bench began, if the system tells: figures taken in
-    /// company are worth less.
+    /// The load average of the last minute before the bench began, if known. Figures of a busy machine are less
+    /// reliable.
     pub load: Option<f64>,
 }
 
 /// A cache.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cache {
-    /// 1 is next to the core.
+    /// The level; 1 is nearest to the core.
     pub level: u32,
     /// `Data`, `Instruction` or `Unified`.
     pub kind: String,
     /// Its size.
     pub bytes: usize,
-    /// The CPUs that share it, as the system lists them.
+    /// The list of CPUs that share it, in the system's format.
     pub shared_by: String,
 }
 
@@ -49,7 +49,7 @@ pub struct Cache {
 pub struct Level {
     /// Its name.
     pub name: String,
-    /// Why the CPU cannot run it; absent if it can.
+    /// The reason why the CPU cannot run it; absent if it can.
     pub missing: Option<String>,
 }
 
@@ -116,7 +116,7 @@ fn caches(directory: &Path) -> Vec<Cache> {
     (0..16).map_while(cache).collect()
 }
 
-/// What the CPU reports, of the features that kernels of this kind are ever written for.
+/// The CPU features that are relevant to kernels of this kind.
 pub(crate) fn cpu_features() -> Vec<(&'static str, bool)> {
     macro_rules! detect {
         ($detect:ident: $($name:tt),*) => { vec![$(($name, std::arch::$detect!($name))),*] };
@@ -124,7 +124,7 @@ pub(crate) fn cpu_features() -> Vec<(&'static str, bool)> {
     #[cfg(target_arch = "x86_64")]
     let mut features = detect!(is_x86_feature_detected: "sse4.2", "avx", "avx2", "fma", "f16c", "avxvnni", "avx512f",
         "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16", "avx512fp16");
-    // Not to be asked for on stable Rust; the level needs both, and the operating system's consent.
+    // Stable Rust cannot detect these features. The level needs both, and the permission of the operating system.
     #[cfg(target_arch = "x86_64")]
     features.push(("amx-bf16", Isa::Amx.is_available()));
     #[cfg(target_arch = "aarch64")]
@@ -134,7 +134,7 @@ pub(crate) fn cpu_features() -> Vec<(&'static str, bool)> {
     features
 }
 
-/// The name that the operating system gives the CPU, where it does.
+/// The CPU's name, if the operating system has one.
 pub(crate) fn cpu_name() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|l| l.starts_with("model name"))?;

@@ -1,30 +1,30 @@
-//! The bench: every kernel of the registry, measured against what this machine can do.
+//! The bench: every kernel of the registry, measured against the limits of this machine.
 //!
-//! A bare time says nothing about a kernel on an unknown CPU. So every figure here is a fraction of a limit, and the limit
-//! was measured by the same process, moments before and after, on a buffer of the same size and the same kind of pages.
+//! A time alone says nothing about a kernel on an unknown CPU. Every figure is a share of a limit, which the same
+//! process measures just before and just after, on a buffer of the same size and the same kind of pages.
 //!
 //! | where | what |
 //! | --- | --- |
-//! | [`timing`] | how long a call takes: best and median of batches of at least a millisecond |
-//! | [`limits`] | what the machine can do: bandwidths by working-set size, arithmetic, exponentials; a level and thread count each |
-//! | [`cases`] | what is measured: every kernel of the registry, on the shapes of real models, through the public API only |
-//! | [`run`] | cases and limits in turns, into a report |
-//! | [`report`] | the result: a table for people, JSON for machines |
-//! | [`machine`] | what it ran on |
-//! | [`compare`] | two reports, case by case |
-//! | [`roofline`] | a report as a picture |
+//! | [`timing`] | the time of a call: best and median of batches of at least a millisecond |
+//! | [`limits`] | limits of the machine: bandwidths by working-set size, arithmetic, exponentials; for each level and thread count |
+//! | [`cases`] | the cases: every kernel of the registry, on the shapes of real models, through the public API only |
+//! | [`run`] | measures cases and limits in turns, and makes a report |
+//! | [`report`] | the result, as a table and as JSON |
+//! | [`machine`] | a description of the machine |
+//! | [`compare`] | comparison of two reports |
+//! | [`roofline`] | a plot of a report |
 //!
-//! # What a case is held to
-//! A call must move its bytes and do its arithmetic; whichever takes longer, at the limits, is the time to reach:
+//! # The limit of a case
+//! A call must move its bytes and do its arithmetic. The limit of a case is the longer of both times:
 //!
-//! - **Attention** reads K and V once, for all query heads that share them, and does `4 * dim` useful operations for each
-//!   pair of a query head and a key that it sees; what a causal mask hides does not count. Its memory limit is the
-//!   best read of any kind of loop (one stream or several, with and without prefetch) over as many bytes.
-//! - **RoPE, cache write, repeat, merge** are held to the best plain copy of as many bytes, reads and writes together; RoPE
-//!   in place to changing as many where they are.
-//! - **Angles** are f64 trigonometry, for which there is no limit worth the name: only their time is told.
+//! - **Attention** reads K and V once for all query heads that share them, and does `4 * dim` useful operations for
+//!   each query row and visible key. Masked keys do not count. Its memory limit is the best rate of any reading loop
+//!   (one stream or several, with and without prefetch) over as many bytes.
+//! - **RoPE, cache write, repeat, merge**: the best plain copy of as many bytes, reads plus writes; for RoPE in place,
+//!   changing as many bytes in place.
+//! - **Angles** are f64 trigonometry and have no limit; the report shows their time only.
 //!
-//! All limits are those of the kernel's own ISA level: AVX2 kernels are not blamed for having half the lanes.
+//! All limits are those of the kernel's own ISA level.
 
 pub mod cases;
 pub mod compare;
@@ -38,7 +38,7 @@ pub mod timing;
 
 use std::fmt;
 
-/// What went wrong, as a sentence.
+/// An error, with a sentence.
 #[derive(Debug)]
 pub struct Error(String);
 

@@ -1,4 +1,4 @@
-//! What a run found: as a table for people, as JSON for machines.
+//! The result of a run, as a table and as JSON.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -9,46 +9,46 @@ use super::machine::Machine;
 use super::timing::Timing;
 use super::{Error, Result};
 
-/// What a file must call itself.
+/// The name of the schema, which a file must carry.
 const SCHEMA: &str = "kvlane-bench";
-/// Grows when a reader of older files would misread a newer one.
+/// Incremented when an older reader would misread a newer file.
 const VERSION: u32 = 1;
 
 /// A run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// What kind of file this is.
+    /// The name of the schema.
     pub schema: String,
     /// The version of the schema.
     pub version: u32,
     /// The library's version.
     pub kvlane: String,
-    /// Whether it was a quick look.
+    /// Whether the run was a quick one.
     pub quick: bool,
-    /// Where it ran.
+    /// The machine.
     pub machine: Machine,
-    /// What the machine can do, a level and thread count each.
+    /// The limits, for each level and thread count.
     pub limits: Vec<LevelLimits>,
-    /// What the kernels did.
+    /// The measured cases.
     pub cases: Vec<CaseResult>,
-    /// Kernels that were not measured, and why.
+    /// Kernels that were not measured, with the reason.
     pub skipped: Vec<String>,
 }
 
-/// What a level can do on so many threads; the best of the whole run.
+/// The limits of a level on a number of threads; the best of the whole run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LevelLimits {
     /// The level.
     pub isa: String,
     /// The threads.
     pub threads: usize,
-    /// f32 operations a second, a multiply-add counted as two.
+    /// f32 operations per second, a multiply-add counted as two.
     pub fma: Option<f64>,
-    /// Exponentials a second.
+    /// Exponentials per second.
     pub exp: Option<f64>,
-    /// Reading, by working-set size.
+    /// Read bandwidth by working-set size.
     pub read: Vec<Bandwidth>,
-    /// Copying, by bytes read and written together.
+    /// Copy bandwidth by bytes read plus bytes written.
     pub copy: Vec<Bandwidth>,
 }
 
@@ -57,22 +57,22 @@ pub struct LevelLimits {
 pub struct Bandwidth {
     /// The size.
     pub bytes: usize,
-    /// Bytes a second.
+    /// Bytes per second.
     pub rate: f64,
-    /// The loop that was fastest.
+    /// The fastest loop.
     pub by: String,
 }
 
-/// What a kernel did on a shape.
+/// The result of a kernel on a shape.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CaseResult {
     /// The kernel's name in the registry.
     pub kernel: String,
     /// Its operation.
     pub op: String,
-    /// The type it reads.
+    /// The type that it reads.
     pub src: String,
-    /// The type it writes.
+    /// The type that it writes.
     pub dst: String,
     /// Its level.
     pub isa: String,
@@ -80,15 +80,15 @@ pub struct CaseResult {
     pub case: String,
     /// The threads.
     pub threads: usize,
-    /// Whether what a call costs besides its work matters.
+    /// Whether the overhead of a call matters.
     pub small: bool,
     /// Bytes that a call moves.
     pub bytes: usize,
-    /// Operations that count.
+    /// Useful floating-point operations of a call.
     pub flops: f64,
-    /// Seconds a call.
+    /// Seconds per call.
     pub timing: Timing,
-    /// The limit it is held to.
+    /// The limit that applies.
     pub bound: Option<Bound>,
 }
 
@@ -99,24 +99,24 @@ pub struct Bound {
     pub kind: String,
     /// The loop that reached it.
     pub by: String,
-    /// Bytes or operations a second.
+    /// Bytes or operations per second.
     pub rate: f64,
     /// Seconds that a call takes at the limit.
     pub seconds: f64,
 }
 
 impl CaseResult {
-    /// Bytes a second.
+    /// Bytes per second.
     pub fn bandwidth(&self) -> f64 {
         self.bytes as f64 / self.timing.best
     }
 
-    /// Operations a second.
+    /// Operations per second.
     pub fn arithmetic(&self) -> f64 {
         self.flops / self.timing.best
     }
 
-    /// The share of its limit that it reached.
+    /// The share of the limit that the case reached.
     pub fn reached(&self) -> Option<f64> {
         self.bound.as_ref().map(|bound| bound.seconds / self.timing.best)
     }
@@ -145,7 +145,7 @@ impl Report {
     /// Reads a report.
     ///
     /// # Errors
-    /// The file cannot be read, is no report, or is one of another version.
+    /// The file cannot be read, is not a report, or has another version.
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
         Self::parse(&text).map_err(|e| Error::file(path, e))
@@ -154,7 +154,7 @@ impl Report {
     /// Reads a report from text.
     ///
     /// # Errors
-    /// The text is no report, or one of another version.
+    /// The text is not a report, or has another version.
     pub fn parse(text: &str) -> Result<Self> {
         let value: serde_json::Value =
             serde_json::from_str(text).map_err(|e| Error::new(format!("not a report of `kvlane bench`: {e}")))?;
@@ -175,7 +175,7 @@ impl Report {
         text
     }
 
-    /// What it ran on, for a terminal.
+    /// The machine, formatted for a terminal.
     pub fn machine_text(&self) -> String {
         let m = &self.machine;
         let mut text = String::new();
@@ -205,7 +205,7 @@ impl Report {
         text
     }
 
-    /// The limits, for a terminal.
+    /// The limits, formatted for a terminal.
     pub fn limits_text(&self) -> String {
         let mut text = String::new();
         for l in &self.limits {
@@ -236,7 +236,7 @@ impl Report {
         text
     }
 
-    /// The cases, for a terminal of 100 columns.
+    /// The cases, formatted for a terminal of 100 columns.
     pub fn cases_text(&self) -> String {
         let mut text = String::new();
         let mut group = None;
@@ -270,7 +270,7 @@ impl Report {
         text + &self.small_text()
     }
 
-    /// Small calls: what they cost besides their work.
+    /// The overhead of small calls.
     fn small_text(&self) -> String {
         let mut text = String::new();
         for c in self.cases.iter().filter(|c| c.small) {
@@ -301,7 +301,7 @@ pub(super) fn threads(n: usize) -> String {
     format!("{n} thread{}", if n == 1 { "" } else { "s" })
 }
 
-/// In thousand millions, with three digits or more.
+/// In units of 10^9, with at least three digits.
 pub(super) fn giga(x: f64) -> String {
     let x = x / 1e9;
     let digits = if x >= 99.95 {
@@ -326,7 +326,7 @@ pub(super) fn size(bytes: usize) -> String {
     if x.fract() == 0.0 { format!("{x} {unit}") } else { format!("{x:.1} {unit}") }
 }
 
-/// With the unit that fits.
+/// A time with a suitable unit.
 pub(super) fn seconds(t: f64) -> String {
     let (x, unit) = match t {
         t if t < 0.999_5e-6 => (t * 1e9, "ns"),

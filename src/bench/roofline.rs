@@ -1,8 +1,8 @@
-//! A report as a picture: what the machine can do as lines, every kernel and shape as a point beneath them.
+//! A plot of a report: limits as lines, every kernel and shape as a point below them.
 //!
-//! For each thread count, every kernel at the best level of the report: to the left the roofline, operations a second
-//! against operations a byte; in the middle bytes a second against bytes a call; to the right what the numbers stand for.
-//! Kernels that convert from one type to another are left out.
+//! For each thread count, the kernels of the best level in the report. Left: the roofline, operations per second over
+//! operations per byte. Middle: bytes per second over bytes per call. Right: a legend of the numbers. Kernels that
+//! convert between types are omitted.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -19,7 +19,7 @@ const INK: RGBColor = RGBColor(40, 40, 40);
 const PALE: RGBColor = RGBColor(120, 120, 120);
 const READ: RGBColor = RGBColor(70, 70, 70);
 const COPY: RGBColor = RGBColor(170, 120, 40);
-/// Told apart by colour-blind readers too.
+/// A palette that is distinguishable with colour blindness.
 const TYPES: [(&str, RGBColor); 3] =
     [("f32", RGBColor(0, 90, 181)), ("f16", RGBColor(220, 50, 32)), ("bf16", RGBColor(0, 140, 90))];
 
@@ -30,13 +30,13 @@ type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<Log, Log>>;
 /// Draws a report.
 ///
 /// # Errors
-/// It has nothing to draw.
+/// The report has no data to draw.
 pub fn svg(report: &Report) -> Result<String> {
     if report.cases.is_empty() {
         return Err(Error::new("the report has no cases, so there is no picture to draw"));
     }
     let mut rows: Vec<&LevelLimits> = Vec::new();
-    // Of each thread count the best level that was measured; its limits are the lines.
+    // For each thread count, take the best level that was measured; its limits are the lines.
     for limits in &report.limits {
         match rows.iter_mut().find(|row| row.threads == limits.threads) {
             Some(row) if rank(&row.isa) < rank(&limits.isa) => *row = limits,
@@ -52,7 +52,7 @@ pub fn svg(report: &Report) -> Result<String> {
     Ok(text)
 }
 
-/// The later, the better.
+/// Later levels are better.
 fn rank(isa: &str) -> Option<usize> {
     Isa::ALL.iter().position(|level| level.name() == isa)
 }
@@ -105,7 +105,7 @@ fn colour(dtype: &str) -> RGBColor {
     TYPES.into_iter().find(|t| t.0 == dtype).map_or(PALE, |t| t.1)
 }
 
-/// A range that holds all values, with some air, and never nothing.
+/// A range that holds all values with a margin; never empty.
 fn around(values: impl Iterator<Item = f64>, below: f64, above: f64) -> std::ops::Range<f64> {
     let (low, high) = values
         .filter(|x| x.is_finite() && *x > 0.0)
@@ -142,12 +142,12 @@ fn chart<'a, 'b>(
     Ok(chart)
 }
 
-/// A number of an axis.
+/// A label of an axis.
 fn plain(x: f64) -> String {
     if x >= 1.0 { format!("{x:.0}") } else { format!("{x}") }
 }
 
-/// Where everything bytes can be read at one of these sizes: in each cache, and in memory.
+/// The read bandwidth of each cache and of memory, each at one working-set size.
 fn ceilings(report: &Report, limits: &LevelLimits) -> Vec<Bandwidth> {
     let Some(largest) = limits.read.iter().max_by_key(|b| b.bytes) else {
         return Vec::new();
@@ -155,7 +155,7 @@ fn ceilings(report: &Report, limits: &LevelLimits) -> Vec<Bandwidth> {
     let mut chosen: Vec<Bandwidth> = Vec::new();
     for level in 1..=3 {
         let Some(bytes) = report.machine.cache_bytes(level) else { continue };
-        // The largest that lies in this cache with room to spare, and not in the one before.
+        // The largest size that fits into this cache with a margin, and not into the previous one.
         let inside = limits.read.iter().filter(|b| b.bytes <= bytes / 2 * limits.threads.max(1));
         if let Some(found) = inside.max_by_key(|b| b.bytes)
             && chosen.iter().all(|c| c.bytes < found.bytes)
@@ -198,10 +198,10 @@ fn roofline(
         let from = x.start.max(y.start / slope);
         let to = (peak / slope).min(x.end);
         if from >= to {
-            continue; // Outside of what is shown.
+            continue; // Outside of the plot.
         }
         chart.draw_series(LineSeries::new([(from, from * slope), (to, to * slope)], READ.stroke_width(1)))?;
-        // Beneath the line, wherever along it there is room.
+        // Below the line, where there is space.
         let along = |i: i32| {
             let x = from * (to / from).powf(f64::from(i) / 12.0);
             let (px, py) = chart.backend_coord(&(x, x * slope));
@@ -248,7 +248,7 @@ fn bandwidth(area: &Area, limits: &LevelLimits, cases: &[&CaseResult], number: &
         list.sort_by(|a, b| a.0.total_cmp(&b.0));
         if let Some(first) = list.first() {
             let (px, py) = chart.backend_coord(first);
-            // Of two lines that begin together, one name has to stand elsewhere.
+            // If two lines begin at the same place, one name is placed elsewhere.
             let places = [-12, 14, -28, 30].map(|dy| (px + 8, py + dy)).to_vec();
             signs.push(Sign { places, text: name.to_owned(), to: HPos::Left });
         }
@@ -259,7 +259,7 @@ fn bandwidth(area: &Area, limits: &LevelLimits, cases: &[&CaseResult], number: &
     write(area, signs, at, &cases.iter().map(|c| number(c)).collect::<Vec<_>>())
 }
 
-/// Draws points, circles for attention and squares for the rest, and tells where they are on the page, with their colours.
+/// Draws points: circles for attention, squares for the others. Returns their places on the page and their colours.
 fn marks(
     chart: &mut ChartContext<SVGBackend, Cartesian2d<Log, Log>>,
     points: &[(f64, f64, &CaseResult)],
@@ -279,16 +279,16 @@ fn marks(
     Ok(at)
 }
 
-/// The name of a line: where it may stand, the best place first.
+/// The name of a line, with its possible places, best first.
 struct Sign {
     places: Vec<(i32, i32)>,
     text: String,
     to: HPos,
 }
 
-/// Writes the lines' names, and each point's number where there is room, with a thin line to the point.
+/// Writes the names of the lines, and the number of each point where there is space, connected with a thin line.
 fn write(area: &Area, signs: Vec<Sign>, at: Vec<(i32, i32, RGBColor)>, numbers: &[usize]) -> Drawn {
-    // Coordinates of the page, which begin elsewhere than the area's.
+    // Convert to coordinates of the page, whose origin differs from the area's.
     let (left, top) = area.get_base_pixel();
     let (width, height) = area.dim_in_pixel();
     let (low, high) = ((left + 70, top + 40), (left + width as i32 - 16, top + height as i32 - 56));
@@ -334,7 +334,7 @@ fn write(area: &Area, signs: Vec<Sign>, at: Vec<(i32, i32, RGBColor)>, numbers: 
     Ok(())
 }
 
-/// The numbers' meaning, and the share of its limit that each type reached.
+/// The legend of the numbers, with the share of the limit for each type.
 fn explain(area: &Area, shapes: &[(&str, &str)], cases: &[&CaseResult]) -> Drawn {
     let column = |i: usize| 330 + 46 * i as i32;
     label(area, "% of the limit reached", (column(2), 16), 12, INK, HPos::Right)?;

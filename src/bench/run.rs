@@ -1,4 +1,4 @@
-//! A run: limits and cases in turns.
+//! A run: measures limits and cases in turns.
 
 use super::cases::{Case, cases_of};
 use super::limits::{Kind, Limit, Limits, Threads};
@@ -8,40 +8,40 @@ use super::timing::{Effort, repeat, time};
 use super::{Error, Result};
 use crate::{Context, Isa, KernelInfo, kernels};
 
-/// What to measure.
+/// The selection of cases.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Fewer shapes, pairs of types and sizes, and a shorter look at each.
+    /// Fewer shapes, pairs of types and sizes, and a shorter measurement of each.
     pub quick: bool,
-    /// Thread counts; none stands for one and, unless the run is quick, every CPU.
+    /// Thread counts. Empty: 1 and, unless the run is quick, the number of CPUs.
     pub threads: Vec<usize>,
-    /// Levels; none stands for all of them, or, if the run is quick, for the kernels that a context chooses.
+    /// Levels. Empty: all, or in a quick run the kernels that a context chooses.
     pub levels: Vec<Isa>,
     /// Only cases whose `<kernel>/<shape>` contains this.
     pub filter: Option<String>,
 }
 
-/// How far a run is.
+/// The progress of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress<'a> {
-    /// Steps done.
+    /// Steps that are done.
     pub done: usize,
-    /// Steps in all.
+    /// Total number of steps.
     pub total: usize,
-    /// What is measured now.
+    /// The name of the current measurement.
     pub now: &'a str,
 }
 
-/// Measures.
+/// Runs the bench.
 ///
 /// # Errors
-/// A level that this CPU or `KVLANE_MAX_ISA` does not allow, thread counts that the system refuses, a filter that nothing
-/// passes, a kernel that fails.
+/// A level that the CPU or `KVLANE_MAX_ISA` excludes, threads that cannot be started, a filter that matches no case,
+/// or a kernel that fails.
 pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Report> {
     let machine = Machine::detect();
     let best = Context::new()?;
     let levels = levels(&options.levels, best.isa())?;
-    // Without a word about levels, a quick run takes what a program would get, whatever level that is of.
+    // Without levels, a quick run takes the kernels that a program would get, whatever their level.
     let default = |k: &KernelInfo| best.kernel(k.op, k.src, k.dst).is_some_and(|chosen| chosen.name == k.name);
     let every = !options.quick || !options.levels.is_empty();
     let threads = match &options.threads[..] {
@@ -57,7 +57,7 @@ pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Repor
             .filter(|case| options.filter.as_ref().is_none_or(|text| case.id().contains(text.as_str())))
             .collect()
     };
-    // A filtered run measures the limits of its cases only.
+    // A filtered run measures only the limits that its cases need.
     let sizes = if options.filter.is_some() { Vec::new() } else { sizes(options.quick) };
     let mut plan: Vec<(Isa, Vec<Case>)> = levels.into_iter().map(|isa| (isa, in_turns(chosen(isa)))).collect();
     plan.retain(|(_, cases)| !cases.is_empty());
@@ -96,20 +96,20 @@ pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Repor
         }
     }
     report.skipped.dedup();
-    // Measured in an order that spares limits, shown in the order of the registry.
+    // Cases are measured in an order that saves measurements of limits, and shown in the order of the registry.
     let order: Vec<String> = kernels().flat_map(|k| cases_of(&k)).map(|case| case.id()).collect();
     let place = |c: &CaseResult| order.iter().position(|id| *id == format!("{}/{}", c.kernel, c.case));
     report.cases.sort_by_cached_key(|c| (c.threads, place(c)));
     Ok(report)
 }
 
-/// Cases whose limits are the same one after the other.
+/// Orders cases so that those with the same limits are adjacent.
 fn in_turns(mut cases: Vec<Case>) -> Vec<Case> {
     cases.sort_by_key(|case| (case.kernel.op as u32, case.memory_limit()));
     cases
 }
 
-/// Why a kernel that is in the registry was not measured.
+/// The reason why a kernel of the registry was not measured.
 pub fn skipped(kernel: &KernelInfo) -> String {
     let why = match kernel.isa.is_available() {
         true => format!("{} leads to another kernel", Isa::ENV),
@@ -118,7 +118,7 @@ pub fn skipped(kernel: &KernelInfo) -> String {
     format!("{}: {why}", kernel.name)
 }
 
-/// The levels to measure, of which none is above `best`.
+/// The levels to measure, none above `best`.
 fn levels(given: &[Isa], best: Isa) -> Result<Vec<Isa>> {
     if given.is_empty() {
         return Ok(Isa::ALL.into_iter().filter(|l| l.is_within(best) && l.is_available()).collect());
@@ -134,13 +134,13 @@ fn levels(given: &[Isa], best: Isa) -> Result<Vec<Isa>> {
     Ok(given.to_vec())
 }
 
-/// Working-set sizes of the curves.
+/// Working-set sizes of the bandwidth curves.
 fn sizes(quick: bool) -> Vec<usize> {
     let step = if quick { 4 } else { 2 };
     std::iter::successors(Some(16usize << 10), |n| Some(n * step)).take_while(|&n| n <= 256 << 20).collect()
 }
 
-/// Measures a case between two looks at its limits; `None` if its kernel is not the one that would be called.
+/// Measures a case between two measurements of its limits; `None` if a call would use another kernel.
 fn measure(
     case: &Case,
     threads: &Threads,
@@ -152,7 +152,7 @@ fn measure(
     let Some(mut prepared) = case.prepare()? else {
         return Ok(None);
     };
-    // The look after one case is the look before the next if the limit is the same.
+    // If the next case has the same limit, the measurement after this case serves as the one before it.
     let memory = match (case.memory_limit(), before.take()) {
         (Some(kind), Some((same, limit))) if kind == same => Some((kind, limit)),
         (Some(kind), _) => Some((kind, limits.measure(threads, isa, kind)?)),
@@ -220,7 +220,7 @@ fn summary(limits: &Limits, isa: Isa, threads: usize) -> LevelLimits {
         match kind {
             Kind::Read(bytes) => summary.read.push(bandwidth(bytes)),
             Kind::Copy(bytes) => summary.copy.push(bandwidth(bytes)),
-            // No curve of its own: it differs from a copy in the caches it fits only.
+            // Without a curve, because it differs from a copy only in the caches that it fits into.
             Kind::Update(_) => {}
             Kind::Fma => summary.fma = Some(limit.rate),
             Kind::Exp => summary.exp = Some(limit.rate),

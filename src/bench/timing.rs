@@ -1,13 +1,14 @@
-//! How long something takes.
+//! Timing of calls.
 
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-/// How long to look.
+/// The length of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    /// Calls are repeated until a sample takes at least this long: a clock's resolution and an interrupt drown in it.
+    /// Calls are repeated until a sample takes at least this long, so that the clock's resolution and interrupts do
+    /// not matter.
     pub sample: Duration,
     /// Samples are taken for this long,
     pub total: Duration,
@@ -16,36 +17,37 @@ pub struct Effort {
 }
 
 impl Effort {
-    /// For a case.
+    /// For cases.
     pub const fn case(quick: bool) -> Self {
         let (total, least) = if quick { (60, 3) } else { (250, 7) };
         Self { sample: Duration::from_millis(1), total: Duration::from_millis(total), least }
     }
 
-    /// For one loop of a limit; the loops are several, and what counts is the best of all.
+    /// For one loop of a limit. Shorter, because a limit has several loops, of which the best counts.
     pub const fn limit(quick: bool) -> Self {
         let (total, least) = if quick { (12, 3) } else { (40, 5) };
         Self { sample: Duration::from_millis(1), total: Duration::from_millis(total), least }
     }
 }
 
-/// Seconds a call.
+/// Seconds per call.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
-    /// The fastest sample's.
+    /// Of the fastest sample.
     pub best: f64,
-    /// The median sample's.
+    /// Of the median sample.
     pub median: f64,
-    /// How many samples there were.
+    /// The number of samples.
     pub samples: usize,
-    /// How many calls a sample had.
+    /// The number of calls per sample.
     pub calls: u64,
 }
 
-/// Times `run`, which makes so many calls and tells how many seconds they took.
+/// Times `run`, which makes the given number of calls and returns the seconds that they took.
 pub fn time(effort: Effort, mut run: impl FnMut(u64) -> f64) -> Timing {
     let start = Instant::now();
-    // The first call meets cold caches, untouched pages and a sleeping clock: it tells only how many calls make a sample.
+    // The first call has cold caches, untouched pages and a low clock rate. It only determines the number of calls per
+    // sample.
     let mut calls = 1;
     let mut seconds = run(calls);
     while seconds < effort.sample.as_secs_f64() {
@@ -67,7 +69,7 @@ pub fn time(effort: Effort, mut run: impl FnMut(u64) -> f64) -> Timing {
     Timing { best: samples[0], median: samples[samples.len() / 2], samples: samples.len(), calls }
 }
 
-/// Seconds that `calls` calls of `f` take.
+/// The seconds that `calls` calls of `f` take.
 pub fn repeat(calls: u64, mut f: impl FnMut()) -> f64 {
     let start = Instant::now();
     for _ in 0..calls {
