@@ -48,13 +48,84 @@ static void last_error(void) {
     CHECK(strcmp(sentence(), "the pointer context is null") == 0, "%s", sentence());
 }
 
+/* A caller whose header is newer than the library: its structs have fields that the library does not know, and all that is
+ * allowed of these is 0. */
+static void newer_headers(void) {
+    static const double inv_freq[2] = {1, 0.5};
+    static const int32_t offsets[1] = {3};
+    float x[4] = {1, 2, 3, 4}, y[4], z[4];
+    kvl_const_view src = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 1, 1, 4);
+    kvl_view dst = kvl_make_view(y, KVL_DTYPE_F32, 1, 1, 1, 4);
+    kvl_context **made = (kvl_context **)&output.pointer;
+    kvl_context *none = NULL;
+    size_t i;
+#define NEWER(type)                                                                                                    \
+    struct {                                                                                                           \
+        type known;                                                                                                    \
+        int64_t later[2];                                                                                              \
+    }
+    NEWER(kvl_context_params) params;
+    NEWER(kvl_kernel_info) info;
+    NEWER(kvl_shard) shard;
+    NEWER(kvl_rope_params) rope;
+    kvl_kernel_info same = KVL_KERNEL_INFO_INIT;
+    memset(&params, 0, sizeof params);
+    params.known.struct_size = sizeof params;
+    OK(kvl_context_create(&params.known, &none));
+    kvl_context_destroy(none);
+    for (i = 0; i < sizeof params.later; i++) {
+        char byte[64];
+        ((unsigned char *)params.later)[i] = 7;
+        snprintf(byte, sizeof byte, "kvl_context_params.struct_size is 32, and byte %d is 7", (int)(16 + i));
+        REFUSED(KVL_STATUS_STRUCT_SIZE, byte, kvl_context_create(&params.known, made));
+        CHECK(strstr(sentence(), "this library knows 16 bytes") != NULL, "%s", sentence());
+        ((unsigned char *)params.later)[i] = 0;
+    }
+    params.known.struct_size--; /* Any number of bytes, since they are all 0. */
+    OK(kvl_context_create(&params.known, &none));
+    kvl_context_destroy(none);
+
+    /* What is filled in: the fields that the library knows, and no byte beyond. */
+    memset(&info, 0, sizeof info);
+    info.known.struct_size = sizeof info;
+    OK(kvl_kernel_info_at(1, &info.known));
+    OK(kvl_kernel_info_at(1, &same));
+    CHECK(info.known.struct_size == sizeof info && info.later[0] == 0 && info.later[1] == 0, "-");
+    same.struct_size = sizeof info;
+    CHECK(memcmp(&info.known, &same, sizeof same) == 0, "%s", info.known.name);
+    info.later[0] = -1;
+    CHECK(kvl_kernel_info_at(1, &info.known) == KVL_STATUS_STRUCT_SIZE && info.later[0] == -1, "%s", sentence());
+    memset(&shard, 0, sizeof shard);
+    shard.known.struct_size = sizeof shard;
+    shard.known.num_model = 3;
+    OK(kvl_shard_from_rank(2, &shard.known));
+    CHECK(shard.known.model == 2 && shard.known.struct_size == sizeof shard && shard.later[0] == 0, "-");
+
+    memset(&rope, 0, sizeof rope);
+    rope.known.struct_size = sizeof rope.known;
+    rope.known.rotary_dim = 4;
+    rope.known.inv_freq = inv_freq;
+    rope.known.offsets = offsets;
+    OK(kvl_rope(context, NULL, &src, &dst, &rope.known));
+    dst.data = z;
+    rope.known.struct_size = sizeof rope;
+    OK(kvl_rope(context, NULL, &src, &dst, &rope.known));
+    CHECK(memcmp(y, z, sizeof y) == 0, "-");
+    dst.data = &output;
+    rope.later[1] = 1;
+    REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_rope_params.struct_size is 96, and byte 88", kvl_rope(context, NULL, &src, &dst, &rope.known));
+#undef NEWER
+}
+
 static void contexts(void) {
     kvl_context **made = (kvl_context **)&output.pointer;
     kvl_context_params params = KVL_CONTEXT_PARAMS_INIT;
     params.struct_size = 0;
     REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_context_params.struct_size is 0", kvl_context_create(&params, made));
-    params.struct_size = sizeof params + 8;
-    REFUSED(KVL_STATUS_STRUCT_SIZE, "is 24", kvl_context_create(&params, made));
+    params.struct_size = sizeof params - 1;
+    REFUSED(KVL_STATUS_STRUCT_SIZE, "is 15", kvl_context_create(&params, made));
+    params.struct_size = (size_t)-1;
+    REFUSED(KVL_STATUS_STRUCT_SIZE, "knows [16] and takes up to 65536", kvl_context_create(&params, made));
     params.struct_size = sizeof params;
     params.max_isa = 99;
     REFUSED(KVL_STATUS_INVALID_ENUM, "max_isa is 99", kvl_context_create(&params, made));
@@ -419,8 +490,8 @@ static void kv_write(void) {
     } while (0)
     REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_kv_write(NULL, NULL, &p));
     REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kv_write_params", kvl_kv_write(context, NULL, NULL));
-    p.struct_size += 8;
-    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 432");
+    p.struct_size -= 8;
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 416");
     memset(&p.v, 0, sizeof p.v);
     TRY(KVL_STATUS_NULL_POINTER, "only one of v and v_cache");
     memset(&p.v_cache, 0, sizeof p.v_cache);
@@ -720,7 +791,7 @@ static void attention(void) {
         LAYOUT(KVL_STATUS_NULL_POINTER, "table");
         PAGED(good_pages);
         layout.pages_per_row = 0;
-        LAYOUT(KVL_STATUS_SHAPE, "no rows of 0");
+        LAYOUT(KVL_STATUS_SHAPE, "page_table has 0 entries, which is no multiple of pages_per_sequence = 0");
         PAGED(good_pages);
         layout.rows = -2;
         LAYOUT(KVL_STATUS_SHAPE, "rows is -2");
@@ -739,11 +810,11 @@ static void attention(void) {
         layout.kind = KVL_LAYOUT_KIND_INDIRECT;
         layout.rows = 2;
         layout.table = beams;
-        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "rows[1, 4] is 2, but k has batch = 2");
+        LAYOUT(KVL_STATUS_OUT_OF_RANGE, "beam_table[1, 4] is 2, but k has batch = 2");
         layout.kind = KVL_LAYOUT_KIND_RAGGED;
         layout.rows = 2;
         layout.table = starts;
-        LAYOUT(KVL_STATUS_SHAPE, "k has batch = 2, but ragged rows lie in a batch of one");
+        LAYOUT(KVL_STATUS_SHAPE, "k has batch = 2, but ragged sequences lie in a batch of one");
         layout.kind = KVL_LAYOUT_KIND_RAGGED;
         layout.rows = 2;
         layout.table = falling;
@@ -1234,6 +1305,7 @@ int main(void) {
     OK(kvl_context_create(NULL, &made));
     context = made;
     contexts();
+    newer_headers();
     runners();
     views();
     frequencies();

@@ -24,6 +24,21 @@
  *   has no state but contexts, pools and the last error of each thread, and starts no thread unless it is asked for a pool.
  * - Operations run on the threads of a kvl_parallel_runner, or with null on the calling thread. No bit of a result
  *   depends on it.
+ *
+ * Versions: a program that was compiled with an older header runs with a newer library of the same major version. A program
+ * that was compiled with a newer header runs with an older library as long as the fields that the library does not know are
+ * zero; a field that is not is KVL_STATUS_STRUCT_SIZE, and so is no silent difference.
+ *
+ * Threads and processes:
+ * - A thread that calls the library needs a stack of 64 KiB; 32 KiB are not enough. Threads of a pool have 2 MiB.
+ * - No function may be called from a signal handler. The threads of a pool block all signals, so signals to the process arrive
+ *   on the threads of the program.
+ * - Threads do not survive fork. In the child, contexts, plans and caches serve as before, and a pool of the parent is an
+ *   error, KVL_STATUS_PARALLEL, with every function that is given a runner from it; destroying such a pool is allowed and
+ *   frees its handle alone. The child may make a pool of its own. What another thread was writing when the process
+ *   forked is undefined in the child.
+ * - The library may be unloaded (dlclose) when all pools are destroyed and no call runs. Threads that have called it may live
+ *   on; the system may keep it loaded until they have ended.
  */
 #ifndef KVLANE_H
 #define KVLANE_H
@@ -433,11 +448,11 @@ typedef int32_t kvl_precision;
 typedef int32_t kvl_packing;
 
 /**
- * Runs `n` independent tasks of an operation on the caller's threads. Start from `KVL_PARALLEL_RUNNER_INIT`.
+ * Runs the tasks of an operation on threads of the caller's. Start from `KVL_PARALLEL_RUNNER_INIT`.
  *
- * `run` calls `task(task_ctx, i)` exactly once for every i in 0 .. n, on any threads in any order, also all on one, and
- * returns 0 after the last of these calls has returned; anything but 0 says that it could not. It must not unwind (no
- * C++ exception, no longjmp). `n` is at most `num_threads`. No bit of a result depends on the runner.
+ * `run` calls `task(task_ctx, i)` exactly once for every i in 0 .. n, on any threads and in any order, and returns 0 after all of
+ * these calls have returned. It returns another number if it could not run them. It must not unwind (no C++ exception, no
+ * longjmp). `n` is at most `num_threads`. No bit of a result depends on the runner.
  */
 typedef struct kvl_parallel_runner {
     /**
@@ -1284,18 +1299,21 @@ kvl_status kvl_context_v_packing(const struct kvl_context *context,
                                  kvl_packing *packing);
 
 /**
- * Makes a pool of threads, for callers that have none; 0 threads are as many as the machine runs at once. It is released
- * with `kvl_thread_pool_destroy`.
+ * Starts a pool of threads, for programs that have none of their own. It is released with `kvl_thread_pool_destroy`.
+ *
+ * `num_threads` is 1 to 4096, or 0 for as many as the machine runs at once. Each thread has a stack of 2 MiB, whatever the
+ * environment says, and blocks all signals. The threads do not survive `fork`: see the head of this file.
  *
  * Thread safety: may be called from any thread.
- * Bad input: null is an error, and so is a library built without the feature `rayon` (`KVL_STATUS_UNSUPPORTED`); `*pool` is not
- * touched.
+ * Bad input: null, more than 4096 threads or threads that the system does not start (`KVL_STATUS_PARALLEL`) are errors, and so
+ * is a library that was built without the feature `rayon` (`KVL_STATUS_UNSUPPORTED`); `*pool` is not touched.
  */
 kvl_status kvl_thread_pool_create(size_t num_threads,
                                   struct kvl_thread_pool **pool);
 
 /**
- * Ends the threads of a pool and releases it; null is allowed. Not to be called from one of its own threads.
+ * Ends the threads of a pool, waits until they have ended, and releases it; null is allowed. In the child of a `fork`, the
+ * pool of the parent has no threads, and only its handle is released. Must not be called from one of the pool's own threads.
  *
  * Thread safety: no call may use the pool, or a runner from it, meanwhile or afterwards.
  * Bad input: a pointer that is not from `kvl_thread_pool_create`, or one that was released already, is undefined behaviour.
@@ -1303,10 +1321,12 @@ kvl_status kvl_thread_pool_create(size_t num_threads,
 void kvl_thread_pool_destroy(struct kvl_thread_pool *pool);
 
 /**
- * Fills a runner that uses a pool, as long as the pool lives.
+ * Fills in a runner that uses a pool. The runner is valid as long as the pool.
  *
- * Thread safety: may be called from any number of threads at once; and so may operations with the runner, which then share
- * the pool.
+ * In the child of a `fork`, every function that is given such a runner fails with `KVL_STATUS_PARALLEL`.
+ *
+ * Thread safety: may be called from any number of threads at once, and so may operations with the runner, which then share
+ * the threads of the pool.
  * Bad input: null or an unknown `runner->struct_size` is an error, and `runner` is not touched.
  */
 kvl_status kvl_thread_pool_runner(const struct kvl_thread_pool *pool,

@@ -132,7 +132,7 @@ pub use ops::shard::{HeadShard, Mesh, SPLIT_GRID, SegmentLists, Shard, shard_slo
 pub use ops::workspace::Workspace;
 pub use ops::write::{Destination, KvWrite, kv_write};
 #[cfg(feature = "rayon")]
-pub use parallel::Rayon;
+pub use parallel::{Rayon, ThreadPool};
 pub use parallel::{Runner, Serial};
 pub use problem::limits::{MAX_HEAD_DIM, MAX_ROTARY_DIM};
 pub use problem::rotation::Pairing;

@@ -1,4 +1,10 @@
-//! How work is spread over threads: by a runner of the caller's. The library starts no threads of its own.
+//! How work is spread over threads: by a runner of the caller's. The library starts no threads unless it is asked for a pool.
+
+#[cfg(feature = "rayon")]
+mod thread_pool;
+
+#[cfg(feature = "rayon")]
+pub use thread_pool::ThreadPool;
 
 use crate::error::{Result, Status};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,6 +17,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 pub trait Runner: Sync {
     /// How many tasks can run at the same time. Operations start at most this many.
     fn num_threads(&self) -> usize;
+
+    /// Whether the runner can run tasks at all; asked before an operation writes anything with more than one thread.
+    ///
+    /// # Errors
+    /// [`Status::Parallel`], with a sentence that says why not.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Runs `task(0)`, ..., `task(n - 1)`.
     fn run(&self, n: usize, task: &(dyn Fn(usize) + Sync)) -> bool;
@@ -32,6 +46,9 @@ impl Runner for Serial {
 }
 
 /// Runs tasks on a rayon pool: the global one, or one of the caller's.
+///
+/// The threads of such a pool do not survive `fork`, and rayon does not notice: an operation with it waits for ever in the child
+/// process. A [`ThreadPool`] notices.
 #[cfg(feature = "rayon")]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Rayon<'a> {
@@ -77,6 +94,7 @@ pub(crate) fn for_each_tile(
         (0..tiles).for_each(|t| tile(0, t));
         return Ok(());
     }
+    runner.check()?;
     let next = AtomicUsize::new(0);
     let done = AtomicUsize::new(0);
     let panicked = AtomicBool::new(false);

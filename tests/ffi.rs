@@ -96,6 +96,8 @@ enum Language {
 enum Linkage {
     Shared,
     Static,
+    /// The program loads the library itself.
+    None,
 }
 
 fn root() -> &'static Path {
@@ -183,6 +185,10 @@ fn build(name: &str, source: &str, language: Language, linkage: Linkage) -> Path
     let program = work_directory().join(format!("{name}-{linkage:?}"));
     let mut command = compiler(language);
     command.args(["-D_POSIX_C_SOURCE=200809L", "-O1", "-o"]).arg(&program).arg(root().join("ffi-tests").join(source));
+    if cfg!(debug_assertions) || std::env::var_os("KVLANE_FFI_SANITIZE").is_some() {
+        // What the header says of the stack is said of optimised code.
+        command.arg("-DSMALL_STACK=8388608");
+    }
     command.args(["-x", "none"]);
     match linkage {
         Linkage::Shared => {
@@ -192,6 +198,9 @@ fn build(name: &str, source: &str, language: Language, linkage: Linkage) -> Path
         }
         Linkage::Static => {
             command.arg(libraries.join("libkvlane.a")).args(SYSTEM);
+        }
+        Linkage::None => {
+            command.args(SYSTEM);
         }
     }
     run(&mut command);
@@ -254,6 +263,17 @@ fn bad_input_is_an_error_and_writes_nothing() {
 #[test]
 fn the_callers_threads_run_operations() {
     both("threads.c", Language::C11);
+}
+
+#[test]
+fn forks_signals_and_small_stacks_are_as_the_header_says() {
+    both("process.c", Language::C11);
+}
+
+#[test]
+fn the_library_can_be_unloaded() {
+    let program = build("unload", "unload.c", Language::C11, Linkage::None);
+    run(execute(&program).arg(libraries().join("libkvlane.so")));
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::arguments::enumeration;
 use super::dtype::kvl_dtype;
 use super::guard::{guard, guard_value};
 use super::isa::kvl_isa;
-use super::sized::{assert_layout, read_sized, sized};
+use super::sized::{assert_layout, read_sized, sized, write_sized};
 use super::status::kvl_status;
 use crate::error::{Result, fail};
 use crate::{Op, Precision};
@@ -92,8 +92,8 @@ pub unsafe extern "C" fn kvl_kernel_info_at(index: usize, info: *mut kvl_kernel_
             available: i32::from(kernel.isa.is_available()),
             max_error: kernel.max_error,
         };
-        // SAFETY: `size` is one that the struct has had, and the caller has that many bytes there.
-        unsafe { std::ptr::copy_nonoverlapping((&raw const filled).cast::<u8>(), info.cast(), size) };
+        // SAFETY: the caller's promise.
+        unsafe { write_sized(info, filled) };
         Ok(())
     })
 }

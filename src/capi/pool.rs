@@ -2,34 +2,45 @@
 
 use super::guard::{guard, guard_value};
 use super::runner::kvl_parallel_runner;
+#[cfg(feature = "rayon")]
+use super::runner::{Run, Task};
 use super::sized::read_sized;
+#[cfg(feature = "rayon")]
+use super::sized::write_sized;
 use super::status::kvl_status;
 use crate::error::ensure;
 #[cfg(not(feature = "rayon"))]
 use crate::error::fail;
+#[cfg(feature = "rayon")]
+use crate::parallel::{Runner, ThreadPool};
+#[cfg(feature = "rayon")]
+use std::ffi::c_void;
+#[cfg(feature = "rayon")]
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// A pool of threads. Made by `kvl_thread_pool_create`.
 pub struct kvl_thread_pool {
     #[cfg(feature = "rayon")]
-    pool: Pool,
+    pool: ThreadPool,
 }
 
-/// Makes a pool of threads, for callers that have none; 0 threads are as many as the machine runs at once. It is released
-/// with `kvl_thread_pool_destroy`.
+/// Starts a pool of threads, for programs that have none of their own. It is released with `kvl_thread_pool_destroy`.
+///
+/// `num_threads` is 1 to 4096, or 0 for as many as the machine runs at once. Each thread has a stack of 2 MiB, whatever the
+/// environment says, and blocks all signals. The threads do not survive `fork`: see the head of this file.
 ///
 /// Thread safety: may be called from any thread.
-/// Bad input: null is an error, and so is a library built without the feature `rayon` (`KVL_STATUS_UNSUPPORTED`); `*pool` is not
-/// touched.
+/// Bad input: null, more than 4096 threads or threads that the system does not start (`KVL_STATUS_PARALLEL`) are errors, and so
+/// is a library that was built without the feature `rayon` (`KVL_STATUS_UNSUPPORTED`); `*pool` is not touched.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_thread_pool_create(num_threads: usize, pool: *mut *mut kvl_thread_pool) -> kvl_status {
     guard(|| {
         ensure!(!pool.is_null(), NullPointer, "the pointer pool is null");
-        ensure!(num_threads <= 4096, InvalidValue, "num_threads is {num_threads}, more than 4096");
         #[cfg(not(feature = "rayon"))]
-        fail!(Unsupported, "this library was built without the feature rayon");
+        fail!(Unsupported, "this library was built without the feature rayon, so no pool of {num_threads} threads");
         #[cfg(feature = "rayon")]
         {
-            let made = kvl_thread_pool { pool: Pool::new(num_threads)? };
+            let made = kvl_thread_pool { pool: ThreadPool::new(num_threads)? };
             // SAFETY: not null, and the caller's to write.
             unsafe { pool.write(Box::into_raw(Box::new(made))) };
             Ok(())
@@ -37,7 +48,8 @@ pub unsafe extern "C" fn kvl_thread_pool_create(num_threads: usize, pool: *mut *
     })
 }
 
-/// Ends the threads of a pool and releases it; null is allowed. Not to be called from one of its own threads.
+/// Ends the threads of a pool, waits until they have ended, and releases it; null is allowed. In the child of a `fork`, the
+/// pool of the parent has no threads, and only its handle is released. Must not be called from one of the pool's own threads.
 ///
 /// Thread safety: no call may use the pool, or a runner from it, meanwhile or afterwards.
 /// Bad input: a pointer that is not from `kvl_thread_pool_create`, or one that was released already, is undefined behaviour.
@@ -51,10 +63,12 @@ pub unsafe extern "C" fn kvl_thread_pool_destroy(pool: *mut kvl_thread_pool) {
     });
 }
 
-/// Fills a runner that uses a pool, as long as the pool lives.
+/// Fills in a runner that uses a pool. The runner is valid as long as the pool.
 ///
-/// Thread safety: may be called from any number of threads at once; and so may operations with the runner, which then share
-/// the pool.
+/// In the child of a `fork`, every function that is given such a runner fails with `KVL_STATUS_PARALLEL`.
+///
+/// Thread safety: may be called from any number of threads at once, and so may operations with the runner, which then share
+/// the threads of the pool.
 /// Bad input: null or an unknown `runner->struct_size` is an error, and `runner` is not touched.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_thread_pool_runner(
@@ -73,73 +87,37 @@ pub unsafe extern "C" fn kvl_thread_pool_runner(
         #[cfg(feature = "rayon")]
         {
             // SAFETY: not null, and a pool by the caller's promise.
-            let filled = kvl_parallel_runner { struct_size: size, ..unsafe { &*pool }.pool.runner() };
-            // SAFETY: `size` is one that the struct has had, and the caller has that many bytes there.
-            unsafe { std::ptr::copy_nonoverlapping((&raw const filled).cast::<u8>(), runner.cast(), size) };
+            let filled = unsafe { &*pool }.runner(size);
+            // SAFETY: the caller's promise.
+            unsafe { write_sized(runner, filled) };
             Ok(())
         }
     })
 }
 
 #[cfg(feature = "rayon")]
-use rayon_pool::Pool;
+impl kvl_thread_pool {
+    /// The runner that `self` serves as; valid as long as `self` is.
+    fn runner(&self, struct_size: usize) -> kvl_parallel_runner {
+        let ctx = (&raw const self.pool).cast_mut().cast();
+        kvl_parallel_runner { struct_size, ctx, num_threads: self.pool.num_threads(), run: Some(run) }
+    }
+}
 
+/// The pool behind a runner, if it is one of [`kvl_thread_pool_runner`].
+///
+/// # Safety
+/// `runner` is what the header describes, and a pool lives as long as the result.
 #[cfg(feature = "rayon")]
-mod rayon_pool {
-    use super::super::runner::{Task, kvl_parallel_runner};
-    use crate::error::{Error, Result, Status};
-    use crate::parallel::{Rayon, Runner};
-    use std::ffi::c_void;
-    use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::thread::JoinHandle;
+pub(super) unsafe fn behind<'a>(runner: &kvl_parallel_runner) -> Option<&'a ThreadPool> {
+    let own = runner.run.is_some_and(|f| std::ptr::fn_addr_eq(f, run as Run));
+    // SAFETY: `kvl_thread_pool::runner` is the only one that puts this function there, with the pool beside it.
+    own.then(|| unsafe { &*runner.ctx.cast::<ThreadPool>() })
+}
 
-    /// A rayon pool whose threads have ended when it has been dropped, as a library that can be unloaded needs.
-    pub(in crate::capi) struct Pool {
-        // An option, because it has to go before the threads can be joined.
-        pool: Option<rayon::ThreadPool>,
-        threads: Vec<JoinHandle<()>>,
-    }
-
-    impl Pool {
-        pub(super) fn new(threads: usize) -> Result<Self> {
-            let mut handles = Vec::new();
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).spawn_handler(|thread| {
-                let mut builder = std::thread::Builder::new().name(format!("kvlane-{}", thread.index()));
-                if let Some(size) = thread.stack_size() {
-                    builder = builder.stack_size(size);
-                }
-                handles.push(builder.spawn(|| thread.run())?);
-                Ok(())
-            });
-            let pool = pool.build().map_err(|e| Error::new(Status::Parallel, format!("no thread pool: {e}")))?;
-            Ok(Self { pool: Some(pool), threads: handles })
-        }
-
-        /// The runner that `self` serves as; valid as long as `self` is.
-        pub(super) fn runner(&self) -> kvl_parallel_runner {
-            kvl_parallel_runner {
-                struct_size: size_of::<kvl_parallel_runner>(),
-                ctx: (&raw const *self).cast_mut().cast(),
-                num_threads: self.pool().current_num_threads(),
-                run: Some(run),
-            }
-        }
-
-        fn pool(&self) -> &rayon::ThreadPool {
-            self.pool.as_ref().expect("the pool is there until the drop")
-        }
-    }
-
-    impl Drop for Pool {
-        fn drop(&mut self) {
-            self.pool = None;
-            for thread in self.threads.drain(..) {
-                // A thread that ended in a panic is a thread that ended.
-                let _ = thread.join();
-            }
-        }
-    }
-
+/// `kvl_parallel_runner.run` of a pool.
+#[cfg(feature = "rayon")]
+unsafe extern "C" fn run(ctx: *mut c_void, n: usize, task: Option<Task>, task_ctx: *mut c_void) -> i32 {
     struct Call {
         task: Task,
         task_ctx: *mut c_void,
@@ -147,17 +125,15 @@ mod rayon_pool {
     // SAFETY: a task may be called from any thread; that is what a runner is for.
     unsafe impl Sync for Call {}
 
-    unsafe extern "C" fn run(ctx: *mut c_void, n: usize, task: Option<Task>, task_ctx: *mut c_void) -> i32 {
-        let Some(task) = task else { return 1 };
-        // SAFETY: `Pool::runner` has put the pool there, which the header asks to outlive the runner.
-        let pool = unsafe { &*ctx.cast::<Pool>() };
-        let call = Call { task, task_ctx };
-        let each = |i: usize| {
-            let call = &call;
-            // SAFETY: each index once, as a runner has to.
-            unsafe { (call.task)(call.task_ctx, i) }
-        };
-        let ran = catch_unwind(AssertUnwindSafe(|| Rayon::pool(pool.pool()).run(n, &each)));
-        if ran.unwrap_or(false) { 0 } else { 1 }
-    }
+    let Some(task) = task else { return 1 };
+    // SAFETY: `kvl_thread_pool::runner` has put the pool there, which the header asks to outlive the runner.
+    let pool = unsafe { &*ctx.cast::<ThreadPool>() };
+    let call = Call { task, task_ctx };
+    let each = |i: usize| {
+        let call = &call;
+        // SAFETY: each index once, as a runner has to.
+        unsafe { (call.task)(call.task_ctx, i) }
+    };
+    let ran = catch_unwind(AssertUnwindSafe(|| pool.run(n, &each)));
+    if ran.unwrap_or(false) { 0 } else { 1 }
 }

@@ -7,11 +7,11 @@ use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Runs `n` independent tasks of an operation on the caller's threads. Start from `KVL_PARALLEL_RUNNER_INIT`.
+/// Runs the tasks of an operation on threads of the caller's. Start from `KVL_PARALLEL_RUNNER_INIT`.
 ///
-/// `run` calls `task(task_ctx, i)` exactly once for every i in 0 .. n, on any threads in any order, also all on one, and
-/// returns 0 after the last of these calls has returned; anything but 0 says that it could not. It must not unwind (no
-/// C++ exception, no longjmp). `n` is at most `num_threads`. No bit of a result depends on the runner.
+/// `run` calls `task(task_ctx, i)` exactly once for every i in 0 .. n, on any threads and in any order, and returns 0 after all of
+/// these calls have returned. It returns another number if it could not run them. It must not unwind (no C++ exception, no
+/// longjmp). `n` is at most `num_threads`. No bit of a result depends on the runner.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_parallel_runner {
@@ -45,8 +45,11 @@ pub(super) enum CallerRunner {
 pub(super) struct Threads {
     ctx: *mut c_void,
     num_threads: usize,
-    run: unsafe extern "C" fn(*mut c_void, usize, Option<Task>, *mut c_void) -> i32,
+    run: Run,
 }
+
+/// `kvl_parallel_runner.run`.
+pub(super) type Run = unsafe extern "C" fn(*mut c_void, usize, Option<Task>, *mut c_void) -> i32;
 
 pub(super) type Task = unsafe extern "C" fn(task_ctx: *mut c_void, i: usize);
 
@@ -69,6 +72,12 @@ impl CallerRunner {
             );
         };
         ensure!(runner.num_threads > 0, InvalidValue, "kvl_parallel_runner.num_threads is 0");
+        #[cfg(feature = "rayon")]
+        // SAFETY: the caller's.
+        if let Some(pool) = unsafe { super::pool::behind(&runner) } {
+            // Before anything else is looked at, so that small and large calls agree.
+            pool.check()?;
+        }
         Ok(Self::Threads(Threads { ctx: runner.ctx, num_threads: runner.num_threads, run }))
     }
 
@@ -115,7 +124,7 @@ mod tests {
     use crate::parallel::for_each_tile;
     use std::sync::atomic::AtomicUsize;
 
-    fn sized(run: Option<unsafe extern "C" fn(*mut c_void, usize, Option<Task>, *mut c_void) -> i32>) -> CallerRunner {
+    fn sized(run: Option<Run>) -> CallerRunner {
         let runner = kvl_parallel_runner {
             struct_size: size_of::<kvl_parallel_runner>(),
             ctx: std::ptr::null_mut(),

@@ -2,7 +2,7 @@
 
 use super::arguments::{apart, list, output_list, read, required_list, size};
 use super::guard::guard;
-use super::sized::{assert_layout, read_sized, sized};
+use super::sized::{assert_layout, read_sized, sized, write_sized};
 use super::status::kvl_status;
 use super::views::kvl_view;
 use crate::error::{Result, ensure, fail};
@@ -54,8 +54,8 @@ pub unsafe extern "C" fn kvl_shard_from_rank(rank: i64, shard: *mut kvl_shard) -
         // Less than the numbers that came as `i64`.
         let (data, model, sequence) = (found.data() as i64, found.model() as i64, found.sequence() as i64);
         let filled = kvl_shard { data, model, sequence, ..params };
-        // SAFETY: the struct is as long as it says, which is a size that it has had.
-        unsafe { std::ptr::copy_nonoverlapping((&raw const filled).cast::<u8>(), shard.cast(), params.struct_size) };
+        // SAFETY: the caller's promise.
+        unsafe { write_sized(shard, filled) };
         Ok(())
     })
 }

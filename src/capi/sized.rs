@@ -47,7 +47,10 @@ macro_rules! assert_layout {
 }
 pub(super) use assert_layout;
 
-/// Copies a sized struct of the caller's, whose fields beyond its size are 0.
+/// The largest `struct_size` that is believed: beyond it, the number is no size.
+const MAX_SIZE: usize = 1 << 16;
+
+/// Copies a sized struct of the caller's. Fields beyond its size are 0; bytes beyond the fields that this library knows must be.
 ///
 /// # Safety
 /// `from` is null or points to a struct that is as long as its first field says.
@@ -55,18 +58,43 @@ pub(super) unsafe fn read_sized<T: Growing>(from: *const T) -> Result<T> {
     ensure!(!from.is_null(), NullPointer, "the pointer to {} is null", T::NAME);
     // SAFETY: not null; the caller's promise covers the first field. Unaligned, because nothing else needs alignment.
     let size = unsafe { from.cast::<usize>().read_unaligned() };
+    let known = size_of::<T>();
     ensure!(
-        T::SIZES.contains(&size),
+        T::SIZES.contains(&size) || (size > known && size <= MAX_SIZE),
         StructSize,
-        "{}.struct_size is {size}, but this library knows {:?}: start from its _INIT macro, and do not use a header that is \
-         newer than the library",
+        "{}.struct_size is {size}, but this library knows {:?} and takes up to {MAX_SIZE}: start from its _INIT macro",
         T::NAME,
         T::SIZES
     );
+    for at in known..size {
+        // SAFETY: `size` bytes are readable by the caller's promise.
+        let byte = unsafe { from.cast::<u8>().add(at).read() };
+        ensure!(
+            byte == 0,
+            StructSize,
+            "{}.struct_size is {size}, and byte {at} is {byte}, but this library knows {known} bytes and no field there: it is \
+             older than the header of the caller, and fields that it does not know must be 0",
+            T::NAME
+        );
+    }
     let mut value = std::mem::MaybeUninit::<T>::zeroed();
-    // SAFETY: `size` bytes are readable by the caller's promise and are no more than a `T` has; zeros are a valid `T`.
+    // SAFETY: the bytes are readable by the caller's promise and are no more than a `T` has; zeros are a valid `T`.
     unsafe {
-        std::ptr::copy_nonoverlapping(from.cast::<u8>(), value.as_mut_ptr().cast(), size);
+        std::ptr::copy_nonoverlapping(from.cast::<u8>(), value.as_mut_ptr().cast(), size.min(known));
         Ok(value.assume_init())
+    }
+}
+
+/// Writes a result into a sized struct of the caller's that [`read_sized`] has read, as far as that reaches. Its size stays.
+///
+/// # Safety
+/// `to` points to a struct that is as long as its first field says.
+pub(super) unsafe fn write_sized<T: Growing>(to: *mut T, value: T) {
+    // SAFETY: the caller's: a size that `read_sized` has taken, and as many bytes.
+    unsafe {
+        let size = to.cast::<usize>().read_unaligned();
+        let skip = size_of::<usize>();
+        let (from, to) = ((&raw const value).cast::<u8>(), to.cast::<u8>());
+        std::ptr::copy_nonoverlapping(from.add(skip), to.add(skip), size.min(size_of::<T>()) - skip);
     }
 }
