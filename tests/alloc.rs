@@ -1,4 +1,4 @@
-//! No operation allocates: proven by an allocator that counts.
+//! No operation allocates, as a counting allocator shows.
 
 mod common;
 
@@ -13,7 +13,7 @@ struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: everything is passed on to the system's allocator.
+// SAFETY: every call goes to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, block: Block) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
@@ -39,16 +39,16 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Allocations while `run` runs. The one test of this binary has the process to itself.
+/// The number of allocations while `run` runs. This binary has one test, so that no other test allocates.
 fn allocations(run: impl FnOnce()) -> usize {
     let before = ALLOCATIONS.load(Ordering::Relaxed);
     run();
     ALLOCATIONS.load(Ordering::Relaxed) - before
 }
 
-/// Attention over every layout, by itself and by a plan that is taken on; the most allocations that one call made.
+/// Attention over every layout, without a plan and with one that advances. Returns the most allocations of one call.
 fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtype: DType) -> usize {
-    // More than a chunk, but where an emulator makes that too slow.
+    // More than a chunk, except where an emulator makes that too slow.
     let room: usize = if common::scale() < 0.5 { 96 } else { 1120 };
     let long = room as i32 - 30;
     let mut most = 0;
@@ -78,7 +78,7 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
         let firsts = [long - 1, 39];
         let bits = BitMask::strided(&tree, 0, [2, 1, 6, 1], [8, 0, 0]).unwrap().with_first_keys(&firsts);
         let mut plan = AttentionPlan::new([2, 1, 6, 64], shape, &options).unwrap();
-        // Grows the workspace.
+        // The first call grows the workspace.
         attend(&options);
         most = most.max(allocations(|| attend(&options)));
         most = most.max(allocations(|| attend(&options.bit_mask(bits))));
@@ -121,7 +121,7 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
     }))
 }
 
-/// One call of every operation, for every type; the most allocations that one of them made.
+/// One call of every operation, for every type. Returns the most allocations of one call.
 fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
     let mut rng = Rng::new(1);
     let mut most = 0;
@@ -151,7 +151,7 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
             }
         }
         most = most.max(layouts_and_plans(context, runner, &mut rng, dtype));
-        // 260 tokens are enough that the operations do ask for workers.
+        // With 260 tokens the operations use several workers.
         for (layout, seq) in [(Layout::BSHD, 3), (Layout::STEP2, if common::scale() < 0.5 { 5 } else { 260 })] {
             let shape = [2, seq, 4, 64];
             let x = Tensor::random(&mut rng, DType::F32, shape, layout, Place::Heap);
@@ -175,7 +175,7 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
                 write.rope = rotation;
                 most = most.max(allocations(|| kv_write(context, runner, write).unwrap()));
             }
-            // Every layout, by positions and by slots that are in no order; values in pairs; a norm on the way.
+            // Every layout, by positions and by slots in random order, with values in pairs and with a fused norm.
             let norm = RmsNorm::new(1e-6);
             let slots: Vec<i32> = (0..2 * seq as i32).rev().collect();
             let room = (seq + 9).next_multiple_of(2);
@@ -229,14 +229,14 @@ fn no_operation_allocates() {
     for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
         let context = Context::with_max_isa(isa).unwrap();
         assert_eq!(all_operations(&context, &Serial), 0, "{isa}, on the calling thread");
-        // A runner that allocates nothing itself: neither do the plans for several workers.
+        // A runner that does not allocate, to test the path of several workers.
         assert_eq!(all_operations(&context, &Backwards(4)), 0, "{isa}, four workers");
     }
     #[cfg(feature = "rayon")]
     {
         let context = Context::new().unwrap();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-        // The pool's queues grow while it warms up, and now and then by a block for jobs from outside.
+        // The queues of the pool grow at first, and occasionally by a block for jobs from other threads.
         all_operations(&context, &Rayon::pool(&pool));
         let most = all_operations(&context, &Rayon::pool(&pool));
         println!("a call on a rayon pool: at most {most} allocations");

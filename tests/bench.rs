@@ -1,5 +1,4 @@
-//! Reports, their comparison and their picture, and `kvlane bench` from end to end. Nothing here depends on how fast anything
-//! is.
+//! Reports, their comparison and plot, and `kvlane bench` from end to end. No test depends on speed.
 #![cfg(feature = "bench")]
 
 use kvlane::bench::compare::compare;
@@ -40,7 +39,7 @@ fn report(factor: f64) -> Report {
     for (isa, threads, scale) in [("scalar", 1, 1.0), ("avx2", 1, 4.0), ("avx2", 2, 8.0)] {
         let bandwidth = |bytes: usize| Bandwidth {
             bytes,
-            // Whole numbers survive; of others the last bit may not.
+            // Integers survive exactly; other numbers may differ in the last bit.
             rate: (scale * 1e10 / (bytes as f64).powf(0.1)).round(),
             by: "4 streams, prefetch 1 KiB".to_owned(),
         };
@@ -101,7 +100,7 @@ fn comparison_shows_what_both_have() {
     let (a, mut b) = (report(1.0), report(0.5));
     b.cases.retain(|c| c.threads == 1);
     let text = compare(&a, &b).unwrap();
-    // The second is twice as fast, in every line and in the mean.
+    // The second report is twice as fast, in every line and in the mean.
     let ratios: Vec<&str> = text.lines().filter(|l| l.contains('%')).filter_map(|l| l.split(' ').next_back()).collect();
     assert_eq!(ratios, vec!["2.00"; 16], "{text}");
     assert!(text.contains("attention, avx2, 1 thread ") && text.contains("8 of 24 cases are in A only"), "{text}");
@@ -109,7 +108,7 @@ fn comparison_shows_what_both_have() {
     assert!(compare(&a, &b).unwrap_err().to_string().contains("no case in common"));
 }
 
-/// Whether tags close in the order in which they were opened, and `&` and `<` are escaped in text.
+/// Whether tags are nested correctly, and `&` and `<` are escaped in text.
 fn well_formed(svg: &str) -> bool {
     let mut open = Vec::new();
     let mut rest = svg;
@@ -144,7 +143,7 @@ fn the_picture_is_well_formed() {
     }
     assert!(!picture.contains("scalar, 1 thread") && !picture.contains("NaN") && !picture.contains("inf"));
 
-    // One case alone has ranges without extent.
+    // A single case gives axes of zero extent.
     let mut single = report(1.0);
     single.cases.truncate(1);
     single.limits.truncate(1);
@@ -177,7 +176,7 @@ mod command {
         let filter = format!("attention_f32_{best}/decode 16,");
         let out = kvlane(&["--quick", "--filter", &filter, "--json", paths[0], "--svg", paths[1]]);
         let (text, notes) = (String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap());
-        // No terminal, no bar.
+        // Without a terminal there is no progress bar.
         assert!(out.status.success() && notes.is_empty(), "{notes}");
         for part in ["CPU ", "levels ", "limits, ", "decode 16, 32/8x128", "small calls"] {
             assert!(text.contains(part), "{text}\nlacks {part:?}");

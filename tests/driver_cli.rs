@@ -1,4 +1,4 @@
-//! The command line as a user meets it: what goes to which stream, with which exit code.
+//! The command line from the outside: output streams and exit codes.
 #![cfg(feature = "driver")]
 
 use std::process::{Command, Output, Stdio};
@@ -27,14 +27,14 @@ fn generate_writes_text_and_nothing_else() {
     for part in ["prefill", "decode", "tokens/s", "kernels: rope_angles_", "attention_f32_"] {
         assert!(notes.contains(part), "{notes:?} lacks {part:?}");
     }
-    // No terminal, no bar.
+    // Without a terminal there is no progress bar.
     assert!(!notes.contains('\u{1b}') && !notes.contains('\r'), "{notes:?}");
 
     let object = json(&args);
     assert_eq!(object["text"], text);
     assert_eq!(object["ids"].as_array().unwrap().len(), 24);
     assert_eq!((object["finish"].as_str(), object["cached"].as_bool()), (Some("max_tokens"), Some(true)));
-    // The cache changes the cost, not the text.
+    // The text is the same without the cache.
     assert_eq!(stdout(&[&args[..], &["--no-cache"]].concat()), text);
 }
 
@@ -48,9 +48,9 @@ fn a_window_streams_past_the_context() {
     assert!(long["evicted"].as_u64().unwrap() > 100 && short["cache_bytes"] == long["cache_bytes"]);
     let text = |object: &serde_json::Value| object["text"].as_str().unwrap().to_owned();
     assert!(text(&long).starts_with(&text(&short)));
-    // Before anything is forgotten, it is the text without a window.
+    // Until the first token is forgotten, the text is that without a window.
     assert_eq!(text(&short), text(&json(&[&args[..5], &["--max-tokens", "30"]].concat())));
-    // And a prompt may be longer than the context.
+    // A prompt may be longer than the context.
     let prompt = "word ".repeat(600);
     let past = json(&["generate", "--prompt", &prompt, "--window", "256", "--max-tokens", "3"]);
     assert!(past["prompt_ids"].as_array().unwrap().len() > 512 && past["evicted"].as_u64().unwrap() > 0);

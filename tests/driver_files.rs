@@ -1,4 +1,4 @@
-//! Model files from strangers: whatever is in them, the answer is a value or a sentence, and memory stays bounded.
+//! Hostile and broken model files: the result is a value or an error with a sentence, and memory stays bounded.
 #![cfg(feature = "driver")]
 
 mod gguf_writer;
@@ -13,7 +13,7 @@ use kvlane::driver::{ErrorKind, ModelFile, Result, Stretch, Tokenizer, Weights};
 use kvlane::{Llama3Scaling, Pairing, RopeScaling};
 use proptest::prelude::*;
 
-/// Remembers the largest single request. Everything here is a few kilobytes of file; what it may lead to is bounded.
+/// Records the largest single allocation. The files here have a few kilobytes, which bounds what they may cause.
 struct Watching;
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
 const LIMIT: usize = 32 << 20;
@@ -49,7 +49,7 @@ fn bounded() {
     assert!(largest < LIMIT, "a single allocation of {largest} bytes for a file of a few kilobytes");
 }
 
-/// All that is ever done with a file.
+/// Everything that the driver does with a file.
 fn read_all(bytes: Vec<u8>) -> Result<(ModelFile, Tokenizer, Weights)> {
     let file = ModelFile::from_gguf(Gguf::from_bytes(bytes)?)?;
     file.tensors()?;
@@ -60,7 +60,7 @@ fn read_all(bytes: Vec<u8>) -> Result<(ModelFile, Tokenizer, Weights)> {
     Ok((file, tokenizer, weights))
 }
 
-/// The sentence that a file is refused with.
+/// The error of a file.
 fn refusal(bytes: Vec<u8>) -> String {
     match read_all(bytes) {
         Ok(_) => panic!("the file was accepted"),
@@ -94,7 +94,7 @@ fn the_sound_file_is_read() {
     assert_eq!((c.tied, c.bos, c.eos.as_slice(), c.context), (true, Some(0), &[1][..], 64));
     assert_eq!(tokenizer.encode("abc ab</s>b", true).unwrap(), [0, 6, 7, 5, 1, 3]);
     assert_eq!(tokenizer.decode(&[0, 6, 7, 5, 1, 3]).unwrap(), "abc abb");
-    // Three matrices one below the other, each counting up from its own start.
+    // Three matrices, one below another, each counting up from its own start.
     let qkv = &weights.layers[0].qkv;
     assert_eq!((qkv.rows(), qkv.cols()), (16, 8));
     assert_eq!((qkv.row(0)[0], qkv.row(7)[7], qkv.row(8)[0], qkv.row(12)[1]), (200.0, 263.0, 300.0, 401.0));
@@ -305,7 +305,7 @@ fn tokenizers_that_cannot_be() {
     assert_names(&set(tokens, strings(&["x"; 9])), &["9 tokens", "8 rows"]);
     assert_names(&set("tokenizer.ggml.token_type", V::I32s(vec![1; 7])), &["8 signed", "7"]);
     assert_names(&set("tokenizer.ggml.merges", strings(&["ab"])), &["\"ab\"", "no space"]);
-    // What the two halves join to is longer than any token there is.
+    // The joined token would be longer than every token of the vocabulary.
     assert_names(&set("tokenizer.ggml.merges", strings(&["abc abc"])), &["\"abcabc\"", "missing"]);
     assert_names(&set("tokenizer.ggml.merges", strings(&["a z"])), &["\"z\"", "missing"]);
     assert_names(&set("tokenizer.ggml.merges", V::U32(1)), &["merges", "an unsigned integer"]);
@@ -340,7 +340,7 @@ fn tokenizers_that_cannot_be() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Flips anywhere, and more often in the header, which is where the structure is.
+    /// Flips bytes anywhere, more often in the header, which has the structure.
     #[test]
     fn flipped_bytes(flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0u8..4), 1..8)) {
         let mut bytes = tiny_model().bytes();
@@ -364,7 +364,7 @@ proptest! {
     }
 }
 
-/// A directory of its own for one test.
+/// A temporary directory of one test.
 fn directory(name: &str) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let _ = std::fs::remove_dir_all(&dir);
@@ -455,7 +455,7 @@ fn hf_directory_is_read() {
     };
     check(&weights);
 
-    // The same in two shards.
+    // The same weights in two shards.
     std::fs::remove_file(dir.join("model.safetensors")).unwrap();
     let tensors = hf_tensors();
     let mut map = serde_json::Map::new();
@@ -467,7 +467,7 @@ fn hf_directory_is_read() {
     std::fs::write(&index, serde_json::json!({ "weight_map": map }).to_string()).unwrap();
     check(&read_directory(&dir).unwrap().2);
 
-    // An index that reaches outside of its directory, and one that is wrong about a shard.
+    // An index that names a file outside its directory, and one that names the wrong shard.
     map.insert("model.norm.weight".into(), "../b.safetensors".into());
     std::fs::write(&index, serde_json::json!({ "weight_map": map }).to_string()).unwrap();
     assert_names(&read_directory(&dir).unwrap_err().to_string(), &["../b.safetensors", "plain file name"]);
@@ -587,11 +587,11 @@ fn sentence_piece_from_scores() {
     let spell = |text: &str| -> Vec<String> {
         tokenizer.encode(text, true).unwrap().iter().map(|&id| tokens[id as usize].clone()).collect()
     };
-    // "bc" has the best score, then "ab" can no longer form; a start token comes first and a space before the text.
+    // "bc" has the best score, so that "ab" cannot form; a start token and a space precede the text.
     assert_eq!(spell("abc"), ["<s>", "▁a", "bc"]);
     assert_eq!(spell("ab"), ["<s>", "▁ab"]);
     assert_eq!(spell("é</s>a"), ["<s>", "▁", "é", "</s>", "▁a"]);
-    // No token for the euro sign, so its bytes.
+    // Without a token for the euro sign, its bytes.
     assert_eq!(spell("€"), ["<s>", "▁", "<0xE2>", "<0x82>", "<0xAC>"]);
     for text in ["abc", "a b  c", "€ é", "ab\ncab"] {
         let ids = tokenizer.encode(text, true).unwrap();
@@ -603,7 +603,7 @@ fn sentence_piece_from_scores() {
         }
         assert_eq!(out + &stream.finish().unwrap(), text);
     }
-    // Half of a character stays back until the end, and then is marked as broken.
+    // Half of a character is held back until the end, and becomes a replacement character.
     let mut stream = tokenizer.stream();
     let bytes = tokenizer.encode("€", false).unwrap();
     assert_eq!(stream.push(tokenizer.id("a").unwrap()).unwrap(), "a");
@@ -657,7 +657,7 @@ fn quantised_model() -> Writer {
     w
 }
 
-/// A vocabulary with scores in the place of merges.
+/// A vocabulary with scores instead of merges.
 fn scored_model() -> Writer {
     let mut w = tiny_model();
     let tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a"];
@@ -694,12 +694,12 @@ const WORD_PIECE_TOKENIZER: &str = r###"{
               "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "a": 1, "##b": 2, "##c": 3, "ab": 4}}
 }"###;
 
-/// The inputs that coverage-guided fuzzing starts from are sound, and what these tests make. With `KVLANE_WRITE_SEEDS` they are
-/// written.
+/// The seeds of the coverage-guided fuzz targets are valid, and equal to the files of these tests.
+/// `KVLANE_WRITE_SEEDS` writes them.
 #[test]
 fn fuzzing_starts_from_sound_files() {
     let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/coverage_fuzz/seeds");
-    // The first byte says which file of the directory it is.
+    // The first byte selects the file of the directory.
     let chosen = |file: u8, contents: &[u8]| [&[file], contents].concat();
     let map: serde_json::Map<_, _> =
         hf_tensors().iter().map(|(name, ..)| (name.clone(), "model.safetensors".into())).collect();

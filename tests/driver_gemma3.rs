@@ -1,8 +1,8 @@
-//! Gemma-3-270M against Hugging Face transformers reading the same file (`tests/data/make_gemma3_reference.py` says how
-//! the reference is made).
+//! Gemma-3-270M compared with Hugging Face transformers on the same file (`tests/data/make_gemma3_reference.py` makes
+//! the reference).
 //!
-//! The model is looked for where `KVLANE_GEMMA3` points to, then in the user's cache directory under `kvlane/`. Without it
-//! these tests say so and do nothing, unless `KVLANE_REQUIRE_MODELS` is set, which makes that a failure.
+//! The model is read from the path in `KVLANE_GEMMA3`, or from `kvlane/` in the user's cache directory. Without it
+//! these tests print a message and pass, unless `KVLANE_REQUIRE_MODELS` is set, which makes it a failure.
 #![cfg(feature = "driver")]
 
 mod model_reference;
@@ -19,7 +19,7 @@ const WINDOW: usize = 512;
 
 static REFERENCE: LazyLock<Reference> = LazyLock::new(|| Reference::read(include_str!("data/gemma3_reference.json")));
 
-/// One model for all tests: a gigabyte of weights.
+/// The tests share one model, because its weights take a gigabyte.
 static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| open_model("KVLANE_GEMMA3", FILE));
 
 #[test]
@@ -55,9 +55,9 @@ fn tokens_are_the_references() {
     }
 }
 
-/// Both sides round every product of 18 layers to f32, in different orders, and transformers rounds RoPE's angles to f32
-/// as well. The largest difference seen is 2.6e-4, and the data has four decimals. A wrong angle, scale or window is off
-/// by tenths.
+/// Both sides round every product of 18 layers to f32, in different orders, and transformers rounds RoPE's angles to
+/// f32 as well. The largest observed difference is 2.6e-4, and the data has four decimals. A wrong angle, scale or
+/// window causes errors of tenths.
 const TOLERANCE: f64 = 1e-3;
 
 #[test]
@@ -67,8 +67,8 @@ fn logits_are_the_references() {
     let mut worst = 0.0f64;
     for case in &REFERENCE.prompts {
         let ids = [case.ids.as_slice(), &case.greedy[..case.greedy.len() - 1]].concat();
-        // In pieces, for all logits of a long text are half a gigabyte. The rings of local layers are no longer than the window
-        // and such a piece: the longest text goes round.
+        // In pieces, because all logits of a long text take half a gigabyte. The rings of local layers hold the window
+        // and one piece, so that the longest text wraps around.
         let mut cache = Cache::with_chunk(decoder.config(), 1, ids.len(), 64, DType::F32).unwrap();
         let mut scratch = Scratch::default();
         let mut wanted = case.positions.iter().enumerate().peekable();
@@ -84,7 +84,7 @@ fn logits_are_the_references() {
     eprintln!("largest difference of a logit: {worst:.2e}");
 }
 
-/// The short prompts in rows of one cache, through one padded pass and then a token each.
+/// The short prompts as sequences of one cache: one padded pass, then one token per sequence and step.
 #[test]
 fn greedy_tokens_are_the_references() {
     let Some((decoder, _)) = MODEL.as_ref() else { return };
@@ -102,7 +102,7 @@ fn greedy_tokens_are_the_references() {
     }
 }
 
-/// The prompt longer than the rings of local layers, which are rings of the window and 96 tokens.
+/// A prompt longer than the rings of local layers, which hold the window and 96 tokens.
 #[test]
 fn greedy_tokens_past_a_ring_are_the_references() {
     let Some((decoder, _)) = MODEL.as_ref() else { return };
@@ -120,7 +120,7 @@ fn greedy_tokens_past_a_ring_are_the_references() {
     }
 }
 
-/// The prompt longer than the window, read in chunks, in each of the cache's types.
+/// A prompt longer than the window, fed in chunks, with every type of cache.
 #[test]
 fn greedy_tokens_past_the_window_are_the_references() {
     let Some((decoder, _)) = MODEL.as_ref() else { return };

@@ -1,7 +1,7 @@
-//! A Gemma of random weights, small enough for plain f64 arithmetic to say what its logits are.
+//! A Gemma with random weights, small enough to compute its logits with plain f64 arithmetic.
 #![cfg(feature = "driver")]
 
-// The files of other tests use the rest of it.
+// Other tests use the rest of it.
 #[allow(dead_code)]
 mod gguf_writer;
 
@@ -17,7 +17,7 @@ const VOCAB: usize = 32;
 const DIM: usize = 16;
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
-// Not DIM / HEADS.
+// Differs from DIM / HEADS.
 const HEAD_DIM: usize = 6;
 const FFN: usize = 24;
 const LAYERS: usize = 5;
@@ -31,7 +31,7 @@ const LOGIT_CAP: f64 = 8.0;
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
-/// Under the names of GGUF; norms as they are applied.
+/// With the names of GGUF, and norm weights as they are applied.
 fn tensors() -> Tensors {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut unit = move || {
@@ -108,7 +108,7 @@ fn decoder(file: &ModelFile) -> Decoder {
     Decoder::new(file.config().clone(), weights, 0, None, Threads::new(1).unwrap()).unwrap()
 }
 
-/// The logits of every token, `[ids, VOCAB]`, from the definition.
+/// The logits of every token, `[ids, VOCAB]`, computed from the definition.
 fn oracle(ids: &[usize]) -> Vec<f64> {
     let all = tensors();
     let get = |name: String| all[&name].1.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
@@ -175,7 +175,7 @@ fn oracle(ids: &[usize]) -> Vec<f64> {
 
 const IDS: [u32; 15] = [2, 7, 31, 7, 0, 19, 4, 11, 28, 3, 3, 16, 9, 22, 14];
 
-/// `chunk` decides how long the rings of local layers are: with [`IDS`] they never go round.
+/// `chunk` determines the size of the rings of local layers; with the length of [`IDS`] they never wrap around.
 fn compare(decoder: &Decoder, chunk: usize, pieces: &[usize]) {
     let want = oracle(&IDS.map(|id| id as usize));
     let mut cache = Cache::with_chunk(decoder.config(), 1, IDS.len(), chunk, DType::F32).unwrap();
@@ -210,7 +210,7 @@ fn worst(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).fold(0.0, |worst, (a, b)| worst.max((a - b).abs()))
 }
 
-/// Rows of different lengths, in rings that go round many times and in rows that keep everything.
+/// Sequences of different lengths, in rings that wrap around many times and in layers that keep all tokens.
 #[test]
 fn rings_are_rows_that_keep_everything() {
     let decoder = decoder(&open(&writer()).unwrap());
@@ -221,7 +221,7 @@ fn rings_are_rows_that_keep_everything() {
         assert_eq!(cache.bytes(), 3 * slots * 2 * KV_HEADS * HEAD_DIM * dtype.size());
         let mut scratch = Scratch::default();
         let mut logits = vec![Vec::new(); 3];
-        // Prompts of three lengths, then a token each until the shortest has none left, and so on.
+        // Prompts of three lengths, then one token per sequence and step until each has no tokens left.
         let mut done = [0; 3];
         for counts in [[40, 11, 0], [1, 0, 2]].into_iter().chain([[1, 1, 1]; 100]) {
             let pieces: Vec<&[u32]> =
@@ -247,7 +247,7 @@ fn rings_are_rows_that_keep_everything() {
     }
 }
 
-/// Asked for the last tokens alone, passes in pieces give them in the order of the rows.
+/// With logits of the last tokens only, several passes return them in the order of the rows.
 #[test]
 fn last_tokens_come_in_the_order_of_rows() {
     let decoder = decoder(&open(&writer()).unwrap());
@@ -275,7 +275,7 @@ fn a_ring_gives_back_what_it_has() {
         |cache: &mut Cache, ids: &[u32]| decoder.forward(cache, &mut scratch, 0, &[ids], Logits::All).unwrap();
     let mut cache = Cache::with_chunk(decoder.config(), 1, 64, chunk, DType::F32).unwrap();
     let first = feed(&mut cache, &IDS);
-    // One more than the chunk, and then no more, for what was overwritten stays so.
+    // One more than the chunk, and then no more, because overwritten tokens are lost.
     let n = IDS.len() - chunk - 1;
     for (before, to) in [(IDS.len(), n - 1), (IDS.len(), 1)] {
         let error = cache.truncate(0, to).unwrap_err().to_string();
@@ -290,7 +290,7 @@ fn a_ring_gives_back_what_it_has() {
     cache.truncate(0, 99).unwrap();
     let again = feed(&mut cache, &IDS[n..]);
     assert!(worst(&again, &first[n * VOCAB..]) < 1e-5);
-    // An emptied row remembers nothing, and one that has not gone round gives back anything.
+    // An emptied row has no tokens, and a row that has not wrapped around can be truncated anywhere.
     cache.truncate(0, 0).unwrap();
     feed(&mut cache, &IDS[..WINDOW + chunk]);
     cache.truncate(0, 1).unwrap();
@@ -300,7 +300,7 @@ fn a_ring_gives_back_what_it_has() {
     assert!(error.kind() == ErrorKind::Argument && error.to_string().contains("at least 1"), "{error}");
 }
 
-/// Prompts longer than the rings, in a slot that had another before, beside one that runs.
+/// Prompts longer than the rings, in a slot that had another request before, beside a running request.
 #[test]
 fn slots_with_rings_are_reused() {
     let decoder = decoder(&open(&writer()).unwrap());
@@ -345,7 +345,7 @@ fn slots_with_rings_are_reused() {
     assert_eq!(texts, [whole(&prompts[2]), whole(&prompts[1])]);
 }
 
-/// The last layers that differ: a pattern as a list of flags, and as what a file without one means.
+/// Patterns of layers as a list of flags, and the default of a file without a pattern.
 #[test]
 fn patterns_are_read() {
     let windows = |change: &dyn Fn(&mut Writer)| {
@@ -378,7 +378,7 @@ fn patterns_are_read() {
     }
 }
 
-/// The same weights as Hugging Face lays them out: other names, norms less one, what is default left out.
+/// The same weights in the form of Hugging Face: other names, norm weights minus 1, default values omitted.
 #[test]
 fn a_hugging_face_directory_is_the_same_model() {
     let parts = [
@@ -426,7 +426,7 @@ fn a_hugging_face_directory_is_the_same_model() {
         "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": HEAD_DIM,
         "attn_logit_softcapping": ATTN_CAP, "final_logit_softcapping": LOGIT_CAP,
     });
-    // As configurations have been written at different times.
+    // The forms of configurations in different versions.
     let older = serde_json::json!({
         "rope_theta": BASE, "rope_local_base_freq": LOCAL_BASE, "rope_scaling": null, "sliding_window_pattern": PATTERN,
     });

@@ -1,4 +1,4 @@
-//! Every block format against the values that ggml's own Python package reads (`tests/data/make_quant_goldens.py`).
+//! Every block format compared with values from ggml's own Python package (`tests/data/make_quant_goldens.py`).
 #![cfg(feature = "driver")]
 
 use kvlane::driver::quant::{TensorType, dequantize};

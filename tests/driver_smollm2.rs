@@ -1,8 +1,8 @@
-//! SmolLM2-135M-Instruct against Hugging Face transformers reading the same file
-//! (`tests/data/make_smollm2_reference.py` says how the reference is made).
+//! SmolLM2-135M-Instruct compared with Hugging Face transformers on the same file
+//! (`tests/data/make_smollm2_reference.py` makes the reference).
 //!
-//! The model is looked for where `KVLANE_SMOLLM2` points to, then in the user's cache directory under `kvlane/`. Without
-//! it these tests say so and do nothing, unless `KVLANE_REQUIRE_MODELS` is set, which makes that a failure.
+//! The model is read from the path in `KVLANE_SMOLLM2`, or from `kvlane/` in the user's cache directory. Without it
+//! these tests print a message and pass, unless `KVLANE_REQUIRE_MODELS` is set, which makes it a failure.
 #![cfg(feature = "driver")]
 
 mod model_reference;
@@ -18,19 +18,19 @@ const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
 static REFERENCE: LazyLock<Reference> = LazyLock::new(|| Reference::read(include_str!("data/smollm2_reference.json")));
 
-/// One model for all tests: half a gigabyte of weights.
+/// The tests share one model, because its weights take half a gigabyte.
 static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| open_model("KVLANE_SMOLLM2", FILE));
 
-/// A fresh pass over `ids`, logits for every token.
+/// A pass over `ids` with an empty cache; logits for every token.
 fn recompute(decoder: &Decoder, ids: &[u32]) -> Vec<f32> {
     let mut cache = Cache::new(decoder.config(), 1, ids.len(), DType::F32).unwrap();
     decoder.forward(&mut cache, &mut Scratch::default(), 0, &[ids], Logits::All).unwrap()
 }
 
-/// The tokens of some steps, and the logits that chose each.
+/// The tokens of several steps, and the logits from which each was chosen.
 type Steps = (Vec<u32>, Vec<Vec<f32>>);
 
-/// Prefill, then a token at a time.
+/// Prefill, then one token at a time.
 fn cached(decoder: &Decoder, prompt: &[u32], n: usize, dtype: DType) -> Steps {
     let mut cache = Cache::new(decoder.config(), 1, prompt.len() + n, dtype).unwrap();
     let mut scratch = Scratch::default();
@@ -74,8 +74,8 @@ fn tokens_are_the_references() {
 }
 
 /// Both sides round every product of 30 layers to f32, in different orders. Logits reach 30, where a unit in the last
-/// place is 2e-6; the largest difference seen is 1.4e-4 (2.3e-4 between decode and recomputation, which also sum in
-/// different orders), and the data has four decimals. A wrong angle, scale or mask is off by tenths.
+/// place is 2e-6; the largest observed difference is 1.4e-4 (2.3e-4 between decode and recomputation, which also sum
+/// in different orders), and the data has four decimals. A wrong angle, scale or mask causes errors of tenths.
 const TOLERANCE: f64 = 1e-3;
 
 #[test]
@@ -107,14 +107,14 @@ fn cached_is_recomputed() {
     let mut worst = 0.0f32;
     for (case, (tokens, steps)) in REFERENCE.prompts.iter().zip(DECODED.iter()) {
         let n = tokens.len();
-        // Steps from nothing, one after the other: the tokens must be the same.
+        // Each step with an empty cache: the tokens must be the same.
         let mut ids = case.ids.clone();
         for token in &tokens[..if ids.len() < 64 { 4 } else { 1 }] {
             let logits = recompute(decoder, &ids);
             assert_eq!(argmax(&logits[(ids.len() - 1) * vocab..]).unwrap(), *token, "{:?}", case.text);
             ids.push(*token);
         }
-        // And all steps at once, for causality makes a row of the whole equal to the step.
+        // All steps at once: causality makes each row of the whole equal to its step.
         let ids = [case.ids.as_slice(), &tokens[..n - 1]].concat();
         let all = recompute(decoder, &ids);
         for (i, step) in steps.iter().enumerate() {
@@ -127,7 +127,7 @@ fn cached_is_recomputed() {
     assert!(f64::from(worst) < TOLERANCE);
 }
 
-/// Prompts of different lengths in one padded pass, then all rows together, a token each.
+/// Prompts of different lengths in one padded pass, then one token per sequence and step.
 #[test]
 fn rows_of_a_batch_are_rows_alone() {
     let Some((decoder, _)) = MODEL.as_ref() else { return };
@@ -149,7 +149,7 @@ fn rows_of_a_batch_are_rows_alone() {
     }
 }
 
-/// Half precision in the cache moves logits by its own rounding and no more.
+/// A 16-bit cache changes logits by its rounding only.
 #[test]
 fn narrow_caches_stay_close() {
     let Some((decoder, _)) = MODEL.as_ref() else { return };
@@ -163,7 +163,7 @@ fn narrow_caches_stay_close() {
     }
 }
 
-/// More requests than slots: each enters when a slot is free, and none notices the others.
+/// More requests than slots: each starts when a slot is free, and none is affected by the others.
 #[test]
 fn slots_are_reused() {
     let Some((decoder, _)) = MODEL.as_ref() else { return };
@@ -176,7 +176,7 @@ fn slots_are_reused() {
     let mut ended = 0;
     while ended < all {
         let mut events: Vec<Event> = Vec::new();
-        // Different lengths, so that slots become free at different times and out of order.
+        // Different lengths, so that slots become free at different times.
         while let Some(slot) = slots.free_slot() {
             let Some((i, case)) = waiting.next() else { break };
             owner[slot] = i;

@@ -1,10 +1,11 @@
-//! The C ABI from the other side: builds the programs of `ffi-tests` with the machine's compilers, against the shared and
-//! the static library, and runs them.
+//! The C ABI from the caller's side: compiles the programs of `ffi-tests` against the shared and the static library,
+//! and runs them.
 //!
-//! `CC` and `CXX` choose the compilers. When the tests run under an emulator (another architecture than the machine's) the
-//! compilers are `<arch>-linux-gnu-gcc` and `-g++`, and programs run under `qemu-<arch>`. `KVLANE_FFI_LIBRARIES` is a
-//! directory with other libraries to test than those of this build, and `KVLANE_FFI_SANITIZE` is handed to `-fsanitize=`:
-//! together they test libraries that were built with a sanitizer, while this program was not.
+//! `CC` and `CXX` select the compilers. When the tests run under an emulator (for another architecture than the
+//! machine's), the compilers are `<arch>-linux-gnu-gcc` and `-g++`, and programs run under `qemu-<arch>`.
+//! `KVLANE_FFI_LIBRARIES` is a directory with libraries to test instead of those of this build, and
+//! `KVLANE_FFI_SANITIZE` is the argument of `-fsanitize=`. Together they test libraries that were built with a
+//! sanitizer.
 #![cfg(all(feature = "capi", target_os = "linux"))]
 
 use std::collections::BTreeSet;
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// Every symbol that the shared library may export: to add one is to add to the ABI, for ever.
+/// Every symbol that the shared library exports. An addition extends the ABI for good.
 const EXPORTS: &[&str] = &[
     "kvl_abi_version",
     "kvl_alibi_slopes",
@@ -82,7 +83,7 @@ const EXPORTS: &[&str] = &[
 
 const WARNINGS: [&str; 4] = ["-Wall", "-Wextra", "-Werror", "-pedantic"];
 
-/// What the static library needs from the system.
+/// The system libraries that the static library needs.
 const SYSTEM: [&str; 3] = ["-lpthread", "-ldl", "-lm"];
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -104,7 +105,8 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The machine's architecture, asked of the machine: under an emulator our own `uname` would not tell.
+/// Whether the tests run under an emulator. `uname` is a program of the machine, so that it reports the real
+/// architecture.
 fn emulated() -> bool {
     static EMULATED: OnceLock<bool> = OnceLock::new();
     *EMULATED.get_or_init(|| {
@@ -113,7 +115,7 @@ fn emulated() -> bool {
     })
 }
 
-/// Runs a command that has to succeed; returns what it printed.
+/// Runs a command that must succeed; returns its output.
 fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}"));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -150,11 +152,11 @@ fn compiler(language: Language) -> Command {
     command
 }
 
-/// A directory with the libraries of this build under the names that a linker and a loader look for.
+/// A directory with the libraries of this build, under the names that linker and loader expect.
 fn libraries() -> &'static Path {
     static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
     DIRECTORY.get_or_init(|| {
-        // Cargo builds every crate type of the package before its integration tests, beside them.
+        // Cargo builds all crate types of the package before its integration tests, into the same directory.
         let test = std::env::current_exe().expect("the test has a path");
         let other = std::env::var_os("KVLANE_FFI_LIBRARIES").map(|d| std::path::absolute(d).expect("a directory"));
         let built = other.as_deref().unwrap_or(test.parent().expect("and a directory"));
@@ -175,11 +177,11 @@ fn libraries() -> &'static Path {
 }
 
 fn work_directory() -> PathBuf {
-    // One an architecture, since a target directory may serve several.
+    // One per architecture, because a target directory can serve several.
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ffi-{}", std::env::consts::ARCH))
 }
 
-/// `name` is the test's: tests run at the same time, and a program that runs cannot be written.
+/// `name` is unique to the test, because tests run at the same time and a running program cannot be overwritten.
 fn build(name: &str, source: &str, language: Language, linkage: Linkage) -> PathBuf {
     let libraries = libraries();
     let program = work_directory().join(format!("{name}-{linkage:?}"));
@@ -216,7 +218,8 @@ fn execute(program: &Path) -> Command {
     command
 }
 
-/// Builds a program both ways, runs it, and returns what it printed, which is the same.
+/// Builds a program with the shared and with the static library, runs both, and returns their output, which must be
+/// equal.
 fn both(source: &str, language: Language) -> String {
     let shared = run(&mut execute(&build(source, source, language, Linkage::Shared)));
     let linked_in = run(&mut execute(&build(source, source, language, Linkage::Static)));
@@ -233,7 +236,7 @@ fn the_header_compiles_alone() {
 
 #[test]
 fn the_layout_is_the_same_on_both_sides() {
-    // The other side are the constant assertions in src/capi: this test would not have been built without them.
+    // The constant assertions in src/capi check the Rust side; without them this test would not compile.
     for language in [Language::C11, Language::Cpp17] {
         run(compiler(language).arg("-fsyntax-only").arg(root().join("ffi-tests/layout.c")));
     }
@@ -295,11 +298,11 @@ fn the_example_runs() {
 
 #[test]
 fn the_example_of_the_readme_runs() {
-    // One key: the output is its value.
+    // With one key, the output is its value.
     assert_eq!(both("step.c", Language::C99).trim(), "1 2 3");
 }
 
-/// A library must not look at the environment for anything but what its documentation says.
+/// The library reads the documented environment variable.
 #[test]
 fn the_environment_lowers_the_level() {
     let program = build("environment", "ops.c", Language::C11, Linkage::Shared);
@@ -318,7 +321,7 @@ mod symbols {
     use super::*;
 
     fn readelf(args: &[&str], file: &Path) -> String {
-        // Knows the files of every architecture.
+        // `readelf` reads files of every architecture.
         run(Command::new("readelf").args(args).arg("-W").arg(file).env("LC_ALL", "C"))
     }
 
@@ -340,7 +343,7 @@ mod symbols {
     fn only_the_abi_is_exported() {
         let exported: BTreeSet<String> =
             dynamic(&libraries().join("libkvlane.so")).into_iter().filter(|s| s.1).map(|s| s.0).collect();
-        // Sanitizers and profilers add symbols of theirs.
+        // Sanitizers and profilers add symbols.
         let sanitized = std::env::var_os("KVLANE_FFI_SANITIZE").is_some();
         let foreign = |name: &String| sanitized && name.starts_with("__");
         let exported: BTreeSet<String> = exported.into_iter().filter(|name| !foreign(name)).collect();
@@ -396,7 +399,7 @@ mod symbols {
             ("threads.c", Language::C11),
             ("cpp.cpp", Language::Cpp17),
         ] {
-            // A file of its own: another test may be writing the program that it runs.
+            // A separate file, because another test may be writing its program.
             let object = work_directory().join(format!("{source}.o"));
             std::fs::create_dir_all(work_directory()).expect("the directory for test files can be written");
             run(compiler(language)
@@ -422,7 +425,7 @@ mod symbols {
     }
 }
 
-/// A decoder in C gives the tokens that the driver gives.
+/// A decoder in C generates the tokens that the driver generates.
 #[cfg(feature = "driver")]
 mod decode {
     use super::*;
@@ -439,7 +442,7 @@ mod decode {
         ModelFile::from_gguf(Gguf::from_static(TINY).expect("a GGUF file")).expect("a model")
     }
 
-    /// Writes a model the way that `ffi-tests/decode.c` says.
+    /// Writes a model in the format of `ffi-tests/decode.c`.
     fn export(file: &ModelFile, path: &Path) -> std::io::Result<()> {
         let (c, weights) = (file.config(), file.weights(&|_, _| ()).expect("weights"));
         assert_eq!(c.ropes[0].stretch, Stretch::Fixed(RopeScaling::None), "the C program knows no scaling");
@@ -504,7 +507,7 @@ mod decode {
         ] {
             let ids = tokenizer.encode(prompt, true).expect("tokens");
             let (wanted, lead) = greedy(&decoder, &ids, dtype);
-            // The linear layers of the two sum in another order; a tie would be decided by that.
+            // The linear layers of the two sum in different orders, which would decide a tie.
             assert!(lead > 1e-3, "{prompt:?} has a lead of only {lead}: choose another prompt");
             let printed = run(execute(program)
                 .arg(&path)

@@ -1,9 +1,9 @@
-//! `include/kvlane.h` is what the sources say.
+//! `include/kvlane.h` agrees with the sources.
 #![cfg(feature = "regen-header")]
 
 #[test]
 fn the_header_is_current() {
-    // The build script compares, and writes the header where it differs: so the first run fails, and the next finds it right.
+    // The build script writes the header if it differs, so that the first run fails and the next passes.
     assert_eq!(
         env!("KVLANE_HEADER_WAS"),
         "current",

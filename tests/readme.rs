@@ -1,4 +1,4 @@
-//! What the README says and the code must agree on.
+//! The README agrees with the code.
 
 use kvlane::{DType, Isa, Op, kernels};
 
@@ -15,7 +15,7 @@ fn row(name: &str) -> Vec<String> {
 fn the_table_of_operations_is_the_registry() {
     for op in Op::ALL {
         let cells = row(op.name());
-        // A partial level stands in the rows of what it has, with the types in brackets.
+        // A partial level is listed for its own kernels only, with the types in brackets.
         let levels: Vec<&str> = cells[2].split(", ").collect();
         let types: Vec<DType> =
             DType::ALL.into_iter().filter(|t| cells[1].split([' ', ',', ';']).any(|word| word == t.name())).collect();

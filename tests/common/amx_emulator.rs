@@ -1,28 +1,28 @@
-//! AMX on a CPU that lacks it: a handler for illegal instructions that performs those that the kernels use, as Intel's manual
-//! (Software Developer's Manual, volume 2, and volume 1 chapter 18) describes them. What is tested so are the real encodings,
-//! real addresses, and arithmetic to the bit.
+//! AMX on a CPU that lacks it: a handler for illegal instructions emulates those that the kernels use, as described in
+//! Intel's manual (Software Developer's Manual, volume 2, and volume 1 chapter 18). It tests real encodings, real
+//! addresses, and arithmetic to the bit.
 //!
-//! For builds with `--cfg kvlane_emulate_amx`, which makes the library believe that the instructions are there. Whatever else is
-//! illegal, or illegal in this way (tiles that are not configured, sizes that do not fit), ends the process as ever.
+//! For builds with `--cfg kvlane_emulate_amx`, with which the library assumes that the instructions exist. Other
+//! illegal instructions, and illegal uses (tiles that are not configured, sizes that do not match), end the process.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Instructions performed.
+/// The emulated instructions.
 static PERFORMED: AtomicU64 = AtomicU64::new(0);
 
-/// How many instructions have been performed, by all threads.
+/// The number of emulated instructions, over all threads.
 pub fn performed() -> u64 {
     PERFORMED.load(Ordering::Relaxed)
 }
 
-/// From now on, in all threads.
+/// Installs the handler for all threads.
 pub fn install() {
-    // SAFETY: the handler is one for three arguments, and touches nothing but its thread's tiles and the operands.
+    // SAFETY: the handler takes three arguments, and accesses only its thread's tiles and the operands.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_illegal_instruction as *const () as usize;
-        // Not on another stack: the operands' pages may be guards, whose fault must find its own handler.
+        // No alternate stack: operands can lie on guard pages, whose fault needs its own handler.
         action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
         assert_eq!(libc::sigaction(libc::SIGILL, &action, std::ptr::null_mut()), 0);
     }
@@ -43,13 +43,14 @@ struct State {
 const CLEAR: Tile = Tile([[0; 64]; 16]);
 
 thread_local! {
-    // Constant and without a destructor, so that a signal handler may use it.
+    // A constant without a destructor, so that a signal handler can use it.
     static STATE: UnsafeCell<State> =
         const { UnsafeCell::new(State { configured: false, rows: [0; 8], row_bytes: [0; 8], tiles: [CLEAR; 8] }) };
 }
 
 unsafe extern "C" fn on_illegal_instruction(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel passes the interrupted thread's context; nothing else of this thread uses its tiles meanwhile.
+    // SAFETY: the operating system passes the context of the interrupted thread, and nothing else uses this thread's
+    // tiles.
     unsafe {
         let context = &mut *context.cast::<libc::ucontext_t>();
         let registers = &mut context.uc_mcontext.gregs;
@@ -59,7 +60,7 @@ unsafe extern "C" fn on_illegal_instruction(_: i32, _: *mut libc::siginfo_t, con
                 registers[libc::REG_RIP as usize] += length as i64;
                 PERFORMED.fetch_add(1, Ordering::Relaxed);
             }
-            // The instruction runs again, and does what it would have done.
+            // The instruction runs again, with its default effect.
             None => {
                 libc::signal(libc::SIGILL, libc::SIG_DFL);
             }
@@ -67,7 +68,7 @@ unsafe extern "C" fn on_illegal_instruction(_: i32, _: *mut libc::siginfo_t, con
     }
 }
 
-/// Registers in the order of their numbers.
+/// The registers in the order of their encoding.
 const REGISTERS: [i32; 16] = [
     libc::REG_RAX,
     libc::REG_RCX,
@@ -87,24 +88,24 @@ const REGISTERS: [i32; 16] = [
     libc::REG_R15,
 ];
 
-/// What a ModRM byte and what follows it say of memory.
+/// A memory operand: a ModRM byte and the bytes after it.
 struct Address {
     /// Base and displacement.
     base: i64,
-    /// Scaled index: of tiles, the distance of rows.
+    /// Scaled index; for tiles, the stride of rows.
     index: i64,
     has_sib: bool,
-    /// Bytes from the ModRM byte on.
+    /// Length in bytes, from the ModRM byte on.
     length: usize,
 }
 
-/// Performs the instruction that the registers point to; says how long it is, or nothing if it is none of ours.
+/// Emulates the instruction at the instruction pointer and returns its length; `None` if it is not an AMX instruction.
 ///
 /// # Safety
-/// The registers are those of a thread at an instruction; what the instruction reads and writes is what it may.
+/// The registers are those of a thread at an instruction, and the memory operands of the instruction are valid.
 unsafe fn perform(state: &mut State, registers: &[i64]) -> Option<usize> {
     let ip = registers[libc::REG_RIP as usize] as *const u8;
-    // SAFETY: the CPU has just read the instruction; VEX ones of this kind have at least five bytes.
+    // SAFETY: the CPU has just read the instruction; VEX instructions of this kind have at least five bytes.
     let byte = |i: usize| unsafe { *ip.add(i) };
     if byte(0) != 0xc4 || byte(1) & 0x1f != 2 || byte(2) & 0x84 != 0 {
         return None;
@@ -173,7 +174,7 @@ unsafe fn perform(state: &mut State, registers: &[i64]) -> Option<usize> {
             if rows != state.rows[a] || state.row_bytes[to] != state.row_bytes[b] || depth != state.rows[b] {
                 return None;
             }
-            // SAFETY: the library believes in AMX only where there is AVX-512, and so FMA.
+            // SAFETY: the library assumes AMX only with AVX-512, which implies FMA.
             unsafe { multiply(tile(state, to)?, &source_a, &source_b, rows, columns, depth) };
             Some(5)
         }
@@ -181,7 +182,7 @@ unsafe fn perform(state: &mut State, registers: &[i64]) -> Option<usize> {
     }
 }
 
-/// A tile that is configured.
+/// A configured tile.
 fn tile(state: &mut State, i: usize) -> Option<&mut Tile> {
     if !state.configured || *state.rows.get(i)? == 0 {
         return None;
@@ -200,7 +201,7 @@ fn address(registers: &[i64], byte: impl Fn(usize) -> u8, mode: u8, rm: usize, x
     };
     let mut bytes = [0, 1, 4][usize::from(mode)];
     if rm != 4 {
-        // Relative to the next instruction, which begins after the displacement.
+        // Relative to the next instruction, after the displacement.
         if rm == 5 && mode == 0 {
             let next = registers[libc::REG_RIP as usize] + 9;
             return Address { base: next + displacement(5, 4), index: 0, has_sib: false, length: 5 };
@@ -241,8 +242,8 @@ fn configure(state: &mut State, config: &[u8; 64]) -> Option<()> {
     Some(())
 }
 
-/// Even and odd products are summed apart, each by fused multiplications and additions in order, from 0; then both, and then
-/// the target, are added. Subnormal numbers are zeros, going in and coming out.
+/// Even and odd products are summed separately, by fused multiply-adds in order, from 0. Then both sums and the target
+/// are added. Subnormal inputs and outputs are zero.
 #[target_feature(enable = "avx2,fma")]
 fn multiply(to: &mut Tile, a: &Tile, b: &Tile, rows: usize, columns: usize, depth: usize) {
     let flush = |x: f32| if x.abs() < f32::MIN_POSITIVE { 0f32.copysign(x) } else { x };

@@ -1,4 +1,4 @@
-//! One attention call: its tensors and options, owned, so that it can be run again in another way.
+//! One attention call with owned tensors and options, so that it can be repeated in other ways.
 
 use super::memory::Memory;
 use super::oracle;
@@ -12,7 +12,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-/// What the calls of a test are to ask for.
+/// The setting in which a test makes its calls.
 #[derive(Clone)]
 pub struct Setting {
     pub precision: Precision,
@@ -20,7 +20,7 @@ pub struct Setting {
     pub kv_types: Vec<DType>,
 }
 
-/// The largest error of each kernel of those that were held to its bound, in the same unit.
+/// The largest error of each kernel that was compared with its bound, in the bound's unit.
 pub static LARGEST_ERRORS: Mutex<BTreeMap<&'static str, f64>> = Mutex::new(BTreeMap::new());
 
 thread_local! {
@@ -28,7 +28,7 @@ thread_local! {
         RefCell::new(Setting { precision: Precision::Default, kv_types: DType::ALL.to_vec() });
 }
 
-/// The precision that calls from this thread ask for.
+/// The precision of calls from this thread.
 pub fn precision() -> Precision {
     SETTING.with_borrow(|setting| setting.precision)
 }
@@ -46,7 +46,7 @@ pub fn with_setting<T>(setting: Setting, test: impl FnOnce() -> T) -> T {
     result
 }
 
-/// A boolean mask in memory of its own.
+/// A boolean mask with its own memory.
 pub struct MaskTensor {
     memory: Memory,
     shape: [usize; 4],
@@ -73,7 +73,7 @@ impl MaskTensor {
         let elements = if empty { 0 } else { reach(1) + reach(-1) + 1 };
         let mut mask = Self { memory: Memory::new(elements, place), shape, strides, offset: reach(-1) };
         for at in indices(shape) {
-            // The first of the indices that share an entry decides.
+            // Indices can share an entry; the first decides.
             if (0..4).all(|a| strides[a] != 0 || at[a] == 0) {
                 let i = mask.index(at);
                 mask.memory.bytes_mut()[i] = visible(at).into();
@@ -96,7 +96,7 @@ impl MaskTensor {
     }
 }
 
-/// A bit mask in memory of its own, of exactly as many bytes as it takes.
+/// A bit mask with its own memory, of exactly the bytes that it needs.
 pub struct BitMaskTensor {
     memory: Memory,
     shape: [usize; 4],
@@ -111,7 +111,7 @@ pub struct BitMaskTensor {
 struct BitRows {
     starts: Vec<i64>,
     query_strides: Vec<i64>,
-    /// Queries and keys that have bits.
+    /// The numbers of queries and keys with bits.
     own: Vec<[usize; 2]>,
 }
 
@@ -137,8 +137,8 @@ impl BitMaskTensor {
         mask
     }
 
-    /// The same mask for rows of so many queries and lengths, each as wide as it is, one after the other: what else there is in
-    /// the buffer is noise, up to the byte of the last bit.
+    /// The same mask for sequences with these numbers of queries and keys, each of its own width, one after another.
+    /// Other bits of the buffer, up to the byte of the last bit, are noise.
     pub fn by_row(&self, rng: &mut Rng, queries: &[usize], lengths: &[i32]) -> Self {
         let heads = self.shape[2];
         let (mut rows, mut end) = (BitRows { starts: vec![], query_strides: vec![], own: vec![] }, 0);
@@ -146,7 +146,7 @@ impl BitMaskTensor {
             let keys = (lengths[b] - self.first_keys[b]).max(0) as usize;
             rows.own.push([n, keys]);
             if n == 0 || keys == 0 {
-                // A row without bits may say that they are anywhere.
+                // A sequence without bits may have any bit offset.
                 rows.starts.push(rng.pick(&[0, i64::MAX]));
                 rows.query_strides.push(rng.pick(&[0, i64::MAX]));
                 continue;
@@ -178,7 +178,7 @@ impl BitMaskTensor {
         mask
     }
 
-    /// Turns the bits over that are of no row's queries and keys.
+    /// Inverts the bits that belong to no query and key.
     pub fn disturb(&mut self) {
         let own = self.rows.as_ref().expect("rows of their own width").own.clone();
         let mut kept = vec![false; self.memory.bytes().len() * 8];
@@ -203,7 +203,7 @@ impl BitMaskTensor {
         let strides = [token * tokens as i64 + 3, token, head];
         Self::new(self.shape, strides, 7, self.first_keys.clone(), Place::Heap, |at| {
             let [b, t, _, j] = at;
-            // Nobody asks for bits that a row does not have.
+            // Only the bits that a sequence has.
             let has = self.rows.as_ref().is_none_or(|rows| t < rows.own[b][0] && j < rows.own[b][1]);
             has && self.is_set(self.bit(at))
         })
@@ -323,14 +323,14 @@ impl Shape {
     }
 }
 
-/// What a call computed.
+/// The result of a call.
 pub struct Outcome {
     pub out: Tensor,
     pub lse: Vec<f32>,
 }
 
 impl Outcome {
-    /// Bits of output and LSE of one token of one batch row.
+    /// Bits of output and LSE of one token of one sequence.
     pub fn row_bits(&self, b: usize, t: usize) -> Vec<u32> {
         let [_, tokens, heads, dim] = self.out.shape;
         let mut bits: Vec<u32> = Vec::with_capacity(heads * (dim + 1));
@@ -348,7 +348,7 @@ impl Outcome {
 }
 
 impl Case {
-    /// Random f32 queries and output; K and V of a type; everything contiguous on the heap.
+    /// Random f32 queries and output, K and V of a type, all contiguous on the heap.
     pub fn new(rng: &mut Rng, shape: Shape, kv: DType) -> Self {
         let random = |rng: &mut Rng, dtype, shape| Tensor::random(rng, dtype, shape, Layout::BSHD, Place::Heap);
         Self {
@@ -442,7 +442,7 @@ impl Case {
         attention.run(&self.q.array(), &self.k.array(), &self.v.array())
     }
 
-    /// Holds a result to the kernel's bound.
+    /// Checks a result against the kernel's bound.
     #[track_caller]
     pub fn assert_close(&self, context: &Context, outcome: &Outcome, what: &dyn Fn() -> String) {
         let kv = self.k.dtype;
@@ -456,8 +456,8 @@ impl Case {
                 for h in 0..heads {
                     let row = (b * tokens + t) * heads + h;
                     let sentence = || format!("{}: row [{b}, {t}, {h}]", what());
-                    // A logit of magnitude m is rounded to m * 2^-24 a step, and exp makes a relative error of that: what the
-                    // bound covers for logits of up to 32, which is more than a softmax that is not one-hot has.
+                    // A logit of magnitude m is rounded to m * 2^-24 per step, which exp turns into a relative error.
+                    // The bound covers logits of up to 32, more than a softmax that is not one-hot has.
                     let condition = (want.magnitude[row] / 32.0).max(1.0);
                     let allowed = bound * condition * want.value[row];
                     for d in 0..v_dim {

@@ -1,23 +1,23 @@
-//! Memory for tensors: on the heap, or flush against a page that must not be touched.
+//! Memory for tensors: on the heap, or adjacent to a page without access.
 
 use kvlane::Element;
 
 /// Where a tensor's memory lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// On the heap, with room before and after it.
+    /// On the heap, with space before and after it.
     Heap,
-    /// Its last byte is the last one before a page without access.
+    /// Its last byte is the last before a page without access.
     GuardAfter,
-    /// Its first byte is the first one after a page without access.
+    /// Its first byte is the first after a page without access.
     GuardBefore,
 }
 
-/// Bytes of a fixed address, writable.
+/// Writable bytes at a fixed address.
 pub struct Memory {
     base: *mut u8,
     bytes: usize,
-    /// The mapping with its guard pages, if it is one.
+    /// The mapping with its guard pages, if the memory is mapped.
     map: Option<(*mut u8, usize)>,
     _heap: Vec<u64>,
 }
@@ -54,7 +54,7 @@ impl Memory {
             assert_ne!(map, libc::MAP_FAILED, "mmap of {total} bytes");
             let map = map.cast::<u8>();
             assert_eq!(libc::mprotect(map.cast(), page, libc::PROT_NONE), 0);
-            // QEMU 7.2 reads whole vectors where AVX2's masked loads must not.
+            // QEMU 7.2 reads whole vectors in AVX2's masked loads.
             if std::env::var_os("KVLANE_TEST_GUARD").is_none_or(|value| value != "off") {
                 assert_eq!(libc::mprotect(map.add(page + inner).cast(), page, libc::PROT_NONE), 0);
             }

@@ -1,4 +1,4 @@
-//! What all test binaries share: the oracle, tensors of any layout between guard pages, random numbers.
+//! Shared by all test binaries: the oracle, tensors of any layout between guard pages, random numbers.
 #![allow(dead_code)] // Each binary uses a part of it.
 
 #[cfg(all(kvlane_emulate_amx, target_arch = "x86_64", target_os = "linux"))]
@@ -15,8 +15,8 @@ pub use tensor::{Layout, Place, Tensor};
 
 use kvlane::DType;
 
-/// The share of test cases that runs: `KVLANE_TEST_SCALE`, else 1, or less where the kernels are not optimised. Emulators
-/// want 0.05 or so.
+/// The share of test cases that run: `KVLANE_TEST_SCALE`, by default 1, or less if the kernels are not optimised.
+/// About 0.05 is suitable for emulators.
 pub fn scale() -> f64 {
     static SCALE: std::sync::OnceLock<f64> = std::sync::OnceLock::new();
     *SCALE.get_or_init(|| match std::env::var("KVLANE_TEST_SCALE") {
@@ -31,7 +31,7 @@ pub fn scaled(n: usize) -> usize {
     ((n as f64 * scale()) as usize).max(1)
 }
 
-/// The cases that run: all of them, or an even selection with the first and the last.
+/// The cases that run: all, or an even selection that includes the first and the last.
 pub fn thin<T>(cases: Vec<T>) -> Vec<T> {
     let (n, kept) = (cases.len(), scaled(cases.len()).max(2));
     if kept >= n {
@@ -42,7 +42,7 @@ pub fn thin<T>(cases: Vec<T>) -> Vec<T> {
     cases.into_iter().enumerate().filter(|&(i, _)| i == 0 || step(i) > step(i - 1)).map(|(_, case)| case).collect()
 }
 
-/// Half a unit in the last place of a value of about `x` in a type: what rounding to nearest may be off by.
+/// Half a unit in the last place of `x` in a type: the error of rounding to nearest.
 pub fn half_ulp(dtype: DType, x: f64) -> f64 {
     let x = x.abs();
     match dtype {

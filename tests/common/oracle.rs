@@ -1,4 +1,4 @@
-//! What every operation means, in f64, written for reading.
+//! The definition of every operation, in plain f64 arithmetic.
 
 use super::tensor::Array;
 use kvlane::Pairing;
@@ -27,9 +27,9 @@ pub struct State {
     pub out: Array,
     /// `[batch, token, head]`.
     pub lse: Vec<f64>,
-    /// A row's largest sum of magnitudes behind a visible logit: what f32 rounding in the logit is relative to.
+    /// The largest sum of magnitudes of a visible logit of a row. Rounding errors of logits are relative to it.
     pub magnitude: Vec<f64>,
-    /// A row's largest magnitude of a visible value.
+    /// The largest magnitude of a visible value of a row.
     pub value: Vec<f64>,
 }
 
@@ -93,7 +93,7 @@ impl Attention<'_> {
                         .collect();
                     let sink = self.sink_logits.map_or(f64::NEG_INFINITY, |s| s[h].into());
                     let max = logits.iter().copied().fold(sink, f64::max);
-                    // Where there is nothing but -inf, every weight is 0.
+                    // If all logits are -inf, every weight is 0.
                     let shift = if max == f64::NEG_INFINITY { 0.0 } else { max };
                     let weights: Vec<f64> = logits.iter().map(|x| (x - shift).exp()).collect();
                     let sum = weights.iter().sum::<f64>() + (sink - shift).exp();

@@ -1,4 +1,4 @@
-//! Deterministic random numbers (SplitMix64), so that a failing case can be run again.
+//! Deterministic random numbers (SplitMix64), so that a failing case can be repeated.
 
 /// A stream of random numbers.
 #[derive(Clone)]
@@ -35,7 +35,7 @@ impl Rng {
         (self.u64() >> 11) as f64 / ((1u64 << 53) as f64) < probability
     }
 
-    /// In -2..2: with it, logits at the usual scale have a standard deviation of about 1.3.
+    /// In -2..2, so that logits at the usual scale have a standard deviation of about 1.3.
     pub fn f32(&mut self) -> f32 {
         ((self.u64() >> 40) as f32 / (1 << 22) as f32) - 2.0
     }

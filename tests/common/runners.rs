@@ -1,8 +1,8 @@
-//! Runners of the caller's: what a runtime with a pool of its own would hand in.
+//! Runners of the caller's, as a runtime with its own pool would pass them.
 
 use kvlane::Runner;
 
-/// Starts a thread a task, and joins them.
+/// Starts one thread per task, and joins them.
 pub struct Threads(pub usize);
 
 impl Runner for Threads {
@@ -20,7 +20,7 @@ impl Runner for Threads {
     }
 }
 
-/// Claims to have threads, and runs the last task first.
+/// Claims to have several threads, and runs the last task first.
 pub struct Backwards(pub usize);
 
 impl Runner for Backwards {
@@ -34,7 +34,7 @@ impl Runner for Backwards {
     }
 }
 
-/// Fails without having run anything.
+/// Fails without running a task.
 pub struct Broken;
 
 impl Runner for Broken {

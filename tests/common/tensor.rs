@@ -1,4 +1,4 @@
-//! Tensors of any type and any strides, whose gaps hold poison or a canary.
+//! Tensors of any type and strides, with poison or a canary in their gaps.
 
 use super::memory::Memory;
 pub use super::memory::Place;
@@ -6,7 +6,7 @@ use super::rng::Rng;
 use half::{bf16, f16};
 use kvlane::{DType, View, ViewMut};
 
-/// `[batch, seq, heads, dim]` numbers in the order of the axes: what the oracle works on.
+/// `[batch, seq, heads, dim]` numbers in the order of the axes, for the oracle.
 #[derive(Clone, Debug)]
 pub struct Array {
     pub shape: [usize; 4],
@@ -32,12 +32,12 @@ impl Array {
     }
 }
 
-/// How the axes lie in memory.
+/// The order of the axes in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Axes from the outermost to the innermost.
     pub order: [usize; 4],
-    /// Elements left free in a step of each axis.
+    /// Elements left free per step of each axis.
     pub pad: [usize; 4],
     /// Whether an axis runs backwards.
     pub backwards: [bool; 4],
@@ -46,9 +46,9 @@ pub struct Layout {
 impl Layout {
     pub const BSHD: Self = Self { order: [0, 1, 2, 3], pad: [0; 4], backwards: [false; 4] };
     pub const BHSD: Self = Self { order: [0, 2, 1, 3], ..Self::BSHD };
-    /// Q, K or V in a fused buffer, or a shard of the heads: a token takes more than its own heads.
+    /// Q, K or V in a fused buffer, or a shard of the heads: a token takes more space than its own heads.
     pub const FUSED: Self = Self { pad: [0, 40, 0, 0], ..Self::BSHD };
-    /// Every row padded by an odd number, so that nothing is aligned to more than an element.
+    /// Every row padded by an odd number, so that alignment is that of an element only.
     pub const PADDED: Self = Self { pad: [1, 7, 3, 0], ..Self::BSHD };
     /// Every other element.
     pub const STEP2: Self = Self { pad: [0, 0, 0, 1], ..Self::BSHD };
@@ -96,16 +96,16 @@ impl Layout {
     }
 }
 
-/// What lies in the memory that is no element.
+/// The contents of memory between elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gaps {
-    /// NaN and infinities, which a kernel that reads too much drags into its result.
+    /// NaN and infinities, which reach the result of a kernel that reads too much.
     Poison,
-    /// A pattern that a kernel that writes too much destroys.
+    /// A pattern, which a kernel that writes too much destroys.
     Canary,
 }
 
-/// A tensor in memory of its own.
+/// A tensor with its own memory.
 pub struct Tensor {
     pub dtype: DType,
     pub shape: [usize; 4],
@@ -119,7 +119,7 @@ pub struct Tensor {
 const CANARY: u32 = 0xa5a5_a5a5;
 
 impl Tensor {
-    /// All elements and gaps poisoned.
+    /// All elements and gaps are poison.
     pub fn input(dtype: DType, shape: [usize; 4], layout: Layout, place: Place) -> Self {
         Self::strided(dtype, shape, layout.strides(shape), place, Gaps::Poison)
     }
@@ -131,20 +131,21 @@ impl Tensor {
         tensor
     }
 
-    /// All elements and gaps a canary.
+    /// All elements and gaps are a canary.
     pub fn output(dtype: DType, shape: [usize; 4], layout: Layout, place: Place) -> Self {
         Self::strided(dtype, shape, layout.strides(shape), place, Gaps::Canary)
     }
 
-    /// Strides may be 0 for an input.
+    /// Strides of an input may be 0.
     pub fn strided(dtype: DType, shape: [usize; 4], strides: [i64; 4], place: Place, gaps: Gaps) -> Self {
         let (mut low, mut high) = (0i64, 0i64);
-        // Without elements there is nothing to reach.
+        // A tensor without elements needs no memory.
         for axis in 0..if shape.contains(&0) { 0 } else { 4 } {
             let reach = (shape[axis] as i64 - 1) * strides[axis];
             if reach < 0 { low += reach } else { high += reach }
         }
-        // Against a guard page the memory ends where the tensor does; on the heap an odd number of elements is around it.
+        // With a guard page, the memory ends where the tensor ends; on the heap, an odd number of elements surrounds
+        // it.
         let slack = if place == Place::Heap { 5 } else { 0 };
         let elements = if shape.contains(&0) { 0 } else { (high - low) as usize + 1 } + 2 * slack;
         let memory = Memory::new(elements * dtype.size(), place);
@@ -212,7 +213,7 @@ impl Tensor {
         }
     }
 
-    /// Turns all elements of token `s` of row `b` into poison.
+    /// Poisons all elements of token `s` of row `b`.
     pub fn poison_token(&mut self, b: usize, s: usize) {
         for h in 0..self.shape[2] {
             for d in 0..self.shape[3] {
@@ -241,7 +242,7 @@ impl Tensor {
         other
     }
 
-    /// The tokens `start .. start + len` of the rows `rows` in memory of their own.
+    /// A copy of the tokens `start .. start + len` of the rows `rows`.
     pub fn cut(&self, rows: std::ops::Range<usize>, tokens: std::ops::Range<usize>, layout: Layout) -> Self {
         let shape = [rows.len(), tokens.len(), self.shape[2], self.shape[3]];
         let mut other = Self::strided(self.dtype, shape, layout.strides(shape), Place::Heap, self.gaps);
@@ -251,7 +252,7 @@ impl Tensor {
         other
     }
 
-    /// The same elements, nearest in another type.
+    /// The same elements, rounded to another type.
     pub fn cast(&self, dtype: DType) -> Self {
         let mut other = Self::input(dtype, self.shape, Layout::BSHD, Place::Heap);
         other.fill(|at| self.get(at));
@@ -283,7 +284,7 @@ impl Tensor {
         self.memory.bytes()
     }
 
-    /// Panics if memory that is no element is not as it was made.
+    /// Panics if memory between elements has changed.
     #[track_caller]
     pub fn assert_gaps(&self) {
         let size = self.dtype.size();
@@ -299,7 +300,7 @@ impl Tensor {
         }
     }
 
-    /// Panics if anything has been written at all.
+    /// Panics if any byte has changed.
     #[track_caller]
     pub fn assert_untouched(&self) {
         assert!(self.gaps == Gaps::Canary && self.memory.bytes().iter().all(|&b| b == 0xa5), "an output was written");

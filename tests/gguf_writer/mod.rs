@@ -1,4 +1,4 @@
-//! Writes small GGUF files, sound ones and spoilt ones.
+//! Writes small GGUF files, valid and broken ones.
 
 /// A metadata value.
 #[derive(Clone)]
@@ -11,7 +11,7 @@ pub enum V {
     Strs(Vec<String>),
     I32s(Vec<i32>),
     F32s(Vec<f32>),
-    /// A type number and the bytes after it.
+    /// A type number and the bytes of the value.
     Raw(u32, Vec<u8>),
 }
 
@@ -25,7 +25,7 @@ pub struct T {
     pub data: Vec<u8>,
 }
 
-/// A file in the making.
+/// A file under construction.
 #[derive(Clone)]
 pub struct Writer {
     pub version: u32,

@@ -1,4 +1,5 @@
-//! A model file, and what Hugging Face transformers computes from it: what the scripts `tests/data/make_*_reference.py` write.
+//! A model file, and the results of Hugging Face transformers on it, which the scripts
+//! `tests/data/make_*_reference.py` record.
 
 use std::path::PathBuf;
 
@@ -34,7 +35,7 @@ impl Reference {
         serde_json::from_str(json).unwrap()
     }
 
-    /// Holds the logits `row`, of the `i`-th position that the reference has of a prompt, to it; returns the largest difference.
+    /// Compares the logits `row` with the `i`-th recorded position of a prompt; returns the largest difference.
     pub fn check_logits(&self, case: &Prompt, i: usize, row: &[f32], tolerance: f64) -> f64 {
         let max = row.iter().fold(f64::MIN, |m, &l| m.max(f64::from(l)));
         let sum: f64 = row.iter().map(|&l| (f64::from(l) - max).exp()).sum();
@@ -49,8 +50,8 @@ impl Reference {
     }
 }
 
-/// The model `file`, where the environment variable points to or in the user's cache directory under `kvlane/`; if it is
-/// nowhere, that is said, and is a failure if `KVLANE_REQUIRE_MODELS` is set.
+/// The model `file`, at the path in the environment variable or in `kvlane/` of the user's cache directory. If it does
+/// not exist, prints a message, and fails if `KVLANE_REQUIRE_MODELS` is set.
 pub fn open_model(variable: &str, file: &str) -> Option<(Decoder, Tokenizer)> {
     let path = model_path(variable, file)?;
     let threads = Threads::new(0).unwrap();
