@@ -136,7 +136,7 @@ pub use parallel::{Rayon, ThreadPool};
 pub use parallel::{Runner, Serial};
 pub use problem::limits::{MAX_HEAD_DIM, MAX_ROTARY_DIM};
 pub use problem::rotation::Pairing;
-pub use view::{View, ViewMut};
+pub use view::{Axis, View, ViewMut};
 
 /// The README's Rust examples are documentation tests.
 #[cfg(all(doctest, feature = "rayon"))]

@@ -269,8 +269,8 @@ impl Decoder {
                 KvWrite::new(
                     View::strided(qkv, q_dim, kv_shape, strides)?,
                     View::strided(qkv, q_dim + kv_dim, kv_shape, strides)?,
-                    k_cache.rows(first_row, batch)?,
-                    v_cache.rows(first_row, batch)?,
+                    k_cache.batch(first_row, batch)?,
+                    v_cache.batch(first_row, batch)?,
                     Destination::positions(&positions).counts(&counts).layout(layout),
                 )
                 .rope(rope),
@@ -284,8 +284,8 @@ impl Decoder {
                 workspace,
                 AttentionTensors::new(
                     View::strided(qkv, 0, q_shape, strides)?,
-                    k.rows(first_row, batch)?,
-                    v.rows(first_row, batch)?,
+                    k.batch(first_row, batch)?,
+                    v.batch(first_row, batch)?,
                     ViewMut::new(attn, q_shape)?,
                 ),
                 &options,

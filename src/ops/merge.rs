@@ -40,12 +40,12 @@ impl<'a> AttentionState<'a> {
 ///
 /// ```
 /// use kvlane::*;
-/// let (a, b) = ([1.0f32], [4.0f32]);
+/// let (a, b, lse_b) = ([1.0f32], [4.0f32], [2f32.ln()]);
 /// let mut out = [0.0f32];
 /// let mut lse = [0.0f32];
 /// let states = [
 ///     AttentionState::new(View::new(&a, [1, 1, 1, 1])?, &[0.0]),
-///     AttentionState::new(View::new(&b, [1, 1, 1, 1])?, &[2f32.ln()]),
+///     AttentionState::new(View::new(&b, [1, 1, 1, 1])?, &lse_b),
 /// ];
 /// merge_states(&Context::new()?, &Serial, &states, ViewMut::new(&mut out, [1, 1, 1, 1])?, Some(&mut lse))?;
 /// assert!((out[0] - 3.0).abs() < 1e-6 && (lse[0] - 3f32.ln()).abs() < 1e-6);

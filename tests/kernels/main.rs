@@ -20,6 +20,7 @@ mod properties;
 mod rope;
 mod semantics;
 mod shard;
+mod views;
 mod write;
 mod write_layouts;
 
@@ -39,5 +40,6 @@ fn main() -> std::process::ExitCode {
         properties::TESTS,
         cache::TESTS,
         shard::TESTS,
+        views::TESTS,
     ])
 }

@@ -69,7 +69,7 @@ fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
                 let out_shape = [rows.len(), tokens, part.heads.len(), shape.v_dim];
                 let mut out = Tensor::output(DType::F32, out_shape, Layout::BHSD, Place::GuardAfter);
                 let mut lse = vec![0f32; rows.len() * tokens * part.heads.len()];
-                let q = whole.q.view().rows(rows.start, rows.len()).unwrap();
+                let q = whole.q.view().batch(rows.start, rows.len()).unwrap();
                 let mut options = whole.options.borrow();
                 options.lengths = cut(options.lengths, &rows);
                 options.kv_starts = cut(options.kv_starts, &rows);
@@ -102,7 +102,7 @@ fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
 }
 
 fn part_of<'a>(tensor: &'a Tensor, rows: &Range<usize>, heads: &Range<usize>) -> View<'a> {
-    let view = tensor.view().rows(rows.start, rows.len()).unwrap();
+    let view = tensor.view().batch(rows.start, rows.len()).unwrap();
     view.heads(heads.start, heads.len()).unwrap()
 }
 

@@ -1,13 +1,7 @@
-//! Views: where the elements of a tensor lie in the caller's memory.
-//!
-//! Every tensor of the library has rank 4 and its axes are always in the order `[batch, seq, heads, dim]`, whatever the
-//! order in memory: that is what the strides, in elements, are for. BSHD, BHSD, a slice of a fused QKV buffer and a shard
-//! of the heads are all just strides. A view made from a slice can reach only elements of that slice; this is checked
-//! once, when it is made.
+//! Views without a lifetime: checks of shape, strides and memory.
 
-use crate::dtype::{DType, Element};
+use crate::dtype::DType;
 use crate::error::{Result, ensure};
-use std::marker::PhantomData;
 
 /// Axis numbers of a view.
 pub(crate) const BATCH: usize = 0;
@@ -15,7 +9,7 @@ pub(crate) const SEQ: usize = 1;
 pub(crate) const HEADS: usize = 2;
 pub(crate) const DIM: usize = 3;
 
-/// The longest axis: lengths and positions are 32-bit.
+/// The longest axis: lengths and positions have 32 bits.
 pub(crate) const MAX_AXIS: usize = i32::MAX as usize;
 
 /// A view without a lifetime: what the C ABI passes and what the operations work on.
@@ -54,7 +48,7 @@ impl RawView {
         self.shape.contains(&0)
     }
 
-    /// How many there are; `usize::MAX` where that is more than a `usize` holds.
+    /// The number of elements; `usize::MAX` where a `usize` does not hold it.
     pub fn elements(&self) -> usize {
         rows(self.shape).saturating_mul(self.shape[DIM])
     }
@@ -299,195 +293,9 @@ pub(crate) fn bhsd(shape: [usize; 4]) -> [i64; 4] {
     [s.saturating_mul(h).saturating_mul(d), d, s.saturating_mul(d), 1]
 }
 
-/// A read-only view of a `[batch, seq, heads, dim]` tensor.
-///
-/// ```
-/// use kvlane::View;
-/// // One row of two tokens, three heads of four elements.
-/// let data = vec![0.0f32; 24];
-/// let x = View::new(&data, [1, 2, 3, 4])?;
-/// assert_eq!(x.shape(), [1, 2, 3, 4]);
-/// // The same tensor, had it been stored head by head.
-/// let y = View::bhsd(&data, [1, 2, 3, 4])?;
-/// assert_eq!(y.strides(), [24, 4, 8, 1]);
-/// // The last head alone: a shard.
-/// assert_eq!(x.heads(2, 1)?.shape(), [1, 2, 1, 4]);
-/// # Ok::<(), kvlane::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug)]
-pub struct View<'a> {
-    pub(crate) raw: RawView,
-    lifetime: PhantomData<&'a [u8]>,
-}
-
-/// A view through which an operation writes; its elements never share memory.
-#[derive(Debug)]
-pub struct ViewMut<'a> {
-    pub(crate) raw: RawView,
-    lifetime: PhantomData<&'a mut [u8]>,
-}
-
-// SAFETY: a view is a shared (or an exclusive) borrow of a slice of plain numbers, and slices of those cross threads.
-unsafe impl Send for View<'_> {}
-// SAFETY: as above; nothing is written through a `View`.
-unsafe impl Sync for View<'_> {}
-// SAFETY: as above, and the borrow is exclusive.
-unsafe impl Send for ViewMut<'_> {}
-
-fn raw<T: Element>(data: *mut T, len: usize, offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<RawView> {
-    ensure!(offset <= len, Bounds, "offset {offset} is past the end of a slice of {len} elements");
-    let view = RawView {
-        // `wrapping_add`, because validation is still to come; it stays inside or one past the slice.
-        data: data.wrapping_add(offset).cast(),
-        dtype: T::DTYPE,
-        shape,
-        strides,
-        bytes: None,
-    };
-    let extent = view.validate("view")?;
-    let size = size_of::<T>() as isize;
-    ensure!(
-        extent.low / size + offset as isize >= 0,
-        Bounds,
-        "strides {strides:?} from offset {offset} reach {} elements before the start of the slice",
-        -(extent.low / size + offset as isize)
-    );
-    ensure!(
-        extent.high / size + offset as isize <= len as isize,
-        Bounds,
-        "shape {shape:?} with strides {strides:?} from offset {offset} reaches element {} of a slice of {len}",
-        extent.high / size + offset as isize
-    );
-    Ok(view)
-}
-
-macro_rules! slicing {
-    () => {
-        /// `[batch, seq, heads, dim]`.
-        pub fn shape(&self) -> [usize; 4] {
-            self.raw.shape
-        }
-
-        /// Strides in elements, axis by axis.
-        pub fn strides(&self) -> [i64; 4] {
-            self.raw.strides
-        }
-
-        /// The type of the elements.
-        pub fn dtype(&self) -> DType {
-            self.raw.dtype
-        }
-
-        /// The batch rows `start .. start + len`.
-        pub fn rows(self, start: usize, len: usize) -> Result<Self> {
-            self.narrow(BATCH, start, len)
-        }
-
-        /// The tokens (or keys) `start .. start + len` of every row.
-        pub fn seq(self, start: usize, len: usize) -> Result<Self> {
-            self.narrow(SEQ, start, len)
-        }
-
-        /// The heads `start .. start + len`.
-        pub fn heads(self, start: usize, len: usize) -> Result<Self> {
-            self.narrow(HEADS, start, len)
-        }
-
-        fn narrow(mut self, axis: usize, start: usize, len: usize) -> Result<Self> {
-            let n = self.raw.shape[axis];
-            ensure!(
-                start.checked_add(len).is_some_and(|end| end <= n),
-                Shape,
-                "{start} + {len} is past the end of the {} axis, which has {n}",
-                RawView::axis_name(axis)
-            );
-            self.raw.shape[axis] = len;
-            if !self.raw.is_empty() {
-                let elements = start as isize * self.raw.strides[axis] as isize;
-                self.raw.data = self.raw.data.wrapping_offset(elements * self.raw.dtype.size() as isize);
-            }
-            Ok(self)
-        }
-    };
-}
-
-impl<'a> View<'a> {
-    /// A tensor that lies at the start of `data` in the order of its axes (BSHD).
-    pub fn new<T: Element>(data: &'a [T], shape: [usize; 4]) -> Result<Self> {
-        Self::strided(data, 0, shape, contiguous(shape))
-    }
-
-    /// A tensor that lies at the start of `data` in the order batch, heads, seq, dim (BHSD). `shape` stays
-    /// `[batch, seq, heads, dim]`.
-    pub fn bhsd<T: Element>(data: &'a [T], shape: [usize; 4]) -> Result<Self> {
-        Self::strided(data, 0, shape, bhsd(shape))
-    }
-
-    /// A tensor whose element `[0, 0, 0, 0]` is `data[offset]`; strides are in elements and may be negative or 0.
-    pub fn strided<T: Element>(data: &'a [T], offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<Self> {
-        let raw = raw(data.as_ptr().cast_mut(), data.len(), offset, shape, strides)?;
-        Ok(Self { raw, lifetime: PhantomData })
-    }
-
-    slicing!();
-}
-
-impl<'a> ViewMut<'a> {
-    /// A tensor that lies at the start of `data` in the order of its axes (BSHD).
-    pub fn new<T: Element>(data: &'a mut [T], shape: [usize; 4]) -> Result<Self> {
-        Self::strided(data, 0, shape, contiguous(shape))
-    }
-
-    /// A tensor that lies at the start of `data` in the order batch, heads, seq, dim (BHSD). `shape` stays
-    /// `[batch, seq, heads, dim]`.
-    pub fn bhsd<T: Element>(data: &'a mut [T], shape: [usize; 4]) -> Result<Self> {
-        Self::strided(data, 0, shape, bhsd(shape))
-    }
-
-    /// A tensor whose element `[0, 0, 0, 0]` is `data[offset]`; no two elements may share memory.
-    pub fn strided<T: Element>(data: &'a mut [T], offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<Self> {
-        let raw = raw(data.as_mut_ptr(), data.len(), offset, shape, strides)?;
-        raw.validate_output("view")?;
-        Ok(Self { raw, lifetime: PhantomData })
-    }
-
-    /// A read-only view of the same elements.
-    pub fn as_view(&self) -> View<'_> {
-        View { raw: self.raw, lifetime: PhantomData }
-    }
-
-    /// The same view, borrowed for a shorter time.
-    pub fn reborrow(&mut self) -> ViewMut<'_> {
-        ViewMut { raw: self.raw, lifetime: PhantomData }
-    }
-
-    slicing!();
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Status;
-
-    #[test]
-    fn a_view_reaches_its_slice_only() {
-        let data = [0f32; 24];
-        assert!(View::new(&data, [1, 2, 3, 4]).is_ok());
-        assert_eq!(View::new(&data, [1, 2, 3, 5]).unwrap_err().status(), Status::Bounds);
-        assert_eq!(View::strided(&data, 0, [1, 2, 3, 4], [0, -12, 4, 1]).unwrap_err().status(), Status::Bounds);
-        assert!(View::strided(&data, 12, [1, 2, 3, 4], [0, -12, 4, 1]).is_ok());
-        assert!(View::strided(&data, 25, [0, 2, 3, 4], [0, 0, 0, 0]).is_err());
-        let huge = View::strided(&data, 0, [2, 2, 2, 2], [i64::MIN, i64::MIN, i64::MAX, i64::MAX]);
-        assert_eq!(huge.unwrap_err().status(), Status::Stride);
-    }
-
-    #[test]
-    fn an_output_shares_no_element() {
-        let mut data = [0f32; 24];
-        assert!(ViewMut::strided(&mut data, 0, [1, 2, 3, 4], [0, 12, 4, 1]).is_ok());
-        assert_eq!(ViewMut::strided(&mut data, 0, [1, 2, 3, 4], [0, 0, 4, 1]).unwrap_err().status(), Status::Stride);
-        assert!(ViewMut::strided(&mut data, 0, [1, 2, 3, 4], [0, 4, 3, 1]).is_err());
-    }
 
     #[test]
     fn interleaved_slices_do_not_overlap() {
