@@ -1,4 +1,4 @@
-//! Attention against the oracle: shapes, lengths, types, layouts, logits.
+//! Attention compared with the oracle: shapes, lengths, types, layouts, logits.
 
 use crate::common::attention::{Case, Options, Shape, kv_types, random_bias};
 use crate::common::{Layout, Place, Rng, scaled, thin};
@@ -10,7 +10,7 @@ tests! {
     once:;
 }
 
-/// Runs a case and holds it to the kernel's bound.
+/// Runs a case and checks it against the kernel's bound.
 #[track_caller]
 pub fn check(level: &Level, case: &Case, what: impl Fn() -> String) {
     let outcome = case.run(&level.context);
@@ -18,7 +18,7 @@ pub fn check(level: &Level, case: &Case, what: impl Fn() -> String) {
     case.assert_close(&level.context, &outcome, &what);
 }
 
-/// Sizes that reach every tail of every vector width: all small ones, those around multiples of 16, some odd ones.
+/// Sizes with every tail of every vector width: all small sizes, those around multiples of 16, some odd ones.
 pub fn head_size_list() -> Vec<usize> {
     let mut sizes: Vec<usize> = (1..=34).collect();
     for n in (48..=256).step_by(16) {
@@ -75,7 +75,7 @@ fn lengths(level: &Level) {
     for dtype in kv_types() {
         for length in thin((0..=3 * 64 + 1).collect()) {
             let tokens = [1, 2, 13][length % 3];
-            // The cache holds more than the length: what lies beyond is poison.
+            // The cache has more slots than the length; those beyond it are poison.
             let shape = Shape { tokens, group: 2, keys: 200, dim: 24, v_dim: 24, ..Shape::default() };
             let mut case = Case::new(&mut rng, shape, dtype).with(|o| {
                 o.causal = length % 2 == 0;
@@ -103,7 +103,7 @@ fn chunk_boundaries(level: &Level) {
     }
 }
 
-/// Rows around the switch from dot products to a packed block (12), the register tile (6) and the tile (128).
+/// Row counts around the switch from the direct to the packed path (12), the register tile (6) and the tile (128).
 fn query_counts(level: &Level) {
     let mut rng = Rng::new(6);
     for dtype in kv_types() {
@@ -135,7 +135,7 @@ fn types(level: &Level) {
     }
 }
 
-/// Every layout, flush against pages that must not be touched, with poison in the gaps.
+/// Every order of axes, adjacent to pages without access, with poison in the gaps.
 fn layouts(level: &Level) {
     let mut rng = Rng::new(8);
     for dtype in kv_types() {
@@ -165,7 +165,7 @@ fn layouts(level: &Level) {
     }
 }
 
-/// Logits that an online softmax gets wrong first. Keys and queries are such that every logit is exact in f32.
+/// Logits that are hard for an online softmax. Every logit is exact in f32.
 fn logits(level: &Level) {
     let mut rng = Rng::new(9);
     const KEYS: usize = 1100;
@@ -198,7 +198,7 @@ fn logits(level: &Level) {
             }
         }
     }
-    // Large logits with all their rounding: the bound grows with their magnitude.
+    // Large logits with rounding errors: the bound grows with their magnitude.
     for dtype in kv_types() {
         for _ in 0..scaled(6) {
             let shape = Shape { tokens: 3, keys: 200, ..Shape::default() };

@@ -1,4 +1,4 @@
-//! Operations on whole caches against plain models: every bit that is to change, and no other byte of any layer.
+//! Operations on whole caches compared with simple models: every bit that must change, and no other byte of any layer.
 
 use crate::common::runners::{Backwards, Threads};
 use crate::common::tensor::{Array, indices};
@@ -14,7 +14,7 @@ tests! {
         table_mistakes, bad_layers_change_nothing;
 }
 
-/// A layout, owned.
+/// A layout with owned lists.
 #[derive(Clone, Debug)]
 enum Kind {
     Contiguous,
@@ -35,7 +35,7 @@ impl Kind {
         }
     }
 
-    /// Where a position lies; written from the definition, not from the library.
+    /// The slot of a position, from the definition and not from the library.
     fn place(&self, slots: usize, row: usize, position: usize) -> (usize, usize) {
         match self {
             Self::Contiguous => (row, position),
@@ -47,7 +47,7 @@ impl Kind {
         }
     }
 
-    /// The positions that a row of a length holds.
+    /// The positions that a sequence of a given length holds.
     fn held(&self, slots: usize, length: usize) -> Vec<usize> {
         let lost = |p: &usize| match self {
             Self::Ring(sinks) => *p >= *sinks && p + (slots - sinks) < length,
@@ -57,7 +57,7 @@ impl Kind {
     }
 }
 
-/// A cache in memory of its own: `layers[i]` are keys and values.
+/// A cache with its own memory: `layers[i]` are keys and values.
 struct Stack {
     layers: Vec<(Tensor, Option<Tensor>)>,
     kind: Kind,
@@ -93,7 +93,7 @@ impl Stack {
         Self { layers, kind, lengths }
     }
 
-    /// Any layout of so many rows; lengths are within capacity.
+    /// A random layout of `rows` sequences, with lengths within the capacity.
     fn of_kind(rng: &mut Rng, which: usize, rows: usize) -> Self {
         let slots = rng.between(1, 24);
         match which {
@@ -204,7 +204,7 @@ impl Stack {
         }
     }
 
-    /// A call that fails, and has changed nothing.
+    /// A call that must fail and change nothing.
     #[track_caller]
     fn refuses<T>(&mut self, status: Status, pieces: &[&str], call: impl FnOnce(&mut KvCache) -> Result<T>) {
         let (bytes, lengths) = (self.bytes(), self.lengths.clone());
@@ -259,7 +259,7 @@ fn claimed_lengths() {
     }
 }
 
-/// A ring may be truncated if and only if every token that will be looked at is still there.
+/// A ring can be truncated if and only if it still holds every token that will be visible.
 fn truncated_rings() {
     let mut accepted = [0; 2];
     for slots in 1..6 {
@@ -267,7 +267,7 @@ fn truncated_rings() {
             let window_of_ring = slots - sinks;
             for length in 0..3 * slots + 2 {
                 let kind = Kind::Ring(sinks);
-                // Which position each slot holds after tokens 0 .. length were written.
+                // The position in each slot after tokens 0 .. length were written.
                 let mut holds = vec![None; slots];
                 (0..length).for_each(|p| holds[kind.place(slots, 0, p).1] = Some(p));
                 for new in 0..=length {
@@ -275,7 +275,7 @@ fn truncated_rings() {
                         let first = new - window.unwrap_or(new).min(new);
                         let seen = kind.held(slots, new).into_iter().filter(|&p| p < sinks || p >= first);
                         let whole = seen.clone().all(|p| holds[kind.place(slots, 0, p).1] == Some(p));
-                        // A ring that has not lost its length is one that was not touched.
+                        // A ring that keeps its length is unchanged.
                         let right = whole || new == length;
                         assert!(new < length || whole);
                         let mut stack = Stack {
@@ -341,7 +341,7 @@ fn inserted_rows(level: &Level) {
         let mut to = Stack::of_kind(rng, round % 4, rows);
         let from_rows = rng.between(1, 3);
         let mut from = Stack::of_kind(rng, round / 4 % 4, from_rows);
-        // Layers like those of the target, of other types and strides.
+        // Layers like those of the target, with other types and strides.
         let [first, slots, ..] = from.layers[0].0.shape;
         let like = |rng: &mut Rng, t: &Tensor| {
             let shape = [first, slots, t.shape[2], t.shape[3]];
@@ -377,7 +377,7 @@ fn inserted_rows(level: &Level) {
                 let [_, slots, heads, dim] = b.shape;
                 for (h, d) in (0..heads).flat_map(|h| (0..dim).map(move |d| (h, d))) {
                     assert_element(a, [src.0, src.1, h, d], b, [dst.0, dst.1, h, d]);
-                    // Compared already: the rest of the snapshot has to be as it was.
+                    // Already compared; the rest of the snapshot must be unchanged.
                     want[i][((dst.0 * slots + dst.1) * heads + h) * dim + d] = b.bits([dst.0, dst.1, h, d]);
                 }
             }
@@ -449,18 +449,18 @@ fn reordered_rows(level: &Level) {
     }
 }
 
-/// Gathering by the table gives what rows that were really copied hold, over many steps.
+/// Over many steps, attention by the table equals attention over copied rows.
 fn tables_instead_of_copies() {
     let rng = &mut Rng::new(105);
     let mut workspace = Workspace::new();
     for _ in 0..scaled(40) {
         let (groups, beams, capacity) = (rng.between(1, 3), rng.between(1, 5), rng.between(4, 40));
         let rows = groups * beams;
-        // A token is a number that nothing else is.
+        // Every token has a unique number.
         let mut cache = vec![-1i64; rows * capacity];
         let mut copies: Vec<Vec<i64>> = vec![Vec::new(); rows];
         let mut table = vec![i32::MIN; rows * capacity];
-        // Prompts: of another length in each group, the same in its beams.
+        // Prompts differ in length between groups and are equal within the beams of a group.
         let prompts: Vec<usize> = (0..groups).map(|_| rng.between(0, capacity / 2)).collect();
         let mut lengths = vec![0; rows];
         let mut next = 0;
@@ -477,7 +477,7 @@ fn tables_instead_of_copies() {
         step(&|row| prompts[row / beams], &mut lengths, &mut copies, &mut cache);
         for row in 0..rows {
             let n = prompts[row / beams];
-            // A row at a time, as rows of other groups are of other lengths.
+            // One row at a time, because lengths differ between groups.
             let mut positions = vec![0; rows];
             positions[row] = 0;
             let mut part = table.clone();
@@ -503,7 +503,7 @@ fn tables_instead_of_copies() {
     }
 }
 
-/// Rows of different lengths: whatever is accepted never overwrites a token that is in use, and some is refused.
+/// Rows of different lengths: an accepted reorder never overwrites a token in use, and some are refused.
 fn a_slot_in_use_is_not_given_up() {
     let rng = &mut Rng::new(106);
     let (mut accepted, mut refused) = (0, 0);
@@ -602,7 +602,7 @@ fn scalings(rotary_dim: usize) -> Vec<RopeFrequencies> {
         .collect()
 }
 
-/// A contiguous cache of one row whose keys are exact ones turned to `first + p`; returns the exact ones.
+/// A contiguous cache of one sequence whose keys are exact keys rotated to `first + p`; returns the exact keys.
 fn turned(
     rng: &mut Rng,
     dtype: DType,
@@ -620,7 +620,7 @@ fn turned(
     (cache, exact)
 }
 
-/// Keys that stayed behind a gap are those of their new positions: within the roundings that they went through.
+/// Keys after a gap equal keys of their new positions, within the roundings of their rotations.
 #[track_caller]
 fn assert_turned(
     cache: &Tensor,
@@ -645,8 +645,8 @@ fn assert_turned(
                     };
                     let x = want.row(0, t, h);
                     let size = x[i].hypot(x[j]);
-                    // The first rounding to f32 and to the type, and one more a turn, on both elements of a pair; the error of a
-                    // pair turns with it.
+                    // The first rounding to f32 and to the type, and one more per rotation, on both elements of a
+                    // pair. The error of a pair is rotated with it.
                     let once = half_ulp(cache.dtype, size * 1.001) + 6e-7 * size;
                     2f64.sqrt() * once * roundings
                 } else {
@@ -687,7 +687,7 @@ fn turned_keys(level: &Level) {
                     let kept: Vec<usize> = (0..length).filter(|t| !drop.contains(t)).collect();
                     let cache = &stack.layers[0].0;
                     assert_turned(cache, &exact, &kept, (pairing, frequencies), first, 2.0);
-                    // What was before the gap and what is behind the end have not changed at all.
+                    // Keys before the gap and slots after the end are unchanged.
                     for (at, bits) in indices(shape).zip(&before[0]) {
                         if at[1] < drop.start || at[1] >= length - drop.len() {
                             assert_eq!(cache.bits(at), *bits, "{at:?}");
@@ -701,7 +701,7 @@ fn turned_keys(level: &Level) {
     }
 }
 
-/// Evicting over and over: one rounding more each time, and the magnitude of the frequencies is never applied again.
+/// Repeated eviction: one more rounding each time, and the magnitude of the frequencies is never applied again.
 fn turned_keys_again(level: &Level) {
     let rng = &mut Rng::new(109);
     for dtype in DType::ALL {
@@ -713,7 +713,7 @@ fn turned_keys_again(level: &Level) {
         let mut kept: Vec<usize> = (0..80).collect();
         let rotation = [Some(KeyRotation::new(Pairing::HalfSplit, frequencies))];
         for turn in 1..=8 {
-            // Two sinks stay.
+            // Two sink tokens stay.
             let start = rng.between(2, kept.len() - 9);
             let drop = start..start + rng.between(1, 8);
             kept.drain(drop.clone());
@@ -731,7 +731,7 @@ fn moved_pages(level: &Level) {
         let rows = rng.between(1, 5);
         let mut stack = Stack::of_kind(rng, 2, rows);
         let [pool, size, ..] = stack.layers[0].0.shape;
-        // Some pages of the first row are shared by others.
+        // Other sequences share some pages of the first.
         let lengths = stack.lengths.clone();
         let Kind::Paged { pages, per_row } = &mut stack.kind else { unreachable!() };
         let per_row = *per_row;
@@ -742,7 +742,7 @@ fn moved_pages(level: &Level) {
                 }
             }
         }
-        // Beyond a length anything may stand.
+        // Entries beyond a length may be anything.
         for row in 0..rows {
             for i in (lengths[row] as usize).div_ceil(size)..per_row {
                 pages[row * per_row + i] = rng.pick(&[-1, i32::MAX, 0, -5]);
@@ -759,7 +759,7 @@ fn moved_pages(level: &Level) {
             .unwrap();
         stack.count(level);
         assert_eq!(n, used.len());
-        // Pages below the end stay, the others go to the free ones in order.
+        // Pages below the end stay; the others move to free pages in order.
         let free = (0..n as i32).filter(|page| !used.contains(page));
         let moves: Vec<(i32, i32)> = used.iter().copied().filter(|&page| page >= n as i32).zip(free).collect();
         let mut want = before.clone();
@@ -776,7 +776,7 @@ fn moved_pages(level: &Level) {
         }
         stack.assert_is(&want, &lengths, "defragmented");
 
-        // And pages by hand: any of the last to any of the first, each at most once.
+        // Copies of single pages: from the last pages to the first, each at most once.
         let order = permutation(rng, pool);
         let (to, from) = order.split_at(pool / 2);
         let moves: Vec<[i32; 2]> = to.iter().map(|&to| [rng.pick(from), to]).collect();
@@ -789,7 +789,7 @@ fn moved_pages(level: &Level) {
     }
 }
 
-/// Enough work that threads are used: the same bits as on one, in every operation that moves.
+/// With enough work for several threads, every operation that moves tokens has the bits of one thread.
 fn threads_share_the_work(level: &Level) {
     let build = || {
         let rng = &mut Rng::new(111);
@@ -886,7 +886,7 @@ fn mistakes() {
     ring.kind = Kind::Ring(8);
     ring.refuses(Capacity, &["8 sink tokens", "8 slots"], |c| c.reset(&Serial, &[0], false));
 
-    // Pages: one that two rows share, one that a row has twice, one that does not exist.
+    // Pages: one shared by two sequences, one twice in a sequence, one that does not exist.
     let mut p = paged([0, 1, 0, 2, 4, 3], [8, 8, 5]);
     p.refuses(Overlap, &["page 0", "row 0", "row 1"], |c| c.reset(&Serial, &[0], true));
     p.refuses(Overlap, &["page 0", "row 1"], |c| c.evict(context, &Serial, 1, 0..1, &[]));
@@ -896,7 +896,7 @@ fn mistakes() {
     });
     p.call(|c| c.reset(&Serial, &[0, 1], true)).unwrap();
     let mut p = paged([0, 1, 0, 2, 4, 3], [8, 8, 5]);
-    // Behind the shared page a row may do as it likes.
+    // A sequence may write after the shared page.
     p.call(|c| c.evict(context, &Serial, 1, 4..5, &[])).unwrap();
     let mut p = paged([5, 5, 0, 2, 4, 9], [8, 8, 3]);
     p.refuses(Overlap, &["page 5", "row 0"], |c| c.evict(context, &Serial, 0, 1..2, &[]));
@@ -1006,7 +1006,7 @@ fn table_mistakes() {
     use Status::{Capacity, OutOfRange, Overlap, Shape};
     #[track_caller]
     fn refused(status: Status, pieces: &[&str], call: impl FnOnce(&mut [i32], &mut [i32]) -> Result<()>) {
-        // Two rows of three; row 1 has a token of row 0 at position 1.
+        // Two rows of three; row 1 uses the token of row 0 at position 1.
         let (mut table, mut lengths) = ([0, 0, 0, 1, 0, 1], [3, 2]);
         let error = call(&mut table, &mut lengths).expect_err("should be refused");
         assert_eq!(error.status(), status, "{error}");
@@ -1021,7 +1021,7 @@ fn table_mistakes() {
     refused(Shape, &["lengths has 1", "2 rows"], |t, l| reorder_table(w, t, 3, &mut l[..1], &[0, 1]));
     refused(OutOfRange, &["parents[1] is 2"], |t, l| reorder_table(w, t, 3, l, &[0, 2]));
     refused(OutOfRange, &["lengths[0] is 4", "3"], |t, _| reorder_table(w, t, 3, &mut [4, 0], &[0, 1]));
-    // Row 0 would go back to two tokens, which is fine; to one is not, while row 1 needs its token at position 1.
+    // Row 0 can be truncated to two tokens, but not to one, because row 1 needs its token at position 1.
     refused(Overlap, &["row 0", "from 3 tokens to 1", "position 1", "row 1"], |t, _| {
         let mut lengths = [3, 2, 1];
         let mut table = [t, &mut [2, 2, 2]].concat();
@@ -1033,7 +1033,7 @@ fn table_mistakes() {
     refused(Shape, &["6 entries", "1 rows of 3"], |t, _| set_table_tokens(t, 3, &[0], 1));
 }
 
-/// Whatever is wrong with the last layer, nothing happens to the first.
+/// An error in the last layer leaves the first unchanged.
 fn bad_layers_change_nothing() {
     let context = &Context::new().unwrap();
     let frequencies = &RopeFrequencies::new(8, 10_000.0, &RopeScaling::None).unwrap();
@@ -1063,7 +1063,7 @@ fn bad_layers_change_nothing() {
         stack.refuses(shape, s, |to| other.call(|from| to.insert_row(context, &Serial, 0, from, 0, 1)));
         other.refuses(shape, s, |to| stack.call(|from| to.insert_row(context, &Serial, 0, from, 0, 1)));
     }
-    // A rotation that fits the first layer only.
+    // A rotation that suits the first layer only.
     let mut stack =
         Stack { layers: vec![good(), (tensor([3, 8, 2, 4]), None)], kind: Kind::Contiguous, lengths: vec![5, 3, 1] };
     let rotation = Some(KeyRotation::new(Pairing::HalfSplit, frequencies));

@@ -1,4 +1,4 @@
-//! Every mistake is a code and a sentence with the argument and both numbers, and nothing has been written.
+//! Every error has a code and a sentence with the argument and both numbers, and nothing has been written.
 
 use crate::common::attention::{Case, MaskTensor, Shape};
 use crate::common::runners::Broken;
@@ -142,7 +142,7 @@ fn attention_options() {
     );
 }
 
-/// Views of one buffer, which safe Rust cannot overlap: interleaved ones must pass.
+/// Views of one buffer that do not overlap but are interleaved must pass.
 fn attention_overlap() {
     // Q, K, V of a token side by side, and the output beside them: `split_at_mut` would not give this; disjoint buffers do.
     let shape = Shape { tokens: 4, keys: 4, dim: 8, v_dim: 8, ..Shape::default() };
@@ -175,7 +175,7 @@ fn write_fails(mut write: Write, to: Destination, status: Status, pieces: &[&str
 fn write_destinations() {
     use Status::{Capacity, DuplicateSlot, OutOfRange, Shape};
     let at = |positions| Destination::positions(positions);
-    // Row 1 is the one at fault; row 0 must not have been written either.
+    // Row 1 causes the error; row 0 must not have been written either.
     write_fails(small_write(2, 3), at(&[0, 6]), Capacity, &["row 1", "3 tokens", "position 6", "holds 8"]);
     write_fails(small_write(2, 3), at(&[0, i32::MAX]), Capacity, &["row 1", "position 2147483647", "holds 8"]);
     write_fails(small_write(2, 9), at(&[0, 0]), Capacity, &["row 0", "9 tokens", "holds 8"]);
@@ -349,13 +349,13 @@ fn norm_options() {
         assert_error(rms_norm_rope(&context(), &Serial, x.view(), y.view_mut(), &good, &turn), Shape, &pieces);
         y.assert_untouched();
     }
-    // What is wrong with the rotation is wrong here too.
+    // Errors of the rotation are errors here too.
     let mut y = output(x.shape);
     let wrong = turn.rotary_dim(8);
     let done = rms_norm_rope(&context(), &Serial, x.view(), y.view_mut(), &good, &wrong);
     assert_error(done, Shape, &["rotary_dim 8", "head size 6"]);
     y.assert_untouched();
-    // Heads that do not fit on the stack.
+    // Heads that are too large for the stack.
     let long = tensor(DType::F32, [1, 1, 1, 4097]);
     let mut y = output(long.shape);
     let norm = RmsNorm::new(1e-6);
@@ -410,7 +410,7 @@ fn write_shapes() {
     write_fails(changed(&|w| w.v = f32s([2, 2, 2, 3])), to, Shape, &["k has seq = 3", "v has 2"]);
     write_fails(changed(&|w| w.v = f32s([1, 3, 2, 3])), to, Shape, &["k has batch = 2", "v has 1"]);
 
-    // A rotation that does not fit.
+    // A rotation with wrong shapes.
     let f = RopeFrequencies::new(6, 1e4, &RopeScaling::None).unwrap();
     let mut write = small_write(2, 3);
     let rope = Rope::new(Pairing::HalfSplit, 6, &f, Positions::Offsets(&[0, 0]));
@@ -502,20 +502,20 @@ fn merge_shapes() {
     fails(&[good, AttentionState::new(half.view(), &lse)], 4, Status::DType, &["is f16", "out is f32"]);
 }
 
-/// A runner that does not run is an error, not a result.
+/// A runner that does not run its tasks is an error.
 fn runners() {
     let shape = Shape { batch: 2, tokens: 4, kv_heads: 2, group: 2, keys: 2100, ..Shape::default() };
     let case = Case::new(&mut Rng::new(73), shape, DType::F32);
     assert_error(case.run_with(&context(), &Broken).map(|_| ()), Status::Parallel, &["0 of", "workers"]);
 
-    /// Calls tasks twice, and some that there are not.
+    /// Runs tasks twice, and indices that do not exist.
     struct Careless;
     impl Runner for Careless {
         fn num_threads(&self) -> usize {
             2
         }
         fn run(&self, n: usize, task: &(dyn Fn(usize) + Sync)) -> bool {
-            // A worker's scratch memory must still be its own.
+            // Workers must not share scratch memory.
             (0..n).chain(0..n).chain([n, n + 7, usize::MAX]).for_each(task);
             true
         }
@@ -532,14 +532,15 @@ fn contexts() {
             &[isa.name(), std::env::consts::ARCH],
         );
     }
-    // An environment variable lowers or is an error; a process of its own, since the environment is shared by threads.
+    // The environment variable lowers the level or is an error. A process of its own, because threads share the
+    // environment.
     let run = |value: &str| {
         let mut command = std::process::Command::new(std::env::current_exe().unwrap());
         command.args(["no test has this name"]).env(Isa::ENV, value).env_remove("KVLANE_REQUIRE_ISA");
         let output = command.output().ok()?;
         Some((output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned()))
     };
-    // Without a ceiling it must work; an emulator cannot start a process of its own kind.
+    // Without a ceiling the process must succeed; under an emulator it cannot be started.
     if !run("").is_some_and(|(ok, printed)| ok && printed.contains("running 0 tests")) {
         println!("not tested: {} in a process of its own, which cannot be started here", Isa::ENV);
         if cfg!(target_arch = "x86_64") {

@@ -1,14 +1,14 @@
-//! Runs tests a level, counts which kernels they reached, and fails where one was not reached.
+//! Runs tests for every level, counts the kernels that they reach, and fails if a kernel is not reached.
 //!
 //! | variable | what it does |
 //! | --- | --- |
 //! | `KVLANE_REQUIRE_ISA` | levels, separated by commas, that must have run |
-//! | `KVLANE_MAX_ISA` | lowers all contexts: levels above it do not run, and are reported so |
+//! | `KVLANE_MAX_ISA` | lowers all contexts; levels above it do not run, and are reported as such |
 //! | `KVLANE_TEST_SCALE` | the share of cases that run |
-//! | `KVLANE_TEST_GUARD` | `off`: the page after a tensor may be read, for emulators whose masked loads read all of a vector |
+//! | `KVLANE_TEST_GUARD` | `off`: the page after a tensor is readable, for emulators whose masked loads read whole vectors |
 //!
-//! Understood of libtest's arguments: filters, `--exact`, `--skip`, `--list`, `--test-threads`; others are ignored. A level's
-//! counts are checked only when all of its tests run.
+//! Supports these arguments of libtest: filters, `--exact`, `--skip`, `--list`, `--test-threads`; others are ignored.
+//! The counts of a level are checked only if all of its tests run.
 //!
 //! With `--cfg kvlane_emulate_amx` the instructions of the AMX level are emulated.
 
@@ -28,13 +28,13 @@ pub struct Test {
 }
 
 pub enum Body {
-    /// Runs at every level.
+    /// Runs for every level.
     PerLevel(fn(&Level)),
     /// Runs once.
     Once(fn()),
 }
 
-/// Lists a module's tests: those that run a level, then those that run once.
+/// Lists a module's tests: those that run for every level, then those that run once.
 macro_rules! tests {
     (levels: $($level:ident),* ; once: $($once:ident),* $(;)?) => {
         pub const TESTS: &[$crate::harness::Test] = &[
@@ -51,21 +51,21 @@ macro_rules! tests {
 }
 pub(crate) use tests;
 
-/// A level that runs, and its context. One that has kernels for each precision runs with each.
+/// A level to run, and its context. A level with kernels for each precision runs once for each.
 pub struct Level {
     pub isa: Isa,
     pub precision: Precision,
     pub context: Context,
 }
 
-/// Tests of what partial levels have, with exceptions; the others would meet the levels below again.
+/// The tests that partial levels run, with exceptions; the others would test the levels below again.
 const PARTIAL: [&str; 6] = ["attention::", "semantics::", "invariance::", "layouts::", "properties::", "shard::"];
 const NOT_PARTIAL: [&str; 1] = ["invariance::memory_bound_operations"];
 
 static COUNTS: Mutex<BTreeMap<&'static str, usize>> = Mutex::new(BTreeMap::new());
 
 impl Level {
-    /// The kernel that serves an operation, which is of this very level if it has one.
+    /// The kernel that serves an operation; of this level if it has one.
     pub fn kernel(&self, op: Op, src: DType, dst: DType) -> KernelInfo {
         let kernel = self.context.kernel_for(op, src, dst, self.precision).expect("every context has every kernel");
         let has = |k: KernelInfo| k.isa == self.isa && (k.op, k.src, k.dst) == (op, src, dst);
@@ -75,13 +75,13 @@ impl Level {
         kernel
     }
 
-    /// Calls that the level has kernels of its own for.
+    /// The calls that the level has its own kernels for.
     fn setting(&self) -> Setting {
         let has = |&kv: &DType| self.kernel(Op::Attention, kv, kv).isa == self.isa;
         Setting { precision: self.precision, kv_types: DType::ALL.into_iter().filter(has).collect() }
     }
 
-    /// As in the names of tests.
+    /// The name as part of test names.
     fn name(&self) -> String {
         match self.precision {
             Precision::Default => self.isa.to_string(),
@@ -89,7 +89,7 @@ impl Level {
         }
     }
 
-    /// Counts a comparison of a kernel's result with what is expected, and says the kernel's bound.
+    /// Counts a comparison of a kernel's result, and returns the kernel's bound.
     pub fn checked(&self, op: Op, src: DType, dst: DType) -> f64 {
         let kernel = self.kernel(op, src, dst);
         *COUNTS.lock().unwrap().entry(kernel.name).or_default() += 1;
@@ -97,7 +97,7 @@ impl Level {
     }
 }
 
-/// The levels that run, and why the others do not.
+/// The levels that run, and the reasons why the others do not.
 fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
     let (mut run, mut not) = (Vec::new(), Vec::new());
     for isa in Isa::ALL {
@@ -120,7 +120,7 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
     (run, not)
 }
 
-/// What the command line asks for.
+/// The options of the command line.
 #[derive(Default)]
 struct Arguments {
     filters: Vec<String>,
@@ -160,7 +160,7 @@ impl Arguments {
     }
 }
 
-/// Runs the tests; the exit code says whether all passed.
+/// Runs the tests; the exit code is 0 if all passed.
 pub fn run(modules: &[&[Test]]) -> ExitCode {
     #[cfg(all(kvlane_emulate_amx, target_arch = "x86_64", target_os = "linux"))]
     crate::common::amx_emulator::install();
@@ -182,7 +182,7 @@ pub fn run(modules: &[&[Test]]) -> ExitCode {
             }
         }
     }
-    // Levels of which a test does not run.
+    // Levels with a test that does not run.
     let mut incomplete = BTreeSet::new();
     cases.retain(|(name, _)| {
         let wanted = arguments.wants(name);

@@ -1,4 +1,4 @@
-//! Bits depend on the row and the level, and on nothing else.
+//! Bits depend on the query row's inputs and on the level only.
 
 use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Options, Outcome, Shape, kv_types};
 use crate::common::runners::{Backwards, Threads};
@@ -17,7 +17,7 @@ tests! {
     once:;
 }
 
-/// Runs a closure with every runner there is a reason to distrust.
+/// Runs a closure with every kind of runner.
 fn each_runner(mut run: impl FnMut(&str, &dyn Runner)) {
     #[cfg(feature = "rayon")]
     for threads in [1, 2, 3, 7] {
@@ -52,14 +52,15 @@ fn attention_and_threads(level: &Level) {
     }
 }
 
-/// One query, more keys than a chunk: the row itself is split over threads, on a grid that is not theirs.
+/// One query, more keys than a chunk: the sequence itself is split over threads, on a grid that does not depend on
+/// them.
 fn long_decode_and_threads(level: &Level) {
     let mut rng = Rng::new(61);
     for dtype in kv_types() {
         for keys in thin(vec![1025, 5121, 3000, 2048]) {
             let shape = Shape { keys, tokens: 1, kv_heads: 1, group: 4, dim: 64, v_dim: 40, ..Shape::default() };
             let mut cases = vec![Case::new(&mut rng, shape, dtype)];
-            // A window, a start, and hidden chunks in the middle.
+            // A window, a first key, and masked chunks in the middle.
             cases.push(Case::new(&mut rng, shape, dtype).with(|o| (o.causal, o.window_left) = (true, Some(1100))));
             cases.push(
                 Case::new(&mut rng, shape, dtype)
@@ -85,7 +86,7 @@ fn long_decode_and_threads(level: &Level) {
 
 fn memory_bound_operations_and_threads(level: &Level) {
     let mut rng = Rng::new(62);
-    // Enough elements that the operations do start threads.
+    // Enough elements that the operations use several threads.
     let shape = [2, 300, 4, 64];
     let f = RopeFrequencies::new(64, 10_000.0, &RopeScaling::None).unwrap();
     for dtype in thin(DType::ALL.to_vec()) {
@@ -139,7 +140,7 @@ fn memory_bound_operations_and_threads(level: &Level) {
     }
 }
 
-/// A row of a batch has the bits that it has alone; so has a KV head of several.
+/// A sequence of a batch has the bits that it has alone; so has each KV head.
 fn row_alone_and_in_a_batch(level: &Level) {
     let mut rng = Rng::new(63);
     for dtype in kv_types() {
@@ -154,7 +155,7 @@ fn row_alone_and_in_a_batch(level: &Level) {
             for b in 0..3 {
                 let alone = Case {
                     q: case.q.cut(b..b + 1, 0..tokens, Layout::PADDED),
-                    // Alone, the cache may also be just as long as the row.
+                    // Alone, the cache can also be exactly as long as the sequence.
                     k: case.k.cut(b..b + 1, 0..lengths[b] as usize, Layout::BHSD),
                     v: case.v.cut(b..b + 1, 0..lengths[b] as usize, Layout::BSHD),
                     options: Options { causal: true, kv_starts: Some(vec![starts[b]]), ..Options::default() },
@@ -205,7 +206,7 @@ fn strides(level: &Level) {
     }
 }
 
-/// A cache that is filled and read in steps: RoPE, write, attention.
+/// A cache that is written and read in steps: RoPE, write, attention.
 struct Model {
     q: Tensor,
     k: Tensor,
@@ -216,7 +217,7 @@ struct Model {
 }
 
 impl Model {
-    /// The bits of every token's row, when the prompt is cut into these pieces.
+    /// The output bits of every token when the prompt is cut into these pieces.
     fn run(&self, level: &Level, pieces: &[usize], runner: &dyn Runner) -> Vec<Vec<u32>> {
         let [_, total, heads, dim] = self.q.shape;
         let cache = [1, total + 3, self.k.shape[2], dim];
@@ -264,7 +265,7 @@ impl Model {
     }
 }
 
-/// The whole prompt, any chunks of it, and token by token: the same bits for every token, whatever the cache's type.
+/// The whole prompt at once, in pieces, and token by token: the same bits for every token, with every type of cache.
 fn prompt_in_chunks(level: &Level) {
     let mut rng = Rng::new(65);
     type Make = fn(usize) -> Options;
@@ -317,7 +318,8 @@ fn prompt_in_chunks(level: &Level) {
     }
 }
 
-/// Keys that are not seen change nothing: not their number, not where the cache ends, not whether a mask or a length hides them.
+/// Masked keys change nothing: neither their number, nor the end of the cache, nor whether a mask or a length masks
+/// them.
 fn capacity_and_dead_keys(level: &Level) {
     let mut rng = Rng::new(66);
     for dtype in kv_types() {
@@ -343,7 +345,7 @@ fn capacity_and_dead_keys(level: &Level) {
     }
 }
 
-/// A token's row does not depend on how many tokens are with it, across every switch between kernels.
+/// The output of a token does not depend on the number of tokens in the call, across every switch between kernels.
 fn more_tokens_around(level: &Level) {
     let mut rng = Rng::new(67);
     for dtype in kv_types() {
@@ -370,7 +372,7 @@ fn more_tokens_around(level: &Level) {
     }
 }
 
-/// Nothing is left behind: not in a workspace that is used again, not in a context.
+/// A call leaves no state, neither in the workspace nor in the context.
 fn same_call_twice(level: &Level) {
     let mut rng = Rng::new(68);
     let mut workspace = kvlane::Workspace::new();
@@ -387,7 +389,7 @@ fn same_call_twice(level: &Level) {
     }
 }
 
-/// A workspace that is full of NaN from an earlier call: nothing of it is read before it is written.
+/// A workspace full of NaN: no byte of it is read before it is written.
 fn dirty_workspace(level: &Level) {
     let mut rng = Rng::new(69);
     let runner = Threads(3);
@@ -400,14 +402,14 @@ fn dirty_workspace(level: &Level) {
                 tensor.fill(|_| f32::NAN);
                 *tensor = tensor.to(layout, Place::Heap);
             }
-            // The middle chunk is hidden whole.
+            // The middle chunk is masked completely.
             let case = Case::new(&mut rng, shape, dtype).with(|o| {
                 let visible = |at: [usize; 4]| !(1024..2048).contains(&at[3]);
                 o.mask = Some(MaskTensor::new(shape.scores(), [0, 0, 0, 1], Place::Heap, visible));
                 o.sink_logits = Some(vec![0.5; 4]);
             });
             let want = case.run(&level.context).all_bits();
-            // The same shape cuts the workspace the same way: every part of it is full of NaN then.
+            // The same shape divides the workspace in the same way, so that every part of it is full of NaN.
             let outcome = poisoned.run_in(&level.context, &runner, &mut workspace).expect("a valid call");
             assert!(outcome.lse.iter().all(|lse| lse.is_nan()));
             let outcome = case.run_in(&level.context, &runner, &mut workspace).expect("a valid call");

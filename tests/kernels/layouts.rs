@@ -1,4 +1,4 @@
-//! Attention over a cache of any layout: the bits of the contiguous cache that holds the same tokens.
+//! Attention over a cache of any layout has the bits of the contiguous cache with the same tokens.
 
 use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Outcome, Shape, kv_types};
 use crate::common::runners::Threads;
@@ -17,7 +17,7 @@ tests! {
     once: plans_advance;
 }
 
-/// A random case whose lengths are said.
+/// A random case with given lengths.
 fn with_lengths(rng: &mut Rng) -> (Case, String, Vec<usize>) {
     let (mut case, what) = random_case(rng);
     let keys = case.k.shape[1] as i32;
@@ -25,13 +25,13 @@ fn with_lengths(rng: &mut Rng) -> (Case, String, Vec<usize>) {
     (case, what, lengths.into_iter().map(|n| n as usize).collect())
 }
 
-/// Whether any query of a row sees a key.
+/// Whether any query of a sequence sees a key.
 fn seen(case: &Case, b: usize, j: usize) -> bool {
     let [_, tokens, heads, _] = case.q.shape;
     (0..tokens).any(|t| (0..heads).any(|h| visible(case, [b, t, h, j])))
 }
 
-/// Where the keys that a row may see begin and end, by everything but masks; the first query sees the first of them.
+/// The key range that a sequence may see, by everything but masks; the first query sees the first key of it.
 fn reach(case: &Case, b: usize, length: usize) -> std::ops::Range<usize> {
     let o = &case.options;
     let position = o.offsets.as_ref().map_or(length as i64 - case.q.shape[1] as i64, |x| x[b].into());
@@ -40,7 +40,7 @@ fn reach(case: &Case, b: usize, length: usize) -> std::ops::Range<usize> {
     (low as usize).min(length)..length
 }
 
-/// A cache of shape `[rows, slots, kv_heads, dim]`, all poison, into which tokens are put.
+/// A cache of shape `[rows, slots, kv_heads, dim]`, full of poison, for tokens to be put into.
 struct Cache {
     k: Tensor,
     v: Tensor,
@@ -66,7 +66,7 @@ impl Cache {
         }
     }
 
-    /// Runs the case on this cache: on one thread and on three, the bits that the contiguous cache gives.
+    /// Runs the case on this cache, on one thread and on three, and compares with the bits of the contiguous cache.
     #[track_caller]
     fn check(&self, level: &Level, case: &Case, layout: Layout, what: &str) {
         let want = case.run(&level.context);
@@ -86,7 +86,7 @@ impl Cache {
         }
     }
 
-    /// The values in pairs of slots, where the layout lets them be.
+    /// The values in pairs of slots, if the layout allows it.
     fn packed(&self, layout: Layout) -> Option<Tensor> {
         let [rows, slots, heads, dim] = self.v.shape;
         let even = match layout {
@@ -130,7 +130,7 @@ fn paged(level: &Level) {
             let window = reach(&case, b, length);
             for page in 0..length.div_ceil(size) {
                 let slots = page * size..((page + 1) * size).min(length);
-                // Pages that no query can see need not exist.
+                // Pages that no query sees need not exist.
                 if !slots.clone().any(|j| window.contains(&j) || (start..kept).contains(&j)) {
                     table[b * pages_per_row + page] = rng.pick(&[-1, i32::MAX, pool as i32]);
                     continue;
@@ -146,7 +146,7 @@ fn paged(level: &Level) {
     }
 }
 
-/// The contiguous cache, of an even number of slots, so that its values can be packed.
+/// The contiguous cache, with an even number of slots, so that its values can be packed.
 fn contiguous(level: &Level) {
     let mut rng = Rng::new(310);
     for _ in 0..scaled(60) {
@@ -160,7 +160,7 @@ fn contiguous(level: &Level) {
     }
 }
 
-/// Two rows over one prefix.
+/// Two sequences over one prefix.
 fn shared_pages(level: &Level) {
     let mut rng = Rng::new(301);
     for dtype in kv_types() {
@@ -214,7 +214,7 @@ fn ring(level: &Level) {
     assert!(wrapped > 0);
 }
 
-/// One query and no window: it sees the sinks and what is retained, as through a mask.
+/// One query without a window sees the sink tokens and the retained tokens, as through a mask.
 fn ring_without_a_window(level: &Level) {
     let mut rng = Rng::new(303);
     for dtype in kv_types() {
@@ -257,7 +257,7 @@ fn indirect(level: &Level) {
         let rows = batch + rng.below(2);
         let mut cache = Cache::new(&mut rng, &case, rows, slots);
         let mut table = vec![-1; batch * slots];
-        // Beams share long runs of history: the rows change places now and then.
+        // Beams share long runs of history, and sometimes change rows.
         let (mut order, turn) = ((0..rows).collect::<Vec<_>>(), rng.pick(&[0.02, 0.2, 1.0]));
         for j in 0..slots {
             if rng.chance(turn) {
@@ -277,12 +277,13 @@ fn indirect(level: &Level) {
     }
 }
 
-/// Rows of different numbers of queries and keys one after the other: the bits of each row by itself.
+/// Sequences with different numbers of queries and keys, one after another, have the bits that each has alone.
 fn ragged(level: &Level) {
     let mut rng = Rng::new(305);
     for _ in 0..scaled(80) {
         let (mut case, what) = random_case(&mut rng);
-        // Masks and biases are over the longest row; here every row is to be compared by itself, with bits of its own width.
+        // Masks and biases have the width of the longest sequence; here each sequence is compared alone, with bits of
+        // its own width.
         (case.options.mask, case.options.bit_mask, case.options.bias) = (None, None, None);
         let [batch, tokens, heads, dim] = case.q.shape;
         let v_dim = case.v.shape[3];
@@ -433,7 +434,7 @@ fn tables_are_checked(level: &Level) {
     level.checked(Op::Attention, dtype, dtype);
 }
 
-/// What a call has to say beside a plan of its options, masks and all.
+/// The options of a call that a plan, masks included, does not fix.
 fn rest<'a>(options: &AttentionOptions<'a>, plan: &'a AttentionPlan) -> AttentionOptions<'a> {
     let mut rest = AttentionOptions::new().plan(plan).precision(options.precision);
     (rest.bias, rest.scale, rest.softcap) = (options.bias, options.scale, options.softcap);
@@ -441,7 +442,7 @@ fn rest<'a>(options: &AttentionOptions<'a>, plan: &'a AttentionPlan) -> Attentio
     rest
 }
 
-/// With a plan instead of lists and masks, or instead of lists alone, the same bits.
+/// With a plan instead of lists and masks, or instead of lists only, the bits are the same.
 fn plans(level: &Level) {
     let mut rng = Rng::new(308);
     let mut plan = None;
@@ -453,7 +454,7 @@ fn plans(level: &Level) {
         if !with_masks {
             (options.mask, options.bit_mask) = (None, None);
         }
-        // The memory of the plan before, whatever that was for.
+        // Reuses the memory of the previous plan.
         let plan = match &mut plan {
             None => plan.insert(AttentionPlan::new(case.q.shape, case.k.shape, &options).expect("a valid plan")),
             Some(plan) => {
@@ -487,7 +488,7 @@ fn plans(level: &Level) {
     }
 }
 
-/// Masks that hide whole chunks, at either end or between prefix and window: with a plan, the same bits.
+/// Masks that mask whole chunks, at either end or between prefix and window, have the same bits with a plan.
 fn plans_of_far_masks(level: &Level) {
     let mut rng = Rng::new(311);
     for _ in 0..scaled(24) {
@@ -523,7 +524,7 @@ fn plans_of_far_masks(level: &Level) {
     }
 }
 
-/// A plan that advances is the plan made anew, and one that cannot stays as it is.
+/// A plan that advances equals a new plan, and one that cannot advance is unchanged.
 fn plans_advance() {
     let (q, k) = ([2, 1, 1, 8], [5, 4, 1, 8]);
     let pages = [3, 1, -1, 0, 4, 2];
@@ -554,7 +555,7 @@ fn plans_advance() {
     assert!(ring.is_err(), "five rows in the cache, two in q");
 }
 
-/// A prefix that all rows share, and what each has of its own: within the bound of attention over both.
+/// A shared prefix and the own keys of each sequence: within the bound of attention over both.
 fn shared_prefix(level: &Level) {
     let mut rng = Rng::new(309);
     for _ in 0..scaled(60) {
@@ -578,7 +579,8 @@ fn shared_prefix(level: &Level) {
         case.options.softcap = rng.chance(0.3).then_some(20.0);
         case.options.sink_logits = rng.chance(0.3).then(|| (0..heads).map(|_| rng.f32()).collect());
         case.options.lengths = Some(lengths.clone());
-        // The own part sees the queries at the same distance from its keys; a query that causality keeps from the prefix is none.
+        // In the own part, queries have the same distance from its keys; no query is excluded from the prefix by
+        // causality.
         case.options.offsets = Some(lengths.iter().map(|n| (n - tokens as i32).max(prefix as i32 - 1)).collect());
         case.q = case.q.cast(rng.pick(&DType::ALL)).to(Strides::random(&mut rng), Place::Heap);
         case.out_dtype = rng.pick(&DType::ALL);

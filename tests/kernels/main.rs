@@ -1,7 +1,7 @@
-//! Every kernel of the registry against the oracle, at every level that this CPU has.
+//! Every kernel of the registry compared with the oracle, at every level of this CPU.
 //!
-//! This binary has its own harness, for one reason: a level that did not run must not look like one that passed. Each test
-//! runs once a level; every call of an operation is counted under the registry entries that served it; and at the end the
+//! This binary has its own harness, because a level that did not run must not look like one that passed. Each test
+//! runs once per level. Every call of an operation is counted for the registry entries that served it. At the end the
 //! counts are printed and checked. See [`harness`].
 
 #[path = "../common/mod.rs"]

@@ -83,7 +83,7 @@ fn two_empty_states(level: &Level) {
         let mut states = States::random(&mut Rng::new(41), 2, dtype, [1, 3, 2, 19], Place::Heap);
         for (out, lse) in states.outs.iter_mut().zip(&mut states.lses) {
             lse.fill(f32::NEG_INFINITY);
-            // Whatever is in the output of an empty state.
+            // The output of an empty state can be anything.
             (0..3).for_each(|t| out.poison_token(0, t));
         }
         let mut out = Tensor::output(dtype, [1, 3, 2, 19], Layout::PADDED, Place::Heap);
@@ -98,7 +98,7 @@ fn an_empty_state_is_not_read(level: &Level) {
     for dtype in DType::ALL {
         let shape = [1, 20, 2, 33];
         let mut states = States::random(&mut Rng::new(42), 3, dtype, shape, Place::Heap);
-        // State 1 is empty in every other token; state 2 in all.
+        // State 1 is empty for every other token; state 2 for all.
         for t in (0..20).step_by(2) {
             states.outs[1].poison_token(0, t);
             states.lses[1][2 * t..2 * t + 2].fill(f32::NEG_INFINITY);
@@ -124,14 +124,14 @@ fn many_states(level: &Level) {
     states.check(level, Layout::BSHD, Place::Heap);
 }
 
-/// Attention over pieces of the keys, merged, is attention over all of them.
+/// Merged attention over parts of the keys equals attention over all keys.
 fn parts_of_the_keys_make_the_whole(level: &Level) {
     let mut rng = Rng::new(45);
     for dtype in DType::ALL {
         let shape = Shape { batch: 2, tokens: 3, kv_heads: 2, group: 2, keys: 150, dim: 32, v_dim: 24 };
         let whole = Case::new(&mut rng, shape, dtype);
         let mut states = States { outs: Vec::new(), lses: Vec::new() };
-        // The third piece is empty.
+        // The third part is empty.
         for piece in [0..40, 40..150, 150..150, 7..7] {
             let mut part = Case::new(&mut rng, shape, dtype);
             part.q = whole.q.to(Layout::BSHD, Place::Heap);

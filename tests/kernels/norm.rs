@@ -1,4 +1,4 @@
-//! RMS norm, alone, and in one pass with RoPE and the cache write.
+//! RMS norm, alone and fused with RoPE and the cache write.
 
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, close, half_ulp, oracle, scaled, thin};
@@ -21,7 +21,7 @@ fn weights(rng: &mut Rng, dim: usize) -> Vec<f32> {
     (0..dim).map(|_| 1.0 + 0.5 * rng.f32()).collect()
 }
 
-/// Normalises `x` into another tensor and holds it to the kernel's bound, which is one on each element of the result.
+/// Normalises `x` into another tensor and checks every element against the kernel's bound.
 #[track_caller]
 fn check(level: &Level, x: &Tensor, mut y: Tensor, norm: &RmsNorm, what: &str) {
     rms_norm(&level.context, &Serial, x.view(), y.view_mut(), norm).expect("a valid call");
@@ -66,7 +66,7 @@ fn head_sizes(level: &Level) {
     }
 }
 
-/// The squares leave the range of f32, the result does not.
+/// The squares exceed the range of f32, the result does not.
 fn magnitudes(level: &Level) {
     let mut rng = Rng::new(82);
     for factor in [1e-30f32, 1e-20, 1e20, 1e30] {
@@ -76,7 +76,7 @@ fn magnitudes(level: &Level) {
         let y = Tensor::output(DType::F32, x.shape, Layout::BSHD, Place::Heap);
         check(level, &x, y, &RmsNorm::new(0.0), &format!("{factor:e}"));
     }
-    // Zeros stay zeros where there is an eps, and are 0 / 0 where there is none.
+    // Zeros stay zeros with an eps, and are 0 / 0 without.
     let mut x = Tensor::input(DType::F32, [1, 1, 1, 20], Layout::BSHD, Place::Heap);
     x.fill(|_| 0.0);
     let mut y = Tensor::output(DType::F32, x.shape, Layout::BSHD, Place::Heap);
@@ -93,7 +93,7 @@ fn normed(level: &Level, x: &Tensor, dtype: DType, norm: &RmsNorm) -> Tensor {
     y
 }
 
-/// What the fused calls must equal: norm into f32, and from there RoPE.
+/// The result that fused calls must equal: norm to f32, then RoPE.
 fn apart(level: &Level, x: &Tensor, dtype: DType, norm: &RmsNorm, options: &Rope) -> Tensor {
     let between = normed(level, x, DType::F32, norm);
     let mut y = Tensor::output(dtype, x.shape, Layout::BSHD, Place::Heap);
@@ -140,7 +140,7 @@ fn poison_stays_in_its_head(level: &Level) {
     }
 }
 
-/// Head sizes, how much of them turns, and heads: on both sides of what goes through the stack together.
+/// Head sizes, rotary sizes and head counts, below and above the number of elements that the stack buffer holds.
 const FUSED: [(usize, usize, usize); 8] =
     [(64, 64, 3), (29, 26, 5), (33, 2, 2), (128, 64, 20), (600, 598, 2), (1, 0, 3), (1030, 1030, 2), (4096, 4096, 2)];
 
@@ -200,7 +200,8 @@ fn fused_with_rope_in_place(level: &Level) {
     }
 }
 
-/// Keys that are normalised, and perhaps rotated, on their way into a cache of any layout: the bits of each step apart.
+/// Keys that are normalised, and optionally rotated, on their way into a cache of any layout have the bits of the
+/// separate steps.
 fn fused_with_write(level: &Level) {
     let mut rng = Rng::new(87);
     let f = RopeFrequencies::new(20, 10_000.0, &RopeScaling::None).unwrap();
@@ -269,7 +270,7 @@ fn fused_with_write(level: &Level) {
     }
 }
 
-/// The sum runs in one order, and there is no multiply-add: every level computes the same bits.
+/// The sum has a fixed order, without multiply-adds, so that every level computes the same bits.
 fn levels_agree() {
     let mut rng = Rng::new(88);
     let contexts: Vec<Context> =
@@ -293,7 +294,7 @@ fn levels_agree() {
     }
 }
 
-/// A token has the bits that it has alone, and threads change nothing.
+/// A token has the bits that it has alone, on any number of threads.
 fn every_token_alone() {
     let mut rng = Rng::new(89);
     let context = Context::new().unwrap();

@@ -1,4 +1,4 @@
-//! Values in pairs of slots: every bit in its place, and nothing else.
+//! Values in pairs of slots: every bit in its place, and no other byte changed.
 
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled};
@@ -37,7 +37,7 @@ fn there_and_back(level: &Level) {
     }
 }
 
-/// Writing into a packed cache gives the bits of writing into a plain one and packing that.
+/// Writing into a packed cache gives the bits of writing into a plain cache and packing it.
 fn a_write_packs_as_packing_does(level: &Level) {
     let mut rng = Rng::new(97);
     for src in DType::ALL {

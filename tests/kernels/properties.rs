@@ -1,4 +1,4 @@
-//! Properties over everything in combination; a failing case is shrunk to a small seed and shape.
+//! Properties over combinations of all options; a failing case is shrunk to a small seed and shape.
 
 use crate::attention::check;
 use crate::common::attention::{Case, Shape, kv_types};
@@ -31,8 +31,8 @@ fn property<S: Strategy>(cases: usize, strategy: S, test: impl Fn(S::Value)) {
     }
 }
 
-/// Any shapes, strides, types, masks and options: within the bound, on any number of threads, with nothing beside the output
-/// written and no guard page touched.
+/// Any shapes, strides, types, masks and options: within the bound, on any number of threads, without writing outside
+/// the output or touching a guard page.
 fn any_call_is_close(level: &Level) {
     property(250, any::<u64>(), |seed| {
         let (case, what) = random_case(&mut Rng::new(seed));
@@ -42,7 +42,7 @@ fn any_call_is_close(level: &Level) {
     });
 }
 
-/// Length, start, causality and windows hide just what a boolean mask of the same definition hides: the same bits.
+/// Length, first key, causality and windows have the bits of a boolean mask with the same definition.
 fn a_mask_is_what_it_replaces(level: &Level) {
     property(150, any::<u64>(), |seed| {
         let (case, what) = random_case(&mut Rng::new(seed));
@@ -53,7 +53,7 @@ fn a_mask_is_what_it_replaces(level: &Level) {
             visible(&case, at)
         });
         let mut masked = case;
-        // ALiBi goes by positions, which come from lengths and offsets.
+        // ALiBi uses positions, which come from lengths and offsets.
         let length = |b: usize| masked.options.lengths.as_ref().map_or(shape[3] as i32, |l| l[b]);
         let offsets = (0..shape[0])
             .map(|b| masked.options.offsets.as_ref().map_or(length(b) - shape[1] as i32, |o| o[b]))

@@ -1,4 +1,4 @@
-//! RoPE: the rotation, the angles, the scalings, and the write that rotates on the way.
+//! RoPE: the rotation, the angles, the scalings, and the fused write.
 
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, close, half_ulp, oracle, scaled, thin};
@@ -17,7 +17,7 @@ tests! {
 
 const PAIRINGS: [Pairing; 2] = [Pairing::Interleaved, Pairing::HalfSplit];
 
-/// `f_i = base^(-2i / dim)`, the long way.
+/// `f_i = base^(-2i / dim)`, from the definition.
 fn plain(dim: usize, base: f64) -> Vec<f64> {
     (0..dim / 2).map(|i| (-2.0 * i as f64 / dim as f64 * base.ln()).exp()).collect()
 }
@@ -26,7 +26,7 @@ fn frequencies(dim: usize, base: f64) -> RopeFrequencies {
     RopeFrequencies::new(dim, base, &RopeScaling::None).expect("plain frequencies")
 }
 
-/// Rotates `x` into another tensor and holds it to the kernel's bound.
+/// Rotates `x` into another tensor and checks it against the kernel's bound.
 #[track_caller]
 fn check(
     level: &Level,
@@ -100,7 +100,7 @@ fn positions(level: &Level) {
         let all: [Positions; 5] = [
             Positions::Offsets(&[0, 4095]),
             Positions::Offsets(&[-5, 131_072]),
-            // Beyond what an f32 counts by ones.
+            // Beyond the integers that f32 represents.
             Positions::Offsets(&[16_777_217, i32::MAX - 2]),
             Positions::Explicit(&[5, 5, 5, 0, -1, 1_000_000]),
             Positions::Explicit(&[2, 1, 0, 9, 0, 9]),
@@ -129,7 +129,7 @@ fn angles(level: &Level) {
     }
 }
 
-/// The pairs (1, 0) become cosines and sines themselves, at positions where an f32 angle would be noise.
+/// The pairs (1, 0) become cosines and sines, at positions where an f32 angle would be noise.
 fn angles_far_out(level: &Level) {
     let mut rng = Rng::new(53);
     for base in [10_000.0, 1e6] {
@@ -159,7 +159,7 @@ fn run(level: &Level, x: &Tensor, dtype: DType, options: &Rope) -> Tensor {
     y
 }
 
-/// The library's own table gives the bits that frequencies give.
+/// The library's table gives the bits of frequencies.
 fn table_and_frequencies(level: &Level) {
     let mut rng = Rng::new(54);
     let f = RopeFrequencies::new(24, 10_000.0, &RopeScaling::Linear { factor: 3.0 }).unwrap();
@@ -176,7 +176,7 @@ fn table_and_frequencies(level: &Level) {
     }
 }
 
-/// In place, and in any layout: the bits of the copy.
+/// In place, in any order of axes: the bits of the copy.
 fn in_place(level: &Level) {
     let mut rng = Rng::new(55);
     for dtype in DType::ALL {
@@ -243,7 +243,7 @@ fn fused_with_write(level: &Level) {
     }
 }
 
-/// Elements beyond `rotary_dim` are copied as a write would, NaN too.
+/// Elements beyond `rotary_dim` are copied as by a write, including NaN.
 fn beyond_rotary_dim_is_copied(level: &Level) {
     let mut rng = Rng::new(57);
     for src in DType::ALL {
@@ -283,7 +283,7 @@ fn levels_agree_on_angles() {
     }
 }
 
-/// What Hugging Face transformers computes; `tests/data/make_rope_goldens.py` recorded it.
+/// Values of Hugging Face transformers, recorded by `tests/data/make_rope_goldens.py`.
 fn goldens() {
     let mut kinds = std::collections::BTreeMap::<&str, usize>::new();
     for line in include_str!("../data/rope_goldens.txt").lines().filter(|l| !l.starts_with('#')) {
@@ -322,7 +322,7 @@ fn goldens() {
         close(f.magnitude(), numbers[0], 1e-6, || format!("magnitude: {line}"));
         assert_eq!(f.inv_freq().len(), numbers.len() - 1);
         for (i, (&got, &want)) in f.inv_freq().iter().zip(&numbers[1..]).enumerate() {
-            // transformers works in f32: base^x alone is off by some ulp.
+            // transformers computes in f32; base^x alone has an error of some ulp.
             close(got, want, 3e-6 * want.abs(), || format!("frequency {i}: {}", &line[..line.len().min(90)]));
         }
         *kinds.entry(kind).or_default() += 1;
@@ -341,7 +341,7 @@ fn assert_frequencies(got: &RopeFrequencies, want: &[f64]) {
     }
 }
 
-/// Meta's own code goes by wavelengths, in three branches.
+/// Meta's code uses wavelengths, in three branches.
 fn llama3_by_wavelength() {
     for (dim, base, factor, low, high, original) in [
         (128, 500_000.0, 8.0, 1.0, 4.0, 8192.0),
@@ -369,7 +369,7 @@ fn llama3_by_wavelength() {
     }
 }
 
-/// The paper's appendix: a ramp over pair indices between those that turn `beta_fast` and `beta_slow` times.
+/// The paper's appendix: a ramp over pair indices between those that rotate `beta_fast` and `beta_slow` times.
 fn yarn_by_the_paper() {
     for (dim, base, factor, original, fast, slow, truncate) in [
         (128, 10_000f64, 4.0, 4096.0, 32.0, 1.0, true),

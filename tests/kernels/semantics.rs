@@ -1,4 +1,4 @@
-//! The promises about masks, positions, heads and NaN, one test each.
+//! The rules about masks, positions, heads and NaN, one test each.
 
 use crate::attention::check;
 use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Options, Shape, kv_types, random_bias};
@@ -54,10 +54,10 @@ fn order_of_operations(level: &Level) {
     assert_eq!(outcome.out.get([0, 0, 0, 2]), case.v.get([0, 0, 0, 2]), "one key has weight 1");
 }
 
-/// A way to hide keys.
+/// A way to mask keys.
 type Hide = Box<dyn Fn(&mut Options)>;
 
-/// Whatever hides all keys: the output is 0 and the LSE -inf, and nothing of K and V is seen.
+/// However all keys are masked: the output is 0 and the LSE -inf, and no value of K and V has an effect.
 fn row_without_keys(level: &Level) {
     let mut rng = Rng::new(11);
     for dtype in kv_types() {
@@ -104,7 +104,7 @@ fn row_without_keys(level: &Level) {
     }
 }
 
-/// A bias of -inf hides a key whose logit is NaN or infinite.
+/// A bias of -inf masks a key whose logit is NaN or infinite.
 fn bias_decides_not_the_logit(level: &Level) {
     let mut rng = Rng::new(12);
     for dtype in kv_types() {
@@ -128,7 +128,7 @@ fn bias_decides_not_the_logit(level: &Level) {
     }
 }
 
-/// Options that hide, one or several at a time; all queries of a row see the same keys, save for causality.
+/// Options that mask, one or several at a time; all queries of a sequence see the same keys, except for causality.
 fn random_hiding(rng: &mut Rng, shape: Shape) -> Options {
     let mut options = Options::default();
     let keys = shape.keys;
@@ -226,7 +226,7 @@ pub fn random_shape(rng: &mut Rng) -> Shape {
     }
 }
 
-/// A random call with any combination of options.
+/// A random call with a combination of options.
 pub fn random_case(rng: &mut Rng) -> (Case, String) {
     let shape = random_shape(rng);
     let kv = rng.pick(&kv_types());
@@ -274,7 +274,7 @@ pub fn random_case(rng: &mut Rng) -> (Case, String) {
     (case, what)
 }
 
-/// Which keys each query `[b, t, h]` sees, by the definition.
+/// The keys that each query `[b, t, h]` sees, from the definition.
 pub fn visible(case: &Case, at: [usize; 4]) -> bool {
     let [b, t, _, j] = at;
     let o = &case.options;
@@ -293,7 +293,7 @@ pub fn visible(case: &Case, at: [usize; 4]) -> bool {
         && o.bias.as_ref().is_none_or(|bias| bias.get(at) != f32::NEG_INFINITY)
 }
 
-/// NaN and infinities in every slot that no query of a row sees change no bit, whatever hides them.
+/// NaN and infinities in slots that no query of a sequence sees change no bit, however they are masked.
 fn hidden_poison(level: &Level) {
     let mut rng = Rng::new(13);
     let mut poisoned = 0;
@@ -316,11 +316,12 @@ fn hidden_poison(level: &Level) {
     assert!(poisoned > 0);
 }
 
-/// A NaN in one slot of V reaches that element of every query that sees the slot and nothing else; one in K, the whole row.
+/// A NaN in one slot of V reaches that element of every query that sees the slot, and nothing else; a NaN in K reaches
+/// the whole query row.
 fn poison_reaches_who_sees_it(level: &Level) {
     let mut rng = Rng::new(14);
     let (mut reached, mut spared) = (0, 0);
-    // However few cases run, some must see the poison.
+    // Even if few cases run, some must see the poison.
     for _ in 0..scaled(120).max(12) {
         let (mut case, what) = random_case(&mut rng);
         let clean = case.run(&level.context);
@@ -364,7 +365,7 @@ fn live_nan_propagates(level: &Level) {
     let mut rng = Rng::new(15);
     for dtype in kv_types() {
         for tokens in [1, 16] {
-            // Alone in its chunk, first, last, among others, and where its row sees nothing else.
+            // Alone in its chunk, first, last, among others, and as the only visible key.
             for (keys, j) in thin(vec![(1, 0), (70, 0), (70, 69), (1030, 500), (1030, 1029)]) {
                 for which in 0..3 {
                     let shape = Shape { tokens, keys, dim: 19, v_dim: 19, ..Shape::default() };
@@ -385,7 +386,8 @@ fn live_nan_propagates(level: &Level) {
     }
 }
 
-/// V is the unit vector of its key, all logits are equal: an output is 1 / n where the key is one of the n that are seen.
+/// V is the unit vector of its key, and all logits are equal: an output element is 1 / n if its key is one of the n
+/// visible keys.
 fn seen_keys(level: &Level, keys: usize, tokens: usize, set: impl FnOnce(&mut Options)) -> Vec<Vec<usize>> {
     let shape = Shape { tokens, keys, dim: 8, v_dim: keys, ..Shape::default() };
     let mut case = Case::new(&mut Rng::new(16), shape, DType::F32).with(set);
@@ -404,7 +406,7 @@ fn seen_keys(level: &Level, keys: usize, tokens: usize, set: impl FnOnce(&mut Op
         .collect()
 }
 
-/// Bottom-right: the last query sees the last key, unless an offset says otherwise.
+/// Bottom-right alignment: the last query sees the last key, unless an offset is given.
 fn causal_offset(level: &Level) {
     for tokens in [3, 20] {
         let rows = seen_keys(level, 30, tokens, |o| o.causal = true);
@@ -415,7 +417,7 @@ fn causal_offset(level: &Level) {
         for (t, seen) in rows.iter().enumerate() {
             assert_eq!(*seen, (0..t + 1).collect::<Vec<_>>());
         }
-        // The length counts, not the capacity.
+        // The length matters, not the capacity.
         let rows = seen_keys(level, 30, tokens, |o| (o.causal, o.lengths) = (true, Some(vec![25])));
         assert_eq!(rows[tokens - 1], (0..25).collect::<Vec<_>>());
         assert_eq!(rows[0], (0..25 - tokens + 1).collect::<Vec<_>>());
@@ -428,7 +430,7 @@ fn negative_offset(level: &Level) {
         for (t, seen) in rows.iter().enumerate() {
             assert_eq!(*seen, (0..(t + 1).saturating_sub(3)).collect::<Vec<_>>(), "token {t}");
         }
-        // More queries than keys: the first ones see nothing.
+        // More queries than keys: the first queries see no key.
         let rows = seen_keys(level, 4, tokens, |o| o.causal = true);
         for (t, seen) in rows.iter().enumerate() {
             assert_eq!(*seen, (0..(t + 5).saturating_sub(tokens)).collect::<Vec<_>>(), "token {t}");
@@ -491,7 +493,7 @@ fn heads_read_their_group(level: &Level) {
     }
 }
 
-/// A sink is one more logit without a value, once however many chunks and threads there are.
+/// A sink logit is one more logit without a value, applied once for any number of chunks and threads.
 fn sinks(level: &Level) {
     let mut rng = Rng::new(18);
     for dtype in kv_types() {
@@ -504,7 +506,7 @@ fn sinks(level: &Level) {
                 let split = case.run_with(&level.context, &Threads(3)).unwrap();
                 assert_eq!(split.all_bits(), serial, "{dtype} sinks {sinks:?} keys {keys}");
             }
-            // Nothing but the sink.
+            // Only the sink logit.
             let case = Case::new(&mut rng, shape, dtype)
                 .with(|o| (o.sink_logits, o.lengths) = (Some(vec![2.5; 4]), Some(vec![0])));
             let outcome = case.run(&level.context);
@@ -556,7 +558,7 @@ fn standard_alibi_slopes() {
     assert_eq!(three, [0.0625, 0.003_906_25, 0.25]);
 }
 
-/// Natural, over all visible logits.
+/// The natural logarithm, over all visible logits.
 fn log_sum_exp(level: &Level) {
     for dtype in kv_types() {
         for keys in [1, 64, 1000, 2000] {
@@ -571,7 +573,7 @@ fn log_sum_exp(level: &Level) {
     }
 }
 
-/// Strides of 0 broadcast a mask and a bias along any axis, and entries may lie in any order.
+/// Strides of 0 broadcast a mask and a bias along any axis, and axes may have any order.
 fn mask_broadcast(level: &Level) {
     let mut rng = Rng::new(21);
     let shape = Shape { batch: 2, tokens: 14, kv_heads: 2, group: 2, keys: 131, dim: 16, v_dim: 16 };
@@ -614,7 +616,7 @@ fn bias_types(level: &Level) {
             }
         }
     }
-    // A bias of NaN or +inf is live, and what comes of it is NaN.
+    // A bias of NaN or +inf masks nothing, and the result is NaN.
     for x in [f32::NAN, f32::INFINITY] {
         let shape = Shape { tokens: 2, ..Shape::default() };
         let mut bias = Tensor::strided(DType::F32, shape.scores(), [0, 70, 70, 1], Place::Heap, Gaps::Poison);
@@ -625,7 +627,7 @@ fn bias_types(level: &Level) {
     }
 }
 
-/// A live logit of -inf (q.k overflows downwards) has weight 0; a row with nothing else is empty.
+/// A visible logit of -inf (q.k overflows) has weight 0; a query row with no other logit is empty.
 fn live_minus_infinity(level: &Level) {
     for dtype in kv_types() {
         for tokens in [1, 13] {
@@ -642,7 +644,8 @@ fn live_minus_infinity(level: &Level) {
     }
 }
 
-/// Rows of bits that are as wide as each row: the bits of the same mask at fixed strides, whatever lies between them.
+/// Bit masks with the own width of each sequence have the bits of the same mask at fixed strides, whatever lies
+/// between.
 fn bits_by_row(level: &Level) {
     let mut rng = Rng::new(26);
     for dtype in kv_types() {

@@ -1,4 +1,4 @@
-//! Shards of rows, heads and sequences: together they are the whole.
+//! Shards of batches, heads and sequences: together they equal the whole.
 
 use crate::common::attention::{Case, Outcome, Shape, kv_types, precision};
 use crate::common::runners::Threads;
@@ -40,7 +40,7 @@ fn cut<'a, T>(list: Option<&'a [T]>, range: &Range<usize>) -> Option<&'a [T]> {
     list.map(|list| &list[range.clone()])
 }
 
-/// Parts of the batch and of the heads, each a view of the whole.
+/// Parts of the batch and of the heads, as views of the whole.
 fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
     let rng = &mut Rng::new(130);
     for kv in kv_types() {
@@ -58,7 +58,7 @@ fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
             let whole = random_whole(rng, shape, kv);
             let want = whole.run(&level.context);
             level.checked(Op::Attention, kv, kv);
-            // As many parts as there are KV heads or fewer, or a multiple.
+            // The number of parts divides the KV heads, or is a multiple of their number.
             let model = if rng.chance(0.3) { kv_heads * rng.between(1, 4) } else { rng.between(1, kv_heads) };
             let mesh = Mesh::new(rng.between(1, 5), model, 1);
             let [batch, tokens, q_heads, _] = whole.q.shape;
@@ -106,7 +106,7 @@ fn part_of<'a>(tensor: &'a Tensor, rows: &Range<usize>, heads: &Range<usize>) ->
     view.heads(heads.start, heads.len()).unwrap()
 }
 
-/// Attention over the keys of each span alone, with the lists that `SegmentLists` makes.
+/// Attention over the keys of each segment alone, with the lists of `SegmentLists`.
 fn over_spans(level: &Level, whole: &Case, spans: &[Range<usize>]) -> Vec<Outcome> {
     let options = whole.options.borrow();
     let [batch, tokens, heads, _] = whole.q.shape;
@@ -134,7 +134,7 @@ fn over_spans(level: &Level, whole: &Case, spans: &[Range<usize>]) -> Vec<Outcom
     spans.iter().map(run).collect()
 }
 
-/// Spans that end on the grid, by the states of their chunks: the bits of the whole.
+/// Segments that end on the grid, merged by the states of their chunks: the bits of the whole.
 fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
     let rng = &mut Rng::new(134);
     for kv in kv_types() {
@@ -271,7 +271,7 @@ fn spans_of(sequence: usize, capacity: usize) -> Vec<Range<usize>> {
     (0..sequence).map(|rank| mesh.shard(rank).unwrap().keys(capacity)).collect()
 }
 
-/// Spans on the grid and off it: within the bound of the whole.
+/// Segments on the grid and off it: within the bound of the whole.
 fn spans_merge_into_the_whole(level: &Level) {
     let rng = &mut Rng::new(131);
     for kv in kv_types() {
@@ -302,8 +302,9 @@ fn spans_merge_into_the_whole(level: &Level) {
     }
 }
 
-/// While a text is shorter than the first span, the others are empty states, and merging them changes no bit; each span of a
-/// grid begins where the whole begins a chunk, so its bits are those of the whole with the other keys hidden.
+/// While a text is shorter than the first segment, the others are empty states, and merging them changes no bit. Every
+/// segment on the grid begins with a chunk of the whole, so that its bits are those of the whole with the other keys
+/// masked.
 fn spans_without_keys_leave_the_bits(level: &Level) {
     let rng = &mut Rng::new(132);
     for kv in kv_types() {

@@ -1,4 +1,4 @@
-//! The cache write and the explicit repeat: every bit, and nothing else.
+//! The cache write and the explicit repeat: every bit, and no other byte.
 
 use crate::common::tensor::{Array, indices, poison};
 use crate::common::{Layout, Place, Rng, Tensor, oracle, scaled, thin};
@@ -26,10 +26,11 @@ pub fn rounded(dtype: DType, x: f32) -> u32 {
             let magnitude = if a >= 65520.0 {
                 0x7c00
             } else {
-                // The distance of neighbours: 2^-24 below the smallest normal number, 2^-10 of the leading power above.
+                // The distance between neighbours: 2^-24 below the smallest normal number, above it 2^-10 of the
+                // leading power of two.
                 let exponent = ((a.to_bits() >> 52) as i32 - 1023).max(-14);
                 let steps = (a / 2f64.powi(exponent - 10)).round_ties_even() as u32;
-                // Steps run on into the exponent: 1024 of them are the leading bit.
+                // Steps carry into the exponent: 1024 of them are the leading bit.
                 (((exponent + 14) as u32) << 10) + steps
             };
             sign << 15 | magnitude
@@ -65,7 +66,7 @@ fn rounding_reference() {
     }
 }
 
-/// Whether `got` is what `src` becomes in another type.
+/// Whether `got` is `src` rounded to another type.
 #[track_caller]
 pub fn assert_element(src: &Tensor, from: [usize; 4], dst: &Tensor, to: [usize; 4]) {
     let (x, got) = (src.get(from), dst.bits(to));
@@ -92,12 +93,12 @@ pub struct Write {
     pub v_packing: Packing,
 }
 
-/// Where a position lies, by the words of the layouts' table.
+/// The slot of a position, from the table of layouts.
 pub fn place(layout: Slots, slots: usize, row: usize, position: usize) -> (usize, usize) {
     match layout {
         Slots::Contiguous => (row, position),
         Slots::Ring { sink_tokens: sinks, .. } => {
-            // One step after the other; past the last slot it goes on behind the sinks.
+            // Step by step; after the last slot, the first slot after the sink tokens.
             let step = |slot: usize| if slot + 1 == slots { sinks } else { slot + 1 };
             (row, (0..position).fold(0, |slot, _| step(slot)))
         }
@@ -109,7 +110,7 @@ pub fn place(layout: Slots, slots: usize, row: usize, position: usize) -> (usize
     }
 }
 
-/// The token of every place that is written: `(first axis, slot)` to `(batch row, token)`.
+/// The token of every slot that is written: `(first axis, slot)` to `(sequence, token)`.
 pub fn written(to: &Destination, batch: usize, seq: usize, slots: usize) -> BTreeMap<(usize, usize), (usize, usize)> {
     let mut written = BTreeMap::new();
     for b in 0..batch {
@@ -164,7 +165,7 @@ impl Write {
 
 pub fn random_tensor(rng: &mut Rng, dtype: DType, shape: [usize; 4], layout: Layout, place: Place) -> Tensor {
     let mut tensor = Tensor::random(rng, dtype, shape, layout, place);
-    // Some elements beyond f16, some of its subnormal numbers, some that are none.
+    // Some elements beyond the range of f16, some subnormal numbers of it, some NaN.
     for at in indices(shape) {
         if rng.chance(0.1) {
             let x = rng.pick(&[1e5, -7e4, 3e-6, -1e-7, 1e-40, f32::NAN, f32::INFINITY, -0.0]);
@@ -226,23 +227,23 @@ fn counts_rows_and_slots(level: &Level) {
     let rng = &mut Rng::new(32);
     small(rng, 3, 4, 3, 6).check(level, Destination::positions(&[0, 6, 2]).counts(&[4, 0, 3]));
     small(rng, 2, 2, 5, 4).check(level, Destination::positions(&[2, 0]).rows(&[4, 1]));
-    // Two source rows to one cache row, one after the other.
+    // Two source rows to one cache row, one after another.
     small(rng, 2, 2, 3, 4).check(level, Destination::positions(&[2, 0]).rows(&[1, 1]));
     small(rng, 2, 3, 2, 9).check(level, Destination::slots(&[8, 0, 3, 1, 2, 0]));
-    // Positions are ignored where slots are given.
+    // Positions are ignored if slots are given.
     let mut to = Destination::slots(&[3, 1]);
     to.positions = &[-7];
     small(rng, 1, 2, 1, 4).check(level, to);
     small(rng, 2, 2, 3, 4).check(level, Destination::slots(&[0, 3, 1, 2]).rows(&[2, 2]).counts(&[2, 1]));
-    // Nothing at all is fine, at the very end too.
+    // No tokens at all are valid, even at the end of the cache.
     small(rng, 1, 0, 1, 4).check(level, Destination::positions(&[4]));
 }
 
-/// A slot of -1 is padding; there may be many.
+/// A slot of -1 is padding, and may occur many times.
 fn skipped_slot(level: &Level) {
     let rng = &mut Rng::new(33);
     small(rng, 2, 3, 2, 5).check(level, Destination::slots(&[-1, 4, -1, -1, -1, -1]));
-    // Beyond a row's count, slots are not looked at.
+    // Slots beyond a sequence's count are ignored.
     small(rng, 1, 3, 1, 5).check(level, Destination::slots(&[2, 99, -99]).counts(&[1]));
 }
 
@@ -275,7 +276,8 @@ fn every_pattern(level: &Level) {
     }
 }
 
-/// f32 numbers that are exactly between two of a narrow type, next to that, the narrow numbers themselves, and random ones.
+/// f32 numbers exactly between two numbers of a narrow type, next to these, the narrow numbers themselves, and random
+/// ones.
 fn halfway_cases(level: &Level) {
     let mut rng = Rng::new(34);
     for dst in [DType::F16, DType::Bf16] {
@@ -292,7 +294,7 @@ fn halfway_cases(level: &Level) {
                 numbers.extend([middle.to_bits(), middle.next_up().to_bits(), middle.next_down().to_bits()]);
             }
         }
-        // Where rounding first reaches infinity.
+        // The first number that rounds to infinity.
         numbers.extend([65519.99f32, 65520.0, -65520.0, f32::MAX, f32::MIN].map(f32::to_bits));
         numbers.extend([0x7f7f_7fff, 0x7f7f_8000, 0x7f7f_ffff, 0x0000_8000, 0x0000_8001, 0x0001_8000, 0x8000_0001]);
         numbers.extend((0..scaled(1 << 17)).map(|_| rng.u64() as u32));
@@ -372,7 +374,7 @@ fn repeat_keeps_nan_bits(level: &Level) {
             assert_eq!(y.bits(at), x.bits([0, 0, at[2] / 3, at[3]]));
         }
     }
-    // No heads, no tokens: nothing to do, and no division by nothing.
+    // Without heads or tokens there is nothing to do, and no division by 0.
     let (x, mut y) = ([0f32; 4], [0f32; 4]);
     for shape in [[1, 1, 0, 4], [1, 0, 2, 4], [0, 1, 2, 4]] {
         repeat_kv(&level.context, &Serial, View::new(&x, shape).unwrap(), ViewMut::new(&mut y, shape).unwrap())

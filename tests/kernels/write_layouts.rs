@@ -1,4 +1,4 @@
-//! The cache write under every layout: each token in the slot that the layout's words say, and nothing else written.
+//! The cache write for every layout: each token in the slot that the layout defines, and no other slot written.
 
 use crate::common::{Layout, Place, Rng, Tensor, scaled};
 use crate::harness::{Level, tests};
@@ -23,7 +23,7 @@ struct Plan {
     counts: Vec<i32>,
     rows: Option<Vec<i32>>,
     slots: Option<Vec<i32>>,
-    /// Page table, or starts.
+    /// Page table, or first slots.
     table: Vec<i32>,
     pages_per_row: usize,
     sink_tokens: usize,
@@ -86,7 +86,7 @@ impl Plan {
                 let pool = rows_there * plan.pages_per_row + rng.below(4);
                 plan.axes = [pool, size];
                 let pages = shuffled(rng, pool);
-                // What is not written to is not looked at.
+                // Entries of slots that are not written are ignored.
                 plan.table =
                     (0..rows_there * plan.pages_per_row).map(|_| rng.pick(&[-1, i32::MIN, i32::MAX])).collect();
                 for (b, count) in counts.iter().map(|&count| count as usize).enumerate() {
@@ -133,7 +133,7 @@ impl Plan {
             for t in 0..seq {
                 let pad = t >= self.counts[b] as usize || rng.chance(0.2);
                 list.push(match left.pop() {
-                    // Beyond a row's count, anything.
+                    // Anything beyond a sequence's count.
                     _ if t >= self.counts[b] as usize => i32::MIN,
                     Some(slot) if !pad => slot,
                     _ => -1,
@@ -142,7 +142,7 @@ impl Plan {
         }
         self.slots = Some(list);
         if pool {
-            // The table is not needed, nor looked at.
+            // The table is not needed, and ignored.
             (self.rows, self.table, self.pages_per_row) = (None, vec![-9], 0);
         }
         self
@@ -165,7 +165,7 @@ fn tensors(rng: &mut Rng, plan: &Plan, seq: usize, packing: Packing) -> Write {
     let (batch, [rows, slots]) = (plan.counts.len(), plan.axes);
     let (heads, dim, v_dim) = (rng.between(1, 3), rng.between(1, 40), rng.between(1, 40));
     let place = rng.pick(&[Place::Heap, Place::GuardAfter, Place::GuardBefore]);
-    // Pages of either order, and anything else.
+    // Pages in either order of axes, and other strides.
     let layouts = [(); 4].map(|()| match rng.below(3) {
         0 => Layout::BSHD,
         1 => Layout::BHSD,
@@ -212,7 +212,7 @@ fn small(rng: &mut Rng, seq: usize, axes: [usize; 2], batch: usize) -> Write {
     }
 }
 
-/// Exactly as many tokens as a ring takes, from every place in it.
+/// Exactly as many tokens as a ring takes, from every start position.
 fn ring_turns(level: &Level) {
     let rng = &mut Rng::new(91);
     for sinks in 0..5 {
@@ -222,7 +222,7 @@ fn ring_turns(level: &Level) {
             let most = sinks.saturating_sub(position as usize) + 5 - sinks;
             let counts = [most as i32, 5 - sinks as i32];
             small(rng, most, [2, 5], 2).check(level, Destination::positions(&two).counts(&counts).layout(layout));
-            // One more is one too many.
+            // One more is an error.
             let status = small(rng, most + 1, [1, 5], 1).run(
                 level,
                 &kvlane::Serial,
@@ -233,16 +233,16 @@ fn ring_turns(level: &Level) {
     }
 }
 
-/// Rows may share a page as long as they do not write to the same slot of it.
+/// Sequences can share a page if they do not write to the same slot of it.
 fn pages_are_shared(level: &Level) {
     let rng = &mut Rng::new(92);
-    // A common prefix of two pages; then each row has its own.
+    // A common prefix of two pages; then each sequence has its own.
     let pages = [4, 1, 0, 4, 1, 2, 4, 1, 3];
     let layout = Slots::paged(&pages, 3);
     small(rng, 3, [5, 4], 3).check(level, Destination::positions(&[8, 9, 8]).layout(layout));
     // Different slots of one page.
     small(rng, 1, [5, 4], 3).check(level, Destination::positions(&[4, 7, 5]).layout(layout));
-    // One row of the table twice, one page twice in a row of it.
+    // One row of the table twice, and one page twice in a row.
     let layout = Slots::paged(&[3, 3, 0], 3);
     let mut to = Destination::positions(&[1, 6]).counts(&[2, 2]).rows(&[0, 0]).layout(layout);
     small(rng, 2, [5, 4], 2).run(level, &kvlane::Serial, to).expect_err("slot 2 of page 3 twice");
@@ -250,7 +250,7 @@ fn pages_are_shared(level: &Level) {
     small(rng, 2, [5, 4], 2).check(level, to);
 }
 
-/// A ring counts on as far as positions go.
+/// A ring continues to count up to the largest position.
 fn far_positions(level: &Level) {
     let rng = &mut Rng::new(93);
     let mut write = small(rng, 2, [1, 7], 1);
@@ -267,7 +267,7 @@ fn far_positions(level: &Level) {
     }
 }
 
-/// More slots and pages than the check for meeting tokens tells apart at a glance.
+/// Numbers of slots and pages beyond the bits of the duplicate check, which takes them modulo its size.
 fn numbers_that_look_alike(level: &Level) {
     let rng = &mut Rng::new(94);
     const FAR: i32 = 1 << 16;
@@ -288,7 +288,7 @@ fn numbers_that_look_alike(level: &Level) {
     assert!(error.message().contains("tokens [0, 1] and [1, 2] both go to slot 7 of the pool"), "{error}");
 }
 
-/// A prompt at once, in pieces, and token by token: the same cache, which holds of a ring what came last.
+/// A prompt at once, in pieces, and token by token gives the same cache; a ring holds the last tokens.
 fn token_by_token(level: &Level) {
     let mut rng = Rng::new(95);
     let total = 40;
@@ -314,7 +314,7 @@ fn token_by_token(level: &Level) {
                 _ => [axes[0], axes[1], 2, 9],
             };
             let mut caches = Vec::new();
-            // A ring takes at most what it has.
+            // A ring takes at most as many tokens as it has slots.
             for step in [1, 3, 12] {
                 let mut k_cache = Tensor::output(DType::Bf16, [axes[0], axes[1], 2, 6], Layout::BSHD, Place::Heap);
                 let mut v_cache = Tensor::output(DType::Bf16, values, Layout::BHSD, Place::Heap);
