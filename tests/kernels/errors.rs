@@ -49,7 +49,7 @@ fn views() {
     assert_error(view.heads(2, 2), Status::Shape, &["2 + 2", "heads", "3"]);
     assert_error(view.seq(3, 0), Status::Shape, &["3 + 0", "seq", "2"]);
     assert_error(view.batch(usize::MAX, 2), Status::Shape, &["batch", "1"]);
-    // A shape without elements reaches nothing, wherever it is.
+    // A shape without elements touches no memory, whatever its offset.
     assert!(View::strided(&data, 24, [0, 1 << 30, 1 << 30, 1 << 30], [i64::MAX; 4]).is_ok());
 }
 
