@@ -261,9 +261,9 @@ impl SegmentLists<'_> {
     fn offset(&self, row: usize, span: &Range<usize>) -> i64 {
         let whole = match self.offsets {
             Some(offsets) => offsets[row] as i64,
-            None => self.lengths[row] as i64 - self.seq.min(1 << 40) as i64,
+            None => (self.lengths[row] as i64).saturating_sub_unsigned(self.seq as u64),
         };
-        whole - span.start as i64
+        whole.saturating_sub(span.start as i64)
     }
 }
 

@@ -491,7 +491,7 @@ pub fn cache_defragment(mut c: Call) -> i32 {
 
     let mut in_use: BTreeSet<i32> = BTreeSet::new();
     for (row, &length) in lengths.values.iter().enumerate() {
-        let n = (i64::from(length.max(0)) + shape[1].max(1) - 1) / shape[1].max(1);
+        let n = i64::from(length.max(0)).saturating_add(shape[1].max(1) - 1) / shape[1].max(1);
         let first = (row as i64).saturating_mul(per_row).clamp(0, table.values.len() as i64) as usize;
         in_use.extend(table.values[first..].iter().take(n as usize));
     }

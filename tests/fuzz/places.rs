@@ -77,7 +77,8 @@ impl Places {
         match self.kind {
             RING => 3 * self.axes[1],
             PAGED => self.pages_per_row * self.axes[1],
-            RAGGED => (self.table[row + 1] - self.table[row]).into(),
+            // A hostile call may count more rows than there are; those have none.
+            RAGGED => self.table.get(row..row + 2).map_or(0, |ends| (ends[1] - ends[0]).into()),
             _ => self.axes[1],
         }
     }
