@@ -1,7 +1,4 @@
-/* A prompt of four tokens and three more, one at a time, through a cache of keys and values in bfloat16.
- *
- *     cc example.c -Iinclude -Ltarget/release -lkvlane -o example
- */
+/* A prompt of four tokens and three more, one at a time, through a cache of keys and values in bfloat16. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -66,12 +63,13 @@ static void step(const kvl_context *context, const double *inv_freq, uint16_t *k
 
     size_t bytes;
     check(kvl_attention_workspace_size(&attention, NULL, &bytes));
-    void *workspace = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (workspace == NULL) {
+    unsigned char *memory = malloc(bytes + 63);
+    if (memory == NULL) {
         exit(1);
     }
+    void *workspace = memory + (64 - (uintptr_t)memory % 64) % 64; /* A workspace is aligned to 64 bytes. */
     check(kvl_attention(context, NULL, workspace, bytes, &attention));
-    free(workspace);
+    free(memory);
 
     const float *last = out + (seq - 1) * HEADS * DIM;
     printf("%2d tokens in the cache, output begins with %.3f %.3f %.3f\n", (int)valid, last[0], last[1], last[2]);

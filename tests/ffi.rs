@@ -81,6 +81,8 @@ const EXPORTS: &[&str] = &[
     "kvl_version_string",
 ];
 
+const C_API: &str = include_str!("../src/docs/c_api.md");
+
 const WARNINGS: [&str; 4] = ["-Wall", "-Wextra", "-Werror", "-pedantic"];
 
 /// The system libraries that the static library needs.
@@ -300,6 +302,38 @@ fn the_example_runs() {
 fn the_example_of_the_readme_runs() {
     // With one key, the output is its value.
     assert_eq!(both("step.c", Language::C99).trim(), "1 2 3");
+}
+
+/// The documented commands for C, word for word, warnings being errors. Cargo has built the libraries already, and so builds
+/// nothing here.
+#[test]
+fn the_documented_commands_build_the_example() {
+    if emulated() {
+        // The commands are for the machine itself.
+        return;
+    }
+    let (_, after) = C_API.split_once("<!-- c -->\n```sh\n").expect("the page has commands for C");
+    let (commands, _) = after.split_once("```").expect("the commands end");
+    let directory = work_directory().join("commands");
+    let _ = std::fs::remove_dir_all(&directory);
+    let built = directory.join("target/release");
+    std::fs::create_dir_all(&built).expect("the directory for test files can be written");
+    for name in ["include", "ffi-tests"] {
+        std::os::unix::fs::symlink(root().join(name), directory.join(name)).expect("a link");
+    }
+    for name in ["libkvlane.so", "libkvlane.a"] {
+        std::os::unix::fs::symlink(libraries().join(name), built.join(name)).expect("a link");
+    }
+    let words: Vec<String> = std::iter::once(compiler(Language::C99).get_program().to_string_lossy().into_owned())
+        .chain(WARNINGS.map(str::to_owned))
+        .chain(std::env::var("KVLANE_FFI_SANITIZE").ok().map(|s| format!("-fsanitize={s}")))
+        .collect();
+    let script = format!("cargo() {{ :; }}\ncc() {{ {} \"$@\"; }}\n{commands}", words.join(" "));
+    let printed = run(Command::new("sh").args(["-euc", &script]).current_dir(&directory));
+    let lines: Vec<&str> = printed.lines().collect();
+    assert_eq!(lines.len(), 8, "{printed}");
+    assert_eq!(lines[..4], lines[4..], "the two libraries give different results");
+    assert!(lines[3].starts_with(" 7 tokens in the cache"), "{printed}");
 }
 
 /// The library reads the documented environment variable.
