@@ -256,6 +256,8 @@ static void whole_caches(const kvl_context *context, const kvl_parallel_runner *
     kvl_cache cache = KVL_CACHE_INIT, other = KVL_CACHE_INIT;
     kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
     const kvl_rope_params *ropes[2] = {NULL, NULL};
+    float first_key[KV * D] = {1};
+    kvl_const_view unrotated[2];
     kvl_shard shard = KVL_SHARD_INIT;
     kvl_view part;
     size_t bytes;
@@ -270,6 +272,7 @@ static void whole_caches(const kvl_context *context, const kvl_parallel_runner *
     other.layers = others, other.num_layers = 2, other.lengths = other_lengths;
     turn.rotary_dim = D, turn.inv_freq = inv_freq;
     ropes[0] = &turn;
+    unrotated[0] = unrotated[1] = kvl_make_const_view(first_key, KVL_DTYPE_F32, 1, 1, KV, D);
     OK(kvl_cache_advance(&cache, counts));
     OK(kvl_cache_truncate(&cache, shorter, -1));
     OK(kvl_cache_set_lengths(&cache, two, shorter, 2));
@@ -278,7 +281,8 @@ static void whole_caches(const kvl_context *context, const kvl_parallel_runner *
     OK(kvl_cache_reorder_workspace_size(&cache, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
     OK(kvl_cache_reorder(context, runner, workspace, sizeof workspace, &cache, parents));
-    OK(kvl_cache_evict(context, runner, &cache, 3, 1, 3, ropes, 2));
+    OK(kvl_cache_evict(context, runner, &cache, 3, 1, 2, ropes, 2));
+    OK(kvl_cache_evict_running(context, runner, &cache, 3, 1, 2, 1, unrotated, ropes, 2));
     OK(kvl_cache_copy_pages(context, runner, layers, 2, moves, 1));
     OK(kvl_cache_reset(runner, &cache, two, 2, 1));
     other_lengths[0] = 16, other_lengths[1] = 8;

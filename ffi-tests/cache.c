@@ -196,6 +196,62 @@ static void evict(void) {
     REFUSED(KVL_STATUS_NULL_POINTER, "ropes is null", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 1));
 }
 
+static void evict_running(void) {
+    static const double inv_freq[] = {0.5, 0.25};
+    static const float cosines[4] = {1, 1, 1, 1};
+    float first[2 * TOKEN];
+    kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
+    const kvl_rope_params *ropes[3] = {NULL, NULL, NULL};
+    kvl_const_view keys[3] = {{0}};
+    kvl_cache cache = fresh(5, 6, 0);
+    int i;
+    /* What was before the gap keeps its bits if nothing is given. */
+    OK(kvl_cache_evict_running(context, NULL, &cache, 1, 1, 3, 0, NULL, NULL, 0));
+    LENGTHS(5, 4, 0);
+    ROW(1, 100, 103, 104, 105, 104, 105);
+
+    /* The first key of layer 0 is written anew, at position 7 + 2; the others keep their bits. */
+    cache = fresh(5, 6, 0);
+    turn.rotary_dim = D;
+    turn.inv_freq = inv_freq;
+    turn.magnitude = 3;
+    ropes[0] = &turn;
+    for (i = 0; i < 2 * TOKEN; i++) {
+        first[i] = (float)(i + 1) / 8;
+    }
+    keys[0] = kvl_make_const_view(first, KVL_DTYPE_F32, 1, 2, TOKEN / D, D);
+    OK(kvl_cache_evict_running(context, NULL, &cache, 1, 1, 3, 7, keys, ropes, 2));
+    LENGTHS(5, 4, 0);
+    {
+        const float *was = saved.k[0] + SLOTS * TOKEN, *is = all.k[0] + SLOTS * TOKEN;
+        const double c = cos(4.5), s = sin(4.5), c2 = cos(2.25), s2 = sin(2.25);
+        NEAR(is[0], 3 * (first[0] * c - first[1] * s), 1e-6);
+        NEAR(is[1], 3 * (first[1] * c + first[0] * s), 1e-6);
+        NEAR(is[D + 2], 3 * (first[D + 2] * c2 - first[D + 3] * s2), 1e-6);
+        CHECK(memcmp(is + TOKEN, was + 3 * TOKEN, 3 * TOKEN * sizeof *is) == 0, "tokens behind the gap have changed");
+    }
+    REFUSED(KVL_STATUS_SHAPE, "3 unrotated keys",
+            kvl_cache_evict_running(context, NULL, &cache, 1, 1, 2, 0, keys, ropes, 3));
+    REFUSED(KVL_STATUS_SHAPE, "of 2 tokens, but 3 are kept",
+            kvl_cache_evict_running(context, NULL, &cache, 1, 3, 4, 0, keys, ropes, 2));
+    REFUSED(KVL_STATUS_SHAPE, "dropped is -1",
+            kvl_cache_evict_running(context, NULL, &cache, 1, 1, 2, -1, keys, ropes, 2));
+    REFUSED(KVL_STATUS_CAPACITY, "has lost 2147483647",
+            kvl_cache_evict_running(context, NULL, &cache, 1, 1, 2, INT32_MAX, keys, ropes, 2));
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "1 to 7",
+            kvl_cache_evict_running(context, NULL, &cache, 0, 1, 7, 0, keys, ropes, 1));
+    REFUSED(KVL_STATUS_NULL_POINTER, "keys is null",
+            kvl_cache_evict_running(context, NULL, &cache, 1, 1, 2, 0, NULL, ropes, 2));
+    keys[0].shape[0] = 2;
+    keys[0].shape[1] = 1;
+    REFUSED(KVL_STATUS_SHAPE, "batch = 2", kvl_cache_evict_running(context, NULL, &cache, 1, 1, 2, 0, keys, ropes, 2));
+    keys[0] = kvl_make_const_view(all.v, KVL_DTYPE_F32, 1, 2, TOKEN / D, D);
+    REFUSED(KVL_STATUS_OVERLAP, "layer 0", kvl_cache_evict_running(context, NULL, &cache, 1, 1, 2, 0, keys, ropes, 2));
+    turn.cos = cosines;
+    REFUSED(KVL_STATUS_INVALID_VALUE, "by frequencies",
+            kvl_cache_evict_running(context, NULL, &cache, 1, 1, 2, 0, keys, ropes, 2));
+}
+
 static void tables(void) {
     int32_t table[3 * 4], lengths[3] = {0, 0, 0}, before[3 * 4];
     static const int32_t parents[] = {2, 2, 0}, wanted[] = {2, 2, 2, 0, 0, 1};
@@ -342,6 +398,7 @@ int main(void) {
     context = made;
     rows();
     evict();
+    evict_running();
     tables();
     pages();
     mistakes();

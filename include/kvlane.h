@@ -1789,7 +1789,8 @@ kvl_status kvl_cache_set_table_tokens(int32_t *table,
  * whose keys are not turned. Of each, `pairing`, `rotary_dim` and `inv_freq` are what the keys were written with; other fields
  * are not looked at, but a table is refused: it has no row for a difference of positions. Angles are computed in f64, arithmetic
  * is f32, rounded once to the cache's type: each call adds one such rounding to the keys that move. Values move to the bit.
- * Since ABI version 3.
+ * Roundings add up: after many small evictions 16-bit keys stand where they were before, because a small turn rounds back.
+ * `kvl_cache_evict_running` has no such drift. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
  * Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a row that does not exist, a
@@ -1805,6 +1806,36 @@ kvl_status kvl_cache_evict(const struct kvl_context *context,
                            int64_t end,
                            const struct kvl_rope_params *const *ropes,
                            size_t num_ropes);
+
+/**
+ * Drops the tokens `first` .. `end` of a row and closes the gap, and lets RoPE positions run on: the keys of later tokens move
+ * with all their bits, as values do, and only the `first` keys before the gap are brought near, by writing them again from
+ * unrotated copies. However often it is called, each key has been rounded once.
+ *
+ * `dropped` is how many tokens the row has lost before this call. Afterwards token t of the row has RoPE position
+ * `t + dropped + (end - first)`; the next query and key take `length + dropped`, with the new length and the new sum.
+ * Lengths, causality, windows and ALiBi go on counting from 0.
+ *
+ * `ropes` and `keys` have an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation or no token is
+ * kept before the gap. A null rope is a layer whose keys before the gap stay as they are. Of a rope, `pairing`, `rotary_dim`,
+ * `inv_freq` and `magnitude` are what the keys were written with; other fields are not looked at, but a table is refused.
+ * `keys[i]` is [1, tokens, kv_heads, dim], of any type, with at least `first` tokens: the keys of the row's first tokens
+ * after their norm and before their rotation. Since ABI version 3.
+ *
+ * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
+ * Bad input: as of `kvl_cache_evict`; copies that do not fit the layer's keys, are of too few tokens or share memory with the
+ * cache, a negative `dropped`, positions beyond 2^31 - 1 (`KVL_STATUS_CAPACITY`) are errors too, and nothing is written.
+ */
+kvl_status kvl_cache_evict_running(const struct kvl_context *context,
+                                   const struct kvl_parallel_runner *runner,
+                                   const struct kvl_cache *cache,
+                                   int64_t row,
+                                   int64_t first,
+                                   int64_t end,
+                                   int64_t dropped,
+                                   const struct kvl_const_view *keys,
+                                   const struct kvl_rope_params *const *ropes,
+                                   size_t num_ropes);
 
 /**
  * Copies whole pages of a pool, `moves[2 * i]` to `moves[2 * i + 1]`, in all layers, whose views are

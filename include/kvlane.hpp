@@ -527,6 +527,16 @@ inline void cache_evict(const context &context, const kvl_cache &cache, std::int
     check(kvl_cache_evict(context.get(), runner, &cache, row, first, end, ropes.data(), ropes.size()));
 }
 
+/// `keys` and `ropes` have an entry per layer, or one for all, or none.
+inline void cache_evict_running(const context &context, const kvl_cache &cache, std::int64_t row, std::int64_t first,
+                                std::int64_t end, std::int64_t dropped, const std::vector<kvl_const_view> &keys = {},
+                                const std::vector<const kvl_rope_params *> &ropes = {},
+                                const kvl_parallel_runner *runner = nullptr) {
+    detail::same_size(keys.size(), ropes.size());
+    check(kvl_cache_evict_running(context.get(), runner, &cache, row, first, end, dropped, keys.data(), ropes.data(),
+                                  ropes.size()));
+}
+
 /// Pages {from, to}.
 inline void cache_copy_pages(const context &context, const std::vector<kvl_kv_layer> &layers,
                              const std::vector<std::array<std::int32_t, 2>> &moves,

@@ -110,8 +110,8 @@ pub use kernels::registry::kernels;
 pub use layout::{Layout, Packing};
 pub use ops::attention::{AttentionOptions, AttentionTensors, alibi_slopes, attention, attention_workspace_size};
 pub use ops::cache::{
-    KeyRotation, KvCache, KvLayer, copy_pages, defragment_pages, reorder_table, reorder_table_workspace_size,
-    reorder_workspace_size, set_table_tokens,
+    KeyRotation, KvCache, KvLayer, UnrotatedKeys, copy_pages, defragment_pages, reorder_table,
+    reorder_table_workspace_size, reorder_workspace_size, set_table_tokens,
 };
 pub use ops::chunks::{
     ChunkMerge, MAX_SEGMENTS, attention_chunks, attention_chunks_workspace_size, chunk_states_len, merge_chunks,

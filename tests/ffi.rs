@@ -30,6 +30,7 @@ const EXPORTS: &[&str] = &[
     "kvl_cache_copy_prefix",
     "kvl_cache_defragment",
     "kvl_cache_evict",
+    "kvl_cache_evict_running",
     "kvl_cache_insert_row",
     "kvl_cache_reorder",
     "kvl_cache_reorder_table",
@@ -328,7 +329,7 @@ fn the_documented_commands_build_the_example() {
         .chain(WARNINGS.map(str::to_owned))
         .chain(std::env::var("KVLANE_FFI_SANITIZE").ok().map(|s| format!("-fsanitize={s}")))
         .collect();
-    let script = format!("cargo() {{ :; }}\ncc() {{ {} \"$@\"; }}\n{commands}", words.join(" "));
+    let script = format!("cargo() {{ :; }}\ncc() {{ command {} \"$@\"; }}\n{commands}", words.join(" "));
     let printed = run(Command::new("sh").args(["-euc", &script]).current_dir(&directory));
     let lines: Vec<&str> = printed.lines().collect();
     assert_eq!(lines.len(), 8, "{printed}");

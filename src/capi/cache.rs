@@ -8,16 +8,16 @@ use super::rope::{kvl_rope_params, parse_pairing};
 use super::runner::{CallerRunner, kvl_parallel_runner};
 use super::sized::{assert_layout, read_sized, sized};
 use super::status::kvl_status;
-use super::views::kvl_view;
+use super::views::{kvl_const_view, kvl_view};
 use crate::error::{Error, Result, ensure};
 use crate::layout::Layout;
 use crate::ops::cache::{
-    Layers, RawCache, RawLayer, RawRotation, copy_pages_raw, copy_prefix_raw, defragment_pages_raw, evict_raw,
-    insert_row_raw, reorder_raw, reorder_table_raw, reorder_table_workspace_size, reorder_workspace_size_raw,
-    reset_raw, set_table_tokens,
+    Layers, RawCache, RawLayer, RawRotation, RawUnrotated, copy_pages_raw, copy_prefix_raw, defragment_pages_raw,
+    evict_raw, evict_running_raw, insert_row_raw, reorder_raw, reorder_table_raw, reorder_table_workspace_size,
+    reorder_workspace_size_raw, reset_raw, set_table_tokens,
 };
 use crate::ops::rope::check_rotary_dim;
-use crate::view::{BATCH, SEQ};
+use crate::view::{BATCH, RawView, SEQ};
 use std::ffi::c_void;
 
 /// The cache of one layer. Since ABI version 3.
@@ -364,7 +364,8 @@ pub unsafe extern "C" fn kvl_cache_set_table_tokens(
 /// whose keys are not turned. Of each, `pairing`, `rotary_dim` and `inv_freq` are what the keys were written with; other fields
 /// are not looked at, but a table is refused: it has no row for a difference of positions. Angles are computed in f64, arithmetic
 /// is f32, rounded once to the cache's type: each call adds one such rounding to the keys that move. Values move to the bit.
-/// Since ABI version 3.
+/// Roundings add up: after many small evictions 16-bit keys stand where they were before, because a small turn rounds back.
+/// `kvl_cache_evict_running` has no such drift. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
 /// Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a row that does not exist, a
@@ -389,7 +390,58 @@ pub unsafe extern "C" fn kvl_cache_evict(
             let drop = size("first", first)?..size("end", end)?;
             let ropes = Ropes(required_list("ropes", ropes, num_ropes)?);
             with_cache(cache, |cache| {
-                evict_raw(context, runner.as_dyn(), cache, row, drop, num_ropes, &|i| ropes.rotation(i))
+                let rotation = |i| Ok(ropes.rotation(i)?.map(|(rotation, _)| rotation));
+                evict_raw(context, runner.as_dyn(), cache, row, drop, num_ropes, &rotation)
+            })
+        }
+    })
+}
+
+/// Drops the tokens `first` .. `end` of a row and closes the gap, and lets RoPE positions run on: the keys of later tokens move
+/// with all their bits, as values do, and only the `first` keys before the gap are brought near, by writing them again from
+/// unrotated copies. However often it is called, each key has been rounded once.
+///
+/// `dropped` is how many tokens the row has lost before this call. Afterwards token t of the row has RoPE position
+/// `t + dropped + (end - first)`; the next query and key take `length + dropped`, with the new length and the new sum.
+/// Lengths, causality, windows and ALiBi go on counting from 0.
+///
+/// `ropes` and `keys` have an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation or no token is
+/// kept before the gap. A null rope is a layer whose keys before the gap stay as they are. Of a rope, `pairing`, `rotary_dim`,
+/// `inv_freq` and `magnitude` are what the keys were written with; other fields are not looked at, but a table is refused.
+/// `keys[i]` is [1, tokens, kv_heads, dim], of any type, with at least `first` tokens: the keys of the row's first tokens
+/// after their norm and before their rotation. Since ABI version 3.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
+/// Bad input: as of `kvl_cache_evict`; copies that do not fit the layer's keys, are of too few tokens or share memory with the
+/// cache, a negative `dropped`, positions beyond 2^31 - 1 (`KVL_STATUS_CAPACITY`) are errors too, and nothing is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_cache_evict_running(
+    context: *const kvl_context,
+    runner: *const kvl_parallel_runner,
+    cache: *const kvl_cache,
+    row: i64,
+    first: i64,
+    end: i64,
+    dropped: i64,
+    keys: *const kvl_const_view,
+    ropes: *const *const kvl_rope_params,
+    num_ropes: usize,
+) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise, here and below.
+        unsafe {
+            let (context, runner) = (borrow(context)?, CallerRunner::new(runner)?);
+            let drop = size("first", first)?..size("end", end)?;
+            let dropped = size("dropped", dropped)?;
+            let ropes = Ropes(required_list("ropes", ropes, num_ropes)?);
+            let keys = CallerViews(required_list("keys", keys, num_ropes)?);
+            let unrotated = |i: usize| {
+                let Some((rotation, magnitude)) = ropes.rotation(i)? else { return Ok(None) };
+                Ok(Some(RawUnrotated { keys: keys.view(i)?, rotation, magnitude }))
+            };
+            with_cache(cache, |cache| {
+                let unrotated = (num_ropes, &unrotated as _);
+                evict_running_raw(context, runner.as_dyn(), cache, row, drop, dropped, unrotated)
             })
         }
     })
@@ -491,6 +543,19 @@ impl Layers for CallerLayers<'_> {
     }
 }
 
+/// The unrotated keys of a caller's layers.
+#[derive(Clone, Copy)]
+struct CallerViews<'a>(&'a [kvl_const_view]);
+
+// SAFETY: what is shared is addresses and numbers.
+unsafe impl Sync for CallerViews<'_> {}
+
+impl CallerViews<'_> {
+    fn view(self, i: usize) -> Result<RawView> {
+        self.0[i].raw("the unrotated keys")
+    }
+}
+
 /// How the keys of each layer were turned.
 #[derive(Clone, Copy)]
 struct Ropes<'a>(&'a [*const kvl_rope_params]);
@@ -499,9 +564,11 @@ struct Ropes<'a>(&'a [*const kvl_rope_params]);
 unsafe impl Sync for Ropes<'_> {}
 
 impl<'a> Ropes<'a> {
+    /// The rotation of a layer, and the factor on its cosines and sines.
+    ///
     /// # Safety
     /// Every pointer is null or points to what the header describes.
-    unsafe fn rotation(self, i: usize) -> Result<Option<RawRotation<'a>>> {
+    unsafe fn rotation(self, i: usize) -> Result<Option<(RawRotation<'a>, f64)>> {
         if self.0[i].is_null() {
             return Ok(None);
         }
@@ -518,7 +585,8 @@ impl<'a> Ropes<'a> {
         check_rotary_dim(rotary_dim)?;
         // SAFETY: the caller's.
         let inv_freq = unsafe { required_list("inv_freq", params.inv_freq, rotary_dim / 2) }?;
-        Ok(Some(RawRotation { pairing, inv_freq }))
+        let magnitude = if params.magnitude == 0.0 { 1.0 } else { params.magnitude };
+        Ok(Some((RawRotation { pairing, inv_freq }, magnitude)))
     }
 }
 

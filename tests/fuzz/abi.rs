@@ -304,6 +304,18 @@ unsafe extern "C" {
         ropes: *const *const kvl_rope_params,
         num_ropes: usize,
     ) -> i32;
+    pub fn kvl_cache_evict_running(
+        context: Context,
+        runner: Runner,
+        cache: *const kvl_cache,
+        row: i64,
+        first: i64,
+        end: i64,
+        dropped: i64,
+        keys: *const kvl_const_view,
+        ropes: *const *const kvl_rope_params,
+        num_ropes: usize,
+    ) -> i32;
     pub fn kvl_cache_copy_pages(
         context: Context,
         runner: Runner,

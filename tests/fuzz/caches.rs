@@ -16,6 +16,8 @@ struct Cache {
     tensors: Vec<Tensor>,
     /// Sizes of the heads of K, by layer.
     dims: Vec<i64>,
+    /// Heads, and their size in K, by layer.
+    heads: Vec<(i64, i64)>,
     /// What lengths are where nothing is spoiled.
     right: Vec<i64>,
     lengths: List<i32>,
@@ -88,7 +90,8 @@ impl Cache {
         let cache = kvl_cache { layers, num_layers, layout: layout.at, lengths: lengths.at.cast_mut(), ..zeroed() };
         let at = c.sized(&cache, &[]);
         let dims = heads.iter().map(|h| h.1).collect();
-        Self { at, layers, num_layers, places, layout, tensors, dims, right, lengths, rows }
+        let heads = heads.iter().map(|h| (h.0, h.1)).collect();
+        Self { at, layers, num_layers, places, layout, tensors, dims, heads, right, lengths, rows }
     }
 
     fn length(&self, row: i64) -> i64 {
@@ -398,18 +401,8 @@ pub fn cache_set_table_tokens(mut c: Call) -> i32 {
     c.check(status)
 }
 
-pub fn cache_evict(mut c: Call) -> i32 {
-    c.spoil_rate(0.025);
-    let cache = Cache::any(&mut c, &[CONTIGUOUS, PAGED, RAGGED], Use::Write, true);
-    cache.fill(&mut c, false);
-    let row = c.rng.below(cache.places.rows as usize) as i64;
-    let length = cache.right[row as usize] as usize;
-    let first = c.rng.between(0, length);
-    let end = c.rng.between(first, length) as i64;
-    let (row, first, end) = (c.number(row), c.number(first as i64), c.number(end));
-    let layers = cache.dims.len();
-    let num_ropes = c.rng.pick(&[0, 1, layers, layers]);
-    let num_ropes = if c.hit() { c.rng.between(0, 5) } else { num_ropes };
+/// A list of so many rotations for the layers, and which of them are none.
+fn rotations(c: &mut Call, cache: &Cache, num_ropes: usize) -> (*const *const kvl_rope_params, Vec<bool>) {
     let mut ropes: Vec<*const kvl_rope_params> = Vec::new();
     let least = cache.dims.iter().copied().min().unwrap_or(0);
     for i in 0..num_ropes {
@@ -430,8 +423,25 @@ pub fn cache_evict(mut c: Call) -> i32 {
             kvl_rope_params { pairing: c.code(pairing), reserved: c.code(0), rotary_dim, inv_freq, cos, ..zeroed() };
         ropes.push(c.sized(&params, &[]));
     }
+    let none = ropes.iter().map(|rope| rope.is_null()).collect();
     let ropes = c.arena.copy(&ropes, 0).cast_const();
     let ropes = if c.hit() && c.maybe(0.2) { std::ptr::null() } else { ropes };
+    (ropes, none)
+}
+
+pub fn cache_evict(mut c: Call) -> i32 {
+    c.spoil_rate(0.025);
+    let cache = Cache::any(&mut c, &[CONTIGUOUS, PAGED, RAGGED], Use::Write, true);
+    cache.fill(&mut c, false);
+    let row = c.rng.below(cache.places.rows as usize) as i64;
+    let length = cache.right[row as usize] as usize;
+    let first = c.rng.between(0, length);
+    let end = c.rng.between(first, length) as i64;
+    let (row, first, end) = (c.number(row), c.number(first as i64), c.number(end));
+    let layers = cache.dims.len();
+    let num_ropes = c.rng.pick(&[0, 1, layers, layers]);
+    let num_ropes = if c.hit() { c.rng.between(0, 5) } else { num_ropes };
+    let (ropes, _) = rotations(&mut c, &cache, num_ropes);
     let left = cache.length(row).saturating_sub(end.saturating_sub(first));
     let left = if first == end { first } else { left };
     cache.writes(&mut c, &cache.layout.places(row, first..left, left));
@@ -440,6 +450,51 @@ pub fn cache_evict(mut c: Call) -> i32 {
     c.ready();
     // SAFETY: everything is in blocks that are as long as the arguments say.
     let status = unsafe { kvl_cache_evict(context, runner, cache.at, row, first, end, ropes, num_ropes) };
+    c.check(status)
+}
+
+pub fn cache_evict_running(mut c: Call) -> i32 {
+    c.spoil_rate(0.02);
+    let cache = Cache::any(&mut c, &[CONTIGUOUS, PAGED, RAGGED], Use::Write, true);
+    cache.fill(&mut c, false);
+    let row = c.rng.below(cache.places.rows as usize) as i64;
+    let length = cache.right[row as usize] as usize;
+    let first = c.rng.between(0, length.min(6));
+    let end = c.rng.between(first, length) as i64;
+    let kept = first as i64 + c.rng.below(3) as i64;
+    let (row, first, end) = (c.number(row), c.number(first as i64), c.number(end));
+    let dropped = c.rng.below(10_000) as i64;
+    let dropped = c.number(dropped);
+    let layers = cache.dims.len();
+    let num_ropes = c.rng.pick(&[0, layers, layers]);
+    let num_ropes = if c.hit() { c.rng.between(0, 5) } else { num_ropes };
+    let (ropes, none) = rotations(&mut c, &cache, num_ropes);
+    let mut keys: Vec<kvl_const_view> = Vec::new();
+    for (i, &none) in none.iter().enumerate() {
+        if none {
+            // Nobody looks at it.
+            keys.push(zeroed());
+            continue;
+        }
+        let (heads, dim) = cache.heads.get(i).copied().unwrap_or((1, 2));
+        let dtype = c.dtype();
+        let mut tensor = c.tensor(dtype, [1, kept, heads, dim], true);
+        c.alias(&mut tensor, &cache.tensors[0]);
+        c.settle(&mut tensor);
+        c.fill(&tensor, |_| true);
+        keys.push(c.const_view(&tensor));
+    }
+    let keys = c.arena.copy(&keys, 0).cast_const();
+    let keys = if c.hit() && c.maybe(0.2) { std::ptr::null() } else { keys };
+    let left = cache.length(row).saturating_sub(end.saturating_sub(first));
+    let left = if first == end { 0 } else { left };
+    cache.writes(&mut c, &cache.layout.places(row, 0..left, left));
+    cache.changes_lengths(&mut c);
+    let (context, runner) = (c.context(), c.runner());
+    c.ready();
+    // SAFETY: everything is in blocks that are as long as the arguments say.
+    let status =
+        unsafe { kvl_cache_evict_running(context, runner, cache.at, row, first, end, dropped, keys, ropes, num_ropes) };
     c.check(status)
 }
 

@@ -61,6 +61,7 @@ targets! {
     6 kvl_cache_reorder_table: cache_reorder_table,
     4 kvl_cache_set_table_tokens: cache_set_table_tokens,
     10 kvl_cache_evict: cache_evict,
+    10 kvl_cache_evict_running: cache_evict_running,
     8 kvl_cache_copy_pages: cache_copy_pages,
     8 kvl_cache_defragment: cache_defragment,
     2 kvl_shard_from_rank: shard_from_rank,

@@ -9,6 +9,7 @@ use kvlane::*;
 
 tests! {
     levels: emptied_rows, inserted_rows, copied_prefixes, reordered_rows, evicted_tokens, turned_keys, turned_keys_again,
+        running_positions, drift,
         moved_pages, threads_share_the_work;
     once: claimed_lengths, truncated_rings, tables_instead_of_copies, a_slot_in_use_is_not_given_up, mistakes, insert_mistakes,
         table_mistakes, bad_layers_change_nothing;
@@ -580,7 +581,12 @@ fn evicted_tokens(level: &Level) {
         let runner = runner(rng);
         let none = vec![None; stack.layers.len()];
         let rotations = rng.pick(&[&[][..], &none, &none[..1]]);
-        stack.call(|cache| cache.evict(&level.context, runner, row, drop.clone(), rotations)).unwrap();
+        if rng.chance(0.5) {
+            stack.call(|cache| cache.evict(&level.context, runner, row, drop.clone(), rotations)).unwrap();
+        } else {
+            let none = vec![None; rotations.len()];
+            stack.call(|cache| cache.evict_running(&level.context, runner, row, drop.clone(), 9, &none)).unwrap();
+        }
         stack.count(level);
         stack.assert_is(&want, &lengths, &format!("{drop:?} of {length}"));
     }
@@ -721,6 +727,150 @@ fn turned_keys_again(level: &Level) {
             level.checked(Op::Rope, dtype, dtype);
             let how = (Pairing::HalfSplit, frequencies);
             assert_turned(&stack.layers[0].0, &exact, &kept, how, 0, 1.0 + f64::from(turn));
+        }
+    }
+}
+
+/// Positions that run on: what moves keeps its bits, and keys before the gap are rounded once, however often they are written.
+fn running_positions(level: &Level) {
+    let rng = &mut Rng::new(114);
+    for (dtype, source) in DType::ALL.into_iter().flat_map(|a| DType::ALL.map(|b| (a, b))) {
+        let pairing = rng.pick(&[Pairing::Interleaved, Pairing::HalfSplit]);
+        let (frequencies, sinks) = (&scalings(32)[rng.below(4)], rng.between(1, 5));
+        let (shape, n) = ([1, 80, 2, 40], 80);
+        // The copies may have been rounded; that is not this call's.
+        let (copies, strides) = ([1, sinks + rng.below(3), 2, 40], Strides::random(rng));
+        let noise = Tensor::random(rng, source, copies, strides, Place::GuardAfter);
+        let (turned, mut exact) = turned(rng, dtype, shape, (pairing, frequencies), 0);
+        for t in 0..sinks {
+            for h in 0..2 {
+                exact.row_mut(0, t, h).copy_from_slice(noise.array().row(0, t, h));
+            }
+        }
+        // The same tokens on pages in any order.
+        let paged = rng.chance(0.5);
+        let kind = if paged { Kind::Paged { pages: permutation(rng, 12), per_row: 12 } } else { Kind::Contiguous };
+        let mut cache = turned;
+        if paged {
+            let mut pool = Tensor::input(dtype, [12, 7, 2, 40], Strides::random(rng), Place::Heap);
+            for at in indices(shape) {
+                let (page, slot) = kind.place(7, 0, at[1]);
+                pool.set([page, slot, at[2], at[3]], cache.get(at));
+            }
+            cache = pool;
+        }
+        let mut stack = Stack { layers: vec![(cache, None)], kind, lengths: vec![n as i32] };
+        let bits = |stack: &Stack, p: usize| -> Vec<u32> {
+            let (row, slot) = stack.place(0, p);
+            (0..80).map(|i| stack.layers[0].0.bits([row, slot, i / 40, i % 40])).collect()
+        };
+        let before: Vec<Vec<u32>> = (0..n).map(|p| bits(&stack, p)).collect();
+        let (mut kept, mut dropped): (Vec<usize>, usize) = ((0..n).collect(), 0);
+        while kept.len() > sinks + 2 {
+            let drop = sinks..sinks + rng.between(1, (kept.len() - sinks).min(9));
+            kept.drain(drop.clone());
+            let unrotated = UnrotatedKeys::new(noise.view(), KeyRotation::new(pairing, frequencies));
+            let runner = runner(rng);
+            stack
+                .call(|cache| cache.evict_running(&level.context, runner, 0, drop.clone(), dropped, &[Some(unrotated)]))
+                .unwrap();
+            level.checked(Op::Rope, source, dtype);
+            dropped += drop.len();
+            assert_eq!(stack.lengths, [kept.len() as i32]);
+            for (p, &t) in kept.iter().enumerate().skip(sinks) {
+                assert_eq!(bits(&stack, p), before[t], "token {t} at {p}");
+            }
+            let mut first = Tensor::input(dtype, [1, sinks, 2, 40], Strides::BSHD, Place::Heap);
+            for at in indices(first.shape) {
+                let (row, slot) = stack.place(0, at[1]);
+                first.set(at, stack.layers[0].0.get([row, slot, at[2], at[3]]));
+            }
+            let all: Vec<usize> = (0..sinks).collect();
+            assert_turned(&first, &exact, &all, (pairing, frequencies), dropped as i64, 1.0);
+            stack.layers[0].0.assert_gaps();
+        }
+    }
+}
+
+/// Many small evictions: turned keys drift away from their positions, positions that run on do not.
+fn drift(level: &Level) {
+    let rng = &mut Rng::new(115);
+    let (n, sinks, heads, dim) = (1300, 4, 8, 64);
+    let times = scaled(1000).clamp(100, 1000);
+    let left = n - times;
+    let frequencies = &RopeFrequencies::new(dim, 10_000.0, &RopeScaling::None).unwrap();
+    let rotation = KeyRotation::new(Pairing::HalfSplit, frequencies);
+    let array = |t: &Tensor, at: &dyn Fn(usize) -> i64| {
+        oracle::rope(&t.array(), rotation.pairing, frequencies.inv_freq(), 1.0, |_, s| at(s))
+    };
+    for dtype in DType::ALL {
+        let mut random = |shape| Tensor::random(rng, DType::F32, shape, Strides::BSHD, Place::Heap);
+        let (mut q, exact) = (random([1, 1, heads, dim]), random([1, n, 1, dim]));
+        let mut v = Tensor::input(dtype, [1, n, 1, dim], Strides::BSHD, Place::Heap);
+        for at in indices(v.shape) {
+            v.set(at, random([1, 1, 1, 1]).get([0; 4]) / 2.0);
+        }
+        for at in indices(q.shape) {
+            q.set(at, 3.0 * q.get(at));
+        }
+        // What attention over the tokens that are left is: in f64, each at its new position.
+        let place = |p: usize| if p < sinks { p } else { p + times };
+        let (mut k, mut values) = (Tensor::input(DType::F32, [1, left, 1, dim], Strides::BSHD, Place::Heap), vec![]);
+        for at in indices(k.shape) {
+            k.set(at, exact.get([0, place(at[1]), 0, at[3]]));
+            values.push(f64::from(v.get([0, place(at[1]), 0, at[3]])));
+        }
+        let (query, keys) = (array(&q, &|_| left as i64 - 1), array(&k, &|s| s as i64));
+        let values = Array { shape: k.shape, data: values };
+        let want = oracle::Attention::default().run(&query, &keys, &values).out;
+
+        let errors = ["small steps", "one step", "running"].map(|way| {
+            let mut cache = Tensor::input(dtype, exact.shape, Strides::BSHD, Place::Heap);
+            let written = array(&exact, &|s| s as i64);
+            for at in indices(cache.shape) {
+                cache.set(at, written.row(0, at[1], 0)[at[3]] as f32);
+            }
+            let values = v.to(Strides::BSHD, Place::Heap);
+            let mut stack =
+                Stack { layers: vec![(cache, Some(values))], kind: Kind::Contiguous, lengths: vec![n as i32] };
+            let mut position = left as i64 - 1;
+            let (context, turn) = (&level.context, [Some(rotation)]);
+            match way {
+                "small steps" => (0..times)
+                    .for_each(|_| stack.call(|c| c.evict(context, &Serial, 0, sinks..sinks + 1, &turn)).unwrap()),
+                "one step" => stack.call(|c| c.evict(context, &Serial, 0, sinks..sinks + times, &turn)).unwrap(),
+                _ => {
+                    for dropped in 0..times {
+                        let unrotated = [Some(UnrotatedKeys::new(exact.view(), rotation))];
+                        stack
+                            .call(|c| c.evict_running(context, &Serial, 0, sinks..sinks + 1, dropped, &unrotated))
+                            .unwrap();
+                    }
+                    position += times as i64;
+                }
+            }
+            let mut query = q.to(Strides::BSHD, Place::Heap);
+            let positions = [position as i32];
+            let angles = RopeAngles::Frequencies(frequencies);
+            let rope = Rope::new(rotation.pairing, dim, angles, Positions::Offsets(&positions));
+            rope_in_place(context, &Serial, query.view_mut(), &rope).unwrap();
+            let mut out = Tensor::output(DType::F32, q.shape, Strides::BSHD, Place::Heap);
+            let (k, v) = &stack.layers[0];
+            let v = v.as_ref().unwrap().view();
+            let tensors = AttentionTensors::new(query.view(), k.view(), v, out.view_mut());
+            let options = AttentionOptions::new().lengths(&stack.lengths).precision(Precision::High);
+            attention(context, &Serial, &mut Workspace::new(), tensors, &options).unwrap();
+            indices(out.shape)
+                .map(|at| (f64::from(out.get(at)) - want.row(0, 0, at[2])[at[3]]).abs())
+                .fold(0.0, f64::max)
+        });
+        let [small, once, running] = errors;
+        assert!(running <= 1.2 * once + 1e-6, "{dtype}: {running:e}, but one step has {once:e}");
+        if times == 1000 {
+            assert!(
+                small > 5.0 * once,
+                "{dtype}: {small:e}, and one step has {once:e}: the documentation says otherwise"
+            );
         }
     }
 }
@@ -878,9 +1028,29 @@ fn mistakes() {
         c.evict(context, &Serial, 0, 0..1, &[rotation; 7])
     });
 
+    let few = Tensor::random(&mut Rng::new(116), DType::F32, [1, 1, 3, 5], Strides::BSHD, Place::Heap);
+    let two = RopeFrequencies::new(2, 10_000.0, &RopeScaling::None).unwrap();
+    let unrotated = |frequencies| {
+        let rotation = KeyRotation::new(Pairing::HalfSplit, frequencies);
+        Some(UnrotatedKeys::new(few.view(), rotation))
+    };
+    let running = |c: &mut KvCache, drop, dropped, keys: &[Option<UnrotatedKeys>]| {
+        c.evict_running(context, &Serial, 0, drop, dropped, keys)
+    };
+    c.refuses(OutOfRange, &["2 to 6", "row 0 has 5"], |c| running(c, 2..6, 0, &[]));
+    c.refuses(Shape, &["7 unrotated keys", &format!("{layers} layers")], |c| {
+        running(c, 0..1, 0, &[unrotated(&two); 7])
+    });
+    c.refuses(Shape, &["layer 0"], |c| running(c, 1..2, 0, &[unrotated(&many)]));
+    c.refuses(Shape, &["of 1 tokens, but 2 are kept"], |c| running(c, 2..3, 0, &[unrotated(&two)]));
+    c.refuses(Capacity, &["holds 5 tokens", "lost 2147483643", "2147483647"], |c| {
+        running(c, 1..2, i32::MAX as usize - 4, &[])
+    });
+
     // A ring.
     let mut ring = Stack::random(&mut Rng::new(114), [2, 8], Kind::Ring(2), vec![11, 6]);
     ring.refuses(InvalidValue, &["a ring drops"], |c| c.evict(context, &Serial, 1, 2..3, &[]));
+    ring.refuses(InvalidValue, &["a ring drops"], |c| c.evict_running(context, &Serial, 1, 2..3, 0, &[]));
     ring.refuses(OutOfRange, &["position 4 of row 0", "11 tokens", "positions 2 to 4"], |c| c.truncate(&[10, 6], None));
     ring.refuses(OutOfRange, &["position 3 of row 0", "11 tokens"], |c| c.copy_prefix(context, &Serial, 0, &[1], 9));
     ring.kind = Kind::Ring(8);

@@ -10,6 +10,7 @@
 //! | [`KvCache::reorder`] | rows replaced by their parents (beam search) | the rows that change |
 //! | [`reorder_table`], [`set_table_tokens`] | the same with a table | none |
 //! | [`KvCache::evict`] | drops tokens, closes the gap, turns keys to their new positions | what is after the gap |
+//! | [`KvCache::evict_running`] | the same without drift: positions run on, and the first keys are rotated anew | what is after the gap |
 //! | [`copy_pages`], [`defragment_pages`] | pages of a pool | the pages that move |
 //!
 //! All layers of a [`KvCache`] share one list of lengths and one layout, so they agree in the first two axes of their views;
@@ -40,13 +41,13 @@ mod pages;
 mod rows;
 
 pub use beam::{reorder_table, reorder_table_workspace_size, reorder_workspace_size, set_table_tokens};
-pub use evict::KeyRotation;
+pub use evict::{KeyRotation, UnrotatedKeys};
 pub use pages::{copy_pages, defragment_pages};
 
 #[cfg(feature = "capi")]
 pub(crate) use beam::{reorder_raw, reorder_table_raw, reorder_workspace_size_raw};
 #[cfg(feature = "capi")]
-pub(crate) use evict::{RawRotation, evict_raw};
+pub(crate) use evict::{RawRotation, RawUnrotated, evict_raw, evict_running_raw};
 #[cfg(feature = "capi")]
 pub(crate) use pages::{copy_pages_raw, defragment_pages_raw};
 #[cfg(feature = "capi")]
