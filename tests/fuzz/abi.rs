@@ -1,4 +1,5 @@
-//! `include/kvlane.h`, said once more: what a program in another language would declare. Two tests hold it to the header.
+//! `include/kvlane.h`, declared a second time, as a program in another language would do. Two tests compare it with
+//! the header.
 #![allow(non_camel_case_types)]
 
 use std::ffi::{c_char, c_void};
@@ -6,12 +7,12 @@ use std::ffi::{c_char, c_void};
 /// A struct of integers, floats, nullable pointers and arrays of them.
 ///
 /// # Safety
-/// `repr(C)`, and all bytes 0 are a value.
+/// The struct is `repr(C)`, and all bytes 0 are a valid value.
 pub unsafe trait Plain: Copy {}
 
-/// All fields 0, for the sized structs also their size.
+/// All fields 0, except the size in sized structs.
 pub fn zeroed<T: Plain>() -> T {
-    // SAFETY: a value, by the trait's promise.
+    // SAFETY: all bytes 0 are a valid value, by the trait's contract.
     unsafe { std::mem::zeroed() }
 }
 
@@ -31,7 +32,7 @@ macro_rules! structs {
 
 structs! {
     kvl_view { data: *mut u8, dtype: i32, reserved: i32, shape: [i64; 4], strides: [i64; 4], bytes: usize }
-    // Read only, but of the same fields; that C has `const` there does not concern anybody here.
+    // A const view has the same fields; `const` in C makes no difference here.
     kvl_const_view { data: *mut u8, dtype: i32, reserved: i32, shape: [i64; 4], strides: [i64; 4], bytes: usize }
     kvl_mask { data: *const u8, shape: [i64; 4], strides: [i64; 4], bytes: usize }
     kvl_parallel_runner {
@@ -91,13 +92,13 @@ structs! {
 
 pub type kvl_task = unsafe extern "C" fn(*mut c_void, usize);
 
-/// Only ever behind a pointer.
+/// Used behind a pointer only.
 #[repr(C)]
 pub struct kvl_context([u8; 0]);
-/// Only ever behind a pointer.
+/// Used behind a pointer only.
 #[repr(C)]
 pub struct kvl_plan([u8; 0]);
-/// Only ever behind a pointer.
+/// Used behind a pointer only.
 #[repr(C)]
 pub struct kvl_thread_pool([u8; 0]);
 
@@ -365,7 +366,7 @@ unsafe extern "C" {
     pub fn kvl_shard_view(view: *const kvl_view, axis: i32, first: i64, count: i64, part: *mut kvl_view) -> i32;
 }
 
-/// The struct's name and fields, of every struct that the header defines.
+/// The name and fields of every struct in the header.
 pub fn header_structs(header: &str) -> Vec<(String, Vec<String>)> {
     let mut structs = Vec::new();
     for text in header.split("typedef struct ").skip(1) {
@@ -373,7 +374,7 @@ pub fn header_structs(header: &str) -> Vec<(String, Vec<String>)> {
         let Some((body, _)) = rest.split_once(&format!("}} {name};")) else { continue };
         let lines = body.lines().map(str::trim).filter(|line| !line.starts_with('*') && line.ends_with(';'));
         let fields = lines.map(|line| {
-            // A pointer to a function has its name in the middle; what is last elsewhere may be an array.
+            // A function pointer has its name in the middle; elsewhere the name is last and may be an array.
             let declared = match line.split_once("(*") {
                 Some((_, function)) => function.split(')').next(),
                 None => line.trim_end_matches(';').split('[').next(),

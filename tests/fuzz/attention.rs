@@ -1,4 +1,4 @@
-//! Calls of attention: rows of any layout, masks, shared prefixes, spans of a sequence, and plans.
+//! Calls of attention: sequences in any layout, masks, shared prefixes, segments of a sequence, and plans.
 
 use crate::abi::*;
 use crate::call::{Call, List, last_error, product};
@@ -7,23 +7,23 @@ use crate::places::*;
 use std::collections::BTreeSet;
 use std::mem::offset_of;
 
-/// Which function takes the parameters.
+/// The function that takes the parameters.
 #[derive(Clone, Copy, PartialEq)]
 enum Form {
     Plain,
-    /// With a prefix that rows share, and so without a left window.
+    /// With a shared prefix, and so without a left window.
     Shared,
     /// Of a span that leaves states: no ring, no ragged queries, no output.
     Span,
 }
 
-/// What an attention call says of its rows, nothing of it wrong.
+/// The valid part of an attention call that describes its sequences.
 struct Rows {
     places: Places,
     /// The first two axes of the queries.
     q: [i64; 2],
     batch: i64,
-    /// The most queries of a row.
+    /// The most queries of a sequence.
     seq: i64,
     query_starts: Option<Vec<i32>>,
     lengths: Option<Vec<i32>>,
@@ -35,7 +35,7 @@ struct Rows {
     right: i64,
 }
 
-/// What the library was told of them.
+/// The arguments of the call for them.
 struct Said {
     layout: Given,
     params: kvl_attention_params,
@@ -82,7 +82,7 @@ impl Rows {
         let mut offsets = c.maybe(0.3).then(|| -> Vec<i32> {
             (0..n).map(|_| c.rng.between(0, 2 * keys as usize) as i32 - keys as i32 / 2).collect()
         });
-        // What queries see of a ring, it must hold still.
+        // A ring must still hold the keys that queries see.
         let (slots, turning) = (places.axes[1], places.axes[1] - places.sinks);
         let mut most_prefix = i64::MAX;
         if kind == RING {
@@ -101,7 +101,7 @@ impl Rows {
         let starts = c.maybe(0.2).then(|| (0..n).map(|b| entry(c, b)).collect());
         let prefixes = c.maybe(0.2).then(|| (0..n).map(|b| i64::from(entry(c, b)).min(most_prefix) as i32).collect());
         let optional = kind != RING && kind != PAGED && c.maybe(0.4);
-        // Without a list, all entries of a table count, and they are right.
+        // Without a list of lengths, all entries of a table count, and they are valid.
         let lengths = (!optional).then_some(lengths);
         let flags = i32::from(c.maybe(0.5)) | i32::from(left.is_some()) << 1 | i32::from(right.is_some()) << 2;
         let (left, right) = (left.unwrap_or(0), right.unwrap_or(0));
@@ -112,7 +112,7 @@ impl Rows {
         self.lengths.as_ref().map_or_else(|| self.places.room(row), |l| l.get(row).map_or(0, |&n| n.into()))
     }
 
-    /// Of the longest row.
+    /// Of the longest sequence.
     fn longest(&self) -> i64 {
         (0..self.batch as usize).map(|row| self.length(row)).max().unwrap_or(0)
     }
@@ -159,7 +159,7 @@ impl Rows {
 }
 
 impl Said {
-    /// Where keys lie that a query may see.
+    /// The slots of keys that a query may see.
     fn live(&self) -> BTreeSet<(i64, i64)> {
         let mut live = BTreeSet::new();
         for row in 0..self.batch.unwrap_or(0).min(1 << 10) {
@@ -171,7 +171,7 @@ impl Said {
         live
     }
 
-    /// Whether a query is one of a row.
+    /// Whether a query belongs to a sequence.
     fn is_asked(&self, [_, token, _]: [usize; 3]) -> bool {
         match (self.query_starts.at.is_null(), self.query_starts.values.first(), self.query_starts.values.last()) {
             (false, Some(&first), Some(&last)) => (first..last).contains(&(token as i32)),
@@ -179,18 +179,18 @@ impl Said {
         }
     }
 
-    /// Whether fields are given that the struct had not always.
+    /// Whether fields are set that older structs lack.
     fn is_new(&self) -> bool {
         !self.layout.at.is_null() || !self.query_starts.at.is_null() || !self.params.prefixes.is_null()
     }
 }
 
-/// A plan that is released.
+/// A plan that is released on drop.
 struct Plan(*mut kvl_plan);
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        // SAFETY: null or from the library, and released once.
+        // SAFETY: the plan is null or from the library, and released once.
         unsafe { kvl_plan_destroy(self.0) };
     }
 }
@@ -213,13 +213,13 @@ impl Masks {
     }
 }
 
-/// Sometimes, makes a plan of what was said, with the masks or without, and lets that stand for it.
+/// Sometimes makes a plan of the arguments, with or without masks, and uses it instead of them.
 fn planned(c: &mut Call, rows: &Rows, said: &mut Said, masks: &mut Masks, q: [i64; 4], k: [i64; 4]) -> Plan {
     let mut plan = Plan(std::ptr::null_mut());
     if !c.maybe(0.25) {
         return plan;
     }
-    // Of other views than those of the call, in a hostile one.
+    // A hostile call takes other views than those of the plan.
     let axes = |c: &mut Call, shape: [i64; 4]| kvl_const_view { shape: shape.map(|n| c.number(n)), ..zeroed() };
     let planned = if c.maybe(0.7) { *masks } else { Masks::NONE };
     let params = kvl_attention_params {
@@ -230,17 +230,17 @@ fn planned(c: &mut Call, rows: &Rows, said: &mut Said, masks: &mut Masks, q: [i6
         bit_mask: planned.bit_mask,
         ..said.params
     };
-    // Lists have as many entries as the call's own views say, so other ones cannot say more.
+    // Lists have as many entries as the views of the call require, so that other views must not require more.
     if params.q.shape[0] != q[0] || params.k.shape[1] != k[1] {
         return plan;
     }
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     if unsafe { kvl_plan_create(&raw const params, &raw mut plan.0) } != 0 {
         return plan;
     }
     if !planned.are_none() {
         let counts = vec![0; rows.batch as usize];
-        // SAFETY: a list of as many entries as it says.
+        // SAFETY: a list of as many entries as stated.
         assert_ne!(unsafe { kvl_plan_advance(plan.0, counts.as_ptr(), rows.batch) }, 0, "masks of new tokens");
         if !c.hit() {
             *masks = Masks::NONE;
@@ -266,21 +266,21 @@ fn planned(c: &mut Call, rows: &Rows, said: &mut Said, masks: &mut Masks, q: [i6
     plan
 }
 
-/// Comes to the same plan by a step.
+/// Arrives at the same plan by a step.
 fn advanced(c: &mut Call, rows: &Rows, said: &Said, params: &kvl_attention_params, plan: &mut Plan) {
     let counts: Vec<i32> = said.lengths.values.iter().map(|&n| c.rng.below(n as usize + 1) as i32).collect();
     let before = |list: &[i32]| -> Vec<i32> { list.iter().zip(&counts).map(|(x, n)| x - n).collect() };
     let (lengths, offsets) = (before(&said.lengths.values), rows.offsets.as_deref().map(before));
     let offsets = offsets.as_ref().map_or(std::ptr::null(), |o| o.as_ptr());
     let params = kvl_attention_params { lengths: lengths.as_ptr(), offsets, ..*params };
-    // SAFETY: as in `planned`, and lists of as many entries.
+    // SAFETY: as in `planned`, with lists of as many entries.
     unsafe {
         assert_eq!(kvl_plan_update(plan.0, &raw const params), 0, "{}", last_error());
         assert_eq!(kvl_plan_advance(plan.0, counts.as_ptr(), counts.len() as i64), 0, "{}", last_error());
     }
 }
 
-/// A mask of bits over all keys, or over a row's last ones, in a buffer of exactly as many bytes.
+/// A bit mask over all keys, or over a sequence's last keys, in a buffer of exactly the needed bytes.
 fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const kvl_bit_mask {
     let longest = rows.longest();
     let tree = c.maybe(0.5);
@@ -312,17 +312,17 @@ fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const
     }
     let bytes = if right.contains(&0) { 0 } else { (bits as usize).div_ceil(8) };
     let data = c.arena.block(bytes, 0);
-    // Most bits are 1; whole words of 0 hide a row from all.
+    // Most bits are 1; whole words of 0 mask all keys of a query.
     let mut random = c.rng.u64() | c.rng.u64();
     for i in 0..bytes {
         random = random.rotate_left(11);
-        // SAFETY: one of the block's bytes.
+        // SAFETY: a byte of the block.
         unsafe { data.add(i).write(random as u8) };
     }
     let shape = right.map(|n| c.number(n));
     let (said_offset, said_strides) = (c.number(offset), strides.map(|n| c.number(n)));
     let (mut row_starts, mut query_strides) = (std::ptr::null(), std::ptr::null());
-    // What a row's own bits are is for lists to say that may be wrong.
+    // The lists with the own bits of sequences may be wrong.
     let same = (shape, said_offset, said_strides) == (right, offset, strides) && (lists.is_none() || c.is_right());
     if let Some((starts, widths)) = lists {
         let wrong = [-1, i64::MIN, i64::MAX, 1, bits, bits + 1];
@@ -348,8 +348,8 @@ fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const
     c.sized(&mask, &[])
 }
 
-/// Where bits of rows one after the other begin, how far apart their queries are, and where the last ones end: of all keys of a
-/// row, or of the last ones.
+/// Bit masks of sequences one after another: their bit offsets, the strides of their queries, and the end of the last.
+/// They cover all keys of a sequence, or its last keys.
 fn bits_by_row(c: &mut Call, rows: &Rows, last: Option<i64>) -> (Vec<i64>, Vec<i64>, i64) {
     let (mut starts, mut widths, mut end) = (Vec::new(), Vec::new(), 0);
     for b in 0..rows.batch as usize {
@@ -387,7 +387,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
     let v_dim = if c.maybe(0.7) { dim } else { c.dim() };
     let keys = match c.rng.below(40) {
         0 => 0,
-        // More than a chunk of the kernels, and of one short row, or it would take long.
+        // More keys than a chunk, but few sequences, to limit the time.
         1 => c.rng.between(1000, 1100) as i64,
         2..=5 => c.rng.between(60, 200) as i64,
         _ => c.rng.between(1, 50) as i64,
@@ -409,7 +409,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
     let mut k = c.tensor(kv, [k0, k1, kv_heads, dim], true);
     let packed = k1 % 2 == 0 && c.maybe(0.15);
     if packed {
-        // Sinks or starts may be odd.
+        // Sink tokens or first slots may be odd.
         c.allow_error();
     }
     let v_shape = if packed { [k0, k1 / 2, kv_heads, 2 * v_dim] } else { [k0, k1, kv_heads, v_dim] };
@@ -431,7 +431,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
         c.settle(&mut out);
     }
     if k.shape[1] == v.shape[1] && k.shape[1] > 1 << 16 {
-        // It would be right, and take for ever.
+        // A valid call of this size would take too long.
         v.shape[1] -= 1;
     }
     let prefix = shared.then(|| {
@@ -465,7 +465,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
     let n = optional(&mut c, 0.5, lse_entries).filter(|_| !span || c.hit());
     let lse: *mut f32 = c.output(n);
 
-    // Keys that no query sees stay poison.
+    // Keys that no query sees remain poison.
     let live = said.live();
     let is_live = |at: [usize; 3]| live.contains(&(at[0] as i64, at[1] as i64));
     c.fill(&q, |_| true);
@@ -513,7 +513,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
     let states = span.then(|| states(&mut c, params, &inputs));
 
     let mut needed = 0;
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe {
         match prefix {
             None if span => kvl_attention_chunks_workspace_size(params, runner, &raw mut needed),
@@ -522,7 +522,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
         }
     };
     if status != 0 || needed > 64 << 20 {
-        // What is wrong with the shapes has to show there too, and there is no such workspace.
+        // Errors of the shapes are reported here too, and such a workspace does not exist.
         needed = 64;
         c.hit();
     }
@@ -549,7 +549,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
         }
     };
     if let (0, Some((at, len))) = (status, states) {
-        // SAFETY: the struct is as long as it says, and all bytes 0 are one.
+        // SAFETY: the struct has the stated size, and all bytes 0 are a valid value.
         let given = unsafe {
             let mut given: kvl_attention_params = zeroed();
             std::ptr::copy_nonoverlapping(params.cast::<u8>(), (&raw mut given).cast(), (*params).struct_size);
@@ -564,15 +564,15 @@ fn attend(mut c: Call, form: Form) -> i32 {
 /// must not lie.
 fn states(c: &mut Call, params: *const kvl_attention_params, inputs: &[*mut u8]) -> (*mut f32, i64) {
     let mut len = 0;
-    // SAFETY: a struct that is as long as it says, or null, and room for the answer.
+    // SAFETY: a struct of the stated size, or null, and space for the result.
     if unsafe { kvl_attention_chunks_states_len(params, &raw mut len) } != 0 {
-        // What is wrong with the shapes has to show in the call too.
+        // The call must report errors of the shapes too.
         len = c.rng.below(100) as i64;
         c.allow_error();
     }
     let at: *mut f32 = c.output(Some(len));
     if at.is_null() {
-        // Longer than any list here.
+        // More entries than any list here.
         c.allow_error();
     }
     c.may_write(at, Some(len));
@@ -613,7 +613,7 @@ fn compare(context: *const kvl_context, params: &kvl_attention_params, states: *
         ..zeroed()
     };
     let (mut arena, mut bytes, runner) = (crate::memory::Arena::default(), 0, std::ptr::null());
-    // SAFETY: what a call has just worked with, outputs as long as they say, and workspaces of the sizes that the library says.
+    // SAFETY: the arguments of the last call, outputs of the stated sizes, and workspaces of the required sizes.
     unsafe {
         assert_eq!(kvl_attention_workspace_size(&raw const params, runner, &raw mut bytes), 0, "{}", last_error());
         let status = kvl_attention(context, runner, arena.block(bytes, 0), bytes, &raw const params);
@@ -627,7 +627,7 @@ fn compare(context: *const kvl_context, params: &kvl_attention_params, states: *
     assert!(same(&whole, &merged) && same(&whole_lse, &merged_lse), "a span's merged bits are others than the whole's");
 }
 
-/// Shapes alone, for calls that do not look at data.
+/// Shapes only, for calls that do not access data.
 struct Shapes {
     rows: Rows,
     q: [i64; 4],
@@ -643,7 +643,7 @@ impl Shapes {
         Self { q: [q0, q1, heads, dim], k: [k0, k1, heads, dim], rows }
     }
 
-    /// Parameters of these shapes, or of others, and with `masks` sometimes some of these.
+    /// Parameters of these or of other shapes, and with `masks` sometimes masks.
     fn params(&self, c: &mut Call, masks: bool) -> (kvl_attention_params, bool) {
         let view = |c: &mut Call, shape: [i64; 4]| {
             let shape = shape.map(|n| c.number(n));
@@ -656,7 +656,7 @@ impl Shapes {
         (kvl_attention_params { q, k, v: k, mask, bit_mask, ..said.params }, is_new)
     }
 
-    /// Masks for rows of which the library is told that they are so many.
+    /// Masks for the stated number of sequences.
     fn masks(&self, c: &mut Call, batch: Option<i64>) -> Masks {
         let (rows, heads) = (&self.rows, self.q[2]);
         let mut masks = Masks::NONE;
@@ -673,7 +673,7 @@ impl Shapes {
         masks
     }
 
-    /// A plan of exactly this, and with `masks` sometimes of some.
+    /// A plan of exactly these parameters, and with `masks` sometimes masks.
     fn plan(&self, c: &mut Call, masks: bool) -> Plan {
         let mut plan = Plan(std::ptr::null_mut());
         let said = c.rightly(|c| self.rows.give(c, self.q, self.k));
@@ -686,7 +686,7 @@ impl Shapes {
             k: kvl_const_view { shape: self.k, ..zeroed() },
             ..said.params
         };
-        // SAFETY: lists of as many entries as the shapes say.
+        // SAFETY: lists of as many entries as the shapes require.
         unsafe { assert_eq!(kvl_plan_create(&raw const params, &raw mut plan.0), 0, "{}", last_error()) };
         plan
     }
@@ -712,7 +712,7 @@ pub fn attention_chunks_states_len(mut c: Call) -> i32 {
     let len = c.output::<i64>(Some(1));
     c.may_write(len, Some(1));
     c.ready();
-    // SAFETY: lists of as many entries as the shapes say; data is null, and is not looked at.
+    // SAFETY: lists of as many entries as the shapes require; data is null and not accessed.
     let status = unsafe { kvl_attention_chunks_states_len(params, len) };
     if status == 0 {
         // SAFETY: just written.
@@ -731,7 +731,7 @@ fn workspace_size(mut c: Call, form: Form) -> i32 {
     let (runner, bytes) = (c.runner(), c.output::<usize>(Some(1)));
     c.may_write(bytes, Some(1));
     c.ready();
-    // SAFETY: lists of as many entries as the shapes say; data is null, and is not looked at.
+    // SAFETY: lists of as many entries as the shapes require; data is null and not accessed.
     let status = unsafe {
         match form {
             Form::Plain => kvl_attention_workspace_size(params, runner, bytes),
@@ -745,10 +745,10 @@ fn workspace_size(mut c: Call, form: Form) -> i32 {
 // ---------------------------------------------------------------------------------------------------------------------
 // Plans
 
-/// Attends with a plan over caches of exactly the shapes that it was made for, which has to work whatever has been tried on
-/// it: what it says of rows must stay inside them.
+/// Runs attention with a plan over caches of exactly its shapes. This must succeed after any calls on the plan, which
+/// must stay inside the caches.
 fn exercise(c: &Call, plan: &Plan, q: [i64; 4], k: [i64; 4]) {
-    // Masks may be of the heads that there were.
+    // Masks may belong to the previous number of heads.
     if q.iter().chain(&k).any(|&n| n > 1 << 11) || q[..3].iter().chain(&k[..2]).product::<i64>() > 1 << 15 {
         return;
     }
@@ -771,7 +771,7 @@ fn exercise(c: &Call, plan: &Plan, q: [i64; 4], k: [i64; 4]) {
         ..zeroed()
     };
     let mut bytes = 0;
-    // SAFETY: tensors as long as they say, a plan that lives, and a workspace of the size that the library says.
+    // SAFETY: tensors of the stated sizes, a live plan, and a workspace of the required size.
     unsafe {
         let runner = std::ptr::null();
         assert_eq!(kvl_attention_workspace_size(&raw const params, runner, &raw mut bytes), 0, "{}", last_error());
@@ -793,10 +793,10 @@ pub fn plan_create(mut c: Call) -> i32 {
     let plan: *mut *mut kvl_plan = c.output(Some(1));
     c.may_write(plan, Some(1));
     c.ready();
-    // SAFETY: lists of as many entries as the shapes say, and room for the answer or null.
+    // SAFETY: lists of as many entries as the shapes require, and space for the result or null.
     let status = unsafe { kvl_plan_create(params, plan) };
     if status == 0 {
-        // SAFETY: just made, and released once.
+        // SAFETY: created above, and released once.
         exercise(&c, &Plan(unsafe { plan.read() }), q, k);
     }
     c.check(status)
@@ -811,7 +811,7 @@ pub fn plan_update(mut c: Call) -> i32 {
     let params = c.sized(&params, if is_new { &[] } else { &OLDER });
     let target = if c.hit() && c.maybe(0.2) { std::ptr::null_mut() } else { plan.0 };
     c.ready();
-    // SAFETY: lists of as many entries as the shapes say, and a plan that nobody else uses.
+    // SAFETY: lists of as many entries as the shapes require, and a plan without other users.
     let status = unsafe { kvl_plan_update(target, params) };
     match status {
         0 => exercise(&c, &plan, q, k),
@@ -824,7 +824,7 @@ pub fn plan_advance(mut c: Call) -> i32 {
     c.spoil_rate(0.1);
     let mut shapes = Shapes::new(&mut c, Form::Plain);
     let rows = &mut shapes.rows;
-    // Steps from where the row is to where it might have been.
+    // Steps from the sequence's position to another.
     let counts: Vec<i32> = match &mut rows.lengths {
         Some(lengths) => lengths
             .iter_mut()
@@ -847,7 +847,7 @@ pub fn plan_advance(mut c: Call) -> i32 {
     let counts = c.list((n >= 0).then_some(n), &wrong, |_, i| counts.get(i).copied().unwrap_or(0));
     let target = if c.hit() && c.maybe(0.2) { std::ptr::null_mut() } else { plan.0 };
     c.ready();
-    // SAFETY: a list of as many entries as it says, and a plan that nobody else uses.
+    // SAFETY: a list of as many entries as stated, and a plan without other users.
     let status = unsafe { kvl_plan_advance(target, counts.at, n) };
     exercise(&c, &plan, shapes.q, shapes.k);
     c.check(status)
@@ -878,7 +878,7 @@ pub fn plan_set_table(mut c: Call) -> i32 {
     let entries = c.list((count >= 0).then_some(count), &wrong, |c, _| c.rng.below(pages.max(1) as usize) as i32);
     let target = if c.hit() && c.maybe(0.2) { std::ptr::null_mut() } else { plan.0 };
     c.ready();
-    // SAFETY: a list of as many entries as it says, and a plan that nobody else uses.
+    // SAFETY: a list of as many entries as stated, and a plan without other users.
     let status = unsafe { kvl_plan_set_table(target, row, first, entries.at, count) };
     exercise(&c, &plan, shapes.q, shapes.k);
     c.check(status)

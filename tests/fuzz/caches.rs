@@ -6,7 +6,7 @@ use crate::memory::Tensor;
 use crate::places::*;
 use std::collections::BTreeSet;
 
-/// The caches of a few layers, and what the library was told of them.
+/// The caches of several layers, and the arguments of the call for them.
 struct Cache {
     at: *const kvl_cache,
     layers: *const kvl_kv_layer,
@@ -14,18 +14,18 @@ struct Cache {
     places: Places,
     layout: Given,
     tensors: Vec<Tensor>,
-    /// Sizes of the heads of K, by layer.
+    /// Head sizes of K, by layer.
     dims: Vec<i64>,
     /// Heads, and their size in K, by layer.
     heads: Vec<(i64, i64)>,
-    /// What lengths are where nothing is spoiled.
+    /// The lengths of a valid call.
     right: Vec<i64>,
     lengths: List<i32>,
-    /// Entries of every list of rows; none if that is no number.
+    /// The number of entries of lists with one entry per sequence; `None` if it overflows.
     rows: Option<i64>,
 }
 
-/// Heads, size of the heads of K and of V, by layer; V may be absent.
+/// By layer: heads, head sizes of K and of V; V may be absent.
 type Heads = Vec<(i64, i64, Option<i64>)>;
 
 fn heads(c: &mut Call) -> Heads {
@@ -38,7 +38,7 @@ fn heads(c: &mut Call) -> Heads {
         .collect()
 }
 
-/// Rows with tokens, of which one has overwritten older ones if `wraps`.
+/// Sequences with tokens; one has overwritten older tokens if `wraps`.
 fn right_lengths(c: &mut Call, places: &Places, wraps: bool) -> Vec<i64> {
     let most = |row| {
         if wraps {
@@ -53,7 +53,7 @@ fn right_lengths(c: &mut Call, places: &Places, wraps: bool) -> Vec<i64> {
 impl Cache {
     fn any(c: &mut Call, kinds: &[i32], what: Use, wraps: bool) -> Self {
         let (rows, room) = (c.rng.between(1, 5) as i64, c.rng.between(0, 24) as i64);
-        // Layouts that a call refuses come too, in a hostile one.
+        // A hostile call can have layouts that it refuses.
         let kind = if c.hit() { c.rng.between(0, 4) as i32 } else { c.rng.pick(kinds) };
         let places = Places::new(c, kind, rows, room, 1, what);
         let right = right_lengths(c, &places, wraps);
@@ -98,7 +98,7 @@ impl Cache {
         usize::try_from(row).ok().and_then(|row| self.lengths.values.get(row)).map_or(0, |&n| n.into())
     }
 
-    /// Fills what rows hold, or everything.
+    /// Fills the tokens of sequences, or all slots.
     fn fill(&self, c: &mut Call, all: bool) {
         let mut live = BTreeSet::new();
         for row in 0..self.lengths.values.len() as i64 {
@@ -122,13 +122,13 @@ impl Cache {
         c.may_write(self.lengths.at.cast_mut(), n);
     }
 
-    /// A list with an entry a row.
+    /// A list with one entry per sequence.
     fn list(&self, c: &mut Call, right: &[i64]) -> List<i32> {
         let wrong = [-1, i32::MIN, i32::MAX, 1000, self.places.rows as i32];
         c.list(self.rows, &wrong, |_, b| right.get(b).copied().unwrap_or(0) as i32)
     }
 
-    /// Some of the rows, but for one.
+    /// Some of the rows, without one.
     fn some_rows(&self, c: &mut Call, but: i64) -> (usize, List<i32>) {
         let mut rows = c.permutation(self.places.rows as usize);
         rows.retain(|&row| i64::from(row) != but);
@@ -153,7 +153,7 @@ pub fn cache_set_lengths(mut c: Call) -> i32 {
     });
     cache.changes_lengths(&mut c);
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_cache_set_lengths(cache.at, rows.at, values.at, n) };
     c.check(status)
 }
@@ -167,14 +167,14 @@ pub fn cache_advance(mut c: Call) -> i32 {
     let counts = cache.list(&mut c, &counts);
     cache.changes_lengths(&mut c);
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_cache_advance(cache.at, counts.at) };
     c.check(status)
 }
 
 pub fn cache_truncate(mut c: Call) -> i32 {
     c.spoil_rate(0.03);
-    // Rows that hold their own tokens are not in each other's way.
+    // Rows that use only their own tokens do not conflict.
     let cache = Cache::any(&mut c, &ALL, Use::Write, true);
     let turning = cache.places.axes[1] - cache.places.sinks;
     let window = c.maybe(0.5).then(|| c.rng.between(0, turning.max(0) as usize) as i64);
@@ -189,7 +189,7 @@ pub fn cache_truncate(mut c: Call) -> i32 {
     let window = c.number(window.unwrap_or(-1));
     cache.changes_lengths(&mut c);
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_cache_truncate(cache.at, lengths.at, window) };
     c.check(status)
 }
@@ -223,7 +223,7 @@ pub fn cache_reset(mut c: Call) -> i32 {
     cache.changes_lengths(&mut c);
     let runner = c.runner();
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_cache_reset(runner, cache.at, rows.at, n, zero) };
     c.check(status)
 }
@@ -244,7 +244,7 @@ pub fn cache_insert_row(mut c: Call) -> i32 {
         Cache::new(c, places, &heads, right)
     };
     let to = side(&mut c, &[CONTIGUOUS, RING, PAGED, RAGGED], Use::Write, true);
-    // A ring of which all is there still.
+    // A ring that still holds all tokens.
     let from = side(&mut c, &ALL, Use::Read, false);
     from.fill(&mut c, false);
     let row = c.rng.below(to.places.rows as usize) as i64;
@@ -257,7 +257,7 @@ pub fn cache_insert_row(mut c: Call) -> i32 {
     let (context, runner) = (c.context(), c.runner());
     let from_at = if c.hit() && c.maybe(0.3) { to.at } else { from.at };
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_cache_insert_row(context, runner, to.at, row, from_at, from_row, length) };
     c.check(status)
 }
@@ -281,7 +281,7 @@ pub fn cache_copy_prefix(mut c: Call) -> i32 {
     cache.changes_lengths(&mut c);
     let (context, runner) = (c.context(), c.runner());
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_cache_copy_prefix(context, runner, cache.at, from, to.at, n, tokens) };
     c.check(status)
 }
@@ -292,9 +292,9 @@ pub fn cache_reorder_workspace_size(mut c: Call) -> i32 {
     let (runner, bytes) = (c.runner(), c.output::<usize>(Some(1)));
     c.may_write(bytes, Some(1));
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_cache_reorder_workspace_size(cache.at, runner, bytes) };
-    // Strides and lengths are not looked at, so what they say does not matter.
+    // Strides and lengths are not read, so that their values do not matter.
     c.check_answer(status)
 }
 
@@ -315,7 +315,7 @@ pub fn cache_reorder(mut c: Call) -> i32 {
     cache.changes_lengths(&mut c);
     let (context, runner) = (c.context(), c.runner());
     let mut needed = 0;
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_cache_reorder_workspace_size(cache.at, runner, &raw mut needed) };
     if status != 0 || needed > 64 << 20 {
         needed = 64;
@@ -337,7 +337,7 @@ pub fn cache_reorder_table_workspace_size(mut c: Call) -> i32 {
     let (rows, capacity, bytes) = (c.number(rows), c.number(capacity), c.output::<usize>(Some(1)));
     c.may_write(bytes, Some(1));
     c.ready();
-    // SAFETY: room for the answer, or null.
+    // SAFETY: space for the result, or null.
     let status = unsafe { kvl_cache_reorder_table_workspace_size(rows, capacity, bytes) };
     c.check(status)
 }
@@ -346,7 +346,7 @@ pub fn cache_reorder_table(mut c: Call) -> i32 {
     c.spoil_rate(0.06);
     let (rows, capacity) = (c.rng.between(0, 6) as i64, c.rng.between(0, 30) as i64);
     let length = c.rng.between(0, capacity as usize) as i32;
-    // Rows that have tokens of each other are equally long.
+    // Rows that use tokens of each other have equal lengths.
     let apart = c.maybe(0.2);
     let (rows, capacity) = (c.number(rows), c.number(capacity));
     let wrong = [-1, i32::MIN, i32::MAX, rows as i32, capacity as i32];
@@ -357,7 +357,7 @@ pub fn cache_reorder_table(mut c: Call) -> i32 {
         c.list(product(&[rows]), &wrong, |c, _| if apart { c.rng.between(0, length as usize) as i32 } else { length });
     let parents = c.list(product(&[rows]), &wrong, |c, b| if apart { b as i32 } else { any(c) });
     let mut needed = 0;
-    // SAFETY: room for the answer.
+    // SAFETY: space for the result.
     let status = unsafe { kvl_cache_reorder_table_workspace_size(rows, capacity, &raw mut needed) };
     if status != 0 || needed > 64 << 20 {
         needed = 64;
@@ -373,11 +373,11 @@ pub fn cache_reorder_table(mut c: Call) -> i32 {
     c.may_write(lengths.at.cast_mut(), n(&lengths));
     let table = if c.hit() && c.maybe(0.3) { lengths.at } else { table.at };
     if table == lengths.at && entries != product(&[rows]) {
-        // That list would be too short.
+        // The list would be too short.
         return 4;
     }
     c.ready();
-    // SAFETY: lists of as many entries as the numbers say.
+    // SAFETY: lists of as many entries as the numbers state.
     let status = unsafe {
         let (table, lengths) = (table.cast_mut(), lengths.at.cast_mut());
         kvl_cache_reorder_table(workspace, needed, table, rows, capacity, lengths, parents.at)
@@ -396,7 +396,7 @@ pub fn cache_set_table_tokens(mut c: Call) -> i32 {
     let wrong = [-1, i32::MIN, i32::MAX, capacity as i32, (capacity as i32).wrapping_add(1)];
     let positions = c.list(product(&[rows]), &wrong, |c, _| c.rng.between(0, room) as i32);
     c.ready();
-    // SAFETY: lists of as many entries as the numbers say.
+    // SAFETY: lists of as many entries as the numbers state.
     let status = unsafe { kvl_cache_set_table_tokens(table, rows, capacity, positions.at, tokens) };
     c.check(status)
 }
@@ -406,7 +406,7 @@ fn rotations(c: &mut Call, cache: &Cache, num_ropes: usize) -> (*const *const kv
     let mut ropes: Vec<*const kvl_rope_params> = Vec::new();
     let least = cache.dims.iter().copied().min().unwrap_or(0);
     for i in 0..num_ropes {
-        // One may be for all.
+        // One rotation can serve all layers.
         let dim = if num_ropes == 1 { least } else { cache.dims.get(i).copied().unwrap_or(least) };
         if dim < 2 || c.maybe(0.2) {
             ropes.push(std::ptr::null());
@@ -448,7 +448,7 @@ pub fn cache_evict(mut c: Call) -> i32 {
     cache.changes_lengths(&mut c);
     let (context, runner) = (c.context(), c.runner());
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_cache_evict(context, runner, cache.at, row, first, end, ropes, num_ropes) };
     c.check(status)
 }
@@ -492,7 +492,7 @@ pub fn cache_evict_running(mut c: Call) -> i32 {
     cache.changes_lengths(&mut c);
     let (context, runner) = (c.context(), c.runner());
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status =
         unsafe { kvl_cache_evict_running(context, runner, cache.at, row, first, end, dropped, keys, ropes, num_ropes) };
     c.check(status)
@@ -503,7 +503,7 @@ pub fn cache_copy_pages(mut c: Call) -> i32 {
     let cache = Cache::any(&mut c, &[PAGED], Use::Read, true);
     cache.fill(&mut c, true);
     let pages = c.permutation(cache.places.axes[0] as usize);
-    // The first few are read, others are written, each once.
+    // The first pages are read, others are written, each once.
     let sources = c.rng.between(1, pages.len().max(1)).min(pages.len());
     let n = c.rng.between(0, pages.len() - sources) as i64;
     let n = c.number(n);
@@ -520,7 +520,7 @@ pub fn cache_copy_pages(mut c: Call) -> i32 {
     cache.writes(&mut c, &written);
     let (context, runner) = (c.context(), c.runner());
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_cache_copy_pages(context, runner, cache.layers, cache.num_layers, moves.at, n as usize) };
     c.check_answer(status)
 }
@@ -537,7 +537,7 @@ pub fn cache_defragment(mut c: Call) -> i32 {
     let lengths =
         c.list(product(&[rows]), &wrong, |_, b| cache.right.get(b).copied().unwrap_or(0).clamp(0, 1 << 20) as i32);
     let map = match product(&[pages]).filter(|&n| n <= 1 << 20) {
-        // It may change even if nothing comes of it.
+        // It may change even if the call has no effect.
         Some(n) => c.arena.scratch(4 * n as usize, 0).cast::<i32>(),
         None => std::ptr::null_mut(),
     };
@@ -559,7 +559,7 @@ pub fn cache_defragment(mut c: Call) -> i32 {
     c.may_write(used, Some(1));
     let (context, runner) = (c.context(), c.runner());
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe {
         let table = table.at.cast_mut();
         let (layers, n) = (cache.layers, cache.num_layers);

@@ -1,37 +1,37 @@
-//! One random call: its numbers, its memory, and what must be true of it afterwards.
+//! One random call: its numbers, its memory, and the checks after it.
 
 use crate::abi::*;
 use crate::common::Rng;
 use crate::memory::{Arena, MASK, POISON, Row, Tensor, element_size};
 use std::ffi::c_void;
 
-/// What lives as long as the whole run.
+/// Objects that live for the whole run.
 pub struct World {
-    /// A context of every level that this CPU has.
+    /// A context for every level of this CPU.
     pub contexts: Vec<*mut kvl_context>,
     pub pool: *mut kvl_thread_pool,
     /// A runner of that pool.
     pub pool_runner: kvl_parallel_runner,
-    /// Bits of random numbers in the range of unit normals, by element type: sums of products of them are numbers too.
+    /// Bits of random numbers in the range of unit normals, by element type, so that sums of products are finite.
     pub numbers: [Vec<u32>; 3],
 }
 
 impl World {
-    /// Contexts of every level that this CPU has, and a pool of two threads.
+    /// Contexts for every level of this CPU, and a pool of two threads.
     pub fn new() -> Self {
         let mut contexts = Vec::new();
         for max_isa in 1..32 {
             let params = kvl_context_params { struct_size: size_of::<kvl_context_params>(), max_isa, ..zeroed() };
             if kvl_isa_available(max_isa) == 1 {
                 let mut context = std::ptr::null_mut();
-                // SAFETY: a struct of the right size and room for the answer.
+                // SAFETY: a struct of the right size and space for the result.
                 assert_eq!(unsafe { kvl_context_create(&raw const params, &raw mut context) }, 0);
                 contexts.push(context);
             }
         }
         let mut pool = std::ptr::null_mut();
         let mut pool_runner = kvl_parallel_runner { struct_size: size_of::<kvl_parallel_runner>(), ..zeroed() };
-        // SAFETY: room for the answers, and a pool that lives as long as the process.
+        // SAFETY: space for the results, and a pool that lives as long as the process.
         unsafe {
             assert_eq!(kvl_thread_pool_create(2, &raw mut pool), 0);
             assert_eq!(kvl_thread_pool_runner(pool, &raw mut pool_runner), 0);
@@ -49,7 +49,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        // SAFETY: made by the library, and released once.
+        // SAFETY: created by the library, and released once.
         unsafe {
             self.contexts.iter().for_each(|&context| kvl_context_destroy(context));
             kvl_thread_pool_destroy(self.pool);
@@ -57,7 +57,7 @@ impl Drop for World {
     }
 }
 
-/// Lists with more entries than this are left out instead.
+/// Lists with more entries than this are omitted.
 const LONGEST: i64 = 1 << 20;
 
 const SIZES: [i64; 22] = [
@@ -86,7 +86,7 @@ const SIZES: [i64; 22] = [
 ];
 const INTS: [i32; 12] = [0, 1, 2, 3, 4, 5, 6, 7, 64, -1, i32::MIN, i32::MAX];
 
-/// A list in memory, and what it says there.
+/// A list in memory, and its entries.
 #[derive(Default)]
 pub struct List<T> {
     pub at: *const T,
@@ -97,19 +97,19 @@ pub struct Call<'a> {
     pub rng: Rng,
     pub world: &'a World,
     pub arena: Arena,
-    /// How likely a number is spoiled; 0 in two of five, which must succeed.
+    /// The probability that a number is spoiled; 0 in two of five calls, which must succeed.
     rate: f64,
-    /// Something is wrong, or may be.
+    /// An argument is invalid, or may be.
     spoiled: bool,
-    /// The runner does not run anything.
+    /// The runner runs no task.
     broken: bool,
-    /// All bits are random, so NaN is among the numbers.
+    /// All bits are random, so that NaN is among the numbers.
     wild: bool,
-    /// What views say; all of it lies in blocks if the call succeeds.
+    /// The memory that views describe; it must lie in blocks if the call succeeds.
     tensors: Vec<Tensor>,
     /// Bytes that a call that succeeds may write.
     written: Vec<(usize, usize)>,
-    /// Elements that are numbers afterwards.
+    /// Elements that must be finite after the call.
     results: Vec<Row>,
 }
 
@@ -131,7 +131,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// How likely each number of a hostile call is spoiled: for functions with more or fewer of them.
+    /// Sets the probability of spoiling a number, for functions with more or fewer numbers.
     pub fn spoil_rate(&mut self, rate: f64) {
         if self.rate > 0.0 {
             self.rate = rate;
@@ -145,17 +145,17 @@ impl<'a> Call<'a> {
         hit
     }
 
-    /// Whether nothing is wrong so far, nor will be.
+    /// Whether the whole call is valid.
     pub fn is_right(&self) -> bool {
         self.rate == 0.0
     }
 
-    /// What is about to be done may be wrong.
+    /// The following arguments may be invalid.
     pub fn allow_error(&mut self) {
         self.spoiled = true;
     }
 
-    /// Does something of which nothing is spoiled, whatever becomes of the rest.
+    /// Runs `f` without spoiling numbers.
     pub fn rightly<T>(&mut self, what: impl FnOnce(&mut Self) -> T) -> T {
         let rate = std::mem::replace(&mut self.rate, 0.0);
         let result = what(self);
@@ -204,7 +204,7 @@ impl<'a> Call<'a> {
         all
     }
 
-    /// Batch rows, tokens, heads, head size: small, with the sizes of vectors and one more or less among the last.
+    /// Sequences, tokens, heads, head size: small; head sizes include vector sizes and their neighbours.
     pub fn shape(&mut self) -> [i64; 4] {
         let mut axis = |few: usize, many: usize| match self.rng.below(20) {
             0 => 0,
@@ -212,7 +212,7 @@ impl<'a> Call<'a> {
             _ => self.rng.between(1, few) as i64,
         };
         let mut shape = [axis(3, 5), axis(4, 40), axis(3, 9), self.dim()];
-        // Most calls are over soon, and there are more of them.
+        // Most calls are small, so that there are more of them.
         let most = if self.maybe(0.02) { 1 << 17 } else { 1 << 12 };
         while shape.iter().product::<i64>() > most {
             let axis = self.rng.below(4);
@@ -232,11 +232,11 @@ impl<'a> Call<'a> {
     // -----------------------------------------------------------------------------------------------------------------
     // Tensors
 
-    /// A tensor of any layout in a block of its own; one that is only read may repeat elements.
+    /// A tensor of any strides in its own block; an input may repeat elements.
     pub fn tensor(&mut self, dtype: i32, shape: [i64; 4], repeats: bool) -> Tensor {
         let mut order = [0, 1, 2, 3];
         match self.rng.below(4) {
-            // As it comes, and as BHSD, most often.
+            // Mostly BSHD and BHSD.
             0 | 1 => (),
             2 => order = [0, 2, 1, 3],
             _ => (0..3).for_each(|i| order.swap(i, self.rng.between(i, 3))),
@@ -262,7 +262,7 @@ impl<'a> Call<'a> {
                 strides[axis] = -strides[axis];
             }
             if shape[axis] == 1 && self.rng.chance(0.05) {
-                // One element has no neighbour, so its distance means nothing.
+                // The stride of an axis with one element has no meaning.
                 strides[axis] = self.rng.pick(&SIZES);
                 continue;
             }
@@ -278,12 +278,12 @@ impl<'a> Call<'a> {
         Tensor { data: block.wrapping_add(at * size), dtype, reserved: 0, shape, strides, bytes: 0 }
     }
 
-    /// Bytes before a block that leave it aligned to elements of a size, and sometimes to no more.
+    /// Bytes before a block, which keep it aligned to elements of a size, and sometimes to no more.
     fn skip(&mut self, size: usize) -> usize {
         if self.rng.chance(0.3) { size * self.rng.below(64 / size) } else { 0 }
     }
 
-    /// Numbers in all [batch, seq, head] that are `live`; the others stay poison.
+    /// Fills all [batch, seq, head] that are `live` with numbers; the others remain poison.
     pub fn fill(&mut self, tensor: &Tensor, live: impl Fn([usize; 3]) -> bool) {
         if !tensor.fits(&self.arena) {
             return;
@@ -292,7 +292,7 @@ impl<'a> Call<'a> {
         let (rng, wild) = (&mut self.rng, self.wild);
         tensor.for_each_row(|index, row| {
             let mut random = rng.u64();
-            // SAFETY: a row of a tensor that fits.
+            // SAFETY: a row of a tensor that lies in its block.
             unsafe {
                 if tensor.dtype == MASK {
                     row.fill(|| {
@@ -312,15 +312,15 @@ impl<'a> Call<'a> {
         });
     }
 
-    /// Spoils numbers of a tensor by chance, and decides whether to say how many bytes it has. To be called once for each,
-    /// and before [`Self::fill`].
+    /// Spoils numbers of a tensor at random, and decides whether its size in bytes is given. Called once for each
+    /// tensor, before [`Self::fill`].
     pub fn settle(&mut self, tensor: &mut Tensor) {
         for _ in 0..2 {
             if self.hit() {
                 self.spoil(tensor);
             }
         }
-        // A caller who does not say how long a buffer is vouches for it; so it is said wherever the truth is another.
+        // A caller who gives no size guarantees that the view is valid. So the size is given whenever the view is not.
         let end = self.arena.bounds(tensor.data).map_or(0, |b| b.1);
         let rest = end.saturating_sub(tensor.data.addr());
         let fits = tensor.fits(&self.arena);
@@ -363,7 +363,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Sometimes, lets one tensor lie where another one does.
+    /// Sometimes lets one tensor share memory with another.
     pub fn alias(&mut self, tensor: &mut Tensor, other: &Tensor) {
         if self.rate > 0.0 && self.rng.chance(0.05) && !other.data.is_null() {
             self.spoiled = true;
@@ -379,10 +379,10 @@ impl<'a> Call<'a> {
     }
 
     // -----------------------------------------------------------------------------------------------------------------
-    // Lists, structs and what else is behind a pointer
+    // Lists, structs and other data behind pointers
 
-    /// A list of as many entries as the call's other numbers say; null where they say too much. `wrong` are entries that may
-    /// be among them in a hostile call.
+    /// A list of as many entries as the call's other numbers require; null if they require too many. `wrong` are
+    /// entries that a hostile call may contain.
     pub fn list<T: Copy>(
         &mut self,
         n: Option<i64>,
@@ -411,7 +411,7 @@ impl<'a> Call<'a> {
         List { at: self.arena.copy(&values, skip), values }
     }
 
-    /// A list that the call writes: poison, `n` entries long.
+    /// A list that the call writes, `n` entries of poison.
     pub fn output<T>(&mut self, n: Option<i64>) -> *mut T {
         let Some(n) = n.filter(|n| (0..=LONGEST).contains(n)) else { return std::ptr::null_mut() };
         if self.hit() && self.maybe(0.5) {
@@ -429,14 +429,14 @@ impl<'a> Call<'a> {
         self.arena.copy(&[value], 0)
     }
 
-    /// A struct that begins with its size, as long as it says; `older` are the sizes it has had before.
+    /// A struct that begins with its size and has that size; `older` are sizes of older versions.
     pub fn sized<T: Plain>(&mut self, value: &T, older: &[usize]) -> *mut T {
         let full = size_of::<T>();
         let mut size = full;
         if !older.is_empty() && self.maybe(0.1) {
             size = self.rng.pick(older);
         }
-        // What is allocated is never less than a size that the library knows says.
+        // The allocation has at least the stated size if the library accepts that size.
         let mut said = size;
         if self.hit() {
             if self.maybe(0.2) {
@@ -448,7 +448,7 @@ impl<'a> Call<'a> {
             }
         }
         let at = self.arena.block(size, 0);
-        // SAFETY: the block has `size` bytes, of which a `T` has at least as many, the first eight its size.
+        // SAFETY: the block has `size` bytes, at most those of a `T`, and begins with the size.
         unsafe {
             std::ptr::copy_nonoverlapping(std::ptr::from_ref(value).cast::<u8>(), at, size);
             at.cast::<usize>().write(said);
@@ -460,7 +460,7 @@ impl<'a> Call<'a> {
         if self.hit() && self.maybe(0.3) { std::ptr::null() } else { self.rng.pick(&self.world.contexts).cast_const() }
     }
 
-    /// No runner, the pool's, or one that runs the last task first.
+    /// No runner, the pool's runner, or one that runs the last task first.
     pub fn runner(&mut self) -> *const kvl_parallel_runner {
         if self.maybe(0.5) {
             return std::ptr::null();
@@ -498,9 +498,9 @@ impl<'a> Call<'a> {
     }
 
     // -----------------------------------------------------------------------------------------------------------------
-    // What the call does
+    // The effects of the call
 
-    /// The [batch, seq, head] of a tensor that the call writes; all of them are numbers afterwards.
+    /// The [batch, seq, head] of a tensor that the call writes; all must be finite after the call.
     pub fn writes(&mut self, tensor: &Tensor, which: impl Fn([usize; 3]) -> bool) {
         if !tensor.fits(&self.arena) {
             return;
@@ -513,7 +513,7 @@ impl<'a> Call<'a> {
         });
     }
 
-    /// As [`Self::writes`], where slots of values lie in pairs: `which` is asked for [batch, slot, head].
+    /// As [`Self::writes`], for values in pairs of slots; the arguments of `which` are [batch, slot, head].
     pub fn writes_pairs(&mut self, packed: &Tensor, which: impl Fn([usize; 3]) -> bool) {
         if !packed.fits(&self.arena) || packed.is_empty() {
             return;
@@ -528,25 +528,25 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// `n` bytes that the call may write, whatever is in them afterwards.
+    /// `n` bytes that the call may write, with any result.
     pub fn may_write<T>(&mut self, at: *mut T, n: Option<i64>) {
         if let Some(n) = n.filter(|&n| n > 0 && !at.is_null()) {
             self.written.push((at.addr(), at.addr() + n as usize * size_of::<T>()));
         }
     }
 
-    /// To be called last before the library: from here on nothing changes but by it.
+    /// Called just before the library: records all memory.
     pub fn ready(&mut self) {
         self.arena.remember();
     }
 
-    /// As [`Self::check`], for a call that does not look at all that there is.
+    /// As [`Self::check`], for a call that does not read all arguments.
     pub fn check_answer(mut self, status: i32) -> i32 {
         self.tensors.clear();
         self.check(status)
     }
 
-    /// To be called with the library's answer.
+    /// Called with the library's result.
     pub fn check(mut self, status: i32) -> i32 {
         let sentence = last_error();
         assert_ne!(status, 16, "a panic inside: {sentence}");
@@ -568,7 +568,7 @@ impl<'a> Call<'a> {
                 assert!(tensor.fits(&self.arena), "it worked with {tensor:?}, which leaves its block");
             }
             if !self.wild && !self.spoiled {
-                // SAFETY: rows of tensors that fit.
+                // SAFETY: rows of tensors that lie in their blocks.
                 let finite = self.results.iter().all(|row| unsafe { row.is_finite() });
                 assert!(finite, "an output is infinite or NaN, though every input that counts is a number");
             }
@@ -577,12 +577,12 @@ impl<'a> Call<'a> {
     }
 
     pub fn poisoned(at: *const u8, bytes: usize) -> bool {
-        // SAFETY: a block of a call that goes on.
+        // SAFETY: a block of the current call.
         unsafe { std::slice::from_raw_parts(at, bytes) }.iter().all(|&b| b == POISON)
     }
 }
 
-/// This thread's sentence.
+/// The last error's sentence on this thread.
 pub fn last_error() -> String {
     let mut buffer = [1u8; 1024];
     // SAFETY: the buffer has that many bytes.
@@ -592,7 +592,7 @@ pub fn last_error() -> String {
 }
 
 unsafe extern "C" fn backwards(_: *mut c_void, n: usize, task: kvl_task, task_ctx: *mut c_void) -> i32 {
-    // SAFETY: the library's, for all indices below `n`.
+    // SAFETY: a task of the library, for all indices below `n`.
     (0..n).rev().for_each(|i| unsafe { task(task_ctx, i) });
     0
 }
@@ -601,7 +601,7 @@ unsafe extern "C" fn does_nothing(_: *mut c_void, _: usize, _: kvl_task, _: *mut
     7
 }
 
-/// Entries of a shape multiplied; none if one is negative or the product is too large.
+/// The product of a shape; `None` if an entry is negative or the product is too large.
 pub fn product(axes: &[i64]) -> Option<i64> {
     axes.iter().try_fold(1i64, |product, &n| if n < 0 { None } else { product.checked_mul(n) })
 }

@@ -1,18 +1,18 @@
-//! Calls that merge the states of spans.
+//! Calls that merge the states of segments.
 
 use crate::abi::*;
 use crate::call::{Call, product};
 use crate::memory::Tensor;
 
-/// Floats before the values of a state.
+/// The number of floats before the values of a state.
 const HEADER: usize = 16;
 
-/// States of spans that no call has left, but might have.
+/// States of segments, as a call could have written them.
 struct Spans {
-    /// Heads of the output are a multiple of these.
+    /// Heads of the output are a multiple of this.
     kv_heads: i64,
     shape: [i64; 4],
-    /// Chunks of each span.
+    /// The chunks of each segment.
     chunks: Vec<i64>,
 }
 
@@ -35,7 +35,7 @@ impl Spans {
         product(&self.shape[..3]).expect("few rows") * chunks * self.stride() as i64
     }
 
-    /// The states in memory, or none; and how many floats are said to be there.
+    /// The states in memory, or null, and the stated number of floats.
     fn give(&self, c: &mut Call, there: bool) -> Vec<kvl_chunk_states> {
         let (stride, mut empty, mut spans) = (self.stride(), false, Vec::new());
         for &chunks in &self.chunks {
@@ -48,12 +48,12 @@ impl Spans {
                 }
                 1 if empty => 0.0,
                 1 => 0.5 + c.value().abs(),
-                // Neither the rest of the header nor the values of a state that has seen no key are looked at.
+                // Neither the rest of the header nor the values of an empty state are read.
                 at if at < HEADER || empty => f32::NAN,
                 _ => c.value(),
             });
             if there && states.at.is_null() {
-                // Longer than any list here.
+                // More entries than any list here.
                 c.allow_error();
             }
             spans.push(kvl_chunk_states { states: states.at, len });
@@ -62,7 +62,7 @@ impl Spans {
     }
 }
 
-/// The list, and how many there are; more than there may be are the same ones again.
+/// The list and its length; beyond the maximum, entries repeat.
 fn list(c: &mut Call, spans: &[kvl_chunk_states]) -> (*const kvl_chunk_states, usize) {
     let n = if c.hit() { c.rng.pick(&[0, 257, 300, usize::MAX]) } else { spans.len() };
     let all: Vec<_> = spans.iter().cycle().take(n.min(300)).copied().collect();
@@ -113,9 +113,9 @@ pub fn merge_chunks(mut c: Call) -> i32 {
     let params = c.sized(&params, &[]);
     let (context, runner) = (c.context(), c.runner());
     let mut needed = 0;
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     if unsafe { kvl_merge_chunks_workspace_size(params, runner, &raw mut needed) } != 0 || needed > 64 << 20 {
-        // What is wrong with the shapes has to show there too, and there is no such workspace.
+        // Errors of the shapes are reported here too, and such a workspace does not exist.
         needed = 64;
         c.allow_error();
     }
@@ -148,7 +148,7 @@ pub fn merge_chunks_workspace_size(mut c: Call) -> i32 {
     let (params, runner, bytes) = (c.sized(&params, &[]), c.runner(), c.output::<usize>(Some(1)));
     c.may_write(bytes, Some(1));
     c.ready();
-    // SAFETY: structs of the right size, or null; data is null, and is not looked at.
+    // SAFETY: structs of the right size, or null; data is null and not accessed.
     let status = unsafe { kvl_merge_chunks_workspace_size(params, runner, bytes) };
     c.check(status)
 }

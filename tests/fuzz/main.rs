@@ -1,17 +1,17 @@
-//! Random calls of every function of the C ABI, right ones and hostile ones.
+//! Random calls of every function of the C ABI, valid and hostile.
 //!
-//! A call's memory is made of blocks that are exactly as long as its arguments say, filled with NaN wherever nothing
-//! belongs. Whatever the arguments are (shapes, strides, null, sizes of structs, wrong values, lists, lengths of buffers),
-//! one of two things has to happen: an error with a sentence, and not a byte has changed; or success, nothing but the
-//! elements of the outputs has changed, every view was inside its block, and where every number that counts is finite, so
-//! is every output. A call in which nothing was spoiled has to succeed. With AddressSanitizer (the step `sanitize` of
-//! `.ci/run`), any byte that is read outside of a block ends the process too.
+//! The memory of a call consists of blocks of exactly the sizes that its arguments state, filled with NaN outside of
+//! valid elements. Whatever the arguments are (shapes, strides, null, sizes of structs, wrong values, lists, lengths
+//! of buffers), one of two outcomes must follow. Either an error with a sentence, and no byte has changed. Or success:
+//! only the elements of the outputs have changed, every view lies inside its block, and if all visible inputs are
+//! finite, so are all outputs. A call without spoiled arguments must succeed. With AddressSanitizer (the step
+//! `sanitize` of `.ci/run`), a read outside of a block ends the process too.
 //!
-//! `KVLANE_FUZZ_CALLS` is how many calls to make, and `KVLANE_FUZZ_SEED` another run of them. A call depends on the seed
-//! and its number alone: when one goes wrong its number is printed, and `KVLANE_FUZZ_CALL` makes that one again.
+//! `KVLANE_FUZZ_CALLS` is the number of calls, and `KVLANE_FUZZ_SEED` selects other calls. A call depends only on the
+//! seed and its number. The number of a failing call is printed, and `KVLANE_FUZZ_CALL` repeats it.
 //!
-//! What is not tried is what no library can check: lists with fewer entries than their comments say, and views that lie
-//! about memory without giving its length.
+//! Not tested is what no library can check: lists with fewer entries than documented, and invalid views without a
+//! size.
 #![cfg(feature = "capi")]
 
 #[path = "../common/mod.rs"]
@@ -31,17 +31,17 @@ mod targets;
 use abi::*;
 use call::{Call, World};
 use common::Rng;
-// Brings in the library, whose symbols `abi` declares.
+// Links the library, whose symbols `abi` declares.
 use kvlane as _;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use targets::{TARGETS, Target};
 
-/// The least share of calls that do something, for every function that has been called often enough to tell.
+/// The least share of calls that succeed with an effect, for functions with enough calls.
 const VALID: f64 = 0.3;
 
-/// The longest that a call may take, on a machine that has a lot else to do.
+/// The longest time of a call, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 static SEED: AtomicU64 = AtomicU64::new(0);
@@ -54,13 +54,13 @@ fn announce() {
     }
 }
 
-/// AddressSanitizer calls this when it has found something, before it ends the process.
+/// AddressSanitizer calls this when it has found an error, before it ends the process.
 #[unsafe(no_mangle)]
 extern "C" fn __asan_on_error() {
     announce();
 }
 
-/// Ends the process if a call takes longer than any should, as an endless loop does.
+/// Ends the process if a call takes too long, for example in an endless loop.
 fn watch() {
     std::thread::spawn(|| {
         let mut since = (u64::MAX, Instant::now());
@@ -82,7 +82,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is {value:?}, not a number")))
 }
 
-/// The export that call `i` is for, and its random numbers.
+/// The export of call `i`, and its random numbers.
 fn plan(seed: u64, i: u64) -> (&'static Target, Rng) {
     let mut rng = Rng::new(Rng::new(seed).u64() ^ i.wrapping_mul(0x9e6c_63d0_9759_27a5));
     let mut at = rng.below(TARGETS.iter().map(|t| t.weight).sum());
@@ -145,7 +145,7 @@ fn random_calls() {
 
 #[test]
 fn every_export_is_called() {
-    // The list that the symbols of the shared library are compared with.
+    // The list with which the symbols of the shared library are compared.
     let source = include_str!("../ffi.rs");
     let list = source.split_once("const EXPORTS: &[&str] = &[").and_then(|(_, rest)| rest.split_once("];"));
     let exports: BTreeSet<&str> = list.expect("a list of exports").0.split('"').skip(1).step_by(2).collect();

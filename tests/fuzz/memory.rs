@@ -1,8 +1,8 @@
-//! Memory of one call: blocks of exactly as many bytes as the call may touch, so that a sanitizer sees the next one.
+//! Memory of one call: blocks of exactly the bytes that the call may access, so that a sanitizer detects any other.
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 
-/// The memory that one call gets, and what was in it before.
+/// The memory of one call, and its contents before the call.
 #[derive(Default)]
 pub struct Arena {
     blocks: Vec<Block>,
@@ -11,9 +11,9 @@ pub struct Arena {
 struct Block {
     base: *mut u8,
     layout: Layout,
-    /// Bytes at the start that nobody is told of, so that addresses are not all round.
+    /// Unused bytes at the start, so that addresses are not all aligned.
     skip: usize,
-    /// Nobody cares what is in it afterwards.
+    /// Whether its contents after the call are not checked.
     scratch: bool,
     before: Vec<u8>,
 }
@@ -44,12 +44,12 @@ impl Drop for Block {
 pub const POISON: u8 = 0xff;
 
 impl Arena {
-    /// `bytes` bytes of poison; they begin `skip` bytes after an address that is aligned to 64.
+    /// `bytes` bytes of poison, which begin `skip` bytes after an address that is aligned to 64.
     pub fn block(&mut self, bytes: usize, skip: usize) -> *mut u8 {
-        // Nothing begins at the end of something.
+        // No block begins at the end of another.
         let skip = if bytes == 0 { skip.max(64) } else { skip };
         let layout = Layout::from_size_align(bytes + skip, 64).expect("a size that has been looked at");
-        // SAFETY: the size is not 0; what is allocated is filled at once.
+        // SAFETY: the size is not 0, and the memory is filled at once.
         let base = unsafe {
             let base = alloc(layout);
             if base.is_null() {
@@ -62,7 +62,7 @@ impl Arena {
         base.wrapping_add(skip)
     }
 
-    /// As [`Self::block`], for a call to do with as it likes.
+    /// As [`Self::block`], with contents that the call may change in any way.
     pub fn scratch(&mut self, bytes: usize, skip: usize) -> *mut u8 {
         let at = self.block(bytes, skip);
         self.blocks.last_mut().expect("just made").scratch = true;
@@ -72,7 +72,7 @@ impl Arena {
     /// A copy of some values, `skip` bytes after an address that is aligned to 64.
     pub fn copy<T: Copy>(&mut self, values: &[T], skip: usize) -> *mut T {
         let at = self.block(size_of_val(values), skip);
-        // SAFETY: the block has that many bytes, and is nobody else's.
+        // SAFETY: the block has that many bytes, and no other user.
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast::<u8>(), at, size_of_val(values)) };
         at.cast()
     }
@@ -83,14 +83,14 @@ impl Arena {
         self.blocks.iter().map(bounds).find(|&(start, end)| (start..=end).contains(&at.addr()))
     }
 
-    /// Keeps what is there, to compare it after the call.
+    /// Copies the contents, to compare them after the call.
     pub fn remember(&mut self) {
         for block in self.blocks.iter_mut().filter(|block| !block.scratch) {
             block.before = block.now().to_vec();
         }
     }
 
-    /// Fails if a byte has changed that is not among `written`, ranges of addresses.
+    /// Fails if a byte outside the address ranges `written` has changed.
     pub fn check(&mut self, written: &[(usize, usize)]) {
         for &(start, end) in written {
             let inside =
@@ -110,7 +110,7 @@ impl Arena {
     }
 }
 
-/// `kvl_mask`'s entries, which are no element type.
+/// Entries of `kvl_mask`, which have no element type.
 pub const MASK: i32 = -100;
 
 pub fn element_size(dtype: i32) -> usize {
@@ -118,12 +118,12 @@ pub fn element_size(dtype: i32) -> usize {
         MASK => 1,
         0 => 4,
         1 | 2 => 2,
-        // No type; the library has to find that out.
+        // Not a type; the library must detect it.
         _ => 4,
     }
 }
 
-/// What a view or a mask says, whatever it says.
+/// The contents of a view or a mask, valid or not.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensor {
     pub data: *mut u8,
@@ -139,11 +139,11 @@ impl Tensor {
         self.shape.contains(&0)
     }
 
-    /// The addresses that the elements take up; none if that is no address.
+    /// The address range of the elements; `None` if it overflows.
     pub fn reach(&self) -> Option<(usize, usize)> {
         let (mut low, mut high) = (0i128, 1i128);
         for (&n, &stride) in self.shape.iter().zip(&self.strides) {
-            // Shapes and strides have 64 bits each, so four products of them fit.
+            // Shapes and strides have 64 bits each, so that four products fit.
             let last = (i128::from(n) - 1).checked_mul(i128::from(stride))?;
             if last < 0 { low += last } else { high += last }
         }
@@ -164,8 +164,8 @@ impl Tensor {
         start <= low && high <= end
     }
 
-    /// Every [batch, seq, head] with its elements; the tensor fits. None if there are more than any block has: that takes
-    /// strides of 0, and whoever asks for that does not want to wait for it.
+    /// Every [batch, seq, head] with its elements, for a tensor that lies in a block. `None` if there are more than
+    /// any block has, which is possible with strides of 0 and would take too long.
     pub fn for_each_row(&self, mut visit: impl FnMut([usize; 3], Row)) {
         let elements = self.shape.iter().try_fold(1, |product: i64, &n| product.checked_mul(n));
         if self.is_empty() || elements.is_none_or(|n| n > 1 << 20) {
@@ -173,7 +173,7 @@ impl Tensor {
         }
         let ([batch, seq, heads, dim], size) = (self.shape, element_size(self.dtype) as isize);
         let step = |i: i64, axis: usize| (i * self.strides[axis]) as isize * size;
-        // The stride of a single element may be anything.
+        // The stride of a single element has no meaning.
         let along = if dim > 1 { step(1, 3) } else { 0 };
         for b in 0..batch {
             for s in 0..seq {
@@ -212,13 +212,13 @@ impl Row {
         }
     }
 
-    /// Fills the row with what `bits` gives for each element, of which as many are taken as the type has.
+    /// Fills the row with the low bits of `bits` for each element.
     ///
     /// # Safety
     /// The row is in a block.
     pub unsafe fn fill(self, mut bits: impl FnMut() -> u32) {
         for at in self.elements() {
-            // SAFETY: the caller's; unaligned, because a spoiled tensor may be.
+            // SAFETY: the caller's; unaligned, because a spoiled tensor may be unaligned.
             unsafe {
                 match element_size(self.dtype) {
                     1 => at.write(bits() as u8),

@@ -1,4 +1,4 @@
-//! Where the tokens of a cache lie: layouts, right ones, and what a call makes of them.
+//! The slots of tokens in a cache: valid layouts, and the arguments that a call makes of them.
 
 use crate::abi::*;
 use crate::call::{Call, product};
@@ -10,7 +10,7 @@ pub const PAGED: i32 = 2;
 pub const INDIRECT: i32 = 3;
 pub const RAGGED: i32 = 4;
 
-/// A layout in which nothing is wrong.
+/// A valid layout.
 pub struct Places {
     pub kind: i32,
     pub rows: i64,
@@ -21,7 +21,7 @@ pub struct Places {
     pub axes: [i64; 2],
 }
 
-/// Who reads or writes the tokens, which decides what may be shared.
+/// The kind of access to tokens, which decides what may be shared.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Use {
     Read,
@@ -29,7 +29,7 @@ pub enum Use {
 }
 
 impl Places {
-    /// Rows with room for at least `room` tokens each; `step` is 2 where slots come in pairs.
+    /// Sequences with space for at least `room` tokens each; `step` is 2 for values in pairs of slots.
     pub fn new(c: &mut Call, kind: i32, rows: i64, room: i64, step: i64, what: Use) -> Self {
         let up = |n: i64| (n + step - 1) / step * step;
         let mut places = Self { kind, rows, sinks: 0, pages_per_row: 0, table: Vec::new(), axes: [rows, up(room)] };
@@ -72,7 +72,7 @@ impl Places {
         places
     }
 
-    /// Tokens that a row can be given; in a ring there is no end to them.
+    /// The number of tokens that a sequence can hold; in a ring it is unlimited.
     pub fn room(&self, row: usize) -> i64 {
         match self.kind {
             RING => 3 * self.axes[1],
@@ -83,7 +83,7 @@ impl Places {
         }
     }
 
-    /// Says so to the library, or something else. `slots` is what the call's views say.
+    /// Makes the arguments of the call, valid or not. `slots` is the number of slots in the call's views.
     pub fn give(&self, c: &mut Call, slots: i64) -> Given {
         let mut given = Given {
             at: std::ptr::null(),
@@ -122,7 +122,7 @@ impl Places {
         };
         given.at = c.sized(&layout, &[]);
         if given.at.is_null() {
-            // Which is as good as another.
+            // Any value is valid.
             given =
                 Given { at: given.at, kind: CONTIGUOUS, sinks: 0, rows: 0, pages_per_row: 0, table: Vec::new(), slots };
         }
@@ -130,7 +130,7 @@ impl Places {
     }
 }
 
-/// What the library was told.
+/// The arguments of the call.
 pub struct Given {
     pub at: *const kvl_layout,
     kind: i32,
@@ -142,7 +142,7 @@ pub struct Given {
 }
 
 impl Given {
-    /// Rows of a cache whose views have `first` rows, as the header counts them.
+    /// The number of sequences of a cache whose views have `first` rows, as in the header.
     pub fn row_count(&self, first: i64) -> i64 {
         match self.kind {
             PAGED | RAGGED => self.rows,
@@ -151,7 +151,7 @@ impl Given {
         }
     }
 
-    /// Tokens that a row has where no list of lengths says it.
+    /// The tokens of a sequence without a list of lengths.
     pub fn capacity(&self, row: usize) -> i64 {
         match (self.kind, self.table.get(row..row + 2)) {
             (RAGGED, Some(ends)) => i64::from(ends[1]) - i64::from(ends[0]),
@@ -160,7 +160,7 @@ impl Given {
         }
     }
 
-    /// The first two indices of a token; none of a layout that cannot be.
+    /// The first two indices of a token; `None` for an invalid layout.
     pub fn place(&self, row: i64, position: i64) -> Option<(i64, i64)> {
         let entry = |i: i64| usize::try_from(i).ok().and_then(|i| self.table.get(i)).map(|&x| i64::from(x));
         match self.kind {
@@ -180,11 +180,12 @@ impl Given {
         }
     }
 
-    /// Where the tokens `positions` of a row lie, as far as a ring has not overwritten them before it came to `length`.
+    /// The slots of the tokens `positions` of a sequence, without those that a ring of `length` tokens has
+    /// overwritten.
     pub fn places(&self, row: i64, positions: std::ops::Range<i64>, length: i64) -> BTreeSet<(i64, i64)> {
         let sinks = i64::from(self.sinks);
         let kept = if self.kind == RING { length.saturating_sub(self.slots.saturating_sub(sinks)) } else { 0 };
-        // No row has more, and what says it has is refused.
+        // No sequence has more, and a call that states more is refused.
         let end = positions.end.min(1 << 14);
         (positions.start.max(0)..end)
             .filter(|&p| self.kind != RING || p < sinks || p >= kept)

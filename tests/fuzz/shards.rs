@@ -1,4 +1,4 @@
-//! Calls that say which part of a cache is whose.
+//! Calls about the parts of a sharded cache.
 
 use crate::abi::*;
 use crate::call::{Call, product};
@@ -43,7 +43,7 @@ pub fn shard_rows(mut c: Call) -> i32 {
     let (shard, batch) = (shard(&mut c, model), c.rng.below(20) as i64);
     let (batch, [first, count]) = (c.number(batch), outputs(&mut c));
     c.ready();
-    // SAFETY: a struct of the right size or null, and room for the answers.
+    // SAFETY: a struct of the right size or null, and space for the results.
     let status = unsafe { kvl_shard_rows(shard, batch, first, count) };
     c.check(status)
 }
@@ -56,7 +56,7 @@ pub fn shard_heads(mut c: Call) -> i32 {
     let (heads, kv_heads) = (c.number(heads), c.number(kv_heads as i64));
     let [first, count, first_kv, count_kv] = outputs(&mut c);
     c.ready();
-    // SAFETY: a struct of the right size or null, and room for the answers.
+    // SAFETY: a struct of the right size or null, and space for the results.
     let status = unsafe { kvl_shard_heads(shard, heads, kv_heads, first, count, first_kv, count_kv) };
     c.check(status)
 }
@@ -67,7 +67,7 @@ pub fn shard_keys(mut c: Call) -> i32 {
     let (shard, capacity) = (shard(&mut c, model), c.rng.below(9000) as i64);
     let (capacity, [first, count]) = (c.number(capacity), outputs(&mut c));
     c.ready();
-    // SAFETY: a struct of the right size or null, and room for the answers.
+    // SAFETY: a struct of the right size or null, and space for the results.
     let status = unsafe { kvl_shard_keys(shard, capacity, first, count) };
     c.check(status)
 }
@@ -91,7 +91,7 @@ pub fn shard_lengths(mut c: Call) -> i32 {
     });
     let d = if c.hit() { a } else { d };
     c.ready();
-    // SAFETY: lists of as many entries as the numbers say.
+    // SAFETY: lists of as many entries as the numbers state.
     let status = unsafe { kvl_shard_lengths(first, count, batch, seq, lengths, starts, offsets, a, b, d) };
     c.check(status)
 }
@@ -105,7 +105,7 @@ pub fn shard_slots(mut c: Call) -> i32 {
     let slots: *mut i32 = c.output(product(&[batch, seq]));
     c.may_write(slots, product(&[batch, seq]));
     c.ready();
-    // SAFETY: lists of as many entries as the numbers say.
+    // SAFETY: lists of as many entries as the numbers state.
     let status = unsafe { kvl_shard_slots(first, count, batch, seq, positions, slots) };
     c.check(status)
 }

@@ -1,7 +1,7 @@
-//! What is called: one function for each export, which makes up arguments, most of them right, and calls it.
+//! The targets: one function for each export, which makes arguments, most of them valid, and calls it.
 //!
-//! Whoever adds an export declares it in `abi.rs`, writes a function here and adds it to [`TARGETS`]; whoever adds a field
-//! adds it in `abi.rs` and gives it values here.
+//! To add an export, declare it in `abi.rs`, write a function here and add it to [`TARGETS`]. To add a field, add it
+//! in `abi.rs` and set it here.
 
 use crate::abi::*;
 use crate::attention::*;
@@ -13,7 +13,7 @@ use crate::shards::*;
 use std::ffi::CStr;
 use std::mem::offset_of;
 
-/// An export, how often it is called, and what calls it and returns its status.
+/// An export, its frequency, and the function that calls it and returns its status.
 pub struct Target {
     pub name: &'static str,
     pub weight: usize,
@@ -113,12 +113,12 @@ fn merge_states(mut c: Call) -> i32 {
             if c.maybe(0.2) { f32::NEG_INFINITY } else { c.value() * 5.0 }
         });
         let [_, seq, heads, _] = state.shape.map(|n| n.max(0) as usize);
-        // The output of an empty state is not read; where outputs share memory, one of them may be.
+        // The output of an empty state is not read, except if it shares memory with another output.
         let own = state.strides.iter().all(|&s| s != 0);
         c.fill(&state, |[b, s, h]| !own || lse.values.get((b * seq + s) * heads + h) != Some(&f32::NEG_INFINITY));
         states.push(kvl_attention_state { out: c.const_view(&state), lse: lse.at });
     }
-    // More than there may be: the same ones again.
+    // Beyond the maximum, entries repeat.
     let states: Vec<_> = states.iter().cycle().take(if states.is_empty() { 0 } else { n }).copied().collect();
     c.settle(&mut out);
     let rows = product(&out.shape[..3]);
@@ -130,7 +130,7 @@ fn merge_states(mut c: Call) -> i32 {
     let (view, context, runner) = (c.view(&out), c.context(), c.runner());
     let view = c.fixed(view);
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_merge_states(context, runner, states, n, view, lse) };
     c.check(status)
 }
@@ -141,7 +141,7 @@ fn alibi_slopes(mut c: Call) -> i32 {
     let slopes: *mut f32 = c.output(Some(heads));
     c.may_write(slopes, Some(heads));
     c.ready();
-    // SAFETY: null, or as many entries as it says.
+    // SAFETY: null, or as many entries as stated.
     let status = unsafe { kvl_alibi_slopes(slopes, heads) };
     c.check(status)
 }
@@ -149,7 +149,7 @@ fn alibi_slopes(mut c: Call) -> i32 {
 // ---------------------------------------------------------------------------------------------------------------------
 // RoPE, the cache, repeated heads
 
-/// How to rotate a tensor of a shape, of which the call may have any opinion.
+/// The rotation of a tensor, valid or not.
 pub fn rope_params(c: &mut Call, shape: [i64; 4]) -> *const kvl_rope_params {
     let [batch, seq, _, dim] = shape;
     let pairs = c.rng.between(1, (dim.clamp(2, 512) / 2) as usize) as i64;
@@ -165,7 +165,7 @@ pub fn rope_params(c: &mut Call, shape: [i64; 4]) -> *const kvl_rope_params {
         false => c.rng.u64() as i32 >> c.rng.below(32),
     };
     let wrong = [-1, rows as i32, i32::MIN, i32::MAX];
-    // A hostile call may give both, or a table and frequencies, or nothing.
+    // A hostile call may give offsets and positions, or a table and frequencies, or nothing.
     let (tables, frequencies) = (table != c.hit(), table == c.hit());
     let (offsets, positions) = (explicit == c.hit(), explicit != c.hit());
     let list = |c: &mut Call, given: bool| {
@@ -200,7 +200,7 @@ pub fn rope_params(c: &mut Call, shape: [i64; 4]) -> *const kvl_rope_params {
     c.sized(&params, &[])
 }
 
-/// How to normalise heads of a size.
+/// The norm of heads of a size.
 fn norm_params(c: &mut Call, dim: i64) -> *const kvl_rms_norm_params {
     let n = if c.maybe(0.7) { product(&[dim]) } else { None };
     let weight = c.list(n, &[f32::NAN, f32::INFINITY, -1e38], |c, _| c.value()).at;
@@ -246,7 +246,7 @@ fn transform(mut c: Call, norm: bool, rope: bool) -> i32 {
     let (src, dst, context, runner) = (c.const_view(&src), c.view(&dst), c.context(), c.runner());
     let (src, dst) = (c.fixed(src), c.fixed(dst));
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe {
         match (norm, rope) {
             (true, true) => kvl_rms_norm_rope(context, runner, src, dst, norm_params, params),
@@ -261,10 +261,10 @@ fn kv_write(mut c: Call) -> i32 {
     c.spoil_rate(0.035);
     let [batch, seq, heads, dim] = c.shape();
     let (dim, v_dim) = (dim.max(2), c.dim());
-    // Room for every row, and for every token anywhere.
+    // Space for every sequence, and for every token anywhere.
     let rows = batch + c.rng.below(3) as i64;
     let kind = if c.maybe(0.4) { CONTIGUOUS } else { c.rng.pick(&[RING, PAGED, RAGGED]) };
-    // Through an indirect table nothing is written.
+    // Writes do not use an indirect table.
     let kind = if c.hit() { INDIRECT } else { kind };
     let pairs = c.maybe(0.3);
     let room = seq + c.rng.below(20) as i64;
@@ -310,7 +310,7 @@ fn kv_write(mut c: Call) -> i32 {
     let start = c.rng.below(k1.max(1) as usize);
     let pool = c.permutation(if pooled { (k0 * k1) as usize } else { 0 });
     let slots: List<i32> = c.list(n, &wrong, |c, i| {
-        // A ring: no slot twice, since a row has no more tokens than there are slots.
+        // In a ring no slot occurs twice, because a sequence has at most as many new tokens as there are slots.
         let ring = (start + i % seq.max(1) as usize) % k1.max(1) as usize;
         let slot = if pooled { pool.get(i).copied().unwrap_or(-1) } else { ring as i32 };
         if c.maybe(0.1) { -1 } else { slot }
@@ -319,7 +319,7 @@ fn kv_write(mut c: Call) -> i32 {
     let k_norm = if c.maybe(0.25) { norm_params(&mut c, k.shape[3]) } else { std::ptr::null() };
     let v_packing = c.code(pairs.into());
 
-    // The tokens that go somewhere.
+    // The tokens that are written.
     let mut targets = std::collections::BTreeSet::new();
     if k.fits(&c.arena) && !k.is_empty() || v.fits(&c.arena) && !v.is_empty() {
         for b in 0..positions.values.len().max(slots.values.len().checked_div(seq as usize).unwrap_or(0)) {
@@ -368,7 +368,7 @@ fn kv_write(mut c: Call) -> i32 {
     let older: &[usize] = if is_new { &[] } else { &[offset_of!(kvl_kv_write_params, layout)] };
     let (params, context, runner) = (c.sized(&params, older), c.context(), c.runner());
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_kv_write(context, runner, params) };
     c.check(status)
 }
@@ -400,7 +400,7 @@ fn pack(mut c: Call, forwards: bool) -> i32 {
     let (src, dst, context, runner) = (c.const_view(&src), c.view(&dst), c.context(), c.runner());
     let (src, dst) = (c.fixed(src), c.fixed(dst));
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe {
         match forwards {
             true => kvl_pack_row_pairs(context, runner, src, dst),
@@ -425,7 +425,7 @@ fn repeat_kv(mut c: Call) -> i32 {
     let (src, dst, context, runner) = (c.const_view(&src), c.view(&dst), c.context(), c.runner());
     let (src, dst) = (c.fixed(src), c.fixed(dst));
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_repeat_kv(context, runner, src, dst) };
     c.check(status)
 }
@@ -434,7 +434,7 @@ fn rope_frequencies(mut c: Call) -> i32 {
     c.spoil_rate(0.05);
     let right = c.rng.pick(&[1, 2, 3, 16, 32, 64, 2048]);
     let (scaling, base) = (c.rng.between(0, 5) as i32, c.rng.pick(&[0.0, 10_000.0, 500_000.0]));
-    // NTK has no exponent for a single pair.
+    // The exponent of NTK is undefined for a single pair.
     let right = if scaling == 2 { right.max(2) } else { right };
     let rotary_dim = c.number(2 * right);
     let pairs = c.number(right);
@@ -460,7 +460,7 @@ fn rope_frequencies(mut c: Call) -> i32 {
     c.may_write(inv_freq, Some(pairs));
     c.may_write(magnitude, Some(1));
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_rope_frequencies(params, inv_freq, pairs, magnitude) };
     c.check(status)
 }
@@ -474,7 +474,7 @@ fn rope_table(mut c: Call) -> i32 {
     let wrong = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
     let inv_freq = c.list(half.or(Some(1)), &wrong, |c, _| f64::from(c.value().abs()));
     let (cos, sin) = (c.output::<f32>(entries), c.output::<f32>(entries));
-    // Tables of one entry would lie side by side.
+    // Tables of one entry would be adjacent.
     let sin = if c.hit() && entries != Some(1) { cos.wrapping_add(1) } else { sin };
     let first = c.rng.u64() as i32 as i64;
     let (first, magnitude) = (c.number(first), c.float(0.0));
@@ -484,13 +484,13 @@ fn rope_table(mut c: Call) -> i32 {
     }
     let context = c.context();
     c.ready();
-    // SAFETY: everything is in blocks that are as long as the arguments say.
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_rope_table(context, inv_freq.at, rotary_dim, magnitude, first, rows, cos, sin) };
     c.check(status)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Contexts, pools, and what the library says of itself
+// Contexts, pools, and information about the library
 
 fn context_create(mut c: Call) -> i32 {
     let level = if c.maybe(0.5) { 0 } else { 1 };
@@ -502,7 +502,7 @@ fn context_create(mut c: Call) -> i32 {
     // SAFETY: structs of the right size, or null.
     let status = unsafe { kvl_context_create(params, context) };
     if status == 0 {
-        // SAFETY: just made, and destroyed once.
+        // SAFETY: created above, and destroyed once.
         unsafe { kvl_context_destroy(context.read()) };
     }
     c.check(status)
@@ -515,7 +515,7 @@ fn context_destroy(mut c: Call) -> i32 {
         assert_eq!(unsafe { kvl_context_create(std::ptr::null(), &raw mut context) }, 0);
     }
     c.ready();
-    // SAFETY: null, or just made, and destroyed once.
+    // SAFETY: null, or created above, and destroyed once.
     unsafe { kvl_context_destroy(context) };
     c.check(0)
 }
@@ -524,14 +524,14 @@ fn context_isa(mut c: Call) -> i32 {
     let (context, isa) = (c.context(), c.output::<i32>(Some(1)));
     c.may_write(isa, Some(1));
     c.ready();
-    // SAFETY: a context or null, and room for the answer or null.
+    // SAFETY: a context or null, and space for the result or null.
     let status = unsafe { kvl_context_isa(context, isa) };
     c.check(status)
 }
 
 fn context_kernel_name(mut c: Call) -> i32 {
     let (op, src) = (c.rng.between(0, 6) as i32, c.dtype());
-    // The angles are f32; RoPE, the write and the norm have kernels for any two types.
+    // Angles are f32; RoPE, the write and the norm have kernels for every pair of types.
     let src = if op == 0 { 0 } else { src };
     let dst = if matches!(op, 1 | 2 | 6) { c.dtype() } else { src };
     let (op, src, dst, context) = (c.code(op), c.code(src), c.code(dst), c.context());
@@ -552,7 +552,7 @@ fn context_v_packing(mut c: Call) -> i32 {
     let (dtype, context, packing) = (c.code(dtype), c.context(), c.output::<i32>(Some(1)));
     c.may_write(packing, Some(1));
     c.ready();
-    // SAFETY: a context or null, and room for the answer or null.
+    // SAFETY: a context or null, and space for the result or null.
     let status = unsafe { kvl_context_v_packing(context, dtype, packing) };
     if status == 0 {
         // SAFETY: just written.
@@ -593,10 +593,10 @@ fn thread_pool_create(mut c: Call) -> i32 {
     let pool: *mut *mut kvl_thread_pool = c.output(Some(1));
     c.may_write(pool, Some(1));
     c.ready();
-    // SAFETY: room for the answer, or null.
+    // SAFETY: space for the result, or null.
     let status = unsafe { kvl_thread_pool_create(threads, pool) };
     if status == 0 {
-        // SAFETY: just made, and destroyed once.
+        // SAFETY: created above, and destroyed once.
         unsafe { kvl_thread_pool_destroy(pool.read()) };
     }
     c.check(status)
@@ -605,11 +605,11 @@ fn thread_pool_create(mut c: Call) -> i32 {
 fn thread_pool_destroy(mut c: Call) -> i32 {
     let mut pool = std::ptr::null_mut();
     if c.maybe(0.5) {
-        // SAFETY: room for the answer.
+        // SAFETY: space for the result.
         assert_eq!(unsafe { kvl_thread_pool_create(1, &raw mut pool) }, 0);
     }
     c.ready();
-    // SAFETY: null, or just made, and destroyed once.
+    // SAFETY: null, or created above, and destroyed once.
     unsafe { kvl_thread_pool_destroy(pool) };
     c.check(0)
 }
@@ -619,20 +619,20 @@ fn thread_pool_runner(mut c: Call) -> i32 {
     let runner = c.sized(&zeroed::<kvl_parallel_runner>(), &[]);
     c.may_write(runner, Some(1));
     c.ready();
-    // SAFETY: a pool that lives, or null; a struct of the right size, or null.
+    // SAFETY: a live pool, or null; a struct of the right size, or null.
     let status = unsafe { kvl_thread_pool_runner(pool, runner) };
     c.check(status)
 }
 
 fn last_error(mut c: Call) -> i32 {
-    // SAFETY: null is an error, and makes a sentence.
+    // SAFETY: null is an error with a sentence.
     assert_ne!(unsafe { kvl_context_isa(std::ptr::null(), std::ptr::null_mut()) }, 0);
     let size = c.rng.below(80);
     let buffer = c.arena.block(size, 0);
     let null = c.maybe(0.2);
     c.may_write(buffer, Some(size as i64));
     c.ready();
-    // SAFETY: as many bytes as it says, or null.
+    // SAFETY: as many bytes as stated, or null.
     let needed = unsafe { kvl_last_error(if null { std::ptr::null_mut() } else { buffer }, size) };
     assert!((2..=1024).contains(&needed));
     if !null && size > 0 {
