@@ -1,23 +1,22 @@
 //! Attention over a key/value cache for CPUs.
 //!
-//! A decoder that generates text keeps the keys and values of past tokens and computes only the new token's query. kvlane is
-//! what happens around that cache, vectorised for AVX2, AVX-512, AMX and NEON, behind a safe Rust API and a C ABI
-//! (`include/kvlane.h`):
+//! A decoder that generates text keeps the keys and values of past tokens and computes only the new token's query. kvlane is the
+//! work around that cache, vectorised for AVX2, AVX-512, AMX and NEON, behind a safe Rust API and a C ABI (`include/kvlane.h`):
 //!
-//! | operation | what it does |
+//! | operation | does |
 //! | --- | --- |
-//! | [`rope()`], [`rope_in_place`] | rotary position embedding, both pairings, all the usual scalings |
-//! | [`rms_norm`], [`rms_norm_rope`] | RMS norm of heads (QK-norm), alone and with the rotation in one pass |
-//! | [`kv_write`] | new keys and values of every row into the cache, each row at its own place; norm and RoPE of the keys on the way |
+//! | [`rope()`], [`rope_in_place`] | rotary position embedding, both pairings, all common scalings |
+//! | [`rms_norm`], [`rms_norm_rope`] | RMS norm of heads (QK-norm), alone and fused with the rotation |
+//! | [`kv_write`] | writes new keys and values of every sequence into the cache, with norm and RoPE of the keys on the way |
 //! | [`attention`] | masked softmax attention of grouped queries over the cache: prefill, chunks, decode |
-//! | [`AttentionPlan`] | what the attention of all layers of a step has in common, checked and worked out once |
-//! | [`attention_with_prefix`] | attention over a prefix that all rows share, read once, and over each row's own keys |
-//! | [`merge_states`] | outputs over disjoint keys become the output over all of them |
-//! | [`attention_chunks`], [`merge_chunks`] | the same for spans of a sequence, with the bits of one call |
-//! | [`KvCache`] | the caches of all layers: reset, truncate, insert, copy a prefix, reorder rows, evict, defragment pages |
-//! | [`Mesh`] | which rows, heads and keys are whose, where a cache is spread over machines |
-//! | [`pack_row_pairs`], [`unpack_row_pairs`] | values in pairs of slots, for kernels that multiply tiles, and back |
-//! | [`repeat_kv`] | the explicit repeat of KV heads, for whoever needs it in memory |
+//! | [`AttentionPlan`] | validates once what the attention of all layers of a step has in common |
+//! | [`attention_with_prefix`] | attention over a prefix that all sequences share, read once, and over the keys of each sequence |
+//! | [`merge_states`] | merges outputs over disjoint keys into the output over all of them |
+//! | [`attention_chunks`], [`merge_chunks`] | the same for segments of a sequence, with the bits of one call |
+//! | [`KvCache`] | operations on the caches of all layers: reset, truncate, insert, copy a prefix, reorder, evict, defragment pages |
+//! | [`Mesh`] | the sequences, heads and keys of each machine, for a cache that is spread over several |
+//! | [`pack_row_pairs`], [`unpack_row_pairs`] | converts values to pairs of slots, for kernels that multiply tiles, and back |
+//! | [`repeat_kv`] | the explicit repeat of KV heads |
 //!
 //! [`Layout`] defines in which slots of a cache tokens lie (rings, pages, beam tables, ragged sequences), and [`masks`] which query
 //! sees which key. [`docs`] has the manual: recipes for caches, the C API, performance, conformance, the command line, and a
@@ -51,31 +50,41 @@
 //! }
 //! ```
 //!
-//! # What is promised
-//! - **Bitwise invariance.** The bits of an output row depend on that row's inputs and the kernel alone, which the ISA level
-//!   and the precision decide: not on threads, the batch around it, strides, or how the prompt was cut. Cached decode equals
-//!   full prefill, to the bit.
-//! - **Poison.** NaN or infinity in a slot that is not seen (beyond a length, before a start, masked) never reaches an
-//!   output; NaN in live input does.
-//! - **All or nothing.** Bad input is an [`Error`] with a pinned [`Status`] and a sentence with both numbers, and not a byte
-//!   has been written.
-//! - **No surprises.** Memory is the caller's, threads are the caller's ([`Runner`]); a call allocates nothing, keeps no
-//!   state and reads no environment.
+//! # Guarantees
+//! - **Bitwise invariance.** The bits of an output row depend on that row's inputs and on the kernel, which the ISA level and the
+//!   precision determine. They do not depend on threads, on the batch around the sequence, on strides, on the layout, or on how the
+//!   prompt was cut. Cached decode equals full prefill, to the bit.
+//! - **Poison.** NaN or infinity in a slot that is not visible (beyond a length, before the first key, masked) never reaches an
+//!   output. NaN in visible input does.
+//! - **All or nothing.** Bad input is an [`Error`] with a fixed [`Status`] and a sentence with both numbers, and no byte has been
+//!   written.
+//! - **No side effects.** Memory and threads ([`Runner`]) are the caller's. A call allocates nothing, keeps no state and does not
+//!   read the environment.
 //!
-//! # The road data takes
+//! # Structure
 //! ```text
 //! C caller -> capi (guard, null, struct_size, enum range)  \
-//!                                                           -> ops (validate, cut tiles) -> kernel from the registry
-//! Rust caller ------------------------ safe views ---------/        |                       (one ISA level)
+//!                                                           -> ops (validate, tile) -> problem -> kernel from the registry
+//! Rust caller ------------------------ safe views ---------/        |                              (one ISA level)
 //!                                                                   -> runner (caller's, rayon, or none)
-//! driver -> the Rust API, and nothing private
+//! driver, bench -> the Rust API, and nothing private
 //! ```
-//! One direction, no way back: `capi` knows no kernel, a kernel knows no descriptor, the driver uses only what a user has.
-//! A tensor is a [`View`]: always `[batch, seq, heads, dim]`, the order in memory given by strides. An operation
-//! validates everything once, cuts the work into tiles by the problem's shape, and hands them to a kernel through
-//! the runner; scratch memory is a [`Workspace`] that the caller keeps. A kernel is a generic algorithm compiled for one
-//! [`Isa`] level and listed in the registry ([`kernels()`]), which dispatch, tests and benches all walk: what is not in it
-//! does not exist. [`Context::kernel`] tells which one serves a call; `KVLANE_MAX_ISA` and [`Context::with_max_isa`] lower.
+//! Each layer imports from the layers below it only:
+//!
+//! | layer | holds |
+//! | --- | --- |
+//! | `capi`, `driver`, `bench` | the exports of the C ABI; a decoder; measurements |
+//! | `ops` | the public operations: every check with its sentence, the cut into tiles, dispatch |
+//! | `problem` | what a validated call is: tensors, visibility, masks, the block and chunk grid, tiles, rotations, limits |
+//! | `kernels` | each algorithm once (`generic`), the vector trait, one module per level, and the registry |
+//! | foundation | views, element types, layouts, errors, CPU detection, runners |
+//!
+//! A tensor is a [`View`]: always `[batch, seq, heads, dim]`, with strides for the order in memory. An operation validates
+//! everything once, cuts the work into tiles on a grid that depends on the problem only, and passes the tiles to a kernel through
+//! the runner. Scratch memory is a [`Workspace`] that the caller keeps. A kernel is a generic algorithm compiled for one [`Isa`]
+//! level and listed in the registry ([`kernels()`]). Dispatch, tests and benches iterate over the registry, so that a kernel
+//! that is not tested or not measured cannot exist. [`Context::kernel`] returns the kernel that serves a call;
+//! `KVLANE_MAX_ISA` and [`Context::with_max_isa`] lower the level.
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 // A register tile is arrays indexed by row and vector; iterators over them hide the pattern.
 #![allow(clippy::needless_range_loop)]

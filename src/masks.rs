@@ -1,79 +1,80 @@
-//! Masks: who sees whom, in which order things happen to a logit, and how other libraries count.
+//! Masks: which query sees which key, the order of operations on a logit, and the conventions of other libraries.
 //!
-//! This page has no code. It defines what [`AttentionOptions`](crate::AttentionOptions) (in C: `kvl_attention_params`) means
-//! where libraries differ by one, and how their conventions translate.
+//! This page defines [`AttentionOptions`](crate::AttentionOptions) (in C: `kvl_attention_params`) where libraries
+//! differ, often by one, and translates their conventions.
 //!
 //! # The order
 //! ```text
 //! x = q . k * scale
 //! x = softcap * tanh(x / softcap)          if there is a softcap
 //! x = x + slope[head] * (j - p)            if there are ALiBi slopes
-//! x = x + bias[row, i, head, j]            if there is a bias
-//! hidden keys are taken out
-//! weights = softmax over what is left, and over the head's sink if there is one, in f32
+//! x = x + bias[b, i, head, j]              if there is a bias
+//! masked keys are removed
+//! weights = softmax over the remaining keys, and the head's sink logit if there is one, in f32
 //! ```
-//! A key is hidden by where it is, by a mask, or by a bias of -inf; never by its logit. So a mask cannot leak through the softcap,
-//! and a logit of -inf or NaN is just that.
+//! A key is masked by its position, by a mask, or by a bias of -inf, never by its logit. So a mask cannot leak through
+//! the softcap, and a logit of -inf or NaN is an ordinary logit.
 //!
 //! # Positions
-//! Key j of a row is the j-th token that the row was given, in whatever slot a [`Layout`](crate::Layout) keeps it. Query i of
-//! a row stands at position `p = i + offset`. The offset is `length - queries` unless it is given: the last query stands at the
-//! last key (bottom-right alignment), which is what a cache needs. A row's `length`, `start` and `offset` are its own.
+//! Key j of a sequence is its token number j, in the slot that the [`Layout`](crate::Layout) defines. Query i of a sequence has
+//! the position `p = i + offset`. The default offset is `length - queries`: the last query is at the last key (bottom-right
+//! alignment), as a cache needs it. Every sequence has its own `length`, `kv_start` and `offset`.
 //!
-//! | what | key j is seen when | off by one |
+//! | option | key j is visible if | precisely |
 //! | --- | --- | --- |
 //! | length n | `j < n` | n counts keys |
-//! | start s | `j >= s` | s is the first key that is seen |
-//! | causal | `j <= p` | the own position is seen |
-//! | left window w | `j >= p - w` | w keys before the own position, and that: w + 1 keys |
+//! | first key s (`kv_starts`) | `j >= s` | s is the first visible key |
+//! | causal | `j <= p` | the own position is visible |
+//! | left window w | `j >= p - w` | w keys before the own position, and the own position: w + 1 keys |
 //! | right window w | `j <= p + w` | w keys after the own position |
-//! | prefix n | `j < n` | n counts keys; undoes causality and windows, not lengths, starts or masks |
-//! | mask, bit mask | the entry is not 0 | entry `[row, i, head, j]`, by the row's own i and j, ragged or not |
+//! | prefix n | `j < n` | n counts keys; overrides causality and windows, not lengths, first keys or masks |
+//! | mask, bit mask | the entry is not 0 | entry `[b, i, head, j]`, with i and j counted within the sequence, ragged or not |
 //! | bit mask with first key f | bit `j - f` is 1, or `j < f` | bit 0 is of key f |
-//! | bias | it is not -inf | added otherwise |
-//! | ring of c slots, s of them sinks, that has been given n > c tokens | `j < s` or `j >= n - (c - s)` | the newest c - s tokens |
+//! | bias | it is not -inf | otherwise it is added |
+//! | ring of c slots, s of them for sink tokens, after n > c tokens | `j < s` or `j >= n - (c - s)` | the newest c - s tokens |
 //!
-//! All conditions hold at the same time. What is asked for together is defined together; what cannot be is refused with a
-//! sentence: a window, a prefix or a second query that reaches tokens which a ring has overwritten, a bit mask that ends before
-//! a row's last key, a table entry that is no page of the pool.
+//! All conditions apply together, in every combination. Impossible combinations are an error: a window, a prefix or a
+//! second query that reaches tokens which a ring has overwritten, a bit mask that ends before a sequence's last key, a
+//! table entry that is not a page of the pool.
 //!
-//! A query that sees no key has output 0 and LSE -inf, or with a sink, the sink's logit.
+//! A query that sees no key has output 0 and LSE -inf, or with a sink logit, that logit.
 //!
 //! # From other conventions
 //! | theirs | ours |
 //! | --- | --- |
 //! | **ONNX** `Attention` `is_causal` | `causal`, `offset` = past length; with `nonpad_kv_seqlen` the default offset |
 //! | ONNX `left_window_size` W, `right_window_size` W | `window_left` = W, `window_right` = W; -1 is none |
-//! | ONNX `attn_mask` of bool, of float | `mask`, `bias`; a last axis that is too short is to be padded with false or -inf |
+//! | ONNX `attn_mask` of bool, of float | `mask`, `bias`; pad a last axis that is too short with false or -inf |
 //! | ONNX `nonpad_kv_seqlen` | `lengths` |
 //! | **Hugging Face** `sliding_window` W (the own position counts) | `window_left` = W - 1 |
 //! | Hugging Face `attention_mask` with zeros on the left, on the right | `kv_starts`, `lengths` |
 //! | Hugging Face `cache_position` | RoPE positions; attention needs `offsets` only if the last query is not at the last key |
 //! | **PyTorch** `scaled_dot_product_attention(is_causal=True)` (top-left) | `causal`, `offset` = 0 |
-//! | PyTorch `attn_mask` of bool (true is seen), of float | `mask`, `bias` |
+//! | PyTorch `attn_mask` of bool (true is visible), of float | `mask`, `bias` |
 //! | **FlashInfer**, **FlashAttention** `causal` (bottom-right) | `causal` |
 //! | FlashInfer `window_left` W, FlashAttention `window_size` (L, R) | `window_left` = W; `window_left` = L, `window_right` = R |
-//! | FlashInfer `packed_custom_mask` (lowest bit first) | `bit_mask` with a row's own start and stride: [below](#flattened-masks) |
+//! | FlashInfer `packed_custom_mask` (lowest bit first) | `bit_mask` with a bit offset and stride per sequence: [below](#flattened-masks) |
 //! | FlashInfer `qo_indptr`, `kv_indptr`, `cu_seqlens_q`, `cu_seqlens_k` | `cu_seqlens_q`, [`Layout::Ragged`](crate::Layout::Ragged) |
 //! | FlashInfer LSE (base 2) | ours times log2(e) |
 //! | **vLLM** `sliding_window` W, `block_table`, `slot_mapping` | `window_left` = W - 1, [`Layout::Paged`](crate::Layout::Paged), slots of a paged write |
 //! | **ONNX Runtime** `GroupQueryAttention` `seqlens_k` (total - 1) | `lengths` = `seqlens_k` + 1 |
 //! | ONNX Runtime `local_window_size` W (the own position counts; in older versions it did not) | `window_left` = W - 1 |
 //! | ONNX Runtime `head_sink`, `softcap` | `sink_logits`, `softcap` |
-//! | **ggml** `flash_attn_ext` mask (added, f16) | `bias`; or what it is made from: `causal`, `kv_starts`, windows |
-//! | ggml `max_bias` | `alibi_slopes` of [`alibi_slopes`](crate::alibi_slopes) for 8; ggml multiplies the slope with the mask, we with j - p |
+//! | **ggml** `flash_attn_ext` mask (added, f16) | `bias`; or its origin: `causal`, `kv_starts`, windows |
+//! | ggml `max_bias` | `alibi_slopes` of [`alibi_slopes`](crate::alibi_slopes) for a `max_bias` of 8; ggml multiplies the slope with the mask, kvlane with j - p |
 //! | ggml sinks | `sink_logits` |
 //! | **Grok-1** memory mask times causal mask | `lengths`, `causal` |
 //! | **x-transformers** `seq_start_pos` | `kv_starts` |
 //!
 //! # Flattened masks
-//! FlashInfer gives a ragged batch its masks one after the other, each `[queries, keys]` of its request and no wider. Such a buffer is
-//! a [`BitMask`](crate::BitMask::per_row) of which every row says where its bits begin and how far apart its queries are:
+//! FlashInfer stores the masks of a ragged batch one after another, each `[queries, keys]` of its request. Such a
+//! buffer is a [`BitMask`](crate::BitMask::per_row) of which every row says where its bits begin and how far apart its
+//! queries are:
 //!
 //! | theirs | `bit_offsets[b]`, in bits | `query_strides[b]`, in bits |
 //! | --- | --- | --- |
 //! | `packed_custom_mask`: every request begins a byte, `mask_indptr` counts bytes | `8 * mask_indptr[b]` | keys of request b |
-//! | `custom_mask` (a boolean an entry), packed as one row of bits, lowest first | sum of queries times keys of the requests before | keys of request b |
+//! | `custom_mask` (one boolean per entry), packed as one row of bits, lowest first | sum of queries times keys of the requests before | keys of request b |
 //!
 //! The shape is `[requests, most queries, heads, most keys]`, the stride of heads 0; queries are `cu_seqlens_q` = `qo_indptr`, and
 //! keys of a request are its `lengths`.
@@ -106,10 +107,10 @@
 //! ```
 //!
 //! # A tree of guesses
-//! Speculative decoding puts n guessed tokens behind the cache, each the child of one before it, and verifies them in one call.
-//! With T tokens in the cache before them: `lengths` = T + n, no causality, and a [`BitMask`](crate::BitMask) of n bits a query
-//! whose first key is T and whose bit j of query i says that i is j or descends from it. The keys before are seen by all. It
-//! works over every layout; what is rejected is dropped by lengths alone.
+//! Speculative decoding appends n guessed tokens to the cache, each a child of an earlier one, and verifies them in one call.
+//! With T tokens in the cache before them: `lengths` = T + n, no causality, and a [`BitMask`](crate::BitMask) of n bits per query
+//! with first key T. Bit j of query i is 1 if i is j or a descendant of j. Earlier keys are visible to all guesses. This works with
+//! every layout. Rejected guesses are dropped by the lengths alone.
 //!
 //! ```
 //! use kvlane::*;
