@@ -71,8 +71,8 @@ static kvl_layout pool_layout(void) {
     kvl_layout layout = KVL_LAYOUT_INIT;
     layout.kind = KVL_LAYOUT_KIND_PAGED;
     layout.table = pages;
-    layout.rows = BATCH;
-    layout.pages_per_row = 4;
+    layout.num_sequences = BATCH;
+    layout.pages_per_sequence = 4;
     return layout;
 }
 
@@ -126,7 +126,7 @@ static void attend_by_layout(const kvl_context *context, const kvl_parallel_runn
     mask.strides[0] = 8 * SEQ, mask.strides[1] = 8;
     mask.first_keys = first_keys;
     p.bit_mask = &mask;
-    p.prefixes = prefixes;
+    p.prefix_lengths = prefixes;
     attend(context, runner, p);
     /* A plan that is there, taken on. */
     p = pool(NULL);
@@ -146,7 +146,7 @@ static void attend_by_layout(const kvl_context *context, const kvl_parallel_runn
     p.layout = &layout;
     layout = (kvl_layout)KVL_LAYOUT_INIT;
     layout.kind = KVL_LAYOUT_KIND_RING;
-    layout.sinks = 2;
+    layout.sink_tokens = 2;
     p.lengths = long_gone;
     p.flags |= KVL_ATTENTION_FLAG_WINDOW_LEFT;
     p.window_left = 9;
@@ -155,7 +155,7 @@ static void attend_by_layout(const kvl_context *context, const kvl_parallel_runn
     p.layout = &layout;
     layout = (kvl_layout)KVL_LAYOUT_INIT;
     layout.kind = KVL_LAYOUT_KIND_INDIRECT;
-    layout.rows = BATCH;
+    layout.num_sequences = BATCH;
     layout.table = beams;
     attend(context, runner, p);
     layout.kind = KVL_LAYOUT_KIND_RAGGED;
@@ -164,8 +164,8 @@ static void attend_by_layout(const kvl_context *context, const kvl_parallel_runn
     p.v = kvl_make_const_view(v_cache, KVL_DTYPE_BF16, 1, BATCH * KEYS, KV, D);
     attend(context, runner, p);
     p.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, SEQ, HEADS, D);
-    p.query_starts = query_starts;
-    p.rows = BATCH;
+    p.cu_seqlens_q = query_starts;
+    p.num_sequences = BATCH;
     p.out = kvl_make_view(out, KVL_DTYPE_F32, 1, SEQ, HEADS, D);
     OK(kvl_attention(context, runner, workspace, sizeof workspace, &p));
     OK(kvl_attention_with_prefix_workspace_size(&prefix, &plain, runner, &bytes));
@@ -210,8 +210,8 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
         other.layout = &layout;
         layout.kind = KVL_LAYOUT_KIND_PAGED;
         layout.table = pages;
-        layout.rows = BATCH;
-        layout.pages_per_row = 4;
+        layout.num_sequences = BATCH;
+        layout.pages_per_sequence = 4;
         other.positions = starts;
         OK(kvl_kv_write(context, runner, &other));
         source = kvl_make_const_view(k, KVL_DTYPE_F32, 1, 1, KV, 2 * D);
@@ -274,7 +274,7 @@ static void whole_caches(const kvl_context *context, const kvl_parallel_runner *
     ropes[0] = &turn;
     unrotated[0] = unrotated[1] = kvl_make_const_view(first_key, KVL_DTYPE_F32, 1, 1, KV, D);
     OK(kvl_cache_advance(&cache, counts));
-    OK(kvl_cache_truncate(&cache, shorter, -1));
+    OK(kvl_cache_truncate(&cache, shorter, 0, 0));
     OK(kvl_cache_set_lengths(&cache, two, shorter, 2));
     OK(kvl_cache_insert_row(context, runner, &cache, 3, &other, 0, 7));
     OK(kvl_cache_copy_prefix(context, runner, &cache, 3, two, 1, 4));

@@ -73,7 +73,7 @@ static void rows(void) {
     size_t bytes = 0;
     OK(kvl_cache_advance(&cache, counts));
     LENGTHS(4, 3, 3);
-    OK(kvl_cache_truncate(&cache, shorter, -1));
+    OK(kvl_cache_truncate(&cache, shorter, 0, 0));
     LENGTHS(1, 2, 3);
     OK(kvl_cache_set_lengths(&cache, two, values, 2));
     LENGTHS(1, 5, 6);
@@ -136,14 +136,16 @@ static void rows(void) {
     /* A ring of two sinks that has gone round. */
     cache = fresh(9, 2, 1);
     ring.kind = KVL_LAYOUT_KIND_RING;
-    ring.sinks = 2;
+    ring.sink_tokens = 2;
     cache.layout = &ring;
     {
         static const int32_t back[] = {8, 2, 1};
-        REFUSED(KVL_STATUS_OUT_OF_RANGE, "has overwritten positions 2 to 4", kvl_cache_truncate(&cache, back, -1));
-        REFUSED(KVL_STATUS_INVALID_VALUE, "window is -2", kvl_cache_truncate(&cache, back, -2));
-        REFUSED(KVL_STATUS_OUT_OF_RANGE, "position 4 of row 0", kvl_cache_truncate(&cache, back, 4));
-        OK(kvl_cache_truncate(&cache, back, 3));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "has overwritten positions 2 to 4", kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_CAUSAL, 0));
+        REFUSED(KVL_STATUS_SHAPE, "window_left is -2", kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_WINDOW_LEFT, -2));
+        REFUSED(KVL_STATUS_INVALID_VALUE, "window_left is 3, but its flag is not set", kvl_cache_truncate(&cache, back, 0, 3));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "unknown bits 0x8", kvl_cache_truncate(&cache, back, 8, 0));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "position 4 of row 0", kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_WINDOW_LEFT, 4));
+        OK(kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_WINDOW_LEFT, 3));
         LENGTHS(8, 2, 1);
         REFUSED(KVL_STATUS_INVALID_VALUE, "a ring drops", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 0));
     }
@@ -293,7 +295,7 @@ static void pages(void) {
     REFUSED(KVL_STATUS_DUPLICATE_SLOT, "page 1", kvl_cache_copy_pages(context, NULL, layers, 2, twice, 2));
     REFUSED(KVL_STATUS_SHAPE, "no layers", kvl_cache_copy_pages(context, NULL, layers, 0, moves, 1));
     REFUSED(KVL_STATUS_NULL_POINTER, "layers is null", kvl_cache_copy_pages(context, NULL, NULL, 2, moves, 1));
-    REFUSED(KVL_STATUS_SHAPE, "pages_per_row is 0",
+    REFUSED(KVL_STATUS_SHAPE, "pages_per_sequence is 0",
             kvl_cache_defragment(context, NULL, layers, 2, table, 2, 0, lengths, map, &used));
     REFUSED(KVL_STATUS_OVERLAP, "share memory",
             kvl_cache_defragment(context, NULL, layers, 2, table, 2, 2, table + 1, map, &used));
@@ -302,7 +304,7 @@ static void pages(void) {
 
     /* Both rows have page 0 now, so neither may be cleared alone. */
     paged.kind = KVL_LAYOUT_KIND_PAGED;
-    paged.rows = paged.pages_per_row = 2;
+    paged.num_sequences = paged.pages_per_sequence = 2;
     paged.table = table;
     cache.layout = &paged;
     all.lengths[0] = all.lengths[1] = 6;

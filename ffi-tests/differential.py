@@ -6,8 +6,8 @@
     cargo build --release --features capi
     python ffi-tests/differential.py --cases 2000 --seed 7
 
-A case has random shapes, layouts and types, and any of: lengths, starts, offsets, causal, windows, a boolean mask, a bias,
-ALiBi, softcap, sinks, a scale. kvlane gets them as they are; the others get one mask that says the same, since that is what
+A case has random shapes, layouts and types, and any of: lengths, kv_starts, offsets, causal, windows, a boolean mask, a bias,
+ALiBi, softcap, sink logits, a scale. kvlane gets them as they are; the others get one mask that says the same, since that is what
 they understand. What one of them cannot express is skipped for it, counted and named. It fails if a difference is above its
 limit; the seed and the number of the case are printed, and `--only NUMBER` runs that case alone.
 
@@ -68,12 +68,12 @@ class Case:
     left: int | None
     right: int | None
     lengths: np.ndarray | None
-    starts: np.ndarray | None
+    kv_starts: np.ndarray | None
     offsets: np.ndarray | None
     mask: np.ndarray | None
     bias: np.ndarray | None
     max_bias: float
-    sinks: np.ndarray | None
+    sink_logits: np.ndarray | None
 
     @staticmethod
     def random(r: np.random.Generator) -> Case:
@@ -119,12 +119,12 @@ class Case:
             left=int(r.integers(0, keys)) if chance(0.2) else None,
             right=int(r.integers(0, keys)) if chance(0.2) else None,
             lengths=lengths,
-            starts=r.integers(0, keys // 2 + 1, batch, dtype=np.int32) if chance(0.2) else None,
+            kv_starts=r.integers(0, keys // 2 + 1, batch, dtype=np.int32) if chance(0.2) else None,
             offsets=r.integers(-5, keys, batch, dtype=np.int32) if chance(0.3) else None,
             mask=mask,
             bias=bias,
             max_bias=float(r.choice([8.0, 4.0])) if chance(0.2) else 0.0,
-            sinks=r.standard_normal(heads, dtype=np.float32) if chance(0.2) else None,
+            sink_logits=r.standard_normal(heads, dtype=np.float32) if chance(0.2) else None,
         )
 
     @property
@@ -152,8 +152,8 @@ class Case:
             seen &= ahead <= self.right
         if self.lengths is not None:
             seen &= key < self.lengths[:, None, None, None]
-        if self.starts is not None:
-            seen &= key >= self.starts[:, None, None, None]
+        if self.kv_starts is not None:
+            seen &= key >= self.kv_starts[:, None, None, None]
         if self.mask is not None:
             seen &= self.mask
         if self.bias is not None:
@@ -186,7 +186,7 @@ class Case:
             params.flags, params.window_left = params.flags | kvlane.WINDOW_LEFT, self.left
         if self.right is not None:
             params.flags, params.window_right = params.flags | kvlane.WINDOW_RIGHT, self.right
-        for name in ("lengths", "starts", "offsets", "sinks"):
+        for name in ("lengths", "kv_starts", "offsets", "sink_logits"):
             if (x := getattr(self, name)) is not None:
                 setattr(params, name, x.ctypes.data)
         if self.max_bias:
@@ -212,8 +212,8 @@ def tensor(x: np.ndarray) -> torch.Tensor:
 def pytorch(case: Case, dtype: torch.dtype) -> np.ndarray:
     if case.softcap:
         raise Skip("scaled_dot_product_attention has no softcap")
-    if case.sinks is not None:
-        raise Skip("scaled_dot_product_attention has no sinks")
+    if case.sink_logits is not None:
+        raise Skip("scaled_dot_product_attention has no sink logits")
     added = None
     if case.bias is not None:
         added = case.bias.astype(np.float64)
@@ -291,7 +291,7 @@ class Ggml:
             added = case.distance
         mask = heads_first(np.where(case.visible, added, -np.inf).astype(np.float16))
         q, k, v = (heads_first(x) for x in (case.q.astype(np.float32), case.k, case.v))
-        inputs = [q, k, v, mask] + ([] if case.sinks is None else [case.sinks])
+        inputs = [q, k, v, mask] + ([] if case.sink_logits is None else [case.sink_logits])
         b, room = self.base, 4 * batch * seq * heads * v_dim + sum(x.nbytes for x in inputs)
         room += 16 * (b.ggml_tensor_overhead() + 256) + b.ggml_graph_overhead()
         buffer = kvlane.aligned(room)
@@ -315,8 +315,8 @@ class Ggml:
                 case.max_bias,
                 case.softcap,
             )
-            if case.sinks is not None:
-                b.ggml_flash_attn_ext_add_sinks(out, tensor("f32", case.sinks, heads, 1, 1, 1))
+            if case.sink_logits is not None:
+                b.ggml_flash_attn_ext_add_sinks(out, tensor("f32", case.sink_logits, heads, 1, 1, 1))
             graph = b.ggml_new_graph(context)
             b.ggml_build_forward_expand(graph, out)
             plan = self.cpu.ggml_graph_plan(graph, 1, self.pool)

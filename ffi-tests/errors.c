@@ -581,25 +581,25 @@ static void kv_write(void) {
         LAYOUT(KVL_STATUS_STRUCT_SIZE, "kvl_layout");
         layout.kind = 5;
         LAYOUT(KVL_STATUS_INVALID_ENUM, "kind is 5");
-        layout.sinks = 1;
+        layout.sink_tokens = 1;
         LAYOUT(KVL_STATUS_INVALID_VALUE, "no ring");
         layout.kind = KVL_LAYOUT_KIND_RING;
-        layout.sinks = 8;
+        layout.sink_tokens = 8;
         LAYOUT(KVL_STATUS_CAPACITY, "8 sink tokens, but k_cache has 8 slots");
         layout.kind = KVL_LAYOUT_KIND_RING;
-        layout.sinks = -1;
-        LAYOUT(KVL_STATUS_SHAPE, "sinks is -1");
+        layout.sink_tokens = -1;
+        LAYOUT(KVL_STATUS_SHAPE, "sink_tokens is -1");
         layout.kind = KVL_LAYOUT_KIND_RING;
-        layout.sinks = 6;
+        layout.sink_tokens = 6;
         p.positions = LIST(0, 6, 0, 0, 0, 0);
         LAYOUT(KVL_STATUS_DUPLICATE_SLOT, "row 1 writes 3 tokens into a ring of 2 slots");
         layout.kind = KVL_LAYOUT_KIND_PAGED;
-        layout.rows = 2;
-        layout.pages_per_row = 1;
+        layout.num_sequences = 2;
+        layout.pages_per_sequence = 1;
         LAYOUT(KVL_STATUS_NULL_POINTER, "table");
         layout.kind = KVL_LAYOUT_KIND_PAGED;
-        layout.rows = 2;
-        layout.pages_per_row = 1;
+        layout.num_sequences = 2;
+        layout.pages_per_sequence = 1;
         layout.table = pages;
         LAYOUT(KVL_STATUS_OUT_OF_RANGE, "page_table[1, 0] is 2, but k_cache has batch = 2");
         layout.kind = KVL_LAYOUT_KIND_PAGED;
@@ -611,11 +611,11 @@ static void kv_write(void) {
         p.slots = LIST(9, 1, 2, 3, -1, 9);
         LAYOUT(KVL_STATUS_DUPLICATE_SLOT, "tokens [0, 0] and [1, 2] both go to slot 9 of the pool");
         layout.kind = KVL_LAYOUT_KIND_RAGGED;
-        layout.rows = 2;
+        layout.num_sequences = 2;
         layout.table = starts;
         LAYOUT(KVL_STATUS_SHAPE, "a batch of one");
         layout.kind = KVL_LAYOUT_KIND_INDIRECT;
-        layout.rows = 0;
+        layout.num_sequences = 0;
         layout.table = many;
         LAYOUT(KVL_STATUS_INVALID_VALUE, "indirect");
 #undef LAYOUT
@@ -679,7 +679,7 @@ static void attention(void) {
     /* The size before layouts, and one that never was. */
     p.struct_size = offsetof(kvl_attention_params, layout);
     p.layout = (const kvl_layout *)(const void *)x;
-    p.rows = -9;
+    p.num_sequences = -9;
     p.plan = (const kvl_plan *)(const void *)x;
     paint();
     OK(kvl_attention(context, NULL, workspace, bytes, &p));
@@ -696,6 +696,9 @@ static void attention(void) {
     p.flags = KVL_ATTENTION_FLAG_WINDOW_LEFT;
     p.window_left = -2;
     TRY(KVL_STATUS_INVALID_VALUE, "window_left is -2");
+    p.flags = KVL_ATTENTION_FLAG_WINDOW_RIGHT;
+    p.window_right = -1;
+    TRY(KVL_STATUS_INVALID_VALUE, "window_right is -1");
     p.scale = NAN;
     TRY(KVL_STATUS_INVALID_VALUE, "scale");
     p.softcap = -1;
@@ -729,14 +732,14 @@ static void attention(void) {
     TRY(KVL_STATUS_OUT_OF_RANGE, "lengths[1] is 6");
     p.lengths = LIST(-1, 5);
     TRY(KVL_STATUS_OUT_OF_RANGE, "lengths[0] is -1");
-    p.starts = LIST(0, -3);
+    p.kv_starts = LIST(0, -3);
     TRY(KVL_STATUS_OUT_OF_RANGE, "kv_starts[1] is -3");
     p.lengths = (const int32_t *)(const void *)((const char *)list + 2);
     TRY(KVL_STATUS_BOUNDS, "lengths");
     p.alibi_slopes = (const float *)(const void *)((const char *)ones + 1);
     TRY(KVL_STATUS_BOUNDS, "alibi_slopes");
-    p.sinks = (const float *)(const void *)((const char *)ones + 1);
-    TRY(KVL_STATUS_BOUNDS, "sinks");
+    p.sink_logits = (const float *)(const void *)((const char *)ones + 1);
+    TRY(KVL_STATUS_BOUNDS, "sink_logits");
     p.lse = (float *)(void *)(output.bytes + 4001);
     TRY(KVL_STATUS_BOUNDS, "lse");
     p.mask.data = mask;
@@ -774,32 +777,32 @@ static void attention(void) {
         TRY(status, text);                                                                                             \
         layout = (kvl_layout)KVL_LAYOUT_INIT;                                                                          \
     } while (0)
-#define PAGED(entries) (layout.kind = KVL_LAYOUT_KIND_PAGED, layout.rows = 2, layout.pages_per_row = 1, layout.table = (entries))
+#define PAGED(entries) (layout.kind = KVL_LAYOUT_KIND_PAGED, layout.num_sequences = 2, layout.pages_per_sequence = 1, layout.table = (entries))
         layout.struct_size = 8;
         LAYOUT(KVL_STATUS_STRUCT_SIZE, "kvl_layout.struct_size is 8");
         layout.kind = 5;
         LAYOUT(KVL_STATUS_INVALID_ENUM, "kind is 5");
         layout.kind = -1;
         LAYOUT(KVL_STATUS_INVALID_ENUM, "kind is -1");
-        layout.sinks = 1;
-        LAYOUT(KVL_STATUS_INVALID_VALUE, "sinks is 1, but the layout is no ring");
-        layout.pages_per_row = 3;
-        LAYOUT(KVL_STATUS_INVALID_VALUE, "pages_per_row is 3, but the layout is not paged");
+        layout.sink_tokens = 1;
+        LAYOUT(KVL_STATUS_INVALID_VALUE, "sink_tokens is 1, but the layout is no ring");
+        layout.pages_per_sequence = 3;
+        LAYOUT(KVL_STATUS_INVALID_VALUE, "pages_per_sequence is 3, but the layout is not paged");
         layout.table = pages;
         LAYOUT(KVL_STATUS_INVALID_VALUE, "a table, but kind 0 takes none");
         PAGED(NULL);
         LAYOUT(KVL_STATUS_NULL_POINTER, "table");
         PAGED(good_pages);
-        layout.pages_per_row = 0;
+        layout.pages_per_sequence = 0;
         LAYOUT(KVL_STATUS_SHAPE, "page_table has 0 entries, which is no multiple of pages_per_sequence = 0");
         PAGED(good_pages);
-        layout.rows = -2;
-        LAYOUT(KVL_STATUS_SHAPE, "rows is -2");
+        layout.num_sequences = -2;
+        LAYOUT(KVL_STATUS_SHAPE, "num_sequences is -2");
         PAGED(good_pages);
         LAYOUT(KVL_STATUS_INVALID_VALUE, "lengths is absent");
         PAGED(good_pages);
         p.lengths = LIST(5, 5);
-        layout.rows = 1;
+        layout.num_sequences = 1;
         LAYOUT(KVL_STATUS_SHAPE, "k has rows = 1, but q has 2");
         PAGED(good_pages);
         p.lengths = LIST(5, 6);
@@ -808,22 +811,22 @@ static void attention(void) {
         p.lengths = LIST(5, 1);
         LAYOUT(KVL_STATUS_OUT_OF_RANGE, "page_table[1, 0] is 2, but k has batch = 2");
         layout.kind = KVL_LAYOUT_KIND_INDIRECT;
-        layout.rows = 2;
+        layout.num_sequences = 2;
         layout.table = beams;
         LAYOUT(KVL_STATUS_OUT_OF_RANGE, "beam_table[1, 4] is 2, but k has batch = 2");
         layout.kind = KVL_LAYOUT_KIND_RAGGED;
-        layout.rows = 2;
+        layout.num_sequences = 2;
         layout.table = starts;
         LAYOUT(KVL_STATUS_SHAPE, "k has batch = 2, but ragged sequences lie in a batch of one");
         layout.kind = KVL_LAYOUT_KIND_RAGGED;
-        layout.rows = 2;
+        layout.num_sequences = 2;
         layout.table = falling;
         p.k.shape[0] = p.v.shape[0] = 1;
         LAYOUT(KVL_STATUS_OUT_OF_RANGE, "cu_seqlens[2] is 3, but cu_seqlens[1] is 4");
         layout.kind = KVL_LAYOUT_KIND_RING;
         LAYOUT(KVL_STATUS_INVALID_VALUE, "lengths is absent");
         layout.kind = KVL_LAYOUT_KIND_RING;
-        layout.sinks = 5;
+        layout.sink_tokens = 5;
         p.lengths = LIST(5, 5);
         LAYOUT(KVL_STATUS_CAPACITY, "5 sink tokens, but k has 5 slots");
         /* Three queries and no window, when two tokens are gone. */
@@ -831,21 +834,21 @@ static void attention(void) {
         p.lengths = LIST(5, 7);
         LAYOUT(KVL_STATUS_CAPACITY, "row 1 sees keys from 0 on, but of its 7 tokens the ring retains those from 2");
         layout.kind = KVL_LAYOUT_KIND_RING;
-        layout.sinks = 2;
+        layout.sink_tokens = 2;
         p.lengths = LIST(4, 6);
-        p.prefixes = prefixes;
+        p.prefix_lengths = prefixes;
         p.flags = KVL_ATTENTION_FLAG_WINDOW_LEFT;
         LAYOUT(KVL_STATUS_CAPACITY, "prefix_lengths[1] is 3, but the ring keeps 2 sink tokens");
 #undef PAGED
 #undef LAYOUT
-        p.prefixes = LIST(6, 0);
+        p.prefix_lengths = LIST(6, 0);
         TRY(KVL_STATUS_OUT_OF_RANGE, "prefix_lengths[0] is 6");
-        p.prefixes = LIST(0, -1);
+        p.prefix_lengths = LIST(0, -1);
         TRY(KVL_STATUS_OUT_OF_RANGE, "prefix_lengths[1] is -1");
-        p.rows = 2;
-        TRY(KVL_STATUS_INVALID_VALUE, "rows is 2, but there are no query_starts");
-        p.rows = 2;
-        p.query_starts = starts;
+        p.num_sequences = 2;
+        TRY(KVL_STATUS_INVALID_VALUE, "num_sequences is 2, but there are no cu_seqlens_q");
+        p.num_sequences = 2;
+        p.cu_seqlens_q = starts;
         TRY(KVL_STATUS_SHAPE, "cu_seqlens_q");
     }
     {
@@ -887,7 +890,7 @@ static void attention(void) {
             static const int64_t row_starts[] = {3, 20}, widths[] = {5, 9}, before[] = {3, -20}, backwards[] = {-5, 9},
                                  far[] = {3, INT64_MAX}, wide[] = {INT64_MAX, 9};
             good_mask.strides[0] = good_mask.strides[1] = 0;
-            good_mask.row_starts = row_starts;
+            good_mask.bit_offsets = row_starts;
             good_mask.query_strides = widths;
             good_mask.bytes = 6;
             bit_mask = good_mask;
@@ -906,25 +909,25 @@ static void attention(void) {
             ROWS(KVL_STATUS_BOUNDS, "row 1, 9 bits apart from bit 20, reach bytes 2..6");
             bit_mask.strides[2] = -2;
             ROWS(KVL_STATUS_BOUNDS, "row 0, 5 bits apart from bit 3, reach bytes -1..3");
-            bit_mask.row_starts = far;
+            bit_mask.bit_offsets = far;
             ROWS(KVL_STATUS_BOUNDS, "9 bits apart from bit 9223372036854775807, reach bytes");
             bit_mask.bytes = 0;
             bit_mask.query_strides = wide;
             ROWS(KVL_STATUS_STRIDE, "row 0, 9223372036854775807 bits apart from bit 3, leave the address space");
-            bit_mask.row_starts = before;
+            bit_mask.bit_offsets = before;
             ROWS(KVL_STATUS_OUT_OF_RANGE, "bit_offsets[1] of bit_mask is -20, which is negative");
             bit_mask.query_strides = backwards;
             ROWS(KVL_STATUS_OUT_OF_RANGE, "query_strides[0] of bit_mask is -5, which is negative");
             bit_mask.query_strides = NULL;
-            ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has row_starts, but query_strides is null");
-            bit_mask.row_starts = NULL;
-            ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has query_strides, but row_starts is null");
+            ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has bit_offsets, but query_strides is null");
+            bit_mask.bit_offsets = NULL;
+            ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has query_strides, but bit_offsets is null");
             bit_mask.offset = 8;
             ROWS(KVL_STATUS_INVALID_VALUE, "bit_mask has bit_offsets, but its offset, which they replace, is 8");
             bit_mask.strides[1] = 5;
             ROWS(KVL_STATUS_INVALID_VALUE, "strides[1], which they replace, is 5");
-            bit_mask.row_starts = (const int64_t *)(const void *)((const char *)row_starts + 4);
-            ROWS(KVL_STATUS_BOUNDS, "row_starts of bit_mask at");
+            bit_mask.bit_offsets = (const int64_t *)(const void *)((const char *)row_starts + 4);
+            ROWS(KVL_STATUS_BOUNDS, "bit_offsets of bit_mask at");
             bit_mask.shape[3] = 4;
             ROWS(KVL_STATUS_SHAPE, "bit_mask ends at key 4 of row 0, which has 5 keys");
             bit_mask.data = output.bytes;
@@ -949,8 +952,8 @@ static void attention(void) {
         p.flags = KVL_ATTENTION_FLAG_CAUSAL;
         TRY(KVL_STATUS_INVALID_VALUE, "both plan and flags");
         p.plan = plan;
-        p.prefixes = one;
-        TRY(KVL_STATUS_INVALID_VALUE, "both plan and prefixes");
+        p.prefix_lengths = one;
+        TRY(KVL_STATUS_INVALID_VALUE, "both plan and prefix_lengths");
         p.plan = plan;
         p.q.shape[1] = p.out.shape[1] = 2;
         TRY(KVL_STATUS_SHAPE, "the plan is for q of batch and seq [2, 3], but q has [2, 2]");
@@ -979,7 +982,7 @@ static void attention(void) {
             static const int32_t pages[] = {1, -1, 0, -1}, bad[] = {2};
             kvl_layout layout = KVL_LAYOUT_INIT;
             layout.kind = KVL_LAYOUT_KIND_PAGED;
-            layout.rows = layout.pages_per_row = 2;
+            layout.num_sequences = layout.pages_per_sequence = 2;
             layout.table = pages;
             p.layout = &layout;
             p.lengths = LIST(5, 4);
@@ -1168,7 +1171,7 @@ static void chunks(void) {
         REFUSED(KVL_STATUS_OVERLAP, "lengths and states share memory",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)(lengths + 1), LEN));
         p.lengths = all;
-        p.starts = p.offsets = lengths;
+        p.kv_starts = p.offsets = lengths;
         REFUSED(KVL_STATUS_OVERLAP, "kv_starts and states share memory",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, (float *)(void *)lengths, LEN));
         p = good;
@@ -1176,7 +1179,7 @@ static void chunks(void) {
         REFUSED(KVL_STATUS_OVERLAP, "alibi_slopes and states share memory",
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, of_spans + 3, LEN));
         p = good;
-        p.sinks = sinks;
+        p.sink_logits = sinks;
         TRY(KVL_STATUS_INVALID_VALUE, "sink_logits are given where spans are merged");
         p.out = kvl_make_view(output.floats + LEN, KVL_DTYPE_F32, 2, 3, 4, 8);
         TRY(KVL_STATUS_INVALID_VALUE, "out is given where spans are merged");
@@ -1193,8 +1196,8 @@ static void chunks(void) {
         REFUSED(KVL_STATUS_INVALID_VALUE, "a ring is no span", kvl_attention_chunks_workspace_size(&p, NULL, needed));
         TRY(KVL_STATUS_INVALID_VALUE, "a ring is no span");
         p.q = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 3, 4, 8);
-        p.query_starts = starts;
-        p.rows = 2;
+        p.cu_seqlens_q = starts;
+        p.num_sequences = 2;
         REFUSED(KVL_STATUS_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_states_len(&p, len));
         REFUSED(KVL_STATUS_INVALID_VALUE, "ragged queries have no format", kvl_attention_chunks_workspace_size(&p, NULL, needed));
         {
@@ -1228,7 +1231,7 @@ static void chunks(void) {
         good.spans = spans;
         good.num_spans = 2;
         good.kv_heads = 2;
-        good.sinks = sinks;
+        good.sink_logits = sinks;
         good.out = kvl_make_view(output.floats, KVL_DTYPE_F32, 2, 3, 4, 8);
         good.lse = output.floats + 2 * 3 * 4 * 8;
         p = good;
@@ -1286,9 +1289,9 @@ static void chunks(void) {
         TRY(KVL_STATUS_OVERLAP, "span 1 and out share memory");
         spans[0].states = output.floats + 2 * 3 * 4 * 9 - 1;
         TRY(KVL_STATUS_OVERLAP, "span 0 and lse share memory");
-        p.sinks = output.floats + 2 * 3 * 4 * 8 - 4;
+        p.sink_logits = output.floats + 2 * 3 * 4 * 8 - 4;
         TRY(KVL_STATUS_OVERLAP, "sink_logits and out share memory");
-        p.sinks = p.lse + 1;
+        p.sink_logits = p.lse + 1;
         TRY(KVL_STATUS_OVERLAP, "sink_logits and lse share memory");
         p.lse--;
         TRY(KVL_STATUS_OVERLAP, "out and lse share memory");

@@ -43,17 +43,17 @@ static void make(cache caches[CACHES], kvl_dtype dtype) {
         c->name = names[i];
         c->layout = (kvl_layout)KVL_LAYOUT_INIT;
         c->layout.kind = kinds[i];
-        c->layout.rows = ROWS;
+        c->layout.num_sequences = ROWS;
         c->k = kvl_make_view(memory[i][0], dtype, axes[i][0], axes[i][1], KV, D);
         c->v = kvl_make_view(memory[i][1], dtype, axes[i][0], axes[i][1], KV, V_DIM);
         c->k.bytes = c->v.bytes = sizeof memory[i][0];
     }
     hnd(&caches[PAGED_HND].k), hnd(&caches[PAGED_HND].v);
-    caches[PAGED_NHD].layout.pages_per_row = caches[PAGED_HND].layout.pages_per_row = PAGES_PER_ROW;
+    caches[PAGED_NHD].layout.pages_per_sequence = caches[PAGED_HND].layout.pages_per_sequence = PAGES_PER_ROW;
     caches[PAGED_NHD].layout.table = caches[PAGED_HND].layout.table = pages;
     caches[RAGGED].layout.table = starts;
     caches[INDIRECT].layout.table = beams;
-    caches[RING_ROWS].layout.sinks = SINKS;
+    caches[RING_ROWS].layout.sink_tokens = SINKS;
 }
 
 /* New tokens, `counts[b]` of `seq`, from `lengths[b]` on. */
@@ -199,7 +199,7 @@ static void prompt_and_decode(kvl_dtype dtype) {
             if (i == CONTIGUOUS) windowed = is;
             CHECK(alive(&is, seq), "%s, step %d, window", caches[i].name, (int)step);
             CHECK(same(&is, &windowed), "%s, step %d, window", caches[i].name, (int)step);
-            p.prefixes = prefixes;
+            p.prefix_lengths = prefixes;
             is = run(p);
             if (i == CONTIGUOUS) prefixed = is;
             CHECK(same(&is, &prefixed), "%s, step %d, window and prefix", caches[i].name, (int)step);
@@ -273,8 +273,8 @@ static void ragged_queries(kvl_dtype dtype) {
     for (i = 0; i < RING_ROWS; i++) {
         kvl_attention_params p = over(&caches[i], 5);
         p.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, 5, HEADS, D);
-        p.query_starts = query_starts;
-        p.rows = ROWS;
+        p.cu_seqlens_q = query_starts;
+        p.num_sequences = ROWS;
         p.lengths = lengths;
         p.flags = KVL_ATTENTION_FLAG_CAUSAL;
         together = run(p);
@@ -368,8 +368,8 @@ static void flattened(kvl_dtype dtype) {
     memcpy(original, packed, sizeof packed);
     p = over(&caches[CONTIGUOUS], 5);
     p.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, 5, HEADS, D);
-    p.query_starts = query_starts;
-    p.rows = ROWS;
+    p.cu_seqlens_q = query_starts;
+    p.num_sequences = ROWS;
     p.lengths = lengths;
     p.mask.data = &shown[0][0][0];
     p.mask.bytes = sizeof shown;
@@ -382,7 +382,7 @@ static void flattened(kvl_dtype dtype) {
     mask.data = packed;
     mask.bytes = bytes;
     memcpy(mask.shape, shape, sizeof shape);
-    mask.row_starts = row_starts;
+    mask.bit_offsets = row_starts;
     mask.query_strides = query_strides;
     for (i = 0; i < RING_ROWS; i++) {
         kvl_attention_params planned = KVL_ATTENTION_PARAMS_INIT;
@@ -464,14 +464,14 @@ static void plans(kvl_dtype dtype) {
         draw(MOST, 900);
         p = over(&caches[CONTIGUOUS], MOST);
         p.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, 4, HEADS, D);
-        p.query_starts = query_starts;
-        p.rows = ROWS;
+        p.cu_seqlens_q = query_starts;
+        p.num_sequences = ROWS;
         p.lengths = lengths;
         p.flags = KVL_ATTENTION_FLAG_CAUSAL;
         wanted = run(p);
         OK(kvl_plan_update(plan, &p));
-        p.query_starts = NULL;
-        p.rows = 0;
+        p.cu_seqlens_q = NULL;
+        p.num_sequences = 0;
         p.lengths = NULL;
         p.flags = 0;
         p.layout = NULL;
@@ -503,7 +503,7 @@ static void shared_prefix(void) {
     p.v = kvl_make_const_view(v, KVL_DTYPE_F32, ROWS, PREFIX + OWN, KV, V_DIM);
     p.lengths = both;
     p.flags = KVL_ATTENTION_FLAG_CAUSAL;
-    p.sinks = sinks;
+    p.sink_logits = sinks;
     wanted = run(p);
 
     prefix_k = p.k, prefix_v = p.v;

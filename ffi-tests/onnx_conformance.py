@@ -102,9 +102,9 @@ def attention(c: Context, x: Arrays, a: Attributes, outputs: set[str]) -> Arrays
     params = AttentionParams(q=kvlane.view(q), k=kvlane.view(k), v=kvlane.view(v), softcap=a.get("softcap", 0.0))
     params.scale = a.get("scale", 0.0)
     params.flags = kvlane.CAUSAL if a.get("is_causal") else 0
-    # -1 is no window on both sides of the border.
+    # -1 stands for no window.
     for name, flag in (("left", kvlane.WINDOW_LEFT), ("right", kvlane.WINDOW_RIGHT)):
-        if (window := a.get(f"{name}_window_size")) is not None:
+        if (window := a.get(f"{name}_window_size", -1)) != -1:
             params.flags |= flag
             setattr(params, f"window_{name}", window)
     # Whatever a struct points to must live until the call: here, in local variables.

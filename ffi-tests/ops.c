@@ -39,10 +39,10 @@ static void names(const kvl_context *context) {
     for (s = 0; s < COUNT(types); s++) {
         const char *high = NULL;
         OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, types[s], types[s], &name));
-        OK(kvl_context_attention_kernel_name(context, types[s], KVL_PRECISION_HIGH, &high));
+        OK(kvl_context_attention_kernel_name(context, types[s], types[s], KVL_PRECISION_HIGH, &high));
         int apart = (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) && types[s] == KVL_DTYPE_BF16;
         CHECK(apart == (strcmp(name, high) != 0), "%s and %s", name, high);
-        OK(kvl_context_attention_kernel_name(context, types[s], KVL_PRECISION_DEFAULT, &high));
+        OK(kvl_context_attention_kernel_name(context, types[s], types[s], KVL_PRECISION_DEFAULT, &high));
         CHECK(strcmp(name, high) == 0, "%s and %s", name, high);
         {
             kvl_packing packing = -1;
@@ -354,17 +354,17 @@ static void layouts(const kvl_context *context) {
             p.layout = kind == KVL_LAYOUT_KIND_CONTIGUOUS && packed ? NULL : &layout;
             layout.kind = kind == 5 ? KVL_LAYOUT_KIND_PAGED : kind;
             if (kind == KVL_LAYOUT_KIND_RING) {
-                layout.sinks = 2;
+                layout.sink_tokens = 2;
                 p.counts = counts;
             }
             if (kind == KVL_LAYOUT_KIND_PAGED) {
                 layout.table = pages;
-                layout.rows = 2;
-                layout.pages_per_row = 3;
+                layout.num_sequences = 2;
+                layout.pages_per_sequence = 3;
             }
             if (kind == KVL_LAYOUT_KIND_RAGGED) {
                 layout.table = starts;
-                layout.rows = 2;
+                layout.num_sequences = 2;
             }
             if (kind == 5) { /* By slots of the pool, where no table is needed. */
                 p.positions = NULL;
@@ -539,7 +539,7 @@ static void attention(const kvl_context *context) {
         p.out = kvl_make_view(out, KVL_DTYPE_F32, BATCH, SEQ, HEADS, DV);
         p.lse = lse;
         p.lengths = lengths;
-        p.starts = starts;
+        p.kv_starts = starts;
         if (variant == 1 || variant == 7) {
             p.flags |= KVL_ATTENTION_FLAG_CAUSAL;
             causal = 1;
@@ -551,9 +551,8 @@ static void attention(const kvl_context *context) {
             p.offsets = offsets;
         }
         if (variant == 3) {
-            p.flags |= KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_CAUSAL;
+            p.flags |= KVL_ATTENTION_FLAG_CAUSAL;
             causal = 1;
-            p.window_left = -1;
             p.scale = 3.0f;
         }
         if (variant == 4 || variant == 7) {
@@ -569,7 +568,7 @@ static void attention(const kvl_context *context) {
             p.alibi_slopes = slopes;
         }
         if (variant == 6 || variant == 7) {
-            p.sinks = sinks;
+            p.sink_logits = sinks;
             p.softcap = 2.0f;
         }
         memset(out, 0xff, sizeof out);
@@ -595,7 +594,7 @@ static void attention(const kvl_context *context) {
                     joint = define(q + row * D, k + (b * KEYS * KV + kv) * D, v + (b * KEYS * KV + kv) * DV, KEYS, KV, D, DV,
                                    p.scale != 0 ? (double)p.scale : 1 / sqrt((double)D), (double)p.softcap,
                                    p.bias.data ? bias + t * KEYS : NULL, p.alibi_slopes ? alibi : NULL,
-                                   p.sinks ? (double)sinks[h] : -INFINITY, visible, wanted);
+                                   p.sink_logits ? (double)sinks[h] : -INFINITY, visible, wanted);
                     if (joint == -INFINITY) {
                         CHECK(lse[row] == -INFINITY, "variant %d row %d has LSE %g", variant, row, (double)lse[row]);
                     } else {
@@ -690,7 +689,7 @@ static void chunks(const kvl_context *context) {
     whole.v = kvl_make_const_view(v, KVL_DTYPE_F32, BATCH, KEYS, KV, DV);
     whole.flags = KVL_ATTENTION_FLAG_CAUSAL;
     whole.lengths = lengths;
-    whole.starts = starts;
+    whole.kv_starts = starts;
     shard.num_sequence = SPANS;
     for (i = 0; i < SPANS; i++) {
         kvl_attention_params p = whole;
@@ -702,7 +701,7 @@ static void chunks(const kvl_context *context) {
         OK(kvl_shard_keys(&shard, KEYS, &first, &count));
         OK(kvl_shard_lengths(first, count, BATCH, SEQ, lengths, starts, NULL, local[0], local[1], local[2]));
         p.lengths = local[0];
-        p.starts = local[1];
+        p.kv_starts = local[1];
         p.offsets = local[2];
         part = kvl_make_view(k, KVL_DTYPE_F32, BATCH, KEYS, KV, D);
         OK(kvl_shard_view(&part, 1, first, count, &part));
@@ -726,7 +725,7 @@ static void chunks(const kvl_context *context) {
     merge.num_spans = SPANS;
     merge.kv_heads = KV;
     merge.dtype = KVL_DTYPE_F32;
-    merge.sinks = sinks;
+    merge.sink_logits = sinks;
     merge.out = kvl_make_view(merged, KVL_DTYPE_F32, BATCH, SEQ, HEADS, DV);
     merge.lse = merged_lse;
     memset(merged, 0xff, sizeof merged);
@@ -740,7 +739,7 @@ static void chunks(const kvl_context *context) {
 
     whole.out = kvl_make_view(out, KVL_DTYPE_F32, BATCH, SEQ, HEADS, DV);
     whole.lse = lse;
-    whole.sinks = sinks;
+    whole.sink_logits = sinks;
     workspace = workspace_for(&whole, &bytes);
     OK(kvl_attention(context, NULL, workspace, bytes, &whole));
     free(workspace);

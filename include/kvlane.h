@@ -291,7 +291,7 @@
 
 /**
  * Caches are pools [pages, page_size, kv_heads, dim]; position p of row b lies in page
- * `table[b * pages_per_row + p / page_size]`, slot p % page_size. Rows may share pages that none of them writes. NHD and HND
+ * `table[b * pages_per_sequence + p / page_size]`, slot p % page_size. Rows may share pages that none of them writes. NHD and HND
  * are two sets of strides.
  */
 #define KVL_LAYOUT_KIND_PAGED 2
@@ -703,17 +703,17 @@ typedef struct kvl_layout {
     /**
      * `KVL_LAYOUT_KIND_RING`: how many of a row's first tokens are never overwritten; less than the capacity. Else 0.
      */
-    int32_t sinks;
+    int32_t sink_tokens;
     /**
      * Rows that the table describes; not looked at without a table.
      */
-    int64_t rows;
+    int64_t num_sequences;
     /**
      * `KVL_LAYOUT_KIND_PAGED`: entries of a row. Else 0.
      */
-    int64_t pages_per_row;
+    int64_t pages_per_sequence;
     /**
-     * `KVL_LAYOUT_KIND_PAGED`: [rows, pages_per_row]; entries beyond a row's length are not looked at. `KVL_LAYOUT_KIND_INDIRECT`: [rows, capacity].
+     * `KVL_LAYOUT_KIND_PAGED`: [rows, pages_per_sequence]; entries beyond a row's length are not looked at. `KVL_LAYOUT_KIND_INDIRECT`: [rows, capacity].
      * `KVL_LAYOUT_KIND_RAGGED`: [rows + 1], ascending. Else null.
      */
     const int32_t *table;
@@ -823,7 +823,7 @@ typedef struct kvl_mask {
  * is of the row's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a stride of 0, over
  * the n tokens that were written last.
  *
- * Its rows may be as wide as each is, and lie anywhere: with `row_starts` and `query_strides`, a row has bits for its own queries
+ * Its rows may be as wide as each is, and lie anywhere: with `bit_offsets` and `query_strides`, a row has bits for its own queries
  * and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of requests one after
  * the other, each [queries, keys] of its own, are one mask.
  */
@@ -860,7 +860,7 @@ typedef struct kvl_bit_mask {
      * [batch]: the bit of a row's query 0, head 0 and first key, not negative, instead of `offset` and the stride of batch, which
      * must be 0; null if rows lie at those. Given with `query_strides` or not at all.
      */
-    const int64_t *row_starts;
+    const int64_t *bit_offsets;
     /**
      * [batch]: bits from a query of a row to the next, not negative, 0 to broadcast, instead of the stride of seq, which must be
      * 0; null if all rows have that.
@@ -874,8 +874,8 @@ typedef struct kvl_bit_mask {
  *
  * A logit is `softcap(q.k * scale) + alibi + bias`; then what is masked is taken out, then softmax in f32. Query i of a
  * row stands at position p = i + offset among the keys, and sees key j when all of these hold: `j < lengths[row]`,
- * `j >= starts[row]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of these
- * three, a key `j < prefixes[row]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias is not -inf, a
+ * `j >= kv_starts[row]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of these
+ * three, a key `j < prefix_lengths[row]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias is not -inf, a
  * ring has not overwritten it. A query that sees no key has output 0 and LSE -inf (with a sink: the
  * sink's logit). What is not seen cannot reach the output, NaN or not; what is seen does.
  */
@@ -923,11 +923,11 @@ typedef struct kvl_attention_params {
      */
     int32_t reserved;
     /**
-     * With `KVL_ATTENTION_FLAG_WINDOW_LEFT`: keys visible before the query's own position, not counting it; -1 for all. Else 0.
+     * With `KVL_ATTENTION_FLAG_WINDOW_LEFT`: how many keys are visible before the query's own position. Else 0.
      */
     int64_t window_left;
     /**
-     * With `KVL_ATTENTION_FLAG_WINDOW_RIGHT`: keys visible after the query's own position, not counting it; -1 for all. Else 0.
+     * With `KVL_ATTENTION_FLAG_WINDOW_RIGHT`: how many keys are visible after the query's own position. Else 0.
      */
     int64_t window_right;
     /**
@@ -937,7 +937,7 @@ typedef struct kvl_attention_params {
     /**
      * [batch]: the first visible key (left-padded batches); null for 0.
      */
-    const int32_t *starts;
+    const int32_t *kv_starts;
     /**
      * [batch]: the position of query 0 among the keys; null for `length - seq`, so that the last query sees the last key.
      * A negative one leaves leading queries without keys.
@@ -958,7 +958,7 @@ typedef struct kvl_attention_params {
     /**
      * [heads]: one more logit, which takes weight and has no value; null for none.
      */
-    const float *sinks;
+    const float *sink_logits;
     /**
      * How exactly to compute; see `kvl_context_attention_kernel_name`. Since ABI version 2.
      */
@@ -975,25 +975,25 @@ typedef struct kvl_attention_params {
     const struct kvl_layout *layout;
     /**
      * [rows + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and row b of the batch is tokens
-     * `query_starts[b]` to `query_starts[b + 1] - 1` (`cu_seqlens`); null for rows of equal length, the first axis of `q`.
+     * `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1` (`cu_seqlens`); null for rows of equal length, the first axis of `q`.
      */
-    const int32_t *query_starts;
+    const int32_t *cu_seqlens_q;
     /**
-     * With `query_starts`: rows of the batch, as many as every [batch] list here has entries. Else 0.
+     * With `cu_seqlens_q`: rows of the batch, as many as every [batch] list here has entries. Else 0.
      */
-    int64_t rows;
+    int64_t num_sequences;
     /**
      * [batch]: every query sees the keys before this one, whatever causality and windows say (prefix-LM, attention sinks that
      * a window must not hide); null for 0.
      */
-    const int32_t *prefixes;
+    const int32_t *prefix_lengths;
     /**
      * Which keys each query sees, a bit each; null for all.
      */
     const struct kvl_bit_mask *bit_mask;
     /**
-     * What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `query_starts`, `rows`, `lengths`,
-     * `starts`, `offsets` and `prefixes`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
+     * What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`,
+     * `kv_starts`, `offsets` and `prefix_lengths`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
      * plan was made of either; null for none.
      */
     const struct kvl_plan *plan;
@@ -1110,7 +1110,7 @@ typedef struct kvl_merge_chunks_params {
     /**
      * [heads]: one more logit, which takes weight and has no value, once for all spans; null for none.
      */
-    const float *sinks;
+    const float *sink_logits;
     /**
      * Output [batch, seq, heads, v_dim], of any type.
      */
@@ -1262,11 +1262,12 @@ void kvl_context_destroy(struct kvl_context *context);
 kvl_status kvl_context_isa(const struct kvl_context *context, kvl_isa *isa);
 
 /**
- * The name of the kernel that serves an operation, such as "attention_bf16_avx512"; a constant of the library. Which two
- * types an operation has is said at `kvl_op`.
+ * The name of the kernel that serves an operation from one element type to another, such as "rope_f32_bf16_avx512"; a constant
+ * of the library. Which two types an operation has is stated at `kvl_op`: of attention, `src` is the type of K and `dst` that
+ * of V, and the name is that of `KVL_PRECISION_DEFAULT`.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null, numbers that are no operation or type, or types that no kernel has is an error, and `*name` is not touched.
+ * Bad input: null, a number that is no operation or type, and types that no kernel has are errors, and `*name` is not touched.
  */
 kvl_status kvl_context_kernel_name(const struct kvl_context *context,
                                    kvl_op op,
@@ -1275,15 +1276,17 @@ kvl_status kvl_context_kernel_name(const struct kvl_context *context,
                                    const char **name);
 
 /**
- * The name of the kernel that serves attention over K and V of a type with a precision, such as
- * "attention_bf16_high_amx"; a constant of the library. `kvl_context_kernel_name` tells that of `KVL_PRECISION_DEFAULT`; most
- * kernels serve both. What precision a kernel has is `max_error` in `kvl_kernel_info`. Since ABI version 2.
+ * The name of the kernel that serves attention over K of one type and V of another with a precision, such as
+ * "attention_bf16_high_amx"; a constant of the library. Most kernels serve both precisions. `kvl_kernel_info` states the error
+ * bound of a kernel.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null or numbers that are no type or precision is an error, and `*name` is not touched.
+ * Bad input: null, a number that is no type or precision, and types that no kernel has together are errors, and `*name` is not
+ * touched.
  */
 kvl_status kvl_context_attention_kernel_name(const struct kvl_context *context,
-                                             kvl_dtype kv,
+                                             kvl_dtype k,
+                                             kvl_dtype v,
                                              kvl_precision precision,
                                              const char **name);
 
@@ -1461,7 +1464,7 @@ kvl_status kvl_repeat_kv(const struct kvl_context *context,
 
 /**
  * Bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever lengths and
- * masks are, and for the threads of `runner`. Only those shapes, `layout`, `query_starts` and `plan` are looked at: data may be
+ * masks are, and for the threads of `runner`. Only those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be
  * null.
  *
  * Thread safety: may be called from any number of threads at once.
@@ -1553,7 +1556,7 @@ kvl_status kvl_merge_states(const struct kvl_context *context,
 
 /**
  * Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
- * `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
+ * `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`, `offsets`, `prefix_lengths`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
  * there are masks, the heads of `q`; nothing else of it is looked at, and data of tensors may be null.
  * `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
  *
@@ -1642,21 +1645,24 @@ kvl_status kvl_cache_advance(const struct kvl_cache *cache,
                              const int32_t *counts);
 
 /**
- * Takes the last tokens of rows away: row b has `lengths[b]`, [rows], tokens from now on. No byte of the cache changes.
+ * Removes the last tokens of sequences: sequence b has `lengths[b]`, [num_sequences], tokens from then on. No byte of the cache
+ * changes. Since ABI version 3.
  *
- * In a ring the tokens that are taken away have overwritten older ones, so a ring that has gone round can only be truncated
- * if those will not be looked at: `window` is the left window of all attention over this cache, -1 for none, and a ring
- * whose capacity exceeds sinks + window by n tokens can give back n. The cache knows no length but the present one: truncations
- * that follow each other without new tokens between them count together, and who makes several has to add them up. In an
- * indirect cache a slot is not given up while a token of another row lies there. Since ABI version 3.
+ * `flags` and `window_left` are those of all attention over this cache; only a left window counts here. They matter to a ring:
+ * the tokens that are removed have overwritten older ones, so a ring that has gone round can be truncated only if no query will
+ * look at those. A ring whose capacity exceeds `sink_tokens + window_left` by n tokens can give back n. The cache knows only its
+ * present lengths, so truncations without new tokens between them count together, and the caller has to add them up. In an
+ * indirect cache, a slot that holds a token of another sequence is not given up.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches.
- * Bad input: null, an unknown `struct_size`, views that do not fit each other, a length that is negative or above the present
- * one, a `window` below -1, tokens that have been or would be overwritten are errors, and no length changes.
+ * Bad input: null, an unknown `struct_size` or flag, views that do not fit each other, a length that is negative or above the
+ * present one, a negative window or one without its flag, tokens that have been or would be overwritten are errors, and no
+ * length changes.
  */
 kvl_status kvl_cache_truncate(const struct kvl_cache *cache,
                               const int32_t *lengths,
-                              int64_t window);
+                              kvl_attention_flag flags,
+                              int64_t window_left);
 
 /**
  * Empties rows: their lengths become 0. With `zero` 1 their slots are filled with zeros too: all that they have, or in a
@@ -1857,7 +1863,7 @@ kvl_status kvl_cache_copy_pages(const struct kvl_context *context,
  * all pages are free. The views of the layers are [pages, page_size, kv_heads, dim].
  *
  * Pages in use hold the first `lengths[b]`, [rows], tokens of a row b; shared ones stay shared. Only pages beyond the new end
- * move, in ascending order to the lowest free places. `table`, [rows, pages_per_row], is updated; its entries beyond a row's
+ * move, in ascending order to the lowest free places. `table`, [rows, pages_per_sequence], is updated; its entries beyond a row's
  * length become -1, since what they named may be another row's now. `map` has an entry a page; afterwards it says where
  * each page went, -1 for those that were not in use. Since ABI version 3.
  *
@@ -1871,7 +1877,7 @@ kvl_status kvl_cache_defragment(const struct kvl_context *context,
                                 size_t num_layers,
                                 int32_t *table,
                                 int64_t rows,
-                                int64_t pages_per_row,
+                                int64_t pages_per_sequence,
                                 const int32_t *lengths,
                                 int32_t *map,
                                 int64_t *used);
@@ -1879,7 +1885,7 @@ kvl_status kvl_cache_defragment(const struct kvl_context *context,
 /**
  * How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every row [batch, seq, heads] and
  * every `KVL_SPLIT_GRID` keys, or part of as many, that a row of the cache has room for, v_dim rounded up to 16 and 16 more. Only
- * those shapes, `layout`, `query_starts` and `plan` are looked at: data may be null. Since ABI version 3.
+ * those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be null. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint outputs.
  * Bad input: as for `kvl_attention_workspace_size`; ragged queries, a ring, and more floats than an address space holds are errors
@@ -1903,16 +1909,16 @@ kvl_status kvl_attention_chunks_workspace_size(const struct kvl_attention_params
  * Attention over a span of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
  * keys are spread over machines, or come in pieces, the merged bits are those of one `kvl_attention` over all keys.
  *
- * `params` is as for `kvl_attention`, in the span's own positions: `lengths`, `starts`, `offsets` and so on count from the span's
+ * `params` is as for `kvl_attention`, in the span's own positions: `lengths`, `kv_starts`, `offsets` and so on count from the span's
  * first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts spans so, `kvl_shard_lengths` computes the lists). There
- * is no `out`, no `lse`, and there are no `sinks`: those are given to `kvl_merge_chunks`. `states` has `states_len` floats, exactly
+ * is no `out`, no `lse`, and there are no `sink_logits`: those are given to `kvl_merge_chunks`. `states` has `states_len` floats, exactly
  * what `kvl_attention_chunks_states_len` says. They mean something to a context of the same level, for keys of the same type and
  * the same precision, and may be sent there as they are; floats that they do not need are left alone.
  *
  * `workspace` is as for `kvl_attention`, of the size that `kvl_attention_chunks_workspace_size` says. Since ABI version 3.
  *
  * Thread safety: as for `kvl_attention`.
- * Bad input: as for `kvl_attention`; an `out`, an `lse`, `sinks`, ragged queries, a ring, `states` that are null, of another length,
+ * Bad input: as for `kvl_attention`; an `out`, an `lse`, `sink_logits`, ragged queries, a ring, `states` that are null, of another length,
  * not aligned to 4 bytes or that share memory with a tensor or a list are errors too, and nothing is written.
  */
 kvl_status kvl_attention_chunks(const struct kvl_context *context,
@@ -1944,7 +1950,7 @@ kvl_status kvl_merge_chunks_workspace_size(const struct kvl_merge_chunks_params 
  *
  * Thread safety: as for `kvl_attention`.
  * Bad input: null, an unknown `struct_size` or enumeration value, what `kvl_merge_chunks_workspace_size` refuses, an output that
- * shares memory with states, sinks or the other output, a workspace that is too small or misaligned are errors, and nothing is
+ * shares memory with states, sink_logits or the other output, a workspace that is too small or misaligned are errors, and nothing is
  * written.
  */
 kvl_status kvl_merge_chunks(const struct kvl_context *context,
@@ -2005,9 +2011,9 @@ kvl_status kvl_shard_keys(const struct kvl_shard *shard,
                           int64_t *count);
 
 /**
- * What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `starts` (null:
+ * What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `kv_starts` (null:
  * 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a row. The results, [batch] each, are counted from the
- * start of the span: `local_lengths` and `local_starts` lie in it, `local_offsets` may be negative or beyond it. The outputs of
+ * start of the span: `local_lengths` and `local_kv_starts` lie in it, `local_offsets` may be negative or beyond it. The outputs of
  * all spans are joined by `kvl_merge_states`, and sinks go to one span only; or by `kvl_attention_chunks` and `kvl_merge_chunks`,
  * to the bit. Since ABI version 3.
  *
@@ -2020,10 +2026,10 @@ kvl_status kvl_shard_lengths(int64_t first,
                              int64_t batch,
                              int64_t seq,
                              const int32_t *lengths,
-                             const int32_t *starts,
+                             const int32_t *kv_starts,
                              const int32_t *offsets,
                              int32_t *local_lengths,
-                             int32_t *local_starts,
+                             int32_t *local_kv_starts,
                              int32_t *local_offsets);
 
 /**

@@ -131,9 +131,9 @@ public:
         return name;
     }
 
-    const char *attention_kernel_name(kvl_dtype kv, kvl_precision precision) const {
+    const char *attention_kernel_name(kvl_dtype k, kvl_dtype v, kvl_precision precision) const {
         const char *name = nullptr;
-        check(kvl_context_attention_kernel_name(get(), kv, precision, &name));
+        check(kvl_context_attention_kernel_name(get(), k, v, precision, &name));
         return name;
     }
 
@@ -330,7 +330,7 @@ inline void merge_states(const context &context, const std::vector<kvl_attention
     check(kvl_merge_states(context.get(), runner, states.data(), states.size(), &out, lse));
 }
 
-/// The states of a span's chunks; `params` has no out, no lse and no sinks.
+/// The states of a span's chunks; `params` has no out, no lse and no sink logits.
 inline std::vector<float> attention_chunks(const context &context, workspace &workspace,
                                            const kvl_attention_params &params,
                                            const kvl_parallel_runner *runner = nullptr) {
@@ -386,22 +386,22 @@ inline void same_size(std::size_t a, std::size_t b) {
 }
 } // namespace detail
 
-/// Rows of which the newest tokens are kept, and for ever the first `sinks`.
-inline kvl_layout ring_layout(std::int32_t sinks = 0) {
+/// Rows of which the newest tokens are kept, and for ever the first `sink_tokens`.
+inline kvl_layout ring_layout(std::int32_t sink_tokens = 0) {
     kvl_layout layout = KVL_LAYOUT_INIT;
     layout.kind = KVL_LAYOUT_KIND_RING;
-    layout.sinks = sinks;
+    layout.sink_tokens = sink_tokens;
     return layout;
 }
 
-/// `table` is [rows, pages_per_row]; points into it, as do the next two.
+/// `table` is [num_sequences, pages_per_sequence]; points into it, as do the next two.
 inline kvl_layout paged_layout(const list &table, std::int64_t rows) {
     kvl_layout layout = KVL_LAYOUT_INIT;
-    const std::size_t n = rows > 0 ? static_cast<std::size_t>(rows) : 1, pages_per_row = table.size() / n;
-    detail::same_size(table.size(), n * pages_per_row);
+    const std::size_t n = rows > 0 ? static_cast<std::size_t>(rows) : 1, pages_per_sequence = table.size() / n;
+    detail::same_size(table.size(), n * pages_per_sequence);
     layout.kind = KVL_LAYOUT_KIND_PAGED;
-    layout.rows = rows;
-    layout.pages_per_row = static_cast<std::int64_t>(pages_per_row);
+    layout.num_sequences = rows;
+    layout.pages_per_sequence = static_cast<std::int64_t>(pages_per_sequence);
     layout.table = table.data();
     return layout;
 }
@@ -412,7 +412,7 @@ inline kvl_layout indirect_layout(const list &table, std::int64_t capacity) {
     const std::size_t n = capacity > 0 ? static_cast<std::size_t>(capacity) : 1, rows = table.size() / n;
     detail::same_size(table.size(), n * rows);
     layout.kind = KVL_LAYOUT_KIND_INDIRECT;
-    layout.rows = static_cast<std::int64_t>(rows);
+    layout.num_sequences = static_cast<std::int64_t>(rows);
     layout.table = table.data();
     return layout;
 }
@@ -421,7 +421,7 @@ inline kvl_layout indirect_layout(const list &table, std::int64_t capacity) {
 inline kvl_layout ragged_layout(const list &starts) {
     kvl_layout layout = KVL_LAYOUT_INIT;
     layout.kind = KVL_LAYOUT_KIND_RAGGED;
-    layout.rows = static_cast<std::int64_t>(starts.size()) - 1;
+    layout.num_sequences = static_cast<std::int64_t>(starts.size()) - 1;
     layout.table = starts.data();
     return layout;
 }
@@ -469,9 +469,10 @@ inline void cache_advance(const kvl_cache &cache, const list &counts) {
     check(kvl_cache_advance(&cache, counts.data()));
 }
 
-/// `lengths` has an entry a row; `window` -1 is none.
-inline void cache_truncate(const kvl_cache &cache, const list &lengths, std::int64_t window = -1) {
-    check(kvl_cache_truncate(&cache, lengths.data(), window));
+/// `lengths` has an entry for each sequence; `flags` and `window_left` are those of all attention over this cache.
+inline void cache_truncate(const kvl_cache &cache, const list &lengths, kvl_attention_flag flags = 0,
+                           std::int64_t window_left = 0) {
+    check(kvl_cache_truncate(&cache, lengths.data(), flags, window_left));
 }
 
 inline void cache_reset(const kvl_cache &cache, const list &rows, bool zero,
@@ -545,15 +546,15 @@ inline void cache_copy_pages(const context &context, const std::vector<kvl_kv_la
     check(kvl_cache_copy_pages(context.get(), runner, layers.data(), layers.size(), first, moves.size()));
 }
 
-/// `table` is [lengths.size(), pages_per_row]; returns how many pages are in use.
+/// `table` is [lengths.size(), pages_per_sequence]; returns how many pages are in use.
 inline std::int64_t cache_defragment(const context &context, const std::vector<kvl_kv_layer> &layers, list &table,
                                      const list &lengths, list &map, const kvl_parallel_runner *runner = nullptr) {
-    const std::size_t rows = lengths.size(), pages_per_row = rows == 0 ? 1 : table.size() / rows;
-    detail::same_size(table.size(), rows * pages_per_row);
+    const std::size_t rows = lengths.size(), pages_per_sequence = rows == 0 ? 1 : table.size() / rows;
+    detail::same_size(table.size(), rows * pages_per_sequence);
     detail::same_size(map.size(), layers.empty() ? 0 : static_cast<std::size_t>(layers.front().k.shape[0]));
     std::int64_t used = 0;
     check(kvl_cache_defragment(context.get(), runner, layers.data(), layers.size(), table.data(),
-                               static_cast<std::int64_t>(rows), static_cast<std::int64_t>(pages_per_row),
+                               static_cast<std::int64_t>(rows), static_cast<std::int64_t>(pages_per_sequence),
                                lengths.data(), map.data(), &used));
     return used;
 }
@@ -595,19 +596,19 @@ inline span shard_keys(const kvl_shard &shard, std::int64_t capacity) {
 
 /// What attention over a span of the keys takes.
 struct span_lists {
-    list lengths, starts, offsets;
+    list lengths, kv_starts, offsets;
 };
 
-/// `starts` and `offsets` may be empty, for their defaults.
-inline span_lists shard_lengths(const span &keys, std::int64_t seq, const list &lengths, const list &starts = {},
+/// `kv_starts` and `offsets` may be empty, for their defaults.
+inline span_lists shard_lengths(const span &keys, std::int64_t seq, const list &lengths, const list &kv_starts = {},
                                 const list &offsets = {}) {
     const std::size_t batch = lengths.size();
-    detail::same_size(starts.empty() ? batch : starts.size(), batch);
+    detail::same_size(kv_starts.empty() ? batch : kv_starts.size(), batch);
     detail::same_size(offsets.empty() ? batch : offsets.size(), batch);
     span_lists local{list(batch), list(batch), list(batch)};
     check(kvl_shard_lengths(keys.first, keys.count, static_cast<std::int64_t>(batch), seq, lengths.data(),
-                            starts.empty() ? nullptr : starts.data(), offsets.empty() ? nullptr : offsets.data(),
-                            local.lengths.data(), local.starts.data(), local.offsets.data()));
+                            kv_starts.empty() ? nullptr : kv_starts.data(), offsets.empty() ? nullptr : offsets.data(),
+                            local.lengths.data(), local.kv_starts.data(), local.offsets.data()));
     return local;
 }
 

@@ -34,8 +34,8 @@ pub const KVL_ATTENTION_FLAG_WINDOW_RIGHT: u32 = 4;
 ///
 /// A logit is `softcap(q.k * scale) + alibi + bias`; then what is masked is taken out, then softmax in f32. Query i of a
 /// row stands at position p = i + offset among the keys, and sees key j when all of these hold: `j < lengths[row]`,
-/// `j >= starts[row]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of these
-/// three, a key `j < prefixes[row]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias is not -inf, a
+/// `j >= kv_starts[row]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of these
+/// three, a key `j < prefix_lengths[row]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias is not -inf, a
 /// ring has not overwritten it. A query that sees no key has output 0 and LSE -inf (with a sink: the
 /// sink's logit). What is not seen cannot reach the output, NaN or not; what is seen does.
 #[derive(Clone, Copy)]
@@ -63,14 +63,14 @@ pub struct kvl_attention_params {
     pub flags: kvl_attention_flag,
     /// 0.
     pub reserved: i32,
-    /// With `KVL_ATTENTION_FLAG_WINDOW_LEFT`: keys visible before the query's own position, not counting it; -1 for all. Else 0.
+    /// With `KVL_ATTENTION_FLAG_WINDOW_LEFT`: how many keys are visible before the query's own position. Else 0.
     pub window_left: i64,
-    /// With `KVL_ATTENTION_FLAG_WINDOW_RIGHT`: keys visible after the query's own position, not counting it; -1 for all. Else 0.
+    /// With `KVL_ATTENTION_FLAG_WINDOW_RIGHT`: how many keys are visible after the query's own position. Else 0.
     pub window_right: i64,
     /// [batch]: valid keys; null for all.
     pub lengths: *const i32,
     /// [batch]: the first visible key (left-padded batches); null for 0.
-    pub starts: *const i32,
+    pub kv_starts: *const i32,
     /// [batch]: the position of query 0 among the keys; null for `length - seq`, so that the last query sees the last key.
     /// A negative one leaves leading queries without keys.
     pub offsets: *const i32,
@@ -81,7 +81,7 @@ pub struct kvl_attention_params {
     /// [heads]: `slope * (j - p)` is added to logits; null for none. See `kvl_alibi_slopes`.
     pub alibi_slopes: *const f32,
     /// [heads]: one more logit, which takes weight and has no value; null for none.
-    pub sinks: *const f32,
+    pub sink_logits: *const f32,
     /// How exactly to compute; see `kvl_context_attention_kernel_name`. Since ABI version 2.
     pub precision: kvl_precision,
     /// 0.
@@ -91,17 +91,17 @@ pub struct kvl_attention_params {
     /// retains, and with no window there can be only one query once it has overwritten any. Since ABI version 3.
     pub layout: *const kvl_layout,
     /// [rows + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and row b of the batch is tokens
-    /// `query_starts[b]` to `query_starts[b + 1] - 1` (`cu_seqlens`); null for rows of equal length, the first axis of `q`.
-    pub query_starts: *const i32,
-    /// With `query_starts`: rows of the batch, as many as every [batch] list here has entries. Else 0.
-    pub rows: i64,
+    /// `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1` (`cu_seqlens`); null for rows of equal length, the first axis of `q`.
+    pub cu_seqlens_q: *const i32,
+    /// With `cu_seqlens_q`: rows of the batch, as many as every [batch] list here has entries. Else 0.
+    pub num_sequences: i64,
     /// [batch]: every query sees the keys before this one, whatever causality and windows say (prefix-LM, attention sinks that
     /// a window must not hide); null for 0.
-    pub prefixes: *const i32,
+    pub prefix_lengths: *const i32,
     /// Which keys each query sees, a bit each; null for all.
     pub bit_mask: *const kvl_bit_mask,
-    /// What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `query_starts`, `rows`, `lengths`,
-    /// `starts`, `offsets` and `prefixes`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
+    /// What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`,
+    /// `kv_starts`, `offsets` and `prefix_lengths`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
     /// plan was made of either; null for none.
     pub plan: *const kvl_plan,
     /// How values lie in `v`: with `KVL_PACKING_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
@@ -112,10 +112,10 @@ pub struct kvl_attention_params {
 }
 
 sized!(kvl_attention_params[precision, layout]);
-assert_layout!(kvl_attention_params, 672, struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380, window_left: 384, window_right: 392, lengths: 400, starts: 408, offsets: 416, mask: 424, bias: 504, alibi_slopes: 592, sinks: 600, precision: 608, reserved2: 612, layout: 616, query_starts: 624, rows: 632, prefixes: 640, bit_mask: 648, plan: 656, v_packing: 664, reserved3: 668);
+assert_layout!(kvl_attention_params, 672, struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380, window_left: 384, window_right: 392, lengths: 400, kv_starts: 408, offsets: 416, mask: 424, bias: 504, alibi_slopes: 592, sink_logits: 600, precision: 608, reserved2: 612, layout: 616, cu_seqlens_q: 624, num_sequences: 632, prefix_lengths: 640, bit_mask: 648, plan: 656, v_packing: 664, reserved3: 668);
 
 /// Bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever lengths and
-/// masks are, and for the threads of `runner`. Only those shapes, `layout`, `query_starts` and `plan` are looked at: data may be
+/// masks are, and for the threads of `runner`. Only those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be
 /// null.
 ///
 /// Thread safety: may be called from any number of threads at once.
@@ -271,8 +271,15 @@ pub(super) unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<
                 false => Some(params.bias.raw("bias")?),
             },
             alibi_slopes: list("alibi_slopes", params.alibi_slopes, heads)?,
-            sink_logits: list("sinks", params.sinks, heads)?,
+            sink_logits: list("sink_logits", params.sink_logits, heads)?,
             precision: parse_precision("precision", params.precision)?,
         })
     }
+}
+
+pub(super) fn check_flags(flags: kvl_attention_flag) -> Result<()> {
+    let known = KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT;
+    let unknown = flags & !known;
+    ensure!(unknown == 0, InvalidEnum, "flags has unknown bits {unknown:#x}");
+    Ok(())
 }

@@ -1,9 +1,11 @@
 //! Exports that operate on whole caches.
 
 use super::arguments::{apart, boolean, output_list, required_list, reserved, size};
+use super::attention::{KVL_ATTENTION_FLAG_WINDOW_LEFT, check_flags, kvl_attention_flag};
 use super::context::{borrow, kvl_context};
 use super::guard::guard;
 use super::layout::{kvl_layout, read_layout};
+use super::plan::window;
 use super::rope::{kvl_rope_params, parse_pairing};
 use super::runner::{CallerRunner, kvl_parallel_runner};
 use super::sized::{assert_layout, read_sized, sized};
@@ -97,28 +99,36 @@ pub unsafe extern "C" fn kvl_cache_advance(cache: *const kvl_cache, counts: *con
     })
 }
 
-/// Takes the last tokens of rows away: row b has `lengths[b]`, [rows], tokens from now on. No byte of the cache changes.
+/// Removes the last tokens of sequences: sequence b has `lengths[b]`, [num_sequences], tokens from then on. No byte of the cache
+/// changes. Since ABI version 3.
 ///
-/// In a ring the tokens that are taken away have overwritten older ones, so a ring that has gone round can only be truncated
-/// if those will not be looked at: `window` is the left window of all attention over this cache, -1 for none, and a ring
-/// whose capacity exceeds sinks + window by n tokens can give back n. The cache knows no length but the present one: truncations
-/// that follow each other without new tokens between them count together, and who makes several has to add them up. In an
-/// indirect cache a slot is not given up while a token of another row lies there. Since ABI version 3.
+/// `flags` and `window_left` are those of all attention over this cache; only a left window counts here. They matter to a ring:
+/// the tokens that are removed have overwritten older ones, so a ring that has gone round can be truncated only if no query will
+/// look at those. A ring whose capacity exceeds `sink_tokens + window_left` by n tokens can give back n. The cache knows only its
+/// present lengths, so truncations without new tokens between them count together, and the caller has to add them up. In an
+/// indirect cache, a slot that holds a token of another sequence is not given up.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches.
-/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a length that is negative or above the present
-/// one, a `window` below -1, tokens that have been or would be overwritten are errors, and no length changes.
+/// Bad input: null, an unknown `struct_size` or flag, views that do not fit each other, a length that is negative or above the
+/// present one, a negative window or one without its flag, tokens that have been or would be overwritten are errors, and no
+/// length changes.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvl_cache_truncate(cache: *const kvl_cache, lengths: *const i32, window: i64) -> kvl_status {
+pub unsafe extern "C" fn kvl_cache_truncate(
+    cache: *const kvl_cache,
+    lengths: *const i32,
+    flags: kvl_attention_flag,
+    window_left: i64,
+) -> kvl_status {
     guard(|| {
-        ensure!(window >= -1, InvalidValue, "window is {window}, but only -1 stands for none");
+        check_flags(flags)?;
+        let window = window("window_left", window_left, flags & KVL_ATTENTION_FLAG_WINDOW_LEFT != 0)?;
+        let window = window.map(|keys| size("window_left", keys)).transpose()?;
         // SAFETY: the caller's promise, here and below.
         unsafe {
             with_cache(cache, |cache| {
                 let n = cache.lengths.len();
                 let lengths = input(cache, "the new lengths", lengths, n)?;
-                // One that does not fit is longer than any row.
-                cache.truncate(lengths, (window >= 0).then(|| usize::try_from(window).unwrap_or(usize::MAX)))
+                cache.truncate(lengths, window)
             })
         }
     })
@@ -477,7 +487,7 @@ pub unsafe extern "C" fn kvl_cache_copy_pages(
 /// all pages are free. The views of the layers are [pages, page_size, kv_heads, dim].
 ///
 /// Pages in use hold the first `lengths[b]`, [rows], tokens of a row b; shared ones stay shared. Only pages beyond the new end
-/// move, in ascending order to the lowest free places. `table`, [rows, pages_per_row], is updated; its entries beyond a row's
+/// move, in ascending order to the lowest free places. `table`, [rows, pages_per_sequence], is updated; its entries beyond a row's
 /// length become -1, since what they named may be another row's now. `map` has an entry a page; afterwards it says where
 /// each page went, -1 for those that were not in use. Since ABI version 3.
 ///
@@ -492,26 +502,26 @@ pub unsafe extern "C" fn kvl_cache_defragment(
     num_layers: usize,
     table: *mut i32,
     rows: i64,
-    pages_per_row: i64,
+    pages_per_sequence: i64,
     lengths: *const i32,
     map: *mut i32,
     used: *mut i64,
 ) -> kvl_status {
     guard(|| {
-        let (rows, pages_per_row) = (size("rows", rows)?, size("pages_per_row", pages_per_row)?);
-        ensure!(pages_per_row > 0, Shape, "pages_per_row is 0");
+        let (rows, pages_per_sequence) = (size("rows", rows)?, size("pages_per_sequence", pages_per_sequence)?);
+        ensure!(pages_per_sequence > 0, Shape, "pages_per_sequence is 0");
         ensure!(!used.is_null(), NullPointer, "the pointer used is null");
         // SAFETY: the caller's promise, here and below.
         unsafe {
             let (context, runner) = (borrow(context)?, CallerRunner::new(runner)?);
             let layers = CallerLayers(required_list("layers", layers, num_layers)?);
             let pages = layers.first()?.k.shape[BATCH];
-            let entries = rows.saturating_mul(pages_per_row);
+            let entries = rows.saturating_mul(pages_per_sequence);
             apart([("table", table, entries), ("lengths", lengths.cast_mut(), rows), ("map", map, pages)])?;
             let table = output_list("table", table, entries)?;
             let lengths = required_list("lengths", lengths, rows)?;
             let map = output_list("map", map, pages)?;
-            let n = defragment_pages_raw(context, runner.as_dyn(), &layers, table, pages_per_row, lengths, map)?;
+            let n = defragment_pages_raw(context, runner.as_dyn(), &layers, table, pages_per_sequence, lengths, map)?;
             // At most as many as an axis has.
             used.write(n as i64);
             Ok(())

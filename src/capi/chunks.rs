@@ -50,7 +50,7 @@ pub struct kvl_merge_chunks_params {
     /// That of the spans' calls.
     pub precision: kvl_precision,
     /// [heads]: one more logit, which takes weight and has no value, once for all spans; null for none.
-    pub sinks: *const f32,
+    pub sink_logits: *const f32,
     /// Output [batch, seq, heads, v_dim], of any type.
     pub out: kvl_view,
     /// Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a row's logits; null if not
@@ -59,11 +59,11 @@ pub struct kvl_merge_chunks_params {
 }
 
 sized!(kvl_merge_chunks_params);
-assert_layout!(kvl_merge_chunks_params, 144, struct_size: 0, spans: 8, num_spans: 16, kv_heads: 24, dtype: 32, precision: 36, sinks: 40, out: 48, lse: 136);
+assert_layout!(kvl_merge_chunks_params, 144, struct_size: 0, spans: 8, num_spans: 16, kv_heads: 24, dtype: 32, precision: 36, sink_logits: 40, out: 48, lse: 136);
 
 /// How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every row [batch, seq, heads] and
 /// every `KVL_SPLIT_GRID` keys, or part of as many, that a row of the cache has room for, v_dim rounded up to 16 and 16 more. Only
-/// those shapes, `layout`, `query_starts` and `plan` are looked at: data may be null. Since ABI version 3.
+/// those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be null. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 /// Bad input: as for `kvl_attention_workspace_size`; ragged queries, a ring, and more floats than an address space holds are errors
@@ -111,16 +111,16 @@ pub unsafe extern "C" fn kvl_attention_chunks_workspace_size(
 /// Attention over a span of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
 /// keys are spread over machines, or come in pieces, the merged bits are those of one `kvl_attention` over all keys.
 ///
-/// `params` is as for `kvl_attention`, in the span's own positions: `lengths`, `starts`, `offsets` and so on count from the span's
+/// `params` is as for `kvl_attention`, in the span's own positions: `lengths`, `kv_starts`, `offsets` and so on count from the span's
 /// first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts spans so, `kvl_shard_lengths` computes the lists). There
-/// is no `out`, no `lse`, and there are no `sinks`: those are given to `kvl_merge_chunks`. `states` has `states_len` floats, exactly
+/// is no `out`, no `lse`, and there are no `sink_logits`: those are given to `kvl_merge_chunks`. `states` has `states_len` floats, exactly
 /// what `kvl_attention_chunks_states_len` says. They mean something to a context of the same level, for keys of the same type and
 /// the same precision, and may be sent there as they are; floats that they do not need are left alone.
 ///
 /// `workspace` is as for `kvl_attention`, of the size that `kvl_attention_chunks_workspace_size` says. Since ABI version 3.
 ///
 /// Thread safety: as for `kvl_attention`.
-/// Bad input: as for `kvl_attention`; an `out`, an `lse`, `sinks`, ragged queries, a ring, `states` that are null, of another length,
+/// Bad input: as for `kvl_attention`; an `out`, an `lse`, `sink_logits`, ragged queries, a ring, `states` that are null, of another length,
 /// not aligned to 4 bytes or that share memory with a tensor or a list are errors too, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_attention_chunks(
@@ -181,7 +181,7 @@ pub unsafe extern "C" fn kvl_merge_chunks_workspace_size(
 ///
 /// Thread safety: as for `kvl_attention`.
 /// Bad input: null, an unknown `struct_size` or enumeration value, what `kvl_merge_chunks_workspace_size` refuses, an output that
-/// shares memory with states, sinks or the other output, a workspace that is too small or misaligned are errors, and nothing is
+/// shares memory with states, sink_logits or the other output, a workspace that is too small or misaligned are errors, and nothing is
 /// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_merge_chunks(
@@ -198,8 +198,9 @@ pub unsafe extern "C" fn kvl_merge_chunks(
         let params = unsafe { read_sized(params) }?;
         let out = params.out.raw("out")?;
         // SAFETY: as above.
-        let (spans, sinks) = unsafe { (spans(&params)?, list("sinks", params.sinks, out.shape[HEADS])?) };
-        let merge = chunk_merge(&params, sinks)?;
+        let (spans, sink_logits) =
+            unsafe { (spans(&params)?, list("sink_logits", params.sink_logits, out.shape[HEADS])?) };
+        let merge = chunk_merge(&params, sink_logits)?;
         let call = RawMerge { spans: &spans[..params.num_spans], merge, out, lse: params.lse };
         // SAFETY: as above.
         unsafe { merge_chunks_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, &call) }
@@ -240,11 +241,11 @@ unsafe fn spans(params: &kvl_merge_chunks_params) -> Result<[RawStates; MAX_SEGM
     Ok(raw)
 }
 
-fn chunk_merge<'a>(params: &kvl_merge_chunks_params, sinks: Option<&'a [f32]>) -> Result<ChunkMerge<'a>> {
+fn chunk_merge<'a>(params: &kvl_merge_chunks_params, sink_logits: Option<&'a [f32]>) -> Result<ChunkMerge<'a>> {
     Ok(ChunkMerge {
         kv_heads: size("kv_heads", params.kv_heads)?,
         dtype: parse_dtype("dtype", params.dtype)?,
         precision: parse_precision("precision", params.precision)?,
-        sink_logits: sinks,
+        sink_logits,
     })
 }

@@ -96,11 +96,12 @@ pub unsafe extern "C" fn kvl_context_isa(context: *const kvl_context, isa: *mut 
     })
 }
 
-/// The name of the kernel that serves an operation, such as "attention_bf16_avx512"; a constant of the library. Which two
-/// types an operation has is said at `kvl_op`.
+/// The name of the kernel that serves an operation from one element type to another, such as "rope_f32_bf16_avx512"; a constant
+/// of the library. Which two types an operation has is stated at `kvl_op`: of attention, `src` is the type of K and `dst` that
+/// of V, and the name is that of `KVL_PRECISION_DEFAULT`.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null, numbers that are no operation or type, or types that no kernel has is an error, and `*name` is not touched.
+/// Bad input: null, a number that is no operation or type, and types that no kernel has are errors, and `*name` is not touched.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_kernel_name(
     context: *const kvl_context,
@@ -123,16 +124,18 @@ pub unsafe extern "C" fn kvl_context_kernel_name(
     })
 }
 
-/// The name of the kernel that serves attention over K and V of a type with a precision, such as
-/// "attention_bf16_high_amx"; a constant of the library. `kvl_context_kernel_name` tells that of `KVL_PRECISION_DEFAULT`; most
-/// kernels serve both. What precision a kernel has is `max_error` in `kvl_kernel_info`. Since ABI version 2.
+/// The name of the kernel that serves attention over K of one type and V of another with a precision, such as
+/// "attention_bf16_high_amx"; a constant of the library. Most kernels serve both precisions. `kvl_kernel_info` states the error
+/// bound of a kernel.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null or numbers that are no type or precision is an error, and `*name` is not touched.
+/// Bad input: null, a number that is no type or precision, and types that no kernel has together are errors, and `*name` is not
+/// touched.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_attention_kernel_name(
     context: *const kvl_context,
-    kv: kvl_dtype,
+    k: kvl_dtype,
+    v: kvl_dtype,
     precision: kvl_precision,
     name: *mut *const c_char,
 ) -> kvl_status {
@@ -140,9 +143,9 @@ pub unsafe extern "C" fn kvl_context_attention_kernel_name(
         // SAFETY: the caller's promise.
         let context = unsafe { borrow(context) }?;
         ensure!(!name.is_null(), NullPointer, "the pointer name is null");
-        let (kv, precision) = (parse_dtype("kv", kv)?, parse_precision("precision", precision)?);
-        let Some(kernel) = context.kernel_for(Op::Attention, kv, kv, precision) else {
-            fail!(DType, "there is no kernel for attention over {kv}");
+        let (k, v) = (parse_dtype("k", k)?, parse_dtype("v", v)?);
+        let Some(kernel) = context.kernel_for(Op::Attention, k, v, parse_precision("precision", precision)?) else {
+            fail!(DType, "there is no kernel for attention over K in {k} and V in {v}");
         };
         // SAFETY: not null, and the caller's to write.
         unsafe { name.write(kernel.c_name.as_ptr()) };

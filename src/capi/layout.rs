@@ -13,7 +13,7 @@ pub const KVL_LAYOUT_KIND_CONTIGUOUS: i32 = 0;
 /// `sinks + (p - sinks) % (capacity - sinks)`. Lengths go on counting every token that a row was given.
 pub const KVL_LAYOUT_KIND_RING: i32 = 1;
 /// Caches are pools [pages, page_size, kv_heads, dim]; position p of row b lies in page
-/// `table[b * pages_per_row + p / page_size]`, slot p % page_size. Rows may share pages that none of them writes. NHD and HND
+/// `table[b * pages_per_sequence + p / page_size]`, slot p % page_size. Rows may share pages that none of them writes. NHD and HND
 /// are two sets of strides.
 pub const KVL_LAYOUT_KIND_PAGED: i32 = 2;
 /// Beam search without copies: caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row
@@ -32,18 +32,18 @@ pub struct kvl_layout {
     /// One of the above.
     pub kind: kvl_layout_kind,
     /// `KVL_LAYOUT_KIND_RING`: how many of a row's first tokens are never overwritten; less than the capacity. Else 0.
-    pub sinks: i32,
+    pub sink_tokens: i32,
     /// Rows that the table describes; not looked at without a table.
-    pub rows: i64,
+    pub num_sequences: i64,
     /// `KVL_LAYOUT_KIND_PAGED`: entries of a row. Else 0.
-    pub pages_per_row: i64,
-    /// `KVL_LAYOUT_KIND_PAGED`: [rows, pages_per_row]; entries beyond a row's length are not looked at. `KVL_LAYOUT_KIND_INDIRECT`: [rows, capacity].
+    pub pages_per_sequence: i64,
+    /// `KVL_LAYOUT_KIND_PAGED`: [rows, pages_per_sequence]; entries beyond a row's length are not looked at. `KVL_LAYOUT_KIND_INDIRECT`: [rows, capacity].
     /// `KVL_LAYOUT_KIND_RAGGED`: [rows + 1], ascending. Else null.
     pub table: *const i32,
 }
 
 sized!(kvl_layout);
-assert_layout!(kvl_layout, 40, struct_size: 0, kind: 8, sinks: 12, rows: 16, pages_per_row: 24, table: 32);
+assert_layout!(kvl_layout, 40, struct_size: 0, kind: 8, sink_tokens: 12, num_sequences: 16, pages_per_sequence: 24, table: 32);
 
 /// How the values of neighbouring slots lie in a cache. Since ABI version 3.
 pub type kvl_packing = i32;
@@ -69,19 +69,19 @@ pub(super) unsafe fn read_layout<'a>(from: *const kvl_layout, slots: usize) -> R
         // SAFETY: as above.
         unsafe { required_list("the layout's table", layout.table, entries) }
     };
-    let rows = || size("the layout's rows", layout.rows);
+    let sequences = || size("the layout's num_sequences", layout.num_sequences);
     let kind = layout.kind;
     ensure!(
-        kind == KVL_LAYOUT_KIND_RING || layout.sinks == 0,
+        kind == KVL_LAYOUT_KIND_RING || layout.sink_tokens == 0,
         InvalidValue,
-        "sinks is {}, but the layout is no ring",
-        layout.sinks
+        "sink_tokens is {}, but the layout is no ring",
+        layout.sink_tokens
     );
     ensure!(
-        kind == KVL_LAYOUT_KIND_PAGED || layout.pages_per_row == 0,
+        kind == KVL_LAYOUT_KIND_PAGED || layout.pages_per_sequence == 0,
         InvalidValue,
-        "pages_per_row is {}, but the layout is not paged",
-        layout.pages_per_row
+        "pages_per_sequence is {}, but the layout is not paged",
+        layout.pages_per_sequence
     );
     ensure!(
         !(kind == KVL_LAYOUT_KIND_CONTIGUOUS || kind == KVL_LAYOUT_KIND_RING) || layout.table.is_null(),
@@ -90,13 +90,13 @@ pub(super) unsafe fn read_layout<'a>(from: *const kvl_layout, slots: usize) -> R
     );
     Ok(match kind {
         KVL_LAYOUT_KIND_CONTIGUOUS => Layout::Contiguous,
-        KVL_LAYOUT_KIND_RING => Layout::Ring { sink_tokens: size("sinks", layout.sinks.into())? },
+        KVL_LAYOUT_KIND_RING => Layout::Ring { sink_tokens: size("sink_tokens", layout.sink_tokens.into())? },
         KVL_LAYOUT_KIND_PAGED => {
-            let pages_per_row = size("pages_per_row", layout.pages_per_row)?;
-            Layout::Paged { page_table: table(rows()?.checked_mul(pages_per_row))?, pages_per_sequence: pages_per_row }
+            let pages_per_sequence = size("pages_per_sequence", layout.pages_per_sequence)?;
+            Layout::Paged { page_table: table(sequences()?.checked_mul(pages_per_sequence))?, pages_per_sequence }
         }
-        KVL_LAYOUT_KIND_INDIRECT => Layout::Indirect { beam_table: table(rows()?.checked_mul(slots))? },
-        KVL_LAYOUT_KIND_RAGGED => Layout::Ragged { cu_seqlens: table(rows()?.checked_add(1))? },
+        KVL_LAYOUT_KIND_INDIRECT => Layout::Indirect { beam_table: table(sequences()?.checked_mul(slots))? },
+        KVL_LAYOUT_KIND_RAGGED => Layout::Ragged { cu_seqlens: table(sequences()?.checked_add(1))? },
         _ => fail!(InvalidEnum, "the layout's kind is {kind}, which is no kvl_layout_kind"),
     })
 }

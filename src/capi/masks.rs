@@ -31,7 +31,7 @@ assert_layout!(kvl_mask, 80, data: 0, shape: 8, strides: 40, bytes: 72);
 /// is of the row's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a stride of 0, over
 /// the n tokens that were written last.
 ///
-/// Its rows may be as wide as each is, and lie anywhere: with `row_starts` and `query_strides`, a row has bits for its own queries
+/// Its rows may be as wide as each is, and lie anywhere: with `bit_offsets` and `query_strides`, a row has bits for its own queries
 /// and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of requests one after
 /// the other, each [queries, keys] of its own, are one mask.
 #[derive(Clone, Copy)]
@@ -53,14 +53,14 @@ pub struct kvl_bit_mask {
     pub first_keys: *const i32,
     /// [batch]: the bit of a row's query 0, head 0 and first key, not negative, instead of `offset` and the stride of batch, which
     /// must be 0; null if rows lie at those. Given with `query_strides` or not at all.
-    pub row_starts: *const i64,
+    pub bit_offsets: *const i64,
     /// [batch]: bits from a query of a row to the next, not negative, 0 to broadcast, instead of the stride of seq, which must be
     /// 0; null if all rows have that.
     pub query_strides: *const i64,
 }
 
 sized!(kvl_bit_mask);
-assert_layout!(kvl_bit_mask, 112, struct_size: 0, data: 8, bytes: 16, offset: 24, shape: 32, strides: 64, first_keys: 88, row_starts: 96, query_strides: 104);
+assert_layout!(kvl_bit_mask, 112, struct_size: 0, data: 8, bytes: 16, offset: 24, shape: 32, strides: 64, first_keys: 88, bit_offsets: 96, query_strides: 104);
 
 impl kvl_mask {
     pub(super) fn raw(&self, name: &str) -> Result<Option<RawMask>> {
@@ -93,7 +93,7 @@ pub(super) unsafe fn bit_mask<'a>(from: *const kvl_bit_mask, batch: usize) -> Re
     // SAFETY: as above.
     let lists = unsafe {
         (
-            list("row_starts of bit_mask", mask.row_starts, batch)?,
+            list("bit_offsets of bit_mask", mask.bit_offsets, batch)?,
             list("query_strides of bit_mask", mask.query_strides, batch)?,
         )
     };
@@ -102,8 +102,8 @@ pub(super) unsafe fn bit_mask<'a>(from: *const kvl_bit_mask, batch: usize) -> Re
         (None, None) => None,
         (starts, _) => {
             let [given, absent] = match starts {
-                Some(_) => ["row_starts", "query_strides"],
-                None => ["query_strides", "row_starts"],
+                Some(_) => ["bit_offsets", "query_strides"],
+                None => ["query_strides", "bit_offsets"],
             };
             fail!(InvalidValue, "bit_mask has {given}, but {absent} is null")
         }

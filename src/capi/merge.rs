@@ -47,13 +47,13 @@ pub unsafe extern "C" fn kvl_merge_states(
         ensure!(num_states <= MAX_STATES, InvalidValue, "{num_states} states, but a call merges 1 to {MAX_STATES}");
         // SAFETY: as above.
         let states = unsafe { required_list("states", states, num_states) }?;
-        // On the stack, and converted before anything runs, since a conversion can fail.
-        let mut raw = [(out, lse.cast_const()); MAX_STATES];
-        for (i, (state, raw)) in states.iter().zip(&mut raw).enumerate() {
-            ensure!(!state.lse.is_null(), NullPointer, "states[{i}].lse is null");
-            *raw = (state.out.raw("the output of a state")?, state.lse);
-        }
+        // Converted one by one where they are checked: two copies of all views would need too much of the caller's stack.
+        let state = |i: usize| {
+            let kvl_attention_state { out, lse } = &states[i];
+            ensure!(!lse.is_null(), NullPointer, "states[{i}].lse is null");
+            Ok((out.raw("the output of a state")?, *lse))
+        };
         // SAFETY: as above.
-        unsafe { merge_states_raw(context, runner.as_dyn(), num_states, &|i| raw[i], out, lse) }
+        unsafe { merge_states_raw(context, runner.as_dyn(), num_states, &state, out, lse) }
     })
 }

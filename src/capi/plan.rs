@@ -2,7 +2,8 @@
 
 use super::arguments::{list, required_list, size};
 use super::attention::{
-    KVL_ATTENTION_FLAG_CAUSAL, KVL_ATTENTION_FLAG_WINDOW_LEFT, KVL_ATTENTION_FLAG_WINDOW_RIGHT, kvl_attention_params,
+    KVL_ATTENTION_FLAG_CAUSAL, KVL_ATTENTION_FLAG_WINDOW_LEFT, KVL_ATTENTION_FLAG_WINDOW_RIGHT, check_flags,
+    kvl_attention_params,
 };
 use super::guard::{guard, guard_value};
 use super::layout::read_layout;
@@ -23,7 +24,7 @@ pub struct kvl_plan {
 }
 
 /// Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
-/// `query_starts`, `rows`, `lengths`, `starts`, `offsets`, `prefixes`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
+/// `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`, `offsets`, `prefix_lengths`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
 /// there are masks, the heads of `q`; nothing else of it is looked at, and data of tensors may be null.
 /// `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
 ///
@@ -163,12 +164,12 @@ pub(super) unsafe fn visibility<'a>(
         ("window_left", params.window_left != 0),
         ("window_right", params.window_right != 0),
         ("layout", !params.layout.is_null()),
-        ("query_starts", !params.query_starts.is_null()),
-        ("rows", params.rows != 0),
+        ("cu_seqlens_q", !params.cu_seqlens_q.is_null()),
+        ("num_sequences", params.num_sequences != 0),
         ("lengths", !params.lengths.is_null()),
-        ("starts", !params.starts.is_null()),
+        ("kv_starts", !params.kv_starts.is_null()),
         ("offsets", !params.offsets.is_null()),
-        ("prefixes", !params.prefixes.is_null()),
+        ("prefix_lengths", !params.prefix_lengths.is_null()),
     ];
     for (name, given) in given {
         ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
@@ -182,13 +183,11 @@ pub(super) unsafe fn visibility<'a>(
 /// # Safety
 /// `params` is what the header describes.
 unsafe fn own_visibility<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) -> Result<Visibility<'a>> {
-    let unknown =
-        params.flags & !(KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT);
-    ensure!(unknown == 0, InvalidEnum, "flags has unknown bits {unknown:#x}");
+    check_flags(params.flags)?;
     // SAFETY: the caller's, here and below.
-    let query_starts = unsafe { query_starts(params) }?;
-    let batch = query_starts.map_or(q.shape[BATCH], |starts| starts.len() - 1);
-    let (_, seq) = rows_of(q.shape, query_starts);
+    let cu_seqlens_q = unsafe { read_cu_seqlens_q(params) }?;
+    let batch = cu_seqlens_q.map_or(q.shape[BATCH], |starts| starts.len() - 1);
+    let (_, seq) = rows_of(q.shape, cu_seqlens_q);
     // SAFETY: as above.
     unsafe {
         Ok(Visibility {
@@ -196,7 +195,7 @@ unsafe fn own_visibility<'a>(params: &kvl_attention_params, q: &RawView, k: RawV
             seq,
             cache: k,
             layout: read_layout(params.layout, k.shape[SEQ])?,
-            cu_seqlens_q: query_starts,
+            cu_seqlens_q,
             causal: params.flags & KVL_ATTENTION_FLAG_CAUSAL != 0,
             window_left: window("window_left", params.window_left, params.flags & KVL_ATTENTION_FLAG_WINDOW_LEFT != 0)?,
             window_right: window(
@@ -205,9 +204,9 @@ unsafe fn own_visibility<'a>(params: &kvl_attention_params, q: &RawView, k: RawV
                 params.flags & KVL_ATTENTION_FLAG_WINDOW_RIGHT != 0,
             )?,
             lengths: list("lengths", params.lengths, batch)?,
-            kv_starts: list("starts", params.starts, batch)?,
+            kv_starts: list("kv_starts", params.kv_starts, batch)?,
             offsets: list("offsets", params.offsets, batch)?,
-            prefix_lengths: list("prefixes", params.prefixes, batch)?,
+            prefix_lengths: list("prefix_lengths", params.prefix_lengths, batch)?,
         })
     }
 }
@@ -223,7 +222,7 @@ pub(super) unsafe fn workspace_visibility<'a>(
 ) -> Result<((usize, usize), crate::layout::Layout<'a>)> {
     if params.plan.is_null() {
         // SAFETY: the caller's.
-        return unsafe { Ok((rows_of(q_shape, query_starts(params)?), read_layout(params.layout, slots)?)) };
+        return unsafe { Ok((rows_of(q_shape, read_cu_seqlens_q(params)?), read_layout(params.layout, slots)?)) };
     }
     // SAFETY: as in `visibility`.
     let visibility = unsafe { &(*params.plan).plan }.visibility();
@@ -236,7 +235,7 @@ pub(super) unsafe fn workspace_visibility<'a>(
 /// As [`visibility`].
 pub(super) unsafe fn is_ragged(params: &kvl_attention_params) -> bool {
     if params.plan.is_null() {
-        return !params.query_starts.is_null();
+        return !params.cu_seqlens_q.is_null();
     }
     // SAFETY: as in `visibility`.
     unsafe { &(*params.plan).plan }.visibility().cu_seqlens_q.is_some()
@@ -244,14 +243,19 @@ pub(super) unsafe fn is_ragged(params: &kvl_attention_params) -> bool {
 
 /// # Safety
 /// `params` is what the header describes.
-unsafe fn query_starts<'a>(params: &kvl_attention_params) -> Result<Option<&'a [i32]>> {
-    let rows = size("rows", params.rows)?;
-    ensure!(!params.query_starts.is_null() || rows == 0, InvalidValue, "rows is {rows}, but there are no query_starts");
+unsafe fn read_cu_seqlens_q<'a>(params: &kvl_attention_params) -> Result<Option<&'a [i32]>> {
+    let sequences = size("num_sequences", params.num_sequences)?;
+    ensure!(
+        !params.cu_seqlens_q.is_null() || sequences == 0,
+        InvalidValue,
+        "num_sequences is {sequences}, but there are no cu_seqlens_q"
+    );
     // SAFETY: the caller's.
-    unsafe { list("query_starts", params.query_starts, rows.saturating_add(1)) }
+    unsafe { list("cu_seqlens_q", params.cu_seqlens_q, sequences.saturating_add(1)) }
 }
 
-fn window(name: &str, keys: i64, given: bool) -> Result<Option<i64>> {
+/// A window is given by its flag: without it, the number of keys must be 0.
+pub(super) fn window(name: &str, keys: i64, given: bool) -> Result<Option<i64>> {
     ensure!(given || keys == 0, InvalidValue, "{name} is {keys}, but its flag is not set");
-    Ok((given && keys != -1).then_some(keys))
+    Ok(given.then_some(keys))
 }

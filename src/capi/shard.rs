@@ -132,9 +132,9 @@ pub unsafe extern "C" fn kvl_shard_keys(
     })
 }
 
-/// What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `starts` (null:
+/// What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `kv_starts` (null:
 /// 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a row. The results, [batch] each, are counted from the
-/// start of the span: `local_lengths` and `local_starts` lie in it, `local_offsets` may be negative or beyond it. The outputs of
+/// start of the span: `local_lengths` and `local_kv_starts` lie in it, `local_offsets` may be negative or beyond it. The outputs of
 /// all spans are joined by `kvl_merge_states`, and sinks go to one span only; or by `kvl_attention_chunks` and `kvl_merge_chunks`,
 /// to the bit. Since ABI version 3.
 ///
@@ -148,34 +148,34 @@ pub unsafe extern "C" fn kvl_shard_lengths(
     batch: i64,
     seq: i64,
     lengths: *const i32,
-    starts: *const i32,
+    kv_starts: *const i32,
     offsets: *const i32,
     local_lengths: *mut i32,
-    local_starts: *mut i32,
+    local_kv_starts: *mut i32,
     local_offsets: *mut i32,
 ) -> kvl_status {
     guard(|| {
         let (first, count, batch) = (size("first", first)?, size("count", count)?, size("batch", batch)?);
         apart([
             ("lengths", lengths.cast_mut(), batch),
-            ("starts", starts.cast_mut(), batch),
+            ("kv_starts", kv_starts.cast_mut(), batch),
             ("offsets", offsets.cast_mut(), batch),
             ("local_lengths", local_lengths, batch),
-            ("local_starts", local_starts, batch),
+            ("local_kv_starts", local_kv_starts, batch),
             ("local_offsets", local_offsets, batch),
         ])?;
         // SAFETY: the caller's promise, and no list shares memory with another.
         unsafe {
             let whole = SegmentLists {
                 lengths: required_list("lengths", lengths, batch)?,
-                kv_starts: list("starts", starts, batch)?,
+                kv_starts: list("kv_starts", kv_starts, batch)?,
                 offsets: list("offsets", offsets, batch)?,
                 seq: size("seq", seq)?,
             };
             whole.local(
                 first..first.saturating_add(count),
                 output_list("local_lengths", local_lengths, batch)?,
-                output_list("local_starts", local_starts, batch)?,
+                output_list("local_kv_starts", local_kv_starts, batch)?,
                 output_list("local_offsets", local_offsets, batch)?,
             )
         }

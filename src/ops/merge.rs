@@ -68,7 +68,7 @@ pub fn merge_states(
         ensure!(lse.len() == rows, Shape, "lse has {} entries, but out has {rows} rows", lse.len());
     }
     let lse = lse.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr);
-    let state = |i: usize| (states[i].out.raw, states[i].lse.as_ptr());
+    let state = |i: usize| Ok((states[i].out.raw, states[i].lse.as_ptr()));
     // SAFETY: the views borrow what they reach, and every LSE has an entry a row.
     unsafe { merge_states_raw(context, runner, states.len(), &state, out.raw, lse) }
 }
@@ -80,7 +80,7 @@ pub(crate) unsafe fn merge_states_raw(
     context: &Context,
     runner: &dyn Runner,
     states: usize,
-    state: &dyn Fn(usize) -> (RawView, *const f32),
+    state: &dyn Fn(usize) -> Result<(RawView, *const f32)>,
     out: RawView,
     lse: *mut f32,
 ) -> Result<()> {
@@ -91,7 +91,7 @@ pub(crate) unsafe fn merge_states_raw(
     let lse_view = |data: *const f32| RawView::floats(data.cast_mut(), rows);
     let mut inputs: [(RawView, Pointer); MAX_STATES] = [(out, Pointer(std::ptr::null())); MAX_STATES];
     for (i, input) in inputs.iter_mut().enumerate().take(states) {
-        let (view, state_lse) = state(i);
+        let (view, state_lse) = state(i)?;
         let name = "the output of a state";
         view.validate(name)?;
         for axis in [BATCH, SEQ, HEADS, DIM] {

@@ -233,7 +233,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
         };
         let [out, merged] = [&call.out, &outs[2]].map(|view| tokens_of(view, first, n));
         let lse_of = |lse: *mut f32| if lse.is_null() { lse } else { lse.wrapping_add(first * heads) };
-        let state = |i: usize| (tokens_of(&outs[i], first, n), lse_of(lses[i]).cast_const());
+        let state = |i: usize| Ok((tokens_of(&outs[i], first, n), lse_of(lses[i]).cast_const()));
         if out.dtype == DType::F32 {
             return merge_states_raw(context, runner, 2, &state, out, lse_of(call.lse));
         }

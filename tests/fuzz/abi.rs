@@ -60,12 +60,12 @@ structs! {
         layout: *const kvl_layout, k_norm: *const kvl_rms_norm_params, v_packing: i32, reserved: i32,
     }
     kvl_layout {
-        struct_size: usize, kind: i32, sinks: i32, rows: i64, pages_per_row: i64, table: *const i32,
+        struct_size: usize, kind: i32, sink_tokens: i32, num_sequences: i64, pages_per_sequence: i64, table: *const i32,
     }
     kvl_rms_norm_params { struct_size: usize, weight: *const f32, eps: f32, reserved: i32 }
     kvl_bit_mask {
         struct_size: usize, data: *const u8, bytes: usize, offset: i64, shape: [i64; 4], strides: [i64; 3],
-        first_keys: *const i32, row_starts: *const i64, query_strides: *const i64,
+        first_keys: *const i32, bit_offsets: *const i64, query_strides: *const i64,
     }
     kvl_kv_layer { k: kvl_view, v: kvl_view }
     kvl_cache {
@@ -77,16 +77,16 @@ structs! {
     kvl_attention_params {
         struct_size: usize, q: kvl_const_view, k: kvl_const_view, v: kvl_const_view, out: kvl_view, lse: *mut f32,
         scale: f32, softcap: f32, flags: u32, reserved: i32, window_left: i64, window_right: i64, lengths: *const i32,
-        starts: *const i32, offsets: *const i32, mask: kvl_mask, bias: kvl_const_view, alibi_slopes: *const f32,
-        sinks: *const f32, precision: i32, reserved2: i32, layout: *const kvl_layout, query_starts: *const i32,
-        rows: i64, prefixes: *const i32, bit_mask: *const kvl_bit_mask, plan: *const kvl_plan, v_packing: i32,
+        kv_starts: *const i32, offsets: *const i32, mask: kvl_mask, bias: kvl_const_view, alibi_slopes: *const f32,
+        sink_logits: *const f32, precision: i32, reserved2: i32, layout: *const kvl_layout, cu_seqlens_q: *const i32,
+        num_sequences: i64, prefix_lengths: *const i32, bit_mask: *const kvl_bit_mask, plan: *const kvl_plan, v_packing: i32,
         reserved3: i32,
     }
     kvl_attention_state { out: kvl_const_view, lse: *const f32 }
     kvl_chunk_states { states: *const f32, len: i64 }
     kvl_merge_chunks_params {
         struct_size: usize, spans: *const kvl_chunk_states, num_spans: usize, kv_heads: i64, dtype: i32, precision: i32,
-        sinks: *const f32, out: kvl_view, lse: *mut f32,
+        sink_logits: *const f32, out: kvl_view, lse: *mut f32,
     }
 }
 
@@ -119,7 +119,7 @@ unsafe extern "C" {
     pub fn kvl_context_destroy(context: *mut kvl_context);
     pub fn kvl_context_isa(context: Context, isa: *mut i32) -> i32;
     pub fn kvl_context_kernel_name(context: Context, op: i32, src: i32, dst: i32, name: *mut Text) -> i32;
-    pub fn kvl_context_attention_kernel_name(context: Context, kv: i32, precision: i32, name: *mut Text) -> i32;
+    pub fn kvl_context_attention_kernel_name(context: Context, k: i32, v: i32, precision: i32, name: *mut Text) -> i32;
     pub fn kvl_thread_pool_create(num_threads: usize, pool: *mut *mut kvl_thread_pool) -> i32;
     pub fn kvl_thread_pool_destroy(pool: *mut kvl_thread_pool);
     pub fn kvl_thread_pool_runner(pool: *const kvl_thread_pool, runner: *mut kvl_parallel_runner) -> i32;
@@ -243,7 +243,7 @@ unsafe extern "C" {
     pub fn kvl_cache_set_lengths(cache: *const kvl_cache, rows: *const i32, values: *const i32, num_rows: usize)
     -> i32;
     pub fn kvl_cache_advance(cache: *const kvl_cache, counts: *const i32) -> i32;
-    pub fn kvl_cache_truncate(cache: *const kvl_cache, lengths: *const i32, window: i64) -> i32;
+    pub fn kvl_cache_truncate(cache: *const kvl_cache, lengths: *const i32, flags: u32, window_left: i64) -> i32;
     pub fn kvl_cache_reset(
         runner: Runner,
         cache: *const kvl_cache,
@@ -332,7 +332,7 @@ unsafe extern "C" {
         num_layers: usize,
         table: *mut i32,
         rows: i64,
-        pages_per_row: i64,
+        pages_per_sequence: i64,
         lengths: *const i32,
         map: *mut i32,
         used: *mut i64,
@@ -355,10 +355,10 @@ unsafe extern "C" {
         batch: i64,
         seq: i64,
         lengths: *const i32,
-        starts: *const i32,
+        kv_starts: *const i32,
         offsets: *const i32,
         local_lengths: *mut i32,
-        local_starts: *mut i32,
+        local_kv_starts: *mut i32,
         local_offsets: *mut i32,
     ) -> i32;
     pub fn kvl_shard_slots(first: i64, count: i64, batch: i64, seq: i64, positions: *const i32, slots: *mut i32)

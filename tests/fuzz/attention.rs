@@ -74,7 +74,7 @@ impl Rows {
         }
 
         let window = |c: &mut Call, probability: f64| -> Option<i64> {
-            c.maybe(probability).then(|| c.rng.between(0, 40) as i64 - 1)
+            c.maybe(probability).then(|| c.rng.between(0, 39) as i64)
         };
         let left = window(c, if form == Form::Shared { 0.0 } else { 0.25 });
         let (mut left, right) = (left, window(c, 0.15));
@@ -86,7 +86,7 @@ impl Rows {
         let (slots, turning) = (places.axes[1], places.axes[1] - places.sinks);
         let mut most_prefix = i64::MAX;
         if kind == RING {
-            let newest = left.is_none_or(|left| left == -1);
+            let newest = left.is_none();
             if most > 1 && !newest && turning >= most || most == 1 && !newest {
                 left = Some(c.rng.between(0, (turning - most) as usize) as i64);
                 offsets = None;
@@ -146,12 +146,12 @@ impl Rows {
             window_left: c.number(self.left),
             window_right: c.number(self.right),
             lengths: lengths.at,
-            starts: starts.at,
+            kv_starts: starts.at,
             offsets: offsets.at,
             layout: layout.at,
-            query_starts: query_starts.at,
-            rows,
-            prefixes: prefixes.at,
+            cu_seqlens_q: query_starts.at,
+            num_sequences: rows,
+            prefix_lengths: prefixes.at,
             ..zeroed()
         };
         Said { layout, params, batch, query_starts, lengths, starts }
@@ -181,7 +181,7 @@ impl Said {
 
     /// Whether fields are set that older structs lack.
     fn is_new(&self) -> bool {
-        !self.layout.at.is_null() || !self.query_starts.at.is_null() || !self.params.prefixes.is_null()
+        !self.layout.at.is_null() || !self.query_starts.at.is_null() || !self.params.prefix_lengths.is_null()
     }
 }
 
@@ -255,11 +255,11 @@ fn planned(c: &mut Call, rows: &Rows, said: &mut Said, masks: &mut Masks, q: [i6
         2 => now.window_left = said.params.window_left,
         3 => now.window_right = said.params.window_right,
         4 => now.layout = said.params.layout,
-        5 => (now.query_starts, now.rows) = (said.params.query_starts, said.params.rows),
+        5 => (now.cu_seqlens_q, now.num_sequences) = (said.params.cu_seqlens_q, said.params.num_sequences),
         6 => now.lengths = said.params.lengths,
-        7 => now.starts = said.params.starts,
+        7 => now.kv_starts = said.params.kv_starts,
         8 => now.offsets = said.params.offsets,
-        9 => now.prefixes = said.params.prefixes,
+        9 => now.prefix_lengths = said.params.prefix_lengths,
         _ => (),
     }
     said.params = now;
@@ -341,7 +341,7 @@ fn bit_mask(c: &mut Call, rows: &Rows, batch: Option<i64>, heads: i64) -> *const
         shape,
         strides: said_strides,
         first_keys,
-        row_starts,
+        bit_offsets: row_starts,
         query_strides,
         ..zeroed()
     };
@@ -492,7 +492,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
         mask: masks.mask,
         bias: bias.map_or(zeroed(), |t| c.const_view(&t)),
         alibi_slopes: slopes.at,
-        sinks: sinks.at,
+        sink_logits: sinks.at,
         precision: c.code(precision),
         reserved2: c.code(0),
         bit_mask: masks.bit_mask,

@@ -186,11 +186,14 @@ pub fn cache_truncate(mut c: Call) -> i32 {
         })
         .collect();
     let lengths = cache.list(&mut c, &lengths);
-    let window = c.number(window.unwrap_or(-1));
+    // 2 is the flag of a left window.
+    let causal = i32::from(c.maybe(0.3));
+    let flags = c.code(i32::from(window.is_some()) << 1 | causal) as u32;
+    let window = c.number(window.unwrap_or(0));
     cache.changes_lengths(&mut c);
     c.ready();
     // SAFETY: all data is in blocks of the sizes that the arguments state.
-    let status = unsafe { kvl_cache_truncate(cache.at, lengths.at, window) };
+    let status = unsafe { kvl_cache_truncate(cache.at, lengths.at, flags, window) };
     c.check(status)
 }
 

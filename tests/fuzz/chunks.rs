@@ -105,7 +105,7 @@ pub fn merge_chunks(mut c: Call) -> i32 {
         kv_heads: c.number(right.kv_heads),
         dtype: c.code(kv),
         precision: c.code(precision),
-        sinks: sinks.at,
+        sink_logits: sinks.at,
         out: c.view(&out),
         lse,
         ..zeroed()

@@ -114,9 +114,9 @@ impl Places {
         given.table = table.values;
         let layout = kvl_layout {
             kind: given.kind,
-            sinks: given.sinks,
-            rows: given.rows,
-            pages_per_row: given.pages_per_row,
+            sink_tokens: given.sinks,
+            num_sequences: given.rows,
+            pages_per_sequence: given.pages_per_row,
             table: at,
             ..zeroed()
         };

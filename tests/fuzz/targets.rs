@@ -563,12 +563,12 @@ fn context_v_packing(mut c: Call) -> i32 {
 
 fn context_attention_kernel_name(mut c: Call) -> i32 {
     let (kv, precision) = (c.dtype(), i32::from(c.maybe(0.5)));
-    let (kv, precision, context) = (c.code(kv), c.code(precision), c.context());
+    let (k, v, precision, context) = (c.code(kv), c.code(kv), c.code(precision), c.context());
     let name = c.output(Some(1));
     c.may_write(name, Some(1));
     c.ready();
     // SAFETY: as above.
-    let status = unsafe { kvl_context_attention_kernel_name(context, kv, precision, name) };
+    let status = unsafe { kvl_context_attention_kernel_name(context, k, v, precision, name) };
     if status == 0 {
         // SAFETY: a constant of the library.
         assert!(unsafe { CStr::from_ptr(name.read()) }.to_str().is_ok_and(|name| name.starts_with("attention_")));
