@@ -15,8 +15,8 @@ Rules:
   before the clock starts: vLLM's pages are packed, heads are expanded, graphs are compiled, workspaces are allocated.
   kvlane reads plain strided caches, [batch, seq, heads, dim] (BSHD) and [batch, heads, seq, dim] (BHSD).
 - Queries, cache and output have the type of the row, except for ggml, whose queries and output are always f32.
-- Contestants run in turns. A round is one turn of each; the best and the median of all rounds count. A call from Python costs
-  one or two microseconds with ctypes and a few with PyTorch's operators, which matters only for rows of a few
+- Contestants run in turns. A round is one turn of each; the best and the median of all rounds count. A call from Python
+  costs one or two microseconds with ctypes and a few with PyTorch's operators, which matters only for rows of a few
   microseconds.
 - The output of each is compared with f64 arithmetic on the same rounded inputs. The run fails if kvlane's error is
   above the bound that its kernel states.
@@ -248,7 +248,7 @@ def make_problem(case: str, type_: str, small: bool = False) -> Problem:
 
 @dataclass
 class Call:
-    """A problem prepared for a contestant. The result of the first run is checked; in place, later results are wrong."""
+    """A problem prepared for a contestant. The first result is checked; in place, later ones are wrong."""
 
     run: Callable[[], Any]
     result: Callable[[], torch.Tensor]
