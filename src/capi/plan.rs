@@ -11,7 +11,7 @@ use super::masks::read_masks;
 use super::sized::read_sized;
 use super::status::kvl_status;
 use crate::error::{Result, ensure};
-use crate::ops::attention::{Planned, rows_of};
+use crate::ops::attention::{Planned, check_only_plan, rows_of};
 use crate::ops::mask::RawMasks;
 use crate::ops::plan::AttentionPlan;
 use crate::problem::visibility::Visibility;
@@ -171,9 +171,7 @@ pub(super) unsafe fn visibility<'a>(
         ("offsets", !params.offsets.is_null()),
         ("prefix_lengths", !params.prefix_lengths.is_null()),
     ];
-    for (name, given) in given {
-        ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
-    }
+    check_only_plan(given)?;
     // SAFETY: the caller's: from `kvl_plan_create`, and nobody changes it meanwhile.
     let plan: &'a AttentionPlan = unsafe { &(*params.plan).plan };
     plan.check(q, k.shape)?;

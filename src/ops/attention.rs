@@ -5,13 +5,14 @@ use crate::error::{Result, ensure};
 use crate::kernels::api::{AttentionFns, Function, Precision};
 use crate::kernels::registry;
 use crate::layout::{Layout, Packing};
+use crate::ops::jobs::{Jobs, SharedMemory};
 use crate::ops::mask::{BitMask, Mask, RawMasks, Touched, check_scores};
 use crate::ops::plan::AttentionPlan;
 use crate::ops::setters::setters;
 use crate::ops::tiling::{GRAIN, Tiling};
 use crate::ops::visibility;
 use crate::ops::workspace::{Workspace, check_workspace};
-use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::parallel::{Runner, workers_for};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{CHUNK, most_chunks, partial_stride};
 use crate::problem::limits::MAX_HEAD_DIM;
@@ -207,25 +208,14 @@ impl<'a> AttentionOptions<'a> {
     pub(crate) fn masks(&self) -> RawMasks<'a> {
         RawMasks { mask: self.mask.map(|m| m.raw), bit_mask: self.bit_mask.map(|m| m.raw) }
     }
+}
 
-    /// Fails if there is anything beside a plan that is the plan's to say.
-    fn only_plan(&self) -> Result<()> {
-        let given = [
-            ("causal", self.causal),
-            ("window_left", self.window_left.is_some()),
-            ("window_right", self.window_right.is_some()),
-            ("layout", !matches!(self.layout, Layout::Contiguous)),
-            ("cu_seqlens_q", self.cu_seqlens_q.is_some()),
-            ("lengths", self.lengths.is_some()),
-            ("kv_starts", self.kv_starts.is_some()),
-            ("offsets", self.offsets.is_some()),
-            ("prefix_lengths", self.prefix_lengths.is_some()),
-        ];
-        for (name, given) in given {
-            ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
-        }
-        Ok(())
+/// Fails if a call that has a plan says anything that the plan fixes.
+pub(crate) fn check_only_plan(given: impl IntoIterator<Item = (&'static str, bool)>) -> Result<()> {
+    for (name, given) in given {
+        ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
     }
+    Ok(())
 }
 
 /// Rows of the batch, and the most queries that one has.
@@ -410,37 +400,31 @@ pub(crate) unsafe fn attention_raw(
     };
     check_workspace(memory, needed)?;
 
-    let kv_heads = call.k.shape[HEADS];
+    let (kv_heads, memory) = (call.k.shape[HEADS], SharedMemory(memory.0));
     let rows = |b: usize| problem.visibility.queries(b) * problem.group;
-    let memory = SharedMemory(memory.0);
-    let scratch = |worker: usize| memory.at(worker * plan.scratch);
+    let tile = |index: usize| plan.tile(index, rows, kv_heads, chunks);
+    let jobs = Jobs {
+        runner,
+        kernel: &kernel,
+        problem: &problem,
+        workers,
+        tiles: plan.tiles,
+        memory,
+        worker_bytes: plan.scratch,
+    };
     if !plan.split || workers == 1 {
-        return for_each_tile(runner, workers, plan.tiles, &|worker, index| {
-            let tile = plan.tile(index, rows, kv_heads, chunks);
-            if tile.rows() > 0 {
-                // SAFETY: the problem is valid and the tile inside it; the scratch is this worker's.
-                unsafe { (kernel.tile)(&problem, &tile, scratch(worker)) };
-            }
-        });
+        // SAFETY: the problem is valid, the tiles cover its rows once, and the workspace holds the scratch of all workers.
+        return unsafe { jobs.run_tiles(tile) };
     }
     let partials = |index: usize| memory.at(plan.workers * plan.scratch + index * plan.partials).cast::<f32>();
-    for_each_tile(runner, workers, plan.tiles * plan.chunks, &|worker, unit| {
-        let (index, chunk) = (unit / plan.chunks, unit % plan.chunks);
-        let tile = plan.tile(index, rows, kv_heads, chunks);
-        if tile.rows() > 0 {
-            let state = partials(index).wrapping_add(chunk * tile.rows() * partial_stride(dv));
-            let tile = Tile { first_chunk: chunk, end_chunk: chunk + 1, partials: state, ..tile };
-            // SAFETY: as above; every unit writes states of its own.
-            unsafe { (kernel.tile)(&problem, &tile, scratch(worker)) };
-        }
-    })?;
-    for_each_tile(runner, workers, plan.tiles, &|worker, index| {
-        let tile = Tile { partials: partials(index), ..plan.tile(index, rows, kv_heads, chunks) };
-        if tile.rows() > 0 {
-            // SAFETY: as above; all states have been written.
-            unsafe { (kernel.reduce)(&problem, &tile, scratch(worker)) };
-        }
-    })
+    let state = |index: usize, tile: &Tile, chunk: usize| {
+        partials(index).wrapping_add(chunk * tile.rows() * partial_stride(dv))
+    };
+    // SAFETY: as above; behind the scratch, the workspace holds the states of all tiles.
+    unsafe {
+        jobs.run_chunks(plan.chunks, tile, state)?;
+        jobs.reduce(|index, _| Tile { partials: partials(index), ..tile(index) })
+    }
 }
 
 impl<'a> RawAttention<'a> {
@@ -450,10 +434,11 @@ impl<'a> RawAttention<'a> {
             let rows = view::rows(q.shape());
             ensure!(lse.len() == rows, Shape, "lse has {} entries, but q has {rows} rows", lse.len());
         }
+        let own = options.visibility(q.raw.shape, k.raw)?;
         let (visibility, planned) = match options.plan {
-            None => (options.visibility(q.raw.shape, k.raw)?, None),
+            None => (own, None),
             Some(plan) => {
-                options.only_plan()?;
+                check_only_plan(own.given())?;
                 plan.check(&q.raw, k.raw.shape)?;
                 (plan.visibility(), Some(plan.planned()))
             }
@@ -498,19 +483,6 @@ pub(crate) fn attention_shapes(
     let [.., kv_heads, dim] = k.shape;
     ([batch, seq, q[HEADS], q[DIM]], [batch, layout.most_keys(&k), kv_heads, dim])
 }
-
-/// The workspace, cut by worker and tile.
-#[derive(Clone, Copy)]
-pub(super) struct SharedMemory(pub *mut u8);
-
-impl SharedMemory {
-    pub fn at(self, offset: usize) -> *mut u8 {
-        self.0.wrapping_add(offset)
-    }
-}
-
-// SAFETY: workers and tiles take disjoint parts.
-unsafe impl Sync for SharedMemory {}
 
 /// A call whose inputs are checked, and what they can touch: q, k and v, and the masks.
 pub(super) struct Inputs<'a> {
@@ -614,9 +586,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
 
     let planned_bits = match call.planned {
         Some(planned) if planned.has_masks => {
-            for (name, given) in [("mask", call.masks.mask.is_some()), ("bit_mask", call.masks.bit_mask.is_some())] {
-                ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
-            }
+            check_only_plan([("mask", call.masks.mask.is_some()), ("bit_mask", call.masks.bit_mask.is_some())])?;
             planned.bits
         }
         _ => None,

@@ -16,13 +16,14 @@ use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::kernels::api::{AttentionFns, Precision};
 use crate::layout::{Layout, Packing};
-use crate::ops::attention::{AttentionOptions, AttentionTensors, RawAttention, SharedMemory, largest, validate_inputs};
+use crate::ops::attention::{AttentionOptions, AttentionTensors, RawAttention, largest, validate_inputs};
+use crate::ops::jobs::{Jobs, SharedMemory};
 use crate::ops::setters::setters;
 use crate::ops::shard::SPLIT_GRID;
 use crate::ops::workspace::Workspace;
 #[cfg(feature = "capi")]
 use crate::ops::workspace::check_workspace;
-use crate::parallel::{MAX_WORKERS, Runner, for_each_tile};
+use crate::parallel::{MAX_WORKERS, Runner};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{CHUNK, Chunks, partial_stride};
 use crate::problem::limits::MAX_HEAD_DIM;
@@ -212,21 +213,22 @@ impl<'a> SpanJob<'a> {
     /// # Safety
     /// As [`attention_chunks_raw`], with `self.workspace` bytes at `workspace`, aligned to 64.
     unsafe fn run(&self, runner: &dyn Runner, workspace: *mut u8) -> Result<()> {
-        let Self { problem, kernel, grid, chunks, states, scratch, .. } = self;
-        let (memory, stride) = (SharedMemory(workspace), partial_stride(problem.v_dim));
-        for_each_tile(runner, self.workers, grid.tiles() * chunks, &|worker, unit| {
-            let (index, chunk) = (unit / chunks, unit % chunks);
-            let tile = grid.tile(index);
-            let at = (grid.first(&tile) * chunks + chunk * tile.head_rows) * stride;
-            let tile = Tile {
-                first_chunk: chunk,
-                end_chunk: chunk + 1,
-                partials: states.at(at * size_of::<f32>()).cast(),
-                ..tile
-            };
-            // SAFETY: the problem is valid and the tile inside it; the scratch is this worker's, the states this unit's.
-            unsafe { (kernel.tile)(problem, &tile, memory.at(worker * scratch)) };
-        })
+        let (chunks, stride) = (self.chunks, partial_stride(self.problem.v_dim));
+        let jobs = Jobs {
+            runner,
+            kernel: &self.kernel,
+            problem: &self.problem,
+            workers: self.workers,
+            tiles: self.grid.tiles(),
+            memory: SharedMemory(workspace),
+            worker_bytes: self.scratch,
+        };
+        let state = |_, tile: &Tile, chunk: usize| {
+            let at = (self.grid.first(tile) * chunks + chunk * tile.head_rows) * stride;
+            self.states.at(at * size_of::<f32>()).cast()
+        };
+        // SAFETY: the problem is valid, the tiles cover its rows once, and there is room for the state of every row and chunk.
+        unsafe { jobs.run_chunks(chunks, |index| self.grid.tile(index), state) }
     }
 }
 
@@ -462,24 +464,31 @@ impl<'a> MergeJob<'a> {
     /// # Safety
     /// As [`merge_chunks_raw`], with `self.workspace` bytes at `workspace`, aligned to 64.
     unsafe fn run(&self, runner: &dyn Runner, workspace: *mut u8) -> Result<()> {
-        let Self { problem, spans, kernel, grid, scratch, each, .. } = self;
-        let (memory, stride) = (SharedMemory(workspace), partial_stride(problem.v_dim));
-        for_each_tile(runner, self.workers, grid.tiles(), &|worker, index| {
+        let (grid, stride) = (&self.grid, partial_stride(self.problem.v_dim));
+        let jobs = Jobs {
+            runner,
+            kernel: &self.kernel,
+            problem: &self.problem,
+            workers: self.workers,
+            tiles: grid.tiles(),
+            memory: SharedMemory(workspace),
+            worker_bytes: self.each,
+        };
+        let tile = |index: usize, own: *mut u8| {
             let tile = grid.tile(index);
-            let own = memory.at(worker * each);
-            let partials = own.wrapping_add(*scratch).cast::<f32>();
+            let partials = own.wrapping_add(self.scratch).cast::<f32>();
             let mut done = 0;
-            for RawStates { data, len } in *spans {
-                let chunks = len / floats_a_chunk(problem.out.shape);
+            for RawStates { data, len } in self.spans {
+                let chunks = len / floats_a_chunk(self.problem.out.shape);
                 let (from, n) = (grid.first(&tile) * chunks * stride, chunks * tile.head_rows * stride);
                 // SAFETY: the states have these, the tile's rows in every chunk, and the copy has room for all chunks of a piece.
                 unsafe { std::ptr::copy_nonoverlapping(data.add(from), partials.add(done), n) };
                 done += n;
             }
-            let tile = Tile { end_chunk: self.chunks, partials, ..tile };
-            // SAFETY: the states of all chunks are there; reducing reads nothing else, and writes the tile's rows of the output.
-            unsafe { (kernel.reduce)(problem, &tile, own) };
-        })
+            Tile { end_chunk: self.chunks, partials, ..tile }
+        };
+        // SAFETY: the states of all chunks are there; reducing reads nothing else, and writes the tile's rows of the output.
+        unsafe { jobs.reduce(tile) }
     }
 }
 

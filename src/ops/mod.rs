@@ -11,6 +11,7 @@ use crate::view::{BATCH, DIM, HEADS, RawView, SEQ};
 pub mod attention;
 pub mod cache;
 pub mod chunks;
+mod jobs;
 pub mod mask;
 pub mod merge;
 pub mod norm;

@@ -7,7 +7,7 @@ use crate::ops::mask::RawMasks;
 use crate::ops::visibility;
 use crate::problem::grid::{BLOCK, CHUNK, between};
 use crate::problem::masks::{BitRows, BitView, ByteView, visible_by_masks};
-use crate::problem::visibility::{Summary, Visibility};
+use crate::problem::visibility::{Summary, Visibility, VisibilityOf};
 use crate::view::{BATCH, HEADS, MAX_AXIS, RawView, SEQ};
 use std::ops::Range;
 
@@ -53,21 +53,12 @@ use std::ops::Range;
 /// ```
 #[derive(Clone, Debug)]
 pub struct AttentionPlan {
-    batch: usize,
-    seq: usize,
+    /// Of the cache, only the first two axes count; there is no data.
+    visibility: VisibilityOf<Range<usize>, Kind>,
+    /// All lists of the visibility, and the table of its layout.
+    entries: Vec<i32>,
+    /// Axis 1 of `q`.
     tokens: usize,
-    /// Rows and slots of the caches; no data.
-    cache: RawView,
-    causal: bool,
-    window_left: Option<i64>,
-    window_right: Option<i64>,
-    kind: Kind,
-    table: Vec<i32>,
-    cu_seqlens_q: List,
-    lengths: Vec<i32>,
-    kv_starts: List,
-    offsets: List,
-    prefix_lengths: List,
     summary: Summary,
     masks: Masks,
 }
@@ -89,33 +80,14 @@ struct Masks {
     head_stride: i64,
 }
 
-/// A layout without its table.
-#[derive(Clone, Copy, Debug)]
+/// A layout whose table is a range of a plan's entries.
+#[derive(Clone, Debug)]
 enum Kind {
     Contiguous,
     Ring { sink_tokens: usize },
-    Paged { pages_per_sequence: usize },
-    Indirect,
-    Ragged,
-}
-
-/// A list that may be absent; its memory stays when it is.
-#[derive(Clone, Debug, Default)]
-struct List {
-    given: bool,
-    entries: Vec<i32>,
-}
-
-impl List {
-    fn set(&mut self, list: Option<&[i32]>) {
-        self.given = list.is_some();
-        self.entries.clear();
-        self.entries.extend_from_slice(list.unwrap_or(&[]));
-    }
-
-    fn get(&self) -> Option<&[i32]> {
-        self.given.then_some(&self.entries)
-    }
+    Paged { page_table: Range<usize>, pages_per_sequence: usize },
+    Indirect { beam_table: Range<usize> },
+    Ragged { cu_seqlens: Range<usize> },
 }
 
 impl AttentionPlan {
@@ -139,20 +111,9 @@ impl AttentionPlan {
 
     pub(crate) fn from_visibility(q_shape: [usize; 4], visibility: &Visibility, masks: &RawMasks) -> Result<Self> {
         let mut plan = Self {
-            batch: 0,
-            seq: 0,
+            visibility: Visibility::unmasked(0, 0, visibility.cache).map(Kind::Contiguous, |_| 0..0),
+            entries: Vec::new(),
             tokens: 0,
-            cache: visibility.cache,
-            causal: false,
-            window_left: None,
-            window_right: None,
-            kind: Kind::Contiguous,
-            table: Vec::new(),
-            cu_seqlens_q: List::default(),
-            lengths: Vec::new(),
-            kv_starts: List::default(),
-            offsets: List::default(),
-            prefix_lengths: List::default(),
             summary: Summary::default(),
             masks: Masks::default(),
         };
@@ -172,26 +133,29 @@ impl AttentionPlan {
             Some(seen) => summary.within(seen),
             None => summary,
         };
-        (self.batch, self.seq, self.tokens) = (visibility.batch, visibility.seq, q_shape[SEQ]);
-        self.cache = RawView { data: std::ptr::null_mut(), ..visibility.cache };
-        (self.causal, self.window_left, self.window_right) =
-            (visibility.causal, visibility.window_left, visibility.window_right);
-        let (kind, table): (Kind, &[i32]) = match visibility.layout {
-            Layout::Contiguous => (Kind::Contiguous, &[]),
-            Layout::Ring { sink_tokens } => (Kind::Ring { sink_tokens }, &[]),
-            Layout::Paged { page_table, pages_per_sequence } => (Kind::Paged { pages_per_sequence }, page_table),
-            Layout::Indirect { beam_table } => (Kind::Indirect, beam_table),
-            Layout::Ragged { cu_seqlens } => (Kind::Ragged, cu_seqlens),
+        self.tokens = q_shape[SEQ];
+        self.entries.clear();
+        let entries = &mut self.entries;
+        let mut keep = |list: &[i32]| {
+            entries.extend_from_slice(list);
+            entries.len() - list.len()..entries.len()
         };
-        self.kind = kind;
-        self.table.clear();
-        self.table.extend_from_slice(table);
-        self.lengths.clear();
-        self.lengths.extend((0..visibility.batch).map(|row| visibility.length(row) as i32));
-        self.cu_seqlens_q.set(visibility.cu_seqlens_q);
-        self.kv_starts.set(visibility.kv_starts);
-        self.offsets.set(visibility.offsets);
-        self.prefix_lengths.set(visibility.prefix_lengths);
+        let kind = match visibility.layout {
+            Layout::Contiguous => Kind::Contiguous,
+            Layout::Ring { sink_tokens } => Kind::Ring { sink_tokens },
+            Layout::Paged { page_table, pages_per_sequence } => {
+                Kind::Paged { page_table: keep(page_table), pages_per_sequence }
+            }
+            Layout::Indirect { beam_table } => Kind::Indirect { beam_table: keep(beam_table) },
+            Layout::Ragged { cu_seqlens } => Kind::Ragged { cu_seqlens: keep(cu_seqlens) },
+        };
+        self.visibility = visibility.map(kind, |list| keep(list));
+        self.visibility.cache.data = std::ptr::null_mut();
+        if visibility.lengths.is_none() {
+            let first = self.entries.len();
+            self.entries.extend((0..visibility.batch).map(|row| visibility.length(row) as i32));
+            self.visibility.lengths = Some(first..self.entries.len());
+        }
         Ok(())
     }
 
@@ -208,8 +172,9 @@ impl AttentionPlan {
             InvalidValue,
             "the plan holds masks, which say nothing of new tokens: update it with masks that do"
         );
-        ensure!(n == self.batch, Shape, "counts has {n} entries, but the plan has {} rows", self.batch);
         let visibility = self.visibility();
+        let batch = visibility.batch;
+        ensure!(n == batch, Shape, "counts has {n} entries, but the plan has {batch} rows");
         for (row, &count) in counts.iter().enumerate() {
             let (length, room) = (visibility.length(row) as usize, visibility.layout.capacity(&visibility.cache, row));
             ensure!(count >= 0, OutOfRange, "counts[{row}] is {count}, which is negative");
@@ -232,10 +197,10 @@ impl AttentionPlan {
     }
 
     fn move_by(&mut self, counts: &[i32], sign: i32) {
-        for (row, &count) in counts.iter().enumerate() {
-            self.lengths[row] += sign * count;
-            if let Some(offset) = self.offsets.entries.get_mut(row) {
-                *offset = offset.wrapping_add(sign * count);
+        let VisibilityOf { lengths, offsets, .. } = &self.visibility;
+        for list in [lengths, offsets].into_iter().flatten() {
+            for (entry, &count) in self.entries[list.clone()].iter_mut().zip(counts) {
+                *entry = entry.wrapping_add(sign * count);
             }
         }
     }
@@ -247,16 +212,17 @@ impl AttentionPlan {
     /// A layout without such a table, entries outside it, or ones of tokens that the row has which are none of the cache. The plan
     /// is then what it was.
     pub fn set_table(&mut self, row: usize, first: usize, entries: &[i32]) -> Result<()> {
-        let (per_row, tokens) = match self.kind {
-            Kind::Paged { pages_per_sequence } => (pages_per_sequence, self.cache.shape[SEQ]),
-            Kind::Indirect => (self.cache.shape[SEQ], 1),
-            _ => (0, 1),
+        let VisibilityOf { batch, cache, layout, .. } = &self.visibility;
+        let (table, per_row, tokens) = match layout {
+            Kind::Paged { page_table, pages_per_sequence } => (page_table.start, *pages_per_sequence, cache.shape[SEQ]),
+            Kind::Indirect { beam_table } => (beam_table.start, cache.shape[SEQ], 1),
+            Kind::Contiguous | Kind::Ring { .. } | Kind::Ragged { .. } => (0, 0, 1),
         };
         ensure!(per_row > 0, InvalidValue, "the plan's layout has no table of pages or rows");
-        ensure!(row < self.batch, OutOfRange, "row {row} of a plan that has {}", self.batch);
+        ensure!(row < *batch, OutOfRange, "row {row} of a plan that has {batch}");
         let end = first.saturating_add(entries.len());
         ensure!(end <= per_row, OutOfRange, "entries {first}..{end} of a row that has {per_row}");
-        let (used, n) = ((self.lengths[row] as usize).div_ceil(tokens), self.cache.shape[BATCH]);
+        let (used, n) = ((self.lengths()[row] as usize).div_ceil(tokens), cache.shape[BATCH]);
         for (i, &entry) in entries.iter().enumerate() {
             ensure!(
                 first + i >= used || entry >= 0 && (entry as usize) < n,
@@ -265,38 +231,29 @@ impl AttentionPlan {
                 first + i
             );
         }
-        self.table[row * per_row + first..row * per_row + end].copy_from_slice(entries);
+        let at = table + row * per_row;
+        self.entries[at + first..at + end].copy_from_slice(entries);
         Ok(())
     }
 
     /// `[batch]`: the tokens of every row.
     pub fn lengths(&self) -> &[i32] {
-        &self.lengths
+        self.visibility.lengths.as_ref().map_or(&[], |list| &self.entries[list.clone()])
     }
 
     /// What it holds, as a call takes it.
     pub(crate) fn visibility(&self) -> Visibility<'_> {
-        let table = &self.table[..];
-        Visibility {
-            batch: self.batch,
-            seq: self.seq,
-            cache: self.cache,
-            layout: match self.kind {
-                Kind::Contiguous => Layout::Contiguous,
-                Kind::Ring { sink_tokens } => Layout::Ring { sink_tokens },
-                Kind::Paged { pages_per_sequence } => Layout::Paged { page_table: table, pages_per_sequence },
-                Kind::Indirect => Layout::Indirect { beam_table: table },
-                Kind::Ragged => Layout::Ragged { cu_seqlens: table },
-            },
-            cu_seqlens_q: self.cu_seqlens_q.get(),
-            causal: self.causal,
-            window_left: self.window_left,
-            window_right: self.window_right,
-            lengths: Some(&self.lengths),
-            kv_starts: self.kv_starts.get(),
-            offsets: self.offsets.get(),
-            prefix_lengths: self.prefix_lengths.get(),
-        }
+        let entries = |range: &Range<usize>| &self.entries[range.clone()];
+        let layout = match &self.visibility.layout {
+            Kind::Contiguous => Layout::Contiguous,
+            &Kind::Ring { sink_tokens } => Layout::Ring { sink_tokens },
+            Kind::Paged { page_table, pages_per_sequence } => {
+                Layout::Paged { page_table: entries(page_table), pages_per_sequence: *pages_per_sequence }
+            }
+            Kind::Indirect { beam_table } => Layout::Indirect { beam_table: entries(beam_table) },
+            Kind::Ragged { cu_seqlens } => Layout::Ragged { cu_seqlens: entries(cu_seqlens) },
+        };
+        self.visibility.map(layout, entries)
     }
 
     pub(crate) fn planned(&self) -> Planned<'_> {
@@ -305,11 +262,12 @@ impl AttentionPlan {
 
     /// Checks that a call's tensors are those that it was made for.
     pub(crate) fn check(&self, q: &RawView, k_shape: [usize; 4]) -> Result<()> {
-        let rows = if self.cu_seqlens_q.given { 1 } else { self.batch };
+        let VisibilityOf { batch, cache, cu_seqlens_q, .. } = &self.visibility;
+        let rows = if cu_seqlens_q.is_some() { 1 } else { *batch };
         let (want, have) = ([rows, self.tokens], [q.shape[BATCH], q.shape[SEQ]]);
         ensure!(want == have, Shape, "the plan is for q of batch and seq {want:?}, but q has {have:?}");
         let axes = |shape: [usize; 4]| [shape[BATCH], shape[SEQ]];
-        let (want, have) = (axes(self.cache.shape), axes(k_shape));
+        let (want, have) = (axes(cache.shape), axes(k_shape));
         ensure!(want == have, Shape, "the plan is for k of batch and seq {want:?}, but k has {have:?}");
         if let Some(heads) = self.masks.heads {
             let have = q.shape[HEADS];
@@ -464,11 +422,6 @@ impl Masks {
         })
     }
 }
-
-// SAFETY: the view has no data, and is numbers but for that.
-unsafe impl Sync for AttentionPlan {}
-// SAFETY: as above.
-unsafe impl Send for AttentionPlan {}
 
 /// A cache of which only rows and slots count.
 fn axes(k_shape: [usize; 4]) -> RawView {

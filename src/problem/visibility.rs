@@ -1,37 +1,64 @@
-//! Which rows a call has, and which keys their queries may see by position; see [`masks`](crate::masks).
+//! Which sequences a call has, and which keys their queries may see by position; see [`masks`](crate::masks).
 
 use super::grid::{CHUNK, Chunks};
 use crate::layout::{Layout, Place};
 use crate::view::RawView;
 use std::ops::Range;
 
-/// What a plan keeps from one layer to the next: all lists with an entry a row.
+/// What stays the same from one layer to the next: the sequences of a call, and everything but masks that decides which keys their
+/// queries see. A list has an entry per sequence.
+///
+/// A call borrows its lists and the tables of its layout ([`Visibility`]); a plan holds them as ranges of a list of its own.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Visibility<'a> {
-    /// Rows of the batch, and the most queries that one has.
+pub(crate) struct VisibilityOf<List, Layout> {
+    /// Sequences of the batch, and the most queries that one has.
     pub batch: usize,
     pub seq: usize,
     /// K, or another cache of the same first two axes.
     pub cache: RawView,
-    /// In which slots of it a row's tokens lie.
-    pub layout: Layout<'a>,
-    /// Where the queries of every row begin in axis 1 of `q` and `out`, and where the last ones end, if rows are ragged; else
-    /// rows are axis 0.
-    pub cu_seqlens_q: Option<&'a [i32]>,
+    /// In which slots of it the tokens of a sequence lie.
+    pub layout: Layout,
+    /// The first query of every sequence in axis 1 of `q` and `out`, and the end of the last ones, if queries are ragged; else
+    /// sequences are axis 0.
+    pub cu_seqlens_q: Option<List>,
     pub causal: bool,
     pub window_left: Option<i64>,
     pub window_right: Option<i64>,
-    /// Valid keys a row; as many as the cache has room for if absent.
-    pub lengths: Option<&'a [i32]>,
-    /// First visible key a row; 0 if absent.
-    pub kv_starts: Option<&'a [i32]>,
-    /// Position of query 0 among the keys, a row; `length - queries` if absent.
-    pub offsets: Option<&'a [i32]>,
-    /// Keys before this one, a row, are seen whatever causality and windows say; 0 if absent.
-    pub prefix_lengths: Option<&'a [i32]>,
+    /// Valid keys; as many as the cache has room for if absent.
+    pub lengths: Option<List>,
+    /// The first visible key; 0 if absent.
+    pub kv_starts: Option<List>,
+    /// The position of query 0 among the keys; `length - queries` if absent.
+    pub offsets: Option<List>,
+    /// Keys before this one are visible to every query, whatever causality and windows say; 0 if absent.
+    pub prefix_lengths: Option<List>,
 }
 
-/// What follows from all rows of [`Visibility`].
+/// As a call has it.
+pub(crate) type Visibility<'a> = VisibilityOf<&'a [i32], Layout<'a>>;
+
+impl<List, L> VisibilityOf<List, L> {
+    /// The same with another layout and other lists: `list` is called for each that there is.
+    pub fn map<To, K>(&self, layout: K, mut list: impl FnMut(&List) -> To) -> VisibilityOf<To, K> {
+        let mut mapped = |from: &Option<List>| from.as_ref().map(&mut list);
+        VisibilityOf {
+            batch: self.batch,
+            seq: self.seq,
+            cache: self.cache,
+            layout,
+            cu_seqlens_q: mapped(&self.cu_seqlens_q),
+            causal: self.causal,
+            window_left: self.window_left,
+            window_right: self.window_right,
+            lengths: mapped(&self.lengths),
+            kv_starts: mapped(&self.kv_starts),
+            offsets: mapped(&self.offsets),
+            prefix_lengths: mapped(&self.prefix_lengths),
+        }
+    }
+}
+
+/// What follows from all sequences of a [`Visibility`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Summary {
     /// The greatest length.
@@ -47,7 +74,7 @@ impl Summary {
         let Chunks { before, gap } = self.chunks;
         let end = (self.count + gap).min(seen.end);
         if gap > 0 && seen.start < before {
-            // Two visibility begin at chunk 0, so only their end can move.
+            // Both key ranges begin at chunk 0, so only their end can move.
             return Self { count: end.saturating_sub(gap).max(before.min(end)), ..self };
         }
         let first = if gap == 0 { 0 } else { before + gap }.max(seen.start);
@@ -56,6 +83,21 @@ impl Summary {
 }
 
 impl Visibility<'_> {
+    /// By name, whether each part is given that a call may say or leave to a plan.
+    pub fn given(&self) -> [(&'static str, bool); 9] {
+        [
+            ("causal", self.causal),
+            ("window_left", self.window_left.is_some()),
+            ("window_right", self.window_right.is_some()),
+            ("layout", !matches!(self.layout, Layout::Contiguous)),
+            ("cu_seqlens_q", self.cu_seqlens_q.is_some()),
+            ("lengths", self.lengths.is_some()),
+            ("kv_starts", self.kv_starts.is_some()),
+            ("offsets", self.offsets.is_some()),
+            ("prefix_lengths", self.prefix_lengths.is_some()),
+        ]
+    }
+
     /// Every query sees every key of a contiguous cache.
     pub fn unmasked(batch: usize, seq: usize, cache: RawView) -> Self {
         Self {
