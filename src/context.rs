@@ -1,4 +1,4 @@
-//! The context: which kernel serves each operation.
+//! The context: the choice of a kernel for each operation.
 
 use crate::dtype::DType;
 use crate::error::Result;
@@ -11,11 +11,11 @@ use crate::layout::Packing;
 
 const TYPES: usize = DType::ALL.len();
 
-/// The kernels chosen for this machine. Immutable once made, free of interior state, and so shareable between threads.
+/// The kernels chosen for this machine. A context is immutable and can be shared between threads.
 ///
-/// Each operation and pair of types is served by the kernel of the preferred level among those that are available and have no
-/// feature beyond the ceiling's: the level asked for, lowered by `KVLANE_MAX_ISA` if that is set. Both can only lower. What a
-/// partial level lacks is served by another level.
+/// The ceiling is the level given, lowered by `KVLANE_MAX_ISA` if that is set; both can only lower. For each operation
+/// and pair of types, the context takes the kernel of the preferred level among those that are available and have no
+/// feature beyond the ceiling's. Other levels serve operations that a partial level lacks.
 ///
 /// ```
 /// use kvlane::{Context, DType, Isa, Op};
@@ -38,7 +38,7 @@ impl Context {
     /// Takes the best level that is available and that `KVLANE_MAX_ISA` allows.
     ///
     /// # Errors
-    /// `KVLANE_MAX_ISA` is no level, or one of another architecture.
+    /// `KVLANE_MAX_ISA` is not a level, or is a level of another architecture.
     pub fn new() -> Result<Self> {
         Self::up_to(None)
     }
@@ -47,7 +47,7 @@ impl Context {
     /// `KVLANE_MAX_ISA`.
     ///
     /// # Errors
-    /// `ceiling` or `KVLANE_MAX_ISA` is a level of another architecture, or the latter is no level.
+    /// `ceiling` or `KVLANE_MAX_ISA` is a level of another architecture, or `KVLANE_MAX_ISA` is not a level.
     pub fn with_max_isa(ceiling: Isa) -> Result<Self> {
         Self::up_to(Some(ceiling))
     }
@@ -76,21 +76,21 @@ impl Context {
         self.isa
     }
 
-    /// The kernel that serves an operation from one type to another; `None` where there is no such pair.
+    /// The kernel that serves an operation from one type to another; `None` if the operation has no such pair.
     ///
     /// For [`Op::Attention`] the types are those of K and V, which are the same; for [`Op::RopeAngles`] both are f32.
     pub fn kernel(&self, op: Op, src: DType, dst: DType) -> Option<KernelInfo> {
         self.kernel_for(op, src, dst, Precision::Default)
     }
 
-    /// As [`Self::kernel`], for calls that ask for a precision. Kernels that serve only one say so in their
-    /// [`precision`](KernelInfo::precision).
+    /// As [`Self::kernel`], for calls with a precision. [`KernelInfo::precision`] is set for kernels that serve only
+    /// one.
     pub fn kernel_for(&self, op: Op, src: DType, dst: DType, precision: Precision) -> Option<KernelInfo> {
         self.tables[precision as usize][op as usize][src.index()][dst.index()].map(|entry| entry.info)
     }
 
-    /// How values of a type are best packed for the attention kernels in use: in [row pairs](Packing::RowPairs) where tiles
-    /// of bf16 are multiplied, else not at all. Every packing works at every level.
+    /// The best packing of values of a type for the attention kernels in use: [row pairs](Packing::RowPairs) if they
+    /// multiply tiles of bf16, otherwise [rows](Packing::Rows). Every packing works at every level.
     pub fn v_packing(&self, dtype: DType) -> Packing {
         match self.kernel(Op::Attention, dtype, dtype) {
             Some(kernel) if dtype == DType::Bf16 && kernel.isa == Isa::Amx => Packing::RowPairs,
@@ -101,7 +101,7 @@ impl Context {
     fn function(&self, op: Op, src: DType, dst: DType, precision: Precision) -> &Function {
         match &self.tables[precision as usize][op as usize][src.index()][dst.index()] {
             Some(entry) => &entry.function,
-            // The scalar level has every pair that an operation asks for: `tests::every_level_is_complete`.
+            // The scalar level has a kernel for every pair that operations use; see `tests::every_level_is_complete`.
             None => unreachable!("no kernel for {op:?} from {src} to {dst}"),
         }
     }

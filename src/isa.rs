@@ -1,17 +1,17 @@
-//! Instruction-set levels: which exist, what each needs, and whether this CPU has it.
+//! Instruction-set levels: their features, their order of preference, and their availability.
 
 use crate::error::{Result, ensure, fail};
 
 /// An instruction-set level for which kernels are built.
 ///
-/// A level is a *set* of CPU features ([`Isa::features`]); it is available when the CPU and the operating system report
-/// all of them, and nothing else (model names, versions) is looked at. The bits of an output row depend on the level.
-/// The values are those of `kvl_isa` in the C header, where 0 stands for "the best there is".
+/// A level is a *set* of CPU features ([`Isa::features`]); it is available if the CPU and the operating system report
+/// all of them. Model names and versions do not matter. The bits of an output row depend on the level. The values are
+/// those of `kvl_isa` in the C header, where 0 means "the best level".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 #[non_exhaustive]
 pub enum Isa {
-    /// Portable code that the compiler vectorises as it can; available everywhere.
+    /// Portable code, available everywhere.
     Scalar = 1,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2 = 2,
@@ -19,11 +19,11 @@ pub enum Isa {
     Avx512 = 3,
     /// AArch64 with Advanced SIMD.
     Neon = 4,
-    /// x86-64 with what [`Avx512`](Self::Avx512) needs, AMX tiles and their bf16 products. A partial level: it has kernels
-    /// for attention over bf16 alone, and whatever else there is comes from AVX-512.
+    /// x86-64 with the features of [`Avx512`](Self::Avx512), AMX tiles and their bf16 products. A partial level with
+    /// kernels for attention over bf16 only; the other kernels are those of AVX-512.
     Amx = 5,
-    /// AArch64 with what [`Neon`](Self::Neon) needs and bf16 matrix products (FEAT_BF16). A partial level: it has kernels for
-    /// attention over bf16 alone, and whatever else there is comes from NEON.
+    /// AArch64 with the features of [`Neon`](Self::Neon) and bf16 matrix products (FEAT_BF16). A partial level with
+    /// kernels for attention over bf16 only; the other kernels are those of NEON.
     NeonBf16 = 6,
 }
 
@@ -31,8 +31,8 @@ impl Isa {
     /// Every level, of every architecture.
     pub const ALL: [Self; 6] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx, Self::Neon, Self::NeonBf16];
 
-    /// Of the levels that a CPU has, kernels of the one with the highest priority are preferred. A level can have more features
-    /// than another and still be the slower one, so this is not the size of the feature set.
+    /// The order of preference: of the available levels, the one with the highest priority serves. It is not the
+    /// number of features, because a level with more features can be slower.
     pub(crate) const fn priority(self) -> u32 {
         match self {
             Self::Scalar => 0,
@@ -74,12 +74,12 @@ impl Isa {
         crate::cpu::features(self)
     }
 
-    /// Whether the level has kernels for some operations and types only; the others are served by the levels below.
+    /// Whether the level has kernels for some operations and types only. Other levels serve the rest.
     pub const fn is_partial(self) -> bool {
         matches!(self, Self::Amx | Self::NeonBf16)
     }
 
-    /// Whether kernels of this level are part of this build (they are whenever the architecture fits).
+    /// Whether kernels of this level are part of this build, which depends on the architecture only.
     pub const fn is_built(self) -> bool {
         match self {
             Self::Scalar => true,
@@ -88,13 +88,13 @@ impl Isa {
         }
     }
 
-    /// Whether this CPU and operating system can run kernels of this level. The first question about [`Self::Amx`] on Linux
-    /// asks the kernel for the permission to use its registers, which then holds for the whole process.
+    /// Whether this CPU and operating system can run kernels of this level. On Linux, the first call for [`Self::Amx`]
+    /// requests the permission to use its registers, for the whole process.
     pub fn is_available(self) -> bool {
         crate::cpu::has(self)
     }
 
-    /// The level that is preferred here.
+    /// The preferred level of this CPU.
     pub fn best() -> Self {
         Self::best_within(&[]).unwrap_or(Self::Scalar)
     }
@@ -102,10 +102,10 @@ impl Isa {
     /// The name of the environment variable that lowers every context's level.
     pub const ENV: &'static str = "KVLANE_MAX_ISA";
 
-    /// The level that is preferred among those that are available and have no feature beyond those of any ceiling.
+    /// The preferred level among those that are available and have no feature beyond those of any ceiling.
     pub(crate) fn best_within(ceilings: &[Self]) -> Result<Self> {
         ceilings.iter().try_for_each(|ceiling| ceiling.check_built())?;
-        // Whether a level is available is asked last: of AMX, that takes a permission for the whole process.
+        // Availability is checked last, because for AMX the check requests a permission for the whole process.
         let level = Self::ALL
             .into_iter()
             .filter(|level| ceilings.iter().all(|&ceiling| level.is_within(ceiling)) && level.is_available())
@@ -125,7 +125,7 @@ impl Isa {
         Ok(())
     }
 
-    /// The ceiling that the environment sets, if it does.
+    /// The ceiling in the environment variable, if it is set.
     pub(crate) fn ceiling_from_env() -> Result<Option<Self>> {
         let Some(value) = std::env::var_os(Self::ENV) else {
             return Ok(None);

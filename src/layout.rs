@@ -79,7 +79,7 @@ impl<'a> Layout<'a> {
     }
 }
 
-/// How the values of neighbouring slots lie in a cache.
+/// The arrangement of the values of neighbouring slots in a cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u32)]
 #[non_exhaustive]
@@ -107,8 +107,8 @@ impl Packing {
 pub(crate) type Place = (usize, usize);
 
 impl Layout<'_> {
-    /// Where a position lies, and how many positions from there on lie in slots one after the other. For a valid layout and
-    /// a position in it.
+    /// The slot of a position, and the number of positions from it on that lie in consecutive slots. The layout is
+    /// valid and contains the position.
     #[inline(always)]
     pub(crate) fn place(&self, cache: &RawView, row: usize, position: usize) -> (Place, usize) {
         let slots = cache.shape[SEQ];
@@ -137,7 +137,7 @@ impl Layout<'_> {
         }
     }
 
-    /// How many tokens a row can be given, for ever: of a ring as many as positions can count.
+    /// The number of tokens that a sequence can have; for a ring, the largest position.
     pub(crate) fn capacity(&self, cache: &RawView, row: usize) -> usize {
         let slots = cache.shape[SEQ];
         match *self {
@@ -148,7 +148,8 @@ impl Layout<'_> {
         }
     }
 
-    /// The positions that a row of `length` tokens still holds, beside the sink tokens of a ring: from here on. 0 if it holds all.
+    /// The first position that a sequence of `length` tokens still holds, apart from the sink tokens of a ring; 0 if
+    /// it holds all.
     pub(crate) fn retained_from(&self, cache: &RawView, length: usize) -> usize {
         match *self {
             Self::Ring { sink_tokens } if length > cache.shape[SEQ] => length - (cache.shape[SEQ] - sink_tokens),
@@ -156,7 +157,7 @@ impl Layout<'_> {
         }
     }
 
-    /// The most keys that attention over a row may see.
+    /// The largest number of keys that attention over a sequence can see.
     pub(crate) fn most_keys(&self, cache: &RawView) -> usize {
         match self {
             Self::Paged { .. } => self.capacity(cache, 0),
@@ -164,7 +165,7 @@ impl Layout<'_> {
         }
     }
 
-    /// How many rows a cache of this layout has.
+    /// The number of sequences in a cache of this layout.
     pub(crate) fn rows(&self, cache: &RawView) -> usize {
         match *self {
             Self::Contiguous | Self::Ring { .. } => cache.shape[BATCH],
@@ -178,7 +179,7 @@ impl Layout<'_> {
         }
     }
 
-    /// Checks everything but table entries: `name` is the cache's.
+    /// Checks everything except table entries; `name` is the name of the cache.
     pub(crate) fn validate(&self, name: &str, cache: &RawView) -> Result<()> {
         let [rows, slots, ..] = cache.shape;
         match *self {
@@ -232,7 +233,7 @@ impl Layout<'_> {
         Ok(())
     }
 
-    /// Checks that no pair of slots belongs to two rows, or half of it to none: `name` is the cache of the keys, whose slots
+    /// Checks that every pair of slots belongs to one sequence; `name` is the name of the cache of keys, whose slots
     /// are not packed.
     pub(crate) fn validate_packing(&self, name: &str, cache: &RawView, packing: Packing) -> Result<()> {
         if packing == Packing::Rows {
@@ -253,7 +254,7 @@ impl Layout<'_> {
                 );
             }
             Self::Ragged { cu_seqlens } => {
-                // The last entry is the end, where nothing starts.
+                // The last entry is the end of the last sequence.
                 for (row, start) in cu_seqlens.iter().enumerate().take(cu_seqlens.len().saturating_sub(1)) {
                     ensure!(
                         start % 2 == 0,
@@ -267,7 +268,7 @@ impl Layout<'_> {
         Ok(())
     }
 
-    /// Checks that positions `from..to` of a row, which are within its capacity, lie inside the cache.
+    /// Checks that positions `from..to` of a sequence, which are within its capacity, lie inside the cache.
     pub(crate) fn validate_row(&self, name: &str, cache: &RawView, row: usize, from: usize, to: usize) -> Result<()> {
         if from >= to {
             return Ok(());
@@ -297,14 +298,16 @@ impl Layout<'_> {
     }
 }
 
-/// Quotient and remainder of positions, which have 31 bits: that takes a third of the time of 64.
+/// Quotient and remainder of positions, which have 31 bits; a 32-bit division takes a third of the time of a 64-bit
+/// one.
 #[inline(always)]
 fn divide(a: usize, b: usize) -> (usize, usize) {
     let (a, b) = (a as u32, b as u32);
     ((a / b) as usize, (a % b) as usize)
 }
 
-/// How far [`Layout::place`] looks ahead in a table that has an entry a token: what attention takes at once.
+/// How many entries of a table [`Layout::place`] compares for a run: the number of keys that attention takes at a
+/// time.
 const RUN: usize = 16;
 
 #[cfg(test)]

@@ -1,19 +1,19 @@
-//! AMX: whether the CPU has tiles with bf16 products, and the permission to use them.
+//! AMX: detection of tiles with bf16 products, and the permission to use them.
 //!
-//! By CPUID bits alone: (7, 0).EDX bits 24 (tiles) and 22 (bf16), the operating system's word in XCR0 bits 17 and 18, and on
-//! Linux the permission to use the tile data, which a process has to ask for once (`arch_prctl`, 5.16 and later) and which its
-//! threads have from then on. Linux refuses it where a thread has an alternate signal stack that is too small for the larger
-//! frame; then the level is not available, and AVX-512 serves.
+//! Detection uses CPUID (7, 0).EDX bits 24 (tiles) and 22 (bf16), and XCR0 bits 17 and 18, by which the operating
+//! system declares support. On Linux a process must also request the permission to use the tile data once
+//! (`arch_prctl`, 5.16 and later), for all of its threads. Linux refuses it if a thread has an alternate signal stack
+//! that is too small for the larger frame. Then the level is not available, and AVX-512 serves.
 //!
-//! With `--cfg kvlane_emulate_amx` the level is available wherever AVX-512 is. Its instructions then fault, and whoever
-//! built that way has a handler that performs them: `tests/common/amx_emulator.rs`.
+//! With `--cfg kvlane_emulate_amx` the level is available wherever AVX-512 is. Its instructions then fault, and a
+//! handler emulates them: `tests/common/amx_emulator.rs`.
 
 use super::has;
 use crate::isa::Isa;
 use std::arch::asm;
 use std::sync::OnceLock;
 
-/// Whether CPU and operating system let this process use the tiles. Asks for the permission when it is first called.
+/// Whether this process can use the tiles. The first call requests the permission.
 pub(crate) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE
@@ -32,7 +32,7 @@ fn cpu_has_bf16_tiles() -> bool {
         return false;
     }
     let low: u32;
-    // SAFETY: OSXSAVE says that the instruction exists; it only reads.
+    // SAFETY: OSXSAVE is set, so that the instruction exists; it only reads.
     unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _, options(nomem, nostack, preserves_flags)) };
     low & STATE == STATE
 }
@@ -43,7 +43,7 @@ fn permission_granted() -> bool {
     const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
     const TILE_DATA: u64 = 18;
     let status: i64;
-    // SAFETY: the call takes two numbers and touches no memory of ours; the kernel clobbers rcx and r11.
+    // SAFETY: the call takes two numbers and accesses no memory; the kernel clobbers rcx and r11.
     unsafe {
         asm!("syscall", inlateout("rax") ARCH_PRCTL => status, in("rdi") ARCH_REQ_XCOMP_PERM, in("rsi") TILE_DATA,
             lateout("rcx") _, lateout("r11") _, options(nostack));
@@ -53,6 +53,6 @@ fn permission_granted() -> bool {
 
 #[cfg(not(target_os = "linux"))]
 fn permission_granted() -> bool {
-    // Elsewhere it is asked for in other ways, which nobody has tried.
+    // Other systems have other ways to request it, which are not implemented.
     false
 }

@@ -1,13 +1,13 @@
-//! The size of the second-level cache, which decides how many rows an attention tile has.
+//! The size of the CPU's second-level cache, which determines the query rows of an attention tile.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// What is assumed of a CPU that does not say.
+/// The assumed size if the CPU does not report it.
 const ASSUMED: usize = 512 << 10;
 
-/// Bytes of a core's second-level cache, the same for the whole life of the process.
+/// The size of a core's second-level cache in bytes, constant for the life of the process.
 ///
-/// CPUID is slow in a virtual machine, so that the answer is kept; threads that ask at the same time find the same.
+/// The result is kept, because CPUID is slow in a virtual machine. Concurrent first calls compute the same value.
 pub(crate) fn second_level() -> usize {
     static BYTES: AtomicUsize = AtomicUsize::new(0);
     match BYTES.load(Ordering::Relaxed) {
@@ -20,7 +20,7 @@ pub(crate) fn second_level() -> usize {
     }
 }
 
-/// The deterministic cache parameters: leaf 4 of Intel, the same in leaf 0x8000001d of AMD (the manuals' chapters on CPUID).
+/// The deterministic cache parameters: leaf 4 on Intel, leaf 0x8000001d on AMD (see CPUID in the manuals).
 #[cfg(target_arch = "x86_64")]
 fn detect() -> Option<usize> {
     use std::arch::x86_64::{__cpuid, __cpuid_count};
@@ -50,7 +50,7 @@ fn detect() -> Option<usize> {
     None
 }
 
-/// Elsewhere only the operating system knows.
+/// On other architectures only the operating system has the size.
 #[cfg(not(target_arch = "x86_64"))]
 fn detect() -> Option<usize> {
     None

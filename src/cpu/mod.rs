@@ -1,5 +1,5 @@
-//! What this CPU and its operating system offer: the features that make up a level, the permission to use AMX, the sizes of
-//! caches. Bits of CPUID (on AArch64: of the operating system) decide, never a model's name.
+//! Detection of the CPU and the operating system: the features of each level, the permission to use AMX, the sizes of
+//! caches. It uses feature bits of CPUID (on AArch64, of the operating system), never the name of a model.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
@@ -7,8 +7,8 @@ pub(crate) mod cache;
 
 use crate::isa::Isa;
 
-/// Calls a macro with the features of a level, each a literal, in brackets: the one place where they are stated. The features
-/// of AMX itself are not among them, since the compiler has no stable name for them.
+/// Calls a macro with the features of a level as literals in brackets. This is the only place where they are listed.
+/// The features of AMX itself are missing, because the compiler has no stable names for them.
 ///
 /// `level_features!(Avx2, then! { rest })` becomes `then! { ["avx2" "fma" "f16c"] rest }`.
 macro_rules! level_features {
@@ -22,7 +22,7 @@ macro_rules! level_features {
 }
 pub(crate) use level_features;
 
-/// The names of features, and of some more.
+/// The names of features, and additional names.
 macro_rules! names {
     ([$($feature:tt)*] $($more:literal)*) => { &[$($feature,)* $($more),*] };
 }

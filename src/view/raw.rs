@@ -25,12 +25,12 @@ pub(crate) struct RawView {
     pub bytes: Option<usize>,
 }
 
-// SAFETY: a raw view is an address and numbers; who dereferences it answers for the access.
+// SAFETY: a raw view is an address and numbers; the code that dereferences it is responsible for the access.
 unsafe impl Send for RawView {}
 // SAFETY: as above.
 unsafe impl Sync for RawView {}
 
-/// The bytes a view can touch, relative to its data pointer: `low..high`.
+/// The range of bytes that a view covers, relative to its data pointer: `low..high`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
     pub low: isize,
@@ -38,7 +38,7 @@ pub(crate) struct Extent {
 }
 
 impl RawView {
-    /// `n` floats one after the other.
+    /// `n` consecutive floats.
     pub fn floats(data: *mut f32, n: usize) -> Self {
         let (dtype, shape, strides) = (DType::F32, [1, 1, 1, n], [0, 0, 0, 1]);
         Self { data: data.cast(), dtype, shape, strides, bytes: None }
@@ -48,7 +48,7 @@ impl RawView {
         self.shape.contains(&0)
     }
 
-    /// The number of elements; `usize::MAX` where a `usize` does not hold it.
+    /// The number of elements; `usize::MAX` if it overflows.
     pub fn elements(&self) -> usize {
         rows(self.shape).saturating_mul(self.shape[DIM])
     }
@@ -89,7 +89,7 @@ impl RawView {
         Ok(Extent { low, high })
     }
 
-    /// Like [`Self::validate`], and no two elements may share memory.
+    /// As [`Self::validate`]; also checks that no two elements share memory.
     pub fn validate_output(&self, name: &str) -> Result<Extent> {
         let extent = self.validate(name)?;
         if self.is_empty() {
@@ -102,7 +102,7 @@ impl RawView {
             }
         }
         axes.sort();
-        // Sorted from the smallest stride: each must step over everything that the smaller ones reach.
+        // Sorted by stride: each stride must exceed the extent of all smaller ones.
         let mut reach = 0u128;
         for &(stride, n) in axes.as_slice() {
             ensure!(
@@ -117,7 +117,7 @@ impl RawView {
         Ok(extent)
     }
 
-    /// Whether any element of `self` shares a byte with one of `other`; may say yes when unsure.
+    /// Whether an element of `self` may share a byte with one of `other`; false positives are possible.
     pub fn overlaps(&self, other: &Self) -> bool {
         let (Ok(a), Ok(b)) = (self.validate("view"), other.validate("view")) else {
             return true;
@@ -125,7 +125,7 @@ impl RawView {
         self.overlaps_within(a, other, b)
     }
 
-    /// As [`Self::overlaps`], for extents that are known already.
+    /// As [`Self::overlaps`], with known extents.
     pub fn overlaps_within(&self, a: Extent, other: &Self, b: Extent) -> bool {
         if self.is_empty() || other.is_empty() {
             return false;
@@ -139,8 +139,8 @@ impl RawView {
         if a1 <= b0 || b1 <= a0 {
             return false;
         }
-        // Slices of one buffer (K and V side by side, shards of the heads) interleave without touching: with equal
-        // strides the distance between the two is a sum of stride steps if and only if they touch.
+        // Slices of one buffer (K and V side by side, shards of the heads) can interleave without overlap. With equal
+        // strides they overlap if and only if their distance is a sum of multiples of strides.
         if self.strides != other.strides || self.dtype.size() != other.dtype.size() {
             return true;
         }
@@ -151,7 +151,7 @@ impl RawView {
         }
         let mut axes: [(i128, i128, i128); 4] = [(0, 0, 0); 4];
         for (axis, slot) in axes.iter_mut().enumerate() {
-            // Steps along this axis by which an element of `other` can be ahead of one of `self`.
+            // The range of steps along this axis between an element of `self` and one of `other`.
             *slot =
                 ((self.strides[axis] as i128).abs(), -(other.shape[axis] as i128 - 1), self.shape[axis] as i128 - 1);
             if self.strides[axis] < 0 {
@@ -169,7 +169,7 @@ impl RawView {
     #[inline(always)]
     pub unsafe fn row(&self, b: usize, s: usize, h: usize) -> *mut u8 {
         let elements = b as i64 * self.strides[BATCH] + s as i64 * self.strides[SEQ] + h as i64 * self.strides[HEADS];
-        // SAFETY: the caller's indices are inside the shape, so the sum stays in the validated extent.
+        // SAFETY: the indices are inside the shape, so that the sum stays in the validated extent.
         unsafe { self.data.offset(elements as isize * self.dtype.size() as isize) }
     }
 
@@ -191,7 +191,8 @@ impl RawView {
     }
 }
 
-/// The bytes that elements of `size` bytes take up around the address `at`; the shape has no 0 and no axis above [`MAX_AXIS`].
+/// The range of bytes of elements of `size` bytes around the address `at`; the shape has no 0 and no axis above
+/// [`MAX_AXIS`].
 pub(crate) fn reach(
     name: &str,
     at: usize,
@@ -199,7 +200,7 @@ pub(crate) fn reach(
     shape: [usize; 4],
     strides: [i64; 4],
 ) -> Result<(isize, isize)> {
-    // All but absurd ones: numbers so small that nothing can overflow.
+    // The usual case: numbers so small that nothing can overflow.
     const SMALL: i64 = 1 << 28;
     if shape.iter().all(|&n| n as i64 <= SMALL) && strides.iter().all(|&n| n.unsigned_abs() <= SMALL as u64) {
         let (mut low, mut high) = (0, 1);
@@ -217,7 +218,7 @@ pub(crate) fn reach(
     }
     let (mut low, mut high) = (0i128, 1i128);
     for axis in 0..4 {
-        // At most 2^31 * 2^63 an axis: no i128 overflow over four of them.
+        // At most 2^31 * 2^63 per axis, so that the sum of four fits into an i128.
         let reach = (shape[axis] as i128 - 1) * strides[axis] as i128;
         if reach < 0 { low += reach } else { high += reach }
     }
@@ -245,7 +246,7 @@ fn reachable(target: i128, axes: &[(i128, i128, i128)]) -> bool {
     if stride == 0 {
         return reachable(target, rest);
     }
-    // What the smaller strides can still add or take away bounds the steps worth trying to a handful.
+    // The extent of the smaller strides limits the candidates to a few steps.
     let slack_high: i128 = rest.iter().map(|a| a.0 * a.2).sum();
     let slack_low: i128 = rest.iter().map(|a| a.0 * a.1).sum();
     let first = (target - slack_high).div_euclid(stride).max(low);
@@ -276,18 +277,18 @@ impl Vec4 {
     }
 }
 
-/// Rows `[batch, seq, heads]` of a shape; `usize::MAX` where that is more than a `usize` holds, which fits no buffer.
+/// The number of `[batch, seq, heads]` of a shape; `usize::MAX` if it overflows.
 pub(crate) fn rows(shape: [usize; 4]) -> usize {
     shape[..DIM].iter().fold(1, |product, &n| product.saturating_mul(n))
 }
 
-/// Strides of a tensor that lies in memory in the order of its axes.
+/// Strides of a tensor in the order of its axes (BSHD).
 pub(crate) fn contiguous(shape: [usize; 4]) -> [i64; 4] {
     let [_, s, h, d] = shape.map(|n| n as i64);
     [s.saturating_mul(h).saturating_mul(d), h.saturating_mul(d), d, 1]
 }
 
-/// Strides of a tensor `[batch, seq, heads, dim]` that lies in memory as batch, heads, seq, dim.
+/// Strides of a tensor `[batch, seq, heads, dim]` with the order batch, heads, seq, dim in memory (BHSD).
 pub(crate) fn bhsd(shape: [usize; 4]) -> [i64; 4] {
     let [_, s, h, d] = shape.map(|n| n as i64);
     [s.saturating_mul(h).saturating_mul(d), d, s.saturating_mul(d), 1]
