@@ -1,4 +1,4 @@
-//! The README agrees with the code.
+//! The README and the pages of the documentation agree with the code.
 
 use kvlane::{DType, Isa, Op, kernels};
 
@@ -55,4 +55,35 @@ fn c_example(text: &str) -> &str {
 fn the_c_examples_are_those_that_are_compiled() {
     assert_eq!(c_example(README), include_str!("../ffi-tests/step.c"));
     assert_eq!(c_example(include_str!("../src/docs/c_api.md")), include_str!("../ffi-tests/example.c"));
+}
+
+#[test]
+fn c_names_exist() {
+    let header = include_str!("../include/kvlane.h");
+    let texts = [
+        README,
+        include_str!("../CHANGELOG.md"),
+        include_str!("../CONTRIBUTING.md"),
+        include_str!("../src/masks.rs"),
+        include_str!("../src/docs/c_api.md"),
+        include_str!("../src/docs/caches.md"),
+        include_str!("../src/docs/glossary.md"),
+    ];
+    for text in texts {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        for name in words.filter(|word| word.starts_with("kvl_") || word.starts_with("KVL_")) {
+            assert!(header.contains(name), "the header has no {name}");
+        }
+    }
+}
+
+#[test]
+fn links_to_files_lead_somewhere() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    for text in [README, include_str!("../CONTRIBUTING.md")] {
+        let targets = text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(target, _)| target);
+        for target in targets.filter(|target| !target.starts_with(['#', 'h'])) {
+            assert!(root.join(target).exists(), "{target} does not exist");
+        }
+    }
 }
