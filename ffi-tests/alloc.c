@@ -1,7 +1,7 @@
-/* No allocation in a call that computes: this program's malloc counts, and the library's is the same one. For glibc. */
+/* Calls that compute do not allocate: this program counts calls of malloc, which the library shares. For glibc. */
 #include "check.h"
 
-/* A sanitizer has a malloc of its own. */
+/* Sanitizers replace malloc. */
 #if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
 #include <errno.h>
 
@@ -45,7 +45,7 @@ static float span[BATCH * SEQ * HEADS * (16 + D)];
 static float layers_data[4][4 * 8 * KV * D];
 static int32_t rows_of[4 * 8], pool_map[4];
 
-/* As many threads as it likes; here, none. */
+/* A runner that starts no thread. */
 static int32_t in_order(void *ctx, size_t n, void (*task)(void *, size_t), void *task_ctx) {
     size_t i;
     (void)ctx;
@@ -53,7 +53,7 @@ static int32_t in_order(void *ctx, size_t n, void (*task)(void *, size_t), void 
     return 0;
 }
 
-/* Ten pages of eight slots, or two rows of forty: the same memory. */
+/* Ten pages of eight slots, or two rows of forty, in the same memory. */
 static kvl_attention_params pool(const kvl_layout *layout) {
     kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
     static const int32_t lengths[BATCH] = {10, 28};
@@ -128,7 +128,7 @@ static void attend_by_layout(const kvl_context *context, const kvl_parallel_runn
     p.bit_mask = &mask;
     p.prefix_lengths = prefixes;
     attend(context, runner, p);
-    /* A plan that is there, taken on. */
+    /* An existing plan, advanced. */
     p = pool(NULL);
     p.lengths = NULL;
     p.flags = 0;

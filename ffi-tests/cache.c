@@ -1,9 +1,9 @@
-/* Operations on whole caches and shards: known answers, and mistakes that change nothing. */
+/* Operations on whole caches and shards: known results, and errors that change nothing. */
 #include "check.h"
 
 enum { ROWS = 3, SLOTS = 6, HEADS = 2, D = 4, TOKEN = HEADS * D, CACHE = ROWS * SLOTS * TOKEN };
 
-/* Two layers in one piece of memory, so that whatever is written by mistake is seen. */
+/* Two layers in one block of memory, so that wrong writes are detected. */
 static struct {
     float k[2][CACHE], v[CACHE];
     int32_t lengths[ROWS];
@@ -13,7 +13,7 @@ static kvl_kv_layer layers[2];
 static _Alignas(64) unsigned char workspace[1 << 14];
 static const kvl_context *context;
 
-/* Element 0 of every token says which one it was: row * 100 + slot. */
+/* Element 0 identifies the token: row * 100 + slot. */
 static kvl_cache fresh(int32_t a, int32_t b, int32_t c) {
     kvl_cache cache = KVL_CACHE_INIT;
     int row, slot, i;
@@ -29,7 +29,7 @@ static kvl_cache fresh(int32_t a, int32_t b, int32_t c) {
     memset(layers, 0, sizeof layers);
     layers[0].k = kvl_make_view(all.k[0], KVL_DTYPE_F32, ROWS, SLOTS, HEADS, D);
     layers[0].v = kvl_make_view(all.v, KVL_DTYPE_F32, ROWS, SLOTS, HEADS, D);
-    layers[1].k = kvl_make_view(all.k[1], KVL_DTYPE_F32, ROWS, SLOTS, HEADS, D); /* Its values are absent. */
+    layers[1].k = kvl_make_view(all.k[1], KVL_DTYPE_F32, ROWS, SLOTS, HEADS, D); /* Without values. */
     cache.layers = layers;
     cache.num_layers = 2;
     cache.lengths = all.lengths;
@@ -103,7 +103,7 @@ static void rows(void) {
     REFUSED(KVL_STATUS_WORKSPACE, "64 bytes", kvl_cache_reorder(context, NULL, workspace + 8, bytes, &cache, parents));
     REFUSED(KVL_STATUS_NULL_POINTER, "parents is null", kvl_cache_reorder(context, NULL, workspace, bytes, &cache, NULL));
 
-    /* A row of half precision from elsewhere. */
+    /* A row of 16-bit elements from another cache. */
     {
         static uint16_t half[3][SLOTS * TOKEN];
         kvl_kv_layer sources[2];
@@ -133,7 +133,7 @@ static void rows(void) {
         REFUSED(KVL_STATUS_OVERLAP, "layer 1", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 1));
     }
 
-    /* A ring of two sinks that has gone round. */
+    /* A ring with two sink tokens that has wrapped around. */
     cache = fresh(9, 2, 1);
     ring.kind = KVL_LAYOUT_KIND_RING;
     ring.sink_tokens = 2;
@@ -162,11 +162,11 @@ static void evict(void) {
     ROW(1, 100, 103, 104, 105, 104, 105);
     ROW(0, 0, 1, 2, 3, 4, 5);
 
-    /* The keys of layer 0 alone are turned, by minus two positions. */
+    /* Only the keys of layer 0 are rotated, by minus two positions. */
     cache = fresh(5, 6, 0);
     turn.rotary_dim = D;
     turn.inv_freq = inv_freq;
-    turn.magnitude = 3; /* Is in the keys already. */
+    turn.magnitude = 3; /* Already applied to the keys. */
     ropes[0] = &turn;
     OK(kvl_cache_evict(context, NULL, &cache, 1, 1, 3, ropes, 2));
     ROW(1, 100, 103, 104, 105, 104, 105);
@@ -207,12 +207,12 @@ static void evict_running(void) {
     kvl_const_view keys[3] = {{0}};
     kvl_cache cache = fresh(5, 6, 0);
     int i;
-    /* What was before the gap keeps its bits if nothing is given. */
+    /* Keys before the gap keep their bits, and without rotations the others too. */
     OK(kvl_cache_evict_running(context, NULL, &cache, 1, 1, 3, 0, NULL, NULL, 0));
     LENGTHS(5, 4, 0);
     ROW(1, 100, 103, 104, 105, 104, 105);
 
-    /* The first key of layer 0 is written anew, at position 7 + 2; the others keep their bits. */
+    /* The first key of layer 0 is written again, at position 7 + 2; the others keep their bits. */
     cache = fresh(5, 6, 0);
     turn.rotary_dim = D;
     turn.inv_freq = inv_freq;
@@ -280,7 +280,7 @@ static void tables(void) {
 }
 
 static void pages(void) {
-    /* Rows of the memory are pages of six tokens here: row 0 is on page 2, and on page 0 as far as it is long. */
+    /* Here the rows of memory are pages of six tokens: row 0 has page 2, and page 0 up to its length. */
     int32_t table[4] = {2, 0, 2, -7}, map[ROWS], lengths[2] = {6, 6};
     static const int32_t moves[] = {0, 1}, twice[] = {0, 1, 2, 1};
     int64_t used = -1;
@@ -302,7 +302,7 @@ static void pages(void) {
     REFUSED(KVL_STATUS_NULL_POINTER, "used is null",
             kvl_cache_defragment(context, NULL, layers, 2, table, 2, 2, lengths, map, NULL));
 
-    /* Both rows have page 0 now, so neither may be cleared alone. */
+    /* Both rows use page 0, so that neither can be cleared alone. */
     paged.kind = KVL_LAYOUT_KIND_PAGED;
     paged.num_sequences = paged.pages_per_sequence = 2;
     paged.table = table;
@@ -334,7 +334,7 @@ static void mistakes(void) {
     cache.num_layers = 0;
     REFUSED(KVL_STATUS_SHAPE, "no layers", kvl_cache_reorder_workspace_size(&cache, NULL, &bytes));
     cache.num_layers = 2;
-    /* The last layer is bad, the first must not notice. */
+    /* The last layer is invalid; the first must not change. */
     layers[1].k.dtype = 9;
     REFUSED(KVL_STATUS_INVALID_ENUM, "layer 1: k.dtype is 9", kvl_cache_reset(NULL, &cache, zeros, 1, 1));
     layers[1].k = layers[0].v;

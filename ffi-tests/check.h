@@ -1,4 +1,4 @@
-/* What the test programs share: checks that count and print, and numbers that look random but never change. */
+/* Shared by the test programs: checks that count and print, and reproducible pseudo-random numbers. */
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -11,7 +11,7 @@
 
 static int failures = 0;
 
-/* printf-like text after the condition says what was seen. */
+/* Text in the style of printf after the condition describes the failure. */
 #define CHECK(condition, ...)                                                                                          \
     do {                                                                                                               \
         if (!(condition)) {                                                                                            \

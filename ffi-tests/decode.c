@@ -1,8 +1,8 @@
-/* A decoder of the Llama family in plain C: everything around the cache is kvlane's, the rest are loops.
+/* A decoder of the Llama family in plain C: kvlane does the work around the cache, and loops do the rest.
  *
  *     decode MODEL f32|f16|bf16 STEPS ID...
  *
- * runs the prompt ID... in one pass, then STEPS tokens one at a time, always the likeliest, and prints their numbers. MODEL is
+ * runs the prompt ID... in one pass, then STEPS tokens one at a time, always the most likely, and prints their ids. MODEL is
  * little-endian, without padding, and written by tests/ffi.rs:
  *
  *     char[8]   "KVLDECO1"
@@ -151,7 +151,7 @@ typedef struct decoder {
     size_t workspace_bytes;
 } decoder;
 
-/* Views into the buffer that the fused projection fills: nothing is taken apart. */
+/* Views of the buffer that the fused projection fills, without copies. */
 static kvl_view part(const decoder *d, int n, int first_head, int heads) {
     int width = (d->m.heads + 2 * d->m.kv_heads) * d->m.head_dim;
     kvl_view view = kvl_make_view(d->qkv + first_head * d->m.head_dim, KVL_DTYPE_F32, 1, n, heads, d->m.head_dim);
@@ -170,7 +170,7 @@ static kvl_attention_params attention_params(const decoder *d, int n) {
     return p;
 }
 
-/* Appends tokens; returns the likeliest next one. */
+/* Appends tokens; returns the most likely next token. */
 static int forward(decoder *d, const int *ids, int n) {
     const model *m = &d->m;
     const int q_dim = m->heads * m->head_dim, width = q_dim + 2 * m->kv_heads * m->head_dim;
@@ -258,7 +258,7 @@ static void make_decoder(decoder *d, const char *path, const char *kv_type, int 
     d->gate_up = floats(tokens * 2 * (size_t)m->ffn_dim);
     d->act = floats(tokens * (size_t)m->ffn_dim);
     d->logits = floats((size_t)m->vocab);
-    /* Bytes for the widest type; a cache need not be zero, for what lies beyond the length is never read. */
+    /* Bytes for the widest type. A cache need not be zero, because slots beyond the length are never read. */
     elements = tokens * (size_t)(m->kv_heads * m->head_dim);
     for (i = 0; i < m->layers; i++) {
         m->layer[i].k_cache = floats(elements);

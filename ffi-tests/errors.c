@@ -1,7 +1,7 @@
-/* Bad input: for each mistake a code, a sentence that names it, and not one byte written. */
+/* Bad input: each error has a code and a sentence that names it, and no byte is written. */
 #include "check.h"
 
-/* All that calls of this file write to. Every check paints it before the call and looks for a stain afterwards. */
+/* The outputs of all calls in this file. Every check fills them before the call and compares them afterwards. */
 static union {
     unsigned char bytes[8192];
     float floats[2048];
@@ -42,14 +42,14 @@ static void last_error(void) {
     memset(small, 'x', sizeof small);
     CHECK(kvl_last_error(small, 6) == needed, "-");
     CHECK(memcmp(small, "the p\0xx", 8) == 0, "%.8s", small);
-    /* A success leaves it alone. */
+    /* A successful call does not change the last error. */
     OK(kvl_context_create(NULL, &none));
     kvl_context_destroy(none);
     CHECK(strcmp(sentence(), "the pointer context is null") == 0, "%s", sentence());
 }
 
-/* A caller whose header is newer than the library: its structs have fields that the library does not know, and all that is
- * allowed of these is 0. */
+/* A caller with a newer header than the library: its structs have fields that the library does not know, which must be
+ * 0. */
 static void newer_headers(void) {
     static const double inv_freq[2] = {1, 0.5};
     static const int32_t offsets[1] = {3};
@@ -81,11 +81,11 @@ static void newer_headers(void) {
         CHECK(strstr(sentence(), "this library knows 16 bytes") != NULL, "%s", sentence());
         ((unsigned char *)params.later)[i] = 0;
     }
-    params.known.struct_size--; /* Any number of bytes, since they are all 0. */
+    params.known.struct_size--; /* Any number of bytes, because all are 0. */
     OK(kvl_context_create(&params.known, &none));
     kvl_context_destroy(none);
 
-    /* What is filled in: the fields that the library knows, and no byte beyond. */
+    /* The library sets the fields that it knows, and no byte beyond. */
     memset(&info, 0, sizeof info);
     info.known.struct_size = sizeof info;
     OK(kvl_kernel_info_at(1, &info.known));
@@ -131,7 +131,7 @@ static void contexts(void) {
     REFUSED(KVL_STATUS_INVALID_ENUM, "max_isa is 99", kvl_context_create(&params, made));
     params.max_isa = -1;
     REFUSED(KVL_STATUS_INVALID_ENUM, "max_isa is -1", kvl_context_create(&params, made));
-    /* One of these two is of another architecture. */
+    /* One of the two belongs to another architecture. */
     params.max_isa = kvl_isa_available(KVL_ISA_NEON) ? KVL_ISA_AVX2 : KVL_ISA_NEON;
     REFUSED(KVL_STATUS_UNSUPPORTED, kvl_isa_name(params.max_isa), kvl_context_create(&params, made));
     params.max_isa = KVL_ISA_BEST;
@@ -159,7 +159,7 @@ static void contexts(void) {
     {
         kvl_kernel_info info = KVL_KERNEL_INFO_INIT;
         REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kernel_info", kvl_kernel_info_at(0, NULL));
-        /* A struct of the size that the paint spells. */
+        /* A struct with the fill pattern as its size. */
         REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_kernel_info", kvl_kernel_info_at(0, (kvl_kernel_info *)output.bytes));
         info.name = NULL;
         REFUSED(KVL_STATUS_OUT_OF_RANGE, "no kernel 1000", kvl_kernel_info_at(1000, &info));
@@ -218,7 +218,7 @@ static void views(void) {
     TRY(KVL_STATUS_DTYPE, "f16");
     src.data = (const char *)x + 2;
     TRY(KVL_STATUS_BOUNDS, "not aligned");
-    /* A negative stride times a huge shape, and everything that overflows. */
+    /* A negative stride times a huge shape, and overflows. */
     src.shape[0] = INT32_MAX;
     src.strides[0] = INT64_MIN;
     TRY(KVL_STATUS_STRIDE, "src");
@@ -227,7 +227,7 @@ static void views(void) {
     TRY(KVL_STATUS_STRIDE, "dst");
     dst.strides[1] = INT64_MAX;
     TRY(KVL_STATUS_STRIDE, "dst");
-    /* Downwards out of the address space. */
+    /* Below the address space. */
     src.strides[1] = -((int64_t)1 << 60);
     TRY(KVL_STATUS_STRIDE, "address space");
     /* Buffers that are too short. */
@@ -238,7 +238,7 @@ static void views(void) {
     src.bytes = 64;
     src.strides[1] = -8;
     TRY(KVL_STATUS_BOUNDS, "before the start");
-    /* Elements of an output on top of each other, and outputs on top of inputs. */
+    /* Elements of an output that share memory, and outputs that share memory with inputs. */
     dst.strides[2] = 0;
     TRY(KVL_STATUS_STRIDE, "share memory");
     dst.strides[1] = 15;
@@ -620,7 +620,7 @@ static void kv_write(void) {
         LAYOUT(KVL_STATUS_INVALID_VALUE, "indirect");
 #undef LAYOUT
     }
-    /* The size that the struct had before it had a layout: what lies beyond is not read. */
+    /* The size of the struct before it had a layout: later bytes are not read. */
     p.struct_size = offsetof(kvl_kv_write_params, layout);
     p.layout = (const kvl_layout *)(const void *)x;
     p.v_packing = 77;
@@ -671,12 +671,12 @@ static void attention(void) {
     TRY(KVL_STATUS_INVALID_ENUM, "precision is 2");
     p.precision = -1;
     TRY(KVL_STATUS_INVALID_ENUM, "precision is -1");
-    /* The size that the struct had before it had a precision: what lies beyond is not read. */
+    /* The size of the struct before it had a precision: later bytes are not read. */
     p.struct_size = offsetof(kvl_attention_params, precision);
     p.precision = 2;
     OK(kvl_attention(context, NULL, workspace, bytes, &p));
     p = good;
-    /* The size before layouts, and one that never was. */
+    /* The size before layouts, and a size that no version has. */
     p.struct_size = offsetof(kvl_attention_params, layout);
     p.layout = (const kvl_layout *)(const void *)x;
     p.num_sequences = -9;
@@ -829,7 +829,7 @@ static void attention(void) {
         layout.sink_tokens = 5;
         p.lengths = LIST(5, 5);
         LAYOUT(KVL_STATUS_CAPACITY, "5 sink tokens, but k has 5 slots");
-        /* Three queries and no window, when two tokens are gone. */
+        /* Three queries without a window, after two tokens were overwritten. */
         layout.kind = KVL_LAYOUT_KIND_RING;
         p.lengths = LIST(5, 7);
         LAYOUT(KVL_STATUS_CAPACITY, "row 1 sees keys from 0 on, but of its 7 tokens the ring retains those from 2");
@@ -938,7 +938,7 @@ static void attention(void) {
 #undef MASK
     }
     {
-        /* Two rows of three queries; the second has room for one token more. */
+        /* Two rows of three queries; the second has space for one more token. */
         static const int32_t one[] = {1, 1}, two[] = {0, 2}, negative[] = {1, -1};
         kvl_plan *plan = NULL, **made = (kvl_plan **)&output.pointer;
         p.lengths = LIST(3, 4);
@@ -975,7 +975,7 @@ static void attention(void) {
         REFUSED(KVL_STATUS_OUT_OF_RANGE, "counts[1] is -1", kvl_plan_advance(plan, negative, 2));
         REFUSED(KVL_STATUS_CAPACITY, "has 4 tokens and is given 2 more, but has room for 5", kvl_plan_advance(plan, two, 2));
         REFUSED(KVL_STATUS_INVALID_VALUE, "no table", kvl_plan_set_table(plan, 0, 0, one, 1));
-        /* None of these has changed it. */
+        /* None of these calls has changed it. */
         OK(kvl_plan_advance(plan, one, 2));
         REFUSED(KVL_STATUS_CAPACITY, "has 5 tokens", kvl_plan_advance(plan, one, 2));
         {
@@ -1158,7 +1158,7 @@ static void chunks(void) {
                 kvl_attention_chunks(context, NULL, workspace, bytes, &p, x + 191, LEN));
         p.v.data = output.floats + LEN - 1;
         TRY(KVL_STATUS_OVERLAP, "v and states share memory");
-        /* At their end, where no output of these rows would be. */
+        /* At the end of the states, outside of the outputs of these rows. */
         p.k.data = output.floats + LEN - 1;
         TRY(KVL_STATUS_OVERLAP, "k and states share memory");
         p.mask.data = output.bytes + LEN * sizeof(float) - 1;
@@ -1241,7 +1241,7 @@ static void chunks(void) {
         p = good;                                                                                                      \
         memcpy(spans, good_spans, sizeof good_spans);                                                                  \
     } while (0)
-/* What does not depend on where anything lies: the size of the workspace has to say it too. */
+/* Errors that do not depend on addresses: the function for the workspace size must report them too. */
 #define BOTH(status, text)                                                                                             \
     do {                                                                                                               \
         REFUSED(status, text, kvl_merge_chunks_workspace_size(&p, NULL, needed));                                      \

@@ -15,7 +15,7 @@ static void check(kvl_status status) {
     }
 }
 
-/* Stands for a model's linear layers. */
+/* A stand-in for a model's linear layers. */
 static void project(float *to, int n, int position) {
     for (int i = 0; i < n; i++) {
         to[i] = (float)((i * 7 + position * 5) % 11 - 5) / 5.0f;
@@ -32,7 +32,7 @@ static void step(const kvl_context *context, const double *inv_freq, uint16_t *k
         project(v + t * KV_HEADS * DIM, KV_HEADS * DIM, length + t + 2);
     }
 
-    /* Queries are rotated where they are, keys on their way into the cache. */
+    /* Queries are rotated in place, keys on their way into the cache. */
     kvl_rope_params rope = KVL_ROPE_PARAMS_INIT;
     rope.pairing = KVL_PAIRING_HALF_SPLIT;
     rope.rotary_dim = DIM;
@@ -51,7 +51,7 @@ static void step(const kvl_context *context, const double *inv_freq, uint16_t *k
     write.rope = &rope;
     check(kvl_kv_write(context, NULL, &write));
 
-    /* The cache is passed whole, with how much of it is valid. */
+    /* The whole cache is passed, with the number of valid tokens. */
     int32_t valid = length + seq;
     kvl_attention_params attention = KVL_ATTENTION_PARAMS_INIT;
     attention.q = kvl_as_const(queries);

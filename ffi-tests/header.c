@@ -1,6 +1,6 @@
-/* The header alone, first and only: as C99, C11 and C++17, without a warning. */
+/* The header alone, as C99, C11 and C++17, without a warning. */
 #include "kvlane.h"
-#include "kvlane.h" /* Twice: it guards itself. */
+#include "kvlane.h" /* Twice, to test its include guard. */
 
 int main(void) {
     kvl_attention_params attention = KVL_ATTENTION_PARAMS_INIT;

@@ -1,5 +1,5 @@
-/* Sizes and offsets on 64-bit machines, and every value, as numbers: src/capi asserts the same ones from the other
- * side, so no change of either goes unseen. Compiles as C11 and as C++17. */
+/* Sizes and offsets on 64-bit machines, and every value, as numbers. src/capi asserts the same numbers, so that a change of
+ * either side is detected. Compiles as C11 and as C++17. */
 #include <assert.h>
 
 #include "kvlane.h"

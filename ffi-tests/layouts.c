@@ -1,4 +1,4 @@
-/* Attention over every layout of a cache, masks by the bit, prefixes, plans: the same bits as over contiguous rows. */
+/* Attention over every layout of a cache, with bit masks, prefixes and plans: the bits of contiguous rows. */
 #include "check.h"
 
 enum { ROWS = 2, HEADS = 4, KV = 2, D = 16, V_DIM = 8, CAPACITY = 24, MOST = 5 };
@@ -29,7 +29,7 @@ static void hnd(kvl_view *view) {
     view->strides[2] = view->shape[1] * view->shape[3];
 }
 
-/* Caches in which every number is NaN. */
+/* Caches full of NaN. */
 static void make(cache caches[CACHES], kvl_dtype dtype) {
     static const char *const names[CACHES] = {"contiguous", "paged NHD", "paged HND", "ragged", "indirect", "ring"};
     static const int kinds[CACHES] = {KVL_LAYOUT_KIND_CONTIGUOUS, KVL_LAYOUT_KIND_PAGED, KVL_LAYOUT_KIND_PAGED, KVL_LAYOUT_KIND_RAGGED, KVL_LAYOUT_KIND_INDIRECT, KVL_LAYOUT_KIND_RING};
@@ -65,7 +65,7 @@ static void append(const cache *c, int seq, const int32_t *lengths, const int32_
     write.v_cache = c->v;
     write.positions = lengths;
     write.counts = counts;
-    /* Tokens go to the row of their own; the table says so. */
+    /* Tokens go to their own row, as the table says. */
     write.layout = c->layout.kind == KVL_LAYOUT_KIND_INDIRECT ? NULL : &c->layout;
     OK(kvl_kv_write(context, NULL, &write));
     if (c->layout.kind == KVL_LAYOUT_KIND_INDIRECT) OK(kvl_cache_set_table_tokens(beams, ROWS, CAPACITY, lengths, seq));
@@ -97,7 +97,7 @@ typedef struct result {
     float out[ROWS * MOST * HEADS * V_DIM], lse[ROWS * MOST * HEADS];
 } result;
 
-/* In the workspace that the library asks for and not a byte more, by one worker and by three. */
+/* With a workspace of exactly the required size, on one worker and on three. */
 static result run(kvl_attention_params p) {
     kvl_parallel_runner three = KVL_PARALLEL_RUNNER_INIT;
     const kvl_parallel_runner *runners[2] = {NULL, &three};
@@ -121,7 +121,7 @@ static result run(kvl_attention_params p) {
 
 static int same(const result *a, const result *b) { return memcmp(a, b, sizeof *a) == 0; }
 
-/* Something was computed: no row of the last query is 0 or NaN. */
+/* The call has computed: no row of the last query is 0 or NaN. */
 static int alive(const result *r, int seq) {
     int b, h;
     for (b = 0; b < ROWS; b++) {
@@ -133,7 +133,7 @@ static int alive(const result *r, int seq) {
     return 1;
 }
 
-/* The bytes of a token's first key and value head, found by hand. */
+/* The bytes of a token's first key and value head, located without the library. */
 static const unsigned char *token(const cache *c, const kvl_view *view, int row, int position) {
     int64_t at[2] = {row, position};
     switch (c->layout.kind) {
@@ -156,7 +156,7 @@ static void where_tokens_lie(const cache *c, const cache *plain, const int32_t *
     int b, p;
     for (b = 0; b < ROWS; b++) {
         for (p = 0; p < lengths[b]; p++) {
-            /* Overwritten by now. */
+            /* Already overwritten. */
             if (c->layout.kind == KVL_LAYOUT_KIND_RING && lengths[b] > RING && p >= SINKS && p < lengths[b] - (RING - SINKS)) continue;
             CHECK(memcmp(token(c, &c->k, b, p), token(plain, &plain->k, b, p), D * element(c->k.dtype)) == 0 &&
                       memcmp(token(c, &c->v, b, p), token(plain, &plain->v, b, p), V_DIM * element(c->v.dtype)) == 0,
@@ -165,7 +165,7 @@ static void where_tokens_lie(const cache *c, const cache *plain, const int32_t *
     }
 }
 
-/* A padded prompt in two pieces and then token by token, longer than the ring. */
+/* A padded prompt in two pieces, then token by token, longer than the ring. */
 static void prompt_and_decode(kvl_dtype dtype) {
     static const int seqs[] = {5, 4, 1, 1, 1, 1, 1, 1, 1, 1};
     static const int32_t first_counts[ROWS] = {5, 3}, prefixes[ROWS] = {SINKS, 1};
@@ -212,7 +212,7 @@ static void prompt_and_decode(kvl_dtype dtype) {
     CHECK(lengths[1] > RING, "the ring has not gone round: %d", (int)lengths[1]);
     for (i = 0; i < CACHES; i++) where_tokens_lie(&caches[i], &caches[CONTIGUOUS], lengths);
     {
-        /* One query and no window: a ring shows its sinks and its newest tokens, as a byte mask does. */
+        /* One query without a window sees the sink tokens and the newest tokens of a ring, as with a byte mask. */
         static unsigned char shown[ROWS * CAPACITY];
         kvl_attention_params ring = over(&caches[RING_ROWS], 1), plain = over(&caches[CONTIGUOUS], 1);
         result a, z;
@@ -232,7 +232,7 @@ static void prompt_and_decode(kvl_dtype dtype) {
     }
 }
 
-/* A cache of `lengths` tokens a row, in all layouts. */
+/* A cache of `lengths` tokens per row, in all layouts. */
 static void prefilled(cache caches[CACHES], kvl_dtype dtype, const int32_t lengths[ROWS]) {
     int32_t have[ROWS] = {0, 0};
     int i, b, step;
@@ -242,7 +242,7 @@ static void prefilled(cache caches[CACHES], kvl_dtype dtype, const int32_t lengt
         for (b = 0; b < ROWS; b++) counts[b] = lengths[b] - have[b] < MOST ? lengths[b] - have[b] : MOST;
         draw(MOST, 7000 + 10 * (uint32_t)step);
         for (i = 0; i < CACHES; i++) {
-            /* The table takes a step's tokens of all rows; those that a row has not are never looked at. */
+            /* The table takes the tokens of a step for all rows; entries beyond a row's tokens are never read. */
             append(&caches[i], MOST, have, counts);
         }
         for (b = 0; b < ROWS; b++) have[b] += counts[b];
@@ -250,7 +250,7 @@ static void prefilled(cache caches[CACHES], kvl_dtype dtype, const int32_t lengt
     draw(MOST, 9000);
 }
 
-/* Rows of three and of two queries, one after the other, against a call a row. */
+/* Rows of three and of two queries, one after another, compared with one call per row. */
 static void ragged_queries(kvl_dtype dtype) {
     static const int32_t lengths[ROWS] = {17, 11}, query_starts[ROWS + 1] = {0, 3, 5};
     cache caches[CACHES];
@@ -288,7 +288,7 @@ static void ragged_queries(kvl_dtype dtype) {
     }
 }
 
-/* Five guesses behind the cache, 0 -> 1 -> 3 and 0 -> 2 -> 4 in row 0, a chain in row 1: bits of the guesses alone against
+/* Five guesses after the cache, 0 -> 1 -> 3 and 0 -> 2 -> 4 in row 0, a chain in row 1: bits of the guesses compared with
  * bytes of all keys. */
 static void tree(kvl_dtype dtype) {
     static const unsigned char bits[ROWS * MOST] = {1, 3, 5, 11, 21, 1, 3, 7, 15, 31};
@@ -331,13 +331,13 @@ static void tree(kvl_dtype dtype) {
         p.bit_mask = &mask;
         is = run(p);
         CHECK(same(&is, &wanted), "%s", caches[i].name);
-        /* A chain is causality. */
+        /* A chain equals causality. */
         CHECK(memcmp(is.out + MOST * HEADS * V_DIM, causal.out + MOST * HEADS * V_DIM, sizeof is.out / ROWS) == 0, "%s",
               caches[i].name);
     }
 }
 
-/* Masks of requests one after the other, each [queries, keys] of its own from a whole byte on, against a byte an entry. */
+/* Masks of sequences one after another, each [queries, keys] from a whole byte on, compared with a byte per entry. */
 static void flattened(kvl_dtype dtype) {
     static const int32_t lengths[ROWS] = {17, 11}, query_starts[ROWS + 1] = {0, 2, 5};
     static const int64_t shape[4] = {ROWS, 3, HEADS, CAPACITY};
@@ -393,7 +393,7 @@ static void flattened(kvl_dtype dtype) {
         p.bit_mask = &mask;
         is = run(p);
         CHECK(same(&is, &wanted), "%s", caches[i].name);
-        /* The plan has bits of its own. */
+        /* The plan has its own copy of the bits. */
         OK(kvl_plan_create(&p, &plan));
         memset(packed, 0, sizeof packed);
         planned.q = p.q;
@@ -407,7 +407,7 @@ static void flattened(kvl_dtype dtype) {
     }
 }
 
-/* Two layers, one with pages in NHD and one in HND, share a plan from step to step; a page is given when it is needed. */
+/* Two layers, one with NHD pages and one with HND pages, share a plan from step to step; pages are added when needed. */
 static void plans(kvl_dtype dtype) {
     static const int32_t begin[ROWS] = {7, 3}, one[ROWS] = {1, 1};
     int32_t lengths[ROWS], given[ROWS * PAGES_PER_ROW];
@@ -426,13 +426,13 @@ static void plans(kvl_dtype dtype) {
     so_far = caches[PAGED_NHD].layout;
     so_far.table = given;
     p = over(&caches[PAGED_NHD], 1);
-    p.k.data = p.v.data = NULL; /* Only shapes count. */
+    p.k.data = p.v.data = NULL; /* Only the shapes are used. */
     p.layout = &so_far;
     p.lengths = begin;
     p.flags = KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT;
     p.window_left = WINDOW;
     OK(kvl_plan_create(&p, &plan));
-    /* The lists are the plan's own from now on. */
+    /* The plan has its own copies of the lists. */
     memset(given, 0x7f, sizeof given);
     for (step = 0; step < 9; step++) {
         draw(1, 500 + 10 * (uint32_t)step);
@@ -458,7 +458,7 @@ static void plans(kvl_dtype dtype) {
             CHECK(alive(&is, 1) && same(&is, &wanted), "%s, step %d", caches[i].name, step);
         }
     }
-    /* Anew, for ragged queries over contiguous rows. */
+    /* A new plan, for ragged queries over contiguous rows. */
     {
         static const int32_t query_starts[ROWS + 1] = {0, 1, 4};
         draw(MOST, 900);
@@ -482,7 +482,7 @@ static void plans(kvl_dtype dtype) {
     kvl_plan_destroy(plan);
 }
 
-/* A prefix that both rows share, against rows that have it each. */
+/* A prefix that both rows share, compared with rows that hold it each. */
 static void shared_prefix(void) {
     enum { PREFIX = 14, OWN = 6 };
     static const int32_t own[ROWS] = {6, 3}, both[ROWS] = {PREFIX + 6, PREFIX + 3};
@@ -524,7 +524,7 @@ static void shared_prefix(void) {
     for (i = 0; i < ROWS * 2 * HEADS; i++) NEAR(is.lse[i], wanted.lse[i], 1e-5);
 }
 
-/* Beam search: a table that is reordered against rows that are. */
+/* Beam search: a reordered table, compared with reordered rows. */
 static void beam_search(kvl_dtype dtype) {
     static const int32_t parents[][ROWS] = {{0, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {1, 0}};
     int32_t lengths[ROWS] = {0, 0}, copied[ROWS] = {0, 0};

@@ -1,4 +1,4 @@
-/* Every operation against known answers, at every level that this machine has. */
+/* Every operation compared with known results, at every level of this machine. */
 #include "check.h"
 
 static void library(void) {
@@ -51,7 +51,7 @@ static void names(const kvl_context *context) {
         }
     }
     if (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) {
-        /* All else is served by the level below. */
+        /* Another level serves everything else. */
         only = isa == KVL_ISA_AMX ? "attention_bf16_amx" : "attention_bf16_neonbf16";
         OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_DTYPE_BF16, KVL_DTYPE_BF16, &name));
         CHECK(strcmp(name, only) == 0, "%s", name);
@@ -80,7 +80,7 @@ static void frequencies(void) {
     double f[8], magnitude = 0;
     size_t i;
     kvl_rope_frequencies_params p = KVL_ROPE_FREQUENCIES_PARAMS_INIT;
-    p.rotary_dim = 8; /* The base is left at its default. */
+    p.rotary_dim = 8; /* The default base. */
     OK(kvl_rope_frequencies(&p, f, 4, &magnitude));
     {
         static const double wanted[] = {1.0, 0.1, 0.01, 0.001};
@@ -119,7 +119,7 @@ static void frequencies(void) {
     p.rotary_dim = 16;
     p.scaling = KVL_ROPE_SCALING_YARN;
     p.factor = 16;
-    p.original_max_position = 2048; /* beta_fast and beta_slow are left at 32 and 1. */
+    p.original_max_position = 2048; /* The defaults of beta_fast and beta_slow are 32 and 1. */
     OK(kvl_rope_frequencies(&p, f, 8, &magnitude));
     {
         static const double wanted[] = {1.0,       0.31622776601683794,   0.1,     0.024211188335664154,
@@ -134,7 +134,7 @@ static void frequencies(void) {
     p.scaling = KVL_ROPE_SCALING_LLAMA3;
     p.base = 500000;
     p.factor = 8;
-    p.original_max_position = 8192; /* low_freq_factor and high_freq_factor are left at 1 and 4. */
+    p.original_max_position = 8192; /* The defaults of low_freq_factor and high_freq_factor are 1 and 4. */
     OK(kvl_rope_frequencies(&p, f, 8, &magnitude));
     {
         static const double wanted[] = {1.0,
@@ -168,7 +168,7 @@ static void table(const kvl_context *context) {
 }
 
 static void rope(const kvl_context *context) {
-    /* Two rows, two tokens, one head of six elements of which four turn. */
+    /* Two rows, two tokens, one head of six elements, of which four are rotated. */
     static const double inv_freq[] = {1.0, 0.01};
     static const int32_t offsets[] = {3, 100}, positions[] = {3, 4, 100, 101};
     float x[24], y[24], z[24], cosines[2 * 110], sines[2 * 110];
@@ -196,7 +196,7 @@ static void rope(const kvl_context *context) {
             }
             CHECK(b[4] == a[4] && b[5] == a[5], "what does not turn is copied");
         }
-        /* Explicit positions, a table, in place, and elements apart: all the same bits. */
+        /* Explicit positions, a table, in place, and with gaps between elements: the same bits. */
         p.offsets = NULL;
         p.positions = positions;
         memset(z, 0, sizeof z);
@@ -237,7 +237,7 @@ static void rope(const kvl_context *context) {
 }
 
 static void kv_write(const kvl_context *context) {
-    /* Two rows of three tokens, two heads of two elements; caches with room for five, two rows more than needed. */
+    /* Two rows of three tokens, two heads of two elements; caches for five tokens, with two unused rows. */
     enum { HEAD = 2, ROW = 5 * 2 * HEAD };
     float k[24], v[24];
     uint16_t k_cache[4 * ROW], v_cache[4 * ROW];
@@ -279,7 +279,7 @@ static void kv_write(const kvl_context *context) {
     }
     CHECK(v_cache[3 * ROW + 8] == 0xb800, "-0.5 in f16 is %x", v_cache[3 * ROW + 8]);
 
-    /* By slot, keys alone. */
+    /* By slot, keys only. */
     memset(k_cache, 0xff, sizeof k_cache);
     memset(v_cache, 0xff, sizeof v_cache);
     p.positions = p.counts = p.rows = NULL;
@@ -296,7 +296,7 @@ static void kv_write(const kvl_context *context) {
     CHECK(k_cache[4] == 0xffff, "slot 1 of row 0 was written");
     for (i = 0; i < 4 * ROW; i++) CHECK(v_cache[i] == 0xffff, "values were written");
 
-    /* RoPE on the way: the bits of RoPE first. */
+    /* Fused RoPE has the bits of RoPE and a write. */
     turn.rotary_dim = HEAD;
     turn.inv_freq = inv_freq;
     turn.offsets = offsets;
@@ -320,7 +320,7 @@ static void kv_write(const kvl_context *context) {
     CHECK(fused[2 * 4] != 0, "nothing was written");
 }
 
-/* One row of five tokens after the other into caches of every layout, and values in pairs. */
+/* Rows of five tokens, one after another, into caches of every layout, and values in pairs. */
 static void layouts(const kvl_context *context) {
     enum { BATCH = 2, SEQ = 5, SLOTS = 32 };
     /* As pages of four, rows of sixteen, or one long row. */
@@ -366,7 +366,7 @@ static void layouts(const kvl_context *context) {
                 layout.table = starts;
                 layout.num_sequences = 2;
             }
-            if (kind == 5) { /* By slots of the pool, where no table is needed. */
+            if (kind == 5) { /* By slots of the pool, without a table. */
                 p.positions = NULL;
                 p.slots = slots;
             }
@@ -381,7 +381,7 @@ static void layouts(const kvl_context *context) {
                     if (kind == 5) slot = slots[b * SEQ + t];
                     if (slot < 0) continue;
                     wanted_k[slot] = k[b * SEQ + t];
-                    /* A head of one element: a pair of slots is the slots one after the other. */
+                    /* With heads of one element, a pair of slots is two consecutive slots. */
                     wanted_v[slot] = v[b * SEQ + t];
                 }
             }
@@ -403,7 +403,7 @@ static void pack(const kvl_context *context) {
     CHECK(memcmp(back, v, sizeof back) == 0, "-");
 }
 
-/* Norm, norm and RoPE in one call, and both on the way into a cache. */
+/* Norm, norm and RoPE in one call, and both fused with a write. */
 static void norm(const kvl_context *context) {
     enum { HEADS = 3, D = 6, N = 2 * HEADS * D };
     static const float weight[] = {1, 2, 0.5f, -1, 3, 1};
@@ -451,7 +451,7 @@ static void norm(const kvl_context *context) {
         OK(kvl_kv_write(context, NULL, &write));
         CHECK(memcmp(cache + HEADS * D, z, sizeof z) == 0, "a normalised and rotated write");
     }
-    /* An eps of 0 is 1e-6, and no weights are all 1. */
+    /* An eps of 0 means 1e-6, and absent weights mean 1. */
     p.weight = NULL;
     p.eps = 0;
     for (i = 0; i < N; i++) x[i] = 1e-3f;
@@ -468,7 +468,7 @@ static void repeat(const kvl_context *context) {
     CHECK(memcmp(y, wanted, sizeof y) == 0, "-");
 }
 
-/* The definition, in double, for one query and head; masks everything by `visible`. */
+/* The definition in double, for one query and head, masked by `visible`. */
 static double define(const float *q, const float *k, const float *v, int keys, int stride, int d, int dv, double scale, double cap,
                      const float *bias, const double *alibi, double sink, const unsigned char *visible, double *out) {
     double most = sink, sum = 0, weight;
@@ -521,7 +521,7 @@ static void attention(const kvl_context *context) {
     OK(kvl_alibi_slopes(slopes, HEADS));
     for (j = 0; j < (int)COUNT(mask); j++) mask[j] = (unsigned char)(j % 7 == 3 ? 0 : j % 5 + 1);
 
-    /* Beyond a row's length and before its start lies poison, which must not be felt. */
+    /* Poison beyond a row's length and before its first key must have no effect. */
     for (b = 0; b < BATCH; b++) {
         for (j = 0; j < KEYS; j++) {
             if (j >= starts[b] && j < lengths[b]) continue;
@@ -606,7 +606,7 @@ static void attention(const kvl_context *context) {
         }
     }
     {
-        /* No rows at all is no mistake. */
+        /* A call without rows is valid. */
         kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
         p.q = kvl_make_const_view(NULL, KVL_DTYPE_F32, 0, 1, HEADS, D);
         p.k = kvl_make_const_view(NULL, KVL_DTYPE_F32, 0, KEYS, KV, D);
@@ -616,7 +616,7 @@ static void attention(const kvl_context *context) {
     }
 }
 
-/* Half types: one key that is seen has weight 1, whatever the query. */
+/* 16-bit types: a single visible key has weight 1 for every query. */
 static void narrow_attention(const kvl_context *context) {
     static const kvl_dtype types[] = {KVL_DTYPE_F16, KVL_DTYPE_BF16};
     static const uint16_t two[] = {0x4000, 0x4000}, minus_three[] = {0xc200, 0xc040};
@@ -666,7 +666,7 @@ static void merge(const kvl_context *context) {
     CHECK(out[0] == 1 && out[1] == 1, "%g %g", (double)out[0], (double)out[1]);
 }
 
-/* Two spans on the grid, each with lists of its own: the bits of one call over all keys. */
+/* Two segments on the grid, each with its own lists: the bits of one call over all keys. */
 static void chunks(const kvl_context *context) {
     enum { BATCH = 2, SEQ = 3, HEADS = 4, KV = 2, KEYS = KVL_SPLIT_GRID + 40, D = 6, DV = 5, SPANS = 2 };
     static float q[BATCH * SEQ * HEADS * D], k[BATCH * KEYS * KV * D], v[BATCH * KEYS * KV * DV], sinks[HEADS];

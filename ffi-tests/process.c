@@ -1,4 +1,4 @@
-/* What the header says of processes and threads: fork, signals, and stacks. */
+/* The rules of the header about processes and threads: fork, signals and stacks. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* pthread_getattr_np */
 #endif
@@ -17,7 +17,7 @@ static const int32_t lengths[BATCH] = {1100, 1280};
 static const int32_t positions[BATCH] = {1091, 1271};
 static float q[BATCH * SEQ * HEADS * D], k[BATCH * SEQ * KV * D], v[BATCH * SEQ * KV * D];
 
-/* Everything that operations write. */
+/* The outputs of all operations. */
 typedef struct memory {
     float k_cache[BATCH * CAPACITY * KV * D], v_cache[BATCH * CAPACITY * KV * D];
     float turned[BATCH * SEQ * HEADS * D];
@@ -33,7 +33,7 @@ static void *workspace(void) {
     return workspace_bytes + (-(uintptr_t)workspace_bytes & 63);
 }
 
-/* A tensor in a cache of a type, which takes no more room than f32 does. */
+/* A tensor in a cache of a type, which takes at most the space of f32. */
 static kvl_view cache(float *data, kvl_dtype dtype) {
     return kvl_make_view(data, dtype, BATCH, CAPACITY, KV, D);
 }
@@ -129,22 +129,22 @@ static void operations(const kvl_context *context, const kvl_parallel_runner *ru
     OK(kvl_cache_reorder_workspace_size(&whole, runner, &bytes));
     CHECK(bytes + 64 <= sizeof workspace_bytes, "%d bytes of workspace", (int)bytes);
     OK(kvl_cache_reorder(context, runner, workspace(), bytes, &whole, (const int32_t[]){1, 0}));
-    /* A sentence, too. */
+    /* With a sentence. */
     CHECK(kvl_cache_advance(&whole, (const int32_t[]){0, 9999}) == KVL_STATUS_CAPACITY, "-");
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-/* In the child of a fork: exits with the number of the first thing that is wrong. */
+/* Runs in the child of a fork; exits with the number of the first failed check. */
 static void child(const kvl_context *context, const kvl_parallel_runner *of_pool, kvl_thread_pool *pool) {
     kvl_parallel_runner own = KVL_PARALLEL_RUNNER_INIT;
     kvl_const_view source = kvl_make_const_view(q, KVL_DTYPE_F32, 1, 1, 1, D);
     kvl_view view = kvl_make_view(got.out, KVL_DTYPE_F32, 1, 1, 1, D);
     kvl_thread_pool *another = NULL;
-    failures = 0; /* The parent counts its own. */
-    alarm(300); /* A call that hangs is a child that dies of a signal. */
+    failures = 0; /* The parent counts its own failures. */
+    alarm(300); /* A call that hangs makes the child die of a signal. */
     memset(&got, 0, sizeof got);
-    /* One head is too little work for threads, and is refused all the same. */
+    /* One head is too little work for several threads, but is refused too. */
     if (kvl_repeat_kv(context, of_pool, &source, &view) != KVL_STATUS_PARALLEL) _exit(1);
     if (strstr(sentence(), "threads do not survive fork") == NULL) _exit(2);
     source = kvl_make_const_view(expected.k_cache, KVL_DTYPE_F32, BATCH, CAPACITY, KV, D);
@@ -153,7 +153,7 @@ static void child(const kvl_context *context, const kvl_parallel_runner *of_pool
     if (got.repeated[0] != 0 || got.out[0] != 0) _exit(4);
     if (of_pool->run(of_pool->ctx, 1, NULL, NULL) == 0) _exit(5);
     kvl_thread_pool_destroy(pool);
-    /* The context serves, on the calling thread and on a pool of the child's own. */
+    /* The context works, on the calling thread and on a pool of the child. */
     operations(context, NULL, KVL_DTYPE_F32, &got);
     if (memcmp(&expected, &got, sizeof got) != 0) _exit(6);
     if (kvl_thread_pool_create(THREADS, &another) != KVL_STATUS_OK) _exit(7);
@@ -194,7 +194,7 @@ static void forks(const kvl_context *context) {
     if (waitpid(pid, &status, 0) != pid) abort();
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child ended with %#x", (unsigned)status);
     CHECK(n == 0, "the child printed: %s", printed);
-    /* The parent has its threads still. */
+    /* The parent still has its threads. */
     memset(&got, 0, sizeof got);
     operations(context, &runner, KVL_DTYPE_F32, &got);
     CHECK(memcmp(&expected, &got, sizeof got) == 0, "the pool changes the result");
@@ -217,7 +217,7 @@ static size_t least_stack;
 static pthread_t main_thread;
 static pthread_mutex_t seen = PTHREAD_MUTEX_INITIALIZER;
 
-/* A task that looks at the thread that it runs on. */
+/* A task that inspects its thread. */
 static void look(void *ctx, size_t i) {
     static const int numbers[] = {SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGCHLD, SIGALRM, SIGPIPE, SIGPROF};
     pthread_attr_t attributes;
@@ -260,7 +260,7 @@ static void signals_and_stacks_of_the_pool(void) {
           tasks);
     CHECK(least_stack >= 2u << 20, "a stack of %d bytes", (int)least_stack);
 
-    /* A signal to the process, while this thread blocks it, waits: no thread of the pool takes it. */
+    /* A signal to the process stays pending while this thread blocks it: no thread of the pool takes it. */
     sigemptyset(&usr1);
     sigaddset(&usr1, SIGUSR1);
     pthread_sigmask(SIG_BLOCK, &usr1, NULL);
@@ -292,7 +292,7 @@ static void *on_a_small_stack(void *unused) {
     return NULL;
 }
 
-/* The states of a merge and of spans are converted on the stack: the most of them. */
+/* Merges convert their list of states on the stack; this is the longest list. */
 static void *merge_on_a_small_stack(void *from) {
     static kvl_attention_state states[STATES];
     const kvl_context *context = from;
@@ -306,7 +306,7 @@ static void *merge_on_a_small_stack(void *from) {
     return NULL;
 }
 
-/* What the header promises to be enough. */
+/* The stack that the header states to be enough. */
 #ifndef SMALL_STACK
 #define SMALL_STACK 65536
 #endif
@@ -327,7 +327,7 @@ static void small_stack(void *(*body)(void *), void *argument) {
 int main(void) {
     kvl_thread_pool *pool = NULL;
     kvl_context *context = NULL;
-    /* Not for the threads of a pool, whose stack the header states. */
+    /* Threads of a pool have a stack of their own size, which the header states. */
     setenv("RUST_MIN_STACK", "300000", 1);
     fill(q, COUNT(q), 7);
     fill(k, COUNT(k), 8);

@@ -26,7 +26,7 @@ int main(void) {
 
     kvl_context *context = NULL; /* once: picks the kernels for this CPU */
     size_t bytes = 0;
-    char *memory = NULL, sentence[1024] = ""; /* a workspace, which is aligned to 64 bytes; the error */
+    char *memory = NULL, sentence[1024] = ""; /* a workspace, aligned to 64 bytes; the error */
     if (kvl_context_create(NULL, &context) || kvl_kv_write(context, NULL, &write) ||
         kvl_attention_workspace_size(&attention, NULL, &bytes) || (memory = malloc(bytes + 63)) == NULL ||
         kvl_attention(context, NULL, memory + (-(uintptr_t)memory & 63), bytes, &attention)) {

@@ -1,8 +1,8 @@
-/* The caller's threads: a runner made of pthreads, runners that misbehave, the library's own pool, and errors thread by thread.
+/* The caller's threads: a runner made of pthreads, faulty runners, the library's own pool, and errors per thread.
  *
- * What must not be done, and is not done here, because it has no defined result: two calls at the same time that write to
- * the same memory, be it an output, a row of a cache or a workspace; a list that changes while a call reads it; a context
- * or pool that is destroyed while a call uses it. Contexts, inputs and runners (if their `run` can be) are shared freely.
+ * These have no defined result, and do not occur here: two concurrent calls that write to the same memory (an output, a row
+ * of a cache, a workspace); a list that changes while a call reads it; a context or pool that is destroyed while a call uses
+ * it. Contexts, inputs and runners (if their `run` allows it) can be shared.
  */
 #include <pthread.h>
 
@@ -15,7 +15,7 @@ static float q[BATCH * SEQ * HEADS * D], k[BATCH * NEW * KV * D], v[BATCH * NEW 
 static const int32_t lengths[BATCH] = {600, 688};
 static const int32_t whole[BATCH] = {1112, 1200};
 
-/* Everything that operations write, once a runner. */
+/* The outputs of all operations, once per runner. */
 typedef struct results {
     float k_cache[BATCH * CAPACITY * KV * D], v_cache[BATCH * CAPACITY * KV * D];
     float repeated[BATCH * CAPACITY * HEADS * D];
@@ -27,7 +27,7 @@ typedef struct results {
 
 static results serial, parallel, pooled, concurrent[2];
 
-/* A runner that starts a thread a task and waits. A real one would keep its threads. */
+/* A runner that starts one thread per task and waits. A real runner would keep its threads. */
 typedef struct job {
     void (*task)(void *, size_t);
     void *task_ctx;
@@ -40,7 +40,7 @@ static void *run_job(void *from) {
     return NULL;
 }
 
-static int calls; /* Of `run`, by the one thread that makes operations. */
+static int calls; /* Calls of `run`, from the one thread that calls operations. */
 
 static int32_t run_pthreads(void *ctx, size_t n, void (*task)(void *, size_t), void *task_ctx) {
     pthread_t threads[THREADS];
@@ -116,7 +116,7 @@ static void everything(const kvl_context *context, const kvl_parallel_runner *ru
     view = kvl_make_view(to->merged, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
     OK(kvl_merge_states(context, runner, states, STATES, &view, to->merged_lse));
 
-    /* The last query alone: a decode step, whose keys are split between threads. */
+    /* The last query only: a decode step, whose keys are split between threads. */
     p.q = kvl_make_const_view(q + (SEQ - 1) * HEADS * D, KVL_DTYPE_F32, BATCH, 1, HEADS, D);
     p.q.strides[0] = SEQ * HEADS * D;
     p.out = kvl_make_view(to->single, KVL_DTYPE_F32, BATCH, 1, HEADS, D);
@@ -139,7 +139,7 @@ static int32_t forget(void *ctx, size_t n, void (*task)(void *, size_t), void *t
     return 0;
 }
 
-/* Every index twice and one that does not exist: wrong, and harmless. */
+/* Every index twice, and one that does not exist: wrong, but harmless. */
 static int32_t stutter(void *ctx, size_t n, void (*task)(void *, size_t), void *task_ctx) {
     size_t i;
     (void)ctx;
@@ -153,7 +153,7 @@ typedef struct caller {
     results *to;
 } caller;
 
-/* A whole program of its own: shares the context, and nothing that is written. */
+/* An independent program that shares the context, but no output. */
 static void *call_everything(void *from) {
     const caller *c = from;
     char text[64];

@@ -1,4 +1,4 @@
-/* Loads the library, uses it on several threads and with a pool, and unloads it while those threads live on. */
+/* Loads the library, uses it on several threads and with a pool, and unloads it while the threads are alive. */
 #include <dirent.h>
 #include <dlfcn.h>
 #include <pthread.h>
@@ -7,7 +7,7 @@
 
 static void *library;
 
-/* A function of the library; C has no conversion from an object pointer. */
+/* A function of the library. C has no conversion from an object pointer to a function pointer. */
 #define FIND(name)                                                                                                     \
     do {                                                                                                               \
         void *found_ = dlsym(library, #name);                                                                          \
@@ -67,7 +67,7 @@ static void *outlive(void *unused) {
     use();
     pthread_barrier_wait(&used);
     pthread_barrier_wait(&unloaded);
-    /* What the library kept for this thread goes when the thread ends. */
+    /* The library's data of this thread is released when the thread ends. */
     return NULL;
 }
 
@@ -103,7 +103,7 @@ int main(int argc, char **argv) {
     return failures > 0;
 }
 
-/* The macro CHECK needs the sentence of the library that it is linked with; this program is linked with none. */
+/* The macro CHECK calls kvl_last_error of the linked library; this program links none. */
 size_t kvl_last_error(char *buffer, size_t size) {
     if (size > 0) buffer[0] = 0;
     return 1;
