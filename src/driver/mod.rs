@@ -23,7 +23,7 @@
 //! A [`ModelFile`] owns the mapping. It can be dropped once [`Weights`] and [`Tokenizer`] are built, because both are
 //! copies. A [`Decoder`] owns the weights, the [`Context`](crate::Context) and the threads, and is immutable. The
 //! caller owns the [`Cache`] and the [`Scratch`] of a pass. Weights are plain f32: the driver shows the cache and its
-//! kernels, and leaves the linear layers to the `gemm` crate ([`linear`]).
+//! kernels, and leaves the linear layers to the `gemm-f32` crate ([`linear`]).
 //!
 //! # Trust
 //! A model file is not trusted. Whatever it contains, the result is a value or an [`Error`] with a sentence, and the
