@@ -67,7 +67,7 @@
 //!                                                           -> ops (validate, tile) -> problem -> kernel from the registry
 //! Rust caller ------------------------ safe views ---------/        |                              (one ISA level)
 //!                                                                   -> runner (caller's, rayon, or none)
-//! driver, bench -> the Rust API, and nothing private
+//! driver, bench -> the Rust API, and nothing private (the loops of `bench::limits` use the kernels' vector trait)
 //! ```
 //! Each layer imports from the layers below it only:
 //!

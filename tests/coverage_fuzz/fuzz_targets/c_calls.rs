@@ -1,5 +1,5 @@
-//! Sequences of calls of the C ABI, right ones and hostile ones, made and judged as by `tests/fuzz`; the input stands for the random
-//! numbers, so that the coverage of a call guides the next.
+//! Sequences of calls of the C ABI, valid and hostile, made and checked as by `tests/fuzz`. The input replaces the
+//! random numbers, so that the coverage of a call guides the next.
 #![no_main]
 
 #[path = "../../fuzz/abi.rs"]
@@ -25,12 +25,12 @@ mod targets;
 
 use call::{Call, World};
 use common::Rng;
-// Brings in the library, whose symbols `abi` declares.
+// Links the library, whose symbols `abi` declares.
 use kvlane as _;
 use libfuzzer_sys::fuzz_target;
 use targets::TARGETS;
 
-/// The most calls that one input makes.
+/// The maximum number of calls per input.
 const MOST: usize = 12;
 
 thread_local! {

@@ -1,5 +1,5 @@
-//! What stands in for the random numbers of `tests/fuzz`: choices come from the input's bytes, contents of tensors from a generator,
-//! since no path depends on their exact values.
+//! Replaces the random numbers of `tests/fuzz`. Choices come from the bytes of the input. The contents of tensors come
+//! from a generator, because no path depends on their exact values.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -7,16 +7,16 @@ use std::rc::Rc;
 struct Source {
     bytes: Vec<u8>,
     at: usize,
-    /// Of SplitMix64.
+    /// The state of SplitMix64.
     state: u64,
 }
 
-/// A stream of numbers; a clone goes on where the original stands, for both.
+/// A stream of numbers. A clone continues from the position of the original.
 #[derive(Clone)]
 pub struct Rng(Rc<RefCell<Source>>);
 
 impl Rng {
-    /// Without input: numbers of a generator.
+    /// A stream without input, which takes all numbers from the generator.
     pub fn new(seed: u64) -> Self {
         Self(Rc::new(RefCell::new(Source { bytes: Vec::new(), at: 0, state: seed })))
     }
@@ -25,13 +25,13 @@ impl Rng {
         Self(Rc::new(RefCell::new(Source { bytes: bytes.to_vec(), at: 0, state: bytes.len() as u64 })))
     }
 
-    /// Whether all of the input has been taken; from there on the generator makes the choices too.
+    /// Whether the input is used up. Then the generator makes the choices too.
     pub fn is_empty(&self) -> bool {
         let source = self.0.borrow();
         source.at >= source.bytes.len()
     }
 
-    /// Of the generator alone.
+    /// A number of the generator.
     pub fn u64(&mut self) -> u64 {
         let mut source = self.0.borrow_mut();
         source.state = source.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -70,7 +70,7 @@ impl Rng {
         from[self.below(from.len())]
     }
 
-    /// Small bytes mean no, so that in an input of zeros nothing is wrong.
+    /// Small bytes mean no, so that an input of zeros makes valid calls.
     pub fn chance(&mut self, probability: f64) -> bool {
         probability > 0.0 && f64::from(255 - self.byte()) < 256.0 * probability
     }

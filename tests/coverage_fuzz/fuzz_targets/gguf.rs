@@ -1,5 +1,5 @@
-//! A GGUF file from a stranger, read as the driver reads it: metadata, tensors, tokenizer, weights. Every answer is a value or an
-//! error; libFuzzer's limits on memory and time bound what a small file may cost.
+//! A hostile GGUF file, read as the driver reads it: metadata, tensors, tokenizer, weights. Every result is a value or
+//! an error; libFuzzer's limits bound the memory and time of a small file.
 #![no_main]
 
 use kvlane::driver::gguf::Gguf;
@@ -12,7 +12,7 @@ fn read(bytes: &[u8]) -> Result<()> {
         assert!(tensor.data.len() <= bytes.len());
     }
     let file = ModelFile::from_gguf(gguf)?;
-    // The parts do not depend on each other, so an error in one of them does not hide the others.
+    // Each part is read even if another fails, because they do not depend on each other.
     let tensors = file.tensors().map(drop);
     let weights = file.weights(&|_, _| ()).map(drop);
     let tokenizer = file.tokenizer()?;

@@ -1,12 +1,12 @@
-//! A directory in the Hugging Face layout, of which one file comes from a stranger: the first byte says which, the others are its
-//! contents. The other files are sound.
+//! A directory in the Hugging Face layout with one hostile file. The first byte of the input selects the file, the
+//! rest is its contents. The other files are valid.
 #![no_main]
 
 use kvlane::driver::{ModelFile, Result};
 use libfuzzer_sys::fuzz_target;
 use std::path::{Path, PathBuf};
 
-/// What the first byte chooses from, and the input that is sound where another file is chosen.
+/// The files that the first byte selects from, with their valid contents.
 const FILES: [(&str, Option<&[u8]>); 5] = [
     ("model.safetensors", Some(include_bytes!("../seeds/safetensors/tensors"))),
     ("config.json", Some(include_bytes!("../seeds/safetensors/config"))),
@@ -15,7 +15,7 @@ const FILES: [(&str, Option<&[u8]>); 5] = [
     ("tokenizer_config.json", None),
 ];
 
-/// A directory of this process, in memory where the system has such a place.
+/// A directory of this process, in memory if the system has one.
 fn directory() -> PathBuf {
     let memory = Path::new("/dev/shm");
     let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };

@@ -1,4 +1,4 @@
-//! A `tokenizer.json` from a stranger: read, then used on text, in whole and as a stream.
+//! A hostile `tokenizer.json`: read, then used on text, as a whole and as a stream.
 #![no_main]
 
 use kvlane::driver::{Result, Tokenizer};
@@ -23,7 +23,7 @@ fn read(bytes: &[u8]) -> Result<()> {
 }
 
 fuzz_target!(
-    // A panic that the library turns into an error is no crash: without libFuzzer's hook, only one that leaves it is.
+    // The library turns panics into errors. Without libFuzzer's hook, only a panic that leaves the library is a crash.
     init: std::panic::set_hook(Box::new(|_| ())),
     |bytes: &[u8]| {
         let _ = read(bytes);
