@@ -2,14 +2,15 @@
 
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::format::CacheFormat;
 use crate::isa::Isa;
 use crate::kernels::api::{
-    AnglesFn, AttentionFns, CopyFn, Function, KernelInfo, MergeFn, NormFn, Op, Precision, RopeFn,
+    AnglesFn, AttentionKernel, CopyFn, Function, KernelInfo, MergeFn, NormFn, Op, Precision, RopeFn,
 };
 use crate::kernels::registry::{self, Entry};
 use crate::layout::Packing;
 
-const TYPES: usize = DType::ALL.len();
+const FORMATS: usize = CacheFormat::ALL.len();
 
 /// The kernels chosen for this machine. A context is immutable and can be shared between threads.
 ///
@@ -29,10 +30,12 @@ const TYPES: usize = DType::ALL.len();
 pub struct Context {
     isa: Isa,
     tables: [Table; Precision::ALL.len()],
+    /// Attention by format, of the preferred level that is not partial.
+    full: [Option<&'static Entry>; FORMATS],
 }
 
 /// The kernels of one precision.
-type Table = [[[Option<&'static Entry>; TYPES]; TYPES]; Op::ALL.len()];
+type Table = [[[Option<&'static Entry>; FORMATS]; FORMATS]; Op::ALL.len()];
 
 impl Context {
     /// Takes the best level that is available and that `KVLANE_MAX_ISA` allows.
@@ -55,7 +58,8 @@ impl Context {
     fn up_to(ceiling: Option<Isa>) -> Result<Self> {
         let ceilings: Vec<Isa> = ceiling.into_iter().chain(Isa::ceiling_from_env()?).collect();
         let isa = Isa::best_within(&ceilings)?;
-        let mut tables: [Table; Precision::ALL.len()] = [[[[None; TYPES]; TYPES]; Op::ALL.len()]; Precision::ALL.len()];
+        let mut tables: [Table; Precision::ALL.len()] =
+            [[[[None; FORMATS]; FORMATS]; Op::ALL.len()]; Precision::ALL.len()];
         for entry in registry::entries() {
             let info = &entry.info;
             if !info.isa.is_within(isa) || !info.isa.is_available() {
@@ -68,7 +72,18 @@ impl Context {
                 }
             }
         }
-        Ok(Self { isa, tables })
+        let mut full: [Option<&'static Entry>; FORMATS] = [None; FORMATS];
+        for entry in registry::entries() {
+            let info = &entry.info;
+            let serves = info.op == Op::Attention && !info.isa.is_partial();
+            if serves && info.isa.is_within(isa) && info.isa.is_available() {
+                let slot = &mut full[info.src.index()];
+                if slot.is_none_or(|other| other.info.isa.priority() < info.isa.priority()) {
+                    *slot = Some(entry);
+                }
+            }
+        }
+        Ok(Self { isa, tables, full })
     }
 
     /// The level in use.
@@ -78,15 +93,53 @@ impl Context {
 
     /// The kernel that serves an operation from one type to another; `None` if the operation has no such pair.
     ///
-    /// For [`Op::Attention`] the types are those of K and V, which are the same; for [`Op::RopeAngles`] both are f32.
-    pub fn kernel(&self, op: Op, src: DType, dst: DType) -> Option<KernelInfo> {
+    /// For [`Op::Attention`] both are the format of K, or of V: see [`Self::attention_kernels`] for a call. For [`Op::RopeAngles`]
+    /// both are f32.
+    pub fn kernel(&self, op: Op, src: impl Into<CacheFormat>, dst: impl Into<CacheFormat>) -> Option<KernelInfo> {
         self.kernel_for(op, src, dst, Precision::Default)
     }
 
     /// As [`Self::kernel`], for calls with a precision. [`KernelInfo::precision`] is set for kernels that serve only
     /// one.
-    pub fn kernel_for(&self, op: Op, src: DType, dst: DType, precision: Precision) -> Option<KernelInfo> {
-        self.tables[precision as usize][op as usize][src.index()][dst.index()].map(|entry| entry.info)
+    pub fn kernel_for(
+        &self,
+        op: Op,
+        src: impl Into<CacheFormat>,
+        dst: impl Into<CacheFormat>,
+        precision: Precision,
+    ) -> Option<KernelInfo> {
+        self.entry(op, src.into(), dst.into(), precision).map(|entry| entry.info)
+    }
+
+    /// The kernels that serve attention over keys of one format and values of another: the one whose way with keys is used, and
+    /// the one whose way with values is. Both are of one level, and the same where the formats are.
+    ///
+    /// A level that is [partial](Isa::is_partial) serves a pair of formats as a whole or not at all.
+    pub fn attention_kernels(
+        &self,
+        k_format: impl Into<CacheFormat>,
+        v_format: impl Into<CacheFormat>,
+        precision: Precision,
+    ) -> [KernelInfo; 2] {
+        self.attention_entries(k_format.into(), v_format.into(), precision).map(|entry| entry.info)
+    }
+
+    fn attention_entries(&self, k: CacheFormat, v: CacheFormat, precision: Precision) -> [&'static Entry; 2] {
+        let [keys, values] = [k, v].map(|format| match self.entry(Op::Attention, format, format, precision) {
+            Some(entry) => entry,
+            None => unreachable!("every full level has attention over {format}"),
+        });
+        if k == v || !keys.info.isa.is_partial() && keys.info.isa == values.info.isa {
+            return [keys, values];
+        }
+        [k, v].map(|format| match self.full[format.index()] {
+            Some(entry) => entry,
+            None => unreachable!("every full level has attention over {format}"),
+        })
+    }
+
+    fn entry(&self, op: Op, src: CacheFormat, dst: CacheFormat, precision: Precision) -> Option<&'static Entry> {
+        self.tables[precision as usize][op as usize][src.index()][dst.index()]
     }
 
     /// The best packing of values of a type for the attention kernels in use: [row pairs](Packing::RowPairs) if they
@@ -98,8 +151,8 @@ impl Context {
         }
     }
 
-    fn function(&self, op: Op, src: DType, dst: DType, precision: Precision) -> &Function {
-        match &self.tables[precision as usize][op as usize][src.index()][dst.index()] {
+    fn function(&self, op: Op, src: CacheFormat, dst: CacheFormat) -> &'static Function {
+        match self.entry(op, src, dst, Precision::Default) {
             Some(entry) => &entry.function,
             // The scalar level has a kernel for every pair that operations use; see `tests::every_level_is_complete`.
             None => unreachable!("no kernel for {op:?} from {src} to {dst}"),
@@ -107,42 +160,43 @@ impl Context {
     }
 
     pub(crate) fn angles(&self) -> AnglesFn {
-        match self.function(Op::RopeAngles, DType::F32, DType::F32, Precision::Default) {
+        match self.function(Op::RopeAngles, CacheFormat::F32, CacheFormat::F32) {
             Function::Angles(f) => *f,
             _ => unreachable!("the registry files angles under RopeAngles"),
         }
     }
 
     pub(crate) fn rope(&self, src: DType, dst: DType) -> RopeFn {
-        match self.function(Op::Rope, src, dst, Precision::Default) {
+        match self.function(Op::Rope, src.into(), dst.into()) {
             Function::Rope(f) => *f,
             _ => unreachable!("the registry files RoPE under Rope"),
         }
     }
 
     pub(crate) fn copy(&self, op: Op, src: DType, dst: DType) -> CopyFn {
-        match self.function(op, src, dst, Precision::Default) {
+        match self.function(op, src.into(), dst.into()) {
             Function::Copy(f) => *f,
             _ => unreachable!("the registry files copies under KvWrite and RepeatKv"),
         }
     }
 
-    pub(crate) fn attention(&self, kv: DType, precision: Precision) -> AttentionFns {
-        match self.function(Op::Attention, kv, kv, precision) {
-            Function::Attention(f) => *f,
+    pub(crate) fn attention(&self, k: CacheFormat, v: CacheFormat, precision: Precision) -> AttentionKernel {
+        let [keys, values] = self.attention_entries(k, v, precision).map(|entry| match entry.function {
+            Function::Attention(fns) => fns,
             _ => unreachable!("the registry files attention under Attention"),
-        }
+        });
+        AttentionKernel::new(keys, values)
     }
 
     pub(crate) fn merge(&self, dtype: DType) -> MergeFn {
-        match self.function(Op::MergeStates, dtype, dtype, Precision::Default) {
+        match self.function(Op::MergeStates, dtype.into(), dtype.into()) {
             Function::Merge(f) => *f,
             _ => unreachable!("the registry files merges under MergeStates"),
         }
     }
 
     pub(crate) fn norm(&self, src: DType, dst: DType) -> NormFn {
-        match self.function(Op::RmsNorm, src, dst, Precision::Default) {
+        match self.function(Op::RmsNorm, src.into(), dst.into()) {
             Function::Norm(f) => *f,
             _ => unreachable!("the registry files norms under RmsNorm"),
         }

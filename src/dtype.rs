@@ -28,12 +28,6 @@ impl DType {
         }
     }
 
-    /// Whether an address is one of whole elements. A size is a power of two; to divide an address takes a hundred cycles on
-    /// some CPUs, which a small call would notice.
-    pub(crate) const fn is_aligned(self, address: usize) -> bool {
-        address & (self.size() - 1) == 0
-    }
-
     /// `"f32"`, `"f16"` or `"bf16"`.
     pub const fn name(self) -> &'static str {
         match self {
@@ -51,10 +45,6 @@ impl DType {
     /// The type with this value in the C header, if there is one.
     pub fn from_u32(value: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|&t| t as u32 == value)
-    }
-
-    pub(crate) const fn index(self) -> usize {
-        self as usize
     }
 }
 

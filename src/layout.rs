@@ -1,7 +1,7 @@
 //! Where in a cache the tokens of a sequence lie.
 
 use crate::error::{Result, ensure};
-use crate::view::{BATCH, MAX_AXIS, RawView, SEQ};
+use crate::view::{BATCH, MAX_AXIS, RawView, SEQ, Units};
 
 /// In which slot of a cache each token of a sequence lies.
 ///
@@ -110,7 +110,7 @@ impl Layout<'_> {
     /// The slot of a position, and the number of positions from it on that lie in consecutive slots. The layout is
     /// valid and contains the position.
     #[inline(always)]
-    pub(crate) fn place(&self, cache: &RawView, row: usize, position: usize) -> (Place, usize) {
+    pub(crate) fn place<U: Units>(&self, cache: &RawView<U>, row: usize, position: usize) -> (Place, usize) {
         let slots = cache.shape[SEQ];
         match *self {
             Self::Contiguous => ((row, position), slots - position),
@@ -138,7 +138,7 @@ impl Layout<'_> {
     }
 
     /// The number of tokens that a sequence can have; for a ring, the largest position.
-    pub(crate) fn capacity(&self, cache: &RawView, row: usize) -> usize {
+    pub(crate) fn capacity<U: Units>(&self, cache: &RawView<U>, row: usize) -> usize {
         let slots = cache.shape[SEQ];
         match *self {
             Self::Contiguous | Self::Indirect { .. } => slots,
@@ -150,7 +150,7 @@ impl Layout<'_> {
 
     /// The first position that a sequence of `length` tokens still holds, apart from the sink tokens of a ring; 0 if
     /// it holds all.
-    pub(crate) fn retained_from(&self, cache: &RawView, length: usize) -> usize {
+    pub(crate) fn retained_from<U: Units>(&self, cache: &RawView<U>, length: usize) -> usize {
         match *self {
             Self::Ring { sink_tokens } if length > cache.shape[SEQ] => length - (cache.shape[SEQ] - sink_tokens),
             _ => 0,
@@ -158,7 +158,7 @@ impl Layout<'_> {
     }
 
     /// The largest number of keys that attention over a sequence can see.
-    pub(crate) fn most_keys(&self, cache: &RawView) -> usize {
+    pub(crate) fn most_keys<U: Units>(&self, cache: &RawView<U>) -> usize {
         match self {
             Self::Paged { .. } => self.capacity(cache, 0),
             _ => cache.shape[SEQ],
@@ -166,7 +166,7 @@ impl Layout<'_> {
     }
 
     /// The number of sequences in a cache of this layout.
-    pub(crate) fn rows(&self, cache: &RawView) -> usize {
+    pub(crate) fn rows<U: Units>(&self, cache: &RawView<U>) -> usize {
         match *self {
             Self::Contiguous | Self::Ring { .. } => cache.shape[BATCH],
             Self::Paged { page_table, pages_per_sequence } => {
@@ -180,7 +180,7 @@ impl Layout<'_> {
     }
 
     /// Checks everything except table entries; `name` is the name of the cache.
-    pub(crate) fn validate(&self, name: &str, cache: &RawView) -> Result<()> {
+    pub(crate) fn validate<U: Units>(&self, name: &str, cache: &RawView<U>) -> Result<()> {
         let [rows, slots, ..] = cache.shape;
         match *self {
             Self::Contiguous => {}
@@ -235,7 +235,7 @@ impl Layout<'_> {
 
     /// Checks that every pair of slots belongs to one sequence; `name` is the name of the cache of keys, whose slots
     /// are not packed.
-    pub(crate) fn validate_packing(&self, name: &str, cache: &RawView, packing: Packing) -> Result<()> {
+    pub(crate) fn validate_packing<U: Units>(&self, name: &str, cache: &RawView<U>, packing: Packing) -> Result<()> {
         if packing == Packing::Rows {
             return Ok(());
         }
@@ -269,7 +269,14 @@ impl Layout<'_> {
     }
 
     /// Checks that positions `from..to` of a sequence, which are within its capacity, lie inside the cache.
-    pub(crate) fn validate_row(&self, name: &str, cache: &RawView, row: usize, from: usize, to: usize) -> Result<()> {
+    pub(crate) fn validate_row<U: Units>(
+        &self,
+        name: &str,
+        cache: &RawView<U>,
+        row: usize,
+        from: usize,
+        to: usize,
+    ) -> Result<()> {
         if from >= to {
             return Ok(());
         }

@@ -89,6 +89,7 @@
 // A register tile is arrays indexed by row and vector; iterators over them hide the pattern.
 #![allow(clippy::needless_range_loop)]
 
+mod cache_view;
 #[cfg(feature = "capi")]
 mod capi;
 mod context;
@@ -96,6 +97,7 @@ mod cpu;
 pub mod docs;
 mod dtype;
 mod error;
+mod format;
 mod isa;
 mod kernels;
 mod layout;
@@ -110,9 +112,11 @@ pub mod bench;
 #[cfg(feature = "driver")]
 pub mod driver;
 
+pub use cache_view::{CacheView, CacheViewMut};
 pub use context::Context;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
+pub use format::CacheFormat;
 pub use isa::Isa;
 pub use kernels::api::{KernelInfo, Op, Precision};
 pub use kernels::registry::kernels;

@@ -114,7 +114,7 @@ fn layouts_and_plans(context: &Context, runner: &dyn Runner, rng: &mut Rng, dtyp
     }));
     let size = merge_chunks_workspace_size(out.shape, 2, 2 * states.len(), threads);
     let mut workspace = Workspace::with_capacity(size);
-    let merge = ChunkMerge::new(2, dtype);
+    let merge = ChunkMerge::new(2, dtype, dtype);
     most.max(allocations(|| {
         let spans = [&states[..], &states[..]];
         merge_chunks(context, runner, &mut workspace, &spans, &merge, out.view_mut(), None).unwrap();

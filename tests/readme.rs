@@ -1,6 +1,6 @@
 //! The README and the pages of the documentation agree with the code.
 
-use kvlane::{DType, Isa, Op, kernels};
+use kvlane::{CacheFormat, Isa, Op, kernels};
 
 const README: &str = include_str!("../README.md");
 
@@ -17,8 +17,10 @@ fn the_table_of_operations_is_the_registry() {
         let cells = row(op.name());
         // A partial level is listed for its own kernels only, with the types in brackets.
         let levels: Vec<&str> = cells[2].split(", ").collect();
-        let types: Vec<DType> =
-            DType::ALL.into_iter().filter(|t| cells[1].split([' ', ',', ';']).any(|word| word == t.name())).collect();
+        let types: Vec<CacheFormat> = CacheFormat::ALL
+            .into_iter()
+            .filter(|t| cells[1].split([' ', ',', ';']).any(|word| word == t.name()))
+            .collect();
         let each_to_each = cells[1].contains("each to each");
         let expected: Vec<String> = Isa::ALL
             .into_iter()
@@ -27,7 +29,7 @@ fn the_table_of_operations_is_the_registry() {
             .collect();
         assert_eq!(levels, expected, "levels of {}", op.name());
         for kernel in kernels().filter(|k| k.isa.is_partial() && k.op == op) {
-            assert_eq!((kernel.op, kernel.src, kernel.dst), (Op::Attention, DType::Bf16, DType::Bf16));
+            assert_eq!((kernel.op, kernel.src, kernel.dst), (Op::Attention, CacheFormat::Bf16, CacheFormat::Bf16));
         }
         for level in Isa::ALL.into_iter().filter(|l| l.is_built() && !l.is_partial()) {
             let mut promised = Vec::new();

@@ -6,9 +6,9 @@
 use super::data::{Layout, Tensor};
 use super::limits::Kind;
 use crate::{
-    AttentionOptions, AttentionState, AttentionTensors, Context, DType, Destination, KernelInfo, KvWrite, Op, Packing,
-    Pairing, Positions, Precision, Result, RmsNorm, Rope, RopeAngles, RopeFrequencies, RopeScaling, Runner, Workspace,
-    attention, kv_write, merge_states, repeat_kv, rms_norm, rms_norm_rope, rope, rope_in_place,
+    AttentionOptions, AttentionState, AttentionTensors, CacheFormat, Context, DType, Destination, KernelInfo, KvWrite,
+    Op, Packing, Pairing, Positions, Precision, Result, RmsNorm, Rope, RopeAngles, RopeFrequencies, RopeScaling,
+    Runner, Workspace, attention, kv_write, merge_states, repeat_kv, rms_norm, rms_norm_rope, rope, rope_in_place,
 };
 
 /// A kernel with a shape.
@@ -93,6 +93,8 @@ const TOKENS: usize = 2048;
 /// The cases of a kernel, at least one for every kernel of the registry.
 pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
     let (src, dst) = (kernel.src, kernel.dst);
+    // A decoder whose cache is quantised computes in f32.
+    let queries = src.dtype().unwrap_or(DType::F32);
     let mut cases = Vec::new();
     let mut add = |quick: bool, small: bool, name: String, work: Work| {
         cases.push(Case { kernel: *kernel, name, quick, small, work });
@@ -161,21 +163,21 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
             ] {
                 for layout in [Layout::Bshd, Layout::Bhsd] {
                     let name = format!("{}, {}", shape.name(), layout.name());
-                    add(quick, false, name, Work::Attention { shape, layout, queries: src });
+                    add(quick, false, name, Work::Attention { shape, layout, queries });
                 }
             }
             for keys in [1, 16, 64, 256] {
                 let shape = decode(1, keys, HEADS, KV_HEADS, DIM);
-                add(true, true, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries: src });
+                add(true, true, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries });
             }
             for (quick, shape) in [
                 (true, AttentionShape::new(1, 512, 512, HEADS, KV_HEADS, DIM)),
                 (true, AttentionShape::new(1, 2048, 2048, HEADS, KV_HEADS, DIM)),
                 (true, AttentionShape::new(1, 256, 4096, HEADS, KV_HEADS, DIM)),
             ] {
-                add(quick, false, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries: src });
+                add(quick, false, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries });
             }
-            if src != DType::F32 {
+            if queries != DType::F32 {
                 // A decoder that computes in f32 and stores in a narrow type.
                 for seq in [1, 2048] {
                     let shape = AttentionShape::new(1, seq, if seq == 1 { 4096 } else { seq }, HEADS, KV_HEADS, DIM);
@@ -200,6 +202,11 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
     cases
 }
 
+/// Bytes of the scales of K and V beside units of a shape.
+fn scale_bytes(format: CacheFormat, [batch, seq, heads, _]: [usize; 4]) -> usize {
+    if format.has_scales() { 2 * batch * seq * heads * size_of::<f32>() } else { 0 }
+}
+
 impl Case {
     /// Its unique name: `<kernel>/<shape>`.
     pub fn id(&self) -> String {
@@ -208,15 +215,15 @@ impl Case {
 
     /// Bytes that a call must move: reads plus writes.
     pub fn bytes(&self) -> usize {
-        let (from, to) = (self.kernel.src.size(), self.kernel.dst.size());
+        let (from, to) = (self.kernel.src.unit_bytes(), self.kernel.dst.unit_bytes());
         match self.work {
             Work::Angles { positions, dim } => positions * dim * to,
             // The table of angles is not counted, because calls for all layers read it from the CPU's cache.
             Work::Rope { shape, .. } | Work::Norm { shape } => elements(shape) * (from + to),
-            Work::Write { shape, .. } => 2 * elements(shape) * (from + to),
+            Work::Write { shape, .. } => 2 * elements(shape) * (from + to) + scale_bytes(self.kernel.dst, shape),
             Work::Repeat { shape, heads } => elements(shape) * from + elements(shape) / shape[2] * heads * to,
             Work::Attention { shape, queries, .. } => {
-                let kv = 2 * elements(shape.kv()) * from;
+                let kv = 2 * elements(shape.kv()) * from + scale_bytes(self.kernel.src, shape.kv());
                 let rest = 2 * elements(shape.q()) * queries.size();
                 if shape.seq > 1 || shape.small() { kv + rest } else { kv }
             }
@@ -401,7 +408,7 @@ impl Prepared {
             }
             (Work::Repeat { .. }, [src, dst], _) => repeat_kv(context, runner, src.view()?, dst.view_mut()?),
             (Work::Attention { .. }, [q, k, v, out], _) => {
-                let tensors = AttentionTensors::new(q.view()?, k.view()?, v.view()?, out.view_mut()?);
+                let tensors = AttentionTensors::new(q.view()?, k.cache()?, v.cache()?, out.view_mut()?);
                 let options = AttentionOptions::new().causal(true).precision(*precision);
                 attention(context, runner, workspace, tensors, &options)
             }

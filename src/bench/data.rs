@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use crate::view::{bhsd, contiguous};
-use crate::{DType, Element, Result, View, ViewMut};
+use crate::{CacheFormat, CacheView, Element, Error, Result, Status, View, ViewMut};
 
 /// Elements aligned to a cache line, as in most runtimes.
 pub(crate) struct Aligned<T> {
@@ -13,17 +13,24 @@ pub(crate) struct Aligned<T> {
 }
 
 impl<T: Element> Aligned<T> {
-    const LINE: usize = 64;
-
     /// Numbers between -1 and 1.
     pub fn new(len: usize) -> Self {
+        Self::of(len, T::from_f32)
+    }
+}
+
+impl<T: Copy + Default> Aligned<T> {
+    const LINE: usize = 64;
+
+    /// What `from` makes of numbers between -1 and 1.
+    fn of(len: usize, from: impl Fn(f32) -> T) -> Self {
         // A repeated pattern, so that filling does not take longer than measuring.
         const PATTERN: usize = 4099;
         let mut state = 1u64;
         let pattern: Vec<T> = (0..PATTERN.min(len))
             .map(|_| {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                T::from_f32((state >> 40) as f32 / (1 << 23) as f32 - 1.0)
+                from((state >> 40) as f32 / (1 << 23) as f32 - 1.0)
             })
             .collect();
         let mut memory = vec![T::default(); len + Self::LINE / size_of::<T>()];
@@ -74,9 +81,11 @@ enum Buffer {
     F32(Aligned<f32>),
     F16(Aligned<f16>),
     Bf16(Aligned<bf16>),
+    /// Units, and a scale per token and head in the order of the axes of the units.
+    Int8(Aligned<i8>, Aligned<f32>),
 }
 
-/// A tensor of a type known at run time.
+/// A tensor, or the keys or values of a cache, of a format known at run time.
 pub(crate) struct Tensor {
     buffer: Buffer,
     shape: [usize; 4],
@@ -84,14 +93,37 @@ pub(crate) struct Tensor {
 }
 
 impl Tensor {
-    pub fn new(dtype: DType, shape: [usize; 4], layout: Layout) -> Self {
+    pub fn new(format: impl Into<CacheFormat>, shape: [usize; 4], layout: Layout) -> Self {
         let n = shape.iter().product();
-        let buffer = match dtype {
-            DType::F32 => Buffer::F32(Aligned::new(n)),
-            DType::F16 => Buffer::F16(Aligned::new(n)),
-            DType::Bf16 => Buffer::Bf16(Aligned::new(n)),
+        let buffer = match format.into() {
+            CacheFormat::F32 => Buffer::F32(Aligned::new(n)),
+            CacheFormat::F16 => Buffer::F16(Aligned::new(n)),
+            CacheFormat::Bf16 => Buffer::Bf16(Aligned::new(n)),
+            CacheFormat::Int8 => {
+                let scales = Aligned::of(n / shape[3].max(1), |x| (1.0 + 0.5 * x) / 127.0);
+                Buffer::Int8(Aligned::of(n, |x| (127.0 * x) as i8), scales)
+            }
         };
         Self { buffer, shape, layout }
+    }
+
+    /// Keys or values of a cache.
+    pub fn cache(&self) -> Result<CacheView<'_>> {
+        match &self.buffer {
+            Buffer::Int8(units, scales) => {
+                let (strides, shape, scale_strides) = self.int8();
+                let scales = View::strided(scales.as_slice(), 0, shape, scale_strides)?;
+                CacheView::int8_strided(units.as_slice(), 0, self.shape, strides, scales)
+            }
+            _ => Ok(self.view()?.into()),
+        }
+    }
+
+    /// Strides of the units, and shape and strides of the scales beside them.
+    fn int8(&self) -> ([i64; 4], [usize; 4], [i64; 4]) {
+        let [batch, seq, heads, _] = self.shape;
+        let scales = [batch, seq, heads, 1];
+        (self.layout.strides(self.shape), scales, self.layout.strides(scales))
     }
 
     pub fn view(&self) -> Result<View<'_>> {
@@ -100,6 +132,7 @@ impl Tensor {
             Buffer::F32(x) => View::strided(x.as_slice(), 0, shape, strides),
             Buffer::F16(x) => View::strided(x.as_slice(), 0, shape, strides),
             Buffer::Bf16(x) => View::strided(x.as_slice(), 0, shape, strides),
+            Buffer::Int8(..) => Err(quantised()),
         }
     }
 
@@ -109,6 +142,12 @@ impl Tensor {
             Buffer::F32(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
             Buffer::F16(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
             Buffer::Bf16(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
+            Buffer::Int8(..) => Err(quantised()),
         }
     }
+}
+
+/// Only a cache holds quantised units.
+fn quantised() -> Error {
+    Error::new(Status::Unsupported, "a tensor of int8 is a cache")
 }

@@ -131,7 +131,7 @@ pub unsafe extern "C" fn kvl_attention_workspace_size(
         let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(params)?);
         // SAFETY: the caller's promise.
         let (rows, layout) = unsafe { plan::workspace_visibility(params, q, k[SEQ]) }?;
-        let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
+        let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }.units(), &layout, rows);
         Ok(attention_workspace_size(q, k, v[DIM], threads))
     };
     // SAFETY: the caller's promise.
@@ -256,8 +256,8 @@ pub(super) unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<
     unsafe {
         Ok(RawAttention {
             q,
-            k,
-            v: params.v.raw("v")?,
+            k: k.into(),
+            v: params.v.raw("v")?.into(),
             out: params.out.raw("out")?,
             lse: params.lse,
             scale: (params.scale != 0.0).then_some(params.scale),

@@ -217,7 +217,7 @@ unsafe fn span_shapes(params: &kvl_attention_params) -> Result<([usize; 4], [usi
     let (rows, layout) = unsafe { plan::workspace_visibility(params, q, k[SEQ]) }?;
     // SAFETY: as above.
     check_format(unsafe { plan::is_ragged(params) }, &layout)?;
-    let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
+    let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }.units(), &layout, rows);
     Ok((q, k, v[DIM]))
 }
 
@@ -242,9 +242,11 @@ unsafe fn spans(params: &kvl_merge_chunks_params) -> Result<[RawStates; MAX_SEGM
 }
 
 fn chunk_merge<'a>(params: &kvl_merge_chunks_params, sink_logits: Option<&'a [f32]>) -> Result<ChunkMerge<'a>> {
+    let dtype = parse_dtype("dtype", params.dtype)?;
     Ok(ChunkMerge {
         kv_heads: size("kv_heads", params.kv_heads)?,
-        dtype: parse_dtype("dtype", params.dtype)?,
+        k_format: dtype.into(),
+        v_format: dtype.into(),
         precision: parse_precision("precision", params.precision)?,
         sink_logits,
     })

@@ -191,7 +191,7 @@ unsafe fn own_visibility<'a>(params: &kvl_attention_params, q: &RawView, k: RawV
         Ok(Visibility {
             batch,
             seq,
-            cache: k,
+            cache: k.units(),
             layout: read_layout(params.layout, k.shape[SEQ])?,
             cu_seqlens_q,
             causal: params.flags & KVL_ATTENTION_FLAG_CAUSAL != 0,

@@ -37,7 +37,7 @@ pub unsafe extern "C" fn kvl_attention_with_prefix_workspace_size(
         let tokens = attention_shape("prefix_k", &prefix)?[SEQ];
         // SAFETY: as above.
         let (rows, layout) = unsafe { plan::workspace_visibility(&params, q, k[SEQ]) }?;
-        let (shape, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }, &layout, rows);
+        let (shape, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }.units(), &layout, rows);
         let needed = prefix_workspace_size(q, shape, k, tokens, v[DIM], runner.as_dyn().num_threads());
         // SAFETY: not null, and the caller's to write.
         unsafe { bytes.write(needed) };
@@ -74,6 +74,15 @@ pub unsafe extern "C" fn kvl_attention_with_prefix(
         // SAFETY: as above.
         let call = unsafe { raw_attention(&read_sized(params)?) }?;
         // SAFETY: as above.
-        unsafe { attention_with_prefix_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, (k, v), &call) }
+        unsafe {
+            attention_with_prefix_raw(
+                context,
+                runner.as_dyn(),
+                workspace.cast(),
+                workspace_bytes,
+                (k.into(), v.into()),
+                &call,
+            )
+        }
     })
 }

@@ -1,7 +1,8 @@
 //! What a kernel is to its callers: operations, what the registry says of a kernel, and the arguments of its functions.
 
-use crate::dtype::DType;
+use crate::format::CacheFormat;
 use crate::isa::Isa;
+use crate::kernels::generic::attention::Pieces;
 use crate::problem::attention::Problem;
 use crate::problem::rotation::Pairing;
 use crate::problem::tile::Tile;
@@ -95,10 +96,10 @@ impl Precision {
 pub struct KernelInfo {
     /// What it does.
     pub op: Op,
-    /// The type it reads (of K and V, in attention).
-    pub src: DType,
-    /// The type it writes (for attention: the same as `src`).
-    pub dst: DType,
+    /// The format it reads (of K or V, in attention).
+    pub src: CacheFormat,
+    /// The format it writes (for attention: the same as `src`).
+    pub dst: CacheFormat,
     /// The level it is compiled for.
     pub isa: Isa,
     /// The precision that it serves; every one if absent.
@@ -178,7 +179,7 @@ pub(crate) type CopyFn = unsafe fn(&CopyArgs);
 pub(crate) type MergeFn = unsafe fn(&MergeArgs);
 pub(crate) type NormFn = unsafe fn(&NormArgs);
 /// The memory is aligned to 64 bytes and has what [`AttentionFns::scratch_bytes`] says for the tile's rows.
-pub(crate) type TileFn = unsafe fn(&Problem, &Tile, *mut u8);
+pub(crate) type TileFn = unsafe fn(&Pieces, &Problem, &Tile, *mut u8);
 
 /// A kernel's entry points.
 #[derive(Clone, Copy)]
@@ -192,10 +193,15 @@ pub(crate) enum Function {
 }
 
 /// Attention runs tiles; a row that was split over chunks is reduced afterwards.
+///
+/// On a full level, tiles are the same for every format, and made of pieces: those for keys of one format and those for values of
+/// another. A partial level computes a pair of formats as a whole and looks at no piece; it names those of the level it stands on.
 #[derive(Clone, Copy)]
 pub(crate) struct AttentionFns {
     pub tile: TileFn,
     pub reduce: TileFn,
+    /// What the level does with keys and values of the kernel's format.
+    pub pieces: fn() -> Pieces,
     /// The most rows of a tile.
     pub max_rows: usize,
     /// What the rows of a KV head should be a multiple of, where they are more than a tile takes.
@@ -204,4 +210,40 @@ pub(crate) struct AttentionFns {
     pub several_heads: bool,
     /// Bytes of scratch memory for tiles of so many rows, keys of so many elements and values of so many; a multiple of 64.
     pub scratch_bytes: fn(usize, usize, usize) -> usize,
+}
+
+/// Attention over keys of one format and values of another.
+#[derive(Clone, Copy)]
+pub(crate) struct AttentionKernel {
+    fns: AttentionFns,
+    pieces: Pieces,
+}
+
+impl AttentionKernel {
+    /// The kernel for keys of the format of `keys` and values of the format of `values`, which are of one level; the same twice if
+    /// that level is partial.
+    pub fn new(keys: AttentionFns, values: AttentionFns) -> Self {
+        Self { fns: keys, pieces: Pieces { keys: (keys.pieces)().keys, ..(values.pieces)() } }
+    }
+
+    /// # Safety
+    /// That of [`TileFn`].
+    pub unsafe fn tile(&self, problem: &Problem, tile: &Tile, scratch: *mut u8) {
+        // SAFETY: the caller's.
+        unsafe { (self.fns.tile)(&self.pieces, problem, tile, scratch) }
+    }
+
+    /// # Safety
+    /// That of [`TileFn`]; all chunks of the tile have left their states.
+    pub unsafe fn reduce(&self, problem: &Problem, tile: &Tile, scratch: *mut u8) {
+        // SAFETY: the caller's.
+        unsafe { (self.fns.reduce)(&self.pieces, problem, tile, scratch) }
+    }
+}
+
+impl std::ops::Deref for AttentionKernel {
+    type Target = AttentionFns;
+    fn deref(&self) -> &AttentionFns {
+        &self.fns
+    }
 }

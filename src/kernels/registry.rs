@@ -20,8 +20,8 @@ macro_rules! entry {
         $crate::kernels::registry::Entry {
             info: $crate::kernels::api::KernelInfo {
                 op: $crate::kernels::api::Op::$op,
-                src: $crate::dtype::DType::$src,
-                dst: $crate::dtype::DType::$dst,
+                src: $crate::format::CacheFormat::$src,
+                dst: $crate::format::CacheFormat::$dst,
                 isa: $crate::isa::Isa::$level,
                 precision: $precision,
                 name: $name,

@@ -5,12 +5,16 @@
 /// Called through [`level_features`](crate::cpu::level_features).
 macro_rules! kernel_shells {
     {[$($feature:literal)*] $level:ident} => {
-        mod shells {
+        pub(in $crate::kernels) mod shells {
             use super::$level;
             use $crate::kernels::api::{AttentionFns, CopyArgs, MergeArgs, NormArgs, RopeArgs};
-            use $crate::kernels::generic::{self, attention::{Scratch, VectorProducts}};
-            use $crate::kernels::simd::LoadStore;
+            use $crate::kernels::generic::{self, attention::{
+                Deinterleaved, DirectScores, DirectValues, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, Pieces, Scratch,
+                ValuePieces, VectorProducts, Widen,
+            }};
+            use $crate::kernels::simd::{Load, LoadStore};
             use $crate::problem::attention::Problem;
+            use $crate::problem::grid::KeyRange;
             use $crate::problem::tile::{MAX_TILE_ROWS, TILE_ROWS, Tile};
 
             // Every shell is unsafe for the same two reasons: its caller vouches for the level's features (the registry
@@ -41,22 +45,83 @@ macro_rules! kernel_shells {
                 unsafe { generic::norm::rms_norm::<_, A, B>($level::new_unchecked(), args) }
             }
             $(#[target_feature(enable = $feature)])*
-            unsafe fn tile<T: LoadStore>(problem: &Problem, tile: &Tile, scratch: *mut u8) {
+            unsafe fn tile(pieces: &Pieces, problem: &Problem, tile: &Tile, scratch: *mut u8) {
                 let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v_dim).0;
+                let order = Deinterleaved { keys: pieces.keys.deinterleaved, values: pieces.values.deinterleaved };
+                let products = VectorProducts(pieces);
                 // SAFETY: the caller's.
-                unsafe { generic::attention::tile::<_, T>($level::new_unchecked(), problem, tile, &scratch, &VectorProducts) }
+                unsafe { generic::attention::tile($level::new_unchecked(), order, problem, tile, &scratch, &products) }
             }
             $(#[target_feature(enable = $feature)])*
-            unsafe fn reduce<T: LoadStore>(problem: &Problem, tile: &Tile, scratch: *mut u8) {
+            unsafe fn reduce(pieces: &Pieces, problem: &Problem, tile: &Tile, scratch: *mut u8) {
                 let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v_dim).0;
-                let deinterleaved = T::deinterleaved::<$level>();
+                let deinterleaved = pieces.values.deinterleaved;
                 // SAFETY: the caller's.
                 unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, scratch.total, deinterleaved) }
             }
-            pub(super) const fn attention<T: LoadStore>() -> AttentionFns {
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn scores<T: Load>(args: &DirectScores) {
+                // SAFETY: the caller's.
+                unsafe { args.run::<_, T>($level::new_unchecked()) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn pack_keys<T: Load>(args: &PackKeys) {
+                // SAFETY: the caller's.
+                unsafe { args.run::<_, T>($level::new_unchecked()) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn accumulate<T: Load, const PAIRS: bool>(args: &DirectValues) {
+                // SAFETY: the caller's.
+                unsafe { args.run::<_, T, PAIRS>($level::new_unchecked()) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn accumulate_one<T: Load>(args: &OneValue) {
+                // SAFETY: the caller's.
+                unsafe { args.run::<_, T>($level::new_unchecked()) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn all_finite<T: Load>(v: KeyPointers<u8>, head: usize, keys: KeyRange, dv: usize) -> bool {
+                // SAFETY: the caller's.
+                unsafe { generic::attention::all_finite::<_, T>($level::new_unchecked(), v, head, keys, dv) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn pack_values<T: Load>(args: &mut PackValues) {
+                // SAFETY: the caller's.
+                unsafe { args.run::<_, T>($level::new_unchecked()) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn widen_pairs<T: Load>(args: &Widen) {
+                // SAFETY: the caller's.
+                unsafe { args.run::<_, T>($level::new_unchecked()) }
+            }
+            fn key_pieces<T: Load>() -> KeyPieces {
+                KeyPieces {
+                    unit_bytes: size_of::<T>(),
+                    deinterleaved: T::deinterleaved::<$level>(),
+                    scores: scores::<T>,
+                    pack: pack_keys::<T>,
+                }
+            }
+            fn value_pieces<T: Load>() -> ValuePieces {
+                ValuePieces {
+                    unit_bytes: size_of::<T>(),
+                    deinterleaved: T::deinterleaved::<$level>(),
+                    accumulate: accumulate::<T, false>,
+                    accumulate_pairs: accumulate::<T, true>,
+                    accumulate_one: accumulate_one::<T>,
+                    all_finite: all_finite::<T>,
+                    pack: pack_values::<T>,
+                    widen_pairs: widen_pairs::<T>,
+                }
+            }
+            pub(in $crate::kernels) fn pieces<T: Load>() -> Pieces {
+                Pieces { keys: key_pieces::<T>(), values: value_pieces::<T>(), widened: value_pieces::<f32>() }
+            }
+            pub(super) const fn attention<T: Load>() -> AttentionFns {
                 AttentionFns {
-                    tile: tile::<T>,
-                    reduce: reduce::<T>,
+                    tile,
+                    reduce,
+                    pieces: pieces::<T>,
                     max_rows: MAX_TILE_ROWS,
                     row_step: 2 * TILE_ROWS,
                     several_heads: true,
@@ -97,6 +162,7 @@ macro_rules! kernel_table {
     Attention   F32  F32  1e-5 Attention(attention::<f32>())    "attention_f32_scalar" "attention_f32_avx2" "attention_f32_avx512" "attention_f32_neon";
     Attention   F16  F16  1e-5 Attention(attention::<f16>())    "attention_f16_scalar" "attention_f16_avx2" "attention_f16_avx512" "attention_f16_neon";
     Attention   Bf16 Bf16 1e-5 Attention(attention::<bf16>())   "attention_bf16_scalar" "attention_bf16_avx2" "attention_bf16_avx512" "attention_bf16_neon";
+    Attention   Int8 Int8 1e-5 Attention(attention::<i8>())     "attention_int8_scalar" "attention_int8_avx2" "attention_int8_avx512" "attention_int8_neon";
     MergeStates F32  F32  1e-6 Merge(merge::<f32>)              "merge_states_f32_scalar" "merge_states_f32_avx2" "merge_states_f32_avx512" "merge_states_f32_neon";
     MergeStates F16  F16  1e-6 Merge(merge::<f16>)              "merge_states_f16_scalar" "merge_states_f16_avx2" "merge_states_f16_avx512" "merge_states_f16_neon";
     MergeStates Bf16 Bf16 1e-6 Merge(merge::<bf16>)             "merge_states_bf16_scalar" "merge_states_bf16_avx2" "merge_states_bf16_avx512" "merge_states_bf16_neon";

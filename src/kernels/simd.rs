@@ -120,6 +120,34 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         unsafe { self.load_bf16(copy_part(p, n).as_ptr()) }
     }
+    /// Signed bytes as numbers.
+    ///
+    /// # Safety
+    /// As [`Self::load_f32`].
+    unsafe fn load_i8(self, p: *const i8) -> Self::V;
+    /// # Safety
+    /// As [`Self::load_part_f32`].
+    #[inline(always)]
+    unsafe fn load_part_i8(self, p: *const i8, n: usize) -> Self::V {
+        // SAFETY: the caller's.
+        unsafe { self.load_i8(copy_part(p, n).as_ptr()) }
+    }
+    /// Rounds to the nearest integer, ties to even, and stores the low bytes. Every lane is a number from -127 to 127.
+    ///
+    /// # Safety
+    /// As [`Self::store_f32`].
+    unsafe fn store_i8(self, p: *mut i8, v: Self::V);
+    /// # Safety
+    /// As [`Self::store_part_f32`].
+    #[inline(always)]
+    unsafe fn store_part_i8(self, p: *mut i8, v: Self::V, n: usize) {
+        let mut buffer = [0i8; MAX_LANES];
+        // SAFETY: the buffer holds a whole vector; the caller vouches for n elements at p.
+        unsafe {
+            self.store_i8(buffer.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
+        }
+    }
     /// # Safety
     /// [`Self::LANES`] elements are writable at `p`.
     unsafe fn store_f32(self, p: *mut f32, v: Self::V);
@@ -217,7 +245,7 @@ pub(crate) use outline;
 /// # Safety
 /// `n <= MAX_LANES` elements are readable at `p`.
 #[inline(always)]
-pub(crate) unsafe fn copy_part<T: Element>(p: *const T, n: usize) -> [T; MAX_LANES] {
+pub(crate) unsafe fn copy_part<T: Copy + Default>(p: *const T, n: usize) -> [T; MAX_LANES] {
     let mut buffer = [T::default(); MAX_LANES];
     debug_assert!(n <= MAX_LANES);
     // SAFETY: the caller's.
@@ -225,13 +253,16 @@ pub(crate) unsafe fn copy_part<T: Element>(p: *const T, n: usize) -> [T; MAX_LAN
     buffer
 }
 
-/// Loads and stores by element type, so that one generic body serves all three.
-pub(crate) trait LoadStore: Element {
+/// Loads by unit type, so that one generic body serves every cache format. A unit of a quantised format is loaded as the number
+/// that its scale multiplies.
+pub(crate) trait Load: Copy + Default + 'static {
+    /// No unit is NaN or infinity.
+    const ALWAYS_FINITE: bool;
+    /// Whether [`Self::load_pair`] separates even and odd elements.
+    fn deinterleaved<S: Simd>() -> bool;
     /// # Safety
     /// As [`Simd::load_f32`].
     unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V;
-    /// Whether [`Self::load_pair`] separates even and odd elements.
-    fn deinterleaved<S: Simd>() -> bool;
     /// `2 * LANES` elements as two vectors, in the order in which attention keeps them.
     ///
     /// # Safety
@@ -240,10 +271,14 @@ pub(crate) trait LoadStore: Element {
     /// # Safety
     /// As [`Simd::load_part_f32`].
     unsafe fn load_part<S: Simd>(simd: S, p: *const Self, n: usize) -> S::V;
+}
+
+/// Loads and stores by element type.
+pub(crate) trait LoadStore: Element + Load {
     /// # Safety
     /// As [`Simd::store_f32`].
     unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V);
-    /// The inverse of [`Self::load_pair`].
+    /// The inverse of [`Load::load_pair`].
     ///
     /// # Safety
     /// `2 * LANES` elements are writable at `p`.
@@ -253,12 +288,13 @@ pub(crate) trait LoadStore: Element {
     unsafe fn store_part<S: Simd>(simd: S, p: *mut Self, v: S::V, n: usize);
 }
 
-macro_rules! memory {
-    ($($type:ty: $load:ident $load_part:ident $store:ident $store_part:ident $pair:expr, $put_pair:expr, $splits:expr;)*) => {$(
-        impl LoadStore for $type {
+macro_rules! load {
+    ($($type:ty: $finite:expr, $load:ident $load_part:ident $pair:expr, $deinterleaved:expr;)*) => {$(
+        impl Load for $type {
+            const ALWAYS_FINITE: bool = $finite;
             #[inline(always)]
             fn deinterleaved<S: Simd>() -> bool {
-                $splits(S::DEINTERLEAVED_BF16)
+                $deinterleaved(S::DEINTERLEAVED_BF16)
             }
             #[inline(always)]
             unsafe fn load_pair<S: Simd>(simd: S, p: *const Self) -> [S::V; 2] {
@@ -275,6 +311,20 @@ macro_rules! memory {
                 // SAFETY: the caller's.
                 unsafe { simd.$load_part(p, n) }
             }
+        }
+    )*};
+}
+
+load! {
+    f32: false, load_f32 load_part_f32 halves, |_| false;
+    f16: false, load_f16 load_part_f16 halves, |_| false;
+    bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), |deinterleaved| deinterleaved;
+    i8: true, load_i8 load_part_i8 halves, |_| false;
+}
+
+macro_rules! store {
+    ($($type:ty: $store:ident $store_part:ident $put_pair:expr;)*) => {$(
+        impl LoadStore for $type {
             #[inline(always)]
             unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V) {
                 // SAFETY: the caller's.
@@ -294,11 +344,10 @@ macro_rules! memory {
     )*};
 }
 
-memory! {
-    f32: load_f32 load_part_f32 store_f32 store_part_f32 halves, put_halves, |_| false;
-    f16: load_f16 load_part_f16 store_f16 store_part_f16 halves, put_halves, |_| false;
-    bf16: load_bf16 load_part_bf16 store_bf16 store_part_bf16
-        |s: S, p| s.load_pair_bf16(p), |s: S, p, v| s.store_pair_bf16(p, v), |deinterleaved| deinterleaved;
+store! {
+    f32: store_f32 store_part_f32 put_halves;
+    f16: store_f16 store_part_f16 put_halves;
+    bf16: store_bf16 store_part_bf16 |s: S, p, v| s.store_pair_bf16(p, v);
 }
 
 /// The inverse of [`halves`].
@@ -317,9 +366,9 @@ unsafe fn put_halves<S: Simd, T: LoadStore>(simd: S, p: *mut T, v: [S::V; 2]) {
 /// The first and the second half of `2 * LANES` elements.
 ///
 /// # Safety
-/// As [`LoadStore::load_pair`].
+/// As [`Load::load_pair`].
 #[inline(always)]
-unsafe fn halves<S: Simd, T: LoadStore>(simd: S, p: *const T) -> [S::V; 2] {
+unsafe fn halves<S: Simd, T: Load>(simd: S, p: *const T) -> [S::V; 2] {
     // SAFETY: the caller's.
     unsafe { [T::load(simd, p), T::load(simd, p.add(S::LANES))] }
 }

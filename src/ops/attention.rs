@@ -1,7 +1,9 @@
 //! Attention over a cache: one entry for prefill, chunked prefill and decode.
 
+use crate::cache_view::CacheView;
 use crate::context::Context;
 use crate::error::{Result, ensure};
+use crate::format::CacheFormat;
 use crate::kernels::api::{AttentionFns, Function, Precision};
 use crate::kernels::registry;
 use crate::layout::{Layout, Packing};
@@ -19,7 +21,7 @@ use crate::problem::limits::MAX_HEAD_DIM;
 use crate::problem::masks::BitView;
 use crate::problem::tile::Tile;
 use crate::problem::visibility::{Summary, Visibility};
-use crate::view::{self, BATCH, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut};
+use crate::view::{self, BATCH, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, View, ViewMut};
 
 /// What attention reads and writes.
 ///
@@ -31,9 +33,9 @@ pub struct AttentionTensors<'a> {
     pub q: View<'a>,
     /// Keys `[batch, keys, kv_heads, dim]`: the cache, whole. Of layouts that are not contiguous, the first two axes are what
     /// [`Layout`] says.
-    pub k: View<'a>,
-    /// Values `[batch, keys, kv_heads, v_dim]`, of the type of the keys.
-    pub v: View<'a>,
+    pub k: CacheView<'a>,
+    /// Values `[batch, keys, kv_heads, v_dim]`, of any format, whatever that of the keys.
+    pub v: CacheView<'a>,
     /// Output `[batch, seq, heads, v_dim]`, of any type.
     pub out: ViewMut<'a>,
     /// `[batch, seq, heads]`, contiguous: natural logarithm of the sum of the exponentials of a row's logits.
@@ -42,8 +44,8 @@ pub struct AttentionTensors<'a> {
 
 impl<'a> AttentionTensors<'a> {
     /// Queries, keys, values and the output; no LSE is written.
-    pub fn new(q: View<'a>, k: View<'a>, v: View<'a>, out: ViewMut<'a>) -> Self {
-        Self { q, k, v, out, lse: None }
+    pub fn new(q: View<'a>, k: impl Into<CacheView<'a>>, v: impl Into<CacheView<'a>>, out: ViewMut<'a>) -> Self {
+        Self { q, k: k.into(), v: v.into(), out, lse: None }
     }
 
     setters! {
@@ -126,8 +128,8 @@ pub struct AttentionOptions<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawAttention<'a> {
     pub q: RawView,
-    pub k: RawView,
-    pub v: RawView,
+    pub k: RawCacheView,
+    pub v: RawCacheView,
     pub out: RawView,
     /// Null if not wanted.
     pub lse: *mut f32,
@@ -187,7 +189,7 @@ impl<'a> AttentionOptions<'a> {
     }
 
     /// What of the options a plan takes, for queries of this shape and this cache.
-    pub(crate) fn visibility(&self, q_shape: [usize; 4], k: RawView) -> Result<Visibility<'a>> {
+    pub(crate) fn visibility(&self, q_shape: [usize; 4], k: RawView<CacheFormat>) -> Result<Visibility<'a>> {
         let (batch, seq) = rows_of(q_shape, self.cu_seqlens_q);
         Ok(Visibility {
             batch,
@@ -280,7 +282,7 @@ pub(crate) fn fill_alibi_slopes(slopes: &mut [f32]) {
 /// Thread safety: may be called from any number of threads at once on disjoint outputs and workspaces.
 ///
 /// # Errors
-/// Shapes that do not fit, K and V of different types, lengths outside the cache, an output that shares memory with an
+/// Shapes that do not fit, lengths outside the cache, an output that shares memory with an
 /// input. Nothing has been written then.
 ///
 /// ```
@@ -348,7 +350,7 @@ fn workspace_size(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], v_dim: us
 }
 
 /// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together.
-fn heads_together(view: &RawView) -> bool {
+fn heads_together(view: &RawView<CacheFormat>) -> bool {
     view.strides[DIM] == 1 && view.strides[HEADS].unsigned_abs() < view.strides[SEQ].unsigned_abs()
 }
 
@@ -379,7 +381,7 @@ pub(crate) unsafe fn attention_raw(
         return Ok(());
     }
     let dv = call.v_dim();
-    let kernel = context.attention(call.k.dtype, call.precision);
+    let kernel = context.attention(call.k.dtype, call.v.dtype, call.precision);
     let Summary { longest, chunks, count } = summary;
     let together = heads_together(&call.k) && heads_together(&call.v);
     // An upper bound is enough: it only decides whether threads are worth their start.
@@ -434,7 +436,7 @@ impl<'a> RawAttention<'a> {
             let rows = view::rows(q.shape());
             ensure!(lse.len() == rows, Shape, "lse has {} entries, but q has {rows} rows", lse.len());
         }
-        let own = options.visibility(q.raw.shape, k.raw)?;
+        let own = options.visibility(q.raw.shape, k.raw.units)?;
         let (visibility, planned) = match options.plan {
             None => (own, None),
             Some(plan) => {
@@ -468,7 +470,12 @@ impl<'a> RawAttention<'a> {
     }
 
     fn shapes(&self) -> ([usize; 4], [usize; 4]) {
-        attention_shapes(self.q.shape, self.k, &self.visibility.layout, (self.visibility.batch, self.visibility.seq))
+        attention_shapes(
+            self.q.shape,
+            self.k.units,
+            &self.visibility.layout,
+            (self.visibility.batch, self.visibility.seq),
+        )
     }
 }
 
@@ -476,7 +483,7 @@ impl<'a> RawAttention<'a> {
 /// `keys` the most keys that it has room for.
 pub(crate) fn attention_shapes(
     q: [usize; 4],
-    k: RawView,
+    k: RawView<CacheFormat>,
     layout: &Layout,
     (batch, seq): (usize, usize),
 ) -> ([usize; 4], [usize; 4]) {
@@ -503,8 +510,13 @@ impl Inputs<'_> {
         if let Some(bias) = bias {
             ensure!(!bias.overlaps(output), Overlap, "bias and {name} share memory");
         }
-        for ((input, view), own) in [("q", q), ("k", k), ("v", v)].into_iter().zip(self.extents) {
+        let [of_q, of_k, of_v] = self.extents;
+        ensure!(!q.overlaps_within(of_q, output, extent), Overlap, "q and {name} share memory");
+        for ((input, view), own) in [("k", k), ("v", v)].into_iter().zip([of_k, of_v]) {
             ensure!(!view.overlaps_within(own, output, extent), Overlap, "{input} and {name} share memory");
+            if let Some(scales) = &view.scales {
+                ensure!(!scales.overlaps(output), Overlap, "the scales of {input} and {name} share memory");
+            }
         }
         Ok(())
     }
@@ -534,7 +546,12 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
 pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>> {
     let RawAttention { q, k, v, .. } = call;
     let extents = [q.validate("q")?, k.validate("k")?, v.validate("v")?];
-    ensure!(k.dtype == v.dtype, DType, "k is {}, but v is {}", k.dtype, v.dtype);
+    for (name, scales_name, cache) in [("k", "the scales of k", k), ("v", "the scales of v", v)] {
+        cache.check_scales(name)?;
+        if let Some(scales) = &cache.scales {
+            scales.validate(scales_name)?;
+        }
+    }
     let (kv_heads, v_dim) = (k.shape[HEADS], call.v_dim());
     let visibility = call.visibility;
     if call.planned.is_none() {
@@ -542,8 +559,9 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
     }
     k.same_axis("k", q, "q", DIM)?;
     let slots = match call.v_packing {
-        Packing::Rows => *v,
+        Packing::Rows => v.units,
         Packing::RowPairs => {
+            ensure!(!v.dtype.has_scales(), Unsupported, "v is {}, whose values are never packed in pairs", v.dtype);
             visibility.layout.validate_packing("k", k, call.v_packing)?;
             let ([rows, pairs, heads, dims], slots) = (v.shape, k.shape[SEQ]);
             ensure!(
@@ -551,7 +569,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
                 Shape,
                 "v is packed in pairs and has seq = {pairs} and dim = {dims}, but k has seq = {slots}"
             );
-            RawView { shape: [rows, slots, heads, v_dim], ..*v }
+            RawView { shape: [rows, slots, heads, v_dim], ..v.units }
         }
     };
     for axis in [BATCH, SEQ, HEADS] {

@@ -14,7 +14,8 @@
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
-use crate::kernels::api::{AttentionFns, Precision};
+use crate::format::CacheFormat;
+use crate::kernels::api::{AttentionFns, AttentionKernel, Precision};
 use crate::layout::{Layout, Packing};
 use crate::ops::attention::{AttentionOptions, AttentionTensors, RawAttention, largest, validate_inputs};
 use crate::ops::jobs::{Jobs, SharedMemory};
@@ -189,7 +190,7 @@ pub(crate) unsafe fn attention_chunks_raw(
 /// A span's call that has been checked.
 struct SpanJob<'a> {
     problem: Problem<'a>,
-    kernel: AttentionFns,
+    kernel: AttentionKernel,
     grid: Grid,
     chunks: usize,
     states: SharedMemory,
@@ -202,7 +203,7 @@ struct SpanJob<'a> {
 impl<'a> SpanJob<'a> {
     fn new(context: &Context, runner: &dyn Runner, call: &RawChunks<'a>) -> Result<Self> {
         let (problem, chunks) = call.validate()?;
-        let kernel = context.attention(problem.k.dtype, call.attention.precision);
+        let kernel = context.attention(problem.k.dtype, problem.v.dtype, call.attention.precision);
         let grid = Grid::new(problem.q.shape, problem.k.shape[HEADS]);
         let workers = workers(runner.num_threads(), grid.tiles() * chunks);
         let scratch = grid.scratch(&kernel, problem.q.shape[DIM], problem.v_dim);
@@ -238,8 +239,10 @@ impl<'a> SpanJob<'a> {
 pub struct ChunkMerge<'a> {
     /// KV heads of the cache.
     pub kv_heads: usize,
-    /// The type of its keys and values.
-    pub dtype: DType,
+    /// The format of its keys.
+    pub k_format: CacheFormat,
+    /// The format of its values.
+    pub v_format: CacheFormat,
     /// That of the spans' calls.
     pub precision: Precision,
     /// `[heads]`: as in [`AttentionOptions::sink_logits`]; they count once, here.
@@ -247,14 +250,15 @@ pub struct ChunkMerge<'a> {
 }
 
 impl<'a> ChunkMerge<'a> {
-    /// A merge for a cache of so many KV heads and of this type, at the default precision, without sink logits.
-    pub fn new(kv_heads: usize, dtype: DType) -> Self {
-        Self { kv_heads, dtype, precision: Precision::Default, sink_logits: None }
+    /// A merge for a cache of so many KV heads and of these formats, at the default precision, without sink logits.
+    pub fn new(kv_heads: usize, k_format: impl Into<CacheFormat>, v_format: impl Into<CacheFormat>) -> Self {
+        let (k_format, v_format) = (k_format.into(), v_format.into());
+        Self { kv_heads, k_format, v_format, precision: Precision::Default, sink_logits: None }
     }
 
     setters! {
         optional { sink_logits: &'a [f32], }
-        plain { kv_heads: usize, dtype: DType, precision: Precision, }
+        plain { kv_heads: usize, k_format: CacheFormat, v_format: CacheFormat, precision: Precision, }
     }
 }
 
@@ -437,7 +441,7 @@ pub(crate) unsafe fn merge_chunks_raw(
 struct MergeJob<'a> {
     problem: Problem<'a>,
     spans: &'a [RawStates],
-    kernel: AttentionFns,
+    kernel: AttentionKernel,
     grid: Grid,
     /// Chunks of all spans.
     chunks: usize,
@@ -452,7 +456,7 @@ impl<'a> MergeJob<'a> {
     fn new(context: &Context, runner: &dyn Runner, call: &RawMerge<'a>) -> Result<Self> {
         let chunks = call.validate()?;
         let RawMerge { spans, merge, out, lse } = call;
-        let (kernel, v_dim) = (context.attention(merge.dtype, merge.precision), out.shape[DIM]);
+        let (kernel, v_dim) = (context.attention(merge.k_format, merge.v_format, merge.precision), out.shape[DIM]);
         let grid = Grid::new(out.shape, merge.kv_heads);
         let workers = workers(runner.num_threads(), grid.tiles());
         let scratch = grid.scratch(&kernel, 1, v_dim);
@@ -554,7 +558,7 @@ impl Grid {
     fn problem<'a>(&self, merge: &ChunkMerge<'a>, out: RawView, lse: *mut f32) -> Problem<'a> {
         let view = |shape: [usize; 4]| RawView {
             data: std::ptr::null_mut(),
-            dtype: merge.dtype,
+            dtype: DType::F32,
             shape,
             strides: contiguous(shape),
             bytes: None,
@@ -563,13 +567,13 @@ impl Grid {
         let k = view([self.batch, 0, self.kv_heads, 1]);
         Problem {
             q: view([self.batch, self.seq, self.heads, 1]),
-            k,
-            v: view([self.batch, 0, self.kv_heads, v_dim]),
+            k: k.into(),
+            v: view([self.batch, 0, self.kv_heads, v_dim]).into(),
             v_dim,
             v_packing: Packing::Rows,
             out,
             lse,
-            visibility: Visibility::unmasked(self.batch, self.seq, k),
+            visibility: Visibility::unmasked(self.batch, self.seq, k.units()),
             group: self.heads / self.kv_heads,
             scale: 1.0,
             softcap: 0.0,

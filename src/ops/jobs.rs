@@ -1,7 +1,7 @@
 //! The tiles of an attention call as units of work for a runner: whole, chunk by chunk, or reduced from the states of their chunks.
 
 use crate::error::Result;
-use crate::kernels::api::AttentionFns;
+use crate::kernels::api::AttentionKernel;
 use crate::parallel::{Runner, for_each_tile};
 use crate::problem::attention::Problem;
 use crate::problem::tile::Tile;
@@ -22,7 +22,7 @@ unsafe impl Sync for SharedMemory {}
 /// The tiles of a validated call.
 pub(super) struct Jobs<'a> {
     pub runner: &'a dyn Runner,
-    pub kernel: &'a AttentionFns,
+    pub kernel: &'a AttentionKernel,
     pub problem: &'a Problem<'a>,
     pub workers: usize,
     pub tiles: usize,
@@ -41,7 +41,7 @@ impl Jobs<'_> {
             let tile = tile(index);
             if tile.rows() > 0 {
                 // SAFETY: the caller's; the scratch is this worker's.
-                unsafe { (self.kernel.tile)(self.problem, &tile, self.scratch(worker)) };
+                unsafe { self.kernel.tile(self.problem, &tile, self.scratch(worker)) };
             }
         })
     }
@@ -64,7 +64,7 @@ impl Jobs<'_> {
                 let partials = state(index, &tile, chunk);
                 let tile = Tile { first_chunk: chunk, end_chunk: chunk + 1, partials, ..tile };
                 // SAFETY: the caller's; the scratch is this worker's, the state this unit's.
-                unsafe { (self.kernel.tile)(self.problem, &tile, self.scratch(worker)) };
+                unsafe { self.kernel.tile(self.problem, &tile, self.scratch(worker)) };
             }
         })
     }
@@ -79,7 +79,7 @@ impl Jobs<'_> {
             let tile = tile(index, self.scratch(worker));
             if tile.rows() > 0 {
                 // SAFETY: the caller's; the scratch is this worker's.
-                unsafe { (self.kernel.reduce)(self.problem, &tile, self.scratch(worker)) };
+                unsafe { self.kernel.reduce(self.problem, &tile, self.scratch(worker)) };
             }
         })
     }

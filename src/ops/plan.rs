@@ -1,6 +1,7 @@
 //! Plans: what depends on lengths, positions and tables alone, checked and worked out once a step and used by every layer.
 
 use crate::error::{Result, ensure};
+use crate::format::CacheFormat;
 use crate::layout::Layout;
 use crate::ops::attention::{AttentionOptions, Planned, call_rows};
 use crate::ops::mask::RawMasks;
@@ -424,9 +425,9 @@ impl Masks {
 }
 
 /// A cache of which only rows and slots count.
-fn axes(k_shape: [usize; 4]) -> RawView {
+fn axes(k_shape: [usize; 4]) -> RawView<CacheFormat> {
     let shape = [k_shape[BATCH], k_shape[SEQ], 1, 1];
-    let dtype = crate::dtype::DType::F32;
+    let dtype = CacheFormat::F32;
     RawView { data: std::ptr::null_mut(), dtype, shape, strides: [0; 4], bytes: None }
 }
 

@@ -8,6 +8,7 @@
 //! The prefix is read once for as many query rows as a tile holds, where a cache that repeats it, or pages that rows share, are
 //! read once a row.
 
+use crate::cache_view::CacheView;
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
@@ -23,22 +24,22 @@ use crate::ops::workspace::{Workspace, check_alignment};
 use crate::ops::{TokenCopies, for_each_token};
 use crate::parallel::Runner;
 use crate::problem::visibility::Visibility;
-use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, contiguous};
+use crate::view::{self, BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, contiguous};
 
 /// Keys and values that every row of a batch sees before its own: written once, read once.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct SharedPrefix<'a> {
     /// `[1, tokens, kv_heads, dim]`, of any strides.
-    pub k: View<'a>,
-    /// `[1, tokens, kv_heads, v_dim]`, of the type of the keys, which need not be that of the rows' own.
-    pub v: View<'a>,
+    pub k: CacheView<'a>,
+    /// `[1, tokens, kv_heads, v_dim]`, of any format, which need not be that of the sequences' own.
+    pub v: CacheView<'a>,
 }
 
 impl<'a> SharedPrefix<'a> {
     /// A prefix of these keys and values.
-    pub fn new(k: View<'a>, v: View<'a>) -> Self {
-        Self { k, v }
+    pub fn new(k: impl Into<CacheView<'a>>, v: impl Into<CacheView<'a>>) -> Self {
+        Self { k: k.into(), v: v.into() }
     }
 }
 
@@ -89,8 +90,12 @@ pub fn attention_with_prefix(
     options: &AttentionOptions,
 ) -> Result<()> {
     let call = RawAttention::new(tensors, options)?;
-    let (q, k) =
-        attention_shapes(call.q.shape, call.k, &call.visibility.layout, (call.visibility.batch, call.visibility.seq));
+    let (q, k) = attention_shapes(
+        call.q.shape,
+        call.k.units,
+        &call.visibility.layout,
+        (call.visibility.batch, call.visibility.seq),
+    );
     let threads = runner.num_threads();
     let bytes = prefix_workspace_size(call.q.shape, q, k, prefix.k.shape()[SEQ], call.v_dim(), threads);
     workspace.reserve(bytes);
@@ -160,7 +165,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
     runner: &dyn Runner,
     workspace: *mut u8,
     workspace_bytes: usize,
-    prefix: (RawView, RawView),
+    prefix: (RawCacheView, RawCacheView),
     call: &RawAttention,
 ) -> Result<()> {
     let (k, v) = prefix;
@@ -215,7 +220,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
             v,
             out: f32_view(outs[0].data, [1, batch * seq, heads, v_dim]),
             lse: lses[0],
-            visibility: Visibility::unmasked(1, batch * seq, k),
+            visibility: Visibility::unmasked(1, batch * seq, k.units),
             planned: None,
             v_packing: Packing::Rows,
             masks: RawMasks::default(),

@@ -125,13 +125,13 @@ impl Tiling {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::DType;
+    use crate::format::CacheFormat;
     use crate::kernels::api::Precision;
     use crate::ops::attention::attention_workspace_size;
 
     #[test]
     fn tiles_cover_every_row_once() {
-        let kernel = crate::Context::new().unwrap().attention(DType::F32, Precision::Default);
+        let kernel = crate::Context::new().unwrap().attention(CacheFormat::F32, CacheFormat::F32, Precision::Default);
         for (seq, group, batch, kv_heads, threads) in
             [(1, 4, 1, 8, 2), (200, 3, 2, 3, 5), (7, 71, 1, 1, 3), (1, 1, 1, 1, 64), (1, 1, 2, 300, 1), (3, 3, 1, 7, 2)]
         {

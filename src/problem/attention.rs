@@ -3,13 +3,13 @@
 use super::masks::{BitView, ByteView, visible_by_masks};
 use super::visibility::Visibility;
 use crate::layout::{Packing, Place};
-use crate::view::RawView;
+use crate::view::{RawCacheView, RawView};
 
 /// One attention call: validated, shared by all tiles.
 pub(crate) struct Problem<'a> {
     pub q: RawView,
-    pub k: RawView,
-    pub v: RawView,
+    pub k: RawCacheView,
+    pub v: RawCacheView,
     /// Elements of a value, and how those of two slots lie in `v`.
     pub v_dim: usize,
     pub v_packing: Packing,
@@ -60,7 +60,7 @@ impl Problem<'_> {
             match self.v_packing {
                 Packing::Rows => self.v.row(row, slot, kv_head),
                 Packing::RowPairs => {
-                    let half = (slot % 2) as isize * self.v.strides[3] as isize * self.v.dtype.size() as isize;
+                    let half = (slot % 2) as isize * self.v.strides[3] as isize * self.v.dtype.unit_bytes() as isize;
                     self.v.row(row, slot / 2, kv_head).offset(half)
                 }
             }

@@ -1,6 +1,7 @@
 //! Which sequences a call has, and which keys their queries may see by position; see [`masks`](crate::masks).
 
 use super::grid::{CHUNK, Chunks};
+use crate::format::CacheFormat;
 use crate::layout::{Layout, Place};
 use crate::view::RawView;
 use std::ops::Range;
@@ -15,7 +16,7 @@ pub(crate) struct VisibilityOf<List, Layout> {
     pub batch: usize,
     pub seq: usize,
     /// K, or another cache of the same first two axes.
-    pub cache: RawView,
+    pub cache: RawView<CacheFormat>,
     /// In which slots of it the tokens of a sequence lie.
     pub layout: Layout,
     /// The first query of every sequence in axis 1 of `q` and `out`, and the end of the last ones, if queries are ragged; else
@@ -99,7 +100,7 @@ impl Visibility<'_> {
     }
 
     /// Every query sees every key of a contiguous cache.
-    pub fn unmasked(batch: usize, seq: usize, cache: RawView) -> Self {
+    pub fn unmasked(batch: usize, seq: usize, cache: RawView<CacheFormat>) -> Self {
         Self {
             batch,
             seq,

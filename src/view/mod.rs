@@ -79,7 +79,7 @@ unsafe impl Sync for View<'_> {}
 unsafe impl Send for ViewMut<'_> {}
 
 /// The memory that a view is made in.
-struct Buffer {
+pub(crate) struct Buffer {
     data: *mut u8,
     /// How many units there are, and what sentences call one.
     len: usize,
@@ -88,7 +88,7 @@ struct Buffer {
 }
 
 impl Buffer {
-    fn of_elements<T>(data: *mut T, len: usize) -> Self {
+    pub fn of_elements<T>(data: *mut T, len: usize) -> Self {
         Self { data: data.cast(), len, unit: "element", unit_bytes: size_of::<T>() }
     }
 
@@ -97,7 +97,7 @@ impl Buffer {
     }
 
     /// The view whose first element lies `offset` units after the start.
-    fn view(&self, dtype: DType, offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<RawView> {
+    pub fn view<U: Units>(&self, dtype: U, offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<RawView<U>> {
         let Self { data, len, unit, unit_bytes } = *self;
         ensure!(offset <= len, Bounds, "offset {offset} is past the end of a slice of {len} {unit}s");
         // `wrapping_add`, because validation is still to come; it stays inside or one past the slice.

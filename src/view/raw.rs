@@ -2,6 +2,7 @@
 
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
+use crate::format::CacheFormat;
 
 /// Axis numbers of a view.
 pub(crate) const BATCH: usize = 0;
@@ -12,23 +13,50 @@ pub(crate) const DIM: usize = 3;
 /// The longest axis: lengths and positions have 32 bits.
 pub(crate) const MAX_AXIS: usize = i32::MAX as usize;
 
+/// What a view's units are: elements of a [`DType`], or units of a [`CacheFormat`].
+pub(crate) trait Units: Copy + std::fmt::Debug + std::fmt::Display + PartialEq {
+    /// Bytes per unit: a power of two.
+    fn size(self) -> usize;
+
+    /// Whether an address is one of whole units. A size is a power of two; to divide an address takes a hundred cycles on some
+    /// CPUs, which a small call would notice.
+    #[inline(always)]
+    fn is_aligned(self, address: usize) -> bool {
+        address & (self.size() - 1) == 0
+    }
+}
+
+impl Units for DType {
+    #[inline(always)]
+    fn size(self) -> usize {
+        self.size()
+    }
+}
+
+impl Units for CacheFormat {
+    #[inline(always)]
+    fn size(self) -> usize {
+        self.unit_bytes()
+    }
+}
+
 /// A view without a lifetime: what the C ABI passes and what the operations work on.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct RawView {
+pub(crate) struct RawView<U = DType> {
     /// Element `[0, 0, 0, 0]`.
     pub data: *mut u8,
-    pub dtype: DType,
+    pub dtype: U,
     pub shape: [usize; 4],
-    /// In elements.
+    /// In units.
     pub strides: [i64; 4],
     /// Bytes from `data` to the end of the buffer, if known.
     pub bytes: Option<usize>,
 }
 
 // SAFETY: a raw view is an address and numbers; the code that dereferences it is responsible for the access.
-unsafe impl Send for RawView {}
+unsafe impl<U> Send for RawView<U> {}
 // SAFETY: as above.
-unsafe impl Sync for RawView {}
+unsafe impl<U> Sync for RawView<U> {}
 
 /// The range of bytes that a view covers, relative to its data pointer: `low..high`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +72,26 @@ impl RawView {
         Self { data: data.cast(), dtype, shape, strides, bytes: None }
     }
 
+    /// The same elements as units of a cache.
+    pub fn units(self) -> RawView<CacheFormat> {
+        let Self { data, dtype, shape, strides, bytes } = self;
+        RawView { data, dtype: dtype.into(), shape, strides, bytes }
+    }
+
+    pub fn axis_name(axis: usize) -> &'static str {
+        ["batch", "seq", "heads", "dim"][axis]
+    }
+}
+
+impl RawView<CacheFormat> {
+    /// The same units as elements of their type, unless they are quantised.
+    pub fn elements_view(self) -> Option<RawView> {
+        let Self { data, dtype, shape, strides, bytes } = self;
+        Some(RawView { data, dtype: dtype.dtype()?, shape, strides, bytes })
+    }
+}
+
+impl<U: Units> RawView<U> {
     pub fn is_empty(&self) -> bool {
         self.shape.contains(&0)
     }
@@ -118,7 +166,7 @@ impl RawView {
     }
 
     /// Whether an element of `self` may share a byte with one of `other`; false positives are possible.
-    pub fn overlaps(&self, other: &Self) -> bool {
+    pub fn overlaps<V: Units>(&self, other: &RawView<V>) -> bool {
         let (Ok(a), Ok(b)) = (self.validate("view"), other.validate("view")) else {
             return true;
         };
@@ -126,16 +174,16 @@ impl RawView {
     }
 
     /// As [`Self::overlaps`], with known extents.
-    pub fn overlaps_within(&self, a: Extent, other: &Self, b: Extent) -> bool {
+    pub fn overlaps_within<V: Units>(&self, a: Extent, other: &RawView<V>, b: Extent) -> bool {
         if self.is_empty() || other.is_empty() {
             return false;
         }
         // Valid views are inside the address space.
-        let touched = |view: &Self, extent: Extent| {
-            let at = view.data.addr();
+        let touched = |data: *mut u8, extent: Extent| {
+            let at = data.addr();
             (at.wrapping_add_signed(extent.low), at.wrapping_add_signed(extent.high))
         };
-        let ((a0, a1), (b0, b1)) = (touched(self, a), touched(other, b));
+        let ((a0, a1), (b0, b1)) = (touched(self.data, a), touched(other.data, b));
         if a1 <= b0 || b1 <= a0 {
             return false;
         }
@@ -173,17 +221,13 @@ impl RawView {
         unsafe { self.data.offset(elements as isize * self.dtype.size() as isize) }
     }
 
-    pub fn axis_name(axis: usize) -> &'static str {
-        ["batch", "seq", "heads", "dim"][axis]
-    }
-
     /// Fails unless `self` and `other` agree in `axis`.
-    pub fn same_axis(&self, name: &str, other: &Self, other_name: &str, axis: usize) -> Result<()> {
+    pub fn same_axis<V: Units>(&self, name: &str, other: &RawView<V>, other_name: &str, axis: usize) -> Result<()> {
         ensure!(
             self.shape[axis] == other.shape[axis],
             Shape,
             "{name} has {} = {}, but {other_name} has {}",
-            Self::axis_name(axis),
+            RawView::axis_name(axis),
             self.shape[axis],
             other.shape[axis]
         );
@@ -292,6 +336,28 @@ pub(crate) fn contiguous(shape: [usize; 4]) -> [i64; 4] {
 pub(crate) fn bhsd(shape: [usize; 4]) -> [i64; 4] {
     let [_, s, h, d] = shape.map(|n| n as i64);
     [s.saturating_mul(h).saturating_mul(d), d, s.saturating_mul(d), 1]
+}
+
+/// The keys or the values of a cache without a lifetime: units, and the scales beside them if the format has any.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RawCacheView {
+    pub units: RawView<CacheFormat>,
+    /// `[batch, seq, heads, 1]` of f32 or f16, of the same first three axes as the units.
+    pub scales: Option<RawView>,
+}
+
+impl std::ops::Deref for RawCacheView {
+    type Target = RawView<CacheFormat>;
+    #[inline(always)]
+    fn deref(&self) -> &RawView<CacheFormat> {
+        &self.units
+    }
+}
+
+impl From<RawView> for RawCacheView {
+    fn from(view: RawView) -> Self {
+        Self { units: view.units(), scales: None }
+    }
 }
 
 #[cfg(test)]

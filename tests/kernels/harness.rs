@@ -13,7 +13,7 @@
 //! With `--cfg kvlane_emulate_amx` the instructions of the AMX level are emulated.
 
 use crate::common::attention::{LARGEST_ERRORS, Setting, with_setting};
-use kvlane::{Context, DType, Isa, KernelInfo, Op, Precision};
+use kvlane::{CacheFormat, Context, DType, Isa, KernelInfo, Op, Precision};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -66,7 +66,8 @@ static COUNTS: Mutex<BTreeMap<&'static str, usize>> = Mutex::new(BTreeMap::new()
 
 impl Level {
     /// The kernel that serves an operation; of this level if it has one.
-    pub fn kernel(&self, op: Op, src: DType, dst: DType) -> KernelInfo {
+    pub fn kernel(&self, op: Op, src: impl Into<CacheFormat>, dst: impl Into<CacheFormat>) -> KernelInfo {
+        let (src, dst) = (src.into(), dst.into());
         let kernel = self.context.kernel_for(op, src, dst, self.precision).expect("every context has every kernel");
         let has = |k: KernelInfo| k.isa == self.isa && (k.op, k.src, k.dst) == (op, src, dst);
         if !self.isa.is_partial() || kvlane::kernels().any(has) {
@@ -90,7 +91,7 @@ impl Level {
     }
 
     /// Counts a comparison of a kernel's result, and returns the kernel's bound.
-    pub fn checked(&self, op: Op, src: DType, dst: DType) -> f64 {
+    pub fn checked(&self, op: Op, src: impl Into<CacheFormat>, dst: impl Into<CacheFormat>) -> f64 {
         let kernel = self.kernel(op, src, dst);
         *COUNTS.lock().unwrap().entry(kernel.name).or_default() += 1;
         kernel.max_error.into()

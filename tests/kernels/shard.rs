@@ -180,7 +180,7 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
             let mut out =
                 Tensor::output(DType::F32, [batch, tokens, heads, shape.v_dim], Layout::BHSD, Place::GuardAfter);
             let mut lse = vec![f32::NAN; batch * tokens * heads];
-            let merge = ChunkMerge::new(shape.kv_heads, kv).precision(precision()).sink_logits(&sinks);
+            let merge = ChunkMerge::new(shape.kv_heads, kv, kv).precision(precision()).sink_logits(&sinks);
             let floats = states.iter().map(|s| s.len()).sum();
             let size = merge_chunks_workspace_size(out.shape, shape.kv_heads, floats, 2);
             let mut workspace = Workspace::with_capacity(size);
@@ -231,7 +231,7 @@ fn chunks_are_checked() {
     }
     assert!(states.iter().all(|&x| x == 9.0), "written for a call that is refused");
     run(&AttentionOptions::default(), &mut states).unwrap();
-    let merge = ChunkMerge::new(1, DType::F32);
+    let merge = ChunkMerge::new(1, DType::F32, DType::F32);
     let (mut out, mut lse) = ([7f32; 16], [7f32; 3]);
     let many = vec![&states[..]; MAX_SEGMENTS + 1];
     for (spans, merge, lse_len, sentence) in [

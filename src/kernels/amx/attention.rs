@@ -58,10 +58,10 @@
 use super::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
 use crate::dtype::DType;
 use crate::kernels::api::AttentionFns;
-use crate::kernels::avx512::Avx512;
+use crate::kernels::avx512::{Avx512, shells};
 use crate::kernels::generic::attention::state::{EMPTY, Output, is_empty, load_row};
 use crate::kernels::generic::attention::{
-    self as generic, BlockRequest, GatherBuffers, KeyPointerTable, KeyPointers, are_pairs, locate, unpack_pairs,
+    self as generic, BlockRequest, GatherBuffers, KeyPointerTable, KeyPointers, Pieces, are_pairs, locate, unpack_pairs,
 };
 use crate::kernels::generic::math;
 use crate::kernels::simd;
@@ -96,6 +96,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
     AttentionFns {
         tile: tile::<HIGH>,
         reduce,
+        pieces: shells::pieces::<bf16>,
         max_rows: MAX_ROWS,
         row_step: 2 * LANES,
         several_heads: false,
@@ -224,7 +225,7 @@ struct Keys {
 /// # Safety
 /// The level is available, `p` is validated, `tile` is inside it, and `memory` has [`scratch_bytes`] for its rows.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
+unsafe fn tile<const HIGH: bool>(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
     // SAFETY: the level includes AVX-512.
     let s = unsafe { Avx512::new_unchecked() };
     let sizes = Sizes::new(p.q.shape[3], p.v_dim);
@@ -289,7 +290,7 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
 /// # Safety
 /// As [`tile`]; the partial states of all chunks have been written.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")]
-unsafe fn reduce(p: &Problem, tile: &Tile, memory: *mut u8) {
+unsafe fn reduce(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
     // SAFETY: the level includes AVX-512.
     let s = unsafe { Avx512::new_unchecked() };
     let total = Scratch::layout(memory, tile.rows(), Sizes::new(p.q.shape[3], p.v_dim)).0.total;
@@ -577,7 +578,7 @@ unsafe fn pack_values(
     // SAFETY: the caller's; the copies have room for 64 keys.
     unsafe {
         if packed && !pairs {
-            unpack_pairs(p, key_range, call.scratch.gather_buffers.v, v);
+            unpack_pairs::<bf16, _>(p, key_range, call.scratch.gather_buffers.v, v);
         }
         let v = v.rows();
         let to = call.scratch.v.add(b * BLOCK * dvp * size_of::<bf16>());

@@ -275,6 +275,21 @@ impl Simd for Avx2 {
         unsafe { _mm256_maskload_ps(p, Self::prefix(n)) }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m256 {
+        // SAFETY: eight bytes are readable.
+        let bytes = unsafe { _mm_loadl_epi64(p.cast()) };
+        self.0.avx._mm256_cvtepi32_ps(self.0.avx2._mm256_cvtepi8_epi32(bytes))
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: __m256) {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        // The current rounding mode is to nearest, ties to even: Rust programs do not change it.
+        let words = a2._mm256_packs_epi32(a._mm256_cvtps_epi32(v), a._mm256_setzero_si256());
+        let words = a._mm256_castsi256_si128(a2._mm256_permute4x64_epi64::<0b11_01_10_00>(words));
+        // SAFETY: eight bytes are writable.
+        unsafe { _mm_storel_epi64(p.cast(), _mm_packs_epi16(words, words)) }
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: __m256) {
         // SAFETY: the caller's.
         unsafe { _mm256_storeu_ps(p, v) }

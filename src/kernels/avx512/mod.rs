@@ -292,6 +292,28 @@ impl Simd for Avx512 {
         self.widen_bf16(unsafe { _mm256_maskz_loadu_epi16(Self::prefix(n), p.cast()) })
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m512 {
+        // SAFETY: sixteen bytes are readable.
+        let bytes = unsafe { _mm_loadu_si128(p.cast()) };
+        let f = self.0.avx512f;
+        f._mm512_cvtepi32_ps(f._mm512_cvtepi8_epi32(bytes))
+    }
+    #[inline(always)]
+    unsafe fn load_part_i8(self, p: *const i8, n: usize) -> __m512 {
+        // SAFETY: masked-off bytes are not read.
+        let bytes = unsafe { _mm_maskz_loadu_epi8(Self::prefix(n), p) };
+        let f = self.0.avx512f;
+        f._mm512_cvtepi32_ps(f._mm512_cvtepi8_epi32(bytes))
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: __m512) {
+        let f = self.0.avx512f;
+        // The current rounding mode is to nearest, ties to even: Rust programs do not change it.
+        let bytes = f._mm512_cvtepi32_epi8(f._mm512_cvtps_epi32(v));
+        // SAFETY: sixteen bytes are writable.
+        unsafe { _mm_storeu_si128(p.cast(), bytes) }
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: __m512) {
         // SAFETY: the caller's.
         unsafe { _mm512_storeu_ps(p, v) }

@@ -217,6 +217,23 @@ impl Simd for Neon {
         unsafe { vld1q_f32(copy_part(p, n).as_ptr()) }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> float32x4_t {
+        // SAFETY: four bytes are readable; the level has NEON.
+        unsafe {
+            let bytes = vreinterpret_s8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: float32x4_t) {
+        // SAFETY: four bytes are writable; the level has NEON.
+        unsafe {
+            let words = vqmovn_s32(vcvtnq_s32_f32(v));
+            let bytes = vqmovn_s16(vcombine_s16(words, words));
+            p.cast::<u32>().write_unaligned(vget_lane_u32::<0>(vreinterpret_u32_s8(bytes)));
+        }
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: float32x4_t) {
         // SAFETY: the caller's.
         unsafe { vst1q_f32(p, v) }

@@ -70,10 +70,11 @@ use crate::dtype::DType;
 use crate::kernels::api::AttentionFns;
 use crate::kernels::generic::attention::state::is_empty;
 use crate::kernels::generic::attention::{
-    self as generic, Block, KeyPointerTable, KeyPointers, Products, RowState, Scratch, Softmax, unpack_pairs,
+    self as generic, Block, Deinterleaved, KeyPointerTable, KeyPointers, Pieces, Products, RowState, Scratch, Softmax,
+    unpack_pairs,
 };
 use crate::kernels::generic::math;
-use crate::kernels::neon::Neon;
+use crate::kernels::neon::{Neon, shells};
 use crate::kernels::simd::{MAX_LANES, Simd, copy_part};
 use crate::layout::Packing;
 use crate::problem::attention::Problem;
@@ -110,6 +111,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
     AttentionFns {
         tile: tile::<HIGH>,
         reduce,
+        pieces: shells::pieces::<bf16>,
         max_rows: MAX_TILE_ROWS,
         row_step: 2 * TILE_PAIRS,
         several_heads: false,
@@ -120,7 +122,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
 /// # Safety
 /// The level is available, `p` is validated, `tile` is inside it, and `memory` has [`scratch_bytes`] for its rows.
 #[target_feature(enable = "neon,bf16")]
-unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
+unsafe fn tile<const HIGH: bool>(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
     let (scratch, mut matrices, _) = layout(memory, tile.rows(), p.q.shape[3], p.v_dim);
     matrices.query_terms = match p.q.dtype {
         DType::Bf16 => 1,
@@ -129,15 +131,18 @@ unsafe fn tile<const HIGH: bool>(p: &Problem, tile: &Tile, memory: *mut u8) {
     };
     matrices.weight_terms = 1 + usize::from(HIGH);
     // SAFETY: the caller's; the level includes NEON.
-    unsafe { generic::tile::<_, bf16>(Neon::new_unchecked(), p, tile, &scratch, &matrices) }
+    unsafe { generic::tile(Neon::new_unchecked(), IN_ORDER, p, tile, &scratch, &matrices) }
 }
+
+/// Queries and accumulators keep the order of their elements.
+const IN_ORDER: Deinterleaved = Deinterleaved { keys: false, values: false };
 
 /// Folds the chunks of a tile that left them in `tile.partials`, and writes the output.
 ///
 /// # Safety
 /// As [`tile`]; the partial states of all chunks have been written.
 #[target_feature(enable = "neon,bf16")]
-unsafe fn reduce(p: &Problem, tile: &Tile, memory: *mut u8) {
+unsafe fn reduce(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
     let scratch = layout(memory, tile.rows(), p.q.shape[3], p.v_dim).0;
     // SAFETY: the caller's; the level includes NEON.
     unsafe { generic::reduce(Neon::new_unchecked(), p, tile, scratch.total, false) }
@@ -193,7 +198,7 @@ struct Matrices {
     dvp: usize,
 }
 
-impl Products<Neon, bf16> for Matrices {
+impl Products<Neon> for Matrices {
     #[inline(always)]
     unsafe fn pack_queries(&self, s: Neon, tile: &Tile, scratch: &Scratch, d: usize) {
         // SAFETY: the caller's; the level is available.
@@ -206,15 +211,15 @@ impl Products<Neon, bf16> for Matrices {
         s: Neon,
         block: &Block,
         rows: &mut [RowState],
-        k: KeyPointers<bf16>,
-        v: &mut KeyPointerTable<bf16>,
+        k: KeyPointers<u8>,
+        v: &mut KeyPointerTable<u8>,
     ) {
         // SAFETY: the caller's; the level is available, and the scratch memory for values holds a block of them.
         unsafe {
             if block.p.v_packing == Packing::RowPairs {
-                part(block.p, block.key_range, block.scratch.v_block, v);
+                unpack_pairs::<bf16, _>(block.p, block.key_range, block.scratch.v_block, v);
             }
-            self.add_block(s, block, rows, k, v.rows());
+            self.add_block(s, block, rows, k.cast(), v.rows().cast());
         }
     }
 

@@ -197,6 +197,18 @@ impl Simd for Scalar {
         unsafe { load(copy_part(p, n).as_ptr()) }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> V {
+        // SAFETY: four bytes are readable.
+        std::array::from_fn(|i| f32::from(unsafe { *p.add(i) }))
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, v: V) {
+        for (i, x) in v.into_iter().enumerate() {
+            // SAFETY: four bytes are writable.
+            unsafe { *p.add(i) = x.round_ties_even() as i8 };
+        }
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: V) {
         // SAFETY: the caller's.
         unsafe { store(p, v, 4) }

@@ -10,9 +10,10 @@
 
 use super::key_pointers::SUBBLOCKS;
 use super::row_pairs::{Widen, are_pairs, load_two, widen};
+use super::scales::{scale_scores, scale_weights};
 use super::softmax::Softmax;
-use super::{Block, KeyPointers, RowState, SUBBLOCK};
-use crate::kernels::simd::{LINE, LoadStore, MAX_LANES, Outlined, Simd};
+use super::{Block, KeyPointers, Pieces, RowState, SUBBLOCK, ValuePieces};
+use crate::kernels::simd::{LINE, Load, MAX_LANES, Simd};
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 use std::mem::MaybeUninit;
@@ -26,67 +27,76 @@ const PREFETCH_DISTANCE: usize = 12 << 10;
 /// # Safety
 /// `k` and `v` are the rows of the block's key range, values as they lie if they are packed.
 #[inline(always)]
-pub(super) unsafe fn block<S: Simd, T: LoadStore>(
+pub(super) unsafe fn block<S: Simd>(
     s: S,
+    pieces: &Pieces,
     block: &Block,
     rows: &mut [RowState],
-    k: KeyPointers<T>,
-    v: KeyPointers<T>,
+    k: KeyPointers<u8>,
+    v: KeyPointers<u8>,
 ) {
     let ahead = PrefetchDistances::new(block, k, v);
+    let heads = 0..block.tile.kv_heads;
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
         if ahead.whole {
-            s.outline(Dots { block, k, keys: block.key_range, spread: true, ahead: ahead.of_k(0) });
+            (pieces.keys.scores)(&DirectScores { block, k, keys: block.key_range, spread: true, ahead: ahead.of_k(0) });
         } else {
             for (index, keys) in block.pieces() {
-                s.outline(Dots { block, k, keys, spread: false, ahead: ahead.of_k(index) });
+                (pieces.keys.scores)(&DirectScores { block, k, keys, spread: false, ahead: ahead.of_k(index) });
             }
         }
+        scale_scores(s, block, heads.clone());
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
-        let heads = 0..block.tile.kv_heads;
+        let finite = scale_weights(s, block, heads.clone());
         if block.p.v_packing == Packing::Rows {
-            values::<S, T, T, false>(s, block, rows, heads, v, Some(&ahead));
+            values(&pieces.values, false, block, rows, heads, v, finite, Some(&ahead));
             return;
         }
         if block.all && are_pairs(block.p, &v, block.key_range) {
-            values::<S, T, T, true>(s, block, rows, heads, v, Some(&ahead));
+            values(&pieces.values, true, block, rows, heads, v, finite, Some(&ahead));
             return;
         }
         let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
         for head in heads {
-            let v = widen(s, Widen { block, v, head }, &mut pointers);
-            values::<S, T, f32, false>(s, block, rows, head..head + 1, v.rows(), None);
+            let v = widen(&pieces.values, &Widen { block, v, head }, &mut pointers);
+            values(&pieces.widened, false, block, rows, head..head + 1, v.rows(), finite, None);
         }
     }
 }
 
-/// Adds the weighted values of a block and some KV heads, and asks for what is `ahead`.
+/// Adds the weighted values of a block and some KV heads, and prefetches. With `pairs`, the values are pairs and nothing else, and
+/// no key is hidden. `finite` says that the scales of the values are.
 ///
 /// # Safety
-/// As [`block`]; weights are in place. With `PAIRS`, the values are pairs and nothing else, and no key is hidden.
+/// As [`block`]; weights are in place.
 #[inline(always)]
-unsafe fn values<S: Simd, T: LoadStore, V: LoadStore, const PAIRS: bool>(
-    s: S,
+#[allow(clippy::too_many_arguments)]
+unsafe fn values(
+    pieces: &ValuePieces,
+    pairs: bool,
     block: &Block,
     rows: &[RowState],
     heads: Range<usize>,
-    v: KeyPointers<V>,
-    ahead: Option<&PrefetchDistances<T>>,
+    v: KeyPointers<u8>,
+    finite: bool,
+    ahead: Option<&PrefetchDistances>,
 ) {
     let Block { tile, key_range, all, dv, .. } = *block;
     let whole = ahead.is_some_and(|ahead| ahead.whole);
     // SAFETY: the caller's.
     unsafe {
-        if !PAIRS && !all && !heads.clone().all(|head| finite::<S, V>(s, v, head, key_range, dv)) {
+        let is_finite = |head| (pieces.all_finite)(v, head, key_range, dv);
+        if !pairs && !all && !(finite && heads.clone().all(is_finite)) {
             for r in heads.start * tile.head_rows..heads.end * tile.head_rows {
-                accumulate_visible::<S, V>(s, block, &rows[r], r, v);
+                accumulate_visible(pieces, block, &rows[r], r, v);
             }
             return;
         }
         let distance = |index| ahead.map_or(0, |ahead| ahead.of_v(index));
+        let accumulate = if pairs { pieces.accumulate_pairs } else { pieces.accumulate };
         runs(block, &heads, distance, |keys, ahead| {
-            s.outline(Values::<V, PAIRS> { block, v, heads: heads.clone(), keys, ahead, whole });
+            accumulate(&DirectValues { block, v, heads: heads.clone(), keys, ahead, whole });
         });
     }
 }
@@ -116,9 +126,9 @@ fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> isize, mut
 
 /// The distances in bytes from a piece to the one that is read some pieces later: K of the block, then its V, then K of the next
 /// block.
-struct PrefetchDistances<'a, T> {
-    k: KeyPointers<'a, T>,
-    v: KeyPointers<'a, T>,
+struct PrefetchDistances<'a> {
+    k: KeyPointers<'a, u8>,
+    v: KeyPointers<'a, u8>,
     key_range: KeyRange,
     by: usize,
     /// The block is whole and of one KV head. Then memory is asked for a whole block ahead and, for keys, in several places in
@@ -126,10 +136,10 @@ struct PrefetchDistances<'a, T> {
     whole: bool,
 }
 
-impl<'a, T> PrefetchDistances<'a, T> {
+impl<'a> PrefetchDistances<'a> {
     #[inline(always)]
-    fn new(block: &Block, k: KeyPointers<'a, T>, v: KeyPointers<'a, T>) -> Self {
-        let piece = SUBBLOCK * block.tile.kv_heads * block.d * size_of::<T>();
+    fn new(block: &Block, k: KeyPointers<'a, u8>, v: KeyPointers<'a, u8>) -> Self {
+        let piece = SUBBLOCK * block.tile.kv_heads * block.d * block.p.k.dtype.unit_bytes();
         let whole = block.tile.kv_heads == 1 && block.key_range.len() == BLOCK;
         let by = if whole { SUBBLOCKS } else { PREFETCH_DISTANCE.div_ceil(piece).clamp(1, SUBBLOCKS) };
         Self { k, v, key_range: block.key_range, by, whole }
@@ -188,39 +198,43 @@ fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize, whole: bool) {
 /// The most products of a row and a key that run side by side ([`Simd::PARALLEL_DOTS`]).
 const MAX_PARALLEL_DOTS: usize = 16;
 
-/// Scores of all rows with the keys of a piece.
-struct Dots<'a, T> {
+/// Scores of all rows with the keys of a subblock.
+pub(crate) struct DirectScores<'a> {
     block: &'a Block<'a>,
-    k: KeyPointers<'a, T>,
+    k: KeyPointers<'a, u8>,
     keys: KeyRange,
     /// Keys that are done side by side are far apart.
     spread: bool,
     ahead: isize,
 }
 
-impl<T: LoadStore> Outlined for Dots<'_, T> {
+impl DirectScores<'_> {
+    /// For keys of type `T`.
+    ///
+    /// # Safety
+    /// As [`block`].
     #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
+    pub unsafe fn run<S: Simd, T: Load>(&self, s: S) {
         let rows = self.block.tile.head_rows;
         for head in 0..self.block.tile.kv_heads {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             unsafe {
                 match (rows, S::PARALLEL_DOTS) {
                     // Sixteen keys would fill the tree over lanes, but one row waits for memory, which likes fewer streams.
-                    (1, _) => self.dots::<S, 1, 8>(s, head, 0),
-                    (2, 16) => self.dots::<S, 2, 8>(s, head, 0),
-                    (2, _) => self.dots::<S, 2, 4>(s, head, 0),
+                    (1, _) => self.dots::<S, T, 1, 8>(s, head, 0),
+                    (2, 16) => self.dots::<S, T, 2, 8>(s, head, 0),
+                    (2, _) => self.dots::<S, T, 2, 4>(s, head, 0),
                     _ => {
                         for row in (0..rows).step_by(4) {
                             match (rows - row, S::PARALLEL_DOTS) {
-                                (1, 16) => self.dots::<S, 1, 4>(s, head, row),
-                                (1, _) => self.dots::<S, 1, 2>(s, head, row),
-                                (2, 16) => self.dots::<S, 2, 4>(s, head, row),
-                                (2, _) => self.dots::<S, 2, 2>(s, head, row),
-                                (3, 16) => self.dots::<S, 3, 4>(s, head, row),
-                                (3, _) => self.dots::<S, 3, 2>(s, head, row),
-                                (_, 16) => self.dots::<S, 4, 4>(s, head, row),
-                                _ => self.dots::<S, 4, 2>(s, head, row),
+                                (1, 16) => self.dots::<S, T, 1, 4>(s, head, row),
+                                (1, _) => self.dots::<S, T, 1, 2>(s, head, row),
+                                (2, 16) => self.dots::<S, T, 2, 4>(s, head, row),
+                                (2, _) => self.dots::<S, T, 2, 2>(s, head, row),
+                                (3, 16) => self.dots::<S, T, 3, 4>(s, head, row),
+                                (3, _) => self.dots::<S, T, 3, 2>(s, head, row),
+                                (_, 16) => self.dots::<S, T, 4, 4>(s, head, row),
+                                _ => self.dots::<S, T, 4, 2>(s, head, row),
                             }
                         }
                     }
@@ -230,14 +244,14 @@ impl<T: LoadStore> Outlined for Dots<'_, T> {
     }
 }
 
-impl<T: LoadStore> Dots<'_, T> {
+impl DirectScores<'_> {
     /// `R` rows of a head from `row` on times the keys of the piece, `C` keys at a time: vectors run along the head dimension.
     /// Scores of whole groups of `C` keys are written, those outside the piece with numbers of no meaning.
     ///
     /// # Safety
     /// As [`block`]; the rows are inside the tile.
     #[inline(always)]
-    unsafe fn dots<S: Simd, const R: usize, const C: usize>(&self, s: S, head: usize, row: usize) {
+    unsafe fn dots<S: Simd, T: Load, const R: usize, const C: usize>(&self, s: S, head: usize, row: usize) {
         let Block { tile, scratch, .. } = *self.block;
         let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK);
         // SAFETY: the caller's; the rows of scores have BLOCK floats.
@@ -248,7 +262,7 @@ impl<T: LoadStore> Dots<'_, T> {
                 for j in (low / C * C..high).step_by(C) {
                     let inside = j >= low && j + C <= high;
                     let key = |c: usize| if inside { j + c } else { (j + c).clamp(low, high - 1) };
-                    self.sums::<S, R, C>(s, head, row, key, &mut sums);
+                    self.sums::<S, T, R, C>(s, head, row, key, &mut sums);
                     for r in 0..R {
                         std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * C), out.add(r * BLOCK + j), C);
                     }
@@ -261,7 +275,7 @@ impl<T: LoadStore> Dots<'_, T> {
             let at_once = S::LANES.min(apart);
             for first in (0..apart).step_by(at_once) {
                 for (i, sums) in sums.iter_mut().enumerate().take(at_once) {
-                    self.sums::<S, R, C>(s, head, row, |c| first + i + c * apart, sums);
+                    self.sums::<S, T, R, C>(s, head, row, |c| first + i + c * apart, sums);
                 }
                 for n in (0..R * C).step_by(S::LANES) {
                     let mut x = [s.zero(); MAX_LANES];
@@ -284,7 +298,7 @@ impl<T: LoadStore> Dots<'_, T> {
     /// # Safety
     /// As [`Self::dots`]; `key` gives keys of the key range.
     #[inline(always)]
-    unsafe fn sums<S: Simd, const R: usize, const C: usize>(
+    unsafe fn sums<S: Simd, T: Load, const R: usize, const C: usize>(
         &self,
         s: S,
         head: usize,
@@ -297,7 +311,7 @@ impl<T: LoadStore> Dots<'_, T> {
         let q = scratch.q.wrapping_add((head * tile.head_rows + row) * dp);
         let mut keys = [std::ptr::null(); C];
         for c in 0..C {
-            keys[c] = self.k.key(head, key(c));
+            keys[c] = self.k.key(head, key(c)).cast::<T>();
         }
         let mut acc = [[s.zero(); C]; R];
         let mut i = 0;
@@ -339,29 +353,33 @@ impl<T: LoadStore> Dots<'_, T> {
     }
 }
 
-/// Adds the weighted values of a piece to the accumulators of some heads' rows; see [`CacheValues`] for `PAIRS`.
-struct Values<'a, T, const PAIRS: bool> {
+/// Adds the weighted values of a subblock to the accumulators of some heads' rows.
+pub(crate) struct DirectValues<'a> {
     block: &'a Block<'a>,
-    v: KeyPointers<'a, T>,
+    v: KeyPointers<'a, u8>,
     heads: Range<usize>,
     keys: KeyRange,
     ahead: isize,
     whole: bool,
 }
 
-impl<T: LoadStore, const PAIRS: bool> Outlined for Values<'_, T, PAIRS> {
+impl DirectValues<'_> {
+    /// For values of type `T`; see [`CacheValues`] for `PAIRS`.
+    ///
+    /// # Safety
+    /// As [`block`].
     #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
+    pub unsafe fn run<S: Simd, T: Load, const PAIRS: bool>(&self, s: S) {
         let Block { tile, scratch, dv, .. } = *self.block;
         let wide = S::PARALLEL_DOTS == 16;
-        for head in self.heads {
+        for head in self.heads.clone() {
             for row in (0..tile.head_rows).step_by(4) {
                 let first = head * tile.head_rows + row;
                 let piece = WeightedValues {
                     weights: scratch.s.wrapping_add(first * BLOCK + self.keys.low),
                     acc: scratch.acc.wrapping_add(first * padded(dv)),
                     acc_row: padded(dv),
-                    v: CacheValues::<T, PAIRS> { rows: self.v, head, first: self.keys.low },
+                    v: CacheValues::<T, PAIRS> { rows: self.v.cast(), head, first: self.keys.low },
                     keys: self.keys.len(),
                     ahead: if row == 0 { self.ahead } else { 0 },
                     whole: self.whole,
@@ -385,10 +403,10 @@ impl<T: LoadStore, const PAIRS: bool> Outlined for Values<'_, T, PAIRS> {
 
 /// Where the values lie that [`WeightedValues`] adds.
 pub(super) trait ValueRows {
-    type Element: LoadStore;
+    type Element: Load;
     /// Whether they are the cache's own, and others come after them.
     const IN_CACHE: bool;
-    /// An element of a key. `offset` is [`Self::offset`] of its column.
+    /// An element of a key. `offset` is [`Self::offset`] of its column, in bytes.
     fn at(&self, key: usize, offset: isize) -> *const Self::Element;
     fn offset(&self, column: usize) -> isize;
 
@@ -419,16 +437,16 @@ struct CacheValues<'a, T, const PAIRS: bool> {
     first: usize,
 }
 
-impl<T: LoadStore, const PAIRS: bool> ValueRows for CacheValues<'_, T, PAIRS> {
+impl<T: Load, const PAIRS: bool> ValueRows for CacheValues<'_, T, PAIRS> {
     type Element = T;
     const IN_CACHE: bool = true;
     #[inline(always)]
     fn at(&self, key: usize, offset: isize) -> *const T {
-        self.rows.key(0, self.first + key).wrapping_offset(offset)
+        self.rows.key(0, self.first + key).wrapping_byte_offset(offset)
     }
     #[inline(always)]
     fn offset(&self, column: usize) -> isize {
-        self.rows.head_offset(self.head) + if PAIRS { 2 } else { 1 } * column as isize
+        self.rows.head_offset(self.head) + (if PAIRS { 2 } else { 1 } * column * size_of::<T>()) as isize
     }
 
     #[inline(always)]
@@ -472,11 +490,11 @@ impl ValueRows for PackedValues {
     const IN_CACHE: bool = false;
     #[inline(always)]
     fn at(&self, key: usize, offset: isize) -> *const f32 {
-        self.first.wrapping_add(key * self.width).wrapping_offset(offset)
+        self.first.wrapping_add(key * self.width).wrapping_byte_offset(offset)
     }
     #[inline(always)]
     fn offset(&self, column: usize) -> isize {
-        column as isize
+        (column * size_of::<f32>()) as isize
     }
 }
 
@@ -634,7 +652,7 @@ impl<V: ValueRows> WeightedValues<V> {
 /// # Safety
 /// They are readable.
 #[inline(always)]
-pub(super) unsafe fn load_up_to<S: Simd, T: LoadStore>(s: S, from: *const T, part: usize) -> S::V {
+pub(super) unsafe fn load_up_to<S: Simd, T: Load>(s: S, from: *const T, part: usize) -> S::V {
     // SAFETY: the caller's.
     unsafe { if part == S::LANES { T::load(s, from) } else { T::load_part(s, from, part) } }
 }
@@ -644,9 +662,18 @@ pub(super) unsafe fn load_up_to<S: Simd, T: LoadStore>(s: S, from: *const T, par
 /// # Safety
 /// As [`block`].
 #[inline(always)]
-unsafe fn finite<S: Simd, T: LoadStore>(s: S, v: KeyPointers<T>, head: usize, key_range: KeyRange, dv: usize) -> bool {
+pub(crate) unsafe fn all_finite<S: Simd, T: Load>(
+    s: S,
+    v: KeyPointers<u8>,
+    head: usize,
+    key_range: KeyRange,
+    dv: usize,
+) -> bool {
+    if T::ALWAYS_FINITE {
+        return true;
+    }
     for j in key_range.low..key_range.high {
-        let row = v.key(head, j);
+        let row = v.key(head, j).cast::<T>();
         let mut i = 0;
         while i < dv {
             let part = (dv - i).min(S::LANES);
@@ -665,41 +692,47 @@ unsafe fn finite<S: Simd, T: LoadStore>(s: S, v: KeyPointers<T>, head: usize, ke
 /// # Safety
 /// As [`block`]; `row` is number `r` of the tile.
 #[inline(always)]
-pub(super) unsafe fn accumulate_visible<S: Simd, T: LoadStore>(
-    s: S,
+pub(super) unsafe fn accumulate_visible(
+    pieces: &ValuePieces,
     block: &Block,
     row: &RowState,
     r: usize,
-    v: KeyPointers<T>,
+    v: KeyPointers<u8>,
 ) {
-    let Block { tile, scratch, key_range, dv, .. } = *block;
-    for j in key_range.low..key_range.high {
-        if row.visible_bits >> j & 1 == 1 {
-            let one = WeightedValues {
-                weights: scratch.s.wrapping_add(r * BLOCK + j),
-                acc: scratch.acc.wrapping_add(r * padded(dv)),
-                acc_row: padded(dv),
-                v: CacheValues::<T, false> { rows: v, head: r / tile.head_rows, first: j },
-                keys: 1,
-                ahead: 0,
-                whole: false,
-            };
+    for key in block.key_range.low..block.key_range.high {
+        if row.visible_bits >> key & 1 == 1 {
             // SAFETY: the caller's.
-            unsafe { s.outline(AccumulateOne { one, dv }) };
+            unsafe { (pieces.accumulate_one)(&OneValue { block, row: r, key, v }) };
         }
     }
 }
 
-/// One row, one key.
-struct AccumulateOne<V> {
-    one: WeightedValues<V>,
-    dv: usize,
+/// One row of a tile, one key of a block.
+pub(crate) struct OneValue<'a> {
+    block: &'a Block<'a>,
+    row: usize,
+    key: usize,
+    v: KeyPointers<'a, u8>,
 }
 
-impl<V: ValueRows> Outlined for AccumulateOne<V> {
+impl OneValue<'_> {
+    /// Adds the weighted value, of type `T`.
+    ///
+    /// # Safety
+    /// As [`block`].
     #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
+    pub unsafe fn run<S: Simd, T: Load>(&self, s: S) {
+        let Self { block: &Block { tile, scratch, dv, .. }, row, key, v } = *self;
+        let one = WeightedValues {
+            weights: scratch.s.wrapping_add(row * BLOCK + key),
+            acc: scratch.acc.wrapping_add(row * padded(dv)),
+            acc_row: padded(dv),
+            v: CacheValues::<T, false> { rows: v.cast(), head: row / tile.head_rows, first: key },
+            keys: 1,
+            ahead: 0,
+            whole: false,
+        };
         // SAFETY: the caller's.
-        unsafe { self.one.columns::<S, 1, 2>(s, self.dv) }
+        unsafe { one.columns::<S, 1, 2>(s, dv) }
     }
 }

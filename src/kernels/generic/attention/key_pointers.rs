@@ -1,7 +1,7 @@
 //! Where the keys and values of a block lie: a pointer each, so that no kernel needs to know of layouts.
 
 use super::{Block, SUBBLOCK};
-use crate::dtype::Element;
+use crate::format::CacheFormat;
 use crate::kernels::generic::copy;
 use crate::layout::{Packing, Place};
 use crate::problem::attention::Problem;
@@ -21,13 +21,13 @@ pub(crate) struct KeyPointerTable<'a, T> {
     keys: &'a mut Pointers<T>,
     /// Where the pieces of the next block begin, null for those that are not read.
     next: [*const T; SUBBLOCKS],
-    /// Elements from one key to the next, where they are neighbours.
+    /// Bytes from one key to the next, where they are neighbours.
     seq: isize,
-    /// Elements from one KV head to the next.
+    /// Bytes from one KV head to the next.
     head: isize,
 }
 
-/// LoadStore for the pointers of [`KeyPointerTable`].
+/// Memory for the pointers of [`KeyPointerTable`].
 pub(crate) type Pointers<T> = [MaybeUninit<*const T>; BLOCK];
 
 impl<'a, T> KeyPointerTable<'a, T> {
@@ -52,15 +52,15 @@ impl<'a, T> KeyPointerTable<'a, T> {
     #[inline(always)]
     fn run(&mut self, keys: Range<usize>, first: *const T) {
         for (i, to) in self.keys[keys].iter_mut().enumerate() {
-            to.write(first.wrapping_offset(i as isize * self.seq));
+            to.write(first.wrapping_byte_offset(i as isize * self.seq));
         }
     }
 
-    /// The keys of a key range are in rows of a block now, `width` elements apart, and nothing comes after them.
+    /// The keys of a key range are in rows of a block now, `width` bytes apart, and nothing comes after them.
     #[inline(always)]
     pub fn place(&mut self, key_range: KeyRange, block: *const T, width: usize) {
         (self.seq, self.head, self.next) = (width as isize, 0, [std::ptr::null(); SUBBLOCKS]);
-        self.run(key_range.low..key_range.high, block.wrapping_add(key_range.low * width));
+        self.run(key_range.low..key_range.high, block.wrapping_byte_add(key_range.low * width));
     }
 
     /// Keys `keys` get the pointer of another.
@@ -80,16 +80,24 @@ pub(crate) struct KeyPointers<'a, T> {
     lifetime: PhantomData<&'a Pointers<T>>,
 }
 
-impl<T> KeyPointers<'_, T> {
+impl<'a, T> KeyPointers<'a, T> {
+    /// The same pointers, to units of another type.
+    #[inline(always)]
+    pub fn cast<U>(self) -> KeyPointers<'a, U> {
+        // SAFETY: pointers to sized types have one representation, and nothing is dereferenced here.
+        let next = unsafe { &*std::ptr::from_ref(self.next).cast() };
+        KeyPointers { keys: self.keys.cast(), next, seq: self.seq, head: self.head, lifetime: PhantomData }
+    }
+
     /// The row of a key of the block and of a KV head of the tile.
     #[inline(always)]
     pub fn key(&self, head: usize, key: usize) -> *const T {
         debug_assert!(key < BLOCK);
         // SAFETY: callers stay inside the key range, whose pointers have been written.
-        unsafe { *self.keys.add(key) }.wrapping_offset(self.head_offset(head))
+        unsafe { *self.keys.add(key) }.wrapping_byte_offset(self.head_offset(head))
     }
 
-    /// From a key of the tile's first KV head to that of another, in elements.
+    /// Bytes from a key of the tile's first KV head to that of another.
     #[inline(always)]
     pub fn head_offset(&self, head: usize) -> isize {
         head as isize * self.head
@@ -98,9 +106,9 @@ impl<T> KeyPointers<'_, T> {
     /// Bytes from a key of the key range to the next, if all its keys lie in steps of the same size.
     #[cfg(target_arch = "x86_64")]
     pub fn stride(&self, key_range: KeyRange) -> Option<isize> {
-        let even =
-            (key_range.low + 1..key_range.high).all(|j| self.key(0, j) == self.key(0, j - 1).wrapping_offset(self.seq));
-        even.then_some(self.seq * size_of::<T>() as isize)
+        let even = (key_range.low + 1..key_range.high)
+            .all(|j| self.key(0, j) == self.key(0, j - 1).wrapping_byte_offset(self.seq));
+        even.then_some(self.seq)
     }
 
     /// Where a piece of this block, or of the next, begins; null if it is not read.
@@ -120,7 +128,7 @@ impl<T> KeyPointers<'_, T> {
         if piece.is_null() {
             piece
         } else {
-            piece.wrapping_offset(((key % SUBBLOCK / 2) as isize).wrapping_mul(self.seq))
+            piece.wrapping_byte_offset(((key % SUBBLOCK / 2) as isize).wrapping_mul(self.seq))
         }
     }
 
@@ -128,7 +136,11 @@ impl<T> KeyPointers<'_, T> {
     #[inline(always)]
     pub fn next(&self, key: usize) -> *const T {
         let piece = self.next[key / SUBBLOCK];
-        if piece.is_null() { piece } else { piece.wrapping_offset(((key % SUBBLOCK) as isize).wrapping_mul(self.seq)) }
+        if piece.is_null() {
+            piece
+        } else {
+            piece.wrapping_byte_offset(((key % SUBBLOCK) as isize).wrapping_mul(self.seq))
+        }
     }
 }
 
@@ -159,15 +171,15 @@ pub(crate) struct BlockRequest<'a> {
 /// The visible keys, and those that `reach` says are read later, are inside K and V; `gather_buffers` has its room, which is needed for a
 /// tile of one KV head only.
 #[inline(always)]
-pub(crate) unsafe fn locate<'a, T: Element>(
+pub(crate) unsafe fn locate<'a, T>(
     request: &BlockRequest,
     gather_buffers: &GatherBuffers,
     (k, v): (&mut KeyPointerTable<'a, T>, &mut KeyPointerTable<'a, T>),
 ) {
     let BlockRequest { p, tile, base, key_range, visible_bits, .. } = *request;
-    let views = [&p.k, &p.v];
-    for (view, to) in views.into_iter().zip([&mut *k, &mut *v]) {
-        (to.seq, to.head) = (view.strides[1] as isize, view.strides[2] as isize);
+    for (view, to) in [&p.k.units, &p.v.units].into_iter().zip([&mut *k, &mut *v]) {
+        let unit = view.dtype.unit_bytes() as isize;
+        (to.seq, to.head) = (view.strides[1] as isize * unit, view.strides[2] as isize * unit);
     }
     if visible_bits == key_range.bits() {
         // The usual case: all in one run, and the next block too.
@@ -178,7 +190,7 @@ pub(crate) unsafe fn locate<'a, T: Element>(
             request.values(v, key_range.low..key_range.high, place);
             for piece in 0..SUBBLOCKS {
                 let ahead = BLOCK + piece * SUBBLOCK - key_range.low;
-                k.next[piece] = key.wrapping_offset(ahead as isize * k.seq);
+                k.next[piece] = key.wrapping_byte_offset(ahead as isize * k.seq);
                 v.next[piece] = request.at((place.0, place.1 + ahead)).1;
             }
         } else {
@@ -191,9 +203,9 @@ pub(crate) unsafe fn locate<'a, T: Element>(
     }
     // SAFETY: the caller's.
     unsafe {
-        gather(p.k.shape[3], p.k.strides[3] as isize, key_range, gather_buffers.k, k);
+        gather(p.k.dtype, p.k.shape[3], p.k.strides[3] as isize, key_range, gather_buffers.k, k);
         if p.v_packing == Packing::Rows {
-            gather(p.v_dim, p.value_step(), key_range, gather_buffers.v, v);
+            gather(p.v.dtype, p.v_dim, p.value_step(), key_range, gather_buffers.v, v);
         }
     }
 }
@@ -203,10 +215,7 @@ pub(crate) unsafe fn locate<'a, T: Element>(
 /// # Safety
 /// As [`locate`].
 #[inline(never)]
-unsafe fn scattered<T: Element>(
-    request: &BlockRequest,
-    (k, v): (&mut KeyPointerTable<'_, T>, &mut KeyPointerTable<'_, T>),
-) {
+unsafe fn scattered<T>(request: &BlockRequest, (k, v): (&mut KeyPointerTable<'_, T>, &mut KeyPointerTable<'_, T>)) {
     let BlockRequest { p, tile, base, key_range, visible_bits, reach } = *request;
     let mut j = key_range.low;
     let mut seen = None;
@@ -244,7 +253,8 @@ unsafe fn scattered<T: Element>(
 /// # Safety
 /// As [`locate`].
 #[inline(always)]
-unsafe fn gather<T: Element>(
+unsafe fn gather<T>(
+    format: CacheFormat,
     dim: usize,
     step: isize,
     key_range: KeyRange,
@@ -254,12 +264,35 @@ unsafe fn gather<T: Element>(
     if step == 1 || dim == 1 {
         return;
     }
-    let block = block.cast::<T>();
-    for j in key_range.low..key_range.high {
-        // SAFETY: the caller's: a row of the cache has dim elements in such steps, one of the block padded(dim).
-        unsafe { copy::gather(rows.keys[j].assume_init(), step, block.add(j * padded(dim)), dim) };
+    // SAFETY: the caller's.
+    unsafe {
+        match format {
+            CacheFormat::F32 => gather_units::<T, u32>(dim, step, key_range, block, rows),
+            CacheFormat::F16 | CacheFormat::Bf16 => gather_units::<T, u16>(dim, step, key_range, block, rows),
+            CacheFormat::Int8 => gather_units::<T, u8>(dim, step, key_range, block, rows),
+        }
     }
-    rows.place(key_range, block, padded(dim));
+}
+
+/// [`gather`] of units that are as large as a `U`.
+///
+/// # Safety
+/// As [`locate`].
+#[inline(never)]
+unsafe fn gather_units<T, U: Copy>(
+    dim: usize,
+    step: isize,
+    key_range: KeyRange,
+    block: *mut u8,
+    rows: &mut KeyPointerTable<T>,
+) {
+    for j in key_range.low..key_range.high {
+        // SAFETY: the caller's: a row of the cache has dim units in such steps, one of the block padded(dim).
+        unsafe {
+            copy::gather(rows.keys[j].assume_init().cast::<U>(), step, block.cast::<U>().add(j * padded(dim)), dim)
+        };
+    }
+    rows.place(key_range, block.cast(), padded(dim) * size_of::<U>());
 }
 
 impl BlockRequest<'_> {
@@ -271,10 +304,10 @@ impl BlockRequest<'_> {
             Packing::RowPairs => {
                 let (row, slot) = place;
                 let (pair, odd) = (self.at::<T>((row, slot / 2 * 2)).1, slot % 2);
-                let half = self.p.v.strides[3] as isize;
+                let half = self.p.v.strides[3] as isize * self.p.v.dtype.unit_bytes() as isize;
                 for (i, to) in v.keys[keys].iter_mut().enumerate() {
                     let (pairs, second) = ((odd + i) / 2, (odd + i) % 2);
-                    to.write(pair.wrapping_offset(pairs as isize * v.seq + second as isize * half));
+                    to.write(pair.wrapping_byte_offset(pairs as isize * v.seq + second as isize * half));
                 }
             }
         }

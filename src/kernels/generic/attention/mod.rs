@@ -46,10 +46,11 @@ mod direct;
 mod key_pointers;
 mod packed;
 mod row_pairs;
+mod scales;
 mod softmax;
 pub(crate) mod state;
 
-use crate::kernels::simd::{LoadStore, MAX_LANES, Simd, lines};
+use crate::kernels::simd::{MAX_LANES, Simd, lines};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{BLOCK, KeyRange, between, padded};
 use crate::problem::tile::{PACK_ROWS, Tile};
@@ -57,7 +58,10 @@ use crate::problem::visibility::TileVisibility;
 use crate::view::RawView;
 use std::mem::MaybeUninit;
 
+pub(crate) use direct::{DirectScores, DirectValues, OneValue, all_finite};
 pub(crate) use key_pointers::{BlockRequest, GatherBuffers, KeyPointerTable, KeyPointers, locate};
+pub(crate) use packed::{PackKeys, PackValues};
+pub(crate) use row_pairs::Widen;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use row_pairs::are_pairs;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -134,17 +138,18 @@ impl Scratch {
     }
 }
 
-/// Runs one tile; K and V are of type `T`.
+/// Runs one tile; `deinterleaved` says in which order K and V keep their elements (see [`Load::load_pair`]).
 ///
 /// # Safety
 /// `p` is validated, `tile` is inside it, and `scratch` is laid out for at least `tile.rows()` rows.
 #[inline(always)]
-pub(crate) unsafe fn tile<S: Simd, T: LoadStore>(
+pub(crate) unsafe fn tile<S: Simd>(
     s: S,
+    deinterleaved: Deinterleaved,
     p: &Problem,
     tile: &Tile,
     scratch: &Scratch,
-    products: &impl Products<S, T>,
+    products: &impl Products<S>,
 ) {
     let (d, dv) = (p.q.shape[3], p.v_dim);
     let (dp, dvp) = (padded(d), padded(dv));
@@ -183,7 +188,7 @@ pub(crate) unsafe fn tile<S: Simd, T: LoadStore>(
                 row_lines(&p.q, p.q.row(batch, token, head)).for_each(|line| s.prefetch(line));
             }
             let (batch, token) = p.visibility.query(tile.batch, token);
-            load_query::<S, T>(s, p.q, p.q.row(batch, token, head), scratch.q.add(r * dp), d);
+            load_query(s, deinterleaved.keys, p.q, p.q.row(batch, token, head), scratch.q.add(r * dp), d);
         }
     }
     // SAFETY: the rows of Q have just been written.
@@ -191,7 +196,7 @@ pub(crate) unsafe fn tile<S: Simd, T: LoadStore>(
 
     let output = |row: &RowState| {
         let (token, head) = (row.token as usize, row.head as usize);
-        Output { p, batch: tile.batch, token, head, deinterleaved: T::deinterleaved::<S>() }
+        Output { p, batch: tile.batch, token, head, deinterleaved: deinterleaved.values }
     };
     for chunk in tile.first_chunk..tile.end_chunk {
         let (from, to) = reach.within(tile.chunks.keys(chunk));
@@ -209,7 +214,7 @@ pub(crate) unsafe fn tile<S: Simd, T: LoadStore>(
                     high: (to - block * BLOCK).min(BLOCK),
                 };
                 // SAFETY: keys from..to are visible to some row, so inside the views.
-                unsafe { one_block::<S, T>(s, p, tile, scratch, products, rows, block, key_range, &reach) };
+                unsafe { one_block(s, p, tile, scratch, products, rows, block, key_range, &reach) };
             }
             // SAFETY: the chunk's blocks are done.
             unsafe { products.end_chunk(s, rows, scratch) };
@@ -270,12 +275,12 @@ fn row_lines(view: &RawView, row: *const u8) -> impl Iterator<Item = *const u8> 
 /// As [`tile`]; the keys `key_range` of block `block` are inside the views.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn one_block<S: Simd, T: LoadStore>(
+unsafe fn one_block<S: Simd>(
     s: S,
     p: &Problem,
     tile: &Tile,
     scratch: &Scratch,
-    products: &impl Products<S, T>,
+    products: &impl Products<S>,
     rows: &mut [RowState],
     block: usize,
     key_range: KeyRange,
@@ -309,12 +314,18 @@ unsafe fn one_block<S: Simd, T: LoadStore>(
     let (d, dv) = (p.q.shape[3], p.v_dim);
     let mut pointers = [[const { MaybeUninit::uninit() }; BLOCK]; 2];
     let [keys, values] = &mut pointers;
-    let (mut k, mut v) = (KeyPointerTable::<T>::new(keys), KeyPointerTable::<T>::new(values));
+    let (mut k, mut v) = (KeyPointerTable::<u8>::new(keys), KeyPointerTable::<u8>::new(values));
     let gather_buffers = GatherBuffers { k: scratch.k_block, v: scratch.v_block };
     // SAFETY: the block's visible keys are inside k and v, the scratch parts have the sizes their layout gives.
     unsafe {
         locate(&BlockRequest { p, tile, base, key_range, visible_bits: any, reach }, &gather_buffers, (&mut k, &mut v));
-        products.block(s, &Block { p, tile, scratch, base, key_range, all, d, dv }, rows, k.rows(), &mut v);
+        products.block(
+            s,
+            &Block { p, tile, scratch, base, key_range, visible_bits: any, all, d, dv },
+            rows,
+            k.rows(),
+            &mut v,
+        );
     }
 }
 
@@ -327,6 +338,8 @@ pub(crate) struct Block<'a> {
     /// The block's first key.
     pub base: usize,
     pub key_range: KeyRange,
+    /// Keys of the key range that some row of the tile sees.
+    pub visible_bits: u64,
     /// No row has a hidden key in the key range.
     pub all: bool,
     pub d: usize,
@@ -335,7 +348,7 @@ pub(crate) struct Block<'a> {
 
 /// The two products of a block, and the softmax between them. Whatever computes them, rows come as f32 in `scratch.q`, and
 /// at the end of a chunk a row's weighted values are in `scratch.acc`, and its sum of weights in `scratch.sums`.
-pub(crate) trait Products<S: Simd, T: LoadStore> {
+pub(crate) trait Products<S: Simd> {
     /// Once a tile: `scratch.q` has its rows.
     ///
     /// # Safety
@@ -346,7 +359,7 @@ pub(crate) trait Products<S: Simd, T: LoadStore> {
     ///
     /// # Safety
     /// `k` and `v` are the rows of the block's key range, values as they lie if they are packed.
-    unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: KeyPointers<T>, v: &mut KeyPointerTable<T>);
+    unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: KeyPointers<u8>, v: &mut KeyPointerTable<u8>);
 
     /// All blocks of a chunk are done.
     ///
@@ -357,9 +370,9 @@ pub(crate) trait Products<S: Simd, T: LoadStore> {
 }
 
 /// [`Products`] by the vector trait: [`direct`] or [`packed`].
-pub(crate) struct VectorProducts;
+pub(crate) struct VectorProducts<'a>(pub &'a Pieces);
 
-impl<S: Simd, T: LoadStore> Products<S, T> for VectorProducts {
+impl<S: Simd> Products<S> for VectorProducts<'_> {
     #[inline(always)]
     unsafe fn pack_queries(&self, s: S, tile: &Tile, scratch: &Scratch, d: usize) {
         if tile.head_rows >= PACK_ROWS {
@@ -369,14 +382,62 @@ impl<S: Simd, T: LoadStore> Products<S, T> for VectorProducts {
     }
 
     #[inline(always)]
-    unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: KeyPointers<T>, v: &mut KeyPointerTable<T>) {
+    unsafe fn block(
+        &self,
+        s: S,
+        block: &Block,
+        rows: &mut [RowState],
+        k: KeyPointers<u8>,
+        v: &mut KeyPointerTable<u8>,
+    ) {
         // SAFETY: the caller's.
         unsafe {
             if block.tile.head_rows >= PACK_ROWS {
-                packed::block::<S, T>(s, block, rows, k, v.rows());
+                packed::block(s, self.0, block, rows, k, v.rows());
             } else {
-                direct::block::<S, T>(s, block, rows, k, v.rows());
+                direct::block(s, self.0, block, rows, k, v.rows());
             }
         }
     }
+}
+
+/// What a level does with keys of one format. Each function is compiled with the level's features, so that attention over keys of
+/// M formats and values of N is made of M + N pieces.
+#[derive(Clone, Copy)]
+pub(crate) struct KeyPieces {
+    pub unit_bytes: usize,
+    /// Queries are kept in the order that this format's keys have in registers.
+    pub deinterleaved: bool,
+    pub scores: unsafe fn(&DirectScores),
+    pub pack: unsafe fn(&PackKeys),
+}
+
+/// What a level does with values of one format.
+#[derive(Clone, Copy)]
+pub(crate) struct ValuePieces {
+    pub unit_bytes: usize,
+    /// Accumulators are kept in the order that this format's values have in registers.
+    pub deinterleaved: bool,
+    pub accumulate: unsafe fn(&DirectValues),
+    pub accumulate_pairs: unsafe fn(&DirectValues),
+    pub accumulate_one: unsafe fn(&OneValue),
+    pub all_finite: unsafe fn(KeyPointers<u8>, usize, KeyRange, usize) -> bool,
+    pub pack: unsafe fn(&mut PackValues),
+    pub widen_pairs: unsafe fn(&Widen),
+}
+
+/// What a level does with a call's keys and values.
+#[derive(Clone, Copy)]
+pub(crate) struct Pieces {
+    pub keys: KeyPieces,
+    pub values: ValuePieces,
+    /// Those of f32, for values that were unpacked from pairs.
+    pub widened: ValuePieces,
+}
+
+/// Whether even and odd elements of every two vectors lie apart, in queries and in accumulators.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deinterleaved {
+    pub keys: bool,
+    pub values: bool,
 }

@@ -14,9 +14,10 @@
 
 use super::direct::{PackedValues, WeightedValues, accumulate_visible, load_up_to};
 use super::row_pairs::{Widen, widen};
+use super::scales::{scale_scores, scale_weights};
 use super::softmax::Softmax;
-use super::{Block, KeyPointers, RowState};
-use crate::kernels::simd::{LoadStore, MAX_LANES, Outlined, Simd};
+use super::{Block, KeyPieces, KeyPointers, Pieces, RowState, ValuePieces};
+use crate::kernels::simd::{Load, MAX_LANES, Outlined, Simd};
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 use crate::problem::limits::MAX_HEAD_DIM;
@@ -28,22 +29,23 @@ use std::mem::MaybeUninit;
 /// # Safety
 /// `k` and `v` are the rows of the block's key range, values as they lie if they are packed.
 #[inline(always)]
-pub(super) unsafe fn block<S: Simd, T: LoadStore>(
+pub(super) unsafe fn block<S: Simd>(
     s: S,
+    pieces: &Pieces,
     block: &Block,
     rows: &mut [RowState],
-    k: KeyPointers<T>,
-    v: KeyPointers<T>,
+    k: KeyPointers<u8>,
+    v: KeyPointers<u8>,
 ) {
     match block.p.v_packing {
         // SAFETY: the caller's.
-        Packing::Rows => unsafe { products(s, block, rows, k, v) },
+        Packing::Rows => unsafe { products(s, &pieces.keys, &pieces.values, block, rows, k, v) },
         Packing::RowPairs => {
             let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
             // SAFETY: the caller's.
             unsafe {
-                let v = widen(s, Widen { block, v, head: 0 }, &mut pointers);
-                products(s, block, rows, k, v.rows());
+                let v = widen(&pieces.values, &Widen { block, v, head: 0 }, &mut pointers);
+                products(s, &pieces.keys, &pieces.widened, block, rows, k, v.rows());
             }
         }
     }
@@ -52,12 +54,14 @@ pub(super) unsafe fn block<S: Simd, T: LoadStore>(
 /// # Safety
 /// `k` and `v` are the rows of the block's key range.
 #[inline(always)]
-unsafe fn products<S: Simd, T: LoadStore, V: LoadStore>(
+unsafe fn products<S: Simd>(
     s: S,
+    key_pieces: &KeyPieces,
+    value_pieces: &ValuePieces,
     block: &Block,
     rows: &mut [RowState],
-    k: KeyPointers<T>,
-    v: KeyPointers<V>,
+    k: KeyPointers<u8>,
+    v: KeyPointers<u8>,
 ) {
     let Block { scratch, key_range, all, d, dv, .. } = *block;
     let (dp, dvp) = (padded(d), padded(dv));
@@ -71,10 +75,11 @@ unsafe fn products<S: Simd, T: LoadStore, V: LoadStore>(
     let groups = &groups[..count];
     // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
     unsafe {
-        s.outline(PackKeys { block, k });
-        let mut next_k = NextBlock::new::<S>(k, d, parts * BLOCK / slab * groups.len());
-        let mut next_v = NextBlock::new::<S>(v, dv, value_slabs::<S>(dv).count() * groups.len());
-        s.outline(PackValues { block, v, finite: if all { None } else { Some(&mut finite) } });
+        (key_pieces.pack)(&PackKeys { block, k });
+        let mut next_k = NextBlock::new::<S>(k, d * key_pieces.unit_bytes, parts * BLOCK / slab * groups.len());
+        let mut next_v =
+            NextBlock::new::<S>(v, dv * value_pieces.unit_bytes, value_slabs::<S>(dv).count() * groups.len());
+        (value_pieces.pack)(&mut PackValues { block, v, finite: if all { None } else { Some(&mut finite) } });
         for column in (key_range.low / slab * slab..key_range.high).step_by(slab) {
             for part in 0..parts {
                 for_each_group(groups, |r, n, keys| {
@@ -102,10 +107,12 @@ unsafe fn products<S: Simd, T: LoadStore, V: LoadStore>(
                 });
             }
         }
+        scale_scores(s, block, 0..1);
         for_each_group(groups, |r, n, keys| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
-        if !finite {
+        finite &= scale_weights(s, block, 0..1);
+        if !all && !finite {
             for (r, row) in rows.iter().enumerate() {
-                accumulate_visible::<S, V>(s, block, row, r, v);
+                accumulate_visible(value_pieces, block, row, r, v);
             }
             return;
         }
@@ -135,8 +142,8 @@ unsafe fn products<S: Simd, T: LoadStore, V: LoadStore>(
 
 /// K or V of the next block: asked for while this one is computed, since its packing would wait for it. A few lines at a time:
 /// more than a core has fill buffers for would make it wait now.
-struct NextBlock<'a, T> {
-    rows: KeyPointers<'a, T>,
+struct NextBlock<'a> {
+    rows: KeyPointers<'a, u8>,
     /// The row that is being asked for, from where on, and how many of its bytes are left.
     key: usize,
     at: *const u8,
@@ -146,13 +153,12 @@ struct NextBlock<'a, T> {
     each: usize,
 }
 
-impl<'a, T> NextBlock<'a, T> {
-    /// To be asked for in `calls` calls.
+impl<'a> NextBlock<'a> {
+    /// To be prefetched in `calls` calls; a row has `row` bytes.
     #[inline(always)]
-    fn new<S: Simd>(rows: KeyPointers<'a, T>, columns: usize, calls: usize) -> Self {
-        let row = columns * size_of::<T>();
+    fn new<S: Simd>(rows: KeyPointers<'a, u8>, row: usize, calls: usize) -> Self {
         let each = (row.div_ceil(S::PREFETCH_BYTES) * BLOCK).div_ceil(calls.max(1));
-        let at = rows.next(0).cast();
+        let at = rows.next(0);
         Self { rows, key: 0, at, left: if at.is_null() { 0 } else { row }, row, each }
     }
 
@@ -167,7 +173,7 @@ impl<'a, T> NextBlock<'a, T> {
             self.left = self.left.saturating_sub(S::PREFETCH_BYTES);
             if self.left == 0 && self.key + 1 < BLOCK {
                 self.key += 1;
-                self.at = self.rows.next(self.key).cast();
+                self.at = self.rows.next(self.key);
                 self.left = if self.at.is_null() { 0 } else { self.row };
             }
         }
@@ -297,14 +303,18 @@ fn walk<S: Simd>(lane: usize, steps: usize) -> usize {
 
 /// Transposes the keys of a key range into slabs as wide as a register tile: `[slab][step of the walk][keys]`. In the vectors of keys
 /// at the key range's ends, columns outside of it are numbers of no meaning.
-struct PackKeys<'a, T> {
+pub(crate) struct PackKeys<'a> {
     block: &'a Block<'a>,
-    k: KeyPointers<'a, T>,
+    k: KeyPointers<'a, u8>,
 }
 
-impl<T: LoadStore> Outlined for PackKeys<'_, T> {
+impl PackKeys<'_> {
+    /// For keys of type `T`.
+    ///
+    /// # Safety
+    /// As [`block`].
     #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
+    pub unsafe fn run<S: Simd, T: Load>(&self, s: S) {
         let Block { key_range, d, .. } = *self.block;
         let pairs = d / (2 * S::LANES);
         for group in (key_range.low / S::LANES * S::LANES..key_range.high).step_by(S::LANES) {
@@ -312,18 +322,18 @@ impl<T: LoadStore> Outlined for PackKeys<'_, T> {
             unsafe {
                 for pair in 0..pairs {
                     if T::deinterleaved::<S>() {
-                        self.transpose::<S, EVEN>(s, group, 2 * pair);
-                        self.transpose::<S, ODD>(s, group, 2 * pair + 1);
+                        self.transpose::<S, T, EVEN>(s, group, 2 * pair);
+                        self.transpose::<S, T, ODD>(s, group, 2 * pair + 1);
                     } else {
-                        self.transpose::<S, WHOLE>(s, group, 2 * pair);
-                        self.transpose::<S, WHOLE>(s, group, 2 * pair + 1);
+                        self.transpose::<S, T, WHOLE>(s, group, 2 * pair);
+                        self.transpose::<S, T, WHOLE>(s, group, 2 * pair + 1);
                     }
                 }
                 for step in 2 * pairs..d.div_ceil(S::LANES) {
                     if d - step * S::LANES >= S::LANES {
-                        self.transpose::<S, WHOLE>(s, group, step);
+                        self.transpose::<S, T, WHOLE>(s, group, step);
                     } else {
-                        self.transpose::<S, PART>(s, group, step);
+                        self.transpose::<S, T, PART>(s, group, step);
                     }
                 }
             }
@@ -337,13 +347,13 @@ const EVEN: u8 = 1;
 const ODD: u8 = 2;
 const PART: u8 = 3;
 
-impl<T: LoadStore> PackKeys<'_, T> {
+impl PackKeys<'_> {
     /// One step of `LANES` keys from `group` on.
     ///
     /// # Safety
     /// As [`block`]; the step has elements of this kind.
     #[inline(always)]
-    unsafe fn transpose<S: Simd, const KIND: u8>(&self, s: S, group: usize, step: usize) {
+    unsafe fn transpose<S: Simd, T: Load, const KIND: u8>(&self, s: S, group: usize, step: usize) {
         let Block { scratch, key_range, d, .. } = *self.block;
         let (steps, slab) = (d.div_ceil(S::LANES), S::TILE_VECTORS * S::LANES);
         let first = group / slab * slab;
@@ -355,7 +365,8 @@ impl<T: LoadStore> PackKeys<'_, T> {
             ($($lane:literal)*) => {$(
                 if $lane < S::LANES {
                     let key = group + $lane;
-                    let key = self.k.key(0, if whole { key } else { key.clamp(key_range.low, key_range.high - 1) });
+                    let key = if whole { key } else { key.clamp(key_range.low, key_range.high - 1) };
+                    let key = self.k.key(0, key).cast::<T>();
                     // SAFETY: the caller's.
                     v[$lane] = unsafe {
                         match KIND {
@@ -380,16 +391,21 @@ impl<T: LoadStore> PackKeys<'_, T> {
 }
 
 /// Widens the values of a key range into the slabs of [`value_slabs`]: `[slab][key][columns]`. Says whether all are finite, if asked.
-struct PackValues<'a, T> {
+pub(crate) struct PackValues<'a> {
     block: &'a Block<'a>,
-    v: KeyPointers<'a, T>,
+    v: KeyPointers<'a, u8>,
     finite: Option<&'a mut bool>,
 }
 
-impl<T: LoadStore> Outlined for PackValues<'_, T> {
+impl PackValues<'_> {
+    /// For values of type `T`.
+    ///
+    /// # Safety
+    /// As [`block`].
     #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
-        let Self { block: &Block { scratch, key_range, dv, .. }, v, mut finite } = self;
+    pub unsafe fn run<S: Simd, T: Load>(&mut self, s: S) {
+        let Self { block: &Block { scratch, key_range, dv, .. }, v, ref mut finite } = *self;
+        let v = v.cast::<T>();
         for (column, width) in value_slabs::<S>(dv) {
             for j in key_range.low..key_range.high {
                 let row = v.key(0, j).wrapping_add(column);
@@ -401,7 +417,7 @@ impl<T: LoadStore> Outlined for PackValues<'_, T> {
                         let x = T::load_pair(s, row.add(i));
                         s.store_f32(to.add(i), x[0]);
                         s.store_f32(to.add(i + S::LANES), x[1]);
-                        if let Some(finite) = &mut finite {
+                        if let Some(finite) = finite {
                             **finite &= s.all_finite(x[0]) && s.all_finite(x[1]);
                         }
                         i += 2 * S::LANES;
@@ -410,7 +426,7 @@ impl<T: LoadStore> Outlined for PackValues<'_, T> {
                         let part = (dv - column).min(S::LANES);
                         let x = load_up_to(s, row, part);
                         s.store_f32(to, x);
-                        if let Some(finite) = &mut finite {
+                        if let Some(finite) = finite {
                             **finite &= s.all_finite(x);
                         }
                     }

@@ -1,11 +1,11 @@
 //! Values that are packed in pairs of slots ([`Packing::RowPairs`](crate::layout::Packing::RowPairs)): taken apart in registers, or, for
 //! many rows and where they are no pairs, once a block.
 
-use super::Block;
 use super::key_pointers::{KeyPointerTable, KeyPointers, Pointers};
+use super::{Block, ValuePieces};
 use crate::dtype::Element;
 use crate::kernels::generic::copy;
-use crate::kernels::simd::{LoadStore, MAX_LANES, Outlined, Simd, lines};
+use crate::kernels::simd::{Load, MAX_LANES, Simd, lines};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{KeyRange, padded};
 use crate::problem::limits::MAX_HEAD_DIM;
@@ -13,7 +13,9 @@ use crate::problem::limits::MAX_HEAD_DIM;
 /// Whether a pair of slots holds the values of a key of the key range and of the one after it, in its first half and its second.
 #[inline(always)]
 pub(crate) fn is_pair<T>(p: &Problem, v: &KeyPointers<T>, key_range: KeyRange, key: usize) -> bool {
-    p.value_step() == 2 && key + 1 < key_range.high && v.key(0, key + 1) == v.key(0, key).wrapping_add(1)
+    p.value_step() == 2
+        && key + 1 < key_range.high
+        && v.key(0, key + 1) == v.key(0, key).wrapping_byte_add(p.v.dtype.unit_bytes())
 }
 
 /// Copies the values of a key range to rows of their own, of `[BLOCK][padded(dim)]` at `block`: for kernels that take no pairs.
@@ -22,15 +24,15 @@ pub(crate) fn is_pair<T>(p: &Problem, v: &KeyPointers<T>, key_range: KeyRange, k
 /// As [`locate`](super::locate), which has found the values.
 #[inline(always)]
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-pub(crate) unsafe fn unpack_pairs<T: Element>(
+pub(crate) unsafe fn unpack_pairs<T: Element, P>(
     p: &Problem,
     key_range: KeyRange,
     block: *mut u8,
-    v: &mut KeyPointerTable<T>,
+    v: &mut KeyPointerTable<P>,
 ) {
     let (dim, step) = (p.v_dim, p.value_step());
     let row = |j: usize| block.cast::<T>().wrapping_add(j * padded(dim));
-    let rows = v.rows();
+    let rows = v.rows().cast::<T>();
     let mut j = key_range.low;
     while j < key_range.high {
         let from = rows.key(0, j);
@@ -49,7 +51,7 @@ pub(crate) unsafe fn unpack_pairs<T: Element>(
             }
         }
     }
-    v.place(key_range, row(0), padded(dim));
+    v.place(key_range, row(0).cast(), padded(dim) * size_of::<T>());
 }
 
 /// [`is_pair`] of every other key: the key range is of pairs and of nothing else.
@@ -59,22 +61,22 @@ pub(crate) fn are_pairs<T>(p: &Problem, v: &KeyPointers<T>, key_range: KeyRange)
     whole && (key_range.low..key_range.high).step_by(2).all(|j| is_pair(p, v, key_range, j))
 }
 
-/// The values of a key range and KV head as rows of f32, in the order of [`LoadStore::load_pair`]: widening loses nothing, so that sums over
+/// The values of a key range and KV head as rows of f32, in the order of [`Load::load_pair`]: widening loses nothing, so that sums over
 /// these have the bits of sums over values that are not packed.
 ///
 /// # Safety
 /// As [`Widen`].
 #[inline(always)]
-pub(super) unsafe fn widen<'a, S: Simd, T: LoadStore>(
-    s: S,
-    values: Widen<T>,
-    memory: &'a mut Pointers<f32>,
-) -> KeyPointerTable<'a, f32> {
+pub(super) unsafe fn widen<'a>(
+    pieces: &ValuePieces,
+    values: &Widen,
+    memory: &'a mut Pointers<u8>,
+) -> KeyPointerTable<'a, u8> {
     let Block { scratch, key_range, dv, .. } = *values.block;
     let mut widened = KeyPointerTable::new(memory);
-    widened.place(key_range, scratch.v_block.cast(), padded(dv));
+    widened.place(key_range, scratch.v_block, padded(dv) * size_of::<f32>());
     // SAFETY: the caller's.
-    unsafe { s.outline(values) };
+    unsafe { (pieces.widen_pairs)(values) };
     widened
 }
 
@@ -82,28 +84,33 @@ pub(super) unsafe fn widen<'a, S: Simd, T: LoadStore>(
 ///
 /// # Safety
 /// `v` are the values of the block's key range, as they lie in pairs.
-pub(super) struct Widen<'a, T> {
+pub(crate) struct Widen<'a> {
     pub block: &'a Block<'a>,
-    pub v: KeyPointers<'a, T>,
+    pub v: KeyPointers<'a, u8>,
     /// The KV head of the tile.
     pub head: usize,
 }
 
-impl<T: LoadStore> Outlined for Widen<'_, T> {
+impl Widen<'_> {
+    /// For values of type `T`.
+    ///
+    /// # Safety
+    /// As [`Widen`].
     #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
+    pub unsafe fn run<S: Simd, T: Load>(&self, s: S) {
         let Block { p, scratch, key_range, dv, .. } = *self.block;
+        let v = self.v.cast::<T>();
         let row = |j: usize| scratch.v_block.cast::<f32>().wrapping_add(j * padded(dv));
         let mut j = key_range.low;
         while j < key_range.high {
-            let from = self.v.key(self.head, j);
-            let next = self.v.next_pair(j).cast::<u8>();
+            let from = v.key(self.head, j);
+            let next = v.next_pair(j).cast::<u8>();
             if !next.is_null() {
                 lines(next, 2 * dv * size_of::<T>()).for_each(|line| s.prefetch_far(line));
             }
             // SAFETY: the caller's; rows have padded(dv) floats, and a buffer the largest head size.
             unsafe {
-                if is_pair(p, &self.v, key_range, j) {
+                if is_pair(p, &v, key_range, j) {
                     widen_pair(s, from, [row(j), row(j + 1)], dv);
                     j += 2;
                 } else {
@@ -120,7 +127,7 @@ impl<T: LoadStore> Outlined for Widen<'_, T> {
 /// # Safety
 /// `2 * dim` elements are readable at `from`, `dim` rounded up to whole vectors writable at both rows of `to`.
 #[inline(always)]
-unsafe fn widen_pair<S: Simd, T: LoadStore>(s: S, from: *const T, to: [*mut f32; 2], dim: usize) {
+unsafe fn widen_pair<S: Simd, T: Load>(s: S, from: *const T, to: [*mut f32; 2], dim: usize) {
     let mut i = 0;
     // SAFETY: the caller's.
     unsafe {
@@ -141,16 +148,12 @@ unsafe fn widen_pair<S: Simd, T: LoadStore>(s: S, from: *const T, to: [*mut f32;
     }
 }
 
-/// `N` vectors, an even number, of both values of a pair, in the order of [`LoadStore::load_pair`]; or one, of `part` elements.
+/// `N` vectors, an even number, of both values of a pair, in the order of [`Load::load_pair`]; or one, of `part` elements.
 ///
 /// # Safety
 /// `2 * N * LANES` elements, or `2 * part`, are readable.
 #[inline(always)]
-pub(super) unsafe fn load_two<S: Simd, T: LoadStore, const N: usize>(
-    s: S,
-    from: *const T,
-    part: usize,
-) -> [[S::V; N]; 2] {
+pub(super) unsafe fn load_two<S: Simd, T: Load, const N: usize>(s: S, from: *const T, part: usize) -> [[S::V; N]; 2] {
     let mut x = [[s.zero(); N]; 2];
     // SAFETY: the caller's; of less than a vector, a copy is read.
     unsafe {
@@ -181,7 +184,7 @@ pub(super) unsafe fn load_two<S: Simd, T: LoadStore, const N: usize>(
 /// # Safety
 /// They are readable.
 #[inline(always)]
-unsafe fn halves<S: Simd, T: LoadStore>(s: S, from: *const T) -> [S::V; 2] {
+unsafe fn halves<S: Simd, T: Load>(s: S, from: *const T) -> [S::V; 2] {
     // SAFETY: the caller's.
     let [a, b] = unsafe { T::load_pair(s, from) };
     if T::deinterleaved::<S>() { [a, b] } else { s.deinterleave(a, b) }
@@ -190,7 +193,7 @@ unsafe fn halves<S: Simd, T: LoadStore>(s: S, from: *const T) -> [S::V; 2] {
 /// # Safety
 /// `dim` rounded up to whole vectors are readable at `from` and writable at `to`.
 #[inline(always)]
-unsafe fn widen_one<S: Simd, T: LoadStore>(s: S, from: *const T, to: *mut f32, dim: usize) {
+unsafe fn widen_one<S: Simd, T: Load>(s: S, from: *const T, to: *mut f32, dim: usize) {
     let mut i = 0;
     // SAFETY: the caller's.
     unsafe {

@@ -3,7 +3,7 @@
 //!
 //! Logits are kept times log2(e), so that every exponential is a power of two; the LSE is converted back at the end.
 //!
-//! A row of Q, and an accumulator, is kept in the order in which [`LoadStore::load_pair`] of the type of K and V gives elements:
+//! A row of Q, and an accumulator, is kept in the order in which [`Load::load_pair`] of the type of K and V gives elements:
 //! for bf16 on some levels even elements of every two vectors first, then the odd ones.
 
 use super::direct::load_up_to;
@@ -250,12 +250,19 @@ impl Scaled {
 /// # Safety
 /// `src` is a row of the view `q` with `d` elements, `dst` has `padded(d)` floats.
 #[inline(always)]
-pub(super) unsafe fn load_query<S: Simd, T: LoadStore>(s: S, q: RawView, src: *const u8, dst: *mut f32, d: usize) {
+pub(super) unsafe fn load_query<S: Simd>(
+    s: S,
+    deinterleaved: bool,
+    q: RawView,
+    src: *const u8,
+    dst: *mut f32,
+    d: usize,
+) {
     // SAFETY: the caller's.
     unsafe {
         load_row(s, q.dtype, src, q.strides[3], dst, d);
         (d..padded(d)).for_each(|i| *dst.add(i) = 0.0);
-        if T::deinterleaved::<S>() {
+        if deinterleaved {
             let pair = 2 * S::LANES;
             for i in (0..d / pair * pair).step_by(pair) {
                 let [even, odd] = s.deinterleave(s.load_f32(dst.add(i)), s.load_f32(dst.add(i + S::LANES)));

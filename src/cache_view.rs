@@ -1,0 +1,171 @@
+//! Views of caches: the keys, or the values, of a cache in any [`CacheFormat`].
+
+use crate::dtype::DType;
+use crate::error::{Result, ensure};
+use crate::format::CacheFormat;
+use crate::view::{Buffer, RawCacheView, View, ViewMut, contiguous};
+use std::marker::PhantomData;
+
+/// A read-only view of the keys, or of the values, of a cache: `[batch, seq, kv_heads, dim]`, whose first two axes are what a
+/// [`Layout`](crate::Layout) says.
+///
+/// A [`View`] is one whose units are plain elements, and converts by itself where a cache is wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheView<'a> {
+    pub(crate) raw: RawCacheView,
+    lifetime: PhantomData<&'a [u8]>,
+}
+
+/// A view of the keys, or of the values, of a cache, through which an operation writes.
+///
+/// A [`ViewMut`] is one whose units are plain elements, and converts by itself where a cache is wanted.
+#[derive(Debug)]
+pub struct CacheViewMut<'a> {
+    pub(crate) raw: RawCacheView,
+    lifetime: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: a view is a shared (or an exclusive) borrow of slices of plain numbers, and slices of those cross threads.
+unsafe impl Send for CacheView<'_> {}
+// SAFETY: as above; nothing is written through a `CacheView`.
+unsafe impl Sync for CacheView<'_> {}
+// SAFETY: as above, and the borrow is exclusive.
+unsafe impl Send for CacheViewMut<'_> {}
+
+impl<'a> From<View<'a>> for CacheView<'a> {
+    fn from(view: View<'a>) -> Self {
+        Self { raw: view.raw.into(), lifetime: PhantomData }
+    }
+}
+
+impl<'a> From<ViewMut<'a>> for CacheViewMut<'a> {
+    fn from(view: ViewMut<'a>) -> Self {
+        Self { raw: view.raw.into(), lifetime: PhantomData }
+    }
+}
+
+impl<'a> From<CacheViewMut<'a>> for CacheView<'a> {
+    fn from(view: CacheViewMut<'a>) -> Self {
+        Self { raw: view.raw, lifetime: PhantomData }
+    }
+}
+
+impl RawCacheView {
+    /// Checks that the format has scales if and only if there are any, and that they are one per token and head. `name` is the
+    /// argument's name.
+    pub(crate) fn check_scales(&self, name: &str) -> Result<()> {
+        let format = self.units.dtype;
+        let Some(scales) = &self.scales else {
+            ensure!(!format.has_scales(), InvalidValue, "{name} is {format}, but has no scales");
+            return Ok(());
+        };
+        ensure!(format.has_scales(), InvalidValue, "{name} is {format}, which has no scales, but scales are given");
+        let [batch, seq, heads, _] = self.units.shape;
+        let want = [batch, seq, heads, 1];
+        ensure!(
+            scales.shape == want,
+            Shape,
+            "the scales of {name} have the shape {:?}, but one per token and head is {want:?}",
+            scales.shape
+        );
+        ensure!(
+            matches!(scales.dtype, DType::F32 | DType::F16),
+            DType,
+            "the scales of {name} are {}, which is neither f32 nor f16",
+            scales.dtype
+        );
+        Ok(())
+    }
+}
+
+macro_rules! described {
+    () => {
+        /// `[batch, seq, kv_heads, dim]`, in elements.
+        pub fn shape(&self) -> [usize; 4] {
+            self.raw.units.shape
+        }
+
+        /// Strides in units, axis by axis.
+        pub fn strides(&self) -> [i64; 4] {
+            self.raw.units.strides
+        }
+
+        /// The format of the units.
+        pub fn format(&self) -> CacheFormat {
+            self.raw.units.dtype
+        }
+    };
+}
+
+impl<'a> CacheView<'a> {
+    /// A cache in [`CacheFormat::Int8`] whose units lie at the start of `units` in the order of their axes, with `scales`
+    /// `[batch, seq, kv_heads, 1]` of f32 or f16.
+    ///
+    /// # Errors
+    /// `units` is too short for `shape`; the scales have another shape or type.
+    pub fn int8(units: &'a [i8], shape: [usize; 4], scales: View<'a>) -> Result<Self> {
+        Self::int8_strided(units, 0, shape, contiguous(shape), scales)
+    }
+
+    /// As [`Self::int8`], of which unit `[0, 0, 0, 0]` is `units[offset]`; strides are in units and may be negative or 0.
+    ///
+    /// # Errors
+    /// As [`Self::int8`]; shape and strides reach outside of `units`.
+    pub fn int8_strided(
+        units: &'a [i8],
+        offset: usize,
+        shape: [usize; 4],
+        strides: [i64; 4],
+        scales: View<'a>,
+    ) -> Result<Self> {
+        let buffer = Buffer::of_elements(units.as_ptr().cast_mut(), units.len());
+        let units = buffer.view(CacheFormat::Int8, offset, shape, strides)?;
+        let raw = RawCacheView { units, scales: Some(scales.raw) };
+        raw.check_scales("the cache")?;
+        Ok(Self { raw, lifetime: PhantomData })
+    }
+
+    described!();
+}
+
+impl<'a> CacheViewMut<'a> {
+    /// A cache in [`CacheFormat::Int8`] whose units lie at the start of `units` in the order of their axes, with `scales`
+    /// `[batch, seq, kv_heads, 1]` of f32 or f16.
+    ///
+    /// # Errors
+    /// `units` is too short for `shape`; the scales have another shape or type.
+    pub fn int8(units: &'a mut [i8], shape: [usize; 4], scales: ViewMut<'a>) -> Result<Self> {
+        Self::int8_strided(units, 0, shape, contiguous(shape), scales)
+    }
+
+    /// As [`Self::int8`], of which unit `[0, 0, 0, 0]` is `units[offset]`; no two units may share memory.
+    ///
+    /// # Errors
+    /// As [`Self::int8`]; shape and strides reach outside of `units`, or units share memory.
+    pub fn int8_strided(
+        units: &'a mut [i8],
+        offset: usize,
+        shape: [usize; 4],
+        strides: [i64; 4],
+        scales: ViewMut<'a>,
+    ) -> Result<Self> {
+        let buffer = Buffer::of_elements(units.as_mut_ptr(), units.len());
+        let units = buffer.view(CacheFormat::Int8, offset, shape, strides)?;
+        units.validate_output("the cache")?;
+        let raw = RawCacheView { units, scales: Some(scales.raw) };
+        raw.check_scales("the cache")?;
+        Ok(Self { raw, lifetime: PhantomData })
+    }
+
+    /// A read-only view of the same units.
+    pub fn as_view(&self) -> CacheView<'_> {
+        CacheView { raw: self.raw, lifetime: PhantomData }
+    }
+
+    /// The same view, borrowed for a shorter time.
+    pub fn reborrow(&mut self) -> CacheViewMut<'_> {
+        CacheViewMut { raw: self.raw, lifetime: PhantomData }
+    }
+
+    described!();
+}

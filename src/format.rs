@@ -1,0 +1,104 @@
+//! Cache formats: what a cache holds, as opposed to what arithmetic reads and writes ([`DType`]).
+
+use crate::dtype::DType;
+
+/// What the keys or the values of a cache are stored as.
+///
+/// A format says how many elements share a *unit*, how many bytes a unit has, and whether scales lie beside the units. Shapes
+/// count elements, strides count units; a unit of every format here is one element. Keys and values have formats of their own,
+/// chosen independently.
+///
+/// The values are those of `kvl_format` in the C header; the first three are those of [`DType`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+#[non_exhaustive]
+pub enum CacheFormat {
+    /// [`DType::F32`].
+    F32 = 0,
+    /// [`DType::F16`].
+    F16 = 1,
+    /// [`DType::Bf16`].
+    Bf16 = 2,
+    /// Signed bytes from -127 to 127, and one scale per token and head, f32 or f16, in a tensor of its own: an element is its
+    /// byte times the scale of its token and head.
+    Int8 = 3,
+}
+
+impl CacheFormat {
+    /// Every format.
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Int8];
+
+    /// `"f32"`, `"f16"`, `"bf16"` or `"int8"`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// The format called `name`, if there is one.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|f| f.name() == name)
+    }
+
+    /// The format with this value in the C header, if there is one.
+    pub fn from_u32(value: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|&f| f as u32 == value)
+    }
+
+    /// The element type, where units are plain elements that arithmetic reads; `None` where they are quantised.
+    pub const fn dtype(self) -> Option<DType> {
+        match self {
+            Self::F32 => Some(DType::F32),
+            Self::F16 => Some(DType::F16),
+            Self::Bf16 => Some(DType::Bf16),
+            Self::Int8 => None,
+        }
+    }
+
+    /// Bytes per unit.
+    pub const fn unit_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Int8 => 1,
+        }
+    }
+
+    /// Whether a scale per token and head lies beside the units.
+    pub const fn has_scales(self) -> bool {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => false,
+            Self::Int8 => true,
+        }
+    }
+
+    pub(crate) const fn index(self) -> usize {
+        self as usize
+    }
+}
+
+impl From<DType> for CacheFormat {
+    fn from(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Self::F32,
+            DType::F16 => Self::F16,
+            DType::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// A format equals an element type if its units are elements of that type.
+impl PartialEq<DType> for CacheFormat {
+    fn eq(&self, dtype: &DType) -> bool {
+        *self == Self::from(*dtype)
+    }
+}
+
+impl std::fmt::Display for CacheFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}

@@ -1,0 +1,117 @@
+//! Scales per token and head beside the units of a quantised cache.
+//!
+//! A scale of keys multiplies the score of its key, before the scale of attention and the softcap; a scale of values multiplies
+//! the weight of its key, after the sum of the weights was taken. So neither is in an inner loop, and a block costs one pass over
+//! its scores and one over its weights. Both passes are the same for direct and packed products, which keeps their bits equal.
+
+use super::Block;
+use crate::dtype::DType;
+use crate::kernels::simd::{Outlined, Simd};
+use crate::problem::grid::{BLOCK, KeyRange};
+use crate::view::RawView;
+use half::f16;
+use std::ops::Range;
+
+/// Multiplies the scores of a block and some of the tile's KV heads by the scales of its keys, if it has any.
+///
+/// # Safety
+/// The block's visible keys are inside the cache; their scores are in `scratch.s`.
+#[inline(always)]
+pub(super) unsafe fn scale_scores<S: Simd>(s: S, block: &Block, heads: Range<usize>) {
+    if let Some(scales) = &block.p.k.scales {
+        // SAFETY: the caller's.
+        unsafe { scale(s, block, heads, scales) };
+    }
+}
+
+/// Multiplies the weights of a block and some of the tile's KV heads by the scales of its values, if it has any. Says whether the
+/// scales are finite: if not, the weight of a key that a row does not see may have become NaN.
+///
+/// # Safety
+/// As [`scale_scores`], with weights in place of scores.
+#[inline(always)]
+pub(super) unsafe fn scale_weights<S: Simd>(s: S, block: &Block, heads: Range<usize>) -> bool {
+    match &block.p.v.scales {
+        None => true,
+        // SAFETY: the caller's.
+        Some(scales) => unsafe { scale(s, block, heads, scales) },
+    }
+}
+
+/// # Safety
+/// As [`scale_scores`].
+#[inline(never)]
+unsafe fn scale<S: Simd>(s: S, block: &Block, heads: Range<usize>, scales: &RawView) -> bool {
+    let Block { tile, scratch, key_range, .. } = *block;
+    let mut finite = true;
+    for head in heads {
+        let mut factors = [0.0f32; BLOCK];
+        // SAFETY: the caller's; the tile has the head and its rows.
+        unsafe {
+            load_scales(block, scales, head, &mut factors);
+            let (x, rows) = (scratch.s.add(head * tile.head_rows * BLOCK), tile.head_rows);
+            s.outline(Scale { x, rows, key_range, factors: &factors });
+        }
+        finite &= factors.iter().all(|x| x.is_finite());
+    }
+    finite
+}
+
+/// The scales of a block's visible keys and one of the tile's KV heads; those of other keys are left alone.
+///
+/// # Safety
+/// As [`scale_scores`].
+unsafe fn load_scales(block: &Block, scales: &RawView, head: usize, factors: &mut [f32; BLOCK]) {
+    let Block { p, tile, base, key_range, visible_bits, .. } = *block;
+    let mut j = key_range.low;
+    while j < key_range.high {
+        if visible_bits >> j & 1 == 0 {
+            j += 1;
+            continue;
+        }
+        let ((row, slot), run) = p.visibility.place(tile.batch, base + j);
+        let end = (j + run).min(key_range.high);
+        // SAFETY: the caller's: there is a scale wherever there is a key; keys that are not visible are not touched.
+        unsafe {
+            let first = scales.row(row, slot, tile.kv_head + head);
+            let step = scales.strides[1] as isize;
+            for (i, factor) in factors[j..end].iter_mut().enumerate() {
+                if visible_bits >> (j + i) & 1 == 1 {
+                    let at = i as isize * step;
+                    *factor = match scales.dtype {
+                        DType::F32 => *first.cast::<f32>().offset(at),
+                        DType::F16 => (*first.cast::<f16>().offset(at)).to_f32(),
+                        // Refused by the check of a call's scales.
+                        DType::Bf16 => f32::NAN,
+                    };
+                }
+            }
+        }
+        j = end;
+    }
+}
+
+/// Rows of a block, one float per key, times a factor per key. Beyond the key range, whole vectors may be overwritten.
+struct Scale<'a> {
+    x: *mut f32,
+    rows: usize,
+    key_range: KeyRange,
+    factors: &'a [f32; BLOCK],
+}
+
+impl Outlined for Scale<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { x, rows, key_range, factors } = self;
+        for i in (key_range.low / S::LANES * S::LANES..key_range.high).step_by(S::LANES) {
+            // SAFETY: a vector stays inside a block, and every row has one.
+            unsafe {
+                let factor = s.load_f32(factors.as_ptr().add(i));
+                for row in 0..rows {
+                    let at = x.add(row * BLOCK + i);
+                    s.store_f32(at, s.mul(s.load_f32(at), factor));
+                }
+            }
+        }
+    }
+}
