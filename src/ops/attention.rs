@@ -8,7 +8,7 @@ use crate::kernels::api::{AttentionFns, Function, Precision};
 use crate::kernels::registry;
 use crate::layout::{Layout, Packing};
 use crate::ops::jobs::{Jobs, SharedMemory};
-use crate::ops::mask::{BitMask, Mask, RawMasks, Touched, check_scores};
+use crate::ops::mask::{BitMask, Mask, RawMasks, Touched, broadcast, check_scores};
 use crate::ops::plan::AttentionPlan;
 use crate::ops::setters::setters;
 use crate::ops::tiling::{GRAIN, Tiling};
@@ -109,7 +109,7 @@ pub struct AttentionOptions<'a> {
     pub mask: Option<Mask<'a>>,
     /// Which keys each query sees, a bit each.
     pub bit_mask: Option<BitMask<'a>>,
-    /// `[batch, seq, heads, keys]`, of any type, added to logits; strides of 0 broadcast.
+    /// `[batch, seq, heads, keys]`, of any type, added to logits; axes of one element and strides of 0 broadcast.
     ///
     /// Of this and the masks, `seq` is the most queries that a row has, and `keys` is at least the greatest length.
     pub bias: Option<View<'a>>,
@@ -630,7 +630,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
             softcap,
             mask,
             bit_mask: bit_mask.or(planned_bits),
-            bias: call.bias,
+            bias: call.bias.map(|bias| RawView { strides: broadcast(bias.shape, bias.strides), ..bias }),
             alibi: call.alibi_slopes,
             sinks: call.sink_logits,
         },

@@ -7,7 +7,7 @@ use crate::view::{MAX_AXIS, RawView, reach};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// A boolean mask `[batch, seq, heads, keys]`; true lets a query see a key. Strides of 0 broadcast.
+/// A boolean mask `[batch, seq, heads, keys]`; true lets a query see a key. Axes of one element broadcast, and so do strides of 0.
 #[derive(Clone, Copy, Debug)]
 pub struct Mask<'a> {
     pub(crate) raw: RawMask,
@@ -82,7 +82,8 @@ impl RawMask {
 }
 
 /// A mask `[batch, seq, heads, keys]` of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
-/// first, and keys are neighbours; other strides are given in bits, and 0 broadcasts.
+/// first, and keys are neighbours; other strides are given in bits. Axes of one element broadcast, and so do strides of 0: all but
+/// the keys, and with [lists](Self::per_row) only the heads.
 ///
 /// It may speak of the last keys alone: with [first keys](Self::with_first_keys), bit j of row b is of key
 /// `first_keys[b] + j`, and keys before are seen. So the tree of a speculation is `[batch, n, 1, n]` bits (heads broadcast)
@@ -173,8 +174,8 @@ pub(crate) struct RawBitMask<'a> {
 
 impl<'a> RawBitMask<'a> {
     pub fn view(&self) -> BitView<'a> {
-        let Self { data, offset, strides, first_keys, rows, .. } = *self;
-        BitView { data, offset, strides, first_keys, rows }
+        let Self { data, offset, first_keys, rows, .. } = *self;
+        BitView { data, offset, strides: broadcast(self.shape, self.strides), first_keys, rows }
     }
 
     /// Checks it for the rows of a call; the bytes that those can touch, relative to its data.
@@ -314,25 +315,41 @@ impl<'a> RawMasks<'a> {
             // A row's keys are counted from its first one; how many it needs is checked with its extent.
             let [batch, seq, heads, _] = mask.shape;
             check_scores("bit_mask", [batch, seq, heads, keys], rows, keys)?;
+            // Lists replace the strides of these two axes, and they have an entry for each sequence.
+            ensure!(
+                mask.rows.is_none() || [batch, seq] == rows[..2],
+                Shape,
+                "bit_mask has bit_offsets and shape {:?}, but must have [{}, {}] along its first two axes",
+                mask.shape,
+                rows[0],
+                rows[1]
+            );
             touched.set(1, mask.data, mask.extent(visibility)?);
         }
         Ok(touched)
     }
 
     pub fn views(&self) -> (Option<ByteView>, Option<BitView<'a>>) {
-        (self.mask.map(|m| ByteView { data: m.data, strides: m.strides }), self.bit_mask.as_ref().map(RawBitMask::view))
+        let mask = self.mask.map(|m| ByteView { data: m.data, strides: broadcast(m.shape, m.strides) });
+        (mask, self.bit_mask.as_ref().map(RawBitMask::view))
     }
 }
 
-/// Fails unless a tensor `[batch, seq, heads, keys]` of that shape has an entry for every query and key of a call.
+/// Fails unless a tensor `[batch, seq, heads, keys]` of that shape has an entry for every query and key of a call, where axes of
+/// one element broadcast.
 pub(crate) fn check_scores(name: &str, shape: [usize; 4], rows: [usize; 3], keys: usize) -> Result<()> {
     let [batch, seq, heads] = rows;
     ensure!(
-        shape[..3] == rows && shape[3] >= keys,
+        (0..3).all(|axis| shape[axis] == rows[axis] || shape[axis] == 1) && (shape[3] >= keys || shape[3] == 1),
         Shape,
-        "{name} has shape {shape:?}, but must have [{batch}, {seq}, {heads}, {keys}] or more keys"
+        "{name} has shape {shape:?}, but must have [{batch}, {seq}, {heads}, {keys}] or more keys, or 1 along an axis to broadcast"
     );
     Ok(())
+}
+
+/// The strides of a tensor, or of its first axes, that is read as [`check_scores`] allows: 0 along axes of one element.
+pub(crate) fn broadcast<const N: usize>(shape: [usize; 4], strides: [i64; N]) -> [i64; N] {
+    std::array::from_fn(|axis| if shape[axis] == 1 { 0 } else { strides[axis] })
 }
 
 /// The addresses that each mask can touch.

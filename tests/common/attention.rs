@@ -91,8 +91,21 @@ impl MaskTensor {
         self.memory.bytes()[self.index(at)] != 0
     }
 
+    /// The same mask with axes of one element, and any stride, where it has strides of 0.
+    pub fn narrowed(mut self) -> Self {
+        narrow(&mut self.shape, &mut self.strides);
+        self
+    }
+
     pub fn view(&self) -> Mask<'_> {
         Mask::strided(self.memory.bools(), self.offset, self.shape, self.strides).expect("a mask of its own memory")
+    }
+}
+
+/// Gives axes of stride 0 one element and a stride that is never used.
+pub fn narrow(shape: &mut [usize; 4], strides: &mut [i64]) {
+    for (n, stride) in shape.iter_mut().zip(strides).filter(|(_, stride)| **stride == 0) {
+        (*n, *stride) = (1, 977);
     }
 }
 
@@ -135,6 +148,12 @@ impl BitMaskTensor {
             }
         }
         mask
+    }
+
+    /// As [`MaskTensor::narrowed`].
+    pub fn narrowed(mut self) -> Self {
+        narrow(&mut self.shape, &mut self.strides);
+        self
     }
 
     /// The same mask for sequences with these numbers of queries and keys, each of its own width, one after another.

@@ -1,17 +1,17 @@
 //! The rules about masks, positions, heads and NaN, one test each.
 
 use crate::attention::check;
-use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Options, Shape, kv_types, random_bias};
+use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Options, Shape, kv_types, narrow, random_bias};
 use crate::common::runners::Threads;
 use crate::common::tensor::{Gaps, poison};
 use crate::common::{Layout, Place, Rng, Tensor, close, scaled, thin};
 use crate::harness::{Level, tests};
-use kvlane::{DType, Op, alibi_slopes};
+use kvlane::{AttentionOptions, AttentionPlan, DType, Op, Serial, Workspace, alibi_slopes};
 
 tests! {
     levels: order_of_operations, row_without_keys, bias_decides_not_the_logit, hidden_poison, poison_reaches_who_sees_it,
         live_nan_propagates, causal_offset, negative_offset, windows, starts_and_lengths, heads_read_their_group,
-        sinks, alibi, log_sum_exp, mask_broadcast, bias_types, live_minus_infinity, bits_by_row;
+        sinks, alibi, log_sum_exp, mask_broadcast, axes_of_one_element_broadcast, bias_types, live_minus_infinity, bits_by_row;
     once: standard_alibi_slopes;
 }
 
@@ -597,6 +597,61 @@ fn mask_broadcast(level: &Level) {
                 let mut case = Case::new(&mut rng, shape, DType::F32);
                 case.options.bias = Some(random_bias(&mut rng, DType::F32, scores, strides, place, 0.3));
                 check(level, &case, || format!("bias {broadcast:04b} {layout:?}"));
+            }
+        }
+    }
+}
+
+/// A mask, bit mask or bias with axes of one element has the bits of the expanded one, in a call and in a plan.
+fn axes_of_one_element_broadcast(level: &Level) {
+    let mut rng = Rng::new(29);
+    for kv in kv_types() {
+        for tokens in [1, 14] {
+            let shape = Shape { batch: 2, tokens, kv_heads: 2, group: 2, keys: 131, dim: 16, v_dim: 16 };
+            let scores = shape.scores();
+            for broadcast in thin((0..16).collect()) {
+                let mut strides = Layout::BSHD.strides(scores);
+                (0..4).filter(|axis| broadcast >> axis & 1 == 1).for_each(|axis| strides[axis] = 0);
+                let mut case = Case::new(&mut rng, shape, kv);
+                let what = format!("{broadcast:04b}, {tokens} tokens, {kv}");
+
+                let mut inner = rng.clone();
+                let mask = MaskTensor::new(scores, strides, Place::GuardAfter, |_| inner.chance(0.6));
+                let expanded = MaskTensor::new(scores, Layout::BSHD.strides(scores), Place::Heap, |at| mask.get(at));
+                case.options.mask = Some(expanded);
+                let wanted = case.run(&level.context).all_bits();
+                case.options.mask = Some(mask.narrowed());
+                assert_eq!(case.run(&level.context).all_bits(), wanted, "mask {what}");
+                let plan = AttentionPlan::new(shape.q(), shape.k(), &case.options.borrow()).expect("a valid plan");
+                let options = AttentionOptions::new().precision(level.precision).plan(&plan);
+                let planned = case.run_on(&level.context, &Serial, &mut Workspace::new(), (&case.k, &case.v), options);
+                assert_eq!(planned.expect("a valid call").all_bits(), wanted, "mask in a plan {what}");
+                case.options.mask = None;
+
+                let [b, t, h, _] = strides;
+                let bit_strides = [b, t, h].map(|stride| if stride == 0 { 0 } else { stride + 3 });
+                let (mut inner, first) = (rng.clone(), vec![0; shape.batch]);
+                let bits = |strides, visible: &mut dyn FnMut([usize; 4]) -> bool| {
+                    BitMaskTensor::new(scores, strides, 5, first.clone(), Place::GuardAfter, visible)
+                };
+                let mask = bits(bit_strides, &mut |_| inner.chance(0.6));
+                let wide = Layout::BSHD.strides(scores);
+                case.options.bit_mask = Some(bits([wide[0], wide[1], wide[2]], &mut |at| mask.get(at)));
+                let wanted = case.run(&level.context).all_bits();
+                case.options.bit_mask = Some(mask.narrowed());
+                assert_eq!(case.run(&level.context).all_bits(), wanted, "bit mask {what}");
+                case.options.bit_mask = None;
+
+                for dtype in DType::ALL {
+                    let mut bias = random_bias(&mut rng, dtype, scores, strides, Place::GuardAfter, 0.3);
+                    let mut expanded = Tensor::input(dtype, scores, Layout::BSHD, Place::Heap);
+                    expanded.fill(|at| bias.get(at));
+                    case.options.bias = Some(expanded);
+                    let wanted = case.run(&level.context).all_bits();
+                    narrow(&mut bias.shape, &mut bias.strides);
+                    case.options.bias = Some(bias);
+                    assert_eq!(case.run(&level.context).all_bits(), wanted, "bias of {dtype} {what}");
+                }
             }
         }
     }
