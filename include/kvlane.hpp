@@ -1,14 +1,22 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //
-// A thin C++17 layer over kvlane.h: owners for what has to be released, an exception for what can fail, views from
-// containers. Header only; nothing here is part of the ABI. What the operations mean is said in kvlane.h.
+// A thin C++17 layer over kvlane.h: owners for what has to be released, errors as exceptions, views of containers. Header
+// only, and no part of the ABI. The operations are described in kvlane.h.
 //
 //     kvlane::context context;
 //     kvlane::workspace workspace;
 //     kvl_attention_params params = KVL_ATTENTION_PARAMS_INIT;
-//     params.q = kvlane::view(std::as_const(q), {1, 1, 4, 8});
+//     params.q = kvlane::view(q, {1, 1, 4, 8});
 //     ...
 //     kvlane::attention(context, workspace, params);
+//
+// Errors: a function that fails throws kvlane::error. Where exceptions are disabled (-fno-exceptions), or where
+// KVLANE_EXCEPTIONS is defined as 0, functions return their kvl_status instead, results are written to a last argument, and
+// constructors leave their status in status():
+//
+//     kvlane::context context;
+//     if (context.status() != KVL_STATUS_OK) ...
+//     if (kvlane::attention(context, workspace, params) != KVL_STATUS_OK) puts(kvlane::last_error().c_str());
 #ifndef KVLANE_HPP
 #define KVLANE_HPP
 
@@ -19,13 +27,59 @@
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#if defined(__has_include)
+#if __has_include(<version>)
+#include <version>
+#endif
+#if (defined(__STDCPP_FLOAT16_T__) || defined(__STDCPP_BFLOAT16_T__)) && __has_include(<stdfloat>)
+#include <stdfloat>
+#endif
+#endif
+
+#ifndef KVLANE_EXCEPTIONS
+#if defined(__cpp_exceptions) || defined(_CPPUNWIND)
+#define KVLANE_EXCEPTIONS 1
+#else
+#define KVLANE_EXCEPTIONS 0
+#endif
+#endif
+
+#if KVLANE_EXCEPTIONS
+#include <stdexcept>
+// What a function that can fail returns, how it calls another one, and how it ends.
+#define KVLANE_RESULT_ inline void
+#define KVLANE_TRY_(call) ::kvlane::check(call)
+#define KVLANE_DONE_ return
+#else
+#define KVLANE_RESULT_ [[nodiscard]] inline kvl_status
+#define KVLANE_TRY_(call)                                                                                              \
+    do {                                                                                                               \
+        const kvl_status status_of_call_ = (call);                                                                     \
+        if (status_of_call_ != KVL_STATUS_OK) {                                                                        \
+            return status_of_call_;                                                                                    \
+        }                                                                                                              \
+    } while (0)
+#define KVLANE_DONE_ return KVL_STATUS_OK
+#endif
+
 namespace kvlane {
+
+/// The calling thread's last sentence.
+inline std::string last_error() {
+    std::string text(kvl_last_error(nullptr, 0), '\0');
+    kvl_last_error(&text[0], text.size());
+    text.pop_back();
+    return text;
+}
+
+// Programs may link files with exceptions and files without: the two layers have different names.
+#if KVLANE_EXCEPTIONS
+inline namespace throwing {
 
 /// A status other than KVL_STATUS_OK; what() is the sentence.
 class error : public std::runtime_error {
@@ -38,20 +92,15 @@ private:
     kvl_status status_;
 };
 
-/// The calling thread's last sentence.
-inline std::string last_error() {
-    std::string text(kvl_last_error(nullptr, 0), '\0');
-    kvl_last_error(&text[0], text.size());
-    text.pop_back();
-    return text;
-}
-
 /// Throws unless `status` is KVL_STATUS_OK.
 inline void check(kvl_status status) {
     if (status != KVL_STATUS_OK) {
         throw error(status, last_error());
     }
 }
+#else
+inline namespace returning {
+#endif
 
 /// 16 bits of an IEEE 754 binary16, for those who have no type for it.
 struct f16 {
@@ -63,23 +112,115 @@ struct bf16 {
     std::uint16_t bits;
 };
 
-/// The element type of a C++ type; specialise it for a half type of your own.
-template <class T> struct dtype_of;
-template <> struct dtype_of<float> : std::integral_constant<kvl_dtype, KVL_DTYPE_F32> {};
-template <> struct dtype_of<f16> : std::integral_constant<kvl_dtype, KVL_DTYPE_F16> {};
-template <> struct dtype_of<bf16> : std::integral_constant<kvl_dtype, KVL_DTYPE_BF16> {};
+namespace detail {
+#if defined(__FLT16_MANT_DIG__)
+#define KVLANE_FLOAT16_ 1
+__extension__ typedef _Float16 native_float16;
+#endif
+#if defined(__BFLT16_MANT_DIG__) ||                                                                                     \
+    (defined(__clang__) && __clang_major__ >= 17 && (defined(__SSE2__) || defined(__aarch64__)))
+#define KVLANE_BF16_ 1
+__extension__ typedef __bf16 native_bf16;
+#endif
+
+/// The element type of a C++ type; negative if there is none. One function and no specialisations, because some of these
+/// types are the same in some compilers.
+template <class T> constexpr kvl_dtype known_dtype() {
+    if (std::is_same<T, float>::value) {
+        return KVL_DTYPE_F32;
+    }
+    if (std::is_same<T, f16>::value) {
+        return KVL_DTYPE_F16;
+    }
+    if (std::is_same<T, bf16>::value) {
+        return KVL_DTYPE_BF16;
+    }
+#ifdef KVLANE_FLOAT16_
+    if (std::is_same<T, native_float16>::value) {
+        return KVL_DTYPE_F16;
+    }
+#endif
+#ifdef KVLANE_BF16_
+    if (std::is_same<T, native_bf16>::value) {
+        return KVL_DTYPE_BF16;
+    }
+#endif
+#ifdef __STDCPP_FLOAT16_T__
+    if (std::is_same<T, std::float16_t>::value) {
+        return KVL_DTYPE_F16;
+    }
+#endif
+#ifdef __STDCPP_BFLOAT16_T__
+    if (std::is_same<T, std::bfloat16_t>::value) {
+        return KVL_DTYPE_BF16;
+    }
+#endif
+    return -1;
+}
+} // namespace detail
+
+/// The element type of a C++ type: float, f16 and bf16 of this header, and `_Float16`, `__bf16`, `std::float16_t` and
+/// `std::bfloat16_t` where the compiler has them. Specialise it for a half type of your own.
+template <class T> struct dtype_of : std::integral_constant<kvl_dtype, detail::known_dtype<T>()> {
+    static_assert(detail::known_dtype<T>() >= 0, "no element type is known for this type: specialise kvlane::dtype_of");
+};
 
 /// batch, seq, heads, dim.
 using axes = std::array<std::int64_t, 4>;
 
+/// What can be written can be read.
+inline kvl_const_view as_const(const kvl_view &view) {
+    kvl_const_view result = {};
+    result.data = view.data;
+    result.dtype = view.dtype;
+    result.reserved = view.reserved;
+    for (std::size_t axis = 0; axis < 4; ++axis) {
+        result.shape[axis] = view.shape[axis];
+        result.strides[axis] = view.strides[axis];
+    }
+    result.bytes = view.bytes;
+    return result;
+}
+
+/// A view that is written, and that may stand where one is only read.
+struct mutable_view : kvl_view {
+    mutable_view() : kvl_view{} {}
+    mutable_view(const kvl_view &view) : kvl_view(view) {}
+    operator kvl_const_view() const { return as_const(*this); }
+};
+
+/// A view that a function reads: of either kind.
+class input {
+public:
+    input(const kvl_const_view &view) : view_(view) {}
+    input(const kvl_view &view) : view_(as_const(view)) {}
+    input(const mutable_view &view) : view_(as_const(view)) {}
+
+    const kvl_const_view *get() const noexcept { return &view_; }
+
+private:
+    kvl_const_view view_;
+};
+
 /// A tensor that lies in memory in the order of its axes.
-template <class T> kvl_view view(T *data, const axes &shape) {
-    return kvl_make_view(data, dtype_of<T>::value, shape[0], shape[1], shape[2], shape[3]);
+template <class T> mutable_view view(T *data, const axes &shape) {
+    mutable_view result;
+    result.data = data;
+    result.dtype = dtype_of<T>::value;
+    std::uint64_t stride = 1; // Unsigned, because numbers that are too large are the library's to refuse.
+    for (std::size_t axis = 4; axis-- > 0;) {
+        result.shape[axis] = shape[axis];
+        result.strides[axis] = static_cast<std::int64_t>(stride);
+        stride *= static_cast<std::uint64_t>(shape[axis]);
+    }
+    return result;
 }
 
 /// The same, only read.
 template <class T> kvl_const_view view(const T *data, const axes &shape) {
-    return kvl_make_const_view(data, dtype_of<T>::value, shape[0], shape[1], shape[2], shape[3]);
+    kvl_const_view result = as_const(view(static_cast<T *>(nullptr), shape));
+    result.data = data;
+    return result;
 }
 
 /// A tensor with strides, in elements.
@@ -106,43 +247,85 @@ auto view(C &elements, const axes &shape, const axes &strides) {
     return result;
 }
 
+namespace detail {
+/// The status of a constructor.
+class constructed {
+public:
+    /// KVL_STATUS_OK, unless exceptions are disabled and the constructor failed.
+    kvl_status status() const noexcept { return status_; }
+
+protected:
+    void keep(kvl_status status) {
+#if KVLANE_EXCEPTIONS
+        check(status);
+#endif
+        status_ = status;
+    }
+
+private:
+    kvl_status status_ = KVL_STATUS_OK;
+};
+} // namespace detail
+
 /// The kernels chosen for this machine; may be shared between threads.
-class context {
+class context : public detail::constructed {
 public:
     explicit context(kvl_isa max_isa = KVL_ISA_BEST) {
         kvl_context_params params = KVL_CONTEXT_PARAMS_INIT;
         params.max_isa = max_isa;
         kvl_context *made = nullptr;
-        check(kvl_context_create(&params, &made));
+        keep(kvl_context_create(&params, &made));
         handle_.reset(made);
     }
 
     const kvl_context *get() const noexcept { return handle_.get(); }
 
+    KVLANE_RESULT_ isa(kvl_isa &to) const {
+        KVLANE_TRY_(kvl_context_isa(get(), &to));
+        KVLANE_DONE_;
+    }
+
+    KVLANE_RESULT_ kernel_name(kvl_op op, kvl_dtype src, kvl_dtype dst, const char *&to) const {
+        KVLANE_TRY_(kvl_context_kernel_name(get(), op, src, dst, &to));
+        KVLANE_DONE_;
+    }
+
+    KVLANE_RESULT_ attention_kernel_name(kvl_dtype k, kvl_dtype v, kvl_precision precision, const char *&to) const {
+        KVLANE_TRY_(kvl_context_attention_kernel_name(get(), k, v, precision, &to));
+        KVLANE_DONE_;
+    }
+
+    /// How values of a type are best packed for attention.
+    KVLANE_RESULT_ v_packing(kvl_dtype dtype, kvl_packing &to) const {
+        KVLANE_TRY_(kvl_context_v_packing(get(), dtype, &to));
+        KVLANE_DONE_;
+    }
+
+#if KVLANE_EXCEPTIONS
     kvl_isa isa() const {
         kvl_isa level = KVL_ISA_BEST;
-        check(kvl_context_isa(get(), &level));
+        isa(level);
         return level;
     }
 
     const char *kernel_name(kvl_op op, kvl_dtype src, kvl_dtype dst) const {
         const char *name = nullptr;
-        check(kvl_context_kernel_name(get(), op, src, dst, &name));
+        kernel_name(op, src, dst, name);
         return name;
     }
 
     const char *attention_kernel_name(kvl_dtype k, kvl_dtype v, kvl_precision precision) const {
         const char *name = nullptr;
-        check(kvl_context_attention_kernel_name(get(), k, v, precision, &name));
+        attention_kernel_name(k, v, precision, name);
         return name;
     }
 
-    /// How values of a type are best packed for attention.
     kvl_packing v_packing(kvl_dtype dtype) const {
         kvl_packing packing = KVL_PACKING_ROWS;
-        check(kvl_context_v_packing(get(), dtype, &packing));
+        v_packing(dtype, packing);
         return packing;
     }
+#endif
 
 private:
     struct release {
@@ -152,14 +335,16 @@ private:
 };
 
 /// Threads of the library's.
-class thread_pool {
+class thread_pool : public detail::constructed {
 public:
     /// 0 threads are as many as the machine runs at once.
     explicit thread_pool(std::size_t num_threads = 0) {
         kvl_thread_pool *made = nullptr;
-        check(kvl_thread_pool_create(num_threads, &made));
+        keep(kvl_thread_pool_create(num_threads, &made));
         handle_.reset(made);
-        check(kvl_thread_pool_runner(made, &runner_));
+        if (made != nullptr) {
+            keep(kvl_thread_pool_runner(made, &runner_));
+        }
     }
 
     /// Valid as long as the pool.
@@ -202,12 +387,17 @@ public:
 
 private:
     static std::int32_t call(void *self, std::size_t n, void (*function)(void *, std::size_t), void *context) {
+#if KVLANE_EXCEPTIONS
         try {
             static_cast<parallel_for *>(self)->run_(n, task(function, context));
             return 0;
         } catch (...) {
             return 1;
         }
+#else
+        static_cast<parallel_for *>(self)->run_(n, task(function, context));
+        return 0;
+#endif
     }
 
     Run run_;
@@ -217,12 +407,17 @@ private:
 /// Scratch memory for attention: grows when a call needs more, and never shrinks. For one call at a time.
 class workspace {
 public:
+    /// Without exceptions, a workspace for which there is no memory stays empty, and the call that needs it fails.
     void reserve(std::size_t bytes) {
         if (bytes > bytes_) {
             data_.reset();
             bytes_ = 0;
+#if KVLANE_EXCEPTIONS
             data_.reset(::operator new(bytes, alignment));
-            bytes_ = bytes;
+#else
+            data_.reset(::operator new(bytes, alignment, std::nothrow));
+#endif
+            bytes_ = data_ == nullptr ? 0 : bytes;
         }
     }
 
@@ -244,124 +439,159 @@ struct frequencies {
     double magnitude = 1;
 };
 
-inline frequencies rope_frequencies(const kvl_rope_frequencies_params &params) {
-    frequencies result;
-    result.inv_freq.resize(params.rotary_dim > 0 ? static_cast<std::size_t>(params.rotary_dim / 2) : 0);
+KVLANE_RESULT_ rope_frequencies(const kvl_rope_frequencies_params &params, frequencies &to) {
+    to.inv_freq.resize(params.rotary_dim > 0 ? static_cast<std::size_t>(params.rotary_dim / 2) : 0);
     // An empty vector has no pointer, and a sentence about rotary_dim is worth more than one about null.
     double nothing = 0;
-    double *data = result.inv_freq.empty() ? &nothing : result.inv_freq.data();
-    const auto pairs = static_cast<std::int64_t>(result.inv_freq.size());
-    check(kvl_rope_frequencies(&params, data, pairs, &result.magnitude));
+    double *data = to.inv_freq.empty() ? &nothing : to.inv_freq.data();
+    const auto pairs = static_cast<std::int64_t>(to.inv_freq.size());
+    KVLANE_TRY_(kvl_rope_frequencies(&params, data, pairs, &to.magnitude));
+    KVLANE_DONE_;
+}
+
+#if KVLANE_EXCEPTIONS
+inline frequencies rope_frequencies(const kvl_rope_frequencies_params &params) {
+    frequencies result;
+    rope_frequencies(params, result);
     return result;
 }
+#endif
 
-inline void rope(const context &context, const kvl_const_view &src, const kvl_view &dst, const kvl_rope_params &params,
-                 const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_rope(context.get(), runner, &src, &dst, &params));
+KVLANE_RESULT_ rope(const context &context, const input &src, const kvl_view &dst, const kvl_rope_params &params,
+                    const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_rope(context.get(), runner, src.get(), &dst, &params));
+    KVLANE_DONE_;
 }
 
-inline void rope_in_place(const context &context, const kvl_view &x, const kvl_rope_params &params,
-                          const kvl_parallel_runner *runner = nullptr) {
-    rope(context, kvl_as_const(x), x, params, runner);
-}
-
-inline void rms_norm(const context &context, const kvl_const_view &src, const kvl_view &dst,
-                     const kvl_rms_norm_params &params, const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_rms_norm(context.get(), runner, &src, &dst, &params));
-}
-
-inline void rms_norm_in_place(const context &context, const kvl_view &x, const kvl_rms_norm_params &params,
-                              const kvl_parallel_runner *runner = nullptr) {
-    rms_norm(context, kvl_as_const(x), x, params, runner);
-}
-
-inline void rms_norm_rope(const context &context, const kvl_const_view &src, const kvl_view &dst,
-                          const kvl_rms_norm_params &norm, const kvl_rope_params &rope,
-                          const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_rms_norm_rope(context.get(), runner, &src, &dst, &norm, &rope));
-}
-
-inline void rms_norm_rope_in_place(const context &context, const kvl_view &x, const kvl_rms_norm_params &norm,
-                                   const kvl_rope_params &rope, const kvl_parallel_runner *runner = nullptr) {
-    rms_norm_rope(context, kvl_as_const(x), x, norm, rope, runner);
-}
-
-inline void kv_write(const context &context, const kvl_kv_write_params &params,
-                     const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_kv_write(context.get(), runner, &params));
-}
-
-inline void pack_row_pairs(const context &context, const kvl_const_view &src, const kvl_view &dst,
-                           const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_pack_row_pairs(context.get(), runner, &src, &dst));
-}
-
-inline void unpack_row_pairs(const context &context, const kvl_const_view &src, const kvl_view &dst,
+KVLANE_RESULT_ rope_in_place(const context &context, const kvl_view &x, const kvl_rope_params &params,
                              const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_unpack_row_pairs(context.get(), runner, &src, &dst));
+    return rope(context, x, x, params, runner);
 }
 
-inline void repeat_kv(const context &context, const kvl_const_view &src, const kvl_view &dst,
-                      const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_repeat_kv(context.get(), runner, &src, &dst));
+KVLANE_RESULT_ rms_norm(const context &context, const input &src, const kvl_view &dst,
+                        const kvl_rms_norm_params &params, const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_rms_norm(context.get(), runner, src.get(), &dst, &params));
+    KVLANE_DONE_;
 }
 
-inline void attention(const context &context, workspace &workspace, const kvl_attention_params &params,
-                      const kvl_parallel_runner *runner = nullptr) {
+KVLANE_RESULT_ rms_norm_in_place(const context &context, const kvl_view &x, const kvl_rms_norm_params &params,
+                                 const kvl_parallel_runner *runner = nullptr) {
+    return rms_norm(context, x, x, params, runner);
+}
+
+KVLANE_RESULT_ rms_norm_rope(const context &context, const input &src, const kvl_view &dst,
+                             const kvl_rms_norm_params &norm, const kvl_rope_params &rope,
+                             const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_rms_norm_rope(context.get(), runner, src.get(), &dst, &norm, &rope));
+    KVLANE_DONE_;
+}
+
+KVLANE_RESULT_ rms_norm_rope_in_place(const context &context, const kvl_view &x, const kvl_rms_norm_params &norm,
+                                      const kvl_rope_params &rope, const kvl_parallel_runner *runner = nullptr) {
+    return rms_norm_rope(context, x, x, norm, rope, runner);
+}
+
+KVLANE_RESULT_ kv_write(const context &context, const kvl_kv_write_params &params,
+                        const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_kv_write(context.get(), runner, &params));
+    KVLANE_DONE_;
+}
+
+KVLANE_RESULT_ pack_row_pairs(const context &context, const input &src, const kvl_view &dst,
+                              const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_pack_row_pairs(context.get(), runner, src.get(), &dst));
+    KVLANE_DONE_;
+}
+
+KVLANE_RESULT_ unpack_row_pairs(const context &context, const input &src, const kvl_view &dst,
+                                const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_unpack_row_pairs(context.get(), runner, src.get(), &dst));
+    KVLANE_DONE_;
+}
+
+KVLANE_RESULT_ repeat_kv(const context &context, const input &src, const kvl_view &dst,
+                         const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_repeat_kv(context.get(), runner, src.get(), &dst));
+    KVLANE_DONE_;
+}
+
+KVLANE_RESULT_ attention(const context &context, workspace &workspace, const kvl_attention_params &params,
+                         const kvl_parallel_runner *runner = nullptr) {
     std::size_t bytes = 0;
-    check(kvl_attention_workspace_size(&params, runner, &bytes));
+    KVLANE_TRY_(kvl_attention_workspace_size(&params, runner, &bytes));
     workspace.reserve(bytes);
-    check(kvl_attention(context.get(), runner, workspace.data(), workspace.size(), &params));
+    KVLANE_TRY_(kvl_attention(context.get(), runner, workspace.data(), workspace.size(), &params));
+    KVLANE_DONE_;
 }
 
 /// Over a prefix that all rows share, [1, tokens, kv_heads, ...], and then over each row's own keys.
-inline void attention_with_prefix(const context &context, workspace &workspace, const kvl_const_view &prefix_k,
-                                  const kvl_const_view &prefix_v, const kvl_attention_params &params,
-                                  const kvl_parallel_runner *runner = nullptr) {
+KVLANE_RESULT_ attention_with_prefix(const context &context, workspace &workspace, const input &prefix_k,
+                                     const input &prefix_v, const kvl_attention_params &params,
+                                     const kvl_parallel_runner *runner = nullptr) {
     std::size_t bytes = 0;
-    check(kvl_attention_with_prefix_workspace_size(&prefix_k, &params, runner, &bytes));
+    KVLANE_TRY_(kvl_attention_with_prefix_workspace_size(prefix_k.get(), &params, runner, &bytes));
     workspace.reserve(bytes);
-    check(kvl_attention_with_prefix(context.get(), runner, workspace.data(), workspace.size(), &prefix_k, &prefix_v,
-                                    &params));
+    KVLANE_TRY_(kvl_attention_with_prefix(context.get(), runner, workspace.data(), workspace.size(), prefix_k.get(),
+                                          prefix_v.get(), &params));
+    KVLANE_DONE_;
 }
 
-inline void merge_states(const context &context, const std::vector<kvl_attention_state> &states, const kvl_view &out,
-                         float *lse = nullptr, const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_merge_states(context.get(), runner, states.data(), states.size(), &out, lse));
+KVLANE_RESULT_ merge_states(const context &context, const std::vector<kvl_attention_state> &states, const kvl_view &out,
+                            float *lse = nullptr, const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_merge_states(context.get(), runner, states.data(), states.size(), &out, lse));
+    KVLANE_DONE_;
 }
 
 /// The states of a span's chunks; `params` has no out, no lse and no sink logits.
+KVLANE_RESULT_ attention_chunks(const context &context, workspace &workspace, const kvl_attention_params &params,
+                                const kvl_parallel_runner *runner, std::vector<float> &to) {
+    std::int64_t len = 0;
+    KVLANE_TRY_(kvl_attention_chunks_states_len(&params, &len));
+    to.resize(static_cast<std::size_t>(len));
+    std::size_t bytes = 0;
+    KVLANE_TRY_(kvl_attention_chunks_workspace_size(&params, runner, &bytes));
+    workspace.reserve(bytes);
+    KVLANE_TRY_(kvl_attention_chunks(context.get(), runner, workspace.data(), workspace.size(), &params, to.data(), len));
+    KVLANE_DONE_;
+}
+
+#if KVLANE_EXCEPTIONS
 inline std::vector<float> attention_chunks(const context &context, workspace &workspace,
                                            const kvl_attention_params &params,
                                            const kvl_parallel_runner *runner = nullptr) {
-    std::int64_t len = 0;
-    check(kvl_attention_chunks_states_len(&params, &len));
-    std::vector<float> states(static_cast<std::size_t>(len));
-    std::size_t bytes = 0;
-    check(kvl_attention_chunks_workspace_size(&params, runner, &bytes));
-    workspace.reserve(bytes);
-    check(kvl_attention_chunks(context.get(), runner, workspace.data(), workspace.size(), &params, states.data(), len));
+    std::vector<float> states;
+    attention_chunks(context, workspace, params, runner, states);
     return states;
 }
+#endif
 
 /// The states of a span as `kvl_merge_chunks_params` lists them; points into what it is given.
 inline kvl_chunk_states chunk_states(const std::vector<float> &states) {
     return {states.data(), static_cast<std::int64_t>(states.size())};
 }
 
-inline void merge_chunks(const context &context, workspace &workspace, const kvl_merge_chunks_params &params,
-                         const kvl_parallel_runner *runner = nullptr) {
+KVLANE_RESULT_ merge_chunks(const context &context, workspace &workspace, const kvl_merge_chunks_params &params,
+                            const kvl_parallel_runner *runner = nullptr) {
     std::size_t bytes = 0;
-    check(kvl_merge_chunks_workspace_size(&params, runner, &bytes));
+    KVLANE_TRY_(kvl_merge_chunks_workspace_size(&params, runner, &bytes));
     workspace.reserve(bytes);
-    check(kvl_merge_chunks(context.get(), runner, workspace.data(), workspace.size(), &params));
+    KVLANE_TRY_(kvl_merge_chunks(context.get(), runner, workspace.data(), workspace.size(), &params));
+    KVLANE_DONE_;
 }
 
+KVLANE_RESULT_ alibi_slopes(std::size_t heads, std::vector<float> &to) {
+    to.resize(heads);
+    KVLANE_TRY_(kvl_alibi_slopes(to.data(), static_cast<std::int64_t>(heads)));
+    KVLANE_DONE_;
+}
+
+#if KVLANE_EXCEPTIONS
 inline std::vector<float> alibi_slopes(std::size_t heads) {
-    std::vector<float> slopes(heads);
-    check(kvl_alibi_slopes(slopes.data(), static_cast<std::int64_t>(heads)));
+    std::vector<float> slopes;
+    alibi_slopes(heads, slopes);
     return slopes;
 }
+#endif
 
 /// Layers, lengths and layout as the operations below take them; points into what it is given.
 inline kvl_cache make_cache(const std::vector<kvl_kv_layer> &layers, std::vector<std::int32_t> &lengths,
@@ -379,14 +609,23 @@ using list = std::vector<std::int32_t>;
 
 namespace detail {
 /// The library cannot see how long a list is.
-inline void same_size(std::size_t a, std::size_t b) {
+inline kvl_status same_size(std::size_t a, std::size_t b) {
+#if KVLANE_EXCEPTIONS
     if (a != b) {
         throw error(KVL_STATUS_SHAPE, "lists of " + std::to_string(a) + " and " + std::to_string(b) + " entries");
     }
+#endif
+    return a == b ? KVL_STATUS_OK : KVL_STATUS_SHAPE;
+}
+
+/// How many sequences the library is to be told of, if a table has rows of the same length for them: else a number that it
+/// refuses.
+inline std::int64_t sequences(std::size_t entries, std::size_t sequences, std::size_t each) {
+    return same_size(entries, sequences * each) == KVL_STATUS_OK ? static_cast<std::int64_t>(sequences) : -1;
 }
 } // namespace detail
 
-/// Rows of which the newest tokens are kept, and for ever the first `sink_tokens`.
+/// Sequences that keep their newest tokens, and their first `sink_tokens` for ever.
 inline kvl_layout ring_layout(std::int32_t sink_tokens = 0) {
     kvl_layout layout = KVL_LAYOUT_INIT;
     layout.kind = KVL_LAYOUT_KIND_RING;
@@ -395,61 +634,66 @@ inline kvl_layout ring_layout(std::int32_t sink_tokens = 0) {
 }
 
 /// `table` is [num_sequences, pages_per_sequence]; points into it, as do the next two.
-inline kvl_layout paged_layout(const list &table, std::int64_t rows) {
+inline kvl_layout paged_layout(const list &table, std::int64_t num_sequences) {
     kvl_layout layout = KVL_LAYOUT_INIT;
-    const std::size_t n = rows > 0 ? static_cast<std::size_t>(rows) : 1, pages_per_sequence = table.size() / n;
-    detail::same_size(table.size(), n * pages_per_sequence);
+    const std::size_t n = num_sequences > 0 ? static_cast<std::size_t>(num_sequences) : 1;
+    const std::size_t pages_per_sequence = table.size() / n;
+    const bool fits = detail::sequences(table.size(), n, pages_per_sequence) > 0;
     layout.kind = KVL_LAYOUT_KIND_PAGED;
-    layout.num_sequences = rows;
+    layout.num_sequences = fits ? num_sequences : -1;
     layout.pages_per_sequence = static_cast<std::int64_t>(pages_per_sequence);
     layout.table = table.data();
     return layout;
 }
 
-/// `table` is [rows, capacity].
+/// `table` is [num_sequences, capacity].
 inline kvl_layout indirect_layout(const list &table, std::int64_t capacity) {
     kvl_layout layout = KVL_LAYOUT_INIT;
-    const std::size_t n = capacity > 0 ? static_cast<std::size_t>(capacity) : 1, rows = table.size() / n;
-    detail::same_size(table.size(), n * rows);
+    const std::size_t n = capacity > 0 ? static_cast<std::size_t>(capacity) : 1;
     layout.kind = KVL_LAYOUT_KIND_INDIRECT;
-    layout.num_sequences = static_cast<std::int64_t>(rows);
+    layout.num_sequences = detail::sequences(table.size(), table.size() / n, n);
     layout.table = table.data();
     return layout;
 }
 
-/// `starts` is [rows + 1].
-inline kvl_layout ragged_layout(const list &starts) {
+/// `cu_seqlens` is [num_sequences + 1].
+inline kvl_layout ragged_layout(const list &cu_seqlens) {
     kvl_layout layout = KVL_LAYOUT_INIT;
     layout.kind = KVL_LAYOUT_KIND_RAGGED;
-    layout.num_sequences = static_cast<std::int64_t>(starts.size()) - 1;
-    layout.table = starts.data();
+    layout.num_sequences = static_cast<std::int64_t>(cu_seqlens.size()) - 1;
+    layout.table = cu_seqlens.data();
     return layout;
 }
 
 /// What the attention of all layers of a step has in common; may be shared between threads while none changes it.
-class plan {
+class plan : public detail::constructed {
 public:
     explicit plan(const kvl_attention_params &params) {
         kvl_plan *made = nullptr;
-        check(kvl_plan_create(&params, &made));
+        keep(kvl_plan_create(&params, &made));
         handle_.reset(made);
     }
 
     /// For `kvl_attention_params::plan`.
     const kvl_plan *get() const noexcept { return handle_.get(); }
 
-    /// Anew, in the memory that it has.
-    void update(const kvl_attention_params &params) { check(kvl_plan_update(handle_.get(), &params)); }
-
-    /// `counts` has an entry a row.
-    void advance(const list &counts) {
-        check(kvl_plan_advance(handle_.get(), counts.data(), static_cast<std::int64_t>(counts.size())));
+    /// Makes the plan anew, in the memory that it has.
+    KVLANE_RESULT_ update(const kvl_attention_params &params) {
+        KVLANE_TRY_(kvl_plan_update(handle_.get(), &params));
+        KVLANE_DONE_;
     }
 
-    /// Entries from `first` on of a row in the table of pages or rows.
-    void set_table(std::int64_t row, std::int64_t first, const list &entries) {
+    /// `counts` has an entry for each sequence.
+    KVLANE_RESULT_ advance(const list &counts) {
+        KVLANE_TRY_(kvl_plan_advance(handle_.get(), counts.data(), static_cast<std::int64_t>(counts.size())));
+        KVLANE_DONE_;
+    }
+
+    /// Sets entries of a sequence in the table of a paged or indirect layout, from `first` on.
+    KVLANE_RESULT_ set_table(std::int64_t row, std::int64_t first, const list &entries) {
         const auto count = static_cast<std::int64_t>(entries.size());
-        check(kvl_plan_set_table(handle_.get(), row, first, entries.data(), count));
+        KVLANE_TRY_(kvl_plan_set_table(handle_.get(), row, first, entries.data(), count));
+        KVLANE_DONE_;
     }
 
 private:
@@ -459,105 +703,126 @@ private:
     std::unique_ptr<kvl_plan, release> handle_;
 };
 
-inline void cache_set_lengths(const kvl_cache &cache, const list &rows, const list &values) {
-    detail::same_size(rows.size(), values.size());
-    check(kvl_cache_set_lengths(&cache, rows.data(), values.data(), rows.size()));
+KVLANE_RESULT_ cache_set_lengths(const kvl_cache &cache, const list &rows, const list &values) {
+    KVLANE_TRY_(detail::same_size(rows.size(), values.size()));
+    KVLANE_TRY_(kvl_cache_set_lengths(&cache, rows.data(), values.data(), rows.size()));
+    KVLANE_DONE_;
 }
 
-/// `counts` has an entry a row.
-inline void cache_advance(const kvl_cache &cache, const list &counts) {
-    check(kvl_cache_advance(&cache, counts.data()));
+/// `counts` has an entry for each sequence.
+KVLANE_RESULT_ cache_advance(const kvl_cache &cache, const list &counts) {
+    KVLANE_TRY_(kvl_cache_advance(&cache, counts.data()));
+    KVLANE_DONE_;
 }
 
 /// `lengths` has an entry for each sequence; `flags` and `window_left` are those of all attention over this cache.
-inline void cache_truncate(const kvl_cache &cache, const list &lengths, kvl_attention_flag flags = 0,
-                           std::int64_t window_left = 0) {
-    check(kvl_cache_truncate(&cache, lengths.data(), flags, window_left));
+KVLANE_RESULT_ cache_truncate(const kvl_cache &cache, const list &lengths, kvl_attention_flag flags = 0,
+                              std::int64_t window_left = 0) {
+    KVLANE_TRY_(kvl_cache_truncate(&cache, lengths.data(), flags, window_left));
+    KVLANE_DONE_;
 }
 
-inline void cache_reset(const kvl_cache &cache, const list &rows, bool zero,
-                        const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_cache_reset(runner, &cache, rows.data(), rows.size(), zero ? 1 : 0));
+KVLANE_RESULT_ cache_reset(const kvl_cache &cache, const list &rows, bool zero,
+                           const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_cache_reset(runner, &cache, rows.data(), rows.size(), zero ? 1 : 0));
+    KVLANE_DONE_;
 }
 
-inline void cache_insert_row(const context &context, const kvl_cache &to, std::int64_t row, const kvl_cache &from,
-                             std::int64_t from_row, std::int64_t length,
+KVLANE_RESULT_ cache_insert_row(const context &context, const kvl_cache &to, std::int64_t row, const kvl_cache &from,
+                                std::int64_t from_row, std::int64_t length,
+                                const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_cache_insert_row(context.get(), runner, &to, row, &from, from_row, length));
+    KVLANE_DONE_;
+}
+
+KVLANE_RESULT_ cache_copy_prefix(const context &context, const kvl_cache &cache, std::int64_t from, const list &to,
+                                 std::int64_t tokens, const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_cache_copy_prefix(context.get(), runner, &cache, from, to.data(), to.size(), tokens));
+    KVLANE_DONE_;
+}
+
+/// `parents` has an entry for each sequence.
+KVLANE_RESULT_ cache_reorder(const context &context, workspace &workspace, const kvl_cache &cache, const list &parents,
                              const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_cache_insert_row(context.get(), runner, &to, row, &from, from_row, length));
-}
-
-inline void cache_copy_prefix(const context &context, const kvl_cache &cache, std::int64_t from, const list &to,
-                              std::int64_t tokens, const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_cache_copy_prefix(context.get(), runner, &cache, from, to.data(), to.size(), tokens));
-}
-
-/// `parents` has an entry a row.
-inline void cache_reorder(const context &context, workspace &workspace, const kvl_cache &cache, const list &parents,
-                          const kvl_parallel_runner *runner = nullptr) {
     std::size_t bytes = 0;
-    check(kvl_cache_reorder_workspace_size(&cache, runner, &bytes));
+    KVLANE_TRY_(kvl_cache_reorder_workspace_size(&cache, runner, &bytes));
     workspace.reserve(bytes);
-    check(kvl_cache_reorder(context.get(), runner, workspace.data(), workspace.size(), &cache, parents.data()));
+    KVLANE_TRY_(kvl_cache_reorder(context.get(), runner, workspace.data(), workspace.size(), &cache, parents.data()));
+    KVLANE_DONE_;
 }
 
 /// `table` is [lengths.size(), capacity].
-inline void cache_reorder_table(workspace &workspace, list &table, list &lengths, const list &parents) {
-    detail::same_size(lengths.size(), parents.size());
+KVLANE_RESULT_ cache_reorder_table(workspace &workspace, list &table, list &lengths, const list &parents) {
+    KVLANE_TRY_(detail::same_size(lengths.size(), parents.size()));
     const std::size_t rows = lengths.size(), capacity = rows == 0 ? 0 : table.size() / rows;
-    detail::same_size(table.size(), rows * capacity);
+    KVLANE_TRY_(detail::same_size(table.size(), rows * capacity));
     std::size_t bytes = 0;
     const auto n = static_cast<std::int64_t>(rows), m = static_cast<std::int64_t>(capacity);
-    check(kvl_cache_reorder_table_workspace_size(n, m, &bytes));
+    KVLANE_TRY_(kvl_cache_reorder_table_workspace_size(n, m, &bytes));
     workspace.reserve(bytes);
-    check(kvl_cache_reorder_table(workspace.data(), workspace.size(), table.data(), n, m, lengths.data(),
+    KVLANE_TRY_(kvl_cache_reorder_table(workspace.data(), workspace.size(), table.data(), n, m, lengths.data(),
                                   parents.data()));
+    KVLANE_DONE_;
 }
 
 /// `table` is [positions.size(), capacity].
-inline void cache_set_table_tokens(list &table, const list &positions, std::int64_t tokens) {
+KVLANE_RESULT_ cache_set_table_tokens(list &table, const list &positions, std::int64_t tokens) {
     const std::size_t rows = positions.size(), capacity = rows == 0 ? 0 : table.size() / rows;
-    detail::same_size(table.size(), rows * capacity);
-    check(kvl_cache_set_table_tokens(table.data(), static_cast<std::int64_t>(rows),
+    KVLANE_TRY_(detail::same_size(table.size(), rows * capacity));
+    KVLANE_TRY_(kvl_cache_set_table_tokens(table.data(), static_cast<std::int64_t>(rows),
                                      static_cast<std::int64_t>(capacity), positions.data(), tokens));
+    KVLANE_DONE_;
 }
 
-/// `ropes` has an entry a layer, or one for all, or none.
-inline void cache_evict(const context &context, const kvl_cache &cache, std::int64_t row, std::int64_t first,
-                        std::int64_t end, const std::vector<const kvl_rope_params *> &ropes = {},
-                        const kvl_parallel_runner *runner = nullptr) {
-    check(kvl_cache_evict(context.get(), runner, &cache, row, first, end, ropes.data(), ropes.size()));
+/// `ropes` has an entry per layer, or one for all, or none.
+KVLANE_RESULT_ cache_evict(const context &context, const kvl_cache &cache, std::int64_t row, std::int64_t first,
+                           std::int64_t end, const std::vector<const kvl_rope_params *> &ropes = {},
+                           const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_cache_evict(context.get(), runner, &cache, row, first, end, ropes.data(), ropes.size()));
+    KVLANE_DONE_;
 }
 
 /// `keys` and `ropes` have an entry per layer, or one for all, or none.
-inline void cache_evict_running(const context &context, const kvl_cache &cache, std::int64_t row, std::int64_t first,
-                                std::int64_t end, std::int64_t dropped, const std::vector<kvl_const_view> &keys = {},
-                                const std::vector<const kvl_rope_params *> &ropes = {},
-                                const kvl_parallel_runner *runner = nullptr) {
-    detail::same_size(keys.size(), ropes.size());
-    check(kvl_cache_evict_running(context.get(), runner, &cache, row, first, end, dropped, keys.data(), ropes.data(),
+KVLANE_RESULT_ cache_evict_running(const context &context, const kvl_cache &cache, std::int64_t row, std::int64_t first,
+                                   std::int64_t end, std::int64_t dropped, const std::vector<kvl_const_view> &keys = {},
+                                   const std::vector<const kvl_rope_params *> &ropes = {},
+                                   const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(detail::same_size(keys.size(), ropes.size()));
+    KVLANE_TRY_(kvl_cache_evict_running(context.get(), runner, &cache, row, first, end, dropped, keys.data(), ropes.data(),
                                   ropes.size()));
+    KVLANE_DONE_;
 }
 
 /// Pages {from, to}.
-inline void cache_copy_pages(const context &context, const std::vector<kvl_kv_layer> &layers,
-                             const std::vector<std::array<std::int32_t, 2>> &moves,
-                             const kvl_parallel_runner *runner = nullptr) {
+KVLANE_RESULT_ cache_copy_pages(const context &context, const std::vector<kvl_kv_layer> &layers,
+                                const std::vector<std::array<std::int32_t, 2>> &moves,
+                                const kvl_parallel_runner *runner = nullptr) {
     const std::int32_t *first = moves.empty() ? nullptr : moves.front().data();
-    check(kvl_cache_copy_pages(context.get(), runner, layers.data(), layers.size(), first, moves.size()));
+    KVLANE_TRY_(kvl_cache_copy_pages(context.get(), runner, layers.data(), layers.size(), first, moves.size()));
+    KVLANE_DONE_;
 }
 
-/// `table` is [lengths.size(), pages_per_sequence]; returns how many pages are in use.
+/// `table` is [lengths.size(), pages_per_sequence]; `used` becomes the number of pages in use.
+KVLANE_RESULT_ cache_defragment(const context &context, const std::vector<kvl_kv_layer> &layers, list &table,
+                                const list &lengths, list &map, const kvl_parallel_runner *runner, std::int64_t &used) {
+    const std::size_t n = lengths.size(), pages_per_sequence = n == 0 ? 1 : table.size() / n;
+    KVLANE_TRY_(detail::same_size(table.size(), n * pages_per_sequence));
+    KVLANE_TRY_(detail::same_size(map.size(), layers.empty() ? 0 : static_cast<std::size_t>(layers.front().k.shape[0])));
+    KVLANE_TRY_(kvl_cache_defragment(context.get(), runner, layers.data(), layers.size(), table.data(),
+                                     static_cast<std::int64_t>(n), static_cast<std::int64_t>(pages_per_sequence),
+                                     lengths.data(), map.data(), &used));
+    KVLANE_DONE_;
+}
+
+#if KVLANE_EXCEPTIONS
+/// The number of pages in use.
 inline std::int64_t cache_defragment(const context &context, const std::vector<kvl_kv_layer> &layers, list &table,
                                      const list &lengths, list &map, const kvl_parallel_runner *runner = nullptr) {
-    const std::size_t rows = lengths.size(), pages_per_sequence = rows == 0 ? 1 : table.size() / rows;
-    detail::same_size(table.size(), rows * pages_per_sequence);
-    detail::same_size(map.size(), layers.empty() ? 0 : static_cast<std::size_t>(layers.front().k.shape[0]));
     std::int64_t used = 0;
-    check(kvl_cache_defragment(context.get(), runner, layers.data(), layers.size(), table.data(),
-                               static_cast<std::int64_t>(rows), static_cast<std::int64_t>(pages_per_sequence),
-                               lengths.data(), map.data(), &used));
+    cache_defragment(context, layers, table, lengths, map, runner, used);
     return used;
 }
+#endif
 
 /// `count` indices from `first` on.
 struct span {
@@ -565,33 +830,31 @@ struct span {
     std::int64_t count = 0;
 };
 
-/// Shard `rank` of so many parts of the batch, of the heads and of the sequence.
-inline kvl_shard make_shard(std::int64_t rank, std::int64_t data, std::int64_t model, std::int64_t sequence) {
-    kvl_shard shard = KVL_SHARD_INIT;
-    shard.num_data = data;
-    shard.num_model = model;
-    shard.num_sequence = sequence;
-    check(kvl_shard_from_rank(rank, &shard));
-    return shard;
+/// Shard `rank` of this many parts of the batch, of the heads and of the sequence.
+KVLANE_RESULT_ make_shard(std::int64_t rank, std::int64_t data, std::int64_t model, std::int64_t sequence, kvl_shard &to) {
+    to = KVL_SHARD_INIT;
+    to.num_data = data;
+    to.num_model = model;
+    to.num_sequence = sequence;
+    KVLANE_TRY_(kvl_shard_from_rank(rank, &to));
+    KVLANE_DONE_;
 }
 
-inline span shard_rows(const kvl_shard &shard, std::int64_t batch) {
-    span rows;
-    check(kvl_shard_rows(&shard, batch, &rows.first, &rows.count));
-    return rows;
+KVLANE_RESULT_ shard_rows(const kvl_shard &shard, std::int64_t batch, span &to) {
+    KVLANE_TRY_(kvl_shard_rows(&shard, batch, &to.first, &to.count));
+    KVLANE_DONE_;
 }
 
 /// {query heads, KV heads}.
-inline std::pair<span, span> shard_heads(const kvl_shard &shard, std::int64_t heads, std::int64_t kv_heads) {
-    span q, kv;
-    check(kvl_shard_heads(&shard, heads, kv_heads, &q.first, &q.count, &kv.first, &kv.count));
-    return {q, kv};
+KVLANE_RESULT_ shard_heads(const kvl_shard &shard, std::int64_t heads, std::int64_t kv_heads, std::pair<span, span> &to) {
+    span &q = to.first, &kv = to.second;
+    KVLANE_TRY_(kvl_shard_heads(&shard, heads, kv_heads, &q.first, &q.count, &kv.first, &kv.count));
+    KVLANE_DONE_;
 }
 
-inline span shard_keys(const kvl_shard &shard, std::int64_t capacity) {
-    span keys;
-    check(kvl_shard_keys(&shard, capacity, &keys.first, &keys.count));
-    return keys;
+KVLANE_RESULT_ shard_keys(const kvl_shard &shard, std::int64_t capacity, span &to) {
+    KVLANE_TRY_(kvl_shard_keys(&shard, capacity, &to.first, &to.count));
+    KVLANE_DONE_;
 }
 
 /// What attention over a span of the keys takes.
@@ -600,33 +863,90 @@ struct span_lists {
 };
 
 /// `kv_starts` and `offsets` may be empty, for their defaults.
-inline span_lists shard_lengths(const span &keys, std::int64_t seq, const list &lengths, const list &kv_starts = {},
-                                const list &offsets = {}) {
+KVLANE_RESULT_ shard_lengths(const span &keys, std::int64_t seq, const list &lengths, const list &kv_starts,
+                             const list &offsets, span_lists &to) {
     const std::size_t batch = lengths.size();
-    detail::same_size(kv_starts.empty() ? batch : kv_starts.size(), batch);
-    detail::same_size(offsets.empty() ? batch : offsets.size(), batch);
-    span_lists local{list(batch), list(batch), list(batch)};
-    check(kvl_shard_lengths(keys.first, keys.count, static_cast<std::int64_t>(batch), seq, lengths.data(),
-                            kv_starts.empty() ? nullptr : kv_starts.data(), offsets.empty() ? nullptr : offsets.data(),
-                            local.lengths.data(), local.kv_starts.data(), local.offsets.data()));
-    return local;
+    KVLANE_TRY_(detail::same_size(kv_starts.empty() ? batch : kv_starts.size(), batch));
+    KVLANE_TRY_(detail::same_size(offsets.empty() ? batch : offsets.size(), batch));
+    to = span_lists{list(batch), list(batch), list(batch)};
+    KVLANE_TRY_(kvl_shard_lengths(keys.first, keys.count, static_cast<std::int64_t>(batch), seq, lengths.data(),
+                                  kv_starts.empty() ? nullptr : kv_starts.data(),
+                                  offsets.empty() ? nullptr : offsets.data(), to.lengths.data(), to.kv_starts.data(),
+                                  to.offsets.data()));
+    KVLANE_DONE_;
 }
 
 /// [positions.size(), seq].
-inline list shard_slots(const span &keys, std::int64_t seq, const list &positions) {
-    list slots(positions.size() * static_cast<std::size_t>(seq > 0 ? seq : 0));
-    check(kvl_shard_slots(keys.first, keys.count, static_cast<std::int64_t>(positions.size()), seq, positions.data(),
-                          slots.data()));
-    return slots;
+KVLANE_RESULT_ shard_slots(const span &keys, std::int64_t seq, const list &positions, list &to) {
+    to.assign(positions.size() * static_cast<std::size_t>(seq > 0 ? seq : 0), 0);
+    KVLANE_TRY_(kvl_shard_slots(keys.first, keys.count, static_cast<std::int64_t>(positions.size()), seq,
+                                positions.data(), to.data()));
+    KVLANE_DONE_;
 }
 
 /// A part of a tensor along an axis: 0 batch, 1 seq, 2 heads, 3 dim.
-inline kvl_view shard_view(const kvl_view &view, std::int32_t axis, const span &part) {
-    kvl_view result;
-    check(kvl_shard_view(&view, axis, part.first, part.count, &result));
-    return result;
+KVLANE_RESULT_ shard_view(const kvl_view &view, std::int32_t axis, const span &part, kvl_view &to) {
+    KVLANE_TRY_(kvl_shard_view(&view, axis, part.first, part.count, &to));
+    KVLANE_DONE_;
 }
 
+#if KVLANE_EXCEPTIONS
+inline kvl_shard make_shard(std::int64_t rank, std::int64_t data, std::int64_t model, std::int64_t sequence) {
+    kvl_shard shard;
+    make_shard(rank, data, model, sequence, shard);
+    return shard;
+}
+
+inline span shard_rows(const kvl_shard &shard, std::int64_t batch) {
+    span rows;
+    shard_rows(shard, batch, rows);
+    return rows;
+}
+
+inline std::pair<span, span> shard_heads(const kvl_shard &shard, std::int64_t heads, std::int64_t kv_heads) {
+    std::pair<span, span> both;
+    shard_heads(shard, heads, kv_heads, both);
+    return both;
+}
+
+inline span shard_keys(const kvl_shard &shard, std::int64_t capacity) {
+    span keys;
+    shard_keys(shard, capacity, keys);
+    return keys;
+}
+
+inline span_lists shard_lengths(const span &keys, std::int64_t seq, const list &lengths, const list &kv_starts = {},
+                                const list &offsets = {}) {
+    span_lists local;
+    shard_lengths(keys, seq, lengths, kv_starts, offsets, local);
+    return local;
+}
+
+inline list shard_slots(const span &keys, std::int64_t seq, const list &positions) {
+    list slots;
+    shard_slots(keys, seq, positions, slots);
+    return slots;
+}
+
+inline mutable_view shard_view(const kvl_view &view, std::int32_t axis, const span &part) {
+    mutable_view result;
+    shard_view(view, axis, part, result);
+    return result;
+}
+#endif
+
+#if KVLANE_EXCEPTIONS
+} // namespace throwing
+#else
+} // namespace returning
+#endif
+
 } // namespace kvlane
+
+#undef KVLANE_RESULT_
+#undef KVLANE_TRY_
+#undef KVLANE_DONE_
+#undef KVLANE_FLOAT16_
+#undef KVLANE_BF16_
 
 #endif // KVLANE_HPP

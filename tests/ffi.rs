@@ -94,6 +94,7 @@ enum Language {
     C99,
     C11,
     Cpp17,
+    Cpp17NoExceptions,
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -133,7 +134,7 @@ fn run(command: &mut Command) -> String {
 
 fn compiler(language: Language) -> Command {
     let (variable, native, cross) = match language {
-        Language::Cpp17 => ("CXX", "c++", "g++"),
+        Language::Cpp17 | Language::Cpp17NoExceptions => ("CXX", "c++", "g++"),
         _ => ("CC", "cc", "gcc"),
     };
     let name = match std::env::var(variable) {
@@ -147,8 +148,11 @@ fn compiler(language: Language) -> Command {
     command.args(match language {
         Language::C99 => ["-std=c99", "-x", "c"],
         Language::C11 => ["-std=c11", "-x", "c"],
-        Language::Cpp17 => ["-std=c++17", "-x", "c++"],
+        Language::Cpp17 | Language::Cpp17NoExceptions => ["-std=c++17", "-x", "c++"],
     });
+    if language == Language::Cpp17NoExceptions {
+        command.arg("-fno-exceptions");
+    }
     if let Ok(sanitizers) = std::env::var("KVLANE_FFI_SANITIZE") {
         command.arg(format!("-fsanitize={sanitizers}")).args(["-fno-sanitize-recover=all", "-g"]);
     }
@@ -237,6 +241,16 @@ fn the_header_compiles_alone() {
     }
 }
 
+/// What a generator of bindings sees is functions of the library, and nothing with a body.
+#[test]
+fn inline_helpers_can_be_left_out() {
+    let header = root().join("include/kvlane.h");
+    let preprocessed = |flags: &[&str]| run(compiler(Language::C11).args(flags).args(["-E", "-P"]).arg(&header));
+    assert_eq!(preprocessed(&[]).matches("static inline").count(), 3);
+    let bare = preprocessed(&["-DKVL_NO_INLINE_HELPERS"]);
+    assert!(!bare.contains("inline") && bare.contains("kvl_attention("));
+}
+
 #[test]
 fn the_layout_is_the_same_on_both_sides() {
     // The constant assertions in src/capi check the Rust side; without them this test would not compile.
@@ -290,6 +304,31 @@ fn calls_that_compute_do_not_allocate() {
 #[test]
 fn the_cpp_layer_works() {
     both("cpp.cpp", Language::Cpp17);
+    both("cpp_status.cpp", Language::Cpp17NoExceptions);
+}
+
+/// With every compiler that is there, in later standards too, and without exceptions.
+#[test]
+fn the_cpp_layer_compiles_everywhere() {
+    let others = ["g++", "clang++"].map(str::to_owned).into_iter().filter(|_| !emulated());
+    let found = others.filter(|name| Command::new(name).arg("--version").output().is_ok_and(|o| o.status.success()));
+    for (source, exceptions) in [("cpp.cpp", "-fexceptions"), ("cpp_status.cpp", "-fno-exceptions")] {
+        let check = |command: &mut Command, standard: &str| {
+            let standard = format!("-std={standard}");
+            run(command.args([&standard, exceptions, "-fsyntax-only"]).arg(root().join("ffi-tests").join(source)));
+        };
+        // The last `-std` counts.
+        for standard in ["c++17", "c++20"] {
+            check(&mut compiler(Language::Cpp17), standard);
+        }
+        for name in found.clone() {
+            for standard in ["c++17", "c++20"] {
+                let mut command = Command::new(&name);
+                command.args(WARNINGS).arg("-I").arg(root().join("include")).args(["-x", "c++"]);
+                check(&mut command, standard);
+            }
+        }
+    }
 }
 
 #[test]
