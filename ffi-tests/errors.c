@@ -754,7 +754,7 @@ static void attention(void) {
     p.mask.data = mask;
     p.mask.shape[3] = -1;
     TRY(KVL_STATUS_SHAPE, "mask has keys = -1");
-    p.bias = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 3, 4, 5);
+    p.bias = kvl_make_const_view(x, KVL_DTYPE_F32, 3, 3, 4, 5);
     TRY(KVL_STATUS_SHAPE, "bias has shape");
     p.bias = kvl_make_const_view(x, 5, 2, 3, 4, 5);
     TRY(KVL_STATUS_INVALID_ENUM, "bias.dtype");

@@ -758,6 +758,70 @@ static void alibi(void) {
     OK(kvl_alibi_slopes(NULL, 0));
 }
 
+/* Masks and biases with axes of one element have the bits of the expanded ones. */
+static void broadcast(const kvl_context *context) {
+    enum { BATCH = 2, SEQ = 3, HEADS = 4, KV = 2, KEYS = 40, D = 8, N = BATCH * SEQ * HEADS * D };
+    static float q[N], k[BATCH * KEYS * KV * D], v[BATCH * KEYS * KV * D], out[2][N];
+    static uint8_t mask[BATCH * SEQ * HEADS * KEYS], narrow_mask[SEQ * KEYS];
+    static float bias[BATCH * SEQ * HEADS * KEYS], narrow_bias[HEADS];
+    static uint8_t bits[SEQ * KEYS / 8];
+    kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
+    kvl_bit_mask bit_mask = KVL_BIT_MASK_INIT;
+    void *workspace = NULL;
+    size_t bytes = 0;
+    int i, wide;
+    fill(q, COUNT(q), 31);
+    fill(k, COUNT(k), 32);
+    fill(v, COUNT(v), 33);
+    fill(narrow_bias, COUNT(narrow_bias), 34);
+    for (i = 0; i < SEQ * KEYS; i++) {
+        narrow_mask[i] = i % 3 != 1;
+        if (narrow_mask[i]) bits[i / 8] |= (uint8_t)(1u << i % 8);
+    }
+    for (i = 0; i < BATCH * SEQ * HEADS * KEYS; i++) {
+        const int key = i % KEYS, head = i / KEYS % HEADS, token = i / KEYS / HEADS % SEQ;
+        mask[i] = narrow_mask[token * KEYS + key];
+        bias[i] = narrow_bias[head];
+    }
+    p.q = kvl_make_const_view(q, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
+    p.k = kvl_make_const_view(k, KVL_DTYPE_F32, BATCH, KEYS, KV, D);
+    p.v = kvl_make_const_view(v, KVL_DTYPE_F32, BATCH, KEYS, KV, D);
+    p.out = kvl_make_view(out[0], KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
+    OK(kvl_attention_workspace_size(&p, NULL, &bytes));
+    workspace = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (workspace == NULL) abort();
+    for (wide = 1; wide >= 0; wide--) {
+        /* [1, seq, 1, keys] of bytes, [1, 1, heads, 1] of numbers; strides of axes of one element are not used. */
+        kvl_const_view view = kvl_make_const_view(wide ? mask : narrow_mask, KVL_DTYPE_F32, wide ? BATCH : 1, SEQ,
+                                                  wide ? HEADS : 1, KEYS);
+        p.mask.data = view.data;
+        memcpy(p.mask.shape, view.shape, sizeof view.shape);
+        memcpy(p.mask.strides, view.strides, sizeof view.strides);
+        p.mask.bytes = wide ? sizeof mask : sizeof narrow_mask;
+        p.bias = wide ? kvl_make_const_view(bias, KVL_DTYPE_F32, BATCH, SEQ, HEADS, KEYS)
+                      : kvl_make_const_view(narrow_bias, KVL_DTYPE_F32, 1, 1, HEADS, 1);
+        p.bias.bytes = wide ? sizeof bias : sizeof narrow_bias;
+        p.out.data = out[wide];
+        OK(kvl_attention(context, NULL, workspace, bytes, &p));
+    }
+    CHECK(memcmp(out[0], out[1], sizeof out[0]) == 0, "a mask and a bias that broadcast");
+    memset(&p.mask, 0, sizeof p.mask);
+    bit_mask.data = bits;
+    bit_mask.bytes = sizeof bits;
+    bit_mask.shape[0] = 1, bit_mask.shape[1] = SEQ, bit_mask.shape[2] = 1, bit_mask.shape[3] = KEYS;
+    bit_mask.strides[0] = 977, bit_mask.strides[1] = KEYS, bit_mask.strides[2] = 977;
+    p.bit_mask = &bit_mask;
+    memset(out[0], 0, sizeof out[0]);
+    p.out.data = out[0];
+    OK(kvl_attention(context, NULL, workspace, bytes, &p));
+    CHECK(memcmp(out[0], out[1], sizeof out[0]) == 0, "a bit mask that broadcasts");
+    p.bias.shape[2] = 3;
+    p.bias.bytes = 0;
+    CHECK(kvl_attention(context, NULL, workspace, bytes, &p) == KVL_STATUS_SHAPE, "-");
+    CHECK(strstr(sentence(), "bias has shape [1, 1, 3, 1], but must have [2, 3, 4, 40]") != NULL, "%s", sentence());
+    free(workspace);
+}
+
 int main(void) {
     kvl_isa isa;
     int levels = 0;
@@ -784,6 +848,7 @@ int main(void) {
         repeat(context);
         attention(context);
         narrow_attention(context);
+        broadcast(context);
         merge(context);
         chunks(context);
         kvl_context_destroy(context);

@@ -2084,6 +2084,9 @@ kvl_status kvl_shard_view(const struct kvl_view *view,
 #define KVL_ATTENTION_PARAMS_INIT KVL_SIZED_INIT_(kvl_attention_params)
 #define KVL_MERGE_CHUNKS_PARAMS_INIT KVL_SIZED_INIT_(kvl_merge_chunks_params)
 
+/* Helpers that are no symbols of the library. A generator of bindings can leave them out: they only fill in structs. */
+#ifndef KVL_NO_INLINE_HELPERS
+
 /* A view of a tensor that lies in memory in the order of its axes. */
 static inline kvl_view kvl_make_view(void *data, kvl_dtype dtype, int64_t batch, int64_t seq, int64_t heads,
                                      int64_t dim) {
@@ -2126,5 +2129,7 @@ static inline kvl_const_view kvl_make_const_view(const void *data, kvl_dtype dty
     view.data = data;
     return view;
 }
+
+#endif /* KVL_NO_INLINE_HELPERS */
 
 #endif /* KVLANE_H */
