@@ -141,7 +141,7 @@ static void rows(void) {
     {
         static const int32_t back[] = {8, 2, 1};
         REFUSED(KVL_STATUS_OUT_OF_RANGE, "has overwritten positions 2 to 4", kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_CAUSAL, 0));
-        REFUSED(KVL_STATUS_SHAPE, "window_left is -2", kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_WINDOW_LEFT, -2));
+        REFUSED(KVL_STATUS_INVALID_VALUE, "window_left is -2", kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_WINDOW_LEFT, -2));
         REFUSED(KVL_STATUS_INVALID_VALUE, "window_left is 3, but its flag is not set", kvl_cache_truncate(&cache, back, 0, 3));
         REFUSED(KVL_STATUS_INVALID_ENUM, "unknown bits 0x8", kvl_cache_truncate(&cache, back, 8, 0));
         REFUSED(KVL_STATUS_OUT_OF_RANGE, "position 4 of row 0", kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_WINDOW_LEFT, 4));
@@ -295,7 +295,7 @@ static void pages(void) {
     REFUSED(KVL_STATUS_DUPLICATE_SLOT, "page 1", kvl_cache_copy_pages(context, NULL, layers, 2, twice, 2));
     REFUSED(KVL_STATUS_SHAPE, "no layers", kvl_cache_copy_pages(context, NULL, layers, 0, moves, 1));
     REFUSED(KVL_STATUS_NULL_POINTER, "layers is null", kvl_cache_copy_pages(context, NULL, NULL, 2, moves, 1));
-    REFUSED(KVL_STATUS_SHAPE, "pages_per_sequence is 0",
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "lengths[0] is 6, but the row holds 0",
             kvl_cache_defragment(context, NULL, layers, 2, table, 2, 0, lengths, map, &used));
     REFUSED(KVL_STATUS_OVERLAP, "share memory",
             kvl_cache_defragment(context, NULL, layers, 2, table, 2, 2, table + 1, map, &used));

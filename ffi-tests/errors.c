@@ -794,7 +794,7 @@ static void attention(void) {
         LAYOUT(KVL_STATUS_NULL_POINTER, "table");
         PAGED(good_pages);
         layout.pages_per_sequence = 0;
-        LAYOUT(KVL_STATUS_SHAPE, "page_table has 0 entries, which is no multiple of pages_per_sequence = 0");
+        LAYOUT(KVL_STATUS_INVALID_VALUE, "lengths is absent"); /* Right as long as there are no tokens. */
         PAGED(good_pages);
         layout.num_sequences = -2;
         LAYOUT(KVL_STATUS_SHAPE, "num_sequences is -2");

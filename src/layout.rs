@@ -165,18 +165,17 @@ impl Layout<'_> {
         }
     }
 
-    /// The number of sequences in a cache of this layout.
-    pub(crate) fn rows<U: Units>(&self, cache: &RawView<U>) -> usize {
-        match *self {
+    /// The number of sequences in a cache of this layout. A page table without columns (no sequence has a page yet) fits any
+    /// number: `None`.
+    pub(crate) fn rows<U: Units>(&self, cache: &RawView<U>) -> Option<usize> {
+        Some(match *self {
             Self::Contiguous | Self::Ring { .. } => cache.shape[BATCH],
-            Self::Paged { page_table, pages_per_sequence } => {
-                page_table.len().checked_div(pages_per_sequence).unwrap_or(0)
-            }
+            Self::Paged { page_table, pages_per_sequence } => return page_table.len().checked_div(pages_per_sequence),
             Self::Indirect { beam_table } => {
                 beam_table.len().checked_div(cache.shape[SEQ]).unwrap_or(cache.shape[BATCH])
             }
             Self::Ragged { cu_seqlens } => cu_seqlens.len().saturating_sub(1),
-        }
+        })
     }
 
     /// Checks everything except table entries; `name` is the name of the cache.
@@ -194,7 +193,8 @@ impl Layout<'_> {
             Self::Paged { page_table, pages_per_sequence } => {
                 let n = page_table.len();
                 ensure!(
-                    pages_per_sequence > 0 && n.is_multiple_of(pages_per_sequence),
+                    // Of 0, 0 alone is a multiple.
+                    n.is_multiple_of(pages_per_sequence),
                     Shape,
                     "page_table has {n} entries, which is no multiple of pages_per_sequence = {pages_per_sequence}"
                 );
@@ -340,7 +340,9 @@ mod tests {
         assert_eq!((ring.retained_from(&view, 5), ring.retained_from(&view, 20)), (0, 14));
         let paged = Layout::Paged { page_table: &[2, 0, 1, -1], pages_per_sequence: 2 };
         assert_eq!(paged.place(&view, 0, 9), ((0, 1), 7));
-        assert_eq!((paged.rows(&view), paged.capacity(&view, 0)), (2, 16));
+        assert_eq!((paged.rows(&view), paged.capacity(&view, 0)), (Some(2), 16));
+        let none = Layout::Paged { page_table: &[], pages_per_sequence: 0 };
+        assert_eq!((none.rows(&view), none.capacity(&view, 7)), (None, 0));
         let indirect = Layout::Indirect { beam_table: &[0, 0, 1, 1, 1, 2, 2, 2] };
         assert_eq!(indirect.place(&view, 0, 2), ((1, 2), 3));
         let ragged = Layout::Ragged { cu_seqlens: &[1, 4, 4, 8] };

@@ -4,7 +4,7 @@ use super::arguments::{apart, boolean, output_list, required_list, reserved, siz
 use super::attention::{KVL_ATTENTION_FLAG_WINDOW_LEFT, check_flags, kvl_attention_flag};
 use super::context::{borrow, kvl_context};
 use super::guard::guard;
-use super::layout::{kvl_layout, read_layout};
+use super::layout::{kvl_layout, read_layout, read_sequences};
 use super::plan::window;
 use super::rope::{kvl_rope_params, parse_pairing};
 use super::runner::{CallerRunner, kvl_parallel_runner};
@@ -509,7 +509,6 @@ pub unsafe extern "C" fn kvl_cache_defragment(
 ) -> kvl_status {
     guard(|| {
         let (rows, pages_per_sequence) = (size("rows", rows)?, size("pages_per_sequence", pages_per_sequence)?);
-        ensure!(pages_per_sequence > 0, Shape, "pages_per_sequence is 0");
         ensure!(!used.is_null(), NullPointer, "the pointer used is null");
         // SAFETY: the caller's promise, here and below.
         unsafe {
@@ -612,7 +611,11 @@ unsafe fn with_cache<T>(from: *const kvl_cache, call: impl FnOnce(&mut RawCache)
     let first = layers.first()?.k;
     // SAFETY: as above.
     let layout = unsafe { read_layout(params.layout, first.shape[SEQ]) }?;
-    let rows = layout.rows(&first);
+    let rows = match layout.rows(&first) {
+        Some(rows) => rows,
+        // SAFETY: as above.
+        None => unsafe { read_sequences(params.layout) }?,
+    };
     let (table, entries) = match layout {
         Layout::Paged { page_table: table, .. }
         | Layout::Indirect { beam_table: table }

@@ -29,9 +29,11 @@ pub const KVL_OP_RMS_NORM: i32 = 6;
 
 /// How exactly attention computes, where a level has kernels for more than one answer.
 pub type kvl_precision = i32;
-/// The fastest kernel. Over a bf16 cache at `KVL_ISA_AMX` and `KVL_ISA_NEON_BF16`, softmax weights are rounded to bf16.
+/// The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at `KVL_ISA_AMX` and `KVL_ISA_NEON_BF16`: an error of
+/// at most 2^-8 of the largest visible value. `KVL_ISA_NEON_BF16` also takes queries in f32 to 16 significant bits, so that a logit
+/// errs by at most 2^-16 of the sum of the magnitudes of its products.
 pub const KVL_PRECISION_DEFAULT: i32 = 0;
-/// What f32 arithmetic gives.
+/// What f32 arithmetic gives: queries are taken whole, and weights have at least 16 significant bits.
 pub const KVL_PRECISION_HIGH: i32 = 1;
 
 /// What the registry says of a kernel. Start from `KVL_KERNEL_INFO_INIT`.

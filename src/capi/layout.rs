@@ -101,6 +101,15 @@ pub(super) unsafe fn read_layout<'a>(from: *const kvl_layout, slots: usize) -> R
     })
 }
 
+/// The number of sequences that the layout at `from` says a paged cache has.
+///
+/// # Safety
+/// `from` points to what the header describes.
+pub(super) unsafe fn read_sequences(from: *const kvl_layout) -> Result<usize> {
+    // SAFETY: the caller's.
+    size("the layout's num_sequences", unsafe { read_sized(from) }?.num_sequences)
+}
+
 pub(super) fn parse_packing(name: &str, value: kvl_packing) -> Result<Packing> {
     enumeration("kvl_packing", name, value, Packing::from_u32)
 }

@@ -255,5 +255,11 @@ unsafe fn read_cu_seqlens_q<'a>(params: &kvl_attention_params) -> Result<Option<
 /// A window is given by its flag: without it, the number of keys must be 0.
 pub(super) fn window(name: &str, keys: i64, given: bool) -> Result<Option<i64>> {
     ensure!(given || keys == 0, InvalidValue, "{name} is {keys}, but its flag is not set");
+    ensure!(
+        (0..=i64::from(u32::MAX)).contains(&keys),
+        InvalidValue,
+        "{name} is {keys}, which is not between 0 and {}",
+        u32::MAX
+    );
     Ok(given.then_some(keys))
 }

@@ -64,11 +64,12 @@ impl Op {
 #[repr(u32)]
 #[non_exhaustive]
 pub enum Precision {
-    /// The fastest kernel. Over a bf16 cache at the levels AMX and NEON with bf16, softmax weights are rounded to
-    /// bf16.
+    /// The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at the levels AMX and NEON with bf16: an error of
+    /// at most 2^-8 of the largest visible value. NEON with bf16 also takes queries in f32 to 16 significant bits, so that a logit errs
+    /// by at most 2^-16 of the sum of the magnitudes of its products. AMX takes all bits of a query.
     #[default]
     Default = 0,
-    /// What f32 arithmetic gives: weights are not rounded to less than 16 bits.
+    /// What f32 arithmetic gives: queries are taken whole, and weights have at least 16 significant bits.
     High = 1,
 }
 

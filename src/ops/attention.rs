@@ -240,7 +240,7 @@ pub(crate) fn call_rows(q_shape: [usize; 4], visibility: &Visibility) -> Result<
         let q = RawView { shape: q_shape, ..*k };
         Layout::Ragged { cu_seqlens: starts }.validate("q", &q).map_err(|e| e.about("cu_seqlens_q"))?;
     }
-    let rows = layout.rows(k);
+    let rows = layout.rows(k).unwrap_or(visibility.batch);
     ensure!(
         rows == visibility.batch,
         Shape,

@@ -217,9 +217,10 @@ impl AttentionPlan {
         let (table, per_row, tokens) = match layout {
             Kind::Paged { page_table, pages_per_sequence } => (page_table.start, *pages_per_sequence, cache.shape[SEQ]),
             Kind::Indirect { beam_table } => (beam_table.start, cache.shape[SEQ], 1),
-            Kind::Contiguous | Kind::Ring { .. } | Kind::Ragged { .. } => (0, 0, 1),
+            Kind::Contiguous | Kind::Ring { .. } | Kind::Ragged { .. } => {
+                crate::error::fail!(InvalidValue, "the plan's layout has no table of pages or rows")
+            }
         };
-        ensure!(per_row > 0, InvalidValue, "the plan's layout has no table of pages or rows");
         ensure!(row < *batch, OutOfRange, "row {row} of a plan that has {batch}");
         let end = first.saturating_add(entries.len());
         ensure!(end <= per_row, OutOfRange, "entries {first}..{end} of a row that has {per_row}");

@@ -33,10 +33,6 @@ pub(super) fn validate(visibility: &Visibility) -> Result<Summary> {
             );
         }
     }
-    for (name, window) in [("window_left", visibility.window_left), ("window_right", visibility.window_right)] {
-        let window = window.unwrap_or(0);
-        ensure!((0..=u32::MAX as i64).contains(&window), InvalidValue, "{name} is {window}");
-    }
     let summary = summarize(visibility)?;
     for row in (0..batch).filter(|&row| visibility.queries(row) > 0) {
         let (low, length, always_visible) =
@@ -71,17 +67,26 @@ fn check_retained(visibility: &Visibility, row: usize) -> Result<()> {
         return Ok(());
     }
     let start = visibility.kv_starts.map_or(0, |s| s[row] as i64);
+    let (queries, position) = (visibility.queries(row), visibility.position(row, 0));
     let wanted = match visibility.window_left {
-        None if visibility.queries(row) == 1 => retained,
+        None if queries == 1 => retained,
         None => start,
-        Some(left) => start.max(visibility.position(row, 0) - left),
+        Some(left) => start.max(position - left),
     };
     ensure!(
         wanted >= retained,
         Capacity,
-        "the first query of row {row} sees keys from {wanted} on, but of its {} tokens the ring retains those from {retained} \
-         on: give a window, or a ring of more slots",
-        visibility.length(row)
+        "{}, so the first query of row {row} sees keys from {wanted} on, but of its {} tokens the ring retains those from {retained} \
+         on: {}",
+        match visibility.window_left {
+            None => format!("window_left is absent and row {row} has {queries} queries"),
+            Some(left) => format!("window_left is {left} and the first query stands at position {position}"),
+        },
+        visibility.length(row),
+        match position - retained {
+            most @ 0.. => format!("give a window_left of at most {most}, or a ring of more slots"),
+            _ => "no window_left is small enough, give a ring of more slots".into(),
+        }
     );
     let prefix = visibility.prefix_lengths.map_or(0, |p| p[row] as i64);
     ensure!(

@@ -156,9 +156,10 @@ impl Destination<'_> {
             }
             let target = self.rows.map_or(row as i64, |r| r[row] as i64);
             ensure!(
-                by_pool || target >= 0 && (target as usize) < rows,
+                by_pool || target >= 0 && rows.is_none_or(|rows| (target as usize) < rows),
                 OutOfRange,
-                "row {row} is to be written to cache row {target}, but the cache has {rows} rows"
+                "row {row} is to be written to cache row {target}, but the cache has {} rows",
+                rows.unwrap_or(0)
             );
         }
         match self.slots {

@@ -41,7 +41,7 @@ impl Places {
             }
             PAGED => {
                 let size = up(c.rng.between(1, 9) as i64);
-                places.pages_per_row = ((room + size - 1) / size).max(1) + c.rng.below(2) as i64;
+                places.pages_per_row = (room + size - 1) / size + c.rng.below(2) as i64;
                 let entries = n * places.pages_per_row as usize;
                 let pages = match what {
                     Use::Read => c.rng.between(1, entries + 2),

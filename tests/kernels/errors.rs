@@ -233,7 +233,8 @@ fn write_layouts() {
 
     let paged = |pages, pages_per_row| to.layout(Slots::paged(pages, pages_per_row));
     fails([4, 2], paged(&[0, 1, 2], 2), Shape, &["page_table has 3 entries", "pages_per_sequence = 2"]);
-    fails([4, 2], paged(&[], 0), Shape, &["page_table has 0 entries", "pages_per_sequence = 0"]);
+    fails([4, 2], paged(&[3], 0), Shape, &["page_table has 1 entries", "pages_per_sequence = 0"]);
+    fails([4, 2], paged(&[], 0), Capacity, &["row 0 writes 3 tokens at position 0", "holds 0"]);
     fails([4, 0], paged(&[0, 1], 1), Shape, &["k_cache has seq = 0"]);
     fails([4, 2], paged(&[0, 1], 2), OutOfRange, &["row 1", "cache row 1", "1 rows"]);
     fails([4, 2], paged(&[0, 1, 2, 4], 2), OutOfRange, &["page_table[1, 1] is 4", "k_cache has batch = 4"]);

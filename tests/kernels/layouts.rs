@@ -1,19 +1,19 @@
 //! Attention over a cache of any layout has the bits of the contiguous cache with the same tokens.
 
-use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Outcome, Shape, kv_types};
+use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Outcome, Shape, kv_types, precision};
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout as Strides, Place, Rng, Tensor, scaled};
 use crate::harness::{Level, tests};
 use crate::semantics::{random_case, visible};
 use kvlane::{
-    AttentionOptions, AttentionPlan, AttentionTensors, DType, Layout, Op, Packing, Serial, SharedPrefix, Status,
-    Workspace, attention_with_prefix,
+    AttentionOptions, AttentionPlan, AttentionTensors, DType, Destination, KvCache, KvLayer, KvWrite, Layout, Op,
+    Packing, Serial, SharedPrefix, Status, Workspace, attention, attention_with_prefix, defragment_pages, kv_write,
 };
 
 tests! {
     levels: contiguous, paged, shared_pages, ring, ring_without_a_window, indirect, ragged, what_is_not_retained_is_refused,
-        tables_are_checked, plans, plans_of_far_masks, shared_prefix;
+        tables_are_checked, rows_without_pages, plans, plans_of_far_masks, shared_prefix;
     once: plans_advance;
 }
 
@@ -401,12 +401,25 @@ fn what_is_not_retained_is_refused(level: &Level) {
     let error = cache.error(level, &case, ring);
     assert_eq!(
         error.message(),
-        "the first query of row 0 sees keys from 0 on, but of its 40 tokens the ring retains those from 24 on: give a window, \
-         or a ring of more slots"
+        "window_left is absent and row 0 has 2 queries, so the first query of row 0 sees keys from 0 on, but of its 40 tokens the \
+         ring retains those from 24 on: give a window_left of at most 14, or a ring of more slots"
     );
     assert_eq!(error.status(), Status::Capacity);
     case.options.window_left = Some(15);
-    assert!(cache.error(level, &case, ring).message().contains("sees keys from 23 on"));
+    assert_eq!(
+        cache.error(level, &case, ring).message(),
+        "window_left is 15 and the first query stands at position 38, so the first query of row 0 sees keys from 23 on, but of its \
+         40 tokens the ring retains those from 24 on: give a window_left of at most 14, or a ring of more slots"
+    );
+    case.options.offsets = Some(vec![20]);
+    case.options.window_left = Some(0);
+    assert!(
+        cache
+            .error(level, &case, ring)
+            .message()
+            .ends_with("no window_left is small enough, give a ring of more slots")
+    );
+    case.options.offsets = None;
     case.options.window_left = Some(14);
     case.options.prefix_lengths = Some(vec![5]);
     assert!(
@@ -432,6 +445,54 @@ fn tables_are_checked(level: &Level) {
     let error = cache.error(level, &long, Layout::paged(&[0, 1, 2, 3, 4, 0], 3));
     assert!(error.message().contains("lengths[1] is 49, but k has room for a row = 48"), "{error}");
     level.checked(Op::Attention, dtype, dtype);
+}
+
+/// A page table may have no columns as long as no sequence has a token.
+fn rows_without_pages(level: &Level) {
+    let mut rng = Rng::new(313);
+    for dtype in kv_types() {
+        let shape = Shape { batch: 2, keys: 4, tokens: 2, ..Shape::default() };
+        let case = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![0, 0]));
+        let none = Layout::paged(&[], 0);
+        let mut out = Tensor::output(DType::F32, [2, 2, case.q.shape[2], case.v.shape[3]], Strides::BSHD, Place::Heap);
+        let mut lse = vec![1.0; 2 * 2 * case.q.shape[2]];
+        let options = AttentionOptions::new().lengths(&[0, 0]).layout(none).precision(precision());
+        let mut plan = AttentionPlan::new(case.q.shape, case.k.shape, &options).unwrap();
+        for options in [options, AttentionOptions::new().plan(&plan).precision(precision())] {
+            let tensors =
+                AttentionTensors::new(case.q.view(), case.k.view(), case.v.view(), out.view_mut()).lse(&mut lse);
+            attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).unwrap();
+            assert!(indices(out.shape).all(|at| out.get(at) == 0.0));
+            assert!(lse.iter().all(|&lse| lse == f32::NEG_INFINITY));
+        }
+        level.checked(Op::Attention, dtype, dtype);
+        let error = AttentionPlan::new(case.q.shape, case.k.shape, &options.lengths(&[0, 1])).unwrap_err();
+        assert!(error.message().contains("lengths[1] is 1, but k has room for a row = 0"), "{error}");
+        assert!(plan.advance(&[0, 1]).unwrap_err().message().contains("has room for 0"));
+        assert!(plan.set_table(1, 0, &[2]).unwrap_err().message().contains("entries 0..1 of a row that has 0"));
+        plan.advance(&[0, 0]).unwrap();
+
+        // Nothing is written, or everything is refused.
+        let (mut k, mut v) = (case.k.to(Strides::BSHD, Place::Heap), case.v.to(Strides::BSHD, Place::Heap));
+        for counts in [[0, 0], [0, 1]] {
+            let to = Destination::positions(&[0, 0]).counts(&counts).layout(none);
+            let (new_k, new_v) = (case.k.cut(0..2, 0..1, Strides::BSHD), case.v.cut(0..2, 0..1, Strides::BSHD));
+            let write = KvWrite::new(new_k.view(), new_v.view(), k.view_mut(), v.view_mut(), to);
+            let written = kv_write(&level.context, &Serial, write);
+            assert_eq!(written.map_err(|e| e.status()), if counts == [0, 0] { Ok(()) } else { Err(Status::Capacity) });
+        }
+        let (mut lengths, mut map) = ([0, 0], [7; 2]);
+        let mut layers = [KvLayer::new(k.view_mut(), v.view_mut())];
+        let mut cache = KvCache::new(&mut layers, none, &mut lengths);
+        cache.advance(&[0, 0]).unwrap();
+        cache.truncate(&[0, 0], None).unwrap();
+        cache.evict(&level.context, &Serial, 1, 0..0, &[]).unwrap();
+        cache.copy_prefix(&level.context, &Serial, 0, &[1], 0).unwrap();
+        cache.reset(&Serial, &[0, 1], true).unwrap();
+        assert_eq!(cache.advance(&[1, 0]).unwrap_err().status(), Status::Capacity);
+        let used = defragment_pages(&level.context, &Serial, &mut layers, &mut [], 0, &[0, 0], &mut map).unwrap();
+        assert_eq!((used, map), (0, [-1; 2]));
+    }
 }
 
 /// The options of a call that a plan, masks included, does not fix.

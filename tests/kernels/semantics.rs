@@ -506,12 +506,22 @@ fn sinks(level: &Level) {
                 let split = case.run_with(&level.context, &Threads(3)).unwrap();
                 assert_eq!(split.all_bits(), serial, "{dtype} sinks {sinks:?} keys {keys}");
             }
-            // Only the sink logit.
-            let case = Case::new(&mut rng, shape, dtype)
-                .with(|o| (o.sink_logits, o.lengths) = (Some(vec![2.5; 4]), Some(vec![0])));
-            let outcome = case.run(&level.context);
-            assert!(outcome.out.all_bits().iter().all(|&bits| bits == 0));
-            assert!(outcome.lse.iter().all(|&lse| lse == 2.5));
+            // A sink logit alone is the log-sum-exp, to the bit, whatever hides the keys.
+            let sinks = [3.0, -0.1, 88.0, f32::NEG_INFINITY, f32::INFINITY, 1e-30, 0.7, 12345.678];
+            for sinks in sinks.chunks_exact(4) {
+                let mut case = || Case::new(&mut rng, shape, dtype).with(|o| o.sink_logits = Some(sinks.to_vec()));
+                let (empty, mut hidden) = (case().with(|o| o.lengths = Some(vec![0])), case());
+                let strides = Layout::BSHD.strides(shape.scores());
+                let bias = random_bias(&mut Rng::new(1), DType::F32, shape.scores(), strides, Place::Heap, 1.0);
+                hidden.options.bias = Some(bias);
+                for case in [empty, hidden] {
+                    let outcome = case.run(&level.context);
+                    assert!(outcome.out.all_bits().iter().all(|&bits| bits == 0));
+                    for (i, lse) in outcome.lse.iter().enumerate() {
+                        assert_eq!(lse.to_bits(), sinks[i % 4].to_bits(), "{lse} for {}", sinks[i % 4]);
+                    }
+                }
+            }
         }
     }
 }

@@ -250,7 +250,8 @@ fn plane(layers: &dyn Layers, i: usize) -> Result<Option<RawView>> {
 /// Checks layout and lengths; table entries are checked where they are used.
 fn validate_rows(layout: &Layout, cache: &RawView, lengths: &[i32]) -> Result<()> {
     layout.validate("the cache", cache)?;
-    let (n, rows) = (lengths.len(), layout.rows(cache));
+    let n = lengths.len();
+    let rows = layout.rows(cache).unwrap_or(n);
     ensure!(n == rows, Shape, "lengths has {n} entries, but the cache has {rows} rows");
     for (row, &length) in lengths.iter().enumerate() {
         let capacity = layout.capacity(cache, row);

@@ -120,6 +120,10 @@ pub(crate) unsafe fn defragment_pages_raw(
     for (row, &length) in lengths.iter().enumerate() {
         layout.validate_row("the cache", &first, row, 0, length as usize)?;
     }
+    if page_table.is_empty() {
+        map.fill(-1);
+        return Ok(0);
+    }
     let in_use = |row: usize| (lengths[row] as usize).div_ceil(size);
 
     map.fill(-1);

@@ -3,6 +3,7 @@
 
 use super::key_pointers::{KeyPointerTable, KeyPointers, Pointers};
 use super::{Block, ValuePieces};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::dtype::Element;
 use crate::kernels::generic::copy;
 use crate::kernels::simd::{Load, MAX_LANES, Simd, lines};

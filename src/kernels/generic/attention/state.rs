@@ -158,7 +158,12 @@ impl Output<'_> {
         unsafe {
             if !p.lse.is_null() {
                 let lse = max as f64 * std::f64::consts::LN_2 + (sum as f64).ln();
-                *p.lse(batch, token, head) = if is_empty((max, sum)) { max } else { lse as f32 };
+                *p.lse(batch, token, head) = match p.sinks {
+                    // Alone, a sink's logit is the sum, and would not come back whole from its way through log2(e).
+                    Some(sinks) if is_empty(state) => sinks[head],
+                    None if is_empty(state) => f32::NEG_INFINITY,
+                    _ => lse as f32,
+                };
             }
             let scale = if is_empty(state) {
                 std::ptr::write_bytes(acc, 0, padded(dv));
