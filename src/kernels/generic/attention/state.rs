@@ -6,7 +6,7 @@
 //! A row of Q, and an accumulator, is kept in the order in which [`Load::load_pair`] of the type of K and V gives elements:
 //! for bf16 on some levels even elements of every two vectors first, then the odd ones.
 
-use super::direct::load_up_to;
+use super::weighted::load_up_to;
 use crate::dtype::DType;
 use crate::kernels::generic::{copy, math};
 use crate::kernels::simd::{LoadStore, Outlined, Simd};

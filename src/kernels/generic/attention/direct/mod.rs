@@ -1,0 +1,157 @@
+//! Few query rows (decode): K and V are read once, straight from the cache, in the order in which they lie there.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | this one | one block: scores, softmax, values, and which of them prefetch what |
+//! | `scores` | dot products of rows with keys |
+//! | `values` | weighted sums of values |
+//! | `prefetch` | prefetch distances |
+//!
+//! # What bounds it
+//! Reading K and V, as long as a KV head serves up to about four rows. Every vector of K is loaded (and widened) once for up to
+//! four rows, four keys at a time: on AVX-512, 16 FMAs for 4 loads of K and 4 of Q, and 46 instructions per 16 scores for the sum
+//! over lanes. Every vector of V is loaded once for up to four rows: 16 FMAs for 4 loads and 4 broadcasts. To widen a vector,
+//! bf16 takes one instruction (even and odd elements apart), f16 one, int8 two. While one subblock is computed, the subblocks
+//! after it are prefetched, across the seams between K and V and between blocks, where the hardware's prefetcher would have to
+//! start anew.
+
+mod prefetch;
+mod scores;
+mod values;
+
+use super::row_pairs::{Widen, are_pairs, widen};
+use super::scales::{scale_scores, scale_weights};
+use super::softmax::Softmax;
+use super::{Block, KeyPointers, Pieces, RowState, ValuePieces};
+use crate::kernels::simd::Simd;
+use crate::layout::Packing;
+use crate::problem::grid::{BLOCK, KeyRange};
+use prefetch::PrefetchDistances;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+pub(super) use prefetch::prefetch_pair;
+pub(crate) use scores::DirectScores;
+pub(crate) use values::{DirectValues, OneValue, all_finite};
+
+/// One block of keys for all rows of the tile.
+///
+/// # Safety
+/// `k` and `v` are the rows of the block's key range, values as they lie if they are packed.
+#[inline(always)]
+pub(super) unsafe fn block<S: Simd>(
+    s: S,
+    pieces: &Pieces,
+    block: &Block,
+    rows: &mut [RowState],
+    k: KeyPointers<u8>,
+    v: KeyPointers<u8>,
+) {
+    let ahead = PrefetchDistances::new(block, k, v);
+    let heads = 0..block.tile.kv_heads;
+    // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
+    unsafe {
+        if ahead.whole {
+            (pieces.keys.scores)(&DirectScores { block, k, keys: block.key_range, spread: true, ahead: ahead.of_k(0) });
+        } else {
+            for (index, keys) in block.pieces() {
+                (pieces.keys.scores)(&DirectScores { block, k, keys, spread: false, ahead: ahead.of_k(index) });
+            }
+        }
+        scale_scores(s, block, heads.clone());
+        s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
+        let finite = scale_weights(s, block, heads.clone());
+        if block.p.v_packing == Packing::Rows {
+            values(&pieces.values, false, block, rows, heads, v, finite, Some(&ahead));
+            return;
+        }
+        if block.all && are_pairs(block.p, &v, block.key_range) {
+            values(&pieces.values, true, block, rows, heads, v, finite, Some(&ahead));
+            return;
+        }
+        let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
+        for head in heads {
+            let v = widen(&pieces.values, &Widen { block, v, head }, &mut pointers);
+            values(&pieces.widened, false, block, rows, head..head + 1, v.rows(), finite, None);
+        }
+    }
+}
+
+/// Adds the weighted values of a block and some KV heads, and prefetches. With `pairs`, the values are pairs and nothing else, and
+/// no key is hidden. `finite` says that the scales of the values are.
+///
+/// # Safety
+/// As [`block`]; weights are in place.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn values(
+    pieces: &ValuePieces,
+    pairs: bool,
+    block: &Block,
+    rows: &[RowState],
+    heads: Range<usize>,
+    v: KeyPointers<u8>,
+    finite: bool,
+    ahead: Option<&PrefetchDistances>,
+) {
+    let Block { tile, key_range, all, dv, .. } = *block;
+    let whole = ahead.is_some_and(|ahead| ahead.whole);
+    // SAFETY: the caller's.
+    unsafe {
+        let is_finite = |head| (pieces.all_finite)(v, head, key_range, dv);
+        if !pairs && !all && !(finite && heads.clone().all(is_finite)) {
+            for r in heads.start * tile.head_rows..heads.end * tile.head_rows {
+                accumulate_visible(pieces, block, &rows[r], r, v);
+            }
+            return;
+        }
+        let distance = |index| ahead.map_or(0, |ahead| ahead.of_v(index));
+        let accumulate = if pairs { pieces.accumulate_pairs } else { pieces.accumulate };
+        runs(block, &heads, distance, |keys, ahead| {
+            accumulate(&DirectValues { block, v, heads: heads.clone(), keys, ahead, whole });
+        });
+    }
+}
+
+/// Calls `f` with the pieces of a block and their distances, of one head several at once if their distances agree.
+#[inline(always)]
+fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> isize, mut f: impl FnMut(KeyRange, isize)) {
+    let mut run = None;
+    for (index, keys) in block.pieces() {
+        let ahead = ahead(index);
+        run = match run {
+            Some((KeyRange { low, .. }, same)) if heads.len() == 1 && same == ahead => {
+                Some((KeyRange { low, high: keys.high }, same))
+            }
+            other => {
+                if let Some((keys, ahead)) = other {
+                    f(keys, ahead);
+                }
+                Some((keys, ahead))
+            }
+        };
+    }
+    if let Some((keys, ahead)) = run {
+        f(keys, ahead);
+    }
+}
+
+/// Adds the weighted values of the keys that one row sees, key by key: for blocks in which hidden values are not finite.
+///
+/// # Safety
+/// As [`block`]; `row` is number `r` of the tile.
+#[inline(always)]
+pub(super) unsafe fn accumulate_visible(
+    pieces: &ValuePieces,
+    block: &Block,
+    row: &RowState,
+    r: usize,
+    v: KeyPointers<u8>,
+) {
+    for key in block.key_range.low..block.key_range.high {
+        if row.visible_bits >> key & 1 == 1 {
+            // SAFETY: the caller's.
+            unsafe { (pieces.accumulate_one)(&OneValue { block, row: r, key, v }) };
+        }
+    }
+}

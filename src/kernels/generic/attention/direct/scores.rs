@@ -1,0 +1,165 @@
+//! Dot products of query rows with keys that lie in the cache.
+
+use super::prefetch::prefetch_pair;
+use crate::kernels::generic::attention::weighted::load_up_to;
+use crate::kernels::generic::attention::{Block, KeyPointers};
+use crate::kernels::simd::{Load, MAX_LANES, Simd};
+use crate::problem::grid::{BLOCK, KeyRange, padded};
+
+/// The most products of a row and a key that run side by side ([`Simd::PARALLEL_DOTS`]).
+pub const MAX_PARALLEL_DOTS: usize = 16;
+
+/// Scores of all rows with the keys of a subblock.
+pub(crate) struct DirectScores<'a> {
+    pub block: &'a Block<'a>,
+    pub k: KeyPointers<'a, u8>,
+    pub keys: KeyRange,
+    /// Keys that are done side by side are far apart.
+    pub spread: bool,
+    pub ahead: isize,
+}
+
+impl DirectScores<'_> {
+    /// For keys of type `T`.
+    ///
+    /// # Safety
+    /// As [`block`].
+    #[inline(always)]
+    pub unsafe fn run<S: Simd, T: Load>(&self, s: S) {
+        let rows = self.block.tile.head_rows;
+        for head in 0..self.block.tile.kv_heads {
+            // SAFETY: the caller's; the rows of the head are inside the tile.
+            unsafe {
+                match (rows, S::PARALLEL_DOTS) {
+                    // Sixteen keys would fill the tree over lanes, but one row waits for memory, which likes fewer streams.
+                    (1, _) => self.dots::<S, T, 1, 8>(s, head, 0),
+                    (2, 16) => self.dots::<S, T, 2, 8>(s, head, 0),
+                    (2, _) => self.dots::<S, T, 2, 4>(s, head, 0),
+                    _ => {
+                        for row in (0..rows).step_by(4) {
+                            match (rows - row, S::PARALLEL_DOTS) {
+                                (1, 16) => self.dots::<S, T, 1, 4>(s, head, row),
+                                (1, _) => self.dots::<S, T, 1, 2>(s, head, row),
+                                (2, 16) => self.dots::<S, T, 2, 4>(s, head, row),
+                                (2, _) => self.dots::<S, T, 2, 2>(s, head, row),
+                                (3, 16) => self.dots::<S, T, 3, 4>(s, head, row),
+                                (3, _) => self.dots::<S, T, 3, 2>(s, head, row),
+                                (_, 16) => self.dots::<S, T, 4, 4>(s, head, row),
+                                _ => self.dots::<S, T, 4, 2>(s, head, row),
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl DirectScores<'_> {
+    /// `R` rows of a head from `row` on times the keys of the piece, `C` keys at a time: vectors run along the head dimension.
+    /// Scores of whole groups of `C` keys are written, those outside the piece with numbers of no meaning.
+    ///
+    /// # Safety
+    /// As [`block`]; the rows are inside the tile.
+    #[inline(always)]
+    pub unsafe fn dots<S: Simd, T: Load, const R: usize, const C: usize>(&self, s: S, head: usize, row: usize) {
+        let Block { tile, scratch, .. } = *self.block;
+        let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK);
+        // SAFETY: the caller's; the rows of scores have BLOCK floats.
+        unsafe {
+            if !self.spread {
+                let mut sums = [0.0f32; MAX_PARALLEL_DOTS];
+                let KeyRange { low, high } = self.keys;
+                for j in (low / C * C..high).step_by(C) {
+                    let inside = j >= low && j + C <= high;
+                    let key = |c: usize| if inside { j + c } else { (j + c).clamp(low, high - 1) };
+                    self.sums::<S, T, R, C>(s, head, row, key, &mut sums);
+                    for r in 0..R {
+                        std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * C), out.add(r * BLOCK + j), C);
+                    }
+                }
+                return;
+            }
+            // Sums of keys that are far apart are stored by themselves; turned round, a vector of them has neighbours.
+            let mut sums = [[0.0f32; MAX_PARALLEL_DOTS]; MAX_LANES];
+            let apart = BLOCK / C;
+            let at_once = S::LANES.min(apart);
+            for first in (0..apart).step_by(at_once) {
+                for (i, sums) in sums.iter_mut().enumerate().take(at_once) {
+                    self.sums::<S, T, R, C>(s, head, row, |c| first + i + c * apart, sums);
+                }
+                for n in (0..R * C).step_by(S::LANES) {
+                    let mut x = [s.zero(); MAX_LANES];
+                    for (x, sums) in x.iter_mut().zip(&sums).take(S::LANES) {
+                        *x = s.load_f32(sums.as_ptr().add(n));
+                    }
+                    s.transpose(&mut x);
+                    for (i, x) in x.iter().enumerate().take(S::LANES.min(R * C - n)) {
+                        let (r, c) = ((n + i) / C, (n + i) % C);
+                        let to = out.add(r * BLOCK + c * apart + first);
+                        if at_once == S::LANES { s.store_f32(to, *x) } else { s.store_part_f32(to, *x, at_once) }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The products of `R` rows with `C` keys, those of a row side by side.
+    ///
+    /// # Safety
+    /// As [`Self::dots`]; `key` gives keys of the key range.
+    #[inline(always)]
+    pub unsafe fn sums<S: Simd, T: Load, const R: usize, const C: usize>(
+        &self,
+        s: S,
+        head: usize,
+        row: usize,
+        key: impl Fn(usize) -> usize,
+        sums: &mut [f32; MAX_PARALLEL_DOTS],
+    ) {
+        let Block { tile, scratch, d, .. } = *self.block;
+        let dp = padded(d);
+        let q = scratch.q.wrapping_add((head * tile.head_rows + row) * dp);
+        let mut keys = [std::ptr::null(); C];
+        for c in 0..C {
+            keys[c] = self.k.key(head, key(c)).cast::<T>();
+        }
+        let mut acc = [[s.zero(); C]; R];
+        let mut i = 0;
+        // SAFETY: the caller's; a partial load reads what is left of a key, and Q is padded with zeros.
+        unsafe {
+            while i + 2 * S::LANES <= d {
+                for c in 0..C {
+                    let at = keys[c].add(i);
+                    if row == 0 {
+                        prefetch_pair(s, at, self.ahead, self.spread);
+                    }
+                    let k = T::load_pair(s, at);
+                    for r in 0..R {
+                        let q = q.add(r * dp + i);
+                        acc[r][c] = s.fma(s.load_f32(q), k[0], acc[r][c]);
+                        acc[r][c] = s.fma(s.load_f32(q.add(S::LANES)), k[1], acc[r][c]);
+                    }
+                }
+                i += 2 * S::LANES;
+            }
+            while i < d {
+                let part = (d - i).min(S::LANES);
+                for c in 0..C {
+                    let k = load_up_to(s, keys[c].add(i), part);
+                    for r in 0..R {
+                        acc[r][c] = s.fma(s.load_f32(q.add(r * dp + i)), k, acc[r][c]);
+                    }
+                }
+                i += part;
+            }
+            for n in (0..R * C).step_by(S::LANES) {
+                let mut lanes = [s.zero(); MAX_LANES];
+                for (i, lane) in lanes.iter_mut().enumerate().take(S::LANES.min(R * C - n)) {
+                    *lane = acc[(n + i) / C][(n + i) % C];
+                }
+                s.store_f32(sums.as_mut_ptr().add(n), s.sum_lanes(&lanes));
+            }
+        }
+    }
+}

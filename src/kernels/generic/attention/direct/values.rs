@@ -1,0 +1,166 @@
+//! Weighted sums of values that lie in the cache.
+
+use super::prefetch::prefetch_pair;
+use crate::kernels::generic::attention::row_pairs::load_two;
+use crate::kernels::generic::attention::weighted::{ValueRows, WeightedValues, load_up_to};
+use crate::kernels::generic::attention::{Block, KeyPointers};
+use crate::kernels::simd::{Load, Simd};
+use crate::problem::grid::{BLOCK, KeyRange, padded};
+use std::ops::Range;
+
+/// Adds the weighted values of a subblock to the accumulators of some heads' rows.
+pub(crate) struct DirectValues<'a> {
+    pub block: &'a Block<'a>,
+    pub v: KeyPointers<'a, u8>,
+    pub heads: Range<usize>,
+    pub keys: KeyRange,
+    pub ahead: isize,
+    pub whole: bool,
+}
+
+impl DirectValues<'_> {
+    /// For values of type `T`; see [`CacheValues`] for `PAIRS`.
+    ///
+    /// # Safety
+    /// As [`block`].
+    #[inline(always)]
+    pub unsafe fn run<S: Simd, T: Load, const PAIRS: bool>(&self, s: S) {
+        let Block { tile, scratch, dv, .. } = *self.block;
+        let wide = S::PARALLEL_DOTS == 16;
+        for head in self.heads.clone() {
+            for row in (0..tile.head_rows).step_by(4) {
+                let first = head * tile.head_rows + row;
+                let piece = WeightedValues {
+                    weights: scratch.s.wrapping_add(first * BLOCK + self.keys.low),
+                    acc: scratch.acc.wrapping_add(first * padded(dv)),
+                    acc_row: padded(dv),
+                    v: CacheValues::<T, PAIRS> { rows: self.v.cast(), head, first: self.keys.low },
+                    keys: self.keys.len(),
+                    ahead: if row == 0 { self.ahead } else { 0 },
+                    whole: self.whole,
+                };
+                // SAFETY: the caller's; the rows are inside the tile.
+                unsafe {
+                    match (tile.head_rows - row, wide) {
+                        (1, _) => piece.columns::<S, 1, 8>(s, dv),
+                        (2, true) => piece.columns::<S, 2, 8>(s, dv),
+                        (2, false) => piece.columns::<S, 2, 4>(s, dv),
+                        (3, true) => piece.columns::<S, 3, 8>(s, dv),
+                        (3, false) => piece.columns::<S, 3, 2>(s, dv),
+                        (_, true) => piece.columns::<S, 4, 4>(s, dv),
+                        (_, false) => piece.columns::<S, 4, 2>(s, dv),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// In the cache: keys of a block and KV head, counted from `first`. `PAIRS`: every even one begins a pair of slots, with the next.
+pub struct CacheValues<'a, T, const PAIRS: bool> {
+    pub rows: KeyPointers<'a, T>,
+    pub head: usize,
+    pub first: usize,
+}
+
+impl<T: Load, const PAIRS: bool> ValueRows for CacheValues<'_, T, PAIRS> {
+    type Element = T;
+    const IN_CACHE: bool = true;
+    #[inline(always)]
+    fn at(&self, key: usize, offset: isize) -> *const T {
+        self.rows.key(0, self.first + key).wrapping_byte_offset(offset)
+    }
+    #[inline(always)]
+    fn offset(&self, column: usize) -> isize {
+        self.rows.head_offset(self.head) + (if PAIRS { 2 } else { 1 } * column * size_of::<T>()) as isize
+    }
+
+    #[inline(always)]
+    unsafe fn add_two<S: Simd, const R: usize, const N: usize>(
+        s: S,
+        weighted: &WeightedValues<Self>,
+        j: usize,
+        offset: isize,
+        part: usize,
+        sums: &mut [[S::V; N]; R],
+    ) {
+        if !PAIRS {
+            // SAFETY: the caller's.
+            unsafe { weighted.add_each(s, j, offset, part, sums) };
+            return;
+        }
+        let pair = weighted.v.at(j, offset);
+        if weighted.ahead != 0 {
+            for n in 0..N {
+                prefetch_pair(s, pair.wrapping_add(2 * n * S::LANES), weighted.ahead, weighted.whole);
+            }
+        }
+        // SAFETY: the caller's.
+        unsafe {
+            let x = load_two::<S, T, N>(s, pair, part);
+            for (i, x) in x.iter().enumerate() {
+                weighted.add_values(s, j + i, x, sums);
+            }
+        }
+    }
+}
+
+/// Whether the values of a key range and KV head hold no NaN and no infinity.
+///
+/// # Safety
+/// As [`block`].
+#[inline(always)]
+pub(crate) unsafe fn all_finite<S: Simd, T: Load>(
+    s: S,
+    v: KeyPointers<u8>,
+    head: usize,
+    key_range: KeyRange,
+    dv: usize,
+) -> bool {
+    if T::ALWAYS_FINITE {
+        return true;
+    }
+    for j in key_range.low..key_range.high {
+        let row = v.key(head, j).cast::<T>();
+        let mut i = 0;
+        while i < dv {
+            let part = (dv - i).min(S::LANES);
+            // SAFETY: `part` elements are left.
+            if !s.all_finite(unsafe { load_up_to(s, row.add(i), part) }) {
+                return false;
+            }
+            i += part;
+        }
+    }
+    true
+}
+
+/// One row of a tile, one key of a block.
+pub(crate) struct OneValue<'a> {
+    pub block: &'a Block<'a>,
+    pub row: usize,
+    pub key: usize,
+    pub v: KeyPointers<'a, u8>,
+}
+
+impl OneValue<'_> {
+    /// Adds the weighted value, of type `T`.
+    ///
+    /// # Safety
+    /// As [`block`].
+    #[inline(always)]
+    pub unsafe fn run<S: Simd, T: Load>(&self, s: S) {
+        let Self { block: &Block { tile, scratch, dv, .. }, row, key, v } = *self;
+        let one = WeightedValues {
+            weights: scratch.s.wrapping_add(row * BLOCK + key),
+            acc: scratch.acc.wrapping_add(row * padded(dv)),
+            acc_row: padded(dv),
+            v: CacheValues::<T, false> { rows: v.cast(), head: row / tile.head_rows, first: key },
+            keys: 1,
+            ahead: 0,
+            whole: false,
+        };
+        // SAFETY: the caller's.
+        unsafe { one.columns::<S, 1, 2>(s, dv) }
+    }
+}

@@ -1,0 +1,93 @@
+//! Packed copies of keys.
+
+use crate::kernels::generic::attention::{Block, KeyPointers};
+use crate::kernels::simd::{Load, MAX_LANES, Simd};
+
+/// Transposes the keys of a key range into slabs as wide as a register tile: `[slab][step of the walk][keys]`. In the vectors of keys
+/// at the key range's ends, columns outside of it are numbers of no meaning.
+pub(crate) struct PackKeys<'a> {
+    pub block: &'a Block<'a>,
+    pub k: KeyPointers<'a, u8>,
+}
+
+impl PackKeys<'_> {
+    /// For keys of type `T`.
+    ///
+    /// # Safety
+    /// As [`block`].
+    #[inline(always)]
+    pub unsafe fn run<S: Simd, T: Load>(&self, s: S) {
+        let Block { key_range, d, .. } = *self.block;
+        let pairs = d / (2 * S::LANES);
+        for group in (key_range.low / S::LANES * S::LANES..key_range.high).step_by(S::LANES) {
+            // SAFETY: the caller's; what a step loads is left of a key.
+            unsafe {
+                for pair in 0..pairs {
+                    if T::deinterleaved::<S>() {
+                        self.transpose::<S, T, EVEN>(s, group, 2 * pair);
+                        self.transpose::<S, T, ODD>(s, group, 2 * pair + 1);
+                    } else {
+                        self.transpose::<S, T, WHOLE>(s, group, 2 * pair);
+                        self.transpose::<S, T, WHOLE>(s, group, 2 * pair + 1);
+                    }
+                }
+                for step in 2 * pairs..d.div_ceil(S::LANES) {
+                    if d - step * S::LANES >= S::LANES {
+                        self.transpose::<S, T, WHOLE>(s, group, step);
+                    } else {
+                        self.transpose::<S, T, PART>(s, group, step);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What of a key a step holds: `LANES` elements that lie together, the even or the odd ones of a pair of vectors, or what is left.
+pub const WHOLE: u8 = 0;
+pub const EVEN: u8 = 1;
+pub const ODD: u8 = 2;
+pub const PART: u8 = 3;
+
+impl PackKeys<'_> {
+    /// One step of `LANES` keys from `group` on.
+    ///
+    /// # Safety
+    /// As [`block`]; the step has elements of this kind.
+    #[inline(always)]
+    pub unsafe fn transpose<S: Simd, T: Load, const KIND: u8>(&self, s: S, group: usize, step: usize) {
+        let Block { scratch, key_range, d, .. } = *self.block;
+        let (steps, slab) = (d.div_ceil(S::LANES), S::TILE_VECTORS * S::LANES);
+        let first = group / slab * slab;
+        let kt = scratch.kt.wrapping_add(first * steps * S::LANES + (group - first));
+        let mut v = [s.zero(); MAX_LANES];
+        // Whole vectors of keys need no look at the ends of the key range; unrolled, so that all stays in registers.
+        let whole = group >= key_range.low && group + S::LANES <= key_range.high;
+        macro_rules! unrolled {
+            ($($lane:literal)*) => {$(
+                if $lane < S::LANES {
+                    let key = group + $lane;
+                    let key = if whole { key } else { key.clamp(key_range.low, key_range.high - 1) };
+                    let key = self.k.key(0, key).cast::<T>();
+                    // SAFETY: the caller's.
+                    v[$lane] = unsafe {
+                        match KIND {
+                            EVEN => T::load_pair(s, key.add(step * S::LANES))[0],
+                            ODD => T::load_pair(s, key.add((step - 1) * S::LANES))[1],
+                            PART => T::load_part(s, key.add(step * S::LANES), d - step * S::LANES),
+                            _ => T::load(s, key.add(step * S::LANES)),
+                        }
+                    };
+                }
+            )*
+            s.transpose(&mut v);
+            $(
+                if $lane < S::LANES {
+                    // SAFETY: kt has steps * LANES rows a slab.
+                    unsafe { s.store_f32(kt.add(($lane * steps + step) * slab), v[S::lane_order($lane)]) };
+                }
+            )*};
+        }
+        unrolled!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+    }
+}

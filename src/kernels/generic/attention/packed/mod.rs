@@ -1,0 +1,205 @@
+//! Many query rows (prefill): a block of K is transposed and a block of V widened, once for all rows of the tile; then both products
+//! run from these copies in register tiles of [`TILE_ROWS`] rows by [`Simd::TILE_VECTORS`] vectors.
+//!
+//! # What bounds it
+//! The FMA ports, and the front end not far behind: two steps are 48 FMAs in 72 instructions on AVX-512 (24 cycles of two ports,
+//! 18 of a front end of four) and 24 in 44 on AVX2 (12 and 11), so that an instruction less is felt. A slab of K that would take
+//! more than half of the first-level cache is done in two halves, so that either stays there while all rows pass by, as does a slab
+//! of V; rows of Q, scores and accumulators come from the second-level cache.
+//!
+//! The tree over lanes is what a score costs beyond its FMAs: (LANES - 1) additions a LANES-th of them, 12 % of Q K^T at head size
+//! 128 on AVX-512, and as many sums stored until their neighbours come. Out of 97 % of the FMA peak that this loop reaches without
+//! a tree on a Cascade Lake core, the additions alone leave 87 %, the stores alone 85 %, both 79 %. Causal blocks compute what
+//! any of a register tile's rows may see: half slabs of keys in Q K^T, single keys in P V.
+
+mod keys;
+mod prefetch;
+mod queries;
+mod scores;
+mod values;
+
+use super::direct::accumulate_visible;
+use super::row_pairs::{Widen, widen};
+use super::scales::{scale_scores, scale_weights};
+use super::softmax::Softmax;
+use super::weighted::WeightedValues;
+use super::{Block, KeyPieces, KeyPointers, Pieces, RowState, ValuePieces};
+use crate::kernels::simd::Simd;
+use crate::layout::Packing;
+use crate::problem::grid::{BLOCK, KeyRange, padded};
+use crate::problem::tile::{MAX_TILE_ROWS, TILE_ROWS};
+use prefetch::NextBlock;
+use scores::Scores;
+use std::mem::MaybeUninit;
+use values::{PackedValues, Values, value_slabs};
+
+pub(crate) use keys::PackKeys;
+pub(super) use queries::PackQueries;
+pub(crate) use values::PackValues;
+
+/// What a slab of K may take of the first-level cache while all rows pass by.
+const SLAB_BYTES: usize = 16 << 10;
+
+/// One block of keys for all rows of the tile, which are of one KV head.
+///
+/// # Safety
+/// `k` and `v` are the rows of the block's key range, values as they lie if they are packed.
+#[inline(always)]
+pub(super) unsafe fn block<S: Simd>(
+    s: S,
+    pieces: &Pieces,
+    block: &Block,
+    rows: &mut [RowState],
+    k: KeyPointers<u8>,
+    v: KeyPointers<u8>,
+) {
+    match block.p.v_packing {
+        // SAFETY: the caller's.
+        Packing::Rows => unsafe { products(s, &pieces.keys, &pieces.values, block, rows, k, v) },
+        Packing::RowPairs => {
+            let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
+            // SAFETY: the caller's.
+            unsafe {
+                let v = widen(&pieces.values, &Widen { block, v, head: 0 }, &mut pointers);
+                products(s, &pieces.keys, &pieces.widened, block, rows, k, v.rows());
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `k` and `v` are the rows of the block's key range.
+#[inline(always)]
+unsafe fn products<S: Simd>(
+    s: S,
+    key_pieces: &KeyPieces,
+    value_pieces: &ValuePieces,
+    block: &Block,
+    rows: &mut [RowState],
+    k: KeyPointers<u8>,
+    v: KeyPointers<u8>,
+) {
+    let Block { scratch, key_range, all, d, dv, .. } = *block;
+    let (dp, dvp) = (padded(d), padded(dv));
+    let (slab, half) = (S::TILE_VECTORS * S::LANES, S::TILE_VECTORS / 2 * S::LANES);
+    let steps = d.div_ceil(S::LANES);
+    let parts = if slab * steps * S::LANES * size_of::<f32>() > SLAB_BYTES { 2 } else { 1 };
+    let lanes = S::LANES / parts;
+    let mut finite = true;
+    let mut groups = [Group::default(); MAX_GROUPS];
+    let count = groups_of(rows, &mut groups);
+    let groups = &groups[..count];
+    // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
+    unsafe {
+        (key_pieces.pack)(&PackKeys { block, k });
+        let mut next_k = NextBlock::new::<S>(k, d * key_pieces.unit_bytes, parts * BLOCK / slab * groups.len());
+        let mut next_v =
+            NextBlock::new::<S>(v, dv * value_pieces.unit_bytes, value_slabs::<S>(dv).count() * groups.len());
+        (value_pieces.pack)(&mut PackValues { block, v, finite: if all { None } else { Some(&mut finite) } });
+        for column in (key_range.low / slab * slab..key_range.high).step_by(slab) {
+            for part in 0..parts {
+                for_each_group(groups, |r, n, keys| {
+                    next_k.prefetch(s);
+                    if keys.high <= column || keys.low >= column + slab {
+                        return;
+                    }
+                    // Where only one half of the slab's keys is seen, the other is left out.
+                    let (skip, wide) = match (keys.low >= column + half, keys.high <= column + half) {
+                        (true, _) => (half, false),
+                        (_, true) => (0, false),
+                        _ => (0, true),
+                    };
+                    let first = part * lanes * steps;
+                    let kt = scratch.kt.add(column * steps * S::LANES + first * slab + skip);
+                    let q = scratch.q.add(r * dp + first * n);
+                    let out = scratch.s.add(r * BLOCK + column + skip);
+                    let add = part > 0;
+                    match n {
+                        6 => s.outline(Scores::<6> { q, lanes, steps, kt, out, wide, add }),
+                        4 => s.outline(Scores::<4> { q, lanes, steps, kt, out, wide, add }),
+                        2 => s.outline(Scores::<2> { q, lanes, steps, kt, out, wide, add }),
+                        _ => s.outline(Scores::<1> { q, lanes, steps, kt, out, wide, add }),
+                    };
+                });
+            }
+        }
+        scale_scores(s, block, 0..1);
+        for_each_group(groups, |r, n, keys| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
+        finite &= scale_weights(s, block, 0..1);
+        if !all && !finite {
+            for (r, row) in rows.iter().enumerate() {
+                accumulate_visible(value_pieces, block, row, r, v);
+            }
+            return;
+        }
+        for (column, width) in value_slabs::<S>(dv) {
+            for_each_group(groups, |r, n, keys| {
+                next_v.prefetch(s);
+                let weighted = WeightedValues {
+                    weights: scratch.s.add(r * BLOCK + keys.low),
+                    acc: scratch.acc.add(r * dvp + column),
+                    acc_row: dvp,
+                    v: PackedValues { first: scratch.vp.add(column * BLOCK + keys.low * width), width },
+                    keys: keys.len(),
+                    ahead: 0,
+                    whole: false,
+                };
+                let vectors = width / S::LANES;
+                match n {
+                    6 => s.outline(Values::<6> { weighted, vectors }),
+                    4 => s.outline(Values::<4> { weighted, vectors }),
+                    2 => s.outline(Values::<2> { weighted, vectors }),
+                    _ => s.outline(Values::<1> { weighted, vectors }),
+                };
+            });
+        }
+    }
+}
+
+/// Calls `f` with first row, number of rows and keys of every group.
+#[inline(always)]
+fn for_each_group(groups: &[Group], mut f: impl FnMut(usize, usize, KeyRange)) {
+    for group in groups {
+        f(group.first as usize, group.rows as usize, KeyRange { low: group.low as usize, high: group.high as usize });
+    }
+}
+
+/// Rows of a register tile, and the keys of a block that some of them see, and those between.
+#[derive(Clone, Copy, Default)]
+struct Group {
+    first: u16,
+    rows: u8,
+    low: u8,
+    high: u8,
+}
+
+/// A tile has at most this many register tiles: the last rows may take three.
+const MAX_GROUPS: usize = MAX_TILE_ROWS / TILE_ROWS + 2;
+
+/// The register tiles of a tile that have anything to do in a block.
+#[inline(always)]
+fn groups_of(rows: &[RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
+    let (mut r, mut count) = (0, 0);
+    while r < rows.len() {
+        let n = rows_at_once(rows.len() - r);
+        let keys = KeyRange::around(rows[r..r + n].iter().fold(0, |bits, row| bits | row.visible_bits));
+        if keys.low < keys.high {
+            groups[count] = Group { first: r as u16, rows: n as u8, low: keys.low as u8, high: keys.high as u8 };
+            count += 1;
+        }
+        r += n;
+    }
+    count
+}
+
+/// Rows of the next register tile when `left` are to do: few, nearly equal tiles.
+#[inline(always)]
+fn rows_at_once(left: usize) -> usize {
+    match left {
+        8 => 4,
+        TILE_ROWS.. => TILE_ROWS,
+        4..TILE_ROWS => 4,
+        2..4 => 2,
+        _ => 1,
+    }
+}

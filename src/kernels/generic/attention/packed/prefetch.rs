@@ -1,0 +1,45 @@
+//! Prefetches of the packed path.
+
+use crate::kernels::generic::attention::KeyPointers;
+use crate::kernels::simd::Simd;
+use crate::problem::grid::BLOCK;
+
+/// K or V of the next block: asked for while this one is computed, since its packing would wait for it. A few lines at a time:
+/// more than a core has fill buffers for would make it wait now.
+pub struct NextBlock<'a> {
+    pub rows: KeyPointers<'a, u8>,
+    /// The row that is being asked for, from where on, and how many of its bytes are left.
+    pub key: usize,
+    pub at: *const u8,
+    pub left: usize,
+    pub row: usize,
+    /// Prefetches of a call.
+    pub each: usize,
+}
+
+impl<'a> NextBlock<'a> {
+    /// To be prefetched in `calls` calls; a row has `row` bytes.
+    #[inline(always)]
+    pub fn new<S: Simd>(rows: KeyPointers<'a, u8>, row: usize, calls: usize) -> Self {
+        let each = (row.div_ceil(S::PREFETCH_BYTES) * BLOCK).div_ceil(calls.max(1));
+        let at = rows.next(0);
+        Self { rows, key: 0, at, left: if at.is_null() { 0 } else { row }, row, each }
+    }
+
+    #[inline(always)]
+    pub fn prefetch<S: Simd>(&mut self, s: S) {
+        for _ in 0..self.each {
+            if self.left == 0 {
+                return;
+            }
+            s.prefetch_far(self.at);
+            self.at = self.at.wrapping_add(S::PREFETCH_BYTES);
+            self.left = self.left.saturating_sub(S::PREFETCH_BYTES);
+            if self.left == 0 && self.key + 1 < BLOCK {
+                self.key += 1;
+                self.at = self.rows.next(self.key);
+                self.left = if self.at.is_null() { 0 } else { self.row };
+            }
+        }
+    }
+}

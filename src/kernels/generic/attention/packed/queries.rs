@@ -1,0 +1,61 @@
+//! Packed copies of queries.
+
+use super::rows_at_once;
+use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
+use crate::problem::grid::padded;
+use crate::problem::limits::MAX_HEAD_DIM;
+use crate::problem::tile::TILE_ROWS;
+use std::mem::MaybeUninit;
+
+/// Brings the rows of Q of every register tile into the order in which [`Scores`] reads them: `[step of the walk][row]`, in place.
+/// The walk goes through the lanes in the order of [`Simd::lane_order`], and for each through its element of every vector.
+pub struct PackQueries {
+    pub q: *mut f32,
+    pub rows: usize,
+    pub d: usize,
+}
+
+impl Outlined for PackQueries {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { q, rows, d } = self;
+        let dp = padded(d);
+        let steps = d.div_ceil(S::LANES);
+        let mut copy = [MaybeUninit::<f32>::uninit(); TILE_ROWS * MAX_HEAD_DIM];
+        let copy = copy.as_mut_ptr().cast::<f32>();
+        let mut r = 0;
+        while r < rows {
+            let n = rows_at_once(rows - r);
+            let group = q.wrapping_add(r * dp);
+            // SAFETY: the group has n <= TILE_ROWS rows of dp floats, and so has the copy; LANES * steps <= dp.
+            unsafe {
+                std::ptr::copy_nonoverlapping(group, copy, n * dp);
+                for first in (0..n).step_by(S::LANES) {
+                    let part = (n - first).min(S::LANES);
+                    for step in 0..steps {
+                        let mut v = [s.zero(); MAX_LANES];
+                        for (i, v) in v.iter_mut().enumerate().take(part) {
+                            *v = s.load_f32(copy.add((first + i) * dp + step * S::LANES));
+                        }
+                        s.transpose(&mut v);
+                        for (lane, v) in v.iter().enumerate().take(S::LANES) {
+                            let to = group.add((walk::<S>(lane, steps) + step) * n + first);
+                            if part == S::LANES {
+                                s.store_f32(to, *v);
+                            } else {
+                                s.store_part_f32(to, *v, part);
+                            }
+                        }
+                    }
+                }
+            }
+            r += n;
+        }
+    }
+}
+
+/// Where in the walk a lane begins; [`Simd::lane_order`] is its own inverse.
+#[inline(always)]
+pub fn walk<S: Simd>(lane: usize, steps: usize) -> usize {
+    S::lane_order(lane) * steps
+}

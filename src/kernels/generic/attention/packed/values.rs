@@ -1,0 +1,111 @@
+//! Packed copies of values, and their weighted sums.
+
+use crate::kernels::generic::attention::weighted::{ValueRows, WeightedValues, load_up_to};
+use crate::kernels::generic::attention::{Block, KeyPointers};
+use crate::kernels::simd::{Load, Outlined, Simd};
+use crate::problem::grid::BLOCK;
+
+/// First column and width of the slabs in which a block of V is packed: of a register tile's width, then of two vectors, then of
+/// one.
+#[inline(always)]
+pub fn value_slabs<S: Simd>(dv: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut column = 0;
+    std::iter::from_fn(move || {
+        let left = dv - column;
+        let vectors = if left >= S::TILE_VECTORS * S::LANES {
+            S::TILE_VECTORS
+        } else if left >= 2 * S::LANES {
+            2
+        } else {
+            1
+        };
+        let slab = (column, vectors * S::LANES);
+        column = (column + vectors * S::LANES).min(dv);
+        (left > 0).then_some(slab)
+    })
+}
+
+/// Widens the values of a key range into the slabs of [`value_slabs`]: `[slab][key][columns]`. Says whether all are finite, if asked.
+pub(crate) struct PackValues<'a> {
+    pub block: &'a Block<'a>,
+    pub v: KeyPointers<'a, u8>,
+    pub finite: Option<&'a mut bool>,
+}
+
+impl PackValues<'_> {
+    /// For values of type `T`.
+    ///
+    /// # Safety
+    /// As [`block`].
+    #[inline(always)]
+    pub unsafe fn run<S: Simd, T: Load>(&mut self, s: S) {
+        let Self { block: &Block { scratch, key_range, dv, .. }, v, ref mut finite } = *self;
+        let v = v.cast::<T>();
+        for (column, width) in value_slabs::<S>(dv) {
+            for j in key_range.low..key_range.high {
+                let row = v.key(0, j).wrapping_add(column);
+                let to = scratch.vp.wrapping_add(column * BLOCK + j * width);
+                let mut i = 0;
+                // SAFETY: the value has dv elements; vp has a slab of BLOCK keys for every column of padded(dv).
+                unsafe {
+                    while i + 2 * S::LANES <= width {
+                        let x = T::load_pair(s, row.add(i));
+                        s.store_f32(to.add(i), x[0]);
+                        s.store_f32(to.add(i + S::LANES), x[1]);
+                        if let Some(finite) = finite {
+                            **finite &= s.all_finite(x[0]) && s.all_finite(x[1]);
+                        }
+                        i += 2 * S::LANES;
+                    }
+                    if i < width {
+                        let part = (dv - column).min(S::LANES);
+                        let x = load_up_to(s, row, part);
+                        s.store_f32(to, x);
+                        if let Some(finite) = finite {
+                            **finite &= s.all_finite(x);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// In a packed copy, so many floats apart.
+pub struct PackedValues {
+    pub first: *const f32,
+    pub width: usize,
+}
+
+impl ValueRows for PackedValues {
+    type Element = f32;
+    const IN_CACHE: bool = false;
+    #[inline(always)]
+    fn at(&self, key: usize, offset: isize) -> *const f32 {
+        self.first.wrapping_add(key * self.width).wrapping_byte_offset(offset)
+    }
+    #[inline(always)]
+    fn offset(&self, column: usize) -> isize {
+        (column * size_of::<f32>()) as isize
+    }
+}
+
+/// Adds the weighted values of a slab to `R` rows.
+pub struct Values<const R: usize> {
+    pub weighted: WeightedValues<PackedValues>,
+    pub vectors: usize,
+}
+
+impl<const R: usize> Outlined for Values<R> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self.vectors {
+                4 if S::TILE_VECTORS == 4 => self.weighted.add::<S, R, 4>(s, 0, S::LANES),
+                2 => self.weighted.add::<S, R, 2>(s, 0, S::LANES),
+                _ => self.weighted.add::<S, R, 1>(s, 0, S::LANES),
+            }
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! What a level does with keys of one format, and with values of one: attention over any pair is made of two of these.
+
+use super::{DirectScores, DirectValues, KeyPointers, OneValue, PackKeys, PackValues, Widen};
+use crate::problem::grid::KeyRange;
+
+/// What a level does with keys of one format. Each function is compiled with the level's features, so that attention over keys of
+/// M formats and values of N is made of M + N pieces.
+#[derive(Clone, Copy)]
+pub(crate) struct KeyPieces {
+    pub unit_bytes: usize,
+    /// Queries are kept in the order that this format's keys have in registers.
+    pub deinterleaved: bool,
+    pub scores: unsafe fn(&DirectScores),
+    pub pack: unsafe fn(&PackKeys),
+}
+
+/// What a level does with values of one format.
+#[derive(Clone, Copy)]
+pub(crate) struct ValuePieces {
+    pub unit_bytes: usize,
+    /// Accumulators are kept in the order that this format's values have in registers.
+    pub deinterleaved: bool,
+    pub accumulate: unsafe fn(&DirectValues),
+    pub accumulate_pairs: unsafe fn(&DirectValues),
+    pub accumulate_one: unsafe fn(&OneValue),
+    pub all_finite: unsafe fn(KeyPointers<u8>, usize, KeyRange, usize) -> bool,
+    pub pack: unsafe fn(&mut PackValues),
+    pub widen_pairs: unsafe fn(&Widen),
+}
+
+/// What a level does with a call's keys and values.
+#[derive(Clone, Copy)]
+pub(crate) struct Pieces {
+    pub keys: KeyPieces,
+    pub values: ValuePieces,
+    /// Those of f32, for values that were unpacked from pairs.
+    pub widened: ValuePieces,
+}

@@ -1,0 +1,80 @@
+//! The two products of a block, and what they are told of it.
+
+use super::key_pointers::{KeyPointerTable, KeyPointers};
+use super::{Pieces, RowState, Scratch, direct, packed};
+use crate::kernels::simd::Simd;
+use crate::problem::attention::Problem;
+use crate::problem::grid::KeyRange;
+use crate::problem::tile::{PACK_ROWS, Tile};
+
+/// What [`Products`] need to know of a block.
+#[derive(Clone, Copy)]
+pub(crate) struct Block<'a> {
+    pub p: &'a Problem<'a>,
+    pub tile: &'a Tile,
+    pub scratch: &'a Scratch,
+    /// The block's first key.
+    pub base: usize,
+    pub key_range: KeyRange,
+    /// Keys of the key range that some row of the tile sees.
+    pub visible_bits: u64,
+    /// No row has a hidden key in the key range.
+    pub all: bool,
+    pub d: usize,
+    pub dv: usize,
+}
+
+/// The two products of a block, and the softmax between them. Whatever computes them, rows come as f32 in `scratch.q`, and
+/// at the end of a chunk a row's weighted values are in `scratch.acc`, and its sum of weights in `scratch.sums`.
+pub(crate) trait Products<S: Simd> {
+    /// Once a tile: `scratch.q` has its rows.
+    ///
+    /// # Safety
+    /// `scratch` is laid out for the tile's rows.
+    unsafe fn pack_queries(&self, s: S, tile: &Tile, scratch: &Scratch, d: usize);
+
+    /// One block of keys for all rows of the tile. The first of a chunk finds `scratch.acc` and `scratch.sums` 0.
+    ///
+    /// # Safety
+    /// `k` and `v` are the rows of the block's key range, values as they lie if they are packed.
+    unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: KeyPointers<u8>, v: &mut KeyPointerTable<u8>);
+
+    /// All blocks of a chunk are done.
+    ///
+    /// # Safety
+    /// `scratch` and `rows` are those of the blocks.
+    #[inline(always)]
+    unsafe fn end_chunk(&self, _s: S, _rows: &[RowState], _scratch: &Scratch) {}
+}
+
+/// [`Products`] by the vector trait: [`direct`] or [`packed`].
+pub(crate) struct VectorProducts<'a>(pub &'a Pieces);
+
+impl<S: Simd> Products<S> for VectorProducts<'_> {
+    #[inline(always)]
+    unsafe fn pack_queries(&self, s: S, tile: &Tile, scratch: &Scratch, d: usize) {
+        if tile.head_rows >= PACK_ROWS {
+            // SAFETY: the caller's.
+            unsafe { s.outline(packed::PackQueries { q: scratch.q, rows: tile.rows(), d }) };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn block(
+        &self,
+        s: S,
+        block: &Block,
+        rows: &mut [RowState],
+        k: KeyPointers<u8>,
+        v: &mut KeyPointerTable<u8>,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            if block.tile.head_rows >= PACK_ROWS {
+                packed::block(s, self.0, block, rows, k, v.rows());
+            } else {
+                direct::block(s, self.0, block, rows, k, v.rows());
+            }
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! The scratch memory of a tile, and the state of its rows.
+
+use crate::kernels::simd::MAX_LANES;
+use crate::problem::grid::{BLOCK, padded};
+
+/// What a row knows of itself while its tile runs.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct RowState {
+    /// The largest logit of the chunk so far, times log2(e).
+    pub max: f32,
+    /// Largest logit and sum of the chunks before.
+    pub total: (f32, f32),
+    pub token: u32,
+    pub low: i64,
+    pub high: i64,
+    pub visible_bits: u64,
+    pub position: i64,
+    pub head: u32,
+}
+
+/// Scratch memory of one worker; see [`Scratch::layout`].
+pub(crate) struct Scratch {
+    pub q: *mut f32,
+    pub s: *mut f32,
+    pub acc: *mut f32,
+    pub total: *mut f32,
+    /// A row's sum of weights, lane by lane: `[rows][MAX_LANES]`.
+    pub sums: *mut f32,
+    /// The K block transposed, and the V block in f32, in slabs as wide as a register tile.
+    pub kt: *mut f32,
+    pub vp: *mut f32,
+    /// K and V blocks whose elements do not lie together: `[BLOCK][dp]`, `[BLOCK][dvp]` of their type.
+    pub k_block: *mut u8,
+    pub v_block: *mut u8,
+    pub rows: *mut RowState,
+}
+
+impl Scratch {
+    /// Bytes for tiles of `rows` rows; a multiple of 64.
+    pub fn bytes(rows: usize, d: usize, dv: usize) -> usize {
+        Self::layout(std::ptr::null_mut(), rows, d, dv).1
+    }
+
+    /// Cuts the memory at `base` (64-byte aligned) into its parts and says how much that is.
+    pub fn layout(base: *mut u8, rows: usize, d: usize, dv: usize) -> (Self, usize) {
+        let (dp, dvp) = (padded(d), padded(dv));
+        let mut used = 0;
+        let mut floats = |n: usize| {
+            let at = base.wrapping_add(used).cast::<f32>();
+            used += (n * size_of::<f32>()).next_multiple_of(64);
+            at
+        };
+        let scratch = Self {
+            q: floats(rows * dp),
+            s: floats(rows * BLOCK),
+            acc: floats(rows * dvp),
+            total: floats(rows * dvp),
+            sums: floats(rows * MAX_LANES),
+            kt: floats(dp * BLOCK),
+            vp: floats(BLOCK * dvp),
+            k_block: floats(BLOCK * dp).cast(),
+            v_block: floats(BLOCK * dvp).cast(),
+            rows: floats(rows * size_of::<RowState>().div_ceil(size_of::<f32>())).cast(),
+        };
+        (scratch, used)
+    }
+}

@@ -1,0 +1,210 @@
+//! The walk of a tile over chunks and blocks.
+
+use super::key_pointers::{BlockRequest, GatherBuffers, KeyPointerTable, locate};
+use super::state::{EMPTY, Output, load_query};
+use super::{Block, Products, RowState, Scratch};
+use crate::kernels::simd::{MAX_LANES, Simd, lines};
+use crate::problem::attention::Problem;
+use crate::problem::grid::{BLOCK, KeyRange, between, padded};
+use crate::problem::tile::{PACK_ROWS, Tile};
+use crate::problem::visibility::TileVisibility;
+use crate::view::RawView;
+use std::mem::MaybeUninit;
+
+/// Whether even and odd elements of every two vectors lie apart, in queries and in accumulators.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deinterleaved {
+    pub keys: bool,
+    pub values: bool,
+}
+
+/// Runs one tile; `deinterleaved` says in which order K and V keep their elements (see [`Load::load_pair`]).
+///
+/// # Safety
+/// `p` is validated, `tile` is inside it, and `scratch` is laid out for at least `tile.rows()` rows.
+#[inline(always)]
+pub(crate) unsafe fn tile<S: Simd>(
+    s: S,
+    deinterleaved: Deinterleaved,
+    p: &Problem,
+    tile: &Tile,
+    scratch: &Scratch,
+    products: &impl Products<S>,
+) {
+    let (d, dv) = (p.q.shape[3], p.v_dim);
+    let (dp, dvp) = (padded(d), padded(dv));
+    let n = tile.rows();
+    // SAFETY: the scratch has `n` states; they are plain numbers, written below before they are read.
+    let rows = unsafe { std::slice::from_raw_parts_mut(scratch.rows, n) };
+    let always_visible = p.visibility.always_visible(tile.batch);
+    let mut reach = TileVisibility { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, always_visible };
+    let far = tile.head_rows >= PACK_ROWS;
+    let mut ahead = tile.tokens_and_heads(p).skip(PREFETCH_ROWS);
+    let mut seen = None;
+    for (r, (row, (token, head))) in rows.iter_mut().zip(tile.tokens_and_heads(p)).enumerate() {
+        let ((low, high), position) = match seen {
+            Some((same, keys)) if same == token => keys,
+            _ => (p.visibility.visible_keys(tile.batch, token), p.visibility.position(tile.batch, token)),
+        };
+        seen = Some((token, ((low, high), position)));
+        *row = RowState {
+            max: f32::NEG_INFINITY,
+            total: EMPTY,
+            low,
+            high,
+            visible_bits: 0,
+            position,
+            token: token as u32,
+            head: head as u32,
+        };
+        if low < high {
+            (reach.low, reach.high) = (reach.low.min(low), reach.high.max(high));
+        }
+        (reach.inner_low, reach.inner_high) = (reach.inner_low.max(low), reach.inner_high.min(high));
+        // SAFETY: token and head are inside q; the scratch row has dp floats.
+        unsafe {
+            if far && let Some((token, head)) = ahead.next() {
+                let (batch, token) = p.visibility.query(tile.batch, token);
+                row_lines(&p.q, p.q.row(batch, token, head)).for_each(|line| s.prefetch(line));
+            }
+            let (batch, token) = p.visibility.query(tile.batch, token);
+            load_query(s, deinterleaved.keys, p.q, p.q.row(batch, token, head), scratch.q.add(r * dp), d);
+        }
+    }
+    // SAFETY: the rows of Q have just been written.
+    unsafe { products.pack_queries(s, tile, scratch, d) };
+
+    let output = |row: &RowState| {
+        let (token, head) = (row.token as usize, row.head as usize);
+        Output { p, batch: tile.batch, token, head, deinterleaved: deinterleaved.values }
+    };
+    for chunk in tile.first_chunk..tile.end_chunk {
+        let (from, to) = reach.within(tile.chunks.keys(chunk));
+        let last = chunk + 1 == tile.end_chunk;
+        if from < to {
+            rows.iter_mut().for_each(|row| row.max = f32::NEG_INFINITY);
+            // SAFETY: acc has dvp and sums has MAX_LANES floats a row.
+            unsafe {
+                std::ptr::write_bytes(scratch.acc, 0, n * dvp);
+                std::ptr::write_bytes(scratch.sums, 0, n * MAX_LANES);
+            }
+            for block in from / BLOCK..to.div_ceil(BLOCK) {
+                let key_range = KeyRange {
+                    low: from.saturating_sub(block * BLOCK).min(BLOCK),
+                    high: (to - block * BLOCK).min(BLOCK),
+                };
+                // SAFETY: keys from..to are visible to some row, so inside the views.
+                unsafe { one_block(s, p, tile, scratch, products, rows, block, key_range, &reach) };
+            }
+            // SAFETY: the chunk's blocks are done.
+            unsafe { products.end_chunk(s, rows, scratch) };
+        }
+        let mut sums = [0.0; MAX_LANES];
+        for r in 0..n {
+            if far
+                && last
+                && let Some(row) = rows.get(r + PREFETCH_ROWS)
+            {
+                let (batch, token) = p.visibility.query(tile.batch, row.token as usize);
+                // SAFETY: token and head are inside out.
+                let row = unsafe { p.out.row(batch, token, row.head as usize) };
+                row_lines(&p.out, row).for_each(|line| s.prefetch_write(line));
+            }
+            let row = &mut rows[r];
+            // SAFETY: the scratch parts have their rows.
+            unsafe {
+                let state = if from < to {
+                    // Of as many rows at a time as there are lanes.
+                    if r.is_multiple_of(S::LANES) {
+                        let mut lanes = [s.zero(); MAX_LANES];
+                        for (row, lanes) in (r..n).zip(lanes.iter_mut().take(S::LANES)) {
+                            *lanes = s.load_f32(scratch.sums.add(row * MAX_LANES));
+                        }
+                        s.store_f32(sums.as_mut_ptr(), s.sum_lanes(&lanes));
+                    }
+                    (row.max, sums[r % S::LANES])
+                } else {
+                    EMPTY
+                };
+                let (acc, total) = (scratch.acc.add(r * dvp), scratch.total.add(r * dvp));
+                output(row).end_chunk(s, tile, (chunk, r), (state, acc), (&mut row.total, total));
+            }
+        }
+    }
+    if tile.partials.is_null() && tile.first_chunk == tile.end_chunk {
+        for (r, row) in rows.iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { output(row).finish(s, EMPTY, scratch.acc.add(r * dvp)) };
+        }
+    }
+}
+
+/// How many rows ahead of their use rows of Q and of the output are asked for, where there are many: those of a prompt lie in
+/// pieces of a few rows, too short for a hardware prefetcher.
+const PREFETCH_ROWS: usize = 8;
+
+/// The lines of a row, if its elements lie together.
+#[inline(always)]
+fn row_lines(view: &RawView, row: *const u8) -> impl Iterator<Item = *const u8> + use<> {
+    lines(row, if view.strides[3] == 1 { view.shape[3] * view.dtype.size() } else { 0 })
+}
+
+/// One block of keys for all rows of the tile.
+///
+/// # Safety
+/// As [`tile`]; the keys `key_range` of block `block` are inside the views.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn one_block<S: Simd>(
+    s: S,
+    p: &Problem,
+    tile: &Tile,
+    scratch: &Scratch,
+    products: &impl Products<S>,
+    rows: &mut [RowState],
+    block: usize,
+    key_range: KeyRange,
+    reach: &TileVisibility,
+) {
+    let base = block * BLOCK;
+    let full = key_range.bits();
+    let inner = reach.inner_low <= (base + key_range.low) as i64 && (base + key_range.high) as i64 <= reach.inner_high;
+    let mut all = p.bias.is_none();
+    let mut any = full;
+    if inner && p.mask.is_none() && p.bit_mask.is_none() {
+        rows.iter_mut().for_each(|row| row.visible_bits = full);
+    } else {
+        any = 0;
+        let always_visible = between(reach.always_visible, base);
+        for row in rows.iter_mut() {
+            row.visible_bits = between((row.low, row.high), base) | always_visible;
+            if row.visible_bits != 0 {
+                // SAFETY: the row's keys are inside the masks.
+                row.visible_bits &=
+                    unsafe { p.visible_by_masks(tile.batch, (row.token, row.head), base, row.visible_bits) };
+            }
+            any |= row.visible_bits;
+            all &= row.visible_bits == full;
+        }
+        if any == 0 {
+            return;
+        }
+    }
+
+    let (d, dv) = (p.q.shape[3], p.v_dim);
+    let mut pointers = [[const { MaybeUninit::uninit() }; BLOCK]; 2];
+    let [keys, values] = &mut pointers;
+    let (mut k, mut v) = (KeyPointerTable::<u8>::new(keys), KeyPointerTable::<u8>::new(values));
+    let gather_buffers = GatherBuffers { k: scratch.k_block, v: scratch.v_block };
+    // SAFETY: the block's visible keys are inside k and v, the scratch parts have the sizes their layout gives.
+    unsafe {
+        locate(&BlockRequest { p, tile, base, key_range, visible_bits: any, reach }, &gather_buffers, (&mut k, &mut v));
+        products.block(
+            s,
+            &Block { p, tile, scratch, base, key_range, visible_bits: any, all, d, dv },
+            rows,
+            k.rows(),
+            &mut v,
+        );
+    }
+}

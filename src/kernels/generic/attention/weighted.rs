@@ -1,0 +1,193 @@
+//! Sums of weighted values, wherever the values lie.
+
+use super::direct::prefetch_pair;
+use crate::kernels::simd::{Load, Simd};
+use crate::problem::grid::BLOCK;
+
+/// Where the values lie that [`WeightedValues`] adds.
+pub trait ValueRows {
+    type Element: Load;
+    /// Whether they are the cache's own, and others come after them.
+    const IN_CACHE: bool;
+    /// An element of a key. `offset` is [`Self::offset`] of its column, in bytes.
+    fn at(&self, key: usize, offset: isize) -> *const Self::Element;
+    fn offset(&self, column: usize) -> isize;
+
+    /// Adds keys `j` and `j + 1`.
+    ///
+    /// # Safety
+    /// As [`WeightedValues::columns`].
+    #[inline(always)]
+    unsafe fn add_two<S: Simd, const R: usize, const N: usize>(
+        s: S,
+        weighted: &WeightedValues<Self>,
+        j: usize,
+        offset: isize,
+        part: usize,
+        sums: &mut [[S::V; N]; R],
+    ) where
+        Self: Sized,
+    {
+        // SAFETY: the caller's.
+        unsafe { weighted.add_each(s, j, offset, part, sums) };
+    }
+}
+
+/// `acc[r] += sum over keys of weights[r][key] * v[key]`, one key after the other. Rows of weights lie [`BLOCK`] apart.
+pub struct WeightedValues<V> {
+    pub weights: *const f32,
+    pub acc: *mut f32,
+    /// Floats from one accumulator to the next.
+    pub acc_row: usize,
+    pub v: V,
+    pub keys: usize,
+    /// Bytes from a value to the memory that is prefetched with it; 0: none.
+    pub ahead: isize,
+    /// See [`prefetch_pair`].
+    pub whole: bool,
+}
+
+impl<V: ValueRows> WeightedValues<V> {
+    /// All `dv` columns of `R` rows, up to `N` vectors at a time.
+    ///
+    /// # Safety
+    /// The pointers are valid for `R` rows, `keys` keys and `dv` columns; accumulators are padded to whole vectors.
+    #[inline(always)]
+    pub unsafe fn columns<S: Simd, const R: usize, const N: usize>(&self, s: S, dv: usize) {
+        let mut i = 0;
+        // SAFETY: the caller's; i never passes dv.
+        unsafe {
+            while i + N * S::LANES <= dv {
+                self.add::<S, R, N>(s, i, S::LANES);
+                i += N * S::LANES;
+            }
+            while N > 4 && i + 4 * S::LANES <= dv {
+                self.add::<S, R, 4>(s, i, S::LANES);
+                i += 4 * S::LANES;
+            }
+            while N > 2 && i + 2 * S::LANES <= dv {
+                self.add::<S, R, 2>(s, i, S::LANES);
+                i += 2 * S::LANES;
+            }
+            while i < dv {
+                let part = (dv - i).min(S::LANES);
+                self.add::<S, R, 1>(s, i, part);
+                i += part;
+            }
+        }
+    }
+
+    /// `N` vectors of columns from `column` on, or one of `part` elements.
+    ///
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    pub unsafe fn add<S: Simd, const R: usize, const N: usize>(&self, s: S, column: usize, part: usize) {
+        let acc = self.acc.wrapping_add(column);
+        let mut sums = [[s.zero(); N]; R];
+        // SAFETY: the caller's.
+        unsafe {
+            for r in 0..R {
+                for n in 0..N {
+                    sums[r][n] = s.load_f32(acc.add(r * self.acc_row + n * S::LANES));
+                }
+            }
+            // Two keys a turn: every instruction that is no FMA counts here, for the front end as much as for the ports.
+            let offset = self.v.offset(column);
+            for turn in 0..self.keys / 2 {
+                V::add_two(s, self, 2 * turn, offset, part, &mut sums);
+            }
+            if self.keys % 2 == 1 {
+                self.add_key(s, self.keys - 1, offset, part, &mut sums);
+            }
+            for r in 0..R {
+                for n in 0..N {
+                    s.store_f32(acc.add(r * self.acc_row + n * S::LANES), sums[r][n]);
+                }
+            }
+        }
+    }
+}
+
+impl<V: ValueRows> WeightedValues<V> {
+    /// Two keys of [`Self::add`], each by itself.
+    ///
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    pub unsafe fn add_each<S: Simd, const R: usize, const N: usize>(
+        &self,
+        s: S,
+        j: usize,
+        offset: isize,
+        part: usize,
+        sums: &mut [[S::V; N]; R],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            self.add_key(s, j, offset, part, sums);
+            self.add_key(s, j + 1, offset, part, sums);
+        }
+    }
+
+    /// One key of [`Self::add`].
+    ///
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    pub unsafe fn add_key<S: Simd, const R: usize, const N: usize>(
+        &self,
+        s: S,
+        j: usize,
+        offset: isize,
+        part: usize,
+        sums: &mut [[S::V; N]; R],
+    ) {
+        let v = self.v.at(j, offset);
+        let mut x = [s.zero(); N];
+        // SAFETY: the caller's.
+        unsafe {
+            if N == 1 {
+                x[0] = load_up_to(s, v, part);
+            } else {
+                for n in (0..N).step_by(2) {
+                    let at = v.add(n * S::LANES);
+                    if V::IN_CACHE && self.ahead != 0 {
+                        prefetch_pair(s, at, self.ahead, self.whole);
+                    }
+                    [x[n], x[n + 1]] = V::Element::load_pair(s, at);
+                }
+            }
+            self.add_values(s, j, &x, sums);
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    pub unsafe fn add_values<S: Simd, const R: usize, const N: usize>(
+        &self,
+        s: S,
+        j: usize,
+        x: &[S::V; N],
+        sums: &mut [[S::V; N]; R],
+    ) {
+        for r in 0..R {
+            // SAFETY: the caller's.
+            let w = s.splat(unsafe { *self.weights.add(r * BLOCK + j) });
+            for n in 0..N {
+                sums[r][n] = s.fma(w, x[n], sums[r][n]);
+            }
+        }
+    }
+}
+
+/// A vector of which `part` elements are read.
+///
+/// # Safety
+/// They are readable.
+#[inline(always)]
+pub unsafe fn load_up_to<S: Simd, T: Load>(s: S, from: *const T, part: usize) -> S::V {
+    // SAFETY: the caller's.
+    unsafe { if part == S::LANES { T::load(s, from) } else { T::load_part(s, from, part) } }
+}
