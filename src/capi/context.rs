@@ -13,19 +13,19 @@ use crate::context::Context;
 use crate::error::{Result, ensure, fail};
 use std::ffi::c_char;
 
-/// The kernels chosen for a machine. Made by `kvl_context_create`, immutable from then on.
+/// The kernels that were chosen for the machine. Made by `kvl_context_create`, and immutable.
 pub struct kvl_context {
     pub(super) context: crate::Context,
 }
 
-/// What a context is made from. Start from `KVL_CONTEXT_PARAMS_INIT`.
+/// Options of a context. Start from `KVL_CONTEXT_PARAMS_INIT`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_context_params {
     /// `sizeof(kvl_context_params)`.
     pub struct_size: usize,
-    /// The highest level to use; 0 (`KVL_ISA_BEST`) for no limit. The environment variable `KVLANE_MAX_ISA` (`scalar`,
-    /// `avx2`, ...) can lower it further, and neither can raise.
+    /// The highest level to use, or 0 (`KVL_ISA_BEST`) for no limit. The environment variable `KVLANE_MAX_ISA`
+    /// (`scalar`, `avx2`, ...) can lower it further. Neither can raise the level.
     pub max_isa: kvl_isa,
     /// 0.
     pub reserved: i32,
@@ -34,14 +34,15 @@ pub struct kvl_context_params {
 sized!(kvl_context_params);
 assert_layout!(kvl_context_params, 16, struct_size: 0, max_isa: 8, reserved: 12);
 
-/// Makes a context: looks at the CPU and chooses a kernel for each operation and type.
+/// Makes a context: detects the CPU and chooses a kernel for each operation and type. It is released with
+/// `kvl_context_destroy`.
 ///
-/// `params` may be null for the defaults: the best level there is, lowered by `KVLANE_MAX_ISA` if that is set. The context
-/// is released with `kvl_context_destroy`.
+/// `params` may be null for the defaults: the best level of the machine, lowered by `KVLANE_MAX_ISA` if that is set.
 ///
-/// Thread safety: may be called from any thread; it reads the environment, so nobody may change that meanwhile.
-/// Bad input: null, an unknown `struct_size`, a level that is none (also in `KVLANE_MAX_ISA`) or one of another architecture is
-/// an error, and `*context` is not touched.
+/// Thread safety: may be called from any thread. It reads the environment, which no other thread may change at the same
+/// time.
+/// Bad input: null, an unknown `struct_size`, and a number or name (in `KVLANE_MAX_ISA`) that is no level or one of
+/// another architecture are errors, and `*context` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_create(
     params: *const kvl_context_params,
@@ -68,8 +69,8 @@ pub unsafe extern "C" fn kvl_context_create(
 
 /// Releases a context; null is allowed.
 ///
-/// Thread safety: no other call may use the context meanwhile or afterwards.
-/// Bad input: a pointer that is not from `kvl_context_create`, or one that was released already, is undefined behaviour.
+/// Thread safety: no other call may use the context at the same time or afterwards.
+/// Bad input: a pointer that is not from `kvl_context_create`, or that was released before, is undefined behaviour.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_destroy(context: *mut kvl_context) {
     guard_value((), || {
@@ -80,10 +81,10 @@ pub unsafe extern "C" fn kvl_context_destroy(context: *mut kvl_context) {
     });
 }
 
-/// The level that a context uses.
+/// The level of a context.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null is an error, and `*isa` is not touched.
+/// Bad input: null is an error, and `*isa` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_isa(context: *const kvl_context, isa: *mut kvl_isa) -> kvl_status {
     guard(|| {
@@ -96,12 +97,13 @@ pub unsafe extern "C" fn kvl_context_isa(context: *const kvl_context, isa: *mut 
     })
 }
 
-/// The name of the kernel that serves an operation from one element type to another, such as "rope_f32_bf16_avx512"; a constant
-/// of the library. Which two types an operation has is stated at `kvl_op`: of attention, `src` is the type of K and `dst` that
-/// of V, and the name is that of `KVL_PRECISION_DEFAULT`.
+/// The name of the kernel that serves an operation from one element type to another, such as "rope_f32_bf16_avx512"; a
+/// constant. `kvl_op` states which two types an operation has. For attention, `src` is the type of K and `dst` that of
+/// V, and the name is that for `KVL_PRECISION_DEFAULT`.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null, a number that is no operation or type, and types that no kernel has are errors, and `*name` is not touched.
+/// Bad input: null, a number that is no operation or type, and types without a kernel are errors, and `*name` is not
+/// changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_kernel_name(
     context: *const kvl_context,
@@ -125,12 +127,12 @@ pub unsafe extern "C" fn kvl_context_kernel_name(
 }
 
 /// The name of the kernel that serves attention over K of one type and V of another with a precision, such as
-/// "attention_bf16_high_amx"; a constant of the library. Most kernels serve both precisions. `kvl_kernel_info` states the error
-/// bound of a kernel.
+/// "attention_bf16_high_amx"; a constant. Most kernels serve both precisions. `kvl_kernel_info` states the error bound
+/// of a kernel.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null, a number that is no type or precision, and types that no kernel has together are errors, and `*name` is not
-/// touched.
+/// Bad input: null, a number that is no type or precision, and types without a kernel are errors, and `*name` is not
+/// changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_attention_kernel_name(
     context: *const kvl_context,
@@ -153,11 +155,11 @@ pub unsafe extern "C" fn kvl_context_attention_kernel_name(
     })
 }
 
-/// How values of a type are best packed for the attention kernels in use: `KVL_PACKING_ROW_PAIRS` where tiles of bf16 are
-/// multiplied, else `KVL_PACKING_ROWS`. Since ABI version 3.
+/// The packing of V that suits the attention kernels of a context best: `KVL_PACKING_ROW_PAIRS` where they multiply
+/// tiles of bf16, else `KVL_PACKING_ROWS`. Every packing works with every kernel.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null or a number that is no type is an error, and `*packing` is not touched.
+/// Bad input: null and a number that is no type are errors, and `*packing` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_v_packing(
     context: *const kvl_context,

@@ -4,7 +4,7 @@ use super::arguments::enumeration;
 use crate::dtype::DType;
 use crate::error::{Result, fail};
 
-/// The type of elements.
+/// The type of the elements of a tensor.
 pub type kvl_dtype = i32;
 /// IEEE 754 binary32.
 pub const KVL_DTYPE_F32: i32 = 0;

@@ -8,7 +8,7 @@ use std::ffi::{CStr, c_char};
 
 /// A level of instruction sets.
 pub type kvl_isa = i32;
-/// No level, but the best there is.
+/// The best level that the machine offers.
 pub const KVL_ISA_BEST: i32 = 0;
 /// Portable code, available everywhere.
 pub const KVL_ISA_SCALAR: i32 = 1;
@@ -18,17 +18,17 @@ pub const KVL_ISA_AVX2: i32 = 2;
 pub const KVL_ISA_AVX512: i32 = 3;
 /// AArch64 with Advanced SIMD.
 pub const KVL_ISA_NEON: i32 = 4;
-/// x86-64 with what `KVL_ISA_AVX512` needs, AMX tiles and their bf16 products. Preferred to that level, though it has
-/// kernels for attention over bf16 alone; the others are those of `KVL_ISA_AVX512`.
+/// x86-64 with all features of `KVL_ISA_AVX512`, and AMX tiles with bf16 products. This level has kernels for attention
+/// over bf16 alone and uses those of `KVL_ISA_AVX512` for everything else. It is preferred to that level.
 pub const KVL_ISA_AMX: i32 = 5;
-/// AArch64 with what `KVL_ISA_NEON` needs and bf16 matrix products (FEAT_BF16). Preferred to that level, though it has
-/// kernels for attention over bf16 alone; the others are those of `KVL_ISA_NEON`.
+/// AArch64 with all features of `KVL_ISA_NEON`, and bf16 matrix products (FEAT_BF16). This level has kernels for
+/// attention over bf16 alone and uses those of `KVL_ISA_NEON` for everything else. It is preferred to that level.
 pub const KVL_ISA_NEON_BF16: i32 = 6;
 
-/// The name of a level, such as "avx2"; a constant.
+/// The name of a level, such as "avx2"; a constant. The name of `KVL_ISA_BEST` is "best".
 ///
 /// Thread safety: may be called from any thread at any time.
-/// Bad input: a number that is no level is "unknown", and `KVL_ISA_BEST` is "best".
+/// Bad input: a number that is no level gives "unknown".
 #[unsafe(no_mangle)]
 pub extern "C" fn kvl_isa_name(isa: kvl_isa) -> *const c_char {
     let text: &CStr = match isa {

@@ -10,24 +10,24 @@ use crate::error::{Result, fail};
 use crate::{Op, Precision};
 use std::ffi::c_char;
 
-/// What a kernel does; kernels are chosen by operation and element types.
+/// An operation. Kernels are chosen by operation and element types.
 pub type kvl_op = i32;
-/// Cosines and sines of RoPE angles; `KVL_DTYPE_F32` twice.
+/// Cosines and sines of RoPE angles. Types: `KVL_DTYPE_F32` twice.
 pub const KVL_OP_ROPE_ANGLES: i32 = 0;
-/// RoPE, and RoPE fused with a cache write: source type, target type.
+/// RoPE, alone or on the way into a cache. Types: source, target.
 pub const KVL_OP_ROPE: i32 = 1;
-/// The cache write: source type, target type.
+/// The cache write. Types: source, target.
 pub const KVL_OP_KV_WRITE: i32 = 2;
-/// The explicit repeat of KV heads: one type twice.
+/// The explicit repeat of KV heads. Types: one type twice.
 pub const KVL_OP_REPEAT_KV: i32 = 3;
-/// Attention over a cache: the type of K and V twice; queries and output may be of any type.
+/// Attention over a cache. Types: that of K, that of V. Queries and outputs may have any type.
 pub const KVL_OP_ATTENTION: i32 = 4;
-/// The merge of attention states: one type twice.
+/// The merge of attention states. Types: one type twice.
 pub const KVL_OP_MERGE_STATES: i32 = 5;
-/// RMS norm of heads, alone or on the way to RoPE or the cache: source type, target type. Since ABI version 3.
+/// RMS norm of heads, alone or on the way to RoPE or into a cache. Types: source, target.
 pub const KVL_OP_RMS_NORM: i32 = 6;
 
-/// How exactly attention computes, where a level has kernels for more than one answer.
+/// The precision of attention, for levels that have kernels of more than one.
 pub type kvl_precision = i32;
 /// The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at `KVL_ISA_AMX` and `KVL_ISA_NEON_BF16`: an error of
 /// at most 2^-8 of the largest visible value. `KVL_ISA_NEON_BF16` also takes queries in f32 to 16 significant bits, so that a logit
@@ -36,34 +36,35 @@ pub const KVL_PRECISION_DEFAULT: i32 = 0;
 /// What f32 arithmetic gives: queries are taken whole, and weights have at least 16 significant bits.
 pub const KVL_PRECISION_HIGH: i32 = 1;
 
-/// What the registry says of a kernel. Start from `KVL_KERNEL_INFO_INIT`.
+/// A kernel of the library. Start from `KVL_KERNEL_INFO_INIT`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_kernel_info {
     /// `sizeof(kvl_kernel_info)`.
     pub struct_size: usize,
-    /// `<op>_<types>_<isa>`; a constant of the library.
+    /// `<op>_<types>_<isa>`; a constant.
     pub name: *const c_char,
-    /// What it does.
+    /// Its operation.
     pub op: kvl_op,
-    /// The type it reads.
+    /// The first of its types; see `kvl_op`.
     pub src: kvl_dtype,
-    /// The type it writes.
+    /// The second of its types.
     pub dst: kvl_dtype,
-    /// The level it is compiled for.
+    /// Its level.
     pub isa: kvl_isa,
     /// 1 if this machine can run it, 0 if not.
     pub available: i32,
-    /// The largest error against exact arithmetic on the same inputs with f32 output, as a fraction of the largest magnitude
-    /// that goes into the result (of V in attention); rounding to a narrower target comes on top. In attention it grows with logits
-    /// beyond 32 (before the largest is taken off, ALiBi and bias included), in proportion: f32 rounds them to 2^-24 of themselves.
+    /// The largest error against exact arithmetic on the same inputs with f32 output, as a fraction of the largest
+    /// magnitude that enters the result (of V in attention). Rounding to a narrower output type adds to it. In
+    /// attention it grows in proportion with logits beyond 32 (ALiBi and bias included), since f32 rounds them to 2^-24
+    /// of their magnitude.
     pub max_error: f32,
 }
 
 sized!(kvl_kernel_info);
 assert_layout!(kvl_kernel_info, 40, struct_size: 0, name: 8, op: 16, src: 20, dst: 24, isa: 28, available: 32, max_error: 36);
 
-/// How many kernels the library has, of all levels that it was built with.
+/// The number of kernels in the library, of all levels that it was built with.
 ///
 /// Thread safety: may be called from any thread at any time.
 /// Bad input: there is none.
@@ -72,10 +73,10 @@ pub extern "C" fn kvl_kernel_count() -> usize {
     guard_value(0, || crate::kernels().count())
 }
 
-/// Describes kernel `index`, 0 .. `kvl_kernel_count()`; the order may change from version to version.
+/// Describes kernel `index`, which is less than `kvl_kernel_count()`. The order may change between versions.
 ///
 /// Thread safety: may be called from any thread at any time.
-/// Bad input: null, an unknown `info->struct_size` or an index past the end is an error, and `info` is not touched.
+/// Bad input: null, an unknown `info->struct_size` and an index past the end are errors, and `info` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_kernel_info_at(index: usize, info: *mut kvl_kernel_info) -> kvl_status {
     guard(|| {

@@ -2,11 +2,11 @@
 
 use std::ffi::c_char;
 
-/// The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major and of this or
-/// a higher minor version serves it. The SONAME carries the major version.
+/// The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major version and
+/// of this or a higher minor version serves it. The SONAME carries the major version.
 pub const KVL_ABI_VERSION: u32 = 3;
 
-/// The version of the ABI that the library has: `major * 65536 + minor`, to compare with `KVL_ABI_VERSION`.
+/// The version of the ABI of the library: `major * 65536 + minor`, to compare with `KVL_ABI_VERSION`.
 ///
 /// Thread safety: may be called from any thread at any time.
 /// Bad input: there is none.

@@ -13,16 +13,17 @@ use crate::ops::norm::{RmsNorm, rms_norm_raw};
 use crate::ops::rope::rope_raw;
 use crate::view::{DIM, RawView};
 
-/// How heads are normalised: `y = x * weight / sqrt(mean(x^2) + eps)`, each head of each token by itself. Start from
-/// `KVL_RMS_NORM_PARAMS_INIT`. Since ABI version 3.
+/// RMS norm: `y = x * weight / sqrt(mean(x^2) + eps)`, for each head of each token. Start from
+/// `KVL_RMS_NORM_PARAMS_INIT`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_rms_norm_params {
     /// `sizeof(kvl_rms_norm_params)`.
     pub struct_size: usize,
-    /// [dim]: the same for all heads; null for all 1. Models that add 1 to their weights (Gemma) want it added here.
+    /// [dim], the same for all heads; null for all 1. For models that add 1 to their weights (Gemma), the caller adds
+    /// it.
     pub weight: *const f32,
-    /// Added to the mean of the squares; 0 is 1e-6.
+    /// The number that is added to the mean of the squares; 0 stands for 1e-6.
     pub eps: f32,
     /// 0.
     pub reserved: i32,
@@ -31,12 +32,14 @@ pub struct kvl_rms_norm_params {
 sized!(kvl_rms_norm_params);
 assert_layout!(kvl_rms_norm_params, 24, struct_size: 0, weight: 8, eps: 16, reserved: 20);
 
-/// Normalises every head: `dst = RMSNorm(src)`, both [batch, seq, heads, dim], of any strides and types; the mean is f64, the
-/// rest f32, rounded once to the type of `dst`. In place, let both views be the same. Since ABI version 3.
+/// Normalises heads: `dst = RMSNorm(src)`, both [batch, seq, heads, dim], of any strides and types. The mean is
+/// computed in f64, the rest in f32, rounded once to the type of `dst`. To normalise in place, let both views be the
+/// same.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size`, shapes that differ, an `eps` that is negative or not finite, views that share
-/// memory without being the same are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, an unknown `struct_size`, shapes that differ, an `eps` that is negative or not finite, and views
+/// that share memory without being the same are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_rms_norm(
     context: *const kvl_context,
@@ -58,11 +61,11 @@ pub unsafe extern "C" fn kvl_rms_norm(
 }
 
 /// Normalises and then rotates queries or keys in one pass. The bits are those of `kvl_rms_norm` into a view of f32 and
-/// `kvl_rope` from there: what is between the two is never rounded to less. Heads have at most 4096 elements. Since ABI
-/// version 3.
+/// `kvl_rope` from there, without a rounding between the two. Heads have at most 4096 elements.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
-/// Bad input: what is an error for `kvl_rms_norm` or `kvl_rope` is one here, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+/// calling thread.
+/// Bad input: the errors of `kvl_rms_norm` and `kvl_rope`; nothing is written then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_rms_norm_rope(
     context: *const kvl_context,

@@ -17,23 +17,23 @@ use crate::problem::rotation::Pairing;
 use crate::view::RawView;
 use std::ffi::c_void;
 
-/// Which elements of a head form a pair that RoPE turns.
+/// Which elements of a head form a pair that RoPE rotates.
 pub type kvl_pairing = i32;
 /// Elements 2i and 2i + 1: the original paper, Meta's Llama code, llama.cpp's Llama files.
 pub const KVL_PAIRING_INTERLEAVED: i32 = 0;
 /// Elements i and i + rotary_dim / 2: GPT-NeoX, Grok-1, Hugging Face.
 pub const KVL_PAIRING_HALF_SPLIT: i32 = 1;
 
-/// How RoPE frequencies are stretched beyond the length that a model was trained for.
+/// How RoPE frequencies are scaled for contexts longer than in training.
 pub type kvl_rope_scaling = i32;
-/// Not at all: `f_i = base^(-2i / rotary_dim)`.
+/// No scaling: `f_i = base^(-2i / rotary_dim)`.
 pub const KVL_ROPE_SCALING_NONE: i32 = 0;
 /// `f_i / factor`. Reads `factor`.
 pub const KVL_ROPE_SCALING_LINEAR: i32 = 1;
 /// The base becomes `base * factor^(rotary_dim / (rotary_dim - 2))`. Reads `factor`.
 pub const KVL_ROPE_SCALING_NTK: i32 = 2;
-/// Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended. Reads `factor`,
-/// `low_freq_factor`, `high_freq_factor`, `original_max_position`.
+/// Llama 3.1: long wavelengths are divided by `factor`, short ones are kept, and those between are blended. Reads
+/// `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position`.
 pub const KVL_ROPE_SCALING_LLAMA3: i32 = 3;
 /// YaRN: a ramp between interpolation and extrapolation over the pairs. Reads `factor`, `original_max_position`,
 /// `beta_fast`, `beta_slow`, `attention_factor`, `keep_ramp`.
@@ -42,35 +42,37 @@ pub const KVL_ROPE_SCALING_YARN: i32 = 4;
 /// `original_max_position`.
 pub const KVL_ROPE_SCALING_LONGROPE: i32 = 5;
 
-/// What RoPE frequencies are made from. Start from `KVL_ROPE_FREQUENCIES_PARAMS_INIT`, set `rotary_dim`, `base` and what the
-/// `scaling` reads.
+/// Parameters of RoPE frequencies. Start from `KVL_ROPE_FREQUENCIES_PARAMS_INIT`, set `rotary_dim`, `base` and the
+/// fields that the `scaling` reads.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_rope_frequencies_params {
     /// `sizeof(kvl_rope_frequencies_params)`.
     pub struct_size: usize,
-    /// How many leading elements of a head are turned; even, 2 to 4096.
+    /// The number of leading elements of a head that are rotated; even, 2 to 4096.
     pub rotary_dim: i64,
-    /// The base; 0 is 10000.
+    /// The base; 0 stands for 10000.
     pub base: f64,
-    /// How frequencies are stretched.
+    /// The kind of scaling.
     pub scaling: kvl_rope_scaling,
-    /// YaRN: 0 rounds the ends of the ramp outwards to whole pairs, as most sources do; 1 leaves them.
+    /// YaRN: 0 rounds the ends of the ramp outwards to whole pairs, as most sources do; 1 keeps them.
     pub keep_ramp: i32,
-    /// How much longer than in training.
+    /// The ratio of the context length to that of training.
     pub factor: f64,
-    /// The length, in tokens, that the model was trained for.
+    /// The context length of training, in tokens.
     pub original_max_position: f64,
-    /// Llama 3.1: wavelengths above `original_max_position / low_freq_factor` are divided; 0 is 1.
+    /// Llama 3.1: wavelengths above `original_max_position / low_freq_factor` are divided by `factor`; 0 stands for 1.
     pub low_freq_factor: f64,
-    /// Llama 3.1: wavelengths below `original_max_position / high_freq_factor` are kept; 0 is 4.
+    /// Llama 3.1: wavelengths below `original_max_position / high_freq_factor` are kept; 0 stands for 4.
     pub high_freq_factor: f64,
-    /// YaRN: pairs that turn more often over the original length are kept; 0 is the paper's 32.
+    /// YaRN: pairs that rotate more often than this over the original length are kept; 0 stands for the paper's 32.
     pub beta_fast: f64,
-    /// YaRN: pairs that turn less often over the original length are divided by `factor`; 0 is the paper's 1.
+    /// YaRN: pairs that rotate less often than this over the original length are divided by `factor`; 0 stands for the
+    /// paper's 1.
     pub beta_slow: f64,
-    /// YaRN and LongRoPE: factor on cosines and sines; 0 is the paper's (`0.1 ln(factor) + 1`, and
-    /// `sqrt(1 + ln(factor) / ln(original_max_position))`). Sources disagree about YaRN's: give it where the model says it.
+    /// YaRN and LongRoPE: factor on cosines and sines. 0 stands for the paper's: `0.1 ln(factor) + 1`, and `sqrt(1 +
+    /// ln(factor) / ln(original_max_position))`. Sources disagree about that of YaRN, so give the model's own where it
+    /// states one.
     pub attention_factor: f64,
     /// LongRoPE: `rotary_dim / 2` divisors. Which of a model's two lists applies depends on the length of the text.
     pub factors: *const f64,
@@ -79,8 +81,8 @@ pub struct kvl_rope_frequencies_params {
 sized!(kvl_rope_frequencies_params);
 assert_layout!(kvl_rope_frequencies_params, 96, struct_size: 0, rotary_dim: 8, base: 16, scaling: 24, keep_ramp: 28, factor: 32, original_max_position: 40, low_freq_factor: 48, high_freq_factor: 56, beta_fast: 64, beta_slow: 72, attention_factor: 80, factors: 88);
 
-/// How to rotate. Start from `KVL_ROPE_PARAMS_INIT`, set `rotary_dim`, either `inv_freq` or both `cos` and `sin`, and either
-/// `offsets` or `positions`.
+/// A rotation. Start from `KVL_ROPE_PARAMS_INIT`, set `rotary_dim`, either `inv_freq` or both `cos` and `sin`, and
+/// either `offsets` or `positions`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_rope_params {
@@ -90,19 +92,20 @@ pub struct kvl_rope_params {
     pub pairing: kvl_pairing,
     /// 0.
     pub reserved: i32,
-    /// How many leading elements of a head are rotated, the others are copied; even, 2 to 4096, at most dim.
+    /// The number of leading elements of a head that are rotated; the others are copied. Even, 2 to 4096, at most dim.
     pub rotary_dim: i64,
-    /// [rotary_dim / 2] radians a position, from `kvl_rope_frequencies` or elsewhere. Angles are computed and reduced in f64.
+    /// [rotary_dim / 2] in radians per position, from `kvl_rope_frequencies` or elsewhere. Angles are computed and
+    /// reduced in f64.
     pub inv_freq: *const f64,
-    /// Factor on cosines and sines, with `inv_freq`; 0 is 1.
+    /// Factor on cosines and sines, with `inv_freq`; 0 stands for 1.
     pub magnitude: f64,
-    /// [table_rows, rotary_dim / 2] cosines, instead of `inv_freq`; a position is a row.
+    /// [table_rows, rotary_dim / 2] cosines, instead of `inv_freq`. Row p is of position p.
     pub cos: *const f32,
     /// [table_rows, rotary_dim / 2] sines.
     pub sin: *const f32,
-    /// Rows of `cos` and of `sin`.
+    /// The number of rows of `cos` and of `sin`.
     pub table_rows: i64,
-    /// [batch]: token t of row b is at position `offsets[b] + t`. Positions may be negative with `inv_freq`.
+    /// [batch]: token t of sequence b is at position `offsets[b] + t`. With `inv_freq`, positions may be negative.
     pub offsets: *const i32,
     /// [batch, seq]: the position of every token, instead of `offsets`.
     pub positions: *const i32,
@@ -111,12 +114,12 @@ pub struct kvl_rope_params {
 sized!(kvl_rope_params);
 assert_layout!(kvl_rope_params, 80, struct_size: 0, pairing: 8, reserved: 12, rotary_dim: 16, inv_freq: 24, magnitude: 32, cos: 40, sin: 48, table_rows: 56, offsets: 64, positions: 72);
 
-/// Computes RoPE frequencies: `inv_freq` receives `pairs` = rotary_dim / 2 numbers, in radians a position, and `*magnitude`
-/// the factor on cosines and sines. Meant for when a model is loaded; unlike the operations it allocates.
+/// Computes RoPE frequencies: `inv_freq` receives `pairs` = rotary_dim / 2 numbers in radians per position, and
+/// `*magnitude` the factor on cosines and sines. It is meant for the time when a model is loaded, and it allocates.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, an unknown `struct_size` or scaling, a `pairs` that is not rotary_dim / 2, a parameter that is not finite or
-/// not positive is an error, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: null, an unknown `struct_size` or scaling, a `pairs` other than rotary_dim / 2, and a parameter that is
+/// not finite or not positive are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_rope_frequencies(
     params: *const kvl_rope_frequencies_params,
@@ -176,12 +179,12 @@ pub unsafe extern "C" fn kvl_rope_frequencies(
     })
 }
 
-/// Computes cosines and sines, [rows, rotary_dim / 2] each, for positions `first_position` .. `first_position + rows`: a
-/// table for `kvl_rope_params`, whose rows are then counted from `first_position`. `magnitude` 0 is 1.
+/// Computes cosines and sines, [rows, rotary_dim / 2] each, of the positions from `first_position` on: a table for
+/// `kvl_rope_params`, whose positions then count from `first_position`. A `magnitude` of 0 stands for 1.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, an odd `rotary_dim` or one outside 2 to 4096, a number that is not finite, outputs that share memory with
-/// each other or with `inv_freq` are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: null, a `rotary_dim` that is odd or outside 2 to 4096, a number that is not finite, and outputs that
+/// share memory with each other or with `inv_freq` are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_rope_table(
     context: *const kvl_context,
@@ -233,12 +236,14 @@ pub unsafe extern "C" fn kvl_rope_table(
     })
 }
 
-/// Rotates queries or keys: `dst = RoPE(src)`, both [batch, seq, heads, dim], of any strides and types; arithmetic is f32,
-/// rounded once to the type of `dst`. To rotate in place, let both views be the same.
+/// Rotates queries or keys: `dst = RoPE(src)`, both [batch, seq, heads, dim], of any strides and types. Arithmetic is
+/// f32, rounded once to the type of `dst`. To rotate in place, let both views be the same.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size` or enumeration value, shapes that differ, a `rotary_dim` that is odd or above dim,
-/// positions outside a table, views that share memory without being the same are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, an unknown `struct_size` or enumeration value, shapes that differ, a `rotary_dim` that is odd or
+/// above dim, positions outside a table, and views that share memory without being the same are errors, and nothing is
+/// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_rope(
     context: *const kvl_context,

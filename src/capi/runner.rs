@@ -17,11 +17,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub struct kvl_parallel_runner {
     /// `sizeof(kvl_parallel_runner)`.
     pub struct_size: usize,
-    /// Handed to `run`.
+    /// The first argument of `run`.
     pub ctx: *mut c_void,
-    /// How many tasks can run at the same time; at least 1.
+    /// How many tasks can run at the same time, at least 1.
     pub num_threads: usize,
-    /// Runs the tasks.
+    /// Runs `n` tasks.
     pub run: Option<
         unsafe extern "C" fn(
             ctx: *mut c_void,

@@ -4,49 +4,49 @@ use super::guard::{self, guard_value};
 use crate::error::Status;
 use std::ffi::{CStr, c_char};
 
-/// What a call came to: 0, or one of `KVL_STATUS_*`. Values are never changed or reused. When it is not 0,
-/// `kvl_last_error` has the sentence, and no output has been touched unless it is `KVL_STATUS_PARALLEL` or
+/// The result of a call: 0, or one of `KVL_STATUS_*`. Values are never changed or reused. When it is not 0,
+/// `kvl_last_error` has the sentence, and no output has been written, except with `KVL_STATUS_PARALLEL` and
 /// `KVL_STATUS_INTERNAL`.
 pub type kvl_status = i32;
-/// It worked.
+/// Success.
 pub const KVL_STATUS_OK: i32 = 0;
 /// A pointer that must not be null is null.
 pub const KVL_STATUS_NULL_POINTER: i32 = 1;
-/// A `struct_size` is none that this version of the library knows.
+/// A `struct_size` is unknown to the library, or a field that it does not know is not 0.
 pub const KVL_STATUS_STRUCT_SIZE: i32 = 2;
-/// An integer stands for no value of its enumeration, or a reserved bit is set.
+/// An integer is no value of its enumeration, or a reserved field is not 0.
 pub const KVL_STATUS_INVALID_ENUM: i32 = 3;
-/// A number is outside what the argument can mean (NaN scale, odd `rotary_dim`, ...).
+/// A number has no meaning for its argument (a scale of NaN, an odd `rotary_dim`), or arguments exclude each other.
 pub const KVL_STATUS_INVALID_VALUE: i32 = 4;
-/// Shapes do not fit each other, or have a negative axis.
+/// Shapes or list lengths do not fit each other, or an axis is negative.
 pub const KVL_STATUS_SHAPE: i32 = 5;
-/// Strides let elements of an output share memory, or overflow when multiplied by the shape.
+/// Strides let elements of an output share memory, or they overflow when multiplied by the shape.
 pub const KVL_STATUS_STRIDE: i32 = 6;
 /// A view reaches outside its buffer, or a pointer is not aligned to its elements.
 pub const KVL_STATUS_BOUNDS: i32 = 7;
-/// A write would go past the capacity of the cache.
+/// A cache has no room for the tokens.
 pub const KVL_STATUS_CAPACITY: i32 = 8;
-/// A position, length, row or slot is outside its range.
+/// A position, length, row, slot or page is outside its range.
 pub const KVL_STATUS_OUT_OF_RANGE: i32 = 9;
 /// An output shares memory with an input or with another output.
 pub const KVL_STATUS_OVERLAP: i32 = 10;
-/// Two tokens of one call would be written to the same slot.
+/// Two tokens of one call have the same slot.
 pub const KVL_STATUS_DUPLICATE_SLOT: i32 = 11;
-/// Element types that cannot be combined.
+/// No kernel combines these element types.
 pub const KVL_STATUS_DTYPE: i32 = 12;
 /// The workspace is too small or not aligned to 64 bytes.
 pub const KVL_STATUS_WORKSPACE: i32 = 13;
-/// What is asked for does not exist on this machine or in this build.
+/// The machine or the build does not have it.
 pub const KVL_STATUS_UNSUPPORTED: i32 = 14;
-/// The parallel runner did not run its tasks.
+/// The parallel runner did not run its tasks, or a thread pool was used after `fork`.
 pub const KVL_STATUS_PARALLEL: i32 = 15;
-/// A bug in the library: a panic was caught.
+/// A bug in the library: it caught a panic.
 pub const KVL_STATUS_INTERNAL: i32 = 16;
 
 /// A short description of a status; a constant.
 ///
 /// Thread safety: may be called from any thread at any time.
-/// Bad input: a number that is no status is "unknown status".
+/// Bad input: a number that is no status gives "unknown status".
 #[unsafe(no_mangle)]
 pub extern "C" fn kvl_status_string(status: kvl_status) -> *const c_char {
     let text: &CStr = match status {
@@ -72,14 +72,14 @@ pub extern "C" fn kvl_status_string(status: kvl_status) -> *const c_char {
     text.as_ptr()
 }
 
-/// The sentence that belongs to the last status other than `KVL_STATUS_OK` on the calling thread: which argument, and the numbers
-/// that disagree. Empty if there was none. A successful call leaves it alone.
+/// The sentence of the last status other than `KVL_STATUS_OK` on the calling thread: it names the argument and the
+/// numbers that disagree. It is empty if there was none. A successful call does not change it.
 ///
-/// Copies at most `size` bytes, the terminating zero included, cutting what does not fit, and returns how many bytes the
-/// whole sentence needs (at most 1024). `buffer` may be null to ask for that alone.
+/// At most `size` bytes are copied, the terminating zero included; a longer sentence is cut. The result is the number
+/// of bytes that the whole sentence needs, at most 1024. `buffer` may be null to ask for that alone.
 ///
-/// Thread safety: may be called from any thread at any time; every thread has its own sentence, and the one that
-/// made a call gets its sentence even if the mistake showed on a worker thread.
+/// Thread safety: may be called from any thread at any time. Every thread has its own sentence, and the thread that
+/// made a call gets its sentence, also of errors on worker threads.
 /// Bad input: there is none, as long as `buffer` has `size` bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_last_error(buffer: *mut c_char, size: usize) -> usize {

@@ -7,12 +7,12 @@ use crate::error::Result;
 use crate::view::RawView;
 use std::ffi::c_void;
 
-/// A tensor in the caller's memory that is written. Axes are always in the order batch, seq, heads, dim, whatever their
-/// order in memory: that is what strides are for. Element [b, s, h, d] is at
-/// `data + element_size * (b * strides[0] + s * strides[1] + h * strides[2] + d * strides[3])`.
+/// A tensor in the caller's memory that is written. The axes are always batch, seq, heads, dim; strides give their
+/// order in memory. Element [b, s, h, d] is at `data + element_size * (b * strides[0] + s * strides[1] + h * strides[2]
+/// + d * strides[3])`.
 ///
-/// `data` is aligned to its elements. Strides may be negative; no two elements of a written view share memory. Nothing
-/// outside the elements is ever read or written. A view whose bytes are all 0 is an absent one.
+/// `data` is aligned to the size of an element. Strides may be negative. No two elements of a written view share
+/// memory, and nothing outside the elements is ever read or written. A view whose bytes are all 0 is absent.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_view {
@@ -24,16 +24,16 @@ pub struct kvl_view {
     pub reserved: i32,
     /// Elements along each axis; at most 2^31 - 1.
     pub shape: [i64; 4],
-    /// Distance of neighbours along each axis, in elements.
+    /// Distance between neighbours along each axis, in elements.
     pub strides: [i64; 4],
-    /// Bytes from `data` to the end of the buffer, to check shape and strides against; 0 if not known. When it is given,
-    /// strides must not reach before `data`.
+    /// Bytes from `data` to the end of the buffer, against which shape and strides are checked; 0 if unknown. If it is
+    /// given, strides must not reach before `data`.
     pub bytes: usize,
 }
 
 assert_layout!(kvl_view, 88, data: 0, dtype: 8, reserved: 12, shape: 16, strides: 48, bytes: 80);
 
-/// A tensor in the caller's memory that is read; otherwise as `kvl_view`. Strides may be 0, to broadcast.
+/// A tensor in the caller's memory that is read. As `kvl_view`, but strides may be 0, and elements may share memory.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_const_view {
@@ -45,9 +45,9 @@ pub struct kvl_const_view {
     pub reserved: i32,
     /// Elements along each axis; at most 2^31 - 1.
     pub shape: [i64; 4],
-    /// Distance of neighbours along each axis, in elements.
+    /// Distance between neighbours along each axis, in elements.
     pub strides: [i64; 4],
-    /// Bytes from `data` to the end of the buffer; 0 if not known.
+    /// Bytes from `data` to the end of the buffer; 0 if unknown.
     pub bytes: usize,
 }
 
