@@ -27,10 +27,11 @@ mod header {
     use std::path::Path;
 
     /// The files of `src/capi` in the order in which the header has their constants, types and functions.
-    const SUBJECTS: [&str; 22] = [
+    const SUBJECTS: [&str; 23] = [
         "library",
         "status",
         "dtype",
+        "format",
         "isa",
         "kernels",
         "context",

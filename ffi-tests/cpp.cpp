@@ -51,6 +51,8 @@ int main() {
     kvlane::context context;
     expect(scalar.isa() == KVL_ISA_SCALAR, "scalar");
     expect(std::string(scalar.kernel_name(KVL_OP_ATTENTION, KVL_DTYPE_F16, KVL_DTYPE_F16)) == "attention_f16_scalar", "kernel name");
+    expect(std::string(scalar.attention_kernel_names(KVL_FORMAT_F32, KVL_FORMAT_INT8, KVL_PRECISION_HIGH).second) == "attention_int8_scalar",
+           "kernel names");
     refused(KVL_STATUS_INVALID_ENUM, "max_isa is 50", [] { kvlane::context none(50); });
 
     // RoPE, then a write, then attention over the two tokens; one head of four.

@@ -34,10 +34,13 @@ int main() {
     ok(context.isa(isa), "isa");
     expect(isa != KVL_ISA_BEST, "a level");
     const char *name = nullptr;
-    ok(context.attention_kernel_name(KVL_DTYPE_F16, KVL_DTYPE_F16, KVL_PRECISION_HIGH, name), "kernel name");
-    expect(std::strncmp(name, "attention_f16_", 14) == 0, name);
-    refused(KVL_STATUS_DTYPE, "K in f16 and V in f32",
-            context.attention_kernel_name(KVL_DTYPE_F16, KVL_DTYPE_F32, KVL_PRECISION_HIGH, name));
+    std::pair<const char *, const char *> names;
+    ok(context.attention_kernel_names(KVL_FORMAT_F16, KVL_FORMAT_INT8, KVL_PRECISION_HIGH, names), "kernel names");
+    expect(std::strncmp(names.first, "attention_f16_", 14) == 0, names.first);
+    expect(std::strncmp(names.second, "attention_int8_", 15) == 0, names.second);
+    ok(context.kernel_name(KVL_OP_ROPE, KVL_FORMAT_F32, KVL_FORMAT_F16, name), "kernel name");
+    refused(KVL_STATUS_INVALID_ENUM, "v_format is 9",
+            context.attention_kernel_names(KVL_FORMAT_F16, 9, KVL_PRECISION_HIGH, names));
 
     kvl_rope_frequencies_params scaling = KVL_ROPE_FREQUENCIES_PARAMS_INIT;
     scaling.rotary_dim = 4;

@@ -145,10 +145,22 @@ static void contexts(void) {
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_kernel_name(NULL, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_NULL_POINTER, "name", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, NULL));
         REFUSED(KVL_STATUS_INVALID_ENUM, "op is 7", kvl_context_kernel_name(context, 7, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "src is 3", kvl_context_kernel_name(context, KVL_OP_ROPE, 3, KVL_DTYPE_F32, name));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "src is 4", kvl_context_kernel_name(context, KVL_OP_ROPE, 4, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_INVALID_ENUM, "dst is -2", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, -2, name));
         REFUSED(KVL_STATUS_DTYPE, "attention from f32 to f16",
                 kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_DTYPE_F32, KVL_DTYPE_F16, name));
+    }
+    {
+        const char **names = (const char **)&output.pointer;
+        REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_attention_kernel_names(NULL, 0, 0, 0, names, names + 1));
+        REFUSED(KVL_STATUS_NULL_POINTER, "k_name", kvl_context_attention_kernel_names(context, 0, 0, 0, NULL, names));
+        REFUSED(KVL_STATUS_NULL_POINTER, "v_name", kvl_context_attention_kernel_names(context, 0, 0, 0, names, NULL));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "k_format is 4",
+                kvl_context_attention_kernel_names(context, 4, 0, 0, names, names + 1));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "v_format is -1",
+                kvl_context_attention_kernel_names(context, 0, -1, 0, names, names + 1));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "precision is 2",
+                kvl_context_attention_kernel_names(context, 0, 0, 2, names, names + 1));
     }
     {
         kvl_packing *packing = (kvl_packing *)output.bytes;
@@ -707,8 +719,8 @@ static void attention(void) {
     TRY(KVL_STATUS_NULL_POINTER, "q: data is null");
     p.out.data = NULL;
     TRY(KVL_STATUS_NULL_POINTER, "out: data is null");
-    p.v.dtype = KVL_DTYPE_F16;
-    TRY(KVL_STATUS_DTYPE, "k is f32, but v is f16");
+    p.v.dtype = 55;
+    TRY(KVL_STATUS_INVALID_ENUM, "v.dtype is 55");
     p.k.dtype = 77;
     TRY(KVL_STATUS_INVALID_ENUM, "k.dtype is 77");
     p.q.shape[2] = 3;
@@ -1185,8 +1197,8 @@ static void chunks(void) {
         TRY(KVL_STATUS_INVALID_VALUE, "out is given where spans are merged");
         p.lse = output.floats + LEN;
         TRY(KVL_STATUS_INVALID_VALUE, "lse is given where spans are merged");
-        p.v.dtype = KVL_DTYPE_BF16;
-        TRY(KVL_STATUS_DTYPE, "k is f32, but v is bf16");
+        p.v.dtype = -4;
+        TRY(KVL_STATUS_INVALID_ENUM, "v.dtype is -4");
         p.flags = 8;
         TRY(KVL_STATUS_INVALID_ENUM, "0x8");
         p.layout = &layout;

@@ -37,13 +37,19 @@ static void names(const kvl_context *context) {
     size_t i, s, d;
     OK(kvl_context_isa(context, &isa));
     for (s = 0; s < COUNT(types); s++) {
-        const char *high = NULL;
+        const char *high = NULL, *other = NULL;
         OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, types[s], types[s], &name));
-        OK(kvl_context_attention_kernel_name(context, types[s], types[s], KVL_PRECISION_HIGH, &high));
+        OK(kvl_context_attention_kernel_names(context, types[s], types[s], KVL_PRECISION_HIGH, &high, &other));
+        CHECK(strcmp(high, other) == 0, "%s and %s", high, other);
         int apart = (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) && types[s] == KVL_DTYPE_BF16;
         CHECK(apart == (strcmp(name, high) != 0), "%s and %s", name, high);
-        OK(kvl_context_attention_kernel_name(context, types[s], types[s], KVL_PRECISION_DEFAULT, &high));
+        OK(kvl_context_attention_kernel_names(context, types[s], types[s], KVL_PRECISION_DEFAULT, &high, &other));
+        CHECK(strcmp(high, other) == 0, "%s and %s", high, other);
         CHECK(strcmp(name, high) == 0, "%s and %s", name, high);
+        /* K and V of two formats: a kernel for each, of one level. */
+        OK(kvl_context_attention_kernel_names(context, types[s], KVL_FORMAT_INT8, KVL_PRECISION_DEFAULT, &high, &other));
+        CHECK(strncmp(other, "attention_int8_", 15) == 0, "%s", other);
+        CHECK(strcmp(strrchr(high, '_'), strrchr(other, '_')) == 0, "%s and %s", high, other);
         {
             kvl_packing packing = -1;
             OK(kvl_context_v_packing(context, types[s], &packing));

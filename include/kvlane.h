@@ -48,13 +48,13 @@
 #include <stdint.h>
 
 /**
- * The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major and of this or
- * a higher minor version serves it. The SONAME carries the major version.
+ * The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major version and
+ * of this or a higher minor version serves it. The SONAME carries the major version.
  */
 #define KVL_ABI_VERSION 3
 
 /**
- * It worked.
+ * Success.
  */
 #define KVL_STATUS_OK 0
 
@@ -64,27 +64,27 @@
 #define KVL_STATUS_NULL_POINTER 1
 
 /**
- * A `struct_size` is none that this version of the library knows.
+ * A `struct_size` is unknown to the library, or a field that it does not know is not 0.
  */
 #define KVL_STATUS_STRUCT_SIZE 2
 
 /**
- * An integer stands for no value of its enumeration, or a reserved bit is set.
+ * An integer is no value of its enumeration, or a reserved field is not 0.
  */
 #define KVL_STATUS_INVALID_ENUM 3
 
 /**
- * A number is outside what the argument can mean (NaN scale, odd `rotary_dim`, ...).
+ * A number has no meaning for its argument (a scale of NaN, an odd `rotary_dim`), or arguments exclude each other.
  */
 #define KVL_STATUS_INVALID_VALUE 4
 
 /**
- * Shapes do not fit each other, or have a negative axis.
+ * Shapes or list lengths do not fit each other, or an axis is negative.
  */
 #define KVL_STATUS_SHAPE 5
 
 /**
- * Strides let elements of an output share memory, or overflow when multiplied by the shape.
+ * Strides let elements of an output share memory, or they overflow when multiplied by the shape.
  */
 #define KVL_STATUS_STRIDE 6
 
@@ -94,12 +94,12 @@
 #define KVL_STATUS_BOUNDS 7
 
 /**
- * A write would go past the capacity of the cache.
+ * A cache has no room for the tokens.
  */
 #define KVL_STATUS_CAPACITY 8
 
 /**
- * A position, length, row or slot is outside its range.
+ * A position, length, row, slot or page is outside its range.
  */
 #define KVL_STATUS_OUT_OF_RANGE 9
 
@@ -109,12 +109,12 @@
 #define KVL_STATUS_OVERLAP 10
 
 /**
- * Two tokens of one call would be written to the same slot.
+ * Two tokens of one call have the same slot.
  */
 #define KVL_STATUS_DUPLICATE_SLOT 11
 
 /**
- * Element types that cannot be combined.
+ * No kernel combines these element types.
  */
 #define KVL_STATUS_DTYPE 12
 
@@ -124,17 +124,17 @@
 #define KVL_STATUS_WORKSPACE 13
 
 /**
- * What is asked for does not exist on this machine or in this build.
+ * The machine or the build does not have it.
  */
 #define KVL_STATUS_UNSUPPORTED 14
 
 /**
- * The parallel runner did not run its tasks.
+ * The parallel runner did not run its tasks, or a thread pool was used after `fork`.
  */
 #define KVL_STATUS_PARALLEL 15
 
 /**
- * A bug in the library: a panic was caught.
+ * A bug in the library: it caught a panic.
  */
 #define KVL_STATUS_INTERNAL 16
 
@@ -154,7 +154,27 @@
 #define KVL_DTYPE_BF16 2
 
 /**
- * No level, but the best there is.
+ * Elements of `KVL_DTYPE_F32`.
+ */
+#define KVL_FORMAT_F32 0
+
+/**
+ * Elements of `KVL_DTYPE_F16`.
+ */
+#define KVL_FORMAT_F16 1
+
+/**
+ * Elements of `KVL_DTYPE_BF16`.
+ */
+#define KVL_FORMAT_BF16 2
+
+/**
+ * Signed bytes from -127 to 127 with one scale per token and head: an element is its byte times that scale.
+ */
+#define KVL_FORMAT_INT8 3
+
+/**
+ * The best level that the machine offers.
  */
 #define KVL_ISA_BEST 0
 
@@ -179,49 +199,49 @@
 #define KVL_ISA_NEON 4
 
 /**
- * x86-64 with what `KVL_ISA_AVX512` needs, AMX tiles and their bf16 products. Preferred to that level, though it has
- * kernels for attention over bf16 alone; the others are those of `KVL_ISA_AVX512`.
+ * x86-64 with all features of `KVL_ISA_AVX512`, and AMX tiles with bf16 products. This level has kernels for attention
+ * over bf16 alone and uses those of `KVL_ISA_AVX512` for everything else. It is preferred to that level.
  */
 #define KVL_ISA_AMX 5
 
 /**
- * AArch64 with what `KVL_ISA_NEON` needs and bf16 matrix products (FEAT_BF16). Preferred to that level, though it has
- * kernels for attention over bf16 alone; the others are those of `KVL_ISA_NEON`.
+ * AArch64 with all features of `KVL_ISA_NEON`, and bf16 matrix products (FEAT_BF16). This level has kernels for
+ * attention over bf16 alone and uses those of `KVL_ISA_NEON` for everything else. It is preferred to that level.
  */
 #define KVL_ISA_NEON_BF16 6
 
 /**
- * Cosines and sines of RoPE angles; `KVL_DTYPE_F32` twice.
+ * Cosines and sines of RoPE angles. Types: `KVL_FORMAT_F32` twice.
  */
 #define KVL_OP_ROPE_ANGLES 0
 
 /**
- * RoPE, and RoPE fused with a cache write: source type, target type.
+ * RoPE, alone or on the way into a cache. Types: source, target.
  */
 #define KVL_OP_ROPE 1
 
 /**
- * The cache write: source type, target type.
+ * The cache write. Types: source, target.
  */
 #define KVL_OP_KV_WRITE 2
 
 /**
- * The explicit repeat of KV heads: one type twice.
+ * The explicit repeat of KV heads. Types: one type twice.
  */
 #define KVL_OP_REPEAT_KV 3
 
 /**
- * Attention over a cache: the type of K and V twice; queries and output may be of any type.
+ * Attention over a cache. Types: the format of K or of V, twice. Queries and outputs may have any type.
  */
 #define KVL_OP_ATTENTION 4
 
 /**
- * The merge of attention states: one type twice.
+ * The merge of attention states. Types: one type twice.
  */
 #define KVL_OP_MERGE_STATES 5
 
 /**
- * RMS norm of heads, alone or on the way to RoPE or the cache: source type, target type. Since ABI version 3.
+ * RMS norm of heads, alone or on the way to RoPE or into a cache. Types: source, target.
  */
 #define KVL_OP_RMS_NORM 6
 
@@ -248,7 +268,7 @@
 #define KVL_PAIRING_HALF_SPLIT 1
 
 /**
- * Not at all: `f_i = base^(-2i / rotary_dim)`.
+ * No scaling: `f_i = base^(-2i / rotary_dim)`.
  */
 #define KVL_ROPE_SCALING_NONE 0
 
@@ -263,8 +283,8 @@
 #define KVL_ROPE_SCALING_NTK 2
 
 /**
- * Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended. Reads `factor`,
- * `low_freq_factor`, `high_freq_factor`, `original_max_position`.
+ * Llama 3.1: long wavelengths are divided by `factor`, short ones are kept, and those between are blended. Reads
+ * `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position`.
  */
 #define KVL_ROPE_SCALING_LLAMA3 3
 
@@ -343,7 +363,7 @@
 #define KVL_SPLIT_GRID 1024
 
 /**
- * The kernels chosen for a machine. Made by `kvl_context_create`, immutable from then on.
+ * The kernels that were chosen for the machine. Made by `kvl_context_create`, and immutable.
  */
 typedef struct kvl_context kvl_context;
 
@@ -359,8 +379,8 @@ typedef struct kvl_plan kvl_plan;
 typedef struct kvl_thread_pool kvl_thread_pool;
 
 /**
- * What a call came to: 0, or one of `KVL_STATUS_*`. Values are never changed or reused. When it is not 0,
- * `kvl_last_error` has the sentence, and no output has been touched unless it is `KVL_STATUS_PARALLEL` or
+ * The result of a call: 0, or one of `KVL_STATUS_*`. Values are never changed or reused. When it is not 0,
+ * `kvl_last_error` has the sentence, and no output has been written, except with `KVL_STATUS_PARALLEL` and
  * `KVL_STATUS_INTERNAL`.
  */
 typedef int32_t kvl_status;
@@ -371,17 +391,17 @@ typedef int32_t kvl_status;
 typedef int32_t kvl_isa;
 
 /**
- * What a kernel does; kernels are chosen by operation and element types.
+ * An operation. Kernels are chosen by operation and element types.
  */
 typedef int32_t kvl_op;
 
 /**
- * The type of elements.
+ * What the keys or the values of a cache are stored as. The first three values are those of `kvl_dtype`.
  */
-typedef int32_t kvl_dtype;
+typedef int32_t kvl_format;
 
 /**
- * What the registry says of a kernel. Start from `KVL_KERNEL_INFO_INIT`.
+ * A kernel of the library. Start from `KVL_KERNEL_INFO_INIT`.
  */
 typedef struct kvl_kernel_info {
     /**
@@ -389,23 +409,23 @@ typedef struct kvl_kernel_info {
      */
     size_t struct_size;
     /**
-     * `<op>_<types>_<isa>`; a constant of the library.
+     * `<op>_<types>_<isa>`; a constant.
      */
     const char *name;
     /**
-     * What it does.
+     * Its operation.
      */
     kvl_op op;
     /**
-     * The type it reads.
+     * The first of its types; see `kvl_op`.
      */
-    kvl_dtype src;
+    kvl_format src;
     /**
-     * The type it writes.
+     * The second of its types.
      */
-    kvl_dtype dst;
+    kvl_format dst;
     /**
-     * The level it is compiled for.
+     * Its level.
      */
     kvl_isa isa;
     /**
@@ -413,15 +433,16 @@ typedef struct kvl_kernel_info {
      */
     int32_t available;
     /**
-     * The largest error against exact arithmetic on the same inputs with f32 output, as a fraction of the largest magnitude
-     * that goes into the result (of V in attention); rounding to a narrower target comes on top. In attention it grows with logits
-     * beyond 32 (before the largest is taken off, ALiBi and bias included), in proportion: f32 rounds them to 2^-24 of themselves.
+     * The largest error against exact arithmetic on the same inputs with f32 output, as a fraction of the largest
+     * magnitude that enters the result (of V in attention). Rounding to a narrower output type adds to it. In
+     * attention it grows in proportion with logits beyond 32 (ALiBi and bias included), since f32 rounds them to 2^-24
+     * of their magnitude.
      */
     float max_error;
 } kvl_kernel_info;
 
 /**
- * What a context is made from. Start from `KVL_CONTEXT_PARAMS_INIT`.
+ * Options of a context. Start from `KVL_CONTEXT_PARAMS_INIT`.
  */
 typedef struct kvl_context_params {
     /**
@@ -429,8 +450,8 @@ typedef struct kvl_context_params {
      */
     size_t struct_size;
     /**
-     * The highest level to use; 0 (`KVL_ISA_BEST`) for no limit. The environment variable `KVLANE_MAX_ISA` (`scalar`,
-     * `avx2`, ...) can lower it further, and neither can raise.
+     * The highest level to use, or 0 (`KVL_ISA_BEST`) for no limit. The environment variable `KVLANE_MAX_ISA`
+     * (`scalar`, `avx2`, ...) can lower it further. Neither can raise the level.
      */
     kvl_isa max_isa;
     /**
@@ -440,9 +461,14 @@ typedef struct kvl_context_params {
 } kvl_context_params;
 
 /**
- * How exactly attention computes, where a level has kernels for more than one answer.
+ * The precision of attention, for levels that have kernels of more than one.
  */
 typedef int32_t kvl_precision;
+
+/**
+ * The type of the elements of a tensor.
+ */
+typedef int32_t kvl_dtype;
 
 /**
  * How the values of neighbouring slots lie in a cache. Since ABI version 3.
@@ -462,27 +488,27 @@ typedef struct kvl_parallel_runner {
      */
     size_t struct_size;
     /**
-     * Handed to `run`.
+     * The first argument of `run`.
      */
     void *ctx;
     /**
-     * How many tasks can run at the same time; at least 1.
+     * How many tasks can run at the same time, at least 1.
      */
     size_t num_threads;
     /**
-     * Runs the tasks.
+     * Runs `n` tasks.
      */
     int32_t (*run)(void *ctx, size_t n, void (*task)(void *task_ctx, size_t i), void *task_ctx);
 } kvl_parallel_runner;
 
 /**
- * How RoPE frequencies are stretched beyond the length that a model was trained for.
+ * How RoPE frequencies are scaled for contexts longer than in training.
  */
 typedef int32_t kvl_rope_scaling;
 
 /**
- * What RoPE frequencies are made from. Start from `KVL_ROPE_FREQUENCIES_PARAMS_INIT`, set `rotary_dim`, `base` and what the
- * `scaling` reads.
+ * Parameters of RoPE frequencies. Start from `KVL_ROPE_FREQUENCIES_PARAMS_INIT`, set `rotary_dim`, `base` and the
+ * fields that the `scaling` reads.
  */
 typedef struct kvl_rope_frequencies_params {
     /**
@@ -490,48 +516,50 @@ typedef struct kvl_rope_frequencies_params {
      */
     size_t struct_size;
     /**
-     * How many leading elements of a head are turned; even, 2 to 4096.
+     * The number of leading elements of a head that are rotated; even, 2 to 4096.
      */
     int64_t rotary_dim;
     /**
-     * The base; 0 is 10000.
+     * The base; 0 stands for 10000.
      */
     double base;
     /**
-     * How frequencies are stretched.
+     * The kind of scaling.
      */
     kvl_rope_scaling scaling;
     /**
-     * YaRN: 0 rounds the ends of the ramp outwards to whole pairs, as most sources do; 1 leaves them.
+     * YaRN: 0 rounds the ends of the ramp outwards to whole pairs, as most sources do; 1 keeps them.
      */
     int32_t keep_ramp;
     /**
-     * How much longer than in training.
+     * The ratio of the context length to that of training.
      */
     double factor;
     /**
-     * The length, in tokens, that the model was trained for.
+     * The context length of training, in tokens.
      */
     double original_max_position;
     /**
-     * Llama 3.1: wavelengths above `original_max_position / low_freq_factor` are divided; 0 is 1.
+     * Llama 3.1: wavelengths above `original_max_position / low_freq_factor` are divided by `factor`; 0 stands for 1.
      */
     double low_freq_factor;
     /**
-     * Llama 3.1: wavelengths below `original_max_position / high_freq_factor` are kept; 0 is 4.
+     * Llama 3.1: wavelengths below `original_max_position / high_freq_factor` are kept; 0 stands for 4.
      */
     double high_freq_factor;
     /**
-     * YaRN: pairs that turn more often over the original length are kept; 0 is the paper's 32.
+     * YaRN: pairs that rotate more often than this over the original length are kept; 0 stands for the paper's 32.
      */
     double beta_fast;
     /**
-     * YaRN: pairs that turn less often over the original length are divided by `factor`; 0 is the paper's 1.
+     * YaRN: pairs that rotate less often than this over the original length are divided by `factor`; 0 stands for the
+     * paper's 1.
      */
     double beta_slow;
     /**
-     * YaRN and LongRoPE: factor on cosines and sines; 0 is the paper's (`0.1 ln(factor) + 1`, and
-     * `sqrt(1 + ln(factor) / ln(original_max_position))`). Sources disagree about YaRN's: give it where the model says it.
+     * YaRN and LongRoPE: factor on cosines and sines. 0 stands for the paper's: `0.1 ln(factor) + 1`, and `sqrt(1 +
+     * ln(factor) / ln(original_max_position))`. Sources disagree about that of YaRN, so give the model's own where it
+     * states one.
      */
     double attention_factor;
     /**
@@ -541,7 +569,7 @@ typedef struct kvl_rope_frequencies_params {
 } kvl_rope_frequencies_params;
 
 /**
- * A tensor in the caller's memory that is read; otherwise as `kvl_view`. Strides may be 0, to broadcast.
+ * A tensor in the caller's memory that is read. As `kvl_view`, but strides may be 0, and elements may share memory.
  */
 typedef struct kvl_const_view {
     /**
@@ -561,22 +589,22 @@ typedef struct kvl_const_view {
      */
     int64_t shape[4];
     /**
-     * Distance of neighbours along each axis, in elements.
+     * Distance between neighbours along each axis, in elements.
      */
     int64_t strides[4];
     /**
-     * Bytes from `data` to the end of the buffer; 0 if not known.
+     * Bytes from `data` to the end of the buffer; 0 if unknown.
      */
     size_t bytes;
 } kvl_const_view;
 
 /**
- * A tensor in the caller's memory that is written. Axes are always in the order batch, seq, heads, dim, whatever their
- * order in memory: that is what strides are for. Element [b, s, h, d] is at
- * `data + element_size * (b * strides[0] + s * strides[1] + h * strides[2] + d * strides[3])`.
+ * A tensor in the caller's memory that is written. The axes are always batch, seq, heads, dim; strides give their
+ * order in memory. Element [b, s, h, d] is at `data + element_size * (b * strides[0] + s * strides[1] + h * strides[2]
+ * + d * strides[3])`.
  *
- * `data` is aligned to its elements. Strides may be negative; no two elements of a written view share memory. Nothing
- * outside the elements is ever read or written. A view whose bytes are all 0 is an absent one.
+ * `data` is aligned to the size of an element. Strides may be negative. No two elements of a written view share
+ * memory, and nothing outside the elements is ever read or written. A view whose bytes are all 0 is absent.
  */
 typedef struct kvl_view {
     /**
@@ -596,24 +624,24 @@ typedef struct kvl_view {
      */
     int64_t shape[4];
     /**
-     * Distance of neighbours along each axis, in elements.
+     * Distance between neighbours along each axis, in elements.
      */
     int64_t strides[4];
     /**
-     * Bytes from `data` to the end of the buffer, to check shape and strides against; 0 if not known. When it is given,
-     * strides must not reach before `data`.
+     * Bytes from `data` to the end of the buffer, against which shape and strides are checked; 0 if unknown. If it is
+     * given, strides must not reach before `data`.
      */
     size_t bytes;
 } kvl_view;
 
 /**
- * Which elements of a head form a pair that RoPE turns.
+ * Which elements of a head form a pair that RoPE rotates.
  */
 typedef int32_t kvl_pairing;
 
 /**
- * How to rotate. Start from `KVL_ROPE_PARAMS_INIT`, set `rotary_dim`, either `inv_freq` or both `cos` and `sin`, and either
- * `offsets` or `positions`.
+ * A rotation. Start from `KVL_ROPE_PARAMS_INIT`, set `rotary_dim`, either `inv_freq` or both `cos` and `sin`, and
+ * either `offsets` or `positions`.
  */
 typedef struct kvl_rope_params {
     /**
@@ -629,19 +657,20 @@ typedef struct kvl_rope_params {
      */
     int32_t reserved;
     /**
-     * How many leading elements of a head are rotated, the others are copied; even, 2 to 4096, at most dim.
+     * The number of leading elements of a head that are rotated; the others are copied. Even, 2 to 4096, at most dim.
      */
     int64_t rotary_dim;
     /**
-     * [rotary_dim / 2] radians a position, from `kvl_rope_frequencies` or elsewhere. Angles are computed and reduced in f64.
+     * [rotary_dim / 2] in radians per position, from `kvl_rope_frequencies` or elsewhere. Angles are computed and
+     * reduced in f64.
      */
     const double *inv_freq;
     /**
-     * Factor on cosines and sines, with `inv_freq`; 0 is 1.
+     * Factor on cosines and sines, with `inv_freq`; 0 stands for 1.
      */
     double magnitude;
     /**
-     * [table_rows, rotary_dim / 2] cosines, instead of `inv_freq`; a position is a row.
+     * [table_rows, rotary_dim / 2] cosines, instead of `inv_freq`. Row p is of position p.
      */
     const float *cos;
     /**
@@ -649,11 +678,11 @@ typedef struct kvl_rope_params {
      */
     const float *sin;
     /**
-     * Rows of `cos` and of `sin`.
+     * The number of rows of `cos` and of `sin`.
      */
     int64_t table_rows;
     /**
-     * [batch]: token t of row b is at position `offsets[b] + t`. Positions may be negative with `inv_freq`.
+     * [batch]: token t of sequence b is at position `offsets[b] + t`. With `inv_freq`, positions may be negative.
      */
     const int32_t *offsets;
     /**
@@ -663,8 +692,8 @@ typedef struct kvl_rope_params {
 } kvl_rope_params;
 
 /**
- * How heads are normalised: `y = x * weight / sqrt(mean(x^2) + eps)`, each head of each token by itself. Start from
- * `KVL_RMS_NORM_PARAMS_INIT`. Since ABI version 3.
+ * RMS norm: `y = x * weight / sqrt(mean(x^2) + eps)`, for each head of each token. Start from
+ * `KVL_RMS_NORM_PARAMS_INIT`.
  */
 typedef struct kvl_rms_norm_params {
     /**
@@ -672,11 +701,12 @@ typedef struct kvl_rms_norm_params {
      */
     size_t struct_size;
     /**
-     * [dim]: the same for all heads; null for all 1. Models that add 1 to their weights (Gemma) want it added here.
+     * [dim], the same for all heads; null for all 1. For models that add 1 to their weights (Gemma), the caller adds
+     * it.
      */
     const float *weight;
     /**
-     * Added to the mean of the squares; 0 is 1e-6.
+     * The number that is added to the mean of the squares; 0 stands for 1e-6.
      */
     float eps;
     /**
@@ -962,7 +992,7 @@ typedef struct kvl_attention_params {
      */
     const float *sink_logits;
     /**
-     * How exactly to compute; see `kvl_context_attention_kernel_name`. Since ABI version 2.
+     * How exactly to compute; see `kvl_context_attention_kernel_names`. Since ABI version 2.
      */
     kvl_precision precision;
     /**
@@ -1164,7 +1194,7 @@ extern "C" {
 #endif // __cplusplus
 
 /**
- * The version of the ABI that the library has: `major * 65536 + minor`, to compare with `KVL_ABI_VERSION`.
+ * The version of the ABI of the library: `major * 65536 + minor`, to compare with `KVL_ABI_VERSION`.
  *
  * Thread safety: may be called from any thread at any time.
  * Bad input: there is none.
@@ -1183,29 +1213,29 @@ const char *kvl_version_string(void);
  * A short description of a status; a constant.
  *
  * Thread safety: may be called from any thread at any time.
- * Bad input: a number that is no status is "unknown status".
+ * Bad input: a number that is no status gives "unknown status".
  */
 const char *kvl_status_string(kvl_status status);
 
 /**
- * The sentence that belongs to the last status other than `KVL_STATUS_OK` on the calling thread: which argument, and the numbers
- * that disagree. Empty if there was none. A successful call leaves it alone.
+ * The sentence of the last status other than `KVL_STATUS_OK` on the calling thread: it names the argument and the
+ * numbers that disagree. It is empty if there was none. A successful call does not change it.
  *
- * Copies at most `size` bytes, the terminating zero included, cutting what does not fit, and returns how many bytes the
- * whole sentence needs (at most 1024). `buffer` may be null to ask for that alone.
+ * At most `size` bytes are copied, the terminating zero included; a longer sentence is cut. The result is the number
+ * of bytes that the whole sentence needs, at most 1024. `buffer` may be null to ask for that alone.
  *
- * Thread safety: may be called from any thread at any time; every thread has its own sentence, and the one that
- * made a call gets its sentence even if the mistake showed on a worker thread.
+ * Thread safety: may be called from any thread at any time. Every thread has its own sentence, and the thread that
+ * made a call gets its sentence, also of errors on worker threads.
  * Bad input: there is none, as long as `buffer` has `size` bytes.
  */
 size_t kvl_last_error(char *buffer,
                       size_t size);
 
 /**
- * The name of a level, such as "avx2"; a constant.
+ * The name of a level, such as "avx2"; a constant. The name of `KVL_ISA_BEST` is "best".
  *
  * Thread safety: may be called from any thread at any time.
- * Bad input: a number that is no level is "unknown", and `KVL_ISA_BEST` is "best".
+ * Bad input: a number that is no level gives "unknown".
  */
 const char *kvl_isa_name(kvl_isa isa);
 
@@ -1218,7 +1248,7 @@ const char *kvl_isa_name(kvl_isa isa);
 int32_t kvl_isa_available(kvl_isa isa);
 
 /**
- * How many kernels the library has, of all levels that it was built with.
+ * The number of kernels in the library, of all levels that it was built with.
  *
  * Thread safety: may be called from any thread at any time.
  * Bad input: there is none.
@@ -1226,23 +1256,24 @@ int32_t kvl_isa_available(kvl_isa isa);
 size_t kvl_kernel_count(void);
 
 /**
- * Describes kernel `index`, 0 .. `kvl_kernel_count()`; the order may change from version to version.
+ * Describes kernel `index`, which is less than `kvl_kernel_count()`. The order may change between versions.
  *
  * Thread safety: may be called from any thread at any time.
- * Bad input: null, an unknown `info->struct_size` or an index past the end is an error, and `info` is not touched.
+ * Bad input: null, an unknown `info->struct_size` and an index past the end are errors, and `info` is not changed.
  */
 kvl_status kvl_kernel_info_at(size_t index,
                               struct kvl_kernel_info *info);
 
 /**
- * Makes a context: looks at the CPU and chooses a kernel for each operation and type.
+ * Makes a context: detects the CPU and chooses a kernel for each operation and type. It is released with
+ * `kvl_context_destroy`.
  *
- * `params` may be null for the defaults: the best level there is, lowered by `KVLANE_MAX_ISA` if that is set. The context
- * is released with `kvl_context_destroy`.
+ * `params` may be null for the defaults: the best level of the machine, lowered by `KVLANE_MAX_ISA` if that is set.
  *
- * Thread safety: may be called from any thread; it reads the environment, so nobody may change that meanwhile.
- * Bad input: null, an unknown `struct_size`, a level that is none (also in `KVLANE_MAX_ISA`) or one of another architecture is
- * an error, and `*context` is not touched.
+ * Thread safety: may be called from any thread. It reads the environment, which no other thread may change at the same
+ * time.
+ * Bad input: null, an unknown `struct_size`, and a number or name (in `KVLANE_MAX_ISA`) that is no level or one of
+ * another architecture are errors, and `*context` is not changed.
  */
 kvl_status kvl_context_create(const struct kvl_context_params *params,
                               struct kvl_context **context);
@@ -1250,54 +1281,55 @@ kvl_status kvl_context_create(const struct kvl_context_params *params,
 /**
  * Releases a context; null is allowed.
  *
- * Thread safety: no other call may use the context meanwhile or afterwards.
- * Bad input: a pointer that is not from `kvl_context_create`, or one that was released already, is undefined behaviour.
+ * Thread safety: no other call may use the context at the same time or afterwards.
+ * Bad input: a pointer that is not from `kvl_context_create`, or that was released before, is undefined behaviour.
  */
 void kvl_context_destroy(struct kvl_context *context);
 
 /**
- * The level that a context uses.
+ * The level of a context.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null is an error, and `*isa` is not touched.
+ * Bad input: null is an error, and `*isa` is not changed.
  */
 kvl_status kvl_context_isa(const struct kvl_context *context, kvl_isa *isa);
 
 /**
- * The name of the kernel that serves an operation from one element type to another, such as "rope_f32_bf16_avx512"; a constant
- * of the library. Which two types an operation has is stated at `kvl_op`: of attention, `src` is the type of K and `dst` that
- * of V, and the name is that of `KVL_PRECISION_DEFAULT`.
+ * The name of the kernel that serves an operation from one type to another, such as "rope_f32_bf16_avx512"; a constant.
+ * `kvl_op` states which two types an operation has. The name is that for `KVL_PRECISION_DEFAULT`.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null, a number that is no operation or type, and types that no kernel has are errors, and `*name` is not touched.
+ * Bad input: null, a number that is no operation or format, and types without a kernel are errors, and `*name` is not
+ * changed.
  */
 kvl_status kvl_context_kernel_name(const struct kvl_context *context,
                                    kvl_op op,
-                                   kvl_dtype src,
-                                   kvl_dtype dst,
+                                   kvl_format src,
+                                   kvl_format dst,
                                    const char **name);
 
 /**
- * The name of the kernel that serves attention over K of one type and V of another with a precision, such as
- * "attention_bf16_high_amx"; a constant of the library. Most kernels serve both precisions. `kvl_kernel_info` states the error
+ * The names of the kernels that serve attention over K of one format and V of another with a precision, such as
+ * "attention_bf16_high_amx"; constants. `*k_name` is the kernel whose way with keys is used, `*v_name` the one whose way with
+ * values is; they are the same where the formats are. Most kernels serve both precisions. `kvl_kernel_info` states the error
  * bound of a kernel.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null, a number that is no type or precision, and types that no kernel has together are errors, and `*name` is not
- * touched.
+ * Bad input: null and a number that is no format or precision are errors, and neither name is changed.
  */
-kvl_status kvl_context_attention_kernel_name(const struct kvl_context *context,
-                                             kvl_dtype k,
-                                             kvl_dtype v,
-                                             kvl_precision precision,
-                                             const char **name);
+kvl_status kvl_context_attention_kernel_names(const struct kvl_context *context,
+                                              kvl_format k_format,
+                                              kvl_format v_format,
+                                              kvl_precision precision,
+                                              const char **k_name,
+                                              const char **v_name);
 
 /**
- * How values of a type are best packed for the attention kernels in use: `KVL_PACKING_ROW_PAIRS` where tiles of bf16 are
- * multiplied, else `KVL_PACKING_ROWS`. Since ABI version 3.
+ * The packing of V that suits the attention kernels of a context best: `KVL_PACKING_ROW_PAIRS` where they multiply
+ * tiles of bf16, else `KVL_PACKING_ROWS`. Every packing works with every kernel.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null or a number that is no type is an error, and `*packing` is not touched.
+ * Bad input: null and a number that is no type are errors, and `*packing` is not changed.
  */
 kvl_status kvl_context_v_packing(const struct kvl_context *context,
                                  kvl_dtype dtype,
@@ -1338,12 +1370,12 @@ kvl_status kvl_thread_pool_runner(const struct kvl_thread_pool *pool,
                                   struct kvl_parallel_runner *runner);
 
 /**
- * Computes RoPE frequencies: `inv_freq` receives `pairs` = rotary_dim / 2 numbers, in radians a position, and `*magnitude`
- * the factor on cosines and sines. Meant for when a model is loaded; unlike the operations it allocates.
+ * Computes RoPE frequencies: `inv_freq` receives `pairs` = rotary_dim / 2 numbers in radians per position, and
+ * `*magnitude` the factor on cosines and sines. It is meant for the time when a model is loaded, and it allocates.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, an unknown `struct_size` or scaling, a `pairs` that is not rotary_dim / 2, a parameter that is not finite or
- * not positive is an error, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null, an unknown `struct_size` or scaling, a `pairs` other than rotary_dim / 2, and a parameter that is
+ * not finite or not positive are errors, and nothing is written.
  */
 kvl_status kvl_rope_frequencies(const struct kvl_rope_frequencies_params *params,
                                 double *inv_freq,
@@ -1351,12 +1383,12 @@ kvl_status kvl_rope_frequencies(const struct kvl_rope_frequencies_params *params
                                 double *magnitude);
 
 /**
- * Computes cosines and sines, [rows, rotary_dim / 2] each, for positions `first_position` .. `first_position + rows`: a
- * table for `kvl_rope_params`, whose rows are then counted from `first_position`. `magnitude` 0 is 1.
+ * Computes cosines and sines, [rows, rotary_dim / 2] each, of the positions from `first_position` on: a table for
+ * `kvl_rope_params`, whose positions then count from `first_position`. A `magnitude` of 0 stands for 1.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, an odd `rotary_dim` or one outside 2 to 4096, a number that is not finite, outputs that share memory with
- * each other or with `inv_freq` are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null, a `rotary_dim` that is odd or outside 2 to 4096, a number that is not finite, and outputs that
+ * share memory with each other or with `inv_freq` are errors, and nothing is written.
  */
 kvl_status kvl_rope_table(const struct kvl_context *context,
                           const double *inv_freq,
@@ -1368,12 +1400,14 @@ kvl_status kvl_rope_table(const struct kvl_context *context,
                           float *sin);
 
 /**
- * Rotates queries or keys: `dst = RoPE(src)`, both [batch, seq, heads, dim], of any strides and types; arithmetic is f32,
- * rounded once to the type of `dst`. To rotate in place, let both views be the same.
+ * Rotates queries or keys: `dst = RoPE(src)`, both [batch, seq, heads, dim], of any strides and types. Arithmetic is
+ * f32, rounded once to the type of `dst`. To rotate in place, let both views be the same.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size` or enumeration value, shapes that differ, a `rotary_dim` that is odd or above dim,
- * positions outside a table, views that share memory without being the same are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, an unknown `struct_size` or enumeration value, shapes that differ, a `rotary_dim` that is odd or
+ * above dim, positions outside a table, and views that share memory without being the same are errors, and nothing is
+ * written.
  */
 kvl_status kvl_rope(const struct kvl_context *context,
                     const struct kvl_parallel_runner *runner,
@@ -1382,12 +1416,14 @@ kvl_status kvl_rope(const struct kvl_context *context,
                     const struct kvl_rope_params *params);
 
 /**
- * Normalises every head: `dst = RMSNorm(src)`, both [batch, seq, heads, dim], of any strides and types; the mean is f64, the
- * rest f32, rounded once to the type of `dst`. In place, let both views be the same. Since ABI version 3.
+ * Normalises heads: `dst = RMSNorm(src)`, both [batch, seq, heads, dim], of any strides and types. The mean is
+ * computed in f64, the rest in f32, rounded once to the type of `dst`. To normalise in place, let both views be the
+ * same.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size`, shapes that differ, an `eps` that is negative or not finite, views that share
- * memory without being the same are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, an unknown `struct_size`, shapes that differ, an `eps` that is negative or not finite, and views
+ * that share memory without being the same are errors, and nothing is written.
  */
 kvl_status kvl_rms_norm(const struct kvl_context *context,
                         const struct kvl_parallel_runner *runner,
@@ -1397,11 +1433,11 @@ kvl_status kvl_rms_norm(const struct kvl_context *context,
 
 /**
  * Normalises and then rotates queries or keys in one pass. The bits are those of `kvl_rms_norm` into a view of f32 and
- * `kvl_rope` from there: what is between the two is never rounded to less. Heads have at most 4096 elements. Since ABI
- * version 3.
+ * `kvl_rope` from there, without a rounding between the two. Heads have at most 4096 elements.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
- * Bad input: what is an error for `kvl_rms_norm` or `kvl_rope` is one here, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+ * calling thread.
+ * Bad input: the errors of `kvl_rms_norm` and `kvl_rope`; nothing is written then.
  */
 kvl_status kvl_rms_norm_rope(const struct kvl_context *context,
                              const struct kvl_parallel_runner *runner,

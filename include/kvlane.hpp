@@ -285,13 +285,15 @@ public:
         KVLANE_DONE_;
     }
 
-    KVLANE_RESULT_ kernel_name(kvl_op op, kvl_dtype src, kvl_dtype dst, const char *&to) const {
+    KVLANE_RESULT_ kernel_name(kvl_op op, kvl_format src, kvl_format dst, const char *&to) const {
         KVLANE_TRY_(kvl_context_kernel_name(get(), op, src, dst, &to));
         KVLANE_DONE_;
     }
 
-    KVLANE_RESULT_ attention_kernel_name(kvl_dtype k, kvl_dtype v, kvl_precision precision, const char *&to) const {
-        KVLANE_TRY_(kvl_context_attention_kernel_name(get(), k, v, precision, &to));
+    /// {of keys, of values}.
+    KVLANE_RESULT_ attention_kernel_names(kvl_format k_format, kvl_format v_format, kvl_precision precision,
+                                          std::pair<const char *, const char *> &to) const {
+        KVLANE_TRY_(kvl_context_attention_kernel_names(get(), k_format, v_format, precision, &to.first, &to.second));
         KVLANE_DONE_;
     }
 
@@ -308,16 +310,17 @@ public:
         return level;
     }
 
-    const char *kernel_name(kvl_op op, kvl_dtype src, kvl_dtype dst) const {
+    const char *kernel_name(kvl_op op, kvl_format src, kvl_format dst) const {
         const char *name = nullptr;
         kernel_name(op, src, dst, name);
         return name;
     }
 
-    const char *attention_kernel_name(kvl_dtype k, kvl_dtype v, kvl_precision precision) const {
-        const char *name = nullptr;
-        attention_kernel_name(k, v, precision, name);
-        return name;
+    std::pair<const char *, const char *> attention_kernel_names(kvl_format k_format, kvl_format v_format,
+                                                                 kvl_precision precision) const {
+        std::pair<const char *, const char *> names;
+        attention_kernel_names(k_format, v_format, precision, names);
+        return names;
     }
 
     kvl_packing v_packing(kvl_dtype dtype) const {

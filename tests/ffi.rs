@@ -40,7 +40,7 @@ const EXPORTS: &[&str] = &[
     "kvl_cache_set_lengths",
     "kvl_cache_set_table_tokens",
     "kvl_cache_truncate",
-    "kvl_context_attention_kernel_name",
+    "kvl_context_attention_kernel_names",
     "kvl_context_create",
     "kvl_context_destroy",
     "kvl_context_isa",

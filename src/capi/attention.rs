@@ -82,7 +82,7 @@ pub struct kvl_attention_params {
     pub alibi_slopes: *const f32,
     /// [heads]: one more logit, which takes weight and has no value; null for none.
     pub sink_logits: *const f32,
-    /// How exactly to compute; see `kvl_context_attention_kernel_name`. Since ABI version 2.
+    /// How exactly to compute; see `kvl_context_attention_kernel_names`. Since ABI version 2.
     pub precision: kvl_precision,
     /// 0.
     pub reserved2: i32,

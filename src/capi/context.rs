@@ -2,13 +2,13 @@
 
 use super::arguments::reserved;
 use super::dtype::{kvl_dtype, parse_dtype};
+use super::format::{kvl_format, parse_format};
 use super::guard::{guard, guard_value};
 use super::isa::{KVL_ISA_BEST, kvl_isa, parse_isa};
 use super::kernels::{kvl_op, kvl_precision, parse_op, parse_precision};
 use super::layout::kvl_packing;
 use super::sized::{assert_layout, read_sized, sized};
 use super::status::kvl_status;
-use crate::Op;
 use crate::context::Context;
 use crate::error::{Result, ensure, fail};
 use std::ffi::c_char;
@@ -97,26 +97,25 @@ pub unsafe extern "C" fn kvl_context_isa(context: *const kvl_context, isa: *mut 
     })
 }
 
-/// The name of the kernel that serves an operation from one element type to another, such as "rope_f32_bf16_avx512"; a
-/// constant. `kvl_op` states which two types an operation has. For attention, `src` is the type of K and `dst` that of
-/// V, and the name is that for `KVL_PRECISION_DEFAULT`.
+/// The name of the kernel that serves an operation from one type to another, such as "rope_f32_bf16_avx512"; a constant.
+/// `kvl_op` states which two types an operation has. The name is that for `KVL_PRECISION_DEFAULT`.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null, a number that is no operation or type, and types without a kernel are errors, and `*name` is not
+/// Bad input: null, a number that is no operation or format, and types without a kernel are errors, and `*name` is not
 /// changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_kernel_name(
     context: *const kvl_context,
     op: kvl_op,
-    src: kvl_dtype,
-    dst: kvl_dtype,
+    src: kvl_format,
+    dst: kvl_format,
     name: *mut *const c_char,
 ) -> kvl_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let context = unsafe { borrow(context) }?;
         ensure!(!name.is_null(), NullPointer, "the pointer name is null");
-        let (op, src, dst) = (parse_op("op", op)?, parse_dtype("src", src)?, parse_dtype("dst", dst)?);
+        let (op, src, dst) = (parse_op("op", op)?, parse_format("src", src)?, parse_format("dst", dst)?);
         let Some(kernel) = context.kernel(op, src, dst) else {
             fail!(DType, "there is no kernel for {} from {src} to {dst}", op.name());
         };
@@ -126,31 +125,34 @@ pub unsafe extern "C" fn kvl_context_kernel_name(
     })
 }
 
-/// The name of the kernel that serves attention over K of one type and V of another with a precision, such as
-/// "attention_bf16_high_amx"; a constant. Most kernels serve both precisions. `kvl_kernel_info` states the error bound
-/// of a kernel.
+/// The names of the kernels that serve attention over K of one format and V of another with a precision, such as
+/// "attention_bf16_high_amx"; constants. `*k_name` is the kernel whose way with keys is used, `*v_name` the one whose way with
+/// values is; they are the same where the formats are. Most kernels serve both precisions. `kvl_kernel_info` states the error
+/// bound of a kernel.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null, a number that is no type or precision, and types without a kernel are errors, and `*name` is not
-/// changed.
+/// Bad input: null and a number that is no format or precision are errors, and neither name is changed.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvl_context_attention_kernel_name(
+pub unsafe extern "C" fn kvl_context_attention_kernel_names(
     context: *const kvl_context,
-    k: kvl_dtype,
-    v: kvl_dtype,
+    k_format: kvl_format,
+    v_format: kvl_format,
     precision: kvl_precision,
-    name: *mut *const c_char,
+    k_name: *mut *const c_char,
+    v_name: *mut *const c_char,
 ) -> kvl_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let context = unsafe { borrow(context) }?;
-        ensure!(!name.is_null(), NullPointer, "the pointer name is null");
-        let (k, v) = (parse_dtype("k", k)?, parse_dtype("v", v)?);
-        let Some(kernel) = context.kernel_for(Op::Attention, k, v, parse_precision("precision", precision)?) else {
-            fail!(DType, "there is no kernel for attention over K in {k} and V in {v}");
-        };
+        ensure!(!k_name.is_null(), NullPointer, "the pointer k_name is null");
+        ensure!(!v_name.is_null(), NullPointer, "the pointer v_name is null");
+        let (k, v) = (parse_format("k_format", k_format)?, parse_format("v_format", v_format)?);
+        let [keys, values] = context.attention_kernels(k, v, parse_precision("precision", precision)?);
         // SAFETY: not null, and the caller's to write.
-        unsafe { name.write(kernel.c_name.as_ptr()) };
+        unsafe {
+            k_name.write(keys.c_name.as_ptr());
+            v_name.write(values.c_name.as_ptr());
+        }
         Ok(())
     })
 }

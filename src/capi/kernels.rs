@@ -1,7 +1,7 @@
 //! What the registry says of kernels.
 
 use super::arguments::enumeration;
-use super::dtype::kvl_dtype;
+use super::format::kvl_format;
 use super::guard::{guard, guard_value};
 use super::isa::kvl_isa;
 use super::sized::{assert_layout, read_sized, sized, write_sized};
@@ -12,7 +12,7 @@ use std::ffi::c_char;
 
 /// An operation. Kernels are chosen by operation and element types.
 pub type kvl_op = i32;
-/// Cosines and sines of RoPE angles. Types: `KVL_DTYPE_F32` twice.
+/// Cosines and sines of RoPE angles. Types: `KVL_FORMAT_F32` twice.
 pub const KVL_OP_ROPE_ANGLES: i32 = 0;
 /// RoPE, alone or on the way into a cache. Types: source, target.
 pub const KVL_OP_ROPE: i32 = 1;
@@ -20,7 +20,7 @@ pub const KVL_OP_ROPE: i32 = 1;
 pub const KVL_OP_KV_WRITE: i32 = 2;
 /// The explicit repeat of KV heads. Types: one type twice.
 pub const KVL_OP_REPEAT_KV: i32 = 3;
-/// Attention over a cache. Types: that of K, that of V. Queries and outputs may have any type.
+/// Attention over a cache. Types: the format of K or of V, twice. Queries and outputs may have any type.
 pub const KVL_OP_ATTENTION: i32 = 4;
 /// The merge of attention states. Types: one type twice.
 pub const KVL_OP_MERGE_STATES: i32 = 5;
@@ -47,9 +47,9 @@ pub struct kvl_kernel_info {
     /// Its operation.
     pub op: kvl_op,
     /// The first of its types; see `kvl_op`.
-    pub src: kvl_dtype,
+    pub src: kvl_format,
     /// The second of its types.
-    pub dst: kvl_dtype,
+    pub dst: kvl_format,
     /// Its level.
     pub isa: kvl_isa,
     /// 1 if this machine can run it, 0 if not.
@@ -89,8 +89,8 @@ pub unsafe extern "C" fn kvl_kernel_info_at(index: usize, info: *mut kvl_kernel_
             struct_size: size,
             name: kernel.c_name.as_ptr(),
             op: kernel.op as kvl_op,
-            src: kernel.src as kvl_dtype,
-            dst: kernel.dst as kvl_dtype,
+            src: kernel.src as kvl_format,
+            dst: kernel.dst as kvl_format,
             isa: kernel.isa as kvl_isa,
             available: i32::from(kernel.isa.is_available()),
             max_error: kernel.max_error,

@@ -30,6 +30,7 @@ mod chunks;
 mod context;
 mod copies;
 mod dtype;
+mod format;
 mod isa;
 mod kernels;
 mod layout;

@@ -119,7 +119,14 @@ unsafe extern "C" {
     pub fn kvl_context_destroy(context: *mut kvl_context);
     pub fn kvl_context_isa(context: Context, isa: *mut i32) -> i32;
     pub fn kvl_context_kernel_name(context: Context, op: i32, src: i32, dst: i32, name: *mut Text) -> i32;
-    pub fn kvl_context_attention_kernel_name(context: Context, k: i32, v: i32, precision: i32, name: *mut Text) -> i32;
+    pub fn kvl_context_attention_kernel_names(
+        context: Context,
+        k_format: i32,
+        v_format: i32,
+        precision: i32,
+        k_name: *mut Text,
+        v_name: *mut Text,
+    ) -> i32;
     pub fn kvl_thread_pool_create(num_threads: usize, pool: *mut *mut kvl_thread_pool) -> i32;
     pub fn kvl_thread_pool_destroy(pool: *mut kvl_thread_pool);
     pub fn kvl_thread_pool_runner(pool: *const kvl_thread_pool, runner: *mut kvl_parallel_runner) -> i32;

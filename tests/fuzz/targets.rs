@@ -79,7 +79,7 @@ targets! {
     1 kvl_context_isa: context_isa,
     1 kvl_context_v_packing: context_v_packing,
     1 kvl_context_kernel_name: context_kernel_name,
-    1 kvl_context_attention_kernel_name: context_attention_kernel_name,
+    1 kvl_context_attention_kernel_names: context_attention_kernel_names,
     1 kvl_kernel_info_at: kernel_info_at,
     1 kvl_thread_pool_create: thread_pool_create,
     1 kvl_thread_pool_destroy: thread_pool_destroy,
@@ -561,17 +561,20 @@ fn context_v_packing(mut c: Call) -> i32 {
     c.check(status)
 }
 
-fn context_attention_kernel_name(mut c: Call) -> i32 {
-    let (kv, precision) = (c.dtype(), i32::from(c.maybe(0.5)));
-    let (k, v, precision, context) = (c.code(kv), c.code(kv), c.code(precision), c.context());
-    let name = c.output(Some(1));
-    c.may_write(name, Some(1));
+fn context_attention_kernel_names(mut c: Call) -> i32 {
+    let (k, v, precision) = (c.rng.below(4) as i32, c.rng.below(4) as i32, i32::from(c.maybe(0.5)));
+    let (k, v, precision, context) = (c.code(k), c.code(v), c.code(precision), c.context());
+    let (k_name, v_name) = (c.output::<*const i8>(Some(1)), c.output::<*const i8>(Some(1)));
+    c.may_write(k_name, Some(1));
+    c.may_write(v_name, Some(1));
     c.ready();
     // SAFETY: as above.
-    let status = unsafe { kvl_context_attention_kernel_name(context, k, v, precision, name) };
+    let status = unsafe { kvl_context_attention_kernel_names(context, k, v, precision, k_name.cast(), v_name.cast()) };
     if status == 0 {
-        // SAFETY: a constant of the library.
-        assert!(unsafe { CStr::from_ptr(name.read()) }.to_str().is_ok_and(|name| name.starts_with("attention_")));
+        for name in [k_name, v_name] {
+            // SAFETY: a constant of the library.
+            assert!(unsafe { CStr::from_ptr(name.read().cast()) }.to_str().is_ok_and(|n| n.starts_with("attention_")));
+        }
     }
     c.check(status)
 }

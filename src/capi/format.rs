@@ -1,0 +1,30 @@
+//! Formats of caches.
+
+use super::arguments::enumeration;
+use crate::error::Result;
+use crate::format::CacheFormat;
+
+/// What the keys or the values of a cache are stored as. The first three values are those of `kvl_dtype`.
+pub type kvl_format = i32;
+/// Elements of `KVL_DTYPE_F32`.
+pub const KVL_FORMAT_F32: i32 = 0;
+/// Elements of `KVL_DTYPE_F16`.
+pub const KVL_FORMAT_F16: i32 = 1;
+/// Elements of `KVL_DTYPE_BF16`.
+pub const KVL_FORMAT_BF16: i32 = 2;
+/// Signed bytes from -127 to 127 with one scale per token and head: an element is its byte times that scale.
+pub const KVL_FORMAT_INT8: i32 = 3;
+
+pub(super) fn parse_format(name: &str, value: kvl_format) -> Result<CacheFormat> {
+    enumeration("kvl_format", name, value, CacheFormat::from_u32)
+}
+
+// The values are pinned twice, here and in the enumerations; they cannot drift apart.
+const _: () = {
+    use super::dtype::{KVL_DTYPE_BF16, KVL_DTYPE_F16, KVL_DTYPE_F32};
+    assert!(KVL_FORMAT_F32 == CacheFormat::F32 as i32 && KVL_FORMAT_F32 == KVL_DTYPE_F32);
+    assert!(KVL_FORMAT_F16 == CacheFormat::F16 as i32 && KVL_FORMAT_F16 == KVL_DTYPE_F16);
+    assert!(KVL_FORMAT_BF16 == CacheFormat::Bf16 as i32 && KVL_FORMAT_BF16 == KVL_DTYPE_BF16);
+    assert!(KVL_FORMAT_INT8 == CacheFormat::Int8 as i32);
+    assert!(CacheFormat::ALL.len() == 4);
+};
