@@ -1,5 +1,8 @@
 //! Instruction-set levels: their features, their order of preference, and their availability.
 
+#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
+use crate::cpu::detected;
+use crate::cpu::{feature_names, level_features};
 use crate::error::{Result, ensure, fail};
 
 /// An instruction-set level for which kernels are built.
@@ -71,7 +74,14 @@ impl Isa {
 
     /// The CPU features that the level consists of.
     pub const fn features(self) -> &'static [&'static str] {
-        crate::cpu::features(self)
+        match self {
+            Self::Scalar => level_features!(Scalar, feature_names! {}),
+            Self::Avx2 => level_features!(Avx2, feature_names! {}),
+            Self::Avx512 => level_features!(Avx512, feature_names! {}),
+            Self::Amx => level_features!(Avx512, feature_names! { "amx-tile" "amx-bf16" }),
+            Self::Neon => level_features!(Neon, feature_names! {}),
+            Self::NeonBf16 => level_features!(NeonBf16, feature_names! {}),
+        }
     }
 
     /// Whether the level has kernels for some operations and types only. Other levels serve the rest.
@@ -91,7 +101,21 @@ impl Isa {
     /// Whether this CPU and operating system can run kernels of this level. On Linux, the first call for [`Self::Amx`]
     /// requests the permission to use its registers, for the whole process.
     pub fn is_available(self) -> bool {
-        crate::cpu::has(self)
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => level_features!(Avx2, detected! {}),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => level_features!(Avx512, detected! {}),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => crate::cpu::amx::is_available(),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::Neon => level_features!(Neon, detected! {}),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonBf16 => level_features!(NeonBf16, detected! {}),
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
     }
 
     /// The preferred level of this CPU.

@@ -8,16 +8,17 @@
 //! With `--cfg kvlane_emulate_amx` the level is available wherever AVX-512 is. Its instructions then fault, and a
 //! handler emulates them: `tests/common/amx_emulator.rs`.
 
-use super::has;
-use crate::isa::Isa;
+use super::{detected, level_features};
 use std::arch::asm;
 use std::sync::OnceLock;
 
 /// Whether this process can use the tiles. The first call requests the permission.
 pub(crate) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE
-        .get_or_init(|| has(Isa::Avx512) && (cfg!(kvlane_emulate_amx) || cpu_has_bf16_tiles() && permission_granted()))
+    *AVAILABLE.get_or_init(|| {
+        level_features!(Avx512, detected! {})
+            && (cfg!(kvlane_emulate_amx) || cpu_has_bf16_tiles() && permission_granted())
+    })
 }
 
 /// Whether the CPU has tiles with bf16 products and the operating system saves them.

@@ -5,8 +5,6 @@
 pub(crate) mod amx;
 pub(crate) mod cache;
 
-use crate::isa::Isa;
-
 /// Calls a macro with the features of a level as literals in brackets. This is the only place where they are listed.
 /// The features of AMX itself are missing, because the compiler has no stable names for them.
 ///
@@ -23,21 +21,10 @@ macro_rules! level_features {
 pub(crate) use level_features;
 
 /// The names of features, and additional names.
-macro_rules! names {
+macro_rules! feature_names {
     ([$($feature:tt)*] $($more:literal)*) => { &[$($feature,)* $($more),*] };
 }
-
-/// The names of a level's features.
-pub(crate) const fn features(level: Isa) -> &'static [&'static str] {
-    match level {
-        Isa::Scalar => level_features!(Scalar, names! {}),
-        Isa::Avx2 => level_features!(Avx2, names! {}),
-        Isa::Avx512 => level_features!(Avx512, names! {}),
-        Isa::Amx => level_features!(Avx512, names! { "amx-tile" "amx-bf16" }),
-        Isa::Neon => level_features!(Neon, names! {}),
-        Isa::NeonBf16 => level_features!(NeonBf16, names! {}),
-    }
-}
+pub(crate) use feature_names;
 
 /// Whether this CPU and operating system have all of some features.
 #[cfg(target_arch = "x86_64")]
@@ -50,22 +37,5 @@ macro_rules! detected {
 macro_rules! detected {
     ([$($feature:tt)*]) => { $(std::arch::is_aarch64_feature_detected!($feature))&&* };
 }
-
-/// Whether this CPU and operating system can run kernels of a level.
-pub(crate) fn has(level: Isa) -> bool {
-    match level {
-        Isa::Scalar => true,
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => level_features!(Avx2, detected! {}),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => level_features!(Avx512, detected! {}),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Amx => amx::is_available(),
-        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-        Isa::Neon => level_features!(Neon, detected! {}),
-        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-        Isa::NeonBf16 => level_features!(NeonBf16, detected! {}),
-        #[allow(unreachable_patterns)]
-        _ => false,
-    }
-}
+#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
+pub(crate) use detected;
