@@ -10,38 +10,38 @@ pub(crate) struct Problem<'a> {
     pub q: RawView,
     pub k: RawCacheView,
     pub v: RawCacheView,
-    /// Elements of a value, and how those of two slots lie in `v`.
+    /// The head size of values, and the packing of `v`.
     pub v_dim: usize,
     pub v_packing: Packing,
     pub out: RawView,
-    /// `[batch, seq, heads]`, contiguous; null if not request.
+    /// `[batch, seq, heads]`, contiguous; null if not requested.
     pub lse: *mut f32,
-    /// Which rows there are, and which keys their queries may see.
+    /// The sequences, and the keys that their queries may see.
     pub visibility: Visibility<'a>,
-    /// Query heads a KV head.
+    /// Query heads per KV head.
     pub group: usize,
     pub scale: f32,
-    /// 0: none.
+    /// 0 means none.
     pub softcap: f32,
-    /// `[batch, seq, heads, keys]` bytes; 0 hides.
+    /// `[batch, seq, heads, keys]` bytes; 0 masks a key.
     pub mask: Option<ByteView>,
     pub bit_mask: Option<BitView<'a>>,
     /// `[batch, seq, heads, keys]`.
     pub bias: Option<RawView>,
-    /// A slope a query head.
+    /// One slope per query head.
     pub alibi: Option<&'a [f32]>,
-    /// A logit a query head.
+    /// One logit per query head.
     pub sinks: Option<&'a [f32]>,
 }
 
-// SAFETY: the pointers are of validated views; tiles write disjoint rows of the outputs and only read the inputs.
+// SAFETY: the pointers come from validated views; tiles write disjoint rows of the outputs and only read the inputs.
 unsafe impl Sync for Problem<'_> {}
 
 impl Problem<'_> {
-    /// A key of a batch row.
+    /// The address of a key.
     ///
     /// # Safety
-    /// It is inside the cache.
+    /// The key or value is inside the cache.
     #[cfg(target_arch = "x86_64")]
     pub unsafe fn key(&self, batch: usize, position: usize, kv_head: usize) -> *const u8 {
         let (row, slot) = self.visibility.place(batch, position).0;
@@ -49,10 +49,10 @@ impl Problem<'_> {
         unsafe { self.k.row(row, slot, kv_head) }
     }
 
-    /// The value at a place.
+    /// The address of the value in a slot.
     ///
     /// # Safety
-    /// It is inside the cache.
+    /// The key or value is inside the cache.
     #[inline(always)]
     pub unsafe fn value_at(&self, (row, slot): Place, kv_head: usize) -> *const u8 {
         // SAFETY: the caller's.
@@ -67,16 +67,16 @@ impl Problem<'_> {
         }
     }
 
-    /// From one element of a value to the next.
+    /// The stride between elements of a value.
     #[inline(always)]
     pub fn value_step(&self) -> isize {
         self.v.strides[3] as isize * if self.v_packing == Packing::RowPairs { 2 } else { 1 }
     }
 
-    /// A value of a batch row.
+    /// The address of a value.
     ///
     /// # Safety
-    /// It is inside the cache.
+    /// The key or value is inside the cache.
     #[cfg(target_arch = "x86_64")]
     pub unsafe fn value(&self, batch: usize, position: usize, kv_head: usize) -> *const u8 {
         let place = self.visibility.place(batch, position).0;
@@ -84,13 +84,13 @@ impl Problem<'_> {
         unsafe { self.value_at(place, kv_head) }
     }
 
-    /// Where the LSE of a query and head goes.
+    /// The address of the LSE of a query and head.
     pub fn lse(&self, batch: usize, token: usize, head: usize) -> *mut f32 {
         let (row, token) = self.visibility.query(batch, token);
         self.lse.wrapping_add((row * self.q.shape[1] + token) * self.q.shape[2] + head)
     }
 
-    /// Which of the `visible_bits` keys of a block the masks show to a query and head.
+    /// The subset of the `visible_bits` keys of a block that masks leave visible to a query and head.
     ///
     /// # Safety
     /// The visible keys are inside the masks.

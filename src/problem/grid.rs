@@ -1,17 +1,17 @@
-//! Blocks and chunks of keys. Both lie on a grid that begins at key 0 of the cache, whatever is visible, so that the order in
-//! which a row's numbers are added depends on nothing but the row.
+//! Blocks and chunks of keys. Both grids begin at key 0 of the sequence, whatever is visible, so that the order of
+//! additions of a query row depends on the row only.
 
 use super::limits::MAX_LANES;
 use std::ops::Range;
 
 /// Keys per block: one visible bit each in a `u64`.
 pub(crate) const BLOCK: usize = 64;
-/// Keys per chunk: the unit by which one row is split over threads.
+/// Keys per chunk: the unit by which one sequence is split over threads.
 pub(crate) const CHUNK: usize = 1024;
-/// Floats before the accumulator in a partial state: max and sum, and room to keep the accumulator aligned.
+/// Floats before the accumulator in a partial state: maximum, sum, and padding to align the accumulator.
 pub(crate) const PARTIAL_HEADER: usize = 16;
 
-/// Floats a row's partial state takes.
+/// Floats of the partial state of a query row.
 pub(crate) const fn partial_stride(dv: usize) -> usize {
     PARTIAL_HEADER + padded(dv)
 }
@@ -21,17 +21,17 @@ pub(crate) const fn padded(n: usize) -> usize {
     n.next_multiple_of(MAX_LANES)
 }
 
-/// Upper bound on the chunks in which `keys` keys lie: a ring's keys need not begin where a chunk does, nor its sink tokens lie
-/// beside them.
+/// Upper bound on the chunks that `keys` keys touch. The keys of a ring may begin inside a chunk, and its sink tokens
+/// may be in another.
 pub(crate) fn most_chunks(keys: usize) -> usize {
     keys.div_ceil(CHUNK) + 2
 }
 
-/// The chunks in which any query of a call may see a key: some from the start of the cache (a prefix, sinks), then, after a gap,
-/// all that follow.
+/// The chunks that a query of the call may see: some from the start of the sequence (a prefix, sink tokens), then,
+/// after a gap, all that follow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Chunks {
-    /// How many lie before the gap, and how many in it.
+    /// The numbers of chunks before the gap and in the gap.
     pub before: usize,
     pub gap: usize,
 }
@@ -60,7 +60,7 @@ impl KeyRange {
         self.high - self.low
     }
 
-    /// From the first to the last of some visible bits.
+    /// The range from the first to the last visible bit.
     pub fn around(bits: u64) -> Self {
         if bits == 0 {
             return Self { low: 0, high: 0 };
@@ -75,7 +75,7 @@ pub(crate) fn ones(n: usize) -> u64 {
     if n >= 64 { u64::MAX } else { (1 << n) - 1 }
 }
 
-/// The bits of a block's keys that lie in `low..high`.
+/// The bits of a block's keys in `low..high`.
 #[inline(always)]
 pub(crate) fn between((low, high): (i64, i64), base: usize) -> u64 {
     let inside = |key: i64| (key - base as i64).clamp(0, BLOCK as i64) as usize;

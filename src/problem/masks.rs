@@ -1,4 +1,4 @@
-//! Boolean masks and bit masks, as the kernels read them.
+//! Boolean masks and bit masks as the kernels read them.
 
 use super::grid::{BLOCK, KeyRange, ones};
 
@@ -9,30 +9,30 @@ pub(crate) struct ByteView {
     pub strides: [i64; 4],
 }
 
-/// One bit a query and key: strides in bits, of batch, queries and heads; keys are neighbours, and the lowest bit of a byte is
-/// the first. It says nothing of keys before its first one.
+/// One bit per query and key. Strides of batch, queries and heads are in bits; keys are adjacent, lowest bit of a byte
+/// first. Keys before the first key of the mask are not masked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BitView<'a> {
     pub data: *const u8,
-    /// The bit of entry `[0, 0, 0, 0]`.
+    /// The bit offset of entry `[0, 0, 0, 0]`.
     pub offset: i64,
     pub strides: [i64; 3],
-    /// The key of a row's first bit, a batch row; 0 if absent.
+    /// The key of the first bit, one per sequence; 0 if absent.
     pub first_keys: Option<&'a [i32]>,
-    /// Instead of the offset and the first two strides.
+    /// Replaces the offset and the first two strides.
     pub rows: Option<BitRows<'a>>,
 }
 
-/// Where the bits of every batch row lie, if they do not lie at fixed strides.
+/// The bits of each sequence, if they are not at fixed strides.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BitRows<'a> {
-    /// The bit of a row's query 0, head 0 and first key.
+    /// The bit offset of query 0, head 0 and the first key of each sequence.
     pub starts: &'a [i64],
-    /// Bits from a query of a row to the next.
+    /// The stride of queries in bits, per sequence.
     pub query_strides: &'a [i64],
 }
 
-/// Which of the `visible_bits` keys of a block masks show to a query and head.
+/// The subset of the `visible_bits` keys of a block that masks leave visible to a query and head.
 ///
 /// # Safety
 /// The visible keys are inside the masks.
@@ -58,10 +58,10 @@ pub(crate) unsafe fn visible_by_masks(
     bits
 }
 
-/// Bit j of the result: whether the mask shows key `base + j`, for j in `from..to`.
+/// Bit j of the result is 1 if the mask leaves key `base + j` visible, for j in `from..to`.
 ///
 /// # Safety
-/// Those entries of the mask that it has are readable.
+/// The existing entries of the mask are readable.
 #[inline(always)]
 unsafe fn packed_bits(
     mask: &BitView,
@@ -93,7 +93,7 @@ unsafe fn packed_bits(
     unmasked | ((bits >> shift) as u64) << from
 }
 
-/// Bit j of the result: whether the mask shows key `base + j`, for j in `from..to`.
+/// Bit j of the result is 1 if the mask leaves key `base + j` visible, for j in `from..to`.
 ///
 /// # Safety
 /// Those entries of the mask are readable.
@@ -114,7 +114,7 @@ unsafe fn mask_bits(
         let mut bits = 0;
         let mut j = from;
         if sk == 1 {
-            // Eight bytes at a time: the top bit of each byte that is not 0, gather_buffers by one multiplication.
+            // Eight bytes at a time: the top bit of each byte that is not 0, gathered by one multiplication.
             while j + 8 <= to {
                 let x = p.cast::<u64>().read_unaligned().to_le();
                 let set = (((x & 0x7f7f_7f7f_7f7f_7f7f) + 0x7f7f_7f7f_7f7f_7f7f) | x) & 0x8080_8080_8080_8080;

@@ -1,7 +1,8 @@
-//! What a validated call is: tensors, visible keys, masks, the grid of blocks and chunks, tiles, rotations, limits.
+//! The data of a validated call: tensors, visible keys, masks, the grid of blocks and chunks, tiles, rotations,
+//! limits.
 //!
-//! This layer lies between the operations, which check what a caller has written and build these types, and the kernels, which
-//! read them. It knows no descriptor, no error sentence and no instruction.
+//! This layer is between the operations, which check the caller's arguments and build these types, and the kernels,
+//! which read them. It has no descriptors, no error sentences and no instructions.
 //!
 //! | module | what |
 //! | --- | --- |

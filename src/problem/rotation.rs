@@ -1,4 +1,4 @@
-//! How RoPE pairs the elements of a head.
+//! The pairs of elements in RoPE.
 
 /// Which elements of a head form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

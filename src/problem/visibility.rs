@@ -1,4 +1,4 @@
-//! Which sequences a call has, and which keys their queries may see by position; see [`masks`](crate::masks).
+//! The sequences of a call, and the keys that their queries may see by position; see [`masks`](crate::masks).
 
 use super::grid::{CHUNK, Chunks};
 use crate::format::CacheFormat;
@@ -6,40 +6,40 @@ use crate::layout::{Layout, Place};
 use crate::view::RawView;
 use std::ops::Range;
 
-/// What stays the same from one layer to the next: the sequences of a call, and everything but masks that decides which keys their
-/// queries see. A list has an entry per sequence.
+/// The part of a call that is the same for all layers: its sequences, and everything except masks that determines
+/// which keys their queries see. Lists have one entry per sequence.
 ///
 /// A call borrows its lists and the tables of its layout ([`Visibility`]); a plan holds them as ranges of a list of its own.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct VisibilityOf<List, Layout> {
-    /// Sequences of the batch, and the most queries that one has.
+    /// The number of sequences, and the most queries of one.
     pub batch: usize,
     pub seq: usize,
-    /// K, or another cache of the same first two axes.
+    /// K, or another cache with the same first two axes.
     pub cache: RawView<CacheFormat>,
-    /// In which slots of it the tokens of a sequence lie.
+    /// The slots of the tokens of each sequence.
     pub layout: Layout,
-    /// The first query of every sequence in axis 1 of `q` and `out`, and the end of the last ones, if queries are ragged; else
-    /// sequences are axis 0.
+    /// For ragged queries, the first query of every sequence on axis 1 of `q` and `out`, and the end of the last.
+    /// Otherwise sequences are axis 0.
     pub cu_seqlens_q: Option<List>,
     pub causal: bool,
     pub window_left: Option<i64>,
     pub window_right: Option<i64>,
-    /// Valid keys; as many as the cache has room for if absent.
+    /// The number of valid keys; the capacity if absent.
     pub lengths: Option<List>,
     /// The first visible key; 0 if absent.
     pub kv_starts: Option<List>,
     /// The position of query 0 among the keys; `length - queries` if absent.
     pub offsets: Option<List>,
-    /// Keys before this one are visible to every query, whatever causality and windows say; 0 if absent.
+    /// Keys before this one are visible to every query, in spite of causality and windows; 0 if absent.
     pub prefix_lengths: Option<List>,
 }
 
-/// As a call has it.
+/// With the lists of a call.
 pub(crate) type Visibility<'a> = VisibilityOf<&'a [i32], Layout<'a>>;
 
 impl<List, L> VisibilityOf<List, L> {
-    /// The same with another layout and other lists: `list` is called for each that there is.
+    /// The same with another layout and other lists: `list` is called for each list that is present.
     pub fn map<To, K>(&self, layout: K, mut list: impl FnMut(&List) -> To) -> VisibilityOf<To, K> {
         let mut mapped = |from: &Option<List>| from.as_ref().map(&mut list);
         VisibilityOf {
@@ -59,18 +59,18 @@ impl<List, L> VisibilityOf<List, L> {
     }
 }
 
-/// What follows from all sequences of a [`Visibility`].
+/// Values derived from all sequences of a [`Visibility`].
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Summary {
     /// The greatest length.
     pub longest: usize,
     pub chunks: Chunks,
-    /// How many chunks those are.
+    /// The number of chunks.
     pub count: usize,
 }
 
 impl Summary {
-    /// The same rows, of whose chunks masks hide all but some of those `seen`: by number in the cache.
+    /// Removes the chunks outside of `seen`, which masks mask completely; `seen` counts chunks of the sequence.
     pub fn within(self, seen: Range<usize>) -> Self {
         let Chunks { before, gap } = self.chunks;
         let end = (self.count + gap).min(seen.end);
@@ -84,7 +84,7 @@ impl Summary {
 }
 
 impl Visibility<'_> {
-    /// By name, whether each part is given that a call may say or leave to a plan.
+    /// The name of each part that a plan fixes, and whether the call gives it.
     pub fn given(&self) -> [(&'static str, bool); 9] {
         [
             ("causal", self.causal),
@@ -121,23 +121,23 @@ impl Visibility<'_> {
         self.lengths.map_or_else(|| self.layout.capacity(&self.cache, batch) as i64, |l| l[batch] as i64)
     }
 
-    /// Queries of a batch row.
+    /// The number of queries of a sequence.
     pub fn queries(&self, batch: usize) -> usize {
         self.cu_seqlens_q.map_or(self.seq, |s| (s[batch + 1] - s[batch]) as usize)
     }
 
-    /// The place of a query in axes 0 and 1 of `q` and `out`.
+    /// The indices of a query on axes 0 and 1 of `q` and `out`.
     pub fn query(&self, batch: usize, token: usize) -> (usize, usize) {
         self.cu_seqlens_q.map_or((batch, token), |s| (0, s[batch] as usize + token))
     }
 
-    /// The first key that a row still holds, beside those of its `always_visible` key range.
+    /// The first key that a sequence still holds, apart from its `always_visible` keys.
     pub fn retained_from(&self, batch: usize) -> i64 {
         self.layout.retained_from(&self.cache, self.length(batch) as usize) as i64
     }
 
-    /// The keys that every query of `batch` sees, whatever causality and windows say: those of its prefix and, beyond a gap of
-    /// keys that a ring has lost, its sink tokens; then there is only one query.
+    /// The keys that every query of `batch` sees in spite of causality and windows: those of its prefix, and the sink
+    /// tokens of a ring that has overwritten keys, in which case there is only one query.
     pub fn always_visible(&self, batch: usize) -> (i64, i64) {
         let low = self.kv_starts.map_or(0, |s| s[batch] as i64);
         let mut high = self.prefix_lengths.map_or(0, |p| p[batch] as i64);
@@ -151,7 +151,7 @@ impl Visibility<'_> {
         if low < high { (low, high) } else { (0, 0) }
     }
 
-    /// Where the keys end that query `token` of `batch` may see by length, causality and window.
+    /// The end of the keys that query `token` of `batch` may see by length, causality and window.
     fn right_end(&self, batch: usize, token: usize) -> i64 {
         let (mut high, position) = (self.length(batch), self.position(batch, token));
         if self.causal {
@@ -163,20 +163,20 @@ impl Visibility<'_> {
         high
     }
 
-    /// Where they begin, by start, window and what a ring retains.
+    /// The first of them, by first key, window and the keys that a ring retains.
     pub fn left_end(&self, batch: usize, token: usize) -> i64 {
         let low = self.kv_starts.map_or(0, |s| s[batch] as i64).max(self.retained_from(batch));
         self.window_left.map_or(low, |left| low.max(self.position(batch, token) - left))
     }
 
-    /// The keys, beside those [always_visible](Self::always_visible), that query `token` of `batch` may see by length, start, causality, window and
-    /// what a ring retains: `low..high`.
+    /// The keys `low..high` that query `token` of `batch` may see by length, first key, causality, window and the keys
+    /// that a ring retains, apart from those [always visible](Self::always_visible).
     pub fn visible_keys(&self, batch: usize, token: usize) -> (i64, i64) {
         let (low, high) = (self.left_end(batch, token), self.right_end(batch, token));
         if low < high { (low, high) } else { (0, 0) }
     }
 
-    /// Where query `token` of `batch` stands among the keys.
+    /// The position of query `token` of `batch` among the keys.
     pub fn position(&self, batch: usize, token: usize) -> i64 {
         let offset = match self.offsets {
             Some(o) => o[batch] as i64,
@@ -185,13 +185,13 @@ impl Visibility<'_> {
         offset + token as i64
     }
 
-    /// Where a token lies, and how many from there on lie in slots one after the other.
+    /// The slot of a token, and the number of tokens from it on in consecutive slots.
     #[inline(always)]
     pub fn place(&self, batch: usize, position: usize) -> (Place, usize) {
         self.layout.place(&self.cache, batch, position)
     }
 
-    /// Sums up lists that are valid in themselves.
+    /// Computes the summary of valid lists.
     pub fn summarize(&self) -> Summary {
         let (mut longest, mut before, mut first, mut end) = (0, 0, usize::MAX, 0);
         for row in 0..self.batch {
@@ -211,18 +211,19 @@ impl Visibility<'_> {
     }
 }
 
-/// Which keys any row of a tile sees, and which all of them do (by length, start, causality and window).
+/// The keys that any query row of a tile may see, and those that all of them see (by length, first key, causality and
+/// window).
 pub(crate) struct TileVisibility {
     pub low: i64,
     pub high: i64,
     pub inner_low: i64,
     pub inner_high: i64,
-    /// What all rows see besides.
+    /// The keys that all query rows see in addition.
     pub always_visible: (i64, i64),
 }
 
 impl TileVisibility {
-    /// From the first to the last key of a chunk that any row sees; nothing if the first is not below the last.
+    /// The range from the first to the last key of a chunk that any query row may see; empty if `from >= to`.
     pub fn within(&self, chunk: Range<usize>) -> (usize, usize) {
         let (mut from, mut to) = (chunk.end, chunk.start);
         for (low, high) in [(self.low, self.high), self.always_visible] {
@@ -236,7 +237,7 @@ impl TileVisibility {
         (from, to)
     }
 
-    /// Whether any row may see a key.
+    /// Whether any query row may see a key.
     #[inline(always)]
     pub fn covers(&self, key: usize) -> bool {
         let key = key as i64;
@@ -256,7 +257,8 @@ mod tests {
             for seen in (0..12).flat_map(|start| (start..12).map(move |end| start..end)) {
                 let (was, is) = (numbers(all), numbers(all.within(seen.clone())));
                 let always_visible = was.iter().filter(|chunk| seen.contains(chunk)).copied().collect::<Vec<_>>();
-                // What is left out is not seen, and what is not seen is left out, but for what comes before a gap.
+                // Removed chunks are not in `seen`, and chunks outside of `seen` are removed, except some before a
+                // gap.
                 assert!(
                     always_visible.iter().all(|chunk| is.contains(chunk)) && is.iter().all(|chunk| was.contains(chunk))
                 );
