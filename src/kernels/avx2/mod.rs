@@ -23,7 +23,7 @@ pulp::simd_type!({
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx2(Token);
 
-/// Entry 8 - n .. 16 - n: n lanes on, the others off.
+/// Entries 8 - n .. 16 - n are a mask with the first n lanes on.
 static PREFIX: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
 
 impl Avx2 {
@@ -50,14 +50,14 @@ impl Avx2 {
         a._mm256_castsi256_si128(a2._mm256_permute4x64_epi64::<0b00_00_10_00>(packed))
     }
 
-    /// The rounded numbers in the upper halves, and anything in the lower ones.
+    /// The rounded numbers in the upper halves; the lower halves are undefined.
     #[inline(always)]
     fn rounded_bf16(self, v: __m256) -> __m256i {
         let (a, a2) = (self.0.avx, self.0.avx2);
         let bits = a._mm256_castps_si256(v);
         let odd = a2._mm256_and_si256(a2._mm256_srli_epi32::<16>(bits), a._mm256_set1_epi32(1));
         let rounded = a2._mm256_add_epi32(bits, a2._mm256_add_epi32(odd, a._mm256_set1_epi32(0x7fff)));
-        // The increment could carry a NaN into infinity: NaNs keep their upper half and become quiet.
+        // The increment could turn a NaN into infinity, so NaNs keep their upper half and become quiet.
         let nan = a._mm256_cmp_ps::<_CMP_UNORD_Q>(v, v);
         let quiet = a2._mm256_or_si256(bits, a._mm256_set1_epi32(0x40_0000));
         a2._mm256_blendv_epi8(rounded, quiet, a._mm256_castps_si256(nan))
@@ -84,7 +84,7 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
-        // Three bits reversed: the tree adds lanes 4, then 2, then 1 apart.
+        // The three bits of the index reversed, because the tree adds lanes at distances 4, 2 and 1.
         (i & 1) << 2 | (i & 2) | (i & 4) >> 2
     }
     #[inline(always)]
@@ -164,7 +164,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn deinterleave(self, a: __m256, b: __m256) -> [__m256; 2] {
         let (v, a2) = (self.0.avx, self.0.avx2);
-        // [a b | a b] in pairs of lanes, put in order.
+        // Puts [a b | a b], in pairs of lanes, in order.
         let even = v._mm256_castps_pd(v._mm256_shuffle_ps::<0b10_00_10_00>(a, b));
         let odd = v._mm256_castps_pd(v._mm256_shuffle_ps::<0b11_01_11_01>(a, b));
         [
@@ -181,7 +181,8 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn sum_lanes(self, v: &[__m256; MAX_LANES]) -> __m256 {
         let a = self.0.avx;
-        // Each level halves the vectors: lanes with the bit clear go on with the first, the others with the second.
+        // Each step of the tree halves the number of vectors: lanes with the bit clear continue with the first, the
+        // others with the second.
         let mut w = [v[0]; 4];
         for i in 0..4 {
             let (x, y) = (v[i], v[i + 4]);
@@ -283,7 +284,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn store_i8(self, p: *mut i8, v: __m256) {
         let (a, a2) = (self.0.avx, self.0.avx2);
-        // The current rounding mode is to nearest, ties to even: Rust programs do not change it.
+        // The rounding mode is to nearest, ties to even; Rust programs do not change it.
         let words = a2._mm256_packs_epi32(a._mm256_cvtps_epi32(v), a._mm256_setzero_si256());
         let words = a._mm256_castsi256_si128(a2._mm256_permute4x64_epi64::<0b11_01_10_00>(words));
         // SAFETY: eight bytes are writable.
@@ -308,7 +309,7 @@ impl Simd for Avx2 {
     unsafe fn store_pair_bf16(self, p: *mut bf16, [even, odd]: [__m256; 2]) {
         let a2 = self.0.avx2;
         let even = a2._mm256_srli_epi32::<16>(self.rounded_bf16(even));
-        // Every other 16 bits from the odd ones.
+        // Every other 16 bits, from the odd ones.
         let both = a2._mm256_blend_epi16::<0b1010_1010>(even, self.rounded_bf16(odd));
         // SAFETY: the caller's.
         unsafe { _mm256_storeu_si256(p.cast(), both) }

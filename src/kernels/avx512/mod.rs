@@ -41,7 +41,8 @@ impl Avx512 {
         (1u16 << n) - 1
     }
 
-    /// Lanes whose bit in `mask` is clear go on with `a`, the others with `b`; each is met by the lane that `index` names.
+    /// Lanes whose bit in `mask` is clear continue with `a`, the others with `b`. To each, the lane given by `index`
+    /// is added.
     #[inline(always)]
     fn join(self, mask: u16, index: __m512i, a: __m512, b: __m512) -> __m512 {
         let f = self.0.avx512f;
@@ -54,16 +55,16 @@ impl Avx512 {
         f._mm512_cvtepi32_epi16(f._mm512_srli_epi32::<16>(self.rounded_bf16(v)))
     }
 
-    /// The rounded numbers in the upper halves, and anything in the lower ones.
+    /// The rounded numbers in the upper halves; the lower halves are undefined.
     #[inline(always)]
     fn rounded_bf16(self, v: __m512) -> __m512i {
         let f = self.0.avx512f;
         let bits = f._mm512_castps_si512(v);
-        // To the nearest, ties to the even one: the half of what is cut off, less one where the last bit that stays is 0.
+        // To nearest, ties to even: adds half of the cut-off range, minus one where the last kept bit is 0.
         let odd = f._mm512_test_epi32_mask(bits, f._mm512_set1_epi32(0x1_0000));
         let rounded = f._mm512_add_epi32(bits, f._mm512_set1_epi32(0x7fff));
         let rounded = f._mm512_mask_add_epi32(rounded, odd, rounded, f._mm512_set1_epi32(1));
-        // The increment could carry a NaN into infinity: NaNs keep their upper half and become quiet.
+        // The increment could turn a NaN into infinity, so NaNs keep their upper half and become quiet.
         let nan = f._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
         f._mm512_mask_or_epi32(rounded, nan, bits, f._mm512_set1_epi32(0x40_0000))
     }
@@ -89,7 +90,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
-        // Four bits reversed: the tree adds lanes 8, then 4, then 2, then 1 apart.
+        // The four bits of the index reversed, because the tree adds lanes at distances 8, 4, 2 and 1.
         (i & 1) << 3 | (i & 2) << 1 | (i & 4) >> 1 | (i & 8) >> 3
     }
     #[inline(always)]
@@ -179,7 +180,8 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn sum_lanes(self, v: &[__m512; MAX_LANES]) -> __m512 {
         let f = self.0.avx512f;
-        // Each level halves the vectors. The blend runs on either vector port, only the exchange needs the shuffle port.
+        // Each step of the tree halves the number of vectors. The blend runs on either vector port; only the exchange
+        // needs the shuffle port.
         let by8 = f._mm512_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
         let by4 = f._mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
         let by2 = f._mm512_setr_epi32(2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
@@ -224,7 +226,7 @@ impl Simd for Avx512 {
             u[4 * i + 2] = f._mm512_castpd_ps(f._mm512_unpacklo_pd(b, d));
             u[4 * i + 3] = f._mm512_castpd_ps(f._mm512_unpackhi_pd(b, d));
         }
-        // u[4g + c] holds columns c, c + 4, c + 8, c + 12 of rows 4g .. 4g + 4, a quarter each.
+        // u[4g + c] holds columns c, c + 4, c + 8 and c + 12 of rows 4g .. 4g + 4, one per quarter.
         for c in 0..4 {
             let low01 = f._mm512_shuffle_f32x4::<0b01_00_01_00>(u[c], u[4 + c]);
             let high01 = f._mm512_shuffle_f32x4::<0b11_10_11_10>(u[c], u[4 + c]);
@@ -308,7 +310,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn store_i8(self, p: *mut i8, v: __m512) {
         let f = self.0.avx512f;
-        // The current rounding mode is to nearest, ties to even: Rust programs do not change it.
+        // The rounding mode is to nearest, ties to even; Rust programs do not change it.
         let bytes = f._mm512_cvtepi32_epi8(f._mm512_cvtps_epi32(v));
         // SAFETY: sixteen bytes are writable.
         unsafe { _mm_storeu_si128(p.cast(), bytes) }

@@ -2,8 +2,8 @@
 
 use crate::kernels::simd::Simd;
 
-/// Below this, e^x is less than the smallest normal f32 and is taken as 0: subnormal weights cost hundreds of cycles each
-/// and change no sum.
+/// Below this, e^x is less than the smallest normal f32 and is replaced by 0, because subnormal weights cost hundreds
+/// of cycles each and change no sum.
 const EXP_MIN: f32 = -87.336_54;
 
 /// e^x for x <= 88, with an error of about 1 ulp; 0 below [`EXP_MIN`] (so for -inf too), NaN for NaN.
@@ -12,7 +12,7 @@ const EXP_MIN: f32 = -87.336_54;
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     let floor = s.splat(EXP_MIN);
-    // NaN compares false and stays; -inf is replaced before it can become inf - inf.
+    // NaN compares false and is kept; -inf is replaced before it can become inf - inf.
     let y = s.select_lt(x, floor, floor, x);
     let n = s.round(s.mul(y, s.splat(std::f32::consts::LOG2_E)));
     let r = s.fma(n, s.splat(-0.693_359_4), y);
@@ -27,17 +27,17 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.select_lt(x, floor, s.zero(), s.mul(p, s.exp2i(n)))
 }
 
-/// Fitted; not ln 2 itself.
+/// Fitted coefficients; the first is not exactly ln 2.
 #[allow(clippy::approx_constant)]
 const NEAR_LN_2: f32 = 6.931_47e-1;
 
 /// 2^x for x <= 127, with a relative error of at most 1.6e-7; 0 below -126 (so for -inf too), NaN for NaN, 1 for 0.
 ///
-/// The fraction around the nearest integer goes through the polynomial of degree 5 that has the least relative error among
-/// those with 2^0 = 1 (Lawson's algorithm; 9.2e-8 before rounding).
+/// The fraction around the nearest integer is evaluated by the polynomial of degree 5 with the least relative error
+/// among those with 2^0 = 1 (Lawson's algorithm; 9.2e-8 before rounding).
 #[inline(always)]
 pub(crate) fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
-    // 1.5 * 2^23: the sum has no fraction bits, and its lowest bits are the integer.
+    // 1.5 * 2^23: the sum has no fraction bits, so that its lowest bits are the integer.
     let magic = s.splat(12_582_912.0);
     let shifted = s.add(x, magic);
     let f = s.sub(x, s.sub(shifted, magic));
@@ -50,7 +50,7 @@ pub(crate) fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     s.select_lt(x, s.splat(-126.0), s.zero(), s.add_exponent(p, shifted))
 }
 
-/// 2^x of one number, with the bits that [`exp2`] gives it in a vector.
+/// 2^x of one number, with the bits of [`exp2`] on a vector.
 #[inline(always)]
 pub(crate) fn exp2_1<S: Simd>(s: S, x: f32) -> f32 {
     lane0(s, exp2(s, s.splat(x)))
@@ -67,7 +67,8 @@ pub(crate) fn lane0<S: Simd>(s: S, v: S::V) -> f32 {
 
 /// tanh x, with an error of a few ulp; NaN for NaN.
 ///
-/// An odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel (Cephes' `tanhf`); beyond 9.1 it is 1 to the last bit.
+/// Near 0, where 1 - 2 / (e^2x + 1) would cancel, an odd polynomial (Cephes' `tanhf`). Beyond 9.1 the result is 1 to
+/// the last bit.
 #[inline(always)]
 pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
     let a = s.abs(x);

@@ -1,13 +1,13 @@
 //! The weighted sum of attention outputs.
 //!
-//! Bound by memory: one FMA an element that is read. Eight vectors go side by side, so that a weight is looked at once for all
-//! of them, and bf16 goes in pairs of vectors, even and odd elements apart where that spares shuffles: per 32 elements and
-//! state a load, two instructions to widen and two FMAs on AVX-512.
+//! Bound by memory: one FMA per element that is read. Eight vectors are processed together, so that a weight is loaded
+//! once for all of them. bf16 is loaded in pairs of vectors, with even and odd elements separated where that saves
+//! shuffles: on AVX-512, one load, two instructions to widen and two FMAs per 32 elements and state.
 
 use crate::kernels::api::MergeArgs;
 use crate::kernels::simd::{LoadStore, Simd, lines};
 
-/// Pairs of vectors that go side by side.
+/// Pairs of vectors that are processed together.
 const PAIRS: usize = 4;
 
 /// `dst[i] = sum over states of weight * src[i]`, in f32, in the order of the states; a state of weight 0 is not read.
@@ -54,10 +54,10 @@ pub(crate) unsafe fn merge<S: Simd, T: LoadStore>(s: S, args: &MergeArgs) {
     }
 }
 
-/// `N` pairs of vectors from element `i` on.
+/// Sums `N` pairs of vectors from element `i` on.
 ///
 /// # Safety
-/// As [`merge`]; there are so many elements.
+/// As [`merge`]; the elements exist.
 #[inline(always)]
 unsafe fn pairs<S: Simd, T: LoadStore, const N: usize>(s: S, args: &MergeArgs, i: usize) {
     let mut sums = [[s.zero(); 2]; N];
@@ -76,7 +76,7 @@ unsafe fn pairs<S: Simd, T: LoadStore, const N: usize>(s: S, args: &MergeArgs, i
     }
 }
 
-/// Calls `add` with element `i` of every state that has a weight, in their order.
+/// Calls `add` with element `i` of every state with a weight other than 0, in order.
 ///
 /// # Safety
 /// As [`merge`].

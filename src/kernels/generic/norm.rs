@@ -1,24 +1,24 @@
 //! RMS norm of heads (Zhang and Sennrich, <https://arxiv.org/abs/1910.07467>): `y = x * w / sqrt(mean(x^2) + eps)`.
 //!
-//! The sum of squares is f64: the square of an f32 is exact in it and cannot overflow. Element i is added to sum i % 16, and
-//! the sixteen go through one tree, so every level adds the same numbers in the same order and finds the same root. That
-//! root is rounded to f32 once; `x * root` and the product with the weight round once each.
+//! The sum of squares is f64, in which the square of an f32 is exact and cannot overflow. Element i is added to sum i
+//! % 16, and the sixteen sums are added by one tree. So every level adds the same numbers in the same order and has
+//! the same root. The root is rounded to f32 once; `x * root` and the product with the weight are rounded once each.
 //!
-//! Bound by memory for f32 beyond the second-level cache; for f16 and bf16, of half the bytes, as much by arithmetic: sixteen
-//! squares in f64 take some eleven vector operations on AVX-512, and as many to be scaled and rounded. A head is read twice, the
-//! second time from the nearest cache. Several heads go together, first through their sums, then through their roots, so that
-//! none waits for a root of another.
+//! Bound by memory for f32 beyond the second-level cache. f16 and bf16 have half the bytes and are bound by arithmetic
+//! as much: on AVX-512, sixteen squares in f64 take about eleven vector operations, and scaling and rounding take as
+//! many. A head is read twice, the second time from the first-level cache. Several heads are processed together, first
+//! their sums, then their roots, to overlap the latency of the roots.
 
 use super::copy::{self, STAGE, Staged};
 use crate::kernels::api::NormArgs;
 use crate::kernels::simd::{LoadStore, MAX_LANES, Simd};
 
-/// Sums that run side by side; a chunk of [`STAGE`] elements is a multiple.
+/// Independent sums; [`STAGE`] is a multiple of it.
 const SUMS: usize = MAX_LANES;
-/// Heads whose roots are found together; few enough to be in the nearest cache when they are read again.
+/// Heads whose roots are computed together; few enough to stay in the first-level cache.
 const HEADS: usize = 8;
 
-/// Normalises `heads` vectors, each by itself.
+/// Normalises `heads` vectors separately.
 ///
 /// # Safety
 /// Every address that `args` describes is valid; `weight` is null or `dim` weights are readable; source and target are the
@@ -71,7 +71,7 @@ unsafe fn scale_strided<S: Simd, A: LoadStore, B: LoadStore>(
     }
 }
 
-/// Times root and weights, which may be null.
+/// Multiplies by root and weights, which may be null.
 struct Scaled {
     weight: *const f32,
     root: f32,
@@ -130,10 +130,11 @@ unsafe fn sum_of_squares<S: Simd, A: LoadStore>(s: S, src: *const A, stride: isi
 unsafe fn add_squares<S: Simd, A: LoadStore>(s: S, src: *const A, n: usize, sums: &mut [f64; SUMS]) {
     let mut i = 0;
     while i < n {
-        // What is missing at the end is 0, which changes no sum.
+        // Missing elements at the end are 0, which changes no sum.
         let mut x = [0.0f32; SUMS];
         let len = (n - i).min(SUMS);
-        // SAFETY: len elements are left, and fit the buffer. The constant makes the usual case two or four loads.
+        // SAFETY: len elements are left, and fit into the buffer. The constant length makes the usual case two or four
+        // loads.
         unsafe {
             if len == SUMS {
                 copy::run::<S, A, f32>(s, src.add(i), x.as_mut_ptr(), SUMS);
@@ -164,7 +165,7 @@ unsafe fn scale<S: Simd, A: LoadStore, B: LoadStore>(
     let factor = s.splat(root);
     let mut i = 0;
     while i + S::LANES <= n {
-        // SAFETY: i + LANES <= n; the load comes before the store, so in place is fine.
+        // SAFETY: i + LANES <= n; the load precedes the store, so that in-place calls are valid.
         unsafe {
             let mut v = s.mul(A::load(s, src.add(i)), factor);
             if !weight.is_null() {

@@ -1,18 +1,18 @@
 //! Rotary position embedding (Su et al., <https://arxiv.org/abs/2104.09864>), and the angles for it.
 //!
-//! A pair `(x0, x1)` at angle a becomes `(x0 cos a - x1 sin a, x1 cos a + x0 sin a)`. The two halves of a half-split pair
-//! lie `rotary_dim / 2` apart; an interleaved pair lies together. Both are computed as
-//! `fma(x0, cos, -(x1 * sin))`, `fma(x1, cos, x0 * sin)`. Bound by memory: two multiplications and two FMAs a pair.
+//! A pair `(x0, x1)` at angle a becomes `(x0 cos a - x1 sin a, x1 cos a + x0 sin a)`. The elements of a half-split
+//! pair are `rotary_dim / 2` apart; those of an interleaved pair are adjacent. Both are computed as `fma(x0, cos, -(x1
+//! * sin))`, `fma(x1, cos, x0 * sin)`. Bound by memory: two multiplications and two FMAs per pair.
 
 use super::copy;
 use crate::kernels::api::RopeArgs;
 use crate::kernels::simd::{LoadStore, Simd};
 use crate::problem::rotation::Pairing;
 
-/// Pairs handled at a time; the interleaved form duplicates their cosines and sines on the stack.
+/// Pairs per step; the interleaved form duplicates their cosines and sines on the stack.
 const CHUNK: usize = copy::STAGE / 2;
 
-/// Rotates `heads` vectors by the same angles and copies what is beyond `rotary_dim`.
+/// Rotates `heads` vectors by the same angles and copies the elements beyond `rotary_dim`.
 ///
 /// # Safety
 /// Every address that `args` describes is valid; source and target are the same elements or do not overlap.
@@ -88,10 +88,10 @@ unsafe fn half_split<S: Simd, A: LoadStore, B: LoadStore>(
     }
 }
 
-/// The pairs `(a, b)` turned by angles with cosines `c` and sines `d`.
+/// The pairs `(a, b)` rotated by angles with cosines `c` and sines `d`.
 #[inline(always)]
 fn rotate<S: Simd>(s: S, a: S::V, b: S::V, c: S::V, d: S::V) -> (S::V, S::V) {
-    // The sign goes into the sine, as in the interleaved form: negation is exact.
+    // The sign is applied to the sine, as in the interleaved form; negation is exact.
     let minus = s.mul(b, s.sub(s.splat(-0.0), d));
     (s.fma(a, c, minus), s.fma(b, c, s.mul(a, d)))
 }
@@ -112,7 +112,7 @@ unsafe fn rotate_halves<S: Simd, A: LoadStore, B: LoadStore>(
 ) {
     let mut i = 0;
     while i + S::LANES <= n {
-        // SAFETY: i + LANES <= n; both loads come before both stores, so in place is fine.
+        // SAFETY: i + LANES <= n; both loads precede both stores, so that in-place calls are valid.
         unsafe {
             let (a, b) = (A::load(s, x0.add(i)), A::load(s, x1.add(i)));
             let (a, b) = rotate(s, a, b, s.load_f32(cos.add(i)), s.load_f32(sin.add(i)));
@@ -201,7 +201,7 @@ unsafe fn rotate_pairs<S: Simd, A: LoadStore, B: LoadStore>(
     }
     if i < n {
         let rest = n - i;
-        // SAFETY: rest elements are left; LANES and n are even, so no pair is torn.
+        // SAFETY: rest elements are left; LANES and n are even, so that no pair is split.
         unsafe {
             let v = A::load_part(s, x.add(i), rest);
             let (c, d) = (s.load_part_f32(cos.add(i), rest), s.load_part_f32(sin.add(i), rest));
@@ -212,16 +212,17 @@ unsafe fn rotate_pairs<S: Simd, A: LoadStore, B: LoadStore>(
 
 /// Cosines and sines of `position * inv_freq[i]`, times `magnitude`.
 ///
-/// The angle is computed and reduced in f64, so that at position 10^6 it is still right to the last bit of an f32. The loop
-/// has no branch and no call, and each operation rounds once, so every level computes the same bits.
+/// The angle is computed and reduced in f64, so that it is exact to the last bit of an f32 at position 10^6. The loop
+/// has no branch and no call, and each operation rounds once, so that every level computes the same bits.
 #[inline(always)]
 pub(crate) fn angles(position: f64, inv_freq: &[f64], magnitude: f64, cos: &mut [f32], sin: &mut [f32]) {
-    // pi/2 in two parts of 22 bits and the rest: the first two products, and what they leave of x, are exact for |n| < 2^31,
-    // so for every 32-bit position (Cody and Waite, as in fdlibm's e_rem_pio2.c, with shorter parts).
+    // pi/2 in two parts of 22 bits and a remainder. The first two products, and their differences from x, are exact
+    // for |n| < 2^31, hence for every 32-bit position (Cody and Waite, as in fdlibm's e_rem_pio2.c, with shorter
+    // parts).
     const PIO2_1: f64 = 1.570_796_012_878_418;
     const PIO2_2: f64 = 3.139_164_164_167_596e-7;
     const PIO2_3: f64 = 6.223_372_171_896_613e-14;
-    // 1.5 * 2^52: adding it rounds to an integer, whose low bits are then the low bits of the sum.
+    // 1.5 * 2^52: adding it rounds to an integer, whose low bits are the low bits of the sum.
     const ROUND: f64 = 6_755_399_441_055_744.0;
     let n = inv_freq.len().min(cos.len()).min(sin.len());
     let (inv_freq, cos, sin) = (&inv_freq[..n], &mut cos[..n], &mut sin[..n]);
@@ -232,7 +233,7 @@ pub(crate) fn angles(position: f64, inv_freq: &[f64], magnitude: f64, cos: &mut 
         let quadrant = shifted.to_bits();
         let r = ((x - turns * PIO2_1) - turns * PIO2_2) - turns * PIO2_3;
         let z = r * r;
-        // Taylor: the first term left out is below 1e-13 on |r| <= pi/4.
+        // Taylor series; the first omitted term is below 1e-13 for |r| <= pi/4.
         let s = r + r
             * z
             * (-1.0 / 6.0

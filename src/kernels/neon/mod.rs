@@ -1,11 +1,11 @@
 //! AArch64 Advanced SIMD: four lanes, thirty-two registers.
 //!
-//! Never timed. In the disassembly, attention's loops have 3.4 to 4 multiply-adds a load instruction (prefill, scores: 48 for 12,
-//! with one store to the stack; values: 24 for 7; decode: 32 for 8), so that four vector pipes, as in Neoverse V2, would wait
-//! for themselves and not for its three loads a cycle; `benches/neon_loops.py` counts, and holds them to it.
+//! Never timed. In the disassembly, the loops of attention have 3.4 to 4 multiply-adds per load instruction (prefill,
+//! scores: 48 for 12, with one store to the stack; values: 24 for 7; decode: 32 for 8). With four vector pipes and
+//! three loads per cycle, as in Neoverse V2, they are bound by the pipes. `benches/neon_loops.py` checks these counts.
 //!
-//! The f16 conversions are part of the base architecture, but their intrinsics ask for more than that (`fp16`): they are
-//! one instruction of inline assembly each.
+//! The f16 conversions are part of the base architecture, but their intrinsics require `fp16`. So each is one
+//! instruction of inline assembly.
 
 use super::simd::{LINE, MAX_LANES, Simd, copy_part};
 use crate::cpu::level_features;
@@ -48,7 +48,7 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn lane_order(i: usize) -> usize {
-        // Pairwise additions join neighbours.
+        // Pairwise additions add neighbours.
         i
     }
     #[inline(always)]
@@ -77,7 +77,7 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn max(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        // The number where one of the two is NaN.
+        // The other operand if one of the two is NaN.
         self.0.neon.vmaxnmq_f32(a, b)
     }
     #[inline(always)]
@@ -254,7 +254,7 @@ impl Simd for Neon {
         let bits = n.vreinterpretq_u32_f32(v);
         let odd = n.vandq_u32(n.vshrq_n_u32::<16>(bits), n.vdupq_n_u32(1));
         let rounded = n.vaddq_u32(bits, n.vaddq_u32(odd, n.vdupq_n_u32(0x7fff)));
-        // The increment could carry a NaN into infinity: NaNs keep their upper half and become quiet.
+        // The increment could turn a NaN into infinity, so NaNs keep their upper half and become quiet.
         let quiet = n.vorrq_u32(bits, n.vdupq_n_u32(0x40_0000));
         let chosen = n.vbslq_u32(n.vceqq_f32(v, v), rounded, quiet);
         // SAFETY: the caller's.

@@ -1,6 +1,6 @@
-//! The portable level: four f32 at a time in plain Rust, which the compiler vectorises with whatever the target's baseline
-//! has (SSE2 on x86-64, nothing on a small embedded core). Products and sums are rounded separately, since a fused
-//! multiply-add would be a library call on most baselines.
+//! The portable level: four f32 at a time in plain Rust, which the compiler vectorises for the baseline of the target
+//! (SSE2 on x86-64). Products and sums are rounded separately, because a fused multiply-add would be a library call on
+//! most baselines.
 
 use super::simd::{LINE, MAX_LANES, Simd, copy_part};
 use crate::cpu::level_features;
@@ -9,13 +9,13 @@ use crate::kernels::shells::{kernel_shells, kernel_table};
 use crate::kernels::simd::outline;
 use half::{bf16, f16};
 
-/// Proof of nothing: every CPU can.
+/// Proof of the level's features, of which there are none.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scalar;
 
 impl Scalar {
     /// # Safety
-    /// None: this level needs no feature. The signature is that of the other levels.
+    /// None. The level needs no feature; the signature is that of the other levels.
     #[inline(always)]
     pub unsafe fn new_unchecked() -> Self {
         Self
@@ -122,7 +122,7 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn round(self, a: V) -> V {
-        // 1.5 * 2^23: adding it leaves no fraction bits, and the addition rounds to even.
+        // 1.5 * 2^23: the sum has no fraction bits, and the addition rounds to even.
         map(a, |x| (x + 12_582_912.0) - 12_582_912.0)
     }
     #[inline(always)]
