@@ -100,8 +100,8 @@ static void attend_to_spans(const kvl_context *context, const kvl_parallel_runne
     OK(kvl_attention_chunks_workspace_size(&p, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
     OK(kvl_attention_chunks(context, runner, workspace, sizeof workspace, &p, span, spans[0].len));
-    merge.spans = spans;
-    merge.num_spans = 2;
+    merge.segments = spans;
+    merge.num_segments = 2;
     merge.kv_heads = KV;
     merge.dtype = KVL_DTYPE_BF16;
     OK(kvl_merge_chunks_workspace_size(&merge, runner, &bytes));
@@ -276,7 +276,7 @@ static void whole_caches(const kvl_context *context, const kvl_parallel_runner *
     OK(kvl_cache_advance(&cache, counts));
     OK(kvl_cache_truncate(&cache, shorter, 0, 0));
     OK(kvl_cache_set_lengths(&cache, two, shorter, 2));
-    OK(kvl_cache_insert_row(context, runner, &cache, 3, &other, 0, 7));
+    OK(kvl_cache_insert_sequence(context, runner, &cache, 3, &other, 0, 7));
     OK(kvl_cache_copy_prefix(context, runner, &cache, 3, two, 1, 4));
     OK(kvl_cache_reorder_workspace_size(&cache, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
@@ -291,7 +291,7 @@ static void whole_caches(const kvl_context *context, const kvl_parallel_runner *
     OK(kvl_cache_reorder_table_workspace_size(4, 8, &bytes));
     OK(kvl_cache_reorder_table(workspace, sizeof workspace, rows_of, 4, 8, lengths, parents));
     OK(kvl_shard_from_rank(0, &shard));
-    OK(kvl_shard_rows(&shard, 4, &first, &count));
+    OK(kvl_shard_sequences(&shard, 4, &first, &count));
     OK(kvl_shard_heads(&shard, 4, 2, heads, heads + 1, heads + 2, heads + 3));
     OK(kvl_shard_keys(&shard, 8, &first, &count));
     OK(kvl_shard_lengths(first, count, 4, 1, shorter, NULL, NULL, local[0], local[1], local[2]));

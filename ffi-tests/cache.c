@@ -119,18 +119,18 @@ static void rows(void) {
         other = cache = fresh(4, 2, 1);
         other.layers = sources;
         other.lengths = &length;
-        OK(kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 2));
+        OK(kvl_cache_insert_sequence(context, NULL, &cache, 2, &other, 0, 2));
         LENGTHS(4, 2, 2);
         ROW(2, 1, 1, 202);
         CHECK(all.k[0][2 * SLOTS * TOKEN] == 1 && all.k[0][(2 * SLOTS + 2) * TOKEN] == 202, "-");
-        REFUSED(KVL_STATUS_OUT_OF_RANGE, "length is 4", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 4));
-        REFUSED(KVL_STATUS_SHAPE, "length is -1", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, -1));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "length is 4", kvl_cache_insert_sequence(context, NULL, &cache, 2, &other, 0, 4));
+        REFUSED(KVL_STATUS_SHAPE, "length is -1", kvl_cache_insert_sequence(context, NULL, &cache, 2, &other, 0, -1));
         other.lengths = all.lengths;
-        REFUSED(KVL_STATUS_OVERLAP, "list of lengths", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 1));
+        REFUSED(KVL_STATUS_OVERLAP, "list of lengths", kvl_cache_insert_sequence(context, NULL, &cache, 2, &other, 0, 1));
         other.lengths = &length;
         sources[1].k = layers[1].k;
         sources[1].k.shape[0] = 1;
-        REFUSED(KVL_STATUS_OVERLAP, "layer 1", kvl_cache_insert_row(context, NULL, &cache, 2, &other, 0, 1));
+        REFUSED(KVL_STATUS_OVERLAP, "layer 1", kvl_cache_insert_sequence(context, NULL, &cache, 2, &other, 0, 1));
     }
 
     /* A ring with two sink tokens that has wrapped around. */
@@ -144,7 +144,7 @@ static void rows(void) {
         REFUSED(KVL_STATUS_INVALID_VALUE, "window_left is -2", kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_WINDOW_LEFT, -2));
         REFUSED(KVL_STATUS_INVALID_VALUE, "window_left is 3, but its flag is not set", kvl_cache_truncate(&cache, back, 0, 3));
         REFUSED(KVL_STATUS_INVALID_ENUM, "unknown bits 0x8", kvl_cache_truncate(&cache, back, 8, 0));
-        REFUSED(KVL_STATUS_OUT_OF_RANGE, "position 4 of row 0", kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_WINDOW_LEFT, 4));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "position 4 of sequence 0", kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_WINDOW_LEFT, 4));
         OK(kvl_cache_truncate(&cache, back, KVL_ATTENTION_FLAG_WINDOW_LEFT, 3));
         LENGTHS(8, 2, 1);
         REFUSED(KVL_STATUS_INVALID_VALUE, "a ring drops", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 0));
@@ -180,7 +180,7 @@ static void evict(void) {
     }
     REFUSED(KVL_STATUS_SHAPE, "3 rotations", kvl_cache_evict(context, NULL, &cache, 1, 1, 2, ropes, 3));
     REFUSED(KVL_STATUS_OUT_OF_RANGE, "1 to 7", kvl_cache_evict(context, NULL, &cache, 0, 1, 7, ropes, 1));
-    REFUSED(KVL_STATUS_OUT_OF_RANGE, "row is -1", kvl_cache_evict(context, NULL, &cache, -1, 0, 0, ropes, 1));
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "sequence is -1", kvl_cache_evict(context, NULL, &cache, -1, 0, 0, ropes, 1));
     REFUSED(KVL_STATUS_SHAPE, "first is -1", kvl_cache_evict(context, NULL, &cache, 0, -1, 0, ropes, 1));
     turn.rotary_dim = D + 2;
     REFUSED(KVL_STATUS_SHAPE, "rotary_dim 6", kvl_cache_evict(context, NULL, &cache, 0, 0, 1, ropes, 1));
@@ -295,7 +295,7 @@ static void pages(void) {
     REFUSED(KVL_STATUS_DUPLICATE_SLOT, "page 1", kvl_cache_copy_pages(context, NULL, layers, 2, twice, 2));
     REFUSED(KVL_STATUS_SHAPE, "no layers", kvl_cache_copy_pages(context, NULL, layers, 0, moves, 1));
     REFUSED(KVL_STATUS_NULL_POINTER, "layers is null", kvl_cache_copy_pages(context, NULL, NULL, 2, moves, 1));
-    REFUSED(KVL_STATUS_OUT_OF_RANGE, "lengths[0] is 6, but the row holds 0",
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "lengths[0] is 6, but the sequence holds 0",
             kvl_cache_defragment(context, NULL, layers, 2, table, 2, 0, lengths, map, &used));
     REFUSED(KVL_STATUS_OVERLAP, "share memory",
             kvl_cache_defragment(context, NULL, layers, 2, table, 2, 2, table + 1, map, &used));
@@ -321,7 +321,7 @@ static void mistakes(void) {
     REFUSED(KVL_STATUS_NULL_POINTER, "counts is null", kvl_cache_advance(&cache, NULL));
     REFUSED(KVL_STATUS_OVERLAP, "share memory", kvl_cache_advance(&cache, all.lengths));
     REFUSED(KVL_STATUS_INVALID_ENUM, "zero is 2", kvl_cache_reset(NULL, &cache, zeros, 1, 2));
-    REFUSED(KVL_STATUS_NULL_POINTER, "rows is null", kvl_cache_reset(NULL, &cache, NULL, 1, 1));
+    REFUSED(KVL_STATUS_NULL_POINTER, "sequences is null", kvl_cache_reset(NULL, &cache, NULL, 1, 1));
     REFUSED(KVL_STATUS_DUPLICATE_SLOT, "both 0", kvl_cache_reset(NULL, &cache, zeros, 2, 1));
     REFUSED(KVL_STATUS_NULL_POINTER, "bytes", kvl_cache_reorder_workspace_size(&cache, NULL, NULL));
     REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_cache_reorder(NULL, NULL, workspace, sizeof workspace, &cache, zeros));
@@ -353,14 +353,14 @@ static void shards(void) {
     int32_t lengths[2] = {1500, 700}, local[3][2], slots[4] = {9, 9, 9, 9};
     static const int32_t position[1] = {1022};
     kvl_view whole = kvl_make_view(all.v, KVL_DTYPE_F32, ROWS, SLOTS, HEADS, D), part;
-    OK(kvl_shard_rows(&shard, 7, &first, &count));
+    OK(kvl_shard_sequences(&shard, 7, &first, &count));
     CHECK(first == 0 && count == 7, "the default is the whole, not %d of %d", (int)first, (int)count);
     shard.num_data = 2;
     shard.num_model = 4;
     shard.num_sequence = 2;
     OK(kvl_shard_from_rank(11, &shard));
     CHECK(shard.data == 1 && shard.model == 1 && shard.sequence == 1 && shard.num_model == 4, "-");
-    OK(kvl_shard_rows(&shard, 7, &first, &count));
+    OK(kvl_shard_sequences(&shard, 7, &first, &count));
     CHECK(first == 4 && count == 3, "%d %d", (int)first, (int)count);
     OK(kvl_shard_heads(&shard, 32, 8, heads, heads + 1, heads + 2, heads + 3));
     CHECK(heads[0] == 8 && heads[1] == 8 && heads[2] == 2 && heads[3] == 2, "%d", (int)heads[0]);
@@ -380,7 +380,7 @@ static void shards(void) {
 
     first = -1;
     shard.model = 4;
-    REFUSED(KVL_STATUS_OUT_OF_RANGE, "model is 4", kvl_shard_rows(&shard, 7, &first, &count));
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "model is 4", kvl_shard_sequences(&shard, 7, &first, &count));
     shard.model = 0;
     REFUSED(KVL_STATUS_NULL_POINTER, "count is null", kvl_shard_keys(&shard, 7, &first, NULL));
     REFUSED(KVL_STATUS_SHAPE, "capacity is -1", kvl_shard_keys(&shard, -1, &first, &count));
@@ -388,7 +388,7 @@ static void shards(void) {
     REFUSED(KVL_STATUS_OUT_OF_RANGE, "rank is 16", kvl_shard_from_rank(16, &shard));
     REFUSED(KVL_STATUS_OVERLAP, "share memory",
             kvl_shard_lengths(0, 9, 2, 1, lengths, NULL, NULL, local[0], local[0], local[2]));
-    REFUSED(KVL_STATUS_OUT_OF_RANGE, "no span", kvl_shard_slots(0, INT64_MAX, 1, 4, position, slots));
+    REFUSED(KVL_STATUS_OUT_OF_RANGE, "no segment", kvl_shard_slots(0, INT64_MAX, 1, 4, position, slots));
     REFUSED(KVL_STATUS_SHAPE, "1 + 2", kvl_shard_view(&whole, 2, 1, 2, &part));
     REFUSED(KVL_STATUS_INVALID_ENUM, "axis is 4", kvl_shard_view(&whole, 4, 0, 1, &part));
     CHECK(first == -1, "%d", (int)first);

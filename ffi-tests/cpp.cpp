@@ -169,8 +169,8 @@ int main() {
         const std::vector<float> first = kvlane::attention_chunks(context, workspace, p);
         const kvl_chunk_states span = kvlane::chunk_states(first);
         kvl_merge_chunks_params merge = KVL_MERGE_CHUNKS_PARAMS_INIT;
-        merge.spans = &span;
-        merge.num_spans = 1;
+        merge.segments = &span;
+        merge.num_segments = 1;
         merge.kv_heads = p.k.shape[2];
         merge.dtype = p.k.dtype;
         merge.out = attention.out;
@@ -238,12 +238,12 @@ int main() {
     kvlane::cache_truncate(cache, {1, 2});
     kvlane::cache_copy_prefix(context, cache, 1, {0}, 2);
     expect(lengths == kvlane::list({2, 2}) && keys[0] == 0 && keys[2] == 4, "copied");
-    kvlane::cache_insert_row(context, cache, 1, other, 0, 1);
+    kvlane::cache_insert_sequence(context, cache, 1, other, 0, 1);
     expect(lengths[1] == 1 && keys[8] == 7 && keys[10] == 4, "inserted");
     kvlane::cache_reset(cache, {1}, true);
     kvlane::cache_set_lengths(cache, {0, 1}, {4, 2});
     expect(lengths == kvlane::list({4, 2}) && keys[8] == 0 && keys[2] == 4, "reset");
-    refused(KVL_STATUS_CAPACITY, "row 0 has 4", [&] { kvlane::cache_advance(cache, {1, 0}); });
+    refused(KVL_STATUS_CAPACITY, "sequence 0 has 4", [&] { kvlane::cache_advance(cache, {1, 0}); });
     refused(KVL_STATUS_SHAPE, "1 and 2", [&] { kvlane::cache_set_lengths(cache, {0}, {4, 2}); });
     kvlane::cache_copy_pages(context, layers, {{0, 1}});
     expect(keys[10] == 4, "copied a page");
@@ -255,7 +255,7 @@ int main() {
     expect(beams == kvlane::list({1, 1, 0, 0, 1, 1, 0, 0}), "table");
 
     const kvl_shard shard = kvlane::make_shard(3, 1, 2, 2);
-    expect(kvlane::shard_rows(shard, 5).count == 5 && kvlane::shard_heads(shard, 8, 4).second.first == 2, "shard");
+    expect(kvlane::shard_sequences(shard, 5).count == 5 && kvlane::shard_heads(shard, 8, 4).second.first == 2, "shard");
     const kvlane::span half = kvlane::shard_keys(shard, 2 * KVL_SPLIT_GRID);
     expect(half.first == KVL_SPLIT_GRID && half.count == KVL_SPLIT_GRID, "span");
     expect(kvlane::shard_lengths(half, 1, {1030}).lengths[0] == 6, "lengths of a span");

@@ -84,7 +84,7 @@ int main() {
     kvl_shard shard;
     ok(kvlane::make_shard(1, 1, 2, 1, shard), "shard");
     kvlane::span rows;
-    ok(kvlane::shard_rows(shard, 5, rows), "rows");
+    ok(kvlane::shard_sequences(shard, 5, rows), "rows");
     expect(rows.count == 5, "rows");
     std::vector<float> slopes;
     ok(kvlane::alibi_slopes(4, slopes), "slopes");

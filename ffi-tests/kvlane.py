@@ -96,7 +96,7 @@ class WriteParams(Sized):
         ("v_cache", View),
         ("positions", C.c_void_p),
         ("counts", C.c_void_p),
-        ("rows", C.c_void_p),
+        ("sequences", C.c_void_p),
         ("slots", C.c_void_p),
         ("rope", C.c_void_p),
     )

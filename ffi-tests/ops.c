@@ -269,7 +269,7 @@ static void kv_write(const kvl_context *context) {
     memset(v_cache, 0xff, sizeof v_cache);
     p.positions = positions;
     p.counts = counts;
-    p.rows = rows;
+    p.sequences = rows;
     OK(kvl_kv_write(context, NULL, &p));
     for (i = 0; i < 4 * ROW; i++) {
         int row = i / ROW, slot = i % ROW / 4, e = i % 4;
@@ -288,7 +288,7 @@ static void kv_write(const kvl_context *context) {
     /* By slot, keys only. */
     memset(k_cache, 0xff, sizeof k_cache);
     memset(v_cache, 0xff, sizeof v_cache);
-    p.positions = p.counts = p.rows = NULL;
+    p.positions = p.counts = p.sequences = NULL;
     p.slots = slots;
     memset(&p.v, 0, sizeof p.v);
     memset(&p.v_cache, 0, sizeof p.v_cache);
@@ -727,8 +727,8 @@ static void chunks(const kvl_context *context) {
         spans[i].states = states;
         spans[i].len = len;
     }
-    merge.spans = spans;
-    merge.num_spans = SPANS;
+    merge.segments = spans;
+    merge.num_segments = SPANS;
     merge.kv_heads = KV;
     merge.dtype = KVL_DTYPE_F32;
     merge.sink_logits = sinks;

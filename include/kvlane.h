@@ -301,44 +301,44 @@
 #define KVL_ROPE_SCALING_LONGROPE 5
 
 /**
- * Caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row b, slot p.
+ * Caches are [batch, capacity, kv_heads, dim]; position p of sequence b lies in sequence b, slot p.
  */
 #define KVL_LAYOUT_KIND_CONTIGUOUS 0
 
 /**
- * The same, but a row keeps its newest tokens only: position p lies in slot p as long as p < sinks, and from there on in slot
- * `sinks + (p - sinks) % (capacity - sinks)`. Lengths go on counting every token that a row was given.
+ * The same, but a sequence keeps its newest tokens only: position p lies in slot p as long as p < sink_tokens, and from there
+ * on in slot `sink_tokens + (p - sink_tokens) % (capacity - sink_tokens)`. Lengths go on counting every token that a sequence
+ * was given.
  */
 #define KVL_LAYOUT_KIND_RING 1
 
 /**
- * Caches are pools [pages, page_size, kv_heads, dim]; position p of row b lies in page
- * `table[b * pages_per_sequence + p / page_size]`, slot p % page_size. Rows may share pages that none of them writes. NHD and HND
- * are two sets of strides.
+ * Caches are pools [pages, page_size, kv_heads, dim]; position p of sequence b lies in page `table[b * pages_per_sequence + p
+ * / page_size]`, slot p % page_size. Sequences may share pages that none of them writes. NHD and HND are two sets of strides.
  */
 #define KVL_LAYOUT_KIND_PAGED 2
 
 /**
- * Beam search without copies: caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row
+ * Beam search without copies: caches are [batch, capacity, kv_heads, dim]; position p of sequence b lies in sequence
  * `table[b * capacity + p]`, slot p.
  */
 #define KVL_LAYOUT_KIND_INDIRECT 3
 
 /**
- * Rows one after the other, each as long as it is: caches are [1, tokens, kv_heads, dim]; position p of row b lies in slot
- * `table[b] + p`, and row b ends at `table[b + 1]` (`cu_seqlens`).
+ * Sequences one after the other, each as long as it is: caches are [1, tokens, kv_heads, dim]; position p of sequence b lies
+ * in slot `table[b] + p`, and sequence b ends at `table[b + 1]` (`cu_seqlens`).
  */
 #define KVL_LAYOUT_KIND_RAGGED 4
 
 /**
- * Every slot by itself: [rows, slots, kv_heads, v_dim].
+ * Every slot by itself: [batch, slots, kv_heads, v_dim].
  */
 #define KVL_PACKING_ROWS 0
 
 /**
- * Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: [rows, slots / 2, kv_heads,
- * 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. Slots a row (or a page) has, sinks of a ring and
- * starts of ragged rows are even.
+ * Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: [batch, slots / 2, kv_heads,
+ * 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. Slots a sequence (or a page) has, sinks of a ring and
+ * starts of ragged sequences are even.
  */
 #define KVL_PACKING_ROW_PAIRS 1
 
@@ -358,7 +358,7 @@
 #define KVL_ATTENTION_FLAG_WINDOW_RIGHT 4
 
 /**
- * Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
+ * Keys that attention computes as one: segments of a sequence begin and end at multiples of this many.
  */
 #define KVL_SPLIT_GRID 1024
 
@@ -716,12 +716,12 @@ typedef struct kvl_rms_norm_params {
 } kvl_rms_norm_params;
 
 /**
- * In which slots of a cache the tokens of a row lie.
+ * In which slots of a cache the tokens of a sequence lie.
  */
 typedef int32_t kvl_layout_kind;
 
 /**
- * Where in a cache the tokens of its rows lie. Start from `KVL_LAYOUT_INIT`, which is contiguous. Since ABI version 3.
+ * Where in a cache the tokens of its sequences lie. Start from `KVL_LAYOUT_INIT`, which is contiguous. Since ABI version 3.
  */
 typedef struct kvl_layout {
     /**
@@ -733,20 +733,20 @@ typedef struct kvl_layout {
      */
     kvl_layout_kind kind;
     /**
-     * `KVL_LAYOUT_KIND_RING`: how many of a row's first tokens are never overwritten; less than the capacity. Else 0.
+     * `KVL_LAYOUT_KIND_RING`: how many of a sequence's first tokens are never overwritten; less than the capacity. Else 0.
      */
     int32_t sink_tokens;
     /**
-     * Rows that the table describes; not looked at without a table.
+     * Sequences that the table describes; not looked at without a table.
      */
     int64_t num_sequences;
     /**
-     * `KVL_LAYOUT_KIND_PAGED`: entries of a row. Else 0.
+     * `KVL_LAYOUT_KIND_PAGED`: entries of a sequence. Else 0.
      */
     int64_t pages_per_sequence;
     /**
-     * `KVL_LAYOUT_KIND_PAGED`: [rows, pages_per_sequence]; entries beyond a row's length are not looked at. `KVL_LAYOUT_KIND_INDIRECT`: [rows, capacity].
-     * `KVL_LAYOUT_KIND_RAGGED`: [rows + 1], ascending. Else null.
+     * `KVL_LAYOUT_KIND_PAGED`: [batch, pages_per_sequence]; entries beyond a sequence's length are not looked at.
+     * `KVL_LAYOUT_KIND_INDIRECT`: [batch, capacity]. `KVL_LAYOUT_KIND_RAGGED`: [batch + 1], ascending. Else null.
      */
     const int32_t *table;
 } kvl_layout;
@@ -769,28 +769,29 @@ typedef struct kvl_kv_write_params {
      */
     struct kvl_const_view v;
     /**
-     * Where keys go: [rows, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any type.
+     * Where keys go: [batch, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any type.
      */
     struct kvl_view k_cache;
     /**
-     * Where values go: [rows, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any type.
+     * Where values go: [batch, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any type.
      */
     struct kvl_view v_cache;
     /**
-     * [batch]: token t of row b is at position `positions[b] + t` of its row of the cache.
+     * [batch]: token t of sequence b is at position `positions[b] + t` of its sequence of the cache.
      */
     const int32_t *positions;
     /**
-     * [batch]: only the first `counts[b]` tokens of row b are written (padded prompts); null for all.
+     * [batch]: only the first `counts[b]` tokens of sequence b are written (padded prompts); null for all.
      */
     const int32_t *counts;
     /**
-     * [batch]: source row b goes to row `rows[b]` of the cache; null for row b.
+     * [batch]: source sequence b goes to sequence `sequences[b]` of the cache; null for sequence b.
      */
-    const int32_t *rows;
+    const int32_t *sequences;
     /**
-     * [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_LAYOUT_KIND_PAGED` and `KVL_LAYOUT_KIND_RAGGED` slots are
-     * counted over the whole pool, page by page; the layout's table is not looked at, and there are no `rows`.
+     * [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_LAYOUT_KIND_PAGED` and
+     * `KVL_LAYOUT_KIND_RAGGED` slots are counted over the whole pool, page by page; the layout's table is not looked at, and
+     * there are no `sequences`.
      */
     const int32_t *slots;
     /**
@@ -799,9 +800,9 @@ typedef struct kvl_kv_write_params {
      */
     const struct kvl_rope_params *rope;
     /**
-     * In which slot a position lies; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. A `KVL_LAYOUT_KIND_RING` takes no more tokens of a row in one call than it
-     * has slots beside its sinks. `KVL_LAYOUT_KIND_INDIRECT` only reads: write to the token's own row, and set the table's entry. Since
-     * ABI version 3.
+     * In which slot a position lies; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. A `KVL_LAYOUT_KIND_RING` takes no more tokens of a
+     * sequence in one call than it has slots beside its sinks. `KVL_LAYOUT_KIND_INDIRECT` only reads: write to the token's own
+     * sequence, and set the table's entry. Since ABI version 3.
      */
     const struct kvl_layout *layout;
     /**
@@ -851,13 +852,13 @@ typedef struct kvl_mask {
  * A mask [batch, seq, heads, keys] of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
  * first, and keys are neighbours. Start from `KVL_BIT_MASK_INIT`. Since ABI version 3.
  *
- * It may speak of the last keys alone: bit j of row b is of key `first_keys[b] + j`, keys before that are seen, and the last bit
- * is of the row's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a stride of 0, over
- * the n tokens that were written last.
+ * It may speak of the last keys alone: bit j of sequence b is of key `first_keys[b] + j`, keys before that are seen, and the
+ * last bit is of the sequence's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a
+ * stride of 0, over the n tokens that were written last.
  *
- * Its rows may be as wide as each is, and lie anywhere: with `bit_offsets` and `query_strides`, a row has bits for its own queries
- * and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of requests one after
- * the other, each [queries, keys] of its own, are one mask.
+ * Its sequences may be as wide as each is, and lie anywhere: with `bit_offsets` and `query_strides`, a sequence has bits for
+ * its own queries and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of
+ * requests one after the other, each [queries, keys] of its own, are one mask.
  */
 typedef struct kvl_bit_mask {
     /**
@@ -877,7 +878,7 @@ typedef struct kvl_bit_mask {
      */
     int64_t offset;
     /**
-     * batch, seq (the most queries of a row), heads, keys (at least the most of a row, less its first key).
+     * batch, seq (the most queries of a sequence), heads, keys (at least the most of a sequence, less its first key).
      */
     int64_t shape[4];
     /**
@@ -885,17 +886,17 @@ typedef struct kvl_bit_mask {
      */
     int64_t strides[3];
     /**
-     * [batch]: the key of a row's first bit; null for 0.
+     * [batch]: the key of a sequence's first bit; null for 0.
      */
     const int32_t *first_keys;
     /**
-     * [batch]: the bit of a row's query 0, head 0 and first key, not negative, instead of `offset` and the stride of batch, which
-     * must be 0; null if rows lie at those. Given with `query_strides` or not at all.
+     * [batch]: the bit of a sequence's query 0, head 0 and first key, not negative, instead of `offset` and the stride of
+     * batch, which must be 0; null if sequences lie at those. Given with `query_strides` or not at all.
      */
     const int64_t *bit_offsets;
     /**
-     * [batch]: bits from a query of a row to the next, not negative, 0 to broadcast, instead of the stride of seq, which must be
-     * 0; null if all rows have that.
+     * [batch]: bits from a query of a sequence to the next, not negative, 0 to broadcast, instead of the stride of seq, which
+     * must be 0; null if all sequences have that.
      */
     const int64_t *query_strides;
 } kvl_bit_mask;
@@ -905,11 +906,11 @@ typedef struct kvl_bit_mask {
  * and `out`. Query head h reads KV head `h / (heads / kv_heads)`; nothing is repeated in memory.
  *
  * A logit is `softcap(q.k * scale) + alibi + bias`; then what is masked is taken out, then softmax in f32. Query i of a
- * row stands at position p = i + offset among the keys, and sees key j when all of these hold: `j < lengths[row]`,
- * `j >= kv_starts[row]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of these
- * three, a key `j < prefix_lengths[row]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias is not -inf, a
- * ring has not overwritten it. A query that sees no key has output 0 and LSE -inf (with a sink: the
- * sink's logit). What is not seen cannot reach the output, NaN or not; what is seen does.
+ * sequence stands at position p = i + offset among the keys, and sees key j when all of these hold: `j < lengths[sequence]`,
+ * `j >= kv_starts[sequence]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of
+ * these three, a key `j < prefix_lengths[sequence]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias
+ * is not -inf, a ring has not overwritten it. A query that sees no key has output 0 and LSE -inf (with a sink: the sink's
+ * logit). What is not seen cannot reach the output, NaN or not; what is seen does.
  */
 typedef struct kvl_attention_params {
     /**
@@ -933,7 +934,7 @@ typedef struct kvl_attention_params {
      */
     struct kvl_view out;
     /**
-     * Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a row's logits; null
+     * Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a query row's logits; null
      * if not wanted.
      */
     float *lse;
@@ -946,8 +947,8 @@ typedef struct kvl_attention_params {
      */
     float softcap;
     /**
-     * `KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT`. A window of 0 keys means something, so whether there is a window
-     * is said here, not by its size.
+     * `KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT`. A window of 0 keys means
+     * something, so whether there is a window is said here, not by its size.
      */
     kvl_attention_flag flags;
     /**
@@ -1000,18 +1001,18 @@ typedef struct kvl_attention_params {
      */
     int32_t reserved2;
     /**
-     * In which slots of `k` and `v` the tokens of a row lie, and so what their first two axes mean; null for contiguous rows. A
-     * ring, and pages, need `lengths`. Positions go on counting what a ring has overwritten: a window must lie in what it
-     * retains, and with no window there can be only one query once it has overwritten any. Since ABI version 3.
+     * In which slots of `k` and `v` the tokens of a sequence lie, and so what their first two axes mean; null for contiguous
+     * sequences. A ring, and pages, need `lengths`. Positions go on counting what a ring has overwritten: a window must lie in
+     * what it retains, and with no window there can be only one query once it has overwritten any. Since ABI version 3.
      */
     const struct kvl_layout *layout;
     /**
-     * [rows + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and row b of the batch is tokens
-     * `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1` (`cu_seqlens`); null for rows of equal length, the first axis of `q`.
+     * [batch + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and sequence b of the batch is tokens
+     * `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1` (`cu_seqlens`); null for sequences of equal length, the first axis of `q`.
      */
     const int32_t *cu_seqlens_q;
     /**
-     * With `cu_seqlens_q`: rows of the batch, as many as every [batch] list here has entries. Else 0.
+     * With `cu_seqlens_q`: sequences of the batch, as many as every [batch] list here has entries. Else 0.
      */
     int64_t num_sequences;
     /**
@@ -1024,14 +1025,14 @@ typedef struct kvl_attention_params {
      */
     const struct kvl_bit_mask *bit_mask;
     /**
-     * What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`,
-     * `kv_starts`, `offsets` and `prefix_lengths`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
-     * plan was made of either; null for none.
+     * What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`,
+     * `lengths`, `kv_starts`, `offsets` and `prefix_lengths`, which must then be 0 or null, and of `mask` and `bit_mask`,
+     * which must be absent if the plan was made of either; null for none.
      */
     const struct kvl_plan *plan;
     /**
-     * How values lie in `v`: with `KVL_PACKING_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
-     * that are not packed.
+     * How values lie in `v`: with `KVL_PACKING_ROW_PAIRS`, it is [batch, slots / 2, kv_heads, 2 * v_dim]. The same bits as for
+     * values that are not packed.
      */
     kvl_packing v_packing;
     /**
@@ -1059,11 +1060,11 @@ typedef struct kvl_attention_state {
  */
 typedef struct kvl_kv_layer {
     /**
-     * Keys [rows, slots, kv_heads, dim]; what the first two axes are is the layout's to say.
+     * Keys [batch, slots, kv_heads, dim]; what the first two axes are is the layout's to say.
      */
     struct kvl_view k;
     /**
-     * Values [rows, slots, kv_heads, v_dim]; absent where keys and values share memory.
+     * Values [batch, slots, kv_heads, v_dim]; absent where keys and values share memory.
      */
     struct kvl_view v;
 } kvl_kv_layer;
@@ -1087,17 +1088,17 @@ typedef struct kvl_cache {
      */
     size_t num_layers;
     /**
-     * Where the tokens of a row lie, in every layer; null for contiguous.
+     * Where the tokens of a sequence lie, in every layer; null for contiguous.
      */
     const struct kvl_layout *layout;
     /**
-     * [rows of the layout]: how many tokens each row was given. Calls that change lengths change these, last.
+     * [batch]: how many tokens each sequence was given. Calls that change lengths change these, last.
      */
     int32_t *lengths;
 } kvl_cache;
 
 /**
- * The states of a span's chunks, as `kvl_attention_chunks` left them. Since ABI version 3.
+ * The states of a segment's chunks, as `kvl_attention_chunks` left them. Since ABI version 3.
  */
 typedef struct kvl_chunk_states {
     /**
@@ -1105,14 +1106,14 @@ typedef struct kvl_chunk_states {
      */
     const float *states;
     /**
-     * How many floats, as `kvl_attention_chunks_states_len` said it for the span.
+     * How many floats, as `kvl_attention_chunks_states_len` said it for the segment.
      */
     int64_t len;
 } kvl_chunk_states;
 
 /**
- * What a merge of spans reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `spans`, `num_spans`, `kv_heads`, `dtype`,
- * `out`, and `precision` if that of the spans was another. Since ABI version 3.
+ * What a merge of segments reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `segments`, `num_segments`,
+ * `kv_heads`, `dtype`, `out`, and `precision` if that of the segments was another. Since ABI version 3.
  */
 typedef struct kvl_merge_chunks_params {
     /**
@@ -1120,13 +1121,13 @@ typedef struct kvl_merge_chunks_params {
      */
     size_t struct_size;
     /**
-     * [num_spans], in the order of the sequence.
+     * [num_segments], in the order of the sequence.
      */
-    const struct kvl_chunk_states *spans;
+    const struct kvl_chunk_states *segments;
     /**
      * 1 to 256.
      */
-    size_t num_spans;
+    size_t num_segments;
     /**
      * KV heads of the cache.
      */
@@ -1136,11 +1137,11 @@ typedef struct kvl_merge_chunks_params {
      */
     kvl_dtype dtype;
     /**
-     * That of the spans' calls.
+     * That of the segments' calls.
      */
     kvl_precision precision;
     /**
-     * [heads]: one more logit, which takes weight and has no value, once for all spans; null for none.
+     * [heads]: one more logit, which takes weight and has no value, once for all segments; null for none.
      */
     const float *sink_logits;
     /**
@@ -1148,8 +1149,8 @@ typedef struct kvl_merge_chunks_params {
      */
     struct kvl_view out;
     /**
-     * Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a row's logits; null if not
-     * wanted.
+     * Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a query row's logits; null
+     * if not wanted.
      */
     float *lse;
 } kvl_merge_chunks_params;
@@ -1447,14 +1448,14 @@ kvl_status kvl_rms_norm_rope(const struct kvl_context *context,
                              const struct kvl_rope_params *rope);
 
 /**
- * Writes new keys and values into their caches, all rows in one call, each at its own place, converted to the cache's type
+ * Writes new keys and values into their caches, all sequences in one call, each at its own place, converted to the cache's type
  * (to nearest, ties to even); normalises the keys on the way if `params->k_norm` is given, and rotates them if `params->rope`
  * is. Lengths are the caller's to advance.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches or disjoint rows; `runner` null is the
+ * Thread safety: may be called from any number of threads at once on disjoint caches or disjoint sequences; `runner` null is the
  * calling thread.
  * Bad input: null, an unknown `struct_size` or enumeration value, shapes that do not fit, a slot past the capacity
- * (`KVL_STATUS_CAPACITY`), a negative position, slot or row, a page that does not exist, two tokens for one slot
+ * (`KVL_STATUS_CAPACITY`), a negative position, slot or sequence, a page that does not exist, two tokens for one slot
  * (`KVL_STATUS_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
  * clamped.
  */
@@ -1556,10 +1557,10 @@ kvl_status kvl_attention_with_prefix_workspace_size(const struct kvl_const_view 
                                                     size_t *bytes);
 
 /**
- * Attention over a prefix that all rows share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim], and then over each
- * row's own keys, of which `params` speaks as it does in `kvl_attention`: position 0 of a row is its first key after the
- * prefix. Every query sees the whole prefix, which is read once for all of them; sinks count once. The result is that of
- * attention over both at once within the kernel's bound; it does not depend on the runner, the batch or strides.
+ * Attention over a prefix that all sequences share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim], and then over
+ * each sequence's own keys, of which `params` speaks as it does in `kvl_attention`: position 0 of a sequence is its first key
+ * after the prefix. Every query sees the whole prefix, which is read once for all of them; sinks count once. The result is
+ * that of attention over both at once within the kernel's bound; it does not depend on the runner, the batch or strides.
  *
  * `workspace` is as for `kvl_attention`, of the size that `kvl_attention_with_prefix_workspace_size` says. Since ABI version 3.
  *
@@ -1593,16 +1594,16 @@ kvl_status kvl_merge_states(const struct kvl_context *context,
                             float *lse);
 
 /**
- * Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
- * `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`, `offsets`, `prefix_lengths`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
- * there are masks, the heads of `q`; nothing else of it is looked at, and data of tensors may be null.
- * `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
+ * Makes a plan: copies and checks what `params` says of the sequences of an attention call, which are `flags`, windows,
+ * `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`, `offsets`, `prefix_lengths`, `mask`, `bit_mask`, the
+ * first two axes of `q` and `k`, and if there are masks, the heads of `q`; nothing else of it is looked at, and data of
+ * tensors may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
  *
- * Masks are read here and once: the plan has bits of its own, for the queries of every row and the keys up to its length, of each
- * head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they hide nothing
- * that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
+ * Masks are read here and once: the plan has bits of its own, for the queries of every sequence and the keys up to its length,
+ * of each head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they
+ * hide nothing that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
  *
- * A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no
+ * A plan serves every layer whose caches have the same sequences and slots, any number of threads, and every context. It holds no
  * pointer of the caller's. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once.
@@ -1623,29 +1624,29 @@ kvl_status kvl_plan_update(struct kvl_plan *plan,
                            const struct kvl_attention_params *params);
 
 /**
- * Takes a plan to the next step: row b has been given `counts[b]` tokens more, and as many queries follow as before. Lengths, and
- * offsets where they were given, grow; the table must have the entries of the new tokens. Allocates nothing, and looks only at
- * what is new.
+ * Takes a plan to the next step: sequence b has been given `counts[b]` tokens more, and as many queries follow as before.
+ * Lengths, and offsets where they were given, grow; the table must have the entries of the new tokens. Allocates nothing, and
+ * looks only at what is new.
  *
  * Thread safety: no other call may use the plan meanwhile.
- * Bad input: null, a list of other than `rows` entries, a negative count, a row without room, table entries that are no pages or
- * rows, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new tokens is for
- * `kvl_plan_update`) are errors, and the plan is then what it was.
+ * Bad input: null, a list of other than `num_sequences` entries, a negative count, a sequence without room, table entries that
+ * are no pages or sequences, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new
+ * tokens is for `kvl_plan_update`) are errors, and the plan is then what it was.
  */
 kvl_status kvl_plan_advance(struct kvl_plan *plan,
                             const int32_t *counts,
-                            int64_t rows);
+                            int64_t num_sequences);
 
 /**
- * Sets `count` entries from `first` on of a row in the table of a plan with a paged or indirect layout: before `kvl_plan_advance`
- * needs them, or when a page has moved.
+ * Sets `count` entries from `first` on of a sequence in the table of a plan with a paged or indirect layout: before
+ * `kvl_plan_advance` needs them, or when a page has moved.
  *
  * Thread safety: no other call may use the plan meanwhile.
- * Bad input: null, a layout without a table, entries outside the row, and entries of tokens that the row has which are no pages
- * or rows of the cache are errors, and the plan is then what it was.
+ * Bad input: null, a layout without a table, entries outside the sequence, and entries of tokens that the sequence has which
+ * are no pages or sequences of the cache are errors, and the plan is then what it was.
  */
 kvl_status kvl_plan_set_table(struct kvl_plan *plan,
-                              int64_t row,
+                              int64_t sequence,
                               int64_t first,
                               const int32_t *entries,
                               int64_t count);
@@ -1659,24 +1660,24 @@ kvl_status kvl_plan_set_table(struct kvl_plan *plan,
 void kvl_plan_destroy(struct kvl_plan *plan);
 
 /**
- * Row `rows[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is. Since
+ * Sequence `sequences[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is. Since
  * ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches.
- * Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist or comes twice, a
- * negative value or one above the row's capacity, a table entry that leads outside the cache are errors, and no length
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes twice, a
+ * negative value or one above the sequence's capacity, a table entry that leads outside the cache are errors, and no length
  * changes.
  */
 kvl_status kvl_cache_set_lengths(const struct kvl_cache *cache,
-                                 const int32_t *rows,
+                                 const int32_t *sequences,
                                  const int32_t *values,
-                                 size_t num_rows);
+                                 size_t num_sequences);
 
 /**
- * Adds `counts[b]`, [rows], to the length of every row b, after as many tokens have been written to it. Since ABI version 3.
+ * Adds `counts[b]`, [batch], to the length of every sequence b, after as many tokens have been written to it. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches.
- * Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the row's
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the sequence's
  * capacity (`KVL_STATUS_CAPACITY`), a table entry that leads outside the cache are errors, and no length changes.
  */
 kvl_status kvl_cache_advance(const struct kvl_cache *cache,
@@ -1703,47 +1704,47 @@ kvl_status kvl_cache_truncate(const struct kvl_cache *cache,
                               int64_t window_left);
 
 /**
- * Empties rows: their lengths become 0. With `zero` 1 their slots are filled with zeros too: all that they have, or in a
+ * Empties sequences: their lengths become 0. With `zero` 1 their slots are filled with zeros too: all that they have, or in a
  * paged cache their pages as far as they are in use. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist or comes twice, a
- * `zero` that is neither 0 nor 1, zeros for a page that another row uses too or for an indirect cache are errors, and nothing is
- * written.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes twice,
+ * a `zero` that is neither 0 nor 1, zeros for a page that another sequence uses too or for an indirect cache are errors, and
+ * nothing is written.
  */
 kvl_status kvl_cache_reset(const struct kvl_parallel_runner *runner,
                            const struct kvl_cache *cache,
-                           const int32_t *rows,
-                           size_t num_rows,
+                           const int32_t *sequences,
+                           size_t num_sequences,
                            int32_t zero);
 
 /**
- * Copies the first `length` tokens of row `from_row` of the cache `from`, which is only read, into row `row` of the cache
- * `to`, whose length they become: a prompt that was prefilled alone takes its place in a batch. Both have the same number of
- * layers, and these the same heads and dims; types (converted to nearest, ties to even) and layouts may differ. A ring takes the
- * tokens that it would hold after `length`. Since ABI version 3.
+ * Copies the first `length` tokens of sequence `from_sequence` of the cache `from`, which is only read, into sequence
+ * `sequence` of the cache `to`, whose length they become: a prompt that was prefilled alone takes its place in a batch. Both
+ * have the same number of layers, and these the same heads and dims; types (converted to nearest, ties to even) and layouts
+ * may differ. A ring takes the tokens that it would hold after `length`. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a row that does
- * not exist, a length above the source's or above the row's capacity, tokens that a ring has overwritten, a page that
- * another row uses too, an indirect target are errors, and nothing is written.
+ * Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a sequence
+ * that does not exist, a length above the source's or above the sequence's capacity, tokens that a ring has overwritten, a
+ * page that another sequence uses too, an indirect target are errors, and nothing is written.
  */
-kvl_status kvl_cache_insert_row(const struct kvl_context *context,
-                                const struct kvl_parallel_runner *runner,
-                                const struct kvl_cache *to,
-                                int64_t row,
-                                const struct kvl_cache *from,
-                                int64_t from_row,
-                                int64_t length);
+kvl_status kvl_cache_insert_sequence(const struct kvl_context *context,
+                                     const struct kvl_parallel_runner *runner,
+                                     const struct kvl_cache *to,
+                                     int64_t sequence,
+                                     const struct kvl_cache *from,
+                                     int64_t from_sequence,
+                                     int64_t length);
 
 /**
- * Copies the first `tokens` tokens of row `from` into the rows `to`, [num_to], whose length they become: one prompt, many
- * continuations. Rows of pages can share those that are full instead, by their table. Since ABI version 3.
+ * Copies the first `tokens` tokens of sequence `from` into the sequences `to`, [num_to], whose length they become: one prompt,
+ * many continuations. Sequences of pages can share those that are full instead, by their table. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist, comes twice or is the
- * source, more tokens than the source has or a row holds, tokens that a ring has overwritten, a page that another row uses too,
- * an indirect cache are errors, and nothing is written.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist, comes twice or
+ * is the source, more tokens than the source has or a sequence holds, tokens that a ring has overwritten, a page that another
+ * sequence uses too, an indirect cache are errors, and nothing is written.
  */
 kvl_status kvl_cache_copy_prefix(const struct kvl_context *context,
                                  const struct kvl_parallel_runner *runner,
@@ -1764,11 +1765,11 @@ kvl_status kvl_cache_reorder_workspace_size(const struct kvl_cache *cache,
                                             size_t *bytes);
 
 /**
- * Every row b becomes a copy of what row `parents[b]`, [rows], was, tokens and length (beam search). Only valid tokens move, and
- * only those of rows that are not their own parents. `workspace` has `workspace_bytes` bytes, at least what
- * `kvl_cache_reorder_workspace_size` says, and is aligned to 64 bytes. Since ABI version 3.
+ * Every sequence b becomes a copy of what sequence `parents[b]`, [batch], was, tokens and length (beam search). Only valid
+ * tokens move, and only those of sequences that are not their own parents. `workspace` has `workspace_bytes` bytes, at least
+ * what `kvl_cache_reorder_workspace_size` says, and is aligned to 64 bytes. Since ABI version 3.
  *
- * Rows of pages are reordered by their table, with `kvl_cache_copy_pages` for last pages of their own; for those of an
+ * Sequences of pages are reordered by their table, with `kvl_cache_copy_pages` for last pages of their own; for those of an
  * indirect cache there is `kvl_cache_reorder_table`.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches and workspaces; `runner` null is the
@@ -1784,49 +1785,49 @@ kvl_status kvl_cache_reorder(const struct kvl_context *context,
                              const int32_t *parents);
 
 /**
- * Bytes of workspace that `kvl_cache_reorder_table` needs for a table [rows, capacity]. Since ABI version 3.
+ * Bytes of workspace that `kvl_cache_reorder_table` needs for a table [batch, capacity]. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once.
  * Bad input: null or a negative number is an error, and `*bytes` is not touched.
  */
-kvl_status kvl_cache_reorder_table_workspace_size(int64_t rows, int64_t capacity, size_t *bytes);
+kvl_status kvl_cache_reorder_table_workspace_size(int64_t num_sequences, int64_t capacity, size_t *bytes);
 
 /**
- * Row b of the table of an indirect cache, [rows, capacity], becomes a copy of what row `parents[b]`, [rows], was, and so does
- * `lengths[b]`, [rows]. No token moves. A step of beam search is: `kvl_kv_write` as into a contiguous cache, to row b at
- * position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with `KVL_LAYOUT_KIND_INDIRECT`; parents are
- * chosen; this. As long as rows that have tokens of each other are equally long, no slot is written while a row needs what is
- * in it; where one would be, the call is refused. Since ABI version 3.
+ * Sequence b of the table of an indirect cache, [batch, capacity], becomes a copy of what sequence `parents[b]`, [batch], was,
+ * and so does `lengths[b]`, [batch]. No token moves. A step of beam search is: `kvl_kv_write` as into a contiguous cache, to
+ * sequence b at position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with
+ * `KVL_LAYOUT_KIND_INDIRECT`; parents are chosen; this. As long as sequences that have tokens of each other are equally long,
+ * no slot is written while a sequence needs what is in it; where one would be, the call is refused. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint tables and workspaces.
- * Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a row that
- * would write slots again in which another row has tokens (`KVL_STATUS_OVERLAP`), lists that share memory, a workspace that is
- * too small or misaligned are errors, and nothing changes.
+ * Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a sequence
+ * that would write slots again in which another sequence has tokens (`KVL_STATUS_OVERLAP`), lists that share memory, a
+ * workspace that is too small or misaligned are errors, and nothing changes.
  */
 kvl_status kvl_cache_reorder_table(void *workspace,
                                    size_t workspace_bytes,
                                    int32_t *table,
-                                   int64_t rows,
+                                   int64_t num_sequences,
                                    int64_t capacity,
                                    int32_t *lengths,
                                    const int32_t *parents);
 
 /**
- * In the table of an indirect cache, [rows, capacity]: `tokens` tokens of every row b, from position `positions[b]`, [rows], on,
- * lie in cache row b, where they have just been written. Since ABI version 3.
+ * In the table of an indirect cache, [batch, capacity]: `tokens` tokens of every sequence b, from position `positions[b]`,
+ * [batch], on, lie in cache sequence b, where they have just been written. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint tables.
  * Bad input: null, a negative size, a negative position, tokens past the capacity (`KVL_STATUS_CAPACITY`), lists that share memory
  * are errors, and nothing changes.
  */
 kvl_status kvl_cache_set_table_tokens(int32_t *table,
-                                      int64_t rows,
+                                      int64_t num_sequences,
                                       int64_t capacity,
                                       const int32_t *positions,
                                       int64_t tokens);
 
 /**
- * Drops the tokens `first` .. `end` of a row and closes the gap: later tokens move down by `end - first` positions, and their
+ * Drops the tokens `first` .. `end` of a sequence and closes the gap: later tokens move down by `end - first` positions, and their
  * keys are turned to where they then stand. To keep sinks, begin after them.
  *
  * `ropes` has an entry a layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation; a null entry is a layer
@@ -1837,33 +1838,33 @@ kvl_status kvl_cache_set_table_tokens(int32_t *table,
  * `kvl_cache_evict_running` has no such drift. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a row that does not exist, a
- * range that is none or goes beyond the row's length, a number of ropes that fits nothing, a `rotary_dim` above a layer's dim, a
- * page that is to be written and that another row uses too, a ring (which drops its oldest tokens by itself), an indirect cache
- * are errors, and nothing is written.
+ * Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a sequence that does not
+ * exist, a range that is none or goes beyond the sequence's length, a number of ropes that fits nothing, a `rotary_dim` above
+ * a layer's dim, a page that is to be written and that another sequence uses too, a ring (which drops its oldest tokens by
+ * itself), an indirect cache are errors, and nothing is written.
  */
 kvl_status kvl_cache_evict(const struct kvl_context *context,
                            const struct kvl_parallel_runner *runner,
                            const struct kvl_cache *cache,
-                           int64_t row,
+                           int64_t sequence,
                            int64_t first,
                            int64_t end,
                            const struct kvl_rope_params *const *ropes,
                            size_t num_ropes);
 
 /**
- * Drops the tokens `first` .. `end` of a row and closes the gap, and lets RoPE positions run on: the keys of later tokens move
- * with all their bits, as values do, and only the `first` keys before the gap are brought near, by writing them again from
- * unrotated copies. However often it is called, each key has been rounded once.
+ * Drops the tokens `first` .. `end` of a sequence and closes the gap, and lets RoPE positions run on: the keys of later tokens
+ * move with all their bits, as values do, and only the `first` keys before the gap are brought near, by writing them again
+ * from unrotated copies. However often it is called, each key has been rounded once.
  *
- * `dropped` is how many tokens the row has lost before this call. Afterwards token t of the row has RoPE position
+ * `dropped` is how many tokens the sequence has lost before this call. Afterwards token t of the sequence has RoPE position
  * `t + dropped + (end - first)`; the next query and key take `length + dropped`, with the new length and the new sum.
  * Lengths, causality, windows and ALiBi go on counting from 0.
  *
  * `ropes` and `keys` have an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation or no token is
  * kept before the gap. A null rope is a layer whose keys before the gap stay as they are. Of a rope, `pairing`, `rotary_dim`,
  * `inv_freq` and `magnitude` are what the keys were written with; other fields are not looked at, but a table is refused.
- * `keys[i]` is [1, tokens, kv_heads, dim], of any type, with at least `first` tokens: the keys of the row's first tokens
+ * `keys[i]` is [1, tokens, kv_heads, dim], of any type, with at least `first` tokens: the keys of the sequence's first tokens
  * after their norm and before their rotation. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
@@ -1873,7 +1874,7 @@ kvl_status kvl_cache_evict(const struct kvl_context *context,
 kvl_status kvl_cache_evict_running(const struct kvl_context *context,
                                    const struct kvl_parallel_runner *runner,
                                    const struct kvl_cache *cache,
-                                   int64_t row,
+                                   int64_t sequence,
                                    int64_t first,
                                    int64_t end,
                                    int64_t dropped,
@@ -1897,16 +1898,16 @@ kvl_status kvl_cache_copy_pages(const struct kvl_context *context,
                                 size_t num_moves);
 
 /**
- * Gathers the pages that rows use at the start of the pool, in all layers, and says in `*used` how many they are: from there on
- * all pages are free. The views of the layers are [pages, page_size, kv_heads, dim].
+ * Gathers the pages that sequences use at the start of the pool, in all layers, and says in `*used` how many they are: from
+ * there on all pages are free. The views of the layers are [pages, page_size, kv_heads, dim].
  *
- * Pages in use hold the first `lengths[b]`, [rows], tokens of a row b; shared ones stay shared. Only pages beyond the new end
- * move, in ascending order to the lowest free places. `table`, [rows, pages_per_sequence], is updated; its entries beyond a row's
- * length become -1, since what they named may be another row's now. `map` has an entry a page; afterwards it says where
- * each page went, -1 for those that were not in use. Since ABI version 3.
+ * Pages in use hold the first `lengths[b]`, [batch], tokens of a sequence b; shared ones stay shared. Only pages beyond the
+ * new end move, in ascending order to the lowest free places. `table`, [batch, pages_per_sequence], is updated; its entries
+ * beyond a sequence's length become -1, since what they named may be another sequence's now. `map` has an entry a page;
+ * afterwards it says where each page went, -1 for those that were not in use. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
- * Bad input: null, a negative size, views that do not fit each other, a length above what a row's entries hold, an entry that
+ * Bad input: null, a negative size, views that do not fit each other, a length above what a sequence's entries hold, an entry that
  * is no page, lists that share memory are errors, and nothing is written but to `map`.
  */
 kvl_status kvl_cache_defragment(const struct kvl_context *context,
@@ -1914,16 +1915,16 @@ kvl_status kvl_cache_defragment(const struct kvl_context *context,
                                 const struct kvl_kv_layer *layers,
                                 size_t num_layers,
                                 int32_t *table,
-                                int64_t rows,
+                                int64_t num_sequences,
                                 int64_t pages_per_sequence,
                                 const int32_t *lengths,
                                 int32_t *map,
                                 int64_t *used);
 
 /**
- * How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every row [batch, seq, heads] and
- * every `KVL_SPLIT_GRID` keys, or part of as many, that a row of the cache has room for, v_dim rounded up to 16 and 16 more. Only
- * those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be null. Since ABI version 3.
+ * How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every query row [batch, seq,
+ * heads] and every `KVL_SPLIT_GRID` keys, or part of as many, that a sequence of the cache has room for, v_dim rounded up to
+ * 16 and 16 more. Only those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be null. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint outputs.
  * Bad input: as for `kvl_attention_workspace_size`; ragged queries, a ring, and more floats than an address space holds are errors
@@ -1944,20 +1945,21 @@ kvl_status kvl_attention_chunks_workspace_size(const struct kvl_attention_params
                                                size_t *bytes);
 
 /**
- * Attention over a span of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
+ * Attention over a segment of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
  * keys are spread over machines, or come in pieces, the merged bits are those of one `kvl_attention` over all keys.
  *
- * `params` is as for `kvl_attention`, in the span's own positions: `lengths`, `kv_starts`, `offsets` and so on count from the span's
- * first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts spans so, `kvl_shard_lengths` computes the lists). There
- * is no `out`, no `lse`, and there are no `sink_logits`: those are given to `kvl_merge_chunks`. `states` has `states_len` floats, exactly
- * what `kvl_attention_chunks_states_len` says. They mean something to a context of the same level, for keys of the same type and
- * the same precision, and may be sent there as they are; floats that they do not need are left alone.
+ * `params` is as for `kvl_attention`, in the segment's own positions: `lengths`, `kv_starts`, `offsets` and so on count from
+ * the segment's first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts segments so, `kvl_shard_lengths`
+ * computes the lists). There is no `out`, no `lse`, and there are no `sink_logits`: those are given to `kvl_merge_chunks`.
+ * `states` has `states_len` floats, exactly what `kvl_attention_chunks_states_len` says. They mean something to a context of
+ * the same level, for keys of the same type and the same precision, and may be sent there as they are; floats that they do not
+ * need are left alone.
  *
  * `workspace` is as for `kvl_attention`, of the size that `kvl_attention_chunks_workspace_size` says. Since ABI version 3.
  *
  * Thread safety: as for `kvl_attention`.
- * Bad input: as for `kvl_attention`; an `out`, an `lse`, `sink_logits`, ragged queries, a ring, `states` that are null, of another length,
- * not aligned to 4 bytes or that share memory with a tensor or a list are errors too, and nothing is written.
+ * Bad input: as for `kvl_attention`; an `out`, an `lse`, `sink_logits`, ragged queries, a ring, `states` that are null, of
+ * another length, not aligned to 4 bytes or that share memory with a tensor or a list are errors too, and nothing is written.
  */
 kvl_status kvl_attention_chunks(const struct kvl_context *context,
                                 const struct kvl_parallel_runner *runner,
@@ -1968,28 +1970,30 @@ kvl_status kvl_attention_chunks(const struct kvl_context *context,
                                 int64_t states_len);
 
 /**
- * Bytes of workspace that `kvl_merge_chunks` needs at most for the shape of `params->out`, `kv_heads` and the lengths of the spans'
- * states, and for the threads of `runner`. Only those are looked at: data and states may be null. Since ABI version 3.
+ * Bytes of workspace that `kvl_merge_chunks` needs at most for the shape of `params->out`, `kv_heads` and the lengths of the
+ * segments' states, and for the threads of `runner`. Only those are looked at: data and states may be null. Since ABI version
+ * 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, an unknown `struct_size`, no span or more than 256, an axis that is negative or above 2^31 - 1, a dim that is not
- * 1 to 512, heads that are no multiple of `kv_heads`, lengths that are no number of chunks are errors, and `*bytes` is not touched.
+ * Bad input: null, an unknown `struct_size`, no segment or more than 256, an axis that is negative or above 2^31 - 1, a dim
+ * that is not 1 to 512, heads that are no multiple of `kv_heads`, lengths that are no number of chunks are errors, and
+ * `*bytes` is not touched.
  */
 kvl_status kvl_merge_chunks_workspace_size(const struct kvl_merge_chunks_params *params,
                                            const struct kvl_parallel_runner *runner,
                                            size_t *bytes);
 
 /**
- * Output and LSE of attention whose keys lay in several spans, from the states that `kvl_attention_chunks` left of each. The bits
- * are those of one `kvl_attention` over all keys, if every span but the last ended at a multiple of `KVL_SPLIT_GRID`.
- * `kvl_merge_states` needs less memory, and has the kernel's bound instead of its bits.
+ * Output and LSE of attention whose keys lay in several segments, from the states that `kvl_attention_chunks` left of each.
+ * The bits are those of one `kvl_attention` over all keys, if every segment but the last ended at a multiple of
+ * `KVL_SPLIT_GRID`. `kvl_merge_states` needs less memory, and has the kernel's bound instead of its bits.
  *
  * `workspace` is as for `kvl_attention`, of the size that `kvl_merge_chunks_workspace_size` says. Since ABI version 3.
  *
  * Thread safety: as for `kvl_attention`.
- * Bad input: null, an unknown `struct_size` or enumeration value, what `kvl_merge_chunks_workspace_size` refuses, an output that
- * shares memory with states, sink_logits or the other output, a workspace that is too small or misaligned are errors, and nothing is
- * written.
+ * Bad input: null, an unknown `struct_size` or enumeration value, what `kvl_merge_chunks_workspace_size` refuses, an output
+ * that shares memory with states, sink_logits or the other output, a workspace that is too small or misaligned are errors, and
+ * nothing is written.
  */
 kvl_status kvl_merge_chunks(const struct kvl_context *context,
                             const struct kvl_parallel_runner *runner,
@@ -2008,16 +2012,16 @@ kvl_status kvl_shard_from_rank(int64_t rank,
                                struct kvl_shard *shard);
 
 /**
- * The shard's rows of a batch: `*count` of them from `*first` on. Parts differ by at most one row, and may be empty. Since ABI
- * version 3.
+ * The shard's sequences of a batch: `*count` of them from `*first` on. Parts differ by at most one sequence, and may be empty.
+ * Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint outputs.
  * Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist are errors, and nothing is written.
  */
-kvl_status kvl_shard_rows(const struct kvl_shard *shard,
-                          int64_t batch,
-                          int64_t *first,
-                          int64_t *count);
+kvl_status kvl_shard_sequences(const struct kvl_shard *shard,
+                               int64_t batch,
+                               int64_t *first,
+                               int64_t *count);
 
 /**
  * The shard's heads: `*num_kv_heads` KV heads from `*first_kv_head` on, and the `*num_heads` query heads from `*first_head` on
@@ -2037,7 +2041,7 @@ kvl_status kvl_shard_heads(const struct kvl_shard *shard,
                            int64_t *num_kv_heads);
 
 /**
- * The shard's span of the slots of a row: `*count` of `capacity`, from `*first` on. Spans begin and end at multiples of
+ * The shard's segment of the slots of a sequence: `*count` of `capacity`, from `*first` on. Segments begin and end at multiples of
  * `KVL_SPLIT_GRID` or at the capacity, and may be empty. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint outputs.
@@ -2049,11 +2053,11 @@ kvl_status kvl_shard_keys(const struct kvl_shard *shard,
                           int64_t *count);
 
 /**
- * What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `kv_starts` (null:
- * 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a row. The results, [batch] each, are counted from the
- * start of the span: `local_lengths` and `local_kv_starts` lie in it, `local_offsets` may be negative or beyond it. The outputs of
- * all spans are joined by `kvl_merge_states`, and sinks go to one span only; or by `kvl_attention_chunks` and `kvl_merge_chunks`,
- * to the bit. Since ABI version 3.
+ * What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `kv_starts`
+ * (null: 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a sequence. The results, [batch] each, are
+ * counted from the start of the segment: `local_lengths` and `local_kv_starts` lie in it, `local_offsets` may be negative or
+ * beyond it. The outputs of all segments are joined by `kvl_merge_states`, and sinks go to one segment only; or by
+ * `kvl_attention_chunks` and `kvl_merge_chunks`, to the bit. Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint outputs.
  * Bad input: null, a negative number, more keys than an axis holds, an offset that leaves 32 bits, lists that share
@@ -2072,11 +2076,12 @@ kvl_status kvl_shard_lengths(int64_t first,
 
 /**
  * The slots, in a cache that holds `count` keys from key `first` on, of tokens that a whole cache would have from
- * `positions[b]`, [batch], on: `slots`, [batch, seq], for `kvl_kv_write_params`, -1 for those that belong to other spans. Since ABI
- * version 3.
+ * `positions[b]`, [batch], on: `slots`, [batch, seq], for `kvl_kv_write_params`, -1 for those that belong to other segments.
+ * Since ABI version 3.
  *
  * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, a negative number or position, more keys than an axis holds, lists that share memory are errors, and nothing is written.
+ * Bad input: null, a negative number or position, more keys than an axis holds, lists that share memory are errors, and
+ * nothing is written.
  */
 kvl_status kvl_shard_slots(int64_t first,
                            int64_t count,

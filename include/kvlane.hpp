@@ -527,7 +527,7 @@ KVLANE_RESULT_ attention(const context &context, workspace &workspace, const kvl
     KVLANE_DONE_;
 }
 
-/// Over a prefix that all rows share, [1, tokens, kv_heads, ...], and then over each row's own keys.
+/// Over a prefix that all sequences share, [1, tokens, kv_heads, ...], and then over each sequence's own keys.
 KVLANE_RESULT_ attention_with_prefix(const context &context, workspace &workspace, const input &prefix_k,
                                      const input &prefix_v, const kvl_attention_params &params,
                                      const kvl_parallel_runner *runner = nullptr) {
@@ -607,7 +607,7 @@ inline kvl_cache make_cache(const std::vector<kvl_kv_layer> &layers, std::vector
     return cache;
 }
 
-/// A list of rows, counts, lengths or parents.
+/// A list of sequences, counts, lengths or parents.
 using list = std::vector<std::int32_t>;
 
 namespace detail {
@@ -693,9 +693,9 @@ public:
     }
 
     /// Sets entries of a sequence in the table of a paged or indirect layout, from `first` on.
-    KVLANE_RESULT_ set_table(std::int64_t row, std::int64_t first, const list &entries) {
+    KVLANE_RESULT_ set_table(std::int64_t sequence, std::int64_t first, const list &entries) {
         const auto count = static_cast<std::int64_t>(entries.size());
-        KVLANE_TRY_(kvl_plan_set_table(handle_.get(), row, first, entries.data(), count));
+        KVLANE_TRY_(kvl_plan_set_table(handle_.get(), sequence, first, entries.data(), count));
         KVLANE_DONE_;
     }
 
@@ -706,9 +706,9 @@ private:
     std::unique_ptr<kvl_plan, release> handle_;
 };
 
-KVLANE_RESULT_ cache_set_lengths(const kvl_cache &cache, const list &rows, const list &values) {
-    KVLANE_TRY_(detail::same_size(rows.size(), values.size()));
-    KVLANE_TRY_(kvl_cache_set_lengths(&cache, rows.data(), values.data(), rows.size()));
+KVLANE_RESULT_ cache_set_lengths(const kvl_cache &cache, const list &sequences, const list &values) {
+    KVLANE_TRY_(detail::same_size(sequences.size(), values.size()));
+    KVLANE_TRY_(kvl_cache_set_lengths(&cache, sequences.data(), values.data(), sequences.size()));
     KVLANE_DONE_;
 }
 
@@ -725,16 +725,16 @@ KVLANE_RESULT_ cache_truncate(const kvl_cache &cache, const list &lengths, kvl_a
     KVLANE_DONE_;
 }
 
-KVLANE_RESULT_ cache_reset(const kvl_cache &cache, const list &rows, bool zero,
+KVLANE_RESULT_ cache_reset(const kvl_cache &cache, const list &sequences, bool zero,
                            const kvl_parallel_runner *runner = nullptr) {
-    KVLANE_TRY_(kvl_cache_reset(runner, &cache, rows.data(), rows.size(), zero ? 1 : 0));
+    KVLANE_TRY_(kvl_cache_reset(runner, &cache, sequences.data(), sequences.size(), zero ? 1 : 0));
     KVLANE_DONE_;
 }
 
-KVLANE_RESULT_ cache_insert_row(const context &context, const kvl_cache &to, std::int64_t row, const kvl_cache &from,
-                                std::int64_t from_row, std::int64_t length,
+KVLANE_RESULT_ cache_insert_sequence(const context &context, const kvl_cache &to, std::int64_t sequence, const kvl_cache &from,
+                                std::int64_t from_sequence, std::int64_t length,
                                 const kvl_parallel_runner *runner = nullptr) {
-    KVLANE_TRY_(kvl_cache_insert_row(context.get(), runner, &to, row, &from, from_row, length));
+    KVLANE_TRY_(kvl_cache_insert_sequence(context.get(), runner, &to, sequence, &from, from_sequence, length));
     KVLANE_DONE_;
 }
 
@@ -778,20 +778,20 @@ KVLANE_RESULT_ cache_set_table_tokens(list &table, const list &positions, std::i
 }
 
 /// `ropes` has an entry per layer, or one for all, or none.
-KVLANE_RESULT_ cache_evict(const context &context, const kvl_cache &cache, std::int64_t row, std::int64_t first,
+KVLANE_RESULT_ cache_evict(const context &context, const kvl_cache &cache, std::int64_t sequence, std::int64_t first,
                            std::int64_t end, const std::vector<const kvl_rope_params *> &ropes = {},
                            const kvl_parallel_runner *runner = nullptr) {
-    KVLANE_TRY_(kvl_cache_evict(context.get(), runner, &cache, row, first, end, ropes.data(), ropes.size()));
+    KVLANE_TRY_(kvl_cache_evict(context.get(), runner, &cache, sequence, first, end, ropes.data(), ropes.size()));
     KVLANE_DONE_;
 }
 
 /// `keys` and `ropes` have an entry per layer, or one for all, or none.
-KVLANE_RESULT_ cache_evict_running(const context &context, const kvl_cache &cache, std::int64_t row, std::int64_t first,
+KVLANE_RESULT_ cache_evict_running(const context &context, const kvl_cache &cache, std::int64_t sequence, std::int64_t first,
                                    std::int64_t end, std::int64_t dropped, const std::vector<kvl_const_view> &keys = {},
                                    const std::vector<const kvl_rope_params *> &ropes = {},
                                    const kvl_parallel_runner *runner = nullptr) {
     KVLANE_TRY_(detail::same_size(keys.size(), ropes.size()));
-    KVLANE_TRY_(kvl_cache_evict_running(context.get(), runner, &cache, row, first, end, dropped, keys.data(), ropes.data(),
+    KVLANE_TRY_(kvl_cache_evict_running(context.get(), runner, &cache, sequence, first, end, dropped, keys.data(), ropes.data(),
                                   ropes.size()));
     KVLANE_DONE_;
 }
@@ -843,8 +843,8 @@ KVLANE_RESULT_ make_shard(std::int64_t rank, std::int64_t data, std::int64_t mod
     KVLANE_DONE_;
 }
 
-KVLANE_RESULT_ shard_rows(const kvl_shard &shard, std::int64_t batch, span &to) {
-    KVLANE_TRY_(kvl_shard_rows(&shard, batch, &to.first, &to.count));
+KVLANE_RESULT_ shard_sequences(const kvl_shard &shard, std::int64_t batch, span &to) {
+    KVLANE_TRY_(kvl_shard_sequences(&shard, batch, &to.first, &to.count));
     KVLANE_DONE_;
 }
 
@@ -900,10 +900,10 @@ inline kvl_shard make_shard(std::int64_t rank, std::int64_t data, std::int64_t m
     return shard;
 }
 
-inline span shard_rows(const kvl_shard &shard, std::int64_t batch) {
-    span rows;
-    shard_rows(shard, batch, rows);
-    return rows;
+inline span shard_sequences(const kvl_shard &shard, std::int64_t batch) {
+    span sequences;
+    shard_sequences(shard, batch, sequences);
+    return sequences;
 }
 
 inline std::pair<span, span> shard_heads(const kvl_shard &shard, std::int64_t heads, std::int64_t kv_heads) {

@@ -68,7 +68,7 @@
 //!
 //! # Flattened masks
 //! FlashInfer stores the masks of a ragged batch one after another, each `[queries, keys]` of its request. Such a
-//! buffer is a [`BitMask`](crate::BitMask::per_row) of which every row says where its bits begin and how far apart its
+//! buffer is a [`BitMask`](crate::BitMask::per_sequence) of which every row says where its bits begin and how far apart its
 //! queries are:
 //!
 //! | theirs | `bit_offsets[b]`, in bits | `query_strides[b]`, in bits |
@@ -87,7 +87,7 @@
 //! let (qo_indptr, lengths) = ([0, 1, 3], [3, 4]);
 //! let bit_offsets: Vec<i64> = mask_indptr[..2].iter().map(|byte| 8 * byte).collect();
 //! let query_strides: Vec<i64> = lengths.iter().map(|&n| n.into()).collect();
-//! let bits = BitMask::per_row(&packed_custom_mask, &bit_offsets, &query_strides, 0, [2, 2, 1, 4])?;
+//! let bits = BitMask::per_sequence(&packed_custom_mask, &bit_offsets, &query_strides, 0, [2, 2, 1, 4])?;
 //! let keys = vec![0.5f32; 2 * 4 * 4];
 //! let values: Vec<f32> = (0..8).flat_map(|token| [token as f32; 4]).collect();
 //! let (q, mut out) = (vec![0.0f32; 3 * 4], vec![0.0f32; 3 * 4]);

@@ -170,7 +170,7 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
                     x.view(),
                     k_cache.view_mut(),
                     v_cache.view_mut(),
-                    Destination::positions(&[5, 0]).rows(&[1, 0]),
+                    Destination::positions(&[5, 0]).sequences(&[1, 0]),
                 );
                 write.rope = rotation;
                 most = most.max(allocations(|| kv_write(context, runner, write).unwrap()));

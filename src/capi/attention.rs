@@ -33,11 +33,11 @@ pub const KVL_ATTENTION_FLAG_WINDOW_RIGHT: u32 = 4;
 /// and `out`. Query head h reads KV head `h / (heads / kv_heads)`; nothing is repeated in memory.
 ///
 /// A logit is `softcap(q.k * scale) + alibi + bias`; then what is masked is taken out, then softmax in f32. Query i of a
-/// row stands at position p = i + offset among the keys, and sees key j when all of these hold: `j < lengths[row]`,
-/// `j >= kv_starts[row]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of these
-/// three, a key `j < prefix_lengths[row]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias is not -inf, a
-/// ring has not overwritten it. A query that sees no key has output 0 and LSE -inf (with a sink: the
-/// sink's logit). What is not seen cannot reach the output, NaN or not; what is seen does.
+/// sequence stands at position p = i + offset among the keys, and sees key j when all of these hold: `j < lengths[sequence]`,
+/// `j >= kv_starts[sequence]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of
+/// these three, a key `j < prefix_lengths[sequence]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias
+/// is not -inf, a ring has not overwritten it. A query that sees no key has output 0 and LSE -inf (with a sink: the sink's
+/// logit). What is not seen cannot reach the output, NaN or not; what is seen does.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_attention_params {
@@ -51,15 +51,15 @@ pub struct kvl_attention_params {
     pub v: kvl_const_view,
     /// Output [batch, seq, heads, v_dim], of any type.
     pub out: kvl_view,
-    /// Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a row's logits; null
+    /// Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a query row's logits; null
     /// if not wanted.
     pub lse: *mut f32,
     /// Factor on q.k; 0 is 1 / sqrt(dim).
     pub scale: f32,
     /// `softcap * tanh(x / softcap)` on scaled logits; 0 is none.
     pub softcap: f32,
-    /// `KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT`. A window of 0 keys means something, so whether there is a window
-    /// is said here, not by its size.
+    /// `KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT`. A window of 0 keys means
+    /// something, so whether there is a window is said here, not by its size.
     pub flags: kvl_attention_flag,
     /// 0.
     pub reserved: i32,
@@ -86,26 +86,26 @@ pub struct kvl_attention_params {
     pub precision: kvl_precision,
     /// 0.
     pub reserved2: i32,
-    /// In which slots of `k` and `v` the tokens of a row lie, and so what their first two axes mean; null for contiguous rows. A
-    /// ring, and pages, need `lengths`. Positions go on counting what a ring has overwritten: a window must lie in what it
-    /// retains, and with no window there can be only one query once it has overwritten any. Since ABI version 3.
+    /// In which slots of `k` and `v` the tokens of a sequence lie, and so what their first two axes mean; null for contiguous
+    /// sequences. A ring, and pages, need `lengths`. Positions go on counting what a ring has overwritten: a window must lie in
+    /// what it retains, and with no window there can be only one query once it has overwritten any. Since ABI version 3.
     pub layout: *const kvl_layout,
-    /// [rows + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and row b of the batch is tokens
-    /// `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1` (`cu_seqlens`); null for rows of equal length, the first axis of `q`.
+    /// [batch + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and sequence b of the batch is tokens
+    /// `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1` (`cu_seqlens`); null for sequences of equal length, the first axis of `q`.
     pub cu_seqlens_q: *const i32,
-    /// With `cu_seqlens_q`: rows of the batch, as many as every [batch] list here has entries. Else 0.
+    /// With `cu_seqlens_q`: sequences of the batch, as many as every [batch] list here has entries. Else 0.
     pub num_sequences: i64,
     /// [batch]: every query sees the keys before this one, whatever causality and windows say (prefix-LM, attention sinks that
     /// a window must not hide); null for 0.
     pub prefix_lengths: *const i32,
     /// Which keys each query sees, a bit each; null for all.
     pub bit_mask: *const kvl_bit_mask,
-    /// What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`,
-    /// `kv_starts`, `offsets` and `prefix_lengths`, which must then be 0 or null, and of `mask` and `bit_mask`, which must be absent if the
-    /// plan was made of either; null for none.
+    /// What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`,
+    /// `lengths`, `kv_starts`, `offsets` and `prefix_lengths`, which must then be 0 or null, and of `mask` and `bit_mask`,
+    /// which must be absent if the plan was made of either; null for none.
     pub plan: *const kvl_plan,
-    /// How values lie in `v`: with `KVL_PACKING_ROW_PAIRS`, it is [rows, slots / 2, kv_heads, 2 * v_dim]. The same bits as for values
-    /// that are not packed.
+    /// How values lie in `v`: with `KVL_PACKING_ROW_PAIRS`, it is [batch, slots / 2, kv_heads, 2 * v_dim]. The same bits as for
+    /// values that are not packed.
     pub v_packing: kvl_packing,
     /// 0.
     pub reserved3: i32,

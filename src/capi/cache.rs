@@ -15,7 +15,7 @@ use crate::error::{Error, Result, ensure};
 use crate::layout::Layout;
 use crate::ops::cache::{
     Layers, RawCache, RawLayer, RawRotation, RawUnrotated, copy_pages_raw, copy_prefix_raw, defragment_pages_raw,
-    evict_raw, evict_running_raw, insert_row_raw, reorder_raw, reorder_table_raw, reorder_table_workspace_size,
+    evict_raw, evict_running_raw, insert_sequence_raw, reorder_raw, reorder_table_raw, reorder_table_workspace_size,
     reorder_workspace_size_raw, reset_raw, set_table_tokens,
 };
 use crate::ops::rope::check_rotary_dim;
@@ -26,9 +26,9 @@ use std::ffi::c_void;
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_kv_layer {
-    /// Keys [rows, slots, kv_heads, dim]; what the first two axes are is the layout's to say.
+    /// Keys [batch, slots, kv_heads, dim]; what the first two axes are is the layout's to say.
     pub k: kvl_view,
-    /// Values [rows, slots, kv_heads, v_dim]; absent where keys and values share memory.
+    /// Values [batch, slots, kv_heads, v_dim]; absent where keys and values share memory.
     pub v: kvl_view,
 }
 
@@ -46,45 +46,46 @@ pub struct kvl_cache {
     pub layers: *const kvl_kv_layer,
     /// At least 1.
     pub num_layers: usize,
-    /// Where the tokens of a row lie, in every layer; null for contiguous.
+    /// Where the tokens of a sequence lie, in every layer; null for contiguous.
     pub layout: *const kvl_layout,
-    /// [rows of the layout]: how many tokens each row was given. Calls that change lengths change these, last.
+    /// [batch]: how many tokens each sequence was given. Calls that change lengths change these, last.
     pub lengths: *mut i32,
 }
 
 sized!(kvl_cache);
 assert_layout!(kvl_cache, 40, struct_size: 0, layers: 8, num_layers: 16, layout: 24, lengths: 32);
 
-/// Row `rows[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is. Since
+/// Sequence `sequences[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is. Since
 /// ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches.
-/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist or comes twice, a
-/// negative value or one above the row's capacity, a table entry that leads outside the cache are errors, and no length
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes twice, a
+/// negative value or one above the sequence's capacity, a table entry that leads outside the cache are errors, and no length
 /// changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_set_lengths(
     cache: *const kvl_cache,
-    rows: *const i32,
+    sequences: *const i32,
     values: *const i32,
-    num_rows: usize,
+    num_sequences: usize,
 ) -> kvl_status {
     guard(|| {
         let call = |cache: &mut RawCache| {
             // SAFETY: the caller's promise.
-            let (rows, values) =
-                unsafe { (input(cache, "rows", rows, num_rows)?, input(cache, "values", values, num_rows)?) };
-            cache.set_lengths(rows, values)
+            let (sequences, values) = unsafe {
+                (input(cache, "sequences", sequences, num_sequences)?, input(cache, "values", values, num_sequences)?)
+            };
+            cache.set_lengths(sequences, values)
         };
         // SAFETY: the caller's promise.
         unsafe { with_cache(cache, call) }
     })
 }
 
-/// Adds `counts[b]`, [rows], to the length of every row b, after as many tokens have been written to it. Since ABI version 3.
+/// Adds `counts[b]`, [batch], to the length of every sequence b, after as many tokens have been written to it. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches.
-/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the row's
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the sequence's
 /// capacity (`KVL_STATUS_CAPACITY`), a table entry that leads outside the cache are errors, and no length changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_advance(cache: *const kvl_cache, counts: *const i32) -> kvl_status {
@@ -134,19 +135,19 @@ pub unsafe extern "C" fn kvl_cache_truncate(
     })
 }
 
-/// Empties rows: their lengths become 0. With `zero` 1 their slots are filled with zeros too: all that they have, or in a
+/// Empties sequences: their lengths become 0. With `zero` 1 their slots are filled with zeros too: all that they have, or in a
 /// paged cache their pages as far as they are in use. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist or comes twice, a
-/// `zero` that is neither 0 nor 1, zeros for a page that another row uses too or for an indirect cache are errors, and nothing is
-/// written.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes twice,
+/// a `zero` that is neither 0 nor 1, zeros for a page that another sequence uses too or for an indirect cache are errors, and
+/// nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_reset(
     runner: *const kvl_parallel_runner,
     cache: *const kvl_cache,
-    rows: *const i32,
-    num_rows: usize,
+    sequences: *const i32,
+    num_sequences: usize,
     zero: i32,
 ) -> kvl_status {
     guard(|| {
@@ -155,30 +156,30 @@ pub unsafe extern "C" fn kvl_cache_reset(
         unsafe {
             let runner = CallerRunner::new(runner)?;
             with_cache(cache, |cache| {
-                let rows = input(cache, "rows", rows, num_rows)?;
-                reset_raw(runner.as_dyn(), cache, rows, zero)
+                let sequences = input(cache, "sequences", sequences, num_sequences)?;
+                reset_raw(runner.as_dyn(), cache, sequences, zero)
             })
         }
     })
 }
 
-/// Copies the first `length` tokens of row `from_row` of the cache `from`, which is only read, into row `row` of the cache
-/// `to`, whose length they become: a prompt that was prefilled alone takes its place in a batch. Both have the same number of
-/// layers, and these the same heads and dims; types (converted to nearest, ties to even) and layouts may differ. A ring takes the
-/// tokens that it would hold after `length`. Since ABI version 3.
+/// Copies the first `length` tokens of sequence `from_sequence` of the cache `from`, which is only read, into sequence
+/// `sequence` of the cache `to`, whose length they become: a prompt that was prefilled alone takes its place in a batch. Both
+/// have the same number of layers, and these the same heads and dims; types (converted to nearest, ties to even) and layouts
+/// may differ. A ring takes the tokens that it would hold after `length`. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a row that does
-/// not exist, a length above the source's or above the row's capacity, tokens that a ring has overwritten, a page that
-/// another row uses too, an indirect target are errors, and nothing is written.
+/// Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a sequence
+/// that does not exist, a length above the source's or above the sequence's capacity, tokens that a ring has overwritten, a
+/// page that another sequence uses too, an indirect target are errors, and nothing is written.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvl_cache_insert_row(
+pub unsafe extern "C" fn kvl_cache_insert_sequence(
     context: *const kvl_context,
     runner: *const kvl_parallel_runner,
     to: *const kvl_cache,
-    row: i64,
+    sequence: i64,
     from: *const kvl_cache,
-    from_row: i64,
+    from_sequence: i64,
     length: i64,
 ) -> kvl_status {
     guard(|| {
@@ -195,20 +196,20 @@ pub unsafe extern "C" fn kvl_cache_insert_row(
                         Overlap,
                         "both caches have the same list of lengths"
                     );
-                    insert_row_raw(context, runner.as_dyn(), to, row, from, from_row, length)
+                    insert_sequence_raw(context, runner.as_dyn(), to, sequence, from, from_sequence, length)
                 })
             })
         }
     })
 }
 
-/// Copies the first `tokens` tokens of row `from` into the rows `to`, [num_to], whose length they become: one prompt, many
-/// continuations. Rows of pages can share those that are full instead, by their table. Since ABI version 3.
+/// Copies the first `tokens` tokens of sequence `from` into the sequences `to`, [num_to], whose length they become: one prompt,
+/// many continuations. Sequences of pages can share those that are full instead, by their table. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a row that does not exist, comes twice or is the
-/// source, more tokens than the source has or a row holds, tokens that a ring has overwritten, a page that another row uses too,
-/// an indirect cache are errors, and nothing is written.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist, comes twice or
+/// is the source, more tokens than the source has or a sequence holds, tokens that a ring has overwritten, a page that another
+/// sequence uses too, an indirect cache are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_copy_prefix(
     context: *const kvl_context,
@@ -256,11 +257,11 @@ pub unsafe extern "C" fn kvl_cache_reorder_workspace_size(
     })
 }
 
-/// Every row b becomes a copy of what row `parents[b]`, [rows], was, tokens and length (beam search). Only valid tokens move, and
-/// only those of rows that are not their own parents. `workspace` has `workspace_bytes` bytes, at least what
-/// `kvl_cache_reorder_workspace_size` says, and is aligned to 64 bytes. Since ABI version 3.
+/// Every sequence b becomes a copy of what sequence `parents[b]`, [batch], was, tokens and length (beam search). Only valid
+/// tokens move, and only those of sequences that are not their own parents. `workspace` has `workspace_bytes` bytes, at least
+/// what `kvl_cache_reorder_workspace_size` says, and is aligned to 64 bytes. Since ABI version 3.
 ///
-/// Rows of pages are reordered by their table, with `kvl_cache_copy_pages` for last pages of their own; for those of an
+/// Sequences of pages are reordered by their table, with `kvl_cache_copy_pages` for last pages of their own; for those of an
 /// indirect cache there is `kvl_cache_reorder_table`.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches and workspaces; `runner` null is the
@@ -288,61 +289,65 @@ pub unsafe extern "C" fn kvl_cache_reorder(
     })
 }
 
-/// Bytes of workspace that `kvl_cache_reorder_table` needs for a table [rows, capacity]. Since ABI version 3.
+/// Bytes of workspace that `kvl_cache_reorder_table` needs for a table [batch, capacity]. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once.
 /// Bad input: null or a negative number is an error, and `*bytes` is not touched.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_reorder_table_workspace_size(
-    rows: i64,
+    num_sequences: i64,
     capacity: i64,
     bytes: *mut usize,
 ) -> kvl_status {
     guard(|| {
         ensure!(!bytes.is_null(), NullPointer, "the pointer bytes is null");
-        let needed = reorder_table_workspace_size(size("rows", rows)?, size("capacity", capacity)?);
+        let needed = reorder_table_workspace_size(size("num_sequences", num_sequences)?, size("capacity", capacity)?);
         // SAFETY: not null, and the caller's to write.
         unsafe { bytes.write(needed) };
         Ok(())
     })
 }
 
-/// Row b of the table of an indirect cache, [rows, capacity], becomes a copy of what row `parents[b]`, [rows], was, and so does
-/// `lengths[b]`, [rows]. No token moves. A step of beam search is: `kvl_kv_write` as into a contiguous cache, to row b at
-/// position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with `KVL_LAYOUT_KIND_INDIRECT`; parents are
-/// chosen; this. As long as rows that have tokens of each other are equally long, no slot is written while a row needs what is
-/// in it; where one would be, the call is refused. Since ABI version 3.
+/// Sequence b of the table of an indirect cache, [batch, capacity], becomes a copy of what sequence `parents[b]`, [batch], was,
+/// and so does `lengths[b]`, [batch]. No token moves. A step of beam search is: `kvl_kv_write` as into a contiguous cache, to
+/// sequence b at position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with
+/// `KVL_LAYOUT_KIND_INDIRECT`; parents are chosen; this. As long as sequences that have tokens of each other are equally long,
+/// no slot is written while a sequence needs what is in it; where one would be, the call is refused. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint tables and workspaces.
-/// Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a row that
-/// would write slots again in which another row has tokens (`KVL_STATUS_OVERLAP`), lists that share memory, a workspace that is
-/// too small or misaligned are errors, and nothing changes.
+/// Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a sequence
+/// that would write slots again in which another sequence has tokens (`KVL_STATUS_OVERLAP`), lists that share memory, a
+/// workspace that is too small or misaligned are errors, and nothing changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_reorder_table(
     workspace: *mut c_void,
     workspace_bytes: usize,
     table: *mut i32,
-    rows: i64,
+    num_sequences: i64,
     capacity: i64,
     lengths: *mut i32,
     parents: *const i32,
 ) -> kvl_status {
     guard(|| {
-        let (rows, capacity) = (size("rows", rows)?, size("capacity", capacity)?);
-        let entries = rows.saturating_mul(capacity);
-        apart([("table", table, entries), ("lengths", lengths, rows), ("parents", parents.cast_mut(), rows)])?;
+        let (num_sequences, capacity) = (size("num_sequences", num_sequences)?, size("capacity", capacity)?);
+        let entries = num_sequences.saturating_mul(capacity);
+        apart([
+            ("table", table, entries),
+            ("lengths", lengths, num_sequences),
+            ("parents", parents.cast_mut(), num_sequences),
+        ])?;
         // SAFETY: the caller's promise, and the lists share no memory.
         unsafe {
             let table = output_list("table", table, entries)?;
-            let lengths = output_list("lengths", lengths, rows)?;
-            let parents = required_list("parents", parents, rows)?;
+            let lengths = output_list("lengths", lengths, num_sequences)?;
+            let parents = required_list("parents", parents, num_sequences)?;
             reorder_table_raw((workspace.cast(), workspace_bytes), table, capacity, lengths, parents)
         }
     })
 }
 
-/// In the table of an indirect cache, [rows, capacity]: `tokens` tokens of every row b, from position `positions[b]`, [rows], on,
-/// lie in cache row b, where they have just been written. Since ABI version 3.
+/// In the table of an indirect cache, [batch, capacity]: `tokens` tokens of every sequence b, from position `positions[b]`,
+/// [batch], on, lie in cache sequence b, where they have just been written. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint tables.
 /// Bad input: null, a negative size, a negative position, tokens past the capacity (`KVL_STATUS_CAPACITY`), lists that share memory
@@ -350,24 +355,25 @@ pub unsafe extern "C" fn kvl_cache_reorder_table(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_set_table_tokens(
     table: *mut i32,
-    rows: i64,
+    num_sequences: i64,
     capacity: i64,
     positions: *const i32,
     tokens: i64,
 ) -> kvl_status {
     guard(|| {
-        let (rows, capacity, tokens) = (size("rows", rows)?, size("capacity", capacity)?, size("tokens", tokens)?);
-        let entries = rows.saturating_mul(capacity);
-        apart([("table", table, entries), ("positions", positions.cast_mut(), rows)])?;
+        let (num_sequences, capacity, tokens) =
+            (size("num_sequences", num_sequences)?, size("capacity", capacity)?, size("tokens", tokens)?);
+        let entries = num_sequences.saturating_mul(capacity);
+        apart([("table", table, entries), ("positions", positions.cast_mut(), num_sequences)])?;
         // SAFETY: the caller's promise, and the lists share no memory.
         unsafe {
             let table = output_list("table", table, entries)?;
-            set_table_tokens(table, capacity, required_list("positions", positions, rows)?, tokens)
+            set_table_tokens(table, capacity, required_list("positions", positions, num_sequences)?, tokens)
         }
     })
 }
 
-/// Drops the tokens `first` .. `end` of a row and closes the gap: later tokens move down by `end - first` positions, and their
+/// Drops the tokens `first` .. `end` of a sequence and closes the gap: later tokens move down by `end - first` positions, and their
 /// keys are turned to where they then stand. To keep sinks, begin after them.
 ///
 /// `ropes` has an entry a layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation; a null entry is a layer
@@ -378,16 +384,16 @@ pub unsafe extern "C" fn kvl_cache_set_table_tokens(
 /// `kvl_cache_evict_running` has no such drift. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a row that does not exist, a
-/// range that is none or goes beyond the row's length, a number of ropes that fits nothing, a `rotary_dim` above a layer's dim, a
-/// page that is to be written and that another row uses too, a ring (which drops its oldest tokens by itself), an indirect cache
-/// are errors, and nothing is written.
+/// Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a sequence that does not
+/// exist, a range that is none or goes beyond the sequence's length, a number of ropes that fits nothing, a `rotary_dim` above
+/// a layer's dim, a page that is to be written and that another sequence uses too, a ring (which drops its oldest tokens by
+/// itself), an indirect cache are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_evict(
     context: *const kvl_context,
     runner: *const kvl_parallel_runner,
     cache: *const kvl_cache,
-    row: i64,
+    sequence: i64,
     first: i64,
     end: i64,
     ropes: *const *const kvl_rope_params,
@@ -401,24 +407,24 @@ pub unsafe extern "C" fn kvl_cache_evict(
             let ropes = Ropes(required_list("ropes", ropes, num_ropes)?);
             with_cache(cache, |cache| {
                 let rotation = |i| Ok(ropes.rotation(i)?.map(|(rotation, _)| rotation));
-                evict_raw(context, runner.as_dyn(), cache, row, drop, num_ropes, &rotation)
+                evict_raw(context, runner.as_dyn(), cache, sequence, drop, num_ropes, &rotation)
             })
         }
     })
 }
 
-/// Drops the tokens `first` .. `end` of a row and closes the gap, and lets RoPE positions run on: the keys of later tokens move
-/// with all their bits, as values do, and only the `first` keys before the gap are brought near, by writing them again from
-/// unrotated copies. However often it is called, each key has been rounded once.
+/// Drops the tokens `first` .. `end` of a sequence and closes the gap, and lets RoPE positions run on: the keys of later tokens
+/// move with all their bits, as values do, and only the `first` keys before the gap are brought near, by writing them again
+/// from unrotated copies. However often it is called, each key has been rounded once.
 ///
-/// `dropped` is how many tokens the row has lost before this call. Afterwards token t of the row has RoPE position
+/// `dropped` is how many tokens the sequence has lost before this call. Afterwards token t of the sequence has RoPE position
 /// `t + dropped + (end - first)`; the next query and key take `length + dropped`, with the new length and the new sum.
 /// Lengths, causality, windows and ALiBi go on counting from 0.
 ///
 /// `ropes` and `keys` have an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation or no token is
 /// kept before the gap. A null rope is a layer whose keys before the gap stay as they are. Of a rope, `pairing`, `rotary_dim`,
 /// `inv_freq` and `magnitude` are what the keys were written with; other fields are not looked at, but a table is refused.
-/// `keys[i]` is [1, tokens, kv_heads, dim], of any type, with at least `first` tokens: the keys of the row's first tokens
+/// `keys[i]` is [1, tokens, kv_heads, dim], of any type, with at least `first` tokens: the keys of the sequence's first tokens
 /// after their norm and before their rotation. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
@@ -429,7 +435,7 @@ pub unsafe extern "C" fn kvl_cache_evict_running(
     context: *const kvl_context,
     runner: *const kvl_parallel_runner,
     cache: *const kvl_cache,
-    row: i64,
+    sequence: i64,
     first: i64,
     end: i64,
     dropped: i64,
@@ -451,7 +457,7 @@ pub unsafe extern "C" fn kvl_cache_evict_running(
             };
             with_cache(cache, |cache| {
                 let unrotated = (num_ropes, &unrotated as _);
-                evict_running_raw(context, runner.as_dyn(), cache, row, drop, dropped, unrotated)
+                evict_running_raw(context, runner.as_dyn(), cache, sequence, drop, dropped, unrotated)
             })
         }
     })
@@ -483,16 +489,16 @@ pub unsafe extern "C" fn kvl_cache_copy_pages(
     })
 }
 
-/// Gathers the pages that rows use at the start of the pool, in all layers, and says in `*used` how many they are: from there on
-/// all pages are free. The views of the layers are [pages, page_size, kv_heads, dim].
+/// Gathers the pages that sequences use at the start of the pool, in all layers, and says in `*used` how many they are: from
+/// there on all pages are free. The views of the layers are [pages, page_size, kv_heads, dim].
 ///
-/// Pages in use hold the first `lengths[b]`, [rows], tokens of a row b; shared ones stay shared. Only pages beyond the new end
-/// move, in ascending order to the lowest free places. `table`, [rows, pages_per_sequence], is updated; its entries beyond a row's
-/// length become -1, since what they named may be another row's now. `map` has an entry a page; afterwards it says where
-/// each page went, -1 for those that were not in use. Since ABI version 3.
+/// Pages in use hold the first `lengths[b]`, [batch], tokens of a sequence b; shared ones stay shared. Only pages beyond the
+/// new end move, in ascending order to the lowest free places. `table`, [batch, pages_per_sequence], is updated; its entries
+/// beyond a sequence's length become -1, since what they named may be another sequence's now. `map` has an entry a page;
+/// afterwards it says where each page went, -1 for those that were not in use. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
-/// Bad input: null, a negative size, views that do not fit each other, a length above what a row's entries hold, an entry that
+/// Bad input: null, a negative size, views that do not fit each other, a length above what a sequence's entries hold, an entry that
 /// is no page, lists that share memory are errors, and nothing is written but to `map`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_defragment(
@@ -501,24 +507,25 @@ pub unsafe extern "C" fn kvl_cache_defragment(
     layers: *const kvl_kv_layer,
     num_layers: usize,
     table: *mut i32,
-    rows: i64,
+    num_sequences: i64,
     pages_per_sequence: i64,
     lengths: *const i32,
     map: *mut i32,
     used: *mut i64,
 ) -> kvl_status {
     guard(|| {
-        let (rows, pages_per_sequence) = (size("rows", rows)?, size("pages_per_sequence", pages_per_sequence)?);
+        let (num_sequences, pages_per_sequence) =
+            (size("num_sequences", num_sequences)?, size("pages_per_sequence", pages_per_sequence)?);
         ensure!(!used.is_null(), NullPointer, "the pointer used is null");
         // SAFETY: the caller's promise, here and below.
         unsafe {
             let (context, runner) = (borrow(context)?, CallerRunner::new(runner)?);
             let layers = CallerLayers(required_list("layers", layers, num_layers)?);
             let pages = layers.first()?.k.shape[BATCH];
-            let entries = rows.saturating_mul(pages_per_sequence);
-            apart([("table", table, entries), ("lengths", lengths.cast_mut(), rows), ("map", map, pages)])?;
+            let entries = num_sequences.saturating_mul(pages_per_sequence);
+            apart([("table", table, entries), ("lengths", lengths.cast_mut(), num_sequences), ("map", map, pages)])?;
             let table = output_list("table", table, entries)?;
-            let lengths = required_list("lengths", lengths, rows)?;
+            let lengths = required_list("lengths", lengths, num_sequences)?;
             let map = output_list("map", map, pages)?;
             let n = defragment_pages_raw(context, runner.as_dyn(), &layers, table, pages_per_sequence, lengths, map)?;
             // At most as many as an axis has.

@@ -20,50 +20,50 @@ use crate::ops::chunks::{
 use crate::view::{DIM, HEADS, RawView, SEQ};
 use std::ffi::c_void;
 
-/// The states of a span's chunks, as `kvl_attention_chunks` left them. Since ABI version 3.
+/// The states of a segment's chunks, as `kvl_attention_chunks` left them. Since ABI version 3.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_chunk_states {
     /// [len].
     pub states: *const f32,
-    /// How many floats, as `kvl_attention_chunks_states_len` said it for the span.
+    /// How many floats, as `kvl_attention_chunks_states_len` said it for the segment.
     pub len: i64,
 }
 
 assert_layout!(kvl_chunk_states, 16, states: 0, len: 8);
 
-/// What a merge of spans reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `spans`, `num_spans`, `kv_heads`, `dtype`,
-/// `out`, and `precision` if that of the spans was another. Since ABI version 3.
+/// What a merge of segments reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `segments`, `num_segments`,
+/// `kv_heads`, `dtype`, `out`, and `precision` if that of the segments was another. Since ABI version 3.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_merge_chunks_params {
     /// `sizeof(kvl_merge_chunks_params)`.
     pub struct_size: usize,
-    /// [num_spans], in the order of the sequence.
-    pub spans: *const kvl_chunk_states,
+    /// [num_segments], in the order of the sequence.
+    pub segments: *const kvl_chunk_states,
     /// 1 to 256.
-    pub num_spans: usize,
+    pub num_segments: usize,
     /// KV heads of the cache.
     pub kv_heads: i64,
     /// The type of its keys and values.
     pub dtype: kvl_dtype,
-    /// That of the spans' calls.
+    /// That of the segments' calls.
     pub precision: kvl_precision,
-    /// [heads]: one more logit, which takes weight and has no value, once for all spans; null for none.
+    /// [heads]: one more logit, which takes weight and has no value, once for all segments; null for none.
     pub sink_logits: *const f32,
     /// Output [batch, seq, heads, v_dim], of any type.
     pub out: kvl_view,
-    /// Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a row's logits; null if not
-    /// wanted.
+    /// Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a query row's logits; null
+    /// if not wanted.
     pub lse: *mut f32,
 }
 
 sized!(kvl_merge_chunks_params);
-assert_layout!(kvl_merge_chunks_params, 144, struct_size: 0, spans: 8, num_spans: 16, kv_heads: 24, dtype: 32, precision: 36, sink_logits: 40, out: 48, lse: 136);
+assert_layout!(kvl_merge_chunks_params, 144, struct_size: 0, segments: 8, num_segments: 16, kv_heads: 24, dtype: 32, precision: 36, sink_logits: 40, out: 48, lse: 136);
 
-/// How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every row [batch, seq, heads] and
-/// every `KVL_SPLIT_GRID` keys, or part of as many, that a row of the cache has room for, v_dim rounded up to 16 and 16 more. Only
-/// those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be null. Since ABI version 3.
+/// How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every query row [batch, seq,
+/// heads] and every `KVL_SPLIT_GRID` keys, or part of as many, that a sequence of the cache has room for, v_dim rounded up to
+/// 16 and 16 more. Only those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be null. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 /// Bad input: as for `kvl_attention_workspace_size`; ragged queries, a ring, and more floats than an address space holds are errors
@@ -108,20 +108,21 @@ pub unsafe extern "C" fn kvl_attention_chunks_workspace_size(
     unsafe { workspace_size(params, runner, bytes, size) }
 }
 
-/// Attention over a span of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
+/// Attention over a segment of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
 /// keys are spread over machines, or come in pieces, the merged bits are those of one `kvl_attention` over all keys.
 ///
-/// `params` is as for `kvl_attention`, in the span's own positions: `lengths`, `kv_starts`, `offsets` and so on count from the span's
-/// first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts spans so, `kvl_shard_lengths` computes the lists). There
-/// is no `out`, no `lse`, and there are no `sink_logits`: those are given to `kvl_merge_chunks`. `states` has `states_len` floats, exactly
-/// what `kvl_attention_chunks_states_len` says. They mean something to a context of the same level, for keys of the same type and
-/// the same precision, and may be sent there as they are; floats that they do not need are left alone.
+/// `params` is as for `kvl_attention`, in the segment's own positions: `lengths`, `kv_starts`, `offsets` and so on count from
+/// the segment's first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts segments so, `kvl_shard_lengths`
+/// computes the lists). There is no `out`, no `lse`, and there are no `sink_logits`: those are given to `kvl_merge_chunks`.
+/// `states` has `states_len` floats, exactly what `kvl_attention_chunks_states_len` says. They mean something to a context of
+/// the same level, for keys of the same type and the same precision, and may be sent there as they are; floats that they do not
+/// need are left alone.
 ///
 /// `workspace` is as for `kvl_attention`, of the size that `kvl_attention_chunks_workspace_size` says. Since ABI version 3.
 ///
 /// Thread safety: as for `kvl_attention`.
-/// Bad input: as for `kvl_attention`; an `out`, an `lse`, `sink_logits`, ragged queries, a ring, `states` that are null, of another length,
-/// not aligned to 4 bytes or that share memory with a tensor or a list are errors too, and nothing is written.
+/// Bad input: as for `kvl_attention`; an `out`, an `lse`, `sink_logits`, ragged queries, a ring, `states` that are null, of
+/// another length, not aligned to 4 bytes or that share memory with a tensor or a list are errors too, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_attention_chunks(
     context: *const kvl_context,
@@ -138,7 +139,7 @@ pub unsafe extern "C" fn kvl_attention_chunks(
         // SAFETY: as above.
         let params = unsafe { read_sized(params) }?;
         for (name, given) in [("out", !params.out.is_absent()), ("lse", !params.lse.is_null())] {
-            ensure!(!given, InvalidValue, "{name} is given where spans are merged, not where they are computed");
+            ensure!(!given, InvalidValue, "{name} is given where segments are merged, not where they are computed");
         }
         // SAFETY: as above.
         let attention = unsafe { raw_attention(&params) }?;
@@ -148,12 +149,14 @@ pub unsafe extern "C" fn kvl_attention_chunks(
     })
 }
 
-/// Bytes of workspace that `kvl_merge_chunks` needs at most for the shape of `params->out`, `kv_heads` and the lengths of the spans'
-/// states, and for the threads of `runner`. Only those are looked at: data and states may be null. Since ABI version 3.
+/// Bytes of workspace that `kvl_merge_chunks` needs at most for the shape of `params->out`, `kv_heads` and the lengths of the
+/// segments' states, and for the threads of `runner`. Only those are looked at: data and states may be null. Since ABI version
+/// 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, an unknown `struct_size`, no span or more than 256, an axis that is negative or above 2^31 - 1, a dim that is not
-/// 1 to 512, heads that are no multiple of `kv_heads`, lengths that are no number of chunks are errors, and `*bytes` is not touched.
+/// Bad input: null, an unknown `struct_size`, no segment or more than 256, an axis that is negative or above 2^31 - 1, a dim
+/// that is not 1 to 512, heads that are no multiple of `kv_heads`, lengths that are no number of chunks are errors, and
+/// `*bytes` is not touched.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_merge_chunks_workspace_size(
     params: *const kvl_merge_chunks_params,
@@ -164,25 +167,25 @@ pub unsafe extern "C" fn kvl_merge_chunks_workspace_size(
         let out = params.out.raw("out")?;
         attention_shape("out", &params.out.as_const())?;
         // SAFETY: the caller's promise.
-        let spans = unsafe { spans(params) }?;
+        let segments = unsafe { segments(params) }?;
         let merge = chunk_merge(params, None)?;
-        let call = RawMerge { spans: &spans[..params.num_spans], merge, out, lse: std::ptr::null_mut() };
+        let call = RawMerge { segments: &segments[..params.num_segments], merge, out, lse: std::ptr::null_mut() };
         call.workspace_size(threads)
     };
     // SAFETY: the caller's promise.
     unsafe { workspace_size(params, runner, bytes, size) }
 }
 
-/// Output and LSE of attention whose keys lay in several spans, from the states that `kvl_attention_chunks` left of each. The bits
-/// are those of one `kvl_attention` over all keys, if every span but the last ended at a multiple of `KVL_SPLIT_GRID`.
-/// `kvl_merge_states` needs less memory, and has the kernel's bound instead of its bits.
+/// Output and LSE of attention whose keys lay in several segments, from the states that `kvl_attention_chunks` left of each.
+/// The bits are those of one `kvl_attention` over all keys, if every segment but the last ended at a multiple of
+/// `KVL_SPLIT_GRID`. `kvl_merge_states` needs less memory, and has the kernel's bound instead of its bits.
 ///
 /// `workspace` is as for `kvl_attention`, of the size that `kvl_merge_chunks_workspace_size` says. Since ABI version 3.
 ///
 /// Thread safety: as for `kvl_attention`.
-/// Bad input: null, an unknown `struct_size` or enumeration value, what `kvl_merge_chunks_workspace_size` refuses, an output that
-/// shares memory with states, sink_logits or the other output, a workspace that is too small or misaligned are errors, and nothing is
-/// written.
+/// Bad input: null, an unknown `struct_size` or enumeration value, what `kvl_merge_chunks_workspace_size` refuses, an output
+/// that shares memory with states, sink_logits or the other output, a workspace that is too small or misaligned are errors, and
+/// nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_merge_chunks(
     context: *const kvl_context,
@@ -198,16 +201,16 @@ pub unsafe extern "C" fn kvl_merge_chunks(
         let params = unsafe { read_sized(params) }?;
         let out = params.out.raw("out")?;
         // SAFETY: as above.
-        let (spans, sink_logits) =
-            unsafe { (spans(&params)?, list("sink_logits", params.sink_logits, out.shape[HEADS])?) };
+        let (segments, sink_logits) =
+            unsafe { (segments(&params)?, list("sink_logits", params.sink_logits, out.shape[HEADS])?) };
         let merge = chunk_merge(&params, sink_logits)?;
-        let call = RawMerge { spans: &spans[..params.num_spans], merge, out, lse: params.lse };
+        let call = RawMerge { segments: &segments[..params.num_segments], merge, out, lse: params.lse };
         // SAFETY: as above.
         unsafe { merge_chunks_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, &call) }
     })
 }
 
-/// Queries, the keys that a row of the span has room for, and the elements of a value.
+/// Queries, the keys that a sequence of the segment has room for, and the elements of a value.
 ///
 /// # Safety
 /// `params` is what the header describes.
@@ -221,22 +224,22 @@ unsafe fn span_shapes(params: &kvl_attention_params) -> Result<([usize; 4], [usi
     Ok((q, k, v[DIM]))
 }
 
-/// The spans of a merge: on the stack, and converted before anything runs, since a conversion can fail.
+/// The segments of a merge: on the stack, and converted before anything runs, since a conversion can fail.
 ///
 /// # Safety
 /// `params` is what the header describes.
-unsafe fn spans(params: &kvl_merge_chunks_params) -> Result<[RawStates; MAX_SEGMENTS]> {
-    let n = params.num_spans;
-    ensure!(n <= MAX_SEGMENTS, InvalidValue, "{n} spans, but a call merges 1 to {MAX_SEGMENTS}");
+unsafe fn segments(params: &kvl_merge_chunks_params) -> Result<[RawStates; MAX_SEGMENTS]> {
+    let n = params.num_segments;
+    ensure!(n <= MAX_SEGMENTS, InvalidValue, "{n} segments, but a call merges 1 to {MAX_SEGMENTS}");
     let mut raw = [RawStates::default(); MAX_SEGMENTS];
     // SAFETY: the caller's.
-    let spans = unsafe { required_list("spans", params.spans, n) }?;
-    for (i, (span, raw)) in spans.iter().zip(&mut raw).enumerate() {
-        let Ok(len) = usize::try_from(span.len) else {
-            let wrong = if span.len < 0 { "negative" } else { "too large" };
-            fail!(Shape, "spans[{i}].len is {}, which is {wrong}", span.len);
+    let segments = unsafe { required_list("segments", params.segments, n) }?;
+    for (i, (segment, raw)) in segments.iter().zip(&mut raw).enumerate() {
+        let Ok(len) = usize::try_from(segment.len) else {
+            let wrong = if segment.len < 0 { "negative" } else { "too large" };
+            fail!(Shape, "segments[{i}].len is {}, which is {wrong}", segment.len);
         };
-        *raw = RawStates { data: span.states, len };
+        *raw = RawStates { data: segment.states, len };
     }
     Ok(raw)
 }

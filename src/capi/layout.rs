@@ -5,25 +5,25 @@ use super::sized::{assert_layout, read_sized, sized};
 use crate::error::{Result, ensure, fail};
 use crate::layout::{Layout, Packing};
 
-/// In which slots of a cache the tokens of a row lie.
+/// In which slots of a cache the tokens of a sequence lie.
 pub type kvl_layout_kind = i32;
-/// Caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row b, slot p.
+/// Caches are [batch, capacity, kv_heads, dim]; position p of sequence b lies in sequence b, slot p.
 pub const KVL_LAYOUT_KIND_CONTIGUOUS: i32 = 0;
-/// The same, but a row keeps its newest tokens only: position p lies in slot p as long as p < sinks, and from there on in slot
-/// `sinks + (p - sinks) % (capacity - sinks)`. Lengths go on counting every token that a row was given.
+/// The same, but a sequence keeps its newest tokens only: position p lies in slot p as long as p < sink_tokens, and from there
+/// on in slot `sink_tokens + (p - sink_tokens) % (capacity - sink_tokens)`. Lengths go on counting every token that a sequence
+/// was given.
 pub const KVL_LAYOUT_KIND_RING: i32 = 1;
-/// Caches are pools [pages, page_size, kv_heads, dim]; position p of row b lies in page
-/// `table[b * pages_per_sequence + p / page_size]`, slot p % page_size. Rows may share pages that none of them writes. NHD and HND
-/// are two sets of strides.
+/// Caches are pools [pages, page_size, kv_heads, dim]; position p of sequence b lies in page `table[b * pages_per_sequence + p
+/// / page_size]`, slot p % page_size. Sequences may share pages that none of them writes. NHD and HND are two sets of strides.
 pub const KVL_LAYOUT_KIND_PAGED: i32 = 2;
-/// Beam search without copies: caches are [rows, capacity, kv_heads, dim]; position p of row b lies in row
+/// Beam search without copies: caches are [batch, capacity, kv_heads, dim]; position p of sequence b lies in sequence
 /// `table[b * capacity + p]`, slot p.
 pub const KVL_LAYOUT_KIND_INDIRECT: i32 = 3;
-/// Rows one after the other, each as long as it is: caches are [1, tokens, kv_heads, dim]; position p of row b lies in slot
-/// `table[b] + p`, and row b ends at `table[b + 1]` (`cu_seqlens`).
+/// Sequences one after the other, each as long as it is: caches are [1, tokens, kv_heads, dim]; position p of sequence b lies
+/// in slot `table[b] + p`, and sequence b ends at `table[b + 1]` (`cu_seqlens`).
 pub const KVL_LAYOUT_KIND_RAGGED: i32 = 4;
 
-/// Where in a cache the tokens of its rows lie. Start from `KVL_LAYOUT_INIT`, which is contiguous. Since ABI version 3.
+/// Where in a cache the tokens of its sequences lie. Start from `KVL_LAYOUT_INIT`, which is contiguous. Since ABI version 3.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_layout {
@@ -31,14 +31,14 @@ pub struct kvl_layout {
     pub struct_size: usize,
     /// One of the above.
     pub kind: kvl_layout_kind,
-    /// `KVL_LAYOUT_KIND_RING`: how many of a row's first tokens are never overwritten; less than the capacity. Else 0.
+    /// `KVL_LAYOUT_KIND_RING`: how many of a sequence's first tokens are never overwritten; less than the capacity. Else 0.
     pub sink_tokens: i32,
-    /// Rows that the table describes; not looked at without a table.
+    /// Sequences that the table describes; not looked at without a table.
     pub num_sequences: i64,
-    /// `KVL_LAYOUT_KIND_PAGED`: entries of a row. Else 0.
+    /// `KVL_LAYOUT_KIND_PAGED`: entries of a sequence. Else 0.
     pub pages_per_sequence: i64,
-    /// `KVL_LAYOUT_KIND_PAGED`: [rows, pages_per_sequence]; entries beyond a row's length are not looked at. `KVL_LAYOUT_KIND_INDIRECT`: [rows, capacity].
-    /// `KVL_LAYOUT_KIND_RAGGED`: [rows + 1], ascending. Else null.
+    /// `KVL_LAYOUT_KIND_PAGED`: [batch, pages_per_sequence]; entries beyond a sequence's length are not looked at.
+    /// `KVL_LAYOUT_KIND_INDIRECT`: [batch, capacity]. `KVL_LAYOUT_KIND_RAGGED`: [batch + 1], ascending. Else null.
     pub table: *const i32,
 }
 
@@ -47,11 +47,11 @@ assert_layout!(kvl_layout, 40, struct_size: 0, kind: 8, sink_tokens: 12, num_seq
 
 /// How the values of neighbouring slots lie in a cache. Since ABI version 3.
 pub type kvl_packing = i32;
-/// Every slot by itself: [rows, slots, kv_heads, v_dim].
+/// Every slot by itself: [batch, slots, kv_heads, v_dim].
 pub const KVL_PACKING_ROWS: i32 = 0;
-/// Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: [rows, slots / 2, kv_heads,
-/// 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. Slots a row (or a page) has, sinks of a ring and
-/// starts of ragged rows are even.
+/// Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: [batch, slots / 2, kv_heads,
+/// 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. Slots a sequence (or a page) has, sinks of a ring and
+/// starts of ragged sequences are even.
 pub const KVL_PACKING_ROW_PAIRS: i32 = 1;
 
 /// The layout at `from`, of caches with so many slots; contiguous if it is null.

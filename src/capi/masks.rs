@@ -27,13 +27,13 @@ assert_layout!(kvl_mask, 80, data: 0, shape: 8, strides: 40, bytes: 72);
 /// A mask [batch, seq, heads, keys] of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
 /// first, and keys are neighbours. Start from `KVL_BIT_MASK_INIT`. Since ABI version 3.
 ///
-/// It may speak of the last keys alone: bit j of row b is of key `first_keys[b] + j`, keys before that are seen, and the last bit
-/// is of the row's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a stride of 0, over
-/// the n tokens that were written last.
+/// It may speak of the last keys alone: bit j of sequence b is of key `first_keys[b] + j`, keys before that are seen, and the
+/// last bit is of the sequence's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a
+/// stride of 0, over the n tokens that were written last.
 ///
-/// Its rows may be as wide as each is, and lie anywhere: with `bit_offsets` and `query_strides`, a row has bits for its own queries
-/// and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of requests one after
-/// the other, each [queries, keys] of its own, are one mask.
+/// Its sequences may be as wide as each is, and lie anywhere: with `bit_offsets` and `query_strides`, a sequence has bits for
+/// its own queries and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of
+/// requests one after the other, each [queries, keys] of its own, are one mask.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_bit_mask {
@@ -45,17 +45,17 @@ pub struct kvl_bit_mask {
     pub bytes: usize,
     /// The bit of entry [0, 0, 0, 0].
     pub offset: i64,
-    /// batch, seq (the most queries of a row), heads, keys (at least the most of a row, less its first key).
+    /// batch, seq (the most queries of a sequence), heads, keys (at least the most of a sequence, less its first key).
     pub shape: [i64; 4],
     /// Of batch, seq and heads, in bits; 0 broadcasts.
     pub strides: [i64; 3],
-    /// [batch]: the key of a row's first bit; null for 0.
+    /// [batch]: the key of a sequence's first bit; null for 0.
     pub first_keys: *const i32,
-    /// [batch]: the bit of a row's query 0, head 0 and first key, not negative, instead of `offset` and the stride of batch, which
-    /// must be 0; null if rows lie at those. Given with `query_strides` or not at all.
+    /// [batch]: the bit of a sequence's query 0, head 0 and first key, not negative, instead of `offset` and the stride of
+    /// batch, which must be 0; null if sequences lie at those. Given with `query_strides` or not at all.
     pub bit_offsets: *const i64,
-    /// [batch]: bits from a query of a row to the next, not negative, 0 to broadcast, instead of the stride of seq, which must be
-    /// 0; null if all rows have that.
+    /// [batch]: bits from a query of a sequence to the next, not negative, 0 to broadcast, instead of the stride of seq, which
+    /// must be 0; null if all sequences have that.
     pub query_strides: *const i64,
 }
 
@@ -73,7 +73,7 @@ impl kvl_mask {
     }
 }
 
-/// The masks of a call of so many rows.
+/// The masks of a call of so many sequences.
 ///
 /// # Safety
 /// `params` is what the header describes.

@@ -23,16 +23,16 @@ pub struct kvl_plan {
     pub(super) plan: crate::AttentionPlan,
 }
 
-/// Makes a plan: copies and checks what `params` says of the rows of an attention call, which are `flags`, windows, `layout`,
-/// `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`, `offsets`, `prefix_lengths`, `mask`, `bit_mask`, the first two axes of `q` and `k`, and if
-/// there are masks, the heads of `q`; nothing else of it is looked at, and data of tensors may be null.
-/// `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
+/// Makes a plan: copies and checks what `params` says of the sequences of an attention call, which are `flags`, windows,
+/// `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`, `offsets`, `prefix_lengths`, `mask`, `bit_mask`, the
+/// first two axes of `q` and `k`, and if there are masks, the heads of `q`; nothing else of it is looked at, and data of
+/// tensors may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
 ///
-/// Masks are read here and once: the plan has bits of its own, for the queries of every row and the keys up to its length, of each
-/// head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they hide nothing
-/// that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
+/// Masks are read here and once: the plan has bits of its own, for the queries of every sequence and the keys up to its length,
+/// of each head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they
+/// hide nothing that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
 ///
-/// A plan serves every layer whose caches have the same rows and slots, any number of threads, and every context. It holds no
+/// A plan serves every layer whose caches have the same sequences and slots, any number of threads, and every context. It holds no
 /// pointer of the caller's. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once.
@@ -67,34 +67,34 @@ pub unsafe extern "C" fn kvl_plan_update(plan: *mut kvl_plan, params: *const kvl
     })
 }
 
-/// Takes a plan to the next step: row b has been given `counts[b]` tokens more, and as many queries follow as before. Lengths, and
-/// offsets where they were given, grow; the table must have the entries of the new tokens. Allocates nothing, and looks only at
-/// what is new.
+/// Takes a plan to the next step: sequence b has been given `counts[b]` tokens more, and as many queries follow as before.
+/// Lengths, and offsets where they were given, grow; the table must have the entries of the new tokens. Allocates nothing, and
+/// looks only at what is new.
 ///
 /// Thread safety: no other call may use the plan meanwhile.
-/// Bad input: null, a list of other than `rows` entries, a negative count, a row without room, table entries that are no pages or
-/// rows, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new tokens is for
-/// `kvl_plan_update`) are errors, and the plan is then what it was.
+/// Bad input: null, a list of other than `num_sequences` entries, a negative count, a sequence without room, table entries that
+/// are no pages or sequences, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new
+/// tokens is for `kvl_plan_update`) are errors, and the plan is then what it was.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvl_plan_advance(plan: *mut kvl_plan, counts: *const i32, rows: i64) -> kvl_status {
+pub unsafe extern "C" fn kvl_plan_advance(plan: *mut kvl_plan, counts: *const i32, num_sequences: i64) -> kvl_status {
     guard(|| {
         // SAFETY: the caller's promise, here and below.
         let plan = unsafe { borrow_mut(plan) }?;
         // SAFETY: as above.
-        plan.advance(unsafe { required_list("counts", counts, size("rows", rows)?) }?)
+        plan.advance(unsafe { required_list("counts", counts, size("num_sequences", num_sequences)?) }?)
     })
 }
 
-/// Sets `count` entries from `first` on of a row in the table of a plan with a paged or indirect layout: before `kvl_plan_advance`
-/// needs them, or when a page has moved.
+/// Sets `count` entries from `first` on of a sequence in the table of a plan with a paged or indirect layout: before
+/// `kvl_plan_advance` needs them, or when a page has moved.
 ///
 /// Thread safety: no other call may use the plan meanwhile.
-/// Bad input: null, a layout without a table, entries outside the row, and entries of tokens that the row has which are no pages
-/// or rows of the cache are errors, and the plan is then what it was.
+/// Bad input: null, a layout without a table, entries outside the sequence, and entries of tokens that the sequence has which
+/// are no pages or sequences of the cache are errors, and the plan is then what it was.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_plan_set_table(
     plan: *mut kvl_plan,
-    row: i64,
+    sequence: i64,
     first: i64,
     entries: *const i32,
     count: i64,
@@ -104,7 +104,7 @@ pub unsafe extern "C" fn kvl_plan_set_table(
         let plan = unsafe { borrow_mut(plan) }?;
         // SAFETY: as above.
         let entries = unsafe { required_list("entries", entries, size("count", count)?) }?;
-        plan.set_table(size("row", row)?, size("first", first)?, entries)
+        plan.set_table(size("sequence", sequence)?, size("first", first)?, entries)
     })
 }
 
@@ -130,7 +130,7 @@ unsafe fn borrow_mut<'a>(plan: *mut kvl_plan) -> Result<&'a mut AttentionPlan> {
     Ok(unsafe { &mut (*plan).plan })
 }
 
-/// Calls `f` with the shape of the queries, what the parameters say of rows, and their masks.
+/// Calls `f` with the shape of the queries, what the parameters say of sequences, and their masks.
 ///
 /// # Safety
 /// `params` is what the header describes.
@@ -146,7 +146,7 @@ unsafe fn with_visibility<T>(
     f(q.shape, &visibility, &unsafe { read_masks(params, visibility.batch) }?)
 }
 
-/// What the parameters of an attention call say of its rows, by themselves or through a plan.
+/// What the parameters of an attention call say of its sequences, by themselves or through a plan.
 ///
 /// # Safety
 /// `params` is what the header describes, and its lists and its plan live as long as the result is used.
@@ -209,7 +209,7 @@ unsafe fn own_visibility<'a>(params: &kvl_attention_params, q: &RawView, k: RawV
     }
 }
 
-/// Slots and rows for which `kvl_attention_workspace_size` is to answer: batch and seq of the queries, and the layout.
+/// Slots and sequences for which `kvl_attention_workspace_size` is to answer: batch and seq of the queries, and the layout.
 ///
 /// # Safety
 /// As [`visibility`]; K has `slots` slots.

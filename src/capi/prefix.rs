@@ -45,10 +45,10 @@ pub unsafe extern "C" fn kvl_attention_with_prefix_workspace_size(
     })
 }
 
-/// Attention over a prefix that all rows share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim], and then over each
-/// row's own keys, of which `params` speaks as it does in `kvl_attention`: position 0 of a row is its first key after the
-/// prefix. Every query sees the whole prefix, which is read once for all of them; sinks count once. The result is that of
-/// attention over both at once within the kernel's bound; it does not depend on the runner, the batch or strides.
+/// Attention over a prefix that all sequences share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim], and then over
+/// each sequence's own keys, of which `params` speaks as it does in `kvl_attention`: position 0 of a sequence is its first key
+/// after the prefix. Every query sees the whole prefix, which is read once for all of them; sinks count once. The result is
+/// that of attention over both at once within the kernel's bound; it does not depend on the runner, the batch or strides.
 ///
 /// `workspace` is as for `kvl_attention`, of the size that `kvl_attention_with_prefix_workspace_size` says. Since ABI version 3.
 ///

@@ -9,7 +9,7 @@ use crate::error::{Result, ensure, fail};
 use crate::ops::shard::{Mesh, SegmentLists, Shard, shard_slots};
 use crate::view::{BATCH, DIM, RawView};
 
-/// Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
+/// Keys that attention computes as one: segments of a sequence begin and end at multiples of this many.
 pub const KVL_SPLIT_GRID: i32 = 1024;
 
 /// One of several shards of a model's caches, by batch (data), heads (model) and keys (sequence). Start from `KVL_SHARD_INIT`,
@@ -60,13 +60,13 @@ pub unsafe extern "C" fn kvl_shard_from_rank(rank: i64, shard: *mut kvl_shard) -
     })
 }
 
-/// The shard's rows of a batch: `*count` of them from `*first` on. Parts differ by at most one row, and may be empty. Since ABI
-/// version 3.
+/// The shard's sequences of a batch: `*count` of them from `*first` on. Parts differ by at most one sequence, and may be empty.
+/// Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 /// Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist are errors, and nothing is written.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvl_shard_rows(
+pub unsafe extern "C" fn kvl_shard_sequences(
     shard: *const kvl_shard,
     batch: i64,
     first: *mut i64,
@@ -74,9 +74,9 @@ pub unsafe extern "C" fn kvl_shard_rows(
 ) -> kvl_status {
     guard(|| {
         // SAFETY: the caller's promise, here and below.
-        let rows = unsafe { at(shard) }?.rows(size("batch", batch)?);
+        let sequences = unsafe { at(shard) }?.sequences(size("batch", batch)?);
         // SAFETY: as above.
-        unsafe { write_ranges([("first", first, rows.start), ("count", count, rows.len())]) }
+        unsafe { write_ranges([("first", first, sequences.start), ("count", count, sequences.len())]) }
     })
 }
 
@@ -112,7 +112,7 @@ pub unsafe extern "C" fn kvl_shard_heads(
     })
 }
 
-/// The shard's span of the slots of a row: `*count` of `capacity`, from `*first` on. Spans begin and end at multiples of
+/// The shard's segment of the slots of a sequence: `*count` of `capacity`, from `*first` on. Segments begin and end at multiples of
 /// `KVL_SPLIT_GRID` or at the capacity, and may be empty. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
@@ -132,11 +132,11 @@ pub unsafe extern "C" fn kvl_shard_keys(
     })
 }
 
-/// What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `kv_starts` (null:
-/// 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a row. The results, [batch] each, are counted from the
-/// start of the span: `local_lengths` and `local_kv_starts` lie in it, `local_offsets` may be negative or beyond it. The outputs of
-/// all spans are joined by `kvl_merge_states`, and sinks go to one span only; or by `kvl_attention_chunks` and `kvl_merge_chunks`,
-/// to the bit. Since ABI version 3.
+/// What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `kv_starts`
+/// (null: 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a sequence. The results, [batch] each, are
+/// counted from the start of the segment: `local_lengths` and `local_kv_starts` lie in it, `local_offsets` may be negative or
+/// beyond it. The outputs of all segments are joined by `kvl_merge_states`, and sinks go to one segment only; or by
+/// `kvl_attention_chunks` and `kvl_merge_chunks`, to the bit. Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 /// Bad input: null, a negative number, more keys than an axis holds, an offset that leaves 32 bits, lists that share
@@ -183,11 +183,12 @@ pub unsafe extern "C" fn kvl_shard_lengths(
 }
 
 /// The slots, in a cache that holds `count` keys from key `first` on, of tokens that a whole cache would have from
-/// `positions[b]`, [batch], on: `slots`, [batch, seq], for `kvl_kv_write_params`, -1 for those that belong to other spans. Since ABI
-/// version 3.
+/// `positions[b]`, [batch], on: `slots`, [batch, seq], for `kvl_kv_write_params`, -1 for those that belong to other segments.
+/// Since ABI version 3.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, a negative number or position, more keys than an axis holds, lists that share memory are errors, and nothing is written.
+/// Bad input: null, a negative number or position, more keys than an axis holds, lists that share memory are errors, and
+/// nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_shard_slots(
     first: i64,

@@ -25,25 +25,26 @@ pub struct kvl_kv_write_params {
     pub k: kvl_const_view,
     /// New values [batch, seq, kv_heads, v_dim]; absent together with `v_cache` to write keys alone.
     pub v: kvl_const_view,
-    /// Where keys go: [rows, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any type.
+    /// Where keys go: [batch, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any type.
     pub k_cache: kvl_view,
-    /// Where values go: [rows, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any type.
+    /// Where values go: [batch, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any type.
     pub v_cache: kvl_view,
-    /// [batch]: token t of row b is at position `positions[b] + t` of its row of the cache.
+    /// [batch]: token t of sequence b is at position `positions[b] + t` of its sequence of the cache.
     pub positions: *const i32,
-    /// [batch]: only the first `counts[b]` tokens of row b are written (padded prompts); null for all.
+    /// [batch]: only the first `counts[b]` tokens of sequence b are written (padded prompts); null for all.
     pub counts: *const i32,
-    /// [batch]: source row b goes to row `rows[b]` of the cache; null for row b.
-    pub rows: *const i32,
-    /// [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_LAYOUT_KIND_PAGED` and `KVL_LAYOUT_KIND_RAGGED` slots are
-    /// counted over the whole pool, page by page; the layout's table is not looked at, and there are no `rows`.
+    /// [batch]: source sequence b goes to sequence `sequences[b]` of the cache; null for sequence b.
+    pub sequences: *const i32,
+    /// [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_LAYOUT_KIND_PAGED` and
+    /// `KVL_LAYOUT_KIND_RAGGED` slots are counted over the whole pool, page by page; the layout's table is not looked at, and
+    /// there are no `sequences`.
     pub slots: *const i32,
     /// Rotates keys on their way into the cache; null to write them as they are. The same bits as `kvl_rope` into a view
     /// of the cache's type.
     pub rope: *const kvl_rope_params,
-    /// In which slot a position lies; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. A `KVL_LAYOUT_KIND_RING` takes no more tokens of a row in one call than it
-    /// has slots beside its sinks. `KVL_LAYOUT_KIND_INDIRECT` only reads: write to the token's own row, and set the table's entry. Since
-    /// ABI version 3.
+    /// In which slot a position lies; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. A `KVL_LAYOUT_KIND_RING` takes no more tokens of a
+    /// sequence in one call than it has slots beside its sinks. `KVL_LAYOUT_KIND_INDIRECT` only reads: write to the token's own
+    /// sequence, and set the table's entry. Since ABI version 3.
     pub layout: *const kvl_layout,
     /// Normalises the heads of the keys on their way into the cache, before they are rotated; null not to. The same bits as
     /// `kvl_rms_norm` into f32 first. Since ABI version 3.
@@ -55,16 +56,16 @@ pub struct kvl_kv_write_params {
 }
 
 sized!(kvl_kv_write_params[layout]);
-assert_layout!(kvl_kv_write_params, 424, struct_size: 0, k: 8, v: 96, k_cache: 184, v_cache: 272, positions: 360, counts: 368, rows: 376, slots: 384, rope: 392, layout: 400, k_norm: 408, v_packing: 416, reserved: 420);
+assert_layout!(kvl_kv_write_params, 424, struct_size: 0, k: 8, v: 96, k_cache: 184, v_cache: 272, positions: 360, counts: 368, sequences: 376, slots: 384, rope: 392, layout: 400, k_norm: 408, v_packing: 416, reserved: 420);
 
-/// Writes new keys and values into their caches, all rows in one call, each at its own place, converted to the cache's type
+/// Writes new keys and values into their caches, all sequences in one call, each at its own place, converted to the cache's type
 /// (to nearest, ties to even); normalises the keys on the way if `params->k_norm` is given, and rotates them if `params->rope`
 /// is. Lengths are the caller's to advance.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint rows; `runner` null is the
+/// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint sequences; `runner` null is the
 /// calling thread.
 /// Bad input: null, an unknown `struct_size` or enumeration value, shapes that do not fit, a slot past the capacity
-/// (`KVL_STATUS_CAPACITY`), a negative position, slot or row, a page that does not exist, two tokens for one slot
+/// (`KVL_STATUS_CAPACITY`), a negative position, slot or sequence, a page that does not exist, two tokens for one slot
 /// (`KVL_STATUS_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
 /// clamped.
 #[unsafe(no_mangle)]
@@ -104,7 +105,7 @@ pub unsafe extern "C" fn kvl_kv_write(
                     false => &[],
                 },
                 counts: list("counts", params.counts, batch)?,
-                rows: list("rows", params.rows, batch)?,
+                sequences: list("sequences", params.sequences, batch)?,
                 slots: list("slots", params.slots, tokens)?,
                 layout: read_layout(params.layout, keys.1.shape[SEQ])?,
             }

@@ -70,8 +70,9 @@ impl<'a> AttentionTensors<'a> {
 /// | `bias` | the entry is not -inf |
 /// | `layout` | a ring has not overwritten it |
 ///
-/// Where windows count from, and how other libraries count, is a [page of its own](crate::masks). A query that sees no key has output 0 and LSE -inf (with a sink: the sink's logit). What is not seen cannot reach the
-/// output, whatever it is; what is seen does, NaN too. A live logit of -inf has weight 0.
+/// Where windows count from, and how other libraries count, is a [page of its own](crate::masks). A query that sees no key has
+/// output 0 and LSE -inf (with a sink: the sink's logit). What is not seen cannot reach the output, whatever it is; what is
+/// seen does, NaN too. A live logit of -inf has weight 0.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct AttentionOptions<'a> {
@@ -89,8 +90,8 @@ pub struct AttentionOptions<'a> {
     /// what a ring has overwritten: a window must lie in what it retains, and with no window there can be only one query once
     /// it has overwritten any.
     pub layout: Layout<'a>,
-    /// How the values of two slots lie in `v`: packed in pairs, it is `[rows, slots / 2, kv_heads, 2 * v_dim]`. The same bits as for
-    /// values that are not packed.
+    /// How the values of two slots lie in `v`: packed in pairs, it is `[rows, slots / 2, kv_heads, 2 * v_dim]`. The same bits
+    /// as for values that are not packed.
     pub v_packing: Packing,
     /// `[batch + 1]`: ragged queries. `q` and `out` are `[1, tokens, heads, dim]`, and row b of the batch is tokens
     /// `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` (`cu_seqlens`).
@@ -245,7 +246,7 @@ pub(crate) fn call_rows(q_shape: [usize; 4], visibility: &Visibility) -> Result<
         rows == visibility.batch,
         Shape,
         "k has {} = {rows}, but q has {}",
-        if matches!(layout, Layout::Contiguous | Layout::Ring { .. }) { "batch" } else { "rows" },
+        if matches!(layout, Layout::Contiguous | Layout::Ring { .. }) { "batch" } else { "sequences" },
         visibility.batch
     );
     Ok(())

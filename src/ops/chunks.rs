@@ -1,9 +1,9 @@
 //! Attention whose keys are spread over several calls, with the bits of one: states by chunks, and their merge.
 //!
 //! A row's softmax is computed chunk by chunk, on a grid of [`SPLIT_GRID`] keys, and chunks are folded in ascending order. A
-//! call over a span of keys that begins on the grid can leave the states of its chunks instead of an output; folding those of all
-//! spans is then what one call over all keys does. [`merge_states`](crate::merge_states) needs less memory and carries outputs, which
-//! are divided and rounded already: it has the kernel's bound, not its bits.
+//! call over a segment of keys that begins on the grid can leave the states of its chunks instead of an output; folding those
+//! of all segments is then what one call over all keys does. [`merge_states`](crate::merge_states) needs less memory and
+//! carries outputs, which are divided and rounded already: it has the kernel's bound, not its bits.
 //!
 //! ```text
 //! states: [batch][kv_heads][rows in pieces of PIECE][chunks][rows of the piece][16 + v_dim rounded up to 16]
@@ -35,16 +35,16 @@ use crate::view::{self, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut, contigu
 /// Query rows of a KV head that are computed together; a part of the format, so no matter of the kernel's.
 const PIECE: usize = 192;
 
-/// The most spans that one call merges.
+/// The most segments that one call merges.
 pub const MAX_SEGMENTS: usize = 256;
 
-/// Floats that the states of queries `[batch, seq, heads, dim]` over a span of up to `keys` keys take: for every row and chunk, the
-/// values' elements, rounded up to 16, and 16 more.
+/// Floats that the states of queries `[batch, seq, heads, dim]` over a segment of up to `keys` keys take: for every row and
+/// chunk, the values' elements, rounded up to 16, and 16 more.
 pub fn chunk_states_len(q_shape: [usize; 4], keys: usize, v_dim: usize) -> usize {
     view::rows(q_shape).saturating_mul(chunks_of(keys)).saturating_mul(partial_stride(v_dim))
 }
 
-/// Chunks that the states of a span have; one at least, so that there is something to merge.
+/// Chunks that the states of a segment have; one at least, so that there is something to merge.
 fn chunks_of(keys: usize) -> usize {
     keys.div_ceil(CHUNK).max(1)
 }
@@ -58,14 +58,14 @@ fn states_view(data: *mut f32, [batch, seq, heads, _]: [usize; 4], floats: usize
 /// Fails for queries and layouts whose states have no format.
 pub(crate) fn check_format(ragged: bool, layout: &Layout) -> Result<()> {
     ensure!(!ragged, InvalidValue, "cu_seqlens_q: the states of ragged queries have no format");
-    ensure!(!matches!(layout, Layout::Ring { .. }), InvalidValue, "a ring is no span of a sequence");
+    ensure!(!matches!(layout, Layout::Ring { .. }), InvalidValue, "a ring is no segment of a sequence");
     Ok(())
 }
 
-/// Attention over a span of a sequence: writes the states of its chunks to `states`, of [`chunk_states_len`] floats for the slots that
-/// `k` has. `options` are as for [`attention`](crate::attention()), in the span's own positions: lengths and offsets less the span's
-/// first key, which is a multiple of [`SPLIT_GRID`] ([`SegmentLists`](crate::SegmentLists) computes them). Sinks are given to
-/// [`merge_chunks`] instead.
+/// Attention over a segment of a sequence: writes the states of its chunks to `states`, of [`chunk_states_len`] floats for the
+/// slots that `k` has. `options` are as for [`attention`](crate::attention()), in the segment's own positions: lengths and
+/// offsets less the segment's first key, which is a multiple of [`SPLIT_GRID`] ([`SegmentLists`](crate::SegmentLists) computes
+/// them). Sinks are given to [`merge_chunks`] instead.
 ///
 /// Thread safety: as for [`attention`](crate::attention()).
 ///
@@ -83,15 +83,14 @@ pub fn attention_chunks(
     let out = ViewMut::new::<f32>(&mut [], [0; 4])?;
     let attention = RawAttention::new(AttentionTensors::new(q, k, v, out), options)?;
     let call = RawChunks { attention, states: states.as_mut_ptr(), len: states.len() };
-    let job = SpanJob::new(context, runner, &call)?;
+    let job = SegmentJob::new(context, runner, &call)?;
     workspace.reserve(job.workspace);
     // SAFETY: the views borrow what they reach, and the states are this call's alone.
     unsafe { job.run(runner, workspace.as_mut_ptr()) }
 }
 
-/// Bytes of workspace that [`attention_chunks`] needs at most for queries `[batch, seq, heads, dim]`, keys
-/// `[batch, keys, kv_heads, dim]`, values of `v_dim` elements and `threads` threads; of pages, `keys` is the most that a row has room
-/// for.
+/// Bytes of workspace that [`attention_chunks`] needs at most for queries `[batch, seq, heads, dim]`, keys `[batch, keys,
+/// kv_heads, dim]`, values of `v_dim` elements and `threads` threads; of pages, `keys` is the most that a row has room for.
 pub fn attention_chunks_workspace_size(
     q_shape: [usize; 4],
     k_shape: [usize; 4],
@@ -119,7 +118,7 @@ impl<'a> RawChunks<'a> {
         ensure!(
             call.sink_logits.is_none(),
             InvalidValue,
-            "sink_logits are given where spans are merged, not where they are computed"
+            "sink_logits are given where segments are merged, not where they are computed"
         );
         check_format(call.visibility.cu_seqlens_q.is_some(), &call.visibility.layout)?;
         let inputs = validate_inputs(call)?;
@@ -181,14 +180,14 @@ pub(crate) unsafe fn attention_chunks_raw(
     workspace_bytes: usize,
     call: &RawChunks,
 ) -> Result<()> {
-    let job = SpanJob::new(context, runner, call)?;
+    let job = SegmentJob::new(context, runner, call)?;
     check_workspace((workspace, workspace_bytes), job.workspace)?;
     // SAFETY: the caller's.
     unsafe { job.run(runner, workspace) }
 }
 
-/// A span's call that has been checked.
-struct SpanJob<'a> {
+/// A segment's call that has been checked.
+struct SegmentJob<'a> {
     problem: Problem<'a>,
     kernel: AttentionKernel,
     grid: Grid,
@@ -200,7 +199,7 @@ struct SpanJob<'a> {
     workspace: usize,
 }
 
-impl<'a> SpanJob<'a> {
+impl<'a> SegmentJob<'a> {
     fn new(context: &Context, runner: &dyn Runner, call: &RawChunks<'a>) -> Result<Self> {
         let (problem, chunks) = call.validate()?;
         let kernel = context.attention(problem.k.dtype, problem.v.dtype, call.attention.precision);
@@ -233,7 +232,7 @@ impl<'a> SpanJob<'a> {
     }
 }
 
-/// What the spans of a merge have in common.
+/// What the segments of a merge have in common.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct ChunkMerge<'a> {
@@ -243,7 +242,7 @@ pub struct ChunkMerge<'a> {
     pub k_format: CacheFormat,
     /// The format of its values.
     pub v_format: CacheFormat,
-    /// That of the spans' calls.
+    /// That of the segments' calls.
     pub precision: Precision,
     /// `[heads]`: as in [`AttentionOptions::sink_logits`]; they count once, here.
     pub sink_logits: Option<&'a [f32]>,
@@ -262,43 +261,44 @@ impl<'a> ChunkMerge<'a> {
     }
 }
 
-/// Output and LSE of attention whose keys lay in several spans: `spans` are the states that [`attention_chunks`] left, in the order of
-/// the sequence. The bits are those of one call of [`attention`](crate::attention()) over all keys, if every span but the last ended
-/// on the grid. `out` is `[batch, seq, heads, v_dim]`, of any type, `lse` `[batch, seq, heads]` and contiguous.
+/// Output and LSE of attention whose keys lay in several segments: `segments` are the states that [`attention_chunks`] left, in
+/// the order of the sequence. The bits are those of one call of [`attention`](crate::attention()) over all keys, if every
+/// segment but the last ended on the grid. `out` is `[batch, seq, heads, v_dim]`, of any type, `lse` `[batch, seq, heads]` and
+/// contiguous.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs and workspaces.
 ///
 /// # Errors
-/// No span or more than [`MAX_SEGMENTS`], states whose length is no number of chunks of these rows, lists of another length. Nothing has
-/// been written then.
+/// No segment or more than [`MAX_SEGMENTS`], states whose length is no number of chunks of these rows, lists of another length.
+/// Nothing has been written then.
 pub fn merge_chunks(
     context: &Context,
     runner: &dyn Runner,
     workspace: &mut Workspace,
-    spans: &[&[f32]],
+    segments: &[&[f32]],
     merge: &ChunkMerge,
     out: ViewMut,
     lse: Option<&mut [f32]>,
 ) -> Result<()> {
-    let count = spans.len();
-    ensure!(count <= MAX_SEGMENTS, InvalidValue, "{count} spans, but a call merges 1 to {MAX_SEGMENTS}");
+    let count = segments.len();
+    ensure!(count <= MAX_SEGMENTS, InvalidValue, "{count} segments, but a call merges 1 to {MAX_SEGMENTS}");
     if let Some(lse) = &lse {
         let (n, rows) = (lse.len(), view::rows(out.shape()));
         ensure!(n == rows, Shape, "lse has {n} entries, but out needs {rows}");
     }
     let mut raw = [RawStates::default(); MAX_SEGMENTS];
-    for (raw, states) in raw.iter_mut().zip(spans) {
+    for (raw, states) in raw.iter_mut().zip(segments) {
         *raw = RawStates { data: states.as_ptr(), len: states.len() };
     }
     let lse = lse.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr);
-    let call = RawMerge { spans: &raw[..count], merge: *merge, out: out.raw, lse };
+    let call = RawMerge { segments: &raw[..count], merge: *merge, out: out.raw, lse };
     let job = MergeJob::new(context, runner, &call)?;
     workspace.reserve(job.workspace);
     // SAFETY: the views borrow what they reach, the states are as long as they say, and the LSE has an entry a row.
     unsafe { job.run(runner, workspace.as_mut_ptr()) }
 }
 
-/// Bytes of workspace that [`merge_chunks`] needs at most for an output `[batch, seq, heads, v_dim]`, spans whose states are
+/// Bytes of workspace that [`merge_chunks`] needs at most for an output `[batch, seq, heads, v_dim]`, segments whose states are
 /// `states` floats together, and `threads` threads.
 pub fn merge_chunks_workspace_size(out_shape: [usize; 4], kv_heads: usize, states: usize, threads: usize) -> usize {
     let (grid, v_dim) = (Grid::new(out_shape, kv_heads), out_shape[DIM]);
@@ -315,7 +315,7 @@ fn floats_a_chunk(out_shape: [usize; 4]) -> usize {
     view::rows(out_shape).saturating_mul(partial_stride(out_shape[DIM]))
 }
 
-/// The states of a span, as the C ABI has them.
+/// The states of a segment, as the C ABI has them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawStates {
     pub data: *const f32,
@@ -335,7 +335,7 @@ unsafe impl Sync for RawStates {}
 /// [`merge_chunks`] as the C ABI has it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawMerge<'a> {
-    pub spans: &'a [RawStates],
+    pub segments: &'a [RawStates],
     pub merge: ChunkMerge<'a>,
     pub out: RawView,
     /// Null if not wanted.
@@ -343,14 +343,14 @@ pub(crate) struct RawMerge<'a> {
 }
 
 impl RawMerge<'_> {
-    /// Checks what does not depend on where anything lies, and tells how many chunks all spans have.
+    /// Checks what does not depend on where anything lies, and tells how many chunks all segments have.
     fn count_chunks(&self) -> Result<usize> {
         let ([_, _, heads, v_dim], kv_heads) = (self.out.shape, self.merge.kv_heads);
-        let count = self.spans.len();
+        let count = self.segments.len();
         ensure!(
             (1..=MAX_SEGMENTS).contains(&count),
             InvalidValue,
-            "{count} spans, but a call merges 1 to {MAX_SEGMENTS}"
+            "{count} segments, but a call merges 1 to {MAX_SEGMENTS}"
         );
         ensure!(
             (1..=MAX_HEAD_DIM).contains(&v_dim),
@@ -364,18 +364,18 @@ impl RawMerge<'_> {
         );
         let per_chunk = floats_a_chunk(self.out.shape);
         let mut total = 0usize;
-        for (i, RawStates { len: n, .. }) in self.spans.iter().enumerate() {
+        for (i, RawStates { len: n, .. }) in self.segments.iter().enumerate() {
             ensure!(
                 per_chunk == 0 && *n == 0 || per_chunk > 0 && *n > 0 && n.is_multiple_of(per_chunk),
                 Shape,
-                "span {i} has {n} floats, which are no chunks of {per_chunk}"
+                "segment {i} has {n} floats, which are no chunks of {per_chunk}"
             );
             total = total.saturating_add(n.checked_div(per_chunk).unwrap_or(0));
         }
         Ok(total)
     }
 
-    /// Checks everything, and tells how many chunks all spans have.
+    /// Checks everything, and tells how many chunks all segments have.
     fn validate(&self) -> Result<usize> {
         let Self { out, merge, .. } = self;
         let total = self.count_chunks()?;
@@ -390,13 +390,13 @@ impl RawMerge<'_> {
             [Some(("out", out, out_extent)), lse].into_iter().flatten()
         };
         let per_row = |n: usize| n.checked_div(view::rows(out.shape)).unwrap_or(0);
-        for (i, &RawStates { data, len }) in self.spans.iter().enumerate() {
-            ensure!(!data.is_null() || len == 0, NullPointer, "span {i} is null, but has {len} floats");
+        for (i, &RawStates { data, len }) in self.segments.iter().enumerate() {
+            ensure!(!data.is_null() || len == 0, NullPointer, "segment {i} is null, but has {len} floats");
             let states = states_view(data.cast_mut(), out.shape, per_row(len));
-            let extent = states.validate("the states of a span")?;
+            let extent = states.validate("the states of a segment")?;
             for (name, output, reach) in outputs() {
                 let shared = states.overlaps_within(extent, output, reach);
-                ensure!(!shared, Overlap, "span {i} and {name} share memory");
+                ensure!(!shared, Overlap, "segment {i} and {name} share memory");
             }
         }
         for output in outputs() {
@@ -415,7 +415,7 @@ impl RawMerge<'_> {
     #[cfg(feature = "capi")]
     pub fn workspace_size(&self, threads: usize) -> Result<usize> {
         self.count_chunks()?;
-        let states = self.spans.iter().fold(0, |sum: usize, span| sum.saturating_add(span.len));
+        let states = self.segments.iter().fold(0, |sum: usize, segment| sum.saturating_add(segment.len));
         Ok(merge_chunks_workspace_size(self.out.shape, self.merge.kv_heads, states, threads))
     }
 }
@@ -440,10 +440,10 @@ pub(crate) unsafe fn merge_chunks_raw(
 /// A merge that has been checked.
 struct MergeJob<'a> {
     problem: Problem<'a>,
-    spans: &'a [RawStates],
+    segments: &'a [RawStates],
     kernel: AttentionKernel,
     grid: Grid,
-    /// Chunks of all spans.
+    /// Chunks of all segments.
     chunks: usize,
     workers: usize,
     /// Bytes of a worker's scratch, those with the states of a piece after it, and those of all workers.
@@ -455,14 +455,14 @@ struct MergeJob<'a> {
 impl<'a> MergeJob<'a> {
     fn new(context: &Context, runner: &dyn Runner, call: &RawMerge<'a>) -> Result<Self> {
         let chunks = call.validate()?;
-        let RawMerge { spans, merge, out, lse } = call;
+        let RawMerge { segments, merge, out, lse } = call;
         let (kernel, v_dim) = (context.attention(merge.k_format, merge.v_format, merge.precision), out.shape[DIM]);
         let grid = Grid::new(out.shape, merge.kv_heads);
         let workers = workers(runner.num_threads(), grid.tiles());
         let scratch = grid.scratch(&kernel, 1, v_dim);
         let each = scratch.saturating_add(grid.copy_bytes(chunks, v_dim));
         let (problem, workspace) = (grid.problem(merge, *out, *lse), workers.saturating_mul(each));
-        Ok(Self { problem, spans, kernel, grid, chunks, workers, scratch, each, workspace })
+        Ok(Self { problem, segments, kernel, grid, chunks, workers, scratch, each, workspace })
     }
 
     /// # Safety
@@ -482,7 +482,7 @@ impl<'a> MergeJob<'a> {
             let tile = grid.tile(index);
             let partials = own.wrapping_add(self.scratch).cast::<f32>();
             let mut done = 0;
-            for RawStates { data, len } in self.spans {
+            for RawStates { data, len } in self.segments {
                 let chunks = len / floats_a_chunk(self.problem.out.shape);
                 let (from, n) = (grid.first(&tile) * chunks * stride, chunks * tile.head_rows * stride);
                 // SAFETY: the states have these, the tile's rows in every chunk, and the copy has room for all chunks of a piece.

@@ -36,7 +36,7 @@ impl<'a> Mask<'a> {
         Self::strided(data, 0, shape, crate::view::contiguous(shape))
     }
 
-    /// A mask `[seq, keys]`, the same for all rows and heads.
+    /// A mask `[seq, keys]`, the same for all sequences and heads.
     pub fn for_all(data: &'a [bool], batch: usize, seq: usize, heads: usize, keys: usize) -> Result<Self> {
         Self::strided(data, 0, [batch, seq, heads, keys], [0, keys as i64, 0, 1])
     }
@@ -85,7 +85,7 @@ impl RawMask {
 /// first, and keys are neighbours; other strides are given in bits. Axes of one element broadcast, and so do strides of 0: all but
 /// the keys, and with [lists](Self::per_row) only the heads.
 ///
-/// It may speak of the last keys alone: with [first keys](Self::with_first_keys), bit j of row b is of key
+/// It may speak of the last keys alone: with [first keys](Self::with_first_keys), bit j of sequence b is of key
 /// `first_keys[b] + j`, and keys before are seen. So the tree of a speculation is `[batch, n, 1, n]` bits (heads broadcast)
 /// over the n tokens that were written last.
 #[derive(Clone, Copy, Debug)]
@@ -121,17 +121,18 @@ impl<'a> BitMask<'a> {
         Self::strided(data, 0, [batch, seq, heads, keys], [row.saturating_mul(seq as i64), row, 0])
     }
 
-    /// A mask whose rows lie anywhere and are as wide as each is: `bit_offsets` and `query_strides` are `[batch]`, the bit of a
-    /// row's query 0, head 0 and first key, and the bits from one of its queries to the next; 0 broadcasts, as does a
-    /// `head_stride` of 0. Of `shape`, `seq` is the most queries of a row and `keys` at least the most keys: a row has bits for
-    /// its own queries and for its own keys, from its first key to its length, and none behind those is read.
+    /// A mask whose sequences lie anywhere and are as wide as each is: `bit_offsets` and `query_strides` are `[batch]`, the bit
+    /// of a sequence's query 0, head 0 and first key, and the bits from one of its queries to the next; 0 broadcasts, as does a
+    /// `head_stride` of 0. Of `shape`, `seq` is the most queries of a sequence and `keys` at least the most keys: a sequence
+    /// has bits for its own queries and for its own keys, from its first key to its length, and none behind those is read.
     ///
-    /// So the masks of requests one after the other, each `[queries, keys]` of its own, are [one mask](crate::masks#flattened-masks).
+    /// So the masks of requests one after the other, each `[queries, keys]` of its own, are [one
+    /// mask](crate::masks#flattened-masks).
     ///
     /// # Errors
-    /// A list that has not `batch` entries, or a negative one. Whether the bits of a row lie in `data` depends on its queries and
-    /// its length, so the call that has those says it.
-    pub fn per_row(
+    /// A list that has not `batch` entries, or a negative one. Whether the bits of a sequence lie in `data` depends on its
+    /// queries and its length, so the call that has those says it.
+    pub fn per_sequence(
         data: &'a [u8],
         bit_offsets: &'a [i64],
         query_strides: &'a [i64],
@@ -151,7 +152,7 @@ impl<'a> BitMask<'a> {
         Ok(Self { raw })
     }
 
-    /// `[batch]`: the key of a row's first bit. Keys before it are seen.
+    /// `[batch]`: the key of a sequence's first bit. Keys before it are seen.
     pub fn with_first_keys(self, first_keys: &'a [i32]) -> Self {
         Self { raw: RawBitMask { first_keys: Some(first_keys), ..self.raw } }
     }
@@ -178,7 +179,7 @@ impl<'a> RawBitMask<'a> {
         BitView { data, offset, strides: broadcast(self.shape, self.strides), first_keys, rows }
     }
 
-    /// Checks it for the rows of a call; the bytes that those can touch, relative to its data.
+    /// Checks it for the sequences of a call; the bytes that those can touch, relative to its data.
     fn extent(&self, visibility: &Visibility) -> Result<(i128, i128)> {
         self.check_lists(visibility.batch)?;
         self.check_axes()?;
@@ -186,7 +187,7 @@ impl<'a> RawBitMask<'a> {
             let (first, length) = (self.first_key(row), visibility.length(row));
             ensure!(first >= 0, OutOfRange, "first_keys[{row}] of bit_mask is {first}, which is negative");
             let end = first + self.shape[3] as i64;
-            ensure!(end >= length, Shape, "bit_mask ends at key {end} of row {row}, which has {length} keys");
+            ensure!(end >= length, Shape, "bit_mask ends at key {end} of sequence {row}, which has {length} keys");
         }
         let Some(rows) = self.rows else { return self.fixed_extent() };
         let (mut low, mut high) = (i128::MAX, i128::MIN);
@@ -259,12 +260,12 @@ impl<'a> RawBitMask<'a> {
         Ok((low, high))
     }
 
-    /// The bytes that a row's own queries and keys can touch.
+    /// The bytes that a sequence's own queries and keys can touch.
     fn row_extent(&self, rows: BitRows, row: usize, queries: usize, keys: i64) -> Result<(i128, i128)> {
         ensure!(
             !self.data.is_null(),
             NullPointer,
-            "bit_mask: data is null, but row {row} has {queries} queries of {keys} keys"
+            "bit_mask: data is null, but sequence {row} has {queries} queries of {keys} keys"
         );
         let (start, stride) = (rows.starts[row], rows.query_strides[row]);
         let heads = (self.shape[2] as i128 - 1) * i128::from(self.strides[2]);
@@ -275,14 +276,14 @@ impl<'a> RawBitMask<'a> {
             ensure!(
                 low >= 0 && high <= bytes as i128,
                 Bounds,
-                "bit_mask: the {queries} queries of {keys} keys of row {row}, {stride} bits apart from bit {start}, reach \
+                "bit_mask: the {queries} queries of {keys} keys of sequence {row}, {stride} bits apart from bit {start}, reach \
                  bytes {low}..{high} of a buffer of {bytes}"
             );
         }
         ensure!(
             self.is_addressable(low, high),
             Stride,
-            "bit_mask: the {queries} queries of {keys} keys of row {row}, {stride} bits apart from bit {start}, leave the \
+            "bit_mask: the {queries} queries of {keys} keys of sequence {row}, {stride} bits apart from bit {start}, leave the \
              address space"
         );
         Ok((low, high))
@@ -303,7 +304,7 @@ pub(crate) struct RawMasks<'a> {
 }
 
 impl<'a> RawMasks<'a> {
-    /// Checks the masks for the rows of a call, whose queries have so many heads and whose longest row has `keys` keys.
+    /// Checks the masks for the sequences of a call, whose queries have so many heads and whose longest sequence has `keys` keys.
     pub fn validate(&self, visibility: &Visibility, heads: usize, keys: usize) -> Result<Touched> {
         let rows = [visibility.batch, visibility.seq, heads];
         let mut touched = Touched([("mask", 0..0), ("bit_mask", 0..0)]);
@@ -312,7 +313,7 @@ impl<'a> RawMasks<'a> {
             touched.set(0, mask.data, mask.extent("mask")?);
         }
         if let Some(mask) = &self.bit_mask {
-            // A row's keys are counted from its first one; how many it needs is checked with its extent.
+            // A sequence's keys are counted from its first one; how many it needs is checked with its extent.
             let [batch, seq, heads, _] = mask.shape;
             check_scores("bit_mask", [batch, seq, heads, keys], rows, keys)?;
             // Lists replace the strides of these two axes, and they have an entry for each sequence.

@@ -12,20 +12,20 @@ use crate::problem::visibility::{Summary, Visibility, VisibilityOf};
 use crate::view::{BATCH, HEADS, MAX_AXIS, RawView, SEQ};
 use std::ops::Range;
 
-/// The rows of an attention call: their queries, lengths, positions, windows, masks and the layout of their cache, copied and
+/// The sequences of an attention call: their queries, lengths, positions, windows, masks and the layout of their cache, copied and
 /// checked.
 ///
-/// A decoder makes one for its step and hands it to the attention of every layer, as [`AttentionOptions::plan`]; after the step,
-/// [`advance`](Self::advance) takes it to the next token, which costs a look at what is new and nothing that grows with the
-/// cache. Layers whose caches differ in rows or slots, or in windows, need plans of their own. A plan holds no data of a cache and
-/// nothing that depends on threads or the CPU; its size is that of its lists, and of the bits of its masks.
+/// A decoder makes one for its step and hands it to the attention of every layer, as [`AttentionOptions::plan`]; after the
+/// step, [`advance`](Self::advance) takes it to the next token, which costs a look at what is new and nothing that grows with
+/// the cache. Layers whose caches differ in sequences or slots, or in windows, need plans of their own. A plan holds no data of
+/// a cache and nothing that depends on threads or the CPU; its size is that of its lists, and of the bits of its masks.
 ///
 /// Masks are read when the plan is made, once for all layers: [`mask`](AttentionOptions::mask) and
-/// [`bit_mask`](AttentionOptions::bit_mask) become one bit a query and key, for the queries of every row and the keys up to its
-/// length (less those at its start that all queries see), by head only if a mask differs by head. Masks that hide nothing which
-/// could be seen otherwise become nothing, and chunks of keys at either end that they hide from all queries are not visited. A plan
-/// that is made of masks has no next token: it is to be [updated](Self::update). With one that is not, every call may give masks
-/// of its own.
+/// [`bit_mask`](AttentionOptions::bit_mask) become one bit a query and key, for the queries of every sequence and the keys up
+/// to its length (less those at its start that all queries see), by head only if a mask differs by head. Masks that hide
+/// nothing which could be seen otherwise become nothing, and chunks of keys at either end that they hide from all queries are
+/// not visited. A plan that is made of masks has no next token: it is to be [updated](Self::update). With one that is not,
+/// every call may give masks of its own.
 ///
 /// Thread safety: any number of calls may use a plan at the same time; changing it takes it alone, which `&mut` says.
 ///
@@ -92,9 +92,9 @@ enum Kind {
 }
 
 impl AttentionPlan {
-    /// A plan for queries `[batch, seq, heads, dim]` (of ragged ones `[1, tokens, heads, dim]`) and caches
-    /// `[rows, slots, kv_heads, dim]`; of both, only the first two axes count, and with masks the heads of queries. Of the options,
-    /// it takes those that have an entry a row, causality, windows, masks and the layout.
+    /// A plan for queries `[batch, seq, heads, dim]` (of ragged ones `[1, tokens, heads, dim]`) and caches `[batch, slots,
+    /// kv_heads, dim]`; of both, only the first two axes count, and with masks the heads of queries. Of the options, it takes
+    /// those that have an entry a sequence, causality, windows, masks and the layout.
     ///
     /// # Errors
     /// What [`attention`](crate::attention()) would say of them.
@@ -102,7 +102,7 @@ impl AttentionPlan {
         Self::from_visibility(q_shape, &options.visibility(q_shape, axes(k_shape))?, &options.masks())
     }
 
-    /// The same plan for other rows: what [`new`](Self::new) makes, in the memory that is there already.
+    /// The same plan for other sequences: what [`new`](Self::new) makes, in the memory that is there already.
     ///
     /// # Errors
     /// As [`new`](Self::new); the plan is then what it was.
@@ -160,11 +160,11 @@ impl AttentionPlan {
         Ok(())
     }
 
-    /// Every row has been given so many tokens more, and as many queries follow as before: lengths, and offsets where they were
-    /// given, grow. Takes no memory.
+    /// Every sequence has been given so many tokens more, and as many queries follow as before: lengths, and offsets where they
+    /// were given, grow. Takes no memory.
     ///
     /// # Errors
-    /// A list of another length, a negative count, a row that has no room, table entries of the new tokens that are none of
+    /// A list of another length, a negative count, a sequence that has no room, table entries of the new tokens that are none of
     /// the cache, queries that see what a ring has overwritten, a plan that was made of masks. The plan is then what it was.
     pub fn advance(&mut self, counts: &[i32]) -> Result<()> {
         let n = counts.len();
@@ -175,14 +175,14 @@ impl AttentionPlan {
         );
         let visibility = self.visibility();
         let batch = visibility.batch;
-        ensure!(n == batch, Shape, "counts has {n} entries, but the plan has {batch} rows");
+        ensure!(n == batch, Shape, "counts has {n} entries, but the plan has {batch} sequences");
         for (row, &count) in counts.iter().enumerate() {
             let (length, room) = (visibility.length(row) as usize, visibility.layout.capacity(&visibility.cache, row));
             ensure!(count >= 0, OutOfRange, "counts[{row}] is {count}, which is negative");
             ensure!(
                 length + count as usize <= room,
                 Capacity,
-                "row {row} of the plan has {length} tokens and is given {count} more, but has room for {room}"
+                "sequence {row} of the plan has {length} tokens and is given {count} more, but has room for {room}"
             );
             visibility.layout.validate_row("k", &visibility.cache, row, length, length + count as usize)?;
         }
@@ -206,30 +206,30 @@ impl AttentionPlan {
         }
     }
 
-    /// Sets entries `first..` of a row in the table of a paged or indirect layout, before [`advance`](Self::advance) or after a
-    /// page has moved.
+    /// Sets entries `first..` of a sequence in the table of a paged or indirect layout, before [`advance`](Self::advance) or
+    /// after a page has moved.
     ///
     /// # Errors
-    /// A layout without such a table, entries outside it, or ones of tokens that the row has which are none of the cache. The plan
-    /// is then what it was.
+    /// A layout without such a table, entries outside it, or ones of tokens that the sequence has which are none of the cache.
+    /// The plan is then what it was.
     pub fn set_table(&mut self, row: usize, first: usize, entries: &[i32]) -> Result<()> {
         let VisibilityOf { batch, cache, layout, .. } = &self.visibility;
         let (table, per_row, tokens) = match layout {
             Kind::Paged { page_table, pages_per_sequence } => (page_table.start, *pages_per_sequence, cache.shape[SEQ]),
             Kind::Indirect { beam_table } => (beam_table.start, cache.shape[SEQ], 1),
             Kind::Contiguous | Kind::Ring { .. } | Kind::Ragged { .. } => {
-                crate::error::fail!(InvalidValue, "the plan's layout has no table of pages or rows")
+                crate::error::fail!(InvalidValue, "the plan's layout has no table of pages or beams")
             }
         };
-        ensure!(row < *batch, OutOfRange, "row {row} of a plan that has {batch}");
+        ensure!(row < *batch, OutOfRange, "sequence {row} of a plan that has {batch}");
         let end = first.saturating_add(entries.len());
-        ensure!(end <= per_row, OutOfRange, "entries {first}..{end} of a row that has {per_row}");
+        ensure!(end <= per_row, OutOfRange, "entries {first}..{end} of a sequence that has {per_row}");
         let (used, n) = ((self.lengths()[row] as usize).div_ceil(tokens), cache.shape[BATCH]);
         for (i, &entry) in entries.iter().enumerate() {
             ensure!(
                 first + i >= used || entry >= 0 && (entry as usize) < n,
                 OutOfRange,
-                "entry {} of row {row} is {entry}, but k has batch = {n}",
+                "entry {} of sequence {row} is {entry}, but k has batch = {n}",
                 first + i
             );
         }
@@ -238,7 +238,7 @@ impl AttentionPlan {
         Ok(())
     }
 
-    /// `[batch]`: the tokens of every row.
+    /// `[batch]`: the tokens of every sequence.
     pub fn lengths(&self) -> &[i32] {
         self.visibility.lengths.as_ref().map_or(&[], |list| &self.entries[list.clone()])
     }
@@ -279,7 +279,7 @@ impl AttentionPlan {
     }
 }
 
-/// The lines of valid masks: what they show of a row's keys to a query and head, or to several that they do not tell apart.
+/// The lines of valid masks: what they show of a sequence's keys to a query and head, or to several that they do not tell apart.
 struct Lines<'a> {
     visibility: &'a Visibility<'a>,
     mask: Option<ByteView>,
@@ -318,7 +318,7 @@ impl<'a> Lines<'a> {
         if self.by_head { self.heads } else { self.heads.min(1) }
     }
 
-    /// Queries of a row that have lines of their own.
+    /// Queries of a sequence that have lines of their own.
     fn queries(&self, row: usize) -> usize {
         let n = self.visibility.queries(row);
         if self.by_query { n } else { n.min(1) }
@@ -340,8 +340,8 @@ impl<'a> Lines<'a> {
         visibility.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).unwrap_or((0, 0))
     }
 
-    /// Calls `f(head, query, block, live, shown)` for all lines of a row and the blocks in a range: which of a block's keys are
-    /// seen by position, and which of those the masks show.
+    /// Calls `f(head, query, block, live, shown)` for all lines of a sequence and the blocks in a range: which of a block's
+    /// keys are seen by position, and which of those the masks show.
     fn for_each(&self, row: usize, blocks: Range<usize>, mut f: impl FnMut(usize, usize, usize, u64, u64)) {
         let masks = (self.mask.as_ref(), self.bit_mask.as_ref());
         let kept = self.visibility.always_visible(row);
@@ -353,7 +353,7 @@ impl<'a> Lines<'a> {
                     let live = between(span, base) | between(kept, base);
                     let shown = match live {
                         0 => 0,
-                        // SAFETY: the masks are valid for the row's queries and the keys below its length.
+                        // SAFETY: the masks are valid for the sequence's queries and the keys below its length.
                         _ => unsafe { visible_by_masks(masks, row, (query as u32, head as u32), base, live) },
                     };
                     f(head, query, block, live, shown);
@@ -425,7 +425,7 @@ impl Masks {
     }
 }
 
-/// A cache of which only rows and slots count.
+/// A cache of which only sequences and slots count.
 fn axes(k_shape: [usize; 4]) -> RawView<CacheFormat> {
     let shape = [k_shape[BATCH], k_shape[SEQ], 1, 1];
     let dtype = CacheFormat::F32;
@@ -468,7 +468,7 @@ mod tests {
             [([0, 0, 0, 1], 1), ([0, 4096, 0, 1], 3), ([0, 0, 4096, 1], 4), ([0, 16384, 4096, 1], 12)]
         {
             let made = plan(&hidden, strides, AttentionOptions::default());
-            // Keys 2048 to 2099 of the first row, and none of the second, from which nothing is hidden.
+            // Keys 2048 to 2099 of the first sequence, and none of the second, from which nothing is hidden.
             assert_eq!(made.masks.first_keys, [2048, 70]);
             assert_eq!(made.masks.words.len(), lines);
             assert_eq!(made.masks.heads, (strides[2] != 0).then_some(4));
@@ -492,10 +492,10 @@ mod tests {
         let mut made = plan(&hidden, [0, 0, 0, 1], AttentionOptions::default());
         let (before, at) = (format!("{made:?}"), made.masks.words.as_ptr());
         let bits = [0u8; 512];
-        let short = BitMask::per_row(&bits, &[0, 8], &[2100, 70], 0, [2, 3, 4, 4096]).unwrap();
+        let short = BitMask::per_sequence(&bits, &[0, 8], &[2100, 70], 0, [2, 3, 4, 4096]).unwrap();
         let options = AttentionOptions { bit_mask: Some(short), lengths: Some(&[2100, 70]), ..Default::default() };
         let error = made.update(Q, K, &options).unwrap_err();
-        assert!(error.message().contains("the 3 queries of 2100 keys of row 0"), "{error}");
+        assert!(error.message().contains("the 3 queries of 2100 keys of sequence 0"), "{error}");
         assert_eq!(format!("{made:?}"), before);
         made.update(Q, K, &AttentionOptions { lengths: Some(&[5, 6]), ..Default::default() }).unwrap();
         assert!(!made.planned().has_masks && made.masks.words.is_empty());

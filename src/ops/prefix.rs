@@ -1,12 +1,12 @@
-//! Attention over a prefix that all rows of a batch share, and over each row's own keys: a cascade.
+//! Attention over a prefix that all sequences of a batch share, and over each sequence's own keys: a cascade.
 //!
 //! ```text
-//! queries of all rows, as one row of a batch  x  prefix            -> state 0 (f32, with its LSE)
-//! queries of every row                        x  its own keys      -> state 1
+//! queries of all sequences, as one sequence of a batch  x  prefix            -> state 0 (f32, with its LSE)
+//! queries of every sequence                        x  its own keys      -> state 1
 //! state 0, state 1                                                 -> merged by LSE -> out, rounded once
 //! ```
-//! The prefix is read once for as many query rows as a tile holds, where a cache that repeats it, or pages that rows share, are
-//! read once a row.
+//! The prefix is read once for as many query rows as a tile holds, where a cache that repeats it, or pages that sequences
+//! share, are read once a sequence.
 
 use crate::cache_view::CacheView;
 use crate::context::Context;
@@ -26,7 +26,7 @@ use crate::parallel::Runner;
 use crate::problem::visibility::Visibility;
 use crate::view::{self, BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, contiguous};
 
-/// Keys and values that every row of a batch sees before its own: written once, read once.
+/// Keys and values that every sequence of a batch sees before its own: written once, read once.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct SharedPrefix<'a> {
@@ -43,14 +43,14 @@ impl<'a> SharedPrefix<'a> {
     }
 }
 
-/// [`attention`](crate::attention()) over a prefix that all rows share, and then over each row's own keys.
+/// [`attention`](crate::attention()) over a prefix that all sequences share, and then over each sequence's own keys.
 ///
-/// Every query sees the whole prefix. `tensors` and `options` speak of the rows' own keys alone: position 0 of a row is its first
-/// key after the prefix. A row without own keys sees the prefix. Sinks count once. The result is that of attention over both at once
-/// within the kernel's bound, not to the bit: the two parts are merged by their LSE. It does not depend on threads, the batch or
-/// strides.
+/// Every query sees the whole prefix. `tensors` and `options` speak of the sequences' own keys alone: position 0 of a sequence
+/// is its first key after the prefix. A sequence without own keys sees the prefix. Sinks count once. The result is that of
+/// attention over both at once within the kernel's bound, not to the bit: the two parts are merged by their LSE. It does not
+/// depend on threads, the batch or strides.
 ///
-/// It pays from a few rows on, when the prefix is longer than what rows have of their own.
+/// It pays from a few sequences on, when the prefix is longer than what sequences have of their own.
 ///
 /// Thread safety: as for [`attention`](crate::attention()).
 ///
@@ -61,7 +61,7 @@ impl<'a> SharedPrefix<'a> {
 /// ```
 /// use kvlane::*;
 /// let context = Context::new()?;
-/// // Eight rows of one new token each, 3 own tokens, and a common prefix of 40.
+/// // Eight sequences of one new token each, 3 own tokens, and a common prefix of 40.
 /// let (q, mut out) = (vec![1.0f32; 8 * 2 * 16], vec![0.0f32; 8 * 2 * 16]);
 /// let (own_k, own_v) = (vec![0.5f32; 8 * 3 * 16], vec![4.0f32; 8 * 3 * 16]);
 /// let (k, v) = (vec![0.5f32; 40 * 16], vec![0.0f32; 40 * 16]);
@@ -99,7 +99,7 @@ pub fn attention_with_prefix(
     let threads = runner.num_threads();
     let bytes = prefix_workspace_size(call.q.shape, q, k, prefix.k.shape()[SEQ], call.v_dim(), threads);
     workspace.reserve(bytes);
-    // SAFETY: the views borrow what they reach, and the LSE has an entry a row.
+    // SAFETY: the views borrow what they reach, and the LSE has an entry per query row.
     unsafe {
         attention_with_prefix_raw(
             context,
@@ -173,7 +173,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
     let lse = RawView::floats(call.lse, view::rows(call.q.shape));
     for (name, view) in [("the prefix's k", &k), ("the prefix's v", &v)] {
         let n = view.shape[BATCH];
-        ensure!(n == 1, Shape, "{name} has batch = {n}, but all rows share one prefix");
+        ensure!(n == 1, Shape, "{name} has batch = {n}, but all sequences share one prefix");
         view.validate(name)?;
         ensure!(!view.overlaps(&call.out), Overlap, "{name} and out share memory");
         ensure!(call.lse.is_null() || !view.overlaps(&lse), Overlap, "{name} and lse share memory");
@@ -231,7 +231,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
         };
         attention_raw(context, runner, Memory::Fixed(rest, rest_bytes), &own)?;
         attention_raw(context, runner, Memory::Fixed(rest, rest_bytes), &all)?;
-        // Ragged queries may leave tokens that are of no row: those have no state, and their outputs are left alone.
+        // Ragged queries may leave tokens that are of no sequence: those have no state, and their outputs are left alone.
         let (first, n) = match call.visibility.cu_seqlens_q {
             Some(starts) => (starts[0] as usize, (starts[starts.len() - 1] - starts[0]) as usize),
             None => (0, seq),
@@ -247,7 +247,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
     }
 }
 
-/// `n` tokens of every row, from `first` on.
+/// `n` tokens of every sequence, from `first` on.
 fn tokens_of(view: &RawView, first: usize, n: usize) -> RawView {
     let mut part = *view;
     part.shape[SEQ] = n;
@@ -259,7 +259,7 @@ fn tokens_of(view: &RawView, first: usize, n: usize) -> RawView {
     part
 }
 
-/// The queries of all rows as one row of a batch: as they lie, or in a copy at `to`.
+/// The queries of all sequences as one sequence of a batch: as they lie, or in a copy at `to`.
 ///
 /// # Safety
 /// The view is valid and readable; `to` has room for it.

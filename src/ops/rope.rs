@@ -475,7 +475,7 @@ impl RawRope<'_> {
                     ensure!(
                         low >= 0 && high < rows,
                         OutOfRange,
-                        "row {row} has positions {low}..={high}, but the cos/sin table has {rows} rows"
+                        "sequence {row} has positions {low}..={high}, but the cos/sin table has {rows} rows"
                     );
                 }
             }

@@ -1,15 +1,15 @@
 //! Shards: a part of a batch, of the heads or of the sequence, for each of several machines, processes or memory nodes.
 //!
-//! A shard is a view. [`View::rows`](crate::View::rows), [`heads`](crate::View::heads) and [`seq`](crate::View::seq) cut it
+//! A shard is a view. [`View::batch`](crate::View::batch), [`heads`](crate::View::heads) and [`seq`](crate::View::seq) cut it
 //! out; what is here says where to cut, and which lengths and offsets attention then takes.
 //!
 //! | split by | what a shard computes | how the parts become one |
 //! | --- | --- | --- |
-//! | data | some rows of the batch | side by side: the bits of the whole |
+//! | data | some sequences of the batch | side by side: the bits of the whole |
 //! | model | some KV heads, and the query heads that read them | side by side: the bits of the whole |
-//! | sequence | all heads over a span of the keys, with an LSE | [`merge_states`](crate::merge_states), within its error |
+//! | sequence | all heads over a segment of the keys, with an LSE | [`merge_states`](crate::merge_states), within its error |
 //!
-//! A logit is computed the same way in every shard, because positions are counted from the start of its span: a window, a
+//! A logit is computed the same way in every shard, because positions are counted from the start of its segment: a window, a
 //! causal limit and ALiBi depend on differences of positions only. Masks and biases are cut along their keys by the caller. An
 //! attention sink takes part once: give it to one shard of the sequence, and none to the others.
 
@@ -18,7 +18,7 @@ use crate::ops::setters::setters;
 use crate::problem::grid::CHUNK;
 use std::ops::Range;
 
-/// Keys that attention computes as one: spans of a sequence begin and end at multiples of this many.
+/// Keys that attention computes as one: segments of a sequence begin and end at multiples of this many.
 pub const SPLIT_GRID: usize = CHUNK;
 
 /// How many parts each axis is split into.
@@ -75,7 +75,7 @@ impl Mesh {
         }
     }
 
-    /// Shard `rank`, where neighbours are parts of one sequence, then of one batch row's heads: shards that exchange the
+    /// Shard `rank`, where neighbours are parts of one sequence, then of one sequence's heads: shards that exchange the
     /// most are close.
     ///
     /// # Errors
@@ -85,7 +85,7 @@ impl Mesh {
     /// let mesh = kvlane::Mesh::new(2, 4, 1);
     /// let shard = mesh.shard(5)?;
     /// assert_eq!((shard.data(), shard.model(), shard.sequence()), (1, 1, 0));
-    /// assert_eq!(shard.rows(3), 2..3);
+    /// assert_eq!(shard.sequences(3), 2..3);
     /// let heads = shard.heads(32, 8)?;
     /// assert_eq!((heads.kv_heads, heads.heads), (2..4, 8..16));
     /// # Ok::<(), kvlane::Error>(())
@@ -132,8 +132,8 @@ impl Shard {
         (self.data * self.mesh.model + self.model) * self.mesh.sequence + self.sequence
     }
 
-    /// Its rows of a batch: parts differ by at most one row, and may be empty.
-    pub fn rows(&self, batch: usize) -> Range<usize> {
+    /// Its sequences of a batch: parts differ by at most one sequence, and may be empty.
+    pub fn sequences(&self, batch: usize) -> Range<usize> {
         part(batch, self.data, self.mesh.data)
     }
 
@@ -164,8 +164,8 @@ impl Shard {
         Ok(HeadShard { kv_heads: kv..kv + 1, heads: kv * group + own.start..kv * group + own.end })
     }
 
-    /// Its span of a cache with so many slots a row: begins and ends at multiples of [`SPLIT_GRID`] or at the capacity, and may
-    /// be empty.
+    /// Its segment of a cache with so many slots a sequence: begins and ends at multiples of [`SPLIT_GRID`] or at the capacity,
+    /// and may be empty.
     pub fn keys(&self, capacity: usize) -> Range<usize> {
         let chunks = part(capacity.div_ceil(SPLIT_GRID), self.sequence, self.mesh.sequence);
         let at = |chunk: usize| (chunk * SPLIT_GRID).min(capacity);
@@ -184,13 +184,13 @@ fn part(n: usize, i: usize, parts: usize) -> Range<usize> {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct SegmentLists<'a> {
-    /// Valid keys of every row.
+    /// Valid keys of every sequence.
     pub lengths: &'a [i32],
-    /// The first visible key of every row; 0 if absent.
+    /// The first visible key of every sequence; 0 if absent.
     pub kv_starts: Option<&'a [i32]>,
-    /// The position of query 0 of every row; `length - seq` if absent.
+    /// The position of query 0 of every sequence; `length - seq` if absent.
     pub offsets: Option<&'a [i32]>,
-    /// Queries a row.
+    /// Queries a sequence.
     pub seq: usize,
 }
 
@@ -207,15 +207,15 @@ impl<'a> SegmentLists<'a> {
 }
 
 impl SegmentLists<'_> {
-    /// What attention over the keys `span` alone takes: how many of them are valid, the first visible one, and where query 0
-    /// stands, all counted from the start of the span. An offset may be negative, or beyond the span.
+    /// What attention over the keys `segment` alone takes: how many of them are valid, the first visible one, and where query 0
+    /// stands, all counted from the start of the segment. An offset may be negative, or beyond the segment.
     ///
     /// # Errors
-    /// Lists of different sizes, a negative length or start, a span that is none, an offset that leaves 32 bits. Nothing
+    /// Lists of different sizes, a negative length or start, a segment that is none, an offset that leaves 32 bits. Nothing
     /// has been written then.
     ///
     /// ```
-    /// // 1500 and 700 tokens, one query each; the span that begins at key 1024.
+    /// // 1500 and 700 tokens, one query each; the segment that begins at key 1024.
     /// let whole = kvlane::SegmentLists::new(&[1500, 700], 1);
     /// let (mut lengths, mut kv_starts, mut offsets) = ([0; 2], [0; 2], [0; 2]);
     /// whole.local(1024..2048, &mut lengths, &mut kv_starts, &mut offsets)?;
@@ -224,12 +224,12 @@ impl SegmentLists<'_> {
     /// ```
     pub fn local(
         &self,
-        span: Range<usize>,
+        segment: Range<usize>,
         lengths: &mut [i32],
         kv_starts: &mut [i32],
         offsets: &mut [i32],
     ) -> Result<()> {
-        check_span(&span)?;
+        check_segment(&segment)?;
         let batch = self.lengths.len();
         let given = [("kv_starts", self.kv_starts.map(<[i32]>::len)), ("offsets", self.offsets.map(<[i32]>::len))];
         let outputs = [("lengths", lengths.len()), ("kv_starts", kv_starts.len()), ("offsets", offsets.len())];
@@ -240,49 +240,49 @@ impl SegmentLists<'_> {
             let (length, start) = (self.lengths[row], self.kv_starts.map_or(0, |s| s[row]));
             ensure!(length >= 0, OutOfRange, "lengths[{row}] is {length}, which is negative");
             ensure!(start >= 0, OutOfRange, "kv_starts[{row}] is {start}, which is negative");
-            let offset = self.offset(row, &span);
+            let offset = self.offset(row, &segment);
             ensure!(
                 i32::try_from(offset).is_ok(),
                 OutOfRange,
-                "row {row} would have offset {offset} in a span that begins at {}",
-                span.start
+                "sequence {row} would have offset {offset} in a segment that begins at {}",
+                segment.start
             );
         }
-        // Inside the span, which is no longer than `i32::MAX`.
-        let local = |x: i32| (x as usize).clamp(span.start, span.end) - span.start;
+        // Inside the segment, which is no longer than `i32::MAX`.
+        let local = |x: i32| (x as usize).clamp(segment.start, segment.end) - segment.start;
         for row in 0..batch {
             lengths[row] = local(self.lengths[row]) as i32;
             kv_starts[row] = self.kv_starts.map_or(0, |s| local(s[row])) as i32;
-            offsets[row] = self.offset(row, &span) as i32;
+            offsets[row] = self.offset(row, &segment) as i32;
         }
         Ok(())
     }
 
-    fn offset(&self, row: usize, span: &Range<usize>) -> i64 {
+    fn offset(&self, row: usize, segment: &Range<usize>) -> i64 {
         let whole = match self.offsets {
             Some(offsets) => offsets[row] as i64,
             None => (self.lengths[row] as i64).saturating_sub_unsigned(self.seq as u64),
         };
-        whole.saturating_sub(span.start as i64)
+        whole.saturating_sub(segment.start as i64)
     }
 }
 
-fn check_span(span: &Range<usize>) -> Result<()> {
+fn check_segment(segment: &Range<usize>) -> Result<()> {
     ensure!(
-        span.start <= span.end && span.end <= crate::view::MAX_AXIS,
+        segment.start <= segment.end && segment.end <= crate::view::MAX_AXIS,
         OutOfRange,
-        "{} to {} is no span of keys",
-        span.start,
-        span.end
+        "{} to {} is no segment of keys",
+        segment.start,
+        segment.end
     );
     Ok(())
 }
 
-/// The slots, in a cache that holds the keys `span`, of tokens that a whole cache would have from `positions[b]` on:
-/// `[batch, seq]` for [`Destination::slots`](crate::Destination::slots), -1 for those that belong to other spans.
+/// The slots, in a cache that holds the keys `segment`, of tokens that a whole cache would have from `positions[b]` on:
+/// `[batch, seq]` for [`Destination::slots`](crate::Destination::slots), -1 for those that belong to other segments.
 ///
 /// # Errors
-/// A span that is none, a `slots` that is no multiple of the positions, a negative position. Nothing has been written then.
+/// A segment that is none, a `slots` that is no multiple of the positions, a negative position. Nothing has been written then.
 ///
 /// ```
 /// let mut slots = [0; 4];
@@ -290,8 +290,8 @@ fn check_span(span: &Range<usize>) -> Result<()> {
 /// assert_eq!(slots, [-1, -1, 0, 1]);
 /// # Ok::<(), kvlane::Error>(())
 /// ```
-pub fn shard_slots(span: Range<usize>, positions: &[i32], slots: &mut [i32]) -> Result<()> {
-    check_span(&span)?;
+pub fn shard_slots(segment: Range<usize>, positions: &[i32], slots: &mut [i32]) -> Result<()> {
+    check_segment(&segment)?;
     let (batch, n) = (positions.len(), slots.len());
     ensure!(
         batch == 0 && n == 0 || batch > 0 && n.is_multiple_of(batch),
@@ -305,7 +305,7 @@ pub fn shard_slots(span: Range<usize>, positions: &[i32], slots: &mut [i32]) -> 
     for (row, slots) in slots.chunks_exact_mut(seq.max(1)).enumerate() {
         for (t, slot) in slots.iter_mut().enumerate() {
             let position = positions[row] as usize + t;
-            *slot = if span.contains(&position) { (position - span.start) as i32 } else { -1 };
+            *slot = if segment.contains(&position) { (position - segment.start) as i32 } else { -1 };
         }
     }
     Ok(())

@@ -11,7 +11,7 @@ pub(super) fn validate(visibility: &Visibility) -> Result<Summary> {
     ensure!(
         visibility.lengths.is_some() || !matches!(visibility.layout, Layout::Ring { .. } | Layout::Paged { .. }),
         InvalidValue,
-        "lengths is absent, but a ring and pages do not say how many keys a row has"
+        "lengths is absent, but a ring and pages do not say how many keys a sequence has"
     );
     let lists = [
         ("lengths", visibility.lengths),
@@ -29,7 +29,7 @@ pub(super) fn validate(visibility: &Visibility) -> Result<Summary> {
                 x >= 0 && x as usize <= room,
                 OutOfRange,
                 "{name}[{row}] is {x}, but k has {} = {room}",
-                if room == visibility.cache.shape[1] { "seq" } else { "room for a row" }
+                if room == visibility.cache.shape[1] { "seq" } else { "room for a sequence" }
             );
         }
     }
@@ -59,7 +59,7 @@ pub(super) fn summarize(visibility: &Visibility) -> Result<Summary> {
     Ok(visibility.summarize())
 }
 
-/// Checks that a ring has not overwritten what the queries of a row see.
+/// Checks that a ring has not overwritten what the queries of a sequence see.
 fn check_retained(visibility: &Visibility, row: usize) -> Result<()> {
     let retained = visibility.retained_from(row);
     let Layout::Ring { sink_tokens } = visibility.layout else { return Ok(()) };
@@ -76,10 +76,10 @@ fn check_retained(visibility: &Visibility, row: usize) -> Result<()> {
     ensure!(
         wanted >= retained,
         Capacity,
-        "{}, so the first query of row {row} sees keys from {wanted} on, but of its {} tokens the ring retains those from {retained} \
+        "{}, so the first query of sequence {row} sees keys from {wanted} on, but of its {} tokens the ring retains those from {retained} \
          on: {}",
         match visibility.window_left {
-            None => format!("window_left is absent and row {row} has {queries} queries"),
+            None => format!("window_left is absent and sequence {row} has {queries} queries"),
             Some(left) => format!("window_left is {left} and the first query stands at position {position}"),
         },
         visibility.length(row),
@@ -92,7 +92,7 @@ fn check_retained(visibility: &Visibility, row: usize) -> Result<()> {
     ensure!(
         prefix <= sink_tokens as i64,
         Capacity,
-        "prefix_lengths[{row}] is {prefix}, but the ring keeps {sink_tokens} sink tokens of row {row}"
+        "prefix_lengths[{row}] is {prefix}, but the ring keeps {sink_tokens} sink tokens of sequence {row}"
     );
     Ok(())
 }

@@ -15,7 +15,7 @@ use crate::view::{BATCH, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut};
 
 /// New keys and values, the caches they go to, and where.
 ///
-/// `k` is `[batch, seq, kv_heads, dim]`, `k_cache` is `[rows, capacity, kv_heads, dim]` (or what the destination's
+/// `k` is `[batch, seq, kv_heads, dim]`, `k_cache` is `[batch, capacity, kv_heads, dim]` (or what the destination's
 /// [layout](crate::Layout) makes of its first two axes), both of any strides and types (converted to nearest, ties to even);
 /// `v` likewise, with a `dim` of its own.
 #[derive(Debug)]
@@ -56,23 +56,23 @@ impl<'a> KvWrite<'a> {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Destination<'a> {
-    /// `[batch]`: token t of row b is at position `positions[b] + t` of its row of the cache. Ignored, and may be empty, when
-    /// `slots` is given.
+    /// `[batch]`: token t of sequence b is at position `positions[b] + t` of its sequence of the cache. Ignored, and may be
+    /// empty, when `slots` is given.
     pub positions: &'a [i32],
-    /// `[batch]`: only the first `counts[b]` tokens of row b are written; all if absent (padded prompts).
+    /// `[batch]`: only the first `counts[b]` tokens of sequence b are written; all if absent (padded prompts).
     pub counts: Option<&'a [i32]>,
-    /// `[batch]`: source row b goes to row `rows[b]` of the cache; to row b if absent.
-    pub rows: Option<&'a [i32]>,
+    /// `[batch]`: source sequence b goes to sequence `sequences[b]` of the cache; to sequence b if absent.
+    pub sequences: Option<&'a [i32]>,
     /// `[batch, seq]`: the slot of each token; -1 skips it. Under [`Layout::Paged`] and [`Layout::Ragged`] slots are counted
-    /// over the whole pool, page by page, the table is not looked at, and there are no `rows`.
+    /// over the whole pool, page by page, the table is not looked at, and there are no `sequences`.
     pub slots: Option<&'a [i32]>,
-    /// In which slot a position lies. A [`Layout::Ring`] takes no more tokens of a row in one call than it has slots beside its
-    /// sink tokens. [`Layout::Indirect`] only reads: write to the token's own row with [`Layout::Contiguous`] and set the table's
-    /// entry.
+    /// In which slot a position lies. A [`Layout::Ring`] takes no more tokens of a sequence in one call than it has slots
+    /// beside its sink tokens. [`Layout::Indirect`] only reads: write to the token's own sequence with [`Layout::Contiguous`]
+    /// and set the table's entry.
     pub layout: Layout<'a>,
 }
 
-/// Tokens of a row, from `token` on, that go to slots one after the other, from `place` on.
+/// Tokens of a sequence, from `token` on, that go to slots one after the other, from `place` on.
 #[derive(Clone, Copy)]
 struct Run {
     row: usize,
@@ -84,7 +84,7 @@ struct Run {
 impl<'a> Destination<'a> {
     /// Tokens go to positions of a contiguous cache: token t of sequence b to `positions[b] + t`.
     pub fn positions(positions: &'a [i32]) -> Self {
-        Self { positions, counts: None, rows: None, slots: None, layout: Layout::Contiguous }
+        Self { positions, counts: None, sequences: None, slots: None, layout: Layout::Contiguous }
     }
 
     /// Each token goes to a slot of its own in a contiguous cache, or is skipped.
@@ -93,7 +93,7 @@ impl<'a> Destination<'a> {
     }
 
     setters! {
-        optional { counts: &'a [i32], rows: &'a [i32], }
+        optional { counts: &'a [i32], sequences: &'a [i32], }
         plain { layout: Layout<'a>, }
     }
 }
@@ -104,10 +104,10 @@ impl Destination<'_> {
     }
 
     fn row(&self, row: usize) -> usize {
-        self.rows.map_or(row, |r| r[row] as usize)
+        self.sequences.map_or(row, |r| r[row] as usize)
     }
 
-    /// Whether slots are counted over all rows of the views.
+    /// Whether slots are counted over all sequences of the views.
     fn pooled(&self) -> bool {
         matches!(self.layout, Layout::Paged { .. } | Layout::Ragged { .. })
     }
@@ -127,7 +127,7 @@ impl Destination<'_> {
     }
 
     fn validate(&self, batch: usize, seq: usize, cache: &RawView) -> Result<()> {
-        for (name, list) in [("counts", self.counts), ("rows", self.rows)] {
+        for (name, list) in [("counts", self.counts), ("sequences", self.sequences)] {
             if let Some(list) = list {
                 let n = list.len();
                 ensure!(n == batch, Shape, "{name} has {n} entries, but k has batch = {batch}");
@@ -136,11 +136,15 @@ impl Destination<'_> {
         ensure!(
             !matches!(self.layout, Layout::Indirect { .. }),
             InvalidValue,
-            "an indirect layout is not written through: write to contiguous rows, and set the table's entries"
+            "an indirect layout is not written through: write as into a contiguous cache, and set the table's entries"
         );
         let by_pool = self.slots.is_some() && self.pooled();
         if by_pool {
-            ensure!(self.rows.is_none(), InvalidValue, "rows is given, but slots of a whole pool belong to no row");
+            ensure!(
+                self.sequences.is_none(),
+                InvalidValue,
+                "sequences is given, but slots of a whole pool belong to no sequence"
+            );
         } else {
             self.layout.validate("k_cache", cache)?;
         }
@@ -154,11 +158,11 @@ impl Destination<'_> {
                     "counts[{row}] is {count}, but k has seq = {seq}"
                 );
             }
-            let target = self.rows.map_or(row as i64, |r| r[row] as i64);
+            let target = self.sequences.map_or(row as i64, |r| r[row] as i64);
             ensure!(
                 by_pool || target >= 0 && rows.is_none_or(|rows| (target as usize) < rows),
                 OutOfRange,
-                "row {row} is to be written to cache row {target}, but the cache has {} rows",
+                "sequence {row} is to be written to sequence {target} of the cache, but the cache has {} sequences",
                 rows.unwrap_or(0)
             );
         }
@@ -178,7 +182,7 @@ impl Destination<'_> {
             ensure!(
                 position + count as i64 <= capacity as i64,
                 Capacity,
-                "row {row} writes {count} tokens at position {position}, but the cache holds {capacity}"
+                "sequence {row} writes {count} tokens at position {position}, but the cache holds {capacity}"
             );
             let (first, end) = (position as usize, position as usize + count);
             if let Layout::Ring { sink_tokens } = self.layout {
@@ -186,19 +190,19 @@ impl Destination<'_> {
                 ensure!(
                     turning <= slots,
                     DuplicateSlot,
-                    "row {row} writes {turning} tokens into a ring of {slots} slots: write the newest {slots} alone"
+                    "sequence {row} writes {turning} tokens into a ring of {slots} slots: write the newest {slots} alone"
                 );
             }
             self.layout.validate_row("k_cache", cache, target, first, end)?;
         }
-        // Rows of their own meet only on pages, and one run meets nothing.
-        let apart = self.rows.is_none() && !matches!(self.layout, Layout::Paged { .. });
+        // Sequences of their own meet only on pages, and one run meets nothing.
+        let apart = self.sequences.is_none() && !matches!(self.layout, Layout::Paged { .. });
         if apart || self.runs(batch, seq, cache).nth(1).is_none() {
             return Ok(());
         }
         let mut seen = Seen::new();
         for (i, run) in self.runs(batch, seq, cache).enumerate() {
-            // All ragged rows lie in one row of the view.
+            // All ragged sequences lie in one sequence of the view.
             let key = if let Layout::Ragged { .. } = self.layout { self.row(run.row) } else { run.place.0 };
             if seen.first_time(key as u64) {
                 continue;
@@ -209,12 +213,12 @@ impl Destination<'_> {
                 if run.place.0 == other.place.0 && slot < (from + run.len).min(with + other.len) {
                     fail!(
                         DuplicateSlot,
-                        "tokens [{}, {}] and [{}, {}] both go to slot {slot} of {} {}",
+                        "tokens [{}, {}] and [{}, {}] both go to slot {slot} of {} {} of the cache",
                         other.row,
                         other.token + slot - with,
                         run.row,
                         run.token + slot - from,
-                        if let Layout::Paged { .. } = self.layout { "page" } else { "cache row" },
+                        if let Layout::Paged { .. } = self.layout { "page" } else { "sequence" },
                         run.place.0
                     );
                 }
@@ -266,7 +270,8 @@ impl Destination<'_> {
             }
             if let Some((b, t, _)) = written().take(i).find(|other| other.2 == slot) {
                 let slot = slots[row * seq + token];
-                let place = if self.pooled() { "the pool".into() } else { format!("cache row {}", self.row(row)) };
+                let place =
+                    if self.pooled() { "the pool".into() } else { format!("sequence {} of the cache", self.row(row)) };
                 fail!(DuplicateSlot, "tokens [{b}, {t}] and [{row}, {token}] both go to slot {slot} of {place}");
             }
         }
@@ -311,12 +316,12 @@ impl Seen {
     }
 }
 
-/// Writes new keys and values into their caches, all rows in one call, each at its own place.
+/// Writes new keys and values into their caches, all sequences in one call, each at its own place.
 ///
 /// Everything is checked before the first byte is written: nothing is clamped, nothing overwrites what it was not asked
 /// to. Lengths are the caller's to advance.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint rows.
+/// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint sequences.
 ///
 /// # Errors
 /// [`Status::Capacity`](crate::Status::Capacity) when a slot is past the end, [`Status::OutOfRange`](crate::Status::OutOfRange)
@@ -326,7 +331,7 @@ impl Seen {
 /// ```
 /// use kvlane::*;
 /// let context = Context::new()?;
-/// // Two rows with room for eight tokens, one head of four elements; row 0 holds 5 tokens, row 1 none.
+/// // Two sequences with room for eight tokens, one head of four elements; sequence 0 holds 5 tokens, sequence 1 none.
 /// let (mut keys, mut values) = (vec![half::f16::ZERO; 64], vec![half::f16::ZERO; 64]);
 /// let (k, v) = (vec![1.0f32; 16], vec![2.0f32; 16]);
 /// kv_write(
@@ -485,8 +490,8 @@ fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> R
     Ok((from, to))
 }
 
-/// Has a token's copy ask for what is copied after it: values while a large write is at the keys of a token, and the next keys while it
-/// is at the values.
+/// Has a token's copy ask for what is copied after it: values while a large write is at the keys of a token, and the next keys
+/// while it is at the values.
 fn ask_for(copy: &mut CopyArgs, src: *const u8, dst: *const u8) {
     if (copy.src_dim, copy.dst_dim) == (1, 1) {
         copy.src_prefetch = src.addr().wrapping_sub(copy.src.addr()) as isize;

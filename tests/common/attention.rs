@@ -252,7 +252,7 @@ impl BitMaskTensor {
         let bytes = self.memory.bytes();
         let mask = match &self.rows {
             None => BitMask::strided(bytes, self.offset, self.shape, self.strides),
-            Some(rows) => BitMask::per_row(bytes, &rows.starts, &rows.query_strides, self.strides[2], self.shape),
+            Some(rows) => BitMask::per_sequence(bytes, &rows.starts, &rows.query_strides, self.strides[2], self.shape),
         };
         mask.expect("a mask of its own memory").with_first_keys(&self.first_keys)
     }

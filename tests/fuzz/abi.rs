@@ -56,7 +56,7 @@ structs! {
     }
     kvl_kv_write_params {
         struct_size: usize, k: kvl_const_view, v: kvl_const_view, k_cache: kvl_view, v_cache: kvl_view,
-        positions: *const i32, counts: *const i32, rows: *const i32, slots: *const i32, rope: *const kvl_rope_params,
+        positions: *const i32, counts: *const i32, sequences: *const i32, slots: *const i32, rope: *const kvl_rope_params,
         layout: *const kvl_layout, k_norm: *const kvl_rms_norm_params, v_packing: i32, reserved: i32,
     }
     kvl_layout {
@@ -85,7 +85,7 @@ structs! {
     kvl_attention_state { out: kvl_const_view, lse: *const f32 }
     kvl_chunk_states { states: *const f32, len: i64 }
     kvl_merge_chunks_params {
-        struct_size: usize, spans: *const kvl_chunk_states, num_spans: usize, kv_heads: i64, dtype: i32, precision: i32,
+        struct_size: usize, segments: *const kvl_chunk_states, num_segments: usize, kv_heads: i64, dtype: i32, precision: i32,
         sink_logits: *const f32, out: kvl_view, lse: *mut f32,
     }
 }
@@ -216,7 +216,7 @@ unsafe extern "C" {
     ) -> i32;
     pub fn kvl_plan_create(params: *const kvl_attention_params, plan: *mut *mut kvl_plan) -> i32;
     pub fn kvl_plan_update(plan: *mut kvl_plan, params: *const kvl_attention_params) -> i32;
-    pub fn kvl_plan_advance(plan: *mut kvl_plan, counts: *const i32, rows: i64) -> i32;
+    pub fn kvl_plan_advance(plan: *mut kvl_plan, counts: *const i32, num_sequences: i64) -> i32;
     pub fn kvl_plan_set_table(plan: *mut kvl_plan, row: i64, first: i64, entries: *const i32, count: i64) -> i32;
     pub fn kvl_plan_destroy(plan: *mut kvl_plan);
     pub fn kvl_context_v_packing(context: Context, dtype: i32, packing: *mut i32) -> i32;
@@ -247,18 +247,22 @@ unsafe extern "C" {
         src: *const kvl_const_view,
         dst: *const kvl_view,
     ) -> i32;
-    pub fn kvl_cache_set_lengths(cache: *const kvl_cache, rows: *const i32, values: *const i32, num_rows: usize)
-    -> i32;
+    pub fn kvl_cache_set_lengths(
+        cache: *const kvl_cache,
+        sequences: *const i32,
+        values: *const i32,
+        num_sequences: usize,
+    ) -> i32;
     pub fn kvl_cache_advance(cache: *const kvl_cache, counts: *const i32) -> i32;
     pub fn kvl_cache_truncate(cache: *const kvl_cache, lengths: *const i32, flags: u32, window_left: i64) -> i32;
     pub fn kvl_cache_reset(
         runner: Runner,
         cache: *const kvl_cache,
         rows: *const i32,
-        num_rows: usize,
+        num_sequences: usize,
         zero: i32,
     ) -> i32;
-    pub fn kvl_cache_insert_row(
+    pub fn kvl_cache_insert_sequence(
         context: Context,
         runner: Runner,
         to: *const kvl_cache,
@@ -345,7 +349,7 @@ unsafe extern "C" {
         used: *mut i64,
     ) -> i32;
     pub fn kvl_shard_from_rank(rank: i64, shard: *mut kvl_shard) -> i32;
-    pub fn kvl_shard_rows(shard: *const kvl_shard, batch: i64, first: *mut i64, count: *mut i64) -> i32;
+    pub fn kvl_shard_sequences(shard: *const kvl_shard, batch: i64, first: *mut i64, count: *mut i64) -> i32;
     pub fn kvl_shard_heads(
         shard: *const kvl_shard,
         heads: i64,

@@ -603,8 +603,8 @@ fn compare(context: *const kvl_context, params: &kvl_attention_params, states: *
     let span = kvl_chunk_states { states, len };
     let merge = kvl_merge_chunks_params {
         struct_size: size_of::<kvl_merge_chunks_params>(),
-        spans: &raw const span,
-        num_spans: 1,
+        segments: &raw const span,
+        num_segments: 1,
         kv_heads: params.k.shape[2],
         dtype: params.k.dtype,
         precision: params.precision,

@@ -231,7 +231,7 @@ pub fn cache_reset(mut c: Call) -> i32 {
     c.check(status)
 }
 
-pub fn cache_insert_row(mut c: Call) -> i32 {
+pub fn cache_insert_sequence(mut c: Call) -> i32 {
     c.spoil_rate(0.02);
     let heads = heads(&mut c);
     let side = |c: &mut Call, kinds: &[i32], what: Use, wraps: bool| {
@@ -261,7 +261,7 @@ pub fn cache_insert_row(mut c: Call) -> i32 {
     let from_at = if c.hit() && c.maybe(0.3) { to.at } else { from.at };
     c.ready();
     // SAFETY: all data is in blocks of the sizes that the arguments state.
-    let status = unsafe { kvl_cache_insert_row(context, runner, to.at, row, from_at, from_row, length) };
+    let status = unsafe { kvl_cache_insert_sequence(context, runner, to.at, row, from_at, from_row, length) };
     c.check(status)
 }
 

@@ -98,10 +98,10 @@ pub fn merge_chunks(mut c: Call) -> i32 {
     }
     c.writes(&out, |_| true);
     let precision = i32::from(c.maybe(0.3));
-    let (list, num_spans) = list(&mut c, &spans);
+    let (list, num_segments) = list(&mut c, &spans);
     let params = kvl_merge_chunks_params {
-        spans: list,
-        num_spans,
+        segments: list,
+        num_segments,
         kv_heads: c.number(right.kv_heads),
         dtype: c.code(kv),
         precision: c.code(precision),
@@ -134,11 +134,11 @@ pub fn merge_chunks_workspace_size(mut c: Call) -> i32 {
     c.spoil_rate(0.05);
     let right = Spans::new(&mut c);
     let spans = right.give(&mut c, false);
-    let (list, num_spans) = list(&mut c, &spans);
+    let (list, num_segments) = list(&mut c, &spans);
     let out = kvl_view { shape: right.shape.map(|n| c.number(n)), dtype: c.code(0), reserved: c.code(0), ..zeroed() };
     let params = kvl_merge_chunks_params {
-        spans: list,
-        num_spans,
+        segments: list,
+        num_segments,
         kv_heads: c.number(right.kv_heads),
         dtype: c.code(0),
         precision: c.code(0),

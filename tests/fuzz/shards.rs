@@ -44,7 +44,7 @@ pub fn shard_rows(mut c: Call) -> i32 {
     let (batch, [first, count]) = (c.number(batch), outputs(&mut c));
     c.ready();
     // SAFETY: a struct of the right size or null, and space for the results.
-    let status = unsafe { kvl_shard_rows(shard, batch, first, count) };
+    let status = unsafe { kvl_shard_sequences(shard, batch, first, count) };
     c.check(status)
 }
 

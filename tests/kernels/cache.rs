@@ -360,12 +360,13 @@ fn inserted_rows(level: &Level) {
         let missing = held.iter().find(|p| !from.held(from_row).contains(p));
         let runner = runner(rng);
         let source = from.bytes();
-        let done = to.call(|to| from.call(|from| to.insert_row(&level.context, runner, row, from, from_row, length)));
+        let done =
+            to.call(|to| from.call(|from| to.insert_sequence(&level.context, runner, row, from, from_row, length)));
         assert!(from.bytes() == source, "the source was written");
         if let Some(position) = missing {
             let error = done.expect_err("the source has lost a position");
             assert_eq!(error.status(), Status::OutOfRange);
-            assert!(error.message().contains(&format!("position {position} of row {from_row}")), "{error}");
+            assert!(error.message().contains(&format!("position {position} of sequence {from_row}")), "{error}");
             assert!(to.bytes() == before && to.lengths == lengths);
             continue;
         }
@@ -498,7 +499,7 @@ fn tables_instead_of_copies() {
                 let gathered: Vec<i64> = (0..lengths[row] as usize)
                     .map(|p| cache[table[row * capacity + p] as usize * capacity + p])
                     .collect();
-                assert_eq!(gathered, copies[row], "row {row} after {parents:?}");
+                assert_eq!(gathered, copies[row], "sequence {row} after {parents:?}");
             }
         }
     }
@@ -555,7 +556,7 @@ fn a_slot_in_use_is_not_given_up() {
                 let gathered: Vec<i64> = (0..lengths[row] as usize)
                     .map(|p| cache[table[row * capacity + p] as usize * capacity + p])
                     .collect();
-                assert_eq!(gathered, copies[row], "row {row}");
+                assert_eq!(gathered, copies[row], "sequence {row}");
             }
         }
     }
@@ -962,7 +963,7 @@ fn threads_share_the_work(level: &Level) {
         states.push(stack.bytes());
         stack.call(|cache| cache.copy_prefix(context, runner, 0, &[1, 3], 288)).unwrap();
         states.push(stack.bytes());
-        stack.call(|to| other.call(|from| to.insert_row(context, runner, 2, from, 0, 300))).unwrap();
+        stack.call(|to| other.call(|from| to.insert_sequence(context, runner, 2, from, 0, 300))).unwrap();
         states.push(stack.bytes());
         stack.call(|cache| copy_pages(context, runner, cache.layers, &[[0, 3], [1, 2]])).unwrap();
         states.push(stack.bytes());
@@ -993,33 +994,33 @@ fn mistakes() {
     use Status::{Capacity, DuplicateSlot, InvalidValue, OutOfRange, Overlap, Shape};
     let context = &Context::new().unwrap();
     let mut c = contiguous([5, 8, 0]);
-    c.refuses(OutOfRange, &["rows[1] is 3", "3 rows"], |c| c.reset(&Serial, &[0, 3], true));
-    c.refuses(OutOfRange, &["rows[0] is -1"], |c| c.reset(&Serial, &[-1], false));
-    c.refuses(DuplicateSlot, &["rows[0] and rows[2] are both 1"], |c| c.reset(&Serial, &[1, 0, 1], true));
-    c.refuses(Shape, &["rows has 1", "values has 2"], |c| c.set_lengths(&[1], &[2, 3]));
+    c.refuses(OutOfRange, &["sequences[1] is 3", "3 sequences"], |c| c.reset(&Serial, &[0, 3], true));
+    c.refuses(OutOfRange, &["sequences[0] is -1"], |c| c.reset(&Serial, &[-1], false));
+    c.refuses(DuplicateSlot, &["sequences[0] and sequences[2] are both 1"], |c| c.reset(&Serial, &[1, 0, 1], true));
+    c.refuses(Shape, &["sequences has 1", "values has 2"], |c| c.set_lengths(&[1], &[2, 3]));
     c.refuses(OutOfRange, &["values[1] is -2"], |c| c.set_lengths(&[1, 0], &[2, -2]));
-    c.refuses(Capacity, &["values[1] is 9", "row 0 holds 8"], |c| c.set_lengths(&[1, 0], &[2, 9]));
-    c.refuses(Shape, &["counts has 2", "3 rows"], |c| c.advance(&[0, 0]));
+    c.refuses(Capacity, &["values[1] is 9", "sequence 0 holds 8"], |c| c.set_lengths(&[1, 0], &[2, 9]));
+    c.refuses(Shape, &["counts has 2", "3 sequences"], |c| c.advance(&[0, 0]));
     c.refuses(OutOfRange, &["counts[2] is -1"], |c| c.advance(&[1, 0, -1]));
-    c.refuses(Capacity, &["row 1 has 8", "1 more", "holds 8"], |c| c.advance(&[1, 1, 1]));
-    c.refuses(OutOfRange, &["row 2", "to 1", "has 0"], |c| c.truncate(&[1, 1, 1], None));
-    c.refuses(OutOfRange, &["row 0", "to -1"], |c| c.truncate(&[-1, 1, 0], None));
-    c.refuses(Shape, &["have 1", "3 rows"], |c| c.truncate(&[1], None));
+    c.refuses(Capacity, &["sequence 1 has 8", "1 more", "holds 8"], |c| c.advance(&[1, 1, 1]));
+    c.refuses(OutOfRange, &["sequence 2", "to 1", "has 0"], |c| c.truncate(&[1, 1, 1], None));
+    c.refuses(OutOfRange, &["sequence 0", "to -1"], |c| c.truncate(&[-1, 1, 0], None));
+    c.refuses(Shape, &["have 1", "3 sequences"], |c| c.truncate(&[1], None));
 
-    c.refuses(OutOfRange, &["from is 3", "3 rows"], |c| c.copy_prefix(context, &Serial, 3, &[0], 1));
-    c.refuses(OutOfRange, &["tokens is 6", "row 0 has 5"], |c| c.copy_prefix(context, &Serial, 0, &[1], 6));
+    c.refuses(OutOfRange, &["from is 3", "3 sequences"], |c| c.copy_prefix(context, &Serial, 3, &[0], 1));
+    c.refuses(OutOfRange, &["tokens is 6", "sequence 0 has 5"], |c| c.copy_prefix(context, &Serial, 0, &[1], 6));
     c.refuses(DuplicateSlot, &["to[1] is 0"], |c| c.copy_prefix(context, &Serial, 0, &[1, 0], 2));
     c.refuses(DuplicateSlot, &["to[0] and to[1] are both 1"], |c| c.copy_prefix(context, &Serial, 0, &[1, 1], 2));
 
     let mut w = Workspace::new();
-    c.refuses(Shape, &["parents has 2", "3 rows"], |c| c.reorder(context, &Serial, &mut w, &[0, 1]));
+    c.refuses(Shape, &["parents has 2", "3 sequences"], |c| c.reorder(context, &Serial, &mut w, &[0, 1]));
     c.refuses(OutOfRange, &["parents[2] is 3"], |c| c.reorder(context, &Serial, &mut w, &[0, 1, 3]));
     c.refuses(OutOfRange, &["parents[0] is -1"], |c| c.reorder(context, &Serial, &mut w, &[-1, 1, 2]));
 
-    c.refuses(OutOfRange, &["2 to 6", "row 0 has 5"], |c| c.evict(context, &Serial, 0, 2..6, &[]));
+    c.refuses(OutOfRange, &["2 to 6", "sequence 0 has 5"], |c| c.evict(context, &Serial, 0, 2..6, &[]));
     #[allow(clippy::reversed_empty_ranges)]
     c.refuses(OutOfRange, &["3 to 2"], |c| c.evict(context, &Serial, 0, 3..2, &[]));
-    c.refuses(OutOfRange, &["row is 9"], |c| c.evict(context, &Serial, 9, 0..0, &[]));
+    c.refuses(OutOfRange, &["sequence is 9"], |c| c.evict(context, &Serial, 9, 0..0, &[]));
     let many = RopeFrequencies::new(64, 10_000.0, &RopeScaling::None).unwrap();
     let rotation = Some(KeyRotation::new(Pairing::HalfSplit, &many));
     let layers = c.layers.len();
@@ -1037,7 +1038,7 @@ fn mistakes() {
     let running = |c: &mut KvCache, drop, dropped, keys: &[Option<UnrotatedKeys>]| {
         c.evict_running(context, &Serial, 0, drop, dropped, keys)
     };
-    c.refuses(OutOfRange, &["2 to 6", "row 0 has 5"], |c| running(c, 2..6, 0, &[]));
+    c.refuses(OutOfRange, &["2 to 6", "sequence 0 has 5"], |c| running(c, 2..6, 0, &[]));
     c.refuses(Shape, &["7 unrotated keys", &format!("{layers} layers")], |c| {
         running(c, 0..1, 0, &[unrotated(&two); 7])
     });
@@ -1051,16 +1052,20 @@ fn mistakes() {
     let mut ring = Stack::random(&mut Rng::new(114), [2, 8], Kind::Ring(2), vec![11, 6]);
     ring.refuses(InvalidValue, &["a ring drops"], |c| c.evict(context, &Serial, 1, 2..3, &[]));
     ring.refuses(InvalidValue, &["a ring drops"], |c| c.evict_running(context, &Serial, 1, 2..3, 0, &[]));
-    ring.refuses(OutOfRange, &["position 4 of row 0", "11 tokens", "positions 2 to 4"], |c| c.truncate(&[10, 6], None));
-    ring.refuses(OutOfRange, &["position 3 of row 0", "11 tokens"], |c| c.copy_prefix(context, &Serial, 0, &[1], 9));
+    ring.refuses(OutOfRange, &["position 4 of sequence 0", "11 tokens", "positions 2 to 4"], |c| {
+        c.truncate(&[10, 6], None)
+    });
+    ring.refuses(OutOfRange, &["position 3 of sequence 0", "11 tokens"], |c| {
+        c.copy_prefix(context, &Serial, 0, &[1], 9)
+    });
     ring.kind = Kind::Ring(8);
     ring.refuses(Capacity, &["8 sink tokens", "8 slots"], |c| c.reset(&Serial, &[0], false));
 
     // Pages: one shared by two sequences, one twice in a sequence, one that does not exist.
     let mut p = paged([0, 1, 0, 2, 4, 3], [8, 8, 5]);
-    p.refuses(Overlap, &["page 0", "row 0", "row 1"], |c| c.reset(&Serial, &[0], true));
-    p.refuses(Overlap, &["page 0", "row 1"], |c| c.evict(context, &Serial, 1, 0..1, &[]));
-    p.refuses(Overlap, &["page 0", "row 1", "row 0"], |c| c.copy_prefix(context, &Serial, 0, &[1], 6));
+    p.refuses(Overlap, &["page 0", "sequence 0", "sequence 1"], |c| c.reset(&Serial, &[0], true));
+    p.refuses(Overlap, &["page 0", "sequence 1"], |c| c.evict(context, &Serial, 1, 0..1, &[]));
+    p.refuses(Overlap, &["page 0", "sequence 1", "sequence 0"], |c| c.copy_prefix(context, &Serial, 0, &[1], 6));
     p.refuses(InvalidValue, &["pages are reordered by their table"], |c| {
         c.reorder(context, &Serial, &mut w, &[0, 0, 0])
     });
@@ -1069,15 +1074,17 @@ fn mistakes() {
     // A sequence may write after the shared page.
     p.call(|c| c.evict(context, &Serial, 1, 4..5, &[])).unwrap();
     let mut p = paged([5, 5, 0, 2, 4, 9], [8, 8, 3]);
-    p.refuses(Overlap, &["page 5", "row 0"], |c| c.evict(context, &Serial, 0, 1..2, &[]));
+    p.refuses(Overlap, &["page 5", "sequence 0"], |c| c.evict(context, &Serial, 0, 1..2, &[]));
     p.refuses(OutOfRange, &["page_table[2, 1] is 9", "6"], |c| c.advance(&[0, 0, 2]));
     p.refuses(OutOfRange, &["page_table[2, 1] is 9", "6"], |c| c.set_lengths(&[2], &[5]));
-    p.refuses(Capacity, &["row 1 has 8", "holds 8"], |c| c.advance(&[0, 1, 0]));
+    p.refuses(Capacity, &["sequence 1 has 8", "holds 8"], |c| c.advance(&[0, 1, 0]));
     p.refuses(OutOfRange, &["lengths[0] is 9", "8"], |c| {
         let mut lengths = [9, 0, 0];
         KvCache::new(c.layers, c.layout, &mut lengths).advance(&[0; 3])
     });
-    p.refuses(Shape, &["lengths has 2", "3 rows"], |c| KvCache::new(c.layers, c.layout, &mut [0; 2]).advance(&[0; 3]));
+    p.refuses(Shape, &["lengths has 2", "3 sequences"], |c| {
+        KvCache::new(c.layers, c.layout, &mut [0; 2]).advance(&[0; 3])
+    });
 
     // Pools.
     p.refuses(OutOfRange, &["move 1 is to page 6", "6 pages"], |c| {
@@ -1099,7 +1106,7 @@ fn mistakes() {
     };
     p.refuses(Shape, &["map has 5", "6 pages"], |c| defragment(c, &mut [0, 1], 1, &[1, 1], 5));
     p.refuses(Shape, &["page_table has 3", "pages_per_sequence = 2"], |c| defragment(c, &mut [0, 1, 2], 2, &[1], 6));
-    p.refuses(Shape, &["lengths has 1", "2 rows"], |c| defragment(c, &mut [0, 1], 1, &[1], 6));
+    p.refuses(Shape, &["lengths has 1", "2 sequences"], |c| defragment(c, &mut [0, 1], 1, &[1], 6));
     p.refuses(OutOfRange, &["lengths[1] is 5", "4"], |c| defragment(c, &mut [0, 1], 1, &[1, 5], 6));
     p.refuses(OutOfRange, &["page_table[1, 0] is -1"], |c| defragment(c, &mut [5, -1], 1, &[1, 1], 6));
 
@@ -1109,12 +1116,12 @@ fn mistakes() {
     i.refuses(InvalidValue, &["indirect"], |c| c.evict(context, &Serial, 0, 0..1, &[]));
     i.refuses(InvalidValue, &["indirect"], |c| c.copy_prefix(context, &Serial, 0, &[1], 1));
     i.refuses(InvalidValue, &["indirect"], |c| c.reorder(context, &Serial, &mut w, &[0, 0, 0]));
-    i.refuses(Overlap, &["row 0", "from 4 tokens to 1", "row 1"], |c| c.truncate(&[1, 2, 1], None));
+    i.refuses(Overlap, &["sequence 0", "from 4 tokens to 1", "sequence 1"], |c| c.truncate(&[1, 2, 1], None));
     i.call(|c| c.truncate(&[2, 2, 1], None)).unwrap();
     let mut r = Stack::random(&mut Rng::new(116), [1, 9], Kind::Ragged(vec![0, 4, 9]), vec![3, 5]);
     r.refuses(InvalidValue, &["ragged"], |c| c.reorder(context, &Serial, &mut w, &[0, 0]));
-    r.refuses(Capacity, &["tokens is 5", "row 0 holds 4"], |c| c.copy_prefix(context, &Serial, 1, &[0], 5));
-    r.refuses(Capacity, &["row 0 has 3", "2 more", "holds 4"], |c| c.advance(&[2, 0]));
+    r.refuses(Capacity, &["tokens is 5", "sequence 0 holds 4"], |c| c.copy_prefix(context, &Serial, 1, &[0], 5));
+    r.refuses(Capacity, &["sequence 0 has 3", "2 more", "holds 4"], |c| c.advance(&[2, 0]));
     r.kind = Kind::Ragged(vec![0, 4, 10]);
     r.refuses(OutOfRange, &["cu_seqlens ends at 10", "9"], |c| c.reset(&Serial, &[0], false));
 }
@@ -1132,13 +1139,15 @@ fn insert_mistakes() {
     let stack = |layers, kind, lengths: &[i32]| Stack { layers, kind, lengths: lengths.to_vec() };
     let mut to = stack(layers(2, 2, 3, [2, 6]), Kind::Contiguous, &[1, 2]);
     let mut refuses = |from: &mut Stack, row, from_row, length, status, pieces: &[&str]| {
-        to.refuses(status, pieces, |to| from.call(|from| to.insert_row(context, &Serial, row, from, from_row, length)));
+        to.refuses(status, pieces, |to| {
+            from.call(|from| to.insert_sequence(context, &Serial, row, from, from_row, length))
+        });
     };
     let mut good = stack(layers(2, 2, 3, [1, 9]), Kind::Contiguous, &[8]);
-    refuses(&mut good, 2, 0, 1, OutOfRange, &["row is 2", "2 rows"]);
-    refuses(&mut good, 0, 1, 1, OutOfRange, &["from_row is 1", "1 rows"]);
-    refuses(&mut good, 0, 0, 9, OutOfRange, &["length is 9", "row 0", "has 8"]);
-    refuses(&mut good, 0, 0, 7, Capacity, &["length is 7", "row 0 holds 6"]);
+    refuses(&mut good, 2, 0, 1, OutOfRange, &["sequence is 2", "2 sequences"]);
+    refuses(&mut good, 0, 1, 1, OutOfRange, &["from_sequence is 1", "1 sequences"]);
+    refuses(&mut good, 0, 0, 9, OutOfRange, &["length is 9", "sequence 0", "has 8"]);
+    refuses(&mut good, 0, 0, 7, Capacity, &["length is 7", "sequence 0 holds 6"]);
     refuses(&mut good, 0, 0, usize::MAX, OutOfRange, &["length is", "has 8"]);
     refuses(&mut stack(layers(3, 2, 3, [1, 9]), Kind::Contiguous, &[8]), 0, 0, 1, Shape, &["2 layers", "has 3"]);
     refuses(
@@ -1158,16 +1167,23 @@ fn insert_mistakes() {
         &["v of layer 0 has dim = 3", "has 5"],
     );
     refuses(&mut stack(layers(2, 2, 0, [1, 9]), Kind::Contiguous, &[8]), 0, 0, 1, Shape, &["only one", "layer 0"]);
-    refuses(&mut stack(layers(2, 2, 3, [2, 9]), Kind::Contiguous, &[8]), 0, 0, 1, Shape, &["lengths has 1", "2 rows"]);
+    refuses(
+        &mut stack(layers(2, 2, 3, [2, 9]), Kind::Contiguous, &[8]),
+        0,
+        0,
+        1,
+        Shape,
+        &["lengths has 1", "2 sequences"],
+    );
     let bad_page = Kind::Paged { pages: vec![0, 7], per_row: 2 };
     refuses(&mut stack(layers(2, 2, 3, [3, 4]), bad_page, &[8]), 0, 0, 5, OutOfRange, &["page_table[0, 1] is 7"]);
     let shared = Kind::Paged { pages: vec![0, 1, 2, 1], per_row: 2 };
     let mut to = stack(layers(2, 2, 3, [3, 4]), shared, &[5, 3]);
-    to.refuses(Overlap, &["page 1", "row 1", "row 0"], |to| {
-        good.call(|from| to.insert_row(context, &Serial, 1, from, 0, 5))
+    to.refuses(Overlap, &["page 1", "sequence 1", "sequence 0"], |to| {
+        good.call(|from| to.insert_sequence(context, &Serial, 1, from, 0, 5))
     });
     let mut to = stack(layers(2, 2, 3, [1, 4]), Kind::Indirect(vec![0; 4]), &[0]);
-    to.refuses(InvalidValue, &["indirect"], |to| good.call(|from| to.insert_row(context, &Serial, 0, from, 0, 4)));
+    to.refuses(InvalidValue, &["indirect"], |to| good.call(|from| to.insert_sequence(context, &Serial, 0, from, 0, 4)));
     let mut none = Stack { layers: Vec::new(), kind: Kind::Contiguous, lengths: Vec::new() };
     none.refuses(Shape, &["no layers"], |c| c.advance(&[]));
 }
@@ -1186,21 +1202,21 @@ fn table_mistakes() {
         assert_eq!((table, lengths), ([0, 0, 0, 1, 0, 1], [3, 2]));
     }
     let w = &mut Workspace::new();
-    refused(Shape, &["6 entries", "3 rows of 3 are 9"], |t, l| reorder_table(w, t, 3, l, &[0, 1, 1]));
-    refused(Shape, &["6 entries", "2 rows of 2 are 4"], |t, l| reorder_table(w, t, 2, l, &[0, 1]));
-    refused(Shape, &["lengths has 1", "2 rows"], |t, l| reorder_table(w, t, 3, &mut l[..1], &[0, 1]));
+    refused(Shape, &["6 entries", "3 sequences of 3 are 9"], |t, l| reorder_table(w, t, 3, l, &[0, 1, 1]));
+    refused(Shape, &["6 entries", "2 sequences of 2 are 4"], |t, l| reorder_table(w, t, 2, l, &[0, 1]));
+    refused(Shape, &["lengths has 1", "2 sequences"], |t, l| reorder_table(w, t, 3, &mut l[..1], &[0, 1]));
     refused(OutOfRange, &["parents[1] is 2"], |t, l| reorder_table(w, t, 3, l, &[0, 2]));
     refused(OutOfRange, &["lengths[0] is 4", "3"], |t, _| reorder_table(w, t, 3, &mut [4, 0], &[0, 1]));
     // Row 0 can be truncated to two tokens, but not to one, because row 1 needs its token at position 1.
-    refused(Overlap, &["row 0", "from 3 tokens to 1", "position 1", "row 1"], |t, _| {
+    refused(Overlap, &["sequence 0", "from 3 tokens to 1", "position 1", "sequence 1"], |t, _| {
         let mut lengths = [3, 2, 1];
         let mut table = [t, &mut [2, 2, 2]].concat();
         reorder_table(w, &mut table, 3, &mut lengths, &[2, 1, 2])
     });
     refused(OutOfRange, &["positions[1] is -1"], |t, _| set_table_tokens(t, 3, &[0, -1], 1));
-    refused(Capacity, &["row 1 has 2 tokens from position 2", "3"], |t, _| set_table_tokens(t, 3, &[0, 2], 2));
+    refused(Capacity, &["sequence 1 has 2 tokens from position 2", "3"], |t, _| set_table_tokens(t, 3, &[0, 2], 2));
     refused(Capacity, &["from position 0"], |t, _| set_table_tokens(t, 3, &[0, 2], usize::MAX));
-    refused(Shape, &["6 entries", "1 rows of 3"], |t, _| set_table_tokens(t, 3, &[0], 1));
+    refused(Shape, &["6 entries", "1 sequences of 3"], |t, _| set_table_tokens(t, 3, &[0], 1));
 }
 
 /// An error in the last layer leaves the first unchanged.
@@ -1230,8 +1246,8 @@ fn bad_layers_change_nothing() {
         stack.refuses(shape, s, |c| c.evict(context, &Serial, 0, 0..1, &[]));
         stack.refuses(shape, s, |c| copy_pages(context, &Serial, c.layers, &[[0, 1]]));
         stack.refuses(shape, s, |c| defragment_pages(context, &Serial, c.layers, &mut [2], 1, &[4], &mut [0; 3]));
-        stack.refuses(shape, s, |to| other.call(|from| to.insert_row(context, &Serial, 0, from, 0, 1)));
-        other.refuses(shape, s, |to| stack.call(|from| to.insert_row(context, &Serial, 0, from, 0, 1)));
+        stack.refuses(shape, s, |to| other.call(|from| to.insert_sequence(context, &Serial, 0, from, 0, 1)));
+        other.refuses(shape, s, |to| stack.call(|from| to.insert_sequence(context, &Serial, 0, from, 0, 1)));
     }
     // A rotation that suits the first layer only.
     let mut stack =

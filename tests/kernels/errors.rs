@@ -176,31 +176,31 @@ fn write_destinations() {
     use Status::{Capacity, DuplicateSlot, OutOfRange, Shape};
     let at = |positions| Destination::positions(positions);
     // Row 1 causes the error; row 0 must not have been written either.
-    write_fails(small_write(2, 3), at(&[0, 6]), Capacity, &["row 1", "3 tokens", "position 6", "holds 8"]);
-    write_fails(small_write(2, 3), at(&[0, i32::MAX]), Capacity, &["row 1", "position 2147483647", "holds 8"]);
-    write_fails(small_write(2, 9), at(&[0, 0]), Capacity, &["row 0", "9 tokens", "holds 8"]);
+    write_fails(small_write(2, 3), at(&[0, 6]), Capacity, &["sequence 1", "3 tokens", "position 6", "holds 8"]);
+    write_fails(small_write(2, 3), at(&[0, i32::MAX]), Capacity, &["sequence 1", "position 2147483647", "holds 8"]);
+    write_fails(small_write(2, 9), at(&[0, 0]), Capacity, &["sequence 0", "9 tokens", "holds 8"]);
     write_fails(small_write(2, 3), at(&[0, -1]), OutOfRange, &["positions[1] is -1", "negative"]);
     write_fails(small_write(2, 3), at(&[0, i32::MIN]), OutOfRange, &["positions[1] is -2147483648"]);
     write_fails(small_write(2, 3), at(&[0]), Shape, &["positions has 1 entries", "batch = 2"]);
-    write_fails(small_write(4, 1), at(&[0; 4]), OutOfRange, &["row 3", "cache row 3", "3 rows"]);
+    write_fails(small_write(4, 1), at(&[0; 4]), OutOfRange, &["sequence 3", "sequence 3 of the cache", "3 sequences"]);
 
     let base = Destination::positions(&[0, 0]);
     let fails = |to, status, pieces: &[&str]| write_fails(small_write(2, 3), to, status, pieces);
     fails(base.counts(&[3]), Shape, &["counts has 1 entries", "batch = 2"]);
     fails(base.counts(&[3, 4]), OutOfRange, &["counts[1] is 4", "seq = 3"]);
     fails(base.counts(&[-1, 3]), OutOfRange, &["counts[0] is -1", "seq = 3"]);
-    fails(base.rows(&[0, 1, 2]), Shape, &["rows has 3 entries", "batch = 2"]);
-    fails(base.rows(&[0, 3]), OutOfRange, &["row 1", "cache row 3", "3 rows"]);
-    fails(base.rows(&[0, -1]), OutOfRange, &["row 1", "cache row -1", "3 rows"]);
-    fails(base.rows(&[2, 2]), DuplicateSlot, &["[0, 0]", "[1, 0]", "slot 0", "row 2"]);
-    let rows = Destination::positions(&[4, 2]).rows(&[2, 2]);
-    fails(rows, DuplicateSlot, &["[0, 0]", "[1, 2]", "slot 4", "row 2"]);
+    fails(base.sequences(&[0, 1, 2]), Shape, &["sequences has 3 entries", "batch = 2"]);
+    fails(base.sequences(&[0, 3]), OutOfRange, &["sequence 1", "sequence 3 of the cache", "3 sequences"]);
+    fails(base.sequences(&[0, -1]), OutOfRange, &["sequence 1", "sequence -1 of the cache", "3 sequences"]);
+    fails(base.sequences(&[2, 2]), DuplicateSlot, &["[0, 0]", "[1, 0]", "slot 0", "sequence 2"]);
+    let rows = Destination::positions(&[4, 2]).sequences(&[2, 2]);
+    fails(rows, DuplicateSlot, &["[0, 0]", "[1, 2]", "slot 4", "sequence 2"]);
     fails(Destination::slots(&[0; 5]), Shape, &["slots has 5 entries", "batch * seq = 6"]);
     fails(Destination::slots(&[0, 1, 2, 0, 8, 1]), Capacity, &["slots[1, 1] is 8", "holds 8"]);
     fails(Destination::slots(&[0, 1, 2, 0, 3, -2]), OutOfRange, &["slots[1, 2] is -2", "-1"]);
-    fails(Destination::slots(&[0, 1, 2, 5, 3, 5]), DuplicateSlot, &["[1, 0]", "[1, 2]", "slot 5", "row 1"]);
-    let slots = Destination::slots(&[0, 1, 2, 5, 2, 4]).rows(&[1, 1]);
-    fails(slots, DuplicateSlot, &["[0, 2]", "[1, 1]", "slot 2", "row 1"]);
+    fails(Destination::slots(&[0, 1, 2, 5, 3, 5]), DuplicateSlot, &["[1, 0]", "[1, 2]", "slot 5", "sequence 1"]);
+    let slots = Destination::slots(&[0, 1, 2, 5, 2, 4]).sequences(&[1, 1]);
+    fails(slots, DuplicateSlot, &["[0, 2]", "[1, 1]", "slot 2", "sequence 1"]);
 }
 
 /// Tokens for caches with these first two axes.
@@ -220,50 +220,50 @@ fn write_layouts() {
     let ring_at = |positions, sinks| Destination::positions(positions).layout(Slots::ring(sinks));
     let ring = |sinks| ring_at(&[0, 0], sinks);
     fails([2, 8], ring(8), Capacity, &["8 sink tokens", "k_cache has 8 slots"]);
-    fails([2, 4], ring_at(&[0, 9], 2), DuplicateSlot, &["row 1 writes 3", "ring of 2 slots"]);
+    fails([2, 4], ring_at(&[0, 9], 2), DuplicateSlot, &["sequence 1 writes 3", "ring of 2 slots"]);
     fails([2, 4], ring_at(&[9, -1], 1), OutOfRange, &["positions[1] is -1", "negative"]);
     fails(
         [2, 4],
         ring_at(&[0, i32::MAX - 1], 0),
         Capacity,
-        &["row 1 writes 3 tokens at position 2147483646", "holds 2147483647"],
+        &["sequence 1 writes 3 tokens at position 2147483646", "holds 2147483647"],
     );
-    let same = ring_at(&[6, 13], 0).rows(&[1, 1]);
-    fails([2, 8], same, DuplicateSlot, &["tokens [0, 0] and [1, 1]", "slot 6 of cache row 1"]);
+    let same = ring_at(&[6, 13], 0).sequences(&[1, 1]);
+    fails([2, 8], same, DuplicateSlot, &["tokens [0, 0] and [1, 1]", "slot 6 of sequence 1 of the cache"]);
 
     let paged = |pages, pages_per_row| to.layout(Slots::paged(pages, pages_per_row));
     fails([4, 2], paged(&[0, 1, 2], 2), Shape, &["page_table has 3 entries", "pages_per_sequence = 2"]);
     fails([4, 2], paged(&[3], 0), Shape, &["page_table has 1 entries", "pages_per_sequence = 0"]);
-    fails([4, 2], paged(&[], 0), Capacity, &["row 0 writes 3 tokens at position 0", "holds 0"]);
+    fails([4, 2], paged(&[], 0), Capacity, &["sequence 0 writes 3 tokens at position 0", "holds 0"]);
     fails([4, 0], paged(&[0, 1], 1), Shape, &["k_cache has seq = 0"]);
-    fails([4, 2], paged(&[0, 1], 2), OutOfRange, &["row 1", "cache row 1", "1 rows"]);
+    fails([4, 2], paged(&[0, 1], 2), OutOfRange, &["sequence 1", "sequence 1 of the cache", "1 sequences"]);
     fails([4, 2], paged(&[0, 1, 2, 4], 2), OutOfRange, &["page_table[1, 1] is 4", "k_cache has batch = 4"]);
     fails([4, 2], paged(&[0, 1, -1, 3], 2), OutOfRange, &["page_table[1, 0] is -1", "k_cache has batch = 4"]);
     let late = Destination::positions(&[0, 2]).layout(Slots::paged(&[0, 1, 2, 3], 2));
-    fails([4, 2], late, Capacity, &["row 1 writes 3 tokens at position 2", "holds 4"]);
+    fails([4, 2], late, Capacity, &["sequence 1 writes 3 tokens at position 2", "holds 4"]);
     fails([4, 2], paged(&[0, 1, 2, 1], 2), DuplicateSlot, &["tokens [0, 2] and [1, 2]", "slot 0 of page 1"]);
     fails([4, 2], paged(&[3, 3, 0, 1], 2), DuplicateSlot, &["tokens [0, 0] and [0, 2]", "slot 0 of page 3"]);
-    let rows = paged(&[0, 1, 2, 3], 2).rows(&[1, 1]);
+    let rows = paged(&[0, 1, 2, 3], 2).sequences(&[1, 1]);
     fails([4, 2], rows, DuplicateSlot, &["tokens [0, 0] and [1, 0]", "slot 0 of page 2"]);
-    let rows = paged(&[0, 1, 2, 3], 2).rows(&[0, 2]);
-    fails([4, 2], rows, OutOfRange, &["row 1", "cache row 2", "2 rows"]);
+    let rows = paged(&[0, 1, 2, 3], 2).sequences(&[0, 2]);
+    fails([4, 2], rows, OutOfRange, &["sequence 1", "sequence 2 of the cache", "2 sequences"]);
 
     let slots = |slots| Destination::slots(slots).layout(Slots::paged(&[], 0));
     fails([4, 2], slots(&[0, 1, 2, 3, 4, 8]), Capacity, &["slots[1, 2] is 8", "holds 8"]);
     fails([4, 2], slots(&[0, 1, 2, 3, 4, -2]), OutOfRange, &["slots[1, 2] is -2", "-1"]);
     fails([4, 2], slots(&[0, 1, 2, -1, 7, 1]), DuplicateSlot, &["[0, 1] and [1, 2]", "slot 1 of the pool"]);
     fails([4, 0], slots(&[0, -1, -1, -1, -1, -1]), Capacity, &["slots[0, 0] is 0", "holds 0"]);
-    let rows = slots(&[0, 1, 2, 3, 4, 5]).rows(&[0, 1]);
-    fails([4, 2], rows, InvalidValue, &["rows is given", "no row"]);
+    let rows = slots(&[0, 1, 2, 3, 4, 5]).sequences(&[0, 1]);
+    fails([4, 2], rows, InvalidValue, &["sequences is given", "no sequence"]);
 
     let ragged = |starts| to.layout(Slots::ragged(starts));
     fails([2, 8], ragged(&[0, 4, 8]), Shape, &["k_cache has batch = 2", "batch of one"]);
     fails([1, 8], ragged(&[0, 4, 9]), OutOfRange, &["cu_seqlens ends at 9", "k_cache has seq = 8"]);
     fails([1, 8], ragged(&[4, 3, 8]), OutOfRange, &["cu_seqlens[1] is 3", "cu_seqlens[0] is 4"]);
-    fails([1, 8], ragged(&[0, 4]), OutOfRange, &["row 1", "cache row 1", "1 rows"]);
-    fails([1, 8], ragged(&[0, 4, 6]), Capacity, &["row 1 writes 3 tokens at position 0", "holds 2"]);
-    let rows = ragged(&[0, 4, 8]).rows(&[1, 1]);
-    fails([1, 8], rows, DuplicateSlot, &["tokens [0, 0] and [1, 0]", "slot 4 of cache row 0"]);
+    fails([1, 8], ragged(&[0, 4]), OutOfRange, &["sequence 1", "sequence 1 of the cache", "1 sequences"]);
+    fails([1, 8], ragged(&[0, 4, 6]), Capacity, &["sequence 1 writes 3 tokens at position 0", "holds 2"]);
+    let rows = ragged(&[0, 4, 8]).sequences(&[1, 1]);
+    fails([1, 8], rows, DuplicateSlot, &["tokens [0, 0] and [1, 0]", "slot 4 of sequence 0 of the cache"]);
 
     let indirect = to.layout(Slots::indirect(&[0; 16]));
     fails([2, 8], indirect, InvalidValue, &["indirect", "contiguous"]);
@@ -439,9 +439,13 @@ fn rope_options() {
         (good.rotary_dim(2), Shape, vec!["2 frequencies", "rotary_dim 2", "1 pairs"]),
         (good.positions(Positions::Offsets(&[0])), Shape, vec!["offsets has 1", "batch 2", "need 2"]),
         (good.positions(Positions::Explicit(&[0; 5])), Shape, vec!["positions has 5", "seq 3", "need 6"]),
-        (by_table.positions(Positions::Offsets(&[0, 8])), OutOfRange, vec!["row 1", "8..=10", "10 rows"]),
-        (by_table.positions(Positions::Offsets(&[-1, 0])), OutOfRange, vec!["row 0", "-1..=1", "10 rows"]),
-        (by_table.positions(Positions::Explicit(&[0, 1, 2, 3, 10, 5])), OutOfRange, vec!["row 1", "3..=10", "10 rows"]),
+        (by_table.positions(Positions::Offsets(&[0, 8])), OutOfRange, vec!["sequence 1", "8..=10", "10 rows"]),
+        (by_table.positions(Positions::Offsets(&[-1, 0])), OutOfRange, vec!["sequence 0", "-1..=1", "10 rows"]),
+        (
+            by_table.positions(Positions::Explicit(&[0, 1, 2, 3, 10, 5])),
+            OutOfRange,
+            vec!["sequence 1", "3..=10", "10 rows"],
+        ),
         (good.angles(RopeAngles::table(&table, &table[..18])), Shape, vec!["cos has 20", "sin 18", "rows of 2"]),
         (good.angles(RopeAngles::table(&table[..19], &table[..19])), Shape, vec!["cos has 19", "rows of 2"]),
     ] {

@@ -401,14 +401,14 @@ fn what_is_not_retained_is_refused(level: &Level) {
     let error = cache.error(level, &case, ring);
     assert_eq!(
         error.message(),
-        "window_left is absent and row 0 has 2 queries, so the first query of row 0 sees keys from 0 on, but of its 40 tokens the \
+        "window_left is absent and sequence 0 has 2 queries, so the first query of sequence 0 sees keys from 0 on, but of its 40 tokens the \
          ring retains those from 24 on: give a window_left of at most 14, or a ring of more slots"
     );
     assert_eq!(error.status(), Status::Capacity);
     case.options.window_left = Some(15);
     assert_eq!(
         cache.error(level, &case, ring).message(),
-        "window_left is 15 and the first query stands at position 38, so the first query of row 0 sees keys from 23 on, but of its \
+        "window_left is 15 and the first query stands at position 38, so the first query of sequence 0 sees keys from 23 on, but of its \
          40 tokens the ring retains those from 24 on: give a window_left of at most 14, or a ring of more slots"
     );
     case.options.offsets = Some(vec![20]);
@@ -439,11 +439,11 @@ fn tables_are_checked(level: &Level) {
     let paged = |pages: &[i32]| cache.error(level, &case, Layout::paged(pages, 3)).to_string();
     assert!(paged(&[0, 1, 5, 2, 0, 0]).contains("page_table[0, 2] is 5, but k has batch = 5"));
     assert!(paged(&[0, 1, 2, -1, 0, 0]).contains("page_table[1, 0] is -1"));
-    assert!(paged(&[0, 1, 2]).contains("k has rows = 1, but q has 2"));
+    assert!(paged(&[0, 1, 2]).contains("k has sequences = 1, but q has 2"));
     assert!(paged(&[0, 1, 2, 3]).contains("page_table has 4 entries, which is no multiple of pages_per_sequence = 3"));
     let long = Case::new(&mut rng, shape, dtype).with(|o| o.lengths = Some(vec![40, 49]));
     let error = cache.error(level, &long, Layout::paged(&[0, 1, 2, 3, 4, 0], 3));
-    assert!(error.message().contains("lengths[1] is 49, but k has room for a row = 48"), "{error}");
+    assert!(error.message().contains("lengths[1] is 49, but k has room for a sequence = 48"), "{error}");
     level.checked(Op::Attention, dtype, dtype);
 }
 
@@ -467,9 +467,9 @@ fn rows_without_pages(level: &Level) {
         }
         level.checked(Op::Attention, dtype, dtype);
         let error = AttentionPlan::new(case.q.shape, case.k.shape, &options.lengths(&[0, 1])).unwrap_err();
-        assert!(error.message().contains("lengths[1] is 1, but k has room for a row = 0"), "{error}");
+        assert!(error.message().contains("lengths[1] is 1, but k has room for a sequence = 0"), "{error}");
         assert!(plan.advance(&[0, 1]).unwrap_err().message().contains("has room for 0"));
-        assert!(plan.set_table(1, 0, &[2]).unwrap_err().message().contains("entries 0..1 of a row that has 0"));
+        assert!(plan.set_table(1, 0, &[2]).unwrap_err().message().contains("entries 0..1 of a sequence that has 0"));
         plan.advance(&[0, 0]).unwrap();
 
         // Nothing is written, or everything is refused.
@@ -600,15 +600,17 @@ fn plans_advance() {
     let before = format!("{plan:?}");
     for (counts, sentence) in [
         (&[1, 0][..], "page_table[0, 2] is -1, but k has batch = 5"),
-        (&[0, 3], "row 1 of the plan has 10 tokens and is given 3 more, but has room for 12"),
+        (&[0, 3], "sequence 1 of the plan has 10 tokens and is given 3 more, but has room for 12"),
         (&[0, -1], "counts[1] is -1, which is negative"),
-        (&[1], "counts has 1 entries, but the plan has 2 rows"),
+        (&[1], "counts has 1 entries, but the plan has 2 sequences"),
     ] {
         assert_eq!(plan.advance(counts).unwrap_err().message(), sentence);
         assert_eq!(format!("{plan:?}"), before);
     }
-    assert!(plan.set_table(0, 1, &[5]).unwrap_err().message().contains("entry 1 of row 0 is 5, but k has batch = 5"));
-    assert!(plan.set_table(0, 2, &[1, 1]).unwrap_err().message().contains("entries 2..4 of a row that has 3"));
+    assert!(
+        plan.set_table(0, 1, &[5]).unwrap_err().message().contains("entry 1 of sequence 0 is 5, but k has batch = 5")
+    );
+    assert!(plan.set_table(0, 2, &[1, 1]).unwrap_err().message().contains("entries 2..4 of a sequence that has 3"));
     plan.set_table(0, 2, &[1]).unwrap();
     plan.advance(&[1, 0]).unwrap();
     assert_eq!(plan.lengths(), [9, 10]);

@@ -65,7 +65,7 @@ fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
             let mut seen = vec![0; batch * q_heads];
             for rank in 0..mesh.shards().unwrap() {
                 let shard = mesh.shard(rank).unwrap();
-                let (rows, part) = (shard.rows(batch), shard.heads(q_heads, kv_heads).unwrap());
+                let (rows, part) = (shard.sequences(batch), shard.heads(q_heads, kv_heads).unwrap());
                 let out_shape = [rows.len(), tokens, part.heads.len(), shape.v_dim];
                 let mut out = Tensor::output(DType::F32, out_shape, Layout::BHSD, Place::GuardAfter);
                 let mut lse = vec![0f32; rows.len() * tokens * part.heads.len()];
@@ -218,10 +218,10 @@ fn chunks_are_checked() {
     let plan = |options| AttentionPlan::new([1, 1, 2, 8], shape, options).unwrap();
     let plans = [plan(&ring), plan(&ragged)];
     for (options, sentence) in [
-        (AttentionOptions::new().sink_logits(&sinks), "sink_logits are given where spans are merged"),
-        (ring, "a ring is no span of a sequence"),
+        (AttentionOptions::new().sink_logits(&sinks), "sink_logits are given where segments are merged"),
+        (ring, "a ring is no segment of a sequence"),
         (ragged, "cu_seqlens_q: the states of ragged queries have no format"),
-        (AttentionOptions::new().plan(&plans[0]), "a ring is no span of a sequence"),
+        (AttentionOptions::new().plan(&plans[0]), "a ring is no segment of a sequence"),
         (AttentionOptions::new().plan(&plans[1]), "cu_seqlens_q: the states"),
         (AttentionOptions::new().lengths(&[2001]), "lengths[0] is 2001, but k has seq = 2000"),
         (AttentionOptions::new().scale(f32::NAN), "scale is NaN"),
@@ -235,10 +235,10 @@ fn chunks_are_checked() {
     let (mut out, mut lse) = ([7f32; 16], [7f32; 3]);
     let many = vec![&states[..]; MAX_SEGMENTS + 1];
     for (spans, merge, lse_len, sentence) in [
-        (&[&states[..]; 0][..], merge, 0, "0 spans"),
-        (&many, merge, 0, "257 spans, but a call merges 1 to 256"),
-        (&[&states[..65]], merge, 0, "span 0 has 65 floats, which are no chunks of 64"),
-        (&[&states[..], &[]], merge, 0, "span 1 has 0 floats"),
+        (&[&states[..]; 0][..], merge, 0, "0 segments"),
+        (&many, merge, 0, "257 segments, but a call merges 1 to 256"),
+        (&[&states[..65]], merge, 0, "segment 0 has 65 floats, which are no chunks of 64"),
+        (&[&states[..], &[]], merge, 0, "segment 1 has 0 floats"),
         (&[&states[..]], merge.kv_heads(3), 0, "no multiple of kv_heads = 3"),
         (&[&states[..]], merge.kv_heads(0), 0, "no multiple of kv_heads = 0"),
         (&[&states[..]], merge.sink_logits(&[0.0]), 0, "sink_logits has 1 entries, but out needs 2"),
@@ -392,8 +392,8 @@ fn mistakes() {
         (lists.offsets(&[1]), 0..3, Status::Shape, "offsets has 1 entries"),
         (lists.lengths(&[5, -1]), 0..3, Status::OutOfRange, "lengths[1] is -1"),
         (lists.kv_starts(&[0, -2]), 0..3, Status::OutOfRange, "kv_starts[1] is -2"),
-        (lists.offsets(&[0, i32::MIN]), 1..3, Status::OutOfRange, "row 1 would have offset"),
-        (lists.seq(usize::MAX), 1..3, Status::OutOfRange, "row 0 would have offset"),
+        (lists.offsets(&[0, i32::MIN]), 1..3, Status::OutOfRange, "sequence 1 would have offset"),
+        (lists.seq(usize::MAX), 1..3, Status::OutOfRange, "sequence 0 would have offset"),
     ] {
         let [lengths, starts, offsets] = &mut out;
         refused(lists.local(span, lengths, starts, offsets), status, &[piece]);

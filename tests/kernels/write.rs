@@ -115,7 +115,7 @@ pub fn written(to: &Destination, batch: usize, seq: usize, slots: usize) -> BTre
     let mut written = BTreeMap::new();
     for b in 0..batch {
         for t in 0..to.counts.map_or(seq, |c| c[b] as usize) {
-            let row = to.rows.map_or(b, |r| r[b] as usize);
+            let row = to.sequences.map_or(b, |r| r[b] as usize);
             let place = match to.slots {
                 None => place(to.layout, slots, row, to.positions[b] as usize + t),
                 Some(list) if list[b * seq + t] < 0 => continue,
@@ -226,15 +226,15 @@ fn small(rng: &mut Rng, batch: usize, seq: usize, rows: usize, capacity: usize) 
 fn counts_rows_and_slots(level: &Level) {
     let rng = &mut Rng::new(32);
     small(rng, 3, 4, 3, 6).check(level, Destination::positions(&[0, 6, 2]).counts(&[4, 0, 3]));
-    small(rng, 2, 2, 5, 4).check(level, Destination::positions(&[2, 0]).rows(&[4, 1]));
+    small(rng, 2, 2, 5, 4).check(level, Destination::positions(&[2, 0]).sequences(&[4, 1]));
     // Two source rows to one cache row, one after another.
-    small(rng, 2, 2, 3, 4).check(level, Destination::positions(&[2, 0]).rows(&[1, 1]));
+    small(rng, 2, 2, 3, 4).check(level, Destination::positions(&[2, 0]).sequences(&[1, 1]));
     small(rng, 2, 3, 2, 9).check(level, Destination::slots(&[8, 0, 3, 1, 2, 0]));
     // Positions are ignored if slots are given.
     let mut to = Destination::slots(&[3, 1]);
     to.positions = &[-7];
     small(rng, 1, 2, 1, 4).check(level, to);
-    small(rng, 2, 2, 3, 4).check(level, Destination::slots(&[0, 3, 1, 2]).rows(&[2, 2]).counts(&[2, 1]));
+    small(rng, 2, 2, 3, 4).check(level, Destination::slots(&[0, 3, 1, 2]).sequences(&[2, 2]).counts(&[2, 1]));
     // No tokens at all are valid, even at the end of the cache.
     small(rng, 1, 0, 1, 4).check(level, Destination::positions(&[4]));
 }
@@ -336,7 +336,7 @@ fn random_writes(level: &Level) {
             })
             .collect();
         let mut to = Destination::positions(&positions).counts(&counts);
-        to.rows = rng.chance(0.5).then_some(&targets[..batch]);
+        to.sequences = rng.chance(0.5).then_some(&targets[..batch]);
         to.slots = rng.chance(0.5).then_some(&slots);
         write.check(level, to);
     }

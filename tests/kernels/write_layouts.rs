@@ -150,7 +150,7 @@ impl Plan {
 
     fn destination(&self) -> Destination<'_> {
         let mut to = Destination::positions(&self.positions).counts(&self.counts);
-        (to.rows, to.slots) = (self.rows.as_deref(), self.slots.as_deref());
+        (to.sequences, to.slots) = (self.rows.as_deref(), self.slots.as_deref());
         to.layout(match self.kind {
             Kind::Contiguous => Slots::Contiguous,
             Kind::Ring => Slots::ring(self.sink_tokens),
@@ -244,7 +244,7 @@ fn pages_are_shared(level: &Level) {
     small(rng, 1, [5, 4], 3).check(level, Destination::positions(&[4, 7, 5]).layout(layout));
     // One row of the table twice, and one page twice in a row.
     let layout = Slots::paged(&[3, 3, 0], 3);
-    let mut to = Destination::positions(&[1, 6]).counts(&[2, 2]).rows(&[0, 0]).layout(layout);
+    let mut to = Destination::positions(&[1, 6]).counts(&[2, 2]).sequences(&[0, 0]).layout(layout);
     small(rng, 2, [5, 4], 2).run(level, &kvlane::Serial, to).expect_err("slot 2 of page 3 twice");
     to.positions = &[0, 6];
     small(rng, 2, [5, 4], 2).check(level, to);

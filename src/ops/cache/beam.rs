@@ -1,4 +1,4 @@
-//! Beam search: rows are replaced by their parents, by moving tokens or by moving entries of a table.
+//! Beam search: sequences are replaced by their parents, by moving tokens or by moving entries of a table.
 
 use super::lengths::check_slots_free;
 use super::{KvCache, Layers, RawCache, SafeLayers, Step, for_each_piece, move_tokens, plane};
@@ -11,18 +11,18 @@ use crate::parallel::{MAX_WORKERS, Runner};
 use crate::view::{DIM, HEADS, RawView, SEQ, contiguous};
 
 impl KvCache<'_, '_> {
-    /// Every row b becomes a copy of what row `parents[b]` was, tokens and length (beam search). Only valid tokens move, and
-    /// only those of rows that are not their own parents; a row may be the parent of several, or of none.
+    /// Every sequence b becomes a copy of what sequence `parents[b]` was, tokens and length (beam search). Only valid tokens
+    /// move, and only those of sequences that are not their own parents; a sequence may be the parent of several, or of none.
     ///
-    /// Rows of pages are reordered by the caller, who permutes the rows of the table and shares pages; [`copy_pages`]
-    /// gives a row a last page of its own. Ragged rows have no room for each other.
+    /// Sequences of pages are reordered by the caller, who permutes the sequences of the table and shares pages; [`copy_pages`]
+    /// gives a sequence a last page of its own. Ragged sequences have no room for each other.
     ///
     /// [`copy_pages`]: crate::copy_pages
     ///
     /// Thread safety: may be called from any number of threads at once on disjoint caches.
     ///
     /// # Errors
-    /// A list that has not an entry a row, a parent that does not exist, a layout that is neither contiguous nor a ring.
+    /// A list that has not an entry a sequence, a parent that does not exist, a layout that is neither contiguous nor a ring.
     /// Nothing has been written then.
     pub fn reorder(
         &mut self,
@@ -40,30 +40,31 @@ impl KvCache<'_, '_> {
     }
 }
 
-/// Bytes of workspace that [`KvCache::reorder`] needs for these layers, so many rows and so many threads.
+/// Bytes of workspace that [`KvCache::reorder`] needs for these layers, so many sequences and so many threads.
 pub fn reorder_workspace_size(layers: &[super::KvLayer], rows: usize, threads: usize) -> usize {
     reorder_workspace_size_raw(&SafeLayers(layers), rows, threads).unwrap_or(0)
 }
 
-/// Bytes of workspace that [`reorder_table`] needs for a table `[rows, capacity]`.
+/// Bytes of workspace that [`reorder_table`] needs for a table `[batch, capacity]`.
 pub fn reorder_table_workspace_size(rows: usize, capacity: usize) -> usize {
     plan_bytes(rows).saturating_add(capacity.saturating_mul(size_of::<i32>()))
 }
 
-/// Row b of the table of an [`Indirect`](Layout::Indirect) cache, `[rows, capacity]`, becomes a copy of what row `parents[b]`
-/// was, and so does its length. No token moves; see [the steps of a beam search](crate::KvCache#beam-search-without-copies).
+/// Sequence b of the table of an [`Indirect`](Layout::Indirect) cache, `[batch, capacity]`, becomes a copy of what sequence
+/// `parents[b]` was, and so does its length. No token moves; see [the steps of a beam
+/// search](crate::KvCache#beam-search-without-copies).
 ///
 /// Entries beyond a length keep their values or take over others'; they mean nothing.
 ///
 /// # Errors
-/// Lists of different sizes, a parent that does not exist, a length that is negative or above the capacity, a row that would
-/// write slots again in which another row has tokens ([`Overlap`](crate::Status::Overlap)). Nothing has changed then.
+/// Lists of different sizes, a parent that does not exist, a length that is negative or above the capacity, a sequence that would
+/// write slots again in which another sequence has tokens ([`Overlap`](crate::Status::Overlap)). Nothing has changed then.
 ///
 /// ```
 /// use kvlane::*;
 /// let (rows, capacity) = (3, 4);
 /// let (mut table, mut lengths) = (vec![0; rows * capacity], [2; 3]);
-/// set_table_tokens(&mut table, capacity, &[0; 3], 2)?; // two tokens of every row lie in its own cache row
+/// set_table_tokens(&mut table, capacity, &[0; 3], 2)?; // two tokens of every sequence lie in its own cache sequence
 /// reorder_table(&mut Workspace::new(), &mut table, capacity, &mut lengths, &[2, 0, 2])?;
 /// set_table_tokens(&mut table, capacity, &lengths, 1)?; // the next one again
 /// assert_eq!(table[..3], [2, 2, 0]);
@@ -82,8 +83,8 @@ pub fn reorder_table(
     unsafe { reorder_table_raw((workspace.as_mut_ptr(), workspace.len()), table, capacity, lengths, parents) }
 }
 
-/// In the table of an [`Indirect`](Layout::Indirect) cache, `[rows, capacity]`: `tokens` tokens of every row b, from position
-/// `positions[b]` on, lie in cache row b, where they have just been written.
+/// In the table of an [`Indirect`](Layout::Indirect) cache, `[batch, capacity]`: `tokens` tokens of every sequence b, from position
+/// `positions[b]` on, lie in cache sequence b, where they have just been written.
 ///
 /// # Errors
 /// A table that is not `capacity` entries for each of the positions, tokens past the capacity
@@ -95,7 +96,7 @@ pub fn set_table_tokens(table: &mut [i32], capacity: usize, positions: &[i32], t
         ensure!(
             (position as usize).checked_add(tokens).is_some_and(|end| end <= capacity),
             Capacity,
-            "row {row} has {tokens} tokens from position {position} on, but the capacity is {capacity}"
+            "sequence {row} has {tokens} tokens from position {position} on, but the capacity is {capacity}"
         );
     }
     for (row, &position) in positions.iter().enumerate() {
@@ -107,25 +108,25 @@ pub fn set_table_tokens(table: &mut [i32], capacity: usize, positions: &[i32], t
 
 fn check_table(table: &[i32], capacity: usize, rows: usize) -> Result<()> {
     let (n, wanted) = (table.len(), rows.saturating_mul(capacity));
-    ensure!(n == wanted, Shape, "the table has {n} entries, but {rows} rows of {capacity} are {wanted}");
-    ensure!(rows <= i32::MAX as usize, Shape, "the table has {rows} rows, more than {}", i32::MAX);
+    ensure!(n == wanted, Shape, "the table has {n} entries, but {rows} sequences of {capacity} are {wanted}");
+    ensure!(rows <= i32::MAX as usize, Shape, "the table has {rows} sequences, more than {}", i32::MAX);
     Ok(())
 }
 
 fn check_parents(parents: &[i32], rows: usize) -> Result<()> {
     let n = parents.len();
-    ensure!(n == rows, Shape, "parents has {n} entries, but the cache has {rows} rows");
+    ensure!(n == rows, Shape, "parents has {n} entries, but the cache has {rows} sequences");
     for (row, &parent) in parents.iter().enumerate() {
         ensure!(
             parent >= 0 && (parent as usize) < rows,
             OutOfRange,
-            "parents[{row}] is {parent}, but the cache has {rows} rows"
+            "parents[{row}] is {parent}, but the cache has {rows} sequences"
         );
     }
     Ok(())
 }
 
-/// One row replaced by another. `BUFFER` is no row, but memory for one.
+/// One sequence replaced by another. `BUFFER` is no sequence, but memory for one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Move {
     to: i32,
@@ -134,14 +135,14 @@ struct Move {
 
 const BUFFER: i32 = -1;
 
-/// Bytes of a plan for so many rows, in which each moves once, and into the buffer once a cycle of two or more.
+/// Bytes of a plan for so many sequences, in which each moves once, and into the buffer once a cycle of two or more.
 fn plan_bytes(rows: usize) -> usize {
     let moves = rows.saturating_add(rows / 2);
     let bytes = rows.saturating_mul(size_of::<i32>()).saturating_add(moves.saturating_mul(size_of::<Move>()));
     bytes.checked_next_multiple_of(64).unwrap_or(usize::MAX)
 }
 
-/// The parts of a workspace that a plan takes: a number a row, and the moves.
+/// The parts of a workspace that a plan takes: a number a sequence, and the moves.
 ///
 /// # Safety
 /// `workspace` holds [`plan_bytes`] bytes, aligned to 64, that nobody else uses.
@@ -155,10 +156,10 @@ unsafe fn plan_parts<'a>(workspace: *mut u8, rows: usize) -> (&'a mut [i32], &'a
     }
 }
 
-/// In which order rows can be replaced by their parents one after the other: a row only when no other one still needs it. What
-/// is left then are cycles, each of which is opened by moving one of its rows into the buffer.
+/// In which order sequences can be replaced by their parents one after the other: a sequence only when no other one still needs
+/// it. What is left then are cycles, each of which is opened by moving one of its sequences into the buffer.
 ///
-/// `uses` has an entry a row, and `moves` room for one and a half.
+/// `uses` has an entry a sequence, and `moves` room for one and a half.
 fn plan<'a>(parents: &[i32], uses: &mut [i32], moves: &'a mut [Move]) -> &'a [Move] {
     const DONE: i32 = -1;
     let mut n = 0;
@@ -171,7 +172,7 @@ fn plan<'a>(parents: &[i32], uses: &mut [i32], moves: &'a mut [Move]) -> &'a [Mo
         if parent as usize != row {
             uses[parent as usize] += 1;
         } else {
-            // A row that stays is never replaced, however often it is used.
+            // A sequence that stays is never replaced, however often it is used.
             uses[row] += i32::MIN / 2;
         }
     }
@@ -218,7 +219,7 @@ pub(crate) unsafe fn reorder_table_raw(
     let rows = parents.len();
     check_table(table, capacity, rows)?;
     let n = lengths.len();
-    ensure!(n == rows, Shape, "lengths has {n} entries, but the table has {rows} rows");
+    ensure!(n == rows, Shape, "lengths has {n} entries, but the table has {rows} sequences");
     check_parents(parents, rows)?;
     for (row, &length) in lengths.iter().enumerate() {
         ensure!(
@@ -233,16 +234,16 @@ pub(crate) unsafe fn reorder_table_raw(
     check_workspace(workspace, reorder_table_workspace_size(rows, capacity))?;
     // SAFETY: the workspace is large enough, as has just been checked.
     let (uses, moves) = unsafe { plan_parts(workspace.0, rows) };
-    // SAFETY: behind the plan there is room for a row of the table; zeros are numbers.
+    // SAFETY: behind the plan there is room for a sequence of the table; zeros are numbers.
     let buffer = unsafe {
         let first = workspace.0.add(plan_bytes(rows)).cast::<i32>();
         first.write_bytes(0, capacity);
         std::slice::from_raw_parts_mut(first, capacity)
     };
-    // What the buffer holds is the row that was moved there last, and so is its length.
+    // What the buffer holds is the sequence that was moved there last, and so is its length.
     let mut buffered = 0;
     for step in plan(parents, uses, moves) {
-        // The buffer is no row: it has no place in the table.
+        // The buffer is no sequence: it has no place in the table.
         let first = |row| row as usize * capacity;
         if step.to == BUFFER {
             let from = first(step.from);
@@ -267,7 +268,7 @@ fn permute(list: &mut [i32], parents: &[i32], old: &mut [i32]) {
     list.iter_mut().zip(parents).for_each(|(x, &parent)| *x = old[parent as usize]);
 }
 
-/// Tokens that go from row to row at a time: what the buffer holds.
+/// Tokens that go from sequence to sequence at a time: what the buffer holds.
 const BLOCK: usize = 16;
 
 /// As [`reorder_workspace_size`].
@@ -317,9 +318,9 @@ pub(crate) unsafe fn reorder_raw(
     check_parents(parents, rows)?;
     let how = match cache.layout {
         Layout::Contiguous | Layout::Ring { .. } => None,
-        Layout::Paged { .. } => Some("rows of pages are reordered by their table"),
-        Layout::Indirect { .. } => Some("rows of an indirect cache are reordered by their table"),
-        Layout::Ragged { .. } => Some("ragged rows have no room for each other's tokens"),
+        Layout::Paged { .. } => Some("sequences of pages are reordered by their table"),
+        Layout::Indirect { .. } => Some("sequences of an indirect cache are reordered by their table"),
+        Layout::Ragged { .. } => Some("ragged sequences have no room for each other's tokens"),
     };
     ensure!(how.is_none(), InvalidValue, "{}", how.unwrap_or_default());
     check_workspace(workspace, reorder_workspace_size_raw(cache.layers, rows, runner.num_threads())?)?;
@@ -328,7 +329,7 @@ pub(crate) unsafe fn reorder_raw(
     let moves = plan(parents, uses, moves);
     let (buffers, buffer_bytes) = (Buffers(workspace.0.wrapping_add(plan_bytes(rows))), buffer_bytes(cache.layers)?);
 
-    // A ring that has gone round uses all its slots, any other row its first ones.
+    // A ring that has gone round uses all its slots, any other sequence its first ones.
     let used = |row: i32| cache.length(row as usize).min(first.shape[SEQ]);
     let tokens = moves.iter().filter(|step| step.from != BUFFER).map(|step| used(step.from)).sum();
     let longest = moves.iter().filter(|step| step.from != BUFFER).map(|step| used(step.from)).max().unwrap_or(0);
@@ -349,7 +350,8 @@ pub(crate) unsafe fn reorder_raw(
                 let n = if m.from == BUFFER { buffered } else { used(m.from).saturating_sub(block).min(BLOCK) };
                 let row = |r: i32| if r == BUFFER { (&buffer, (0, 0)) } else { (view, (r as usize, block)) };
                 let ((src, from), (dst, to)) = (row(m.from), row(m.to));
-                // SAFETY: rows and slots are inside the views, two rows share nothing, and no other piece has these heads.
+                // SAFETY: sequences and slots are inside the views, two sequences share nothing, and no other piece has these
+                // heads.
                 unsafe { move_tokens(&step, src, from, dst, to, n) };
                 if m.to == BUFFER {
                     buffered = n;

@@ -1,4 +1,4 @@
-//! Dropping tokens from the middle of a row, in two ways.
+//! Dropping tokens from the middle of a sequence, in two ways.
 //!
 //! RoPE has turned the key of position p by the angles `p * f`. When `n` tokens before it are dropped, a score must depend on
 //! the new distance between query and key. Two ways lead there:
@@ -9,7 +9,7 @@
 //!   position `length`. Every call rounds the moved keys once more.
 //! - **Let positions run on** ([`KvCache::evict_running`]). Scores depend on differences of positions only, so keys after the
 //!   gap can keep the positions they were written with, if the next queries and keys go on from there: the next token takes
-//!   RoPE position `length + dropped`, where `dropped` counts all tokens that the row has lost. Only the keys before the gap
+//!   RoPE position `length + dropped`, where `dropped` counts all tokens that the sequence has lost. Only the keys before the gap
 //!   are now too far away. They are few (attention sinks), and are written again from copies that were never rotated, at
 //!   positions `t + dropped`. Nothing is ever rounded twice.
 //!
@@ -67,27 +67,27 @@ pub(crate) struct RawRotation<'a> {
 }
 
 impl KvCache<'_, '_> {
-    /// Drops the tokens `drop` of a row and closes the gap: later tokens move down by `drop.len()` positions, and their keys
+    /// Drops the tokens `drop` of a sequence and closes the gap: later tokens move down by `drop.len()` positions, and their keys
     /// are turned to where they then stand. To keep sinks, begin after them.
     ///
     /// `rotations` has an entry a layer, or one for all of them, or none where keys carry no rotation; `None` is a layer whose
     /// keys are not turned. Angles are computed in f64, arithmetic is f32, rounded once to the type of the cache. The error
     /// that a pair of elements has is turned with it, and each call adds that of one more RoPE into the cache's type: half a
     /// unit in the last place of each element, and in f32 `max_error` of [`Op::Rope`]. Values move to the bit. What is
-    /// behind the new end of the row keeps its bytes.
+    /// behind the new end of the sequence keeps its bytes.
     ///
     /// These errors add up, and do not cancel: a turn by less than half a unit in the last place of a 16-bit element rounds
     /// back, so many evictions of few tokens leave keys where they were. [`Self::evict_running`] has no such drift.
     ///
-    /// In a paged cache tokens move from page to page; pages that the row needs no more are the caller's to give away.
+    /// In a paged cache tokens move from page to page; pages that the sequence needs no more are the caller's to give away.
     ///
     /// Thread safety: may be called from any number of threads at once on disjoint caches.
     ///
     /// # Errors
-    /// A row that does not exist, a range that is none or goes beyond the row's length, a number of rotations that fits
-    /// nothing, a `rotary_dim` above a layer's dim, a page that is to be written and that another row uses too; a ring, which
+    /// A sequence that does not exist, a range that is none or goes beyond the sequence's length, a number of rotations that fits
+    /// nothing, a `rotary_dim` above a layer's dim, a page that is to be written and that another sequence uses too; a ring, which
     /// drops its oldest tokens by itself and in which positions are bound to slots; an [`Indirect`](Layout::Indirect) cache, whose
-    /// tokens belong to several rows. Nothing has been written then.
+    /// tokens belong to several sequences. Nothing has been written then.
     pub fn evict(
         &mut self,
         context: &Context,
@@ -103,11 +103,11 @@ impl KvCache<'_, '_> {
         self.with_raw(|cache| unsafe { evict_raw(context, runner, cache, row as i64, drop, n, &raw) })
     }
 
-    /// Drops the tokens `drop` of a row and closes the gap, and lets RoPE positions run on: the keys of later tokens move with
+    /// Drops the tokens `drop` of a sequence and closes the gap, and lets RoPE positions run on: the keys of later tokens move with
     /// all their bits, as values do, and only the keys before the gap are brought near, by writing them again from unrotated
     /// copies. However often it is called, each key has been rounded once.
     ///
-    /// `dropped` is how many tokens the row has lost before this call. Afterwards token `t` before the gap has RoPE position
+    /// `dropped` is how many tokens the sequence has lost before this call. Afterwards token `t` before the gap has RoPE position
     /// `t + dropped + drop.len()`, and so has, by its new `t`, every token behind it; the next query and key take
     /// `length + dropped`, with the new length and the new sum. `lengths`, causality, windows and ALiBi go on counting from
     /// 0, without regard to this.
@@ -115,7 +115,7 @@ impl KvCache<'_, '_> {
     /// `unrotated` has an entry per layer, or one for all of them, or none: where keys carry no rotation, or no token is kept
     /// before the gap. `None` is a layer whose keys before the gap stay as they are.
     ///
-    /// In a paged cache tokens move from page to page; pages that the row needs no more are the caller's to give away.
+    /// In a paged cache tokens move from page to page; pages that the sequence needs no more are the caller's to give away.
     ///
     /// Thread safety: may be called from any number of threads at once on disjoint caches.
     ///
@@ -129,7 +129,7 @@ impl KvCache<'_, '_> {
     /// let context = Context::new()?;
     /// let frequencies = RopeFrequencies::new(4, 10_000.0, &RopeScaling::None)?;
     /// let rotation = KeyRotation::new(Pairing::HalfSplit, &frequencies);
-    /// // A row that is full with eight tokens, the first of which is kept.
+    /// // A sequence that is full with eight tokens, the first of which is kept.
     /// let mut memory = vec![half::bf16::ONE; 8 * 4];
     /// let first_key = [1.0f32, 0.0, 0.0, 0.0]; // before its rotation
     /// let (mut lengths, mut dropped) = ([8], 0);
@@ -163,11 +163,12 @@ impl KvCache<'_, '_> {
     }
 }
 
-/// Keys before their rotation, and how they are rotated: what [`KvCache::evict_running`] writes the first tokens of a row from.
+/// Keys before their rotation, and how they are rotated: what [`KvCache::evict_running`] writes the first tokens of a sequence
+/// from.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct UnrotatedKeys<'a> {
-    /// `[1, tokens, kv_heads, dim]`, of any type: the keys of the row's first tokens, after their norm if the model has one.
+    /// `[1, tokens, kv_heads, dim]`, of any type: the keys of the sequence's first tokens, after their norm if the model has one.
     pub keys: View<'a>,
     /// How they are rotated, with the magnitude of the frequencies.
     pub rotation: KeyRotation<'a>,
@@ -240,7 +241,7 @@ pub(crate) unsafe fn evict_raw<'a>(
                     Step::Rotate { kernel: context.rope(view.dtype, view.dtype), pairing, cos, sin }
                 }
             };
-            // SAFETY: all positions are the row's, on pages that it has once; tokens move down in ascending order, no more
+            // SAFETY: all positions are the sequence's, on pages that it has once; tokens move down in ascending order, no more
             // at a time than the gap is long, so that none is written before it was read.
             unsafe { move_range(&step, row, drop.end..length, row, drop.start, gap) };
         })?;
@@ -265,7 +266,7 @@ pub(crate) unsafe fn evict_running_raw<'a>(
     ensure!(
         dropped.checked_add(length).is_some_and(|n| n <= i32::MAX as usize),
         Capacity,
-        "row {row} holds {length} tokens and has lost {dropped}, but positions go up to {}",
+        "sequence {row} holds {length} tokens and has lost {dropped}, but positions go up to {}",
         i32::MAX
     );
     check_per_layer(cache, "unrotated keys", unrotated, |unrotated, k| {
@@ -273,7 +274,7 @@ pub(crate) unsafe fn evict_running_raw<'a>(
         check_rotation(&rotation, magnitude, k)?;
         keys.validate("the unrotated keys")?;
         let (rows, tokens) = (keys.shape[BATCH], keys.shape[SEQ]);
-        ensure!(rows == 1, Shape, "the unrotated keys have batch = {rows}, but are those of one row");
+        ensure!(rows == 1, Shape, "the unrotated keys have batch = {rows}, but are those of one sequence");
         ensure!(
             tokens >= kept,
             Shape,
@@ -312,7 +313,7 @@ pub(crate) unsafe fn evict_running_raw<'a>(
             for token in 0..kept {
                 let place = layout.place(view, row, token).0;
                 let position = (token + dropped + gap) as f64;
-                // SAFETY: the context hands out kernels of available levels only; the token is the row's, on a page that it
+                // SAFETY: the context hands out kernels of available levels only; the token is the sequence's, on a page that it
                 // has once, and the copies have its heads and share no memory with it.
                 unsafe {
                     angles(position, inv_freq, unrotated.magnitude, cos, sin);
@@ -325,21 +326,21 @@ pub(crate) unsafe fn evict_running_raw<'a>(
     Ok(())
 }
 
-/// Checks the cache and what is to be dropped; returns the keys of the first layer, the row and its length.
+/// Checks the cache and what is to be dropped; returns the keys of the first layer, the sequence and its length.
 fn check_drop(cache: &RawCache, row: i64, drop: &Range<usize>) -> Result<(RawView, usize, usize)> {
     let first = cache.validate()?;
-    let row = cache.check_row("row", row)?;
+    let row = cache.check_row("sequence", row)?;
     let why = match cache.layout {
         Layout::Contiguous | Layout::Paged { .. } | Layout::Ragged { .. } => None,
         Layout::Ring { .. } => Some("a ring drops its oldest tokens by itself, and a token cannot leave its slot"),
-        Layout::Indirect { .. } => Some("tokens of an indirect cache belong to several rows and cannot move"),
+        Layout::Indirect { .. } => Some("tokens of an indirect cache belong to several sequences and cannot move"),
     };
     ensure!(why.is_none(), InvalidValue, "{}", why.unwrap_or_default());
     let length = cache.length(row);
     ensure!(
         drop.start <= drop.end && drop.end <= length,
         OutOfRange,
-        "tokens {} to {} are to be dropped, but row {row} has {length} tokens",
+        "tokens {} to {} are to be dropped, but sequence {row} has {length} tokens",
         drop.start,
         drop.end
     );
@@ -378,10 +379,10 @@ fn check_rotation(rotation: &RawRotation, magnitude: f64, k: &RawView) -> Result
     check_frequencies(rotation.inv_freq, magnitude)
 }
 
-/// Checks that no other row has the pages that are written when the gap is closed, those of the tokens from `from` on.
+/// Checks that no other sequence has the pages that are written when the gap is closed, those of the tokens from `from` on.
 fn check_pages_of_gap(cache: &RawCache, first: &RawView, row: usize, drop: &Range<usize>, from: usize) -> Result<()> {
     let (layout, length) = (&cache.layout, cache.length(row));
     check_pages_unshared(layout, first, row, (from, length - drop.len()), &|other| cache.length(other))?;
-    // The pages that are only read are the row's as well: one that came twice would be read after it was written.
+    // The pages that are only read are the sequence's as well: one that came twice would be read after it was written.
     check_pages_unshared(layout, first, row, (from, length), &|_| 0)
 }

@@ -1,4 +1,4 @@
-//! Lengths: how many tokens the rows of a cache have.
+//! Lengths: how many tokens the sequences of a cache have.
 
 use super::{KvCache, RawCache, check_held, held, lost};
 use crate::error::{Result, ensure};
@@ -6,26 +6,26 @@ use crate::layout::Layout;
 use crate::view::SEQ;
 
 impl KvCache<'_, '_> {
-    /// Row `rows[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is.
+    /// Sequence `sequences[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is.
     ///
     /// # Errors
-    /// Lists of different sizes, a row that does not exist or comes twice, a value that is negative
-    /// ([`OutOfRange`](crate::Status::OutOfRange)) or above the row's capacity ([`Capacity`](crate::Status::Capacity)), a
+    /// Lists of different sizes, a sequence that does not exist or comes twice, a value that is negative
+    /// ([`OutOfRange`](crate::Status::OutOfRange)) or above the sequence's capacity ([`Capacity`](crate::Status::Capacity)), a
     /// table entry that leads outside the cache. No length has changed then.
-    pub fn set_lengths(&mut self, rows: &[i32], values: &[i32]) -> Result<()> {
-        self.with_raw(|cache| cache.set_lengths(rows, values))
+    pub fn set_lengths(&mut self, sequences: &[i32], values: &[i32]) -> Result<()> {
+        self.with_raw(|cache| cache.set_lengths(sequences, values))
     }
 
-    /// Adds `counts[b]` to the length of every row b, after as many tokens have been written to it.
+    /// Adds `counts[b]` to the length of every sequence b, after as many tokens have been written to it.
     ///
     /// # Errors
-    /// A list that has not an entry a row, a negative count, a length above the row's capacity
+    /// A list that has not an entry a sequence, a negative count, a length above the sequence's capacity
     /// ([`Capacity`](crate::Status::Capacity)), a table entry that leads outside the cache. No length has changed then.
     pub fn advance(&mut self, counts: &[i32]) -> Result<()> {
         self.with_raw(|cache| cache.advance(counts))
     }
 
-    /// Takes the last tokens of rows away: row b has `lengths[b]` tokens from now on. No byte of the cache changes.
+    /// Takes the last tokens of sequences away: sequence b has `lengths[b]` tokens from now on. No byte of the cache changes.
     ///
     /// In a ring the tokens that are taken away have overwritten older ones, which a ring of the shorter length would show
     /// again. So a ring that has gone round can only be truncated if they will not be looked at: `window` is the left window
@@ -35,10 +35,10 @@ impl KvCache<'_, '_> {
     /// them up.
     ///
     /// In an [`Indirect`](Layout::Indirect) cache the slots of the tokens that are taken away are written again. That is
-    /// refused while a token that another row keeps lies there.
+    /// refused while a token that another sequence keeps lies there.
     ///
     /// # Errors
-    /// A list that has not an entry a row, a length that is negative or above the present one, tokens that have been or
+    /// A list that has not an entry a sequence, a length that is negative or above the present one, tokens that have been or
     /// would be overwritten. No length has changed then.
     pub fn truncate(&mut self, lengths: &[i32], window: Option<u32>) -> Result<()> {
         self.with_raw(|cache| cache.truncate(lengths, window.map(|w| w as usize)))
@@ -49,13 +49,13 @@ impl RawCache<'_> {
     pub(crate) fn set_lengths(&mut self, rows: &[i32], values: &[i32]) -> Result<()> {
         let first = self.validate()?;
         let (n, m) = (rows.len(), values.len());
-        ensure!(n == m, Shape, "rows has {n} entries, but values has {m}");
-        self.check_rows("rows", rows)?;
+        ensure!(n == m, Shape, "sequences has {n} entries, but values has {m}");
+        self.check_rows("sequences", rows)?;
         for (i, (&row, &value)) in rows.iter().zip(values).enumerate() {
             ensure!(value >= 0, OutOfRange, "values[{i}] is {value}, which is negative");
             let (row, value) = (row as usize, value as usize);
             let capacity = self.layout.capacity(&first, row);
-            ensure!(value <= capacity, Capacity, "values[{i}] is {value}, but row {row} holds {capacity}");
+            ensure!(value <= capacity, Capacity, "values[{i}] is {value}, but sequence {row} holds {capacity}");
             self.layout.validate_row("the cache", &first, row, 0, value)?;
         }
         for (&row, &value) in rows.iter().zip(values) {
@@ -67,7 +67,7 @@ impl RawCache<'_> {
     pub(crate) fn advance(&mut self, counts: &[i32]) -> Result<()> {
         let first = self.validate()?;
         let (n, rows) = (counts.len(), self.lengths.len());
-        ensure!(n == rows, Shape, "counts has {n} entries, but the cache has {rows} rows");
+        ensure!(n == rows, Shape, "counts has {n} entries, but the cache has {rows} sequences");
         for (row, &count) in counts.iter().enumerate() {
             ensure!(count >= 0, OutOfRange, "counts[{row}] is {count}, which is negative");
             let (length, capacity) = (self.length(row), self.layout.capacity(&first, row));
@@ -75,7 +75,7 @@ impl RawCache<'_> {
             ensure!(
                 end <= capacity,
                 Capacity,
-                "row {row} has {length} tokens and is to have {count} more, but it holds {capacity}"
+                "sequence {row} has {length} tokens and is to have {count} more, but it holds {capacity}"
             );
             self.layout.validate_row("the cache", &first, row, length, end)?;
         }
@@ -87,10 +87,14 @@ impl RawCache<'_> {
     pub(crate) fn truncate(&mut self, lengths: &[i32], window: Option<usize>) -> Result<()> {
         let first = self.validate()?;
         let (n, rows) = (lengths.len(), self.lengths.len());
-        ensure!(n == rows, Shape, "the new lengths have {n} entries, but the cache has {rows} rows");
+        ensure!(n == rows, Shape, "the new lengths have {n} entries, but the cache has {rows} sequences");
         for (row, &new) in lengths.iter().enumerate() {
             let old = self.lengths[row];
-            ensure!(new >= 0 && new <= old, OutOfRange, "row {row} is to be truncated to {new} tokens, but has {old}");
+            ensure!(
+                new >= 0 && new <= old,
+                OutOfRange,
+                "sequence {row} is to be truncated to {new} tokens, but has {old}"
+            );
             if new == old {
                 continue;
             }
@@ -111,11 +115,15 @@ impl RawCache<'_> {
         Ok(())
     }
 
-    /// Checks a list of rows that may not contain one twice.
+    /// Checks a list of sequences that may not contain one twice.
     pub(super) fn check_rows(&self, name: &str, rows: &[i32]) -> Result<()> {
         let n = self.lengths.len();
         for (i, &row) in rows.iter().enumerate() {
-            ensure!(row >= 0 && (row as usize) < n, OutOfRange, "{name}[{i}] is {row}, but the cache has {n} rows");
+            ensure!(
+                row >= 0 && (row as usize) < n,
+                OutOfRange,
+                "{name}[{i}] is {row}, but the cache has {n} sequences"
+            );
             if let Some(j) = rows[..i].iter().position(|&other| other == row) {
                 crate::error::fail!(DuplicateSlot, "{name}[{j}] and {name}[{i}] are both {row}");
             }
@@ -124,9 +132,9 @@ impl RawCache<'_> {
     }
 }
 
-/// Checks, in a table of an indirect cache, that the slots which rows give up hold no token that a row keeps: row b goes from
-/// `shorter(b).1` tokens back to `shorter(b).0` and writes its own slots from there on; row c keeps the first
-/// `kept(c).1` tokens of the table's row `kept(c).0`.
+/// Checks, in a table of an indirect cache, that the slots which sequences give up hold no token that a sequence keeps:
+/// sequence b goes from `shorter(b).1` tokens back to `shorter(b).0` and writes its own slots from there on; sequence c keeps
+/// the first `kept(c).1` tokens of the table's sequence `kept(c).0`.
 pub(super) fn check_slots_free(
     table: &[i32],
     capacity: usize,
@@ -142,7 +150,7 @@ pub(super) fn check_slots_free(
                 ensure!(
                     table[source * capacity + p] != b as i32,
                     Overlap,
-                    "row {b} would go back from {old} tokens to {new} and write position {p} again, where row {c} has a token \
+                    "sequence {b} would go back from {old} tokens to {new} and write position {p} again, where sequence {c} has a token \
                      of its own"
                 );
             }

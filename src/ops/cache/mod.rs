@@ -1,13 +1,13 @@
-//! Operations on a cache as a whole: its lengths, rows, tokens and pages, in all layers of a model at once.
+//! Operations on a cache as a whole: its lengths, sequences, tokens and pages, in all layers of a model at once.
 //!
 //! | operation | what it does | bytes moved |
 //! | --- | --- | --- |
 //! | [`KvCache::set_lengths`], [`KvCache::advance`] | lengths after tokens were written | none |
 //! | [`KvCache::truncate`] | takes the last tokens away (speculation rejected) | none |
-//! | [`KvCache::reset`] | empties rows, and fills them with zeros if asked | none, or the rows |
-//! | [`KvCache::insert_row`] | a row of one cache into a slot of another, of any type and layout | the row |
-//! | [`KvCache::copy_prefix`] | the first tokens of a row into other rows | the prefix |
-//! | [`KvCache::reorder`] | rows replaced by their parents (beam search) | the rows that change |
+//! | [`KvCache::reset`] | empties sequences, and fills them with zeros if asked | none, or the sequences |
+//! | [`KvCache::insert_row`] | a sequence of one cache into a slot of another, of any type and layout | the sequence |
+//! | [`KvCache::copy_prefix`] | the first tokens of a sequence into other sequences | the prefix |
+//! | [`KvCache::reorder`] | sequences replaced by their parents (beam search) | the sequences that change |
 //! | [`reorder_table`], [`set_table_tokens`] | the same with a table | none |
 //! | [`KvCache::evict`] | drops tokens, closes the gap, turns keys to their new positions | what is after the gap |
 //! | [`KvCache::evict_running`] | the same without drift: positions run on, and the first keys are rotated anew | what is after the gap |
@@ -21,18 +21,18 @@
 //! tokens move in a fixed order on one thread, so that moves whose slots depend on each other need no synchronisation.
 //!
 //! # Beam search without copies
-//! With [`Layout::Indirect`] the tokens of a beam stay where they were written, and a table says for every row and position
-//! in which cache row that is. A step is:
+//! With [`Layout::Indirect`] the tokens of a beam stay where they were written, and a table says for every sequence and position
+//! in which cache sequence that is. A step is:
 //!
-//! 1. [`kv_write`](crate::kv_write) with a contiguous layout: the new token of row b goes to cache row b, slot `lengths[b]`;
+//! 1. [`kv_write`](crate::kv_write) with a contiguous layout: the new token of sequence b goes to cache sequence b, slot `lengths[b]`;
 //! 2. [`set_table_tokens`]: the table says so; then lengths advance by one;
 //! 3. [`attention`](crate::attention) with [`Layout::Indirect`];
-//! 4. parents are chosen, and [`reorder_table`] permutes the rows of the table and the lengths.
+//! 4. parents are chosen, and [`reorder_table`] permutes the sequences of the table and the lengths.
 //!
-//! No slot is written while a row needs what is in it: as long as the rows that have tokens of each other are equally
-//! long, all slots of a position are written in the same step, each by its own row, and later steps write later
-//! positions only. A row that goes back (to a shorter parent, or by [`KvCache::truncate`]) would write positions again; if
-//! a token of another row lies there, the call is refused.
+//! No slot is written while a sequence needs what is in it: as long as the sequences that have tokens of each other are equally
+//! long, all slots of a position are written in the same step, each by its own sequence, and later steps write later
+//! positions only. A sequence that goes back (to a shorter parent, or by [`KvCache::truncate`]) would write positions again; if
+//! a token of another sequence lies there, the call is refused.
 
 mod beam;
 mod evict;
@@ -51,7 +51,7 @@ pub(crate) use evict::{RawRotation, RawUnrotated, evict_raw, evict_running_raw};
 #[cfg(feature = "capi")]
 pub(crate) use pages::{copy_pages_raw, defragment_pages_raw};
 #[cfg(feature = "capi")]
-pub(crate) use rows::{copy_prefix_raw, insert_row_raw, reset_raw};
+pub(crate) use rows::{copy_prefix_raw, insert_sequence_raw, reset_raw};
 
 use crate::error::{Error, Result, ensure};
 use crate::kernels::api::{CopyArgs, CopyFn, RopeArgs, RopeFn};
@@ -62,7 +62,7 @@ use crate::problem::rotation::Pairing;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, ViewMut};
 use std::ops::Range;
 
-/// The cache of one layer: `[rows, slots, kv_heads, dim]` each, where the first two axes mean what the layout says.
+/// The cache of one layer: `[batch, slots, kv_heads, dim]` each, where the first two axes mean what the layout says.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct KvLayer<'a> {
@@ -92,18 +92,18 @@ impl<'a> KvLayer<'a> {
 /// ```
 /// use kvlane::*;
 /// let context = Context::new()?;
-/// // Two layers, two rows of eight slots, one head of four elements.
+/// // Two layers, two sequences of eight slots, one head of four elements.
 /// let mut memory = vec![0.0f32; 4 * 2 * 8 * 4];
 /// let mut layers: Vec<KvLayer> = Vec::new();
 /// for layer in memory.chunks_exact_mut(2 * 2 * 8 * 4) {
 ///     let (k, v) = layer.split_at_mut(2 * 8 * 4);
-///     k[..12].fill(1.0); // three tokens of row 0
+///     k[..12].fill(1.0); // three tokens of sequence 0
 ///     layers.push(KvLayer::new(ViewMut::new(k, [2, 8, 1, 4])?, ViewMut::new(v, [2, 8, 1, 4])?));
 /// }
 /// let mut lengths = [3, 0];
 /// let mut cache = KvCache::new(&mut layers, Layout::Contiguous, &mut lengths);
 /// cache.copy_prefix(&context, &Serial, 0, &[1], 2)?;
-/// cache.advance(&[0, 1])?; // after a write of one token to row 1
+/// cache.advance(&[0, 1])?; // after a write of one token to sequence 1
 /// cache.truncate(&[3, 2], None)?; // which was a bad guess
 /// assert!(cache.advance(&[6, 0]).is_err()); // no room for nine
 /// assert_eq!(lengths, [3, 2]);
@@ -116,9 +116,9 @@ impl<'a> KvLayer<'a> {
 pub struct KvCache<'a, 'v> {
     /// At least one.
     pub layers: &'a mut [KvLayer<'v>],
-    /// Where the tokens of a row lie, in every layer.
+    /// Where the tokens of a sequence lie, in every layer.
     pub layout: Layout<'a>,
-    /// How many tokens each row was given: an entry for every row that the layout has.
+    /// How many tokens each sequence was given: an entry for every sequence that the layout has.
     pub lengths: &'a mut [i32],
 }
 
@@ -184,10 +184,10 @@ impl RawCache<'_> {
         Ok(first)
     }
 
-    /// Checks a row that the caller names.
+    /// Checks a sequence that the caller names.
     fn check_row(&self, what: &str, row: impl TryInto<i64>) -> Result<usize> {
         let (row, rows) = (row.try_into().unwrap_or(i64::MAX), self.lengths.len());
-        ensure!(row >= 0 && (row as usize) < rows, OutOfRange, "{what} is {row}, but the cache has {rows} rows");
+        ensure!(row >= 0 && (row as usize) < rows, OutOfRange, "{what} is {row}, but the cache has {rows} sequences");
         Ok(row as usize)
     }
 
@@ -252,19 +252,19 @@ fn validate_rows(layout: &Layout, cache: &RawView, lengths: &[i32]) -> Result<()
     layout.validate("the cache", cache)?;
     let n = lengths.len();
     let rows = layout.rows(cache).unwrap_or(n);
-    ensure!(n == rows, Shape, "lengths has {n} entries, but the cache has {rows} rows");
+    ensure!(n == rows, Shape, "lengths has {n} entries, but the cache has {rows} sequences");
     for (row, &length) in lengths.iter().enumerate() {
         let capacity = layout.capacity(cache, row);
         ensure!(
             length >= 0 && length as usize <= capacity,
             OutOfRange,
-            "lengths[{row}] is {length}, but the row holds {capacity}"
+            "lengths[{row}] is {length}, but the sequence holds {capacity}"
         );
     }
     Ok(())
 }
 
-/// The positions that a row of `length` tokens holds: one range, and for a ring that has gone round a second one.
+/// The positions that a sequence of `length` tokens holds: one range, and for a ring that has gone round a second one.
 fn held(layout: &Layout, cache: &RawView, length: usize) -> [Range<usize>; 2] {
     match *layout {
         Layout::Ring { sink_tokens } => {
@@ -275,7 +275,7 @@ fn held(layout: &Layout, cache: &RawView, length: usize) -> [Range<usize>; 2] {
     }
 }
 
-/// The positions that a row of `length` tokens held once and holds no more.
+/// The positions that a sequence of `length` tokens held once and holds no more.
 fn lost(layout: &Layout, cache: &RawView, length: usize) -> Range<usize> {
     match *layout {
         Layout::Ring { sink_tokens } => sink_tokens..layout.retained_from(cache, length).max(sink_tokens),
@@ -283,13 +283,13 @@ fn lost(layout: &Layout, cache: &RawView, length: usize) -> Range<usize> {
     }
 }
 
-/// Checks that positions which a row is to have are none of those that it has lost.
+/// Checks that positions which a sequence is to have are none of those that it has lost.
 fn check_held(range: &Range<usize>, lost: &Range<usize>, row: usize, length: usize) -> Result<()> {
     let first = range.start.max(lost.start);
     ensure!(
         first >= range.end.min(lost.end),
         OutOfRange,
-        "position {first} of row {row} would be visible, but the ring, which was given {length} tokens, has overwritten \
+        "position {first} of sequence {row} would be visible, but the ring, which was given {length} tokens, has overwritten \
          positions {} to {}",
         lost.start,
         lost.end - 1
@@ -297,8 +297,8 @@ fn check_held(range: &Range<usize>, lost: &Range<usize>, row: usize, length: usi
     Ok(())
 }
 
-/// Checks that no row but `row` has a page that holds positions `from..to` of it, and that it has none of them twice;
-/// `others` tells how many tokens of another row count. Layouts without pages share nothing.
+/// Checks that no sequence but `sequence` has a page that holds positions `from..to` of it, and that it has none of them twice;
+/// `others` tells how many tokens of another sequence count. Layouts without pages share nothing.
 fn check_pages_unshared(
     layout: &Layout,
     cache: &RawView,
@@ -321,7 +321,7 @@ fn check_pages_unshared(
             ensure!(
                 !entries.contains(&page),
                 Overlap,
-                "page {page}, which holds tokens of row {row}, holds tokens of row {other} too"
+                "page {page}, which holds tokens of sequence {row}, holds tokens of sequence {other} too"
             );
         }
     }
@@ -432,7 +432,7 @@ unsafe fn move_tokens(step: &Step, src: &RawView, from: Place, dst: &RawView, to
     }
 }
 
-/// A row of a cache, to find positions in.
+/// A sequence of a cache, to find positions in.
 #[derive(Clone, Copy)]
 struct RowOf<'a> {
     layout: &'a Layout<'a>,
@@ -440,7 +440,7 @@ struct RowOf<'a> {
     row: usize,
 }
 
-/// Moves positions `from` of one row to the positions from `to` on of another, in ascending order, at most `most` at a time.
+/// Moves positions `from` of one sequence to the positions from `to` on of another, in ascending order, at most `most` at a time.
 ///
 /// # Safety
 /// As [`move_tokens`], for every `most` tokens in turn; all positions have been validated.

@@ -21,20 +21,20 @@ pub fn copy_pages(context: &Context, runner: &dyn Runner, layers: &mut [KvLayer]
     unsafe { copy_pages_raw(context, runner, &SafeLayers(layers), moves) }
 }
 
-/// Gathers the pages that rows use at the start of the pool, in all layers, and returns how many they are: from there on all
+/// Gathers the pages that sequences use at the start of the pool, in all layers, and returns how many they are: from there on all
 /// pages are free. The layers' views are `[pages, page_size, kv_heads, dim]`.
 ///
-/// Pages in use are those that hold the first `lengths[b]` tokens of a row b; shared ones stay shared. Only pages beyond
+/// Pages in use are those that hold the first `lengths[b]` tokens of a sequence b; shared ones stay shared. Only pages beyond
 /// the new end move, in ascending order to the lowest free places, and whole: what is moved is the least that can be, and the
-/// same for the same table. `page_table`, `[rows, pages_per_sequence]`, is updated; its entries beyond a row's length become -1, since what
-/// they named may be another row's now. (To keep pages that are reserved, count them in `lengths`.)
+/// same for the same table. `page_table`, `[batch, pages_per_sequence]`, is updated; its entries beyond a sequence's length
+/// become -1, since what they named may be another sequence's now. (To keep pages that are reserved, count them in `lengths`.)
 ///
 /// `map` has an entry a page; afterwards it says where each page went, -1 for those that were not in use.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint pools.
 ///
 /// # Errors
-/// Lists of the wrong sizes, a length above what a row's entries hold, an entry that is no page. Nothing has been written
+/// Lists of the wrong sizes, a length above what a sequence's entries hold, an entry that is no page. Nothing has been written
 /// then, but to `map`.
 ///
 /// ```
@@ -42,7 +42,7 @@ pub fn copy_pages(context: &Context, runner: &dyn Runner, layers: &mut [KvLayer]
 /// let mut pool = [0.0f32, 1.0, 2.0, 3.0, 4.0, 5.0]; // six pages of one slot, of one head of one element
 /// let mut layers = [KvLayer::keys(ViewMut::new(&mut pool, [6, 1, 1, 1])?)];
 /// let (mut page_table, mut map) = ([5, 1, -1, 5, 3, 0], [0; 6]);
-/// // Row 0 has two tokens; row 1 has two and shares the first.
+/// // Sequence 0 has two tokens; sequence 1 has two and shares the first.
 /// let used = defragment_pages(&Context::new()?, &Serial, &mut layers, &mut page_table, 3, &[2, 2], &mut map)?;
 /// assert_eq!((used, page_table), (3, [2, 1, -1, 2, 0, -1]));
 /// assert_eq!(map, [-1, 1, -1, 0, -1, 2]);

@@ -1,4 +1,4 @@
-//! Whole rows: emptied, put in from elsewhere, copied in part.
+//! Whole sequences: emptied, put in from elsewhere, copied in part.
 
 use super::{
     KvCache, RawCache, RowOf, SafeLayers, Step, check_apart, check_held, check_pages_unshared, for_each_piece,
@@ -12,59 +12,59 @@ use crate::parallel::Runner;
 use crate::view::{DIM, HEADS, RawView, SEQ};
 
 impl KvCache<'_, '_> {
-    /// Empties rows: their lengths become 0. With `zero` their slots are filled with zeros too: all that they have, or in a
+    /// Empties sequences: their lengths become 0. With `zero` their slots are filled with zeros too: all that they have, or in a
     /// paged cache their pages as far as they are in use.
     ///
     /// Thread safety: may be called from any number of threads at once on disjoint caches.
     ///
     /// # Errors
-    /// A row that does not exist or comes twice; with `zero`, a page that another row uses too
-    /// ([`Overlap`](crate::Status::Overlap)), or an [`Indirect`](Layout::Indirect) cache, whose rows hold each other's tokens
+    /// A sequence that does not exist or comes twice; with `zero`, a page that another sequence uses too
+    /// ([`Overlap`](crate::Status::Overlap)), or an [`Indirect`](Layout::Indirect) cache, whose sequences hold each other's tokens
     /// (reset it as a contiguous one). Nothing has been written then.
-    pub fn reset(&mut self, runner: &dyn Runner, rows: &[i32], zero: bool) -> Result<()> {
+    pub fn reset(&mut self, runner: &dyn Runner, sequences: &[i32], zero: bool) -> Result<()> {
         // SAFETY: the views borrow what they reach.
-        self.with_raw(|cache| unsafe { reset_raw(runner, cache, rows, zero) })
+        self.with_raw(|cache| unsafe { reset_raw(runner, cache, sequences, zero) })
     }
 
-    /// Copies the first `length` tokens of row `from_row` of another cache into row `row` of this one, whose length they
-    /// become: a prompt that was prefilled alone takes its place in a batch.
+    /// Copies the first `length` tokens of sequence `from_sequence` of another cache into sequence `sequence` of this one,
+    /// whose length they become: a prompt that was prefilled alone takes its place in a batch.
     ///
     /// Both caches have the same number of layers, and these the same heads and dims. Types may differ (converted to
-    /// nearest, ties to even), and so may layouts: a row in pages becomes a contiguous one, or the other way round. A ring
+    /// nearest, ties to even), and so may layouts: a sequence in pages becomes a contiguous one, or the other way round. A ring
     /// takes the tokens that it would hold after `length`; the other cache must hold those.
     ///
     /// Thread safety: may be called from any number of threads at once on disjoint caches.
     ///
     /// # Errors
     /// Caches that differ in more than types and layouts, that share memory, a length above that of the source
-    /// ([`OutOfRange`](crate::Status::OutOfRange)) or above the row's capacity ([`Capacity`](crate::Status::Capacity)), a page
-    /// that another row uses too, an [`Indirect`](Layout::Indirect) target (insert into it as into a contiguous one, then
+    /// ([`OutOfRange`](crate::Status::OutOfRange)) or above the sequence's capacity ([`Capacity`](crate::Status::Capacity)), a page
+    /// that another sequence uses too, an [`Indirect`](Layout::Indirect) target (insert into it as into a contiguous one, then
     /// call [`set_table_tokens`](crate::set_table_tokens)). Nothing has been written then.
-    pub fn insert_row(
+    pub fn insert_sequence(
         &mut self,
         context: &Context,
         runner: &dyn Runner,
-        row: usize,
+        sequence: usize,
         from: &mut KvCache,
-        from_row: usize,
+        from_sequence: usize,
         length: usize,
     ) -> Result<()> {
         let layers = SafeLayers(from.layers);
         let from = RawCache { layers: &layers, layout: from.layout, lengths: from.lengths };
         // SAFETY: the views borrow what they reach.
         self.with_raw(|cache| unsafe {
-            insert_row_raw(context, runner, cache, row as i64, &from, from_row as i64, length)
+            insert_sequence_raw(context, runner, cache, sequence as i64, &from, from_sequence as i64, length)
         })
     }
 
-    /// Copies the first `tokens` tokens of row `from` into the rows `to`, whose length they become: one prompt, many
-    /// continuations. Rows of pages can share those that are full instead, by their table, and copy none.
+    /// Copies the first `tokens` tokens of sequence `from` into the sequences `to`, whose length they become: one prompt, many
+    /// continuations. Sequences of pages can share those that are full instead, by their table, and copy none.
     ///
     /// Thread safety: may be called from any number of threads at once on disjoint caches.
     ///
     /// # Errors
-    /// A row that does not exist, comes twice or is the source itself, more tokens than the source has or a row holds, a
-    /// ring that has overwritten some of them, a page that is to be written and that another row uses too, an
+    /// A sequence that does not exist, comes twice or is the source itself, more tokens than the source has or a sequence holds, a
+    /// ring that has overwritten some of them, a page that is to be written and that another sequence uses too, an
     /// [`Indirect`](Layout::Indirect) cache (its table can be copied). Nothing has been written then.
     pub fn copy_prefix(
         &mut self,
@@ -83,15 +83,15 @@ impl KvCache<'_, '_> {
 /// The memory that valid views reach is writable by this call alone.
 pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: &[i32], zero: bool) -> Result<()> {
     let first = cache.validate()?;
-    cache.check_rows("rows", rows)?;
+    cache.check_rows("sequences", rows)?;
     if zero {
         let (layout, slots) = (cache.layout, first.shape[SEQ]);
         ensure!(
             !matches!(layout, Layout::Indirect { .. }),
             InvalidValue,
-            "rows of an indirect cache hold each other's tokens: to fill them with zeros, reset it as a contiguous one"
+            "sequences of an indirect cache hold each other's tokens: to fill them with zeros, reset it as a contiguous one"
         );
-        // The tokens of a row that has no pages are all its slots; those of a paged one are on pages in use.
+        // The tokens of a sequence that has no pages are all its slots; those of a paged one are on pages in use.
         let tokens = |row: usize| match layout {
             Layout::Paged { .. } => cache.length(row).next_multiple_of(slots),
             Layout::Contiguous | Layout::Ring { .. } => slots,
@@ -110,7 +110,7 @@ pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: 
                 while done < tokens(row) {
                     let (place, run) = layout.place(&piece.view, row, done);
                     let n = run.min(tokens(row) - done);
-                    // SAFETY: the slots are the row's, inside the view, and this piece's heads are no other's.
+                    // SAFETY: the slots are the sequence's, inside the view, and this piece's heads are no other's.
                     unsafe { clear(&piece.view, place, n) };
                     done += n;
                 }
@@ -146,7 +146,7 @@ unsafe fn clear(view: &RawView, (row, slot): Place, n: usize) {
 
 /// # Safety
 /// The memory that valid views of `from` reach is readable, and that of `to` writable by this call alone.
-pub(crate) unsafe fn insert_row_raw(
+pub(crate) unsafe fn insert_sequence_raw(
     context: &Context,
     runner: &dyn Runner,
     to: &mut RawCache,
@@ -156,11 +156,11 @@ pub(crate) unsafe fn insert_row_raw(
     length: usize,
 ) -> Result<()> {
     let (first, from_first) = (to.validate()?, from.validate()?);
-    let (row, from_row) = (to.check_row("row", row)?, from.check_row("from_row", from_row)?);
+    let (row, from_row) = (to.check_row("sequence", row)?, from.check_row("from_sequence", from_row)?);
     ensure!(
         !matches!(to.layout, Layout::Indirect { .. }),
         InvalidValue,
-        "a row of an indirect cache is inserted as into a contiguous one, and its table set afterwards"
+        "a sequence of an indirect cache is inserted as into a contiguous one, and its table set afterwards"
     );
     let (n, m) = (to.layers.count(), from.layers.count());
     ensure!(n == m, Shape, "the cache has {n} layers, but the one to copy from has {m}");
@@ -191,9 +191,9 @@ pub(crate) unsafe fn insert_row_raw(
     ensure!(
         length <= held_length,
         OutOfRange,
-        "length is {length}, but row {from_row} of the cache to copy from has {held_length} tokens"
+        "length is {length}, but sequence {from_row} of the cache to copy from has {held_length} tokens"
     );
-    ensure!(length <= capacity, Capacity, "length is {length}, but row {row} holds {capacity} tokens");
+    ensure!(length <= capacity, Capacity, "length is {length}, but sequence {row} holds {capacity} tokens");
     let ranges = held(&to.layout, &first, length);
     for range in &ranges {
         check_held(range, &lost(&from.layout, &from_first, held_length), from_row, held_length)?;
@@ -210,7 +210,7 @@ pub(crate) unsafe fn insert_row_raw(
         let dst = RowOf { layout: &to.layout, view: &piece.view, row };
         let src = RowOf { layout: &from.layout, view: &src, row: from_row };
         for range in &ranges {
-            // SAFETY: both rows hold these positions, the caches share no memory, and this piece's heads are no other's.
+            // SAFETY: both sequences hold these positions, the caches share no memory, and this piece's heads are no other's.
             unsafe { move_range(&step, src, range.clone(), dst, range.start, usize::MAX) };
         }
     })?;
@@ -239,7 +239,7 @@ pub(crate) unsafe fn copy_prefix_raw(
         "a prefix in an indirect cache is copied by copying entries of its table"
     );
     let length = cache.length(from);
-    ensure!(tokens <= length, OutOfRange, "tokens is {tokens}, but row {from} has {length}");
+    ensure!(tokens <= length, OutOfRange, "tokens is {tokens}, but sequence {from} has {length}");
     let ranges = held(&layout, &first, tokens);
     for range in &ranges {
         check_held(range, &lost(&layout, &first, length), from, length)?;
@@ -248,9 +248,9 @@ pub(crate) unsafe fn copy_prefix_raw(
     let becomes = |row: usize| if to.contains(&(row as i32)) { tokens } else { cache.length(row) };
     for (i, &row) in to.iter().enumerate() {
         let row = row as usize;
-        ensure!(row != from, DuplicateSlot, "to[{i}] is {row}, the row to copy from");
+        ensure!(row != from, DuplicateSlot, "to[{i}] is {row}, the sequence to copy from");
         let capacity = layout.capacity(&first, row);
-        ensure!(tokens <= capacity, Capacity, "tokens is {tokens}, but row {row} holds {capacity}");
+        ensure!(tokens <= capacity, Capacity, "tokens is {tokens}, but sequence {row} holds {capacity}");
         layout.validate_row("the cache", &first, row, 0, tokens)?;
         check_pages_unshared(&layout, &first, row, (0, tokens), &becomes)?;
     }
@@ -260,7 +260,7 @@ pub(crate) unsafe fn copy_prefix_raw(
         let src = RowOf { layout: &layout, view: &piece.view, row: from };
         for &row in to {
             for range in &ranges {
-                // SAFETY: both rows hold these positions, in slots that are not the same ones, and this piece's heads are
+                // SAFETY: both sequences hold these positions, in slots that are not the same ones, and this piece's heads are
                 // no other's.
                 unsafe {
                     move_range(&step, src, range.clone(), RowOf { row: row as usize, ..src }, range.start, usize::MAX)
