@@ -1,4 +1,4 @@
-//! What a kernel is to its callers: operations, what the registry says of a kernel, and the arguments of its functions.
+//! The interface of kernels: operations, the registry's description of a kernel, and the arguments of its functions.
 
 use crate::format::CacheFormat;
 use crate::isa::Isa;
@@ -7,7 +7,7 @@ use crate::problem::attention::Problem;
 use crate::problem::rotation::Pairing;
 use crate::problem::tile::Tile;
 
-/// What a kernel does.
+/// The operation of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 #[non_exhaustive]
@@ -24,7 +24,7 @@ pub enum Op {
     Attention = 4,
     /// The merge of attention states: one type twice.
     MergeStates = 5,
-    /// RMS norm of heads, alone or on the way to RoPE or the cache: source type, target type.
+    /// RMS norm of heads, alone or fused with RoPE or the cache write: source type, target type.
     RmsNorm = 6,
 }
 
@@ -59,17 +59,18 @@ impl Op {
     }
 }
 
-/// How exactly attention computes, where levels have kernels for more than one answer.
+/// The precision of attention, at levels with kernels for more than one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u32)]
 #[non_exhaustive]
 pub enum Precision {
-    /// The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at the levels AMX and NEON with bf16: an error of
-    /// at most 2^-8 of the largest visible value. NEON with bf16 also takes queries in f32 to 16 significant bits, so that a logit errs
-    /// by at most 2^-16 of the sum of the magnitudes of its products. AMX takes all bits of a query.
+    /// The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at the levels AMX and NEON with
+    /// bf16: an error of at most 2^-8 of the largest visible value. NEON with bf16 also rounds queries in f32 to 16
+    /// significant bits, an error of at most 2^-16 of the sum of the magnitudes of a logit's products. AMX keeps all
+    /// bits of a query.
     #[default]
     Default = 0,
-    /// What f32 arithmetic gives: queries are taken whole, and weights have at least 16 significant bits.
+    /// The precision of f32 arithmetic: queries keep all bits, and weights have at least 16 significant bits.
     High = 1,
 }
 
@@ -91,28 +92,28 @@ impl Precision {
     }
 }
 
-/// What the registry says of a kernel.
+/// The registry's description of a kernel.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct KernelInfo {
-    /// What it does.
+    /// The operation.
     pub op: Op,
-    /// The format it reads (of K or V, in attention).
+    /// The format that it reads (in attention, of K or V).
     pub src: CacheFormat,
-    /// The format it writes (for attention: the same as `src`).
+    /// The format that it writes (in attention, the same as `src`).
     pub dst: CacheFormat,
-    /// The level it is compiled for.
+    /// The level.
     pub isa: Isa,
-    /// The precision that it serves; every one if absent.
+    /// The precision that it serves; all if absent.
     pub precision: Option<Precision>,
-    /// `<op>_<formats>_<isa>`, with the precision before the level where the kernel serves one alone.
+    /// `<op>_<formats>_<isa>`, with the precision before the level if the kernel serves only one.
     pub name: &'static str,
-    /// The name, for C.
+    /// The name as a C string.
     pub(crate) c_name: &'static std::ffi::CStr,
-    /// The largest error against exact arithmetic on the same inputs with f32 queries and output, as a fraction of the
-    /// largest magnitude that goes into the result (of V in attention); rounding to a narrower target comes on top. So does,
-    /// in attention, the rounding of logits above 32 or so to f32: a relative error of 2^-24 of a large logit is an absolute
-    /// one that its exponential turns into a relative one again.
+    /// The largest error compared with exact arithmetic on the same inputs with f32 queries and output, relative to
+    /// the largest magnitude that enters the result (in attention, of V). Two errors are not included: rounding to a
+    /// narrower target, and in attention the rounding of logits above about 32 to f32, whose absolute error becomes a
+    /// relative error of the exponential.
     pub max_error: f32,
 }
 
@@ -120,8 +121,8 @@ pub struct KernelInfo {
 #[derive(Clone, Copy)]
 pub(crate) struct CopyArgs {
     pub src: *const u8,
-    /// Null, or a second source whose elements take turns with those of the first, both in one target of `2 * dim` elements. Then
-    /// all elements lie together, and nothing is repeated.
+    /// Null, or a second source whose elements are interleaved with those of the first, in a target of `2 * dim`
+    /// elements. Then all elements are contiguous, and nothing is repeated.
     pub second: *const u8,
     pub dst: *mut u8,
     pub heads: usize,
@@ -131,7 +132,7 @@ pub(crate) struct CopyArgs {
     pub src_dim: isize,
     pub dst_dim: isize,
     pub dim: usize,
-    /// Bytes to what is copied after it, and to where that goes, which is asked for meanwhile; 0: nothing.
+    /// Prefetch distances in bytes for source and target; 0 disables.
     pub src_prefetch: isize,
     pub dst_prefetch: isize,
 }
@@ -153,16 +154,16 @@ impl std::ops::Deref for RopeArgs {
     }
 }
 
-/// The heads of one token, and what they are normalised with.
+/// The heads of one token, with the parameters of their norm.
 #[derive(Clone, Copy)]
 pub(crate) struct NormArgs {
     pub copy: CopyArgs,
-    /// `dim` weights; null for all 1.
+    /// `dim` weights; null means 1.
     pub weight: *const f32,
     pub eps: f32,
 }
 
-/// `dim` elements that lie together, in each of `states` sources.
+/// `dim` contiguous elements in each of `states` sources.
 #[derive(Clone, Copy)]
 pub(crate) struct MergeArgs {
     pub srcs: *const *const u8,
@@ -170,7 +171,7 @@ pub(crate) struct MergeArgs {
     pub states: usize,
     pub dst: *mut u8,
     pub dim: usize,
-    /// Bytes to what is merged later, in every source and in the target, which is asked for meanwhile; 0: nothing.
+    /// Prefetch distances in bytes for every source and the target; 0 disables.
     pub ahead: isize,
 }
 
@@ -179,7 +180,7 @@ pub(crate) type RopeFn = unsafe fn(&RopeArgs);
 pub(crate) type CopyFn = unsafe fn(&CopyArgs);
 pub(crate) type MergeFn = unsafe fn(&MergeArgs);
 pub(crate) type NormFn = unsafe fn(&NormArgs);
-/// The memory is aligned to 64 bytes and has what [`AttentionFns::scratch_bytes`] says for the tile's rows.
+/// The scratch memory is aligned to 64 bytes and has [`AttentionFns::scratch_bytes`] bytes for the tile's rows.
 pub(crate) type TileFn = unsafe fn(&Pieces, &Problem, &Tile, *mut u8);
 
 /// A kernel's entry points.
@@ -193,23 +194,24 @@ pub(crate) enum Function {
     Norm(NormFn),
 }
 
-/// Attention runs tiles; a row that was split over chunks is reduced afterwards.
+/// Attention runs tiles. Query rows that were split over chunks are reduced afterwards.
 ///
-/// On a full level, tiles are the same for every format, and made of pieces: those for keys of one format and those for values of
-/// another. A partial level computes a pair of formats as a whole and looks at no piece; it names those of the level it stands on.
+/// On a full level, the tile function is the same for all formats and calls pieces: some for the format of the keys,
+/// some for the format of the values. A partial level computes a pair of formats as a whole and calls no piece; its
+/// pieces are those of the full level below.
 #[derive(Clone, Copy)]
 pub(crate) struct AttentionFns {
     pub tile: TileFn,
     pub reduce: TileFn,
-    /// What the level does with keys and values of the kernel's format.
+    /// The pieces for keys and values of the kernel's format.
     pub pieces: fn() -> Pieces,
-    /// The most rows of a tile.
+    /// The most query rows of a tile.
     pub max_rows: usize,
-    /// What the rows of a KV head should be a multiple of, where they are more than a tile takes.
+    /// The query rows of a KV head should be a multiple of this if they need more than one tile.
     pub row_step: usize,
     /// Whether a tile may have several KV heads.
     pub several_heads: bool,
-    /// Bytes of scratch memory for tiles of so many rows, keys of so many elements and values of so many; a multiple of 64.
+    /// Scratch bytes for `(rows, dim, v_dim)`, a multiple of 64.
     pub scratch_bytes: fn(usize, usize, usize) -> usize,
 }
 
@@ -221,8 +223,8 @@ pub(crate) struct AttentionKernel {
 }
 
 impl AttentionKernel {
-    /// The kernel for keys of the format of `keys` and values of the format of `values`, which are of one level; the same twice if
-    /// that level is partial.
+    /// The kernel for keys in the format of `keys` and values in the format of `values`. Both are of one level; if it
+    /// is partial, they are the same.
     pub fn new(keys: AttentionFns, values: AttentionFns) -> Self {
         Self { fns: keys, pieces: Pieces { keys: (keys.pieces)().keys, ..(values.pieces)() } }
     }
@@ -235,7 +237,7 @@ impl AttentionKernel {
     }
 
     /// # Safety
-    /// That of [`TileFn`]; all chunks of the tile have left their states.
+    /// That of [`TileFn`]; the states of all chunks of the tile have been written.
     pub unsafe fn reduce(&self, problem: &Problem, tile: &Tile, scratch: *mut u8) {
         // SAFETY: the caller's.
         unsafe { (self.fns.reduce)(&self.pieces, problem, tile, scratch) }

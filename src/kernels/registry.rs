@@ -1,5 +1,5 @@
-//! The registry: every kernel of this build, with what it does, for which types and level, its name, its error bound and its
-//! function. Dispatch, tests and benches read it and nothing else.
+//! The registry: every kernel of this build with its operation, types, level, name, error bound and function. It is
+//! the only source for dispatch, tests and benches.
 
 use super::api::{Function, KernelInfo};
 use super::scalar;
@@ -68,14 +68,15 @@ mod tests {
     use crate::isa::Isa;
     use crate::kernels::api::{Op, Precision};
 
-    /// `<op>[_<source>[_<target>]][_<precision>]_<isa>`: one type where an operation has but one, none where it has no choice.
+    /// `<op>[_<source>[_<target>]][_<precision>]_<isa>`: one type for an operation with one type, none for an
+    /// operation without a choice.
     fn grammatical(info: &KernelInfo) -> String {
         let types = match info.op {
             Op::RopeAngles => vec![],
             Op::Rope | Op::KvWrite | Op::RmsNorm => vec![info.src.name(), info.dst.name()],
             Op::RepeatKv | Op::Attention | Op::MergeStates => vec![info.src.name()],
         };
-        // The default precision has no word.
+        // The default precision is not part of the name.
         let precision = info.precision.filter(|&p| p != Precision::Default).map(Precision::name);
         let words = [info.op.name()].into_iter().chain(types).chain(precision).chain([info.isa.name()]);
         words.collect::<Vec<_>>().join("_")
@@ -87,7 +88,7 @@ mod tests {
             assert_eq!(info.name, grammatical(&info));
             assert_eq!(info.c_name.to_str(), Ok(info.name));
         }
-        // A level is the last word of a name, so it must be one word.
+        // The level is the last word of a name, so that it must be one word.
         assert!(Isa::ALL.into_iter().all(|isa| !isa.name().contains('_')));
     }
 

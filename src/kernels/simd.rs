@@ -1,9 +1,9 @@
-//! The vector trait: what a kernel needs of an instruction set, so that each algorithm stands once in
-//! [`generic`](super::generic).
+//! The vector trait: the operations that kernels need of an instruction set, so that each algorithm is written once,
+//! in [`generic`](super::generic).
 //!
-//! A value of a type that implements [`Simd`] is the proof that the CPU has the level's features; it holds pulp's token.
-//! Every method is `inline(always)` and is only ever inlined into a function that carries the level's `target_feature`s
-//! (the shells that [`kernel_shells!`](super::kernel_shells) writes): on its own it would pass vectors through memory.
+//! A value of a type that implements [`Simd`] proves that the CPU has the level's features; it holds pulp's token.
+//! Every method is `inline(always)`, and is inlined into functions with the level's `target_feature`s only (the shells
+//! that [`kernel_shells!`](super::kernel_shells) writes). Without inlining it would pass vectors through memory.
 
 use crate::dtype::Element;
 pub(crate) use crate::problem::limits::MAX_LANES;
@@ -13,29 +13,29 @@ use half::{bf16, f16};
 pub(crate) trait Simd: Copy {
     /// A vector of [`Self::LANES`] f32.
     type V: Copy;
-    /// Lanes a vector; a power of two, at most [`MAX_LANES`].
+    /// Lanes per vector; a power of two, at most [`MAX_LANES`].
     const LANES: usize;
-    /// VectorProducts a register tile is wide: with [`TILE_ROWS`](super::generic::attention::TILE_ROWS) rows, as many as leave registers
-    /// for operands. 2 or 4.
+    /// Width of a register tile in vectors, 2 or 4: with [`TILE_ROWS`](super::generic::attention::TILE_ROWS) rows, the
+    /// largest that leaves registers for operands.
     const TILE_VECTORS: usize;
-    /// Dot products that run side by side: enough to keep the FMA ports busy, few enough for the registers.
+    /// Dot products that are computed together: enough to keep the FMA ports busy, few enough for the registers.
     const PARALLEL_DOTS: usize;
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
     const DEINTERLEAVED_BF16: bool;
 
-    /// Bytes that the second-level cache brings when it is asked for one of them: a line, or an aligned pair of lines, as by the
-    /// spatial prefetcher of Intel's Optimization Reference Manual. A fill buffer is then worth two lines.
+    /// Bytes that one prefetch brings into the second-level cache: a line, or an aligned pair of lines with a spatial
+    /// prefetcher (Intel's Optimization Reference Manual), in which case one fill buffer serves two lines.
     const PREFETCH_BYTES: usize;
 
     /// The `i`-th lane in the order that turns [`Self::sum_lanes`]'s tree into a depth-first walk: for all i, lanes
     /// `lane_order(2i)` and `lane_order(2i + 1)` are added first, then neighbouring pairs of those, and so on.
     fn lane_order(i: usize) -> usize;
 
-    /// Runs `body` as a function of its own, compiled with the level's features: for inner loops that several kernels share,
-    /// or that are large.
+    /// Runs `body` as a separate function with the level's features, for inner loops that are large or that several
+    /// kernels share.
     ///
     /// # Safety
-    /// That of the piece: its pointers are valid for what it does.
+    /// That of `body`: its pointers are valid.
     unsafe fn outline<B: Outlined>(self, body: B);
 
     fn splat(self, x: f32) -> Self::V;
@@ -43,20 +43,20 @@ pub(crate) trait Simd: Copy {
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
-    /// `a * b + c`, rounded once where the level can.
+    /// `a * b + c`, rounded once if the level can.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// The larger; `b` where `a` is NaN.
+    /// The larger of both; `b` where `a` is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
-    /// `x` where `a < b`, else `y` (also where either is NaN).
+    /// `x` where `a < b`, otherwise `y` (also if either is NaN).
     fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
-    /// Bit i is set where lane i of `a` is less than that of `b`.
+    /// Bit i is set if lane i of `a` is less than that of `b`.
     fn lt_bits(self, a: Self::V, b: Self::V) -> u64;
-    /// `x` in lane i where bit i of `bits` is set, else `y`.
+    /// `x` in lane i if bit i of `bits` is set, otherwise `y`.
     fn select_bits(self, bits: u64, x: Self::V, y: Self::V) -> Self::V;
     fn abs(self, a: Self::V) -> Self::V;
     /// The magnitude of `a` with the sign of `b`.
     fn copysign(self, a: Self::V, b: Self::V) -> Self::V;
-    /// To the nearest integer, ties to even; |a| < 2^22.
+    /// Rounds to the nearest integer, ties to even; |a| < 2^22.
     fn round(self, a: Self::V) -> Self::V;
     /// 2^n for integral n in -126..=127.
     fn exp2i(self, n: Self::V) -> Self::V;
@@ -70,10 +70,10 @@ pub(crate) trait Simd: Copy {
     /// The inverse of [`Self::deinterleave`].
     fn interleave(self, even: Self::V, odd: Self::V) -> [Self::V; 2];
 
-    /// Lane i of the result is the sum of the lanes of `v[i]`, by the same tree of pairwise additions for every i; only the
-    /// first [`Self::LANES`] entries count.
+    /// Lane i of the result is the sum of the lanes of `v[i]`, by the same tree of pairwise additions for every i.
+    /// Only the first [`Self::LANES`] entries are used.
     fn sum_lanes(self, v: &[Self::V; MAX_LANES]) -> Self::V;
-    /// The largest lane; NaN lanes may be passed over.
+    /// The largest lane; NaN lanes may be ignored.
     fn max_lane(self, a: Self::V) -> f32;
     /// Whether every lane is finite.
     fn all_finite(self, a: Self::V) -> bool;
@@ -81,7 +81,7 @@ pub(crate) trait Simd: Copy {
     fn transpose(self, v: &mut [Self::V; MAX_LANES]);
 
     /// # Safety
-    /// [`Self::LANES`] elements are readable at `p`; no alignment is asked beyond the element's.
+    /// [`Self::LANES`] elements are readable at `p`, with the alignment of an element.
     unsafe fn load_f32(self, p: *const f32) -> Self::V;
     /// # Safety
     /// As [`Self::load_f32`].
@@ -89,19 +89,19 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// As [`Self::load_f32`].
     unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
-    /// `2 * LANES` elements as two vectors: even and odd ones where [`Self::DEINTERLEAVED_BF16`] says so, which spares a shuffle,
-    /// else the first and the second half.
+    /// `2 * LANES` elements as two vectors: even and odd elements if [`Self::DEINTERLEAVED_BF16`], which saves a
+    /// shuffle, otherwise the first and the second half.
     ///
     /// # Safety
     /// `2 * LANES` elements are readable at `p`.
     unsafe fn load_pair_bf16(self, p: *const bf16) -> [Self::V; 2];
-    /// Asks for the cache line at `p`, which may be any address.
+    /// Prefetches the cache line at `p`, which may be any address.
     fn prefetch(self, p: *const u8);
-    /// As [`Self::prefetch`], but not into the first-level cache.
+    /// As [`Self::prefetch`], into the second-level cache.
     fn prefetch_far(self, p: *const u8);
-    /// As [`Self::prefetch`], to be written to.
+    /// As [`Self::prefetch`], for writing.
     fn prefetch_write(self, p: *const u8);
-    /// The first `n < LANES` lanes from memory, the others 0; nothing beyond is read.
+    /// The first `n < LANES` lanes from memory, the others 0. Nothing beyond `n` elements is read.
     ///
     /// # Safety
     /// `n` elements are readable at `p`.
@@ -120,7 +120,7 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         unsafe { self.load_bf16(copy_part(p, n).as_ptr()) }
     }
-    /// Signed bytes as numbers.
+    /// Signed bytes, converted to f32.
     ///
     /// # Safety
     /// As [`Self::load_f32`].
@@ -170,7 +170,7 @@ pub(crate) trait Simd: Copy {
             self.store_bf16(p.add(Self::LANES), v[1]);
         }
     }
-    /// Stores the first `n < LANES` lanes and nothing beyond.
+    /// Stores the first `n < LANES` lanes. Nothing beyond `n` elements is written.
     ///
     /// # Safety
     /// `n` elements are writable at `p`.
@@ -207,18 +207,18 @@ pub(crate) trait Simd: Copy {
 /// Bytes of a cache line.
 pub(crate) const LINE: usize = 64;
 
-/// The lines of so many bytes from `p` on, to be asked for.
+/// The cache lines of `bytes` bytes from `p` on, for prefetches.
 #[inline(always)]
 pub(crate) fn lines(p: *const u8, bytes: usize) -> impl Iterator<Item = *const u8> {
     (0..bytes).step_by(LINE).map(move |i| p.wrapping_add(i))
 }
 
-/// A piece of a kernel that becomes a function of its own.
+/// A part of a kernel that becomes a separate function.
 pub(crate) trait Outlined {
-    /// The piece; `inline(always)`, into the function that [`Simd::outline`] makes of it.
+    /// The body; `inline(always)`, into the function that [`Simd::outline`] makes of it.
     ///
     /// # Safety
-    /// The pointers in `self` are valid for what the piece does.
+    /// The pointers in `self` are valid.
     unsafe fn run<S: Simd>(self, s: S);
 }
 
@@ -253,17 +253,17 @@ pub(crate) unsafe fn copy_part<T: Copy + Default>(p: *const T, n: usize) -> [T; 
     buffer
 }
 
-/// Loads by unit type, so that one generic body serves every cache format. A unit of a quantised format is loaded as the number
-/// that its scale multiplies.
+/// Loads by unit type, so that one generic body serves every cache format. A unit of a quantised format is loaded
+/// without its scale.
 pub(crate) trait Load: Copy + Default + 'static {
-    /// No unit is NaN or infinity.
+    /// Whether no unit can be NaN or infinity.
     const ALWAYS_FINITE: bool;
     /// Whether [`Self::load_pair`] separates even and odd elements.
     fn deinterleaved<S: Simd>() -> bool;
     /// # Safety
     /// As [`Simd::load_f32`].
     unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V;
-    /// `2 * LANES` elements as two vectors, in the order in which attention keeps them.
+    /// `2 * LANES` elements as two vectors, in the order that attention uses.
     ///
     /// # Safety
     /// `2 * LANES` elements are readable at `p`.

@@ -1,10 +1,10 @@
 //! AArch64 with FEAT_BF16: products of 2 x 4 by 4 x 2 bf16 matrices, summed in f32 (`bfmmla`).
 //!
-//! A partial level: attention over bf16 keys and values, twice, once for each [`Precision`]. Everything else, and all that
-//! is not a product inside these kernels, is NEON's.
+//! A partial level: attention over bf16 keys and values, with one kernel for each [`Precision`]. NEON serves all other
+//! operations, and all arithmetic of these kernels except the products.
 //!
-//! The intrinsics are not stable, so each instruction is a line of inline assembly; the compiler still places the loads and
-//! chooses the registers. Detection is the standard library's, which asks the operating system.
+//! The intrinsics are not stable, so each instruction is inline assembly; the compiler still places loads and chooses
+//! registers. The standard library detects the feature through the operating system.
 
 mod attention;
 
@@ -14,8 +14,8 @@ use std::arch::asm;
 
 /// `sum[2 i + j] + a[i] * b[j]`, where row i of `a` and of `b` are four bf16 each, for i and j in 0..2.
 ///
-/// Products are exact. Two of them are added and the result to the sum, twice; each addition is rounded to odd and takes and
-/// leaves no subnormal number. Every one of the four sums depends on its own two rows only.
+/// Products are exact. Twice, two of them are added, and the result is added to the sum. Each addition rounds to odd
+/// and flushes subnormal numbers. Each of the four sums depends on its own two rows only.
 #[inline]
 #[target_feature(enable = "neon,bf16")]
 fn bfmmla(mut sum: float32x4_t, a: uint16x8_t, b: uint16x8_t) -> float32x4_t {
@@ -27,7 +27,7 @@ fn bfmmla(mut sum: float32x4_t, a: uint16x8_t, b: uint16x8_t) -> float32x4_t {
     sum
 }
 
-/// Eight numbers to the nearest bf16, ties to even.
+/// Rounds eight numbers to bf16, to nearest, ties to even.
 #[inline]
 #[target_feature(enable = "neon,bf16")]
 fn round(low: float32x4_t, high: float32x4_t) -> uint16x8_t {
