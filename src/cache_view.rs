@@ -1,9 +1,9 @@
 //! Views of caches: the keys, or the values, of a cache in any [`CacheFormat`].
 
 use crate::dtype::DType;
-use crate::error::{Result, ensure};
+use crate::error::{Error, Result, ensure};
 use crate::format::CacheFormat;
-use crate::view::{Buffer, RawCacheView, View, ViewMut, contiguous};
+use crate::view::{Buffer, Extent, RawCacheView, RawView, Units, View, ViewMut, contiguous};
 use std::marker::PhantomData;
 
 /// A read-only view of the keys, or of the values, of a cache: `[batch, seq, kv_heads, dim]`, whose first two axes are what a
@@ -50,10 +50,67 @@ impl<'a> From<CacheViewMut<'a>> for CacheView<'a> {
     }
 }
 
+/// The bytes that a cache covers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CacheExtent {
+    units: Extent,
+    scales: Extent,
+}
+
+/// Each of these is about units and scales alike, and hides the method of the same name that is about the units alone.
 impl RawCacheView {
+    /// Checks units and scales, and that the format has scales if and only if there are any; `name` is the argument's name.
+    pub fn validate(&self, name: &str) -> Result<CacheExtent> {
+        self.check(name, RawView::validate, RawView::validate)
+    }
+
+    /// As [`Self::validate`]; also checks that no unit and no scale shares memory with another one.
+    pub fn validate_output(&self, name: &str) -> Result<CacheExtent> {
+        let extent = self.check(name, RawView::validate_output, RawView::validate_output)?;
+        if let Some(scales) = &self.scales {
+            let shared = self.units.overlaps_within(extent.units, scales, extent.scales);
+            ensure!(!shared, Overlap, "{name} and its scales share memory");
+        }
+        Ok(extent)
+    }
+
+    fn check(
+        &self,
+        name: &str,
+        units: fn(&RawView<CacheFormat>, &str) -> Result<Extent>,
+        scales: fn(&RawView, &str) -> Result<Extent>,
+    ) -> Result<CacheExtent> {
+        let units = units(&self.units, name)?;
+        self.check_scales(name)?;
+        let scales = match &self.scales {
+            None => Extent { low: 0, high: 0 },
+            Some(view) => {
+                scales(view, "").map_err(|e| Error::new(e.status(), format!("the scales of {name}{}", e.message())))?
+            }
+        };
+        Ok(CacheExtent { units, scales })
+    }
+
+    /// Whether a unit or a scale may share a byte with an element of `other`; false positives are possible.
+    pub fn overlaps<V: Units>(&self, other: &RawView<V>) -> bool {
+        self.units.overlaps(other) || self.scales.is_some_and(|scales| scales.overlaps(other))
+    }
+
+    /// As [`Self::overlaps`], with known extents.
+    pub fn overlaps_within<V: Units>(&self, own: CacheExtent, other: &RawView<V>, extent: Extent) -> bool {
+        self.units.overlaps_within(own.units, other, extent)
+            || self.scales.is_some_and(|scales| scales.overlaps_within(own.scales, other, extent))
+    }
+
+    /// As [`Self::overlaps_within`], for another cache.
+    pub fn overlaps_cache(&self, own: CacheExtent, other: &Self, extent: CacheExtent) -> bool {
+        self.overlaps_within(own, &other.units, extent.units)
+            || other.scales.is_some_and(|scales| self.overlaps_within(own, &scales, extent.scales))
+    }
+
     /// Checks that the format has scales if and only if there are any, and that they are one per token and head. `name` is the
     /// argument's name.
-    pub(crate) fn check_scales(&self, name: &str) -> Result<()> {
+    pub fn check_scales(&self, name: &str) -> Result<()> {
         let format = self.units.dtype;
         let Some(scales) = &self.scales else {
             ensure!(!format.has_scales(), InvalidValue, "{name} is {format}, but has no scales");
@@ -151,9 +208,8 @@ impl<'a> CacheViewMut<'a> {
     ) -> Result<Self> {
         let buffer = Buffer::of_elements(units.as_mut_ptr(), units.len());
         let units = buffer.view(CacheFormat::Int8, offset, shape, strides)?;
-        units.validate_output("the cache")?;
         let raw = RawCacheView { units, scales: Some(scales.raw) };
-        raw.check_scales("the cache")?;
+        raw.validate_output("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }
 

@@ -142,11 +142,13 @@ impl Context {
         self.tables[precision as usize][op as usize][src.index()][dst.index()]
     }
 
-    /// The best packing of values of a type for the attention kernels in use: [row pairs](Packing::RowPairs) if they
-    /// multiply tiles of bf16, otherwise [rows](Packing::Rows). Every packing works at every level.
-    pub fn v_packing(&self, dtype: DType) -> Packing {
-        match self.kernel(Op::Attention, dtype, dtype) {
-            Some(kernel) if dtype == DType::Bf16 && kernel.isa == Isa::Amx => Packing::RowPairs,
+    /// The best packing of values of a format for the attention kernels in use: [row pairs](Packing::RowPairs) if they
+    /// multiply tiles of bf16, otherwise [rows](Packing::Rows). Every packing of plain elements works at every level;
+    /// quantised values are never packed.
+    pub fn v_packing(&self, format: impl Into<CacheFormat>) -> Packing {
+        let format = format.into();
+        match self.kernel(Op::Attention, format, format) {
+            Some(kernel) if format == CacheFormat::Bf16 && kernel.isa == Isa::Amx => Packing::RowPairs,
             _ => Packing::Rows,
         }
     }
@@ -166,14 +168,14 @@ impl Context {
         }
     }
 
-    pub(crate) fn rope(&self, src: DType, dst: DType) -> RopeFn {
+    pub(crate) fn rope(&self, src: impl Into<CacheFormat>, dst: impl Into<CacheFormat>) -> RopeFn {
         match self.function(Op::Rope, src.into(), dst.into()) {
             Function::Rope(f) => *f,
             _ => unreachable!("the registry files RoPE under Rope"),
         }
     }
 
-    pub(crate) fn copy(&self, op: Op, src: DType, dst: DType) -> CopyFn {
+    pub(crate) fn copy(&self, op: Op, src: impl Into<CacheFormat>, dst: impl Into<CacheFormat>) -> CopyFn {
         match self.function(op, src.into(), dst.into()) {
             Function::Copy(f) => *f,
             _ => unreachable!("the registry files copies under KvWrite and RepeatKv"),
@@ -195,7 +197,7 @@ impl Context {
         }
     }
 
-    pub(crate) fn norm(&self, src: DType, dst: DType) -> NormFn {
+    pub(crate) fn norm(&self, src: DType, dst: impl Into<CacheFormat>) -> NormFn {
         match self.function(Op::RmsNorm, src.into(), dst.into()) {
             Function::Norm(f) => *f,
             _ => unreachable!("the registry files norms under RmsNorm"),
@@ -255,10 +257,10 @@ mod tests {
     fn values_are_packed_for_tiles_alone() {
         for level in Isa::ALL.into_iter().filter(|l| l.is_available()) {
             let context = Context::with_max_isa(level).unwrap();
-            for dtype in DType::ALL {
-                let tiles = context.isa() == Isa::Amx && dtype == DType::Bf16;
+            for format in CacheFormat::ALL {
+                let tiles = context.isa() == Isa::Amx && format == CacheFormat::Bf16;
                 let wanted = if tiles { Packing::RowPairs } else { Packing::Rows };
-                assert_eq!(context.v_packing(dtype), wanted, "{dtype} {level}");
+                assert_eq!(context.v_packing(format), wanted, "{format} {level}");
             }
         }
     }

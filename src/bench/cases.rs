@@ -397,8 +397,8 @@ impl Prepared {
                 let mut write = KvWrite::new(
                     k.view()?,
                     v.view()?,
-                    k_cache.view_mut()?,
-                    v_cache.view_mut()?,
+                    k_cache.cache_mut()?,
+                    v_cache.cache_mut()?,
                     Destination::positions(&[0]),
                 )
                 .v_packing(packing);

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use crate::view::{bhsd, contiguous};
-use crate::{CacheFormat, CacheView, Element, Error, Result, Status, View, ViewMut};
+use crate::{CacheFormat, CacheView, CacheViewMut, Element, Error, Result, Status, View, ViewMut};
 
 /// Elements aligned to a cache line, as in most runtimes.
 pub(crate) struct Aligned<T> {
@@ -115,7 +115,19 @@ impl Tensor {
                 let scales = View::strided(scales.as_slice(), 0, shape, scale_strides)?;
                 CacheView::int8_strided(units.as_slice(), 0, self.shape, strides, scales)
             }
-            _ => Ok(self.view()?.into()),
+            Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view()?.into()),
+        }
+    }
+
+    /// As [`Self::cache`], to be written to.
+    pub fn cache_mut(&mut self) -> Result<CacheViewMut<'_>> {
+        let ((strides, shape, scale_strides), units_shape) = (self.int8(), self.shape);
+        match self.buffer {
+            Buffer::Int8(ref mut units, ref mut scales) => {
+                let scales = ViewMut::strided(scales.as_mut_slice(), 0, shape, scale_strides)?;
+                CacheViewMut::int8_strided(units.as_mut_slice(), 0, units_shape, strides, scales)
+            }
+            Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view_mut()?.into()),
         }
     }
 

@@ -555,7 +555,7 @@ impl Layers for CallerLayers<'_> {
 
     fn layer(&self, i: usize) -> Result<RawLayer> {
         let kvl_kv_layer { k, v } = &self.0[i];
-        Ok(RawLayer { k: k.raw("k")?, v: if v.is_absent() { None } else { Some(v.raw("v")?) } })
+        Ok(RawLayer { k: k.raw("k")?.into(), v: if v.is_absent() { None } else { Some(v.raw("v")?.into()) } })
     }
 }
 

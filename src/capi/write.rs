@@ -12,7 +12,7 @@ use super::status::kvl_status;
 use super::views::{kvl_const_view, kvl_view};
 use crate::error::ensure;
 use crate::ops::write::{Destination, RawWrite, kv_write_raw};
-use crate::view::{BATCH, SEQ};
+use crate::view::{BATCH, RawCacheView, SEQ};
 
 /// New keys and values, their caches, and where they go. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`, usually
 /// `v` and `v_cache`, and either `positions` or `slots`.
@@ -80,7 +80,7 @@ pub unsafe extern "C" fn kvl_kv_write(
         // SAFETY: as above.
         let params = unsafe { read_sized(params) }?;
         reserved("kvl_kv_write_params", params.reserved)?;
-        let keys = (params.k.raw("k")?, params.k_cache.raw("k_cache")?);
+        let keys: (_, RawCacheView) = (params.k.raw("k")?, params.k_cache.raw("k_cache")?.into());
         ensure!(
             params.v.is_absent() == params.v_cache.is_absent(),
             NullPointer,
@@ -88,7 +88,7 @@ pub unsafe extern "C" fn kvl_kv_write(
         );
         let values = match params.v.is_absent() {
             true => None,
-            false => Some((params.v.raw("v")?, params.v_cache.raw("v_cache")?)),
+            false => Some((params.v.raw("v")?, params.v_cache.raw("v_cache")?.into())),
         };
         let batch = keys.0.shape[BATCH];
         let tokens = batch.saturating_mul(keys.0.shape[SEQ]);

@@ -1,6 +1,6 @@
 //! Attention over a cache: one entry for prefill, chunked prefill and decode.
 
-use crate::cache_view::CacheView;
+use crate::cache_view::{CacheExtent, CacheView};
 use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::format::CacheFormat;
@@ -496,7 +496,7 @@ pub(crate) fn attention_shapes(
 pub(super) struct Inputs<'a> {
     pub problem: Problem<'a>,
     pub summary: Summary,
-    extents: [Extent; 3],
+    extents: (Extent, [CacheExtent; 2]),
     masks: Touched,
 }
 
@@ -511,13 +511,10 @@ impl Inputs<'_> {
         if let Some(bias) = bias {
             ensure!(!bias.overlaps(output), Overlap, "bias and {name} share memory");
         }
-        let [of_q, of_k, of_v] = self.extents;
+        let (of_q, of_caches) = self.extents;
         ensure!(!q.overlaps_within(of_q, output, extent), Overlap, "q and {name} share memory");
-        for ((input, view), own) in [("k", k), ("v", v)].into_iter().zip([of_k, of_v]) {
+        for ((input, view), own) in [("k", k), ("v", v)].into_iter().zip(of_caches) {
             ensure!(!view.overlaps_within(own, output, extent), Overlap, "{input} and {name} share memory");
-            if let Some(scales) = &view.scales {
-                ensure!(!scales.overlaps(output), Overlap, "the scales of {input} and {name} share memory");
-            }
         }
         Ok(())
     }
@@ -546,13 +543,7 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
 /// Checks everything but `out` and `lse`.
 pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>> {
     let RawAttention { q, k, v, .. } = call;
-    let extents = [q.validate("q")?, k.validate("k")?, v.validate("v")?];
-    for (name, scales_name, cache) in [("k", "the scales of k", k), ("v", "the scales of v", v)] {
-        cache.check_scales(name)?;
-        if let Some(scales) = &cache.scales {
-            scales.validate(scales_name)?;
-        }
-    }
+    let extents = (q.validate("q")?, [k.validate("k")?, v.validate("v")?]);
     let (kv_heads, v_dim) = (k.shape[HEADS], call.v_dim());
     let visibility = call.visibility;
     if call.planned.is_none() {

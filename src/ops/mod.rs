@@ -6,7 +6,7 @@
 use crate::error::{Result, ensure};
 use crate::kernels::api::CopyArgs;
 use crate::parallel::{Runner, for_each_tile, workers_for};
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ};
+use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, Units};
 
 pub mod attention;
 pub mod cache;
@@ -63,7 +63,12 @@ fn for_each_token_with<S>(
 ///
 /// # Safety
 /// Both views are validated and the indices inside them.
-unsafe fn token_copy(src: &RawView, from: (usize, usize), dst: &RawView, to: (usize, usize)) -> CopyArgs {
+unsafe fn token_copy<U: Units, V: Units>(
+    src: &RawView<U>,
+    from: (usize, usize),
+    dst: &RawView<V>,
+    to: (usize, usize),
+) -> CopyArgs {
     // SAFETY: the caller's.
     unsafe {
         CopyArgs {
@@ -127,7 +132,7 @@ const AHEAD: usize = 4 << 10;
 
 /// Bytes from a head of a view to one that a walk, token by token, comes to some [`AHEAD`] bytes later: the hardware's prefetcher
 /// does not look as far, and a few dozen cycles of arithmetic a head keep it from what is behind them.
-fn ahead(view: &RawView) -> isize {
+fn ahead<U: Units>(view: &RawView<U>) -> isize {
     let size = view.dtype.size();
     let head = view.shape[DIM] * size;
     let token = view.shape[HEADS].saturating_mul(head);

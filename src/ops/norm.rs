@@ -3,6 +3,7 @@
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
+use crate::format::CacheFormat;
 use crate::kernels::api::{CopyArgs, NormArgs, NormFn, RopeArgs, RopeFn};
 use crate::ops::rope::{Rope, rope_raw};
 use crate::ops::setters::setters;
@@ -163,12 +164,12 @@ pub(crate) struct NormRope<'a> {
 }
 
 impl<'a> NormRope<'a> {
-    pub fn new(context: &Context, norm: RmsNorm<'a>, src: DType, dst: DType) -> Self {
+    pub fn new(context: &Context, norm: RmsNorm<'a>, src: DType, dst: CacheFormat) -> Self {
         Self {
             norm,
             to_f32: context.norm(src, DType::F32),
             from_f32: context.rope(DType::F32, dst),
-            sizes: (src.size(), dst.size()),
+            sizes: (src.size(), dst.unit_bytes()),
         }
     }
 
@@ -205,7 +206,8 @@ pub(crate) enum Rotation<'a> {
 }
 
 impl<'a> Rotation<'a> {
-    pub fn new(context: &Context, norm: Option<RmsNorm<'a>>, src: DType, dst: DType) -> Self {
+    pub fn new(context: &Context, norm: Option<RmsNorm<'a>>, src: DType, dst: impl Into<CacheFormat>) -> Self {
+        let dst = dst.into();
         match norm {
             None => Self::Rope(context.rope(src, dst)),
             Some(norm) => Self::NormRope(NormRope::new(context, norm, src, dst)),

@@ -6,7 +6,7 @@ use crate::kernels::api::{CopyArgs, CopyFn, Op};
 use crate::layout::Place;
 use crate::ops::{aheads, for_each_token, token_copy};
 use crate::parallel::Runner;
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, Units, View, ViewMut};
 
 /// Packs values in [row pairs](crate::Packing::RowPairs): `[batch, n, heads, dim]` becomes `[batch, n / 2 rounded up, heads,
 /// 2 * dim]`, in which element `2d + i` of token s is element d of token `2s + i` of the source.
@@ -85,11 +85,11 @@ pub(crate) unsafe fn unpack_row_pairs_raw(
 ///
 /// # Safety
 /// The views are valid and fit each other, places lie in pairs of `packed`, and no two tokens go to the same.
-pub(crate) unsafe fn pack_token(
+pub(crate) unsafe fn pack_token<U: Units>(
     kernel: CopyFn,
     src: &RawView,
     (row, token): Place,
-    packed: &RawView,
+    packed: &RawView<U>,
     (src_prefetch, dst_prefetch): (isize, isize),
     place: impl Fn(usize) -> Option<Place>,
 ) {
@@ -114,7 +114,7 @@ pub(crate) unsafe fn pack_token(
 ///
 /// # Safety
 /// The pair lies in the view, which is validated.
-unsafe fn into_pair(copy: CopyArgs, packed: &RawView, slot: usize) -> CopyArgs {
+unsafe fn into_pair<U: Units>(copy: CopyArgs, packed: &RawView<U>, slot: usize) -> CopyArgs {
     let step = packed.strides[DIM] as isize;
     // SAFETY: the caller's; the second element of the pair is in the view as the first is.
     let dst = unsafe { copy.dst.offset((slot % 2) as isize * step * packed.dtype.size() as isize) };
@@ -147,7 +147,10 @@ fn check(
 }
 
 /// Fails unless a pair of slots has room for two heads.
-pub(crate) fn check_pair_dim((name, plain): (&str, &RawView), (packed_name, packed): (&str, &RawView)) -> Result<()> {
+pub(crate) fn check_pair_dim<U: Units>(
+    (name, plain): (&str, &RawView),
+    (packed_name, packed): (&str, &RawView<U>),
+) -> Result<()> {
     let (dim, both) = (plain.shape[DIM], packed.shape[DIM]);
     ensure!(both == 2 * dim, Shape, "{packed_name} has dim = {both}, but pairs of {name} have {}", 2 * dim);
     Ok(())

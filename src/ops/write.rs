@@ -1,5 +1,6 @@
 //! The cache write.
 
+use crate::cache_view::{CacheExtent, CacheViewMut};
 use crate::context::Context;
 use crate::cpu::cache;
 use crate::error::{Result, ensure, fail};
@@ -11,7 +12,7 @@ use crate::ops::rope::{RawRope, Rope, TokenAngles};
 use crate::ops::setters::setters;
 use crate::ops::{ahead, for_each_token_with, token_copy};
 use crate::parallel::Runner;
-use crate::view::{BATCH, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut};
+use crate::view::{BATCH, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, Units, View};
 
 /// New keys and values, the caches they go to, and where.
 ///
@@ -26,9 +27,9 @@ pub struct KvWrite<'a> {
     /// New values.
     pub v: View<'a>,
     /// Where keys go.
-    pub k_cache: ViewMut<'a>,
+    pub k_cache: CacheViewMut<'a>,
     /// Where values go: of the shape that `v_packing` says.
-    pub v_cache: ViewMut<'a>,
+    pub v_cache: CacheViewMut<'a>,
     /// Where in the cache.
     pub to: Destination<'a>,
     /// Normalises the heads of the keys on their way, before `rope`: the same bits as [`rms_norm`](crate::rms_norm) into f32
@@ -42,7 +43,14 @@ pub struct KvWrite<'a> {
 
 impl<'a> KvWrite<'a> {
     /// A write of `k` to `k_cache` and of `v` to `v_cache`, without norm, rotation and packing.
-    pub fn new(k: View<'a>, v: View<'a>, k_cache: ViewMut<'a>, v_cache: ViewMut<'a>, to: Destination<'a>) -> Self {
+    pub fn new(
+        k: View<'a>,
+        v: View<'a>,
+        k_cache: impl Into<CacheViewMut<'a>>,
+        v_cache: impl Into<CacheViewMut<'a>>,
+        to: Destination<'a>,
+    ) -> Self {
+        let (k_cache, v_cache) = (k_cache.into(), v_cache.into());
         Self { k, v, k_cache, v_cache, to, k_norm: None, rope: None, v_packing: Packing::Rows }
     }
 
@@ -113,7 +121,7 @@ impl Destination<'_> {
     }
 
     /// Where a token goes that is written.
-    fn place(&self, row: usize, token: usize, seq: usize, cache: &RawView) -> Option<Place> {
+    fn place<U: Units>(&self, row: usize, token: usize, seq: usize, cache: &RawView<U>) -> Option<Place> {
         if token >= self.count(row, seq) {
             return None;
         }
@@ -126,7 +134,7 @@ impl Destination<'_> {
         }
     }
 
-    fn validate(&self, batch: usize, seq: usize, cache: &RawView) -> Result<()> {
+    fn validate<U: Units>(&self, batch: usize, seq: usize, cache: &RawView<U>) -> Result<()> {
         for (name, list) in [("counts", self.counts), ("sequences", self.sequences)] {
             if let Some(list) = list {
                 let n = list.len();
@@ -172,7 +180,7 @@ impl Destination<'_> {
         }
     }
 
-    fn validate_positions(&self, batch: usize, seq: usize, cache: &RawView) -> Result<()> {
+    fn validate_positions<U: Units>(&self, batch: usize, seq: usize, cache: &RawView<U>) -> Result<()> {
         let n = self.positions.len();
         ensure!(n == batch, Shape, "positions has {n} entries, but k has batch = {batch}");
         for row in 0..batch {
@@ -227,7 +235,7 @@ impl Destination<'_> {
         Ok(())
     }
 
-    fn validate_slots(&self, slots: &[i32], batch: usize, seq: usize, cache: &RawView) -> Result<()> {
+    fn validate_slots<U: Units>(&self, slots: &[i32], batch: usize, seq: usize, cache: &RawView<U>) -> Result<()> {
         let n = slots.len();
         ensure!(n == batch * seq, Shape, "slots has {n} entries, but k has batch * seq = {}", batch * seq);
         let [rows, row_slots, ..] = cache.shape.map(|n| n as u64);
@@ -279,7 +287,7 @@ impl Destination<'_> {
     }
 
     /// All tokens that are written, in order. The destination is valid but for tokens that meet.
-    fn runs(&self, batch: usize, seq: usize, cache: &RawView) -> impl Iterator<Item = Run> {
+    fn runs<U: Units>(&self, batch: usize, seq: usize, cache: &RawView<U>) -> impl Iterator<Item = Run> {
         let (mut row, mut token) = (0, 0);
         std::iter::from_fn(move || {
             while row < batch && token >= self.count(row, seq) {
@@ -365,8 +373,8 @@ pub fn kv_write(context: &Context, runner: &dyn Runner, write: KvWrite) -> Resul
 
 /// [`KvWrite`] as the C ABI has it; each source with its cache.
 pub(crate) struct RawWrite<'a> {
-    pub keys: (RawView, RawView),
-    pub values: Option<(RawView, RawView)>,
+    pub keys: (RawView, RawCacheView),
+    pub values: Option<(RawView, RawCacheView)>,
     pub to: Destination<'a>,
     pub k_norm: Option<RmsNorm<'a>>,
     pub rope: Option<RawRope<'a>>,
@@ -390,8 +398,14 @@ impl RawWrite<'_> {
                     k_cache.same_axis("k_cache", v_cache, "v_cache", SEQ)?;
                 }
                 Packing::RowPairs => {
-                    check_pair_dim(("v", v), ("v_cache", v_cache))?;
-                    self.to.layout.validate_packing("k_cache", k_cache, self.v_packing)?;
+                    let format = v_cache.dtype;
+                    ensure!(
+                        !format.has_scales(),
+                        Unsupported,
+                        "v_cache is {format}, whose values are never packed in pairs"
+                    );
+                    check_pair_dim(("v", v), ("v_cache", &v_cache.units))?;
+                    self.to.layout.validate_packing("k_cache", &k_cache.units, self.v_packing)?;
                     let (slots, pairs) = (k_cache.shape[SEQ], v_cache.shape[SEQ]);
                     ensure!(
                         pairs == slots / 2,
@@ -401,13 +415,14 @@ impl RawWrite<'_> {
                     );
                 }
             }
-            let keys = |view: &RawView, extent| k_cache.overlaps_within(k_cache_extent, view, extent);
-            ensure!(!keys(v_cache, v_cache_extent), Overlap, "k_cache and v_cache share memory");
-            ensure!(!keys(v, v_extent), Overlap, "k_cache and v share memory");
-            let shared = v_cache.overlaps_within(v_cache_extent, k, k_extent);
-            ensure!(!shared, Overlap, "v_cache and k share memory");
+            let caches = k_cache.overlaps_cache(k_cache_extent, v_cache, v_cache_extent);
+            ensure!(!caches, Overlap, "k_cache and v_cache share memory");
+            let crossed = k_cache.overlaps_within(k_cache_extent, v, v_extent);
+            ensure!(!crossed, Overlap, "k_cache and v share memory");
+            let crossed = v_cache.overlaps_within(v_cache_extent, k, k_extent);
+            ensure!(!crossed, Overlap, "v_cache and k share memory");
         }
-        self.to.validate(k.shape[BATCH], k.shape[SEQ], k_cache)?;
+        self.to.validate(k.shape[BATCH], k.shape[SEQ], &k_cache.units)?;
         if let Some(rope) = &self.rope {
             rope.validate(k)?;
         }
@@ -423,10 +438,16 @@ impl RawWrite<'_> {
 /// The memory that valid views reach is readable and, for the caches, writable, by this call alone.
 pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write: &RawWrite) -> Result<()> {
     write.validate()?;
+    for (name, cache) in [("k_cache", Some(&write.keys.1)), ("v_cache", write.values.as_ref().map(|v| &v.1))] {
+        let quantised = cache.map(|cache| cache.dtype).filter(|format| format.has_scales());
+        if let Some(format) = quantised {
+            fail!(Unsupported, "{name} is {format}, which is not written yet");
+        }
+    }
     let RawWrite { keys: (k, k_cache), values, to, k_norm, rope, v_packing } = write;
     let seq = k.shape[SEQ];
     let angles = context.angles();
-    let bytes = k.elements().saturating_mul(k.dtype.size() + k_cache.dtype.size());
+    let bytes = k.elements().saturating_mul(k.dtype.size() + k_cache.dtype.unit_bytes());
     let large = bytes > cache::second_level() / 2;
     let k_copy = context.copy(Op::KvWrite, k.dtype, k_cache.dtype);
     let k_normed = context.norm(k.dtype, k_cache.dtype);
@@ -436,17 +457,17 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
         k.shape,
         || rope.map(|_| TokenAngles::new()),
         |token_angles, (b, t)| {
-            let Some(place) = to.place(b, t, seq, k_cache) else { return };
+            let Some(place) = to.place(b, t, seq, &k_cache.units) else { return };
             // SAFETY: the views and the destination are valid; no two tokens share a slot.
             unsafe {
-                let next = if large && t + 1 < seq { to.place(b, t + 1, seq, k_cache) } else { None };
+                let next = if large && t + 1 < seq { to.place(b, t + 1, seq, &k_cache.units) } else { None };
                 if !k.is_empty() {
-                    let mut copy = token_copy(k, (b, t), k_cache, place);
+                    let mut copy = token_copy(k, (b, t), &k_cache.units, place);
                     match values {
                         Some((v, v_cache)) if large && *v_packing == Packing::Rows && !v.is_empty() => {
                             ask_for(&mut copy, v.row(b, t, 0), v_cache.row(place.0, place.1, 0));
                         }
-                        _ if large => (copy.src_prefetch, copy.dst_prefetch) = (ahead(k), ahead(k_cache)),
+                        _ if large => (copy.src_prefetch, copy.dst_prefetch) = (ahead(k), ahead(&k_cache.units)),
                         _ => {}
                     }
                     match (rope, token_angles, k_norm) {
@@ -465,15 +486,17 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                     let v_copy = context.copy(Op::KvWrite, v.dtype, v_cache.dtype);
                     match v_packing {
                         Packing::Rows => {
-                            let mut copy = token_copy(v, (b, t), v_cache, place);
+                            let mut copy = token_copy(v, (b, t), &v_cache.units, place);
                             if let Some(next) = next {
                                 ask_for(&mut copy, k.row(b, t + 1, 0), k_cache.row(next.0, next.1, 0));
                             }
                             v_copy(&copy);
                         }
                         Packing::RowPairs => {
-                            let ahead = if large { (ahead(v), ahead(v_cache)) } else { (0, 0) };
-                            pack_token(v_copy, v, (b, t), v_cache, ahead, |t| to.place(b, t, seq, k_cache))
+                            let ahead = if large { (ahead(v), ahead(&v_cache.units)) } else { (0, 0) };
+                            pack_token(v_copy, v, (b, t), &v_cache.units, ahead, |t| {
+                                to.place(b, t, seq, &k_cache.units)
+                            });
                         }
                     }
                 }
@@ -483,10 +506,10 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
 }
 
 /// Checks what is written and where it goes; returns what the two can touch.
-fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawView) -> Result<(Extent, Extent)> {
+fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawCacheView) -> Result<(Extent, CacheExtent)> {
     let (from, to) = (src.validate(name)?, cache.validate_output(cache_name)?);
     src.same_axis(name, cache, cache_name, HEADS)?;
-    ensure!(!src.overlaps_within(from, cache, to), Overlap, "{name} and {cache_name} share memory");
+    ensure!(!cache.overlaps_within(to, src, from), Overlap, "{name} and {cache_name} share memory");
     Ok((from, to))
 }
 

@@ -1,14 +1,13 @@
 //! Beam search: sequences are replaced by their parents, by moving tokens or by moving entries of a table.
 
 use super::lengths::check_slots_free;
-use super::{KvCache, Layers, RawCache, SafeLayers, Step, for_each_piece, move_tokens, plane};
+use super::{KvCache, Layers, RawCache, SafeLayers, Step, cache_at, for_each_piece, move_tokens};
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::api::Op;
 use crate::layout::Layout;
 use crate::ops::workspace::{Workspace, check_workspace};
 use crate::parallel::{MAX_WORKERS, Runner};
-use crate::view::{DIM, HEADS, RawView, SEQ, contiguous};
+use crate::view::{DIM, HEADS, RawCacheView, RawView, SEQ, Units, contiguous};
 
 impl KvCache<'_, '_> {
     /// Every sequence b becomes a copy of what sequence `parents[b]` was, tokens and length (beam search). Only valid tokens
@@ -281,12 +280,32 @@ pub(crate) fn reorder_workspace_size_raw(layers: &dyn Layers, rows: usize, threa
 fn buffer_bytes(layers: &dyn Layers) -> Result<usize> {
     let mut most = 0;
     for i in 0..2 * layers.count() {
-        if let Some(view) = plane(layers, i)? {
-            let token = view.shape[HEADS].saturating_mul(view.shape[DIM]).saturating_mul(view.dtype.size());
-            most = most.max(token.saturating_mul(BLOCK).saturating_add(63) / 64 * 64);
+        if let Some(cache) = cache_at(layers, i)? {
+            let (units, scales) = block_bytes(&cache);
+            most = most.max(units.saturating_add(scales));
         }
     }
     Ok(most)
+}
+
+/// Bytes of the units and of the scales of a block of tokens; multiples of 64.
+fn block_bytes(cache: &RawCacheView) -> (usize, usize) {
+    let bytes = |per_head: usize| {
+        let token = cache.shape[HEADS].saturating_mul(per_head);
+        token.saturating_mul(BLOCK).saturating_add(63) / 64 * 64
+    };
+    let scales = cache.scales.map_or(0, |scales| bytes(scales.dtype.size()));
+    (bytes(cache.shape[DIM].saturating_mul(cache.dtype.unit_bytes())), scales)
+}
+
+/// A block of tokens of a cache, at `memory`.
+fn block_at(memory: *mut u8, cache: &RawCacheView) -> RawCacheView {
+    fn view<U: Units>(data: *mut u8, of: &RawView<U>) -> RawView<U> {
+        let shape = [1, BLOCK, of.shape[HEADS], of.shape[DIM]];
+        RawView { data, shape, strides: contiguous(shape), bytes: None, ..*of }
+    }
+    let scales = memory.wrapping_add(block_bytes(cache).0);
+    RawCacheView { units: view(memory, &cache.units), scales: cache.scales.map(|of| view(scales, &of)) }
 }
 
 /// The workspace, of which every worker has a part.
@@ -334,21 +353,14 @@ pub(crate) unsafe fn reorder_raw(
     let tokens = moves.iter().filter(|step| step.from != BUFFER).map(|step| used(step.from)).sum();
     let longest = moves.iter().filter(|step| step.from != BUFFER).map(|step| used(step.from)).max().unwrap_or(0);
     for_each_piece(runner, cache.layers, tokens, &|worker, piece| {
-        let view = &piece.view;
-        let step = Step::Copy(context.copy(Op::KvWrite, view.dtype, view.dtype));
-        let shape = [1, BLOCK, view.shape[HEADS], view.shape[DIM]];
-        let buffer = RawView {
-            data: buffers.at(worker * buffer_bytes),
-            shape,
-            strides: contiguous(shape),
-            bytes: None,
-            ..*view
-        };
+        let cache = &piece.cache;
+        let step = Step::copy(context, cache);
+        let buffer = block_at(buffers.at(worker * buffer_bytes), cache);
         for block in (0..longest).step_by(BLOCK) {
             let mut buffered = 0;
             for m in moves {
                 let n = if m.from == BUFFER { buffered } else { used(m.from).saturating_sub(block).min(BLOCK) };
-                let row = |r: i32| if r == BUFFER { (&buffer, (0, 0)) } else { (view, (r as usize, block)) };
+                let row = |r: i32| if r == BUFFER { (&buffer, (0, 0)) } else { (cache, (r as usize, block)) };
                 let ((src, from), (dst, to)) = (row(m.from), row(m.to));
                 // SAFETY: sequences and slots are inside the views, two sequences share nothing, and no other piece has these
                 // heads.

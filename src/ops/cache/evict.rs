@@ -33,13 +33,13 @@ use super::{
 };
 use crate::context::Context;
 use crate::error::{Error, Result, ensure};
-use crate::kernels::api::Op;
+use crate::format::CacheFormat;
 use crate::layout::Layout;
 use crate::ops::rope::{RopeFrequencies, check_frequencies, check_rotary_dim};
 use crate::parallel::Runner;
 use crate::problem::limits::MAX_ROTARY_DIM;
 use crate::problem::rotation::Pairing;
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View};
+use crate::view::{BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, View};
 use std::ops::Range;
 
 /// How the keys of a layer were turned when they were written.
@@ -228,17 +228,17 @@ pub(crate) unsafe fn evict_raw<'a>(
         check_pages_of_gap(cache, &first, row, &drop, drop.start)?;
         let angles = context.angles();
         for_each_piece(runner, layers, moved, &|_, piece| {
-            let view = &piece.view;
-            let row = RowOf { layout: &layout, view, row };
+            let cache = &piece.cache;
+            let row = RowOf { layout: &layout, cache, row };
             let (mut cos, mut sin) = ([0.0; MAX_ROTARY_DIM / 2], [0.0; MAX_ROTARY_DIM / 2]);
             let rotation = if piece.values { Ok(None) } else { of_layer((rotations, rotation), piece.layer) };
             let step = match rotation.expect("the rotations were valid a moment ago") {
-                None => Step::Copy(context.copy(Op::KvWrite, view.dtype, view.dtype)),
+                None => Step::copy(context, cache),
                 Some(RawRotation { pairing, inv_freq }) => {
                     let (cos, sin) = (&mut cos[..inv_freq.len()], &mut sin[..inv_freq.len()]);
                     // SAFETY: the context hands out kernels of available levels only.
                     unsafe { angles(-(gap as f64), inv_freq, 1.0, cos, sin) };
-                    Step::Rotate { kernel: context.rope(view.dtype, view.dtype), pairing, cos, sin }
+                    Step::Rotate { kernel: context.rope(cache.dtype, cache.dtype), pairing, cos, sin }
                 }
             };
             // SAFETY: all positions are the sequence's, on pages that it has once; tokens move down in ascending order, no more
@@ -283,7 +283,7 @@ pub(crate) unsafe fn evict_running_raw<'a>(
         for axis in [HEADS, DIM] {
             keys.same_axis("the unrotated keys", k, "k", axis)?;
         }
-        check_apart(layers, 2 * layers.count(), &keys, "the cache")
+        check_apart(layers, 2 * layers.count(), &keys.into(), "the cache")
     })?;
     layout.validate_row("the cache", &first, row, 0, kept)?;
     let rewrites = gap > 0 && kept > 0 && (0..layers.count()).any(|i| matches!(of_layer(unrotated, i), Ok(Some(_))));
@@ -293,9 +293,8 @@ pub(crate) unsafe fn evict_running_raw<'a>(
     }
     if gap > 0 && moved > 0 {
         for_each_piece(runner, layers, moved, &|_, piece| {
-            let view = &piece.view;
-            let (row, step) =
-                (RowOf { layout: &layout, view, row }, Step::Copy(context.copy(Op::KvWrite, view.dtype, view.dtype)));
+            let cache = &piece.cache;
+            let (row, step) = (RowOf { layout: &layout, cache, row }, Step::copy(context, cache));
             // SAFETY: as in `evict_raw`.
             unsafe { move_range(&step, row, drop.end..length, row, drop.start, gap) };
         })?;
@@ -306,18 +305,18 @@ pub(crate) unsafe fn evict_running_raw<'a>(
             let unrotated = if piece.values { Ok(None) } else { of_layer(unrotated, piece.layer) };
             let Some(unrotated) = unrotated.expect("the keys were valid a moment ago") else { return };
             let RawRotation { pairing, inv_freq } = unrotated.rotation;
-            let (src, view) = (heads_of(&unrotated.keys, piece.heads), &piece.view);
+            let (src, cache) = (heads_of(&unrotated.keys, piece.heads), &piece.cache);
             let (mut cos, mut sin) = ([0.0; MAX_ROTARY_DIM / 2], [0.0; MAX_ROTARY_DIM / 2]);
             let (cos, sin) = (&mut cos[..inv_freq.len()], &mut sin[..inv_freq.len()]);
-            let kernel = context.rope(src.dtype, view.dtype);
+            let kernel = context.rope(src.dtype, cache.dtype);
             for token in 0..kept {
-                let place = layout.place(view, row, token).0;
+                let place = layout.place(&cache.units, row, token).0;
                 let position = (token + dropped + gap) as f64;
                 // SAFETY: the context hands out kernels of available levels only; the token is the sequence's, on a page that it
                 // has once, and the copies have its heads and share no memory with it.
                 unsafe {
                     angles(position, inv_freq, unrotated.magnitude, cos, sin);
-                    move_tokens(&Step::Rotate { kernel, pairing, cos, sin }, &src, (0, token), view, place, 1);
+                    move_tokens(&Step::Rotate { kernel, pairing, cos, sin }, &src.into(), (0, token), cache, place, 1);
                 }
             }
         })?;
@@ -327,7 +326,7 @@ pub(crate) unsafe fn evict_running_raw<'a>(
 }
 
 /// Checks the cache and what is to be dropped; returns the keys of the first layer, the sequence and its length.
-fn check_drop(cache: &RawCache, row: i64, drop: &Range<usize>) -> Result<(RawView, usize, usize)> {
+fn check_drop(cache: &RawCache, row: i64, drop: &Range<usize>) -> Result<(RawView<CacheFormat>, usize, usize)> {
     let first = cache.validate()?;
     let row = cache.check_row("sequence", row)?;
     let why = match cache.layout {
@@ -353,7 +352,7 @@ fn check_per_layer<T>(
     cache: &RawCache,
     what: &str,
     given: PerLayer<T>,
-    check: impl Fn(T, &RawView) -> Result<()>,
+    check: impl Fn(T, &RawCacheView) -> Result<()>,
 ) -> Result<()> {
     let (layers, n) = (cache.layers, cache.layers.count());
     ensure!(
@@ -372,15 +371,22 @@ fn check_per_layer<T>(
     Ok(())
 }
 
-fn check_rotation(rotation: &RawRotation, magnitude: f64, k: &RawView) -> Result<()> {
+fn check_rotation(rotation: &RawRotation, magnitude: f64, k: &RawCacheView) -> Result<()> {
     let (rotary_dim, dim) = (rotation.inv_freq.len().saturating_mul(2), k.shape[DIM]);
+    ensure!(!k.dtype.has_scales(), Unsupported, "keys of {} are not rotated yet", k.dtype);
     check_rotary_dim(rotary_dim)?;
     ensure!(rotary_dim <= dim, Shape, "rotary_dim {rotary_dim} is above the head size {dim}");
     check_frequencies(rotation.inv_freq, magnitude)
 }
 
 /// Checks that no other sequence has the pages that are written when the gap is closed, those of the tokens from `from` on.
-fn check_pages_of_gap(cache: &RawCache, first: &RawView, row: usize, drop: &Range<usize>, from: usize) -> Result<()> {
+fn check_pages_of_gap(
+    cache: &RawCache,
+    first: &RawView<CacheFormat>,
+    row: usize,
+    drop: &Range<usize>,
+    from: usize,
+) -> Result<()> {
     let (layout, length) = (&cache.layout, cache.length(row));
     check_pages_unshared(layout, first, row, (from, length - drop.len()), &|other| cache.length(other))?;
     // The pages that are only read are the sequence's as well: one that came twice would be read after it was written.

@@ -168,7 +168,8 @@ mod tests {
     fn what_a_ring_holds_and_has_lost() {
         let shape = [1, 8, 1, 1];
         let strides = crate::view::contiguous(shape);
-        let view = RawView { data: std::ptr::null_mut(), dtype: crate::DType::F32, shape, strides, bytes: None };
+        let dtype = crate::CacheFormat::F32;
+        let view = RawView { data: std::ptr::null_mut(), dtype, shape, strides, bytes: None };
         let ring = Layout::Ring { sink_tokens: 2 };
         assert_eq!(held(&ring, &view, 1), [0..1, 1..1]);
         assert_eq!(held(&ring, &view, 8), [0..2, 2..8]);

@@ -53,13 +53,16 @@ pub(crate) use pages::{copy_pages_raw, defragment_pages_raw};
 #[cfg(feature = "capi")]
 pub(crate) use rows::{copy_prefix_raw, insert_sequence_raw, reset_raw};
 
+use crate::cache_view::CacheViewMut;
+use crate::context::Context;
 use crate::error::{Error, Result, ensure};
-use crate::kernels::api::{CopyArgs, CopyFn, RopeArgs, RopeFn};
+use crate::format::CacheFormat;
+use crate::kernels::api::{CopyArgs, CopyFn, Op, RopeArgs, RopeFn};
 use crate::layout::{Layout, Place};
 use crate::ops::COPY_GRAIN;
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::problem::rotation::Pairing;
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, ViewMut};
+use crate::view::{BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, Units};
 use std::ops::Range;
 
 /// The cache of one layer: `[batch, slots, kv_heads, dim]` each, where the first two axes mean what the layout says.
@@ -67,20 +70,20 @@ use std::ops::Range;
 #[non_exhaustive]
 pub struct KvLayer<'a> {
     /// Keys.
-    pub k: ViewMut<'a>,
-    /// Values, with a `dim` and a type of their own; absent where keys and values share memory.
-    pub v: Option<ViewMut<'a>>,
+    pub k: CacheViewMut<'a>,
+    /// Values, with a `dim` and a format of their own; absent where keys and values share memory.
+    pub v: Option<CacheViewMut<'a>>,
 }
 
 impl<'a> KvLayer<'a> {
     /// A layer with keys and values.
-    pub fn new(k: ViewMut<'a>, v: ViewMut<'a>) -> Self {
-        Self { k, v: Some(v) }
+    pub fn new(k: impl Into<CacheViewMut<'a>>, v: impl Into<CacheViewMut<'a>>) -> Self {
+        Self { k: k.into(), v: Some(v.into()) }
     }
 
     /// A layer whose values share the memory of its keys (latent attention).
-    pub fn keys(k: ViewMut<'a>) -> Self {
-        Self { k, v: None }
+    pub fn keys(k: impl Into<CacheViewMut<'a>>) -> Self {
+        Self { k: k.into(), v: None }
     }
 }
 
@@ -140,8 +143,8 @@ impl KvCache<'_, '_> {
 /// [`KvLayer`] without lifetimes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawLayer {
-    pub k: RawView,
-    pub v: Option<RawView>,
+    pub k: RawCacheView,
+    pub v: Option<RawCacheView>,
 }
 
 /// The layers of a stack, as a caller has them: there is no list of raw layers, since a call allocates nothing.
@@ -178,7 +181,7 @@ pub(crate) struct RawCache<'a> {
 
 impl RawCache<'_> {
     /// Checks everything but table entries; returns the keys of the first layer, whose first two axes are those of all.
-    fn validate(&self) -> Result<RawView> {
+    fn validate(&self) -> Result<RawView<CacheFormat>> {
         let first = validate_layers(self.layers)?;
         validate_rows(&self.layout, &first, self.lengths)?;
         Ok(first)
@@ -197,11 +200,11 @@ impl RawCache<'_> {
 }
 
 /// Checks the views of all layers, against each other too; returns the keys of the first layer.
-fn validate_layers(layers: &dyn Layers) -> Result<RawView> {
+fn validate_layers(layers: &dyn Layers) -> Result<RawView<CacheFormat>> {
     let n = layers.count();
     ensure!(n > 0, Shape, "the cache has no layers");
     let in_layer = |i: usize, e: Error| Error::new(e.status(), format!("layer {i}: {}", e.message()));
-    let first = layers.layer(0).map_err(|e| in_layer(0, e))?.k;
+    let first = layers.layer(0).map_err(|e| in_layer(0, e))?.k.units;
     for i in 0..n {
         let check = || {
             let layer = layers.layer(i)?;
@@ -220,19 +223,19 @@ fn validate_layers(layers: &dyn Layers) -> Result<RawView> {
         check().map_err(|e| in_layer(i, e))?;
     }
     for i in 1..2 * n {
-        if let Some(a) = plane(layers, i)? {
+        if let Some(a) = cache_at(layers, i)? {
             check_apart(layers, i, &a, "the cache")?;
         }
     }
     Ok(first)
 }
 
-/// Checks that a view shares no memory with the planes of `layers` before `end`.
-fn check_apart(layers: &dyn Layers, end: usize, view: &RawView, whose: &str) -> Result<()> {
+/// Checks that a view shares no memory with the caches of `layers` before number `end`.
+fn check_apart(layers: &dyn Layers, end: usize, view: &RawCacheView, whose: &str) -> Result<()> {
     let a = view.validate("view")?;
     for j in 0..end {
-        if let Some(b) = plane(layers, j)?
-            && b.overlaps_within(b.validate("view")?, view, a)
+        if let Some(b) = cache_at(layers, j)?
+            && b.overlaps_cache(b.validate("view")?, view, a)
         {
             let name = ["k", "v"][j % 2];
             crate::error::fail!(Overlap, "{name} of layer {} shares memory with another view of {whose}", j / 2);
@@ -241,14 +244,14 @@ fn check_apart(layers: &dyn Layers, end: usize, view: &RawView, whose: &str) -> 
     Ok(())
 }
 
-/// Plane i: the keys or the values of layer i / 2, if it has them.
-fn plane(layers: &dyn Layers, i: usize) -> Result<Option<RawView>> {
+/// Cache i: the keys or the values of layer i / 2, if it has them.
+fn cache_at(layers: &dyn Layers, i: usize) -> Result<Option<RawCacheView>> {
     let layer = layers.layer(i / 2)?;
     Ok(if i.is_multiple_of(2) { Some(layer.k) } else { layer.v })
 }
 
 /// Checks layout and lengths; table entries are checked where they are used.
-fn validate_rows(layout: &Layout, cache: &RawView, lengths: &[i32]) -> Result<()> {
+fn validate_rows(layout: &Layout, cache: &RawView<CacheFormat>, lengths: &[i32]) -> Result<()> {
     layout.validate("the cache", cache)?;
     let n = lengths.len();
     let rows = layout.rows(cache).unwrap_or(n);
@@ -265,7 +268,7 @@ fn validate_rows(layout: &Layout, cache: &RawView, lengths: &[i32]) -> Result<()
 }
 
 /// The positions that a sequence of `length` tokens holds: one range, and for a ring that has gone round a second one.
-fn held(layout: &Layout, cache: &RawView, length: usize) -> [Range<usize>; 2] {
+fn held(layout: &Layout, cache: &RawView<CacheFormat>, length: usize) -> [Range<usize>; 2] {
     match *layout {
         Layout::Ring { sink_tokens } => {
             let newest = layout.retained_from(cache, length).max(sink_tokens);
@@ -276,7 +279,7 @@ fn held(layout: &Layout, cache: &RawView, length: usize) -> [Range<usize>; 2] {
 }
 
 /// The positions that a sequence of `length` tokens held once and holds no more.
-fn lost(layout: &Layout, cache: &RawView, length: usize) -> Range<usize> {
+fn lost(layout: &Layout, cache: &RawView<CacheFormat>, length: usize) -> Range<usize> {
     match *layout {
         Layout::Ring { sink_tokens } => sink_tokens..layout.retained_from(cache, length).max(sink_tokens),
         _ => 0..0,
@@ -301,7 +304,7 @@ fn check_held(range: &Range<usize>, lost: &Range<usize>, row: usize, length: usi
 /// `others` tells how many tokens of another sequence count. Layouts without pages share nothing.
 fn check_pages_unshared(
     layout: &Layout,
-    cache: &RawView,
+    cache: &RawView<CacheFormat>,
     row: usize,
     (from, to): (usize, usize),
     others: &dyn Fn(usize) -> usize,
@@ -328,48 +331,53 @@ fn check_pages_unshared(
     Ok(())
 }
 
-/// Some heads of a plane.
+/// Some heads of the keys or of the values of a layer.
 struct Piece {
     layer: usize,
     values: bool,
     /// The heads: from this one on, so many.
     heads: (usize, usize),
-    view: RawView,
+    cache: RawCacheView,
 }
 
-/// Runs `body(worker, piece)` for all pieces of all planes; `tokens` of every plane are moved.
+/// Runs `body(worker, piece)` for all pieces of all layers; `tokens` of every layer are moved.
 fn for_each_piece(
     runner: &dyn Runner,
     layers: &dyn Layers,
     tokens: usize,
     body: &(dyn Fn(usize, &Piece) + Sync),
 ) -> Result<()> {
-    let planes = 2 * layers.count();
+    let caches = 2 * layers.count();
     let (mut elements, mut most_heads) = (0usize, 1);
-    for i in 0..planes {
-        if let Some(view) = plane(layers, i)? {
-            elements = elements.saturating_add(tokens.saturating_mul(view.shape[HEADS] * view.shape[DIM]));
-            most_heads = most_heads.max(view.shape[HEADS]);
+    for i in 0..caches {
+        if let Some(cache) = cache_at(layers, i)? {
+            elements = elements.saturating_add(tokens.saturating_mul(cache.shape[HEADS] * cache.shape[DIM]));
+            most_heads = most_heads.max(cache.shape[HEADS]);
         }
     }
     let workers = workers_for(runner, elements, COPY_GRAIN);
-    let pieces = if workers == 1 { 1 } else { (2 * workers).div_ceil(planes).min(most_heads) };
-    for_each_tile(runner, workers, planes * pieces, &|worker, tile| {
+    let pieces = if workers == 1 { 1 } else { (2 * workers).div_ceil(caches).min(most_heads) };
+    for_each_tile(runner, workers, caches * pieces, &|worker, tile| {
         let (index, piece) = (tile / pieces, tile % pieces);
-        let view = plane(layers, index).expect("the layers were valid a moment ago");
-        let Some(view) = view else { return };
-        let n = view.shape[HEADS];
+        let cache = cache_at(layers, index).expect("the layers were valid a moment ago");
+        let Some(cache) = cache else { return };
+        let n = cache.shape[HEADS];
         let (first, end) = (piece * n / pieces, (piece + 1) * n / pieces);
         let heads = (first, end - first);
-        let view = heads_of(&view, heads);
-        if !view.is_empty() {
-            body(worker, &Piece { layer: index / 2, values: index % 2 == 1, heads, view });
+        let cache = cache_heads_of(&cache, heads);
+        if !cache.is_empty() {
+            body(worker, &Piece { layer: index / 2, values: index % 2 == 1, heads, cache });
         }
     })
 }
 
+/// As [`heads_of`], with their scales.
+fn cache_heads_of(cache: &RawCacheView, heads: (usize, usize)) -> RawCacheView {
+    RawCacheView { units: heads_of(&cache.units, heads), scales: cache.scales.map(|scales| heads_of(&scales, heads)) }
+}
+
 /// Heads `first .. first + count` of a view.
-fn heads_of(view: &RawView, (first, count): (usize, usize)) -> RawView {
+fn heads_of<U: Units>(view: &RawView<U>, (first, count): (usize, usize)) -> RawView<U> {
     let mut part = *view;
     part.shape[HEADS] = count;
     if !part.is_empty() {
@@ -381,17 +389,66 @@ fn heads_of(view: &RawView, (first, count): (usize, usize)) -> RawView {
 
 /// What tokens become on their way.
 enum Step<'a> {
-    /// The same, in another type perhaps.
-    Copy(CopyFn),
+    /// The same: units, in another type perhaps, and scales, to the bit.
+    Copy { units: CopyFn, scales: Option<CopyFn> },
     /// Turned by one set of angles.
     Rotate { kernel: RopeFn, pairing: Pairing, cos: &'a [f32], sin: &'a [f32] },
+}
+
+impl Step<'_> {
+    /// The copy of tokens of a cache to other places of it.
+    fn copy(context: &Context, cache: &RawCacheView) -> Self {
+        let units = match cache.dtype {
+            CacheFormat::F32 | CacheFormat::F16 | CacheFormat::Bf16 => {
+                context.copy(Op::KvWrite, cache.dtype, cache.dtype)
+            }
+            CacheFormat::Int8 => copy_bytes,
+        };
+        let scales = cache.scales.map(|scales| context.copy(Op::KvWrite, scales.dtype, scales.dtype));
+        Self::Copy { units, scales }
+    }
+}
+
+/// Copies units of a byte.
+///
+/// # Safety
+/// That of [`CopyFn`]; vectors are neither repeated nor interleaved.
+unsafe fn copy_bytes(args: &CopyArgs) {
+    for head in 0..args.heads as isize {
+        let src = args.src.wrapping_offset(head * args.src_head);
+        let dst = args.dst.wrapping_offset(head * args.dst_head);
+        // SAFETY: the caller's.
+        unsafe {
+            if args.src_dim == 1 && args.dst_dim == 1 {
+                std::ptr::copy_nonoverlapping(src, dst, args.dim);
+            } else {
+                for i in 0..args.dim as isize {
+                    *dst.wrapping_offset(i * args.dst_dim) = *src.wrapping_offset(i * args.src_dim);
+                }
+            }
+        }
+    }
 }
 
 /// Moves `n` tokens, which lie in slots one after the other on both sides, from one place to another.
 ///
 /// # Safety
-/// The views are valid and agree in heads and dim, the slots are inside them, and no element that is read is written.
-unsafe fn move_tokens(step: &Step, src: &RawView, from: Place, dst: &RawView, to: Place, n: usize) {
+/// The caches are valid and agree in heads and dim, the slots are inside them, and no element that is read is written.
+unsafe fn move_tokens(step: &Step, src: &RawCacheView, from: Place, dst: &RawCacheView, to: Place, n: usize) {
+    // SAFETY: the caller's, here and below.
+    unsafe { move_units(step, &src.units, from, &dst.units, to, n) };
+    if let (Step::Copy { scales: Some(scales), .. }, Some(src), Some(dst)) = (step, src.scales, dst.scales) {
+        let step = Step::Copy { units: *scales, scales: None };
+        // SAFETY: as above.
+        unsafe { move_units(&step, &src, from, &dst, to, n) };
+    }
+}
+
+/// As [`move_tokens`], for units or for scales.
+///
+/// # Safety
+/// As [`move_tokens`].
+unsafe fn move_units<U: Units>(step: &Step, src: &RawView<U>, from: Place, dst: &RawView<U>, to: Place, n: usize) {
     let [.., heads, dim] = src.shape;
     if n == 0 || heads == 0 || dim == 0 {
         return;
@@ -415,15 +472,15 @@ unsafe fn move_tokens(step: &Step, src: &RawView, from: Place, dst: &RawView, to
     // A kernel takes any number of vectors at equal distances: the heads of a token, or the tokens of a head.
     let run = |copy: CopyArgs| match *step {
         // SAFETY: the caller's.
-        Step::Copy(kernel) => unsafe { kernel(&copy) },
+        Step::Copy { units, .. } => unsafe { units(&copy) },
         Step::Rotate { kernel, pairing, cos, sin } => {
             let rotary_dim = 2 * cos.len();
             // SAFETY: the caller's, and there are rotary_dim / 2 cosines and sines.
             unsafe { kernel(&RopeArgs { copy, rotary_dim, pairing, cos: cos.as_ptr(), sin: sin.as_ptr() }) };
         }
     };
-    let together = |view: &RawView| view.strides[DIM] == 1 && (heads == 1 || view.strides[HEADS] == dim as i64);
-    if matches!(step, Step::Copy(_)) && together(src) && together(dst) {
+    let together = |view: &RawView<U>| view.strides[DIM] == 1 && (heads == 1 || view.strides[HEADS] == dim as i64);
+    if matches!(step, Step::Copy { .. }) && together(src) && together(dst) {
         run(CopyArgs { dim: heads * dim, ..args(0, 0, n, SEQ) });
     } else if n >= heads {
         (0..heads).for_each(|h| run(args(0, h, n, SEQ)));
@@ -436,7 +493,7 @@ unsafe fn move_tokens(step: &Step, src: &RawView, from: Place, dst: &RawView, to
 #[derive(Clone, Copy)]
 struct RowOf<'a> {
     layout: &'a Layout<'a>,
-    view: &'a RawView,
+    cache: &'a RawCacheView,
     row: usize,
 }
 
@@ -447,11 +504,11 @@ struct RowOf<'a> {
 unsafe fn move_range(step: &Step, src: RowOf, from: Range<usize>, dst: RowOf, to: usize, most: usize) {
     let mut done = 0;
     while done < from.len() {
-        let (src_place, a) = src.layout.place(src.view, src.row, from.start + done);
-        let (dst_place, b) = dst.layout.place(dst.view, dst.row, to + done);
+        let (src_place, a) = src.layout.place(&src.cache.units, src.row, from.start + done);
+        let (dst_place, b) = dst.layout.place(&dst.cache.units, dst.row, to + done);
         let n = a.min(b).min(most).min(from.len() - done);
         // SAFETY: the caller's.
-        unsafe { move_tokens(step, src.view, src_place, dst.view, dst_place, n) };
+        unsafe { move_tokens(step, src.cache, src_place, dst.cache, dst_place, n) };
         done += n;
     }
 }

@@ -3,7 +3,6 @@
 use super::{KvLayer, Layers, SafeLayers, Step, for_each_piece, move_tokens, validate_layers, validate_rows};
 use crate::context::Context;
 use crate::error::{Result, ensure};
-use crate::kernels::api::Op;
 use crate::layout::Layout;
 use crate::parallel::Runner;
 use crate::view::{BATCH, SEQ};
@@ -91,11 +90,11 @@ pub(crate) unsafe fn copy_pages_raw(
     }
     let work = moves.len().saturating_mul(size);
     for_each_piece(runner, layers, work, &|_, piece| {
-        let step = Step::Copy(context.copy(Op::KvWrite, piece.view.dtype, piece.view.dtype));
+        let step = Step::copy(context, &piece.cache);
         for &[from, to] in moves {
             let (from, to) = ((from as usize, 0), (to as usize, 0));
             // SAFETY: the pages exist and are not the same, and this piece's heads are no other's.
-            unsafe { move_tokens(&step, &piece.view, from, &piece.view, to, size) };
+            unsafe { move_tokens(&step, &piece.cache, from, &piece.cache, to, size) };
         }
     })
 }
@@ -152,11 +151,11 @@ pub(crate) unsafe fn defragment_pages_raw(
     let moves = (used..count).filter(|&page| map[page] >= 0);
     let work = moves.clone().count().saturating_mul(size);
     for_each_piece(runner, layers, work, &|_, piece| {
-        let step = Step::Copy(context.copy(Op::KvWrite, piece.view.dtype, piece.view.dtype));
+        let step = Step::copy(context, &piece.cache);
         for page in moves.clone() {
             let (from, to) = ((page, 0), (map[page] as usize, 0));
             // SAFETY: the pages exist, one is used and the other is not, and this piece's heads are no other's.
-            unsafe { move_tokens(&step, &piece.view, from, &piece.view, to, size) };
+            unsafe { move_tokens(&step, &piece.cache, from, &piece.cache, to, size) };
         }
     })?;
     for (row, entries) in page_table.chunks_exact_mut(pages_per_sequence).enumerate() {

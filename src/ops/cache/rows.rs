@@ -1,15 +1,16 @@
 //! Whole sequences: emptied, put in from elsewhere, copied in part.
 
 use super::{
-    KvCache, RawCache, RowOf, SafeLayers, Step, check_apart, check_held, check_pages_unshared, for_each_piece,
-    heads_of, held, lost, move_range, plane,
+    KvCache, RawCache, RowOf, SafeLayers, Step, cache_at, cache_heads_of, check_apart, check_held,
+    check_pages_unshared, for_each_piece, held, lost, move_range,
 };
 use crate::context::Context;
 use crate::error::{Result, ensure, fail};
+use crate::format::CacheFormat;
 use crate::kernels::api::Op;
 use crate::layout::{Layout, Place};
 use crate::parallel::Runner;
-use crate::view::{DIM, HEADS, RawView, SEQ};
+use crate::view::{DIM, HEADS, RawView, SEQ, Units};
 
 impl KvCache<'_, '_> {
     /// Empties sequences: their lengths become 0. With `zero` their slots are filled with zeros too: all that they have, or in a
@@ -108,10 +109,15 @@ pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: 
             for &row in rows {
                 let (row, mut done) = (row as usize, 0);
                 while done < tokens(row) {
-                    let (place, run) = layout.place(&piece.view, row, done);
+                    let (place, run) = layout.place(&piece.cache.units, row, done);
                     let n = run.min(tokens(row) - done);
                     // SAFETY: the slots are the sequence's, inside the view, and this piece's heads are no other's.
-                    unsafe { clear(&piece.view, place, n) };
+                    unsafe {
+                        clear(&piece.cache.units, place, n);
+                        if let Some(scales) = &piece.cache.scales {
+                            clear(scales, place, n);
+                        }
+                    }
                     done += n;
                 }
             }
@@ -125,7 +131,7 @@ pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: 
 ///
 /// # Safety
 /// The tokens are inside the view and writable.
-unsafe fn clear(view: &RawView, (row, slot): Place, n: usize) {
+unsafe fn clear<U: Units>(view: &RawView<U>, (row, slot): Place, n: usize) {
     let (size, dim) = (view.dtype.size(), view.shape[DIM]);
     for t in slot..slot + n {
         for h in 0..view.shape[HEADS] {
@@ -165,7 +171,7 @@ pub(crate) unsafe fn insert_sequence_raw(
     let (n, m) = (to.layers.count(), from.layers.count());
     ensure!(n == m, Shape, "the cache has {n} layers, but the one to copy from has {m}");
     for i in 0..2 * n {
-        let (dst, src) = (plane(to.layers, i)?, plane(from.layers, i)?);
+        let (dst, src) = (cache_at(to.layers, i)?, cache_at(from.layers, i)?);
         match (&dst, &src) {
             (Some(dst), Some(src)) => {
                 for axis in [HEADS, DIM] {
@@ -181,6 +187,12 @@ pub(crate) unsafe fn insert_sequence_raw(
                         src.shape[axis]
                     );
                 }
+                ensure!(
+                    !dst.dtype.has_scales() && !src.dtype.has_scales(),
+                    Unsupported,
+                    "rows of {} are not inserted yet",
+                    CacheFormat::Int8
+                );
                 check_apart(from.layers, 2 * n, dst, "the two caches")?;
             }
             (None, None) => {}
@@ -204,11 +216,11 @@ pub(crate) unsafe fn insert_sequence_raw(
     let tokens = ranges.iter().map(|range| range.len()).sum();
     for_each_piece(runner, to.layers, tokens, &|_, piece| {
         let index = 2 * piece.layer + usize::from(piece.values);
-        let Ok(Some(src)) = plane(from.layers, index) else { unreachable!("both caches have the same planes") };
-        let src = heads_of(&src, piece.heads);
-        let step = Step::Copy(context.copy(Op::KvWrite, src.dtype, piece.view.dtype));
-        let dst = RowOf { layout: &to.layout, view: &piece.view, row };
-        let src = RowOf { layout: &from.layout, view: &src, row: from_row };
+        let Ok(Some(src)) = cache_at(from.layers, index) else { unreachable!("both caches have the same planes") };
+        let src = cache_heads_of(&src, piece.heads);
+        let step = Step::Copy { units: context.copy(Op::KvWrite, src.dtype, piece.cache.dtype), scales: None };
+        let dst = RowOf { layout: &to.layout, cache: &piece.cache, row };
+        let src = RowOf { layout: &from.layout, cache: &src, row: from_row };
         for range in &ranges {
             // SAFETY: both sequences hold these positions, the caches share no memory, and this piece's heads are no other's.
             unsafe { move_range(&step, src, range.clone(), dst, range.start, usize::MAX) };
@@ -256,8 +268,8 @@ pub(crate) unsafe fn copy_prefix_raw(
     }
     let work = ranges.iter().map(|range| range.len()).sum::<usize>().saturating_mul(to.len());
     for_each_piece(runner, cache.layers, work, &|_, piece| {
-        let step = Step::Copy(context.copy(Op::KvWrite, piece.view.dtype, piece.view.dtype));
-        let src = RowOf { layout: &layout, view: &piece.view, row: from };
+        let step = Step::copy(context, &piece.cache);
+        let src = RowOf { layout: &layout, cache: &piece.cache, row: from };
         for &row in to {
             for range in &ranges {
                 // SAFETY: both sequences hold these positions, in slots that are not the same ones, and this piece's heads are
