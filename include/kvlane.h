@@ -2,43 +2,47 @@
  *
  * kvlane: attention over a key/value cache for CPUs. Generated from src/capi of the sources; do not edit.
  *
- * A program makes one kvl_context, which chooses the kernels for the machine, and calls operations with it on memory of
- * its own: kvl_rope rotates queries and keys, kvl_rms_norm_rope normalises them first, kvl_kv_write puts new keys and values
- * into a cache (and can do both on the way), kvl_attention attends to the cache. kvl_cache_... operate on the caches of all
- * layers as a whole: lengths, rows, tokens, pages; kvl_shard_... say which part of them is whose where they are spread over
- * machines, and kvl_attention_chunks and kvl_merge_chunks then give the bits that one machine would have; a kvl_plan is what the
- * attention of all layers of a step has in common. kvl_repeat_kv, kvl_merge_states and kvl_pack_row_pairs are there for those who
- * need them.
+ * A program makes one kvl_context, which chooses the kernels for the machine, and calls operations with it on its own memory:
  *
- * Conventions, for every function:
+ *   kvl_rms_norm, kvl_rope, kvl_rms_norm_rope   normalise and rotate queries and keys
+ *   kvl_kv_write                                writes new keys and values into a cache, with norm and rotation on the way
+ *   kvl_attention                               attention over a cache: prefill, chunks, decode
+ *   kvl_plan_...                                the part of attention that is the same for all layers of a step
+ *   kvl_attention_with_prefix                   attention over a prefix that all sequences share
+ *   kvl_merge_states                            joins attention over disjoint keys
+ *   kvl_cache_...                               lengths, sequences, tokens and pages of the caches of all layers
+ *   kvl_shard_...                               parts of a cache that is spread over machines
+ *   kvl_attention_chunks, kvl_merge_chunks      attention over such parts, with the bits of one machine
+ *   kvl_pack_row_pairs, kvl_repeat_kv           copies for special needs
+ *
+ * Conventions of all functions:
  * - Tensors are views: a pointer, an element type, and shape and strides over the axes batch, seq, heads, dim, in this
- *   order whatever the order in memory. Strides count elements. kvl_make_view and kvl_make_const_view fill in those of
- *   a tensor that lies in memory in the order of its axes; for any other order, set strides yourself.
- * - Structs that may grow begin with struct_size and are initialised by a macro KVL_..._INIT; every other field of it is
- *   zero, and zero always means "the default" or "absent". Other structs never change.
+ *   order whatever their order in memory. Strides count elements. kvl_make_view and kvl_make_const_view fill in the strides
+ *   of a tensor that lies in memory in the order of its axes; for any other order, the caller sets them.
+ * - Structs that may grow begin with struct_size and are initialised by a macro KVL_..._INIT. All their other fields are
+ *   then zero, which always stands for "the default" or "absent". Other structs never change.
  * - Numbers that are never negative are signed all the same: a negative one is an error, with a sentence.
  * - A function that can fail returns a kvl_status; kvl_last_error has the sentence. Everything is checked before the
- *   first byte is written. What cannot be checked is that pointers point to what they should: a list has as many entries
- *   as its comment says, and lists, masks and biases are not changed while a call runs.
- * - The library keeps no pointer after a call, allocates nothing in a call that computes, prints nothing, never exits,
- *   has no state but contexts, pools and the last error of each thread, and starts no thread unless it is asked for a pool.
- * - Operations run on the threads of a kvl_parallel_runner, or with null on the calling thread. No bit of a result
+ *   first byte is written. What cannot be checked is where pointers lead: a list has as many entries as its comment says,
+ *   and lists, masks and biases do not change during a call.
+ * - The library keeps no pointer after a call, allocates nothing in a call that computes, prints nothing and never exits. Its
+ *   only state is contexts, plans, pools and the last error of each thread. It starts no thread unless it is asked for a pool.
+ * - Operations run on the threads of a kvl_parallel_runner; a null one stands for the calling thread. No bit of a result
  *   depends on it.
  *
  * Versions: a program that was compiled with an older header runs with a newer library of the same major version. A program
- * that was compiled with a newer header runs with an older library as long as the fields that the library does not know are
- * zero; a field that is not is KVL_STATUS_STRUCT_SIZE, and so is no silent difference.
+ * that was compiled with a newer header runs with an older library as long as the fields that this library does not know are
+ * zero; a field that is not is an error, KVL_STATUS_STRUCT_SIZE.
  *
  * Threads and processes:
- * - A thread that calls the library needs a stack of 64 KiB; 32 KiB are not enough. Threads of a pool have 2 MiB.
- * - No function may be called from a signal handler. The threads of a pool block all signals, so signals to the process arrive
- *   on the threads of the program.
- * - Threads do not survive fork. In the child, contexts, plans and caches serve as before, and a pool of the parent is an
- *   error, KVL_STATUS_PARALLEL, with every function that is given a runner from it; destroying such a pool is allowed and
- *   frees its handle alone. The child may make a pool of its own. What another thread was writing when the process
- *   forked is undefined in the child.
+ * - A thread that calls the library needs a stack of at least 64 KiB (32 KiB are not enough). Threads of a pool have 2 MiB.
+ * - No function may be called from a signal handler. The threads of a pool block all signals, so that signals to the process
+ *   arrive on the program's own threads.
+ * - Threads do not survive fork. In the child, contexts, plans and caches work as before. Every function that is given a runner
+ *   from a pool of the parent fails with KVL_STATUS_PARALLEL; such a pool may be destroyed, which releases only its handle; and
+ *   the child may make a pool of its own. Data that another thread was writing when the process forked is undefined in the child.
  * - The library may be unloaded (dlclose) when all pools are destroyed and no call runs. Threads that have called it may live
- *   on; the system may keep it loaded until they have ended.
+ *   on, and the system may keep it loaded until they end.
  */
 #ifndef KVLANE_H
 #define KVLANE_H
@@ -51,7 +55,7 @@
  * The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major version and
  * of this or a higher minor version serves it. The SONAME carries the major version.
  */
-#define KVL_ABI_VERSION 3
+#define KVL_ABI_VERSION 4
 
 /**
  * Success.
@@ -301,32 +305,33 @@
 #define KVL_ROPE_SCALING_LONGROPE 5
 
 /**
- * Caches are [batch, capacity, kv_heads, dim]; position p of sequence b lies in sequence b, slot p.
+ * Caches are [sequences, capacity, kv_heads, dim]. Position p of sequence b lies in row b, slot p.
  */
 #define KVL_LAYOUT_KIND_CONTIGUOUS 0
 
 /**
- * The same, but a sequence keeps its newest tokens only: position p lies in slot p as long as p < sink_tokens, and from there
- * on in slot `sink_tokens + (p - sink_tokens) % (capacity - sink_tokens)`. Lengths go on counting every token that a sequence
- * was given.
+ * As `KVL_LAYOUT_KIND_CONTIGUOUS`, but a sequence keeps its first `sink_tokens` tokens and its newest ones only:
+ * position p lies in slot p while p < sink_tokens, and from there on in slot `sink_tokens + (p - sink_tokens) %
+ * (capacity - sink_tokens)`. Lengths count every token that a sequence was given.
  */
 #define KVL_LAYOUT_KIND_RING 1
 
 /**
- * Caches are pools [pages, page_size, kv_heads, dim]; position p of sequence b lies in page `table[b * pages_per_sequence + p
- * / page_size]`, slot p % page_size. Sequences may share pages that none of them writes. NHD and HND are two sets of strides.
+ * Caches are pools [pages, page_size, kv_heads, dim]. Position p of sequence b lies in page `table[b *
+ * pages_per_sequence + p / page_size]`, slot p % page_size. Sequences may share pages that none of them writes. NHD
+ * and HND differ in their strides only.
  */
 #define KVL_LAYOUT_KIND_PAGED 2
 
 /**
- * Beam search without copies: caches are [batch, capacity, kv_heads, dim]; position p of sequence b lies in sequence
+ * Beam search without copies: caches are [sequences, capacity, kv_heads, dim]. Position p of sequence b lies in row
  * `table[b * capacity + p]`, slot p.
  */
 #define KVL_LAYOUT_KIND_INDIRECT 3
 
 /**
- * Sequences one after the other, each as long as it is: caches are [1, tokens, kv_heads, dim]; position p of sequence b lies
- * in slot `table[b] + p`, and sequence b ends at `table[b + 1]` (`cu_seqlens`).
+ * Sequences of different lengths lie one after another: caches are [1, tokens, kv_heads, dim]. Position p of sequence
+ * b lies in slot `table[b] + p`, and sequence b ends at `table[b + 1]`.
  */
 #define KVL_LAYOUT_KIND_RAGGED 4
 
@@ -336,9 +341,9 @@
 #define KVL_PACKING_ROWS 0
 
 /**
- * Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: [batch, slots / 2, kv_heads,
- * 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. Slots a sequence (or a page) has, sinks of a ring and
- * starts of ragged sequences are even.
+ * Two slots interleaved, as instructions that multiply tiles of 16-bit numbers read them: [batch, slots / 2, kv_heads,
+ * 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. The slots of a sequence (or of a page),
+ * the sink tokens of a ring and the first slots of ragged sequences are even.
  */
 #define KVL_PACKING_ROW_PAIRS 1
 
@@ -358,7 +363,7 @@
 #define KVL_ATTENTION_FLAG_WINDOW_RIGHT 4
 
 /**
- * Keys that attention computes as one: segments of a sequence begin and end at multiples of this many.
+ * The unit in which attention computes keys: segments of a sequence begin and end at multiples of it.
  */
 #define KVL_SPLIT_GRID 1024
 
@@ -368,8 +373,8 @@
 typedef struct kvl_context kvl_context;
 
 /**
- * What depends on the lengths, positions, windows and tables of a step alone, checked and worked out once for all layers. Made by
- * `kvl_plan_create`.
+ * The part of an attention call that is the same for all layers of a step: lengths, positions, windows, masks and
+ * tables, checked and worked out once. Made by `kvl_plan_create`.
  */
 typedef struct kvl_plan kvl_plan;
 
@@ -471,7 +476,7 @@ typedef int32_t kvl_precision;
 typedef int32_t kvl_dtype;
 
 /**
- * How the values of neighbouring slots lie in a cache. Since ABI version 3.
+ * How the values of neighbouring slots lie in a cache.
  */
 typedef int32_t kvl_packing;
 
@@ -721,7 +726,7 @@ typedef struct kvl_rms_norm_params {
 typedef int32_t kvl_layout_kind;
 
 /**
- * Where in a cache the tokens of its sequences lie. Start from `KVL_LAYOUT_INIT`, which is contiguous. Since ABI version 3.
+ * In which slots of a cache the tokens of its sequences lie. Start from `KVL_LAYOUT_INIT`, which is contiguous.
  */
 typedef struct kvl_layout {
     /**
@@ -729,31 +734,33 @@ typedef struct kvl_layout {
      */
     size_t struct_size;
     /**
-     * One of the above.
+     * The kind of layout.
      */
     kvl_layout_kind kind;
     /**
-     * `KVL_LAYOUT_KIND_RING`: how many of a sequence's first tokens are never overwritten; less than the capacity. Else 0.
+     * `KVL_LAYOUT_KIND_RING`: how many of the first tokens of a sequence are never overwritten, less than the
+     * capacity. Else 0.
      */
     int32_t sink_tokens;
     /**
-     * Sequences that the table describes; not looked at without a table.
+     * The number of sequences in the table. Without a table it is not read.
      */
     int64_t num_sequences;
     /**
-     * `KVL_LAYOUT_KIND_PAGED`: entries of a sequence. Else 0.
+     * `KVL_LAYOUT_KIND_PAGED`: entries of the table per sequence. Else 0.
      */
     int64_t pages_per_sequence;
     /**
-     * `KVL_LAYOUT_KIND_PAGED`: [batch, pages_per_sequence]; entries beyond a sequence's length are not looked at.
-     * `KVL_LAYOUT_KIND_INDIRECT`: [batch, capacity]. `KVL_LAYOUT_KIND_RAGGED`: [batch + 1], ascending. Else null.
+     * `KVL_LAYOUT_KIND_PAGED`: the page table [num_sequences, pages_per_sequence], whose entries beyond the length of
+     * a sequence are not read. `KVL_LAYOUT_KIND_INDIRECT`: the beam table [num_sequences, capacity].
+     * `KVL_LAYOUT_KIND_RAGGED`: cumulative lengths (`cu_seqlens`) [num_sequences + 1], ascending. Else null.
      */
     const int32_t *table;
 } kvl_layout;
 
 /**
- * New keys and values, their caches, and where they go. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`, usually
- * `v` and `v_cache`, and either `positions` or `slots`.
+ * New keys and values, their caches and their places. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`,
+ * usually `v` and `v_cache`, and either `positions` or `slots`.
  */
 typedef struct kvl_kv_write_params {
     /**
@@ -765,19 +772,21 @@ typedef struct kvl_kv_write_params {
      */
     struct kvl_const_view k;
     /**
-     * New values [batch, seq, kv_heads, v_dim]; absent together with `v_cache` to write keys alone.
+     * New values [batch, seq, kv_heads, v_dim]. Absent together with `v_cache` to write keys alone.
      */
     struct kvl_const_view v;
     /**
-     * Where keys go: [batch, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any type.
+     * The cache of keys: [sequences, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any
+     * type.
      */
     struct kvl_view k_cache;
     /**
-     * Where values go: [batch, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any type.
+     * The cache of values: [sequences, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any
+     * type.
      */
     struct kvl_view v_cache;
     /**
-     * [batch]: token t of sequence b is at position `positions[b] + t` of its sequence of the cache.
+     * [batch]: token t of sequence b is written to position `positions[b] + t` of its row of the cache.
      */
     const int32_t *positions;
     /**
@@ -785,33 +794,33 @@ typedef struct kvl_kv_write_params {
      */
     const int32_t *counts;
     /**
-     * [batch]: source sequence b goes to sequence `sequences[b]` of the cache; null for sequence b.
+     * [batch]: sequence b of the call is sequence `sequences[b]` of the cache; null for the same.
      */
     const int32_t *sequences;
     /**
-     * [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_LAYOUT_KIND_PAGED` and
-     * `KVL_LAYOUT_KIND_RAGGED` slots are counted over the whole pool, page by page; the layout's table is not looked at, and
-     * there are no `sequences`.
+     * [batch, seq]: the slot of each token, instead of `positions`; -1 skips a token. With `KVL_LAYOUT_KIND_PAGED` and
+     * `KVL_LAYOUT_KIND_RAGGED`, slots count over the whole pool, page by page; the layout's table is not read, and
+     * `sequences` must be null.
      */
     const int32_t *slots;
     /**
-     * Rotates keys on their way into the cache; null to write them as they are. The same bits as `kvl_rope` into a view
-     * of the cache's type.
+     * Rotates the keys before they are written; null for no rotation. The bits are those of `kvl_rope` into a view of
+     * the cache's type.
      */
     const struct kvl_rope_params *rope;
     /**
-     * In which slot a position lies; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. A `KVL_LAYOUT_KIND_RING` takes no more tokens of a
-     * sequence in one call than it has slots beside its sinks. `KVL_LAYOUT_KIND_INDIRECT` only reads: write to the token's own
-     * sequence, and set the table's entry. Since ABI version 3.
+     * The slots of positions; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. One call gives a sequence of a ring at most as
+     * many tokens as the ring has slots besides its sink tokens. `KVL_LAYOUT_KIND_INDIRECT` cannot be written: write
+     * to the token's own row, and set the entry of the table.
      */
     const struct kvl_layout *layout;
     /**
-     * Normalises the heads of the keys on their way into the cache, before they are rotated; null not to. The same bits as
-     * `kvl_rms_norm` into f32 first. Since ABI version 3.
+     * Normalises the heads of the keys before they are rotated; null for no norm. The bits are those of `kvl_rms_norm`
+     * into f32 first.
      */
     const struct kvl_rms_norm_params *k_norm;
     /**
-     * How values lie in `v_cache`. What attention likes best is said by `kvl_context_v_packing`. Since ABI version 3.
+     * How values lie in `v_cache`. `kvl_context_v_packing` states the best packing for attention.
      */
     kvl_packing v_packing;
     /**
@@ -826,8 +835,8 @@ typedef struct kvl_kv_write_params {
 typedef uint32_t kvl_attention_flag;
 
 /**
- * A boolean mask [batch, seq, heads, keys] of bytes: 0 hides a key from a query, anything else shows it. Strides may be
- * 0, to broadcast. A mask whose bytes are all 0 is an absent one.
+ * A boolean mask [batch, seq, heads, keys] of bytes: 0 masks a key for a query, any other value leaves it visible.
+ * Axes of one entry broadcast, and so do strides of 0. A mask whose bytes are all 0 is absent.
  */
 typedef struct kvl_mask {
     /**
@@ -839,26 +848,27 @@ typedef struct kvl_mask {
      */
     int64_t shape[4];
     /**
-     * Distance of neighbours along each axis, in bytes.
+     * Distance between neighbours along each axis, in bytes. Not used along axes of one entry.
      */
     int64_t strides[4];
     /**
-     * Bytes from `data` to the end of the buffer; 0 if not known.
+     * Bytes from `data` to the end of the buffer; 0 if unknown.
      */
     size_t bytes;
 } kvl_mask;
 
 /**
- * A mask [batch, seq, heads, keys] of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
- * first, and keys are neighbours. Start from `KVL_BIT_MASK_INIT`. Since ABI version 3.
+ * A mask [batch, seq, heads, keys] with one bit per query and key: 0 masks a key for a query, 1 leaves it visible. The
+ * lowest bit of a byte is the first, and the bits of neighbouring keys are neighbours. Axes of batch, seq and heads of
+ * one entry broadcast, and so do strides of 0. Start from `KVL_BIT_MASK_INIT`.
  *
- * It may speak of the last keys alone: bit j of sequence b is of key `first_keys[b] + j`, keys before that are seen, and the
- * last bit is of the sequence's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a
- * stride of 0, over the n tokens that were written last.
+ * It may cover the last keys of a sequence alone: bit j is of key `first_keys[b] + j`, keys before that are visible,
+ * and the last bit is of the last key of the sequence or of a later one. So the mask of a speculation tree is [batch,
+ * n, 1, n] bits over the n tokens that were written last.
  *
- * Its sequences may be as wide as each is, and lie anywhere: with `bit_offsets` and `query_strides`, a sequence has bits for
- * its own queries and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of
- * requests one after the other, each [queries, keys] of its own, are one mask.
+ * Sequences may have bits of their own width at any place: with `bit_offsets` and `query_strides`, a sequence has bits
+ * for its own queries and for its own keys, from its first key to its length, and no others are read. So the flattened
+ * masks of several requests, each [queries, keys], are one mask. The first two axes do not broadcast then.
  */
 typedef struct kvl_bit_mask {
     /**
@@ -866,51 +876,55 @@ typedef struct kvl_bit_mask {
      */
     size_t struct_size;
     /**
-     * From whose first byte bits are counted.
+     * The byte whose lowest bit is bit 0.
      */
     const uint8_t *data;
     /**
-     * Bytes from `data` to the end of the buffer, to be checked against; 0 if unknown.
+     * Bytes from `data` to the end of the buffer; 0 if unknown.
      */
     size_t bytes;
     /**
-     * The bit of entry [0, 0, 0, 0].
+     * The index of the bit of entry [0, 0, 0, 0].
      */
     int64_t offset;
     /**
-     * batch, seq (the most queries of a sequence), heads, keys (at least the most of a sequence, less its first key).
+     * batch, seq (the most queries of a sequence), heads, keys (at least the most keys of a sequence after its first
+     * key).
      */
     int64_t shape[4];
     /**
-     * Of batch, seq and heads, in bits; 0 broadcasts.
+     * Of batch, seq and heads, in bits. Not used along axes of one entry.
      */
     int64_t strides[3];
     /**
-     * [batch]: the key of a sequence's first bit; null for 0.
+     * [batch]: the key of the first bit of a sequence; null for 0.
      */
     const int32_t *first_keys;
     /**
-     * [batch]: the bit of a sequence's query 0, head 0 and first key, not negative, instead of `offset` and the stride of
-     * batch, which must be 0; null if sequences lie at those. Given with `query_strides` or not at all.
+     * [batch]: the bit of query 0, head 0 and the first key of a sequence, not negative. It replaces `offset` and the
+     * stride of batch, which must then be 0; null to use those. Given together with `query_strides`.
      */
     const int64_t *bit_offsets;
     /**
-     * [batch]: bits from a query of a sequence to the next, not negative, 0 to broadcast, instead of the stride of seq, which
-     * must be 0; null if all sequences have that.
+     * [batch]: the distance in bits between the queries of a sequence, not negative; 0 broadcasts. It replaces the
+     * stride of seq, which must then be 0; null to use that.
      */
     const int64_t *query_strides;
 } kvl_bit_mask;
 
 /**
- * What attention reads, writes and sees. Start from `KVL_ATTENTION_PARAMS_INIT`, which sees every key; set `q`, `k`, `v`
- * and `out`. Query head h reads KV head `h / (heads / kv_heads)`; nothing is repeated in memory.
+ * What an attention call reads and writes, and which keys its queries see. Start from `KVL_ATTENTION_PARAMS_INIT`,
+ * with which every query sees every key; set `q`, `k`, `v` and `out`. Query head h reads KV head `h / (heads /
+ * kv_heads)`; nothing is repeated in memory.
  *
- * A logit is `softcap(q.k * scale) + alibi + bias`; then what is masked is taken out, then softmax in f32. Query i of a
- * sequence stands at position p = i + offset among the keys, and sees key j when all of these hold: `j < lengths[sequence]`,
- * `j >= kv_starts[sequence]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of
- * these three, a key `j < prefix_lengths[sequence]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias
- * is not -inf, a ring has not overwritten it. A query that sees no key has output 0 and LSE -inf (with a sink: the sink's
- * logit). What is not seen cannot reach the output, NaN or not; what is seen does.
+ * A logit is `softcap(q.k * scale) + alibi + bias`. Then masked keys are removed, and softmax follows in f32. Query i
+ * of sequence b stands at position p = i + offset among the keys. It sees key j if `j < lengths[b]`, `j >=
+ * kv_starts[b]`, the entries of the mask and of the bit mask are not 0, the bias is not -inf, a ring has not
+ * overwritten the key, and either `j < prefix_lengths[b]` or all of these hold: `j <= p` (causal), `j >= p -
+ * window_left` (left window), `j <= p + window_right` (right window).
+ *
+ * A query that sees no key has output 0 and LSE -inf (with a sink logit: that logit). NaN and infinities in keys and
+ * values that no query sees never reach the output; those in visible ones do.
  */
 typedef struct kvl_attention_params {
     /**
@@ -922,11 +936,11 @@ typedef struct kvl_attention_params {
      */
     struct kvl_const_view q;
     /**
-     * Keys [batch, keys, kv_heads, dim]: the cache, whole.
+     * Keys [batch, keys, kv_heads, dim]: the whole cache.
      */
     struct kvl_const_view k;
     /**
-     * Values [batch, keys, kv_heads, v_dim], of the type of the keys.
+     * Values [batch, keys, kv_heads, v_dim], of any type.
      */
     struct kvl_const_view v;
     /**
@@ -934,21 +948,21 @@ typedef struct kvl_attention_params {
      */
     struct kvl_view out;
     /**
-     * Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a query row's logits; null
-     * if not wanted.
+     * Output [batch, seq, heads], contiguous: the natural logarithm of the sum of the exponentials of the logits of
+     * each query and head; null if not wanted.
      */
     float *lse;
     /**
-     * Factor on q.k; 0 is 1 / sqrt(dim).
+     * Factor on q.k; 0 stands for 1 / sqrt(dim).
      */
     float scale;
     /**
-     * `softcap * tanh(x / softcap)` on scaled logits; 0 is none.
+     * `softcap * tanh(x / softcap)` is applied to scaled logits x; 0 for none.
      */
     float softcap;
     /**
-     * `KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT`. A window of 0 keys means
-     * something, so whether there is a window is said here, not by its size.
+     * A sum of `KVL_ATTENTION_FLAG_*`. A flag says whether there is a window, since a window of 0 keys has a meaning
+     * too.
      */
     kvl_attention_flag flags;
     /**
@@ -956,15 +970,15 @@ typedef struct kvl_attention_params {
      */
     int32_t reserved;
     /**
-     * With `KVL_ATTENTION_FLAG_WINDOW_LEFT`: how many keys are visible before the query's own position. Else 0.
+     * With `KVL_ATTENTION_FLAG_WINDOW_LEFT`: how many keys before the query's own position are visible. Else 0.
      */
     int64_t window_left;
     /**
-     * With `KVL_ATTENTION_FLAG_WINDOW_RIGHT`: how many keys are visible after the query's own position. Else 0.
+     * With `KVL_ATTENTION_FLAG_WINDOW_RIGHT`: how many keys after the query's own position are visible. Else 0.
      */
     int64_t window_right;
     /**
-     * [batch]: valid keys; null for all.
+     * [batch]: the number of valid keys; null for all.
      */
     const int32_t *lengths;
     /**
@@ -972,16 +986,17 @@ typedef struct kvl_attention_params {
      */
     const int32_t *kv_starts;
     /**
-     * [batch]: the position of query 0 among the keys; null for `length - seq`, so that the last query sees the last key.
-     * A negative one leaves leading queries without keys.
+     * [batch]: the position of query 0 among the keys; null for `length - seq`, with which the last query sees the
+     * last key. With a negative offset, leading queries see no keys.
      */
     const int32_t *offsets;
     /**
-     * Which keys each query sees, [batch, seq, heads, keys]; absent for all.
+     * A boolean mask [batch, seq, heads, keys], with at least as many keys as the longest sequence; absent for none.
      */
     struct kvl_mask mask;
     /**
-     * Added to logits, [batch, seq, heads, keys], of any type; absent for none.
+     * Numbers [batch, seq, heads, keys] of any type that are added to logits; absent for none. Axes of one element
+     * broadcast, and so do strides of 0.
      */
     struct kvl_const_view bias;
     /**
@@ -989,11 +1004,11 @@ typedef struct kvl_attention_params {
      */
     const float *alibi_slopes;
     /**
-     * [heads]: one more logit, which takes weight and has no value; null for none.
+     * [heads]: one more logit per head, which takes weight and has no value; null for none.
      */
     const float *sink_logits;
     /**
-     * How exactly to compute; see `kvl_context_attention_kernel_names`. Since ABI version 2.
+     * The precision; `kvl_context_attention_kernel_names` names the kernels of each.
      */
     kvl_precision precision;
     /**
@@ -1001,38 +1016,40 @@ typedef struct kvl_attention_params {
      */
     int32_t reserved2;
     /**
-     * In which slots of `k` and `v` the tokens of a sequence lie, and so what their first two axes mean; null for contiguous
-     * sequences. A ring, and pages, need `lengths`. Positions go on counting what a ring has overwritten: a window must lie in
-     * what it retains, and with no window there can be only one query once it has overwritten any. Since ABI version 3.
+     * In which slots of `k` and `v` the tokens of a sequence lie, which gives their first two axes a meaning; null for
+     * contiguous sequences. A ring and pages need `lengths`. Positions count what a ring has overwritten: a window
+     * must lie in what the ring retains, and without a window there can be only one query once the ring has
+     * overwritten keys.
      */
     const struct kvl_layout *layout;
     /**
-     * [batch + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and sequence b of the batch is tokens
-     * `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1` (`cu_seqlens`); null for sequences of equal length, the first axis of `q`.
+     * [num_sequences + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and the queries of sequence b
+     * are tokens `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1`. Null for sequences of equal length, which are the
+     * first axis of `q`.
      */
     const int32_t *cu_seqlens_q;
     /**
-     * With `cu_seqlens_q`: sequences of the batch, as many as every [batch] list here has entries. Else 0.
+     * With `cu_seqlens_q`: the number of sequences, which is the length of every [batch] list. Else 0.
      */
     int64_t num_sequences;
     /**
-     * [batch]: every query sees the keys before this one, whatever causality and windows say (prefix-LM, attention sinks that
-     * a window must not hide); null for 0.
+     * [batch]: every query sees the keys before this one, whatever causality and windows say (prefix-LM, first tokens
+     * that a window must keep); null for 0.
      */
     const int32_t *prefix_lengths;
     /**
-     * Which keys each query sees, a bit each; null for all.
+     * A mask with one bit per query and key; null for none.
      */
     const struct kvl_bit_mask *bit_mask;
     /**
-     * What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`,
-     * `lengths`, `kv_starts`, `offsets` and `prefix_lengths`, which must then be 0 or null, and of `mask` and `bit_mask`,
-     * which must be absent if the plan was made of either; null for none.
+     * A plan that replaces `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`,
+     * `offsets` and `prefix_lengths`, which must then be 0 or null. It replaces `mask` and `bit_mask` too if it was
+     * made of either. Null for none.
      */
     const struct kvl_plan *plan;
     /**
-     * How values lie in `v`: with `KVL_PACKING_ROW_PAIRS`, it is [batch, slots / 2, kv_heads, 2 * v_dim]. The same bits as for
-     * values that are not packed.
+     * How values lie in `v`. With `KVL_PACKING_ROW_PAIRS`, `v` is [batch, slots / 2, kv_heads, 2 * v_dim]. The bits of
+     * the result do not depend on it.
      */
     kvl_packing v_packing;
     /**
@@ -1042,7 +1059,7 @@ typedef struct kvl_attention_params {
 } kvl_attention_params;
 
 /**
- * One attention state: an output, and the natural logarithm of the sum of its exponentials.
+ * The state of attention over some keys: an output, and the natural logarithm of the sum of its exponentials.
  */
 typedef struct kvl_attention_state {
     /**
@@ -1056,23 +1073,23 @@ typedef struct kvl_attention_state {
 } kvl_attention_state;
 
 /**
- * The cache of one layer. Since ABI version 3.
+ * The cache of one layer.
  */
 typedef struct kvl_kv_layer {
     /**
-     * Keys [batch, slots, kv_heads, dim]; what the first two axes are is the layout's to say.
+     * Keys [sequences, slots, kv_heads, dim]; the layout gives the first two axes their meaning.
      */
     struct kvl_view k;
     /**
-     * Values [batch, slots, kv_heads, v_dim]; absent where keys and values share memory.
+     * Values [sequences, slots, kv_heads, v_dim]; absent where keys and values share memory.
      */
     struct kvl_view v;
 } kvl_kv_layer;
 
 /**
- * The caches of all layers of a model, or of those that are laid out alike: one list of lengths for all of them. Start from
- * `KVL_CACHE_INIT`. Layers agree in the first two axes of their views; heads, dims and types may differ, and no two views
- * share memory. Since ABI version 3.
+ * The caches of all layers of a model, or of those with one layout: they have one list of lengths. Start from
+ * `KVL_CACHE_INIT`. Layers agree in the first two axes of their views. Heads, dims and types may differ, and no two
+ * views share memory.
  */
 typedef struct kvl_cache {
     /**
@@ -1084,21 +1101,22 @@ typedef struct kvl_cache {
      */
     const struct kvl_kv_layer *layers;
     /**
-     * At least 1.
+     * The number of layers, at least 1.
      */
     size_t num_layers;
     /**
-     * Where the tokens of a sequence lie, in every layer; null for contiguous.
+     * In which slots the tokens of a sequence lie, in every layer; null for contiguous.
      */
     const struct kvl_layout *layout;
     /**
-     * [batch]: how many tokens each sequence was given. Calls that change lengths change these, last.
+     * [num_sequences of the layout]: the number of tokens that each sequence was given. Calls that change lengths
+     * write these last.
      */
     int32_t *lengths;
 } kvl_cache;
 
 /**
- * The states of a segment's chunks, as `kvl_attention_chunks` left them. Since ABI version 3.
+ * The states of the chunks of a segment, as `kvl_attention_chunks` wrote them.
  */
 typedef struct kvl_chunk_states {
     /**
@@ -1106,14 +1124,14 @@ typedef struct kvl_chunk_states {
      */
     const float *states;
     /**
-     * How many floats, as `kvl_attention_chunks_states_len` said it for the segment.
+     * The number of floats that `kvl_attention_chunks_states_len` gave for the segment.
      */
     int64_t len;
 } kvl_chunk_states;
 
 /**
- * What a merge of segments reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `segments`, `num_segments`,
- * `kv_heads`, `dtype`, `out`, and `precision` if that of the segments was another. Since ABI version 3.
+ * What a merge of segments reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `segments`,
+ * `num_segments`, `kv_heads`, `dtype`, `out`, and `precision` if that of the segments was not the default.
  */
 typedef struct kvl_merge_chunks_params {
     /**
@@ -1129,7 +1147,7 @@ typedef struct kvl_merge_chunks_params {
      */
     size_t num_segments;
     /**
-     * KV heads of the cache.
+     * The number of KV heads of the cache.
      */
     int64_t kv_heads;
     /**
@@ -1137,11 +1155,11 @@ typedef struct kvl_merge_chunks_params {
      */
     kvl_dtype dtype;
     /**
-     * That of the segments' calls.
+     * The precision of the segments' calls.
      */
     kvl_precision precision;
     /**
-     * [heads]: one more logit, which takes weight and has no value, once for all segments; null for none.
+     * [heads]: one more logit per head, which takes weight and has no value, once for all segments; null for none.
      */
     const float *sink_logits;
     /**
@@ -1149,15 +1167,15 @@ typedef struct kvl_merge_chunks_params {
      */
     struct kvl_view out;
     /**
-     * Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a query row's logits; null
-     * if not wanted.
+     * Output [batch, seq, heads], contiguous: the natural logarithm of the sum of the exponentials of the logits of
+     * each query and head; null if not wanted.
      */
     float *lse;
 } kvl_merge_chunks_params;
 
 /**
- * One of several shards of a model's caches, by batch (data), heads (model) and keys (sequence). Start from `KVL_SHARD_INIT`,
- * which is the whole. Since ABI version 3.
+ * One of several shards of the caches of a model, by batch (data), heads (model) and keys (sequence). Start from
+ * `KVL_SHARD_INIT`, which is the whole.
  */
 typedef struct kvl_shard {
     /**
@@ -1165,27 +1183,27 @@ typedef struct kvl_shard {
      */
     size_t struct_size;
     /**
-     * Which part of the batch; less than `num_data`.
+     * Which part of the batch, less than `num_data`.
      */
     int64_t data;
     /**
-     * Parts of the batch; 0 is 1.
+     * The number of parts of the batch; 0 stands for 1.
      */
     int64_t num_data;
     /**
-     * Which part of the heads; less than `num_model`.
+     * Which part of the heads, less than `num_model`.
      */
     int64_t model;
     /**
-     * Parts of the heads; 0 is 1.
+     * The number of parts of the heads; 0 stands for 1.
      */
     int64_t num_model;
     /**
-     * Which part of the sequence; less than `num_sequence`.
+     * Which part of the sequence, less than `num_sequence`.
      */
     int64_t sequence;
     /**
-     * Parts of the sequence; 0 is 1.
+     * The number of parts of the sequence; 0 stands for 1.
      */
     int64_t num_sequence;
 } kvl_shard;
@@ -1448,28 +1466,30 @@ kvl_status kvl_rms_norm_rope(const struct kvl_context *context,
                              const struct kvl_rope_params *rope);
 
 /**
- * Writes new keys and values into their caches, all sequences in one call, each at its own place, converted to the cache's type
- * (to nearest, ties to even); normalises the keys on the way if `params->k_norm` is given, and rotates them if `params->rope`
- * is. Lengths are the caller's to advance.
+ * Writes new keys and values into their caches, of all sequences in one call, converted to the type of the cache (to
+ * nearest, ties to even). Keys are normalised first if `params->k_norm` is given, and rotated if `params->rope` is.
+ * Lengths are the caller's to advance.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches or disjoint sequences; `runner` null is the
- * calling thread.
+ * Thread safety: may be called from any number of threads at once, on disjoint caches or disjoint sequences of a
+ * cache. A null `runner` runs on the calling thread.
  * Bad input: null, an unknown `struct_size` or enumeration value, shapes that do not fit, a slot past the capacity
- * (`KVL_STATUS_CAPACITY`), a negative position, slot or sequence, a page that does not exist, two tokens for one slot
- * (`KVL_STATUS_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
- * clamped.
+ * (`KVL_STATUS_CAPACITY`), a negative position or slot, a sequence or page that does not exist, two tokens with one
+ * slot (`KVL_STATUS_DUPLICATE_SLOT`), and a cache that shares memory with anything else are errors, and nothing is
+ * written. Nothing is clamped.
  */
 kvl_status kvl_kv_write(const struct kvl_context *context,
                         const struct kvl_parallel_runner *runner,
                         const struct kvl_kv_write_params *params);
 
 /**
- * Packs values in pairs of slots (`KVL_PACKING_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up, heads,
- * 2 * dim], of the same type; every bit is kept. Where n is odd, the other half of the last pair is left as it is.
- * `kvl_kv_write` writes into such a cache directly. Since ABI version 3.
+ * Packs values in pairs of slots (`KVL_PACKING_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up,
+ * heads, 2 * dim], of the same type, with every bit. Where n is odd, the other half of the last pair is not written.
+ * `kvl_kv_write` writes packed caches directly.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
- * Bad input: null, shapes that do not fit, types that differ, views that share memory are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, shapes that do not fit, types that differ, and views that share memory are errors, and nothing is
+ * written.
  */
 kvl_status kvl_pack_row_pairs(const struct kvl_context *context,
                               const struct kvl_parallel_runner *runner,
@@ -1477,11 +1497,13 @@ kvl_status kvl_pack_row_pairs(const struct kvl_context *context,
                               const struct kvl_view *dst);
 
 /**
- * The inverse of `kvl_pack_row_pairs`: `src` is [batch, n / 2 rounded up, heads, 2 * dim], `dst` [batch, n, heads, dim]. Since
- * ABI version 3.
+ * The inverse of `kvl_pack_row_pairs`: `src` is [batch, n / 2 rounded up, heads, 2 * dim], `dst` is [batch, n, heads,
+ * dim].
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
- * Bad input: null, shapes that do not fit, types that differ, views that share memory are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, shapes that do not fit, types that differ, and views that share memory are errors, and nothing is
+ * written.
  */
 kvl_status kvl_unpack_row_pairs(const struct kvl_context *context,
                                 const struct kvl_parallel_runner *runner,
@@ -1489,12 +1511,13 @@ kvl_status kvl_unpack_row_pairs(const struct kvl_context *context,
                                 const struct kvl_view *dst);
 
 /**
- * Repeats every head n times in a row: [batch, seq, kv_heads, dim] becomes [batch, seq, kv_heads * n, dim], of the same
- * type; n is the ratio of the head counts. Attention needs no such copy.
+ * Repeats every head n times in a row: [batch, seq, kv_heads, dim] becomes [batch, seq, kv_heads * n, dim], of the
+ * same type; n is the ratio of the head counts. Attention needs no such copy.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
- * Bad input: null, head counts that are no multiple, other axes or types that differ, views that share memory are errors, and
- * nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, head counts that are no multiple of each other, other axes or types that differ, and views that
+ * share memory are errors, and nothing is written.
  */
 kvl_status kvl_repeat_kv(const struct kvl_context *context,
                          const struct kvl_parallel_runner *runner,
@@ -1502,31 +1525,33 @@ kvl_status kvl_repeat_kv(const struct kvl_context *context,
                          const struct kvl_view *dst);
 
 /**
- * Bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever lengths and
- * masks are, and for the threads of `runner`. Only those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be
- * null.
+ * The bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever
+ * lengths and masks are, and for the threads of `runner`. Only these shapes, `layout`, `cu_seqlens_q` and `plan` are
+ * read; data may be null.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null, an unknown `struct_size`, a negative axis or one above 2^31 - 1, a dim that is not 1 to 512 are errors, and
- * `*bytes` is not touched.
+ * Bad input: null, an unknown `struct_size`, an axis that is negative or above 2^31 - 1, and a dim that is not 1 to
+ * 512 are errors, and `*bytes` is not changed.
  */
 kvl_status kvl_attention_workspace_size(const struct kvl_attention_params *params,
                                         const struct kvl_parallel_runner *runner,
                                         size_t *bytes);
 
 /**
- * Grouped-query attention over a cache: one entry for prefill (the queries' keys are in the cache already), chunked prefill
- * and decode (seq = 1). Everything keeps its type; arithmetic is f32, rounded once to the type of `out`.
+ * Grouped-query attention over a cache, for prefill (with the keys of the queries already in the cache), chunked
+ * prefill and decode (seq = 1). Every tensor keeps its type; arithmetic is f32, rounded once to the type of `out`.
  *
- * `workspace` has `workspace_bytes` bytes, at least what `kvl_attention_workspace_size` says for the same shapes and runner, and
- * is aligned to 64 bytes. Its contents are worth nothing before and after. The bits of a row of the output depend on that
- * row's inputs and the level alone: not on the runner, the batch around it or the strides.
+ * `workspace` has `workspace_bytes` bytes, at least as many as `kvl_attention_workspace_size` gives for the same
+ * shapes and runner, and is aligned to 64 bytes. Its contents have no meaning before and after the call. The bits of
+ * an output row depend on the inputs of that row and the level alone: not on the runner, the rest of the batch or the
+ * strides.
  *
- * Thread safety: may be called from any number of threads at once, each with outputs and a workspace of its own: two calls at
- * the same time with the same workspace compute garbage. `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size`, flag or enumeration value, shapes that do not fit, K and V of different types,
- * lengths outside the cache, an output that shares memory with an input, a workspace that is too small or misaligned are
- * errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, each with its own outputs and its own workspace;
+ * two calls that share a workspace at the same time have undefined results. A null `runner` runs on the calling
+ * thread.
+ * Bad input: null, an unknown `struct_size`, flag or enumeration value, shapes that do not fit, lengths outside the
+ * cache, an output that shares memory with an input, and a workspace that is too small or misaligned are errors, and
+ * nothing is written.
  */
 kvl_status kvl_attention(const struct kvl_context *context,
                          const struct kvl_parallel_runner *runner,
@@ -1535,21 +1560,21 @@ kvl_status kvl_attention(const struct kvl_context *context,
                          const struct kvl_attention_params *params);
 
 /**
- * Fills the standard ALiBi slopes for any number of heads: for a power of two n, `2^(-8 (h + 1) / n)`; otherwise those of
- * the largest power of two below, then every other one of twice that.
+ * Fills in the standard ALiBi slopes for any number of heads: for a power of two n, `2^(-8 (h + 1) / n)`; otherwise
+ * those of the largest power of two below, followed by every other slope of twice that number.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null or a negative number of heads is an error, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null and a negative number of heads are errors, and nothing is written.
  */
 kvl_status kvl_alibi_slopes(float *slopes,
                             int64_t heads);
 
 /**
- * Bytes of workspace that `kvl_attention_with_prefix` needs at most for the shapes of its arguments, as
- * `kvl_attention_workspace_size` says it for `kvl_attention`. Of `prefix_k`, only the shape is looked at. Since ABI version 3.
+ * The bytes of workspace that `kvl_attention_with_prefix` needs at most, as `kvl_attention_workspace_size` gives them
+ * for `kvl_attention`. Of `prefix_k`, only the shape is read.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: as for `kvl_attention_workspace_size`, and `*bytes` is not touched.
+ * Bad input: the errors of `kvl_attention_workspace_size`; `*bytes` is not changed then.
  */
 kvl_status kvl_attention_with_prefix_workspace_size(const struct kvl_const_view *prefix_k,
                                                     const struct kvl_attention_params *params,
@@ -1557,16 +1582,17 @@ kvl_status kvl_attention_with_prefix_workspace_size(const struct kvl_const_view 
                                                     size_t *bytes);
 
 /**
- * Attention over a prefix that all sequences share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim], and then over
- * each sequence's own keys, of which `params` speaks as it does in `kvl_attention`: position 0 of a sequence is its first key
- * after the prefix. Every query sees the whole prefix, which is read once for all of them; sinks count once. The result is
- * that of attention over both at once within the kernel's bound; it does not depend on the runner, the batch or strides.
+ * Attention over a prefix that all sequences share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim],
+ * followed by each sequence's own keys. `params` describes the latter, as in `kvl_attention`: position 0 of a sequence
+ * is its first key after the prefix. Every query sees the whole prefix, which is read once for all of them. Sink
+ * logits count once. The result is that of attention over both at once within the kernel's bound. It does not depend
+ * on the runner, the batch or strides.
  *
- * `workspace` is as for `kvl_attention`, of the size that `kvl_attention_with_prefix_workspace_size` says. Since ABI version 3.
+ * `workspace` is as for `kvl_attention`, with the size that `kvl_attention_with_prefix_workspace_size` gives.
  *
  * Thread safety: as for `kvl_attention`.
- * Bad input: as for `kvl_attention`, for either part; ALiBi slopes and a left window, which would have to know where in the
- * prefix a key stands, are errors. Nothing but the workspace is written then.
+ * Bad input: the errors of `kvl_attention`, for either part. ALiBi slopes and a left window are errors too, since they
+ * would need the positions of the prefix. Nothing but the workspace is written then.
  */
 kvl_status kvl_attention_with_prefix(const struct kvl_context *context,
                                      const struct kvl_parallel_runner *runner,
@@ -1577,14 +1603,15 @@ kvl_status kvl_attention_with_prefix(const struct kvl_context *context,
                                      const struct kvl_attention_params *params);
 
 /**
- * Merges states over disjoint sets of keys into the state over all of them: `out = sum_i w_i out_i` with
- * `w_i = exp(lse_i - lse)` and `lse = ln sum_i exp(lse_i)`. `lse`, [batch, seq, heads] and contiguous, may be null. All
- * outputs are of one type; the order of the states is the order of the sums. A state with an LSE of -inf is empty: its
- * output is not read. Merging only empty states gives output 0 and LSE -inf.
+ * Merges states over disjoint sets of keys into the state over all of them: `out = sum_i w_i out_i` with `w_i =
+ * exp(lse_i - lse)` and `lse = ln sum_i exp(lse_i)`. `lse`, [batch, seq, heads] and contiguous, may be null. All
+ * outputs have one type. The sums are taken in the order of the states. A state with an LSE of -inf is empty, and its
+ * output is not read. Empty states alone merge to output 0 and LSE -inf.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
- * Bad input: null, no state or more than 256, shapes or types that differ, an output that shares memory with an input are
- * errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, no state or more than 256, shapes or types that differ, and an output that shares memory with an
+ * input are errors, and nothing is written.
  */
 kvl_status kvl_merge_states(const struct kvl_context *context,
                             const struct kvl_parallel_runner *runner,
@@ -1594,56 +1621,57 @@ kvl_status kvl_merge_states(const struct kvl_context *context,
                             float *lse);
 
 /**
- * Makes a plan: copies and checks what `params` says of the sequences of an attention call, which are `flags`, windows,
- * `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`, `offsets`, `prefix_lengths`, `mask`, `bit_mask`, the
- * first two axes of `q` and `k`, and if there are masks, the heads of `q`; nothing else of it is looked at, and data of
- * tensors may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
+ * Makes a plan: copies and checks the `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`,
+ * `kv_starts`, `offsets`, `prefix_lengths`, `mask` and `bit_mask` of `params`, the first two axes of `q` and `k` and,
+ * with masks, the heads of `q`. Nothing else is read, and data of tensors may be null. `kvl_attention_params.plan`
+ * then stands for all of these. The plan is released with `kvl_plan_destroy`.
  *
- * Masks are read here and once: the plan has bits of its own, for the queries of every sequence and the keys up to its length,
- * of each head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they
- * hide nothing that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
+ * Masks are read here and once. The plan has bits of its own, for the queries of every sequence and the keys up to its
+ * length. It has bits per head only if the masks differ by head; if they broadcast, the plan serves any number of
+ * heads. It has none if the masks hide nothing that is visible otherwise. Calls with a plan that was made without
+ * masks may have their own.
  *
- * A plan serves every layer whose caches have the same sequences and slots, any number of threads, and every context. It holds no
- * pointer of the caller's. Since ABI version 3.
+ * A plan serves every layer whose caches have the same shape in their first two axes, any number of threads, and every
+ * context. It holds no pointer of the caller's.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null, an unknown `struct_size`, and what `kvl_attention` would say of these fields are errors, and `*plan` is not
- * touched.
+ * Bad input: null, an unknown `struct_size`, and the errors of `kvl_attention` in these fields are errors, and `*plan`
+ * is not changed.
  */
 kvl_status kvl_plan_create(const struct kvl_attention_params *params,
                            struct kvl_plan **plan);
 
 /**
- * Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists,
- * tables or masks do.
+ * Makes a plan anew for `params`, as `kvl_plan_create` does, in the memory that it has. That memory grows only if
+ * lists, tables or masks do.
  *
- * Thread safety: no other call may use the plan meanwhile.
- * Bad input: as for `kvl_plan_create`; the plan is then what it was.
+ * Thread safety: no other call may use the plan at the same time.
+ * Bad input: the errors of `kvl_plan_create`; the plan is not changed then.
  */
 kvl_status kvl_plan_update(struct kvl_plan *plan,
                            const struct kvl_attention_params *params);
 
 /**
- * Takes a plan to the next step: sequence b has been given `counts[b]` tokens more, and as many queries follow as before.
- * Lengths, and offsets where they were given, grow; the table must have the entries of the new tokens. Allocates nothing, and
- * looks only at what is new.
+ * Takes a plan to the next step: sequence b has been given `counts[b]` more tokens, and as many queries follow as
+ * before. Lengths grow, and offsets if they were given. The table must have the entries of the new tokens. Nothing is
+ * allocated, and only what is new is checked.
  *
- * Thread safety: no other call may use the plan meanwhile.
- * Bad input: null, a list of other than `num_sequences` entries, a negative count, a sequence without room, table entries that
- * are no pages or sequences, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new
- * tokens is for `kvl_plan_update`) are errors, and the plan is then what it was.
+ * Thread safety: no other call may use the plan at the same time.
+ * Bad input: null, a list that has not one entry per sequence, a negative count, a sequence without room, table
+ * entries outside the cache, queries that see what a ring has overwritten, and a plan that was made of masks
+ * (`kvl_plan_update` takes the masks of new tokens) are errors, and the plan is not changed.
  */
 kvl_status kvl_plan_advance(struct kvl_plan *plan,
                             const int32_t *counts,
                             int64_t num_sequences);
 
 /**
- * Sets `count` entries from `first` on of a sequence in the table of a plan with a paged or indirect layout: before
+ * Sets `count` entries, from `first` on, of a sequence in the table of a plan with a paged or indirect layout: before
  * `kvl_plan_advance` needs them, or when a page has moved.
  *
- * Thread safety: no other call may use the plan meanwhile.
- * Bad input: null, a layout without a table, entries outside the sequence, and entries of tokens that the sequence has which
- * are no pages or sequences of the cache are errors, and the plan is then what it was.
+ * Thread safety: no other call may use the plan at the same time.
+ * Bad input: null, a layout without a table, entries outside the sequence, and entries of existing tokens that lead
+ * outside the cache are errors, and the plan is not changed.
  */
 kvl_status kvl_plan_set_table(struct kvl_plan *plan,
                               int64_t sequence,
@@ -1654,19 +1682,18 @@ kvl_status kvl_plan_set_table(struct kvl_plan *plan,
 /**
  * Releases a plan; null is allowed.
  *
- * Thread safety: no other call may use the plan meanwhile or afterwards.
- * Bad input: a pointer that is not from `kvl_plan_create`, or one that was released already, is undefined behaviour.
+ * Thread safety: no other call may use the plan at the same time or afterwards.
+ * Bad input: a pointer that is not from `kvl_plan_create`, or that was released before, is undefined behaviour.
  */
 void kvl_plan_destroy(struct kvl_plan *plan);
 
 /**
- * Sequence `sequences[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is. Since
- * ABI version 3.
+ * Sets the length of sequence `sequences[i]` to `values[i]`, whatever lies in its slots.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches.
- * Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes twice, a
- * negative value or one above the sequence's capacity, a table entry that leads outside the cache are errors, and no length
- * changes.
+ * Thread safety: may be called from any number of threads at once, on disjoint caches.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes
+ * twice, a value that is negative or above the sequence's capacity, and a table entry that leads outside the cache are
+ * errors, and no length changes.
  */
 kvl_status kvl_cache_set_lengths(const struct kvl_cache *cache,
                                  const int32_t *sequences,
@@ -1674,29 +1701,29 @@ kvl_status kvl_cache_set_lengths(const struct kvl_cache *cache,
                                  size_t num_sequences);
 
 /**
- * Adds `counts[b]`, [batch], to the length of every sequence b, after as many tokens have been written to it. Since ABI version 3.
+ * Adds `counts[b]` to the length of every sequence b, after as many tokens have been written to it.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches.
- * Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the sequence's
- * capacity (`KVL_STATUS_CAPACITY`), a table entry that leads outside the cache are errors, and no length changes.
+ * Thread safety: may be called from any number of threads at once, on disjoint caches.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the
+ * sequence's capacity (`KVL_STATUS_CAPACITY`), and a table entry that leads outside the cache are errors, and no
+ * length changes.
  */
 kvl_status kvl_cache_advance(const struct kvl_cache *cache,
                              const int32_t *counts);
 
 /**
- * Removes the last tokens of sequences: sequence b has `lengths[b]`, [num_sequences], tokens from then on. No byte of the cache
- * changes. Since ABI version 3.
+ * Removes the last tokens of sequences: sequence b then has `lengths[b]` tokens. No byte of the cache changes.
  *
- * `flags` and `window_left` are those of all attention over this cache; only a left window counts here. They matter to a ring:
- * the tokens that are removed have overwritten older ones, so a ring that has gone round can be truncated only if no query will
- * look at those. A ring whose capacity exceeds `sink_tokens + window_left` by n tokens can give back n. The cache knows only its
- * present lengths, so truncations without new tokens between them count together, and the caller has to add them up. In an
- * indirect cache, a slot that holds a token of another sequence is not given up.
+ * `flags` and `window_left` are those of all attention over this cache; only a left window counts. They matter to a
+ * ring: the tokens that are removed have overwritten older ones, so a ring that has gone round can be truncated only
+ * if no query will look at those. A ring whose capacity exceeds `sink_tokens + window_left` by n tokens can give back
+ * n. The cache knows its present lengths only: truncations without new tokens between them count together, and the
+ * caller has to add them up. In an indirect cache, a slot that holds a token of another sequence is not given up.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches.
- * Bad input: null, an unknown `struct_size` or flag, views that do not fit each other, a length that is negative or above the
- * present one, a negative window or one without its flag, tokens that have been or would be overwritten are errors, and no
- * length changes.
+ * Thread safety: may be called from any number of threads at once, on disjoint caches.
+ * Bad input: null, an unknown `struct_size` or flag, views that do not fit each other, a length that is negative or
+ * above the present one, a window that is negative or without its flag, and tokens that have been or would be
+ * overwritten are errors, and no length changes.
  */
 kvl_status kvl_cache_truncate(const struct kvl_cache *cache,
                               const int32_t *lengths,
@@ -1704,13 +1731,14 @@ kvl_status kvl_cache_truncate(const struct kvl_cache *cache,
                               int64_t window_left);
 
 /**
- * Empties sequences: their lengths become 0. With `zero` 1 their slots are filled with zeros too: all that they have, or in a
- * paged cache their pages as far as they are in use. Since ABI version 3.
+ * Empties sequences: their lengths become 0. With a `zero` of 1, their slots are filled with zeros too: all of them,
+ * or in a paged cache the pages in use.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes twice,
- * a `zero` that is neither 0 nor 1, zeros for a page that another sequence uses too or for an indirect cache are errors, and
- * nothing is written.
+ * Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes
+ * twice, a `zero` that is neither 0 nor 1, and zeros for a page that another sequence uses or for an indirect cache
+ * are errors, and nothing is written.
  */
 kvl_status kvl_cache_reset(const struct kvl_parallel_runner *runner,
                            const struct kvl_cache *cache,
@@ -1719,15 +1747,16 @@ kvl_status kvl_cache_reset(const struct kvl_parallel_runner *runner,
                            int32_t zero);
 
 /**
- * Copies the first `length` tokens of sequence `from_sequence` of the cache `from`, which is only read, into sequence
- * `sequence` of the cache `to`, whose length they become: a prompt that was prefilled alone takes its place in a batch. Both
- * have the same number of layers, and these the same heads and dims; types (converted to nearest, ties to even) and layouts
- * may differ. A ring takes the tokens that it would hold after `length`. Since ABI version 3.
+ * Copies the first `length` tokens of sequence `from_sequence` of the cache `from`, which is only read, into
+ * `sequence` of the cache `to`, which then has that length: a prompt that was prefilled alone takes its place in a
+ * batch. Both caches have the same number of layers, with the same heads and dims. Types (converted to nearest, ties
+ * to even) and layouts may differ. A ring takes the tokens that it would hold after `length`.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a sequence
- * that does not exist, a length above the source's or above the sequence's capacity, tokens that a ring has overwritten, a
- * page that another sequence uses too, an indirect target are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a
+ * sequence that does not exist, a length above that of the source or above the capacity, tokens that a ring has
+ * overwritten, a page that another sequence uses, and an indirect target are errors, and nothing is written.
  */
 kvl_status kvl_cache_insert_sequence(const struct kvl_context *context,
                                      const struct kvl_parallel_runner *runner,
@@ -1738,13 +1767,14 @@ kvl_status kvl_cache_insert_sequence(const struct kvl_context *context,
                                      int64_t length);
 
 /**
- * Copies the first `tokens` tokens of sequence `from` into the sequences `to`, [num_to], whose length they become: one prompt,
- * many continuations. Sequences of pages can share those that are full instead, by their table. Since ABI version 3.
+ * Copies the first `tokens` tokens of sequence `from` into the sequences `to`, [num_to], which then have that length:
+ * one prompt, many continuations. With pages, sequences can share full pages instead, by their table.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist, comes twice or
- * is the source, more tokens than the source has or a sequence holds, tokens that a ring has overwritten, a page that another
- * sequence uses too, an indirect cache are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist, comes
+ * twice or is the source, more tokens than the source has or a sequence holds, tokens that a ring has overwritten, a
+ * page that another sequence uses, and an indirect cache are errors, and nothing is written.
  */
 kvl_status kvl_cache_copy_prefix(const struct kvl_context *context,
                                  const struct kvl_parallel_runner *runner,
@@ -1755,27 +1785,28 @@ kvl_status kvl_cache_copy_prefix(const struct kvl_context *context,
                                  int64_t tokens);
 
 /**
- * Bytes of workspace that `kvl_cache_reorder` needs for this cache and the threads of `runner`. Since ABI version 3.
+ * The bytes of workspace that `kvl_cache_reorder` needs for a cache and the threads of `runner`.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null or an unknown `struct_size` or enumeration value is an error, and `*bytes` is not touched.
+ * Bad input: null and an unknown `struct_size` or enumeration value are errors, and `*bytes` is not changed.
  */
 kvl_status kvl_cache_reorder_workspace_size(const struct kvl_cache *cache,
                                             const struct kvl_parallel_runner *runner,
                                             size_t *bytes);
 
 /**
- * Every sequence b becomes a copy of what sequence `parents[b]`, [batch], was, tokens and length (beam search). Only valid
- * tokens move, and only those of sequences that are not their own parents. `workspace` has `workspace_bytes` bytes, at least
- * what `kvl_cache_reorder_workspace_size` says, and is aligned to 64 bytes. Since ABI version 3.
+ * Every sequence b becomes a copy of what sequence `parents[b]` was, with its tokens and its length (beam search).
+ * Only valid tokens move, and only those of sequences that are not their own parents. `workspace` has
+ * `workspace_bytes` bytes, at least as many as `kvl_cache_reorder_workspace_size` gives, and is aligned to 64 bytes.
  *
- * Sequences of pages are reordered by their table, with `kvl_cache_copy_pages` for last pages of their own; for those of an
- * indirect cache there is `kvl_cache_reorder_table`.
+ * Pages are reordered by their table, with `kvl_cache_copy_pages` for last pages of their own. For indirect caches
+ * there is `kvl_cache_reorder_table`.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches and workspaces; `runner` null is the
- * calling thread.
- * Bad input: null, an unknown `struct_size`, views that do not fit each other, a parent that does not exist, a layout that is
- * neither contiguous nor a ring, a workspace that is too small or misaligned are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, on disjoint caches and workspaces. A null `runner`
+ * runs on the calling thread.
+ * Bad input: null, an unknown `struct_size`, views that do not fit each other, a parent that does not exist, a layout
+ * that is neither contiguous nor a ring, and a workspace that is too small or misaligned are errors, and nothing is
+ * written.
  */
 kvl_status kvl_cache_reorder(const struct kvl_context *context,
                              const struct kvl_parallel_runner *runner,
@@ -1785,24 +1816,26 @@ kvl_status kvl_cache_reorder(const struct kvl_context *context,
                              const int32_t *parents);
 
 /**
- * Bytes of workspace that `kvl_cache_reorder_table` needs for a table [batch, capacity]. Since ABI version 3.
+ * The bytes of workspace that `kvl_cache_reorder_table` needs for a beam table [num_sequences, capacity].
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null or a negative number is an error, and `*bytes` is not touched.
+ * Bad input: null and a negative number are errors, and `*bytes` is not changed.
  */
 kvl_status kvl_cache_reorder_table_workspace_size(int64_t num_sequences, int64_t capacity, size_t *bytes);
 
 /**
- * Sequence b of the table of an indirect cache, [batch, capacity], becomes a copy of what sequence `parents[b]`, [batch], was,
- * and so does `lengths[b]`, [batch]. No token moves. A step of beam search is: `kvl_kv_write` as into a contiguous cache, to
- * sequence b at position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with
- * `KVL_LAYOUT_KIND_INDIRECT`; parents are chosen; this. As long as sequences that have tokens of each other are equally long,
- * no slot is written while a sequence needs what is in it; where one would be, the call is refused. Since ABI version 3.
+ * Row b of the beam table of an indirect cache, [num_sequences, capacity], becomes a copy of what row `parents[b]`
+ * was, and so does `lengths[b]`. No token moves.
  *
- * Thread safety: may be called from any number of threads at once on disjoint tables and workspaces.
- * Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a sequence
- * that would write slots again in which another sequence has tokens (`KVL_STATUS_OVERLAP`), lists that share memory, a
- * workspace that is too small or misaligned are errors, and nothing changes.
+ * A step of beam search is: `kvl_kv_write` as into a contiguous cache, to sequence b at position `lengths[b]`;
+ * `kvl_cache_set_table_tokens`, after which lengths grow by one; `kvl_attention` with `KVL_LAYOUT_KIND_INDIRECT`; the
+ * choice of parents; this call. As long as sequences that have tokens of each other are equally long, no slot is
+ * written that another sequence needs; otherwise the call is refused.
+ *
+ * Thread safety: may be called from any number of threads at once, on disjoint tables and workspaces.
+ * Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a
+ * sequence that would overwrite slots in which another one has tokens (`KVL_STATUS_OVERLAP`), lists that share memory,
+ * and a workspace that is too small or misaligned are errors, and nothing changes.
  */
 kvl_status kvl_cache_reorder_table(void *workspace,
                                    size_t workspace_bytes,
@@ -1813,12 +1846,12 @@ kvl_status kvl_cache_reorder_table(void *workspace,
                                    const int32_t *parents);
 
 /**
- * In the table of an indirect cache, [batch, capacity]: `tokens` tokens of every sequence b, from position `positions[b]`,
- * [batch], on, lie in cache sequence b, where they have just been written. Since ABI version 3.
+ * Records in the beam table of an indirect cache, [num_sequences, capacity], that `tokens` tokens of every sequence b,
+ * from position `positions[b]` on, lie in row b of the cache, to which they were just written.
  *
- * Thread safety: may be called from any number of threads at once on disjoint tables.
- * Bad input: null, a negative size, a negative position, tokens past the capacity (`KVL_STATUS_CAPACITY`), lists that share memory
- * are errors, and nothing changes.
+ * Thread safety: may be called from any number of threads at once, on disjoint tables.
+ * Bad input: null, a negative size or position, tokens past the capacity (`KVL_STATUS_CAPACITY`), and lists that share
+ * memory are errors, and nothing changes.
  */
 kvl_status kvl_cache_set_table_tokens(int32_t *table,
                                       int64_t num_sequences,
@@ -1827,21 +1860,25 @@ kvl_status kvl_cache_set_table_tokens(int32_t *table,
                                       int64_t tokens);
 
 /**
- * Drops the tokens `first` .. `end` of a sequence and closes the gap: later tokens move down by `end - first` positions, and their
- * keys are turned to where they then stand. To keep sinks, begin after them.
+ * Removes the tokens `first` to `end - 1` of a sequence and closes the gap: later tokens move down by `end - first`
+ * positions, and their keys are rotated to their new positions. To keep sink tokens, begin after them.
  *
- * `ropes` has an entry a layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation; a null entry is a layer
- * whose keys are not turned. Of each, `pairing`, `rotary_dim` and `inv_freq` are what the keys were written with; other fields
- * are not looked at, but a table is refused: it has no row for a difference of positions. Angles are computed in f64, arithmetic
- * is f32, rounded once to the cache's type: each call adds one such rounding to the keys that move. Values move to the bit.
- * Roundings add up: after many small evictions 16-bit keys stand where they were before, because a small turn rounds back.
- * `kvl_cache_evict_running` has no such drift. Since ABI version 3.
+ * `ropes` has an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation. A null entry
+ * is a layer whose keys are not rotated. The `pairing`, `rotary_dim` and `inv_freq` of each are those that the keys
+ * were written with. Other fields are not read, but a table is an error, since it has no row for a difference of
+ * positions. Angles are computed in f64, arithmetic is f32, rounded once to the type of the cache. Values keep every
+ * bit.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
- * Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a sequence that does not
- * exist, a range that is none or goes beyond the sequence's length, a number of ropes that fits nothing, a `rotary_dim` above
- * a layer's dim, a page that is to be written and that another sequence uses too, a ring (which drops its oldest tokens by
- * itself), an indirect cache are errors, and nothing is written.
+ * Each call adds one rounding to the keys that move. After many small evictions, 16-bit keys stay where they were,
+ * because a rotation by less than half a unit in the last place rounds back. `kvl_cache_evict_running` has no such
+ * drift.
+ *
+ * Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a sequence that
+ * does not exist, a range that is empty the wrong way or goes beyond the length, a number of ropes that fits nothing,
+ * a `rotary_dim` above a layer's dim, a page to be written that another sequence uses, a ring (which drops its oldest
+ * tokens by itself), and an indirect cache are errors, and nothing is written.
  */
 kvl_status kvl_cache_evict(const struct kvl_context *context,
                            const struct kvl_parallel_runner *runner,
@@ -1853,23 +1890,25 @@ kvl_status kvl_cache_evict(const struct kvl_context *context,
                            size_t num_ropes);
 
 /**
- * Drops the tokens `first` .. `end` of a sequence and closes the gap, and lets RoPE positions run on: the keys of later tokens
- * move with all their bits, as values do, and only the `first` keys before the gap are brought near, by writing them again
- * from unrotated copies. However often it is called, each key has been rounded once.
+ * Removes the tokens `first` to `end - 1` of a sequence and closes the gap, while RoPE positions run on: the keys of
+ * later tokens move with every bit, as values do. The `first` keys before the gap are brought near to them instead, by
+ * writing them again from unrotated copies. However often it is called, each key has been rounded once.
  *
- * `dropped` is how many tokens the sequence has lost before this call. Afterwards token t of the sequence has RoPE position
- * `t + dropped + (end - first)`; the next query and key take `length + dropped`, with the new length and the new sum.
- * Lengths, causality, windows and ALiBi go on counting from 0.
+ * `dropped` is the number of tokens that the sequence has lost before this call. After it, token t of the sequence has
+ * RoPE position `t + dropped + (end - first)`, and the next query and key have position `length + dropped`, with the
+ * new length and the new sum. Lengths, causality, windows and ALiBi still count from 0.
  *
- * `ropes` and `keys` have an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation or no token is
- * kept before the gap. A null rope is a layer whose keys before the gap stay as they are. Of a rope, `pairing`, `rotary_dim`,
- * `inv_freq` and `magnitude` are what the keys were written with; other fields are not looked at, but a table is refused.
- * `keys[i]` is [1, tokens, kv_heads, dim], of any type, with at least `first` tokens: the keys of the sequence's first tokens
- * after their norm and before their rotation. Since ABI version 3.
+ * `ropes` and `keys` have an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation or
+ * no token is kept before the gap. A null rope is a layer whose keys before the gap stay as they are. The `pairing`,
+ * `rotary_dim`, `inv_freq` and `magnitude` of a rope are those that the keys were written with. Other fields are not
+ * read, but a table is an error. `keys[i]` is [1, tokens, kv_heads, dim], of any type, with at least `first` tokens:
+ * the keys of the first tokens of the sequence, after their norm and before their rotation.
  *
- * Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
- * Bad input: as of `kvl_cache_evict`; copies that do not fit the layer's keys, are of too few tokens or share memory with the
- * cache, a negative `dropped`, positions beyond 2^31 - 1 (`KVL_STATUS_CAPACITY`) are errors too, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
+ * calling thread.
+ * Bad input: the errors of `kvl_cache_evict`; copies that do not fit the layer's keys, have too few tokens or share
+ * memory with the cache, a negative `dropped`, and positions beyond 2^31 - 1 (`KVL_STATUS_CAPACITY`) are errors too,
+ * and nothing is written.
  */
 kvl_status kvl_cache_evict_running(const struct kvl_context *context,
                                    const struct kvl_parallel_runner *runner,
@@ -1883,12 +1922,13 @@ kvl_status kvl_cache_evict_running(const struct kvl_context *context,
                                    size_t num_ropes);
 
 /**
- * Copies whole pages of a pool, `moves[2 * i]` to `moves[2 * i + 1]`, in all layers, whose views are
- * [pages, page_size, kv_heads, dim]: a last page of one's own before writing to one that is shared. Since ABI version 3.
+ * Copies whole pages of a pool, `moves[2 * i]` to `moves[2 * i + 1]`, in all layers, whose views are [pages,
+ * page_size, kv_heads, dim]: for example to give a sequence a last page of its own before it writes to a shared one.
  *
- * Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
- * Bad input: null, views that do not fit each other, a page that does not exist, one that is written twice or both written
- * and read (`KVL_STATUS_DUPLICATE_SLOT`) are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, on disjoint pools. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, views that do not fit each other, a page that does not exist, and a page that is written twice or
+ * both written and read (`KVL_STATUS_DUPLICATE_SLOT`) are errors, and nothing is written.
  */
 kvl_status kvl_cache_copy_pages(const struct kvl_context *context,
                                 const struct kvl_parallel_runner *runner,
@@ -1898,17 +1938,18 @@ kvl_status kvl_cache_copy_pages(const struct kvl_context *context,
                                 size_t num_moves);
 
 /**
- * Gathers the pages that sequences use at the start of the pool, in all layers, and says in `*used` how many they are: from
- * there on all pages are free. The views of the layers are [pages, page_size, kv_heads, dim].
+ * Moves the pages in use to the start of the pool, in all layers, and sets `*used` to their number: all pages from
+ * there on are free. The views of the layers are [pages, page_size, kv_heads, dim].
  *
- * Pages in use hold the first `lengths[b]`, [batch], tokens of a sequence b; shared ones stay shared. Only pages beyond the
- * new end move, in ascending order to the lowest free places. `table`, [batch, pages_per_sequence], is updated; its entries
- * beyond a sequence's length become -1, since what they named may be another sequence's now. `map` has an entry a page;
- * afterwards it says where each page went, -1 for those that were not in use. Since ABI version 3.
+ * Pages in use hold the first `lengths[b]` tokens of a sequence b; shared pages stay shared. Only pages beyond the new
+ * end move, in ascending order to the lowest free places. `table`, [num_sequences, pages_per_sequence], is updated,
+ * and its entries beyond the length of a sequence become -1, since the pages that they named may be others'. `map` has
+ * an entry per page, and afterwards the place of each page, -1 for those that were not in use.
  *
- * Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
- * Bad input: null, a negative size, views that do not fit each other, a length above what a sequence's entries hold, an entry that
- * is no page, lists that share memory are errors, and nothing is written but to `map`.
+ * Thread safety: may be called from any number of threads at once, on disjoint pools. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, a negative size, views that do not fit each other, a length above what a sequence's entries hold,
+ * an entry that is no page, and lists that share memory are errors, and nothing but `map` is written.
  */
 kvl_status kvl_cache_defragment(const struct kvl_context *context,
                                 const struct kvl_parallel_runner *runner,
@@ -1922,44 +1963,47 @@ kvl_status kvl_cache_defragment(const struct kvl_context *context,
                                 int64_t *used);
 
 /**
- * How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every query row [batch, seq,
- * heads] and every `KVL_SPLIT_GRID` keys, or part of as many, that a sequence of the cache has room for, v_dim rounded up to
- * 16 and 16 more. Only those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be null. Since ABI version 3.
+ * The number of floats that `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for each query
+ * and head, and for each `KVL_SPLIT_GRID` keys (or part of as many) that a sequence of the cache has room for, v_dim
+ * rounded up to 16, and 16 more. Only these shapes, `layout`, `cu_seqlens_q` and `plan` are read; data may be null.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: as for `kvl_attention_workspace_size`; ragged queries, a ring, and more floats than an address space holds are errors
- * too, and `*len` is not touched.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: the errors of `kvl_attention_workspace_size`; ragged queries, a ring, and more floats than an address
+ * space holds are errors too, and `*len` is not changed.
  */
 kvl_status kvl_attention_chunks_states_len(const struct kvl_attention_params *params,
                                            int64_t *len);
 
 /**
- * Bytes of workspace that `kvl_attention_chunks` needs at most, as `kvl_attention_workspace_size` says it for `kvl_attention`.
- * Since ABI version 3.
+ * The bytes of workspace that `kvl_attention_chunks` needs at most, as `kvl_attention_workspace_size` gives them for
+ * `kvl_attention`.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: as for `kvl_attention_workspace_size`; ragged queries and a ring are errors too, and `*bytes` is not touched.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: the errors of `kvl_attention_workspace_size`; ragged queries and a ring are errors too, and `*bytes` is
+ * not changed.
  */
 kvl_status kvl_attention_chunks_workspace_size(const struct kvl_attention_params *params,
                                                const struct kvl_parallel_runner *runner,
                                                size_t *bytes);
 
 /**
- * Attention over a segment of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
- * keys are spread over machines, or come in pieces, the merged bits are those of one `kvl_attention` over all keys.
+ * Attention over a segment of a sequence, which writes the states of the segment's chunks for `kvl_merge_chunks`
+ * instead of an output. Where keys are spread over machines, or come one segment after another, the merged bits are
+ * those of one `kvl_attention` over all keys.
  *
- * `params` is as for `kvl_attention`, in the segment's own positions: `lengths`, `kv_starts`, `offsets` and so on count from
- * the segment's first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts segments so, `kvl_shard_lengths`
- * computes the lists). There is no `out`, no `lse`, and there are no `sink_logits`: those are given to `kvl_merge_chunks`.
- * `states` has `states_len` floats, exactly what `kvl_attention_chunks_states_len` says. They mean something to a context of
- * the same level, for keys of the same type and the same precision, and may be sent there as they are; floats that they do not
- * need are left alone.
+ * `params` is as for `kvl_attention`, in the segment's own positions: `lengths`, `kv_starts`, `offsets` and so on
+ * count from the first key of the segment, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts segments so,
+ * and `kvl_shard_lengths` computes the lists). `out`, `lse` and `sink_logits` must be absent: `kvl_merge_chunks` takes
+ * them. `states` has `states_len` floats, exactly as many as `kvl_attention_chunks_states_len` gives. They have a
+ * meaning to contexts of the same level, for keys and values of the same types and the same precision, and may be sent
+ * there as they are. Floats that are not needed are not written.
  *
- * `workspace` is as for `kvl_attention`, of the size that `kvl_attention_chunks_workspace_size` says. Since ABI version 3.
+ * `workspace` is as for `kvl_attention`, with the size that `kvl_attention_chunks_workspace_size` gives.
  *
  * Thread safety: as for `kvl_attention`.
- * Bad input: as for `kvl_attention`; an `out`, an `lse`, `sink_logits`, ragged queries, a ring, `states` that are null, of
- * another length, not aligned to 4 bytes or that share memory with a tensor or a list are errors too, and nothing is written.
+ * Bad input: the errors of `kvl_attention`; an `out`, an `lse`, `sink_logits`, ragged queries, a ring, and `states`
+ * that are null, of another length, not aligned to 4 bytes or that share memory with a tensor or a list are errors
+ * too, and nothing is written.
  */
 kvl_status kvl_attention_chunks(const struct kvl_context *context,
                                 const struct kvl_parallel_runner *runner,
@@ -1970,30 +2014,29 @@ kvl_status kvl_attention_chunks(const struct kvl_context *context,
                                 int64_t states_len);
 
 /**
- * Bytes of workspace that `kvl_merge_chunks` needs at most for the shape of `params->out`, `kv_heads` and the lengths of the
- * segments' states, and for the threads of `runner`. Only those are looked at: data and states may be null. Since ABI version
- * 3.
+ * The bytes of workspace that `kvl_merge_chunks` needs at most for the shape of `params->out`, `kv_heads`, the lengths
+ * of the segments' states, and the threads of `runner`. Only these are read; data and states may be null.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, an unknown `struct_size`, no segment or more than 256, an axis that is negative or above 2^31 - 1, a dim
- * that is not 1 to 512, heads that are no multiple of `kv_heads`, lengths that are no number of chunks are errors, and
- * `*bytes` is not touched.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null, an unknown `struct_size`, no segment or more than 256, an axis that is negative or above 2^31 - 1,
+ * a dim that is not 1 to 512, heads that are no multiple of `kv_heads`, and lengths that are no number of chunks are
+ * errors, and `*bytes` is not changed.
  */
 kvl_status kvl_merge_chunks_workspace_size(const struct kvl_merge_chunks_params *params,
                                            const struct kvl_parallel_runner *runner,
                                            size_t *bytes);
 
 /**
- * Output and LSE of attention whose keys lay in several segments, from the states that `kvl_attention_chunks` left of each.
- * The bits are those of one `kvl_attention` over all keys, if every segment but the last ended at a multiple of
- * `KVL_SPLIT_GRID`. `kvl_merge_states` needs less memory, and has the kernel's bound instead of its bits.
+ * The output and LSE of attention whose keys lay in several segments, from the states that `kvl_attention_chunks`
+ * wrote for each. The bits are those of one `kvl_attention` over all keys, if every segment but the last ended at a
+ * multiple of `KVL_SPLIT_GRID`. `kvl_merge_states` needs less memory, and has the kernel's bound instead of its bits.
  *
- * `workspace` is as for `kvl_attention`, of the size that `kvl_merge_chunks_workspace_size` says. Since ABI version 3.
+ * `workspace` is as for `kvl_attention`, with the size that `kvl_merge_chunks_workspace_size` gives.
  *
  * Thread safety: as for `kvl_attention`.
- * Bad input: null, an unknown `struct_size` or enumeration value, what `kvl_merge_chunks_workspace_size` refuses, an output
- * that shares memory with states, sink_logits or the other output, a workspace that is too small or misaligned are errors, and
- * nothing is written.
+ * Bad input: null, an unknown `struct_size` or enumeration value, the errors of `kvl_merge_chunks_workspace_size`, an
+ * output that shares memory with states, sink logits or the other output, and a workspace that is too small or
+ * misaligned are errors, and nothing is written.
  */
 kvl_status kvl_merge_chunks(const struct kvl_context *context,
                             const struct kvl_parallel_runner *runner,
@@ -2002,21 +2045,23 @@ kvl_status kvl_merge_chunks(const struct kvl_context *context,
                             const struct kvl_merge_chunks_params *params);
 
 /**
- * Sets `shard->data`, `model` and `sequence` to those of shard `rank` of as many as `shard->num_...` say, where neighbours are
- * parts of one sequence, then of the heads. Since ABI version 3.
+ * Sets `shard->data`, `model` and `sequence` to those of shard `rank`, of as many shards as `shard->num_...` give.
+ * Neighbouring ranks are parts of one sequence first, then of the heads.
  *
- * Thread safety: may be called from any number of threads at once on disjoint shards.
- * Bad input: null, an unknown `struct_size`, a negative number, a rank that does not exist are errors, and `shard` is not touched.
+ * Thread safety: may be called from any number of threads at once, on disjoint shards.
+ * Bad input: null, an unknown `struct_size`, a negative number, and a rank that does not exist are errors, and `shard`
+ * is not changed.
  */
 kvl_status kvl_shard_from_rank(int64_t rank,
                                struct kvl_shard *shard);
 
 /**
- * The shard's sequences of a batch: `*count` of them from `*first` on. Parts differ by at most one sequence, and may be empty.
- * Since ABI version 3.
+ * The shard's sequences of a batch: `*count` of them, from `*first` on. The counts of two parts differ by at most one,
+ * and may be 0.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null, an unknown `struct_size`, a negative number, and a part that does not exist are errors, and nothing
+ * is written.
  */
 kvl_status kvl_shard_sequences(const struct kvl_shard *shard,
                                int64_t batch,
@@ -2024,13 +2069,14 @@ kvl_status kvl_shard_sequences(const struct kvl_shard *shard,
                                int64_t *count);
 
 /**
- * The shard's heads: `*num_kv_heads` KV heads from `*first_kv_head` on, and the `*num_heads` query heads from `*first_head` on
- * that read them. With more parts than KV heads several shards have the same KV head, and share the query heads that read
- * it. Since ABI version 3.
+ * The shard's heads: `*num_kv_heads` KV heads from `*first_kv_head` on, and the `*num_heads` query heads from
+ * `*first_head` on that read them. With more parts than KV heads, several shards have the same KV head and share the
+ * query heads that read it.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist, `heads` that are no multiple of
- * `kv_heads`, more parts than KV heads that are no multiple of them are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist, `heads` that are no
+ * multiple of `kv_heads`, and more parts than KV heads that are no multiple of them are errors, and nothing is
+ * written.
  */
 kvl_status kvl_shard_heads(const struct kvl_shard *shard,
                            int64_t heads,
@@ -2041,11 +2087,12 @@ kvl_status kvl_shard_heads(const struct kvl_shard *shard,
                            int64_t *num_kv_heads);
 
 /**
- * The shard's segment of the slots of a sequence: `*count` of `capacity`, from `*first` on. Segments begin and end at multiples of
- * `KVL_SPLIT_GRID` or at the capacity, and may be empty. Since ABI version 3.
+ * The shard's segment of the slots of a sequence: `*count` of `capacity`, from `*first` on. Segments begin and end at
+ * multiples of `KVL_SPLIT_GRID` or at the capacity, and may be empty.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null, an unknown `struct_size`, a negative number, and a part that does not exist are errors, and nothing
+ * is written.
  */
 kvl_status kvl_shard_keys(const struct kvl_shard *shard,
                           int64_t capacity,
@@ -2053,15 +2100,15 @@ kvl_status kvl_shard_keys(const struct kvl_shard *shard,
                           int64_t *count);
 
 /**
- * What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `kv_starts`
- * (null: 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a sequence. The results, [batch] each, are
- * counted from the start of the segment: `local_lengths` and `local_kv_starts` lie in it, `local_offsets` may be negative or
- * beyond it. The outputs of all segments are joined by `kvl_merge_states`, and sinks go to one segment only; or by
- * `kvl_attention_chunks` and `kvl_merge_chunks`, to the bit. Since ABI version 3.
+ * The lists that attention over `count` keys from key `first` on takes, where attention over all keys takes `lengths`,
+ * `kv_starts` (null for 0) and `offsets` (null for `length - seq`), [batch] each, for `seq` queries per sequence. The
+ * results, [batch] each, count from the start of the segment: `local_lengths` and `local_kv_starts` lie in it, and
+ * `local_offsets` may be negative or beyond it. `kvl_merge_states` joins the outputs of all segments, of which one
+ * takes the sink logits; `kvl_attention_chunks` and `kvl_merge_chunks` join them to the bit.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, a negative number, more keys than an axis holds, an offset that leaves 32 bits, lists that share
- * memory are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null, a negative number, more keys than an axis holds, an offset that leaves 32 bits, and lists that
+ * share memory are errors, and nothing is written.
  */
 kvl_status kvl_shard_lengths(int64_t first,
                              int64_t count,
@@ -2076,12 +2123,11 @@ kvl_status kvl_shard_lengths(int64_t first,
 
 /**
  * The slots, in a cache that holds `count` keys from key `first` on, of tokens that a whole cache would have from
- * `positions[b]`, [batch], on: `slots`, [batch, seq], for `kvl_kv_write_params`, -1 for those that belong to other segments.
- * Since ABI version 3.
+ * `positions[b]`, [batch], on: `slots`, [batch, seq], for `kvl_kv_write_params`, with -1 for tokens of other segments.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, a negative number or position, more keys than an axis holds, lists that share memory are errors, and
- * nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null, a negative number or position, more keys than an axis holds, and lists that share memory are
+ * errors, and nothing is written.
  */
 kvl_status kvl_shard_slots(int64_t first,
                            int64_t count,
@@ -2091,11 +2137,12 @@ kvl_status kvl_shard_slots(int64_t first,
                            int32_t *slots);
 
 /**
- * The part of a tensor that has the indices `first` .. `first + count` of an axis (0 batch, 1 seq, 2 heads, 3 dim), in the same
- * memory. Since ABI version 3.
+ * The part of a tensor with the indices `first` to `first + count - 1` of an axis (0 batch, 1 seq, 2 heads, 3 dim), in
+ * the same memory.
  *
- * Thread safety: may be called from any number of threads at once on disjoint outputs.
- * Bad input: null, an invalid view, an axis that is none, indices outside it are errors, and nothing is written.
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null, an invalid view, an axis that does not exist, and indices outside it are errors, and nothing is
+ * written.
  */
 kvl_status kvl_shard_view(const struct kvl_view *view,
                           int32_t axis,
@@ -2107,7 +2154,7 @@ kvl_status kvl_shard_view(const struct kvl_view *view,
 }  // extern "C"
 #endif  // __cplusplus
 
-/* Initialisers: all zero but the size. */
+/* Initialisers: everything is zero but the size. */
 #ifdef __cplusplus
 #define KVL_SIZED_INIT_(type) ([] { type value = {}; value.struct_size = sizeof(type); return value; }())
 #else
@@ -2127,7 +2174,8 @@ kvl_status kvl_shard_view(const struct kvl_view *view,
 #define KVL_ATTENTION_PARAMS_INIT KVL_SIZED_INIT_(kvl_attention_params)
 #define KVL_MERGE_CHUNKS_PARAMS_INIT KVL_SIZED_INIT_(kvl_merge_chunks_params)
 
-/* Helpers that are no symbols of the library. A generator of bindings can leave them out: they only fill in structs. */
+/* Helpers that only fill in structs and are no symbols of the library. Define KVL_NO_INLINE_HELPERS to leave them out, for
+ * example for a generator of bindings. */
 #ifndef KVL_NO_INLINE_HELPERS
 
 /* A view of a tensor that lies in memory in the order of its axes. */
@@ -2150,7 +2198,7 @@ static inline kvl_view kvl_make_view(void *data, kvl_dtype dtype, int64_t batch,
     return view;
 }
 
-/* What can be written can be read. */
+/* A view to read of what a view can write. */
 static inline kvl_const_view kvl_as_const(kvl_view view) {
     kvl_const_view result;
     int axis;

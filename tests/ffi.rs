@@ -437,6 +437,19 @@ mod symbols {
         assert_eq!(declared, allowed().into_iter().chain(inline).collect());
     }
 
+    #[test]
+    fn every_function_states_thread_safety_and_bad_input() {
+        let header = std::fs::read_to_string(root().join("include/kvlane.h")).expect("the header is committed");
+        for name in EXPORTS {
+            let at = header.find(&format!("{name}(")).expect("every export is declared");
+            let comment = &header[header[..at].rfind("/**").expect("every function has a comment")..at];
+            assert_eq!(comment.matches("*/").count(), 1, "{name} has no comment of its own");
+            for line in [" * Thread safety: ", " * Bad input: "] {
+                assert!(comment.contains(line), "the comment of {name} has no line{line}");
+            }
+        }
+    }
+
     /// The enumerations are integers with named values.
     #[test]
     fn every_enumerator_carries_the_prefix_of_its_enumeration() {

@@ -29,15 +29,18 @@ pub const KVL_ATTENTION_FLAG_WINDOW_LEFT: u32 = 2;
 /// Keys more than `window_right` after the query's own position are masked.
 pub const KVL_ATTENTION_FLAG_WINDOW_RIGHT: u32 = 4;
 
-/// What attention reads, writes and sees. Start from `KVL_ATTENTION_PARAMS_INIT`, which sees every key; set `q`, `k`, `v`
-/// and `out`. Query head h reads KV head `h / (heads / kv_heads)`; nothing is repeated in memory.
+/// What an attention call reads and writes, and which keys its queries see. Start from `KVL_ATTENTION_PARAMS_INIT`,
+/// with which every query sees every key; set `q`, `k`, `v` and `out`. Query head h reads KV head `h / (heads /
+/// kv_heads)`; nothing is repeated in memory.
 ///
-/// A logit is `softcap(q.k * scale) + alibi + bias`; then what is masked is taken out, then softmax in f32. Query i of a
-/// sequence stands at position p = i + offset among the keys, and sees key j when all of these hold: `j < lengths[sequence]`,
-/// `j >= kv_starts[sequence]`, causal: `j <= p`, left window: `j >= p - window_left`, right window: `j <= p + window_right` (of
-/// these three, a key `j < prefix_lengths[sequence]` needs none), the mask's entry is not 0, the bit mask's is not 0, the bias
-/// is not -inf, a ring has not overwritten it. A query that sees no key has output 0 and LSE -inf (with a sink: the sink's
-/// logit). What is not seen cannot reach the output, NaN or not; what is seen does.
+/// A logit is `softcap(q.k * scale) + alibi + bias`. Then masked keys are removed, and softmax follows in f32. Query i
+/// of sequence b stands at position p = i + offset among the keys. It sees key j if `j < lengths[b]`, `j >=
+/// kv_starts[b]`, the entries of the mask and of the bit mask are not 0, the bias is not -inf, a ring has not
+/// overwritten the key, and either `j < prefix_lengths[b]` or all of these hold: `j <= p` (causal), `j >= p -
+/// window_left` (left window), `j <= p + window_right` (right window).
+///
+/// A query that sees no key has output 0 and LSE -inf (with a sink logit: that logit). NaN and infinities in keys and
+/// values that no query sees never reach the output; those in visible ones do.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_attention_params {
@@ -45,82 +48,91 @@ pub struct kvl_attention_params {
     pub struct_size: usize,
     /// Queries [batch, seq, heads, dim], of any type.
     pub q: kvl_const_view,
-    /// Keys [batch, keys, kv_heads, dim]: the cache, whole.
+    /// Keys [batch, keys, kv_heads, dim]: the whole cache.
     pub k: kvl_const_view,
-    /// Values [batch, keys, kv_heads, v_dim], of the type of the keys.
+    /// Values [batch, keys, kv_heads, v_dim], of any type.
     pub v: kvl_const_view,
     /// Output [batch, seq, heads, v_dim], of any type.
     pub out: kvl_view,
-    /// Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a query row's logits; null
-    /// if not wanted.
+    /// Output [batch, seq, heads], contiguous: the natural logarithm of the sum of the exponentials of the logits of
+    /// each query and head; null if not wanted.
     pub lse: *mut f32,
-    /// Factor on q.k; 0 is 1 / sqrt(dim).
+    /// Factor on q.k; 0 stands for 1 / sqrt(dim).
     pub scale: f32,
-    /// `softcap * tanh(x / softcap)` on scaled logits; 0 is none.
+    /// `softcap * tanh(x / softcap)` is applied to scaled logits x; 0 for none.
     pub softcap: f32,
-    /// `KVL_ATTENTION_FLAG_CAUSAL | KVL_ATTENTION_FLAG_WINDOW_LEFT | KVL_ATTENTION_FLAG_WINDOW_RIGHT`. A window of 0 keys means
-    /// something, so whether there is a window is said here, not by its size.
+    /// A sum of `KVL_ATTENTION_FLAG_*`. A flag says whether there is a window, since a window of 0 keys has a meaning
+    /// too.
     pub flags: kvl_attention_flag,
     /// 0.
     pub reserved: i32,
-    /// With `KVL_ATTENTION_FLAG_WINDOW_LEFT`: how many keys are visible before the query's own position. Else 0.
+    /// With `KVL_ATTENTION_FLAG_WINDOW_LEFT`: how many keys before the query's own position are visible. Else 0.
     pub window_left: i64,
-    /// With `KVL_ATTENTION_FLAG_WINDOW_RIGHT`: how many keys are visible after the query's own position. Else 0.
+    /// With `KVL_ATTENTION_FLAG_WINDOW_RIGHT`: how many keys after the query's own position are visible. Else 0.
     pub window_right: i64,
-    /// [batch]: valid keys; null for all.
+    /// [batch]: the number of valid keys; null for all.
     pub lengths: *const i32,
     /// [batch]: the first visible key (left-padded batches); null for 0.
     pub kv_starts: *const i32,
-    /// [batch]: the position of query 0 among the keys; null for `length - seq`, so that the last query sees the last key.
-    /// A negative one leaves leading queries without keys.
+    /// [batch]: the position of query 0 among the keys; null for `length - seq`, with which the last query sees the
+    /// last key. With a negative offset, leading queries see no keys.
     pub offsets: *const i32,
-    /// Which keys each query sees, [batch, seq, heads, keys]; absent for all.
+    /// A boolean mask [batch, seq, heads, keys], with at least as many keys as the longest sequence; absent for none.
     pub mask: kvl_mask,
-    /// Added to logits, [batch, seq, heads, keys], of any type; absent for none.
+    /// Numbers [batch, seq, heads, keys] of any type that are added to logits; absent for none. Axes of one element
+    /// broadcast, and so do strides of 0.
     pub bias: kvl_const_view,
     /// [heads]: `slope * (j - p)` is added to logits; null for none. See `kvl_alibi_slopes`.
     pub alibi_slopes: *const f32,
-    /// [heads]: one more logit, which takes weight and has no value; null for none.
+    /// [heads]: one more logit per head, which takes weight and has no value; null for none.
     pub sink_logits: *const f32,
-    /// How exactly to compute; see `kvl_context_attention_kernel_names`. Since ABI version 2.
+    /// The precision; `kvl_context_attention_kernel_names` names the kernels of each.
     pub precision: kvl_precision,
     /// 0.
     pub reserved2: i32,
-    /// In which slots of `k` and `v` the tokens of a sequence lie, and so what their first two axes mean; null for contiguous
-    /// sequences. A ring, and pages, need `lengths`. Positions go on counting what a ring has overwritten: a window must lie in
-    /// what it retains, and with no window there can be only one query once it has overwritten any. Since ABI version 3.
+    /// In which slots of `k` and `v` the tokens of a sequence lie, which gives their first two axes a meaning; null for
+    /// contiguous sequences. A ring and pages need `lengths`. Positions count what a ring has overwritten: a window
+    /// must lie in what the ring retains, and without a window there can be only one query once the ring has
+    /// overwritten keys.
     pub layout: *const kvl_layout,
-    /// [batch + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and sequence b of the batch is tokens
-    /// `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1` (`cu_seqlens`); null for sequences of equal length, the first axis of `q`.
+    /// [num_sequences + 1]: ragged queries. `q` and `out` are [1, tokens, heads, dim], and the queries of sequence b
+    /// are tokens `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1] - 1`. Null for sequences of equal length, which are the
+    /// first axis of `q`.
     pub cu_seqlens_q: *const i32,
-    /// With `cu_seqlens_q`: sequences of the batch, as many as every [batch] list here has entries. Else 0.
+    /// With `cu_seqlens_q`: the number of sequences, which is the length of every [batch] list. Else 0.
     pub num_sequences: i64,
-    /// [batch]: every query sees the keys before this one, whatever causality and windows say (prefix-LM, attention sinks that
-    /// a window must not hide); null for 0.
+    /// [batch]: every query sees the keys before this one, whatever causality and windows say (prefix-LM, first tokens
+    /// that a window must keep); null for 0.
     pub prefix_lengths: *const i32,
-    /// Which keys each query sees, a bit each; null for all.
+    /// A mask with one bit per query and key; null for none.
     pub bit_mask: *const kvl_bit_mask,
-    /// What `kvl_plan_create` has checked already: instead of `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`,
-    /// `lengths`, `kv_starts`, `offsets` and `prefix_lengths`, which must then be 0 or null, and of `mask` and `bit_mask`,
-    /// which must be absent if the plan was made of either; null for none.
+    /// A plan that replaces `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`,
+    /// `offsets` and `prefix_lengths`, which must then be 0 or null. It replaces `mask` and `bit_mask` too if it was
+    /// made of either. Null for none.
     pub plan: *const kvl_plan,
-    /// How values lie in `v`: with `KVL_PACKING_ROW_PAIRS`, it is [batch, slots / 2, kv_heads, 2 * v_dim]. The same bits as for
-    /// values that are not packed.
+    /// How values lie in `v`. With `KVL_PACKING_ROW_PAIRS`, `v` is [batch, slots / 2, kv_heads, 2 * v_dim]. The bits of
+    /// the result do not depend on it.
     pub v_packing: kvl_packing,
     /// 0.
     pub reserved3: i32,
 }
 
 sized!(kvl_attention_params[precision, layout]);
-assert_layout!(kvl_attention_params, 672, struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380, window_left: 384, window_right: 392, lengths: 400, kv_starts: 408, offsets: 416, mask: 424, bias: 504, alibi_slopes: 592, sink_logits: 600, precision: 608, reserved2: 612, layout: 616, cu_seqlens_q: 624, num_sequences: 632, prefix_lengths: 640, bit_mask: 648, plan: 656, v_packing: 664, reserved3: 668);
+assert_layout!(
+    kvl_attention_params, 672,
+    struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380,
+    window_left: 384, window_right: 392, lengths: 400, kv_starts: 408, offsets: 416, mask: 424, bias: 504,
+    alibi_slopes: 592, sink_logits: 600, precision: 608, reserved2: 612, layout: 616, cu_seqlens_q: 624,
+    num_sequences: 632, prefix_lengths: 640, bit_mask: 648, plan: 656, v_packing: 664, reserved3: 668,
+);
 
-/// Bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever lengths and
-/// masks are, and for the threads of `runner`. Only those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be
-/// null.
+/// The bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever
+/// lengths and masks are, and for the threads of `runner`. Only these shapes, `layout`, `cu_seqlens_q` and `plan` are
+/// read; data may be null.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null, an unknown `struct_size`, a negative axis or one above 2^31 - 1, a dim that is not 1 to 512 are errors, and
-/// `*bytes` is not touched.
+/// Bad input: null, an unknown `struct_size`, an axis that is negative or above 2^31 - 1, and a dim that is not 1 to
+/// 512 are errors, and `*bytes` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_attention_workspace_size(
     params: *const kvl_attention_params,
@@ -138,18 +150,20 @@ pub unsafe extern "C" fn kvl_attention_workspace_size(
     unsafe { workspace_size(params, runner, bytes, size) }
 }
 
-/// Grouped-query attention over a cache: one entry for prefill (the queries' keys are in the cache already), chunked prefill
-/// and decode (seq = 1). Everything keeps its type; arithmetic is f32, rounded once to the type of `out`.
+/// Grouped-query attention over a cache, for prefill (with the keys of the queries already in the cache), chunked
+/// prefill and decode (seq = 1). Every tensor keeps its type; arithmetic is f32, rounded once to the type of `out`.
 ///
-/// `workspace` has `workspace_bytes` bytes, at least what `kvl_attention_workspace_size` says for the same shapes and runner, and
-/// is aligned to 64 bytes. Its contents are worth nothing before and after. The bits of a row of the output depend on that
-/// row's inputs and the level alone: not on the runner, the batch around it or the strides.
+/// `workspace` has `workspace_bytes` bytes, at least as many as `kvl_attention_workspace_size` gives for the same
+/// shapes and runner, and is aligned to 64 bytes. Its contents have no meaning before and after the call. The bits of
+/// an output row depend on the inputs of that row and the level alone: not on the runner, the rest of the batch or the
+/// strides.
 ///
-/// Thread safety: may be called from any number of threads at once, each with outputs and a workspace of its own: two calls at
-/// the same time with the same workspace compute garbage. `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size`, flag or enumeration value, shapes that do not fit, K and V of different types,
-/// lengths outside the cache, an output that shares memory with an input, a workspace that is too small or misaligned are
-/// errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, each with its own outputs and its own workspace;
+/// two calls that share a workspace at the same time have undefined results. A null `runner` runs on the calling
+/// thread.
+/// Bad input: null, an unknown `struct_size`, flag or enumeration value, shapes that do not fit, lengths outside the
+/// cache, an output that shares memory with an input, and a workspace that is too small or misaligned are errors, and
+/// nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_attention(
     context: *const kvl_context,
@@ -169,11 +183,11 @@ pub unsafe extern "C" fn kvl_attention(
     })
 }
 
-/// Fills the standard ALiBi slopes for any number of heads: for a power of two n, `2^(-8 (h + 1) / n)`; otherwise those of
-/// the largest power of two below, then every other one of twice that.
+/// Fills in the standard ALiBi slopes for any number of heads: for a power of two n, `2^(-8 (h + 1) / n)`; otherwise
+/// those of the largest power of two below, followed by every other slope of twice that number.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null or a negative number of heads is an error, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: null and a negative number of heads are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_alibi_slopes(slopes: *mut f32, heads: i64) -> kvl_status {
     guard(|| {

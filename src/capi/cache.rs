@@ -22,21 +22,21 @@ use crate::ops::rope::check_rotary_dim;
 use crate::view::{BATCH, RawView, SEQ};
 use std::ffi::c_void;
 
-/// The cache of one layer. Since ABI version 3.
+/// The cache of one layer.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_kv_layer {
-    /// Keys [batch, slots, kv_heads, dim]; what the first two axes are is the layout's to say.
+    /// Keys [sequences, slots, kv_heads, dim]; the layout gives the first two axes their meaning.
     pub k: kvl_view,
-    /// Values [batch, slots, kv_heads, v_dim]; absent where keys and values share memory.
+    /// Values [sequences, slots, kv_heads, v_dim]; absent where keys and values share memory.
     pub v: kvl_view,
 }
 
 assert_layout!(kvl_kv_layer, 176, k: 0, v: 88);
 
-/// The caches of all layers of a model, or of those that are laid out alike: one list of lengths for all of them. Start from
-/// `KVL_CACHE_INIT`. Layers agree in the first two axes of their views; heads, dims and types may differ, and no two views
-/// share memory. Since ABI version 3.
+/// The caches of all layers of a model, or of those with one layout: they have one list of lengths. Start from
+/// `KVL_CACHE_INIT`. Layers agree in the first two axes of their views. Heads, dims and types may differ, and no two
+/// views share memory.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_cache {
@@ -44,24 +44,24 @@ pub struct kvl_cache {
     pub struct_size: usize,
     /// [num_layers].
     pub layers: *const kvl_kv_layer,
-    /// At least 1.
+    /// The number of layers, at least 1.
     pub num_layers: usize,
-    /// Where the tokens of a sequence lie, in every layer; null for contiguous.
+    /// In which slots the tokens of a sequence lie, in every layer; null for contiguous.
     pub layout: *const kvl_layout,
-    /// [batch]: how many tokens each sequence was given. Calls that change lengths change these, last.
+    /// [num_sequences of the layout]: the number of tokens that each sequence was given. Calls that change lengths
+    /// write these last.
     pub lengths: *mut i32,
 }
 
 sized!(kvl_cache);
 assert_layout!(kvl_cache, 40, struct_size: 0, layers: 8, num_layers: 16, layout: 24, lengths: 32);
 
-/// Sequence `sequences[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is. Since
-/// ABI version 3.
+/// Sets the length of sequence `sequences[i]` to `values[i]`, whatever lies in its slots.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches.
-/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes twice, a
-/// negative value or one above the sequence's capacity, a table entry that leads outside the cache are errors, and no length
-/// changes.
+/// Thread safety: may be called from any number of threads at once, on disjoint caches.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes
+/// twice, a value that is negative or above the sequence's capacity, and a table entry that leads outside the cache are
+/// errors, and no length changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_set_lengths(
     cache: *const kvl_cache,
@@ -82,11 +82,12 @@ pub unsafe extern "C" fn kvl_cache_set_lengths(
     })
 }
 
-/// Adds `counts[b]`, [batch], to the length of every sequence b, after as many tokens have been written to it. Since ABI version 3.
+/// Adds `counts[b]` to the length of every sequence b, after as many tokens have been written to it.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches.
-/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the sequence's
-/// capacity (`KVL_STATUS_CAPACITY`), a table entry that leads outside the cache are errors, and no length changes.
+/// Thread safety: may be called from any number of threads at once, on disjoint caches.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a negative count, a length above the
+/// sequence's capacity (`KVL_STATUS_CAPACITY`), and a table entry that leads outside the cache are errors, and no
+/// length changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_advance(cache: *const kvl_cache, counts: *const i32) -> kvl_status {
     guard(|| {
@@ -100,19 +101,18 @@ pub unsafe extern "C" fn kvl_cache_advance(cache: *const kvl_cache, counts: *con
     })
 }
 
-/// Removes the last tokens of sequences: sequence b has `lengths[b]`, [num_sequences], tokens from then on. No byte of the cache
-/// changes. Since ABI version 3.
+/// Removes the last tokens of sequences: sequence b then has `lengths[b]` tokens. No byte of the cache changes.
 ///
-/// `flags` and `window_left` are those of all attention over this cache; only a left window counts here. They matter to a ring:
-/// the tokens that are removed have overwritten older ones, so a ring that has gone round can be truncated only if no query will
-/// look at those. A ring whose capacity exceeds `sink_tokens + window_left` by n tokens can give back n. The cache knows only its
-/// present lengths, so truncations without new tokens between them count together, and the caller has to add them up. In an
-/// indirect cache, a slot that holds a token of another sequence is not given up.
+/// `flags` and `window_left` are those of all attention over this cache; only a left window counts. They matter to a
+/// ring: the tokens that are removed have overwritten older ones, so a ring that has gone round can be truncated only
+/// if no query will look at those. A ring whose capacity exceeds `sink_tokens + window_left` by n tokens can give back
+/// n. The cache knows its present lengths only: truncations without new tokens between them count together, and the
+/// caller has to add them up. In an indirect cache, a slot that holds a token of another sequence is not given up.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches.
-/// Bad input: null, an unknown `struct_size` or flag, views that do not fit each other, a length that is negative or above the
-/// present one, a negative window or one without its flag, tokens that have been or would be overwritten are errors, and no
-/// length changes.
+/// Thread safety: may be called from any number of threads at once, on disjoint caches.
+/// Bad input: null, an unknown `struct_size` or flag, views that do not fit each other, a length that is negative or
+/// above the present one, a window that is negative or without its flag, and tokens that have been or would be
+/// overwritten are errors, and no length changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_truncate(
     cache: *const kvl_cache,
@@ -135,13 +135,14 @@ pub unsafe extern "C" fn kvl_cache_truncate(
     })
 }
 
-/// Empties sequences: their lengths become 0. With `zero` 1 their slots are filled with zeros too: all that they have, or in a
-/// paged cache their pages as far as they are in use. Since ABI version 3.
+/// Empties sequences: their lengths become 0. With a `zero` of 1, their slots are filled with zeros too: all of them,
+/// or in a paged cache the pages in use.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes twice,
-/// a `zero` that is neither 0 nor 1, zeros for a page that another sequence uses too or for an indirect cache are errors, and
-/// nothing is written.
+/// Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist or comes
+/// twice, a `zero` that is neither 0 nor 1, and zeros for a page that another sequence uses or for an indirect cache
+/// are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_reset(
     runner: *const kvl_parallel_runner,
@@ -163,15 +164,16 @@ pub unsafe extern "C" fn kvl_cache_reset(
     })
 }
 
-/// Copies the first `length` tokens of sequence `from_sequence` of the cache `from`, which is only read, into sequence
-/// `sequence` of the cache `to`, whose length they become: a prompt that was prefilled alone takes its place in a batch. Both
-/// have the same number of layers, and these the same heads and dims; types (converted to nearest, ties to even) and layouts
-/// may differ. A ring takes the tokens that it would hold after `length`. Since ABI version 3.
+/// Copies the first `length` tokens of sequence `from_sequence` of the cache `from`, which is only read, into
+/// `sequence` of the cache `to`, which then has that length: a prompt that was prefilled alone takes its place in a
+/// batch. Both caches have the same number of layers, with the same heads and dims. Types (converted to nearest, ties
+/// to even) and layouts may differ. A ring takes the tokens that it would hold after `length`.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a sequence
-/// that does not exist, a length above the source's or above the sequence's capacity, tokens that a ring has overwritten, a
-/// page that another sequence uses too, an indirect target are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a
+/// sequence that does not exist, a length above that of the source or above the capacity, tokens that a ring has
+/// overwritten, a page that another sequence uses, and an indirect target are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_insert_sequence(
     context: *const kvl_context,
@@ -203,13 +205,14 @@ pub unsafe extern "C" fn kvl_cache_insert_sequence(
     })
 }
 
-/// Copies the first `tokens` tokens of sequence `from` into the sequences `to`, [num_to], whose length they become: one prompt,
-/// many continuations. Sequences of pages can share those that are full instead, by their table. Since ABI version 3.
+/// Copies the first `tokens` tokens of sequence `from` into the sequences `to`, [num_to], which then have that length:
+/// one prompt, many continuations. With pages, sequences can share full pages instead, by their table.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist, comes twice or
-/// is the source, more tokens than the source has or a sequence holds, tokens that a ring has overwritten, a page that another
-/// sequence uses too, an indirect cache are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist, comes
+/// twice or is the source, more tokens than the source has or a sequence holds, tokens that a ring has overwritten, a
+/// page that another sequence uses, and an indirect cache are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_copy_prefix(
     context: *const kvl_context,
@@ -233,10 +236,10 @@ pub unsafe extern "C" fn kvl_cache_copy_prefix(
     })
 }
 
-/// Bytes of workspace that `kvl_cache_reorder` needs for this cache and the threads of `runner`. Since ABI version 3.
+/// The bytes of workspace that `kvl_cache_reorder` needs for a cache and the threads of `runner`.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null or an unknown `struct_size` or enumeration value is an error, and `*bytes` is not touched.
+/// Bad input: null and an unknown `struct_size` or enumeration value are errors, and `*bytes` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_reorder_workspace_size(
     cache: *const kvl_cache,
@@ -257,17 +260,18 @@ pub unsafe extern "C" fn kvl_cache_reorder_workspace_size(
     })
 }
 
-/// Every sequence b becomes a copy of what sequence `parents[b]`, [batch], was, tokens and length (beam search). Only valid
-/// tokens move, and only those of sequences that are not their own parents. `workspace` has `workspace_bytes` bytes, at least
-/// what `kvl_cache_reorder_workspace_size` says, and is aligned to 64 bytes. Since ABI version 3.
+/// Every sequence b becomes a copy of what sequence `parents[b]` was, with its tokens and its length (beam search).
+/// Only valid tokens move, and only those of sequences that are not their own parents. `workspace` has
+/// `workspace_bytes` bytes, at least as many as `kvl_cache_reorder_workspace_size` gives, and is aligned to 64 bytes.
 ///
-/// Sequences of pages are reordered by their table, with `kvl_cache_copy_pages` for last pages of their own; for those of an
-/// indirect cache there is `kvl_cache_reorder_table`.
+/// Pages are reordered by their table, with `kvl_cache_copy_pages` for last pages of their own. For indirect caches
+/// there is `kvl_cache_reorder_table`.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches and workspaces; `runner` null is the
-/// calling thread.
-/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a parent that does not exist, a layout that is
-/// neither contiguous nor a ring, a workspace that is too small or misaligned are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, on disjoint caches and workspaces. A null `runner`
+/// runs on the calling thread.
+/// Bad input: null, an unknown `struct_size`, views that do not fit each other, a parent that does not exist, a layout
+/// that is neither contiguous nor a ring, and a workspace that is too small or misaligned are errors, and nothing is
+/// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_reorder(
     context: *const kvl_context,
@@ -289,10 +293,10 @@ pub unsafe extern "C" fn kvl_cache_reorder(
     })
 }
 
-/// Bytes of workspace that `kvl_cache_reorder_table` needs for a table [batch, capacity]. Since ABI version 3.
+/// The bytes of workspace that `kvl_cache_reorder_table` needs for a beam table [num_sequences, capacity].
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null or a negative number is an error, and `*bytes` is not touched.
+/// Bad input: null and a negative number are errors, and `*bytes` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_reorder_table_workspace_size(
     num_sequences: i64,
@@ -308,16 +312,18 @@ pub unsafe extern "C" fn kvl_cache_reorder_table_workspace_size(
     })
 }
 
-/// Sequence b of the table of an indirect cache, [batch, capacity], becomes a copy of what sequence `parents[b]`, [batch], was,
-/// and so does `lengths[b]`, [batch]. No token moves. A step of beam search is: `kvl_kv_write` as into a contiguous cache, to
-/// sequence b at position `lengths[b]`; `kvl_cache_set_table_tokens`, and lengths grow by one; `kvl_attention` with
-/// `KVL_LAYOUT_KIND_INDIRECT`; parents are chosen; this. As long as sequences that have tokens of each other are equally long,
-/// no slot is written while a sequence needs what is in it; where one would be, the call is refused. Since ABI version 3.
+/// Row b of the beam table of an indirect cache, [num_sequences, capacity], becomes a copy of what row `parents[b]`
+/// was, and so does `lengths[b]`. No token moves.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint tables and workspaces.
-/// Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a sequence
-/// that would write slots again in which another sequence has tokens (`KVL_STATUS_OVERLAP`), lists that share memory, a
-/// workspace that is too small or misaligned are errors, and nothing changes.
+/// A step of beam search is: `kvl_kv_write` as into a contiguous cache, to sequence b at position `lengths[b]`;
+/// `kvl_cache_set_table_tokens`, after which lengths grow by one; `kvl_attention` with `KVL_LAYOUT_KIND_INDIRECT`; the
+/// choice of parents; this call. As long as sequences that have tokens of each other are equally long, no slot is
+/// written that another sequence needs; otherwise the call is refused.
+///
+/// Thread safety: may be called from any number of threads at once, on disjoint tables and workspaces.
+/// Bad input: null, a negative size, a parent that does not exist, a length that is negative or above the capacity, a
+/// sequence that would overwrite slots in which another one has tokens (`KVL_STATUS_OVERLAP`), lists that share memory,
+/// and a workspace that is too small or misaligned are errors, and nothing changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_reorder_table(
     workspace: *mut c_void,
@@ -346,12 +352,12 @@ pub unsafe extern "C" fn kvl_cache_reorder_table(
     })
 }
 
-/// In the table of an indirect cache, [batch, capacity]: `tokens` tokens of every sequence b, from position `positions[b]`,
-/// [batch], on, lie in cache sequence b, where they have just been written. Since ABI version 3.
+/// Records in the beam table of an indirect cache, [num_sequences, capacity], that `tokens` tokens of every sequence b,
+/// from position `positions[b]` on, lie in row b of the cache, to which they were just written.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint tables.
-/// Bad input: null, a negative size, a negative position, tokens past the capacity (`KVL_STATUS_CAPACITY`), lists that share memory
-/// are errors, and nothing changes.
+/// Thread safety: may be called from any number of threads at once, on disjoint tables.
+/// Bad input: null, a negative size or position, tokens past the capacity (`KVL_STATUS_CAPACITY`), and lists that share
+/// memory are errors, and nothing changes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_set_table_tokens(
     table: *mut i32,
@@ -373,21 +379,25 @@ pub unsafe extern "C" fn kvl_cache_set_table_tokens(
     })
 }
 
-/// Drops the tokens `first` .. `end` of a sequence and closes the gap: later tokens move down by `end - first` positions, and their
-/// keys are turned to where they then stand. To keep sinks, begin after them.
+/// Removes the tokens `first` to `end - 1` of a sequence and closes the gap: later tokens move down by `end - first`
+/// positions, and their keys are rotated to their new positions. To keep sink tokens, begin after them.
 ///
-/// `ropes` has an entry a layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation; a null entry is a layer
-/// whose keys are not turned. Of each, `pairing`, `rotary_dim` and `inv_freq` are what the keys were written with; other fields
-/// are not looked at, but a table is refused: it has no row for a difference of positions. Angles are computed in f64, arithmetic
-/// is f32, rounded once to the cache's type: each call adds one such rounding to the keys that move. Values move to the bit.
-/// Roundings add up: after many small evictions 16-bit keys stand where they were before, because a small turn rounds back.
-/// `kvl_cache_evict_running` has no such drift. Since ABI version 3.
+/// `ropes` has an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation. A null entry
+/// is a layer whose keys are not rotated. The `pairing`, `rotary_dim` and `inv_freq` of each are those that the keys
+/// were written with. Other fields are not read, but a table is an error, since it has no row for a difference of
+/// positions. Angles are computed in f64, arithmetic is f32, rounded once to the type of the cache. Values keep every
+/// bit.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
-/// Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a sequence that does not
-/// exist, a range that is none or goes beyond the sequence's length, a number of ropes that fits nothing, a `rotary_dim` above
-/// a layer's dim, a page that is to be written and that another sequence uses too, a ring (which drops its oldest tokens by
-/// itself), an indirect cache are errors, and nothing is written.
+/// Each call adds one rounding to the keys that move. After many small evictions, 16-bit keys stay where they were,
+/// because a rotation by less than half a unit in the last place rounds back. `kvl_cache_evict_running` has no such
+/// drift.
+///
+/// Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a sequence that
+/// does not exist, a range that is empty the wrong way or goes beyond the length, a number of ropes that fits nothing,
+/// a `rotary_dim` above a layer's dim, a page to be written that another sequence uses, a ring (which drops its oldest
+/// tokens by itself), and an indirect cache are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_evict(
     context: *const kvl_context,
@@ -413,23 +423,25 @@ pub unsafe extern "C" fn kvl_cache_evict(
     })
 }
 
-/// Drops the tokens `first` .. `end` of a sequence and closes the gap, and lets RoPE positions run on: the keys of later tokens
-/// move with all their bits, as values do, and only the `first` keys before the gap are brought near, by writing them again
-/// from unrotated copies. However often it is called, each key has been rounded once.
+/// Removes the tokens `first` to `end - 1` of a sequence and closes the gap, while RoPE positions run on: the keys of
+/// later tokens move with every bit, as values do. The `first` keys before the gap are brought near to them instead, by
+/// writing them again from unrotated copies. However often it is called, each key has been rounded once.
 ///
-/// `dropped` is how many tokens the sequence has lost before this call. Afterwards token t of the sequence has RoPE position
-/// `t + dropped + (end - first)`; the next query and key take `length + dropped`, with the new length and the new sum.
-/// Lengths, causality, windows and ALiBi go on counting from 0.
+/// `dropped` is the number of tokens that the sequence has lost before this call. After it, token t of the sequence has
+/// RoPE position `t + dropped + (end - first)`, and the next query and key have position `length + dropped`, with the
+/// new length and the new sum. Lengths, causality, windows and ALiBi still count from 0.
 ///
-/// `ropes` and `keys` have an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation or no token is
-/// kept before the gap. A null rope is a layer whose keys before the gap stay as they are. Of a rope, `pairing`, `rotary_dim`,
-/// `inv_freq` and `magnitude` are what the keys were written with; other fields are not looked at, but a table is refused.
-/// `keys[i]` is [1, tokens, kv_heads, dim], of any type, with at least `first` tokens: the keys of the sequence's first tokens
-/// after their norm and before their rotation. Since ABI version 3.
+/// `ropes` and `keys` have an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation or
+/// no token is kept before the gap. A null rope is a layer whose keys before the gap stay as they are. The `pairing`,
+/// `rotary_dim`, `inv_freq` and `magnitude` of a rope are those that the keys were written with. Other fields are not
+/// read, but a table is an error. `keys[i]` is [1, tokens, kv_heads, dim], of any type, with at least `first` tokens:
+/// the keys of the first tokens of the sequence, after their norm and before their rotation.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches; `runner` null is the calling thread.
-/// Bad input: as of `kvl_cache_evict`; copies that do not fit the layer's keys, are of too few tokens or share memory with the
-/// cache, a negative `dropped`, positions beyond 2^31 - 1 (`KVL_STATUS_CAPACITY`) are errors too, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
+/// calling thread.
+/// Bad input: the errors of `kvl_cache_evict`; copies that do not fit the layer's keys, have too few tokens or share
+/// memory with the cache, a negative `dropped`, and positions beyond 2^31 - 1 (`KVL_STATUS_CAPACITY`) are errors too,
+/// and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_evict_running(
     context: *const kvl_context,
@@ -463,12 +475,13 @@ pub unsafe extern "C" fn kvl_cache_evict_running(
     })
 }
 
-/// Copies whole pages of a pool, `moves[2 * i]` to `moves[2 * i + 1]`, in all layers, whose views are
-/// [pages, page_size, kv_heads, dim]: a last page of one's own before writing to one that is shared. Since ABI version 3.
+/// Copies whole pages of a pool, `moves[2 * i]` to `moves[2 * i + 1]`, in all layers, whose views are [pages,
+/// page_size, kv_heads, dim]: for example to give a sequence a last page of its own before it writes to a shared one.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
-/// Bad input: null, views that do not fit each other, a page that does not exist, one that is written twice or both written
-/// and read (`KVL_STATUS_DUPLICATE_SLOT`) are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, on disjoint pools. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, views that do not fit each other, a page that does not exist, and a page that is written twice or
+/// both written and read (`KVL_STATUS_DUPLICATE_SLOT`) are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_copy_pages(
     context: *const kvl_context,
@@ -489,17 +502,18 @@ pub unsafe extern "C" fn kvl_cache_copy_pages(
     })
 }
 
-/// Gathers the pages that sequences use at the start of the pool, in all layers, and says in `*used` how many they are: from
-/// there on all pages are free. The views of the layers are [pages, page_size, kv_heads, dim].
+/// Moves the pages in use to the start of the pool, in all layers, and sets `*used` to their number: all pages from
+/// there on are free. The views of the layers are [pages, page_size, kv_heads, dim].
 ///
-/// Pages in use hold the first `lengths[b]`, [batch], tokens of a sequence b; shared ones stay shared. Only pages beyond the
-/// new end move, in ascending order to the lowest free places. `table`, [batch, pages_per_sequence], is updated; its entries
-/// beyond a sequence's length become -1, since what they named may be another sequence's now. `map` has an entry a page;
-/// afterwards it says where each page went, -1 for those that were not in use. Since ABI version 3.
+/// Pages in use hold the first `lengths[b]` tokens of a sequence b; shared pages stay shared. Only pages beyond the new
+/// end move, in ascending order to the lowest free places. `table`, [num_sequences, pages_per_sequence], is updated,
+/// and its entries beyond the length of a sequence become -1, since the pages that they named may be others'. `map` has
+/// an entry per page, and afterwards the place of each page, -1 for those that were not in use.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint pools; `runner` null is the calling thread.
-/// Bad input: null, a negative size, views that do not fit each other, a length above what a sequence's entries hold, an entry that
-/// is no page, lists that share memory are errors, and nothing is written but to `map`.
+/// Thread safety: may be called from any number of threads at once, on disjoint pools. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, a negative size, views that do not fit each other, a length above what a sequence's entries hold,
+/// an entry that is no page, and lists that share memory are errors, and nothing but `map` is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_cache_defragment(
     context: *const kvl_context,

@@ -20,20 +20,20 @@ use crate::ops::chunks::{
 use crate::view::{DIM, HEADS, RawView, SEQ};
 use std::ffi::c_void;
 
-/// The states of a segment's chunks, as `kvl_attention_chunks` left them. Since ABI version 3.
+/// The states of the chunks of a segment, as `kvl_attention_chunks` wrote them.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_chunk_states {
     /// [len].
     pub states: *const f32,
-    /// How many floats, as `kvl_attention_chunks_states_len` said it for the segment.
+    /// The number of floats that `kvl_attention_chunks_states_len` gave for the segment.
     pub len: i64,
 }
 
 assert_layout!(kvl_chunk_states, 16, states: 0, len: 8);
 
-/// What a merge of segments reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `segments`, `num_segments`,
-/// `kv_heads`, `dtype`, `out`, and `precision` if that of the segments was another. Since ABI version 3.
+/// What a merge of segments reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `segments`,
+/// `num_segments`, `kv_heads`, `dtype`, `out`, and `precision` if that of the segments was not the default.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_merge_chunks_params {
@@ -43,31 +43,35 @@ pub struct kvl_merge_chunks_params {
     pub segments: *const kvl_chunk_states,
     /// 1 to 256.
     pub num_segments: usize,
-    /// KV heads of the cache.
+    /// The number of KV heads of the cache.
     pub kv_heads: i64,
     /// The type of its keys and values.
     pub dtype: kvl_dtype,
-    /// That of the segments' calls.
+    /// The precision of the segments' calls.
     pub precision: kvl_precision,
-    /// [heads]: one more logit, which takes weight and has no value, once for all segments; null for none.
+    /// [heads]: one more logit per head, which takes weight and has no value, once for all segments; null for none.
     pub sink_logits: *const f32,
     /// Output [batch, seq, heads, v_dim], of any type.
     pub out: kvl_view,
-    /// Output [batch, seq, heads], contiguous: natural logarithm of the sum of the exponentials of a query row's logits; null
-    /// if not wanted.
+    /// Output [batch, seq, heads], contiguous: the natural logarithm of the sum of the exponentials of the logits of
+    /// each query and head; null if not wanted.
     pub lse: *mut f32,
 }
 
 sized!(kvl_merge_chunks_params);
-assert_layout!(kvl_merge_chunks_params, 144, struct_size: 0, segments: 8, num_segments: 16, kv_heads: 24, dtype: 32, precision: 36, sink_logits: 40, out: 48, lse: 136);
+assert_layout!(
+    kvl_merge_chunks_params, 144,
+    struct_size: 0, segments: 8, num_segments: 16, kv_heads: 24, dtype: 32, precision: 36, sink_logits: 40, out: 48,
+    lse: 136,
+);
 
-/// How many floats `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for every query row [batch, seq,
-/// heads] and every `KVL_SPLIT_GRID` keys, or part of as many, that a sequence of the cache has room for, v_dim rounded up to
-/// 16 and 16 more. Only those shapes, `layout`, `cu_seqlens_q` and `plan` are looked at: data may be null. Since ABI version 3.
+/// The number of floats that `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for each query
+/// and head, and for each `KVL_SPLIT_GRID` keys (or part of as many) that a sequence of the cache has room for, v_dim
+/// rounded up to 16, and 16 more. Only these shapes, `layout`, `cu_seqlens_q` and `plan` are read; data may be null.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: as for `kvl_attention_workspace_size`; ragged queries, a ring, and more floats than an address space holds are errors
-/// too, and `*len` is not touched.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: the errors of `kvl_attention_workspace_size`; ragged queries, a ring, and more floats than an address
+/// space holds are errors too, and `*len` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_attention_chunks_states_len(
     params: *const kvl_attention_params,
@@ -88,11 +92,12 @@ pub unsafe extern "C" fn kvl_attention_chunks_states_len(
     })
 }
 
-/// Bytes of workspace that `kvl_attention_chunks` needs at most, as `kvl_attention_workspace_size` says it for `kvl_attention`.
-/// Since ABI version 3.
+/// The bytes of workspace that `kvl_attention_chunks` needs at most, as `kvl_attention_workspace_size` gives them for
+/// `kvl_attention`.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: as for `kvl_attention_workspace_size`; ragged queries and a ring are errors too, and `*bytes` is not touched.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: the errors of `kvl_attention_workspace_size`; ragged queries and a ring are errors too, and `*bytes` is
+/// not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_attention_chunks_workspace_size(
     params: *const kvl_attention_params,
@@ -108,21 +113,23 @@ pub unsafe extern "C" fn kvl_attention_chunks_workspace_size(
     unsafe { workspace_size(params, runner, bytes, size) }
 }
 
-/// Attention over a segment of a sequence, which leaves the states of its chunks for `kvl_merge_chunks` instead of an output: where
-/// keys are spread over machines, or come in pieces, the merged bits are those of one `kvl_attention` over all keys.
+/// Attention over a segment of a sequence, which writes the states of the segment's chunks for `kvl_merge_chunks`
+/// instead of an output. Where keys are spread over machines, or come one segment after another, the merged bits are
+/// those of one `kvl_attention` over all keys.
 ///
-/// `params` is as for `kvl_attention`, in the segment's own positions: `lengths`, `kv_starts`, `offsets` and so on count from
-/// the segment's first key, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts segments so, `kvl_shard_lengths`
-/// computes the lists). There is no `out`, no `lse`, and there are no `sink_logits`: those are given to `kvl_merge_chunks`.
-/// `states` has `states_len` floats, exactly what `kvl_attention_chunks_states_len` says. They mean something to a context of
-/// the same level, for keys of the same type and the same precision, and may be sent there as they are; floats that they do not
-/// need are left alone.
+/// `params` is as for `kvl_attention`, in the segment's own positions: `lengths`, `kv_starts`, `offsets` and so on
+/// count from the first key of the segment, which is a multiple of `KVL_SPLIT_GRID` (`kvl_shard_keys` cuts segments so,
+/// and `kvl_shard_lengths` computes the lists). `out`, `lse` and `sink_logits` must be absent: `kvl_merge_chunks` takes
+/// them. `states` has `states_len` floats, exactly as many as `kvl_attention_chunks_states_len` gives. They have a
+/// meaning to contexts of the same level, for keys and values of the same types and the same precision, and may be sent
+/// there as they are. Floats that are not needed are not written.
 ///
-/// `workspace` is as for `kvl_attention`, of the size that `kvl_attention_chunks_workspace_size` says. Since ABI version 3.
+/// `workspace` is as for `kvl_attention`, with the size that `kvl_attention_chunks_workspace_size` gives.
 ///
 /// Thread safety: as for `kvl_attention`.
-/// Bad input: as for `kvl_attention`; an `out`, an `lse`, `sink_logits`, ragged queries, a ring, `states` that are null, of
-/// another length, not aligned to 4 bytes or that share memory with a tensor or a list are errors too, and nothing is written.
+/// Bad input: the errors of `kvl_attention`; an `out`, an `lse`, `sink_logits`, ragged queries, a ring, and `states`
+/// that are null, of another length, not aligned to 4 bytes or that share memory with a tensor or a list are errors
+/// too, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_attention_chunks(
     context: *const kvl_context,
@@ -149,14 +156,13 @@ pub unsafe extern "C" fn kvl_attention_chunks(
     })
 }
 
-/// Bytes of workspace that `kvl_merge_chunks` needs at most for the shape of `params->out`, `kv_heads` and the lengths of the
-/// segments' states, and for the threads of `runner`. Only those are looked at: data and states may be null. Since ABI version
-/// 3.
+/// The bytes of workspace that `kvl_merge_chunks` needs at most for the shape of `params->out`, `kv_heads`, the lengths
+/// of the segments' states, and the threads of `runner`. Only these are read; data and states may be null.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, an unknown `struct_size`, no segment or more than 256, an axis that is negative or above 2^31 - 1, a dim
-/// that is not 1 to 512, heads that are no multiple of `kv_heads`, lengths that are no number of chunks are errors, and
-/// `*bytes` is not touched.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: null, an unknown `struct_size`, no segment or more than 256, an axis that is negative or above 2^31 - 1,
+/// a dim that is not 1 to 512, heads that are no multiple of `kv_heads`, and lengths that are no number of chunks are
+/// errors, and `*bytes` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_merge_chunks_workspace_size(
     params: *const kvl_merge_chunks_params,
@@ -176,16 +182,16 @@ pub unsafe extern "C" fn kvl_merge_chunks_workspace_size(
     unsafe { workspace_size(params, runner, bytes, size) }
 }
 
-/// Output and LSE of attention whose keys lay in several segments, from the states that `kvl_attention_chunks` left of each.
-/// The bits are those of one `kvl_attention` over all keys, if every segment but the last ended at a multiple of
-/// `KVL_SPLIT_GRID`. `kvl_merge_states` needs less memory, and has the kernel's bound instead of its bits.
+/// The output and LSE of attention whose keys lay in several segments, from the states that `kvl_attention_chunks`
+/// wrote for each. The bits are those of one `kvl_attention` over all keys, if every segment but the last ended at a
+/// multiple of `KVL_SPLIT_GRID`. `kvl_merge_states` needs less memory, and has the kernel's bound instead of its bits.
 ///
-/// `workspace` is as for `kvl_attention`, of the size that `kvl_merge_chunks_workspace_size` says. Since ABI version 3.
+/// `workspace` is as for `kvl_attention`, with the size that `kvl_merge_chunks_workspace_size` gives.
 ///
 /// Thread safety: as for `kvl_attention`.
-/// Bad input: null, an unknown `struct_size` or enumeration value, what `kvl_merge_chunks_workspace_size` refuses, an output
-/// that shares memory with states, sink_logits or the other output, a workspace that is too small or misaligned are errors, and
-/// nothing is written.
+/// Bad input: null, an unknown `struct_size` or enumeration value, the errors of `kvl_merge_chunks_workspace_size`, an
+/// output that shares memory with states, sink logits or the other output, and a workspace that is too small or
+/// misaligned are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_merge_chunks(
     context: *const kvl_context,

@@ -13,12 +13,14 @@ use crate::ops::repeat::repeat_kv_raw;
 use crate::parallel::Runner;
 use crate::view::RawView;
 
-/// Packs values in pairs of slots (`KVL_PACKING_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up, heads,
-/// 2 * dim], of the same type; every bit is kept. Where n is odd, the other half of the last pair is left as it is.
-/// `kvl_kv_write` writes into such a cache directly. Since ABI version 3.
+/// Packs values in pairs of slots (`KVL_PACKING_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up,
+/// heads, 2 * dim], of the same type, with every bit. Where n is odd, the other half of the last pair is not written.
+/// `kvl_kv_write` writes packed caches directly.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
-/// Bad input: null, shapes that do not fit, types that differ, views that share memory are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, shapes that do not fit, types that differ, and views that share memory are errors, and nothing is
+/// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_pack_row_pairs(
     context: *const kvl_context,
@@ -30,11 +32,13 @@ pub unsafe extern "C" fn kvl_pack_row_pairs(
     unsafe { from_one_to_another(context, runner, src, dst, pack_row_pairs_raw) }
 }
 
-/// The inverse of `kvl_pack_row_pairs`: `src` is [batch, n / 2 rounded up, heads, 2 * dim], `dst` [batch, n, heads, dim]. Since
-/// ABI version 3.
+/// The inverse of `kvl_pack_row_pairs`: `src` is [batch, n / 2 rounded up, heads, 2 * dim], `dst` is [batch, n, heads,
+/// dim].
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
-/// Bad input: null, shapes that do not fit, types that differ, views that share memory are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, shapes that do not fit, types that differ, and views that share memory are errors, and nothing is
+/// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_unpack_row_pairs(
     context: *const kvl_context,
@@ -46,12 +50,13 @@ pub unsafe extern "C" fn kvl_unpack_row_pairs(
     unsafe { from_one_to_another(context, runner, src, dst, unpack_row_pairs_raw) }
 }
 
-/// Repeats every head n times in a row: [batch, seq, kv_heads, dim] becomes [batch, seq, kv_heads * n, dim], of the same
-/// type; n is the ratio of the head counts. Attention needs no such copy.
+/// Repeats every head n times in a row: [batch, seq, kv_heads, dim] becomes [batch, seq, kv_heads * n, dim], of the
+/// same type; n is the ratio of the head counts. Attention needs no such copy.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
-/// Bad input: null, head counts that are no multiple, other axes or types that differ, views that share memory are errors, and
-/// nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, head counts that are no multiple of each other, other axes or types that differ, and views that
+/// share memory are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_repeat_kv(
     context: *const kvl_context,

@@ -62,7 +62,10 @@ pub struct kvl_kernel_info {
 }
 
 sized!(kvl_kernel_info);
-assert_layout!(kvl_kernel_info, 40, struct_size: 0, name: 8, op: 16, src: 20, dst: 24, isa: 28, available: 32, max_error: 36);
+assert_layout!(
+    kvl_kernel_info, 40,
+    struct_size: 0, name: 8, op: 16, src: 20, dst: 24, isa: 28, available: 32, max_error: 36,
+);
 
 /// The number of kernels in the library, of all levels that it was built with.
 ///

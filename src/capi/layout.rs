@@ -7,51 +7,57 @@ use crate::layout::{Layout, Packing};
 
 /// In which slots of a cache the tokens of a sequence lie.
 pub type kvl_layout_kind = i32;
-/// Caches are [batch, capacity, kv_heads, dim]; position p of sequence b lies in sequence b, slot p.
+/// Caches are [sequences, capacity, kv_heads, dim]. Position p of sequence b lies in row b, slot p.
 pub const KVL_LAYOUT_KIND_CONTIGUOUS: i32 = 0;
-/// The same, but a sequence keeps its newest tokens only: position p lies in slot p as long as p < sink_tokens, and from there
-/// on in slot `sink_tokens + (p - sink_tokens) % (capacity - sink_tokens)`. Lengths go on counting every token that a sequence
-/// was given.
+/// As `KVL_LAYOUT_KIND_CONTIGUOUS`, but a sequence keeps its first `sink_tokens` tokens and its newest ones only:
+/// position p lies in slot p while p < sink_tokens, and from there on in slot `sink_tokens + (p - sink_tokens) %
+/// (capacity - sink_tokens)`. Lengths count every token that a sequence was given.
 pub const KVL_LAYOUT_KIND_RING: i32 = 1;
-/// Caches are pools [pages, page_size, kv_heads, dim]; position p of sequence b lies in page `table[b * pages_per_sequence + p
-/// / page_size]`, slot p % page_size. Sequences may share pages that none of them writes. NHD and HND are two sets of strides.
+/// Caches are pools [pages, page_size, kv_heads, dim]. Position p of sequence b lies in page `table[b *
+/// pages_per_sequence + p / page_size]`, slot p % page_size. Sequences may share pages that none of them writes. NHD
+/// and HND differ in their strides only.
 pub const KVL_LAYOUT_KIND_PAGED: i32 = 2;
-/// Beam search without copies: caches are [batch, capacity, kv_heads, dim]; position p of sequence b lies in sequence
+/// Beam search without copies: caches are [sequences, capacity, kv_heads, dim]. Position p of sequence b lies in row
 /// `table[b * capacity + p]`, slot p.
 pub const KVL_LAYOUT_KIND_INDIRECT: i32 = 3;
-/// Sequences one after the other, each as long as it is: caches are [1, tokens, kv_heads, dim]; position p of sequence b lies
-/// in slot `table[b] + p`, and sequence b ends at `table[b + 1]` (`cu_seqlens`).
+/// Sequences of different lengths lie one after another: caches are [1, tokens, kv_heads, dim]. Position p of sequence
+/// b lies in slot `table[b] + p`, and sequence b ends at `table[b + 1]`.
 pub const KVL_LAYOUT_KIND_RAGGED: i32 = 4;
 
-/// Where in a cache the tokens of its sequences lie. Start from `KVL_LAYOUT_INIT`, which is contiguous. Since ABI version 3.
+/// In which slots of a cache the tokens of its sequences lie. Start from `KVL_LAYOUT_INIT`, which is contiguous.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_layout {
     /// `sizeof(kvl_layout)`.
     pub struct_size: usize,
-    /// One of the above.
+    /// The kind of layout.
     pub kind: kvl_layout_kind,
-    /// `KVL_LAYOUT_KIND_RING`: how many of a sequence's first tokens are never overwritten; less than the capacity. Else 0.
+    /// `KVL_LAYOUT_KIND_RING`: how many of the first tokens of a sequence are never overwritten, less than the
+    /// capacity. Else 0.
     pub sink_tokens: i32,
-    /// Sequences that the table describes; not looked at without a table.
+    /// The number of sequences in the table. Without a table it is not read.
     pub num_sequences: i64,
-    /// `KVL_LAYOUT_KIND_PAGED`: entries of a sequence. Else 0.
+    /// `KVL_LAYOUT_KIND_PAGED`: entries of the table per sequence. Else 0.
     pub pages_per_sequence: i64,
-    /// `KVL_LAYOUT_KIND_PAGED`: [batch, pages_per_sequence]; entries beyond a sequence's length are not looked at.
-    /// `KVL_LAYOUT_KIND_INDIRECT`: [batch, capacity]. `KVL_LAYOUT_KIND_RAGGED`: [batch + 1], ascending. Else null.
+    /// `KVL_LAYOUT_KIND_PAGED`: the page table [num_sequences, pages_per_sequence], whose entries beyond the length of
+    /// a sequence are not read. `KVL_LAYOUT_KIND_INDIRECT`: the beam table [num_sequences, capacity].
+    /// `KVL_LAYOUT_KIND_RAGGED`: cumulative lengths (`cu_seqlens`) [num_sequences + 1], ascending. Else null.
     pub table: *const i32,
 }
 
 sized!(kvl_layout);
-assert_layout!(kvl_layout, 40, struct_size: 0, kind: 8, sink_tokens: 12, num_sequences: 16, pages_per_sequence: 24, table: 32);
+assert_layout!(
+    kvl_layout, 40,
+    struct_size: 0, kind: 8, sink_tokens: 12, num_sequences: 16, pages_per_sequence: 24, table: 32,
+);
 
-/// How the values of neighbouring slots lie in a cache. Since ABI version 3.
+/// How the values of neighbouring slots lie in a cache.
 pub type kvl_packing = i32;
 /// Every slot by itself: [batch, slots, kv_heads, v_dim].
 pub const KVL_PACKING_ROWS: i32 = 0;
-/// Two slots interleaved, which is how tiles of 16-bit numbers take their second factor: [batch, slots / 2, kv_heads,
-/// 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. Slots a sequence (or a page) has, sinks of a ring and
-/// starts of ragged sequences are even.
+/// Two slots interleaved, as instructions that multiply tiles of 16-bit numbers read them: [batch, slots / 2, kv_heads,
+/// 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. The slots of a sequence (or of a page),
+/// the sink tokens of a ring and the first slots of ragged sequences are even.
 pub const KVL_PACKING_ROW_PAIRS: i32 = 1;
 
 /// The layout at `from`, of caches with so many slots; contiguous if it is null.

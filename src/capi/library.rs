@@ -4,7 +4,7 @@ use std::ffi::c_char;
 
 /// The version of the ABI that this header describes: `major * 65536 + minor`. A library of the same major version and
 /// of this or a higher minor version serves it. The SONAME carries the major version.
-pub const KVL_ABI_VERSION: u32 = 3;
+pub const KVL_ABI_VERSION: u32 = 4;
 
 /// The version of the ABI of the library: `major * 65536 + minor`, to compare with `KVL_ABI_VERSION`.
 ///

@@ -7,8 +7,8 @@ use crate::error::{Result, fail};
 use crate::ops::mask::{RawBitMask, RawMask, RawMasks};
 use crate::problem::masks::BitRows;
 
-/// A boolean mask [batch, seq, heads, keys] of bytes: 0 hides a key from a query, anything else shows it. Strides may be
-/// 0, to broadcast. A mask whose bytes are all 0 is an absent one.
+/// A boolean mask [batch, seq, heads, keys] of bytes: 0 masks a key for a query, any other value leaves it visible.
+/// Axes of one entry broadcast, and so do strides of 0. A mask whose bytes are all 0 is absent.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_mask {
@@ -16,51 +16,57 @@ pub struct kvl_mask {
     pub data: *const u8,
     /// Entries along each axis.
     pub shape: [i64; 4],
-    /// Distance of neighbours along each axis, in bytes.
+    /// Distance between neighbours along each axis, in bytes. Not used along axes of one entry.
     pub strides: [i64; 4],
-    /// Bytes from `data` to the end of the buffer; 0 if not known.
+    /// Bytes from `data` to the end of the buffer; 0 if unknown.
     pub bytes: usize,
 }
 
 assert_layout!(kvl_mask, 80, data: 0, shape: 8, strides: 40, bytes: 72);
 
-/// A mask [batch, seq, heads, keys] of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
-/// first, and keys are neighbours. Start from `KVL_BIT_MASK_INIT`. Since ABI version 3.
+/// A mask [batch, seq, heads, keys] with one bit per query and key: 0 masks a key for a query, 1 leaves it visible. The
+/// lowest bit of a byte is the first, and the bits of neighbouring keys are neighbours. Axes of batch, seq and heads of
+/// one entry broadcast, and so do strides of 0. Start from `KVL_BIT_MASK_INIT`.
 ///
-/// It may speak of the last keys alone: bit j of sequence b is of key `first_keys[b] + j`, keys before that are seen, and the
-/// last bit is of the sequence's last key or later. So the tree of a speculation is [batch, n, heads, n] bits, heads with a
-/// stride of 0, over the n tokens that were written last.
+/// It may cover the last keys of a sequence alone: bit j is of key `first_keys[b] + j`, keys before that are visible,
+/// and the last bit is of the last key of the sequence or of a later one. So the mask of a speculation tree is [batch,
+/// n, 1, n] bits over the n tokens that were written last.
 ///
-/// Its sequences may be as wide as each is, and lie anywhere: with `bit_offsets` and `query_strides`, a sequence has bits for
-/// its own queries and for its own keys, from its first key to its length, and none behind those is read. So flattened masks of
-/// requests one after the other, each [queries, keys] of its own, are one mask.
+/// Sequences may have bits of their own width at any place: with `bit_offsets` and `query_strides`, a sequence has bits
+/// for its own queries and for its own keys, from its first key to its length, and no others are read. So the flattened
+/// masks of several requests, each [queries, keys], are one mask. The first two axes do not broadcast then.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_bit_mask {
     /// `sizeof(kvl_bit_mask)`.
     pub struct_size: usize,
-    /// From whose first byte bits are counted.
+    /// The byte whose lowest bit is bit 0.
     pub data: *const u8,
-    /// Bytes from `data` to the end of the buffer, to be checked against; 0 if unknown.
+    /// Bytes from `data` to the end of the buffer; 0 if unknown.
     pub bytes: usize,
-    /// The bit of entry [0, 0, 0, 0].
+    /// The index of the bit of entry [0, 0, 0, 0].
     pub offset: i64,
-    /// batch, seq (the most queries of a sequence), heads, keys (at least the most of a sequence, less its first key).
+    /// batch, seq (the most queries of a sequence), heads, keys (at least the most keys of a sequence after its first
+    /// key).
     pub shape: [i64; 4],
-    /// Of batch, seq and heads, in bits; 0 broadcasts.
+    /// Of batch, seq and heads, in bits. Not used along axes of one entry.
     pub strides: [i64; 3],
-    /// [batch]: the key of a sequence's first bit; null for 0.
+    /// [batch]: the key of the first bit of a sequence; null for 0.
     pub first_keys: *const i32,
-    /// [batch]: the bit of a sequence's query 0, head 0 and first key, not negative, instead of `offset` and the stride of
-    /// batch, which must be 0; null if sequences lie at those. Given with `query_strides` or not at all.
+    /// [batch]: the bit of query 0, head 0 and the first key of a sequence, not negative. It replaces `offset` and the
+    /// stride of batch, which must then be 0; null to use those. Given together with `query_strides`.
     pub bit_offsets: *const i64,
-    /// [batch]: bits from a query of a sequence to the next, not negative, 0 to broadcast, instead of the stride of seq, which
-    /// must be 0; null if all sequences have that.
+    /// [batch]: the distance in bits between the queries of a sequence, not negative; 0 broadcasts. It replaces the
+    /// stride of seq, which must then be 0; null to use that.
     pub query_strides: *const i64,
 }
 
 sized!(kvl_bit_mask);
-assert_layout!(kvl_bit_mask, 112, struct_size: 0, data: 8, bytes: 16, offset: 24, shape: 32, strides: 64, first_keys: 88, bit_offsets: 96, query_strides: 104);
+assert_layout!(
+    kvl_bit_mask, 112,
+    struct_size: 0, data: 8, bytes: 16, offset: 24, shape: 32, strides: 64, first_keys: 88, bit_offsets: 96,
+    query_strides: 104,
+);
 
 impl kvl_mask {
     pub(super) fn raw(&self, name: &str) -> Result<Option<RawMask>> {

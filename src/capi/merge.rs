@@ -10,7 +10,7 @@ use super::views::{kvl_const_view, kvl_view};
 use crate::error::ensure;
 use crate::ops::merge::{MAX_STATES, merge_states_raw};
 
-/// One attention state: an output, and the natural logarithm of the sum of its exponentials.
+/// The state of attention over some keys: an output, and the natural logarithm of the sum of its exponentials.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_attention_state {
@@ -22,14 +22,15 @@ pub struct kvl_attention_state {
 
 assert_layout!(kvl_attention_state, 96, out: 0, lse: 88);
 
-/// Merges states over disjoint sets of keys into the state over all of them: `out = sum_i w_i out_i` with
-/// `w_i = exp(lse_i - lse)` and `lse = ln sum_i exp(lse_i)`. `lse`, [batch, seq, heads] and contiguous, may be null. All
-/// outputs are of one type; the order of the states is the order of the sums. A state with an LSE of -inf is empty: its
-/// output is not read. Merging only empty states gives output 0 and LSE -inf.
+/// Merges states over disjoint sets of keys into the state over all of them: `out = sum_i w_i out_i` with `w_i =
+/// exp(lse_i - lse)` and `lse = ln sum_i exp(lse_i)`. `lse`, [batch, seq, heads] and contiguous, may be null. All
+/// outputs have one type. The sums are taken in the order of the states. A state with an LSE of -inf is empty, and its
+/// output is not read. Empty states alone merge to output 0 and LSE -inf.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs; `runner` null is the calling thread.
-/// Bad input: null, no state or more than 256, shapes or types that differ, an output that shares memory with an input are
-/// errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+/// calling thread.
+/// Bad input: null, no state or more than 256, shapes or types that differ, and an output that shares memory with an
+/// input are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_merge_states(
     context: *const kvl_context,

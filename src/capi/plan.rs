@@ -17,27 +17,28 @@ use crate::ops::plan::AttentionPlan;
 use crate::problem::visibility::Visibility;
 use crate::view::{BATCH, RawView, SEQ};
 
-/// What depends on the lengths, positions, windows and tables of a step alone, checked and worked out once for all layers. Made by
-/// `kvl_plan_create`.
+/// The part of an attention call that is the same for all layers of a step: lengths, positions, windows, masks and
+/// tables, checked and worked out once. Made by `kvl_plan_create`.
 pub struct kvl_plan {
     pub(super) plan: crate::AttentionPlan,
 }
 
-/// Makes a plan: copies and checks what `params` says of the sequences of an attention call, which are `flags`, windows,
-/// `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`, `offsets`, `prefix_lengths`, `mask`, `bit_mask`, the
-/// first two axes of `q` and `k`, and if there are masks, the heads of `q`; nothing else of it is looked at, and data of
-/// tensors may be null. `kvl_attention_params.plan` then stands for all of these. The plan is released with `kvl_plan_destroy`.
+/// Makes a plan: copies and checks the `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`,
+/// `kv_starts`, `offsets`, `prefix_lengths`, `mask` and `bit_mask` of `params`, the first two axes of `q` and `k` and,
+/// with masks, the heads of `q`. Nothing else is read, and data of tensors may be null. `kvl_attention_params.plan`
+/// then stands for all of these. The plan is released with `kvl_plan_destroy`.
 ///
-/// Masks are read here and once: the plan has bits of its own, for the queries of every sequence and the keys up to its length,
-/// of each head only if the masks differ by head (if they broadcast, the plan serves any number of heads), and none if they
-/// hide nothing that can be seen otherwise. Calls with a plan that was made without masks may have theirs.
+/// Masks are read here and once. The plan has bits of its own, for the queries of every sequence and the keys up to its
+/// length. It has bits per head only if the masks differ by head; if they broadcast, the plan serves any number of
+/// heads. It has none if the masks hide nothing that is visible otherwise. Calls with a plan that was made without
+/// masks may have their own.
 ///
-/// A plan serves every layer whose caches have the same sequences and slots, any number of threads, and every context. It holds no
-/// pointer of the caller's. Since ABI version 3.
+/// A plan serves every layer whose caches have the same shape in their first two axes, any number of threads, and every
+/// context. It holds no pointer of the caller's.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null, an unknown `struct_size`, and what `kvl_attention` would say of these fields are errors, and `*plan` is not
-/// touched.
+/// Bad input: null, an unknown `struct_size`, and the errors of `kvl_attention` in these fields are errors, and `*plan`
+/// is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_plan_create(params: *const kvl_attention_params, plan: *mut *mut kvl_plan) -> kvl_status {
     guard(|| {
@@ -52,11 +53,11 @@ pub unsafe extern "C" fn kvl_plan_create(params: *const kvl_attention_params, pl
     })
 }
 
-/// Makes a plan anew for what `params` says, as `kvl_plan_create` does, in the memory that it has; that grows only if lists,
-/// tables or masks do.
+/// Makes a plan anew for `params`, as `kvl_plan_create` does, in the memory that it has. That memory grows only if
+/// lists, tables or masks do.
 ///
-/// Thread safety: no other call may use the plan meanwhile.
-/// Bad input: as for `kvl_plan_create`; the plan is then what it was.
+/// Thread safety: no other call may use the plan at the same time.
+/// Bad input: the errors of `kvl_plan_create`; the plan is not changed then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_plan_update(plan: *mut kvl_plan, params: *const kvl_attention_params) -> kvl_status {
     guard(|| {
@@ -67,14 +68,14 @@ pub unsafe extern "C" fn kvl_plan_update(plan: *mut kvl_plan, params: *const kvl
     })
 }
 
-/// Takes a plan to the next step: sequence b has been given `counts[b]` tokens more, and as many queries follow as before.
-/// Lengths, and offsets where they were given, grow; the table must have the entries of the new tokens. Allocates nothing, and
-/// looks only at what is new.
+/// Takes a plan to the next step: sequence b has been given `counts[b]` more tokens, and as many queries follow as
+/// before. Lengths grow, and offsets if they were given. The table must have the entries of the new tokens. Nothing is
+/// allocated, and only what is new is checked.
 ///
-/// Thread safety: no other call may use the plan meanwhile.
-/// Bad input: null, a list of other than `num_sequences` entries, a negative count, a sequence without room, table entries that
-/// are no pages or sequences, queries that see what a ring has overwritten, a plan that was made of masks (what they say of new
-/// tokens is for `kvl_plan_update`) are errors, and the plan is then what it was.
+/// Thread safety: no other call may use the plan at the same time.
+/// Bad input: null, a list that has not one entry per sequence, a negative count, a sequence without room, table
+/// entries outside the cache, queries that see what a ring has overwritten, and a plan that was made of masks
+/// (`kvl_plan_update` takes the masks of new tokens) are errors, and the plan is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_plan_advance(plan: *mut kvl_plan, counts: *const i32, num_sequences: i64) -> kvl_status {
     guard(|| {
@@ -85,12 +86,12 @@ pub unsafe extern "C" fn kvl_plan_advance(plan: *mut kvl_plan, counts: *const i3
     })
 }
 
-/// Sets `count` entries from `first` on of a sequence in the table of a plan with a paged or indirect layout: before
+/// Sets `count` entries, from `first` on, of a sequence in the table of a plan with a paged or indirect layout: before
 /// `kvl_plan_advance` needs them, or when a page has moved.
 ///
-/// Thread safety: no other call may use the plan meanwhile.
-/// Bad input: null, a layout without a table, entries outside the sequence, and entries of tokens that the sequence has which
-/// are no pages or sequences of the cache are errors, and the plan is then what it was.
+/// Thread safety: no other call may use the plan at the same time.
+/// Bad input: null, a layout without a table, entries outside the sequence, and entries of existing tokens that lead
+/// outside the cache are errors, and the plan is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_plan_set_table(
     plan: *mut kvl_plan,
@@ -110,8 +111,8 @@ pub unsafe extern "C" fn kvl_plan_set_table(
 
 /// Releases a plan; null is allowed.
 ///
-/// Thread safety: no other call may use the plan meanwhile or afterwards.
-/// Bad input: a pointer that is not from `kvl_plan_create`, or one that was released already, is undefined behaviour.
+/// Thread safety: no other call may use the plan at the same time or afterwards.
+/// Bad input: a pointer that is not from `kvl_plan_create`, or that was released before, is undefined behaviour.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_plan_destroy(plan: *mut kvl_plan) {
     guard_value((), || {

@@ -15,11 +15,11 @@ use crate::ops::prefix::{attention_with_prefix_raw, prefix_workspace_size};
 use crate::view::{DIM, RawView, SEQ};
 use std::ffi::c_void;
 
-/// Bytes of workspace that `kvl_attention_with_prefix` needs at most for the shapes of its arguments, as
-/// `kvl_attention_workspace_size` says it for `kvl_attention`. Of `prefix_k`, only the shape is looked at. Since ABI version 3.
+/// The bytes of workspace that `kvl_attention_with_prefix` needs at most, as `kvl_attention_workspace_size` gives them
+/// for `kvl_attention`. Of `prefix_k`, only the shape is read.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: as for `kvl_attention_workspace_size`, and `*bytes` is not touched.
+/// Bad input: the errors of `kvl_attention_workspace_size`; `*bytes` is not changed then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_attention_with_prefix_workspace_size(
     prefix_k: *const kvl_const_view,
@@ -45,16 +45,17 @@ pub unsafe extern "C" fn kvl_attention_with_prefix_workspace_size(
     })
 }
 
-/// Attention over a prefix that all sequences share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim], and then over
-/// each sequence's own keys, of which `params` speaks as it does in `kvl_attention`: position 0 of a sequence is its first key
-/// after the prefix. Every query sees the whole prefix, which is read once for all of them; sinks count once. The result is
-/// that of attention over both at once within the kernel's bound; it does not depend on the runner, the batch or strides.
+/// Attention over a prefix that all sequences share, [1, tokens, kv_heads, dim] and [1, tokens, kv_heads, v_dim],
+/// followed by each sequence's own keys. `params` describes the latter, as in `kvl_attention`: position 0 of a sequence
+/// is its first key after the prefix. Every query sees the whole prefix, which is read once for all of them. Sink
+/// logits count once. The result is that of attention over both at once within the kernel's bound. It does not depend
+/// on the runner, the batch or strides.
 ///
-/// `workspace` is as for `kvl_attention`, of the size that `kvl_attention_with_prefix_workspace_size` says. Since ABI version 3.
+/// `workspace` is as for `kvl_attention`, with the size that `kvl_attention_with_prefix_workspace_size` gives.
 ///
 /// Thread safety: as for `kvl_attention`.
-/// Bad input: as for `kvl_attention`, for either part; ALiBi slopes and a left window, which would have to know where in the
-/// prefix a key stands, are errors. Nothing but the workspace is written then.
+/// Bad input: the errors of `kvl_attention`, for either part. ALiBi slopes and a left window are errors too, since they
+/// would need the positions of the prefix. Nothing but the workspace is written then.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_attention_with_prefix(
     context: *const kvl_context,

@@ -79,7 +79,11 @@ pub struct kvl_rope_frequencies_params {
 }
 
 sized!(kvl_rope_frequencies_params);
-assert_layout!(kvl_rope_frequencies_params, 96, struct_size: 0, rotary_dim: 8, base: 16, scaling: 24, keep_ramp: 28, factor: 32, original_max_position: 40, low_freq_factor: 48, high_freq_factor: 56, beta_fast: 64, beta_slow: 72, attention_factor: 80, factors: 88);
+assert_layout!(
+    kvl_rope_frequencies_params, 96,
+    struct_size: 0, rotary_dim: 8, base: 16, scaling: 24, keep_ramp: 28, factor: 32, original_max_position: 40,
+    low_freq_factor: 48, high_freq_factor: 56, beta_fast: 64, beta_slow: 72, attention_factor: 80, factors: 88,
+);
 
 /// A rotation. Start from `KVL_ROPE_PARAMS_INIT`, set `rotary_dim`, either `inv_freq` or both `cos` and `sin`, and
 /// either `offsets` or `positions`.
@@ -112,7 +116,11 @@ pub struct kvl_rope_params {
 }
 
 sized!(kvl_rope_params);
-assert_layout!(kvl_rope_params, 80, struct_size: 0, pairing: 8, reserved: 12, rotary_dim: 16, inv_freq: 24, magnitude: 32, cos: 40, sin: 48, table_rows: 56, offsets: 64, positions: 72);
+assert_layout!(
+    kvl_rope_params, 80,
+    struct_size: 0, pairing: 8, reserved: 12, rotary_dim: 16, inv_freq: 24, magnitude: 32, cos: 40, sin: 48,
+    table_rows: 56, offsets: 64, positions: 72,
+);
 
 /// Computes RoPE frequencies: `inv_freq` receives `pairs` = rotary_dim / 2 numbers in radians per position, and
 /// `*magnitude` the factor on cosines and sines. It is meant for the time when a model is loaded, and it allocates.

@@ -9,42 +9,46 @@ use crate::error::{Result, ensure, fail};
 use crate::ops::shard::{Mesh, SegmentLists, Shard, shard_slots};
 use crate::view::{BATCH, DIM, RawView};
 
-/// Keys that attention computes as one: segments of a sequence begin and end at multiples of this many.
+/// The unit in which attention computes keys: segments of a sequence begin and end at multiples of it.
 pub const KVL_SPLIT_GRID: i32 = 1024;
 
-/// One of several shards of a model's caches, by batch (data), heads (model) and keys (sequence). Start from `KVL_SHARD_INIT`,
-/// which is the whole. Since ABI version 3.
+/// One of several shards of the caches of a model, by batch (data), heads (model) and keys (sequence). Start from
+/// `KVL_SHARD_INIT`, which is the whole.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_shard {
     /// `sizeof(kvl_shard)`.
     pub struct_size: usize,
-    /// Which part of the batch; less than `num_data`.
+    /// Which part of the batch, less than `num_data`.
     pub data: i64,
-    /// Parts of the batch; 0 is 1.
+    /// The number of parts of the batch; 0 stands for 1.
     pub num_data: i64,
-    /// Which part of the heads; less than `num_model`.
+    /// Which part of the heads, less than `num_model`.
     pub model: i64,
-    /// Parts of the heads; 0 is 1.
+    /// The number of parts of the heads; 0 stands for 1.
     pub num_model: i64,
-    /// Which part of the sequence; less than `num_sequence`.
+    /// Which part of the sequence, less than `num_sequence`.
     pub sequence: i64,
-    /// Parts of the sequence; 0 is 1.
+    /// The number of parts of the sequence; 0 stands for 1.
     pub num_sequence: i64,
 }
 
 sized!(kvl_shard);
-assert_layout!(kvl_shard, 56, struct_size: 0, data: 8, num_data: 16, model: 24, num_model: 32, sequence: 40, num_sequence: 48);
+assert_layout!(
+    kvl_shard, 56,
+    struct_size: 0, data: 8, num_data: 16, model: 24, num_model: 32, sequence: 40, num_sequence: 48,
+);
 
 const _: () = {
     assert!(KVL_SPLIT_GRID as usize == crate::ops::shard::SPLIT_GRID);
 };
 
-/// Sets `shard->data`, `model` and `sequence` to those of shard `rank` of as many as `shard->num_...` say, where neighbours are
-/// parts of one sequence, then of the heads. Since ABI version 3.
+/// Sets `shard->data`, `model` and `sequence` to those of shard `rank`, of as many shards as `shard->num_...` give.
+/// Neighbouring ranks are parts of one sequence first, then of the heads.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint shards.
-/// Bad input: null, an unknown `struct_size`, a negative number, a rank that does not exist are errors, and `shard` is not touched.
+/// Thread safety: may be called from any number of threads at once, on disjoint shards.
+/// Bad input: null, an unknown `struct_size`, a negative number, and a rank that does not exist are errors, and `shard`
+/// is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_shard_from_rank(rank: i64, shard: *mut kvl_shard) -> kvl_status {
     guard(|| {
@@ -60,11 +64,12 @@ pub unsafe extern "C" fn kvl_shard_from_rank(rank: i64, shard: *mut kvl_shard) -
     })
 }
 
-/// The shard's sequences of a batch: `*count` of them from `*first` on. Parts differ by at most one sequence, and may be empty.
-/// Since ABI version 3.
+/// The shard's sequences of a batch: `*count` of them, from `*first` on. The counts of two parts differ by at most one,
+/// and may be 0.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: null, an unknown `struct_size`, a negative number, and a part that does not exist are errors, and nothing
+/// is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_shard_sequences(
     shard: *const kvl_shard,
@@ -80,13 +85,14 @@ pub unsafe extern "C" fn kvl_shard_sequences(
     })
 }
 
-/// The shard's heads: `*num_kv_heads` KV heads from `*first_kv_head` on, and the `*num_heads` query heads from `*first_head` on
-/// that read them. With more parts than KV heads several shards have the same KV head, and share the query heads that read
-/// it. Since ABI version 3.
+/// The shard's heads: `*num_kv_heads` KV heads from `*first_kv_head` on, and the `*num_heads` query heads from
+/// `*first_head` on that read them. With more parts than KV heads, several shards have the same KV head and share the
+/// query heads that read it.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist, `heads` that are no multiple of
-/// `kv_heads`, more parts than KV heads that are no multiple of them are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist, `heads` that are no
+/// multiple of `kv_heads`, and more parts than KV heads that are no multiple of them are errors, and nothing is
+/// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_shard_heads(
     shard: *const kvl_shard,
@@ -112,11 +118,12 @@ pub unsafe extern "C" fn kvl_shard_heads(
     })
 }
 
-/// The shard's segment of the slots of a sequence: `*count` of `capacity`, from `*first` on. Segments begin and end at multiples of
-/// `KVL_SPLIT_GRID` or at the capacity, and may be empty. Since ABI version 3.
+/// The shard's segment of the slots of a sequence: `*count` of `capacity`, from `*first` on. Segments begin and end at
+/// multiples of `KVL_SPLIT_GRID` or at the capacity, and may be empty.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, an unknown `struct_size`, a negative number, a part that does not exist are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: null, an unknown `struct_size`, a negative number, and a part that does not exist are errors, and nothing
+/// is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_shard_keys(
     shard: *const kvl_shard,
@@ -132,15 +139,15 @@ pub unsafe extern "C" fn kvl_shard_keys(
     })
 }
 
-/// What attention over `count` keys from key `first` on takes, where attention over the whole takes `lengths`, `kv_starts`
-/// (null: 0) and `offsets` (null: `length - seq`), [batch] each, for `seq` queries a sequence. The results, [batch] each, are
-/// counted from the start of the segment: `local_lengths` and `local_kv_starts` lie in it, `local_offsets` may be negative or
-/// beyond it. The outputs of all segments are joined by `kvl_merge_states`, and sinks go to one segment only; or by
-/// `kvl_attention_chunks` and `kvl_merge_chunks`, to the bit. Since ABI version 3.
+/// The lists that attention over `count` keys from key `first` on takes, where attention over all keys takes `lengths`,
+/// `kv_starts` (null for 0) and `offsets` (null for `length - seq`), [batch] each, for `seq` queries per sequence. The
+/// results, [batch] each, count from the start of the segment: `local_lengths` and `local_kv_starts` lie in it, and
+/// `local_offsets` may be negative or beyond it. `kvl_merge_states` joins the outputs of all segments, of which one
+/// takes the sink logits; `kvl_attention_chunks` and `kvl_merge_chunks` join them to the bit.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, a negative number, more keys than an axis holds, an offset that leaves 32 bits, lists that share
-/// memory are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: null, a negative number, more keys than an axis holds, an offset that leaves 32 bits, and lists that
+/// share memory are errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_shard_lengths(
     first: i64,
@@ -183,12 +190,11 @@ pub unsafe extern "C" fn kvl_shard_lengths(
 }
 
 /// The slots, in a cache that holds `count` keys from key `first` on, of tokens that a whole cache would have from
-/// `positions[b]`, [batch], on: `slots`, [batch, seq], for `kvl_kv_write_params`, -1 for those that belong to other segments.
-/// Since ABI version 3.
+/// `positions[b]`, [batch], on: `slots`, [batch, seq], for `kvl_kv_write_params`, with -1 for tokens of other segments.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, a negative number or position, more keys than an axis holds, lists that share memory are errors, and
-/// nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: null, a negative number or position, more keys than an axis holds, and lists that share memory are
+/// errors, and nothing is written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_shard_slots(
     first: i64,
@@ -211,11 +217,12 @@ pub unsafe extern "C" fn kvl_shard_slots(
     })
 }
 
-/// The part of a tensor that has the indices `first` .. `first + count` of an axis (0 batch, 1 seq, 2 heads, 3 dim), in the same
-/// memory. Since ABI version 3.
+/// The part of a tensor with the indices `first` to `first + count - 1` of an axis (0 batch, 1 seq, 2 heads, 3 dim), in
+/// the same memory.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint outputs.
-/// Bad input: null, an invalid view, an axis that is none, indices outside it are errors, and nothing is written.
+/// Thread safety: may be called from any number of threads at once, with disjoint outputs.
+/// Bad input: null, an invalid view, an axis that does not exist, and indices outside it are errors, and nothing is
+/// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_shard_view(
     view: *const kvl_view,

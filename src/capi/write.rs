@@ -14,8 +14,8 @@ use crate::error::ensure;
 use crate::ops::write::{Destination, RawWrite, kv_write_raw};
 use crate::view::{BATCH, RawCacheView, SEQ};
 
-/// New keys and values, their caches, and where they go. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`, usually
-/// `v` and `v_cache`, and either `positions` or `slots`.
+/// New keys and values, their caches and their places. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`,
+/// usually `v` and `v_cache`, and either `positions` or `slots`.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_kv_write_params {
@@ -23,51 +23,57 @@ pub struct kvl_kv_write_params {
     pub struct_size: usize,
     /// New keys [batch, seq, kv_heads, dim].
     pub k: kvl_const_view,
-    /// New values [batch, seq, kv_heads, v_dim]; absent together with `v_cache` to write keys alone.
+    /// New values [batch, seq, kv_heads, v_dim]. Absent together with `v_cache` to write keys alone.
     pub v: kvl_const_view,
-    /// Where keys go: [batch, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any type.
+    /// The cache of keys: [sequences, capacity, kv_heads, dim], or what `layout` makes of the first two axes; of any
+    /// type.
     pub k_cache: kvl_view,
-    /// Where values go: [batch, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any type.
+    /// The cache of values: [sequences, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; of any
+    /// type.
     pub v_cache: kvl_view,
-    /// [batch]: token t of sequence b is at position `positions[b] + t` of its sequence of the cache.
+    /// [batch]: token t of sequence b is written to position `positions[b] + t` of its row of the cache.
     pub positions: *const i32,
     /// [batch]: only the first `counts[b]` tokens of sequence b are written (padded prompts); null for all.
     pub counts: *const i32,
-    /// [batch]: source sequence b goes to sequence `sequences[b]` of the cache; null for sequence b.
+    /// [batch]: sequence b of the call is sequence `sequences[b]` of the cache; null for the same.
     pub sequences: *const i32,
-    /// [batch, seq]: the slot of each token, instead of `positions`; -1 skips it. With `KVL_LAYOUT_KIND_PAGED` and
-    /// `KVL_LAYOUT_KIND_RAGGED` slots are counted over the whole pool, page by page; the layout's table is not looked at, and
-    /// there are no `sequences`.
+    /// [batch, seq]: the slot of each token, instead of `positions`; -1 skips a token. With `KVL_LAYOUT_KIND_PAGED` and
+    /// `KVL_LAYOUT_KIND_RAGGED`, slots count over the whole pool, page by page; the layout's table is not read, and
+    /// `sequences` must be null.
     pub slots: *const i32,
-    /// Rotates keys on their way into the cache; null to write them as they are. The same bits as `kvl_rope` into a view
-    /// of the cache's type.
+    /// Rotates the keys before they are written; null for no rotation. The bits are those of `kvl_rope` into a view of
+    /// the cache's type.
     pub rope: *const kvl_rope_params,
-    /// In which slot a position lies; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. A `KVL_LAYOUT_KIND_RING` takes no more tokens of a
-    /// sequence in one call than it has slots beside its sinks. `KVL_LAYOUT_KIND_INDIRECT` only reads: write to the token's own
-    /// sequence, and set the table's entry. Since ABI version 3.
+    /// The slots of positions; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. One call gives a sequence of a ring at most as
+    /// many tokens as the ring has slots besides its sink tokens. `KVL_LAYOUT_KIND_INDIRECT` cannot be written: write
+    /// to the token's own row, and set the entry of the table.
     pub layout: *const kvl_layout,
-    /// Normalises the heads of the keys on their way into the cache, before they are rotated; null not to. The same bits as
-    /// `kvl_rms_norm` into f32 first. Since ABI version 3.
+    /// Normalises the heads of the keys before they are rotated; null for no norm. The bits are those of `kvl_rms_norm`
+    /// into f32 first.
     pub k_norm: *const kvl_rms_norm_params,
-    /// How values lie in `v_cache`. What attention likes best is said by `kvl_context_v_packing`. Since ABI version 3.
+    /// How values lie in `v_cache`. `kvl_context_v_packing` states the best packing for attention.
     pub v_packing: kvl_packing,
     /// 0.
     pub reserved: i32,
 }
 
 sized!(kvl_kv_write_params[layout]);
-assert_layout!(kvl_kv_write_params, 424, struct_size: 0, k: 8, v: 96, k_cache: 184, v_cache: 272, positions: 360, counts: 368, sequences: 376, slots: 384, rope: 392, layout: 400, k_norm: 408, v_packing: 416, reserved: 420);
+assert_layout!(
+    kvl_kv_write_params, 424,
+    struct_size: 0, k: 8, v: 96, k_cache: 184, v_cache: 272, positions: 360, counts: 368, sequences: 376, slots: 384,
+    rope: 392, layout: 400, k_norm: 408, v_packing: 416, reserved: 420,
+);
 
-/// Writes new keys and values into their caches, all sequences in one call, each at its own place, converted to the cache's type
-/// (to nearest, ties to even); normalises the keys on the way if `params->k_norm` is given, and rotates them if `params->rope`
-/// is. Lengths are the caller's to advance.
+/// Writes new keys and values into their caches, of all sequences in one call, converted to the type of the cache (to
+/// nearest, ties to even). Keys are normalised first if `params->k_norm` is given, and rotated if `params->rope` is.
+/// Lengths are the caller's to advance.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint sequences; `runner` null is the
-/// calling thread.
+/// Thread safety: may be called from any number of threads at once, on disjoint caches or disjoint sequences of a
+/// cache. A null `runner` runs on the calling thread.
 /// Bad input: null, an unknown `struct_size` or enumeration value, shapes that do not fit, a slot past the capacity
-/// (`KVL_STATUS_CAPACITY`), a negative position, slot or sequence, a page that does not exist, two tokens for one slot
-/// (`KVL_STATUS_DUPLICATE_SLOT`), a cache that shares memory with anything else are errors, and nothing is written: nothing is
-/// clamped.
+/// (`KVL_STATUS_CAPACITY`), a negative position or slot, a sequence or page that does not exist, two tokens with one
+/// slot (`KVL_STATUS_DUPLICATE_SLOT`), and a cache that shares memory with anything else are errors, and nothing is
+/// written. Nothing is clamped.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_kv_write(
     context: *const kvl_context,
