@@ -68,16 +68,15 @@
 //!
 //! # Flattened masks
 //! FlashInfer stores the masks of a ragged batch one after another, each `[queries, keys]` of its request. Such a
-//! buffer is a [`BitMask`](crate::BitMask::per_sequence) of which every row says where its bits begin and how far apart its
-//! queries are:
+//! buffer is a [`BitMask`](crate::BitMask::per_sequence) with a bit offset and a stride of queries for every sequence:
 //!
 //! | theirs | `bit_offsets[b]`, in bits | `query_strides[b]`, in bits |
 //! | --- | --- | --- |
-//! | `packed_custom_mask`: every request begins a byte, `mask_indptr` counts bytes | `8 * mask_indptr[b]` | keys of request b |
-//! | `custom_mask` (one boolean per entry), packed as one row of bits, lowest first | sum of queries times keys of the requests before | keys of request b |
+//! | `packed_custom_mask`: every request begins at a byte, `mask_indptr` counts bytes | `8 * mask_indptr[b]` | keys of request b |
+//! | `custom_mask` (one boolean per entry), packed as one row of bits, lowest first | sum of queries times keys of the earlier requests | keys of request b |
 //!
-//! The shape is `[requests, most queries, heads, most keys]`, the stride of heads 0; queries are `cu_seqlens_q` = `qo_indptr`, and
-//! keys of a request are its `lengths`.
+//! The shape is `[requests, most queries, heads, most keys]`, with stride 0 for heads. `cu_seqlens_q` is `qo_indptr`, and `lengths`
+//! are the keys of each request.
 //!
 //! ```
 //! use kvlane::*;

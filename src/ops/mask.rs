@@ -83,7 +83,7 @@ impl RawMask {
 
 /// A mask `[batch, seq, heads, keys]` of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
 /// first, and keys are neighbours; other strides are given in bits. Axes of one element broadcast, and so do strides of 0: all but
-/// the keys, and with [lists](Self::per_row) only the heads.
+/// the keys, and with [lists](Self::per_sequence) only the heads.
 ///
 /// It may speak of the last keys alone: with [first keys](Self::with_first_keys), bit j of sequence b is of key
 /// `first_keys[b] + j`, and keys before are seen. So the tree of a speculation is `[batch, n, 1, n]` bits (heads broadcast)
