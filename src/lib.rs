@@ -75,9 +75,10 @@
 //! | --- | --- |
 //! | `capi`, `driver`, `bench` | the exports of the C ABI; a decoder; measurements |
 //! | `ops` | the public operations: every check with its sentence, the cut into tiles, dispatch |
-//! | `problem` | what a validated call is: tensors, visibility, masks, the block and chunk grid, tiles, rotations, limits |
+//! | `context` | the choice of a kernel for each operation |
 //! | `kernels` | each algorithm once (`generic`), the vector trait, one module per level, and the registry |
-//! | foundation | views, element types, layouts, errors, CPU detection, runners |
+//! | `problem` | what a validated call is: tensors, visibility, masks, the block and chunk grid, tiles, rotations, limits |
+//! | foundation | views, element types, cache formats, layouts, errors, CPU detection, runners |
 //!
 //! A tensor is a [`View`]: always `[batch, seq, heads, dim]`, with strides for the order in memory. An operation validates
 //! everything once, cuts the work into tiles on a grid that depends on the problem only, and passes the tiles to a kernel through
