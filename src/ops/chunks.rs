@@ -1,15 +1,15 @@
-//! Attention whose keys are spread over several calls, with the bits of one: states by chunks, and their merge.
+//! Attention over segments of a sequence, with the bits of one call: states of chunks, and their merge.
 //!
-//! A row's softmax is computed chunk by chunk, on a grid of [`SPLIT_GRID`] keys, and chunks are folded in ascending order. A
-//! call over a segment of keys that begins on the grid can leave the states of its chunks instead of an output; folding those
-//! of all segments is then what one call over all keys does. [`merge_states`](crate::merge_states) needs less memory and
-//! carries outputs, which are divided and rounded already: it has the kernel's bound, not its bits.
+//! A row's softmax is computed chunk by chunk, on a grid of [`SPLIT_GRID`] keys, and the chunks are folded in ascending order.
+//! A call over a segment that begins on the grid can store the states of its chunks instead of an output. Folding the states of
+//! all segments is then what one call over all keys does. [`merge_states`](crate::merge_states) needs less memory, but merges
+//! outputs that are already divided and rounded: it has the kernel's bound, not its bits.
 //!
 //! ```text
 //! states: [batch][kv_heads][rows in pieces of PIECE][chunks][rows of the piece][16 + v_dim rounded up to 16]
 //! ```
-//! The floats in it are the kernel's own business: they mean something to [`merge_chunks`] on a context of the same level and
-//! precision, for keys of the same type.
+//! The meaning of the floats belongs to the kernel: [`merge_chunks`] reads them on a context of the same level and precision,
+//! for the same cache formats.
 
 use crate::context::Context;
 use crate::dtype::DType;
@@ -32,24 +32,24 @@ use crate::problem::tile::Tile;
 use crate::problem::visibility::Visibility;
 use crate::view::{self, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut, contiguous};
 
-/// Query rows of a KV head that are computed together; a part of the format, so no matter of the kernel's.
+/// Query rows of a KV head that are computed together; part of the format of the states, and so not the choice of a kernel.
 const PIECE: usize = 192;
 
 /// The most segments that one call merges.
 pub const MAX_SEGMENTS: usize = 256;
 
-/// Floats that the states of queries `[batch, seq, heads, dim]` over a segment of up to `keys` keys take: for every row and
-/// chunk, the values' elements, rounded up to 16, and 16 more.
+/// Floats in the states of queries `[batch, seq, heads, dim]` over a segment of up to `keys` keys: for each query row and
+/// chunk, `v_dim` rounded up to 16, and 16 more.
 pub fn chunk_states_len(q_shape: [usize; 4], keys: usize, v_dim: usize) -> usize {
     view::rows(q_shape).saturating_mul(chunks_of(keys)).saturating_mul(partial_stride(v_dim))
 }
 
-/// Chunks that the states of a segment have; one at least, so that there is something to merge.
+/// Chunks of a segment; at least one, so that there is always a state.
 fn chunks_of(keys: usize) -> usize {
     keys.div_ceil(CHUNK).max(1)
 }
 
-/// The states of rows `[batch, seq, heads]`, so many floats a row, as a tensor that shares memory with others or does not.
+/// The states of query rows `[batch, seq, heads]`, of `floats` floats each, as a view for overlap checks.
 fn states_view(data: *mut f32, [batch, seq, heads, _]: [usize; 4], floats: usize) -> RawView {
     let shape = [batch, seq, heads, floats];
     RawView { data: data.cast(), dtype: DType::F32, shape, strides: contiguous(shape), bytes: None }
@@ -62,16 +62,18 @@ pub(crate) fn check_format(ragged: bool, layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-/// Attention over a segment of a sequence: writes the states of its chunks to `states`, of [`chunk_states_len`] floats for the
-/// slots that `k` has. `options` are as for [`attention`](crate::attention()), in the segment's own positions: lengths and
-/// offsets less the segment's first key, which is a multiple of [`SPLIT_GRID`] ([`SegmentLists`](crate::SegmentLists) computes
-/// them). Sinks are given to [`merge_chunks`] instead.
+/// Attention over a segment of a sequence: writes the states of its chunks to `states`.
+///
+/// `states` has [`chunk_states_len`] floats for the slots of `k`. `options` are those of [`attention`](crate::attention()), in
+/// positions of the segment: lengths and offsets less the first key of the segment, which is a multiple of [`SPLIT_GRID`].
+/// [`SegmentLists`](crate::SegmentLists) computes them. Sink logits are given to [`merge_chunks`] instead.
 ///
 /// Thread safety: as for [`attention`](crate::attention()).
 ///
 /// # Errors
-/// What [`attention`](crate::attention()) says; sinks, ragged queries, rings; `states` of another length. Nothing has been written
-/// then.
+/// Those of [`attention`](crate::attention()). [`Status::InvalidValue`](crate::Status::InvalidValue): there are sink logits,
+/// ragged queries or a ring. [`Status::Shape`](crate::Status::Shape): `states` has another length. On an error, nothing has
+/// been written.
 pub fn attention_chunks(
     context: &Context,
     runner: &dyn Runner,
@@ -90,7 +92,7 @@ pub fn attention_chunks(
 }
 
 /// Bytes of workspace that [`attention_chunks`] needs at most for queries `[batch, seq, heads, dim]`, keys `[batch, keys,
-/// kv_heads, dim]`, values of `v_dim` elements and `threads` threads; of pages, `keys` is the most that a row has room for.
+/// kv_heads, dim]`, values of `v_dim` elements and `threads` threads. In a paged layout, `keys` is the capacity of a sequence.
 pub fn attention_chunks_workspace_size(
     q_shape: [usize; 4],
     k_shape: [usize; 4],
@@ -105,14 +107,14 @@ pub fn attention_chunks_workspace_size(
 /// [`attention_chunks`] as the C ABI has it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawChunks<'a> {
-    /// Without an output: `out` and `lse` are not looked at.
+    /// Has no output: `out` and `lse` are ignored.
     pub attention: RawAttention<'a>,
     pub states: *mut f32,
     pub len: usize,
 }
 
 impl<'a> RawChunks<'a> {
-    /// Checks everything; also tells how many chunks there are.
+    /// Checks everything; returns the number of chunks too.
     fn validate(&self) -> Result<(Problem<'a>, usize)> {
         let call = &self.attention;
         ensure!(
@@ -186,7 +188,7 @@ pub(crate) unsafe fn attention_chunks_raw(
     unsafe { job.run(runner, workspace) }
 }
 
-/// A segment's call that has been checked.
+/// A checked call over a segment.
 struct SegmentJob<'a> {
     problem: Problem<'a>,
     kernel: AttentionKernel,
@@ -242,14 +244,14 @@ pub struct ChunkMerge<'a> {
     pub k_format: CacheFormat,
     /// The format of its values.
     pub v_format: CacheFormat,
-    /// That of the segments' calls.
+    /// The precision of the calls over the segments.
     pub precision: Precision,
-    /// `[heads]`: as in [`AttentionOptions::sink_logits`]; they count once, here.
+    /// `[heads]`: as in [`AttentionOptions::sink_logits`]. They count once, in the merge.
     pub sink_logits: Option<&'a [f32]>,
 }
 
 impl<'a> ChunkMerge<'a> {
-    /// A merge for a cache of so many KV heads and of these formats, at the default precision, without sink logits.
+    /// A merge for a cache of `kv_heads` KV heads and these formats, at the default precision, without sink logits.
     pub fn new(kv_heads: usize, k_format: impl Into<CacheFormat>, v_format: impl Into<CacheFormat>) -> Self {
         let (k_format, v_format) = (k_format.into(), v_format.into());
         Self { kv_heads, k_format, v_format, precision: Precision::Default, sink_logits: None }
@@ -261,16 +263,18 @@ impl<'a> ChunkMerge<'a> {
     }
 }
 
-/// Output and LSE of attention whose keys lay in several segments: `segments` are the states that [`attention_chunks`] left, in
-/// the order of the sequence. The bits are those of one call of [`attention`](crate::attention()) over all keys, if every
-/// segment but the last ended on the grid. `out` is `[batch, seq, heads, v_dim]`, of any type, `lse` `[batch, seq, heads]` and
-/// contiguous.
+/// Merges the states of the segments of a sequence into output and LSE.
+///
+/// `segments` are the states that [`attention_chunks`] wrote, in the order of the sequence. `out` is `[batch, seq, heads,
+/// v_dim]`, of any type; `lse` is `[batch, seq, heads]` and contiguous. The bits are those of one call of
+/// [`attention`](crate::attention()) over all keys, if every segment but the last ends on the grid.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs and workspaces.
 ///
 /// # Errors
-/// No segment or more than [`MAX_SEGMENTS`], states whose length is no number of chunks of these rows, lists of another length.
-/// Nothing has been written then.
+/// [`Status::InvalidValue`](crate::Status::InvalidValue): there is no segment, or more than [`MAX_SEGMENTS`].
+/// [`Status::Shape`](crate::Status::Shape): the length of states is no multiple of a chunk's, or a list has another length. On
+/// an error, nothing has been written.
 pub fn merge_chunks(
     context: &Context,
     runner: &dyn Runner,
@@ -294,12 +298,12 @@ pub fn merge_chunks(
     let call = RawMerge { segments: &raw[..count], merge: *merge, out: out.raw, lse };
     let job = MergeJob::new(context, runner, &call)?;
     workspace.reserve(job.workspace);
-    // SAFETY: the views borrow what they reach, the states are as long as they say, and the LSE has an entry a row.
+    // SAFETY: the views borrow what they reach, the states are as long as they say, and the LSE has an entry per query row.
     unsafe { job.run(runner, workspace.as_mut_ptr()) }
 }
 
-/// Bytes of workspace that [`merge_chunks`] needs at most for an output `[batch, seq, heads, v_dim]`, segments whose states are
-/// `states` floats together, and `threads` threads.
+/// Bytes of workspace that [`merge_chunks`] needs at most for an output `[batch, seq, heads, v_dim]`, segments with `states`
+/// floats in all, and `threads` threads.
 pub fn merge_chunks_workspace_size(out_shape: [usize; 4], kv_heads: usize, states: usize, threads: usize) -> usize {
     let (grid, v_dim) = (Grid::new(out_shape, kv_heads), out_shape[DIM]);
     let chunks = states.checked_div(floats_a_chunk(out_shape)).unwrap_or(0);
@@ -310,7 +314,7 @@ pub fn merge_chunks_workspace_size(out_shape: [usize; 4], kv_heads: usize, state
     })
 }
 
-/// Floats of the states of all rows in one chunk.
+/// Floats in the states of all query rows in one chunk.
 fn floats_a_chunk(out_shape: [usize; 4]) -> usize {
     view::rows(out_shape).saturating_mul(partial_stride(out_shape[DIM]))
 }
@@ -319,7 +323,7 @@ fn floats_a_chunk(out_shape: [usize; 4]) -> usize {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawStates {
     pub data: *const f32,
-    /// How many floats.
+    /// The number of floats.
     pub len: usize,
 }
 
@@ -338,12 +342,12 @@ pub(crate) struct RawMerge<'a> {
     pub segments: &'a [RawStates],
     pub merge: ChunkMerge<'a>,
     pub out: RawView,
-    /// Null if not wanted.
+    /// Null if no LSE is wanted.
     pub lse: *mut f32,
 }
 
 impl RawMerge<'_> {
-    /// Checks what does not depend on where anything lies, and tells how many chunks all segments have.
+    /// Checks everything that does not depend on addresses; returns the number of chunks of all segments.
     fn count_chunks(&self) -> Result<usize> {
         let ([_, _, heads, v_dim], kv_heads) = (self.out.shape, self.merge.kv_heads);
         let count = self.segments.len();
@@ -375,7 +379,7 @@ impl RawMerge<'_> {
         Ok(total)
     }
 
-    /// Checks everything, and tells how many chunks all segments have.
+    /// Checks everything; returns the number of chunks of all segments.
     fn validate(&self) -> Result<usize> {
         let Self { out, merge, .. } = self;
         let total = self.count_chunks()?;
@@ -408,7 +412,7 @@ impl RawMerge<'_> {
         Ok(total)
     }
 
-    /// Bytes of workspace that the call needs at most; where anything lies is not looked at.
+    /// Bytes of workspace that the call needs at most, whatever its addresses.
     ///
     /// # Errors
     /// Shapes and lengths that do not fit each other.
@@ -421,8 +425,8 @@ impl RawMerge<'_> {
 }
 
 /// # Safety
-/// The memory that a valid view reaches, and `lse` if not null, a float a row, is writable by this call alone; states are readable,
-/// as many as they say; `workspace` holds `workspace_bytes` bytes that this call alone uses.
+/// The memory that a valid view reaches, and `lse` if not null, a float per query row, is writable by this call alone; all
+/// floats of the states are readable; `workspace` holds `workspace_bytes` bytes that this call alone uses.
 #[cfg(feature = "capi")]
 pub(crate) unsafe fn merge_chunks_raw(
     context: &Context,
@@ -437,7 +441,7 @@ pub(crate) unsafe fn merge_chunks_raw(
     unsafe { job.run(runner, workspace) }
 }
 
-/// A merge that has been checked.
+/// A checked merge.
 struct MergeJob<'a> {
     problem: Problem<'a>,
     segments: &'a [RawStates],
@@ -496,19 +500,19 @@ impl<'a> MergeJob<'a> {
     }
 }
 
-/// How many workers there are for so many units of work: none if there is nothing to do.
+/// The number of workers for `units` units of work; none if there is nothing to do.
 fn workers(threads: usize, units: usize) -> usize {
     threads.clamp(1, MAX_WORKERS).min(units)
 }
 
-/// The rows of a call, in pieces of up to [`PIECE`] of a KV head.
+/// The query rows of a call, in pieces of up to [`PIECE`] rows of a KV head.
 #[derive(Clone, Copy)]
 struct Grid {
     batch: usize,
     seq: usize,
     heads: usize,
     kv_heads: usize,
-    /// Rows of a KV head, and of a whole piece.
+    /// Rows of a KV head, and of a full piece.
     rows: usize,
     piece: usize,
 }
@@ -528,7 +532,7 @@ impl Grid {
         (kernel.scratch_bytes)(self.piece, dim, v_dim)
     }
 
-    /// Bytes of the states of a piece in so many chunks; a multiple of 64.
+    /// Bytes of the states of a piece in `chunks` chunks; a multiple of 64.
     fn copy_bytes(&self, chunks: usize, v_dim: usize) -> usize {
         chunks.saturating_mul(self.piece * partial_stride(v_dim) * size_of::<f32>())
     }
@@ -549,12 +553,12 @@ impl Grid {
         }
     }
 
-    /// How many rows lie before those of a tile.
+    /// The number of rows before those of a tile.
     fn first(&self, tile: &Tile) -> usize {
         (tile.batch * self.kv_heads + tile.kv_head) * self.rows + tile.first_row
     }
 
-    /// What reducing needs to know: where rows go. There are no keys and no queries any more.
+    /// The problem as reducing reads it: the places of the rows. It has neither keys nor queries.
     fn problem<'a>(&self, merge: &ChunkMerge<'a>, out: RawView, lse: *mut f32) -> Problem<'a> {
         let view = |shape: [usize; 4]| RawView {
             data: std::ptr::null_mut(),

@@ -1,4 +1,4 @@
-//! Masks as data: a byte, or a bit, a query and key.
+//! Masks as data: a byte, or a bit, per query and key.
 
 use crate::error::{Result, ensure};
 use crate::problem::masks::{BitRows, BitView, ByteView};
@@ -7,7 +7,8 @@ use crate::view::{MAX_AXIS, RawView, reach};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// A boolean mask `[batch, seq, heads, keys]`; true lets a query see a key. Axes of one element broadcast, and so do strides of 0.
+/// A boolean mask `[batch, seq, heads, keys]`, a byte per entry; true lets a query see a key. Axes of one element broadcast,
+/// and so do strides of 0.
 #[derive(Clone, Copy, Debug)]
 pub struct Mask<'a> {
     pub(crate) raw: RawMask,
@@ -15,10 +16,10 @@ pub struct Mask<'a> {
 }
 
 impl<'a> Mask<'a> {
-    /// A mask whose entry `[0, 0, 0, 0]` is `data[offset]`.
+    /// A mask whose entry `[0, 0, 0, 0]` is `data[offset]`; strides are in entries.
     ///
     /// # Errors
-    /// Shape and strides reach outside `data`.
+    /// [`Status::Bounds`](crate::Status::Bounds): an entry lies outside of `data`.
     pub fn strided(data: &'a [bool], offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<Self> {
         let raw = RawMask { data: data.as_ptr().cast::<u8>().wrapping_add(offset), shape, strides, bytes: None };
         let (low, high) = raw.extent("mask")?;
@@ -32,17 +33,23 @@ impl<'a> Mask<'a> {
     }
 
     /// A mask `[batch, seq, heads, keys]` that lies at the start of `data` in the order of its axes.
+    ///
+    /// # Errors
+    /// As [`strided`](Self::strided).
     pub fn new(data: &'a [bool], shape: [usize; 4]) -> Result<Self> {
         Self::strided(data, 0, shape, crate::view::contiguous(shape))
     }
 
-    /// A mask `[seq, keys]`, the same for all sequences and heads.
+    /// A mask `[seq, keys]` for all sequences and heads.
+    ///
+    /// # Errors
+    /// As [`strided`](Self::strided).
     pub fn for_all(data: &'a [bool], batch: usize, seq: usize, heads: usize, keys: usize) -> Result<Self> {
         Self::strided(data, 0, [batch, seq, heads, keys], [0, keys as i64, 0, 1])
     }
 }
 
-/// A mask as the C ABI passes it: bytes, 0 hides.
+/// A mask as the C ABI passes it: a byte per entry, and 0 masks the key.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawMask {
     pub data: *const u8,
@@ -81,23 +88,25 @@ impl RawMask {
     }
 }
 
-/// A mask `[batch, seq, heads, keys]` of one bit a query and key; 1 lets a query see a key. The lowest bit of a byte is the
-/// first, and keys are neighbours; other strides are given in bits. Axes of one element broadcast, and so do strides of 0: all but
-/// the keys, and with [lists](Self::per_sequence) only the heads.
+/// A mask `[batch, seq, heads, keys]` of one bit per query and key; 1 lets a query see a key.
 ///
-/// It may speak of the last keys alone: with [first keys](Self::with_first_keys), bit j of sequence b is of key
-/// `first_keys[b] + j`, and keys before are seen. So the tree of a speculation is `[batch, n, 1, n]` bits (heads broadcast)
-/// over the n tokens that were written last.
+/// The bits of neighbouring keys are neighbours, and the lowest bit of a byte is the first. The other strides are in bits. Axes
+/// of one element broadcast, and so do strides of 0: on all axes but the keys, and with [lists](Self::per_sequence) on the
+/// heads only.
+///
+/// A mask may cover the last keys only: with [first keys](Self::with_first_keys), bit j of sequence b belongs to key
+/// `first_keys[b] + j`, and all keys before are visible. So the tree of a speculation is `[batch, n, 1, n]` bits over the n
+/// tokens that were written last.
 #[derive(Clone, Copy, Debug)]
 pub struct BitMask<'a> {
     pub(crate) raw: RawBitMask<'a>,
 }
 
 impl<'a> BitMask<'a> {
-    /// A mask whose entry `[0, 0, 0, 0]` is bit `offset` of `data`; strides of batch, queries and heads in bits.
+    /// A mask whose entry `[0, 0, 0, 0]` is bit `offset` of `data`; the strides of batch, queries and heads are in bits.
     ///
     /// # Errors
-    /// Shape and strides reach outside `data`.
+    /// [`Status::Bounds`](crate::Status::Bounds): a bit lies outside of `data`.
     pub fn strided(data: &'a [u8], offset: usize, shape: [usize; 4], strides: [i64; 3]) -> Result<Self> {
         let raw = RawBitMask {
             data: data.as_ptr(),
@@ -112,26 +121,28 @@ impl<'a> BitMask<'a> {
         Ok(Self { raw })
     }
 
-    /// A mask `[batch, seq, keys]`, the same for all heads, without a gap between its bits.
+    /// A mask `[batch, seq, keys]` for all heads, whose bits follow each other without gaps.
     ///
     /// # Errors
-    /// `data` is too short.
+    /// [`Status::Bounds`](crate::Status::Bounds): `data` is too short.
     pub fn new(data: &'a [u8], batch: usize, seq: usize, heads: usize, keys: usize) -> Result<Self> {
         let row = keys as i64;
         Self::strided(data, 0, [batch, seq, heads, keys], [row.saturating_mul(seq as i64), row, 0])
     }
 
-    /// A mask whose sequences lie anywhere and are as wide as each is: `bit_offsets` and `query_strides` are `[batch]`, the bit
-    /// of a sequence's query 0, head 0 and first key, and the bits from one of its queries to the next; 0 broadcasts, as does a
-    /// `head_stride` of 0. Of `shape`, `seq` is the most queries of a sequence and `keys` at least the most keys: a sequence
-    /// has bits for its own queries and for its own keys, from its first key to its length, and none behind those is read.
+    /// A mask whose sequences have places and widths of their own, as the masks of requests [one after the
+    /// other](crate::masks#flattened-masks), each `[queries, keys]`.
     ///
-    /// So the masks of requests one after the other, each `[queries, keys]` of its own, are [one
-    /// mask](crate::masks#flattened-masks).
+    /// - `bit_offsets`, `[batch]`: the bit of query 0, head 0 and the first key of each sequence.
+    /// - `query_strides`, `[batch]`: the bits from one query of a sequence to the next; 0 broadcasts.
+    /// - `head_stride`: the bits from one head to the next; 0 broadcasts.
+    /// - `shape`: `seq` is the greatest number of queries of a sequence, `keys` at least the greatest number of keys.
+    ///
+    /// A sequence has bits for its own queries and for its keys from its first key to its length. No bit beyond them is read.
     ///
     /// # Errors
-    /// A list that has not `batch` entries, or a negative one. Whether the bits of a sequence lie in `data` depends on its
-    /// queries and its length, so the call that has those says it.
+    /// A list has not `batch` entries, or a negative one. Whether the bits of a sequence lie in `data` depends on its queries
+    /// and its length, and is checked by the call that knows them.
     pub fn per_sequence(
         data: &'a [u8],
         bit_offsets: &'a [i64],
@@ -152,7 +163,7 @@ impl<'a> BitMask<'a> {
         Ok(Self { raw })
     }
 
-    /// `[batch]`: the key of a sequence's first bit. Keys before it are seen.
+    /// `[batch]`: the key of the first bit of each sequence. All keys before it are visible.
     pub fn with_first_keys(self, first_keys: &'a [i32]) -> Self {
         Self { raw: RawBitMask { first_keys: Some(first_keys), ..self.raw } }
     }
@@ -179,7 +190,7 @@ impl<'a> RawBitMask<'a> {
         BitView { data, offset, strides: broadcast(self.shape, self.strides), first_keys, rows }
     }
 
-    /// Checks it for the sequences of a call; the bytes that those can touch, relative to its data.
+    /// Checks the mask for the sequences of a call; returns the bytes that it can touch, relative to its data.
     fn extent(&self, visibility: &Visibility) -> Result<(i128, i128)> {
         self.check_lists(visibility.batch)?;
         self.check_axes()?;
@@ -230,7 +241,7 @@ impl<'a> RawBitMask<'a> {
         Ok(())
     }
 
-    /// The bytes that fixed strides can touch, relative to its data.
+    /// The bytes that fixed strides can touch, relative to the data.
     fn fixed_extent(&self) -> Result<(i128, i128)> {
         self.check_axes()?;
         let Self { shape, strides, offset, .. } = *self;
@@ -260,7 +271,7 @@ impl<'a> RawBitMask<'a> {
         Ok((low, high))
     }
 
-    /// The bytes that a sequence's own queries and keys can touch.
+    /// The bytes that the queries and keys of a sequence can touch, relative to the data.
     fn row_extent(&self, rows: BitRows, row: usize, queries: usize, keys: i64) -> Result<(i128, i128)> {
         ensure!(
             !self.data.is_null(),
@@ -289,14 +300,14 @@ impl<'a> RawBitMask<'a> {
         Ok((low, high))
     }
 
-    /// Whether bytes are in the address space, and their bits in 64 bits, in which kernels count them.
+    /// Whether the bytes lie in the address space and their bits are countable in the 64 bits that kernels use.
     fn is_addressable(&self, low: i128, high: i128) -> bool {
         let (most, at) = ((isize::MAX as i128).min(i64::MAX as i128 / 8), self.data.addr() as i128);
         low >= -most && high <= most && at + low >= 0 && at + high <= usize::MAX as i128
     }
 }
 
-/// Which keys queries see by masks: those that all masks show.
+/// The masks of a call: a key is visible if every mask lets it through.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct RawMasks<'a> {
     pub mask: Option<RawMask>,
@@ -304,7 +315,7 @@ pub(crate) struct RawMasks<'a> {
 }
 
 impl<'a> RawMasks<'a> {
-    /// Checks the masks for the sequences of a call, whose queries have so many heads and whose longest sequence has `keys` keys.
+    /// Checks the masks for the sequences of a call with `heads` query heads, the longest of which has `keys` keys.
     pub fn validate(&self, visibility: &Visibility, heads: usize, keys: usize) -> Result<Touched> {
         let rows = [visibility.batch, visibility.seq, heads];
         let mut touched = Touched([("mask", 0..0), ("bit_mask", 0..0)]);
@@ -313,7 +324,7 @@ impl<'a> RawMasks<'a> {
             touched.set(0, mask.data, mask.extent("mask")?);
         }
         if let Some(mask) = &self.bit_mask {
-            // A sequence's keys are counted from its first one; how many it needs is checked with its extent.
+            // Keys are counted from the first key of a sequence; the extent checks how many it needs.
             let [batch, seq, heads, _] = mask.shape;
             check_scores("bit_mask", [batch, seq, heads, keys], rows, keys)?;
             // Lists replace the strides of these two axes, and they have an entry for each sequence.

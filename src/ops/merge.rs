@@ -1,4 +1,4 @@
-//! Merging attention states: outputs over disjoint sets of keys become the output over all of them.
+//! Merging attention states: outputs over disjoint keys become the output over all of them.
 
 use crate::context::Context;
 use crate::error::{Result, ensure};
@@ -7,16 +7,16 @@ use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE, ahead, is_large};
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
-/// The most states one call merges.
+/// The most states that one call merges.
 pub const MAX_STATES: usize = 256;
 
-/// One attention state: an output, and the natural logarithm of the sum of its exponentials.
+/// An attention state: an output, and the natural logarithm of the sum of its exponentials (LSE).
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct AttentionState<'a> {
-    /// `[batch, seq, heads, dim]`.
+    /// The output, `[batch, seq, heads, dim]`, of any strides.
     pub out: View<'a>,
-    /// `[batch, seq, heads]`, contiguous.
+    /// The LSE, `[batch, seq, heads]`, contiguous.
     pub lse: &'a [f32],
 }
 
@@ -27,16 +27,21 @@ impl<'a> AttentionState<'a> {
     }
 }
 
-/// Merges two or more (output, LSE) pairs: `out = sum_i w_i out_i` with `w_i = exp(lse_i - lse)` and
-/// `lse = ln sum_i exp(lse_i)`.
+/// Merges attention states over disjoint keys: `out = sum_i w_i out_i` with `w_i = exp(lse_i - lse)` and `lse = ln sum_i
+/// exp(lse_i)`.
 ///
-/// A state with an LSE of -inf is empty: its output is not read. Merging only empty states gives the empty state, output 0
-/// and LSE -inf. All outputs are of one type; weights and sums are f32, in the order of the states.
+/// `out` has the shape and type of the states' outputs, `lse` is `[batch, seq, heads]` and contiguous. Weights and sums are
+/// f32, in the order of the states. A state whose LSE is -inf is empty, and its output is not read. If all states are empty,
+/// the output is 0 and the LSE is -inf.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 ///
 /// # Errors
-/// No state or more than [`MAX_STATES`], shapes or types that differ, an output that shares memory with an input.
+/// - [`Status::InvalidValue`](crate::Status::InvalidValue): there is no state, or more than [`MAX_STATES`].
+/// - [`Status::Shape`](crate::Status::Shape), [`Status::DType`](crate::Status::DType): shapes or types differ.
+/// - [`Status::Overlap`](crate::Status::Overlap): an output shares memory with an input.
+///
+/// On an error, nothing has been written.
 ///
 /// ```
 /// use kvlane::*;
@@ -69,13 +74,13 @@ pub fn merge_states(
     }
     let lse = lse.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr);
     let state = |i: usize| Ok((states[i].out.raw, states[i].lse.as_ptr()));
-    // SAFETY: the views borrow what they reach, and every LSE has an entry a row.
+    // SAFETY: the views borrow what they reach, and every LSE has an entry per row.
     unsafe { merge_states_raw(context, runner, states.len(), &state, out.raw, lse) }
 }
 
 /// # Safety
 /// The memory that valid views reach is readable and, for `out`, writable, by this call alone; each LSE, and `lse` if not
-/// null, holds a float a row.
+/// null, holds a float per row.
 pub(crate) unsafe fn merge_states_raw(
     context: &Context,
     runner: &dyn Runner,
@@ -118,7 +123,7 @@ pub(crate) unsafe fn merge_states_raw(
     let [_, seq, heads, dim] = out.shape;
     let kernel = context.merge(out.dtype);
     let lse = MutPointer(lse);
-    // Distances are the same where strides are.
+    // Equal strides have equal prefetch distances.
     let alike = inputs.iter().all(|(view, _)| view.strides == out.strides);
     let ahead = if alike && is_large(&[&out]) { ahead(&out) } else { 0 };
     let tiles = rows.div_ceil(TOKENS_PER_TILE);
@@ -128,13 +133,13 @@ pub(crate) unsafe fn merge_states_raw(
         let mut srcs = [std::ptr::null::<u8>(); MAX_STATES];
         for row in tile * TOKENS_PER_TILE..((tile + 1) * TOKENS_PER_TILE).min(rows) {
             let (b, t, h) = (row / (seq * heads), row / heads % seq, row % heads);
-            // SAFETY: every LSE has an entry a row, and the views are valid and equal in shape.
+            // SAFETY: every LSE has an entry per row, and the views are valid and equal in shape.
             unsafe {
                 let (max, sum) = weigh(inputs, row, &mut weights);
                 if !lse.get().is_null() {
                     *lse.get().add(row) = if max == f32::NEG_INFINITY { max } else { (max as f64 + sum.ln()) as f32 };
                 }
-                // Elements that do not lie together go one by one: the same additions in the same order.
+                // Elements that are not neighbours are merged one by one: the same additions in the same order.
                 let together = out.strides[DIM] == 1 && inputs.iter().all(|(view, _)| view.strides[DIM] == 1);
                 let (pieces, width) = if together || dim <= 1 { (dim.min(1), dim) } else { (dim, 1) };
                 for piece in 0..pieces {
@@ -159,8 +164,8 @@ pub(crate) unsafe fn merge_states_raw(
     })
 }
 
-/// The weights of the states in one row. Their joint LSE is the maximum, if that is minus infinity, or else its sum with the
-/// logarithm of the second number.
+/// The weights of the states in one row, and the joint LSE in two parts: the maximum, and a number whose logarithm is added to
+/// it unless the maximum is -inf.
 ///
 /// # Safety
 /// Every LSE holds an entry for `row`.
@@ -169,7 +174,7 @@ unsafe fn weigh(inputs: &[(RawView, Pointer)], row: usize, weights: &mut [f32; M
     for (weight, (_, lse)) in weights.iter_mut().zip(inputs) {
         // SAFETY: the caller's.
         *weight = unsafe { *lse.0.add(row) };
-        // A NaN must reach the output, so it may win.
+        // A NaN must reach the output, so it may be the maximum.
         if *weight > max || weight.is_nan() {
             max = *weight;
         }
@@ -180,7 +185,7 @@ unsafe fn weigh(inputs: &[(RawView, Pointer)], row: usize, weights: &mut [f32; M
     }
     let mut sum = 0.0f64;
     for weight in &mut weights[..inputs.len()] {
-        // Of two states one is the largest: that saves every second exponential. Two infinities have no difference.
+        // One of two states is the largest, which saves every second exponential. Two infinities have no difference.
         let share = match *weight as f64 - max as f64 {
             0.0 => 1.0,
             f64::NEG_INFINITY => 0.0,
@@ -195,11 +200,11 @@ unsafe fn weigh(inputs: &[(RawView, Pointer)], row: usize, weights: &mut [f32; M
     (max, sum)
 }
 
-/// A pointer that tiles share: they read different rows through it, or the same ones.
+/// A pointer that tiles share and only read through.
 #[derive(Clone, Copy)]
 struct Pointer(*const f32);
 
-/// A pointer that tiles share: each writes rows of its own.
+/// A pointer that tiles share: each tile writes its own rows.
 #[derive(Clone, Copy)]
 struct MutPointer(*mut f32);
 

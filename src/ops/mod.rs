@@ -1,7 +1,7 @@
-//! The operations: each validates everything, cuts the work into tiles and hands them to kernels through a runner.
+//! The operations. Each checks everything, cuts the work into tiles, and hands the tiles to kernels through a runner.
 //!
-//! Every operation exists twice: a safe function over [`View`](crate::View)s, and beneath it an unsafe one over raw views,
-//! which the C ABI calls too. All validation is in the latter.
+//! Every operation exists twice: as a safe function over [`View`](crate::View)s, and beneath it as an unsafe function over raw
+//! views, which the C ABI calls too. All checks are in the latter.
 
 use crate::error::{Result, ensure};
 use crate::kernels::api::CopyArgs;
@@ -27,13 +27,13 @@ mod visibility;
 pub mod workspace;
 pub mod write;
 
-/// Tokens a tile of the memory-bound operations has: enough to make taking a tile cheap.
+/// Tokens per tile of the memory-bound operations: enough to make taking a tile cheap.
 const TOKENS_PER_TILE: usize = 16;
 
 /// Elements below which another thread does not pay in the memory-bound operations.
 const COPY_GRAIN: usize = 64 * 1024;
 
-/// Runs `token` for the row of every token of a view that has elements, and its number in the row.
+/// Runs `token` for each token of a view that has elements, by its indices on the first two axes.
 fn for_each_token(runner: &dyn Runner, view: &RawView, token: impl Fn((usize, usize)) + Sync) -> Result<()> {
     if view.is_empty() {
         return Ok(());
@@ -41,8 +41,8 @@ fn for_each_token(runner: &dyn Runner, view: &RawView, token: impl Fn((usize, us
     for_each_token_with(runner, view.shape, || (), |(), at| token(at))
 }
 
-/// As [`for_each_token`], for tensors of a shape, whether they have elements or not; neighbours make a tile, which has a state of
-/// its own from `start`.
+/// As [`for_each_token`], for a shape, even without elements. Neighbouring tokens form a tile, and each tile has a state from
+/// `start`.
 fn for_each_token_with<S>(
     runner: &dyn Runner,
     [batch, seq, heads, dim]: [usize; 4],
@@ -88,7 +88,7 @@ unsafe fn token_copy<U: Units, V: Units>(
     }
 }
 
-/// The copies of all tokens of one view to the same places of another, one token after the other.
+/// The copies of all tokens of one view to the same places of another.
 #[derive(Clone, Copy)]
 struct TokenCopies<'a> {
     src: &'a RawView,
@@ -112,33 +112,34 @@ impl<'a> TokenCopies<'a> {
     }
 }
 
-/// [`ahead`] of a source and its target, if they are large.
+/// The prefetch distances of a source and its target; 0 unless they are large.
 fn aheads(src: &RawView, dst: &RawView) -> (isize, isize) {
     if !is_large(&[src, dst]) {
         return (0, 0);
     }
-    // What is asked for to be written need not be asked for to be read.
+    // A prefetch for writing serves reading too.
     (if src.data == dst.data { 0 } else { ahead(src) }, ahead(dst))
 }
 
-/// Whether so much is read and written that a second-level cache does not hold it.
+/// Whether the views together exceed the second-level cache.
 fn is_large(views: &[&RawView]) -> bool {
     views.iter().map(|view| view.elements().saturating_mul(view.dtype.size())).fold(0, usize::saturating_add)
         > crate::cpu::cache::second_level()
 }
 
-/// How far ahead of its use a walk over a large view asks for memory.
+/// The prefetch distance, in bytes, of a walk over a large view.
 const AHEAD: usize = 4 << 10;
 
-/// Bytes from a head of a view to one that a walk, token by token, comes to some [`AHEAD`] bytes later: the hardware's prefetcher
-/// does not look as far, and a few dozen cycles of arithmetic a head keep it from what is behind them.
+/// The prefetch distance in bytes from a head of a view, for a walk token by token: the head that the walk reaches about
+/// [`AHEAD`] bytes later. The hardware's prefetcher looks less far, and a few dozen cycles of arithmetic per head keep it from
+/// the tokens behind.
 fn ahead<U: Units>(view: &RawView<U>) -> isize {
     let size = view.dtype.size();
     let head = view.shape[DIM] * size;
     let token = view.shape[HEADS].saturating_mul(head);
     let (step, bytes) = match view.strides {
         [.., dim] if dim != 1 => return 0,
-        // Most of what is asked for is of the same token.
+        // Most prefetches stay within the token.
         [_, seq, heads, _] if token >= 2 * AHEAD && heads.unsigned_abs() <= seq.unsigned_abs() => (heads, head),
         [_, seq, ..] => (seq, token),
     };
@@ -146,7 +147,7 @@ fn ahead<U: Units>(view: &RawView<U>) -> isize {
     (step as isize).wrapping_mul(steps as isize).wrapping_mul(size as isize)
 }
 
-/// Fails unless both are valid, of one shape, and either the same view or apart.
+/// Fails unless both views are valid, of one shape, and either identical or disjoint.
 fn check_in_place_or_apart(src: &RawView, dst: &RawView) -> Result<()> {
     let (from, to) = (src.validate("src")?, dst.validate_output("dst")?);
     for axis in [BATCH, SEQ, HEADS, DIM] {

@@ -1,4 +1,4 @@
-//! RMS norm of queries and keys, alone and on the way to RoPE.
+//! RMS norm of queries and keys, alone and before RoPE.
 
 use crate::context::Context;
 use crate::dtype::DType;
@@ -15,8 +15,8 @@ use std::mem::MaybeUninit;
 
 /// How heads are normalised: `y = x * weight / sqrt(mean(x^2) + eps)`, each head of each token by itself.
 ///
-/// The mean is computed in f64, in one order at every ISA level; the rest is f32, rounded once to the type of the target. The
-/// same weights serve all heads. Models that add 1 to their weights (Gemma) are served by weights that have it added.
+/// The mean is computed in f64, in one order at every ISA level. Everything else is f32, rounded once to the type of the
+/// output. All heads share the weights. For models that add 1 to their weights (Gemma), give the sum.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct RmsNorm<'a> {
@@ -69,14 +69,17 @@ impl RmsNorm<'_> {
 
 /// Normalises every head: `dst = RMSNorm(src)`.
 ///
-/// `src` and `dst` are `[batch, seq, heads, dim]`, of any strides and types (arithmetic is f32, rounded once to the type of
-/// `dst`).
+/// `src` and `dst` are `[batch, seq, heads, dim]`, of any strides and types. Arithmetic is f32, rounded once to the type of
+/// `dst`.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 ///
 /// # Errors
-/// Shapes that differ, weights that are not `dim`, an `eps` that is negative or not finite, views that share memory. Nothing
-/// has been written then.
+/// - [`Status::Shape`](crate::Status::Shape): shapes differ, or the weights are not `dim`.
+/// - [`Status::InvalidValue`](crate::Status::InvalidValue): `eps` is negative or not finite.
+/// - [`Status::Overlap`](crate::Status::Overlap): the views share memory.
+///
+/// On an error, nothing has been written.
 ///
 /// ```
 /// use kvlane::*;
@@ -93,7 +96,10 @@ pub fn rms_norm(context: &Context, runner: &dyn Runner, src: View, dst: ViewMut,
     unsafe { rms_norm_raw(context, runner, src.raw, dst.raw, norm) }
 }
 
-/// Normalises every head where it is; otherwise as [`rms_norm`].
+/// Normalises every head in place; see [`rms_norm`].
+///
+/// # Errors
+/// As [`rms_norm`].
 pub fn rms_norm_in_place(context: &Context, runner: &dyn Runner, x: ViewMut, norm: &RmsNorm) -> Result<()> {
     // SAFETY: the view borrows what it reaches, exclusively.
     unsafe { rms_norm_raw(context, runner, x.raw, x.raw, norm) }
@@ -101,13 +107,13 @@ pub fn rms_norm_in_place(context: &Context, runner: &dyn Runner, x: ViewMut, nor
 
 /// Normalises and then rotates queries or keys in one pass: `dst = RoPE(RMSNorm(src))`.
 ///
-/// The bits are those of [`rms_norm`] into an f32 tensor and [`rope()`](crate::rope()) from there: what is between the two is
-/// never rounded to less. Heads are at most [`MAX_ROTARY_DIM`] long; otherwise as the two.
+/// The bits are those of [`rms_norm`] into an f32 tensor and [`rope()`](crate::rope()) from there. Heads have at most
+/// [`MAX_ROTARY_DIM`] elements.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 ///
 /// # Errors
-/// Those of [`rms_norm`] and of [`rope()`](crate::rope()). Nothing has been written then.
+/// Those of [`rms_norm`] and of [`rope()`](crate::rope()). On an error, nothing has been written.
 pub fn rms_norm_rope(
     context: &Context,
     runner: &dyn Runner,
@@ -120,7 +126,10 @@ pub fn rms_norm_rope(
     unsafe { rope_raw(context, runner, src.raw, dst.raw, &rope.raw(), Some(*norm)) }
 }
 
-/// Normalises and rotates queries or keys where they are; otherwise as [`rms_norm_rope`].
+/// Normalises and rotates queries or keys in place; see [`rms_norm_rope`].
+///
+/// # Errors
+/// As [`rms_norm_rope`].
 pub fn rms_norm_rope_in_place(
     context: &Context,
     runner: &dyn Runner,
@@ -151,10 +160,11 @@ pub(crate) unsafe fn rms_norm_raw(
     })
 }
 
-/// Elements that heads take on the stack together, unless one alone is longer: few enough for the nearest cache.
+/// Elements of the heads that are staged on the stack together, unless one head alone is longer: few enough for the first-level
+/// cache.
 const STAGE: usize = 1024;
 
-/// Norm, then RoPE, through f32 on the stack: the two kernels, one after the other.
+/// Norm, then RoPE, by the two kernels through f32 on the stack.
 #[derive(Clone, Copy)]
 pub(crate) struct NormRope<'a> {
     norm: RmsNorm<'a>,
@@ -198,7 +208,7 @@ impl<'a> NormRope<'a> {
     }
 }
 
-/// Which kernel takes a token's heads to their rotated form.
+/// The kernel that rotates the heads of a token.
 #[derive(Clone, Copy)]
 pub(crate) enum Rotation<'a> {
     Rope(RopeFn),

@@ -8,16 +8,17 @@ use crate::ops::{aheads, for_each_token, token_copy};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, Units, View, ViewMut};
 
-/// Packs values in [row pairs](crate::Packing::RowPairs): `[batch, n, heads, dim]` becomes `[batch, n / 2 rounded up, heads,
-/// 2 * dim]`, in which element `2d + i` of token s is element d of token `2s + i` of the source.
+/// Packs values in [row pairs](crate::Packing::RowPairs): `[batch, n, heads, dim]` becomes `[batch, n / 2 rounded up, heads, 2
+/// * dim]`, in which element `2d + i` of token s is element d of token `2s + i` of the source.
 ///
-/// Both views are of one type, and every bit is kept. Where n is odd, the other half of the last pair is left as it is.
-/// [`kv_write`](crate::kv_write) writes into such a cache directly; this is for caches that exist already.
+/// Both views have one type, and every bit is kept. If n is odd, the second half of the last pair is not written.
+/// [`kv_write`](crate::kv_write) packs values as it writes them; this function is for caches that exist already.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 ///
 /// # Errors
-/// Shapes that do not fit, types that differ, views that share memory. Nothing has been written then.
+/// [`Status::Shape`](crate::Status::Shape), [`Status::DType`](crate::Status::DType): shapes do not fit, or types differ.
+/// [`Status::Overlap`](crate::Status::Overlap): the views share memory. On an error, nothing has been written.
 ///
 /// ```
 /// use kvlane::*;
@@ -33,12 +34,12 @@ pub fn pack_row_pairs(context: &Context, runner: &dyn Runner, src: View, dst: Vi
     unsafe { pack_row_pairs_raw(context, runner, src.raw, dst.raw) }
 }
 
-/// The inverse of [`pack_row_pairs`]: `src` is `[batch, n / 2 rounded up, heads, 2 * dim]`, `dst` `[batch, n, heads, dim]`.
+/// The inverse of [`pack_row_pairs`]: `src` is `[batch, n / 2 rounded up, heads, 2 * dim]`, `dst` is `[batch, n, heads, dim]`.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 ///
 /// # Errors
-/// Shapes that do not fit, types that differ, views that share memory. Nothing has been written then.
+/// As [`pack_row_pairs`].
 pub fn unpack_row_pairs(context: &Context, runner: &dyn Runner, src: View, dst: ViewMut) -> Result<()> {
     // SAFETY: the views borrow what they reach.
     unsafe { unpack_row_pairs_raw(context, runner, src.raw, dst.raw) }

@@ -1,12 +1,12 @@
-//! Attention over a prefix that all sequences of a batch share, and over each sequence's own keys: a cascade.
+//! Attention over a prefix that all sequences of a batch share, and over the keys of each sequence: a cascade.
 //!
 //! ```text
-//! queries of all sequences, as one sequence of a batch  x  prefix            -> state 0 (f32, with its LSE)
-//! queries of every sequence                        x  its own keys      -> state 1
-//! state 0, state 1                                                 -> merged by LSE -> out, rounded once
+//! queries of all sequences, as one sequence  x  the prefix               -> state 0 (f32, with its LSE)
+//! queries of every sequence                  x  the sequence's own keys  -> state 1
+//! state 0, state 1                                                       -> merged by LSE -> out, rounded once
 //! ```
-//! The prefix is read once for as many query rows as a tile holds, where a cache that repeats it, or pages that sequences
-//! share, are read once a sequence.
+//! The prefix is read once for all the query rows of a tile. A cache that repeats it, or pages that sequences share, are read
+//! once per sequence.
 
 use crate::cache_view::CacheView;
 use crate::context::Context;
@@ -26,7 +26,7 @@ use crate::parallel::Runner;
 use crate::problem::visibility::Visibility;
 use crate::view::{self, BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, contiguous};
 
-/// Keys and values that every sequence of a batch sees before its own: written once, read once.
+/// Keys and values that every sequence of a batch sees before its own: stored once, and read once for many query rows.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct SharedPrefix<'a> {
@@ -43,20 +43,22 @@ impl<'a> SharedPrefix<'a> {
     }
 }
 
-/// [`attention`](crate::attention()) over a prefix that all sequences share, and then over each sequence's own keys.
+/// [`attention`](crate::attention()) over a prefix that all sequences share, and then over the keys of each sequence.
 ///
-/// Every query sees the whole prefix. `tensors` and `options` speak of the sequences' own keys alone: position 0 of a sequence
-/// is its first key after the prefix. A sequence without own keys sees the prefix. Sinks count once. The result is that of
-/// attention over both at once within the kernel's bound, not to the bit: the two parts are merged by their LSE. It does not
-/// depend on threads, the batch or strides.
+/// Every query sees the whole prefix. `tensors` and `options` describe the sequences' own keys only: position 0 of a sequence
+/// is its first key after the prefix. A sequence without keys of its own sees the prefix. Sink logits count once.
 ///
-/// It pays from a few sequences on, when the prefix is longer than what sequences have of their own.
+/// The result is that of attention over both at once within the kernel's bound, not to the bit, since the two parts are merged
+/// by their LSE. It does not depend on threads, the batch or strides.
+///
+/// The call is faster than one with a repeated prefix from a few sequences on, if the prefix is longer than the sequences' own
+/// keys.
 ///
 /// Thread safety: as for [`attention`](crate::attention()).
 ///
 /// # Errors
-/// What [`attention`](crate::attention()) says of either part; ALiBi slopes and a left window, which would have to know where in
-/// the prefix a key stands.
+/// Those of [`attention`](crate::attention()) for either part. [`Status::InvalidValue`](crate::Status::InvalidValue): ALiBi
+/// slopes or a left window are given, which depend on the positions of the prefix. On an error, nothing has been written.
 ///
 /// ```
 /// use kvlane::*;
@@ -112,8 +114,8 @@ pub fn attention_with_prefix(
     }
 }
 
-/// Bytes of workspace that [`attention_with_prefix`] needs at most: for queries `[batch, seq, heads, dim]`, own keys
-/// `[batch, keys, kv_heads, dim]`, a prefix of `tokens` and values of `v_dim` elements.
+/// Bytes of workspace that [`attention_with_prefix`] needs at most for queries `[batch, seq, heads, dim]`, the sequences' own
+/// keys `[batch, keys, kv_heads, dim]`, a prefix of `tokens` tokens, values of `v_dim` elements and `threads` threads.
 pub fn attention_with_prefix_workspace_size(
     q_shape: [usize; 4],
     k_shape: [usize; 4],
@@ -139,8 +141,8 @@ pub(crate) fn prefix_workspace_size(
     Parts::new(tensor, v_dim).bytes.saturating_add(prefix.max(own))
 }
 
-/// What lies in the workspace before that of the two calls: two outputs in f32 with their LSEs, the merged output if it is to be
-/// converted, and the queries one after the other if they do not lie so.
+/// The parts of the workspace in front of that of the two calls: two outputs in f32 with their LSEs, the merged output if it is
+/// converted, and a copy of the queries if their sequences are not adjacent.
 struct Parts {
     out: usize,
     lse: usize,
@@ -231,7 +233,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
         };
         attention_raw(context, runner, Memory::Fixed(rest, rest_bytes), &own)?;
         attention_raw(context, runner, Memory::Fixed(rest, rest_bytes), &all)?;
-        // Ragged queries may leave tokens that are of no sequence: those have no state, and their outputs are left alone.
+        // Ragged queries may leave tokens that belong to no sequence: those have no state, and their outputs are not written.
         let (first, n) = match call.visibility.cu_seqlens_q {
             Some(starts) => (starts[0] as usize, (starts[starts.len() - 1] - starts[0]) as usize),
             None => (0, seq),
@@ -259,7 +261,7 @@ fn tokens_of(view: &RawView, first: usize, n: usize) -> RawView {
     part
 }
 
-/// The queries of all sequences as one sequence of a batch: as they lie, or in a copy at `to`.
+/// The queries of all sequences as one sequence: as they lie, or as a copy at `to`.
 ///
 /// # Safety
 /// The view is valid and readable; `to` has room for it.

@@ -1,4 +1,4 @@
-//! The explicit repeat of KV heads. Attention needs none: it reads each KV head once for its whole group.
+//! The explicit repeat of KV heads. Attention does not need it: it reads each KV head once for its whole group.
 
 use crate::context::Context;
 use crate::error::{Result, ensure};
@@ -7,14 +7,16 @@ use crate::ops::{TokenCopies, for_each_token};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
 
-/// Repeats every head `n` times in a row: `[batch, seq, kv_heads, dim]` becomes `[batch, seq, kv_heads * n, dim]`.
+/// Repeats every KV head `n` times: `[batch, seq, kv_heads, dim]` becomes `[batch, seq, kv_heads * n, dim]`.
 ///
-/// `n` is the ratio of the two head counts. Both views are of one type; NaNs keep their bits.
+/// `n` is the ratio of the head counts. Both views have one type; NaNs keep their bits.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 ///
 /// # Errors
-/// Head counts that are no multiple, other axes or types that differ, views that share memory.
+/// [`Status::Shape`](crate::Status::Shape), [`Status::DType`](crate::Status::DType): a head count is no multiple of the other,
+/// or other axes or types differ. [`Status::Overlap`](crate::Status::Overlap): the views share memory. On an error, nothing has
+/// been written.
 ///
 /// ```
 /// use kvlane::*;

@@ -1,27 +1,27 @@
 //! Shards: a part of a batch, of the heads or of the sequence, for each of several machines, processes or memory nodes.
-//!
-//! A shard is a view. [`View::batch`](crate::View::batch), [`heads`](crate::View::heads) and [`seq`](crate::View::seq) cut it
-//! out; what is here says where to cut, and which lengths and offsets attention then takes.
-//!
-//! | split by | what a shard computes | how the parts become one |
-//! | --- | --- | --- |
-//! | data | some sequences of the batch | side by side: the bits of the whole |
-//! | model | some KV heads, and the query heads that read them | side by side: the bits of the whole |
-//! | sequence | all heads over a segment of the keys, with an LSE | [`merge_states`](crate::merge_states), within its error |
-//!
-//! A logit is computed the same way in every shard, because positions are counted from the start of its segment: a window, a
-//! causal limit and ALiBi depend on differences of positions only. Masks and biases are cut along their keys by the caller. An
-//! attention sink takes part once: give it to one shard of the sequence, and none to the others.
 
 use crate::error::{Result, ensure};
 use crate::ops::setters::setters;
 use crate::problem::grid::CHUNK;
 use std::ops::Range;
 
-/// Keys that attention computes as one: segments of a sequence begin and end at multiples of this many.
+/// The number of keys that attention computes as one chunk: segments of a sequence begin and end at multiples of it.
 pub const SPLIT_GRID: usize = CHUNK;
 
-/// How many parts each axis is split into.
+/// The number of parts that each axis is split into.
+///
+/// A shard is a view: [`View::batch`](crate::View::batch), [`heads`](crate::View::heads) and [`seq`](crate::View::seq) cut it
+/// out. A mesh says where to cut, and [`SegmentLists`] computes the lengths and offsets that attention then takes.
+///
+/// | split by | a shard computes | the parts become one |
+/// | --- | --- | --- |
+/// | data | some sequences of the batch | side by side: the bits of the whole |
+/// | model | some KV heads, and the query heads that read them | side by side: the bits of the whole |
+/// | sequence | all heads over a segment of the keys, with an LSE | by [`merge_states`](crate::merge_states) within its error, by [`merge_chunks`](crate::merge_chunks) to the bit |
+///
+/// Positions count from the start of a segment. A logit is the same in every shard, because windows, causality and ALiBi depend
+/// on differences of positions only. The caller cuts masks and biases along their keys. Sink logits take part once: give them
+/// to one shard of the sequence only, or to [`merge_chunks`](crate::merge_chunks).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Mesh {
@@ -53,7 +53,7 @@ pub struct HeadShard {
 }
 
 impl Mesh {
-    /// So many parts of the batch, of the heads and of the sequence.
+    /// A mesh of `data` parts of the batch, `model` parts of the heads and `sequence` parts of the sequence.
     pub fn new(data: usize, model: usize, sequence: usize) -> Self {
         Self { data, model, sequence }
     }
@@ -62,10 +62,10 @@ impl Mesh {
         plain { data: usize, model: usize, sequence: usize, }
     }
 
-    /// How many shards there are.
+    /// The number of shards.
     ///
     /// # Errors
-    /// An axis has no parts, or the product is more than a `usize` holds.
+    /// [`Status::InvalidValue`](crate::Status::InvalidValue): an axis has no parts, or a `usize` does not hold the product.
     pub fn shards(&self) -> Result<usize> {
         let parts = [self.data, self.model, self.sequence];
         let product = parts.into_iter().try_fold(1usize, |product, n| product.checked_mul(n));
@@ -75,11 +75,11 @@ impl Mesh {
         }
     }
 
-    /// Shard `rank`, where neighbours are parts of one sequence, then of one sequence's heads: shards that exchange the
-    /// most are close.
+    /// Shard `rank`. Neighbouring ranks are parts of one sequence, then of the heads of one sequence: shards that exchange the
+    /// most data are close.
     ///
     /// # Errors
-    /// There is no shard of this rank.
+    /// [`Status::OutOfRange`](crate::Status::OutOfRange): there is no shard of this rank.
     ///
     /// ```
     /// let mesh = kvlane::Mesh::new(2, 4, 1);
@@ -100,7 +100,7 @@ impl Mesh {
     /// The shard with these coordinates.
     ///
     /// # Errors
-    /// A coordinate is outside the mesh.
+    /// [`Status::OutOfRange`](crate::Status::OutOfRange): a coordinate is outside of the mesh.
     pub fn at(&self, data: usize, model: usize, sequence: usize) -> Result<Shard> {
         self.shards()?;
         let axes = [("data", data, self.data), ("model", model, self.model), ("sequence", sequence, self.sequence)];
@@ -112,36 +112,37 @@ impl Mesh {
 }
 
 impl Shard {
-    /// Which part of the batch.
+    /// The index of its part of the batch.
     pub fn data(&self) -> usize {
         self.data
     }
 
-    /// Which part of the heads.
+    /// The index of its part of the heads.
     pub fn model(&self) -> usize {
         self.model
     }
 
-    /// Which part of the sequence.
+    /// The index of its part of the sequence.
     pub fn sequence(&self) -> usize {
         self.sequence
     }
 
-    /// Its place in the order of [`Mesh::shard`].
+    /// Its rank, as in [`Mesh::shard`].
     pub fn rank(&self) -> usize {
         (self.data * self.mesh.model + self.model) * self.mesh.sequence + self.sequence
     }
 
-    /// Its sequences of a batch: parts differ by at most one sequence, and may be empty.
+    /// Its sequences of a batch. The parts of a batch differ by at most one sequence, and may be empty.
     pub fn sequences(&self, batch: usize) -> Range<usize> {
         part(batch, self.data, self.mesh.data)
     }
 
-    /// Its heads. With fewer parts than KV heads these are spread evenly; with more, several shards have the same KV head and
-    /// share the query heads that read it.
+    /// Its heads. If there are at most as many parts as KV heads, the KV heads are spread evenly; otherwise several shards have
+    /// the same KV head and share its query heads.
     ///
     /// # Errors
-    /// `heads` is no multiple of `kv_heads`, or there are more parts than KV heads and no multiple of them.
+    /// [`Status::Shape`](crate::Status::Shape): `heads` is no multiple of `kv_heads`, or there are more parts than KV heads and
+    /// no multiple of them.
     pub fn heads(&self, heads: usize, kv_heads: usize) -> Result<HeadShard> {
         ensure!(
             kv_heads > 0 && heads.is_multiple_of(kv_heads),
@@ -164,8 +165,8 @@ impl Shard {
         Ok(HeadShard { kv_heads: kv..kv + 1, heads: kv * group + own.start..kv * group + own.end })
     }
 
-    /// Its segment of a cache with so many slots a sequence: begins and ends at multiples of [`SPLIT_GRID`] or at the capacity,
-    /// and may be empty.
+    /// Its segment of a cache with `capacity` slots per sequence. It begins and ends at multiples of [`SPLIT_GRID`] or at the
+    /// capacity, and may be empty.
     pub fn keys(&self, capacity: usize) -> Range<usize> {
         let chunks = part(capacity.div_ceil(SPLIT_GRID), self.sequence, self.mesh.sequence);
         let at = |chunk: usize| (chunk * SPLIT_GRID).min(capacity);
@@ -173,29 +174,30 @@ impl Shard {
     }
 }
 
-/// Part `i` of `n` things in `parts` parts, the first of which have one more where they cannot be equal.
+/// Part `i` of `n` things in `parts` parts; where the parts cannot be equal, the first ones have one more.
 fn part(n: usize, i: usize, parts: usize) -> Range<usize> {
     let (each, more) = (n / parts, n % parts);
     let start = i * each + i.min(more);
     start..start + each + usize::from(i < more)
 }
 
-/// What attention over a whole sequence would take: `[batch]` lists as in [`AttentionOptions`](crate::AttentionOptions).
+/// The lists of attention over whole sequences, from which those of a segment follow: as in
+/// [`AttentionOptions`](crate::AttentionOptions), with an entry per sequence.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct SegmentLists<'a> {
-    /// Valid keys of every sequence.
+    /// `[batch]`: valid keys.
     pub lengths: &'a [i32],
-    /// The first visible key of every sequence; 0 if absent.
+    /// `[batch]`: the first visible key; 0 if absent.
     pub kv_starts: Option<&'a [i32]>,
-    /// The position of query 0 of every sequence; `length - seq` if absent.
+    /// `[batch]`: the position of query 0; `length - seq` if absent.
     pub offsets: Option<&'a [i32]>,
-    /// Queries a sequence.
+    /// Queries per sequence.
     pub seq: usize,
 }
 
 impl<'a> SegmentLists<'a> {
-    /// Lists of sequences that begin at key 0 and whose queries are the last `seq` tokens.
+    /// Sequences that begin at key 0 and whose last `seq` tokens are the queries.
     pub fn new(lengths: &'a [i32], seq: usize) -> Self {
         Self { lengths, kv_starts: None, offsets: None, seq }
     }
@@ -207,12 +209,13 @@ impl<'a> SegmentLists<'a> {
 }
 
 impl SegmentLists<'_> {
-    /// What attention over the keys `segment` alone takes: how many of them are valid, the first visible one, and where query 0
-    /// stands, all counted from the start of the segment. An offset may be negative, or beyond the segment.
+    /// Writes the lists of attention over the keys `segment` only: valid keys, the first visible key and the position of query
+    /// 0, all counted from the start of the segment. An offset may be negative, or beyond the segment.
     ///
     /// # Errors
-    /// Lists of different sizes, a negative length or start, a segment that is none, an offset that leaves 32 bits. Nothing
-    /// has been written then.
+    /// [`Status::Shape`](crate::Status::Shape): lists have different lengths.
+    /// [`Status::OutOfRange`](crate::Status::OutOfRange): a length or start is negative, `segment` is no range of keys, or an
+    /// offset does not fit 32 bits. On an error, nothing has been written.
     ///
     /// ```
     /// // 1500 and 700 tokens, one query each; the segment that begins at key 1024.
@@ -278,11 +281,16 @@ fn check_segment(segment: &Range<usize>) -> Result<()> {
     Ok(())
 }
 
-/// The slots, in a cache that holds the keys `segment`, of tokens that a whole cache would have from `positions[b]` on:
-/// `[batch, seq]` for [`Destination::slots`](crate::Destination::slots), -1 for those that belong to other segments.
+/// The slots of new tokens in a cache that holds the keys `segment`: `slots`, `[batch, seq]`, for
+/// [`Destination::slots`](crate::Destination::slots).
+///
+/// Token t of sequence b stands at position `positions[b] + t` of the whole sequence. Tokens of other segments get -1, and are
+/// skipped by the write.
 ///
 /// # Errors
-/// A segment that is none, a `slots` that is no multiple of the positions, a negative position. Nothing has been written then.
+/// [`Status::OutOfRange`](crate::Status::OutOfRange): `segment` is no range of keys, or a position is negative.
+/// [`Status::Shape`](crate::Status::Shape): the length of `slots` is no multiple of the number of positions. On an error,
+/// nothing has been written.
 ///
 /// ```
 /// let mut slots = [0; 4];

@@ -1,4 +1,4 @@
-//! How the rows of an attention call are cut into tiles.
+//! How the query rows of an attention call are cut into tiles.
 
 use crate::cpu::cache;
 use crate::kernels::api::AttentionFns;
@@ -7,21 +7,21 @@ use crate::problem::grid::{BLOCK, Chunks, most_chunks, padded, partial_stride};
 use crate::problem::tile::{PACK_ROWS, Tile};
 use crate::view::{HEADS, SEQ};
 
-/// How rows are cut into tiles: depends on shapes, lengths, threads and the CPU's cache only, and nothing in the result depends
-/// on it.
+/// The cut of query rows into tiles. It depends on shapes, lengths, threads and the CPU's cache only, and no bit of a result
+/// depends on it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tiling {
     pub workers: usize,
-    /// KV heads a tile.
+    /// KV heads per tile.
     pub tile_heads: usize,
-    /// Rows of each of them.
+    /// Rows of each KV head.
     pub tile_rows: usize,
     pub tiles_per_head: usize,
-    /// Tiles of all batch rows and KV heads.
+    /// Tiles of all sequences and KV heads.
     pub tiles: usize,
-    /// Chunks of keys in the longest row.
+    /// Chunks of keys in the longest sequence.
     pub chunks: usize,
-    /// Whether every chunk of a tile is a job of its own, which leaves a partial state.
+    /// Whether every chunk of a tile is a unit of its own, which writes a partial state.
     pub split: bool,
     /// Bytes of one worker's scratch memory.
     pub scratch: usize,
@@ -29,18 +29,17 @@ pub(super) struct Tiling {
     pub partials: usize,
 }
 
-/// Tiles are made smaller, down to this many rows, while there are too few of them for all workers.
+/// The fewest rows to which tiles shrink if there are too few tiles for all workers.
 const MIN_TILE_ROWS: usize = 24;
 
-/// The most memory that partial states may take; beyond it rows are not split.
+/// The most bytes of partial states; beyond them, rows are not split.
 const MAX_PARTIALS: usize = 256 << 20;
 
 /// Multiplications and additions below which another thread does not pay.
 pub(super) const GRAIN: usize = 512 * 1024;
 
-/// The most rows of a tile of which the second-level cache holds what every block of keys goes through, which is a row of Q,
-/// of scores and of the accumulator. The larger a tile, the fewer times K and V are read; of the cache, three eighths are left to
-/// them.
+/// The most rows of a tile whose working set, a row of Q, of scores and of the accumulator each, fits five eighths of the
+/// second-level cache. The larger a tile, the fewer times K and V are read; three eighths of the cache are left to them.
 fn cached_rows(kernel: &AttentionFns, d: usize, dv: usize) -> usize {
     let row = (padded(d) + BLOCK + padded(dv)) * size_of::<f32>();
     let rows = cache::second_level() / 8 * 5 / row;
@@ -48,8 +47,8 @@ fn cached_rows(kernel: &AttentionFns, d: usize, dv: usize) -> usize {
 }
 
 impl Tiling {
-    /// `chunks`: those in which any row sees a key; `together`: the heads of a token are neighbours in memory. The bytes grow
-    /// with `chunks`.
+    /// `chunks` counts the chunks in which any row sees a key; `together` says that the heads of a token are neighbours in memory.
+    /// The bytes grow with `chunks`.
     pub fn new(
         kernel: &AttentionFns,
         q: [usize; 4],
@@ -99,9 +98,9 @@ impl Tiling {
         self.workers.saturating_mul(self.scratch).saturating_add(self.tiles.saturating_mul(self.partials))
     }
 
-    /// Tile `index`, with the last rows first: causal ones see the most keys, and the longest job should not come last.
+    /// Tile `index`. The last rows come first: under causality they see the most keys, and the longest unit should not run last.
     ///
-    /// `rows` says how many rows a KV head has in a row of the batch; of ragged ones, some tiles have none.
+    /// `rows` gives the rows of a KV head in a sequence; some tiles of ragged queries have none.
     pub fn tile(&self, index: usize, rows: impl Fn(usize) -> usize, kv_heads: usize, chunks: Chunks) -> Tile {
         let (pair, piece) = (index / self.tiles_per_head, self.tiles_per_head - 1 - index % self.tiles_per_head);
         let groups = kv_heads.div_ceil(self.tile_heads);

@@ -2,13 +2,13 @@
 
 use crate::error::{Result, ensure};
 
-/// Checks a workspace of the caller's: its first byte, and how many it has.
+/// Checks address and size of a workspace.
 pub(crate) fn check_workspace((data, bytes): (*mut u8, usize), needed: usize) -> Result<()> {
     ensure!(bytes >= needed, Workspace, "the workspace has {bytes} bytes, but this call needs {needed}");
     if needed == 0 { Ok(()) } else { check_alignment(data) }
 }
 
-/// Checks that a workspace begins where one may.
+/// Checks the address of a workspace.
 pub(crate) fn check_alignment(data: *mut u8) -> Result<()> {
     ensure!(
         !data.is_null() && data.addr().is_multiple_of(64),
@@ -24,10 +24,13 @@ pub(crate) fn check_alignment(data: *mut u8) -> Result<()> {
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// Scratch memory for [`attention`](crate::attention): grows when a call needs more, and never shrinks.
+/// Scratch memory for [`attention`](crate::attention()) and the other operations that take it. It grows when a call needs more,
+/// and never shrinks.
 ///
 /// Once it is as large as the largest call needs ([`attention_workspace_size`](crate::attention_workspace_size)), no call
-/// allocates. It may be used for any number of calls, one at a time.
+/// allocates.
+///
+/// Thread safety: one call at a time uses a workspace, which `&mut` ensures.
 #[derive(Default)]
 pub struct Workspace {
     lines: Vec<Line>,
@@ -46,22 +49,22 @@ impl Workspace {
         workspace
     }
 
-    /// Grows to at least `bytes` bytes.
+    /// Grows to at least `bytes` bytes; the contents are lost.
     pub fn reserve(&mut self, bytes: usize) {
         let lines = bytes.div_ceil(size_of::<Line>());
         if lines > self.lines.len() {
-            // The old contents are worth nothing: do not copy them.
+            // Scratch has no contents to keep: do not copy it.
             self.lines = Vec::new();
             self.lines.resize(lines, Line([0; 64]));
         }
     }
 
-    /// Bytes it holds.
+    /// Its size in bytes.
     pub fn len(&self) -> usize {
         self.lines.len() * size_of::<Line>()
     }
 
-    /// Whether it holds nothing.
+    /// Whether its size is 0.
     pub fn is_empty(&self) -> bool {
         self.lines.is_empty()
     }

@@ -14,11 +14,11 @@ use crate::ops::{ahead, for_each_token_with, token_copy};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, Units, View};
 
-/// New keys and values, the caches they go to, and where.
+/// New keys and values, the caches they go to, and their places there.
 ///
-/// `k` is `[batch, seq, kv_heads, dim]`, `k_cache` is `[batch, capacity, kv_heads, dim]` (or what the destination's
-/// [layout](crate::Layout) makes of its first two axes), both of any strides and types (converted to nearest, ties to even);
-/// `v` likewise, with a `dim` of its own.
+/// `k` is `[batch, seq, kv_heads, dim]`, `v` is `[batch, seq, kv_heads, v_dim]`. Views may have any strides and element types,
+/// and each cache may have any format. Each element is converted to the format of its cache, to the nearest value, ties to
+/// even.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct KvWrite<'a> {
@@ -26,23 +26,22 @@ pub struct KvWrite<'a> {
     pub k: View<'a>,
     /// New values.
     pub v: View<'a>,
-    /// Where keys go.
+    /// The cache of the keys, `[batch, capacity, kv_heads, dim]`; [`Destination::layout`] defines its first two axes.
     pub k_cache: CacheViewMut<'a>,
-    /// Where values go: of the shape that `v_packing` says.
+    /// The cache of the values: as that of the keys, with a `dim` of `v_dim`, or in the shape that `v_packing` gives it.
     pub v_cache: CacheViewMut<'a>,
-    /// Where in the cache.
+    /// The places in the caches.
     pub to: Destination<'a>,
-    /// Normalises the heads of the keys on their way, before `rope`: the same bits as [`rms_norm`](crate::rms_norm) into f32
-    /// first.
+    /// Normalises the heads of the keys before `rope`. The bits are those of [`rms_norm`](crate::rms_norm) into f32.
     pub k_norm: Option<RmsNorm<'a>>,
-    /// Rotates the keys on their way: the same bits as [`rope()`](crate::rope()) into the cache's type.
+    /// Rotates the keys. The bits are those of [`rope()`](crate::rope()) into the type of the cache.
     pub rope: Option<Rope<'a>>,
-    /// How values lie in their cache. What attention likes best is [`Context::v_packing`].
+    /// How values lie in their cache; [`Context::v_packing`] names the packing that attention reads fastest.
     pub v_packing: Packing,
 }
 
 impl<'a> KvWrite<'a> {
-    /// A write of `k` to `k_cache` and of `v` to `v_cache`, without norm, rotation and packing.
+    /// Writes `k` to `k_cache` and `v` to `v_cache`, without norm, rotation or packing.
     pub fn new(
         k: View<'a>,
         v: View<'a>,
@@ -60,27 +59,27 @@ impl<'a> KvWrite<'a> {
     }
 }
 
-/// Which slots new tokens are written to.
+/// The slots that new tokens are written to: by position in the sequences of a cache, or by slot.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Destination<'a> {
-    /// `[batch]`: token t of sequence b is at position `positions[b] + t` of its sequence of the cache. Ignored, and may be
-    /// empty, when `slots` is given.
+    /// `[batch]`: token t of sequence b is written to position `positions[b] + t`. Ignored, and may be empty, if `slots` is
+    /// given.
     pub positions: &'a [i32],
-    /// `[batch]`: only the first `counts[b]` tokens of sequence b are written; all if absent (padded prompts).
+    /// `[batch]`: only the first `counts[b]` tokens of sequence b are written (padded prompts); all tokens if absent.
     pub counts: Option<&'a [i32]>,
-    /// `[batch]`: source sequence b goes to sequence `sequences[b]` of the cache; to sequence b if absent.
+    /// `[batch]`: sequence b of `k` and `v` is written to sequence `sequences[b]` of the cache; to sequence b if absent.
     pub sequences: Option<&'a [i32]>,
-    /// `[batch, seq]`: the slot of each token; -1 skips it. Under [`Layout::Paged`] and [`Layout::Ragged`] slots are counted
-    /// over the whole pool, page by page, the table is not looked at, and there are no `sequences`.
+    /// `[batch, seq]`: the slot of each token; -1 skips the token. Under [`Layout::Paged`] and [`Layout::Ragged`], slots are
+    /// numbered through the whole pool, page by page; the table is not read, and `sequences` must be absent.
     pub slots: Option<&'a [i32]>,
-    /// In which slot a position lies. A [`Layout::Ring`] takes no more tokens of a sequence in one call than it has slots
-    /// beside its sink tokens. [`Layout::Indirect`] only reads: write to the token's own sequence with [`Layout::Contiguous`]
-    /// and set the table's entry.
+    /// The slots in which positions lie. In one call, a [`Layout::Ring`] takes at most as many tokens of a sequence as it has
+    /// slots besides its sink tokens. [`Layout::Indirect`] cannot be written through: write with [`Layout::Contiguous`] to the
+    /// sequence that produced the token, then call [`set_table_tokens`](crate::set_table_tokens).
     pub layout: Layout<'a>,
 }
 
-/// Tokens of a sequence, from `token` on, that go to slots one after the other, from `place` on.
+/// Tokens of a sequence, from `token` on, whose slots follow each other from `place` on.
 #[derive(Clone, Copy)]
 struct Run {
     row: usize,
@@ -90,12 +89,12 @@ struct Run {
 }
 
 impl<'a> Destination<'a> {
-    /// Tokens go to positions of a contiguous cache: token t of sequence b to `positions[b] + t`.
+    /// Positions of a contiguous cache: token t of sequence b goes to `positions[b] + t`.
     pub fn positions(positions: &'a [i32]) -> Self {
         Self { positions, counts: None, sequences: None, slots: None, layout: Layout::Contiguous }
     }
 
-    /// Each token goes to a slot of its own in a contiguous cache, or is skipped.
+    /// Slots of a contiguous cache, `[batch, seq]`; -1 skips a token.
     pub fn slots(slots: &'a [i32]) -> Self {
         Self { slots: Some(slots), ..Self::positions(&[]) }
     }
@@ -115,12 +114,12 @@ impl Destination<'_> {
         self.sequences.map_or(row, |r| r[row] as usize)
     }
 
-    /// Whether slots are counted over all sequences of the views.
+    /// Whether slots are numbered through all sequences (or pages) of the views.
     fn pooled(&self) -> bool {
         matches!(self.layout, Layout::Paged { .. } | Layout::Ragged { .. })
     }
 
-    /// Where a token goes that is written.
+    /// The place of a token, if it is written.
     fn place<U: Units>(&self, row: usize, token: usize, seq: usize, cache: &RawView<U>) -> Option<Place> {
         if token >= self.count(row, seq) {
             return None;
@@ -203,14 +202,14 @@ impl Destination<'_> {
             }
             self.layout.validate_row("k_cache", cache, target, first, end)?;
         }
-        // Sequences of their own meet only on pages, and one run meets nothing.
+        // Distinct sequences share slots on pages only, and a single run shares none.
         let apart = self.sequences.is_none() && !matches!(self.layout, Layout::Paged { .. });
         if apart || self.runs(batch, seq, cache).nth(1).is_none() {
             return Ok(());
         }
         let mut seen = Seen::new();
         for (i, run) in self.runs(batch, seq, cache).enumerate() {
-            // All ragged sequences lie in one sequence of the view.
+            // All ragged sequences lie at index 0 of the view.
             let key = if let Layout::Ragged { .. } = self.layout { self.row(run.row) } else { run.place.0 };
             if seen.first_time(key as u64) {
                 continue;
@@ -251,7 +250,7 @@ impl Destination<'_> {
                 );
             }
         }
-        // Every slot of the cache has a number of its own.
+        // Each slot of the cache has a number.
         let written = || {
             (0..batch).flat_map(move |row| (0..self.count(row, seq)).map(move |token| (row, token))).filter_map(
                 move |(row, token)| {
@@ -261,7 +260,7 @@ impl Destination<'_> {
                 },
             )
         };
-        // In order is the usual case and needs one look.
+        // Ascending slots are the usual case and need one pass.
         let mut next = 0;
         let ascending = written().all(|(_, _, slot)| {
             let ok = slot >= next;
@@ -286,7 +285,7 @@ impl Destination<'_> {
         Ok(())
     }
 
-    /// All tokens that are written, in order. The destination is valid but for tokens that meet.
+    /// All written tokens, in order. The destination is valid, except that tokens may share a slot.
     fn runs<U: Units>(&self, batch: usize, seq: usize, cache: &RawView<U>) -> impl Iterator<Item = Run> {
         let (mut row, mut token) = (0, 0);
         std::iter::from_fn(move || {
@@ -304,8 +303,8 @@ impl Destination<'_> {
     }
 }
 
-/// Which numbers have come already, sometimes wrong, but never about one that comes again: so that what comes once, as
-/// everything should, is not compared with all that came before.
+/// A set of numbers that may report a number as seen although it was not, but never the reverse. Numbers that are new need no
+/// comparison with all the others, and in a correct call all are new.
 struct Seen([u64; Self::WORDS]);
 
 impl Seen {
@@ -324,17 +323,20 @@ impl Seen {
     }
 }
 
-/// Writes new keys and values into their caches, all sequences in one call, each at its own place.
+/// Writes new keys and values of all sequences into their caches.
 ///
-/// Everything is checked before the first byte is written: nothing is clamped, nothing overwrites what it was not asked
-/// to. Lengths are the caller's to advance.
+/// Everything is checked before the first byte is written; nothing is clamped. The caller advances the lengths.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint sequences.
+/// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint sequences of a cache.
 ///
 /// # Errors
-/// [`Status::Capacity`](crate::Status::Capacity) when a slot is past the end, [`Status::OutOfRange`](crate::Status::OutOfRange)
-/// for a negative position or a row or page that does not exist, [`Status::DuplicateSlot`](crate::Status::DuplicateSlot) when two
-/// tokens meet, shapes that do not fit.
+/// - [`Status::Capacity`](crate::Status::Capacity): a slot is beyond the capacity.
+/// - [`Status::OutOfRange`](crate::Status::OutOfRange): a position is negative, or a sequence or page does not exist.
+/// - [`Status::DuplicateSlot`](crate::Status::DuplicateSlot): two tokens go to one slot.
+/// - [`Status::Overlap`](crate::Status::Overlap): a cache shares memory with another view.
+/// - [`Status::Shape`](crate::Status::Shape): shapes do not fit each other.
+///
+/// On an error, nothing has been written.
 ///
 /// ```
 /// use kvlane::*;
@@ -505,7 +507,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     )
 }
 
-/// Checks what is written and where it goes; returns what the two can touch.
+/// Checks a source and its cache; returns the extents of both.
 fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawCacheView) -> Result<(Extent, CacheExtent)> {
     let (from, to) = (src.validate(name)?, cache.validate_output(cache_name)?);
     src.same_axis(name, cache, cache_name, HEADS)?;
@@ -513,8 +515,8 @@ fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawCacheView)
     Ok((from, to))
 }
 
-/// Has a token's copy ask for what is copied after it: values while a large write is at the keys of a token, and the next keys
-/// while it is at the values.
+/// Sets the prefetch of a token's copy to what is copied next: to the values during the keys of a large write, and to the next
+/// keys during the values.
 fn ask_for(copy: &mut CopyArgs, src: *const u8, dst: *const u8) {
     if (copy.src_dim, copy.dst_dim) == (1, 1) {
         copy.src_prefetch = src.addr().wrapping_sub(copy.src.addr()) as isize;
