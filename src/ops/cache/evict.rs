@@ -73,7 +73,7 @@ impl KvCache<'_, '_> {
     /// `rotations` has an entry a layer, or one for all of them, or none where keys carry no rotation; `None` is a layer whose
     /// keys are not turned. Angles are computed in f64, arithmetic is f32, rounded once to the type of the cache. The error
     /// that a pair of elements has is turned with it, and each call adds that of one more RoPE into the cache's type: half a
-    /// unit in the last place of each element, and in f32 `max_error` of [`Op::Rope`]. Values move to the bit. What is
+    /// unit in the last place of each element, and in f32 `max_error` of [`Op::Rope`](crate::Op::Rope). Values move to the bit. What is
     /// behind the new end of the sequence keeps its bytes.
     ///
     /// These errors add up, and do not cancel: a turn by less than half a unit in the last place of a 16-bit element rounds
