@@ -1,4 +1,4 @@
-//! Where the keys and values of a block lie: a pointer each, so that no kernel needs to know of layouts.
+//! One pointer per key and value of a block. The loops over a block read these pointers and know no layout.
 
 use super::{Block, SUBBLOCK};
 use crate::format::CacheFormat;
@@ -12,18 +12,19 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Pieces of a block.
+/// Subblocks per block.
 pub(crate) const SUBBLOCKS: usize = BLOCK / SUBBLOCK;
 
-/// The rows of K or V of a block, of the first KV head of a tile; the elements of a row lie together.
+/// Pointers to the keys or values of a block, for the first KV head of a tile. The elements of each lie together.
 pub(crate) struct KeyPointerTable<'a, T> {
-    /// A pointer for every key of the key range, nothing for others. That of a key which no row of the tile sees is another key's.
+    /// One pointer per key of the key range; the others are not initialised. A key that no row of the tile sees has the pointer of
+    /// another key.
     keys: &'a mut Pointers<T>,
-    /// Where the pieces of the next block begin, null for those that are not read.
+    /// The start of each subblock of the next block; null if the subblock is not read.
     next: [*const T; SUBBLOCKS],
-    /// Bytes from one key to the next, where they are neighbours.
+    /// Bytes between neighbouring keys.
     seq: isize,
-    /// Bytes from one KV head to the next.
+    /// Bytes between neighbouring KV heads.
     head: isize,
 }
 
@@ -36,7 +37,7 @@ impl<'a, T> KeyPointerTable<'a, T> {
         Self { keys, next: [std::ptr::null(); SUBBLOCKS], seq: 0, head: 0 }
     }
 
-    /// To be used for keys of the key range alone.
+    /// Valid for keys of the key range only.
     #[inline(always)]
     pub fn rows(&self) -> KeyPointers<'_, T> {
         KeyPointers {
@@ -48,7 +49,7 @@ impl<'a, T> KeyPointerTable<'a, T> {
         }
     }
 
-    /// Keys `keys` lie in steps from `first` on.
+    /// Sets pointers of `keys`, which lie [`Self::seq`] apart, from `first` on.
     #[inline(always)]
     fn run(&mut self, keys: Range<usize>, first: *const T) {
         for (i, to) in self.keys[keys].iter_mut().enumerate() {
@@ -56,14 +57,14 @@ impl<'a, T> KeyPointerTable<'a, T> {
         }
     }
 
-    /// The keys of a key range are in rows of a block now, `width` bytes apart, and nothing comes after them.
+    /// Moves the keys of a key range to a copy of the block whose rows are `width` bytes apart; nothing is prefetched after them.
     #[inline(always)]
     pub fn place(&mut self, key_range: KeyRange, block: *const T, width: usize) {
         (self.seq, self.head, self.next) = (width as isize, 0, [std::ptr::null(); SUBBLOCKS]);
         self.run(key_range.low..key_range.high, block.wrapping_byte_add(key_range.low * width));
     }
 
-    /// Keys `keys` get the pointer of another.
+    /// Gives `keys` the pointer of another key.
     fn fill(&mut self, keys: Range<usize>, other: usize) {
         let other = self.keys[other];
         self.keys[keys].fill(other);
@@ -89,7 +90,7 @@ impl<'a, T> KeyPointers<'a, T> {
         KeyPointers { keys: self.keys.cast(), next, seq: self.seq, head: self.head, lifetime: PhantomData }
     }
 
-    /// The row of a key of the block and of a KV head of the tile.
+    /// The address of a key of the block, for a KV head of the tile.
     #[inline(always)]
     pub fn key(&self, head: usize, key: usize) -> *const T {
         debug_assert!(key < BLOCK);
@@ -97,13 +98,13 @@ impl<'a, T> KeyPointers<'a, T> {
         unsafe { *self.keys.add(key) }.wrapping_byte_offset(self.head_offset(head))
     }
 
-    /// Bytes from a key of the tile's first KV head to that of another.
+    /// Bytes from a key of the tile's first KV head to the same key of another.
     #[inline(always)]
     pub fn head_offset(&self, head: usize) -> isize {
         head as isize * self.head
     }
 
-    /// Bytes from a key of the key range to the next, if all its keys lie in steps of the same size.
+    /// Bytes between neighbouring keys of the key range, if that distance is constant.
     #[cfg(target_arch = "x86_64")]
     pub fn stride(&self, key_range: KeyRange) -> Option<isize> {
         let even = (key_range.low + 1..key_range.high)
@@ -111,46 +112,46 @@ impl<'a, T> KeyPointers<'a, T> {
         even.then_some(self.seq)
     }
 
-    /// Where a piece of this block, or of the next, begins; null if it is not read.
+    /// The start of a subblock of this block or of the next; null if it is not read.
     #[inline(always)]
-    pub fn piece(&self, key_range: KeyRange, piece: usize) -> *const T {
-        if piece >= SUBBLOCKS {
-            return self.next[piece - SUBBLOCKS];
+    pub fn subblock(&self, key_range: KeyRange, index: usize) -> *const T {
+        if index >= SUBBLOCKS {
+            return self.next[index - SUBBLOCKS];
         }
-        let first = (piece * SUBBLOCK).max(key_range.low);
+        let first = (index * SUBBLOCK).max(key_range.low);
         if first < key_range.high { self.key(0, first) } else { std::ptr::null() }
     }
 
-    /// The pair of slots in the next block that a key of this one is answered by, where values are packed; for prefetches only.
+    /// The pair of slots of the next block at the place of this block's `key`, for values packed in pairs. For prefetches only.
     #[inline(always)]
     pub fn next_pair(&self, key: usize) -> *const T {
-        let piece = self.next[key / SUBBLOCK];
-        if piece.is_null() {
-            piece
+        let index = self.next[key / SUBBLOCK];
+        if index.is_null() {
+            index
         } else {
-            piece.wrapping_byte_offset(((key % SUBBLOCK / 2) as isize).wrapping_mul(self.seq))
+            index.wrapping_byte_offset(((key % SUBBLOCK / 2) as isize).wrapping_mul(self.seq))
         }
     }
 
-    /// A row of the next block, if the piece that it belongs to is one run of slots; for prefetches only.
+    /// The key of the next block at the place of this block's `key`, if its subblock is one run of slots. For prefetches only.
     #[inline(always)]
     pub fn next(&self, key: usize) -> *const T {
-        let piece = self.next[key / SUBBLOCK];
-        if piece.is_null() {
-            piece
+        let index = self.next[key / SUBBLOCK];
+        if index.is_null() {
+            index
         } else {
-            piece.wrapping_byte_offset(((key % SUBBLOCK) as isize).wrapping_mul(self.seq))
+            index.wrapping_byte_offset(((key % SUBBLOCK) as isize).wrapping_mul(self.seq))
         }
     }
 }
 
-/// LoadStore for keys and values whose elements do not lie together: `[BLOCK][padded(dim)]` of each.
+/// Buffers for keys and values whose elements do not lie together: `[BLOCK][padded(dim)]` each.
 pub(crate) struct GatherBuffers {
     pub k: *mut u8,
     pub v: *mut u8,
 }
 
-/// The keys of a block that are request.
+/// The keys of a block that a tile reads.
 #[derive(Clone, Copy)]
 pub(crate) struct BlockRequest<'a> {
     pub p: &'a Problem<'a>,
@@ -158,18 +159,18 @@ pub(crate) struct BlockRequest<'a> {
     /// The block's first key.
     pub base: usize,
     pub key_range: KeyRange,
-    /// Keys of the key range that some row of the tile sees, which are those inside the cache.
+    /// Keys of the key range that some row of the tile sees; these are inside the cache.
     pub visible_bits: u64,
-    /// What is read later.
+    /// Which keys are read later.
     pub reach: &'a TileVisibility,
 }
 
-/// Finds the keys and values of a block, and gathers those whose elements do not lie together, but for values that are packed in
-/// pairs: those are for [`part`](super::part), or for a kernel that takes them as they lie.
+/// Finds the keys and values of a block, and gathers those whose elements do not lie together. Values packed in pairs stay where
+/// they are: [`unpack_pairs`](super::unpack_pairs) copies them, or the kernel reads pairs.
 ///
 /// # Safety
-/// The visible keys, and those that `reach` says are read later, are inside K and V; `gather_buffers` has its room, which is needed for a
-/// tile of one KV head only.
+/// The visible keys, and those that `reach` covers, are inside K and V. The gather buffers hold a block; they are used for tiles of
+/// one KV head only.
 #[inline(always)]
 pub(crate) unsafe fn locate<'a, T>(
     request: &BlockRequest,
@@ -182,16 +183,16 @@ pub(crate) unsafe fn locate<'a, T>(
         (to.seq, to.head) = (view.strides[1] as isize * unit, view.strides[2] as isize * unit);
     }
     if visible_bits == key_range.bits() {
-        // The usual case: all in one run, and the next block too.
+        // The usual case: this block and the next are one run of slots.
         let (place, run) = p.visibility.place(tile.batch, base + key_range.low);
         if run >= 2 * BLOCK - key_range.low {
             let key = request.at::<T>(place).0;
             k.run(key_range.low..key_range.high, key);
             request.values(v, key_range.low..key_range.high, place);
-            for piece in 0..SUBBLOCKS {
-                let ahead = BLOCK + piece * SUBBLOCK - key_range.low;
-                k.next[piece] = key.wrapping_byte_offset(ahead as isize * k.seq);
-                v.next[piece] = request.at((place.0, place.1 + ahead)).1;
+            for index in 0..SUBBLOCKS {
+                let ahead = BLOCK + index * SUBBLOCK - key_range.low;
+                k.next[index] = key.wrapping_byte_offset(ahead as isize * k.seq);
+                v.next[index] = request.at((place.0, place.1 + ahead)).1;
             }
         } else {
             // SAFETY: the caller's.
@@ -210,7 +211,7 @@ pub(crate) unsafe fn locate<'a, T>(
     }
 }
 
-/// [`locate`] where slots are not in one run, or not all keys are visible.
+/// [`locate`] for slots in several runs, or for keys of which some are not visible.
 ///
 /// # Safety
 /// As [`locate`].
@@ -222,7 +223,7 @@ unsafe fn scattered<T>(request: &BlockRequest, (k, v): (&mut KeyPointerTable<'_,
     while j < key_range.high {
         let rest = visible_bits >> j;
         if rest & 1 == 0 {
-            // Nothing of it is used but that it can be read.
+            // Must be readable; its value is ignored.
             let end = (j + rest.trailing_zeros() as usize).min(key_range.high);
             if let Some(seen) = seen {
                 k.fill(j..end, seen);
@@ -242,10 +243,10 @@ unsafe fn scattered<T>(request: &BlockRequest, (k, v): (&mut KeyPointerTable<'_,
         }
         j = end;
     }
-    for piece in 0..SUBBLOCKS {
-        let position = base + BLOCK + piece * SUBBLOCK;
+    for index in 0..SUBBLOCKS {
+        let position = base + BLOCK + index * SUBBLOCK;
         if reach.covers(position) {
-            (k.next[piece], v.next[piece]) = request.at(p.visibility.place(tile.batch, position).0);
+            (k.next[index], v.next[index]) = request.at(p.visibility.place(tile.batch, position).0);
         }
     }
 }
@@ -274,7 +275,7 @@ unsafe fn gather<T>(
     }
 }
 
-/// [`gather`] of units that are as large as a `U`.
+/// [`gather`] of units of the size of `U`.
 ///
 /// # Safety
 /// As [`locate`].
@@ -296,7 +297,7 @@ unsafe fn gather_units<T, U: Copy>(
 }
 
 impl BlockRequest<'_> {
-    /// The values of keys that lie in slots one after the other, from `place` on.
+    /// Sets the pointers of values in consecutive slots, from `place` on.
     #[inline(always)]
     fn values<T>(&self, v: &mut KeyPointerTable<T>, keys: Range<usize>, place: Place) {
         match self.p.v_packing {
@@ -316,7 +317,7 @@ impl BlockRequest<'_> {
     /// The key and the value at a place.
     #[inline(always)]
     fn at<T>(&self, (row, slot): Place) -> (*const T, *const T) {
-        // SAFETY: a position that is seen lies inside the cache.
+        // SAFETY: a visible position lies inside the cache.
         unsafe {
             let key = self.p.k.row(row, slot, self.tile.kv_head).cast_const();
             (key.cast(), self.p.value_at((row, slot), self.tile.kv_head).cast())
@@ -325,9 +326,9 @@ impl BlockRequest<'_> {
 }
 
 impl Block<'_> {
-    /// The keys of the key range, piece by piece: number of the piece in the block, and keys.
+    /// The subblocks of the key range: index in the block, and keys.
     #[inline(always)]
-    pub fn pieces(&self) -> impl Iterator<Item = (usize, KeyRange)> + use<> {
+    pub fn subblocks(&self) -> impl Iterator<Item = (usize, KeyRange)> + use<> {
         let key_range = self.key_range;
         (key_range.low / SUBBLOCK..key_range.high.div_ceil(SUBBLOCK)).map(move |index| {
             (

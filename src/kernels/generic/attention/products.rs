@@ -1,4 +1,4 @@
-//! The two products of a block, and what they are told of it.
+//! The two products of a block: Q K^T and P V.
 
 use super::key_pointers::{KeyPointerTable, KeyPointers};
 use super::{Pieces, RowState, Scratch, direct, packed};
@@ -7,7 +7,7 @@ use crate::problem::attention::Problem;
 use crate::problem::grid::KeyRange;
 use crate::problem::tile::{PACK_ROWS, Tile};
 
-/// What [`Products`] need to know of a block.
+/// One block of keys of a tile.
 #[derive(Clone, Copy)]
 pub(crate) struct Block<'a> {
     pub p: &'a Problem<'a>,
@@ -18,28 +18,28 @@ pub(crate) struct Block<'a> {
     pub key_range: KeyRange,
     /// Keys of the key range that some row of the tile sees.
     pub visible_bits: u64,
-    /// No row has a hidden key in the key range.
+    /// Every row sees every key of the key range.
     pub all: bool,
     pub d: usize,
     pub dv: usize,
 }
 
-/// The two products of a block, and the softmax between them. Whatever computes them, rows come as f32 in `scratch.q`, and
-/// at the end of a chunk a row's weighted values are in `scratch.acc`, and its sum of weights in `scratch.sums`.
+/// The two products of a block, and the softmax between them. Every implementation reads rows as f32 from `scratch.q`; at the end of a
+/// chunk, a row's weighted values are in `scratch.acc` and its sum of weights in `scratch.sums`.
 pub(crate) trait Products<S: Simd> {
-    /// Once a tile: `scratch.q` has its rows.
+    /// Called once per tile, after its rows were written to `scratch.q`.
     ///
     /// # Safety
     /// `scratch` is laid out for the tile's rows.
     unsafe fn pack_queries(&self, s: S, tile: &Tile, scratch: &Scratch, d: usize);
 
-    /// One block of keys for all rows of the tile. The first of a chunk finds `scratch.acc` and `scratch.sums` 0.
+    /// One block of keys for all rows of the tile. `scratch.acc` and `scratch.sums` are 0 before the first block of a chunk.
     ///
     /// # Safety
-    /// `k` and `v` are the rows of the block's key range, values as they lie if they are packed.
+    /// `k` and `v` point to the block's key range; values packed in pairs are as they lie in the cache.
     unsafe fn block(&self, s: S, block: &Block, rows: &mut [RowState], k: KeyPointers<u8>, v: &mut KeyPointerTable<u8>);
 
-    /// All blocks of a chunk are done.
+    /// Called after the last block of a chunk.
     ///
     /// # Safety
     /// `scratch` and `rows` are those of the blocks.

@@ -1,5 +1,5 @@
-//! Values that are packed in pairs of slots ([`Packing::RowPairs`](crate::layout::Packing::RowPairs)): taken apart in registers, or, for
-//! many rows and where they are no pairs, once a block.
+//! Values packed in pairs of slots ([`Packing::RowPairs`](crate::layout::Packing::RowPairs)). The direct path separates them in
+//! registers; the packed path, and blocks in which neighbouring keys are not pairs, unpack them once per block.
 
 use super::key_pointers::{KeyPointerTable, KeyPointers, Pointers};
 use super::{Block, ValuePieces};
@@ -11,7 +11,8 @@ use crate::problem::attention::Problem;
 use crate::problem::grid::{KeyRange, padded};
 use crate::problem::limits::MAX_HEAD_DIM;
 
-/// Whether a pair of slots holds the values of a key of the key range and of the one after it, in its first half and its second.
+/// Whether one pair of slots holds the value of `key` in its first half and that of `key + 1`, which is in the key range, in its
+/// second.
 #[inline(always)]
 pub(crate) fn is_pair<T>(p: &Problem, v: &KeyPointers<T>, key_range: KeyRange, key: usize) -> bool {
     p.value_step() == 2
@@ -19,10 +20,10 @@ pub(crate) fn is_pair<T>(p: &Problem, v: &KeyPointers<T>, key_range: KeyRange, k
         && v.key(0, key + 1) == v.key(0, key).wrapping_byte_add(p.v.dtype.unit_bytes())
 }
 
-/// Copies the values of a key range to rows of their own, of `[BLOCK][padded(dim)]` at `block`: for kernels that take no pairs.
+/// Copies the values of a key range to rows `[BLOCK][padded(dim)]` at `block`, for kernels that read no pairs.
 ///
 /// # Safety
-/// As [`locate`](super::locate), which has found the values.
+/// As [`locate`](super::locate), which has set the pointers.
 #[inline(always)]
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) unsafe fn unpack_pairs<T: Element, P>(
@@ -55,15 +56,15 @@ pub(crate) unsafe fn unpack_pairs<T: Element, P>(
     v.place(key_range, row(0).cast(), padded(dim) * size_of::<T>());
 }
 
-/// [`is_pair`] of every other key: the key range is of pairs and of nothing else.
+/// Whether the key range consists of whole pairs ([`is_pair`] for every other key).
 #[inline(always)]
 pub(crate) fn are_pairs<T>(p: &Problem, v: &KeyPointers<T>, key_range: KeyRange) -> bool {
     let whole = key_range.low.is_multiple_of(2) && key_range.high.is_multiple_of(2);
     whole && (key_range.low..key_range.high).step_by(2).all(|j| is_pair(p, v, key_range, j))
 }
 
-/// The values of a key range and KV head as rows of f32, in the order of [`Load::load_pair`]: widening loses nothing, so that sums over
-/// these have the bits of sums over values that are not packed.
+/// The values of a key range and KV head as rows of f32, in the order of [`Load::load_pair`]. Widening is exact, so sums over these
+/// rows have the bits of sums over values that are not packed.
 ///
 /// # Safety
 /// As [`Widen`].
@@ -84,7 +85,7 @@ pub(super) unsafe fn widen<'a>(
 /// Writes `[BLOCK][padded(dv)]` floats to the scratch memory for values.
 ///
 /// # Safety
-/// `v` are the values of the block's key range, as they lie in pairs.
+/// `v` points to the values of the block's key range, in pairs.
 pub(crate) struct Widen<'a> {
     pub block: &'a Block<'a>,
     pub v: KeyPointers<'a, u8>,
@@ -93,7 +94,7 @@ pub(crate) struct Widen<'a> {
 }
 
 impl Widen<'_> {
-    /// For values of type `T`.
+    /// Widens values of type `T`.
     ///
     /// # Safety
     /// As [`Widen`].
@@ -109,7 +110,7 @@ impl Widen<'_> {
             if !next.is_null() {
                 lines(next, 2 * dv * size_of::<T>()).for_each(|line| s.prefetch_far(line));
             }
-            // SAFETY: the caller's; rows have padded(dv) floats, and a buffer the largest head size.
+            // SAFETY: the caller's; rows have padded(dv) floats, and the buffer holds the largest head size.
             unsafe {
                 if is_pair(p, &v, key_range, j) {
                     widen_pair(s, from, [row(j), row(j + 1)], dv);
@@ -149,14 +150,14 @@ unsafe fn widen_pair<S: Simd, T: Load>(s: S, from: *const T, to: [*mut f32; 2], 
     }
 }
 
-/// `N` vectors, an even number, of both values of a pair, in the order of [`Load::load_pair`]; or one, of `part` elements.
+/// `N` vectors of both values of a pair, in the order of [`Load::load_pair`]. `N` is even, or 1 for a vector of `part` elements.
 ///
 /// # Safety
 /// `2 * N * LANES` elements, or `2 * part`, are readable.
 #[inline(always)]
 pub(super) unsafe fn load_two<S: Simd, T: Load, const N: usize>(s: S, from: *const T, part: usize) -> [[S::V; N]; 2] {
     let mut x = [[s.zero(); N]; 2];
-    // SAFETY: the caller's; of less than a vector, a copy is read.
+    // SAFETY: the caller's; less than a vector is read through a copy.
     unsafe {
         if N == 1 {
             let mut last = [T::default(); 2 * MAX_LANES];
@@ -180,7 +181,7 @@ pub(super) unsafe fn load_two<S: Simd, T: Load, const N: usize>(s: S, from: *con
     x
 }
 
-/// A vector of both values of a pair: the even and the odd ones of `2 * LANES` elements.
+/// One vector of both values of a pair: the even and the odd of `2 * LANES` elements.
 ///
 /// # Safety
 /// They are readable.

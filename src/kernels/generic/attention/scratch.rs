@@ -3,13 +3,13 @@
 use crate::kernels::simd::MAX_LANES;
 use crate::problem::grid::{BLOCK, padded};
 
-/// What a row knows of itself while its tile runs.
+/// The state of a query row while its tile runs.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct RowState {
     /// The largest logit of the chunk so far, times log2(e).
     pub max: f32,
-    /// Largest logit and sum of the chunks before.
+    /// Largest logit and sum of weights of the chunks before.
     pub total: (f32, f32),
     pub token: u32,
     pub low: i64,
@@ -27,10 +27,10 @@ pub(crate) struct Scratch {
     pub total: *mut f32,
     /// A row's sum of weights, lane by lane: `[rows][MAX_LANES]`.
     pub sums: *mut f32,
-    /// The K block transposed, and the V block in f32, in slabs as wide as a register tile.
+    /// Packed copies: the K block transposed, and the V block in f32, in slabs as wide as a register tile.
     pub kt: *mut f32,
     pub vp: *mut f32,
-    /// K and V blocks whose elements do not lie together: `[BLOCK][dp]`, `[BLOCK][dvp]` of their type.
+    /// Gathered copies of K and V blocks whose elements do not lie together: `[BLOCK][dp]`, `[BLOCK][dvp]` units.
     pub k_block: *mut u8,
     pub v_block: *mut u8,
     pub rows: *mut RowState,
@@ -42,7 +42,7 @@ impl Scratch {
         Self::layout(std::ptr::null_mut(), rows, d, dv).1
     }
 
-    /// Cuts the memory at `base` (64-byte aligned) into its parts and says how much that is.
+    /// Cuts the memory at `base`, aligned to 64 bytes, into its parts; returns the bytes used.
     pub fn layout(base: *mut u8, rows: usize, d: usize, dv: usize) -> (Self, usize) {
         let (dp, dvp) = (padded(d), padded(dv));
         let mut used = 0;

@@ -1,10 +1,10 @@
-//! The state of a row (largest logit, sum of weights, weighted values): folding two, finishing one; and rows between their own
-//! type and f32.
+//! The state of a query row (largest logit, sum of weights, weighted values): folding two states, finishing one, and conversion of
+//! rows between their type and f32.
 //!
-//! Logits are kept times log2(e), so that every exponential is a power of two; the LSE is converted back at the end.
+//! Logits are multiplied by log2(e), so that every exponential is a power of two; the LSE is converted back at the end.
 //!
-//! A row of Q, and an accumulator, is kept in the order in which [`Load::load_pair`] of the type of K and V gives elements:
-//! for bf16 on some levels even elements of every two vectors first, then the odd ones.
+//! A row of Q has the element order of [`Load::load_pair`] for the format of K, an accumulator that for the format of V: for bf16, on
+//! some levels, the even elements of every two vectors come first, then the odd ones.
 
 use super::weighted::load_up_to;
 use crate::dtype::DType;
@@ -16,7 +16,7 @@ use crate::problem::tile::Tile;
 use crate::view::RawView;
 use half::{bf16, f16};
 
-/// Folds the chunks of a tile that left them in `tile.partials`, and writes the output. `deinterleaved` as in [`Output`].
+/// Folds the states that the chunks of a tile left in `tile.partials`, and writes the output. `deinterleaved` as in [`Output`].
 ///
 /// # Safety
 /// As [`tile`](super::tile); the partial states of all chunks have been written, and there is room for `padded(dv)` floats at
@@ -36,18 +36,18 @@ pub(crate) unsafe fn reduce<S: Simd>(s: S, p: &Problem, tile: &Tile, total: *mut
     }
 }
 
-/// The largest logit and the sum of weights of no key at all.
+/// Largest logit and sum of weights over no key.
 pub(crate) const EMPTY: (f32, f32) = (f32::NEG_INFINITY, 0.0);
 
 impl Tile {
-    /// Where the state of row `r` after a chunk goes, and after [`PARTIAL_HEADER`] floats its accumulator.
+    /// The address for the state of row `r` after a chunk; its accumulator follows [`PARTIAL_HEADER`] floats later.
     #[inline(always)]
     fn partial(&self, p: &Problem, chunk: usize, r: usize) -> *mut f32 {
         self.partials.wrapping_add(((chunk - self.first_chunk) * self.rows() + r) * partial_stride(p.v_dim))
     }
 }
 
-/// Whether a state has seen no key: its accumulator is then not looked at.
+/// Whether a state covers no key; its accumulator is then not read.
 #[inline(always)]
 pub(crate) fn is_empty((max, sum): (f32, f32)) -> bool {
     (max, sum) == EMPTY
@@ -88,20 +88,20 @@ unsafe fn fold<S: Simd>(
     }
 }
 
-/// Where a row of a tile goes in the end.
+/// The destination of a query row.
 #[derive(Clone, Copy)]
 pub(crate) struct Output<'a> {
     pub p: &'a Problem<'a>,
     pub batch: usize,
     pub token: usize,
     pub head: usize,
-    /// In its accumulator, even and odd elements of every two vectors are apart.
+    /// The accumulator holds even and odd elements of every two vectors apart.
     pub deinterleaved: bool,
 }
 
 impl Output<'_> {
-    /// What becomes of row `r` of a tile at the end of a chunk: the state is left in the tile's partial states, or folded into the
-    /// row's `total` and, if the chunk is the last one, written out.
+    /// Ends a chunk for row `r` of a tile: stores the state among the tile's partial states, or folds it into the row's `total` and
+    /// writes the output after the last chunk.
     ///
     /// # Safety
     /// The indices are inside the problem and the tile; both accumulators hold `padded(dv)` floats, which are only read unless
@@ -135,7 +135,7 @@ impl Output<'_> {
         }
     }
 
-    /// Divides by the sum, with the sink in it, and writes output and LSE.
+    /// Divides by the sum, sink logit included, and writes output and LSE.
     ///
     /// # Safety
     /// The indices are inside the problem; `acc` holds `padded(dv)` floats, which are only read unless the state is empty.
@@ -183,7 +183,7 @@ impl Output<'_> {
     }
 }
 
-/// A row that is done, but for a factor and the order of its elements.
+/// A row that needs a factor and its elements in order.
 struct Scaled {
     acc: *const f32,
     scale: f32,
@@ -204,7 +204,7 @@ impl Scaled {
         let mut buffer = [T::default(); copy::STAGE];
         for first in (0..n).step_by(copy::STAGE) {
             let len = (n - first).min(copy::STAGE);
-            // SAFETY: the caller's; a part of whole vectors but for the last one fits the buffer.
+            // SAFETY: the caller's; each part, of whole vectors except for the last, fits the buffer.
             unsafe {
                 self.run(s, first, buffer.as_mut_ptr(), len);
                 copy::scatter(buffer.as_ptr(), dst.wrapping_offset(first as isize * stride), stride, len);
@@ -214,11 +214,11 @@ impl Scaled {
 
     #[inline(always)]
     fn times<S: Simd>(&self, s: S, x: S::V) -> S::V {
-        // Skipping a hidden key and adding 0 times a value may differ in the sign of a zero; adding +0 ends that.
+        // Skipping a masked key and adding 0 times its value can differ in the sign of a zero; adding +0 removes the difference.
         s.add(s.mul(x, s.splat(self.scale)), s.zero())
     }
 
-    /// `n` elements from number `first` on, to where they lie together.
+    /// Writes `n` elements, from number `first` on, to consecutive addresses.
     ///
     /// # Safety
     /// As [`Self::store`]; `first` is a multiple of two vectors.
@@ -250,7 +250,7 @@ impl Scaled {
     }
 }
 
-/// A query row to f32, in the order of K's elements.
+/// Converts a query row to f32, in the element order of K.
 ///
 /// # Safety
 /// `src` is a row of the view `q` with `d` elements, `dst` has `padded(d)` floats.
@@ -278,7 +278,7 @@ pub(super) unsafe fn load_query<S: Simd>(
     }
 }
 
-/// `n` elements of a type known at run time to f32.
+/// Converts `n` elements of a runtime type to f32.
 ///
 /// # Safety
 /// `n` elements with that stride are readable at `src`, `n` floats writable at `dst`.

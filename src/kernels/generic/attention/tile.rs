@@ -11,14 +11,14 @@ use crate::problem::visibility::TileVisibility;
 use crate::view::RawView;
 use std::mem::MaybeUninit;
 
-/// Whether even and odd elements of every two vectors lie apart, in queries and in accumulators.
+/// Whether even and odd elements of every two vectors are kept apart, in queries (`keys`) and in accumulators (`values`).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Deinterleaved {
     pub keys: bool,
     pub values: bool,
 }
 
-/// Runs one tile; `deinterleaved` says in which order K and V keep their elements (see [`Load::load_pair`]).
+/// Runs one tile. `deinterleaved` is the element order of K and V (see [`Load::load_pair`](crate::kernels::simd::Load::load_pair)).
 ///
 /// # Safety
 /// `p` is validated, `tile` is inside it, and `scratch` is laid out for at least `tile.rows()` rows.
@@ -114,7 +114,7 @@ pub(crate) unsafe fn tile<S: Simd>(
             // SAFETY: the scratch parts have their rows.
             unsafe {
                 let state = if from < to {
-                    // Of as many rows at a time as there are lanes.
+                    // One sum over lanes for as many rows as there are lanes.
                     if r.is_multiple_of(S::LANES) {
                         let mut lanes = [s.zero(); MAX_LANES];
                         for (row, lanes) in (r..n).zip(lanes.iter_mut().take(S::LANES)) {
@@ -139,11 +139,11 @@ pub(crate) unsafe fn tile<S: Simd>(
     }
 }
 
-/// How many rows ahead of their use rows of Q and of the output are asked for, where there are many: those of a prompt lie in
-/// pieces of a few rows, too short for a hardware prefetcher.
+/// Rows of Q and of the output are prefetched this many rows ahead on the packed path: in a prompt they lie in runs of a few rows,
+/// too short for the hardware prefetcher.
 const PREFETCH_ROWS: usize = 8;
 
-/// The lines of a row, if its elements lie together.
+/// The cache lines of a row, if its elements lie together.
 #[inline(always)]
 fn row_lines(view: &RawView, row: *const u8) -> impl Iterator<Item = *const u8> + use<> {
     lines(row, if view.strides[3] == 1 { view.shape[3] * view.dtype.size() } else { 0 })

@@ -1,15 +1,15 @@
-//! Sums of weighted values, wherever the values lie.
+//! Sums of weighted values, read from the cache or from a packed copy.
 
 use super::direct::prefetch_pair;
 use crate::kernels::simd::{Load, Simd};
 use crate::problem::grid::BLOCK;
 
-/// Where the values lie that [`WeightedValues`] adds.
+/// The place of the values that [`WeightedValues`] adds.
 pub trait ValueRows {
     type Element: Load;
-    /// Whether they are the cache's own, and others come after them.
+    /// The values lie in the cache, and others come after them.
     const IN_CACHE: bool;
-    /// An element of a key. `offset` is [`Self::offset`] of its column, in bytes.
+    /// The address of a key's element; `offset` is [`Self::offset`] of its column, in bytes.
     fn at(&self, key: usize, offset: isize) -> *const Self::Element;
     fn offset(&self, column: usize) -> isize;
 
@@ -37,11 +37,11 @@ pub trait ValueRows {
 pub struct WeightedValues<V> {
     pub weights: *const f32,
     pub acc: *mut f32,
-    /// Floats from one accumulator to the next.
+    /// Floats between neighbouring accumulators.
     pub acc_row: usize,
     pub v: V,
     pub keys: usize,
-    /// Bytes from a value to the memory that is prefetched with it; 0: none.
+    /// Prefetch distance in bytes; 0 disables.
     pub ahead: isize,
     /// See [`prefetch_pair`].
     pub whole: bool,
@@ -92,7 +92,7 @@ impl<V: ValueRows> WeightedValues<V> {
                     sums[r][n] = s.load_f32(acc.add(r * self.acc_row + n * S::LANES));
                 }
             }
-            // Two keys a turn: every instruction that is no FMA counts here, for the front end as much as for the ports.
+            // Two keys per iteration: instructions other than FMAs are costly here, for the front end as for the ports.
             let offset = self.v.offset(column);
             for turn in 0..self.keys / 2 {
                 V::add_two(s, self, 2 * turn, offset, part, &mut sums);
@@ -110,7 +110,7 @@ impl<V: ValueRows> WeightedValues<V> {
 }
 
 impl<V: ValueRows> WeightedValues<V> {
-    /// Two keys of [`Self::add`], each by itself.
+    /// Two keys of [`Self::add`], one after the other.
     ///
     /// # Safety
     /// As [`Self::columns`].
@@ -182,7 +182,7 @@ impl<V: ValueRows> WeightedValues<V> {
     }
 }
 
-/// A vector of which `part` elements are read.
+/// Loads a vector of which `part` elements are read and the others are 0.
 ///
 /// # Safety
 /// They are readable.

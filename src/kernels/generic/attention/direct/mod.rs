@@ -37,7 +37,7 @@ pub(crate) use values::{DirectValues, OneValue, all_finite};
 /// One block of keys for all rows of the tile.
 ///
 /// # Safety
-/// `k` and `v` are the rows of the block's key range, values as they lie if they are packed.
+/// `k` and `v` point to the block's key range; values packed in pairs are as they lie in the cache.
 #[inline(always)]
 pub(super) unsafe fn block<S: Simd>(
     s: S,
@@ -54,7 +54,7 @@ pub(super) unsafe fn block<S: Simd>(
         if ahead.whole {
             (pieces.keys.scores)(&DirectScores { block, k, keys: block.key_range, spread: true, ahead: ahead.of_k(0) });
         } else {
-            for (index, keys) in block.pieces() {
+            for (index, keys) in block.subblocks() {
                 (pieces.keys.scores)(&DirectScores { block, k, keys, spread: false, ahead: ahead.of_k(index) });
             }
         }
@@ -77,8 +77,8 @@ pub(super) unsafe fn block<S: Simd>(
     }
 }
 
-/// Adds the weighted values of a block and some KV heads, and prefetches. With `pairs`, the values are pairs and nothing else, and
-/// no key is hidden. `finite` says that the scales of the values are.
+/// Adds the weighted values of a block for some KV heads, and prefetches. With `pairs`, the key range consists of whole pairs and every
+/// row sees every key. `finite`: the scales of the values are finite.
 ///
 /// # Safety
 /// As [`block`]; weights are in place.
@@ -113,11 +113,12 @@ unsafe fn values(
     }
 }
 
-/// Calls `f` with the pieces of a block and their distances, of one head several at once if their distances agree.
+/// Calls `f` with the subblocks of a block and their prefetch distances. For one head, neighbouring subblocks of the same distance are
+/// one call.
 #[inline(always)]
 fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> isize, mut f: impl FnMut(KeyRange, isize)) {
     let mut run = None;
-    for (index, keys) in block.pieces() {
+    for (index, keys) in block.subblocks() {
         let ahead = ahead(index);
         run = match run {
             Some((KeyRange { low, .. }, same)) if heads.len() == 1 && same == ahead => {
@@ -136,7 +137,7 @@ fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> isize, mut
     }
 }
 
-/// Adds the weighted values of the keys that one row sees, key by key: for blocks in which hidden values are not finite.
+/// Adds the weighted values of the keys that one row sees, key by key: for blocks in which a masked value is not finite.
 ///
 /// # Safety
 /// As [`block`]; `row` is number `r` of the tile.

@@ -5,18 +5,18 @@ use crate::kernels::generic::attention::{Block, KeyPointers, SUBBLOCK};
 use crate::kernels::simd::{LINE, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
 
-/// How far ahead of its use memory is asked for, if a block reaches that far.
+/// Prefetch distance in bytes, limited to one block.
 pub const PREFETCH_DISTANCE: usize = 12 << 10;
 
-/// The distances in bytes from a piece to the one that is read some pieces later: K of the block, then its V, then K of the next
-/// block.
+/// Prefetch distances: from a subblock to the one that is read some subblocks later, in the order K of the block, V of the block, K of
+/// the next block.
 pub struct PrefetchDistances<'a> {
     pub k: KeyPointers<'a, u8>,
     pub v: KeyPointers<'a, u8>,
     pub key_range: KeyRange,
     pub by: usize,
-    /// The block is whole and of one KV head. Then memory is asked for a whole block ahead and, for keys, in several places in
-    /// turn, a page or more apart: one stream alone does not get all that memory can give.
+    /// The block is whole and of one KV head. It is then prefetched a whole block ahead, keys in several streams that are a page or more
+    /// apart, because one stream does not reach the bandwidth of memory.
     pub whole: bool,
 }
 
@@ -33,36 +33,35 @@ impl<'a> PrefetchDistances<'a> {
     pub fn of_k(&self, index: usize) -> isize {
         let target = index + self.by;
         let to = if target < SUBBLOCKS {
-            self.k.piece(self.key_range, target)
+            self.k.subblock(self.key_range, target)
         } else {
-            self.v.piece(self.key_range, target - SUBBLOCKS)
+            self.v.subblock(self.key_range, target - SUBBLOCKS)
         };
-        distance(self.k.piece(self.key_range, index), to)
+        distance(self.k.subblock(self.key_range, index), to)
     }
 
     #[inline(always)]
     pub fn of_v(&self, index: usize) -> isize {
         let target = index + self.by;
         let to = if target < SUBBLOCKS {
-            self.v.piece(self.key_range, target)
+            self.v.subblock(self.key_range, target)
         } else {
-            self.k.piece(self.key_range, target)
+            self.k.subblock(self.key_range, target)
         };
-        distance(self.v.piece(self.key_range, index), to)
+        distance(self.v.subblock(self.key_range, index), to)
     }
 }
 
-/// In bytes; 0 if there is nothing to go to.
+/// Bytes from one address to another; 0 if the other is null.
 #[inline(always)]
 pub fn distance<T>(from: *const T, to: *const T) -> isize {
     if to.is_null() { 0 } else { to.addr().wrapping_sub(from.addr()) as isize }
 }
 
-/// How far ahead of its use memory of whole blocks is asked for once more, now into the first-level cache: a block ahead is more
-/// than that holds.
+/// Distance in bytes of a second prefetch, into the first-level cache, for whole blocks: a block is more than that cache holds.
 pub const NEAR_DISTANCE: usize = 512;
 
-/// Asks for the memory of a pair of vectors, `ahead` bytes on, or of whole blocks for that and for what comes soon.
+/// Prefetches a pair of vectors `ahead` bytes later; for whole blocks also the pair [`NEAR_DISTANCE`] bytes later.
 #[inline(always)]
 pub fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize, whole: bool) {
     let p = p.cast::<u8>();

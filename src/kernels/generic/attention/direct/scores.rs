@@ -6,7 +6,7 @@ use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, MAX_LANES, Simd};
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 
-/// The most products of a row and a key that run side by side ([`Simd::PARALLEL_DOTS`]).
+/// Upper bound of [`Simd::PARALLEL_DOTS`].
 pub const MAX_PARALLEL_DOTS: usize = 16;
 
 /// Scores of all rows with the keys of a subblock.
@@ -14,13 +14,13 @@ pub(crate) struct DirectScores<'a> {
     pub block: &'a Block<'a>,
     pub k: KeyPointers<'a, u8>,
     pub keys: KeyRange,
-    /// Keys that are done side by side are far apart.
+    /// Keys that are computed side by side are far apart in memory.
     pub spread: bool,
     pub ahead: isize,
 }
 
 impl DirectScores<'_> {
-    /// For keys of type `T`.
+    /// Scores for keys of type `T`.
     ///
     /// # Safety
     /// As [`block`].
@@ -31,7 +31,7 @@ impl DirectScores<'_> {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             unsafe {
                 match (rows, S::PARALLEL_DOTS) {
-                    // Sixteen keys would fill the tree over lanes, but one row waits for memory, which likes fewer streams.
+                    // Sixteen keys would fill the tree over lanes, but one row is bound by memory, where fewer streams are faster.
                     (1, _) => self.dots::<S, T, 1, 8>(s, head, 0),
                     (2, 16) => self.dots::<S, T, 2, 8>(s, head, 0),
                     (2, _) => self.dots::<S, T, 2, 4>(s, head, 0),
@@ -56,8 +56,8 @@ impl DirectScores<'_> {
 }
 
 impl DirectScores<'_> {
-    /// `R` rows of a head from `row` on times the keys of the piece, `C` keys at a time: vectors run along the head dimension.
-    /// Scores of whole groups of `C` keys are written, those outside the piece with numbers of no meaning.
+    /// `R` rows of a head, from `row` on, times the keys of the subblock, `C` keys at a time; vectors run along the head dimension.
+    /// Scores of whole groups of `C` keys are written; those outside the subblock are undefined.
     ///
     /// # Safety
     /// As [`block`]; the rows are inside the tile.
@@ -80,7 +80,7 @@ impl DirectScores<'_> {
                 }
                 return;
             }
-            // Sums of keys that are far apart are stored by themselves; turned round, a vector of them has neighbours.
+            // Sums of keys that are far apart are collected and transposed, so that stores write neighbouring keys.
             let mut sums = [[0.0f32; MAX_PARALLEL_DOTS]; MAX_LANES];
             let apart = BLOCK / C;
             let at_once = S::LANES.min(apart);
@@ -104,7 +104,7 @@ impl DirectScores<'_> {
         }
     }
 
-    /// The products of `R` rows with `C` keys, those of a row side by side.
+    /// The products of `R` rows with `C` keys, as `[R][C]`.
     ///
     /// # Safety
     /// As [`Self::dots`]; `key` gives keys of the key range.

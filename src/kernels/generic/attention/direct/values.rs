@@ -19,7 +19,7 @@ pub(crate) struct DirectValues<'a> {
 }
 
 impl DirectValues<'_> {
-    /// For values of type `T`; see [`CacheValues`] for `PAIRS`.
+    /// Adds values of type `T`; see [`CacheValues`] for `PAIRS`.
     ///
     /// # Safety
     /// As [`block`].
@@ -56,7 +56,7 @@ impl DirectValues<'_> {
     }
 }
 
-/// In the cache: keys of a block and KV head, counted from `first`. `PAIRS`: every even one begins a pair of slots, with the next.
+/// Values in the cache: keys of a block and KV head, counted from `first`. With `PAIRS`, every even key begins a pair of slots.
 pub struct CacheValues<'a, T, const PAIRS: bool> {
     pub rows: KeyPointers<'a, T>,
     pub head: usize,
@@ -105,7 +105,7 @@ impl<T: Load, const PAIRS: bool> ValueRows for CacheValues<'_, T, PAIRS> {
     }
 }
 
-/// Whether the values of a key range and KV head hold no NaN and no infinity.
+/// Whether the values of a key range and KV head are finite.
 ///
 /// # Safety
 /// As [`block`].

@@ -3,15 +3,15 @@
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, MAX_LANES, Simd};
 
-/// Transposes the keys of a key range into slabs as wide as a register tile: `[slab][step of the walk][keys]`. In the vectors of keys
-/// at the key range's ends, columns outside of it are numbers of no meaning.
+/// Transposes the keys of a key range into slabs as wide as a register tile: `[slab][step][keys]`. In the vectors at the ends of the key
+/// range, columns outside of it are undefined.
 pub(crate) struct PackKeys<'a> {
     pub block: &'a Block<'a>,
     pub k: KeyPointers<'a, u8>,
 }
 
 impl PackKeys<'_> {
-    /// For keys of type `T`.
+    /// Packs keys of type `T`.
     ///
     /// # Safety
     /// As [`block`].
@@ -20,7 +20,7 @@ impl PackKeys<'_> {
         let Block { key_range, d, .. } = *self.block;
         let pairs = d / (2 * S::LANES);
         for group in (key_range.low / S::LANES * S::LANES..key_range.high).step_by(S::LANES) {
-            // SAFETY: the caller's; what a step loads is left of a key.
+            // SAFETY: the caller's; a step loads elements inside the key.
             unsafe {
                 for pair in 0..pairs {
                     if T::deinterleaved::<S>() {
@@ -43,7 +43,7 @@ impl PackKeys<'_> {
     }
 }
 
-/// What of a key a step holds: `LANES` elements that lie together, the even or the odd ones of a pair of vectors, or what is left.
+/// The elements of a key in a step: `LANES` consecutive ones, the even or the odd ones of a pair of vectors, or the tail.
 pub const WHOLE: u8 = 0;
 pub const EVEN: u8 = 1;
 pub const ODD: u8 = 2;
@@ -61,7 +61,7 @@ impl PackKeys<'_> {
         let first = group / slab * slab;
         let kt = scratch.kt.wrapping_add(first * steps * S::LANES + (group - first));
         let mut v = [s.zero(); MAX_LANES];
-        // Whole vectors of keys need no look at the ends of the key range; unrolled, so that all stays in registers.
+        // Vectors inside the key range need no clamping. Unrolled, so that everything stays in registers.
         let whole = group >= key_range.low && group + S::LANES <= key_range.high;
         macro_rules! unrolled {
             ($($lane:literal)*) => {$(

@@ -1,16 +1,23 @@
-//! Many query rows (prefill): a block of K is transposed and a block of V widened, once for all rows of the tile; then both products
-//! run from these copies in register tiles of [`TILE_ROWS`] rows by [`Simd::TILE_VECTORS`] vectors.
+//! Many query rows (prefill): a block of K is transposed and a block of V widened, once for all rows of the tile. Both products then
+//! run on these copies, in register tiles of [`TILE_ROWS`] rows by [`Simd::TILE_VECTORS`] vectors.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | this one | one block, and the register tiles of its rows |
+//! | `queries`, `keys`, `values` | packed copies, and the weighted sums of values |
+//! | `scores` | dot products |
+//! | `prefetch` | prefetches of the next block |
 //!
 //! # What bounds it
-//! The FMA ports, and the front end not far behind: two steps are 48 FMAs in 72 instructions on AVX-512 (24 cycles of two ports,
-//! 18 of a front end of four) and 24 in 44 on AVX2 (12 and 11), so that an instruction less is felt. A slab of K that would take
-//! more than half of the first-level cache is done in two halves, so that either stays there while all rows pass by, as does a slab
-//! of V; rows of Q, scores and accumulators come from the second-level cache.
+//! The FMA ports, closely followed by the front end. Two steps are 48 FMAs in 72 instructions on AVX-512 (24 cycles of two ports, 18 of
+//! a front end of four) and 24 in 44 on AVX2 (12 and 11), so each instruction counts. A slab of K that would take more than half of the
+//! first-level cache is processed in two halves, each of which stays there for all rows, as does a slab of V. Rows of Q, scores and
+//! accumulators come from the second-level cache.
 //!
-//! The tree over lanes is what a score costs beyond its FMAs: (LANES - 1) additions a LANES-th of them, 12 % of Q K^T at head size
-//! 128 on AVX-512, and as many sums stored until their neighbours come. Out of 97 % of the FMA peak that this loop reaches without
-//! a tree on a Cascade Lake core, the additions alone leave 87 %, the stores alone 85 %, both 79 %. Causal blocks compute what
-//! any of a register tile's rows may see: half slabs of keys in Q K^T, single keys in P V.
+//! Beyond its FMAs, a score costs the tree over lanes: (LANES - 1) additions per LANES scores, 12 % of Q K^T at head size 128 on AVX-512,
+//! and as many sums stored until their neighbours are ready. On a Cascade Lake core this loop reaches 97 % of the FMA peak without the
+//! tree, 87 % with its additions alone, 85 % with its stores alone, 79 % with both. Causal blocks compute the keys that any row of a
+//! register tile sees: half slabs in Q K^T, single keys in P V.
 
 mod keys;
 mod prefetch;
@@ -37,13 +44,13 @@ pub(crate) use keys::PackKeys;
 pub(super) use queries::PackQueries;
 pub(crate) use values::PackValues;
 
-/// What a slab of K may take of the first-level cache while all rows pass by.
+/// Bytes of the first-level cache for a slab of K.
 const SLAB_BYTES: usize = 16 << 10;
 
 /// One block of keys for all rows of the tile, which are of one KV head.
 ///
 /// # Safety
-/// `k` and `v` are the rows of the block's key range, values as they lie if they are packed.
+/// `k` and `v` point to the block's key range; values packed in pairs are as they lie in the cache.
 #[inline(always)]
 pub(super) unsafe fn block<S: Simd>(
     s: S,
@@ -68,7 +75,7 @@ pub(super) unsafe fn block<S: Simd>(
 }
 
 /// # Safety
-/// `k` and `v` are the rows of the block's key range.
+/// `k` and `v` point to the block's key range.
 #[inline(always)]
 unsafe fn products<S: Simd>(
     s: S,
@@ -103,7 +110,7 @@ unsafe fn products<S: Simd>(
                     if keys.high <= column || keys.low >= column + slab {
                         return;
                     }
-                    // Where only one half of the slab's keys is seen, the other is left out.
+                    // If the rows see keys of one half of the slab only, the other half is skipped.
                     let (skip, wide) = match (keys.low >= column + half, keys.high <= column + half) {
                         (true, _) => (half, false),
                         (_, true) => (0, false),
@@ -156,7 +163,7 @@ unsafe fn products<S: Simd>(
     }
 }
 
-/// Calls `f` with first row, number of rows and keys of every group.
+/// Calls `f` with the first row, the number of rows and the keys of every register tile.
 #[inline(always)]
 fn for_each_group(groups: &[Group], mut f: impl FnMut(usize, usize, KeyRange)) {
     for group in groups {
@@ -164,7 +171,7 @@ fn for_each_group(groups: &[Group], mut f: impl FnMut(usize, usize, KeyRange)) {
     }
 }
 
-/// Rows of a register tile, and the keys of a block that some of them see, and those between.
+/// Rows of a register tile, and the keys of a block from the first to the last that one of them sees.
 #[derive(Clone, Copy, Default)]
 struct Group {
     first: u16,
@@ -173,10 +180,10 @@ struct Group {
     high: u8,
 }
 
-/// A tile has at most this many register tiles: the last rows may take three.
+/// Upper bound on the register tiles of a tile: the last rows can take three.
 const MAX_GROUPS: usize = MAX_TILE_ROWS / TILE_ROWS + 2;
 
-/// The register tiles of a tile that have anything to do in a block.
+/// The register tiles of a tile whose rows see a key of the block.
 #[inline(always)]
 fn groups_of(rows: &[RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
     let (mut r, mut count) = (0, 0);
@@ -192,7 +199,7 @@ fn groups_of(rows: &[RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
     count
 }
 
-/// Rows of the next register tile when `left` are to do: few, nearly equal tiles.
+/// Rows of the next register tile when `left` remain: few tiles, of nearly equal size.
 #[inline(always)]
 fn rows_at_once(left: usize) -> usize {
     match left {

@@ -4,21 +4,21 @@ use crate::kernels::generic::attention::KeyPointers;
 use crate::kernels::simd::Simd;
 use crate::problem::grid::BLOCK;
 
-/// K or V of the next block: asked for while this one is computed, since its packing would wait for it. A few lines at a time:
-/// more than a core has fill buffers for would make it wait now.
+/// Prefetches K or V of the next block while this one is computed, a few lines at a time: more lines than a core has fill buffers
+/// would stall it.
 pub struct NextBlock<'a> {
     pub rows: KeyPointers<'a, u8>,
-    /// The row that is being asked for, from where on, and how many of its bytes are left.
+    /// The row that is prefetched, the next address in it, and the bytes left.
     pub key: usize,
     pub at: *const u8,
     pub left: usize,
     pub row: usize,
-    /// Prefetches of a call.
+    /// Prefetches per call.
     pub each: usize,
 }
 
 impl<'a> NextBlock<'a> {
-    /// To be prefetched in `calls` calls; a row has `row` bytes.
+    /// Spreads the prefetches over `calls` calls; a row has `row` bytes.
     #[inline(always)]
     pub fn new<S: Simd>(rows: KeyPointers<'a, u8>, row: usize, calls: usize) -> Self {
         let each = (row.div_ceil(S::PREFETCH_BYTES) * BLOCK).div_ceil(calls.max(1));

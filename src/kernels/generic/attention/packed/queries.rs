@@ -7,8 +7,8 @@ use crate::problem::limits::MAX_HEAD_DIM;
 use crate::problem::tile::TILE_ROWS;
 use std::mem::MaybeUninit;
 
-/// Brings the rows of Q of every register tile into the order in which [`Scores`] reads them: `[step of the walk][row]`, in place.
-/// The walk goes through the lanes in the order of [`Simd::lane_order`], and for each through its element of every vector.
+/// Reorders the rows of Q of every register tile, in place, to `[step][row]`, the order of [`Scores`](super::scores::Scores). Steps go
+/// through the lanes in the order of [`Simd::lane_order`], and for each lane through its element of every vector.
 pub struct PackQueries {
     pub q: *mut f32,
     pub rows: usize,
@@ -54,7 +54,7 @@ impl Outlined for PackQueries {
     }
 }
 
-/// Where in the walk a lane begins; [`Simd::lane_order`] is its own inverse.
+/// The first step of a lane; [`Simd::lane_order`] is its own inverse.
 #[inline(always)]
 pub fn walk<S: Simd>(lane: usize, steps: usize) -> usize {
     S::lane_order(lane) * steps

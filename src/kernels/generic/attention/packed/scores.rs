@@ -4,13 +4,13 @@ use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
 use crate::problem::grid::BLOCK;
 use std::mem::MaybeUninit;
 
-/// `R` rows of Q, packed, times a slab of keys, or the half of it from `kt` on; rows of scores lie [`BLOCK`] apart.
+/// `R` packed rows of Q times a slab of keys, or times the half of it that begins at `kt`; rows of scores lie [`BLOCK`] apart.
 ///
-/// Of a slab of more than [`SLAB_BYTES`] one half of the lanes is done for all rows, and then the other: the first leaves the sum
-/// over its lanes, the second adds its own to it, as the tree's last level does.
+/// A slab of more than [`SLAB_BYTES`](super::SLAB_BYTES) is processed in two halves of the lanes: the first stores the sum over its
+/// lanes, the second adds its own, which is the last level of the tree.
 pub struct Scores<const R: usize> {
     pub q: *const f32,
-    /// A power of two, and steps of each.
+    /// Lanes, a power of two, and steps per lane.
     pub lanes: usize,
     pub steps: usize,
     pub kt: *const f32,
@@ -40,11 +40,11 @@ impl<const R: usize> Scores<R> {
     pub unsafe fn tile<S: Simd, const N: usize>(self, s: S) {
         let Self { mut q, lanes, steps, mut kt, out, add, .. } = self;
         let slab = S::TILE_VECTORS * S::LANES;
-        // stash[k]: a finished sum of 2^k lanes that waits for its neighbour.
+        // stash[k]: the finished sum of 2^k lanes, until its neighbour is ready.
         let mut stash = [const { MaybeUninit::<[[S::V; N]; R]>::uninit() }; MAX_LANES.ilog2() as usize];
         for lane in 0..lanes {
             let mut acc = [[s.zero(); N]; R];
-            // Two steps a turn, and pointers that move: fewer instructions that are no FMA.
+            // Two steps per iteration, and moving pointers: fewer instructions other than FMAs.
             // SAFETY: kt and Q have LANES * steps steps.
             unsafe {
                 for _ in 0..steps / 2 {
@@ -86,7 +86,7 @@ impl<const R: usize> Scores<R> {
     }
 }
 
-/// One step of the walk: an element of `R` rows of Q times `N` vectors of keys.
+/// One step: an element of `R` rows of Q times `N` vectors of keys.
 ///
 /// # Safety
 /// `N` vectors are readable at `k`, `R` floats at `q`.

@@ -5,8 +5,7 @@ use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, Outlined, Simd};
 use crate::problem::grid::BLOCK;
 
-/// First column and width of the slabs in which a block of V is packed: of a register tile's width, then of two vectors, then of
-/// one.
+/// First column and width of the slabs in which a block of V is packed: as wide as a register tile, then two vectors, then one.
 #[inline(always)]
 pub fn value_slabs<S: Simd>(dv: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut column = 0;
@@ -25,7 +24,8 @@ pub fn value_slabs<S: Simd>(dv: usize) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
-/// Widens the values of a key range into the slabs of [`value_slabs`]: `[slab][key][columns]`. Says whether all are finite, if asked.
+/// Widens the values of a key range into the slabs of [`value_slabs`]: `[slab][key][columns]`. Clears `finite`, if present, when one is
+/// not finite.
 pub(crate) struct PackValues<'a> {
     pub block: &'a Block<'a>,
     pub v: KeyPointers<'a, u8>,
@@ -33,7 +33,7 @@ pub(crate) struct PackValues<'a> {
 }
 
 impl PackValues<'_> {
-    /// For values of type `T`.
+    /// Packs values of type `T`.
     ///
     /// # Safety
     /// As [`block`].
@@ -71,7 +71,7 @@ impl PackValues<'_> {
     }
 }
 
-/// In a packed copy, so many floats apart.
+/// Values in a packed copy, `width` floats apart.
 pub struct PackedValues {
     pub first: *const f32,
     pub width: usize,
