@@ -204,7 +204,7 @@ pub(crate) struct AttentionFns {
     pub tile: TileFn,
     pub reduce: TileFn,
     /// The pieces for keys and values of the kernel's format.
-    pub pieces: fn() -> Pieces,
+    pub pieces: Pieces,
     /// The most query rows of a tile.
     pub max_rows: usize,
     /// The query rows of a KV head should be a multiple of this if they need more than one tile.
@@ -219,28 +219,27 @@ pub(crate) struct AttentionFns {
 #[derive(Clone, Copy)]
 pub(crate) struct AttentionKernel {
     fns: AttentionFns,
-    pieces: Pieces,
 }
 
 impl AttentionKernel {
     /// The kernel for keys in the format of `keys` and values in the format of `values`. Both are of one level; if it
     /// is partial, they are the same.
     pub fn new(keys: AttentionFns, values: AttentionFns) -> Self {
-        Self { fns: keys, pieces: Pieces { keys: (keys.pieces)().keys, ..(values.pieces)() } }
+        Self { fns: AttentionFns { pieces: Pieces { keys: keys.pieces.keys, ..values.pieces }, ..keys } }
     }
 
     /// # Safety
     /// That of [`TileFn`].
     pub unsafe fn tile(&self, problem: &Problem, tile: &Tile, scratch: *mut u8) {
         // SAFETY: the caller's.
-        unsafe { (self.fns.tile)(&self.pieces, problem, tile, scratch) }
+        unsafe { (self.fns.tile)(&self.fns.pieces, problem, tile, scratch) }
     }
 
     /// # Safety
     /// That of [`TileFn`]; the states of all chunks of the tile have been written.
     pub unsafe fn reduce(&self, problem: &Problem, tile: &Tile, scratch: *mut u8) {
         // SAFETY: the caller's.
-        unsafe { (self.fns.reduce)(&self.pieces, problem, tile, scratch) }
+        unsafe { (self.fns.reduce)(&self.fns.pieces, problem, tile, scratch) }
     }
 }
 

@@ -12,7 +12,7 @@ macro_rules! kernel_shells {
                 Deinterleaved, DirectScores, DirectValues, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, Pieces, Scratch,
                 ValuePieces, VectorProducts, Widen,
             }};
-            use $crate::kernels::simd::{Load, LoadStore};
+            use $crate::kernels::simd::{Load, LoadStore, Simd};
             use $crate::problem::attention::Problem;
             use $crate::problem::grid::KeyRange;
             use $crate::problem::tile::{MAX_TILE_ROWS, TILE_ROWS, Tile};
@@ -72,7 +72,7 @@ macro_rules! kernel_shells {
             $(#[target_feature(enable = $feature)])*
             unsafe fn accumulate<T: Load, const PAIRS: bool>(args: &DirectValues) {
                 // SAFETY: the caller's.
-                unsafe { args.run::<_, T, PAIRS>($level::new_unchecked()) }
+                unsafe { args.clone().run::<_, T, PAIRS>($level::new_unchecked()) }
             }
             $(#[target_feature(enable = $feature)])*
             unsafe fn accumulate_one<T: Load>(args: &OneValue) {
@@ -85,7 +85,7 @@ macro_rules! kernel_shells {
                 unsafe { generic::attention::all_finite::<_, T>($level::new_unchecked(), v, head, keys, dv) }
             }
             $(#[target_feature(enable = $feature)])*
-            unsafe fn pack_values<T: Load>(args: &mut PackValues) {
+            unsafe fn pack_values<T: Load>(args: &PackValues) -> bool {
                 // SAFETY: the caller's.
                 unsafe { args.run::<_, T>($level::new_unchecked()) }
             }
@@ -94,18 +94,18 @@ macro_rules! kernel_shells {
                 // SAFETY: the caller's.
                 unsafe { args.run::<_, T>($level::new_unchecked()) }
             }
-            fn key_pieces<T: Load>() -> KeyPieces {
+            const fn key_pieces<T: Load>() -> KeyPieces {
                 KeyPieces {
                     unit_bytes: size_of::<T>(),
-                    deinterleaved: T::deinterleaved::<$level>(),
+                    deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     scores: scores::<T>,
                     pack: pack_keys::<T>,
                 }
             }
-            fn value_pieces<T: Load>() -> ValuePieces {
+            const fn value_pieces<T: Load>() -> ValuePieces {
                 ValuePieces {
                     unit_bytes: size_of::<T>(),
-                    deinterleaved: T::deinterleaved::<$level>(),
+                    deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     accumulate: accumulate::<T, false>,
                     accumulate_pairs: accumulate::<T, true>,
                     accumulate_one: accumulate_one::<T>,
@@ -114,14 +114,18 @@ macro_rules! kernel_shells {
                     widen_pairs: widen_pairs::<T>,
                 }
             }
-            pub(in $crate::kernels) fn pieces<T: Load>() -> Pieces {
-                Pieces { keys: key_pieces::<T>(), values: value_pieces::<T>(), widened: value_pieces::<f32>() }
+            pub(in $crate::kernels) const fn pieces<T: Load>() -> Pieces {
+                Pieces {
+                    keys: const { &key_pieces::<T>() },
+                    values: const { &value_pieces::<T>() },
+                    widened: const { &value_pieces::<f32>() },
+                }
             }
             pub(super) const fn attention<T: Load>() -> AttentionFns {
                 AttentionFns {
                     tile,
                     reduce,
-                    pieces: pieces::<T>,
+                    pieces: pieces::<T>(),
                     max_rows: MAX_TILE_ROWS,
                     row_step: 2 * TILE_ROWS,
                     several_heads: true,

@@ -258,8 +258,13 @@ pub(crate) unsafe fn copy_part<T: Copy + Default>(p: *const T, n: usize) -> [T; 
 pub(crate) trait Load: Copy + Default + 'static {
     /// Whether no unit can be NaN or infinity.
     const ALWAYS_FINITE: bool;
+    /// [`Self::load_pair`] separates even and odd elements on levels with [`Simd::DEINTERLEAVED_BF16`].
+    const DEINTERLEAVES: bool;
     /// Whether [`Self::load_pair`] separates even and odd elements.
-    fn deinterleaved<S: Simd>() -> bool;
+    #[inline(always)]
+    fn deinterleaved<S: Simd>() -> bool {
+        Self::DEINTERLEAVES && S::DEINTERLEAVED_BF16
+    }
     /// # Safety
     /// As [`Simd::load_f32`].
     unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V;
@@ -289,13 +294,10 @@ pub(crate) trait LoadStore: Element + Load {
 }
 
 macro_rules! load {
-    ($($type:ty: $finite:expr, $load:ident $load_part:ident $pair:expr, $deinterleaved:expr;)*) => {$(
+    ($($type:ty: $finite:expr, $load:ident $load_part:ident $pair:expr, $deinterleaves:expr;)*) => {$(
         impl Load for $type {
             const ALWAYS_FINITE: bool = $finite;
-            #[inline(always)]
-            fn deinterleaved<S: Simd>() -> bool {
-                $deinterleaved(S::DEINTERLEAVED_BF16)
-            }
+            const DEINTERLEAVES: bool = $deinterleaves;
             #[inline(always)]
             unsafe fn load_pair<S: Simd>(simd: S, p: *const Self) -> [S::V; 2] {
                 // SAFETY: the caller's.
@@ -316,10 +318,10 @@ macro_rules! load {
 }
 
 load! {
-    f32: false, load_f32 load_part_f32 halves, |_| false;
-    f16: false, load_f16 load_part_f16 halves, |_| false;
-    bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), |deinterleaved| deinterleaved;
-    i8: true, load_i8 load_part_i8 halves, |_| false;
+    f32: false, load_f32 load_part_f32 halves, false;
+    f16: false, load_f16 load_part_f16 halves, false;
+    bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), true;
+    i8: true, load_i8 load_part_i8 halves, false;
 }
 
 macro_rules! store {

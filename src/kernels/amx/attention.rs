@@ -96,7 +96,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
     AttentionFns {
         tile: tile::<HIGH>,
         reduce,
-        pieces: shells::pieces::<bf16>,
+        pieces: shells::pieces::<bf16>(),
         max_rows: MAX_ROWS,
         row_step: 2 * LANES,
         several_heads: false,

@@ -111,7 +111,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
     AttentionFns {
         tile: tile::<HIGH>,
         reduce,
-        pieces: shells::pieces::<bf16>,
+        pieces: shells::pieces::<bf16>(),
         max_rows: MAX_TILE_ROWS,
         row_step: 2 * TILE_PAIRS,
         several_heads: false,

@@ -24,15 +24,15 @@ pub(crate) struct ValuePieces {
     pub accumulate_pairs: unsafe fn(&DirectValues),
     pub accumulate_one: unsafe fn(&OneValue),
     pub all_finite: unsafe fn(KeyPointers<u8>, usize, KeyRange, usize) -> bool,
-    pub pack: unsafe fn(&mut PackValues),
+    pub pack: unsafe fn(&PackValues) -> bool,
     pub widen_pairs: unsafe fn(&Widen),
 }
 
 /// What a level does with a call's keys and values.
 #[derive(Clone, Copy)]
 pub(crate) struct Pieces {
-    pub keys: KeyPieces,
-    pub values: ValuePieces,
+    pub keys: &'static KeyPieces,
+    pub values: &'static ValuePieces,
     /// Those of f32, for values that were unpacked from pairs.
-    pub widened: ValuePieces,
+    pub widened: &'static ValuePieces,
 }

@@ -196,9 +196,31 @@ impl Scaled {
     /// `acc` holds `n` floats, and there is room for as many elements with that stride at `dst`.
     #[inline(always)]
     unsafe fn store<S: Simd, T: LoadStore>(&self, s: S, dst: *mut T, stride: isize, n: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            if self.deinterleaved {
+                self.store_in::<S, T, true>(s, dst, stride, n);
+            } else {
+                self.store_in::<S, T, false>(s, dst, stride, n);
+            }
+        }
+    }
+
+    /// [`Self::store`] for an accumulator of this order.
+    ///
+    /// # Safety
+    /// As [`Self::store`].
+    #[inline(always)]
+    unsafe fn store_in<S: Simd, T: LoadStore, const DEINTERLEAVED: bool>(
+        &self,
+        s: S,
+        dst: *mut T,
+        stride: isize,
+        n: usize,
+    ) {
         if stride == 1 {
             // SAFETY: the caller's.
-            unsafe { self.run(s, 0, dst, n) };
+            unsafe { self.run::<S, T, DEINTERLEAVED>(s, 0, dst, n) };
             return;
         }
         let mut buffer = [T::default(); copy::STAGE];
@@ -206,7 +228,7 @@ impl Scaled {
             let len = (n - first).min(copy::STAGE);
             // SAFETY: the caller's; each part, of whole vectors except for the last, fits the buffer.
             unsafe {
-                self.run(s, first, buffer.as_mut_ptr(), len);
+                self.run::<S, T, DEINTERLEAVED>(s, first, buffer.as_mut_ptr(), len);
                 copy::scatter(buffer.as_ptr(), dst.wrapping_offset(first as isize * stride), stride, len);
             }
         }
@@ -223,7 +245,7 @@ impl Scaled {
     /// # Safety
     /// As [`Self::store`]; `first` is a multiple of two vectors.
     #[inline(always)]
-    unsafe fn run<S: Simd, T: LoadStore>(&self, s: S, first: usize, dst: *mut T, n: usize) {
+    unsafe fn run<S: Simd, T: LoadStore, const DEINTERLEAVED: bool>(&self, s: S, first: usize, dst: *mut T, n: usize) {
         let acc = self.acc.wrapping_add(first);
         let mut i = 0;
         // SAFETY: the caller's.
@@ -231,7 +253,7 @@ impl Scaled {
             while i + 2 * S::LANES <= n {
                 let first = self.times(s, s.load_f32(acc.add(i)));
                 let second = self.times(s, s.load_f32(acc.add(i + S::LANES)));
-                let [first, second] = if self.deinterleaved { s.interleave(first, second) } else { [first, second] };
+                let [first, second] = if DEINTERLEAVED { s.interleave(first, second) } else { [first, second] };
                 T::store(s, dst.add(i), first);
                 T::store(s, dst.add(i + S::LANES), second);
                 i += 2 * S::LANES;

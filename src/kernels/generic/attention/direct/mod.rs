@@ -62,17 +62,17 @@ pub(super) unsafe fn block<S: Simd>(
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
         let finite = scale_weights(s, block, heads.clone());
         if block.p.v_packing == Packing::Rows {
-            values(&pieces.values, false, block, rows, heads, v, finite, Some(&ahead));
+            values(pieces.values, false, block, rows, heads, v, finite, Some(&ahead));
             return;
         }
         if block.all && are_pairs(block.p, &v, block.key_range) {
-            values(&pieces.values, true, block, rows, heads, v, finite, Some(&ahead));
+            values(pieces.values, true, block, rows, heads, v, finite, Some(&ahead));
             return;
         }
         let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
         for head in heads {
-            let v = widen(&pieces.values, &Widen { block, v, head }, &mut pointers);
-            values(&pieces.widened, false, block, rows, head..head + 1, v.rows(), finite, None);
+            let v = widen(pieces.values, &Widen { block, v, head }, &mut pointers);
+            values(pieces.widened, false, block, rows, head..head + 1, v.rows(), finite, None);
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::problem::grid::{BLOCK, KeyRange, padded};
 pub const MAX_PARALLEL_DOTS: usize = 16;
 
 /// Scores of all rows with the keys of a subblock.
+#[derive(Clone, Copy)]
 pub(crate) struct DirectScores<'a> {
     pub block: &'a Block<'a>,
     pub k: KeyPointers<'a, u8>,
@@ -25,7 +26,7 @@ impl DirectScores<'_> {
     /// # Safety
     /// As [`block`].
     #[inline(always)]
-    pub unsafe fn run<S: Simd, T: Load>(&self, s: S) {
+    pub unsafe fn run<S: Simd, T: Load>(self, s: S) {
         let rows = self.block.tile.head_rows;
         for head in 0..self.block.tile.kv_heads {
             // SAFETY: the caller's; the rows of the head are inside the tile.

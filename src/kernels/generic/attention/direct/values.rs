@@ -9,6 +9,7 @@ use crate::problem::grid::{BLOCK, KeyRange, padded};
 use std::ops::Range;
 
 /// Adds the weighted values of a subblock to the accumulators of some heads' rows.
+#[derive(Clone)]
 pub(crate) struct DirectValues<'a> {
     pub block: &'a Block<'a>,
     pub v: KeyPointers<'a, u8>,
@@ -24,7 +25,7 @@ impl DirectValues<'_> {
     /// # Safety
     /// As [`block`].
     #[inline(always)]
-    pub unsafe fn run<S: Simd, T: Load, const PAIRS: bool>(&self, s: S) {
+    pub unsafe fn run<S: Simd, T: Load, const PAIRS: bool>(self, s: S) {
         let Block { tile, scratch, dv, .. } = *self.block;
         let wide = S::PARALLEL_DOTS == 16;
         for head in self.heads.clone() {

@@ -5,6 +5,7 @@ use crate::kernels::simd::{Load, MAX_LANES, Simd};
 
 /// Transposes the keys of a key range into slabs as wide as a register tile: `[slab][step][keys]`. In the vectors at the ends of the key
 /// range, columns outside of it are undefined.
+#[derive(Clone, Copy)]
 pub(crate) struct PackKeys<'a> {
     pub block: &'a Block<'a>,
     pub k: KeyPointers<'a, u8>,
@@ -16,7 +17,7 @@ impl PackKeys<'_> {
     /// # Safety
     /// As [`block`].
     #[inline(always)]
-    pub unsafe fn run<S: Simd, T: Load>(&self, s: S) {
+    pub unsafe fn run<S: Simd, T: Load>(self, s: S) {
         let Block { key_range, d, .. } = *self.block;
         let pairs = d / (2 * S::LANES);
         for group in (key_range.low / S::LANES * S::LANES..key_range.high).step_by(S::LANES) {

@@ -62,13 +62,13 @@ pub(super) unsafe fn block<S: Simd>(
 ) {
     match block.p.v_packing {
         // SAFETY: the caller's.
-        Packing::Rows => unsafe { products(s, &pieces.keys, &pieces.values, block, rows, k, v) },
+        Packing::Rows => unsafe { products(s, pieces.keys, pieces.values, block, rows, k, v) },
         Packing::RowPairs => {
             let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
             // SAFETY: the caller's.
             unsafe {
-                let v = widen(&pieces.values, &Widen { block, v, head: 0 }, &mut pointers);
-                products(s, &pieces.keys, &pieces.widened, block, rows, k, v.rows());
+                let v = widen(pieces.values, &Widen { block, v, head: 0 }, &mut pointers);
+                products(s, pieces.keys, pieces.widened, block, rows, k, v.rows());
             }
         }
     }
@@ -92,7 +92,6 @@ unsafe fn products<S: Simd>(
     let steps = d.div_ceil(S::LANES);
     let parts = if slab * steps * S::LANES * size_of::<f32>() > SLAB_BYTES { 2 } else { 1 };
     let lanes = S::LANES / parts;
-    let mut finite = true;
     let mut groups = [Group::default(); MAX_GROUPS];
     let count = groups_of(rows, &mut groups);
     let groups = &groups[..count];
@@ -102,7 +101,7 @@ unsafe fn products<S: Simd>(
         let mut next_k = NextBlock::new::<S>(k, d * key_pieces.unit_bytes, parts * BLOCK / slab * groups.len());
         let mut next_v =
             NextBlock::new::<S>(v, dv * value_pieces.unit_bytes, value_slabs::<S>(dv).count() * groups.len());
-        (value_pieces.pack)(&mut PackValues { block, v, finite: if all { None } else { Some(&mut finite) } });
+        let mut finite = (value_pieces.pack)(&PackValues { block, v, check: !all });
         for column in (key_range.low / slab * slab..key_range.high).step_by(slab) {
             for part in 0..parts {
                 for_each_group(groups, |r, n, keys| {

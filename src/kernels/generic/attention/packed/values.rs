@@ -24,22 +24,25 @@ pub fn value_slabs<S: Simd>(dv: usize) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
-/// Widens the values of a key range into the slabs of [`value_slabs`]: `[slab][key][columns]`. Clears `finite`, if present, when one is
-/// not finite.
+/// Widens the values of a key range into the slabs of [`value_slabs`]: `[slab][key][columns]`. With `check`, says whether all are
+/// finite.
+#[derive(Clone, Copy)]
 pub(crate) struct PackValues<'a> {
     pub block: &'a Block<'a>,
     pub v: KeyPointers<'a, u8>,
-    pub finite: Option<&'a mut bool>,
+    pub check: bool,
 }
 
 impl PackValues<'_> {
-    /// Packs values of type `T`.
+    /// Packs values of type `T`; true unless one was to be checked and is not finite.
     ///
     /// # Safety
     /// As [`block`].
     #[inline(always)]
-    pub unsafe fn run<S: Simd, T: Load>(&mut self, s: S) {
-        let Self { block: &Block { scratch, key_range, dv, .. }, v, ref mut finite } = *self;
+    pub unsafe fn run<S: Simd, T: Load>(self, s: S) -> bool {
+        let Self { block: &Block { scratch, key_range, dv, .. }, v, check } = self;
+        let check = check && !T::ALWAYS_FINITE;
+        let mut finite = true;
         let v = v.cast::<T>();
         for (column, width) in value_slabs::<S>(dv) {
             for j in key_range.low..key_range.high {
@@ -52,8 +55,8 @@ impl PackValues<'_> {
                         let x = T::load_pair(s, row.add(i));
                         s.store_f32(to.add(i), x[0]);
                         s.store_f32(to.add(i + S::LANES), x[1]);
-                        if let Some(finite) = finite {
-                            **finite &= s.all_finite(x[0]) && s.all_finite(x[1]);
+                        if check {
+                            finite &= s.all_finite(x[0]) && s.all_finite(x[1]);
                         }
                         i += 2 * S::LANES;
                     }
@@ -61,13 +64,14 @@ impl PackValues<'_> {
                         let part = (dv - column).min(S::LANES);
                         let x = load_up_to(s, row, part);
                         s.store_f32(to, x);
-                        if let Some(finite) = finite {
-                            **finite &= s.all_finite(x);
+                        if check {
+                            finite &= s.all_finite(x);
                         }
                     }
                 }
             }
         }
+        finite
     }
 }
 
