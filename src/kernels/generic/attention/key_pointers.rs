@@ -71,7 +71,7 @@ impl<'a, T> KeyPointerTable<'a, T> {
     }
 }
 
-/// [`KeyPointerTable`], borrowed.
+/// A borrowed [`KeyPointerTable`].
 #[derive(Clone, Copy)]
 pub(crate) struct KeyPointers<'a, T> {
     keys: *const *const T,
@@ -94,7 +94,7 @@ impl<'a, T> KeyPointers<'a, T> {
     #[inline(always)]
     pub fn key(&self, head: usize, key: usize) -> *const T {
         debug_assert!(key < BLOCK);
-        // SAFETY: callers stay inside the key range, whose pointers have been written.
+        // SAFETY: callers stay inside the key range, whose pointers are written.
         unsafe { *self.keys.add(key) }.wrapping_byte_offset(self.head_offset(head))
     }
 
@@ -314,7 +314,7 @@ impl BlockRequest<'_> {
         }
     }
 
-    /// The key and the value at a place.
+    /// The key and the value in a slot.
     #[inline(always)]
     fn at<T>(&self, (row, slot): Place) -> (*const T, *const T) {
         // SAFETY: a visible position lies inside the cache.

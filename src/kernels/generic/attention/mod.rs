@@ -4,22 +4,22 @@
 //! | --- | --- |
 //! | `tile` | the walk of a tile over chunks and blocks |
 //! | `scratch` | the scratch memory of a tile, and the state of its rows |
-//! | `products` | the two products of a block: the trait, and what they are told of a block |
-//! | `pieces` | what a level does with keys of one format, and with values of one |
-//! | `key_pointers` | where the keys of a block lie, whatever the cache's layout |
-//! | `row_pairs` | values packed in pairs of slots, made into rows |
-//! | `direct` | scores and values of few rows (decode): straight from the cache |
-//! | `packed` | scores and values of many rows (prefill): from packed copies of a block |
-//! | `weighted` | sums of weighted values, wherever the values lie |
-//! | `scales` | scales per token and head beside the units of a quantised cache |
+//! | `products` | the two products of a block: the trait, and its arguments |
+//! | `pieces` | the functions of a level for keys of a format, and for values of a format |
+//! | `key_pointers` | pointers to the keys of a block, for every layout |
+//! | `row_pairs` | values in pairs of slots, converted to rows |
+//! | `direct` | the direct path: scores and values of few query rows (decode), from the cache |
+//! | `packed` | the packed path: scores and values of many query rows (prefill), from packed copies of a block |
+//! | `weighted` | sums of weighted values, in the cache or in copies |
+//! | `scales` | scales per token and head of a quantised cache |
 //! | `softmax` | scores to weights |
-//! | `state` | folding, finishing, and moving rows between their own type and f32 |
+//! | `state` | folding of states, outputs, and conversion of rows to and from f32 |
 //!
-//! # The road
-//! A tile is query rows of one batch row and of one or several KV heads: tokens times the query heads of the group, so that K
-//! and V are read once for all of them. Several KV heads go together where the heads of a token are neighbours in memory and
-//! the rows are few, so that memory is read in its own order. Keys are walked in blocks of [`BLOCK`] and chunks of [`CHUNK`],
-//! both on a grid that starts at key 0 of the cache, whatever is visible:
+//! # The algorithm
+//! A tile is the query rows of one sequence and of one or several KV heads: tokens times the query heads of the group,
+//! so that K and V are read once for all of them. Several KV heads share a tile if the heads of a token are adjacent
+//! in memory and there are few query rows, so that memory is read in its order. Keys are processed in blocks of
+//! [`BLOCK`] and chunks of [`CHUNK`], both on a grid that begins at key 0 of the sequence, whatever is visible:
 //!
 //! ```text
 //! Q rows -> f32 (once)                      scratch.q     [rows][dp]
@@ -30,21 +30,21 @@
 //! per chunk: (max, sum, O) folded into the row's total, in ascending order   scratch.total [rows][dvp]
 //! at the end: O / sum -> out, max + ln sum -> LSE
 //! ```
-//! A tile may also leave the states of its chunks in the workspace (`partials`); [`reduce`] folds them later in the same
-//! order, which is how one row runs on many threads.
+//! A tile can also write the states of its chunks to the workspace (`partials`). [`reduce`] folds them later in the
+//! same order, so that one sequence can run on many threads.
 //!
-//! # Why the bits do not depend on anything but the row
-//! Every number of a row is computed by a fixed sequence of operations. A score is always the sum over lanes, by
-//! [`Simd::sum_lanes`]'s tree, of partial sums over every LANES-th element (of the order in which [`Load::load_pair`] gives
-//! them); `direct` takes it directly, `packed` walks the same tree depth-first over a transposed block. Values are added one key
-//! after the other. Block and chunk grids are absolute. What a mask hides contributes a weight of exactly 0, and a block or
-//! chunk that is wholly hidden leaves a state as it is, so it does not matter whether it is skipped.
+//! # Why bits depend on the query row only
+//! Every number of a query row is computed by a fixed sequence of operations. A score is the sum over lanes, by the
+//! tree of [`Simd::sum_lanes`], of partial sums over every LANES-th element (in the order of [`Load::load_pair`]).
+//! `direct` computes it as such; `packed` walks the same tree depth-first over a transposed block. Values are added
+//! key after key. Block and chunk grids are absolute. A masked key has a weight of exactly 0, and a block or chunk
+//! that is completely masked does not change a state, so that it makes no difference whether it is skipped.
 //!
-//! # Why nothing hidden gets out
-//! Keys beyond what some row of the tile may see are not loaded (a prefetch may touch them: it cannot fault and moves no
-//! value). A hidden weight is replaced by 0, not multiplied. A weight of 0 still makes NaN out of a hidden NaN or infinity
-//! in V: when a block is hidden in part, its V is looked at first, and in the rare case that it is not finite, each row takes
-//! only the keys it sees, by the same operations.
+//! # Why masked data cannot reach the output
+//! Keys that no query row of the tile may see are not loaded (a prefetch may touch them, which cannot fault and moves
+//! no value). A masked weight is replaced by 0, not multiplied by it. A weight of 0 times a NaN or infinity in V would
+//! still be NaN. So if a block is partly masked, its V is checked first. In the rare case that it is not finite, each
+//! query row adds only the keys that it sees, by the same operations.
 
 mod direct;
 mod key_pointers;
@@ -76,5 +76,5 @@ pub(crate) use products::{Block, Products, VectorProducts};
 pub(crate) use scratch::{RowState, Scratch};
 pub(crate) use tile::{Deinterleaved, tile};
 
-/// Keys of which `direct` does the scores, or adds the values, before it goes on to the next KV head.
+/// Keys that `direct` processes before it continues with the next KV head.
 const SUBBLOCK: usize = 16;

@@ -16,7 +16,7 @@ pub(crate) struct Block<'a> {
     /// The block's first key.
     pub base: usize,
     pub key_range: KeyRange,
-    /// Keys of the key range that some row of the tile sees.
+    /// Keys of the key range that some query row of the tile sees.
     pub visible_bits: u64,
     /// Every row sees every key of the key range.
     pub all: bool,
@@ -47,7 +47,7 @@ pub(crate) trait Products<S: Simd> {
     unsafe fn end_chunk(&self, _s: S, _rows: &[RowState], _scratch: &Scratch) {}
 }
 
-/// [`Products`] by the vector trait: [`direct`] or [`packed`].
+/// [`Products`] with the vector trait, by the [`direct`] or the [`packed`] path.
 pub(crate) struct VectorProducts<'a>(pub &'a Pieces);
 
 impl<S: Simd> Products<S> for VectorProducts<'_> {

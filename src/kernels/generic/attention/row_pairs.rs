@@ -184,7 +184,7 @@ pub(super) unsafe fn load_two<S: Simd, T: Load, const N: usize>(s: S, from: *con
 /// One vector of both values of a pair: the even and the odd of `2 * LANES` elements.
 ///
 /// # Safety
-/// They are readable.
+/// These elements are readable.
 #[inline(always)]
 unsafe fn halves<S: Simd, T: Load>(s: S, from: *const T) -> [S::V; 2] {
     // SAFETY: the caller's.

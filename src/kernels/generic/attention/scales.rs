@@ -1,8 +1,9 @@
-//! Scales per token and head beside the units of a quantised cache.
+//! Scales per token and head of a quantised cache.
 //!
-//! A scale of keys multiplies the score of its key, before the scale of attention and the softcap; a scale of values multiplies
-//! the weight of its key, after the sum of the weights was taken. So neither is in an inner loop, and a block costs one pass over
-//! its scores and one over its weights. Both passes are the same for direct and packed products, which keeps their bits equal.
+//! The scale of a key multiplies its score, before the scale of attention and the softcap. The scale of a value
+//! multiplies its weight, after the sum of weights was taken. So neither is in an inner loop: a block takes one pass
+//! over its scores and one over its weights. The direct and the packed path share both passes, so that their bits
+//! agree.
 
 use super::Block;
 use crate::dtype::DType;
@@ -24,11 +25,11 @@ pub(super) unsafe fn scale_scores<S: Simd>(s: S, block: &Block, heads: Range<usi
     }
 }
 
-/// Multiplies the weights of a block and some of the tile's KV heads by the scales of its values, if it has any. Says whether the
-/// scales are finite: if not, the weight of a key that a row does not see may have become NaN.
+/// Multiplies the weights of a block and some of the tile's KV heads by the scales of its values, if it has any.
+/// Returns whether the scales are finite; if not, the weight of a masked key may have become NaN.
 ///
 /// # Safety
-/// As [`scale_scores`], with weights in place of scores.
+/// As [`scale_scores`], with weights instead of scores.
 #[inline(always)]
 pub(super) unsafe fn scale_weights<S: Simd>(s: S, block: &Block, heads: Range<usize>) -> bool {
     match &block.p.v.scales {
@@ -57,7 +58,7 @@ unsafe fn scale<S: Simd>(s: S, block: &Block, heads: Range<usize>, scales: &RawV
     finite
 }
 
-/// The scales of a block's visible keys and one of the tile's KV heads; those of other keys are left alone.
+/// Loads the scales of a block's visible keys for one KV head of the tile. Factors of other keys are unchanged.
 ///
 /// # Safety
 /// As [`scale_scores`].
@@ -81,7 +82,7 @@ unsafe fn load_scales(block: &Block, scales: &RawView, head: usize, factors: &mu
                     *factor = match scales.dtype {
                         DType::F32 => *first.cast::<f32>().offset(at),
                         DType::F16 => (*first.cast::<f16>().offset(at)).to_f32(),
-                        // Refused by the check of a call's scales.
+                        // The check of a call rejects bf16 scales.
                         DType::Bf16 => f32::NAN,
                     };
                 }
@@ -91,7 +92,8 @@ unsafe fn load_scales(block: &Block, scales: &RawView, head: usize, factors: &mu
     }
 }
 
-/// Rows of a block, one float per key, times a factor per key. Beyond the key range, whole vectors may be overwritten.
+/// Multiplies rows of a block, one float per key, by a factor per key. Vectors that extend beyond the key range may be
+/// overwritten.
 struct Scale<'a> {
     x: *mut f32,
     rows: usize,

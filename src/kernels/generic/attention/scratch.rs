@@ -25,7 +25,7 @@ pub(crate) struct Scratch {
     pub s: *mut f32,
     pub acc: *mut f32,
     pub total: *mut f32,
-    /// A row's sum of weights, lane by lane: `[rows][MAX_LANES]`.
+    /// The sum of weights of each query row, per lane: `[rows][MAX_LANES]`.
     pub sums: *mut f32,
     /// Packed copies: the K block transposed, and the V block in f32, in slabs as wide as a register tile.
     pub kt: *mut f32,

@@ -34,7 +34,7 @@ pub(crate) unsafe fn tile<S: Simd>(
     let (d, dv) = (p.q.shape[3], p.v_dim);
     let (dp, dvp) = (padded(d), padded(dv));
     let n = tile.rows();
-    // SAFETY: the scratch has `n` states; they are plain numbers, written below before they are read.
+    // SAFETY: the scratch has `n` states of plain numbers, which are written below before they are read.
     let rows = unsafe { std::slice::from_raw_parts_mut(scratch.rows, n) };
     let always_visible = p.visibility.always_visible(tile.batch);
     let mut reach = TileVisibility { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, always_visible };
@@ -93,7 +93,7 @@ pub(crate) unsafe fn tile<S: Simd>(
                     low: from.saturating_sub(block * BLOCK).min(BLOCK),
                     high: (to - block * BLOCK).min(BLOCK),
                 };
-                // SAFETY: keys from..to are visible to some row, so inside the views.
+                // SAFETY: keys from..to are visible to some query row, hence inside the views.
                 unsafe { one_block(s, p, tile, scratch, products, rows, block, key_range, &reach) };
             }
             // SAFETY: the chunk's blocks are done.
@@ -111,7 +111,7 @@ pub(crate) unsafe fn tile<S: Simd>(
                 row_lines(&p.out, row).for_each(|line| s.prefetch_write(line));
             }
             let row = &mut rows[r];
-            // SAFETY: the scratch parts have their rows.
+            // SAFETY: the scratch buffers have these rows.
             unsafe {
                 let state = if from < to {
                     // One sum over lanes for as many rows as there are lanes.
@@ -179,7 +179,7 @@ unsafe fn one_block<S: Simd>(
         for row in rows.iter_mut() {
             row.visible_bits = between((row.low, row.high), base) | always_visible;
             if row.visible_bits != 0 {
-                // SAFETY: the row's keys are inside the masks.
+                // SAFETY: the keys of the query row are inside the masks.
                 row.visible_bits &=
                     unsafe { p.visible_by_masks(tile.batch, (row.token, row.head), base, row.visible_bits) };
             }
@@ -196,7 +196,7 @@ unsafe fn one_block<S: Simd>(
     let [keys, values] = &mut pointers;
     let (mut k, mut v) = (KeyPointerTable::<u8>::new(keys), KeyPointerTable::<u8>::new(values));
     let gather_buffers = GatherBuffers { k: scratch.k_block, v: scratch.v_block };
-    // SAFETY: the block's visible keys are inside k and v, the scratch parts have the sizes their layout gives.
+    // SAFETY: the block's visible keys are inside k and v, and the scratch buffers have the sizes of their layout.
     unsafe {
         locate(&BlockRequest { p, tile, base, key_range, visible_bits: any, reach }, &gather_buffers, (&mut k, &mut v));
         products.block(

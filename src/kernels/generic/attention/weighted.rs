@@ -33,7 +33,7 @@ pub trait ValueRows {
     }
 }
 
-/// `acc[r] += sum over keys of weights[r][key] * v[key]`, one key after the other. Rows of weights lie [`BLOCK`] apart.
+/// `acc[r] += sum over keys of weights[r][key] * v[key]`, key after key. Rows of weights are [`BLOCK`] floats apart.
 pub struct WeightedValues<V> {
     pub weights: *const f32,
     pub acc: *mut f32,
@@ -185,7 +185,7 @@ impl<V: ValueRows> WeightedValues<V> {
 /// Loads a vector of which `part` elements are read and the others are 0.
 ///
 /// # Safety
-/// They are readable.
+/// These elements are readable.
 #[inline(always)]
 pub unsafe fn load_up_to<S: Simd, T: Load>(s: S, from: *const T, part: usize) -> S::V {
     // SAFETY: the caller's.
