@@ -11,11 +11,11 @@ use crate::problem::limits::MAX_ROTARY_DIM;
 use crate::problem::rotation::Pairing;
 use crate::view::{RawView, SEQ, View, ViewMut};
 
-/// How frequencies are stretched beyond the length that a model was trained for. Write `f_i = base^(-2i / rotary_dim)`.
+/// How frequencies are scaled for texts beyond the training length. With `f_i = base^(-2i / rotary_dim)`:
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum RopeScaling {
-    /// `f_i` as they are.
+    /// `f_i`.
     #[default]
     None,
     /// `f_i / factor` (position interpolation, <https://arxiv.org/abs/2306.15595>).
@@ -28,12 +28,12 @@ pub enum RopeScaling {
         /// How much longer than in training.
         factor: f64,
     },
-    /// Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended.
+    /// Llama 3.1: frequencies of long wavelengths are divided by `factor`, those of short wavelengths kept, those between blended.
     Llama3(Llama3Scaling),
-    /// YaRN (<https://arxiv.org/abs/2309.00071>): a ramp between interpolation and extrapolation over the pairs.
+    /// YaRN (<https://arxiv.org/abs/2309.00071>): over the pairs, a ramp between interpolation and extrapolation.
     Yarn(YarnScaling),
-    /// LongRoPE (<https://arxiv.org/abs/2402.13753>): `f_i / factors[i]`. Which of a model's two lists applies depends on
-    /// the length of the text: make one set of frequencies for each.
+    /// LongRoPE (<https://arxiv.org/abs/2402.13753>): `f_i / factors[i]`. A model has a list for short and one for long texts:
+    /// make a set of frequencies for each.
     LongRope(LongRopeScaling),
 }
 
@@ -137,7 +137,7 @@ impl From<LongRopeScaling> for RopeScaling {
     }
 }
 
-/// Angular frequencies, in f64, and a factor on cosines and sines.
+/// Angular frequencies in f64, in radians per position, and a factor on cosines and sines.
 ///
 /// ```
 /// use kvlane::{Llama3Scaling, RopeFrequencies, RopeScaling};
@@ -157,8 +157,8 @@ impl RopeFrequencies {
     /// Frequencies for the leading `rotary_dim` elements of a head.
     ///
     /// # Errors
-    /// `rotary_dim` is odd, 0 or above [`MAX_ROTARY_DIM`]; a parameter is not finite or not positive; a list is not
-    /// `rotary_dim / 2` long.
+    /// [`Status::InvalidValue`]: `rotary_dim` is odd, 0 or above [`MAX_ROTARY_DIM`], or a parameter is not finite or not
+    /// positive. [`Status::Shape`]: the list of divisors has not `rotary_dim / 2` entries.
     pub fn new(rotary_dim: usize, base: f64, scaling: &RopeScaling) -> Result<Self> {
         check_rotary_dim(rotary_dim)?;
         positive("base", base)?;
@@ -209,7 +209,7 @@ impl RopeFrequencies {
                     InvalidValue,
                     "beta_fast {beta_fast} is below beta_slow {beta_slow}"
                 );
-                // The pair that makes so many turns over the original length.
+                // The pair that makes `turns` turns over the original length.
                 let pair = |turns: f64| {
                     dim * (original_max_position / (turns * std::f64::consts::TAU)).ln() / (2.0 * base.ln())
                 };
@@ -255,17 +255,17 @@ impl RopeFrequencies {
         Self::from_inv_freq(inv_freq, magnitude)
     }
 
-    /// Frequencies of any other origin; `magnitude` multiplies cosines and sines.
+    /// Frequencies from any other source; `magnitude` multiplies cosines and sines.
     ///
     /// # Errors
-    /// There are none or more than [`MAX_ROTARY_DIM`]` / 2`, or a number is not finite.
+    /// [`Status::InvalidValue`]: there are none or more than [`MAX_ROTARY_DIM`]` / 2`, or a number is not finite.
     pub fn from_inv_freq(inv_freq: Vec<f64>, magnitude: f64) -> Result<Self> {
         check_rotary_dim(inv_freq.len().saturating_mul(2))?;
         check_frequencies(&inv_freq, magnitude)?;
         Ok(Self { inv_freq, magnitude })
     }
 
-    /// Radians a position, pair by pair.
+    /// The frequency of each pair, in radians per position.
     pub fn inv_freq(&self) -> &[f64] {
         &self.inv_freq
     }
@@ -275,7 +275,7 @@ impl RopeFrequencies {
         self.magnitude
     }
 
-    /// How many leading elements of a head they turn.
+    /// The number of leading elements of a head that they rotate.
     pub fn rotary_dim(&self) -> usize {
         2 * self.inv_freq.len()
     }
@@ -297,7 +297,7 @@ impl RopeFrequencies {
     }
 }
 
-/// Cosines and sines for the positions from `first` on, a row of `inv_freq.len()` each, as many rows as `cos` holds.
+/// Cosines and sines for the positions from `first` on: rows of `inv_freq.len()`, as many as `cos` holds.
 pub(crate) fn fill_table(
     context: &Context,
     inv_freq: &[f64],
@@ -335,13 +335,13 @@ pub(crate) fn check_frequencies(inv_freq: &[f64], magnitude: f64) -> Result<()> 
     Ok(())
 }
 
-/// Where the angles of a rotation come from.
+/// The source of the angles of a rotation.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum RopeAngles<'a> {
     /// Position times frequency, computed and reduced in f64.
     Frequencies(&'a RopeFrequencies),
-    /// A table of the caller's, `[rows, rotary_dim / 2]` each; a position is a row.
+    /// Tables of cosines and sines, `[rows, rotary_dim / 2]` each; row p is position p.
     #[non_exhaustive]
     Table {
         /// Cosines.
@@ -352,7 +352,7 @@ pub enum RopeAngles<'a> {
 }
 
 impl<'a> RopeAngles<'a> {
-    /// Tables of cosines and sines, `[rows, rotary_dim / 2]` each.
+    /// [`RopeAngles::Table`].
     pub fn table(cos: &'a [f32], sin: &'a [f32]) -> Self {
         Self::Table { cos, sin }
     }
@@ -364,27 +364,27 @@ impl<'a> From<&'a RopeFrequencies> for RopeAngles<'a> {
     }
 }
 
-/// Which position each token has.
+/// The position of each token.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum Positions<'a> {
-    /// `[batch]`: token t of row b is at `offsets[b] + t`.
+    /// `[batch]`: token t of sequence b stands at position `offsets[b] + t`.
     Offsets(&'a [i32]),
-    /// `[batch, seq]`: anything.
+    /// `[batch, seq]`: a position per token.
     Explicit(&'a [i32]),
 }
 
-/// How to rotate.
+/// A rotation of queries or keys.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Rope<'a> {
     /// Which elements form a pair.
     pub pairing: Pairing,
-    /// How many leading elements of a head are rotated; the others are copied. Even, at most `dim`.
+    /// The number of leading elements of a head that are rotated; the others are copied. Even, at most `dim`.
     pub rotary_dim: usize,
-    /// The angles.
+    /// The source of the angles.
     pub angles: RopeAngles<'a>,
-    /// The positions. They may be negative with [`RopeAngles::Frequencies`].
+    /// The position of each token. With [`RopeAngles::Frequencies`], positions may be negative.
     pub positions: Positions<'a>,
 }
 
@@ -522,14 +522,18 @@ impl TokenAngles {
 
 /// Rotates queries or keys: `dst = RoPE(src)`.
 ///
-/// `src` and `dst` are `[batch, seq, heads, dim]`, of any strides and types (arithmetic is f32, rounded once to the type of
-/// `dst`). Angles are computed in f64, so that they are right at any position.
+/// `src` and `dst` are `[batch, seq, heads, dim]`, of any strides and types. Arithmetic is f32, rounded once to the type of
+/// `dst`. Angles are computed and reduced in f64, so that they are right at any position.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs.
 ///
 /// # Errors
-/// Shapes that differ, `rotary_dim` odd or above `dim`, positions of the wrong number or outside a table. Nothing has been
-/// written then.
+/// - [`Status::Shape`]: shapes differ, `rotary_dim` exceeds `dim`, or a list has the wrong length.
+/// - [`Status::InvalidValue`]: `rotary_dim` is odd or 0.
+/// - [`Status::OutOfRange`]: a position lies outside of a table.
+/// - [`Status::Overlap`]: the views share memory.
+///
+/// On an error, nothing has been written.
 ///
 /// ```
 /// use kvlane::*;
@@ -547,7 +551,10 @@ pub fn rope(context: &Context, runner: &dyn Runner, src: View, dst: ViewMut, opt
     unsafe { rope_raw(context, runner, src.raw, dst.raw, &options.raw(), None) }
 }
 
-/// Rotates queries or keys where they are; otherwise as [`rope()`].
+/// Rotates queries or keys in place; see [`rope()`].
+///
+/// # Errors
+/// As [`rope()`].
 pub fn rope_in_place(context: &Context, runner: &dyn Runner, x: ViewMut, options: &Rope) -> Result<()> {
     // SAFETY: the view borrows what it reaches, exclusively.
     unsafe { rope_raw(context, runner, x.raw, x.raw, &options.raw(), None) }

@@ -10,19 +10,19 @@ use crate::parallel::{MAX_WORKERS, Runner};
 use crate::view::{DIM, HEADS, RawCacheView, RawView, SEQ, Units, contiguous};
 
 impl KvCache<'_, '_> {
-    /// Every sequence b becomes a copy of what sequence `parents[b]` was, tokens and length (beam search). Only valid tokens
-    /// move, and only those of sequences that are not their own parents; a sequence may be the parent of several, or of none.
+    /// Replaces every sequence b by what sequence `parents[b]` was, tokens and length (beam search). Only valid tokens move,
+    /// and only those of sequences that are not their own parents. A sequence may be the parent of several sequences, or of
+    /// none.
     ///
-    /// Sequences of pages are reordered by the caller, who permutes the sequences of the table and shares pages; [`copy_pages`]
-    /// gives a sequence a last page of its own. Ragged sequences have no room for each other.
-    ///
-    /// [`copy_pages`]: crate::copy_pages
-    ///
-    /// Thread safety: may be called from any number of threads at once on disjoint caches.
+    /// The sequences of a paged cache are reordered by the caller, who permutes the table and shares pages;
+    /// [`copy_pages`](crate::copy_pages) gives a sequence a last page of its own. Ragged sequences have no room for each
+    /// other's tokens.
     ///
     /// # Errors
-    /// A list that has not an entry a sequence, a parent that does not exist, a layout that is neither contiguous nor a ring.
-    /// Nothing has been written then.
+    /// [`Status::Shape`](crate::Status::Shape): the list has not an entry per sequence.
+    /// [`Status::OutOfRange`](crate::Status::OutOfRange): a parent does not exist.
+    /// [`Status::InvalidValue`](crate::Status::InvalidValue): the layout is neither contiguous nor a ring. On an error, nothing
+    /// has been written.
     pub fn reorder(
         &mut self,
         context: &Context,
@@ -39,33 +39,36 @@ impl KvCache<'_, '_> {
     }
 }
 
-/// Bytes of workspace that [`KvCache::reorder`] needs for these layers, so many sequences and so many threads.
-pub fn reorder_workspace_size(layers: &[super::KvLayer], rows: usize, threads: usize) -> usize {
-    reorder_workspace_size_raw(&SafeLayers(layers), rows, threads).unwrap_or(0)
+/// Bytes of workspace that [`KvCache::reorder`] needs for these layers, `sequences` sequences and `threads` threads.
+pub fn reorder_workspace_size(layers: &[super::KvLayer], sequences: usize, threads: usize) -> usize {
+    reorder_workspace_size_raw(&SafeLayers(layers), sequences, threads).unwrap_or(0)
 }
 
-/// Bytes of workspace that [`reorder_table`] needs for a table `[batch, capacity]`.
-pub fn reorder_table_workspace_size(rows: usize, capacity: usize) -> usize {
-    plan_bytes(rows).saturating_add(capacity.saturating_mul(size_of::<i32>()))
+/// Bytes of workspace that [`reorder_table`] needs for a table `[sequences, capacity]`.
+pub fn reorder_table_workspace_size(sequences: usize, capacity: usize) -> usize {
+    plan_bytes(sequences).saturating_add(capacity.saturating_mul(size_of::<i32>()))
 }
 
-/// Sequence b of the table of an [`Indirect`](Layout::Indirect) cache, `[batch, capacity]`, becomes a copy of what sequence
-/// `parents[b]` was, and so does its length. No token moves; see [the steps of a beam
+/// Replaces every sequence b of the table of an [`Indirect`](Layout::Indirect) cache, `[batch, capacity]`, by what sequence
+/// `parents[b]` was, and its length likewise. No token moves; see [the steps of a beam
 /// search](crate::KvCache#beam-search-without-copies).
 ///
-/// Entries beyond a length keep their values or take over others'; they mean nothing.
+/// Entries beyond a length have no meaning, before and after.
+///
+/// Thread safety: may be called from any number of threads at once on disjoint tables and workspaces.
 ///
 /// # Errors
-/// Lists of different sizes, a parent that does not exist, a length that is negative or above the capacity, a sequence that would
-/// write slots again in which another sequence has tokens ([`Overlap`](crate::Status::Overlap)). Nothing has changed then.
+/// [`Status::Shape`](crate::Status::Shape): lists have different lengths. [`Status::OutOfRange`](crate::Status::OutOfRange): a
+/// parent does not exist, or a length is negative or above the capacity. [`Status::Overlap`](crate::Status::Overlap): a
+/// sequence would write slots again in which another sequence has tokens. On an error, nothing has changed.
 ///
 /// ```
 /// use kvlane::*;
-/// let (rows, capacity) = (3, 4);
-/// let (mut table, mut lengths) = (vec![0; rows * capacity], [2; 3]);
-/// set_table_tokens(&mut table, capacity, &[0; 3], 2)?; // two tokens of every sequence lie in its own cache sequence
+/// let (sequences, capacity) = (3, 4);
+/// let (mut table, mut lengths) = (vec![0; sequences * capacity], [2; 3]);
+/// set_table_tokens(&mut table, capacity, &[0; 3], 2)?; // every sequence has written two tokens
 /// reorder_table(&mut Workspace::new(), &mut table, capacity, &mut lengths, &[2, 0, 2])?;
-/// set_table_tokens(&mut table, capacity, &lengths, 1)?; // the next one again
+/// set_table_tokens(&mut table, capacity, &lengths, 1)?; // and one more
 /// assert_eq!(table[..3], [2, 2, 0]);
 /// assert_eq!(table[4..7], [0, 0, 1]);
 /// # Ok::<(), kvlane::Error>(())
@@ -82,12 +85,13 @@ pub fn reorder_table(
     unsafe { reorder_table_raw((workspace.as_mut_ptr(), workspace.len()), table, capacity, lengths, parents) }
 }
 
-/// In the table of an [`Indirect`](Layout::Indirect) cache, `[batch, capacity]`: `tokens` tokens of every sequence b, from position
-/// `positions[b]` on, lie in cache sequence b, where they have just been written.
+/// Enters new tokens in the table of an [`Indirect`](Layout::Indirect) cache, `[batch, capacity]`: `tokens` tokens of every
+/// sequence b, from position `positions[b]` on, lie in sequence b of the cache, where they have just been written.
 ///
 /// # Errors
-/// A table that is not `capacity` entries for each of the positions, tokens past the capacity
-/// ([`Capacity`](crate::Status::Capacity)), a negative position. Nothing has changed then.
+/// [`Status::Shape`](crate::Status::Shape): the table has not `capacity` entries per position.
+/// [`Status::OutOfRange`](crate::Status::OutOfRange): a position is negative. [`Status::Capacity`](crate::Status::Capacity):
+/// tokens lie beyond the capacity. On an error, nothing has changed.
 pub fn set_table_tokens(table: &mut [i32], capacity: usize, positions: &[i32], tokens: usize) -> Result<()> {
     check_table(table, capacity, positions.len())?;
     for (row, &position) in positions.iter().enumerate() {
@@ -125,7 +129,7 @@ fn check_parents(parents: &[i32], rows: usize) -> Result<()> {
     Ok(())
 }
 
-/// One sequence replaced by another. `BUFFER` is no sequence, but memory for one.
+/// The replacement of one sequence by another; `BUFFER` stands for the memory of a worker.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Move {
     to: i32,
@@ -134,7 +138,7 @@ struct Move {
 
 const BUFFER: i32 = -1;
 
-/// Bytes of a plan for so many sequences, in which each moves once, and into the buffer once a cycle of two or more.
+/// Bytes of a plan for `rows` sequences: each moves once, and one of every cycle moves into the buffer too.
 fn plan_bytes(rows: usize) -> usize {
     let moves = rows.saturating_add(rows / 2);
     let bytes = rows.saturating_mul(size_of::<i32>()).saturating_add(moves.saturating_mul(size_of::<Move>()));

@@ -1,31 +1,4 @@
-//! Dropping tokens from the middle of a sequence, in two ways.
-//!
-//! RoPE has turned the key of position p by the angles `p * f`. When `n` tokens before it are dropped, a score must depend on
-//! the new distance between query and key. Two ways lead there:
-//!
-//! - **Turn what follows the gap** ([`KvCache::evict`]). A turn by `-n * f` gives a key what RoPE would have given it at position
-//!   `p - n`. All keys after the gap take the same angles, which are computed once, in f64. A factor on cosines and sines
-//!   (YaRN, LongRoPE) is in the keys already and is not applied again. Positions stay dense: the next token takes RoPE
-//!   position `length`. Every call rounds the moved keys once more.
-//! - **Let positions run on** ([`KvCache::evict_running`]). Scores depend on differences of positions only, so keys after the
-//!   gap can keep the positions they were written with, if the next queries and keys go on from there: the next token takes
-//!   RoPE position `length + dropped`, where `dropped` counts all tokens that the sequence has lost. Only the keys before the gap
-//!   are now too far away. They are few (attention sinks), and are written again from copies that were never rotated, at
-//!   positions `t + dropped`. Nothing is ever rounded twice.
-//!
-//! # Drift
-//! A turn by a small angle moves a 16-bit element by less than half a unit in its last place, and rounds back to where it was:
-//! many small evictions by the first way leave keys at positions they no longer have. Attention over 300 of 1,300 random
-//! tokens (heads of 64 elements, base 10000), largest error of the output against f64, values in [-1, 1]:
-//!
-//! | cache | 1,000 times `evict` of one token | one `evict` of 1,000 tokens | 1,000 times `evict_running` of one token |
-//! | --- | --- | --- | --- |
-//! | f32 | 1.3e-5 | 1.2e-6 | 1.2e-6 |
-//! | f16 | 0.079 | 0.00061 | 0.00058 |
-//! | bf16 | 0.41 | 0.0055 | 0.0035 |
-//!
-//! So `evict` suits a cache that drops a large part at once and rarely; a stream that drops a little at every step takes
-//! `evict_running`.
+//! Dropping tokens from the middle of a sequence: see [`KvCache`].
 
 use super::{
     KvCache, RawCache, RowOf, Step, check_apart, check_pages_unshared, for_each_piece, heads_of, move_range,
@@ -42,13 +15,13 @@ use crate::problem::rotation::Pairing;
 use crate::view::{BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, View};
 use std::ops::Range;
 
-/// How the keys of a layer were turned when they were written.
+/// The rotation that the keys of a layer were written with.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct KeyRotation<'a> {
     /// Which elements form a pair.
     pub pairing: Pairing,
-    /// The frequencies, scaling and all; their magnitude does not matter here.
+    /// The frequencies, with their scaling. [`KvCache::evict`] ignores their magnitude.
     pub frequencies: &'a RopeFrequencies,
 }
 
@@ -67,32 +40,31 @@ pub(crate) struct RawRotation<'a> {
 }
 
 impl KvCache<'_, '_> {
-    /// Drops the tokens `drop` of a sequence and closes the gap: later tokens move down by `drop.len()` positions, and their keys
-    /// are turned to where they then stand. To keep sinks, begin after them.
+    /// Drops the tokens `drop` of a sequence and closes the gap: later tokens move down by `drop.len()` positions, and their
+    /// keys are rotated to the new positions. To keep sink tokens, begin after them.
     ///
-    /// `rotations` has an entry a layer, or one for all of them, or none where keys carry no rotation; `None` is a layer whose
-    /// keys are not turned. Angles are computed in f64, arithmetic is f32, rounded once to the type of the cache. The error
-    /// that a pair of elements has is turned with it, and each call adds that of one more RoPE into the cache's type: half a
-    /// unit in the last place of each element, and in f32 `max_error` of [`Op::Rope`](crate::Op::Rope). Values move to the bit. What is
-    /// behind the new end of the sequence keeps its bytes.
+    /// `rotations` has an entry per layer, or one for all layers, or none if keys carry no rotation; `None` is a layer whose
+    /// keys are not rotated. Angles are computed in f64; arithmetic is f32, rounded once to the format of the cache. Each call
+    /// adds one rounding of every moved key: half a unit in the last place of an element, and in f32 the `max_error` of
+    /// [`Op::Rope`](crate::Op::Rope). These errors [add up](Self#dropping-tokens-in-two-ways). Values move with all their bits.
+    /// Bytes behind the new end of the sequence do not change.
     ///
-    /// These errors add up, and do not cancel: a turn by less than half a unit in the last place of a 16-bit element rounds
-    /// back, so many evictions of few tokens leave keys where they were. [`Self::evict_running`] has no such drift.
-    ///
-    /// In a paged cache tokens move from page to page; pages that the sequence needs no more are the caller's to give away.
-    ///
-    /// Thread safety: may be called from any number of threads at once on disjoint caches.
+    /// In a paged cache, tokens move from page to page; the caller frees pages that the sequence no longer needs.
     ///
     /// # Errors
-    /// A sequence that does not exist, a range that is none or goes beyond the sequence's length, a number of rotations that fits
-    /// nothing, a `rotary_dim` above a layer's dim, a page that is to be written and that another sequence uses too; a ring, which
-    /// drops its oldest tokens by itself and in which positions are bound to slots; an [`Indirect`](Layout::Indirect) cache, whose
-    /// tokens belong to several sequences. Nothing has been written then.
+    /// - [`Status::OutOfRange`](crate::Status::OutOfRange): the sequence does not exist, or `drop` is no range of its tokens.
+    /// - [`Status::Shape`](crate::Status::Shape): the number of rotations fits neither all layers nor each, or a `rotary_dim`
+    ///   exceeds the dim of a layer.
+    /// - [`Status::Overlap`](crate::Status::Overlap): a page would be written that another sequence uses too.
+    /// - [`Status::InvalidValue`](crate::Status::InvalidValue): the layout is a ring, whose positions are bound to slots, or
+    ///   [`Layout::Indirect`], whose tokens belong to several sequences.
+    ///
+    /// On an error, nothing has been written.
     pub fn evict(
         &mut self,
         context: &Context,
         runner: &dyn Runner,
-        row: usize,
+        sequence: usize,
         drop: Range<usize>,
         rotations: &[Option<KeyRotation>],
     ) -> Result<()> {
@@ -100,29 +72,27 @@ impl KvCache<'_, '_> {
             |i: usize| Ok(rotations[i].map(|r| RawRotation { pairing: r.pairing, inv_freq: r.frequencies.inv_freq() }));
         let n = rotations.len();
         // SAFETY: the views borrow what they reach.
-        self.with_raw(|cache| unsafe { evict_raw(context, runner, cache, row as i64, drop, n, &raw) })
+        self.with_raw(|cache| unsafe { evict_raw(context, runner, cache, sequence as i64, drop, n, &raw) })
     }
 
-    /// Drops the tokens `drop` of a sequence and closes the gap, and lets RoPE positions run on: the keys of later tokens move with
-    /// all their bits, as values do, and only the keys before the gap are brought near, by writing them again from unrotated
-    /// copies. However often it is called, each key has been rounded once.
+    /// Drops the tokens `drop` of a sequence and closes the gap, and lets RoPE positions run on: the keys of later tokens move
+    /// with all their bits, as values do, and the keys before the gap are written again from unrotated copies. Whatever the
+    /// number of calls, each key has been rounded once.
     ///
-    /// `dropped` is how many tokens the sequence has lost before this call. Afterwards token `t` before the gap has RoPE position
-    /// `t + dropped + drop.len()`, and so has, by its new `t`, every token behind it; the next query and key take
-    /// `length + dropped`, with the new length and the new sum. `lengths`, causality, windows and ALiBi go on counting from
-    /// 0, without regard to this.
+    /// `dropped` is the number of tokens that the sequence has lost before this call. After it, every token t, by its new
+    /// number, has RoPE position `t + dropped + drop.len()`, and the next query and key take `length + dropped`, with the new
+    /// length and the new sum. `lengths`, causality, windows and ALiBi count from 0, whatever `dropped` is.
     ///
-    /// `unrotated` has an entry per layer, or one for all of them, or none: where keys carry no rotation, or no token is kept
-    /// before the gap. `None` is a layer whose keys before the gap stay as they are.
+    /// `unrotated` has an entry per layer, or one for all layers, or none if keys carry no rotation or no token is kept before
+    /// the gap. `None` is a layer whose keys before the gap stay as they are.
     ///
-    /// In a paged cache tokens move from page to page; pages that the sequence needs no more are the caller's to give away.
-    ///
-    /// Thread safety: may be called from any number of threads at once on disjoint caches.
+    /// In a paged cache, tokens move from page to page; the caller frees pages that the sequence no longer needs.
     ///
     /// # Errors
-    /// Those of [`Self::evict`]; copies of fewer tokens than there are before the gap, or of other heads or another dim than the
-    /// layer's keys, or that share memory with the cache; positions beyond `i32::MAX`
-    /// ([`Capacity`](crate::Status::Capacity)). Nothing has been written then.
+    /// Those of [`evict`](Self::evict). [`Status::Shape`](crate::Status::Shape): a copy has fewer tokens than lie before the
+    /// gap, or other heads or another dim than the keys of the layer. [`Status::Overlap`](crate::Status::Overlap): a copy
+    /// shares memory with the cache. [`Status::Capacity`](crate::Status::Capacity): positions exceed `i32::MAX`. On an error,
+    /// nothing has been written.
     ///
     /// ```
     /// use kvlane::*;
@@ -149,7 +119,7 @@ impl KvCache<'_, '_> {
         &mut self,
         context: &Context,
         runner: &dyn Runner,
-        row: usize,
+        sequence: usize,
         drop: Range<usize>,
         dropped: usize,
         unrotated: &[Option<UnrotatedKeys>],
@@ -158,19 +128,18 @@ impl KvCache<'_, '_> {
         let n = unrotated.len();
         // SAFETY: the views borrow what they reach.
         self.with_raw(|cache| unsafe {
-            evict_running_raw(context, runner, cache, row as i64, drop, dropped, (n, &raw))
+            evict_running_raw(context, runner, cache, sequence as i64, drop, dropped, (n, &raw))
         })
     }
 }
 
-/// Keys before their rotation, and how they are rotated: what [`KvCache::evict_running`] writes the first tokens of a sequence
-/// from.
+/// Keys before their rotation, and the rotation: the source of the first tokens of a sequence in [`KvCache::evict_running`].
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct UnrotatedKeys<'a> {
-    /// `[1, tokens, kv_heads, dim]`, of any type: the keys of the sequence's first tokens, after their norm if the model has one.
+    /// `[1, tokens, kv_heads, dim]`, of any type: the keys of the first tokens, after the norm if the model has one.
     pub keys: View<'a>,
-    /// How they are rotated, with the magnitude of the frequencies.
+    /// The rotation, with the magnitude of its frequencies.
     pub rotation: KeyRotation<'a>,
 }
 

@@ -1,4 +1,4 @@
-//! Lengths: how many tokens the sequences of a cache have.
+//! Lengths: the number of tokens in each sequence of a cache.
 
 use super::{KvCache, RawCache, check_held, held, lost};
 use crate::error::{Result, ensure};
@@ -6,40 +6,45 @@ use crate::layout::Layout;
 use crate::view::SEQ;
 
 impl KvCache<'_, '_> {
-    /// Sequence `sequences[i]` has `values[i]` tokens from now on: a claim about what lies in the cache, which is taken as it is.
+    /// Sets the length of sequence `sequences[i]` to `values[i]`. What lies in the cache is not examined.
     ///
     /// # Errors
-    /// Lists of different sizes, a sequence that does not exist or comes twice, a value that is negative
-    /// ([`OutOfRange`](crate::Status::OutOfRange)) or above the sequence's capacity ([`Capacity`](crate::Status::Capacity)), a
-    /// table entry that leads outside the cache. No length has changed then.
+    /// [`Status::Shape`](crate::Status::Shape): the lists have different lengths.
+    /// [`Status::OutOfRange`](crate::Status::OutOfRange): a sequence does not exist, a value is negative, or a table entry
+    /// leads outside of the cache. [`Status::DuplicateSlot`](crate::Status::DuplicateSlot): a sequence comes twice.
+    /// [`Status::Capacity`](crate::Status::Capacity): a value exceeds the capacity of its sequence. On an error, no length has
+    /// changed.
     pub fn set_lengths(&mut self, sequences: &[i32], values: &[i32]) -> Result<()> {
         self.with_raw(|cache| cache.set_lengths(sequences, values))
     }
 
-    /// Adds `counts[b]` to the length of every sequence b, after as many tokens have been written to it.
+    /// Adds `counts[b]` to the length of every sequence b, after that many tokens have been written to it.
     ///
     /// # Errors
-    /// A list that has not an entry a sequence, a negative count, a length above the sequence's capacity
-    /// ([`Capacity`](crate::Status::Capacity)), a table entry that leads outside the cache. No length has changed then.
+    /// [`Status::Shape`](crate::Status::Shape): the list has not an entry per sequence.
+    /// [`Status::OutOfRange`](crate::Status::OutOfRange): a count is negative, or a table entry leads outside of the cache.
+    /// [`Status::Capacity`](crate::Status::Capacity): a length would exceed the capacity of its sequence. On an error, no
+    /// length has changed.
     pub fn advance(&mut self, counts: &[i32]) -> Result<()> {
         self.with_raw(|cache| cache.advance(counts))
     }
 
-    /// Takes the last tokens of sequences away: sequence b has `lengths[b]` tokens from now on. No byte of the cache changes.
+    /// Removes the last tokens of sequences: sequence b keeps its first `lengths[b]` tokens. No byte of the cache changes.
     ///
-    /// In a ring the tokens that are taken away have overwritten older ones, which a ring of the shorter length would show
-    /// again. So a ring that has gone round can only be truncated if they will not be looked at: `window` is the left window
-    /// of all attention over this cache, as in [`AttentionOptions`](crate::AttentionOptions), and a ring whose capacity
-    /// exceeds `sinks + window` by n tokens can give back n. `None` is no window. The cache knows no length but the present one:
-    /// truncations that follow each other without new tokens between them count together, and who makes several has to add
-    /// them up.
+    /// The tokens that a ring has overwritten would be visible again at a shorter length. A ring that has gone round can
+    /// therefore be truncated only if no attention reads them: `window` is the left window of all attention over this cache, as
+    /// in [`AttentionOptions`](crate::AttentionOptions), and a ring whose capacity exceeds `sink_tokens + window` by n tokens
+    /// can give back n. `None` is no window. Only the present length is known: truncations without writes between them count
+    /// together, and the caller adds them up.
     ///
-    /// In an [`Indirect`](Layout::Indirect) cache the slots of the tokens that are taken away are written again. That is
-    /// refused while a token that another sequence keeps lies there.
+    /// In an [`Indirect`](Layout::Indirect) cache, the slots of removed tokens are written again. The call is refused if
+    /// another sequence keeps a token there.
     ///
     /// # Errors
-    /// A list that has not an entry a sequence, a length that is negative or above the present one, tokens that have been or
-    /// would be overwritten. No length has changed then.
+    /// [`Status::Shape`](crate::Status::Shape): the list has not an entry per sequence.
+    /// [`Status::OutOfRange`](crate::Status::OutOfRange): a length is negative or above the present one, or tokens were
+    /// overwritten. [`Status::Overlap`](crate::Status::Overlap): tokens of another sequence would be overwritten. On an error,
+    /// no length has changed.
     pub fn truncate(&mut self, lengths: &[i32], window: Option<u32>) -> Result<()> {
         self.with_raw(|cache| cache.truncate(lengths, window.map(|w| w as usize)))
     }
@@ -115,7 +120,7 @@ impl RawCache<'_> {
         Ok(())
     }
 
-    /// Checks a list of sequences that may not contain one twice.
+    /// Checks a list of sequences in which none may come twice.
     pub(super) fn check_rows(&self, name: &str, rows: &[i32]) -> Result<()> {
         let n = self.lengths.len();
         for (i, &row) in rows.iter().enumerate() {
@@ -132,9 +137,9 @@ impl RawCache<'_> {
     }
 }
 
-/// Checks, in a table of an indirect cache, that the slots which sequences give up hold no token that a sequence keeps:
-/// sequence b goes from `shorter(b).1` tokens back to `shorter(b).0` and writes its own slots from there on; sequence c keeps
-/// the first `kept(c).1` tokens of the table's sequence `kept(c).0`.
+/// Checks, in the table of an indirect cache, that the slots which sequences give up hold no token that a sequence keeps.
+/// Sequence b goes from `shorter(b).1` tokens back to `shorter(b).0`, and writes its own slots from there on; sequence c keeps
+/// the first `kept(c).1` tokens of sequence `kept(c).0` of the table.
 pub(super) fn check_slots_free(
     table: &[i32],
     capacity: usize,

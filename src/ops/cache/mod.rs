@@ -1,38 +1,7 @@
-//! Operations on a cache as a whole: its lengths, sequences, tokens and pages, in all layers of a model at once.
+//! Operations on a cache as a whole, in all layers of a model at once.
 //!
-//! | operation | what it does | bytes moved |
-//! | --- | --- | --- |
-//! | [`KvCache::set_lengths`], [`KvCache::advance`] | lengths after tokens were written | none |
-//! | [`KvCache::truncate`] | takes the last tokens away (speculation rejected) | none |
-//! | [`KvCache::reset`] | empties sequences, and fills them with zeros if asked | none, or the sequences |
-//! | [`KvCache::insert_row`] | a sequence of one cache into a slot of another, of any type and layout | the sequence |
-//! | [`KvCache::copy_prefix`] | the first tokens of a sequence into other sequences | the prefix |
-//! | [`KvCache::reorder`] | sequences replaced by their parents (beam search) | the sequences that change |
-//! | [`reorder_table`], [`set_table_tokens`] | the same with a table | none |
-//! | [`KvCache::evict`] | drops tokens, closes the gap, turns keys to their new positions | what is after the gap |
-//! | [`KvCache::evict_running`] | the same without drift: positions run on, and the first keys are rotated anew | what is after the gap |
-//! | [`copy_pages`], [`defragment_pages`] | pages of a pool | the pages that move |
-//!
-//! All layers of a [`KvCache`] share one list of lengths and one layout, so they agree in the first two axes of their views;
-//! heads, dims and types may differ. Everything is checked in every layer before the first byte moves; nothing is clamped.
-//! Lengths change last, and only on success.
-//!
-//! Work is cut by layer, by K and V, and by heads where layers alone would not keep all threads busy. Inside such a piece
-//! tokens move in a fixed order on one thread, so that moves whose slots depend on each other need no synchronisation.
-//!
-//! # Beam search without copies
-//! With [`Layout::Indirect`] the tokens of a beam stay where they were written, and a table says for every sequence and position
-//! in which cache sequence that is. A step is:
-//!
-//! 1. [`kv_write`](crate::kv_write) with a contiguous layout: the new token of sequence b goes to cache sequence b, slot `lengths[b]`;
-//! 2. [`set_table_tokens`]: the table says so; then lengths advance by one;
-//! 3. [`attention`](crate::attention) with [`Layout::Indirect`];
-//! 4. parents are chosen, and [`reorder_table`] permutes the sequences of the table and the lengths.
-//!
-//! No slot is written while a sequence needs what is in it: as long as the sequences that have tokens of each other are equally
-//! long, all slots of a position are written in the same step, each by its own sequence, and later steps write later
-//! positions only. A sequence that goes back (to a shorter parent, or by [`KvCache::truncate`]) would write positions again; if
-//! a token of another sequence lies there, the call is refused.
+//! Work is cut by layer, by K and V, and by heads if layers alone would not keep all threads busy. Inside a piece, tokens move
+//! in a fixed order on one thread, so that moves whose slots depend on each other need no synchronisation.
 
 mod beam;
 mod evict;
@@ -65,13 +34,14 @@ use crate::problem::rotation::Pairing;
 use crate::view::{BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, Units};
 use std::ops::Range;
 
-/// The cache of one layer: `[batch, slots, kv_heads, dim]` each, where the first two axes mean what the layout says.
+/// The cache of one layer: keys and values, `[batch, slots, kv_heads, dim]` each. The layout of the [`KvCache`] defines the
+/// first two axes.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct KvLayer<'a> {
     /// Keys.
     pub k: CacheViewMut<'a>,
-    /// Values, with a `dim` and a format of their own; absent where keys and values share memory.
+    /// Values, with a `dim` and a format of their own; absent if keys and values share memory.
     pub v: Option<CacheViewMut<'a>>,
 }
 
@@ -87,10 +57,28 @@ impl<'a> KvLayer<'a> {
     }
 }
 
-/// The caches of all layers of a model, or of those that are laid out alike: one list of lengths for all of them.
+/// The caches of all layers that have one layout and one list of lengths.
 ///
-/// Layers that differ in capacity or layout (windows and full attention in one model) are two of these, with a list of
-/// lengths each.
+/// Layers that differ in capacity or layout, as windows and full attention in one model, are two of these.
+///
+/// | operation | effect | bytes moved |
+/// | --- | --- | --- |
+/// | [`set_lengths`](Self::set_lengths), [`advance`](Self::advance) | sets lengths after tokens were written | none |
+/// | [`truncate`](Self::truncate) | removes the last tokens (rejected speculation) | none |
+/// | [`reset`](Self::reset) | empties sequences, and fills them with zeros on request | none, or the sequences |
+/// | [`insert_sequence`](Self::insert_sequence) | copies a sequence of another cache, of any format and layout | the sequence |
+/// | [`copy_prefix`](Self::copy_prefix) | copies the first tokens of a sequence to other sequences | the prefix |
+/// | [`reorder`](Self::reorder) | replaces sequences by their parents (beam search) | the sequences that change |
+/// | [`reorder_table`](crate::reorder_table), [`set_table_tokens`](crate::set_table_tokens) | the same by a table | none |
+/// | [`evict`](Self::evict) | drops tokens, closes the gap, and rotates keys to their new positions | all tokens after the gap |
+/// | [`evict_running`](Self::evict_running) | the same without drift: positions run on, and the first keys are rotated anew | all tokens after the gap |
+/// | [`copy_pages`](crate::copy_pages), [`defragment_pages`](crate::defragment_pages) | moves pages of a pool | the pages that move |
+///
+/// All layers agree in the first two axes of their views; heads, dims and formats may differ. Everything is checked in every
+/// layer before the first byte moves, and nothing is clamped. Lengths change last, and only if the operation succeeds.
+///
+/// Thread safety: an operation takes the cache exclusively, which `&mut` ensures. Operations on disjoint caches may run on any
+/// number of threads at once.
 ///
 /// ```
 /// use kvlane::*;
@@ -114,19 +102,61 @@ impl<'a> KvLayer<'a> {
 /// assert_eq!(memory[8 * 4 + 7], 1.0);
 /// # Ok::<(), kvlane::Error>(())
 /// ```
+///
+/// # Beam search without copies
+/// With [`Layout::Indirect`], the tokens of a beam stay where they were written, and a table names, for every sequence and
+/// position, the sequence of the cache that holds the token. A step is:
+///
+/// 1. [`kv_write`](crate::kv_write) with [`Layout::Contiguous`]: the new token of sequence b goes to sequence b of the cache,
+///    slot `lengths[b]`;
+/// 2. [`set_table_tokens`](crate::set_table_tokens) enters it in the table; then lengths advance by one;
+/// 3. [`attention`](crate::attention()) with [`Layout::Indirect`];
+/// 4. choose parents; [`reorder_table`](crate::reorder_table) permutes the sequences of the table and the lengths.
+///
+/// No slot is overwritten while a sequence still needs it, as long as the sequences that share tokens are equally long: all
+/// slots of a position are then written in one step, each by its own sequence, and later steps write later positions only. A
+/// sequence that goes back, to a shorter parent or by [`truncate`](Self::truncate), would write positions again. If a token of
+/// another sequence lies there, the call is refused.
+///
+/// # Dropping tokens in two ways
+/// RoPE has rotated the key of position p by the angles `p * f`. When `n` tokens before it are dropped, a score must depend on
+/// the new distance between query and key. There are two ways:
+///
+/// - **Rotate the tokens after the gap** ([`evict`](Self::evict)). A rotation by `-n * f` gives a key the rotation of position
+///   `p - n`. All keys after the gap take the same angles, which are computed once, in f64. A factor on cosines and sines
+///   (YaRN, LongRoPE) is in the keys already and is not applied again. Positions stay dense: the next token takes RoPE position
+///   `length`. Every call rounds the moved keys once more.
+/// - **Let positions run on** ([`evict_running`](Self::evict_running)). Scores depend on differences of positions only, so keys
+///   after the gap can keep the positions they were written with, if later queries and keys continue from there: the next token
+///   takes RoPE position `length + dropped`, where `dropped` counts all tokens that the sequence has lost. Only the keys before
+///   the gap are then too far away. They are few (attention sinks), and are written again from copies that were never rotated,
+///   at positions `t + dropped`. No key is rounded twice.
+///
+/// A rotation by a small angle moves a 16-bit element by less than half a unit in its last place, and rounds back to where it
+/// was. Many small evictions by the first way therefore leave keys at positions they no longer have. Attention over 300 of
+/// 1,300 random tokens (heads of 64 elements, base 10000), largest error of the output against f64, values in [-1, 1]:
+///
+/// | cache | 1,000 times `evict` of one token | one `evict` of 1,000 tokens | 1,000 times `evict_running` of one token |
+/// | --- | --- | --- | --- |
+/// | f32 | 1.3e-5 | 1.2e-6 | 1.2e-6 |
+/// | f16 | 0.079 | 0.00061 | 0.00058 |
+/// | bf16 | 0.41 | 0.0055 | 0.0035 |
+///
+/// So `evict` suits a cache that drops a large part at once and rarely. A stream that drops a little at every step takes
+/// `evict_running`.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct KvCache<'a, 'v> {
-    /// At least one.
+    /// The layers; at least one.
     pub layers: &'a mut [KvLayer<'v>],
-    /// Where the tokens of a sequence lie, in every layer.
+    /// The slots in which the tokens of a sequence lie, in every layer.
     pub layout: Layout<'a>,
-    /// How many tokens each sequence was given: an entry for every sequence that the layout has.
+    /// `[batch]`: how many tokens each sequence was given. Operations that change lengths write it.
     pub lengths: &'a mut [i32],
 }
 
 impl<'a, 'v> KvCache<'a, 'v> {
-    /// The cache that these layers, their layout and their lengths make.
+    /// A cache of these layers, in this layout, with these lengths.
     pub fn new(layers: &'a mut [KvLayer<'v>], layout: Layout<'a>, lengths: &'a mut [i32]) -> Self {
         Self { layers, layout, lengths }
     }

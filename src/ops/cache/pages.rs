@@ -7,34 +7,36 @@ use crate::layout::Layout;
 use crate::parallel::Runner;
 use crate::view::{BATCH, SEQ};
 
-/// Copies whole pages of a pool, `moves[i][0]` to `moves[i][1]`, in all layers: a last page of one's own before writing to one
-/// that is shared. The layers' views are `[pages, page_size, kv_heads, dim]`.
+/// Copies whole pages of a pool, from `moves[i][0]` to `moves[i][1]`, in all layers: for a sequence that is about to write to a
+/// page that it shares. The views of the layers are `[pages, page_size, kv_heads, dim]`.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint pools.
 ///
 /// # Errors
-/// A page that does not exist ([`OutOfRange`](crate::Status::OutOfRange)), one that is written twice or both written and read
-/// ([`DuplicateSlot`](crate::Status::DuplicateSlot)). Nothing has been written then.
+/// [`Status::OutOfRange`](crate::Status::OutOfRange): a page does not exist.
+/// [`Status::DuplicateSlot`](crate::Status::DuplicateSlot): a page is written twice, or both written and read. On an error,
+/// nothing has been written.
 pub fn copy_pages(context: &Context, runner: &dyn Runner, layers: &mut [KvLayer], moves: &[[i32; 2]]) -> Result<()> {
     // SAFETY: the views borrow what they reach.
     unsafe { copy_pages_raw(context, runner, &SafeLayers(layers), moves) }
 }
 
-/// Gathers the pages that sequences use at the start of the pool, in all layers, and returns how many they are: from there on all
-/// pages are free. The layers' views are `[pages, page_size, kv_heads, dim]`.
+/// Gathers the pages in use at the start of the pool, in all layers, and returns their number; all later pages are then free.
+/// The views of the layers are `[pages, page_size, kv_heads, dim]`.
 ///
-/// Pages in use are those that hold the first `lengths[b]` tokens of a sequence b; shared ones stay shared. Only pages beyond
-/// the new end move, in ascending order to the lowest free places, and whole: what is moved is the least that can be, and the
-/// same for the same table. `page_table`, `[batch, pages_per_sequence]`, is updated; its entries beyond a sequence's length
-/// become -1, since what they named may be another sequence's now. (To keep pages that are reserved, count them in `lengths`.)
+/// The pages in use hold the first `lengths[b]` tokens of each sequence b, and shared pages stay shared. To keep pages that are
+/// reserved, count them in `lengths`. Only pages beyond the new end move, in ascending order to the lowest free places: no call
+/// could move fewer, and equal tables give equal moves.
 ///
-/// `map` has an entry a page; afterwards it says where each page went, -1 for those that were not in use.
+/// `page_table`, `[batch, pages_per_sequence]`, is updated; its entries beyond the length of a sequence become -1, since
+/// another sequence may have their pages. `map`, `[pages]`, receives the new number of each page, and -1 for pages that were
+/// not in use.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint pools.
 ///
 /// # Errors
-/// Lists of the wrong sizes, a length above what a sequence's entries hold, an entry that is no page. Nothing has been written
-/// then, but to `map`.
+/// [`Status::Shape`](crate::Status::Shape): a list has the wrong length. [`Status::OutOfRange`](crate::Status::OutOfRange): a
+/// length exceeds the entries of a sequence, or an entry is no page. On an error, nothing but `map` has been written.
 ///
 /// ```
 /// use kvlane::*;

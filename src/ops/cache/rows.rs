@@ -1,4 +1,4 @@
-//! Whole sequences: emptied, put in from elsewhere, copied in part.
+//! Whole sequences: emptied, inserted from another cache, copied in part.
 
 use super::{
     KvCache, RawCache, RowOf, SafeLayers, Step, cache_at, cache_heads_of, check_apart, check_held,
@@ -13,34 +13,37 @@ use crate::parallel::Runner;
 use crate::view::{DIM, HEADS, RawView, SEQ, Units};
 
 impl KvCache<'_, '_> {
-    /// Empties sequences: their lengths become 0. With `zero` their slots are filled with zeros too: all that they have, or in a
-    /// paged cache their pages as far as they are in use.
-    ///
-    /// Thread safety: may be called from any number of threads at once on disjoint caches.
+    /// Empties sequences: their lengths become 0. With `zero`, their slots are filled with zeros too; in a paged cache, all
+    /// slots of the pages in use.
     ///
     /// # Errors
-    /// A sequence that does not exist or comes twice; with `zero`, a page that another sequence uses too
-    /// ([`Overlap`](crate::Status::Overlap)), or an [`Indirect`](Layout::Indirect) cache, whose sequences hold each other's tokens
-    /// (reset it as a contiguous one). Nothing has been written then.
+    /// [`Status::OutOfRange`](crate::Status::OutOfRange): a sequence does not exist.
+    /// [`Status::DuplicateSlot`](crate::Status::DuplicateSlot): a sequence comes twice. With `zero`,
+    /// [`Status::Overlap`](crate::Status::Overlap): another sequence uses one of the pages;
+    /// [`Status::InvalidValue`](crate::Status::InvalidValue): the layout is [`Indirect`](Layout::Indirect), whose sequences
+    /// hold each other's tokens (reset it as a contiguous cache). On an error, nothing has been written.
     pub fn reset(&mut self, runner: &dyn Runner, sequences: &[i32], zero: bool) -> Result<()> {
         // SAFETY: the views borrow what they reach.
         self.with_raw(|cache| unsafe { reset_raw(runner, cache, sequences, zero) })
     }
 
     /// Copies the first `length` tokens of sequence `from_sequence` of another cache into sequence `sequence` of this one,
-    /// whose length they become: a prompt that was prefilled alone takes its place in a batch.
+    /// whose length becomes `length`: a prompt that was prefilled alone joins a batch.
     ///
-    /// Both caches have the same number of layers, and these the same heads and dims. Types may differ (converted to
-    /// nearest, ties to even), and so may layouts: a sequence in pages becomes a contiguous one, or the other way round. A ring
-    /// takes the tokens that it would hold after `length`; the other cache must hold those.
-    ///
-    /// Thread safety: may be called from any number of threads at once on disjoint caches.
+    /// Both caches have the same number of layers, and these have the same heads and dims. Formats may differ (elements are
+    /// converted to the nearest value, ties to even), and so may layouts: a paged sequence becomes a contiguous one, or the
+    /// reverse. A ring takes the tokens that it would hold after `length` tokens; the other cache must hold those.
     ///
     /// # Errors
-    /// Caches that differ in more than types and layouts, that share memory, a length above that of the source
-    /// ([`OutOfRange`](crate::Status::OutOfRange)) or above the sequence's capacity ([`Capacity`](crate::Status::Capacity)), a page
-    /// that another sequence uses too, an [`Indirect`](Layout::Indirect) target (insert into it as into a contiguous one, then
-    /// call [`set_table_tokens`](crate::set_table_tokens)). Nothing has been written then.
+    /// - [`Status::Shape`](crate::Status::Shape): the caches differ in layers, heads or dims.
+    /// - [`Status::OutOfRange`](crate::Status::OutOfRange): a sequence does not exist, or `length` exceeds that of the source,
+    ///   or tokens were overwritten.
+    /// - [`Status::Capacity`](crate::Status::Capacity): `length` exceeds the capacity of the sequence.
+    /// - [`Status::Overlap`](crate::Status::Overlap): the caches share memory, or another sequence uses a page of this one.
+    /// - [`Status::InvalidValue`](crate::Status::InvalidValue): this cache is [`Indirect`](Layout::Indirect). Insert into it as
+    ///   into a contiguous cache, then call [`set_table_tokens`](crate::set_table_tokens).
+    ///
+    /// On an error, nothing has been written.
     pub fn insert_sequence(
         &mut self,
         context: &Context,
@@ -58,15 +61,19 @@ impl KvCache<'_, '_> {
         })
     }
 
-    /// Copies the first `tokens` tokens of sequence `from` into the sequences `to`, whose length they become: one prompt, many
-    /// continuations. Sequences of pages can share those that are full instead, by their table, and copy none.
-    ///
-    /// Thread safety: may be called from any number of threads at once on disjoint caches.
+    /// Copies the first `tokens` tokens of sequence `from` into the sequences `to`, whose lengths become `tokens`: one prompt,
+    /// many continuations. Sequences of a paged cache can share full pages by their table instead, without a copy.
     ///
     /// # Errors
-    /// A sequence that does not exist, comes twice or is the source itself, more tokens than the source has or a sequence holds, a
-    /// ring that has overwritten some of them, a page that is to be written and that another sequence uses too, an
-    /// [`Indirect`](Layout::Indirect) cache (its table can be copied). Nothing has been written then.
+    /// - [`Status::OutOfRange`](crate::Status::OutOfRange): a sequence does not exist, `tokens` exceeds the length of the
+    ///   source, or tokens were overwritten.
+    /// - [`Status::DuplicateSlot`](crate::Status::DuplicateSlot): a sequence comes twice, or is the source.
+    /// - [`Status::Capacity`](crate::Status::Capacity): `tokens` exceeds the capacity of a sequence.
+    /// - [`Status::Overlap`](crate::Status::Overlap): a page would be written that another sequence uses too.
+    /// - [`Status::InvalidValue`](crate::Status::InvalidValue): the layout is [`Indirect`](Layout::Indirect); copy entries of
+    ///   its table instead.
+    ///
+    /// On an error, nothing has been written.
     pub fn copy_prefix(
         &mut self,
         context: &Context,
