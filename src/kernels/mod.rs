@@ -29,3 +29,5 @@ pub(crate) mod registry;
 pub(crate) mod scalar;
 pub(crate) mod shells;
 pub(crate) mod simd;
+#[cfg(test)]
+mod tests;

@@ -45,7 +45,7 @@ pub(crate) trait Simd: Copy {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, rounded once if the level can.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// The larger of both; `b` where `a` is NaN.
+    /// The larger; `b` where `a` is a quiet NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `x` where `a < b`, otherwise `y` (also if either is NaN).
     fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
