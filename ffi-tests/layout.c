@@ -145,7 +145,7 @@ AT(kvl_bit_mask, first_keys, 88);
 AT(kvl_bit_mask, bit_offsets, 96);
 AT(kvl_bit_mask, query_strides, 104);
 
-SIZE(kvl_attention_params, 672);
+SIZE(kvl_attention_params, 680);
 AT(kvl_attention_params, struct_size, 0);
 AT(kvl_attention_params, q, 8);
 AT(kvl_attention_params, k, 96);
@@ -175,6 +175,7 @@ AT(kvl_attention_params, bit_mask, 648);
 AT(kvl_attention_params, plan, 656);
 AT(kvl_attention_params, v_packing, 664);
 AT(kvl_attention_params, reserved3, 668);
+AT(kvl_attention_params, query_positions, 672);
 
 SIZE(kvl_chunk_states, 16);
 AT(kvl_chunk_states, states, 0);

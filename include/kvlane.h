@@ -1043,7 +1043,7 @@ typedef struct kvl_attention_params {
     const struct kvl_bit_mask *bit_mask;
     /**
      * A plan that replaces `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`,
-     * `offsets` and `prefix_lengths`, which must then be 0 or null. It replaces `mask` and `bit_mask` too if it was
+     * `offsets`, `query_positions` and `prefix_lengths`, which must then be 0 or null. It replaces `mask` and `bit_mask` too if it was
      * made of either. Null for none.
      */
     const struct kvl_plan *plan;
@@ -1056,6 +1056,12 @@ typedef struct kvl_attention_params {
      * 0.
      */
     int32_t reserved3;
+    /**
+     * [batch, seq], of ragged queries [tokens]: the position of every query, instead of i + offset, for causality, windows and
+     * ALiBi. Key i + offset, which is the query's own token, then stands at the same position; other keys stand at their
+     * numbers. In a tree of guesses, positions are depths. Null for none.
+     */
+    const int32_t *query_positions;
 } kvl_attention_params;
 
 /**
@@ -1622,7 +1628,7 @@ kvl_status kvl_merge_states(const struct kvl_context *context,
 
 /**
  * Makes a plan: copies and checks the `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`,
- * `kv_starts`, `offsets`, `prefix_lengths`, `mask` and `bit_mask` of `params`, the first two axes of `q` and `k` and,
+ * `kv_starts`, `offsets`, `query_positions`, `prefix_lengths`, `mask` and `bit_mask` of `params`, the first two axes of `q` and `k` and,
  * with masks, the heads of `q`. Nothing else is read, and data of tensors may be null. `kvl_attention_params.plan`
  * then stands for all of these. The plan is released with `kvl_plan_destroy`.
  *

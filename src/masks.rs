@@ -20,6 +20,11 @@
 //! the position `p = i + offset`. The default offset is `length - queries`: the last query is at the last key (bottom-right
 //! alignment), as a cache needs it. Every sequence has its own `length`, `kv_start` and `offset`.
 //!
+//! `query_positions` gives queries other positions: p is then the entry of the list. Key `i + offset` is the query's own token and
+//! stands at the same position; causality, windows and ALiBi count that position for it, in place of j. Lengths, first keys,
+//! prefixes, masks and biases go by the number of the key. Where the queries are not in the cache, an `offset` of `length` or more
+//! says so.
+//!
 //! | option | key j is visible if | precisely |
 //! | --- | --- | --- |
 //! | length n | `j < n` | n counts keys |
@@ -111,6 +116,10 @@
 //! with first key T. Bit j of query i is 1 if i is j or a descendant of j. Earlier keys are visible to all guesses. This works with
 //! every layout. Rejected guesses are dropped by the lengths alone.
 //!
+//! Guesses of one depth lie in different slots, but stand at one position. Windows and ALiBi must count that position, not the
+//! slot: pass `query_positions`, with T + depth for each guess. The own keys of the queries then stand there too, so that each
+//! guess gets the output that it gets where its ancestors alone follow the cache. Causality may be on or off, since the mask hides more.
+//!
 //! ```
 //! use kvlane::*;
 //! let context = Context::new()?;
@@ -122,15 +131,17 @@
 //! let q = vec![0.0f32; n * 4];
 //! let mut out = vec![0.0f32; n * 4];
 //! let bits = BitMask::strided(&tree, 0, [1, n, 1, n], [0, 8, 0])?.with_first_keys(&cached);
+//! let depths = [5, 6, 6];
+//! let options = AttentionOptions::new().bit_mask(bits).query_positions(&depths).window_left(5);
 //! let tensors = AttentionTensors::new(
 //!     View::new(&q, [1, n, 1, 4])?,
 //!     View::new(&keys, [1, 8, 1, 4])?,
 //!     View::new(&values, [1, 8, 1, 4])?,
 //!     ViewMut::new(&mut out, [1, n, 1, 4])?,
 //! );
-//! attention(&context, &Serial, &mut Workspace::new(), tensors, &AttentionOptions::new().bit_mask(bits))?;
-//! // All weights are equal: means of tokens 0 to 5, of those and 6, of those and 7 without 6.
-//! for (query, mean) in [2.5, 3.0, 22.0 / 7.0].into_iter().enumerate() {
+//! attention(&context, &Serial, &mut Workspace::new(), tensors, &options)?;
+//! // All weights are equal: means of tokens 0 to 5, of 1 to 6, and of 1 to 5 and 7. The window leaves out token 0.
+//! for (query, mean) in [2.5, 3.5, 22.0 / 6.0].into_iter().enumerate() {
 //!     assert!((out[4 * query] - mean).abs() < 1e-6);
 //! }
 //! # Ok::<(), kvlane::Error>(())

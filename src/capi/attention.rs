@@ -107,7 +107,7 @@ pub struct kvl_attention_params {
     /// A mask with one bit per query and key; null for none.
     pub bit_mask: *const kvl_bit_mask,
     /// A plan that replaces `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`, `kv_starts`,
-    /// `offsets` and `prefix_lengths`, which must then be 0 or null. It replaces `mask` and `bit_mask` too if it was
+    /// `offsets`, `query_positions` and `prefix_lengths`, which must then be 0 or null. It replaces `mask` and `bit_mask` too if it was
     /// made of either. Null for none.
     pub plan: *const kvl_plan,
     /// How values lie in `v`. With `KVL_PACKING_ROW_PAIRS`, `v` is [batch, slots / 2, kv_heads, 2 * v_dim]. The bits of
@@ -115,15 +115,20 @@ pub struct kvl_attention_params {
     pub v_packing: kvl_packing,
     /// 0.
     pub reserved3: i32,
+    /// [batch, seq], of ragged queries [tokens]: the position of every query, instead of i + offset, for causality, windows and
+    /// ALiBi. Key i + offset, which is the query's own token, then stands at the same position; other keys stand at their
+    /// numbers. In a tree of guesses, positions are depths. Null for none.
+    pub query_positions: *const i32,
 }
 
 sized!(kvl_attention_params[precision, layout]);
 assert_layout!(
-    kvl_attention_params, 672,
+    kvl_attention_params, 680,
     struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380,
     window_left: 384, window_right: 392, lengths: 400, kv_starts: 408, offsets: 416, mask: 424, bias: 504,
     alibi_slopes: 592, sink_logits: 600, precision: 608, reserved2: 612, layout: 616, cu_seqlens_q: 624,
     num_sequences: 632, prefix_lengths: 640, bit_mask: 648, plan: 656, v_packing: 664, reserved3: 668,
+    query_positions: 672,
 );
 
 /// The bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever

@@ -24,7 +24,7 @@ pub struct kvl_plan {
 }
 
 /// Makes a plan: copies and checks the `flags`, windows, `layout`, `cu_seqlens_q`, `num_sequences`, `lengths`,
-/// `kv_starts`, `offsets`, `prefix_lengths`, `mask` and `bit_mask` of `params`, the first two axes of `q` and `k` and,
+/// `kv_starts`, `offsets`, `query_positions`, `prefix_lengths`, `mask` and `bit_mask` of `params`, the first two axes of `q` and `k` and,
 /// with masks, the heads of `q`. Nothing else is read, and data of tensors may be null. `kvl_attention_params.plan`
 /// then stands for all of these. The plan is released with `kvl_plan_destroy`.
 ///
@@ -170,6 +170,7 @@ pub(super) unsafe fn visibility<'a>(
         ("lengths", !params.lengths.is_null()),
         ("kv_starts", !params.kv_starts.is_null()),
         ("offsets", !params.offsets.is_null()),
+        ("query_positions", !params.query_positions.is_null()),
         ("prefix_lengths", !params.prefix_lengths.is_null()),
     ];
     check_only_plan(given)?;
@@ -205,6 +206,11 @@ unsafe fn own_visibility<'a>(params: &kvl_attention_params, q: &RawView, k: RawV
             lengths: list("lengths", params.lengths, batch)?,
             kv_starts: list("kv_starts", params.kv_starts, batch)?,
             offsets: list("offsets", params.offsets, batch)?,
+            query_positions: list(
+                "query_positions",
+                params.query_positions,
+                q.shape[BATCH].saturating_mul(q.shape[SEQ]),
+            )?,
             prefix_lengths: list("prefix_lengths", params.prefix_lengths, batch)?,
         })
     }

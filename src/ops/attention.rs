@@ -70,6 +70,8 @@ impl<'a> AttentionTensors<'a> {
 /// | `bias` | the entry is not -inf |
 /// | `layout` | a ring has not overwritten it |
 ///
+/// With `query_positions`, p is the query's position in that list, and j in the rows `causal` and `window` is the position of the key.
+///
 /// Where windows count from, and how other libraries count, is a [page of its own](crate::masks). A query that sees no key has
 /// output 0 and LSE -inf (with a sink: the sink's logit). What is not seen cannot reach the output, whatever it is; what is
 /// seen does, NaN too. A live logit of -inf has weight 0.
@@ -103,6 +105,10 @@ pub struct AttentionOptions<'a> {
     /// `[batch]`: the position of query 0 among the keys; `length - seq` if absent, so that the last query sees the last
     /// key. A negative one leaves leading queries without keys.
     pub offsets: Option<&'a [i32]>,
+    /// `[batch, seq]`, of ragged queries `[tokens]`: the position of every query, instead of `i + offset`, for causality, windows and
+    /// ALiBi. Key `i + offset`, which is the query's own token, then stands at the same position; other keys stand at their
+    /// numbers. In a [tree of guesses](crate::masks#a-tree-of-guesses), positions are depths.
+    pub query_positions: Option<&'a [i32]>,
     /// `[batch]`: every query sees the keys before this one, whatever causality and windows say (prefix-LM, attention sinks
     /// that a window must not hide); 0 if absent.
     pub prefix_lengths: Option<&'a [i32]>,
@@ -118,8 +124,8 @@ pub struct AttentionOptions<'a> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// `[heads]`: one more logit, which takes weight and has no value.
     pub sink_logits: Option<&'a [f32]>,
-    /// What [`AttentionPlan`] has checked already: instead of causality, windows, layout, query starts, lengths, starts, offsets
-    /// and prefix lengths, which must then be absent; so must the masks, if it was made of any.
+    /// What [`AttentionPlan`] has checked already: instead of causality, windows, layout, query starts, lengths, starts, offsets,
+    /// query positions and prefix lengths, which must then be absent; so must the masks, if it was made of any.
     pub plan: Option<&'a AttentionPlan>,
     /// How exactly to compute; see [`Context::kernel_for`](crate::Context::kernel_for) for what that makes of a call.
     pub precision: Precision,
@@ -173,6 +179,7 @@ impl<'a> AttentionOptions<'a> {
             lengths: &'a [i32],
             kv_starts: &'a [i32],
             offsets: &'a [i32],
+            query_positions: &'a [i32],
             prefix_lengths: &'a [i32],
             mask: Mask<'a>,
             bit_mask: BitMask<'a>,
@@ -204,6 +211,7 @@ impl<'a> AttentionOptions<'a> {
             lengths: self.lengths,
             kv_starts: self.kv_starts,
             offsets: self.offsets,
+            query_positions: self.query_positions,
             prefix_lengths: self.prefix_lengths,
         })
     }
@@ -240,6 +248,14 @@ pub(crate) fn call_rows(q_shape: [usize; 4], visibility: &Visibility) -> Result<
         // The queries of ragged rows lie as the keys of a ragged cache do.
         let q = RawView { shape: q_shape, ..*k };
         Layout::Ragged { cu_seqlens: starts }.validate("q", &q).map_err(|e| e.about("cu_seqlens_q"))?;
+    }
+    if let Some(positions) = visibility.query_positions {
+        let ([batch, seq, ..], n) = (q_shape, positions.len());
+        ensure!(
+            batch.checked_mul(seq) == Some(n),
+            Shape,
+            "query_positions has {n} entries, but q has batch = {batch} and seq = {seq}"
+        );
     }
     let rows = layout.rows(k).unwrap_or(visibility.batch);
     ensure!(

@@ -131,7 +131,7 @@ impl<'a> RawChunks<'a> {
         let states = states_view(self.states, call.q.shape, chunks * partial_stride(v_dim));
         let extent = states.validate("states")?;
         inputs.check_apart("states", &states, extent)?;
-        let Visibility { layout, lengths, kv_starts, offsets, prefix_lengths, .. } = call.visibility;
+        let Visibility { layout, lengths, kv_starts, offsets, query_positions, prefix_lengths, .. } = call.visibility;
         let table = match layout {
             Layout::Paged { page_table: table, .. }
             | Layout::Indirect { beam_table: table }
@@ -144,6 +144,7 @@ impl<'a> RawChunks<'a> {
             ("lengths", lengths),
             ("kv_starts", kv_starts),
             ("offsets", offsets),
+            ("query_positions", query_positions),
             ("prefix_lengths", prefix_lengths),
             ("the layout's table", table),
             ("first_keys of bit_mask", bit_mask.and_then(|mask| mask.first_keys)),

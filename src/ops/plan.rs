@@ -160,8 +160,8 @@ impl AttentionPlan {
         Ok(())
     }
 
-    /// Every sequence has been given so many tokens more, and as many queries follow as before: lengths, and offsets where they
-    /// were given, grow. Takes no memory.
+    /// Every sequence has been given so many tokens more, and as many queries follow as before: lengths grow, and so do offsets and
+    /// query positions where they were given. Takes no memory.
     ///
     /// # Errors
     /// A list of another length, a negative count, a sequence that has no room, table entries of the new tokens that are none of
@@ -201,6 +201,19 @@ impl AttentionPlan {
         let VisibilityOf { lengths, offsets, .. } = &self.visibility;
         for list in [lengths, offsets].into_iter().flatten() {
             for (entry, &count) in self.entries[list.clone()].iter_mut().zip(counts) {
+                *entry = entry.wrapping_add(sign * count);
+            }
+        }
+        let VisibilityOf { seq, cu_seqlens_q, query_positions: Some(list), .. } = &self.visibility else { return };
+        for (row, &count) in counts.iter().enumerate() {
+            let queries = match cu_seqlens_q {
+                None => row * seq..(row + 1) * seq,
+                Some(starts) => {
+                    let starts = &self.entries[starts.clone()];
+                    starts[row] as usize..starts[row + 1] as usize
+                }
+            };
+            for entry in &mut self.entries[list.start + queries.start..list.start + queries.end] {
                 *entry = entry.wrapping_add(sign * count);
             }
         }

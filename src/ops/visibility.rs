@@ -36,7 +36,7 @@ pub(super) fn validate(visibility: &Visibility) -> Result<Summary> {
     let summary = summarize(visibility)?;
     for row in (0..batch).filter(|&row| visibility.queries(row) > 0) {
         let (low, length, always_visible) =
-            (visibility.left_end(row, 0), visibility.length(row), visibility.always_visible(row));
+            (visibility.first_visible(row), visibility.length(row), visibility.always_visible(row));
         visibility.layout.validate_row(
             "k",
             &visibility.cache,
@@ -67,11 +67,19 @@ fn check_retained(visibility: &Visibility, row: usize) -> Result<()> {
         return Ok(());
     }
     let start = visibility.kv_starts.map_or(0, |s| s[row] as i64);
-    let (queries, position) = (visibility.queries(row), visibility.position(row, 0));
+    let queries = visibility.queries(row);
+    // The first query is the one that sees the farthest back, unless queries have positions of their own.
+    let others = if visibility.query_positions.is_some() { queries } else { 1 };
+    let position = (0..others).map(|query| visibility.position(row, query)).min().unwrap_or(0);
     let wanted = match visibility.window_left {
         None if queries == 1 => retained,
         None => start,
         Some(left) => start.max(position - left),
+    };
+    // Whatever their positions, the queries see keys of their own.
+    let wanted = match visibility.own_keys(row) {
+        Some(own) if queries > 1 => wanted.min(start.max(own.first())),
+        _ => wanted,
     };
     ensure!(
         wanted >= retained,

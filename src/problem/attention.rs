@@ -90,12 +90,16 @@ impl Problem<'_> {
         self.lse.wrapping_add((row * self.q.shape[1] + token) * self.q.shape[2] + head)
     }
 
-    /// The subset of the `visible_bits` keys of a block that masks leave visible to a query and head.
+    /// The subset of the `visible_bits` keys of a block that masks, and positions of the queries' own, leave visible to a query and head.
     ///
     /// # Safety
     /// The visible keys are inside the masks.
     #[inline(always)]
     pub unsafe fn visible_by_masks(&self, batch: usize, row: (u32, u32), base: usize, visible_bits: u64) -> u64 {
+        let visible_bits = match self.visibility.query_positions {
+            None => visible_bits,
+            Some(_) => self.visibility.visible_by_position(batch, row.0 as usize, base, visible_bits),
+        };
         // SAFETY: the caller's.
         unsafe { visible_by_masks((self.mask.as_ref(), self.bit_mask.as_ref()), batch, row, base, visible_bits) }
     }

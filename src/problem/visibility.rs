@@ -1,6 +1,6 @@
 //! The sequences of a call, and the keys that their queries may see by position; see [`masks`](crate::masks).
 
-use super::grid::{CHUNK, Chunks};
+use super::grid::{CHUNK, Chunks, between};
 use crate::format::CacheFormat;
 use crate::layout::{Layout, Place};
 use crate::view::RawView;
@@ -29,8 +29,10 @@ pub(crate) struct VisibilityOf<List, Layout> {
     pub lengths: Option<List>,
     /// The first visible key; 0 if absent.
     pub kv_starts: Option<List>,
-    /// The position of query 0 among the keys; `length - queries` if absent.
+    /// The key that query 0 itself is, or would be; `length - queries` if absent.
     pub offsets: Option<List>,
+    /// The positions of the queries, and of the keys that they are, with an entry per query; the numbers of those keys if absent.
+    pub query_positions: Option<List>,
     /// Keys before this one are visible to every query, in spite of causality and windows; 0 if absent.
     pub prefix_lengths: Option<List>,
 }
@@ -54,6 +56,7 @@ impl<List, L> VisibilityOf<List, L> {
             lengths: mapped(&self.lengths),
             kv_starts: mapped(&self.kv_starts),
             offsets: mapped(&self.offsets),
+            query_positions: mapped(&self.query_positions),
             prefix_lengths: mapped(&self.prefix_lengths),
         }
     }
@@ -85,7 +88,7 @@ impl Summary {
 
 impl Visibility<'_> {
     /// The name of each part that a plan fixes, and whether the call gives it.
-    pub fn given(&self) -> [(&'static str, bool); 9] {
+    pub fn given(&self) -> [(&'static str, bool); 10] {
         [
             ("causal", self.causal),
             ("window_left", self.window_left.is_some()),
@@ -95,6 +98,7 @@ impl Visibility<'_> {
             ("lengths", self.lengths.is_some()),
             ("kv_starts", self.kv_starts.is_some()),
             ("offsets", self.offsets.is_some()),
+            ("query_positions", self.query_positions.is_some()),
             ("prefix_lengths", self.prefix_lengths.is_some()),
         ]
     }
@@ -113,6 +117,7 @@ impl Visibility<'_> {
             lengths: None,
             kv_starts: None,
             offsets: None,
+            query_positions: None,
             prefix_lengths: None,
         }
     }
@@ -151,7 +156,7 @@ impl Visibility<'_> {
         if low < high { (low, high) } else { (0, 0) }
     }
 
-    /// The end of the keys that query `token` of `batch` may see by length, causality and window.
+    /// The end of the keys that query `token` of `batch` may see by length, causality and window, if keys stand at their numbers.
     fn right_end(&self, batch: usize, token: usize) -> i64 {
         let (mut high, position) = (self.length(batch), self.position(batch, token));
         if self.causal {
@@ -164,25 +169,95 @@ impl Visibility<'_> {
     }
 
     /// The first of them, by first key, window and the keys that a ring retains.
-    pub fn left_end(&self, batch: usize, token: usize) -> i64 {
-        let low = self.kv_starts.map_or(0, |s| s[batch] as i64).max(self.retained_from(batch));
+    fn left_end(&self, batch: usize, token: usize) -> i64 {
+        let low = self.first_held(batch);
         self.window_left.map_or(low, |left| low.max(self.position(batch, token) - left))
     }
 
-    /// The keys `low..high` that query `token` of `batch` may see by length, first key, causality, window and the keys
-    /// that a ring retains, apart from those [always visible](Self::always_visible).
-    pub fn visible_keys(&self, batch: usize, token: usize) -> (i64, i64) {
-        let (low, high) = (self.left_end(batch, token), self.right_end(batch, token));
-        if low < high { (low, high) } else { (0, 0) }
+    /// The first key that is neither before the start nor lost to a ring.
+    fn first_held(&self, batch: usize) -> i64 {
+        self.kv_starts.map_or(0, |s| s[batch] as i64).max(self.retained_from(batch))
     }
 
-    /// The position of query `token` of `batch` among the keys.
-    pub fn position(&self, batch: usize, token: usize) -> i64 {
+    /// The keys `low..high` that query `token` of `batch` may see by length, first key, causality, window and the keys
+    /// that a ring retains, apart from those [always visible](Self::always_visible). Where queries have positions of their own, this is
+    /// an upper bound; [`Self::visible_by_position`] narrows it.
+    pub fn visible_keys(&self, batch: usize, token: usize) -> (i64, i64) {
+        let (low, high) = (self.left_end(batch, token), self.right_end(batch, token));
+        let keys = if low < high { (low, high) } else { (0, 0) };
+        match self.own_keys(batch) {
+            None => keys,
+            Some(own) => {
+                let (first, end) = (own.first.max(self.first_held(batch)), own.end().min(self.length(batch)));
+                match (first < end, low < high) {
+                    (true, true) => (low.min(first), high.max(end)),
+                    (true, false) => (first, end),
+                    (false, _) => keys,
+                }
+            }
+        }
+    }
+
+    /// The first key that any query of `batch` may see, apart from those [always visible](Self::always_visible); the length or more
+    /// if there is none.
+    pub fn first_visible(&self, batch: usize) -> i64 {
+        if self.query_positions.is_none() {
+            // Each query begins where the one before does, or later.
+            return self.left_end(batch, 0);
+        }
+        let keys = (0..self.queries(batch)).map(|token| self.visible_keys(batch, token));
+        keys.filter(|(low, high)| low < high).map(|(low, _)| low).min().unwrap_or_else(|| self.length(batch))
+    }
+
+    /// The key that query `token` of `batch` itself is, or would be.
+    fn own_key(&self, batch: usize, token: usize) -> i64 {
         let offset = match self.offsets {
             Some(o) => o[batch] as i64,
             None => self.length(batch) - self.queries(batch) as i64,
         };
         offset + token as i64
+    }
+
+    /// The keys that the queries of `batch` are, if they have positions of their own.
+    pub fn own_keys(&self, batch: usize) -> Option<OwnKeys<'_>> {
+        let positions = self.query_positions?;
+        let (first, n) = (self.position_index(batch), self.queries(batch));
+        Some(OwnKeys { first: self.own_key(batch, 0), positions: &positions[first..first + n] })
+    }
+
+    /// Where the positions of `batch` begin in their list.
+    fn position_index(&self, batch: usize) -> usize {
+        self.cu_seqlens_q.map_or(batch * self.seq, |s| s[batch] as usize)
+    }
+
+    /// The position of query `token` of `batch` among the keys.
+    pub fn position(&self, batch: usize, token: usize) -> i64 {
+        match self.query_positions {
+            Some(positions) => positions[self.position_index(batch) + token].into(),
+            None => self.own_key(batch, token),
+        }
+    }
+
+    /// The subset of `bits` that query `token` of `batch` sees by position: keys of the block at `base`, all of them among
+    /// [`Self::visible_keys`] or [always visible](Self::always_visible).
+    #[inline(never)]
+    pub fn visible_by_position(&self, batch: usize, token: usize, base: usize, bits: u64) -> u64 {
+        let Some(own) = self.own_keys(batch) else { return bits };
+        let own_bits = between((own.first, own.end()), base);
+        // Other keys stand at their numbers.
+        let others = between((self.left_end(batch, token), self.right_end(batch, token)), base) & !own_bits;
+        let mut visible = others | between(self.always_visible(batch), base);
+        let (position, mut rest) = (self.position(batch, token), bits & own_bits & !visible);
+        while rest != 0 {
+            let j = rest.trailing_zeros();
+            let key = own.position((base + j as usize) as i64);
+            let seen = (!self.causal || key <= position)
+                && self.window_left.is_none_or(|left| key >= position - left)
+                && self.window_right.is_none_or(|right| key <= position + right);
+            visible |= u64::from(seen) << j;
+            rest &= rest - 1;
+        }
+        bits & visible
     }
 
     /// The slot of a token, and the number of tokens from it on in consecutive slots.
@@ -199,7 +274,7 @@ impl Visibility<'_> {
             if self.queries(row) == 0 {
                 continue;
             }
-            let (low, length) = (self.left_end(row, 0), self.length(row));
+            let (low, length) = (self.first_visible(row), self.length(row));
             before = before.max((self.always_visible(row).1 as usize).div_ceil(CHUNK));
             if low < length {
                 first = first.min(low as usize / CHUNK);
@@ -208,6 +283,30 @@ impl Visibility<'_> {
         }
         let gap = first.min(end).saturating_sub(before);
         Summary { longest, chunks: Chunks { before, gap }, count: end.max(before) - gap }
+    }
+}
+
+/// The keys that the queries of a sequence are, and their positions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OwnKeys<'a> {
+    /// The first of them; it may be before the first key of the cache, or beyond the last.
+    first: i64,
+    positions: &'a [i32],
+}
+
+impl OwnKeys<'_> {
+    pub fn first(&self) -> i64 {
+        self.first
+    }
+
+    fn end(&self) -> i64 {
+        self.first + self.positions.len() as i64
+    }
+
+    /// The position of a key, one of these or not.
+    pub fn position(&self, key: i64) -> i64 {
+        let own = usize::try_from(key - self.first).ok().and_then(|i| self.positions.get(i));
+        own.map_or(key, |&position| position.into())
     }
 }
 

@@ -269,6 +269,7 @@ pub struct Options {
     pub lengths: Option<Vec<i32>>,
     pub kv_starts: Option<Vec<i32>>,
     pub offsets: Option<Vec<i32>>,
+    pub query_positions: Option<Vec<i32>>,
     pub prefix_lengths: Option<Vec<i32>>,
     pub mask: Option<MaskTensor>,
     pub bit_mask: Option<BitMaskTensor>,
@@ -287,6 +288,7 @@ impl Options {
         options.lengths = self.lengths.as_deref();
         options.kv_starts = self.kv_starts.as_deref();
         options.offsets = self.offsets.as_deref();
+        options.query_positions = self.query_positions.as_deref();
         options.prefix_lengths = self.prefix_lengths.as_deref();
         options.mask = self.mask.as_ref().map(MaskTensor::view);
         options.bit_mask = self.bit_mask.as_ref().map(BitMaskTensor::view);
@@ -452,6 +454,7 @@ impl Case {
             lengths: options.lengths.as_deref(),
             kv_starts: options.kv_starts.as_deref(),
             offsets: options.offsets.as_deref(),
+            query_positions: options.query_positions.as_deref(),
             prefix_lengths: options.prefix_lengths.as_deref(),
             mask: mask.as_ref().map(|f| f as &dyn Fn([usize; 4]) -> bool),
             bias: bias.as_ref().map(|f| f as &dyn Fn([usize; 4]) -> f64),

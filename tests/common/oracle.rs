@@ -14,6 +14,8 @@ pub struct Attention<'a> {
     pub lengths: Option<&'a [i32]>,
     pub kv_starts: Option<&'a [i32]>,
     pub offsets: Option<&'a [i32]>,
+    /// `[batch, token]`: positions of the queries and of the keys that they are.
+    pub query_positions: Option<&'a [i32]>,
     pub prefix_lengths: Option<&'a [i32]>,
     /// Whether query `[batch, token, head]` sees a key.
     pub mask: Option<&'a dyn Fn([usize; 4]) -> bool>,
@@ -50,18 +52,24 @@ impl Attention<'_> {
             let start = self.kv_starts.map_or(0, |s| s[b].into());
             let prefix = self.prefix_lengths.map_or(0, |p| p[b].into());
             let offset = self.offsets.map_or(length - tokens as i64, |o| o[b].into());
+            let own = |t: usize| self.query_positions.map_or(offset + t as i64, |p| p[b * tokens + t].into());
+            // Where a key stands: at its number, or where the query stands that it is.
+            let stands = |j: usize| match usize::try_from(j as i64 - offset) {
+                Ok(t) if t < tokens => own(t),
+                _ => j as i64,
+            };
             for t in 0..tokens {
-                let position = t as i64 + offset;
+                let position = own(t);
                 for h in 0..heads {
                     let kv_head = h / (heads / kv_heads);
                     let visible = |j: usize| {
-                        let key = j as i64;
+                        let (key, place) = (j as i64, stands(j));
                         key < length
                             && key >= start
                             && (key < prefix
-                                || (!self.causal || key <= position)
-                                    && self.window_left.is_none_or(|w| key >= position - i64::from(w))
-                                    && self.window_right.is_none_or(|w| key <= position + i64::from(w)))
+                                || (!self.causal || place <= position)
+                                    && self.window_left.is_none_or(|w| place >= position - i64::from(w))
+                                    && self.window_right.is_none_or(|w| place <= position + i64::from(w)))
                             && self.mask.is_none_or(|mask| mask([b, t, h, j]))
                             && self.bias.is_none_or(|bias| bias([b, t, h, j]) != f64::NEG_INFINITY)
                     };
@@ -79,7 +87,7 @@ impl Attention<'_> {
                                 size = size.min(cap);
                             }
                             if let Some(slopes) = self.alibi {
-                                let term = f64::from(slopes[h]) * (j as i64 - position) as f64;
+                                let term = f64::from(slopes[h]) * (stands(j) - position) as f64;
                                 x += term;
                                 size += term.abs();
                             }

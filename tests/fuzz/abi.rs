@@ -80,7 +80,7 @@ structs! {
         kv_starts: *const i32, offsets: *const i32, mask: kvl_mask, bias: kvl_const_view, alibi_slopes: *const f32,
         sink_logits: *const f32, precision: i32, reserved2: i32, layout: *const kvl_layout, cu_seqlens_q: *const i32,
         num_sequences: i64, prefix_lengths: *const i32, bit_mask: *const kvl_bit_mask, plan: *const kvl_plan, v_packing: i32,
-        reserved3: i32,
+        reserved3: i32, query_positions: *const i32,
     }
     kvl_attention_state { out: kvl_const_view, lse: *const f32 }
     kvl_chunk_states { states: *const f32, len: i64 }

@@ -29,6 +29,8 @@ struct Rows {
     lengths: Option<Vec<i32>>,
     starts: Option<Vec<i32>>,
     offsets: Option<Vec<i32>>,
+    /// Of a sequence's queries, by row and query.
+    positions: Option<Vec<Vec<i32>>>,
     prefixes: Option<Vec<i32>>,
     flags: i32,
     left: i64,
@@ -100,12 +102,30 @@ impl Rows {
         let entry = |c: &mut Call, b: usize| c.rng.between(0, places.room(b).min(keys + 2) as usize) as i32 / 2;
         let starts = c.maybe(0.2).then(|| (0..n).map(|b| entry(c, b)).collect());
         let prefixes = c.maybe(0.2).then(|| (0..n).map(|b| i64::from(entry(c, b)).min(most_prefix) as i32).collect());
+        // A ring must hold what queries see, wherever they stand.
+        let positions = (kind != RING && c.maybe(0.2)).then(|| -> Vec<Vec<i32>> {
+            (0..n).map(|_| (0..most).map(|_| c.rng.below(2 * keys as usize + 4) as i32 - 2).collect()).collect()
+        });
         let optional = kind != RING && kind != PAGED && c.maybe(0.4);
         // Without a list of lengths, all entries of a table count, and they are valid.
         let lengths = (!optional).then_some(lengths);
         let flags = i32::from(c.maybe(0.5)) | i32::from(left.is_some()) << 1 | i32::from(right.is_some()) << 2;
         let (left, right) = (left.unwrap_or(0), right.unwrap_or(0));
-        Self { places, q, batch, seq: most, query_starts, lengths, starts, offsets, prefixes, flags, left, right }
+        Self {
+            places,
+            q,
+            batch,
+            seq: most,
+            query_starts,
+            lengths,
+            starts,
+            offsets,
+            positions,
+            prefixes,
+            flags,
+            left,
+            right,
+        }
     }
 
     fn length(&self, row: usize) -> i64 {
@@ -141,6 +161,19 @@ impl Rows {
         let starts = list(c, &self.starts, &wrong);
         let offsets = list(c, &self.offsets, &[i32::MIN, i32::MAX]);
         let prefixes = list(c, &self.prefixes, &wrong);
+        let positions: List<i32> = match &self.positions {
+            None => List { at: std::ptr::null(), values: Vec::new() },
+            Some(right) => c.list(product(&[q[0], q[1]]), &[i32::MIN, i32::MAX], |_, i| {
+                let (row, query) = match &self.query_starts {
+                    None => (i / q[1].max(1) as usize, i % q[1].max(1) as usize),
+                    Some(starts) => {
+                        let row = starts.iter().filter(|&&start| start <= i as i32).count().wrapping_sub(1);
+                        (row, i.wrapping_sub(starts.get(row).map_or(0, |&start| start as usize)))
+                    }
+                };
+                right.get(row).and_then(|row| row.get(query)).copied().unwrap_or(7)
+            }),
+        };
         let params = kvl_attention_params {
             flags: c.code(self.flags) as u32,
             window_left: c.number(self.left),
@@ -148,6 +181,7 @@ impl Rows {
             lengths: lengths.at,
             kv_starts: starts.at,
             offsets: offsets.at,
+            query_positions: positions.at,
             layout: layout.at,
             cu_seqlens_q: query_starts.at,
             num_sequences: rows,
@@ -181,7 +215,10 @@ impl Said {
 
     /// Whether fields are set that older structs lack.
     fn is_new(&self) -> bool {
-        !self.layout.at.is_null() || !self.query_starts.at.is_null() || !self.params.prefix_lengths.is_null()
+        !self.layout.at.is_null()
+            || !self.query_starts.at.is_null()
+            || !self.params.prefix_lengths.is_null()
+            || !self.params.query_positions.is_null()
     }
 }
 
@@ -245,10 +282,15 @@ fn planned(c: &mut Call, rows: &Rows, said: &mut Said, masks: &mut Masks, q: [i6
         if !c.hit() {
             *masks = Masks::NONE;
         }
-    } else if c.is_right() && c.maybe(0.4) && said.lengths.values.iter().all(|&n| n > 0) && !said.lengths.at.is_null() {
+    } else if c.is_right()
+        && rows.positions.is_none()
+        && c.maybe(0.4)
+        && said.lengths.values.iter().all(|&n| n > 0)
+        && !said.lengths.at.is_null()
+    {
         advanced(c, rows, said, &params, &mut plan);
     }
-    let kept = if c.hit() { c.rng.between(1, 9) } else { 0 };
+    let kept = if c.hit() { c.rng.between(1, 10) } else { 0 };
     let mut now = kvl_attention_params { plan: plan.0, ..zeroed() };
     match kept {
         1 => now.flags = said.params.flags,
@@ -260,6 +302,7 @@ fn planned(c: &mut Call, rows: &Rows, said: &mut Said, masks: &mut Masks, q: [i6
         7 => now.kv_starts = said.params.kv_starts,
         8 => now.offsets = said.params.offsets,
         9 => now.prefix_lengths = said.params.prefix_lengths,
+        10 => now.query_positions = said.params.query_positions,
         _ => (),
     }
     said.params = now;

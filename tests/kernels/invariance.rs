@@ -187,6 +187,7 @@ fn strides(level: &Level) {
             lengths: case.options.lengths.clone(),
             kv_starts: case.options.kv_starts.clone(),
             offsets: case.options.offsets.clone(),
+            query_positions: None,
             prefix_lengths: case.options.prefix_lengths.clone(),
             bit_mask: case.options.bit_mask.as_ref().map(BitMaskTensor::spread),
             alibi: case.options.alibi.clone(),

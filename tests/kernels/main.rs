@@ -16,6 +16,7 @@ mod layouts;
 mod merge;
 mod norm;
 mod pack;
+mod positions;
 mod properties;
 mod rope;
 mod semantics;
@@ -33,6 +34,7 @@ fn main() -> std::process::ExitCode {
         write::TESTS,
         write_layouts::TESTS,
         pack::TESTS,
+        positions::TESTS,
         merge::TESTS,
         invariance::TESTS,
         layouts::TESTS,

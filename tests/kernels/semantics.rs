@@ -280,14 +280,16 @@ pub fn visible(case: &Case, at: [usize; 4]) -> bool {
     let o = &case.options;
     let (tokens, keys) = (case.q.shape[1] as i64, case.k.shape[1] as i64);
     let length = o.lengths.as_ref().map_or(keys, |l| l[b].into());
-    let position = t as i64 + o.offsets.as_ref().map_or(length - tokens, |x| x[b].into());
-    let j = j as i64;
+    let offset = o.offsets.as_ref().map_or(length - tokens, |x| x[b].into());
+    let own = |t: i64| o.query_positions.as_ref().map_or(offset + t, |p| p[b * tokens as usize + t as usize].into());
+    let (position, j) = (own(t as i64), j as i64);
+    let place = if (0..tokens).contains(&(j - offset)) { own(j - offset) } else { j };
     j < length
         && o.kv_starts.as_ref().is_none_or(|s| j >= s[b].into())
         && (o.prefix_lengths.as_ref().is_some_and(|p| j < p[b].into())
-            || !(o.causal && j > position)
-                && o.window_left.is_none_or(|w| position - j <= w.into())
-                && o.window_right.is_none_or(|w| j - position <= w.into()))
+            || !(o.causal && place > position)
+                && o.window_left.is_none_or(|w| position - place <= w.into())
+                && o.window_right.is_none_or(|w| place - position <= w.into()))
         && o.bit_mask.as_ref().is_none_or(|m| m.get(at))
         && o.mask.as_ref().is_none_or(|m| m.get(at))
         && o.bias.as_ref().is_none_or(|bias| bias.get(at) != f32::NEG_INFINITY)

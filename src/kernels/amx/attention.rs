@@ -962,6 +962,7 @@ unsafe fn mask_scores(s: Avx512, call: &Call, group: &mut Group, x: *mut f32, b:
         (0..LANES).for_each(|r| distance[r] = (base as i64 - group.position[r]) as f32);
         // SAFETY: arrays of sixteen floats.
         let (distance, slope) = unsafe { (s.load_f32(distance.as_ptr()), s.load_f32(group.slope.as_ptr())) };
+        let own_keys = p.alibi.and_then(|_| p.visibility.own_keys(tile.batch));
         for j in 0..BLOCK {
             // SAFETY: the caller's.
             let mut v = s.mul(unsafe { s.load_f32(x.add(j * LANES)) }, s.splat(call.scale));
@@ -969,7 +970,16 @@ unsafe fn mask_scores(s: Avx512, call: &Call, group: &mut Group, x: *mut f32, b:
                 v = s.mul(math::tanh(s, s.mul(v, s.splat(1.0 / p.softcap))), s.splat(p.softcap));
             }
             if p.alibi.is_some() {
-                v = s.fma(slope, s.add(s.splat(j as f32), distance), v);
+                let distance = match own_keys {
+                    None => s.add(s.splat(j as f32), distance),
+                    Some(own_keys) => {
+                        let key = own_keys.position((base + j) as i64);
+                        let distances: [f32; LANES] = std::array::from_fn(|r| (key - group.position[r]) as f32);
+                        // SAFETY: sixteen floats.
+                        unsafe { s.load_f32(distances.as_ptr()) }
+                    }
+                };
+                v = s.fma(slope, distance, v);
             }
             if p.bias.is_some() {
                 v = s.add(v, bias[j]);

@@ -178,9 +178,11 @@ pub(crate) unsafe fn locate<'a, T>(
     (k, v): (&mut KeyPointerTable<'a, T>, &mut KeyPointerTable<'a, T>),
 ) {
     let BlockRequest { p, tile, base, key_range, visible_bits, .. } = *request;
+    // The stride of an axis of one element may be any number.
     for (view, to) in [&p.k.units, &p.v.units].into_iter().zip([&mut *k, &mut *v]) {
         let unit = view.dtype.unit_bytes() as isize;
-        (to.seq, to.head) = (view.strides[1] as isize * unit, view.strides[2] as isize * unit);
+        (to.seq, to.head) =
+            ((view.strides[1] as isize).wrapping_mul(unit), (view.strides[2] as isize).wrapping_mul(unit));
     }
     if visible_bits == key_range.bits() {
         // The usual case: this block and the next are one run of slots.

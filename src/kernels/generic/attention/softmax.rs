@@ -126,6 +126,7 @@ unsafe fn logits<S: Simd>(s: S, block: &Block, row: &mut RowState, x: *mut f32, 
             load_row(s, bias.dtype, at.offset(first), bias.strides[3], to, key_range.len());
         }
     }
+    let own_keys = p.alibi.and_then(|_| p.visibility.own_keys(tile.batch));
     for i in (keys.low / S::LANES * S::LANES..keys.high).step_by(S::LANES) {
         // SAFETY: i + LANES <= BLOCK.
         unsafe {
@@ -134,8 +135,17 @@ unsafe fn logits<S: Simd>(s: S, block: &Block, row: &mut RowState, x: *mut f32, 
                 v = s.mul(math::tanh(s, s.mul(v, s.splat(1.0 / p.softcap))), s.splat(p.softcap));
             }
             if let Some(slopes) = p.alibi {
-                let distance = (base + i) as i64 - row.position;
-                let distance = s.add(s.load_f32(IOTA.as_ptr()), s.splat(distance as f32));
+                let distance = match own_keys {
+                    None => {
+                        let distance = (base + i) as i64 - row.position;
+                        s.add(s.load_f32(IOTA.as_ptr()), s.splat(distance as f32))
+                    }
+                    Some(own_keys) => {
+                        let key = |lane: usize| own_keys.position((base + i + lane) as i64);
+                        let distances: [f32; MAX_LANES] = std::array::from_fn(|lane| (key(lane) - row.position) as f32);
+                        s.load_f32(distances.as_ptr())
+                    }
+                };
                 v = s.fma(s.splat(slopes[row.head as usize]), distance, v);
             }
             if p.bias.is_some() {

@@ -71,6 +71,10 @@ pub(crate) unsafe fn tile<S: Simd>(
             load_query(s, deinterleaved.keys, p.q, p.q.row(batch, token, head), scratch.q.add(r * dp), d);
         }
     }
+    if p.visibility.query_positions.is_some() {
+        // No block is visible as a whole to all rows: each key is to be looked at.
+        reach.inner_high = 0;
+    }
     // SAFETY: the rows of Q have just been written.
     unsafe { products.pack_queries(s, tile, scratch, d) };
 
