@@ -182,7 +182,7 @@ level_test! {
             assert_lanes(s, s.copysign(x, y), |i| a[i].copysign(b[i]), "copysign");
             assert_lanes(s, s.select_lt(x, y, z, x), |i| if a[i] < b[i] { c[i] } else { a[i] }, "select_lt");
             let bits = s.lt_bits(x, y);
-            assert_eq!(bits, (0..S::LANES).map(|i| u64::from(a[i] < b[i]) << i).sum(), "lt_bits of {a:?} and {b:?}");
+            assert_eq!(bits, (0..S::LANES).map(|i| u64::from(a[i] < b[i]) << i).sum::<u64>(), "lt_bits of {a:?} and {b:?}");
             let bits = rng.u64();
             assert_lanes(s, s.select_bits(bits, x, y), |i| if bits >> i & 1 == 1 { a[i] } else { b[i] }, "select_bits");
             let finite = a[..S::LANES].iter().all(|x| x.is_finite());
