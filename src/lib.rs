@@ -60,6 +60,8 @@
 //!   written.
 //! - **No side effects.** Memory and threads ([`Runner`]) are the caller's. A call allocates nothing, keeps no state and does not
 //!   read the environment.
+//! - **Room to grow.** A struct that a caller fills has a constructor with its required parts and a setter for each optional one.
+//!   Its fields are public, and later versions may add fields.
 //!
 //! # Structure
 //! ```text
