@@ -1,4 +1,4 @@
-//! Attention over a cache: one entry for prefill, chunked prefill and decode.
+//! Attention over a cache: one call for prefill, chunked prefill and decode.
 
 use crate::cache_view::{CacheExtent, CacheView};
 use crate::context::Context;
@@ -25,25 +25,24 @@ use crate::view::{self, BATCH, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, V
 
 /// What attention reads and writes.
 ///
-/// Query head `h` reads KV head `h / (heads / kv_heads)`; nothing is repeated in memory.
+/// Query head h reads KV head `h / (heads / kv_heads)`; KV heads are not repeated in memory.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct AttentionTensors<'a> {
     /// Queries `[batch, seq, heads, dim]`, of any type.
     pub q: View<'a>,
-    /// Keys `[batch, keys, kv_heads, dim]`: the cache, whole. Of layouts that are not contiguous, the first two axes are what
-    /// [`Layout`] says.
+    /// Keys: the whole cache, `[batch, keys, kv_heads, dim]`, of any format. [`AttentionOptions::layout`] defines its first two axes.
     pub k: CacheView<'a>,
-    /// Values `[batch, keys, kv_heads, v_dim]`, of any format, whatever that of the keys.
+    /// Values `[batch, keys, kv_heads, v_dim]`, of any format, independent of that of the keys.
     pub v: CacheView<'a>,
     /// Output `[batch, seq, heads, v_dim]`, of any type.
     pub out: ViewMut<'a>,
-    /// `[batch, seq, heads]`, contiguous: natural logarithm of the sum of the exponentials of a row's logits.
+    /// `[batch, seq, heads]`, contiguous: the natural logarithm of the sum of the exponentials of each query row's logits.
     pub lse: Option<&'a mut [f32]>,
 }
 
 impl<'a> AttentionTensors<'a> {
-    /// Queries, keys, values and the output; no LSE is written.
+    /// Reads queries, keys and values, and writes the output but no LSE.
     pub fn new(q: View<'a>, k: impl Into<CacheView<'a>>, v: impl Into<CacheView<'a>>, out: ViewMut<'a>) -> Self {
         Self { q, k: k.into(), v: v.into(), out, lse: None }
     }
@@ -53,34 +52,37 @@ impl<'a> AttentionTensors<'a> {
     }
 }
 
-/// How attention is masked and scaled. The default sees every key.
+/// How attention is masked and scaled. By default, every query sees every key.
 ///
-/// A logit is `softcap(q.k * scale) + alibi + bias`; then what is masked is taken out, then softmax in f32. Query i of a row
-/// stands at position `p = i + offset` among the keys, and sees key j when all of these hold:
+/// A logit is `softcap(q.k * scale) + alibi + bias`. Masked keys are then removed, and softmax is computed in f32. Query i of a
+/// sequence stands at position `p = i + offset` among the keys, and sees key j if all of these hold:
 ///
 /// | option | condition |
 /// | --- | --- |
-/// | `lengths` | `j < lengths[row]` |
-/// | `kv_starts` | `j >= kv_starts[row]` |
-/// | `causal` | `j <= p`, or `j < prefix_lengths[row]` |
-/// | `window_left` | `j >= p - window_left`, or `j < prefix_lengths[row]` |
-/// | `window_right` | `j <= p + window_right`, or `j < prefix_lengths[row]` |
+/// | `lengths` | `j < lengths[b]` |
+/// | `kv_starts` | `j >= kv_starts[b]` |
+/// | `causal` | `j <= p`, or `j < prefix_lengths[b]` |
+/// | `window_left` | `j >= p - window_left`, or `j < prefix_lengths[b]` |
+/// | `window_right` | `j <= p + window_right`, or `j < prefix_lengths[b]` |
 /// | `mask` | the entry is true |
-/// | `bit_mask` | the bit is 1, or `j` is before the mask's first key |
+/// | `bit_mask` | the bit is 1, or j is before the mask's first key |
 /// | `bias` | the entry is not -inf |
-/// | `layout` | a ring has not overwritten it |
+/// | `layout` | a ring has not overwritten the key |
 ///
-/// With `query_positions`, p is the query's position in that list, and j in the rows `causal` and `window` is the position of the key.
+/// With `query_positions`, p is the position of the query in that list, and for `causal` and the windows, j is the position of
+/// the key.
 ///
-/// Where windows count from, and how other libraries count, is a [page of its own](crate::masks). A query that sees no key has
-/// output 0 and LSE -inf (with a sink: the sink's logit). What is not seen cannot reach the output, whatever it is; what is
-/// seen does, NaN too. A live logit of -inf has weight 0.
+/// [Masks](crate::masks) defines these conditions exactly, and compares them with other libraries. A query that sees no key has
+/// output 0 and LSE -inf, or with a sink logit, that logit. A key that is not visible cannot reach the output, whatever its
+/// bits; a visible NaN does. A visible logit of -inf has weight 0.
+///
+/// Lists borrow `i32` slices of the caller. Fields may be set directly, or by the setter of the same name.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct AttentionOptions<'a> {
     /// Factor on `q.k`; `1 / sqrt(dim)` if absent.
     pub scale: Option<f32>,
-    /// `c tanh(x / c)` on scaled logits.
+    /// c: scaled logits x become `c tanh(x / c)`. 0 is none.
     pub softcap: Option<f32>,
     /// No key after the query's own position.
     pub causal: bool,
@@ -88,46 +90,46 @@ pub struct AttentionOptions<'a> {
     pub window_left: Option<u32>,
     /// Keys visible after the query's own position, not counting it.
     pub window_right: Option<u32>,
-    /// In which slots of `k` and `v` the tokens of a row lie. A ring, and pages, need `lengths`, and positions go on counting
-    /// what a ring has overwritten: a window must lie in what it retains, and with no window there can be only one query once
-    /// it has overwritten any.
+    /// The slots in which the tokens of a sequence lie. A ring and pages need `lengths`. Positions count the tokens that a ring has
+    /// overwritten too: a window must lie in the tokens that the ring retains, and without a window, a ring that has overwritten
+    /// tokens takes one query per sequence.
     pub layout: Layout<'a>,
-    /// How the values of two slots lie in `v`: packed in pairs, it is `[rows, slots / 2, kv_heads, 2 * v_dim]`. The same bits
-    /// as for values that are not packed.
+    /// How the values of two slots lie in `v`. Packed in pairs, `v` is `[batch, slots / 2, kv_heads, 2 * v_dim]`. The packing changes
+    /// no bit of the output.
     pub v_packing: Packing,
-    /// `[batch + 1]`: ragged queries. `q` and `out` are `[1, tokens, heads, dim]`, and row b of the batch is tokens
-    /// `cu_seqlens_q[b]..cu_seqlens_q[b + 1]` (`cu_seqlens`).
+    /// `[batch + 1]`, ascending: ragged queries. `q` and `out` are `[1, tokens, heads, dim]`, and the queries of sequence b are the
+    /// tokens `cu_seqlens_q[b]..cu_seqlens_q[b + 1]`.
     pub cu_seqlens_q: Option<&'a [i32]>,
-    /// `[batch]`: valid keys; as many as the cache has room for if absent.
+    /// `[batch]`: valid keys; the capacity of the cache if absent.
     pub lengths: Option<&'a [i32]>,
     /// `[batch]`: the first visible key (left-padded batches); 0 if absent.
     pub kv_starts: Option<&'a [i32]>,
-    /// `[batch]`: the position of query 0 among the keys; `length - seq` if absent, so that the last query sees the last
-    /// key. A negative one leaves leading queries without keys.
+    /// `[batch]`: the position of query 0 among the keys; `length - seq` if absent, so that the last query stands at the last key.
+    /// With a negative offset, leading causal queries see no key.
     pub offsets: Option<&'a [i32]>,
     /// `[batch, seq]`, of ragged queries `[tokens]`: the position of every query, instead of `i + offset`, for causality, windows and
     /// ALiBi. Key `i + offset`, which is the query's own token, then stands at the same position; other keys stand at their
     /// numbers. In a [tree of guesses](crate::masks#a-tree-of-guesses), positions are depths.
     pub query_positions: Option<&'a [i32]>,
-    /// `[batch]`: every query sees the keys before this one, whatever causality and windows say (prefix-LM, attention sinks
-    /// that a window must not hide); 0 if absent.
+    /// `[batch]`: keys before this one are visible in spite of causality and windows (prefix-LM, sink tokens beside a window); 0 if
+    /// absent.
     pub prefix_lengths: Option<&'a [i32]>,
-    /// Which keys each query sees, a byte each.
+    /// The keys that each query sees, a byte per entry.
     pub mask: Option<Mask<'a>>,
-    /// Which keys each query sees, a bit each.
+    /// The keys that each query sees, a bit per entry.
     pub bit_mask: Option<BitMask<'a>>,
     /// `[batch, seq, heads, keys]`, of any type, added to logits; axes of one element and strides of 0 broadcast.
     ///
-    /// Of this and the masks, `seq` is the most queries that a row has, and `keys` is at least the greatest length.
+    /// In this and in the masks, `seq` is the greatest number of queries of a sequence, and `keys` at least the greatest length.
     pub bias: Option<View<'a>>,
     /// `[heads]`: `slope * (j - p)` is added to logits; see [`alibi_slopes`].
     pub alibi_slopes: Option<&'a [f32]>,
-    /// `[heads]`: one more logit, which takes weight and has no value.
+    /// `[heads]`: one more logit per query row, which takes weight but has no value.
     pub sink_logits: Option<&'a [f32]>,
-    /// What [`AttentionPlan`] has checked already: instead of causality, windows, layout, query starts, lengths, starts, offsets,
-    /// query positions and prefix lengths, which must then be absent; so must the masks, if it was made of any.
+    /// A plan. It replaces causality, windows, layout, `cu_seqlens_q`, lengths, first keys, offsets, query positions and prefix
+    /// lengths, which must be absent; so must the masks, if the plan was made with any.
     pub plan: Option<&'a AttentionPlan>,
-    /// How exactly to compute; see [`Context::kernel_for`](crate::Context::kernel_for) for what that makes of a call.
+    /// How exactly to compute; [`Context::kernel_for`](crate::Context::kernel_for) returns the kernel that it selects.
     pub precision: Precision,
 }
 
@@ -138,13 +140,13 @@ pub(crate) struct RawAttention<'a> {
     pub k: RawCacheView,
     pub v: RawCacheView,
     pub out: RawView,
-    /// Null if not wanted.
+    /// Null if no LSE is wanted.
     pub lse: *mut f32,
     pub scale: Option<f32>,
     pub softcap: Option<f32>,
     pub v_packing: Packing,
     pub visibility: Visibility<'a>,
-    /// Of a plan, which has checked the visibility.
+    /// From a plan, which has checked the visibility.
     pub planned: Option<Planned<'a>>,
     pub masks: RawMasks<'a>,
     pub bias: Option<RawView>,
@@ -153,18 +155,18 @@ pub(crate) struct RawAttention<'a> {
     pub precision: Precision,
 }
 
-/// What a call has from a plan, besides its visibility.
+/// What a call takes from a plan, besides its visibility.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Planned<'a> {
     pub summary: Summary,
-    /// The masks are the plan's to say.
+    /// Whether the plan fixes the masks.
     pub has_masks: bool,
-    /// Their bits, if they hide anything.
+    /// Their bits, if they mask anything.
     pub bits: Option<BitView<'a>>,
 }
 
 impl<'a> AttentionOptions<'a> {
-    /// Every query sees every key: the default.
+    /// The default: every query sees every key.
     pub fn new() -> Self {
         Self::default()
     }
@@ -196,7 +198,7 @@ impl<'a> AttentionOptions<'a> {
         }
     }
 
-    /// What of the options a plan takes, for queries of this shape and this cache.
+    /// The options that a plan fixes, for queries of this shape and this cache.
     pub(crate) fn visibility(&self, q_shape: [usize; 4], k: RawView<CacheFormat>) -> Result<Visibility<'a>> {
         let (batch, seq) = rows_of(q_shape, self.cu_seqlens_q);
         Ok(Visibility {
@@ -221,7 +223,7 @@ impl<'a> AttentionOptions<'a> {
     }
 }
 
-/// Fails if a call that has a plan says anything that the plan fixes.
+/// Fails if a call with a plan gives anything that the plan fixes.
 pub(crate) fn check_only_plan(given: impl IntoIterator<Item = (&'static str, bool)>) -> Result<()> {
     for (name, given) in given {
         ensure!(!given, InvalidValue, "both plan and {name} are given, but {name} is the plan's to say");
@@ -229,7 +231,7 @@ pub(crate) fn check_only_plan(given: impl IntoIterator<Item = (&'static str, boo
     Ok(())
 }
 
-/// Rows of the batch, and the most queries that one has.
+/// The number of sequences, and the greatest number of queries of a sequence.
 pub(crate) fn rows_of(q_shape: [usize; 4], cu_seqlens_q: Option<&[i32]>) -> (usize, usize) {
     match cu_seqlens_q {
         None => (q_shape[BATCH], q_shape[SEQ]),
@@ -240,12 +242,12 @@ pub(crate) fn rows_of(q_shape: [usize; 4], cu_seqlens_q: Option<&[i32]>) -> (usi
     }
 }
 
-/// Checks that the layout is one of the cache, and that the cache has the rows that the queries have.
+/// Checks that the layout fits the cache, and that the cache has as many sequences as the queries.
 pub(crate) fn call_rows(q_shape: [usize; 4], visibility: &Visibility) -> Result<()> {
     let (layout, k) = (visibility.layout, &visibility.cache);
     layout.validate("k", k)?;
     if let Some(starts) = visibility.cu_seqlens_q {
-        // The queries of ragged rows lie as the keys of a ragged cache do.
+        // Ragged queries lie as the keys of a ragged cache do.
         let q = RawView { shape: q_shape, ..*k };
         Layout::Ragged { cu_seqlens: starts }.validate("q", &q).map_err(|e| e.about("cu_seqlens_q"))?;
     }
@@ -268,8 +270,10 @@ pub(crate) fn call_rows(q_shape: [usize; 4], visibility: &Visibility) -> Result<
     Ok(())
 }
 
-/// The standard ALiBi slopes for any number of heads (<https://arxiv.org/abs/2108.12409>): for a power of two n,
-/// `2^(-8 (h + 1) / n)`; otherwise those of the largest power of two below, then every other one of twice that.
+/// The standard ALiBi slopes for any number of heads (<https://arxiv.org/abs/2108.12409>).
+///
+/// For a power of two n, they are `2^(-8 (h + 1) / n)`. Otherwise they are those of the largest power of two below, then every
+/// other slope of twice that number.
 pub fn alibi_slopes(heads: usize) -> Vec<f32> {
     let mut slopes = vec![0.0; heads];
     fill_alibi_slopes(&mut slopes);
@@ -290,17 +294,22 @@ pub(crate) fn fill_alibi_slopes(slopes: &mut [f32]) {
 
 /// Grouped-query attention over a cache.
 ///
-/// One entry for prefill (`seq` queries that have just been written to the cache), chunked prefill and decode (`seq` = 1).
-/// Queries, keys and values keep their types; arithmetic is f32, rounded once to the type of `out`.
+/// One function serves prefill (`seq` queries that have just been written to the cache), chunked prefill and decode (`seq` =
+/// 1). Queries, keys and values keep their types and formats. Arithmetic is f32, rounded once to the type of `out`.
 ///
-/// The bits of a row of the output depend on that row's inputs, the ISA level and the precision alone: not on the runner, the
-/// batch around it or the strides; and so not on how a prompt was cut, since every step sees the same keys.
+/// The bits of an output row depend on the inputs of that row, the ISA level and the precision. They do not depend on the
+/// runner, the batch around the row, strides or the layout; nor on the cut of a prompt, since every step sees the same keys.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint outputs and workspaces.
 ///
 /// # Errors
-/// Shapes that do not fit, lengths outside the cache, an output that shares memory with an
-/// input. Nothing has been written then.
+/// - [`Status::Shape`](crate::Status::Shape): shapes or lists do not fit each other.
+/// - [`Status::OutOfRange`](crate::Status::OutOfRange): a length, a first key or a table entry lies outside of the cache.
+/// - [`Status::Capacity`](crate::Status::Capacity): a query sees keys that a ring has overwritten.
+/// - [`Status::InvalidValue`](crate::Status::InvalidValue): an option has no meaning, or contradicts the plan.
+/// - [`Status::Overlap`](crate::Status::Overlap): an output shares memory with an input.
+///
+/// On an error, nothing has been written.
 ///
 /// ```
 /// use kvlane::*;
@@ -333,14 +342,15 @@ pub fn attention(
     options: &AttentionOptions,
 ) -> Result<()> {
     let call = RawAttention::new(tensors, options)?;
-    // SAFETY: the views borrow what they reach, and the LSE has an entry a row.
+    // SAFETY: the views borrow what they reach, and the LSE has an entry per query row.
     unsafe { attention_raw(context, runner, Memory::Growing(workspace), &call) }
 }
 
-/// Bytes of workspace that [`attention`] needs at most for queries `[batch, seq, heads, dim]`, keys
-/// `[batch, keys, kv_heads, dim]`, values of `v_dim` elements and `threads` threads, whatever lengths, strides and masks are.
-/// For layouts that are not contiguous, `keys` is the most that a row has room for (of a ring, its slots), and for ragged queries
-/// `batch` is their rows and `seq` the most that one of them has.
+/// Bytes of workspace that [`attention`] needs at most for queries `[batch, seq, heads, dim]`, keys `[batch, keys, kv_heads,
+/// dim]`, values of `v_dim` elements and `threads` threads, for any lengths, strides and masks.
+///
+/// In layouts that are not contiguous, `keys` is the capacity of a sequence (in a ring, its slots). For ragged queries, `batch`
+/// is the number of sequences and `seq` the greatest number of queries of one.
 pub fn attention_workspace_size(q_shape: [usize; 4], k_shape: [usize; 4], v_dim: usize, threads: usize) -> usize {
     largest(|kernel| workspace_size(kernel, q_shape, k_shape, v_dim, threads))
 }
@@ -381,7 +391,7 @@ pub(crate) enum Memory<'a> {
 
 /// # Safety
 /// The memory that valid views reach is readable and, for `out`, writable, by this call alone; `lse`, if not null, holds a
-/// float a row; a fixed `memory` has its bytes, which this call alone uses.
+/// float per query row; a fixed `memory` has its bytes, which this call alone uses.
 pub(crate) unsafe fn attention_raw(
     context: &Context,
     runner: &dyn Runner,
@@ -496,8 +506,8 @@ impl<'a> RawAttention<'a> {
     }
 }
 
-/// `[batch, seq, heads, dim]` and `[batch, keys, kv_heads, dim]`, whatever the layout: `seq` is the most queries that a row has,
-/// `keys` the most keys that it has room for.
+/// `[batch, seq, heads, dim]` and `[batch, keys, kv_heads, dim]` in any layout: `seq` is the greatest number of queries of a
+/// sequence, `keys` the capacity of a sequence.
 pub(crate) fn attention_shapes(
     q: [usize; 4],
     k: RawView<CacheFormat>,

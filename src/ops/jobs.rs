@@ -1,4 +1,4 @@
-//! The tiles of an attention call as units of work for a runner: whole, chunk by chunk, or reduced from the states of their chunks.
+//! The tiles of an attention call as units of work for a runner: whole, chunk by chunk, or reduced from the states of chunks.
 
 use crate::error::Result;
 use crate::kernels::api::AttentionKernel;
@@ -26,7 +26,7 @@ pub(super) struct Jobs<'a> {
     pub problem: &'a Problem<'a>,
     pub workers: usize,
     pub tiles: usize,
-    /// The workers' memory, of so many bytes each: at least the scratch memory of a kernel.
+    /// The memory of the workers, `worker_bytes` bytes each: at least the scratch memory of the kernel.
     pub memory: SharedMemory,
     pub worker_bytes: usize,
 }
@@ -46,8 +46,8 @@ impl Jobs<'_> {
         })
     }
 
-    /// Writes the states of every tile, each of its `chunks` chunks as a unit of its own. `state` says where that of a chunk goes,
-    /// by the number of the tile, the tile and the chunk.
+    /// Writes the states of every tile, with each of its `chunks` chunks as a unit. `state` returns the address of the state of a
+    /// chunk, from the number of the tile, the tile and the chunk.
     ///
     /// # Safety
     /// As [`Self::run_tiles`]; the states are disjoint and this call's alone.
@@ -69,8 +69,8 @@ impl Jobs<'_> {
         })
     }
 
-    /// Writes the output of every tile from the states of its chunks, to which `tile` points; it may put them into the worker's
-    /// memory, which it is given, behind the scratch memory of the kernel.
+    /// Writes the output of every tile from the states of its chunks, to which `tile` points. `tile` receives the memory of the
+    /// worker, and may put the states there, behind the scratch memory of the kernel.
     ///
     /// # Safety
     /// As [`Self::run_tiles`]; the states of all chunks of a tile have been written.

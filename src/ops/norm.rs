@@ -42,7 +42,7 @@ impl RmsNorm<'_> {
     /// Checks against the tensor that is to be normalised.
     pub(crate) fn validate(&self, name: &str, src: &RawView) -> Result<()> {
         let (eps, dim) = (self.eps, src.shape[DIM]);
-        ensure!(eps.is_finite() && eps >= 0.0, InvalidValue, "eps is {eps}, which is no number from 0 up");
+        ensure!(eps.is_finite() && eps >= 0.0, InvalidValue, "eps is {eps}, which is not a number from 0 upwards");
         if let Some(weight) = self.weight {
             let n = weight.len();
             ensure!(n == dim, Shape, "weight has {n} entries, but {name} has dim = {dim}");

@@ -1,4 +1,4 @@
-//! Plans: what depends on lengths, positions and tables alone, checked and worked out once a step and used by every layer.
+//! Plans: what depends on lengths, positions and tables only, checked and computed once per step for every layer.
 
 use crate::error::{Result, ensure};
 use crate::format::CacheFormat;
@@ -12,22 +12,21 @@ use crate::problem::visibility::{Summary, Visibility, VisibilityOf};
 use crate::view::{BATCH, HEADS, MAX_AXIS, RawView, SEQ};
 use std::ops::Range;
 
-/// The sequences of an attention call: their queries, lengths, positions, windows, masks and the layout of their cache, copied and
-/// checked.
+/// The part of an attention call that all layers of a step share, copied and checked: queries per sequence, lengths, positions,
+/// windows, masks, and the layout of the caches.
 ///
-/// A decoder makes one for its step and hands it to the attention of every layer, as [`AttentionOptions::plan`]; after the
-/// step, [`advance`](Self::advance) takes it to the next token, which costs a look at what is new and nothing that grows with
-/// the cache. Layers whose caches differ in sequences or slots, or in windows, need plans of their own. A plan holds no data of
-/// a cache and nothing that depends on threads or the CPU; its size is that of its lists, and of the bits of its masks.
+/// A decoder makes a plan, or updates one, and passes it to the attention of every layer as [`AttentionOptions::plan`]. After
+/// the step, [`advance`](Self::advance) moves it to the next token; its cost depends on the number of sequences, not on the
+/// length of the cache. Layers whose caches differ in the first two axes, or in windows, need plans of their own. A plan holds
+/// no data of a cache and depends on neither threads nor CPU.
 ///
-/// Masks are read when the plan is made, once for all layers: [`mask`](AttentionOptions::mask) and
-/// [`bit_mask`](AttentionOptions::bit_mask) become one bit a query and key, for the queries of every sequence and the keys up
-/// to its length (less those at its start that all queries see), by head only if a mask differs by head. Masks that hide
-/// nothing which could be seen otherwise become nothing, and chunks of keys at either end that they hide from all queries are
-/// not visited. A plan that is made of masks has no next token: it is to be [updated](Self::update). With one that is not,
-/// every call may give masks of its own.
+/// Masks are read when the plan is made, once for all layers. [`mask`](AttentionOptions::mask) and
+/// [`bit_mask`](AttentionOptions::bit_mask) become one bit per query and key, for the queries of every sequence and the keys up
+/// to its length (without the leading keys that all queries see), per head only if a mask differs by head. Masks that mask
+/// nothing visible leave no bits. A call with a plan that was made with masks takes no masks of its own; with any other plan,
+/// it may.
 ///
-/// Thread safety: any number of calls may use a plan at the same time; changing it takes it alone, which `&mut` says.
+/// Thread safety: any number of calls may use a plan at the same time. A change takes it exclusively, which `&mut` ensures.
 ///
 /// ```
 /// use kvlane::*;
@@ -58,22 +57,22 @@ pub struct AttentionPlan {
     visibility: VisibilityOf<Range<usize>, Kind>,
     /// All lists of the visibility, and the table of its layout.
     entries: Vec<i32>,
-    /// Axis 1 of `q`.
+    /// Tokens on axis 1 of `q`.
     tokens: usize,
     summary: Summary,
     masks: Masks,
 }
 
-/// What masks let the queries of a plan see.
+/// The keys that masks let the queries of a plan see.
 #[derive(Clone, Debug, Default)]
 struct Masks {
-    /// There were any, whether or not they hide something.
+    /// Whether there were any masks, even if they mask nothing.
     given: bool,
-    /// The heads that they tell apart; none if they serve any number.
+    /// The number of heads with bits of their own; none if all heads share them.
     heads: Option<usize>,
-    /// Whether there are bits below: if not, nothing is hidden.
+    /// Whether anything is masked; if not, there are no bits.
     hide: bool,
-    /// In the order of bytes, so that the lowest bit of the first byte is the first, whatever the machine.
+    /// In the order of bytes: on any machine, the lowest bit of the first byte is the first.
     words: Vec<u64>,
     first_keys: Vec<i32>,
     starts: Vec<i64>,
@@ -92,20 +91,20 @@ enum Kind {
 }
 
 impl AttentionPlan {
-    /// A plan for queries `[batch, seq, heads, dim]` (of ragged ones `[1, tokens, heads, dim]`) and caches `[batch, slots,
-    /// kv_heads, dim]`; of both, only the first two axes count, and with masks the heads of queries. Of the options, it takes
-    /// those that have an entry a sequence, causality, windows, masks and the layout.
+    /// A plan for queries `[batch, seq, heads, dim]` (if ragged, `[1, tokens, heads, dim]`) and caches `[batch, slots,
+    /// kv_heads, dim]`. Only the first two axes count, and with masks the heads of the queries. Of the options, it takes those
+    /// that [`AttentionOptions::plan`] replaces.
     ///
     /// # Errors
-    /// What [`attention`](crate::attention()) would say of them.
+    /// Those that [`attention`](crate::attention()) returns for these options.
     pub fn new(q_shape: [usize; 4], k_shape: [usize; 4], options: &AttentionOptions) -> Result<Self> {
         Self::from_visibility(q_shape, &options.visibility(q_shape, axes(k_shape))?, &options.masks())
     }
 
-    /// The same plan for other sequences: what [`new`](Self::new) makes, in the memory that is there already.
+    /// Makes the plan anew for other sequences, in the memory that it has.
     ///
     /// # Errors
-    /// As [`new`](Self::new); the plan is then what it was.
+    /// As [`new`](Self::new). On an error, the plan is unchanged.
     pub fn update(&mut self, q_shape: [usize; 4], k_shape: [usize; 4], options: &AttentionOptions) -> Result<()> {
         self.take(q_shape, &options.visibility(q_shape, axes(k_shape))?, &options.masks())
     }
@@ -160,12 +159,16 @@ impl AttentionPlan {
         Ok(())
     }
 
-    /// Every sequence has been given so many tokens more, and as many queries follow as before: lengths grow, and so do offsets and
-    /// query positions where they were given. Takes no memory.
+    /// Moves the plan to the next step: sequence b has `counts[b]` more tokens, and as many queries follow as before. Lengths grow,
+    /// and so do offsets and query positions that were given. Allocates nothing.
     ///
     /// # Errors
-    /// A list of another length, a negative count, a sequence that has no room, table entries of the new tokens that are none of
-    /// the cache, queries that see what a ring has overwritten, a plan that was made of masks. The plan is then what it was.
+    /// - [`Status::Shape`](crate::Status::Shape): the list has not an entry per sequence.
+    /// - [`Status::OutOfRange`](crate::Status::OutOfRange): a count is negative, or a table entry of a new token is not in the cache.
+    /// - [`Status::Capacity`](crate::Status::Capacity): a sequence has no room, or queries see keys that a ring has overwritten.
+    /// - [`Status::InvalidValue`](crate::Status::InvalidValue): the plan was made with masks.
+    ///
+    /// On an error, the plan is unchanged.
     pub fn advance(&mut self, counts: &[i32]) -> Result<()> {
         let n = counts.len();
         ensure!(
@@ -219,13 +222,14 @@ impl AttentionPlan {
         }
     }
 
-    /// Sets entries `first..` of a sequence in the table of a paged or indirect layout, before [`advance`](Self::advance) or
-    /// after a page has moved.
+    /// Sets entries `first..` of the table of a sequence, in a paged or indirect layout: before [`advance`](Self::advance)
+    /// needs them, or when a page has moved.
     ///
     /// # Errors
-    /// A layout without such a table, entries outside it, or ones of tokens that the sequence has which are none of the cache.
-    /// The plan is then what it was.
-    pub fn set_table(&mut self, row: usize, first: usize, entries: &[i32]) -> Result<()> {
+    /// [`Status::InvalidValue`](crate::Status::InvalidValue): the layout has no table.
+    /// [`Status::OutOfRange`](crate::Status::OutOfRange): an entry lies outside of the table, or belongs to an existing token
+    /// but is not in the cache. On an error, the plan is unchanged.
+    pub fn set_table(&mut self, sequence: usize, first: usize, entries: &[i32]) -> Result<()> {
         let VisibilityOf { batch, cache, layout, .. } = &self.visibility;
         let (table, per_row, tokens) = match layout {
             Kind::Paged { page_table, pages_per_sequence } => (page_table.start, *pages_per_sequence, cache.shape[SEQ]),
@@ -234,19 +238,19 @@ impl AttentionPlan {
                 crate::error::fail!(InvalidValue, "the plan's layout has no table of pages or beams")
             }
         };
-        ensure!(row < *batch, OutOfRange, "sequence {row} of a plan that has {batch}");
+        ensure!(sequence < *batch, OutOfRange, "sequence {sequence} of a plan that has {batch}");
         let end = first.saturating_add(entries.len());
         ensure!(end <= per_row, OutOfRange, "entries {first}..{end} of a sequence that has {per_row}");
-        let (used, n) = ((self.lengths()[row] as usize).div_ceil(tokens), cache.shape[BATCH]);
+        let (used, n) = ((self.lengths()[sequence] as usize).div_ceil(tokens), cache.shape[BATCH]);
         for (i, &entry) in entries.iter().enumerate() {
             ensure!(
                 first + i >= used || entry >= 0 && (entry as usize) < n,
                 OutOfRange,
-                "entry {} of sequence {row} is {entry}, but k has batch = {n}",
+                "entry {} of sequence {sequence} is {entry}, but k has batch = {n}",
                 first + i
             );
         }
-        let at = table + row * per_row;
+        let at = table + sequence * per_row;
         self.entries[at + first..at + end].copy_from_slice(entries);
         Ok(())
     }
@@ -256,7 +260,7 @@ impl AttentionPlan {
         self.visibility.lengths.as_ref().map_or(&[], |list| &self.entries[list.clone()])
     }
 
-    /// What it holds, as a call takes it.
+    /// The visibility as a call takes it.
     pub(crate) fn visibility(&self) -> Visibility<'_> {
         let entries = |range: &Range<usize>| &self.entries[range.clone()];
         let layout = match &self.visibility.layout {
@@ -275,7 +279,7 @@ impl AttentionPlan {
         Planned { summary: self.summary, has_masks: self.masks.given, bits: self.masks.view() }
     }
 
-    /// Checks that a call's tensors are those that it was made for.
+    /// Checks that the tensors of a call are those that the plan was made for.
     pub(crate) fn check(&self, q: &RawView, k_shape: [usize; 4]) -> Result<()> {
         let VisibilityOf { batch, cache, cu_seqlens_q, .. } = &self.visibility;
         let rows = if cu_seqlens_q.is_some() { 1 } else { *batch };
@@ -292,7 +296,8 @@ impl AttentionPlan {
     }
 }
 
-/// The lines of valid masks: what they show of a sequence's keys to a query and head, or to several that they do not tell apart.
+/// The lines of validated masks. A line is what the masks let through of a sequence's keys, for one query and head, or for
+/// several that the masks do not distinguish.
 struct Lines<'a> {
     visibility: &'a Visibility<'a>,
     mask: Option<ByteView>,
@@ -326,12 +331,12 @@ impl<'a> Lines<'a> {
         self.mask.is_some() || self.bit_mask.is_some()
     }
 
-    /// Heads that have lines of their own.
+    /// The number of heads with lines of their own.
     fn heads(&self) -> usize {
         if self.by_head { self.heads } else { self.heads.min(1) }
     }
 
-    /// Queries of a sequence that have lines of their own.
+    /// The number of queries of a sequence with lines of their own.
     fn queries(&self, row: usize) -> usize {
         let n = self.visibility.queries(row);
         if self.by_query { n } else { n.min(1) }
@@ -459,7 +464,7 @@ mod tests {
         AttentionPlan::new(Q, K, &options).unwrap()
     }
 
-    /// What hides only what nobody sees is no mask, but the plan remembers that it was made of one.
+    /// Masks that mask no visible key leave no bits, but the plan remembers that it was made with masks.
     #[test]
     fn masks_that_hide_nothing_are_dropped() {
         let shown: Vec<bool> = (0..4096).map(|key| key < 2100).collect();

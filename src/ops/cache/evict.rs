@@ -167,7 +167,7 @@ pub(crate) struct RawUnrotated<'a> {
     pub magnitude: f64,
 }
 
-/// Something for each layer, by its number among so many: none, one for all layers, or one for each.
+/// A getter of one item per layer, and the number of items: none, one for all layers, or one for each layer.
 pub(crate) type PerLayer<'f, T> = (usize, &'f (dyn Fn(usize) -> Result<Option<T>> + Sync));
 
 fn of_layer<T>((n, get): PerLayer<T>, layer: usize) -> Result<Option<T>> {

@@ -365,7 +365,7 @@ fn check_pages_unshared(
 struct Piece {
     layer: usize,
     values: bool,
-    /// The heads: from this one on, so many.
+    /// The first head, and the number of heads.
     heads: (usize, usize),
     cache: RawCacheView,
 }
