@@ -20,10 +20,9 @@
 //! the position `p = i + offset`. The default offset is `length - queries`: the last query is at the last key (bottom-right
 //! alignment), as a cache needs it. Every sequence has its own `length`, `kv_start` and `offset`.
 //!
-//! `query_positions` gives queries other positions: p is then the entry of the list. Key `i + offset` is the query's own token and
-//! stands at the same position; causality, windows and ALiBi count that position for it, in place of j. Lengths, first keys,
-//! prefixes, masks and biases go by the number of the key. Where the queries are not in the cache, an `offset` of `length` or more
-//! says so.
+//! `query_positions` gives queries other positions: p is then the entry of the list. Key `i + offset` is the query's own token and has
+//! the same position. Causality, windows and ALiBi use that position for the key, instead of j. Lengths, first keys, prefixes, masks
+//! and biases use the number of the key. If the queries are not in the cache, give an `offset` of `length` or more.
 //!
 //! | option | key j is visible if | precisely |
 //! | --- | --- | --- |
@@ -116,9 +115,9 @@
 //! with first key T. Bit j of query i is 1 if i is j or a descendant of j. Earlier keys are visible to all guesses. This works with
 //! every layout. Rejected guesses are dropped by the lengths alone.
 //!
-//! Guesses of one depth lie in different slots, but stand at one position. Windows and ALiBi must count that position, not the
-//! slot: pass `query_positions`, with T + depth for each guess. The own keys of the queries then stand there too, so that each
-//! guess gets the output that it gets where its ancestors alone follow the cache. Causality may be on or off, since the mask hides more.
+//! Guesses of one depth are in different slots, but have the same position. Windows and ALiBi must use that position, not the slot:
+//! pass `query_positions` with T + depth for each guess. The keys of the guesses then have these positions too, and each guess has
+//! the output that it has if only its ancestors follow the cache. Causality can be on or off, because the mask masks more.
 //!
 //! ```
 //! use kvlane::*;
