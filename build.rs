@@ -27,7 +27,7 @@ mod header {
     use std::path::Path;
 
     /// The files of `src/capi` in the order in which the header has their constants, types and functions.
-    const SUBJECTS: [&str; 23] = [
+    const SUBJECTS: [&str; 24] = [
         "library",
         "status",
         "dtype",
@@ -36,6 +36,7 @@ mod header {
         "kernels",
         "context",
         "views",
+        "scales",
         "runner",
         "pool",
         "rope",

@@ -103,7 +103,7 @@ static void attend_to_spans(const kvl_context *context, const kvl_parallel_runne
     merge.segments = spans;
     merge.num_segments = 2;
     merge.kv_heads = KV;
-    merge.dtype = KVL_DTYPE_BF16;
+    merge.k_format = merge.v_format = KVL_FORMAT_BF16;
     OK(kvl_merge_chunks_workspace_size(&merge, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
     OK(kvl_merge_chunks(context, runner, workspace, sizeof workspace, &merge));
@@ -170,7 +170,7 @@ static void attend_by_layout(const kvl_context *context, const kvl_parallel_runn
     OK(kvl_attention(context, runner, workspace, sizeof workspace, &p));
     OK(kvl_attention_with_prefix_workspace_size(&prefix, &plain, runner, &bytes));
     CHECK(bytes <= sizeof workspace, "%d bytes", (int)bytes);
-    OK(kvl_attention_with_prefix(context, runner, workspace, sizeof workspace, &prefix, &prefix, &plain));
+    OK(kvl_attention_with_prefix(context, runner, workspace, sizeof workspace, &prefix, &prefix, NULL, &plain));
 }
 
 static void everything(const kvl_context *context, const kvl_parallel_runner *runner, kvl_plan *plan) {
@@ -252,7 +252,7 @@ static void whole_caches(const kvl_context *context, const kvl_parallel_runner *
     static const int32_t moves[2] = {0, 2};
     int32_t lengths[4] = {6, 5, 5, 5}, other_lengths[4] = {7, 0, 0, 0}, local[3][4], slots[8], pages[4] = {3, 1, 0, -1};
     int64_t first, count, heads[4], used;
-    kvl_kv_layer layers[2], others[2];
+    static kvl_kv_layer layers[2], others[2];
     kvl_cache cache = KVL_CACHE_INIT, other = KVL_CACHE_INIT;
     kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
     const kvl_rope_params *ropes[2] = {NULL, NULL};

@@ -106,7 +106,7 @@ static void rows(void) {
     /* A row of 16-bit elements from another cache. */
     {
         static uint16_t half[3][SLOTS * TOKEN];
-        kvl_kv_layer sources[2];
+        static kvl_kv_layer sources[2];
         int32_t length = 3;
         int i, j;
         for (i = 0; i < 3; i++) {

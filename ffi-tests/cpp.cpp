@@ -172,7 +172,8 @@ int main() {
         merge.segments = &span;
         merge.num_segments = 1;
         merge.kv_heads = p.k.shape[2];
-        merge.dtype = p.k.dtype;
+        merge.k_format = p.k.dtype;
+        merge.v_format = p.v.dtype;
         merge.out = attention.out;
         kvlane::merge_chunks(context, workspace, merge);
         close("the chunks of a span");
@@ -226,8 +227,8 @@ int main() {
     for (std::size_t i = 0; i < keys.size(); ++i) {
         keys[i] = static_cast<float>(i);
     }
-    const std::vector<kvl_kv_layer> layers = {{kvlane::view(keys, {2, 4, 1, 2}), kvl_view{}}};
-    const std::vector<kvl_kv_layer> sources = {{kvlane::view(others, {2, 4, 1, 2}), kvl_view{}}};
+    const std::vector<kvl_kv_layer> layers = {{kvlane::view(keys, {2, 4, 1, 2}), kvl_view{}, nullptr}};
+    const std::vector<kvl_kv_layer> sources = {{kvlane::view(others, {2, 4, 1, 2}), kvl_view{}, nullptr}};
     kvlane::list lengths = {3, 1}, other_lengths = {2, 2};
     const kvl_cache cache = kvlane::make_cache(layers, lengths), other = kvlane::make_cache(sources, other_lengths);
     kvlane::cache_advance(cache, {1, 0});

@@ -502,7 +502,7 @@ static void kv_write(void) {
     } while (0)
     REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_kv_write(NULL, NULL, &p));
     REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kv_write_params", kvl_kv_write(context, NULL, NULL));
-    p.struct_size -= 8;
+    p.struct_size -= 16;
     TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 416");
     memset(&p.v, 0, sizeof p.v);
     TRY(KVL_STATUS_NULL_POINTER, "only one of v and v_cache");
@@ -1048,13 +1048,13 @@ static void attention(void) {
         kvl_const_view prefix = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 7, 2, 8), other = prefix;
 #define PREFIX(status, text)                                                                                           \
     do {                                                                                                               \
-        REFUSED(status, text, kvl_attention_with_prefix(context, NULL, workspace, bytes, &other, &prefix, &p));        \
+        REFUSED(status, text, kvl_attention_with_prefix(context, NULL, workspace, bytes, &other, &prefix, NULL, &p));        \
         p = good;                                                                                                      \
         other = prefix;                                                                                                \
     } while (0)
-        REFUSED(KVL_STATUS_NULL_POINTER, "prefix_k", kvl_attention_with_prefix(context, NULL, workspace, bytes, NULL, &prefix, &p));
-        REFUSED(KVL_STATUS_NULL_POINTER, "prefix_v", kvl_attention_with_prefix(context, NULL, workspace, bytes, &prefix, NULL, &p));
-        REFUSED(KVL_STATUS_WORKSPACE, "1024", kvl_attention_with_prefix(context, NULL, workspace, 1024, &prefix, &prefix, &p));
+        REFUSED(KVL_STATUS_NULL_POINTER, "prefix_k", kvl_attention_with_prefix(context, NULL, workspace, bytes, NULL, &prefix, NULL, &p));
+        REFUSED(KVL_STATUS_NULL_POINTER, "prefix_v", kvl_attention_with_prefix(context, NULL, workspace, bytes, &prefix, NULL, NULL, &p));
+        REFUSED(KVL_STATUS_WORKSPACE, "1024", kvl_attention_with_prefix(context, NULL, workspace, 1024, &prefix, &prefix, NULL, &p));
         other.shape[0] = 2;
         PREFIX(KVL_STATUS_SHAPE, "batch = 2, but all sequences share one prefix");
         other.shape[2] = 1;
@@ -1283,8 +1283,8 @@ static void chunks(void) {
         BOTH(KVL_STATUS_SHAPE, "no multiple of kv_heads = 3");
         p.kv_heads = -1;
         BOTH(KVL_STATUS_SHAPE, "kv_heads is -1");
-        p.dtype = 3;
-        BOTH(KVL_STATUS_INVALID_ENUM, "dtype is 3");
+        p.k_format = 4;
+        BOTH(KVL_STATUS_INVALID_ENUM, "k_format is 4");
         p.precision = 2;
         BOTH(KVL_STATUS_INVALID_ENUM, "precision is 2");
         p.out.shape[3] = 513;

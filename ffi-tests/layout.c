@@ -86,7 +86,7 @@ AT(kvl_rms_norm_params, weight, 8);
 AT(kvl_rms_norm_params, eps, 16);
 AT(kvl_rms_norm_params, reserved, 20);
 
-SIZE(kvl_kv_write_params, 424);
+SIZE(kvl_kv_write_params, 432);
 AT(kvl_kv_write_params, struct_size, 0);
 AT(kvl_kv_write_params, k, 8);
 AT(kvl_kv_write_params, v, 96);
@@ -101,10 +101,17 @@ AT(kvl_kv_write_params, layout, 400);
 AT(kvl_kv_write_params, k_norm, 408);
 AT(kvl_kv_write_params, v_packing, 416);
 AT(kvl_kv_write_params, reserved, 420);
+AT(kvl_kv_write_params, scales, 424);
 
-SIZE(kvl_kv_layer, 176);
+SIZE(kvl_kv_layer, 184);
 AT(kvl_kv_layer, k, 0);
 AT(kvl_kv_layer, v, 88);
+AT(kvl_kv_layer, scales, 176);
+
+SIZE(kvl_cache_scales, 184);
+AT(kvl_cache_scales, struct_size, 0);
+AT(kvl_cache_scales, k, 8);
+AT(kvl_cache_scales, v, 96);
 
 SIZE(kvl_cache, 40);
 AT(kvl_cache, struct_size, 0);
@@ -145,7 +152,7 @@ AT(kvl_bit_mask, first_keys, 88);
 AT(kvl_bit_mask, bit_offsets, 96);
 AT(kvl_bit_mask, query_strides, 104);
 
-SIZE(kvl_attention_params, 680);
+SIZE(kvl_attention_params, 688);
 AT(kvl_attention_params, struct_size, 0);
 AT(kvl_attention_params, q, 8);
 AT(kvl_attention_params, k, 96);
@@ -176,21 +183,24 @@ AT(kvl_attention_params, plan, 656);
 AT(kvl_attention_params, v_packing, 664);
 AT(kvl_attention_params, reserved3, 668);
 AT(kvl_attention_params, query_positions, 672);
+AT(kvl_attention_params, scales, 680);
 
 SIZE(kvl_chunk_states, 16);
 AT(kvl_chunk_states, states, 0);
 AT(kvl_chunk_states, len, 8);
 
-SIZE(kvl_merge_chunks_params, 144);
+SIZE(kvl_merge_chunks_params, 152);
 AT(kvl_merge_chunks_params, struct_size, 0);
 AT(kvl_merge_chunks_params, segments, 8);
 AT(kvl_merge_chunks_params, num_segments, 16);
 AT(kvl_merge_chunks_params, kv_heads, 24);
-AT(kvl_merge_chunks_params, dtype, 32);
-AT(kvl_merge_chunks_params, precision, 36);
-AT(kvl_merge_chunks_params, sink_logits, 40);
-AT(kvl_merge_chunks_params, out, 48);
-AT(kvl_merge_chunks_params, lse, 136);
+AT(kvl_merge_chunks_params, k_format, 32);
+AT(kvl_merge_chunks_params, v_format, 36);
+AT(kvl_merge_chunks_params, precision, 40);
+AT(kvl_merge_chunks_params, reserved, 44);
+AT(kvl_merge_chunks_params, sink_logits, 48);
+AT(kvl_merge_chunks_params, out, 56);
+AT(kvl_merge_chunks_params, lse, 144);
 #endif
 
 VALUE(KVL_STATUS_OK, 0);

@@ -519,7 +519,7 @@ static void shared_prefix(void) {
     OK(kvl_attention_with_prefix_workspace_size(&prefix_k, &p, NULL, &bytes));
     OK(kvl_attention_workspace_size(&p, NULL, &plain));
     CHECK(bytes > plain && bytes <= sizeof workspace, "%d bytes", (int)bytes);
-    OK(kvl_attention_with_prefix(context, NULL, workspace, bytes, &prefix_k, &prefix_v, &p));
+    OK(kvl_attention_with_prefix(context, NULL, workspace, bytes, &prefix_k, &prefix_v, NULL, &p));
     for (i = 0; i < ROWS * 2 * HEADS * V_DIM; i++) NEAR(is.out[i], wanted.out[i], 1e-5);
     for (i = 0; i < ROWS * 2 * HEADS; i++) NEAR(is.lse[i], wanted.lse[i], 1e-5);
 }
@@ -528,7 +528,7 @@ static void shared_prefix(void) {
 static void beam_search(kvl_dtype dtype) {
     static const int32_t parents[][ROWS] = {{0, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {1, 0}};
     int32_t lengths[ROWS] = {0, 0}, copied[ROWS] = {0, 0};
-    kvl_kv_layer layer;
+    static kvl_kv_layer layer;
     kvl_cache rows = KVL_CACHE_INIT;
     cache caches[CACHES];
     size_t step, bytes;

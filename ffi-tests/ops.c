@@ -730,7 +730,7 @@ static void chunks(const kvl_context *context) {
     merge.segments = spans;
     merge.num_segments = SPANS;
     merge.kv_heads = KV;
-    merge.dtype = KVL_DTYPE_F32;
+    merge.k_format = merge.v_format = KVL_FORMAT_F32;
     merge.sink_logits = sinks;
     merge.out = kvl_make_view(merged, KVL_DTYPE_F32, BATCH, SEQ, HEADS, DV);
     merge.lse = merged_lse;
@@ -828,6 +828,80 @@ static void broadcast(const kvl_context *context) {
     free(workspace);
 }
 
+/* Bytes from -127 to 127 and a scale for each head of each token, to nearest. */
+static void quantise(const float *from, size_t heads, int dim, int8_t *units, float *scales) {
+    size_t i;
+    for (i = 0; i < heads; i++) {
+        float largest = 0;
+        int d;
+        for (d = 0; d < dim; d++) largest = fmaxf(largest, fabsf(from[i * (size_t)dim + (size_t)d]));
+        scales[i] = largest / 127;
+        for (d = 0; d < dim; d++) {
+            const size_t at = i * (size_t)dim + (size_t)d;
+            units[at] = (int8_t)(scales[i] > 0 ? rintf(from[at] / scales[i]) : 0);
+        }
+    }
+}
+
+/* Attention over a cache of int8 is that over the numbers that it stands for; K and V have formats of their own. */
+static void int8(const kvl_context *context) {
+    enum { BATCH = 2, HEADS = 4, KV = 2, KEYS = 40, D = 16, ROWS = BATCH * KEYS * KV, N = ROWS * D };
+    static float k[N], v[N], q[BATCH * HEADS * D], out[2][BATCH * HEADS * D], k_scales[ROWS], v_scales[ROWS];
+    static int8_t k_units[N], v_units[N];
+    kvl_cache_scales scales = KVL_CACHE_SCALES_INIT, keys_alone = KVL_CACHE_SCALES_INIT;
+    kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
+    void *workspace = NULL;
+    size_t bytes = 0;
+    int i, which;
+    fill(q, COUNT(q), 41);
+    fill(k, COUNT(k), 42);
+    fill(v, COUNT(v), 43);
+    quantise(k, ROWS, D, k_units, k_scales);
+    quantise(v, ROWS, D, v_units, v_scales);
+    for (i = 0; i < N; i++) {
+        k[i] = (float)k_units[i] * k_scales[i / D];
+        v[i] = (float)v_units[i] * v_scales[i / D];
+    }
+    scales.k = kvl_make_view(k_scales, KVL_DTYPE_F32, BATCH, KEYS, KV, 1);
+    scales.v = kvl_make_view(v_scales, KVL_DTYPE_F32, BATCH, KEYS, KV, 1);
+    scales.k.bytes = sizeof k_scales;
+    scales.v.bytes = sizeof v_scales;
+    keys_alone.k = scales.k;
+    p.q = kvl_make_const_view(q, KVL_DTYPE_F32, BATCH, 1, HEADS, D);
+    p.k = kvl_make_const_view(k, KVL_FORMAT_F32, BATCH, KEYS, KV, D);
+    p.v = kvl_make_const_view(v, KVL_FORMAT_F32, BATCH, KEYS, KV, D);
+    p.out = kvl_make_view(out[0], KVL_DTYPE_F32, BATCH, 1, HEADS, D);
+    OK(kvl_attention_workspace_size(&p, NULL, &bytes));
+    workspace = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (workspace == NULL) abort();
+    OK(kvl_attention(context, NULL, workspace, bytes, &p));
+    p.out.data = out[1];
+    for (which = 0; which < 2; which++) {
+        /* Keys alone, then both. */
+        p.k = kvl_make_const_view(k_units, KVL_FORMAT_INT8, BATCH, KEYS, KV, D);
+        if (which) p.v = kvl_make_const_view(v_units, KVL_FORMAT_INT8, BATCH, KEYS, KV, D);
+        p.scales = NULL;
+        CHECK(kvl_attention(context, NULL, workspace, bytes, &p) == KVL_STATUS_INVALID_VALUE, "-");
+        CHECK(strstr(sentence(), "k is int8, but has no scales") != NULL, "%s", sentence());
+        p.scales = which ? &scales : &keys_alone;
+        memset(out[1], 0, sizeof out[1]);
+        OK(kvl_attention(context, NULL, workspace, bytes, &p));
+        for (i = 0; i < BATCH * HEADS * D; i++) NEAR(out[1][i], out[0][i], 2e-6);
+    }
+    p.v = kvl_make_const_view(v, KVL_FORMAT_F32, BATCH, KEYS, KV, D);
+    CHECK(kvl_attention(context, NULL, workspace, bytes, &p) == KVL_STATUS_INVALID_VALUE, "-");
+    CHECK(strstr(sentence(), "v is f32, which has no scales, but scales are given") != NULL, "%s", sentence());
+    p.scales = &keys_alone;
+    keys_alone.k.shape[3] = 2;
+    CHECK(kvl_attention(context, NULL, workspace, bytes, &p) == KVL_STATUS_SHAPE, "%s", sentence());
+    keys_alone.k.shape[3] = 1;
+    keys_alone.k.dtype = KVL_DTYPE_BF16;
+    CHECK(kvl_attention(context, NULL, workspace, bytes, &p) == KVL_STATUS_DTYPE, "%s", sentence());
+    keys_alone.struct_size = 8;
+    CHECK(kvl_attention(context, NULL, workspace, bytes, &p) == KVL_STATUS_STRUCT_SIZE, "%s", sentence());
+    free(workspace);
+}
+
 int main(void) {
     kvl_isa isa;
     int levels = 0;
@@ -855,6 +929,7 @@ int main(void) {
         attention(context);
         narrow_attention(context);
         broadcast(context);
+        int8(context);
         merge(context);
         chunks(context);
         kvl_context_destroy(context);

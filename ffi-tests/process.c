@@ -55,7 +55,7 @@ static void operations(const kvl_context *context, const kvl_parallel_runner *ru
     kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
     kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
     kvl_attention_state states[8];
-    kvl_kv_layer layer;
+    static kvl_kv_layer layer;
     kvl_cache whole = KVL_CACHE_INIT;
     kvl_const_view source = kvl_make_const_view(q, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D), prefix_k, prefix_v;
     kvl_view view = kvl_make_view(to->turned, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
@@ -105,7 +105,7 @@ static void operations(const kvl_context *context, const kvl_parallel_runner *ru
     prefix_k.shape[0] = prefix_v.shape[0] = 1;
     OK(kvl_attention_with_prefix_workspace_size(&prefix_k, &p, runner, &bytes));
     CHECK(bytes + 64 <= sizeof workspace_bytes, "%d bytes of workspace", (int)bytes);
-    OK(kvl_attention_with_prefix(context, runner, workspace(), bytes, &prefix_k, &prefix_v, &p));
+    OK(kvl_attention_with_prefix(context, runner, workspace(), bytes, &prefix_k, &prefix_v, NULL, &p));
     p.q.shape[1] = 1; /* A decode step. */
     p.out.shape[1] = 1;
     OK(attend(context, runner, &p));

@@ -173,7 +173,8 @@
 #define KVL_FORMAT_BF16 2
 
 /**
- * Signed bytes from -127 to 127 with one scale per token and head: an element is its byte times that scale.
+ * Signed bytes from -127 to 127 with one scale per token and head: an element is its byte times that scale. The scales lie in a
+ * tensor of their own; see `kvl_cache_scales`.
  */
 #define KVL_FORMAT_INT8 3
 
@@ -582,7 +583,7 @@ typedef struct kvl_const_view {
      */
     const void *data;
     /**
-     * The type of the elements.
+     * The type of the elements; of the keys and the values of a cache, its `kvl_format`.
      */
     kvl_dtype dtype;
     /**
@@ -594,7 +595,7 @@ typedef struct kvl_const_view {
      */
     int64_t shape[4];
     /**
-     * Distance between neighbours along each axis, in elements.
+     * Distance between neighbours along each axis, in elements (of a cache, in units of its format).
      */
     int64_t strides[4];
     /**
@@ -617,7 +618,7 @@ typedef struct kvl_view {
      */
     void *data;
     /**
-     * The type of the elements.
+     * The type of the elements; of the keys and the values of a cache, its `kvl_format`.
      */
     kvl_dtype dtype;
     /**
@@ -629,7 +630,7 @@ typedef struct kvl_view {
      */
     int64_t shape[4];
     /**
-     * Distance between neighbours along each axis, in elements.
+     * Distance between neighbours along each axis, in elements (of a cache, in units of its format).
      */
     int64_t strides[4];
     /**
@@ -759,6 +760,28 @@ typedef struct kvl_layout {
 } kvl_layout;
 
 /**
+ * Where the scales of a cache lie, for formats that have scales. Start from `KVL_CACHE_SCALES_INIT`.
+ *
+ * `KVL_FORMAT_INT8` has one scale per token and head, f32 or f16: a view [batch, seq, kv_heads, 1] whose first two axes are those
+ * of the units (so that a layout applies to both), with strides of its own. Attention only reads scales; `kvl_kv_write` and the
+ * functions that copy tokens write them too.
+ */
+typedef struct kvl_cache_scales {
+    /**
+     * `sizeof(kvl_cache_scales)`.
+     */
+    size_t struct_size;
+    /**
+     * The scales of the keys; absent if their format has none.
+     */
+    struct kvl_view k;
+    /**
+     * The scales of the values; absent if their format has none.
+     */
+    struct kvl_view v;
+} kvl_cache_scales;
+
+/**
  * New keys and values, their caches and their places. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`,
  * usually `v` and `v_cache`, and either `positions` or `slots`.
  */
@@ -827,6 +850,10 @@ typedef struct kvl_kv_write_params {
      * 0.
      */
     int32_t reserved;
+    /**
+     * The scales of `k_cache` and `v_cache`, for formats that have scales, which are written too; null for none.
+     */
+    const struct kvl_cache_scales *scales;
 } kvl_kv_write_params;
 
 /**
@@ -936,11 +963,11 @@ typedef struct kvl_attention_params {
      */
     struct kvl_const_view q;
     /**
-     * Keys [batch, keys, kv_heads, dim]: the whole cache.
+     * Keys [batch, keys, kv_heads, dim]: the whole cache, in any format.
      */
     struct kvl_const_view k;
     /**
-     * Values [batch, keys, kv_heads, v_dim], of any type.
+     * Values [batch, keys, kv_heads, v_dim], in any format, which need not be that of the keys.
      */
     struct kvl_const_view v;
     /**
@@ -1062,6 +1089,10 @@ typedef struct kvl_attention_params {
      * numbers. In a tree of guesses, positions are depths. Null for none.
      */
     const int32_t *query_positions;
+    /**
+     * The scales of `k` and `v`, for formats that have scales; null for none.
+     */
+    const struct kvl_cache_scales *scales;
 } kvl_attention_params;
 
 /**
@@ -1090,6 +1121,10 @@ typedef struct kvl_kv_layer {
      * Values [sequences, slots, kv_heads, v_dim]; absent where keys and values share memory.
      */
     struct kvl_view v;
+    /**
+     * The scales of both, for formats that have scales; null for none.
+     */
+    const struct kvl_cache_scales *scales;
 } kvl_kv_layer;
 
 /**
@@ -1137,7 +1172,7 @@ typedef struct kvl_chunk_states {
 
 /**
  * What a merge of segments reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `segments`,
- * `num_segments`, `kv_heads`, `dtype`, `out`, and `precision` if that of the segments was not the default.
+ * `num_segments`, `kv_heads`, `k_format`, `v_format`, `out`, and `precision` if that of the segments was not the default.
  */
 typedef struct kvl_merge_chunks_params {
     /**
@@ -1157,13 +1192,21 @@ typedef struct kvl_merge_chunks_params {
      */
     int64_t kv_heads;
     /**
-     * The type of its keys and values.
+     * The format of its keys.
      */
-    kvl_dtype dtype;
+    kvl_format k_format;
+    /**
+     * The format of its values.
+     */
+    kvl_format v_format;
     /**
      * The precision of the segments' calls.
      */
     kvl_precision precision;
+    /**
+     * 0.
+     */
+    int32_t reserved;
     /**
      * [heads]: one more logit per head, which takes weight and has no value, once for all segments; null for none.
      */
@@ -1592,7 +1635,8 @@ kvl_status kvl_attention_with_prefix_workspace_size(const struct kvl_const_view 
  * followed by each sequence's own keys. `params` describes the latter, as in `kvl_attention`: position 0 of a sequence
  * is its first key after the prefix. Every query sees the whole prefix, which is read once for all of them. Sink
  * logits count once. The result is that of attention over both at once within the kernel's bound. It does not depend
- * on the runner, the batch or strides.
+ * on the runner, the batch or strides. `prefix_scales` has the scales of the prefix, for formats that have scales, and may be
+ * null.
  *
  * `workspace` is as for `kvl_attention`, with the size that `kvl_attention_with_prefix_workspace_size` gives.
  *
@@ -1606,6 +1650,7 @@ kvl_status kvl_attention_with_prefix(const struct kvl_context *context,
                                      size_t workspace_bytes,
                                      const struct kvl_const_view *prefix_k,
                                      const struct kvl_const_view *prefix_v,
+                                     const struct kvl_cache_scales *prefix_scales,
                                      const struct kvl_attention_params *params);
 
 /**
@@ -2172,6 +2217,7 @@ kvl_status kvl_shard_view(const struct kvl_view *view,
 #define KVL_ROPE_FREQUENCIES_PARAMS_INIT KVL_SIZED_INIT_(kvl_rope_frequencies_params)
 #define KVL_ROPE_PARAMS_INIT KVL_SIZED_INIT_(kvl_rope_params)
 #define KVL_LAYOUT_INIT KVL_SIZED_INIT_(kvl_layout)
+#define KVL_CACHE_SCALES_INIT KVL_SIZED_INIT_(kvl_cache_scales)
 #define KVL_CACHE_INIT KVL_SIZED_INIT_(kvl_cache)
 #define KVL_SHARD_INIT KVL_SIZED_INIT_(kvl_shard)
 #define KVL_RMS_NORM_PARAMS_INIT KVL_SIZED_INIT_(kvl_rms_norm_params)

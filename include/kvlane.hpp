@@ -129,6 +129,9 @@ template <class T> constexpr kvl_dtype known_dtype() {
     if (std::is_same<T, float>::value) {
         return KVL_DTYPE_F32;
     }
+    if (std::is_same<T, std::int8_t>::value) {
+        return KVL_FORMAT_INT8;
+    }
     if (std::is_same<T, f16>::value) {
         return KVL_DTYPE_F16;
     }
@@ -159,7 +162,7 @@ template <class T> constexpr kvl_dtype known_dtype() {
 }
 } // namespace detail
 
-/// The element type of a C++ type: float, f16 and bf16 of this header, and `_Float16`, `__bf16`, `std::float16_t` and
+/// The element type of a C++ type, or the format of its units: float, std::int8_t, f16 and bf16 of this header, and `_Float16`, `__bf16`, `std::float16_t` and
 /// `std::bfloat16_t` where the compiler has them. Specialise it for a half type of your own.
 template <class T> struct dtype_of : std::integral_constant<kvl_dtype, detail::known_dtype<T>()> {
     static_assert(detail::known_dtype<T>() >= 0, "no element type is known for this type: specialise kvlane::dtype_of");
@@ -530,12 +533,13 @@ KVLANE_RESULT_ attention(const context &context, workspace &workspace, const kvl
 /// Over a prefix that all sequences share, [1, tokens, kv_heads, ...], and then over each sequence's own keys.
 KVLANE_RESULT_ attention_with_prefix(const context &context, workspace &workspace, const input &prefix_k,
                                      const input &prefix_v, const kvl_attention_params &params,
-                                     const kvl_parallel_runner *runner = nullptr) {
+                                     const kvl_parallel_runner *runner = nullptr,
+                                     const kvl_cache_scales *prefix_scales = nullptr) {
     std::size_t bytes = 0;
     KVLANE_TRY_(kvl_attention_with_prefix_workspace_size(prefix_k.get(), &params, runner, &bytes));
     workspace.reserve(bytes);
     KVLANE_TRY_(kvl_attention_with_prefix(context.get(), runner, workspace.data(), workspace.size(), prefix_k.get(),
-                                          prefix_v.get(), &params));
+                                          prefix_v.get(), prefix_scales, &params));
     KVLANE_DONE_;
 }
 
@@ -605,6 +609,14 @@ inline kvl_cache make_cache(const std::vector<kvl_kv_layer> &layers, std::vector
     cache.layout = layout;
     cache.lengths = lengths.data();
     return cache;
+}
+
+/// The scales of the keys and the values of a cache, where their formats have any.
+inline kvl_cache_scales make_scales(const kvl_view &k, const kvl_view &v = {}) {
+    kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
+    scales.k = k;
+    scales.v = v;
+    return scales;
 }
 
 /// A list of sequences, counts, lengths or parents.

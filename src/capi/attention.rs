@@ -8,6 +8,7 @@ use super::layout::{kvl_layout, kvl_packing, parse_packing};
 use super::masks::{kvl_bit_mask, kvl_mask, read_masks};
 use super::plan::{self, kvl_plan};
 use super::runner::{CallerRunner, kvl_parallel_runner};
+use super::scales::{kvl_cache_scales, read_scales, with_scales};
 use super::sized::{Growing, assert_layout, read_sized, sized};
 use super::status::kvl_status;
 use super::views::{kvl_const_view, kvl_view};
@@ -17,7 +18,7 @@ use crate::ops::attention::{
     Memory, RawAttention, attention_raw, attention_shapes, attention_workspace_size, fill_alibi_slopes,
 };
 use crate::problem::limits::MAX_HEAD_DIM;
-use crate::view::{BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ};
+use crate::view::{BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ, Units};
 use std::ffi::c_void;
 
 /// What `kvl_attention_params.flags` is a sum of.
@@ -48,9 +49,9 @@ pub struct kvl_attention_params {
     pub struct_size: usize,
     /// Queries [batch, seq, heads, dim], of any type.
     pub q: kvl_const_view,
-    /// Keys [batch, keys, kv_heads, dim]: the whole cache.
+    /// Keys [batch, keys, kv_heads, dim]: the whole cache, in any format.
     pub k: kvl_const_view,
-    /// Values [batch, keys, kv_heads, v_dim], of any type.
+    /// Values [batch, keys, kv_heads, v_dim], in any format, which need not be that of the keys.
     pub v: kvl_const_view,
     /// Output [batch, seq, heads, v_dim], of any type.
     pub out: kvl_view,
@@ -119,16 +120,18 @@ pub struct kvl_attention_params {
     /// ALiBi. Key i + offset, which is the query's own token, then stands at the same position; other keys stand at their
     /// numbers. In a tree of guesses, positions are depths. Null for none.
     pub query_positions: *const i32,
+    /// The scales of `k` and `v`, for formats that have scales; null for none.
+    pub scales: *const kvl_cache_scales,
 }
 
-sized!(kvl_attention_params[precision, layout]);
+sized!(kvl_attention_params[precision, layout, query_positions]);
 assert_layout!(
-    kvl_attention_params, 680,
+    kvl_attention_params, 688,
     struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380,
     window_left: 384, window_right: 392, lengths: 400, kv_starts: 408, offsets: 416, mask: 424, bias: 504,
     alibi_slopes: 592, sink_logits: 600, precision: 608, reserved2: 612, layout: 616, cu_seqlens_q: 624,
     num_sequences: 632, prefix_lengths: 640, bit_mask: 648, plan: 656, v_packing: 664, reserved3: 668,
-    query_positions: 672,
+    query_positions: 672, scales: 680,
 );
 
 /// The bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever
@@ -145,10 +148,10 @@ pub unsafe extern "C" fn kvl_attention_workspace_size(
     bytes: *mut usize,
 ) -> kvl_status {
     let size = |params: &kvl_attention_params, threads| {
-        let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(params)?);
+        let (q, k, v) = attention_tensors(params)?;
         // SAFETY: the caller's promise.
         let (rows, layout) = unsafe { plan::workspace_visibility(params, q, k[SEQ]) }?;
-        let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }.units(), &layout, rows);
+        let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.units("k")? }, &layout, rows);
         Ok(attention_workspace_size(q, k, v[DIM], threads))
     };
     // SAFETY: the caller's promise.
@@ -223,18 +226,22 @@ pub(super) unsafe fn workspace_size<P: Growing>(
     })
 }
 
-/// The shape of the values, of which two are a row of `v` if they are packed.
-pub(super) fn value_shape(params: &kvl_attention_params) -> Result<[usize; 4]> {
+/// The shapes of queries, keys and values, for the size of a workspace.
+pub(super) fn attention_tensors(params: &kvl_attention_params) -> Result<([usize; 4], [usize; 4], [usize; 4])> {
     let mut v = params.v;
     if parse_packing("v_packing", params.v_packing)? == Packing::RowPairs {
+        // Two values are a row.
         v.shape[DIM] /= 2;
     }
-    attention_shape("v", &v)
+    Ok((
+        attention_shape("q", params.q.raw("q")?)?,
+        attention_shape("k", params.k.units("k")?)?,
+        attention_shape("v", v.units("v")?)?,
+    ))
 }
 
 /// The shape of a tensor of attention, for the size of a workspace: data and strides are not looked at.
-pub(super) fn attention_shape(name: &str, view: &kvl_const_view) -> Result<[usize; 4]> {
-    let raw = view.raw(name)?;
+pub(super) fn attention_shape<U: Units>(name: &str, raw: RawView<U>) -> Result<[usize; 4]> {
     // Data and strides do not count here; an empty copy is enough to have the axes checked.
     RawView { shape: [0; 4], ..raw }.validate(name)?;
     for axis in [BATCH, SEQ, HEADS] {
@@ -267,16 +274,18 @@ pub(super) unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<
         "kvl_attention_params.reserved3 is {}, but must be 0",
         params.reserved3
     );
-    let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
+    let (q, k, v) = (params.q.raw("q")?, params.k.units("k")?, params.v.units("v")?);
     let heads = q.shape[HEADS];
     // SAFETY: the caller's, here and below.
     let (visibility, planned) = unsafe { plan::visibility(params, &q, k) }?;
     // SAFETY: as above.
+    let [k_scales, v_scales] = unsafe { read_scales(params.scales) }?;
+    // SAFETY: as above.
     unsafe {
         Ok(RawAttention {
             q,
-            k: k.into(),
-            v: params.v.raw("v")?.into(),
+            k: with_scales(k, "the scales of k", &k_scales)?,
+            v: with_scales(v, "the scales of v", &v_scales)?,
             out: params.out.raw("out")?,
             lse: params.lse,
             scale: (params.scale != 0.0).then_some(params.scale),

@@ -8,6 +8,7 @@ use super::layout::{kvl_layout, read_layout, read_sequences};
 use super::plan::window;
 use super::rope::{kvl_rope_params, parse_pairing};
 use super::runner::{CallerRunner, kvl_parallel_runner};
+use super::scales::{kvl_cache_scales, read_scales, with_scales};
 use super::sized::{assert_layout, read_sized, sized};
 use super::status::kvl_status;
 use super::views::{kvl_const_view, kvl_view};
@@ -30,9 +31,11 @@ pub struct kvl_kv_layer {
     pub k: kvl_view,
     /// Values [sequences, slots, kv_heads, v_dim]; absent where keys and values share memory.
     pub v: kvl_view,
+    /// The scales of both, for formats that have scales; null for none.
+    pub scales: *const kvl_cache_scales,
 }
 
-assert_layout!(kvl_kv_layer, 176, k: 0, v: 88);
+assert_layout!(kvl_kv_layer, 184, k: 0, v: 88, scales: 176);
 
 /// The caches of all layers of a model, or of those with one layout: they have one list of lengths. Start from
 /// `KVL_CACHE_INIT`. Layers agree in the first two axes of their views. Heads, dims and types may differ, and no two
@@ -568,8 +571,15 @@ impl Layers for CallerLayers<'_> {
     }
 
     fn layer(&self, i: usize) -> Result<RawLayer> {
-        let kvl_kv_layer { k, v } = &self.0[i];
-        Ok(RawLayer { k: k.raw("k")?.into(), v: if v.is_absent() { None } else { Some(v.raw("v")?.into()) } })
+        let kvl_kv_layer { k, v, scales } = &self.0[i];
+        // SAFETY: null, or what the header describes, as long as the layers are in use.
+        let [k_scales, v_scales] = unsafe { read_scales(*scales) }?;
+        ensure!(!v.is_absent() || v_scales.is_absent(), InvalidValue, "the scales of v are given, but v is absent");
+        let v = match v.is_absent() {
+            true => None,
+            false => Some(with_scales(v.units("v")?, "the scales of v", &v_scales)?),
+        };
+        Ok(RawLayer { k: with_scales(k.units("k")?, "the scales of k", &k_scales)?, v })
     }
 }
 

@@ -1,9 +1,9 @@
 //! Exports for attention whose keys are spread over several calls.
 
-use super::arguments::{list, required_list, size};
-use super::attention::{attention_shape, kvl_attention_params, raw_attention, value_shape, workspace_size};
+use super::arguments::{list, required_list, reserved, size};
+use super::attention::{attention_shape, attention_tensors, kvl_attention_params, raw_attention, workspace_size};
 use super::context::{borrow, kvl_context};
-use super::dtype::{kvl_dtype, parse_dtype};
+use super::format::{kvl_format, parse_format};
 use super::guard::guard;
 use super::kernels::{kvl_precision, parse_precision};
 use super::plan;
@@ -33,7 +33,7 @@ pub struct kvl_chunk_states {
 assert_layout!(kvl_chunk_states, 16, states: 0, len: 8);
 
 /// What a merge of segments reads and writes. Start from `KVL_MERGE_CHUNKS_PARAMS_INIT`, set `segments`,
-/// `num_segments`, `kv_heads`, `dtype`, `out`, and `precision` if that of the segments was not the default.
+/// `num_segments`, `kv_heads`, `k_format`, `v_format`, `out`, and `precision` if that of the segments was not the default.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_merge_chunks_params {
@@ -45,10 +45,14 @@ pub struct kvl_merge_chunks_params {
     pub num_segments: usize,
     /// The number of KV heads of the cache.
     pub kv_heads: i64,
-    /// The type of its keys and values.
-    pub dtype: kvl_dtype,
+    /// The format of its keys.
+    pub k_format: kvl_format,
+    /// The format of its values.
+    pub v_format: kvl_format,
     /// The precision of the segments' calls.
     pub precision: kvl_precision,
+    /// 0.
+    pub reserved: i32,
     /// [heads]: one more logit per head, which takes weight and has no value, once for all segments; null for none.
     pub sink_logits: *const f32,
     /// Output [batch, seq, heads, v_dim], of any type.
@@ -60,9 +64,9 @@ pub struct kvl_merge_chunks_params {
 
 sized!(kvl_merge_chunks_params);
 assert_layout!(
-    kvl_merge_chunks_params, 144,
-    struct_size: 0, segments: 8, num_segments: 16, kv_heads: 24, dtype: 32, precision: 36, sink_logits: 40, out: 48,
-    lse: 136,
+    kvl_merge_chunks_params, 152,
+    struct_size: 0, segments: 8, num_segments: 16, kv_heads: 24, k_format: 32, v_format: 36, precision: 40, reserved: 44,
+    sink_logits: 48, out: 56, lse: 144,
 );
 
 /// The number of floats that `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for each query
@@ -171,7 +175,7 @@ pub unsafe extern "C" fn kvl_merge_chunks_workspace_size(
 ) -> kvl_status {
     let size = |params: &kvl_merge_chunks_params, threads| {
         let out = params.out.raw("out")?;
-        attention_shape("out", &params.out.as_const())?;
+        attention_shape("out", out)?;
         // SAFETY: the caller's promise.
         let segments = unsafe { segments(params) }?;
         let merge = chunk_merge(params, None)?;
@@ -221,12 +225,12 @@ pub unsafe extern "C" fn kvl_merge_chunks(
 /// # Safety
 /// `params` is what the header describes.
 unsafe fn span_shapes(params: &kvl_attention_params) -> Result<([usize; 4], [usize; 4], usize)> {
-    let (q, k, v) = (attention_shape("q", &params.q)?, attention_shape("k", &params.k)?, value_shape(params)?);
+    let (q, k, v) = attention_tensors(params)?;
     // SAFETY: the caller's, here and below.
     let (rows, layout) = unsafe { plan::workspace_visibility(params, q, k[SEQ]) }?;
     // SAFETY: as above.
     check_format(unsafe { plan::is_ragged(params) }, &layout)?;
-    let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.raw("k")? }.units(), &layout, rows);
+    let (q, k) = attention_shapes(q, RawView { shape: k, ..params.k.units("k")? }, &layout, rows);
     Ok((q, k, v[DIM]))
 }
 
@@ -251,11 +255,11 @@ unsafe fn segments(params: &kvl_merge_chunks_params) -> Result<[RawStates; MAX_S
 }
 
 fn chunk_merge<'a>(params: &kvl_merge_chunks_params, sink_logits: Option<&'a [f32]>) -> Result<ChunkMerge<'a>> {
-    let dtype = parse_dtype("dtype", params.dtype)?;
+    reserved("kvl_merge_chunks_params", params.reserved)?;
     Ok(ChunkMerge {
         kv_heads: size("kv_heads", params.kv_heads)?,
-        k_format: dtype.into(),
-        v_format: dtype.into(),
+        k_format: parse_format("k_format", params.k_format)?,
+        v_format: parse_format("v_format", params.v_format)?,
         precision: parse_precision("precision", params.precision)?,
         sink_logits,
     })

@@ -1,7 +1,7 @@
 //! Formats of caches.
 
 use super::arguments::enumeration;
-use crate::error::Result;
+use crate::error::{Result, fail};
 use crate::format::CacheFormat;
 
 /// What the keys or the values of a cache are stored as. The first three values are those of `kvl_dtype`.
@@ -12,11 +12,20 @@ pub const KVL_FORMAT_F32: i32 = 0;
 pub const KVL_FORMAT_F16: i32 = 1;
 /// Elements of `KVL_DTYPE_BF16`.
 pub const KVL_FORMAT_BF16: i32 = 2;
-/// Signed bytes from -127 to 127 with one scale per token and head: an element is its byte times that scale.
+/// Signed bytes from -127 to 127 with one scale per token and head: an element is its byte times that scale. The scales lie in a
+/// tensor of their own; see `kvl_cache_scales`.
 pub const KVL_FORMAT_INT8: i32 = 3;
 
 pub(super) fn parse_format(name: &str, value: kvl_format) -> Result<CacheFormat> {
     enumeration("kvl_format", name, value, CacheFormat::from_u32)
+}
+
+/// Like [`parse_format`], for the field of a view: `name` is the view's, since a call that computes makes no string in vain.
+pub(super) fn unit_format(name: &str, value: i32) -> Result<CacheFormat> {
+    match u32::try_from(value).ok().and_then(CacheFormat::from_u32) {
+        Some(format) => Ok(format),
+        None => fail!(InvalidEnum, "{name}.dtype is {value}, which is no kvl_format"),
+    }
 }
 
 // The values are pinned twice, here and in the enumerations; they cannot drift apart.

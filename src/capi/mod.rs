@@ -43,6 +43,7 @@ mod pool;
 mod prefix;
 mod rope;
 mod runner;
+mod scales;
 mod shard;
 mod status;
 mod views;

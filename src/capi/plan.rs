@@ -11,6 +11,7 @@ use super::masks::read_masks;
 use super::sized::read_sized;
 use super::status::kvl_status;
 use crate::error::{Result, ensure};
+use crate::format::CacheFormat;
 use crate::ops::attention::{Planned, check_only_plan, rows_of};
 use crate::ops::mask::RawMasks;
 use crate::ops::plan::AttentionPlan;
@@ -140,7 +141,7 @@ unsafe fn with_visibility<T>(
     f: impl FnOnce([usize; 4], &Visibility, &RawMasks) -> Result<T>,
 ) -> Result<T> {
     ensure!(params.plan.is_null(), InvalidValue, "a plan is to be made of parameters that have a plan");
-    let (q, k) = (params.q.raw("q")?, params.k.raw("k")?);
+    let (q, k) = (params.q.raw("q")?, params.k.units("k")?);
     // SAFETY: the caller's, here and below.
     let visibility = unsafe { own_visibility(params, &q, k) }?;
     // SAFETY: as above.
@@ -154,7 +155,7 @@ unsafe fn with_visibility<T>(
 pub(super) unsafe fn visibility<'a>(
     params: &kvl_attention_params,
     q: &RawView,
-    k: RawView,
+    k: RawView<CacheFormat>,
 ) -> Result<(Visibility<'a>, Option<Planned<'a>>)> {
     if params.plan.is_null() {
         // SAFETY: the caller's.
@@ -182,7 +183,11 @@ pub(super) unsafe fn visibility<'a>(
 
 /// # Safety
 /// `params` is what the header describes.
-unsafe fn own_visibility<'a>(params: &kvl_attention_params, q: &RawView, k: RawView) -> Result<Visibility<'a>> {
+unsafe fn own_visibility<'a>(
+    params: &kvl_attention_params,
+    q: &RawView,
+    k: RawView<CacheFormat>,
+) -> Result<Visibility<'a>> {
     check_flags(params.flags)?;
     // SAFETY: the caller's, here and below.
     let cu_seqlens_q = unsafe { read_cu_seqlens_q(params) }?;
@@ -193,7 +198,7 @@ unsafe fn own_visibility<'a>(params: &kvl_attention_params, q: &RawView, k: RawV
         Ok(Visibility {
             batch,
             seq,
-            cache: k.units(),
+            cache: k,
             layout: read_layout(params.layout, k.shape[SEQ])?,
             cu_seqlens_q,
             causal: params.flags & KVL_ATTENTION_FLAG_CAUSAL != 0,

@@ -2,8 +2,10 @@
 
 use super::arguments::{reserved, shape};
 use super::dtype::{element_type, kvl_dtype};
+use super::format::unit_format;
 use super::sized::assert_layout;
 use crate::error::Result;
+use crate::format::CacheFormat;
 use crate::view::RawView;
 use std::ffi::c_void;
 
@@ -18,13 +20,13 @@ use std::ffi::c_void;
 pub struct kvl_view {
     /// Element [0, 0, 0, 0].
     pub data: *mut c_void,
-    /// The type of the elements.
+    /// The type of the elements; of the keys and the values of a cache, its `kvl_format`.
     pub dtype: kvl_dtype,
     /// 0.
     pub reserved: i32,
     /// Elements along each axis; at most 2^31 - 1.
     pub shape: [i64; 4],
-    /// Distance between neighbours along each axis, in elements.
+    /// Distance between neighbours along each axis, in elements (of a cache, in units of its format).
     pub strides: [i64; 4],
     /// Bytes from `data` to the end of the buffer, against which shape and strides are checked; 0 if unknown. If it is
     /// given, strides must not reach before `data`.
@@ -39,13 +41,13 @@ assert_layout!(kvl_view, 88, data: 0, dtype: 8, reserved: 12, shape: 16, strides
 pub struct kvl_const_view {
     /// Element [0, 0, 0, 0].
     pub data: *const c_void,
-    /// The type of the elements.
+    /// The type of the elements; of the keys and the values of a cache, its `kvl_format`.
     pub dtype: kvl_dtype,
     /// 0.
     pub reserved: i32,
     /// Elements along each axis; at most 2^31 - 1.
     pub shape: [i64; 4],
-    /// Distance between neighbours along each axis, in elements.
+    /// Distance between neighbours along each axis, in elements (of a cache, in units of its format).
     pub strides: [i64; 4],
     /// Bytes from `data` to the end of the buffer; 0 if unknown.
     pub bytes: usize,
@@ -54,11 +56,24 @@ pub struct kvl_const_view {
 assert_layout!(kvl_const_view, 88, data: 0, dtype: 8, reserved: 12, shape: 16, strides: 48, bytes: 80);
 
 impl kvl_view {
+    pub(super) const ABSENT: Self =
+        Self { data: std::ptr::null_mut(), dtype: 0, reserved: 0, shape: [0; 4], strides: [0; 4], bytes: 0 };
+
+    /// A tensor of elements.
     pub(super) fn raw(&self, name: &str) -> Result<RawView> {
+        self.read(name, element_type)
+    }
+
+    /// The units of a cache, whose `dtype` is a `kvl_format`.
+    pub(super) fn units(&self, name: &str) -> Result<RawView<CacheFormat>> {
+        self.read(name, unit_format)
+    }
+
+    fn read<U>(&self, name: &str, kind: fn(&str, i32) -> Result<U>) -> Result<RawView<U>> {
         reserved(name, self.reserved)?;
         Ok(RawView {
             data: self.data.cast(),
-            dtype: element_type(name, self.dtype)?,
+            dtype: kind(name, self.dtype)?,
             shape: shape(name, self.shape, ["batch", "seq", "heads", "dim"])?,
             strides: self.strides,
             bytes: (self.bytes > 0).then_some(self.bytes),
@@ -78,8 +93,17 @@ impl kvl_view {
 impl kvl_const_view {
     /// The operations do not write through views that they only read.
     pub(super) fn raw(&self, name: &str) -> Result<RawView> {
+        self.as_view().raw(name)
+    }
+
+    /// As [`kvl_view::units`].
+    pub(super) fn units(&self, name: &str) -> Result<RawView<CacheFormat>> {
+        self.as_view().units(name)
+    }
+
+    fn as_view(&self) -> kvl_view {
         let Self { data, dtype, reserved, shape, strides, bytes } = *self;
-        kvl_view { data: data.cast_mut(), dtype, reserved, shape, strides, bytes }.raw(name)
+        kvl_view { data: data.cast_mut(), dtype, reserved, shape, strides, bytes }
     }
 
     pub(super) fn is_absent(&self) -> bool {

@@ -7,12 +7,13 @@ use super::layout::{kvl_layout, kvl_packing, parse_packing, read_layout};
 use super::norm::{kvl_rms_norm_params, read_rms_norm};
 use super::rope::{kvl_rope_params, read_rope};
 use super::runner::{CallerRunner, kvl_parallel_runner};
+use super::scales::{kvl_cache_scales, read_scales, with_scales};
 use super::sized::{assert_layout, read_sized, sized};
 use super::status::kvl_status;
 use super::views::{kvl_const_view, kvl_view};
 use crate::error::ensure;
 use crate::ops::write::{Destination, RawWrite, kv_write_raw};
-use crate::view::{BATCH, RawCacheView, SEQ};
+use crate::view::{BATCH, SEQ};
 
 /// New keys and values, their caches and their places. Start from `KVL_KV_WRITE_PARAMS_INIT`, set `k`, `k_cache`,
 /// usually `v` and `v_cache`, and either `positions` or `slots`.
@@ -55,13 +56,15 @@ pub struct kvl_kv_write_params {
     pub v_packing: kvl_packing,
     /// 0.
     pub reserved: i32,
+    /// The scales of `k_cache` and `v_cache`, for formats that have scales, which are written too; null for none.
+    pub scales: *const kvl_cache_scales,
 }
 
-sized!(kvl_kv_write_params[layout]);
+sized!(kvl_kv_write_params[layout, scales]);
 assert_layout!(
-    kvl_kv_write_params, 424,
+    kvl_kv_write_params, 432,
     struct_size: 0, k: 8, v: 96, k_cache: 184, v_cache: 272, positions: 360, counts: 368, sequences: 376, slots: 384,
-    rope: 392, layout: 400, k_norm: 408, v_packing: 416, reserved: 420,
+    rope: 392, layout: 400, k_norm: 408, v_packing: 416, reserved: 420, scales: 424,
 );
 
 /// Writes new keys and values into their caches, of all sequences in one call, converted to the type of the cache (to
@@ -86,7 +89,10 @@ pub unsafe extern "C" fn kvl_kv_write(
         // SAFETY: as above.
         let params = unsafe { read_sized(params) }?;
         reserved("kvl_kv_write_params", params.reserved)?;
-        let keys: (_, RawCacheView) = (params.k.raw("k")?, params.k_cache.raw("k_cache")?.into());
+        // SAFETY: as above.
+        let [k_scales, v_scales] = unsafe { read_scales(params.scales) }?;
+        let k_cache = with_scales(params.k_cache.units("k_cache")?, "the scales of k_cache", &k_scales)?;
+        let keys = (params.k.raw("k")?, k_cache);
         ensure!(
             params.v.is_absent() == params.v_cache.is_absent(),
             NullPointer,
@@ -94,7 +100,10 @@ pub unsafe extern "C" fn kvl_kv_write(
         );
         let values = match params.v.is_absent() {
             true => None,
-            false => Some((params.v.raw("v")?, params.v_cache.raw("v_cache")?.into())),
+            false => Some((
+                params.v.raw("v")?,
+                with_scales(params.v_cache.units("v_cache")?, "the scales of v_cache", &v_scales)?,
+            )),
         };
         let batch = keys.0.shape[BATCH];
         let tokens = batch.saturating_mul(keys.0.shape[SEQ]);

@@ -58,6 +58,7 @@ structs! {
         struct_size: usize, k: kvl_const_view, v: kvl_const_view, k_cache: kvl_view, v_cache: kvl_view,
         positions: *const i32, counts: *const i32, sequences: *const i32, slots: *const i32, rope: *const kvl_rope_params,
         layout: *const kvl_layout, k_norm: *const kvl_rms_norm_params, v_packing: i32, reserved: i32,
+        scales: *const kvl_cache_scales,
     }
     kvl_layout {
         struct_size: usize, kind: i32, sink_tokens: i32, num_sequences: i64, pages_per_sequence: i64, table: *const i32,
@@ -67,7 +68,8 @@ structs! {
         struct_size: usize, data: *const u8, bytes: usize, offset: i64, shape: [i64; 4], strides: [i64; 3],
         first_keys: *const i32, bit_offsets: *const i64, query_strides: *const i64,
     }
-    kvl_kv_layer { k: kvl_view, v: kvl_view }
+    kvl_cache_scales { struct_size: usize, k: kvl_view, v: kvl_view }
+    kvl_kv_layer { k: kvl_view, v: kvl_view, scales: *const kvl_cache_scales }
     kvl_cache {
         struct_size: usize, layers: *const kvl_kv_layer, num_layers: usize, layout: *const kvl_layout, lengths: *mut i32,
     }
@@ -80,12 +82,12 @@ structs! {
         kv_starts: *const i32, offsets: *const i32, mask: kvl_mask, bias: kvl_const_view, alibi_slopes: *const f32,
         sink_logits: *const f32, precision: i32, reserved2: i32, layout: *const kvl_layout, cu_seqlens_q: *const i32,
         num_sequences: i64, prefix_lengths: *const i32, bit_mask: *const kvl_bit_mask, plan: *const kvl_plan, v_packing: i32,
-        reserved3: i32, query_positions: *const i32,
+        reserved3: i32, query_positions: *const i32, scales: *const kvl_cache_scales,
     }
     kvl_attention_state { out: kvl_const_view, lse: *const f32 }
     kvl_chunk_states { states: *const f32, len: i64 }
     kvl_merge_chunks_params {
-        struct_size: usize, segments: *const kvl_chunk_states, num_segments: usize, kv_heads: i64, dtype: i32, precision: i32,
+        struct_size: usize, segments: *const kvl_chunk_states, num_segments: usize, kv_heads: i64, k_format: i32, v_format: i32, precision: i32, reserved: i32,
         sink_logits: *const f32, out: kvl_view, lse: *mut f32,
     }
 }
@@ -185,6 +187,7 @@ unsafe extern "C" {
         workspace_bytes: usize,
         prefix_k: *const kvl_const_view,
         prefix_v: *const kvl_const_view,
+        prefix_scales: *const kvl_cache_scales,
         params: *const kvl_attention_params,
     ) -> i32;
     pub fn kvl_attention_chunks_states_len(params: *const kvl_attention_params, len: *mut i64) -> i32;

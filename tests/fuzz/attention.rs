@@ -588,7 +588,9 @@ fn attend(mut c: Call, form: Form) -> i32 {
                 Some((at, len)) => kvl_attention_chunks(context, runner, workspace, needed, params, at, len),
                 None => kvl_attention(context, runner, workspace, needed, params),
             },
-            Some((k, v)) => kvl_attention_with_prefix(context, runner, workspace, needed, k, v, params),
+            Some((k, v)) => {
+                kvl_attention_with_prefix(context, runner, workspace, needed, k, v, std::ptr::null(), params)
+            }
         }
     };
     if let (0, Some((at, len))) = (status, states) {
@@ -649,7 +651,8 @@ fn compare(context: *const kvl_context, params: &kvl_attention_params, states: *
         segments: &raw const span,
         num_segments: 1,
         kv_heads: params.k.shape[2],
-        dtype: params.k.dtype,
+        k_format: params.k.dtype,
+        v_format: params.v.dtype,
         precision: params.precision,
         out: view(&mut merged),
         lse: merged_lse.as_mut_ptr(),

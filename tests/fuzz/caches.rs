@@ -77,7 +77,8 @@ impl Cache {
                 c.view(&tensor)
             };
             let k = view(c, dim);
-            layers.push(kvl_kv_layer { k, v: v_dim.map_or(zeroed(), |dim| view(c, dim)) });
+            let v = v_dim.map_or(zeroed(), |dim| view(c, dim));
+            layers.push(kvl_kv_layer { k, v, scales: std::ptr::null() });
         }
         let num_layers = if c.hit() { 0 } else { layers.len() };
         let first = layers[0].k.shape;
