@@ -3,7 +3,9 @@
 use crate::dtype::DType;
 use crate::error::{Error, Result, ensure};
 use crate::format::CacheFormat;
-use crate::view::{Buffer, Extent, RawCacheView, RawView, Units, View, ViewMut, contiguous};
+use crate::view::{
+    Axis, BATCH, Buffer, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, Units, View, ViewMut, check_split, contiguous,
+};
 use std::marker::PhantomData;
 
 /// A read-only view of the keys, or of the values, of a cache: `[batch, seq, kv_heads, dim]`, whose first two axes are what a
@@ -108,6 +110,25 @@ impl RawCacheView {
             || other.scales.is_some_and(|scales| self.overlaps_within(own, &scales, extent.scales))
     }
 
+    /// The indices `start .. start + len` of an axis, with their scales. The elements of a head share a scale and stay together.
+    fn narrow(self, axis: usize, start: usize, len: usize) -> Result<Self> {
+        let scales = match self.scales {
+            None => None,
+            Some(scales) if axis != DIM => Some(scales.narrow(axis, start, len)?),
+            Some(scales) => {
+                let (format, dim) = (self.units.dtype, self.units.shape[DIM]);
+                ensure!(
+                    (start, len) == (0, dim),
+                    Unsupported,
+                    "elements {start} to {} of the {dim} of a head are wanted, but in {format} they share a scale",
+                    start.saturating_add(len)
+                );
+                Some(scales)
+            }
+        };
+        Ok(Self { units: self.units.narrow(axis, start, len)?, scales })
+    }
+
     /// Checks that the format has scales if and only if there are any, and that they are one per token and head. `name` is the
     /// argument's name.
     pub fn check_scales(&self, name: &str) -> Result<()> {
@@ -151,6 +172,41 @@ macro_rules! described {
         pub fn format(&self) -> CacheFormat {
             self.raw.units.dtype
         }
+
+        /// The sequences (or pages) `start .. start + len`, with their scales.
+        ///
+        /// # Errors
+        /// [`Status::Shape`](crate::Status::Shape): they are not all inside the axis.
+        pub fn batch(self, start: usize, len: usize) -> Result<Self> {
+            Ok(Self { raw: self.raw.narrow(BATCH, start, len)?, lifetime: PhantomData })
+        }
+
+        /// The slots `start .. start + len` of every sequence, with their scales.
+        ///
+        /// # Errors
+        /// As [`batch`](Self::batch).
+        pub fn seq(self, start: usize, len: usize) -> Result<Self> {
+            Ok(Self { raw: self.raw.narrow(SEQ, start, len)?, lifetime: PhantomData })
+        }
+
+        /// The KV heads `start .. start + len`, with their scales.
+        ///
+        /// # Errors
+        /// As [`batch`](Self::batch).
+        pub fn heads(self, start: usize, len: usize) -> Result<Self> {
+            Ok(Self { raw: self.raw.narrow(HEADS, start, len)?, lifetime: PhantomData })
+        }
+
+        /// The indices of an axis before `at`, and those from `at` on, with their scales: as [`View::split_at`].
+        ///
+        /// # Errors
+        /// [`Status::Shape`](crate::Status::Shape): `at` is past the end of the axis.
+        /// [`Status::Unsupported`](crate::Status::Unsupported): [`Axis::Dim`] of a format whose heads share a scale.
+        pub fn split_at(self, axis: Axis, at: usize) -> Result<(Self, Self)> {
+            let n = check_split(self.raw.units.shape, axis, at)?;
+            let [low, high] = [(0, at), (at, n - at)].map(|(start, len)| self.raw.narrow(axis as usize, start, len));
+            Ok((Self { raw: low?, lifetime: PhantomData }, Self { raw: high?, lifetime: PhantomData }))
+        }
     };
 }
 
@@ -179,6 +235,27 @@ impl<'a> CacheView<'a> {
         let units = buffer.view(CacheFormat::Int8, offset, shape, strides)?;
         let raw = RawCacheView { units, scales: Some(scales.raw) };
         raw.check_scales("the cache")?;
+        Ok(Self { raw, lifetime: PhantomData })
+    }
+
+    /// A cache in any format whose unit `[0, 0, 0, 0]` lies at `data`; strides are in units and may be negative or 0.
+    ///
+    /// # Errors
+    /// Those of [`View::from_raw`]; the format needs scales and there are none, or the reverse; the scales have another shape or
+    /// type.
+    ///
+    /// # Safety
+    /// For the lifetime `'a`, the memory of all units is readable, initialised, and written by nobody.
+    pub unsafe fn from_raw(
+        data: *const u8,
+        format: CacheFormat,
+        shape: [usize; 4],
+        strides: [i64; 4],
+        scales: Option<View<'a>>,
+    ) -> Result<Self> {
+        let units = RawView { data: data.cast_mut(), dtype: format, shape, strides, bytes: None };
+        let raw = RawCacheView { units, scales: scales.map(|view| view.raw) };
+        raw.validate("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }
 
@@ -213,6 +290,26 @@ impl<'a> CacheViewMut<'a> {
         Ok(Self { raw, lifetime: PhantomData })
     }
 
+    /// A cache in any format whose unit `[0, 0, 0, 0]` lies at `data`; strides are in units and may be negative.
+    ///
+    /// # Errors
+    /// Those of [`CacheView::from_raw`]; units or scales share memory.
+    ///
+    /// # Safety
+    /// For the lifetime `'a`, the memory of all units is readable, writable, initialised, and used through this view alone.
+    pub unsafe fn from_raw(
+        data: *mut u8,
+        format: CacheFormat,
+        shape: [usize; 4],
+        strides: [i64; 4],
+        scales: Option<ViewMut<'a>>,
+    ) -> Result<Self> {
+        let units = RawView { data, dtype: format, shape, strides, bytes: None };
+        let raw = RawCacheView { units, scales: scales.map(|view| view.raw) };
+        raw.validate_output("the cache")?;
+        Ok(Self { raw, lifetime: PhantomData })
+    }
+
     /// A read-only view of the same units.
     pub fn as_view(&self) -> CacheView<'_> {
         CacheView { raw: self.raw, lifetime: PhantomData }
@@ -224,4 +321,50 @@ impl<'a> CacheViewMut<'a> {
     }
 
     described!();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Status;
+
+    #[test]
+    fn parts_keep_their_scales() {
+        let (mut units, mut scales) = (vec![0i8; 4 * 6 * 2 * 8], vec![0f32; 4 * 6 * 2]);
+        let (shape, of_scales) = ([4, 6, 2, 8], [4, 6, 2, 1]);
+        for axis in [Axis::Batch, Axis::Seq, Axis::Heads] {
+            for at in 0..=shape[axis as usize] {
+                let view = ViewMut::new(&mut scales, of_scales).unwrap();
+                let whole = CacheViewMut::int8(&mut units, shape, view).unwrap();
+                let (low, high) = whole.split_at(axis, at).unwrap();
+                assert_eq!((low.shape()[axis as usize], high.shape()[axis as usize]), (at, shape[axis as usize] - at));
+                let extents = [&low, &high].map(|part| part.raw.validate_output("a part").unwrap());
+                assert!(!low.raw.overlaps_cache(extents[0], &high.raw, extents[1]), "{axis:?} at {at}");
+            }
+        }
+        let whole = CacheView::int8(&units, shape, View::new(&scales, of_scales).unwrap()).unwrap();
+        assert_eq!(whole.batch(1, 2).unwrap().seq(2, 3).unwrap().heads(1, 1).unwrap().shape(), [2, 3, 1, 8]);
+        assert_eq!(whole.split_at(Axis::Dim, 4).unwrap_err().status(), Status::Unsupported);
+        assert_eq!(whole.split_at(Axis::Heads, 3).unwrap_err().status(), Status::Shape);
+        let plain = CacheView::from(View::new(&scales, [4, 3, 2, 2]).unwrap());
+        assert_eq!(plain.split_at(Axis::Dim, 1).unwrap().1.shape(), [4, 3, 2, 1]);
+    }
+
+    #[test]
+    fn a_raw_cache_has_scales_if_its_format_has() {
+        let (mut units, mut scales) = ([0i8; 64], [0f32; 8]);
+        let (shape, strides) = ([2, 2, 2, 8], contiguous([2, 2, 2, 8]));
+        let data: *mut u8 = units.as_mut_ptr().cast();
+        // SAFETY: views of the arrays, or errors.
+        unsafe {
+            let view = View::new(&scales, [2, 2, 2, 1]).unwrap();
+            assert!(CacheView::from_raw(data, CacheFormat::Int8, shape, strides, Some(view)).is_ok());
+            let none = CacheView::from_raw(data, CacheFormat::Int8, shape, strides, None).unwrap_err();
+            assert_eq!(none.message(), "the cache is int8, but has no scales");
+            let view = ViewMut::new(&mut scales, [2, 2, 2, 1]).unwrap();
+            assert!(CacheViewMut::from_raw(data, CacheFormat::Int8, shape, [0; 4], Some(view)).is_err());
+            let null = CacheView::from_raw(std::ptr::null(), CacheFormat::Bf16, shape, strides, None).unwrap_err();
+            assert_eq!(null.status(), Status::NullPointer);
+        }
+    }
 }

@@ -121,6 +121,13 @@ impl Buffer {
     }
 }
 
+/// Fails if an axis has no index `at` and does not end there; returns its length.
+pub(crate) fn check_split(shape: [usize; 4], axis: Axis, at: usize) -> Result<usize> {
+    let n = shape[axis as usize];
+    ensure!(at <= n, Shape, "{at} is past the end of the {} axis, which has {n}", RawView::axis_name(axis as usize));
+    Ok(n)
+}
+
 /// Fails unless a type's elements are the 16-bit patterns of a slice.
 fn check_bits(dtype: DType) -> Result<()> {
     let size = dtype.size();
@@ -185,32 +192,13 @@ macro_rules! slicing {
         /// # Errors
         /// [`Status::Shape`](crate::Status::Shape): `at` is past the end of the axis.
         pub fn split_at(self, axis: Axis, at: usize) -> Result<(Self, Self)> {
-            let n = self.raw.shape[axis as usize];
-            ensure!(
-                at <= n,
-                Shape,
-                "{at} is past the end of the {} axis, which has {n}",
-                RawView::axis_name(axis as usize)
-            );
-            // Two views of all the elements exist for this line only, and nothing is read or written through them.
-            let (low, high) = (Self { ..self }, Self { ..self });
-            Ok((low.narrow(axis as usize, 0, at)?, high.narrow(axis as usize, at, n - at)?))
+            let n = check_split(self.raw.shape, axis, at)?;
+            let [low, high] = [(0, at), (at, n - at)].map(|(start, len)| self.raw.narrow(axis as usize, start, len));
+            Ok((Self { raw: low?, lifetime: PhantomData }, Self { raw: high?, lifetime: PhantomData }))
         }
 
-        fn narrow(mut self, axis: usize, start: usize, len: usize) -> Result<Self> {
-            let n = self.raw.shape[axis];
-            ensure!(
-                start.checked_add(len).is_some_and(|end| end <= n),
-                Shape,
-                "{start} + {len} is past the end of the {} axis, which has {n}",
-                RawView::axis_name(axis)
-            );
-            self.raw.shape[axis] = len;
-            if !self.raw.is_empty() {
-                let elements = start as isize * self.raw.strides[axis] as isize;
-                self.raw.data = self.raw.data.wrapping_offset(elements * self.raw.dtype.size() as isize);
-            }
-            Ok(self)
+        fn narrow(self, axis: usize, start: usize, len: usize) -> Result<Self> {
+            Ok(Self { raw: self.raw.narrow(axis, start, len)?, lifetime: PhantomData })
         }
     };
 }

@@ -96,6 +96,23 @@ impl<U: Units> RawView<U> {
         self.shape.contains(&0)
     }
 
+    /// The indices `start .. start + len` of an axis.
+    pub fn narrow(mut self, axis: usize, start: usize, len: usize) -> Result<Self> {
+        let n = self.shape[axis];
+        ensure!(
+            start.checked_add(len).is_some_and(|end| end <= n),
+            Shape,
+            "{start} + {len} is past the end of the {} axis, which has {n}",
+            RawView::axis_name(axis)
+        );
+        self.shape[axis] = len;
+        if !self.is_empty() {
+            let units = start as isize * self.strides[axis] as isize;
+            self.data = self.data.wrapping_offset(units * self.dtype.size() as isize);
+        }
+        Ok(self)
+    }
+
     /// The number of elements; `usize::MAX` if it overflows.
     pub fn elements(&self) -> usize {
         rows(self.shape).saturating_mul(self.shape[DIM])
