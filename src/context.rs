@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::format::CacheFormat;
 use crate::isa::Isa;
 use crate::kernels::api::{
-    AnglesFn, AttentionKernel, CopyFn, Function, KernelInfo, MergeFn, NormFn, Op, Precision, RopeFn,
+    AnglesFn, AttentionKernel, CopyFn, Function, KernelInfo, MergeFn, NormFn, Op, Precision, RopeFn, ScaledFn,
 };
 use crate::kernels::registry::{self, Entry};
 use crate::layout::Packing;
@@ -203,6 +203,23 @@ impl Context {
             _ => unreachable!("the registry files norms under RmsNorm"),
         }
     }
+
+    /// From elements to int8 units and scales.
+    pub(crate) fn quantize(&self, src: DType) -> ScaledFn {
+        self.scaled(Op::KvWrite, src.into(), CacheFormat::Int8)
+    }
+
+    /// From int8 units and scales to elements.
+    pub(crate) fn dequantize(&self, dst: DType) -> ScaledFn {
+        self.scaled(Op::KvRead, CacheFormat::Int8, dst.into())
+    }
+
+    fn scaled(&self, op: Op, src: CacheFormat, dst: CacheFormat) -> ScaledFn {
+        match self.function(op, src, dst) {
+            Function::Scaled(f) => *f,
+            _ => unreachable!("the registry files kernels of quantised caches under KvWrite and KvRead"),
+        }
+    }
 }
 
 impl std::fmt::Debug for Context {
@@ -219,12 +236,16 @@ mod tests {
     fn every_level_is_complete() {
         for level in Isa::ALL.into_iter().filter(|l| l.is_built()) {
             for op in Op::ALL {
-                for src in DType::ALL {
-                    for dst in DType::ALL {
+                for src in CacheFormat::ALL {
+                    for dst in CacheFormat::ALL {
+                        let [from, to] = [src, dst].map(|format| format.dtype().is_some());
                         let wanted = match op {
                             Op::RopeAngles => src == DType::F32 && dst == DType::F32,
-                            Op::Rope | Op::KvWrite | Op::RmsNorm => true,
-                            Op::RepeatKv | Op::Attention | Op::MergeStates => src == dst,
+                            Op::Rope | Op::RmsNorm => from && to,
+                            Op::KvWrite => from,
+                            Op::KvRead => !from && to,
+                            Op::RepeatKv | Op::MergeStates => src == dst && from,
+                            Op::Attention => src == dst,
                         };
                         for precision in Precision::ALL {
                             let found = registry::kernels()

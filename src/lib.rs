@@ -8,6 +8,7 @@
 //! | [`rope()`], [`rope_in_place`] | rotary position embedding, both pairings, all common scalings |
 //! | [`rms_norm`], [`rms_norm_rope`] | RMS norm of heads (QK-norm), alone and fused with the rotation |
 //! | [`kv_write`] | writes new keys and values of every sequence into the cache, with norm and RoPE of the keys on the way |
+//! | [`kv_read`] | reads tokens of a cache of any format and layout into plain tensors |
 //! | [`attention`] | masked softmax attention of grouped queries over the cache: prefill, chunks, decode |
 //! | [`AttentionPlan`] | validates once what the attention of all layers of a step has in common |
 //! | [`attention_with_prefix`] | attention over a prefix that all sequences share, read once, and over the keys of each sequence |
@@ -139,6 +140,7 @@ pub use ops::norm::{RmsNorm, rms_norm, rms_norm_in_place, rms_norm_rope, rms_nor
 pub use ops::pack::{pack_row_pairs, unpack_row_pairs};
 pub use ops::plan::AttentionPlan;
 pub use ops::prefix::{SharedPrefix, attention_with_prefix, attention_with_prefix_workspace_size};
+pub use ops::read::{KvRead, Source, kv_read};
 pub use ops::repeat::repeat_kv;
 pub use ops::rope::{
     Llama3Scaling, LongRopeScaling, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, YarnScaling, rope,

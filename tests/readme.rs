@@ -17,11 +17,17 @@ fn the_table_of_operations_is_the_registry() {
         let cells = row(op.name());
         // A partial level is listed for its own kernels only, with the types in brackets.
         let levels: Vec<&str> = cells[2].split(", ").collect();
-        let types: Vec<CacheFormat> = CacheFormat::ALL
-            .into_iter()
-            .filter(|t| cells[1].split([' ', ',', ';']).any(|word| word == t.name()))
-            .collect();
+        let named = |text: &str| -> Vec<CacheFormat> {
+            let words: Vec<&str> = text.split([' ', ',', ';']).collect();
+            CacheFormat::ALL.into_iter().filter(|t| words.contains(&t.name())).collect()
+        };
+        // "<types>[, each to each][, and to <formats>]" or "<formats> to <types>".
         let each_to_each = cells[1].contains("each to each");
+        let (types, also) = match cells[1].split_once(", and to ") {
+            Some((types, also)) => (named(types), named(also)),
+            None => (named(&cells[1]), Vec::new()),
+        };
+        let to = cells[1].split_once(" to ").filter(|_| !each_to_each);
         let expected: Vec<String> = Isa::ALL
             .into_iter()
             .filter(|&level| !level.is_partial() || op == Op::Attention)
@@ -33,9 +39,15 @@ fn the_table_of_operations_is_the_registry() {
         }
         for level in Isa::ALL.into_iter().filter(|l| l.is_built() && !l.is_partial()) {
             let mut promised = Vec::new();
-            for src in &types {
-                promised
-                    .extend(types.iter().filter(|&dst| src == dst || each_to_each).map(|dst| (src.name(), dst.name())));
+            if let Some((from, to)) = to {
+                for src in named(from) {
+                    promised.extend(named(to).into_iter().map(|dst| (src.name(), dst.name())));
+                }
+            } else {
+                for src in &types {
+                    let targets = types.iter().filter(|&dst| src == dst || each_to_each);
+                    promised.extend(targets.chain(&also).map(|dst| (src.name(), dst.name())));
+                }
             }
             let mut found: Vec<_> =
                 kernels().filter(|k| k.op == op && k.isa == level).map(|k| (k.src.name(), k.dst.name())).collect();

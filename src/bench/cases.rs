@@ -6,9 +6,10 @@
 use super::data::{Layout, Tensor};
 use super::limits::Kind;
 use crate::{
-    AttentionOptions, AttentionState, AttentionTensors, CacheFormat, Context, DType, Destination, KernelInfo, KvWrite,
-    Op, Packing, Pairing, Positions, Precision, Result, RmsNorm, Rope, RopeAngles, RopeFrequencies, RopeScaling,
-    Runner, Workspace, attention, kv_write, merge_states, repeat_kv, rms_norm, rms_norm_rope, rope, rope_in_place,
+    AttentionOptions, AttentionState, AttentionTensors, CacheFormat, Context, DType, Destination, KernelInfo, KvRead,
+    KvWrite, Op, Packing, Pairing, Positions, Precision, Result, RmsNorm, Rope, RopeAngles, RopeFrequencies,
+    RopeScaling, Runner, Source, Workspace, attention, kv_read, kv_write, merge_states, repeat_kv, rms_norm,
+    rms_norm_rope, rope, rope_in_place,
 };
 
 /// A kernel with a shape.
@@ -31,6 +32,7 @@ enum Work {
     Rope { shape: [usize; 4], pairing: Pairing, table: bool, in_place: bool, norm: bool },
     Write { shape: [usize; 4], rope: bool, norm: bool, packing: Packing },
     Norm { shape: [usize; 4] },
+    Read { shape: [usize; 4] },
     Repeat { shape: [usize; 4], heads: usize },
     Attention { shape: AttentionShape, layout: Layout, queries: DType },
     Merge { states: usize, shape: [usize; 4] },
@@ -145,6 +147,13 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
                 }
             }
         }
+        Op::KvRead => {
+            let usual = dst == DType::F32;
+            for tokens in [TOKENS, 1] {
+                let work = Work::Read { shape: [1, tokens, KV_HEADS, DIM] };
+                add(usual, tokens == 1, format!("{tokens}x{KV_HEADS}x{DIM}"), work);
+            }
+        }
         Op::RepeatKv => {
             let work = Work::Repeat { shape: [1, TOKENS, KV_HEADS, DIM], heads: HEADS };
             add(true, false, format!("{TOKENS}x{KV_HEADS}x{DIM} to {HEADS} heads"), work);
@@ -221,6 +230,7 @@ impl Case {
             // The table of angles is not counted, because calls for all layers read it from the CPU's cache.
             Work::Rope { shape, .. } | Work::Norm { shape } => elements(shape) * (from + to),
             Work::Write { shape, .. } => 2 * elements(shape) * (from + to) + scale_bytes(self.kernel.dst, shape),
+            Work::Read { shape } => 2 * elements(shape) * (from + to) + scale_bytes(self.kernel.src, shape),
             Work::Repeat { shape, heads } => elements(shape) * from + elements(shape) / shape[2] * heads * to,
             Work::Attention { shape, queries, .. } => {
                 let kv = 2 * elements(shape.kv()) * from + scale_bytes(self.kernel.src, shape.kv());
@@ -241,6 +251,7 @@ impl Case {
                 (3 + 4 * usize::from(norm)) * elements(shape)
             }
             Work::Norm { shape } => 4 * elements(shape),
+            Work::Read { shape } => 2 * elements(shape),
             Work::Attention { shape, .. } => 4 * shape.pairs() * shape.heads * shape.dim,
             Work::Merge { states, shape } => 2 * states * elements(shape),
         };
@@ -310,6 +321,9 @@ impl Case {
                     Packing::RowPairs => [rows, slots / 2, heads, 2 * dim],
                 };
                 tensors.extend([source(shape), source(shape), target([rows, slots, heads, dim]), target(values)]);
+            }
+            Work::Read { shape } => {
+                tensors.extend([source(shape), source(shape), target(shape), target(shape)]);
             }
             Work::Repeat { shape, heads } => {
                 tensors.extend([source(shape), target([shape[0], shape[1], heads, shape[3]])]);
@@ -405,6 +419,11 @@ impl Prepared {
                 write.k_norm = normed.then_some(norm);
                 write.rope = angles.as_ref().map(|a| a.rope(Pairing::HalfSplit, true));
                 kv_write(context, runner, write)
+            }
+            (Work::Read { .. }, [k_cache, v_cache, k, v], _) => {
+                let (k_cache, v_cache) = (k_cache.cache()?, v_cache.cache()?);
+                let from = Source::positions(&[0]);
+                kv_read(context, runner, KvRead::new(k_cache, v_cache, k.view_mut()?, v.view_mut()?, from))
             }
             (Work::Repeat { .. }, [src, dst], _) => repeat_kv(context, runner, src.view()?, dst.view_mut()?),
             (Work::Attention { .. }, [q, k, v, out], _) => {

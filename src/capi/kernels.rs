@@ -26,6 +26,8 @@ pub const KVL_OP_ATTENTION: i32 = 4;
 pub const KVL_OP_MERGE_STATES: i32 = 5;
 /// RMS norm of heads, alone or on the way to RoPE or into a cache. Types: source, target.
 pub const KVL_OP_RMS_NORM: i32 = 6;
+/// The read of a quantised cache into plain tensors. Types: source format, target.
+pub const KVL_OP_KV_READ: i32 = 7;
 
 /// The precision of attention, for levels that have kernels of more than one.
 pub type kvl_precision = i32;
@@ -117,7 +119,7 @@ const _: () = {
     assert!(KVL_OP_ROPE_ANGLES == Op::RopeAngles as i32 && KVL_OP_ROPE == Op::Rope as i32);
     assert!(KVL_OP_KV_WRITE == Op::KvWrite as i32 && KVL_OP_REPEAT_KV == Op::RepeatKv as i32);
     assert!(KVL_OP_ATTENTION == Op::Attention as i32 && KVL_OP_MERGE_STATES == Op::MergeStates as i32);
-    assert!(KVL_OP_RMS_NORM == Op::RmsNorm as i32 && Op::ALL.len() == 7);
+    assert!(KVL_OP_RMS_NORM == Op::RmsNorm as i32 && KVL_OP_KV_READ == Op::KvRead as i32 && Op::ALL.len() == 8);
     assert!(KVL_PRECISION_DEFAULT == Precision::Default as i32 && KVL_PRECISION_HIGH == Precision::High as i32);
     assert!(Precision::ALL.len() == 2);
 };

@@ -1,5 +1,6 @@
 //! The interface of kernels: operations, the registry's description of a kernel, and the arguments of its functions.
 
+use crate::dtype::DType;
 use crate::format::CacheFormat;
 use crate::isa::Isa;
 use crate::kernels::generic::attention::Pieces;
@@ -26,11 +27,13 @@ pub enum Op {
     MergeStates = 5,
     /// RMS norm of heads, alone or fused with RoPE or the cache write: source type, target type.
     RmsNorm = 6,
+    /// The read of a quantised cache into plain tensors: source format, target type.
+    KvRead = 7,
 }
 
 impl Op {
     /// Every operation.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::RopeAngles,
         Self::Rope,
         Self::KvWrite,
@@ -38,6 +41,7 @@ impl Op {
         Self::Attention,
         Self::MergeStates,
         Self::RmsNorm,
+        Self::KvRead,
     ];
 
     /// The operation's name, as in kernel names.
@@ -50,6 +54,7 @@ impl Op {
             Self::Attention => "attention",
             Self::MergeStates => "merge_states",
             Self::RmsNorm => "rms_norm",
+            Self::KvRead => "kv_read",
         }
     }
 
@@ -154,6 +159,19 @@ impl std::ops::Deref for RopeArgs {
     }
 }
 
+/// The heads of one token, elements on one side and quantised units on the other, and the scales of the units.
+#[derive(Clone, Copy)]
+pub(crate) struct ScaledArgs {
+    /// Without a second source, repeats and prefetches.
+    pub copy: CopyArgs,
+    /// The scale of the first head.
+    pub scales: *mut u8,
+    /// From the scale of a head to that of the next one, in elements.
+    pub scale_head: isize,
+    /// F32 or f16.
+    pub scale_dtype: DType,
+}
+
 /// The heads of one token, with the parameters of their norm.
 #[derive(Clone, Copy)]
 pub(crate) struct NormArgs {
@@ -178,6 +196,7 @@ pub(crate) struct MergeArgs {
 pub(crate) type AnglesFn = unsafe fn(f64, &[f64], f64, &mut [f32], &mut [f32]);
 pub(crate) type RopeFn = unsafe fn(&RopeArgs);
 pub(crate) type CopyFn = unsafe fn(&CopyArgs);
+pub(crate) type ScaledFn = unsafe fn(&ScaledArgs);
 pub(crate) type MergeFn = unsafe fn(&MergeArgs);
 pub(crate) type NormFn = unsafe fn(&NormArgs);
 /// The scratch memory is aligned to 64 bytes and has [`AttentionFns::scratch_bytes`] bytes for the tile's rows.
@@ -192,6 +211,7 @@ pub(crate) enum Function {
     Attention(AttentionFns),
     Merge(MergeFn),
     Norm(NormFn),
+    Scaled(ScaledFn),
 }
 
 /// Attention runs tiles. Query rows that were split over chunks are reduced afterwards.

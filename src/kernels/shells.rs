@@ -7,7 +7,7 @@ macro_rules! kernel_shells {
     {[$($feature:literal)*] $level:ident} => {
         pub(in $crate::kernels) mod shells {
             use super::$level;
-            use $crate::kernels::api::{AttentionFns, CopyArgs, MergeArgs, NormArgs, RopeArgs};
+            use $crate::kernels::api::{AttentionFns, CopyArgs, MergeArgs, NormArgs, RopeArgs, ScaledArgs};
             use $crate::kernels::generic::{self, attention::{
                 Deinterleaved, DirectScores, DirectValues, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, Pieces, Scratch,
                 ValuePieces, VectorProducts, Widen,
@@ -33,6 +33,16 @@ macro_rules! kernel_shells {
             pub(super) unsafe fn copy<A: LoadStore, B: LoadStore>(args: &CopyArgs) {
                 // SAFETY: the caller's.
                 unsafe { generic::copy::copy::<_, A, B>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn quantize<A: LoadStore>(args: &ScaledArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::quantize::quantize::<_, A>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn dequantize<B: LoadStore>(args: &ScaledArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::quantize::dequantize::<_, B>($level::new_unchecked(), args) }
             }
             $(#[target_feature(enable = $feature)])*
             pub(super) unsafe fn merge<T: LoadStore>(args: &MergeArgs) {
@@ -160,6 +170,12 @@ macro_rules! kernel_table {
     KvWrite     Bf16 F32  0.0  Copy(copy::<bf16, f32>)          "kv_write_bf16_f32_scalar" "kv_write_bf16_f32_avx2" "kv_write_bf16_f32_avx512" "kv_write_bf16_f32_neon";
     KvWrite     Bf16 F16  0.0  Copy(copy::<bf16, f16>)          "kv_write_bf16_f16_scalar" "kv_write_bf16_f16_avx2" "kv_write_bf16_f16_avx512" "kv_write_bf16_f16_neon";
     KvWrite     Bf16 Bf16 0.0  Copy(copy::<bf16, bf16>)         "kv_write_bf16_bf16_scalar" "kv_write_bf16_bf16_avx2" "kv_write_bf16_bf16_avx512" "kv_write_bf16_bf16_neon";
+    KvWrite     F32  Int8 0.0  Scaled(quantize::<f32>)          "kv_write_f32_int8_scalar" "kv_write_f32_int8_avx2" "kv_write_f32_int8_avx512" "kv_write_f32_int8_neon";
+    KvWrite     F16  Int8 0.0  Scaled(quantize::<f16>)          "kv_write_f16_int8_scalar" "kv_write_f16_int8_avx2" "kv_write_f16_int8_avx512" "kv_write_f16_int8_neon";
+    KvWrite     Bf16 Int8 0.0  Scaled(quantize::<bf16>)         "kv_write_bf16_int8_scalar" "kv_write_bf16_int8_avx2" "kv_write_bf16_int8_avx512" "kv_write_bf16_int8_neon";
+    KvRead      Int8 F32  1e-7 Scaled(dequantize::<f32>)        "kv_read_int8_f32_scalar" "kv_read_int8_f32_avx2" "kv_read_int8_f32_avx512" "kv_read_int8_f32_neon";
+    KvRead      Int8 F16  1e-7 Scaled(dequantize::<f16>)        "kv_read_int8_f16_scalar" "kv_read_int8_f16_avx2" "kv_read_int8_f16_avx512" "kv_read_int8_f16_neon";
+    KvRead      Int8 Bf16 1e-7 Scaled(dequantize::<bf16>)       "kv_read_int8_bf16_scalar" "kv_read_int8_bf16_avx2" "kv_read_int8_bf16_avx512" "kv_read_int8_bf16_neon";
     RepeatKv    F32  F32  0.0  Copy(copy::<f32, f32>)           "repeat_kv_f32_scalar" "repeat_kv_f32_avx2" "repeat_kv_f32_avx512" "repeat_kv_f32_neon";
     RepeatKv    F16  F16  0.0  Copy(copy::<f16, f16>)           "repeat_kv_f16_scalar" "repeat_kv_f16_avx2" "repeat_kv_f16_avx512" "repeat_kv_f16_neon";
     RepeatKv    Bf16 Bf16 0.0  Copy(copy::<bf16, bf16>)         "repeat_kv_bf16_scalar" "repeat_kv_bf16_avx2" "repeat_kv_bf16_avx512" "repeat_kv_bf16_neon";

@@ -162,7 +162,7 @@ pub(crate) unsafe fn rms_norm_raw(
 
 /// Elements of the heads that are staged on the stack together, unless one head alone is longer: few enough for the first-level
 /// cache.
-const STAGE: usize = 1024;
+pub(crate) const STAGE: usize = 1024;
 
 /// Norm, then RoPE, by the two kernels through f32 on the stack.
 #[derive(Clone, Copy)]

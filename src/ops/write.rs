@@ -4,9 +4,10 @@ use crate::cache_view::{CacheExtent, CacheViewMut};
 use crate::context::Context;
 use crate::cpu::cache;
 use crate::error::{Result, ensure, fail};
-use crate::kernels::api::{CopyArgs, Op, RopeArgs};
+use crate::kernels::api::{CopyArgs, Op};
 use crate::layout::{Layout, Packing, Place};
-use crate::ops::norm::{RmsNorm, Rotation};
+use crate::ops::heads::{HeadKernels, Scales, Turn, check_staged};
+use crate::ops::norm::RmsNorm;
 use crate::ops::pack::{check_pair_dim, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles};
 use crate::ops::setters::setters;
@@ -34,7 +35,8 @@ pub struct KvWrite<'a> {
     pub to: Destination<'a>,
     /// Normalises the heads of the keys before `rope`. The bits are those of [`rms_norm`](crate::rms_norm) into f32.
     pub k_norm: Option<RmsNorm<'a>>,
-    /// Rotates the keys. The bits are those of [`rope()`](crate::rope()) into the type of the cache.
+    /// Rotates the keys. The bits are those of [`rope()`](crate::rope()) into the type of the cache, or into f32 where the cache is
+    /// quantised.
     pub rope: Option<Rope<'a>>,
     /// How values lie in their cache; [`Context::v_packing`] names the packing that attention reads fastest.
     pub v_packing: Packing,
@@ -429,10 +431,14 @@ impl RawWrite<'_> {
             rope.validate(k)?;
         }
         match (&self.k_norm, &self.rope) {
-            (Some(norm), Some(_)) => norm.validate_staged("k", k),
-            (Some(norm), None) => norm.validate("k", k),
-            (None, _) => Ok(()),
+            (Some(norm), Some(_)) => norm.validate_staged("k", k)?,
+            (Some(norm), None) => norm.validate("k", k)?,
+            (None, _) => {}
         }
+        if k_cache.dtype.has_scales() && (self.k_norm.is_some() || self.rope.is_some()) {
+            check_staged("k", k.shape[DIM])?;
+        }
+        Ok(())
     }
 }
 
@@ -440,20 +446,12 @@ impl RawWrite<'_> {
 /// The memory that valid views reach is readable and, for the caches, writable, by this call alone.
 pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write: &RawWrite) -> Result<()> {
     write.validate()?;
-    for (name, cache) in [("k_cache", Some(&write.keys.1)), ("v_cache", write.values.as_ref().map(|v| &v.1))] {
-        let quantised = cache.map(|cache| cache.dtype).filter(|format| format.has_scales());
-        if let Some(format) = quantised {
-            fail!(Unsupported, "{name} is {format}, which is not written yet");
-        }
-    }
     let RawWrite { keys: (k, k_cache), values, to, k_norm, rope, v_packing } = write;
     let seq = k.shape[SEQ];
     let angles = context.angles();
     let bytes = k.elements().saturating_mul(k.dtype.size() + k_cache.dtype.unit_bytes());
     let large = bytes > cache::second_level() / 2;
-    let k_copy = context.copy(Op::KvWrite, k.dtype, k_cache.dtype);
-    let k_normed = context.norm(k.dtype, k_cache.dtype);
-    let rotation = Rotation::new(context, *k_norm, k.dtype, k_cache.dtype);
+    let key_kernels = HeadKernels::write(context, *k_norm, rope.is_some(), k.dtype, k_cache.dtype);
     for_each_token_with(
         runner,
         k.shape,
@@ -472,29 +470,29 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                         _ if large => (copy.src_prefetch, copy.dst_prefetch) = (ahead(k), ahead(&k_cache.units)),
                         _ => {}
                     }
-                    match (rope, token_angles, k_norm) {
-                        (Some(rope), Some(token_angles), _) => {
+                    let turn = match (rope, token_angles) {
+                        (Some(rope), Some(token_angles)) => {
                             let (cos, sin) = token_angles.at(rope, angles, rope.position(b, t, seq));
-                            let (rotary_dim, pairing) = (rope.rotary_dim, rope.pairing);
-                            rotation.run(&RopeArgs { copy, rotary_dim, pairing, cos, sin });
+                            Some(Turn { rotary_dim: rope.rotary_dim, pairing: rope.pairing, cos, sin })
                         }
-                        (_, _, Some(norm)) => k_normed(&norm.args(copy)),
-                        _ => k_copy(&copy),
-                    }
+                        _ => None,
+                    };
+                    key_kernels.run(copy, [None, Scales::of_token(k_cache, place)], turn);
                 }
                 if let Some((v, v_cache)) = values
                     && !v.is_empty()
                 {
-                    let v_copy = context.copy(Op::KvWrite, v.dtype, v_cache.dtype);
                     match v_packing {
                         Packing::Rows => {
                             let mut copy = token_copy(v, (b, t), &v_cache.units, place);
                             if let Some(next) = next {
                                 ask_for(&mut copy, k.row(b, t + 1, 0), k_cache.row(next.0, next.1, 0));
                             }
-                            v_copy(&copy);
+                            let kernels = HeadKernels::write(context, None, false, v.dtype, v_cache.dtype);
+                            kernels.run(copy, [None, Scales::of_token(v_cache, place)], None);
                         }
                         Packing::RowPairs => {
+                            let v_copy = context.copy(Op::KvWrite, v.dtype, v_cache.dtype);
                             let ahead = if large { (ahead(v), ahead(&v_cache.units)) } else { (0, 0) };
                             pack_token(v_copy, v, (b, t), &v_cache.units, ahead, |t| {
                                 to.place(b, t, seq, &k_cache.units)

@@ -83,14 +83,6 @@ impl RawView {
     }
 }
 
-impl RawView<CacheFormat> {
-    /// The same units as elements of their type, unless they are quantised.
-    pub fn elements_view(self) -> Option<RawView> {
-        let Self { data, dtype, shape, strides, bytes } = self;
-        Some(RawView { data, dtype: dtype.dtype()?, shape, strides, bytes })
-    }
-}
-
 impl<U: Units> RawView<U> {
     pub fn is_empty(&self) -> bool {
         self.shape.contains(&0)

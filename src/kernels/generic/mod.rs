@@ -6,4 +6,5 @@ pub(crate) mod copy;
 pub(crate) mod math;
 pub(crate) mod merge;
 pub(crate) mod norm;
+pub(crate) mod quantize;
 pub(crate) mod rope;

@@ -8,6 +8,7 @@ use crate::context::Context;
 use crate::error::{Error, Result, ensure};
 use crate::format::CacheFormat;
 use crate::layout::Layout;
+use crate::ops::heads::check_staged;
 use crate::ops::rope::{RopeFrequencies, check_frequencies, check_rotary_dim};
 use crate::parallel::Runner;
 use crate::problem::limits::MAX_ROTARY_DIM;
@@ -207,7 +208,7 @@ pub(crate) unsafe fn evict_raw<'a>(
                     let (cos, sin) = (&mut cos[..inv_freq.len()], &mut sin[..inv_freq.len()]);
                     // SAFETY: the context hands out kernels of available levels only.
                     unsafe { angles(-(gap as f64), inv_freq, 1.0, cos, sin) };
-                    Step::Rotate { kernel: context.rope(cache.dtype, cache.dtype), pairing, cos, sin }
+                    Step::rotate(context, cache, cache, pairing, (cos, sin))
                 }
             };
             // SAFETY: all positions are the sequence's, on pages that it has once; tokens move down in ascending order, no more
@@ -274,10 +275,9 @@ pub(crate) unsafe fn evict_running_raw<'a>(
             let unrotated = if piece.values { Ok(None) } else { of_layer(unrotated, piece.layer) };
             let Some(unrotated) = unrotated.expect("the keys were valid a moment ago") else { return };
             let RawRotation { pairing, inv_freq } = unrotated.rotation;
-            let (src, cache) = (heads_of(&unrotated.keys, piece.heads), &piece.cache);
+            let (src, cache) = (heads_of(&unrotated.keys, piece.heads).into(), &piece.cache);
             let (mut cos, mut sin) = ([0.0; MAX_ROTARY_DIM / 2], [0.0; MAX_ROTARY_DIM / 2]);
             let (cos, sin) = (&mut cos[..inv_freq.len()], &mut sin[..inv_freq.len()]);
-            let kernel = context.rope(src.dtype, cache.dtype);
             for token in 0..kept {
                 let place = layout.place(&cache.units, row, token).0;
                 let position = (token + dropped + gap) as f64;
@@ -285,7 +285,8 @@ pub(crate) unsafe fn evict_running_raw<'a>(
                 // has once, and the copies have its heads and share no memory with it.
                 unsafe {
                     angles(position, inv_freq, unrotated.magnitude, cos, sin);
-                    move_tokens(&Step::Rotate { kernel, pairing, cos, sin }, &src.into(), (0, token), cache, place, 1);
+                    let step = Step::rotate(context, &src, cache, pairing, (&*cos, &*sin));
+                    move_tokens(&step, &src, (0, token), cache, place, 1);
                 }
             }
         })?;
@@ -342,7 +343,9 @@ fn check_per_layer<T>(
 
 fn check_rotation(rotation: &RawRotation, magnitude: f64, k: &RawCacheView) -> Result<()> {
     let (rotary_dim, dim) = (rotation.inv_freq.len().saturating_mul(2), k.shape[DIM]);
-    ensure!(!k.dtype.has_scales(), Unsupported, "keys of {} are not rotated yet", k.dtype);
+    if k.dtype.has_scales() {
+        check_staged("k", dim)?;
+    }
     check_rotary_dim(rotary_dim)?;
     ensure!(rotary_dim <= dim, Shape, "rotary_dim {rotary_dim} is above the head size {dim}");
     check_frequencies(rotation.inv_freq, magnitude)

@@ -24,11 +24,13 @@ pub(crate) use rows::{copy_prefix_raw, insert_sequence_raw, reset_raw};
 
 use crate::cache_view::CacheViewMut;
 use crate::context::Context;
+use crate::dtype::DType;
 use crate::error::{Error, Result, ensure};
 use crate::format::CacheFormat;
-use crate::kernels::api::{CopyArgs, CopyFn, Op, RopeArgs, RopeFn};
+use crate::kernels::api::{CopyArgs, CopyFn, Op};
 use crate::layout::{Layout, Place};
 use crate::ops::COPY_GRAIN;
+use crate::ops::heads::{HeadKernels, Scales, Turn};
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::problem::rotation::Pairing;
 use crate::view::{BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, Units};
@@ -419,24 +421,59 @@ fn heads_of<U: Units>(view: &RawView<U>, (first, count): (usize, usize)) -> RawV
 
 /// What tokens become on their way.
 enum Step<'a> {
-    /// The same: units, in another type perhaps, and scales, to the bit.
+    /// The same: units, in another type perhaps, and scales.
     Copy { units: CopyFn, scales: Option<CopyFn> },
-    /// Turned by one set of angles.
-    Rotate { kernel: RopeFn, pairing: Pairing, cos: &'a [f32], sin: &'a [f32] },
+    /// In another format, or turned by one set of angles.
+    Convert { kernels: HeadKernels<'a>, turn: Option<Turn> },
 }
 
-impl Step<'_> {
+impl<'a> Step<'a> {
     /// The copy of tokens of a cache to other places of it.
     fn copy(context: &Context, cache: &RawCacheView) -> Self {
-        let units = match cache.dtype {
-            CacheFormat::F32 | CacheFormat::F16 | CacheFormat::Bf16 => {
-                context.copy(Op::KvWrite, cache.dtype, cache.dtype)
-            }
-            CacheFormat::Int8 => copy_bytes,
-        };
-        let scales = cache.scales.map(|scales| context.copy(Op::KvWrite, scales.dtype, scales.dtype));
-        Self::Copy { units, scales }
+        Self::between(context, cache, cache)
     }
+
+    /// From one cache to another: units and scales as they are if the target can hold them.
+    fn between(context: &Context, src: &RawCacheView, dst: &RawCacheView) -> Self {
+        match (src.dtype.dtype(), dst.dtype.dtype()) {
+            (Some(from), Some(to)) => Self::Copy { units: context.copy(Op::KvWrite, from, to), scales: None },
+            (Some(from), None) => {
+                let kernels = HeadKernels::write(context, None, false, from, dst.dtype);
+                Self::Convert { kernels, turn: None }
+            }
+            (None, Some(to)) => Self::Convert { kernels: HeadKernels::read(context, src.dtype, to), turn: None },
+            (None, None) if rounds_scales(src, dst) => {
+                Self::Convert { kernels: HeadKernels::requantize(context, false, dst.dtype), turn: None }
+            }
+            (None, None) => {
+                let scales = src.scales.zip(dst.scales);
+                let scales = scales.map(|(from, to)| context.copy(Op::KvWrite, from.dtype, to.dtype));
+                Self::Copy { units: copy_bytes, scales }
+            }
+        }
+    }
+
+    /// The rotation of keys from one cache to another, which are of one format or of which the source has no scales.
+    fn rotate(
+        context: &Context,
+        src: &RawCacheView,
+        dst: &RawCacheView,
+        pairing: Pairing,
+        (cos, sin): (&'a [f32], &'a [f32]),
+    ) -> Self {
+        let kernels = match src.dtype.dtype() {
+            Some(from) => HeadKernels::write(context, None, true, from, dst.dtype),
+            None => HeadKernels::requantize(context, true, dst.dtype),
+        };
+        let turn = Turn { rotary_dim: 2 * cos.len(), pairing, cos: cos.as_ptr(), sin: sin.as_ptr() };
+        Self::Convert { kernels, turn: Some(turn) }
+    }
+}
+
+/// Whether the scales of one cache have more digits than those of another.
+fn rounds_scales(src: &RawCacheView, dst: &RawCacheView) -> bool {
+    let [from, to] = [src, dst].map(|cache| cache.scales.map(|scales| scales.dtype));
+    from == Some(DType::F32) && to == Some(DType::F16)
 }
 
 /// Copies units of a byte.
@@ -463,59 +500,92 @@ unsafe fn copy_bytes(args: &CopyArgs) {
 /// Moves `n` tokens, which lie in slots one after the other on both sides, from one place to another.
 ///
 /// # Safety
-/// The caches are valid and agree in heads and dim, the slots are inside them, and no element that is read is written.
+/// The caches are valid and agree in heads and dim, the slots are inside them, no element that is read is written, and the
+/// angles of a rotation live.
 unsafe fn move_tokens(step: &Step, src: &RawCacheView, from: Place, dst: &RawCacheView, to: Place, n: usize) {
-    // SAFETY: the caller's, here and below.
-    unsafe { move_units(step, &src.units, from, &dst.units, to, n) };
-    if let (Step::Copy { scales: Some(scales), .. }, Some(src), Some(dst)) = (step, src.scales, dst.scales) {
-        let step = Step::Copy { units: *scales, scales: None };
-        // SAFETY: as above.
-        unsafe { move_units(&step, &src, from, &dst, to, n) };
-    }
-}
-
-/// As [`move_tokens`], for units or for scales.
-///
-/// # Safety
-/// As [`move_tokens`].
-unsafe fn move_units<U: Units>(step: &Step, src: &RawView<U>, from: Place, dst: &RawView<U>, to: Place, n: usize) {
     let [.., heads, dim] = src.shape;
     if n == 0 || heads == 0 || dim == 0 {
         return;
     }
-    let args = |t: usize, h: usize, vectors: usize, axis: usize| CopyArgs {
-        // SAFETY: the caller's; t < n and h < heads.
-        src: unsafe { src.row(from.0, from.1 + t, h) },
+    // SAFETY: the caller's, here and below.
+    match step {
+        Step::Copy { units, scales } => unsafe {
+            copy_tokens(*units, &src.units, from, &dst.units, to, n);
+            if let (Some(kernel), Some(src), Some(dst)) = (scales, &src.scales, &dst.scales) {
+                copy_tokens(*kernel, src, from, dst, to, n);
+            }
+        },
+        Step::Convert { kernels, turn } => for_each_run(heads, n, |t, h, vectors, axis| {
+            let (from, to) = ((from.0, from.1 + t), (to.0, to.1 + t));
+            // SAFETY: as above.
+            unsafe {
+                let scales = [(src, from), (dst, to)]
+                    .map(|(cache, at)| cache.scales.as_ref().map(|scales| Scales::along(scales, axis, at, h)));
+                kernels.run(vectors_of(&src.units, from, &dst.units, to, h, vectors, axis), scales, *turn);
+            }
+        }),
+    }
+}
+
+/// Copies `n` tokens.
+///
+/// # Safety
+/// As [`move_tokens`].
+unsafe fn copy_tokens<U: Units>(kernel: CopyFn, src: &RawView<U>, from: Place, dst: &RawView<U>, to: Place, n: usize) {
+    let [.., heads, dim] = src.shape;
+    let together = |view: &RawView<U>| view.strides[DIM] == 1 && (heads == 1 || view.strides[HEADS] == dim as i64);
+    // SAFETY: the caller's, here and below.
+    unsafe {
+        if together(src) && together(dst) {
+            kernel(&CopyArgs { dim: heads * dim, ..vectors_of(src, from, dst, to, 0, n, SEQ) });
+            return;
+        }
+    }
+    for_each_run(heads, n, |t, h, vectors, axis| {
+        let (from, to) = ((from.0, from.1 + t), (to.0, to.1 + t));
+        // SAFETY: as above.
+        unsafe { kernel(&vectors_of(src, from, dst, to, h, vectors, axis)) };
+    });
+}
+
+/// Runs `run(token, head, vectors, axis)` for the heads of `n` tokens. A kernel takes any number of vectors at equal distances: the
+/// heads of a token, or the tokens of a head.
+fn for_each_run(heads: usize, n: usize, run: impl Fn(usize, usize, usize, usize)) {
+    if n >= heads {
+        (0..heads).for_each(|h| run(0, h, n, SEQ));
+    } else {
+        (0..n).for_each(|t| run(t, 0, heads, HEADS));
+    }
+}
+
+/// Vectors along an axis, from a token and a head on.
+///
+/// # Safety
+/// The views are valid, and the token and the head are inside them.
+unsafe fn vectors_of<U: Units>(
+    src: &RawView<U>,
+    from: Place,
+    dst: &RawView<U>,
+    to: Place,
+    head: usize,
+    vectors: usize,
+    axis: usize,
+) -> CopyArgs {
+    CopyArgs {
+        // SAFETY: the caller's.
+        src: unsafe { src.row(from.0, from.1, head) },
         second: std::ptr::null(),
         // SAFETY: as above.
-        dst: unsafe { dst.row(to.0, to.1 + t, h) },
+        dst: unsafe { dst.row(to.0, to.1, head) },
         heads: vectors,
         repeats: 1,
         src_head: src.strides[axis] as isize,
         dst_head: dst.strides[axis] as isize,
         src_dim: src.strides[DIM] as isize,
         dst_dim: dst.strides[DIM] as isize,
-        dim,
+        dim: src.shape[DIM],
         src_prefetch: 0,
         dst_prefetch: 0,
-    };
-    // A kernel takes any number of vectors at equal distances: the heads of a token, or the tokens of a head.
-    let run = |copy: CopyArgs| match *step {
-        // SAFETY: the caller's.
-        Step::Copy { units, .. } => unsafe { units(&copy) },
-        Step::Rotate { kernel, pairing, cos, sin } => {
-            let rotary_dim = 2 * cos.len();
-            // SAFETY: the caller's, and there are rotary_dim / 2 cosines and sines.
-            unsafe { kernel(&RopeArgs { copy, rotary_dim, pairing, cos: cos.as_ptr(), sin: sin.as_ptr() }) };
-        }
-    };
-    let together = |view: &RawView<U>| view.strides[DIM] == 1 && (heads == 1 || view.strides[HEADS] == dim as i64);
-    if matches!(step, Step::Copy { .. }) && together(src) && together(dst) {
-        run(CopyArgs { dim: heads * dim, ..args(0, 0, n, SEQ) });
-    } else if n >= heads {
-        (0..heads).for_each(|h| run(args(0, h, n, SEQ)));
-    } else {
-        (0..n).for_each(|t| run(args(t, 0, heads, HEADS)));
     }
 }
 

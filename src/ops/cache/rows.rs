@@ -2,13 +2,12 @@
 
 use super::{
     KvCache, RawCache, RowOf, SafeLayers, Step, cache_at, cache_heads_of, check_apart, check_held,
-    check_pages_unshared, for_each_piece, held, lost, move_range,
+    check_pages_unshared, for_each_piece, held, lost, move_range, rounds_scales,
 };
 use crate::context::Context;
 use crate::error::{Result, ensure, fail};
-use crate::format::CacheFormat;
-use crate::kernels::api::Op;
 use crate::layout::{Layout, Place};
+use crate::ops::heads::check_staged;
 use crate::parallel::Runner;
 use crate::view::{DIM, HEADS, RawView, SEQ, Units};
 
@@ -194,12 +193,9 @@ pub(crate) unsafe fn insert_sequence_raw(
                         src.shape[axis]
                     );
                 }
-                ensure!(
-                    !dst.dtype.has_scales() && !src.dtype.has_scales(),
-                    Unsupported,
-                    "rows of {} are not inserted yet",
-                    CacheFormat::Int8
-                );
+                if rounds_scales(src, dst) {
+                    check_staged(&format!("{} of layer {}", ["k", "v"][i % 2], i / 2), src.shape[DIM])?;
+                }
                 check_apart(from.layers, 2 * n, dst, "the two caches")?;
             }
             (None, None) => {}
@@ -225,7 +221,7 @@ pub(crate) unsafe fn insert_sequence_raw(
         let index = 2 * piece.layer + usize::from(piece.values);
         let Ok(Some(src)) = cache_at(from.layers, index) else { unreachable!("both caches have the same planes") };
         let src = cache_heads_of(&src, piece.heads);
-        let step = Step::Copy { units: context.copy(Op::KvWrite, src.dtype, piece.cache.dtype), scales: None };
+        let step = Step::between(context, &src, &piece.cache);
         let dst = RowOf { layout: &to.layout, cache: &piece.cache, row };
         let src = RowOf { layout: &from.layout, cache: &src, row: from_row };
         for range in &ranges {

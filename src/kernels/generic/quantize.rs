@@ -1,0 +1,212 @@
+//! Int8 units with one scale per token and head: quantised, and read again.
+//!
+//! A scale is the largest magnitude of its head divided by 127, rounded to f32, and then to f16 where scales are f16; there it is at
+//! most 65504. A scale of a head that is not all zeros is at least the smallest subnormal of its type. A unit is its element
+//! divided by that scale as it is stored, rounded to f32, then to the nearest integer, ties to even, between -127 and 127. A head of
+//! zeros has the scale 0. A head with a NaN or an infinity has the scale NaN and units 0, so that all of it reads as NaN.
+//!
+//! The largest magnitude does not depend on an order, and divisions and roundings are those of IEEE 754, so every level finds the
+//! same bits. A head is read twice, the second time from the nearest cache. Bound by memory for f32; a division per vector is all
+//! that is slower than a conversion.
+
+use super::copy::{STAGE, gather, scatter};
+use crate::dtype::DType;
+use crate::kernels::api::ScaledArgs;
+use crate::kernels::simd::{Load, LoadStore, Simd};
+use half::f16;
+use std::mem::MaybeUninit;
+
+/// The largest magnitude of a unit.
+const MAX_UNIT: f32 = 127.0;
+
+/// Quantises `heads` vectors, each with a scale of its own.
+///
+/// # Safety
+/// Every address that `args` describes is valid; source, units and scales do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn quantize<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs) {
+    let c = &args.copy;
+    let mut from = MaybeUninit::<[A; STAGE]>::uninit();
+    let mut to = MaybeUninit::<[i8; STAGE]>::uninit();
+    let (from, to): (*mut A, *mut i8) = (from.as_mut_ptr().cast(), to.as_mut_ptr().cast());
+    for head in 0..c.heads as isize {
+        let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
+        let dst = c.dst.cast::<i8>().wrapping_offset(head * c.dst_head);
+        // SAFETY: the caller's, here and below; what is staged fits its buffer.
+        let peak = unsafe { peak(s, (src, c.src_dim), c.dim, from) };
+        // SAFETY: as above.
+        let scale = unsafe { put_scale(args, head, peak) };
+        let step = if c.src_dim == 1 && c.dst_dim == 1 { c.dim.max(1) } else { STAGE };
+        for first in (0..c.dim).step_by(step) {
+            let (len, at) = ((c.dim - first).min(step), first as isize);
+            // SAFETY: as above.
+            unsafe {
+                let mut source = src.wrapping_offset(at * c.src_dim);
+                if c.src_dim != 1 {
+                    gather(source, c.src_dim, from, len);
+                    source = from;
+                }
+                let target = dst.wrapping_offset(at * c.dst_dim);
+                if c.dst_dim == 1 {
+                    units(s, source, target, scale, len);
+                } else {
+                    units(s, source, to, scale, len);
+                    scatter(to, target, c.dst_dim, len);
+                }
+            }
+        }
+    }
+}
+
+/// The largest magnitude of a vector; `None` if an element is NaN or infinite.
+///
+/// # Safety
+/// `n` elements are readable at `src` with that stride; `stage` has room for [`STAGE`].
+#[inline(always)]
+unsafe fn peak<S: Simd, A: LoadStore>(s: S, (src, step): (*const A, isize), n: usize, stage: *mut A) -> Option<f32> {
+    let (mut largest, mut nonfinite) = (s.zero(), s.zero());
+    let len = if step == 1 { n.max(1) } else { STAGE };
+    for first in (0..n).step_by(len) {
+        let len = (n - first).min(len);
+        let mut from = src.wrapping_offset(first as isize * step);
+        // SAFETY: the caller's, here and below; len fits the stage.
+        unsafe {
+            if step != 1 {
+                gather(from, step, stage, len);
+                from = stage;
+            }
+            let mut i = 0;
+            while i < len {
+                let v =
+                    if i + S::LANES <= len { A::load(s, from.add(i)) } else { A::load_part(s, from.add(i), len - i) };
+                largest = s.max(largest, s.abs(v));
+                // 0 times a number is 0; times anything else it is NaN, which stays.
+                nonfinite = s.fma(v, s.zero(), nonfinite);
+                i += S::LANES;
+            }
+        }
+    }
+    s.all_finite(nonfinite).then(|| s.max_lane(largest))
+}
+
+/// Stores the scale of a head of this largest magnitude; returns it as it is stored.
+///
+/// # Safety
+/// The scale's address is valid.
+#[inline(always)]
+unsafe fn put_scale(args: &ScaledArgs, head: isize, peak: Option<f32>) -> f32 {
+    let scale = peak.map_or(f32::NAN, |peak| peak / MAX_UNIT);
+    let positive = peak.is_some_and(|peak| peak > 0.0);
+    let at = head * args.scale_head;
+    // SAFETY: the caller's, here and below.
+    match args.scale_dtype {
+        DType::F32 => unsafe {
+            let scale = if positive { scale.max(f32::from_bits(1)) } else { scale };
+            *args.scales.cast::<f32>().wrapping_offset(at) = scale;
+            scale
+        },
+        DType::F16 => unsafe {
+            let scale = f16::from_f32(if positive { scale.min(f16::MAX.to_f32()) } else { scale });
+            let scale = if positive && scale == f16::ZERO { f16::from_bits(1) } else { scale };
+            *args.scales.cast::<f16>().wrapping_offset(at) = scale;
+            scale.to_f32()
+        },
+        // Refused by the check of a cache's scales.
+        DType::Bf16 => f32::NAN,
+    }
+}
+
+/// `n` elements as units of a scale.
+///
+/// # Safety
+/// `n` elements are readable at `src` and `n` units writable at `dst`.
+#[inline(always)]
+unsafe fn units<S: Simd, A: LoadStore>(s: S, src: *const A, dst: *mut i8, scale: f32, n: usize) {
+    if scale.is_nan() || scale == 0.0 {
+        // SAFETY: the caller's.
+        unsafe { dst.write_bytes(0, n) };
+        return;
+    }
+    let (scale, most) = (s.splat(scale), s.splat(MAX_UNIT));
+    let least = s.splat(-MAX_UNIT);
+    let mut i = 0;
+    while i < n {
+        // SAFETY: the caller's; a part is what is left.
+        unsafe {
+            let whole = i + S::LANES <= n;
+            let v = if whole { A::load(s, src.add(i)) } else { A::load_part(s, src.add(i), n - i) };
+            let v = s.div(v, scale);
+            let v = s.select_lt(v, most, s.max(v, least), most);
+            if whole {
+                s.store_i8(dst.add(i), v);
+            } else {
+                s.store_part_i8(dst.add(i), v, n - i);
+            }
+        }
+        i += S::LANES;
+    }
+}
+
+/// Reads `heads` vectors of units, each times its scale.
+///
+/// # Safety
+/// Every address that `args` describes is valid; the target does not overlap units and scales.
+#[inline(always)]
+pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore>(s: S, args: &ScaledArgs) {
+    let c = &args.copy;
+    let mut from = MaybeUninit::<[i8; STAGE]>::uninit();
+    let mut to = MaybeUninit::<[B; STAGE]>::uninit();
+    let (from, to): (*mut i8, *mut B) = (from.as_mut_ptr().cast(), to.as_mut_ptr().cast());
+    for head in 0..c.heads as isize {
+        let src = c.src.cast::<i8>().wrapping_offset(head * c.src_head);
+        let dst = c.dst.cast::<B>().wrapping_offset(head * c.dst_head);
+        let at = head * args.scale_head;
+        // SAFETY: the caller's, here and below; what is staged fits its buffer.
+        let scale = match args.scale_dtype {
+            DType::F32 => unsafe { *args.scales.cast::<f32>().wrapping_offset(at) },
+            DType::F16 => unsafe { *args.scales.cast::<f16>().wrapping_offset(at) }.to_f32(),
+            // Refused by the check of a cache's scales.
+            DType::Bf16 => f32::NAN,
+        };
+        let step = if c.src_dim == 1 && c.dst_dim == 1 { c.dim.max(1) } else { STAGE };
+        for first in (0..c.dim).step_by(step) {
+            let (len, at) = ((c.dim - first).min(step), first as isize);
+            // SAFETY: as above.
+            unsafe {
+                let mut source = src.wrapping_offset(at * c.src_dim);
+                if c.src_dim != 1 {
+                    gather(source, c.src_dim, from, len);
+                    source = from;
+                }
+                let target = dst.wrapping_offset(at * c.dst_dim);
+                if c.dst_dim == 1 {
+                    elements(s, source, target, scale, len);
+                } else {
+                    elements(s, source, to, scale, len);
+                    scatter(to, target, c.dst_dim, len);
+                }
+            }
+        }
+    }
+}
+
+/// `n` units times their scale.
+///
+/// # Safety
+/// `n` units are readable at `src` and `n` elements writable at `dst`.
+#[inline(always)]
+unsafe fn elements<S: Simd, B: LoadStore>(s: S, src: *const i8, dst: *mut B, scale: f32, n: usize) {
+    let scale = s.splat(scale);
+    let mut i = 0;
+    while i < n {
+        // SAFETY: the caller's; a part is what is left.
+        unsafe {
+            if i + S::LANES <= n {
+                B::store(s, dst.add(i), s.mul(i8::load(s, src.add(i)), scale));
+            } else {
+                B::store_part(s, dst.add(i), s.mul(i8::load_part(s, src.add(i), n - i), scale), n - i);
+            }
+        }
+        i += S::LANES;
+    }
+}
