@@ -135,8 +135,8 @@ static void contexts(void) {
     params.max_isa = kvl_isa_available(KVL_ISA_NEON) ? KVL_ISA_AVX2 : KVL_ISA_NEON;
     REFUSED(KVL_STATUS_UNSUPPORTED, kvl_isa_name(params.max_isa), kvl_context_create(&params, made));
     params.max_isa = KVL_ISA_BEST;
-    params.reserved = 1;
-    REFUSED(KVL_STATUS_INVALID_ENUM, "reserved is 1", kvl_context_create(&params, made));
+    params.flags = 2;
+    REFUSED(KVL_STATUS_INVALID_ENUM, "unknown bits 0x2", kvl_context_create(&params, made));
 
     REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_isa(NULL, (kvl_isa *)output.bytes));
     REFUSED(KVL_STATUS_NULL_POINTER, "isa", kvl_context_isa(context, NULL));

@@ -40,7 +40,7 @@ AT(kvl_parallel_runner, run, 24);
 SIZE(kvl_context_params, 16);
 AT(kvl_context_params, struct_size, 0);
 AT(kvl_context_params, max_isa, 8);
-AT(kvl_context_params, reserved, 12);
+AT(kvl_context_params, flags, 12);
 
 SIZE(kvl_kernel_info, 40);
 AT(kvl_kernel_info, struct_size, 0);
@@ -203,6 +203,7 @@ AT(kvl_merge_chunks_params, out, 56);
 AT(kvl_merge_chunks_params, lse, 144);
 #endif
 
+VALUE(KVL_CONTEXT_FLAG_SATURATE_F16, 1);
 VALUE(KVL_STATUS_OK, 0);
 VALUE(KVL_STATUS_NULL_POINTER, 1);
 VALUE(KVL_STATUS_STRUCT_SIZE, 2);

@@ -902,6 +902,31 @@ static void int8(const kvl_context *context) {
     free(workspace);
 }
 
+static void saturation(kvl_isa isa) {
+    const float source[4] = {1e6f, -70000, INFINITY, 2};
+    static const uint16_t rounded[4] = {0x7c00, 0xfc00, 0x7c00, 0x4000}, saturated[4] = {0x7bff, 0xfbff, 0x7bff, 0x4000};
+    uint16_t keys[4], values[4];
+    const int32_t position = 0;
+    int flag;
+    for (flag = 0; flag < 2; flag++) {
+        kvl_context_params params = KVL_CONTEXT_PARAMS_INIT;
+        kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
+        kvl_context *context = NULL;
+        params.max_isa = isa;
+        params.flags = flag ? KVL_CONTEXT_FLAG_SATURATE_F16 : 0;
+        OK(kvl_context_create(&params, &context));
+        if (context == NULL) continue;
+        write.k = write.v = kvl_make_const_view(source, KVL_DTYPE_F32, 1, 1, 1, 4);
+        write.k_cache = kvl_make_view(keys, KVL_DTYPE_F16, 1, 1, 1, 4);
+        write.v_cache = kvl_make_view(values, KVL_DTYPE_F16, 1, 1, 1, 4);
+        write.positions = &position;
+        OK(kvl_kv_write(context, NULL, &write));
+        CHECK(memcmp(keys, flag ? saturated : rounded, sizeof keys) == 0, "%x %x", keys[0], keys[1]);
+        CHECK(memcmp(values, flag ? saturated : rounded, sizeof values) == 0, "%x %x", values[0], values[1]);
+        kvl_context_destroy(context);
+    }
+}
+
 int main(void) {
     kvl_isa isa;
     int levels = 0;
@@ -922,6 +947,7 @@ int main(void) {
         table(context);
         rope(context);
         kv_write(context);
+        saturation(isa);
         layouts(context);
         pack(context);
         norm(context);

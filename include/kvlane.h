@@ -251,6 +251,11 @@
 #define KVL_OP_RMS_NORM 6
 
 /**
+ * The read of a quantised cache into plain tensors. Types: source format, target.
+ */
+#define KVL_OP_KV_READ 7
+
+/**
  * The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at `KVL_ISA_AMX` and `KVL_ISA_NEON_BF16`: an error of
  * at most 2^-8 of the largest visible value. `KVL_ISA_NEON_BF16` also takes queries in f32 to 16 significant bits, so that a logit
  * errs by at most 2^-16 of the sum of the magnitudes of its products.
@@ -261,6 +266,16 @@
  * What f32 arithmetic gives: queries are taken whole, and weights have at least 16 significant bits.
  */
 #define KVL_PRECISION_HIGH 1
+
+/**
+ * Operations that convert to f16 saturate: a number beyond 65504, the largest finite f16, becomes 65504 with its sign.
+ * Infinities do too, and NaN stays NaN. Without this flag such a number becomes an infinity, as IEEE 754 rounds it, and
+ * the softmax of a row that meets it in the cache becomes NaN. The flag holds for `kvl_rope`, `kvl_rms_norm`,
+ * `kvl_rms_norm_rope`, `kvl_kv_write` and the `kvl_cache_...` functions that convert or rotate keys and values. What is
+ * f16 already is copied with all its bits. Outputs of attention and of `kvl_merge_states` are means of values, and are
+ * rounded.
+ */
+#define KVL_CONTEXT_FLAG_SATURATE_F16 1
 
 /**
  * Elements 2i and 2i + 1: the original paper, Meta's Llama code, llama.cpp's Llama files.
@@ -448,6 +463,11 @@ typedef struct kvl_kernel_info {
 } kvl_kernel_info;
 
 /**
+ * Options of a context that are on or off.
+ */
+typedef uint32_t kvl_context_flag;
+
+/**
  * Options of a context. Start from `KVL_CONTEXT_PARAMS_INIT`.
  */
 typedef struct kvl_context_params {
@@ -461,9 +481,9 @@ typedef struct kvl_context_params {
      */
     kvl_isa max_isa;
     /**
-     * 0.
+     * A sum of `KVL_CONTEXT_FLAG_*`.
      */
-    int32_t reserved;
+    kvl_context_flag flags;
 } kvl_context_params;
 
 /**
@@ -1340,8 +1360,8 @@ kvl_status kvl_kernel_info_at(size_t index,
  *
  * Thread safety: may be called from any thread. It reads the environment, which no other thread may change at the same
  * time.
- * Bad input: null, an unknown `struct_size`, and a number or name (in `KVLANE_MAX_ISA`) that is no level or one of
- * another architecture are errors, and `*context` is not changed.
+ * Bad input: null, an unknown `struct_size`, an unknown flag, and a number or name (in `KVLANE_MAX_ISA`) that is no level
+ * or one of another architecture are errors, and `*context` is not changed.
  */
 kvl_status kvl_context_create(const struct kvl_context_params *params,
                               struct kvl_context **context);
@@ -1516,7 +1536,8 @@ kvl_status kvl_rms_norm_rope(const struct kvl_context *context,
 
 /**
  * Writes new keys and values into their caches, of all sequences in one call, converted to the type of the cache (to
- * nearest, ties to even). Keys are normalised first if `params->k_norm` is given, and rotated if `params->rope` is.
+ * nearest, ties to even; what f16 cannot hold becomes an infinity, unless the context was made with
+ * `KVL_CONTEXT_FLAG_SATURATE_F16`). Keys are normalised first if `params->k_norm` is given, and rotated if `params->rope` is.
  * Lengths are the caller's to advance.
  *
  * Thread safety: may be called from any number of threads at once, on disjoint caches or disjoint sequences of a

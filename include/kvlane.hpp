@@ -273,9 +273,11 @@ private:
 /// The kernels chosen for this machine; may be shared between threads.
 class context : public detail::constructed {
 public:
-    explicit context(kvl_isa max_isa = KVL_ISA_BEST) {
+    /// `flags` is a sum of `KVL_CONTEXT_FLAG_*`.
+    explicit context(kvl_isa max_isa = KVL_ISA_BEST, kvl_context_flag flags = 0) {
         kvl_context_params params = KVL_CONTEXT_PARAMS_INIT;
         params.max_isa = max_isa;
+        params.flags = flags;
         kvl_context *made = nullptr;
         keep(kvl_context_create(&params, &made));
         handle_.reset(made);

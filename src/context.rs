@@ -32,6 +32,7 @@ pub struct Context {
     tables: [Table; Precision::ALL.len()],
     /// Attention by format, of the preferred level that is not partial.
     full: [Option<&'static Entry>; FORMATS],
+    saturates_f16: bool,
 }
 
 /// The kernels of one precision.
@@ -83,7 +84,38 @@ impl Context {
                 }
             }
         }
-        Ok(Self { isa, tables, full })
+        Ok(Self { isa, tables, full, saturates_f16: false })
+    }
+
+    /// Whether operations that convert to f16 saturate. A number beyond 65504, the largest finite f16, otherwise becomes an
+    /// infinity, as IEEE 754 rounds it, and the softmax of a row that meets it in the cache becomes NaN. With this option it
+    /// becomes 65504 with its sign; infinities do too, and NaN stays NaN.
+    ///
+    /// The option holds for [`rope`](crate::rope()), [`rms_norm`](crate::rms_norm), [`kv_write`](crate::kv_write) and the operations
+    /// of a [`KvCache`](crate::KvCache). What is f16 already is copied with all its bits. Outputs of attention and of
+    /// [`merge_states`](crate::merge_states) are means of values, and are rounded.
+    ///
+    /// ```
+    /// use kvlane::*;
+    /// let context = Context::new()?.saturate_f16(true);
+    /// let (k, mut keys) = ([1e6f32, -1e6, f32::INFINITY, 1.0], [half::f16::ZERO; 4]);
+    /// let (v, mut values) = ([0f32; 4], [half::f16::ZERO; 4]);
+    /// let shape = [1, 1, 1, 4];
+    /// let (k, v) = (View::new(&k, shape)?, View::new(&v, shape)?);
+    /// let (k_cache, v_cache) = (ViewMut::new(&mut keys, shape)?, ViewMut::new(&mut values, shape)?);
+    /// kv_write(&context, &Serial, KvWrite::new(k, v, k_cache, v_cache, Destination::positions(&[0])))?;
+    /// assert_eq!(keys.map(f32::from), [65504.0, -65504.0, 65504.0, 1.0]);
+    /// # Ok::<(), kvlane::Error>(())
+    /// ```
+    #[must_use]
+    pub fn saturate_f16(mut self, saturate: bool) -> Self {
+        self.saturates_f16 = saturate;
+        self
+    }
+
+    /// Whether operations that convert to f16 [saturate](Self::saturate_f16).
+    pub fn saturates_f16(&self) -> bool {
+        self.saturates_f16
     }
 
     /// The level in use.
@@ -155,6 +187,11 @@ impl Context {
 
     fn function(&self, op: Op, src: CacheFormat, dst: CacheFormat) -> &'static Function {
         match self.entry(op, src, dst, Precision::Default) {
+            Some(entry) if self.saturates_f16 && dst == CacheFormat::F16 => {
+                let mut kernels = registry::saturating(entry.info.isa).iter();
+                let saturating = kernels.find(|(of, from, _)| (*of, *from) == (op, src));
+                saturating.map_or(&entry.function, |(_, _, function)| function)
+            }
             Some(entry) => &entry.function,
             // The scalar level has a kernel for every pair that operations use; see `tests::every_level_is_complete`.
             None => unreachable!("no kernel for {op:?} from {src} to {dst}"),

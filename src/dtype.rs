@@ -59,6 +59,7 @@ mod sealed {
     impl Sealed for f32 {}
     impl Sealed for half::f16 {}
     impl Sealed for half::bf16 {}
+    impl Sealed for super::SaturatingF16 {}
 }
 
 /// A Rust type that can stand behind a view: `f32`, [`half::f16`], [`half::bf16`].
@@ -92,6 +93,25 @@ impl Element for f16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f16::to_f32(self)
+    }
+}
+
+/// An f16 that is written as the largest finite number of its sign where the number is larger.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+pub(crate) struct SaturatingF16(pub f16);
+
+impl Element for SaturatingF16 {
+    const DTYPE: DType = DType::F16;
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        let largest = f16::MAX.to_f32();
+        // NaN stays NaN.
+        Self(f16::from_f32(x.clamp(-largest, largest)))
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self.0.to_f32()
     }
 }
 

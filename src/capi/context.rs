@@ -1,6 +1,5 @@
 //! The context: which kernel serves each operation.
 
-use super::arguments::reserved;
 use super::dtype::{kvl_dtype, parse_dtype};
 use super::format::{kvl_format, parse_format};
 use super::guard::{guard, guard_value};
@@ -27,12 +26,22 @@ pub struct kvl_context_params {
     /// The highest level to use, or 0 (`KVL_ISA_BEST`) for no limit. The environment variable `KVLANE_MAX_ISA`
     /// (`scalar`, `avx2`, ...) can lower it further. Neither can raise the level.
     pub max_isa: kvl_isa,
-    /// 0.
-    pub reserved: i32,
+    /// A sum of `KVL_CONTEXT_FLAG_*`.
+    pub flags: kvl_context_flag,
 }
 
 sized!(kvl_context_params);
-assert_layout!(kvl_context_params, 16, struct_size: 0, max_isa: 8, reserved: 12);
+assert_layout!(kvl_context_params, 16, struct_size: 0, max_isa: 8, flags: 12);
+
+/// Options of a context that are on or off.
+pub type kvl_context_flag = u32;
+/// Operations that convert to f16 saturate: a number beyond 65504, the largest finite f16, becomes 65504 with its sign.
+/// Infinities do too, and NaN stays NaN. Without this flag such a number becomes an infinity, as IEEE 754 rounds it, and
+/// the softmax of a row that meets it in the cache becomes NaN. The flag holds for `kvl_rope`, `kvl_rms_norm`,
+/// `kvl_rms_norm_rope`, `kvl_kv_write` and the `kvl_cache_...` functions that convert or rotate keys and values. What is
+/// f16 already is copied with all its bits. Outputs of attention and of `kvl_merge_states` are means of values, and are
+/// rounded.
+pub const KVL_CONTEXT_FLAG_SATURATE_F16: u32 = 1;
 
 /// Makes a context: detects the CPU and chooses a kernel for each operation and type. It is released with
 /// `kvl_context_destroy`.
@@ -41,26 +50,28 @@ assert_layout!(kvl_context_params, 16, struct_size: 0, max_isa: 8, reserved: 12)
 ///
 /// Thread safety: may be called from any thread. It reads the environment, which no other thread may change at the same
 /// time.
-/// Bad input: null, an unknown `struct_size`, and a number or name (in `KVLANE_MAX_ISA`) that is no level or one of
-/// another architecture are errors, and `*context` is not changed.
+/// Bad input: null, an unknown `struct_size`, an unknown flag, and a number or name (in `KVLANE_MAX_ISA`) that is no level
+/// or one of another architecture are errors, and `*context` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_create(
     params: *const kvl_context_params,
     context: *mut *mut kvl_context,
 ) -> kvl_status {
     guard(|| {
-        let mut max_isa = KVL_ISA_BEST;
+        let (mut max_isa, mut flags) = (KVL_ISA_BEST, 0);
         if !params.is_null() {
             // SAFETY: the caller's promise.
             let params = unsafe { read_sized(params) }?;
-            reserved("kvl_context_params", params.reserved)?;
-            max_isa = params.max_isa;
+            (max_isa, flags) = (params.max_isa, params.flags);
+            let unknown = flags & !KVL_CONTEXT_FLAG_SATURATE_F16;
+            ensure!(unknown == 0, InvalidEnum, "kvl_context_params.flags has unknown bits {unknown:#x}");
         }
         ensure!(!context.is_null(), NullPointer, "the pointer context is null");
         let made = match max_isa {
             KVL_ISA_BEST => Context::new()?,
             level => Context::with_max_isa(parse_isa("kvl_context_params.max_isa", level)?)?,
         };
+        let made = made.saturate_f16(flags & KVL_CONTEXT_FLAG_SATURATE_F16 != 0);
         // SAFETY: not null, and the caller's to write.
         unsafe { context.write(Box::into_raw(Box::new(kvl_context { context: made }))) };
         Ok(())

@@ -68,7 +68,8 @@ assert_layout!(
 );
 
 /// Writes new keys and values into their caches, of all sequences in one call, converted to the type of the cache (to
-/// nearest, ties to even). Keys are normalised first if `params->k_norm` is given, and rotated if `params->rope` is.
+/// nearest, ties to even; what f16 cannot hold becomes an infinity, unless the context was made with
+/// `KVL_CONTEXT_FLAG_SATURATE_F16`). Keys are normalised first if `params->k_norm` is given, and rotated if `params->rope` is.
 /// Lengths are the caller's to advance.
 ///
 /// Thread safety: may be called from any number of threads at once, on disjoint caches or disjoint sequences of a

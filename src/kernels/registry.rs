@@ -1,12 +1,14 @@
 //! The registry: every kernel of this build with its operation, types, level, name, error bound and function. It is
 //! the only source for dispatch, tests and benches.
 
-use super::api::{Function, KernelInfo};
+use super::api::{Function, KernelInfo, Op};
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2, avx512};
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 use super::{neon, neonbf16};
+use crate::format::CacheFormat;
+use crate::isa::Isa;
 
 /// One line of the registry.
 pub(crate) struct Entry {
@@ -52,6 +54,22 @@ static LEVELS: &[&[Entry]] = &[
     neonbf16::ENTRIES,
 ];
 
+/// A kernel that writes f16 saturated, in place of the one for the same operation and source type.
+pub(crate) type Saturating = (Op, CacheFormat, Function);
+
+/// The kernels of a level that write f16 saturated. They are listed in the registry as those that they stand for.
+pub(crate) fn saturating(level: Isa) -> &'static [Saturating] {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::shells::SATURATING,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::shells::SATURATING,
+        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+        Isa::Neon => neon::shells::SATURATING,
+        _ => scalar::shells::SATURATING,
+    }
+}
+
 /// The registry: all kernels of this build, level by level in the order of preference, the portable one first.
 pub(crate) fn entries() -> impl Iterator<Item = &'static Entry> {
     LEVELS.iter().flat_map(|entries| entries.iter())
@@ -65,8 +83,7 @@ pub fn kernels() -> impl Iterator<Item = KernelInfo> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::isa::Isa;
-    use crate::kernels::api::{Op, Precision};
+    use crate::kernels::api::Precision;
 
     /// `<op>[_<source>[_<target>]][_<precision>]_<isa>`: one type for an operation with one type, none for an
     /// operation without a choice.

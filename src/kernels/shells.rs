@@ -131,6 +131,22 @@ macro_rules! kernel_shells {
                     widened: const { &value_pieces::<f32>() },
                 }
             }
+            /// The kernels that write f16 saturated, with the operation and the source type. A copy of f16 keeps every bit.
+            pub(in $crate::kernels) static SATURATING: &[$crate::kernels::registry::Saturating] = {
+                use $crate::dtype::SaturatingF16;
+                use $crate::format::CacheFormat::{Bf16, F16, F32};
+                use $crate::kernels::api::{Function::{Copy, Norm, Rope}, Op};
+                &[
+                    (Op::Rope, F32, Rope(rope::<f32, SaturatingF16>)),
+                    (Op::Rope, F16, Rope(rope::<half::f16, SaturatingF16>)),
+                    (Op::Rope, Bf16, Rope(rope::<half::bf16, SaturatingF16>)),
+                    (Op::KvWrite, F32, Copy(copy::<f32, SaturatingF16>)),
+                    (Op::KvWrite, Bf16, Copy(copy::<half::bf16, SaturatingF16>)),
+                    (Op::RmsNorm, F32, Norm(rms_norm::<f32, SaturatingF16>)),
+                    (Op::RmsNorm, F16, Norm(rms_norm::<half::f16, SaturatingF16>)),
+                    (Op::RmsNorm, Bf16, Norm(rms_norm::<half::bf16, SaturatingF16>)),
+                ]
+            };
             pub(super) const fn attention<T: Load>() -> AttentionFns {
                 AttentionFns {
                     tile,

@@ -5,7 +5,7 @@
 //! Every method is `inline(always)`, and is inlined into functions with the level's `target_feature`s only (the shells
 //! that [`kernel_shells!`](super::kernel_shells) writes). Without inlining it would pass vectors through memory.
 
-use crate::dtype::Element;
+use crate::dtype::{Element, SaturatingF16};
 pub(crate) use crate::problem::limits::MAX_LANES;
 use half::{bf16, f16};
 
@@ -350,6 +350,51 @@ store! {
     f32: store_f32 store_part_f32 put_halves;
     f16: store_f16 store_part_f16 put_halves;
     bf16: store_bf16 store_part_bf16 |s: S, p, v| s.store_pair_bf16(p, v);
+}
+
+impl Load for SaturatingF16 {
+    const ALWAYS_FINITE: bool = f16::ALWAYS_FINITE;
+    const DEINTERLEAVES: bool = f16::DEINTERLEAVES;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V {
+        // SAFETY: the caller's; the type is an f16.
+        unsafe { f16::load(simd, p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(simd: S, p: *const Self) -> [S::V; 2] {
+        // SAFETY: as above.
+        unsafe { f16::load_pair(simd, p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_part<S: Simd>(simd: S, p: *const Self, n: usize) -> S::V {
+        // SAFETY: as above.
+        unsafe { f16::load_part(simd, p.cast(), n) }
+    }
+}
+
+impl LoadStore for SaturatingF16 {
+    #[inline(always)]
+    unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V) {
+        // SAFETY: the caller's; the type is an f16.
+        unsafe { f16::store(simd, p.cast(), saturated(simd, v)) }
+    }
+    #[inline(always)]
+    unsafe fn store_pair<S: Simd>(simd: S, p: *mut Self, v: [S::V; 2]) {
+        // SAFETY: as above.
+        unsafe { f16::store_pair(simd, p.cast(), v.map(|v| saturated(simd, v))) }
+    }
+    #[inline(always)]
+    unsafe fn store_part<S: Simd>(simd: S, p: *mut Self, v: S::V, n: usize) {
+        // SAFETY: as above.
+        unsafe { f16::store_part(simd, p.cast(), saturated(simd, v), n) }
+    }
+}
+
+/// The largest finite f16 of the same sign in lanes that are larger, infinities included; NaN stays NaN.
+#[inline(always)]
+fn saturated<S: Simd>(s: S, v: S::V) -> S::V {
+    let largest = s.splat(f16::MAX.to_f32_const());
+    s.select_lt(largest, s.abs(v), s.copysign(largest, v), v)
 }
 
 /// The inverse of [`halves`].

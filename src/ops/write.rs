@@ -19,7 +19,8 @@ use crate::view::{BATCH, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, Units, 
 ///
 /// `k` is `[batch, seq, kv_heads, dim]`, `v` is `[batch, seq, kv_heads, v_dim]`. Views may have any strides and element types,
 /// and each cache may have any format. Each element is converted to the format of its cache, to the nearest value, ties to
-/// even.
+/// even. A number beyond 65504 becomes an infinity in f16, and NaN in the softmax of a row that meets it, unless the context
+/// [saturates](Context::saturate_f16).
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct KvWrite<'a> {

@@ -41,7 +41,7 @@ structs! {
         num_threads: usize,
         run: Option<unsafe extern "C" fn(*mut c_void, usize, kvl_task, *mut c_void) -> i32>,
     }
-    kvl_context_params { struct_size: usize, max_isa: i32, reserved: i32 }
+    kvl_context_params { struct_size: usize, max_isa: i32, flags: u32 }
     kvl_kernel_info {
         struct_size: usize, name: *const c_char, op: i32, src: i32, dst: i32, isa: i32, available: i32, max_error: f32,
     }

@@ -21,7 +21,9 @@ impl World {
     pub fn new() -> Self {
         let mut contexts = Vec::new();
         for max_isa in 1..32 {
-            let params = kvl_context_params { struct_size: size_of::<kvl_context_params>(), max_isa, ..zeroed() };
+            // Every second one saturates f16.
+            let (struct_size, flags) = (size_of::<kvl_context_params>(), contexts.len() as u32 % 2);
+            let params = kvl_context_params { struct_size, max_isa, flags };
             if kvl_isa_available(max_isa) == 1 {
                 let mut context = std::ptr::null_mut();
                 // SAFETY: a struct of the right size and space for the result.

@@ -494,7 +494,8 @@ fn rope_table(mut c: Call) -> i32 {
 
 fn context_create(mut c: Call) -> i32 {
     let level = if c.maybe(0.5) { 0 } else { 1 };
-    let params = kvl_context_params { max_isa: c.code(level), reserved: c.code(0), ..zeroed() };
+    let flags = c.rng.below(2) as i32;
+    let params = kvl_context_params { max_isa: c.code(level), flags: c.code(flags) as u32, ..zeroed() };
     let params = if c.maybe(0.3) { std::ptr::null_mut() } else { c.sized(&params, &[]) };
     let context: *mut *mut kvl_context = c.output(Some(1));
     c.may_write(context, Some(1));

@@ -5,14 +5,15 @@ use crate::common::{Layout, Place, Rng, Tensor, oracle, scaled, thin};
 use crate::harness::{Level, tests};
 use half::{bf16, f16};
 use kvlane::{
-    DType, Destination, Error, KvWrite, Layout as Slots, Op, Packing, Runner, Serial, View, ViewMut, kv_write,
-    repeat_kv,
+    Context, DType, Destination, Error, KvCache, KvLayer, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions,
+    RmsNorm, Rope, RopeAngles, RopeFrequencies, RopeScaling, Runner, Serial, View, ViewMut, kv_write, repeat_kv,
+    rms_norm, rms_norm_rope, rope,
 };
 use std::collections::BTreeMap;
 
 tests! {
     levels: types_and_layouts, head_shapes, counts_rows_and_slots, skipped_slot, every_pattern, halfway_cases, random_writes,
-        repeat, repeat_keeps_nan_bits;
+        repeat, repeat_keeps_nan_bits, saturation;
     once: rounding_reference;
 }
 
@@ -379,5 +380,112 @@ fn repeat_keeps_nan_bits(level: &Level) {
     for shape in [[1, 1, 0, 4], [1, 0, 2, 4], [0, 1, 2, 4]] {
         repeat_kv(&level.context, &Serial, View::new(&x, shape).unwrap(), ViewMut::new(&mut y, shape).unwrap())
             .unwrap();
+    }
+}
+
+/// The f16 bits that a saturating operation gives a number.
+fn saturated(x: f32) -> u32 {
+    f16::from_f32(if x.is_nan() { x } else { x.clamp(-65504.0, 65504.0) }).to_bits().into()
+}
+
+/// Whatever converts to f16 saturates if the context says so, and rounds to infinity if not: values beyond 65504, infinities
+/// and NaN, in every lane of every vector.
+fn saturation(level: &Level) {
+    let rng = &mut Rng::new(717);
+    let saturating = &level.context.clone().saturate_f16(true);
+    assert!(saturating.saturates_f16() && !level.context.saturates_f16());
+    let special = [65504.0, 65519.9, 65520.0, -65520.0, 1e6, -3e38, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 6e-8];
+    for (source, dim) in DType::ALL.into_iter().flat_map(|t| (1..=70).map(move |dim| (t, dim))) {
+        let shape = [1, 2, 2, dim];
+        let strides = [(); 3].map(|()| Layout::random(rng));
+        let mut tensor = |strides| {
+            let mut tensor = Tensor::input(source, shape, strides, Place::GuardAfter);
+            for at in indices(shape) {
+                tensor.set(at, if rng.chance(0.4) { rng.pick(&special) } else { rng.f32() * 40_000.0 });
+            }
+            tensor
+        };
+        let (k, v) = (tensor(strides[0]), tensor(strides[1]));
+        let even = dim / 2 * 2;
+        let frequencies = &RopeFrequencies::new(even.max(2), 10_000.0, &RopeScaling::None).unwrap();
+        let angles = RopeAngles::Frequencies(frequencies);
+        let rotation = Rope::new(Pairing::HalfSplit, even.max(2), angles, Positions::Offsets(&[5]));
+        let norm = RmsNorm::new(1e-5).weight(&[3e5; 70][..dim]);
+        // The results of an operation in another type, from a context, as bits.
+        type Operation<'a> = &'a dyn Fn(&Context, DType) -> Tensor;
+        let output = |dtype| Tensor::output(dtype, shape, strides[2], Place::GuardAfter);
+        let write = |context: &Context, dtype, norm: Option<RmsNorm>, rope: Option<Rope>| {
+            let (mut k_cache, mut v_cache) = (output(dtype), output(dtype));
+            let to = Destination::positions(&[0]);
+            let mut write = KvWrite::new(k.view(), v.view(), k_cache.view_mut(), v_cache.view_mut(), to);
+            (write.k_norm, write.rope) = (norm, rope);
+            kv_write(context, &Serial, write).unwrap();
+            (k_cache, v_cache)
+        };
+        let insert = |context: &Context, dtype| {
+            let (mut to, mut from) = (output(dtype), k.to(Layout::BSHD, Place::Heap));
+            let (mut lengths, mut from_lengths) = ([0], [2]);
+            let (mut layers, mut from_layers) = ([KvLayer::keys(to.view_mut())], [KvLayer::keys(from.view_mut())]);
+            let mut from = KvCache::new(&mut from_layers, Slots::Contiguous, &mut from_lengths);
+            let mut cache = KvCache::new(&mut layers, Slots::Contiguous, &mut lengths);
+            cache.insert_sequence(context, &Serial, 0, &mut from, 0, 2).unwrap();
+            to
+        };
+        let pairs = |context: &Context, dtype| {
+            let mut k_cache = output(dtype);
+            let mut packed = Tensor::output(dtype, [1, 1, 2, 2 * dim], Layout::BSHD, Place::GuardAfter);
+            let to = Destination::positions(&[0]);
+            let write = KvWrite::new(k.view(), v.view(), k_cache.view_mut(), packed.view_mut(), to);
+            kv_write(context, &Serial, write.v_packing(Packing::RowPairs)).unwrap();
+            packed
+        };
+        let rotated = |context: &Context, dtype, normed: bool| {
+            let mut to = output(dtype);
+            match normed {
+                false => rope(context, &Serial, k.view(), to.view_mut(), &rotation),
+                true => rms_norm_rope(context, &Serial, k.view(), to.view_mut(), &norm, &rotation),
+            }
+            .unwrap();
+            to
+        };
+        let normed = |context: &Context, dtype| {
+            let mut to = output(dtype);
+            rms_norm(context, &Serial, k.view(), to.view_mut(), &norm).unwrap();
+            to
+        };
+        let operations: [(&str, Operation, bool, bool); 10] = [
+            ("keys", &|c, t| write(c, t, None, None).0, true, false),
+            ("values", &|c, t| write(c, t, None, None).1, true, false),
+            ("values in pairs", &pairs, true, false),
+            ("insert", &insert, true, false),
+            ("norm", &normed, false, false),
+            ("keys with norm", &|c, t| write(c, t, Some(norm), None).0, false, false),
+            ("rope", &|c, t| rotated(c, t, false), false, true),
+            ("norm and rope", &|c, t| rotated(c, t, true), false, true),
+            ("keys with rope", &|c, t| write(c, t, None, Some(rotation)).0, false, true),
+            ("keys with norm and rope", &|c, t| write(c, t, Some(norm), Some(rotation)).0, false, true),
+        ];
+        for (name, run, copies, _) in operations.into_iter().filter(|(.., rotates)| dim > 1 || !rotates) {
+            // In f32 the result is exactly what is then converted.
+            let (exact, got, plain) =
+                (run(saturating, DType::F32), run(saturating, DType::F16), run(&level.context, DType::F16));
+            for at in indices(exact.shape) {
+                let x = exact.get(at);
+                let what = || format!("{name} {source} dim {dim} {at:?}: {x}");
+                if x.is_nan() {
+                    assert!(got.get(at).is_nan() && plain.get(at).is_nan(), "{}", what());
+                } else {
+                    // Bits of f16 that are copied stay, behind the rotated elements too.
+                    let rest = ["rope", "keys with rope"].contains(&name) && at[3] >= even;
+                    let kept = (copies || rest) && source == DType::F16;
+                    assert_eq!(got.bits(at), if kept { rounded(DType::F16, x) } else { saturated(x) }, "{}", what());
+                    assert_eq!(plain.bits(at), rounded(DType::F16, x), "{}", what());
+                }
+            }
+            got.assert_gaps();
+        }
+        for op in [Op::KvWrite, Op::RmsNorm, Op::Rope] {
+            level.checked(op, source, DType::F16);
+        }
     }
 }
