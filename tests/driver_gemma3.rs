@@ -9,7 +9,7 @@ mod model_reference;
 
 use std::sync::LazyLock;
 
-use kvlane::driver::sampling::argmax;
+use kvlane::driver::argmax;
 use kvlane::driver::{Activation, Cache, Decoder, Logits, Request, SamplerOptions, Scratch, Slots, Tokenizer};
 use kvlane::{DType, Pairing};
 use model_reference::{Prompt, Reference, open_model};

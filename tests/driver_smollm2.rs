@@ -10,7 +10,7 @@ mod model_reference;
 use std::sync::LazyLock;
 
 use kvlane::DType;
-use kvlane::driver::sampling::argmax;
+use kvlane::driver::argmax;
 use kvlane::driver::{Cache, Decoder, Event, Finish, Logits, Request, SamplerOptions, Scratch, Slots, Tokenizer};
 use model_reference::{Prompt, Reference, open_model};
 

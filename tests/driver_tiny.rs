@@ -2,7 +2,7 @@
 #![cfg(feature = "driver")]
 
 use kvlane::driver::quant::dequantize;
-use kvlane::driver::sampling::argmax;
+use kvlane::driver::argmax;
 use kvlane::driver::{
     Cache, Decoder, Finish, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Streaming, Stretch, Threads,
     Tokenizer, embedded,

@@ -517,7 +517,7 @@ mod symbols {
 mod decode {
     use super::*;
     use kvlane::driver::gguf::Gguf;
-    use kvlane::driver::sampling::argmax;
+    use kvlane::driver::argmax;
     use kvlane::driver::{Cache, Decoder, Logits, ModelFile, Scratch, Stretch, Threads};
     use kvlane::{DType, RopeScaling};
     use std::io::Write;

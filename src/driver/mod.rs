@@ -9,10 +9,10 @@
 //!                      +---- sampling <--+              ids --tokenizer--> text, as it comes
 //! ```
 //! [`gguf`] and `hf` read a container, check every number in it, and return slices of the mapped file. [`quant`]
-//! converts blocks of every supported type to f32. [`model`] knows the tensors of each supported family (Llama, Gemma
+//! converts blocks of every supported type to f32. [`ModelFile`] knows the tensors of each supported family (Llama, Gemma
 //! 3). It finds every tensor under the names of either container, checks its shape and unpacks it. The other modules
 //! do not depend on the container, except for RoPE's pairing, because the containers order the elements of a head
-//! differently. [`decoder`] appends tokens to the sequences of a [`cache`] and returns logits. [`runner`] runs several
+//! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Slots`] runs several
 //! requests over one cache. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
 //! [`crate::bench`].
 //!
@@ -23,34 +23,36 @@
 //! A [`ModelFile`] owns the mapping. It can be dropped once [`Weights`] and [`Tokenizer`] are built, because both are
 //! copies. A [`Decoder`] owns the weights, the [`Context`](crate::Context) and the threads, and is immutable. The
 //! caller owns the [`Cache`] and the [`Scratch`] of a pass. Weights are plain f32: the driver shows the cache and its
-//! kernels, and leaves the linear layers to the `gemm-f32` crate ([`linear`]).
+//! kernels, and leaves the linear layers to the `gemm-f32` crate ([`Matrix`]).
 //!
 //! # Trust
 //! A model file is not trusted. Whatever it contains, the result is a value or an [`Error`] with a sentence, and the
 //! memory allocated is at most a small multiple of the file's size.
 
 mod bench;
-pub mod cache;
+mod cache;
 pub mod cli;
-pub mod decoder;
+mod decoder;
 pub mod embedded;
-pub mod error;
+mod error;
 pub mod gguf;
 mod hf;
-pub mod linear;
-pub mod model;
+mod linear;
+mod model;
 pub mod quant;
-pub mod runner;
-pub mod sampling;
-pub mod threads;
-pub mod tokenizer;
+mod runner;
+mod sampling;
+mod threads;
+mod tokenizer;
 
-pub use cache::Cache;
+pub use cache::{Cache, PREFILL_CHUNK};
 pub use decoder::{Decoder, Logits, Scratch};
 pub use error::{Error, ErrorKind, Result};
 pub use linear::Matrix;
-pub use model::{Activation, LayerConfig, LayerWeights, ModelConfig, ModelFile, RopeConfig, Stretch, Weights};
+pub use model::{
+    Activation, LayerConfig, LayerWeights, ModelConfig, ModelFile, RopeConfig, Stretch, TensorInfo, Weights,
+};
 pub use runner::{Event, Finish, Request, Slots, Streaming};
-pub use sampling::{Sampler, SamplerOptions};
+pub use sampling::{Sampler, SamplerOptions, argmax};
 pub use threads::Threads;
 pub use tokenizer::{TextStream, Tokenizer};
