@@ -5,6 +5,7 @@
 //! | [`api`] | operations, argument structs, what the registry says of a kernel |
 //! | [`registry`] | every kernel's operation, types, level, name, error bound and function |
 //! | [`shells`] | the table of the kernels that every full level has, with their names, and their shells |
+//! | `partial` | the table of the kernels of partial levels, and their shells |
 //! | [`simd`] | the vector trait |
 //! | [`generic`] | the algorithms, over the trait |
 //! | [`scalar`], `avx2`, `avx512`, `neon` | the trait for one level |
@@ -25,6 +26,8 @@ pub(crate) mod generic;
 pub(crate) mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) mod neonbf16;
+#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
+pub(crate) mod partial;
 pub(crate) mod registry;
 pub(crate) mod scalar;
 pub(crate) mod shells;

@@ -667,6 +667,25 @@ level_test! {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+level_test! {
+    /// The polynomials for fractions in [0, 1), which the AMX level uses.
+    fn exp2_of_fractions_is_accurate<S>(s) {
+        let mut fractions = grid(0.0, 1.0, 200_000);
+        fractions.retain(|&x| x < 1.0);
+        let error = largest_error(s, &fractions, |x| math::polynomial(s, x, math::EXP2_OF_FRACTION), f64::exp2);
+        assert!(error <= 3.2e-6, "a relative error of {error:e}");
+        let error = largest_error(s, &fractions, |x| math::polynomial(s, x, math::EXP2_OF_FRACTION_HIGH), f64::exp2);
+        assert!(error <= 2.5e-7, "a relative error of {error:e}");
+        for power in [
+            math::polynomial(s, s.zero(), math::EXP2_OF_FRACTION),
+            math::polynomial(s, s.zero(), math::EXP2_OF_FRACTION_HIGH),
+        ] {
+            assert_lanes(s, power, |_| 1.0, "2^0");
+        }
+    }
+}
+
 level_test! {
     fn exp_is_accurate<S>(s) {
         let numbers = [grid(-87.3, 88.0, 200_000), grid(-1.0, 1.0, 200_000)].concat();

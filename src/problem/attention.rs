@@ -1,9 +1,11 @@
 //! One attention call.
 
+use super::grid::between;
 use super::masks::{BitView, ByteView, visible_by_masks};
 use super::visibility::Visibility;
 use crate::layout::{Packing, Place};
 use crate::view::{RawCacheView, RawView};
+use std::f32::consts::LOG2_E;
 
 /// One attention call: validated, shared by all tiles.
 pub(crate) struct Problem<'a> {
@@ -90,17 +92,38 @@ impl Problem<'_> {
         self.lse.wrapping_add((row * self.q.shape[1] + token) * self.q.shape[2] + head)
     }
 
-    /// The subset of the `visible_bits` keys of a block that masks, and positions of the queries' own, leave visible to a query and head.
+    /// The factor from a score to its logit times log2(e), if the call is plain: only a positive scale lies between the two. `scale` is
+    /// the call's, or its magnitude if the queries carry its sign.
+    #[inline(always)]
+    pub fn plain_factor(&self, scale: f32) -> Option<f32> {
+        let factor = scale * LOG2_E;
+        let plain = self.softcap == 0.0 && self.alibi.is_none() && self.bias.is_none();
+        (plain && factor > 0.0 && factor.is_finite()).then_some(factor)
+    }
+
+    /// The keys of the block at `base` that are visible to a query and head: those of `keys` and `always_visible` that masks, and positions
+    /// of the queries' own, leave visible.
     ///
     /// # Safety
-    /// The visible keys are inside the masks.
+    /// `keys` and `always_visible` are inside the masks.
     #[inline(always)]
-    pub unsafe fn visible_by_masks(&self, batch: usize, row: (u32, u32), base: usize, visible_bits: u64) -> u64 {
-        let visible_bits = match self.visibility.query_positions {
-            None => visible_bits,
-            Some(_) => self.visibility.visible_by_position(batch, row.0 as usize, base, visible_bits),
+    pub unsafe fn visible_bits(
+        &self,
+        batch: usize,
+        row: (u32, u32),
+        base: usize,
+        keys: (i64, i64),
+        always_visible: u64,
+    ) -> u64 {
+        let bits = between(keys, base) | always_visible;
+        if bits == 0 {
+            return 0;
+        }
+        let bits = match self.visibility.query_positions {
+            None => bits,
+            Some(_) => self.visibility.visible_by_position(batch, row.0 as usize, base, bits),
         };
         // SAFETY: the caller's.
-        unsafe { visible_by_masks((self.mask.as_ref(), self.bit_mask.as_ref()), batch, row, base, visible_bits) }
+        unsafe { visible_by_masks((self.mask.as_ref(), self.bit_mask.as_ref()), batch, row, base, bits) }
     }
 }

@@ -28,27 +28,43 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.select_lt(x, floor, s.zero(), s.mul(p, s.exp2i(n)))
 }
 
-/// Fitted coefficients; the first is not exactly ln 2.
+/// Coefficients of polynomials for 2^x, the highest power first: the least relative error among those with 2^0 = 1 (Lawson's
+/// algorithm). Some are near ln 2, but fitted.
+///
+/// For x in [-1/2, 1/2]; error 9.2e-8 before rounding.
 #[allow(clippy::approx_constant)]
-const NEAR_LN_2: f32 = 6.931_47e-1;
+const EXP2_OF_REMAINDER: [f32; 6] = [1.326_472_8e-3, 9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
+/// For x in [0, 1); error 3e-6.
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::approx_constant)]
+pub(crate) const EXP2_OF_FRACTION: [f32; 5] = [1.342_666_9e-2, 5.224_250_4e-2, 0.241_280_19, 0.693_044_85, 1.0];
+/// For x in [0, 1); error 9e-8.
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::approx_constant)]
+pub(crate) const EXP2_OF_FRACTION_HIGH: [f32; 6] =
+    [1.867_138_4e-3, 9.017_009e-3, 5.579_993e-2, 0.240_164_44, 0.693_151_3, 1.0];
+
+/// A polynomial by Horner's scheme; coefficients of the highest power first.
+#[inline(always)]
+pub(crate) fn polynomial<S: Simd, const N: usize>(s: S, x: S::V, coefficients: [f32; N]) -> S::V {
+    let mut p = s.splat(coefficients[0]);
+    for &c in &coefficients[1..] {
+        p = s.fma(p, x, s.splat(c));
+    }
+    p
+}
 
 /// 2^x for x <= 127, with a relative error of at most 1.8e-7, or 2e-7 where a level rounds products and sums apart; 0
 /// below -126 (so for -inf too), NaN for NaN, 1 for 0.
 ///
-/// The fraction around the nearest integer is evaluated by the polynomial of degree 5 with the least relative error
-/// among those with 2^0 = 1 (Lawson's algorithm; 9.2e-8 before rounding).
+/// The remainder to the nearest integer goes through the polynomial, and the integer is added to the exponent.
 #[inline(always)]
 pub(crate) fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     // 1.5 * 2^23: the sum has no fraction bits, so that its lowest bits are the integer.
     let magic = s.splat(12_582_912.0);
     let shifted = s.add(x, magic);
-    let f = s.sub(x, s.sub(shifted, magic));
-    let p = s.splat(1.326_472_8e-3);
-    let p = s.fma(p, f, s.splat(9.671_513e-3));
-    let p = s.fma(p, f, s.splat(5.550_733_6e-2));
-    let p = s.fma(p, f, s.splat(2.402_224_2e-1));
-    let p = s.fma(p, f, s.splat(NEAR_LN_2));
-    let p = s.fma(p, f, s.splat(1.0));
+    let remainder = s.sub(x, s.sub(shifted, magic));
+    let p = polynomial(s, remainder, EXP2_OF_REMAINDER);
     s.select_lt(x, s.splat(-126.0), s.zero(), s.add_exponent(p, shifted))
 }
 

@@ -12,7 +12,9 @@
 //! | `packed` | the packed path: scores and values of many query rows (prefill), from packed copies of a block |
 //! | `weighted` | sums of weighted values, in the cache or in copies |
 //! | `scales` | scales per token and head of a quantised cache |
-//! | `softmax` | scores to weights |
+//! | `logits` | scores to logits: scale, softcap, ALiBi, bias |
+//! | `softmax` | logits to weights |
+//! | `non_finite` | repairs of NaN and infinity for kernels of matrix products |
 //! | `state` | folding of states, outputs, and conversion of rows to and from f32 |
 //!
 //! # The algorithm
@@ -48,6 +50,9 @@
 
 mod direct;
 mod key_pointers;
+mod logits;
+#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
+pub(crate) mod non_finite;
 mod packed;
 mod pieces;
 mod products;
@@ -60,7 +65,13 @@ mod tile;
 mod weighted;
 
 pub(crate) use direct::{DirectScores, DirectValues, OneValue, all_finite};
-pub(crate) use key_pointers::{BlockRequest, GatherBuffers, KeyPointerTable, KeyPointers, locate};
+#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
+pub(crate) use key_pointers::KeyPointerTable;
+pub(crate) use key_pointers::KeyPointers;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use key_pointers::{BlockRequest, GatherBuffers, locate};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use logits::{logits, masked_by_bias};
 pub(crate) use packed::{PackKeys, PackValues};
 pub(crate) use row_pairs::Widen;
 #[cfg(target_arch = "x86_64")]

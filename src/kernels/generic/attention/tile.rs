@@ -181,12 +181,9 @@ unsafe fn one_block<S: Simd>(
         any = 0;
         let always_visible = between(reach.always_visible, base);
         for row in rows.iter_mut() {
-            row.visible_bits = between((row.low, row.high), base) | always_visible;
-            if row.visible_bits != 0 {
-                // SAFETY: the keys of the query row are inside the masks.
-                row.visible_bits &=
-                    unsafe { p.visible_by_masks(tile.batch, (row.token, row.head), base, row.visible_bits) };
-            }
+            // SAFETY: the keys of the query row are inside the masks.
+            row.visible_bits =
+                unsafe { p.visible_bits(tile.batch, (row.token, row.head), base, (row.low, row.high), always_visible) };
             any |= row.visible_bits;
             all &= row.visible_bits == full;
         }

@@ -1,0 +1,170 @@
+//! Tile instructions.
+//!
+//! There are no stable intrinsics, so the instructions are inline assembly with fixed registers: tmm0 to tmm3
+//! accumulate, tmm4 to tmm7 hold operands. The compiler never uses tile registers, so they keep their contents from one
+//! `asm!` block to the next. [`Tiles`] proves that they are configured. Dropping it releases them, so that a context
+//! switch between calls has no tiles to save.
+
+use std::arch::asm;
+use std::marker::PhantomData;
+
+/// Bytes of a tile: 16 rows of 64 bytes.
+pub(super) const TILE_BYTES: usize = 1024;
+/// Bytes of a tile's row.
+pub(super) const ROW_BYTES: isize = 64;
+
+/// The operand of `ldtilecfg`.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+static CONFIG: Config = Config {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// Proof that this thread's tiles are configured, each with 16 rows of 64 bytes.
+pub(super) struct Tiles(PhantomData<*const ()>);
+
+/// The first row of a tile operand in memory. Rows are [`ROW_BYTES`] apart unless a stride is given.
+pub(super) type Operand = *const u8;
+
+impl Tiles {
+    /// # Safety
+    /// The level is available; the thread has no other `Tiles`.
+    #[inline(always)]
+    pub unsafe fn configure() -> Self {
+        // SAFETY: the caller's; the configuration is a valid one.
+        unsafe {
+            asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _, options(nostack, preserves_flags));
+        }
+        Self(PhantomData)
+    }
+
+    /// Clears the accumulators.
+    #[inline(always)]
+    pub fn zero(&self) {
+        // SAFETY: the tiles are configured.
+        unsafe {
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, options(nomem, nostack, preserves_flags));
+        }
+    }
+
+    /// Loads accumulator `i`.
+    ///
+    /// # Safety
+    /// A tile is readable at `from`.
+    #[inline(always)]
+    pub unsafe fn load(&self, i: usize, from: *const f32) {
+        macro_rules! load {
+            ($tile:tt) => {
+                asm!(concat!("tileloadd ", $tile, ", [{p} + {s}]"), p = in(reg) from, s = in(reg) ROW_BYTES,
+                    out($tile) _, options(readonly, nostack, preserves_flags))
+            };
+        }
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            match i {
+                0 => load!("tmm0"),
+                1 => load!("tmm1"),
+                2 => load!("tmm2"),
+                _ => load!("tmm3"),
+            }
+        }
+    }
+
+    /// Stores accumulator `i`.
+    ///
+    /// # Safety
+    /// A tile is writable at `to`.
+    #[inline(always)]
+    pub unsafe fn store(&self, i: usize, to: *mut f32) {
+        macro_rules! store {
+            ($tile:tt) => {
+                asm!(concat!("tilestored [{p} + {s}], ", $tile), p = in(reg) to, s = in(reg) ROW_BYTES,
+                    options(nostack, preserves_flags))
+            };
+        }
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            match i {
+                0 => store!("tmm0"),
+                1 => store!("tmm1"),
+                2 => store!("tmm2"),
+                _ => store!("tmm3"),
+            }
+        }
+    }
+
+    /// `accumulator[m * N + n] += a[m] * b[n]`. The operands A are row-major with rows `stride` bytes apart; the
+    /// operands B have pairs of rows interleaved.
+    ///
+    /// # Safety
+    /// The operands are readable; `M` by `N` is one of 4x1, 3x1, 2x1, 1x1, 2x2, 1x2.
+    #[inline(always)]
+    pub unsafe fn multiply<const M: usize, const N: usize>(&self, a: [Operand; M], stride: isize, b: [Operand; N]) {
+        /// The instructions of one shape; each operand is loaded right before the first product that needs it.
+        macro_rules! products {
+            ($($line:literal),* ; $($name:ident = $value:expr),* ; $($acc:tt)*) => {
+                asm!($($line),*, $($name = in(reg) $value,)* s = in(reg) stride, t = in(reg) ROW_BYTES,
+                    $(out($acc) _,)* out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(readonly, nostack, preserves_flags))
+            };
+        }
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            match (M, N) {
+                (2, 2) => products!(
+                    "tileloadd tmm6, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b1} + {t}]", "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7" ;
+                    a0 = a[0], a1 = a[1 % M], b0 = b[0], b1 = b[1 % N] ; "tmm0" "tmm1" "tmm2" "tmm3"),
+                (1, 2) => products!(
+                    "tileloadd tmm6, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b1} + {t}]", "tdpbf16ps tmm1, tmm4, tmm7" ;
+                    a0 = a[0], b0 = b[0], b1 = b[1 % N] ; "tmm0" "tmm1"),
+                (4, 1) => products!(
+                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm1, tmm5, tmm7",
+                    "tileloadd tmm6, [{a2} + {s}]", "tdpbf16ps tmm2, tmm6, tmm7",
+                    "tileloadd tmm4, [{a3} + {s}]", "tdpbf16ps tmm3, tmm4, tmm7" ;
+                    a0 = a[0], a1 = a[1 % M], a2 = a[2 % M], a3 = a[3 % M], b0 = b[0] ; "tmm0" "tmm1" "tmm2" "tmm3"),
+                (3, 1) => products!(
+                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm1, tmm5, tmm7",
+                    "tileloadd tmm6, [{a2} + {s}]", "tdpbf16ps tmm2, tmm6, tmm7" ;
+                    a0 = a[0], a1 = a[1 % M], a2 = a[2 % M], b0 = b[0] ; "tmm0" "tmm1" "tmm2"),
+                (2, 1) => products!(
+                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm1, tmm5, tmm7" ;
+                    a0 = a[0], a1 = a[1 % M], b0 = b[0] ; "tmm0" "tmm1"),
+                _ => products!(
+                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7" ;
+                    a0 = a[0], b0 = b[0] ; "tmm0"),
+            }
+        }
+    }
+}
+
+impl Drop for Tiles {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: the tiles are configured, and nothing uses them afterwards.
+        unsafe {
+            asm!("tilerelease",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _, options(nomem, nostack, preserves_flags));
+        }
+    }
+}

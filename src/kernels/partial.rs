@@ -1,0 +1,46 @@
+//! The shells and the registry lines of a level that has some kernels.
+
+/// Writes functions with the features of a level: the shells of its kernels, around bodies that are inlined.
+///
+/// Called through [`level_features`](crate::cpu::level_features).
+macro_rules! with_features {
+    {@function [$($feature:literal)*] $function:item} => { $(#[target_feature(enable = $feature)])* $function };
+    {$features:tt $($function:item)*} => {
+        $($crate::kernels::partial::with_features! { @function $features $function })*
+    };
+}
+pub(crate) use with_features;
+
+/// Writes a partial level's part of the registry, `ENTRIES`. Every line is a kernel, with its name on every partial level:
+/// operation, source and target format, precision, largest error, function, names.
+macro_rules! partial_kernel_table {
+    ($level:ident) => { $crate::kernels::partial::partial_kernel_lines! { $level
+    Attention Bf16 Bf16 Default 4e-3 Attention(functions::<false>()) "attention_bf16_amx"      "attention_bf16_neonbf16";
+    Attention Bf16 Bf16 High    1e-5 Attention(functions::<true>())  "attention_bf16_high_amx" "attention_bf16_high_neonbf16";
+    } };
+}
+pub(crate) use partial_kernel_table;
+
+/// The lines of [`partial_kernel_table`] as entries of the registry.
+macro_rules! partial_kernel_lines {
+    ($level:ident $($op:ident $src:ident $dst:ident $precision:ident $error:literal $kind:ident($function:expr)
+        $amx:literal $neonbf16:literal;)*) => {
+        pub(crate) static ENTRIES: &[$crate::kernels::registry::Entry] = &[$($crate::kernels::registry::entry!(
+            $level, $op, $src, $dst, Some($crate::kernels::api::Precision::$precision),
+            $crate::kernels::partial::partial_column!($level $amx $neonbf16),
+            $error, $kind($function)
+        )),*];
+    };
+}
+pub(crate) use partial_kernel_lines;
+
+/// A kernel's name on a partial level.
+macro_rules! partial_column {
+    (Amx $amx:literal $neonbf16:literal) => {
+        $amx
+    };
+    (NeonBf16 $amx:literal $neonbf16:literal) => {
+        $neonbf16
+    };
+}
+pub(crate) use partial_column;
