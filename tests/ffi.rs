@@ -217,11 +217,16 @@ fn build(name: &str, source: &str, language: Language, linkage: Linkage) -> Path
 }
 
 fn execute(program: &Path) -> Command {
-    if !emulated() {
-        return Command::new(program);
-    }
-    let mut command = Command::new(format!("qemu-{}", std::env::consts::ARCH));
-    command.args(["-cpu", "max"]).arg(program);
+    let mut command = match emulated() {
+        false => Command::new(program),
+        true => {
+            let mut command = Command::new(format!("qemu-{}", std::env::consts::ARCH));
+            command.args(["-cpu", "max"]).arg(program);
+            command
+        }
+    };
+    // Cargo's search path goes before that of the program, and may have an older library with the same name.
+    command.env_remove("LD_LIBRARY_PATH");
     command
 }
 

@@ -2,26 +2,15 @@
 
 use super::guard::{guard, guard_value};
 use super::runner::kvl_parallel_runner;
-#[cfg(feature = "rayon")]
-use super::runner::{Run, Task};
-use super::sized::read_sized;
-#[cfg(feature = "rayon")]
-use super::sized::write_sized;
+use super::sized::{read_sized, write_sized};
 use super::status::kvl_status;
 use crate::error::ensure;
-#[cfg(not(feature = "rayon"))]
-use crate::error::fail;
-#[cfg(feature = "rayon")]
-use crate::parallel::{Runner, ThreadPool};
-#[cfg(feature = "rayon")]
-use std::ffi::c_void;
-#[cfg(feature = "rayon")]
-use std::panic::{AssertUnwindSafe, catch_unwind};
+pub(super) use threads::behind;
+use threads::{Threads, runner_of, start};
 
 /// A pool of threads. Made by `kvl_thread_pool_create`.
 pub struct kvl_thread_pool {
-    #[cfg(feature = "rayon")]
-    pool: ThreadPool,
+    threads: Threads,
 }
 
 /// Starts a pool of threads, for programs that have none of their own. It is released with `kvl_thread_pool_destroy`.
@@ -36,15 +25,10 @@ pub struct kvl_thread_pool {
 pub unsafe extern "C" fn kvl_thread_pool_create(num_threads: usize, pool: *mut *mut kvl_thread_pool) -> kvl_status {
     guard(|| {
         ensure!(!pool.is_null(), NullPointer, "the pointer pool is null");
-        #[cfg(not(feature = "rayon"))]
-        fail!(Unsupported, "this library was built without the feature rayon, so no pool of {num_threads} threads");
-        #[cfg(feature = "rayon")]
-        {
-            let made = kvl_thread_pool { pool: ThreadPool::new(num_threads)? };
-            // SAFETY: not null, and the caller's to write.
-            unsafe { pool.write(Box::into_raw(Box::new(made))) };
-            Ok(())
-        }
+        let made = kvl_thread_pool { threads: start(num_threads)? };
+        // SAFETY: not null, and the caller's to write.
+        unsafe { pool.write(Box::into_raw(Box::new(made))) };
+        Ok(())
     })
 }
 
@@ -79,45 +63,48 @@ pub unsafe extern "C" fn kvl_thread_pool_runner(
         ensure!(!pool.is_null(), NullPointer, "the pointer pool is null");
         // SAFETY: the caller's promise.
         let size = unsafe { read_sized(runner.cast_const()) }?.struct_size;
-        #[cfg(not(feature = "rayon"))]
-        fail!(
-            Unsupported,
-            "this library was built without the feature rayon, so {size} bytes at runner stay as they are"
-        );
-        #[cfg(feature = "rayon")]
-        {
-            // SAFETY: not null, and a pool by the caller's promise.
-            let filled = unsafe { &*pool }.runner(size);
-            // SAFETY: the caller's promise.
-            unsafe { write_sized(runner, filled) };
-            Ok(())
-        }
+        // SAFETY: not null, and a pool by the caller's promise.
+        let filled = kvl_parallel_runner { struct_size: size, ..runner_of(unsafe { &(*pool).threads })? };
+        // SAFETY: the caller's promise.
+        unsafe { write_sized(runner, filled) };
+        Ok(())
     })
 }
 
 #[cfg(feature = "rayon")]
-impl kvl_thread_pool {
-    /// The runner that `self` serves as; valid as long as `self` is.
-    fn runner(&self, struct_size: usize) -> kvl_parallel_runner {
-        let ctx = (&raw const self.pool).cast_mut().cast();
-        kvl_parallel_runner { struct_size, ctx, num_threads: self.pool.num_threads(), run: Some(run) }
+mod threads {
+    use super::super::runner::{Run, Task, kvl_parallel_runner};
+    use crate::error::Result;
+    use crate::parallel::{Runner, ThreadPool};
+    use std::ffi::c_void;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    pub(super) type Threads = ThreadPool;
+
+    pub(super) fn start(num_threads: usize) -> Result<Threads> {
+        ThreadPool::new(num_threads)
     }
-}
 
-/// The pool behind a runner, if it is one of [`kvl_thread_pool_runner`].
-///
-/// # Safety
-/// `runner` is what the header describes, and a pool lives as long as the result.
-#[cfg(feature = "rayon")]
-pub(super) unsafe fn behind<'a>(runner: &kvl_parallel_runner) -> Option<&'a ThreadPool> {
-    let own = runner.run.is_some_and(|f| std::ptr::fn_addr_eq(f, run as Run));
-    // SAFETY: `kvl_thread_pool::runner` is the only one that puts this function there, with the pool beside it.
-    own.then(|| unsafe { &*runner.ctx.cast::<ThreadPool>() })
-}
+    /// The runner that a pool serves as; valid as long as the pool is.
+    pub(super) fn runner_of(pool: &Threads) -> Result<kvl_parallel_runner> {
+        Ok(kvl_parallel_runner {
+            struct_size: size_of::<kvl_parallel_runner>(),
+            ctx: (&raw const *pool).cast_mut().cast(),
+            num_threads: pool.num_threads(),
+            run: Some(run),
+        })
+    }
 
-/// `kvl_parallel_runner.run` of a pool.
-#[cfg(feature = "rayon")]
-unsafe extern "C" fn run(ctx: *mut c_void, n: usize, task: Option<Task>, task_ctx: *mut c_void) -> i32 {
+    /// The pool behind a runner, if it is one of [`runner_of`].
+    ///
+    /// # Safety
+    /// `runner` is what the header describes, and a pool lives as long as the result.
+    pub(in crate::capi) unsafe fn behind<'a>(runner: &kvl_parallel_runner) -> Option<&'a dyn Runner> {
+        let own = runner.run.is_some_and(|f| std::ptr::fn_addr_eq(f, run as Run));
+        // SAFETY: only `runner_of` puts this function there, with the pool beside it.
+        own.then(|| unsafe { &*runner.ctx.cast::<Threads>() } as &dyn Runner)
+    }
+
     struct Call {
         task: Task,
         task_ctx: *mut c_void,
@@ -125,15 +112,40 @@ unsafe extern "C" fn run(ctx: *mut c_void, n: usize, task: Option<Task>, task_ct
     // SAFETY: a task may be called from any thread; that is what a runner is for.
     unsafe impl Sync for Call {}
 
-    let Some(task) = task else { return 1 };
-    // SAFETY: `kvl_thread_pool::runner` has put the pool there, which the header asks to outlive the runner.
-    let pool = unsafe { &*ctx.cast::<ThreadPool>() };
-    let call = Call { task, task_ctx };
-    let each = |i: usize| {
-        let call = &call;
-        // SAFETY: each index once, as a runner has to.
-        unsafe { (call.task)(call.task_ctx, i) }
-    };
-    let ran = catch_unwind(AssertUnwindSafe(|| pool.run(n, &each)));
-    if ran.unwrap_or(false) { 0 } else { 1 }
+    /// `kvl_parallel_runner.run` of a pool.
+    unsafe extern "C" fn run(ctx: *mut c_void, n: usize, task: Option<Task>, task_ctx: *mut c_void) -> i32 {
+        let Some(task) = task else { return 1 };
+        // SAFETY: `runner_of` has put the pool there, which the header asks to outlive the runner.
+        let pool = unsafe { &*ctx.cast::<Threads>() };
+        let call = Call { task, task_ctx };
+        let each = |i: usize| {
+            let call = &call;
+            // SAFETY: each index once, as a runner has to.
+            unsafe { (call.task)(call.task_ctx, i) }
+        };
+        let ran = catch_unwind(AssertUnwindSafe(|| pool.run(n, &each)));
+        if ran.unwrap_or(false) { 0 } else { 1 }
+    }
+}
+
+/// Without the feature `rayon` there are no pools.
+#[cfg(not(feature = "rayon"))]
+mod threads {
+    use super::super::runner::kvl_parallel_runner;
+    use crate::error::{Result, fail};
+    use crate::parallel::Runner;
+
+    pub(super) struct Threads;
+
+    pub(super) fn start(num_threads: usize) -> Result<Threads> {
+        fail!(Unsupported, "no pool of {num_threads} threads: this library was built without the feature rayon");
+    }
+
+    pub(super) fn runner_of(_: &Threads) -> Result<kvl_parallel_runner> {
+        fail!(Unsupported, "no pool has a runner: this library was built without the feature rayon");
+    }
+
+    pub(in crate::capi) unsafe fn behind<'a>(_: &kvl_parallel_runner) -> Option<&'a dyn Runner> {
+        None
+    }
 }

@@ -72,7 +72,6 @@ impl CallerRunner {
             );
         };
         ensure!(runner.num_threads > 0, InvalidValue, "kvl_parallel_runner.num_threads is 0");
-        #[cfg(feature = "rayon")]
         // SAFETY: the caller's.
         if let Some(pool) = unsafe { super::pool::behind(&runner) } {
             // Before anything else is looked at, so that small and large calls agree.
