@@ -27,7 +27,7 @@ mod header {
     use std::path::Path;
 
     /// The files of `src/capi` in the order in which the header has their constants, types and functions.
-    const SUBJECTS: [&str; 24] = [
+    const SUBJECTS: [&str; 25] = [
         "library",
         "status",
         "dtype",
@@ -43,6 +43,7 @@ mod header {
         "norm",
         "layout",
         "write",
+        "read",
         "copies",
         "masks",
         "attention",

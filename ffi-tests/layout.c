@@ -103,6 +103,20 @@ AT(kvl_kv_write_params, v_packing, 416);
 AT(kvl_kv_write_params, reserved, 420);
 AT(kvl_kv_write_params, scales, 424);
 
+SIZE(kvl_kv_read_params, 408);
+AT(kvl_kv_read_params, struct_size, 0);
+AT(kvl_kv_read_params, k_cache, 8);
+AT(kvl_kv_read_params, v_cache, 96);
+AT(kvl_kv_read_params, k, 184);
+AT(kvl_kv_read_params, v, 272);
+AT(kvl_kv_read_params, positions, 360);
+AT(kvl_kv_read_params, counts, 368);
+AT(kvl_kv_read_params, sequences, 376);
+AT(kvl_kv_read_params, layout, 384);
+AT(kvl_kv_read_params, scales, 392);
+AT(kvl_kv_read_params, v_packing, 400);
+AT(kvl_kv_read_params, reserved, 404);
+
 SIZE(kvl_kv_layer, 184);
 AT(kvl_kv_layer, k, 0);
 AT(kvl_kv_layer, v, 88);

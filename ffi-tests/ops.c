@@ -927,6 +927,98 @@ static void saturation(kvl_isa isa) {
     }
 }
 
+/* A cache of int8 with a scale per token and head: written, inserted into another one of f32, and read back. */
+static void int8_writes(const kvl_context *context) {
+    enum { BATCH = 2, SEQ = 21, KV = 2, CAPACITY = 40, D = 16, N = BATCH * CAPACITY * KV * D };
+    static float k[BATCH * SEQ * KV * D], v[BATCH * SEQ * KV * D];
+    static int8_t k_units[N], v_units[N];
+    static float k_scales[BATCH * CAPACITY * KV], k_plain[N], v_plain[N];
+    static uint16_t v_scales[BATCH * CAPACITY * KV], v_half[BATCH * SEQ * KV * D];
+    static const int32_t zeros[BATCH] = {0, 0};
+    int32_t lengths[BATCH] = {SEQ, SEQ}, plain_lengths[BATCH] = {0, 0};
+    kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
+    kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
+    kvl_kv_read_params read = KVL_KV_READ_PARAMS_INIT;
+    kvl_cache cache = KVL_CACHE_INIT, plain = KVL_CACHE_INIT;
+    kvl_kv_layer layer, plain_layer;
+    int i, b;
+    memset(k_units, 0, sizeof k_units);
+    memset(k_scales, 0, sizeof k_scales);
+    fill(k, COUNT(k), 42);
+    fill(v, COUNT(v), 43);
+    scales.k = kvl_make_view(k_scales, KVL_DTYPE_F32, BATCH, CAPACITY, KV, 1);
+    scales.v = kvl_make_view(v_scales, KVL_DTYPE_F16, BATCH, CAPACITY, KV, 1);
+    scales.k.bytes = sizeof k_scales;
+    scales.v.bytes = sizeof v_scales;
+    write.k = kvl_make_const_view(k, KVL_DTYPE_F32, BATCH, SEQ, KV, D);
+    write.v = kvl_make_const_view(v, KVL_DTYPE_F32, BATCH, SEQ, KV, D);
+    write.k_cache = kvl_make_view(k_units, KVL_FORMAT_INT8, BATCH, CAPACITY, KV, D);
+    write.v_cache = kvl_make_view(v_units, KVL_FORMAT_INT8, BATCH, CAPACITY, KV, D);
+    write.positions = zeros;
+    CHECK(kvl_kv_write(context, NULL, &write) == KVL_STATUS_INVALID_VALUE, "-");
+    CHECK(strstr(sentence(), "k_cache is int8, but has no scales") != NULL, "%s", sentence());
+    write.scales = &scales;
+    scales.k.shape[3] = 2;
+    CHECK(kvl_kv_write(context, NULL, &write) == KVL_STATUS_SHAPE, "%s", sentence());
+    scales.k.shape[3] = 1;
+    scales.struct_size = 8;
+    CHECK(kvl_kv_write(context, NULL, &write) == KVL_STATUS_STRUCT_SIZE, "%s", sentence());
+    scales.struct_size = sizeof scales;
+    CHECK(k_units[0] == 0 && k_scales[0] == 0, "something was written");
+    OK(kvl_kv_write(context, NULL, &write));
+    for (i = 0; i < SEQ * KV; i++) {
+        /* The largest magnitude of a head is 127 units. */
+        float largest = 0;
+        int d, unit = 0;
+        for (d = 0; d < D; d++) {
+            largest = fmaxf(largest, fabsf(k[i * D + d]));
+            if (abs(k_units[i * D + d]) > unit) unit = abs(k_units[i * D + d]);
+            NEAR(k_units[i * D + d] * k_scales[i], k[i * D + d], k_scales[i] * 0.5001);
+        }
+        CHECK(unit == 127, "%d", unit);
+        NEAR(k_scales[i], largest / 127, 1e-7);
+    }
+
+    /* Out of int8 into f32, as a sequence that is inserted. */
+    layer.k = write.k_cache;
+    layer.v = write.v_cache;
+    layer.scales = &scales;
+    cache.layers = &layer;
+    plain_layer.k = kvl_make_view(k_plain, KVL_DTYPE_F32, BATCH, CAPACITY, KV, D);
+    plain_layer.v = kvl_make_view(v_plain, KVL_DTYPE_F32, BATCH, CAPACITY, KV, D);
+    plain_layer.scales = NULL;
+    plain.layers = &plain_layer;
+    cache.num_layers = plain.num_layers = 1;
+    cache.lengths = lengths;
+    plain.lengths = plain_lengths;
+    for (b = 0; b < BATCH; b++) OK(kvl_cache_insert_sequence(context, NULL, &plain, b, &cache, b, SEQ));
+    for (i = 0; i < SEQ * KV * D; i++) {
+        CHECK(k_plain[i] == k_units[i] * k_scales[i / D], "%d: %.9g", i, (double)k_plain[i]);
+        NEAR(v_plain[i], v[i], 0.01);
+    }
+
+    /* And read back, with another type for the values. */
+    memset(k_plain, 0, sizeof k_plain);
+    read.k_cache = kvl_as_const(write.k_cache);
+    read.v_cache = kvl_as_const(write.v_cache);
+    read.k = kvl_make_view(k_plain, KVL_DTYPE_F32, BATCH, SEQ, KV, D);
+    read.v = kvl_make_view(v_half, KVL_DTYPE_BF16, BATCH, SEQ, KV, D);
+    read.positions = zeros;
+    CHECK(kvl_kv_read(context, NULL, &read) == KVL_STATUS_INVALID_VALUE, "-");
+    CHECK(strstr(sentence(), "k_cache is int8, but has no scales") != NULL, "%s", sentence());
+    CHECK(kvl_kv_read(context, NULL, NULL) == KVL_STATUS_NULL_POINTER, "%s", sentence());
+    read.scales = &scales;
+    read.v.data = NULL;
+    CHECK(kvl_kv_read(context, NULL, &read) == KVL_STATUS_NULL_POINTER && k_plain[0] == 0, "%s", sentence());
+    read.v.data = v_half;
+    OK(kvl_kv_read(context, NULL, &read));
+    for (i = 0; i < BATCH * SEQ * KV * D; i++) {
+        const int at = i / (SEQ * KV * D) * (CAPACITY * KV * D) + i % (SEQ * KV * D);
+        CHECK(k_plain[i] == (float)k_units[at] * k_scales[at / D], "%d: %.9g", i, (double)k_plain[i]);
+        NEAR(from_bf16(v_half[i]), v[i], 0.01);
+    }
+}
+
 int main(void) {
     kvl_isa isa;
     int levels = 0;
@@ -956,6 +1048,7 @@ int main(void) {
         narrow_attention(context);
         broadcast(context);
         int8(context);
+        int8_writes(context);
         merge(context);
         chunks(context);
         kvl_context_destroy(context);

@@ -6,6 +6,7 @@
  *
  *   kvl_rms_norm, kvl_rope, kvl_rms_norm_rope   normalise and rotate queries and keys
  *   kvl_kv_write                                writes new keys and values into a cache, with norm and rotation on the way
+ *   kvl_kv_read                                 reads tokens of a cache back into plain tensors
  *   kvl_attention                               attention over a cache: prefill, chunks, decode
  *   kvl_plan_...                                the part of attention that is the same for all layers of a step
  *   kvl_attention_with_prefix                   attention over a prefix that all sequences share
@@ -877,6 +878,64 @@ typedef struct kvl_kv_write_params {
 } kvl_kv_write_params;
 
 /**
+ * Caches, the tokens of them that are read, and the tensors that they go to. Start from `KVL_KV_READ_PARAMS_INIT`, set
+ * `k_cache`, `k`, usually `v_cache` and `v`, and `positions`.
+ */
+typedef struct kvl_kv_read_params {
+    /**
+     * `sizeof(kvl_kv_read_params)`.
+     */
+    size_t struct_size;
+    /**
+     * The cache of keys: [sequences, capacity, kv_heads, dim], or what `layout` makes of the first two axes; in any format.
+     */
+    struct kvl_const_view k_cache;
+    /**
+     * The cache of values: [sequences, capacity, kv_heads, v_dim], or what `layout` and `v_packing` make of it; in any format. Absent
+     * together with `v` to read keys alone.
+     */
+    struct kvl_const_view v_cache;
+    /**
+     * Keys [batch, seq, kv_heads, dim], of any type.
+     */
+    struct kvl_view k;
+    /**
+     * Values [batch, seq, kv_heads, v_dim], of any type.
+     */
+    struct kvl_view v;
+    /**
+     * [batch]: token t of sequence b is the one at position `positions[b] + t` of its sequence of the cache.
+     */
+    const int32_t *positions;
+    /**
+     * [batch]: only the first `counts[b]` tokens of sequence b are read, and later ones of the target are not written; null for all.
+     */
+    const int32_t *counts;
+    /**
+     * [batch]: sequence b of the call is sequence `sequences[b]` of the cache; null for the same. A sequence may be read several
+     * times.
+     */
+    const int32_t *sequences;
+    /**
+     * The slots of positions; null for `KVL_LAYOUT_KIND_CONTIGUOUS`. One call reads at most as many tokens of a sequence of a ring as
+     * the ring has slots; the caller knows which of them it still holds.
+     */
+    const struct kvl_layout *layout;
+    /**
+     * The scales of `k_cache` and `v_cache`, for formats that have scales; null for none.
+     */
+    const struct kvl_cache_scales *scales;
+    /**
+     * How values lie in `v_cache`.
+     */
+    kvl_packing v_packing;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} kvl_kv_read_params;
+
+/**
  * What `kvl_attention_params.flags` is a sum of.
  */
 typedef uint32_t kvl_attention_flag;
@@ -1550,6 +1609,21 @@ kvl_status kvl_rms_norm_rope(const struct kvl_context *context,
 kvl_status kvl_kv_write(const struct kvl_context *context,
                         const struct kvl_parallel_runner *runner,
                         const struct kvl_kv_write_params *params);
+
+/**
+ * Reads tokens of a cache, of any format and layout, into plain tensors: the numbers that attention computes with, which are
+ * units times their scale in a quantised format, rounded once to the type of the target (to nearest, ties to even). A slot
+ * that no token was written to is read as it is.
+ *
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs, while no call writes the tokens that
+ * are read. A null `runner` runs on the calling thread.
+ * Bad input: null, an unknown `struct_size` or enumeration value, shapes that do not fit, a position past the capacity
+ * (`KVL_STATUS_CAPACITY`), a negative position, a sequence or page that does not exist, and a target that shares memory with
+ * anything else are errors, and nothing is written.
+ */
+kvl_status kvl_kv_read(const struct kvl_context *context,
+                       const struct kvl_parallel_runner *runner,
+                       const struct kvl_kv_read_params *params);
 
 /**
  * Packs values in pairs of slots (`KVL_PACKING_ROW_PAIRS`): [batch, n, heads, dim] becomes [batch, n / 2 rounded up,
@@ -2242,6 +2316,7 @@ kvl_status kvl_shard_view(const struct kvl_view *view,
 #define KVL_CACHE_INIT KVL_SIZED_INIT_(kvl_cache)
 #define KVL_SHARD_INIT KVL_SIZED_INIT_(kvl_shard)
 #define KVL_RMS_NORM_PARAMS_INIT KVL_SIZED_INIT_(kvl_rms_norm_params)
+#define KVL_KV_READ_PARAMS_INIT KVL_SIZED_INIT_(kvl_kv_read_params)
 #define KVL_KV_WRITE_PARAMS_INIT KVL_SIZED_INIT_(kvl_kv_write_params)
 #define KVL_BIT_MASK_INIT KVL_SIZED_INIT_(kvl_bit_mask)
 #define KVL_ATTENTION_PARAMS_INIT KVL_SIZED_INIT_(kvl_attention_params)

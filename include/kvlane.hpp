@@ -505,6 +505,12 @@ KVLANE_RESULT_ kv_write(const context &context, const kvl_kv_write_params &param
     KVLANE_DONE_;
 }
 
+KVLANE_RESULT_ kv_read(const context &context, const kvl_kv_read_params &params,
+                       const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_kv_read(context.get(), runner, &params));
+    KVLANE_DONE_;
+}
+
 KVLANE_RESULT_ pack_row_pairs(const context &context, const input &src, const kvl_view &dst,
                               const kvl_parallel_runner *runner = nullptr) {
     KVLANE_TRY_(kvl_pack_row_pairs(context.get(), runner, src.get(), &dst));

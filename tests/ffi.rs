@@ -50,6 +50,7 @@ const EXPORTS: &[&str] = &[
     "kvl_isa_name",
     "kvl_kernel_count",
     "kvl_kernel_info_at",
+    "kvl_kv_read",
     "kvl_kv_write",
     "kvl_last_error",
     "kvl_merge_chunks",

@@ -41,6 +41,7 @@ mod norm;
 mod plan;
 mod pool;
 mod prefix;
+mod read;
 mod rope;
 mod runner;
 mod scales;

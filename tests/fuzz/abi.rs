@@ -60,6 +60,11 @@ structs! {
         layout: *const kvl_layout, k_norm: *const kvl_rms_norm_params, v_packing: i32, reserved: i32,
         scales: *const kvl_cache_scales,
     }
+    kvl_kv_read_params {
+        struct_size: usize, k_cache: kvl_const_view, v_cache: kvl_const_view, k: kvl_view, v: kvl_view,
+        positions: *const i32, counts: *const i32, sequences: *const i32, layout: *const kvl_layout,
+        scales: *const kvl_cache_scales, v_packing: i32, reserved: i32,
+    }
     kvl_layout {
         struct_size: usize, kind: i32, sink_tokens: i32, num_sequences: i64, pages_per_sequence: i64, table: *const i32,
     }
@@ -238,6 +243,7 @@ unsafe extern "C" {
         norm: *const kvl_rms_norm_params,
         rope: *const kvl_rope_params,
     ) -> i32;
+    pub fn kvl_kv_read(context: Context, runner: Runner, params: *const kvl_kv_read_params) -> i32;
     pub fn kvl_pack_row_pairs(
         context: Context,
         runner: Runner,

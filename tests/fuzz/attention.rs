@@ -445,18 +445,18 @@ fn attend(mut c: Call, form: Form) -> i32 {
     }
     let rows = Rows::new(&mut c, batch, seq, keys, form);
     let heads = kv_heads * c.rng.between(1, 4) as i64;
-    let kv = c.dtype();
+    let (kv, k_type, v_type) = (c.dtype(), c.format(), c.format());
     let (q_type, out_type, bias_type) = (c.dtype(), c.dtype(), c.dtype());
     let ([q0, q1], [k0, k1]) = (rows.q, rows.places.axes);
     let mut q = c.tensor(q_type, [q0, q1, heads, dim], true);
-    let mut k = c.tensor(kv, [k0, k1, kv_heads, dim], true);
-    let packed = k1 % 2 == 0 && c.maybe(0.15);
+    let mut k = c.tensor(k_type, [k0, k1, kv_heads, dim], true);
+    let packed = k1 % 2 == 0 && v_type < 3 && c.maybe(0.15);
     if packed {
         // Sink tokens or first slots may be odd.
         c.allow_error();
     }
     let v_shape = if packed { [k0, k1 / 2, kv_heads, 2 * v_dim] } else { [k0, k1, kv_heads, v_dim] };
-    let mut v = c.tensor(kv, v_shape, true);
+    let mut v = c.tensor(v_type, v_shape, true);
     let mut out = c.tensor(out_type, [q0, q1, heads, v_dim], false);
     let scores = [rows.batch, rows.seq, heads, rows.longest() + c.rng.below(3) as i64];
     let small = product(&scores).is_some_and(|n| n <= 1 << 19);
@@ -518,6 +518,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
         false => is_live([row, slot, head]),
     });
     bias.iter().for_each(|t| c.fill(t, |_| true));
+    let scales = scales(&mut c, [&k, &v], &is_live);
 
     let (scale, softcap) = (c.value() * 0.3, c.value().abs() * 20.0);
     let (scale, softcap) = (if c.maybe(0.5) { 0.0 } else { scale }, if c.maybe(0.7) { 0.0 } else { softcap });
@@ -541,10 +542,12 @@ fn attend(mut c: Call, form: Form) -> i32 {
         bit_mask: masks.bit_mask,
         v_packing,
         reserved3: c.code(0),
+        scales,
         ..said.params
     };
 
-    let older: &[usize] = if is_new || packed || !plan.0.is_null() || !bits.is_null() { &[] } else { &OLDER };
+    let older: &[usize] =
+        if is_new || packed || !scales.is_null() || !plan.0.is_null() || !bits.is_null() { &[] } else { &OLDER };
     let params = c.sized(&params, older);
     let (context, runner) = (c.context(), c.runner());
     let prefix = prefix.map(|(k, v)| {
@@ -597,7 +600,10 @@ fn attend(mut c: Call, form: Form) -> i32 {
         // SAFETY: the struct has the stated size, and all bytes 0 are a valid value.
         let given = unsafe {
             let mut given: kvl_attention_params = zeroed();
-            std::ptr::copy_nonoverlapping(params.cast::<u8>(), (&raw mut given).cast(), (*params).struct_size);
+            // A newer caller's is longer, an older one's is shorter.
+            let bytes = (*params).struct_size.min(size_of_val(&given));
+            std::ptr::copy_nonoverlapping(params.cast::<u8>(), (&raw mut given).cast(), bytes);
+            given.struct_size = size_of_val(&given);
             given
         };
         compare(context, &given, at, len);
@@ -936,4 +942,27 @@ pub fn plan_destroy(mut c: Call) -> i32 {
     c.ready();
     drop(plan);
     c.check(0)
+}
+
+/// The scales of keys and values, for those that are in int8; null if none is. `live` are the tokens that a call reads.
+pub fn scales(c: &mut Call, of: [&Tensor; 2], live: &dyn Fn([usize; 3]) -> bool) -> *const kvl_cache_scales {
+    const INT8: i32 = 3;
+    if of.iter().all(|t| t.dtype != INT8) {
+        return std::ptr::null();
+    }
+    let views = of.map(|tensor| {
+        if tensor.dtype != INT8 && !c.hit() {
+            return zeroed();
+        }
+        // A view that leaves its buffer may have any shape.
+        let most = if tensor.fits(&c.arena) { i64::MAX } else { 1 << 6 };
+        let [batch, seq, heads, _] = tensor.shape.map(|n| n.clamp(0, most));
+        let dtype = c.rng.below(2) as i32;
+        let mut scales = c.tensor(dtype, [batch, seq, heads, 1], true);
+        c.settle(&mut scales);
+        c.fill(&scales, live);
+        c.view(&scales)
+    });
+    let scales = kvl_cache_scales { k: views[0], v: views[1], ..zeroed() };
+    c.sized(&scales, &[])
 }

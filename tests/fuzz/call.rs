@@ -195,6 +195,11 @@ impl<'a> Call<'a> {
         self.rng.f32()
     }
 
+    /// The format of a cache; 3 is int8.
+    pub fn format(&mut self) -> i32 {
+        if self.maybe(0.2) { 3 } else { self.dtype() }
+    }
+
     pub fn dtype(&mut self) -> i32 {
         self.rng.pick(&[0, 1, 2])
     }

@@ -115,7 +115,8 @@ pub const MASK: i32 = -100;
 
 pub fn element_size(dtype: i32) -> usize {
     match dtype {
-        MASK => 1,
+        // 3 is the format int8.
+        MASK | 3 => 1,
         0 => 4,
         1 | 2 => 2,
         // Not a type; the library must detect it.

@@ -32,6 +32,7 @@ targets! {
     20 kvl_attention_chunks: attention_chunks,
     12 kvl_merge_chunks: merge_chunks,
     30 kvl_kv_write: kv_write,
+    15 kvl_kv_read: kv_read,
     8 kvl_rope: rope,
     8 kvl_rms_norm: rms_norm,
     8 kvl_rms_norm_rope: rms_norm_rope,
@@ -370,6 +371,60 @@ fn kv_write(mut c: Call) -> i32 {
     c.ready();
     // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_kv_write(context, runner, params) };
+    c.check(status)
+}
+
+fn kv_read(mut c: Call) -> i32 {
+    let [batch, seq, heads, dim] = c.shape();
+    let v_dim = c.dim();
+    let rows = batch + c.rng.below(3) as i64;
+    let kind = c.rng.pick(&[CONTIGUOUS, RING, PAGED, INDIRECT, RAGGED]);
+    let room = seq + c.rng.below(20) as i64;
+    let places = Places::new(&mut c, kind, rows, room, 1, Use::Read);
+    let [k0, k1] = places.axes;
+    let (from, to) = ([c.format(), c.format()], [c.dtype(), c.dtype()]);
+    let mut k_cache = c.tensor(from[0], [k0, k1, heads, dim], true);
+    let mut v_cache = c.tensor(from[1], [k0, k1, heads, v_dim], true);
+    let mut k = c.tensor(to[0], [batch, seq, heads, dim], false);
+    let mut v = c.tensor(to[1], [batch, seq, heads, v_dim], false);
+    c.alias(&mut k, &k_cache);
+    c.alias(&mut v, &k);
+    for tensor in [&mut k_cache, &mut v_cache, &mut k, &mut v] {
+        c.settle(tensor);
+    }
+    c.fill(&k_cache, |_| true);
+    c.fill(&v_cache, |_| true);
+    let scales = scales(&mut c, [&k_cache, &v_cache], &|_| true);
+
+    let (batch, seq) = (k.shape[0], k.shape[1]);
+    let layout = places.give(&mut c, k_cache.shape[1]);
+    let wrong = [-2, -1, k1 as i32, k1 as i32 - 1, rows as i32, k0 as i32, i32::MIN, i32::MAX];
+    let counts = if c.maybe(0.3) { Some(batch) } else { None };
+    let counts: List<i32> = c.list(counts, &wrong, |c, _| c.rng.below(seq.clamp(0, 1000) as usize + 1) as i32);
+    let sources = if c.maybe(0.4) { Some(batch) } else { None };
+    let sources: List<i32> = c.list(sources, &wrong, |c, _| c.rng.below(rows.max(1) as usize) as i32);
+    let positions: List<i32> = c.list(Some(batch), &wrong, |c, _| c.rng.below((room - seq).max(0) as usize + 1) as i32);
+    let read = |[b, t, _]: [usize; 3]| counts.values.get(b).is_none_or(|&n| (t as i64) < i64::from(n));
+    c.writes(&k, read);
+    c.writes(&v, read);
+    let params = kvl_kv_read_params {
+        k_cache: c.const_view(&k_cache),
+        v_cache: c.const_view(&v_cache),
+        k: c.view(&k),
+        v: c.view(&v),
+        positions: positions.at,
+        counts: counts.at,
+        sequences: sources.at,
+        layout: layout.at,
+        scales,
+        v_packing: c.code(0),
+        reserved: c.code(0),
+        ..zeroed()
+    };
+    let (params, context, runner) = (c.sized(&params, &[]), c.context(), c.runner());
+    c.ready();
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
+    let status = unsafe { kvl_kv_read(context, runner, params) };
     c.check(status)
 }
 
