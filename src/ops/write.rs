@@ -330,6 +330,8 @@ impl Seen {
 ///
 /// Everything is checked before the first byte is written; nothing is clamped. The caller advances the lengths.
 ///
+/// A quantised cache is written through f32, after norm and rotation, by [the rule of its format](crate::docs::caches#formats).
+///
 /// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint sequences of a cache.
 ///
 /// # Errors

@@ -3,10 +3,10 @@
 use super::memory::Memory;
 use super::oracle;
 use super::rng::Rng;
-use super::tensor::{Gaps, Layout, Place, Tensor, indices};
+use super::tensor::{Array, Gaps, Layout, Place, Tensor, indices};
 use kvlane::{
-    AttentionOptions, AttentionTensors, BitMask, Context, DType, Error, Mask, Op, Precision, Runner, Serial, Workspace,
-    attention,
+    AttentionOptions, AttentionTensors, BitMask, CacheFormat, CacheView, Context, DType, Error, Mask, Precision,
+    Runner, Serial, Workspace, attention,
 };
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -18,6 +18,8 @@ pub struct Setting {
     pub precision: Precision,
     /// Types of K and V.
     pub kv_types: Vec<DType>,
+    /// Whether K, and whether V, are quantised before attention reads them.
+    pub quantised: [bool; 2],
 }
 
 /// The largest error of each kernel that was compared with its bound, in the bound's unit.
@@ -25,7 +27,7 @@ pub static LARGEST_ERRORS: Mutex<BTreeMap<&'static str, f64>> = Mutex::new(BTree
 
 thread_local! {
     static SETTING: RefCell<Setting> =
-        RefCell::new(Setting { precision: Precision::Default, kv_types: DType::ALL.to_vec() });
+        RefCell::new(Setting { precision: Precision::Default, kv_types: DType::ALL.to_vec(), quantised: [false; 2] });
 }
 
 /// The precision of calls from this thread.
@@ -36,6 +38,41 @@ pub fn precision() -> Precision {
 /// The types of K and V to test.
 pub fn kv_types() -> Vec<DType> {
     SETTING.with_borrow(|setting| setting.kv_types.clone())
+}
+
+/// Whether K, and whether V, are quantised before attention reads them.
+pub fn quantised() -> [bool; 2] {
+    SETTING.with_borrow(|setting| setting.quantised)
+}
+
+/// The formats in which attention reads keys and values of these types.
+pub fn formats(k: DType, v: DType) -> [CacheFormat; 2] {
+    let [keys, values] = quantised();
+    [(k, keys), (v, values)].map(|(dtype, int8)| if int8 { CacheFormat::Int8 } else { dtype.into() })
+}
+
+/// A tensor as the keys of a cache.
+pub fn keys(tensor: &Tensor) -> CacheView<'_> {
+    if quantised()[0] { tensor.int8().view() } else { tensor.view().into() }
+}
+
+/// A tensor as the values of a cache.
+pub fn values(tensor: &Tensor) -> CacheView<'_> {
+    if quantised()[1] { tensor.int8().view() } else { tensor.view().into() }
+}
+
+/// The numbers that attention reads.
+fn read(tensor: &Tensor, int8: bool) -> Array {
+    if !int8 {
+        return tensor.array();
+    }
+    let cache = tensor.int8();
+    Array {
+        shape: cache.shape,
+        data: indices(cache.shape)
+            .map(|at| f64::from(cache.unit(at)) * f64::from(cache.scales.get([at[0], at[1], at[2], 0])))
+            .collect(),
+    }
 }
 
 /// Runs a test in a setting.
@@ -423,7 +460,7 @@ impl Case {
         let shape = [batch, tokens, heads, self.v.shape[3]];
         let mut out = Tensor::output(self.out_dtype, shape, self.out_layout, self.out_place);
         let mut lse = vec![f32::NAN; batch * tokens * heads];
-        let tensors = AttentionTensors::new(self.q.view(), k.view(), v.view(), out.view_mut()).lse(&mut lse);
+        let tensors = AttentionTensors::new(self.q.view(), keys(k), values(v), out.view_mut()).lse(&mut lse);
         let done = attention(context, runner, workspace, tensors, &options);
         if let Err(error) = done {
             out.assert_untouched();
@@ -461,14 +498,16 @@ impl Case {
             alibi: options.alibi.as_deref(),
             sink_logits: options.sink_logits.as_deref(),
         };
-        attention.run(&self.q.array(), &self.k.array(), &self.v.array())
+        let [int8_keys, int8_values] = quantised();
+        attention.run(&self.q.array(), &read(&self.k, int8_keys), &read(&self.v, int8_values))
     }
 
     /// Checks a result against the kernel's bound.
     #[track_caller]
     pub fn assert_close(&self, context: &Context, outcome: &Outcome, what: &dyn Fn() -> String) {
-        let kv = self.k.dtype;
-        let kernel = context.kernel_for(Op::Attention, kv, kv, precision()).expect("a kernel");
+        let [k, v] = formats(self.k.dtype, self.v.dtype);
+        let kernels = context.attention_kernels(k, v, precision());
+        let kernel = if kernels[0].max_error < kernels[1].max_error { kernels[1] } else { kernels[0] };
         let bound = f64::from(kernel.max_error);
         let mut largest = 0f64;
         let want = self.oracle();

@@ -166,7 +166,12 @@ fn small_write(batch: usize, seq: usize) -> Write {
 
 #[track_caller]
 fn write_fails(mut write: Write, to: Destination, status: Status, pieces: &[&str]) {
-    let level = crate::harness::Level { isa: context().isa(), precision: Default::default(), context: context() };
+    let level = crate::harness::Level {
+        isa: context().isa(),
+        precision: Default::default(),
+        quantised: [false; 2],
+        context: context(),
+    };
     assert_error(write.run(&level, &Serial, to), status, pieces);
     write.k_cache.assert_untouched();
     write.v_cache.assert_untouched();

@@ -55,8 +55,21 @@ pub(crate) use tests;
 pub struct Level {
     pub isa: Isa,
     pub precision: Precision,
+    /// Whether K, and whether V, are quantised before attention reads them.
+    pub quantised: [bool; 2],
     pub context: Context,
 }
+
+/// The tests that run with quantised caches, with exceptions, which know what single elements of K and V are; the others read no
+/// cache, or quantise by themselves.
+const QUANTISED: [&str; 5] = ["attention::", "semantics::", "invariance::", "layouts::", "properties::"];
+const NOT_QUANTISED: [&str; 5] = [
+    "invariance::memory_bound_operations",
+    "semantics::order_of_operations",
+    "semantics::heads_read_their_group",
+    "semantics::live_minus_infinity",
+    "semantics::poison_reaches_who_sees_it",
+];
 
 /// The tests that partial levels run, with exceptions; the others would test the levels below again.
 const PARTIAL: [&str; 6] = ["attention::", "semantics::", "invariance::", "layouts::", "properties::", "shard::"];
@@ -79,22 +92,42 @@ impl Level {
     /// The calls that the level has its own kernels for.
     fn setting(&self) -> Setting {
         let has = |&kv: &DType| self.kernel(Op::Attention, kv, kv).isa == self.isa;
-        Setting { precision: self.precision, kv_types: DType::ALL.into_iter().filter(has).collect() }
+        let mut kv_types: Vec<_> = DType::ALL.into_iter().filter(has).collect();
+        if self.quantised == [true; 2] {
+            kv_types = vec![DType::F32];
+        }
+        Setting { precision: self.precision, kv_types, quantised: self.quantised }
     }
 
     /// The name as part of test names.
     fn name(&self) -> String {
-        match self.precision {
-            Precision::Default => self.isa.to_string(),
-            precision => format!("{}, {}", self.isa, precision.name()),
-        }
+        let precision = match self.precision {
+            Precision::Default => String::new(),
+            precision => format!(", {}", precision.name()),
+        };
+        let quantised = match self.quantised {
+            [false, false] => "",
+            [true, true] => ", int8",
+            [true, false] => ", int8 keys",
+            [false, true] => ", int8 values",
+        };
+        format!("{}{precision}{quantised}", self.isa)
     }
 
     /// Counts a comparison of a kernel's result, and returns the kernel's bound.
     pub fn checked(&self, op: Op, src: impl Into<CacheFormat>, dst: impl Into<CacheFormat>) -> f64 {
-        let kernel = self.kernel(op, src, dst);
-        *COUNTS.lock().unwrap().entry(kernel.name).or_default() += 1;
-        kernel.max_error.into()
+        let (src, dst) = (src.into(), dst.into());
+        let kernels = match op {
+            Op::Attention => [(src, self.quantised[0]), (dst, self.quantised[1])].map(|(format, int8)| {
+                let format = if int8 { CacheFormat::Int8 } else { format };
+                self.kernel(op, format, format)
+            }),
+            _ => [self.kernel(op, src, dst); 2],
+        };
+        let mut counts = COUNTS.lock().unwrap();
+        let names: BTreeSet<_> = kernels.iter().map(|kernel| kernel.name).collect();
+        names.into_iter().for_each(|name| *counts.entry(name).or_default() += 1);
+        kernels[0].max_error.max(kernels[1].max_error).into()
     }
 }
 
@@ -111,7 +144,13 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
             if context.isa() == isa {
                 let apart = kvlane::kernels().any(|k| k.isa == isa && k.precision == Some(Precision::High));
                 for precision in Precision::ALL.into_iter().take(if apart { 2 } else { 1 }) {
-                    run.push(Level { isa, precision, context: context.clone() });
+                    run.push(Level { isa, precision, quantised: [false; 2], context: context.clone() });
+                }
+                // Partial levels have no kernels for quantised caches.
+                for quantised in
+                    [[true, true], [true, false], [false, true]].into_iter().take(if isa.is_partial() { 0 } else { 3 })
+                {
+                    run.push(Level { isa, precision: Precision::Default, quantised, context: context.clone() });
                 }
             } else {
                 not.push((isa, "lowered by KVLANE_MAX_ISA"));
@@ -175,6 +214,9 @@ pub fn run(modules: &[&[Test]]) -> ExitCode {
             Body::PerLevel(body) => {
                 for level in &levels {
                     let names = |list: &[&str]| list.iter().any(|start| name.starts_with(start));
+                    if level.quantised != [false; 2] && (!names(&QUANTISED) || names(&NOT_QUANTISED)) {
+                        continue;
+                    }
                     if !level.isa.is_partial() || names(&PARTIAL) && !names(&NOT_PARTIAL) {
                         let body = move || with_setting(level.setting(), || body(level));
                         cases.push((format!("{name}[{}]", level.name()), Box::new(body)));
@@ -221,7 +263,7 @@ pub fn run(modules: &[&[Test]]) -> ExitCode {
 
     println!();
     let counts = COUNTS.lock().unwrap();
-    for level in levels.iter().filter(|level| level.precision == Precision::Default) {
+    for level in levels.iter().filter(|level| level.precision == Precision::Default && level.quantised == [false; 2]) {
         let kernels: Vec<_> = kvlane::kernels().filter(|k| k.isa == level.isa).collect();
         let reached = kernels.iter().filter(|k| counts.contains_key(k.name)).count();
         let checks: usize = kernels.iter().filter_map(|k| counts.get(k.name)).sum();

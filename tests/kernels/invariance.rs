@@ -1,6 +1,6 @@
 //! Bits depend on the query row's inputs and on the level only.
 
-use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Options, Outcome, Shape, kv_types};
+use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Options, Outcome, Shape, keys, kv_types, values};
 use crate::common::runners::{Backwards, Threads};
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
@@ -381,7 +381,7 @@ fn same_call_twice(level: &Level) {
         let (case, what) = random_case(&mut rng);
         let want = case.run(&level.context);
         let mut out = Tensor::output(case.out_dtype, want.out.shape, Layout::BSHD, Place::Heap);
-        let tensors = kvlane::AttentionTensors::new(case.q.view(), case.k.view(), case.v.view(), out.view_mut());
+        let tensors = kvlane::AttentionTensors::new(case.q.view(), keys(&case.k), values(&case.v), out.view_mut());
         kvlane::attention(&level.context, &Threads(2), &mut workspace, tensors, &case.options.borrow()).unwrap();
         level.checked(Op::Attention, case.k.dtype, case.v.dtype);
         for at in indices(out.shape) {

@@ -1,6 +1,8 @@
 //! Attention over a cache of any layout has the bits of the contiguous cache with the same tokens.
 
-use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Outcome, Shape, kv_types, precision};
+use crate::common::attention::{
+    BitMaskTensor, Case, MaskTensor, Outcome, Shape, keys, kv_types, precision, quantised, values,
+};
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout as Strides, Place, Rng, Tensor, scaled};
@@ -94,7 +96,8 @@ impl Cache {
             Layout::Ragged { cu_seqlens: starts, .. } => starts.iter().all(|start| start % 2 == 0),
             _ => true,
         };
-        if slots % 2 == 1 || !even {
+        // Quantised values are never packed.
+        if slots % 2 == 1 || !even || quantised()[1] {
             return None;
         }
         let strides = if dim % 3 == 0 { Strides::STEP2 } else { Strides::BHSD };
@@ -460,7 +463,7 @@ fn rows_without_pages(level: &Level) {
         let mut plan = AttentionPlan::new(case.q.shape, case.k.shape, &options).unwrap();
         for options in [options, AttentionOptions::new().plan(&plan).precision(precision())] {
             let tensors =
-                AttentionTensors::new(case.q.view(), case.k.view(), case.v.view(), out.view_mut()).lse(&mut lse);
+                AttentionTensors::new(case.q.view(), keys(&case.k), values(&case.v), out.view_mut()).lse(&mut lse);
             attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).unwrap();
             assert!(indices(out.shape).all(|at| out.get(at) == 0.0));
             assert!(lse.iter().all(|&lse| lse == f32::NEG_INFINITY));
@@ -669,8 +672,8 @@ fn shared_prefix(level: &Level) {
                 Tensor::output(case.out_dtype, [shape.batch, tokens, heads, v_dim], Strides::BHSD, Place::GuardAfter);
             let mut lse = vec![f32::NAN; shape.batch * tokens * heads];
             let tensors =
-                AttentionTensors::new(case.q.view(), own_k.view(), own_v.view(), out.view_mut()).lse(&mut lse);
-            let prefix = SharedPrefix::new(k.view(), v.view());
+                AttentionTensors::new(case.q.view(), keys(&own_k), values(&own_v), out.view_mut()).lse(&mut lse);
+            let prefix = SharedPrefix::new(keys(&k), values(&v));
             let mut workspace = Workspace::new();
             attention_with_prefix(&level.context, &Threads(threads), &mut workspace, prefix, tensors, &options)
                 .expect("a valid call");

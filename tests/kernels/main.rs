@@ -11,6 +11,7 @@ mod attention;
 mod cache;
 mod errors;
 mod harness;
+mod int8;
 mod invariance;
 mod layouts;
 mod merge;
@@ -36,6 +37,7 @@ fn main() -> std::process::ExitCode {
         pack::TESTS,
         positions::TESTS,
         merge::TESTS,
+        int8::TESTS,
         invariance::TESTS,
         layouts::TESTS,
         errors::TESTS,

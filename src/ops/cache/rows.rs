@@ -30,7 +30,8 @@ impl KvCache<'_, '_> {
     /// whose length becomes `length`: a prompt that was prefilled alone joins a batch.
     ///
     /// Both caches have the same number of layers, and these have the same heads and dims. Formats may differ (elements are
-    /// converted to the nearest value, ties to even), and so may layouts: a paged sequence becomes a contiguous one, or the
+    /// converted to the nearest value, ties to even). Int8 keeps its units and scales in another int8 cache, unless that has f16
+    /// scales for f32 ones: then heads are quantised again. Layouts may differ too: a paged sequence becomes a contiguous one, or the
     /// reverse. A ring takes the tokens that it would hold after `length` tokens; the other cache must hold those.
     ///
     /// # Errors
