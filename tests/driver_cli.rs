@@ -66,6 +66,30 @@ fn one_seed_one_text() {
 }
 
 #[test]
+fn keys_and_values_have_formats_of_their_own() {
+    let args = ["generate", "--temperature", "0", "--prompt", "And God said", "--max-tokens", "12"];
+    let with = |more: &[&str]| json(&[&args[..], more].concat());
+    let (exact, int8) = (with(&[]), with(&["--kv-type", "int8"]));
+    assert_eq!((int8["k_type"].as_str(), int8["v_type"].as_str()), (Some("int8"), Some("int8")));
+    assert_eq!(int8["ids"], exact["ids"]);
+    // A head of 32 elements: 128 bytes in f32, 32 and a scale of 4 in int8.
+    assert_eq!(int8["cache_bytes"].as_u64().unwrap() * 128, exact["cache_bytes"].as_u64().unwrap() * 36);
+    let mixed = with(&["--kv-type", "bf16", "--k-type", "int8", "--isa", "scalar"]);
+    assert_eq!((mixed["k_type"].as_str(), mixed["v_type"].as_str()), (Some("int8"), Some("bf16")));
+    let ran: Vec<&str> = mixed["kernels"].as_array().unwrap().iter().map(|k| k.as_str().unwrap()).collect();
+    for name in
+        ["attention_int8_scalar", "attention_bf16_scalar", "kv_write_f32_int8_scalar", "kv_write_f32_bf16_scalar"]
+    {
+        assert!(ran.contains(&name), "{name} is not one of {ran:?}");
+    }
+    let window = ["--kv-type", "int8", "--window", "48", "--max-tokens", "150"];
+    assert!(with(&window)["evicted"].as_u64().unwrap() > 0);
+    let refused = Command::new(env!("CARGO_BIN_EXE_kvlane")).args(["generate", "--v-type", "int4"]).output().unwrap();
+    let sentence = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && sentence.contains("'int4'") && sentence.contains("bf16, int8"), "{sentence}");
+}
+
+#[test]
 fn a_prompt_comes_from_standard_input() {
     use std::io::Write;
     let args = ["generate", "--max-tokens", "8", "--temperature", "0"];
@@ -185,6 +209,8 @@ fn help_names_every_option() {
         "--seed",
         "--threads",
         "--kv-type",
+        "--k-type",
+        "--v-type",
         "--isa",
         "--no-cache",
         "--window",

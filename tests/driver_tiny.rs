@@ -4,10 +4,10 @@
 use kvlane::driver::quant::dequantize;
 use kvlane::driver::argmax;
 use kvlane::driver::{
-    Cache, Decoder, Finish, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Streaming, Stretch, Threads,
-    Tokenizer, embedded,
+    Cache, Decoder, Finish, Formats, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Streaming, Stretch,
+    Threads, Tokenizer, embedded,
 };
-use kvlane::{DType, Isa, Pairing, RopeScaling, YarnScaling};
+use kvlane::{CacheFormat, DType, Isa, Pairing, RopeScaling, YarnScaling};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -33,7 +33,11 @@ fn load(isa: Option<Isa>, threads: usize) -> (Decoder, Tokenizer) {
 }
 
 fn greedy(decoder: &Decoder, prompt: &[u32], n: usize, recompute: bool) -> Vec<u32> {
-    let mut slots = Slots::new(decoder, 1, prompt.len() + n, DType::F32).unwrap().recompute(recompute);
+    greedy_in(decoder, prompt, n, recompute, DType::F32.into())
+}
+
+fn greedy_in(decoder: &Decoder, prompt: &[u32], n: usize, recompute: bool, formats: Formats) -> Vec<u32> {
+    let mut slots = Slots::new(decoder, 1, prompt.len() + n, formats).unwrap().recompute(recompute);
     let request = Request { prompt: prompt.to_vec(), max_tokens: n, sampling: SamplerOptions::default() };
     let mut event = slots.insert(request, &mut |_| ()).unwrap();
     let mut ids = vec![event.token];
@@ -78,13 +82,63 @@ fn cached_is_recomputed_at_every_level() {
     }
 }
 
+/// Every pair of formats that has int8 on a side.
+fn quantised() -> impl Iterator<Item = Formats> {
+    let pairs = CacheFormat::ALL.into_iter().flat_map(|k| CacheFormat::ALL.map(|v| Formats { k, v }));
+    pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales())
+}
+
+/// Bytes with a scale per token and head change logits a little, and no token whose lead over the next one is larger.
+#[test]
+fn quantised_caches_stay_close() {
+    let (decoder, _) = load(None, 0);
+    let (mut worst, mut close, mut total) = (0.0f32, 0, 0);
+    for case in cases() {
+        // Logits after every token of the reference text, so that a token does not depend on the ones chosen before.
+        let ids = [&case.prompt_ids[..], &case.greedy_ids].concat();
+        let logits = |formats: Formats| {
+            let mut cache = Cache::new(decoder.config(), 1, ids.len(), formats).unwrap();
+            decoder.forward(&mut cache, &mut Scratch::default(), 0, &[&ids], Logits::All).unwrap()
+        };
+        let exact = logits(DType::F32.into());
+        for formats in quantised() {
+            let vocab = decoder.config().vocab;
+            for (exact, found) in exact.chunks(vocab).zip(logits(formats).chunks(vocab)) {
+                let off = exact.iter().zip(found).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+                worst = worst.max(off);
+                let best = argmax(exact).unwrap() as usize;
+                let next = (0..vocab).filter(|&i| i != best).fold(f32::MIN, |m, i| m.max(exact[i]));
+                let same = argmax(found).unwrap() as usize == best;
+                assert!(same || exact[best] - next <= 2.0 * off, "{formats}");
+                (close, total) = (close + usize::from(same), total + 1);
+            }
+        }
+    }
+    eprintln!("largest difference of a logit: {worst:.2e}; {close} of {total} tokens are the same");
+    assert!(worst < 2.0 && close * 100 >= total * 50, "{worst} {close} of {total}");
+}
+
+/// A quantised cache holds the same bytes whether it was filled by one pass or token by token.
+#[test]
+fn quantised_caches_decode_as_they_recompute() {
+    for level in Isa::ALL.into_iter().filter(|l| l.is_available()) {
+        let (decoder, _) = load(Some(level), 1);
+        for (case, formats) in cases().iter().cycle().zip(quantised()) {
+            let n = case.greedy_ids.len();
+            let [cached, again] =
+                [false, true].map(|recompute| greedy_in(&decoder, &case.prompt_ids, n, recompute, formats));
+            assert_eq!(cached, again, "{level} {formats} {:?}", case.prompt);
+        }
+    }
+}
+
 /// A decode step does not depend on how the prompt was cut or on the number of threads.
 #[test]
 fn steps_do_not_depend_on_threads() {
     let case = &cases()[0];
-    let run = |threads: usize| {
+    let run = |threads: usize, formats: Formats| {
         let (decoder, _) = load(None, threads);
-        let mut cache = Cache::new(decoder.config(), 1, 64, DType::F16).unwrap();
+        let mut cache = Cache::new(decoder.config(), 1, 64, formats).unwrap();
         let mut scratch = Scratch::default();
         let mut last = Vec::new();
         for id in &case.prompt_ids {
@@ -92,9 +146,11 @@ fn steps_do_not_depend_on_threads() {
         }
         last
     };
-    let one = run(1);
-    for threads in [2, 3] {
-        assert!(run(threads) == one, "{threads} threads");
+    for formats in [DType::F16.into(), CacheFormat::Int8.into()] {
+        let one = run(1, formats);
+        for threads in [2, 3] {
+            assert!(run(threads, formats) == one, "{threads} threads, {formats}");
+        }
     }
 }
 
@@ -147,6 +203,18 @@ fn bad_calls_leave_the_cache_alone() {
     assert!(decoder.forward(&mut cache, &mut scratch, usize::MAX, &[&[1]], Logits::Last).is_err());
     assert!(Cache::new(decoder.config(), usize::MAX, 8, DType::F32).is_err());
     assert!(Cache::new(decoder.config(), 1, 1 << 40, DType::F32).is_err());
+    assert!(Cache::new(decoder.config(), 1, 1 << 40, CacheFormat::Int8).is_err());
+}
+
+#[test]
+fn a_cache_counts_its_scales() {
+    let config = embedded::open().unwrap().config().clone();
+    let (layers, heads, dim) = (config.layers.len(), config.kv_heads, config.head_dim);
+    let bytes = |k, v| Cache::new(&config, 2, 10, Formats { k, v }).unwrap().bytes();
+    let (keys, tokens) = (layers * heads * dim, 2 * 10);
+    assert_eq!(bytes(CacheFormat::F32, CacheFormat::Bf16), tokens * keys * (4 + 2));
+    assert_eq!(bytes(CacheFormat::Int8, CacheFormat::Int8), tokens * 2 * (keys + layers * heads * 4));
+    assert_eq!(bytes(CacheFormat::F16, CacheFormat::Int8), tokens * (keys * 2 + keys + layers * heads * 4));
 }
 
 #[test]
@@ -194,20 +262,27 @@ fn forgetting_a_span_is_not_having_read_it() {
         config.ropes[0].stretch = Stretch::Fixed(scaling);
         let decoder = Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap();
         let mut scratch = Scratch::default();
-        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 0.02), (DType::Bf16, 0.2)] {
-            let mut cache = Cache::new(decoder.config(), 2, 64, dtype).unwrap();
+        let formats: [(Formats, f32); 5] = [
+            (DType::F32.into(), 1e-4),
+            (DType::F16.into(), 0.02),
+            (DType::Bf16.into(), 0.2),
+            (CacheFormat::Int8.into(), 0.2),
+            (Formats { k: CacheFormat::Int8, v: CacheFormat::F32 }, 0.2),
+        ];
+        for (formats, tolerance) in formats {
+            let mut cache = Cache::new(decoder.config(), 2, 64, formats).unwrap();
             decoder.forward(&mut cache, &mut scratch, 0, &[&ids[..5], &ids[..40]], Logits::None).unwrap();
             decoder.evict(&mut cache, 1, 4..23).unwrap();
             decoder.evict(&mut cache, 1, 9..9).unwrap();
             assert_eq!(cache.lengths(), [5, 21]);
             let after = decoder.forward(&mut cache, &mut scratch, 1, &[&ids[40..]], Logits::Last).unwrap();
 
-            let mut cache = Cache::new(decoder.config(), 1, 64, dtype).unwrap();
+            let mut cache = Cache::new(decoder.config(), 1, 64, formats).unwrap();
             let text = [&ids[..4], &ids[23..]].concat();
             let never = decoder.forward(&mut cache, &mut scratch, 0, &[&text], Logits::Last).unwrap();
             let worst = after.iter().zip(&never).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
-            eprintln!("{dtype}: largest difference of a logit {worst:.2e}");
-            assert!(worst < tolerance, "{dtype}: {worst}");
+            eprintln!("{formats}: largest difference of a logit {worst:.2e}");
+            assert!(worst < tolerance, "{formats}: {worst}");
         }
         let mut cache = Cache::new(decoder.config(), 1, 8, DType::F32).unwrap();
         decoder.forward(&mut cache, &mut scratch, 0, &[&ids[..6]], Logits::None).unwrap();
@@ -225,8 +300,8 @@ fn streams_go_on_past_the_cache() {
     assert_eq!(capacity, 54);
     let n = 3 * capacity;
     let whole = greedy(&decoder, &prompt, n, false);
-    for dtype in [DType::F32, DType::Bf16] {
-        let mut slots = Slots::new(&decoder, 2, capacity, dtype).unwrap().streaming(Some(streaming)).unwrap();
+    for formats in [CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Int8].map(Formats::from) {
+        let mut slots = Slots::new(&decoder, 2, capacity, formats).unwrap().streaming(Some(streaming)).unwrap();
         let request = || Request { prompt: prompt.clone(), max_tokens: n, sampling: SamplerOptions::default() };
         let first = slots.insert(request(), &mut |_| ()).unwrap();
         let second = slots.insert(request(), &mut |_| ()).unwrap();
@@ -243,7 +318,7 @@ fn streams_go_on_past_the_cache() {
         assert_eq!((ids.len(), &twin), (n, &ids));
         // The token generated by a full row has seen all tokens.
         let before = capacity + 1 - prompt.len();
-        if dtype == DType::F32 {
+        if formats == CacheFormat::F32.into() {
             assert_eq!(ids[..before], whole[..before]);
         }
         // Every eviction leaves the sink tokens and the window without the token to come.

@@ -6,43 +6,98 @@ use half::{bf16, f16};
 
 use super::error::{Error, Result};
 use super::model::{LayerConfig, ModelConfig};
-use crate::{Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, View, ViewMut};
+use crate::{
+    CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, View, ViewMut,
+};
 
 /// Prompt tokens per pass. More would enlarge the activations without making a pass more efficient.
 pub const PREFILL_CHUNK: usize = 512;
 
-/// Elements of the type chosen for the cache.
+/// What the keys and the values of a cache are stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Formats {
+    /// Of the keys.
+    pub k: CacheFormat,
+    /// Of the values.
+    pub v: CacheFormat,
+}
+
+impl Formats {
+    /// The bytes of the keys and values of one token in one layer, with `heads` heads of `dim` elements. A format with scales
+    /// has one per token and head, in f32.
+    pub fn token_bytes(self, heads: usize, dim: usize) -> usize {
+        let bytes = |format: CacheFormat| {
+            heads * (dim * format.unit_bytes() + if format.has_scales() { size_of::<f32>() } else { 0 })
+        };
+        bytes(self.k) + bytes(self.v)
+    }
+}
+
+impl From<CacheFormat> for Formats {
+    /// Keys and values of one format.
+    fn from(format: CacheFormat) -> Self {
+        Self { k: format, v: format }
+    }
+}
+
+impl From<DType> for Formats {
+    /// Keys and values of one type.
+    fn from(dtype: DType) -> Self {
+        CacheFormat::from(dtype).into()
+    }
+}
+
+impl std::fmt::Display for Formats {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.k == self.v { self.k.fmt(f) } else { write!(f, "{} and {}", self.k, self.v) }
+    }
+}
+
+/// The keys or the values of a layer in a format of the library.
 #[derive(Debug, Clone)]
 enum Buffer {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
+    /// Units, and a scale per token and head.
+    Int8(Vec<i8>, Vec<f32>),
 }
 
 impl Buffer {
-    fn zeros(dtype: DType, len: usize) -> Self {
-        match dtype {
-            DType::F32 => Self::F32(vec![0.0; len]),
-            DType::F16 => Self::F16(vec![f16::ZERO; len]),
-            DType::Bf16 => Self::Bf16(vec![bf16::ZERO; len]),
+    fn zeros(format: CacheFormat, shape: [usize; 4]) -> Self {
+        let [rows, slots, heads, dim] = shape;
+        let tokens = rows * slots * heads;
+        let len = tokens * dim;
+        match format {
+            CacheFormat::F32 => Self::F32(vec![0.0; len]),
+            CacheFormat::F16 => Self::F16(vec![f16::ZERO; len]),
+            CacheFormat::Bf16 => Self::Bf16(vec![bf16::ZERO; len]),
+            CacheFormat::Int8 => Self::Int8(vec![0; len], vec![0.0; tokens]),
         }
     }
 
-    fn view(&self, shape: [usize; 4]) -> Result<View<'_>> {
+    fn view(&self, shape: [usize; 4]) -> Result<CacheView<'_>> {
         Ok(match self {
-            Self::F32(v) => View::new(v, shape)?,
-            Self::F16(v) => View::new(v, shape)?,
-            Self::Bf16(v) => View::new(v, shape)?,
+            Self::F32(v) => View::new(v, shape)?.into(),
+            Self::F16(v) => View::new(v, shape)?.into(),
+            Self::Bf16(v) => View::new(v, shape)?.into(),
+            Self::Int8(units, scales) => CacheView::int8(units, shape, View::new(scales, of_scales(shape))?)?,
         })
     }
 
-    fn view_mut(&mut self, shape: [usize; 4]) -> Result<ViewMut<'_>> {
+    fn view_mut(&mut self, shape: [usize; 4]) -> Result<CacheViewMut<'_>> {
         Ok(match self {
-            Self::F32(v) => ViewMut::new(v, shape)?,
-            Self::F16(v) => ViewMut::new(v, shape)?,
-            Self::Bf16(v) => ViewMut::new(v, shape)?,
+            Self::F32(v) => ViewMut::new(v, shape)?.into(),
+            Self::F16(v) => ViewMut::new(v, shape)?.into(),
+            Self::Bf16(v) => ViewMut::new(v, shape)?.into(),
+            Self::Int8(units, scales) => CacheViewMut::int8(units, shape, ViewMut::new(scales, of_scales(shape))?)?,
         })
     }
+}
+
+/// One scale per token and head.
+fn of_scales([rows, slots, heads, _]: [usize; 4]) -> [usize; 4] {
+    [rows, slots, heads, 1]
 }
 
 /// One layer's keys and values, `[rows, slots, kv_heads, head_dim]` each.
@@ -71,7 +126,7 @@ pub struct Cache {
     most: Vec<i32>,
     capacity: usize,
     chunk: usize,
-    dtype: DType,
+    formats: Formats,
 }
 
 /// The slots that a layer needs for sequences of up to `capacity` tokens, with at most `chunk` new tokens per pass.
@@ -81,20 +136,27 @@ fn slots(layer: &LayerConfig, capacity: usize, chunk: usize) -> usize {
 
 impl Cache {
     /// Room for `rows` sequences of up to `capacity` tokens, with at most [`PREFILL_CHUNK`] new tokens per pass.
-    pub fn new(config: &ModelConfig, rows: usize, capacity: usize, dtype: DType) -> Result<Self> {
-        Self::with_chunk(config, rows, capacity, PREFILL_CHUNK, dtype)
+    pub fn new(config: &ModelConfig, rows: usize, capacity: usize, formats: impl Into<Formats>) -> Result<Self> {
+        Self::with_chunk(config, rows, capacity, PREFILL_CHUNK, formats)
     }
 
     /// As [`Self::new`], with at most `chunk` new tokens per sequence and pass. A smaller chunk makes the rings of
     /// layers with a window smaller.
-    pub fn with_chunk(config: &ModelConfig, rows: usize, capacity: usize, chunk: usize, dtype: DType) -> Result<Self> {
+    pub fn with_chunk(
+        config: &ModelConfig,
+        rows: usize,
+        capacity: usize,
+        chunk: usize,
+        formats: impl Into<Formats>,
+    ) -> Result<Self> {
+        let formats = formats.into();
         if chunk == 0 {
             return Err(Error::argument("0 tokens of a row in one pass; at least 1 is needed"));
         }
         let shape = |layer: &LayerConfig| [rows, slots(layer, capacity, chunk), config.kv_heads, config.head_dim];
-        let elements = |shape: [usize; 4]| shape.iter().try_fold(1usize, |n, &e| n.checked_mul(e));
-        let all = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(elements(shape(layer))?));
-        let bytes = all.and_then(|n| n.checked_mul(2 * dtype.size()));
+        let per_token = formats.token_bytes(config.kv_heads, config.head_dim);
+        let bytes_of = |[rows, slots, ..]: [usize; 4]| rows.checked_mul(slots)?.checked_mul(per_token);
+        let bytes = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(bytes_of(shape(layer))?));
         if bytes.is_none_or(|b| isize::try_from(b).is_err()) || i32::try_from(capacity).is_err() {
             return Err(Error::argument(format!(
                 "a cache of {rows} rows with {capacity} tokens in {} layers does not fit any memory",
@@ -102,8 +164,8 @@ impl Cache {
             )));
         }
         let layer = |layer: &LayerConfig| {
-            let (shape, len) = (shape(layer), shape(layer).iter().product());
-            LayerCache { k: Buffer::zeros(dtype, len), v: Buffer::zeros(dtype, len), shape, window: layer.window }
+            let (shape, window) = (shape(layer), layer.window);
+            LayerCache { k: Buffer::zeros(formats.k, shape), v: Buffer::zeros(formats.v, shape), shape, window }
         };
         Ok(Self {
             layers: config.layers.iter().map(layer).collect(),
@@ -111,7 +173,7 @@ impl Cache {
             most: vec![0; rows],
             capacity,
             chunk,
-            dtype,
+            formats,
         })
     }
 
@@ -130,9 +192,9 @@ impl Cache {
         self.chunk
     }
 
-    /// The element type.
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    /// The formats of keys and values.
+    pub fn formats(&self) -> Formats {
+        self.formats
     }
 
     /// The number of tokens in each row.
@@ -150,10 +212,12 @@ impl Cache {
         self.lengths.iter().all(|&n| n == 0)
     }
 
-    /// The size of all keys and values in bytes.
+    /// The size of all keys and values in bytes, with their scales.
     pub fn bytes(&self) -> usize {
-        let elements: usize = self.layers.iter().map(|l| l.shape.iter().product::<usize>()).sum();
-        2 * elements * self.dtype.size()
+        let layer = |&LayerCache { shape: [rows, slots, heads, dim], .. }: &LayerCache| {
+            rows * slots * self.formats.token_bytes(heads, dim)
+        };
+        self.layers.iter().map(layer).sum()
     }
 
     /// Keeps the first `len` tokens of a row and forgets the others. No data moves.
@@ -221,12 +285,12 @@ impl Cache {
         (if window.is_some() { Layout::ring(0) } else { Layout::Contiguous }, slots)
     }
 
-    pub(super) fn views(&self, layer: usize) -> Result<(View<'_>, View<'_>)> {
+    pub(super) fn views(&self, layer: usize) -> Result<(CacheView<'_>, CacheView<'_>)> {
         let LayerCache { k, v, shape, .. } = &self.layers[layer];
         Ok((k.view(*shape)?, v.view(*shape)?))
     }
 
-    pub(super) fn views_mut(&mut self, layer: usize) -> Result<(ViewMut<'_>, ViewMut<'_>)> {
+    pub(super) fn views_mut(&mut self, layer: usize) -> Result<(CacheViewMut<'_>, CacheViewMut<'_>)> {
         let LayerCache { k, v, shape, .. } = &mut self.layers[layer];
         Ok((k.view_mut(*shape)?, v.view_mut(*shape)?))
     }

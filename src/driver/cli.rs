@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::bench::{Bench, bench};
-use super::cache::{Cache, PREFILL_CHUNK};
+use super::cache::{Cache, Formats, PREFILL_CHUNK};
 use super::decoder::{Decoder, Logits, Scratch};
 use super::embedded;
 use super::error::{Error, ErrorKind, Result};
@@ -23,7 +23,7 @@ use super::sampling::SamplerOptions;
 use super::threads::Threads;
 use super::tokenizer::Tokenizer;
 use crate::bench::machine::{cpu_features, cpu_name};
-use crate::{Context, DType, Isa, KernelInfo, Op, Pairing, RopeScaling, kernels};
+use crate::{CacheFormat, Context, Isa, KernelInfo, Op, Pairing, Precision, RopeScaling, kernels};
 
 /// Attention over a key/value cache for CPUs, shown on small language models.
 #[derive(Debug, Parser)]
@@ -98,9 +98,15 @@ struct Run {
     /// Number of threads; 0 is one per CPU
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
-    /// Type of the keys and values in the cache
-    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = dtype_parser())]
-    kv_type: DType,
+    /// Format of the keys and values in the cache; int8 has a scale per token and head
+    #[arg(long, value_name = "FORMAT", default_value = "f32", value_parser = format_parser())]
+    kv_type: CacheFormat,
+    /// Format of the keys, if it is another than that of --kv-type
+    #[arg(long, value_name = "FORMAT", value_parser = format_parser())]
+    k_type: Option<CacheFormat>,
+    /// Format of the values, if it is another than that of --kv-type
+    #[arg(long, value_name = "FORMAT", value_parser = format_parser())]
+    v_type: Option<CacheFormat>,
     /// The highest instruction-set level to use. Default: the best that this CPU has (and KVLANE_MAX_ISA allows)
     #[arg(long, value_name = "LEVEL", value_parser = isa_parser())]
     isa: Option<Isa>,
@@ -143,9 +149,9 @@ struct CacheCost {
     json: bool,
 }
 
-fn dtype_parser() -> impl TypedValueParser<Value = DType> {
-    PossibleValuesParser::new(DType::ALL.map(DType::name))
-        .try_map(|s| DType::from_name(&s).ok_or_else(|| format!("no type is called {s}")))
+fn format_parser() -> impl TypedValueParser<Value = CacheFormat> {
+    PossibleValuesParser::new(CacheFormat::ALL.map(CacheFormat::name))
+        .try_map(|s| CacheFormat::from_name(&s).ok_or_else(|| format!("no format is called {s}")))
 }
 
 pub(super) fn isa_parser() -> impl TypedValueParser<Value = Isa> {
@@ -206,6 +212,11 @@ pub(super) fn progress_bar(what: &str, len: usize, template: &str) -> ProgressBa
 }
 
 impl Run {
+    /// The formats of the cache.
+    fn formats(&self) -> Formats {
+        Formats { k: self.k_type.unwrap_or(self.kv_type), v: self.v_type.unwrap_or(self.kv_type) }
+    }
+
     /// Unpacks the model for sequences of up to `longest(config)` tokens.
     fn load(&self, file: &ModelFile, longest: usize) -> Result<Decoder> {
         let threads = Threads::new(self.threads)?;
@@ -248,7 +259,7 @@ fn generate(args: &Generate) -> Result<()> {
     let load = start.elapsed();
 
     let mut slots =
-        Slots::new(&decoder, 1, capacity, args.run.kv_type)?.recompute(args.no_cache).streaming(streaming)?;
+        Slots::new(&decoder, 1, capacity, args.run.formats())?.recompute(args.no_cache).streaming(streaming)?;
     let request = Request {
         prompt: prompt.clone(),
         max_tokens: args.max_tokens,
@@ -299,7 +310,7 @@ fn generate(args: &Generate) -> Result<()> {
     let per_second = |n: usize, time: Duration| n as f64 / time.as_secs_f64();
     // The prefill generates the first token.
     let (prefill_rate, decode_rate) = (per_second(prompt.len(), prefill), per_second(tokens.len() - 1, decode));
-    let ran = kernels_that_run(decoder.context(), args.run.kv_type);
+    let ran = kernels_that_run(decoder.context(), args.run.formats());
     let names: Vec<&str> = ran.iter().map(|k| k.name).collect();
     if args.json {
         return print_json(&json!({
@@ -315,7 +326,8 @@ fn generate(args: &Generate) -> Result<()> {
             "cached": !args.no_cache,
             "threads": decoder.threads().count(),
             "isa": decoder.context().isa().name(),
-            "kv_type": args.run.kv_type.name(),
+            "k_type": args.run.formats().k.name(),
+            "v_type": args.run.formats().v.name(),
             "cache_bytes": slots.cache().bytes(),
             "evicted": slots.evicted(),
             "load_seconds": load.as_secs_f64(),
@@ -358,19 +370,15 @@ fn prompt_text(argument: &str) -> Result<String> {
     Ok(text)
 }
 
-/// The kernels of a pass of the decoder, which computes in f32 and stores in `kv`.
-fn kernels_that_run(context: &Context, kv: DType) -> Vec<KernelInfo> {
-    let f32 = DType::F32;
-    let mut ran: Vec<KernelInfo> = [
-        (Op::RopeAngles, f32, f32),
-        (Op::Rope, f32, f32),
-        (Op::Rope, f32, kv),
-        (Op::KvWrite, f32, kv),
-        (Op::Attention, kv, kv),
-    ]
-    .into_iter()
-    .filter_map(|(op, src, dst)| context.kernel(op, src, dst))
-    .collect();
+/// The kernels of a pass of the decoder, which computes in f32 and stores in `formats`.
+fn kernels_that_run(context: &Context, formats: Formats) -> Vec<KernelInfo> {
+    let (f32, Formats { k, v }) = (CacheFormat::F32, formats);
+    let mut ran: Vec<KernelInfo> =
+        [(Op::RopeAngles, f32, f32), (Op::Rope, f32, f32), (Op::Rope, f32, k), (Op::KvWrite, f32, v)]
+            .into_iter()
+            .filter_map(|(op, src, dst)| context.kernel(op, src, dst))
+            .chain(context.attention_kernels(k, v, Precision::Default))
+            .collect();
     ran.dedup_by_key(|k| k.name);
     ran
 }
@@ -384,8 +392,8 @@ fn info(args: &Info) -> Result<()> {
     let features = cpu_features();
     let chosen: Vec<KernelInfo> = Op::ALL
         .into_iter()
-        .flat_map(|op| DType::ALL.into_iter().map(move |src| (op, src)))
-        .flat_map(|(op, src)| DType::ALL.into_iter().map(move |dst| (op, src, dst)))
+        .flat_map(|op| CacheFormat::ALL.into_iter().map(move |src| (op, src)))
+        .flat_map(|(op, src)| CacheFormat::ALL.into_iter().map(move |dst| (op, src, dst)))
         .filter_map(|(op, src, dst)| context.kernel(op, src, dst))
         .collect();
     let built = |level: Isa| kernels().filter(|k| k.isa == level).count();
@@ -447,7 +455,7 @@ fn inspect(args: &Inspect) -> Result<()> {
         let entry = types.entry(t.ty).or_default();
         *entry = (entry.0 + 1, entry.1 + t.bytes);
     }
-    let token_bytes = |dtype: DType| 2 * c.layers.len() * c.kv_dim() * dtype.size();
+    let token_bytes = |format: CacheFormat| c.layers.len() * Formats::from(format).token_bytes(c.kv_heads, c.head_dim);
 
     if args.json {
         return print_json(&json!({
@@ -474,7 +482,7 @@ fn inspect(args: &Inspect) -> Result<()> {
             "bos": c.bos,
             "eos": c.eos,
             "chat_template": c.chat_template,
-            "cache_bytes_per_token": DType::ALL.map(|t| (t.name().to_owned(), token_bytes(t).into()))
+            "cache_bytes_per_token": CacheFormat::ALL.map(|f| (f.name().to_owned(), token_bytes(f).into()))
                 .into_iter().collect::<serde_json::Map<_, _>>(),
             "tensors": tensors.iter().map(|t| json!({
                 "name": t.name, "type": t.ty, "shape": t.shape, "bytes": t.bytes,
@@ -520,9 +528,10 @@ fn inspect(args: &Inspect) -> Result<()> {
         (
             "cache",
             format!(
-                "{} bytes a token in f32, {} in f16 or bf16{}",
-                token_bytes(DType::F32),
-                token_bytes(DType::F16),
+                "{} bytes per token in f32, {} in f16 or bf16, {} in int8{}",
+                token_bytes(CacheFormat::F32),
+                token_bytes(CacheFormat::F16),
+                token_bytes(CacheFormat::Int8),
                 if c.layers.iter().any(|l| l.window.is_some()) {
                     format!("; local layers keep the tokens of their window and {PREFILL_CHUNK} more")
                 } else {
@@ -581,7 +590,7 @@ fn cache_cost(args: &CacheCost) -> Result<()> {
 
     // The cost does not depend on the tokens.
     let ids: Vec<u32> = (0..=longest).map(|i| (i % decoder.config().vocab) as u32).collect();
-    let mut cache = Cache::new(decoder.config(), 1, longest + 1, args.run.kv_type)?;
+    let mut cache = Cache::new(decoder.config(), 1, longest + 1, args.run.formats())?;
     let mut scratch = Scratch::default();
     let progress = bar("measuring", 2 * lengths.iter().sum::<usize>(), false);
     let mut rows = Vec::new();
@@ -614,7 +623,8 @@ fn cache_cost(args: &CacheCost) -> Result<()> {
             "model": decoder.config().name,
             "threads": decoder.threads().count(),
             "isa": decoder.context().isa().name(),
-            "kv_type": args.run.kv_type.name(),
+            "k_type": args.run.formats().k.name(),
+            "v_type": args.run.formats().v.name(),
             "cache_bytes": cache.bytes(),
             "points": rows.iter().map(|(n, with, without)| json!({
                 "context": n, "cached_ms": with, "recomputed_ms": without,
@@ -633,7 +643,7 @@ fn cache_cost(args: &CacheCost) -> Result<()> {
         decoder.config().name.as_deref().unwrap_or("model"),
         decoder.threads().count(),
         decoder.context().isa(),
-        args.run.kv_type,
+        args.run.formats(),
         mebibytes(cache.bytes()),
         cache.capacity()
     );
@@ -660,7 +670,23 @@ mod tests {
     fn a_prompt_may_begin_with_a_dash() {
         let cli = Cli::parse_from(["kvlane", "generate", "--prompt=-", "--isa", "scalar", "--kv-type", "bf16"]);
         let Command::Generate(args) = cli.command else { panic!("not generate") };
-        assert_eq!((args.run.isa, args.run.kv_type, args.prompt.as_str()), (Some(Isa::Scalar), DType::Bf16, "-"));
+        assert_eq!((args.run.isa, args.prompt.as_str()), (Some(Isa::Scalar), "-"));
+        assert_eq!(args.run.formats(), CacheFormat::Bf16.into());
         assert!(Cli::try_parse_from(["kvlane", "generate", "--isa", "mmx"]).is_err());
+    }
+
+    #[test]
+    fn keys_and_values_have_formats_of_their_own() {
+        let formats = |args: &[&str]| {
+            let cli = Cli::parse_from([&["kvlane", "generate"], args].concat());
+            let Command::Generate(args) = cli.command else { panic!("not generate") };
+            args.run.formats()
+        };
+        let of = |k, v| Formats { k, v };
+        assert_eq!(formats(&[]), of(CacheFormat::F32, CacheFormat::F32));
+        assert_eq!(formats(&["--kv-type", "int8"]), of(CacheFormat::Int8, CacheFormat::Int8));
+        assert_eq!(formats(&["--k-type", "int8"]), of(CacheFormat::Int8, CacheFormat::F32));
+        assert_eq!(formats(&["--kv-type", "bf16", "--v-type", "int8"]), of(CacheFormat::Bf16, CacheFormat::Int8));
+        assert!(Cli::try_parse_from(["kvlane", "generate", "--k-type", "int4"]).is_err());
     }
 }

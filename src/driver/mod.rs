@@ -45,7 +45,7 @@ mod sampling;
 mod threads;
 mod tokenizer;
 
-pub use cache::{Cache, PREFILL_CHUNK};
+pub use cache::{Cache, Formats, PREFILL_CHUNK};
 pub use decoder::{Decoder, Logits, Scratch};
 pub use error::{Error, ErrorKind, Result};
 pub use linear::Matrix;

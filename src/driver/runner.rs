@@ -8,11 +8,10 @@
 //! A sequence ends when its row is full, unless [`Slots::streaming`] allows it to continue. Then tokens after the
 //! first few are forgotten, many at a time, and positions stay within the model's context.
 
-use super::cache::Cache;
+use super::cache::{Cache, Formats};
 use super::decoder::{Decoder, Logits, Scratch};
 use super::error::{Error, Result};
 use super::sampling::{Sampler, SamplerOptions};
-use crate::DType;
 
 /// What to generate.
 #[derive(Debug, Clone)]
@@ -89,13 +88,13 @@ pub struct Slots<'a> {
 
 impl<'a> Slots<'a> {
     /// `slots` requests at a time, of up to `capacity` tokens each, prompt included.
-    pub fn new(decoder: &'a Decoder, slots: usize, capacity: usize, dtype: DType) -> Result<Self> {
+    pub fn new(decoder: &'a Decoder, slots: usize, capacity: usize, formats: impl Into<Formats>) -> Result<Self> {
         if slots == 0 {
             return Err(Error::argument("0 slots for requests; at least 1 is needed"));
         }
         Ok(Self {
             decoder,
-            cache: Cache::new(decoder.config(), slots, capacity, dtype)?,
+            cache: Cache::new(decoder.config(), slots, capacity, formats)?,
             scratch: Scratch::default(),
             slots: (0..slots).map(|_| None).collect(),
             recompute: false,
