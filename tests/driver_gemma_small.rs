@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 
 use gguf_writer::{T, V, Writer};
 use kvlane::DType;
-use kvlane::driver::gguf::Gguf;
 use kvlane::driver::argmax;
+use kvlane::driver::gguf::Gguf;
 use kvlane::driver::{Cache, Decoder, ErrorKind, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Threads};
 
 const VOCAB: usize = 32;

@@ -1,8 +1,8 @@
 //! The embedded model compared with PyTorch on the same file (`src/driver/tiny/train.py` writes the reference).
 #![cfg(feature = "driver")]
 
-use kvlane::driver::quant::dequantize;
 use kvlane::driver::argmax;
+use kvlane::driver::quant::dequantize;
 use kvlane::driver::{
     Cache, Decoder, Finish, Formats, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Streaming, Stretch,
     Threads, Tokenizer, embedded,

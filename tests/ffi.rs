@@ -522,8 +522,8 @@ mod symbols {
 #[cfg(feature = "driver")]
 mod decode {
     use super::*;
-    use kvlane::driver::gguf::Gguf;
     use kvlane::driver::argmax;
+    use kvlane::driver::gguf::Gguf;
     use kvlane::driver::{Cache, Decoder, Logits, ModelFile, Scratch, Stretch, Threads};
     use kvlane::{DType, RopeScaling};
     use std::io::Write;

@@ -72,7 +72,8 @@ const NOT_QUANTISED: [&str; 5] = [
 ];
 
 /// The tests that partial levels run, with exceptions; the others would test the levels below again.
-const PARTIAL: [&str; 6] = ["attention::", "semantics::", "invariance::", "layouts::", "properties::", "shard::"];
+const PARTIAL: [&str; 7] =
+    ["attention::", "semantics::", "positions::", "invariance::", "layouts::", "properties::", "shard::"];
 const NOT_PARTIAL: [&str; 1] = ["invariance::memory_bound_operations"];
 
 static COUNTS: Mutex<BTreeMap<&'static str, usize>> = Mutex::new(BTreeMap::new());
