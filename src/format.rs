@@ -2,11 +2,11 @@
 
 use crate::dtype::DType;
 
-/// What the keys or the values of a cache are stored as.
+/// The storage format of the keys or of the values of a cache.
 ///
-/// A format says how many elements share a *unit*, how many bytes a unit has, and whether scales lie beside the units. Shapes
-/// count elements, strides count units; a unit of every format here is one element. Keys and values have formats of their own,
-/// chosen independently.
+/// A format says how many elements share a *unit*, how many bytes a unit has, and whether units have scales. Shapes
+/// count elements, strides count units; a unit of every format here is one element. Keys and values have formats of
+/// their own, chosen independently.
 ///
 /// The values are those of `kvl_format` in the C header; the first three are those of [`DType`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,7 +48,7 @@ impl CacheFormat {
         Self::ALL.into_iter().find(|&f| f as u32 == value)
     }
 
-    /// The element type, where units are plain elements that arithmetic reads; `None` where they are quantised.
+    /// The element type of plain elements; `None` for quantised units.
     pub const fn dtype(self) -> Option<DType> {
         match self {
             Self::F32 => Some(DType::F32),
@@ -67,7 +67,7 @@ impl CacheFormat {
         }
     }
 
-    /// Whether a scale per token and head lies beside the units.
+    /// Whether there is a scale per token and head.
     pub const fn has_scales(self) -> bool {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => false,

@@ -82,19 +82,19 @@ fn cached_is_recomputed_at_every_level() {
     }
 }
 
-/// Every pair of formats that has int8 on a side.
+/// Every pair of formats with int8 for keys or values.
 fn quantised() -> impl Iterator<Item = Formats> {
     let pairs = CacheFormat::ALL.into_iter().flat_map(|k| CacheFormat::ALL.map(|v| Formats { k, v }));
     pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales())
 }
 
-/// Bytes with a scale per token and head change logits a little, and no token whose lead over the next one is larger.
+/// An int8 cache changes logits a little, and changes no token whose lead over the next is larger.
 #[test]
 fn quantised_caches_stay_close() {
     let (decoder, _) = load(None, 0);
     let (mut worst, mut close, mut total) = (0.0f32, 0, 0);
     for case in cases() {
-        // Logits after every token of the reference text, so that a token does not depend on the ones chosen before.
+        // Logits after every token of the reference text, so that tokens do not depend on earlier choices.
         let ids = [&case.prompt_ids[..], &case.greedy_ids].concat();
         let logits = |formats: Formats| {
             let mut cache = Cache::new(decoder.config(), 1, ids.len(), formats).unwrap();

@@ -13,12 +13,12 @@ use crate::{
 /// Prompt tokens per pass. More would enlarge the activations without making a pass more efficient.
 pub const PREFILL_CHUNK: usize = 512;
 
-/// What the keys and the values of a cache are stored as.
+/// The storage formats of the keys and of the values of a cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Formats {
-    /// Of the keys.
+    /// The format of the keys.
     pub k: CacheFormat,
-    /// Of the values.
+    /// The format of the values.
     pub v: CacheFormat,
 }
 

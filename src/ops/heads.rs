@@ -37,7 +37,7 @@ pub(crate) struct Scales {
 }
 
 impl Scales {
-    /// Those of vectors along an axis, from a token and a head on.
+    /// The scales of vectors along an axis, from a token and a head on.
     ///
     /// # Safety
     /// The view is valid and the token and the head are inside.
@@ -46,7 +46,7 @@ impl Scales {
         Self { data: unsafe { view.row(row, slot, head) }, step: view.strides[axis] as isize, dtype: view.dtype }
     }
 
-    /// Those of the heads of a token, if the cache has scales.
+    /// The scales of the heads of a token, if the cache has scales.
     ///
     /// # Safety
     /// As [`Self::along`].
@@ -62,7 +62,7 @@ impl Scales {
     }
 }
 
-/// The kernels that take heads from one format to another.
+/// The kernels that convert heads from one format to another.
 #[derive(Clone, Copy)]
 pub(crate) enum HeadKernels<'a> {
     Copy(CopyFn),
@@ -113,9 +113,9 @@ impl<'a> HeadKernels<'a> {
     }
 
     /// # Safety
-    /// What `copy` describes is valid for the formats that `self` was made for; there are scales on the sides whose format has
-    /// some, and angles if heads are rotated; heads that are normalised and rotated, or quantised after either, were accepted by
-    /// [`check_staged`].
+    /// `copy` is valid for the formats of `self`; there are scales on the sides whose format has scales, and angles if
+    /// heads are rotated; [`check_staged`] has accepted heads that are normalised and rotated, or quantised after
+    /// either.
     #[inline(always)]
     pub unsafe fn run(&self, copy: CopyArgs, scales: [Option<Scales>; 2], turn: Option<Turn>) {
         // SAFETY: the caller's.
@@ -132,7 +132,7 @@ impl<'a> HeadKernels<'a> {
     }
 }
 
-/// What takes heads to f32 before they are quantised.
+/// The kernels that convert heads to f32 before they are quantised.
 #[derive(Clone, Copy)]
 enum ToF32<'a> {
     Norm(NormFn, RmsNorm<'a>),
@@ -140,7 +140,7 @@ enum ToF32<'a> {
     Dequantize(ScaledFn),
 }
 
-/// Quantises heads: as they are, or what a norm and a rotation make of them in f32 on the stack.
+/// Quantises heads, directly or after a norm and a rotation to f32 on the stack.
 #[derive(Clone, Copy)]
 pub(crate) struct Quantize<'a> {
     to_f32: Option<ToF32<'a>>,
@@ -187,7 +187,7 @@ impl Quantize<'_> {
     }
 }
 
-/// Fails if heads are too long to wait on the stack until they are quantised.
+/// Fails if heads are too long for the stack buffer before they are quantised.
 pub(crate) fn check_staged(name: &str, dim: usize) -> Result<()> {
     ensure!(
         dim <= MAX_ROTARY_DIM,

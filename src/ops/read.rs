@@ -12,25 +12,25 @@ use crate::ops::{for_each_token, token_copy};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, ViewMut};
 
-/// Caches, which tokens of them are read, and the tensors that they go to.
+/// Caches, the tokens to read, and the target tensors.
 ///
-/// `k_cache` is `[batch, capacity, kv_heads, dim]` (or what the source's [layout](crate::Layout) makes of its first two axes), of
-/// any format; `k` is `[batch, seq, kv_heads, dim]`, of any type; both have any strides. `v_cache` and `v` likewise, with a `dim` of
-/// their own.
+/// `k_cache` is `[batch, capacity, kv_heads, dim]` (or with the first two axes of the source's
+/// [layout](crate::Layout)), of any format; `k` is `[batch, seq, kv_heads, dim]`, of any type; both have any strides.
+/// `v_cache` and `v` likewise, with a `dim` of their own.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct KvRead<'a> {
-    /// Where keys are.
+    /// The cache of the keys.
     pub k_cache: CacheView<'a>,
-    /// Where values are: of the shape that `v_packing` says.
+    /// The cache of the values, with the shape that `v_packing` requires.
     pub v_cache: CacheView<'a>,
-    /// The keys.
+    /// The target of the keys.
     pub k: ViewMut<'a>,
-    /// The values.
+    /// The target of the values.
     pub v: ViewMut<'a>,
-    /// Which tokens.
+    /// The tokens to read.
     pub from: Source<'a>,
-    /// How values lie in their cache.
+    /// The packing of the values in their cache.
     pub v_packing: Packing,
 }
 
@@ -51,19 +51,20 @@ impl<'a> KvRead<'a> {
     }
 }
 
-/// Which tokens of a cache are read.
+/// The tokens of a cache to read.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Source<'a> {
-    /// `[batch]`: token t of target sequence b is the one at position `positions[b] + t` of its sequence of the cache.
+    /// `[batch]`: token t of target sequence b is at position `positions[b] + t` of its sequence in the cache.
     pub positions: &'a [i32],
-    /// `[batch]`: only `counts[b]` tokens of sequence b are read, and later ones of the target left alone; all if absent.
+    /// `[batch]`: only `counts[b]` tokens of sequence b are read, and later tokens of the target are unchanged; all if
+    /// absent.
     pub counts: Option<&'a [i32]>,
     /// `[batch]`: target sequence b comes from sequence `sequences[b]` of the cache; from sequence b if absent. A sequence may be
     /// read several times.
     pub sequences: Option<&'a [i32]>,
-    /// In which slot a position lies. A [`Layout::Ring`] gives no more tokens of a sequence in one call than it has slots; that it
-    /// still holds them is for the caller to know.
+    /// The slots of positions. A [`Layout::Ring`] gives at most as many tokens of a sequence per call as it has slots;
+    /// the caller must know that it still holds them.
     pub layout: Layout<'a>,
 }
 
@@ -88,7 +89,7 @@ impl Source<'_> {
         self.sequences.map_or(sequence, |s| s[sequence] as usize)
     }
 
-    /// Where a token is that is read.
+    /// The slot of a token to read.
     fn place(&self, (sequence, token): Place, seq: usize, cache: &RawView<CacheFormat>) -> Option<Place> {
         let position = self.positions[sequence] as usize + token;
         (token < self.count(sequence, seq)).then(|| self.layout.place(cache, self.sequence(sequence), position).0)
@@ -134,18 +135,18 @@ impl Source<'_> {
     }
 }
 
-/// Reads tokens of a cache into plain tensors: what attention computes with, times its scale where the cache is quantised, rounded
-/// once to the target's type (to nearest, ties to even).
+/// Reads tokens of a cache into plain tensors. Elements of a quantised cache are multiplied by their scales. Results
+/// are rounded once to the target's type (to nearest, ties to even).
 ///
-/// Everything is checked before the first byte is written. What lies in a slot that no token has been written to is read as it is.
+/// Everything is checked before the first byte is written. Slots without a token are read as they are.
 ///
-/// Thread safety: may be called from any number of threads at once on disjoint targets, while nobody writes the tokens that are
-/// read.
+/// Thread safety: may be called from any number of threads at once on disjoint targets, while no call writes the
+/// tokens that are read.
 ///
 /// # Errors
-/// [`Status::Capacity`](crate::Status::Capacity) when a position is past the end, [`Status::OutOfRange`](crate::Status::OutOfRange)
-/// for a negative position or a sequence or page that does not exist, shapes that do not fit, targets that share memory with anything
-/// else. Nothing has been written then.
+/// [`Status::Capacity`](crate::Status::Capacity) when a position is past the end,
+/// [`Status::OutOfRange`](crate::Status::OutOfRange) for a negative position or a sequence or page that does not
+/// exist, shapes that do not match, targets that share memory with another tensor. Then nothing has been written.
 ///
 /// ```
 /// use kvlane::*;
@@ -270,7 +271,7 @@ pub(crate) unsafe fn kv_read_raw(context: &Context, runner: &dyn Runner, read: &
     })
 }
 
-/// Checks a cache and its target; returns what the two can touch.
+/// Checks a cache and its target; returns the memory ranges of both.
 fn check_pair(cache_name: &str, cache: &RawCacheView, name: &str, dst: &RawView) -> Result<(CacheExtent, Extent)> {
     let (from, to) = (cache.validate(cache_name)?, dst.validate_output(name)?);
     dst.same_axis(name, cache, cache_name, HEADS)?;

@@ -1,13 +1,14 @@
-//! Int8 units with one scale per token and head: quantised, and read again.
+//! Conversion to int8 units with one scale per token and head, and back.
 //!
-//! A scale is the largest magnitude of its head divided by 127, rounded to f32, and then to f16 where scales are f16; there it is at
-//! most 65504. A scale of a head that is not all zeros is at least the smallest subnormal of its type. A unit is its element
-//! divided by that scale as it is stored, rounded to f32, then to the nearest integer, ties to even, between -127 and 127. A head of
-//! zeros has the scale 0. A head with a NaN or an infinity has the scale NaN and units 0, so that all of it reads as NaN.
+//! A scale is the largest magnitude of its head divided by 127, rounded to f32, and for f16 scales to f16, where it is
+//! at most 65504. A scale of a head that is not all zeros is at least the smallest subnormal of its type. A unit is
+//! its element divided by the stored scale, rounded to f32, then to the nearest integer, ties to even, between -127
+//! and 127. A head of zeros has the scale 0. A head with a NaN or an infinity has the scale NaN and units 0, so that
+//! all of it reads as NaN.
 //!
-//! The largest magnitude does not depend on an order, and divisions and roundings are those of IEEE 754, so every level finds the
-//! same bits. A head is read twice, the second time from the nearest cache. Bound by memory for f32; a division per vector is all
-//! that is slower than a conversion.
+//! The largest magnitude does not depend on the order, and divisions and roundings are those of IEEE 754, so that
+//! every level computes the same bits. A head is read twice, the second time from the first-level cache. Bound by
+//! memory for f32; the only operation slower than a conversion is a division per vector.
 
 use super::copy::{STAGE, gather, scatter};
 use crate::dtype::DType;
@@ -19,7 +20,7 @@ use std::mem::MaybeUninit;
 /// The largest magnitude of a unit.
 const MAX_UNIT: f32 = 127.0;
 
-/// Quantises `heads` vectors, each with a scale of its own.
+/// Quantises `heads` vectors with one scale each.
 ///
 /// # Safety
 /// Every address that `args` describes is valid; source, units and scales do not overlap.
@@ -80,7 +81,7 @@ unsafe fn peak<S: Simd, A: LoadStore>(s: S, (src, step): (*const A, isize), n: u
                 let v =
                     if i + S::LANES <= len { A::load(s, from.add(i)) } else { A::load_part(s, from.add(i), len - i) };
                 largest = s.max(largest, s.abs(v));
-                // 0 times a number is 0; times anything else it is NaN, which stays.
+                // 0 times a finite number is 0, and 0 times NaN or infinity is NaN, which persists.
                 nonfinite = s.fma(v, s.zero(), nonfinite);
                 i += S::LANES;
             }
@@ -89,7 +90,7 @@ unsafe fn peak<S: Simd, A: LoadStore>(s: S, (src, step): (*const A, isize), n: u
     s.all_finite(nonfinite).then(|| s.max_lane(largest))
 }
 
-/// Stores the scale of a head of this largest magnitude; returns it as it is stored.
+/// Stores the scale of a head with this largest magnitude, and returns it as stored.
 ///
 /// # Safety
 /// The scale's address is valid.
@@ -111,7 +112,7 @@ unsafe fn put_scale(args: &ScaledArgs, head: isize, peak: Option<f32>) -> f32 {
             *args.scales.cast::<f16>().wrapping_offset(at) = scale;
             scale.to_f32()
         },
-        // Refused by the check of a cache's scales.
+        // The check of a cache's scales rejects bf16.
         DType::Bf16 => f32::NAN,
     }
 }
@@ -147,7 +148,7 @@ unsafe fn units<S: Simd, A: LoadStore>(s: S, src: *const A, dst: *mut i8, scale:
     }
 }
 
-/// Reads `heads` vectors of units, each times its scale.
+/// Reads `heads` vectors of units, multiplied by their scales.
 ///
 /// # Safety
 /// Every address that `args` describes is valid; the target does not overlap units and scales.
@@ -165,7 +166,7 @@ pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore>(s: S, args: &ScaledArgs) 
         let scale = match args.scale_dtype {
             DType::F32 => unsafe { *args.scales.cast::<f32>().wrapping_offset(at) },
             DType::F16 => unsafe { *args.scales.cast::<f16>().wrapping_offset(at) }.to_f32(),
-            // Refused by the check of a cache's scales.
+            // The check of a cache's scales rejects bf16.
             DType::Bf16 => f32::NAN,
         };
         let step = if c.src_dim == 1 && c.dst_dim == 1 { c.dim.max(1) } else { STAGE };
@@ -190,7 +191,7 @@ pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore>(s: S, args: &ScaledArgs) 
     }
 }
 
-/// `n` units times their scale.
+/// `n` units multiplied by their scale.
 ///
 /// # Safety
 /// `n` units are readable at `src` and `n` elements writable at `dst`.
