@@ -26,7 +26,7 @@ template <class F> static void refused(kvl_status status, const char *text, F ca
 }
 
 // Types of the compiler's own, where it has them.
-#ifdef __FLT16_MANT_DIG__
+#if defined(__FLT16_MANT_DIG__) && (defined(__clang__) || __GNUC__ >= 13 || defined(__x86_64__) || defined(__i386__))
 static_assert(kvlane::dtype_of<_Float16>::value == KVL_DTYPE_F16);
 #endif
 #ifdef __BFLT16_MANT_DIG__

@@ -156,6 +156,8 @@ static void child(const kvl_context *context, const kvl_parallel_runner *of_pool
     /* The context works, on the calling thread and on a pool of the child. */
     operations(context, NULL, KVL_DTYPE_F32, &got);
     if (memcmp(&expected, &got, sizeof got) != 0) _exit(6);
+    /* QEMU's user mode aborts where the child of a process with threads starts a thread. */
+    if (getenv("KVLANE_EMULATED") != NULL) _exit(failures > 0 ? 10 : 0);
     if (kvl_thread_pool_create(THREADS, &another) != KVL_STATUS_OK) _exit(7);
     if (kvl_thread_pool_runner(another, &own) != KVL_STATUS_OK) _exit(8);
     memset(&got, 0, sizeof got);

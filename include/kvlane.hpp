@@ -113,7 +113,9 @@ struct bf16 {
 };
 
 namespace detail {
-#if defined(__FLT16_MANT_DIG__)
+/* The macro is defined for C; in C++, GCC has the type from version 13 on, and on x86 from 12. */
+#if defined(__FLT16_MANT_DIG__) &&                                                                                      \
+    (defined(__clang__) || __GNUC__ >= 13 || defined(__x86_64__) || defined(__i386__))
 #define KVLANE_FLOAT16_ 1
 __extension__ typedef _Float16 native_float16;
 #endif
