@@ -443,7 +443,6 @@ impl<'a> Call<'a> {
         if !older.is_empty() && self.maybe(0.1) {
             size = self.rng.pick(older);
         }
-        // The allocation has at least the stated size if the library accepts that size.
         let mut said = size;
         if self.hit() {
             if self.maybe(0.2) {
@@ -454,11 +453,18 @@ impl<'a> Call<'a> {
                 size = full;
             }
         }
-        let at = self.arena.block(size, 0);
-        // SAFETY: the block has `size` bytes, at most those of a `T`, and begins with the size.
+        // A struct of a newer header: the library reads all of it, and takes it if the fields that it does not know are 0.
+        let newer = (full + 1..=1 << 16).contains(&said);
+        let bytes = if newer { said } else { size };
+        let at = self.arena.block(bytes, 0);
+        let zero_tail = newer && self.maybe(0.5);
+        // SAFETY: the block has `bytes` bytes, at least `size`, which is at most that of a `T`, and begins with the size.
         unsafe {
             std::ptr::copy_nonoverlapping(std::ptr::from_ref(value).cast::<u8>(), at, size);
             at.cast::<usize>().write(said);
+            if zero_tail {
+                at.add(size).write_bytes(0, bytes - size);
+            }
         }
         at.cast()
     }
