@@ -208,7 +208,7 @@ int main() {
     expect(pairs == std::vector<float>{3, 0, 4, 0}, "pack");
     kvlane::unpack_row_pairs(context, kvlane::view(std::as_const(pairs), {1, 1, 1, 4}), kvlane::view(apart, {1, 2, 1, 2}));
     expect(apart == heads, "unpack");
-    expect(context.v_packing(KVL_DTYPE_F32) == KVL_PACKING_ROWS, "packing");
+    expect(context.v_packing(KVL_FORMAT_F32) == KVL_PACKING_ROWS, "packing");
 
     // Every second element, and two states that are the same.
     std::vector<float> spread(8), merged(4), joint(1);

@@ -166,7 +166,7 @@ static void contexts(void) {
         kvl_packing *packing = (kvl_packing *)output.bytes;
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_v_packing(NULL, KVL_DTYPE_BF16, packing));
         REFUSED(KVL_STATUS_NULL_POINTER, "packing", kvl_context_v_packing(context, KVL_DTYPE_BF16, NULL));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "dtype is 3", kvl_context_v_packing(context, 3, packing));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "v_format is 4", kvl_context_v_packing(context, 4, packing));
     }
     {
         kvl_kernel_info info = KVL_KERNEL_INFO_INIT;
@@ -481,6 +481,68 @@ static void pack(void) {
     REFUSED(KVL_STATUS_OVERLAP, "src and dst share memory", kvl_unpack_row_pairs(context, NULL, &packed, &plain));
 }
 
+static void kv_read(void) {
+    static float x[2 * 8 * 2 * 4], floats[2 * 8 * 2];
+    static const int32_t zeros[2];
+    int32_t list[2];
+    kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
+    kvl_kv_read_params good = KVL_KV_READ_PARAMS_INIT, p;
+    scales.k = kvl_make_view(floats, KVL_DTYPE_F32, 2, 8, 2, 1);
+    good.k_cache = good.v_cache = kvl_make_const_view(x, KVL_FORMAT_F32, 2, 8, 2, 4);
+    good.k = kvl_make_view(output.floats, KVL_DTYPE_F32, 2, 3, 2, 4);
+    good.v = kvl_make_view(output.floats + 2 * 3 * 2 * 4, KVL_DTYPE_F32, 2, 3, 2, 4);
+    good.positions = zeros;
+    p = good;
+#define LIST(a, b) (list[0] = a, list[1] = b, list)
+#define TRY(status, text)                                                                                              \
+    do {                                                                                                               \
+        REFUSED(status, text, kvl_kv_read(context, NULL, &p));                                                         \
+        p = good;                                                                                                      \
+    } while (0)
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_kv_read(NULL, NULL, &p));
+    REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kv_read_params", kvl_kv_read(context, NULL, NULL));
+    p.struct_size -= 8;
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_read_params.struct_size is 400");
+    p.reserved = 1;
+    TRY(KVL_STATUS_INVALID_ENUM, "kvl_kv_read_params.reserved is 1");
+    memset(&p.v, 0, sizeof p.v);
+    TRY(KVL_STATUS_NULL_POINTER, "only one of v and v_cache");
+    p.positions = NULL;
+    TRY(KVL_STATUS_NULL_POINTER, "positions is null");
+    p.positions = LIST(0, 6);
+    TRY(KVL_STATUS_CAPACITY, "sequence 1 reads 3 tokens at position 6, but the cache holds 8");
+    p.positions = LIST(-1, 0);
+    TRY(KVL_STATUS_OUT_OF_RANGE, "positions[0] is -1");
+    p.counts = LIST(4, 0);
+    TRY(KVL_STATUS_OUT_OF_RANGE, "counts[0] is 4");
+    p.sequences = LIST(0, 2);
+    TRY(KVL_STATUS_OUT_OF_RANGE, "sequence 2 of the cache");
+    p.v_packing = 7;
+    TRY(KVL_STATUS_INVALID_ENUM, "v_packing is 7");
+    p.k.shape[3] = 3;
+    TRY(KVL_STATUS_SHAPE, "dim");
+    p.v.data = output.floats + 4;
+    TRY(KVL_STATUS_OVERLAP, "k and v share memory");
+    p.k_cache.data = output.floats;
+    TRY(KVL_STATUS_OVERLAP, "k_cache and k share memory");
+    p.scales = &scales;
+    TRY(KVL_STATUS_INVALID_VALUE, "k_cache is f32, which has no scales");
+    p.k_cache.dtype = KVL_FORMAT_INT8;
+    TRY(KVL_STATUS_INVALID_VALUE, "k_cache is int8, but has no scales");
+    p.k.dtype = KVL_FORMAT_INT8;
+    TRY(KVL_STATUS_INVALID_ENUM, "k.dtype is 3, which is no kvl_dtype");
+    memset(&p.v, 0, sizeof p.v);
+    memset(&p.v_cache, 0, sizeof p.v_cache);
+    scales.v = scales.k;
+    memset(&scales.k, 0, sizeof scales.k);
+    p.scales = &scales;
+    TRY(KVL_STATUS_INVALID_VALUE, "the scales of v_cache are given, but v_cache is absent");
+#undef TRY
+#undef LIST
+    paint();
+    OK(kvl_kv_read(context, NULL, &p));
+}
+
 static void kv_write(void) {
     enum { CACHE = 2 * 8 * 2 * 4 };
     static float x[2 * 3 * 2 * 4];
@@ -504,6 +566,23 @@ static void kv_write(void) {
     REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kv_write_params", kvl_kv_write(context, NULL, NULL));
     p.struct_size -= 16;
     TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 416");
+    {
+        static float floats[2 * 8 * 2];
+        kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
+        scales.v = kvl_make_view(floats, KVL_DTYPE_F32, 2, 8, 2, 1);
+        p.scales = &scales;
+        TRY(KVL_STATUS_INVALID_VALUE, "v_cache is f32, which has no scales, but scales are given");
+        p.scales = &scales;
+        memset(&p.v, 0, sizeof p.v);
+        memset(&p.v_cache, 0, sizeof p.v_cache);
+        TRY(KVL_STATUS_INVALID_VALUE, "the scales of v_cache are given, but v_cache is absent");
+        p.v_cache.dtype = KVL_FORMAT_INT8;
+        TRY(KVL_STATUS_INVALID_VALUE, "v_cache is int8, but has no scales");
+        p.v_cache.dtype = KVL_FORMAT_INT8;
+        scales.v.data = output.floats + 1;
+        p.scales = &scales;
+        TRY(KVL_STATUS_OVERLAP, "share memory");
+    }
     memset(&p.v, 0, sizeof p.v);
     TRY(KVL_STATUS_NULL_POINTER, "only one of v and v_cache");
     memset(&p.v_cache, 0, sizeof p.v_cache);
@@ -1071,6 +1150,60 @@ static void attention(void) {
         REFUSED(KVL_STATUS_NULL_POINTER, "prefix_k", kvl_attention_with_prefix_workspace_size(NULL, &p, NULL, needed));
         REFUSED(KVL_STATUS_NULL_POINTER, "bytes", kvl_attention_with_prefix_workspace_size(&prefix, &p, NULL, NULL));
     }
+    {
+        /* Caches with scales. */
+        static float floats[2 * 5 * 2];
+        kvl_cache_scales good_scales = KVL_CACHE_SCALES_INIT, scales;
+        good_scales.k = good_scales.v = kvl_make_view(floats, KVL_DTYPE_F32, 2, 5, 2, 1);
+        good_scales.k.bytes = good_scales.v.bytes = sizeof floats;
+        scales = good_scales;
+#define SCALES(status, text)                                                                                           \
+    do {                                                                                                               \
+        p.scales = &scales;                                                                                            \
+        TRY(status, text);                                                                                             \
+        scales = good_scales;                                                                                          \
+        p.k.dtype = p.v.dtype = KVL_FORMAT_INT8;                                                                       \
+    } while (0)
+        SCALES(KVL_STATUS_INVALID_VALUE, "k is f32, which has no scales, but scales are given");
+        p.v.dtype = KVL_FORMAT_BF16;
+        SCALES(KVL_STATUS_INVALID_VALUE, "v is bf16, which has no scales, but scales are given");
+        memset(&scales.k, 0, sizeof scales.k);
+        SCALES(KVL_STATUS_INVALID_VALUE, "k is int8, but has no scales");
+        memset(&scales.v, 0, sizeof scales.v);
+        SCALES(KVL_STATUS_INVALID_VALUE, "v is int8, but has no scales");
+        scales.k.dtype = KVL_DTYPE_BF16;
+        SCALES(KVL_STATUS_DTYPE, "the scales of k are bf16, which is neither f32 nor f16");
+        scales.v.dtype = KVL_FORMAT_INT8;
+        SCALES(KVL_STATUS_INVALID_ENUM, "the scales of v.dtype is 3, which is no kvl_dtype");
+        scales.k.reserved = 2;
+        SCALES(KVL_STATUS_INVALID_ENUM, "the scales of k.reserved is 2");
+        scales.struct_size = 16;
+        SCALES(KVL_STATUS_STRUCT_SIZE, "kvl_cache_scales.struct_size is 16");
+        scales.k.data = NULL;
+        SCALES(KVL_STATUS_NULL_POINTER, "data is null");
+        scales.v.data = (char *)floats + 2;
+        SCALES(KVL_STATUS_BOUNDS, "is not aligned to its 4-byte elements");
+        scales.k.bytes--;
+        SCALES(KVL_STATUS_BOUNDS, "reaches byte 80 of a buffer of 79");
+        scales.v.strides[1] = -2;
+        SCALES(KVL_STATUS_BOUNDS, "bytes before the start of its buffer");
+        scales.k.strides[0] = INT64_MAX;
+        SCALES(KVL_STATUS_STRIDE, "the scales of k");
+        scales.v.shape[3] = 2;
+        SCALES(KVL_STATUS_SHAPE, "the scales of v have the shape [2, 5, 2, 2], but one per token and head is [2, 5, 2, 1]");
+        scales.k.data = output.floats, scales.k.bytes = 0;
+        SCALES(KVL_STATUS_OVERLAP, "k and out share memory");
+        scales.v.data = output.floats + 2 * 3 * 4 * 8 + 5, scales.v.bytes = 0;
+        SCALES(KVL_STATUS_OVERLAP, "share memory");
+        p.v_packing = KVL_PACKING_ROW_PAIRS;
+        SCALES(KVL_STATUS_UNSUPPORTED, "v is int8, whose values are never packed in pairs");
+        p.q.dtype = KVL_FORMAT_INT8;
+        SCALES(KVL_STATUS_INVALID_ENUM, "q.dtype is 3, which is no kvl_dtype");
+        p.out.dtype = KVL_FORMAT_INT8;
+        SCALES(KVL_STATUS_INVALID_ENUM, "out.dtype is 3, which is no kvl_dtype");
+        p = good;
+#undef SCALES
+    }
 #undef TRY
     REFUSED(KVL_STATUS_NULL_POINTER, "kvl_attention_params", kvl_attention_workspace_size(NULL, NULL, needed));
     REFUSED(KVL_STATUS_NULL_POINTER, "bytes", kvl_attention_workspace_size(&p, NULL, NULL));
@@ -1329,6 +1462,7 @@ int main(void) {
     norm();
     pack();
     kv_write();
+    kv_read();
     attention();
     merge();
     chunks();

@@ -1473,13 +1473,13 @@ kvl_status kvl_context_attention_kernel_names(const struct kvl_context *context,
 
 /**
  * The packing of V that suits the attention kernels of a context best: `KVL_PACKING_ROW_PAIRS` where they multiply
- * tiles of bf16, else `KVL_PACKING_ROWS`. Every packing works with every kernel.
+ * tiles of bf16, else `KVL_PACKING_ROWS`. Both work with every kernel, but values of a format with scales are never packed.
  *
  * Thread safety: may be called from any number of threads at once.
- * Bad input: null and a number that is no type are errors, and `*packing` is not changed.
+ * Bad input: null and a number that is no format are errors, and `*packing` is not changed.
  */
 kvl_status kvl_context_v_packing(const struct kvl_context *context,
-                                 kvl_dtype dtype,
+                                 kvl_format v_format,
                                  kvl_packing *packing);
 
 /**

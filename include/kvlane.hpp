@@ -304,9 +304,9 @@ public:
         KVLANE_DONE_;
     }
 
-    /// How values of a type are best packed for attention.
-    KVLANE_RESULT_ v_packing(kvl_dtype dtype, kvl_packing &to) const {
-        KVLANE_TRY_(kvl_context_v_packing(get(), dtype, &to));
+    /// How values of a format are best packed for attention.
+    KVLANE_RESULT_ v_packing(kvl_format v_format, kvl_packing &to) const {
+        KVLANE_TRY_(kvl_context_v_packing(get(), v_format, &to));
         KVLANE_DONE_;
     }
 
@@ -330,9 +330,9 @@ public:
         return names;
     }
 
-    kvl_packing v_packing(kvl_dtype dtype) const {
+    kvl_packing v_packing(kvl_format v_format) const {
         kvl_packing packing = KVL_PACKING_ROWS;
-        v_packing(dtype, packing);
+        v_packing(v_format, packing);
         return packing;
     }
 #endif

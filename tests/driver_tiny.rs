@@ -33,7 +33,7 @@ fn load(isa: Option<Isa>, threads: usize) -> (Decoder, Tokenizer) {
 }
 
 fn greedy(decoder: &Decoder, prompt: &[u32], n: usize, recompute: bool) -> Vec<u32> {
-    greedy_in(decoder, prompt, n, recompute, DType::F32.into())
+    greedy_in(decoder, prompt, n, recompute, CacheFormat::F32.into())
 }
 
 fn greedy_in(decoder: &Decoder, prompt: &[u32], n: usize, recompute: bool, formats: Formats) -> Vec<u32> {
@@ -100,7 +100,7 @@ fn quantised_caches_stay_close() {
             let mut cache = Cache::new(decoder.config(), 1, ids.len(), formats).unwrap();
             decoder.forward(&mut cache, &mut Scratch::default(), 0, &[&ids], Logits::All).unwrap()
         };
-        let exact = logits(DType::F32.into());
+        let exact = logits(CacheFormat::F32.into());
         for formats in quantised() {
             let vocab = decoder.config().vocab;
             for (exact, found) in exact.chunks(vocab).zip(logits(formats).chunks(vocab)) {
@@ -146,7 +146,7 @@ fn steps_do_not_depend_on_threads() {
         }
         last
     };
-    for formats in [DType::F16.into(), CacheFormat::Int8.into()] {
+    for formats in [CacheFormat::F16, CacheFormat::Int8].map(Formats::from) {
         let one = run(1, formats);
         for threads in [2, 3] {
             assert!(run(threads, formats) == one, "{threads} threads, {formats}");

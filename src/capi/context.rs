@@ -1,6 +1,5 @@
 //! The context: which kernel serves each operation.
 
-use super::dtype::{kvl_dtype, parse_dtype};
 use super::format::{kvl_format, parse_format};
 use super::guard::{guard, guard_value};
 use super::isa::{KVL_ISA_BEST, kvl_isa, parse_isa};
@@ -169,21 +168,21 @@ pub unsafe extern "C" fn kvl_context_attention_kernel_names(
 }
 
 /// The packing of V that suits the attention kernels of a context best: `KVL_PACKING_ROW_PAIRS` where they multiply
-/// tiles of bf16, else `KVL_PACKING_ROWS`. Every packing works with every kernel.
+/// tiles of bf16, else `KVL_PACKING_ROWS`. Both work with every kernel, but values of a format with scales are never packed.
 ///
 /// Thread safety: may be called from any number of threads at once.
-/// Bad input: null and a number that is no type are errors, and `*packing` is not changed.
+/// Bad input: null and a number that is no format are errors, and `*packing` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_v_packing(
     context: *const kvl_context,
-    dtype: kvl_dtype,
+    v_format: kvl_format,
     packing: *mut kvl_packing,
 ) -> kvl_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let context = unsafe { borrow(context) }?;
         ensure!(!packing.is_null(), NullPointer, "the pointer packing is null");
-        let best = context.v_packing(parse_dtype("dtype", dtype)?);
+        let best = context.v_packing(parse_format("v_format", v_format)?);
         // SAFETY: not null, and the caller's to write.
         unsafe { packing.write(best as kvl_packing) };
         Ok(())

@@ -1,6 +1,5 @@
 //! Element types.
 
-use super::arguments::enumeration;
 use crate::dtype::DType;
 use crate::error::{Result, fail};
 
@@ -13,11 +12,7 @@ pub const KVL_DTYPE_F16: i32 = 1;
 /// bfloat16: the upper half of a binary32.
 pub const KVL_DTYPE_BF16: i32 = 2;
 
-pub(super) fn parse_dtype(name: &str, value: kvl_dtype) -> Result<DType> {
-    enumeration("kvl_dtype", name, value, DType::from_u32)
-}
-
-/// Like [`dtype`], for the field of a view: `name` is the view's, since a call that computes makes no string in vain.
+/// The type in the field of a view: `name` is the view's, since a call that computes makes no string in vain.
 pub(super) fn element_type(name: &str, value: kvl_dtype) -> Result<DType> {
     match u32::try_from(value).ok().and_then(DType::from_u32) {
         Some(dtype) => Ok(dtype),

@@ -100,7 +100,10 @@ pub unsafe extern "C" fn kvl_kv_write(
             "only one of v and v_cache is given: give both, or leave both all zero to write keys alone"
         );
         let values = match params.v.is_absent() {
-            true => None,
+            true => {
+                ensure!(v_scales.is_absent(), InvalidValue, "the scales of v_cache are given, but v_cache is absent");
+                None
+            }
             false => Some((
                 params.v.raw("v")?,
                 with_scales(params.v_cache.units("v_cache")?, "the scales of v_cache", &v_scales)?,

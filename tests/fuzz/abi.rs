@@ -160,6 +160,7 @@ unsafe extern "C" {
         dst: *const kvl_view,
         params: *const kvl_rope_params,
     ) -> i32;
+    pub fn kvl_kv_read(context: Context, runner: Runner, params: *const kvl_kv_read_params) -> i32;
     pub fn kvl_kv_write(context: Context, runner: Runner, params: *const kvl_kv_write_params) -> i32;
     pub fn kvl_repeat_kv(context: Context, runner: Runner, src: *const kvl_const_view, dst: *const kvl_view) -> i32;
     pub fn kvl_attention_workspace_size(params: *const kvl_attention_params, runner: Runner, bytes: *mut usize) -> i32;
@@ -243,7 +244,6 @@ unsafe extern "C" {
         norm: *const kvl_rms_norm_params,
         rope: *const kvl_rope_params,
     ) -> i32;
-    pub fn kvl_kv_read(context: Context, runner: Runner, params: *const kvl_kv_read_params) -> i32;
     pub fn kvl_pack_row_pairs(
         context: Context,
         runner: Runner,

@@ -2,7 +2,7 @@
 
 use crate::abi::*;
 use crate::call::{Call, List, last_error, product};
-use crate::memory::{MASK, Tensor};
+use crate::memory::{INT8, MASK, Tensor};
 use crate::places::*;
 use std::collections::BTreeSet;
 use std::mem::offset_of;
@@ -445,18 +445,20 @@ fn attend(mut c: Call, form: Form) -> i32 {
     }
     let rows = Rows::new(&mut c, batch, seq, keys, form);
     let heads = kv_heads * c.rng.between(1, 4) as i64;
-    let (kv, k_type, v_type) = (c.dtype(), c.format(), c.format());
+    let (k_format, v_format) = (c.format(), c.format());
     let (q_type, out_type, bias_type) = (c.dtype(), c.dtype(), c.dtype());
     let ([q0, q1], [k0, k1]) = (rows.q, rows.places.axes);
     let mut q = c.tensor(q_type, [q0, q1, heads, dim], true);
-    let mut k = c.tensor(k_type, [k0, k1, kv_heads, dim], true);
-    let packed = k1 % 2 == 0 && v_type < 3 && c.maybe(0.15);
+    let mut k = c.tensor(k_format, [k0, k1, kv_heads, dim], true);
+    let mut k_scales = c.scales(k_format, k.shape, true);
+    let packed = k1 % 2 == 0 && (v_format != INT8 || c.hit()) && c.maybe(0.2);
     if packed {
         // Sink tokens or first slots may be odd.
         c.allow_error();
     }
     let v_shape = if packed { [k0, k1 / 2, kv_heads, 2 * v_dim] } else { [k0, k1, kv_heads, v_dim] };
-    let mut v = c.tensor(v_type, v_shape, true);
+    let mut v = c.tensor(v_format, v_shape, true);
+    let mut v_scales = c.scales(v_format, v_shape, true);
     let mut out = c.tensor(out_type, [q0, q1, heads, v_dim], false);
     let scores = [rows.batch, rows.seq, heads, rows.longest() + c.rng.below(3) as i64];
     let small = product(&scores).is_some_and(|n| n <= 1 << 19);
@@ -477,16 +479,26 @@ fn attend(mut c: Call, form: Form) -> i32 {
         // A valid call of this size would take too long.
         v.shape[1] -= 1;
     }
+    if let Some(scales) = &mut v_scales {
+        c.alias(scales, &out);
+    }
+    c.settle_scales(&mut k_scales);
+    c.settle_scales(&mut v_scales);
     let prefix = shared.then(|| {
-        let (tokens, kv) = (c.rng.between(0, 30) as i64, if c.maybe(0.8) { kv } else { c.dtype() });
-        let mut k = c.tensor(kv, [1, tokens, kv_heads, dim], true);
-        let mut v = c.tensor(kv, [1, tokens, kv_heads, v_dim], true);
-        c.alias(&mut k, &out);
-        c.settle(&mut k);
-        c.settle(&mut v);
-        c.fill(&k, |_| true);
-        c.fill(&v, |_| true);
-        (k, v)
+        let (tokens, formats) = (c.rng.between(0, 30) as i64, [c.format(), c.format()]);
+        let mut caches = [(formats[0], dim), (formats[1], v_dim)].map(|(format, dim)| {
+            let cache = c.tensor(format, [1, tokens, kv_heads, dim], true);
+            (cache, c.scales(format, cache.shape, true))
+        });
+        c.alias(&mut caches[0].0, &out);
+        for (cache, scales) in &mut caches {
+            c.settle(cache);
+            c.settle_scales(scales);
+            for tensor in std::iter::once(&*cache).chain(&*scales) {
+                c.fill(tensor, |_| true);
+            }
+        }
+        caches
     });
 
     let mut said = rows.give(&mut c, q.shape, k.shape);
@@ -512,13 +524,17 @@ fn attend(mut c: Call, form: Form) -> i32 {
     let live = said.live();
     let is_live = |at: [usize; 3]| live.contains(&(at[0] as i64, at[1] as i64));
     c.fill(&q, |_| true);
-    c.fill(&k, is_live);
-    c.fill(&v, |[row, slot, head]| match packed {
+    let is_live_value = |[row, slot, head]: [usize; 3]| match packed {
         true => is_live([row, 2 * slot, head]) || is_live([row, 2 * slot + 1, head]),
         false => is_live([row, slot, head]),
-    });
+    };
+    for tensor in std::iter::once(&k).chain(&k_scales) {
+        c.fill(tensor, is_live);
+    }
+    for tensor in std::iter::once(&v).chain(&v_scales) {
+        c.fill(tensor, is_live_value);
+    }
     bias.iter().for_each(|t| c.fill(t, |_| true));
-    let scales = scales(&mut c, [&k, &v], &is_live);
 
     let (scale, softcap) = (c.value() * 0.3, c.value().abs() * 20.0);
     let (scale, softcap) = (if c.maybe(0.5) { 0.0 } else { scale }, if c.maybe(0.7) { 0.0 } else { softcap });
@@ -542,17 +558,18 @@ fn attend(mut c: Call, form: Form) -> i32 {
         bit_mask: masks.bit_mask,
         v_packing,
         reserved3: c.code(0),
-        scales,
+        scales: c.scales_of([&k_scales, &v_scales]),
         ..said.params
     };
 
+    let quantised = k_scales.is_some() || v_scales.is_some();
     let older: &[usize] =
-        if is_new || packed || !scales.is_null() || !plan.0.is_null() || !bits.is_null() { &[] } else { &OLDER };
+        if is_new || packed || quantised || !plan.0.is_null() || !bits.is_null() { &[] } else { &OLDER };
     let params = c.sized(&params, older);
     let (context, runner) = (c.context(), c.runner());
-    let prefix = prefix.map(|(k, v)| {
+    let prefix = prefix.map(|[(k, k_scales), (v, v_scales)]| {
         let (k, v) = (c.const_view(&k), c.const_view(&v));
-        (c.fixed(k), c.fixed(v))
+        (c.fixed(k), c.fixed(v), c.scales_of([&k_scales, &v_scales]))
     });
 
     let inputs: Vec<*mut u8> = [q, k, v].iter().filter(|t| !t.is_empty()).map(|t| t.data).collect();
@@ -564,7 +581,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
         match prefix {
             None if span => kvl_attention_chunks_workspace_size(params, runner, &raw mut needed),
             None => kvl_attention_workspace_size(params, runner, &raw mut needed),
-            Some((k, _)) => kvl_attention_with_prefix_workspace_size(k, params, runner, &raw mut needed),
+            Some((k, ..)) => kvl_attention_with_prefix_workspace_size(k, params, runner, &raw mut needed),
         }
     };
     if status != 0 || needed > 64 << 20 {
@@ -591,9 +608,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
                 Some((at, len)) => kvl_attention_chunks(context, runner, workspace, needed, params, at, len),
                 None => kvl_attention(context, runner, workspace, needed, params),
             },
-            Some((k, v)) => {
-                kvl_attention_with_prefix(context, runner, workspace, needed, k, v, std::ptr::null(), params)
-            }
+            Some((k, v, scales)) => kvl_attention_with_prefix(context, runner, workspace, needed, k, v, scales, params),
         }
     };
     if let (0, Some((at, len))) = (status, states) {
@@ -942,27 +957,4 @@ pub fn plan_destroy(mut c: Call) -> i32 {
     c.ready();
     drop(plan);
     c.check(0)
-}
-
-/// The scales of keys and values, for those that are in int8; null if none is. `live` are the tokens that a call reads.
-pub fn scales(c: &mut Call, of: [&Tensor; 2], live: &dyn Fn([usize; 3]) -> bool) -> *const kvl_cache_scales {
-    const INT8: i32 = 3;
-    if of.iter().all(|t| t.dtype != INT8) {
-        return std::ptr::null();
-    }
-    let views = of.map(|tensor| {
-        if tensor.dtype != INT8 && !c.hit() {
-            return zeroed();
-        }
-        // A view that leaves its buffer may have any shape.
-        let most = if tensor.fits(&c.arena) { i64::MAX } else { 1 << 6 };
-        let [batch, seq, heads, _] = tensor.shape.map(|n| n.clamp(0, most));
-        let dtype = c.rng.below(2) as i32;
-        let mut scales = c.tensor(dtype, [batch, seq, heads, 1], true);
-        c.settle(&mut scales);
-        c.fill(&scales, live);
-        c.view(&scales)
-    });
-    let scales = kvl_cache_scales { k: views[0], v: views[1], ..zeroed() };
-    c.sized(&scales, &[])
 }

@@ -67,18 +67,22 @@ impl Cache {
         let mut layers = Vec::new();
         for &(heads, dim, v_dim) in heads {
             let mut view = |c: &mut Call, dim: i64| {
-                let dtype = c.dtype();
-                let mut tensor = c.tensor(dtype, [k0, k1, heads, dim], false);
+                let format = c.format();
+                let mut tensor = c.tensor(format, [k0, k1, heads, dim], false);
+                let mut scales = c.scales(format, tensor.shape, false);
                 if let Some(other) = tensors.first() {
                     c.alias(&mut tensor, other);
+                    scales.iter_mut().for_each(|scales| c.alias(scales, other));
                 }
                 c.settle(&mut tensor);
+                c.settle_scales(&mut scales);
                 tensors.push(tensor);
-                c.view(&tensor)
+                tensors.extend(scales);
+                (c.view(&tensor), scales)
             };
-            let k = view(c, dim);
-            let v = v_dim.map_or(zeroed(), |dim| view(c, dim));
-            layers.push(kvl_kv_layer { k, v, scales: std::ptr::null() });
+            let (k, k_scales) = view(c, dim);
+            let (v, v_scales) = v_dim.map_or((zeroed(), None), |dim| view(c, dim));
+            layers.push(kvl_kv_layer { k, v, scales: c.scales_of([&k_scales, &v_scales]) });
         }
         let num_layers = if c.hit() { 0 } else { layers.len() };
         let first = layers[0].k.shape;

@@ -2,7 +2,7 @@
 
 use crate::abi::*;
 use crate::common::Rng;
-use crate::memory::{Arena, MASK, POISON, Row, Tensor, element_size};
+use crate::memory::{Arena, INT8, MASK, POISON, Row, Tensor, element_size};
 use std::ffi::c_void;
 
 /// Objects that live for the whole run.
@@ -195,13 +195,13 @@ impl<'a> Call<'a> {
         self.rng.f32()
     }
 
-    /// The format of a cache; 3 is int8.
-    pub fn format(&mut self) -> i32 {
-        if self.maybe(0.2) { 3 } else { self.dtype() }
-    }
-
     pub fn dtype(&mut self) -> i32 {
         self.rng.pick(&[0, 1, 2])
+    }
+
+    /// A format of a cache.
+    pub fn format(&mut self) -> i32 {
+        self.rng.pick(&[0, 1, 2, INT8])
     }
 
     /// The numbers below `n` in any order.
@@ -344,6 +344,38 @@ impl<'a> Call<'a> {
             tensor.bytes = self.rng.between(1, rest);
         }
         self.tensors.push(*tensor);
+    }
+
+    /// Scales for a cache of a format and shape, if the format has any. A hostile call may give some to another format.
+    pub fn scales(&mut self, format: i32, [batch, seq, heads, _]: [i64; 4], repeats: bool) -> Option<Tensor> {
+        (format == INT8 || self.hit()).then(|| {
+            let dtype = self.rng.pick(&[0, 1]);
+            self.tensor(dtype, [batch, seq, heads, 1], repeats)
+        })
+    }
+
+    /// As [`Self::settle`], for scales, which a hostile call may omit.
+    pub fn settle_scales(&mut self, scales: &mut Option<Tensor>) {
+        if scales.is_some() && self.hit() {
+            *scales = None;
+        }
+        if let Some(scales) = scales {
+            self.settle(scales);
+        }
+    }
+
+    /// The struct of the scales of K and V.
+    pub fn scales_of(&mut self, scales: [&Option<Tensor>; 2]) -> *const kvl_cache_scales {
+        if scales.iter().all(|s| s.is_none()) && !self.maybe(0.1) {
+            return std::ptr::null();
+        }
+        let [k, v] = scales.map(|s| s.as_ref().map_or(zeroed(), |tensor| self.view(tensor)));
+        let at = self.sized(&kvl_cache_scales { k, v, ..zeroed() }, &[]);
+        if at.is_null() {
+            // They are no arguments of the call.
+            self.tensors.retain(|t| !scales.iter().any(|s| s.is_some_and(|s| s.data == t.data)));
+        }
+        at
     }
 
     fn spoil(&mut self, tensor: &mut Tensor) {

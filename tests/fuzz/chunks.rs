@@ -72,7 +72,7 @@ fn list(c: &mut Call, spans: &[kvl_chunk_states]) -> (*const kvl_chunk_states, u
 
 pub fn merge_chunks(mut c: Call) -> i32 {
     c.spoil_rate(0.05);
-    let (right, dtype, kv) = (Spans::new(&mut c), c.dtype(), c.dtype());
+    let (right, dtype, formats) = (Spans::new(&mut c), c.dtype(), [c.format(), c.format()]);
     let spans = right.give(&mut c, true);
     let mut out = c.tensor(dtype, right.shape, false);
     let first = Tensor {
@@ -103,8 +103,8 @@ pub fn merge_chunks(mut c: Call) -> i32 {
         segments: list,
         num_segments,
         kv_heads: c.number(right.kv_heads),
-        k_format: c.code(kv),
-        v_format: c.code(kv),
+        k_format: c.code(formats[0]),
+        v_format: c.code(formats[1]),
         precision: c.code(precision),
         sink_logits: sinks.at,
         out: c.view(&out),

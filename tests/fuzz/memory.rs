@@ -40,7 +40,7 @@ impl Drop for Block {
     }
 }
 
-/// NaN in every type, and a negative number in every list.
+/// NaN in every element type and in every scale, and a negative number in every list.
 pub const POISON: u8 = 0xff;
 
 impl Arena {
@@ -113,10 +113,12 @@ impl Arena {
 /// Entries of `kvl_mask`, which have no element type.
 pub const MASK: i32 = -100;
 
+/// Units of `KVL_FORMAT_INT8`, which have scales beside them.
+pub const INT8: i32 = 3;
+
 pub fn element_size(dtype: i32) -> usize {
     match dtype {
-        // 3 is the format int8.
-        MASK | 3 => 1,
+        MASK | INT8 => 1,
         0 => 4,
         1 | 2 => 2,
         // Not a type; the library must detect it.
@@ -241,6 +243,8 @@ impl Row {
                 match self.dtype {
                     1 => at.cast::<u16>().read_unaligned() & 0x7c00 != 0x7c00,
                     2 => at.cast::<u16>().read_unaligned() & 0x7f80 != 0x7f80,
+                    // Every byte is a number.
+                    INT8 => true,
                     _ => at.cast::<f32>().read_unaligned().is_finite(),
                 }
             }

@@ -8,6 +8,7 @@ use crate::attention::*;
 use crate::caches::*;
 use crate::call::{Call, List, product};
 use crate::chunks::*;
+use crate::memory::INT8;
 use crate::places::*;
 use crate::shards::*;
 use std::ffi::CStr;
@@ -267,25 +268,32 @@ fn kv_write(mut c: Call) -> i32 {
     let kind = if c.maybe(0.4) { CONTIGUOUS } else { c.rng.pick(&[RING, PAGED, RAGGED]) };
     // Writes do not use an indirect table.
     let kind = if c.hit() { INDIRECT } else { kind };
-    let pairs = c.maybe(0.3);
+    let formats = [c.format(), c.format()];
+    let pairs = (formats[1] != INT8 || c.hit()) && c.maybe(0.35);
     let room = seq + c.rng.below(20) as i64;
     let places = Places::new(&mut c, kind, rows, room, if pairs { 2 } else { 1 }, Use::Write);
     let [k0, k1] = places.axes;
-    let types: [i32; 4] = std::array::from_fn(|_| c.dtype());
+    let types = [c.dtype(), c.dtype()];
     let mut k = c.tensor(types[0], [batch, seq, heads, dim], true);
-    let mut k_cache = c.tensor(types[1], [k0, k1, heads, dim], false);
+    let mut k_cache = c.tensor(formats[0], [k0, k1, heads, dim], false);
+    let mut k_scales = c.scales(formats[0], k_cache.shape, false);
     let v_heads = if c.maybe(0.9) { heads } else { c.number(heads) }.clamp(0, 20);
-    let mut v = c.tensor(types[2], [batch, seq, v_heads, v_dim], true);
+    let mut v = c.tensor(types[1], [batch, seq, v_heads, v_dim], true);
     let v_shape = if pairs { [k0, k1 / 2, v_heads, 2 * v_dim] } else { [k0, k1, v_heads, v_dim] };
-    let mut v_cache = c.tensor(types[3], v_shape, false);
+    let mut v_cache = c.tensor(formats[1], v_shape, false);
+    let values = c.maybe(0.8);
+    let mut v_scales = if values { c.scales(formats[1], v_shape, false) } else { None };
     c.alias(&mut k_cache, &k);
     c.alias(&mut v_cache, &k_cache);
+    k_scales.iter_mut().for_each(|scales| c.alias(scales, &k_cache));
+    v_scales.iter_mut().for_each(|scales| c.alias(scales, &k));
     c.settle(&mut k);
     c.settle(&mut k_cache);
-    let values = c.maybe(0.8);
+    c.settle_scales(&mut k_scales);
     if values {
         c.settle(&mut v);
         c.settle(&mut v_cache);
+        c.settle_scales(&mut v_scales);
     }
     c.fill(&k, |_| true);
     c.fill(&v, |_| true);
@@ -348,6 +356,7 @@ fn kv_write(mut c: Call) -> i32 {
         (true, _) => c.writes(&v_cache, written),
         _ => (),
     }
+    k_scales.iter().chain(&v_scales).for_each(|scales| c.writes(scales, written));
     let absent: [kvl_const_view; 2] = [zeroed(), zeroed()];
     let params = kvl_kv_write_params {
         k: c.const_view(&k),
@@ -363,9 +372,10 @@ fn kv_write(mut c: Call) -> i32 {
         k_norm,
         v_packing,
         reserved: c.code(0),
+        scales: c.scales_of([&k_scales, &v_scales]),
         ..zeroed()
     };
-    let is_new = !layout.at.is_null() || !k_norm.is_null() || v_packing != 0;
+    let is_new = !layout.at.is_null() || !k_norm.is_null() || v_packing != 0 || !params.scales.is_null();
     let older: &[usize] = if is_new { &[] } else { &[offset_of!(kvl_kv_write_params, layout)] };
     let (params, context, runner) = (c.sized(&params, older), c.context(), c.runner());
     c.ready();
@@ -375,50 +385,84 @@ fn kv_write(mut c: Call) -> i32 {
 }
 
 fn kv_read(mut c: Call) -> i32 {
-    let [batch, seq, heads, dim] = c.shape();
-    let v_dim = c.dim();
+    c.spoil_rate(0.035);
+    let ([batch, seq, heads, dim], v_dim) = (c.shape(), c.dim());
     let rows = batch + c.rng.below(3) as i64;
-    let kind = c.rng.pick(&[CONTIGUOUS, RING, PAGED, INDIRECT, RAGGED]);
+    let kind = c.rng.pick(&[CONTIGUOUS, CONTIGUOUS, RING, PAGED, INDIRECT, RAGGED]);
+    let formats = [c.format(), c.format()];
+    let pairs = (formats[1] != INT8 || c.hit()) && c.maybe(0.25);
     let room = seq + c.rng.below(20) as i64;
-    let places = Places::new(&mut c, kind, rows, room, 1, Use::Read);
+    let places = Places::new(&mut c, kind, rows, room, if pairs { 2 } else { 1 }, Use::Read);
     let [k0, k1] = places.axes;
-    let (from, to) = ([c.format(), c.format()], [c.dtype(), c.dtype()]);
-    let mut k_cache = c.tensor(from[0], [k0, k1, heads, dim], true);
-    let mut v_cache = c.tensor(from[1], [k0, k1, heads, v_dim], true);
-    let mut k = c.tensor(to[0], [batch, seq, heads, dim], false);
-    let mut v = c.tensor(to[1], [batch, seq, heads, v_dim], false);
+    let mut k_cache = c.tensor(formats[0], [k0, k1, heads, dim], true);
+    let mut k_scales = c.scales(formats[0], k_cache.shape, true);
+    let v_shape = if pairs { [k0, k1 / 2, heads, 2 * v_dim] } else { [k0, k1, heads, v_dim] };
+    let mut v_cache = c.tensor(formats[1], v_shape, true);
+    let values = c.maybe(0.8);
+    let mut v_scales = if values { c.scales(formats[1], v_shape, true) } else { None };
+    let types = [c.dtype(), c.dtype()];
+    let mut k = c.tensor(types[0], [batch, seq, heads, dim], false);
+    let mut v = c.tensor(types[1], [batch, seq, heads, v_dim], false);
     c.alias(&mut k, &k_cache);
     c.alias(&mut v, &k);
-    for tensor in [&mut k_cache, &mut v_cache, &mut k, &mut v] {
-        c.settle(tensor);
+    v_scales.iter_mut().for_each(|scales| c.alias(scales, &k));
+    c.settle(&mut k_cache);
+    c.settle(&mut k);
+    c.settle_scales(&mut k_scales);
+    if values {
+        c.settle(&mut v_cache);
+        c.settle(&mut v);
+        c.settle_scales(&mut v_scales);
     }
-    c.fill(&k_cache, |_| true);
-    c.fill(&v_cache, |_| true);
-    let scales = scales(&mut c, [&k_cache, &v_cache], &|_| true);
 
     let (batch, seq) = (k.shape[0], k.shape[1]);
     let layout = places.give(&mut c, k_cache.shape[1]);
-    let wrong = [-2, -1, k1 as i32, k1 as i32 - 1, rows as i32, k0 as i32, i32::MIN, i32::MAX];
+    let wrong = [-1, k1 as i32, k1 as i32 - 1, rows as i32, k0 as i32, i32::MIN, i32::MAX];
     let counts = if c.maybe(0.3) { Some(batch) } else { None };
     let counts: List<i32> = c.list(counts, &wrong, |c, _| c.rng.below(seq.clamp(0, 1000) as usize + 1) as i32);
-    let sources = if c.maybe(0.4) { Some(batch) } else { None };
-    let sources: List<i32> = c.list(sources, &wrong, |c, _| c.rng.below(rows.max(1) as usize) as i32);
-    let positions: List<i32> = c.list(Some(batch), &wrong, |c, _| c.rng.below((room - seq).max(0) as usize + 1) as i32);
-    let read = |[b, t, _]: [usize; 3]| counts.values.get(b).is_none_or(|&n| (t as i64) < i64::from(n));
-    c.writes(&k, read);
-    c.writes(&v, read);
+    let from_rows = if c.maybe(0.4) { Some(batch) } else { None };
+    let from_rows: List<i32> = c.list(from_rows, &wrong, |c, _| c.rng.below(rows.max(1) as usize) as i32);
+    let positions: List<i32> = c.list(Some(batch), &wrong, |c, b| {
+        let source = from_rows.values.get(b).map_or(b as i64, |&row| row.into()).clamp(0, rows.max(1) - 1);
+        let room = if rows > 0 { places.room(source as usize) - seq.clamp(0, places.room(source as usize)) } else { 0 };
+        c.rng.below(room as usize + 1) as i32
+    });
+    let v_packing = c.code(pairs.into());
+
+    // Slots that are not read remain poison.
+    let count = |b: usize| counts.values.get(b).map_or(seq, |&n| n.into()).clamp(0, seq.clamp(0, 1 << 12));
+    let mut live = std::collections::BTreeSet::new();
+    for (b, &position) in positions.values.iter().enumerate() {
+        let row = from_rows.values.get(b).map_or(b as i64, |&row| row.into());
+        live.extend((0..count(b)).filter_map(|t| layout.place(row, i64::from(position).checked_add(t)?)));
+    }
+    let is_live = |at: [usize; 3]| live.contains(&(at[0] as i64, at[1] as i64));
+    for tensor in std::iter::once(&k_cache).chain(&k_scales) {
+        c.fill(tensor, is_live);
+    }
+    for tensor in std::iter::once(&v_cache).chain(&v_scales).filter(|_| values) {
+        c.fill(tensor, |[row, slot, head]| match pairs {
+            true => is_live([row, 2 * slot, head]) || is_live([row, 2 * slot + 1, head]),
+            false => is_live([row, slot, head]),
+        });
+    }
+    let is_read = |at: [usize; 3]| (at[1] as i64) < count(at[0]);
+    c.writes(&k, is_read);
+    if values {
+        c.writes(&v, is_read);
+    }
     let params = kvl_kv_read_params {
         k_cache: c.const_view(&k_cache),
-        v_cache: c.const_view(&v_cache),
+        v_cache: if values || c.hit() { c.const_view(&v_cache) } else { zeroed() },
         k: c.view(&k),
-        v: c.view(&v),
+        v: if values { c.view(&v) } else { zeroed() },
         positions: positions.at,
         counts: counts.at,
-        sequences: sources.at,
+        sequences: from_rows.at,
         layout: layout.at,
-        scales,
-        v_packing: c.code(0),
+        v_packing,
         reserved: c.code(0),
+        scales: c.scales_of([&k_scales, &v_scales]),
         ..zeroed()
     };
     let (params, context, runner) = (c.sized(&params, &[]), c.context(), c.runner());
@@ -604,12 +648,12 @@ fn context_kernel_name(mut c: Call) -> i32 {
 }
 
 fn context_v_packing(mut c: Call) -> i32 {
-    let dtype = c.dtype();
-    let (dtype, context, packing) = (c.code(dtype), c.context(), c.output::<i32>(Some(1)));
+    let format = c.format();
+    let (format, context, packing) = (c.code(format), c.context(), c.output::<i32>(Some(1)));
     c.may_write(packing, Some(1));
     c.ready();
     // SAFETY: a context or null, and space for the result or null.
-    let status = unsafe { kvl_context_v_packing(context, dtype, packing) };
+    let status = unsafe { kvl_context_v_packing(context, format, packing) };
     if status == 0 {
         // SAFETY: just written.
         assert!((0..=1).contains(&unsafe { packing.read() }));
