@@ -493,11 +493,6 @@ typedef struct kvl_context_params {
 typedef int32_t kvl_precision;
 
 /**
- * The type of the elements of a tensor.
- */
-typedef int32_t kvl_dtype;
-
-/**
  * How the values of neighbouring slots lie in a cache.
  */
 typedef int32_t kvl_packing;
@@ -594,6 +589,11 @@ typedef struct kvl_rope_frequencies_params {
      */
     const double *factors;
 } kvl_rope_frequencies_params;
+
+/**
+ * The type of the elements of a tensor.
+ */
+typedef int32_t kvl_dtype;
 
 /**
  * A tensor in the caller's memory that is read. As `kvl_view`, but strides may be 0, and elements may share memory.
