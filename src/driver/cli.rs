@@ -373,8 +373,10 @@ fn prompt_text(argument: &str) -> Result<String> {
 /// The kernels of a pass of the decoder, which computes in f32 and stores in `formats`.
 fn kernels_that_run(context: &Context, formats: Formats) -> Vec<KernelInfo> {
     let (f32, Formats { k, v }) = (CacheFormat::F32, formats);
+    // Keys are rotated on their way into the cache; into a quantised one by two kernels.
+    let keys = if k.has_scales() { Op::KvWrite } else { Op::Rope };
     let mut ran: Vec<KernelInfo> =
-        [(Op::RopeAngles, f32, f32), (Op::Rope, f32, f32), (Op::Rope, f32, k), (Op::KvWrite, f32, v)]
+        [(Op::RopeAngles, f32, f32), (Op::Rope, f32, f32), (keys, f32, k), (Op::KvWrite, f32, v)]
             .into_iter()
             .filter_map(|(op, src, dst)| context.kernel(op, src, dst))
             .chain(context.attention_kernels(k, v, Precision::Default))
