@@ -114,6 +114,7 @@ pub struct KernelInfo {
     /// `<op>_<formats>_<isa>`, with the precision before the level if the kernel serves only one.
     pub name: &'static str,
     /// The name as a C string.
+    #[cfg_attr(not(feature = "capi"), allow(dead_code))]
     pub(crate) c_name: &'static std::ffi::CStr,
     /// The largest error compared with exact arithmetic on the same inputs with f32 queries and output, relative to
     /// the largest magnitude that enters the result (in attention, of V). Two errors are not included: rounding to a

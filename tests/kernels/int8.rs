@@ -150,7 +150,7 @@ fn special_heads(level: &Level) {
                         "{x:e} off by {error:e}, scale {scale:e}"
                     );
                 }
-                assert!(!elements.iter().all(|x| x.is_finite()) == scale.is_nan());
+                assert_eq!(!elements.iter().all(|x| x.is_finite()), scale.is_nan());
             }
         }
     }

@@ -99,7 +99,8 @@ unsafe fn values(
     // SAFETY: the caller's.
     unsafe {
         let is_finite = |head| (pieces.all_finite)(v, head, key_range, dv);
-        if !pairs && !all && !(finite && heads.clone().all(is_finite)) {
+        let all_at_once = pairs || all || finite && heads.clone().all(is_finite);
+        if !all_at_once {
             for r in heads.start * tile.head_rows..heads.end * tile.head_rows {
                 accumulate_visible(pieces, block, &rows[r], r, v);
             }
