@@ -82,8 +82,8 @@ impl Int8 {
             let [b, s, h, _] = at;
             let head: Vec<f32> = (0..tensor.shape[3]).map(|d| tensor.get([b, s, h, d])).collect();
             let (mut units, mut scale) = quantise(&head, cache.scales.dtype);
-            if scale.is_nan() {
-                // Anything may lie in a slot whose scale is not finite.
+            if scale.is_nan() && head.iter().any(|x| x.is_infinite()) {
+                // A slot that is not read may hold anything; the quantiser itself writes no infinite scale.
                 scale = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][(b + s + h) % 3];
                 units.iter_mut().enumerate().for_each(|(d, unit)| *unit = if d % 3 == 0 { 0 } else { 77 });
             }

@@ -250,7 +250,7 @@ fn mistakes() {
     plan(&ring.query_positions(&[27, 28, 28, 27, 29, 28])).unwrap();
     let error = plan(&ring.query_positions(&[27, 28, 28, 27, 19, 28])).unwrap_err();
     assert!(
-        error.message().contains("row 1 sees keys from 15 on") && error.message().contains("from 16 on"),
+        error.message().contains("sequence 1 sees keys from 15 on") && error.message().contains("from 16 on"),
         "{error}"
     );
     let given = plan(&ring.query_positions(&[27, 28, 28, 27, 29, 28])).unwrap();
