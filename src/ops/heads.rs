@@ -113,20 +113,34 @@ impl<'a> HeadKernels<'a> {
     }
 
     /// # Safety
-    /// `copy` is valid for the formats of `self`; there are scales on the sides whose format has scales, and angles if
+    /// `copy` is valid for the formats of `self`; `scales` gives scales on the sides whose format has scales, and angles if
     /// heads are rotated; [`check_staged`] has accepted heads that are normalised and rotated, or quantised after
     /// either.
     #[inline(always)]
-    pub unsafe fn run(&self, copy: CopyArgs, scales: [Option<Scales>; 2], turn: Option<Turn>) {
+    pub unsafe fn run(&self, copy: &CopyArgs, scales: impl FnOnce() -> [Option<Scales>; 2], turn: Option<Turn>) {
         // SAFETY: the caller's.
         unsafe {
-            match (self, turn, scales) {
-                (Self::Copy(kernel), ..) => kernel(&copy),
-                (Self::Norm(kernel, norm), ..) => kernel(&norm.args(copy)),
-                (Self::Rotate(kernels), Some(turn), _) => kernels.run(&turn.args(copy)),
-                (Self::Quantize(kernels), _, [from, Some(to)]) => kernels.run(&copy, from.as_ref(), &to, turn),
-                (Self::Dequantize(kernel), _, [Some(from), _]) => kernel(&from.args(copy, 0)),
-                _ => unreachable!("rotated heads have angles, and quantised units scales"),
+            match (self, turn) {
+                (Self::Copy(kernel), _) => kernel(copy),
+                (Self::Norm(kernel, norm), _) => kernel(&norm.args(*copy)),
+                (Self::Rotate(kernels), Some(turn)) => kernels.run(&turn.args(*copy)),
+                (Self::Quantize(_) | Self::Dequantize(_), _) => self.run_scaled(copy, scales(), turn),
+                _ => unreachable!("rotated heads have angles"),
+            }
+        }
+    }
+
+    /// [`Self::run`] into or out of quantised units.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    unsafe fn run_scaled(&self, copy: &CopyArgs, scales: [Option<Scales>; 2], turn: Option<Turn>) {
+        // SAFETY: the caller's.
+        unsafe {
+            match (self, scales) {
+                (Self::Quantize(kernels), [from, Some(to)]) => kernels.run(copy, from.as_ref(), &to, turn),
+                (Self::Dequantize(kernel), [Some(from), _]) => kernel(&from.args(*copy, 0)),
+                _ => unreachable!("quantised units have scales"),
             }
         }
     }

@@ -248,7 +248,7 @@ pub(crate) unsafe fn kv_read_raw(context: &Context, runner: &dyn Runner, read: &
         // SAFETY: the views and the places are valid; every token of the target is this task's alone.
         unsafe {
             let copy = token_copy(&k_cache.units, place, k, at);
-            kernels.run(copy, [Scales::of_token(k_cache, place), None], None);
+            kernels.run(&copy, || [Scales::of_token(k_cache, place), None], None);
         }
     })?;
     let Some((v_cache, v)) = &read.values else { return Ok(()) };
@@ -266,7 +266,7 @@ pub(crate) unsafe fn kv_read_raw(context: &Context, runner: &dyn Runner, read: &
                     copy
                 }
             };
-            kernels.run(copy, [Scales::of_token(v_cache, (row, slot)), None], None);
+            kernels.run(&copy, || [Scales::of_token(v_cache, (row, slot)), None], None);
         }
     })
 }

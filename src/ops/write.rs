@@ -455,6 +455,8 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     let bytes = k.elements().saturating_mul(k.dtype.size() + k_cache.dtype.unit_bytes());
     let large = bytes > cache::second_level() / 2;
     let key_kernels = HeadKernels::write(context, *k_norm, rope.is_some(), k.dtype, k_cache.dtype);
+    let value_kernels =
+        values.as_ref().map(|(v, v_cache)| HeadKernels::write(context, None, false, v.dtype, v_cache.dtype));
     for_each_token_with(
         runner,
         k.shape,
@@ -480,7 +482,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                         }
                         _ => None,
                     };
-                    key_kernels.run(copy, [None, Scales::of_token(k_cache, place)], turn);
+                    key_kernels.run(&copy, || [None, Scales::of_token(k_cache, place)], turn);
                 }
                 if let Some((v, v_cache)) = values
                     && !v.is_empty()
@@ -491,8 +493,9 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                             if let Some(next) = next {
                                 ask_for(&mut copy, k.row(b, t + 1, 0), k_cache.row(next.0, next.1, 0));
                             }
-                            let kernels = HeadKernels::write(context, None, false, v.dtype, v_cache.dtype);
-                            kernels.run(copy, [None, Scales::of_token(v_cache, place)], None);
+                            if let Some(kernels) = &value_kernels {
+                                kernels.run(&copy, || [None, Scales::of_token(v_cache, place)], None);
+                            }
                         }
                         Packing::RowPairs => {
                             let v_copy = context.copy(Op::KvWrite, v.dtype, v_cache.dtype);

@@ -521,7 +521,8 @@ unsafe fn move_tokens(step: &Step, src: &RawCacheView, from: Place, dst: &RawCac
             unsafe {
                 let scales = [(src, from), (dst, to)]
                     .map(|(cache, at)| cache.scales.as_ref().map(|scales| Scales::along(scales, axis, at, h)));
-                kernels.run(vectors_of(&src.units, from, &dst.units, to, h, vectors, axis), scales, *turn);
+                let vectors = vectors_of(&src.units, from, &dst.units, to, h, vectors, axis);
+                kernels.run(&vectors, || scales, *turn);
             }
         }),
     }
