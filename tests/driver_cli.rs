@@ -82,8 +82,8 @@ fn keys_and_values_have_formats_of_their_own() {
     {
         assert!(ran.contains(&name), "{name} is not one of {ran:?}");
     }
-    let window = ["--kv-type", "int8", "--window", "48", "--max-tokens", "150"];
-    assert!(with(&window)["evicted"].as_u64().unwrap() > 0);
+    let window = ["generate", "--kv-type", "int8", "--window", "48", "--max-tokens", "150"];
+    assert!(json(&window)["evicted"].as_u64().unwrap() > 0);
     let refused = Command::new(env!("CARGO_BIN_EXE_kvlane")).args(["generate", "--v-type", "int4"]).output().unwrap();
     let sentence = String::from_utf8(refused.stderr).unwrap();
     assert!(!refused.status.success() && sentence.contains("'int4'") && sentence.contains("bf16, int8"), "{sentence}");
