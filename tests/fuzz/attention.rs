@@ -268,7 +268,8 @@ fn planned(c: &mut Call, rows: &Rows, said: &mut Said, masks: &mut Masks, q: [i6
         ..said.params
     };
     // Lists have as many entries as the views of the call require, so that other views must not require more.
-    if params.q.shape[0] != q[0] || params.k.shape[1] != k[1] {
+    let more_positions = !params.query_positions.is_null() && params.q.shape[1] != q[1];
+    if params.q.shape[0] != q[0] || params.k.shape[1] != k[1] || more_positions {
         return plan;
     }
     // SAFETY: all data is in blocks of the sizes that the arguments state.
