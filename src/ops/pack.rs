@@ -3,10 +3,10 @@
 use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::kernels::api::{CopyArgs, CopyFn, Op};
-use crate::layout::Place;
+use crate::layout::{Layout, Packing, Place};
 use crate::ops::{aheads, for_each_token, token_copy};
 use crate::parallel::Runner;
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, Units, View, ViewMut};
+use crate::view::{BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, Units, View, ViewMut};
 
 /// Packs values in [row pairs](crate::Packing::RowPairs): `[batch, n, heads, dim]` becomes `[batch, n / 2 rounded up, heads, 2
 /// * dim]`, in which element `2d + i` of token s is element d of token `2s + i` of the source.
@@ -148,11 +148,41 @@ fn check(
 }
 
 /// Fails unless a pair of slots has room for two heads.
-pub(crate) fn check_pair_dim<U: Units>(
-    (name, plain): (&str, &RawView),
-    (packed_name, packed): (&str, &RawView<U>),
-) -> Result<()> {
+fn check_pair_dim<U: Units>((name, plain): (&str, &RawView), (packed_name, packed): (&str, &RawView<U>)) -> Result<()> {
     let (dim, both) = (plain.shape[DIM], packed.shape[DIM]);
     ensure!(both == 2 * dim, Shape, "{packed_name} has dim = {both}, but pairs of {name} have {}", 2 * dim);
+    Ok(())
+}
+
+/// Fails unless new or read values `v` and their cache have the axes that the keys `k`, their cache and the packing require.
+pub(crate) fn check_values(
+    layout: Layout,
+    packing: Packing,
+    (k, k_cache): (&RawView, &RawCacheView),
+    (v, v_cache): (&RawView, &RawCacheView),
+) -> Result<()> {
+    for axis in [BATCH, SEQ, HEADS] {
+        k.same_axis("k", v, "v", axis)?;
+    }
+    k_cache.same_axis("k_cache", v_cache, "v_cache", BATCH)?;
+    match packing {
+        Packing::Rows => {
+            v.same_axis("v", v_cache, "v_cache", DIM)?;
+            k_cache.same_axis("k_cache", v_cache, "v_cache", SEQ)?;
+        }
+        Packing::RowPairs => {
+            let format = v_cache.dtype;
+            ensure!(!format.has_scales(), Unsupported, "v_cache is {format}, whose values are never packed in pairs");
+            check_pair_dim(("v", v), ("v_cache", &v_cache.units))?;
+            layout.validate_packing("k_cache", &k_cache.units, packing)?;
+            let (slots, pairs) = (k_cache.shape[SEQ], v_cache.shape[SEQ]);
+            ensure!(
+                pairs == slots / 2,
+                Shape,
+                "v_cache has seq = {pairs}, but the {slots} slots of k_cache make {} pairs",
+                slots / 2
+            );
+        }
+    }
     Ok(())
 }

@@ -6,7 +6,7 @@ use crate::error::{Result, ensure};
 use crate::format::CacheFormat;
 use crate::layout::{Layout, Packing, Place};
 use crate::ops::heads::{HeadKernels, Scales};
-use crate::ops::pack::check_pair_dim;
+use crate::ops::pack::check_values;
 use crate::ops::setters::setters;
 use crate::ops::{for_each_token, token_copy};
 use crate::parallel::Runner;
@@ -201,33 +201,7 @@ impl RawRead<'_> {
         k.same_axis("k", k_cache, "k_cache", DIM)?;
         if let Some((v_cache, v)) = &self.values {
             let (v_cache_extent, v_extent) = check_pair("v_cache", v_cache, "v", v)?;
-            for axis in [BATCH, SEQ, HEADS] {
-                k.same_axis("k", v, "v", axis)?;
-            }
-            k_cache.same_axis("k_cache", v_cache, "v_cache", BATCH)?;
-            match self.v_packing {
-                Packing::Rows => {
-                    v.same_axis("v", v_cache, "v_cache", DIM)?;
-                    k_cache.same_axis("k_cache", v_cache, "v_cache", SEQ)?;
-                }
-                Packing::RowPairs => {
-                    let format = v_cache.dtype;
-                    ensure!(
-                        !format.has_scales(),
-                        Unsupported,
-                        "v_cache is {format}, whose values are never packed in pairs"
-                    );
-                    check_pair_dim(("v", v), ("v_cache", &v_cache.units))?;
-                    self.from.layout.validate_packing("k_cache", &k_cache.units, self.v_packing)?;
-                    let (slots, pairs) = (k_cache.shape[SEQ], v_cache.shape[SEQ]);
-                    ensure!(
-                        pairs == slots / 2,
-                        Shape,
-                        "v_cache has seq = {pairs}, but the {slots} slots of k_cache make {} pairs",
-                        slots / 2
-                    );
-                }
-            }
+            check_values(self.from.layout, self.v_packing, (k, k_cache), (v, v_cache))?;
             ensure!(!k.overlaps_within(k_extent, v, v_extent), Overlap, "k and v share memory");
             ensure!(!k_cache.overlaps_within(k_cache_extent, v, v_extent), Overlap, "k_cache and v share memory");
             ensure!(!v_cache.overlaps_within(v_cache_extent, k, k_extent), Overlap, "v_cache and k share memory");

@@ -8,7 +8,7 @@ use crate::kernels::api::{CopyArgs, Op};
 use crate::layout::{Layout, Packing, Place};
 use crate::ops::heads::{HeadKernels, Scales, Turn, check_staged};
 use crate::ops::norm::RmsNorm;
-use crate::ops::pack::{check_pair_dim, pack_token};
+use crate::ops::pack::{check_values, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles};
 use crate::ops::setters::setters;
 use crate::ops::{ahead, for_each_token_with, token_copy};
@@ -395,33 +395,7 @@ impl RawWrite<'_> {
         k.same_axis("k", k_cache, "k_cache", DIM)?;
         if let Some((v, v_cache)) = &self.values {
             let (v_extent, v_cache_extent) = check_pair("v", v, "v_cache", v_cache)?;
-            for axis in [BATCH, SEQ, HEADS] {
-                k.same_axis("k", v, "v", axis)?;
-            }
-            k_cache.same_axis("k_cache", v_cache, "v_cache", BATCH)?;
-            match self.v_packing {
-                Packing::Rows => {
-                    v.same_axis("v", v_cache, "v_cache", DIM)?;
-                    k_cache.same_axis("k_cache", v_cache, "v_cache", SEQ)?;
-                }
-                Packing::RowPairs => {
-                    let format = v_cache.dtype;
-                    ensure!(
-                        !format.has_scales(),
-                        Unsupported,
-                        "v_cache is {format}, whose values are never packed in pairs"
-                    );
-                    check_pair_dim(("v", v), ("v_cache", &v_cache.units))?;
-                    self.to.layout.validate_packing("k_cache", &k_cache.units, self.v_packing)?;
-                    let (slots, pairs) = (k_cache.shape[SEQ], v_cache.shape[SEQ]);
-                    ensure!(
-                        pairs == slots / 2,
-                        Shape,
-                        "v_cache has seq = {pairs}, but the {slots} slots of k_cache make {} pairs",
-                        slots / 2
-                    );
-                }
-            }
+            check_values(self.to.layout, self.v_packing, (k, k_cache), (v, v_cache))?;
             let caches = k_cache.overlaps_cache(k_cache_extent, v_cache, v_cache_extent);
             ensure!(!caches, Overlap, "k_cache and v_cache share memory");
             let crossed = k_cache.overlaps_within(k_cache_extent, v, v_extent);
