@@ -7,7 +7,7 @@
 
 use super::Block;
 use crate::dtype::DType;
-use crate::kernels::simd::{Outlined, Simd};
+use crate::kernels::simd::{Load, Outlined, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
 use crate::view::RawView;
 use half::f16;
@@ -46,69 +46,80 @@ unsafe fn scale<S: Simd>(s: S, block: &Block, heads: Range<usize>, scales: &RawV
     let Block { tile, scratch, key_range, .. } = *block;
     let mut finite = true;
     for head in heads {
-        let mut factors = [0.0f32; BLOCK];
         // SAFETY: the caller's; the tile has the head and its rows.
         unsafe {
-            load_scales(block, scales, head, &mut factors);
             let (x, rows) = (scratch.s.add(head * tile.head_rows * BLOCK), tile.head_rows);
-            s.outline(Scale { x, rows, key_range, factors: &factors });
+            match scales.dtype {
+                DType::F32 => {
+                    let factors = &gathered::<f32>(block, scales, head);
+                    s.outline(Scale { x, rows, key_range, factors, finite: &mut finite });
+                }
+                DType::F16 => {
+                    let factors = &gathered::<f16>(block, scales, head);
+                    s.outline(Scale { x, rows, key_range, factors, finite: &mut finite });
+                }
+                // The check of a call rejects bf16 scales.
+                DType::Bf16 => {
+                    let factors = &[f32::NAN; BLOCK];
+                    s.outline(Scale { x, rows, key_range, factors, finite: &mut finite });
+                }
+            }
         }
-        finite &= factors.iter().all(|x| x.is_finite());
     }
     finite
 }
 
-/// Loads the scales of a block's visible keys for one KV head of the tile. Factors of other keys are unchanged.
+/// The scales of a block's visible keys for one KV head of the tile, 0 for other keys.
 ///
 /// # Safety
-/// As [`scale_scores`].
-unsafe fn load_scales(block: &Block, scales: &RawView, head: usize, factors: &mut [f32; BLOCK]) {
+/// As [`scale_scores`]; the scales are of type `T`.
+#[inline(always)]
+unsafe fn gathered<T: Copy + Default>(block: &Block, scales: &RawView, head: usize) -> [T; BLOCK] {
     let Block { p, tile, base, key_range, visible_bits, .. } = *block;
+    let mut factors = [T::default(); BLOCK];
     let mut j = key_range.low;
     while j < key_range.high {
-        if visible_bits >> j & 1 == 0 {
+        let visible = (visible_bits >> j).trailing_ones() as usize;
+        if visible == 0 {
             j += 1;
             continue;
         }
         let ((row, slot), run) = p.visibility.place(tile.batch, base + j);
-        let end = (j + run).min(key_range.high);
+        let end = (j + run.min(visible)).min(key_range.high);
+        let to = &mut factors[j..end];
         // SAFETY: the caller's: there is a scale wherever there is a key; keys that are not visible are not touched.
         unsafe {
-            let first = scales.row(row, slot, tile.kv_head + head);
-            let step = scales.strides[1] as isize;
-            for (i, factor) in factors[j..end].iter_mut().enumerate() {
-                if visible_bits >> (j + i) & 1 == 1 {
-                    let at = i as isize * step;
-                    *factor = match scales.dtype {
-                        DType::F32 => *first.cast::<f32>().offset(at),
-                        DType::F16 => (*first.cast::<f16>().offset(at)).to_f32(),
-                        // The check of a call rejects bf16 scales.
-                        DType::Bf16 => f32::NAN,
-                    };
-                }
+            let first = scales.row(row, slot, tile.kv_head + head).cast::<T>();
+            match scales.strides[1] as isize {
+                1 => std::ptr::copy_nonoverlapping(first, to.as_mut_ptr(), to.len()),
+                step => (0..).zip(to).for_each(|(i, to)| *to = *first.offset(i * step)),
             }
         }
         j = end;
     }
+    factors
 }
 
 /// Multiplies rows of a block, one float per key, by a factor per key. Vectors that extend beyond the key range may be
 /// overwritten.
-struct Scale<'a> {
+struct Scale<'a, T> {
     x: *mut f32,
     rows: usize,
     key_range: KeyRange,
-    factors: &'a [f32; BLOCK],
+    factors: &'a [T; BLOCK],
+    /// Becomes false if a factor is not finite.
+    finite: &'a mut bool,
 }
 
-impl Outlined for Scale<'_> {
+impl<T: Load> Outlined for Scale<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
-        let Self { x, rows, key_range, factors } = self;
+        let Self { x, rows, key_range, factors, finite } = self;
         for i in (key_range.low / S::LANES * S::LANES..key_range.high).step_by(S::LANES) {
             // SAFETY: a vector stays inside a block, and every row has one.
             unsafe {
-                let factor = s.load_f32(factors.as_ptr().add(i));
+                let factor = T::load(s, factors.as_ptr().add(i));
+                *finite &= s.all_finite(factor);
                 for row in 0..rows {
                     let at = x.add(row * BLOCK + i);
                     s.store_f32(at, s.mul(s.load_f32(at), factor));
