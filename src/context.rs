@@ -1,5 +1,6 @@
 //! The context: the choice of a kernel for each operation.
 
+use crate::cpu::tuning::Tuning;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::format::CacheFormat;
@@ -33,6 +34,7 @@ pub struct Context {
     /// Attention by format, of the preferred level that is not partial.
     full: [Option<&'static Entry>; FORMATS],
     saturates_f16: bool,
+    tuning: Tuning,
 }
 
 /// The kernels of one precision.
@@ -84,7 +86,7 @@ impl Context {
                 }
             }
         }
-        Ok(Self { isa, tables, full, saturates_f16: false })
+        Ok(Self { isa, tables, full, saturates_f16: false, tuning: Tuning::of_this_cpu(isa) })
     }
 
     /// Whether operations that convert to f16 saturate. A number beyond 65504, the largest finite f16, otherwise becomes an
@@ -116,6 +118,18 @@ impl Context {
     /// Whether operations that convert to f16 [saturate](Self::saturate_f16).
     pub fn saturates_f16(&self) -> bool {
         self.saturates_f16
+    }
+
+    /// How decode prefetches: that of this CPU, or what [`Self::tuned`] set.
+    pub fn tuning(&self) -> Tuning {
+        self.tuning
+    }
+
+    /// Sets how decode prefetches. No bit of a result depends on it.
+    #[must_use]
+    pub fn tuned(mut self, tuning: Tuning) -> Self {
+        self.tuning = tuning;
+        self
     }
 
     /// The level in use.
@@ -224,7 +238,7 @@ impl Context {
             Function::Attention(fns) => fns,
             _ => unreachable!("the registry files attention under Attention"),
         });
-        AttentionKernel::new(keys, values)
+        AttentionKernel::new(keys, values, self.tuning)
     }
 
     pub(crate) fn merge(&self, dtype: DType) -> MergeFn {

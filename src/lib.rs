@@ -118,6 +118,7 @@ pub mod driver;
 
 pub use cache_view::{CacheView, CacheViewMut};
 pub use context::Context;
+pub use cpu::tuning::{Prefetch, Tuning};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use format::CacheFormat;

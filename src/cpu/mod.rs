@@ -1,9 +1,11 @@
 //! Detection of the CPU and the operating system: the features of each level, the permission to use AMX, the sizes of
-//! caches. It uses feature bits of CPUID (on AArch64, of the operating system), never the name of a model.
+//! caches, the tuning. It uses feature bits of CPUID (on AArch64, of the operating system), never the name of a model;
+//! only the tuning, which changes no result, asks for the vendor.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 pub(crate) mod cache;
+pub(crate) mod tuning;
 
 /// Calls a macro with the features of a level as literals in brackets. This is the only place where they are listed.
 /// The features of AMX itself are missing, because the compiler has no stable names for them.

@@ -1,5 +1,6 @@
 //! The interface of kernels: operations, the registry's description of a kernel, and the arguments of its functions.
 
+use crate::cpu::tuning::Tuning;
 use crate::dtype::DType;
 use crate::format::CacheFormat;
 use crate::isa::Isa;
@@ -245,8 +246,8 @@ pub(crate) struct AttentionKernel {
 impl AttentionKernel {
     /// The kernel for keys in the format of `keys` and values in the format of `values`. Both are of one level; if it
     /// is partial, they are the same.
-    pub fn new(keys: AttentionFns, values: AttentionFns) -> Self {
-        Self { fns: AttentionFns { pieces: Pieces { keys: keys.pieces.keys, ..values.pieces }, ..keys } }
+    pub fn new(keys: AttentionFns, values: AttentionFns, tuning: Tuning) -> Self {
+        Self { fns: AttentionFns { pieces: Pieces { keys: keys.pieces.keys, tuning, ..values.pieces }, ..keys } }
     }
 
     /// # Safety

@@ -23,10 +23,6 @@ pub(crate) trait Simd: Copy {
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
     const DEINTERLEAVED_BF16: bool;
 
-    /// Bytes that one prefetch brings into the second-level cache: a line, or an aligned pair of lines with a spatial
-    /// prefetcher (Intel's Optimization Reference Manual), in which case one fill buffer serves two lines.
-    const PREFETCH_BYTES: usize;
-
     /// The `i`-th lane in the order that turns [`Self::sum_lanes`]'s tree into a depth-first walk: for all i, lanes
     /// `lane_order(2i)` and `lane_order(2i + 1)` are added first, then neighbouring pairs of those, and so on.
     fn lane_order(i: usize) -> usize;

@@ -7,13 +7,14 @@ use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::semantics::random_case;
 use kvlane::{
-    AttentionState, DType, Destination, KvWrite, Op, Pairing, Positions, Rope, RopeFrequencies, RopeScaling, Runner,
-    alibi_slopes, kv_write, merge_states, repeat_kv, rope,
+    AttentionState, DType, Destination, KvWrite, Op, Pairing, Positions, Prefetch, Rope, RopeFrequencies, RopeScaling,
+    Runner, alibi_slopes, kv_write, merge_states, repeat_kv, rope,
 };
 
 tests! {
     levels: attention_and_threads, long_decode_and_threads, memory_bound_operations_and_threads, row_alone_and_in_a_batch,
-        strides, prompt_in_chunks, capacity_and_dead_keys, more_tokens_around, same_call_twice, dirty_workspace;
+        strides, prompt_in_chunks, capacity_and_dead_keys, more_tokens_around, same_call_twice, dirty_workspace,
+        tunings;
     once:;
 }
 
@@ -391,6 +392,28 @@ fn same_call_twice(level: &Level) {
 }
 
 /// A workspace full of NaN: no byte of it is read before it is written.
+/// Prefetches move no value, wherever they point.
+fn tunings(level: &Level) {
+    let mut rng = Rng::new(69);
+    for dtype in kv_types() {
+        for (tokens, kv_heads, group, keys) in
+            thin(vec![(1, 4, 4, 700), (1, 1, 1, 300), (2, 3, 2, 129), (40, 1, 2, 200)])
+        {
+            let shape = Shape { tokens, kv_heads, group, keys, dim: 40, v_dim: 72, ..Shape::default() };
+            let case = Case::new(&mut rng, shape, dtype).with(|o| o.causal = true);
+            let usual = case.run(&level.context).all_bits();
+            for block in Prefetch::ALL {
+                let run = rng.pick(&Prefetch::ALL);
+                let distance = rng.pick(&[0, 1, 64, 5000, 1 << 20, usize::MAX]);
+                let tuning = level.context.tuning().block(block).run(run).run_distance(distance);
+                let outcome = case.run(&level.context.clone().tuned(tuning));
+                level.checked(Op::Attention, dtype, dtype);
+                assert!(outcome.all_bits() == usual, "{dtype} {shape:?} {tuning:?}");
+            }
+        }
+    }
+}
+
 fn dirty_workspace(level: &Level) {
     let mut rng = Rng::new(69);
     let runner = Threads(3);

@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
-use super::simd::{LINE, MAX_LANES, Simd};
+use super::simd::{MAX_LANES, Simd};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
 use crate::kernels::simd::outline;
@@ -78,7 +78,6 @@ impl Simd for Avx2 {
     const TILE_VECTORS: usize = 2;
     const PARALLEL_DOTS: usize = 8;
     const DEINTERLEAVED_BF16: bool = true;
-    const PREFETCH_BYTES: usize = 2 * LINE;
 
     level_features!(Avx2, outline! {});
 

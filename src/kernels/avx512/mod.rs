@@ -1,6 +1,6 @@
 //! AVX-512 (F, BW, CD, DQ, VL): sixteen lanes, thirty-two registers, masked loads that never fault on masked-off lanes.
 
-use super::simd::{LINE, MAX_LANES, Simd};
+use super::simd::{MAX_LANES, Simd};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
 use crate::kernels::simd::outline;
@@ -84,7 +84,6 @@ impl Simd for Avx512 {
     const TILE_VECTORS: usize = 4;
     const PARALLEL_DOTS: usize = 16;
     const DEINTERLEAVED_BF16: bool = true;
-    const PREFETCH_BYTES: usize = 2 * LINE;
 
     level_features!(Avx512, outline! {});
 

@@ -7,7 +7,7 @@
 //! The f16 conversions are part of the base architecture, but their intrinsics require `fp16`. So each is one
 //! instruction of inline assembly.
 
-use super::simd::{LINE, MAX_LANES, Simd, copy_part};
+use super::simd::{MAX_LANES, Simd, copy_part};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
 use crate::kernels::simd::outline;
@@ -42,7 +42,6 @@ impl Simd for Neon {
     const TILE_VECTORS: usize = 4;
     const PARALLEL_DOTS: usize = 16;
     const DEINTERLEAVED_BF16: bool = false;
-    const PREFETCH_BYTES: usize = LINE;
 
     level_features!(Neon, outline! {});
 

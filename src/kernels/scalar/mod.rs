@@ -2,7 +2,7 @@
 //! (SSE2 on x86-64). Products and sums are rounded separately, because a fused multiply-add would be a library call on
 //! most baselines.
 
-use super::simd::{LINE, MAX_LANES, Simd, copy_part};
+use super::simd::{MAX_LANES, Simd, copy_part};
 use crate::cpu::level_features;
 use crate::dtype::Element;
 use crate::kernels::shells::{kernel_shells, kernel_table};
@@ -54,7 +54,6 @@ impl Simd for Scalar {
     const TILE_VECTORS: usize = 2;
     const PARALLEL_DOTS: usize = 8;
     const DEINTERLEAVED_BF16: bool = false;
-    const PREFETCH_BYTES: usize = LINE;
 
     level_features!(Scalar, outline! {});
 

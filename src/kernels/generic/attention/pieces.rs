@@ -1,6 +1,7 @@
 //! What a level does with keys of one format, and with values of one: attention over any pair is made of two of these.
 
 use super::{DirectScores, DirectValues, KeyPointers, OneValue, PackKeys, PackValues, Widen};
+use crate::cpu::tuning::Tuning;
 use crate::problem::grid::KeyRange;
 
 /// What a level does with keys of one format. Each function is compiled with the level's features, so that attention over keys of
@@ -35,4 +36,5 @@ pub(crate) struct Pieces {
     pub values: &'static ValuePieces,
     /// Those of f32, for values that were unpacked from pairs.
     pub widened: &'static ValuePieces,
+    pub tuning: Tuning,
 }

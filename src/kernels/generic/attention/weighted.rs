@@ -1,6 +1,6 @@
 //! Sums of weighted values, read from the cache or from a packed copy.
 
-use super::direct::prefetch_pair;
+use super::direct::Ahead;
 use crate::kernels::simd::{Load, Simd};
 use crate::problem::grid::BLOCK;
 
@@ -41,10 +41,7 @@ pub struct WeightedValues<V> {
     pub acc_row: usize,
     pub v: V,
     pub keys: usize,
-    /// Prefetch distance in bytes; 0 disables.
-    pub ahead: isize,
-    /// See [`prefetch_pair`].
-    pub whole: bool,
+    pub ahead: Ahead,
 }
 
 impl<V: ValueRows> WeightedValues<V> {
@@ -152,8 +149,8 @@ impl<V: ValueRows> WeightedValues<V> {
             } else {
                 for n in (0..N).step_by(2) {
                     let at = v.add(n * S::LANES);
-                    if V::IN_CACHE && self.ahead != 0 {
-                        prefetch_pair(s, at, self.ahead, self.whole);
+                    if V::IN_CACHE && self.ahead.distance != 0 {
+                        self.ahead.pair(s, at);
                     }
                     [x[n], x[n + 1]] = V::Element::load_pair(s, at);
                 }

@@ -30,7 +30,7 @@ use prefetch::PrefetchDistances;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-pub(super) use prefetch::prefetch_pair;
+pub(super) use prefetch::Ahead;
 pub(crate) use scores::DirectScores;
 pub(crate) use values::{DirectValues, OneValue, all_finite};
 
@@ -47,7 +47,7 @@ pub(super) unsafe fn block<S: Simd>(
     k: KeyPointers<u8>,
     v: KeyPointers<u8>,
 ) {
-    let ahead = PrefetchDistances::new(block, k, v);
+    let ahead = PrefetchDistances::new(&pieces.tuning, block, k, v);
     let heads = 0..block.tile.kv_heads;
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
@@ -95,7 +95,6 @@ unsafe fn values(
     ahead: Option<&PrefetchDistances>,
 ) {
     let Block { tile, key_range, all, dv, .. } = *block;
-    let whole = ahead.is_some_and(|ahead| ahead.whole);
     // SAFETY: the caller's.
     unsafe {
         let is_finite = |head| (pieces.all_finite)(v, head, key_range, dv);
@@ -106,10 +105,10 @@ unsafe fn values(
             }
             return;
         }
-        let distance = |index| ahead.map_or(0, |ahead| ahead.of_v(index));
+        let ahead = |index| ahead.map_or(Ahead::NONE, |ahead| ahead.of_v(index));
         let accumulate = if pairs { pieces.accumulate_pairs } else { pieces.accumulate };
-        runs(block, &heads, distance, |keys, ahead| {
-            accumulate(&DirectValues { block, v, heads: heads.clone(), keys, ahead, whole });
+        runs(block, &heads, ahead, |keys, ahead| {
+            accumulate(&DirectValues { block, v, heads: heads.clone(), keys, ahead });
         });
     }
 }
@@ -117,7 +116,7 @@ unsafe fn values(
 /// Calls `f` with the subblocks of a block and their prefetch distances. For one head, neighbouring subblocks of the same distance are
 /// one call.
 #[inline(always)]
-fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> isize, mut f: impl FnMut(KeyRange, isize)) {
+fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> Ahead, mut f: impl FnMut(KeyRange, Ahead)) {
     let mut run = None;
     for (index, keys) in block.subblocks() {
         let ahead = ahead(index);

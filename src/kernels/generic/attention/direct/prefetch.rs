@@ -1,12 +1,10 @@
 //! Prefetch distances of the direct path.
 
+use crate::cpu::tuning::{Prefetch, Tuning};
 use crate::kernels::generic::attention::key_pointers::SUBBLOCKS;
 use crate::kernels::generic::attention::{Block, KeyPointers, SUBBLOCK};
 use crate::kernels::simd::{LINE, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
-
-/// Prefetch distance in bytes, limited to one block.
-pub const PREFETCH_DISTANCE: usize = 12 << 10;
 
 /// Prefetch distances: from a subblock to the one that is read some subblocks later, in the order K of the block, V of the block, K of
 /// the next block.
@@ -18,37 +16,39 @@ pub struct PrefetchDistances<'a> {
     /// The block is whole and of one KV head. It is then prefetched a whole block ahead, keys in several streams that are a page or more
     /// apart, because one stream does not reach the bandwidth of memory.
     pub whole: bool,
+    kind: Prefetch,
 }
 
 impl<'a> PrefetchDistances<'a> {
     #[inline(always)]
-    pub fn new(block: &Block, k: KeyPointers<'a, u8>, v: KeyPointers<'a, u8>) -> Self {
+    pub fn new(tuning: &Tuning, block: &Block, k: KeyPointers<'a, u8>, v: KeyPointers<'a, u8>) -> Self {
         let piece = SUBBLOCK * block.tile.kv_heads * block.d * block.p.k.dtype.unit_bytes();
         let whole = block.tile.kv_heads == 1 && block.key_range.len() == BLOCK;
-        let by = if whole { SUBBLOCKS } else { PREFETCH_DISTANCE.div_ceil(piece).clamp(1, SUBBLOCKS) };
-        Self { k, v, key_range: block.key_range, by, whole }
+        let by = if whole { SUBBLOCKS } else { tuning.run_distance.div_ceil(piece).clamp(1, SUBBLOCKS) };
+        let kind = if whole { tuning.block } else { tuning.run };
+        Self { k, v, key_range: block.key_range, by, whole, kind }
     }
 
     #[inline(always)]
-    pub fn of_k(&self, index: usize) -> isize {
+    pub fn of_k(&self, index: usize) -> Ahead {
         let target = index + self.by;
         let to = if target < SUBBLOCKS {
             self.k.subblock(self.key_range, target)
         } else {
             self.v.subblock(self.key_range, target - SUBBLOCKS)
         };
-        distance(self.k.subblock(self.key_range, index), to)
+        Ahead { distance: distance(self.k.subblock(self.key_range, index), to), kind: self.kind }
     }
 
     #[inline(always)]
-    pub fn of_v(&self, index: usize) -> isize {
+    pub fn of_v(&self, index: usize) -> Ahead {
         let target = index + self.by;
         let to = if target < SUBBLOCKS {
             self.v.subblock(self.key_range, target)
         } else {
             self.k.subblock(self.key_range, target)
         };
-        distance(self.v.subblock(self.key_range, index), to)
+        Ahead { distance: distance(self.v.subblock(self.key_range, index), to), kind: self.kind }
     }
 }
 
@@ -61,19 +61,34 @@ pub fn distance<T>(from: *const T, to: *const T) -> isize {
 /// Distance in bytes of a second prefetch, into the first-level cache, for whole blocks: a block is more than that cache holds.
 pub const NEAR_DISTANCE: usize = 512;
 
-/// Prefetches a pair of vectors `ahead` bytes later; for whole blocks also the pair [`NEAR_DISTANCE`] bytes later.
-#[inline(always)]
-pub fn prefetch_pair<S: Simd, T>(s: S, p: *const T, ahead: isize, whole: bool) {
-    let p = p.cast::<u8>();
-    for line in (0..2 * S::LANES * size_of::<T>()).step_by(LINE) {
-        let next = p.wrapping_offset(ahead).wrapping_add(line);
-        if whole {
-            if line % S::PREFETCH_BYTES == 0 {
-                s.prefetch_far(next);
+/// What a loop over keys or values prefetches.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ahead {
+    /// Bytes from what is read to what is prefetched; 0: nothing is.
+    pub distance: isize,
+    pub kind: Prefetch,
+}
+
+impl Ahead {
+    /// Prefetches nothing.
+    pub const NONE: Self = Self { distance: 0, kind: Prefetch::FirstLevel };
+
+    /// Prefetches for a pair of vectors at `p`.
+    #[inline(always)]
+    pub fn pair<S: Simd, T>(&self, s: S, p: *const T) {
+        let p = p.cast::<u8>();
+        for line in (0..2 * S::LANES * size_of::<T>()).step_by(LINE) {
+            let next = p.wrapping_offset(self.distance).wrapping_add(line);
+            match self.kind {
+                Prefetch::FirstLevel => s.prefetch(next),
+                Prefetch::SecondLevel => s.prefetch_far(next),
+                Prefetch::BothLevels | Prefetch::BothLevelsInPairs => {
+                    if line % (2 * LINE) == 0 || self.kind == Prefetch::BothLevels {
+                        s.prefetch_far(next);
+                    }
+                    s.prefetch(p.wrapping_add(NEAR_DISTANCE + line));
+                }
             }
-            s.prefetch(p.wrapping_add(NEAR_DISTANCE + line));
-        } else {
-            s.prefetch(next);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Dot products of query rows with keys that lie in the cache.
 
-use super::prefetch::prefetch_pair;
+use super::prefetch::Ahead;
 use crate::kernels::generic::attention::weighted::load_up_to;
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, MAX_LANES, Simd};
@@ -17,7 +17,7 @@ pub(crate) struct DirectScores<'a> {
     pub keys: KeyRange,
     /// Keys that are computed side by side are far apart in memory.
     pub spread: bool,
-    pub ahead: isize,
+    pub ahead: Ahead,
 }
 
 impl DirectScores<'_> {
@@ -133,7 +133,7 @@ impl DirectScores<'_> {
                 for c in 0..C {
                     let at = keys[c].add(i);
                     if row == 0 {
-                        prefetch_pair(s, at, self.ahead, self.spread);
+                        self.ahead.pair(s, at);
                     }
                     let k = T::load_pair(s, at);
                     for r in 0..R {

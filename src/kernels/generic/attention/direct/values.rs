@@ -1,6 +1,6 @@
 //! Weighted sums of values that lie in the cache.
 
-use super::prefetch::prefetch_pair;
+use super::prefetch::Ahead;
 use crate::kernels::generic::attention::row_pairs::load_two;
 use crate::kernels::generic::attention::weighted::{ValueRows, WeightedValues, load_up_to};
 use crate::kernels::generic::attention::{Block, KeyPointers};
@@ -15,8 +15,7 @@ pub(crate) struct DirectValues<'a> {
     pub v: KeyPointers<'a, u8>,
     pub heads: Range<usize>,
     pub keys: KeyRange,
-    pub ahead: isize,
-    pub whole: bool,
+    pub ahead: Ahead,
 }
 
 impl DirectValues<'_> {
@@ -37,8 +36,7 @@ impl DirectValues<'_> {
                     acc_row: padded(dv),
                     v: CacheValues::<T, PAIRS> { rows: self.v.cast(), head, first: self.keys.low },
                     keys: self.keys.len(),
-                    ahead: if row == 0 { self.ahead } else { 0 },
-                    whole: self.whole,
+                    ahead: if row == 0 { self.ahead } else { Ahead::NONE },
                 };
                 // SAFETY: the caller's; the rows are inside the tile.
                 unsafe {
@@ -91,9 +89,9 @@ impl<T: Load, const PAIRS: bool> ValueRows for CacheValues<'_, T, PAIRS> {
             return;
         }
         let pair = weighted.v.at(j, offset);
-        if weighted.ahead != 0 {
+        if weighted.ahead.distance != 0 {
             for n in 0..N {
-                prefetch_pair(s, pair.wrapping_add(2 * n * S::LANES), weighted.ahead, weighted.whole);
+                weighted.ahead.pair(s, pair.wrapping_add(2 * n * S::LANES));
             }
         }
         // SAFETY: the caller's.
@@ -158,8 +156,7 @@ impl OneValue<'_> {
             acc_row: padded(dv),
             v: CacheValues::<T, false> { rows: v.cast(), head: row / tile.head_rows, first: key },
             keys: 1,
-            ahead: 0,
-            whole: false,
+            ahead: Ahead::NONE,
         };
         // SAFETY: the caller's.
         unsafe { one.columns::<S, 1, 2>(s, dv) }

@@ -25,12 +25,12 @@ mod queries;
 mod scores;
 mod values;
 
-use super::direct::accumulate_visible;
+use super::direct::{Ahead, accumulate_visible};
 use super::row_pairs::{Widen, widen};
 use super::scales::{scale_scores, scale_weights};
 use super::softmax::Softmax;
 use super::weighted::WeightedValues;
-use super::{Block, KeyPieces, KeyPointers, Pieces, RowState, ValuePieces};
+use super::{Block, KeyPointers, Pieces, RowState};
 use crate::kernels::simd::Simd;
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange, padded};
@@ -62,13 +62,13 @@ pub(super) unsafe fn block<S: Simd>(
 ) {
     match block.p.v_packing {
         // SAFETY: the caller's.
-        Packing::Rows => unsafe { products(s, pieces.keys, pieces.values, block, rows, k, v) },
+        Packing::Rows => unsafe { products(s, pieces, block, rows, k, v) },
         Packing::RowPairs => {
             let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
             // SAFETY: the caller's.
             unsafe {
                 let v = widen(pieces.values, &Widen { block, v, head: 0 }, &mut pointers);
-                products(s, pieces.keys, pieces.widened, block, rows, k, v.rows());
+                products(s, &Pieces { values: pieces.widened, ..*pieces }, block, rows, k, v.rows());
             }
         }
     }
@@ -79,8 +79,7 @@ pub(super) unsafe fn block<S: Simd>(
 #[inline(always)]
 unsafe fn products<S: Simd>(
     s: S,
-    key_pieces: &KeyPieces,
-    value_pieces: &ValuePieces,
+    pieces: &Pieces,
     block: &Block,
     rows: &mut [RowState],
     k: KeyPointers<u8>,
@@ -97,11 +96,16 @@ unsafe fn products<S: Simd>(
     let groups = &groups[..count];
     // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
     unsafe {
-        (key_pieces.pack)(&PackKeys { block, k });
-        let mut next_k = NextBlock::new::<S>(k, d * key_pieces.unit_bytes, parts * BLOCK / slab * groups.len());
-        let mut next_v =
-            NextBlock::new::<S>(v, dv * value_pieces.unit_bytes, value_slabs::<S>(dv).count() * groups.len());
-        let mut finite = (value_pieces.pack)(&PackValues { block, v, check: !all });
+        (pieces.keys.pack)(&PackKeys { block, k });
+        let mut next_k =
+            NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, parts * BLOCK / slab * groups.len());
+        let mut next_v = NextBlock::new(
+            &pieces.tuning,
+            v,
+            dv * pieces.values.unit_bytes,
+            value_slabs::<S>(dv).count() * groups.len(),
+        );
+        let mut finite = (pieces.values.pack)(&PackValues { block, v, check: !all });
         for column in (key_range.low / slab * slab..key_range.high).step_by(slab) {
             for part in 0..parts {
                 for_each_group(groups, |r, n, keys| {
@@ -134,7 +138,7 @@ unsafe fn products<S: Simd>(
         finite &= scale_weights(s, block, 0..1);
         if !all && !finite {
             for (r, row) in rows.iter().enumerate() {
-                accumulate_visible(value_pieces, block, row, r, v);
+                accumulate_visible(pieces.values, block, row, r, v);
             }
             return;
         }
@@ -147,8 +151,7 @@ unsafe fn products<S: Simd>(
                     acc_row: dvp,
                     v: PackedValues { first: scratch.vp.add(column * BLOCK + keys.low * width), width },
                     keys: keys.len(),
-                    ahead: 0,
-                    whole: false,
+                    ahead: Ahead::NONE,
                 };
                 let vectors = width / S::LANES;
                 match n {

@@ -1,5 +1,6 @@
 //! Prefetches of the packed path.
 
+use crate::cpu::tuning::Tuning;
 use crate::kernels::generic::attention::KeyPointers;
 use crate::kernels::simd::Simd;
 use crate::problem::grid::BLOCK;
@@ -15,15 +16,18 @@ pub struct NextBlock<'a> {
     pub row: usize,
     /// Prefetches per call.
     pub each: usize,
+    /// Bytes that a prefetch brings.
+    fetch_bytes: usize,
 }
 
 impl<'a> NextBlock<'a> {
     /// Spreads the prefetches over `calls` calls; a row has `row` bytes.
     #[inline(always)]
-    pub fn new<S: Simd>(rows: KeyPointers<'a, u8>, row: usize, calls: usize) -> Self {
-        let each = (row.div_ceil(S::PREFETCH_BYTES) * BLOCK).div_ceil(calls.max(1));
+    pub fn new(tuning: &Tuning, rows: KeyPointers<'a, u8>, row: usize, calls: usize) -> Self {
+        let fetch_bytes = tuning.fetch_bytes();
+        let each = (row.div_ceil(fetch_bytes) * BLOCK).div_ceil(calls.max(1));
         let at = rows.next(0);
-        Self { rows, key: 0, at, left: if at.is_null() { 0 } else { row }, row, each }
+        Self { rows, key: 0, at, left: if at.is_null() { 0 } else { row }, row, each, fetch_bytes }
     }
 
     #[inline(always)]
@@ -33,8 +37,8 @@ impl<'a> NextBlock<'a> {
                 return;
             }
             s.prefetch_far(self.at);
-            self.at = self.at.wrapping_add(S::PREFETCH_BYTES);
-            self.left = self.left.saturating_sub(S::PREFETCH_BYTES);
+            self.at = self.at.wrapping_add(self.fetch_bytes);
+            self.left = self.left.saturating_sub(self.fetch_bytes);
             if self.left == 0 && self.key + 1 < BLOCK {
                 self.key += 1;
                 self.at = self.rows.next(self.key);
