@@ -23,6 +23,7 @@ INTERLEAVED, HALF_SPLIT = 0, 1
 CAUSAL, WINDOW_LEFT, WINDOW_RIGHT = 1, 2, 4
 ISA_BEST = 0
 OP_ATTENTION = 4
+CONTIGUOUS, RING, PAGED, INDIRECT, RAGGED = range(5)
 
 
 class View(C.Structure):
@@ -87,6 +88,26 @@ class RopeParams(Sized):
     )
 
 
+class RmsNormParams(Sized):
+    _fields_ = (
+        ("struct_size", C.c_size_t),
+        ("weight", C.c_void_p),
+        ("eps", C.c_float),
+        ("reserved", C.c_int32),
+    )
+
+
+class Layout(Sized):
+    _fields_ = (
+        ("struct_size", C.c_size_t),
+        ("kind", C.c_int32),
+        ("sink_tokens", C.c_int32),
+        ("num_sequences", C.c_int64),
+        ("pages_per_sequence", C.c_int64),
+        ("table", C.c_void_p),
+    )
+
+
 class WriteParams(Sized):
     _fields_ = (
         ("struct_size", C.c_size_t),
@@ -99,6 +120,11 @@ class WriteParams(Sized):
         ("sequences", C.c_void_p),
         ("slots", C.c_void_p),
         ("rope", C.c_void_p),
+        ("layout", C.c_void_p),
+        ("k_norm", C.c_void_p),
+        ("v_packing", C.c_int32),
+        ("reserved", C.c_int32),
+        ("scales", C.c_void_p),
     )
 
 
@@ -125,6 +151,34 @@ class AttentionParams(Sized):
         ("sink_logits", C.c_void_p),
         ("precision", C.c_int32),
         ("reserved2", C.c_int32),
+        ("layout", C.c_void_p),
+        ("cu_seqlens_q", C.c_void_p),
+        ("num_sequences", C.c_int64),
+        ("prefix_lengths", C.c_void_p),
+        ("bit_mask", C.c_void_p),
+        ("plan", C.c_void_p),
+        ("v_packing", C.c_int32),
+        ("reserved3", C.c_int32),
+        ("query_positions", C.c_void_p),
+        ("scales", C.c_void_p),
+    )
+
+
+class AttentionState(C.Structure):
+    _fields_ = (("out", View), ("lse", C.c_void_p))
+
+
+class KvLayer(C.Structure):
+    _fields_ = (("k", View), ("v", View), ("scales", C.c_void_p))
+
+
+class Cache(Sized):
+    _fields_ = (
+        ("struct_size", C.c_size_t),
+        ("layers", C.POINTER(KvLayer)),
+        ("num_layers", C.c_size_t),
+        ("layout", C.c_void_p),
+        ("lengths", C.c_void_p),
     )
 
 
@@ -169,6 +223,19 @@ class Context:
         lib.kvl_attention.argtypes = [C.c_void_p, C.c_void_p, C.c_void_p, C.c_size_t, C.c_void_p]
         lib.kvl_rope.argtypes = [C.c_void_p] * 5
         lib.kvl_kv_write.argtypes = [C.c_void_p] * 3
+        lib.kvl_rms_norm.argtypes = [C.c_void_p] * 5
+        lib.kvl_merge_states.argtypes = [C.c_void_p, C.c_void_p, C.c_void_p, C.c_size_t, C.c_void_p, C.c_void_p]
+        lib.kvl_attention_with_prefix_workspace_size.argtypes = [C.c_void_p] * 4
+        lib.kvl_attention_with_prefix.argtypes = [C.c_void_p, C.c_void_p, C.c_void_p, C.c_size_t] + [C.c_void_p] * 4
+        lib.kvl_alibi_slopes.argtypes = [C.c_void_p, C.c_int64]
+        lib.kvl_cache_reorder_workspace_size.argtypes = [C.c_void_p] * 3
+        lib.kvl_cache_reorder.argtypes = [C.c_void_p, C.c_void_p, C.c_void_p, C.c_size_t, C.c_void_p, C.c_void_p]
+        lib.kvl_cache_reorder_table_workspace_size.argtypes = [C.c_int64, C.c_int64, C.c_void_p]
+        lib.kvl_cache_reorder_table.argtypes = [C.c_void_p, C.c_size_t, C.c_void_p, C.c_int64, C.c_int64] + [
+            C.c_void_p
+        ] * 2
+        lib.kvl_cache_set_table_tokens.argtypes = [C.c_void_p, C.c_int64, C.c_int64, C.c_void_p, C.c_int64]
+        lib.kvl_cache_copy_pages.argtypes = [C.c_void_p, C.c_void_p, C.c_void_p, C.c_size_t, C.c_void_p, C.c_size_t]
         lib.kvl_context_destroy.argtypes = [C.c_void_p]
         if (major := lib.kvl_abi_version() >> 16) != 0:
             raise Error(f"{library} has major version {major} of the ABI, this script is written for 0")
@@ -208,6 +275,53 @@ class Context:
         self.check(self.lib.kvl_attention_workspace_size(C.byref(params), None, C.byref(size)))
         workspace = aligned(size.value)
         self.check(self.lib.kvl_attention(self.handle, None, workspace.ctypes.data, size, C.byref(params)))
+
+    def attention_with_prefix(self, k: np.ndarray, v: np.ndarray, params: AttentionParams) -> None:
+        """`k` and `v` are [1, tokens, kv_heads, dim], before each sequence's own keys."""
+        size, k_view, v_view = C.c_size_t(), view(k), view(v)
+        workspace_size = self.lib.kvl_attention_with_prefix_workspace_size
+        self.check(workspace_size(C.byref(k_view), C.byref(params), None, C.byref(size)))
+        workspace = aligned(size.value)
+        call = self.lib.kvl_attention_with_prefix
+        tensors = (C.byref(k_view), C.byref(v_view), None, C.byref(params))
+        self.check(call(self.handle, None, workspace.ctypes.data, size, *tensors))
+
+    def merge_states(self, states: Sequence[tuple[np.ndarray, np.ndarray]], out: np.ndarray) -> None:
+        """`states` are outputs and their LSE."""
+        array = (AttentionState * len(states))(*(AttentionState(view(o), lse.ctypes.data) for o, lse in states))
+        self.check(self.lib.kvl_merge_states(self.handle, None, array, len(states), C.byref(view(out)), None))
+
+    def rms_norm(self, src: np.ndarray, dst: np.ndarray, params: RmsNormParams) -> None:
+        self.check(self.lib.kvl_rms_norm(self.handle, None, C.byref(view(src)), C.byref(view(dst)), C.byref(params)))
+
+    def alibi_slopes(self, heads: int) -> np.ndarray:
+        slopes = np.empty(heads, np.float32)
+        self.check(self.lib.kvl_alibi_slopes(slopes.ctypes.data, heads))
+        return slopes
+
+    def cache_reorder(self, cache: Cache, parents: np.ndarray) -> None:
+        size = C.c_size_t()
+        self.check(self.lib.kvl_cache_reorder_workspace_size(C.byref(cache), None, C.byref(size)))
+        workspace = aligned(size.value)
+        call = self.lib.kvl_cache_reorder
+        self.check(call(self.handle, None, workspace.ctypes.data, size, C.byref(cache), parents.ctypes.data))
+
+    def cache_reorder_table(self, table: np.ndarray, lengths: np.ndarray, parents: np.ndarray) -> None:
+        """`table` is [num_sequences, capacity]."""
+        size = C.c_size_t()
+        self.check(self.lib.kvl_cache_reorder_table_workspace_size(*table.shape, C.byref(size)))
+        workspace, lists = aligned(size.value), (lengths.ctypes.data, parents.ctypes.data)
+        call = self.lib.kvl_cache_reorder_table
+        self.check(call(workspace.ctypes.data, size, table.ctypes.data, *table.shape, *lists))
+
+    def cache_set_table_tokens(self, table: np.ndarray, positions: np.ndarray, tokens: int) -> None:
+        call = self.lib.kvl_cache_set_table_tokens
+        self.check(call(table.ctypes.data, *table.shape, positions.ctypes.data, tokens))
+
+    def cache_copy_pages(self, k: np.ndarray, v: np.ndarray, moves: np.ndarray) -> None:
+        """`moves` is [n, 2]: from page, to page."""
+        layer = KvLayer(view(k), view(v))
+        self.check(self.lib.kvl_cache_copy_pages(self.handle, None, C.byref(layer), 1, moves.ctypes.data, len(moves)))
 
     def rope(self, src: np.ndarray, dst: np.ndarray, params: RopeParams) -> None:
         self.check(self.lib.kvl_rope(self.handle, None, C.byref(view(src)), C.byref(view(dst)), C.byref(params)))
