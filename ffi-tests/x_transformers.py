@@ -132,16 +132,16 @@ class LayerCache:
     """Keys and values of one attention layer, in one layout, which only kvlane writes."""
 
     def __init__(
-        self, c: Context, name: str, batch: int, heads: int, dims: tuple[int, int], ring: tuple[int, int]
+        self, c: Context, name: str, shape: tuple[int, int, int], dims: tuple[int, int], ring: tuple[int, int]
     ) -> None:
-        """`ring` is the capacity of a ring and how many sink tokens it has."""
-        self.c, self.name, self.batch = c, name, batch
+        """`shape` is [batch, capacity, heads]; `ring` is the capacity of a ring and how many sink tokens it has."""
+        batch, capacity, heads = shape
+        self.c, self.name = c, name
         self.lengths = np.zeros(batch, np.int32)
         self.layout = Layout()
         self.table = np.zeros(0, np.int32)
         rng = np.random.default_rng(0)
-        pages = CAPACITY // PAGE
-        shape = (batch, CAPACITY, heads)
+        pages = capacity // PAGE
         if name == "ring":
             shape = (batch, ring[0], heads)
             self.layout = Layout(kind=kvlane.RING, sink_tokens=ring[1])
@@ -152,11 +152,11 @@ class LayerCache:
             self.layout = Layout(kind=kvlane.PAGED, num_sequences=batch, pages_per_sequence=pages)
             shape = (len(order), PAGE, heads)
         elif name == "ragged":
-            self.table = int32(np.arange(batch + 1) * CAPACITY)
+            self.table = int32(np.arange(batch + 1) * capacity)
             self.layout = Layout(kind=kvlane.RAGGED, num_sequences=batch)
-            shape = (1, batch * CAPACITY, heads)
+            shape = (1, batch * capacity, heads)
         elif name == "indirect":
-            self.table = np.zeros((batch, CAPACITY), np.int32)
+            self.table = np.zeros((batch, capacity), np.int32)
             self.layout = Layout(kind=kvlane.INDIRECT, num_sequences=batch)
         if self.table.size:
             self.layout.table = self.table.ctypes.data
@@ -329,6 +329,7 @@ class Core(nn.Module):
     def __init__(self, c: Context, attention: Attention, layout: str, layers: nn.Module) -> None:
         super().__init__()
         attend: Attend = attention.attend
+        # In a list, a module is not a part of this one.
         self.c, self.name, self.attention = c, layout, [attention]
         self.heads, self.kv_heads, self.window = attention.heads, attention.kv_heads, attention.max_attend_past
         self.rotated, self.rotary = attention.rotate_num_heads, [layers.rotary_pos_emb]
@@ -337,7 +338,7 @@ class Core(nn.Module):
         self.softcap = attend.logit_softclamp_value if attend.softclamp_logits else 0.0
         self.gates, self.projected = [attention.data_dependent_alibi], [attention.rel_proj_pos_bias]
         # How many tokens a call brings at most, which a ring needs room for; the first keys that all queries see.
-        self.chunk, self.prefix = CAPACITY, None
+        self.capacity, self.chunk, self.prefix = CAPACITY, CAPACITY, None
         l2norm = attention.qk_norm
         self.q_norm, self.k_norm = take_norms(attention)
 
@@ -426,7 +427,7 @@ class Core(nn.Module):
 
     def new_cache(self, batch: int, dims: tuple[int, int]) -> LayerCache:
         ring = ((self.window or 0) + self.chunk + self.kept, self.kept)
-        cache = LayerCache(self.c, self.name, batch, self.kv_heads, dims, ring)
+        cache = LayerCache(self.c, self.name, (batch, self.capacity, self.kv_heads), dims, ring)
         if self.kept:
             k, v = (np.broadcast_to(m, (batch, *m.shape[1:])) for m in self.memory)
             cache.write(k, v, [(slice(None), {})])
@@ -450,11 +451,11 @@ class Core(nn.Module):
             params.inv_freq = inv_freq.ctypes.data
             return params
         # The original counts the powers of its scale from the middle of the text; only their difference has an effect.
-        row = np.arange(CAPACITY)[:, None]
+        row = np.arange(self.capacity)[:, None]
         scale = rotary.scale.double().numpy() ** (sign * row / rotary.scale_base)
         cos, sin = (np.ascontiguousarray(f(row * inv_freq) * scale, np.float32) for f in (np.cos, np.sin))
         params.alive += [cos, sin]
-        params.cos, params.sin, params.table_rows = cos.ctypes.data, sin.ctypes.data, CAPACITY
+        params.cos, params.sin, params.table_rows = cos.ctypes.data, sin.ctypes.data, self.capacity
         return params
 
     def runs(self, rope: RopeParams | None) -> list[tuple[slice, dict[str, Any]]]:
@@ -822,7 +823,8 @@ class Inputs:
             self.valid = tokens >= self.starts[:, None]
         if "right padding" in self.names:
             self.valid = tokens < torch.tensor([SEQ, SEQ - 3, 7])[:, None]
-        # Every query sees its own key: the original has no outputs of 0 for queries that see none because they are causal.
+        # Outputs are compared where a token's own key is visible: of a query that sees no key, the output is 0 here, and may be
+        # the mean over all keys in the original.
         self.holes = (tokens * 7 + rows * 3) % 5 != 1
         if "masked keys" in self.names:
             self.valid = self.holes
@@ -1089,7 +1091,31 @@ def beam_search(c: Context, flash: bool) -> dict[str, float]:
     return {"logits": worst, "no beam has moved": float(moved < steps)}
 
 
+def long_text(c: Context, flash: bool) -> dict[str, float]:
+    """A text of more keys than one unit of the library's sums, with heads of 64, in one pass, and its last tokens in steps."""
+    torch.manual_seed(4)
+    size, prefill = 1400, 1392
+    options = {"dim": 128, "depth": 4, "heads": 4, "attn_kv_heads": 2, "attn_flash": flash, "rotary_pos_emb": True}
+    windows = (None, None, 300, None)
+    decoder = xt.Decoder(**options, ff_mult=1, attn_max_attend_past=windows, rotary_emb_dim=64, verbose=False)
+    original = decoder.eval()
+    patched = copy.deepcopy(original)
+    cores = install(c, patched, 4)
+    for core in cores:
+        core.capacity = core.chunk = size
+    x = torch.randn(1, size, 128, generator=torch.Generator().manual_seed(5))
+    want, valid = original(x), torch.ones(1, size, dtype=torch.bool)
+    got, cache = patched(x[:, :prefill], return_hiddens=True)
+    outputs = [got]
+    for at in range(prefill, size):
+        got, cache = patched(x[:, at : at + 1], cache=cache, return_hiddens=True)
+        outputs.append(got)
+    steps = torch.cat(outputs, dim=1)
+    return {"full": difference(patched(x), want, valid), "steps": difference(steps, want, valid)}
+
+
 MODELS = {
+    "a long text, a window, rotary, grouped queries": long_text,
     "generation, left padding, absolute positions": generation,
     "encoder and decoder, generation": translation,
     "beam search": beam_search,
