@@ -4,8 +4,9 @@
 //! - Cross-attention: each decoder layer writes the keys and values of the encoded sources once, before the first step.
 //! - The decoder generates token by token, and each of its layers has a cache that grows by one token per step.
 //!
-//! Each attention is the same two calls, `kv_write` and `attention`, with other options. Layers are attention alone and weights are
-//! random, so the tokens have no meaning; the generated tokens, decoded again in one pass, give the same bits.
+//! Each attention is the same two calls, `kv_write` and `attention`, with other options. Layers are attention alone, without norms or
+//! rotation (the README's example rotates), and weights are random, so the tokens have no meaning. The generated tokens, decoded
+//! again in one pass, give the same bits.
 
 use half::f16;
 use kvlane::*;
@@ -21,29 +22,14 @@ const STEPS: usize = 12;
 const SOURCES: [i32; 3] = [7, 3, 5];
 const BATCH: usize = SOURCES.len();
 
-/// What all layers share: the kernels for this CPU, scratch memory, and the frequencies of RoPE.
+/// What all layers share: the kernels for this CPU, and scratch memory.
 struct Runtime {
     context: Context,
     workspace: Workspace,
-    frequencies: RopeFrequencies,
-}
-
-impl Runtime {
-    fn rope<'a>(&'a self, positions: &'a [i32]) -> Rope<'a> {
-        Rope::new(Pairing::HalfSplit, HEAD_DIM, &self.frequencies, Positions::Offsets(positions))
-    }
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
-    Encoder,
-    Decoder,
-    Cross,
 }
 
 /// An attention layer and its cache, `[BATCH, capacity, KV_HEADS, HEAD_DIM]` in f16.
 struct Layer {
-    kind: Kind,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -55,52 +41,38 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(kind: Kind, capacity: usize, seed: &mut u32) -> Self {
+    fn new(capacity: usize, seed: &mut u32) -> Self {
         let (queries, units) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
         let [q, k, v, out] =
             [(queries, DIM), (units, DIM), (units, DIM), (DIM, queries)].map(|(m, n)| matrix(seed, m, n));
         let cache = [BATCH, capacity, KV_HEADS, HEAD_DIM];
         let empty = vec![f16::ZERO; BATCH * capacity * units];
-        Self { kind, q, k, v, out, cache, keys: empty.clone(), values: empty, lengths: [0; BATCH] }
+        Self { q, k, v, out, cache, keys: empty.clone(), values: empty, lengths: [0; BATCH] }
     }
 
-    /// Appends the keys and values of the first `counts[b]` tokens of each sequence of `x`, `[BATCH, seq, DIM]`. Keys are rotated
-    /// on their way into the cache, except those of a context, whose tokens are not at positions of the text.
+    /// Appends the keys and values of the first `counts[b]` tokens of each sequence of `x`, `[BATCH, seq, DIM]`.
     fn write(&mut self, runtime: &Runtime, x: &[f32], counts: &[i32]) -> Result<()> {
         let new = [BATCH, x.len() / (BATCH * DIM), KV_HEADS, HEAD_DIM];
         let (k, v) = (linear(x, &self.k, DIM), linear(x, &self.v, DIM));
         let (k_cache, v_cache) =
             (ViewMut::new(&mut self.keys, self.cache)?, ViewMut::new(&mut self.values, self.cache)?);
         let places = Destination::positions(&self.lengths).counts(counts);
-        let mut write = KvWrite::new(View::new(&k, new)?, View::new(&v, new)?, k_cache, v_cache, places);
-        if self.kind != Kind::Cross {
-            write = write.rope(runtime.rope(&self.lengths));
-        }
+        let write = KvWrite::new(View::new(&k, new)?, View::new(&v, new)?, k_cache, v_cache, places);
         kv_write(&runtime.context, &Serial, write)?;
         self.lengths.iter_mut().zip(counts).for_each(|(length, count)| *length += count);
         Ok(())
     }
 
-    /// Adds to `x` what its tokens, from `positions[b]` on, attend to.
-    fn attend(&self, runtime: &mut Runtime, x: &mut [f32], positions: &[i32]) -> Result<()> {
+    /// Adds to `x` what its tokens attend to. If `causal`, they are the last tokens of the cache.
+    fn attend(&self, runtime: &mut Runtime, x: &mut [f32], causal: bool) -> Result<()> {
         let shape = [BATCH, x.len() / (BATCH * DIM), HEADS, HEAD_DIM];
-        let (mut q, mut out) = (linear(x, &self.q, DIM), vec![0.0f32; x.len() / DIM * HEADS * HEAD_DIM]);
-        if self.kind != Kind::Cross {
-            rope_in_place(&runtime.context, &Serial, ViewMut::new(&mut q, shape)?, &runtime.rope(positions))?;
-        }
+        let (q, mut out) = (linear(x, &self.q, DIM), vec![0.0f32; x.len() / DIM * HEADS * HEAD_DIM]);
         let (k, v) = (View::new(&self.keys, self.cache)?, View::new(&self.values, self.cache)?);
         let tensors = AttentionTensors::new(View::new(&q, shape)?, k, v, ViewMut::new(&mut out, shape)?);
-        let options = AttentionOptions::new().causal(self.kind == Kind::Decoder).lengths(&self.lengths);
+        let options = AttentionOptions::new().causal(causal).lengths(&self.lengths);
         attention(&runtime.context, &Serial, &mut runtime.workspace, tensors, &options)?;
         x.iter_mut().zip(linear(&out, &self.out, HEADS * HEAD_DIM)).for_each(|(x, y)| *x += y);
         Ok(())
-    }
-
-    /// Self-attention: new tokens join the cache before they attend to it.
-    fn forward(&mut self, runtime: &mut Runtime, x: &mut [f32], counts: &[i32]) -> Result<()> {
-        let positions = self.lengths;
-        self.write(runtime, x, counts)?;
-        self.attend(runtime, x, &positions)
     }
 }
 
@@ -108,8 +80,9 @@ impl Layer {
 fn decode(runtime: &mut Runtime, layers: &mut [(Layer, Layer)], mut x: Vec<f32>) -> Result<Vec<f32>> {
     let counts = [(x.len() / (BATCH * DIM)) as i32; BATCH];
     for (own, cross) in layers {
-        own.forward(runtime, &mut x, &counts)?;
-        cross.attend(runtime, &mut x, &[])?;
+        own.write(runtime, &x, &counts)?;
+        own.attend(runtime, &mut x, true)?;
+        cross.attend(runtime, &mut x, false)?;
     }
     Ok(x)
 }
@@ -130,8 +103,7 @@ fn linear(x: &[f32], matrix: &[f32], inputs: usize) -> Vec<f32> {
 }
 
 fn main() -> Result<()> {
-    let frequencies = RopeFrequencies::new(HEAD_DIM, 10_000.0, &RopeScaling::None)?;
-    let mut runtime = Runtime { context: Context::new()?, workspace: Workspace::new(), frequencies };
+    let mut runtime = Runtime { context: Context::new()?, workspace: Workspace::new() };
     let longest = SOURCES.into_iter().max().unwrap_or(0) as usize;
     let mut seed = 1;
     let (embedding, head) = (matrix(&mut seed, VOCABULARY, DIM), matrix(&mut seed, VOCABULARY, DIM));
@@ -143,11 +115,13 @@ fn main() -> Result<()> {
         |b: usize| (0..longest).map(move |t| if t < SOURCES[b] as usize { 1 + (17 * b + 5 * t) % 63 } else { 0 });
     let mut x = embed(&(0..BATCH).flat_map(source).collect::<Vec<_>>());
     for _ in 0..LAYERS {
-        Layer::new(Kind::Encoder, longest, &mut seed).forward(&mut runtime, &mut x, &SOURCES)?;
+        let mut layer = Layer::new(longest, &mut seed);
+        layer.write(&runtime, &x, &SOURCES)?;
+        layer.attend(&mut runtime, &mut x, false)?;
     }
 
     // The decoder. Its context is written once.
-    let mut layer = |_| (Layer::new(Kind::Decoder, STEPS, &mut seed), Layer::new(Kind::Cross, longest, &mut seed));
+    let mut layer = |_| (Layer::new(STEPS, &mut seed), Layer::new(longest, &mut seed));
     let mut layers: Vec<_> = (0..LAYERS).map(&mut layer).collect();
     for (_, cross) in &mut layers {
         cross.write(&runtime, &x, &SOURCES)?;
