@@ -6,6 +6,7 @@ use crate::kernels::api::MergeArgs;
 use crate::ops::{COPY_GRAIN, TOKENS_PER_TILE, ahead, is_large};
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::view::{self, BATCH, DIM, HEADS, RawView, SEQ, View, ViewMut};
+use std::mem::MaybeUninit;
 
 /// The most states that one call merges.
 pub const MAX_STATES: usize = 256;
@@ -94,7 +95,8 @@ pub(crate) unsafe fn merge_states_raw(
     let rows = view::rows(out.shape);
     ensure!(rows < usize::MAX, Shape, "out has shape {:?}, which is more rows than memory", out.shape);
     let lse_view = |data: *const f32| RawView::floats(data.cast_mut(), rows);
-    let mut inputs: [(RawView, Pointer); MAX_STATES] = [(out, Pointer(std::ptr::null())); MAX_STATES];
+    // Filled as far as there are states: to fill all of it takes as long as the merge of a few rows.
+    let mut inputs = [const { MaybeUninit::<(RawView, Pointer)>::uninit() }; MAX_STATES];
     for (i, input) in inputs.iter_mut().enumerate().take(states) {
         let (view, state_lse) = state(i)?;
         let name = "the output of a state";
@@ -110,7 +112,7 @@ pub(crate) unsafe fn merge_states_raw(
             let shared = lse_view(lse).overlaps(&view) || lse_view(lse).overlaps(&lse_in);
             ensure!(!shared, Overlap, "state {i} and lse share memory");
         }
-        *input = (view, Pointer(state_lse));
+        input.write((view, Pointer(state_lse)));
     }
     if !lse.is_null() {
         lse_view(lse).validate("lse")?;
@@ -119,7 +121,8 @@ pub(crate) unsafe fn merge_states_raw(
     if rows == 0 {
         return Ok(());
     }
-    let inputs = &inputs[..states];
+    // SAFETY: the loop has written the first `states` of them.
+    let inputs = unsafe { inputs[..states].assume_init_ref() };
     let [_, seq, heads, dim] = out.shape;
     let kernel = context.merge(out.dtype);
     let lse = MutPointer(lse);
