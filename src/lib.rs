@@ -70,7 +70,7 @@
 //!                                                           -> ops (validate, tile) -> problem -> kernel from the registry
 //! Rust caller ------------------------ safe views ---------/        |                              (one ISA level)
 //!                                                                   -> runner (caller's, rayon, or none)
-//! driver, bench -> the Rust API, and nothing private (the loops of `bench::limits` use the kernels' vector trait)
+//! driver, bench -> the Rust API, and nothing private (but for `loops`, which bench measures as the machine's limits)
 //! ```
 //! Each layer imports from the layers below it only:
 //!
@@ -124,6 +124,8 @@ pub use error::{Error, Result, Status};
 pub use format::CacheFormat;
 pub use isa::Isa;
 pub use kernels::api::{KernelInfo, Op, Precision};
+#[cfg(feature = "bench")]
+pub(crate) use kernels::loops;
 pub use kernels::registry::kernels;
 pub use layout::{Layout, Packing};
 pub use ops::attention::{AttentionOptions, AttentionTensors, alibi_slopes, attention, attention_workspace_size};

@@ -21,7 +21,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 const PAGES: &[&str] = &["docs", "masks"];
 
 /// Paths that are forbidden although they lead downwards. What the crate root re-exports is for everyone.
-const NOT_DIRECTLY: &[(&str, &str)] = &[("capi", "kernels"), ("driver", "kernels")];
+const NOT_DIRECTLY: &[(&str, &str)] = &[("capi", "kernels"), ("driver", "kernels"), ("bench", "kernels")];
 
 /// One path in the sources.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -223,9 +223,10 @@ fn root(source: &str) -> (BTreeSet<String>, BTreeMap<String, String>) {
     while i < tokens.len() {
         if word(i) == "mod" && word(i + 2) == ";" {
             modules.insert(word(i + 1).to_owned());
-        } else if word(i) == "pub" && word(i + 1) == "use" {
+        } else if word(i) == "use" && i > 0 && matches!(word(i - 1), "pub" | ")") {
+            // For everyone, or for the crate: `pub use`, `pub(crate) use`.
             let end = item_end(&tokens, i);
-            let mut at = i + 2;
+            let mut at = i + 1;
             let mut exports = Vec::new();
             // A path by `crate::` or `self::` is the same.
             while matches!(word(at), "crate" | "self") && word(at + 1) == "::" {
@@ -376,10 +377,11 @@ fn paths_are_found_wherever_they_stand() {
 
 #[test]
 fn the_crate_root_is_understood() {
-    let (modules, names) =
-        root("mod a;\npub mod b;\npub use a::{P, c::Q};\npub use crate::b::d::R;\n#[cfg(test)]\nmod t;");
+    let (modules, names) = root(
+        "mod a;\npub mod b;\npub use a::{P, c::Q};\npub use crate::b::d::R;\npub(crate) use b::e;\nuse b::f;\n#[cfg(test)]\nmod t;",
+    );
     assert_eq!(modules, BTreeSet::from(["a".to_owned(), "b".to_owned()]));
     let names: Vec<(String, String)> = names.into_iter().collect();
     let name = |a: &str, b: &str| (a.to_owned(), b.to_owned());
-    assert_eq!(names, [name("P", "a"), name("Q", "a"), name("R", "b")]);
+    assert_eq!(names, [name("P", "a"), name("Q", "a"), name("R", "b"), name("e", "b")]);
 }

@@ -9,6 +9,7 @@
 //! | [`simd`] | the vector trait |
 //! | [`generic`] | the algorithms, over the trait |
 //! | [`scalar`], `avx2`, `avx512`, `neon` | the trait for one level |
+//! | `loops` | what the bench measures as the limits of the machine |
 //! | `amx` | a partial level: attention over bf16, by tile products |
 //! | `neonbf16` | a partial level: attention over bf16, by products of small matrices |
 //!
@@ -22,6 +23,8 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 pub(crate) mod generic;
+#[cfg(feature = "bench")]
+pub(crate) mod loops;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
