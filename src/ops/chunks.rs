@@ -11,6 +11,7 @@
 //! The meaning of the floats belongs to the kernel: [`merge_chunks`] reads them on a context of the same level and precision,
 //! for the same cache formats.
 
+use crate::cache_view::CacheView;
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
@@ -62,7 +63,7 @@ pub(crate) fn check_format(ragged: bool, layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-/// Attention over a segment of a sequence: writes the states of its chunks to `states`.
+/// Attention over a segment of a sequence, whose keys and values have any formats: writes the states of its chunks to `states`.
 ///
 /// `states` has [`chunk_states_len`] floats for the slots of `k`. `options` are those of [`attention`](crate::attention()), in
 /// positions of the segment: lengths and offsets less the first key of the segment, which is a multiple of [`SPLIT_GRID`].
@@ -74,16 +75,16 @@ pub(crate) fn check_format(ragged: bool, layout: &Layout) -> Result<()> {
 /// Those of [`attention`](crate::attention()). [`Status::InvalidValue`](crate::Status::InvalidValue): there are sink logits,
 /// ragged queries or a ring. [`Status::Shape`](crate::Status::Shape): `states` has another length. On an error, nothing has
 /// been written.
-pub fn attention_chunks(
+pub fn attention_chunks<'a>(
     context: &Context,
     runner: &dyn Runner,
     workspace: &mut Workspace,
-    (q, k, v): (View, View, View),
+    (q, k, v): (View<'a>, impl Into<CacheView<'a>>, impl Into<CacheView<'a>>),
     options: &AttentionOptions,
     states: &mut [f32],
 ) -> Result<()> {
     let out = ViewMut::new::<f32>(&mut [], [0; 4])?;
-    let attention = RawAttention::new(AttentionTensors::new(q, k, v, out), options)?;
+    let attention = RawAttention::new(AttentionTensors::new(q, k.into(), v.into(), out), options)?;
     let call = RawChunks { attention, states: states.as_mut_ptr(), len: states.len() };
     let job = SegmentJob::new(context, runner, &call)?;
     workspace.reserve(job.workspace);

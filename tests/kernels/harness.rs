@@ -63,7 +63,8 @@ pub struct Level {
 
 /// The tests that run with quantised caches, with exceptions, which know what single elements of K and V are; the others read no
 /// cache, or quantise by themselves.
-const QUANTISED: [&str; 5] = ["attention::", "semantics::", "invariance::", "layouts::", "properties::"];
+const QUANTISED: [&str; 7] =
+    ["attention::", "semantics::", "positions::", "invariance::", "layouts::", "properties::", "shard::"];
 const NOT_QUANTISED: [&str; 5] = [
     "invariance::memory_bound_operations",
     "semantics::order_of_operations",

@@ -1,7 +1,7 @@
 //! Queries with positions of their own: causality, windows and ALiBi count those, of the queries' own keys too.
 
 use crate::attention::check;
-use crate::common::attention::{BitMaskTensor, Case, Shape, kv_types, precision};
+use crate::common::attention::{BitMaskTensor, Case, Shape, formats, keys, kv_types, precision, values};
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout as Strides, Place, Rng, Tensor, close, scaled};
@@ -113,7 +113,7 @@ fn trees(level: &Level) {
         });
         check(level, &case, || format!("{kv} tree {parents:?} behind {cached}, window {window:?}"));
         let got = case.run(&level.context);
-        let bound = level.context.kernel_for(Op::Attention, kv, kv, precision()).unwrap().max_error;
+        let bound = level.checked(Op::Attention, kv, kv);
         for i in 0..n {
             let tokens: Vec<usize> = (0..cached).chain(path(i).into_iter().map(|j| cached + j)).collect();
             let row = Shape { tokens: 1, keys: tokens.len(), ..shape };
@@ -132,12 +132,12 @@ fn trees(level: &Level) {
             let want = alone.run(&level.context);
             for at in indices(want.out.shape) {
                 let got = got.out.get([0, i, at[2], at[3]]);
-                close(got.into(), want.out.get(at).into(), 4.0 * f64::from(bound), || {
+                close(got.into(), want.out.get(at).into(), 4.0 * bound, || {
                     format!("{kv} guess {i} of {parents:?} behind {cached}, window {window:?}: {at:?}")
                 });
             }
             for h in 0..4 {
-                close(got.lse[i * 4 + h].into(), want.lse[h].into(), 20.0 * f64::from(bound), || format!("LSE of {i}"));
+                close(got.lse[i * 4 + h].into(), want.lse[h].into(), 20.0 * bound, || format!("LSE of {i}"));
             }
         }
     }
@@ -149,11 +149,11 @@ fn layouts(level: &Level) {
     for _ in 0..scaled(60) {
         let (mut case, what) = random_positions_case(&mut rng);
         let [batch, tokens, heads, dim] = case.q.shape;
-        let keys = case.k.shape[1];
-        let lengths = case.options.lengths.get_or_insert_with(|| vec![keys as i32; batch]).clone();
+        let slots = case.k.shape[1];
+        let lengths = case.options.lengths.get_or_insert_with(|| vec![slots as i32; batch]).clone();
         let want = case.run(&level.context);
         let (size, kv) = (rng.between(1, 40), case.k.dtype);
-        let per_row = keys.div_ceil(size);
+        let per_row = slots.div_ceil(size);
         let mut table: Vec<i32> = (0..(batch * per_row) as i32).collect();
         (1..table.len()).rev().for_each(|i| table.swap(i, rng.below(i + 1)));
         let paged = |from: &Tensor| {
@@ -182,7 +182,7 @@ fn layouts(level: &Level) {
         let mut positions = vec![i32::MIN];
         positions.extend(case.options.query_positions.as_ref().unwrap());
         let mut out = Tensor::output(case.out_dtype, [1, total, heads, case.v.shape[3]], Strides::BSHD, Place::Heap);
-        let tensors = AttentionTensors::new(q.view(), case.k.view(), case.v.view(), out.view_mut());
+        let tensors = AttentionTensors::new(q.view(), keys(&case.k), values(&case.v), out.view_mut());
         let options = case.options.borrow().cu_seqlens_q(&starts).query_positions(&positions);
         attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).unwrap();
         level.checked(Op::Attention, kv, kv);
@@ -219,7 +219,7 @@ fn chunks(level: &Level) {
                     let local: Vec<i32> = positions.iter().map(|p| p - first).collect();
                     let mut options = case.options.borrow().lengths(&lengths).offsets(&offsets);
                     options.query_positions = Some(&local);
-                    let (k, v) = (case.k.view().seq(span.start, span.len()), case.v.view().seq(span.start, span.len()));
+                    let [k, v] = [keys(&case.k), values(&case.v)].map(|cache| cache.seq(span.start, span.len()));
                     let tensors = (case.q.view(), k.unwrap(), v.unwrap());
                     attention_chunks(&level.context, &Serial, &mut Workspace::new(), tensors, &options, &mut states)
                         .unwrap();
@@ -229,7 +229,8 @@ fn chunks(level: &Level) {
             let states: Vec<&[f32]> = states.iter().map(Vec::as_slice).collect();
             let mut out = Tensor::output(DType::F32, [1, tokens, 3, 16], Strides::BSHD, Place::Heap);
             let mut lse = vec![f32::NAN; tokens * 3];
-            let merge = ChunkMerge::new(1, kv, kv).precision(precision());
+            let [k_format, v_format] = formats(kv, kv);
+            let merge = ChunkMerge::new(1, k_format, v_format).precision(precision());
             let to = out.view_mut();
             merge_chunks(&level.context, &Serial, &mut Workspace::new(), &states, &merge, to, Some(&mut lse)).unwrap();
             assert_eq!(out.all_bits(), want.out.all_bits(), "{kv} {positions:?} of {length}");

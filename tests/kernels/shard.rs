@@ -1,6 +1,6 @@
 //! Shards of batches, heads and sequences: together they equal the whole.
 
-use crate::common::attention::{Case, Outcome, Shape, kv_types, precision};
+use crate::common::attention::{Case, Outcome, Shape, formats, keys, kv_types, precision, values};
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled};
@@ -77,8 +77,8 @@ fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
                 options.alibi_slopes = cut(options.alibi_slopes, &part.heads);
                 let tensors = AttentionTensors::new(
                     q.heads(part.heads.start, part.heads.len()).unwrap(),
-                    part_of(&whole.k, &rows, &part.kv_heads),
-                    part_of(&whole.v, &rows, &part.kv_heads),
+                    part_of(keys(&whole.k), &rows, &part.kv_heads),
+                    part_of(values(&whole.v), &rows, &part.kv_heads),
                     out.view_mut(),
                 )
                 .lse(&mut lse);
@@ -101,17 +101,15 @@ fn rows_and_heads_are_the_bits_of_the_whole(level: &Level) {
     }
 }
 
-fn part_of<'a>(tensor: &'a Tensor, rows: &Range<usize>, heads: &Range<usize>) -> View<'a> {
-    let view = tensor.view().batch(rows.start, rows.len()).unwrap();
-    view.heads(heads.start, heads.len()).unwrap()
+fn part_of<'a>(cache: CacheView<'a>, rows: &Range<usize>, heads: &Range<usize>) -> CacheView<'a> {
+    cache.batch(rows.start, rows.len()).unwrap().heads(heads.start, heads.len()).unwrap()
 }
 
 /// Attention over the keys of each segment alone, with the lists of `SegmentLists`.
 fn over_spans(level: &Level, whole: &Case, spans: &[Range<usize>]) -> Vec<Outcome> {
     let options = whole.options.borrow();
     let [batch, tokens, heads, _] = whole.q.shape;
-    let keys = whole.k.shape[1] as i32;
-    let all = vec![keys; batch];
+    let all = vec![whole.k.shape[1] as i32; batch];
     let mut lists = SegmentLists::new(options.lengths.unwrap_or(&all), tokens);
     lists.kv_starts = options.kv_starts;
     lists.offsets = options.offsets;
@@ -122,8 +120,8 @@ fn over_spans(level: &Level, whole: &Case, spans: &[Range<usize>]) -> Vec<Outcom
         let mut lse = vec![0f32; batch * tokens * heads];
         let tensors = AttentionTensors::new(
             whole.q.view(),
-            whole.k.view().seq(span.start, span.len()).unwrap(),
-            whole.v.view().seq(span.start, span.len()).unwrap(),
+            keys(&whole.k).seq(span.start, span.len()).unwrap(),
+            values(&whole.v).seq(span.start, span.len()).unwrap(),
             out.view_mut(),
         )
         .lse(&mut lse);
@@ -164,8 +162,8 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
                     lists.local(span.clone(), &mut lengths, &mut starts, &mut offsets).unwrap();
                     let options = options.lengths(&lengths).kv_starts(&starts).offsets(&offsets);
                     let mut states = vec![f32::NAN; chunk_states_len(whole.q.shape, span.len(), shape.v_dim)];
-                    let k = whole.k.view().seq(span.start, span.len()).unwrap();
-                    let v = whole.v.view().seq(span.start, span.len()).unwrap();
+                    let k = keys(&whole.k).seq(span.start, span.len()).unwrap();
+                    let v = values(&whole.v).seq(span.start, span.len()).unwrap();
                     let runner = Threads(1 + span.start % 3);
                     let size =
                         attention_chunks_workspace_size(whole.q.shape, k.shape(), shape.v_dim, runner.num_threads());
@@ -180,7 +178,8 @@ fn chunks_of_spans_are_the_bits_of_the_whole(level: &Level) {
             let mut out =
                 Tensor::output(DType::F32, [batch, tokens, heads, shape.v_dim], Layout::BHSD, Place::GuardAfter);
             let mut lse = vec![f32::NAN; batch * tokens * heads];
-            let merge = ChunkMerge::new(shape.kv_heads, kv, kv).precision(precision()).sink_logits(&sinks);
+            let [k_format, v_format] = formats(kv, kv);
+            let merge = ChunkMerge::new(shape.kv_heads, k_format, v_format).precision(precision()).sink_logits(&sinks);
             let floats = states.iter().map(|s| s.len()).sum();
             let size = merge_chunks_workspace_size(out.shape, shape.kv_heads, floats, 2);
             let mut workspace = Workspace::with_capacity(size);
