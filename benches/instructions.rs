@@ -13,9 +13,9 @@
 
 use half::{bf16, f16};
 use kvlane::{
-    AttentionOptions, AttentionState, AttentionTensors, Context, Destination, Element, Isa, KvWrite, Pairing,
-    Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, Serial, View, ViewMut, Workspace, attention, kv_write,
-    merge_states, repeat_kv, rope,
+    AttentionOptions, AttentionState, AttentionTensors, CacheView, CacheViewMut, Context, Destination, Element, Isa,
+    KvWrite, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling, Serial, View, ViewMut, Workspace,
+    attention, kv_write, merge_states, repeat_kv, rope,
 };
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -37,6 +37,7 @@ const CASES: &[Case] = &[
     ("decode_512_f32", |c| attend::<f32>(c, 1, 512)),
     ("decode_512_f16", |c| attend::<f16>(c, 1, 512)),
     ("decode_512_bf16", |c| attend::<bf16>(c, 1, 512)),
+    ("decode_512_int8", |c| attend_int8(c, 512)),
     ("prefill_64_f32", |c| attend::<f32>(c, 64, 64)),
     ("prefill_64_f16", |c| attend::<f16>(c, 64, 64)),
     ("prefill_64_bf16", |c| attend::<bf16>(c, 64, 64)),
@@ -44,6 +45,7 @@ const CASES: &[Case] = &[
     ("rope_16_interleaved_f32", |c| rotate(c, Pairing::Interleaved)),
     ("write_16_f32_bf16", write::<f32, bf16>),
     ("write_16_f16_f16", write::<f16, f16>),
+    ("write_16_f32_int8", write_int8),
     ("repeat_16_f32", repeat),
     ("merge_16_f32", merge),
 ];
@@ -73,6 +75,47 @@ fn attend<T: Element>(context: Context, queries: usize, keys: usize) -> Box<dyn 
         );
         let options = AttentionOptions::new().causal(true);
         attention(&context, &Serial, &mut workspace, tensors, &options).unwrap();
+    })
+}
+
+/// Units and scales of keys, or of values.
+fn int8([_, seq, heads, dim]: [usize; 4]) -> (Vec<i8>, Vec<f32>) {
+    (data::<f32>(seq * heads * dim).iter().map(|x| (127.0 * x) as i8).collect(), vec![1.0 / 127.0; seq * heads])
+}
+
+const fn scales([batch, seq, heads, _]: [usize; 4]) -> [usize; 4] {
+    [batch, seq, heads, 1]
+}
+
+/// The last of `keys` tokens, over keys and values in int8.
+fn attend_int8(context: Context, keys: usize) -> Box<dyn FnMut()> {
+    let (q_shape, kv_shape) = ([1, 1, HEADS, DIM], [1, keys, KV_HEADS, DIM]);
+    let (q, mut out) = (data::<f32>(HEADS * DIM), data::<f32>(HEADS * DIM));
+    let (keys, values) = (int8(kv_shape), int8(kv_shape));
+    let mut workspace = Workspace::new();
+    Box::new(move || {
+        let [keys, values] = [&keys, &values].map(|(units, factors)| {
+            CacheView::int8(units, kv_shape, View::new(factors, scales(kv_shape)).unwrap()).unwrap()
+        });
+        let q = View::new(&q, q_shape).unwrap();
+        let tensors = AttentionTensors::new(q, keys, values, ViewMut::new(&mut out, q_shape).unwrap());
+        let options = AttentionOptions::new().causal(true);
+        attention(&context, &Serial, &mut workspace, tensors, &options).unwrap();
+    })
+}
+
+/// A write of f32 into int8.
+fn write_int8(context: Context) -> Box<dyn FnMut()> {
+    let shape = [1, TOKENS, KV_HEADS, DIM];
+    let (k, v) = (data::<f32>(shape.iter().product()), data::<f32>(shape.iter().product()));
+    let (mut keys, mut values) = (int8(shape), int8(shape));
+    Box::new(move || {
+        let [k_cache, v_cache] = [&mut keys, &mut values].map(|(units, factors)| {
+            CacheViewMut::int8(units, shape, ViewMut::new(factors, scales(shape)).unwrap()).unwrap()
+        });
+        let to = Destination::positions(&[0]);
+        let write = KvWrite::new(View::new(&k, shape).unwrap(), View::new(&v, shape).unwrap(), k_cache, v_cache, to);
+        kv_write(&context, &Serial, write).unwrap();
     })
 }
 

@@ -34,7 +34,7 @@ enum Work {
     Norm { shape: [usize; 4] },
     Read { shape: [usize; 4] },
     Repeat { shape: [usize; 4], heads: usize },
-    Attention { shape: AttentionShape, layout: Layout, queries: DType },
+    Attention { shape: AttentionShape, layout: Layout, queries: DType, values: CacheFormat },
     Merge { states: usize, shape: [usize; 4] },
 }
 
@@ -172,26 +172,35 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
             ] {
                 for layout in [Layout::Bshd, Layout::Bhsd] {
                     let name = format!("{}, {}", shape.name(), layout.name());
-                    add(quick, false, name, Work::Attention { shape, layout, queries });
+                    add(quick, false, name, Work::Attention { shape, layout, queries, values: src });
                 }
             }
             for keys in [1, 16, 64, 256] {
                 let shape = decode(1, keys, HEADS, KV_HEADS, DIM);
-                add(true, true, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries });
+                add(true, true, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries, values: src });
             }
             for (quick, shape) in [
                 (true, AttentionShape::new(1, 512, 512, HEADS, KV_HEADS, DIM)),
                 (true, AttentionShape::new(1, 2048, 2048, HEADS, KV_HEADS, DIM)),
                 (true, AttentionShape::new(1, 256, 4096, HEADS, KV_HEADS, DIM)),
             ] {
-                add(quick, false, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries });
+                add(quick, false, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries, values: src });
             }
             if queries != DType::F32 {
                 // A decoder that computes in f32 and stores in a narrow type.
                 for seq in [1, 2048] {
                     let shape = AttentionShape::new(1, seq, if seq == 1 { 4096 } else { seq }, HEADS, KV_HEADS, DIM);
-                    let work = Work::Attention { shape, layout: Layout::Bshd, queries: DType::F32 };
+                    let work = Work::Attention { shape, layout: Layout::Bshd, queries: DType::F32, values: src };
                     add(false, false, format!("{}, f32 queries", shape.name()), work);
+                }
+            }
+            if src.has_scales() {
+                // Keys and values of different formats: values often need more bits than keys.
+                let values = CacheFormat::Bf16;
+                for keys in [4096, 16384] {
+                    let shape = decode(1, keys, HEADS, KV_HEADS, DIM);
+                    let work = Work::Attention { shape, layout: Layout::Bshd, queries, values };
+                    add(keys == 4096, false, format!("{}, {values} values", shape.name()), work);
                 }
             }
         }
@@ -211,9 +220,11 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
     cases
 }
 
-/// Bytes of the scales of K and V beside units of a shape.
-fn scale_bytes(format: CacheFormat, [batch, seq, heads, _]: [usize; 4]) -> usize {
-    if format.has_scales() { 2 * batch * seq * heads * size_of::<f32>() } else { 0 }
+/// Bytes of keys or of values of a format, with their scales.
+fn cache_bytes(format: CacheFormat, shape: [usize; 4]) -> usize {
+    let [batch, seq, heads, _] = shape;
+    let scales = if format.has_scales() { batch * seq * heads * size_of::<f32>() } else { 0 };
+    elements(shape) * format.unit_bytes() + scales
 }
 
 impl Case {
@@ -229,11 +240,12 @@ impl Case {
             Work::Angles { positions, dim } => positions * dim * to,
             // The table of angles is not counted, because calls for all layers read it from the CPU's cache.
             Work::Rope { shape, .. } | Work::Norm { shape } => elements(shape) * (from + to),
-            Work::Write { shape, .. } => 2 * elements(shape) * (from + to) + scale_bytes(self.kernel.dst, shape),
-            Work::Read { shape } => 2 * elements(shape) * (from + to) + scale_bytes(self.kernel.src, shape),
+            Work::Write { shape, .. } | Work::Read { shape } => {
+                2 * (cache_bytes(self.kernel.src, shape) + cache_bytes(self.kernel.dst, shape))
+            }
             Work::Repeat { shape, heads } => elements(shape) * from + elements(shape) / shape[2] * heads * to,
-            Work::Attention { shape, queries, .. } => {
-                let kv = 2 * elements(shape.kv()) * from + scale_bytes(self.kernel.src, shape.kv());
+            Work::Attention { shape, queries, values, .. } => {
+                let kv = cache_bytes(self.kernel.src, shape.kv()) + cache_bytes(values, shape.kv());
                 let rest = 2 * elements(shape.q()) * queries.size();
                 if shape.seq > 1 || shape.small() { kv + rest } else { kv }
             }
@@ -328,12 +340,12 @@ impl Case {
             Work::Repeat { shape, heads } => {
                 tensors.extend([source(shape), target([shape[0], shape[1], heads, shape[3]])]);
             }
-            Work::Attention { shape, layout, queries } => {
+            Work::Attention { shape, layout, queries, values } => {
                 let (q, kv) = (shape.q(), shape.kv());
                 tensors.extend([
                     Tensor::new(queries, q, Layout::Bshd),
                     Tensor::new(src, kv, layout),
-                    Tensor::new(src, kv, layout),
+                    Tensor::new(values, kv, layout),
                     Tensor::new(queries, q, Layout::Bshd),
                 ]);
             }
@@ -477,18 +489,21 @@ mod tests {
         let shape = AttentionShape::new(2, 3, 5, 4, 2, 8);
         // Queries see 3, 4 and 5 keys.
         assert_eq!(shape.pairs(), 24);
-        let kernel = kernels().find(|k| k.op == Op::Attention && k.src == DType::F16).unwrap();
-        let case = |shape, queries| Case {
-            kernel,
+        let case_of = |keys: CacheFormat, values, shape, queries| Case {
+            kernel: kernels().find(|k| k.op == Op::Attention && k.src == keys).unwrap(),
             name: String::new(),
             quick: false,
             small: false,
-            work: Work::Attention { shape, layout: Layout::Bshd, queries },
+            work: Work::Attention { shape, layout: Layout::Bshd, queries, values },
         };
+        let case = |shape, queries| case_of(CacheFormat::F16, CacheFormat::F16, shape, queries);
         let prefill = case(shape, DType::F32);
         assert_eq!(prefill.flops(), (4 * 24 * 4 * 8) as f64);
         assert_eq!(prefill.bytes(), 2 * (2 * 5 * 2 * 8) * 2 + 2 * (2 * 3 * 4 * 8) * 4);
         let decode = case(AttentionShape::new(1, 1, 4096, 32, 8, 128), DType::F16);
         assert_eq!(decode.bytes(), 16 << 20);
+        let mixed =
+            case_of(CacheFormat::Int8, CacheFormat::Bf16, AttentionShape::new(1, 1, 4096, 32, 8, 128), DType::F32);
+        assert_eq!(mixed.bytes(), (12 << 20) + 4096 * 8 * 4);
     }
 }
