@@ -89,7 +89,7 @@ pub enum Packing {
     Rows = 0,
     /// Two slots interleaved, as instructions that multiply tiles of 16-bit numbers read them: `[batch, slots / 2, kv_heads,
     /// 2 * dim]`, in which element `2d + i` of pair s is element d of slot `2s + i`. The slots of a sequence (or of a page), the sink
-    /// tokens of a ring and the first slots of ragged sequences are even.
+    /// tokens of a ring and the first slots of ragged sequences are even. Only for plain elements: quantised values are never packed.
     RowPairs = 1,
 }
 
