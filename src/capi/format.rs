@@ -13,7 +13,8 @@ pub const KVL_FORMAT_F16: i32 = 1;
 /// Elements of `KVL_DTYPE_BF16`.
 pub const KVL_FORMAT_BF16: i32 = 2;
 /// Signed bytes from -127 to 127 with one scale per token and head: an element is its byte times that scale. The scales lie in a
-/// tensor of their own; see `kvl_cache_scales`.
+/// tensor of their own; see `kvl_cache_scales`. Scales that a write computes are rounded to their type: to nearest, or up if they are
+/// subnormal there, so that no element is clipped (f16 scales end at 65504). A head with NaN or infinity has the scale NaN.
 pub const KVL_FORMAT_INT8: i32 = 3;
 
 pub(super) fn parse_format(name: &str, value: kvl_format) -> Result<CacheFormat> {

@@ -21,10 +21,14 @@ pub fn quantise(head: &[f32], scales: DType) -> (Vec<i8>, f32) {
     if largest == 0.0 {
         return (vec![0; head.len()], 0.0);
     }
-    let scale = largest / 127.0;
+    let nearest = largest / 127.0;
+    // Subnormal scales are rounded up, to a multiple of the smallest.
+    let up = |x: f64, least: f64| ((x / least).ceil() * least) as f32;
     let scale = match scales {
-        DType::F32 => scale.max(f32::from_bits(1)),
-        DType::F16 => (nearest_f16(f64::from(scale.min(65504.0))) as f32).max(2f32.powi(-24)),
+        DType::F32 if nearest < f32::MIN_POSITIVE => up(f64::from(largest) / 127.0, f64::from(f32::from_bits(1))),
+        DType::F32 => nearest,
+        DType::F16 if nearest < 2f32.powi(-14) => up(f64::from(largest) / 127.0, 2f64.powi(-24)),
+        DType::F16 => nearest_f16(f64::from(nearest.min(65504.0))) as f32,
         DType::Bf16 => panic!("scales are f32 or f16"),
     };
     let units = head.iter().map(|&x| (x / scale).clamp(-127.0, 127.0).round_ties_even() as i8).collect();

@@ -1,10 +1,12 @@
 //! Conversion to int8 units with one scale per token and head, and back.
 //!
 //! A scale is the largest magnitude of its head divided by 127, rounded to f32, and for f16 scales to f16, where it is
-//! at most 65504. A scale of a head that is not all zeros is at least the smallest subnormal of its type. A unit is
-//! its element divided by the stored scale, rounded to f32, then to the nearest integer, ties to even, between -127
-//! and 127. A head of zeros has the scale 0. A head with a NaN or an infinity has the scale NaN and units 0, so that
-//! all of it reads as NaN.
+//! at most 65504. Both roundings are to nearest, except that a scale that is subnormal in its type is rounded up: to
+//! nearest it could be too small by a third, and the largest elements would be clipped. A unit is its element divided
+//! by the stored scale, rounded to f32, then to the nearest integer, ties to even, between -127 and 127. Unless the
+//! scale is 65504, no element is farther from its unit times the scale than half a scale and a sixteenth. A head of
+//! zeros has the scale 0. A head with a NaN or an infinity has the scale NaN and units 0, so that all of it reads as
+//! NaN.
 //!
 //! The largest magnitude does not depend on the order, and divisions and roundings are those of IEEE 754, so that
 //! every level computes the same bits. A head is read twice, the second time from the first-level cache. Bound by
@@ -37,23 +39,48 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs) {
         let peak = unsafe { peak(s, (src, c.src_dim), c.dim, from) };
         // SAFETY: as above.
         let scale = unsafe { put_scale(args, head, peak) };
-        let step = if c.src_dim == 1 && c.dst_dim == 1 { c.dim.max(1) } else { STAGE };
-        for first in (0..c.dim).step_by(step) {
-            let (len, at) = ((c.dim - first).min(step), first as isize);
-            // SAFETY: as above.
-            unsafe {
-                let mut source = src.wrapping_offset(at * c.src_dim);
-                if c.src_dim != 1 {
-                    gather(source, c.src_dim, from, len);
-                    source = from;
-                }
-                let target = dst.wrapping_offset(at * c.dst_dim);
-                if c.dst_dim == 1 {
-                    units(s, source, target, scale, len);
-                } else {
-                    units(s, source, to, scale, len);
-                    scatter(to, target, c.dst_dim, len);
-                }
+        // SAFETY: as above.
+        unsafe { convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &ToUnits(scale)) };
+    }
+}
+
+/// What is made of a vector's numbers that lie together. No closure: that would be a function of its own, without the level's
+/// features.
+trait Converted<A, B> {
+    /// # Safety
+    /// `n` numbers are readable at `src` and writable at `dst`.
+    unsafe fn run<S: Simd>(&self, s: S, src: *const A, dst: *mut B, n: usize);
+}
+
+/// Converts a vector of `n` numbers with any strides; through the buffers, a part at a time, if they do not lie together.
+///
+/// # Safety
+/// The numbers are readable and writable; both buffers have room for [`STAGE`].
+#[inline(always)]
+unsafe fn convert<S: Simd, A: Copy, B: Copy>(
+    s: S,
+    (src, src_dim): (*const A, isize),
+    (dst, dst_dim): (*mut B, isize),
+    n: usize,
+    (from, to): (*mut A, *mut B),
+    converted: &impl Converted<A, B>,
+) {
+    let step = if src_dim == 1 && dst_dim == 1 { n.max(1) } else { STAGE };
+    for first in (0..n).step_by(step) {
+        let (len, at) = ((n - first).min(step), first as isize);
+        // SAFETY: the caller's; len fits both buffers where they are used.
+        unsafe {
+            let mut source = src.wrapping_offset(at * src_dim);
+            if src_dim != 1 {
+                gather(source, src_dim, from, len);
+                source = from;
+            }
+            let target = dst.wrapping_offset(at * dst_dim);
+            if dst_dim == 1 {
+                converted.run(s, source, target, len);
+            } else {
+                converted.run(s, source, to, len);
+                scatter(to, target, dst_dim, len);
             }
         }
     }
@@ -96,24 +123,50 @@ unsafe fn peak<S: Simd, A: LoadStore>(s: S, (src, step): (*const A, isize), n: u
 /// The scale's address is valid.
 #[inline(always)]
 unsafe fn put_scale(args: &ScaledArgs, head: isize, peak: Option<f32>) -> f32 {
-    let scale = peak.map_or(f32::NAN, |peak| peak / MAX_UNIT);
-    let positive = peak.is_some_and(|peak| peak > 0.0);
     let at = head * args.scale_head;
     // SAFETY: the caller's, here and below.
     match args.scale_dtype {
         DType::F32 => unsafe {
-            let scale = if positive { scale.max(f32::from_bits(1)) } else { scale };
+            let scale = peak.map_or(f32::NAN, scale_f32);
             *args.scales.cast::<f32>().wrapping_offset(at) = scale;
             scale
         },
         DType::F16 => unsafe {
-            let scale = f16::from_f32(if positive { scale.min(f16::MAX.to_f32()) } else { scale });
-            let scale = if positive && scale == f16::ZERO { f16::from_bits(1) } else { scale };
+            let scale = peak.map_or(f16::NAN, scale_f16);
             *args.scales.cast::<f16>().wrapping_offset(at) = scale;
             scale.to_f32()
         },
         // The check of a cache's scales rejects bf16.
         DType::Bf16 => f32::NAN,
+    }
+}
+
+/// The scale of a head with this largest magnitude, in f32.
+fn scale_f32(peak: f32) -> f32 {
+    let scale = peak / MAX_UNIT;
+    // Subnormal: up where the division has rounded down. The product is exact in f64.
+    let short = scale < f32::MIN_POSITIVE && f64::from(scale) * f64::from(MAX_UNIT) < f64::from(peak);
+    if short { scale.next_up() } else { scale }
+}
+
+/// The same in f16.
+fn scale_f16(peak: f32) -> f16 {
+    let scale = scale_f32(peak);
+    if scale < f16::MIN_POSITIVE.to_f32() {
+        // Subnormal: a multiple of 2^-24, rounded up. The product is exact, and bits of 1024 are the smallest normal number.
+        return f16::from_bits((scale * (1 << 24) as f32).ceil() as u16);
+    }
+    f16::from_f32(scale.min(f16::MAX.to_f32()))
+}
+
+/// Elements as units of a scale.
+struct ToUnits(f32);
+
+impl<A: LoadStore> Converted<A, i8> for ToUnits {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(&self, s: S, src: *const A, dst: *mut i8, n: usize) {
+        // SAFETY: the caller's.
+        unsafe { units(s, src, dst, self.0, n) };
     }
 }
 
@@ -169,25 +222,19 @@ pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore>(s: S, args: &ScaledArgs) 
             // The check of a cache's scales rejects bf16.
             DType::Bf16 => f32::NAN,
         };
-        let step = if c.src_dim == 1 && c.dst_dim == 1 { c.dim.max(1) } else { STAGE };
-        for first in (0..c.dim).step_by(step) {
-            let (len, at) = ((c.dim - first).min(step), first as isize);
-            // SAFETY: as above.
-            unsafe {
-                let mut source = src.wrapping_offset(at * c.src_dim);
-                if c.src_dim != 1 {
-                    gather(source, c.src_dim, from, len);
-                    source = from;
-                }
-                let target = dst.wrapping_offset(at * c.dst_dim);
-                if c.dst_dim == 1 {
-                    elements(s, source, target, scale, len);
-                } else {
-                    elements(s, source, to, scale, len);
-                    scatter(to, target, c.dst_dim, len);
-                }
-            }
-        }
+        // SAFETY: as above.
+        unsafe { convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &ToElements(scale)) };
+    }
+}
+
+/// Units multiplied by their scale.
+struct ToElements(f32);
+
+impl<B: LoadStore> Converted<i8, B> for ToElements {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(&self, s: S, src: *const i8, dst: *mut B, n: usize) {
+        // SAFETY: the caller's.
+        unsafe { elements(s, src, dst, self.0, n) };
     }
 }
 
