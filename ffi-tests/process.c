@@ -20,6 +20,7 @@ static float q[BATCH * SEQ * HEADS * D], k[BATCH * SEQ * KV * D], v[BATCH * SEQ 
 /* The outputs of all operations. */
 typedef struct memory {
     float k_cache[BATCH * CAPACITY * KV * D], v_cache[BATCH * CAPACITY * KV * D];
+    float k_scales[BATCH * CAPACITY * KV], v_scales[BATCH * CAPACITY * KV];
     float turned[BATCH * SEQ * HEADS * D];
     float repeated[BATCH * CAPACITY * HEADS * D];
     float out[BATCH * SEQ * HEADS * D], lse[BATCH * SEQ * HEADS];
@@ -33,9 +34,9 @@ static void *workspace(void) {
     return workspace_bytes + (-(uintptr_t)workspace_bytes & 63);
 }
 
-/* A tensor in a cache of a type, which takes at most the space of f32. */
-static kvl_view cache(float *data, kvl_dtype dtype) {
-    return kvl_make_view(data, dtype, BATCH, CAPACITY, KV, D);
+/* Keys or values of a cache of a format, which takes at most the space of f32. */
+static kvl_view cache(float *data, kvl_format format) {
+    return kvl_make_view(data, format, BATCH, CAPACITY, KV, D);
 }
 
 static kvl_status attend(const kvl_context *context, const kvl_parallel_runner *runner, kvl_attention_params *p) {
@@ -46,13 +47,15 @@ static kvl_status attend(const kvl_context *context, const kvl_parallel_runner *
     return status == KVL_STATUS_OK ? kvl_attention(context, runner, workspace(), bytes, p) : status;
 }
 
-/* The operations of a decoder, over a cache of a type. */
-static void operations(const kvl_context *context, const kvl_parallel_runner *runner, kvl_dtype dtype, memory *to) {
+/* The operations of a decoder, over a cache of a format. */
+static void operations(const kvl_context *context, const kvl_parallel_runner *runner, kvl_format format, memory *to) {
     static const double inv_freq[D / 2] = {1.0, 0.5, 0.25, 0.125};
     static const float slopes[HEADS] = {0.5f, 0.25f, 0.125f, 0.0625f, 0.03125f, 0.015625f};
     kvl_rope_params rope = KVL_ROPE_PARAMS_INIT;
     kvl_rms_norm_params norm = KVL_RMS_NORM_PARAMS_INIT;
     kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
+    kvl_kv_read_params read = KVL_KV_READ_PARAMS_INIT;
+    kvl_cache_scales scales = KVL_CACHE_SCALES_INIT, prefix_scales;
     kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
     kvl_attention_state states[8];
     static kvl_kv_layer layer;
@@ -72,24 +75,42 @@ static void operations(const kvl_context *context, const kvl_parallel_runner *ru
 
     memset(to->k_cache, 0, sizeof to->k_cache);
     memset(to->v_cache, 0, sizeof to->v_cache);
+    memset(to->k_scales, 0, sizeof to->k_scales);
+    memset(to->v_scales, 0, sizeof to->v_scales);
     write.k = kvl_make_const_view(k, KVL_DTYPE_F32, BATCH, SEQ, KV, D);
     write.v = kvl_make_const_view(v, KVL_DTYPE_F32, BATCH, SEQ, KV, D);
-    write.k_cache = cache(to->k_cache, dtype);
-    write.v_cache = cache(to->v_cache, dtype);
+    write.k_cache = cache(to->k_cache, format);
+    write.v_cache = cache(to->v_cache, format);
+    if (format == KVL_FORMAT_INT8) {
+        scales.k = kvl_make_view(to->k_scales, KVL_DTYPE_F32, BATCH, CAPACITY, KV, 1);
+        scales.v = kvl_make_view(to->v_scales, KVL_DTYPE_F32, BATCH, CAPACITY, KV, 1);
+        write.scales = &scales;
+    }
     write.positions = positions;
     write.rope = &rope;
     write.k_norm = &norm;
     OK(kvl_kv_write(context, runner, &write));
 
-    source = kvl_as_const(write.k_cache);
-    view = kvl_make_view(to->repeated, dtype, BATCH, CAPACITY, HEADS, D);
-    OK(kvl_repeat_kv(context, runner, &source, &view));
+    read.k_cache = kvl_as_const(write.k_cache);
+    read.v_cache = kvl_as_const(write.v_cache);
+    read.k = kvl_make_view(to->out, KVL_DTYPE_F32, BATCH, SEQ, KV, D);
+    read.v = kvl_make_view(to->merged, KVL_DTYPE_F32, BATCH, SEQ, KV, D);
+    read.positions = positions;
+    read.scales = write.scales;
+    OK(kvl_kv_read(context, runner, &read));
+
+    if (format != KVL_FORMAT_INT8) {
+        source = kvl_as_const(write.k_cache);
+        view = kvl_make_view(to->repeated, format, BATCH, CAPACITY, HEADS, D);
+        OK(kvl_repeat_kv(context, runner, &source, &view));
+    }
 
     p.q = kvl_make_const_view(to->turned, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
     p.k = kvl_as_const(write.k_cache);
     p.v = kvl_as_const(write.v_cache);
     p.out = kvl_make_view(to->out, KVL_DTYPE_F32, BATCH, SEQ, HEADS, D);
     p.lse = to->lse;
+    p.scales = write.scales;
     p.lengths = lengths;
     p.flags = KVL_ATTENTION_FLAG_CAUSAL;
     p.alibi_slopes = slopes;
@@ -103,9 +124,12 @@ static void operations(const kvl_context *context, const kvl_parallel_runner *ru
     prefix_k = p.k;
     prefix_v = p.v;
     prefix_k.shape[0] = prefix_v.shape[0] = 1;
+    prefix_scales = scales;
+    prefix_scales.k.shape[0] = prefix_scales.v.shape[0] = 1;
     OK(kvl_attention_with_prefix_workspace_size(&prefix_k, &p, runner, &bytes));
     CHECK(bytes + 64 <= sizeof workspace_bytes, "%d bytes of workspace", (int)bytes);
-    OK(kvl_attention_with_prefix(context, runner, workspace(), bytes, &prefix_k, &prefix_v, NULL, &p));
+    OK(kvl_attention_with_prefix(context, runner, workspace(), bytes, &prefix_k, &prefix_v, format == KVL_FORMAT_INT8 ? &prefix_scales : NULL,
+                                 &p));
     p.q.shape[1] = 1; /* A decode step. */
     p.out.shape[1] = 1;
     OK(attend(context, runner, &p));
@@ -119,6 +143,7 @@ static void operations(const kvl_context *context, const kvl_parallel_runner *ru
 
     layer.k = write.k_cache;
     layer.v = write.v_cache;
+    layer.scales = write.scales;
     whole.layers = &layer;
     whole.num_layers = 1;
     whole.lengths = now;
@@ -154,14 +179,14 @@ static void child(const kvl_context *context, const kvl_parallel_runner *of_pool
     if (of_pool->run(of_pool->ctx, 1, NULL, NULL) == 0) _exit(5);
     kvl_thread_pool_destroy(pool);
     /* The context works, on the calling thread and on a pool of the child. */
-    operations(context, NULL, KVL_DTYPE_F32, &got);
+    operations(context, NULL, KVL_FORMAT_F32, &got);
     if (memcmp(&expected, &got, sizeof got) != 0) _exit(6);
     /* QEMU's user mode aborts where the child of a process with threads starts a thread. */
     if (getenv("KVLANE_EMULATED") != NULL) _exit(failures > 0 ? 10 : 0);
     if (kvl_thread_pool_create(THREADS, &another) != KVL_STATUS_OK) _exit(7);
     if (kvl_thread_pool_runner(another, &own) != KVL_STATUS_OK) _exit(8);
     memset(&got, 0, sizeof got);
-    operations(context, &own, KVL_DTYPE_F32, &got);
+    operations(context, &own, KVL_FORMAT_F32, &got);
     if (memcmp(&expected, &got, sizeof got) != 0) _exit(9);
     kvl_thread_pool_destroy(another);
     _exit(failures > 0 ? 10 : 0);
@@ -176,8 +201,8 @@ static void forks(const kvl_context *context) {
     pid_t pid;
     OK(kvl_thread_pool_create(THREADS, &pool));
     OK(kvl_thread_pool_runner(pool, &runner));
-    operations(context, NULL, KVL_DTYPE_F32, &expected);
-    operations(context, &runner, KVL_DTYPE_F32, &got);
+    operations(context, NULL, KVL_FORMAT_F32, &expected);
+    operations(context, &runner, KVL_FORMAT_F32, &got);
     CHECK(memcmp(&expected, &got, sizeof got) == 0, "the pool changes the result");
     if (pipe(ends) != 0) abort();
     fflush(stderr);
@@ -198,7 +223,7 @@ static void forks(const kvl_context *context) {
     CHECK(n == 0, "the child printed: %s", printed);
     /* The parent still has its threads. */
     memset(&got, 0, sizeof got);
-    operations(context, &runner, KVL_DTYPE_F32, &got);
+    operations(context, &runner, KVL_FORMAT_F32, &got);
     CHECK(memcmp(&expected, &got, sizeof got) == 0, "the pool changes the result");
     kvl_thread_pool_destroy(pool);
 }
@@ -280,7 +305,8 @@ static void signals_and_stacks_of_the_pool(void) {
 static void *on_a_small_stack(void *unused) {
     static const kvl_isa levels[] = {KVL_ISA_SCALAR, KVL_ISA_AVX2, KVL_ISA_AVX512, KVL_ISA_AMX,
                                      KVL_ISA_NEON,   KVL_ISA_NEON_BF16};
-    size_t i, dtype;
+    size_t i;
+    kvl_format format;
     (void)unused;
     for (i = 0; i < COUNT(levels); i++) {
         kvl_context_params params = KVL_CONTEXT_PARAMS_INIT;
@@ -288,7 +314,7 @@ static void *on_a_small_stack(void *unused) {
         params.max_isa = levels[i];
         if (!kvl_isa_available(levels[i])) continue;
         OK(kvl_context_create(&params, &context));
-        for (dtype = 0; dtype < 3; dtype++) operations(context, NULL, (kvl_dtype)dtype, &got);
+        for (format = KVL_FORMAT_F32; format <= KVL_FORMAT_INT8; format++) operations(context, NULL, format, &got);
         kvl_context_destroy(context);
     }
     return NULL;
