@@ -334,7 +334,7 @@ static void *merge_on_a_small_stack(void *from) {
     return NULL;
 }
 
-/* The stack that the header states to be enough. */
+/* Two thirds of the stack that the header states to be enough. */
 #ifndef SMALL_STACK
 #define SMALL_STACK 65536
 #endif

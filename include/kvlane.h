@@ -36,7 +36,7 @@
  * zero; a field that is not is an error, KVL_STATUS_STRUCT_SIZE.
  *
  * Threads and processes:
- * - A thread that calls the library needs a stack of at least 64 KiB (32 KiB are not enough). Threads of a pool have 2 MiB.
+ * - A thread that calls the library needs a stack of at least 96 KiB. Threads of a pool have 2 MiB.
  * - No function may be called from a signal handler. The threads of a pool block all signals, so that signals to the process
  *   arrive on the program's own threads.
  * - Threads do not survive fork. In the child, contexts, plans and caches work as before. Every function that is given a runner
@@ -175,7 +175,8 @@
 
 /**
  * Signed bytes from -127 to 127 with one scale per token and head: an element is its byte times that scale. The scales lie in a
- * tensor of their own; see `kvl_cache_scales`.
+ * tensor of their own; see `kvl_cache_scales`. Scales that a write computes are rounded to their type: to nearest, or up if they are
+ * subnormal there, so that no element is clipped (f16 scales end at 65504). A head with NaN or infinity has the scale NaN.
  */
 #define KVL_FORMAT_INT8 3
 
@@ -360,7 +361,8 @@
 /**
  * Two slots interleaved, as instructions that multiply tiles of 16-bit numbers read them: [batch, slots / 2, kv_heads,
  * 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. The slots of a sequence (or of a page),
- * the sink tokens of a ring and the first slots of ragged sequences are even.
+ * the sink tokens of a ring and the first slots of ragged sequences are even. Only for plain elements: values in `KVL_FORMAT_INT8` are
+ * never packed, and `kvl_context_v_packing` says so; a call that asks for it is `KVL_STATUS_UNSUPPORTED`.
  */
 #define KVL_PACKING_ROW_PAIRS 1
 

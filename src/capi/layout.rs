@@ -57,8 +57,8 @@ pub type kvl_packing = i32;
 pub const KVL_PACKING_ROWS: i32 = 0;
 /// Two slots interleaved, as instructions that multiply tiles of 16-bit numbers read them: [batch, slots / 2, kv_heads,
 /// 2 * v_dim], in which element 2d + i of pair s is element d of slot 2s + i. The slots of a sequence (or of a page),
-/// the sink tokens of a ring and the first slots of ragged sequences are even. Only for plain elements: values in KVL_FORMAT_INT8 are
-/// never packed, and `kvl_context_v_packing` says so; a call that asks for it is KVL_STATUS_UNSUPPORTED.
+/// the sink tokens of a ring and the first slots of ragged sequences are even. Only for plain elements: values in `KVL_FORMAT_INT8` are
+/// never packed, and `kvl_context_v_packing` says so; a call that asks for it is `KVL_STATUS_UNSUPPORTED`.
 pub const KVL_PACKING_ROW_PAIRS: i32 = 1;
 
 /// The layout at `from`, of caches with so many slots; contiguous if it is null.
