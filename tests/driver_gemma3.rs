@@ -20,7 +20,7 @@ const WINDOW: usize = 512;
 static REFERENCE: LazyLock<Reference> = LazyLock::new(|| Reference::read(include_str!("data/gemma3_reference.json")));
 
 /// The tests share one model, because its weights take a gigabyte.
-static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| open_model("KVLANE_GEMMA3", FILE));
+static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| open_model("KVLANE_GEMMA3", FILE, true));
 
 #[test]
 fn the_file_describes_the_layers() {

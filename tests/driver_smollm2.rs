@@ -19,7 +19,7 @@ const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 static REFERENCE: LazyLock<Reference> = LazyLock::new(|| Reference::read(include_str!("data/smollm2_reference.json")));
 
 /// The tests share one model, because its weights take half a gigabyte.
-static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| open_model("KVLANE_SMOLLM2", FILE));
+static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| open_model("KVLANE_SMOLLM2", FILE, true));
 
 /// A pass over `ids` with an empty cache; logits for every token.
 fn recompute(decoder: &Decoder, ids: &[u32]) -> Vec<f32> {

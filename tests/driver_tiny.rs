@@ -24,7 +24,14 @@ fn cases() -> Vec<Case> {
     serde_json::from_str(include_str!("data/tiny_reference.json")).unwrap()
 }
 
+/// Linear layers in f32, as the reference computes them.
 fn load(isa: Option<Isa>, threads: usize) -> (Decoder, Tokenizer) {
+    let (decoder, tokenizer) = load_rounding(isa, threads);
+    (decoder.exact(true), tokenizer)
+}
+
+/// Linear layers as they are by default.
+fn load_rounding(isa: Option<Isa>, threads: usize) -> (Decoder, Tokenizer) {
     let file = embedded::open().unwrap();
     let threads = Threads::new(threads).unwrap();
     let weights = threads.run(|| file.weights(&|_, _| ())).unwrap();
@@ -80,6 +87,68 @@ fn cached_is_recomputed_at_every_level() {
             assert_eq!(cached, case.greedy_ids, "{level} {:?}", case.prompt);
         }
     }
+}
+
+/// A text after its first tokens, and the logits of every position, from pieces of the text.
+fn in_pieces(decoder: &Decoder, ids: &[u32], pieces: &[usize]) -> Vec<f32> {
+    let mut cache = Cache::new(decoder.config(), 1, ids.len(), DType::F32).unwrap();
+    let (mut scratch, mut rest, mut all) = (Scratch::default(), ids, Vec::new());
+    for &n in pieces.iter().cycle() {
+        let (piece, tail) = rest.split_at(n.min(rest.len()));
+        all.extend(decoder.forward(&mut cache, &mut scratch, 0, &[piece], Logits::All).unwrap());
+        rest = tail;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    all
+}
+
+/// By default linear layers round their inputs to eight bits. That moves logits, which are of the order of 10, by
+/// hundredths, and the likeliest token only where two are as close as that.
+#[test]
+fn rounded_inputs_stay_close() {
+    let ((exact, _), (rounding, _)) = (load(None, 0), load_rounding(None, 0));
+    let vocab = exact.config().vocab;
+    let mut worst = 0.0f32;
+    for case in cases() {
+        let ids = [case.prompt_ids, case.greedy_ids].concat();
+        let (want, got) = (in_pieces(&exact, &ids, &[ids.len()]), in_pieces(&rounding, &ids, &[ids.len()]));
+        for (want, got) in want.chunks(vocab).zip(got.chunks(vocab)) {
+            let error = want.iter().zip(got).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+            worst = worst.max(error);
+            let best = argmax(want).unwrap() as usize;
+            let second = want.iter().enumerate().filter(|&(i, _)| i != best).fold(f32::MIN, |m, (_, &x)| m.max(x));
+            if want[best] - second > 2.0 * error {
+                assert_eq!(argmax(got).unwrap() as usize, best);
+            }
+        }
+    }
+    eprintln!("largest difference of a logit: {worst:.2e}");
+    assert!(worst > 1e-4 && worst < 0.3, "{worst}");
+}
+
+/// With quantised weights, logits have the same bits however a text is cut and on any number of threads.
+#[test]
+fn quantised_weights_keep_the_bits() {
+    let case = &cases()[0];
+    let ids = [case.prompt_ids.as_slice(), &case.greedy_ids].concat();
+    for exact in [false, true] {
+        let decoder = |threads| load_rounding(None, threads).0.exact(exact);
+        let want = in_pieces(&decoder(1), &ids, &[ids.len()]);
+        for (threads, pieces) in [(1, &[1][..]), (3, &[1, 9, 2, 17]), (2, &[12])] {
+            assert!(in_pieces(&decoder(threads), &ids, pieces) == want, "{threads} threads, {pieces:?}, exact {exact}");
+        }
+    }
+}
+
+/// Weights keep the type of the file.
+#[test]
+fn weights_take_the_memory_of_their_file() {
+    let file = embedded::open().unwrap();
+    let size: usize = file.tensors().unwrap().iter().map(|t| t.bytes).sum();
+    let memory = file.weights(&|_, _| ()).unwrap().memory();
+    assert!(memory >= size && 10 * memory <= 13 * size, "{memory} bytes for tensors of {size}");
 }
 
 /// Every pair of formats with int8 for keys or values.
@@ -260,7 +329,7 @@ fn forgetting_a_span_is_not_having_read_it() {
         config.layers.truncate(1);
         weights.layers.truncate(1);
         config.ropes[0].stretch = Stretch::Fixed(scaling);
-        let decoder = Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap();
+        let decoder = Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap().exact(true);
         let mut scratch = Scratch::default();
         let formats: [(Formats, f32); 5] = [
             (DType::F32.into(), 1e-4),

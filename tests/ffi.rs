@@ -524,7 +524,7 @@ mod decode {
     use super::*;
     use kvlane::driver::argmax;
     use kvlane::driver::gguf::Gguf;
-    use kvlane::driver::{Cache, Decoder, Logits, ModelFile, Scratch, Stretch, Threads};
+    use kvlane::driver::{Cache, Decoder, Logits, Matrix, ModelFile, Scratch, Stretch, Threads};
     use kvlane::{DType, RopeScaling};
     use std::io::Write;
 
@@ -550,18 +550,19 @@ mod decode {
             out.write_all(&x.to_le_bytes())?;
         }
         let mut floats = |data: &[f32]| data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes()));
-        floats(weights.embedding.data())?;
+        let every = |m: &Matrix| (0..m.rows()).flat_map(|i| m.row(i)).collect::<Vec<f32>>();
+        floats(&every(&weights.embedding))?;
         for layer in &weights.layers {
             floats(&layer.attn_norm)?;
-            floats(layer.qkv.data())?;
-            floats(layer.attn_out.data())?;
+            floats(&every(&layer.qkv))?;
+            floats(&every(&layer.attn_out))?;
             floats(&layer.ffn_norm)?;
-            floats(layer.gate_up.data())?;
-            floats(layer.down.data())?;
+            floats(&every(&layer.gate_up))?;
+            floats(&every(&layer.down))?;
         }
         floats(&weights.output_norm)?;
         if let Some(output) = &weights.output {
-            floats(output.data())?;
+            floats(&every(output))?;
         }
         out.flush()
     }
@@ -591,7 +592,8 @@ mod decode {
         export(&file, &path).expect("the model can be written");
         let weights = file.weights(&|_, _| ()).expect("weights");
         let decoder = Decoder::new(file.config().clone(), weights, 0, None, Threads::new(1).expect("a thread"))
-            .expect("a decoder");
+            .expect("a decoder")
+            .exact(true);
         let programs = [Linkage::Shared, Linkage::Static].map(|l| build("decode", "decode.c", Language::C11, l));
         for (prompt, dtype, program) in [
             ("In the beginning", DType::F32, &programs[0]),

@@ -24,6 +24,7 @@ use rayon::prelude::*;
 
 use super::cache::Cache;
 use super::error::{Error, Result};
+use super::linear::{Linear, Rounded};
 use super::model::{Activation, LayerConfig, ModelConfig, Weights};
 use super::threads::Threads;
 use crate::{
@@ -51,6 +52,7 @@ pub struct Decoder {
     /// One per entry of [`ModelConfig::ropes`].
     frequencies: Vec<RopeFrequencies>,
     threads: Threads,
+    exact: bool,
 }
 
 /// Memory for the activations of a pass, kept between passes.
@@ -70,6 +72,7 @@ pub struct Scratch {
     gate_up: Vec<f32>,
     /// `[m, ffn_dim]`.
     act: Vec<f32>,
+    rounded: Rounded,
     workspace: Workspace,
 }
 
@@ -88,7 +91,14 @@ impl Decoder {
             None => Context::new()?,
         };
         let frequencies = config.ropes.iter().map(|rope| rope.frequencies(longest)).collect::<Result<_>>()?;
-        Ok(Self { config, weights, context, frequencies, threads })
+        Ok(Self { config, weights, context, frequencies, threads, exact: false })
+    }
+
+    /// Whether linear layers multiply in f32 ([`Linear::exact`]). By default their inputs are rounded to eight bits where
+    /// weights are quantised, which is several times as fast.
+    pub fn exact(mut self, exact: bool) -> Self {
+        self.exact = exact;
+        self
     }
 
     /// The model's shape.
@@ -141,7 +151,7 @@ impl Decoder {
                 }
             }
         }
-        Ok(self.threads.run(|| self.logits(&wanted.concat())))
+        Ok(self.threads.run(|| self.logits(&wanted.concat(), &mut scratch.rounded)))
     }
 
     /// Forgets the tokens `span` of a row and closes the gap: later tokens move to the positions from `span.start` on,
@@ -160,6 +170,10 @@ impl Decoder {
         };
         let rotations: Vec<_> = self.config.layers.iter().map(rotation).collect();
         cache.evict(&self.context, &self.threads, row, span, &rotations)
+    }
+
+    fn linear(&self) -> Linear<'_> {
+        Linear::new(self.context.isa(), &self.threads).exact(self.exact)
     }
 
     fn check(&self, cache: &Cache, first_row: usize, tokens: &[&[u32]]) -> Result<()> {
@@ -202,10 +216,10 @@ impl Decoder {
         let c = &self.config;
         let batch = tokens.len();
         let m = batch * seq;
-        let threads = self.threads.count();
+        let linear = self.linear();
         let (q_dim, kv_dim) = (c.q_dim(), c.kv_dim());
         let width = q_dim + 2 * kv_dim;
-        let Scratch { x, h, delta, qkv, attn, gate_up, act, workspace } = scratch;
+        let Scratch { x, h, delta, qkv, attn, gate_up, act, rounded, workspace } = scratch;
         // Every buffer is written before it is read, so that the values of `resize` do not matter.
         x.resize(m * c.dim, 0.0);
         h.resize(m * c.dim, 0.0);
@@ -219,7 +233,7 @@ impl Decoder {
             for (t, x) in row.chunks_exact_mut(c.dim).enumerate() {
                 // Padding takes the embedding of token 0; any finite numbers would do.
                 let id = ids.get(t).copied().unwrap_or(0);
-                x.copy_from_slice(self.weights.embedding.row(id as usize));
+                self.weights.embedding.read_row(id as usize, x);
                 if c.embedding_scale != 1.0 {
                     x.iter_mut().for_each(|x| *x *= c.embedding_scale);
                 }
@@ -256,7 +270,7 @@ impl Decoder {
         for (i, (layer, kind)) in self.weights.layers.iter().zip(&c.layers).enumerate() {
             let rope = ropes[kind.rope];
             rms_norm(x, &layer.attn_norm, c.rms_eps, h);
-            layer.qkv.apply(h, m, qkv, threads);
+            layer.qkv.apply(&linear, h, m, qkv, rounded);
             if let Some([q_norm, k_norm]) = &layer.qk_norm {
                 head_norms(qkv, width, (q_dim, q_norm), (kv_dim, k_norm), c.rms_eps);
             }
@@ -290,29 +304,29 @@ impl Decoder {
                 ),
                 &options,
             )?;
-            layer.attn_out.apply(attn, m, delta, threads);
+            layer.attn_out.apply(&linear, attn, m, delta, rounded);
             add_normed(x, delta, layer.attn_post_norm.as_deref(), c.rms_eps, h);
 
             rms_norm(x, &layer.ffn_norm, c.rms_eps, h);
-            layer.gate_up.apply(h, m, gate_up, threads);
+            layer.gate_up.apply(&linear, h, m, gate_up, rounded);
             match c.activation {
                 Activation::Silu => gated(gate_up, c.ffn_dim, act, silu),
                 Activation::GeluTanh => gated(gate_up, c.ffn_dim, act, gelu_tanh),
             }
-            layer.down.apply(act, m, delta, threads);
+            layer.down.apply(&linear, act, m, delta, rounded);
             add_normed(x, delta, layer.ffn_post_norm.as_deref(), c.rms_eps, h);
         }
         Ok(())
     }
 
     /// Converts the output of the layers, `[n, dim]`, to logits, `[n, vocab]`.
-    fn logits(&self, x: &[f32]) -> Vec<f32> {
+    fn logits(&self, x: &[f32], rounded: &mut Rounded) -> Vec<f32> {
         let c = &self.config;
         let n = x.len() / c.dim;
         let mut normed = vec![0.0; x.len()];
         rms_norm(x, &self.weights.output_norm, c.rms_eps, &mut normed);
         let mut out = vec![0.0; n * c.vocab];
-        self.weights.head().apply(&normed, n, &mut out, self.threads.count());
+        self.weights.head().apply(&self.linear(), &normed, n, &mut out, rounded);
         if let Some(cap) = c.logit_softcap {
             out.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
         }
@@ -322,8 +336,16 @@ impl Decoder {
 
 /// The factor of RMSNorm, `1 / sqrt(mean(x^2) + eps)`.
 fn rms_scale(x: &[f32], eps: f32) -> f64 {
-    // In f64, so that the order of summation does not affect the result at f32 precision.
-    let squares: f64 = x.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+    // In f64, so that the order of summation does not affect the result at f32 precision; in lanes, because a sum in order
+    // is not vectorised.
+    let (chunks, rest) = x.as_chunks::<8>();
+    let mut lanes = [0.0f64; 8];
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane += f64::from(v) * f64::from(v);
+        }
+    }
+    let squares: f64 = lanes.into_iter().chain(rest.iter().map(|&v| f64::from(v) * f64::from(v))).sum();
     1.0 / (squares / x.len() as f64 + f64::from(eps)).sqrt()
 }
 
@@ -372,13 +394,37 @@ fn gated(gate_up: &[f32], n: usize, y: &mut [f32], act: impl Fn(f32) -> f32 + Sy
     gate_up.par_chunks_exact(2 * n).zip(y.par_chunks_exact_mut(n)).with_min_len(8).for_each(row);
 }
 
-fn silu(x: f32) -> f32 {
-    x / (1.0 + (-x).exp())
+/// `x` times the logistic function of `z`.
+fn times_logistic(x: f32, z: f32) -> f32 {
+    x / (1.0 + exp(-z))
 }
 
+fn silu(x: f32) -> f32 {
+    times_logistic(x, x)
+}
+
+/// `x / 2 * (1 + tanh(u))`, where half of the sum is the logistic function of `2 u`.
 fn gelu_tanh(x: f32) -> f32 {
-    const SQRT_2_OVER_PI: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
-    0.5 * x * (1.0 + (SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)).tanh())
+    const SQRT_8_OVER_PI: f32 = 2.0 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+    times_logistic(x, SQRT_8_OVER_PI * (x + 0.044715 * x * x * x))
+}
+
+/// `e^x` within three units in the last place, between the smallest and the largest normal number. Without branches and
+/// calls, so that the compiler vectorises loops over it.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    // The sum with 1.5 * 2^23 is rounded to an integer, which is in its lowest bits.
+    const INTEGERS: f32 = 12_582_912.0;
+    // ln 2 in two parts; the first has so few bits that its product with an exponent is exact.
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    let x = x.clamp(-87.0, 88.0);
+    let shifted = x * std::f32::consts::LOG2_E + INTEGERS;
+    let n = shifted - INTEGERS;
+    let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
+    let series = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+    let power = series.iter().fold(0.0f32, |sum, term| sum * r + term);
+    power * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
 }
 
 /// `x += delta`, after an RMSNorm of `delta` if there are weights for one. `room` is scratch as long as `x`.
@@ -392,5 +438,29 @@ fn add_normed(x: &mut [f32], delta: &[f32], weight: Option<&[f32]>, eps: f32, ro
     };
     for (x, &y) in x.iter_mut().zip(delta) {
         *x += y;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn activations_are_the_definitions() {
+        for i in -400_000i32..400_000 {
+            let x = i as f32 / 4000.0;
+            let exact = f64::from(x).exp();
+            if (-87.0..=88.0).contains(&x) {
+                assert!((f64::from(exp(x)) / exact - 1.0).abs() < 3.0 * f64::from(f32::EPSILON), "e^{x}");
+            }
+            let z = f64::from(x);
+            let silu_z = z / (1.0 + (-z).exp());
+            assert!((f64::from(silu(x)) - silu_z).abs() <= 4e-7 * silu_z.abs() + 1e-30, "silu({x})");
+            let u = (2.0 / std::f64::consts::PI).sqrt() * (z + 0.044715 * z * z * z);
+            let gelu_z = 0.5 * z * (1.0 + u.tanh());
+            assert!((f64::from(gelu_tanh(x)) - gelu_z).abs() <= 1e-6 * z.abs(), "gelu({x})");
+        }
+        assert!(silu(f32::NAN).is_nan() && gelu_tanh(f32::NAN).is_nan());
+        assert_eq!((silu(0.0), gelu_tanh(0.0), silu(1e30), gelu_tanh(1e12)), (0.0, 0.0, 1e30, 1e12));
     }
 }

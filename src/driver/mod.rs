@@ -2,15 +2,15 @@
 //!
 //! # The road data takes
 //! ```text
-//! file --gguf, hf--> Tensor (mapped bytes) --quant--> f32 --model--> Weights, ModelConfig
+//! file --gguf, hf--> Tensor (mapped bytes) --model--> Weights (linear), ModelConfig
 //!                                                                        |
 //! text --tokenizer--> ids --runner--> decoder (linear, and the library's operations over a cache)
 //!                      ^                 | logits
 //!                      +---- sampling <--+              ids --tokenizer--> text, as it comes
 //! ```
 //! [`gguf`] and `hf` read a container, check every number in it, and return slices of the mapped file. [`quant`]
-//! converts blocks of every supported type to f32. [`ModelFile`] knows the tensors of each supported family (Llama, Gemma
-//! 3). It finds every tensor under the names of either container, checks its shape and unpacks it. The other modules
+//! knows the blocks of every supported type. [`ModelFile`] knows the tensors of each supported family (Llama, Gemma
+//! 3). It finds every tensor under the names of either container and checks its shape. The other modules
 //! do not depend on the container, except for RoPE's pairing, because the containers order the elements of a head
 //! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Slots`] runs several
 //! requests over one cache. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
@@ -22,8 +22,7 @@
 //! # Who owns what
 //! A [`ModelFile`] owns the mapping. It can be dropped once [`Weights`] and [`Tokenizer`] are built, because both are
 //! copies. A [`Decoder`] owns the weights, the [`Context`](crate::Context) and the threads, and is immutable. The
-//! caller owns the [`Cache`] and the [`Scratch`] of a pass. Weights are plain f32: the driver shows the cache and its
-//! kernels, and leaves the linear layers to the `gemm-f32` crate ([`Matrix`]).
+//! caller owns the [`Cache`] and the [`Scratch`] of a pass. A [`Matrix`] of weights keeps the type that it has in the file.
 //!
 //! # Trust
 //! A model file is not trusted. Whatever it contains, the result is a value or an [`Error`] with a sentence, and the
@@ -48,7 +47,7 @@ mod tokenizer;
 pub use cache::{Cache, Formats, PREFILL_CHUNK};
 pub use decoder::{Decoder, Logits, Scratch};
 pub use error::{Error, ErrorKind, Result};
-pub use linear::Matrix;
+pub use linear::{Linear, Matrix, Rounded};
 pub use model::{
     Activation, LayerConfig, LayerWeights, ModelConfig, ModelFile, RopeConfig, Stretch, TensorInfo, Weights,
 };

@@ -1,4 +1,4 @@
-//! Tensors as they are stored in a file, and their conversion to f32.
+//! Tensors as they are stored in a file: what their blocks hold, and their conversion to f32.
 //!
 //! A quantised row is a sequence of blocks. A block holds a fixed number of elements with one or two f16 scales:
 //!
@@ -167,154 +167,258 @@ pub fn dequantize(ty: TensorType, src: &[u8], dst: &mut [f32]) -> Result<()> {
         )));
     }
     match ty {
-        TensorType::F32 => blocks::<4, 1>(src, dst, |b, y| y[0] = f32::from_le_bytes(*b)),
-        TensorType::F16 => blocks::<2, 1>(src, dst, |b, y| y[0] = f16::from_le_bytes(*b).to_f32()),
-        TensorType::BF16 => blocks::<2, 1>(src, dst, |b, y| y[0] = bf16::from_le_bytes(*b).to_f32()),
-        TensorType::Q8_0 => blocks(src, dst, q8_0),
-        TensorType::Q4_0 => blocks(src, dst, q4_0),
-        TensorType::Q4_1 => blocks(src, dst, q4_1),
-        TensorType::Q5_0 => blocks(src, dst, q5_0),
-        TensorType::Q5_1 => blocks(src, dst, q5_1),
-        TensorType::Q2_K => blocks(src, dst, q2_k),
-        TensorType::Q3_K => blocks(src, dst, q3_k),
-        TensorType::Q4_K => blocks(src, dst, q4_k),
-        TensorType::Q5_K => blocks(src, dst, q5_k),
-        TensorType::Q6_K => blocks(src, dst, q6_k),
+        TensorType::F32 => floats(src, dst, f32::from_le_bytes),
+        TensorType::F16 => floats(src, dst, |b| f16::from_le_bytes(b).to_f32()),
+        TensorType::BF16 => floats(src, dst, |b| bf16::from_le_bytes(b).to_f32()),
+        _ => {
+            let format = ty.format();
+            let mut block = Block::default();
+            for (src, dst) in src.chunks_exact(ty.block_bytes()).zip(dst.chunks_exact_mut(ty.block_elements())) {
+                block.read(ty, src);
+                for (i, y) in dst.chunks_exact_mut(format.run()).enumerate() {
+                    let (scale, min) = block.scale_and_min(&format, i);
+                    for (y, &q) in y.iter_mut().zip(&block.q[i * format.run()..]) {
+                        *y = format.value(q, scale, min);
+                    }
+                }
+            }
+        }
     }
     Ok(())
 }
 
-fn blocks<const B: usize, const N: usize>(src: &[u8], dst: &mut [f32], f: impl Fn(&[u8; B], &mut [f32; N])) {
-    let (src, _) = src.as_chunks::<B>();
-    let (dst, _) = dst.as_chunks_mut::<N>();
-    for (b, y) in src.iter().zip(dst) {
-        f(b, y);
+fn floats<const B: usize>(src: &[u8], dst: &mut [f32], f: impl Fn([u8; B]) -> f32) {
+    for (b, y) in src.as_chunks::<B>().0.iter().zip(dst) {
+        *y = f(*b);
     }
 }
 
-fn scale(b: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([b[at], b[at + 1]]).to_f32()
+/// What the elements of a quantised type consist of. All types have one form: an unsigned integer `q` of a few bits, and
+/// for a run of elements a scale and a minimum or a zero point,
+/// ```text
+/// scale * q + min        scale * (q - zero)
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Format {
+    /// The lower bits of an element: 2, 4 or 8.
+    pub low_bits: usize,
+    /// The upper bits of an element: 0, 1 or 2.
+    pub high_bits: usize,
+    /// Groups of 32 elements in a block: 1 or 8. Eight groups have scales of their own, which the block's scale
+    /// multiplies.
+    pub groups: usize,
+    /// Runs of elements with one scale in a group: 1 or 2.
+    pub runs: usize,
+    /// The zero point; `None` if there are minima.
+    pub zero: Option<i32>,
 }
 
-fn q8_0(b: &[u8; 34], y: &mut [f32; 32]) {
-    let d = scale(b, 0);
-    for (y, &q) in y.iter_mut().zip(&b[2..]) {
-        *y = f32::from(q as i8) * d;
+/// Elements in a group.
+pub(super) const GROUP: usize = 32;
+
+impl Format {
+    const fn of_32(low_bits: usize, high_bits: usize, zero: Option<i32>) -> Self {
+        Self { low_bits, high_bits, groups: 1, runs: 1, zero }
     }
-}
 
-fn q4_0(b: &[u8; 18], y: &mut [f32; 32]) {
-    let d = scale(b, 0);
-    for (i, &q) in b[2..].iter().enumerate() {
-        y[i] = d * f32::from((q & 15) as i8 - 8);
-        y[i + 16] = d * f32::from((q >> 4) as i8 - 8);
+    const fn of_256(low_bits: usize, high_bits: usize, runs: usize, zero: Option<i32>) -> Self {
+        Self { low_bits, high_bits, groups: 8, runs, zero }
     }
-}
 
-fn q4_1(b: &[u8; 20], y: &mut [f32; 32]) {
-    let (d, m) = (scale(b, 0), scale(b, 2));
-    for (i, &q) in b[4..].iter().enumerate() {
-        y[i] = d * f32::from(q & 15) + m;
-        y[i + 16] = d * f32::from(q >> 4) + m;
+    /// Elements with one scale.
+    pub(super) const fn run(&self) -> usize {
+        GROUP / self.runs
     }
-}
 
-fn q5_0(b: &[u8; 22], y: &mut [f32; 32]) {
-    let d = scale(b, 0);
-    let top = u32::from_le_bytes([b[2], b[3], b[4], b[5]]);
-    for (i, &q) in b[6..].iter().enumerate() {
-        let (lo, hi) = (fifth(top, i), fifth(top, i + 16));
-        y[i] = d * f32::from(((q & 15) | lo) as i8 - 16);
-        y[i + 16] = d * f32::from(((q >> 4) | hi) as i8 - 16);
-    }
-}
-
-fn q5_1(b: &[u8; 24], y: &mut [f32; 32]) {
-    let (d, m) = (scale(b, 0), scale(b, 2));
-    let top = u32::from_le_bytes([b[4], b[5], b[6], b[7]]);
-    for (i, &q) in b[8..].iter().enumerate() {
-        y[i] = d * f32::from((q & 15) | fifth(top, i)) + m;
-        y[i + 16] = d * f32::from((q >> 4) | fifth(top, i + 16)) + m;
-    }
-}
-
-fn fifth(top: u32, i: usize) -> u8 {
-    ((top >> i & 1) as u8) << 4
-}
-
-fn q2_k(b: &[u8; 84], y: &mut [f32; 256]) {
-    let (d, dmin) = (scale(b, 80), scale(b, 82));
-    for (j, y) in y.chunks_exact_mut(16).enumerate() {
-        let (d, m) = (d * f32::from(b[j] & 15), dmin * f32::from(b[j] >> 4));
-        let twos = &b[16 + 32 * (j / 8) + 16 * (j % 2)..][..16];
-        for (y, &q) in y.iter_mut().zip(twos) {
-            *y = d * f32::from(q >> (2 * (j / 2 % 4)) & 3) - m;
+    /// The value of an element.
+    pub(super) fn value(&self, q: u8, scale: f32, min: f32) -> f32 {
+        match self.zero {
+            Some(zero) => (i32::from(q) - zero) as f32 * scale,
+            None => f32::from(q) * scale + min,
         }
     }
 }
 
-fn q3_k(b: &[u8; 110], y: &mut [f32; 256]) {
-    let (d, scales) = (scale(b, 108), &b[96..108]);
-    for (j, y) in y.chunks_exact_mut(16).enumerate() {
-        // The low four bits are nibbles of the first eight bytes, the high two bits are in the last four bytes.
-        let low = scales[j % 8] >> (4 * (j / 8)) & 15;
-        let high = scales[8 + j % 4] >> (2 * (j / 4)) & 3;
-        let d = d * f32::from((low | high << 4) as i8 - 32);
-        let twos = &b[32 + 32 * (j / 8) + 16 * (j % 2)..][..16];
-        let thirds = &b[16 * (j % 2)..][..16];
-        for ((y, &q), &t) in y.iter_mut().zip(twos).zip(thirds) {
-            let q = (q >> (2 * (j / 2 % 4)) & 3) | (t >> (j / 2) & 1) << 2;
-            *y = d * f32::from(q as i8 - 4);
+impl TensorType {
+    /// The form of a quantised type's elements.
+    ///
+    /// # Panics
+    /// If the type is a plain float.
+    pub(super) const fn format(self) -> Format {
+        match self {
+            Self::Q8_0 => Format::of_32(8, 0, Some(128)),
+            Self::Q4_0 => Format::of_32(4, 0, Some(8)),
+            Self::Q4_1 => Format::of_32(4, 0, None),
+            Self::Q5_0 => Format::of_32(4, 1, Some(16)),
+            Self::Q5_1 => Format::of_32(4, 1, None),
+            Self::Q2_K => Format::of_256(2, 0, 2, None),
+            Self::Q3_K => Format::of_256(2, 1, 2, Some(4)),
+            Self::Q4_K => Format::of_256(4, 0, 1, None),
+            Self::Q5_K => Format::of_256(4, 1, 1, None),
+            Self::Q6_K => Format::of_256(4, 2, 2, Some(32)),
+            Self::F32 | Self::F16 | Self::BF16 => panic!("a plain float has no blocks"),
         }
     }
 }
 
-/// The six-bit scale and minimum of sub-block `j`. Twelve bytes pack eight of each: the first four are the low six
-/// bits of bytes 0..4 and 4..8; the last four are split between bytes 8..12 and the top two bits of bytes 0..8.
-fn scale_min(s: &[u8], j: usize) -> (f32, f32) {
-    let (sc, mn) = if j < 4 {
-        (s[j] & 63, s[j + 4] & 63)
-    } else {
-        ((s[j + 4] & 15) | ((s[j - 4] >> 6) << 4), (s[j + 4] >> 4) | ((s[j] >> 6) << 4))
-    };
-    (f32::from(sc), f32::from(mn))
+/// A block taken apart.
+#[derive(Debug, Clone)]
+pub(super) struct Block {
+    /// The elements, as [`Format`] says.
+    pub q: [u8; 256],
+    /// The block's scale, f16.
+    pub d: [u8; 2],
+    /// The block's minimum (32 elements), or the scale of its minima (256 elements), f16.
+    pub m: [u8; 2],
+    /// The scale of each run, where a block has several.
+    pub scales: [i8; 16],
+    /// The minimum of each run, where a block has several.
+    pub mins: [i8; 16],
 }
 
-fn q4_k(b: &[u8; 144], y: &mut [f32; 256]) {
-    let (d, dmin) = (scale(b, 0), scale(b, 2));
-    for j in 0..8 {
-        let (sc, mn) = scale_min(&b[4..16], j);
-        let (d, m) = (d * sc, dmin * mn);
-        let nibbles = &b[16 + 32 * (j / 2)..][..32];
-        for (y, &q) in y[32 * j..][..32].iter_mut().zip(nibbles) {
-            *y = d * f32::from(q >> (4 * (j % 2)) & 15) - m;
-        }
+impl Default for Block {
+    fn default() -> Self {
+        Self { q: [0; 256], d: [0; 2], m: [0; 2], scales: [0; 16], mins: [0; 16] }
     }
 }
 
-fn q5_k(b: &[u8; 176], y: &mut [f32; 256]) {
-    let (d, dmin) = (scale(b, 0), scale(b, 2));
-    let tops = &b[16..48];
-    for j in 0..8 {
-        let (sc, mn) = scale_min(&b[4..16], j);
-        let (d, m) = (d * sc, dmin * mn);
-        let nibbles = &b[48 + 32 * (j / 2)..][..32];
-        for ((y, &q), &t) in y[32 * j..][..32].iter_mut().zip(nibbles).zip(tops) {
-            *y = d * f32::from((q >> (4 * (j % 2)) & 15) | (t >> j & 1) << 4) - m;
+impl Block {
+    /// The scale and the minimum of run `i`.
+    pub(super) fn scale_and_min(&self, format: &Format, i: usize) -> (f32, f32) {
+        let (d, m) = (f16::from_le_bytes(self.d).to_f32(), f16::from_le_bytes(self.m).to_f32());
+        match format.groups {
+            1 => (d, m),
+            _ => (d * f32::from(self.scales[i]), -(m * f32::from(self.mins[i]))),
         }
     }
-}
 
-fn q6_k(b: &[u8; 210], y: &mut [f32; 256]) {
-    let d = scale(b, 208);
-    for j in 0..8 {
-        let (half, quarter) = (j / 4, j % 4);
-        let nibbles = &b[64 * half + 32 * (quarter % 2)..][..32];
-        let tops = &b[128 + 32 * half..][..32];
-        for i in 0..32 {
-            let q = (nibbles[i] >> (4 * (quarter / 2)) & 15) | (tops[i] >> (2 * quarter) & 3) << 4;
-            let d = d * f32::from(b[192 + 2 * j + i / 16] as i8);
-            y[32 * j + i] = d * f32::from(q as i8 - 32);
+    /// Takes the block `b` of a quantised type apart.
+    pub(super) fn read(&mut self, ty: TensorType, b: &[u8]) {
+        match ty {
+            TensorType::Q8_0 => {
+                self.d = [b[0], b[1]];
+                for (q, &b) in self.q.iter_mut().zip(&b[2..34]) {
+                    *q = b ^ 128;
+                }
+            }
+            TensorType::Q4_0 => {
+                self.d = [b[0], b[1]];
+                self.nibbles(&b[2..18]);
+            }
+            TensorType::Q4_1 => {
+                (self.d, self.m) = ([b[0], b[1]], [b[2], b[3]]);
+                self.nibbles(&b[4..20]);
+            }
+            TensorType::Q5_0 => {
+                self.d = [b[0], b[1]];
+                self.nibbles(&b[6..22]);
+                self.fifth_bits([b[2], b[3], b[4], b[5]]);
+            }
+            TensorType::Q5_1 => {
+                (self.d, self.m) = ([b[0], b[1]], [b[2], b[3]]);
+                self.nibbles(&b[8..24]);
+                self.fifth_bits([b[4], b[5], b[6], b[7]]);
+            }
+            TensorType::Q2_K => {
+                (self.d, self.m) = ([b[80], b[81]], [b[82], b[83]]);
+                for (j, &b) in b[..16].iter().enumerate() {
+                    (self.scales[j], self.mins[j]) = ((b & 15) as i8, (b >> 4) as i8);
+                }
+                self.twos(&b[16..80]);
+            }
+            TensorType::Q3_K => {
+                self.d = [b[108], b[109]];
+                let scales = &b[96..108];
+                for (j, scale) in self.scales.iter_mut().enumerate() {
+                    // The low four bits are nibbles of the first eight bytes, the high two bits are in the last four
+                    // bytes.
+                    let low = scales[j % 8] >> (4 * (j / 8)) & 15;
+                    let high = scales[8 + j % 4] >> (2 * (j / 4)) & 3;
+                    *scale = (low | high << 4) as i8 - 32;
+                }
+                self.twos(&b[32..96]);
+                for (j, q) in self.q.chunks_exact_mut(32).enumerate() {
+                    for (q, &third) in q.iter_mut().zip(&b[..32]) {
+                        *q |= (third >> j & 1) << 2;
+                    }
+                }
+            }
+            TensorType::Q4_K => {
+                self.scales_and_mins(b);
+                self.pairs(&b[16..144]);
+            }
+            TensorType::Q5_K => {
+                self.scales_and_mins(b);
+                self.pairs(&b[48..176]);
+                for (j, q) in self.q.chunks_exact_mut(32).enumerate() {
+                    for (q, &top) in q.iter_mut().zip(&b[16..48]) {
+                        *q |= (top >> j & 1) << 4;
+                    }
+                }
+            }
+            TensorType::Q6_K => {
+                self.d = [b[208], b[209]];
+                for (scale, &b) in self.scales.iter_mut().zip(&b[192..208]) {
+                    *scale = b as i8;
+                }
+                for (j, q) in self.q.chunks_exact_mut(32).enumerate() {
+                    let (half, quarter) = (j / 4, j % 4);
+                    let nibbles = &b[64 * half + 32 * (quarter % 2)..][..32];
+                    let tops = &b[128 + 32 * half..][..32];
+                    for ((q, &nibble), &top) in q.iter_mut().zip(nibbles).zip(tops) {
+                        *q = (nibble >> (4 * (quarter / 2)) & 15) | (top >> (2 * quarter) & 3) << 4;
+                    }
+                }
+            }
+            TensorType::F32 | TensorType::F16 | TensorType::BF16 => unreachable!("a plain float has no blocks"),
+        }
+    }
+
+    /// A byte holds two elements that are 16 apart.
+    fn nibbles(&mut self, bytes: &[u8]) {
+        let (low, high) = self.q[..32].split_at_mut(16);
+        for ((low, high), &b) in low.iter_mut().zip(high).zip(bytes) {
+            (*low, *high) = (b & 15, b >> 4);
+        }
+    }
+
+    /// The fifth bits of 32 elements.
+    fn fifth_bits(&mut self, bits: [u8; 4]) {
+        let bits = u32::from_le_bytes(bits);
+        for (i, q) in self.q[..32].iter_mut().enumerate() {
+            *q |= ((bits >> i & 1) as u8) << 4;
+        }
+    }
+
+    /// A byte holds two elements that are 32 apart.
+    fn pairs(&mut self, bytes: &[u8]) {
+        for (q, bytes) in self.q.chunks_exact_mut(64).zip(bytes.chunks_exact(32)) {
+            let (low, high) = q.split_at_mut(32);
+            for ((low, high), &b) in low.iter_mut().zip(high).zip(bytes) {
+                (*low, *high) = (b & 15, b >> 4);
+            }
+        }
+    }
+
+    /// A byte holds four elements that are 32 apart.
+    fn twos(&mut self, bytes: &[u8]) {
+        for (j, q) in self.q.chunks_exact_mut(32).enumerate() {
+            for (q, &b) in q.iter_mut().zip(&bytes[32 * (j / 4)..][..32]) {
+                *q = b >> (2 * (j % 4)) & 3;
+            }
+        }
+    }
+
+    /// The head of Q4_K and Q5_K: two f16, then six-bit scales and minima. Twelve bytes pack eight of each: the first
+    /// four are the low six bits of bytes 0..4 and 4..8; the last four are split between bytes 8..12 and the top two
+    /// bits of bytes 0..8.
+    fn scales_and_mins(&mut self, b: &[u8]) {
+        (self.d, self.m) = ([b[0], b[1]], [b[2], b[3]]);
+        let s = &b[4..16];
+        for j in 0..4 {
+            (self.scales[j], self.mins[j]) = ((s[j] & 63) as i8, (s[j + 4] & 63) as i8);
+            self.scales[j + 4] = ((s[j + 8] & 15) | (s[j] >> 6) << 4) as i8;
+            self.mins[j + 4] = ((s[j + 8] >> 4) | (s[j + 4] >> 6) << 4) as i8;
         }
     }
 }

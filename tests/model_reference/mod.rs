@@ -51,14 +51,17 @@ impl Reference {
 }
 
 /// The model `file`, at the path in the environment variable or in `kvlane/` of the user's cache directory. If it does
-/// not exist, prints a message, and fails if `KVLANE_REQUIRE_MODELS` is set.
-pub fn open_model(variable: &str, file: &str) -> Option<(Decoder, Tokenizer)> {
+/// not exist, prints a message, and fails if `KVLANE_REQUIRE_MODELS` is set. Loaded, it may take at most 1.3 times its file's
+/// size. `exact` is [`Decoder::exact`].
+pub fn open_model(variable: &str, file: &str, exact: bool) -> Option<(Decoder, Tokenizer)> {
     let path = model_path(variable, file)?;
     let threads = Threads::new(0).unwrap();
     let file = ModelFile::open(&path).unwrap();
     let weights = threads.run(|| file.weights(&|_, _| ())).unwrap();
+    let size = std::fs::metadata(&path).unwrap().len() as usize;
+    assert!(10 * weights.memory() <= 13 * size, "{} bytes for a file of {size}", weights.memory());
     let decoder = Decoder::new(file.config().clone(), weights, 0, None, threads).unwrap();
-    Some((decoder, file.tokenizer().unwrap()))
+    Some((decoder.exact(exact), file.tokenizer().unwrap()))
 }
 
 fn model_path(variable: &str, file: &str) -> Option<PathBuf> {

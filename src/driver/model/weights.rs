@@ -1,9 +1,6 @@
-//! A decoder's weights in f32. Every tensor is found and its shape checked before any is unpacked.
+//! A decoder's weights. Every tensor is found and its shape checked before any is read.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use rayon::prelude::*;
 
 use super::file::ModelFile;
 use super::names::Names;
@@ -34,7 +31,7 @@ pub struct LayerWeights {
     pub ffn_post_norm: Option<Vec<f32>>,
 }
 
-/// A model's weights in f32.
+/// A model's weights: matrices in the type of the file, the weights of norms in f32.
 #[derive(Debug, Clone)]
 pub struct Weights {
     /// One row per token, `[vocab, dim]`.
@@ -55,37 +52,13 @@ impl Weights {
 }
 
 impl ModelFile {
-    /// Unpacks all weights to f32, on the current rayon pool. `progress` receives the bytes done and the total bytes,
-    /// from any thread.
+    /// Reads all weights, on the current rayon pool. `progress` receives the bytes done and the total bytes.
     pub fn weights(&self, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Weights> {
-        let mut plan = Plan { file: self, names: self.names(), jobs: Vec::new(), used: HashSet::new() };
-        let mut weights = plan.allocate()?;
+        let mut plan = Reader { file: self, names: self.names(), used: HashSet::new(), total: 0, found: None };
+        plan.weights()?;
         plan.reject_strangers()?;
-        let jobs = plan.jobs;
-
-        let total = jobs.iter().map(|t| t.data.len()).sum();
-        let done = AtomicUsize::new(0);
-        // Weights and tensors are in the same order; `Plan::take` has checked that their lengths agree.
-        let mut jobs = jobs.into_iter();
-        let mut pairs: Vec<(Tensor<'_>, &mut [f32])> = Vec::new();
-        for mut dst in weights.slices() {
-            while !dst.is_empty() {
-                let tensor = jobs.next().ok_or_else(|| Error::malformed("fewer tensors than weights"))?;
-                let (head, tail) = dst.split_at_mut(tensor.elements().min(dst.len()));
-                pairs.push((tensor, head));
-                dst = tail;
-            }
-        }
-        pairs.into_par_iter().try_for_each(|(tensor, dst)| {
-            // A multiple of every block size, small enough that one large embedding keeps all threads busy.
-            const ELEMENTS: usize = 1 << 16;
-            let bytes = tensor.ty.bytes(ELEMENTS).unwrap_or(usize::MAX);
-            dst.par_chunks_mut(ELEMENTS).zip(tensor.data.par_chunks(bytes)).try_for_each(|(dst, src)| {
-                dequantize(tensor.ty, src, dst).map_err(|e| e.context(tensor.name))?;
-                progress(done.fetch_add(src.len(), Ordering::Relaxed) + src.len(), total);
-                Ok::<(), Error>(())
-            })
-        })?;
+        let found = Some(Found { done: 0, progress });
+        let mut weights = Reader { found, used: HashSet::new(), ..plan }.weights()?;
         let offset = self.names().norm_offset;
         if offset != 0.0 {
             weights.norms().for_each(|norm| norm.iter_mut().for_each(|w| *w += offset));
@@ -94,16 +67,25 @@ impl ModelFile {
     }
 }
 
-/// Finds every tensor, checks its shape and allocates memory for it, before any is unpacked.
-struct Plan<'a> {
+/// Walks through the tensors of a model twice. The first time it checks that each is there and has its shape, and adds
+/// up their sizes; the second time it reads them.
+struct Reader<'a> {
     file: &'a ModelFile,
     names: &'static Names,
-    jobs: Vec<Tensor<'a>>,
     used: HashSet<String>,
+    /// The bytes of all tensors.
+    total: usize,
+    /// The second walk.
+    found: Option<Found<'a>>,
 }
 
-impl<'a> Plan<'a> {
-    fn allocate(&mut self) -> Result<Weights> {
+struct Found<'a> {
+    done: usize,
+    progress: &'a (dyn Fn(usize, usize) + Sync),
+}
+
+impl<'a> Reader<'a> {
+    fn weights(&mut self) -> Result<Weights> {
         let c = self.file.config();
         let n = self.names;
         let embedding = self.matrix(&[(n.embedding.to_owned(), c.vocab)], c.dim)?;
@@ -133,7 +115,8 @@ impl<'a> Plan<'a> {
         Ok(Weights { embedding, layers, output_norm, output })
     }
 
-    fn take(&mut self, name: String, want: &[usize]) -> Result<()> {
+    /// A tensor of a given shape. `None` in the first walk.
+    fn tensor(&mut self, name: String, want: &[usize]) -> Result<Option<Tensor<'a>>> {
         let tensor = self.file.tensor(&name)?.ok_or_else(|| Error::malformed(format!("tensor {name:?} is missing")))?;
         if tensor.shape != want {
             return Err(Error::malformed(format!(
@@ -141,14 +124,25 @@ impl<'a> Plan<'a> {
                 tensor.shape
             )));
         }
-        self.jobs.push(tensor);
         self.used.insert(name);
-        Ok(())
+        match &mut self.found {
+            None => {
+                self.total += tensor.data.len();
+                Ok(None)
+            }
+            Some(found) => {
+                found.done += tensor.data.len();
+                (found.progress)(found.done, self.total);
+                Ok(Some(tensor))
+            }
+        }
     }
 
     fn vector(&mut self, name: String, len: usize) -> Result<Vec<f32>> {
-        self.take(name, &[len])?;
-        Ok(vec![0.0; len])
+        let Some(tensor) = self.tensor(name, &[len])? else { return Ok(Vec::new()) };
+        let mut values = vec![0.0; len];
+        dequantize(tensor.ty, tensor.data, &mut values).map_err(|e| e.context(tensor.name))?;
+        Ok(values)
     }
 
     fn post_norm(&mut self, name: String) -> Result<Option<Vec<f32>>> {
@@ -156,12 +150,13 @@ impl<'a> Plan<'a> {
         if c.post_norms { self.vector(name, c.dim).map(Some) } else { Ok(None) }
     }
 
-    /// Several tensors of equal width, one below the other. Memory is allocated only for tensors that the file has.
+    /// Several tensors of equal width, one below the other.
     fn matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Matrix> {
-        for (name, rows) in parts {
-            self.take(name.clone(), &[*rows, cols])?;
-        }
-        Ok(Matrix::zeros(parts.iter().map(|(_, rows)| rows).sum(), cols))
+        let part = |(name, rows): &(String, usize)| match self.tensor(name.clone(), &[*rows, cols])? {
+            None => Ok(Matrix::from_f32(0, cols, Vec::new())),
+            Some(t) => Matrix::from_bytes(t.ty, *rows, cols, t.data).map_err(|e| e.context(t.name)),
+        };
+        Matrix::stack(parts.iter().map(part).collect::<Result<_>>()?)
     }
 
     /// An unused tensor (a bias, an expert, a second norm) is an error, because the model would not be computed as its
@@ -180,23 +175,16 @@ impl<'a> Plan<'a> {
 }
 
 impl Weights {
-    /// All storage, in the order of [`Plan::allocate`].
-    fn slices(&mut self) -> Vec<&mut [f32]> {
-        let mut all = vec![self.embedding.data_mut()];
-        for l in &mut self.layers {
-            all.push(&mut l.attn_norm);
-            all.extend(l.qk_norm.iter_mut().flatten().map(Vec::as_mut_slice));
-            all.push(l.qkv.data_mut());
-            all.push(l.attn_out.data_mut());
-            all.extend(l.attn_post_norm.as_deref_mut());
-            all.push(&mut l.ffn_norm);
-            all.push(l.gate_up.data_mut());
-            all.push(l.down.data_mut());
-            all.extend(l.ffn_post_norm.as_deref_mut());
-        }
-        all.push(&mut self.output_norm);
-        all.extend(self.output.as_mut().map(Matrix::data_mut));
-        all
+    /// The memory that all weights take, in bytes.
+    pub fn memory(&self) -> usize {
+        let of_layer = |l: &LayerWeights| {
+            [&l.qkv, &l.attn_out, &l.gate_up, &l.down].into_iter().map(Matrix::memory).sum::<usize>()
+                + l.norms().map(|norm| size_of_val(norm.as_slice())).sum::<usize>()
+        };
+        self.embedding.memory()
+            + self.output.as_ref().map_or(0, Matrix::memory)
+            + size_of_val(self.output_norm.as_slice())
+            + self.layers.iter().map(of_layer).sum::<usize>()
     }
 
     fn norms(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
@@ -205,5 +193,12 @@ impl Weights {
             always.chain(l.qk_norm.iter_mut().flatten()).chain(&mut l.attn_post_norm).chain(&mut l.ffn_post_norm)
         }
         self.layers.iter_mut().flat_map(of_layer).chain([&mut self.output_norm])
+    }
+}
+
+impl LayerWeights {
+    fn norms(&self) -> impl Iterator<Item = &Vec<f32>> {
+        let always = [&self.attn_norm, &self.ffn_norm].into_iter();
+        always.chain(self.qk_norm.iter().flatten()).chain(&self.attn_post_norm).chain(&self.ffn_post_norm)
     }
 }
