@@ -18,8 +18,11 @@ const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
 static REFERENCE: LazyLock<Reference> = LazyLock::new(|| Reference::read(include_str!("data/smollm2_reference.json")));
 
-/// The tests share one model, because its weights take half a gigabyte.
+/// The tests share one model. Its linear layers compute in f32, as the reference's do.
 static MODEL: LazyLock<Option<(Decoder, Tokenizer)>> = LazyLock::new(|| open_model("KVLANE_SMOLLM2", FILE, true));
+
+/// The same model with linear layers as they are by default: their inputs are rounded to eight bits.
+static ROUNDING: LazyLock<Option<Decoder>> = LazyLock::new(|| open_model("KVLANE_SMOLLM2", FILE, false).map(|m| m.0));
 
 /// A pass over `ids` with an empty cache; logits for every token.
 fn recompute(decoder: &Decoder, ids: &[u32]) -> Vec<f32> {
@@ -125,6 +128,48 @@ fn cached_is_recomputed() {
     }
     eprintln!("largest difference of a logit between decode and recomputation: {worst:.2e}");
     assert!(f64::from(worst) < TOLERANCE);
+}
+
+/// Rounding moves logits, which reach 30, by tenths, one of them by 1.8, and the likeliest token only where two are as close
+/// as that: 5 of 264.
+#[test]
+fn rounded_inputs_stay_close() {
+    let (Some((exact, _)), Some(rounding)) = (MODEL.as_ref(), ROUNDING.as_ref()) else { return };
+    let vocab = exact.config().vocab;
+    let (mut worst, mut same, mut all) = (0.0f32, 0, 0);
+    for case in REFERENCE.prompts.iter().filter(|p| p.ids.len() < 64) {
+        let ids = [case.ids.as_slice(), &case.greedy[..case.greedy.len() - 1]].concat();
+        let (want, got) = (recompute(exact, &ids), recompute(rounding, &ids));
+        let pairs = want.chunks(vocab).zip(got.chunks(vocab)).skip(case.ids.len() - 1);
+        for ((want, got), &token) in pairs.zip(&case.greedy) {
+            let error = want.iter().zip(got).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+            let best = want[token as usize];
+            let others = want.iter().enumerate().filter(|&(i, _)| i != token as usize);
+            let lead = best - others.fold(f32::MIN, |m, (_, &x)| m.max(x));
+            let chosen = argmax(got).unwrap();
+            assert!(chosen == token || lead <= 2.0 * error, "{:?}: {chosen} for {token}, {lead}, {error}", case.text);
+            worst = worst.max(error);
+            same += usize::from(chosen == token);
+            all += 1;
+        }
+    }
+    eprintln!("largest difference of a logit: {worst:.2e}; {same} of {all} tokens are the same");
+    assert!(worst > 1e-3 && worst < 4.0, "{worst}");
+    assert!(10 * same >= 9 * all, "{same} of {all} tokens");
+}
+
+/// Greedy decoding step by step has the bits, and so the tokens, of the whole text at once.
+#[test]
+fn rounded_steps_are_the_whole() {
+    let Some(rounding) = ROUNDING.as_ref() else { return };
+    let vocab = rounding.config().vocab;
+    let case = REFERENCE.prompts.iter().min_by_key(|p| p.ids.len()).unwrap();
+    let (tokens, steps) = cached(rounding, &case.ids, case.greedy.len(), DType::F32);
+    let ids = [case.ids.as_slice(), &tokens[..tokens.len() - 1]].concat();
+    let all = recompute(rounding, &ids);
+    for (step, row) in steps.iter().zip(all.chunks(vocab).skip(case.ids.len() - 1)) {
+        assert!(step == row);
+    }
 }
 
 /// Prompts of different lengths in one padded pass, then one token per sequence and step.

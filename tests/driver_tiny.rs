@@ -105,7 +105,7 @@ fn in_pieces(decoder: &Decoder, ids: &[u32], pieces: &[usize]) -> Vec<f32> {
 }
 
 /// By default linear layers round their inputs to eight bits. That moves logits, which are of the order of 10, by
-/// hundredths, and the likeliest token only where two are as close as that.
+/// tenths at most (0.22 was observed), and the likeliest token only where two are as close as that.
 #[test]
 fn rounded_inputs_stay_close() {
     let ((exact, _), (rounding, _)) = (load(None, 0), load_rounding(None, 0));
@@ -125,7 +125,7 @@ fn rounded_inputs_stay_close() {
         }
     }
     eprintln!("largest difference of a logit: {worst:.2e}");
-    assert!(worst > 1e-4 && worst < 0.3, "{worst}");
+    assert!(worst > 1e-4 && worst < 0.5, "{worst}");
 }
 
 /// With quantised weights, logits have the same bits however a text is cut and on any number of threads.

@@ -100,6 +100,7 @@ impl Unit {
     }
 
     /// The fastest that belongs to an ISA level or a lower one.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
     pub(super) fn best(highest: Isa) -> Self {
         let belongs = |unit: &Self| match unit {
             Self::Portable => true,
