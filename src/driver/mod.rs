@@ -29,7 +29,6 @@
 //! A model file is not trusted. Whatever it contains, the result is a value or an [`Error`] with a sentence, and the
 //! memory allocated is at most a small multiple of the file's size.
 
-mod bench;
 mod cache;
 pub mod cli;
 mod decoder;

@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::cli::{isa_parser, print, progress_bar};
-use super::error::{Error, Result};
+use super::model::isa_parser;
+use super::output::{print, progress_bar};
 use crate::Isa;
 use crate::bench::compare::compare;
 use crate::bench::report::Report;
 use crate::bench::roofline;
 use crate::bench::run::{Options, Progress, run};
+use crate::driver::error::{Error, Result};
 
 /// Measure every kernel against what this machine can do.
 ///
