@@ -4,8 +4,8 @@
 use kvlane::driver::argmax;
 use kvlane::driver::quant::dequantize;
 use kvlane::driver::{
-    Cache, Decoder, Finish, Formats, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Streaming, Stretch,
-    Threads, Tokenizer, embedded,
+    Cache, Decoder, Finish, Formats, Logits, ModelFile, Request, Scheduler, Scratch, Streaming, Stretch, Threads,
+    Tokenizer, embedded,
 };
 use kvlane::{CacheFormat, DType, Isa, Pairing, RopeScaling, YarnScaling};
 use serde::Deserialize;
@@ -37,15 +37,9 @@ fn greedy(decoder: &Decoder, prompt: &[u32], n: usize, recompute: bool) -> Vec<u
 }
 
 fn greedy_in(decoder: &Decoder, prompt: &[u32], n: usize, recompute: bool, formats: Formats) -> Vec<u32> {
-    let mut slots = Slots::new(decoder, 1, prompt.len() + n, formats).unwrap().recompute(recompute);
-    let request = Request { prompt: prompt.to_vec(), max_tokens: n, sampling: SamplerOptions::default() };
-    let mut event = slots.insert(request, &mut |_| ()).unwrap();
-    let mut ids = vec![event.token];
-    while event.finish.is_none() {
-        event = slots.step().unwrap().remove(0);
-        ids.push(event.token);
-    }
-    ids
+    let mut scheduler = Scheduler::new(decoder, 1, prompt.len() + n, formats).unwrap().recompute(recompute);
+    scheduler.submit(Request::new(prompt).max_tokens(n)).unwrap();
+    scheduler.run().iter().filter_map(|event| event.token).collect()
 }
 
 #[test]
@@ -222,29 +216,16 @@ fn requests_end_for_the_reason_they_give() {
     let (decoder, tokenizer) = load(None, 1);
     let prompt = tokenizer.encode("And God said", true).unwrap();
     let end = |max_tokens: usize, capacity: usize| {
-        let mut slots = Slots::new(&decoder, 2, capacity, DType::F32).unwrap();
-        let request = Request { prompt: prompt.clone(), max_tokens, sampling: SamplerOptions::default() };
-        let mut event = slots.insert(request, &mut |_| ()).unwrap();
-        let mut n = 1;
-        while event.finish.is_none() {
-            event = slots.step().unwrap().remove(0);
-            n += 1;
-        }
-        assert!(slots.step().unwrap().is_empty());
-        (n, event.finish)
+        let mut scheduler = Scheduler::new(&decoder, 2, capacity, DType::F32).unwrap();
+        scheduler.submit(Request::new(prompt.clone()).max_tokens(max_tokens)).unwrap();
+        let mut events = scheduler.run();
+        assert!(scheduler.step().is_empty());
+        (events.len(), events.pop().unwrap().finish)
     };
     assert_eq!(end(1, 64), (1, Some(Finish::MaxTokens)));
     assert_eq!(end(9, 64), (9, Some(Finish::MaxTokens)));
     // The last generated token needs no slot.
     assert_eq!(end(9, prompt.len() + 3), (4, Some(Finish::Full)));
-
-    let mut slots = Slots::new(&decoder, 1, 8, DType::F32).unwrap();
-    let mut insert = |prompt: Vec<u32>, max_tokens| {
-        slots.insert(Request { prompt, max_tokens, sampling: SamplerOptions::default() }, &mut |_| ())
-    };
-    assert!(insert(vec![], 1).is_err() && insert(vec![1; 9], 1).is_err() && insert(vec![1], 0).is_err());
-    insert(vec![1], 5).unwrap();
-    assert!(insert(vec![1], 5).is_err(), "the only slot is taken");
 }
 
 /// In a model of one layer, keys and values depend only on the token and its position. A cache after an eviction is
@@ -295,24 +276,22 @@ fn forgetting_a_span_is_not_having_read_it() {
 fn streams_go_on_past_the_cache() {
     let (decoder, tokenizer) = load(None, 2);
     let prompt = tokenizer.encode("And it came to pass", true).unwrap();
-    let streaming = Streaming { sinks: 4, window: 40 };
+    let streaming = Streaming::new(40).sinks(4);
     let capacity = streaming.capacity(512);
     assert_eq!(capacity, 54);
     let n = 3 * capacity;
     let whole = greedy(&decoder, &prompt, n, false);
     for formats in [CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Int8].map(Formats::from) {
-        let mut slots = Slots::new(&decoder, 2, capacity, formats).unwrap().streaming(Some(streaming)).unwrap();
-        let request = || Request { prompt: prompt.clone(), max_tokens: n, sampling: SamplerOptions::default() };
-        let first = slots.insert(request(), &mut |_| ()).unwrap();
-        let second = slots.insert(request(), &mut |_| ()).unwrap();
-        let mut texts = [vec![first.token], vec![second.token]];
-        while slots.running() > 0 {
-            for event in slots.step().unwrap() {
-                let text = &mut texts[event.slot];
-                text.push(event.token);
+        let mut scheduler = Scheduler::new(&decoder, 2, capacity, formats).unwrap().streaming(Some(streaming)).unwrap();
+        let requests = [(); 2].map(|()| scheduler.submit(Request::new(prompt.clone()).max_tokens(n)).unwrap());
+        let mut texts = [vec![], vec![]];
+        while !scheduler.is_idle() {
+            for event in scheduler.step() {
+                let text = &mut texts[usize::from(event.request == requests[1])];
+                text.push(event.token.unwrap());
                 assert_eq!(event.finish, (text.len() == n).then_some(Finish::MaxTokens));
             }
-            assert!((0..2).all(|row| slots.cache().len(row) <= capacity));
+            assert!((0..2).all(|row| scheduler.cache().len(row) <= capacity));
         }
         let [ids, twin] = texts;
         assert_eq!((ids.len(), &twin), (n, &ids));
@@ -324,18 +303,20 @@ fn streams_go_on_past_the_cache() {
         // Every eviction leaves the sink tokens and the window without the token to come.
         let (fed, kept) = (prompt.len() + n - 1, 4 + 40 - 1);
         let times = (fed - capacity).div_ceil(capacity - kept);
-        assert_eq!(slots.evicted(), 2 * times * (capacity - kept));
+        assert_eq!(scheduler.statistics().evicted, 2 * times * (capacity - kept));
         // The text continues, without repeating one token.
         assert!(ids[n - 20..].iter().collect::<std::collections::HashSet<_>>().len() > 4, "{ids:?}");
     }
     // A prompt longer than the cache.
     let long: Vec<u32> = prompt.iter().copied().cycle().take(200).collect();
-    let mut slots = Slots::new(&decoder, 1, capacity, DType::F32).unwrap().streaming(Some(streaming)).unwrap();
-    slots.insert(Request { prompt: long, max_tokens: 2, sampling: SamplerOptions::default() }, &mut |_| ()).unwrap();
-    assert!(slots.cache().len(0) > 43 && slots.evicted() >= 200 - capacity);
+    let mut scheduler = Scheduler::new(&decoder, 1, capacity, DType::F32).unwrap().streaming(Some(streaming)).unwrap();
+    scheduler.submit(Request::new(long).max_tokens(2)).unwrap();
+    assert_eq!(scheduler.run().len(), 2);
+    assert!(scheduler.cache().len(0) > 43 && scheduler.statistics().evicted >= 200 - capacity);
 
     let refused = |sinks, window| {
-        Slots::new(&decoder, 1, 54, DType::F32).unwrap().streaming(Some(Streaming { sinks, window })).is_err()
+        let streaming = Streaming::new(window).sinks(sinks);
+        Scheduler::new(&decoder, 1, 54, DType::F32).unwrap().streaming(Some(streaming)).is_err()
     };
     assert!(refused(4, 0) && refused(15, 40) && refused(usize::MAX, 2) && !refused(14, 40) && !refused(0, 1));
 }

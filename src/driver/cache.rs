@@ -1,5 +1,6 @@
 //! The key/value cache of a whole model: a pair of tensors per layer, and one length per sequence.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use half::{bf16, f16};
@@ -157,7 +158,9 @@ impl Cache {
         let per_token = formats.token_bytes(config.kv_heads, config.head_dim);
         let bytes_of = |[rows, slots, ..]: [usize; 4]| rows.checked_mul(slots)?.checked_mul(per_token);
         let bytes = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(bytes_of(shape(layer))?));
-        if bytes.is_none_or(|b| isize::try_from(b).is_err()) || i32::try_from(capacity).is_err() {
+        // Slots of all rows are numbered in `i32`.
+        let numbered = rows.max(1).checked_mul(capacity).filter(|&n| i32::try_from(n).is_ok());
+        if bytes.is_none_or(|b| isize::try_from(b).is_err()) || numbered.is_none() {
             return Err(Error::argument(format!(
                 "a cache of {rows} rows with {capacity} tokens in {} layers does not fit any memory",
                 config.layers.len()
@@ -259,6 +262,68 @@ impl Cache {
     pub(super) fn advance(&mut self, row: usize, tokens: usize) {
         self.lengths[row] += tokens as i32;
         self.most[row] = self.most[row].max(self.lengths[row]);
+    }
+
+    /// [`KvCache::copy_prefix`] in all layers.
+    pub(super) fn copy_prefix(
+        &mut self,
+        context: &Context,
+        runner: &dyn Runner,
+        from: usize,
+        to: &[usize],
+        tokens: usize,
+    ) -> Result<()> {
+        let rows: Vec<i32> = to.iter().map(|&row| i32::try_from(row).unwrap_or(i32::MAX)).collect();
+        let mut lengths = self.lengths.clone();
+        for (layout, mut layers) in self.kinds()? {
+            // Every kind of layer starts from the lengths before the copy.
+            let mut own = lengths.clone();
+            KvCache::new(&mut layers, layout, &mut own).copy_prefix(context, runner, from, &rows, tokens)?;
+        }
+        for &row in to {
+            lengths[row] = tokens as i32;
+            self.most[row] = tokens as i32;
+        }
+        self.lengths = lengths;
+        Ok(())
+    }
+
+    /// [`KvCache::insert_sequence`] in all layers, with all tokens of the row.
+    pub(super) fn insert(
+        &mut self,
+        context: &Context,
+        runner: &dyn Runner,
+        row: usize,
+        from: &mut Self,
+        from_row: usize,
+    ) -> Result<()> {
+        let length = from.lengths.get(from_row).copied().unwrap_or(0);
+        if self.layers.len() != from.layers.len() {
+            return Err(Error::argument(format!(
+                "a row of {} layers for a cache of {}",
+                from.layers.len(),
+                self.layers.len()
+            )));
+        }
+        let (own, theirs) = (self.lengths.clone(), from.lengths.clone());
+        for ((layout, mut layers), (from_layout, mut from_layers)) in self.kinds()?.into_iter().zip(from.kinds()?) {
+            let (mut own, mut theirs) = (own.clone(), theirs.clone());
+            let mut source = KvCache::new(&mut from_layers, from_layout, &mut theirs);
+            let mut target = KvCache::new(&mut layers, layout, &mut own);
+            target.insert_sequence(context, runner, row, &mut source, from_row, length as usize)?;
+        }
+        (self.lengths[row], self.most[row]) = (length, length);
+        Ok(())
+    }
+
+    /// The layers by their window, which decides layout and slots.
+    fn kinds(&mut self) -> Result<Vec<(Layout<'static>, Vec<KvLayer<'_>>)>> {
+        let mut kinds: BTreeMap<Option<usize>, Vec<KvLayer<'_>>> = BTreeMap::new();
+        for LayerCache { k, v, shape, window } in &mut self.layers {
+            kinds.entry(*window).or_default().push(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?));
+        }
+        let layout = |window: Option<usize>| if window.is_some() { Layout::ring(0) } else { Layout::Contiguous };
+        Ok(kinds.into_iter().map(|(window, layers)| (layout(window), layers)).collect())
     }
 
     /// [`KvCache::evict`] in all layers, none of which may have a window.

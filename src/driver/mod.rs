@@ -4,7 +4,7 @@
 //! ```text
 //! file --gguf, hf--> Tensor (mapped bytes) --quant--> f32 --model--> Weights, ModelConfig
 //!                                                                        |
-//! text --tokenizer--> ids --runner--> decoder (linear, and the library's operations over a cache)
+//! text --tokenizer--> ids --scheduler--> decoder (linear, and the library's operations over a cache)
 //!                      ^                 | logits
 //!                      +---- sampling <--+              ids --tokenizer--> text, as it comes
 //! ```
@@ -12,7 +12,7 @@
 //! converts blocks of every supported type to f32. [`ModelFile`] knows the tensors of each supported family (Llama, Gemma
 //! 3). It finds every tensor under the names of either container, checks its shape and unpacks it. The other modules
 //! do not depend on the container, except for RoPE's pairing, because the containers order the elements of a head
-//! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Slots`] runs several
+//! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Scheduler`] runs several
 //! requests over one cache. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
 //! [`crate::bench`].
 //!
@@ -39,8 +39,8 @@ mod hf;
 mod linear;
 mod model;
 pub mod quant;
-mod runner;
 mod sampling;
+mod scheduler;
 mod threads;
 mod tokenizer;
 
@@ -51,7 +51,9 @@ pub use linear::Matrix;
 pub use model::{
     Activation, LayerConfig, LayerWeights, ModelConfig, ModelFile, RopeConfig, Stretch, TensorInfo, Weights,
 };
-pub use runner::{Event, Finish, Request, Slots, Streaming};
 pub use sampling::{Sampler, SamplerOptions, argmax};
+pub use scheduler::{
+    Event, Finish, Logprobs, Overlong, Prefilled, Request, RequestId, Scheduler, Statistics, Streaming,
+};
 pub use threads::Threads;
 pub use tokenizer::{TextStream, Tokenizer};

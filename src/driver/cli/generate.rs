@@ -11,8 +11,8 @@ use super::output::{bar, print, print_json};
 use crate::driver::cache::{Formats, PREFILL_CHUNK};
 use crate::driver::embedded;
 use crate::driver::error::{Error, Result};
-use crate::driver::runner::{Finish, Request, Slots, Streaming};
 use crate::driver::sampling::SamplerOptions;
+use crate::driver::scheduler::{Finish, Request, Scheduler, Streaming};
 use crate::{CacheFormat, Context, KernelInfo, Op, Precision};
 
 /// Continue a text.
@@ -70,7 +70,7 @@ pub(super) fn generate(args: &Generate) -> Result<()> {
     if prompt.is_empty() {
         return Err(Error::argument("the prompt has no tokens"));
     }
-    let streaming = args.window.map(|window| Streaming { sinks: args.sinks, window });
+    let streaming = args.window.map(|window| Streaming::new(window).sinks(args.sinks));
     if prompt.len() > config.context && streaming.is_none() {
         return Err(Error::argument(format!(
             "the prompt has {} tokens, but the model was made for {}",
@@ -87,58 +87,43 @@ pub(super) fn generate(args: &Generate) -> Result<()> {
     drop(file);
     let load = start.elapsed();
 
-    let mut slots =
-        Slots::new(&decoder, 1, capacity, args.run.formats())?.recompute(args.no_cache).streaming(streaming)?;
-    let request = Request {
-        prompt: prompt.clone(),
-        max_tokens: args.max_tokens,
-        sampling: SamplerOptions {
-            temperature: args.temperature,
-            top_k: args.top_k,
-            top_p: args.top_p,
-            seed: args.seed,
-        },
-    };
+    let mut scheduler = Scheduler::new(&decoder, 1, capacity, args.run.formats())?
+        .tokenizer(&tokenizer)
+        .recompute(args.no_cache)
+        .streaming(streaming)?;
+    let sampling =
+        SamplerOptions::new().temperature(args.temperature).top_k(args.top_k).top_p(args.top_p).seed(args.seed);
+    let request = Request::new(prompt.clone()).max_tokens(args.max_tokens).sampling(sampling);
+    let id = scheduler.submit(request)?;
 
-    let start = Instant::now();
     let progress = (prompt.len() > PREFILL_CHUNK).then(|| bar("prompt", prompt.len(), false));
-    let mut event = slots.insert(request, &mut |done| {
-        if let Some(bar) = &progress {
-            bar.set_position(done as u64);
-        }
-    })?;
-    if let Some(bar) = progress {
-        bar.finish_and_clear();
-    }
-    let prefill = start.elapsed();
-
-    let start = Instant::now();
     let mut tokens = Vec::new();
-    let mut stream = tokenizer.stream();
     let mut text = String::new();
-    let mut emit = |piece: String| {
-        if args.json {
-            text += &piece;
-            return Ok(());
+    let mut finish = Finish::Eos;
+    while !scheduler.is_idle() {
+        for event in scheduler.step() {
+            tokens.extend(event.token);
+            match args.json {
+                true => text += &event.text,
+                false => print(&event.text)?,
+            }
+            if let Some(end) = event.finish {
+                finish = end;
+            }
         }
-        print(&piece)
-    };
-    let finish = loop {
-        tokens.push(event.token);
-        if event.finish != Some(Finish::Eos) {
-            emit(stream.push(event.token)?)?;
+        match (&progress, scheduler.prompt_progress(id)) {
+            (Some(bar), Some((done, _))) => bar.set_position(done as u64),
+            (Some(bar), None) => bar.finish_and_clear(),
+            _ => (),
         }
-        if let Some(finish) = event.finish {
-            break finish;
-        }
-        event = slots.step()?.remove(0);
-    };
-    emit(stream.finish()?)?;
-    let decode = start.elapsed();
+    }
+    let statistics = scheduler.statistics();
+    let (prefill, decode) = (statistics.prefill, statistics.decode);
 
     let per_second = |n: usize, time: Duration| n as f64 / time.as_secs_f64();
     // The prefill generates the first token.
-    let (prefill_rate, decode_rate) = (per_second(prompt.len(), prefill), per_second(tokens.len() - 1, decode));
+    let (prefill_rate, decode_rate) =
+        (per_second(prompt.len(), prefill), per_second(tokens.len().saturating_sub(1), decode));
     let ran = kernels_that_run(decoder.context(), args.run.formats());
     let names: Vec<&str> = ran.iter().map(|k| k.name).collect();
     if args.json {
@@ -147,18 +132,14 @@ pub(super) fn generate(args: &Generate) -> Result<()> {
             "text": text,
             "prompt_ids": prompt,
             "ids": tokens,
-            "finish": match finish {
-                Finish::Eos => "eos",
-                Finish::MaxTokens => "max_tokens",
-                Finish::Full => "context",
-            },
+            "finish": finish.name(),
             "cached": !args.no_cache,
             "threads": decoder.threads().count(),
             "isa": decoder.context().isa().name(),
             "k_type": args.run.formats().k.name(),
             "v_type": args.run.formats().v.name(),
-            "cache_bytes": slots.cache().bytes(),
-            "evicted": slots.evicted(),
+            "cache_bytes": scheduler.cache().bytes(),
+            "evicted": statistics.evicted,
             "load_seconds": load.as_secs_f64(),
             "prefill_tokens_per_second": prefill_rate,
             "decode_tokens_per_second": decode_rate,
@@ -168,21 +149,23 @@ pub(super) fn generate(args: &Generate) -> Result<()> {
     if io::stdout().is_terminal() {
         print("\n")?;
     }
-    let ending = match finish {
+    let ending = match &finish {
         Finish::Eos => "the model ended the text",
         Finish::MaxTokens => "--max-tokens reached",
         Finish::Full => "the model's context is full",
+        Finish::Error(sentence) => return Err(Error::argument(sentence)),
+        other => other.name(),
     };
     eprintln!("{name}: loaded in {:.2} s; {ending}", load.as_secs_f64());
     eprintln!(
         "prefill {} tokens, {prefill_rate:.1} tokens/s; decode {} tokens, {decode_rate:.1} tokens/s; {} threads{}",
         prompt.len(),
-        tokens.len() - 1,
+        tokens.len().saturating_sub(1),
         decoder.threads().count(),
         if args.no_cache { ", every token from nothing" } else { "" }
     );
     if streaming.is_some() {
-        eprintln!("cache of {capacity} tokens; {} tokens forgotten", slots.evicted());
+        eprintln!("cache of {capacity} tokens; {} tokens forgotten", statistics.evicted);
     }
     eprintln!("kernels: {}", names.join(", "));
     Ok(())
