@@ -116,14 +116,14 @@ fn rows_apart_are_rows_alone_to_the_bit() {
     }
 }
 
-/// Values near 1e6 fit into f32 and not into f16: the logits of that sequence become NaN in its second step.
+/// Values of 1e5 fit into f32 and not into f16: the logits of that sequence become NaN in its second step.
 #[test]
 fn broken_logits_end_their_request_alone() {
     let (decoder, _) = load();
     let (large, _) = load_with(2, |config, weights| {
         config.layers.truncate(1);
         weights.layers.truncate(1);
-        weights.layers[0].attn_norm.iter_mut().for_each(|w| *w *= 1e6);
+        weights.layers[0].attn_norm.iter_mut().for_each(|w| *w *= 5e4);
     });
     let mut scheduler = Scheduler::new(&decoder, 3, 64, DType::F16).unwrap();
     let sound = [Request::new(prompt(5, 0)).max_tokens(9), Request::new(prompt(9, 1)).max_tokens(9)];
