@@ -753,8 +753,8 @@ impl<'a> Scheduler<'a> {
         let text = sequence.rest_of_text().unwrap_or_default();
         let (id, sample) = (sequence.id, sequence.sample);
         self.events.push(Event { text, ..Event::end(id, sample, finish.clone()) });
-        // The samples that wait for this prompt end with it.
-        if sequence.is_prefilling() {
+        // The samples that wait for the rest of this prompt end with it.
+        if sequence.fed < sequence.prompt_len() {
             for sample in sample + 1..sequence.shared.request.samples {
                 self.report(id, sample, finish.clone());
             }
