@@ -87,7 +87,7 @@ impl Error {
 
 impl From<crate::Error> for Error {
     fn from(e: crate::Error) -> Self {
-        Self { kind: ErrorKind::Kernel, message: e.to_string(), source: Some(Box::new(e)) }
+        Self { kind: ErrorKind::Kernel, message: e.message().to_owned(), source: Some(Box::new(e)) }
     }
 }
 

@@ -30,10 +30,12 @@
 //! memory allocated is at most a small multiple of the file's size.
 
 mod cache;
+mod chat;
 pub mod cli;
 mod decoder;
 pub mod embedded;
 mod error;
+mod files;
 pub mod gguf;
 mod hf;
 mod linear;
@@ -45,6 +47,7 @@ mod threads;
 mod tokenizer;
 
 pub use cache::{Cache, Formats, PREFILL_CHUNK};
+pub use chat::{ChatTemplate, Message};
 pub use decoder::{Decoder, Logits, Scratch};
 pub use error::{Error, ErrorKind, Result};
 pub use linear::Matrix;
