@@ -378,3 +378,33 @@ fn bad_requests_are_refused_with_a_sentence() {
     assert!(wordless.submit(request().stop(["x"])).unwrap_err().to_string().contains("need a tokenizer"));
     assert!(Scheduler::new(&decoder, 0, 32, DType::F32).is_err());
 }
+
+/// The next turn of a conversation computes its new tokens only.
+#[test]
+fn rows_are_reused_by_prompts_that_begin_with_them() {
+    let (decoder, _) = load();
+    let mut scheduler = Scheduler::new(&decoder, 2, 128, DType::F32).unwrap().reuse(true);
+    let mut text = prompt(20, 1);
+    let mut computed = 0;
+    for turn in 0..3 {
+        let before = text.clone();
+        let answer = alone(&mut scheduler, Request::new(text.clone()).max_tokens(6));
+        let fresh = &mut Scheduler::new(&decoder, 1, 128, DType::F32).unwrap();
+        assert_eq!(alone(fresh, Request::new(before).max_tokens(6)), answer, "turn {turn}");
+        // The last generated token was not computed, and the user's five tokens are new.
+        let new = if turn == 0 { 20 } else { 1 + 5 };
+        assert_eq!(scheduler.statistics().prompt_tokens - computed, new);
+        computed += new;
+        text.extend(answer.tokens);
+        text.extend(prompt(5, 10 + turn));
+    }
+    // A prompt that leaves the path after 20 tokens, and one with the whole row.
+    let other = [&text[..20], &prompt(4, 77)].concat();
+    for (text, new) in [(other.clone(), 4), (other, 1)] {
+        let fresh = &mut Scheduler::new(&decoder, 1, 128, DType::F32).unwrap();
+        let want = alone(fresh, Request::new(text.clone()).max_tokens(4));
+        assert_eq!(alone(&mut scheduler, Request::new(text).max_tokens(4)), want);
+        assert_eq!(scheduler.statistics().prompt_tokens - computed, new);
+        computed += new;
+    }
+}

@@ -21,6 +21,8 @@ pub enum ErrorKind {
     Tokenizer,
     /// The library rejected the arguments of a call.
     Kernel,
+    /// A request ended by an error.
+    Request,
     /// The bench could not measure, or a file is not a report of the bench.
     Bench,
 }
@@ -78,6 +80,14 @@ impl Error {
 
     pub(crate) fn argument(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Argument, message)
+    }
+
+    pub(crate) fn request(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Request, message)
+    }
+
+    pub(crate) fn signal(source: std::io::Error) -> Self {
+        Self { source: Some(Box::new(source)), ..Self::new(ErrorKind::Io, "Ctrl-C cannot be watched") }
     }
 
     pub(crate) fn tokenizer(message: impl fmt::Display) -> Self {

@@ -58,5 +58,5 @@ pub use sampling::{Sampler, SamplerOptions, argmax};
 pub use scheduler::{
     Event, Finish, Logprobs, Overlong, Prefilled, Request, RequestId, Scheduler, Statistics, Streaming,
 };
-pub use threads::Threads;
+pub use threads::{MOST_THREADS, Threads};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -6,7 +6,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::model::{Run, open};
-use super::output::{bar, mebibytes, print, print_json};
+use super::output::{bar, count_of, mebibytes, note, print, print_json};
+use super::values;
 use crate::driver::cache::Cache;
 use crate::driver::decoder::{Logits, Scratch};
 use crate::driver::error::{Error, Result};
@@ -20,7 +21,7 @@ pub(super) struct CacheCost {
     #[command(flatten)]
     run: Run,
     /// The longest context to measure; lengths double from 16 up to it. Default: the model's context, at most 1024
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = values::count)]
     max_context: Option<usize>,
     /// Write JSON
     #[arg(long)]
@@ -28,6 +29,7 @@ pub(super) struct CacheCost {
 }
 
 pub(super) fn cache_cost(args: &CacheCost) -> Result<()> {
+    args.run.check()?;
     let file = open(args.run.model.as_ref())?;
     let longest = args.max_context.unwrap_or(file.config().context.min(1024));
     if longest < 16 {
@@ -88,15 +90,15 @@ pub(super) fn cache_cost(args: &CacheCost) -> Result<()> {
         text += &format!("| {n} | {with:.2} | {without:.2} | {:.1} |\n", without / with);
     }
     print(&text)?;
-    eprintln!(
-        "{}, {} threads, {}, cache in {}, {} for {} tokens",
+    note(&format!(
+        "{}, {}, {}, cache in {}, {} for {} tokens",
         decoder.config().name.as_deref().unwrap_or("model"),
-        decoder.threads().count(),
+        count_of(decoder.threads().count(), "thread"),
         decoder.context().isa(),
         args.run.formats(),
         mebibytes(cache.bytes()),
         cache.capacity()
-    );
+    ));
     Ok(())
 }
 

@@ -3,17 +3,18 @@
 use clap::Args;
 use serde_json::json;
 
-use super::model::isa_parser;
+use super::model::context;
 use super::output::{print, print_json};
+use super::values::isa_parser;
 use crate::bench::machine::{cpu_features, cpu_name};
 use crate::driver::error::Result;
-use crate::{CacheFormat, Context, Isa, KernelInfo, Op, kernels};
+use crate::{CacheFormat, Isa, KernelInfo, Op, kernels};
 
 /// Show the CPU, the instruction-set levels of this build, and the kernel chosen for each operation.
 #[derive(Debug, Args)]
 pub(super) struct Info {
     /// Choose kernels as if this were the highest level
-    #[arg(long, value_name = "LEVEL", value_parser = isa_parser())]
+    #[arg(long, value_name = "LEVEL", value_parser = isa_parser(), ignore_case = true)]
     isa: Option<Isa>,
     /// Write JSON
     #[arg(long)]
@@ -21,10 +22,7 @@ pub(super) struct Info {
 }
 
 pub(super) fn info(args: &Info) -> Result<()> {
-    let context = match args.isa {
-        Some(isa) => Context::with_max_isa(isa)?,
-        None => Context::new()?,
-    };
+    let context = context(args.isa)?;
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
     let features = cpu_features();
     let chosen: Vec<KernelInfo> = Op::ALL

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::output::{mebibytes, print, print_json};
+use super::output::{mebibytes, note, print, print_json};
 use crate::driver::cache::{Formats, PREFILL_CHUNK};
 use crate::driver::error::Result;
 use crate::driver::model::{Activation, ModelConfig, ModelFile, RopeConfig, Stretch};
@@ -122,7 +122,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     ];
     print(&lines.iter().map(|(what, value)| format!("{what:<14}{value}\n")).collect::<String>())?;
     if let Err(e) = &tokenizer {
-        eprintln!("note: the tokenizer cannot be built: {e}");
+        note(&format!("note: the tokenizer cannot be built: {e}"));
     }
     Ok(())
 }

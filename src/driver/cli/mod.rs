@@ -3,11 +3,16 @@
 
 mod bench;
 mod cache_cost;
+mod chat;
 mod generate;
 mod info;
 mod inspect;
+mod interrupt;
 mod model;
 mod output;
+mod serve;
+mod text;
+mod values;
 
 use std::process::ExitCode;
 
@@ -15,9 +20,11 @@ use clap::{Parser, Subcommand};
 
 use self::bench::{Bench, bench};
 use self::cache_cost::{CacheCost, cache_cost};
+use self::chat::{Chat, chat};
 use self::generate::{Generate, generate};
 use self::info::{Info, info};
 use self::inspect::{Inspect, inspect};
+use self::output::note;
 use super::error::ErrorKind;
 
 /// Attention over a key/value cache for CPUs, shown on small language models.
@@ -30,29 +37,38 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Generate(Generate),
+    // Boxed, because it has many more options than the others.
+    #[command(allow_negative_numbers = true)]
+    Generate(Box<Generate>),
+    #[command(allow_negative_numbers = true)]
+    Chat(Chat),
     Info(Info),
     Inspect(Inspect),
+    #[command(allow_negative_numbers = true)]
     CacheCost(CacheCost),
+    #[command(allow_negative_numbers = true)]
     Bench(Bench),
 }
 
 /// Parses the arguments, runs the command, and reports an error.
 pub fn main() -> ExitCode {
+    let done = |()| ExitCode::SUCCESS;
     let result = match Cli::parse().command {
         Command::Generate(args) => generate(&args),
-        Command::Info(args) => info(&args),
-        Command::Inspect(args) => inspect(&args),
-        Command::CacheCost(args) => cache_cost(&args),
-        Command::Bench(args) => bench(&args),
+        Command::Chat(args) => chat(&args),
+        Command::Info(args) => info(&args).map(done),
+        Command::Inspect(args) => inspect(&args).map(done),
+        Command::CacheCost(args) => cache_cost(&args).map(done),
+        Command::Bench(args) => bench(&args).map(done),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // The reader of standard output has closed it, as in `kvlane generate | head -1`.
         Err(e) if e.kind() == ErrorKind::ClosedPipe => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e}");
-            ExitCode::FAILURE
+            note(&format!("error: {e}"));
+            // Wrong arguments have one exit code, whoever finds them.
+            ExitCode::from(if e.kind() == ErrorKind::Argument { 2 } else { 1 })
         }
     }
 }
@@ -73,7 +89,7 @@ mod tests {
     fn a_prompt_may_begin_with_a_dash() {
         let cli = Cli::parse_from(["kvlane", "generate", "--prompt=-", "--isa", "scalar", "--kv-type", "bf16"]);
         let Command::Generate(args) = cli.command else { panic!("not generate") };
-        assert_eq!((args.run.isa, args.prompt.as_str()), (Some(Isa::Scalar), "-"));
+        assert_eq!((args.run.isa, args.prompt[0].as_str()), (Some(Isa::Scalar), "-"));
         assert_eq!(args.run.formats(), CacheFormat::Bf16.into());
         assert!(Cli::try_parse_from(["kvlane", "generate", "--isa", "mmx"]).is_err());
     }

@@ -11,6 +11,22 @@ pub(super) fn print(text: &str) -> Result<()> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::stdout)
 }
 
+/// Writes a line to standard error. A standard error that is closed or full is no reason to fail.
+pub(super) fn note(line: &str) {
+    note_part(&format!("{line}\n"));
+}
+
+/// As [`note`], without a line break.
+pub(super) fn note_part(text: &str) {
+    let mut out = io::stderr().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// `1 thread`, `2 threads`.
+pub(super) fn count_of(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 pub(super) fn print_json(value: &serde_json::Value) -> Result<()> {
     print(&format!("{value:#}\n"))
 }

@@ -215,6 +215,9 @@ pub struct Scheduler<'a> {
     events: Vec<Event>,
     /// Whether every step starts from an empty cache, to measure what a cache saves.
     recompute: bool,
+    reuse: bool,
+    /// The tokens that the row of a free slot still holds, if they may be reused.
+    retained: Vec<Vec<u32>>,
     streaming: Option<Streaming>,
     prefill_chunk: usize,
     statistics: Statistics,
@@ -249,6 +252,8 @@ impl<'a> Scheduler<'a> {
             next_id: 0,
             events: Vec::new(),
             recompute: false,
+            reuse: false,
+            retained: vec![Vec::new(); slots],
             streaming: None,
             statistics: Statistics::default(),
         })
@@ -265,6 +270,15 @@ impl<'a> Scheduler<'a> {
     #[must_use]
     pub fn recompute(mut self, recompute: bool) -> Self {
         self.recompute = recompute;
+        self
+    }
+
+    /// Sets whether a prompt takes over the tokens that it shares with the row of a free slot, instead of computing them
+    /// again: the next turn of a conversation. The tokens of the row may have been computed in other passes, which can
+    /// change the last bits of logits.
+    #[must_use]
+    pub fn reuse(mut self, reuse: bool) -> Self {
+        self.reuse = reuse;
         self
     }
 
@@ -432,8 +446,11 @@ impl<'a> Scheduler<'a> {
     fn cancel_where(&mut self, which: impl Fn(RequestId) -> bool) -> bool {
         let before = self.events.len();
         for slot in 0..self.slots.len() {
-            let Some(sequence) = self.slots[slot].take_if(|s| which(s.id)) else { continue };
-            self.end_without_token(sequence, Finish::Cancelled);
+            if self.slots[slot].as_ref().is_some_and(|s| which(s.id))
+                && let Some(sequence) = self.vacate(slot)
+            {
+                self.end_without_token(sequence, Finish::Cancelled);
+            }
         }
         let (cancelled, kept) = std::mem::take(&mut self.queue).into_iter().partition(|w| which(w.id));
         self.queue = kept;
@@ -464,8 +481,30 @@ impl<'a> Scheduler<'a> {
         events
     }
 
-    fn free_slot(&self) -> Option<usize> {
-        self.slots.iter().position(Option::is_none)
+    /// Frees a slot.
+    fn vacate(&mut self, slot: usize) -> Option<Sequence<'a>> {
+        let sequence = self.slots[slot].take()?;
+        // A row that has forgotten tokens is no prefix of any prompt.
+        if self.reuse && self.streaming.is_none() {
+            self.retained[slot] = sequence.ids[..self.cache.len(slot).min(sequence.ids.len())].to_vec();
+        }
+        Some(sequence)
+    }
+
+    /// The free slot for a prompt: that whose row shares most tokens with it, otherwise the first. Returns the number of
+    /// tokens that the row shares too; it holds no others.
+    fn slot_for(&mut self, prompt: &[u32]) -> Option<(usize, usize)> {
+        let shared = |row: &[u32]| row.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let free = (0..self.slots.len()).filter(|&i| self.slots[i].is_none());
+        let (slot, shared) = free.map(|i| (i, shared(&self.retained[i]))).rev().max_by_key(|&(_, n)| n)?;
+        self.retained[slot] = Vec::new();
+        // The last token is always computed, for its logits. A ring may not go back far enough.
+        let kept = shared.min(prompt.len() - 1);
+        if kept == 0 || self.cache.truncate(slot, kept).is_err() {
+            self.cache.reset(slot);
+            return Some((slot, 0));
+        }
+        Some((slot, kept))
     }
 
     /// A sample at its beginning.
@@ -491,10 +530,10 @@ impl<'a> Scheduler<'a> {
 
     /// Moves requests from the queue to free slots.
     fn admit(&mut self) {
-        while let Some(slot) = self.free_slot() {
-            let Some(mut waiting) = self.queue.pop_front() else { return };
+        while let Some(mut waiting) = self.queue.pop_front() {
+            let prompt = if waiting.prefilled.is_some() { &[0][..] } else { &waiting.shared.request.prompt[..] };
+            let Some((slot, kept)) = self.slot_for(prompt) else { return self.queue.push_front(waiting) };
             let seated = self.sequence(waiting.id, &waiting.shared, waiting.sample).and_then(|sequence| {
-                self.cache.reset(slot);
                 if let Some(prefilled) = &mut waiting.prefilled {
                     self.decoder.insert(&mut self.cache, slot, &mut prefilled.cache, 0)?;
                 }
@@ -509,6 +548,7 @@ impl<'a> Scheduler<'a> {
             };
             let Some(prefilled) = waiting.prefilled.take() else {
                 // The other samples follow when the prompt is computed.
+                sequence.fed = kept;
                 self.slots[slot] = Some(sequence);
                 continue;
             };
@@ -680,6 +720,7 @@ impl<'a> Scheduler<'a> {
     /// Copies a computed prompt to other slots, and aside for the `left` samples that find none.
     fn copy_prompt(&mut self, slot: usize, copies: &[usize], left: usize, logits: &[f32]) -> Result<()> {
         let len = self.cache.len(slot);
+        copies.iter().for_each(|&slot| self.retained[slot].clear());
         self.decoder.copy_prefix(&mut self.cache, slot, copies, len)?;
         let Some(first) = self.slots[slot].as_ref().filter(|_| left > 0) else { return Ok(()) };
         let mut cache = Cache::with_chunk(self.decoder.config(), 1, len, self.cache.chunk(), self.cache.formats())?;
@@ -695,7 +736,7 @@ impl<'a> Scheduler<'a> {
         match self.choice(slot, logits) {
             Ok(event) => {
                 if event.finish.is_some() {
-                    self.slots[slot] = None;
+                    self.vacate(slot);
                 }
                 self.events.push(event);
             }
@@ -744,7 +785,7 @@ impl<'a> Scheduler<'a> {
 
     /// Ends a sequence by an error.
     fn fail(&mut self, slot: usize, error: &Error) {
-        if let Some(sequence) = self.slots[slot].take() {
+        if let Some(sequence) = self.vacate(slot) {
             self.end_without_token(sequence, Finish::Error(error.to_string()));
         }
     }
