@@ -765,12 +765,10 @@ impl<'a> Scheduler<'a> {
         };
         let is_full = sequence.ids.len() > self.cache.capacity() && self.streaming.is_none();
         let (mut text, mut stopped) = (String::new(), false);
-        if let Some(out) = &mut sequence.text {
-            if ends_text.is_none()
-                && let Some(stream) = &mut out.stream
-            {
-                (text, stopped) = out.stops.push(&stream.push(token)?);
-            }
+        if ends_text.is_none()
+            && let Some(Text { stream: Some(stream), stops }) = &mut sequence.text
+        {
+            (text, stopped) = stops.push(&stream.push(token)?);
         }
         let finish = ends_text
             .or(stopped.then_some(Finish::Stop))
