@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 
 use kvlane::DType;
 use kvlane::driver::argmax;
-use kvlane::driver::{Cache, Decoder, Finish, Logits, Request, Scheduler, Scratch, Tokenizer};
+use kvlane::driver::{Cache, ChatTemplate, Decoder, Finish, Logits, Message, Request, Scheduler, Scratch, Tokenizer};
 use model_reference::{Prompt, Reference, open_model};
 
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -185,4 +185,38 @@ fn slots_are_reused() {
     for (case, text) in cases.iter().zip(texts) {
         assert_eq!(text, case.greedy[..text.len()], "{:?}", case.text);
     }
+}
+
+/// A question by the chat template of the file, and another one that the cache of the first serves.
+#[test]
+fn questions_are_answered() {
+    let Some((decoder, tokenizer)) = MODEL.as_ref() else { return };
+    let template = ChatTemplate::of_model(decoder.config(), tokenizer).unwrap();
+    let question = [Message::new("user", "What is the capital of France?")];
+    let text = template.render(&question).unwrap();
+    assert_eq!(
+        text,
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n<|im_start|>user\n\
+         What is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let mut ids = tokenizer.encode(&text, false).unwrap();
+    let mut scheduler = Scheduler::new(decoder, 1, 256, DType::F32).unwrap().tokenizer(tokenizer).reuse(true);
+    let mut ask = |ids: &[u32]| {
+        scheduler.submit(Request::new(ids).max_tokens(40)).unwrap();
+        let events = scheduler.run();
+        let tokens: Vec<u32> = events.iter().filter_map(|event| event.token).collect();
+        let finish = events.last().unwrap().finish.clone();
+        (events.into_iter().map(|event| event.text).collect::<String>(), tokens, finish, scheduler.statistics())
+    };
+    let (answer, tokens, finish, first) = ask(&ids);
+    assert!(answer.contains("Paris"), "{answer:?}");
+    // The model ends its turn itself, with the token that the template writes there.
+    assert_eq!((finish, tokenizer.token(*tokens.last().unwrap())), (Some(Finish::Eos), Some("<|im_end|>".into())));
+    ids.extend(tokens);
+    let next = "\n<|im_start|>user\nAnd of Italy?<|im_end|>\n<|im_start|>assistant\n";
+    let new = tokenizer.encode(next, false).unwrap();
+    ids.extend(&new);
+    let (answer, _, _, second) = ask(&ids);
+    assert!(answer.contains("Rome"), "{answer:?}");
+    assert_eq!(second.prompt_tokens - first.prompt_tokens, new.len() + 1);
 }
