@@ -272,6 +272,50 @@ fn forgetting_a_span_is_not_having_read_it() {
     }
 }
 
+/// Tokens that are forgotten one at a time, in a model of one layer: with the keys of the first tokens kept, the cache stays
+/// that of the text without them. Keys that are rotated again and again drift away.
+#[test]
+fn kept_sinks_prevent_drift() {
+    let file = embedded::open().unwrap();
+    let (mut config, mut weights) = (file.config().clone(), file.weights(&|_, _| ()).unwrap());
+    config.layers.truncate(1);
+    weights.layers.truncate(1);
+    let decoder = Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap();
+    let ids: Vec<u32> = (0..230).map(|i| (i * 151 + 7) % 2000).collect();
+    let (sinks, window) = (3, 20);
+    let mut scratch = Scratch::default();
+    for (format, tolerance) in [(DType::F32, 1e-4), (DType::F16, 0.02)] {
+        let mut last = |kept: bool| {
+            let mut cache = Cache::new(decoder.config(), 2, sinks + window, format).unwrap();
+            if kept {
+                cache.keep_sinks(sinks).unwrap();
+            }
+            let mut logits = Vec::new();
+            for &id in &ids {
+                if cache.room(0) == 0 {
+                    decoder.evict(&mut cache, 0, sinks..sinks + 1).unwrap();
+                }
+                logits = decoder.forward(&mut cache, &mut scratch, 0, &[&[id]], Logits::Last).unwrap();
+                // A copy of the row goes on in the same way.
+                if cache.len(0) == 10 {
+                    decoder.copy_prefix(&mut cache, 0, &[1], 10).unwrap();
+                    decoder.copy_prefix(&mut cache, 1, &[0], 10).unwrap();
+                }
+            }
+            logits
+        };
+        let (kept, drifted) = (last(true), last(false));
+        let mut cache = Cache::new(decoder.config(), 1, 64, format).unwrap();
+        let text = [&ids[..sinks], &ids[ids.len() - window..]].concat();
+        let never = decoder.forward(&mut cache, &mut scratch, 0, &[&text], Logits::Last).unwrap();
+        let worst = |a: &[f32]| a.iter().zip(&never).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+        eprintln!("{format}: largest difference of a logit {:.2e}, drifted {:.2e}", worst(&kept), worst(&drifted));
+        assert!(worst(&kept) < tolerance && (format == DType::F32 || worst(&kept) * 3.0 < worst(&drifted)));
+    }
+    let mut cache = Cache::new(decoder.config(), 1, 8, DType::F32).unwrap();
+    assert!(cache.keep_sinks(9).is_err() && cache.keep_sinks(8).is_ok());
+}
+
 #[test]
 fn streams_go_on_past_the_cache() {
     let (decoder, tokenizer) = load(None, 2);

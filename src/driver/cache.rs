@@ -8,7 +8,8 @@ use half::{bf16, f16};
 use super::error::{Error, Result};
 use super::model::{LayerConfig, ModelConfig};
 use crate::{
-    CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, View, ViewMut,
+    CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, UnrotatedKeys,
+    View, ViewMut,
 };
 
 /// Prompt tokens per pass. More would enlarge the activations without making a pass more efficient.
@@ -109,6 +110,8 @@ struct LayerCache {
     shape: [usize; 4],
     /// As [`LayerConfig::window`]. A layer with a window keeps rings.
     window: Option<usize>,
+    /// The first keys of every row before their rotation, `[rows, sinks, kv_heads, head_dim]`; see [`Cache::keep_sinks`].
+    unrotated: Vec<f32>,
 }
 
 /// Keys and values of every layer, initially zero.
@@ -125,6 +128,12 @@ pub struct Cache {
     /// The greatest length of each row since it was emptied. It decides which tokens of a ring are overwritten, even
     /// after a truncation.
     most: Vec<i32>,
+    /// The number of tokens that each row has lost while positions ran on.
+    dropped: Vec<i32>,
+    /// The number of first tokens whose unrotated keys are kept; see [`Self::keep_sinks`].
+    sinks: Option<usize>,
+    /// The number of first tokens of each row whose unrotated keys are there.
+    copies: Vec<usize>,
     capacity: usize,
     chunk: usize,
     formats: Formats,
@@ -168,12 +177,21 @@ impl Cache {
         }
         let layer = |layer: &LayerConfig| {
             let (shape, window) = (shape(layer), layer.window);
-            LayerCache { k: Buffer::zeros(formats.k, shape), v: Buffer::zeros(formats.v, shape), shape, window }
+            LayerCache {
+                k: Buffer::zeros(formats.k, shape),
+                v: Buffer::zeros(formats.v, shape),
+                shape,
+                window,
+                unrotated: Vec::new(),
+            }
         };
         Ok(Self {
             layers: config.layers.iter().map(layer).collect(),
             lengths: vec![0; rows],
             most: vec![0; rows],
+            dropped: vec![0; rows],
+            sinks: None,
+            copies: vec![0; rows],
             capacity,
             chunk,
             formats,
@@ -220,7 +238,24 @@ impl Cache {
         let layer = |&LayerCache { shape: [rows, slots, heads, dim], .. }: &LayerCache| {
             rows * slots * self.formats.token_bytes(heads, dim)
         };
-        self.layers.iter().map(layer).sum()
+        let unrotated = self.layers.iter().map(|layer| size_of_val(&layer.unrotated[..])).sum::<usize>();
+        self.layers.iter().map(layer).sum::<usize>() + unrotated
+    }
+
+    /// Keeps the keys of the first `sinks` tokens of every row before their rotation, too, in f32. An eviction behind them
+    /// then rotates no other key again, however often it happens; see [`KvCache::evict_running`]. The rows become empty.
+    pub fn keep_sinks(&mut self, sinks: usize) -> Result<()> {
+        let rows = self.rows();
+        for LayerCache { shape: [_, _, heads, dim], unrotated, .. } in &mut self.layers {
+            let len = rows.checked_mul(sinks).and_then(|n| n.checked_mul(*heads * *dim));
+            let Some(len) = len.filter(|&n| sinks <= self.capacity && isize::try_from(n).is_ok()) else {
+                return Err(Error::argument(format!("{sinks} sink tokens, but a row holds {} tokens", self.capacity)));
+            };
+            *unrotated = vec![0.0; len];
+        }
+        self.sinks = Some(sinks);
+        (0..rows).for_each(|row| self.reset(row));
+        Ok(())
     }
 
     /// Keeps the first `len` tokens of a row and forgets the others. No data moves.
@@ -246,12 +281,13 @@ impl Cache {
             }
         }
         self.lengths[row] = len as i32;
+        self.copies[row] = self.copies[row].min(len);
         Ok(())
     }
 
     /// Empties a row.
     pub fn reset(&mut self, row: usize) {
-        (self.lengths[row], self.most[row]) = (0, 0);
+        (self.lengths[row], self.most[row], self.dropped[row], self.copies[row]) = (0, 0, 0, 0);
     }
 
     /// The number of tokens that still fit into a row.
@@ -262,6 +298,28 @@ impl Cache {
     pub(super) fn advance(&mut self, row: usize, tokens: usize) {
         self.lengths[row] += tokens as i32;
         self.most[row] = self.most[row].max(self.lengths[row]);
+        let (len, sinks) = (self.len(row), self.sinks.unwrap_or(0));
+        // Copies count as long as none is missing before them.
+        if len - tokens <= self.copies[row] {
+            self.copies[row] = self.copies[row].max(len.min(sinks));
+        }
+    }
+
+    /// What is added to a position of each row for RoPE.
+    pub(super) fn rope_offsets(&self) -> &[i32] {
+        &self.dropped
+    }
+
+    /// Keeps a key before its rotation if its token is one of the first.
+    pub(super) fn keep_unrotated(&mut self, layer: usize, row: usize, position: usize, key: &[f32]) {
+        if let Some(sinks) = self.sinks.filter(|&sinks| position < sinks) {
+            self.layers[layer].unrotated[(row * sinks + position) * key.len()..][..key.len()].copy_from_slice(key);
+        }
+    }
+
+    /// Whether the keys before position `start` of a row can be rotated anew.
+    pub(super) fn can_run_on(&self, row: usize, start: usize) -> bool {
+        self.sinks.is_some() && self.copies.get(row).is_some_and(|&copies| start <= copies)
     }
 
     /// [`KvCache::copy_prefix`] in all layers.
@@ -280,9 +338,16 @@ impl Cache {
             let mut own = lengths.clone();
             KvCache::new(&mut layers, layout, &mut own).copy_prefix(context, runner, from, &rows, tokens)?;
         }
+        let sinks = self.sinks.unwrap_or(0);
         for &row in to {
             lengths[row] = tokens as i32;
             self.most[row] = tokens as i32;
+            self.dropped[row] = self.dropped[from];
+            self.copies[row] = self.copies[from].min(tokens);
+            for LayerCache { shape: [_, _, heads, dim], unrotated, .. } in &mut self.layers {
+                let n = sinks * *heads * *dim;
+                unrotated.copy_within(from * n..(from + 1) * n, row * n);
+            }
         }
         self.lengths = lengths;
         Ok(())
@@ -312,14 +377,22 @@ impl Cache {
             let mut target = KvCache::new(&mut layers, layout, &mut own);
             target.insert_sequence(context, runner, row, &mut source, from_row, length as usize)?;
         }
-        (self.lengths[row], self.most[row]) = (length, length);
+        (self.lengths[row], self.most[row], self.dropped[row]) = (length, length, from.dropped[from_row]);
+        let [sinks, from_sinks] = [self.sinks, from.sinks].map(|sinks| sinks.unwrap_or(0));
+        self.copies[row] = from.copies[from_row].min(sinks);
+        for (layer, other) in self.layers.iter_mut().zip(&from.layers) {
+            let [.., heads, dim] = layer.shape;
+            let (n, token) = (self.copies[row] * heads * dim, heads * dim);
+            let source = &other.unrotated[from_row * from_sinks * token..][..n];
+            layer.unrotated[row * sinks * token..][..n].copy_from_slice(source);
+        }
         Ok(())
     }
 
     /// The layers by their window, which decides layout and slots.
     fn kinds(&mut self) -> Result<Vec<(Layout<'static>, Vec<KvLayer<'_>>)>> {
         let mut kinds: BTreeMap<Option<usize>, Vec<KvLayer<'_>>> = BTreeMap::new();
-        for LayerCache { k, v, shape, window } in &mut self.layers {
+        for LayerCache { k, v, shape, window, .. } in &mut self.layers {
             kinds.entry(*window).or_default().push(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?));
         }
         let layout = |window: Option<usize>| if window.is_some() { Layout::ring(0) } else { Layout::Contiguous };
@@ -341,7 +414,41 @@ impl Cache {
             .map(|LayerCache { k, v, shape, .. }| Ok(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?)));
         let mut layers = layers.collect::<Result<Vec<_>>>()?;
         let mut cache = KvCache::new(&mut layers, Layout::Contiguous, &mut self.lengths);
-        Ok(cache.evict(context, runner, row, span, rotations)?)
+        let start = span.start;
+        cache.evict(context, runner, row, span, rotations)?;
+        self.copies[row] = self.copies[row].min(start);
+        Ok(())
+    }
+
+    /// [`KvCache::evict_running`] in all layers, none of which may have a window.
+    pub(super) fn evict_running(
+        &mut self,
+        context: &Context,
+        runner: &dyn Runner,
+        row: usize,
+        span: Range<usize>,
+        rotations: &[KeyRotation],
+    ) -> Result<()> {
+        let sinks = self.sinks.unwrap_or(0);
+        let (mut layers, mut unrotated) = (Vec::new(), Vec::new());
+        for (LayerCache { k, v, shape, unrotated: keys, .. }, &rotation) in self.layers.iter_mut().zip(rotations) {
+            layers.push(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?));
+            let [.., heads, dim] = *shape;
+            let keys = &keys[row * sinks * heads * dim..][..sinks * heads * dim];
+            unrotated.push(Some(UnrotatedKeys::new(View::new(keys, [1, sinks, heads, dim])?, rotation)));
+        }
+        let dropped = self.dropped[row];
+        KvCache::new(&mut layers, Layout::Contiguous, &mut self.lengths).evict_running(
+            context,
+            runner,
+            row,
+            span.clone(),
+            dropped as usize,
+            &unrotated,
+        )?;
+        self.dropped[row] += span.len() as i32;
+        self.copies[row] = self.copies[row].min(span.start);
+        Ok(())
     }
 
     /// A layer's layout, and its slots per row.

@@ -166,7 +166,9 @@ impl Decoder {
     /// and their keys are rotated to them. Values, and keys beyond the first layer, still depend on the tokens that
     /// were forgotten.
     ///
-    /// Every key that moves is rounded once to the cache's type. On an error nothing has changed.
+    /// Every key that moves is rounded once to the cache's type. If the cache [keeps](Cache::keep_sinks) the keys before the
+    /// span, positions run on instead: no key moves to another position but those before the span, which are rounded
+    /// from their copies. On an error nothing has changed.
     pub fn evict(&self, cache: &mut Cache, row: usize, span: Range<usize>) -> Result<()> {
         if let Some(n) = self.config.layers.iter().find_map(|l| l.window) {
             return Err(Error::unsupported(format!(
@@ -174,9 +176,13 @@ impl Decoder {
             )));
         }
         let rotation = |layer: &LayerConfig| {
-            Some(KeyRotation::new(self.config.ropes[layer.rope].pairing, &self.frequencies[layer.rope]))
+            KeyRotation::new(self.config.ropes[layer.rope].pairing, &self.frequencies[layer.rope])
         };
         let rotations: Vec<_> = self.config.layers.iter().map(rotation).collect();
+        if cache.can_run_on(row, span.start) {
+            return cache.evict_running(&self.context, &self.threads, row, span, &rotations);
+        }
+        let rotations: Vec<_> = rotations.into_iter().map(Some).collect();
         cache.evict(&self.context, &self.threads, row, span, &rotations)
     }
 
@@ -261,7 +267,8 @@ impl Decoder {
         for row in 0..cache.rows() {
             starts[row + 1] += starts[row];
         }
-        let positions: Vec<i32> = places.iter().map(|&(_, position)| position).collect();
+        let dropped = cache.rope_offsets();
+        let positions: Vec<i32> = places.iter().map(|&(row, position)| position.saturating_add(dropped[row])).collect();
         let ropes: Vec<Rope> = c
             .ropes
             .iter()
@@ -311,6 +318,9 @@ impl Decoder {
                 )
                 .rope(rope),
             )?;
+            for (&(row, position), x) in places.iter().zip(qkv.chunks_exact(width)) {
+                cache.keep_unrotated(i, row, position as usize, &x[q_dim..q_dim + kv_dim]);
+            }
             let (k, v) = cache.views(i)?;
             let mut options = AttentionOptions::new().plan(plan);
             (options.scale, options.softcap) = (c.attn_scale, c.attn_softcap);
@@ -423,5 +433,33 @@ fn add_normed(x: &mut [f32], delta: &[f32], weight: Option<&[f32]>, eps: f32, ro
     };
     for (x, &y) in x.iter_mut().zip(delta) {
         *x += y;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType;
+    use crate::driver::embedded;
+
+    /// Two rows of 64, with all others between them, take the work of two.
+    #[test]
+    fn rows_that_are_not_named_cost_nothing() {
+        let file = embedded::open().unwrap();
+        let (mut config, mut weights) = (file.config().clone(), file.weights(&|_, _| ()).unwrap());
+        config.layers.truncate(1);
+        weights.layers.truncate(1);
+        let decoder = Decoder::new(config, weights, 0, None, Threads::new(1).unwrap()).unwrap();
+        let mut cache = Cache::new(decoder.config(), 64, 8, DType::F32).unwrap();
+        let mut scratch = Scratch::default();
+        let logits = decoder.forward_rows(&mut cache, &mut scratch, &[(63, &[5]), (0, &[6])], Logits::Last).unwrap();
+        assert_eq!(logits.len(), 2 * decoder.config().vocab);
+        let c = decoder.config();
+        assert_eq!((scratch.x.len(), scratch.act.len()), (2 * c.dim, 2 * c.ffn_dim));
+        // Rows with fewer tokens than others take no more than their own.
+        let rows: [(usize, &[u32]); 3] = [(3, &[1; 7]), (9, &[]), (0, &[6])];
+        decoder.forward_rows(&mut cache, &mut scratch, &rows, Logits::None).unwrap();
+        assert_eq!(scratch.x.len(), 8 * c.dim);
+        assert_eq!((cache.len(63), cache.len(0), cache.len(3), cache.len(9)), (1, 2, 7, 0));
     }
 }

@@ -10,7 +10,7 @@
 //! and up to rounding above it. An error ends the request that it belongs to.
 //!
 //! A sequence ends when its row is full, unless [`Scheduler::streaming`] allows it to continue. Then tokens after the
-//! first few are forgotten, many at a time, and positions stay within the model's context.
+//! first few are forgotten, many at a time, and no token sees another at a distance beyond the model's context.
 
 mod prefilled;
 mod request;
@@ -171,6 +171,7 @@ impl<'a> Scheduler<'a> {
     pub fn streaming(mut self, streaming: Option<Streaming>) -> Result<Self> {
         if let Some(streaming) = streaming {
             streaming.check(self.cache.capacity())?;
+            self.cache.keep_sinks(streaming.sinks)?;
         }
         self.streaming = streaming;
         Ok(self)

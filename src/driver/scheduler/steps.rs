@@ -259,6 +259,9 @@ impl<'a> Scheduler<'a> {
         self.decoder.copy_prefix(&mut self.cache, slot, copies, len)?;
         let Some(first) = self.slots[slot].as_ref().filter(|_| left > 0) else { return Ok(()) };
         let mut cache = Cache::with_chunk(self.decoder.config(), 1, len, self.cache.chunk(), self.cache.formats())?;
+        if let Some(Streaming { sinks, .. }) = self.streaming {
+            cache.keep_sinks(sinks.min(len))?;
+        }
         self.decoder.insert(&mut cache, 0, &mut self.cache, slot)?;
         let prefilled = Some(Prefilled { cache, logits: logits.to_vec(), tokens: first.shared.request.prompt.clone() });
         let (id, shared, sample) = (first.id, first.shared.clone(), first.shared.request.samples - left);

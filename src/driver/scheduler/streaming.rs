@@ -25,8 +25,8 @@ impl Streaming {
         self
     }
 
-    /// The capacity that a row should have, at most `context`: the tokens that are kept and a quarter of the window.
-    /// With it a key moves, and is rounded again, at most five times before it is forgotten itself.
+    /// The capacity that a row should have, at most `context`: the tokens that are kept and a quarter of the window, so that
+    /// a token moves at most five times before it is forgotten itself.
     pub fn capacity(&self, context: usize) -> usize {
         let kept = self.sinks.saturating_add(self.window);
         kept.saturating_add(self.window.div_ceil(4)).min(context)
