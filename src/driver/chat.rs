@@ -66,7 +66,7 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| Error::malformed(sentence(&e)))?);
-        // A template comes from a file that is not trusted, and could loop for ever.
+        // A template comes from a file that is not trusted: this bounds the steps it takes and the bytes it makes.
         environment.set_fuel(Some(5_000_000));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> JinjaResult<Value> {
@@ -269,6 +269,9 @@ mod tests {
         // A loop without end, as far as a person is concerned.
         let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}";
         assert!(render(endless, &turns).is_err());
+        let doubling =
+            "{% set ns = namespace(x='a') %}{% for i in range(50) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+        assert!(render(doubling, &turns).is_err());
     }
 
     #[test]
