@@ -197,6 +197,11 @@ fn complaints_are_sentences_on_standard_error() {
         (&["generate", "--prompts", "-", "--prompt", "x"], 2, "--prompt"),
         (&["generate", "--slots", "0"], 2, "'--slots <N>': it must be a whole number, 1 or more"),
         (&["cache-cost", "--max-context", "3"], 2, "16 is the least"),
+        (&["cache-cost", "--max-context", "18446744073709551615"], 2, "does not fit into memory"),
+        (&["cache-cost", "--max-context", "1000000000000"], 2, "does not fit into memory"),
+        (&["generate", "--prompts", "-", "--slots", "1000000000"], 2, "a cache of 1000000000 rows"),
+        (&["generate", "--prompts", "/"], 2, "/ is a directory"),
+        (&["generate", "--chat", "--chat-template", "/dev/zero"], 2, "/dev/zero is a device"),
     ];
     // A bad value is found before the weights are read, so that a wrong model is not even noticed.
     for bad in [["--temperature", "-1"], ["--top-p", "0"], ["--isa", neon], ["--threads", "9999"]] {

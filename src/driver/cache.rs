@@ -139,6 +139,15 @@ pub struct Cache {
     formats: Formats,
 }
 
+/// Asks for memory where a refusal is no abort.
+fn can_be_allocated(bytes: usize) -> bool {
+    let mut memory = Vec::<u8>::new();
+    let fits = memory.try_reserve_exact(bytes).is_ok();
+    // A compiler may leave out an allocation that nothing uses, and believe that it fits.
+    std::hint::black_box(&memory);
+    fits
+}
+
 /// The slots that a layer needs for sequences of up to `capacity` tokens, with at most `chunk` new tokens per pass.
 fn slots(layer: &LayerConfig, capacity: usize, chunk: usize) -> usize {
     layer.window.map_or(capacity, |window| window.saturating_add(chunk).min(capacity))
@@ -148,6 +157,29 @@ impl Cache {
     /// Room for `rows` sequences of up to `capacity` tokens, with at most [`PREFILL_CHUNK`] new tokens per pass.
     pub fn new(config: &ModelConfig, rows: usize, capacity: usize, formats: impl Into<Formats>) -> Result<Self> {
         Self::with_chunk(config, rows, capacity, PREFILL_CHUNK, formats)
+    }
+
+    /// Checks whether [`Self::new`] can make a cache, and returns its size in bytes.
+    pub fn bytes_for(config: &ModelConfig, rows: usize, capacity: usize, formats: impl Into<Formats>) -> Result<usize> {
+        Self::check(config, rows, capacity, PREFILL_CHUNK, formats.into())
+    }
+
+    fn check(config: &ModelConfig, rows: usize, capacity: usize, chunk: usize, formats: Formats) -> Result<usize> {
+        if chunk == 0 {
+            return Err(Error::argument("0 tokens of a row in one pass; at least 1 is needed"));
+        }
+        let per_token = formats.token_bytes(config.kv_heads, config.head_dim);
+        let bytes_of = |layer: &LayerConfig| rows.checked_mul(slots(layer, capacity, chunk))?.checked_mul(per_token);
+        let bytes = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(bytes_of(layer)?));
+        // Slots of all rows are numbered in `i32`.
+        let numbered = rows.max(1).checked_mul(capacity).filter(|&n| i32::try_from(n).is_ok());
+        match (bytes, numbered) {
+            (Some(bytes), Some(_)) if can_be_allocated(bytes) => Ok(bytes),
+            _ => Err(Error::argument(format!(
+                "a cache of {rows} rows with {capacity} tokens in {} layers does not fit into memory",
+                config.layers.len()
+            ))),
+        }
     }
 
     /// As [`Self::new`], with at most `chunk` new tokens per sequence and pass. A smaller chunk makes the rings of
@@ -160,21 +192,8 @@ impl Cache {
         formats: impl Into<Formats>,
     ) -> Result<Self> {
         let formats = formats.into();
-        if chunk == 0 {
-            return Err(Error::argument("0 tokens of a row in one pass; at least 1 is needed"));
-        }
+        Self::check(config, rows, capacity, chunk, formats)?;
         let shape = |layer: &LayerConfig| [rows, slots(layer, capacity, chunk), config.kv_heads, config.head_dim];
-        let per_token = formats.token_bytes(config.kv_heads, config.head_dim);
-        let bytes_of = |[rows, slots, ..]: [usize; 4]| rows.checked_mul(slots)?.checked_mul(per_token);
-        let bytes = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(bytes_of(shape(layer))?));
-        // Slots of all rows are numbered in `i32`.
-        let numbered = rows.max(1).checked_mul(capacity).filter(|&n| i32::try_from(n).is_ok());
-        if bytes.is_none_or(|b| isize::try_from(b).is_err()) || numbered.is_none() {
-            return Err(Error::argument(format!(
-                "a cache of {rows} rows with {capacity} tokens in {} layers does not fit any memory",
-                config.layers.len()
-            )));
-        }
         let layer = |layer: &LayerConfig| {
             let (shape, window) = (shape(layer), layer.window);
             LayerCache {

@@ -2,7 +2,6 @@
 //! in shards that `model.safetensors.index.json` lists.
 
 use std::collections::HashMap;
-use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
 use memmap2::Mmap;
@@ -13,9 +12,6 @@ use serde::Deserialize;
 use super::error::{Error, Result};
 use super::files;
 use super::quant::{Tensor, TensorType};
-
-/// Limit for JSON files, far above the size of any real one.
-const MAX_JSON: u64 = 256 << 20;
 
 /// The fields of `config.json` that the supported families need. Names are those of the file.
 #[derive(Debug, Clone, Deserialize)]
@@ -199,7 +195,7 @@ impl HfDir {
 
     /// The bytes of `tokenizer.json`.
     pub fn tokenizer_json(&self) -> Result<Vec<u8>> {
-        read_bounded(&self.path.join("tokenizer.json"))
+        files::bytes(&self.path.join("tokenizer.json"))
     }
 
     /// The names of all tensors, sorted.
@@ -281,26 +277,15 @@ fn open_shard(path: &Path) -> Result<Shard> {
     Ok(Shard { map, metadata, data_start: header + 8 })
 }
 
-fn read_bounded(path: &Path) -> Result<Vec<u8>> {
-    let file = files::open(path)?;
-    let mut bytes = Vec::new();
-    file.take(MAX_JSON + 1).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
-    if bytes.len() as u64 > MAX_JSON {
-        return Err(Error::malformed(format!("{} is larger than {MAX_JSON} bytes", path.display())));
-    }
-    Ok(bytes)
-}
-
 fn read_optional_text(path: &Path) -> Result<Option<String>> {
     if !path.exists() {
         return Ok(None);
     }
-    let text = String::from_utf8(read_bounded(path)?);
-    text.map(Some).map_err(|e| Error::malformed(format!("{}: {e}", path.display())))
+    files::text(path).map(Some)
 }
 
 fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
-    let bytes = read_bounded(path)?;
+    let bytes = files::bytes(path)?;
     serde_json::from_slice(&bytes).map_err(|e| Error::malformed(format!("{}: {e}", path.display())))
 }
 

@@ -35,6 +35,7 @@ pub(super) fn cache_cost(args: &CacheCost) -> Result<()> {
     if longest < 16 {
         return Err(Error::argument(format!("contexts of up to {longest} tokens; 16 is the least")));
     }
+    Cache::bytes_for(file.config(), 1, longest.saturating_add(1), args.run.formats())?;
     let decoder = args.run.load(&file, longest + 1)?;
     let lengths: Vec<usize> =
         std::iter::successors(Some(16usize), |n| n.checked_mul(2)).take_while(|&n| n < longest).collect();

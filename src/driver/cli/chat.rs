@@ -1,6 +1,6 @@
 //! `kvlane chat`.
 
-use std::io::{self, BufRead, IsTerminal};
+use std::io::{self, BufRead, IsTerminal, Read};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -10,8 +10,9 @@ use super::generate::Figures;
 use super::interrupt::Interrupts;
 use super::model::{Run, open};
 use super::output::{count_of, note, note_part, print};
-use super::text::{Conversation, Prompts, Sampling};
+use super::text::{Conversation, MOST_TEXT, Prompts, Sampling};
 use super::values;
+use crate::driver::cache::Cache;
 use crate::driver::chat::Message;
 use crate::driver::error::{Error, Result};
 use crate::driver::scheduler::{Finish, Scheduler};
@@ -45,6 +46,7 @@ pub(super) fn chat(args: &Chat) -> Result<ExitCode> {
     // A model that cannot talk says so before its weights are loaded.
     prompts.render(&[Message::new("user", "?")])?;
     let capacity = args.context.map_or(file.config().context, |n| n.min(file.config().context));
+    Cache::bytes_for(file.config(), 1, capacity, args.run.formats())?;
     let decoder = args.run.load(&file, capacity)?;
     let name = decoder.config().name.clone().unwrap_or_else(|| file.format());
     drop(file);
@@ -60,7 +62,8 @@ pub(super) fn chat(args: &Chat) -> Result<ExitCode> {
             note_part("> ");
         }
         let mut line = String::new();
-        let read = interrupts.while_waiting(|| io::stdin().lock().read_line(&mut line)).map_err(Error::stdin)?;
+        let read = || io::stdin().lock().take(MOST_TEXT).read_line(&mut line);
+        let read = interrupts.while_waiting(read).map_err(Error::stdin)?;
         if read == 0 {
             break;
         }

@@ -13,7 +13,7 @@ use super::output::{bar, count_of, note, print, print_json};
 use super::serve::serve;
 use super::text::{Conversation, Prompts, Sampling, prompt_text};
 use super::values;
-use crate::driver::cache::{Formats, PREFILL_CHUNK};
+use crate::driver::cache::{Cache, Formats, PREFILL_CHUNK};
 use crate::driver::decoder::Decoder;
 use crate::driver::embedded;
 use crate::driver::error::{Error, Result};
@@ -99,12 +99,13 @@ pub(super) fn generate(args: &Generate) -> Result<ExitCode> {
     let ids = texts.iter().map(|text| prompts.text(text, args.chat)).collect::<Result<Vec<_>>>()?;
     let streaming = args.window.map(|window| Streaming::new(window).sinks(args.sinks));
     let capacity = capacity(args, file.config(), &ids, streaming)?;
+    let slots = args.slots.min(ids.len());
+    Cache::bytes_for(file.config(), slots, capacity, args.run.formats())?;
     let decoder = args.run.load(&file, capacity)?;
     let name = decoder.config().name.clone().unwrap_or_else(|| file.format());
     drop(file);
     let load = start.elapsed();
 
-    let slots = args.slots.min(ids.len());
     let mut scheduler = Scheduler::new(&decoder, slots, capacity, args.run.formats())?
         .tokenizer(&tokenizer)
         .recompute(args.no_cache)
@@ -152,7 +153,7 @@ pub(super) fn generate(args: &Generate) -> Result<ExitCode> {
 fn capacity(args: &Generate, config: &ModelConfig, ids: &[Vec<u32>], streaming: Option<Streaming>) -> Result<usize> {
     if let Some(streaming) = streaming {
         let capacity = streaming.capacity(config.context);
-        streaming.check(capacity)?;
+        streaming.check(config, capacity)?;
         return Ok(capacity);
     }
     let longest = ids.iter().map(Vec::len).max().unwrap_or(0);

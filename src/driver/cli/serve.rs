@@ -14,7 +14,8 @@ use serde_json::{Map, Value, json};
 use super::generate::{Figures, Generate};
 use super::interrupt::{self, Interrupts};
 use super::output::{count_of, print};
-use super::text::Prompts;
+use super::text::{MOST_TEXT, Prompts};
+use crate::driver::cache::Cache;
 use crate::driver::chat::Message;
 use crate::driver::error::{Error, Result};
 use crate::driver::model::ModelFile;
@@ -96,16 +97,16 @@ impl Line {
 
 /// Sends the lines that are not blank, with their numbers from 1, until the receiver is gone.
 fn read_lines(from: impl Read, lines: &SyncSender<(usize, Result<String>)>) {
-    // Far more than a line with any model's context.
-    const MOST: u64 = 64 << 20;
     let mut from = BufReader::new(from);
     for number in 1.. {
         let mut bytes = Vec::new();
-        let line = match from.by_ref().take(MOST).read_until(b'\n', &mut bytes) {
+        let line = match from.by_ref().take(MOST_TEXT).read_until(b'\n', &mut bytes) {
             Ok(0) => return,
-            Ok(n) if n as u64 == MOST => Err(Error::argument(format!("the line is longer than {MOST} bytes"))),
+            Ok(n) if n as u64 == MOST_TEXT => {
+                Err(Error::argument(format!("the line is longer than {MOST_TEXT} bytes")))
+            }
             Ok(_) => String::from_utf8(bytes).map_err(|e| Error::argument(format!("the line is not UTF-8: {e}"))),
-            Err(e) => Err(Error::stdin(e)),
+            Err(e) => Err(Error::argument(format!("the line cannot be read: {e}"))),
         };
         let is_last = line.is_err();
         let is_blank = line.as_ref().is_ok_and(|text| text.trim().is_empty());
@@ -135,12 +136,14 @@ pub(super) fn serve(
     prompts: &Prompts,
 ) -> Result<ExitCode> {
     let start = Instant::now();
-    // Opened first, so that a wrong path fails before the weights are loaded.
+    // Opened first, so that a wrong path fails before the weights are loaded. A pipe is as good as a file.
     let input: Box<dyn Read + Send> = match path.to_str() {
         Some("-") => Box::new(std::io::stdin()),
+        _ if path.is_dir() => return Err(Error::argument(format!("{} is a directory, not a file", path.display()))),
         _ => Box::new(File::open(path).map_err(|e| Error::io(path, e))?),
     };
     let capacity = args.context.map_or(file.config().context, |n| n.min(file.config().context));
+    Cache::bytes_for(file.config(), args.slots, capacity, args.run.formats())?;
     let decoder = args.run.load(&file, capacity)?;
     let name = decoder.config().name.clone().unwrap_or_else(|| file.format());
     drop(file);

@@ -8,6 +8,7 @@ use clap::Args;
 use super::values;
 use crate::driver::chat::{ChatTemplate, Message};
 use crate::driver::error::{Error, Result};
+use crate::driver::files;
 use crate::driver::model::ModelConfig;
 use crate::driver::sampling::SamplerOptions;
 use crate::driver::scheduler::Request;
@@ -72,8 +73,7 @@ impl<'a> Prompts<'a> {
     pub(super) fn new(config: &ModelConfig, tokenizer: &'a Tokenizer, args: &Conversation) -> Result<Self> {
         let mut config = config.clone();
         if let Some(path) = &args.chat_template {
-            let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-            config.chat_template = Some(text);
+            config.chat_template = Some(files::text(path)?);
             ChatTemplate::of_model(&config, tokenizer).map_err(|e| e.context(path.display()))?;
         }
         let template = ChatTemplate::of_model(&config, tokenizer).ok();
@@ -111,15 +111,16 @@ impl<'a> Prompts<'a> {
     }
 }
 
+/// The most bytes of a text that are read: far more than any model's context, and little memory.
+pub(super) const MOST_TEXT: u64 = 64 << 20;
+
 /// The text of `--prompt`; `-` stands for standard input without its last line break.
 pub(super) fn prompt_text(argument: &str) -> Result<String> {
     if argument != "-" {
         return Ok(argument.to_owned());
     }
-    // Far more than any model's context, and little memory.
-    const MOST: u64 = 64 << 20;
     let mut text = String::new();
-    std::io::stdin().take(MOST).read_to_string(&mut text).map_err(Error::stdin)?;
+    std::io::stdin().take(MOST_TEXT).read_to_string(&mut text).map_err(Error::stdin)?;
     let text = text.strip_suffix('\n').unwrap_or(&text);
     Ok(text.strip_suffix('\r').unwrap_or(text).to_owned())
 }

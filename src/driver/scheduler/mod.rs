@@ -170,7 +170,7 @@ impl<'a> Scheduler<'a> {
     /// Sets whether sequences continue when their row is full, and which tokens they keep.
     pub fn streaming(mut self, streaming: Option<Streaming>) -> Result<Self> {
         if let Some(streaming) = streaming {
-            streaming.check(self.cache.capacity())?;
+            streaming.check(self.decoder.config(), self.cache.capacity())?;
             self.cache.keep_sinks(streaming.sinks)?;
         }
         self.streaming = streaming;

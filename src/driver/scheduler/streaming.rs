@@ -1,6 +1,7 @@
 //! Sequences that go on beyond their row.
 
 use crate::driver::error::{Error, Result};
+use crate::driver::model::ModelConfig;
 
 /// How sequences continue beyond their cache (StreamingLLM, <https://arxiv.org/abs/2309.17453>).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,9 +33,14 @@ impl Streaming {
         kept.saturating_add(self.window.div_ceil(4)).min(context)
     }
 
-    /// Checks that rows of `capacity` tokens hold what is kept.
-    pub fn check(&self, capacity: usize) -> Result<()> {
+    /// Checks that the model can forget tokens, and that rows of `capacity` tokens hold what is kept.
+    pub fn check(&self, config: &ModelConfig, capacity: usize) -> Result<()> {
         let Self { sinks, window } = *self;
+        if let Some(n) = config.layers.iter().find_map(|l| l.window) {
+            return Err(Error::unsupported(format!(
+                "forgetting tokens of a model with layers that see {n} positions only"
+            )));
+        }
         if window == 0 {
             return Err(Error::argument("a window of 0 tokens; at least 1 is needed"));
         }
