@@ -429,6 +429,23 @@ fn a_hugging_face_directory_is_the_same_model() {
     std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
 
+    // A chat template lies in a file of its own, or in the tokenizer's configuration, alone or among others.
+    let _ = std::fs::remove_file(dir.join("chat_template.jinja"));
+    for (name, text, want) in [
+        ("tokenizer_config.json", r#"{"bos_token": "<s>"}"#, None),
+        ("tokenizer_config.json", r#"{"chat_template": "one"}"#, Some("one")),
+        ("tokenizer_config.json", r#"{"chat_template": 7}"#, None),
+        (
+            "tokenizer_config.json",
+            r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#,
+            Some("d"),
+        ),
+        ("chat_template.jinja", "file", Some("file")),
+    ] {
+        std::fs::write(dir.join(name), text).unwrap();
+        assert_eq!(ModelFile::open(&dir).unwrap().config().chat_template.as_deref(), want, "{text}");
+    }
+
     let file = ModelFile::open(&dir).unwrap();
     assert_eq!(file.config().ropes[0].pairing, Pairing::HalfSplit);
     let weights = file.weights(&|_, _| ()).unwrap();
