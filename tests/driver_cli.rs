@@ -401,6 +401,7 @@ not json
     }
     assert!(of(2, "token").iter().all(|e| e["id"] == "second" && e["top_logprobs"].as_array().unwrap().len() == 2));
     assert!(of(2, "token").iter().all(|e| e["logprob"] == e["top_logprobs"][0]["logprob"] && e["logprob"].is_f64()));
+    assert!(of(2, "token")[1..].iter().all(|e| e["text"] == e["top_logprobs"][0]["text"]));
     assert!(of(1, "token").iter().all(|e| e["logprob"].is_null()));
     for (line, part) in [
         (4, "not a request: expected"),

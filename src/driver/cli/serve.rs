@@ -249,6 +249,7 @@ impl Service<'_> {
     }
 
     fn report(&mut self, event: Event) -> Result<()> {
+        let tokenizer = self.tokenizer;
         let Some(running) = self.running.get_mut(&event.request) else { return Ok(()) };
         let (tokens, text) = running.samples.entry(event.sample).or_default();
         *text += &event.text;
@@ -261,7 +262,7 @@ impl Service<'_> {
             if let Some(Logprobs { chosen, top, .. }) = &event.logprobs {
                 let top: Vec<Value> = top
                     .iter()
-                    .map(|&(token, p)| json!({ "token": token, "text": self.tokenizer.token(token), "logprob": number(p) }))
+                    .map(|&(token, p)| json!({ "token": token, "text": text_of(tokenizer, token), "logprob": number(p) }))
                     .collect();
                 object.insert("logprob".into(), number(*chosen));
                 object.insert("top_logprobs".into(), top.into());
@@ -284,6 +285,12 @@ impl Service<'_> {
         }
         write(object)
     }
+}
+
+/// The text of a token by itself; the name of one that has none, as tokens for turns.
+fn text_of(tokenizer: &Tokenizer, token: u32) -> Option<String> {
+    let text = tokenizer.decode(&[token]).ok().filter(|text| !text.is_empty());
+    text.or_else(|| tokenizer.token(token))
 }
 
 /// JSON has no infinity; a token that cannot be chosen has the least number.
