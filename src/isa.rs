@@ -157,7 +157,8 @@ impl Isa {
         if value.is_empty() {
             return Ok(None);
         }
-        match value.to_str().and_then(Self::from_name) {
+        // People write levels in capitals, too.
+        match value.to_str().and_then(|value| Self::from_name(&value.to_ascii_lowercase())) {
             Some(level) => Ok(Some(level)),
             None => {
                 let known: Vec<_> = Self::ALL.iter().map(|l| l.name()).collect();

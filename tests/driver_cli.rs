@@ -31,7 +31,8 @@ fn generate_writes_text_and_nothing_else() {
     assert!(!notes.contains('\u{1b}') && !notes.contains('\r'), "{notes:?}");
 
     let object = json(&args);
-    assert_eq!(object["text"], text);
+    // The text ends with a line break, whatever reads it.
+    assert_eq!(object["text"], text.strip_suffix('\n').unwrap());
     assert_eq!(object["ids"].as_array().unwrap().len(), 24);
     assert_eq!((object["finish"].as_str(), object["cached"].as_bool()), (Some("max_tokens"), Some(true)));
     // The text is the same without the cache.
@@ -101,7 +102,8 @@ fn a_prompt_comes_from_standard_input() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    child.stdin.take().unwrap().write_all(b"The LORD").unwrap();
+    // As `echo` writes it; the line break is not part of the prompt.
+    child.stdin.take().unwrap().write_all(b"The LORD\n").unwrap();
     let out = child.wait_with_output().unwrap();
     assert_eq!(String::from_utf8(out.stdout).unwrap(), stdout(&[&args[..], &["--prompt", "The LORD"]].concat()));
 }
@@ -155,21 +157,59 @@ fn cache_cost_measures_both() {
 
 #[test]
 fn complaints_are_sentences_on_standard_error() {
-    let cases: [(&[&str], i32, &str); 12] = [
+    let neon = if cfg!(target_arch = "aarch64") { "avx2" } else { "neon" };
+    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/src/driver/tiny/tiny.gguf");
+    let empty = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("empty.gguf");
+    std::fs::write(&empty, "").unwrap();
+    let cases: &[(&[&str], i32, &str)] = &[
+        // What is wrong with a file ends with 1.
         (&["generate", "--model", "/nowhere.gguf"], 1, "/nowhere.gguf"),
         (&["generate", "--model", env!("CARGO_MANIFEST_DIR")], 1, "config.json"),
         (&["inspect", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")], 1, "not a GGUF file"),
-        (&["generate", "--max-tokens", "0"], 1, "0 tokens"),
-        (&["generate", "--prompt", ""], 1, "no tokens"),
-        (&["generate", "--temperature=-1"], 1, "temperature is -1"),
-        (&["generate", "--top-p", "2"], 1, "top-p is 2"),
-        (&["generate", "--window", "0"], 1, "window of 0 tokens after the first 4"),
-        (&["generate", "--window", "500", "--sinks", "13"], 1, "512 positions"),
+        (&["generate", "--model", empty.to_str().unwrap()], 1, "empty.gguf is empty"),
+        (&["generate", "--prompts", "/nowhere.jsonl"], 1, "/nowhere.jsonl"),
+        (&["chat"], 1, "no chat template"),
+        (&["generate", "--chat"], 1, "no chat template"),
+        // What is wrong with an argument ends with 2, whoever finds it.
+        (&["generate", "--model", "/dev/null"], 2, "/dev/null is a device"),
+        (&["generate", "--prompt", ""], 2, "no tokens"),
+        (&["generate", "--max-tokens", "0"], 2, "'--max-tokens <N>': it must be a whole number, 1 or more"),
+        (&["generate", "--temperature=-1"], 2, "'--temperature <T>': it must be a finite number, 0 or more"),
+        (&["generate", "--temperature", "-1"], 2, "'--temperature <T>': it must be a finite number, 0 or more"),
+        (&["generate", "--temperature", "inf"], 2, "it must be a finite number, 0 or more"),
+        (&["generate", "--temperature", "NaN"], 2, "it must be a finite number, 0 or more"),
+        (&["generate", "--seed", "-1"], 2, "'--seed <S>': it must be a whole number from 0 to 18446744073709551615"),
+        (&["generate", "--top-k", "-1"], 2, "'--top-k <K>'"),
+        (&["chat", "--top-p", "-1"], 2, "'--top-p <P>': it must be above 0 and at most 1"),
+        (&["generate", "--top-p", "2"], 2, "'--top-p <P>': it must be above 0 and at most 1"),
+        (&["generate", "--stop", ""], 2, "'--stop <TEXT>': it needs at least one character"),
+        (&["generate", "--window", "0"], 2, "'--window <N>': it must be a whole number, 1 or more"),
+        (&["generate", "--window", "500", "--sinks", "13"], 2, "500 tokens after the first 13, but only 512 fit"),
         (&["generate", "--sinks", "13"], 2, "--window"),
         (&["generate", "--isa", "mmx"], 2, "mmx"),
-        (&["cache-cost", "--max-context", "3"], 1, "16 is the least"),
+        (&["generate", "--isa", neon], 2, "this CPU cannot run it; it has scalar"),
+        (&["info", "--isa", neon], 2, "this CPU cannot run it; it has scalar"),
+        (&["bench", "--isa", neon], 2, "this CPU cannot run it; it has scalar"),
+        (&["generate", "--threads", "1025"], 2, "'--threads <N>': it must be a whole number from 0 to 1024"),
+        (&["bench", "--threads", "1025"], 2, "it must be a whole number from 0 to 1024"),
+        (&["generate", "--prompt", "-", "--prompt", "-"], 2, "--prompt - is given twice"),
+        (&["generate", "--system", "x"], 2, "--system is given, but it needs --chat or --prompts"),
+        (&["generate", "--prompts", "-", "--prompt", "x"], 2, "--prompt"),
+        (&["generate", "--slots", "0"], 2, "'--slots <N>': it must be a whole number, 1 or more"),
+        (&["cache-cost", "--max-context", "3"], 2, "16 is the least"),
+        (&["cache-cost", "--max-context", "18446744073709551615"], 2, "does not fit into memory"),
+        (&["cache-cost", "--max-context", "1000000000000"], 2, "does not fit into memory"),
+        (&["generate", "--prompts", "-", "--slots", "1000000000"], 2, "a cache of 1000000000 rows"),
+        (&["generate", "--prompts", "/"], 2, "/ is a directory"),
+        (&["generate", "--chat", "--chat-template", "/dev/zero"], 2, "/dev/zero is a device"),
     ];
-    for (args, code, part) in cases {
+    // A bad value is found before the weights are read, so that a wrong model is not even noticed.
+    for bad in [["--temperature", "-1"], ["--top-p", "0"], ["--isa", neon], ["--threads", "9999"]] {
+        let out = kvlane(&[&["generate", "--model", "/nowhere.gguf"], &bad[..]].concat());
+        assert!(out.status.code() == Some(2) && String::from_utf8(out.stderr).unwrap().contains(bad[0]));
+    }
+    assert!(kvlane(&["inspect", tiny]).status.success());
+    for &(args, code, part) in cases {
         let out = kvlane(args);
         let message = String::from_utf8(out.stderr).unwrap();
         assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
@@ -180,6 +220,7 @@ fn complaints_are_sentences_on_standard_error() {
     }
     let long = "word ".repeat(600);
     let out = kvlane(&["generate", "--prompt", &long]);
+    assert_eq!(out.status.code(), Some(2));
     assert!(String::from_utf8(out.stderr).unwrap().contains("but the model was made for 512"));
 }
 
@@ -216,7 +257,287 @@ fn help_names_every_option() {
         "--window",
         "--sinks",
         "--json",
+        "--prompts",
+        "--slots",
+        "--stop",
+        "--chat",
+        "--system",
+        "--keep-last",
     ] {
         assert!(help.contains(option), "{option}");
     }
+}
+
+/// The variable is checked before anything else, in the words of the command line.
+#[test]
+fn the_level_of_the_environment_is_an_argument() {
+    let run = |value: &str, args: &[&str]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_kvlane")).args(args).env("KVLANE_MAX_ISA", value).output().unwrap();
+        (out.status.code(), String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
+    };
+    for args in [&["info"][..], &["generate", "--model", "/nowhere"], &["cache-cost"], &["bench", "--filter", "none"]] {
+        let (code, _, message) = run("bogus", args);
+        assert!(message.starts_with("error: KVLANE_MAX_ISA is \"bogus\", which is none of scalar"), "{message}");
+        assert_eq!(code, Some(2));
+    }
+    // Levels and formats are found in capitals, too.
+    assert!(run("SCALAR", &["info", "--json"]).1.contains("\"isa\": \"scalar\""));
+    assert!(run("", &["info", "--isa", "Scalar", "--json"]).1.contains("\"isa\": \"scalar\""));
+    assert_eq!(run("", &["generate", "--max-tokens", "1", "--kv-type", "BF16"]).0, Some(0));
+}
+
+/// A standard error that is closed or full changes neither the result nor the exit code.
+#[cfg(target_os = "linux")]
+#[test]
+fn standard_error_may_be_closed_or_full() {
+    let full = || Stdio::from(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    let closed = || {
+        // A pipe whose reader has gone.
+        let mut child = Command::new("true").stdin(Stdio::piped()).spawn().unwrap();
+        let pipe = child.stdin.take().unwrap();
+        child.wait().unwrap();
+        Stdio::from(pipe)
+    };
+    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/src/driver/tiny/tiny.gguf");
+    let cases: [(&[&str], i32); 5] = [
+        (&["generate", "--max-tokens", "2"], 0),
+        (&["cache-cost", "--max-context", "16"], 0),
+        (&["inspect", tiny], 0),
+        (&["generate", "--model", "/nowhere.gguf"], 1),
+        (&["generate", "--prompt", ""], 2),
+    ];
+    for (args, code) in cases {
+        for stderr in [full(), closed()] {
+            let out = Command::new(env!("CARGO_BIN_EXE_kvlane")).args(args).stderr(stderr).output().unwrap();
+            assert_eq!(out.status.code(), Some(code), "{args:?}");
+            assert_eq!(out.stdout.is_empty(), code != 0, "{args:?}");
+        }
+    }
+    let out = Command::new(env!("CARGO_BIN_EXE_kvlane")).arg("info").stdout(full()).output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    assert!(String::from_utf8(out.stderr).unwrap().starts_with("error: standard output: "));
+}
+
+#[test]
+fn numbers_and_nouns_agree() {
+    let notes = |args: &[&str]| String::from_utf8(kvlane(args).stderr).unwrap();
+    let args = ["generate", "--max-tokens", "2", "--prompt", "And God said", "--threads"];
+    let one = notes(&[&args[..], &["1"]].concat());
+    assert!(one.contains("; decode 1 token, ") && one.contains("; 1 thread\n"), "{one}");
+    assert!(notes(&[&args[..], &["2"]].concat()).contains("; 2 threads\n"));
+    assert!(notes(&["cache-cost", "--max-context", "16", "--threads", "1"]).contains(", 1 thread, "));
+    // More threads than CPUs are possible, and not without a word.
+    let cpus = std::thread::available_parallelism().unwrap().get();
+    let many = (cpus + 1).to_string();
+    assert!(notes(&[&args[..], &[&many]].concat()).starts_with(&format!("note: {many} threads share {cpus} CPU")));
+}
+
+#[test]
+fn several_prompts_come_in_their_order() {
+    let args = ["generate", "--temperature", "0", "--max-tokens"];
+    let alone = |prompt: &str, n: &str| stdout(&[&args[..], &[n, "--prompt", prompt]].concat());
+    let prompts = ["And God said", "The LORD", "In the beginning"];
+    for slots in ["1", "2", "3"] {
+        let mut all = [&args[..], &["9", "--slots", slots]].concat();
+        prompts.iter().for_each(|prompt| all.extend(["--prompt", prompt]));
+        let want: Vec<String> = prompts.iter().map(|p| format!("==> {p} <==\n{}", alone(p, "9"))).collect();
+        assert_eq!(stdout(&all), want.join("\n"), "{slots} slots");
+        let object = json(&all);
+        for (completion, prompt) in object["completions"].as_array().unwrap().iter().zip(prompts) {
+            assert_eq!(format!("{}\n", completion["text"].as_str().unwrap()), alone(prompt, "9"));
+        }
+    }
+    let text = alone("And God said", "20");
+    let stop = &text[text.len() / 2..][..5];
+    let stopped = stdout(&[&args[..], &["20", "--prompt", "And God said", "--stop", stop]].concat());
+    assert_eq!(stopped.strip_suffix('\n').unwrap(), &text[..text.find(stop).unwrap()]);
+}
+
+/// Runs `generate --prompts -` with these lines.
+fn serve(args: &[&str], lines: &str) -> (Vec<serde_json::Value>, String) {
+    use std::io::Write;
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kvlane"))
+        .args([&["generate", "--prompts", "-", "--temperature", "0"], args].concat())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let out = child.wait_with_output().unwrap();
+    let notes = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.success(), "{notes}");
+    let events = String::from_utf8(out.stdout).unwrap();
+    (events.lines().map(|line| serde_json::from_str(line).unwrap()).collect(), notes)
+}
+
+#[test]
+fn requests_are_lines_of_json() {
+    let lines = r#"{"prompt": "And God said", "max_tokens": 5}
+{"prompt": "The LORD", "max_tokens": 7, "id": "second", "logprobs": 2}
+
+not json
+{"prompt": "x", "max_token": 5}
+{"prompt": "x", "messages": []}
+{"prompt": "x", "temperature": -1, "id": 7}
+{"prompt": "In the beginning", "temperature": 0.9, "seed": 3, "top_k": 50, "top_p": 0.9, "n": 3, "max_tokens": 6}
+{"prompt": "And God said", "max_tokens": 20, "stop": "the", "logit_bias": {"17": -100}}
+{"prompt": "And God said", "max_tokens": 0}
+{"prompt": "And God said", "max_tokens": 3, "allowed_token_ids": [5, 6]}"#;
+    let (events, notes) = serve(&["--slots", "2"], lines);
+    let of = |line: u64, event: &str| -> Vec<&serde_json::Value> {
+        events.iter().filter(|e| e["line"] == line && e["event"] == event).collect()
+    };
+    let alone =
+        |prompt: &str, n: &str| json(&["generate", "--temperature", "0", "--prompt", prompt, "--max-tokens", n]);
+    for (line, prompt, n) in [(1, "And God said", "5"), (2, "The LORD", "7")] {
+        let (want, end) = (alone(prompt, n), of(line, "end")[0]);
+        assert_eq!((&end["text"], &end["finish"]), (&want["text"], &want["finish"]));
+        assert_eq!(end["prompt_tokens"], want["prompt_ids"].as_array().unwrap().len());
+        let tokens: Vec<_> = of(line, "token").iter().map(|e| e["token"].clone()).collect();
+        assert_eq!(want["ids"], serde_json::Value::from(tokens));
+        let text: String = of(line, "token").iter().map(|e| e["text"].as_str().unwrap()).collect();
+        assert_eq!(end["text"], text);
+    }
+    assert!(of(2, "token").iter().all(|e| e["id"] == "second" && e["top_logprobs"].as_array().unwrap().len() == 2));
+    assert!(of(2, "token").iter().all(|e| e["logprob"] == e["top_logprobs"][0]["logprob"] && e["logprob"].is_f64()));
+    assert!(of(2, "token")[1..].iter().all(|e| e["text"] == e["top_logprobs"][0]["text"]));
+    assert!(of(1, "token").iter().all(|e| e["logprob"].is_null()));
+    for (line, part) in [
+        (4, "not a request: expected"),
+        (5, "unknown field `max_token`"),
+        (6, "either \"prompt\" or \"messages\""),
+        (7, "the temperature is -1"),
+        (10, "0 tokens to generate"),
+    ] {
+        let [error] = of(line, "error")[..] else { panic!("line {line}") };
+        assert!(error["error"].as_str().unwrap().contains(part), "{error}");
+        assert!(of(line, "token").is_empty() && of(line, "end").is_empty());
+    }
+    assert_eq!(of(7, "error")[0]["id"], 7);
+    let samples: Vec<_> = of(8, "end").iter().map(|e| (e["index"].as_u64().unwrap(), e["text"].clone())).collect();
+    assert!(samples.len() == 3 && samples.iter().any(|s| s.1 != samples[0].1), "{samples:?}");
+    let stopped = of(9, "end")[0];
+    let text = stopped["text"].as_str().unwrap();
+    assert!(!text.contains("the") && (stopped["finish"] == "stop" || stopped["tokens"] == 20), "{stopped}");
+    assert!(of(11, "token").iter().all(|e| e["token"] == 5 || e["token"] == 6));
+    assert!(notes.contains("10 requests in 2 slots") && notes.contains("tokens/s"), "{notes}");
+
+    // Long prompts: refused, or cut.
+    let long = "word ".repeat(600);
+    let (events, _) = serve(
+        &["--context", "64"],
+        &format!("{{\"prompt\": \"{long}\"}}\n{{\"prompt\": \"{long}\", \"keep_last\": true, \"max_tokens\": 9}}"),
+    );
+    assert!(events[0]["error"].as_str().unwrap().contains("1 to 64 fit"), "{}", events[0]);
+    let end = events.last().unwrap();
+    assert_eq!((&end["prompt_tokens"], &end["tokens"]), (&56.into(), &9.into()));
+}
+
+#[cfg(unix)]
+fn interrupt(child: &std::process::Child) {
+    // SAFETY: the process is a child that was not waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
+}
+
+/// Starts a command and reads the first bytes of its output.
+#[cfg(unix)]
+fn started(args: &[&str], bytes: usize) -> std::process::Child {
+    use std::io::Read;
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kvlane"))
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut vec![0; bytes]).unwrap();
+    child
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_the_text_and_keeps_the_figures() {
+    let child = started(&["generate", "--window", "64", "--max-tokens", "1000000"], 40);
+    interrupt(&child);
+    let out = child.wait_with_output().unwrap();
+    let notes = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(130));
+    assert!(out.stdout.ends_with(b"\n") && notes.contains("; interrupted") && notes.contains("tokens/s"), "{notes}");
+
+    // A second one does not wait, here for a reader.
+    use std::io::Write;
+    let mut child = started(&["generate", "--prompts", "-"], 0);
+    let line = b"{\"prompt\": \"And God said\", \"max_tokens\": 400, \"logprobs\": 2000}\n";
+    child.stdin.as_mut().unwrap().write_all(line).unwrap();
+    use std::io::Read;
+    child.stdout.as_mut().unwrap().read_exact(&mut [0; 1000]).unwrap();
+    while child.try_wait().unwrap().is_none() {
+        interrupt(&child);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let out = child.wait_with_output().unwrap();
+    let notes = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.code() == Some(130) && !notes.contains("tokens/s"), "{notes}");
+}
+
+/// A template for a model that has none.
+fn template() -> std::path::PathBuf {
+    let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("chat.jinja");
+    let text = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}assistant:";
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+#[test]
+fn a_conversation_grows_its_cache() {
+    use std::io::Write;
+    let path = template();
+    let template = path.to_str().unwrap();
+    let talk = |lines: &str| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_kvlane"))
+            .args(["chat", "--chat-template", template, "--temperature", "0", "--max-tokens", "6", "--system", "Speak"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+        let out = child.wait_with_output().unwrap();
+        let notes = String::from_utf8(out.stderr).unwrap();
+        assert!(out.status.success(), "{notes}");
+        let prefill = notes.split("prefill ").nth(1).unwrap().split(' ').next().unwrap().parse::<usize>().unwrap();
+        (String::from_utf8(out.stdout).unwrap(), prefill, notes)
+    };
+    let (one, first, _) = talk("Who is the LORD?\n");
+    let generate =
+        ["generate", "--chat-template", template, "--temperature", "0", "--max-tokens", "6", "--system", "Speak"];
+    assert_eq!(one, stdout(&[&generate[..], &["--chat", "--prompt", "Who is the LORD?"]].concat()));
+    let (two, both, notes) = talk("Who is the LORD?\n\nWhere is he?\n");
+    assert!(two.starts_with(&one) && notes.contains("2 turns"), "{notes}");
+    // The second turn computes the last token of the answer, and the new text; much less than the first turn again.
+    let turns =
+        |text: &str| json(&["generate", "--max-tokens", "1", "--prompt", text])["prompt_ids"].as_array().unwrap().len();
+    let new = turns("\nuser: Where is he?\nassistant:");
+    assert!(both - first <= new + 2 && both - first >= new - 2, "{both} {first} {new}");
+}
+
+#[test]
+fn messages_become_a_conversation() {
+    let path = template();
+    let args = ["--chat-template", path.to_str().unwrap(), "--max-tokens", "5"];
+    let lines = r#"{"messages": [{"role": "system", "content": "Speak"}, {"role": "user", "content": "Who?"}]}
+{"messages": [{"role": "user", "content": "Who?", "mood": 1}]}
+{"messages": "Who?"}"#;
+    let (events, _) = serve(&args, lines);
+    let want = json(
+        &[&["generate", "--temperature", "0", "--prompt", "system: Speak\nuser: Who?\nassistant:"], &args[2..]]
+            .concat(),
+    );
+    let end = events.iter().find(|e| e["event"] == "end").unwrap();
+    assert_eq!((&end["line"], &end["text"]), (&1.into(), &want["text"]));
+    let errors: Vec<_> = events.iter().filter(|e| e["event"] == "error").collect();
+    assert!(errors.len() == 2 && errors[0]["error"].as_str().unwrap().contains("unknown field `mood`"), "{errors:?}");
+    let (events, _) = serve(&[], r#"{"messages": [{"role": "user", "content": "Who?"}]}"#);
+    assert!(events[0]["error"].as_str().unwrap().contains("no chat template"), "{}", events[0]);
 }

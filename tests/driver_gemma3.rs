@@ -10,7 +10,7 @@ mod model_reference;
 use std::sync::LazyLock;
 
 use kvlane::driver::argmax;
-use kvlane::driver::{Activation, Cache, Decoder, Logits, Request, SamplerOptions, Scratch, Slots, Tokenizer};
+use kvlane::driver::{Activation, Cache, Decoder, Logits, Request, Scheduler, Scratch, Tokenizer};
 use kvlane::{DType, Pairing};
 use model_reference::{Prompt, Reference, open_model};
 
@@ -160,14 +160,9 @@ fn greedy_tokens_past_the_window_are_the_references() {
     assert!(case.ids.len() > WINDOW + 128);
     for dtype in [DType::F32, DType::F16] {
         let n = case.greedy.len();
-        let mut slots = Slots::new(decoder, 1, case.ids.len() + n, dtype).unwrap();
-        let request = Request { prompt: case.ids.clone(), max_tokens: n, sampling: SamplerOptions::default() };
-        let mut event = slots.insert(request, &mut |_| ()).unwrap();
-        let mut tokens = vec![event.token];
-        while event.finish.is_none() {
-            event = slots.step().unwrap().remove(0);
-            tokens.push(event.token);
-        }
+        let mut scheduler = Scheduler::new(decoder, 1, case.ids.len() + n, dtype).unwrap();
+        scheduler.submit(Request::new(case.ids.clone()).max_tokens(n)).unwrap();
+        let tokens: Vec<u32> = scheduler.run().iter().filter_map(|event| event.token).collect();
         assert_eq!(tokens, case.greedy, "{dtype}");
     }
 }

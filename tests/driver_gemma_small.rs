@@ -11,7 +11,7 @@ use gguf_writer::{T, V, Writer};
 use kvlane::DType;
 use kvlane::driver::argmax;
 use kvlane::driver::gguf::Gguf;
-use kvlane::driver::{Cache, Decoder, ErrorKind, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Threads};
+use kvlane::driver::{Cache, Decoder, ErrorKind, Logits, ModelFile, Request, Scheduler, Scratch, Threads};
 
 const VOCAB: usize = 32;
 const DIM: usize = 16;
@@ -317,132 +317,27 @@ fn slots_with_rings_are_reused() {
         };
         (0..new).map(step).collect::<Vec<u32>>()
     };
-    let mut slots = Slots::new(&decoder, 2, capacity, DType::F32).unwrap();
+    let mut scheduler = Scheduler::new(&decoder, 2, capacity, DType::F32).unwrap();
     let rings = Cache::with_chunk(decoder.config(), 2, capacity, capacity, DType::F32).unwrap();
-    assert!(slots.cache().bytes() < rings.bytes());
-    let request = |prompt: &[u32], max_tokens| Request {
-        prompt: prompt.to_vec(),
-        max_tokens,
-        sampling: SamplerOptions::default(),
-    };
-    let mut texts = [Vec::new(), Vec::new()];
-    let insert = |slots: &mut Slots, texts: &mut [Vec<u32>; 2], i: usize, n: usize| {
-        let event = slots.insert(request(&prompts[i], n), &mut |_| ()).unwrap();
-        texts[event.slot] = vec![event.token];
-        event.slot
-    };
-    let step = |slots: &mut Slots, texts: &mut [Vec<u32>; 2]| {
-        slots.step().unwrap().iter().for_each(|event| texts[event.slot].push(event.token));
-    };
-    assert_eq!(insert(&mut slots, &mut texts, 0, 3), 0);
-    assert_eq!(insert(&mut slots, &mut texts, 1, new), 1);
-    (0..2).for_each(|_| step(&mut slots, &mut texts));
-    assert_eq!(texts[0], whole(&prompts[0])[..3]);
-    assert_eq!(insert(&mut slots, &mut texts, 2, new), 0);
-    while slots.running() > 0 {
-        step(&mut slots, &mut texts);
+    assert!(scheduler.cache().bytes() < rings.bytes());
+    let counts = [3, new, new];
+    let requests = prompts.iter().zip(counts).map(|(p, n)| Request::new(p.clone()).max_tokens(n));
+    let ids: Vec<_> = requests.map(|request| scheduler.submit(request).unwrap()).collect();
+    let mut texts = [Vec::new(), Vec::new(), Vec::new()];
+    for event in scheduler.run() {
+        texts[ids.iter().position(|&id| id == event.request).unwrap()].extend(event.token);
     }
-    assert_eq!(texts, [whole(&prompts[2]), whole(&prompts[1])]);
-}
+    for ((prompt, n), text) in prompts.iter().zip(counts).zip(texts) {
+        assert_eq!(text, whole(prompt)[..n]);
+    }
 
-/// Patterns of layers as a list of flags, and the default of a file without a pattern.
-#[test]
-fn patterns_are_read() {
-    let windows = |change: &dyn Fn(&mut Writer)| {
-        let mut w = writer();
-        change(&mut w);
-        open(&w).map(|f| f.config().layers.iter().map(|l| l.window.is_some()).collect::<Vec<_>>())
-    };
-    let key = "gemma3.attention.sliding_window_pattern";
-    let flags = |flags: &[u8]| {
-        let header = [7u32.to_le_bytes().as_slice(), &(flags.len() as u64).to_le_bytes()].concat();
-        V::Raw(9, [header, flags.to_vec()].concat())
-    };
-    assert_eq!(windows(&|_| ()).unwrap(), [true, true, false, true, true]);
-    assert_eq!(windows(&|w| drop(w.unset(key).bytes())).unwrap(), [true; 5]);
-    assert_eq!(windows(&|w| drop(w.set(key, V::U32(1)).bytes())).unwrap(), [false; 5]);
-    let listed = [false, true, true, false, true];
-    assert_eq!(windows(&|w| drop(w.set(key, flags(&listed.map(u8::from))).bytes())).unwrap(), listed);
-    assert_eq!(windows(&|w| drop(w.unset("gemma3.attention.sliding_window").bytes())).unwrap(), [false; 5]);
-    let error = windows(&|w| drop(w.set(key, flags(&[1; 4])).bytes())).unwrap_err();
-    assert!(error.kind() == ErrorKind::Malformed && error.to_string().contains("4 entries; 5"), "{error}");
-    let error = windows(&|w| drop(w.set("gemma3.attn_logit_softcapping", V::F32(-1.0)).bytes())).unwrap_err();
-    assert!(error.to_string().contains("softcap of attention is -1"), "{error}");
-    let without = |name: &str| {
-        let mut w = writer();
-        w.tensors.retain(|t| t.name != name);
-        open(&w).unwrap().weights(&|_, _| ()).unwrap_err().to_string()
-    };
-    for name in ["blk.2.attn_k_norm.weight", "blk.4.post_ffw_norm.weight"] {
-        assert!(without(name).contains(name));
+    // Several samples of a prompt longer than the rings: a copy in a slot, and one aside for which there was no slot.
+    scheduler.submit(Request::new(prompts[0].clone()).max_tokens(new).samples(4)).unwrap();
+    let mut samples = vec![Vec::new(); 4];
+    for event in scheduler.run() {
+        samples[event.sample].extend(event.token);
     }
-}
-
-/// The same weights in the form of Hugging Face: other names, norm weights minus 1, default values omitted.
-#[test]
-fn a_hugging_face_directory_is_the_same_model() {
-    let parts = [
-        ("attn_norm", "input_layernorm"),
-        ("attn_q", "self_attn.q_proj"),
-        ("attn_k", "self_attn.k_proj"),
-        ("attn_v", "self_attn.v_proj"),
-        ("attn_q_norm", "self_attn.q_norm"),
-        ("attn_k_norm", "self_attn.k_norm"),
-        ("attn_output", "self_attn.o_proj"),
-        ("post_attention_norm", "post_attention_layernorm"),
-        ("ffn_norm", "pre_feedforward_layernorm"),
-        ("ffn_gate", "mlp.gate_proj"),
-        ("ffn_up", "mlp.up_proj"),
-        ("ffn_down", "mlp.down_proj"),
-        ("post_ffw_norm", "post_feedforward_layernorm"),
-        ("token_embd", "model.embed_tokens"),
-        ("output_norm", "model.norm"),
-    ];
-    let rename = |name: &str| {
-        let part = name.split('.').rev().nth(1).unwrap();
-        let theirs = parts.iter().find(|(ours, _)| *ours == part).unwrap().1;
-        match name.strip_prefix("blk.") {
-            Some(rest) => format!("model.layers.{}.{theirs}.weight", rest.split('.').next().unwrap()),
-            None => format!("{theirs}.weight"),
-        }
-    };
-    let stored: Vec<(String, Vec<usize>, Vec<u8>)> = tensors()
-        .into_iter()
-        .map(|(name, (shape, values))| {
-            let less = if shape.len() == 1 { 1.0 } else { 0.0 };
-            (rename(&name), shape, values.iter().flat_map(|v| (v - less).to_le_bytes()).collect())
-        })
-        .collect();
-    let views = stored.iter().map(|(name, shape, data)| {
-        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), data).unwrap())
-    });
-    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("gemma-hf");
-    std::fs::create_dir_all(&dir).unwrap();
-    std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
-    let config = serde_json::json!({
-        "architectures": ["Gemma3ForCausalLM"], "vocab_size": VOCAB, "hidden_size": DIM, "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM, "max_position_embeddings": 64, "rms_norm_eps": EPS, "sliding_window": WINDOW,
-        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": HEAD_DIM,
-        "attn_logit_softcapping": ATTN_CAP, "final_logit_softcapping": LOGIT_CAP,
-    });
-    // The forms of configurations in different versions.
-    let older = serde_json::json!({
-        "rope_theta": BASE, "rope_local_base_freq": LOCAL_BASE, "rope_scaling": null, "sliding_window_pattern": PATTERN,
-    });
-    let newer = serde_json::json!({
-        "rope_parameters": {
-            "full_attention": { "rope_type": "default", "rope_theta": BASE },
-            "sliding_attention": { "rope_type": "default", "rope_theta": LOCAL_BASE },
-        },
-        "layer_types": (1..=LAYERS)
-            .map(|i| if i % PATTERN == 0 { "full_attention" } else { "sliding_attention" })
-            .collect::<Vec<_>>(),
-    });
-    for more in [older, newer] {
-        let mut config = config.as_object().unwrap().clone();
-        config.extend(more.as_object().unwrap().clone());
-        std::fs::write(dir.join("config.json"), serde_json::to_string(&config).unwrap()).unwrap();
-        compare(&decoder(&ModelFile::open(&dir).unwrap()), usize::MAX, &[8, 1, 6]);
-    }
+    assert_eq!(samples, vec![whole(&prompts[0]); 4]);
+    let computed = prompts.iter().map(Vec::len).sum::<usize>() + prompts[0].len();
+    assert_eq!(scheduler.statistics().prompt_tokens, computed);
 }

@@ -11,7 +11,7 @@ use std::sync::LazyLock;
 
 use kvlane::DType;
 use kvlane::driver::argmax;
-use kvlane::driver::{Cache, Decoder, Event, Finish, Logits, Request, SamplerOptions, Scratch, Slots, Tokenizer};
+use kvlane::driver::{Cache, ChatTemplate, Decoder, Finish, Logits, Message, Request, Scheduler, Scratch, Tokenizer};
 use model_reference::{Prompt, Reference, open_model};
 
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -213,30 +213,55 @@ fn narrow_caches_stay_close() {
 fn slots_are_reused() {
     let Some((decoder, _)) = MODEL.as_ref() else { return };
     let cases: Vec<&Prompt> = REFERENCE.prompts.iter().filter(|p| p.ids.len() < 24).collect();
-    let all = cases.len();
-    let mut waiting = cases.iter().enumerate();
-    let mut slots = Slots::new(decoder, 3, 64, DType::F32).unwrap();
-    let mut owner = [usize::MAX; 3];
-    let mut texts = vec![Vec::new(); all];
+    let mut scheduler = Scheduler::new(decoder, 3, 64, DType::F32).unwrap();
+    // Different lengths, so that slots become free at different times.
+    let ids = cases
+        .iter()
+        .enumerate()
+        .map(|(i, case)| scheduler.submit(Request::new(case.ids.clone()).max_tokens(3 + 5 * i % 11)).unwrap());
+    let ids: Vec<_> = ids.collect();
+    let mut texts = vec![Vec::new(); cases.len()];
     let mut ended = 0;
-    while ended < all {
-        let mut events: Vec<Event> = Vec::new();
-        // Different lengths, so that slots become free at different times.
-        while let Some(slot) = slots.free_slot() {
-            let Some((i, case)) = waiting.next() else { break };
-            owner[slot] = i;
-            let (prompt, max_tokens) = (case.ids.clone(), 3 + 5 * i % 11);
-            let request = Request { prompt, max_tokens, sampling: SamplerOptions::default() };
-            events.push(slots.insert(request, &mut |_| ()).unwrap());
-        }
-        events.extend(slots.step().unwrap());
-        for event in events {
-            texts[owner[event.slot]].push(event.token);
-            ended += usize::from(event.finish == Some(Finish::MaxTokens));
-        }
+    for event in scheduler.run() {
+        texts[ids.iter().position(|&id| id == event.request).unwrap()].extend(event.token);
+        ended += usize::from(event.finish == Some(Finish::MaxTokens));
     }
-    assert_eq!((slots.running(), slots.free_slot()), (0, Some(0)));
+    assert_eq!((scheduler.running(), scheduler.waiting(), ended), (0, 0, cases.len()));
     for (case, text) in cases.iter().zip(texts) {
         assert_eq!(text, case.greedy[..text.len()], "{:?}", case.text);
     }
+}
+
+/// A question by the chat template of the file, and another one that the cache of the first serves.
+#[test]
+fn questions_are_answered() {
+    let Some((decoder, tokenizer)) = MODEL.as_ref() else { return };
+    let template = ChatTemplate::of_model(decoder.config(), tokenizer).unwrap();
+    let question = [Message::new("user", "What is the capital of France?")];
+    let text = template.render(&question).unwrap();
+    assert_eq!(
+        text,
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n<|im_start|>user\n\
+         What is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let mut ids = tokenizer.encode(&text, false).unwrap();
+    let mut scheduler = Scheduler::new(decoder, 1, 256, DType::F32).unwrap().tokenizer(tokenizer).reuse(true);
+    let mut ask = |ids: &[u32]| {
+        scheduler.submit(Request::new(ids).max_tokens(40)).unwrap();
+        let events = scheduler.run();
+        let tokens: Vec<u32> = events.iter().filter_map(|event| event.token).collect();
+        let finish = events.last().unwrap().finish.clone();
+        (events.into_iter().map(|event| event.text).collect::<String>(), tokens, finish, scheduler.statistics())
+    };
+    let (answer, tokens, finish, first) = ask(&ids);
+    assert!(answer.contains("Paris"), "{answer:?}");
+    // The model ends its turn itself, with the token that the template writes there.
+    assert_eq!((finish, tokenizer.token(*tokens.last().unwrap())), (Some(Finish::Eos), Some("<|im_end|>".into())));
+    ids.extend(tokens);
+    let next = "\n<|im_start|>user\nAnd of Italy?<|im_end|>\n<|im_start|>assistant\n";
+    let new = tokenizer.encode(next, false).unwrap();
+    ids.extend(&new);
+    let (answer, _, _, second) = ask(&ids);
+    assert!(answer.contains("Rome"), "{answer:?}");
+    assert_eq!(second.prompt_tokens - first.prompt_tokens, new.len() + 1);
 }

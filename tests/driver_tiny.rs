@@ -4,8 +4,8 @@
 use kvlane::driver::argmax;
 use kvlane::driver::quant::dequantize;
 use kvlane::driver::{
-    Cache, Decoder, Finish, Formats, Logits, ModelFile, Request, SamplerOptions, Scratch, Slots, Streaming, Stretch,
-    Threads, Tokenizer, embedded,
+    Cache, Decoder, Finish, Formats, Logits, ModelFile, Request, Scheduler, Scratch, Streaming, Stretch, Threads,
+    Tokenizer, embedded,
 };
 use kvlane::{CacheFormat, DType, Isa, Pairing, RopeScaling, YarnScaling};
 use serde::Deserialize;
@@ -44,15 +44,9 @@ fn greedy(decoder: &Decoder, prompt: &[u32], n: usize, recompute: bool) -> Vec<u
 }
 
 fn greedy_in(decoder: &Decoder, prompt: &[u32], n: usize, recompute: bool, formats: Formats) -> Vec<u32> {
-    let mut slots = Slots::new(decoder, 1, prompt.len() + n, formats).unwrap().recompute(recompute);
-    let request = Request { prompt: prompt.to_vec(), max_tokens: n, sampling: SamplerOptions::default() };
-    let mut event = slots.insert(request, &mut |_| ()).unwrap();
-    let mut ids = vec![event.token];
-    while event.finish.is_none() {
-        event = slots.step().unwrap().remove(0);
-        ids.push(event.token);
-    }
-    ids
+    let mut scheduler = Scheduler::new(decoder, 1, prompt.len() + n, formats).unwrap().recompute(recompute);
+    scheduler.submit(Request::new(prompt).max_tokens(n)).unwrap();
+    scheduler.run().iter().filter_map(|event| event.token).collect()
 }
 
 #[test]
@@ -291,29 +285,16 @@ fn requests_end_for_the_reason_they_give() {
     let (decoder, tokenizer) = load(None, 1);
     let prompt = tokenizer.encode("And God said", true).unwrap();
     let end = |max_tokens: usize, capacity: usize| {
-        let mut slots = Slots::new(&decoder, 2, capacity, DType::F32).unwrap();
-        let request = Request { prompt: prompt.clone(), max_tokens, sampling: SamplerOptions::default() };
-        let mut event = slots.insert(request, &mut |_| ()).unwrap();
-        let mut n = 1;
-        while event.finish.is_none() {
-            event = slots.step().unwrap().remove(0);
-            n += 1;
-        }
-        assert!(slots.step().unwrap().is_empty());
-        (n, event.finish)
+        let mut scheduler = Scheduler::new(&decoder, 2, capacity, DType::F32).unwrap();
+        scheduler.submit(Request::new(prompt.clone()).max_tokens(max_tokens)).unwrap();
+        let mut events = scheduler.run();
+        assert!(scheduler.step().is_empty());
+        (events.len(), events.pop().unwrap().finish)
     };
     assert_eq!(end(1, 64), (1, Some(Finish::MaxTokens)));
     assert_eq!(end(9, 64), (9, Some(Finish::MaxTokens)));
     // The last generated token needs no slot.
     assert_eq!(end(9, prompt.len() + 3), (4, Some(Finish::Full)));
-
-    let mut slots = Slots::new(&decoder, 1, 8, DType::F32).unwrap();
-    let mut insert = |prompt: Vec<u32>, max_tokens| {
-        slots.insert(Request { prompt, max_tokens, sampling: SamplerOptions::default() }, &mut |_| ())
-    };
-    assert!(insert(vec![], 1).is_err() && insert(vec![1; 9], 1).is_err() && insert(vec![1], 0).is_err());
-    insert(vec![1], 5).unwrap();
-    assert!(insert(vec![1], 5).is_err(), "the only slot is taken");
 }
 
 /// In a model of one layer, keys and values depend only on the token and its position. A cache after an eviction is
@@ -360,28 +341,70 @@ fn forgetting_a_span_is_not_having_read_it() {
     }
 }
 
+/// Tokens that are forgotten one at a time, in a model of one layer: with the keys of the first tokens kept, the cache stays
+/// that of the text without them. Keys that are rotated again and again drift away.
+#[test]
+fn kept_sinks_prevent_drift() {
+    let file = embedded::open().unwrap();
+    let (mut config, mut weights) = (file.config().clone(), file.weights(&|_, _| ()).unwrap());
+    config.layers.truncate(1);
+    weights.layers.truncate(1);
+    let decoder = Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap();
+    let ids: Vec<u32> = (0..230).map(|i| (i * 151 + 7) % 2000).collect();
+    let (sinks, window) = (3, 20);
+    let mut scratch = Scratch::default();
+    for (format, tolerance) in [(DType::F32, 1e-4), (DType::F16, 0.02)] {
+        let mut last = |kept: bool| {
+            let mut cache = Cache::new(decoder.config(), 2, sinks + window, format).unwrap();
+            if kept {
+                cache.keep_sinks(sinks).unwrap();
+            }
+            let mut logits = Vec::new();
+            for &id in &ids {
+                if cache.room(0) == 0 {
+                    decoder.evict(&mut cache, 0, sinks..sinks + 1).unwrap();
+                }
+                logits = decoder.forward(&mut cache, &mut scratch, 0, &[&[id]], Logits::Last).unwrap();
+                // A copy of the row goes on in the same way.
+                if cache.len(0) == 10 {
+                    decoder.copy_prefix(&mut cache, 0, &[1], 10).unwrap();
+                    decoder.copy_prefix(&mut cache, 1, &[0], 10).unwrap();
+                }
+            }
+            logits
+        };
+        let (kept, drifted) = (last(true), last(false));
+        let mut cache = Cache::new(decoder.config(), 1, 64, format).unwrap();
+        let text = [&ids[..sinks], &ids[ids.len() - window..]].concat();
+        let never = decoder.forward(&mut cache, &mut scratch, 0, &[&text], Logits::Last).unwrap();
+        let worst = |a: &[f32]| a.iter().zip(&never).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+        eprintln!("{format}: largest difference of a logit {:.2e}, drifted {:.2e}", worst(&kept), worst(&drifted));
+        assert!(worst(&kept) < tolerance && (format == DType::F32 || worst(&kept) * 3.0 < worst(&drifted)));
+    }
+    let mut cache = Cache::new(decoder.config(), 1, 8, DType::F32).unwrap();
+    assert!(cache.keep_sinks(9).is_err() && cache.keep_sinks(8).is_ok());
+}
+
 #[test]
 fn streams_go_on_past_the_cache() {
     let (decoder, tokenizer) = load(None, 2);
     let prompt = tokenizer.encode("And it came to pass", true).unwrap();
-    let streaming = Streaming { sinks: 4, window: 40 };
+    let streaming = Streaming::new(40).sinks(4);
     let capacity = streaming.capacity(512);
     assert_eq!(capacity, 54);
     let n = 3 * capacity;
     let whole = greedy(&decoder, &prompt, n, false);
     for formats in [CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Int8].map(Formats::from) {
-        let mut slots = Slots::new(&decoder, 2, capacity, formats).unwrap().streaming(Some(streaming)).unwrap();
-        let request = || Request { prompt: prompt.clone(), max_tokens: n, sampling: SamplerOptions::default() };
-        let first = slots.insert(request(), &mut |_| ()).unwrap();
-        let second = slots.insert(request(), &mut |_| ()).unwrap();
-        let mut texts = [vec![first.token], vec![second.token]];
-        while slots.running() > 0 {
-            for event in slots.step().unwrap() {
-                let text = &mut texts[event.slot];
-                text.push(event.token);
+        let mut scheduler = Scheduler::new(&decoder, 2, capacity, formats).unwrap().streaming(Some(streaming)).unwrap();
+        let requests = [(); 2].map(|()| scheduler.submit(Request::new(prompt.clone()).max_tokens(n)).unwrap());
+        let mut texts = [vec![], vec![]];
+        while !scheduler.is_idle() {
+            for event in scheduler.step() {
+                let text = &mut texts[usize::from(event.request == requests[1])];
+                text.push(event.token.unwrap());
                 assert_eq!(event.finish, (text.len() == n).then_some(Finish::MaxTokens));
             }
-            assert!((0..2).all(|row| slots.cache().len(row) <= capacity));
+            assert!((0..2).all(|row| scheduler.cache().len(row) <= capacity));
         }
         let [ids, twin] = texts;
         assert_eq!((ids.len(), &twin), (n, &ids));
@@ -393,18 +416,20 @@ fn streams_go_on_past_the_cache() {
         // Every eviction leaves the sink tokens and the window without the token to come.
         let (fed, kept) = (prompt.len() + n - 1, 4 + 40 - 1);
         let times = (fed - capacity).div_ceil(capacity - kept);
-        assert_eq!(slots.evicted(), 2 * times * (capacity - kept));
+        assert_eq!(scheduler.statistics().evicted, 2 * times * (capacity - kept));
         // The text continues, without repeating one token.
         assert!(ids[n - 20..].iter().collect::<std::collections::HashSet<_>>().len() > 4, "{ids:?}");
     }
     // A prompt longer than the cache.
     let long: Vec<u32> = prompt.iter().copied().cycle().take(200).collect();
-    let mut slots = Slots::new(&decoder, 1, capacity, DType::F32).unwrap().streaming(Some(streaming)).unwrap();
-    slots.insert(Request { prompt: long, max_tokens: 2, sampling: SamplerOptions::default() }, &mut |_| ()).unwrap();
-    assert!(slots.cache().len(0) > 43 && slots.evicted() >= 200 - capacity);
+    let mut scheduler = Scheduler::new(&decoder, 1, capacity, DType::F32).unwrap().streaming(Some(streaming)).unwrap();
+    scheduler.submit(Request::new(long).max_tokens(2)).unwrap();
+    assert_eq!(scheduler.run().len(), 2);
+    assert!(scheduler.cache().len(0) > 43 && scheduler.statistics().evicted >= 200 - capacity);
 
     let refused = |sinks, window| {
-        Slots::new(&decoder, 1, 54, DType::F32).unwrap().streaming(Some(Streaming { sinks, window })).is_err()
+        let streaming = Streaming::new(window).sinks(sinks);
+        Scheduler::new(&decoder, 1, 54, DType::F32).unwrap().streaming(Some(streaming)).is_err()
     };
     assert!(refused(4, 0) && refused(15, 40) && refused(usize::MAX, 2) && !refused(14, 40) && !refused(0, 1));
 }
@@ -472,6 +497,23 @@ fn a_hugging_face_directory_is_the_same_model() {
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+
+    // A chat template lies in a file of its own, or in the tokenizer's configuration, alone or among others.
+    let _ = std::fs::remove_file(dir.join("chat_template.jinja"));
+    for (name, text, want) in [
+        ("tokenizer_config.json", r#"{"bos_token": "<s>"}"#, None),
+        ("tokenizer_config.json", r#"{"chat_template": "one"}"#, Some("one")),
+        ("tokenizer_config.json", r#"{"chat_template": 7}"#, None),
+        (
+            "tokenizer_config.json",
+            r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#,
+            Some("d"),
+        ),
+        ("chat_template.jinja", "file", Some("file")),
+    ] {
+        std::fs::write(dir.join(name), text).unwrap();
+        assert_eq!(ModelFile::open(&dir).unwrap().config().chat_template.as_deref(), want, "{text}");
+    }
 
     let file = ModelFile::open(&dir).unwrap();
     assert_eq!(file.config().ropes[0].pairing, Pairing::HalfSplit);

@@ -1,5 +1,6 @@
 //! The key/value cache of a whole model: a pair of tensors per layer, and one length per sequence.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use half::{bf16, f16};
@@ -7,7 +8,8 @@ use half::{bf16, f16};
 use super::error::{Error, Result};
 use super::model::{LayerConfig, ModelConfig};
 use crate::{
-    CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, View, ViewMut,
+    CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, UnrotatedKeys,
+    View, ViewMut,
 };
 
 /// Prompt tokens per pass. More would enlarge the activations without making a pass more efficient.
@@ -108,6 +110,8 @@ struct LayerCache {
     shape: [usize; 4],
     /// As [`LayerConfig::window`]. A layer with a window keeps rings.
     window: Option<usize>,
+    /// The first keys of every row before their rotation, `[rows, sinks, kv_heads, head_dim]`; see [`Cache::keep_sinks`].
+    unrotated: Vec<f32>,
 }
 
 /// Keys and values of every layer, initially zero.
@@ -124,9 +128,24 @@ pub struct Cache {
     /// The greatest length of each row since it was emptied. It decides which tokens of a ring are overwritten, even
     /// after a truncation.
     most: Vec<i32>,
+    /// The number of tokens that each row has lost while positions ran on.
+    dropped: Vec<i32>,
+    /// The number of first tokens whose unrotated keys are kept; see [`Self::keep_sinks`].
+    sinks: Option<usize>,
+    /// The number of first tokens of each row whose unrotated keys are there.
+    copies: Vec<usize>,
     capacity: usize,
     chunk: usize,
     formats: Formats,
+}
+
+/// Asks for memory where a refusal is no abort.
+fn can_be_allocated(bytes: usize) -> bool {
+    let mut memory = Vec::<u8>::new();
+    let fits = memory.try_reserve_exact(bytes).is_ok();
+    // A compiler may leave out an allocation that nothing uses, and believe that it fits.
+    std::hint::black_box(&memory);
+    fits
 }
 
 /// The slots that a layer needs for sequences of up to `capacity` tokens, with at most `chunk` new tokens per pass.
@@ -140,6 +159,29 @@ impl Cache {
         Self::with_chunk(config, rows, capacity, PREFILL_CHUNK, formats)
     }
 
+    /// Checks whether [`Self::new`] can make a cache, and returns its size in bytes.
+    pub fn bytes_for(config: &ModelConfig, rows: usize, capacity: usize, formats: impl Into<Formats>) -> Result<usize> {
+        Self::check(config, rows, capacity, PREFILL_CHUNK, formats.into())
+    }
+
+    fn check(config: &ModelConfig, rows: usize, capacity: usize, chunk: usize, formats: Formats) -> Result<usize> {
+        if chunk == 0 {
+            return Err(Error::argument("0 tokens of a row in one pass; at least 1 is needed"));
+        }
+        let per_token = formats.token_bytes(config.kv_heads, config.head_dim);
+        let bytes_of = |layer: &LayerConfig| rows.checked_mul(slots(layer, capacity, chunk))?.checked_mul(per_token);
+        let bytes = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(bytes_of(layer)?));
+        // Slots of all rows are numbered in `i32`.
+        let numbered = rows.max(1).checked_mul(capacity).filter(|&n| i32::try_from(n).is_ok());
+        match (bytes, numbered) {
+            (Some(bytes), Some(_)) if can_be_allocated(bytes) => Ok(bytes),
+            _ => Err(Error::argument(format!(
+                "a cache of {rows} rows with {capacity} tokens in {} layers does not fit into memory",
+                config.layers.len()
+            ))),
+        }
+    }
+
     /// As [`Self::new`], with at most `chunk` new tokens per sequence and pass. A smaller chunk makes the rings of
     /// layers with a window smaller.
     pub fn with_chunk(
@@ -150,27 +192,25 @@ impl Cache {
         formats: impl Into<Formats>,
     ) -> Result<Self> {
         let formats = formats.into();
-        if chunk == 0 {
-            return Err(Error::argument("0 tokens of a row in one pass; at least 1 is needed"));
-        }
+        Self::check(config, rows, capacity, chunk, formats)?;
         let shape = |layer: &LayerConfig| [rows, slots(layer, capacity, chunk), config.kv_heads, config.head_dim];
-        let per_token = formats.token_bytes(config.kv_heads, config.head_dim);
-        let bytes_of = |[rows, slots, ..]: [usize; 4]| rows.checked_mul(slots)?.checked_mul(per_token);
-        let bytes = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(bytes_of(shape(layer))?));
-        if bytes.is_none_or(|b| isize::try_from(b).is_err()) || i32::try_from(capacity).is_err() {
-            return Err(Error::argument(format!(
-                "a cache of {rows} rows with {capacity} tokens in {} layers does not fit any memory",
-                config.layers.len()
-            )));
-        }
         let layer = |layer: &LayerConfig| {
             let (shape, window) = (shape(layer), layer.window);
-            LayerCache { k: Buffer::zeros(formats.k, shape), v: Buffer::zeros(formats.v, shape), shape, window }
+            LayerCache {
+                k: Buffer::zeros(formats.k, shape),
+                v: Buffer::zeros(formats.v, shape),
+                shape,
+                window,
+                unrotated: Vec::new(),
+            }
         };
         Ok(Self {
             layers: config.layers.iter().map(layer).collect(),
             lengths: vec![0; rows],
             most: vec![0; rows],
+            dropped: vec![0; rows],
+            sinks: None,
+            copies: vec![0; rows],
             capacity,
             chunk,
             formats,
@@ -217,7 +257,24 @@ impl Cache {
         let layer = |&LayerCache { shape: [rows, slots, heads, dim], .. }: &LayerCache| {
             rows * slots * self.formats.token_bytes(heads, dim)
         };
-        self.layers.iter().map(layer).sum()
+        let unrotated = self.layers.iter().map(|layer| size_of_val(&layer.unrotated[..])).sum::<usize>();
+        self.layers.iter().map(layer).sum::<usize>() + unrotated
+    }
+
+    /// Keeps the keys of the first `sinks` tokens of every row before their rotation, too, in f32. An eviction behind them
+    /// then rotates no other key again, however often it happens; see [`KvCache::evict_running`]. The rows become empty.
+    pub fn keep_sinks(&mut self, sinks: usize) -> Result<()> {
+        let rows = self.rows();
+        for LayerCache { shape: [_, _, heads, dim], unrotated, .. } in &mut self.layers {
+            let len = rows.checked_mul(sinks).and_then(|n| n.checked_mul(*heads * *dim));
+            let Some(len) = len.filter(|&n| sinks <= self.capacity && isize::try_from(n).is_ok()) else {
+                return Err(Error::argument(format!("{sinks} sink tokens, but a row holds {} tokens", self.capacity)));
+            };
+            *unrotated = vec![0.0; len];
+        }
+        self.sinks = Some(sinks);
+        (0..rows).for_each(|row| self.reset(row));
+        Ok(())
     }
 
     /// Keeps the first `len` tokens of a row and forgets the others. No data moves.
@@ -243,12 +300,13 @@ impl Cache {
             }
         }
         self.lengths[row] = len as i32;
+        self.copies[row] = self.copies[row].min(len);
         Ok(())
     }
 
     /// Empties a row.
     pub fn reset(&mut self, row: usize) {
-        (self.lengths[row], self.most[row]) = (0, 0);
+        (self.lengths[row], self.most[row], self.dropped[row], self.copies[row]) = (0, 0, 0, 0);
     }
 
     /// The number of tokens that still fit into a row.
@@ -259,6 +317,105 @@ impl Cache {
     pub(super) fn advance(&mut self, row: usize, tokens: usize) {
         self.lengths[row] += tokens as i32;
         self.most[row] = self.most[row].max(self.lengths[row]);
+        let (len, sinks) = (self.len(row), self.sinks.unwrap_or(0));
+        // Copies count as long as none is missing before them.
+        if len - tokens <= self.copies[row] {
+            self.copies[row] = self.copies[row].max(len.min(sinks));
+        }
+    }
+
+    /// What is added to a position of each row for RoPE.
+    pub(super) fn rope_offsets(&self) -> &[i32] {
+        &self.dropped
+    }
+
+    /// Keeps a key before its rotation if its token is one of the first.
+    pub(super) fn keep_unrotated(&mut self, layer: usize, row: usize, position: usize, key: &[f32]) {
+        if let Some(sinks) = self.sinks.filter(|&sinks| position < sinks) {
+            self.layers[layer].unrotated[(row * sinks + position) * key.len()..][..key.len()].copy_from_slice(key);
+        }
+    }
+
+    /// Whether the keys before position `start` of a row can be rotated anew.
+    pub(super) fn can_run_on(&self, row: usize, start: usize) -> bool {
+        self.sinks.is_some() && self.copies.get(row).is_some_and(|&copies| start <= copies)
+    }
+
+    /// [`KvCache::copy_prefix`] in all layers.
+    pub(super) fn copy_prefix(
+        &mut self,
+        context: &Context,
+        runner: &dyn Runner,
+        from: usize,
+        to: &[usize],
+        tokens: usize,
+    ) -> Result<()> {
+        let rows: Vec<i32> = to.iter().map(|&row| i32::try_from(row).unwrap_or(i32::MAX)).collect();
+        let mut lengths = self.lengths.clone();
+        for (layout, mut layers) in self.kinds()? {
+            // Every kind of layer starts from the lengths before the copy.
+            let mut own = lengths.clone();
+            KvCache::new(&mut layers, layout, &mut own).copy_prefix(context, runner, from, &rows, tokens)?;
+        }
+        let sinks = self.sinks.unwrap_or(0);
+        for &row in to {
+            lengths[row] = tokens as i32;
+            self.most[row] = tokens as i32;
+            self.dropped[row] = self.dropped[from];
+            self.copies[row] = self.copies[from].min(tokens);
+            for LayerCache { shape: [_, _, heads, dim], unrotated, .. } in &mut self.layers {
+                let n = sinks * *heads * *dim;
+                unrotated.copy_within(from * n..(from + 1) * n, row * n);
+            }
+        }
+        self.lengths = lengths;
+        Ok(())
+    }
+
+    /// [`KvCache::insert_sequence`] in all layers, with all tokens of the row.
+    pub(super) fn insert(
+        &mut self,
+        context: &Context,
+        runner: &dyn Runner,
+        row: usize,
+        from: &mut Self,
+        from_row: usize,
+    ) -> Result<()> {
+        let length = from.lengths.get(from_row).copied().unwrap_or(0);
+        if self.layers.len() != from.layers.len() {
+            return Err(Error::argument(format!(
+                "a row of {} layers for a cache of {}",
+                from.layers.len(),
+                self.layers.len()
+            )));
+        }
+        let (own, theirs) = (self.lengths.clone(), from.lengths.clone());
+        for ((layout, mut layers), (from_layout, mut from_layers)) in self.kinds()?.into_iter().zip(from.kinds()?) {
+            let (mut own, mut theirs) = (own.clone(), theirs.clone());
+            let mut source = KvCache::new(&mut from_layers, from_layout, &mut theirs);
+            let mut target = KvCache::new(&mut layers, layout, &mut own);
+            target.insert_sequence(context, runner, row, &mut source, from_row, length as usize)?;
+        }
+        (self.lengths[row], self.most[row], self.dropped[row]) = (length, length, from.dropped[from_row]);
+        let [sinks, from_sinks] = [self.sinks, from.sinks].map(|sinks| sinks.unwrap_or(0));
+        self.copies[row] = from.copies[from_row].min(sinks);
+        for (layer, other) in self.layers.iter_mut().zip(&from.layers) {
+            let [.., heads, dim] = layer.shape;
+            let (n, token) = (self.copies[row] * heads * dim, heads * dim);
+            let source = &other.unrotated[from_row * from_sinks * token..][..n];
+            layer.unrotated[row * sinks * token..][..n].copy_from_slice(source);
+        }
+        Ok(())
+    }
+
+    /// The layers by their window, which decides layout and slots.
+    fn kinds(&mut self) -> Result<Vec<(Layout<'static>, Vec<KvLayer<'_>>)>> {
+        let mut kinds: BTreeMap<Option<usize>, Vec<KvLayer<'_>>> = BTreeMap::new();
+        for LayerCache { k, v, shape, window, .. } in &mut self.layers {
+            kinds.entry(*window).or_default().push(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?));
+        }
+        let layout = |window: Option<usize>| if window.is_some() { Layout::ring(0) } else { Layout::Contiguous };
+        Ok(kinds.into_iter().map(|(window, layers)| (layout(window), layers)).collect())
     }
 
     /// [`KvCache::evict`] in all layers, none of which may have a window.
@@ -276,7 +433,41 @@ impl Cache {
             .map(|LayerCache { k, v, shape, .. }| Ok(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?)));
         let mut layers = layers.collect::<Result<Vec<_>>>()?;
         let mut cache = KvCache::new(&mut layers, Layout::Contiguous, &mut self.lengths);
-        Ok(cache.evict(context, runner, row, span, rotations)?)
+        let start = span.start;
+        cache.evict(context, runner, row, span, rotations)?;
+        self.copies[row] = self.copies[row].min(start);
+        Ok(())
+    }
+
+    /// [`KvCache::evict_running`] in all layers, none of which may have a window.
+    pub(super) fn evict_running(
+        &mut self,
+        context: &Context,
+        runner: &dyn Runner,
+        row: usize,
+        span: Range<usize>,
+        rotations: &[KeyRotation],
+    ) -> Result<()> {
+        let sinks = self.sinks.unwrap_or(0);
+        let (mut layers, mut unrotated) = (Vec::new(), Vec::new());
+        for (LayerCache { k, v, shape, unrotated: keys, .. }, &rotation) in self.layers.iter_mut().zip(rotations) {
+            layers.push(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?));
+            let [.., heads, dim] = *shape;
+            let keys = &keys[row * sinks * heads * dim..][..sinks * heads * dim];
+            unrotated.push(Some(UnrotatedKeys::new(View::new(keys, [1, sinks, heads, dim])?, rotation)));
+        }
+        let dropped = self.dropped[row];
+        KvCache::new(&mut layers, Layout::Contiguous, &mut self.lengths).evict_running(
+            context,
+            runner,
+            row,
+            span.clone(),
+            dropped as usize,
+            &unrotated,
+        )?;
+        self.dropped[row] += span.len() as i32;
+        self.copies[row] = self.copies[row].min(span.start);
+        Ok(())
     }
 
     /// A layer's layout, and its slots per row.

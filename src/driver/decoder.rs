@@ -10,9 +10,9 @@
 //! [`ModelConfig`] decides about the operations in brackets, the activation, and each layer's window and rotary
 //! embedding. A Llama model has no bracketed operation, SiLU, no windows and one rotary embedding.
 //!
-//! [`Decoder::forward`] serves prefill, chunked prefill and decode: it appends any number of tokens to any sequence of
-//! the cache. The activations of a pass have the shape `[sequences, longest]`. Shorter sequences are padded, and
-//! `counts` keeps padding out of the cache. More new tokens than the cache's rings allow ([`Cache::chunk`]) take
+//! [`Decoder::forward_rows`] serves prefill, chunked prefill and decode: it appends any number of tokens to any rows of
+//! the cache. The activations of a pass hold the new tokens of all rows one after another, without padding (ragged
+//! queries). More new tokens than the cache's rings allow ([`Cache::chunk`]) take
 //! several passes. Layers with the same window share an [`AttentionPlan`]. Queries, keys and values are strided views
 //! of the buffer that the fused projection fills; they are never copied.
 
@@ -28,8 +28,8 @@ use super::linear::{Linear, Rounded};
 use super::model::{Activation, LayerConfig, ModelConfig, Weights};
 use super::threads::Threads;
 use crate::{
-    AttentionOptions, AttentionPlan, AttentionTensors, Context, Destination, Isa, KeyRotation, KvWrite, Positions,
-    Rope, RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
+    AttentionOptions, AttentionPlan, AttentionTensors, Context, Destination, Isa, KeyRotation, KvWrite, Layout,
+    Positions, Rope, RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
 };
 
 /// The positions of a pass for which logits are computed.
@@ -116,11 +116,7 @@ impl Decoder {
         &self.threads
     }
 
-    /// Appends `tokens[i]` to row `first_row + i` of the cache, for each i. Returns logits `[n, vocab]` in the order
-    /// of the rows; n is the number of tokens ([`Logits::All`]) or of rows with new tokens ([`Logits::Last`]).
-    ///
-    /// Rows may differ in length and in the number of new tokens, which may be 0. Bad arguments are an error before
-    /// any length has changed. If a kernel fails, the rows hold the tokens of the passes before it.
+    /// Appends `tokens[i]` to row `first_row + i` of the cache, for each i: [`Self::forward_rows`] for neighbouring rows.
     pub fn forward(
         &self,
         cache: &mut Cache,
@@ -129,25 +125,47 @@ impl Decoder {
         tokens: &[&[u32]],
         logits: Logits,
     ) -> Result<Vec<f32>> {
-        self.check(cache, first_row, tokens)?;
+        let rows: Vec<_> = tokens.iter().enumerate().map(|(i, &ids)| (first_row.saturating_add(i), ids)).collect();
+        self.forward_rows(cache, scratch, &rows, logits)
+    }
+
+    /// Appends tokens to rows of the cache, each named once, in any order. Returns logits `[n, vocab]` in the order of
+    /// the list; n is the number of tokens ([`Logits::All`]) or of rows with new tokens ([`Logits::Last`]).
+    ///
+    /// Rows may differ in length and in the number of new tokens, which may be 0. Rows that are not named cost nothing,
+    /// wherever they lie. Bad arguments are an error before any length has changed. If a kernel fails, the rows hold the
+    /// tokens of the passes before it.
+    pub fn forward_rows(
+        &self,
+        cache: &mut Cache,
+        scratch: &mut Scratch,
+        rows: &[(usize, &[u32])],
+        logits: Logits,
+    ) -> Result<Vec<f32>> {
+        self.check(cache, rows)?;
         let (dim, chunk) = (self.config.dim, cache.chunk());
-        let longest = tokens.iter().map(|ids| ids.len()).max().unwrap_or(0);
-        let mut wanted = vec![Vec::new(); tokens.len()];
+        let longest = rows.iter().map(|(_, ids)| ids.len()).max().unwrap_or(0);
+        // A pass takes the rows in the order of the cache.
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        order.sort_unstable_by_key(|&i| rows[i].0);
+        let mut wanted = vec![Vec::new(); rows.len()];
         for start in (0..longest).step_by(chunk) {
             let part = |ids: &[u32]| start.min(ids.len())..ids.len().min(start.saturating_add(chunk));
-            let pieces: Vec<&[u32]> = tokens.iter().map(|ids| &ids[part(ids)]).collect();
-            let seq = chunk.min(longest - start);
-            self.threads.run(|| self.pass(cache, scratch, first_row, &pieces, seq))?;
-            for (b, (ids, wanted)) in tokens.iter().zip(&mut wanted).enumerate() {
-                cache.advance(first_row + b, part(ids).len());
+            let pieces: Vec<_> = order.iter().map(|&i| (rows[i].0, &rows[i].1[part(rows[i].1)])).collect();
+            self.threads.run(|| self.pass(cache, scratch, &pieces))?;
+            let mut outputs = scratch.x.chunks_exact(dim);
+            for &i in &order {
+                let (row, ids) = rows[i];
+                cache.advance(row, part(ids).len());
                 let from = match logits {
                     Logits::None => ids.len(),
                     Logits::Last => ids.len().saturating_sub(1),
                     Logits::All => 0,
                 };
-                let row = &scratch.x[b * seq * dim..];
-                for t in from.max(start)..part(ids).end {
-                    wanted.extend_from_slice(&row[(t - start) * dim..][..dim]);
+                for (t, x) in part(ids).zip(&mut outputs) {
+                    if t >= from {
+                        wanted[i].extend_from_slice(x);
+                    }
                 }
             }
         }
@@ -158,7 +176,9 @@ impl Decoder {
     /// and their keys are rotated to them. Values, and keys beyond the first layer, still depend on the tokens that
     /// were forgotten.
     ///
-    /// Every key that moves is rounded once to the cache's type. On an error nothing has changed.
+    /// Every key that moves is rounded once to the cache's type. If the cache [keeps](Cache::keep_sinks) the keys before the
+    /// span, positions run on instead: no key moves to another position but those before the span, which are rounded
+    /// from their copies. On an error nothing has changed.
     pub fn evict(&self, cache: &mut Cache, row: usize, span: Range<usize>) -> Result<()> {
         if let Some(n) = self.config.layers.iter().find_map(|l| l.window) {
             return Err(Error::unsupported(format!(
@@ -166,9 +186,13 @@ impl Decoder {
             )));
         }
         let rotation = |layer: &LayerConfig| {
-            Some(KeyRotation::new(self.config.ropes[layer.rope].pairing, &self.frequencies[layer.rope]))
+            KeyRotation::new(self.config.ropes[layer.rope].pairing, &self.frequencies[layer.rope])
         };
         let rotations: Vec<_> = self.config.layers.iter().map(rotation).collect();
+        if cache.can_run_on(row, span.start) {
+            return cache.evict_running(&self.context, &self.threads, row, span, &rotations);
+        }
+        let rotations: Vec<_> = rotations.into_iter().map(Some).collect();
         cache.evict(&self.context, &self.threads, row, span, &rotations)
     }
 
@@ -176,16 +200,31 @@ impl Decoder {
         Linear::new(self.context.isa(), &self.threads).exact(self.exact)
     }
 
-    fn check(&self, cache: &Cache, first_row: usize, tokens: &[&[u32]]) -> Result<()> {
-        let last = first_row.checked_add(tokens.len()).filter(|&n| n <= cache.rows());
-        if last.is_none() {
-            return Err(Error::argument(format!(
-                "rows {first_row}.. for {} sequences, but the cache has {} rows",
-                tokens.len(),
-                cache.rows()
-            )));
-        }
-        for (row, ids) in (first_row..).zip(tokens) {
+    /// Copies the first `tokens` tokens of row `from` to the rows `to`, which then hold these tokens alone: one prompt,
+    /// many continuations. On an error no length has changed.
+    pub fn copy_prefix(&self, cache: &mut Cache, from: usize, to: &[usize], tokens: usize) -> Result<()> {
+        cache.copy_prefix(&self.context, &self.threads, from, to, tokens)
+    }
+
+    /// Copies all tokens of row `from_row` of another cache of this model, in any format, to row `row`: a prompt that
+    /// was prefilled elsewhere joins a batch. On an error no length has changed.
+    pub fn insert(&self, cache: &mut Cache, row: usize, from: &mut Cache, from_row: usize) -> Result<()> {
+        cache.insert(&self.context, &self.threads, row, from, from_row)
+    }
+
+    fn check(&self, cache: &Cache, rows: &[(usize, &[u32])]) -> Result<()> {
+        let mut named = vec![false; cache.rows()];
+        for &(row, ids) in rows {
+            match named.get_mut(row) {
+                Some(named) if !*named => *named = true,
+                Some(_) => return Err(Error::argument(format!("row {row} is named twice"))),
+                None => {
+                    return Err(Error::argument(format!(
+                        "row {row} is named, but the cache has {} rows",
+                        cache.rows()
+                    )));
+                }
+            }
             if ids.len() > cache.room(row) {
                 return Err(Error::argument(format!(
                     "row {row} holds {} tokens and gets {}, but the cache has room for {}",
@@ -204,18 +243,11 @@ impl Decoder {
         Ok(())
     }
 
-    /// Runs the layers on up to `seq` new tokens per row, and leaves the result, `[rows, seq, dim]`, in `scratch.x`.
-    fn pass(
-        &self,
-        cache: &mut Cache,
-        scratch: &mut Scratch,
-        first_row: usize,
-        tokens: &[&[u32]],
-        seq: usize,
-    ) -> Result<()> {
+    /// Runs the layers on the new tokens of rows in ascending order, and leaves the result, `[tokens, dim]`, in
+    /// `scratch.x`.
+    fn pass(&self, cache: &mut Cache, scratch: &mut Scratch, rows: &[(usize, &[u32])]) -> Result<()> {
         let c = &self.config;
-        let batch = tokens.len();
-        let m = batch * seq;
+        let m: usize = rows.iter().map(|(_, ids)| ids.len()).sum();
         let linear = self.linear();
         let (q_dim, kv_dim) = (c.q_dim(), c.kv_dim());
         let width = q_dim + 2 * kv_dim;
@@ -229,41 +261,51 @@ impl Decoder {
         gate_up.resize(m * 2 * c.ffn_dim, 0.0);
         act.resize(m * c.ffn_dim, 0.0);
 
-        for (row, ids) in x.chunks_exact_mut(seq * c.dim).zip(tokens) {
-            for (t, x) in row.chunks_exact_mut(c.dim).enumerate() {
-                // Padding takes the embedding of token 0; any finite numbers would do.
-                let id = ids.get(t).copied().unwrap_or(0);
-                self.weights.embedding.read_row(id as usize, x);
-                if c.embedding_scale != 1.0 {
-                    x.iter_mut().for_each(|x| *x *= c.embedding_scale);
-                }
+        for (x, &id) in x.chunks_exact_mut(c.dim).zip(rows.iter().flat_map(|(_, ids)| *ids)) {
+            self.weights.embedding.read_row(id as usize, x);
+            if c.embedding_scale != 1.0 {
+                x.iter_mut().for_each(|x| *x *= c.embedding_scale);
             }
         }
 
-        let positions = cache.lengths()[first_row..first_row + batch].to_vec();
-        let counts: Vec<i32> = tokens.iter().map(|t| t.len() as i32).collect();
-        let lengths: Vec<i32> = positions.iter().zip(&counts).map(|(p, n)| p + n).collect();
+        // Attention over ragged queries sees every row of the cache; rows that are not named have no query.
+        let offsets = cache.lengths().to_vec();
+        let mut lengths = offsets.clone();
+        let mut starts = vec![0; cache.rows() + 1];
+        let mut places = Vec::with_capacity(m);
+        for &(row, ids) in rows {
+            starts[row + 1] = ids.len() as i32;
+            lengths[row] += ids.len() as i32;
+            places.extend((offsets[row]..lengths[row]).map(|position| (row, position)));
+        }
+        for row in 0..cache.rows() {
+            starts[row + 1] += starts[row];
+        }
+        let dropped = cache.rope_offsets();
+        let positions: Vec<i32> = places.iter().map(|&(row, position)| position.saturating_add(dropped[row])).collect();
         let ropes: Vec<Rope> = c
             .ropes
             .iter()
             .zip(&self.frequencies)
             .map(|(rope, frequencies)| {
-                Rope::new(rope.pairing, rope.rotary_dim, frequencies, Positions::Offsets(&positions))
+                Rope::new(rope.pairing, rope.rotary_dim, frequencies, Positions::Explicit(&positions))
             })
             .collect();
-        // Offsets are given because the default counts back from the last query, which is padding in a short row.
-        let visible = AttentionOptions::new().causal(true).lengths(&lengths).offsets(&positions);
-        let strides = [(seq * width) as i64, width as i64, c.head_dim as i64, 1];
-        let q_shape = [batch, seq, c.heads, c.head_dim];
-        let kv_shape = [batch, seq, c.kv_heads, c.head_dim];
-        let mut plans = BTreeMap::new();
+        let visible = AttentionOptions::new().causal(true).lengths(&lengths).offsets(&offsets).cu_seqlens_q(&starts);
+        let strides = [(m * width) as i64, width as i64, c.head_dim as i64, 1];
+        let q_shape = [1, m, c.heads, c.head_dim];
+        let kv_shape = [1, m, c.kv_heads, c.head_dim];
+        // Layers with one window have caches of one shape.
+        let mut kinds = BTreeMap::new();
         for (i, kind) in c.layers.iter().enumerate() {
-            if let Entry::Vacant(entry) = plans.entry(kind.window) {
+            if let Entry::Vacant(entry) = kinds.entry(kind.window) {
                 let (layout, slots) = cache.layout(i);
                 // A window counts the query's own position, `window_left` does not.
                 let mut options = visible.layout(layout);
                 options.window_left = kind.window.map(|n| n as u32 - 1);
-                entry.insert(AttentionPlan::new(q_shape, [batch, slots, c.kv_heads, c.head_dim], &options)?);
+                let plan = AttentionPlan::new(q_shape, [cache.rows(), slots, c.kv_heads, c.head_dim], &options)?;
+                let slot = |&(row, position): &(usize, i32)| (row * slots) as i32 + position % slots as i32;
+                entry.insert((plan, places.iter().map(slot).collect::<Vec<i32>>()));
             }
         }
 
@@ -275,7 +317,7 @@ impl Decoder {
                 head_norms(qkv, width, (q_dim, q_norm), (kv_dim, k_norm), c.rms_eps);
             }
             rope_in_place(&self.context, &self.threads, ViewMut::strided(qkv, 0, q_shape, strides)?, &rope)?;
-            let (layout, _) = cache.layout(i);
+            let (plan, slots) = &kinds[&kind.window];
             let (k_cache, v_cache) = cache.views_mut(i)?;
             kv_write(
                 &self.context,
@@ -283,25 +325,24 @@ impl Decoder {
                 KvWrite::new(
                     View::strided(qkv, q_dim, kv_shape, strides)?,
                     View::strided(qkv, q_dim + kv_dim, kv_shape, strides)?,
-                    k_cache.batch(first_row, batch)?,
-                    v_cache.batch(first_row, batch)?,
-                    Destination::positions(&positions).counts(&counts).layout(layout),
+                    k_cache,
+                    v_cache,
+                    // Slots are numbered through all rows, as those of a pool of pages are.
+                    Destination::slots(slots).layout(Layout::paged(&[], 0)),
                 )
                 .rope(rope),
             )?;
+            for (&(row, position), x) in places.iter().zip(qkv.chunks_exact(width)) {
+                cache.keep_unrotated(i, row, position as usize, &x[q_dim..q_dim + kv_dim]);
+            }
             let (k, v) = cache.views(i)?;
-            let mut options = AttentionOptions::new().plan(&plans[&kind.window]);
+            let mut options = AttentionOptions::new().plan(plan);
             (options.scale, options.softcap) = (c.attn_scale, c.attn_softcap);
             attention(
                 &self.context,
                 &self.threads,
                 workspace,
-                AttentionTensors::new(
-                    View::strided(qkv, 0, q_shape, strides)?,
-                    k.batch(first_row, batch)?,
-                    v.batch(first_row, batch)?,
-                    ViewMut::new(attn, q_shape)?,
-                ),
+                AttentionTensors::new(View::strided(qkv, 0, q_shape, strides)?, k, v, ViewMut::new(attn, q_shape)?),
                 &options,
             )?;
             layer.attn_out.apply(&linear, attn, m, delta, rounded);
@@ -444,6 +485,8 @@ fn add_normed(x: &mut [f32], delta: &[f32], weight: Option<&[f32]>, eps: f32, ro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::DType;
+    use crate::driver::embedded;
 
     #[test]
     fn activations_are_the_definitions() {
@@ -462,5 +505,26 @@ mod tests {
         }
         assert!(silu(f32::NAN).is_nan() && gelu_tanh(f32::NAN).is_nan());
         assert_eq!((silu(0.0), gelu_tanh(0.0), silu(1e30), gelu_tanh(1e12)), (0.0, 0.0, 1e30, 1e12));
+    }
+
+    /// Two rows of 64, with all others between them, take the work of two.
+    #[test]
+    fn rows_that_are_not_named_cost_nothing() {
+        let file = embedded::open().unwrap();
+        let (mut config, mut weights) = (file.config().clone(), file.weights(&|_, _| ()).unwrap());
+        config.layers.truncate(1);
+        weights.layers.truncate(1);
+        let decoder = Decoder::new(config, weights, 0, None, Threads::new(1).unwrap()).unwrap();
+        let mut cache = Cache::new(decoder.config(), 64, 8, DType::F32).unwrap();
+        let mut scratch = Scratch::default();
+        let logits = decoder.forward_rows(&mut cache, &mut scratch, &[(63, &[5]), (0, &[6])], Logits::Last).unwrap();
+        assert_eq!(logits.len(), 2 * decoder.config().vocab);
+        let c = decoder.config();
+        assert_eq!((scratch.x.len(), scratch.act.len()), (2 * c.dim, 2 * c.ffn_dim));
+        // Rows with fewer tokens than others take no more than their own.
+        let rows: [(usize, &[u32]); 3] = [(3, &[1; 7]), (9, &[]), (0, &[6])];
+        decoder.forward_rows(&mut cache, &mut scratch, &rows, Logits::None).unwrap();
+        assert_eq!(scratch.x.len(), 8 * c.dim);
+        assert_eq!((cache.len(63), cache.len(0), cache.len(3), cache.len(9)), (1, 2, 7, 0));
     }
 }

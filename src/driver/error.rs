@@ -21,6 +21,8 @@ pub enum ErrorKind {
     Tokenizer,
     /// The library rejected the arguments of a call.
     Kernel,
+    /// A request ended by an error.
+    Request,
     /// The bench could not measure, or a file is not a report of the bench.
     Bench,
 }
@@ -80,6 +82,14 @@ impl Error {
         Self::new(ErrorKind::Argument, message)
     }
 
+    pub(crate) fn request(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Request, message)
+    }
+
+    pub(crate) fn signal(source: std::io::Error) -> Self {
+        Self { source: Some(Box::new(source)), ..Self::new(ErrorKind::Io, "Ctrl-C cannot be watched") }
+    }
+
     pub(crate) fn tokenizer(message: impl fmt::Display) -> Self {
         Self::new(ErrorKind::Tokenizer, message.to_string())
     }
@@ -87,7 +97,7 @@ impl Error {
 
 impl From<crate::Error> for Error {
     fn from(e: crate::Error) -> Self {
-        Self { kind: ErrorKind::Kernel, message: e.to_string(), source: Some(Box::new(e)) }
+        Self { kind: ErrorKind::Kernel, message: e.message().to_owned(), source: Some(Box::new(e)) }
     }
 }
 

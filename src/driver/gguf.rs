@@ -13,12 +13,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
-use std::fs::File;
 use std::path::Path;
 
 use memmap2::Mmap;
 
 use super::error::{Error, Result};
+use super::files;
 use super::quant::{Tensor, TensorType};
 
 /// The highest rank of a ggml tensor.
@@ -188,10 +188,7 @@ impl std::fmt::Debug for Gguf {
 impl Gguf {
     /// Maps and reads a file. The file must not be changed or shortened while it is open.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        // SAFETY: the mapping is private and read-only, and the documentation requires that the file is not changed or
-        // shortened.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
+        let map = files::map(path)?;
         Self::parse(Bytes::Mapped(map)).map_err(|e| e.context(path.display()))
     }
 

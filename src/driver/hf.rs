@@ -2,8 +2,6 @@
 //! in shards that `model.safetensors.index.json` lists.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
 use memmap2::Mmap;
@@ -12,10 +10,8 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
 use super::error::{Error, Result};
+use super::files;
 use super::quant::{Tensor, TensorType};
-
-/// Limit for JSON files, far above the size of any real one.
-const MAX_JSON: u64 = 256 << 20;
 
 /// The fields of `config.json` that the supported families need. Names are those of the file.
 #[derive(Debug, Clone, Deserialize)]
@@ -108,7 +104,32 @@ struct Index {
 
 #[derive(Deserialize)]
 struct TokenizerConfig {
-    chat_template: Option<serde_json::Value>,
+    chat_template: Option<ChatTemplates>,
+}
+
+/// The templates in `tokenizer_config.json`: one, or several with names.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum ChatTemplates {
+    One(String),
+    Named(Vec<NamedTemplate>),
+    Other(serde::de::IgnoredAny),
+}
+
+#[derive(Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+impl ChatTemplates {
+    fn default_one(self) -> Option<String> {
+        match self {
+            Self::One(template) => Some(template),
+            Self::Named(all) => all.into_iter().find(|t| t.name == "default").map(|t| t.template),
+            Self::Other(_) => None,
+        }
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -148,7 +169,10 @@ impl HfDir {
         let tokenizer: Option<TokenizerConfig> = read_optional_json(&path.join("tokenizer_config.json"))?;
         let eos = generation.eos_token_id.as_ref().or(config.eos_token_id.as_ref());
         let eos = eos.map(|e| e.ids().to_vec()).unwrap_or_default();
-        let chat_template = tokenizer.and_then(|t| t.chat_template).and_then(|t| t.as_str().map(str::to_owned));
+        let chat_template = match read_optional_text(&path.join("chat_template.jinja"))? {
+            Some(template) => Some(template),
+            None => tokenizer.and_then(|t| t.chat_template).and_then(ChatTemplates::default_one),
+        };
 
         let (shards, tensors) = open_weights(path)?;
         Ok(Self { path: path.to_owned(), config, eos, chat_template, shards, tensors })
@@ -171,7 +195,7 @@ impl HfDir {
 
     /// The bytes of `tokenizer.json`.
     pub fn tokenizer_json(&self) -> Result<Vec<u8>> {
-        read_bounded(&self.path.join("tokenizer.json"))
+        files::bytes(&self.path.join("tokenizer.json"))
     }
 
     /// The names of all tensors, sorted.
@@ -247,27 +271,21 @@ fn open_weights(dir: &Path) -> Result<(Vec<Shard>, HashMap<String, usize>)> {
 }
 
 fn open_shard(path: &Path) -> Result<Shard> {
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    // SAFETY: the mapping is private and read-only, and the documentation requires that the file is not changed or
-    // shortened.
-    let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
+    let map = files::map(path)?;
     let (header, metadata) =
         SafeTensors::read_metadata(&map).map_err(|e| Error::malformed(format!("{}: {e}", path.display())))?;
     Ok(Shard { map, metadata, data_start: header + 8 })
 }
 
-fn read_bounded(path: &Path) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    let mut bytes = Vec::new();
-    file.take(MAX_JSON + 1).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
-    if bytes.len() as u64 > MAX_JSON {
-        return Err(Error::malformed(format!("{} is larger than {MAX_JSON} bytes", path.display())));
+fn read_optional_text(path: &Path) -> Result<Option<String>> {
+    if !path.exists() {
+        return Ok(None);
     }
-    Ok(bytes)
+    files::text(path).map(Some)
 }
 
 fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<T> {
-    let bytes = read_bounded(path)?;
+    let bytes = files::bytes(path)?;
     serde_json::from_slice(&bytes).map_err(|e| Error::malformed(format!("{}: {e}", path.display())))
 }
 

@@ -4,7 +4,7 @@
 //! ```text
 //! file --gguf, hf--> Tensor (mapped bytes) --model--> Weights (linear), ModelConfig
 //!                                                                        |
-//! text --tokenizer--> ids --runner--> decoder (linear, and the library's operations over a cache)
+//! text --tokenizer--> ids --scheduler--> decoder (linear, and the library's operations over a cache)
 //!                      ^                 | logits
 //!                      +---- sampling <--+              ids --tokenizer--> text, as it comes
 //! ```
@@ -12,8 +12,8 @@
 //! knows the blocks of every supported type. [`ModelFile`] knows the tensors of each supported family (Llama, Gemma
 //! 3). It finds every tensor under the names of either container and checks its shape. The other modules
 //! do not depend on the container, except for RoPE's pairing, because the containers order the elements of a head
-//! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Slots`] runs several
-//! requests over one cache. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
+//! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Scheduler`] runs several
+//! requests over one cache. [`ChatTemplate`] makes text of conversations. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
 //! [`crate::bench`].
 //!
 //! The decoder uses the public API only, as any other program would: views, [`rope_in_place`](crate::rope_in_place),
@@ -26,32 +26,36 @@
 //!
 //! # Trust
 //! A model file is not trusted. Whatever it contains, the result is a value or an [`Error`] with a sentence, and the
-//! memory allocated is at most a small multiple of the file's size.
+//! memory allocated is at most a small multiple of the file's size. A chat template has a bound on its steps and bytes.
 
-mod bench;
 mod cache;
+mod chat;
 pub mod cli;
 mod decoder;
 pub mod embedded;
 mod error;
+mod files;
 pub mod gguf;
 mod hf;
 mod linear;
 mod model;
 pub mod quant;
-mod runner;
 mod sampling;
+mod scheduler;
 mod threads;
 mod tokenizer;
 
 pub use cache::{Cache, Formats, PREFILL_CHUNK};
+pub use chat::{ChatTemplate, Message};
 pub use decoder::{Decoder, Logits, Scratch};
 pub use error::{Error, ErrorKind, Result};
 pub use linear::{Linear, Matrix, Rounded};
 pub use model::{
     Activation, LayerConfig, LayerWeights, ModelConfig, ModelFile, RopeConfig, Stretch, TensorInfo, Weights,
 };
-pub use runner::{Event, Finish, Request, Slots, Streaming};
 pub use sampling::{Sampler, SamplerOptions, argmax};
-pub use threads::Threads;
+pub use scheduler::{
+    Event, Finish, Logprobs, Overlong, Prefilled, Request, RequestId, Scheduler, Statistics, Streaming,
+};
+pub use threads::{MOST_THREADS, Threads};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -11,6 +11,7 @@ use super::error::{Error, Result};
 
 /// How to choose.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct SamplerOptions {
     /// Divisor of the logits; 0 always selects the most likely token.
     pub temperature: f32,
@@ -28,6 +29,41 @@ impl Default for SamplerOptions {
     }
 }
 
+impl SamplerOptions {
+    /// The most likely token, always.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets [`temperature`](field@Self::temperature).
+    #[must_use]
+    pub fn temperature(mut self, temperature: f32) -> Self {
+        self.temperature = temperature;
+        self
+    }
+
+    /// Sets [`top_k`](field@Self::top_k).
+    #[must_use]
+    pub fn top_k(mut self, top_k: usize) -> Self {
+        self.top_k = top_k;
+        self
+    }
+
+    /// Sets [`top_p`](field@Self::top_p).
+    #[must_use]
+    pub fn top_p(mut self, top_p: f32) -> Self {
+        self.top_p = top_p;
+        self
+    }
+
+    /// Sets [`seed`](field@Self::seed).
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+}
+
 /// One request's random stream with its options.
 #[derive(Debug)]
 pub struct Sampler {
@@ -41,7 +77,7 @@ impl Sampler {
     pub fn new(options: SamplerOptions) -> Result<Self> {
         let SamplerOptions { temperature, top_p, seed, .. } = options;
         if !(temperature >= 0.0 && temperature.is_finite()) {
-            return Err(Error::argument(format!("the temperature is {temperature}; it must be 0 or more")));
+            return Err(Error::argument(format!("the temperature is {temperature}; it must be a number, 0 or more")));
         }
         if !(top_p > 0.0 && top_p <= 1.0) {
             return Err(Error::argument(format!("top-p is {top_p}; it must be above 0 and at most 1")));

@@ -3,6 +3,9 @@
 use super::error::{Error, Result};
 use crate::{Rayon, Runner};
 
+/// The most threads that [`Threads::new`] starts.
+pub const MOST_THREADS: usize = 1024;
+
 /// A pool of its own, so that `--threads` holds whatever else the process does with rayon.
 #[derive(Debug)]
 pub struct Threads {
@@ -12,9 +15,8 @@ pub struct Threads {
 impl Threads {
     /// Starts `count` threads; 0 starts one per CPU that the process may use.
     pub fn new(count: usize) -> Result<Self> {
-        const MOST: usize = 1024;
-        if count > MOST {
-            return Err(Error::argument(format!("{count} threads; {MOST} is the most")));
+        if count > MOST_THREADS {
+            return Err(Error::argument(format!("{count} threads; {MOST_THREADS} is the most")));
         }
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(count)

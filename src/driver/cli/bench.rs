@@ -4,13 +4,15 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::cli::{isa_parser, print, progress_bar};
-use super::error::{Error, Result};
+use super::model::{context, note_threads};
+use super::output::{note, print, progress_bar};
+use super::values::{self, isa_parser};
 use crate::Isa;
 use crate::bench::compare::compare;
 use crate::bench::report::Report;
 use crate::bench::roofline;
 use crate::bench::run::{Options, Progress, run};
+use crate::driver::error::{Error, Result};
 
 /// Measure every kernel against what this machine can do.
 ///
@@ -29,10 +31,10 @@ pub(super) struct Bench {
     #[arg(long)]
     quick: bool,
     /// Thread counts to measure with. Default: 1 and, unless --quick, one for every CPU
-    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    #[arg(long, value_name = "N,..", value_delimiter = ',', value_parser = values::threads)]
     threads: Vec<usize>,
     /// Levels to measure. Default: all that this CPU has; with --quick, the best for each kernel
-    #[arg(long, value_name = "LEVEL,..", value_delimiter = ',', value_parser = isa_parser())]
+    #[arg(long, value_name = "LEVEL,..", value_delimiter = ',', value_parser = isa_parser(), ignore_case = true)]
     isa: Vec<Isa>,
     /// Only cases whose `<kernel>/<shape>` contains this
     #[arg(long, value_name = "TEXT")]
@@ -53,6 +55,8 @@ pub(super) fn bench(args: &Bench) -> Result<()> {
     if let [a, b] = &args.compare[..] {
         return print(&compare(&Report::load(a)?, &Report::load(b)?)?);
     }
+    context(None)?;
+    note_threads(args.threads.iter().copied().max().unwrap_or(0));
     // Open the files first, so that a wrong path fails before the measurement.
     for path in [&args.json, &args.svg].into_iter().flatten() {
         let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
@@ -79,7 +83,7 @@ pub(super) fn bench(args: &Bench) -> Result<()> {
     }
     print(&(report.machine_text() + &report.limits_text() + &report.cases_text()))?;
     for line in &report.skipped {
-        eprintln!("not measured: {line}");
+        note(&format!("not measured: {line}"));
     }
     Ok(())
 }

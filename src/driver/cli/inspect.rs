@@ -1,0 +1,151 @@
+//! `kvlane inspect`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::output::{mebibytes, note, print, print_json};
+use crate::driver::cache::{Formats, PREFILL_CHUNK};
+use crate::driver::error::Result;
+use crate::driver::model::{Activation, ModelConfig, ModelFile, RopeConfig, Stretch};
+use crate::driver::tokenizer::Tokenizer;
+use crate::{CacheFormat, Pairing, RopeScaling};
+
+/// Show a model's shape.
+#[derive(Debug, Args)]
+pub(super) struct Inspect {
+    /// A GGUF file, or a directory with config.json and safetensors
+    file: PathBuf,
+    /// Write JSON, with every tensor
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn inspect(args: &Inspect) -> Result<()> {
+    let file = ModelFile::open(&args.file)?;
+    let c = file.config();
+    let tensors = file.tensors()?;
+    let mut types: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+    for t in &tensors {
+        let entry = types.entry(t.ty).or_default();
+        *entry = (entry.0 + 1, entry.1 + t.bytes);
+    }
+    let token_bytes = |format: CacheFormat| c.layers.len() * Formats::from(format).token_bytes(c.kv_heads, c.head_dim);
+
+    if args.json {
+        return print_json(&json!({
+            "format": file.format(),
+            "name": c.name,
+            "parameters": c.parameters(),
+            "vocab": c.vocab,
+            "dim": c.dim,
+            "layers": c.layers.len(),
+            "attention": c.layers.iter().map(|l| json!({ "window": l.window, "rope": l.rope })).collect::<Vec<_>>(),
+            "heads": c.heads,
+            "kv_heads": c.kv_heads,
+            "head_dim": c.head_dim,
+            "ffn_dim": c.ffn_dim,
+            "rms_eps": c.rms_eps,
+            "ropes": c.ropes.iter().map(|rope| json!({
+                "base": rope.base,
+                "rotary_dim": rope.rotary_dim,
+                "pairing": pairing(rope),
+                "scaling": stretch(rope),
+            })).collect::<Vec<_>>(),
+            "context": c.context,
+            "tied": c.tied,
+            "bos": c.bos,
+            "eos": c.eos,
+            "chat_template": c.chat_template,
+            "cache_bytes_per_token": CacheFormat::ALL.map(|f| (f.name().to_owned(), token_bytes(f).into()))
+                .into_iter().collect::<serde_json::Map<_, _>>(),
+            "tensors": tensors.iter().map(|t| json!({
+                "name": t.name, "type": t.ty, "shape": t.shape, "bytes": t.bytes,
+            })).collect::<Vec<_>>(),
+        }));
+    }
+    let tokens = |ids: &[u32], tokenizer: Option<&Tokenizer>| {
+        let name = |id: u32| tokenizer.and_then(|t| t.token(id)).map_or(id.to_string(), |t| format!("{id} {t:?}"));
+        if ids.is_empty() { "-".to_owned() } else { ids.iter().map(|&id| name(id)).collect::<Vec<_>>().join(", ") }
+    };
+    // Show the shape even if the tokenizer cannot be built.
+    let tokenizer = file.tokenizer();
+    let named = tokenizer.as_ref().ok();
+    let bytes: usize = tensors.iter().map(|t| t.bytes).sum();
+    let types: Vec<String> =
+        types.iter().map(|(ty, (n, bytes))| format!("{ty} x{n} ({})", mebibytes(*bytes))).collect();
+    let rope = |rope: &RopeConfig| {
+        let (pairing, stretch) = (pairing(rope), stretch(rope));
+        format!("base {}, {} of {} elements, {pairing}, {stretch}", rope.base, rope.rotary_dim, c.head_dim)
+    };
+    let lines = [
+        ("format", file.format()),
+        ("name", c.name.clone().unwrap_or_else(|| "-".to_owned())),
+        ("parameters", format!("{} in {} tensors, {}", c.parameters(), tensors.len(), mebibytes(bytes))),
+        ("types", types.join(", ")),
+        ("vocabulary", format!("{}{}", c.vocab, if c.tied { ", embedding tied to the head" } else { "" })),
+        ("layers", layers(c)),
+        (
+            "width",
+            format!(
+                "{}, {} in the feed-forward part ({})",
+                c.dim,
+                c.ffn_dim,
+                match c.activation {
+                    Activation::Silu => "SwiGLU",
+                    Activation::GeluTanh => "GeGLU",
+                }
+            ),
+        ),
+        ("heads", format!("{} over {} key/value heads of {}", c.heads, c.kv_heads, c.head_dim)),
+        ("rope", c.ropes.iter().map(rope).collect::<Vec<_>>().join("; local layers: ")),
+        ("context", format!("{} tokens", c.context)),
+        (
+            "cache",
+            format!(
+                "{} bytes per token in f32, {} in f16 or bf16, {} in int8{}",
+                token_bytes(CacheFormat::F32),
+                token_bytes(CacheFormat::F16),
+                token_bytes(CacheFormat::Int8),
+                if c.layers.iter().any(|l| l.window.is_some()) {
+                    format!("; local layers keep the tokens of their window and {PREFILL_CHUNK} more")
+                } else {
+                    String::new()
+                }
+            ),
+        ),
+        ("starts with", tokens(c.bos.as_slice(), named)),
+        ("ends with", tokens(&c.eos, named)),
+        ("chat template", if c.chat_template.is_some() { "yes" } else { "no" }.to_owned()),
+    ];
+    print(&lines.iter().map(|(what, value)| format!("{what:<14}{value}\n")).collect::<String>())?;
+    if let Err(e) = &tokenizer {
+        note(&format!("note: the tokenizer cannot be built: {e}"));
+    }
+    Ok(())
+}
+
+fn layers(c: &ModelConfig) -> String {
+    let mut windows: BTreeMap<usize, usize> = BTreeMap::new();
+    c.layers.iter().filter_map(|l| l.window).for_each(|n| *windows.entry(n).or_default() += 1);
+    let windows = windows.iter().map(|(n, layers)| format!(", {layers} of them see the last {n} tokens"));
+    format!("{}{}", c.layers.len(), windows.collect::<String>())
+}
+
+fn pairing(rope: &RopeConfig) -> &'static str {
+    match rope.pairing {
+        Pairing::Interleaved => "neighbouring pairs",
+        Pairing::HalfSplit => "pairs of halves",
+    }
+}
+
+fn stretch(rope: &RopeConfig) -> String {
+    match &rope.stretch {
+        Stretch::Fixed(RopeScaling::None) => "not scaled".to_owned(),
+        Stretch::Fixed(scaling) => format!("scaled by {scaling:?}"),
+        Stretch::LongRope { factor, .. } => format!("LongRoPE by {factor}"),
+        Stretch::Divisors(_) => "scaled by a divisor a frequency".to_owned(),
+    }
+}

@@ -1,0 +1,52 @@
+//! What every command writes: results to standard output, progress to standard error.
+
+use std::io::{self, Write};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::driver::error::{Error, Result};
+
+pub(super) fn print(text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::stdout)
+}
+
+/// Writes a line to standard error. A standard error that is closed or full is no reason to fail.
+pub(super) fn note(line: &str) {
+    note_part(&format!("{line}\n"));
+}
+
+/// As [`note`], without a line break.
+pub(super) fn note_part(text: &str) {
+    let mut out = io::stderr().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// `1 thread`, `2 threads`.
+pub(super) fn count_of(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+pub(super) fn print_json(value: &serde_json::Value) -> Result<()> {
+    print(&format!("{value:#}\n"))
+}
+
+/// A bar for bytes or tokens.
+pub(super) fn bar(what: &str, len: usize, bytes: bool) -> ProgressBar {
+    let template = match bytes {
+        true => "{prefix} {wide_bar} {binary_bytes}/{binary_total_bytes}",
+        false => "{prefix} {wide_bar} {pos}/{len} tokens",
+    };
+    progress_bar(what, len, template)
+}
+
+/// A bar on standard error if that is a terminal, otherwise a hidden one; `template` is in indicatif's syntax.
+pub(super) fn progress_bar(what: &str, len: usize, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::with_draw_target(Some(len as u64), ProgressDrawTarget::stderr());
+    bar.with_style(style).with_prefix(what.to_owned())
+}
+
+pub(super) fn mebibytes(bytes: usize) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
