@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use gguf_writer::{T, V, Writer, string, tiny_model};
 use kvlane::driver::gguf::{Array, Gguf, Value};
-use kvlane::driver::{ErrorKind, ModelFile, Result, Stretch, Tokenizer, Weights};
+use kvlane::driver::{ErrorKind, FeedForward, ModelFile, Result, Stretch, Tokenizer, Weights};
 use kvlane::{Llama3Scaling, Pairing, RopeScaling};
 use proptest::prelude::*;
 
@@ -98,8 +98,8 @@ fn the_sound_file_is_read() {
     let qkv = &weights.layers[0].qkv;
     assert_eq!((qkv.rows(), qkv.cols()), (16, 8));
     assert_eq!((qkv.row(0)[0], qkv.row(7)[7], qkv.row(8)[0], qkv.row(12)[1]), (200.0, 263.0, 300.0, 401.0));
-    assert_eq!(weights.layers[0].gate_up.row(12)[0], 800.0);
-    assert_eq!(weights.layers[0].down.row(7)[11], 995.0);
+    let FeedForward::Dense(ffn) = &weights.layers[0].ffn else { panic!("one network") };
+    assert_eq!((ffn.gate_up.row(12)[0], ffn.down.row(7)[11]), (800.0, 995.0));
     assert_eq!((weights.output_norm[7], weights.head().row(3)[2]), (1007.0, 26.0));
 }
 

@@ -524,7 +524,7 @@ mod decode {
     use super::*;
     use kvlane::driver::argmax;
     use kvlane::driver::gguf::Gguf;
-    use kvlane::driver::{Cache, Decoder, Logits, Matrix, ModelFile, Scratch, Stretch, Threads};
+    use kvlane::driver::{Cache, Decoder, FeedForward, Logits, Matrix, ModelFile, Scratch, Stretch, Threads};
     use kvlane::{DType, RopeScaling};
     use std::io::Write;
 
@@ -557,8 +557,9 @@ mod decode {
             floats(&every(&layer.qkv))?;
             floats(&every(&layer.attn_out))?;
             floats(&layer.ffn_norm)?;
-            floats(&every(&layer.gate_up))?;
-            floats(&every(&layer.down))?;
+            let FeedForward::Dense(ffn) = &layer.ffn else { panic!("the C program knows no experts") };
+            floats(&every(&ffn.gate_up))?;
+            floats(&every(&ffn.down))?;
         }
         floats(&weights.output_norm)?;
         if let Some(output) = &weights.output {

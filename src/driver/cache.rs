@@ -476,7 +476,13 @@ impl Cache {
         (if window.is_some() { Layout::ring(0) } else { Layout::Contiguous }, slots)
     }
 
-    pub(super) fn views(&self, layer: usize) -> Result<(CacheView<'_>, CacheView<'_>)> {
+    /// The keys and the values of a layer, `[rows, slots, kv_heads, head_dim]`, keys after their rotation. A layer without
+    /// a window holds position p of a row in slot p, one with a window in slot p modulo the number of slots. Slots that
+    /// no token has reached since the cache was made are zero.
+    ///
+    /// # Panics
+    /// If there is no such layer.
+    pub fn views(&self, layer: usize) -> Result<(CacheView<'_>, CacheView<'_>)> {
         let LayerCache { k, v, shape, .. } = &self.layers[layer];
         Ok((k.view(*shape)?, v.view(*shape)?))
     }

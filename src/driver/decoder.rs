@@ -4,8 +4,8 @@
 //! ids -> embedding rows x [scaled]
 //! each layer:  h = RMSNorm(x);  q|k|v = h Wqkv;  [q, k = RMSNorm of every head];  rope(q);  cache <- rope(k), v
 //!              x += [RMSNorm] attention(q, cache) Wo
-//!              h = RMSNorm(x);  g|u = h Wgu;     x += [RMSNorm] (act(g) * u) Wd
-//! logits = RMSNorm(x) Whead [capped]
+//!              h = RMSNorm(x);  g|u = h Wgu;     x += [RMSNorm] (act(g) * u) Wd, [by experts]
+//! logits = RMSNorm(x) Whead [scaled] [capped]
 //! ```
 //! [`ModelConfig`] decides about the operations in brackets, the activation, and each layer's window and rotary
 //! embedding. A Llama model has no bracketed operation, SiLU, no windows and one rotary embedding.
@@ -24,9 +24,11 @@ use rayon::prelude::*;
 
 use super::cache::Cache;
 use super::error::{Error, Result};
+use super::feed_forward::{FeedForwardScratch, Pass, feed_forward};
 use super::linear::{Linear, Rounded};
-use super::model::{Activation, LayerConfig, ModelConfig, Weights};
+use super::model::{LayerConfig, ModelConfig, Weights};
 use super::threads::Threads;
+use super::work::Work;
 use crate::{
     AttentionOptions, AttentionPlan, AttentionTensors, Context, Destination, Isa, KeyRotation, KvWrite, Layout,
     Positions, Rope, RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
@@ -68,12 +70,17 @@ pub struct Scratch {
     qkv: Vec<f32>,
     /// `[m, q_dim]`.
     attn: Vec<f32>,
-    /// `[m, 2 * ffn_dim]`.
-    gate_up: Vec<f32>,
-    /// `[m, ffn_dim]`.
-    act: Vec<f32>,
+    ffn: FeedForwardScratch,
     rounded: Rounded,
     workspace: Workspace,
+    work: Work,
+}
+
+impl Scratch {
+    /// What all passes with this memory have computed.
+    pub fn work(&self) -> Work {
+        self.work
+    }
 }
 
 impl Decoder {
@@ -169,7 +176,9 @@ impl Decoder {
                 }
             }
         }
-        Ok(self.threads.run(|| self.logits(&wanted.concat(), &mut scratch.rounded)))
+        let wanted = wanted.concat();
+        scratch.work.add_linear(&[self.weights.head()], wanted.len() / dim);
+        Ok(self.threads.run(|| self.logits(&wanted, &mut scratch.rounded)))
     }
 
     /// Forgets the tokens `span` of a row and closes the gap: later tokens move to the positions from `span.start` on,
@@ -251,15 +260,13 @@ impl Decoder {
         let linear = self.linear();
         let (q_dim, kv_dim) = (c.q_dim(), c.kv_dim());
         let width = q_dim + 2 * kv_dim;
-        let Scratch { x, h, delta, qkv, attn, gate_up, act, rounded, workspace } = scratch;
+        let Scratch { x, h, delta, qkv, attn, ffn, rounded, workspace, work } = scratch;
         // Every buffer is written before it is read, so that the values of `resize` do not matter.
         x.resize(m * c.dim, 0.0);
         h.resize(m * c.dim, 0.0);
         delta.resize(m * c.dim, 0.0);
         qkv.resize(m * width, 0.0);
         attn.resize(m * q_dim, 0.0);
-        gate_up.resize(m * 2 * c.ffn_dim, 0.0);
-        act.resize(m * c.ffn_dim, 0.0);
 
         for (x, &id) in x.chunks_exact_mut(c.dim).zip(rows.iter().flat_map(|(_, ids)| *ids)) {
             self.weights.embedding.read_row(id as usize, x);
@@ -309,6 +316,7 @@ impl Decoder {
             }
         }
 
+        work.add_attention(c, places.iter().map(|&(_, position)| position));
         for (i, (layer, kind)) in self.weights.layers.iter().zip(&c.layers).enumerate() {
             let rope = ropes[kind.rope];
             rms_norm(x, &layer.attn_norm, c.rms_eps, h);
@@ -349,12 +357,9 @@ impl Decoder {
             add_normed(x, delta, layer.attn_post_norm.as_deref(), c.rms_eps, h);
 
             rms_norm(x, &layer.ffn_norm, c.rms_eps, h);
-            layer.gate_up.apply(&linear, h, m, gate_up, rounded);
-            match c.activation {
-                Activation::Silu => gated(gate_up, c.ffn_dim, act, silu),
-                Activation::GeluTanh => gated(gate_up, c.ffn_dim, act, gelu_tanh),
-            }
-            layer.down.apply(&linear, act, m, delta, rounded);
+            work.add_linear(&[&layer.qkv, &layer.attn_out], m);
+            let mut pass = Pass { config: c, linear, rounded, work };
+            feed_forward(&mut pass, &layer.ffn, h, m, delta, ffn);
             add_normed(x, delta, layer.ffn_post_norm.as_deref(), c.rms_eps, h);
         }
         Ok(())
@@ -368,6 +373,9 @@ impl Decoder {
         rms_norm(x, &self.weights.output_norm, c.rms_eps, &mut normed);
         let mut out = vec![0.0; n * c.vocab];
         self.weights.head().apply(&self.linear(), &normed, n, &mut out, rounded);
+        if c.logit_scale != 1.0 {
+            out.iter_mut().for_each(|x| *x *= c.logit_scale);
+        }
         if let Some(cap) = c.logit_softcap {
             out.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
         }
@@ -421,53 +429,6 @@ fn head_norms(qkv: &mut [f32], width: usize, (q_dim, q): (usize, &[f32]), (k_dim
     });
 }
 
-/// `y = act(g) * u` for rows `[g | u]` of twice `n` elements.
-fn gated(gate_up: &[f32], n: usize, y: &mut [f32], act: impl Fn(f32) -> f32 + Sync) {
-    let row = |(gu, y): (&[f32], &mut [f32])| {
-        let (g, u) = gu.split_at(n);
-        for ((y, &g), &u) in y.iter_mut().zip(g).zip(u) {
-            *y = act(g) * u;
-        }
-    };
-    if y.len() == n {
-        return row((gate_up, y));
-    }
-    gate_up.par_chunks_exact(2 * n).zip(y.par_chunks_exact_mut(n)).with_min_len(8).for_each(row);
-}
-
-/// `x` times the logistic function of `z`.
-fn times_logistic(x: f32, z: f32) -> f32 {
-    x / (1.0 + exp(-z))
-}
-
-fn silu(x: f32) -> f32 {
-    times_logistic(x, x)
-}
-
-/// `x / 2 * (1 + tanh(u))`, where half of the sum is the logistic function of `2 u`.
-fn gelu_tanh(x: f32) -> f32 {
-    const SQRT_8_OVER_PI: f32 = 2.0 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
-    times_logistic(x, SQRT_8_OVER_PI * (x + 0.044715 * x * x * x))
-}
-
-/// `e^x` within three units in the last place, between the smallest and the largest normal number. Without branches and
-/// calls, so that the compiler vectorises loops over it.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    // The sum with 1.5 * 2^23 is rounded to an integer, which is in its lowest bits.
-    const INTEGERS: f32 = 12_582_912.0;
-    // ln 2 in two parts; the first has so few bits that its product with an exponent is exact.
-    const LN_2_HIGH: f32 = 0.693_359_4;
-    const LN_2_LOW: f32 = -2.121_944_4e-4;
-    let x = x.clamp(-87.0, 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + INTEGERS;
-    let n = shifted - INTEGERS;
-    let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
-    let series = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
-    let power = series.iter().fold(0.0f32, |sum, term| sum * r + term);
-    power * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
-}
-
 /// `x += delta`, after an RMSNorm of `delta` if there are weights for one. `room` is scratch as long as `x`.
 fn add_normed(x: &mut [f32], delta: &[f32], weight: Option<&[f32]>, eps: f32, room: &mut [f32]) {
     let delta = match weight {
@@ -488,25 +449,6 @@ mod tests {
     use crate::DType;
     use crate::driver::embedded;
 
-    #[test]
-    fn activations_are_the_definitions() {
-        for i in -400_000i32..400_000 {
-            let x = i as f32 / 4000.0;
-            let exact = f64::from(x).exp();
-            if (-87.0..=88.0).contains(&x) {
-                assert!((f64::from(exp(x)) / exact - 1.0).abs() < 3.0 * f64::from(f32::EPSILON), "e^{x}");
-            }
-            let z = f64::from(x);
-            let silu_z = z / (1.0 + (-z).exp());
-            assert!((f64::from(silu(x)) - silu_z).abs() <= 4e-7 * silu_z.abs() + 1e-30, "silu({x})");
-            let u = (2.0 / std::f64::consts::PI).sqrt() * (z + 0.044715 * z * z * z);
-            let gelu_z = 0.5 * z * (1.0 + u.tanh());
-            assert!((f64::from(gelu_tanh(x)) - gelu_z).abs() <= 1e-6 * z.abs(), "gelu({x})");
-        }
-        assert!(silu(f32::NAN).is_nan() && gelu_tanh(f32::NAN).is_nan());
-        assert_eq!((silu(0.0), gelu_tanh(0.0), silu(1e30), gelu_tanh(1e12)), (0.0, 0.0, 1e30, 1e12));
-    }
-
     /// Two rows of 64, with all others between them, take the work of two.
     #[test]
     fn rows_that_are_not_named_cost_nothing() {
@@ -520,7 +462,7 @@ mod tests {
         let logits = decoder.forward_rows(&mut cache, &mut scratch, &[(63, &[5]), (0, &[6])], Logits::Last).unwrap();
         assert_eq!(logits.len(), 2 * decoder.config().vocab);
         let c = decoder.config();
-        assert_eq!((scratch.x.len(), scratch.act.len()), (2 * c.dim, 2 * c.ffn_dim));
+        assert_eq!((scratch.x.len(), scratch.qkv.len()), (2 * c.dim, 2 * (c.q_dim() + 2 * c.kv_dim())));
         // Rows with fewer tokens than others take no more than their own.
         let rows: [(usize, &[u32]); 3] = [(3, &[1; 7]), (9, &[]), (0, &[6])];
         decoder.forward_rows(&mut cache, &mut scratch, &rows, Logits::None).unwrap();

@@ -10,7 +10,7 @@
 //! ```
 //! [`gguf`] and `hf` read a container, check every number in it, and return slices of the mapped file. [`quant`]
 //! knows the blocks of every supported type. [`ModelFile`] knows the tensors of each supported family (Llama, Gemma
-//! 3). It finds every tensor under the names of either container and checks its shape. The other modules
+//! 3, Grok-1, MiniMind). It finds every tensor under the names of either container and checks its shape. The other modules
 //! do not depend on the container, except for RoPE's pairing, because the containers order the elements of a head
 //! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Scheduler`] runs several
 //! requests over one cache. [`ChatTemplate`] makes text of conversations. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
@@ -34,6 +34,7 @@ pub mod cli;
 mod decoder;
 pub mod embedded;
 mod error;
+mod feed_forward;
 mod files;
 pub mod gguf;
 mod hf;
@@ -44,6 +45,7 @@ mod sampling;
 mod scheduler;
 mod threads;
 mod tokenizer;
+mod work;
 
 pub use cache::{Cache, Formats, PREFILL_CHUNK};
 pub use chat::{ChatTemplate, Message};
@@ -51,7 +53,8 @@ pub use decoder::{Decoder, Logits, Scratch};
 pub use error::{Error, ErrorKind, Result};
 pub use linear::{Linear, Matrix, Rounded};
 pub use model::{
-    Activation, LayerConfig, LayerWeights, ModelConfig, ModelFile, RopeConfig, Stretch, TensorInfo, Weights,
+    Activation, ExpertConfig, Experts, FeedForward, GatedMlp, LayerConfig, LayerWeights, ModelConfig, ModelFile,
+    RopeConfig, Stretch, TensorInfo, Weights,
 };
 pub use sampling::{Sampler, SamplerOptions, argmax};
 pub use scheduler::{
@@ -59,3 +62,4 @@ pub use scheduler::{
 };
 pub use threads::{MOST_THREADS, Threads};
 pub use tokenizer::{TextStream, Tokenizer};
+pub use work::Work;

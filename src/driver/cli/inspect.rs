@@ -47,6 +47,8 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
             "kv_heads": c.kv_heads,
             "head_dim": c.head_dim,
             "ffn_dim": c.ffn_dim,
+            "active_parameters": c.active_parameters(),
+            "experts": c.experts.map(|e| json!({ "count": e.count, "used": e.used, "normalized": e.normalized })),
             "rms_eps": c.rms_eps,
             "ropes": c.ropes.iter().map(|rope| json!({
                 "base": rope.base,
@@ -83,16 +85,29 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     let lines = [
         ("format", file.format()),
         ("name", c.name.clone().unwrap_or_else(|| "-".to_owned())),
-        ("parameters", format!("{} in {} tensors, {}", c.parameters(), tensors.len(), mebibytes(bytes))),
+        (
+            "parameters",
+            format!(
+                "{}{} in {} tensors, {}",
+                c.parameters(),
+                if c.experts.is_some() { format!(", {} per token,", c.active_parameters()) } else { String::new() },
+                tensors.len(),
+                mebibytes(bytes)
+            ),
+        ),
         ("types", types.join(", ")),
         ("vocabulary", format!("{}{}", c.vocab, if c.tied { ", embedding tied to the head" } else { "" })),
         ("layers", layers(c)),
         (
             "width",
             format!(
-                "{}, {} in the feed-forward part ({})",
+                "{}, {} in {} ({})",
                 c.dim,
                 c.ffn_dim,
+                match c.experts {
+                    Some(e) => format!("each of {} experts, {} of them per token", e.count, e.used),
+                    None => "the feed-forward part".to_owned(),
+                },
                 match c.activation {
                     Activation::Silu => "SwiGLU",
                     Activation::GeluTanh => "GeGLU",

@@ -79,6 +79,17 @@ pub enum Activation {
     GeluTanh,
 }
 
+/// A feed-forward part of several experts, a few of which serve each token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertConfig {
+    /// The experts of a layer.
+    pub count: usize,
+    /// The experts of a token: those that the router gives the greatest probabilities.
+    pub used: usize,
+    /// Whether these probabilities are divided by their sum.
+    pub normalized: bool,
+}
+
 /// The shape of a decoder. Families differ in these values only, not in code.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
@@ -96,8 +107,10 @@ pub struct ModelConfig {
     pub kv_heads: usize,
     /// Elements in a head.
     pub head_dim: usize,
-    /// Width inside the feed-forward part.
+    /// Width inside the feed-forward part, or inside each of its experts.
     pub ffn_dim: usize,
+    /// The experts of the feed-forward part, if it has several.
+    pub experts: Option<ExpertConfig>,
     /// The feed-forward part's activation.
     pub activation: Activation,
     /// Added to the mean square before RMSNorm's root.
@@ -114,6 +127,8 @@ pub struct ModelConfig {
     pub attn_scale: Option<f32>,
     /// Softcap on attention's logits.
     pub attn_softcap: Option<f32>,
+    /// Factor on the model's logits, before their softcap.
+    pub logit_scale: f32,
     /// Softcap on the model's logits.
     pub logit_softcap: Option<f32>,
     /// The number of positions that the model was trained for.
@@ -139,11 +154,21 @@ impl ModelConfig {
         self.kv_heads * self.head_dim
     }
 
-    /// The number of weights, from the shapes.
+    /// The number of weights, from the shapes, in all experts.
     pub fn parameters(&self) -> usize {
+        self.parameters_with(self.experts.map_or(1, |e| e.count))
+    }
+
+    /// The number of weights that one token passes.
+    pub fn active_parameters(&self) -> usize {
+        self.parameters_with(self.experts.map_or(1, |e| e.used))
+    }
+
+    fn parameters_with(&self, experts: usize) -> usize {
         let attention = self.dim * (2 * self.q_dim() + 2 * self.kv_dim());
         let norms = self.dim * if self.post_norms { 4 } else { 2 } + if self.qk_norm { 2 * self.head_dim } else { 0 };
-        let layer = attention + 3 * self.dim * self.ffn_dim + norms;
+        let router = self.experts.map_or(0, |e| e.count * self.dim);
+        let layer = attention + router + experts * 3 * self.dim * self.ffn_dim + norms;
         let ends = self.vocab * self.dim * if self.tied { 1 } else { 2 };
         self.layers.len() * layer + ends + self.dim
     }
@@ -160,10 +185,15 @@ impl ModelConfig {
             ("key/value head count", self.kv_heads),
             ("head size", self.head_dim),
             ("feed-forward length", self.ffn_dim),
+            ("expert count", self.experts.map_or(1, |e| e.count)),
+            ("number of experts per token", self.experts.map_or(1, |e| e.used)),
         ] {
             if n == 0 || n > MOST {
                 return Err(Error::malformed(format!("the {what} is {n}; 1 to {MOST} are possible")));
             }
+        }
+        if let Some(ExpertConfig { count, used, .. }) = self.experts.filter(|e| e.used > e.count) {
+            return Err(Error::malformed(format!("{used} experts per token, but a layer has {count}")));
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(Error::malformed(format!(
@@ -199,6 +229,7 @@ impl ModelConfig {
             ("embedding's scale", Some(self.embedding_scale)),
             ("scale of attention", self.attn_scale),
             ("softcap of attention", self.attn_softcap),
+            ("scale of the logits", Some(self.logit_scale)),
             ("softcap of the logits", self.logit_softcap),
         ] {
             if let Some(x) = x.filter(|x| !(x.is_finite() && *x > 0.0)) {

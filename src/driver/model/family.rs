@@ -4,10 +4,35 @@ use super::config::{LayerConfig, RopeConfig, Stretch};
 use crate::RopeScaling;
 use crate::driver::error::{Error, Result};
 
+/// Families whose models differ in more than numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    Llama,
+    Gemma,
+    Grok,
+    /// Llama with an RMSNorm of every head of queries and keys.
+    Qwen3,
+    /// As Qwen3, with defaults of its own, and possibly experts.
+    MiniMind,
+}
+
 /// The RoPE base of Gemma's local layers if the file has none.
 pub(super) const LOCAL_ROPE_BASE: f64 = 10_000.0;
 /// One layer in this many is global in Gemma, the last of each run, if the file does not say.
 pub(super) const GEMMA_PATTERN: usize = 6;
+
+/// Grok-1's constants, for files that omit them.
+pub(super) struct Grok;
+
+impl Grok {
+    /// The root of its width.
+    pub const EMBEDDING_SCALE: f32 = 78.383_67;
+    /// `1 / sqrt(128)`, of its heads.
+    pub const ATTENTION_SCALE: f32 = 0.088_388_35;
+    pub const ATTENTION_CAP: f32 = 30.0;
+    /// `1 / sqrt(3)`.
+    pub const LOGIT_SCALE: f32 = 0.577_350_3;
+}
 
 /// Checks the layer count against the file, because memory is reserved for every layer.
 pub(super) fn layer_count(layers: usize, tensors: usize) -> Result<usize> {

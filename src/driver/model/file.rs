@@ -3,7 +3,11 @@
 use std::path::Path;
 
 use super::config::ModelConfig;
-use super::names::{GGUF_NAMES, HF_GEMMA_NAMES, HF_LLAMA_NAMES, Names};
+use super::family::Family;
+use super::names::{
+    GGUF_GROK_NAMES, GGUF_NAMES, GGUF_OLD_GROK_NAMES, HF_GEMMA_NAMES, HF_GROK_BLOCK_NAMES, HF_GROK_NAMES,
+    HF_LLAMA_NAMES, Names,
+};
 use super::{from_gguf, from_hf};
 use crate::driver::error::Result;
 use crate::driver::gguf::Gguf;
@@ -101,9 +105,19 @@ impl ModelFile {
 
     pub(super) fn names(&self) -> &'static Names {
         match &self.source {
+            Source::Gguf(g) if g.str("general.architecture").is_ok_and(|arch| arch == "grok") => {
+                match g.tensor("blk.0.layer_output_norm.weight") {
+                    Some(_) => &GGUF_OLD_GROK_NAMES,
+                    None => &GGUF_GROK_NAMES,
+                }
+            }
             Source::Gguf(_) => &GGUF_NAMES,
-            Source::Hf(d) if from_hf::is_gemma(d) => &HF_GEMMA_NAMES,
-            Source::Hf(_) => &HF_LLAMA_NAMES,
+            Source::Hf(d) => match from_hf::family(d) {
+                Ok(Family::Gemma) => &HF_GEMMA_NAMES,
+                Ok(Family::Grok) if d.names().contains(&HF_GROK_NAMES.embedding) => &HF_GROK_NAMES,
+                Ok(Family::Grok) => &HF_GROK_BLOCK_NAMES,
+                _ => &HF_LLAMA_NAMES,
+            },
         }
     }
 

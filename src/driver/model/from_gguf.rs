@@ -1,7 +1,7 @@
 //! The configuration in a GGUF file's metadata.
 
-use super::config::{Activation, ModelConfig, RopeConfig, Stretch};
-use super::family::{GEMMA_PATTERN, LOCAL_ROPE_BASE, alternate, layer_count, local_layers, yarn_magnitude};
+use super::config::{Activation, ExpertConfig, ModelConfig, RopeConfig, Stretch};
+use super::family::{GEMMA_PATTERN, Grok, LOCAL_ROPE_BASE, alternate, layer_count, local_layers, yarn_magnitude};
 use super::names::GGUF_NAMES;
 use crate::driver::error::{Error, Result};
 use crate::driver::gguf::{Array, Gguf, Value};
@@ -42,18 +42,25 @@ impl Section<'_> {
 
 pub(super) fn config(g: &Gguf) -> Result<ModelConfig> {
     let arch = g.str("general.architecture")?;
-    let gemma = match arch {
-        "llama" => false,
-        "gemma3" => true,
+    let (gemma, grok) = match arch {
+        "llama" => (false, false),
+        "gemma3" => (true, false),
+        "grok" => (false, true),
         other => {
             return Err(Error::unsupported(format!(
-                "architecture {other:?}; this driver runs \"llama\" and \"gemma3\""
+                "architecture {other:?}; this driver runs \"llama\", \"gemma3\" and \"grok\""
             )));
         }
     };
     let s = Section { gguf: g, arch };
-    if let Some(n) = s.opt_usize("expert_count")?.filter(|&n| n > 0) {
-        return Err(Error::unsupported(format!("a mixture of {n} experts")));
+    let experts = match s.opt_usize("expert_count")?.filter(|&n| n > 0) {
+        // The file's cap on the router's logits is not applied, because neither the original nor llama.cpp has one.
+        Some(count) if grok => Some(ExpertConfig { count, used: s.usize("expert_used_count")?, normalized: false }),
+        Some(n) => return Err(Error::unsupported(format!("a mixture of {n} experts in architecture {arch:?}"))),
+        None => None,
+    };
+    if let Some(n) = s.opt_usize("attention.temperature_length")?.filter(|&n| n > 0) {
+        return Err(Error::unsupported(format!("queries that grow beyond {n} positions")));
     }
     let dim = s.usize("embedding_length")?;
     let heads = s.usize("attention.head_count")?;
@@ -81,7 +88,7 @@ pub(super) fn config(g: &Gguf) -> Result<ModelConfig> {
     let layers = layer_count(s.usize("block_count")?, g.tensors().len())?;
     let rope = RopeConfig {
         base: s.opt_f64("rope.freq_base")?.unwrap_or(10_000.0),
-        pairing: if gemma { Pairing::HalfSplit } else { Pairing::Interleaved },
+        pairing: if gemma || grok { Pairing::HalfSplit } else { Pairing::Interleaved },
         rotary_dim: s.opt_usize("rope.dimension_count")?.unwrap_or(head_dim),
         stretch: stretch(&s)?,
     };
@@ -92,6 +99,12 @@ pub(super) fn config(g: &Gguf) -> Result<ModelConfig> {
     };
     let local_base = if gemma { s.opt_f64("rope.freq_base_swa")?.unwrap_or(LOCAL_ROPE_BASE) } else { rope.base };
     let (layers, ropes) = alternate(&local, window, rope, local_base);
+    // A cap of 0 is none.
+    let cap = |key: &str| Ok::<_, Error>(s.opt_f32(key)?.filter(|&cap| cap != 0.0));
+    let ffn_dim = match s.opt_usize("expert_feed_forward_length")? {
+        Some(n) if grok && n > 0 => n,
+        _ => s.usize("feed_forward_length")?,
+    };
     let config = ModelConfig {
         name: g.opt_str("general.name")?.map(str::to_owned),
         vocab: embedding.shape[0],
@@ -99,19 +112,27 @@ pub(super) fn config(g: &Gguf) -> Result<ModelConfig> {
         heads,
         kv_heads: s.opt_usize("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
-        ffn_dim: s.usize("feed_forward_length")?,
-        activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
+        ffn_dim,
+        experts,
+        activation: if gemma || grok { Activation::GeluTanh } else { Activation::Silu },
         rms_eps: s.opt_f32("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
         qk_norm: gemma,
-        post_norms: gemma,
-        embedding_scale: if gemma { (dim as f64).sqrt() as f32 } else { 1.0 },
+        post_norms: gemma || grok,
+        embedding_scale: match s.opt_f32("embedding_scale")? {
+            Some(scale) if grok => scale,
+            None if grok => Grok::EMBEDDING_SCALE,
+            _ if gemma => (dim as f64).sqrt() as f32,
+            _ => 1.0,
+        },
         attn_scale: match s.opt_f32("attention.scale")? {
             // The format has no key for Gemma's query scale. Only that of the 27B model differs from the default.
             None if gemma && layers.len() == 62 => Some((dim as f64 / heads as f64).sqrt().recip() as f32),
+            None if grok => Some(s.opt_f32("attention.output_scale")?.unwrap_or(Grok::ATTENTION_SCALE)),
             given => given,
         },
-        attn_softcap: s.opt_f32("attn_logit_softcapping")?,
-        logit_softcap: s.opt_f32("final_logit_softcapping")?,
+        attn_softcap: cap("attn_logit_softcapping")?.or(grok.then_some(Grok::ATTENTION_CAP)),
+        logit_scale: if grok { s.opt_f32("logit_scale")?.unwrap_or(Grok::LOGIT_SCALE) } else { 1.0 },
+        logit_softcap: cap("final_logit_softcapping")?,
         layers,
         ropes,
         context: s.usize("context_length")?,

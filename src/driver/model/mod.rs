@@ -8,8 +8,10 @@
 //! | `names` | the containers' names for the tensors |
 //! | `file` | [`ModelFile`]: either container, opened |
 //! | `weights` | [`Weights`]: tensors found, checked and unpacked to f32 |
+//! | `experts` | the weights of the feed-forward part, [`FeedForward`] |
 
 mod config;
+mod experts;
 mod family;
 mod file;
 mod from_gguf;
@@ -17,7 +19,8 @@ mod from_hf;
 mod names;
 mod weights;
 
-pub use config::{Activation, LayerConfig, ModelConfig, RopeConfig, Stretch};
+pub use config::{Activation, ExpertConfig, LayerConfig, ModelConfig, RopeConfig, Stretch};
+pub use experts::{Experts, FeedForward, GatedMlp};
 pub use file::{ModelFile, TensorInfo};
 pub(super) use from_gguf::token_id;
 pub use weights::{LayerWeights, Weights};

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::experts::FeedForward;
 use super::file::ModelFile;
 use super::names::Names;
 use crate::driver::error::{Error, Result};
@@ -23,10 +24,8 @@ pub struct LayerWeights {
     pub attn_post_norm: Option<Vec<f32>>,
     /// RMSNorm before the feed-forward part.
     pub ffn_norm: Vec<f32>,
-    /// The gate and up projections in one matrix, in this order: `[2 * ffn_dim, dim]`.
-    pub gate_up: Matrix,
-    /// Back to the residual stream, `[dim, ffn_dim]`.
-    pub down: Matrix,
+    /// The feed-forward part.
+    pub ffn: FeedForward,
     /// RMSNorm of its output, if the model has one.
     pub ffn_post_norm: Option<Vec<f32>>,
 }
@@ -69,9 +68,9 @@ impl ModelFile {
 
 /// Walks through the tensors of a model twice. The first time it checks that each is there and has its shape, and adds
 /// up their sizes; the second time it reads them.
-struct Reader<'a> {
-    file: &'a ModelFile,
-    names: &'static Names,
+pub(super) struct Reader<'a> {
+    pub file: &'a ModelFile,
+    pub names: &'static Names,
     used: HashSet<String>,
     /// The bytes of all tensors.
     total: usize,
@@ -93,7 +92,6 @@ impl<'a> Reader<'a> {
         for i in 0..c.layers.len() {
             let name = |part: &str| format!("{}{i}.{part}", n.layer);
             let [q, k, v] = n.qkv.map(name);
-            let [gate, up] = n.gate_up.map(name);
             let [q_norm, k_norm] = n.qk_norm.map(name);
             layers.push(LayerWeights {
                 attn_norm: self.vector(name(n.attn_norm), c.dim)?,
@@ -105,8 +103,7 @@ impl<'a> Reader<'a> {
                 attn_out: self.matrix(&[(name(n.attn_out), c.dim)], c.q_dim())?,
                 attn_post_norm: self.post_norm(name(n.attn_post_norm))?,
                 ffn_norm: self.vector(name(n.ffn_norm), c.dim)?,
-                gate_up: self.matrix(&[(gate, c.ffn_dim), (up, c.ffn_dim)], c.dim)?,
-                down: self.matrix(&[(name(n.down), c.dim)], c.ffn_dim)?,
+                ffn: self.feed_forward(name)?,
                 ffn_post_norm: self.post_norm(name(n.ffn_post_norm))?,
             });
         }
@@ -116,7 +113,7 @@ impl<'a> Reader<'a> {
     }
 
     /// A tensor of a given shape. `None` in the first walk.
-    fn tensor(&mut self, name: String, want: &[usize]) -> Result<Option<Tensor<'a>>> {
+    pub fn tensor(&mut self, name: String, want: &[usize]) -> Result<Option<Tensor<'a>>> {
         let tensor = self.file.tensor(&name)?.ok_or_else(|| Error::malformed(format!("tensor {name:?} is missing")))?;
         if tensor.shape != want {
             return Err(Error::malformed(format!(
@@ -151,7 +148,7 @@ impl<'a> Reader<'a> {
     }
 
     /// Several tensors of equal width, one below the other.
-    fn matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Matrix> {
+    pub fn matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Matrix> {
         let part = |(name, rows): &(String, usize)| match self.tensor(name.clone(), &[*rows, cols])? {
             None => Ok(Matrix::from_f32(0, cols, Vec::new())),
             Some(t) => Matrix::from_bytes(t.ty, *rows, cols, t.data).map_err(|e| e.context(t.name)),
@@ -159,7 +156,7 @@ impl<'a> Reader<'a> {
         Matrix::stack(parts.iter().map(part).collect::<Result<_>>()?)
     }
 
-    /// An unused tensor (a bias, an expert, a second norm) is an error, because the model would not be computed as its
+    /// An unused tensor (a bias, a shared expert, a second norm) is an error, because the model would not be computed as its
     /// author meant.
     fn reject_strangers(&self) -> Result<()> {
         for name in self.file.tensor_names() {
@@ -178,7 +175,7 @@ impl Weights {
     /// The memory that all weights take, in bytes.
     pub fn memory(&self) -> usize {
         let of_layer = |l: &LayerWeights| {
-            [&l.qkv, &l.attn_out, &l.gate_up, &l.down].into_iter().map(Matrix::memory).sum::<usize>()
+            [&l.qkv, &l.attn_out].into_iter().chain(l.ffn.matrices()).map(Matrix::memory).sum::<usize>()
                 + l.norms().map(|norm| size_of_val(norm.as_slice())).sum::<usize>()
         };
         self.embedding.memory()
