@@ -13,7 +13,8 @@
 //! 3). It finds every tensor under the names of either container, checks its shape and unpacks it. The other modules
 //! do not depend on the container, except for RoPE's pairing, because the containers order the elements of a head
 //! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Scheduler`] runs several
-//! requests over one cache. [`ChatTemplate`] makes text of conversations. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
+//! requests over one cache, and [`BeamSearch`] finds the continuations that are the most likely as a whole. [`ChatTemplate`]
+//! makes text of conversations. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
 //! [`crate::bench`].
 //!
 //! The decoder uses the public API only, as any other program would: views, [`rope_in_place`](crate::rope_in_place),
@@ -29,6 +30,7 @@
 //! A model file is not trusted. Whatever it contains, the result is a value or an [`Error`] with a sentence, and the
 //! memory allocated is at most a small multiple of the file's size. A chat template has a bound on its steps and bytes.
 
+mod beam;
 mod cache;
 mod chat;
 pub mod cli;
@@ -46,9 +48,10 @@ mod scheduler;
 mod threads;
 mod tokenizer;
 
+pub use beam::{BeamOptions, BeamSearch, EarlyStopping, Hypothesis};
 pub use cache::{Cache, Formats, PREFILL_CHUNK};
 pub use chat::{ChatTemplate, Message};
-pub use decoder::{Decoder, Logits, Scratch};
+pub use decoder::{Decoder, Logits, Scratch, TreePass};
 pub use error::{Error, ErrorKind, Result};
 pub use linear::Matrix;
 pub use model::{
