@@ -80,7 +80,7 @@ fn scores_are_the_models() {
     let vocab = decoder.config().vocab;
     let prompt = tokenizer.encode("And he said unto them,", true).unwrap();
     for penalty in [1.0, 0.0, 2.0, -0.5] {
-        let options = BeamOptions { length_penalty: penalty, ..BeamOptions::new(4, 16) };
+        let options = BeamOptions::new(4, 16).length_penalty(penalty);
         let cache = Cache::with_beams(decoder.config(), 4, 64, DType::F32).unwrap();
         let found = search(&decoder, cache, &prompt, options);
         assert!(found.is_sorted_by(|a, b| a.score >= b.score));
@@ -170,7 +170,7 @@ fn ways_of_stopping_differ() {
         Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap()
     };
     let run = |decoder: &Decoder, beams: usize, early_stopping, length_penalty, format: Formats| {
-        let options = BeamOptions { early_stopping, length_penalty, ..BeamOptions::new(beams, 24) };
+        let options = BeamOptions::new(beams, 24).early_stopping(early_stopping).length_penalty(length_penalty);
         let cache = Cache::with_beams(decoder.config(), beams, 64, format).unwrap();
         let mut search = BeamSearch::new(decoder, cache, &prompt, options).unwrap();
         let mut steps = 1;
@@ -222,10 +222,10 @@ fn bad_arguments_are_sentences() {
     for (sentence, part) in [
         (refused(cache(3, 8), &[1], plain), "2 beams for a cache of 3 rows"),
         (refused(cache(0, 8), &[1], BeamOptions::new(0, 4)), "0 beams"),
-        (refused(cache(2, 8), &[1], BeamOptions::new(2, 0)), "0 tokens to generate"),
+        (refused(cache(2, 8), &[1], BeamOptions::new(2, 0)), "2 beams for 0 tokens"),
         (refused(cache(2, 8), &[], plain), "a prompt of 0 tokens"),
         (refused(cache(2, 8), &[1; 6], plain), "a prompt of 6 tokens and 4 more"),
-        (refused(cache(2, 8), &[1], BeamOptions { length_penalty: f64::NAN, ..plain }), "length penalty is NaN"),
+        (refused(cache(2, 8), &[1], plain.length_penalty(f64::NAN)), "length penalty is NaN"),
     ] {
         assert!(sentence.contains(part), "{sentence:?} lacks {part:?}");
     }

@@ -53,6 +53,34 @@ impl BeamOptions {
     pub fn new(beams: usize, max_tokens: usize) -> Self {
         Self { beams, max_tokens, length_penalty: 1.0, early_stopping: EarlyStopping::default() }
     }
+
+    /// Sets [`length_penalty`](field@Self::length_penalty).
+    #[must_use]
+    pub fn length_penalty(mut self, length_penalty: f64) -> Self {
+        self.length_penalty = length_penalty;
+        self
+    }
+
+    /// Sets [`early_stopping`](field@Self::early_stopping).
+    #[must_use]
+    pub fn early_stopping(mut self, early_stopping: EarlyStopping) -> Self {
+        self.early_stopping = early_stopping;
+        self
+    }
+
+    /// Whether a search can have these options.
+    pub fn check(&self) -> Result<()> {
+        let &Self { beams, max_tokens, length_penalty, .. } = self;
+        if beams == 0 || max_tokens == 0 {
+            return Err(Error::argument(format!(
+                "{beams} beams for {max_tokens} tokens; at least 1 of each is needed"
+            )));
+        }
+        if !length_penalty.is_finite() {
+            return Err(Error::argument(format!("the length penalty is {length_penalty}; it must be finite")));
+        }
+        Ok(())
+    }
 }
 
 /// A continuation of the prompt.
@@ -117,18 +145,13 @@ impl<'a> BeamSearch<'a> {
     /// Checks the arguments. The cache has a row per beam, which the search empties; [`Cache::with_beams`] makes one whose
     /// tokens never move. It needs room for the prompt and for `max_tokens - 1` tokens.
     pub fn new(decoder: &'a Decoder, mut cache: Cache, prompt: &[u32], options: BeamOptions) -> Result<Self> {
-        let BeamOptions { beams, max_tokens, length_penalty, .. } = options;
-        if beams == 0 || beams != cache.rows() {
+        options.check()?;
+        let BeamOptions { beams, max_tokens, .. } = options;
+        if beams != cache.rows() {
             return Err(Error::argument(format!(
-                "{beams} beams for a cache of {} rows; each beam, at least 1, has a row",
+                "{beams} beams for a cache of {} rows; each beam has a row",
                 cache.rows()
             )));
-        }
-        if max_tokens == 0 {
-            return Err(Error::argument("0 tokens to generate; at least 1 is needed"));
-        }
-        if !length_penalty.is_finite() {
-            return Err(Error::argument(format!("the length penalty is {length_penalty}; it must be finite")));
         }
         let needed = prompt.len().saturating_add(max_tokens - 1);
         if prompt.is_empty() || needed > cache.capacity() {

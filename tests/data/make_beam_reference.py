@@ -167,7 +167,7 @@ def search(model, ids, beams, length_penalty, early_stopping):
         scale = len(tokens) ** length_penalty
         margins.note(a * scale, b * scale)
     found = {"beams": beams, "length_penalty": length_penalty, "early_stopping": early_stopping,
-             "margin": float(f"{margins.least:.3g}"), "sequences": sequences, "scores": [round(s, 6) for s in scores]}
+             "margin": float(f"{margins.least:.3g}"), "sequences": sequences, "scores": [float(f"{s:.8g}") for s in scores]}
     return found
 
 
