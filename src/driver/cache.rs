@@ -126,7 +126,7 @@ struct LayerCache {
 /// | made by | layers with a window | sequences | for |
 /// | --- | --- | --- | --- |
 /// | [`new`](Self::new), [`with_chunk`](Self::with_chunk) | rings | a row each | requests |
-/// | [`without_rings`](Self::without_rings) | every token | a row each | going back, and trees of guesses |
+/// | [`without_rings`](Self::without_rings) | every token | a row each | going back, and trees of [guesses](super::Speculation) |
 /// | [`with_beams`](Self::with_beams) | every token | share tokens by a table | [beam search](super::BeamSearch) |
 #[derive(Debug, Clone)]
 pub struct Cache {

@@ -13,8 +13,9 @@
 //! 3). It finds every tensor under the names of either container, checks its shape and unpacks it. The other modules
 //! do not depend on the container, except for RoPE's pairing, because the containers order the elements of a head
 //! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Scheduler`] runs several
-//! requests over one cache, and [`BeamSearch`] finds the continuations that are the most likely as a whole. [`ChatTemplate`]
-//! makes text of conversations. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
+//! requests over one cache, [`BeamSearch`] finds the continuations that are the most likely as a whole, and [`Speculation`]
+//! guesses several tokens and verifies them in one pass. [`ChatTemplate`] makes text of conversations. [`cli`] parses
+//! arguments and prints; `kvlane bench` is the command line of
 //! [`crate::bench`].
 //!
 //! The decoder uses the public API only, as any other program would: views, [`rope_in_place`](crate::rope_in_place),
@@ -45,6 +46,7 @@ mod model;
 pub mod quant;
 mod sampling;
 mod scheduler;
+mod speculate;
 mod threads;
 mod tokenizer;
 
@@ -60,6 +62,9 @@ pub use model::{
 pub use sampling::{Sampler, SamplerOptions, argmax};
 pub use scheduler::{
     Event, Finish, Logprobs, Overlong, Prefilled, Request, RequestId, Scheduler, Statistics, Streaming,
+};
+pub use speculate::{
+    Distribution, GuessTree, Speculation, SpeculationOptions, SpeculationStatistics, check_vocabularies,
 };
 pub use threads::{MOST_THREADS, Threads};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -8,6 +8,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::beams::{Beams, beams};
+use super::guesses::{Guesses, guesses};
 use super::interrupt::{self, Interrupts};
 use super::model::{Run, open};
 use super::output::{bar, count_of, note, print, print_json};
@@ -41,6 +42,7 @@ use crate::{CacheFormat, Context, KernelInfo, Op, Precision};
   kvlane generate --prompts requests.jsonl --slots 8
   kvlane generate --prompt 'And God said' --window 128 --max-tokens 5000
   kvlane generate --prompt 'And God said' --beams 4 --samples 2 --max-tokens 20
+  kvlane generate --prompt 'And God said' --lookup 3 --branches 2
   echo 'The moon' | kvlane generate --model ./Llama-3.2-1B --prompt - --kv-type bf16")]
 pub(super) struct Generate {
     #[command(flatten)]
@@ -83,6 +85,8 @@ pub(super) struct Generate {
     pub(super) json: bool,
     #[command(flatten)]
     pub(super) beams: Beams,
+    #[command(flatten)]
+    pub(super) guesses: Guesses,
 }
 
 /// What is ready when a text can begin.
@@ -104,8 +108,10 @@ pub(super) fn generate(args: &Generate) -> Result<ExitCode> {
         return Err(Error::argument("--system is given, but it needs --chat or --prompts"));
     }
     let search = args.beams.options(args.sampling.max_tokens)?;
-    if search.is_some() && args.prompt.len() > 1 {
-        return Err(Error::argument(format!("--beams takes one --prompt, but {} are given", args.prompt.len())));
+    let speculation = args.guesses.options(args.sampling.max_tokens, args.sampling.options());
+    if (search.is_some() || speculation.is_some()) && args.prompt.len() > 1 {
+        let option = if search.is_some() { "--beams takes" } else { "--draft and --lookup take" };
+        return Err(Error::argument(format!("{option} one --prompt, but {} are given", args.prompt.len())));
     }
     let start = Instant::now();
     let file = open(args.run.model.as_ref())?;
@@ -127,10 +133,16 @@ pub(super) fn generate(args: &Generate) -> Result<ExitCode> {
     let name = decoder.config().name.clone().unwrap_or_else(|| file.format());
     drop(file);
     let load = start.elapsed();
-    if let Some(options) = search {
-        let prompt = ids.into_iter().next().unwrap_or_default();
+    let loaded = |decoder, ids: Vec<Vec<u32>>, name| {
         let kernels = kernel_names(&decoder, args.run.formats());
-        return beams(args, Loaded { decoder, tokenizer: &tokenizer, prompt, name, capacity, load, kernels }, options);
+        let prompt = ids.into_iter().next().unwrap_or_default();
+        Loaded { decoder, tokenizer: &tokenizer, prompt, name, capacity, load, kernels }
+    };
+    if let Some(options) = search {
+        return beams(args, loaded(decoder, ids, name), options);
+    }
+    if let Some(options) = speculation {
+        return guesses(args, loaded(decoder, ids, name), options);
     }
 
     let mut scheduler = Scheduler::new(&decoder, slots, capacity, args.run.formats())?

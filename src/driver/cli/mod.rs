@@ -6,6 +6,7 @@ mod bench;
 mod cache_cost;
 mod chat;
 mod generate;
+mod guesses;
 mod info;
 mod inspect;
 mod interrupt;
