@@ -21,18 +21,20 @@ pub(super) struct Draft<'a> {
     sampler: Sampler,
     /// Whether children are drawn; if not, they are the likeliest.
     draws: bool,
+    /// The number of tokens that the model has. A draft may have more, which are never guessed.
+    vocab: usize,
 }
 
 impl<'a> Draft<'a> {
-    /// `sampling` are the options of the text to come.
-    pub fn new(decoder: &'a Decoder, cache: Cache, sampling: SamplerOptions) -> Result<Self> {
+    /// `sampling` are the options of the text to come, `vocab` the number of tokens of its model.
+    pub fn new(decoder: &'a Decoder, cache: Cache, sampling: SamplerOptions, vocab: usize) -> Result<Self> {
         let draws = sampling.temperature > 0.0;
         // Without a temperature the likeliest tokens are guessed, whose probabilities order the branches. The seed
         // differs, because draws that follow the choices of the model would not be independent of them.
-        let temperature = if draws { sampling.temperature } else { 1.0 };
-        let sampler = Sampler::new(sampling.temperature(temperature).seed(sampling.seed ^ 0x6775_6573_7365_7321))?;
+        let options = if draws { sampling } else { SamplerOptions::new().temperature(1.0) };
+        let sampler = Sampler::new(options.seed(sampling.seed ^ 0x6775_6573_7365_7321))?;
         let scratch = Scratch::default();
-        Ok(Self { decoder, cache, scratch, held: Vec::new(), fed: Vec::new(), sampler, draws })
+        Ok(Self { decoder, cache, scratch, held: Vec::new(), fed: Vec::new(), sampler, draws, vocab })
     }
 
     /// A tree of at most `most` guesses after a text: up to `branches` per level, up to `ahead` levels. It is empty if the
@@ -58,7 +60,10 @@ impl<'a> Draft<'a> {
                 if n == 0 {
                     continue;
                 }
-                let source = self.sampler.distribution(row)?;
+                let mut source = self.sampler.distribution(row)?;
+                source.retain(|&(token, _)| (token as usize) < self.vocab);
+                let sum: f64 = source.iter().map(|(_, p)| p).sum();
+                source.iter_mut().for_each(|(_, p)| *p /= sum);
                 let tokens = match self.draws {
                     true => draw(&source, n, &mut self.sampler),
                     false => source.iter().take(n).map(|&(token, _)| token).collect(),

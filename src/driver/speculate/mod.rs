@@ -182,7 +182,7 @@ impl<'a> Speculation<'a> {
             cache.check_gaps_close().map_err(|e| e.context("branches of the draft"))?;
         }
         cache.reset(0);
-        self.draft = Some(Draft::new(decoder, cache, self.options.sampling)?);
+        self.draft = Some(Draft::new(decoder, cache, self.options.sampling, self.decoder.config().vocab)?);
         Ok(self)
     }
 
