@@ -263,6 +263,14 @@ fn help_names_every_option() {
         "--chat",
         "--system",
         "--keep-last",
+        "--beams",
+        "--length-penalty",
+        "--early-stopping",
+        "--samples",
+        "--draft",
+        "--lookup",
+        "--guesses",
+        "--branches",
     ] {
         assert!(help.contains(option), "{option}");
     }
@@ -540,4 +548,77 @@ fn messages_become_a_conversation() {
     assert!(errors.len() == 2 && errors[0]["error"].as_str().unwrap().contains("unknown field `mood`"), "{errors:?}");
     let (events, _) = serve(&[], r#"{"messages": [{"role": "user", "content": "Who?"}]}"#);
     assert!(events[0]["error"].as_str().unwrap().contains("no chat template"), "{}", events[0]);
+}
+
+#[test]
+fn beams_write_the_best_texts() {
+    let args = ["generate", "--prompt", "And God said", "--beams", "4", "--max-tokens", "12"];
+    let best = stdout(&args);
+    let object = json(&[&args[..], &["--samples", "3"]].concat());
+    let samples = object["samples"].as_array().unwrap();
+    let scores: Vec<f64> = samples.iter().map(|s| s["score"].as_f64().unwrap()).collect();
+    assert!(scores.len() == 3 && scores.is_sorted_by(|a, b| a >= b), "{scores:?}");
+    assert_eq!(format!("{}\n", samples[0]["text"].as_str().unwrap()), best);
+    assert_eq!((samples[0]["ids"].as_array().unwrap().len(), samples[0]["finish"].as_str()), (12, Some("max_tokens")));
+    let several = stdout(&[&args[..], &["--samples", "2"]].concat());
+    assert!(several.contains(&best) && several.matches("==> score -").count() == 2, "{several}");
+    // One beam is greedy; a penalty scales scores.
+    let one = ["generate", "--prompt", "And God said", "--max-tokens", "12"];
+    assert_eq!(stdout(&[&one[..], &["--beams", "1"]].concat()), stdout(&[&one[..], &["--temperature", "0"]].concat()));
+    let sums = json(&[&args[..], &["--length-penalty", "0", "--early-stopping", "never"]].concat());
+    assert_eq!(sums["samples"][0]["score"], sums["samples"][0]["log_probability"]);
+    for (wrong, part) in [
+        (&["--beams", "0"][..], "it must be a whole number, 1 or more"),
+        (&["--beams", "2", "--samples", "3"], "--samples 3 of a search with 2 beams"),
+        (&["--samples", "2"], "--beams <N>"),
+        (&["--beams", "2", "--length-penalty", "nan"], "it must be a finite number"),
+        (&["--beams", "2", "--temperature", "1"], "cannot be used with"),
+        (&["--beams", "2", "--prompt", "b"], "--beams takes one --prompt, but 2 are given"),
+    ] {
+        let out = kvlane(&[&["generate", "--prompt", "a"], wrong].concat());
+        let sentence = String::from_utf8(out.stderr).unwrap();
+        assert!(out.status.code() == Some(2) && sentence.contains(part), "{wrong:?}: {sentence}");
+    }
+}
+
+#[test]
+fn guesses_leave_the_text_as_it_is() {
+    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/src/driver/tiny/tiny.gguf");
+    let args = ["generate", "--prompt", "And it came to pass", "--max-tokens", "60", "--temperature", "0"];
+    let plain = stdout(&args);
+    for more in [
+        &["--lookup", "3"][..],
+        &["--lookup", "2", "--branches", "3", "--guesses", "5"],
+        &["--draft", tiny],
+        &["--draft", tiny, "--branches", "2", "--lookup", "2"],
+    ] {
+        let out = kvlane(&[&args[..], more].concat());
+        let notes = String::from_utf8(out.stderr).unwrap();
+        assert!(
+            out.status.success() && notes.contains(" guesses held; ") && notes.contains("tokens per pass"),
+            "{notes}"
+        );
+        assert_eq!(String::from_utf8(out.stdout).unwrap(), plain, "{more:?}");
+    }
+    // The model itself, as its draft, is always right.
+    let object = json(&[&args[..], &["--draft", tiny]].concat());
+    let number = |key: &str| object[key].as_u64().unwrap();
+    assert_eq!((number("passes"), number("held"), number("guesses")), (12, 47, 47));
+    assert_eq!(format!("{}\n", object["text"].as_str().unwrap()), plain);
+    assert_eq!(object["finish"], "max_tokens");
+    // The seed decides with a temperature too.
+    let sampled = ["generate", "--prompt", "And it came to pass", "--max-tokens", "60", "--seed", "3"];
+    assert_eq!(stdout(&[&sampled[..], &["--lookup", "3"]].concat()), stdout(&sampled));
+    let drawn = [&sampled[..], &["--draft", tiny, "--branches", "2"]].concat();
+    assert_eq!(stdout(&drawn), stdout(&drawn));
+    for (wrong, part) in [
+        (&["--lookup", "0"][..], "it must be a whole number, 1 or more"),
+        (&["--guesses", "3"], "required arguments were not provided"),
+        (&["--lookup", "2", "--beams", "2"], "cannot be used with"),
+        (&["--lookup", "2", "--prompt", "b"], "take one --prompt, but 2 are given"),
+    ] {
+        let out = kvlane(&[&["generate", "--prompt", "a"], wrong].concat());
+        let sentence = String::from_utf8(out.stderr).unwrap();
+        assert!(out.status.code() == Some(2) && sentence.contains(part), "{wrong:?}: {sentence}");
+    }
 }

@@ -11,7 +11,10 @@ use gguf_writer::{T, V, Writer};
 use kvlane::DType;
 use kvlane::driver::argmax;
 use kvlane::driver::gguf::Gguf;
-use kvlane::driver::{Cache, Decoder, ErrorKind, Logits, ModelFile, Request, Scheduler, Scratch, Threads};
+use kvlane::driver::{
+    BeamOptions, BeamSearch, Cache, Decoder, ErrorKind, Logits, ModelFile, Request, SamplerOptions, Scheduler, Scratch,
+    Speculation, SpeculationOptions, Threads,
+};
 
 const VOCAB: usize = 32;
 const DIM: usize = 16;
@@ -340,4 +343,139 @@ fn slots_with_rings_are_reused() {
     assert_eq!(samples, vec![whole(&prompts[0]); 4]);
     let computed = prompts.iter().map(Vec::len).sum::<usize>() + prompts[0].len();
     assert_eq!(scheduler.statistics().prompt_tokens, computed);
+}
+
+/// Layers with windows keep rings, or every token for beams: rows that move by copying in rings find what rows that move
+/// by table find.
+#[test]
+fn beams_by_table_are_beams_in_rings() {
+    let decoder = decoder(&open(&writer()).unwrap());
+    for (beams, chunk) in [(2, 1), (3, 5), (6, 512)] {
+        let prompt = text(11, beams);
+        let rings = Cache::with_chunk(decoder.config(), beams, 40, chunk, DType::F32).unwrap();
+        let table = Cache::with_beams(decoder.config(), beams, 40, DType::F32).unwrap();
+        assert!(table.bytes() >= rings.bytes());
+        let [rings, table] = [rings, table].map(|cache| {
+            let mut search = BeamSearch::new(&decoder, cache, &prompt, BeamOptions::new(beams, 30)).unwrap();
+            while search.step().unwrap() {}
+            search.hypotheses()
+        });
+        assert_eq!((table.len(), &table), (beams, &rings));
+    }
+}
+
+/// The same model without its last layers.
+fn draft(layers: usize) -> Decoder {
+    let file = open(&writer()).unwrap();
+    let (mut config, mut weights) = (file.config().clone(), file.weights(&|_, _| ()).unwrap());
+    config.layers.truncate(layers);
+    weights.layers.truncate(layers);
+    Decoder::new(config, weights, 0, None, Threads::new(1).unwrap()).unwrap()
+}
+
+/// A tree's tokens see a window of positions, not of slots. One branch needs no more than rings.
+#[test]
+fn guesses_see_windows_of_positions() {
+    let decoder = decoder(&open(&writer()).unwrap());
+    let prompt = text(9, 3);
+    let mut greedy: Vec<u32> = Vec::new();
+    let (mut cache, mut scratch) = (Cache::new(decoder.config(), 1, 64, DType::F32).unwrap(), Scratch::default());
+    let mut next = prompt.clone();
+    while greedy.len() < 50 {
+        let logits = decoder.forward(&mut cache, &mut scratch, 0, &[&next], Logits::Last).unwrap();
+        next = vec![argmax(&logits).unwrap()];
+        greedy.extend(&next);
+    }
+    for layers in [1, 3, 5] {
+        let draft = draft(layers);
+        for (ahead, branches) in [(3, 1), (6, 2), (3, 5)] {
+            let options = SpeculationOptions::new(50).ahead(ahead).branches(branches);
+            let cache = |decoder: &Decoder| match branches {
+                1 => Cache::with_chunk(decoder.config(), 1, 64, 8, DType::F32).unwrap(),
+                _ => Cache::without_rings(decoder.config(), 1, 64, DType::F32).unwrap(),
+            };
+            let speculation = Speculation::new(&decoder, cache(&decoder), &prompt, options).unwrap();
+            let mut speculation = speculation.draft(&draft, cache(&draft)).unwrap();
+            while speculation.finish().is_none() {
+                speculation.step().unwrap();
+            }
+            let s = speculation.statistics();
+            assert_eq!(speculation.tokens(), greedy, "{layers} layers, {ahead} x {branches}, {s:?}");
+            assert!(s.held > 0, "{layers} layers, {ahead} x {branches}");
+        }
+    }
+    let rings = Cache::new(decoder.config(), 1, 600, DType::F32).unwrap();
+    let refused = Speculation::new(&decoder, rings, &prompt, SpeculationOptions::new(4).branches(2)).err();
+    assert!(refused.is_some_and(|e| e.to_string().contains("2 branches of guesses: closing a gap")));
+}
+
+/// Many short texts with drawn guesses, whose third token has the distribution that the model gives it after all pairs of
+/// first tokens.
+#[test]
+fn sampled_text_has_the_models_distribution() {
+    let decoder = decoder(&open(&writer()).unwrap());
+    let draft = draft(2);
+    let prompt = text(6, 2);
+    let softmax = |logits: &[f32]| {
+        let weights: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / 0.9).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        weights.into_iter().map(move |w| w / sum).collect::<Vec<f64>>()
+    };
+    let after = |tokens: &[u32]| {
+        let mut cache = Cache::new(decoder.config(), 1, 16, DType::F32).unwrap();
+        let ids = [&prompt[..], tokens].concat();
+        softmax(&decoder.forward(&mut cache, &mut Scratch::default(), 0, &[&ids], Logits::Last).unwrap())
+    };
+    let first = after(&[]);
+    let (mut second, mut third) = (vec![0.0; VOCAB], vec![0.0; VOCAB]);
+    for a in 0..VOCAB {
+        for (b, p) in after(&[a as u32]).into_iter().enumerate() {
+            second[b] += first[a] * p;
+            for (third, q) in third.iter_mut().zip(after(&[a as u32, b as u32])) {
+                *third += first[a] * p * q;
+            }
+        }
+    }
+    for (ahead, branches) in [(2, 1), (2, 3)] {
+        let n = 4000;
+        let mut found = [[0usize; VOCAB]; 3];
+        let mut held = 0;
+        for seed in 0..n {
+            let sampling = SamplerOptions::new().temperature(0.9).seed(seed);
+            let options = SpeculationOptions::new(3).sampling(sampling).ahead(ahead).branches(branches);
+            let cache = |decoder: &Decoder| Cache::without_rings(decoder.config(), 1, 16, DType::F32).unwrap();
+            let speculation = Speculation::new(&decoder, cache(&decoder), &prompt, options).unwrap();
+            let mut speculation = speculation.draft(&draft, cache(&draft)).unwrap();
+            while speculation.finish().is_none() {
+                speculation.step().unwrap();
+            }
+            held += speculation.statistics().held;
+            for (found, &token) in found.iter_mut().zip(speculation.tokens()) {
+                found[token as usize] += 1;
+            }
+        }
+        assert!(held > n as usize / 4, "{held} guesses held");
+        for (i, (found, expected)) in found.iter().zip([&first, &second, &third]).enumerate() {
+            // Cells with fewer than 5 expected are one.
+            let (mut square, mut cells, mut small) = (0.0, 0, (0.0, 0.0));
+            for (&found, p) in found.iter().zip(expected) {
+                let (found, expected) = (found as f64, p * n as f64);
+                if expected < 5.0 {
+                    small = (small.0 + found, small.1 + expected);
+                } else {
+                    square += (found - expected).powi(2) / expected;
+                    cells += 1;
+                }
+            }
+            if small.1 > 0.0 {
+                square += (small.0 - small.1).powi(2) / small.1.max(1.0);
+            }
+            let k = f64::from(cells);
+            eprintln!("token {i}, {ahead} x {branches}: chi-square {square:.1} of {cells} cells; {held} guesses held");
+            assert!(
+                cells > 5 && square < k + 5.0 * (2.0 * k).sqrt(),
+                "token {i}: chi-square {square} of {cells} cells"
+            );
+        }
+    }
 }

@@ -11,8 +11,12 @@ use std::sync::LazyLock;
 
 use kvlane::DType;
 use kvlane::driver::argmax;
-use kvlane::driver::{Cache, ChatTemplate, Decoder, Finish, Logits, Message, Request, Scheduler, Scratch, Tokenizer};
+use kvlane::driver::{
+    BeamOptions, BeamSearch, Cache, ChatTemplate, Decoder, EarlyStopping, Finish, Logits, Message, Request, Scheduler,
+    Scratch, Tokenizer,
+};
 use model_reference::{Prompt, Reference, open_model};
+use serde::Deserialize;
 
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
@@ -264,4 +268,71 @@ fn questions_are_answered() {
     let (answer, _, _, second) = ask(&ids);
     assert!(answer.contains("Rome"), "{answer:?}");
     assert_eq!(second.prompt_tokens - first.prompt_tokens, new.len() + 1);
+}
+
+/// `tests/data/make_beam_reference.py` makes it.
+#[derive(Deserialize)]
+struct BeamReference {
+    eos: Vec<u32>,
+    max_tokens: usize,
+    prompts: Vec<BeamPrompt>,
+}
+
+#[derive(Deserialize)]
+struct BeamPrompt {
+    text: String,
+    ids: Vec<u32>,
+    searches: Vec<Search>,
+}
+
+#[derive(Deserialize)]
+struct Search {
+    beams: usize,
+    length_penalty: f64,
+    early_stopping: serde_json::Value,
+    margin: f64,
+    sequences: Vec<Vec<u32>>,
+    scores: Vec<f64>,
+}
+
+/// Sequences and scores of transformers' beam search. Rounding could order two candidates differently only if they were
+/// closer than the errors of the two sides. The reference has no decision with a margin below a thousandth, and the
+/// largest observed difference of a log-probability is 6e-5.
+#[test]
+fn beams_are_the_references() {
+    let Some((decoder, tokenizer)) = MODEL.as_ref() else { return };
+    let reference: BeamReference = serde_json::from_str(include_str!("data/smollm2_beams.json")).unwrap();
+    assert_eq!(decoder.config().eos, reference.eos);
+    assert!(reference.prompts.len() >= 12);
+    let mut worst = 0.0f64;
+    let mut ended = 0;
+    for prompt in &reference.prompts {
+        assert_eq!(tokenizer.encode(&prompt.text, true).unwrap(), prompt.ids, "{:?}", prompt.text);
+        for expected in &prompt.searches {
+            assert!(expected.margin >= 1e-3);
+            let mut options = BeamOptions::new(expected.beams, reference.max_tokens);
+            options.length_penalty = expected.length_penalty;
+            options.early_stopping = match &expected.early_stopping {
+                serde_json::Value::Bool(false) => EarlyStopping::Heuristic,
+                serde_json::Value::Bool(true) => EarlyStopping::First,
+                other => {
+                    assert_eq!(other, "never");
+                    EarlyStopping::Never
+                }
+            };
+            let capacity = prompt.ids.len() + reference.max_tokens - 1;
+            let cache = Cache::with_beams(decoder.config(), expected.beams, capacity, DType::F32).unwrap();
+            let mut search = BeamSearch::new(decoder, cache, &prompt.ids, options).unwrap();
+            while search.step().unwrap() {}
+            let found = search.hypotheses();
+            let sequences: Vec<_> = found.iter().map(|h| h.tokens.clone()).collect();
+            assert_eq!(sequences, expected.sequences, "{} beams, {:?}", expected.beams, prompt.text);
+            for (h, score) in found.iter().zip(&expected.scores) {
+                worst = worst.max((h.score - score).abs() * (h.tokens.len() as f64).powf(expected.length_penalty));
+                ended += usize::from(h.tokens.len() < reference.max_tokens);
+            }
+        }
+    }
+    eprintln!("largest difference of a log-probability: {worst:.2e}; {ended} sequences ended early");
+    assert!(worst < 5e-4 && ended > 8, "{worst} {ended}");
 }

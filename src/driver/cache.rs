@@ -9,7 +9,7 @@ use super::error::{Error, Result};
 use super::model::{LayerConfig, ModelConfig};
 use crate::{
     CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, UnrotatedKeys,
-    View, ViewMut,
+    View, ViewMut, Workspace, reorder_table,
 };
 
 /// Prompt tokens per pass. More would enlarge the activations without making a pass more efficient.
@@ -108,8 +108,8 @@ struct LayerCache {
     k: Buffer,
     v: Buffer,
     shape: [usize; 4],
-    /// As [`LayerConfig::window`]. A layer with a window keeps rings.
-    window: Option<usize>,
+    /// The window of a layer that keeps rings, as [`LayerConfig::window`].
+    ring: Option<usize>,
     /// The first keys of every row before their rotation, `[rows, sinks, kv_heads, head_dim]`; see [`Cache::keep_sinks`].
     unrotated: Vec<f32>,
 }
@@ -121,6 +121,13 @@ struct LayerCache {
 ///
 /// Layers with a window keep rings. A ring has slots for the window and for the tokens of one pass, because the last
 /// token of a pass must not overwrite the window of the first query. The other layers keep every token.
+///
+/// # Kinds
+/// | made by | layers with a window | sequences | for |
+/// | --- | --- | --- | --- |
+/// | [`new`](Self::new), [`with_chunk`](Self::with_chunk) | rings | a row each | requests |
+/// | [`without_rings`](Self::without_rings) | every token | a row each | going back, and trees of [guesses](super::Speculation) |
+/// | [`with_beams`](Self::with_beams) | every token | share tokens by a table | [beam search](super::BeamSearch) |
 #[derive(Debug, Clone)]
 pub struct Cache {
     layers: Vec<LayerCache>,
@@ -137,6 +144,8 @@ pub struct Cache {
     capacity: usize,
     chunk: usize,
     formats: Formats,
+    /// `[rows, capacity]`: the row in which each token of each sequence lies, if sequences share tokens.
+    table: Option<Vec<i32>>,
 }
 
 /// Asks for memory where a refusal is no abort.
@@ -149,8 +158,13 @@ fn can_be_allocated(bytes: usize) -> bool {
 }
 
 /// The slots that a layer needs for sequences of up to `capacity` tokens, with at most `chunk` new tokens per pass.
-fn slots(layer: &LayerConfig, capacity: usize, chunk: usize) -> usize {
-    layer.window.map_or(capacity, |window| window.saturating_add(chunk).min(capacity))
+fn slots(ring: Option<usize>, capacity: usize, chunk: usize) -> usize {
+    ring.map_or(capacity, |window| window.saturating_add(chunk).min(capacity))
+}
+
+/// The window of a layer that keeps rings where memory counts.
+fn ring_of(layer: &LayerConfig) -> Option<usize> {
+    layer.window
 }
 
 impl Cache {
@@ -161,15 +175,23 @@ impl Cache {
 
     /// Checks whether [`Self::new`] can make a cache, and returns its size in bytes.
     pub fn bytes_for(config: &ModelConfig, rows: usize, capacity: usize, formats: impl Into<Formats>) -> Result<usize> {
-        Self::check(config, rows, capacity, PREFILL_CHUNK, formats.into())
+        Self::check(config, rows, capacity, PREFILL_CHUNK, formats.into(), ring_of)
     }
 
-    fn check(config: &ModelConfig, rows: usize, capacity: usize, chunk: usize, formats: Formats) -> Result<usize> {
+    fn check(
+        config: &ModelConfig,
+        rows: usize,
+        capacity: usize,
+        chunk: usize,
+        formats: Formats,
+        ring: fn(&LayerConfig) -> Option<usize>,
+    ) -> Result<usize> {
         if chunk == 0 {
             return Err(Error::argument("0 tokens of a row in one pass; at least 1 is needed"));
         }
         let per_token = formats.token_bytes(config.kv_heads, config.head_dim);
-        let bytes_of = |layer: &LayerConfig| rows.checked_mul(slots(layer, capacity, chunk))?.checked_mul(per_token);
+        let bytes_of =
+            |layer: &LayerConfig| rows.checked_mul(slots(ring(layer), capacity, chunk))?.checked_mul(per_token);
         let bytes = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(bytes_of(layer)?));
         // Slots of all rows are numbered in `i32`.
         let numbered = rows.max(1).checked_mul(capacity).filter(|&n| i32::try_from(n).is_ok());
@@ -191,16 +213,54 @@ impl Cache {
         chunk: usize,
         formats: impl Into<Formats>,
     ) -> Result<Self> {
-        let formats = formats.into();
-        Self::check(config, rows, capacity, chunk, formats)?;
-        let shape = |layer: &LayerConfig| [rows, slots(layer, capacity, chunk), config.kv_heads, config.head_dim];
+        Self::with_kind(config, rows, capacity, chunk, formats.into(), ring_of)
+    }
+
+    /// As [`Self::new`], but layers with a window keep every token too, so that a row can go back to any length and
+    /// [`Decoder::keep`](super::Decoder::keep) can close gaps.
+    pub fn without_rings(
+        config: &ModelConfig,
+        rows: usize,
+        capacity: usize,
+        formats: impl Into<Formats>,
+    ) -> Result<Self> {
+        Self::with_kind(config, rows, capacity, PREFILL_CHUNK, formats.into(), |_| None)
+    }
+
+    /// Room for `beams` sequences that share tokens. A token lies in the row that has written it, and a table names this
+    /// row for every position of every sequence. [`Decoder::reorder`](super::Decoder::reorder) replaces sequences by
+    /// others and moves entries of the table, but no token. Every layer keeps every token.
+    ///
+    /// A row that would overwrite a token of another row gets an error instead of new tokens. This happens only if a
+    /// row has been emptied or shortened whose tokens others share.
+    pub fn with_beams(
+        config: &ModelConfig,
+        beams: usize,
+        capacity: usize,
+        formats: impl Into<Formats>,
+    ) -> Result<Self> {
+        let cache = Self::without_rings(config, beams, capacity, formats)?;
+        Ok(Self { table: Some(vec![0; beams * capacity]), ..cache })
+    }
+
+    /// `ring` is the window of a layer that keeps rings.
+    fn with_kind(
+        config: &ModelConfig,
+        rows: usize,
+        capacity: usize,
+        chunk: usize,
+        formats: Formats,
+        ring: fn(&LayerConfig) -> Option<usize>,
+    ) -> Result<Self> {
+        Self::check(config, rows, capacity, chunk, formats, ring)?;
+        let shape = |layer: &LayerConfig| [rows, slots(ring(layer), capacity, chunk), config.kv_heads, config.head_dim];
         let layer = |layer: &LayerConfig| {
-            let (shape, window) = (shape(layer), layer.window);
+            let (shape, ring) = (shape(layer), ring(layer));
             LayerCache {
                 k: Buffer::zeros(formats.k, shape),
                 v: Buffer::zeros(formats.v, shape),
                 shape,
-                window,
+                ring,
                 unrotated: Vec::new(),
             }
         };
@@ -214,6 +274,7 @@ impl Cache {
             capacity,
             chunk,
             formats,
+            table: None,
         })
     }
 
@@ -288,8 +349,8 @@ impl Cache {
             self.reset(row);
             return Ok(());
         }
-        for &LayerCache { shape: [_, slots, ..], window, .. } in &self.layers {
-            let Some(window) = window else { continue };
+        for &LayerCache { shape: [_, slots, ..], ring, .. } in &self.layers {
+            let Some(window) = ring else { continue };
             let (seen, kept) = ((len + 1).saturating_sub(window), (self.most[row] as usize).saturating_sub(slots));
             if seen < kept {
                 return Err(Error::argument(format!(
@@ -350,6 +411,7 @@ impl Cache {
         to: &[usize],
         tokens: usize,
     ) -> Result<()> {
+        self.check_unshared("copying")?;
         let rows: Vec<i32> = to.iter().map(|&row| i32::try_from(row).unwrap_or(i32::MAX)).collect();
         let mut lengths = self.lengths.clone();
         for (layout, mut layers) in self.kinds()? {
@@ -381,6 +443,8 @@ impl Cache {
         from: &mut Self,
         from_row: usize,
     ) -> Result<()> {
+        self.check_unshared("writing")?;
+        from.check_unshared("copying")?;
         let length = from.lengths.get(from_row).copied().unwrap_or(0);
         if self.layers.len() != from.layers.len() {
             return Err(Error::argument(format!(
@@ -408,17 +472,38 @@ impl Cache {
         Ok(())
     }
 
-    /// The layers by their window, which decides layout and slots.
+    /// The layers by the window of their rings, which decides layout and slots.
     fn kinds(&mut self) -> Result<Vec<(Layout<'static>, Vec<KvLayer<'_>>)>> {
         let mut kinds: BTreeMap<Option<usize>, Vec<KvLayer<'_>>> = BTreeMap::new();
-        for LayerCache { k, v, shape, window, .. } in &mut self.layers {
-            kinds.entry(*window).or_default().push(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?));
+        for LayerCache { k, v, shape, ring, .. } in &mut self.layers {
+            kinds.entry(*ring).or_default().push(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?));
         }
-        let layout = |window: Option<usize>| if window.is_some() { Layout::ring(0) } else { Layout::Contiguous };
-        Ok(kinds.into_iter().map(|(window, layers)| (layout(window), layers)).collect())
+        let layout = |ring: Option<usize>| if ring.is_some() { Layout::ring(0) } else { Layout::Contiguous };
+        Ok(kinds.into_iter().map(|(ring, layers)| (layout(ring), layers)).collect())
     }
 
-    /// [`KvCache::evict`] in all layers, none of which may have a window.
+    /// Checks that a row has its tokens to itself.
+    fn check_unshared(&self, what: &str) -> Result<()> {
+        match &self.table {
+            Some(_) => Err(Error::unsupported(format!(
+                "{what} a row of a cache of {} beams, whose rows share tokens",
+                self.rows()
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that tokens can move from position to position.
+    pub(super) fn check_gaps_close(&self) -> Result<()> {
+        match self.layers.iter().find_map(|layer| layer.ring) {
+            Some(window) => Err(Error::unsupported(format!(
+                "closing a gap in a row of a cache with rings, in which layers keep a window of {window} tokens"
+            ))),
+            None => self.check_unshared("closing a gap in"),
+        }
+    }
+
+    /// [`KvCache::evict`] in all layers, none of which may be a ring.
     pub(super) fn evict(
         &mut self,
         context: &Context,
@@ -427,14 +512,12 @@ impl Cache {
         span: Range<usize>,
         rotations: &[Option<KeyRotation>],
     ) -> Result<()> {
-        let layers = self
-            .layers
-            .iter_mut()
-            .map(|LayerCache { k, v, shape, .. }| Ok(KvLayer::new(k.view_mut(*shape)?, v.view_mut(*shape)?)));
-        let mut layers = layers.collect::<Result<Vec<_>>>()?;
-        let mut cache = KvCache::new(&mut layers, Layout::Contiguous, &mut self.lengths);
-        let start = span.start;
-        cache.evict(context, runner, row, span, rotations)?;
+        self.check_gaps_close()?;
+        let (start, mut lengths) = (span.start, self.lengths.clone());
+        for (layout, mut layers) in self.kinds()? {
+            KvCache::new(&mut layers, layout, &mut lengths).evict(context, runner, row, span.clone(), rotations)?;
+        }
+        self.lengths = lengths;
         self.copies[row] = self.copies[row].min(start);
         Ok(())
     }
@@ -448,6 +531,7 @@ impl Cache {
         span: Range<usize>,
         rotations: &[KeyRotation],
     ) -> Result<()> {
+        self.check_gaps_close()?;
         let sinks = self.sinks.unwrap_or(0);
         let (mut layers, mut unrotated) = (Vec::new(), Vec::new());
         for (LayerCache { k, v, shape, unrotated: keys, .. }, &rotation) in self.layers.iter_mut().zip(rotations) {
@@ -470,10 +554,59 @@ impl Cache {
         Ok(())
     }
 
-    /// A layer's layout, and its slots per row.
-    pub(super) fn layout(&self, layer: usize) -> (Layout<'static>, usize) {
-        let &LayerCache { shape: [_, slots, ..], window, .. } = &self.layers[layer];
-        (if window.is_some() { Layout::ring(0) } else { Layout::Contiguous }, slots)
+    /// Replaces every row b by what row `parents[b]` was: entries of the table, if there is one, otherwise tokens.
+    pub(super) fn reorder(&mut self, context: &Context, runner: &dyn Runner, parents: &[i32]) -> Result<()> {
+        let (mut workspace, capacity) = (Workspace::new(), self.capacity);
+        if let Some(table) = &mut self.table {
+            reorder_table(&mut workspace, table, capacity, &mut self.lengths, parents)?;
+        } else {
+            let before = self.lengths.clone();
+            let mut after = before.clone();
+            for (layout, mut layers) in self.kinds()? {
+                // Every kind of layer starts from the lengths before.
+                after.clone_from(&before);
+                KvCache::new(&mut layers, layout, &mut after).reorder(context, runner, &mut workspace, parents)?;
+            }
+            self.lengths = after;
+        }
+        let of = |list: &[i32]| parents.iter().map(|&parent| list[parent as usize]).collect();
+        (self.most, self.dropped) = (of(&self.most), of(&self.dropped));
+        self.copies = parents.iter().map(|&parent| self.copies[parent as usize]).collect();
+        for layer in &mut self.layers {
+            let row = layer.unrotated.len() / parents.len().max(1);
+            let old = &layer.unrotated;
+            let new = parents.iter().flat_map(|&parent| &old[parent as usize * row..][..row]).copied().collect();
+            layer.unrotated = new;
+        }
+        Ok(())
+    }
+
+    /// Prepares the table for `tokens` new tokens of a row, which are an error if another row has tokens in their slots.
+    pub(super) fn claim(&mut self, row: usize, tokens: usize) -> Result<()> {
+        let Some(table) = &mut self.table else { return Ok(()) };
+        let start = self.lengths[row] as usize;
+        for (other, (sequence, &length)) in table.chunks(self.capacity.max(1)).zip(&self.lengths).enumerate() {
+            let held = start..(start + tokens).min(length as usize);
+            let shared = held.clone().find(|&p| other != row && sequence[p] == row as i32);
+            if let Some(p) = shared {
+                return Err(Error::argument(format!(
+                    "row {row} would write its position {p} again, where row {other} has a token of its own"
+                )));
+            }
+        }
+        table[row * self.capacity + start..][..tokens].fill(row as i32);
+        Ok(())
+    }
+
+    /// The layout in which attention reads a layer, and the layer's slots per row.
+    pub(super) fn layout(&self, layer: usize) -> (Layout<'_>, usize) {
+        let &LayerCache { shape: [_, slots, ..], ring, .. } = &self.layers[layer];
+        let layout = match &self.table {
+            Some(table) => Layout::indirect(table),
+            None if ring.is_some() => Layout::ring(0),
+            None => Layout::Contiguous,
+        };
+        (layout, slots)
     }
 
     /// The keys and the values of a layer, `[rows, slots, kv_heads, head_dim]`, keys after their rotation. A layer without

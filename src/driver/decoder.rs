@@ -30,8 +30,8 @@ use super::model::{LayerConfig, ModelConfig, Weights};
 use super::threads::Threads;
 use super::work::Work;
 use crate::{
-    AttentionOptions, AttentionPlan, AttentionTensors, Context, Destination, Isa, KeyRotation, KvWrite, Layout,
-    Positions, Rope, RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
+    AttentionOptions, AttentionPlan, AttentionTensors, BitMask, Context, Destination, Isa, KeyRotation, KvWrite,
+    Layout, Positions, Rope, RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
 };
 
 /// The positions of a pass for which logits are computed.
@@ -43,6 +43,20 @@ pub enum Logits {
     Last,
     /// Every token.
     All,
+}
+
+/// Where the new tokens of a row stand and what they see, if they do not simply follow each other: guesses that form a
+/// tree.
+#[derive(Debug, Clone, Copy)]
+pub struct TreePass<'a> {
+    /// The position of each new token, which decides its rotation and its window.
+    pub positions: &'a [i32],
+    /// The first token of the row that is not visible to all new tokens.
+    pub first_key: usize,
+    /// A line of bits per new token, which begins with a byte of its own, lowest bits first. Bit j is 1 if the new token
+    /// sees the token `first_key + j`; itself it must see. There is a bit for every token of the row from the first key
+    /// on, the new ones included.
+    pub visible: &'a [u8],
 }
 
 /// A model ready to run.
@@ -159,7 +173,7 @@ impl Decoder {
         for start in (0..longest).step_by(chunk) {
             let part = |ids: &[u32]| start.min(ids.len())..ids.len().min(start.saturating_add(chunk));
             let pieces: Vec<_> = order.iter().map(|&i| (rows[i].0, &rows[i].1[part(rows[i].1)])).collect();
-            self.threads.run(|| self.pass(cache, scratch, &pieces))?;
+            self.threads.run(|| self.pass(cache, scratch, &pieces, None))?;
             let mut outputs = scratch.x.chunks_exact(dim);
             for &i in &order {
                 let (row, ids) = rows[i];
@@ -179,6 +193,42 @@ impl Decoder {
         let wanted = wanted.concat();
         scratch.work.add_linear(&[self.weights.head()], wanted.len() / dim);
         Ok(self.threads.run(|| self.logits(&wanted, &mut scratch.rounded)))
+    }
+
+    /// Appends tokens that form a tree to a row of the cache, in one pass. Returns the logits of all, `[tokens, vocab]`.
+    ///
+    /// They take the next slots of the row in their order, and count towards its length; [`Self::keep`] then keeps a path.
+    /// Bad arguments are an error before any length has changed; there are at most [`Cache::chunk`] tokens.
+    pub fn forward_tree(
+        &self,
+        cache: &mut Cache,
+        scratch: &mut Scratch,
+        row: usize,
+        tokens: &[u32],
+        tree: &TreePass,
+    ) -> Result<Vec<f32>> {
+        self.check(cache, &[(row, tokens)])?;
+        let (n, held) = (tokens.len(), cache.len(row));
+        if n > cache.chunk() {
+            return Err(Error::argument(format!("a tree of {n} tokens, but a pass takes {}", cache.chunk())));
+        }
+        let lines = (held + n).checked_sub(tree.first_key).map(|keys| n * keys.div_ceil(8));
+        if tree.positions.len() != n || lines != Some(tree.visible.len()) {
+            return Err(Error::argument(format!(
+                "a tree of {n} tokens after {held}, with {} positions, and {} bytes of bits from token {} on",
+                tree.positions.len(),
+                tree.visible.len(),
+                tree.first_key
+            )));
+        }
+        if n == 0 {
+            return Ok(Vec::new());
+        }
+        self.threads.run(|| self.pass(cache, scratch, &[(row, tokens)], Some(tree)))?;
+        cache.advance(row, n);
+        let Scratch { x, rounded, work, .. } = scratch;
+        work.add_linear(&[self.weights.head()], n);
+        Ok(self.threads.run(|| self.logits(x, rounded)))
     }
 
     /// Forgets the tokens `span` of a row and closes the gap: later tokens move to the positions from `span.start` on,
@@ -221,6 +271,38 @@ impl Decoder {
         cache.insert(&self.context, &self.threads, row, from, from_row)
     }
 
+    /// Replaces every row b of the cache by what row `parents[b]` was. In a cache [with beams](Cache::with_beams), entries
+    /// of its table move, otherwise tokens.
+    ///
+    /// `parents` has an entry per row. On an error nothing has changed.
+    pub fn reorder(&self, cache: &mut Cache, parents: &[usize]) -> Result<()> {
+        let parents: Vec<i32> = parents.iter().map(|&p| i32::try_from(p).unwrap_or(i32::MAX)).collect();
+        cache.reorder(&self.context, &self.threads, &parents)
+    }
+
+    /// Forgets the tokens of a row from position `start` on, except those at `kept`, which move together behind `start`
+    /// with all their bits. Their rotation must be that of the positions where they come to lie: the kept tokens are a
+    /// path of a tree ([`Self::forward_tree`]).
+    ///
+    /// `kept` is ascending and within the row. If it is no run from `start` on, the cache must be one [without
+    /// rings](Cache::without_rings). On an error nothing has changed.
+    pub fn keep(&self, cache: &mut Cache, row: usize, start: usize, kept: &[usize]) -> Result<()> {
+        let n = cache.len(row);
+        if start > n || !kept.is_sorted_by(|a, b| a < b) || kept.iter().any(|p| !(start..n).contains(p)) {
+            return Err(Error::argument(format!(
+                "the positions {kept:?} to keep of row {row} must be ascending and between {start} and its {n} tokens"
+            )));
+        }
+        let gaps = std::iter::once(start).chain(kept.iter().map(|p| p + 1)).zip(kept).map(|(end, &next)| end..next);
+        let gaps: Vec<_> = gaps.filter(|gap| !gap.is_empty()).collect();
+        if !gaps.is_empty() {
+            cache.check_gaps_close()?;
+        }
+        cache.truncate(row, kept.last().map_or(start, |last| last + 1))?;
+        // From the last gap to the first, so that the positions before a gap are still valid.
+        gaps.into_iter().rev().try_for_each(|gap| cache.evict(&self.context, &self.threads, row, gap, &[]))
+    }
+
     fn check(&self, cache: &Cache, rows: &[(usize, &[u32])]) -> Result<()> {
         let mut named = vec![false; cache.rows()];
         for &(row, ids) in rows {
@@ -254,7 +336,13 @@ impl Decoder {
 
     /// Runs the layers on the new tokens of rows in ascending order, and leaves the result, `[tokens, dim]`, in
     /// `scratch.x`.
-    fn pass(&self, cache: &mut Cache, scratch: &mut Scratch, rows: &[(usize, &[u32])]) -> Result<()> {
+    fn pass(
+        &self,
+        cache: &mut Cache,
+        scratch: &mut Scratch,
+        rows: &[(usize, &[u32])],
+        tree: Option<&TreePass>,
+    ) -> Result<()> {
         let c = &self.config;
         let m: usize = rows.iter().map(|(_, ids)| ids.len()).sum();
         let linear = self.linear();
@@ -283,13 +371,19 @@ impl Decoder {
         for &(row, ids) in rows {
             starts[row + 1] = ids.len() as i32;
             lengths[row] += ids.len() as i32;
+            cache.claim(row, ids.len())?;
             places.extend((offsets[row]..lengths[row]).map(|position| (row, position)));
         }
         for row in 0..cache.rows() {
             starts[row + 1] += starts[row];
         }
         let dropped = cache.rope_offsets();
-        let positions: Vec<i32> = places.iter().map(|&(row, position)| position.saturating_add(dropped[row])).collect();
+        let query_positions: Vec<i32> = match tree {
+            Some(tree) => tree.positions.to_vec(),
+            None => places.iter().map(|&(_, position)| position).collect(),
+        };
+        let positions: Vec<i32> =
+            query_positions.iter().zip(&places).map(|(p, &(row, _))| p.saturating_add(dropped[row])).collect();
         let ropes: Vec<Rope> = c
             .ropes
             .iter()
@@ -298,7 +392,13 @@ impl Decoder {
                 Rope::new(rope.pairing, rope.rotary_dim, frequencies, Positions::Explicit(&positions))
             })
             .collect();
-        let visible = AttentionOptions::new().causal(true).lengths(&lengths).offsets(&offsets).cu_seqlens_q(&starts);
+        let mut visible =
+            AttentionOptions::new().causal(true).lengths(&lengths).offsets(&offsets).cu_seqlens_q(&starts);
+        let bits = tree.map(|tree| TreeBits::new(tree, rows[0], &lengths));
+        if let Some(bits) = &bits {
+            // The bits say what causality would.
+            visible = visible.causal(false).query_positions(&query_positions).bit_mask(bits.mask(c.heads)?);
+        }
         let strides = [(m * width) as i64, width as i64, c.head_dim as i64, 1];
         let q_shape = [1, m, c.heads, c.head_dim];
         let kv_shape = [1, m, c.kv_heads, c.head_dim];
@@ -380,6 +480,40 @@ impl Decoder {
             out.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
         }
         out
+    }
+}
+
+/// The bits of a tree as a mask over all rows of a cache, of which one has queries.
+struct TreeBits<'a> {
+    visible: &'a [u8],
+    queries: usize,
+    keys: usize,
+    /// A list of these per row.
+    first_keys: Vec<i32>,
+    offsets: Vec<i64>,
+    lines: Vec<i64>,
+}
+
+impl<'a> TreeBits<'a> {
+    /// `lengths` are those after the pass.
+    fn new(tree: &TreePass<'a>, (row, ids): (usize, &[u32]), lengths: &[i32]) -> Self {
+        let mut first_keys = lengths.to_vec();
+        first_keys[row] = tree.first_key as i32;
+        let keys = lengths[row] as usize - tree.first_key;
+        Self {
+            visible: tree.visible,
+            queries: ids.len(),
+            keys,
+            offsets: vec![0; lengths.len()],
+            lines: vec![8 * keys.div_ceil(8) as i64; lengths.len()],
+            first_keys,
+        }
+    }
+
+    fn mask(&self, heads: usize) -> Result<BitMask<'_>> {
+        let shape = [self.first_keys.len(), self.queries, heads, self.keys];
+        let mask = BitMask::per_sequence(self.visible, &self.offsets, &self.lines, 0, shape)?;
+        Ok(mask.with_first_keys(&self.first_keys))
     }
 }
 

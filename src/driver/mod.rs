@@ -13,7 +13,9 @@
 //! 3, Grok-1, MiniMind). It finds every tensor under the names of either container and checks its shape. The other modules
 //! do not depend on the container, except for RoPE's pairing, because the containers order the elements of a head
 //! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Scheduler`] runs several
-//! requests over one cache. [`ChatTemplate`] makes text of conversations. [`cli`] parses arguments and prints; `kvlane bench` is the command line of
+//! requests over one cache, [`BeamSearch`] finds the continuations that are the most likely as a whole, and [`Speculation`]
+//! guesses several tokens and verifies them in one pass. [`ChatTemplate`] makes text of conversations. [`cli`] parses
+//! arguments and prints; `kvlane bench` is the command line of
 //! [`crate::bench`].
 //!
 //! The decoder uses the public API only, as any other program would: views, [`rope_in_place`](crate::rope_in_place),
@@ -28,6 +30,7 @@
 //! A model file is not trusted. Whatever it contains, the result is a value or an [`Error`] with a sentence, and the
 //! memory allocated is at most a small multiple of the file's size. A chat template has a bound on its steps and bytes.
 
+mod beam;
 mod cache;
 mod chat;
 pub mod cli;
@@ -43,13 +46,15 @@ mod model;
 pub mod quant;
 mod sampling;
 mod scheduler;
+mod speculate;
 mod threads;
 mod tokenizer;
 mod work;
 
+pub use beam::{BeamOptions, BeamSearch, EarlyStopping, Hypothesis};
 pub use cache::{Cache, Formats, PREFILL_CHUNK};
 pub use chat::{ChatTemplate, Message};
-pub use decoder::{Decoder, Logits, Scratch};
+pub use decoder::{Decoder, Logits, Scratch, TreePass};
 pub use error::{Error, ErrorKind, Result};
 pub use linear::{Linear, Matrix, Rounded};
 pub use model::{
@@ -59,6 +64,9 @@ pub use model::{
 pub use sampling::{Sampler, SamplerOptions, argmax};
 pub use scheduler::{
     Event, Finish, Logprobs, Overlong, Prefilled, Request, RequestId, Scheduler, Statistics, Streaming,
+};
+pub use speculate::{
+    Distribution, GuessTree, Speculation, SpeculationOptions, SpeculationStatistics, check_vocabularies,
 };
 pub use threads::{MOST_THREADS, Threads};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -89,11 +89,55 @@ impl Sampler {
     /// model or its weights are broken.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32> {
         let best = argmax(logits)?;
-        let SamplerOptions { temperature, top_k, top_p, .. } = self.options;
-        if temperature == 0.0 || top_k == 1 {
+        if self.is_greedy() {
             return Ok(best);
         }
+        let total = self.select(logits);
+        let mut left = self.uniform() * total;
+        for candidate in &self.candidates {
+            left -= self.weight(candidate);
+            if left < 0.0 {
+                return Ok(candidate.1);
+            }
+        }
+        // Rounding can leave a remainder after the last candidate.
+        Ok(self.candidates[self.candidates.len() - 1].1)
+    }
 
+    /// The tokens that [`Self::sample`] can select, each with its probability, most likely first. Takes no random number.
+    pub fn distribution(&mut self, logits: &[f32]) -> Result<Vec<(u32, f64)>> {
+        let best = argmax(logits)?;
+        if self.is_greedy() {
+            return Ok(vec![(best, 1.0)]);
+        }
+        let total = self.select(logits);
+        Ok(self.candidates.iter().map(|candidate| (candidate.1, self.weight(candidate) / total)).collect())
+    }
+
+    /// A random number from 0 to 1, which it does not reach.
+    pub(super) fn uniform(&mut self) -> f64 {
+        self.rng.random()
+    }
+
+    /// The options.
+    pub fn options(&self) -> SamplerOptions {
+        self.options
+    }
+
+    fn is_greedy(&self) -> bool {
+        self.options.temperature == 0.0 || self.options.top_k == 1
+    }
+
+    /// A candidate's probability, relative to the first one's.
+    fn weight(&self, &(logit, _): &(f32, u32)) -> f64 {
+        let top = f64::from(self.candidates[0].0);
+        ((f64::from(logit) - top) / f64::from(self.options.temperature)).exp()
+    }
+
+    /// Lists the candidates that the filters leave, most likely first, and returns the sum of their weights. There is one
+    /// at least.
+    fn select(&mut self, logits: &[f32]) -> f64 {
+        let SamplerOptions { top_k, top_p, .. } = self.options;
         let c = &mut self.candidates;
         c.clear();
         c.extend(logits.iter().zip(0..).filter(|(l, _)| **l > f32::NEG_INFINITY).map(|(&l, id)| (l, id)));
@@ -102,32 +146,21 @@ impl Sampler {
             c.select_nth_unstable_by(top_k - 1, order);
             c.truncate(top_k);
         }
-        // Sorted even where no filter needs it, because the walk below must see the tokens in a fixed order.
+        // Sorted even where no filter needs it, because a walk over the tokens must see them in a fixed order.
         c.sort_unstable_by(order);
 
-        let top = f64::from(c[0].0);
-        let weight = |&(l, _): &(f32, u32)| ((f64::from(l) - top) / f64::from(temperature)).exp();
-        let mut total: f64 = c.iter().map(weight).sum();
-        if top_p < 1.0 {
-            let limit = total * f64::from(top_p);
-            let mut sum = 0.0;
-            let mut keep = 0;
-            while keep < c.len() && sum < limit {
-                sum += weight(&c[keep]);
-                keep += 1;
-            }
-            c.truncate(keep.max(1));
-            total = sum;
+        let total: f64 = self.candidates.iter().map(|candidate| self.weight(candidate)).sum();
+        if top_p == 1.0 {
+            return total;
         }
-        let mut left = self.rng.random::<f64>() * total;
-        for candidate in c.iter() {
-            left -= weight(candidate);
-            if left < 0.0 {
-                return Ok(candidate.1);
-            }
+        let limit = total * f64::from(top_p);
+        let (mut sum, mut keep) = (0.0, 0);
+        while keep < self.candidates.len() && sum < limit {
+            sum += self.weight(&self.candidates[keep]);
+            keep += 1;
         }
-        // Rounding can leave a remainder after the last candidate.
-        Ok(c[c.len() - 1].1)
+        self.candidates.truncate(keep.max(1));
+        sum
     }
 }
 

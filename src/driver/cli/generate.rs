@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::beams::{Beams, beams};
+use super::guesses::{Guesses, guesses};
 use super::interrupt::{self, Interrupts};
 use super::model::{Run, open};
 use super::output::{bar, count_of, note, print, print_json};
@@ -19,6 +21,7 @@ use crate::driver::embedded;
 use crate::driver::error::{Error, Result};
 use crate::driver::model::ModelConfig;
 use crate::driver::scheduler::{Event, Finish, Overlong, RequestId, Scheduler, Statistics, Streaming};
+use crate::driver::tokenizer::Tokenizer;
 use crate::{CacheFormat, Context, KernelInfo, Op, Precision};
 
 /// Continue texts.
@@ -38,6 +41,8 @@ use crate::{CacheFormat, Context, KernelInfo, Op, Precision};
   kvlane generate --prompt 'And God said' --prompt 'In the beginning' --slots 2
   kvlane generate --prompts requests.jsonl --slots 8
   kvlane generate --prompt 'And God said' --window 128 --max-tokens 5000
+  kvlane generate --prompt 'And God said' --beams 4 --samples 2 --max-tokens 20
+  kvlane generate --prompt 'And God said' --lookup 3 --branches 2
   echo 'The moon' | kvlane generate --model ./Llama-3.2-1B --prompt - --kv-type bf16")]
 pub(super) struct Generate {
     #[command(flatten)]
@@ -77,13 +82,36 @@ pub(super) struct Generate {
     sinks: usize,
     /// Write one JSON object with the text and the figures at the end, instead of the text
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) beams: Beams,
+    #[command(flatten)]
+    pub(super) guesses: Guesses,
+}
+
+/// What is ready when a text can begin.
+pub(super) struct Loaded<'a> {
+    pub(super) decoder: Decoder,
+    pub(super) tokenizer: &'a Tokenizer,
+    pub(super) prompt: Vec<u32>,
+    pub(super) name: String,
+    /// The number of tokens that a row must hold.
+    pub(super) capacity: usize,
+    pub(super) load: Duration,
+    /// Names of the kernels that run.
+    pub(super) kernels: Vec<&'static str>,
 }
 
 pub(super) fn generate(args: &Generate) -> Result<ExitCode> {
     args.run.check()?;
     if args.conversation.system.is_some() && !args.chat && args.prompts.is_none() {
         return Err(Error::argument("--system is given, but it needs --chat or --prompts"));
+    }
+    let search = args.beams.options(args.sampling.max_tokens)?;
+    let speculation = args.guesses.options(args.sampling.max_tokens, args.sampling.options());
+    if (search.is_some() || speculation.is_some()) && args.prompt.len() > 1 {
+        let option = if search.is_some() { "--beams takes" } else { "--draft and --lookup take" };
+        return Err(Error::argument(format!("{option} one --prompt, but {} are given", args.prompt.len())));
     }
     let start = Instant::now();
     let file = open(args.run.model.as_ref())?;
@@ -105,6 +133,17 @@ pub(super) fn generate(args: &Generate) -> Result<ExitCode> {
     let name = decoder.config().name.clone().unwrap_or_else(|| file.format());
     drop(file);
     let load = start.elapsed();
+    let loaded = |decoder, ids: Vec<Vec<u32>>, name| {
+        let kernels = kernel_names(&decoder, args.run.formats());
+        let prompt = ids.into_iter().next().unwrap_or_default();
+        Loaded { decoder, tokenizer: &tokenizer, prompt, name, capacity, load, kernels }
+    };
+    if let Some(options) = search {
+        return beams(args, loaded(decoder, ids, name), options);
+    }
+    if let Some(options) = speculation {
+        return guesses(args, loaded(decoder, ids, name), options);
+    }
 
     let mut scheduler = Scheduler::new(&decoder, slots, capacity, args.run.formats())?
         .tokenizer(&tokenizer)
@@ -273,10 +312,6 @@ impl Figures<'_> {
         (s, per_second(s.prompt_tokens, s.prefill), per_second(s.decode_tokens, s.decode))
     }
 
-    fn kernels(&self) -> Vec<&'static str> {
-        kernels_that_run(self.decoder.context(), self.formats).iter().map(|k| k.name).collect()
-    }
-
     fn add_to(&self, object: &mut Value) {
         let (statistics, prefill_rate, decode_rate) = self.rates();
         let figures = json!({
@@ -292,7 +327,7 @@ impl Figures<'_> {
             "prefill_tokens_per_second": prefill_rate,
             "decode_tokens": statistics.decode_tokens,
             "decode_tokens_per_second": decode_rate,
-            "kernels": self.kernels(),
+            "kernels": kernel_names(self.decoder, self.formats),
         });
         if let (Value::Object(object), Value::Object(figures)) = (object, figures) {
             object.extend(figures);
@@ -312,8 +347,13 @@ impl Figures<'_> {
     }
 
     pub(super) fn note_kernels(&self) {
-        note(&format!("kernels: {}", self.kernels().join(", ")));
+        note(&format!("kernels: {}", kernel_names(self.decoder, self.formats).join(", ")));
     }
+}
+
+/// The names of the kernels that run.
+fn kernel_names(decoder: &Decoder, formats: Formats) -> Vec<&'static str> {
+    kernels_that_run(decoder.context(), formats).iter().map(|k| k.name).collect()
 }
 
 /// The kernels of a pass of the decoder, which computes in f32 and stores in `formats`.

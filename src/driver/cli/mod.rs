@@ -1,10 +1,12 @@
 //! The command line. Results (generated text, a table, a JSON object) go to standard output; progress, figures and
 //! errors go to standard error.
 
+mod beams;
 mod bench;
 mod cache_cost;
 mod chat;
 mod generate;
+mod guesses;
 mod info;
 mod inspect;
 mod interrupt;

@@ -32,6 +32,11 @@ pub(super) fn top_p(s: &str) -> Result<f32, String> {
     if value > 0.0 && value <= 1.0 { Ok(value) } else { Err("it must be above 0 and at most 1".to_owned()) }
 }
 
+pub(super) fn exponent(s: &str) -> Result<f64, String> {
+    let value: f64 = s.parse().map_err(|_| "it must be a number".to_owned())?;
+    if value.is_finite() { Ok(value) } else { Err("it must be a finite number".to_owned()) }
+}
+
 /// A whole number in a range.
 fn within(s: &str, least: u64, most: u64) -> Result<u64, String> {
     let must = match most {
