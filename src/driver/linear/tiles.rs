@@ -202,14 +202,23 @@ fn put_row(ty: TensorType, r: usize, row: &[u8], tile: &mut [u8]) {
 
 /// Puts the `bits` bits from bit `from` on of a row's group into a plane.
 fn put_plane(plane: &mut [u8], bits: usize, from: usize, r: usize, q: &[u8; GROUP]) {
-    if bits == 0 {
-        return;
+    match bits {
+        0 => (),
+        1 => put_bits::<1>(plane, from, r, q),
+        2 => put_bits::<2>(plane, from, r, q),
+        4 => put_bits::<4>(plane, from, r, q),
+        _ => put_bits::<8>(plane, from, r, q),
     }
-    let mask = ((1u32 << bits) - 1) as u8;
+}
+
+/// As [`put_plane`], four elements at a time: no shift moves a bit that counts into another byte.
+fn put_bits<const BITS: usize>(plane: &mut [u8], from: usize, r: usize, q: &[u8; GROUP]) {
+    let mask = u32::from_ne_bytes([((1u32 << BITS) - 1) as u8; 4]);
     for (j, q) in q.as_chunks::<4>().0.iter().enumerate() {
-        let at = j % bits * VECTOR + 4 * r;
-        for (out, q) in plane[at..at + 4].iter_mut().zip(q) {
-            *out |= (q >> from & mask) << (j / bits * bits);
+        let out = &mut plane[j % BITS * VECTOR + 4 * r..][..4];
+        let bits = (u32::from_le_bytes(*q) >> from & mask) << (j / BITS * BITS);
+        for (out, bits) in out.iter_mut().zip(bits.to_le_bytes()) {
+            *out |= bits;
         }
     }
 }
