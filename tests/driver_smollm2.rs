@@ -296,8 +296,8 @@ struct Search {
 }
 
 /// Sequences and scores of transformers' beam search. Rounding could order two candidates differently only if they were
-/// closer than the errors of the two sides. The reference has no decision with a margin below a thousandth, and the
-/// largest observed difference of a log-probability is 6e-5.
+/// closer than the errors of the two sides. The reference has no decision with a margin below a thousandth, which is
+/// twice the difference of log-probabilities that is tolerated.
 #[test]
 fn beams_are_the_references() {
     let Some((decoder, tokenizer)) = MODEL.as_ref() else { return };

@@ -62,7 +62,6 @@ fn from_drawn(
             return Ok((token, Some(child)));
         }
         for &(token, probability) in &q {
-            // A draft may know tokens that the model does not have.
             if let Some(p) = p.get_mut(token as usize) {
                 *p = (*p - probability).max(0.0);
             }
@@ -226,25 +225,17 @@ mod tests {
             }
             tree
         });
-        // Drawn from another model, from a narrow one, and from one that has tokens which the model does not have.
-        let drawn = |seed: u32, support: u32, branches: usize| {
+        // Drawn from another model, from one that knows half of the tokens, and from the model itself.
+        let drawn = |seed: u32, support: usize, branches: usize| {
             move |text: &[u32], sampler: &mut Sampler| {
                 let mut tree = GuessTree::new();
                 let mut grow = |tree: &mut GuessTree, node: usize, path: &[u32], n: usize| {
                     let q = softmax(&logits_after(seed, path), 1.0);
-                    let mut source: Distribution =
-                        q.iter().zip(0..).map(|(&p, t)| (t, p)).take(support as usize).collect();
-                    if support > VOCAB as u32 {
-                        source.push((VOCAB as u32 + 3, 0.2));
-                    }
+                    let mut source: Distribution = q.iter().zip(0..).map(|(&p, t)| (t, p)).take(support).collect();
                     normalise(source.iter_mut().map(|(_, p)| p));
                     let tokens = draw(&source, n, sampler);
                     tree.set_source(node, source);
-                    tokens
-                        .into_iter()
-                        .filter(|&t| t < VOCAB as u32)
-                        .map(|t| (tree.push(node, t), t))
-                        .collect::<Vec<_>>()
+                    tokens.into_iter().map(|t| (tree.push(node, t), t)).collect::<Vec<_>>()
                 };
                 for (i, (child, token)) in grow(&mut tree, 0, text, branches).into_iter().enumerate() {
                     grow(&mut tree, child, &[text, &[token]].concat(), 1 + i % 2);
