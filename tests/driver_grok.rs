@@ -253,6 +253,64 @@ fn a_prompt_beside_others_and_in_pieces_is_the_prompt_alone() {
     assert!(memory(&cache, &decoder, 2, 0..capacity).iter().all(|&x| x == 0.0), "the empty row is untouched");
 }
 
+/// As the original does it: each prompt is computed in a memory of its own, which then enters a row of the common one.
+#[test]
+fn inserted_rows_are_rows() {
+    let (reference, decoder) = (reference(), plain());
+    let slots = reference["slots"].as_u64().unwrap() as usize;
+    let mut cache = Cache::new(decoder.config(), 3, slots, DType::F32).unwrap();
+    let mut scratch = Scratch::default();
+    for (action, want) in
+        reference["plan"].as_array().unwrap().iter().zip(reference["f32"]["steps"].as_array().unwrap())
+    {
+        let tokens = ids(&action["tokens"]);
+        let logits = match action.get("insert") {
+            Some(row) => {
+                let mut own = Cache::new(decoder.config(), 1, tokens.len(), DType::F32).unwrap();
+                let logits = decoder.forward(&mut own, &mut scratch, 0, &[&tokens], Logits::Last).unwrap();
+                let row = row.as_u64().unwrap() as usize;
+                let others: Vec<usize> = (0..3).filter(|&other| other != row).collect();
+                let held =
+                    |cache: &Cache| others.iter().map(|&o| memory(cache, &decoder, o, 0..slots)).collect::<Vec<_>>();
+                let before = held(&cache);
+                decoder.insert(&mut cache, row, &mut own, 0).unwrap();
+                assert!(held(&cache) == before, "the other rows are as they were");
+                assert_eq!(cache.len(row), tokens.len());
+                let all = 0..tokens.len();
+                assert!(memory(&cache, &decoder, row, all.clone()) == memory(&own, &decoder, 0, all));
+                logits
+            }
+            None => {
+                let rows = numbers(&action["step"]);
+                let given: Vec<(usize, &[u32])> = rows.iter().copied().zip(tokens.chunks(1)).collect();
+                decoder.forward_rows(&mut cache, &mut scratch, &given, Logits::Last).unwrap()
+            }
+        };
+        for (got, want) in logits.chunks_exact(decoder.config().vocab).zip(want["logits"].as_array().unwrap()) {
+            assert!(distance(got, &floats(want)) < 2e-4);
+        }
+    }
+    let mut longer = Cache::new(decoder.config(), 1, slots + 1, DType::F32).unwrap();
+    decoder.forward(&mut longer, &mut scratch, 0, &[&vec![9; slots + 1]], Logits::None).unwrap();
+    assert!(decoder.insert(&mut cache, 1, &mut longer, 0).is_err(), "one token more than the row has slots");
+    assert_eq!(cache.lengths(), [15, 4, 24]);
+}
+
+#[test]
+fn a_row_beside_a_long_prompt_is_not_padded() {
+    let decoder = plain();
+    let work = |rows: &[(usize, &[u32])]| {
+        let mut cache = Cache::new(decoder.config(), 3, 64, DType::F32).unwrap();
+        let mut scratch = Scratch::default();
+        decoder.forward_rows(&mut cache, &mut scratch, rows, Logits::Last).unwrap();
+        scratch.work()
+    };
+    let (long, short) = ([7; 40], [9; 1]);
+    let (one, other) = (work(&[(0, &long)]), work(&[(2, &short)]));
+    let both = work(&[(0, &long), (1, &[]), (2, &short)]);
+    assert_eq!((both.linear, both.attention), (one.linear + other.linear, one.attention + other.attention));
+}
+
 #[test]
 fn a_step_computes_two_experts_and_no_padding() {
     let decoder = plain();

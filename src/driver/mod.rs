@@ -8,15 +8,14 @@
 //!                      ^                 | logits
 //!                      +---- sampling <--+              ids --tokenizer--> text, as it comes
 //! ```
-//! [`gguf`] and `hf` read a container, check every number in it, and return slices of the mapped file. [`quant`]
-//! knows the blocks of every supported type. [`ModelFile`] knows the tensors of each supported family (Llama, Gemma
-//! 3, Grok-1, MiniMind). It finds every tensor under the names of either container and checks its shape. The other modules
+//! [`gguf`] and `hf` read a container, check every number in it, and return slices of the mapped file. [`quant`] knows
+//! the blocks of every supported type. [`ModelFile`] knows the tensors of each supported family (Llama, Gemma 3,
+//! Grok-1, MiniMind). It finds every tensor under the names of either container and checks its shape. The other modules
 //! do not depend on the container, except for RoPE's pairing, because the containers order the elements of a head
 //! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Scheduler`] runs several
 //! requests over one cache, [`BeamSearch`] finds the continuations that are the most likely as a whole, and [`Speculation`]
 //! guesses several tokens and verifies them in one pass. [`ChatTemplate`] makes text of conversations. [`cli`] parses
-//! arguments and prints; `kvlane bench` is the command line of
-//! [`crate::bench`].
+//! arguments and prints; `kvlane bench` is the command line of [`crate::bench`].
 //!
 //! The decoder uses the public API only, as any other program would: views, [`rope_in_place`](crate::rope_in_place),
 //! [`kv_write`](crate::kv_write) with its fused rotation of the keys, [`attention`](crate::attention()).
