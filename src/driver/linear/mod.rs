@@ -6,7 +6,9 @@
 //! - **Plain floats** are left to the `gemm` crate ([`floats`]).
 //! - **Quantised blocks** are packed once, in the order that vector units want ([`tiles`]), and multiplied as integers
 //!   ([`kernel`]) with rows that have been rounded to eight bits ([`activations`]). No published crate has such products
-//!   for all of these types and vector units.
+//!   for all of these types: candle-core 0.11 computes Q4_1 and Q5_0 without vector instructions, at 1.7e9 products a
+//!   second on a Zen 4 core on which these kernels compute 75e9, and packs Q4_K, Q6_K and Q8_0 beside a copy as they
+//!   are in the file.
 //!
 //! # What rounding costs
 //! A group of 32 elements of a row is rounded to multiples of its largest magnitude over 127. So the error of an output

@@ -83,6 +83,7 @@ macro_rules! of_type {
 impl Unit {
     /// All that this CPU has, the fastest last.
     pub(super) fn available() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
         let mut all = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {
