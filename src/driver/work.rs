@@ -8,7 +8,8 @@ use super::model::ModelConfig;
 pub struct Work {
     /// Of the linear layers, the router and the output layer included.
     pub linear: u64,
-    /// Of attention: two per element of a head for each query head and each key that its query sees.
+    /// Of attention: two per element of a head for each query head and each key up to the position of its query, within
+    /// the window of the layer.
     pub attention: u64,
 }
 
