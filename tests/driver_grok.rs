@@ -192,7 +192,7 @@ fn the_file_as_it_is_gives_llama_cpps_logits() {
     let rows = all.chunks_exact(decoder.config().vocab).step_by(3).zip(want);
     let worst = rows.map(|(got, want)| distance(got, &floats(want))).fold(0.0f32, f32::max);
     eprintln!("llama.cpp over Q4_0: {worst:.2e}");
-    // Both round the inputs of linear layers to eight bits.
+    // llama.cpp rounds the inputs of linear layers to eight bits.
     assert!(worst < 0.3, "{worst}");
 
     // The bits of a token do not depend on how the text was cut, nor on other rows.

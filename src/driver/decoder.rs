@@ -115,7 +115,7 @@ impl Decoder {
         Ok(Self { config, weights, context, frequencies, threads, exact: false })
     }
 
-    /// Whether linear layers multiply in f32 ([`Linear::exact`]). By default their inputs are rounded to eight bits where
+    /// Whether linear layers multiply in f32 ([`Linear::exact`]). By default their inputs are rounded to sixteen bits where
     /// weights are quantised, which is several times as fast.
     pub fn exact(mut self, exact: bool) -> Self {
         self.exact = exact;

@@ -1,8 +1,11 @@
-//! The rows that are multiplied with a matrix, rounded to eight bits.
+//! The rows that are multiplied with a matrix, rounded to sums of two eight-bit numbers.
 
 use crate::driver::quant::GROUP;
 
-/// 32 elements of a row, `x[i] = scale * q[i]` with an error of at most `scale / 2`, and what the kernels need of them:
+/// Terms of a rounded row: the row in eight bits, and what that leaves in eight bits.
+pub(super) const TERMS: usize = 2;
+
+/// 32 elements of a term, `x[i] = scale * q[i]` with an error of at most `scale / 2`, and what the kernels need of them:
 /// one cache line.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C, align(64))]

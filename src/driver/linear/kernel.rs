@@ -13,7 +13,7 @@
 
 use std::ops::Range;
 
-use super::activations::Group;
+use super::activations::{Group, TERMS};
 use super::simd::Simd;
 use super::tiles::{Places, ROWS, VECTOR, VECTORS};
 use crate::driver::quant::{Format, GROUP, TensorType};
@@ -21,7 +21,7 @@ use crate::driver::quant::{Format, GROUP, TensorType};
 /// Rows to multiply, one after another.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Input<'a> {
-    /// Rounded to eight bits.
+    /// Rounded; [`TERMS`] rows of them have one output.
     Rounded(&'a [Group]),
     /// In f32.
     Floats(&'a [f32]),
@@ -244,10 +244,13 @@ unsafe fn rows<S: Simd, Q: Quantised, const R: usize, const FLOATS: bool>(s: S, 
         }
     };
     let outputs = (job.outputs - t * ROWS).min(ROWS);
-    for (r, sum) in sums.into_iter().enumerate() {
-        // SAFETY: the row has `job.outputs` outputs from `job.y` on, and this tile has `outputs` of them.
+    let terms = if FLOATS { 1 } else { TERMS };
+    for r in (0..R).step_by(terms) {
+        // SAFETY: the CPU has what `S` needs; the row has `job.outputs` outputs from `job.y` on, and this tile has `outputs`
+        // of them.
         unsafe {
-            let y = job.y.add((from + r) * job.stride + t * ROWS);
+            let sum = sums[r + 1..r + terms].iter().fold(sums[r], |sum, &term| s.add(sum, term));
+            let y = job.y.add((from + r) / terms * job.stride + t * ROWS);
             if outputs == ROWS {
                 s.store(y, sum);
             } else {
@@ -280,6 +283,10 @@ pub(super) unsafe fn run<S: Simd, Q: Quantised, const FLOATS: bool>(s: S, job: &
                 while from + 4 <= end && S::MOST >= 4 {
                     rows::<S, Q, 4, FLOATS>(s, job, t, from);
                     from += 4;
+                }
+                while from + 2 <= end {
+                    rows::<S, Q, 2, FLOATS>(s, job, t, from);
+                    from += 2;
                 }
                 while from < end {
                     rows::<S, Q, 1, FLOATS>(s, job, t, from);

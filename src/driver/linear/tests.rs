@@ -66,7 +66,7 @@ fn definition(values: &[f32], x: &[f32], k: usize) -> (Vec<f64>, Vec<f64>) {
             y.push(x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum());
             let group = |(x, w): (&[f32], &[f32])| {
                 let largest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-                f64::from(largest) / 254.0 * w.iter().map(|w| f64::from(w.abs())).sum::<f64>()
+                f64::from(largest) / 64516.0 * w.iter().map(|w| f64::from(w.abs())).sum::<f64>()
             };
             bounds.push(x.chunks(GROUP).zip(w.chunks(GROUP)).map(group).sum());
         }

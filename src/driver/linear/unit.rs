@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::activations::Group;
+use super::activations::{Group, TERMS};
 use super::kernel::{self, Job, Quantised};
 use super::simd::Portable;
 #[cfg(target_arch = "x86_64")]
@@ -30,14 +30,21 @@ unsafe fn portable<Q: Quantised, const FLOATS: bool>(job: &Job<'_>, m: Range<usi
     unsafe { kernel::run::<_, Q, FLOATS>(Portable, job, m) }
 }
 
-fn round_portable(x: &[f32], out: &mut [Group]) {
-    round(x, out);
+fn round_portable(x: &[f32], groups: usize, out: &mut [Group]) {
+    round(x, groups, out);
 }
 
 #[inline(always)]
-fn round(x: &[f32], out: &mut [Group]) {
-    for (x, out) in x.as_chunks::<GROUP>().0.iter().zip(out) {
-        *out = Group::round(x);
+fn round(x: &[f32], groups: usize, out: &mut [Group]) {
+    for (x, out) in x.chunks(groups * GROUP).zip(out.chunks_mut(TERMS * groups)) {
+        for (g, x) in x.as_chunks::<GROUP>().0.iter().enumerate() {
+            let mut rest = *x;
+            for term in 0..TERMS {
+                let group = Group::round(&rest);
+                rest.iter_mut().zip(&group.q).for_each(|(rest, &q)| *rest -= group.scale * f32::from(q));
+                out[term * groups + g] = group;
+            }
+        }
     }
 }
 
@@ -51,8 +58,8 @@ macro_rules! shells {
         }
 
         #[target_feature(enable = $features)]
-        fn $round(x: &[f32], out: &mut [Group]) {
-            round(x, out);
+        fn $round(x: &[f32], groups: usize, out: &mut [Group]) {
+            round(x, groups, out);
         }
     };
 }
@@ -125,19 +132,19 @@ impl Unit {
         }
     }
 
-    /// Rounds whole groups of elements to eight bits.
-    pub(super) fn round(self, x: &[f32], out: &mut [Group]) {
+    /// Rounds rows of `groups` groups to [`TERMS`] terms, which follow each other.
+    pub(super) fn round(self, x: &[f32], groups: usize, out: &mut [Group]) {
         match self {
-            Self::Portable => round_portable(x, out),
+            Self::Portable => round_portable(x, groups, out),
             // SAFETY: `available` has found the features.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => unsafe { round_avx2(x, out) },
+            Self::Avx2 => unsafe { round_avx2(x, groups, out) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { round_avx512(x, out) },
+            Self::Avx512 => unsafe { round_avx512(x, groups, out) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => unsafe { round_avx512_vnni(x, out) },
+            Self::Avx512Vnni => unsafe { round_avx512_vnni(x, groups, out) },
         }
     }
 }
