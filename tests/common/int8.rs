@@ -27,7 +27,7 @@ pub fn quantise(head: &[f32], scales: DType) -> (Vec<i8>, f32) {
     let scale = match scales {
         DType::F32 if nearest < f32::MIN_POSITIVE => up(f64::from(largest) / 127.0, f64::from(f32::from_bits(1))),
         DType::F32 => nearest,
-        DType::F16 if nearest < 2f32.powi(-14) => up(f64::from(nearest), 2f64.powi(-24)),
+        DType::F16 if nearest < 2f32.powi(-14) => up(f64::from(nearest), 2f64.powi(-24)).max(2f32.powi(-24)),
         DType::F16 => nearest_f16(f64::from(nearest.min(65504.0))) as f32,
         DType::Bf16 => panic!("scales are f32 or f16"),
     };

@@ -195,7 +195,7 @@ fn small_heads(level: &Level) {
             let largest = elements.iter().fold(0f64, |a, &x| a.max(f64::from(x).abs()));
             let scale = f64::from(k_cache.scales.get([0, s, 0, 0]));
             // In its normal range f16 has 11 bits, and a scale that is half a unit too small clips a sixteenth of a unit.
-            let (least, clipped) = if scale > normal { (1.0 - 2f64.powi(-11), 0.0625) } else { (1.0, 1e-5) };
+            let (least, clipped) = if scale >= normal { (1.0 - 2f64.powi(-11), 0.0625) } else { (1.0, 1e-5) };
             let exact = largest / 127.0;
             let most = (exact * (1.0 + 2f64.powi(-11))).max(exact + step);
             assert!(scale >= exact * least * (1.0 - 1e-7) && scale <= most, "{scales} {scale:e} for {largest:e}");
