@@ -41,8 +41,11 @@ use targets::{TARGETS, Target};
 /// The least share of calls that succeed with an effect, for functions with enough calls.
 const VALID: f64 = 0.3;
 
-/// The longest time of a call, on a busy machine.
+/// The longest time that this process computes during a call.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The longest time of a call that waits, for a thread or for its turn on a busy machine.
+const LONGEST_WAIT: Duration = Duration::from_secs(1200);
 
 static SEED: AtomicU64 = AtomicU64::new(0);
 static CALL: AtomicU64 = AtomicU64::new(u64::MAX);
@@ -60,17 +63,28 @@ extern "C" fn __asan_on_error() {
     announce();
 }
 
+/// What this process has computed so far.
+fn computed() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: space for the result.
+    assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) }, 0);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 /// Ends the process if a call takes too long, for example in an endless loop.
 fn watch() {
     std::thread::spawn(|| {
-        let mut since = (u64::MAX, Instant::now());
+        let mut since = (u64::MAX, computed(), Instant::now());
         loop {
             std::thread::sleep(Duration::from_millis(200));
             let call = CALL.load(Ordering::Relaxed);
             if call != since.0 {
-                since = (call, Instant::now());
-            } else if call != u64::MAX && since.1.elapsed() > PATIENCE {
-                eprintln!("a call has not come back for {PATIENCE:?}");
+                since = (call, computed(), Instant::now());
+                continue;
+            }
+            let (busy, waited) = (computed() - since.1, since.2.elapsed());
+            if call != u64::MAX && (busy > PATIENCE || waited > LONGEST_WAIT) {
+                eprintln!("a call has not come back for {waited:?}, of which it computed for {busy:?}");
                 announce();
                 std::process::abort();
             }

@@ -21,6 +21,7 @@ mod places;
 #[path = "../../fuzz/shards.rs"]
 mod shards;
 #[path = "../../fuzz/targets.rs"]
+#[allow(dead_code)] // Names and weights are for the random calls.
 mod targets;
 
 use call::{Call, World};
