@@ -5,9 +5,9 @@
 //! weights are read once for all of them, and then a chunk of the prompts. A request that ends frees its slot at once.
 //! The next prompt can take it without clearing it, because slots beyond a row's length are never read.
 //!
-//! A request does not depend on its neighbours. Attention computes a row to the bit as it computes it alone, and every
-//! prompt has passes of its own; the linear layers do so up to the number of rows that [`Matrix`](super::Matrix) names,
-//! and up to rounding above it. An error ends the request that it belongs to.
+//! A request does not depend on its neighbours. Attention and linear layers of quantised weights compute a row to the bit
+//! as they compute it alone, and every prompt has passes of its own. Linear layers of plain floats do so for up to 8 rows,
+//! and up to rounding above. An error ends the request that it belongs to.
 //!
 //! A sequence ends when its row is full, unless [`Scheduler::streaming`] allows it to continue. Then tokens after the
 //! first few are forgotten, many at a time, and no token sees another at a distance beyond the model's context.
