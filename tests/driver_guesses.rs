@@ -133,8 +133,9 @@ fn a_node_is_its_path_alone() {
         let mut scratch = Scratch::default();
         let base = text.len() - 1;
         let mut cache = Cache::without_rings(decoder.config(), 2, 48, format).unwrap();
-        // Row 1, so that the other row is not in the way.
-        decoder.forward(&mut cache, &mut scratch, 0, &[&text[..3], &text[..base]], Logits::None).unwrap();
+        // The other row has tokens too. Each row is computed in a pass of its own, as it is below.
+        decoder.forward(&mut cache, &mut scratch, 0, &[&text[..3]], Logits::None).unwrap();
+        decoder.forward(&mut cache, &mut scratch, 1, &[&text[..base]], Logits::None).unwrap();
         let positions: Vec<i32> = paths.iter().map(|path| (base + path.len() - 1) as i32).collect();
         let visible: Vec<u8> = paths.iter().map(|path| path.iter().fold(0, |bits, node| bits | 1 << node)).collect();
         let tree = TreePass { positions: &positions, first_key: base, visible: &visible };
