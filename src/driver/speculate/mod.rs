@@ -18,8 +18,9 @@
 //! The rules for what holds are in `accept.rs`. They leave the distribution of the text as it is. With temperature 0, or
 //! with guesses from the text alone, they leave every token as it is, because the tokens are chosen as without guesses,
 //! from the same logits. The logits of the first branch are the same to the bit as long as the linear layers compute the
-//! rows of a pass independently of their number; those of other branches, whose keys lie in other slots, add up in
-//! another order, and are the same but for rounding.
+//! rows of a pass independently of their number. Those of other branches, whose keys lie in other slots, add up in
+//! another order, and are the same but for rounding, which is that of f32, or where linear layers round their inputs to
+//! eight bits ([`Decoder::exact`]), of these.
 
 mod accept;
 mod draft;
