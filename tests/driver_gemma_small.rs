@@ -429,11 +429,11 @@ fn sampled_text_has_the_models_distribution() {
     };
     let first = after(&[]);
     let (mut second, mut third) = (vec![0.0; VOCAB], vec![0.0; VOCAB]);
-    for a in 0..VOCAB {
+    for (a, &before) in first.iter().enumerate() {
         for (b, p) in after(&[a as u32]).into_iter().enumerate() {
-            second[b] += first[a] * p;
+            second[b] += before * p;
             for (third, q) in third.iter_mut().zip(after(&[a as u32, b as u32])) {
-                *third += first[a] * p * q;
+                *third += before * p * q;
             }
         }
     }
