@@ -1,6 +1,5 @@
 //! The context: the choice of a kernel for each operation.
 
-use crate::cpu::tuning::Tuning;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::format::CacheFormat;
@@ -10,6 +9,7 @@ use crate::kernels::api::{
 };
 use crate::kernels::registry::{self, Entry};
 use crate::layout::Packing;
+use crate::tuning::Tuning;
 
 const FORMATS: usize = CacheFormat::ALL.len();
 

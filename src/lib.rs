@@ -109,6 +109,7 @@ pub mod masks;
 mod ops;
 mod parallel;
 mod problem;
+mod tuning;
 mod view;
 
 #[cfg(feature = "bench")]
@@ -118,7 +119,6 @@ pub mod driver;
 
 pub use cache_view::{CacheView, CacheViewMut};
 pub use context::Context;
-pub use cpu::tuning::{Prefetch, Tuning};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use format::CacheFormat;
@@ -157,6 +157,7 @@ pub use parallel::{Rayon, ThreadPool};
 pub use parallel::{Runner, Serial};
 pub use problem::limits::{MAX_HEAD_DIM, MAX_ROTARY_DIM};
 pub use problem::rotation::Pairing;
+pub use tuning::{Prefetch, Tuning};
 pub use view::{Axis, View, ViewMut};
 
 /// The README's Rust examples are documentation tests.

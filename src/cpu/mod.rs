@@ -1,11 +1,10 @@
 //! Detection of the CPU and the operating system: the features of each level, the permission to use AMX, the sizes of
-//! caches, the tuning. It uses feature bits of CPUID (on AArch64, of the operating system), never the name of a model;
-//! only the tuning, which changes no result, asks for the vendor.
+//! caches. It uses feature bits of CPUID (on AArch64, of the operating system), never the name of a model; the vendor is for
+//! the tuning, which changes no result.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 pub(crate) mod cache;
-pub(crate) mod tuning;
 
 /// Calls a macro with the features of a level as literals in brackets. This is the only place where they are listed.
 /// The features of AMX itself are missing, because the compiler has no stable names for them.
@@ -41,3 +40,17 @@ macro_rules! detected {
 }
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) use detected;
+
+/// Whether AMD made this CPU.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn is_amd() -> bool {
+    let id = std::arch::x86_64::__cpuid(0);
+    let vendor = [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes);
+    vendor.as_flattened() == b"AuthenticAMD"
+}
+
+/// Whether AMD made this CPU.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn is_amd() -> bool {
+    false
+}

@@ -1,6 +1,5 @@
 //! The interface of kernels: operations, the registry's description of a kernel, and the arguments of its functions.
 
-use crate::cpu::tuning::Tuning;
 use crate::dtype::DType;
 use crate::format::CacheFormat;
 use crate::isa::Isa;
@@ -8,6 +7,7 @@ use crate::kernels::generic::attention::Pieces;
 use crate::problem::attention::Problem;
 use crate::problem::rotation::Pairing;
 use crate::problem::tile::Tile;
+use crate::tuning::Tuning;
 
 /// The operation of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -129,7 +129,7 @@ macro_rules! kernel_shells {
                     keys: const { &key_pieces::<T>() },
                     values: const { &value_pieces::<T>() },
                     widened: const { &value_pieces::<f32>() },
-                    tuning: $crate::cpu::tuning::Tuning::DEFAULT,
+                    tuning: $crate::tuning::Tuning::DEFAULT,
                 }
             }
             /// The kernels that write f16 saturated, with the operation and the source type. A copy of f16 keeps every bit.

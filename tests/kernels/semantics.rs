@@ -1,7 +1,9 @@
 //! The rules about masks, positions, heads and NaN, one test each.
 
 use crate::attention::check;
-use crate::common::attention::{BitMaskTensor, Case, MaskTensor, Options, Shape, kv_types, narrow, random_bias};
+use crate::common::attention::{
+    BitMaskTensor, Case, MaskTensor, Options, Shape, kv_types, narrow, quantised, random_bias,
+};
 use crate::common::runners::Threads;
 use crate::common::tensor::{Gaps, poison};
 use crate::common::{Layout, Place, Rng, Tensor, close, scaled, thin};
@@ -11,7 +13,8 @@ use kvlane::{AttentionOptions, AttentionPlan, DType, Op, Serial, Workspace, alib
 tests! {
     levels: order_of_operations, row_without_keys, bias_decides_not_the_logit, hidden_poison, poison_reaches_who_sees_it,
         live_nan_propagates, causal_offset, negative_offset, windows, starts_and_lengths, heads_read_their_group,
-        sinks, alibi, log_sum_exp, mask_broadcast, axes_of_one_element_broadcast, bias_types, live_minus_infinity, bits_by_row;
+        sinks, alibi, log_sum_exp, mask_broadcast, axes_of_one_element_broadcast, bias_types, live_minus_infinity, bits_by_row,
+        large_logits;
     once: standard_alibi_slopes;
 }
 
@@ -52,6 +55,32 @@ fn order_of_operations(level: &Level) {
     level.checked(Op::Attention, DType::F32, DType::F32);
     close(outcome.lse[0].into(), want, 2e-6, || "the logit".into());
     assert_eq!(outcome.out.get([0, 0, 0, 2]), case.v.get([0, 0, 0, 2]), "one key has weight 1");
+}
+
+/// Scores whose rounding alone is more than an exponential bears: the largest takes all weight.
+fn large_logits(level: &Level) {
+    let mut rng = Rng::new(27);
+    for dtype in kv_types() {
+        for (tokens, size) in [1e3f32, 3e4, 1e5, 1e6, 1e9, 1e15].into_iter().flat_map(|x| [(1, x), (2, x), (40, x)]) {
+            let shape = Shape { keys: 100, tokens, group: 2, dim: 32, v_dim: 16, ..Shape::default() };
+            let mut case = Case::new(&mut rng, shape, dtype);
+            let best = rng.below(shape.keys);
+            // The best key is four times as long as others, and each query points along it.
+            case.q.fill(|[_, t, h, d]| size * (1.0 + ((t + 3 * h + d) % 7) as f32));
+            case.k.fill(|[_, j, _, _]| if j == best { 40.0 } else { 10.0 * ((j % 13) as f32 / 13.0) });
+            let outcome = case.run(&level.context);
+            level.checked(Op::Attention, dtype, dtype);
+            for row in 0..tokens * 2 {
+                let (t, h) = (row / 2, row % 2);
+                for d in 0..shape.v_dim {
+                    let (got, want) = (outcome.out.get([0, t, h, d]), case.v.get([0, best, 0, d]));
+                    let tolerance = if quantised()[1] { 0.02 } else { 1e-6 };
+                    close(got.into(), want.into(), tolerance, || format!("{dtype} {size:e}, token {t}, head {h}"));
+                }
+                assert!(outcome.lse[row].is_finite(), "{dtype} {size:e}, token {t}, head {h}: {}", outcome.lse[row]);
+            }
+        }
+    }
 }
 
 /// A way to mask keys.

@@ -8,6 +8,7 @@ use super::scratch::{Group, SECOND_TERM, Sizes, WEIGHTS};
 use super::work::{Job, Work};
 use super::{Call, LANES, SUPERBLOCK_KEYS, join_pair, output};
 use crate::kernels::avx512::Avx512;
+use crate::kernels::generic::attention::ROUNDED_LOGITS;
 use crate::kernels::generic::attention::state::is_empty;
 use crate::kernels::generic::math::{EXP2_OF_FRACTION, EXP2_OF_FRACTION_HIGH, polynomial};
 use crate::kernels::simd::{MAX_LANES, Simd};
@@ -66,13 +67,18 @@ pub(super) unsafe fn softmax<const HIGH: bool>(
         }
         // If all logits so far are -inf, -inf - -inf must not become NaN; a visible NaN stays one.
         let shift = s.select_lt(new, s.splat(f32::MIN), s.zero(), new);
+        let rounded_logits = s.lt_bits(s.splat(ROUNDED_LOGITS.next_down()), s.abs(shift));
         let (mut sums, mut rounds) = ([s.zero(); 2], [s.zero(); 2]);
         for &b in blocks {
             for pair in 0..BLOCK / 2 {
                 let (mut first, mut second) = ([_mm512_setzero_si512(); 2], [_mm512_setzero_si512(); 2]);
                 for i in 0..2 {
                     let v = s.load_f32(x.add((b * BLOCK + 2 * pair + i) * LANES));
-                    let weight = exp2::<HIGH>(s, _mm512_fmsub_ps(v, factor, shift));
+                    let mut below = _mm512_fmsub_ps(v, factor, shift);
+                    if rounded_logits != 0 {
+                        below = s.select_bits(rounded_logits, s.sub(s.mul(v, factor), shift), below);
+                    }
+                    let weight = exp2::<HIGH>(s, below);
                     sums[i] = s.add(sums[i], weight);
                     first[i] = round(s, weight);
                     let upper = _mm512_castsi512_ps(first[i]);

@@ -78,6 +78,8 @@ pub(crate) use row_pairs::Widen;
 pub(crate) use row_pairs::are_pairs;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) use row_pairs::unpack_pairs;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use softmax::ROUNDED_LOGITS;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) use softmax::Softmax;
 pub(crate) use state::reduce;

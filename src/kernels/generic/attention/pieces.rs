@@ -1,8 +1,8 @@
 //! What a level does with keys of one format, and with values of one: attention over any pair is made of two of these.
 
 use super::{DirectScores, DirectValues, KeyPointers, OneValue, PackKeys, PackValues, Widen};
-use crate::cpu::tuning::Tuning;
 use crate::problem::grid::KeyRange;
+use crate::tuning::Tuning;
 
 /// What a level does with keys of one format. Each function is compiled with the level's features, so that attention over keys of
 /// M formats and values of N is made of M + N pieces.

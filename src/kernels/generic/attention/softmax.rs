@@ -10,6 +10,11 @@ use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 use std::ops::Range;
 
+/// From this magnitude on, the largest logit times log2(e) is rounded by half a unit or more, and the exact difference of an FMA
+/// from it could be far from 0 for the largest logit itself: a weight of infinity, or of 0. There, products are rounded
+/// before they are subtracted.
+pub(crate) const ROUNDED_LOGITS: f32 = 8_388_608.0;
+
 /// Replaces the scores of some query rows by their weights, for the keys of a key range. Updates each row's largest
 /// logit, and rescales its sums and its accumulator when the largest logit grows. Outside the key range, whole vectors
 /// may be overwritten.
@@ -96,9 +101,13 @@ impl Scores {
             }
             // If all logits so far are -inf, -inf - -inf must not become NaN; a visible NaN stays one.
             let minus_max = s.splat(if row.max == f32::NEG_INFINITY { 0.0 } else { -row.max });
+            let rounded = row.max.abs() >= ROUNDED_LOGITS;
             let mut sum = s.load_f32(sums);
             for i in keys.step_by(S::LANES) {
-                let w = math::exp2(s, s.fma(s.load_f32(x.add(i)), factor, minus_max));
+                let score = s.load_f32(x.add(i));
+                let below =
+                    if rounded { s.add(s.mul(score, factor), minus_max) } else { s.fma(score, factor, minus_max) };
+                let w = math::exp2(s, below);
                 let w = if ALL { w } else { s.select_bits(row.visible_bits >> i, w, s.zero()) };
                 s.store_f32(x.add(i), w);
                 sum = s.add(sum, w);

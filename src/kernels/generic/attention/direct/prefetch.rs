@@ -1,10 +1,10 @@
 //! Prefetch distances of the direct path.
 
-use crate::cpu::tuning::{Prefetch, Tuning};
 use crate::kernels::generic::attention::key_pointers::SUBBLOCKS;
 use crate::kernels::generic::attention::{Block, KeyPointers, SUBBLOCK};
 use crate::kernels::simd::{LINE, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
+use crate::tuning::{Prefetch, Tuning};
 
 /// Prefetch distances: from a subblock to the one that is read some subblocks later, in the order K of the block, V of the block, K of
 /// the next block.

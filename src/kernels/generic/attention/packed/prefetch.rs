@@ -1,9 +1,9 @@
 //! Prefetches of the packed path.
 
-use crate::cpu::tuning::Tuning;
 use crate::kernels::generic::attention::KeyPointers;
 use crate::kernels::simd::Simd;
 use crate::problem::grid::BLOCK;
+use crate::tuning::Tuning;
 
 /// Prefetches K or V of the next block while this one is computed, a few lines at a time: more lines than a core has fill buffers
 /// would stall it.

@@ -1,5 +1,6 @@
 //! How loops over a cache prefetch, by CPU.
 
+use crate::cpu;
 use crate::isa::Isa;
 
 /// How decode prefetches keys and values. A tuning changes the time of a call, and no bit of its result.
@@ -61,7 +62,7 @@ impl Tuning {
 
     /// The tuning of this CPU for kernels of a level.
     pub(crate) fn of_this_cpu(isa: Isa) -> Self {
-        if !is_amd() {
+        if !cpu::is_amd() {
             return Self::DEFAULT;
         }
         // Measured on Zen 4, where a prefetch brings one line, and where prefetches into the first-level cache from far away
@@ -97,14 +98,9 @@ impl Tuning {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-fn is_amd() -> bool {
-    let id = std::arch::x86_64::__cpuid(0);
-    let vendor = [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes);
-    vendor.as_flattened() == b"AuthenticAMD"
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn is_amd() -> bool {
-    false
+/// The tuning of CPUs that the library does not know: that of Intel's, and outside of x86 the same without pairs of lines.
+impl Default for Tuning {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
 }
