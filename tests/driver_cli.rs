@@ -613,7 +613,7 @@ fn guesses_leave_the_text_as_it_is() {
     assert_eq!(stdout(&drawn), stdout(&drawn));
     for (wrong, part) in [
         (&["--lookup", "0"][..], "it must be a whole number, 1 or more"),
-        (&["--guesses", "3"], "required arguments were not provided"),
+        (&["--guesses", "3"], "--guesses and --branches need --draft or --lookup"),
         (&["--lookup", "2", "--beams", "2"], "cannot be used with"),
         (&["--lookup", "2", "--prompt", "b"], "take one --prompt, but 2 are given"),
     ] {

@@ -108,7 +108,7 @@ pub(super) fn generate(args: &Generate) -> Result<ExitCode> {
         return Err(Error::argument("--system is given, but it needs --chat or --prompts"));
     }
     let search = args.beams.options(args.sampling.max_tokens)?;
-    let speculation = args.guesses.options(args.sampling.max_tokens, args.sampling.options());
+    let speculation = args.guesses.options(args.sampling.max_tokens, args.sampling.options())?;
     if (search.is_some() || speculation.is_some()) && args.prompt.len() > 1 {
         let option = if search.is_some() { "--beams takes" } else { "--draft and --lookup take" };
         return Err(Error::argument(format!("{option} one --prompt, but {} are given", args.prompt.len())));

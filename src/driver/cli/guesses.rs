@@ -13,7 +13,7 @@ use super::model::open;
 use super::output::{bar, count_of, note, print, print_json};
 use super::values;
 use crate::driver::cache::{Cache, PREFILL_CHUNK};
-use crate::driver::error::Result;
+use crate::driver::error::{Error, Result};
 use crate::driver::sampling::SamplerOptions;
 use crate::driver::scheduler::Finish;
 use crate::driver::speculate::{Speculation, SpeculationOptions, check_vocabularies};
@@ -23,7 +23,6 @@ const CONFLICTS: [&str; 6] = ["no_cache", "window", "beams", "prompts", "keep_la
 
 /// The options of guesses.
 #[derive(Debug, Args)]
-#[group(id = "guessing", args = ["draft", "lookup"], multiple = true)]
 pub(super) struct Guesses {
     /// Let this smaller model guess tokens, which the model verifies several at a time. The text has the model's
     /// distribution all the same; both must have the same vocabulary
@@ -33,20 +32,27 @@ pub(super) struct Guesses {
     /// draft guesses
     #[arg(long, value_name = "N", value_parser = values::at_least_one, conflicts_with_all = CONFLICTS)]
     lookup: Option<usize>,
-    /// The most guesses that follow each other
-    #[arg(long, value_name = "N", default_value = "4", value_parser = values::at_least_one, requires = "guessing")]
-    guesses: usize,
-    /// The most guesses for one position: they form a tree, which is verified in one pass
-    #[arg(long, value_name = "N", default_value = "1", value_parser = values::at_least_one, requires = "guessing")]
-    branches: usize,
+    /// The most guesses that follow each other. Default: 4
+    #[arg(long, value_name = "N", value_parser = values::at_least_one)]
+    guesses: Option<usize>,
+    /// The most guesses for one position: they form a tree, which is verified in one pass. Default: 1
+    #[arg(long, value_name = "N", value_parser = values::at_least_one)]
+    branches: Option<usize>,
 }
 
 impl Guesses {
     /// The options of the text, if there are guesses.
-    pub(super) fn options(&self, max_tokens: usize, sampling: SamplerOptions) -> Option<SpeculationOptions> {
-        let options =
-            SpeculationOptions::new(max_tokens).sampling(sampling).ahead(self.guesses).branches(self.branches);
-        (self.draft.is_some() || self.lookup.is_some()).then(|| options.lookup(self.lookup.unwrap_or(0)))
+    pub(super) fn options(&self, max_tokens: usize, sampling: SamplerOptions) -> Result<Option<SpeculationOptions>> {
+        if self.draft.is_none() && self.lookup.is_none() {
+            return match (self.guesses, self.branches) {
+                (None, None) => Ok(None),
+                _ => Err(Error::argument("--guesses and --branches need --draft or --lookup, which make the guesses")),
+            };
+        }
+        let mut options = SpeculationOptions::new(max_tokens).sampling(sampling).lookup(self.lookup.unwrap_or(0));
+        options.ahead = self.guesses.unwrap_or(options.ahead);
+        options.branches = self.branches.unwrap_or(options.branches);
+        Ok(Some(options))
     }
 }
 
