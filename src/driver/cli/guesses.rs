@@ -35,7 +35,8 @@ pub(super) struct Guesses {
     /// The most guesses that follow each other. Default: 4
     #[arg(long, value_name = "N", value_parser = values::at_least_one)]
     guesses: Option<usize>,
-    /// The most guesses for one position: they form a tree, which is verified in one pass. Default: 1
+    /// The most guesses for one position: they form a tree, which is verified in one pass. Default: 1. With more, logits
+    /// can differ by the rounding of linear layers, and a token whose lead is as small can be another one
     #[arg(long, value_name = "N", value_parser = values::at_least_one)]
     branches: Option<usize>,
 }
