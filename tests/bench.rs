@@ -204,7 +204,7 @@ mod command {
             (&["--compare", toml], 2, "2 values required"),
             (&["--threads", "0", "--filter", "decode 1,"], 1, "0 threads"),
             (&["--filter", "no such thing"], 1, "no case of this run contains \"no such thing\""),
-            (&["--isa", foreign], 1, "this machine cannot run"),
+            (&["--isa", foreign], 2, "this CPU cannot run it"),
             (&["--json", "/nowhere/report.json"], 1, "/nowhere/report.json"),
         ];
         for (args, code, part) in cases {
