@@ -153,8 +153,8 @@ fn a_node_is_its_path_alone() {
             }
             worst = found.iter().zip(&logits).fold(worst, |w, (a, b)| w.max((a - b).abs()));
         }
-        // A rounding may fall on the other side in the 16-bit and 8-bit formats.
-        let tolerance = if format == CacheFormat::F32 { 1e-4 } else { 0.2 };
+        // A rounding may fall on the other side: of inputs of linear layers, and in the 16-bit and 8-bit formats of the cache.
+        let tolerance = if format == CacheFormat::F32 { 1e-3 } else { 0.2 };
         assert!(worst < tolerance, "{worst} {format}");
 
         let kept = [0, 3, 5].map(|node| base + node);
