@@ -74,7 +74,7 @@ fn large_logits(level: &Level) {
                 let (t, h) = (row / 2, row % 2);
                 for d in 0..shape.v_dim {
                     let (got, want) = (outcome.out.get([0, t, h, d]), case.v.get([0, best, 0, d]));
-                    let tolerance = if quantised()[1] { 0.02 } else { 1e-6 };
+                    let tolerance = if quantised()[1] { 0.02 } else { 1e-4 };
                     close(got.into(), want.into(), tolerance, || format!("{dtype} {size:e}, token {t}, head {h}"));
                 }
                 assert!(outcome.lse[row].is_finite(), "{dtype} {size:e}, token {t}, head {h}: {}", outcome.lse[row]);
