@@ -6,8 +6,8 @@ use crate::isa::Isa;
 /// How decode prefetches keys and values. A tuning changes the time of a call, and no bit of its result.
 ///
 /// A [`Context`](crate::Context) has the tuning of this CPU; [`Context::tuned`](crate::Context::tuned) sets another. It serves attention
-/// of few query rows at the levels scalar, avx2, avx512 and neon. Prompts, and the levels of matrix products, prefetch in ways of their
-/// own.
+/// of few query rows at the levels scalar, avx2, avx512 and neon. Prompts at these levels always prefetch into the second-level cache,
+/// two lines at a time if [`Self::block`] says so. The levels of matrix products prefetch in ways of their own.
 ///
 /// ```
 /// use kvlane::*;

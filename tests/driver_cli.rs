@@ -363,9 +363,15 @@ fn several_prompts_come_in_their_order() {
 
 /// Runs `generate --prompts -` with these lines.
 fn serve(args: &[&str], lines: &str) -> (Vec<serde_json::Value>, String) {
+    let (events, notes) = fed(&[&["generate", "--prompts", "-", "--temperature", "0"], args].concat(), lines);
+    (events.lines().map(|line| serde_json::from_str(line).unwrap()).collect(), notes)
+}
+
+/// Standard output and standard error of a command that succeeds with this standard input.
+fn fed(args: &[&str], lines: &str) -> (String, String) {
     use std::io::Write;
     let mut child = Command::new(env!("CARGO_BIN_EXE_kvlane"))
-        .args([&["generate", "--prompts", "-", "--temperature", "0"], args].concat())
+        .args(args)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -375,8 +381,7 @@ fn serve(args: &[&str], lines: &str) -> (Vec<serde_json::Value>, String) {
     let out = child.wait_with_output().unwrap();
     let notes = String::from_utf8(out.stderr).unwrap();
     assert!(out.status.success(), "{notes}");
-    let events = String::from_utf8(out.stdout).unwrap();
-    (events.lines().map(|line| serde_json::from_str(line).unwrap()).collect(), notes)
+    (String::from_utf8(out.stdout).unwrap(), notes)
 }
 
 #[test]
@@ -499,23 +504,14 @@ fn template() -> std::path::PathBuf {
 
 #[test]
 fn a_conversation_grows_its_cache() {
-    use std::io::Write;
     let path = template();
     let template = path.to_str().unwrap();
     let talk = |lines: &str| {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_kvlane"))
-            .args(["chat", "--chat-template", template, "--temperature", "0", "--max-tokens", "6", "--system", "Speak"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
-        let out = child.wait_with_output().unwrap();
-        let notes = String::from_utf8(out.stderr).unwrap();
-        assert!(out.status.success(), "{notes}");
+        let args =
+            ["chat", "--chat-template", template, "--temperature", "0", "--max-tokens", "6", "--system", "Speak"];
+        let (text, notes) = fed(&args, lines);
         let prefill = notes.split("prefill ").nth(1).unwrap().split(' ').next().unwrap().parse::<usize>().unwrap();
-        (String::from_utf8(out.stdout).unwrap(), prefill, notes)
+        (text, prefill, notes)
     };
     let (one, first, _) = talk("Who is the LORD?\n");
     let generate =

@@ -84,7 +84,7 @@ pub fn attention_chunks<'a>(
     states: &mut [f32],
 ) -> Result<()> {
     let out = ViewMut::new::<f32>(&mut [], [0; 4])?;
-    let attention = RawAttention::new(AttentionTensors::new(q, k.into(), v.into(), out), options)?;
+    let attention = RawAttention::new(AttentionTensors::new(q, k, v, out), options)?;
     let call = RawChunks { attention, states: states.as_mut_ptr(), len: states.len() };
     let job = SegmentJob::new(context, runner, &call)?;
     workspace.reserve(job.workspace);

@@ -58,7 +58,8 @@ pub fn distance<T>(from: *const T, to: *const T) -> isize {
     if to.is_null() { 0 } else { to.addr().wrapping_sub(from.addr()) as isize }
 }
 
-/// Distance in bytes of a second prefetch, into the first-level cache, for whole blocks: a block is more than that cache holds.
+/// Distance in bytes of the prefetch into the first-level cache where both levels are prefetched: what is read until a line in the
+/// second level is due is more than the first holds.
 pub const NEAR_DISTANCE: usize = 512;
 
 /// What a loop over keys or values prefetches.
