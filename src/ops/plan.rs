@@ -129,6 +129,9 @@ impl AttentionPlan {
         let summary = visibility::validate(visibility)?;
         masks.validate(visibility, q_shape[HEADS], summary.longest)?;
         let lines = Lines::new(visibility, masks, q_shape[HEADS])?;
+        if visibility.lengths.is_none() {
+            ensure_memory(visibility.batch as u128 * size_of::<i32>() as u128)?;
+        }
         self.summary = match self.masks.take(&lines) {
             Some(seen) => summary.within(seen),
             None => summary,
@@ -323,6 +326,7 @@ impl<'a> Lines<'a> {
                 .saturating_mul(BLOCK as u128);
             let most = isize::MAX as u128;
             ensure!(bits <= most, Shape, "the masks of the plan would have {bits} bits, more than {most}");
+            ensure_memory(bits / 8 + visibility.batch as u128 * 20)?;
         }
         Ok(lines)
     }
@@ -352,10 +356,7 @@ impl<'a> Lines<'a> {
             return self.visibility.visible_keys(row, query);
         }
         // Where a query sees anything, the next one sees from there or the next key on: nothing lies between.
-        let visibility = (0..self.visibility.queries(row))
-            .map(|query| self.visibility.visible_keys(row, query))
-            .filter(|(low, high)| low < high);
-        visibility.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).unwrap_or((0, 0))
+        self.visibility.visible_to_any(row)
     }
 
     /// Calls `f(head, query, block, live, shown)` for all lines of a sequence and the blocks in a range: which of a block's
@@ -443,6 +444,16 @@ impl Masks {
     }
 }
 
+/// Fails if so many bytes cannot be allocated. A plan is made of shapes, which need no memory behind them, and a failure inside a
+/// list would end the process.
+fn ensure_memory(bytes: u128) -> Result<()> {
+    const SMALL: u128 = 1 << 24;
+    let fits =
+        bytes <= SMALL || usize::try_from(bytes).is_ok_and(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_ok());
+    ensure!(fits, Shape, "the plan would take {bytes} bytes, which cannot be allocated");
+    Ok(())
+}
+
 /// A cache of which only sequences and slots count.
 fn axes(k_shape: [usize; 4]) -> RawView<CacheFormat> {
     let shape = [k_shape[BATCH], k_shape[SEQ], 1, 1];
@@ -479,6 +490,18 @@ mod tests {
     }
 
     /// Bits are those of keys from the first hidden block to the length, of queries and heads that differ.
+    #[test]
+    fn queries_that_a_mask_does_not_distinguish_are_not_counted_one_by_one() {
+        let hidden = [true, false, true, true];
+        let q = [1, i32::MAX as usize, 1, 8];
+        let mask = Mask::strided(&hidden, 0, [1, q[1], 1, 4], [0, 0, 0, 1]).unwrap();
+        let options = AttentionOptions { mask: Some(mask), causal: true, window_left: Some(3), ..Default::default() };
+        for _ in 0..1000 {
+            let made = AttentionPlan::new(q, [1, 4, 1, 8], &options).unwrap();
+            assert_eq!(made.masks.words, [0b1101u64.to_le()]);
+        }
+    }
+
     #[test]
     fn bits_are_no_more_than_what_differs() {
         let hidden: Vec<bool> = (0..12 * 4096).map(|i| i % 4096 != 2050).collect();

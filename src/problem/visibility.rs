@@ -198,6 +198,25 @@ impl Visibility<'_> {
         }
     }
 
+    /// The keys that any query of `batch` may see, from the first to the last, apart from those [always visible](Self::always_visible).
+    pub fn visible_to_any(&self, batch: usize) -> (i64, i64) {
+        let queries = self.queries(batch);
+        if self.query_positions.is_some() {
+            let keys = (0..queries).map(|token| self.visible_keys(batch, token)).filter(|(low, high)| low < high);
+            return keys.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).unwrap_or((0, 0));
+        }
+        // Both ends grow with the query, so that the queries which see a key are those from the first whose end is behind the first
+        // key to the last whose beginning is before the length. They are found without looking at each: a plan is made of a number.
+        let first = partition_point(queries, |token| self.right_end(batch, token) <= self.first_held(batch));
+        let end = partition_point(queries, |token| self.left_end(batch, token) < self.length(batch));
+        if first >= end {
+            return (0, 0);
+        }
+        let (low, high) = (self.left_end(batch, first), self.right_end(batch, end - 1));
+        // A window may be empty.
+        if self.left_end(batch, first) < self.right_end(batch, first) { (low, high) } else { (0, 0) }
+    }
+
     /// The first key that any query of `batch` may see, apart from those [always visible](Self::always_visible); the length or more
     /// if there is none.
     pub fn first_visible(&self, batch: usize) -> i64 {
@@ -286,6 +305,16 @@ impl Visibility<'_> {
     }
 }
 
+/// The first of the numbers `0..n` for which `before` is false; it is true for all smaller ones.
+fn partition_point(n: usize, before: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, n);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if before(middle) { low = middle + 1 } else { high = middle }
+    }
+    low
+}
+
 /// The keys that the queries of a sequence are, and their positions.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OwnKeys<'a> {
@@ -347,6 +376,43 @@ impl TileVisibility {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_keys_of_all_queries_are_those_of_each() {
+        let view = |keys| {
+            let dtype = CacheFormat::F32;
+            RawView { data: std::ptr::null_mut(), dtype, shape: [1, keys, 1, 1], strides: [0; 4], bytes: None }
+        };
+        let mut seen = 0;
+        for (queries, keys, length, start) in
+            (0..5).flat_map(|q| (1..7).flat_map(move |k| (0..=k).flat_map(move |n| (0..=n).map(move |s| (q, k, n, s)))))
+        {
+            let (lengths, starts) = ([length], [start]);
+            for (causal, left, right, offset) in [false, true].into_iter().flat_map(|causal| {
+                [None, Some(0), Some(1), Some(3)].into_iter().flat_map(move |left| {
+                    [None, Some(0), Some(2)].into_iter().flat_map(move |right| {
+                        [None, Some(-3), Some(0), Some(2), Some(9)].map(|o| (causal, left, right, o))
+                    })
+                })
+            }) {
+                let offsets = offset.map(|o| [o]);
+                let visibility = Visibility {
+                    causal,
+                    window_left: left,
+                    window_right: right,
+                    lengths: Some(&lengths),
+                    kv_starts: Some(&starts),
+                    offsets: offsets.as_ref().map(|o| &o[..]),
+                    ..Visibility::unmasked(1, queries, view(keys as usize))
+                };
+                let each = (0..queries).map(|token| visibility.visible_keys(0, token)).filter(|(low, high)| low < high);
+                let expected = each.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).unwrap_or((0, 0));
+                assert_eq!(visibility.visible_to_any(0), expected, "{visibility:?}");
+                seen += usize::from(expected.0 < expected.1);
+            }
+        }
+        assert!(seen > 1000, "{seen}");
+    }
 
     #[test]
     fn a_summary_narrows_to_the_chunks_that_are_seen() {

@@ -4,7 +4,6 @@ use crate::abi::*;
 use crate::call::{Call, List, last_error, product};
 use crate::memory::{INT8, MASK, Tensor};
 use crate::places::*;
-use std::collections::BTreeSet;
 use std::mem::offset_of;
 
 /// The function that takes the parameters.
@@ -194,8 +193,8 @@ impl Rows {
 
 impl Said {
     /// The slots of keys that a query may see.
-    fn live(&self) -> BTreeSet<(i64, i64)> {
-        let mut live = BTreeSet::new();
+    fn live(&self) -> Slots {
+        let mut live = Slots::default();
         for row in 0..self.batch.unwrap_or(0).min(1 << 10) {
             let b = row as usize;
             let length = self.lengths.values.get(b).map_or_else(|| self.layout.capacity(b), |&n| n.into());

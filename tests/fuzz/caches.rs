@@ -4,7 +4,6 @@ use crate::abi::*;
 use crate::call::{Call, List, product};
 use crate::memory::Tensor;
 use crate::places::*;
-use std::collections::BTreeSet;
 
 /// The caches of several layers, and the arguments of the call for them.
 struct Cache {
@@ -105,7 +104,7 @@ impl Cache {
 
     /// Fills the tokens of sequences, or all slots.
     fn fill(&self, c: &mut Call, all: bool) {
-        let mut live = BTreeSet::new();
+        let mut live = Slots::default();
         for row in 0..self.lengths.values.len() as i64 {
             live.extend(self.layout.places(row, 0..self.length(row), self.length(row)));
         }
@@ -115,7 +114,7 @@ impl Cache {
     }
 
     /// Slots that the call writes.
-    fn writes(&self, c: &mut Call, places: &BTreeSet<(i64, i64)>) {
+    fn writes(&self, c: &mut Call, places: &Slots) {
         for tensor in &self.tensors {
             c.writes(tensor, |at| places.contains(&(at[0] as i64, at[1] as i64)));
         }
@@ -210,7 +209,7 @@ pub fn cache_reset(mut c: Call) -> i32 {
     cache.fill(&mut c, false);
     let (n, rows) = cache.some_rows(&mut c, -1);
     let zero = c.code(zero.into());
-    let mut cleared = BTreeSet::new();
+    let mut cleared = Slots::default();
     let [_, slots] = cache.places.axes;
     for &row in if zero == 1 { &rows.values[..] } else { &[] } {
         let row = i64::from(row);
@@ -260,7 +259,7 @@ pub fn cache_insert_sequence(mut c: Call) -> i32 {
     let most = from.right[from_row as usize].min(to.places.room(row as usize));
     let length = c.rng.between(0, most as usize) as i64;
     let (row, from_row, length) = (c.number(row), c.number(from_row), c.number(length));
-    to.writes(&mut c, &to.layout.places(row, 0..length, length));
+    to.writes(&mut c, &to.layout.places(row, 0..length, length).collect());
     to.changes_lengths(&mut c);
     let (context, runner) = (c.context(), c.runner());
     let from_at = if c.hit() && c.maybe(0.3) { to.at } else { from.at };
@@ -281,7 +280,7 @@ pub fn cache_copy_prefix(mut c: Call) -> i32 {
     let lost = cache.places.kind == RING && length > cache.places.axes[1];
     let tokens = if lost { length } else { c.rng.between(0, length.min(room) as usize) as i64 };
     let (from, tokens) = (c.number(from), c.number(tokens));
-    let mut written = BTreeSet::new();
+    let mut written = Slots::default();
     for &row in &to.values {
         written.extend(cache.layout.places(row.into(), 0..tokens, tokens));
     }
@@ -312,7 +311,7 @@ pub fn cache_reorder(mut c: Call) -> i32 {
     cache.fill(&mut c, false);
     let parents: Vec<i64> = (0..cache.places.rows).map(|_| c.rng.below(cache.places.rows as usize) as i64).collect();
     let parents = cache.list(&mut c, &parents);
-    let mut written = BTreeSet::new();
+    let mut written = Slots::default();
     for (row, &parent) in parents.values.iter().enumerate() {
         if row as i32 != parent {
             let slots = cache.length(parent.into()).min(cache.tensors[0].shape[1]).min(1 << 14);
@@ -452,7 +451,7 @@ pub fn cache_evict(mut c: Call) -> i32 {
     let (ropes, _) = rotations(&mut c, &cache, num_ropes);
     let left = cache.length(row).saturating_sub(end.saturating_sub(first));
     let left = if first == end { first } else { left };
-    cache.writes(&mut c, &cache.layout.places(row, first..left, left));
+    cache.writes(&mut c, &cache.layout.places(row, first..left, left).collect());
     cache.changes_lengths(&mut c);
     let (context, runner) = (c.context(), c.runner());
     c.ready();
@@ -496,7 +495,7 @@ pub fn cache_evict_running(mut c: Call) -> i32 {
     let keys = if c.hit() && c.maybe(0.2) { std::ptr::null() } else { keys };
     let left = cache.length(row).saturating_sub(end.saturating_sub(first));
     let left = if first == end { 0 } else { left };
-    cache.writes(&mut c, &cache.layout.places(row, 0..left, left));
+    cache.writes(&mut c, &cache.layout.places(row, 0..left, left).collect());
     cache.changes_lengths(&mut c);
     let (context, runner) = (c.context(), c.runner());
     c.ready();
@@ -520,7 +519,7 @@ pub fn cache_copy_pages(mut c: Call) -> i32 {
         0 if sources > 0 => pages[c.rng.below(sources)],
         _ => pages.get(sources + i / 2).copied().unwrap_or(0),
     });
-    let mut written = BTreeSet::new();
+    let mut written = Slots::default();
     let size = cache.tensors[0].shape[1].clamp(0, 1 << 14);
     for pair in moves.values.chunks_exact(2) {
         written.extend((0..size).map(|slot| (i64::from(pair[1]), slot)));
@@ -552,13 +551,13 @@ pub fn cache_defragment(mut c: Call) -> i32 {
     let map = if c.hit() && c.maybe(0.3) { std::ptr::null_mut() } else { map };
     let used: *mut i64 = c.output(Some(1));
 
-    let mut in_use: BTreeSet<i32> = BTreeSet::new();
+    let mut in_use = std::collections::BTreeSet::<i32>::new();
     for (row, &length) in lengths.values.iter().enumerate() {
         let n = i64::from(length.max(0)).saturating_add(shape[1].max(1) - 1) / shape[1].max(1);
         let first = (row as i64).saturating_mul(per_row).clamp(0, table.values.len() as i64) as usize;
         in_use.extend(table.values[first..].iter().take(n as usize));
     }
-    let mut written = BTreeSet::new();
+    let mut written = Slots::default();
     for page in (0..in_use.len() as i32).filter(|page| !in_use.contains(page)) {
         written.extend((0..shape[1].clamp(0, 1 << 14)).map(|slot| (i64::from(page), slot)));
     }

@@ -2,13 +2,56 @@
 
 use crate::abi::*;
 use crate::call::{Call, product};
-use std::collections::BTreeSet;
+use std::collections::HashMap;
 
 pub const CONTIGUOUS: i32 = 0;
 pub const RING: i32 = 1;
 pub const PAGED: i32 = 2;
 pub const INDIRECT: i32 = 3;
 pub const RAGGED: i32 = 4;
+
+/// A set of slots, each by the first two indices of a view. A hostile call may state millions of them, so that a set has 64 to an
+/// entry.
+#[derive(Default)]
+pub struct Slots(HashMap<(i64, i64), u64>);
+
+impl Slots {
+    pub fn contains(&self, &(row, slot): &(i64, i64)) -> bool {
+        self.0.get(&(row, slot >> 6)).is_some_and(|bits| bits >> (slot & 63) & 1 == 1)
+    }
+
+    fn set(&mut self, entry: Option<((i64, i64), u64)>) {
+        if let Some((at, bits)) = entry {
+            *self.0.entry(at).or_default() |= bits;
+        }
+    }
+}
+
+impl Extend<(i64, i64)> for Slots {
+    fn extend<I: IntoIterator<Item = (i64, i64)>>(&mut self, slots: I) {
+        // Neighbours share an entry, which is looked up once.
+        let mut entry = None;
+        for (row, slot) in slots {
+            let (at, bit) = ((row, slot >> 6), 1 << (slot & 63));
+            entry = match entry {
+                Some((same, bits)) if same == at => Some((at, bits | bit)),
+                other => {
+                    self.set(other);
+                    Some((at, bit))
+                }
+            };
+        }
+        self.set(entry);
+    }
+}
+
+impl FromIterator<(i64, i64)> for Slots {
+    fn from_iter<I: IntoIterator<Item = (i64, i64)>>(slots: I) -> Self {
+        let mut set = Self::default();
+        set.extend(slots);
+        set
+    }
+}
 
 /// A valid layout.
 pub struct Places {
@@ -182,15 +225,19 @@ impl Given {
 
     /// The slots of the tokens `positions` of a sequence, without those that a ring of `length` tokens has
     /// overwritten.
-    pub fn places(&self, row: i64, positions: std::ops::Range<i64>, length: i64) -> BTreeSet<(i64, i64)> {
+    pub fn places(
+        &self,
+        row: i64,
+        positions: std::ops::Range<i64>,
+        length: i64,
+    ) -> impl Iterator<Item = (i64, i64)> + use<'_> {
         let sinks = i64::from(self.sinks);
         let kept = if self.kind == RING { length.saturating_sub(self.slots.saturating_sub(sinks)) } else { 0 };
         // No sequence has more, and a call that states more is refused.
         let end = positions.end.min(1 << 14);
         (positions.start.max(0)..end)
-            .filter(|&p| self.kind != RING || p < sinks || p >= kept)
-            .filter_map(|p| self.place(row, p))
-            .collect()
+            .filter(move |&p| self.kind != RING || p < sinks || p >= kept)
+            .filter_map(move |p| self.place(row, p))
     }
 
     pub fn kind(&self) -> i32 {

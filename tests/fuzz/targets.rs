@@ -329,7 +329,7 @@ fn kv_write(mut c: Call) -> i32 {
     let v_packing = c.code(pairs.into());
 
     // The tokens that are written.
-    let mut targets = std::collections::BTreeSet::new();
+    let mut targets = Slots::default();
     if k.fits(&c.arena) && !k.is_empty() || v.fits(&c.arena) && !v.is_empty() {
         for b in 0..positions.values.len().max(slots.values.len().checked_div(seq as usize).unwrap_or(0)) {
             let row = to_rows.values.get(b).map_or(b as i64, |&r| r.into());
@@ -431,7 +431,7 @@ fn kv_read(mut c: Call) -> i32 {
 
     // Slots that are not read remain poison.
     let count = |b: usize| counts.values.get(b).map_or(seq, |&n| n.into()).clamp(0, seq.clamp(0, 1 << 12));
-    let mut live = std::collections::BTreeSet::new();
+    let mut live = Slots::default();
     for (b, &position) in positions.values.iter().enumerate() {
         let row = from_rows.values.get(b).map_or(b as i64, |&row| row.into());
         live.extend((0..count(b)).filter_map(|t| layout.place(row, i64::from(position).checked_add(t)?)));
