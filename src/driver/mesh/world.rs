@@ -269,10 +269,15 @@ impl World {
         self.shared.abort(error);
     }
 
+    /// From now on, waits as long as it takes.
+    pub fn be_patient(&self) {
+        self.shared.watch.patient.store(true, Ordering::Relaxed);
+    }
+
     /// Waits for all processes, as long as it takes, and leaves. Without it, a process must end by [`Self::abort`], or with all
     /// others by an error that they [agree](Self::agree) on.
     pub fn finish(self) {
-        self.shared.watch.patient.store(true, Ordering::Relaxed);
+        self.be_patient();
         drop(ManuallyDrop::into_inner(self.universe.0));
     }
 }
