@@ -243,7 +243,7 @@ fn serve(world: &World, args: &Generate, prompts: &Prompts, ready: Ready) -> Res
         open: mesh.data,
         last: Instant::now(),
     };
-    let failed = match &input {
+    let (stopped, failed) = match &input {
         Input::Prompts(texts) => {
             if first {
                 output.completions = Some(Completions::new(texts, args.json)?);
@@ -251,22 +251,15 @@ fn serve(world: &World, args: &Generate, prompts: &Prompts, ready: Ready) -> Res
             let overlong = if args.keep_last { Overlong::KeepLast } else { Overlong::Refuse };
             let submit = |ids: &Vec<u32>| scheduler.submit(args.sampling.request(ids.clone()).overlong(overlong));
             let requests: Vec<RequestId> = ids[own.clone()].iter().map(submit).collect::<Result<_>>()?;
-            run(
-                &mut scheduler,
-                &group,
-                &interrupts,
-                &mut output,
-                |output, Event { request, token, text, finish, .. }| {
-                    let Some(i) = requests.iter().position(|&id| id == request) else { return Ok(()) };
-                    let finish = finish.map(|finish| {
-                        let sentence =
-                            if let Finish::Error(sentence) = &finish { sentence.clone() } else { String::new() };
-                        (finish.name().to_owned(), sentence)
-                    });
-                    output.put(Message::Piece { prompt: own.start + i, token, text, finish })
-                },
-            )?;
-            false
+            let report = |output: &mut Output, Event { request, token, text, finish, .. }: Event| {
+                let Some(i) = requests.iter().position(|&id| id == request) else { return Ok(()) };
+                let finish = finish.map(|finish| {
+                    let sentence = if let Finish::Error(sentence) = &finish { sentence.clone() } else { String::new() };
+                    (finish.name().to_owned(), sentence)
+                });
+                output.put(Message::Piece { prompt: own.start + i, token, text, finish })
+            };
+            (run(&mut scheduler, &group, &interrupts, &mut output, report)?, false)
         }
         Input::Lines(lines) => {
             let (sender, receiver) = std::sync::mpsc::channel();
@@ -277,14 +270,15 @@ fn serve(world: &World, args: &Generate, prompts: &Prompts, ready: Ready) -> Res
             }
             let flush = |output: &mut Output| receiver.try_iter().try_for_each(|line| output.put(Message::Line(line)));
             flush(&mut output)?;
-            run(&mut scheduler, &group, &interrupts, &mut output, |output, event| {
+            let stopped = run(&mut scheduler, &group, &interrupts, &mut output, |output, event| {
                 service.report(event)?;
                 flush(output)
             })?;
-            service.failed
+            (stopped, service.failed)
         }
     };
     output.put(Message::End)?;
+    output.last = Instant::now();
     while first && output.open > 0 {
         if !output.poll()? {
             std::thread::sleep(POLL);
@@ -330,7 +324,7 @@ fn serve(world: &World, args: &Generate, prompts: &Prompts, ready: Ready) -> Res
         note_traffic(mesh, &all);
     }
     match completions.and_then(Completions::error) {
-        _ if interrupts.pressed() => Ok(ExitCode::from(interrupt::EXIT_CODE)),
+        _ if stopped => Ok(ExitCode::from(interrupt::EXIT_CODE)),
         Some(error) => {
             note(&format!("error: {error}"));
             Ok(exit_code(&error))
@@ -339,14 +333,14 @@ fn serve(world: &World, args: &Generate, prompts: &Prompts, ready: Ready) -> Res
     }
 }
 
-/// Steps until nothing is left to do in this group. Processes of a group stop together.
+/// Steps until nothing is left to do in this group. Processes of a group stop together; returns whether Ctrl-C has stopped them.
 fn run(
     scheduler: &mut Scheduler,
     group: &Group,
     interrupts: &Interrupts,
     output: &mut Output,
     mut report: impl FnMut(&mut Output, Event) -> Result<()>,
-) -> Result<()> {
+) -> Result<bool> {
     let mut stopping = false;
     while !scheduler.is_idle() {
         if !stopping && group.any(interrupts.pressed()) {
@@ -358,7 +352,7 @@ fn run(
         }
         output.poll()?;
     }
-    Ok(())
+    Ok(stopping)
 }
 
 /// What all processes have done, in process 0.
