@@ -168,6 +168,11 @@ fn complaints_are_sentences_on_standard_error() {
         (&["inspect", concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")], 1, "not a GGUF file"),
         (&["generate", "--model", empty.to_str().unwrap()], 1, "empty.gguf is empty"),
         (&["generate", "--prompts", "/nowhere.jsonl"], 1, "/nowhere.jsonl"),
+        (&["generate", "--mesh", "rows=2"], 2, "no axis is called"),
+        (&["generate", "--mesh", "model=2", "--beams", "2"], 2, "--beams"),
+        (&["generate", "--mesh-patience", "5"], 2, "--mesh"),
+        #[cfg(not(feature = "mpi"))]
+        (&["generate", "--mesh", "model=2"], 2, "built without the feature mpi"),
         (&["chat"], 1, "no chat template"),
         (&["generate", "--chat"], 1, "no chat template"),
         // What is wrong with an argument ends with 2, whoever finds it.
@@ -363,12 +368,23 @@ fn several_prompts_come_in_their_order() {
 
 /// Runs `generate --prompts -` with these lines.
 fn serve(args: &[&str], lines: &str) -> (Vec<serde_json::Value>, String) {
-    let (events, notes) = fed(&[&["generate", "--prompts", "-", "--temperature", "0"], args].concat(), lines);
-    (events.lines().map(|line| serde_json::from_str(line).unwrap()).collect(), notes)
+    let (code, text, notes) = ended(&[&["generate", "--prompts", "-", "--temperature", "0"], args].concat(), lines);
+    let events: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    // A bad line is the end of nothing but itself, and is not forgotten.
+    let bad = events.iter().any(|e| e["event"] == "error" || e["finish"] == "error");
+    assert_eq!(code, Some(i32::from(bad)), "{notes}");
+    (events, notes)
 }
 
 /// Standard output and standard error of a command that succeeds with this standard input.
 fn fed(args: &[&str], lines: &str) -> (String, String) {
+    let (code, text, notes) = ended(args, lines);
+    assert_eq!(code, Some(0), "{notes}");
+    (text, notes)
+}
+
+/// Exit code, standard output and standard error of a command with this standard input.
+fn ended(args: &[&str], lines: &str) -> (Option<i32>, String, String) {
     use std::io::Write;
     let mut child = Command::new(env!("CARGO_BIN_EXE_kvlane"))
         .args(args)
@@ -379,9 +395,8 @@ fn fed(args: &[&str], lines: &str) -> (String, String) {
         .unwrap();
     child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
     let out = child.wait_with_output().unwrap();
-    let notes = String::from_utf8(out.stderr).unwrap();
-    assert!(out.status.success(), "{notes}");
-    (String::from_utf8(out.stdout).unwrap(), notes)
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (out.status.code(), text(out.stdout), text(out.stderr))
 }
 
 #[test]

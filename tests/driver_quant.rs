@@ -3,22 +3,6 @@
 
 use kvlane::driver::quant::{TensorType, dequantize};
 
-const TYPES: [TensorType; 13] = [
-    TensorType::F32,
-    TensorType::F16,
-    TensorType::BF16,
-    TensorType::Q8_0,
-    TensorType::Q4_0,
-    TensorType::Q4_1,
-    TensorType::Q5_0,
-    TensorType::Q5_1,
-    TensorType::Q2_K,
-    TensorType::Q3_K,
-    TensorType::Q4_K,
-    TensorType::Q5_K,
-    TensorType::Q6_K,
-];
-
 fn bytes(hex: &serde_json::Value) -> Vec<u8> {
     let hex = hex.as_str().unwrap().as_bytes();
     hex.chunks(2).map(|d| u8::from_str_radix(std::str::from_utf8(d).unwrap(), 16).unwrap()).collect()
@@ -27,7 +11,7 @@ fn bytes(hex: &serde_json::Value) -> Vec<u8> {
 #[test]
 fn goldens_to_the_bit() {
     let goldens: serde_json::Value = serde_json::from_str(include_str!("data/quant_goldens.json")).unwrap();
-    for ty in TYPES.into_iter().filter(|&t| t != TensorType::F32) {
+    for ty in TensorType::ALL.into_iter().filter(|&t| t != TensorType::F32) {
         let golden = &goldens[ty.name()];
         let data = bytes(&golden["bytes"]);
         let want: Vec<f32> = bytes(&golden["values"]).as_chunks().0.iter().map(|&b| f32::from_be_bytes(b)).collect();
@@ -50,7 +34,7 @@ fn f32_is_copied() {
 
 #[test]
 fn lengths_that_are_not_whole_blocks_are_errors() {
-    for ty in TYPES {
+    for ty in TensorType::ALL {
         let (elements, size) = (ty.block_elements(), ty.block_bytes());
         let mut out = vec![0.0; 3 * elements];
         for wrong in [0, size, 3 * size - 1, 3 * size + 1, 4 * size] {
@@ -62,4 +46,11 @@ fn lengths_that_are_not_whole_blocks_are_errors() {
         }
         assert_eq!(ty.bytes(usize::MAX - usize::MAX % elements).is_some(), size <= elements);
     }
+}
+
+#[test]
+fn all_types_are_listed() {
+    let readable: Vec<TensorType> = (0..256).filter_map(TensorType::from_ggml).collect();
+    assert_eq!(readable.len(), TensorType::ALL.len());
+    assert!(readable.iter().all(|ty| TensorType::ALL.contains(ty)));
 }

@@ -13,7 +13,7 @@ use kvlane::DType;
 use kvlane::driver::argmax;
 use kvlane::driver::{
     BeamOptions, BeamSearch, Cache, ChatTemplate, Decoder, EarlyStopping, Finish, Logits, Message, Request, Scheduler,
-    Scratch, Tokenizer,
+    Scratch, Speculation, SpeculationOptions, Tokenizer,
 };
 use model_reference::{Prompt, Reference, open_model};
 use serde::Deserialize;
@@ -173,6 +173,35 @@ fn rounded_steps_are_the_whole() {
     for (step, row) in steps.iter().zip(all.chunks(vocab).skip(case.ids.len() - 1)) {
         assert!(step == row);
     }
+}
+
+/// Trees of guesses give the greedy text, though the keys of a second branch are added up in another order.
+#[test]
+fn branches_of_guesses_give_the_greedy_text() {
+    let (Some((_, tokenizer)), Some(rounding)) = (MODEL.as_ref(), ROUNDING.as_ref()) else { return };
+    let n = 48;
+    let mut held = 0;
+    for text in [
+        "one two three one two four one two three one two five one two three one two",
+        "The cat sat on the mat. The dog sat on the rug. The cat sat on the bed. The dog sat on the",
+        "if a then b; if a then c; if b then a; if a then b; if b then c; if a then",
+        "Once upon a time, there was a little girl. Once upon a time, there was a little",
+    ] {
+        let prompt = tokenizer.encode(text, true).unwrap();
+        let (expected, _) = cached(rounding, &prompt, n, DType::F32);
+        for (ahead, branches) in [(3, 2), (4, 3)] {
+            let options = SpeculationOptions::new(n).lookup(3).ahead(ahead).branches(branches);
+            let cache = Cache::without_rings(rounding.config(), 1, prompt.len() + n, DType::F32).unwrap();
+            let mut guessed = Speculation::new(rounding, cache, &prompt, options).unwrap();
+            while guessed.finish().is_none() {
+                guessed.step().unwrap();
+            }
+            let tokens = guessed.tokens();
+            assert_eq!(tokens, &expected[..tokens.len()], "{ahead} x {branches}: {text}");
+            held += guessed.statistics().held;
+        }
+    }
+    assert!(held > n, "{held} guesses held");
 }
 
 /// Prompts of different lengths in one padded pass, then one token per sequence and step.

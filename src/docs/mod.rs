@@ -9,6 +9,7 @@
 //! | [`c_api`] | building and linking the C library, and the rules that all of its functions follow |
 //! | [`performance`] | how to measure, the figures, and what bounds them |
 //! | [`conformance`] | the tests against other implementations, and the fuzzers |
+//! | [`mesh`] | a decoder on several machines: what moves between them, and what that means for a large model |
 //! | [`driver`] | the command line: model files, generation, streaming |
 
 #[doc = include_str!("c_api.md")]
@@ -21,5 +22,7 @@ pub mod conformance {}
 pub mod driver {}
 #[doc = include_str!("glossary.md")]
 pub mod glossary {}
+#[doc = include_str!("mesh.md")]
+pub mod mesh {}
 #[doc = include_str!("performance.md")]
 pub mod performance {}

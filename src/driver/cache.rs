@@ -128,6 +128,7 @@ struct LayerCache {
 /// | [`new`](Self::new), [`with_chunk`](Self::with_chunk) | rings | a row each | requests |
 /// | [`without_rings`](Self::without_rings) | every token | a row each | going back, and trees of [guesses](super::Speculation) |
 /// | [`with_beams`](Self::with_beams) | every token | share tokens by a table | [beam search](super::BeamSearch) |
+/// | [`Decoder::cache`](super::Decoder::cache) | as the first, or every token of a span | a row each | a process of a [mesh](super::mesh) |
 #[derive(Debug, Clone)]
 pub struct Cache {
     layers: Vec<LayerCache>,
@@ -146,6 +147,8 @@ pub struct Cache {
     formats: Formats,
     /// `[rows, capacity]`: the row in which each token of each sequence lies, if sequences share tokens.
     table: Option<Vec<i32>>,
+    /// The positions whose tokens it holds, if not all. Lengths are those of whole sequences nevertheless.
+    segment: Option<Range<usize>>,
 }
 
 /// Asks for memory where a refusal is no abort.
@@ -175,7 +178,9 @@ impl Cache {
 
     /// Checks whether [`Self::new`] can make a cache, and returns its size in bytes.
     pub fn bytes_for(config: &ModelConfig, rows: usize, capacity: usize, formats: impl Into<Formats>) -> Result<usize> {
-        Self::check(config, rows, capacity, PREFILL_CHUNK, formats.into(), ring_of)
+        Self::check(config, rows, capacity, PREFILL_CHUNK, formats.into(), &|layer| {
+            slots(ring_of(layer), capacity, PREFILL_CHUNK)
+        })
     }
 
     fn check(
@@ -184,14 +189,13 @@ impl Cache {
         capacity: usize,
         chunk: usize,
         formats: Formats,
-        ring: fn(&LayerConfig) -> Option<usize>,
+        slots: &dyn Fn(&LayerConfig) -> usize,
     ) -> Result<usize> {
         if chunk == 0 {
             return Err(Error::argument("0 tokens of a row in one pass; at least 1 is needed"));
         }
         let per_token = formats.token_bytes(config.kv_heads, config.head_dim);
-        let bytes_of =
-            |layer: &LayerConfig| rows.checked_mul(slots(ring(layer), capacity, chunk))?.checked_mul(per_token);
+        let bytes_of = |layer: &LayerConfig| rows.checked_mul(slots(layer))?.checked_mul(per_token);
         let bytes = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(bytes_of(layer)?));
         // Slots of all rows are numbered in `i32`.
         let numbered = rows.max(1).checked_mul(capacity).filter(|&n| i32::try_from(n).is_ok());
@@ -213,7 +217,7 @@ impl Cache {
         chunk: usize,
         formats: impl Into<Formats>,
     ) -> Result<Self> {
-        Self::with_kind(config, rows, capacity, chunk, formats.into(), ring_of)
+        Self::with_kind(config, rows, capacity, chunk, formats.into(), ring_of, None)
     }
 
     /// As [`Self::new`], but layers with a window keep every token too, so that a row can go back to any length and
@@ -224,7 +228,20 @@ impl Cache {
         capacity: usize,
         formats: impl Into<Formats>,
     ) -> Result<Self> {
-        Self::with_kind(config, rows, capacity, PREFILL_CHUNK, formats.into(), |_| None)
+        Self::with_kind(config, rows, capacity, PREFILL_CHUNK, formats.into(), |_| None, None)
+    }
+
+    /// Room for the tokens at the positions `segment` of `rows` sequences of up to `capacity` tokens. Every layer keeps
+    /// every token.
+    pub(super) fn with_segment(
+        config: &ModelConfig,
+        rows: usize,
+        capacity: usize,
+        chunk: usize,
+        segment: Range<usize>,
+        formats: Formats,
+    ) -> Result<Self> {
+        Self::with_kind(config, rows, capacity, chunk, formats, |_| None, Some(segment))
     }
 
     /// Room for `beams` sequences that share tokens. A token lies in the row that has written it, and a table names this
@@ -251,9 +268,12 @@ impl Cache {
         chunk: usize,
         formats: Formats,
         ring: fn(&LayerConfig) -> Option<usize>,
+        segment: Option<Range<usize>>,
     ) -> Result<Self> {
-        Self::check(config, rows, capacity, chunk, formats, ring)?;
-        let shape = |layer: &LayerConfig| [rows, slots(ring(layer), capacity, chunk), config.kv_heads, config.head_dim];
+        let held = segment.as_ref().map_or(capacity, Range::len);
+        let slots = |layer: &LayerConfig| slots(ring(layer), held, chunk);
+        Self::check(config, rows, capacity, chunk, formats, &slots)?;
+        let shape = |layer: &LayerConfig| [rows, slots(layer), config.kv_heads, config.head_dim];
         let layer = |layer: &LayerConfig| {
             let (shape, ring) = (shape(layer), ring(layer));
             LayerCache {
@@ -275,6 +295,7 @@ impl Cache {
             chunk,
             formats,
             table: None,
+            segment,
         })
     }
 
@@ -296,6 +317,24 @@ impl Cache {
     /// The formats of keys and values.
     pub fn formats(&self) -> Formats {
         self.formats
+    }
+
+    /// The positions whose tokens it holds, if not all.
+    pub(super) fn segment(&self) -> Option<&Range<usize>> {
+        self.segment.as_ref()
+    }
+
+    /// The number of tokens that it holds of the first `tokens`.
+    fn held(&self, tokens: usize) -> usize {
+        match &self.segment {
+            Some(segment) => tokens.clamp(segment.start, segment.end) - segment.start,
+            None => tokens,
+        }
+    }
+
+    /// The number of tokens that it holds in each row.
+    fn held_lengths(&self) -> Vec<i32> {
+        self.lengths.iter().map(|&n| self.held(n as usize) as i32).collect()
     }
 
     /// The number of tokens in each row.
@@ -414,10 +453,15 @@ impl Cache {
         self.check_unshared("copying")?;
         let rows: Vec<i32> = to.iter().map(|&row| i32::try_from(row).unwrap_or(i32::MAX)).collect();
         let mut lengths = self.lengths.clone();
+        let length = lengths.get(from).copied().unwrap_or(0);
+        if self.segment.is_some() && tokens > length as usize {
+            return Err(Error::argument(format!("{tokens} tokens to copy, but row {from} holds {length}")));
+        }
+        let (held, copied) = (self.held_lengths(), self.held(tokens));
         for (layout, mut layers) in self.kinds()? {
             // Every kind of layer starts from the lengths before the copy.
-            let mut own = lengths.clone();
-            KvCache::new(&mut layers, layout, &mut own).copy_prefix(context, runner, from, &rows, tokens)?;
+            let mut own = held.clone();
+            KvCache::new(&mut layers, layout, &mut own).copy_prefix(context, runner, from, &rows, copied)?;
         }
         let sinks = self.sinks.unwrap_or(0);
         for &row in to {
@@ -453,12 +497,18 @@ impl Cache {
                 self.layers.len()
             )));
         }
-        let (own, theirs) = (self.lengths.clone(), from.lengths.clone());
+        if self.segment != from.segment {
+            return Err(Error::argument(format!(
+                "a row that holds the positions {:?} for a cache of {:?}",
+                from.segment, self.segment
+            )));
+        }
+        let (own, theirs, held) = (self.held_lengths(), from.held_lengths(), from.held(length as usize));
         for ((layout, mut layers), (from_layout, mut from_layers)) in self.kinds()?.into_iter().zip(from.kinds()?) {
             let (mut own, mut theirs) = (own.clone(), theirs.clone());
             let mut source = KvCache::new(&mut from_layers, from_layout, &mut theirs);
             let mut target = KvCache::new(&mut layers, layout, &mut own);
-            target.insert_sequence(context, runner, row, &mut source, from_row, length as usize)?;
+            target.insert_sequence(context, runner, row, &mut source, from_row, held)?;
         }
         (self.lengths[row], self.most[row], self.dropped[row]) = (length, length, from.dropped[from_row]);
         let [sinks, from_sinks] = [self.sinks, from.sinks].map(|sinks| sinks.unwrap_or(0));
@@ -493,13 +543,24 @@ impl Cache {
         }
     }
 
+    /// Checks that it holds whole sequences.
+    fn check_whole(&self, what: &str) -> Result<()> {
+        match &self.segment {
+            Some(segment) => Err(Error::unsupported(format!(
+                "{what} a row of a cache that holds the positions {} to {} alone",
+                segment.start, segment.end
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// Checks that tokens can move from position to position.
     pub(super) fn check_gaps_close(&self) -> Result<()> {
         match self.layers.iter().find_map(|layer| layer.ring) {
             Some(window) => Err(Error::unsupported(format!(
                 "closing a gap in a row of a cache with rings, in which layers keep a window of {window} tokens"
             ))),
-            None => self.check_unshared("closing a gap in"),
+            None => self.check_whole("closing a gap in").and_then(|()| self.check_unshared("closing a gap in")),
         }
     }
 
@@ -556,6 +617,7 @@ impl Cache {
 
     /// Replaces every row b by what row `parents[b]` was: entries of the table, if there is one, otherwise tokens.
     pub(super) fn reorder(&mut self, context: &Context, runner: &dyn Runner, parents: &[i32]) -> Result<()> {
+        self.check_whole("replacing")?;
         let (mut workspace, capacity) = (Workspace::new(), self.capacity);
         if let Some(table) = &mut self.table {
             reorder_table(&mut workspace, table, capacity, &mut self.lengths, parents)?;
@@ -610,7 +672,8 @@ impl Cache {
     }
 
     /// The keys and the values of a layer, `[rows, slots, kv_heads, head_dim]`, keys after their rotation. A layer without
-    /// a window holds position p of a row in slot p, one with a window in slot p modulo the number of slots. Slots that
+    /// a window holds position p of a row in slot p, one with a window in slot p modulo the number of slots; a cache of a span
+    /// counts slots from its first position. Slots that
     /// no token has reached since the cache was made are zero.
     ///
     /// # Panics

@@ -22,16 +22,17 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::cache::Cache;
+use super::cache::{Cache, Formats, PREFILL_CHUNK};
 use super::error::{Error, Result};
 use super::feed_forward::{FeedForwardScratch, Pass, feed_forward};
-use super::linear::{Linear, Rounded};
+use super::linear::{Linear, Matrix, Rounded};
+use super::mesh::{Division, MeshAxis, MeshPart, RowRanges, Segments};
 use super::model::{LayerConfig, ModelConfig, Weights};
 use super::threads::Threads;
 use super::work::Work;
 use crate::{
     AttentionOptions, AttentionPlan, AttentionTensors, BitMask, Context, Destination, Isa, KeyRotation, KvWrite,
-    Layout, Positions, Rope, RopeFrequencies, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
+    Layout, Positions, Rope, RopeFrequencies, Runner, View, ViewMut, Workspace, attention, kv_write, rope_in_place,
 };
 
 /// The positions of a pass for which logits are computed.
@@ -63,6 +64,9 @@ pub struct TreePass<'a> {
 #[derive(Debug)]
 pub struct Decoder {
     config: ModelConfig,
+    /// The same with the heads of this process alone.
+    local: ModelConfig,
+    division: Division,
     weights: Weights,
     context: Context,
     /// One per entry of [`ModelConfig::ropes`].
@@ -82,8 +86,15 @@ pub struct Scratch {
     delta: Vec<f32>,
     /// `[m, q_dim + 2 * kv_dim]`.
     qkv: Vec<f32>,
-    /// `[m, q_dim]`.
+    /// `[m, q_dim]`, the heads of this process, and all.
+    own_attn: Vec<f32>,
     attn: Vec<f32>,
+    /// Outputs of a linear layer that this process computes, and parts of all processes before they are put in order.
+    own: Vec<f32>,
+    room: Vec<f32>,
+    /// The states of the keys that this process holds, and of all keys.
+    states: Vec<f32>,
+    all_states: Vec<f32>,
     ffn: FeedForwardScratch,
     rounded: Rounded,
     workspace: Workspace,
@@ -112,7 +123,51 @@ impl Decoder {
             None => Context::new()?,
         };
         let frequencies = config.ropes.iter().map(|rope| rope.frequencies(longest)).collect::<Result<_>>()?;
-        Ok(Self { config, weights, context, frequencies, threads, exact: false })
+        let (local, division) = (config.clone(), Division::whole(&config));
+        Ok(Self { config, local, division, weights, context, frequencies, threads, exact: false })
+    }
+
+    /// Makes it one process of a [mesh](super::mesh). The weights must be those of the part
+    /// ([`ModelFile::weights_of_part`](super::ModelFile::weights_of_part)), and its caches are made by [`Self::cache`]. All
+    /// processes with the same part of the data then call the same methods with the same arguments.
+    pub fn on_mesh(mut self, part: &MeshPart) -> Result<Self> {
+        part.check(&self.config)?;
+        let rows = RowRanges::new(&self.config, part)?;
+        let (heads, vocab) = (rows.q.len() + 2 * rows.kv.len(), rows.vocab.len());
+        let found = (self.weights.layers.first().map_or(heads, |l| l.qkv.rows()), self.weights.head().rows());
+        if found != (heads, vocab) {
+            return Err(Error::argument(format!(
+                "weights with {} rows of queries, keys and values and {} of the output, but this part of the mesh has {heads} \
+                 and {vocab}",
+                found.0, found.1
+            )));
+        }
+        self.local = rows.local(&self.config);
+        self.division = Division::new(&self.config, part)?;
+        Ok(self)
+    }
+
+    /// The part of a mesh that it is, if it is one.
+    pub fn mesh_part(&self) -> Option<&MeshPart> {
+        self.division.part()
+    }
+
+    /// A cache for its heads and keys: [`Cache::new`], or a part of it on a mesh.
+    pub fn cache(&self, rows: usize, capacity: usize, formats: impl Into<Formats>) -> Result<Cache> {
+        self.cache_with_chunk(rows, capacity, PREFILL_CHUNK, formats.into())
+    }
+
+    pub(super) fn cache_with_chunk(
+        &self,
+        rows: usize,
+        capacity: usize,
+        chunk: usize,
+        formats: Formats,
+    ) -> Result<Cache> {
+        match self.mesh_part().and_then(|part| part.segment(capacity)) {
+            Some(segment) => Cache::with_segment(&self.local, rows, capacity, chunk, segment, formats),
+            None => Cache::with_chunk(&self.local, rows, capacity, chunk, formats),
+        }
     }
 
     /// Whether linear layers multiply in f32 ([`Linear::exact`]). By default their inputs are rounded to sixteen bits where
@@ -173,7 +228,7 @@ impl Decoder {
         for start in (0..longest).step_by(chunk) {
             let part = |ids: &[u32]| start.min(ids.len())..ids.len().min(start.saturating_add(chunk));
             let pieces: Vec<_> = order.iter().map(|&i| (rows[i].0, &rows[i].1[part(rows[i].1)])).collect();
-            self.threads.run(|| self.pass(cache, scratch, &pieces, None))?;
+            self.run_pass(cache, scratch, &pieces, None)?;
             let mut outputs = scratch.x.chunks_exact(dim);
             for &i in &order {
                 let (row, ids) = rows[i];
@@ -191,8 +246,7 @@ impl Decoder {
             }
         }
         let wanted = wanted.concat();
-        scratch.work.add_linear(&[self.weights.head()], wanted.len() / dim);
-        Ok(self.threads.run(|| self.logits(&wanted, &mut scratch.rounded)))
+        self.threads.run(|| self.logits(&wanted, scratch))
     }
 
     /// Appends tokens that form a tree to a row of the cache, in one pass. Returns the logits of all, `[tokens, vocab]`.
@@ -224,11 +278,18 @@ impl Decoder {
         if n == 0 {
             return Ok(Vec::new());
         }
-        self.threads.run(|| self.pass(cache, scratch, &[(row, tokens)], Some(tree)))?;
+        if let Some(segment) = cache.segment() {
+            return Err(Error::unsupported(format!(
+                "a tree in a cache that holds the positions {} to {} alone",
+                segment.start, segment.end
+            )));
+        }
+        self.run_pass(cache, scratch, &[(row, tokens)], Some(tree))?;
         cache.advance(row, n);
-        let Scratch { x, rounded, work, .. } = scratch;
-        work.add_linear(&[self.weights.head()], n);
-        Ok(self.threads.run(|| self.logits(x, rounded)))
+        let x = std::mem::take(&mut scratch.x);
+        let logits = self.threads.run(|| self.logits(&x, scratch));
+        scratch.x = x;
+        logits
     }
 
     /// Forgets the tokens `span` of a row and closes the gap: later tokens move to the positions from `span.start` on,
@@ -334,6 +395,76 @@ impl Decoder {
         Ok(())
     }
 
+    /// [`Self::pass`] on its threads. On a mesh, other processes would wait for one that fails.
+    fn run_pass(
+        &self,
+        cache: &mut Cache,
+        scratch: &mut Scratch,
+        rows: &[(usize, &[u32])],
+        tree: Option<&TreePass>,
+    ) -> Result<()> {
+        let result = self.threads.run(|| self.pass(cache, scratch, rows, tree));
+        if let (Err(error), Some(part)) = (&result, self.mesh_part()) {
+            part.abort(error);
+        }
+        result
+    }
+
+    /// `y = x * w^T` for the rows of `w` of all processes, `widths` each.
+    fn apply_divided(
+        &self,
+        w: &Matrix,
+        (x, m): (&[f32], usize),
+        widths: &[usize],
+        y: &mut [f32],
+        (own, room, rounded): (&mut Vec<f32>, &mut Vec<f32>, &mut Rounded),
+    ) -> Result<()> {
+        if self.division.divided().is_none() {
+            w.apply(&self.linear(), x, m, y, rounded);
+            return Ok(());
+        }
+        own.resize(m * w.rows(), 0.0);
+        w.apply(&self.linear(), x, m, own, rounded);
+        self.division.gather_columns(own, m, widths, y, room)
+    }
+
+    /// Writes the embeddings of `ids` to the rows of `x`.
+    fn embed<'a>(
+        &self,
+        ids: impl Iterator<Item = &'a u32> + Clone,
+        x: &mut [f32],
+        own: &mut Vec<f32>,
+        room: &mut Vec<f32>,
+    ) -> Result<()> {
+        let (dim, embedding) = (self.config.dim, &self.weights.embedding);
+        let Some(part) = self.division.divided() else {
+            for (x, &id) in x.chunks_exact_mut(dim).zip(ids) {
+                embedding.read_row(id as usize, x);
+            }
+            return Ok(());
+        };
+        // A process has the rows of its part of the vocabulary.
+        let mine = part.rows(self.config.vocab);
+        own.clear();
+        for &id in ids.clone().filter(|&&id| mine.contains(&(id as usize))) {
+            own.extend(embedding.row(id as usize - mine.start));
+        }
+        let mut ends = self.division.vocab.clone();
+        (1..ends.len()).for_each(|i| ends[i] += ends[i - 1]);
+        let owner = |id: u32| ends.partition_point(|&end| end <= id as usize);
+        let mut counts = vec![0; ends.len()];
+        ids.clone().for_each(|&id| counts[owner(id)] += dim);
+        room.resize(x.len(), 0.0);
+        part.all_gather(MeshAxis::Model, own, &counts, room)?;
+        let mut next: Vec<usize> = counts.iter().scan(0, |sum, n| Some(std::mem::replace(sum, *sum + n))).collect();
+        for (x, &id) in x.chunks_exact_mut(dim).zip(ids) {
+            let from = &mut next[owner(id)];
+            x.copy_from_slice(&room[*from..*from + dim]);
+            *from += dim;
+        }
+        Ok(())
+    }
+
     /// Runs the layers on the new tokens of rows in ascending order, and leaves the result, `[tokens, dim]`, in
     /// `scratch.x`.
     fn pass(
@@ -343,24 +474,23 @@ impl Decoder {
         rows: &[(usize, &[u32])],
         tree: Option<&TreePass>,
     ) -> Result<()> {
-        let c = &self.config;
+        let c = &self.local;
         let m: usize = rows.iter().map(|(_, ids)| ids.len()).sum();
         let linear = self.linear();
         let (q_dim, kv_dim) = (c.q_dim(), c.kv_dim());
         let width = q_dim + 2 * kv_dim;
-        let Scratch { x, h, delta, qkv, attn, ffn, rounded, workspace, work } = scratch;
+        let Scratch { x, h, delta, qkv, own_attn, attn, own, room, states, all_states, ffn, rounded, workspace, work } =
+            scratch;
         // Every buffer is written before it is read, so that the values of `resize` do not matter.
         x.resize(m * c.dim, 0.0);
         h.resize(m * c.dim, 0.0);
         delta.resize(m * c.dim, 0.0);
         qkv.resize(m * width, 0.0);
-        attn.resize(m * q_dim, 0.0);
+        own_attn.resize(m * q_dim, 0.0);
 
-        for (x, &id) in x.chunks_exact_mut(c.dim).zip(rows.iter().flat_map(|(_, ids)| *ids)) {
-            self.weights.embedding.read_row(id as usize, x);
-            if c.embedding_scale != 1.0 {
-                x.iter_mut().for_each(|x| *x *= c.embedding_scale);
-            }
+        self.embed(rows.iter().flat_map(|(_, ids)| *ids), x, own, room)?;
+        if c.embedding_scale != 1.0 {
+            x.iter_mut().for_each(|x| *x *= c.embedding_scale);
         }
 
         // Attention over ragged queries sees every row of the cache; rows that are not named have no query.
@@ -404,7 +534,12 @@ impl Decoder {
         let kv_shape = [1, m, c.kv_heads, c.head_dim];
         // Layers with one window have caches of one shape.
         let mut kinds = BTreeMap::new();
-        for (i, kind) in c.layers.iter().enumerate() {
+        // A part of the keys is computed row by row, without a plan.
+        let segments = match (self.mesh_part(), cache.segment()) {
+            (Some(part), Some(_)) => Some(Segments::new(part, cache, rows, &lengths, c)?),
+            _ => None,
+        };
+        for (i, kind) in c.layers.iter().enumerate().filter(|_| segments.is_none()) {
             if let Entry::Vacant(entry) = kinds.entry(kind.window) {
                 let (layout, slots) = cache.layout(i);
                 // A window counts the query's own position, `window_left` does not.
@@ -416,7 +551,8 @@ impl Decoder {
             }
         }
 
-        work.add_attention(c, places.iter().map(|&(_, position)| position));
+        let all = 0..cache.capacity();
+        work.add_attention(c, cache.segment().unwrap_or(&all), places.iter().map(|&(_, position)| position));
         for (i, (layer, kind)) in self.weights.layers.iter().zip(&c.layers).enumerate() {
             let rope = ropes[kind.rope];
             rms_norm(x, &layer.attn_norm, c.rms_eps, h);
@@ -425,7 +561,10 @@ impl Decoder {
                 head_norms(qkv, width, (q_dim, q_norm), (kv_dim, k_norm), c.rms_eps);
             }
             rope_in_place(&self.context, &self.threads, ViewMut::strided(qkv, 0, q_shape, strides)?, &rope)?;
-            let (plan, slots) = &kinds[&kind.window];
+            let slots = match &segments {
+                Some(segments) => &segments.slots,
+                None => &kinds[&kind.window].1,
+            };
             let (k_cache, v_cache) = cache.views_mut(i)?;
             kv_write(
                 &self.context,
@@ -443,43 +582,58 @@ impl Decoder {
             for (&(row, position), x) in places.iter().zip(qkv.chunks_exact(width)) {
                 cache.keep_unrotated(i, row, position as usize, &x[q_dim..q_dim + kv_dim]);
             }
-            let (k, v) = cache.views(i)?;
-            let mut options = AttentionOptions::new().plan(plan);
+            let mut options = AttentionOptions::new();
             (options.scale, options.softcap) = (c.attn_scale, c.attn_softcap);
-            attention(
-                &self.context,
-                &self.threads,
-                workspace,
-                AttentionTensors::new(View::strided(qkv, 0, q_shape, strides)?, k, v, ViewMut::new(attn, q_shape)?),
-                &options,
-            )?;
-            layer.attn_out.apply(&linear, attn, m, delta, rounded);
+            if let Some(segments) = &segments {
+                options.window_left = kind.window.map(|n| n as u32 - 1);
+                let run = (&self.context, &self.threads as &dyn Runner, &mut *workspace);
+                segments.attention(run, (cache, i), qkv, options, own_attn, (states, all_states))?;
+            } else {
+                let (k, v) = cache.views(i)?;
+                let (q, out) = (View::strided(qkv, 0, q_shape, strides)?, ViewMut::new(own_attn, q_shape)?);
+                let tensors = AttentionTensors::new(q, k, v, out);
+                attention(&self.context, &self.threads, workspace, tensors, &options.plan(&kinds[&kind.window].0))?;
+            }
+            let attn = match self.division.divided() {
+                None => &*own_attn,
+                Some(_) => {
+                    attn.resize(m * self.config.q_dim(), 0.0);
+                    self.division.gather_columns(own_attn, m, &self.division.heads, attn, room)?;
+                    &*attn
+                }
+            };
+            self.apply_divided(&layer.attn_out, (attn, m), &self.division.dim, delta, (own, room, rounded))?;
             add_normed(x, delta, layer.attn_post_norm.as_deref(), c.rms_eps, h);
 
             rms_norm(x, &layer.ffn_norm, c.rms_eps, h);
             work.add_linear(&[&layer.qkv, &layer.attn_out], m);
-            let mut pass = Pass { config: c, linear, rounded, work };
-            feed_forward(&mut pass, &layer.ffn, h, m, delta, ffn);
+            let mut pass = Pass { config: c, division: &self.division, linear, rounded, work };
+            feed_forward(&mut pass, &layer.ffn, h, m, delta, ffn)?;
             add_normed(x, delta, layer.ffn_post_norm.as_deref(), c.rms_eps, h);
         }
         Ok(())
     }
 
     /// Converts the output of the layers, `[n, dim]`, to logits, `[n, vocab]`.
-    fn logits(&self, x: &[f32], rounded: &mut Rounded) -> Vec<f32> {
-        let c = &self.config;
+    fn logits(&self, x: &[f32], scratch: &mut Scratch) -> Result<Vec<f32>> {
+        let (c, head) = (&self.config, self.weights.head());
         let n = x.len() / c.dim;
-        let mut normed = vec![0.0; x.len()];
-        rms_norm(x, &self.weights.output_norm, c.rms_eps, &mut normed);
+        if n == 0 {
+            return Ok(Vec::new());
+        }
+        let Scratch { h, own, room, rounded, work, .. } = scratch;
+        h.resize(x.len(), 0.0);
+        rms_norm(x, &self.weights.output_norm, c.rms_eps, h);
         let mut out = vec![0.0; n * c.vocab];
-        self.weights.head().apply(&self.linear(), &normed, n, &mut out, rounded);
+        work.add_linear(&[head], n);
+        self.apply_divided(head, (h, n), &self.division.vocab, &mut out, (own, room, rounded))?;
         if c.logit_scale != 1.0 {
             out.iter_mut().for_each(|x| *x *= c.logit_scale);
         }
         if let Some(cap) = c.logit_softcap {
             out.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
         }
-        out
+        Ok(out)
     }
 }
 

@@ -10,17 +10,23 @@
 
 use rayon::prelude::*;
 
+use super::error::Result;
 use super::linear::{Linear, Matrix, Rounded};
+use super::mesh::Division;
 use super::model::{Activation, ExpertConfig, Experts, FeedForward, GatedMlp, ModelConfig};
 use super::work::Work;
 
 /// Memory for the activations inside the feed-forward part, kept between passes.
 #[derive(Debug, Default)]
 pub(super) struct FeedForwardScratch {
-    /// `[m, 2 * ffn_dim]`.
+    /// `[m, 2 * ffn_dim]`, the part of this process.
     gate_up: Vec<f32>,
-    /// `[m, ffn_dim]`.
+    /// `[m, ffn_dim]`, the part of this process, and the whole.
+    own_act: Vec<f32>,
     act: Vec<f32>,
+    /// Outputs of this process.
+    own: Vec<f32>,
+    room: Vec<f32>,
     /// The router's logits, then its probabilities, `[m, experts]`.
     probabilities: Vec<f32>,
     /// For each expert its rows, and the weight of its output in each.
@@ -33,6 +39,7 @@ pub(super) struct FeedForwardScratch {
 /// What the layers of a pass share.
 pub(super) struct Pass<'a> {
     pub config: &'a ModelConfig,
+    pub division: &'a Division,
     pub linear: Linear<'a>,
     pub rounded: &'a mut Rounded,
     pub work: &'a mut Work,
@@ -53,19 +60,29 @@ pub(super) fn feed_forward(
     m: usize,
     y: &mut [f32],
     scratch: &mut FeedForwardScratch,
-) {
+) -> Result<()> {
     let ModelConfig { dim, ffn_dim, activation, .. } = *pass.config;
-    let FeedForwardScratch { gate_up, act, probabilities, chosen, input, output } = scratch;
+    let division = pass.division;
+    let FeedForwardScratch { gate_up, own_act, act, own, room, probabilities, chosen, input, output } = scratch;
     let mut network = |pass: &mut Pass<'_>, network: &GatedMlp, h: &[f32], m: usize, y: &mut [f32]| {
+        let own_ffn = division.own_ffn();
         // Every buffer is written before it is read, so that the values of `resize` do not matter.
-        gate_up.resize(m * 2 * ffn_dim, 0.0);
-        act.resize(m * ffn_dim, 0.0);
+        gate_up.resize(m * 2 * own_ffn, 0.0);
+        own_act.resize(m * own_ffn, 0.0);
         pass.apply(&network.gate_up, h, m, gate_up);
         match activation {
-            Activation::Silu => gated(gate_up, ffn_dim, act, silu),
-            Activation::GeluTanh => gated(gate_up, ffn_dim, act, gelu_tanh),
+            Activation::Silu => gated(gate_up, own_ffn, own_act, silu),
+            Activation::GeluTanh => gated(gate_up, own_ffn, own_act, gelu_tanh),
         }
-        pass.apply(&network.down, act, m, y);
+        if division.divided().is_none() {
+            pass.apply(&network.down, own_act, m, y);
+            return Ok(());
+        }
+        act.resize(m * ffn_dim, 0.0);
+        division.gather_columns(own_act, m, &division.ffn, act, room)?;
+        own.resize(m * network.down.rows(), 0.0);
+        pass.apply(&network.down, act, m, own);
+        division.gather_columns(own, m, &division.dim, y, room)
     };
     let Experts { config, router, experts } = match weights {
         FeedForward::Dense(dense) => return network(pass, dense, h, m, y),
@@ -90,13 +107,14 @@ pub(super) fn feed_forward(
         input.clear();
         rows.iter().for_each(|&(row, _)| input.extend_from_slice(&h[row * dim..][..dim]));
         output.resize(rows.len() * dim, 0.0);
-        network(pass, expert, input, rows.len(), output);
+        network(pass, expert, input, rows.len(), output)?;
         for (&(row, weight), output) in rows.iter().zip(output.chunks_exact(dim)) {
             for (y, &x) in y[row * dim..][..dim].iter_mut().zip(output) {
                 *y += weight * x;
             }
         }
     }
+    Ok(())
 }
 
 fn softmax(x: &mut [f32]) {

@@ -41,6 +41,7 @@ mod files;
 pub mod gguf;
 mod hf;
 mod linear;
+pub mod mesh;
 mod model;
 pub mod quant;
 mod sampling;

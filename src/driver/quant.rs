@@ -56,7 +56,23 @@ pub enum TensorType {
     Q6_K,
 }
 
+/// Calls a macro with the names of all quantised types, after arguments of its own.
+macro_rules! with_quantised {
+    ($macro:ident $(, $argument:tt)*) => {
+        $macro! { $($argument,)* Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K }
+    };
+}
+pub(super) use with_quantised;
+
+/// Plain floats, then these.
+macro_rules! all_types {
+    ($($name:ident)*) => { [TensorType::F32, TensorType::F16, TensorType::BF16, $(TensorType::$name),*] };
+}
+
 impl TensorType {
+    /// All types.
+    pub const ALL: [Self; 13] = with_quantised!(all_types);
+
     /// The type of a `ggml_type` number, if this driver can read it.
     pub fn from_ggml(id: u32) -> Option<Self> {
         Some(match id {

@@ -1,5 +1,7 @@
 //! A count of what the decoder has computed.
 
+use std::ops::Range;
+
 use super::linear::Matrix;
 use super::model::ModelConfig;
 
@@ -20,11 +22,20 @@ impl Work {
         self.linear += (rows * elements) as u64;
     }
 
-    /// Adds all layers' attention of one new token for each position.
-    pub(super) fn add_attention(&mut self, c: &ModelConfig, positions: impl Iterator<Item = i32> + Clone) {
+    /// Adds all layers' attention of one new token for each position, over the keys at the positions `held`.
+    pub(super) fn add_attention(
+        &mut self,
+        c: &ModelConfig,
+        held: &Range<usize>,
+        positions: impl Iterator<Item = i32> + Clone,
+    ) {
         let per_key = 2 * c.head_dim * c.heads;
         for layer in &c.layers {
-            let keys = positions.clone().map(|p| layer.window.unwrap_or(usize::MAX).min(p as usize + 1));
+            let keys = positions.clone().map(|p| {
+                let end = p as usize + 1;
+                let start = end.saturating_sub(layer.window.unwrap_or(usize::MAX));
+                end.min(held.end).saturating_sub(start.max(held.start))
+            });
             self.attention += (keys.sum::<usize>() * per_key) as u64;
         }
     }

@@ -22,7 +22,7 @@ use crate::driver::error::{Error, Result};
 use crate::driver::model::ModelConfig;
 use crate::driver::scheduler::{Event, Finish, Overlong, RequestId, Scheduler, Statistics, Streaming};
 use crate::driver::tokenizer::Tokenizer;
-use crate::{CacheFormat, Context, KernelInfo, Op, Precision};
+use crate::{CacheFormat, Context, KernelInfo, Mesh, Op, Precision};
 
 /// Continue texts.
 ///
@@ -32,7 +32,7 @@ use crate::{CacheFormat, Context, KernelInfo, Op, Precision};
 /// With --prompts, every line of a file is a request in JSON, and every event is a line of JSON. The keys of a request are
 /// `prompt` or `messages`, and optionally `id`, `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`, `stop`,
 /// `stop_token_ids`, `logit_bias`, `allowed_token_ids`, `logprobs`, `n`, `keep_last`; what a line leaves out is as the
-/// options say.
+/// options say. A line that is no request, or whose request ends by an error, makes the exit code 1; the others are served.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   kvlane generate --prompt 'And God said'
@@ -43,6 +43,7 @@ use crate::{CacheFormat, Context, KernelInfo, Op, Precision};
   kvlane generate --prompt 'And God said' --window 128 --max-tokens 5000
   kvlane generate --prompt 'And God said' --beams 4 --samples 2 --max-tokens 20
   kvlane generate --prompt 'And God said' --lookup 3 --branches 2
+  mpirun -n 4 kvlane generate --mesh data=2,model=2 --prompt 'And God said' --prompt 'The LORD'
   echo 'The moon' | kvlane generate --model ./Llama-3.2-1B --prompt - --kv-type bf16")]
 pub(super) struct Generate {
     #[command(flatten)]
@@ -83,6 +84,14 @@ pub(super) struct Generate {
     /// Write one JSON object with the text and the figures at the end, instead of the text
     #[arg(long)]
     pub(super) json: bool,
+    /// Divide the work over the processes that mpirun has started: requests over data, heads and linear layers over model,
+    /// keys over sequence; for instance data=2,model=2,sequence=2
+    #[arg(long, value_name = "AXIS=N,...", value_parser = values::mesh,
+        conflicts_with_all = ["no_cache", "window", "beams", "draft", "lookup"])]
+    pub(super) mesh: Option<Mesh>,
+    /// End if another process of the mesh has not answered for so long
+    #[arg(long, value_name = "SECONDS", default_value = "600", requires = "mesh", value_parser = values::at_least_one)]
+    pub(super) mesh_patience: usize,
     #[command(flatten)]
     pub(super) beams: Beams,
     #[command(flatten)]
@@ -106,6 +115,15 @@ pub(super) fn generate(args: &Generate) -> Result<ExitCode> {
     args.run.check()?;
     if args.conversation.system.is_some() && !args.chat && args.prompts.is_none() {
         return Err(Error::argument("--system is given, but it needs --chat or --prompts"));
+    }
+    if let Some(mesh) = args.mesh {
+        #[cfg(feature = "mpi")]
+        return super::mesh::generate_on_mesh(args, mesh);
+        #[cfg(not(feature = "mpi"))]
+        return Err(Error::argument(format!(
+            "--mesh of {} processes is given, but this program was built without the feature mpi",
+            mesh.shards()?
+        )));
     }
     let search = args.beams.options(args.sampling.max_tokens)?;
     let speculation = args.guesses.options(args.sampling.max_tokens, args.sampling.options())?;
@@ -153,34 +171,24 @@ pub(super) fn generate(args: &Generate) -> Result<ExitCode> {
     let submit = |ids: &Vec<u32>| scheduler.submit(args.sampling.request(ids.clone()).overlong(overlong));
     let requests = ids.iter().map(submit).collect::<Result<Vec<_>>>()?;
     let interrupts = Interrupts::watch()?;
-    let results = run(args, &mut scheduler, &interrupts, &texts, &requests, &ids)?;
+    let mut completions = Completions::new(&texts, args.json)?;
+    run(&mut scheduler, &interrupts, &mut completions, &requests, &ids)?;
 
     let figures = Figures { name, load, decoder: &decoder, formats: args.run.formats(), scheduler: &scheduler };
     if args.json {
-        let mut results: Vec<Value> =
-            results.iter().zip(&texts).zip(&ids).map(|((result, text), ids)| result.json(text, ids)).collect();
-        let mut object = match results.len() {
-            1 => results.remove(0),
-            _ => json!({ "completions": results }),
-        };
+        let mut object = completions.json(&ids);
         object["cached"] = (!args.no_cache).into();
         figures.add_to(&mut object);
         print_json(&object)?;
     } else {
-        let ending = match &results[..] {
-            [result] => result.ending().to_owned(),
-            all => format!("{} in {}", count_of(all.len(), "prompt"), count_of(slots, "slot")),
-        };
+        let ending = completions.ending(slots);
         figures.note(&ending, if args.no_cache { ", every token from nothing" } else { "" });
         if streaming.is_some() {
             note(&format!("cache of {capacity} tokens; {} tokens forgotten", scheduler.statistics().evicted));
         }
         figures.note_kernels();
     }
-    let error = results.iter().find_map(|result| match &result.finish {
-        Some(Finish::Error(sentence)) => Some(Error::request(sentence.clone())),
-        _ => None,
-    });
+    let error = completions.error();
     match error {
         Some(error) => Err(error),
         None if interrupts.pressed() => Ok(ExitCode::from(interrupt::EXIT_CODE)),
@@ -189,7 +197,12 @@ pub(super) fn generate(args: &Generate) -> Result<ExitCode> {
 }
 
 /// The number of tokens that a row must hold.
-fn capacity(args: &Generate, config: &ModelConfig, ids: &[Vec<u32>], streaming: Option<Streaming>) -> Result<usize> {
+pub(super) fn capacity(
+    args: &Generate,
+    config: &ModelConfig,
+    ids: &[Vec<u32>],
+    streaming: Option<Streaming>,
+) -> Result<usize> {
     if let Some(streaming) = streaming {
         let capacity = streaming.capacity(config.context);
         streaming.check(config, capacity)?;
@@ -207,17 +220,17 @@ fn capacity(args: &Generate, config: &ModelConfig, ids: &[Vec<u32>], streaming: 
 
 /// What became of a prompt.
 #[derive(Debug, Default)]
-struct Completion {
+pub(super) struct Completion {
     ids: Vec<u32>,
     text: String,
     finish: Option<Finish>,
 }
 
 impl Completion {
-    fn take(&mut self, event: Event) {
-        self.ids.extend(event.token);
-        self.text += &event.text;
-        self.finish = event.finish;
+    pub(super) fn take(&mut self, token: Option<u32>, text: &str, finish: Option<Finish>) {
+        self.ids.extend(token);
+        self.text += text;
+        self.finish = finish;
     }
 
     fn json(&self, prompt: &str, prompt_ids: &[u32]) -> Value {
@@ -243,24 +256,89 @@ impl Completion {
     }
 }
 
-/// Runs the requests. Without `--json` their texts are printed in their order, the first that has not ended as it comes.
+/// What became of all prompts. Unless they are wanted as JSON, their texts are printed in their order, the first that has not
+/// ended as it comes.
+pub(super) struct Completions<'a> {
+    texts: &'a [String],
+    pub(super) results: Vec<Completion>,
+    json: bool,
+    /// The prompt whose text is printed, and the bytes of it that were.
+    current: usize,
+    printed: usize,
+}
+
+impl<'a> Completions<'a> {
+    /// For prompts of these texts, at least one.
+    pub(super) fn new(texts: &'a [String], json: bool) -> Result<Self> {
+        let results = texts.iter().map(|_| Completion::default()).collect();
+        let this = Self { texts, results, json, current: 0, printed: 0 };
+        if !json {
+            this.header()?;
+        }
+        Ok(this)
+    }
+
+    fn header(&self) -> Result<()> {
+        if self.texts.len() == 1 {
+            return Ok(());
+        }
+        let gap = if self.current > 0 { "\n" } else { "" };
+        print(&format!("{gap}==> {} <==\n", self.texts[self.current].replace('\n', " ")))
+    }
+
+    /// Prints what can be printed.
+    pub(super) fn show(&mut self) -> Result<()> {
+        while !self.json && self.current < self.results.len() {
+            let result = &self.results[self.current];
+            print(&result.text[self.printed..])?;
+            self.printed = result.text.len();
+            if result.finish.is_none() {
+                break;
+            }
+            // A terminal, or a file that another program appends to, goes on in a new line.
+            print("\n")?;
+            (self.current, self.printed) = (self.current + 1, 0);
+            if self.current < self.results.len() {
+                self.header()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One object, or one for all.
+    pub(super) fn json(&self, ids: &[Vec<u32>]) -> Value {
+        let all = self.results.iter().zip(self.texts).zip(ids);
+        let mut results: Vec<Value> = all.map(|((result, text), ids)| result.json(text, ids)).collect();
+        match results.len() {
+            1 => results.remove(0),
+            _ => json!({ "completions": results }),
+        }
+    }
+
+    pub(super) fn ending(&self, slots: usize) -> String {
+        match &self.results[..] {
+            [result] => result.ending().to_owned(),
+            all => format!("{} in {}", count_of(all.len(), "prompt"), count_of(slots, "slot")),
+        }
+    }
+
+    /// The error of the first that has one.
+    pub(super) fn error(&self) -> Option<Error> {
+        self.results.iter().find_map(|result| match &result.finish {
+            Some(Finish::Error(sentence)) => Some(Error::request(sentence.clone())),
+            _ => None,
+        })
+    }
+}
+
+/// Runs the requests.
 fn run(
-    args: &Generate,
     scheduler: &mut Scheduler,
     interrupts: &Interrupts,
-    texts: &[String],
+    completions: &mut Completions,
     requests: &[RequestId],
     ids: &[Vec<u32>],
-) -> Result<Vec<Completion>> {
-    let mut results: Vec<Completion> = requests.iter().map(|_| Completion::default()).collect();
-    let (mut current, mut printed) = (0, 0);
-    let header = |i: usize| match texts.len() {
-        1 => Ok(()),
-        _ => print(&format!("{}==> {} <==\n", if i > 0 { "\n" } else { "" }, texts[i].replace('\n', " "))),
-    };
-    if !args.json {
-        header(0)?;
-    }
+) -> Result<()> {
     let progress = (ids[0].len() > PREFILL_CHUNK).then(|| bar("prompt", ids[0].len(), false));
     let mut stopping = false;
     while !scheduler.is_idle() {
@@ -268,9 +346,9 @@ fn run(
             stopping = true;
             scheduler.cancel_all();
         }
-        for event in scheduler.step() {
-            if let Some(i) = requests.iter().position(|&id| id == event.request) {
-                results[i].take(event);
+        for Event { request, token, text, finish, .. } in scheduler.step() {
+            if let Some(i) = requests.iter().position(|&id| id == request) {
+                completions.results[i].take(token, &text, finish);
             }
         }
         match (&progress, scheduler.prompt_progress(requests[0])) {
@@ -278,22 +356,9 @@ fn run(
             (Some(bar), None) => bar.finish_and_clear(),
             _ => (),
         }
-        while !args.json && current < results.len() {
-            let result = &results[current];
-            print(&result.text[printed..])?;
-            printed = result.text.len();
-            if result.finish.is_none() {
-                break;
-            }
-            // A terminal, or a file that another program appends to, goes on in a new line.
-            print("\n")?;
-            (current, printed) = (current + 1, 0);
-            if current < results.len() {
-                header(current)?;
-            }
-        }
+        completions.show()?;
     }
-    Ok(results)
+    Ok(())
 }
 
 /// The figures that follow a generation.
@@ -312,7 +377,7 @@ impl Figures<'_> {
         (s, per_second(s.prompt_tokens, s.prefill), per_second(s.decode_tokens, s.decode))
     }
 
-    fn add_to(&self, object: &mut Value) {
+    pub(super) fn add_to(&self, object: &mut Value) {
         let (statistics, prefill_rate, decode_rate) = self.rates();
         let figures = json!({
             "model": self.name,

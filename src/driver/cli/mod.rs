@@ -10,6 +10,8 @@ mod guesses;
 mod info;
 mod inspect;
 mod interrupt;
+#[cfg(feature = "mpi")]
+mod mesh;
 mod model;
 mod output;
 mod serve;
@@ -27,7 +29,7 @@ use self::generate::{Generate, generate};
 use self::info::{Info, info};
 use self::inspect::{Inspect, inspect};
 use self::output::note;
-use super::error::ErrorKind;
+use super::error::{Error, ErrorKind};
 
 /// Attention over a key/value cache for CPUs, shown on small language models.
 #[derive(Debug, Parser)]
@@ -69,10 +71,14 @@ pub fn main() -> ExitCode {
         Err(e) if e.kind() == ErrorKind::ClosedPipe => ExitCode::SUCCESS,
         Err(e) => {
             note(&format!("error: {e}"));
-            // Wrong arguments have one exit code, whoever finds them.
-            ExitCode::from(if e.kind() == ErrorKind::Argument { 2 } else { 1 })
+            exit_code(&e)
         }
     }
+}
+
+/// Wrong arguments have one exit code, whoever finds them.
+fn exit_code(e: &Error) -> ExitCode {
+    ExitCode::from(if e.kind() == ErrorKind::Argument { 2 } else { 1 })
 }
 
 #[cfg(test)]

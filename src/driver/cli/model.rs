@@ -10,6 +10,7 @@ use crate::driver::cache::Formats;
 use crate::driver::decoder::Decoder;
 use crate::driver::embedded;
 use crate::driver::error::{Error, Result};
+use crate::driver::mesh::MeshPart;
 use crate::driver::model::ModelFile;
 use crate::driver::threads::Threads;
 use crate::{CacheFormat, Context, Isa};
@@ -74,15 +75,28 @@ impl Run {
 
     /// Unpacks the model for sequences of up to `longest` tokens.
     pub(super) fn load(&self, file: &ModelFile, longest: usize) -> Result<Decoder> {
+        self.load_part(file, longest, None)
+    }
+
+    /// As [`Self::load`], a part of a mesh.
+    pub(super) fn load_part(&self, file: &ModelFile, longest: usize, part: Option<&MeshPart>) -> Result<Decoder> {
         let threads = Threads::new(self.threads)?;
         let progress = bar("loading", 0, true);
         let weights = threads.run(|| {
-            file.weights(&|done, total| {
+            let show = |done: usize, total: usize| {
                 progress.set_length(total as u64);
                 progress.set_position(done as u64);
-            })
+            };
+            match part {
+                Some(part) => file.weights_of_part(part, &show),
+                None => file.weights(&show),
+            }
         })?;
         progress.finish_and_clear();
-        Decoder::new(file.config().clone(), weights, longest, self.isa, threads)
+        let decoder = Decoder::new(file.config().clone(), weights, longest, self.isa, threads)?;
+        match part {
+            Some(part) => decoder.on_mesh(part),
+            None => Ok(decoder),
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! What every command writes: results to standard output, progress to standard error.
 
 use std::io::{self, Write};
+use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -11,9 +12,18 @@ pub(super) fn print(text: &str) -> Result<()> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::stdout)
 }
 
+/// What every line on standard error begins with, where several processes write to one.
+static LABEL: OnceLock<String> = OnceLock::new();
+
+/// Sets what every [`note`] begins with from now on.
+#[cfg(feature = "mpi")]
+pub(super) fn label(label: String) {
+    let _ = LABEL.set(label);
+}
+
 /// Writes a line to standard error. A standard error that is closed or full is no reason to fail.
 pub(super) fn note(line: &str) {
-    note_part(&format!("{line}\n"));
+    note_part(&format!("{}{line}\n", LABEL.get().map_or("", String::as_str)));
 }
 
 /// As [`note`], without a line break.

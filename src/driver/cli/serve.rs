@@ -96,7 +96,7 @@ impl Line {
 }
 
 /// Sends the lines that are not blank, with their numbers from 1, until the receiver is gone.
-fn read_lines(from: impl Read, lines: &SyncSender<(usize, Result<String>)>) {
+pub(super) fn read_lines(from: impl Read, lines: &SyncSender<(usize, Result<String>)>) {
     let mut from = BufReader::new(from);
     for number in 1.. {
         let mut bytes = Vec::new();
@@ -136,12 +136,8 @@ pub(super) fn serve(
     prompts: &Prompts,
 ) -> Result<ExitCode> {
     let start = Instant::now();
-    // Opened first, so that a wrong path fails before the weights are loaded. A pipe is as good as a file.
-    let input: Box<dyn Read + Send> = match path.to_str() {
-        Some("-") => Box::new(std::io::stdin()),
-        _ if path.is_dir() => return Err(Error::argument(format!("{} is a directory, not a file", path.display()))),
-        _ => Box::new(File::open(path).map_err(|e| Error::io(path, e))?),
-    };
+    // Opened first, so that a wrong path fails before the weights are loaded.
+    let input = open_lines(path)?;
     let capacity = args.context.map_or(file.config().context, |n| n.min(file.config().context));
     Cache::bytes_for(file.config(), args.slots, capacity, args.run.formats())?;
     let decoder = args.run.load(&file, capacity)?;
@@ -153,7 +149,7 @@ pub(super) fn serve(
 
     let (sender, receiver) = sync_channel(args.slots);
     std::thread::spawn(move || read_lines(input, &sender));
-    let mut service = Service { args, prompts, tokenizer, running: BTreeMap::new(), requests: 0 };
+    let mut service = Service::new(args, prompts, tokenizer, Box::new(|line| print(&line)));
     let mut open = true;
     loop {
         if open && interrupts.pressed() {
@@ -184,7 +180,19 @@ pub(super) fn serve(
         &format!("; {}", count_of(scheduler.statistics().steps, "step")),
     );
     figures.note_kernels();
-    Ok(if interrupts.pressed() { ExitCode::from(interrupt::EXIT_CODE) } else { ExitCode::SUCCESS })
+    Ok(match (interrupts.pressed(), service.failed) {
+        (true, _) => ExitCode::from(interrupt::EXIT_CODE),
+        (false, failed) => ExitCode::from(u8::from(failed)),
+    })
+}
+
+/// Opens a file of requests; `-` is standard input. A pipe is as good as a file.
+pub(super) fn open_lines(path: &Path) -> Result<Box<dyn Read + Send>> {
+    match path.to_str() {
+        Some("-") => Ok(Box::new(std::io::stdin())),
+        _ if path.is_dir() => Err(Error::argument(format!("{} is a directory, not a file", path.display()))),
+        _ => Ok(Box::new(File::open(path).map_err(|e| Error::io(path, e))?)),
+    }
 }
 
 enum Next {
@@ -209,17 +217,30 @@ fn next_line(receiver: &Receiver<(usize, Result<String>)>, idle: bool) -> Next {
     }
 }
 
-struct Service<'a> {
+pub(super) struct Service<'a> {
     args: &'a Generate,
     prompts: &'a Prompts<'a>,
     tokenizer: &'a Tokenizer,
     running: BTreeMap<RequestId, Running>,
-    requests: usize,
+    pub(super) requests: usize,
+    /// Whether a line was no request, or a request ended by an error.
+    pub(super) failed: bool,
+    /// Takes a line of output, with its end.
+    out: Box<dyn FnMut(String) -> Result<()> + 'a>,
 }
 
-impl Service<'_> {
+impl<'a> Service<'a> {
+    pub(super) fn new(
+        args: &'a Generate,
+        prompts: &'a Prompts<'a>,
+        tokenizer: &'a Tokenizer,
+        out: Box<dyn FnMut(String) -> Result<()> + 'a>,
+    ) -> Self {
+        Self { args, prompts, tokenizer, running: BTreeMap::new(), requests: 0, failed: false, out }
+    }
+
     /// Submits a line. A bad one is an event.
-    fn submit(&mut self, scheduler: &mut Scheduler, number: usize, line: Result<String>) -> Result<()> {
+    pub(super) fn submit(&mut self, scheduler: &mut Scheduler, number: usize, line: Result<String>) -> Result<()> {
         self.requests += 1;
         let mut id = None;
         let submitted = line.and_then(|text| {
@@ -241,14 +262,15 @@ impl Service<'_> {
                 Ok(())
             }
             Err(e) => {
+                self.failed = true;
                 let mut object = head("error", number, id.as_ref());
                 object.insert("error".into(), e.to_string().into());
-                write(object)
+                (self.out)(line_of(object))
             }
         }
     }
 
-    fn report(&mut self, event: Event) -> Result<()> {
+    pub(super) fn report(&mut self, event: Event) -> Result<()> {
         let tokenizer = self.tokenizer;
         let Some(running) = self.running.get_mut(&event.request) else { return Ok(()) };
         let (tokens, text) = running.samples.entry(event.sample).or_default();
@@ -267,13 +289,14 @@ impl Service<'_> {
                 object.insert("logprob".into(), number(*chosen));
                 object.insert("top_logprobs".into(), top.into());
             }
-            write(object)?;
+            (self.out)(line_of(object))?;
         }
         let Some(finish) = event.finish else { return Ok(()) };
         let mut object = head("end", running.line, running.id.as_ref());
         object.insert("index".into(), event.sample.into());
         object.insert("finish".into(), finish.name().into());
         if let Finish::Error(sentence) = finish {
+            self.failed = true;
             object.insert("error".into(), sentence.into());
         }
         object.insert("text".into(), std::mem::take(text).into());
@@ -283,7 +306,7 @@ impl Service<'_> {
         if running.left == 0 {
             self.running.remove(&event.request);
         }
-        write(object)
+        (self.out)(line_of(object))
     }
 }
 
@@ -308,6 +331,6 @@ fn head(event: &str, line: usize, id: Option<&Value>) -> Map<String, Value> {
     object
 }
 
-fn write(object: Map<String, Value>) -> Result<()> {
-    print(&format!("{}\n", Value::Object(object)))
+fn line_of(object: Map<String, Value>) -> String {
+    format!("{}\n", Value::Object(object))
 }

@@ -3,7 +3,7 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use crate::driver::MOST_THREADS;
-use crate::{CacheFormat, Isa};
+use crate::{CacheFormat, Isa, Mesh};
 
 pub(super) fn format_parser() -> impl TypedValueParser<Value = CacheFormat> {
     PossibleValuesParser::new(CacheFormat::ALL.map(CacheFormat::name))
@@ -65,4 +65,25 @@ pub(super) fn threads(s: &str) -> Result<usize, String> {
 
 pub(super) fn not_empty(s: &str) -> Result<String, String> {
     if s.is_empty() { Err("it needs at least one character".to_owned()) } else { Ok(s.to_owned()) }
+}
+
+/// The parts of each axis, as in `data=2,model=2,sequence=2`. An axis that is not named has one.
+pub(super) fn mesh(s: &str) -> Result<Mesh, String> {
+    let (mut mesh, mut named) = (Mesh::new(1, 1, 1), Vec::new());
+    for part in s.split(',') {
+        let (axis, n) = part.split_once('=').ok_or("it must be parts of axes, as data=2,model=2,sequence=2")?;
+        let n = at_least_one(n).map_err(|e| format!("{axis}: {e}"))?;
+        match axis {
+            "data" => mesh.data = n,
+            "model" => mesh.model = n,
+            "sequence" => mesh.sequence = n,
+            _ => return Err(format!("no axis is called {axis:?}; there are data, model and sequence")),
+        }
+        if named.contains(&axis) {
+            return Err(format!("{axis} is given twice"));
+        }
+        named.push(axis);
+    }
+    mesh.shards().map_err(|e| e.message().to_owned())?;
+    Ok(mesh)
 }

@@ -16,7 +16,7 @@ use std::ops::Range;
 use super::activations::{Group, TERMS};
 use super::simd::Simd;
 use super::tiles::{Places, ROWS, VECTOR, VECTORS};
-use crate::driver::quant::{Format, GROUP, TensorType};
+use crate::driver::quant::{Format, GROUP, TensorType, with_quantised};
 
 /// Rows to multiply, one after another.
 #[derive(Debug, Clone, Copy)]
@@ -64,7 +64,7 @@ macro_rules! quantised {
     };
 }
 
-quantised!(Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K);
+with_quantised!(quantised);
 
 /// The rows of one step of the loop, in one of the two forms.
 trait Rows<const R: usize>: Copy {

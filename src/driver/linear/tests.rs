@@ -2,18 +2,9 @@ use super::*;
 use crate::driver::quant::dequantize;
 use crate::{Rayon, Serial};
 
-pub(super) const QUANTISED: [TensorType; 10] = [
-    TensorType::Q8_0,
-    TensorType::Q4_0,
-    TensorType::Q4_1,
-    TensorType::Q5_0,
-    TensorType::Q5_1,
-    TensorType::Q2_K,
-    TensorType::Q3_K,
-    TensorType::Q4_K,
-    TensorType::Q5_K,
-    TensorType::Q6_K,
-];
+pub(super) fn quantised() -> impl Iterator<Item = TensorType> {
+    TensorType::ALL.into_iter().filter(|ty| ty.block_elements() > 1)
+}
 
 fn random(mut state: u64) -> impl FnMut() -> u64 {
     move || {
@@ -76,7 +67,7 @@ fn definition(values: &[f32], x: &[f32], k: usize) -> (Vec<f64>, Vec<f64>) {
 
 #[test]
 fn quantised_products_keep_their_bounds() {
-    for ty in QUANTISED {
+    for ty in quantised() {
         let (m, n, k) = (5, 53, 2 * ty.block_elements().max(64));
         let data = random_blocks(ty, n * k / ty.block_elements(), 1);
         let mut values = vec![0.0; n * k];
@@ -103,7 +94,7 @@ fn quantised_products_keep_their_bounds() {
 #[test]
 fn quantised_bits_depend_on_nothing_else() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-    for ty in QUANTISED {
+    for ty in quantised() {
         let (m, n, k) = (77, 1000, 2 * ty.block_elements().max(128));
         let data = random_blocks(ty, n * k / ty.block_elements(), 2);
         let w = Matrix::from_bytes(ty, n, k, &data).unwrap();
@@ -197,7 +188,7 @@ fn bytes_that_are_no_matrix_are_errors() {
 
 #[test]
 fn weights_take_the_memory_of_their_file() {
-    for ty in QUANTISED.into_iter().chain(FLOATS) {
+    for ty in TensorType::ALL {
         let (rows, cols) = (96, 512);
         let data = vec![0; ty.bytes(rows * cols).unwrap()];
         let memory = Matrix::from_bytes(ty, rows, cols, &data).unwrap().memory();

@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn rows_have_the_bits_of_the_file() {
-        for ty in super::super::tests::QUANTISED {
+        for ty in super::super::tests::quantised() {
             for (rows, blocks) in [(1, 1), (16, 2), (37, 3)] {
                 let data = super::super::tests::random_blocks(ty, rows * blocks, 7);
                 let tiles = Tiles::pack(ty, rows, blocks, &data);

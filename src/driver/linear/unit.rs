@@ -8,7 +8,7 @@ use super::simd::Portable;
 #[cfg(target_arch = "x86_64")]
 use super::simd::{Avx2, Avx512};
 use crate::Isa;
-use crate::driver::quant::{GROUP, TensorType};
+use crate::driver::quant::{GROUP, TensorType, with_quantised};
 
 /// A vector unit that this CPU has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,10 +73,7 @@ shells!("avx512f,avx512bw,avx512vnni", Avx512::<true>, avx512_vnni, round_avx512
 
 /// `$kernel` for the type `$ty` of weights.
 macro_rules! of_type {
-    ($ty:expr, $kernel:ident, $floats:expr) => {
-        of_type!($ty, $kernel, $floats, Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K)
-    };
-    ($ty:expr, $kernel:ident, $floats:expr, $($name:ident)*) => {
+    ($ty:ident, $kernel:ident, $floats:ident, $($name:ident)*) => {
         match ($ty, $floats) {
             $(
                 (TensorType::$name, false) => $kernel::<kernel::$name, false>,
@@ -122,13 +119,13 @@ impl Unit {
 
     pub(super) fn kernel(self, ty: TensorType, floats: bool) -> Kernel {
         match self {
-            Self::Portable => of_type!(ty, portable, floats),
+            Self::Portable => with_quantised!(of_type, ty, portable, floats),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => of_type!(ty, avx2, floats),
+            Self::Avx2 => with_quantised!(of_type, ty, avx2, floats),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => of_type!(ty, avx512, floats),
+            Self::Avx512 => with_quantised!(of_type, ty, avx512, floats),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => of_type!(ty, avx512_vnni, floats),
+            Self::Avx512Vnni => with_quantised!(of_type, ty, avx512_vnni, floats),
         }
     }
 

@@ -1,7 +1,9 @@
 //! The weights of a layer's feed-forward part, which may have several experts.
 
+use std::ops::Range;
+
 use super::config::ExpertConfig;
-use super::weights::Reader;
+use super::weights::{Reader, rows_of};
 use crate::driver::error::Result;
 use crate::driver::linear::Matrix;
 use crate::driver::quant::Tensor;
@@ -55,7 +57,7 @@ impl Reader<'_> {
             let [gate, up] = n.gate_up.map(&name);
             return Ok(FeedForward::Dense(self.network([gate, up, name(n.down)])?));
         };
-        let router = self.matrix(&[(name(n.router), config.count)], dim)?;
+        let router = self.matrix(&[(name(n.router), config.count, 0..config.count)], dim)?;
         let mut experts = Vec::new();
         let stacked = n.stacked_experts.map(|names| names.map(&name));
         let stacked = match stacked {
@@ -73,9 +75,15 @@ impl Reader<'_> {
         let down = self.tensor(down, &[config.count, dim, ffn])?;
         // The first walk reads nothing.
         if let (Some(gate), Some(up), Some(down)) = (gate, up, down) {
+            let (ffn_rows, dim_rows) = (self.rows.ffn.clone(), self.rows.dim.clone());
+            // The `i`-th matrix of a stack. Blocks of elements never reach over the end of a row, and so not over a matrix's.
+            let slice = |stack: &Tensor<'_>, i: usize, wanted: &Range<usize>| {
+                let bytes = stack.data.len() / config.count;
+                rows_of(stack, &stack.data[i * bytes..][..bytes], stack.shape[1], wanted.clone())
+            };
             for i in 0..config.count {
-                let gate_up = Matrix::stack(vec![slice_of(&gate, i)?, slice_of(&up, i)?])?;
-                experts.push(GatedMlp { gate_up, down: slice_of(&down, i)? });
+                let gate_up = Matrix::stack(vec![slice(&gate, i, &ffn_rows)?, slice(&up, i, &ffn_rows)?])?;
+                experts.push(GatedMlp { gate_up, down: slice(&down, i, &dim_rows)? });
             }
         }
         Ok(FeedForward::Experts(Experts { config, router, experts }))
@@ -83,13 +91,8 @@ impl Reader<'_> {
 
     fn network(&mut self, [gate, up, down]: [String; 3]) -> Result<GatedMlp> {
         let (dim, ffn) = (self.file.config().dim, self.file.config().ffn_dim);
-        Ok(GatedMlp { gate_up: self.matrix(&[(gate, ffn), (up, ffn)], dim)?, down: self.matrix(&[(down, dim)], ffn)? })
+        let (ffn_rows, dim_rows) = (self.rows.ffn.clone(), self.rows.dim.clone());
+        let gate_up = self.matrix(&[(gate, ffn, ffn_rows.clone()), (up, ffn, ffn_rows)], dim)?;
+        Ok(GatedMlp { gate_up, down: self.matrix(&[(down, dim, dim_rows)], ffn)? })
     }
-}
-
-/// The `i`-th matrix of a stack. Blocks of elements never reach over the end of a row, and so not over a matrix's.
-fn slice_of(stack: &Tensor<'_>, i: usize) -> Result<Matrix> {
-    let bytes = stack.data.len() / stack.shape[0];
-    Matrix::from_bytes(stack.ty, stack.shape[1], stack.shape[2], &stack.data[i * bytes..][..bytes])
-        .map_err(|e| e.context(stack.name))
 }

@@ -1,12 +1,14 @@
 //! A decoder's weights. Every tensor is found and its shape checked before any is read.
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use super::experts::FeedForward;
 use super::file::ModelFile;
 use super::names::Names;
 use crate::driver::error::{Error, Result};
 use crate::driver::linear::Matrix;
+use crate::driver::mesh::{MeshPart, RowRanges};
 use crate::driver::quant::{Tensor, dequantize};
 
 /// One decoder layer's weights.
@@ -53,7 +55,17 @@ impl Weights {
 impl ModelFile {
     /// Reads all weights, on the current rayon pool. `progress` receives the bytes done and the total bytes.
     pub fn weights(&self, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Weights> {
-        let mut plan = Reader { file: self, names: self.names(), used: HashSet::new(), total: 0, found: None };
+        self.rows_of_weights(RowRanges::whole(self.config()), progress)
+    }
+
+    /// Reads the rows of all matrices that one process of a mesh computes with.
+    pub fn weights_of_part(&self, part: &MeshPart, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Weights> {
+        part.check(self.config())?;
+        self.rows_of_weights(RowRanges::new(self.config(), part)?, progress)
+    }
+
+    fn rows_of_weights(&self, rows: RowRanges, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Weights> {
+        let mut plan = Reader { file: self, names: self.names(), rows, used: HashSet::new(), total: 0, found: None };
         plan.weights()?;
         plan.reject_strangers()?;
         let found = Some(Found { done: 0, progress });
@@ -71,6 +83,8 @@ impl ModelFile {
 pub(super) struct Reader<'a> {
     pub file: &'a ModelFile,
     pub names: &'static Names,
+    /// The rows of matrices that are read.
+    pub rows: RowRanges,
     used: HashSet<String>,
     /// The bytes of all tensors.
     total: usize,
@@ -87,7 +101,8 @@ impl<'a> Reader<'a> {
     fn weights(&mut self) -> Result<Weights> {
         let c = self.file.config();
         let n = self.names;
-        let embedding = self.matrix(&[(n.embedding.to_owned(), c.vocab)], c.dim)?;
+        let RowRanges { q: q_rows, kv: kv_rows, dim, vocab, .. } = self.rows.clone();
+        let embedding = self.matrix(&[(n.embedding.to_owned(), c.vocab, vocab.clone())], c.dim)?;
         let mut layers = Vec::new();
         for i in 0..c.layers.len() {
             let name = |part: &str| format!("{}{i}.{part}", n.layer);
@@ -99,8 +114,15 @@ impl<'a> Reader<'a> {
                     true => Some([self.vector(q_norm, c.head_dim)?, self.vector(k_norm, c.head_dim)?]),
                     false => None,
                 },
-                qkv: self.matrix(&[(q, c.q_dim()), (k, c.kv_dim()), (v, c.kv_dim())], c.dim)?,
-                attn_out: self.matrix(&[(name(n.attn_out), c.dim)], c.q_dim())?,
+                qkv: self.matrix(
+                    &[
+                        (q, c.q_dim(), q_rows.clone()),
+                        (k, c.kv_dim(), kv_rows.clone()),
+                        (v, c.kv_dim(), kv_rows.clone()),
+                    ],
+                    c.dim,
+                )?,
+                attn_out: self.matrix(&[(name(n.attn_out), c.dim, dim.clone())], c.q_dim())?,
                 attn_post_norm: self.post_norm(name(n.attn_post_norm))?,
                 ffn_norm: self.vector(name(n.ffn_norm), c.dim)?,
                 ffn: self.feed_forward(name)?,
@@ -108,7 +130,7 @@ impl<'a> Reader<'a> {
             });
         }
         let output_norm = self.vector(n.output_norm.to_owned(), c.dim)?;
-        let output = if c.tied { None } else { Some(self.matrix(&[(n.output.to_owned(), c.vocab)], c.dim)?) };
+        let output = if c.tied { None } else { Some(self.matrix(&[(n.output.to_owned(), c.vocab, vocab)], c.dim)?) };
         Ok(Weights { embedding, layers, output_norm, output })
     }
 
@@ -147,12 +169,13 @@ impl<'a> Reader<'a> {
         if c.post_norms { self.vector(name, c.dim).map(Some) } else { Ok(None) }
     }
 
-    /// Several tensors of equal width, one below the other.
-    pub fn matrix(&mut self, parts: &[(String, usize)], cols: usize) -> Result<Matrix> {
-        let part = |(name, rows): &(String, usize)| match self.tensor(name.clone(), &[*rows, cols])? {
-            None => Ok(Matrix::from_f32(0, cols, Vec::new())),
-            Some(t) => Matrix::from_bytes(t.ty, *rows, cols, t.data).map_err(|e| e.context(t.name)),
-        };
+    /// Several tensors of equal width, one below the other: the number of rows of each, and those that are wanted.
+    pub fn matrix(&mut self, parts: &[(String, usize, Range<usize>)], cols: usize) -> Result<Matrix> {
+        let part =
+            |(name, rows, wanted): &(String, usize, Range<usize>)| match self.tensor(name.clone(), &[*rows, cols])? {
+                None => Ok(Matrix::from_f32(0, cols, Vec::new())),
+                Some(t) => rows_of(&t, t.data, *rows, wanted.clone()),
+            };
         Matrix::stack(parts.iter().map(part).collect::<Result<_>>()?)
     }
 
@@ -169,6 +192,15 @@ impl<'a> Reader<'a> {
         }
         Ok(())
     }
+}
+
+/// Rows of a matrix of `rows` rows whose bytes are `data`, a part of a tensor's.
+pub(super) fn rows_of(tensor: &Tensor<'_>, data: &[u8], rows: usize, wanted: Range<usize>) -> Result<Matrix> {
+    // A row is whole blocks.
+    let bytes = data.len() / rows;
+    let cols = tensor.shape.last().copied().unwrap_or(0);
+    Matrix::from_bytes(tensor.ty, wanted.len(), cols, &data[wanted.start * bytes..wanted.end * bytes])
+        .map_err(|e| e.context(tensor.name))
 }
 
 impl Weights {

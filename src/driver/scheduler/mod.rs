@@ -112,7 +112,7 @@ impl<'a> Scheduler<'a> {
         if slots == 0 {
             return Err(Error::argument("0 slots for requests; at least 1 is needed"));
         }
-        let cache = Cache::new(decoder.config(), slots, capacity, formats)?;
+        let cache = decoder.cache(slots, capacity, formats)?;
         Ok(Self {
             decoder,
             tokenizer: None,

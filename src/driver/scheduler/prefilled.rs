@@ -20,7 +20,7 @@ impl Prefilled {
         if tokens.is_empty() {
             return Err(Error::argument("a prompt of 0 tokens; at least 1 is needed"));
         }
-        let mut cache = Cache::new(decoder.config(), 1, tokens.len(), formats)?;
+        let mut cache = decoder.cache(1, tokens.len(), formats)?;
         let logits = decoder.forward(&mut cache, &mut Scratch::default(), 0, &[&tokens], Logits::Last)?;
         Ok(Self { cache, logits, tokens })
     }

@@ -9,7 +9,6 @@ use super::request::{Event, Finish, RequestId};
 use super::sequence::{Sequence, Shared, Text, Waiting, logprobs};
 use super::stops::StopStrings;
 use super::{Scheduler, Streaming};
-use crate::driver::cache::Cache;
 use crate::driver::decoder::Logits;
 use crate::driver::error::{Error, Result};
 use crate::driver::sampling::Sampler;
@@ -258,7 +257,9 @@ impl<'a> Scheduler<'a> {
         copies.iter().for_each(|&slot| self.retained[slot].clear());
         self.decoder.copy_prefix(&mut self.cache, slot, copies, len)?;
         let Some(first) = self.slots[slot].as_ref().filter(|_| left > 0) else { return Ok(()) };
-        let mut cache = Cache::with_chunk(self.decoder.config(), 1, len, self.cache.chunk(), self.cache.formats())?;
+        // A span of the keys depends on the capacity.
+        let capacity = if self.cache.segment().is_some() { self.cache.capacity() } else { len };
+        let mut cache = self.decoder.cache_with_chunk(1, capacity, self.cache.chunk(), self.cache.formats())?;
         if let Some(Streaming { sinks, .. }) = self.streaming {
             cache.keep_sinks(sinks.min(len))?;
         }

@@ -20,7 +20,7 @@
 //! from the same logits. The logits of the first branch are the same to the bit as long as the linear layers compute the
 //! rows of a pass independently of their number. Those of other branches, whose keys lie in other slots, add up in
 //! another order, and are the same but for rounding, which is that of f32, or where linear layers round their inputs to
-//! eight bits ([`Decoder::exact`]), of these.
+//! two terms of eight bits ([`Decoder::exact`]), of these.
 
 mod accept;
 mod draft;
