@@ -27,7 +27,7 @@ mod header {
     use std::path::Path;
 
     /// The files of `src/capi` in the order in which the header has their constants, types and functions.
-    const SUBJECTS: [&str; 25] = [
+    const SUBJECTS: [&str; 26] = [
         "library",
         "status",
         "dtype",
@@ -39,6 +39,7 @@ mod header {
         "scales",
         "runner",
         "pool",
+        "memory",
         "rope",
         "norm",
         "layout",

@@ -163,6 +163,13 @@ static void contexts(void) {
                 kvl_context_attention_kernel_names(context, 0, 0, 2, names, names + 1));
     }
     {
+        int32_t *advised = (int32_t *)output.bytes;
+        char byte;
+        REFUSED(KVL_STATUS_NULL_POINTER, "the pointer data is null, but bytes is 5", kvl_advise_huge_pages(NULL, 5, advised));
+        REFUSED(KVL_STATUS_NULL_POINTER, "advised", kvl_advise_huge_pages(&byte, 1, NULL));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "follow the address", kvl_advise_huge_pages(&byte, SIZE_MAX, advised));
+    }
+    {
         kvl_packing *packing = (kvl_packing *)output.bytes;
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_v_packing(NULL, KVL_DTYPE_BF16, packing));
         REFUSED(KVL_STATUS_NULL_POINTER, "packing", kvl_context_v_packing(context, KVL_DTYPE_BF16, NULL));

@@ -29,6 +29,28 @@ static void library(void) {
     CHECK(kvl_kernel_info_at(count, &info) == KVL_STATUS_OUT_OF_RANGE, "-");
 }
 
+/* The advice is taken for whole pages alone, and moves no byte. */
+static void huge_pages(void) {
+    const size_t bytes = (size_t)5 << 20;
+    unsigned char *data = calloc(bytes, 1);
+    int32_t advised = -1;
+    size_t i, sum = 0;
+    CHECK(data != NULL, "-");
+    if (data == NULL) return;
+    OK(kvl_advise_huge_pages(data, bytes, &advised));
+    CHECK(advised == 0 || advised == 1, "%d", (int)advised);
+    memset(data, 3, bytes);
+    OK(kvl_advise_huge_pages(data + 1, bytes - 1, &advised));
+    for (i = 0; i < bytes; i++) sum += data[i];
+    CHECK(sum == 3 * bytes, "%d", (int)sum);
+    advised = -1;
+    OK(kvl_advise_huge_pages(data, 100, &advised));
+    CHECK(advised == 0, "%d", (int)advised);
+    OK(kvl_advise_huge_pages(NULL, 0, &advised));
+    CHECK(advised == 0, "%d", (int)advised);
+    free(data);
+}
+
 static void names(const kvl_context *context) {
     static const kvl_dtype types[] = {KVL_DTYPE_F32, KVL_DTYPE_F16, KVL_DTYPE_BF16};
     static const kvl_op both[] = {KVL_OP_ROPE, KVL_OP_KV_WRITE, KVL_OP_RMS_NORM}, one[] = {KVL_OP_REPEAT_KV, KVL_OP_ATTENTION, KVL_OP_MERGE_STATES};
@@ -1023,6 +1045,7 @@ int main(void) {
     kvl_isa isa;
     int levels = 0;
     library();
+    huge_pages();
     frequencies();
     alibi();
     for (isa = KVL_ISA_BEST; isa <= KVL_ISA_NEON_BF16; isa++) {

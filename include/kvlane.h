@@ -1519,6 +1519,24 @@ kvl_status kvl_thread_pool_runner(const struct kvl_thread_pool *pool,
                                   struct kvl_parallel_runner *runner);
 
 /**
+ * Asks the operating system to hold memory of the caller's in huge pages: `bytes` bytes at `data`. `*advised` becomes 1 if it
+ * took the request, else 0.
+ *
+ * On Linux and Android, this is `madvise` with `MADV_HUGEPAGE` for the whole pages inside of the range. The kernel then uses a
+ * huge page (2 MiB on x86-64) for every aligned stretch of that size, if it has one free when the memory is first written.
+ * Call it before the first write, on memory that begins at a multiple of 2 MiB. Elsewhere the function does nothing, and
+ * `*advised` becomes 0, as it does if the range holds no whole page or is not mapped, or if the kernel has no huge pages. 1 says
+ * that the request was taken, and not that there were pages. The contents of the memory stay as they are.
+ *
+ * Thread safety: may be called from any number of threads at once, also while others use the memory.
+ * Bad input: null (`data` may be null if `bytes` is 0) and a range beyond the end of the address space are errors, and
+ * `*advised` is not changed.
+ */
+kvl_status kvl_advise_huge_pages(void *data,
+                                 size_t bytes,
+                                 int32_t *advised);
+
+/**
  * Computes RoPE frequencies: `inv_freq` receives `pairs` = rotary_dim / 2 numbers in radians per position, and
  * `*magnitude` the factor on cosines and sines. It is meant for the time when a model is loaded, and it allocates.
  *

@@ -81,7 +81,7 @@
 //! | `context` | the choice of a kernel for each operation |
 //! | `kernels` | each algorithm once (`generic`), the vector trait, one module per level, and the registry |
 //! | `problem` | what a validated call is: tensors, visibility, masks, the block and chunk grid, tiles, rotations, limits |
-//! | foundation | views, element types, cache formats, layouts, errors, CPU detection, runners |
+//! | foundation | views, element types, cache formats, layouts, errors, CPU detection, memory, runners |
 //!
 //! A tensor is a [`View`]: always `[batch, seq, heads, dim]`, with strides for the order in memory. An operation validates
 //! everything once, cuts the work into tiles on a grid that depends on the problem only, and passes the tiles to a kernel through
@@ -106,6 +106,7 @@ mod isa;
 mod kernels;
 mod layout;
 pub mod masks;
+mod memory;
 mod ops;
 mod parallel;
 mod problem;
@@ -128,6 +129,7 @@ pub use kernels::api::{KernelInfo, Op, Precision};
 pub(crate) use kernels::loops;
 pub use kernels::registry::kernels;
 pub use layout::{Layout, Packing};
+pub use memory::{CacheBuffer, CacheUnit, advise_huge_pages};
 pub use ops::attention::{AttentionOptions, AttentionTensors, alibi_slopes, attention, attention_workspace_size};
 pub use ops::cache::{
     KeyRotation, KvCache, KvLayer, UnrotatedKeys, copy_pages, defragment_pages, reorder_table,

@@ -17,6 +17,7 @@ use std::sync::OnceLock;
 /// Every symbol that the shared library exports. An addition extends the ABI for good.
 const EXPORTS: &[&str] = &[
     "kvl_abi_version",
+    "kvl_advise_huge_pages",
     "kvl_alibi_slopes",
     "kvl_attention",
     "kvl_attention_chunks",

@@ -36,6 +36,7 @@ mod kernels;
 mod layout;
 mod library;
 mod masks;
+mod memory;
 mod merge;
 mod norm;
 mod plan;

@@ -136,6 +136,7 @@ unsafe extern "C" {
     ) -> i32;
     pub fn kvl_thread_pool_create(num_threads: usize, pool: *mut *mut kvl_thread_pool) -> i32;
     pub fn kvl_thread_pool_destroy(pool: *mut kvl_thread_pool);
+    pub fn kvl_advise_huge_pages(data: *mut c_void, bytes: usize, advised: *mut i32) -> i32;
     pub fn kvl_thread_pool_runner(pool: *const kvl_thread_pool, runner: *mut kvl_parallel_runner) -> i32;
     pub fn kvl_rope_frequencies(
         params: *const kvl_rope_frequencies_params,

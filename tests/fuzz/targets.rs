@@ -86,6 +86,7 @@ targets! {
     1 kvl_thread_pool_create: thread_pool_create,
     1 kvl_thread_pool_destroy: thread_pool_destroy,
     1 kvl_thread_pool_runner: thread_pool_runner,
+    1 kvl_advise_huge_pages: advise_huge_pages,
     1 kvl_last_error: last_error,
     1 kvl_abi_version: constants,
     1 kvl_version_string: constants,
@@ -687,6 +688,22 @@ fn kernel_info_at(mut c: Call) -> i32 {
     c.ready();
     // SAFETY: a struct of the right size, or null.
     let status = unsafe { kvl_kernel_info_at(index, info) };
+    c.check(status)
+}
+
+fn advise_huge_pages(mut c: Call) -> i32 {
+    let bytes = c.rng.pick(&[0usize, 1, 63, 4096, 5000, 40_000]);
+    let data: *mut u8 = c.output(Some(bytes as i64));
+    let bytes = if c.hit() { c.rng.pick(&[1, usize::MAX, usize::MAX / 2]) } else { bytes };
+    let advised: *mut i32 = c.output(Some(1));
+    c.may_write(advised, Some(1));
+    c.ready();
+    // SAFETY: the range is not accessed; space for the result, or null.
+    let status = unsafe { kvl_advise_huge_pages(data.cast(), bytes, advised) };
+    if status == 0 {
+        // SAFETY: just written.
+        assert!((0..=1).contains(&unsafe { advised.read() }));
+    }
     c.check(status)
 }
 
