@@ -27,7 +27,7 @@ mod header {
     use std::path::Path;
 
     /// The files of `src/capi` in the order in which the header has their constants, types and functions.
-    const SUBJECTS: [&str; 26] = [
+    const SUBJECTS: [&str; 27] = [
         "library",
         "status",
         "dtype",
@@ -35,6 +35,7 @@ mod header {
         "isa",
         "kernels",
         "context",
+        "tuning",
         "views",
         "scales",
         "runner",

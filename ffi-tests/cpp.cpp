@@ -297,6 +297,14 @@ int main() {
         expect(e.status() == KVL_STATUS_UNSUPPORTED, e.what());
     }
 
+    // A tuning that is set can be read.
+    kvl_tuning tuning = context.tuning();
+    tuning.run = KVL_PREFETCH_OFF;
+    context.set_tuning(tuning);
+    expect(context.tuning().run == KVL_PREFETCH_OFF && context.tuning().block == tuning.block, "tuning");
+    tuning.run = 99;
+    refused(KVL_STATUS_INVALID_ENUM, "run is 99", [&] { context.set_tuning(tuning); });
+
     // A buffer for a cache: zero, aligned, moved and not copied.
     kvlane::cache_buffer<float> keys(1 << 20), few(5);
     expect(keys.size() == 1 << 20 && reinterpret_cast<std::uintptr_t>(keys.data()) % (2 << 20) == 0, "aligned to a huge page");

@@ -163,6 +163,30 @@ static void contexts(void) {
                 kvl_context_attention_kernel_names(context, 0, 0, 2, names, names + 1));
     }
     {
+        kvl_tuning tuning = KVL_TUNING_INIT, before = KVL_TUNING_INIT, after = KVL_TUNING_INIT;
+        OK(kvl_context_tuning(context, &before));
+        REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_tuning(NULL, &tuning));
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_tuning", kvl_context_tuning(context, NULL));
+        REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_set_tuning(NULL, &tuning));
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_tuning", kvl_context_set_tuning((kvl_context *)context, NULL));
+        tuning.near_distance = 7;
+        tuning.block = 7;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "block is 7", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.block = KVL_PREFETCH_DEFAULT;
+        tuning.block_order = 3;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "block_order is 3", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.block_order = KVL_KEY_ORDER_DEFAULT;
+        tuning.run = -1;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "run is -1", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.run = KVL_PREFETCH_DEFAULT;
+        tuning.prompt = 1 << 30;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "prompt is", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.struct_size = 39;
+        REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_tuning.struct_size is 39", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        OK(kvl_context_tuning(context, &after));
+        CHECK(memcmp(&before, &after, sizeof after) == 0, "-");
+    }
+    {
         int32_t *advised = (int32_t *)output.bytes;
         char byte;
         REFUSED(KVL_STATUS_NULL_POINTER, "the pointer data is null, but bytes is 5", kvl_advise_huge_pages(NULL, 5, advised));

@@ -311,7 +311,25 @@ public:
         KVLANE_DONE_;
     }
 
+    KVLANE_RESULT_ tuning(kvl_tuning &to) const {
+        to = KVL_TUNING_INIT;
+        KVLANE_TRY_(kvl_context_tuning(get(), &to));
+        KVLANE_DONE_;
+    }
+
+    /// For the calls that begin afterwards; no other call may use the context at the same time.
+    KVLANE_RESULT_ set_tuning(const kvl_tuning &tuning) {
+        KVLANE_TRY_(kvl_context_set_tuning(handle_.get(), &tuning));
+        KVLANE_DONE_;
+    }
+
 #if KVLANE_EXCEPTIONS
+    kvl_tuning tuning() const {
+        kvl_tuning own = KVL_TUNING_INIT;
+        tuning(own);
+        return own;
+    }
+
     kvl_isa isa() const {
         kvl_isa level = KVL_ISA_BEST;
         isa(level);

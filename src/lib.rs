@@ -70,7 +70,7 @@
 //!                                                           -> ops (validate, tile) -> problem -> kernel from the registry
 //! Rust caller ------------------------ safe views ---------/        |                              (one ISA level)
 //!                                                                   -> runner (caller's, rayon, or none)
-//! driver, bench -> the Rust API, and nothing private (but for `loops`, which bench measures as the machine's limits)
+//! driver, bench -> the Rust API, and nothing private (but `bench` has `loops`, its limits, `advise` and what names a CPU)
 //! ```
 //! Each layer imports from the layers below it only:
 //!
@@ -120,6 +120,8 @@ pub mod driver;
 
 pub use cache_view::{CacheView, CacheViewMut};
 pub use context::Context;
+#[cfg(feature = "bench")]
+pub(crate) use cpu::{KEYS as CPU_KEYS, has as cpu_has, vendor as cpu_vendor};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use format::CacheFormat;
@@ -129,6 +131,8 @@ pub use kernels::api::{KernelInfo, Op, Precision};
 pub(crate) use kernels::loops;
 pub use kernels::registry::kernels;
 pub use layout::{Layout, Packing};
+#[cfg(feature = "bench")]
+pub(crate) use memory::{Advice, advise};
 pub use memory::{CacheBuffer, CacheUnit, advise_huge_pages};
 pub use ops::attention::{AttentionOptions, AttentionTensors, alibi_slopes, attention, attention_workspace_size};
 pub use ops::cache::{
@@ -159,7 +163,7 @@ pub use parallel::{Rayon, ThreadPool};
 pub use parallel::{Runner, Serial};
 pub use problem::limits::{MAX_HEAD_DIM, MAX_ROTARY_DIM};
 pub use problem::rotation::Pairing;
-pub use tuning::{Prefetch, Tuning};
+pub use tuning::{KeyOrder, Prefetch, Tuning};
 pub use view::{Axis, View, ViewMut};
 
 /// The README's Rust examples are documentation tests.

@@ -93,13 +93,89 @@ units!(f32, f16, bf16, i8, u8);
 /// # Ok::<(), kvlane::Error>(())
 /// ```
 pub struct CacheBuffer<T: CacheUnit> {
-    /// Aligned, inside of `memory`, or dangling if there is none.
+    /// Aligned, or dangling if there is no memory.
     start: NonNull<T>,
     len: usize,
-    /// As it was allocated.
-    memory: Option<(NonNull<u8>, Layout)>,
+    /// Holds what `start` points to.
+    _memory: Option<Memory>,
     advised: bool,
 }
+
+/// Zeroed memory that is released when it is dropped.
+struct Memory {
+    start: NonNull<u8>,
+    layout: Layout,
+    /// By the operating system, and not by the allocator.
+    mapped: bool,
+}
+
+impl Memory {
+    /// A layout is of more than 0 bytes. `fresh`: pages that nobody has written yet, where the system has a way to get them. Those
+    /// of the allocator may have been written before they were released, and are then as small as they were.
+    fn new(layout: Layout, fresh: bool) -> Option<Self> {
+        if fresh && let Some(start) = map(layout.size()) {
+            return Some(Self { start, layout, mapped: true });
+        }
+        // SAFETY: the size is not 0.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        Some(Self { start, layout, mapped: false })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.mapped {
+            // SAFETY: mapped with this size, and released once.
+            unsafe { unmap(self.start, self.layout.size()) };
+        } else {
+            // SAFETY: allocated with this layout, and released once.
+            unsafe { dealloc(self.start.as_ptr(), self.layout) };
+        }
+    }
+}
+
+/// Fresh pages, which are zero; `None` if there are none. Only where a file's offset, which is not used, has one size in every C library.
+#[cfg(all(any(target_os = "linux", target_os = "android"), any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn map(bytes: usize) -> Option<NonNull<u8>> {
+    use std::ffi::{c_int, c_void};
+    const READ_WRITE: c_int = 3;
+    const PRIVATE_ANONYMOUS: c_int = 0x22;
+    unsafe extern "C" {
+        fn mmap(at: *mut c_void, bytes: usize, access: c_int, flags: c_int, file: c_int, offset: i64) -> *mut c_void;
+    }
+    // SAFETY: a new mapping touches no memory that is there.
+    let start = unsafe { mmap(std::ptr::null_mut(), bytes, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0) };
+    // A failure is the address -1.
+    NonNull::new(start.cast::<u8>()).filter(|start| start.addr().get() != usize::MAX)
+}
+
+#[cfg(not(all(
+    any(target_os = "linux", target_os = "android"),
+    any(target_arch = "x86_64", target_arch = "aarch64")
+)))]
+fn map(_: usize) -> Option<NonNull<u8>> {
+    None
+}
+
+/// # Safety
+/// From [`map`] with as many bytes, and not used afterwards.
+#[cfg(all(any(target_os = "linux", target_os = "android"), any(target_arch = "x86_64", target_arch = "aarch64")))]
+unsafe fn unmap(start: NonNull<u8>, bytes: usize) {
+    use std::ffi::{c_int, c_void};
+    unsafe extern "C" {
+        fn munmap(at: *mut c_void, bytes: usize) -> c_int;
+    }
+    // SAFETY: the caller's.
+    unsafe { munmap(start.as_ptr().cast(), bytes) };
+}
+
+/// # Safety
+/// From [`map`], which has no memory here.
+#[cfg(not(all(
+    any(target_os = "linux", target_os = "android"),
+    any(target_arch = "x86_64", target_arch = "aarch64")
+)))]
+unsafe fn unmap(_: NonNull<u8>, _: usize) {}
 
 // SAFETY: the buffer owns its memory, and units can be sent and shared.
 unsafe impl<T: CacheUnit> Send for CacheBuffer<T> {}
@@ -118,7 +194,7 @@ impl<T: CacheUnit> CacheBuffer<T> {
     /// [`Status::InvalidValue`](crate::Status::InvalidValue): there is not enough memory.
     pub fn zeroed(len: usize) -> Result<Self> {
         if len == 0 {
-            return Ok(Self { start: NonNull::dangling(), len, memory: None, advised: false });
+            return Ok(Self { start: NonNull::dangling(), len, _memory: None, advised: false });
         }
         // The allocator is asked for more bytes and not for the alignment: it has fresh pages, which are zero, only without one, and
         // would otherwise write the zeros before the advice.
@@ -126,34 +202,20 @@ impl<T: CacheUnit> CacheBuffer<T> {
         let align = if bytes.is_some_and(|bytes| bytes < HUGE_PAGE) { LINE } else { HUGE_PAGE };
         let layout =
             bytes.and_then(|bytes| Layout::from_size_align(bytes.checked_add(align)?, align_of::<T>().max(8)).ok());
-        // SAFETY: the size is not zero.
-        let memory = layout.and_then(|layout| Some((NonNull::new(unsafe { alloc_zeroed(layout) })?, layout)));
+        let memory = layout.and_then(|layout| Memory::new(layout, align == HUGE_PAGE));
         let (Some(memory), Some(bytes)) = (memory, bytes) else {
-            fail!(
-                InvalidValue,
-                "a buffer of {len} units of {} bytes, but there is not so much memory",
-                size_of::<T>()
-            );
+            fail!(InvalidValue, "a buffer of {len} units of {} bytes, but there is not so much memory", size_of::<T>());
         };
-        let skip = memory.0.as_ptr().addr().next_multiple_of(align) - memory.0.as_ptr().addr();
-        // SAFETY: `skip` is less than `align`, and the allocation has `align` bytes more than the buffer.
-        let start = unsafe { memory.0.add(skip) };
+        let address = memory.start.as_ptr().addr();
+        // SAFETY: the skipped bytes are fewer than `align`, and the memory has `align` bytes more than the buffer.
+        let start = unsafe { memory.start.add(address.next_multiple_of(align) - address) };
         let advised = align == HUGE_PAGE && advise(start.as_ptr().addr(), bytes, Advice::Huge);
-        Ok(Self { start: start.cast(), len, memory: Some(memory), advised })
+        Ok(Self { start: start.cast(), len, _memory: Some(memory), advised })
     }
 
     /// Whether the operating system took the [request](advise_huge_pages) for huge pages.
     pub fn is_advised(&self) -> bool {
         self.advised
-    }
-}
-
-impl<T: CacheUnit> Drop for CacheBuffer<T> {
-    fn drop(&mut self) {
-        if let Some((memory, layout)) = self.memory {
-            // SAFETY: allocated with this layout, and released once.
-            unsafe { dealloc(memory.as_ptr(), layout) };
-        }
     }
 }
 
@@ -190,7 +252,7 @@ impl<T: CacheUnit> Clone for CacheBuffer<T> {
 impl<T: CacheUnit> Default for CacheBuffer<T> {
     /// A buffer of no units.
     fn default() -> Self {
-        Self { start: NonNull::dangling(), len: 0, memory: None, advised: false }
+        Self { start: NonNull::dangling(), len: 0, _memory: None, advised: false }
     }
 }
 

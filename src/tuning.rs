@@ -1,13 +1,14 @@
-//! How loops over a cache prefetch, by CPU.
+//! How loops over a cache prefetch and in which order they read, by CPU.
 
 use crate::cpu;
 use crate::isa::Isa;
 
-/// How decode prefetches keys and values. A tuning changes the time of a call, and no bit of its result.
+/// How attention prefetches keys and values, and in which order decode reads keys. A tuning changes the time of a call, and no bit
+/// of its result.
 ///
-/// A [`Context`](crate::Context) has the tuning of this CPU; [`Context::tuned`](crate::Context::tuned) sets another. It serves attention
-/// of few query rows at the levels scalar, avx2, avx512 and neon. Prompts at these levels always prefetch into the second-level cache,
-/// two lines at a time if [`Self::block`] says so. The levels of matrix products prefetch in ways of their own.
+/// A [`Context`](crate::Context) has the tuning of this CPU; [`Context::tuned`](crate::Context::tuned) sets another, and `kvlane tune`
+/// measures which is best. It serves attention at the levels scalar, avx2, avx512 and neon: [`Self::prompt`] calls with many query
+/// rows, the other fields those with few. The levels of matrix products prefetch in ways of their own.
 ///
 /// ```
 /// use kvlane::*;
@@ -21,21 +22,33 @@ use crate::isa::Isa;
 pub struct Tuning {
     /// Prefetches where the keys of one KV head are read, a block of 64 at a time: the next block is prefetched.
     pub block: Prefetch,
+    /// The order in which the keys of such a block are read.
+    pub block_order: KeyOrder,
     /// Prefetches where the heads of a token are read together, in the order of memory.
     pub run: Prefetch,
     /// Bytes from what is read to what [`Self::run`] prefetches, at most a block of 64 keys.
     pub run_distance: usize,
+    /// Bytes from what is read to what [`Prefetch::Near`] and the kinds of both levels prefetch into the first-level cache.
+    pub near_distance: usize,
+    /// Prefetches of the next block of 64 keys where many query rows read a packed copy of this one. They go into the second-level
+    /// cache: [`Prefetch::BothLevelsInPairs`] is one prefetch for two lines, [`Prefetch::Off`] is none, and each other kind is one
+    /// for every line.
+    pub prompt: Prefetch,
 }
 
 /// Into which cache of the CPU lines are prefetched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Prefetch {
+    /// Nothing is prefetched.
+    Off,
+    /// Into the first-level cache, from [near](Tuning::near_distance).
+    Near,
     /// Into the first-level cache.
     FirstLevel,
     /// Into the second-level cache.
     SecondLevel,
-    /// Into the second-level cache, and those 512 bytes ahead into the first-level cache.
+    /// [`Self::SecondLevel`] and [`Self::Near`].
     BothLevels,
     /// As [`Self::BothLevels`], for CPUs that bring lines into the second-level cache in pairs: one prefetch for two lines, where a
     /// loop reads two at a time.
@@ -44,42 +57,117 @@ pub enum Prefetch {
 
 impl Prefetch {
     /// Every kind.
-    pub const ALL: [Self; 4] = [Self::FirstLevel, Self::SecondLevel, Self::BothLevels, Self::BothLevelsInPairs];
+    pub const ALL: [Self; 6] =
+        [Self::Off, Self::Near, Self::FirstLevel, Self::SecondLevel, Self::BothLevels, Self::BothLevelsInPairs];
 }
+
+/// The order in which a loop reads the keys of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KeyOrder {
+    /// Keys that are multiplied side by side are neighbours.
+    Sequential,
+    /// Keys that are multiplied side by side are as far apart as the block allows: several streams, a page or more apart.
+    Spread,
+}
+
+impl KeyOrder {
+    /// Both orders.
+    pub const ALL: [Self; 2] = [Self::Sequential, Self::Spread];
+}
+
+/// A class of CPUs, and its tuning for the kernels of a level.
+struct Entry {
+    /// As CPUID has it; empty: any.
+    vendor: &'static str,
+    /// Features that the CPU has, among those that [`cpu::has`] knows.
+    features: &'static [&'static str],
+    level: Isa,
+    tuning: Tuning,
+}
+
+/// The first entry that fits serves. `kvlane tune` writes one for the CPU that it runs on.
+const TABLE: &[Entry] = &[
+    // Zen 4. A prefetch brings one line, and prefetches into the first-level cache from far away halve the rate of decode over heads
+    // that are read together.
+    Entry {
+        vendor: "AuthenticAMD",
+        features: &[],
+        level: Isa::Avx512,
+        tuning: Tuning {
+            block: Prefetch::SecondLevel,
+            block_order: KeyOrder::Spread,
+            run: Prefetch::BothLevels,
+            run_distance: 64 << 10,
+            near_distance: 512,
+            prompt: Prefetch::SecondLevel,
+        },
+    },
+    Entry {
+        vendor: "AuthenticAMD",
+        features: &[],
+        level: Isa::Avx2,
+        tuning: Tuning {
+            block: Prefetch::BothLevels,
+            block_order: KeyOrder::Spread,
+            run: Prefetch::BothLevels,
+            run_distance: 64 << 10,
+            near_distance: 512,
+            prompt: Prefetch::SecondLevel,
+        },
+    },
+];
 
 impl Tuning {
     /// Measured on Intel Cascade Lake. Intel's CPUs bring lines into the second-level cache in pairs (the spatial prefetcher of its
     /// Optimization Reference Manual).
-    pub(crate) const DEFAULT: Self = Self {
-        block: if cfg!(any(target_arch = "x86", target_arch = "x86_64")) {
-            Prefetch::BothLevelsInPairs
-        } else {
-            Prefetch::BothLevels
-        },
-        run: Prefetch::FirstLevel,
-        run_distance: 12 << 10,
+    pub(crate) const DEFAULT: Self = {
+        let x86 = cfg!(any(target_arch = "x86", target_arch = "x86_64"));
+        let both = if x86 { Prefetch::BothLevelsInPairs } else { Prefetch::BothLevels };
+        Self {
+            block: both,
+            block_order: KeyOrder::Spread,
+            run: Prefetch::FirstLevel,
+            run_distance: 12 << 10,
+            near_distance: 512,
+            prompt: both,
+        }
     };
 
     /// The tuning of this CPU for kernels of a level.
     pub(crate) fn of_this_cpu(isa: Isa) -> Self {
-        if !cpu::is_amd() {
-            return Self::DEFAULT;
-        }
-        // Measured on Zen 4, where a prefetch brings one line, and where prefetches into the first-level cache from far away
-        // halve the rate of decode over heads that are read together.
-        let block = if Isa::Avx512.is_within(isa) { Prefetch::SecondLevel } else { Prefetch::BothLevels };
-        Self { block, run: Prefetch::BothLevels, run_distance: 64 << 10 }
+        Self::of(cpu::vendor(), cpu::has, isa)
     }
 
-    /// Bytes that a prefetch into the second-level cache brings.
+    fn of(vendor: &str, has: impl Fn(&str) -> bool, isa: Isa) -> Self {
+        let fits = |entry: &&Entry| {
+            (entry.vendor.is_empty() || entry.vendor == vendor)
+                && entry.features.iter().all(|feature| has(feature))
+                && entry.level.is_within(isa)
+        };
+        TABLE.iter().find(fits).map_or(Self::DEFAULT, |entry| entry.tuning)
+    }
+
+    /// Bytes that a prefetch of the packed path brings; 0: it does not prefetch.
     pub(crate) fn fetch_bytes(&self) -> usize {
-        if self.block == Prefetch::BothLevelsInPairs { 128 } else { 64 }
+        match self.prompt {
+            Prefetch::Off => 0,
+            Prefetch::BothLevelsInPairs => 128,
+            _ => 64,
+        }
     }
 
     /// Sets [`Self::block`].
     #[must_use]
     pub fn block(mut self, block: Prefetch) -> Self {
         self.block = block;
+        self
+    }
+
+    /// Sets [`Self::block_order`].
+    #[must_use]
+    pub fn block_order(mut self, order: KeyOrder) -> Self {
+        self.block_order = order;
         self
     }
 
@@ -96,11 +184,54 @@ impl Tuning {
         self.run_distance = bytes;
         self
     }
+
+    /// Sets [`Self::near_distance`].
+    #[must_use]
+    pub fn near_distance(mut self, bytes: usize) -> Self {
+        self.near_distance = bytes;
+        self
+    }
+
+    /// Sets [`Self::prompt`].
+    #[must_use]
+    pub fn prompt(mut self, prompt: Prefetch) -> Self {
+        self.prompt = prompt;
+        self
+    }
 }
 
 /// The tuning of CPUs that the library does not know: that of Intel's, and outside of x86 the same without pairs of lines.
 impl Default for Tuning {
     fn default() -> Self {
         Self::DEFAULT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_entry_that_fits_serves() {
+        for isa in [Isa::Avx512, Isa::Avx2, Isa::Scalar, Isa::Neon] {
+            assert_eq!(Tuning::of("", |_| true, isa), Tuning::DEFAULT);
+            assert_eq!(Tuning::of("GenuineIntel", |_| true, isa), Tuning::DEFAULT);
+        }
+        let amd = |isa| Tuning::of("AuthenticAMD", |_| true, isa);
+        assert_eq!(amd(Isa::Scalar), Tuning::DEFAULT);
+        assert!(amd(Isa::Avx512).prompt != Prefetch::BothLevelsInPairs && amd(Isa::Avx2) != Tuning::DEFAULT);
+    }
+
+    #[test]
+    fn entries_can_be_met() {
+        for (i, entry) in TABLE.iter().enumerate() {
+            assert!(entry.features.iter().all(|feature| cpu::KEYS.contains(feature)), "{:?}", entry.features);
+            let hidden = TABLE[..i].iter().any(|earlier| {
+                (earlier.vendor.is_empty() || earlier.vendor == entry.vendor)
+                    && earlier.features.iter().all(|feature| entry.features.contains(feature))
+                    && earlier.level.is_within(entry.level)
+            });
+            assert!(!hidden, "entry {i} never serves");
+        }
     }
 }

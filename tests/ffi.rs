@@ -46,6 +46,8 @@ const EXPORTS: &[&str] = &[
     "kvl_context_destroy",
     "kvl_context_isa",
     "kvl_context_kernel_name",
+    "kvl_context_set_tuning",
+    "kvl_context_tuning",
     "kvl_context_v_packing",
     "kvl_isa_available",
     "kvl_isa_name",

@@ -48,5 +48,6 @@ mod runner;
 mod scales;
 mod shard;
 mod status;
+mod tuning;
 mod views;
 mod write;

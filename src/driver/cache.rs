@@ -8,8 +8,8 @@ use half::{bf16, f16};
 use super::error::{Error, Result};
 use super::model::{LayerConfig, ModelConfig};
 use crate::{
-    CacheBuffer, CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, UnrotatedKeys,
-    View, ViewMut, Workspace, reorder_table,
+    CacheBuffer, CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner,
+    UnrotatedKeys, View, ViewMut, Workspace, reorder_table,
 };
 
 /// Prompt tokens per pass. More would enlarge the activations without making a pass more efficient.

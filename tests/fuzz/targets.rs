@@ -80,6 +80,8 @@ targets! {
     1 kvl_context_destroy: context_destroy,
     1 kvl_context_isa: context_isa,
     1 kvl_context_v_packing: context_v_packing,
+    2 kvl_context_tuning: context_tuning,
+    4 kvl_context_set_tuning: context_set_tuning,
     1 kvl_context_kernel_name: context_kernel_name,
     1 kvl_context_attention_kernel_names: context_attention_kernel_names,
     1 kvl_kernel_info_at: kernel_info_at,
@@ -659,6 +661,33 @@ fn context_v_packing(mut c: Call) -> i32 {
         // SAFETY: just written.
         assert!((0..=1).contains(&unsafe { packing.read() }));
     }
+    c.check(status)
+}
+
+fn context_tuning(mut c: Call) -> i32 {
+    let context = c.context();
+    let tuning = c.sized(&zeroed::<kvl_tuning>(), &[]);
+    c.may_write(tuning, Some(1));
+    c.ready();
+    // SAFETY: a context or null, and a struct of the right size or null.
+    let status = unsafe { kvl_context_tuning(context, tuning) };
+    c.check(status)
+}
+
+/// The context is one of the world's, so that later calls run with any tuning.
+fn context_set_tuning(mut c: Call) -> i32 {
+    let mut kind = |most: usize| {
+        let right = c.rng.below(most) as i32;
+        c.code(right)
+    };
+    let (block, run, prompt, block_order) = (kind(7), kind(7), kind(7), kind(3));
+    let mut distance = || c.rng.pick(&[0, 1, 64, 4096, 100_000, usize::MAX]);
+    let (run_distance, near_distance) = (distance(), distance());
+    let tuning = kvl_tuning { block, block_order, run, prompt, run_distance, near_distance, ..zeroed() };
+    let (tuning, context) = (c.sized(&tuning, &[]), c.context());
+    c.ready();
+    // SAFETY: a context that no other call uses, or null, and a struct of the right size or null.
+    let status = unsafe { kvl_context_set_tuning(context.cast_mut(), tuning) };
     c.check(status)
 }
 
