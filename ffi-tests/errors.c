@@ -169,9 +169,9 @@ static void contexts(void) {
         REFUSED(KVL_STATUS_NULL_POINTER, "kvl_tuning", kvl_context_tuning(context, NULL));
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_set_tuning(NULL, &tuning));
         REFUSED(KVL_STATUS_NULL_POINTER, "kvl_tuning", kvl_context_set_tuning((kvl_context *)context, NULL));
-        tuning.near_distance = 7;
-        tuning.block = 7;
-        REFUSED(KVL_STATUS_INVALID_ENUM, "block is 7", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.run_distance = 7;
+        tuning.block = 6;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "block is 6", kvl_context_set_tuning((kvl_context *)context, &tuning));
         tuning.block = KVL_PREFETCH_DEFAULT;
         tuning.block_order = 3;
         REFUSED(KVL_STATUS_INVALID_ENUM, "block_order is 3", kvl_context_set_tuning((kvl_context *)context, &tuning));
@@ -179,10 +179,10 @@ static void contexts(void) {
         tuning.run = -1;
         REFUSED(KVL_STATUS_INVALID_ENUM, "run is -1", kvl_context_set_tuning((kvl_context *)context, &tuning));
         tuning.run = KVL_PREFETCH_DEFAULT;
-        tuning.prompt = 1 << 30;
-        REFUSED(KVL_STATUS_INVALID_ENUM, "prompt is", kvl_context_set_tuning((kvl_context *)context, &tuning));
-        tuning.struct_size = 39;
-        REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_tuning.struct_size is 39", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.reserved = 3;
+        REFUSED(KVL_STATUS_INVALID_VALUE, "reserved is 3", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.struct_size = 31;
+        REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_tuning.struct_size is 31", kvl_context_set_tuning((kvl_context *)context, &tuning));
         OK(kvl_context_tuning(context, &after));
         CHECK(memcmp(&before, &after, sizeof after) == 0, "-");
     }

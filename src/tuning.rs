@@ -3,12 +3,13 @@
 use crate::cpu;
 use crate::isa::Isa;
 
-/// How attention prefetches keys and values, and in which order decode reads keys. A tuning changes the time of a call, and no bit
+/// How decode prefetches keys and values, and in which order it reads keys. A tuning changes the time of a call, and no bit
 /// of its result.
 ///
 /// A [`Context`](crate::Context) has the tuning of this CPU; [`Context::tuned`](crate::Context::tuned) sets another, and `kvlane tune`
-/// measures which is best. It serves attention at the levels scalar, avx2, avx512 and neon: [`Self::prompt`] calls with many query
-/// rows, the other fields those with few. The levels of matrix products prefetch in ways of their own.
+/// measures which is best. It serves attention of few query rows at the levels scalar, avx2, avx512 and neon. Prompts at these levels
+/// always prefetch into the second-level cache, two lines at a time if [`Self::block`] says so. The levels of matrix products prefetch
+/// in ways of their own.
 ///
 /// ```
 /// use kvlane::*;
@@ -28,12 +29,6 @@ pub struct Tuning {
     pub run: Prefetch,
     /// Bytes from what is read to what [`Self::run`] prefetches, at most a block of 64 keys.
     pub run_distance: usize,
-    /// Bytes from what is read to what [`Prefetch::Near`] and the kinds of both levels prefetch into the first-level cache.
-    pub near_distance: usize,
-    /// Prefetches of the next block of 64 keys where many query rows read a packed copy of this one. They go into the second-level
-    /// cache: [`Prefetch::BothLevelsInPairs`] is one prefetch for two lines, [`Prefetch::Off`] is none, and each other kind is one
-    /// for every line.
-    pub prompt: Prefetch,
 }
 
 /// Into which cache of the CPU lines are prefetched.
@@ -42,13 +37,11 @@ pub struct Tuning {
 pub enum Prefetch {
     /// Nothing is prefetched.
     Off,
-    /// Into the first-level cache, from [near](Tuning::near_distance).
-    Near,
     /// Into the first-level cache.
     FirstLevel,
     /// Into the second-level cache.
     SecondLevel,
-    /// [`Self::SecondLevel`] and [`Self::Near`].
+    /// Into the second-level cache, and those 512 bytes ahead into the first-level cache.
     BothLevels,
     /// As [`Self::BothLevels`], for CPUs that bring lines into the second-level cache in pairs: one prefetch for two lines, where a
     /// loop reads two at a time.
@@ -57,8 +50,8 @@ pub enum Prefetch {
 
 impl Prefetch {
     /// Every kind.
-    pub const ALL: [Self; 6] =
-        [Self::Off, Self::Near, Self::FirstLevel, Self::SecondLevel, Self::BothLevels, Self::BothLevelsInPairs];
+    pub const ALL: [Self; 5] =
+        [Self::Off, Self::FirstLevel, Self::SecondLevel, Self::BothLevels, Self::BothLevelsInPairs];
 }
 
 /// The order in which a loop reads the keys of a block.
@@ -99,8 +92,6 @@ const TABLE: &[Entry] = &[
             block_order: KeyOrder::Spread,
             run: Prefetch::BothLevels,
             run_distance: 64 << 10,
-            near_distance: 512,
-            prompt: Prefetch::SecondLevel,
         },
     },
     Entry {
@@ -112,8 +103,6 @@ const TABLE: &[Entry] = &[
             block_order: KeyOrder::Spread,
             run: Prefetch::BothLevels,
             run_distance: 64 << 10,
-            near_distance: 512,
-            prompt: Prefetch::SecondLevel,
         },
     },
 ];
@@ -123,14 +112,11 @@ impl Tuning {
     /// Optimization Reference Manual).
     pub(crate) const DEFAULT: Self = {
         let x86 = cfg!(any(target_arch = "x86", target_arch = "x86_64"));
-        let both = if x86 { Prefetch::BothLevelsInPairs } else { Prefetch::BothLevels };
         Self {
-            block: both,
+            block: if x86 { Prefetch::BothLevelsInPairs } else { Prefetch::BothLevels },
             block_order: KeyOrder::Spread,
             run: Prefetch::FirstLevel,
             run_distance: 12 << 10,
-            near_distance: 512,
-            prompt: both,
         }
     };
 
@@ -148,13 +134,9 @@ impl Tuning {
         TABLE.iter().find(fits).map_or(Self::DEFAULT, |entry| entry.tuning)
     }
 
-    /// Bytes that a prefetch of the packed path brings; 0: it does not prefetch.
+    /// Bytes that a prefetch into the second-level cache brings.
     pub(crate) fn fetch_bytes(&self) -> usize {
-        match self.prompt {
-            Prefetch::Off => 0,
-            Prefetch::BothLevelsInPairs => 128,
-            _ => 64,
-        }
+        if self.block == Prefetch::BothLevelsInPairs { 128 } else { 64 }
     }
 
     /// Sets [`Self::block`].
@@ -184,20 +166,6 @@ impl Tuning {
         self.run_distance = bytes;
         self
     }
-
-    /// Sets [`Self::near_distance`].
-    #[must_use]
-    pub fn near_distance(mut self, bytes: usize) -> Self {
-        self.near_distance = bytes;
-        self
-    }
-
-    /// Sets [`Self::prompt`].
-    #[must_use]
-    pub fn prompt(mut self, prompt: Prefetch) -> Self {
-        self.prompt = prompt;
-        self
-    }
 }
 
 /// The tuning of CPUs that the library does not know: that of Intel's, and outside of x86 the same without pairs of lines.
@@ -219,7 +187,7 @@ mod tests {
         }
         let amd = |isa| Tuning::of("AuthenticAMD", |_| true, isa);
         assert_eq!(amd(Isa::Scalar), Tuning::DEFAULT);
-        assert!(amd(Isa::Avx512).prompt != Prefetch::BothLevelsInPairs && amd(Isa::Avx2) != Tuning::DEFAULT);
+        assert!(amd(Isa::Avx512).fetch_bytes() == 64 && amd(Isa::Avx2) != Tuning::DEFAULT);
     }
 
     #[test]

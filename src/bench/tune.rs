@@ -1,9 +1,9 @@
 //! The search for the tuning of this CPU.
 //!
-//! Three groups of cases depend on three parts of a [`Tuning`]: decode over one KV head at a time, decode over heads that lie
-//! together, and prompts. Each part is searched on its own group, every candidate once per round, so that a change in the machine's
-//! load meets all of them. A candidate replaces the table's entry only if it is faster by more than chance; the gain that is shown is
-//! measured again afterwards, by the two in turns.
+//! Two groups of cases depend on two parts of a [`Tuning`]: decode over one KV head at a time, and decode over heads that lie
+//! together. Each part is searched on its own group, every candidate once per round, so that a change in the machine's
+//! load meets all of them; the best few are compared again. A candidate replaces the table's entry only if it is faster by more than
+//! chance. The gain that is shown is measured afterwards, by the two in turns, and what does not gain then is not taken.
 
 use std::fmt::Write;
 use std::time::{Duration, Instant};
@@ -79,9 +79,11 @@ impl Gains {
 
 /// A gain below this may be chance, and the table's entry stays.
 const LEAST_GAIN: f64 = 1.01;
+/// Candidates that are compared a second time.
+const FINALISTS: usize = 4;
 
 /// The groups of cases, and the shapes of each: caches that are larger than those of the CPU, in both orders of memory.
-const GROUPS: [(&str, &[&str]); 3] = [
+const GROUPS: [(&str, &[&str]); 2] = [
     (
         "decode, one KV head at a time",
         &["decode 16384, 32/8x128, bhsd", "decode 4096, 32/32x128, bhsd", "decode 4096, 32/8x256, bhsd"],
@@ -90,13 +92,10 @@ const GROUPS: [(&str, &[&str]); 3] = [
         "decode, the heads of a token together",
         &["decode 16384, 32/8x128, bshd", "decode 4096, 32/32x128, bshd", "decode 4096, 32/8x256, bshd"],
     ),
-    ("prompts", &["prefill 512, 32/8x128", "chunk 256 on 4096, 32/8x128"]),
 ];
 
 /// Run distances that are tried, in bytes. A subblock of 16 keys of all heads of a token is the least that has an effect.
 const DISTANCES: [usize; 6] = [4 << 10, 12 << 10, 32 << 10, 64 << 10, 128 << 10, 512 << 10];
-/// Near distances that are tried, in bytes.
-const NEAR_DISTANCES: [usize; 4] = [256, 512, 1024, 2048];
 
 /// Searches the tuning of this CPU.
 ///
@@ -118,16 +117,15 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     }
     let entry = context.tuning();
     let groups = GROUPS.map(|(_, shapes)| cases(level, shapes, options.quick));
-    let [block, run, prompt] = &groups;
-    let cases = block.len() + run.len();
+    let [block, run] = &groups;
     let mut search = Search {
         threads: &threads,
         pages,
         budget: Duration::from_millis(if options.quick { 500 } else { 4000 }),
         observe,
         done: 0,
-        // Kinds, near distances, and the comparison at the end.
-        total: 2 * cases + 2 * prompt.len() + cases,
+        // All candidates, the best, and the comparison at the end.
+        total: 3 * (block.len() + run.len()),
     };
     let mut found = entry;
 
@@ -141,21 +139,11 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     let mut candidates = vec![entry];
     for kind in Prefetch::ALL {
         // Some kinds do not look so far.
-        let distances =
-            if matches!(kind, Prefetch::Off | Prefetch::Near) { &[entry.run_distance][..] } else { &DISTANCES };
+        let distances = if kind == Prefetch::Off { &[entry.run_distance][..] } else { &DISTANCES };
         candidates.extend(distances.iter().map(|&distance| entry.run(kind).run_distance(distance)));
     }
     let best = search.best(run, &candidates)?;
     (found.run, found.run_distance) = (best.run, best.run_distance);
-
-    let both: Vec<Case> = block.iter().chain(run).cloned().collect();
-    let candidates: Vec<Tuning> =
-        [found].into_iter().chain(NEAR_DISTANCES.map(|bytes| found.near_distance(bytes))).collect();
-    found.near_distance = search.best(&both, &candidates)?.near_distance;
-
-    let kinds = [Prefetch::Off, Prefetch::SecondLevel, Prefetch::BothLevelsInPairs];
-    let candidates: Vec<Tuning> = [entry].into_iter().chain(kinds.map(|kind| entry.prompt(kind))).collect();
-    found.prompt = search.best(prompt, &candidates)?.prompt;
 
     let mut gains = Vec::new();
     for ((name, _), cases) in GROUPS.into_iter().zip(&groups) {
@@ -165,6 +153,12 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
             group.cases.push(Gain { case: case.id(), entry: times[0], found: times[1] });
         }
         gains.push(group);
+    }
+    if gains[0].mean() < 1.0 {
+        (found.block, found.block_order) = (entry.block, entry.block_order);
+    }
+    if gains[1].mean() < 1.0 {
+        (found.run, found.run_distance) = (entry.run, entry.run_distance);
     }
     Ok(Tuned { machine, level, threads: threads.count(), pages, entry, found, groups: gains })
 }
@@ -207,8 +201,18 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// The candidate with the best mean over the cases; the first, unless another is clearly faster.
+    /// The candidate with the best mean over the cases; the first, unless another is clearly faster. All are compared once, and the
+    /// best few again, because the best of many is often so by chance.
     fn best(&mut self, cases: &[Case], candidates: &[Tuning]) -> Result<Tuning> {
+        let ranked = self.ranked(cases, candidates)?;
+        let few: Vec<Tuning> = ranked.into_iter().map(|(_, candidate)| candidate).take(FINALISTS).collect();
+        let again: Vec<Tuning> = candidates.iter().copied().take(1).chain(few).collect();
+        let best = self.ranked(cases, &again)?.into_iter().next();
+        Ok(best.filter(|(gain, _)| *gain > LEAST_GAIN).map_or(candidates[0], |(_, candidate)| candidate))
+    }
+
+    /// How many times as fast as the first candidate each of the others is, by the geometric mean, the fastest first.
+    fn ranked(&mut self, cases: &[Case], candidates: &[Tuning]) -> Result<Vec<(f64, Tuning)>> {
         let mut scores = vec![0.0; candidates.len()];
         for case in cases {
             let times = self.times(case, candidates)?;
@@ -216,8 +220,10 @@ impl Search<'_> {
                 *score += (times[0] / time).ln() / cases.len() as f64;
             }
         }
-        let best = (1..candidates.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b]));
-        Ok(candidates[best.filter(|&best| scores[best] > LEAST_GAIN.ln()).unwrap_or(0)])
+        let mut ranked: Vec<(f64, Tuning)> =
+            scores.iter().map(|score| score.exp()).zip(candidates.iter().copied()).skip(1).collect();
+        ranked.sort_by(|a, b| b.0.total_cmp(&a.0));
+        Ok(ranked)
     }
 
     /// The least seconds per call of a case with each candidate.
@@ -229,11 +235,12 @@ impl Search<'_> {
         };
         let call = |prepared: &mut Prepared, tuning: Tuning| -> Result<f64> {
             prepared.tune(tuning);
+            // What the call before has left in the caches depends on its tuning, so that it must be of the same.
+            prepared.run(self.threads)?;
             let start = Instant::now();
             prepared.run(self.threads)?;
             Ok(start.elapsed().as_secs_f64())
         };
-        call(&mut prepared, candidates[0])?; // Pages and caches become warm.
         let mut times = vec![f64::INFINITY; candidates.len()];
         let start = Instant::now();
         let mut rounds = 0;
@@ -298,15 +305,13 @@ impl Tuned {
 }
 
 /// The names of a tuning's fields, and their values as Rust has them.
-fn fields(tuning: &Tuning) -> [(&'static str, String); 6] {
+fn fields(tuning: &Tuning) -> [(&'static str, String); 4] {
     let kind = |kind: Prefetch| format!("Prefetch::{kind:?}");
     [
         ("block", kind(tuning.block)),
         ("block_order", format!("KeyOrder::{:?}", tuning.block_order)),
         ("run", kind(tuning.run)),
         ("run_distance", tuning.run_distance.to_string()),
-        ("near_distance", tuning.near_distance.to_string()),
-        ("prompt", kind(tuning.prompt)),
     ]
 }
 
@@ -332,7 +337,7 @@ mod tests {
 
     #[test]
     fn an_entry_can_be_pasted() {
-        let found = Tuning::default().run(Prefetch::Near).run_distance(4096);
+        let found = Tuning::default().run(Prefetch::Off).run_distance(4096);
         let tuned = Tuned {
             machine: Machine { cpu: Some("A CPU".to_owned()), ..Machine::default() },
             level: Isa::Scalar,
@@ -351,11 +356,11 @@ mod tests {
         let text = tuned.text();
         for part in [
             "A CPU, scalar, 1 thread, huge pages",
-            "Near  <- changed",
+            "Off  <- changed",
             "decode: 2.00 times as fast",
             "level: Isa::Scalar,",
-            "run: Prefetch::Near,\n            run_distance: 4096,",
-            ".run(Prefetch::Near)\n        .run_distance(4096)",
+            "run: Prefetch::Off,\n            run_distance: 4096,",
+            ".run(Prefetch::Off)\n        .run_distance(4096)",
         ] {
             assert!(text.contains(part), "{text}\nlacks {part:?}");
         }
@@ -374,9 +379,13 @@ mod tests {
             .flat_map(|kernel| cases_of(&kernel))
             .filter(|case| case.name.starts_with("decode 16,"))
             .collect();
-        let only = Tuning::default().near_distance(77);
+        let only = Tuning::default().run_distance(77);
         assert_eq!(search.best(&cases, &[only]).unwrap(), only);
-        assert_eq!(search.times(&cases[0], &[only, only]).unwrap().len(), 2);
-        assert_eq!(steps, cases.len() + 1);
+        let others = DISTANCES.map(|bytes| only.run_distance(bytes));
+        let mut ranked = search.ranked(&cases, &[&[only], &others[..]].concat()).unwrap();
+        assert!(ranked.is_sorted_by(|a, b| a.0 >= b.0) && ranked.iter().all(|(gain, _)| *gain > 0.0));
+        ranked.sort_by_key(|(_, tuning)| tuning.run_distance);
+        assert_eq!(ranked.into_iter().map(|(_, tuning)| tuning).collect::<Vec<_>>(), others);
+        assert_eq!(steps, 3 * cases.len());
     }
 }

@@ -680,10 +680,9 @@ fn context_set_tuning(mut c: Call) -> i32 {
         let right = c.rng.below(most) as i32;
         c.code(right)
     };
-    let (block, run, prompt, block_order) = (kind(7), kind(7), kind(7), kind(3));
-    let mut distance = || c.rng.pick(&[0, 1, 64, 4096, 100_000, usize::MAX]);
-    let (run_distance, near_distance) = (distance(), distance());
-    let tuning = kvl_tuning { block, block_order, run, prompt, run_distance, near_distance, ..zeroed() };
+    let (block, run, block_order) = (kind(6), kind(6), kind(3));
+    let (reserved, run_distance) = (c.code(0), c.rng.pick(&[0, 1, 64, 4096, 100_000, usize::MAX]));
+    let tuning = kvl_tuning { block, block_order, run, reserved, run_distance, ..zeroed() };
     let (tuning, context) = (c.sized(&tuning, &[]), c.context());
     c.ready();
     // SAFETY: a context that no other call uses, or null, and a struct of the right size or null.

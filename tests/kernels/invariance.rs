@@ -403,11 +403,9 @@ fn tunings(level: &Level) {
             let case = Case::new(&mut rng, shape, dtype).with(|o| o.causal = true);
             let usual = case.run(&level.context).all_bits();
             for block in Prefetch::ALL {
-                let mut distance = || rng.pick(&[0, 1, 64, 5000, 1 << 20, usize::MAX]);
-                let (far, near) = (distance(), distance());
-                let tuning = level.context.tuning().block(block).run_distance(far).near_distance(near);
-                let tuning = tuning.run(rng.pick(&Prefetch::ALL)).prompt(rng.pick(&Prefetch::ALL));
-                let tuning = tuning.block_order(rng.pick(&KeyOrder::ALL));
+                let distance = rng.pick(&[0, 1, 64, 5000, 1 << 20, usize::MAX]);
+                let (run, order) = (rng.pick(&Prefetch::ALL), rng.pick(&KeyOrder::ALL));
+                let tuning = level.context.tuning().block(block).block_order(order).run(run).run_distance(distance);
                 let outcome = case.run(&level.context.clone().tuned(tuning));
                 level.checked(Op::Attention, dtype, dtype);
                 assert!(outcome.all_bits() == usual, "{dtype} {shape:?} {tuning:?}");

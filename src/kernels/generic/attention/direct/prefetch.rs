@@ -19,7 +19,6 @@ pub struct PrefetchDistances<'a> {
     /// bandwidth of memory.
     pub spread: bool,
     kind: Prefetch,
-    near: usize,
 }
 
 impl<'a> PrefetchDistances<'a> {
@@ -30,7 +29,7 @@ impl<'a> PrefetchDistances<'a> {
         let by = if whole { SUBBLOCKS } else { tuning.run_distance.div_ceil(piece).clamp(1, SUBBLOCKS) };
         let kind = if whole { tuning.block } else { tuning.run };
         let spread = tuning.block_order == KeyOrder::Spread;
-        Self { k, v, key_range: block.key_range, by, whole, spread, kind, near: tuning.near_distance }
+        Self { k, v, key_range: block.key_range, by, whole, spread, kind }
     }
 
     #[inline(always)]
@@ -59,7 +58,7 @@ impl<'a> PrefetchDistances<'a> {
     fn ahead(&self, from: *const u8, to: *const u8) -> Ahead {
         match self.kind {
             Prefetch::Off => Ahead::NONE,
-            kind => Ahead { distance: distance(from, to), kind, near: self.near },
+            kind => Ahead { distance: distance(from, to), kind },
         }
     }
 }
@@ -70,19 +69,21 @@ pub fn distance<T>(from: *const T, to: *const T) -> isize {
     if to.is_null() { 0 } else { to.addr().wrapping_sub(from.addr()) as isize }
 }
 
+/// Distance in bytes of the prefetch into the first-level cache where both levels are prefetched: what is read until a line in the
+/// second level is due is more than the first holds.
+pub const NEAR_DISTANCE: usize = 512;
+
 /// What a loop over keys or values prefetches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ahead {
     /// Bytes from what is read to what is prefetched; 0: nothing is.
     pub distance: isize,
     pub kind: Prefetch,
-    /// Bytes to what is prefetched into the first-level cache where a kind prefetches from near.
-    near: usize,
 }
 
 impl Ahead {
     /// Prefetches nothing.
-    pub const NONE: Self = Self { distance: 0, kind: Prefetch::Off, near: 0 };
+    pub const NONE: Self = Self { distance: 0, kind: Prefetch::Off };
 
     /// Prefetches for a pair of vectors at `p`.
     #[inline(always)]
@@ -92,14 +93,13 @@ impl Ahead {
             let next = p.wrapping_offset(self.distance).wrapping_add(line);
             match self.kind {
                 Prefetch::Off => {}
-                Prefetch::Near => s.prefetch(p.wrapping_add(self.near).wrapping_add(line)),
                 Prefetch::FirstLevel => s.prefetch(next),
                 Prefetch::SecondLevel => s.prefetch_far(next),
                 Prefetch::BothLevels | Prefetch::BothLevelsInPairs => {
                     if line % (2 * LINE) == 0 || self.kind == Prefetch::BothLevels {
                         s.prefetch_far(next);
                     }
-                    s.prefetch(p.wrapping_add(self.near).wrapping_add(line));
+                    s.prefetch(p.wrapping_add(NEAR_DISTANCE + line));
                 }
             }
         }

@@ -25,10 +25,9 @@ impl<'a> NextBlock<'a> {
     #[inline(always)]
     pub fn new(tuning: &Tuning, rows: KeyPointers<'a, u8>, row: usize, calls: usize) -> Self {
         let fetch_bytes = tuning.fetch_bytes();
-        let each = (row.div_ceil(fetch_bytes.max(1)) * BLOCK).div_ceil(calls.max(1));
+        let each = (row.div_ceil(fetch_bytes) * BLOCK).div_ceil(calls.max(1));
         let at = rows.next(0);
-        let left = if at.is_null() || fetch_bytes == 0 { 0 } else { row };
-        Self { rows, key: 0, at, left, row, each, fetch_bytes }
+        Self { rows, key: 0, at, left: if at.is_null() { 0 } else { row }, row, each, fetch_bytes }
     }
 
     #[inline(always)]
