@@ -278,7 +278,7 @@ impl Report {
             sizes.dedup();
             let both = !l.read_small.is_empty();
             if !sizes.is_empty() {
-                let small = if both { format!("{:>9}  {:<16}", "4 KiB", "by") } else { String::new() };
+                let small = if both { format!("{:>9}  {:<16}", "small", "by") } else { String::new() };
                 let row = format!("  {:>10}  {:>9}  {:<16}{small}{:>9}  by", "bytes", "read GB/s", "by", "copy GB/s");
                 let _ = writeln!(text, "{row}");
             }
@@ -310,7 +310,7 @@ impl Report {
                 let _ = writeln!(text, "\n{}, {}, {}", c.op, c.isa, threads(c.threads));
                 let _ = writeln!(
                     text,
-                    "  {:<36} {:<9} {:>9} {:>7} {:>8}  {:>6} {:>6}  {:>10}",
+                    "  {:<36} {:<9} {:>9} {:>7} {:>8} {:>6} {:>6} {:>10}",
                     "case", "types", "time", "GB/s", "GFLOP/s", "memory", "arith.", "binding"
                 );
             }
@@ -327,7 +327,7 @@ impl Report {
             };
             let _ = writeln!(
                 text,
-                "  {:<36} {:<9} {:>9} {:>7} {flops:>8}  {:>6} {:>6}  {:>10}",
+                "  {:<36} {:<9} {:>9} {:>7} {flops:>8} {:>6} {:>6} {:>10}",
                 c.case,
                 c.types(),
                 seconds(c.timing.best),
