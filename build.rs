@@ -27,7 +27,7 @@ mod header {
     use std::path::Path;
 
     /// The files of `src/capi` in the order in which the header has their constants, types and functions.
-    const SUBJECTS: [&str; 25] = [
+    const SUBJECTS: [&str; 27] = [
         "library",
         "status",
         "dtype",
@@ -35,10 +35,12 @@ mod header {
         "isa",
         "kernels",
         "context",
+        "tuning",
         "views",
         "scales",
         "runner",
         "pool",
+        "memory",
         "rope",
         "norm",
         "layout",

@@ -5,17 +5,27 @@
 //! statistics and the change since the last run. After each case a line shows the rate and the share of the limit,
 //! which is measured just before and just after.
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime};
+use kvlane::bench::Pages;
 use kvlane::bench::cases::{Case, cases_of};
 use kvlane::bench::limits::{Kind, Limits, Threads};
+use kvlane::bench::machine::Machine;
 use kvlane::bench::run::skipped;
 use kvlane::kernels;
 
+/// Huge pages where the machine has them, as `kvlane bench`.
+fn pages() -> Pages {
+    static PAGES: OnceLock<Pages> = OnceLock::new();
+    *PAGES.get_or_init(|| if Machine::detect().has_huge_pages() { Pages::Huge } else { Pages::Small })
+}
+
 /// Runs a case; returns whether it could run.
 fn bench_case(group: &mut BenchmarkGroup<WallTime>, case: &Case, limits: &mut Limits, threads: &Threads) -> bool {
-    let Some(mut prepared) = case.prepare().expect("every level of the registry belongs to this architecture") else {
+    let Some(mut prepared) = case.prepare(pages()).expect("every level of the registry belongs to this architecture")
+    else {
         return false;
     };
     let (bytes, flops) = (case.bytes() as f64, case.flops());
@@ -36,8 +46,8 @@ fn bench_case(group: &mut BenchmarkGroup<WallTime>, case: &Case, limits: &mut Li
         return true; // Not selected on the command line.
     }
     let mut limit = |kind| limits.measure(threads, case.kernel.isa, kind).expect("the level is available");
-    let memory = case.memory_limit().map(|kind| (kind, limit(kind)));
-    let arithmetic = (flops > 0.0).then(|| (Kind::Fma, limit(Kind::Fma)));
+    let memory = case.memory_limit(pages()).map(|kind| (kind, limit(kind)));
+    let arithmetic = case.arithmetic_limit().map(|kind| (kind, limit(kind)));
     let slower = [memory.map(|m| (m.0, bytes / m.1.rate, m.1)), arithmetic.map(|a| (a.0, flops / a.1.rate, a.1))]
         .into_iter()
         .flatten()
@@ -49,10 +59,11 @@ fn bench_case(group: &mut BenchmarkGroup<WallTime>, case: &Case, limits: &mut Li
     match slower {
         Some((kind, seconds, limit)) => {
             let what = match kind {
-                Kind::Read(_) => "GB/s of reading",
-                Kind::Copy(_) => "GB/s of copying",
-                Kind::Update(_) => "GB/s of updating",
-                _ => "GFLOP/s of multiply-adds",
+                Kind::Read(..) => "GB/s of reading",
+                Kind::Copy(..) => "GB/s of copying",
+                Kind::Update(..) => "GB/s of updating",
+                Kind::Fma => "GFLOP/s of multiply-adds",
+                _ => "GFLOP/s of products",
             };
             let share = seconds / best * 100.0;
             println!(", {share:.0} % of the {:.1} {what} that are possible ({})", limit.rate / 1e9, limit.by);

@@ -1,6 +1,7 @@
 // The C++ layer: owners, views, exceptions, threads of std::thread.
 #include "kvlane.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -294,6 +295,30 @@ int main() {
         expect(one == two, "pool");
     } catch (const kvlane::error &e) {
         expect(e.status() == KVL_STATUS_UNSUPPORTED, e.what());
+    }
+
+    // A tuning that is set can be read.
+    kvl_tuning tuning = context.tuning();
+    tuning.run = KVL_PREFETCH_OFF;
+    context.set_tuning(tuning);
+    expect(context.tuning().run == KVL_PREFETCH_OFF && context.tuning().block == tuning.block, "tuning");
+    tuning.run = 99;
+    refused(KVL_STATUS_INVALID_ENUM, "run is 99", [&] { context.set_tuning(tuning); });
+
+    // A buffer for a cache: zero, aligned, moved and not copied.
+    kvlane::cache_buffer<float> keys(1 << 20), few(5);
+    expect(keys.size() == 1 << 20 && reinterpret_cast<std::uintptr_t>(keys.data()) % (2 << 20) == 0, "aligned to a huge page");
+    expect(reinterpret_cast<std::uintptr_t>(few.data()) % 64 == 0 && !few.is_advised(), "aligned to a line");
+    expect(std::all_of(keys.begin(), keys.end(), [](float x) { return x == 0.0f; }), "zero");
+    keys[keys.size() - 1] = 7.0f;
+    const kvl_view of_keys = kvlane::view(keys, {1, 1 << 10, 8, 128});
+    expect(of_keys.data == keys.data() && kvlane::cache_buffer<float>(0).size() == 0, "views of buffers");
+    few = std::move(keys);
+    expect(few.size() == 1 << 20 && few[few.size() - 1] == 7.0f && keys.size() == 0, "moved buffers");
+    try {
+        kvlane::cache_buffer<float> huge(SIZE_MAX / 4);
+        expect(false, "too much memory");
+    } catch (const std::bad_alloc &) {
     }
 
     // A context can be moved and not copied.

@@ -163,6 +163,37 @@ static void contexts(void) {
                 kvl_context_attention_kernel_names(context, 0, 0, 2, names, names + 1));
     }
     {
+        kvl_tuning tuning = KVL_TUNING_INIT, before = KVL_TUNING_INIT, after = KVL_TUNING_INIT;
+        OK(kvl_context_tuning(context, &before));
+        REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_tuning(NULL, &tuning));
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_tuning", kvl_context_tuning(context, NULL));
+        REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_set_tuning(NULL, &tuning));
+        REFUSED(KVL_STATUS_NULL_POINTER, "kvl_tuning", kvl_context_set_tuning((kvl_context *)context, NULL));
+        tuning.run_distance = 7;
+        tuning.block = 6;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "block is 6", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.block = KVL_PREFETCH_DEFAULT;
+        tuning.block_order = 3;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "block_order is 3", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.block_order = KVL_KEY_ORDER_DEFAULT;
+        tuning.run = -1;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "run is -1", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.run = KVL_PREFETCH_DEFAULT;
+        tuning.reserved = 3;
+        REFUSED(KVL_STATUS_INVALID_VALUE, "reserved is 3", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.struct_size = 31;
+        REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_tuning.struct_size is 31", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        OK(kvl_context_tuning(context, &after));
+        CHECK(memcmp(&before, &after, sizeof after) == 0, "-");
+    }
+    {
+        int32_t *advised = (int32_t *)output.bytes;
+        char byte;
+        REFUSED(KVL_STATUS_NULL_POINTER, "the pointer data is null, but bytes is 5", kvl_advise_huge_pages(NULL, 5, advised));
+        REFUSED(KVL_STATUS_NULL_POINTER, "advised", kvl_advise_huge_pages(&byte, 1, NULL));
+        REFUSED(KVL_STATUS_OUT_OF_RANGE, "follow the address", kvl_advise_huge_pages(&byte, SIZE_MAX, advised));
+    }
+    {
         kvl_packing *packing = (kvl_packing *)output.bytes;
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_v_packing(NULL, KVL_DTYPE_BF16, packing));
         REFUSED(KVL_STATUS_NULL_POINTER, "packing", kvl_context_v_packing(context, KVL_DTYPE_BF16, NULL));

@@ -9,11 +9,12 @@ int main(void) {
     kvl_rope_frequencies_params frequencies = KVL_ROPE_FREQUENCIES_PARAMS_INIT;
     kvl_parallel_runner runner = KVL_PARALLEL_RUNNER_INIT;
     kvl_context_params context = KVL_CONTEXT_PARAMS_INIT;
+    kvl_tuning tuning = KVL_TUNING_INIT;
     kvl_kernel_info info = KVL_KERNEL_INFO_INIT;
     attention.out = kvl_make_view(NULL, KVL_DTYPE_F32, 1, 2, 3, 4);
     attention.q = kvl_as_const(attention.out);
     attention.k = kvl_make_const_view(NULL, KVL_DTYPE_BF16, 1, 2, 3, 4);
     return attention.struct_size + write.struct_size + rope.struct_size + frequencies.struct_size + runner.struct_size +
-                   context.struct_size + info.struct_size ==
+                   context.struct_size + tuning.struct_size + info.struct_size ==
                0;
 }

@@ -29,6 +29,52 @@ static void library(void) {
     CHECK(kvl_kernel_info_at(count, &info) == KVL_STATUS_OUT_OF_RANGE, "-");
 }
 
+/* The advice is taken for whole pages alone, and moves no byte. */
+static void huge_pages(void) {
+    const size_t bytes = (size_t)5 << 20;
+    unsigned char *data = calloc(bytes, 1);
+    int32_t advised = -1;
+    size_t i, sum = 0;
+    CHECK(data != NULL, "-");
+    if (data == NULL) return;
+    OK(kvl_advise_huge_pages(data, bytes, &advised));
+    CHECK(advised == 0 || advised == 1, "%d", (int)advised);
+    memset(data, 3, bytes);
+    OK(kvl_advise_huge_pages(data + 1, bytes - 1, &advised));
+    for (i = 0; i < bytes; i++) sum += data[i];
+    CHECK(sum == 3 * bytes, "%d", (int)sum);
+    advised = -1;
+    OK(kvl_advise_huge_pages(data, 100, &advised));
+    CHECK(advised == 0, "%d", (int)advised);
+    OK(kvl_advise_huge_pages(NULL, 0, &advised));
+    CHECK(advised == 0, "%d", (int)advised);
+    free(data);
+}
+
+/* Zero is the choice for this CPU; what is set is there to be read. */
+static void tuning(kvl_context *context) {
+    kvl_tuning usual = KVL_TUNING_INIT, set = KVL_TUNING_INIT, got = KVL_TUNING_INIT;
+    OK(kvl_context_tuning(context, &usual));
+    CHECK(usual.block != 0 && usual.block_order != 0 && usual.run != 0 && usual.run_distance != 0, "%d", (int)usual.block);
+    set.block = KVL_PREFETCH_OFF;
+    set.block_order = KVL_KEY_ORDER_SEQUENTIAL;
+    set.run_distance = 100;
+    OK(kvl_context_set_tuning(context, &set));
+    OK(kvl_context_tuning(context, &got));
+    CHECK(got.block == KVL_PREFETCH_OFF && got.block_order == KVL_KEY_ORDER_SEQUENTIAL && got.run_distance == 100, "%d", (int)got.block);
+    CHECK(got.run == usual.run && got.reserved == 0, "%d", (int)got.run);
+    /* What was read can be set. */
+    OK(kvl_context_set_tuning(context, &usual));
+    OK(kvl_context_tuning(context, &got));
+    CHECK(memcmp(&usual, &got, sizeof got) == 0, "-");
+    OK(kvl_context_set_tuning(context, &set));
+    memset(&set, 0, sizeof set);
+    set.struct_size = sizeof set;
+    OK(kvl_context_set_tuning(context, &set));
+    OK(kvl_context_tuning(context, &got));
+    CHECK(memcmp(&usual, &got, sizeof got) == 0, "-");
+}
+
 static void names(const kvl_context *context) {
     static const kvl_dtype types[] = {KVL_DTYPE_F32, KVL_DTYPE_F16, KVL_DTYPE_BF16};
     static const kvl_op both[] = {KVL_OP_ROPE, KVL_OP_KV_WRITE, KVL_OP_RMS_NORM}, one[] = {KVL_OP_REPEAT_KV, KVL_OP_ATTENTION, KVL_OP_MERGE_STATES};
@@ -1023,6 +1069,7 @@ int main(void) {
     kvl_isa isa;
     int levels = 0;
     library();
+    huge_pages();
     frequencies();
     alibi();
     for (isa = KVL_ISA_BEST; isa <= KVL_ISA_NEON_BF16; isa++) {
@@ -1036,6 +1083,7 @@ int main(void) {
         OK(kvl_context_isa(context, &got));
         CHECK(isa == KVL_ISA_BEST || got <= isa, "asked for %s, got %s", kvl_isa_name(isa), kvl_isa_name(got));
         names(context);
+        tuning(context);
         table(context);
         rope(context);
         kv_write(context);

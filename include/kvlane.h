@@ -280,6 +280,51 @@
 #define KVL_CONTEXT_FLAG_SATURATE_F16 1
 
 /**
+ * As the library does it on this CPU.
+ */
+#define KVL_PREFETCH_DEFAULT 0
+
+/**
+ * Nothing is prefetched.
+ */
+#define KVL_PREFETCH_OFF 1
+
+/**
+ * Into the first-level cache.
+ */
+#define KVL_PREFETCH_FIRST_LEVEL 2
+
+/**
+ * Into the second-level cache.
+ */
+#define KVL_PREFETCH_SECOND_LEVEL 3
+
+/**
+ * Into the second-level cache, and those 512 bytes ahead into the first-level cache.
+ */
+#define KVL_PREFETCH_BOTH_LEVELS 4
+
+/**
+ * As `KVL_PREFETCH_BOTH_LEVELS`, with one prefetch for two lines into the second-level cache.
+ */
+#define KVL_PREFETCH_BOTH_LEVELS_IN_PAIRS 5
+
+/**
+ * As the library does it on this CPU.
+ */
+#define KVL_KEY_ORDER_DEFAULT 0
+
+/**
+ * Keys that are multiplied side by side are neighbours.
+ */
+#define KVL_KEY_ORDER_SEQUENTIAL 1
+
+/**
+ * Keys that are multiplied side by side are as far apart as the block allows.
+ */
+#define KVL_KEY_ORDER_SPREAD 2
+
+/**
  * Elements 2i and 2i + 1: the original paper, Meta's Llama code, llama.cpp's Llama files.
  */
 #define KVL_PAIRING_INTERLEAVED 0
@@ -498,6 +543,49 @@ typedef int32_t kvl_precision;
  * How the values of neighbouring slots lie in a cache.
  */
 typedef int32_t kvl_packing;
+
+/**
+ * Into which cache of the CPU lines are prefetched.
+ */
+typedef int32_t kvl_prefetch;
+
+/**
+ * The order in which a loop reads the keys of a block.
+ */
+typedef int32_t kvl_key_order;
+
+/**
+ * How attention of few query rows prefetches keys and values, and in which order it reads keys. It changes the time of a call,
+ * and no bit of its result. `kvlane tune` measures which is best. Start from `KVL_TUNING_INIT`; zero means the library's choice for this
+ * CPU. The levels of matrix products prefetch in ways of their own.
+ */
+typedef struct kvl_tuning {
+    /**
+     * `sizeof(kvl_tuning)`.
+     */
+    size_t struct_size;
+    /**
+     * Prefetches where the keys of one KV head are read, a block of 64 at a time: the next block is prefetched. Prompts prefetch
+     * two lines at a time if this is `KVL_PREFETCH_BOTH_LEVELS_IN_PAIRS`.
+     */
+    kvl_prefetch block;
+    /**
+     * The order in which the keys of such a block are read.
+     */
+    kvl_key_order block_order;
+    /**
+     * Prefetches where the heads of a token are read together, in the order of memory.
+     */
+    kvl_prefetch run;
+    /**
+     * Must be 0.
+     */
+    int32_t reserved;
+    /**
+     * Bytes from what is read to what `run` prefetches, at most a block of 64 keys.
+     */
+    size_t run_distance;
+} kvl_tuning;
 
 /**
  * Runs the tasks of an operation on threads of the caller's. Start from `KVL_PARALLEL_RUNNER_INIT`.
@@ -1485,6 +1573,25 @@ kvl_status kvl_context_v_packing(const struct kvl_context *context,
                                  kvl_packing *packing);
 
 /**
+ * Writes the tuning of a context to `*tuning`: that of this CPU, or what `kvl_context_set_tuning` has set. No field but the reserved one is zero.
+ *
+ * Thread safety: may be called from any number of threads at once.
+ * Bad input: null and an unknown `tuning->struct_size` are errors, and `*tuning` is not changed.
+ */
+kvl_status kvl_context_tuning(const struct kvl_context *context,
+                              struct kvl_tuning *tuning);
+
+/**
+ * Sets the tuning of a context, for the calls that begin afterwards.
+ *
+ * Thread safety: no other call may use the context at the same time.
+ * Bad input: null, an unknown `tuning->struct_size`, a number that is no value of its enumeration, and a reserved field that is
+ * not 0 are errors, and the context is not changed. Any distance is valid.
+ */
+kvl_status kvl_context_set_tuning(struct kvl_context *context,
+                                  const struct kvl_tuning *tuning);
+
+/**
  * Starts a pool of threads, for programs that have none of their own. It is released with `kvl_thread_pool_destroy`.
  *
  * `num_threads` is 1 to 4096, or 0 for as many as the machine runs at once. Each thread has a stack of 2 MiB, whatever the
@@ -1517,6 +1624,24 @@ void kvl_thread_pool_destroy(struct kvl_thread_pool *pool);
  */
 kvl_status kvl_thread_pool_runner(const struct kvl_thread_pool *pool,
                                   struct kvl_parallel_runner *runner);
+
+/**
+ * Asks the operating system to hold memory of the caller's in huge pages: `bytes` bytes at `data`. `*advised` becomes 1 if it
+ * took the request, else 0.
+ *
+ * On Linux and Android, this is `madvise` with `MADV_HUGEPAGE` for the whole pages inside of the range. The kernel then uses a
+ * huge page (2 MiB on x86-64) for every aligned stretch of that size, if it has one free when the memory is first written.
+ * Call it before the first write, on memory that begins at a multiple of 2 MiB. Elsewhere the function does nothing, and
+ * `*advised` becomes 0, as it does if the range holds no whole page or is not mapped, or if the kernel has no huge pages. 1 says
+ * that the request was taken, and not that there were pages. The contents of the memory stay as they are.
+ *
+ * Thread safety: may be called from any number of threads at once, also while others use the memory.
+ * Bad input: null (`data` may be null if `bytes` is 0) and a range beyond the end of the address space are errors, and
+ * `*advised` is not changed.
+ */
+kvl_status kvl_advise_huge_pages(void *data,
+                                 size_t bytes,
+                                 int32_t *advised);
 
 /**
  * Computes RoPE frequencies: `inv_freq` receives `pairs` = rotary_dim / 2 numbers in radians per position, and
@@ -2309,6 +2434,7 @@ kvl_status kvl_shard_view(const struct kvl_view *view,
 #define KVL_SIZED_INIT_(type) { .struct_size = sizeof(type) }
 #endif
 #define KVL_CONTEXT_PARAMS_INIT KVL_SIZED_INIT_(kvl_context_params)
+#define KVL_TUNING_INIT KVL_SIZED_INIT_(kvl_tuning)
 #define KVL_PARALLEL_RUNNER_INIT KVL_SIZED_INIT_(kvl_parallel_runner)
 #define KVL_KERNEL_INFO_INIT KVL_SIZED_INIT_(kvl_kernel_info)
 #define KVL_ROPE_FREQUENCIES_PARAMS_INIT KVL_SIZED_INIT_(kvl_rope_frequencies_params)

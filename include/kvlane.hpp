@@ -25,6 +25,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <new>
 #include <string>
@@ -310,7 +311,25 @@ public:
         KVLANE_DONE_;
     }
 
+    KVLANE_RESULT_ tuning(kvl_tuning &to) const {
+        to = KVL_TUNING_INIT;
+        KVLANE_TRY_(kvl_context_tuning(get(), &to));
+        KVLANE_DONE_;
+    }
+
+    /// For the calls that begin afterwards; no other call may use the context at the same time.
+    KVLANE_RESULT_ set_tuning(const kvl_tuning &tuning) {
+        KVLANE_TRY_(kvl_context_set_tuning(handle_.get(), &tuning));
+        KVLANE_DONE_;
+    }
+
 #if KVLANE_EXCEPTIONS
+    kvl_tuning tuning() const {
+        kvl_tuning own = KVL_TUNING_INIT;
+        tuning(own);
+        return own;
+    }
+
     kvl_isa isa() const {
         kvl_isa level = KVL_ISA_BEST;
         isa(level);
@@ -412,6 +431,75 @@ private:
 
     Run run_;
     kvl_parallel_runner runner_ = KVL_PARALLEL_RUNNER_INIT;
+};
+
+/// Memory for keys or values, initially zero. Its address is a multiple of 64, and if it is large enough for huge pages, it
+/// begins at a multiple of 2 MiB and asks for them; see `kvl_advise_huge_pages`. A view takes it as it takes a container.
+/// Without exceptions, a buffer for which there is no memory is empty.
+template <class T> class cache_buffer {
+    static_assert(std::is_trivially_copyable_v<T>, "zero bytes must be a value");
+
+public:
+    explicit cache_buffer(std::size_t size) {
+        const bool fits = size <= (SIZE_MAX - huge_page) / sizeof(T);
+        const std::size_t bytes = fits ? size * sizeof(T) : 0;
+        const std::size_t alignment = bytes < huge_page ? 64 : huge_page;
+        // Not allocated with the alignment: fresh pages stay untouched until they are written, and zeros need not be.
+        memory_.reset(fits ? std::calloc(bytes + alignment, 1) : nullptr);
+        if (memory_ == nullptr) {
+#if KVLANE_EXCEPTIONS
+            throw std::bad_alloc();
+#else
+            return;
+#endif
+        }
+        void *start = memory_.get();
+        std::size_t space = bytes + alignment;
+        data_ = static_cast<T *>(std::align(alignment, bytes, start, space));
+        size_ = size;
+        std::int32_t advised = 0;
+        // The range is valid, so the call cannot fail.
+        if (alignment == huge_page && kvl_advise_huge_pages(data_, bytes, &advised) == KVL_STATUS_OK) {
+            advised_ = advised == 1;
+        }
+    }
+
+    cache_buffer(cache_buffer &&other) noexcept { swap(other); }
+    cache_buffer &operator=(cache_buffer &&other) noexcept {
+        cache_buffer moved(std::move(other));
+        swap(moved);
+        return *this;
+    }
+
+    T *data() noexcept { return data_; }
+    const T *data() const noexcept { return data_; }
+    std::size_t size() const noexcept { return size_; }
+    T &operator[](std::size_t i) noexcept { return data_[i]; }
+    const T &operator[](std::size_t i) const noexcept { return data_[i]; }
+    T *begin() noexcept { return data_; }
+    T *end() noexcept { return data_ + size_; }
+    const T *begin() const noexcept { return data_; }
+    const T *end() const noexcept { return data_ + size_; }
+    /// Whether the operating system took the request for huge pages.
+    bool is_advised() const noexcept { return advised_; }
+
+private:
+    static constexpr std::size_t huge_page = std::size_t(2) << 20;
+    struct release {
+        void operator()(void *memory) const noexcept { std::free(memory); }
+    };
+
+    void swap(cache_buffer &other) noexcept {
+        memory_.swap(other.memory_);
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
+        std::swap(advised_, other.advised_);
+    }
+
+    std::unique_ptr<void, release> memory_;
+    T *data_ = nullptr;
+    std::size_t size_ = 0;
+    bool advised_ = false;
 };
 
 /// Scratch memory for attention: grows when a call needs more, and never shrinks. For one call at a time.

@@ -120,12 +120,12 @@ impl Context {
         self.saturates_f16
     }
 
-    /// How decode prefetches: that of this CPU, or what [`Self::tuned`] set.
+    /// How attention prefetches and reads: that of this CPU, or what [`Self::tuned`] set.
     pub fn tuning(&self) -> Tuning {
         self.tuning
     }
 
-    /// Sets how decode prefetches. No bit of a result depends on it.
+    /// Sets how attention prefetches and reads. No bit of a result depends on it.
     #[must_use]
     pub fn tuned(mut self, tuning: Tuning) -> Self {
         self.tuning = tuning;

@@ -70,7 +70,7 @@
 //!                                                           -> ops (validate, tile) -> problem -> kernel from the registry
 //! Rust caller ------------------------ safe views ---------/        |                              (one ISA level)
 //!                                                                   -> runner (caller's, rayon, or none)
-//! driver, bench -> the Rust API, and nothing private (but for `loops`, which bench measures as the machine's limits)
+//! driver, bench -> the Rust API, and nothing private (but `bench` has `loops`, its limits, `advise` and what names a CPU)
 //! ```
 //! Each layer imports from the layers below it only:
 //!
@@ -81,7 +81,7 @@
 //! | `context` | the choice of a kernel for each operation |
 //! | `kernels` | each algorithm once (`generic`), the vector trait, one module per level, and the registry |
 //! | `problem` | what a validated call is: tensors, visibility, masks, the block and chunk grid, tiles, rotations, limits |
-//! | foundation | views, element types, cache formats, layouts, errors, CPU detection, runners |
+//! | foundation | views, element types, cache formats, layouts, errors, CPU detection, memory, runners |
 //!
 //! A tensor is a [`View`]: always `[batch, seq, heads, dim]`, with strides for the order in memory. An operation validates
 //! everything once, cuts the work into tiles on a grid that depends on the problem only, and passes the tiles to a kernel through
@@ -106,6 +106,7 @@ mod isa;
 mod kernels;
 mod layout;
 pub mod masks;
+mod memory;
 mod ops;
 mod parallel;
 mod problem;
@@ -119,6 +120,8 @@ pub mod driver;
 
 pub use cache_view::{CacheView, CacheViewMut};
 pub use context::Context;
+#[cfg(feature = "bench")]
+pub(crate) use cpu::{KEYS as CPU_KEYS, has as cpu_has, vendor as cpu_vendor};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use format::CacheFormat;
@@ -128,6 +131,9 @@ pub use kernels::api::{KernelInfo, Op, Precision};
 pub(crate) use kernels::loops;
 pub use kernels::registry::kernels;
 pub use layout::{Layout, Packing};
+#[cfg(feature = "bench")]
+pub(crate) use memory::{Advice, advise};
+pub use memory::{CacheBuffer, CacheUnit, advise_huge_pages};
 pub use ops::attention::{AttentionOptions, AttentionTensors, alibi_slopes, attention, attention_workspace_size};
 pub use ops::cache::{
     KeyRotation, KvCache, KvLayer, UnrotatedKeys, copy_pages, defragment_pages, reorder_table,
@@ -157,7 +163,7 @@ pub use parallel::{Rayon, ThreadPool};
 pub use parallel::{Runner, Serial};
 pub use problem::limits::{MAX_HEAD_DIM, MAX_ROTARY_DIM};
 pub use problem::rotation::Pairing;
-pub use tuning::{Prefetch, Tuning};
+pub use tuning::{KeyOrder, Prefetch, Tuning};
 pub use view::{Axis, View, ViewMut};
 
 /// The README's Rust examples are documentation tests.

@@ -1,13 +1,15 @@
-//! How loops over a cache prefetch, by CPU.
+//! How loops over a cache prefetch and in which order they read, by CPU.
 
 use crate::cpu;
 use crate::isa::Isa;
 
-/// How decode prefetches keys and values. A tuning changes the time of a call, and no bit of its result.
+/// How decode prefetches keys and values, and in which order it reads keys. A tuning changes the time of a call, and no bit
+/// of its result.
 ///
-/// A [`Context`](crate::Context) has the tuning of this CPU; [`Context::tuned`](crate::Context::tuned) sets another. It serves attention
-/// of few query rows at the levels scalar, avx2, avx512 and neon. Prompts at these levels always prefetch into the second-level cache,
-/// two lines at a time if [`Self::block`] says so. The levels of matrix products prefetch in ways of their own.
+/// A [`Context`](crate::Context) has the tuning of this CPU; [`Context::tuned`](crate::Context::tuned) sets another, and `kvlane tune`
+/// measures which is best. It serves attention of few query rows at the levels scalar, avx2, avx512 and neon. Prompts at these levels
+/// always prefetch into the second-level cache, two lines at a time if [`Self::block`] says so. The levels of matrix products prefetch
+/// in ways of their own.
 ///
 /// ```
 /// use kvlane::*;
@@ -21,6 +23,8 @@ use crate::isa::Isa;
 pub struct Tuning {
     /// Prefetches where the keys of one KV head are read, a block of 64 at a time: the next block is prefetched.
     pub block: Prefetch,
+    /// The order in which the keys of such a block are read.
+    pub block_order: KeyOrder,
     /// Prefetches where the heads of a token are read together, in the order of memory.
     pub run: Prefetch,
     /// Bytes from what is read to what [`Self::run`] prefetches, at most a block of 64 keys.
@@ -31,6 +35,8 @@ pub struct Tuning {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Prefetch {
+    /// Nothing is prefetched.
+    Off,
     /// Into the first-level cache.
     FirstLevel,
     /// Into the second-level cache.
@@ -44,31 +50,88 @@ pub enum Prefetch {
 
 impl Prefetch {
     /// Every kind.
-    pub const ALL: [Self; 4] = [Self::FirstLevel, Self::SecondLevel, Self::BothLevels, Self::BothLevelsInPairs];
+    pub const ALL: [Self; 5] =
+        [Self::Off, Self::FirstLevel, Self::SecondLevel, Self::BothLevels, Self::BothLevelsInPairs];
 }
+
+/// The order in which a loop reads the keys of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KeyOrder {
+    /// Keys that are multiplied side by side are neighbours.
+    Sequential,
+    /// Keys that are multiplied side by side are as far apart as the block allows: several streams, a page or more apart.
+    Spread,
+}
+
+impl KeyOrder {
+    /// Both orders.
+    pub const ALL: [Self; 2] = [Self::Sequential, Self::Spread];
+}
+
+/// A class of CPUs, and its tuning for the kernels of a level.
+struct Entry {
+    /// As CPUID has it; empty: any.
+    vendor: &'static str,
+    /// Features that the CPU has, among those that [`cpu::has`] knows.
+    features: &'static [&'static str],
+    level: Isa,
+    tuning: Tuning,
+}
+
+/// The first entry that fits serves. `kvlane tune` writes one for the CPU that it runs on.
+const TABLE: &[Entry] = &[
+    // Zen 4. A prefetch brings one line, and prefetches into the first-level cache from far away halve the rate of decode over heads
+    // that are read together.
+    Entry {
+        vendor: "AuthenticAMD",
+        features: &[],
+        level: Isa::Avx512,
+        tuning: Tuning {
+            block: Prefetch::SecondLevel,
+            block_order: KeyOrder::Spread,
+            run: Prefetch::BothLevels,
+            run_distance: 64 << 10,
+        },
+    },
+    Entry {
+        vendor: "AuthenticAMD",
+        features: &[],
+        level: Isa::Avx2,
+        tuning: Tuning {
+            block: Prefetch::BothLevels,
+            block_order: KeyOrder::Spread,
+            run: Prefetch::BothLevels,
+            run_distance: 64 << 10,
+        },
+    },
+];
 
 impl Tuning {
     /// Measured on Intel Cascade Lake. Intel's CPUs bring lines into the second-level cache in pairs (the spatial prefetcher of its
     /// Optimization Reference Manual).
-    pub(crate) const DEFAULT: Self = Self {
-        block: if cfg!(any(target_arch = "x86", target_arch = "x86_64")) {
-            Prefetch::BothLevelsInPairs
-        } else {
-            Prefetch::BothLevels
-        },
-        run: Prefetch::FirstLevel,
-        run_distance: 12 << 10,
+    pub(crate) const DEFAULT: Self = {
+        let x86 = cfg!(any(target_arch = "x86", target_arch = "x86_64"));
+        Self {
+            block: if x86 { Prefetch::BothLevelsInPairs } else { Prefetch::BothLevels },
+            block_order: KeyOrder::Spread,
+            run: Prefetch::FirstLevel,
+            run_distance: 12 << 10,
+        }
     };
 
     /// The tuning of this CPU for kernels of a level.
     pub(crate) fn of_this_cpu(isa: Isa) -> Self {
-        if !cpu::is_amd() {
-            return Self::DEFAULT;
-        }
-        // Measured on Zen 4, where a prefetch brings one line, and where prefetches into the first-level cache from far away
-        // halve the rate of decode over heads that are read together.
-        let block = if Isa::Avx512.is_within(isa) { Prefetch::SecondLevel } else { Prefetch::BothLevels };
-        Self { block, run: Prefetch::BothLevels, run_distance: 64 << 10 }
+        Self::of(cpu::vendor(), cpu::has, isa)
+    }
+
+    fn of(vendor: &str, has: impl Fn(&str) -> bool, isa: Isa) -> Self {
+        let fits = |entry: &&Entry| {
+            (entry.vendor.is_empty() || entry.vendor == vendor)
+                && entry.features.iter().all(|feature| has(feature))
+                && entry.level.is_within(isa)
+        };
+        TABLE.iter().find(fits).map_or(Self::DEFAULT, |entry| entry.tuning)
     }
 
     /// Bytes that a prefetch into the second-level cache brings.
@@ -80,6 +143,13 @@ impl Tuning {
     #[must_use]
     pub fn block(mut self, block: Prefetch) -> Self {
         self.block = block;
+        self
+    }
+
+    /// Sets [`Self::block_order`].
+    #[must_use]
+    pub fn block_order(mut self, order: KeyOrder) -> Self {
+        self.block_order = order;
         self
     }
 
@@ -102,5 +172,34 @@ impl Tuning {
 impl Default for Tuning {
     fn default() -> Self {
         Self::DEFAULT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_entry_that_fits_serves() {
+        for isa in [Isa::Avx512, Isa::Avx2, Isa::Scalar, Isa::Neon] {
+            assert_eq!(Tuning::of("", |_| true, isa), Tuning::DEFAULT);
+            assert_eq!(Tuning::of("GenuineIntel", |_| true, isa), Tuning::DEFAULT);
+        }
+        let amd = |isa| Tuning::of("AuthenticAMD", |_| true, isa);
+        assert_eq!(amd(Isa::Scalar), Tuning::DEFAULT);
+        assert!(amd(Isa::Avx512).fetch_bytes() == 64 && amd(Isa::Avx2) != Tuning::DEFAULT);
+    }
+
+    #[test]
+    fn entries_can_be_met() {
+        for (i, entry) in TABLE.iter().enumerate() {
+            assert!(entry.features.iter().all(|feature| cpu::KEYS.contains(feature)), "{:?}", entry.features);
+            let hidden = TABLE[..i].iter().any(|earlier| {
+                (earlier.vendor.is_empty() || earlier.vendor == entry.vendor)
+                    && earlier.features.iter().all(|feature| entry.features.contains(feature))
+                    && earlier.level.is_within(entry.level)
+            });
+            assert!(!hidden, "entry {i} never serves");
+        }
     }
 }

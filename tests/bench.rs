@@ -1,6 +1,9 @@
 //! Reports, their comparison and plot, and `kvlane bench` from end to end. No test depends on speed.
 #![cfg(feature = "bench")]
 
+use std::collections::BTreeMap;
+
+use kvlane::bench::Pages;
 use kvlane::bench::compare::compare;
 use kvlane::bench::machine::Machine;
 use kvlane::bench::report::{Bandwidth, Bound, CaseResult, LevelLimits, Report};
@@ -23,34 +26,38 @@ fn case(kernel: &str, case: &str, threads: usize, best: f64, flops: f64) -> Case
         bytes,
         flops,
         timing: Timing { best, median: best * 2.0, samples: 3, calls: 10 },
-        bound: Some(Bound {
-            kind: "read".to_owned(),
-            by: "plain".to_owned(),
-            rate: 1e10,
-            seconds: bytes as f64 / 1e10,
-        }),
+        bound: Some(bound("read", bytes as f64)),
+        memory: Some(bound("read", bytes as f64)),
+        arithmetic: (flops > 0.0).then(|| bound("fma", flops / 1e3)),
     }
+}
+
+fn bound(kind: &str, amount: f64) -> Bound {
+    Bound { kind: kind.to_owned(), by: "1 stream".to_owned(), rate: 1e10, seconds: amount / 1e10 }
 }
 
 /// Two levels, two thread counts, characters that XML must escape.
 fn report(factor: f64) -> Report {
     let machine = Machine { cpu: Some("A <fast> & \"quiet\" CPU".to_owned()), cpus: 2, ..Machine::detect() };
     let mut report = Report::new(true, machine);
+    (report.pages, report.huge_share) = (Some(Pages::Huge), Some(0.75));
     for (isa, threads, scale) in [("scalar", 1, 1.0), ("avx2", 1, 4.0), ("avx2", 2, 8.0)] {
         let bandwidth = |bytes: usize| Bandwidth {
             bytes,
             // Integers survive exactly; other numbers may differ in the last bit.
             rate: (scale * 1e10 / (bytes as f64).powf(0.1)).round(),
-            by: "4 streams, prefetch 1 KiB".to_owned(),
+            by: "4 streams, near".to_owned(),
+            loops: BTreeMap::from([("1 stream, far".to_owned(), scale * 3e9), ("8 streams".to_owned(), scale * 4e9)]),
         };
-        report.limits.push(LevelLimits {
-            isa: isa.to_owned(),
-            threads,
-            fma: Some(scale * 1e10),
-            exp: Some(scale * 1e8),
-            read: [1 << 14, 1 << 18, 1 << 22, 1 << 26].map(bandwidth).into(),
-            copy: [1 << 14, 1 << 26].map(bandwidth).into(),
-        });
+        let mut limits = LevelLimits::new(isa, threads);
+        (limits.fma, limits.exp) = (Some(scale * 1e10), Some(scale * 1e8));
+        for name in ["bf16 dot", "int8 dot", "bf16 tiles", "int8 tiles"] {
+            limits.products.insert(name.to_owned(), scale * 2e10);
+        }
+        limits.read = [1 << 14, 1 << 18, 1 << 22, 1 << 26].map(bandwidth).into();
+        limits.read_small = limits.read.clone();
+        limits.copy = [1 << 14, 1 << 26].map(bandwidth).into();
+        report.limits.push(limits);
         for dtype in ["f32", "bf16"] {
             let kernel = format!("attention_{dtype}_{isa}");
             for (name, flops) in [("decode 4096, 32/8x128, bhsd", 2e6), ("decode 1, 32/8x128", 2e6), ("prefill", 1e9)] {
@@ -90,7 +97,17 @@ fn tables_fit_a_terminal() {
     for line in text.lines() {
         assert!(line.chars().count() <= 100 || line.starts_with("CPU") || line.contains("not here"), "{line:?}");
     }
-    for part in ["attention, avx2, 2 threads", "small calls", "1.00 ms", "10 %", "4 streams, prefetch 1 KiB"] {
+    for part in [
+        "attention, avx2, 2 threads",
+        "small calls",
+        "1.00 ms",
+        "10 %",
+        "4 streams, near",
+        "binding",
+        "reading 4 MiB on huge pages",
+        "80.0 bf16 dot",
+        "huge pages, 75 % obtained",
+    ] {
         assert!(text.contains(part), "{text}\nlacks {part:?}");
     }
 }
@@ -198,7 +215,8 @@ mod command {
     fn complaints_are_sentences() {
         let toml = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
         let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "avx512" };
-        let cases: [(&[&str], i32, &str); 7] = [
+        let cases: [(&[&str], i32, &str); 8] = [
+            (&["--pages", "large"], 2, "[possible values: small, huge]"),
             (&["--compare", toml, toml], 1, "not a report of `kvlane bench`"),
             (&["--compare", "/nowhere.json", toml], 1, "/nowhere.json"),
             (&["--compare", toml], 2, "2 values required"),
@@ -209,6 +227,24 @@ mod command {
         ];
         for (args, code, part) in cases {
             let out = kvlane(args);
+            let message = String::from_utf8(out.stderr).unwrap();
+            assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
+            assert!(out.stdout.is_empty() && message.starts_with("error: "), "{args:?}: {message}");
+            assert!(message.contains(part), "{args:?}: {message}");
+        }
+    }
+
+    #[test]
+    fn complaints_of_the_search_are_sentences() {
+        let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "avx512" };
+        let cases: [(&[&str], i32, &str); 4] = [
+            (&["--isa", foreign], 2, "this CPU cannot run it"),
+            (&["--threads", "x"], 2, "invalid value 'x'"),
+            (&["--pages", "large"], 2, "[possible values: small, huge]"),
+            (&["--entry", "/nowhere/entry.txt"], 1, "/nowhere/entry.txt"),
+        ];
+        for (args, code, part) in cases {
+            let out = Command::new(env!("CARGO_BIN_EXE_kvlane")).arg("tune").args(args).output().unwrap();
             let message = String::from_utf8(out.stderr).unwrap();
             assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
             assert!(out.stdout.is_empty() && message.starts_with("error: "), "{args:?}: {message}");

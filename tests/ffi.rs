@@ -17,6 +17,7 @@ use std::sync::OnceLock;
 /// Every symbol that the shared library exports. An addition extends the ABI for good.
 const EXPORTS: &[&str] = &[
     "kvl_abi_version",
+    "kvl_advise_huge_pages",
     "kvl_alibi_slopes",
     "kvl_attention",
     "kvl_attention_chunks",
@@ -45,6 +46,8 @@ const EXPORTS: &[&str] = &[
     "kvl_context_destroy",
     "kvl_context_isa",
     "kvl_context_kernel_name",
+    "kvl_context_set_tuning",
+    "kvl_context_tuning",
     "kvl_context_v_packing",
     "kvl_isa_available",
     "kvl_isa_name",

@@ -9,7 +9,10 @@ use std::path::{Path, PathBuf};
 
 /// Top-level modules, the lowest layer first. Modules of one layer may import each other, as long as there is no cycle.
 const LAYERS: &[(&str, &[&str])] = &[
-    ("foundation", &["error", "dtype", "format", "isa", "cpu", "view", "cache_view", "layout", "parallel", "tuning"]),
+    (
+        "foundation",
+        &["error", "dtype", "format", "isa", "cpu", "view", "cache_view", "layout", "parallel", "tuning", "memory"],
+    ),
     ("problem", &["problem"]),
     ("kernels", &["kernels"]),
     ("context", &["context"]),

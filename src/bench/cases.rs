@@ -3,12 +3,12 @@
 //! 32 query heads over 8 KV heads of 128 are a layer of Llama-3-8B, 32 over 32 one of Llama-2-7B, 9 over 3 of 64 one of
 //! SmolLM2-135M; head sizes 80, 96 and 256 are those of Phi-2, Phi-3-mini and Gemma.
 
-use super::data::{Layout, Tensor};
+use super::data::{Layout, Pages, Tensor};
 use super::limits::Kind;
 use crate::{
     AttentionOptions, AttentionState, AttentionTensors, CacheFormat, Context, DType, Destination, KernelInfo, KvRead,
     KvWrite, Op, Packing, Pairing, Positions, Precision, Result, RmsNorm, Rope, RopeAngles, RopeFrequencies,
-    RopeScaling, Runner, Source, Workspace, attention, kv_read, kv_write, merge_states, repeat_kv, rms_norm,
+    RopeScaling, Runner, Source, Tuning, Workspace, attention, kv_read, kv_write, merge_states, repeat_kv, rms_norm,
     rms_norm_rope, rope, rope_in_place,
 };
 
@@ -271,20 +271,35 @@ impl Case {
     }
 
     /// The memory limit that applies; `None` if there is none.
-    pub fn memory_limit(&self) -> Option<Kind> {
+    pub fn memory_limit(&self, pages: Pages) -> Option<Kind> {
         match self.work {
             Work::Angles { .. } => None,
-            Work::Attention { .. } => Some(Kind::Read(self.bytes())),
-            Work::Rope { in_place: true, .. } => Some(Kind::Update(self.bytes())),
-            _ => Some(Kind::Copy(self.bytes())),
+            Work::Attention { .. } => Some(Kind::Read(self.bytes(), pages)),
+            Work::Rope { in_place: true, .. } => Some(Kind::Update(self.bytes(), pages)),
+            _ => Some(Kind::Copy(self.bytes(), pages)),
         }
     }
 
-    /// Allocates and fills the data of a call. `None` if `KVLANE_MAX_ISA` or the CPU selects another kernel.
+    /// The limit of arithmetic that applies; `None` if a call does none that is counted. It is that of the fastest products that the
+    /// features of the kernel's level have for its types.
+    pub fn arithmetic_limit(&self) -> Option<Kind> {
+        let has = |feature: &str| self.kernel.isa.features().contains(&feature);
+        match self.work {
+            _ if self.flops() == 0.0 => None,
+            Work::Attention { .. } if has("amx-bf16") => Some(Kind::Bf16Tiles),
+            Work::Attention { .. } if self.kernel.isa.is_partial() && (has("avx512bf16") || has("bf16")) => {
+                Some(Kind::Bf16Dot)
+            }
+            _ => Some(Kind::Fma),
+        }
+    }
+
+    /// Allocates the data of a call on pages of a kind, and fills it. `None` if `KVLANE_MAX_ISA` or the CPU selects another
+    /// kernel.
     ///
     /// # Errors
-    /// The context cannot be created.
-    pub fn prepare(&self) -> Result<Option<Prepared>> {
+    /// The context cannot be created, or there is not enough memory.
+    pub fn prepare(&self, pages: Pages) -> Result<Option<Prepared>> {
         let kernel = &self.kernel;
         if !kernel.isa.is_available() {
             return Ok(None);
@@ -296,8 +311,8 @@ impl Case {
             return Ok(None);
         }
         let (src, dst) = (kernel.src, kernel.dst);
-        let source = |shape| Tensor::new(src, shape, Layout::Bshd);
-        let target = |shape| Tensor::new(dst, shape, Layout::Bshd);
+        let source = |shape| Tensor::new(src, shape, Layout::Bshd, pages);
+        let target = |shape| Tensor::new(dst, shape, Layout::Bshd, pages);
         let mut tensors = Vec::new();
         let mut angles = None;
         let mut need_angles = |dim: usize, positions: usize| -> Result<()> {
@@ -311,14 +326,14 @@ impl Case {
             Work::Angles { positions, dim } => need_angles(dim, positions)?,
             Work::Norm { shape } => {
                 weight = vec![1.0; shape[3]];
-                tensors.extend([source(shape), target(shape)]);
+                tensors.extend([source(shape)?, target(shape)?]);
             }
             Work::Rope { shape, in_place, .. } => {
                 need_angles(shape[3], shape[1])?;
                 weight = vec![1.0; shape[3]];
-                tensors.push(source(shape));
+                tensors.push(source(shape)?);
                 if !in_place {
-                    tensors.push(target(shape));
+                    tensors.push(target(shape)?);
                 }
             }
             Work::Write { shape, rope, packing, .. } => {
@@ -332,27 +347,29 @@ impl Case {
                     Packing::Rows => [rows, slots, heads, dim],
                     Packing::RowPairs => [rows, slots / 2, heads, 2 * dim],
                 };
-                tensors.extend([source(shape), source(shape), target([rows, slots, heads, dim]), target(values)]);
+                tensors.extend([source(shape)?, source(shape)?, target([rows, slots, heads, dim])?, target(values)?]);
             }
             Work::Read { shape } => {
-                tensors.extend([source(shape), source(shape), target(shape), target(shape)]);
+                tensors.extend([source(shape)?, source(shape)?, target(shape)?, target(shape)?]);
             }
             Work::Repeat { shape, heads } => {
-                tensors.extend([source(shape), target([shape[0], shape[1], heads, shape[3]])]);
+                tensors.extend([source(shape)?, target([shape[0], shape[1], heads, shape[3]])?]);
             }
             Work::Attention { shape, layout, queries, values } => {
                 let (q, kv) = (shape.q(), shape.kv());
                 tensors.extend([
-                    Tensor::new(queries, q, Layout::Bshd),
-                    Tensor::new(src, kv, layout),
-                    Tensor::new(values, kv, layout),
-                    Tensor::new(queries, q, Layout::Bshd),
+                    Tensor::new(queries, q, Layout::Bshd, pages)?,
+                    Tensor::new(src, kv, layout, pages)?,
+                    Tensor::new(values, kv, layout, pages)?,
+                    Tensor::new(queries, q, Layout::Bshd, pages)?,
                 ]);
             }
             Work::Merge { states, shape } => {
                 lse = vec![0.0; elements(shape) / shape[3]];
-                tensors.extend((0..states).map(|_| source(shape)));
-                tensors.push(target(shape));
+                for _ in 0..states {
+                    tensors.push(source(shape)?);
+                }
+                tensors.push(target(shape)?);
             }
         }
         Ok(Some(Prepared {
@@ -397,6 +414,11 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// Sets the tuning of the next calls.
+    pub fn tune(&mut self, tuning: Tuning) {
+        self.context = self.context.clone().tuned(tuning);
+    }
+
     /// One call.
     ///
     /// # Errors
@@ -477,7 +499,7 @@ mod tests {
     fn small_cases_run() {
         for kernel in kernels() {
             for case in cases_of(&kernel).into_iter().filter(|case| case.bytes() < 1 << 22) {
-                if let Some(mut prepared) = case.prepare().unwrap() {
+                if let Some(mut prepared) = case.prepare(Pages::Huge).unwrap() {
                     prepared.run(&Serial).unwrap();
                 }
             }

@@ -27,6 +27,10 @@ pub fn compare(a: &Report, b: &Report) -> Result<String> {
     // Writing to a string cannot fail.
     let _ = writeln!(text, "A  kvlane {} on {}", a.kvlane, cpu(a));
     let _ = writeln!(text, "B  kvlane {} on {}", b.kvlane, cpu(b));
+    if a.pages != b.pages {
+        let pages = |r: &Report| r.pages.map_or("pages that it does not name".to_owned(), |p| format!("{p} pages"));
+        let _ = writeln!(text, "A is on {}, B on {}: times and limits differ by that too", pages(a), pages(b));
+    }
     let mut group = None;
     let mut means: Vec<(String, f64, usize)> = Vec::new();
     for (x, y) in &pairs {

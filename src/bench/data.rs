@@ -1,29 +1,61 @@
 //! Tensors for the cases and buffers for the limits, in the same kind of memory, so that they compare.
 
+use std::fmt;
+
 use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
 
 use crate::view::{bhsd, contiguous};
-use crate::{CacheFormat, CacheView, CacheViewMut, Element, Error, Result, Status, View, ViewMut};
+use crate::{
+    Advice, CacheBuffer, CacheFormat, CacheUnit, CacheView, CacheViewMut, Element, Error, Result, Status, View,
+    ViewMut, advise,
+};
 
-/// Elements aligned to a cache line, as in most runtimes.
-pub(crate) struct Aligned<T> {
-    memory: Vec<T>,
-    start: usize,
-    len: usize,
+/// The pages of the memory that is measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pages {
+    /// Of the usual size, 4 KiB on most systems.
+    #[default]
+    Small,
+    /// Huge, where a buffer is large enough for one.
+    Huge,
 }
 
-impl<T: Element> Aligned<T> {
-    /// Numbers between -1 and 1.
-    pub fn new(len: usize) -> Self {
-        Self::of(len, T::from_f32)
+impl Pages {
+    /// Both kinds.
+    pub const ALL: [Self; 2] = [Self::Small, Self::Huge];
+
+    /// `small` or `huge`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Small => "small",
+            Self::Huge => "huge",
+        }
     }
 }
 
-impl<T: Copy + Default> Aligned<T> {
-    const LINE: usize = 64;
+impl fmt::Display for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
 
+/// Elements on pages of a kind, aligned to a page if there are enough of them.
+pub(crate) struct Aligned<T: CacheUnit> {
+    memory: CacheBuffer<T>,
+}
+
+impl<T: Element + CacheUnit> Aligned<T> {
+    /// Numbers between -1 and 1.
+    pub fn new(len: usize, pages: Pages) -> Result<Self> {
+        Self::of(len, pages, T::from_f32)
+    }
+}
+
+impl<T: CacheUnit> Aligned<T> {
     /// What `from` makes of numbers between -1 and 1.
-    fn of(len: usize, from: impl Fn(f32) -> T) -> Self {
+    fn of(len: usize, pages: Pages, from: impl Fn(f32) -> T) -> Result<Self> {
         // A repeated pattern, so that filling does not take longer than measuring.
         const PATTERN: usize = 4099;
         let mut state = 1u64;
@@ -33,24 +65,27 @@ impl<T: Copy + Default> Aligned<T> {
                 from((state >> 40) as f32 / (1 << 23) as f32 - 1.0)
             })
             .collect();
-        let mut memory = vec![T::default(); len + Self::LINE / size_of::<T>()];
-        let start = memory.as_ptr().align_offset(Self::LINE).min(Self::LINE / size_of::<T>());
-        for chunk in memory[start..start + len].chunks_mut(PATTERN) {
+        let mut memory = CacheBuffer::<T>::zeroed(len)?;
+        if pages == Pages::Small && memory.is_advised() {
+            // Before the first write, so that the system has given no page yet.
+            advise(memory.as_ptr().addr(), size_of_val(&memory[..]), Advice::Small);
+        }
+        for chunk in memory.chunks_mut(PATTERN) {
             chunk.copy_from_slice(&pattern[..chunk.len()]);
         }
-        Self { memory, start, len }
+        Ok(Self { memory })
     }
 
     pub fn len(&self) -> usize {
-        self.len
+        self.memory.len()
     }
 
     pub fn as_slice(&self) -> &[T] {
-        &self.memory[self.start..self.start + self.len]
+        &self.memory
     }
 
     pub fn as_mut_slice(&mut self) -> &mut [T] {
-        &mut self.memory[self.start..self.start + self.len]
+        &mut self.memory
     }
 }
 
@@ -93,18 +128,18 @@ pub(crate) struct Tensor {
 }
 
 impl Tensor {
-    pub fn new(format: impl Into<CacheFormat>, shape: [usize; 4], layout: Layout) -> Self {
+    pub fn new(format: impl Into<CacheFormat>, shape: [usize; 4], layout: Layout, pages: Pages) -> Result<Self> {
         let n = shape.iter().product();
         let buffer = match format.into() {
-            CacheFormat::F32 => Buffer::F32(Aligned::new(n)),
-            CacheFormat::F16 => Buffer::F16(Aligned::new(n)),
-            CacheFormat::Bf16 => Buffer::Bf16(Aligned::new(n)),
+            CacheFormat::F32 => Buffer::F32(Aligned::new(n, pages)?),
+            CacheFormat::F16 => Buffer::F16(Aligned::new(n, pages)?),
+            CacheFormat::Bf16 => Buffer::Bf16(Aligned::new(n, pages)?),
             CacheFormat::Int8 => {
-                let scales = Aligned::of(n / shape[3].max(1), |x| (1.0 + 0.5 * x) / 127.0);
-                Buffer::Int8(Aligned::of(n, |x| (127.0 * x) as i8), scales)
+                let scales = Aligned::of(n / shape[3].max(1), pages, |x| (1.0 + 0.5 * x) / 127.0)?;
+                Buffer::Int8(Aligned::of(n, pages, |x| (127.0 * x) as i8)?, scales)
             }
         };
-        Self { buffer, shape, layout }
+        Ok(Self { buffer, shape, layout })
     }
 
     /// Keys or values of a cache.

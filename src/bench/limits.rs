@@ -2,7 +2,8 @@
 //!
 //! A limit is the best rate of several loops. Which loop reads fastest depends on the CPU and on the level of memory:
 //! the hardware prefetcher follows one stream to the end of a page, software prefetches cross pages, and several
-//! streams keep more cache lines in flight.
+//! streams keep more cache lines in flight. Huge pages raise the rate of memory, on some CPUs to twice that of small ones, so
+//! that a limit is one of a kind of pages.
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -12,10 +13,11 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::data::Aligned;
+use super::data::{Aligned, Pages};
+use super::machine;
 use super::timing::{Effort, time};
 use super::{Error, Result};
-use crate::loops::{self, LINE};
+use crate::loops::{self, LINE, Products};
 use crate::{Isa, Rayon, Runner, Serial};
 
 /// The threads of kernels and limits: the calling thread, or a pool.
@@ -97,28 +99,80 @@ pub struct Limit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// Reading this many bytes repeatedly.
-    Read(usize),
+    Read(usize, Pages),
     /// Copying one half of this many bytes to the other half.
-    Copy(usize),
+    Copy(usize, Pages),
     /// Changing half of this many bytes in place; each is read and written.
-    Update(usize),
+    Update(usize, Pages),
     /// f32 multiply-adds, two operations each.
     Fma,
+    /// Products of bf16 added up in f32, two operations each.
+    Bf16Dot,
+    /// Products of 8-bit integers added up in 32 bits, two operations each.
+    Int8Dot,
+    /// Products of tiles of bf16.
+    Bf16Tiles,
+    /// Products of tiles of 8-bit integers.
+    Int8Tiles,
     /// Exponentials with the accuracy that softmax needs.
     Exp,
+}
+
+impl Kind {
+    /// The products that some CPUs have beside multiply-adds.
+    pub const PRODUCTS: [Self; 4] = [Self::Bf16Dot, Self::Int8Dot, Self::Bf16Tiles, Self::Int8Tiles];
+
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read(..) => "read",
+            Self::Copy(..) => "copy",
+            Self::Update(..) => "update",
+            Self::Fma => "fma",
+            Self::Bf16Dot => "bf16 dot",
+            Self::Int8Dot => "int8 dot",
+            Self::Bf16Tiles => "bf16 tiles",
+            Self::Int8Tiles => "int8 tiles",
+            Self::Exp => "exp",
+        }
+    }
+
+    /// Whether this CPU has what is measured, in the registers of a level.
+    pub fn is_available(self, isa: Isa) -> bool {
+        isa.is_available() && self.products().is_none_or(|products| loops::loop_of(isa, products).is_some())
+    }
+
+    fn products(self) -> Option<Products> {
+        match self {
+            Self::Bf16Dot => Some(Products::Bf16),
+            Self::Int8Dot => Some(Products::Int8),
+            Self::Bf16Tiles => Some(Products::Bf16Tiles),
+            Self::Int8Tiles => Some(Products::Int8Tiles),
+            Self::Read(..) | Self::Copy(..) | Self::Update(..) | Self::Fma | Self::Exp => None,
+        }
+    }
 }
 
 /// A loop over a slice, repeated.
 type ReadLoop = fn(Isa, &[f32], u64);
 
-const READS: [(&str, ReadLoop); 7] = [
-    ("plain", loops::read::<1, 0>),
-    ("prefetch 512 B", loops::read::<1, 512>),
-    ("prefetch 2 KiB", loops::read::<1, 2048>),
-    ("2 streams", loops::read::<2, 0>),
-    ("4 streams", loops::read::<4, 0>),
-    ("4 streams, prefetch 1 KiB", loops::read::<4, 1024>),
-    ("8 streams, prefetch 512 B", loops::read::<8, 512>),
+/// Prefetch distances, in bytes: what is read until a line in the second-level cache is due is more than the first level holds.
+const NEAR: usize = 512;
+const FAR: usize = 4096;
+
+const READS: [(&str, ReadLoop); 12] = [
+    ("1 stream", loops::read::<1, 0, 0>),
+    ("1 stream, near", loops::read::<1, NEAR, 0>),
+    ("1 stream, far", loops::read::<1, 0, FAR>),
+    ("2 streams", loops::read::<2, 0, 0>),
+    ("2 streams, near", loops::read::<2, NEAR, 0>),
+    ("2 streams, far", loops::read::<2, 0, FAR>),
+    ("4 streams", loops::read::<4, 0, 0>),
+    ("4 streams, near", loops::read::<4, NEAR, 0>),
+    ("4 streams, far", loops::read::<4, 0, FAR>),
+    ("8 streams", loops::read::<8, 0, 0>),
+    ("8 streams, near", loops::read::<8, NEAR, 0>),
+    ("8 streams, far", loops::read::<8, 0, FAR>),
 ];
 
 const EXPS: [(&str, ReadLoop); 3] =
@@ -137,14 +191,21 @@ const COPIES: [(&str, CopyLoop); 2] = [("vectors", loops::copy), ("memcpy", copy
 /// Measures limits and keeps the results.
 pub struct Limits {
     quick: bool,
-    memory: Aligned<f32>,
-    found: BTreeMap<(u32, usize, Kind), Limit>,
+    /// By [`Pages`].
+    memory: [Option<Aligned<f32>>; Pages::ALL.len()],
+    found: BTreeMap<(u32, usize, Kind), Found>,
+}
+
+/// A limit, and what every loop reached when it was measured for the first time.
+struct Found {
+    limit: Limit,
+    loops: BTreeMap<String, f64>,
 }
 
 impl Limits {
     /// Without measurements. `quick` shortens each measurement.
     pub fn new(quick: bool) -> Self {
-        Self { quick, memory: Aligned::new(0), found: BTreeMap::new() }
+        Self { quick, memory: [const { None }; Pages::ALL.len()], found: BTreeMap::new() }
     }
 
     /// Measures a limit of a level on `threads` threads. The first call runs every loop, later calls the loop that was
@@ -153,41 +214,45 @@ impl Limits {
     /// # Errors
     /// The CPU lacks the level.
     pub fn measure(&mut self, threads: &Threads, isa: Isa, kind: Kind) -> Result<Limit> {
-        if !isa.is_available() {
-            return Err(Error::new(format!("this CPU has no {isa}, so there is no limit to measure")));
-        }
-        if let Kind::Read(bytes) | Kind::Copy(bytes) | Kind::Update(bytes) = kind {
-            let floats = bytes.div_ceil(size_of::<f32>()).next_multiple_of(2 * LINE);
-            if self.memory.len() < floats {
-                self.memory = Aligned::new(0); // Never allocate both at once.
-                self.memory = Aligned::new(floats);
-            }
+        let quick = self.quick;
+        if !kind.is_available(isa) {
+            return Err(Error::new(format!(
+                "this CPU has no {} in the registers of {isa}, so there is no limit to measure",
+                kind.name()
+            )));
         }
         let key = (isa as u32, threads.count(), kind);
-        let winner = self.found.get(&key).map(|limit| limit.by.clone());
+        let winner = self.found.get(&key).map(|found| found.limit.by.clone());
         let wanted = |by: &str| winner.as_deref().is_none_or(|w| w == by);
+        let memory = match kind {
+            Kind::Read(bytes, pages) | Kind::Copy(bytes, pages) | Kind::Update(bytes, pages) => {
+                let floats = bytes.div_ceil(size_of::<f32>()).next_multiple_of(2 * LINE);
+                self.memory(floats, pages)?
+            }
+            _ => &mut [],
+        };
         let mut now = Limit { rate: 0.0, by: String::new() };
-        let effort = Effort::limit(self.quick);
+        let mut every = BTreeMap::new();
+        let effort = Effort::limit(quick);
         let mut seen = |by: &str, amount: f64, run: &mut dyn FnMut(u64) -> f64| {
             let rate = amount / time(effort, run).best;
+            every.insert(by.to_owned(), rate);
             if rate > now.rate {
                 now = Limit { rate, by: by.to_owned() };
             }
         };
         let all = threads.count();
-        // A level with other units (matrix tiles) would add its peak as a kind here, and in the bounds of
-        // `run::measure`.
         match kind {
-            Kind::Read(bytes) => {
-                let data = &self.memory.as_slice()[..(bytes / size_of::<f32>()).max(1)];
+            Kind::Read(bytes, _) => {
+                let data = &memory[..(bytes / size_of::<f32>()).max(1)];
                 let parts: Vec<&[f32]> = split(data.len(), all).map(|(at, n)| &data[at..at + n]).collect();
                 for (by, read) in READS.into_iter().filter(|(by, _)| wanted(by)) {
                     seen(by, bytes as f64, &mut |calls| threads.seconds(&|thread| read(isa, parts[thread], calls)));
                 }
             }
-            Kind::Copy(bytes) => {
+            Kind::Copy(bytes, _) => {
                 let n = (bytes / 2 / size_of::<f32>()).max(1);
-                let (src, dst) = self.memory.as_mut_slice().split_at_mut(n.next_multiple_of(LINE));
+                let (src, dst) = memory.split_at_mut(n.next_multiple_of(LINE));
                 let (src, mut dst) = (&src[..n], &mut dst[..n]);
                 let mut parts = Vec::new();
                 for (at, n) in split(n, all) {
@@ -207,9 +272,9 @@ impl Limits {
                     });
                 }
             }
-            Kind::Update(bytes) => {
+            Kind::Update(bytes, _) => {
                 let n = (bytes / 2 / size_of::<f32>()).max(1);
-                let mut data = &mut self.memory.as_mut_slice()[..n];
+                let mut data = &mut memory[..n];
                 let mut parts = Vec::new();
                 for (_, n) in split(n, all) {
                     let (mine, rest) = data.split_at_mut(n);
@@ -230,6 +295,14 @@ impl Limits {
                 let steps = |calls: u64| threads.seconds(&|_| loops::multiply_add(isa, STEPS * calls));
                 seen("registers", amount as f64, &mut { steps });
             }
+            Kind::Bf16Dot | Kind::Int8Dot | Kind::Bf16Tiles | Kind::Int8Tiles => {
+                const STEPS: u64 = 1000;
+                if let Some(product) = kind.products().and_then(|products| loops::loop_of(isa, products)) {
+                    let amount = STEPS as usize * product.operations * all;
+                    let steps = |calls: u64| threads.seconds(&|_| product.run(STEPS * calls));
+                    seen(product.by, amount as f64, &mut { steps });
+                }
+            }
             Kind::Exp => {
                 // In the first-level cache, and between -8 and 0, like logits after the subtraction of their maximum.
                 let data: Vec<f32> = (0..2048).map(|i| i as f32 / -256.0).collect();
@@ -239,16 +312,44 @@ impl Limits {
                 }
             }
         }
-        let best = self.found.entry(key).or_insert_with(|| now.clone());
-        if now.rate > best.rate {
-            *best = now.clone();
+        let best = self.found.entry(key).or_insert_with(|| Found { limit: now.clone(), loops: every });
+        if now.rate > best.limit.rate {
+            best.limit = now.clone();
         }
         Ok(now)
     }
 
+    /// At least `floats` numbers on pages of a kind.
+    fn memory(&mut self, floats: usize, pages: Pages) -> Result<&mut [f32]> {
+        let memory = &mut self.memory[pages as usize];
+        if memory.as_ref().is_some_and(|memory| memory.len() < floats) {
+            *memory = None; // Never allocate both at once.
+        }
+        let memory = match memory {
+            Some(memory) => memory,
+            None => memory.insert(Aligned::new(floats, pages)?),
+        };
+        Ok(memory.as_mut_slice())
+    }
+
+    /// The share of the memory on pages of a kind that the operating system has given huge pages, if it says so.
+    pub fn huge_share(&self, pages: Pages) -> Option<f64> {
+        let memory = self.memory[pages as usize].as_ref()?.as_slice();
+        machine::huge_share(memory.as_ptr().addr(), size_of_val(memory))
+    }
+
     /// The best rates of a level on `threads` threads.
     pub fn best(&self, threads: usize, isa: Isa) -> impl Iterator<Item = (Kind, &Limit)> {
-        self.found.iter().filter(move |(key, _)| (key.0, key.1) == (isa as u32, threads)).map(|(key, l)| (key.2, l))
+        self.of(threads, isa).map(|(kind, found)| (kind, &found.limit))
+    }
+
+    /// The rates of all loops for the kinds that [`Self::best`] has.
+    pub fn loops(&self, threads: usize, isa: Isa) -> impl Iterator<Item = (Kind, &BTreeMap<String, f64>)> {
+        self.of(threads, isa).map(|(kind, found)| (kind, &found.loops))
+    }
+
+    fn of(&self, threads: usize, isa: Isa) -> impl Iterator<Item = (Kind, &Found)> {
+        self.found.iter().filter(move |(key, _)| (key.0, key.1) == (isa as u32, threads)).map(|(key, f)| (key.2, f))
     }
 }
 
@@ -269,13 +370,24 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|l| l.is_available()) {
             for threads in &threads {
                 // A size that is divisible neither by vectors nor by threads.
-                for kind in [Kind::Read(10_004), Kind::Copy(10_008), Kind::Update(10_008), Kind::Fma, Kind::Exp] {
+                let [small, huge] = Pages::ALL;
+                let kinds = [Kind::Read(10_004, small), Kind::Read(5 << 20, huge), Kind::Copy(10_008, small)];
+                let kinds = kinds.into_iter().chain([Kind::Update(10_008, huge), Kind::Fma, Kind::Exp]);
+                let kinds: Vec<Kind> =
+                    kinds.chain(Kind::PRODUCTS.into_iter().filter(|kind| kind.is_available(isa))).collect();
+                for &kind in &kinds {
                     for _ in 0..2 {
                         let limit = limits.measure(threads, isa, kind).unwrap();
                         assert!(limit.rate > 0.0 && limit.rate.is_finite() && !limit.by.is_empty(), "{isa} {kind:?}");
                     }
                 }
-                assert_eq!(limits.best(threads.count(), isa).count(), 5);
+                assert_eq!(limits.best(threads.count(), isa).count(), kinds.len());
+                for kind in Kind::PRODUCTS.into_iter().filter(|kind| !kind.is_available(isa)) {
+                    let message = limits.measure(threads, isa, kind).unwrap_err().to_string();
+                    assert!(message.contains(kind.name()), "{message}");
+                }
+                let loops = |wanted| limits.loops(threads.count(), isa).find(|(kind, _)| *kind == wanted).unwrap().1;
+                assert_eq!((loops(kinds[0]).len(), loops(Kind::Fma).len()), (READS.len(), 1));
             }
         }
         assert!(Threads::new(0).is_err() && Threads::new(1 << 20).is_err());

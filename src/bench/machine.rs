@@ -86,10 +86,34 @@ impl Machine {
         }
     }
 
+    /// Whether a program gets huge pages if it asks for them.
+    pub fn has_huge_pages(&self) -> bool {
+        self.huge_pages.as_deref().is_some_and(|setting| setting != "never")
+    }
+
     /// The size of the first CPU's cache for data at a level, if known.
     pub fn cache_bytes(&self, level: u32) -> Option<usize> {
         self.caches.iter().find(|c| c.level == level && c.kind != "Instruction").map(|c| c.bytes)
     }
+}
+
+/// The share of some bytes from an address on that lie on huge pages, on Linux.
+pub(crate) fn huge_share(start: usize, bytes: usize) -> Option<f64> {
+    let text = fs::read_to_string("/proc/self/smaps").ok()?;
+    let mut huge = None;
+    // A line of numbers in hexadecimal, `start-end`, begins the description of a mapping.
+    let mut inside = false;
+    for line in text.lines() {
+        let address = |text: &str| usize::from_str_radix(text, 16).ok();
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        if let Some((low, high)) = range.and_then(|(low, high)| Some((address(low)?, address(high)?))) {
+            inside = low < start.saturating_add(bytes) && start < high;
+        } else if inside && let Some(kib) = line.strip_prefix("AnonHugePages:") {
+            let kib = kib.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?;
+            huge = Some(huge.unwrap_or(0) + (kib << 10));
+        }
+    }
+    Some((huge? as f64 / bytes.max(1) as f64).min(1.0))
 }
 
 fn line(path: &Path) -> Option<String> {

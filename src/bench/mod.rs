@@ -13,13 +13,15 @@
 //! | [`machine`] | a description of the machine |
 //! | [`compare`] | comparison of two reports |
 //! | [`roofline`] | a plot of a report |
+//! | [`tune`] | the search for the tuning of this CPU |
 //!
 //! # The limit of a case
-//! A call must move its bytes and do its arithmetic. The limit of a case is the longer of both times:
+//! A call must move its bytes and do its arithmetic. Both times are limits, and the longer one binds:
 //!
 //! - **Attention** reads K and V once for all query heads that share them, and does `4 * dim` useful operations for
 //!   each query row and visible key. Masked keys do not count. Its memory limit is the best rate of any reading loop
-//!   (one stream or several, with and without prefetch) over as many bytes.
+//!   (one stream or several, with and without prefetch) over as many bytes. Its arithmetic limit is that of FMA, or of the products
+//!   of bf16 or of tiles that a level is made for.
 //! - **RoPE, cache write, repeat, merge**: the best plain copy of as many bytes, reads plus writes; for RoPE in place,
 //!   changing as many bytes in place.
 //! - **Angles** are f64 trigonometry and have no limit; the report shows their time only.
@@ -35,6 +37,9 @@ pub mod report;
 pub mod roofline;
 pub mod run;
 pub mod timing;
+pub mod tune;
+
+pub use data::Pages;
 
 use std::fmt;
 

@@ -1,10 +1,12 @@
 //! The result of a run, as a table and as JSON.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::data::Pages;
 use super::machine::Machine;
 use super::timing::Timing;
 use super::{Error, Result};
@@ -27,6 +29,12 @@ pub struct Report {
     pub quick: bool,
     /// The machine.
     pub machine: Machine,
+    /// The pages of the buffers; reports of older versions do not say.
+    #[serde(default)]
+    pub pages: Option<Pages>,
+    /// The share of the limits' buffer that the operating system gave huge pages, if it says so.
+    #[serde(default)]
+    pub huge_share: Option<f64>,
     /// The limits, for each level and thread count.
     pub limits: Vec<LevelLimits>,
     /// The measured cases.
@@ -46,8 +54,14 @@ pub struct LevelLimits {
     pub fma: Option<f64>,
     /// Exponentials per second.
     pub exp: Option<f64>,
-    /// Read bandwidth by working-set size.
+    /// Operations per second of the products that the CPU has beside multiply-adds, by name.
+    #[serde(default)]
+    pub products: BTreeMap<String, f64>,
+    /// Read bandwidth by working-set size, on the report's pages.
     pub read: Vec<Bandwidth>,
+    /// The same on small pages, if the report's are huge.
+    #[serde(default)]
+    pub read_small: Vec<Bandwidth>,
     /// Copy bandwidth by bytes read plus bytes written.
     pub copy: Vec<Bandwidth>,
 }
@@ -61,6 +75,18 @@ pub struct Bandwidth {
     pub rate: f64,
     /// The fastest loop.
     pub by: String,
+    /// What every loop reached when it was measured for the first time.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub loops: BTreeMap<String, f64>,
+}
+
+impl LevelLimits {
+    /// Without figures.
+    pub fn new(isa: &str, threads: usize) -> Self {
+        let isa = isa.to_owned();
+        let (read, read_small, copy) = (Vec::new(), Vec::new(), Vec::new());
+        Self { isa, threads, fma: None, exp: None, products: BTreeMap::new(), read, read_small, copy }
+    }
 }
 
 /// The result of a kernel on a shape.
@@ -88,14 +114,20 @@ pub struct CaseResult {
     pub flops: f64,
     /// Seconds per call.
     pub timing: Timing,
-    /// The limit that applies.
+    /// The limit that binds: memory or arithmetic, whichever takes longer.
     pub bound: Option<Bound>,
+    /// The limit of memory; reports of older versions have [`Self::bound`] only.
+    #[serde(default)]
+    pub memory: Option<Bound>,
+    /// The limit of arithmetic.
+    #[serde(default)]
+    pub arithmetic: Option<Bound>,
 }
 
-/// The limit of a case: memory or arithmetic, whichever takes longer.
+/// A limit of a case.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Bound {
-    /// `read`, `copy`, `update` or `fma`.
+    /// `read`, `copy` or `update`; `fma`, or the products that a level has instead.
     pub kind: String,
     /// The loop that reached it.
     pub by: String,
@@ -105,6 +137,13 @@ pub struct Bound {
     pub seconds: f64,
 }
 
+impl Bound {
+    /// Whether it is a limit of memory.
+    pub fn is_memory(&self) -> bool {
+        matches!(&*self.kind, "read" | "copy" | "update")
+    }
+}
+
 impl CaseResult {
     /// Bytes per second.
     pub fn bandwidth(&self) -> f64 {
@@ -112,13 +151,18 @@ impl CaseResult {
     }
 
     /// Operations per second.
-    pub fn arithmetic(&self) -> f64 {
+    pub fn operations(&self) -> f64 {
         self.flops / self.timing.best
     }
 
-    /// The share of the limit that the case reached.
+    /// The share of the limit that binds that the case reached.
     pub fn reached(&self) -> Option<f64> {
-        self.bound.as_ref().map(|bound| bound.seconds / self.timing.best)
+        self.share(&self.bound)
+    }
+
+    /// The share of a limit that the case reached.
+    pub fn share(&self, bound: &Option<Bound>) -> Option<f64> {
+        bound.as_ref().map(|bound| bound.seconds / self.timing.best)
     }
 
     /// `f16`, or `f32>f16`.
@@ -136,6 +180,8 @@ impl Report {
             kvlane: env!("CARGO_PKG_VERSION").to_owned(),
             quick,
             machine,
+            pages: None,
+            huge_share: None,
             limits: Vec::new(),
             cases: Vec::new(),
             skipped: Vec::new(),
@@ -199,6 +245,11 @@ impl Report {
         }
         line("governor", m.governor.clone().unwrap_or_else(|| "not visible".to_owned()));
         line("huge pages", m.huge_pages.clone().unwrap_or_else(|| "unknown".to_owned()));
+        if let Some(pages) = self.pages {
+            let share = self.huge_share.filter(|_| pages == Pages::Huge);
+            let share = share.map_or_else(String::new, |share| format!(", {:.0} % obtained", share * 100.0));
+            line("buffers on", format!("{pages} pages{share}"));
+        }
         if let Some(load) = m.load {
             line("load before", format!("{load:.2}{}", if load > 0.5 { ": others were busy here" } else { "" }));
         }
@@ -217,21 +268,33 @@ impl Report {
                 heading += &format!(", {} G exponentials/s", giga(exp));
             }
             let _ = writeln!(text, "{heading}");
-            let mut sizes: Vec<usize> = l.read.iter().chain(&l.copy).map(|b| b.bytes).collect();
+            let products: Vec<String> =
+                l.products.iter().map(|(name, rate)| format!("{} {name}", giga(*rate))).collect();
+            if !products.is_empty() {
+                let _ = writeln!(text, "  G operations/s: {}", products.join(", "));
+            }
+            let mut sizes: Vec<usize> = l.read.iter().chain(&l.read_small).chain(&l.copy).map(|b| b.bytes).collect();
             sizes.sort_unstable();
             sizes.dedup();
+            let both = !l.read_small.is_empty();
             if !sizes.is_empty() {
-                let _ = writeln!(text, "  {:>10}  {:>9}  {:<27}{:>9}  by", "bytes", "read GB/s", "by", "copy GB/s");
+                let small = if both { format!("{:>9}  {:<16}", "small", "by") } else { String::new() };
+                let row = format!("  {:>10}  {:>9}  {:<16}{small}{:>9}  by", "bytes", "read GB/s", "by", "copy GB/s");
+                let _ = writeln!(text, "{row}");
             }
             for bytes in sizes {
                 let find = |list: &[Bandwidth]| {
                     let found = list.iter().find(|b| b.bytes == bytes);
                     found.map_or((String::new(), String::new()), |b| (giga(b.rate), b.by.clone()))
                 };
-                let ((read, read_by), (copy, copy_by)) = (find(&l.read), find(&l.copy));
-                let row = format!("  {:>10}  {read:>9}  {read_by:<27}{copy:>9}  {copy_by}", size(bytes));
+                let (read, read_by) = find(&l.read);
+                let (small, small_by) = find(&l.read_small);
+                let small = if both { format!("{small:>9}  {small_by:<16}") } else { String::new() };
+                let (copy, copy_by) = find(&l.copy);
+                let row = format!("  {:>10}  {read:>9}  {read_by:<16}{small}{copy:>9}  {copy_by}", size(bytes));
                 let _ = writeln!(text, "{}", row.trim_end());
             }
+            text += &loops_text(l, self.pages);
         }
         text
     }
@@ -247,24 +310,31 @@ impl Report {
                 let _ = writeln!(text, "\n{}, {}, {}", c.op, c.isa, threads(c.threads));
                 let _ = writeln!(
                     text,
-                    "  {:<36} {:<9} {:>9} {:>7} {:>8}  {:>15} {:>7}",
-                    "case", "types", "time", "GB/s", "GFLOP/s", "limit", "reached"
+                    "  {:<36} {:<9} {:>9} {:>7} {:>8} {:>6} {:>6} {:>10}",
+                    "case", "types", "time", "GB/s", "GFLOP/s", "memory", "arith.", "binding"
                 );
             }
-            let flops = if c.flops > 0.0 { giga(c.arithmetic()) } else { "-".to_owned() };
-            let (limit, reached) = match (&c.bound, c.reached()) {
-                (Some(bound), Some(reached)) => {
-                    (format!("{} {}", giga(bound.rate), bound.kind), format!("{:.0} %", reached * 100.0))
-                }
-                _ => ("-".to_owned(), "-".to_owned()),
+            let flops = if c.flops > 0.0 { giga(c.operations()) } else { "-".to_owned() };
+            let share =
+                |bound| c.share(bound).map_or_else(|| "-".to_owned(), |share| format!("{:.0} %", share * 100.0));
+            // An older report has the limit that binds only.
+            let memory =
+                if c.memory.is_none() && c.bound.as_ref().is_some_and(Bound::is_memory) { &c.bound } else { &c.memory };
+            let arithmetic = if c.arithmetic.is_none() && c.bound.as_ref().is_some_and(|b| !b.is_memory()) {
+                &c.bound
+            } else {
+                &c.arithmetic
             };
             let _ = writeln!(
                 text,
-                "  {:<36} {:<9} {:>9} {:>7} {flops:>8}  {limit:>15} {reached:>7}",
+                "  {:<36} {:<9} {:>9} {:>7} {flops:>8} {:>6} {:>6} {:>10}",
                 c.case,
                 c.types(),
                 seconds(c.timing.best),
-                giga(c.bandwidth())
+                giga(c.bandwidth()),
+                share(memory),
+                share(arithmetic),
+                c.bound.as_ref().map_or("-", |bound| &bound.kind)
             );
         }
         text + &self.small_text()
@@ -294,6 +364,30 @@ impl Report {
         }
         text
     }
+}
+
+/// What every loop reads from the largest buffer, by streams and prefetches.
+fn loops_text(limits: &LevelLimits, pages: Option<Pages>) -> String {
+    let mut text = String::new();
+    for (list, pages) in [(&limits.read, pages.unwrap_or_default()), (&limits.read_small, Pages::Small)] {
+        // A quarter of the largest, where a machine has it: the size of a long cache.
+        let Some(largest) = list.iter().filter(|b| !b.loops.is_empty()).map(|b| b.bytes).max() else { continue };
+        let Some(of) = list.iter().filter(|b| b.bytes <= largest / 4).max_by_key(|b| b.bytes) else { continue };
+        let _ = writeln!(
+            text,
+            "  reading {} on {pages} pages, GB/s{:>14} {:>9} {:>9}",
+            size(of.bytes),
+            "plain",
+            "near",
+            "far"
+        );
+        for streams in [1, 2, 4, 8] {
+            let name = format!("{streams} stream{}", if streams == 1 { "" } else { "s" });
+            let rate = |suffix: &str| of.loops.get(&format!("{name}{suffix}")).map_or_else(String::new, |r| giga(*r));
+            let _ = writeln!(text, "  {name:>40} {:>9} {:>9} {:>9}", rate(""), rate(", near"), rate(", far"));
+        }
+    }
+    text
 }
 
 /// `1 thread`, `2 threads`.

@@ -8,7 +8,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::report::{Bandwidth, CaseResult, LevelLimits, Report, giga, size, threads};
+use super::report::{Bandwidth, Bound, CaseResult, LevelLimits, Report, giga, size, threads};
 use super::{Error, Result};
 use crate::Isa;
 
@@ -181,7 +181,7 @@ fn roofline(
     let peak = limits.fma.unwrap_or(0.0) / 1e9;
     let roofs = ceilings(report, limits);
     let x = around(cases.iter().map(|c| intensity(c)), 0.5, 2.0);
-    let y = around(cases.iter().map(|c| c.arithmetic() / 1e9).chain([peak]), 0.6, 1.8);
+    let y = around(cases.iter().map(|c| c.operations() / 1e9).chain([peak]), 0.6, 1.8);
     let mut chart = chart(
         area,
         "Roofline: operations against operations a byte",
@@ -222,13 +222,13 @@ fn roofline(
         let text = format!("{} GFLOP/s, {} multiply-add", giga(fma * 1e9), other.isa);
         signs.push(Sign { places: vec![(px - 4, py - 8)], text, to: HPos::Right });
     }
-    let points: Vec<_> = cases.iter().map(|c| (intensity(c), c.arithmetic() / 1e9, **c)).collect();
+    let points: Vec<_> = cases.iter().map(|c| (intensity(c), c.operations() / 1e9, **c)).collect();
     let at = marks(&mut chart, &points)?;
     write(area, signs, at, &cases.iter().map(|c| number(c)).collect::<Vec<_>>())
 }
 
 fn bandwidth(area: &Area, limits: &LevelLimits, cases: &[&CaseResult], number: &dyn Fn(&CaseResult) -> usize) -> Drawn {
-    let held = |c: &&&CaseResult| c.bound.as_ref().is_some_and(|b| b.kind != "fma");
+    let held = |c: &&&CaseResult| c.bound.as_ref().is_some_and(Bound::is_memory);
     let cases: Vec<&&CaseResult> = cases.iter().filter(held).collect();
     let lines = || limits.read.iter().chain(&limits.copy);
     let x = around(cases.iter().map(|c| c.bytes as f64).chain(lines().map(|b| b.bytes as f64)), 0.6, 1.7);

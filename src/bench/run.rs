@@ -1,6 +1,7 @@
 //! A run: measures limits and cases in turns.
 
 use super::cases::{Case, cases_of};
+use super::data::Pages;
 use super::limits::{Kind, Limit, Limits, Threads};
 use super::machine::Machine;
 use super::report::{Bandwidth, Bound, CaseResult, LevelLimits, Report};
@@ -19,6 +20,8 @@ pub struct Options {
     pub levels: Vec<Isa>,
     /// Only cases whose `<kernel>/<shape>` contains this.
     pub filter: Option<String>,
+    /// The pages of all buffers. Without one: huge, if the machine has them.
+    pub pages: Option<Pages>,
 }
 
 /// The progress of a run.
@@ -40,6 +43,7 @@ pub struct Progress<'a> {
 pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Report> {
     let machine = Machine::detect();
     let best = Context::new()?;
+    let pages = choose_pages(&machine, options.pages)?;
     let levels = levels(&options.levels, best.isa())?;
     // Without levels, a quick run takes the kernels that a program would get, whatever their level.
     let default = |k: &KernelInfo| best.kernel(k.op, k.src, k.dst).is_some_and(|chosen| chosen.name == k.name);
@@ -72,29 +76,38 @@ pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Repor
         done += 1;
     };
 
+    // The curve of reading is measured on both kinds.
+    let both = &Pages::ALL[..if pages == Pages::Huge { 2 } else { 1 }];
     let mut report = Report::new(options.quick, machine);
+    report.pages = Some(pages);
     let mut limits = Limits::new(options.quick);
     for count in threads {
         let threads = Threads::new(count)?;
         for (isa, cases) in &plan {
             limits.measure(&threads, *isa, Kind::Fma)?;
             limits.measure(&threads, *isa, Kind::Exp)?;
+            for kind in Kind::PRODUCTS.into_iter().filter(|kind| kind.is_available(*isa)) {
+                limits.measure(&threads, *isa, kind)?;
+            }
             for &bytes in &sizes {
                 step("limits");
-                limits.measure(&threads, *isa, Kind::Read(bytes))?;
-                limits.measure(&threads, *isa, Kind::Copy(bytes))?;
+                for &pages in both {
+                    limits.measure(&threads, *isa, Kind::Read(bytes, pages))?;
+                }
+                limits.measure(&threads, *isa, Kind::Copy(bytes, pages))?;
             }
             let mut before = None;
             for case in cases {
                 step(&case.id());
-                match measure(case, &threads, &mut limits, &mut before, options.quick)? {
+                match measure(case, &threads, pages, &mut limits, &mut before, options.quick)? {
                     Some(result) => report.cases.push(result),
                     None => report.skipped.push(skipped(&case.kernel)),
                 }
             }
-            report.limits.push(summary(&limits, *isa, count));
+            report.limits.push(summary(&limits, pages, *isa, count));
         }
     }
+    report.huge_share = limits.huge_share(pages);
     report.skipped.dedup();
     // Cases are measured in an order that saves measurements of limits, and shown in the order of the registry.
     let order: Vec<String> = kernels().flat_map(|k| cases_of(&k)).map(|case| case.id()).collect();
@@ -103,9 +116,22 @@ pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Repor
     Ok(report)
 }
 
+/// The pages that are asked for, if the machine has them; without one, huge where it has them.
+pub(super) fn choose_pages(machine: &Machine, given: Option<Pages>) -> Result<Pages> {
+    match given {
+        Some(Pages::Huge) if !machine.has_huge_pages() => {
+            let setting = machine.huge_pages.as_deref().unwrap_or("unknown");
+            Err(Error::new(format!("huge pages are to be measured, but the setting of this machine is {setting}")))
+        }
+        Some(pages) => Ok(pages),
+        None if machine.has_huge_pages() => Ok(Pages::Huge),
+        None => Ok(Pages::Small),
+    }
+}
+
 /// Orders cases so that those with the same limits are adjacent.
 fn in_turns(mut cases: Vec<Case>) -> Vec<Case> {
-    cases.sort_by_key(|case| (case.kernel.op as u32, case.memory_limit()));
+    cases.sort_by_key(|case| (case.kernel.op as u32, case.memory_limit(Pages::Small)));
     cases
 }
 
@@ -144,21 +170,29 @@ fn sizes(quick: bool) -> Vec<usize> {
 fn measure(
     case: &Case,
     threads: &Threads,
+    pages: Pages,
     limits: &mut Limits,
     before: &mut Option<(Kind, Limit)>,
     quick: bool,
 ) -> Result<Option<CaseResult>> {
     let isa = case.kernel.isa;
-    let Some(mut prepared) = case.prepare()? else {
+    let Some(mut prepared) = case.prepare(pages)? else {
         return Ok(None);
     };
     // If the next case has the same limit, the measurement after this case serves as the one before it.
-    let memory = match (case.memory_limit(), before.take()) {
+    let memory = match (case.memory_limit(pages), before.take()) {
         (Some(kind), Some((same, limit))) if kind == same => Some((kind, limit)),
         (Some(kind), _) => Some((kind, limits.measure(threads, isa, kind)?)),
         (None, _) => None,
     };
-    let arithmetic = if case.flops() > 0.0 { Some(limits.measure(threads, isa, Kind::Fma)?) } else { None };
+    let arithmetic = match case.arithmetic_limit() {
+        // A level of products may be emulated.
+        Some(kind) => {
+            let kind = if kind.is_available(isa) { kind } else { Kind::Fma };
+            Some((kind, limits.measure(threads, isa, kind)?))
+        }
+        None => None,
+    };
 
     let mut failure = None;
     let timing = time(Effort::case(quick), |calls| {
@@ -172,21 +206,17 @@ fn measure(
         return Err(Error::new(format!("{}: {e}", case.id())));
     }
 
-    let mut bounds = Vec::new();
+    let (mut memory_bound, mut arithmetic_bound) = (None, None);
     if let Some((kind, first)) = memory {
         let second = limits.measure(threads, isa, kind)?;
-        let name = match kind {
-            Kind::Read(_) => "read",
-            Kind::Update(_) => "update",
-            _ => "copy",
-        };
-        bounds.push(bound(name, case.bytes() as f64, better(first, second.clone())));
+        memory_bound = Some(bound(kind, case.bytes() as f64, better(first, second.clone())));
         *before = Some((kind, second));
     }
-    if let Some(first) = arithmetic {
-        bounds.push(bound("fma", case.flops(), better(first, limits.measure(threads, isa, Kind::Fma)?)));
+    if let Some((kind, first)) = arithmetic {
+        arithmetic_bound = Some(bound(kind, case.flops(), better(first, limits.measure(threads, isa, kind)?)));
     }
-    let bound = bounds.into_iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds));
+    let bounds = [&memory_bound, &arithmetic_bound].into_iter().flatten();
+    let bound = bounds.max_by(|a, b| a.seconds.total_cmp(&b.seconds)).cloned();
     let kernel = &case.kernel;
     Ok(Some(CaseResult {
         kernel: kernel.name.to_owned(),
@@ -201,6 +231,8 @@ fn measure(
         flops: case.flops(),
         timing,
         bound,
+        memory: memory_bound,
+        arithmetic: arithmetic_bound,
     }))
 }
 
@@ -208,22 +240,26 @@ fn better(a: Limit, b: Limit) -> Limit {
     if b.rate > a.rate { b } else { a }
 }
 
-fn bound(kind: &str, amount: f64, limit: Limit) -> Bound {
-    Bound { kind: kind.to_owned(), by: limit.by, rate: limit.rate, seconds: amount / limit.rate }
+fn bound(kind: Kind, amount: f64, limit: Limit) -> Bound {
+    Bound { kind: kind.name().to_owned(), by: limit.by, rate: limit.rate, seconds: amount / limit.rate }
 }
 
-fn summary(limits: &Limits, isa: Isa, threads: usize) -> LevelLimits {
-    let mut summary =
-        LevelLimits { isa: isa.name().to_owned(), threads, fma: None, exp: None, read: Vec::new(), copy: Vec::new() };
-    for (kind, limit) in limits.best(threads, isa) {
-        let bandwidth = |bytes| Bandwidth { bytes, rate: limit.rate, by: limit.by.clone() };
+/// The limits of a level; memory's on pages of a kind, and reading on the other kind beside it.
+fn summary(limits: &Limits, pages: Pages, isa: Isa, threads: usize) -> LevelLimits {
+    let mut summary = LevelLimits::new(isa.name(), threads);
+    for ((kind, limit), (_, loops)) in limits.best(threads, isa).zip(limits.loops(threads, isa)) {
+        let bandwidth = |bytes, loops| Bandwidth { bytes, rate: limit.rate, by: limit.by.clone(), loops };
         match kind {
-            Kind::Read(bytes) => summary.read.push(bandwidth(bytes)),
-            Kind::Copy(bytes) => summary.copy.push(bandwidth(bytes)),
+            Kind::Read(bytes, on) if on == pages => summary.read.push(bandwidth(bytes, loops.clone())),
+            Kind::Read(bytes, _) => summary.read_small.push(bandwidth(bytes, loops.clone())),
+            Kind::Copy(bytes, _) => summary.copy.push(bandwidth(bytes, Default::default())),
             // Without a curve, because it differs from a copy only in the caches that it fits into.
-            Kind::Update(_) => {}
+            Kind::Update(..) => {}
             Kind::Fma => summary.fma = Some(limit.rate),
             Kind::Exp => summary.exp = Some(limit.rate),
+            Kind::Bf16Dot | Kind::Int8Dot | Kind::Bf16Tiles | Kind::Int8Tiles => {
+                summary.products.insert(kind.name().to_owned(), limit.rate);
+            }
         }
     }
     summary

@@ -38,6 +38,13 @@ fn cpu_has_bf16_tiles() -> bool {
     low & STATE == STATE
 }
 
+/// Whether the tiles, if they are there, have products of 8-bit integers.
+#[cfg(feature = "bench")]
+pub(crate) fn has_int8_tiles() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & 1 << 25 != 0
+}
+
 #[cfg(target_os = "linux")]
 fn permission_granted() -> bool {
     const ARCH_PRCTL: i64 = 158;

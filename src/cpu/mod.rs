@@ -41,16 +41,44 @@ macro_rules! detected {
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) use detected;
 
-/// Whether AMD made this CPU.
+/// Who made this CPU, in the words of CPUID; empty where there is none.
 #[cfg(target_arch = "x86_64")]
-pub(crate) fn is_amd() -> bool {
-    let id = std::arch::x86_64::__cpuid(0);
-    let vendor = [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes);
-    vendor.as_flattened() == b"AuthenticAMD"
+pub(crate) fn vendor() -> &'static str {
+    // CPUID takes thousands of cycles on virtual machines.
+    static VENDOR: std::sync::OnceLock<[u8; 12]> = std::sync::OnceLock::new();
+    let name = VENDOR.get_or_init(|| {
+        let id = std::arch::x86_64::__cpuid(0);
+        let mut name = [0; 12];
+        name.copy_from_slice([id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).as_flattened());
+        name
+    });
+    std::str::from_utf8(name).unwrap_or_default()
 }
 
-/// Whether AMD made this CPU.
+/// Who made this CPU; empty where CPUID does not say.
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn is_amd() -> bool {
-    false
+pub(crate) fn vendor() -> &'static str {
+    ""
+}
+
+/// Features by which CPUs of one vendor are told apart, from the newest to the oldest.
+#[cfg(target_arch = "x86_64")]
+pub(crate) const KEYS: &[&str] = &["avx512fp16", "avx512bf16", "avxvnni", "avx512vnni"];
+/// Features by which CPUs of one vendor are told apart, from the newest to the oldest.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) const KEYS: &[&str] = &[];
+
+/// Whether this CPU has one of the [`KEYS`].
+pub(crate) fn has(feature: &str) -> bool {
+    match feature {
+        #[cfg(target_arch = "x86_64")]
+        "avx512fp16" => detected!(["avx512fp16"]),
+        #[cfg(target_arch = "x86_64")]
+        "avx512bf16" => detected!(["avx512bf16"]),
+        #[cfg(target_arch = "x86_64")]
+        "avxvnni" => detected!(["avxvnni"]),
+        #[cfg(target_arch = "x86_64")]
+        "avx512vnni" => detected!(["avx512vnni"]),
+        _ => false,
+    }
 }

@@ -8,8 +8,8 @@ use half::{bf16, f16};
 use super::error::{Error, Result};
 use super::model::{LayerConfig, ModelConfig};
 use crate::{
-    CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner, UnrotatedKeys,
-    View, ViewMut, Workspace, reorder_table,
+    CacheBuffer, CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner,
+    UnrotatedKeys, View, ViewMut, Workspace, reorder_table,
 };
 
 /// Prompt tokens per pass. More would enlarge the activations without making a pass more efficient.
@@ -58,24 +58,24 @@ impl std::fmt::Display for Formats {
 /// The keys or the values of a layer in a format of the library.
 #[derive(Debug, Clone)]
 enum Buffer {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
+    F32(CacheBuffer<f32>),
+    F16(CacheBuffer<f16>),
+    Bf16(CacheBuffer<bf16>),
     /// Units, and a scale per token and head.
-    Int8(Vec<i8>, Vec<f32>),
+    Int8(CacheBuffer<i8>, CacheBuffer<f32>),
 }
 
 impl Buffer {
-    fn zeros(format: CacheFormat, shape: [usize; 4]) -> Self {
+    fn zeros(format: CacheFormat, shape: [usize; 4]) -> Result<Self> {
         let [rows, slots, heads, dim] = shape;
         let tokens = rows * slots * heads;
         let len = tokens * dim;
-        match format {
-            CacheFormat::F32 => Self::F32(vec![0.0; len]),
-            CacheFormat::F16 => Self::F16(vec![f16::ZERO; len]),
-            CacheFormat::Bf16 => Self::Bf16(vec![bf16::ZERO; len]),
-            CacheFormat::Int8 => Self::Int8(vec![0; len], vec![0.0; tokens]),
-        }
+        Ok(match format {
+            CacheFormat::F32 => Self::F32(CacheBuffer::zeroed(len)?),
+            CacheFormat::F16 => Self::F16(CacheBuffer::zeroed(len)?),
+            CacheFormat::Bf16 => Self::Bf16(CacheBuffer::zeroed(len)?),
+            CacheFormat::Int8 => Self::Int8(CacheBuffer::zeroed(len)?, CacheBuffer::zeroed(tokens)?),
+        })
     }
 
     fn view(&self, shape: [usize; 4]) -> Result<CacheView<'_>> {
@@ -114,7 +114,7 @@ struct LayerCache {
     unrotated: Vec<f32>,
 }
 
-/// Keys and values of every layer, initially zero.
+/// Keys and values of every layer, initially zero, in [`CacheBuffer`]s.
 ///
 /// Each row holds one sequence. Its length is the number of tokens that it holds and the position of the next token.
 /// Slots beyond the length are never read.
@@ -276,16 +276,16 @@ impl Cache {
         let shape = |layer: &LayerConfig| [rows, slots(layer), config.kv_heads, config.head_dim];
         let layer = |layer: &LayerConfig| {
             let (shape, ring) = (shape(layer), ring(layer));
-            LayerCache {
-                k: Buffer::zeros(formats.k, shape),
-                v: Buffer::zeros(formats.v, shape),
+            Ok(LayerCache {
+                k: Buffer::zeros(formats.k, shape)?,
+                v: Buffer::zeros(formats.v, shape)?,
                 shape,
                 ring,
                 unrotated: Vec::new(),
-            }
+            })
         };
         Ok(Self {
-            layers: config.layers.iter().map(layer).collect(),
+            layers: config.layers.iter().map(layer).collect::<Result<_>>()?,
             lengths: vec![0; rows],
             most: vec![0; rows],
             dropped: vec![0; rows],

@@ -7,9 +7,12 @@ use super::simd::{Outlined, Simd};
 use crate::isa::Isa;
 use std::hint::black_box;
 
-/// Reads all data `passes` times, in `STREAMS` parallel streams with a prefetch distance of `AHEAD` bytes.
-pub(crate) fn read<const STREAMS: usize, const AHEAD: usize>(isa: Isa, data: &[f32], passes: u64) {
-    on_level(isa, Read::<STREAMS, AHEAD> { data, passes });
+pub(crate) use super::products::{Products, loop_of};
+
+/// Reads all data `passes` times, in `STREAMS` parallel streams. Each prefetches `NEAR` bytes ahead into the first-level cache and
+/// `FAR` bytes ahead into the second-level cache; 0: it does not.
+pub(crate) fn read<const STREAMS: usize, const NEAR: usize, const FAR: usize>(isa: Isa, data: &[f32], passes: u64) {
+    on_level(isa, Read::<STREAMS, NEAR, FAR> { data, passes });
 }
 
 /// Copies `src` to `dst`, `passes` times.
@@ -57,8 +60,7 @@ fn on_level(isa: Isa, body: impl Outlined) {
             Isa::Scalar => Scalar::new_unchecked().outline(body),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => super::avx2::Avx2::new_unchecked().outline(body),
-            // Partial levels run the loops of the level below. The peak of their tile and matrix products is not
-            // measured.
+            // Partial levels run the loops of the level below, and have those of `products` beside them.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Amx => super::avx512::Avx512::new_unchecked().outline(body),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
@@ -72,35 +74,18 @@ fn on_level(isa: Isa, body: impl Outlined) {
     }
 }
 
-/// Prefetches the cache line at `p`, which need not be readable.
-#[inline(always)]
-fn prefetch(p: *const f32) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: SSE is part of x86-64, and a prefetch never faults.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
-    }
-    #[cfg(target_arch = "aarch64")]
-    // SAFETY: a prefetch never faults.
-    unsafe {
-        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) p, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let _ = p;
-}
-
 /// Vectors per step of a reading loop, each with a sum of its own.
 const STEP: usize = 8;
 /// Floats in a cache line of 64 bytes.
 pub(crate) const LINE: usize = 16;
 
-/// Reads all data `passes` times, in `STREAMS` parallel streams with a prefetch distance of `AHEAD` bytes.
-struct Read<'a, const STREAMS: usize, const AHEAD: usize> {
+/// See [`read`].
+struct Read<'a, const STREAMS: usize, const NEAR: usize, const FAR: usize> {
     data: &'a [f32],
     passes: u64,
 }
 
-impl<const STREAMS: usize, const AHEAD: usize> Outlined for Read<'_, STREAMS, AHEAD> {
+impl<const STREAMS: usize, const NEAR: usize, const FAR: usize> Outlined for Read<'_, STREAMS, NEAR, FAR> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
         let each = STEP / STREAMS;
@@ -115,9 +100,13 @@ impl<const STREAMS: usize, const AHEAD: usize> Outlined for Read<'_, STREAMS, AH
                     // SAFETY: `k * stream + i * step + each * LANES` is at most STREAMS * stream, which is at most the length.
                     unsafe {
                         let p = data.add(k * stream + i * step);
-                        if AHEAD > 0 {
-                            for line in 0..step.div_ceil(LINE) {
-                                prefetch(p.wrapping_add(AHEAD / size_of::<f32>() + line * LINE));
+                        for line in (0..step * size_of::<f32>()).step_by(LINE * size_of::<f32>()) {
+                            let line = p.cast::<u8>().wrapping_add(line);
+                            if NEAR > 0 {
+                                s.prefetch(line.wrapping_add(NEAR));
+                            }
+                            if FAR > 0 {
+                                s.prefetch_far(line.wrapping_add(FAR));
                             }
                         }
                         for j in 0..each {

@@ -9,7 +9,7 @@
 //! | [`simd`] | the vector trait |
 //! | [`generic`] | the algorithms, over the trait |
 //! | [`scalar`], `avx2`, `avx512`, `neon` | the trait for one level |
-//! | `loops` | what the bench measures as the limits of the machine |
+//! | `loops`, `products` | what the bench measures as the limits of the machine |
 //! | `amx` | a partial level: attention over bf16, by tile products |
 //! | `neonbf16` | a partial level: attention over bf16, by products of small matrices |
 //!
@@ -31,6 +31,8 @@ pub(crate) mod neon;
 pub(crate) mod neonbf16;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) mod partial;
+#[cfg(feature = "bench")]
+pub(crate) mod products;
 pub(crate) mod registry;
 pub(crate) mod scalar;
 pub(crate) mod shells;

@@ -42,6 +42,9 @@ structs! {
         run: Option<unsafe extern "C" fn(*mut c_void, usize, kvl_task, *mut c_void) -> i32>,
     }
     kvl_context_params { struct_size: usize, max_isa: i32, flags: u32 }
+    kvl_tuning {
+        struct_size: usize, block: i32, block_order: i32, run: i32, reserved: i32, run_distance: usize,
+    }
     kvl_kernel_info {
         struct_size: usize, name: *const c_char, op: i32, src: i32, dst: i32, isa: i32, available: i32, max_error: f32,
     }
@@ -136,6 +139,7 @@ unsafe extern "C" {
     ) -> i32;
     pub fn kvl_thread_pool_create(num_threads: usize, pool: *mut *mut kvl_thread_pool) -> i32;
     pub fn kvl_thread_pool_destroy(pool: *mut kvl_thread_pool);
+    pub fn kvl_advise_huge_pages(data: *mut c_void, bytes: usize, advised: *mut i32) -> i32;
     pub fn kvl_thread_pool_runner(pool: *const kvl_thread_pool, runner: *mut kvl_parallel_runner) -> i32;
     pub fn kvl_rope_frequencies(
         params: *const kvl_rope_frequencies_params,
@@ -228,6 +232,8 @@ unsafe extern "C" {
     pub fn kvl_plan_advance(plan: *mut kvl_plan, counts: *const i32, num_sequences: i64) -> i32;
     pub fn kvl_plan_set_table(plan: *mut kvl_plan, row: i64, first: i64, entries: *const i32, count: i64) -> i32;
     pub fn kvl_plan_destroy(plan: *mut kvl_plan);
+    pub fn kvl_context_tuning(context: Context, tuning: *mut kvl_tuning) -> i32;
+    pub fn kvl_context_set_tuning(context: *mut kvl_context, tuning: *const kvl_tuning) -> i32;
     pub fn kvl_context_v_packing(context: Context, dtype: i32, packing: *mut i32) -> i32;
     pub fn kvl_rms_norm(
         context: Context,

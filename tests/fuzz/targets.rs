@@ -80,12 +80,15 @@ targets! {
     1 kvl_context_destroy: context_destroy,
     1 kvl_context_isa: context_isa,
     1 kvl_context_v_packing: context_v_packing,
+    2 kvl_context_tuning: context_tuning,
+    4 kvl_context_set_tuning: context_set_tuning,
     1 kvl_context_kernel_name: context_kernel_name,
     1 kvl_context_attention_kernel_names: context_attention_kernel_names,
     1 kvl_kernel_info_at: kernel_info_at,
     1 kvl_thread_pool_create: thread_pool_create,
     1 kvl_thread_pool_destroy: thread_pool_destroy,
     1 kvl_thread_pool_runner: thread_pool_runner,
+    1 kvl_advise_huge_pages: advise_huge_pages,
     1 kvl_last_error: last_error,
     1 kvl_abi_version: constants,
     1 kvl_version_string: constants,
@@ -661,6 +664,32 @@ fn context_v_packing(mut c: Call) -> i32 {
     c.check(status)
 }
 
+fn context_tuning(mut c: Call) -> i32 {
+    let context = c.context();
+    let tuning = c.sized(&zeroed::<kvl_tuning>(), &[]);
+    c.may_write(tuning, Some(1));
+    c.ready();
+    // SAFETY: a context or null, and a struct of the right size or null.
+    let status = unsafe { kvl_context_tuning(context, tuning) };
+    c.check(status)
+}
+
+/// The context is one of the world's, so that later calls run with any tuning.
+fn context_set_tuning(mut c: Call) -> i32 {
+    let mut kind = |most: usize| {
+        let right = c.rng.below(most) as i32;
+        c.code(right)
+    };
+    let (block, run, block_order) = (kind(6), kind(6), kind(3));
+    let (reserved, run_distance) = (c.code(0), c.rng.pick(&[0, 1, 64, 4096, 100_000, usize::MAX]));
+    let tuning = kvl_tuning { block, block_order, run, reserved, run_distance, ..zeroed() };
+    let (tuning, context) = (c.sized(&tuning, &[]), c.context());
+    c.ready();
+    // SAFETY: a context that no other call uses, or null, and a struct of the right size or null.
+    let status = unsafe { kvl_context_set_tuning(context.cast_mut(), tuning) };
+    c.check(status)
+}
+
 fn context_attention_kernel_names(mut c: Call) -> i32 {
     let (k, v, precision) = (c.rng.below(4) as i32, c.rng.below(4) as i32, i32::from(c.maybe(0.5)));
     let (k, v, precision, context) = (c.code(k), c.code(v), c.code(precision), c.context());
@@ -687,6 +716,22 @@ fn kernel_info_at(mut c: Call) -> i32 {
     c.ready();
     // SAFETY: a struct of the right size, or null.
     let status = unsafe { kvl_kernel_info_at(index, info) };
+    c.check(status)
+}
+
+fn advise_huge_pages(mut c: Call) -> i32 {
+    let bytes = c.rng.pick(&[0usize, 1, 63, 4096, 5000, 40_000]);
+    let data: *mut u8 = c.output(Some(bytes as i64));
+    let bytes = if c.hit() { c.rng.pick(&[1, usize::MAX, usize::MAX / 2]) } else { bytes };
+    let advised: *mut i32 = c.output(Some(1));
+    c.may_write(advised, Some(1));
+    c.ready();
+    // SAFETY: the range is not accessed; space for the result, or null.
+    let status = unsafe { kvl_advise_huge_pages(data.cast(), bytes, advised) };
+    if status == 0 {
+        // SAFETY: just written.
+        assert!((0..=1).contains(&unsafe { advised.read() }));
+    }
     c.check(status)
 }
 

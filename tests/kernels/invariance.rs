@@ -7,8 +7,8 @@ use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::semantics::random_case;
 use kvlane::{
-    AttentionState, DType, Destination, KvWrite, Op, Pairing, Positions, Prefetch, Rope, RopeFrequencies, RopeScaling,
-    Runner, alibi_slopes, kv_write, merge_states, repeat_kv, rope,
+    AttentionState, DType, Destination, KeyOrder, KvWrite, Op, Pairing, Positions, Prefetch, Rope, RopeFrequencies,
+    RopeScaling, Runner, alibi_slopes, kv_write, merge_states, repeat_kv, rope,
 };
 
 tests! {
@@ -403,9 +403,9 @@ fn tunings(level: &Level) {
             let case = Case::new(&mut rng, shape, dtype).with(|o| o.causal = true);
             let usual = case.run(&level.context).all_bits();
             for block in Prefetch::ALL {
-                let run = rng.pick(&Prefetch::ALL);
                 let distance = rng.pick(&[0, 1, 64, 5000, 1 << 20, usize::MAX]);
-                let tuning = level.context.tuning().block(block).run(run).run_distance(distance);
+                let (run, order) = (rng.pick(&Prefetch::ALL), rng.pick(&KeyOrder::ALL));
+                let tuning = level.context.tuning().block(block).block_order(order).run(run).run_distance(distance);
                 let outcome = case.run(&level.context.clone().tuned(tuning));
                 level.checked(Op::Attention, dtype, dtype);
                 assert!(outcome.all_bits() == usual, "{dtype} {shape:?} {tuning:?}");

@@ -6,8 +6,9 @@ use clap::Args;
 
 use super::model::{context, note_threads};
 use super::output::{note, print, progress_bar};
-use super::values::{self, isa_parser};
+use super::values::{self, isa_parser, pages_parser};
 use crate::Isa;
+use crate::bench::Pages;
 use crate::bench::compare::compare;
 use crate::bench::report::Report;
 use crate::bench::roofline;
@@ -16,10 +17,11 @@ use crate::driver::error::{Error, Result};
 
 /// Measure every kernel against what this machine can do.
 ///
-/// Measures the limits first: bandwidth of reading and copying by working-set size, multiply-adds, exponentials. Then
-/// measures every kernel of every level on the shapes of real models, each between two measurements of its own limit.
-/// The table shows the share of the limit that each kernel reached. A share above 100 % means that the machine was
-/// busier while the limit was measured.
+/// Measures the limits first: bandwidth of reading and copying by working-set size, with one to eight streams, with and
+/// without prefetches, on small and on huge pages; multiply-adds, products of bf16 and of integers, exponentials. Then
+/// measures every kernel of every level on the shapes of real models, each between two measurements of its own limits.
+/// The table shows the shares of the limits of memory and of arithmetic that each kernel reached, and which of the two
+/// binds. A share above 100 % means that the machine was busier while the limit was measured.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   kvlane bench --quick
@@ -39,6 +41,9 @@ pub(super) struct Bench {
     /// Only cases whose `<kernel>/<shape>` contains this
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
+    /// The pages of all buffers. Default: huge where the system has them. Limits of reading are measured on both
+    #[arg(long, value_name = "KIND", value_parser = pages_parser())]
+    pages: Option<Pages>,
     /// Write the report as JSON to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -47,7 +52,7 @@ pub(super) struct Bench {
     svg: Option<PathBuf>,
     /// Compare two reports, and measure nothing
     #[arg(long, num_args = 2, value_names = ["A.json", "B.json"],
-        conflicts_with_all = ["quick", "threads", "isa", "filter", "json", "svg"])]
+        conflicts_with_all = ["quick", "threads", "isa", "filter", "pages", "json", "svg"])]
     compare: Vec<PathBuf>,
 }
 
@@ -67,6 +72,7 @@ pub(super) fn bench(args: &Bench) -> Result<()> {
         threads: args.threads.clone(),
         levels: args.isa.clone(),
         filter: args.filter.clone(),
+        pages: args.pages,
     };
     let bar = progress_bar("", 0, "{bar:24} {pos}/{len}, {eta} left  {wide_msg}");
     let report = run(&options, &mut |Progress { done, total, now }| {

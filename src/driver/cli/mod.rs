@@ -16,6 +16,7 @@ mod model;
 mod output;
 mod serve;
 mod text;
+mod tune;
 mod values;
 
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ use self::generate::{Generate, generate};
 use self::info::{Info, info};
 use self::inspect::{Inspect, inspect};
 use self::output::note;
+use self::tune::{Tune, tune_cpu};
 use super::error::{Error, ErrorKind};
 
 /// Attention over a key/value cache for CPUs, shown on small language models.
@@ -52,6 +54,7 @@ enum Command {
     CacheCost(CacheCost),
     #[command(allow_negative_numbers = true)]
     Bench(Bench),
+    Tune(Tune),
 }
 
 /// Parses the arguments, runs the command, and reports an error.
@@ -64,6 +67,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect(&args).map(done),
         Command::CacheCost(args) => cache_cost(&args).map(done),
         Command::Bench(args) => bench(&args).map(done),
+        Command::Tune(args) => tune_cpu(&args).map(done),
     };
     match result {
         Ok(code) => code,

@@ -2,6 +2,7 @@
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
+use crate::bench::Pages;
 use crate::driver::MOST_THREADS;
 use crate::{CacheFormat, Isa, Mesh};
 
@@ -19,6 +20,12 @@ pub(super) fn isa_parser() -> impl TypedValueParser<Value = Isa> {
         }
         let has: Vec<&str> = Isa::ALL.into_iter().filter(|l| l.is_available()).map(Isa::name).collect();
         Err(format!("this CPU cannot run it; it has {}", has.join(", ")))
+    })
+}
+
+pub(super) fn pages_parser() -> impl TypedValueParser<Value = Pages> {
+    PossibleValuesParser::new(Pages::ALL.map(Pages::name)).try_map(|s| {
+        Pages::ALL.into_iter().find(|pages| pages.name() == s).ok_or_else(|| format!("no pages are called {s}"))
     })
 }
 

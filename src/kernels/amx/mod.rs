@@ -4,6 +4,8 @@
 //! other operations, and all instructions of these kernels that are not tile products, are AVX-512's.
 
 mod attention;
+#[cfg(feature = "bench")]
+pub(crate) mod peak;
 mod tiles;
 
 use super::partial::partial_kernel_table;

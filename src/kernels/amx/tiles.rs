@@ -157,6 +157,37 @@ impl Tiles {
     }
 }
 
+#[cfg(feature = "bench")]
+impl Tiles {
+    /// Four products of bf16, without loads.
+    ///
+    /// # Safety
+    /// The level is available.
+    #[inline(always)]
+    pub unsafe fn bf16_in_registers(&self) {
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            asm!("tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, options(nomem, nostack, preserves_flags));
+        }
+    }
+
+    /// Four products of 8-bit integers, without loads.
+    ///
+    /// # Safety
+    /// The CPU has tiles with products of 8-bit integers.
+    #[inline(always)]
+    pub unsafe fn int8_in_registers(&self) {
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            asm!("tdpbssd tmm0, tmm4, tmm6", "tdpbssd tmm1, tmm4, tmm7",
+                "tdpbssd tmm2, tmm5, tmm6", "tdpbssd tmm3, tmm5, tmm7",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, options(nomem, nostack, preserves_flags));
+        }
+    }
+}
+
 impl Drop for Tiles {
     #[inline(always)]
     fn drop(&mut self) {

@@ -52,7 +52,8 @@ pub(super) unsafe fn block<S: Simd>(
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
         if ahead.whole {
-            (pieces.keys.scores)(&DirectScores { block, k, keys: block.key_range, spread: true, ahead: ahead.of_k(0) });
+            let (spread, ahead) = (ahead.spread, ahead.of_k(0));
+            (pieces.keys.scores)(&DirectScores { block, k, keys: block.key_range, spread, ahead });
         } else {
             for (index, keys) in block.subblocks() {
                 (pieces.keys.scores)(&DirectScores { block, k, keys, spread: false, ahead: ahead.of_k(index) });

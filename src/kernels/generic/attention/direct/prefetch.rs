@@ -4,7 +4,7 @@ use crate::kernels::generic::attention::key_pointers::SUBBLOCKS;
 use crate::kernels::generic::attention::{Block, KeyPointers, SUBBLOCK};
 use crate::kernels::simd::{LINE, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
-use crate::tuning::{Prefetch, Tuning};
+use crate::tuning::{KeyOrder, Prefetch, Tuning};
 
 /// Prefetch distances: from a subblock to the one that is read some subblocks later, in the order K of the block, V of the block, K of
 /// the next block.
@@ -13,9 +13,11 @@ pub struct PrefetchDistances<'a> {
     pub v: KeyPointers<'a, u8>,
     pub key_range: KeyRange,
     pub by: usize,
-    /// The block is whole and of one KV head. It is then prefetched a whole block ahead, keys in several streams that are a page or more
-    /// apart, because one stream does not reach the bandwidth of memory.
+    /// The block is whole and of one KV head. It is then prefetched a whole block ahead.
     pub whole: bool,
+    /// Its keys are read in several streams that are a page or more apart, because on some CPUs one stream does not reach the
+    /// bandwidth of memory.
+    pub spread: bool,
     kind: Prefetch,
 }
 
@@ -26,7 +28,8 @@ impl<'a> PrefetchDistances<'a> {
         let whole = block.tile.kv_heads == 1 && block.key_range.len() == BLOCK;
         let by = if whole { SUBBLOCKS } else { tuning.run_distance.div_ceil(piece).clamp(1, SUBBLOCKS) };
         let kind = if whole { tuning.block } else { tuning.run };
-        Self { k, v, key_range: block.key_range, by, whole, kind }
+        let spread = tuning.block_order == KeyOrder::Spread;
+        Self { k, v, key_range: block.key_range, by, whole, spread, kind }
     }
 
     #[inline(always)]
@@ -37,7 +40,7 @@ impl<'a> PrefetchDistances<'a> {
         } else {
             self.v.subblock(self.key_range, target - SUBBLOCKS)
         };
-        Ahead { distance: distance(self.k.subblock(self.key_range, index), to), kind: self.kind }
+        self.ahead(self.k.subblock(self.key_range, index), to)
     }
 
     #[inline(always)]
@@ -48,7 +51,15 @@ impl<'a> PrefetchDistances<'a> {
         } else {
             self.k.subblock(self.key_range, target)
         };
-        Ahead { distance: distance(self.v.subblock(self.key_range, index), to), kind: self.kind }
+        self.ahead(self.v.subblock(self.key_range, index), to)
+    }
+
+    #[inline(always)]
+    fn ahead(&self, from: *const u8, to: *const u8) -> Ahead {
+        match self.kind {
+            Prefetch::Off => Ahead::NONE,
+            kind => Ahead { distance: distance(from, to), kind },
+        }
     }
 }
 
@@ -72,7 +83,7 @@ pub struct Ahead {
 
 impl Ahead {
     /// Prefetches nothing.
-    pub const NONE: Self = Self { distance: 0, kind: Prefetch::FirstLevel };
+    pub const NONE: Self = Self { distance: 0, kind: Prefetch::Off };
 
     /// Prefetches for a pair of vectors at `p`.
     #[inline(always)]
@@ -81,6 +92,7 @@ impl Ahead {
         for line in (0..2 * S::LANES * size_of::<T>()).step_by(LINE) {
             let next = p.wrapping_offset(self.distance).wrapping_add(line);
             match self.kind {
+                Prefetch::Off => {}
                 Prefetch::FirstLevel => s.prefetch(next),
                 Prefetch::SecondLevel => s.prefetch_far(next),
                 Prefetch::BothLevels | Prefetch::BothLevelsInPairs => {

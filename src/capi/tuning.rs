@@ -1,0 +1,135 @@
+//! The tuning of a context.
+
+use super::arguments::enumeration;
+use super::context::{borrow, kvl_context};
+use super::guard::guard;
+use super::sized::{assert_layout, read_sized, sized, write_sized};
+use super::status::kvl_status;
+use crate::error::{Result, ensure};
+use crate::tuning::{KeyOrder, Prefetch, Tuning};
+
+/// Into which cache of the CPU lines are prefetched.
+pub type kvl_prefetch = i32;
+/// As the library does it on this CPU.
+pub const KVL_PREFETCH_DEFAULT: i32 = 0;
+/// Nothing is prefetched.
+pub const KVL_PREFETCH_OFF: i32 = 1;
+/// Into the first-level cache.
+pub const KVL_PREFETCH_FIRST_LEVEL: i32 = 2;
+/// Into the second-level cache.
+pub const KVL_PREFETCH_SECOND_LEVEL: i32 = 3;
+/// Into the second-level cache, and those 512 bytes ahead into the first-level cache.
+pub const KVL_PREFETCH_BOTH_LEVELS: i32 = 4;
+/// As `KVL_PREFETCH_BOTH_LEVELS`, with one prefetch for two lines into the second-level cache.
+pub const KVL_PREFETCH_BOTH_LEVELS_IN_PAIRS: i32 = 5;
+
+/// The order in which a loop reads the keys of a block.
+pub type kvl_key_order = i32;
+/// As the library does it on this CPU.
+pub const KVL_KEY_ORDER_DEFAULT: i32 = 0;
+/// Keys that are multiplied side by side are neighbours.
+pub const KVL_KEY_ORDER_SEQUENTIAL: i32 = 1;
+/// Keys that are multiplied side by side are as far apart as the block allows.
+pub const KVL_KEY_ORDER_SPREAD: i32 = 2;
+
+/// How attention of few query rows prefetches keys and values, and in which order it reads keys. It changes the time of a call,
+/// and no bit of its result. `kvlane tune` measures which is best. Start from `KVL_TUNING_INIT`; zero means the library's choice for this
+/// CPU. The levels of matrix products prefetch in ways of their own.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct kvl_tuning {
+    /// `sizeof(kvl_tuning)`.
+    pub struct_size: usize,
+    /// Prefetches where the keys of one KV head are read, a block of 64 at a time: the next block is prefetched. Prompts prefetch
+    /// two lines at a time if this is `KVL_PREFETCH_BOTH_LEVELS_IN_PAIRS`.
+    pub block: kvl_prefetch,
+    /// The order in which the keys of such a block are read.
+    pub block_order: kvl_key_order,
+    /// Prefetches where the heads of a token are read together, in the order of memory.
+    pub run: kvl_prefetch,
+    /// Must be 0.
+    pub reserved: i32,
+    /// Bytes from what is read to what `run` prefetches, at most a block of 64 keys.
+    pub run_distance: usize,
+}
+
+sized!(kvl_tuning);
+assert_layout!(
+    kvl_tuning, 32,
+    struct_size: 0, block: 8, block_order: 12, run: 16, reserved: 20, run_distance: 24,
+);
+
+/// Writes the tuning of a context to `*tuning`: that of this CPU, or what `kvl_context_set_tuning` has set. No field but the reserved one is zero.
+///
+/// Thread safety: may be called from any number of threads at once.
+/// Bad input: null and an unknown `tuning->struct_size` are errors, and `*tuning` is not changed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_context_tuning(context: *const kvl_context, tuning: *mut kvl_tuning) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let own = unsafe { borrow(context) }?.tuning();
+        // SAFETY: the caller's promise.
+        let size = unsafe { read_sized(tuning.cast_const()) }?.struct_size;
+        let filled = kvl_tuning {
+            struct_size: size,
+            block: own.block as i32 + 1,
+            block_order: own.block_order as i32 + 1,
+            run: own.run as i32 + 1,
+            reserved: 0,
+            run_distance: own.run_distance,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { write_sized(tuning, filled) };
+        Ok(())
+    })
+}
+
+/// Sets the tuning of a context, for the calls that begin afterwards.
+///
+/// Thread safety: no other call may use the context at the same time.
+/// Bad input: null, an unknown `tuning->struct_size`, a number that is no value of its enumeration, and a reserved field that is
+/// not 0 are errors, and the context is not changed. Any distance is valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvl_context_set_tuning(context: *mut kvl_context, tuning: *const kvl_tuning) -> kvl_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let own = unsafe { borrow(context) }?;
+        // SAFETY: the caller's promise.
+        let wanted = unsafe { read_sized(tuning) }?;
+        ensure!(wanted.reserved == 0, InvalidValue, "kvl_tuning.reserved is {}, but it must be 0", wanted.reserved);
+        let mut tuning = Tuning::of_this_cpu(own.isa());
+        let prefetch = |name: &str, value, usual| choice("kvl_prefetch", name, value, &Prefetch::ALL, usual);
+        tuning.block = prefetch("block", wanted.block, tuning.block)?;
+        tuning.run = prefetch("run", wanted.run, tuning.run)?;
+        tuning.block_order =
+            choice("kvl_key_order", "block_order", wanted.block_order, &KeyOrder::ALL, tuning.block_order)?;
+        if wanted.run_distance != 0 {
+            tuning.run_distance = wanted.run_distance;
+        }
+        let tuned = own.clone().tuned(tuning);
+        // SAFETY: a context, which no other call uses by the caller's promise; the borrow above has ended.
+        unsafe { (*context).context = tuned };
+        Ok(())
+    })
+}
+
+/// Entry `value - 1` of a list, or `usual` for 0.
+fn choice<T: Copy>(of: &str, name: &str, value: i32, all: &[T], usual: T) -> Result<T> {
+    enumeration(of, name, value, |value| match value {
+        0 => Some(usual),
+        value => all.get(value as usize - 1).copied(),
+    })
+}
+
+// The values are pinned twice, here and in the enumerations; they cannot drift apart.
+const _: () = {
+    // What `choice` takes for the library's own.
+    assert!(KVL_PREFETCH_DEFAULT == 0 && KVL_KEY_ORDER_DEFAULT == 0);
+    assert!(KVL_PREFETCH_OFF == Prefetch::Off as i32 + 1);
+    assert!(KVL_PREFETCH_FIRST_LEVEL == Prefetch::FirstLevel as i32 + 1);
+    assert!(KVL_PREFETCH_SECOND_LEVEL == Prefetch::SecondLevel as i32 + 1);
+    assert!(KVL_PREFETCH_BOTH_LEVELS == Prefetch::BothLevels as i32 + 1);
+    assert!(KVL_PREFETCH_BOTH_LEVELS_IN_PAIRS == Prefetch::BothLevelsInPairs as i32 + 1 && Prefetch::ALL.len() == 5);
+    assert!(KVL_KEY_ORDER_SEQUENTIAL == KeyOrder::Sequential as i32 + 1);
+    assert!(KVL_KEY_ORDER_SPREAD == KeyOrder::Spread as i32 + 1 && KeyOrder::ALL.len() == 2);
+};
