@@ -838,8 +838,8 @@ static void attention(void) {
     TRY(KVL_STATUS_SHAPE, "3 heads, which is no multiple of the 2");
     p.q.shape[3] = 7;
     TRY(KVL_STATUS_SHAPE, "dim");
-    p.q.shape[3] = p.k.shape[3] = 513;
-    TRY(KVL_STATUS_SHAPE, "512");
+    p.q.shape[3] = p.k.shape[3] = 1025;
+    TRY(KVL_STATUS_SHAPE, "1024");
     p.k.shape[0] = 1;
     TRY(KVL_STATUS_SHAPE, "batch");
     p.v.shape[1] = -5;

@@ -1802,7 +1802,7 @@ kvl_status kvl_repeat_kv(const struct kvl_context *context,
  *
  * Thread safety: may be called from any number of threads at once.
  * Bad input: null, an unknown `struct_size`, an axis that is negative or above 2^31 - 1, and a dim that is not 1 to
- * 512 are errors, and `*bytes` is not changed.
+ * 1024 are errors, and `*bytes` is not changed.
  */
 kvl_status kvl_attention_workspace_size(const struct kvl_attention_params *params,
                                         const struct kvl_parallel_runner *runner,
@@ -2292,7 +2292,7 @@ kvl_status kvl_attention_chunks(const struct kvl_context *context,
  *
  * Thread safety: may be called from any number of threads at once, with disjoint outputs.
  * Bad input: null, an unknown `struct_size`, no segment or more than 256, an axis that is negative or above 2^31 - 1,
- * a dim that is not 1 to 512, heads that are no multiple of `kv_heads`, and lengths that are no number of chunks are
+ * a dim that is not 1 to 1024, heads that are no multiple of `kv_heads`, and lengths that are no number of chunks are
  * errors, and `*bytes` is not changed.
  */
 kvl_status kvl_merge_chunks_workspace_size(const struct kvl_merge_chunks_params *params,

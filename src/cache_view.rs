@@ -211,6 +211,17 @@ macro_rules! described {
 }
 
 impl<'a> CacheView<'a> {
+    /// The elements `start .. start + len` of every head. In a format with scales they keep the scale of the whole head.
+    ///
+    /// So values that are a part of their keys, as in latent attention, become a view of the keys.
+    ///
+    /// # Errors
+    /// As [`batch`](Self::batch).
+    pub fn dim(self, start: usize, len: usize) -> Result<Self> {
+        let RawCacheView { units, scales } = self.raw;
+        Ok(Self { raw: RawCacheView { units: units.narrow(DIM, start, len)?, scales }, lifetime: PhantomData })
+    }
+
     /// A cache in [`CacheFormat::Int8`] whose units lie at the start of `units` in the order of their axes, with `scales`
     /// `[batch, seq, kv_heads, 1]` of f32 or f16.
     ///

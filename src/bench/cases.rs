@@ -1,7 +1,8 @@
 //! The cases of the bench: every kernel of the registry on shapes of real models, through the public API only.
 //!
 //! 32 query heads over 8 KV heads of 128 are a layer of Llama-3-8B, 32 over 32 one of Llama-2-7B, 9 over 3 of 64 one of
-//! SmolLM2-135M; head sizes 80, 96 and 256 are those of Phi-2, Phi-3-mini and Gemma.
+//! SmolLM2-135M; head sizes 80, 96 and 256 are those of Phi-2, Phi-3-mini and Gemma. 128 heads over keys of 576, whose first
+//! 512 elements are the values, are a layer of DeepSeek-V3, 16 of them one of DeepSeek-V2-Lite.
 
 use super::data::{Layout, Pages, Tensor};
 use super::limits::Kind;
@@ -46,22 +47,33 @@ struct AttentionShape {
     heads: usize,
     kv_heads: usize,
     dim: usize,
+    /// Elements of a value; fewer than those of a key if values are the first elements of their keys (latent attention).
+    v_dim: usize,
 }
 
 impl AttentionShape {
     const fn new(batch: usize, seq: usize, keys: usize, heads: usize, kv_heads: usize, dim: usize) -> Self {
-        Self { batch, seq, keys, heads, kv_heads, dim }
+        Self { batch, seq, keys, heads, kv_heads, dim, v_dim: dim }
+    }
+
+    const fn latent(seq: usize, keys: usize, heads: usize) -> Self {
+        Self { v_dim: 512, ..Self::new(1, seq, keys, heads, 1, 576) }
+    }
+
+    fn is_latent(&self) -> bool {
+        self.v_dim < self.dim
     }
 
     fn name(&self) -> String {
-        let Self { batch, seq, keys, heads, kv_heads, dim } = *self;
+        let Self { batch, seq, keys, heads, kv_heads, dim, .. } = *self;
         let rows = if batch == 1 { String::new() } else { format!("{batch}x") };
         let keys = match seq {
             1 => format!("decode {rows}{keys}"),
             _ if seq == keys => format!("prefill {rows}{keys}"),
             _ => format!("chunk {rows}{seq} on {keys}"),
         };
-        format!("{keys}, {heads}/{kv_heads}x{dim}")
+        let latent = if self.is_latent() { ", latent" } else { "" };
+        format!("{keys}, {heads}/{kv_heads}x{dim}{latent}")
     }
 
     /// Pairs of a query and a key that it sees, of one head: key j is visible to query i when j <= i + keys - seq.
@@ -71,6 +83,10 @@ impl AttentionShape {
 
     fn q(&self) -> [usize; 4] {
         [self.batch, self.seq, self.heads, self.dim]
+    }
+
+    fn out(&self) -> [usize; 4] {
+        [self.batch, self.seq, self.heads, self.v_dim]
     }
 
     fn kv(&self) -> [usize; 4] {
@@ -186,6 +202,13 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
             ] {
                 add(quick, false, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries, values: src });
             }
+            for (quick, shape) in [
+                (true, AttentionShape::latent(1, 4096, 16)),
+                (true, AttentionShape::latent(1, 4096, 128)),
+                (false, AttentionShape::latent(512, 512, 16)),
+            ] {
+                add(quick, false, shape.name(), Work::Attention { shape, layout: Layout::Bshd, queries, values: src });
+            }
             if queries != DType::F32 {
                 // A decoder that computes in f32 and stores in a narrow type.
                 for seq in [1, 2048] {
@@ -245,8 +268,9 @@ impl Case {
             }
             Work::Repeat { shape, heads } => elements(shape) * from + elements(shape) / shape[2] * heads * to,
             Work::Attention { shape, queries, values, .. } => {
-                let kv = cache_bytes(self.kernel.src, shape.kv()) + cache_bytes(values, shape.kv());
-                let rest = 2 * elements(shape.q()) * queries.size();
+                let v = if shape.is_latent() { 0 } else { cache_bytes(values, shape.kv()) };
+                let kv = cache_bytes(self.kernel.src, shape.kv()) + v;
+                let rest = (elements(shape.q()) + elements(shape.out())) * queries.size();
                 if shape.seq > 1 || shape.small() { kv + rest } else { kv }
             }
             Work::Merge { states, shape } => (states + 1) * elements(shape) * to,
@@ -264,7 +288,7 @@ impl Case {
             }
             Work::Norm { shape } => 4 * elements(shape),
             Work::Read { shape } => 2 * elements(shape),
-            Work::Attention { shape, .. } => 4 * shape.pairs() * shape.heads * shape.dim,
+            Work::Attention { shape, .. } => 2 * shape.pairs() * shape.heads * (shape.dim + shape.v_dim),
             Work::Merge { states, shape } => 2 * states * elements(shape),
         };
         count as f64
@@ -356,13 +380,13 @@ impl Case {
                 tensors.extend([source(shape)?, target([shape[0], shape[1], heads, shape[3]])?]);
             }
             Work::Attention { shape, layout, queries, values } => {
-                let (q, kv) = (shape.q(), shape.kv());
-                tensors.extend([
-                    Tensor::new(queries, q, Layout::Bshd, pages)?,
-                    Tensor::new(src, kv, layout, pages)?,
-                    Tensor::new(values, kv, layout, pages)?,
-                    Tensor::new(queries, q, Layout::Bshd, pages)?,
-                ]);
+                let kv = shape.kv();
+                tensors.push(Tensor::new(queries, shape.q(), Layout::Bshd, pages)?);
+                tensors.push(Tensor::new(src, kv, layout, pages)?);
+                if !shape.is_latent() {
+                    tensors.push(Tensor::new(values, kv, layout, pages)?);
+                }
+                tensors.push(Tensor::new(queries, shape.out(), Layout::Bshd, pages)?);
             }
             Work::Merge { states, shape } => {
                 lse = vec![0.0; elements(shape) / shape[3]];
@@ -460,8 +484,9 @@ impl Prepared {
                 kv_read(context, runner, KvRead::new(k_cache, v_cache, k.view_mut()?, v.view_mut()?, from))
             }
             (Work::Repeat { .. }, [src, dst], _) => repeat_kv(context, runner, src.view()?, dst.view_mut()?),
-            (Work::Attention { .. }, [q, k, v, out], _) => {
-                let tensors = AttentionTensors::new(q.view()?, k.cache()?, v.cache()?, out.view_mut()?);
+            (Work::Attention { shape, .. }, [q, k, v @ .., out], _) => {
+                let (k, v) = (k.cache()?, v.first().map(Tensor::cache).transpose()?);
+                let tensors = AttentionTensors::new(q.view()?, k, v.unwrap_or(k.dim(0, shape.v_dim)?), out.view_mut()?);
                 let options = AttentionOptions::new().causal(true).precision(*precision);
                 attention(context, runner, workspace, tensors, &options)
             }
@@ -524,6 +549,8 @@ mod tests {
         assert_eq!(prefill.bytes(), 2 * (2 * 5 * 2 * 8) * 2 + 2 * (2 * 3 * 4 * 8) * 4);
         let decode = case(AttentionShape::new(1, 1, 4096, 32, 8, 128), DType::F16);
         assert_eq!(decode.bytes(), 16 << 20);
+        let latent = case(AttentionShape::latent(1, 4096, 16), DType::F16);
+        assert_eq!((latent.bytes(), latent.flops()), (4096 * 576 * 2, (2 * 4096 * 16 * (576 + 512)) as f64));
         let mixed =
             case_of(CacheFormat::Int8, CacheFormat::Bf16, AttentionShape::new(1, 1, 4096, 32, 8, 128), DType::F32);
         assert_eq!(mixed.bytes(), (12 << 20) + 4096 * 8 * 4);

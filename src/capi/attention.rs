@@ -140,7 +140,7 @@ assert_layout!(
 ///
 /// Thread safety: may be called from any number of threads at once.
 /// Bad input: null, an unknown `struct_size`, an axis that is negative or above 2^31 - 1, and a dim that is not 1 to
-/// 512 are errors, and `*bytes` is not changed.
+/// 1024 are errors, and `*bytes` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_attention_workspace_size(
     params: *const kvl_attention_params,

@@ -165,7 +165,7 @@ pub unsafe extern "C" fn kvl_attention_chunks(
 ///
 /// Thread safety: may be called from any number of threads at once, with disjoint outputs.
 /// Bad input: null, an unknown `struct_size`, no segment or more than 256, an axis that is negative or above 2^31 - 1,
-/// a dim that is not 1 to 512, heads that are no multiple of `kv_heads`, and lengths that are no number of chunks are
+/// a dim that is not 1 to 1024, heads that are no multiple of `kv_heads`, and lengths that are no number of chunks are
 /// errors, and `*bytes` is not changed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_merge_chunks_workspace_size(

@@ -20,6 +20,9 @@ pub(crate) trait Simd: Copy {
     const TILE_VECTORS: usize;
     /// Dot products that are computed together: enough to keep the FMA ports busy, few enough for the registers.
     const PARALLEL_DOTS: usize;
+    /// Keys of so many elements are read from the cache on any number of query rows of a few tokens: the longer a key, the less the
+    /// sum over lanes counts, and what a packed copy costs is then more than what it saves.
+    const DIRECT_DIM: usize = usize::MAX;
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
     const DEINTERLEAVED_BF16: bool;
 

@@ -1,7 +1,7 @@
 //! The largest sizes.
 
 /// The largest head size of keys and of values in attention.
-pub const MAX_HEAD_DIM: usize = 512;
+pub const MAX_HEAD_DIM: usize = 1024;
 
 /// The largest `rotary_dim`, because cosines and sines of one token are on the stack.
 pub const MAX_ROTARY_DIM: usize = 4096;

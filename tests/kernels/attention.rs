@@ -25,7 +25,7 @@ pub fn head_size_list() -> Vec<usize> {
         sizes.extend([n - 3, n - 1, n, n + 1]);
     }
     sizes.retain(|&n| n <= 256);
-    sizes.extend([288, 320, 333, 511, 512]);
+    sizes.extend([288, 320, 333, 511, 512, 576, 1009, 1024]);
     sizes
 }
 
@@ -45,9 +45,18 @@ fn head_sizes(level: &Level) {
 fn value_sizes(level: &Level) {
     let mut rng = Rng::new(2);
     for dtype in kv_types() {
-        for (dim, v_dim) in
-            thin(vec![(192, 128), (1, 7), (7, 1), (64, 65), (80, 512), (512, 3), (576 / 2, 100), (33, 31)])
-        {
+        for (dim, v_dim) in thin(vec![
+            (192, 128),
+            (1, 7),
+            (7, 1),
+            (64, 65),
+            (80, 512),
+            (512, 3),
+            (576, 512),
+            (1000, 1),
+            (3, 1024),
+            (33, 31),
+        ]) {
             for tokens in [1, 5, 20] {
                 let shape = Shape { tokens, group: 2, keys: 130, dim, v_dim, ..Shape::default() };
                 let case = Case::new(&mut rng, shape, dtype).with(|o| o.causal = true);

@@ -86,9 +86,13 @@ fn attention_shapes() {
     attention_fails(|c| c.v = f32s([2, 10, 1, 6]), Shape, &["v has heads = 1", "k has 2"]);
     attention_fails(|c| c.q = f32s([2, 3, 5, 8]), Shape, &["q has 5 heads", "2 of k"]);
     attention_fails(|c| (c.k, c.v) = (f32s([2, 10, 0, 8]), f32s([2, 10, 0, 6])), Shape, &["q has 4 heads", "0 of k"]);
-    attention_fails(|c| (c.q, c.k) = (f32s([2, 3, 4, 513]), f32s([2, 10, 2, 513])), Shape, &["k has dim = 513", "512"]);
+    attention_fails(
+        |c| (c.q, c.k) = (f32s([2, 3, 4, 1025]), f32s([2, 10, 2, 1025])),
+        Shape,
+        &["k has dim = 1025", "1024"],
+    );
     attention_fails(|c| (c.q, c.k) = (f32s([2, 3, 4, 0]), f32s([2, 10, 2, 0])), Shape, &["k has dim = 0", "1"]);
-    attention_fails(|c| c.v = f32s([2, 10, 2, 600]), Shape, &["v has dim = 600", "512"]);
+    attention_fails(|c| c.v = f32s([2, 10, 2, 1100]), Shape, &["v has dim = 1100", "1024"]);
 
     // Output and LSE of the wrong shape.
     let (q, k, v) = (f32s([1, 2, 2, 8]), f32s([1, 5, 1, 8]), f32s([1, 5, 1, 6]));

@@ -74,9 +74,10 @@ const NOT_QUANTISED: [&str; 5] = [
 ];
 
 /// The tests that partial levels run, with exceptions; the others would test the levels below again.
-const PARTIAL: [&str; 7] =
-    ["attention::", "semantics::", "positions::", "invariance::", "layouts::", "properties::", "shard::"];
-const NOT_PARTIAL: [&str; 1] = ["invariance::memory_bound_operations"];
+const PARTIAL: [&str; 8] =
+    ["attention::", "semantics::", "positions::", "invariance::", "latent::", "layouts::", "properties::", "shard::"];
+const NOT_PARTIAL: [&str; 3] =
+    ["invariance::memory_bound_operations", "latent::int8_values_inside_keys", "latent::written_in_parts"];
 
 static COUNTS: Mutex<BTreeMap<&'static str, usize>> = Mutex::new(BTreeMap::new());
 

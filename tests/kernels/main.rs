@@ -13,6 +13,7 @@ mod errors;
 mod harness;
 mod int8;
 mod invariance;
+mod latent;
 mod layouts;
 mod merge;
 mod norm;
@@ -40,6 +41,7 @@ fn main() -> std::process::ExitCode {
         int8::TESTS,
         invariance::TESTS,
         layouts::TESTS,
+        latent::TESTS,
         errors::TESTS,
         properties::TESTS,
         cache::TESTS,

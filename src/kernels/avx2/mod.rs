@@ -77,6 +77,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const TILE_VECTORS: usize = 2;
     const PARALLEL_DOTS: usize = 8;
+    const DIRECT_DIM: usize = 512;
     const DEINTERLEAVED_BF16: bool = true;
 
     level_features!(Avx2, outline! {});

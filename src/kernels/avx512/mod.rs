@@ -83,6 +83,7 @@ impl Simd for Avx512 {
     const LANES: usize = 16;
     const TILE_VECTORS: usize = 4;
     const PARALLEL_DOTS: usize = 16;
+    const DIRECT_DIM: usize = 512;
     const DEINTERLEAVED_BF16: bool = true;
 
     level_features!(Avx512, outline! {});

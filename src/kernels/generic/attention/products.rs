@@ -31,7 +31,7 @@ pub(crate) trait Products<S: Simd> {
     ///
     /// # Safety
     /// `scratch` is laid out for the tile's rows.
-    unsafe fn pack_queries(&self, s: S, tile: &Tile, scratch: &Scratch, d: usize);
+    unsafe fn pack_queries(&self, s: S, p: &Problem, tile: &Tile, scratch: &Scratch);
 
     /// One block of keys for all rows of the tile. `scratch.acc` and `scratch.sums` are 0 before the first block of a chunk.
     ///
@@ -47,15 +47,27 @@ pub(crate) trait Products<S: Simd> {
     unsafe fn end_chunk(&self, _s: S, _rows: &[RowState], _scratch: &Scratch) {}
 }
 
+/// Tokens of a tile up to which [`Simd::DIRECT_DIM`] counts: the direct path computes the keys of a block that any row sees for
+/// every row.
+const DIRECT_TOKENS: usize = 32;
+
+/// Whether the rows of a tile take the [`packed`] path.
+#[inline(always)]
+fn is_packed<S: Simd>(p: &Problem, tile: &Tile) -> bool {
+    let direct = p.q.shape[3] >= S::DIRECT_DIM && tile.head_rows <= DIRECT_TOKENS * p.group;
+    tile.head_rows >= PACK_ROWS && !direct
+}
+
 /// [`Products`] with the vector trait, by the [`direct`] or the [`packed`] path.
 pub(crate) struct VectorProducts<'a>(pub &'a Pieces);
 
 impl<S: Simd> Products<S> for VectorProducts<'_> {
     #[inline(always)]
-    unsafe fn pack_queries(&self, s: S, tile: &Tile, scratch: &Scratch, d: usize) {
-        if tile.head_rows >= PACK_ROWS {
-            // SAFETY: the caller's.
-            unsafe { s.outline(packed::PackQueries { q: scratch.q, rows: tile.rows(), d }) };
+    unsafe fn pack_queries(&self, s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
+        if is_packed::<S>(p, tile) {
+            let (q, copy) = (scratch.q, scratch.kt);
+            // SAFETY: the caller's; no block is packed yet, and the memory of a block of keys is more than that of a register tile.
+            unsafe { s.outline(packed::PackQueries { q, rows: tile.rows(), d: p.q.shape[3], copy }) };
         }
     }
 
@@ -70,7 +82,7 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
     ) {
         // SAFETY: the caller's.
         unsafe {
-            if block.tile.head_rows >= PACK_ROWS {
+            if is_packed::<S>(block.p, block.tile) {
                 packed::block(s, self.0, block, rows, k, v.rows());
             } else {
                 direct::block(s, self.0, block, rows, k, v.rows());

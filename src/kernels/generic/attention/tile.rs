@@ -76,7 +76,7 @@ pub(crate) unsafe fn tile<S: Simd>(
         reach.inner_high = 0;
     }
     // SAFETY: the rows of Q have just been written.
-    unsafe { products.pack_queries(s, tile, scratch, d) };
+    unsafe { products.pack_queries(s, p, tile, scratch) };
 
     let output = |row: &RowState| {
         let (token, head) = (row.token as usize, row.head as usize);

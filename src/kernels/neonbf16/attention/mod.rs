@@ -222,9 +222,9 @@ struct MatrixProducts {
 
 impl Products<Neon> for MatrixProducts {
     #[inline(always)]
-    unsafe fn pack_queries(&self, s: Neon, tile: &Tile, scratch: &Scratch, d: usize) {
+    unsafe fn pack_queries(&self, s: Neon, p: &Problem, tile: &Tile, scratch: &Scratch) {
         // SAFETY: the caller's; the level is available.
-        unsafe { self.pack_rows(s, tile.rows(), scratch, d) }
+        unsafe { self.pack_rows(s, tile.rows(), scratch, p.q.shape[3]) }
     }
 
     #[inline(always)]

@@ -14,6 +14,10 @@
 //! bf16 takes one instruction (even and odd elements apart), f16 one, int8 two. While one subblock is computed, the subblocks
 //! after it are prefetched, across the seams between K and V and between blocks, where the hardware's prefetcher would have to
 //! start anew.
+//!
+//! Many rows of long keys ([`Simd::DIRECT_DIM`]), as in latent attention, take this path too and are bound by the FMA ports: keys of a
+//! block stay in the second-level cache while rows pass over them, four at a time. On Zen 4, 16 to 128 rows over keys of 576 and
+//! values of 512 run at 89 to 93 % of the FMA peak; the packed path reaches 64 to 86 %.
 
 mod prefetch;
 mod scores;

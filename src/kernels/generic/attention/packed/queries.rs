@@ -3,9 +3,6 @@
 use super::rows_at_once;
 use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
 use crate::problem::grid::padded;
-use crate::problem::limits::MAX_HEAD_DIM;
-use crate::problem::tile::TILE_ROWS;
-use std::mem::MaybeUninit;
 
 /// Reorders the rows of Q of every register tile, in place, to `[step][row]`, the order of [`Scores`](super::scores::Scores). Steps go
 /// through the lanes in the order of [`Simd::lane_order`], and for each lane through its element of every vector.
@@ -13,16 +10,16 @@ pub struct PackQueries {
     pub q: *mut f32,
     pub rows: usize,
     pub d: usize,
+    /// Memory for the rows of one register tile.
+    pub copy: *mut f32,
 }
 
 impl Outlined for PackQueries {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
-        let Self { q, rows, d } = self;
+        let Self { q, rows, d, copy } = self;
         let dp = padded(d);
         let steps = d.div_ceil(S::LANES);
-        let mut copy = [MaybeUninit::<f32>::uninit(); TILE_ROWS * MAX_HEAD_DIM];
-        let copy = copy.as_mut_ptr().cast::<f32>();
         let mut r = 0;
         while r < rows {
             let n = rows_at_once(rows - r);
