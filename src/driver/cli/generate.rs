@@ -360,7 +360,7 @@ fn kernel_names(decoder: &Decoder, formats: Formats) -> Vec<&'static str> {
 fn kernels_that_run(context: &Context, formats: Formats) -> Vec<KernelInfo> {
     let (f32, Formats { k, v }) = (CacheFormat::F32, formats);
     // Keys are rotated on their way into the cache; into a quantised one by two kernels.
-    let keys = if k.has_scales() { Op::KvWrite } else { Op::Rope };
+    let keys = if k.dtype().is_none() { Op::KvWrite } else { Op::Rope };
     let mut ran: Vec<KernelInfo> =
         [(Op::RopeAngles, f32, f32), (Op::Rope, f32, f32), (keys, f32, k), (Op::KvWrite, f32, v)]
             .into_iter()
