@@ -2,7 +2,7 @@
 
 use crate::abi::*;
 use crate::call::{Call, List, product};
-use crate::memory::Tensor;
+use crate::memory::{FP8, Tensor};
 use crate::places::*;
 use std::collections::BTreeSet;
 
@@ -77,7 +77,7 @@ impl Cache {
                 c.settle(&mut tensor);
                 c.settle_scales(&mut scales);
                 tensors.push(tensor);
-                tensors.extend(scales);
+                tensors.extend(scales.filter(|_| !FP8.contains(&format)));
                 (c.view(&tensor), scales)
             };
             let (k, k_scales) = view(c, dim);

@@ -306,6 +306,12 @@ pub(super) struct Figures<'a> {
 }
 
 impl Figures<'_> {
+    /// Bytes that a token costs in all layers.
+    fn token_bytes(&self) -> usize {
+        let c = self.decoder.config();
+        c.layers.len() * self.formats.token_bytes(c.kv_heads, c.head_dim)
+    }
+
     fn rates(&self) -> (Statistics, f64, f64) {
         let per_second = |n: usize, time: Duration| if time.is_zero() { 0.0 } else { n as f64 / time.as_secs_f64() };
         let s = self.scheduler.statistics();
@@ -321,6 +327,7 @@ impl Figures<'_> {
             "k_type": self.formats.k.name(),
             "v_type": self.formats.v.name(),
             "cache_bytes": self.scheduler.cache().bytes(),
+            "cache_bytes_per_token": self.token_bytes(),
             "evicted": statistics.evicted,
             "load_seconds": self.load.as_secs_f64(),
             "prefill_tokens": statistics.prompt_tokens,
@@ -339,10 +346,12 @@ impl Figures<'_> {
         let (statistics, prefill_rate, decode_rate) = self.rates();
         note(&format!("{}: loaded in {:.2} s; {ending}", self.name, self.load.as_secs_f64()));
         note(&format!(
-            "prefill {}, {prefill_rate:.1} tokens/s; decode {}, {decode_rate:.1} tokens/s; {}{remark}",
+            "prefill {}, {prefill_rate:.1} tokens/s; decode {}, {decode_rate:.1} tokens/s; {}; cache in {}, {} bytes per token{remark}",
             count_of(statistics.prompt_tokens, "token"),
             count_of(statistics.decode_tokens, "token"),
             count_of(self.decoder.threads().count(), "thread"),
+            self.formats,
+            self.token_bytes(),
         ));
     }
 

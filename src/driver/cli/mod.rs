@@ -12,6 +12,7 @@ mod inspect;
 mod interrupt;
 mod model;
 mod output;
+mod perplexity;
 mod serve;
 mod text;
 mod values;
@@ -27,6 +28,7 @@ use self::generate::{Generate, generate};
 use self::info::{Info, info};
 use self::inspect::{Inspect, inspect};
 use self::output::note;
+use self::perplexity::{Measure, measure};
 use super::error::ErrorKind;
 
 /// Attention over a key/value cache for CPUs, shown on small language models.
@@ -49,6 +51,8 @@ enum Command {
     #[command(allow_negative_numbers = true)]
     CacheCost(CacheCost),
     #[command(allow_negative_numbers = true)]
+    Perplexity(Measure),
+    #[command(allow_negative_numbers = true)]
     Bench(Bench),
 }
 
@@ -61,6 +65,7 @@ pub fn main() -> ExitCode {
         Command::Info(args) => info(&args).map(done),
         Command::Inspect(args) => inspect(&args).map(done),
         Command::CacheCost(args) => cache_cost(&args).map(done),
+        Command::Perplexity(args) => measure(&args).map(done),
         Command::Bench(args) => bench(&args).map(done),
     };
     match result {
