@@ -1202,6 +1202,8 @@ static void attention(void) {
         SCALES(KVL_STATUS_INVALID_VALUE, "k is int8, but has no scales");
         memset(&scales.v, 0, sizeof scales.v);
         SCALES(KVL_STATUS_INVALID_VALUE, "v is int8, but has no scales");
+        p.k.dtype = KVL_FORMAT_FP8_E4M3;
+        SCALES(KVL_STATUS_STRIDE, "the scales of k have the strides [10, 2, 1, 1], but fp8_e4m3 has one scale per head or per tensor");
         scales.k.dtype = KVL_DTYPE_BF16;
         SCALES(KVL_STATUS_DTYPE, "the scales of k are bf16, which is neither f32 nor f16");
         scales.v.dtype = KVL_FORMAT_INT8;

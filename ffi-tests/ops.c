@@ -1065,6 +1065,84 @@ static void int8_writes(const kvl_context *context) {
     }
 }
 
+/* A cache of eight-bit floats with static scales, which nothing writes. */
+static void fp8(const kvl_context *context) {
+    enum { SEQ = 3, KV = 2, CAPACITY = 8, D = 4, N = CAPACITY * KV * D };
+    static const float k[SEQ * KV * D] = {1, -1.0625f, 448, 1e6f, 0.5f, -1, 2, 3}, v[SEQ * KV * D] = {1, -1.25f, 61440, 0.1f};
+    static const int32_t zero = 0;
+    uint8_t k_units[N], v_units[N], moved[N];
+    float k_scales[KV] = {1, 0.5f}, one = 1, k_read[SEQ * KV * D], v_read[SEQ * KV * D], infinite = INFINITY;
+    int32_t lengths[1] = {SEQ}, other_lengths[1] = {0};
+    kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
+    kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
+    kvl_kv_read_params read = KVL_KV_READ_PARAMS_INIT;
+    kvl_cache cache = KVL_CACHE_INIT, other = KVL_CACHE_INIT;
+    kvl_kv_layer layer, other_layer;
+    int i;
+    memset(k_units, 7, sizeof k_units);
+    memset(v_units, 7, sizeof v_units);
+    /* One scale per head for the keys, none for the values. */
+    scales.k = kvl_make_view(k_scales, KVL_DTYPE_F32, 1, CAPACITY, KV, 1);
+    scales.k.bytes = sizeof k_scales;
+    write.k = kvl_make_const_view(k, KVL_DTYPE_F32, 1, SEQ, KV, D);
+    write.v = kvl_make_const_view(v, KVL_DTYPE_F32, 1, SEQ, KV, D);
+    write.k_cache = kvl_make_view(k_units, KVL_FORMAT_FP8_E4M3, 1, CAPACITY, KV, D);
+    write.v_cache = kvl_make_view(v_units, KVL_FORMAT_FP8_E5M2, 1, CAPACITY, KV, D);
+    write.positions = &zero;
+    write.scales = &scales;
+    scales.k.bytes = 0;
+    CHECK(kvl_kv_write(context, NULL, &write) == KVL_STATUS_STRIDE, "-");
+    CHECK(strstr(sentence(), "the scales of k_cache have the strides [16, 2, 1, 1], but fp8_e4m3 has one scale per head") != NULL, "%s",
+          sentence());
+    CHECK(k_units[0] == 7, "something was written");
+    scales.k.strides[0] = scales.k.strides[1] = 0;
+    scales.k.bytes = sizeof k_scales;
+    OK(kvl_kv_write(context, NULL, &write));
+    {
+        /* 1, -1.0625 (a tie, to even), 448 and what saturates; the second head in halves. */
+        static const uint8_t keys[8] = {0x38, 0xb8, 0x7e, 0x7e, 0x38, 0xc0, 0x48, 0x4c}, values[4] = {0x3c, 0xbd, 0x7b, 0x2e};
+        CHECK(memcmp(k_units, keys, sizeof keys) == 0, "%x %x %x", k_units[1], k_units[3], k_units[7]);
+        CHECK(memcmp(v_units, values, sizeof values) == 0, "%x %x %x", v_units[1], v_units[2], v_units[3]);
+        CHECK(k_units[SEQ * KV * D] == 7 && k_scales[0] == 1 && k_scales[1] == 0.5f, "more was written");
+    }
+    read.k_cache = kvl_as_const(write.k_cache);
+    read.v_cache = kvl_as_const(write.v_cache);
+    read.k = kvl_make_view(k_read, KVL_DTYPE_F32, 1, SEQ, KV, D);
+    read.v = kvl_make_view(v_read, KVL_DTYPE_F32, 1, SEQ, KV, D);
+    read.positions = &zero;
+    read.scales = &scales;
+    OK(kvl_kv_read(context, NULL, &read));
+    CHECK(k_read[1] == -1 && k_read[3] == 448 && k_read[5] == -1 && k_read[7] == 3, "%g %g", (double)k_read[5], (double)k_read[7]);
+    CHECK(v_read[1] == -1.25f && v_read[2] == 57344 && v_read[3] == 0.09375f, "%g", (double)v_read[3]);
+
+    /* Into a cache with another scale, where the numbers are rounded again; infinities saturate. */
+    layer.k = write.k_cache;
+    layer.v = write.v_cache;
+    layer.scales = &scales;
+    other_layer.k = kvl_make_view(moved, KVL_FORMAT_FP8_E4M3, 1, CAPACITY, KV, D);
+    other_layer.v = kvl_make_view(v_units, KVL_FORMAT_FP8_E5M2, 1, CAPACITY, KV, D);
+    other_layer.scales = NULL;
+    memset(&other_layer.v, 0, sizeof other_layer.v);
+    memset(&layer.v, 0, sizeof layer.v);
+    cache.layers = &layer;
+    other.layers = &other_layer;
+    cache.num_layers = other.num_layers = 1;
+    cache.lengths = lengths;
+    other.lengths = other_lengths;
+    OK(kvl_cache_insert_sequence(context, NULL, &other, 0, &cache, 0, SEQ));
+    for (i = 0; i < D; i++) CHECK(moved[i] == k_units[i], "%x, not %x", moved[i], k_units[i]);
+    CHECK(moved[D] == 0x30 && moved[D + 1] == 0xb8 && moved[D + 3] == 0x44, "%x %x", moved[D], moved[D + 3]);
+    write.k = kvl_make_const_view(&infinite, KVL_DTYPE_F32, 1, 1, 1, 1);
+    write.v = write.k;
+    write.k_cache = kvl_make_view(k_units, KVL_FORMAT_FP8_E4M3, 1, CAPACITY, 1, 1);
+    write.v_cache = kvl_make_view(v_units, KVL_FORMAT_FP8_E5M2, 1, CAPACITY, 1, 1);
+    /* One scale for both. */
+    scales.k = scales.v = kvl_make_view(&one, KVL_DTYPE_F32, 1, CAPACITY, 1, 1);
+    scales.k.strides[1] = scales.v.strides[1] = 0;
+    OK(kvl_kv_write(context, NULL, &write));
+    CHECK(k_units[0] == 0x7e && v_units[0] == 0x7b, "%x %x", k_units[0], v_units[0]);
+}
+
 int main(void) {
     kvl_isa isa;
     int levels = 0;
@@ -1097,6 +1175,7 @@ int main(void) {
         broadcast(context);
         int8(context);
         int8_writes(context);
+        fp8(context);
         merge(context);
         chunks(context);
         kvl_context_destroy(context);

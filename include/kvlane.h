@@ -181,6 +181,19 @@
 #define KVL_FORMAT_INT8 3
 
 /**
+ * A byte per element in the eight-bit float E4M3 without infinities (`e4m3fn`), times a static scale, f32 or f16, of its head or of
+ * the tensor: see `kvl_cache_scales`. Writes divide by the scale and round to nearest, ties to even. Numbers above 448 in magnitude,
+ * infinities included, become 448 with their sign, and NaN becomes 0x7f.
+ */
+#define KVL_FORMAT_FP8_E4M3 4
+
+/**
+ * The same in E5M2, the upper half of an f16, with numbers up to 57344. It has infinities, but writes make none: these become 57344
+ * too.
+ */
+#define KVL_FORMAT_FP8_E5M2 5
+
+/**
  * The best level that the machine offers.
  */
 #define KVL_ISA_BEST 0
@@ -876,6 +889,10 @@ typedef struct kvl_layout {
  * `KVL_FORMAT_INT8` has one scale per token and head, f32 or f16: a view [batch, seq, kv_heads, 1] whose first two axes are those
  * of the units (so that a layout applies to both), with strides of its own. Attention only reads scales; `kvl_kv_write` and the
  * functions that copy tokens write them too.
+ *
+ * `KVL_FORMAT_FP8_E4M3` and `KVL_FORMAT_FP8_E5M2` have static scales, which every function reads and none writes: a view of the same
+ * shape whose strides are 0 along the first two axes, and along kv_heads too where one scale serves the tensor. Absent, they are 1.
+ * Every call on the same units must be given the same scales. Views of a call may share them.
  */
 typedef struct kvl_cache_scales {
     /**
@@ -883,11 +900,11 @@ typedef struct kvl_cache_scales {
      */
     size_t struct_size;
     /**
-     * The scales of the keys; absent if their format has none.
+     * The scales of the keys; absent if their format has none, or static ones of 1.
      */
     struct kvl_view k;
     /**
-     * The scales of the values; absent if their format has none.
+     * The scales of the values; absent if their format has none, or static ones of 1.
      */
     struct kvl_view v;
 } kvl_cache_scales;

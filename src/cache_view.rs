@@ -1,6 +1,6 @@
 //! Views of caches: the keys, or the values, of a cache in any [`CacheFormat`].
 
-use crate::dtype::DType;
+use crate::dtype::{DType, Element};
 use crate::error::{Error, Result, ensure};
 use crate::format::CacheFormat;
 use crate::view::{
@@ -61,14 +61,15 @@ pub(crate) struct CacheExtent {
 
 /// Each of these is about units and scales alike, and hides the method of the same name that is about the units alone.
 impl RawCacheView {
-    /// Checks units and scales, and that the format has scales if and only if there are any; `name` is the argument's name.
+    /// Checks units and scales, and that there are the scales that the format has; `name` is the argument's name.
     pub fn validate(&self, name: &str) -> Result<CacheExtent> {
         self.check(name, RawView::validate, RawView::validate)
     }
 
-    /// As [`Self::validate`]; also checks that no unit and no scale shares memory with another one.
+    /// As [`Self::validate`]; also checks that no unit and no scale that is written shares memory with another one.
     pub fn validate_output(&self, name: &str) -> Result<CacheExtent> {
-        let extent = self.check(name, RawView::validate_output, RawView::validate_output)?;
+        let scales = if self.dtype.has_static_scales() { RawView::validate } else { RawView::validate_output };
+        let extent = self.check(name, RawView::validate_output, scales)?;
         if let Some(scales) = &self.scales {
             let shared = self.units.overlaps_within(extent.units, scales, extent.scales);
             ensure!(!shared, Overlap, "{name} and its scales share memory");
@@ -104,16 +105,29 @@ impl RawCacheView {
             || self.scales.is_some_and(|scales| scales.overlaps_within(own.scales, other, extent))
     }
 
-    /// As [`Self::overlaps_within`], for another cache.
+    /// As [`Self::overlaps_within`], for another cache. Both may have the same static scales, which nobody writes.
     pub fn overlaps_cache(&self, own: CacheExtent, other: &Self, extent: CacheExtent) -> bool {
+        let shared = self.dtype.has_static_scales() && other.dtype.has_static_scales();
         self.overlaps_within(own, &other.units, extent.units)
-            || other.scales.is_some_and(|scales| self.overlaps_within(own, &scales, extent.scales))
+            || other.scales.is_some_and(|scales| {
+                if shared {
+                    self.units.overlaps_within(own.units, &scales, extent.scales)
+                } else {
+                    self.overlaps_within(own, &scales, extent.scales)
+                }
+            })
+    }
+
+    /// The scales that are written with the units: one per token and head.
+    pub fn written_scales(&self) -> Option<&RawView> {
+        self.scales.as_ref().filter(|_| self.dtype.has_scales())
     }
 
     /// The indices `start .. start + len` of an axis, with their scales. The elements of a head share a scale and stay together.
     fn narrow(self, axis: usize, start: usize, len: usize) -> Result<Self> {
         let scales = match self.scales {
             None => None,
+            Some(scales) if axis == DIM && self.dtype.has_static_scales() => Some(scales),
             Some(scales) if axis != DIM => Some(scales.narrow(axis, start, len)?),
             Some(scales) => {
                 let (format, dim) = (self.units.dtype, self.units.shape[DIM]);
@@ -129,15 +143,15 @@ impl RawCacheView {
         Ok(Self { units: self.units.narrow(axis, start, len)?, scales })
     }
 
-    /// Checks that the format has scales if and only if there are any, and that they are one per token and head. `name` is the
-    /// argument's name.
+    /// Checks that there are the scales that the format has, and their shape. `name` is the argument's name.
     pub fn check_scales(&self, name: &str) -> Result<()> {
         let format = self.units.dtype;
         let Some(scales) = &self.scales else {
             ensure!(!format.has_scales(), InvalidValue, "{name} is {format}, but has no scales");
             return Ok(());
         };
-        ensure!(format.has_scales(), InvalidValue, "{name} is {format}, which has no scales, but scales are given");
+        let has_any = format.has_scales() || format.has_static_scales();
+        ensure!(has_any, InvalidValue, "{name} is {format}, which has no scales, but scales are given");
         let [batch, seq, heads, _] = self.units.shape;
         let want = [batch, seq, heads, 1];
         ensure!(
@@ -152,8 +166,37 @@ impl RawCacheView {
             "the scales of {name} are {}, which is neither f32 nor f16",
             scales.dtype
         );
+        let moves = |axis: usize| scales.shape[axis] > 1 && scales.strides[axis] != 0;
+        ensure!(
+            format.has_scales() || !moves(BATCH) && !moves(SEQ),
+            Stride,
+            "the scales of {name} have the strides {:?}, but {format} has one scale per head or per tensor: those of batch and seq \
+             must be 0",
+            scales.strides
+        );
         Ok(())
     }
+
+    /// The same units with static scales, one or one per head, that lie together.
+    fn with_static_scales(mut self, data: *const u8, dtype: DType, n: usize) -> Result<Self> {
+        let ([batch, seq, heads, _], format) = (self.units.shape, self.units.dtype);
+        ensure!(format.has_static_scales(), InvalidValue, "the cache is {format}, which has no static scales");
+        ensure!(
+            n == 1 || n == heads,
+            Shape,
+            "there are {n} static scales, but the cache has {heads} heads: give one scale, or one per head"
+        );
+        let (shape, strides) = ([batch, seq, heads, 1], [0, 0, i64::from(n > 1), 0]);
+        self.scales = Some(RawView { data: data.cast_mut(), dtype, shape, strides, bytes: None });
+        self.check("the cache", RawView::validate, RawView::validate)?;
+        Ok(self)
+    }
+}
+
+/// Fails unless a format is one of the eight-bit floats.
+fn fp8(format: CacheFormat) -> Result<CacheFormat> {
+    ensure!(format.has_static_scales(), InvalidValue, "the format is {format}, which is no fp8 format");
+    Ok(format)
 }
 
 macro_rules! described {
@@ -171,6 +214,21 @@ macro_rules! described {
         /// The format of the units.
         pub fn format(&self) -> CacheFormat {
             self.raw.units.dtype
+        }
+
+        /// The same cache with static scales of f32 or f16: one, or one per head. Without them, the static scales of a format that
+        /// [has them](CacheFormat::has_static_scales) are 1.
+        ///
+        /// Scales should be positive, finite, and such that elements divided by them use the range of the units. Every operation
+        /// on the units must be given the same scales.
+        ///
+        /// # Errors
+        /// [`Status::InvalidValue`](crate::Status::InvalidValue): the format has no static scales.
+        /// [`Status::Shape`](crate::Status::Shape): there are neither one scale nor one per head.
+        /// [`Status::DType`](crate::Status::DType): they are bf16.
+        pub fn static_scales<T: Element>(self, scales: &'a [T]) -> Result<Self> {
+            let raw = self.raw.with_static_scales(scales.as_ptr().cast(), T::DTYPE, scales.len())?;
+            Ok(Self { raw, lifetime: PhantomData })
         }
 
         /// The sequences (or pages) `start .. start + len`, with their scales.
@@ -249,6 +307,31 @@ impl<'a> CacheView<'a> {
         Ok(Self { raw, lifetime: PhantomData })
     }
 
+    /// A cache in [`CacheFormat::Fp8E4m3`] or [`CacheFormat::Fp8E5m2`] whose units lie at the start of `units` in the order of
+    /// their axes, with scales of 1; see [`static_scales`](Self::static_scales).
+    ///
+    /// # Errors
+    /// `units` is too short for `shape`; the format is another one.
+    pub fn fp8(units: &'a [u8], format: CacheFormat, shape: [usize; 4]) -> Result<Self> {
+        Self::fp8_strided(units, format, 0, shape, contiguous(shape))
+    }
+
+    /// As [`Self::fp8`], of which unit `[0, 0, 0, 0]` is `units[offset]`; strides are in units and may be negative or 0.
+    ///
+    /// # Errors
+    /// As [`Self::fp8`]; shape and strides reach outside of `units`.
+    pub fn fp8_strided(
+        units: &'a [u8],
+        format: CacheFormat,
+        offset: usize,
+        shape: [usize; 4],
+        strides: [i64; 4],
+    ) -> Result<Self> {
+        let buffer = Buffer::of_elements(units.as_ptr().cast_mut(), units.len());
+        let units = buffer.view(fp8(format)?, offset, shape, strides)?;
+        Ok(Self { raw: RawCacheView { units, scales: None }, lifetime: PhantomData })
+    }
+
     /// A cache in any format whose unit `[0, 0, 0, 0]` lies at `data`; strides are in units and may be negative or 0.
     ///
     /// # Errors
@@ -297,6 +380,32 @@ impl<'a> CacheViewMut<'a> {
         let buffer = Buffer::of_elements(units.as_mut_ptr(), units.len());
         let units = buffer.view(CacheFormat::Int8, offset, shape, strides)?;
         let raw = RawCacheView { units, scales: Some(scales.raw) };
+        raw.validate_output("the cache")?;
+        Ok(Self { raw, lifetime: PhantomData })
+    }
+
+    /// A cache in [`CacheFormat::Fp8E4m3`] or [`CacheFormat::Fp8E5m2`] whose units lie at the start of `units` in the order of
+    /// their axes, with scales of 1; see [`static_scales`](Self::static_scales).
+    ///
+    /// # Errors
+    /// `units` is too short for `shape`; the format is another one.
+    pub fn fp8(units: &'a mut [u8], format: CacheFormat, shape: [usize; 4]) -> Result<Self> {
+        Self::fp8_strided(units, format, 0, shape, contiguous(shape))
+    }
+
+    /// As [`Self::fp8`], of which unit `[0, 0, 0, 0]` is `units[offset]`; no two units may share memory.
+    ///
+    /// # Errors
+    /// As [`Self::fp8`]; shape and strides reach outside of `units`, or units share memory.
+    pub fn fp8_strided(
+        units: &'a mut [u8],
+        format: CacheFormat,
+        offset: usize,
+        shape: [usize; 4],
+        strides: [i64; 4],
+    ) -> Result<Self> {
+        let buffer = Buffer::of_elements(units.as_mut_ptr(), units.len());
+        let raw = RawCacheView { units: buffer.view(fp8(format)?, offset, shape, strides)?, scales: None };
         raw.validate_output("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }

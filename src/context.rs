@@ -255,14 +255,14 @@ impl Context {
         }
     }
 
-    /// From elements to int8 units and scales.
-    pub(crate) fn quantize(&self, src: DType) -> ScaledFn {
-        self.scaled(Op::KvWrite, src.into(), CacheFormat::Int8)
+    /// From elements to quantised units and, where the format has them, scales.
+    pub(crate) fn quantize(&self, src: DType, dst: CacheFormat) -> ScaledFn {
+        self.scaled(Op::KvWrite, src.into(), dst)
     }
 
-    /// From int8 units and scales to elements.
-    pub(crate) fn dequantize(&self, dst: DType) -> ScaledFn {
-        self.scaled(Op::KvRead, CacheFormat::Int8, dst.into())
+    /// From quantised units and scales to elements.
+    pub(crate) fn dequantize(&self, src: CacheFormat, dst: DType) -> ScaledFn {
+        self.scaled(Op::KvRead, src, dst.into())
     }
 
     fn scaled(&self, op: Op, src: CacheFormat, dst: CacheFormat) -> ScaledFn {

@@ -22,19 +22,27 @@ pub enum CacheFormat {
     /// Signed bytes from -127 to 127, and one scale per token and head, f32 or f16, in a tensor of its own: an element is its
     /// byte times the scale of its token and head.
     Int8 = 3,
+    /// A byte per element in the eight-bit float E4M3 of the Open Compute Project (`e4m3fn`: no infinities), up to 448, times a
+    /// static scale: one per head or per tensor, which writes read.
+    Fp8E4m3 = 4,
+    /// A byte per element in the eight-bit float E5M2, the upper half of an f16, up to 57344, times a static scale as in
+    /// [`Self::Fp8E4m3`].
+    Fp8E5m2 = 5,
 }
 
 impl CacheFormat {
     /// Every format.
-    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Int8];
+    pub const ALL: [Self; 6] = [Self::F32, Self::F16, Self::Bf16, Self::Int8, Self::Fp8E4m3, Self::Fp8E5m2];
 
-    /// `"f32"`, `"f16"`, `"bf16"` or `"int8"`.
+    /// `"f32"`, `"f16"`, `"bf16"`, `"int8"`, `"fp8_e4m3"` or `"fp8_e5m2"`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
             Self::Int8 => "int8",
+            Self::Fp8E4m3 => "fp8_e4m3",
+            Self::Fp8E5m2 => "fp8_e5m2",
         }
     }
 
@@ -54,7 +62,7 @@ impl CacheFormat {
             Self::F32 => Some(DType::F32),
             Self::F16 => Some(DType::F16),
             Self::Bf16 => Some(DType::Bf16),
-            Self::Int8 => None,
+            Self::Int8 | Self::Fp8E4m3 | Self::Fp8E5m2 => None,
         }
     }
 
@@ -63,15 +71,24 @@ impl CacheFormat {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-            Self::Int8 => 1,
+            Self::Int8 | Self::Fp8E4m3 | Self::Fp8E5m2 => 1,
         }
     }
 
-    /// Whether there is a scale per token and head.
+    /// Whether there is a scale per token and head, which a write computes.
     pub const fn has_scales(self) -> bool {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => false,
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Fp8E4m3 | Self::Fp8E5m2 => false,
             Self::Int8 => true,
+        }
+    }
+
+    /// Whether there may be static scales, one per head or per tensor, which every operation reads and none writes. Without any,
+    /// they are 1.
+    pub const fn has_static_scales(self) -> bool {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Int8 => false,
+            Self::Fp8E4m3 | Self::Fp8E5m2 => true,
         }
     }
 

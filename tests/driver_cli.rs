@@ -75,6 +75,13 @@ fn keys_and_values_have_formats_of_their_own() {
     assert_eq!(int8["ids"], exact["ids"]);
     // A head of 32 elements: 128 bytes in f32, 32 and a scale of 4 in int8.
     assert_eq!(int8["cache_bytes"].as_u64().unwrap() * 128, exact["cache_bytes"].as_u64().unwrap() * 36);
+    assert_eq!(
+        (int8["cache_bytes_per_token"].as_u64(), exact["cache_bytes_per_token"].as_u64()),
+        (Some(576), Some(2048))
+    );
+    let fp8 = with(&["--k-type", "fp8_e4m3", "--v-type", "fp8_e5m2"]);
+    assert_eq!((fp8["cache_bytes_per_token"].as_u64(), fp8["ids"].as_array().unwrap().len()), (Some(512), 12));
+    assert_eq!(fp8["cache_bytes"].as_u64().unwrap() * 4, exact["cache_bytes"].as_u64().unwrap());
     let mixed = with(&["--kv-type", "bf16", "--k-type", "int8", "--isa", "scalar"]);
     assert_eq!((mixed["k_type"].as_str(), mixed["v_type"].as_str()), (Some("int8"), Some("bf16")));
     let ran: Vec<&str> = mixed["kernels"].as_array().unwrap().iter().map(|k| k.as_str().unwrap()).collect();
@@ -139,6 +146,59 @@ fn inspect_shows_the_shape() {
     let object = json(&["inspect", path]);
     assert_eq!((object["heads"].as_u64(), object["kv_heads"].as_u64()), (Some(6), Some(2)));
     assert_eq!(object["tensors"][0]["name"], "token_embd.weight");
+    // What a context takes, by the format of the cache: four layers of two heads of 32, keys and values.
+    let object = json(&["inspect", path, "--context", "1000"]);
+    for (format, head) in [("f32", 128), ("bf16", 64), ("int8", 36), ("fp8_e4m3", 32), ("fp8_e5m2", 32)] {
+        assert_eq!(object["cache_bytes_per_token"][format].as_u64(), Some(4 * 2 * 2 * head));
+        assert_eq!(object["cache_bytes"][format].as_u64(), Some(1000 * 4 * 2 * 2 * head));
+    }
+    let text = stdout(&["inspect", path, "--context", "1024"]);
+    assert!(
+        text.contains("bytes per token: 2048 in f32, 1024 in f16 or bf16, 576 in int8, 512 in fp8_e4m3 or"),
+        "{text}"
+    );
+    assert!(text.contains("1024 tokens: 2.0 MiB in f32, 1.0 MiB in f16 or bf16"), "{text}");
+}
+
+#[test]
+fn perplexity_measures_what_a_format_does() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/page.txt");
+    let with = |more: &[&str]| json(&[&["perplexity", page, "--context", "200"], more].concat());
+    let number = |object: &serde_json::Value, key: &str| object[key].as_f64().unwrap();
+    let exact = with(&["--baseline"]);
+    let (perplexity, base) = (number(&exact, "perplexity"), &exact["baseline"]);
+    assert!(exact["tokens"].as_u64().unwrap() > 1000 && perplexity > 20.0 && perplexity < 3000.0, "{exact}");
+    // A format compared with itself is itself.
+    assert_eq!((number(base, "perplexity"), base["type"].as_str()), (perplexity, Some("f32")));
+    assert_eq!((number(base, "largest_kl_divergence"), number(base, "same_choice")), (0.0, 1.0));
+    assert!(number(base, "least_cosine") > 1.0 - 1e-12);
+    let far = |format: &str| {
+        let found = with(&["--kv-type", format, "--baseline"]);
+        assert_eq!(number(&found["baseline"], "perplexity"), perplexity);
+        assert!((number(&found, "perplexity") / perplexity - 1.0).abs() < 0.2, "{found}");
+        number(&found["baseline"], "mean_kl_divergence")
+    };
+    // Fewer bits, a larger distance.
+    let distances = ["bf16", "int8", "fp8_e4m3", "fp8_e5m2"].map(far);
+    assert!(distances[0] > 0.0 && distances.is_sorted(), "{distances:?}");
+    // Values alone; another baseline; the text that a person reads.
+    let mixed = with(&["--kv-type", "bf16", "--v-type", "fp8_e4m3", "--baseline=bf16"]);
+    assert_eq!((mixed["k_type"].as_str(), mixed["v_type"].as_str()), (Some("bf16"), Some("fp8_e4m3")));
+    assert!(number(&mixed["baseline"], "mean_kl_divergence") > 0.0);
+    assert!(with(&["--threads", "1"]).get("baseline").is_none());
+    let text = stdout(&["perplexity", page, "--context", "200", "--kv-type", "int8", "--baseline"]);
+    assert!(text.starts_with("perplexity ") && text.contains("KL divergence") && text.contains(" in f32"), "{text}");
+    // What cannot be measured.
+    for (more, sentence) in [
+        (vec!["--context", "1"], "windows of 1 tokens"),
+        (vec!["--context", "100000"], "made for 512"),
+        (vec!["--baseline=int4"], "int4"),
+    ] {
+        let out = kvlane(&[&["perplexity", page], &more[..]].concat());
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert!(!out.status.success() && said.contains(sentence), "{more:?}: {said}");
+    }
+    assert_eq!(kvlane(&["perplexity", "no/such/file"]).status.code(), Some(1));
 }
 
 #[test]

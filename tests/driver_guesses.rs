@@ -154,7 +154,11 @@ fn a_node_is_its_path_alone() {
             worst = found.iter().zip(&logits).fold(worst, |w, (a, b)| w.max((a - b).abs()));
         }
         // A rounding may fall on the other side: of inputs of linear layers, and in the 16-bit and 8-bit formats of the cache.
-        let tolerance = if format == CacheFormat::F32 { 1e-3 } else { 0.2 };
+        let tolerance = match format {
+            CacheFormat::F32 => 1e-3,
+            CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => 1.0,
+            _ => 0.2,
+        };
         assert!(worst < tolerance, "{worst} {format}");
 
         let kept = [0, 3, 5].map(|node| base + node);

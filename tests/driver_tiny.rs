@@ -5,7 +5,7 @@ use kvlane::driver::argmax;
 use kvlane::driver::quant::dequantize;
 use kvlane::driver::{
     Cache, Decoder, Finish, Formats, Logits, ModelFile, Request, Scheduler, Scratch, Streaming, Stretch, Threads,
-    Tokenizer, embedded,
+    Tokenizer, embedded, perplexity,
 };
 use kvlane::{CacheFormat, DType, Isa, Pairing, RopeScaling, YarnScaling};
 use serde::Deserialize;
@@ -145,17 +145,24 @@ fn weights_take_the_memory_of_their_file() {
     assert!(memory >= size && 10 * memory <= 13 * size, "{memory} bytes for tensors of {size}");
 }
 
-/// Every pair of formats with int8 for keys or values.
+/// Every pair of formats with int8 for keys or values, and some with eight-bit floats.
 fn quantised() -> impl Iterator<Item = Formats> {
     let pairs = CacheFormat::ALL.into_iter().flat_map(|k| CacheFormat::ALL.map(|v| Formats { k, v }));
-    pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales())
+    let (e4m3, e5m2) = (CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2);
+    let floats = [(e4m3, e4m3), (e5m2, e5m2), (e4m3, CacheFormat::F32), (CacheFormat::Bf16, e5m2)];
+    pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales()).chain(floats.map(|(k, v)| Formats { k, v }))
 }
 
-/// An int8 cache changes logits a little, and changes no token whose lead over the next is larger.
+fn is_eight_bit_float(formats: Formats) -> bool {
+    formats.k.has_static_scales() || formats.v.has_static_scales()
+}
+
+/// A quantised cache changes logits a little, one of eight-bit floats more, and changes no token whose lead over the next is larger.
 #[test]
 fn quantised_caches_stay_close() {
     let (decoder, _) = load(None, 0);
-    let (mut worst, mut close, mut total) = (0.0f32, 0, 0);
+    // Without eight-bit floats, and with them.
+    let (mut worst, mut close, mut total) = ([0.0f32; 2], [0; 2], [0; 2]);
     for case in cases() {
         // Logits after every token of the reference text, so that tokens do not depend on earlier choices.
         let ids = [&case.prompt_ids[..], &case.greedy_ids].concat();
@@ -165,20 +172,22 @@ fn quantised_caches_stay_close() {
         };
         let exact = logits(CacheFormat::F32.into());
         for formats in quantised() {
-            let vocab = decoder.config().vocab;
+            let (vocab, kind) = (decoder.config().vocab, usize::from(is_eight_bit_float(formats)));
             for (exact, found) in exact.chunks(vocab).zip(logits(formats).chunks(vocab)) {
                 let off = exact.iter().zip(found).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
-                worst = worst.max(off);
+                worst[kind] = worst[kind].max(off);
                 let best = argmax(exact).unwrap() as usize;
                 let next = (0..vocab).filter(|&i| i != best).fold(f32::MIN, |m, i| m.max(exact[i]));
                 let same = argmax(found).unwrap() as usize == best;
                 assert!(same || exact[best] - next <= 2.0 * off, "{formats}");
-                (close, total) = (close + usize::from(same), total + 1);
+                (close[kind], total[kind]) = (close[kind] + usize::from(same), total[kind] + 1);
             }
         }
     }
-    eprintln!("largest difference of a logit: {worst:.2e}; {close} of {total} tokens are the same");
-    assert!(worst < 2.0 && close * 100 >= total * 50, "{worst} {close} of {total}");
+    eprintln!("largest difference of a logit: {worst:?}; {close:?} of {total:?} tokens are the same");
+    for (kind, most) in [(0, 2.0), (1, 6.0)] {
+        assert!(worst[kind] < most && close[kind] * 100 >= total[kind] * 50, "{worst:?} {close:?} of {total:?}");
+    }
 }
 
 /// A quantised cache holds the same bytes whether it was filled by one pass or token by token.
@@ -209,7 +218,7 @@ fn steps_do_not_depend_on_threads() {
         }
         last
     };
-    for formats in [CacheFormat::F16, CacheFormat::Int8].map(Formats::from) {
+    for formats in [CacheFormat::F16, CacheFormat::Int8, CacheFormat::Fp8E4m3].map(Formats::from) {
         let one = run(1, formats);
         for threads in [2, 3] {
             assert!(run(threads, formats) == one, "{threads} threads, {formats}");
@@ -278,6 +287,7 @@ fn a_cache_counts_its_scales() {
     assert_eq!(bytes(CacheFormat::F32, CacheFormat::Bf16), tokens * keys * (4 + 2));
     assert_eq!(bytes(CacheFormat::Int8, CacheFormat::Int8), tokens * 2 * (keys + layers * heads * 4));
     assert_eq!(bytes(CacheFormat::F16, CacheFormat::Int8), tokens * (keys * 2 + keys + layers * heads * 4));
+    assert_eq!(bytes(CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2), tokens * keys * 2);
 }
 
 #[test]
@@ -312,11 +322,12 @@ fn forgetting_a_span_is_not_having_read_it() {
         config.ropes[0].stretch = Stretch::Fixed(scaling);
         let decoder = Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap().exact(true);
         let mut scratch = Scratch::default();
-        let formats: [(Formats, f32); 5] = [
+        let formats: [(Formats, f32); 6] = [
             (DType::F32.into(), 1e-4),
             (DType::F16.into(), 0.02),
             (DType::Bf16.into(), 0.2),
             (CacheFormat::Int8.into(), 0.2),
+            (CacheFormat::Fp8E4m3.into(), 1.0),
             (Formats { k: CacheFormat::Int8, v: CacheFormat::F32 }, 0.2),
         ];
         for (formats, tolerance) in formats {
@@ -394,7 +405,7 @@ fn streams_go_on_past_the_cache() {
     assert_eq!(capacity, 54);
     let n = 3 * capacity;
     let whole = greedy(&decoder, &prompt, n, false);
-    for formats in [CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Int8].map(Formats::from) {
+    for formats in [CacheFormat::F32, CacheFormat::Bf16, CacheFormat::Int8, CacheFormat::Fp8E4m3].map(Formats::from) {
         let mut scheduler = Scheduler::new(&decoder, 2, capacity, formats).unwrap().streaming(Some(streaming)).unwrap();
         let requests = [(); 2].map(|()| scheduler.submit(Request::new(prompt.clone()).max_tokens(n)).unwrap());
         let mut texts = [vec![], vec![]];
@@ -528,5 +539,42 @@ fn a_hugging_face_directory_is_the_same_model() {
         let worst = logits(&decoder).iter().zip(logits(&other)).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
         // q.k has the same products, added in another order.
         assert!(worst < 1e-4, "{worst}");
+    }
+}
+
+/// Perplexity is that of logits computed at once, in a window and in windows.
+#[test]
+fn perplexity_is_that_of_the_logits() {
+    let (decoder, tokenizer) = load(None, 2);
+    let ids = tokenizer.encode(include_str!("data/page.txt"), true).unwrap()[..300].to_vec();
+    let formats = Formats::from(CacheFormat::Fp8E4m3);
+    let loss = |ids: &[u32]| -> f64 {
+        let mut cache = Cache::new(decoder.config(), 1, ids.len(), formats).unwrap();
+        let logits = decoder.forward(&mut cache, &mut Scratch::default(), 0, &[ids], Logits::All).unwrap();
+        let vocab = decoder.config().vocab;
+        let of = |(i, &next): (usize, &u32)| {
+            let row = &logits[i * vocab..(i + 1) * vocab];
+            row.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln() - f64::from(row[next as usize])
+        };
+        ids[1..].iter().enumerate().map(of).sum()
+    };
+    let measured = |context: usize, first: Option<u32>| {
+        perplexity(&decoder, &ids, (context, first), formats, None, &mut |_| ()).unwrap()
+    };
+    let near = |found: f64, want: f64| assert!((found / want - 1.0).abs() < 1e-5, "{found}, not {want}");
+    let whole = measured(512, None);
+    assert_eq!((whole.tokens, whole.distance), (299, None));
+    near(whole.perplexity, (loss(&ids) / 299.0).exp());
+    // 100, then a token to begin with and 99, 99 and 2.
+    let start = ids[0];
+    let parts =
+        [&ids[1..100], &ids[100..199], &ids[199..298], &ids[298..]].map(|part| loss(&[&[start], part].concat()));
+    let windows = measured(100, Some(start));
+    assert_eq!(windows.tokens, 299);
+    near(windows.perplexity, (parts.iter().sum::<f64>() / 299.0).exp());
+    // Without such a token the first of a window is not predicted.
+    assert_eq!(measured(100, None).tokens, 297);
+    for (ids, context) in [(&ids[..1], 100), (&ids[..], 1)] {
+        assert!(perplexity(&decoder, ids, (context, None), formats, None, &mut |_| ()).is_err());
     }
 }

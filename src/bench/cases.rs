@@ -217,7 +217,7 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
                     add(false, false, format!("{}, f32 queries", shape.name()), work);
                 }
             }
-            if src.has_scales() {
+            if src.dtype().is_none() {
                 // Keys and values of different formats: values often need more bits than keys.
                 let values = CacheFormat::Bf16;
                 for keys in [4096, 16384] {

@@ -118,7 +118,12 @@ enum Buffer {
     Bf16(Aligned<bf16>),
     /// Units, and a scale per token and head in the order of the axes of the units.
     Int8(Aligned<i8>, Aligned<f32>),
+    /// Units of an eight-bit float, with one scale.
+    Fp8(Aligned<u8>, CacheFormat),
 }
+
+/// Not 1, so that a bench pays for scales.
+static FP8_SCALE: [f32; 1] = [0.75];
 
 /// A tensor, or the keys or values of a cache, of a format known at run time.
 pub(crate) struct Tensor {
@@ -138,6 +143,7 @@ impl Tensor {
                 let scales = Aligned::of(n / shape[3].max(1), pages, |x| (1.0 + 0.5 * x) / 127.0)?;
                 Buffer::Int8(Aligned::of(n, pages, |x| (127.0 * x) as i8)?, scales)
             }
+            format @ (CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2) => Buffer::Fp8(Aligned::of(n, fp8_unit), format),
         };
         Ok(Self { buffer, shape, layout })
     }
@@ -150,6 +156,10 @@ impl Tensor {
                 let scales = View::strided(scales.as_slice(), 0, shape, scale_strides)?;
                 CacheView::int8_strided(units.as_slice(), 0, self.shape, strides, scales)
             }
+            Buffer::Fp8(units, format) => {
+                let strides = self.layout.strides(self.shape);
+                CacheView::fp8_strided(units.as_slice(), *format, 0, self.shape, strides)?.static_scales(&FP8_SCALE)
+            }
             Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view()?.into()),
         }
     }
@@ -161,6 +171,10 @@ impl Tensor {
             Buffer::Int8(ref mut units, ref mut scales) => {
                 let scales = ViewMut::strided(scales.as_mut_slice(), 0, shape, scale_strides)?;
                 CacheViewMut::int8_strided(units.as_mut_slice(), 0, units_shape, strides, scales)
+            }
+            Buffer::Fp8(ref mut units, format) => {
+                let cache = CacheViewMut::fp8_strided(units.as_mut_slice(), format, 0, units_shape, strides)?;
+                cache.static_scales(&FP8_SCALE)
             }
             Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view_mut()?.into()),
         }
@@ -179,7 +193,7 @@ impl Tensor {
             Buffer::F32(x) => View::strided(x.as_slice(), 0, shape, strides),
             Buffer::F16(x) => View::strided(x.as_slice(), 0, shape, strides),
             Buffer::Bf16(x) => View::strided(x.as_slice(), 0, shape, strides),
-            Buffer::Int8(..) => Err(quantised()),
+            Buffer::Int8(..) | Buffer::Fp8(..) => Err(quantised()),
         }
     }
 
@@ -189,12 +203,17 @@ impl Tensor {
             Buffer::F32(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
             Buffer::F16(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
             Buffer::Bf16(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
-            Buffer::Int8(..) => Err(quantised()),
+            Buffer::Int8(..) | Buffer::Fp8(..) => Err(quantised()),
         }
     }
 }
 
+/// A number of either format of eight bits, at most 2, for a number from -1 to 1.
+fn fp8_unit(x: f32) -> u8 {
+    (64.0 * x.abs()) as u8 | if x < 0.0 { 0x80 } else { 0 }
+}
+
 /// Only a cache holds quantised units.
 fn quantised() -> Error {
-    Error::new(Status::Unsupported, "a tensor of int8 is a cache")
+    Error::new(Status::Unsupported, "a tensor of quantised units is a cache")
 }

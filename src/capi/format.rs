@@ -16,6 +16,13 @@ pub const KVL_FORMAT_BF16: i32 = 2;
 /// tensor of their own; see `kvl_cache_scales`. Scales that a write computes are rounded to their type: to nearest, or up if they are
 /// subnormal there, so that no element is clipped (f16 scales end at 65504). A head with NaN or infinity has the scale NaN.
 pub const KVL_FORMAT_INT8: i32 = 3;
+/// A byte per element in the eight-bit float E4M3 without infinities (`e4m3fn`), times a static scale, f32 or f16, of its head or of
+/// the tensor: see `kvl_cache_scales`. Writes divide by the scale and round to nearest, ties to even. Numbers above 448 in magnitude,
+/// infinities included, become 448 with their sign, and NaN becomes 0x7f.
+pub const KVL_FORMAT_FP8_E4M3: i32 = 4;
+/// The same in E5M2, the upper half of an f16, with numbers up to 57344. It has infinities, but writes make none: these become 57344
+/// too.
+pub const KVL_FORMAT_FP8_E5M2: i32 = 5;
 
 pub(super) fn parse_format(name: &str, value: kvl_format) -> Result<CacheFormat> {
     enumeration("kvl_format", name, value, CacheFormat::from_u32)
@@ -36,5 +43,6 @@ const _: () = {
     assert!(KVL_FORMAT_F16 == CacheFormat::F16 as i32 && KVL_FORMAT_F16 == KVL_DTYPE_F16);
     assert!(KVL_FORMAT_BF16 == CacheFormat::Bf16 as i32 && KVL_FORMAT_BF16 == KVL_DTYPE_BF16);
     assert!(KVL_FORMAT_INT8 == CacheFormat::Int8 as i32);
-    assert!(CacheFormat::ALL.len() == 4);
+    assert!(KVL_FORMAT_FP8_E4M3 == CacheFormat::Fp8E4m3 as i32 && KVL_FORMAT_FP8_E5M2 == CacheFormat::Fp8E5m2 as i32);
+    assert!(CacheFormat::ALL.len() == 6);
 };

@@ -11,14 +11,18 @@ use crate::view::{RawCacheView, RawView};
 /// `KVL_FORMAT_INT8` has one scale per token and head, f32 or f16: a view [batch, seq, kv_heads, 1] whose first two axes are those
 /// of the units (so that a layout applies to both), with strides of its own. Attention only reads scales; `kvl_kv_write` and the
 /// functions that copy tokens write them too.
+///
+/// `KVL_FORMAT_FP8_E4M3` and `KVL_FORMAT_FP8_E5M2` have static scales, which every function reads and none writes: a view of the same
+/// shape whose strides are 0 along the first two axes, and along kv_heads too where one scale serves the tensor. Absent, they are 1.
+/// Every call on the same units must be given the same scales. Views of a call may share them.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_cache_scales {
     /// `sizeof(kvl_cache_scales)`.
     pub struct_size: usize,
-    /// The scales of the keys; absent if their format has none.
+    /// The scales of the keys; absent if their format has none, or static ones of 1.
     pub k: kvl_view,
-    /// The scales of the values; absent if their format has none.
+    /// The scales of the values; absent if their format has none, or static ones of 1.
     pub v: kvl_view,
 }
 

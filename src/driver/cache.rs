@@ -26,7 +26,7 @@ pub struct Formats {
 
 impl Formats {
     /// The bytes of the keys and values of one token in one layer, with `heads` heads of `dim` elements. A format with scales
-    /// has one per token and head, in f32.
+    /// has one per token and head, in f32; static scales are 1 here, and take nothing.
     pub fn token_bytes(self, heads: usize, dim: usize) -> usize {
         let bytes = |format: CacheFormat| {
             heads * (dim * format.unit_bytes() + if format.has_scales() { size_of::<f32>() } else { 0 })
@@ -63,6 +63,8 @@ enum Buffer {
     Bf16(CacheBuffer<bf16>),
     /// Units, and a scale per token and head.
     Int8(CacheBuffer<i8>, CacheBuffer<f32>),
+    /// Units of an eight-bit float, with scales of 1.
+    Fp8(CacheBuffer<u8>, CacheFormat),
 }
 
 impl Buffer {
@@ -75,6 +77,7 @@ impl Buffer {
             CacheFormat::F16 => Self::F16(CacheBuffer::zeroed(len)?),
             CacheFormat::Bf16 => Self::Bf16(CacheBuffer::zeroed(len)?),
             CacheFormat::Int8 => Self::Int8(CacheBuffer::zeroed(len)?, CacheBuffer::zeroed(tokens)?),
+            CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => Self::Fp8(CacheBuffer::zeroed(len)?, format),
         })
     }
 
@@ -84,6 +87,7 @@ impl Buffer {
             Self::F16(v) => View::new(v, shape)?.into(),
             Self::Bf16(v) => View::new(v, shape)?.into(),
             Self::Int8(units, scales) => CacheView::int8(units, shape, View::new(scales, of_scales(shape))?)?,
+            Self::Fp8(units, format) => CacheView::fp8(units, *format, shape)?,
         })
     }
 
@@ -93,6 +97,7 @@ impl Buffer {
             Self::F16(v) => ViewMut::new(v, shape)?.into(),
             Self::Bf16(v) => ViewMut::new(v, shape)?.into(),
             Self::Int8(units, scales) => CacheViewMut::int8(units, shape, ViewMut::new(scales, of_scales(shape))?)?,
+            Self::Fp8(units, format) => CacheViewMut::fp8(units, *format, shape)?,
         })
     }
 }

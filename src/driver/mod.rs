@@ -15,7 +15,7 @@
 //! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Scheduler`] runs several
 //! requests over one cache, [`BeamSearch`] finds the continuations that are the most likely as a whole, and [`Speculation`]
 //! guesses several tokens and verifies them in one pass. [`ChatTemplate`] makes text of conversations. [`cli`] parses
-//! arguments and prints; `kvlane bench` is the command line of [`crate::bench`].
+//! arguments and prints; [`perplexity()`] measures what a format of the cache does to predictions; `kvlane bench` is the command line of [`crate::bench`].
 //!
 //! The decoder uses the public API only, as any other program would: views, [`rope_in_place`](crate::rope_in_place),
 //! [`kv_write`](crate::kv_write) with its fused rotation of the keys, [`attention`](crate::attention()).
@@ -43,6 +43,7 @@ mod hf;
 mod linear;
 pub mod mesh;
 mod model;
+mod perplexity;
 pub mod quant;
 mod sampling;
 mod scheduler;
@@ -61,6 +62,7 @@ pub use model::{
     Activation, ExpertConfig, Experts, FeedForward, GatedMlp, LayerConfig, LayerWeights, ModelConfig, ModelFile,
     RopeConfig, Stretch, TensorInfo, Weights,
 };
+pub use perplexity::{Distance, Perplexity, perplexity};
 pub use sampling::{Sampler, SamplerOptions, argmax};
 pub use scheduler::{
     Event, Finish, Logprobs, Overlong, Prefilled, Request, RequestId, Scheduler, Statistics, Streaming,

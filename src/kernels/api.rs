@@ -166,7 +166,7 @@ impl std::ops::Deref for RopeArgs {
 pub(crate) struct ScaledArgs {
     /// Without a second source, repeats and prefetches.
     pub copy: CopyArgs,
-    /// The scale of the first head.
+    /// The scale of the first head; null for static scales of 1.
     pub scales: *mut u8,
     /// From the scale of a head to that of the next one, in elements.
     pub scale_head: isize,

@@ -12,6 +12,7 @@ macro_rules! kernel_shells {
                 Deinterleaved, DirectScores, DirectValues, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, Pieces, Scratch,
                 ValuePieces, VectorProducts, Widen,
             }};
+            use $crate::kernels::generic::fp8::Fp8;
             use $crate::kernels::simd::{Load, LoadStore, Simd};
             use $crate::problem::attention::Problem;
             use $crate::problem::grid::KeyRange;
@@ -43,6 +44,16 @@ macro_rules! kernel_shells {
             pub(super) unsafe fn dequantize<B: LoadStore>(args: &ScaledArgs) {
                 // SAFETY: the caller's.
                 unsafe { generic::quantize::dequantize::<_, B>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn encode<A: LoadStore, U: Fp8>(args: &ScaledArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::fp8::encode::<_, A, U>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn decode<U: Fp8, B: LoadStore>(args: &ScaledArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::fp8::decode::<_, U, B>($level::new_unchecked(), args) }
             }
             $(#[target_feature(enable = $feature)])*
             pub(super) unsafe fn merge<T: LoadStore>(args: &MergeArgs) {
@@ -190,9 +201,21 @@ macro_rules! kernel_table {
     KvWrite     F32  Int8 0.0  Scaled(quantize::<f32>)          "kv_write_f32_int8_scalar" "kv_write_f32_int8_avx2" "kv_write_f32_int8_avx512" "kv_write_f32_int8_neon";
     KvWrite     F16  Int8 0.0  Scaled(quantize::<f16>)          "kv_write_f16_int8_scalar" "kv_write_f16_int8_avx2" "kv_write_f16_int8_avx512" "kv_write_f16_int8_neon";
     KvWrite     Bf16 Int8 0.0  Scaled(quantize::<bf16>)         "kv_write_bf16_int8_scalar" "kv_write_bf16_int8_avx2" "kv_write_bf16_int8_avx512" "kv_write_bf16_int8_neon";
+    KvWrite     F32  Fp8E4m3 0.0 Scaled(encode::<f32, E4m3>)    "kv_write_f32_fp8_e4m3_scalar" "kv_write_f32_fp8_e4m3_avx2" "kv_write_f32_fp8_e4m3_avx512" "kv_write_f32_fp8_e4m3_neon";
+    KvWrite     F16  Fp8E4m3 0.0 Scaled(encode::<f16, E4m3>)    "kv_write_f16_fp8_e4m3_scalar" "kv_write_f16_fp8_e4m3_avx2" "kv_write_f16_fp8_e4m3_avx512" "kv_write_f16_fp8_e4m3_neon";
+    KvWrite     Bf16 Fp8E4m3 0.0 Scaled(encode::<bf16, E4m3>)   "kv_write_bf16_fp8_e4m3_scalar" "kv_write_bf16_fp8_e4m3_avx2" "kv_write_bf16_fp8_e4m3_avx512" "kv_write_bf16_fp8_e4m3_neon";
+    KvWrite     F32  Fp8E5m2 0.0 Scaled(encode::<f32, E5m2>)    "kv_write_f32_fp8_e5m2_scalar" "kv_write_f32_fp8_e5m2_avx2" "kv_write_f32_fp8_e5m2_avx512" "kv_write_f32_fp8_e5m2_neon";
+    KvWrite     F16  Fp8E5m2 0.0 Scaled(encode::<f16, E5m2>)    "kv_write_f16_fp8_e5m2_scalar" "kv_write_f16_fp8_e5m2_avx2" "kv_write_f16_fp8_e5m2_avx512" "kv_write_f16_fp8_e5m2_neon";
+    KvWrite     Bf16 Fp8E5m2 0.0 Scaled(encode::<bf16, E5m2>)   "kv_write_bf16_fp8_e5m2_scalar" "kv_write_bf16_fp8_e5m2_avx2" "kv_write_bf16_fp8_e5m2_avx512" "kv_write_bf16_fp8_e5m2_neon";
     KvRead      Int8 F32  1e-7 Scaled(dequantize::<f32>)        "kv_read_int8_f32_scalar" "kv_read_int8_f32_avx2" "kv_read_int8_f32_avx512" "kv_read_int8_f32_neon";
     KvRead      Int8 F16  1e-7 Scaled(dequantize::<f16>)        "kv_read_int8_f16_scalar" "kv_read_int8_f16_avx2" "kv_read_int8_f16_avx512" "kv_read_int8_f16_neon";
     KvRead      Int8 Bf16 1e-7 Scaled(dequantize::<bf16>)       "kv_read_int8_bf16_scalar" "kv_read_int8_bf16_avx2" "kv_read_int8_bf16_avx512" "kv_read_int8_bf16_neon";
+    KvRead      Fp8E4m3 F32  1e-7 Scaled(decode::<E4m3, f32>)    "kv_read_fp8_e4m3_f32_scalar" "kv_read_fp8_e4m3_f32_avx2" "kv_read_fp8_e4m3_f32_avx512" "kv_read_fp8_e4m3_f32_neon";
+    KvRead      Fp8E4m3 F16  1e-7 Scaled(decode::<E4m3, f16>)    "kv_read_fp8_e4m3_f16_scalar" "kv_read_fp8_e4m3_f16_avx2" "kv_read_fp8_e4m3_f16_avx512" "kv_read_fp8_e4m3_f16_neon";
+    KvRead      Fp8E4m3 Bf16 1e-7 Scaled(decode::<E4m3, bf16>)   "kv_read_fp8_e4m3_bf16_scalar" "kv_read_fp8_e4m3_bf16_avx2" "kv_read_fp8_e4m3_bf16_avx512" "kv_read_fp8_e4m3_bf16_neon";
+    KvRead      Fp8E5m2 F32  1e-7 Scaled(decode::<E5m2, f32>)    "kv_read_fp8_e5m2_f32_scalar" "kv_read_fp8_e5m2_f32_avx2" "kv_read_fp8_e5m2_f32_avx512" "kv_read_fp8_e5m2_f32_neon";
+    KvRead      Fp8E5m2 F16  1e-7 Scaled(decode::<E5m2, f16>)    "kv_read_fp8_e5m2_f16_scalar" "kv_read_fp8_e5m2_f16_avx2" "kv_read_fp8_e5m2_f16_avx512" "kv_read_fp8_e5m2_f16_neon";
+    KvRead      Fp8E5m2 Bf16 1e-7 Scaled(decode::<E5m2, bf16>)   "kv_read_fp8_e5m2_bf16_scalar" "kv_read_fp8_e5m2_bf16_avx2" "kv_read_fp8_e5m2_bf16_avx512" "kv_read_fp8_e5m2_bf16_neon";
     RepeatKv    F32  F32  0.0  Copy(copy::<f32, f32>)           "repeat_kv_f32_scalar" "repeat_kv_f32_avx2" "repeat_kv_f32_avx512" "repeat_kv_f32_neon";
     RepeatKv    F16  F16  0.0  Copy(copy::<f16, f16>)           "repeat_kv_f16_scalar" "repeat_kv_f16_avx2" "repeat_kv_f16_avx512" "repeat_kv_f16_neon";
     RepeatKv    Bf16 Bf16 0.0  Copy(copy::<bf16, bf16>)         "repeat_kv_bf16_scalar" "repeat_kv_bf16_avx2" "repeat_kv_bf16_avx512" "repeat_kv_bf16_neon";
@@ -200,6 +223,8 @@ macro_rules! kernel_table {
     Attention   F16  F16  1e-5 Attention(attention::<f16>())    "attention_f16_scalar" "attention_f16_avx2" "attention_f16_avx512" "attention_f16_neon";
     Attention   Bf16 Bf16 1e-5 Attention(attention::<bf16>())   "attention_bf16_scalar" "attention_bf16_avx2" "attention_bf16_avx512" "attention_bf16_neon";
     Attention   Int8 Int8 1e-5 Attention(attention::<i8>())     "attention_int8_scalar" "attention_int8_avx2" "attention_int8_avx512" "attention_int8_neon";
+    Attention   Fp8E4m3 Fp8E4m3 1e-5 Attention(attention::<E4m3>()) "attention_fp8_e4m3_scalar" "attention_fp8_e4m3_avx2" "attention_fp8_e4m3_avx512" "attention_fp8_e4m3_neon";
+    Attention   Fp8E5m2 Fp8E5m2 1e-5 Attention(attention::<E5m2>()) "attention_fp8_e5m2_scalar" "attention_fp8_e5m2_avx2" "attention_fp8_e5m2_avx512" "attention_fp8_e5m2_neon";
     MergeStates F32  F32  1e-6 Merge(merge::<f32>)              "merge_states_f32_scalar" "merge_states_f32_avx2" "merge_states_f32_avx512" "merge_states_f32_neon";
     MergeStates F16  F16  1e-6 Merge(merge::<f16>)              "merge_states_f16_scalar" "merge_states_f16_avx2" "merge_states_f16_avx512" "merge_states_f16_neon";
     MergeStates Bf16 Bf16 1e-6 Merge(merge::<bf16>)             "merge_states_bf16_scalar" "merge_states_bf16_avx2" "merge_states_bf16_avx512" "merge_states_bf16_neon";

@@ -5,6 +5,7 @@
 //! Every method is `inline(always)`, and is inlined into functions with the level's `target_feature`s only (the shells
 //! that [`kernel_shells!`](super::kernel_shells) writes). Without inlining it would pass vectors through memory.
 
+use super::generic::fp8::{E4m3, E5m2};
 use crate::dtype::{Element, SaturatingF16};
 pub(crate) use crate::problem::limits::MAX_LANES;
 use half::{bf16, f16};
@@ -61,6 +62,11 @@ pub(crate) trait Simd: Copy {
     fn exp2i(self, n: Self::V) -> Self::V;
     /// `a * 2^n`, where the lowest nine bits of `n`'s pattern hold n in two's complement; `a` and the result are normal.
     fn add_exponent(self, a: Self::V, n: Self::V) -> Self::V;
+    /// The sum of the patterns as integers of 32 bits, without the carry.
+    fn add_bits(self, a: Self::V, b: Self::V) -> Self::V;
+    fn and_bits(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The pattern as an integer of 32 bits, shifted to the right by `n < 32`; zeros come in.
+    fn shift_bits(self, a: Self::V, n: u32) -> Self::V;
     /// Swaps lanes 2i and 2i + 1.
     fn swap_pairs(self, a: Self::V) -> Self::V;
 
@@ -130,6 +136,46 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_part_i8(self, p: *const i8, n: usize) -> Self::V {
         // SAFETY: the caller's.
         unsafe { self.load_i8(copy_part(p, n).as_ptr()) }
+    }
+    /// Eight-bit floats E4M3: see [`E4m3`].
+    ///
+    /// # Safety
+    /// As [`Self::load_f32`].
+    unsafe fn load_e4m3(self, p: *const E4m3) -> Self::V;
+    /// # Safety
+    /// As [`Self::load_part_f32`].
+    #[inline(always)]
+    unsafe fn load_part_e4m3(self, p: *const E4m3, n: usize) -> Self::V {
+        // SAFETY: the caller's.
+        unsafe { self.load_e4m3(copy_part(p, n).as_ptr()) }
+    }
+    /// Eight-bit floats E5M2: see [`E5m2`].
+    ///
+    /// # Safety
+    /// As [`Self::load_f32`].
+    unsafe fn load_e5m2(self, p: *const E5m2) -> Self::V;
+    /// # Safety
+    /// As [`Self::load_part_f32`].
+    #[inline(always)]
+    unsafe fn load_part_e5m2(self, p: *const E5m2, n: usize) -> Self::V {
+        // SAFETY: the caller's.
+        unsafe { self.load_e5m2(copy_part(p, n).as_ptr()) }
+    }
+    /// Stores the low bytes of the patterns, whose other bits are 0.
+    ///
+    /// # Safety
+    /// As [`Self::store_f32`].
+    unsafe fn store_low_bytes(self, p: *mut u8, v: Self::V);
+    /// # Safety
+    /// As [`Self::store_part_f32`].
+    #[inline(always)]
+    unsafe fn store_part_low_bytes(self, p: *mut u8, v: Self::V, n: usize) {
+        let mut buffer = [0u8; MAX_LANES];
+        // SAFETY: the buffer holds a whole vector; the caller vouches for n elements at p.
+        unsafe {
+            self.store_low_bytes(buffer.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
+        }
     }
     /// Rounds to the nearest integer, ties to even, and stores the low bytes. Every lane is a number from -127 to 127.
     ///
@@ -321,6 +367,8 @@ load! {
     f16: false, load_f16 load_part_f16 halves, false;
     bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), true;
     i8: true, load_i8 load_part_i8 halves, false;
+    E4m3: false, load_e4m3 load_part_e4m3 halves, false;
+    E5m2: false, load_e5m2 load_part_e5m2 halves, false;
 }
 
 macro_rules! store {
@@ -392,7 +440,13 @@ impl LoadStore for SaturatingF16 {
 /// The largest finite f16 of the same sign in lanes that are larger, infinities included; NaN stays NaN.
 #[inline(always)]
 fn saturated<S: Simd>(s: S, v: S::V) -> S::V {
-    let largest = s.splat(f16::MAX.to_f32_const());
+    clamped(s, v, f16::MAX.to_f32_const())
+}
+
+/// `largest` with the sign of the lane in lanes that are larger, infinities included; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn clamped<S: Simd>(s: S, v: S::V, largest: f32) -> S::V {
+    let largest = s.splat(largest);
     s.select_lt(largest, s.abs(v), s.copysign(largest, v), v)
 }
 

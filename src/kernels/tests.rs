@@ -4,6 +4,7 @@
 //! A level that this CPU has and that did not run is a failure. Which levels it has is asked of the standard library here, not of the
 //! crate; `KVLANE_REQUIRE_ISA` names levels that must have run as well, as for `tests/kernels`.
 
+use super::generic::fp8::{self, E4m3, E5m2, Fp8};
 use super::generic::math;
 use super::simd::{Load, LoadStore, MAX_LANES, Outlined, Simd};
 use crate::isa::Isa;
@@ -421,6 +422,87 @@ level_test! {
                 unsafe { s.store_part_i8(part.as_mut_ptr(), v, n) };
                 assert_eq!(part[..n], want[..n], "{chunk:?}");
                 assert!(part[n..].iter().all(|&x| x == -7), "a partial store of {n} bytes wrote beside them");
+            }
+        }
+    }
+}
+
+/// All 256 units of a format of eight bits, whole and in part.
+fn all_units<S: Simd, U: Fp8>(s: S, unit: impl Fn(u8) -> U, want: impl Fn(u8) -> f32) {
+    let all: Vec<U> = (0..=255).map(unit).collect();
+    for first in (0..256).step_by(S::LANES) {
+        // SAFETY: a whole vector of bytes is there.
+        let v = unsafe { U::load(s, all.as_ptr().add(first)) };
+        assert_lanes(s, v, |i| want((first + i) as u8), "a load of eight-bit floats");
+        for n in 0..S::LANES {
+            let source: Box<[U]> = all[first..first + n].into();
+            // SAFETY: n bytes are there.
+            let v = unsafe { U::load_part(s, source.as_ptr(), n) };
+            assert_lanes(s, v, |i| if i < n { want((first + i) as u8) } else { 0.0 }, "a partial load");
+        }
+    }
+    // What a unit stands for is rounded to the unit; every NaN to one.
+    for first in (0..=255u8).step_by(S::LANES) {
+        let lane = |i: usize| first + i as u8;
+        // SAFETY: a whole vector of bytes is there.
+        let rounded = fp8::rounded::<S, U>(s, unsafe { U::load(s, all.as_ptr().add(first.into())) });
+        for n in 0..=S::LANES {
+            let mut units = [7u8; MAX_LANES + 1];
+            // SAFETY: room for a vector of bytes.
+            unsafe {
+                if n == S::LANES {
+                    s.store_low_bytes(units.as_mut_ptr(), rounded);
+                } else {
+                    s.store_part_low_bytes(units.as_mut_ptr(), rounded, n);
+                }
+            }
+            for (i, &found) in units.iter().enumerate() {
+                let wanted = match i {
+                    _ if i >= n => 7,
+                    _ if want(lane(i)).is_nan() => 0x7f,
+                    _ if want(lane(i)).is_infinite() => lane(i) - 1,
+                    _ => lane(i),
+                };
+                assert_eq!(found, wanted, "unit {} of {n}", lane(i.min(S::LANES - 1)));
+            }
+        }
+    }
+}
+
+level_test! {
+    fn eight_bit_floats_are_read_and_rounded<S>(s) {
+        // By their definition, in f64.
+        let number = |unit: u8, bits: u32, bias: i32| {
+            let (exponent, fraction) = (i32::from(unit & 0x7f) >> bits, f64::from(unit & ((1 << bits) - 1)));
+            let share = fraction / f64::from(1 << bits);
+            let magnitude =
+                if exponent == 0 { share * 2f64.powi(1 - bias) } else { (1.0 + share) * 2f64.powi(exponent - bias) };
+            (if unit & 0x80 == 0 { magnitude } else { -magnitude }) as f32
+        };
+        all_units(s, E4m3, |unit| if unit & 0x7f == 0x7f { f32::NAN } else { number(unit, 3, 7) });
+        all_units(s, E5m2, |unit| match unit & 0x7f {
+            0x7c => f32::INFINITY.copysign(number(unit, 2, 15)),
+            0x7d..=0x7f => f32::NAN,
+            _ => number(unit, 2, 15),
+        });
+    }
+}
+
+level_test! {
+    fn patterns_are_integers<S>(s) {
+        let mut rng = Rng(5);
+        for _ in 0..200 {
+            let (a, b) = (rng.any(), rng.any());
+            let (x, y) = (vector(s, &a), vector(s, &b));
+            let bits = |x: f32| x.to_bits();
+            let same = |got: S::V, want: &dyn Fn(usize) -> u32, what: &str| {
+                let got = lanes(s, got);
+                (0..S::LANES).for_each(|i| assert_eq!(bits(got[i]), want(i), "{what} of {a:?} and {b:?}"));
+            };
+            same(s.add_bits(x, y), &|i| bits(a[i]).wrapping_add(bits(b[i])), "add_bits");
+            same(s.and_bits(x, y), &|i| bits(a[i]) & bits(b[i]), "and_bits");
+            for n in [0, 1, 20, 24, 31] {
+                same(s.shift_bits(x, n), &|i| bits(a[i]) >> n, "shift_bits");
             }
         }
     }

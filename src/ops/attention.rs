@@ -579,7 +579,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
     let slots = match call.v_packing {
         Packing::Rows => v.units,
         Packing::RowPairs => {
-            ensure!(!v.dtype.has_scales(), Unsupported, "v is {}, whose values are never packed in pairs", v.dtype);
+            ensure!(v.dtype.dtype().is_some(), Unsupported, "v is {}, whose values are never packed in pairs", v.dtype);
             visibility.layout.validate_packing("k", k, call.v_packing)?;
             let ([rows, pairs, heads, dims], slots) = (v.shape, k.shape[SEQ]);
             ensure!(

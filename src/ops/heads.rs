@@ -46,6 +46,9 @@ impl Scales {
         Self { data: unsafe { view.row(row, slot, head) }, step: view.strides[axis] as isize, dtype: view.dtype }
     }
 
+    /// Static scales of 1.
+    const ONE: Self = Self { data: std::ptr::null_mut(), step: 0, dtype: DType::F32 };
+
     /// The scales of the heads of a token, if the cache has scales.
     ///
     /// # Safety
@@ -57,6 +60,7 @@ impl Scales {
 
     fn args(&self, copy: CopyArgs, first: usize) -> ScaledArgs {
         let Self { data, step, dtype } = *self;
+        // The null of scales that are 1 has the step 0.
         let scales = data.wrapping_offset(first as isize * step * dtype.size() as isize);
         ScaledArgs { copy, scales, scale_head: step, scale_dtype: dtype }
     }
@@ -81,14 +85,14 @@ impl<'a> HeadKernels<'a> {
                 Some(norm) => Self::Norm(context.norm(src, dst), norm),
                 None => Self::Copy(context.copy(Op::KvWrite, src, dst)),
             },
-            CacheFormat::Int8 => {
+            CacheFormat::Int8 | CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => {
                 let to_f32 = match norm {
                     Some(norm) => Some(ToF32::Norm(context.norm(src, DType::F32), norm)),
                     None if rotated => Some(ToF32::Rope(context.rope(src, DType::F32))),
                     None => None,
                 };
                 let rope = (rotated && norm.is_some()).then(|| context.rope(DType::F32, DType::F32));
-                let quantize = context.quantize(if to_f32.is_some() { DType::F32 } else { src });
+                let quantize = context.quantize(if to_f32.is_some() { DType::F32 } else { src }, dst);
                 Self::Quantize(Quantize { to_f32, rope, quantize, sizes: (src.size(), dst.unit_bytes()) })
             }
         }
@@ -98,23 +102,25 @@ impl<'a> HeadKernels<'a> {
     pub fn read(context: &Context, src: CacheFormat, dst: DType) -> Self {
         match src {
             CacheFormat::F32 | CacheFormat::F16 | CacheFormat::Bf16 => Self::Copy(context.copy(Op::KvWrite, src, dst)),
-            CacheFormat::Int8 => Self::Dequantize(context.dequantize(dst)),
+            CacheFormat::Int8 | CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => {
+                Self::Dequantize(context.dequantize(src, dst))
+            }
         }
     }
 
-    /// Between places of caches with scales, through f32.
-    pub fn requantize(context: &Context, rotated: bool, format: CacheFormat) -> Self {
+    /// Between places of quantised caches, through f32.
+    pub fn requantize(context: &Context, rotated: bool, src: CacheFormat, dst: CacheFormat) -> Self {
         Self::Quantize(Quantize {
-            to_f32: Some(ToF32::Dequantize(context.dequantize(DType::F32))),
+            to_f32: Some(ToF32::Dequantize(context.dequantize(src, DType::F32))),
             rope: rotated.then(|| context.rope(DType::F32, DType::F32)),
-            quantize: context.quantize(DType::F32),
-            sizes: (format.unit_bytes(), format.unit_bytes()),
+            quantize: context.quantize(DType::F32, dst),
+            sizes: (src.unit_bytes(), dst.unit_bytes()),
         })
     }
 
     /// # Safety
-    /// `copy` is valid for the formats of `self`; `scales` gives scales on the sides whose format has scales, and angles if
-    /// heads are rotated; [`check_staged`] has accepted heads that are normalised and rotated, or quantised after
+    /// `copy` is valid for the formats of `self`; `scales` gives scales on the sides whose format has scales, and on those with
+    /// static scales that are not 1; `turn` gives angles if heads are rotated; [`check_staged`] has accepted heads that are normalised and rotated, or quantised after
     /// either.
     #[inline(always)]
     pub unsafe fn run(&self, copy: &CopyArgs, scales: impl FnOnce() -> [Option<Scales>; 2], turn: Option<Turn>) {
@@ -135,12 +141,13 @@ impl<'a> HeadKernels<'a> {
     /// # Safety
     /// As [`Self::run`].
     unsafe fn run_scaled(&self, copy: &CopyArgs, scales: [Option<Scales>; 2], turn: Option<Turn>) {
+        let [from, to] = scales.map(|scales| scales.unwrap_or(Scales::ONE));
         // SAFETY: the caller's.
         unsafe {
-            match (self, scales) {
-                (Self::Quantize(kernels), [from, Some(to)]) => kernels.run(copy, from.as_ref(), &to, turn),
-                (Self::Dequantize(kernel), [Some(from), _]) => kernel(&from.args(*copy, 0)),
-                _ => unreachable!("quantised units have scales"),
+            match self {
+                Self::Quantize(kernels) => kernels.run(copy, &from, &to, turn),
+                Self::Dequantize(kernel) => kernel(&from.args(*copy, 0)),
+                _ => unreachable!("plain units have no scales"),
             }
         }
     }
@@ -167,7 +174,7 @@ pub(crate) struct Quantize<'a> {
 impl Quantize<'_> {
     /// # Safety
     /// As [`HeadKernels::run`].
-    unsafe fn run(&self, all: &CopyArgs, from: Option<&Scales>, to: &Scales, turn: Option<Turn>) {
+    unsafe fn run(&self, all: &CopyArgs, from: &Scales, to: &Scales, turn: Option<Turn>) {
         let Some(to_f32) = &self.to_f32 else {
             // SAFETY: the caller's.
             return unsafe { (self.quantize)(&to.args(*all, 0)) };
@@ -185,11 +192,11 @@ impl Quantize<'_> {
             let store = CopyArgs { src: stage, dst, src_head: staged, src_dim: 1, ..plain };
             // SAFETY: the caller's; the stage holds these heads, and each kernel reads what the one before it has written.
             unsafe {
-                match (to_f32, turn, from) {
-                    (ToF32::Norm(kernel, norm), ..) => kernel(&norm.args(load)),
-                    (ToF32::Rope(kernel), Some(turn), _) => kernel(&turn.args(load)),
-                    (ToF32::Dequantize(kernel), _, Some(from)) => kernel(&from.args(load, first)),
-                    _ => unreachable!("rotated heads have angles, and quantised units scales"),
+                match (to_f32, turn) {
+                    (ToF32::Norm(kernel, norm), _) => kernel(&norm.args(load)),
+                    (ToF32::Rope(kernel), Some(turn)) => kernel(&turn.args(load)),
+                    (ToF32::Dequantize(kernel), _) => kernel(&from.args(load, first)),
+                    _ => unreachable!("rotated heads have angles"),
                 }
                 if let (Some(rope), Some(turn)) = (self.rope, turn) {
                     rope(&turn.args(CopyArgs { dst: stage, dst_head: staged, dst_dim: 1, ..store }));
@@ -206,7 +213,7 @@ pub(crate) fn check_staged(name: &str, dim: usize) -> Result<()> {
     ensure!(
         dim <= MAX_ROTARY_DIM,
         Shape,
-        "{name} has dim = {dim}, but heads above {MAX_ROTARY_DIM} are not normalised, rotated or read on the way to int8"
+        "{name} has dim = {dim}, but heads above {MAX_ROTARY_DIM} are not normalised, rotated or read on the way to one byte per element"
     );
     Ok(())
 }

@@ -172,7 +172,11 @@ pub(crate) fn check_values(
         }
         Packing::RowPairs => {
             let format = v_cache.dtype;
-            ensure!(!format.has_scales(), Unsupported, "v_cache is {format}, whose values are never packed in pairs");
+            ensure!(
+                format.dtype().is_some(),
+                Unsupported,
+                "v_cache is {format}, whose values are never packed in pairs"
+            );
             check_pair_dim(("v", v), ("v_cache", &v_cache.units))?;
             layout.validate_packing("k_cache", &k_cache.units, packing)?;
             let (slots, pairs) = (k_cache.shape[SEQ], v_cache.shape[SEQ]);

@@ -412,7 +412,7 @@ impl RawWrite<'_> {
             (Some(norm), None) => norm.validate("k", k)?,
             (None, _) => {}
         }
-        if k_cache.dtype.has_scales() && (self.k_norm.is_some() || self.rope.is_some()) {
+        if k_cache.dtype.dtype().is_none() && (self.k_norm.is_some() || self.rope.is_some()) {
             check_staged("k", k.shape[DIM])?;
         }
         Ok(())

@@ -351,7 +351,8 @@ pub(crate) fn bhsd(shape: [usize; 4]) -> [i64; 4] {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawCacheView {
     pub units: RawView<CacheFormat>,
-    /// `[batch, seq, heads, 1]` of f32 or f16, of the same first three axes as the units.
+    /// `[batch, seq, heads, 1]` of f32 or f16, of the same first three axes as the units. Static scales may be absent, and have the
+    /// stride 0 along the first two axes.
     pub scales: Option<RawView>,
 }
 

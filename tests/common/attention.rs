@@ -18,8 +18,8 @@ pub struct Setting {
     pub precision: Precision,
     /// Types of K and V.
     pub kv_types: Vec<DType>,
-    /// Whether K, and whether V, are quantised before attention reads them.
-    pub quantised: [bool; 2],
+    /// The formats in which K and V are quantised before attention reads them, if they are.
+    pub quantised: [Option<CacheFormat>; 2],
 }
 
 /// The largest error of each kernel that was compared with its bound, in the bound's unit.
@@ -27,7 +27,7 @@ pub static LARGEST_ERRORS: Mutex<BTreeMap<&'static str, f64>> = Mutex::new(BTree
 
 thread_local! {
     static SETTING: RefCell<Setting> =
-        RefCell::new(Setting { precision: Precision::Default, kv_types: DType::ALL.to_vec(), quantised: [false; 2] });
+        RefCell::new(Setting { precision: Precision::Default, kv_types: DType::ALL.to_vec(), quantised: [None; 2] });
 }
 
 /// The precision of calls from this thread.
@@ -40,39 +40,32 @@ pub fn kv_types() -> Vec<DType> {
     SETTING.with_borrow(|setting| setting.kv_types.clone())
 }
 
-/// Whether K, and whether V, are quantised before attention reads them.
-pub fn quantised() -> [bool; 2] {
+/// The formats in which K and V are quantised before attention reads them, if they are.
+pub fn quantised() -> [Option<CacheFormat>; 2] {
     SETTING.with_borrow(|setting| setting.quantised)
 }
 
 /// The formats in which attention reads keys and values of these types.
 pub fn formats(k: DType, v: DType) -> [CacheFormat; 2] {
     let [keys, values] = quantised();
-    [(k, keys), (v, values)].map(|(dtype, int8)| if int8 { CacheFormat::Int8 } else { dtype.into() })
+    [(k, keys), (v, values)].map(|(dtype, format)| format.unwrap_or(dtype.into()))
 }
 
 /// A tensor as the keys of a cache.
 pub fn keys(tensor: &Tensor) -> CacheView<'_> {
-    if quantised()[0] { tensor.int8().view() } else { tensor.view().into() }
+    quantised()[0].map_or_else(|| tensor.view().into(), |format| tensor.quantised(format).view())
 }
 
 /// A tensor as the values of a cache.
 pub fn values(tensor: &Tensor) -> CacheView<'_> {
-    if quantised()[1] { tensor.int8().view() } else { tensor.view().into() }
+    quantised()[1].map_or_else(|| tensor.view().into(), |format| tensor.quantised(format).view())
 }
 
 /// The numbers that attention reads.
-fn read(tensor: &Tensor, int8: bool) -> Array {
-    if !int8 {
-        return tensor.array();
-    }
-    let cache = tensor.int8();
-    Array {
-        shape: cache.shape,
-        data: indices(cache.shape)
-            .map(|at| f64::from(cache.unit(at)) * f64::from(cache.scales.get([at[0], at[1], at[2], 0])))
-            .collect(),
-    }
+fn read(tensor: &Tensor, format: Option<CacheFormat>) -> Array {
+    let Some(format) = format else { return tensor.array() };
+    let cache = tensor.quantised(format);
+    Array { shape: tensor.shape, data: indices(tensor.shape).map(|at| cache.get(at)).collect() }
 }
 
 /// Runs a test in a setting.
@@ -498,8 +491,8 @@ impl Case {
             alibi: options.alibi.as_deref(),
             sink_logits: options.sink_logits.as_deref(),
         };
-        let [int8_keys, int8_values] = quantised();
-        attention.run(&self.q.array(), &read(&self.k, int8_keys), &read(&self.v, int8_values))
+        let [keys, values] = quantised();
+        attention.run(&self.q.array(), &read(&self.k, keys), &read(&self.v, values))
     }
 
     /// Checks a result against the kernel's bound.

@@ -1,11 +1,11 @@
 //! Tensors of any type and strides, with poison or a canary in their gaps.
 
-use super::int8::Int8;
+use super::fp8::Quantised;
 use super::memory::Memory;
 pub use super::memory::Place;
 use super::rng::Rng;
 use half::{bf16, f16};
-use kvlane::{DType, View, ViewMut};
+use kvlane::{CacheFormat, DType, View, ViewMut};
 use std::sync::OnceLock;
 
 /// `[batch, seq, heads, dim]` numbers in the order of the axes, for the oracle.
@@ -114,8 +114,8 @@ pub struct Tensor {
     pub strides: [i64; 4],
     pub gaps: Gaps,
     place: Place,
-    /// The same numbers in int8, once they were asked for.
-    int8: OnceLock<Box<Int8>>,
+    /// The same numbers in a quantised format, once they were asked for.
+    quantised: OnceLock<Box<Quantised>>,
     /// Where element `[0, 0, 0, 0]` is.
     offset: usize,
     memory: Memory,
@@ -154,8 +154,8 @@ impl Tensor {
         let slack = if place == Place::Heap { 5 } else { 0 };
         let elements = if shape.contains(&0) { 0 } else { (high - low) as usize + 1 } + 2 * slack;
         let memory = Memory::new(elements * dtype.size(), place);
-        let (offset, int8) = ((-low) as usize + slack, OnceLock::new());
-        let mut tensor = Self { dtype, shape, strides, gaps, place, int8, offset, memory };
+        let (offset, quantised) = ((-low) as usize + slack, OnceLock::new());
+        let mut tensor = Self { dtype, shape, strides, gaps, place, quantised, offset, memory };
         for at in 0..elements {
             tensor.set_bits(at, tensor.gap_bits(at));
         }
@@ -172,7 +172,7 @@ impl Tensor {
     }
 
     fn set_bits(&mut self, at: usize, bits: u32) {
-        self.int8.take();
+        self.quantised.take();
         let size = self.dtype.size();
         let bytes = &bits.to_le_bytes()[..size];
         self.memory.bytes_mut()[at * size..(at + 1) * size].copy_from_slice(bytes);
@@ -276,14 +276,15 @@ impl Tensor {
         .expect("a view of a tensor's own memory")
     }
 
-    /// The same numbers in int8. Scales are f32 for even head sizes, else f16.
-    pub fn int8(&self) -> &Int8 {
-        let scales = if self.shape[3].is_multiple_of(2) { DType::F32 } else { DType::F16 };
-        self.int8.get_or_init(|| Box::new(Int8::of(self, scales, self.place)))
+    /// The same numbers in a quantised format, the same one in all calls between changes.
+    pub fn quantised(&self, format: CacheFormat) -> &Quantised {
+        let cache = self.quantised.get_or_init(|| Box::new(Quantised::of(self, format, self.place)));
+        assert_eq!(cache.format(), format, "a tensor is read in one quantised format");
+        cache
     }
 
     pub fn view_mut(&mut self) -> ViewMut<'_> {
-        self.int8.take();
+        self.quantised.take();
         let (offset, shape, strides) = (self.offset, self.shape, self.strides);
         match self.dtype {
             DType::F32 => ViewMut::strided(self.memory.slice_mut::<f32>(), offset, shape, strides),

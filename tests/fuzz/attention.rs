@@ -451,7 +451,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
     let mut q = c.tensor(q_type, [q0, q1, heads, dim], true);
     let mut k = c.tensor(k_format, [k0, k1, kv_heads, dim], true);
     let mut k_scales = c.scales(k_format, k.shape, true);
-    let packed = k1 % 2 == 0 && (v_format != INT8 || c.hit()) && c.maybe(0.2);
+    let packed = k1 % 2 == 0 && (v_format < INT8 || c.hit()) && c.maybe(0.2);
     if packed {
         // Sink tokens or first slots may be odd.
         c.allow_error();

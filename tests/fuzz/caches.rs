@@ -2,7 +2,7 @@
 
 use crate::abi::*;
 use crate::call::{Call, List, product};
-use crate::memory::Tensor;
+use crate::memory::{FP8, Tensor};
 use crate::places::*;
 
 /// The caches of several layers, and the arguments of the call for them.
@@ -76,7 +76,7 @@ impl Cache {
                 c.settle(&mut tensor);
                 c.settle_scales(&mut scales);
                 tensors.push(tensor);
-                tensors.extend(scales);
+                tensors.extend(scales.filter(|_| !FP8.contains(&format)));
                 (c.view(&tensor), scales)
             };
             let (k, k_scales) = view(c, dim);

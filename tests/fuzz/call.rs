@@ -2,7 +2,7 @@
 
 use crate::abi::*;
 use crate::common::Rng;
-use crate::memory::{Arena, INT8, MASK, POISON, Row, Tensor, element_size};
+use crate::memory::{Arena, FP8, INT8, MASK, POISON, Row, Tensor, element_size};
 use std::ffi::c_void;
 
 /// Objects that live for the whole run.
@@ -201,7 +201,7 @@ impl<'a> Call<'a> {
 
     /// A format of a cache.
     pub fn format(&mut self) -> i32 {
-        self.rng.pick(&[0, 1, 2, INT8])
+        self.rng.pick(&[0, 1, 2, INT8, INT8, FP8[0], FP8[1]])
     }
 
     /// The numbers below `n` in any order.
@@ -310,9 +310,11 @@ impl<'a> Call<'a> {
                     row.fill(|| rng.u64() as u32);
                 } else if live(index) {
                     let mut at = random as usize;
+                    // Eight-bit floats are below 2.
+                    let bits = if FP8.contains(&tensor.dtype) { 0xbf } else { u32::MAX };
                     row.fill(|| {
                         at = at.wrapping_add(1);
-                        numbers[at % numbers.len()]
+                        numbers[at % numbers.len()] & bits
                     });
                 }
             }
@@ -346,8 +348,21 @@ impl<'a> Call<'a> {
         self.tensors.push(*tensor);
     }
 
-    /// Scales for a cache of a format and shape, if the format has any. A hostile call may give some to another format.
+    /// Scales for a cache of a format and shape, if the format has any; static ones have been filled. A hostile call may give some to
+    /// another format.
     pub fn scales(&mut self, format: i32, [batch, seq, heads, _]: [i64; 4], repeats: bool) -> Option<Tensor> {
+        if FP8.contains(&format) && !self.hit() {
+            if self.maybe(0.4) {
+                return None;
+            }
+            let (dtype, one) = (self.rng.pick(&[0, 1]), self.maybe(0.5));
+            let mut scales = self.tensor(dtype, [1, 1, if one { 1 } else { heads }, 1], repeats);
+            self.fill(&scales, |_| true);
+            // One for all tokens, and perhaps for all heads.
+            scales.shape = [batch, seq, heads, 1];
+            (0..if one { 3 } else { 2 }).for_each(|axis| scales.strides[axis] = 0);
+            return Some(scales);
+        }
         (format == INT8 || self.hit()).then(|| {
             let dtype = self.rng.pick(&[0, 1]);
             self.tensor(dtype, [batch, seq, heads, 1], repeats)

@@ -116,9 +116,13 @@ pub const MASK: i32 = -100;
 /// Units of `KVL_FORMAT_INT8`, which have scales beside them.
 pub const INT8: i32 = 3;
 
+/// Units of `KVL_FORMAT_FP8_E4M3` and `KVL_FORMAT_FP8_E5M2`, which may have static scales.
+pub const FP8: [i32; 2] = [4, 5];
+
 pub fn element_size(dtype: i32) -> usize {
     match dtype {
         MASK | INT8 => 1,
+        _ if FP8.contains(&dtype) => 1,
         0 => 4,
         1 | 2 => 2,
         // Not a type; the library must detect it.
@@ -245,6 +249,8 @@ impl Row {
                     2 => at.cast::<u16>().read_unaligned() & 0x7f80 != 0x7f80,
                     // Every byte is a number.
                     INT8 => true,
+                    4 => at.read() & 0x7f != 0x7f,
+                    5 => at.read() & 0x7c != 0x7c,
                     _ => at.cast::<f32>().read_unaligned().is_finite(),
                 }
             }

@@ -8,7 +8,7 @@ use crate::attention::*;
 use crate::caches::*;
 use crate::call::{Call, List, product};
 use crate::chunks::*;
-use crate::memory::INT8;
+use crate::memory::{FP8, INT8};
 use crate::places::*;
 use crate::shards::*;
 use std::ffi::CStr;
@@ -272,7 +272,7 @@ fn kv_write(mut c: Call) -> i32 {
     // Writes do not use an indirect table.
     let kind = if c.hit() { INDIRECT } else { kind };
     let formats = [c.format(), c.format()];
-    let pairs = (formats[1] != INT8 || c.hit()) && c.maybe(0.35);
+    let pairs = (formats[1] < INT8 || c.hit()) && c.maybe(0.35);
     let room = seq + c.rng.below(20) as i64;
     let places = Places::new(&mut c, kind, rows, room, if pairs { 2 } else { 1 }, Use::Write);
     let [k0, k1] = places.axes;
@@ -359,7 +359,9 @@ fn kv_write(mut c: Call) -> i32 {
         (true, _) => c.writes(&v_cache, written),
         _ => (),
     }
-    k_scales.iter().chain(&v_scales).for_each(|scales| c.writes(scales, written));
+    for (format, scales) in formats.into_iter().zip([&k_scales, &v_scales]) {
+        scales.iter().filter(|_| !FP8.contains(&format)).for_each(|scales| c.writes(scales, written));
+    }
     let absent: [kvl_const_view; 2] = [zeroed(), zeroed()];
     let params = kvl_kv_write_params {
         k: c.const_view(&k),
@@ -393,7 +395,7 @@ fn kv_read(mut c: Call) -> i32 {
     let rows = batch + c.rng.below(3) as i64;
     let kind = c.rng.pick(&[CONTIGUOUS, CONTIGUOUS, RING, PAGED, INDIRECT, RAGGED]);
     let formats = [c.format(), c.format()];
-    let pairs = (formats[1] != INT8 || c.hit()) && c.maybe(0.25);
+    let pairs = (formats[1] < INT8 || c.hit()) && c.maybe(0.25);
     let room = seq + c.rng.below(20) as i64;
     let places = Places::new(&mut c, kind, rows, room, if pairs { 2 } else { 1 }, Use::Read);
     let [k0, k1] = places.axes;

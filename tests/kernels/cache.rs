@@ -1,6 +1,6 @@
 //! Operations on whole caches compared with simple models: every bit that must change, and no other byte of any layer.
 
-use crate::common::int8::Int8;
+use crate::common::fp8::Quantised;
 use crate::common::runners::{Backwards, Threads};
 use crate::common::tensor::{Array, indices};
 use crate::common::{Layout as Strides, Place, Rng, Tensor, oracle, scaled};
@@ -797,7 +797,7 @@ fn running_positions(level: &Level) {
 /// Keys or values of a cache of any format.
 enum Held {
     Plain(Tensor),
-    Int8(Int8),
+    Quantised(Quantised),
 }
 
 impl Held {
@@ -805,28 +805,28 @@ impl Held {
     fn of(tensor: &Tensor, format: CacheFormat) -> Self {
         match format.dtype() {
             Some(dtype) => Self::Plain(tensor.cast(dtype)),
-            None => Self::Int8(Int8::of(tensor, DType::F32, Place::Heap)),
+            None => Self::Quantised(Quantised::of(tensor, format, Place::Heap)),
         }
     }
 
     fn get(&self, at: [usize; 4]) -> f32 {
         match self {
             Self::Plain(tensor) => tensor.get(at),
-            Self::Int8(cache) => cache.get(at),
+            Self::Quantised(cache) => cache.get(at) as f32,
         }
     }
 
     fn view(&self) -> CacheView<'_> {
         match self {
             Self::Plain(tensor) => tensor.view().into(),
-            Self::Int8(cache) => cache.view(),
+            Self::Quantised(cache) => cache.view(),
         }
     }
 
     fn view_mut(&mut self) -> CacheViewMut<'_> {
         match self {
             Self::Plain(tensor) => tensor.view_mut().into(),
-            Self::Int8(cache) => cache.view_mut(),
+            Self::Quantised(cache) => cache.view_mut(),
         }
     }
 }

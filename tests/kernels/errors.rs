@@ -172,7 +172,7 @@ fn write_fails(mut write: Write, to: Destination, status: Status, pieces: &[&str
     let level = crate::harness::Level {
         isa: context().isa(),
         precision: Default::default(),
-        quantised: [false; 2],
+        quantised: [None; 2],
         context: context(),
     };
     assert_error(write.run(&level, &Serial, to), status, pieces);

@@ -56,8 +56,8 @@ pub(crate) use tests;
 pub struct Level {
     pub isa: Isa,
     pub precision: Precision,
-    /// Whether K, and whether V, are quantised before attention reads them.
-    pub quantised: [bool; 2],
+    /// The formats in which K and V are quantised before attention reads them, if they are.
+    pub quantised: [Option<CacheFormat>; 2],
     pub context: Context,
 }
 
@@ -97,7 +97,7 @@ impl Level {
     fn setting(&self) -> Setting {
         let has = |&kv: &DType| self.kernel(Op::Attention, kv, kv).isa == self.isa;
         let mut kv_types: Vec<_> = DType::ALL.into_iter().filter(has).collect();
-        if self.quantised == [true; 2] {
+        if self.quantised.iter().all(Option::is_some) {
             kv_types = vec![DType::F32];
         }
         Setting { precision: self.precision, kv_types, quantised: self.quantised }
@@ -110,10 +110,11 @@ impl Level {
             precision => format!(", {}", precision.name()),
         };
         let quantised = match self.quantised {
-            [false, false] => "",
-            [true, true] => ", int8",
-            [true, false] => ", int8 keys",
-            [false, true] => ", int8 values",
+            [None, None] => String::new(),
+            [Some(keys), Some(values)] if keys == values => format!(", {keys}"),
+            [Some(keys), Some(values)] => format!(", {keys} and {values}"),
+            [Some(keys), None] => format!(", {keys} keys"),
+            [None, Some(values)] => format!(", {values} values"),
         };
         format!("{}{precision}{quantised}", self.isa)
     }
@@ -122,8 +123,8 @@ impl Level {
     pub fn checked(&self, op: Op, src: impl Into<CacheFormat>, dst: impl Into<CacheFormat>) -> f64 {
         let (src, dst) = (src.into(), dst.into());
         let kernels = match op {
-            Op::Attention => [(src, self.quantised[0]), (dst, self.quantised[1])].map(|(format, int8)| {
-                let format = if int8 { CacheFormat::Int8 } else { format };
+            Op::Attention => [(src, self.quantised[0]), (dst, self.quantised[1])].map(|(format, quantised)| {
+                let format = quantised.unwrap_or(format);
                 self.kernel(op, format, format)
             }),
             _ => [self.kernel(op, src, dst); 2],
@@ -148,16 +149,18 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
             if context.isa() == isa {
                 let apart = kvlane::kernels().any(|k| k.isa == isa && k.precision == Some(Precision::High));
                 for precision in Precision::ALL.into_iter().take(if apart { 2 } else { 1 }) {
-                    run.push(Level { isa, precision, quantised: [false; 2], context: context.clone() });
+                    run.push(Level { isa, precision, quantised: [None; 2], context: context.clone() });
                 }
                 // Partial levels have no kernels for quantised caches. Where few cases run, for want of time, both are quantised
                 // or none is.
                 let kinds = match (isa.is_partial(), scale() < 0.05) {
                     (true, _) => 0,
-                    (false, true) => 1,
-                    (false, false) => 3,
+                    (false, true) => 2,
+                    (false, false) => 4,
                 };
-                for quantised in [[true, true], [true, false], [false, true]].into_iter().take(kinds) {
+                let (int8, e4m3, e5m2) = (CacheFormat::Int8, CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2);
+                let kinds_of = [[Some(int8); 2], [Some(e4m3), Some(e5m2)], [Some(int8), None], [None, Some(int8)]];
+                for quantised in kinds_of.into_iter().take(kinds) {
                     run.push(Level { isa, precision: Precision::Default, quantised, context: context.clone() });
                 }
             } else {
@@ -222,7 +225,7 @@ pub fn run(modules: &[&[Test]]) -> ExitCode {
             Body::PerLevel(body) => {
                 for level in &levels {
                     let names = |list: &[&str]| list.iter().any(|start| name.starts_with(start));
-                    if level.quantised != [false; 2] && (!names(&QUANTISED) || names(&NOT_QUANTISED)) {
+                    if level.quantised != [None; 2] && (!names(&QUANTISED) || names(&NOT_QUANTISED)) {
                         continue;
                     }
                     if !level.isa.is_partial() || names(&PARTIAL) && !names(&NOT_PARTIAL) {
@@ -271,7 +274,7 @@ pub fn run(modules: &[&[Test]]) -> ExitCode {
 
     println!();
     let counts = COUNTS.lock().unwrap();
-    for level in levels.iter().filter(|level| level.precision == Precision::Default && level.quantised == [false; 2]) {
+    for level in levels.iter().filter(|level| level.precision == Precision::Default && level.quantised == [None; 2]) {
         let kernels: Vec<_> = kvlane::kernels().filter(|k| k.isa == level.isa).collect();
         let reached = kernels.iter().filter(|k| counts.contains_key(k.name)).count();
         let checks: usize = kernels.iter().filter_map(|k| counts.get(k.name)).sum();

@@ -1,6 +1,7 @@
 //! Int8 caches: quantised by the definition, to the bit at every level; read, moved, inserted and evicted.
 
 use crate::common::attention::{Case, Shape};
+use crate::common::fp8::Quantised;
 use crate::common::int8::{CANARY, Int8, quantise, scale_shape};
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
@@ -406,22 +407,22 @@ fn every_pair_of_formats(level: &Level) {
                     case.options.lengths = Some(vec![keys as i32, keys as i32 - 30]);
                     let as_type = |tensor: &Tensor, format: CacheFormat| match format.dtype() {
                         Some(dtype) => (tensor.cast(dtype), None),
-                        None => (tensor.cast(DType::F32), Some(Int8::of(tensor, DType::F32, Place::Heap))),
+                        None => (tensor.cast(DType::F32), Some(Quantised::of(tensor, format, Place::Heap))),
                     };
-                    let (k, k_int8) = as_type(&case.k, k_format);
-                    let (v, v_int8) = as_type(&case.v, v_format);
+                    let (k, k_units) = as_type(&case.k, k_format);
+                    let (v, v_units) = as_type(&case.v, v_format);
                     let mut out = Tensor::output(DType::F32, case.q.shape, Layout::BSHD, Place::Heap);
                     if dim != v_dim {
                         out = Tensor::output(DType::F32, [2, tokens, 2 * group, v_dim], Layout::BSHD, Place::Heap);
                     }
-                    let k_cache = k_int8.as_ref().map_or_else(|| k.view().into(), Int8::view);
-                    let v_cache = v_int8.as_ref().map_or_else(|| v.view().into(), Int8::view);
+                    let k_cache = k_units.as_ref().map_or_else(|| k.view().into(), Quantised::view);
+                    let v_cache = v_units.as_ref().map_or_else(|| v.view().into(), Quantised::view);
                     let tensors = AttentionTensors::new(case.q.view(), k_cache, v_cache, out.view_mut());
                     let options = case.options.borrow().precision(kvlane::Precision::High);
                     attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).expect("a valid call");
                     // The oracle reads what the caches hold.
-                    case.k.fill(|at| k_int8.as_ref().map_or_else(|| k.get(at), |cache| cache.get(at)));
-                    case.v.fill(|at| v_int8.as_ref().map_or_else(|| v.get(at), |cache| cache.get(at)));
+                    case.k.fill(|at| k_units.as_ref().map_or_else(|| k.get(at), |cache| cache.get(at) as f32));
+                    case.v.fill(|at| v_units.as_ref().map_or_else(|| v.get(at), |cache| cache.get(at) as f32));
                     let want = case.oracle();
                     for at in indices(out.shape) {
                         let x = want.out.row(at[0], at[1], at[2])[at[3]];

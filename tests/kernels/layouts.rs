@@ -97,7 +97,7 @@ impl Cache {
             _ => true,
         };
         // Quantised values are never packed.
-        if slots % 2 == 1 || !even || quantised()[1] {
+        if slots % 2 == 1 || !even || quantised()[1].is_some() {
             return None;
         }
         let strides = if dim % 3 == 0 { Strides::STEP2 } else { Strides::BHSD };

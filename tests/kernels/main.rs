@@ -10,6 +10,7 @@ mod common;
 mod attention;
 mod cache;
 mod errors;
+mod fp8;
 mod harness;
 mod int8;
 mod invariance;
@@ -39,6 +40,7 @@ fn main() -> std::process::ExitCode {
         positions::TESTS,
         merge::TESTS,
         int8::TESTS,
+        fp8::TESTS,
         invariance::TESTS,
         layouts::TESTS,
         latent::TESTS,

@@ -371,6 +371,12 @@ pub(super) struct Figures<'a> {
 }
 
 impl Figures<'_> {
+    /// Bytes that a token costs in all layers.
+    fn token_bytes(&self) -> usize {
+        let c = self.decoder.config();
+        c.layers.len() * self.formats.token_bytes(c.kv_heads, c.head_dim)
+    }
+
     fn rates(&self) -> (Statistics, f64, f64) {
         let per_second = |n: usize, time: Duration| if time.is_zero() { 0.0 } else { n as f64 / time.as_secs_f64() };
         let s = self.scheduler.statistics();
@@ -386,6 +392,7 @@ impl Figures<'_> {
             "k_type": self.formats.k.name(),
             "v_type": self.formats.v.name(),
             "cache_bytes": self.scheduler.cache().bytes(),
+            "cache_bytes_per_token": self.token_bytes(),
             "evicted": statistics.evicted,
             "load_seconds": self.load.as_secs_f64(),
             "prefill_tokens": statistics.prompt_tokens,
@@ -404,10 +411,12 @@ impl Figures<'_> {
         let (statistics, prefill_rate, decode_rate) = self.rates();
         note(&format!("{}: loaded in {:.2} s; {ending}", self.name, self.load.as_secs_f64()));
         note(&format!(
-            "prefill {}, {prefill_rate:.1} tokens/s; decode {}, {decode_rate:.1} tokens/s; {}{remark}",
+            "prefill {}, {prefill_rate:.1} tokens/s; decode {}, {decode_rate:.1} tokens/s; {}; cache in {}, {} bytes per token{remark}",
             count_of(statistics.prompt_tokens, "token"),
             count_of(statistics.decode_tokens, "token"),
             count_of(self.decoder.threads().count(), "thread"),
+            self.formats,
+            self.token_bytes(),
         ));
     }
 
@@ -425,7 +434,7 @@ fn kernel_names(decoder: &Decoder, formats: Formats) -> Vec<&'static str> {
 fn kernels_that_run(context: &Context, formats: Formats) -> Vec<KernelInfo> {
     let (f32, Formats { k, v }) = (CacheFormat::F32, formats);
     // Keys are rotated on their way into the cache; into a quantised one by two kernels.
-    let keys = if k.has_scales() { Op::KvWrite } else { Op::Rope };
+    let keys = if k.dtype().is_none() { Op::KvWrite } else { Op::Rope };
     let mut ran: Vec<KernelInfo> =
         [(Op::RopeAngles, f32, f32), (Op::Rope, f32, f32), (keys, f32, k), (Op::KvWrite, f32, v)]
             .into_iter()

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::output::{mebibytes, note, print, print_json};
-use crate::driver::cache::{Formats, PREFILL_CHUNK};
+use super::output::{count_of, mebibytes, note, print, print_json};
+use super::values;
+use crate::driver::cache::{Cache, Formats, PREFILL_CHUNK};
 use crate::driver::error::Result;
 use crate::driver::model::{Activation, ModelConfig, ModelFile, RopeConfig, Stretch};
 use crate::driver::tokenizer::Tokenizer;
@@ -18,6 +19,9 @@ use crate::{CacheFormat, Pairing, RopeScaling};
 pub(super) struct Inspect {
     /// A GGUF file, or a directory with config.json and safetensors
     file: PathBuf,
+    /// Say what a cache of N tokens takes. Default: the model's context
+    #[arg(long, value_name = "N", value_parser = values::at_least_one)]
+    context: Option<usize>,
     /// Write JSON, with every tensor
     #[arg(long)]
     json: bool,
@@ -33,6 +37,10 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
         *entry = (entry.0 + 1, entry.1 + t.bytes);
     }
     let token_bytes = |format: CacheFormat| c.layers.len() * Formats::from(format).token_bytes(c.kv_heads, c.head_dim);
+
+    let cached = args.context.unwrap_or(c.context);
+    // Absent where it fits into no memory.
+    let cache_bytes = |format: CacheFormat| Cache::bytes_for(c, 1, cached, format).ok();
 
     if args.json {
         return print_json(&json!({
@@ -62,6 +70,9 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
             "eos": c.eos,
             "chat_template": c.chat_template,
             "cache_bytes_per_token": CacheFormat::ALL.map(|f| (f.name().to_owned(), token_bytes(f).into()))
+                .into_iter().collect::<serde_json::Map<_, _>>(),
+            "cache_tokens": cached,
+            "cache_bytes": CacheFormat::ALL.map(|f| (f.name().to_owned(), cache_bytes(f).into()))
                 .into_iter().collect::<serde_json::Map<_, _>>(),
             "tensors": tensors.iter().map(|t| json!({
                 "name": t.name, "type": t.ty, "shape": t.shape, "bytes": t.bytes,
@@ -120,15 +131,21 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
         (
             "cache",
             format!(
-                "{} bytes per token in f32, {} in f16 or bf16, {} in int8{}",
-                token_bytes(CacheFormat::F32),
-                token_bytes(CacheFormat::F16),
-                token_bytes(CacheFormat::Int8),
+                "bytes per token: {}{}",
+                by_format(&|format| token_bytes(format).to_string()),
                 if c.layers.iter().any(|l| l.window.is_some()) {
                     format!("; local layers keep the tokens of their window and {PREFILL_CHUNK} more")
                 } else {
                     String::new()
                 }
+            ),
+        ),
+        (
+            "",
+            format!(
+                "{}: {}",
+                count_of(cached, "token"),
+                by_format(&|format| cache_bytes(format).map_or("more than there is".to_owned(), mebibytes))
             ),
         ),
         ("starts with", tokens(c.bos.as_slice(), named)),
@@ -140,6 +157,19 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
         note(&format!("note: the tokenizer cannot be built: {e}"));
     }
     Ok(())
+}
+
+/// What formats take, those that take the same together: `64 in f32, 32 in f16 or bf16`.
+fn by_format(of: &dyn Fn(CacheFormat) -> String) -> String {
+    let mut groups: Vec<(String, Vec<&str>)> = Vec::new();
+    for format in CacheFormat::ALL {
+        let text = of(format);
+        match groups.iter_mut().find(|group| group.0 == text) {
+            Some(group) => group.1.push(format.name()),
+            None => groups.push((text, vec![format.name()])),
+        }
+    }
+    groups.iter().map(|(text, names)| format!("{text} in {}", names.join(" or "))).collect::<Vec<_>>().join(", ")
 }
 
 fn layers(c: &ModelConfig) -> String {

@@ -14,6 +14,7 @@ mod interrupt;
 mod mesh;
 mod model;
 mod output;
+mod perplexity;
 mod serve;
 mod text;
 mod tune;
@@ -30,6 +31,7 @@ use self::generate::{Generate, generate};
 use self::info::{Info, info};
 use self::inspect::{Inspect, inspect};
 use self::output::note;
+use self::perplexity::{Measure, measure};
 use self::tune::{Tune, tune_cpu};
 use super::error::{Error, ErrorKind};
 
@@ -53,6 +55,8 @@ enum Command {
     #[command(allow_negative_numbers = true)]
     CacheCost(CacheCost),
     #[command(allow_negative_numbers = true)]
+    Perplexity(Measure),
+    #[command(allow_negative_numbers = true)]
     Bench(Bench),
     Tune(Tune),
 }
@@ -66,6 +70,7 @@ pub fn main() -> ExitCode {
         Command::Info(args) => info(&args).map(done),
         Command::Inspect(args) => inspect(&args).map(done),
         Command::CacheCost(args) => cache_cost(&args).map(done),
+        Command::Perplexity(args) => measure(&args).map(done),
         Command::Bench(args) => bench(&args).map(done),
         Command::Tune(args) => tune_cpu(&args).map(done),
     };

@@ -1,5 +1,6 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
+use super::generic::fp8::{E4m3, E5m2};
 use super::simd::{MAX_LANES, Simd};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
@@ -162,6 +163,20 @@ impl Simd for Avx2 {
         v._mm256_castsi256_ps(a2._mm256_add_epi32(v._mm256_castps_si256(a), shifted))
     }
     #[inline(always)]
+    fn add_bits(self, a: __m256, b: __m256) -> __m256 {
+        let (a1, a2) = (self.0.avx, self.0.avx2);
+        a1._mm256_castsi256_ps(a2._mm256_add_epi32(a1._mm256_castps_si256(a), a1._mm256_castps_si256(b)))
+    }
+    #[inline(always)]
+    fn and_bits(self, a: __m256, b: __m256) -> __m256 {
+        self.0.avx._mm256_and_ps(a, b)
+    }
+    #[inline(always)]
+    fn shift_bits(self, a: __m256, n: u32) -> __m256 {
+        let (a1, a2) = (self.0.avx, self.0.avx2);
+        a1._mm256_castsi256_ps(a2._mm256_srlv_epi32(a1._mm256_castps_si256(a), a1._mm256_set1_epi32(n as i32)))
+    }
+    #[inline(always)]
     fn deinterleave(self, a: __m256, b: __m256) -> [__m256; 2] {
         let (v, a2) = (self.0.avx, self.0.avx2);
         // Puts [a b | a b], in pairs of lanes, in order.
@@ -280,6 +295,31 @@ impl Simd for Avx2 {
         // SAFETY: eight bytes are readable.
         let bytes = unsafe { _mm_loadl_epi64(p.cast()) };
         self.0.avx._mm256_cvtepi32_ps(self.0.avx2._mm256_cvtepi8_epi32(bytes))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(self, p: *const E4m3) -> __m256 {
+        // SAFETY: eight bytes are readable; the token proves AVX2 and F16C.
+        unsafe {
+            // The sign in bit 15 and the magnitude in the bits 7 to 13 are an f16 of a 256th; bit 14 is a copy of the sign.
+            let half = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(_mm_loadl_epi64(p.cast())));
+            let half = _mm_and_si128(half, _mm_set1_epi16(0xbfff_u16 as i16));
+            // The largest magnitude is NaN.
+            let nan = _mm_cmpeq_epi16(_mm_add_epi16(half, half), _mm_set1_epi16(0x7f00));
+            self.mul(_mm256_cvtph_ps(_mm_or_si128(half, nan)), self.splat(256.0))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e5m2(self, p: *const E5m2) -> __m256 {
+        // SAFETY: eight bytes are readable; the token proves F16C. An E5M2 is the upper half of an f16.
+        unsafe { _mm256_cvtph_ps(_mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(self, p: *mut u8, v: __m256) {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let words = a2._mm256_packs_epi32(a._mm256_castps_si256(v), a._mm256_setzero_si256());
+        let words = a._mm256_castsi256_si128(a2._mm256_permute4x64_epi64::<0b11_01_10_00>(words));
+        // SAFETY: eight bytes are writable.
+        unsafe { _mm_storel_epi64(p.cast(), _mm_packus_epi16(words, words)) }
     }
     #[inline(always)]
     unsafe fn store_i8(self, p: *mut i8, v: __m256) {

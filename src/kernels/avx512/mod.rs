@@ -1,5 +1,6 @@
 //! AVX-512 (F, BW, CD, DQ, VL): sixteen lanes, thirty-two registers, masked loads that never fault on masked-off lanes.
 
+use super::generic::fp8::{E4m3, E5m2};
 use super::simd::{MAX_LANES, Simd};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
@@ -67,6 +68,28 @@ impl Avx512 {
         // The increment could turn a NaN into infinity, so NaNs keep their upper half and become quiet.
         let nan = f._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
         f._mm512_mask_or_epi32(rounded, nan, bits, f._mm512_set1_epi32(0x40_0000))
+    }
+
+    #[inline(always)]
+    fn widen_e4m3(self, bytes: __m128i) -> __m512 {
+        let (a2, f) = (self.0.avx2, self.0.avx512f);
+        // The sign in bit 15 and the magnitude in the bits 7 to 13 are an f16 of a 256th; bit 14 is a copy of the sign.
+        let half = a2._mm256_slli_epi16::<7>(a2._mm256_cvtepi8_epi16(bytes));
+        let half = self.0.avx._mm256_castps_si256(self.0.avx._mm256_and_ps(
+            self.0.avx._mm256_castsi256_ps(half),
+            self.0.avx._mm256_castsi256_ps(self.0.avx._mm256_set1_epi16(0xbfff_u16 as i16)),
+        ));
+        // The largest magnitude is NaN.
+        let magnitude = a2._mm256_add_epi16(half, half);
+        let nan = a2._mm256_cmpeq_epi16(magnitude, self.0.avx._mm256_set1_epi16(0x7f00));
+        f._mm512_mul_ps(f._mm512_cvtph_ps(a2._mm256_or_si256(half, nan)), f._mm512_set1_ps(256.0))
+    }
+
+    #[inline(always)]
+    fn widen_e5m2(self, bytes: __m128i) -> __m512 {
+        let a2 = self.0.avx2;
+        // An E5M2 is the upper half of an f16.
+        self.0.avx512f._mm512_cvtph_ps(a2._mm256_slli_epi16::<8>(a2._mm256_cvtepu8_epi16(bytes)))
     }
 
     #[inline(always)]
@@ -162,6 +185,20 @@ impl Simd for Avx512 {
         let f = self.0.avx512f;
         let shifted = f._mm512_slli_epi32::<23>(f._mm512_castps_si512(n));
         f._mm512_castsi512_ps(f._mm512_add_epi32(f._mm512_castps_si512(a), shifted))
+    }
+    #[inline(always)]
+    fn add_bits(self, a: __m512, b: __m512) -> __m512 {
+        let f = self.0.avx512f;
+        f._mm512_castsi512_ps(f._mm512_add_epi32(f._mm512_castps_si512(a), f._mm512_castps_si512(b)))
+    }
+    #[inline(always)]
+    fn and_bits(self, a: __m512, b: __m512) -> __m512 {
+        self.0.avx512dq._mm512_and_ps(a, b)
+    }
+    #[inline(always)]
+    fn shift_bits(self, a: __m512, n: u32) -> __m512 {
+        let f = self.0.avx512f;
+        f._mm512_castsi512_ps(f._mm512_srlv_epi32(f._mm512_castps_si512(a), f._mm512_set1_epi32(n as i32)))
     }
     #[inline(always)]
     fn deinterleave(self, a: __m512, b: __m512) -> [__m512; 2] {
@@ -306,6 +343,32 @@ impl Simd for Avx512 {
         let bytes = unsafe { _mm_maskz_loadu_epi8(Self::prefix(n), p) };
         let f = self.0.avx512f;
         f._mm512_cvtepi32_ps(f._mm512_cvtepi8_epi32(bytes))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(self, p: *const E4m3) -> __m512 {
+        // SAFETY: sixteen bytes are readable.
+        self.widen_e4m3(unsafe { _mm_loadu_si128(p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_part_e4m3(self, p: *const E4m3, n: usize) -> __m512 {
+        // SAFETY: masked-off bytes are not read.
+        self.widen_e4m3(unsafe { _mm_maskz_loadu_epi8(Self::prefix(n), p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_e5m2(self, p: *const E5m2) -> __m512 {
+        // SAFETY: sixteen bytes are readable.
+        self.widen_e5m2(unsafe { _mm_loadu_si128(p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_part_e5m2(self, p: *const E5m2, n: usize) -> __m512 {
+        // SAFETY: masked-off bytes are not read.
+        self.widen_e5m2(unsafe { _mm_maskz_loadu_epi8(Self::prefix(n), p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(self, p: *mut u8, v: __m512) {
+        let f = self.0.avx512f;
+        // SAFETY: sixteen bytes are writable.
+        unsafe { _mm_storeu_si128(p.cast(), f._mm512_cvtepi32_epi8(f._mm512_castps_si512(v))) }
     }
     #[inline(always)]
     unsafe fn store_i8(self, p: *mut i8, v: __m512) {

@@ -46,7 +46,7 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs) {
 
 /// What is made of a vector's numbers that lie together. No closure: that would be a function of its own, without the level's
 /// features.
-trait Converted<A, B> {
+pub(super) trait Converted<A, B> {
     /// # Safety
     /// `n` numbers are readable at `src` and writable at `dst`.
     unsafe fn run<S: Simd>(&self, s: S, src: *const A, dst: *mut B, n: usize);
@@ -57,7 +57,7 @@ trait Converted<A, B> {
 /// # Safety
 /// The numbers are readable and writable; both buffers have room for [`STAGE`].
 #[inline(always)]
-unsafe fn convert<S: Simd, A: Copy, B: Copy>(
+pub(super) unsafe fn convert<S: Simd, A: Copy, B: Copy>(
     s: S,
     (src, src_dim): (*const A, isize),
     (dst, dst_dim): (*mut B, isize),
@@ -228,11 +228,11 @@ pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore>(s: S, args: &ScaledArgs) 
 }
 
 /// Units multiplied by their scale.
-struct ToElements(f32);
+pub(super) struct ToElements(pub f32);
 
-impl<B: LoadStore> Converted<i8, B> for ToElements {
+impl<U: Load, B: LoadStore> Converted<U, B> for ToElements {
     #[inline(always)]
-    unsafe fn run<S: Simd>(&self, s: S, src: *const i8, dst: *mut B, n: usize) {
+    unsafe fn run<S: Simd>(&self, s: S, src: *const U, dst: *mut B, n: usize) {
         // SAFETY: the caller's.
         unsafe { elements(s, src, dst, self.0, n) };
     }
@@ -243,16 +243,16 @@ impl<B: LoadStore> Converted<i8, B> for ToElements {
 /// # Safety
 /// `n` units are readable at `src` and `n` elements writable at `dst`.
 #[inline(always)]
-unsafe fn elements<S: Simd, B: LoadStore>(s: S, src: *const i8, dst: *mut B, scale: f32, n: usize) {
+unsafe fn elements<S: Simd, U: Load, B: LoadStore>(s: S, src: *const U, dst: *mut B, scale: f32, n: usize) {
     let scale = s.splat(scale);
     let mut i = 0;
     while i < n {
         // SAFETY: the caller's; a part is what is left.
         unsafe {
             if i + S::LANES <= n {
-                B::store(s, dst.add(i), s.mul(i8::load(s, src.add(i)), scale));
+                B::store(s, dst.add(i), s.mul(U::load(s, src.add(i)), scale));
             } else {
-                B::store_part(s, dst.add(i), s.mul(i8::load_part(s, src.add(i), n - i), scale), n - i);
+                B::store_part(s, dst.add(i), s.mul(U::load_part(s, src.add(i), n - i), scale), n - i);
             }
         }
         i += S::LANES;

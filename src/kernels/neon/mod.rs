@@ -7,6 +7,7 @@
 //! The f16 conversions are part of the base architecture, but their intrinsics require `fp16`. So each is one
 //! instruction of inline assembly.
 
+use super::generic::fp8::{E4m3, E5m2};
 use super::simd::{MAX_LANES, Simd, copy_part};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
@@ -34,6 +35,19 @@ impl Neon {
         // SAFETY: the caller's.
         Self(unsafe { Token::new_unchecked() })
     }
+}
+
+/// # Safety
+/// The CPU has NEON; FCVTL of half precision is in every ARMv8-A with Advanced SIMD.
+#[inline(always)]
+unsafe fn widen_f16(narrow: uint16x4_t) -> float32x4_t {
+    let wide: float32x4_t;
+    // SAFETY: the caller's; registers alone are touched.
+    unsafe {
+        asm!("fcvtl {wide:v}.4s, {narrow:v}.4h", wide = lateout(vreg) wide, narrow = in(vreg) narrow,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    wide
 }
 
 impl Simd for Neon {
@@ -130,6 +144,23 @@ impl Simd for Neon {
         s.vreinterpretq_f32_u32(s.vaddq_u32(s.vreinterpretq_u32_f32(a), shifted))
     }
     #[inline(always)]
+    fn add_bits(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        let s = self.0.neon;
+        s.vreinterpretq_f32_u32(s.vaddq_u32(s.vreinterpretq_u32_f32(a), s.vreinterpretq_u32_f32(b)))
+    }
+    #[inline(always)]
+    fn and_bits(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        let s = self.0.neon;
+        s.vreinterpretq_f32_u32(s.vandq_u32(s.vreinterpretq_u32_f32(a), s.vreinterpretq_u32_f32(b)))
+    }
+    #[inline(always)]
+    fn shift_bits(self, a: float32x4_t, n: u32) -> float32x4_t {
+        let s = self.0.neon;
+        // A negative count shifts to the right.
+        let count = s.vdupq_n_s32(-(n as i32));
+        s.vreinterpretq_f32_u32(s.vshlq_u32(s.vreinterpretq_u32_f32(a), count))
+    }
+    #[inline(always)]
     fn deinterleave(self, a: float32x4_t, b: float32x4_t) -> [float32x4_t; 2] {
         let n = self.0.neon;
         [n.vuzp1q_f32(a, b), n.vuzp2q_f32(a, b)]
@@ -174,14 +205,8 @@ impl Simd for Neon {
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> float32x4_t {
-        // SAFETY: the caller's; FCVTL of half precision is in every ARMv8-A with Advanced SIMD.
-        unsafe {
-            let narrow = vld1_u16(p.cast());
-            let wide: float32x4_t;
-            asm!("fcvtl {wide:v}.4s, {narrow:v}.4h", wide = lateout(vreg) wide, narrow = in(vreg) narrow,
-                options(pure, nomem, nostack, preserves_flags));
-            wide
-        }
+        // SAFETY: the caller's; the level has NEON.
+        unsafe { widen_f16(vld1_u16(p.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> float32x4_t {
@@ -221,6 +246,36 @@ impl Simd for Neon {
         unsafe {
             let bytes = vreinterpret_s8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
             vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(self, p: *const E4m3) -> float32x4_t {
+        // SAFETY: four bytes are readable; the level has NEON.
+        unsafe {
+            let bytes = vreinterpret_s8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            // The sign in bit 15 and the magnitude in the bits 7 to 13 are an f16 of a 256th; bit 14 is a copy of the sign.
+            let half = vreinterpret_u16_s16(vshl_n_s16::<7>(vget_low_s16(vmovl_s8(bytes))));
+            let half = vand_u16(half, vdup_n_u16(0xbfff));
+            // The largest magnitude is NaN.
+            let nan = vceq_u16(vadd_u16(half, half), vdup_n_u16(0x7f00));
+            self.mul(widen_f16(vorr_u16(half, nan)), self.splat(256.0))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e5m2(self, p: *const E5m2) -> float32x4_t {
+        // SAFETY: four bytes are readable; the level has NEON. An E5M2 is the upper half of an f16.
+        unsafe {
+            let bytes = vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            widen_f16(vshl_n_u16::<8>(vget_low_u16(vmovl_u8(bytes))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(self, p: *mut u8, v: float32x4_t) {
+        // SAFETY: four bytes are writable; the level has NEON.
+        unsafe {
+            let words = vmovn_u32(vreinterpretq_u32_f32(v));
+            let bytes = vmovn_u16(vcombine_u16(words, words));
+            p.cast::<u32>().write_unaligned(vget_lane_u32::<0>(vreinterpret_u32_u8(bytes)));
         }
     }
     #[inline(always)]

@@ -2,6 +2,7 @@
 //! (SSE2 on x86-64). Products and sums are rounded separately, because a fused multiply-add would be a library call on
 //! most baselines.
 
+use super::generic::fp8::{E4m3, E5m2};
 use super::simd::{MAX_LANES, Simd, copy_part};
 use crate::cpu::level_features;
 use crate::dtype::Element;
@@ -137,6 +138,18 @@ impl Simd for Scalar {
         map2(a, n, |a, n| f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23)))
     }
     #[inline(always)]
+    fn add_bits(self, a: V, b: V) -> V {
+        map2(a, b, |a, b| f32::from_bits(a.to_bits().wrapping_add(b.to_bits())))
+    }
+    #[inline(always)]
+    fn and_bits(self, a: V, b: V) -> V {
+        map2(a, b, |a, b| f32::from_bits(a.to_bits() & b.to_bits()))
+    }
+    #[inline(always)]
+    fn shift_bits(self, a: V, n: u32) -> V {
+        map(a, |a| f32::from_bits(a.to_bits() >> n))
+    }
+    #[inline(always)]
     fn deinterleave(self, a: V, b: V) -> [V; 2] {
         [[a[0], a[2], b[0], b[2]], [a[1], a[3], b[1], b[3]]]
     }
@@ -199,6 +212,23 @@ impl Simd for Scalar {
     unsafe fn load_i8(self, p: *const i8) -> V {
         // SAFETY: four bytes are readable.
         std::array::from_fn(|i| f32::from(unsafe { *p.add(i) }))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(self, p: *const E4m3) -> V {
+        // SAFETY: four bytes are readable.
+        std::array::from_fn(|i| unsafe { *p.add(i) }.to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_e5m2(self, p: *const E5m2) -> V {
+        // SAFETY: four bytes are readable.
+        std::array::from_fn(|i| unsafe { *p.add(i) }.to_f32())
+    }
+    #[inline(always)]
+    unsafe fn store_low_bytes(self, p: *mut u8, v: V) {
+        for (i, x) in v.into_iter().enumerate() {
+            // SAFETY: four bytes are writable.
+            unsafe { *p.add(i) = x.to_bits() as u8 };
+        }
     }
     #[inline(always)]
     unsafe fn store_i8(self, p: *mut i8, v: V) {

@@ -298,7 +298,7 @@ fn block_bytes(cache: &RawCacheView) -> (usize, usize) {
         let token = cache.shape[HEADS].saturating_mul(per_head);
         token.saturating_mul(BLOCK).saturating_add(63) / 64 * 64
     };
-    let scales = cache.scales.map_or(0, |scales| bytes(scales.dtype.size()));
+    let scales = cache.written_scales().map_or(0, |scales| bytes(scales.dtype.size()));
     (bytes(cache.shape[DIM].saturating_mul(cache.dtype.unit_bytes())), scales)
 }
 
@@ -309,7 +309,7 @@ fn block_at(memory: *mut u8, cache: &RawCacheView) -> RawCacheView {
         RawView { data, shape, strides: contiguous(shape), bytes: None, ..*of }
     }
     let scales = memory.wrapping_add(block_bytes(cache).0);
-    RawCacheView { units: view(memory, &cache.units), scales: cache.scales.map(|of| view(scales, &of)) }
+    RawCacheView { units: view(memory, &cache.units), scales: cache.written_scales().map(|of| view(scales, of)) }
 }
 
 /// The workspace, of which every worker has a part.

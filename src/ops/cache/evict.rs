@@ -47,7 +47,7 @@ impl KvCache<'_, '_> {
     /// `rotations` has an entry per layer, or one for all layers, or none if keys carry no rotation; `None` is a layer whose
     /// keys are not rotated. Angles are computed in f64; arithmetic is f32, rounded once to the format of the cache. Each call
     /// adds one rounding of every moved key: half a unit in the last place of an element, in f32 the `max_error` of
-    /// [`Op::Rope`](crate::Op::Rope), and half a scale in int8, whose keys are read, rotated and quantised again with a new scale.
+    /// [`Op::Rope`](crate::Op::Rope), and half a scale in int8, whose keys are read, rotated and quantised again with a new scale; in fp8 with the same one.
     /// These errors [add up](Self#dropping-tokens-in-two-ways). Values, and keys that are not rotated, move with all their bits,
     /// scales included.
     /// Bytes behind the new end of the sequence do not change.
@@ -345,7 +345,7 @@ fn check_per_layer<T>(
 
 fn check_rotation(rotation: &RawRotation, magnitude: f64, k: &RawCacheView) -> Result<()> {
     let (rotary_dim, dim) = (rotation.inv_freq.len().saturating_mul(2), k.shape[DIM]);
-    if k.dtype.has_scales() {
+    if k.dtype.dtype().is_none() {
         check_staged("k", dim)?;
     }
     check_rotary_dim(rotary_dim)?;

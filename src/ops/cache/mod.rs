@@ -430,11 +430,24 @@ enum Step<'a> {
 impl<'a> Step<'a> {
     /// The copy of tokens of a cache to other places of it.
     fn copy(context: &Context, cache: &RawCacheView) -> Self {
-        Self::between(context, cache, cache)
+        match cache.dtype.dtype() {
+            Some(dtype) => Self::Copy { units: context.copy(Op::KvWrite, dtype, dtype), scales: None },
+            None => Self::units(context, cache, cache),
+        }
+    }
+
+    /// The copy of quantised units, and of the scales that are written with them.
+    fn units(context: &Context, src: &RawCacheView, dst: &RawCacheView) -> Self {
+        let scales = src.written_scales().zip(dst.written_scales());
+        let scales = scales.map(|(from, to)| context.copy(Op::KvWrite, from.dtype, to.dtype));
+        Self::Copy { units: copy_bytes, scales }
     }
 
     /// From one cache to another: units and scales as they are if the target can hold them.
-    fn between(context: &Context, src: &RawCacheView, dst: &RawCacheView) -> Self {
+    ///
+    /// # Safety
+    /// The caches are valid.
+    unsafe fn between(context: &Context, src: &RawCacheView, dst: &RawCacheView) -> Self {
         match (src.dtype.dtype(), dst.dtype.dtype()) {
             (Some(from), Some(to)) => Self::Copy { units: context.copy(Op::KvWrite, from, to), scales: None },
             (Some(from), None) => {
@@ -442,18 +455,15 @@ impl<'a> Step<'a> {
                 Self::Convert { kernels, turn: None }
             }
             (None, Some(to)) => Self::Convert { kernels: HeadKernels::read(context, src.dtype, to), turn: None },
-            (None, None) if rounds_scales(src, dst) => {
-                Self::Convert { kernels: HeadKernels::requantize(context, false, dst.dtype), turn: None }
+            // SAFETY: the caller's.
+            (None, None) if unsafe { requantizes(src, dst) } => {
+                Self::Convert { kernels: HeadKernels::requantize(context, false, src.dtype, dst.dtype), turn: None }
             }
-            (None, None) => {
-                let scales = src.scales.zip(dst.scales);
-                let scales = scales.map(|(from, to)| context.copy(Op::KvWrite, from.dtype, to.dtype));
-                Self::Copy { units: copy_bytes, scales }
-            }
+            (None, None) => Self::units(context, src, dst),
         }
     }
 
-    /// The rotation of keys from one cache to another, which are of one format or of which the source has no scales.
+    /// The rotation of keys from one cache to another, which are of one format or of which the source has plain elements.
     fn rotate(
         context: &Context,
         src: &RawCacheView,
@@ -463,17 +473,49 @@ impl<'a> Step<'a> {
     ) -> Self {
         let kernels = match src.dtype.dtype() {
             Some(from) => HeadKernels::write(context, None, true, from, dst.dtype),
-            None => HeadKernels::requantize(context, true, dst.dtype),
+            None => HeadKernels::requantize(context, true, src.dtype, dst.dtype),
         };
         let turn = Turn { rotary_dim: 2 * cos.len(), pairing, cos: cos.as_ptr(), sin: sin.as_ptr() };
         Self::Convert { kernels, turn: Some(turn) }
     }
 }
 
-/// Whether the scales of one cache have more digits than those of another.
-fn rounds_scales(src: &RawCacheView, dst: &RawCacheView) -> bool {
+/// Whether heads that go from one quantised cache to another are quantised again: the formats differ, or static scales do, or
+/// scales per token and head lose digits.
+///
+/// # Safety
+/// The caches are valid, and agree in heads.
+unsafe fn requantizes(src: &RawCacheView, dst: &RawCacheView) -> bool {
+    if src.dtype.dtype().is_some() || dst.dtype.dtype().is_some() {
+        return false;
+    }
+    if src.dtype.has_static_scales() && src.dtype == dst.dtype {
+        // SAFETY: the caller's.
+        return (0..src.shape[HEADS]).any(|head| {
+            let [from, to] = [src, dst].map(|cache| unsafe { static_scale(cache, head) });
+            from.to_bits() != to.to_bits()
+        });
+    }
     let [from, to] = [src, dst].map(|cache| cache.scales.map(|scales| scales.dtype));
-    from == Some(DType::F32) && to == Some(DType::F16)
+    src.dtype != dst.dtype || from == Some(DType::F32) && to == Some(DType::F16)
+}
+
+/// The static scale of a head.
+///
+/// # Safety
+/// The cache is valid and has the head.
+unsafe fn static_scale(cache: &RawCacheView, head: usize) -> f32 {
+    let Some(scales) = cache.scales.filter(|scales| !scales.is_empty()) else { return 1.0 };
+    // SAFETY: the caller's.
+    unsafe {
+        let at = scales.row(0, 0, head);
+        match scales.dtype {
+            DType::F32 => *at.cast::<f32>(),
+            DType::F16 => (*at.cast::<half::f16>()).to_f32(),
+            // The check of a cache's scales rejects bf16.
+            DType::Bf16 => f32::NAN,
+        }
+    }
 }
 
 /// Copies units of a byte.

@@ -2,7 +2,7 @@
 
 use super::{
     KvCache, RawCache, RowOf, SafeLayers, Step, cache_at, cache_heads_of, check_apart, check_held,
-    check_pages_unshared, for_each_piece, held, lost, move_range, rounds_scales,
+    check_pages_unshared, for_each_piece, held, lost, move_range, requantizes,
 };
 use crate::context::Context;
 use crate::error::{Result, ensure, fail};
@@ -31,7 +31,7 @@ impl KvCache<'_, '_> {
     ///
     /// Both caches have the same number of layers, and these have the same heads and dims. Formats may differ (elements are
     /// converted to the nearest value, ties to even). Int8 keeps its units and scales in another int8 cache, unless that has f16
-    /// scales for f32 ones: then heads are quantised again. Layouts may differ too: a paged sequence becomes a contiguous one, or the
+    /// scales for f32 ones, and fp8 keeps its units in a cache of the same format and static scales: otherwise heads are quantised again. Layouts may differ too: a paged sequence becomes a contiguous one, or the
     /// reverse. A ring takes the tokens that it would hold after `length` tokens; the other cache must hold those.
     ///
     /// # Errors
@@ -121,7 +121,7 @@ pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: 
                     // SAFETY: the slots are the sequence's, inside the view, and this piece's heads are no other's.
                     unsafe {
                         clear(&piece.cache.units, place, n);
-                        if let Some(scales) = &piece.cache.scales {
+                        if let Some(scales) = piece.cache.written_scales() {
                             clear(scales, place, n);
                         }
                     }
@@ -194,7 +194,8 @@ pub(crate) unsafe fn insert_sequence_raw(
                         src.shape[axis]
                     );
                 }
-                if rounds_scales(src, dst) {
+                // SAFETY: the caches have been validated.
+                if unsafe { requantizes(src, dst) } {
                     check_staged(&format!("{} of layer {}", ["k", "v"][i % 2], i / 2), src.shape[DIM])?;
                 }
                 check_apart(from.layers, 2 * n, dst, "the two caches")?;
@@ -222,7 +223,8 @@ pub(crate) unsafe fn insert_sequence_raw(
         let index = 2 * piece.layer + usize::from(piece.values);
         let Ok(Some(src)) = cache_at(from.layers, index) else { unreachable!("both caches have the same planes") };
         let src = cache_heads_of(&src, piece.heads);
-        let step = Step::between(context, &src, &piece.cache);
+        // SAFETY: the caches have been validated.
+        let step = unsafe { Step::between(context, &src, &piece.cache) };
         let dst = RowOf { layout: &to.layout, cache: &piece.cache, row };
         let src = RowOf { layout: &from.layout, cache: &src, row: from_row };
         for range in &ranges {

@@ -272,7 +272,9 @@ unsafe fn gather<T>(
         match format {
             CacheFormat::F32 => gather_units::<T, u32>(dim, step, key_range, block, rows),
             CacheFormat::F16 | CacheFormat::Bf16 => gather_units::<T, u16>(dim, step, key_range, block, rows),
-            CacheFormat::Int8 => gather_units::<T, u8>(dim, step, key_range, block, rows),
+            CacheFormat::Int8 | CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => {
+                gather_units::<T, u8>(dim, step, key_range, block, rows);
+            }
         }
     }
 }

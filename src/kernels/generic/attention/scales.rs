@@ -1,4 +1,4 @@
-//! Scales per token and head of a quantised cache.
+//! Scales of a quantised cache: per token and head, or static, whose strides along tokens are 0.
 //!
 //! The scale of a key multiplies its score, before the scale of attention and the softcap. The scale of a value
 //! multiplies its weight, after the sum of weights was taken. So neither is in an inner loop: a block takes one pass
@@ -91,6 +91,7 @@ unsafe fn gathered<T: Copy + Default>(block: &Block, scales: &RawView, head: usi
         unsafe {
             let first = scales.row(row, slot, tile.kv_head + head).cast::<T>();
             match scales.strides[1] as isize {
+                0 => to.fill(*first),
                 1 => std::ptr::copy_nonoverlapping(first, to.as_mut_ptr(), to.len()),
                 step => (0..).zip(to).for_each(|(i, to)| *to = *first.offset(i * step)),
             }

@@ -1,0 +1,184 @@
+//! Eight-bit floats with static scales: conversion to units, and back.
+//!
+//! | | sign, exponent, fraction | bias | largest | smallest normal, subnormal | infinities | NaN |
+//! | --- | --- | --- | --- | --- | --- | --- |
+//! | E4M3 (`e4m3fn`) | 1, 4, 3 | 7 | 448 | 2^-6, 2^-9 | none | 0x7f, 0xff |
+//! | E5M2 | 1, 5, 2 | 15 | 57344 | 2^-14, 2^-16 | 0x7c, 0xfc | 0x7d to 0x7f, 0xfd to 0xff |
+//!
+//! A unit is its element divided by the scale, rounded to f32, then to the nearest unit, ties to even. What is larger than
+//! the largest number, infinities included, becomes that number; every NaN becomes 0x7f. An element is its unit, exactly, times
+//! the scale, rounded to f32. All of it is arithmetic of IEEE 754, so that every level computes the same bits.
+//!
+//! Both formats are parts of an f16, which every level widens in one instruction: E5M2 is its upper half, and E4M3 is one
+//! of a 256th of the number, with three bits of the fraction and four of the exponent.
+
+use super::copy::STAGE;
+use super::quantize::{Converted, ToElements, convert};
+use crate::dtype::DType;
+use crate::kernels::api::ScaledArgs;
+use crate::kernels::simd::{Load, LoadStore, Simd, clamped};
+use half::f16;
+use std::mem::MaybeUninit;
+
+/// A unit of [`CacheFormat::Fp8E4m3`](crate::CacheFormat::Fp8E4m3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct E4m3(pub u8);
+
+/// A unit of [`CacheFormat::Fp8E5m2`](crate::CacheFormat::Fp8E5m2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct E5m2(pub u8);
+
+impl E4m3 {
+    #[inline(always)]
+    pub fn to_f32(self) -> f32 {
+        let (sign, magnitude) = (u16::from(self.0 & 0x80) << 8, u16::from(self.0 & 0x7f));
+        let half = if magnitude == 0x7f { 0x7e00 } else { magnitude << 7 };
+        256.0 * f16::from_bits(sign | half).to_f32()
+    }
+}
+
+impl E5m2 {
+    #[inline(always)]
+    pub fn to_f32(self) -> f32 {
+        f16::from_bits(u16::from(self.0) << 8).to_f32()
+    }
+}
+
+/// A format of eight bits, by its place in an f32.
+pub(crate) trait Fp8: Load {
+    /// The bits of an f32's fraction that are cut off.
+    const SHIFT: u32;
+    /// The difference of the exponents' biases.
+    const BIAS: u32;
+    /// The largest number.
+    const MAX: f32;
+    /// The smallest normal number.
+    const MIN_NORMAL: f32;
+    /// A unit of the last place of an f32 of this size is the smallest subnormal number.
+    const SUBNORMALS: f32;
+}
+
+impl Fp8 for E4m3 {
+    const SHIFT: u32 = 20;
+    const BIAS: u32 = 127 - 7;
+    const MAX: f32 = 448.0;
+    const MIN_NORMAL: f32 = 1.0 / 64.0;
+    const SUBNORMALS: f32 = 16384.0;
+}
+
+impl Fp8 for E5m2 {
+    const SHIFT: u32 = 21;
+    const BIAS: u32 = 127 - 15;
+    const MAX: f32 = 57344.0;
+    const MIN_NORMAL: f32 = 1.0 / 16384.0;
+    const SUBNORMALS: f32 = 128.0;
+}
+
+/// A number for each lane, rounded: the unit is the pattern's low byte, and the other bits are 0.
+#[inline(always)]
+pub(crate) fn rounded<S: Simd, U: Fp8>(s: S, v: S::V) -> S::V {
+    let pattern = |bits: u32| s.splat(f32::from_bits(bits));
+    let v = clamped(s, v, U::MAX);
+    let magnitude = s.abs(v);
+    // To nearest, ties to even: adds half of the cut-off range, minus one where the last kept bit is 0.
+    let odd = s.and_bits(s.shift_bits(magnitude, U::SHIFT), pattern(1));
+    let up = s.add_bits(odd, pattern((1 << (U::SHIFT - 1)) - 1));
+    let normal = s.shift_bits(s.add_bits(magnitude, up), U::SHIFT);
+    let normal = s.add_bits(normal, pattern((U::BIAS << (23 - U::SHIFT)).wrapping_neg()));
+    // The addition rounds to a multiple of the smallest number, which is then counted by the last bits.
+    let subnormal = s.add(magnitude, s.splat(U::SUBNORMALS));
+    let subnormal = s.add_bits(subnormal, pattern(U::SUBNORMALS.to_bits().wrapping_neg()));
+    let unit = s.select_lt(magnitude, s.splat(U::MIN_NORMAL), subnormal, normal);
+    let unit = s.add_bits(unit, s.and_bits(s.shift_bits(v, 24), pattern(0x80)));
+    s.select_lt(magnitude, s.splat(f32::INFINITY), unit, pattern(0x7f))
+}
+
+/// The static scale of a head: 1 without scales.
+///
+/// # Safety
+/// The scale's address is valid, or null.
+#[inline(always)]
+unsafe fn scale_of(args: &ScaledArgs, head: isize) -> f32 {
+    if args.scales.is_null() {
+        return 1.0;
+    }
+    let at = head * args.scale_head;
+    // SAFETY: the caller's.
+    unsafe {
+        match args.scale_dtype {
+            DType::F32 => *args.scales.cast::<f32>().wrapping_offset(at),
+            DType::F16 => (*args.scales.cast::<f16>().wrapping_offset(at)).to_f32(),
+            // The check of a cache's scales rejects bf16.
+            DType::Bf16 => f32::NAN,
+        }
+    }
+}
+
+/// Writes `heads` vectors as units of their scales.
+///
+/// # Safety
+/// Every address that `args` describes is valid, but scales may be null; source, units and scales do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn encode<S: Simd, A: LoadStore, U: Fp8>(s: S, args: &ScaledArgs) {
+    let c = &args.copy;
+    let mut from = MaybeUninit::<[A; STAGE]>::uninit();
+    let mut to = MaybeUninit::<[U; STAGE]>::uninit();
+    let (from, to): (*mut A, *mut U) = (from.as_mut_ptr().cast(), to.as_mut_ptr().cast());
+    for head in 0..c.heads as isize {
+        let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
+        let dst = c.dst.cast::<U>().wrapping_offset(head * c.dst_head);
+        // SAFETY: the caller's; what is staged fits its buffer.
+        unsafe {
+            let units = ToUnits(scale_of(args, head));
+            convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &units);
+        }
+    }
+}
+
+/// Elements as units of a scale.
+struct ToUnits(f32);
+
+impl<A: LoadStore, U: Fp8> Converted<A, U> for ToUnits {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(&self, s: S, src: *const A, dst: *mut U, n: usize) {
+        let (dst, scale, divides) = (dst.cast::<u8>(), s.splat(self.0), self.0 != 1.0);
+        let mut i = 0;
+        while i < n {
+            // SAFETY: the caller's; a part is what is left. A unit is a byte.
+            unsafe {
+                let whole = i + S::LANES <= n;
+                let v = if whole { A::load(s, src.add(i)) } else { A::load_part(s, src.add(i), n - i) };
+                let units = rounded::<S, U>(s, if divides { s.div(v, scale) } else { v });
+                if whole {
+                    s.store_low_bytes(dst.add(i), units);
+                } else {
+                    s.store_part_low_bytes(dst.add(i), units, n - i);
+                }
+            }
+            i += S::LANES;
+        }
+    }
+}
+
+/// Reads `heads` vectors of units, multiplied by their scales.
+///
+/// # Safety
+/// As [`encode`]; the target does not overlap units and scales.
+#[inline(always)]
+pub(crate) unsafe fn decode<S: Simd, U: Fp8, B: LoadStore>(s: S, args: &ScaledArgs) {
+    let c = &args.copy;
+    let mut from = MaybeUninit::<[U; STAGE]>::uninit();
+    let mut to = MaybeUninit::<[B; STAGE]>::uninit();
+    let (from, to): (*mut U, *mut B) = (from.as_mut_ptr().cast(), to.as_mut_ptr().cast());
+    for head in 0..c.heads as isize {
+        let src = c.src.cast::<U>().wrapping_offset(head * c.src_head);
+        let dst = c.dst.cast::<B>().wrapping_offset(head * c.dst_head);
+        // SAFETY: the caller's; what is staged fits its buffer.
+        unsafe {
+            let elements = ToElements(scale_of(args, head));
+            convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &elements);
+        }
+    }
+}

@@ -1,0 +1,601 @@
+//! Caches of eight-bit floats: rounded by the definition, to the bit at every level; read, moved, inserted and evicted.
+
+use crate::common::attention::{Case, Shape};
+use crate::common::fp8::{CANARY, Fp8, Scales, magnitudes, nearest, number, quantise};
+use crate::common::int8::{Int8, quantise as quantise_int8, scale_shape};
+use crate::common::runners::Threads;
+use crate::common::tensor::indices;
+use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
+use crate::harness::{Level, tests};
+use crate::write::{place, rounded, written};
+use kvlane::{
+    AttentionTensors, CacheFormat, CacheView, CacheViewMut, DType, Destination, KeyRotation, KvCache, KvLayer, KvRead,
+    KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, RmsNorm, Rope, RopeAngles, RopeFrequencies, RopeScaling,
+    Runner, Serial, Source, Status, View, ViewMut, Workspace, attention, copy_pages, defragment_pages, kv_read,
+    kv_write, rms_norm, rope,
+};
+
+tests! {
+    levels: every_rounding, every_unit, head_sizes_and_layouts, every_layout, fused_with_norm_and_rope, scales_of_every_kind,
+        nan_in_a_unit, moves, inserted_rows, turned_keys;
+    once: the_definition, refused;
+}
+
+const FORMATS: [CacheFormat; 2] = [CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2];
+
+fn head_of(tensor: &Tensor, b: usize, s: usize, h: usize) -> Vec<f32> {
+    (0..tensor.shape[3]).map(|d| tensor.get([b, s, h, d])).collect()
+}
+
+/// Checks every head of a cache: those of `written` are what quantising `src` gives.
+#[track_caller]
+fn assert_written(cache: &Fp8, src: &Tensor, to: &Destination, what: &str) {
+    let [batch, seq, ..] = src.shape;
+    let written = written(to, batch, seq, cache.shape[1]);
+    for [b, s, h, _] in indices(scale_shape(cache.shape)) {
+        let wanted = match written.get(&(b, s)) {
+            Some(&(b, t)) => quantise(cache.format, &head_of(src, b, t, h), cache.scales.of(h)),
+            None => vec![CANARY; cache.shape[3]],
+        };
+        assert_eq!(cache.head(b, s, h), wanted, "{what}: [{b}, {s}, {h}]");
+    }
+    cache.assert_gaps();
+}
+
+fn output(rng: &mut Rng, shape: [usize; 4], at: Place) -> Fp8 {
+    let scales = rng.pick(&[0, 1, 2, 3]);
+    Fp8::output(rng.pick(&FORMATS), shape, Layout::random(rng), at, Scales::kinds(shape[2])[scales].clone())
+}
+
+/// Random units that are numbers.
+fn random(rng: &mut Rng, format: CacheFormat, shape: [usize; 4], scales: Scales) -> Fp8 {
+    let mut cache = Fp8::output(format, shape, Layout::random(rng), Place::GuardAfter, scales);
+    let last = magnitudes(format).len();
+    for at in indices(shape) {
+        cache.set_unit(at, rng.below(last) as u8 | if rng.chance(0.5) { 0x80 } else { 0 });
+    }
+    cache
+}
+
+/// Writes a token of one head.
+fn write_head(level: &Level, k: &Tensor, cache: &mut Fp8) {
+    let v = Tensor::input(k.dtype, [1, 1, 1, 0], Layout::BSHD, Place::Heap);
+    let mut v_cache = Tensor::output(k.dtype, [1, 1, 1, 0], Layout::BSHD, Place::Heap);
+    let to = Destination::positions(&[0]);
+    let write = KvWrite::new(k.view(), v.view(), cache.view_mut(), v_cache.view_mut(), to);
+    kv_write(&level.context, &Serial, write).expect("a valid write");
+}
+
+/// All numbers of f16 and bf16; in f32 all numbers of the format, all ties, and their neighbours; and random numbers.
+fn every_rounding(level: &Level) {
+    let mut rng = Rng::new(401);
+    for format in FORMATS {
+        let all = magnitudes(format);
+        let mut edges: Vec<f32> = vec![0.0, f32::MIN_POSITIVE, f32::from_bits(1), f32::MAX, f32::INFINITY, f32::NAN];
+        for (i, &x) in all.iter().enumerate() {
+            // Beyond the last number as if there were one more.
+            let next = all.get(i + 1).copied().unwrap_or(2.0 * x - all[i - (i > 0) as usize]);
+            for y in [x, (x + next) / 2.0] {
+                let y = y as f32;
+                edges.extend([y, y.next_up(), y.next_down()]);
+            }
+        }
+        edges.extend((0..scaled(20000)).map(|_| {
+            let size = 2f32.powi(rng.between(0, 40) as i32 - 22);
+            size * rng.f32()
+        }));
+        edges.extend(edges.clone().iter().map(|x| -x));
+        edges.extend((0..scaled(5000)).map(|_| f32::from_bits(rng.u64() as u32)));
+        for src in DType::ALL {
+            let patterns: Vec<u32> = match src {
+                DType::F32 => edges.iter().map(|x| x.to_bits()).collect(),
+                _ => thin((0..=0xffff).collect()),
+            };
+            for scales in Scales::kinds(1) {
+                let shape = [1, 1, 1, patterns.len()];
+                let mut k = Tensor::input(src, shape, Layout::BSHD, Place::GuardAfter);
+                indices(shape).for_each(|at| k.set_element_bits(at, patterns[at[3]]));
+                let mut cache = Fp8::output(format, shape, Layout::BSHD, Place::GuardAfter, scales.clone());
+                write_head(level, &k, &mut cache);
+                level.checked(Op::KvWrite, src, format);
+                let head = head_of(&k, 0, 0, 0);
+                let wanted = quantise(format, &head, scales.of(0));
+                for (d, x) in head.iter().enumerate() {
+                    let unit = cache.unit([0, 0, 0, d]);
+                    assert_eq!(unit, wanted[d], "{format} of {x:e} ({src}, {scales:?})");
+                    assert_eq!(number(format, unit).is_nan(), x.is_nan());
+                }
+                cache.assert_gaps();
+            }
+        }
+    }
+}
+
+/// All 256 units, read to every type, at every place of a vector.
+fn every_unit(level: &Level) {
+    for format in FORMATS {
+        for dst in DType::ALL {
+            for scales in Scales::kinds(1) {
+                for dim in thin((240..=256).chain([1, 3, 7]).collect()) {
+                    let mut cache =
+                        Fp8::output(format, [1, 1, 1, dim], Layout::BSHD, Place::GuardAfter, scales.clone());
+                    (0..dim).for_each(|d| cache.set_unit([0, 0, 0, d], (256 - dim + d) as u8));
+                    let mut k = Tensor::output(dst, [1, 1, 1, dim], Layout::BSHD, Place::GuardAfter);
+                    let mut v = Tensor::output(dst, [1, 1, 1, dim], Layout::STEP2, Place::GuardAfter);
+                    let from = Source::positions(&[0]);
+                    let read = KvRead::new(cache.view(), cache.view(), k.view_mut(), v.view_mut(), from);
+                    kv_read(&level.context, &Serial, read).expect("a valid read");
+                    level.checked(Op::KvRead, format, dst);
+                    for d in 0..dim {
+                        let at = [0, 0, 0, d];
+                        let x = cache.get(at) as f32;
+                        for read in [&k, &v] {
+                            if x.is_nan() {
+                                assert!(read.get(at).is_nan(), "unit {:#x} of {format}", cache.unit(at));
+                            } else {
+                                assert_eq!(read.bits(at), rounded(dst, x), "unit {:#x} of {format}", cache.unit(at));
+                            }
+                        }
+                    }
+                    k.assert_gaps();
+                    v.assert_gaps();
+                }
+            }
+        }
+    }
+}
+
+fn head_sizes_and_layouts(level: &Level) {
+    let mut rng = Rng::new(402);
+    for dim in thin((1..=70).chain([127, 128, 255, 256, 257, 300, 511, 512, 600]).collect()) {
+        for src in DType::ALL {
+            let at = rng.pick(&[Place::GuardAfter, Place::GuardBefore, Place::Heap]);
+            let layouts = [(); 2].map(|()| rng.pick(&Layout::ALL));
+            let k = Tensor::random(&mut rng, src, [2, 3, 2, dim], layouts[0], at);
+            let v = Tensor::random(&mut rng, src, [2, 3, 2, 5], layouts[1], at);
+            let (mut k_cache, mut v_cache) = (output(&mut rng, [2, 8, 2, dim], at), output(&mut rng, [2, 8, 2, 5], at));
+            let to = Destination::positions(&[5, 0]);
+            let write = KvWrite::new(k.view(), v.view(), k_cache.view_mut(), v_cache.view_mut(), to);
+            kv_write(&level.context, &Serial, write).expect("a valid write");
+            assert_written(&k_cache, &k, &to, &format!("{src} {dim} {layouts:?} {at:?}"));
+            assert_written(&v_cache, &v, &to, &format!("values, {src} {layouts:?} {at:?}"));
+        }
+    }
+}
+
+const PAGES: [i32; 6] = [2, 5, 0, 3, 1, 4];
+const STARTS: [i32; 3] = [2, 12, 24];
+
+fn layout_list() -> [(Slots<'static>, [usize; 2]); 4] {
+    [
+        (Slots::Contiguous, [2, 10]),
+        (Slots::ring(2), [2, 6]),
+        (Slots::paged(&PAGES, 3), [6, 4]),
+        (Slots::ragged(&STARTS), [1, 24]),
+    ]
+}
+
+/// Every layout, written and read, beside another format on the other side; any number of threads.
+fn every_layout(level: &Level) {
+    let mut rng = Rng::new(403);
+    for _ in 0..scaled(20) {
+        for (layout, [rows, slots]) in layout_list() {
+            let (src, other) = (rng.pick(&DType::ALL), rng.pick(&DType::ALL));
+            let (dim, v_dim) = (rng.between(1, 40), rng.between(1, 40));
+            let at = rng.pick(&[Place::GuardAfter, Place::GuardBefore]);
+            let k_layout = Layout::random(&mut rng);
+            let k = Tensor::random(&mut rng, src, [2, 4, 3, dim], k_layout, at);
+            let v = Tensor::random(&mut rng, other, [2, 4, 3, v_dim], Layout::BHSD, at);
+            let to = Destination::positions(&[4, 0]).counts(&[4, 3]).layout(layout);
+            let runner: &dyn Runner = rng.pick::<&dyn Runner>(&[&Serial, &Threads(3)]);
+            for keys in [true, false] {
+                let (name, shapes) =
+                    (format!("{layout:?}, keys: {keys}"), [[rows, slots, 3, dim], [rows, slots, 3, v_dim]]);
+                let mut cache = output(&mut rng, shapes[usize::from(!keys)], at);
+                let mut plain = Tensor::output(DType::F32, shapes[usize::from(keys)], Layout::BSHD, at);
+                let (k_cache, v_cache): (CacheViewMut, CacheViewMut) = if keys {
+                    (cache.view_mut(), plain.view_mut().into())
+                } else {
+                    (plain.view_mut().into(), cache.view_mut())
+                };
+                kv_write(&level.context, runner, KvWrite::new(k.view(), v.view(), k_cache, v_cache, to))
+                    .expect("valid");
+                assert_written(&cache, if keys { &k } else { &v }, &to, &name);
+                plain.assert_gaps();
+                let mut read =
+                    [dim, v_dim].map(|dim| Tensor::output(other, [2, 4, 3, dim], Layout::random(&mut rng), at));
+                let [k_read, v_read] = &mut read;
+                let (k_cache, v_cache): (CacheView, CacheView) =
+                    if keys { (cache.view(), plain.view().into()) } else { (plain.view().into(), cache.view()) };
+                let (positions, counts) = ([4, 0], [4, 3]);
+                let from = Source::positions(&positions).counts(&counts).layout(layout);
+                let call = KvRead::new(k_cache, v_cache, k_read.view_mut(), v_read.view_mut(), from);
+                kv_read(&level.context, runner, call).expect("a valid read");
+                let read = &read[usize::from(!keys)];
+                for [b, t, h, d] in indices(read.shape).filter(|at| at[1] < counts[at[0]] as usize) {
+                    let (row, slot) = place(layout, slots, b, positions[b] as usize + t);
+                    let wanted = rounded(other, cache.get([row, slot, h, d]) as f32);
+                    assert_eq!(read.bits([b, t, h, d]), wanted, "{name}");
+                }
+                read.assert_gaps();
+            }
+        }
+    }
+}
+
+/// The bits of norm, rotation and rounding one after the other through f32.
+fn fused_with_norm_and_rope(level: &Level) {
+    let mut rng = Rng::new(404);
+    let f = RopeFrequencies::new(20, 10_000.0, &RopeScaling::None).unwrap();
+    for (src, heads) in DType::ALL.into_iter().flat_map(|src| [(src, 3), (src, 60)]) {
+        for (layout, [rows, slots]) in layout_list() {
+            for pairing in [Pairing::Interleaved, Pairing::HalfSplit] {
+                for (normed, turned) in [(true, false), (false, true), (true, true)] {
+                    let weight: Vec<f32> = (0..23).map(|_| 1.0 + rng.f32()).collect();
+                    let norm = RmsNorm::new(1e-6).weight(&weight);
+                    let options = Rope::new(pairing, 20, &f, Positions::Explicit(&[4, 5, 6, 7, 0, 1, 2, 3]));
+                    let k_layout = Layout::random(&mut rng);
+                    let k = Tensor::random(&mut rng, src, [2, 4, heads, 23], k_layout, Place::GuardAfter);
+                    let v = Tensor::random(&mut rng, src, [2, 4, heads, 11], Layout::BSHD, Place::GuardAfter);
+                    let mut k_cache = output(&mut rng, [rows, slots, heads, 23], Place::GuardBefore);
+                    let mut v_cache = output(&mut rng, [rows, slots, heads, 11], Place::GuardBefore);
+                    let to = Destination::positions(&[4, 0]).counts(&[4, 3]).layout(layout);
+                    let mut write = KvWrite::new(k.view(), v.view(), k_cache.view_mut(), v_cache.view_mut(), to);
+                    write.k_norm = normed.then_some(norm);
+                    write.rope = turned.then_some(options);
+                    kv_write(&level.context, &Serial, write).expect("a valid write");
+                    let fresh = || Tensor::output(DType::F32, k.shape, Layout::BSHD, Place::Heap);
+                    let mut step = k.cast(DType::F32);
+                    if normed {
+                        let mut next = fresh();
+                        rms_norm(&level.context, &Serial, k.view(), next.view_mut(), &norm).unwrap();
+                        step = next;
+                    }
+                    if turned {
+                        let mut next = fresh();
+                        let from = if normed { step.view() } else { k.view() };
+                        rope(&level.context, &Serial, from, next.view_mut(), &options).unwrap();
+                        step = next;
+                    }
+                    let what = format!("{src} {layout:?} {pairing:?} {normed} {turned}");
+                    assert_written(&k_cache, &step, &to, &what);
+                    assert_written(&v_cache, &v, &to, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Attention with no scales, one, and one per head, of both types, is that over what the cache stands for.
+fn scales_of_every_kind(level: &Level) {
+    let mut rng = Rng::new(405);
+    for (tokens, group, keys) in [(1, 1, 70), (1, 4, 200), (40, 3, 130)] {
+        let shape = Shape { batch: 2, tokens, kv_heads: 3, group, keys, dim: 48, v_dim: 33 };
+        for (i, k_scales) in Scales::kinds(3).into_iter().enumerate() {
+            for (j, v_scales) in Scales::kinds(3).into_iter().enumerate() {
+                let mut case = Case::new(&mut rng, shape, DType::F32);
+                case.options.causal = true;
+                let k = Fp8::of(&case.k, FORMATS[(i + j) % 2], k_scales.clone(), Place::GuardAfter);
+                let v = Fp8::of(&case.v, FORMATS[j % 2], v_scales.clone(), Place::GuardAfter);
+                let mut out = Tensor::output(DType::F32, [2, tokens, 3 * group, 33], Layout::BSHD, Place::Heap);
+                let tensors = AttentionTensors::new(case.q.view(), k.view(), v.view(), out.view_mut());
+                attention(&level.context, &Serial, &mut Workspace::new(), tensors, &case.options.borrow())
+                    .expect("valid");
+                level.checked(Op::Attention, k.format, v.format);
+                case.k.fill(|at| k.get(at) as f32);
+                case.v.fill(|at| v.get(at) as f32);
+                let want = case.oracle();
+                for at in indices(out.shape) {
+                    let x = want.out.row(at[0], at[1], at[2])[at[3]];
+                    let error = (f64::from(out.get(at)) - x).abs();
+                    assert!(error <= 2e-5, "{k_scales:?} {v_scales:?} {shape:?} {at:?}: off by {error:e}");
+                }
+            }
+        }
+    }
+}
+
+/// NaN in a visible unit reaches the output; in a unit that no query sees it does not.
+fn nan_in_a_unit(level: &Level) {
+    let mut rng = Rng::new(406);
+    for (tokens, group) in [(1, 1), (1, 8), (30, 2)] {
+        for of_keys in [true, false] {
+            for format in FORMATS {
+                let shape = Shape { batch: 2, tokens, kv_heads: 2, group, keys: 90, dim: 16, v_dim: 16 };
+                let mut case = Case::new(&mut rng, shape, DType::F32);
+                case.options.lengths = Some(vec![60, 90]);
+                let [mut k, mut v] = [&case.k, &case.v].map(|x| Fp8::of(x, format, Scales::None, Place::Heap));
+                let poisoned = if of_keys { &mut k } else { &mut v };
+                // Sequence 0 sees 60 keys, sequence 1 all.
+                (60..90).for_each(|s| poisoned.set_unit([0, s, 1, s % 16], [0x7f, 0xff, 0x7e, 0xfc][s % 4]));
+                poisoned.set_unit([1, 40, 1, 3], 0xff);
+                let mut out = Tensor::output(DType::F32, case.q.shape, Layout::BSHD, Place::Heap);
+                let tensors = AttentionTensors::new(case.q.view(), k.view(), v.view(), out.view_mut());
+                attention(&level.context, &Serial, &mut Workspace::new(), tensors, &case.options.borrow())
+                    .expect("valid");
+                for at in indices(out.shape) {
+                    let sees_it = at[0] == 1 && at[2] / group == 1 && (of_keys || at[3] == 3);
+                    assert_eq!(out.get(at).is_nan(), sees_it, "{format}, keys {of_keys}, {tokens} tokens, {at:?}");
+                }
+            }
+        }
+    }
+}
+
+/// A cache of which a plain mirror holds the units as elements.
+struct Mirrored {
+    cache: Fp8,
+    mirror: Tensor,
+}
+
+impl Mirrored {
+    fn random(rng: &mut Rng, shape: [usize; 4]) -> Self {
+        let scales = rng.pick(&[0, 1, 2, 3]);
+        let format = rng.pick(&FORMATS);
+        let cache = random(rng, format, shape, Scales::kinds(shape[2])[scales].clone());
+        let mut mirror = Tensor::output(DType::F32, shape, Layout::random(rng), Place::Heap);
+        mirror.fill(|at| cache.unit(at).into());
+        Self { cache, mirror }
+    }
+
+    #[track_caller]
+    fn check(&self, what: &str) {
+        for at in indices(self.mirror.shape) {
+            assert_eq!(f32::from(self.cache.unit(at)), self.mirror.get(at), "{what}: {at:?}");
+        }
+        self.cache.assert_gaps();
+    }
+}
+
+/// Operations that move tokens move units to the bit, and write no scale.
+fn moves(level: &Level) {
+    let mut rng = Rng::new(407);
+    for _ in 0..scaled(60).max(6) {
+        let (heads, dim, v_dim) = (rng.between(1, 4), rng.between(1, 40), rng.between(1, 40));
+        let mut k = Mirrored::random(&mut rng, [4, 20, heads, dim]);
+        let mut v = Mirrored::random(&mut rng, [4, 20, heads, v_dim]);
+        let scales = [format!("{:?}", k.cache.scales), format!("{:?}", v.cache.scales)];
+        let lengths = [rng.between(1, 20) as i32, rng.between(3, 20) as i32, rng.between(0, 20) as i32, 20];
+        let runner: &dyn Runner = rng.pick::<&dyn Runner>(&[&Serial, &Threads(3)]);
+        let paged = [[0, 2], [1, 3]].map(|pages| pages.to_vec()).concat();
+        let mut both = |what: &str, call: &dyn Fn(&mut [KvLayer])| {
+            let mut layers = [KvLayer::new(k.cache.view_mut(), v.cache.view_mut())];
+            call(&mut layers);
+            let mut layers = [KvLayer::new(k.mirror.view_mut(), v.mirror.view_mut())];
+            call(&mut layers);
+            k.check(&format!("keys, {what}"));
+            v.check(&format!("values, {what}"));
+        };
+        let parents: Vec<i32> = (0..4).map(|_| rng.below(4) as i32).collect();
+        let context = &level.context;
+        both("reorder", &|layers| {
+            let mut lengths = lengths;
+            let mut cache = KvCache::new(layers, Slots::Contiguous, &mut lengths);
+            cache.reorder(context, runner, &mut Workspace::new(), &parents).unwrap();
+        });
+        both("copied prefix", &|layers| {
+            let mut lengths = lengths;
+            KvCache::new(layers, Slots::Contiguous, &mut lengths).copy_prefix(context, runner, 1, &[3, 0], 3).unwrap();
+        });
+        both("evicted", &|layers| {
+            let mut lengths = lengths;
+            KvCache::new(layers, Slots::Contiguous, &mut lengths).evict(context, runner, 3, 2..7, &[]).unwrap();
+        });
+        both("evicted from pages", &|layers| {
+            let mut lengths = [33, 21];
+            KvCache::new(layers, Slots::paged(&paged, 2), &mut lengths).evict(context, runner, 0, 1..9, &[]).unwrap();
+        });
+        both("copied pages", &|layers| copy_pages(context, runner, layers, &[[3, 1], [0, 2]]).unwrap());
+        both("defragmented", &|layers| {
+            let (mut pages, mut map) = ([3, 1, -1, -1], [0; 4]);
+            defragment_pages(context, runner, layers, &mut pages, 2, &[30, 0], &mut map).unwrap();
+        });
+        both("reset", &|layers| {
+            let mut lengths = lengths;
+            KvCache::new(layers, Slots::Contiguous, &mut lengths).reset(runner, &[2, 0], true).unwrap();
+        });
+        assert_eq!(scales, [format!("{:?}", k.cache.scales), format!("{:?}", v.cache.scales)]);
+    }
+}
+
+fn insert(level: &Level, dst: KvLayer, src: KvLayer) {
+    let (mut dst, mut src, mut lengths, mut from_lengths) = ([dst], [src], [0, 0], [3, 6]);
+    let mut from = KvCache::new(&mut src, Slots::Contiguous, &mut from_lengths);
+    let mut cache = KvCache::new(&mut dst, Slots::Contiguous, &mut lengths);
+    cache.insert_sequence(&level.context, &Threads(2), 0, &mut from, 1, 5).expect("a valid call");
+    assert_eq!(lengths, [5, 0]);
+}
+
+/// A sequence goes into a cache of another format or other scales, and keeps its units where both are the same.
+fn inserted_rows(level: &Level) {
+    let mut rng = Rng::new(408);
+    for (heads, dim) in [(1, 5), (3, 16), (2, 300)] {
+        let shape = [2, 7, heads, dim];
+        let kinds = Scales::kinds(heads);
+        for (from, to) in (0..4).flat_map(|from| (0..4).map(move |to| (from, to))) {
+            for (f, t) in FORMATS.into_iter().flat_map(|f| FORMATS.map(|t| (f, t))) {
+                let mut source = random(&mut rng, f, shape, kinds[from].clone());
+                let mut target = Fp8::output(t, shape, Layout::random(&mut rng), Place::GuardAfter, kinds[to].clone());
+                insert(level, KvLayer::keys(target.view_mut()), KvLayer::keys(source.view_mut()));
+                for [b, s, h, _] in indices(scale_shape(shape)) {
+                    let wanted = if b == 1 || s >= 5 {
+                        vec![CANARY; dim]
+                    } else if f == t && (0..heads).all(|h| kinds[from].of(h) == kinds[to].of(h)) {
+                        source.head(1, s, h)
+                    } else {
+                        let read: Vec<f32> = (0..dim).map(|d| source.get([1, s, h, d]) as f32).collect();
+                        quantise(t, &read, kinds[to].of(h))
+                    };
+                    assert_eq!(target.head(b, s, h), wanted, "{f} to {t}, {:?} to {:?}", kinds[from], kinds[to]);
+                }
+                target.assert_gaps();
+            }
+        }
+        // To and from elements, and to and from int8.
+        for (format, scales) in FORMATS.into_iter().zip([&kinds[1], &kinds[3]]) {
+            let mut source = random(&mut rng, format, shape, scales.clone());
+            let read = |s: usize, h: usize| -> Vec<f32> { (0..dim).map(|d| source.get([1, s, h, d]) as f32).collect() };
+            let heads_read: Vec<Vec<f32>> = indices([1, 5, heads, 1]).map(|[_, s, h, _]| read(s, h)).collect();
+            for dtype in DType::ALL {
+                let mut plain = Tensor::output(dtype, shape, Layout::random(&mut rng), Place::GuardAfter);
+                insert(level, KvLayer::keys(plain.view_mut()), KvLayer::keys(source.view_mut()));
+                for [_, s, h, d] in indices([1, 5, heads, dim]) {
+                    assert_eq!(plain.bits([0, s, h, d]), rounded(dtype, heads_read[s * heads + h][d]));
+                }
+                let mut elements = Tensor::random(&mut rng, dtype, shape, Layout::BHSD, Place::GuardAfter);
+                let wanted: Vec<Vec<f32>> =
+                    indices([1, 5, heads, 1]).map(|[_, s, h, _]| head_of(&elements, 1, s, h)).collect();
+                let mut target = Fp8::output(format, shape, Layout::STEP2, Place::GuardAfter, scales.clone());
+                insert(level, KvLayer::keys(target.view_mut()), KvLayer::keys(elements.view_mut()));
+                for [_, s, h, _] in indices([1, 5, heads, 1]) {
+                    assert_eq!(target.head(0, s, h), quantise(format, &wanted[s * heads + h], scales.of(h)));
+                }
+            }
+            let mut int8 = Int8::output(shape, Layout::BSHD, DType::F32, Layout::BHSD, Place::GuardAfter);
+            insert(level, KvLayer::keys(int8.view_mut()), KvLayer::keys(source.view_mut()));
+            for [_, s, h, _] in indices([1, 5, heads, 1]) {
+                let (units, scale) = quantise_int8(&heads_read[s * heads + h], DType::F32);
+                assert_eq!(int8.head(0, s, h), (units, scale.to_bits()));
+            }
+            let mut full = Int8::of(
+                &Tensor::random(&mut rng, DType::F32, shape, Layout::BSHD, Place::Heap),
+                DType::F32,
+                Place::Heap,
+            );
+            let wanted: Vec<Vec<f32>> = indices([1, 5, heads, 1])
+                .map(|[_, s, h, _]| (0..dim).map(|d| full.get([1, s, h, d])).collect())
+                .collect();
+            let mut target = Fp8::output(format, shape, Layout::BHSD, Place::GuardAfter, scales.clone());
+            insert(level, KvLayer::keys(target.view_mut()), KvLayer::keys(full.view_mut()));
+            for [_, s, h, _] in indices([1, 5, heads, 1]) {
+                assert_eq!(target.head(0, s, h), quantise(format, &wanted[s * heads + h], scales.of(h)));
+            }
+        }
+    }
+}
+
+/// Keys that are turned after an eviction are read, rotated in f32 and rounded again with the same scales.
+fn turned_keys(level: &Level) {
+    let mut rng = Rng::new(409);
+    let frequencies = RopeFrequencies::new(16, 10_000.0, &RopeScaling::None).unwrap();
+    for (pairing, heads) in [(Pairing::HalfSplit, 1), (Pairing::Interleaved, 3), (Pairing::HalfSplit, 90)] {
+        for (format, scales) in FORMATS.into_iter().flat_map(|f| Scales::kinds(heads).map(|scales| (f, scales))) {
+            let (shape, drop) = ([2, 12, heads, 19], 2..5);
+            let mut k = random(&mut rng, format, shape, scales.clone());
+            let before: Vec<Vec<u8>> = indices(scale_shape(shape)).map(|[b, s, h, _]| k.head(b, s, h)).collect();
+            let mut read = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
+            read.fill(|at| k.get(at) as f32);
+            let mut want = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
+            // A turn back is one by the opposite sines.
+            let (cos, mut sin) = frequencies.table(&level.context, 4);
+            sin.iter_mut().for_each(|x| *x = -*x);
+            let turn = Rope::new(pairing, 16, RopeAngles::table(&cos, &sin), Positions::Explicit(&[3; 24]));
+            rope(&level.context, &Serial, read.view(), want.view_mut(), &turn).unwrap();
+            let mut layers = [KvLayer::keys(k.view_mut())];
+            let mut lengths = [4, 11];
+            let mut cache = KvCache::new(&mut layers, Slots::Contiguous, &mut lengths);
+            let rotation = KeyRotation::new(pairing, &frequencies);
+            cache.evict(&level.context, &Threads(2), 1, drop.clone(), &[Some(rotation)]).expect("a valid call");
+            assert_eq!(lengths, [4, 8]);
+            for [b, s, h, _] in indices(scale_shape(shape)) {
+                let wanted = if b == 1 && (2..8).contains(&s) {
+                    quantise(format, &head_of(&want, b, s + 3, h), scales.of(h))
+                } else {
+                    before[(b * 12 + s) * heads + h].clone()
+                };
+                assert_eq!(k.head(b, s, h), wanted, "{format} {scales:?} [{b}, {s}, {h}]");
+            }
+            k.assert_gaps();
+        }
+    }
+}
+
+/// The reference itself, on numbers that can be checked by hand.
+fn the_definition() {
+    let (e4m3, e5m2) = (CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2);
+    for (format, unit, x) in [
+        (e4m3, 0x00, 0.0),
+        (e4m3, 0x01, 2f64.powi(-9)),
+        (e4m3, 0x08, 2f64.powi(-6)),
+        (e4m3, 0x38, 1.0),
+        (e4m3, 0xb9, -1.125),
+        (e4m3, 0x7e, 448.0),
+        (e5m2, 0x01, 2f64.powi(-16)),
+        (e5m2, 0x04, 2f64.powi(-14)),
+        (e5m2, 0x3c, 1.0),
+        (e5m2, 0xbd, -1.25),
+        (e5m2, 0x7b, 57344.0),
+    ] {
+        assert_eq!(number(format, unit), x, "{format} {unit:#x}");
+        assert_eq!(nearest(format, x), unit, "{format} {x}");
+    }
+    assert_eq!((number(e5m2, 0x7c), magnitudes(e4m3).len(), magnitudes(e5m2).len()), (f64::INFINITY, 127, 124));
+    assert!([0x7f, 0xff].iter().all(|&unit| number(e4m3, unit).is_nan() && number(e5m2, unit).is_nan()));
+    // Ties go to the even unit, large numbers and infinities to the largest one.
+    assert_eq!([1.0625, 1.1875, -1.0625, 464.0, 1e9].map(|x| nearest(e4m3, x)), [0x38, 0x3a, 0xb8, 0x7e, 0x7e]);
+    assert_eq!([f64::NEG_INFINITY, f64::NAN, -0.0, 2f64.powi(-10)].map(|x| nearest(e4m3, x)), [0xfe, 0x7f, 0x80, 0]);
+    assert_eq!([1.125, 1.375, 61440.0, f64::INFINITY].map(|x| nearest(e5m2, x)), [0x3c, 0x3e, 0x7b, 0x7b]);
+    assert_eq!(quantise(e4m3, &[3.0, -0.3], 3.0), [0x38, nearest(e4m3, f64::from(-0.1f32))]);
+}
+
+/// What is wrong is said before a byte is written.
+fn refused() {
+    let context = kvlane::Context::new().unwrap();
+    let (e4m3, shape) = (CacheFormat::Fp8E4m3, [1, 4, 2, 4]);
+    let mut units = [7u8; 32];
+    let message = |error: kvlane::Error| (error.status(), error.message().to_owned());
+    let (status, sentence) = message(CacheView::fp8(&units, CacheFormat::Int8, shape).unwrap_err());
+    assert!(status == Status::InvalidValue && sentence.contains("int8"), "{sentence}");
+    let view = CacheView::fp8(&units, e4m3, shape).unwrap();
+    let (status, sentence) = message(view.static_scales(&[1.0f32; 3]).unwrap_err());
+    assert!(
+        status == Status::Shape && sentence.contains("3 static scales") && sentence.contains("2 heads"),
+        "{sentence}"
+    );
+    let (status, sentence) = message(view.static_scales(&[half::bf16::ONE]).unwrap_err());
+    assert!(status == Status::DType && sentence.contains("bf16"), "{sentence}");
+    let plain = CacheView::from(View::new(&[0.0f32; 32], shape).unwrap());
+    assert_eq!(plain.static_scales(&[1.0f32]).unwrap_err().status(), Status::InvalidValue);
+    // A scale per token is none per head.
+    let scales = [1.0f32; 8];
+    let strides = [32, 8, 4, 1];
+    // SAFETY: a view of the array, or an error.
+    let wrong = unsafe {
+        CacheView::from_raw(units.as_ptr(), e4m3, shape, strides, Some(View::new(&scales, [1, 4, 2, 1]).unwrap()))
+    };
+    let (status, sentence) = message(wrong.unwrap_err());
+    assert!(
+        status == Status::Stride && sentence.contains("[8, 2, 1, 1]") && sentence.contains("per head"),
+        "{sentence}"
+    );
+    // Slices keep their scales; elements of a head may be split, since they share a static one.
+    let view = view.static_scales(&scales[..2]).unwrap();
+    assert_eq!(view.heads(1, 1).unwrap().seq(1, 2).unwrap().shape(), [1, 2, 1, 4]);
+    assert_eq!(view.split_at(kvlane::Axis::Dim, 3).unwrap().1.shape(), [1, 4, 2, 1]);
+
+    // Values in pairs; both sides share their scales.
+    let (k, one) = ([1.0f32; 8], [0.5f32]);
+    let mut v_units = [7u8; 32];
+    let mut write = |packing: Packing, v_shape: [usize; 4]| {
+        let keys = CacheViewMut::fp8(&mut units, e4m3, shape).unwrap().static_scales(&one).unwrap();
+        let values = CacheViewMut::fp8(&mut v_units, e4m3, v_shape).unwrap().static_scales(&one).unwrap();
+        let (k, v) = (View::new(&k, [1, 1, 2, 4]).unwrap(), View::new(&k, [1, 1, 2, 4]).unwrap());
+        let call = KvWrite::new(k, v, keys, values, Destination::positions(&[0])).v_packing(packing);
+        kv_write(&context, &Serial, call)
+    };
+    let (status, sentence) = message(write(Packing::RowPairs, [1, 2, 2, 8]).unwrap_err());
+    assert!(status == Status::Unsupported && sentence.contains("fp8_e4m3"), "{sentence}");
+    write(Packing::Rows, shape).unwrap();
+    assert!(units[..8] == [0x40; 8] && v_units[..8] == [0x40; 8] && units[8..] == [7; 24]);
+    assert_eq!(context.v_packing(e4m3), Packing::Rows);
+
+    // Units may not share memory with scales that are read.
+    let mut floats = [0.5f32; 8];
+    let bytes: *mut u8 = floats.as_mut_ptr().cast();
+    // SAFETY: a view of the array and a copy of its first number's address, or an error.
+    let shared = unsafe {
+        let scale = ViewMut::from_raw(bytes, DType::F32, [1, 1, 1, 1], [1; 4]).unwrap();
+        CacheViewMut::from_raw(bytes, e4m3, [1, 1, 1, 32], [32, 32, 32, 1], Some(scale))
+    };
+    assert_eq!(shared.unwrap_err().status(), Status::Overlap);
+}
