@@ -348,6 +348,7 @@ fn the_example_runs() {
 fn the_example_of_the_readme_runs() {
     // With one key, the output is its value.
     assert_eq!(both("step.c", Language::C99).trim(), "1 2 3");
+    assert_eq!(both("step.cpp", Language::Cpp17).trim(), "3");
 }
 
 /// The documented commands for C, word for word, warnings being errors. Cargo has built the libraries already, and so builds
@@ -428,6 +429,23 @@ mod symbols {
         let foreign = |name: &String| sanitized && name.starts_with("__");
         let exported: BTreeSet<String> = exported.into_iter().filter(|name| !foreign(name)).collect();
         assert_eq!(exported, allowed());
+    }
+
+    /// What installs the library has lists and versions of its own.
+    #[test]
+    fn what_is_installed_agrees_with_the_exports() {
+        let read = |file: &str| std::fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+        let (map, manifest, header) = (read("include/kvlane.map"), read("Cargo.toml"), read("include/kvlane.h"));
+        let listed = map.lines().filter_map(|line| line.trim().strip_suffix(';')).filter(|n| n.starts_with("kvl_"));
+        assert_eq!(listed.map(str::to_owned).collect::<BTreeSet<_>>(), allowed());
+        let version = header.lines().find_map(|l| l.strip_prefix("#define KVL_ABI_VERSION ")).expect("a version");
+        let version = version.trim().parse::<u32>().expect("a number");
+        let (major, minor) = (version >> 16, version & 0xffff);
+        assert!(map.contains(&format!("\nKVLANE_{major} {{")), "kvlane.map has no KVLANE_{major}");
+        let (_, library) = manifest.split_once("[package.metadata.capi.library]\n").expect("a table for cargo-c");
+        assert!(library.starts_with(&format!("version = \"{major}.{minor}.0\"\n")), "cargo-c has another version");
+        let package = format!("set(PACKAGE_VERSION \"{}\")", env!("CARGO_PKG_VERSION"));
+        assert!(read("include/kvlaneConfigVersion.cmake").contains(&package), "CMake has another version");
     }
 
     #[test]
