@@ -96,7 +96,8 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/kvlane-install.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
 
-# One object of what the exported functions need.
+# One object of what the exported functions need. Sections that none of them needs are left to the final link: GNU ld makes weak
+# names local when it collects them here.
 sed -n 's/^ *\(kvl_[a-z0-9_]*\);$/\1/p' include/kvlane.map >"$work/exports"
 from=$built/libkvlane.a
 unwind=''
@@ -106,7 +107,7 @@ case $triple in
 esac
 [ -e "$unwind" ] || unwind=''
 # shellcheck disable=SC2046,SC2086 # words on purpose
-$CC -r -nostdlib -Wl,--gc-sections -Wl,--force-group-allocation $(sed 's/^/-Wl,-u,/' "$work/exports") -o "$work/all.o" \
+$CC -r -nostdlib -Wl,--force-group-allocation $(sed 's/^/-Wl,-u,/' "$work/exports") -o "$work/all.o" \
     "$from" ${unwind:+"$unwind"}
 "$OBJCOPY" --strip-debug --remove-section=.llvmbc --remove-section=.llvmcmd "$work/all.o" "$work/kvlane.o"
 # What it defines becomes local, what it needs stays as it is: the names of newer C libraries are weak.

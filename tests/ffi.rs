@@ -191,6 +191,11 @@ fn work_directory() -> PathBuf {
 
 /// `name` is unique to the test, because tests run at the same time and a running program cannot be overwritten.
 fn build(name: &str, source: &str, language: Language, linkage: Linkage) -> PathBuf {
+    build_with(name, source, language, linkage, &[])
+}
+
+/// `flags` go to the compiler and to the linker.
+fn build_with(name: &str, source: &str, language: Language, linkage: Linkage, flags: &[&str]) -> PathBuf {
     let libraries = libraries();
     let program = work_directory().join(format!("{name}-{linkage:?}"));
     let mut command = compiler(language);
@@ -199,7 +204,7 @@ fn build(name: &str, source: &str, language: Language, linkage: Linkage) -> Path
         // What the header says of the stack is said of optimised code.
         command.arg("-DSMALL_STACK=8388608");
     }
-    command.args(["-x", "none"]);
+    command.args(["-x", "none"]).args(flags);
     match linkage {
         Linkage::Shared => {
             let mut rpath = OsString::from("-Wl,-rpath,");
@@ -334,6 +339,31 @@ fn the_cpp_layer_compiles_everywhere() {
                 check(&mut command, standard);
             }
         }
+    }
+}
+
+/// Each example of `ffi-tests/threads` compares what it computes with the calling thread alone.
+#[test]
+fn the_threads_of_other_libraries_give_the_same_bits() {
+    if emulated() {
+        // Threads that wait for each other by spinning would take the emulator's time.
+        return;
+    }
+    let tbb = Path::new("/usr/include/oneapi/tbb/task_arena.h").exists();
+    assert!(tbb || std::env::var_os("KVLANE_REQUIRE_TBB").is_none(), "oneTBB is not installed");
+    for (name, linkage, flags) in [
+        ("openmp", Linkage::Shared, &["-fopenmp"][..]),
+        ("std_pool", Linkage::Static, &["-pthread"]),
+        ("team", Linkage::Shared, &["-pthread"]),
+        ("tbb", Linkage::Static, &["-ltbb"]),
+    ] {
+        if name == "tbb" && !tbb {
+            eprintln!("oneTBB is not installed, and was not tested");
+            continue;
+        }
+        let source = format!("threads/{name}.cpp");
+        let printed = run(&mut execute(&build_with(name, &source, Language::Cpp17, linkage, flags)));
+        assert!(printed.trim_end().ends_with("the bits of one thread"), "{printed}");
     }
 }
 
@@ -546,11 +576,10 @@ mod decode {
     use kvlane::{DType, RopeScaling};
     use std::io::Write;
 
-    const TINY: &[u8] = include_bytes!("../src/driver/tiny/tiny.gguf");
     const STEPS: usize = 48;
 
     fn tiny() -> ModelFile {
-        ModelFile::from_gguf(Gguf::from_static(TINY).expect("a GGUF file")).expect("a model")
+        ModelFile::from_gguf(Gguf::from_static(kvlane_tiny::MODEL).expect("a GGUF file")).expect("a model")
     }
 
     /// Writes a model in the format of `ffi-tests/decode.c`.
