@@ -161,6 +161,24 @@ DESTDIR=$work/outside sh include/install.sh --prefix /usr --libdir=/srv/lib
 grep -qx 'libdir=/srv/lib' "$work/outside/srv/lib/pkgconfig/kvlane.pc" || fail "an absolute libdir is lost"
 grep -qx 'prefix=/usr' "$work/outside/srv/lib/pkgconfig/kvlane.pc" || fail "an absolute prefix is lost"
 
+echo "== the archive of a release"
+sh include/install.sh --archive "$work/release" >"$work/printed"
+release=$(cat "$work/printed")
+mkdir "$work/unpacked"
+tar -C "$work/unpacked" -xzf "$release"
+unpacked=$(echo "$work"/unpacked/kvlane-"$version"-*)
+by_pkg_config "$unpacked" lib
+program "$unpacked" lib gcc c99 step.c "1 2 3"
+for document in LICENSE-MIT LICENSE-APACHE THIRD_PARTY.md licenses; do
+    [ -e "$unpacked/share/doc/kvlane/$document" ] || fail "the release lacks $document"
+done
+# Every crate that THIRD_PARTY.md lists for the library has left a notice, or is known to name its licence only.
+notices=$(ls "$unpacked/share/doc/kvlane/licenses")
+for crate in bytemuck half libm pulp rayon rayon-core zerocopy; do
+    [[ $notices == *"$crate-"[0-9]* ]] || fail "the release has no notice of $crate"
+done
+echo "$(basename "$release"): $(stat -c %s "$release") bytes"
+
 echo "== a plugin with the archive inside"
 gcc "${warnings[@]}" -shared -fPIC -I"$tree/include" ffi-tests/plugin.c "$tree/lib/libkvlane.a" -Wl,--exclude-libs,libkvlane.a -lm -o "$work/plugin.so"
 exported=$(readelf --dyn-syms -W "$work/plugin.so" | awk '$5 == "GLOBAL" && $7 != "UND" {print $8}')

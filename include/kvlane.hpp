@@ -382,6 +382,17 @@ private:
     void *context_;
 };
 
+namespace detail {
+/// Until ready() is true: spins, and yields when it takes longer.
+template <class Ready> void wait(Ready ready) {
+    for (unsigned spins = 0; !ready(); ++spins) {
+        if (spins >= 4096) {
+            std::this_thread::yield();
+        }
+    }
+}
+} // namespace detail
+
 /// A runner from `run(n, task)`, which calls task(i) for every i < n, on any threads, and returns when all have returned.
 /// An exception from it becomes KVL_STATUS_PARALLEL.
 template <class Run> class parallel_for {
@@ -413,6 +424,70 @@ private:
     }
 
     Run run_;
+    kvl_parallel_runner runner_ = KVL_PARALLEL_RUNNER_INIT;
+};
+
+/// A runner over a queue of jobs, as most pools are: `schedule(job)` has job(), which can be copied and returns nothing, called once,
+/// at some time, on some thread. The calling thread takes part, and waits only for tasks that have begun, so that a call ends even if
+/// the queue is not served, or is served by threads that wait themselves. A job that comes too late does nothing.
+template <class Schedule> class job_queue {
+public:
+    job_queue(std::size_t num_threads, Schedule schedule) : schedule_(std::move(schedule)) {
+        runner_.ctx = this;
+        runner_.num_threads = num_threads;
+        runner_.run = &call;
+    }
+    // The runner points into this object.
+    job_queue(const job_queue &) = delete;
+    job_queue &operator=(const job_queue &) = delete;
+
+    const kvl_parallel_runner *runner() const noexcept { return &runner_; }
+
+private:
+    /// Shared by the calling thread and all jobs, because jobs may outlive the call.
+    struct tasks {
+        tasks(std::size_t count, void (*task)(void *, std::size_t), void *argument)
+            : n(count), function(task), context(argument) {}
+
+        void work() {
+            for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
+                function(context, i);
+                done.fetch_add(1, std::memory_order_release);
+            }
+        }
+
+        const std::size_t n;
+        void (*const function)(void *, std::size_t);
+        void *const context;
+        std::atomic<std::size_t> next{0}, done{0};
+    };
+
+    static std::int32_t call(void *self, std::size_t n, void (*function)(void *, std::size_t), void *context) {
+#if KVLANE_EXCEPTIONS
+        std::shared_ptr<tasks> all;
+        try {
+            all = std::make_shared<tasks>(n, function, context);
+            for (std::size_t i = 1; i < n; ++i) {
+                static_cast<job_queue *>(self)->schedule_([all] { all->work(); });
+            }
+        } catch (...) {
+            // The calling thread can do what could not be scheduled.
+            if (all == nullptr) {
+                return 1;
+            }
+        }
+#else
+        const auto all = std::make_shared<tasks>(n, function, context);
+        for (std::size_t i = 1; i < n; ++i) {
+            static_cast<job_queue *>(self)->schedule_([all] { all->work(); });
+        }
+#endif
+        all->work();
+        detail::wait([&] { return all->done.load(std::memory_order_acquire) == n; });
+        return 0;
+    }
+
+    Schedule schedule_;
     kvl_parallel_runner runner_ = KVL_PARALLEL_RUNNER_INIT;
 };
 
@@ -470,14 +545,6 @@ private:
         std::atomic<const job *> next{nullptr};
     };
 
-    template <class Ready> static void wait(Ready ready) {
-        for (unsigned spins = 0; !ready(); ++spins) {
-            if (spins >= 4096) {
-                std::this_thread::yield();
-            }
-        }
-    }
-
     /// Member 0 during a call; its end releases the others, however the call ends.
     struct leader {
         leader(team &of, std::size_t nth) : team_(of), nth_(nth) {}
@@ -502,7 +569,7 @@ private:
                 job.function(job.context, i);
             }
             for (std::size_t i = 1; i < members; ++i) {
-                wait([&] { return team_.slots_[i].next.load(std::memory_order_acquire) == nullptr; });
+                detail::wait([&] { return team_.slots_[i].next.load(std::memory_order_acquire) == nullptr; });
             }
         }
 
@@ -514,7 +581,7 @@ private:
         std::atomic<const job *> &next = slots_[ith].next;
         for (;;) {
             const job *job = nullptr;
-            wait([&] { return (job = next.load(std::memory_order_acquire)) != nullptr; });
+            detail::wait([&] { return (job = next.load(std::memory_order_acquire)) != nullptr; });
             const kvl_status status = job->status;
             const bool ends = job->function == nullptr;
             for (std::size_t i = ith; !ends && i < job->n; i += nth) {
