@@ -6,7 +6,8 @@ const ABI_MAJOR: u32 = 0;
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     let set = |name: &str| std::env::var_os(name).is_some();
-    if set("CARGO_FEATURE_CAPI") {
+    // cargo-c sets it itself, from `Cargo.toml`.
+    if set("CARGO_FEATURE_CAPI") && !set("CARGO_CFG_CARGO_C") {
         // The name under which programs load the library at run time.
         match std::env::var("CARGO_CFG_TARGET_OS").as_deref() {
             Ok("linux" | "android" | "freebsd" | "netbsd" | "openbsd" | "dragonfly") => {

@@ -4,18 +4,15 @@
 #include "kvlane.h"
 
 int main(void) {
-    /* A cache for one sequence of up to 64 tokens: 2 KV heads of 32, in bf16. It holds one token after the write. */
-    static uint16_t keys[64 * 2 * 32], values[64 * 2 * 32];
-    float q[6 * 32] = {1}, k[2 * 32] = {1}, v[2 * 32] = {1, 2, 3}, out[6 * 32]; /* 6 query heads */
-    int32_t position = 0, length = 1;
-
+    static uint16_t keys[64 * 2 * 32], values[64 * 2 * 32]; /* a cache for 64 tokens: 2 KV heads of 32, in bf16 */
+    float q[6 * 32] = {1}, k[2 * 32] = {1}, v[2 * 32] = {1, 2, 3}, out[6 * 32]; /* a new token: 6 query heads */
+    int32_t position = 0, length = 1; /* its position; tokens in the cache after the write */
     kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
     write.k = kvl_make_const_view(k, KVL_DTYPE_F32, 1, 1, 2, 32);
     write.v = kvl_make_const_view(v, KVL_DTYPE_F32, 1, 1, 2, 32);
     write.k_cache = kvl_make_view(keys, KVL_DTYPE_BF16, 1, 64, 2, 32);
     write.v_cache = kvl_make_view(values, KVL_DTYPE_BF16, 1, 64, 2, 32);
     write.positions = &position;
-
     kvl_attention_params attention = KVL_ATTENTION_PARAMS_INIT;
     attention.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, 1, 6, 32);
     attention.k = kvl_as_const(write.k_cache);

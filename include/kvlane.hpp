@@ -23,12 +23,14 @@
 #include "kvlane.h"
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -399,6 +401,17 @@ private:
     void *context_;
 };
 
+namespace detail {
+/// Until ready() is true: spins, and yields when it takes longer.
+template <class Ready> void wait(Ready ready) {
+    for (unsigned spins = 0; !ready(); ++spins) {
+        if (spins >= 4096) {
+            std::this_thread::yield();
+        }
+    }
+}
+} // namespace detail
+
 /// A runner from `run(n, task)`, which calls task(i) for every i < n, on any threads, and returns when all have returned.
 /// An exception from it becomes KVL_STATUS_PARALLEL.
 template <class Run> class parallel_for {
@@ -500,6 +513,177 @@ private:
     T *data_ = nullptr;
     std::size_t size_ = 0;
     bool advised_ = false;
+};
+
+/// A runner over a queue of jobs, as most pools are: `schedule(job)` has job(), which can be copied and returns nothing, called once,
+/// at some time, on some thread. The calling thread takes part, and waits only for tasks that have begun, so that a call ends even if
+/// the queue is not served, or is served by threads that wait themselves. A job that comes too late does nothing.
+template <class Schedule> class job_queue {
+public:
+    job_queue(std::size_t num_threads, Schedule schedule) : schedule_(std::move(schedule)) {
+        runner_.ctx = this;
+        runner_.num_threads = num_threads;
+        runner_.run = &call;
+    }
+    // The runner points into this object.
+    job_queue(const job_queue &) = delete;
+    job_queue &operator=(const job_queue &) = delete;
+
+    const kvl_parallel_runner *runner() const noexcept { return &runner_; }
+
+private:
+    /// Shared by the calling thread and all jobs, because jobs may outlive the call.
+    struct tasks {
+        tasks(std::size_t count, void (*task)(void *, std::size_t), void *argument)
+            : n(count), function(task), context(argument) {}
+
+        void work() {
+            for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
+                function(context, i);
+                done.fetch_add(1, std::memory_order_release);
+            }
+        }
+
+        const std::size_t n;
+        void (*const function)(void *, std::size_t);
+        void *const context;
+        std::atomic<std::size_t> next{0}, done{0};
+    };
+
+    static std::int32_t call(void *self, std::size_t n, void (*function)(void *, std::size_t), void *context) {
+#if KVLANE_EXCEPTIONS
+        std::shared_ptr<tasks> all;
+        try {
+            all = std::make_shared<tasks>(n, function, context);
+            for (std::size_t i = 1; i < n; ++i) {
+                static_cast<job_queue *>(self)->schedule_([all] { all->work(); });
+            }
+        } catch (...) {
+            // The calling thread can do what could not be scheduled.
+            if (all == nullptr) {
+                return 1;
+            }
+        }
+#else
+        const auto all = std::make_shared<tasks>(n, function, context);
+        for (std::size_t i = 1; i < n; ++i) {
+            static_cast<job_queue *>(self)->schedule_([all] { all->work(); });
+        }
+#endif
+        all->work();
+        detail::wait([&] { return all->done.load(std::memory_order_acquire) == n; });
+        return 0;
+    }
+
+    Schedule schedule_;
+    kvl_parallel_runner runner_ = KVL_PARALLEL_RUNNER_INIT;
+};
+
+/// The threads of a runtime in which all of them make one call, each with its number, as ggml's operators are called with
+/// `(ith, nth)`. Member 0 calls the library, and the others run their share of its tasks:
+///
+///     kvlane::team team(8); // for at most eight threads
+///     ...
+///     team.enter(ith, nth, [&](const kvl_parallel_runner *runner) { // on every thread
+///         kvlane::attention(context, workspace, params, runner);
+///     });
+///
+/// `enter` returns on no member before all `nth` have entered and the function has returned on member 0; what it wrote is then
+/// visible to all of them. Waiting members spin, and yield when it takes longer. The members of one call have different `ith`
+/// from 0 to nth - 1 and the same `nth`; one call at a time. A team may serve calls with different `nth`, one after the other.
+class team {
+public:
+    explicit team(std::size_t most_members) : most_(most_members), slots_(new slot[most_members]) {}
+
+    /// Returns, on every member, what the function returned on member 0: its kvl_status, or KVL_STATUS_OK if it returns nothing.
+    /// An exception leaves on member 0, and the others return KVL_STATUS_INTERNAL. KVL_STATUS_INVALID_VALUE, without a call, if
+    /// `nth` is larger than the team or `ith` is not below `nth`.
+    template <class Function> kvl_status enter(std::size_t ith, std::size_t nth, Function &&function) {
+        if (nth > most_ || ith >= nth) {
+            return KVL_STATUS_INVALID_VALUE;
+        }
+        if (ith != 0) {
+            return follow(ith, nth);
+        }
+        leader led(*this, nth);
+        kvl_parallel_runner runner = KVL_PARALLEL_RUNNER_INIT;
+        runner.ctx = &led;
+        runner.num_threads = nth;
+        runner.run = &leader::run;
+        if constexpr (std::is_void<decltype(function(&runner))>::value) {
+            function(static_cast<const kvl_parallel_runner *>(&runner));
+            led.status = KVL_STATUS_OK;
+        } else {
+            led.status = function(static_cast<const kvl_parallel_runner *>(&runner));
+        }
+        return led.status;
+    }
+
+private:
+    /// Tasks for all members, or the end of a call if there is no function.
+    struct job {
+        void (*function)(void *, std::size_t);
+        void *context;
+        std::size_t n;
+        kvl_status status;
+    };
+
+    /// A member's mailbox: full until the member has done the job. A cache line each.
+    struct alignas(64) slot {
+        std::atomic<const job *> next{nullptr};
+    };
+
+    /// Member 0 during a call; its end releases the others, however the call ends.
+    struct leader {
+        leader(team &of, std::size_t nth) : team_(of), nth_(nth) {}
+        leader(const leader &) = delete;
+        leader &operator=(const leader &) = delete;
+        ~leader() { give({nullptr, nullptr, nth_, status}); }
+
+        static std::int32_t run(void *self, std::size_t n, void (*function)(void *, std::size_t), void *context) {
+            static_cast<leader *>(self)->give({function, context, n, KVL_STATUS_OK});
+            return 0;
+        }
+
+        kvl_status status = KVL_STATUS_INTERNAL;
+
+    private:
+        void give(const job &job) {
+            const std::size_t members = job.n < nth_ ? job.n : nth_;
+            for (std::size_t i = 1; i < members; ++i) {
+                team_.slots_[i].next.store(&job, std::memory_order_release);
+            }
+            for (std::size_t i = 0; job.function != nullptr && i < job.n; i += nth_) {
+                job.function(job.context, i);
+            }
+            for (std::size_t i = 1; i < members; ++i) {
+                detail::wait([&] { return team_.slots_[i].next.load(std::memory_order_acquire) == nullptr; });
+            }
+        }
+
+        team &team_;
+        std::size_t nth_;
+    };
+
+    kvl_status follow(std::size_t ith, std::size_t nth) {
+        std::atomic<const job *> &next = slots_[ith].next;
+        for (;;) {
+            const job *job = nullptr;
+            detail::wait([&] { return (job = next.load(std::memory_order_acquire)) != nullptr; });
+            const kvl_status status = job->status;
+            const bool ends = job->function == nullptr;
+            for (std::size_t i = ith; !ends && i < job->n; i += nth) {
+                job->function(job->context, i);
+            }
+            next.store(nullptr, std::memory_order_release);
+            if (ends) {
+                return status;
+            }
+        }
+    }
+
+    std::size_t most_;
+    std::unique_ptr<slot[]> slots_;
 };
 
 /// Scratch memory for attention: grows when a call needs more, and never shrinks. For one call at a time.

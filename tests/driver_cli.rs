@@ -140,7 +140,7 @@ fn info_shows_every_operation() {
 
 #[test]
 fn inspect_shows_the_shape() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/driver/tiny/tiny.gguf");
+    let path = kvlane_tiny::PATH;
     let text = stdout(&["inspect", path]);
     assert!(text.contains("6 over 2 key/value heads of 32") && text.contains("Q8_0"), "{text}");
     let object = json(&["inspect", path]);
@@ -218,7 +218,7 @@ fn cache_cost_measures_both() {
 #[test]
 fn complaints_are_sentences_on_standard_error() {
     let neon = if cfg!(target_arch = "aarch64") { "avx2" } else { "neon" };
-    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/src/driver/tiny/tiny.gguf");
+    let tiny = kvlane_tiny::PATH;
     let empty = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("empty.gguf");
     std::fs::write(&empty, "").unwrap();
     let cases: &[(&[&str], i32, &str)] = &[
@@ -371,7 +371,7 @@ fn standard_error_may_be_closed_or_full() {
         child.wait().unwrap();
         Stdio::from(pipe)
     };
-    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/src/driver/tiny/tiny.gguf");
+    let tiny = kvlane_tiny::PATH;
     let cases: [(&[&str], i32); 5] = [
         (&["generate", "--max-tokens", "2"], 0),
         (&["cache-cost", "--max-context", "16"], 0),
@@ -654,7 +654,7 @@ fn beams_write_the_best_texts() {
 
 #[test]
 fn guesses_leave_the_text_as_it_is() {
-    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/src/driver/tiny/tiny.gguf");
+    let tiny = kvlane_tiny::PATH;
     let args = ["generate", "--prompt", "And it came to pass", "--max-tokens", "60", "--temperature", "0"];
     let plain = stdout(&args);
     for more in [

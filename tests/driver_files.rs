@@ -698,7 +698,7 @@ const WORD_PIECE_TOKENIZER: &str = r###"{
 /// `KVLANE_WRITE_SEEDS` writes them.
 #[test]
 fn fuzzing_starts_from_sound_files() {
-    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/coverage_fuzz/seeds");
+    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/seeds");
     // The first byte selects the file of the directory.
     let chosen = |file: u8, contents: &[u8]| [&[file], contents].concat();
     let map: serde_json::Map<_, _> =

@@ -194,6 +194,11 @@ fn work_directory() -> PathBuf {
 
 /// `name` is unique to the test, because tests run at the same time and a running program cannot be overwritten.
 fn build(name: &str, source: &str, language: Language, linkage: Linkage) -> PathBuf {
+    build_with(name, source, language, linkage, &[])
+}
+
+/// `flags` go to the compiler and to the linker.
+fn build_with(name: &str, source: &str, language: Language, linkage: Linkage, flags: &[&str]) -> PathBuf {
     let libraries = libraries();
     let program = work_directory().join(format!("{name}-{linkage:?}"));
     let mut command = compiler(language);
@@ -202,7 +207,7 @@ fn build(name: &str, source: &str, language: Language, linkage: Linkage) -> Path
         // What the header says of the stack is said of optimised code.
         command.arg("-DSMALL_STACK=8388608");
     }
-    command.args(["-x", "none"]);
+    command.args(["-x", "none"]).args(flags);
     match linkage {
         Linkage::Shared => {
             let mut rpath = OsString::from("-Wl,-rpath,");
@@ -340,6 +345,31 @@ fn the_cpp_layer_compiles_everywhere() {
     }
 }
 
+/// Each example of `ffi-tests/threads` compares what it computes with the calling thread alone.
+#[test]
+fn the_threads_of_other_libraries_give_the_same_bits() {
+    if emulated() {
+        // Threads that wait for each other by spinning would take the emulator's time.
+        return;
+    }
+    let tbb = Path::new("/usr/include/oneapi/tbb/task_arena.h").exists();
+    assert!(tbb || std::env::var_os("KVLANE_REQUIRE_TBB").is_none(), "oneTBB is not installed");
+    for (name, linkage, flags) in [
+        ("openmp", Linkage::Shared, &["-fopenmp"][..]),
+        ("std_pool", Linkage::Static, &["-pthread"]),
+        ("team", Linkage::Shared, &["-pthread"]),
+        ("tbb", Linkage::Static, &["-ltbb"]),
+    ] {
+        if name == "tbb" && !tbb {
+            eprintln!("oneTBB is not installed, and was not tested");
+            continue;
+        }
+        let source = format!("threads/{name}.cpp");
+        let printed = run(&mut execute(&build_with(name, &source, Language::Cpp17, linkage, flags)));
+        assert!(printed.trim_end().ends_with("the bits of one thread"), "{printed}");
+    }
+}
+
 #[test]
 fn the_example_runs() {
     let printed = both("example.c", Language::C11);
@@ -351,6 +381,7 @@ fn the_example_runs() {
 fn the_example_of_the_readme_runs() {
     // With one key, the output is its value.
     assert_eq!(both("step.c", Language::C99).trim(), "1 2 3");
+    assert_eq!(both("step.cpp", Language::Cpp17).trim(), "3");
 }
 
 /// The documented commands for C, word for word, warnings being errors. Cargo has built the libraries already, and so builds
@@ -431,6 +462,23 @@ mod symbols {
         let foreign = |name: &String| sanitized && name.starts_with("__");
         let exported: BTreeSet<String> = exported.into_iter().filter(|name| !foreign(name)).collect();
         assert_eq!(exported, allowed());
+    }
+
+    /// What installs the library has lists and versions of its own.
+    #[test]
+    fn what_is_installed_agrees_with_the_exports() {
+        let read = |file: &str| std::fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+        let (map, manifest, header) = (read("include/kvlane.map"), read("Cargo.toml"), read("include/kvlane.h"));
+        let listed = map.lines().filter_map(|line| line.trim().strip_suffix(';')).filter(|n| n.starts_with("kvl_"));
+        assert_eq!(listed.map(str::to_owned).collect::<BTreeSet<_>>(), allowed());
+        let version = header.lines().find_map(|l| l.strip_prefix("#define KVL_ABI_VERSION ")).expect("a version");
+        let version = version.trim().parse::<u32>().expect("a number");
+        let (major, minor) = (version >> 16, version & 0xffff);
+        assert!(map.contains(&format!("\nKVLANE_{major} {{")), "kvlane.map has no KVLANE_{major}");
+        let (_, library) = manifest.split_once("[package.metadata.capi.library]\n").expect("a table for cargo-c");
+        assert!(library.starts_with(&format!("version = \"{major}.{minor}.0\"\n")), "cargo-c has another version");
+        let package = format!("set(PACKAGE_VERSION \"{}\")", env!("CARGO_PKG_VERSION"));
+        assert!(read("include/kvlaneConfigVersion.cmake").contains(&package), "CMake has another version");
     }
 
     #[test]
@@ -531,11 +579,10 @@ mod decode {
     use kvlane::{DType, RopeScaling};
     use std::io::Write;
 
-    const TINY: &[u8] = include_bytes!("../src/driver/tiny/tiny.gguf");
     const STEPS: usize = 48;
 
     fn tiny() -> ModelFile {
-        ModelFile::from_gguf(Gguf::from_static(TINY).expect("a GGUF file")).expect("a model")
+        ModelFile::from_gguf(Gguf::from_static(kvlane_tiny::MODEL).expect("a GGUF file")).expect("a model")
     }
 
     /// Writes a model in the format of `ffi-tests/decode.c`.

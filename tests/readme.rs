@@ -58,17 +58,19 @@ fn the_table_of_operations_is_the_registry() {
     }
 }
 
-/// The first C program of a text.
-fn c_example(text: &str) -> &str {
-    let (_, after) = text.split_once("```c\n").expect("the text has a C example");
+/// The first program of a text in a language.
+fn example<'a>(text: &'a str, language: &str) -> &'a str {
+    let (_, after) = text.split_once(&format!("```{language}\n")).expect("the text has such an example");
     let (example, _) = after.split_once("```").expect("the C example ends");
     example
 }
 
 #[test]
 fn the_c_examples_are_those_that_are_compiled() {
-    assert_eq!(c_example(README), include_str!("../ffi-tests/step.c"));
-    assert_eq!(c_example(include_str!("../src/docs/c_api.md")), include_str!("../ffi-tests/example.c"));
+    let page = include_str!("../src/docs/c_api.md");
+    assert_eq!(example(README, "c"), include_str!("../ffi-tests/step.c"));
+    assert_eq!(example(page, "c"), include_str!("../ffi-tests/example.c"));
+    assert_eq!(example(page, "cpp"), include_str!("../ffi-tests/step.cpp"));
 }
 
 #[test]

@@ -143,7 +143,9 @@ impl Tensor {
                 let scales = Aligned::of(n / shape[3].max(1), pages, |x| (1.0 + 0.5 * x) / 127.0)?;
                 Buffer::Int8(Aligned::of(n, pages, |x| (127.0 * x) as i8)?, scales)
             }
-            format @ (CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2) => Buffer::Fp8(Aligned::of(n, fp8_unit), format),
+            format @ (CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2) => {
+                Buffer::Fp8(Aligned::of(n, pages, fp8_unit)?, format)
+            }
         };
         Ok(Self { buffer, shape, layout })
     }

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 /// The files that the first byte selects from, with their valid contents.
 const FILES: [(&str, Option<&[u8]>); 5] = [
-    ("model.safetensors", Some(include_bytes!("../seeds/safetensors/tensors"))),
-    ("config.json", Some(include_bytes!("../seeds/safetensors/config"))),
+    ("model.safetensors", Some(include_bytes!("../../data/seeds/safetensors/tensors"))),
+    ("config.json", Some(include_bytes!("../../data/seeds/safetensors/config"))),
     ("model.safetensors.index.json", None),
     ("generation_config.json", None),
     ("tokenizer_config.json", None),

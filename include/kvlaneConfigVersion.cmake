@@ -1,0 +1,30 @@
+# The version of the package, with which releases before 1.0 are compatible if the minor version is the same.
+set(PACKAGE_VERSION "0.1.0")
+string(REGEX MATCH "^[0-9]+" _kvlane_major "${PACKAGE_VERSION}")
+string(REGEX MATCH "^[0-9]+\\.[0-9]+" _kvlane_minor "${PACKAGE_VERSION}")
+
+set(PACKAGE_VERSION_COMPATIBLE FALSE)
+if(PACKAGE_FIND_VERSION_RANGE)
+    # From the lower end on, and not beyond the upper one.
+    set(_kvlane_wanted "${PACKAGE_FIND_VERSION_MIN_MAJOR}.${PACKAGE_FIND_VERSION_MIN_MINOR}")
+    if(NOT PACKAGE_VERSION VERSION_LESS PACKAGE_FIND_VERSION_MIN
+       AND ((PACKAGE_FIND_VERSION_RANGE_MAX STREQUAL "INCLUDE" AND NOT PACKAGE_VERSION VERSION_GREATER PACKAGE_FIND_VERSION_MAX)
+            OR (PACKAGE_FIND_VERSION_RANGE_MAX STREQUAL "EXCLUDE" AND PACKAGE_VERSION VERSION_LESS PACKAGE_FIND_VERSION_MAX)))
+        set(PACKAGE_VERSION_COMPATIBLE TRUE)
+    endif()
+elseif(NOT PACKAGE_VERSION VERSION_LESS PACKAGE_FIND_VERSION)
+    if(_kvlane_major GREATER 0 AND _kvlane_major EQUAL PACKAGE_FIND_VERSION_MAJOR)
+        set(PACKAGE_VERSION_COMPATIBLE TRUE)
+    elseif(_kvlane_minor STREQUAL "${PACKAGE_FIND_VERSION_MAJOR}.${PACKAGE_FIND_VERSION_MINOR}")
+        set(PACKAGE_VERSION_COMPATIBLE TRUE)
+    elseif(PACKAGE_FIND_VERSION_COUNT EQUAL 1 AND _kvlane_major EQUAL PACKAGE_FIND_VERSION_MAJOR)
+        # `find_package(kvlane 0)` asks for any.
+        set(PACKAGE_VERSION_COMPATIBLE TRUE)
+    endif()
+    if(PACKAGE_VERSION VERSION_EQUAL PACKAGE_FIND_VERSION)
+        set(PACKAGE_VERSION_EXACT TRUE)
+    endif()
+endif()
+unset(_kvlane_major)
+unset(_kvlane_minor)
+unset(_kvlane_wanted)
