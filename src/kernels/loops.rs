@@ -60,12 +60,12 @@ fn on_level(isa: Isa, body: impl Outlined) {
             // Partial levels run the loops of the level below. The peak of their tile and matrix products is not
             // measured.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Amx => super::avx512::Avx512::new_unchecked().outline(body),
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => super::avx512::Avx512::new_unchecked().outline(body),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Isa::Neon | Isa::NeonBf16 => super::neon::Neon::new_unchecked().outline(body),
             // Levels of other architectures, listed so that a new level does not compile without its loops.
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Amx => {}
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {}
             #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
             Isa::Neon | Isa::NeonBf16 => {}
         }
