@@ -4,12 +4,26 @@ use super::{BLOCK, DotProducts, LANES, LINE, VECTOR};
 use crate::kernels::avx512::Avx512;
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{MAX_LANES, Simd, lines};
-use crate::problem::grid::ones;
+use crate::problem::grid::{KeyRange, ones};
+use crate::problem::limits::MAX_HEAD_DIM;
 use half::bf16;
 use std::arch::x86_64::*;
 
 /// Exponent bits of a bf16; all are set in NaN and infinity.
 const EXPONENT: i16 = 0x7f80;
+
+/// The value of a key that is not to be read.
+pub(super) static ZEROS: [bf16; MAX_HEAD_DIM] = [bf16::ZERO; MAX_HEAD_DIM];
+
+/// Prefetches a key or a value; does nothing for null.
+#[inline(always)]
+pub(super) fn prefetch_row(s: Avx512, row: *const bf16, dim: usize) {
+    if !row.is_null() {
+        for line in lines(row.cast(), dim * size_of::<bf16>()) {
+            s.prefetch_far(line);
+        }
+    }
+}
 
 /// Up to thirty-two elements, followed by zeros.
 ///
@@ -37,7 +51,8 @@ pub(super) fn interleave(_: Avx512, even: __m512i, odd: __m512i) -> [__m512i; 2]
     static HIGH: [i16; LINE] = words(LINE / 2);
     // SAFETY: the level includes AVX-512 BW.
     unsafe {
-        [&LOW, &HIGH].map(|words| _mm512_permutex2var_epi16(even, _mm512_loadu_si512(words.as_ptr().cast()), odd))
+        let (low, high) = (_mm512_loadu_si512(LOW.as_ptr().cast()), _mm512_loadu_si512(HIGH.as_ptr().cast()));
+        [_mm512_permutex2var_epi16(even, low, odd), _mm512_permutex2var_epi16(even, high, odd)]
     }
 }
 
@@ -48,7 +63,7 @@ impl DotProducts {
     /// As [`Products::block`](crate::kernels::generic::attention::Products::block).
     #[inline(always)]
     pub(super) unsafe fn pack_keys(&self, s: Avx512, block: &Block, k: KeyPointers<bf16>) {
-        let crate::problem::grid::KeyRange { low, high } = block.key_range;
+        let KeyRange { low, high } = block.key_range;
         let d = block.d;
         let vectors = d.div_ceil(LINE) * LANES;
         for first in (low / LANES * LANES..high).step_by(LANES) {
@@ -57,10 +72,7 @@ impl DotProducts {
             for (i, key) in keys.iter_mut().enumerate() {
                 let j = (first + i).clamp(low, high - 1);
                 *key = k.key(0, j);
-                let next = k.next(j);
-                if !next.is_null() {
-                    lines(next.cast(), d * size_of::<bf16>()).for_each(|line| s.prefetch_far(line));
-                }
+                prefetch_row(s, k.next(j), d);
             }
             for i in (0..d).step_by(LINE) {
                 // SAFETY: the caller's; a copy has room for whole vectors of pairs.
@@ -105,33 +117,32 @@ impl DotProducts {
         head: usize,
         visible_bits: u64,
     ) -> bool {
-        let crate::problem::grid::KeyRange { low, high } = block.key_range;
+        let KeyRange { low, high } = block.key_range;
         let dv = block.dv;
         // SAFETY: the caller's.
         unsafe {
             let exponent = _mm512_set1_epi16(EXPONENT);
             let mut largest = _mm512_setzero_si512();
             for pair in low / 2..high.div_ceil(2) {
-                let values = [2 * pair, 2 * pair + 1].map(|j| {
-                    if visible_bits >> j & 1 == 0 {
-                        return std::ptr::null::<bf16>();
-                    }
-                    let next = v.next(j);
-                    if head == 0 && !next.is_null() {
-                        lines(next.cast(), dv * size_of::<bf16>()).for_each(|line| s.prefetch_far(line));
-                    }
-                    v.key(head, j)
-                });
-                for i in (0..dv).step_by(LINE) {
-                    let [even, odd] = values.map(|value| {
-                        if value.is_null() {
-                            return _mm512_setzero_si512();
+                let mut values = [ZEROS.as_ptr(); 2];
+                for (i, value) in values.iter_mut().enumerate() {
+                    let j = 2 * pair + i;
+                    if visible_bits >> j & 1 == 1 {
+                        *value = v.key(head, j);
+                        if head == 0 {
+                            prefetch_row(s, v.next(j), dv);
                         }
-                        let at = value.add(i);
-                        let x = if dv - i >= LINE { _mm512_loadu_si512(at.cast()) } else { load_up_to(s, at, dv - i) };
-                        largest = _mm512_max_epu16(largest, _mm512_and_si512(x, exponent));
-                        x
-                    });
+                    }
+                }
+                for i in (0..dv).step_by(LINE) {
+                    let (even, odd) = (values[0].add(i), values[1].add(i));
+                    let (even, odd) = if dv - i >= LINE {
+                        (_mm512_loadu_si512(even.cast()), _mm512_loadu_si512(odd.cast()))
+                    } else {
+                        (load_up_to(s, even, dv - i), load_up_to(s, odd, dv - i))
+                    };
+                    largest = _mm512_max_epu16(largest, _mm512_and_si512(even, exponent));
+                    largest = _mm512_max_epu16(largest, _mm512_and_si512(odd, exponent));
                     for (n, x) in interleave(s, even, odd).into_iter().enumerate() {
                         let vector = i / LANES + n;
                         if vector * LANES < dv {

@@ -1,14 +1,12 @@
 //! Few query rows (decode): scores and weighted values, from the cache.
 
-use super::copies::{interleave, load_up_to};
+use super::copies::{ZEROS, interleave, load_up_to, prefetch_row};
 use super::packed::repair_scores;
 use super::{
     Avx512, BLOCK, Block, DotProducts, KeyPointerTable, KeyPointers, KeyRange, LANES, LINE, Packing, QUARTERS, RowState,
     STEP, VECTOR, all_finite, bf16, level_functions, padded, unpack_head, with_features,
 };
 use crate::kernels::avx512bf16::instructions::dot;
-use crate::kernels::simd::{Simd, lines};
-use crate::problem::limits::MAX_HEAD_DIM;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
@@ -16,9 +14,6 @@ use std::mem::MaybeUninit;
 const KEYS: usize = 4;
 /// Vectors of the longest key whose queries stay in registers.
 const SHORT: usize = 4;
-
-/// The value of a key outside the key range.
-static ZEROS: [bf16; MAX_HEAD_DIM] = [bf16::ZERO; MAX_HEAD_DIM];
 
 impl DotProducts {
     /// # Safety
@@ -120,8 +115,9 @@ impl DotProducts {
         // SAFETY: the caller's; `KEYS` scores are a quarter.
         unsafe {
             // Sums 0 and 2 are added first, and 1 and 3.
-            let halves = |a, b| _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-            let (low, high) = (halves(sums[0], sums[1]), halves(sums[2], sums[3]));
+            let [a, b, c, d] = sums;
+            let low = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+            let high = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
             let even = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
             let odd = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
             let scores = _mm512_add_ps(even, odd);
@@ -187,14 +183,6 @@ unsafe fn in_quarters(from: *const bf16) -> __m512i {
     unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(from.cast())) }
 }
 
-/// Prefetches a key or a value; does nothing for null.
-#[inline(always)]
-fn prefetch_row(s: Avx512, row: *const bf16, dim: usize) {
-    if !row.is_null() {
-        lines(row.cast(), dim * size_of::<bf16>()).for_each(|line| s.prefetch_far(line));
-    }
-}
-
 level_functions! {
     /// The scores of a head's rows with some keys of up to `N` vectors, where queries have one term.
     ///
@@ -225,15 +213,16 @@ level_functions! {
                     let mut sums = [_mm512_setzero_ps(); KEYS];
                     // Two keys at a time, so that memory is read in its order, in two chains of products.
                     for half in (0..KEYS).step_by(2) {
-                        let [a, b] = [half, half + 1].map(|i| {
-                            let j = (first + i).clamp(low, high - 1);
+                        let mut pair = [std::ptr::null(); 2];
+                        for (i, key) in pair.iter_mut().enumerate() {
+                            let j = (first + half + i).clamp(low, high - 1);
+                            *key = k.key(head, j);
                             if group == 0 {
                                 prefetch_row(s, v.key(head, j), dv);
                             }
-                            k.key(head, j)
-                        });
+                        }
                         for n in 0..N {
-                            let mut at = [a.wrapping_add(n * LINE), b.wrapping_add(n * LINE)];
+                            let mut at = [pair[0].wrapping_add(n * LINE), pair[1].wrapping_add(n * LINE)];
                             if n + 1 == N && part > 0 {
                                 for (at, tail) in at.iter_mut().zip(&mut tails) {
                                     _mm512_storeu_si512(tail.as_mut_ptr().cast(), load_up_to(s, *at, part));
@@ -275,17 +264,21 @@ level_functions! {
             for first in (low / KEYS * KEYS..high).step_by(KEYS) {
                 // SAFETY: the caller's.
                 unsafe {
-                    let keys: [*const bf16; KEYS] = std::array::from_fn(|i| {
+                    let mut keys = [std::ptr::null(); KEYS];
+                    for (i, key) in keys.iter_mut().enumerate() {
                         let j = (first + i).clamp(low, high - 1);
+                        *key = k.key(head, j);
                         if group == 0 {
                             prefetch_row(s, v.key(head, j), dv);
                         }
-                        k.key(head, j)
-                    });
+                    }
                     let mut sums = [_mm512_setzero_ps(); KEYS];
                     let mut q = q;
                     for i in (0..d).step_by(LINE) {
-                        let mut at = keys.map(|key| key.add(i));
+                        let mut at = keys;
+                        for at in &mut at {
+                            *at = at.add(i);
+                        }
                         if d - i < LINE {
                             for (at, tail) in at.iter_mut().zip(&mut tails) {
                                 _mm512_storeu_si512(tail.as_mut_ptr().cast(), load_up_to(s, *at, d - i));
@@ -293,7 +286,10 @@ level_functions! {
                             }
                         }
                         for step in 0..LINE / STEP {
-                            let x = at.map(|at| in_quarters(at.add(step * STEP)));
+                            let mut x = [_mm512_setzero_si512(); KEYS];
+                            for (x, at) in x.iter_mut().zip(at) {
+                                *x = in_quarters(at.add(step * STEP));
+                            }
                             for t in 0..T {
                                 let query = _mm512_loadu_si512(q.add(t * VECTOR).cast());
                                 for i in 0..KEYS {
@@ -362,22 +358,24 @@ unsafe fn columns<const R: usize, const N: usize, const PART: bool>(
         }
         let weights = products.weights.cast::<i32>().add(row * terms * (BLOCK / 2));
         for pair in keys.low / 2..keys.high.div_ceil(2) {
-            let from = [2 * pair, 2 * pair + 1].map(|j| {
-                if j < key_range.low || j >= key_range.high {
-                    return ZEROS.as_ptr();
+            let mut from = [ZEROS.as_ptr(); 2];
+            for (i, from) in from.iter_mut().enumerate() {
+                let j = 2 * pair + i;
+                if j >= key_range.low && j < key_range.high {
+                    *from = v.key(head, j).wrapping_add(column);
+                    if prefetch && column == 0 && !k.next(j).is_null() {
+                        prefetch_row(s, k.next(j).wrapping_byte_offset(k.head_offset(head)), d);
+                    }
                 }
-                if prefetch && column == 0 {
-                    let next = k.next(j);
-                    prefetch_row(s, if next.is_null() { next } else { next.wrapping_byte_offset(k.head_offset(head)) }, d);
-                }
-                v.key(head, j)
-            });
+            }
             let mut x = [_mm512_setzero_si512(); N];
             for n in (0..N).step_by(2) {
-                let [even, odd] = from.map(|from| {
-                    let from = from.wrapping_add(column + n * LANES);
-                    if PART { load_up_to(s, from, dv - column) } else { _mm512_loadu_si512(from.cast()) }
-                });
+                let (even, odd) = (from[0].wrapping_add(n * LANES), from[1].wrapping_add(n * LANES));
+                let (even, odd) = if PART {
+                    (load_up_to(s, even, dv - column), load_up_to(s, odd, dv - column))
+                } else {
+                    (_mm512_loadu_si512(even.cast()), _mm512_loadu_si512(odd.cast()))
+                };
                 let both = interleave(s, even, odd);
                 x[n] = both[0];
                 if n + 1 < N {

@@ -259,12 +259,20 @@ impl DotProducts {
     /// The rows' scores with the keys of a key range are in place.
     #[inline(always)]
     unsafe fn weigh(&self, s: Avx512, block: &Block, rows: &mut [RowState], first: usize, keys: KeyRange) {
+        /// Rows that are processed together.
+        const AT_ONCE: usize = 16;
         // SAFETY: the caller's.
         unsafe {
-            for (i, row) in rows.iter_mut().enumerate() {
-                let before = row.max;
-                s.outline(Softmax { block, rows: std::slice::from_mut(row), first: first + i, keys });
-                self.pack_weights(s, block, row, first + i, before);
+            for (index, rows) in rows.chunks_mut(AT_ONCE).enumerate() {
+                let first = first + index * AT_ONCE;
+                let mut before = [0.0; AT_ONCE];
+                for (before, row) in before.iter_mut().zip(&*rows) {
+                    *before = row.max;
+                }
+                s.outline(Softmax { block, rows: &mut *rows, first, keys });
+                for (r, row) in rows.iter().enumerate() {
+                    self.pack_weights(s, block, row, first + r, before[r]);
+                }
             }
         }
     }

@@ -1,6 +1,8 @@
 //! Packed copies of queries.
 
-use super::{DotProducts, LANES, LINE, MAX_QUERY_TERMS, QUARTERS, STEP, SUMS, VECTOR};
+use super::{
+    DotProducts, LANES, LINE, MAX_QUERY_TERMS, QUARTERS, STEP, SUMS, VECTOR, level_functions, with_features,
+};
 use crate::kernels::avx512::Avx512;
 use crate::kernels::generic::attention::Scratch;
 use crate::kernels::simd::Simd;
@@ -26,25 +28,33 @@ pub(super) fn rows_at_once(left: usize) -> usize {
     }
 }
 
+/// The indices of odd words.
+static UPPER_WORDS: [i16; LINE] = {
+    let mut words = [0; LINE];
+    let mut i = 0;
+    while i < LINE {
+        words[i] = (2 * i + 1) as i16;
+        i += 1;
+    }
+    words
+};
+
 /// The bf16 terms of thirty-two elements. Each is the upper half of what the terms before it leave, so that the remainder is exact.
 #[inline(always)]
 unsafe fn terms(s: Avx512, mut x: [__m512; 2], count: usize) -> [__m512i; MAX_QUERY_TERMS] {
     // SAFETY: `s` proves the features.
     unsafe {
-        let upper_words = {
-            let word = |i: usize| (2 * (i % LINE) + 1) as i16;
-            let words: [i16; LINE] = std::array::from_fn(word);
-            _mm512_loadu_si512(words.as_ptr().cast())
-        };
+        let upper_words = _mm512_loadu_si512(UPPER_WORDS.as_ptr().cast());
         let mut terms = [_mm512_setzero_si512(); MAX_QUERY_TERMS];
         for term in terms.iter_mut().take(count) {
-            let upper = x.map(|x| {
+            let mut upper = [_mm512_setzero_si512(); 2];
+            for (upper, x) in upper.iter_mut().zip(x) {
                 let bits = _mm512_castps_si512(x);
                 // A NaN whose payload is all in the lower half must not become an infinity.
                 let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
                 let bits = _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x40_0000));
-                _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32 as i32))
-            });
+                *upper = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            }
             *term = _mm512_permutex2var_epi16(upper[0], upper_words, upper[1]);
             for (x, upper) in x.iter_mut().zip(upper) {
                 // The remainder of an infinity is 0, and so is that of a NaN, whose first term is NaN already.
@@ -84,7 +94,8 @@ impl DotProducts {
     ///
     /// # Safety
     /// The rows are in `scratch.q`.
-    pub(super) unsafe fn pack_rows(&self, s: Avx512, rows: usize, scratch: &Scratch, d: usize) {
+    #[inline(always)]
+    unsafe fn pack_register_tiles(&self, s: Avx512, rows: usize, scratch: &Scratch, d: usize) {
         let (pairs, terms) = (pairs_of(d), self.query_terms);
         let mut first = 0;
         while first < rows {
@@ -118,7 +129,8 @@ impl DotProducts {
     ///
     /// # Safety
     /// The rows are in `scratch.q`.
-    pub(super) unsafe fn pack_quarters(&self, s: Avx512, tile: &Tile, scratch: &Scratch, d: usize) {
+    #[inline(always)]
+    unsafe fn pack_quarters_of_rows(&self, s: Avx512, tile: &Tile, scratch: &Scratch, d: usize) {
         let vectors = self.quarter_vectors(d);
         let groups = tile.head_rows.div_ceil(QUARTERS);
         // SAFETY: the caller's; there are four quarters for every row.
@@ -138,6 +150,30 @@ impl DotProducts {
                     }
                 }
             }
+        }
+    }
+}
+
+impl DotProducts {
+    level_functions! {
+        /// [`Self::pack_register_tiles`], as a function of its own.
+        ///
+        /// # Safety
+        /// The same.
+        #[inline(never)]
+        pub(super) unsafe fn pack_rows(&self, s: Avx512, rows: usize, scratch: &Scratch, d: usize) {
+            // SAFETY: the caller's.
+            unsafe { self.pack_register_tiles(s, rows, scratch, d) }
+        }
+
+        /// [`Self::pack_quarters_of_rows`], as a function of its own.
+        ///
+        /// # Safety
+        /// The same.
+        #[inline(never)]
+        pub(super) unsafe fn pack_quarters(&self, s: Avx512, tile: &Tile, scratch: &Scratch, d: usize) {
+            // SAFETY: the caller's.
+            unsafe { self.pack_quarters_of_rows(s, tile, scratch, d) }
         }
     }
 }

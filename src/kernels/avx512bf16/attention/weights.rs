@@ -1,6 +1,6 @@
 //! Softmax weights as bf16, and the end of a chunk.
 
-use super::{BLOCK, DotProducts, LINE};
+use super::{BLOCK, DotProducts, LANES, LINE, level_functions, with_features};
 use crate::kernels::avx512::Avx512;
 use crate::kernels::avx512bf16::instructions::{dot, round};
 use crate::kernels::generic::attention::state::is_empty;
@@ -39,16 +39,20 @@ impl DotProducts {
                 sum = s.mul(sum, s.splat(math::exp2_1(s, before - row.max)));
             }
             for i in (0..BLOCK).step_by(LINE) {
-                let at = |i: usize| _mm512_maskz_loadu_ps((row.visible_bits >> i) as u16, from.add(i));
-                let exact = [at(i), at(i + LINE / 2)];
+                let visible = row.visible_bits >> i;
+                let exact = [
+                    _mm512_maskz_loadu_ps(visible as u16, from.add(i)),
+                    _mm512_maskz_loadu_ps((visible >> LANES) as u16, from.add(i + LANES)),
+                ];
                 let weights = round(exact[0], exact[1]);
                 _mm512_storeu_si512(to.add(i).cast(), weights);
                 sum = dot(sum, weights, ones);
                 if self.weight_terms > 1 {
                     let low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(weights));
                     let high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(weights));
-                    let less = |x, rounded| s.sub(x, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(rounded)));
-                    let weights = round(less(exact[0], low), less(exact[1], high));
+                    let low = s.sub(exact[0], _mm512_castsi512_ps(_mm512_slli_epi32::<16>(low)));
+                    let high = s.sub(exact[1], _mm512_castsi512_ps(_mm512_slli_epi32::<16>(high)));
+                    let weights = round(low, high);
                     _mm512_storeu_si512(to.add(BLOCK + i).cast(), weights);
                     sum = dot(sum, weights, ones);
                 }
@@ -62,21 +66,13 @@ impl DotProducts {
     /// # Safety
     /// As [`Products::end_chunk`](crate::kernels::generic::attention::Products::end_chunk).
     #[inline(always)]
-    pub(super) unsafe fn correct_rows(&self, s: Avx512, rows: &[RowState], scratch: &Scratch) {
+    unsafe fn correct_all(&self, s: Avx512, rows: &[RowState], scratch: &Scratch) {
         for (index, rows) in rows.chunks(MAX_LANES).enumerate() {
             let first = index * MAX_LANES;
             // SAFETY: the caller's.
             unsafe {
-                let total = |sums: *const f32| {
-                    let mut lanes = [s.zero(); MAX_LANES];
-                    for (r, lanes) in lanes.iter_mut().enumerate().take(rows.len()) {
-                        *lanes = s.load_f32(sums.add((first + r) * MAX_LANES));
-                    }
-                    let mut totals = [0.0; MAX_LANES];
-                    s.store_f32(totals.as_mut_ptr(), s.sum_lanes(&lanes));
-                    totals
-                };
-                let (exact, rounded) = (total(scratch.sums), total(self.rounded));
+                let exact = totals(s, scratch.sums.add(first * MAX_LANES), rows.len());
+                let rounded = totals(s, self.rounded.add(first * MAX_LANES), rows.len());
                 for (r, row) in rows.iter().enumerate() {
                     if is_empty((row.max, exact[r])) {
                         continue;
@@ -88,6 +84,37 @@ impl DotProducts {
                 }
                 std::ptr::write_bytes(self.rounded.add(first * MAX_LANES), 0, rows.len() * MAX_LANES);
             }
+        }
+    }
+}
+
+/// The sums over lanes of up to sixteen rows of lanes.
+///
+/// # Safety
+/// They are readable.
+#[inline(always)]
+unsafe fn totals(s: Avx512, sums: *const f32, rows: usize) -> [f32; MAX_LANES] {
+    let mut lanes = [s.zero(); MAX_LANES];
+    let mut totals = [0.0; MAX_LANES];
+    for (r, lanes) in lanes.iter_mut().enumerate().take(rows) {
+        // SAFETY: the caller's.
+        *lanes = unsafe { s.load_f32(sums.add(r * MAX_LANES)) };
+    }
+    // SAFETY: the array is a whole vector.
+    unsafe { s.store_f32(totals.as_mut_ptr(), s.sum_lanes(&lanes)) };
+    totals
+}
+
+impl DotProducts {
+    level_functions! {
+        /// [`Self::correct_all`], as a function of its own.
+        ///
+        /// # Safety
+        /// The same.
+        #[inline(never)]
+        pub(super) unsafe fn correct_rows(&self, s: Avx512, rows: &[RowState], scratch: &Scratch) {
+            // SAFETY: the caller's.
+            unsafe { self.correct_all(s, rows, scratch) }
         }
     }
 }
