@@ -1,8 +1,6 @@
 //! Packed copies of queries.
 
-use super::{
-    DotProducts, LANES, LINE, MAX_QUERY_TERMS, QUARTERS, STEP, SUMS, VECTOR, level_functions, with_features,
-};
+use super::{DotProducts, LANES, LINE, MAX_QUERY_TERMS, QUARTERS, STEP, SUMS, VECTOR, level_functions, with_features};
 use crate::kernels::avx512::Avx512;
 use crate::kernels::generic::attention::Scratch;
 use crate::kernels::simd::Simd;
@@ -138,7 +136,8 @@ impl DotProducts {
             std::ptr::write_bytes(self.q, 0, tile.kv_heads * groups * vectors * VECTOR);
             for row in 0..tile.rows() {
                 let (head, r) = (row / tile.head_rows, row % tile.head_rows);
-                let to = self.q.add((head * groups + r / QUARTERS) * vectors * VECTOR + r % QUARTERS * VECTOR / QUARTERS);
+                let to =
+                    self.q.add((head * groups + r / QUARTERS) * vectors * VECTOR + r % QUARTERS * VECTOR / QUARTERS);
                 for i in (0..d).step_by(LINE) {
                     for (t, term) in self.terms_of(s, scratch, row, i, d).iter().enumerate().take(self.query_terms) {
                         let mut steps = [[0u8; VECTOR / QUARTERS]; LINE / STEP];
