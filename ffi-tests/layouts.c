@@ -562,8 +562,8 @@ static void beam_search(kvl_dtype dtype) {
 
 int main(void) {
     static const kvl_dtype types[] = {KVL_DTYPE_F32, KVL_DTYPE_F16, KVL_DTYPE_BF16};
-    static const kvl_isa levels[] = {KVL_ISA_SCALAR, KVL_ISA_AVX2,      KVL_ISA_AVX512, KVL_ISA_AMX,
-                                     KVL_ISA_NEON,   KVL_ISA_NEON_BF16};
+    static const kvl_isa levels[] = {KVL_ISA_SCALAR, KVL_ISA_AVX2, KVL_ISA_AVX512,   KVL_ISA_AVX512_BF16,
+                                     KVL_ISA_AMX,    KVL_ISA_NEON, KVL_ISA_NEON_BF16};
     size_t level, type;
     for (level = 0; level < COUNT(levels); level++) {
         kvl_context_params params = KVL_CONTEXT_PARAMS_INIT;

@@ -87,7 +87,8 @@ static void names(const kvl_context *context) {
         OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, types[s], types[s], &name));
         OK(kvl_context_attention_kernel_names(context, types[s], types[s], KVL_PRECISION_HIGH, &high, &other));
         CHECK(strcmp(high, other) == 0, "%s and %s", high, other);
-        int apart = (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) && types[s] == KVL_DTYPE_BF16;
+        int partial = isa == KVL_ISA_AVX512_BF16 || isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16;
+        int apart = partial && types[s] == KVL_DTYPE_BF16;
         CHECK(apart == (strcmp(name, high) != 0), "%s and %s", name, high);
         OK(kvl_context_attention_kernel_names(context, types[s], types[s], KVL_PRECISION_DEFAULT, &high, &other));
         CHECK(strcmp(high, other) == 0, "%s and %s", high, other);
@@ -102,12 +103,14 @@ static void names(const kvl_context *context) {
             CHECK(packing == (strcmp(name, "attention_bf16_amx") == 0 ? KVL_PACKING_ROW_PAIRS : KVL_PACKING_ROWS), "%d", (int)packing);
         }
     }
-    if (isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) {
+    if (isa == KVL_ISA_AVX512_BF16 || isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) {
         /* Another level serves everything else. */
-        only = isa == KVL_ISA_AMX ? "attention_bf16_amx" : "attention_bf16_neonbf16";
+        only = isa == KVL_ISA_AMX           ? "attention_bf16_amx"
+               : isa == KVL_ISA_AVX512_BF16 ? "attention_bf16_avx512bf16"
+                                            : "attention_bf16_neonbf16";
         OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_DTYPE_BF16, KVL_DTYPE_BF16, &name));
         CHECK(strcmp(name, only) == 0, "%s", name);
-        isa = isa == KVL_ISA_AMX ? KVL_ISA_AVX512 : KVL_ISA_NEON;
+        isa = isa == KVL_ISA_NEON_BF16 ? KVL_ISA_NEON : KVL_ISA_AVX512;
     }
     OK(kvl_context_kernel_name(context, KVL_OP_ROPE_ANGLES, KVL_DTYPE_F32, KVL_DTYPE_F32, &name));
     CHECK(strstr(name, kvl_isa_name(isa)) != NULL, "%s", name);

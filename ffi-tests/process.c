@@ -303,8 +303,8 @@ static void signals_and_stacks_of_the_pool(void) {
 /* ------------------------------------------------------------------------------------------------------------------ */
 
 static void *on_a_small_stack(void *unused) {
-    static const kvl_isa levels[] = {KVL_ISA_SCALAR, KVL_ISA_AVX2, KVL_ISA_AVX512, KVL_ISA_AMX,
-                                     KVL_ISA_NEON,   KVL_ISA_NEON_BF16};
+    static const kvl_isa levels[] = {KVL_ISA_SCALAR, KVL_ISA_AVX2, KVL_ISA_AVX512,   KVL_ISA_AVX512_BF16,
+                                     KVL_ISA_AMX,    KVL_ISA_NEON, KVL_ISA_NEON_BF16};
     size_t i;
     kvl_format format;
     (void)unused;

@@ -226,9 +226,17 @@
 
 /**
  * AArch64 with all features of `KVL_ISA_NEON`, and bf16 matrix products (FEAT_BF16). This level has kernels for
- * attention over bf16 alone and uses those of `KVL_ISA_NEON` for everything else. It is preferred to that level.
+ * attention over bf16 alone and uses those of `KVL_ISA_NEON` for everything else. It is preferred to that level,
+ * except on CPUs of Apple.
  */
 #define KVL_ISA_NEON_BF16 6
+
+/**
+ * x86-64 with all features of `KVL_ISA_AVX512`, and BF16 products (AVX512-BF16). This level has kernels for attention over bf16
+ * alone and uses those of `KVL_ISA_AVX512` for everything else. It is preferred to that level on CPUs of AMD; on others it serves
+ * where it is asked for.
+ */
+#define KVL_ISA_AVX512_BF16 7
 
 /**
  * Cosines and sines of RoPE angles. Types: `KVL_FORMAT_F32` twice.
@@ -271,9 +279,9 @@
 #define KVL_OP_KV_READ 7
 
 /**
- * The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at `KVL_ISA_AMX` and `KVL_ISA_NEON_BF16`: an error of
- * at most 2^-8 of the largest visible value. `KVL_ISA_NEON_BF16` also takes queries in f32 to 16 significant bits, so that a logit
- * errs by at most 2^-16 of the sum of the magnitudes of its products.
+ * The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at `KVL_ISA_AVX512_BF16`, `KVL_ISA_AMX` and
+ * `KVL_ISA_NEON_BF16`: an error of at most 2^-8 of the largest visible value. `KVL_ISA_AVX512_BF16` and `KVL_ISA_NEON_BF16` also take
+ * queries in f32 to 16 significant bits, so that a logit errs by at most 2^-16 of the sum of the magnitudes of its products.
  */
 #define KVL_PRECISION_DEFAULT 0
 

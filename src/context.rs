@@ -17,7 +17,8 @@ const FORMATS: usize = CacheFormat::ALL.len();
 ///
 /// The ceiling is the level given, lowered by `KVLANE_MAX_ISA` if that is set; both can only lower. For each operation
 /// and pair of types, the context takes the kernel of the preferred level among those that are available and have no
-/// feature beyond the ceiling's. Other levels serve operations that a partial level lacks.
+/// feature beyond the ceiling's. A ceiling that is available is preferred to the levels below it. Other levels serve operations that
+/// a partial level lacks.
 ///
 /// ```
 /// use kvlane::{Context, DType, Isa, Op};
@@ -70,7 +71,7 @@ impl Context {
             }
             for precision in Precision::ALL.into_iter().filter(|&p| info.precision.is_none_or(|own| own == p)) {
                 let slot = &mut tables[precision as usize][info.op as usize][info.src.index()][info.dst.index()];
-                if slot.is_none_or(|other| other.info.isa.priority() < info.isa.priority()) {
+                if slot.is_none_or(|other| other.info.isa.priority_within(isa) < info.isa.priority_within(isa)) {
                     *slot = Some(entry);
                 }
             }
@@ -81,7 +82,7 @@ impl Context {
             let serves = info.op == Op::Attention && !info.isa.is_partial();
             if serves && info.isa.is_within(isa) && info.isa.is_available() {
                 let slot = &mut full[info.src.index()];
-                if slot.is_none_or(|other| other.info.isa.priority() < info.isa.priority()) {
+                if slot.is_none_or(|other| other.info.isa.priority_within(isa) < info.isa.priority_within(isa)) {
                     *slot = Some(entry);
                 }
             }

@@ -2,7 +2,7 @@
 
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 use crate::cpu::detected;
-use crate::cpu::{feature_names, level_features};
+use crate::cpu::{self, feature_names, level_features};
 use crate::error::{Result, ensure, fail};
 
 /// An instruction-set level for which kernels are built.
@@ -26,23 +26,39 @@ pub enum Isa {
     /// kernels for attention over bf16 only; the other kernels are those of AVX-512.
     Amx = 5,
     /// AArch64 with the features of [`Neon`](Self::Neon) and bf16 matrix products (FEAT_BF16). A partial level with
-    /// kernels for attention over bf16 only; the other kernels are those of NEON.
+    /// kernels for attention over bf16 only; the other kernels are those of NEON. It is preferred to NEON, except on CPUs of
+    /// Apple, where its products are slower than the arithmetic that they would replace; there it serves only if it is named.
     NeonBf16 = 6,
+    /// x86-64 with the features of [`Avx512`](Self::Avx512) and AVX512-BF16. A partial level with kernels for attention over
+    /// bf16 only; the other kernels are those of AVX-512. It is preferred to AVX-512 on CPUs of AMD, from Zen 4 on. Intel's
+    /// have the instructions too, at half the rate of the arithmetic that they would replace, so that the level serves there only
+    /// if it is named.
+    Avx512Bf16 = 7,
 }
 
 impl Isa {
     /// Every level, of every architecture.
-    pub const ALL: [Self; 6] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Amx, Self::Neon, Self::NeonBf16];
+    pub const ALL: [Self; 7] =
+        [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx, Self::Neon, Self::NeonBf16];
 
     /// The order of preference: of the available levels, the one with the highest priority serves. It is not the
-    /// number of features, because a level with more features can be slower.
-    pub(crate) const fn priority(self) -> u32 {
+    /// number of features, because a level with more features can be slower: on some CPUs, products of bf16 have less than the rate
+    /// of the arithmetic that they replace.
+    pub(crate) fn priority(self) -> u32 {
         match self {
             Self::Scalar => 0,
+            Self::NeonBf16 if cpu::is_apple() => 5,
             Self::Avx2 | Self::Neon => 10,
+            Self::Avx512Bf16 if !cpu::is_amd() => 15,
             Self::Avx512 | Self::NeonBf16 => 20,
+            Self::Avx512Bf16 => 25,
             Self::Amx => 30,
         }
+    }
+
+    /// The order of preference between kernels of a context of level `chosen`, which comes before all others.
+    pub(crate) fn priority_within(self, chosen: Self) -> u32 {
+        if self == chosen { u32::MAX } else { self.priority() }
     }
 
     /// Whether a CPU that has exactly the features of `ceiling` can run kernels of this level.
@@ -50,12 +66,13 @@ impl Isa {
         self.features().iter().all(|feature| ceiling.features().contains(feature))
     }
 
-    /// `"scalar"`, `"avx2"`, `"avx512"`, `"amx"`, `"neon"` or `"neonbf16"`.
+    /// `"scalar"`, `"avx2"`, `"avx512"`, `"avx512bf16"`, `"amx"`, `"neon"` or `"neonbf16"`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
             Self::Amx => "amx",
             Self::Neon => "neon",
             Self::NeonBf16 => "neonbf16",
@@ -78,6 +95,7 @@ impl Isa {
             Self::Scalar => level_features!(Scalar, feature_names! {}),
             Self::Avx2 => level_features!(Avx2, feature_names! {}),
             Self::Avx512 => level_features!(Avx512, feature_names! {}),
+            Self::Avx512Bf16 => level_features!(Avx512Bf16, feature_names! {}),
             Self::Amx => level_features!(Avx512, feature_names! { "amx-tile" "amx-bf16" }),
             Self::Neon => level_features!(Neon, feature_names! {}),
             Self::NeonBf16 => level_features!(NeonBf16, feature_names! {}),
@@ -86,14 +104,14 @@ impl Isa {
 
     /// Whether the level has kernels for some operations and types only. Other levels serve the rest.
     pub const fn is_partial(self) -> bool {
-        matches!(self, Self::Amx | Self::NeonBf16)
+        matches!(self, Self::Avx512Bf16 | Self::Amx | Self::NeonBf16)
     }
 
     /// Whether kernels of this level are part of this build, which depends on the architecture only.
     pub const fn is_built(self) -> bool {
         match self {
             Self::Scalar => true,
-            Self::Avx2 | Self::Avx512 | Self::Amx => cfg!(target_arch = "x86_64"),
+            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => cfg!(target_arch = "x86_64"),
             Self::Neon | Self::NeonBf16 => cfg!(all(target_arch = "aarch64", target_endian = "little")),
         }
     }
@@ -107,6 +125,10 @@ impl Isa {
             Self::Avx2 => level_features!(Avx2, detected! {}),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => level_features!(Avx512, detected! {}),
+            #[cfg(all(target_arch = "x86_64", not(kvlane_emulate_avx512bf16)))]
+            Self::Avx512Bf16 => level_features!(Avx512Bf16, detected! {}),
+            #[cfg(all(target_arch = "x86_64", kvlane_emulate_avx512bf16))]
+            Self::Avx512Bf16 => level_features!(Avx512, detected! {}),
             #[cfg(target_arch = "x86_64")]
             Self::Amx => crate::cpu::amx::is_available(),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
@@ -126,14 +148,15 @@ impl Isa {
     /// The name of the environment variable that lowers every context's level.
     pub const ENV: &'static str = "KVLANE_MAX_ISA";
 
-    /// The preferred level among those that are available and have no feature beyond those of any ceiling.
+    /// The preferred level among those that are available and have no feature beyond those of any ceiling. A level that is itself a
+    /// ceiling was asked for, and comes before those that this CPU prefers.
     pub(crate) fn best_within(ceilings: &[Self]) -> Result<Self> {
         ceilings.iter().try_for_each(|ceiling| ceiling.check_built())?;
         // Availability is checked last, because for AMX the check requests a permission for the whole process.
         let level = Self::ALL
             .into_iter()
             .filter(|level| ceilings.iter().all(|&ceiling| level.is_within(ceiling)) && level.is_available())
-            .max_by_key(|level| level.priority());
+            .max_by_key(|level| (ceilings.contains(level), level.priority()));
         Ok(level.unwrap_or(Self::Scalar))
     }
 

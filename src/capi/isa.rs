@@ -22,8 +22,13 @@ pub const KVL_ISA_NEON: i32 = 4;
 /// over bf16 alone and uses those of `KVL_ISA_AVX512` for everything else. It is preferred to that level.
 pub const KVL_ISA_AMX: i32 = 5;
 /// AArch64 with all features of `KVL_ISA_NEON`, and bf16 matrix products (FEAT_BF16). This level has kernels for
-/// attention over bf16 alone and uses those of `KVL_ISA_NEON` for everything else. It is preferred to that level.
+/// attention over bf16 alone and uses those of `KVL_ISA_NEON` for everything else. It is preferred to that level,
+/// except on CPUs of Apple.
 pub const KVL_ISA_NEON_BF16: i32 = 6;
+/// x86-64 with all features of `KVL_ISA_AVX512`, and BF16 products (AVX512-BF16). This level has kernels for attention over bf16
+/// alone and uses those of `KVL_ISA_AVX512` for everything else. It is preferred to that level on CPUs of AMD; on others it serves
+/// where it is asked for.
+pub const KVL_ISA_AVX512_BF16: i32 = 7;
 
 /// The name of a level, such as "avx2"; a constant. The name of `KVL_ISA_BEST` is "best".
 ///
@@ -39,6 +44,7 @@ pub extern "C" fn kvl_isa_name(isa: kvl_isa) -> *const c_char {
         KVL_ISA_NEON => c"neon",
         KVL_ISA_AMX => c"amx",
         KVL_ISA_NEON_BF16 => c"neonbf16",
+        KVL_ISA_AVX512_BF16 => c"avx512bf16",
         _ => c"unknown",
     };
     text.as_ptr()
@@ -65,7 +71,8 @@ const _: () = {
     assert!(KVL_ISA_SCALAR == Isa::Scalar as i32 && KVL_ISA_AVX2 == Isa::Avx2 as i32);
     assert!(KVL_ISA_AVX512 == Isa::Avx512 as i32 && KVL_ISA_NEON == Isa::Neon as i32);
     assert!(KVL_ISA_AMX == Isa::Amx as i32 && KVL_ISA_NEON_BF16 == Isa::NeonBf16 as i32);
-    assert!(Isa::ALL.len() == 6);
+    assert!(KVL_ISA_AVX512_BF16 == Isa::Avx512Bf16 as i32);
+    assert!(Isa::ALL.len() == 7);
 };
 
 #[cfg(test)]

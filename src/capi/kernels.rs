@@ -31,9 +31,9 @@ pub const KVL_OP_KV_READ: i32 = 7;
 
 /// The precision of attention, for levels that have kernels of more than one.
 pub type kvl_precision = i32;
-/// The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at `KVL_ISA_AMX` and `KVL_ISA_NEON_BF16`: an error of
-/// at most 2^-8 of the largest visible value. `KVL_ISA_NEON_BF16` also takes queries in f32 to 16 significant bits, so that a logit
-/// errs by at most 2^-16 of the sum of the magnitudes of its products.
+/// The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at `KVL_ISA_AVX512_BF16`, `KVL_ISA_AMX` and
+/// `KVL_ISA_NEON_BF16`: an error of at most 2^-8 of the largest visible value. `KVL_ISA_AVX512_BF16` and `KVL_ISA_NEON_BF16` also take
+/// queries in f32 to 16 significant bits, so that a logit errs by at most 2^-16 of the sum of the magnitudes of its products.
 pub const KVL_PRECISION_DEFAULT: i32 = 0;
 /// What f32 arithmetic gives: queries are taken whole, and weights have at least 16 significant bits.
 pub const KVL_PRECISION_HIGH: i32 = 1;

@@ -1,6 +1,6 @@
 //! Detection of the CPU and the operating system: the features of each level, the permission to use AMX, the sizes of
-//! caches. It uses feature bits of CPUID (on AArch64, of the operating system), never the name of a model; the vendor is for
-//! the tuning, which changes no result.
+//! caches. It uses feature bits of CPUID (on AArch64, of the operating system), never the name of a model. The vendor is for the
+//! tuning, which changes no result, and for the choice between levels that the CPU has.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
@@ -15,6 +15,9 @@ macro_rules! level_features {
     (Avx2, $then:ident! { $($rest:tt)* }) => { $then! { ["avx2" "fma" "f16c"] $($rest)* } };
     (Avx512, $then:ident! { $($rest:tt)* }) => {
         $then! { ["avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512cd" "avx512dq" "avx512vl"] $($rest)* }
+    };
+    (Avx512Bf16, $then:ident! { $($rest:tt)* }) => {
+        $then! { ["avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512cd" "avx512dq" "avx512vl" "avx512bf16"] $($rest)* }
     };
     (Neon, $then:ident! { $($rest:tt)* }) => { $then! { ["neon"] $($rest)* } };
     (NeonBf16, $then:ident! { $($rest:tt)* }) => { $then! { ["neon" "bf16"] $($rest)* } };
@@ -80,5 +83,44 @@ pub(crate) fn has(feature: &str) -> bool {
         #[cfg(target_arch = "x86_64")]
         "avx512vnni" => detected!(["avx512vnni"]),
         _ => false,
+    }
+}
+
+/// Whether Apple made this CPU.
+pub(crate) fn is_apple() -> bool {
+    #[cfg(all(target_arch = "aarch64", target_os = "linux"))]
+    {
+        // The kernel shows the main ID register of each CPU; its upper byte names the implementer.
+        const APPLE: u64 = 0x61;
+        static APPLES: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+        *APPLES.get_or_init(|| {
+            let text = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/regs/identification/midr_el1");
+            text.is_ok_and(|text| implementer(&text) == Some(APPLE))
+        })
+    }
+    #[cfg(not(all(target_arch = "aarch64", target_os = "linux")))]
+    {
+        cfg!(all(target_arch = "aarch64", target_vendor = "apple"))
+    }
+}
+
+/// The implementer in Linux's text of a main ID register, such as `0x00000000410fd4f0`.
+#[cfg(any(test, all(target_arch = "aarch64", target_os = "linux")))]
+fn implementer(register: &str) -> Option<u64> {
+    let digits = register.trim().strip_prefix("0x")?;
+    Some(u64::from_str_radix(digits, 16).ok()? >> 24 & 0xff)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::implementer;
+
+    #[test]
+    fn implementers_are_read_from_the_main_id_register() {
+        assert_eq!(implementer("0x00000000410fd4f0\n"), Some(0x41)); // Neoverse V2
+        assert_eq!(implementer("0x00000000611f0320\n"), Some(0x61)); // Apple M2
+        for text in ["", "410fd4f0", "0x", "0xnone"] {
+            assert_eq!(implementer(text), None);
+        }
     }
 }

@@ -70,8 +70,8 @@ impl Op {
 #[repr(u32)]
 #[non_exhaustive]
 pub enum Precision {
-    /// The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at the levels AMX and NEON with
-    /// bf16: an error of at most 2^-8 of the largest visible value. NEON with bf16 also rounds queries in f32 to 16
+    /// The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at the partial levels: an error
+    /// of at most 2^-8 of the largest visible value. NEON and AVX-512 with bf16 also take queries in f32 to 16
     /// significant bits, an error of at most 2^-16 of the sum of the magnitudes of a logit's products. AMX keeps all
     /// bits of a query.
     #[default]

@@ -11,6 +11,7 @@
 //! | [`scalar`], `avx2`, `avx512`, `neon` | the trait for one level |
 //! | `loops`, `products` | what the bench measures as the limits of the machine |
 //! | `amx` | a partial level: attention over bf16, by tile products |
+//! | `avx512bf16` | a partial level: attention over bf16, by products of pairs |
 //! | `neonbf16` | a partial level: attention over bf16, by products of small matrices |
 //!
 //! A kernel takes only what an operation has validated; it allocates nothing, starts no thread and keeps no state.
@@ -22,6 +23,8 @@ pub(crate) mod api;
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512bf16;
 pub(crate) mod generic;
 #[cfg(feature = "bench")]
 pub(crate) mod loops;

@@ -15,8 +15,8 @@ pub(crate) use with_features;
 /// operation, source and target format, precision, largest error, function, names.
 macro_rules! partial_kernel_table {
     ($level:ident) => { $crate::kernels::partial::partial_kernel_lines! { $level
-    Attention Bf16 Bf16 Default 4e-3 Attention(functions::<false>()) "attention_bf16_amx"      "attention_bf16_neonbf16";
-    Attention Bf16 Bf16 High    1e-5 Attention(functions::<true>())  "attention_bf16_high_amx" "attention_bf16_high_neonbf16";
+    Attention Bf16 Bf16 Default 4e-3 Attention(functions::<false>()) "attention_bf16_amx"      "attention_bf16_neonbf16"      "attention_bf16_avx512bf16";
+    Attention Bf16 Bf16 High    1e-5 Attention(functions::<true>())  "attention_bf16_high_amx" "attention_bf16_high_neonbf16" "attention_bf16_high_avx512bf16";
     } };
 }
 pub(crate) use partial_kernel_table;
@@ -24,10 +24,10 @@ pub(crate) use partial_kernel_table;
 /// The lines of [`partial_kernel_table`] as entries of the registry.
 macro_rules! partial_kernel_lines {
     ($level:ident $($op:ident $src:ident $dst:ident $precision:ident $error:literal $kind:ident($function:expr)
-        $amx:literal $neonbf16:literal;)*) => {
+        $amx:literal $neonbf16:literal $avx512bf16:literal;)*) => {
         pub(crate) static ENTRIES: &[$crate::kernels::registry::Entry] = &[$($crate::kernels::registry::entry!(
             $level, $op, $src, $dst, Some($crate::kernels::api::Precision::$precision),
-            $crate::kernels::partial::partial_column!($level $amx $neonbf16),
+            $crate::kernels::partial::partial_column!($level $amx $neonbf16 $avx512bf16),
             $error, $kind($function)
         )),*];
     };
@@ -36,11 +36,14 @@ pub(crate) use partial_kernel_lines;
 
 /// A kernel's name on a partial level.
 macro_rules! partial_column {
-    (Amx $amx:literal $neonbf16:literal) => {
+    (Amx $amx:literal $neonbf16:literal $avx512bf16:literal) => {
         $amx
     };
-    (NeonBf16 $amx:literal $neonbf16:literal) => {
+    (NeonBf16 $amx:literal $neonbf16:literal $avx512bf16:literal) => {
         $neonbf16
+    };
+    (Avx512Bf16 $amx:literal $neonbf16:literal $avx512bf16:literal) => {
+        $avx512bf16
     };
 }
 pub(crate) use partial_column;

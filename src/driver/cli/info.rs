@@ -72,7 +72,7 @@ pub(super) fn info(args: &Info) -> Result<()> {
             (true, true) => format!("{} kernels", built(level)),
         };
         let mark = if level == context.isa() { ", chosen" } else { "" };
-        text += &format!("  {:<8}{state}{mark}\n", level.name());
+        text += &format!("  {:<11}{state}{mark}\n", level.name());
     }
     text += "\nkernels\n";
     for k in &chosen {

@@ -76,11 +76,13 @@ pub(crate) use packed::{PackKeys, PackValues};
 pub(crate) use row_pairs::Widen;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use row_pairs::are_pairs;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use row_pairs::unpack_head;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) use row_pairs::unpack_pairs;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use softmax::ROUNDED_LOGITS;
-#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) use softmax::Softmax;
 pub(crate) use state::reduce;
 

@@ -32,12 +32,30 @@ pub(crate) unsafe fn unpack_pairs<T: Element, P>(
     block: *mut u8,
     v: &mut KeyPointerTable<P>,
 ) {
+    // SAFETY: the caller's.
+    unsafe { unpack_head::<T, P>(p, key_range, block, v.rows(), 0) };
+    v.place(key_range, block.cast::<P>().cast_const(), padded(p.v_dim) * size_of::<T>());
+}
+
+/// [`unpack_pairs`] for a KV head of the tile; no pointer is set.
+///
+/// # Safety
+/// As [`unpack_pairs`].
+#[inline(always)]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) unsafe fn unpack_head<T: Element, P>(
+    p: &Problem,
+    key_range: KeyRange,
+    block: *mut u8,
+    v: KeyPointers<P>,
+    head: usize,
+) {
     let (dim, step) = (p.v_dim, p.value_step());
     let row = |j: usize| block.cast::<T>().wrapping_add(j * padded(dim));
-    let rows = v.rows().cast::<T>();
+    let rows = v.cast::<T>();
     let mut j = key_range.low;
     while j < key_range.high {
-        let from = rows.key(0, j);
+        let from = rows.key(head, j);
         // SAFETY: the caller's.
         unsafe {
             if is_pair(p, &rows, key_range, j) {
@@ -53,7 +71,6 @@ pub(crate) unsafe fn unpack_pairs<T: Element, P>(
             }
         }
     }
-    v.place(key_range, row(0).cast(), padded(dim) * size_of::<T>());
 }
 
 /// Whether the key range consists of whole pairs ([`is_pair`] for every other key).
