@@ -18,6 +18,10 @@ pub(crate) trait Simd: Copy {
     /// Width of a register tile in vectors, 2 or 4: with [`TILE_ROWS`](super::generic::attention::TILE_ROWS) rows, the
     /// largest that leaves registers for operands.
     const TILE_VECTORS: usize;
+    /// Width in vectors of the register tiles of Q K^T, 2 or 4.
+    const SCORE_VECTORS: usize = Self::TILE_VECTORS;
+    /// Lanes of a score that such a tile sums side by side, 1 or 2: as many tiles of registers.
+    const SCORE_LANES: usize = 1;
     /// Dot products that are computed together: enough to keep the FMA ports busy, few enough for the registers.
     const PARALLEL_DOTS: usize;
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.

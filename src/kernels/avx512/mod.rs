@@ -82,6 +82,8 @@ impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
     const TILE_VECTORS: usize = 4;
+    const SCORE_VECTORS: usize = 2;
+    const SCORE_LANES: usize = 2;
     const PARALLEL_DOTS: usize = 16;
     const DEINTERLEAVED_BF16: bool = true;
 

@@ -1,9 +1,10 @@
 //! Packed copies of keys.
 
+use super::queries::place;
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, MAX_LANES, Simd};
 
-/// Transposes the keys of a key range into slabs as wide as a register tile: `[slab][step][keys]`. In the vectors at the ends of the key
+/// Transposes the keys of a key range into slabs as wide as a register tile: `[slab][step][keys]`, steps in the order of [`place`]. In the vectors at the ends of the key
 /// range, columns outside of it are undefined.
 #[derive(Clone, Copy)]
 pub(crate) struct PackKeys<'a> {
@@ -58,7 +59,7 @@ impl PackKeys<'_> {
     #[inline(always)]
     pub unsafe fn transpose<S: Simd, T: Load, const KIND: u8>(&self, s: S, group: usize, step: usize) {
         let Block { scratch, key_range, d, .. } = *self.block;
-        let (steps, slab) = (d.div_ceil(S::LANES), S::TILE_VECTORS * S::LANES);
+        let (steps, slab) = (d.div_ceil(S::LANES), S::SCORE_VECTORS * S::LANES);
         let first = group / slab * slab;
         let kt = scratch.kt.wrapping_add(first * steps * S::LANES + (group - first));
         let mut v = [s.zero(); MAX_LANES];
@@ -85,7 +86,7 @@ impl PackKeys<'_> {
             $(
                 if $lane < S::LANES {
                     // SAFETY: kt has steps * LANES rows a slab.
-                    unsafe { s.store_f32(kt.add(($lane * steps + step) * slab), v[S::lane_order($lane)]) };
+                    unsafe { s.store_f32(kt.add(place::<S>($lane, step, steps) * slab), v[S::lane_order($lane)]) };
                 }
             )*};
         }

@@ -87,7 +87,7 @@ unsafe fn products<S: Simd>(
 ) {
     let Block { scratch, key_range, all, d, dv, .. } = *block;
     let (dp, dvp) = (padded(d), padded(dv));
-    let (slab, half) = (S::TILE_VECTORS * S::LANES, S::TILE_VECTORS / 2 * S::LANES);
+    let (slab, half) = (S::SCORE_VECTORS * S::LANES, S::SCORE_VECTORS / 2 * S::LANES);
     let steps = d.div_ceil(S::LANES);
     let parts = if slab * steps * S::LANES * size_of::<f32>() > SLAB_BYTES { 2 } else { 1 };
     let lanes = S::LANES / parts;

@@ -24,52 +24,58 @@ impl<const R: usize> Outlined for Scores<R> {
     unsafe fn run<S: Simd>(self, s: S) {
         // SAFETY: the caller's.
         unsafe {
-            match (S::TILE_VECTORS, self.wide) {
-                (4, true) => self.tile::<S, 4>(s),
-                (4, false) | (2, true) => self.tile::<S, 2>(s),
-                _ => self.tile::<S, 1>(s),
+            match (S::SCORE_VECTORS, S::SCORE_LANES, self.wide) {
+                (4, _, true) => self.tile::<S, 4, 1>(s),
+                (2, 2, true) => self.tile::<S, 2, 2>(s),
+                (4, _, false) | (2, _, true) => self.tile::<S, 2, 1>(s),
+                (_, 2, false) => self.tile::<S, 1, 2>(s),
+                _ => self.tile::<S, 1, 1>(s),
             }
         }
     }
 }
 
 impl<const R: usize> Scores<R> {
+    /// `N` vectors of keys, `L` lanes side by side.
+    ///
     /// # Safety
     /// The pointers are valid for `R` rows and `N` vectors.
     #[inline(always)]
-    pub unsafe fn tile<S: Simd, const N: usize>(self, s: S) {
+    pub unsafe fn tile<S: Simd, const N: usize, const L: usize>(self, s: S) {
         let Self { mut q, lanes, steps, mut kt, out, add, .. } = self;
-        let slab = S::TILE_VECTORS * S::LANES;
-        // stash[k]: the finished sum of 2^k lanes, until its neighbour is ready.
+        let slab = S::SCORE_VECTORS * S::LANES;
+        // stash[k]: the finished sum of 2^k * L lanes, until its neighbour is ready.
         let mut stash = [const { MaybeUninit::<[[S::V; N]; R]>::uninit() }; MAX_LANES.ilog2() as usize];
-        for lane in 0..lanes {
-            let mut acc = [[s.zero(); N]; R];
+        for turn in 0..lanes / L {
+            let mut acc = [[[s.zero(); N]; R]; L];
             // Two steps per iteration, and moving pointers: fewer instructions other than FMAs.
             // SAFETY: kt and Q have LANES * steps steps.
             unsafe {
                 for _ in 0..steps / 2 {
-                    add_step(s, kt, q, &mut acc);
-                    add_step(s, kt.add(slab), q.add(R), &mut acc);
-                    (kt, q) = (kt.wrapping_add(2 * slab), q.wrapping_add(2 * R));
+                    for i in 0..2 * L {
+                        add_step(s, kt.add(i * slab), q.add(i * R), &mut acc[i % L]);
+                    }
+                    (kt, q) = (kt.wrapping_add(2 * L * slab), q.wrapping_add(2 * L * R));
                 }
                 if steps % 2 == 1 {
-                    add_step(s, kt, q, &mut acc);
-                    (kt, q) = (kt.wrapping_add(slab), q.wrapping_add(R));
+                    for i in 0..L {
+                        add_step(s, kt.add(i * slab), q.add(i * R), &mut acc[i]);
+                    }
+                    (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(L * R));
                 }
+            }
+            let mut sum = acc[0];
+            if L == 2 {
+                sum = sum_of(s, &sum, &acc[1]);
             }
             let mut level = 0;
-            while (lane >> level) & 1 == 1 {
-                // SAFETY: the bit says that a sum of 2^level lanes has been left there.
-                let left = unsafe { stash[level].assume_init_ref() };
-                for r in 0..R {
-                    for n in 0..N {
-                        acc[r][n] = s.add(left[r][n], acc[r][n]);
-                    }
-                }
+            while (turn >> level) & 1 == 1 {
+                // SAFETY: the bit says that a sum of 2^level * L lanes has been left there.
+                sum = sum_of(s, unsafe { stash[level].assume_init_ref() }, &sum);
                 level += 1;
             }
-            if lane + 1 < lanes {
-                stash[level].write(acc);
+            if turn + 1 < lanes / L {
+                stash[level].write(sum);
                 continue;
             }
             for r in 0..R {
@@ -77,13 +83,28 @@ impl<const R: usize> Scores<R> {
                     // SAFETY: out has R rows of BLOCK.
                     unsafe {
                         let to = out.add(r * BLOCK + n * S::LANES);
-                        let sum = if add { s.add(s.load_f32(to), acc[r][n]) } else { acc[r][n] };
+                        let sum = if add { s.add(s.load_f32(to), sum[r][n]) } else { sum[r][n] };
                         s.store_f32(to, sum);
                     }
                 }
             }
         }
     }
+}
+
+#[inline(always)]
+fn sum_of<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    left: &[[S::V; N]; R],
+    right: &[[S::V; N]; R],
+) -> [[S::V; N]; R] {
+    let mut sum = *right;
+    for r in 0..R {
+        for n in 0..N {
+            sum[r][n] = s.add(left[r][n], right[r][n]);
+        }
+    }
+    sum
 }
 
 /// One step: an element of `R` rows of Q times `N` vectors of keys.
