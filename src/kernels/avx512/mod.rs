@@ -84,6 +84,7 @@ impl Simd for Avx512 {
     const TILE_VECTORS: usize = 4;
     const SCORE_VECTORS: usize = 2;
     const SCORE_LANES: usize = 2;
+    const PACKED_QUERIES: bool = false;
     const PARALLEL_DOTS: usize = 16;
     const DEINTERLEAVED_BF16: bool = true;
 

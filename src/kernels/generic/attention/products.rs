@@ -53,7 +53,7 @@ pub(crate) struct VectorProducts<'a>(pub &'a Pieces);
 impl<S: Simd> Products<S> for VectorProducts<'_> {
     #[inline(always)]
     unsafe fn pack_queries(&self, s: S, tile: &Tile, scratch: &Scratch, d: usize) {
-        if tile.head_rows >= PACK_ROWS {
+        if S::PACKED_QUERIES && tile.head_rows >= PACK_ROWS {
             // SAFETY: the caller's.
             unsafe { s.outline(packed::PackQueries { q: scratch.q, rows: tile.rows(), d }) };
         }

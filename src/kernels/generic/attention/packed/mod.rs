@@ -44,8 +44,11 @@ pub(crate) use keys::PackKeys;
 pub(super) use queries::PackQueries;
 pub(crate) use values::PackValues;
 
-/// Bytes of the first-level cache for a slab of K.
-const SLAB_BYTES: usize = 16 << 10;
+/// Bytes of the first-level cache for slabs of K or V that all rows read before they go on to the next.
+const PANEL_BYTES: usize = 16 << 10;
+
+/// Columns of V in as many bytes.
+const PANEL_COLUMNS: usize = PANEL_BYTES / (BLOCK * size_of::<f32>());
 
 /// One block of keys for all rows of the tile, which are of one KV head.
 ///
@@ -89,7 +92,9 @@ unsafe fn products<S: Simd>(
     let (dp, dvp) = (padded(d), padded(dv));
     let (slab, half) = (S::SCORE_VECTORS * S::LANES, S::SCORE_VECTORS / 2 * S::LANES);
     let steps = d.div_ceil(S::LANES);
-    let parts = if slab * steps * S::LANES * size_of::<f32>() > SLAB_BYTES { 2 } else { 1 };
+    let slab_bytes = slab * steps * S::LANES * size_of::<f32>();
+    let parts = if slab_bytes > PANEL_BYTES { 2 } else { 1 };
+    let panel = slab * (PANEL_BYTES / slab_bytes).max(1);
     let lanes = S::LANES / parts;
     let mut groups = [Group::default(); MAX_GROUPS];
     let count = groups_of(rows, &mut groups);
@@ -97,44 +102,43 @@ unsafe fn products<S: Simd>(
     // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
     unsafe {
         (pieces.keys.pack)(&PackKeys { block, k });
-        let mut next_k =
-            NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, parts * BLOCK / slab * groups.len());
-        let mut next_v = NextBlock::new(
-            &pieces.tuning,
-            v,
-            dv * pieces.values.unit_bytes,
-            value_slabs::<S>(dv).count() * groups.len(),
-        );
+        let calls = parts * BLOCK.div_ceil(panel) * groups.len();
+        let mut next_k = NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, calls);
+        let calls = dv.div_ceil(PANEL_COLUMNS) * groups.len();
+        let mut next_v = NextBlock::new(&pieces.tuning, v, dv * pieces.values.unit_bytes, calls);
         let mut finite = (pieces.values.pack)(&PackValues { block, v, check: !all });
-        for column in (key_range.low / slab * slab..key_range.high).step_by(slab) {
+        for first_key in (0..BLOCK).step_by(panel) {
+            let end_key = (first_key + panel).min(key_range.high);
             for part in 0..parts {
                 for_each_group(groups, |r, n, keys| {
                     next_k.prefetch(s);
-                    if keys.high <= column || keys.low >= column + slab {
-                        return;
+                    let first_lane = part * lanes;
+                    let q = scratch.q.add(r * dp + if S::PACKED_QUERIES { first_lane * steps * n } else { 0 });
+                    for column in (first_key..end_key).step_by(slab) {
+                        if keys.high <= column || keys.low >= column + slab {
+                            continue;
+                        }
+                        // If the rows see keys of one half of the slab only, the other half is skipped.
+                        let (skip, wide) = match (keys.low >= column + half, keys.high <= column + half) {
+                            (true, _) => (half, false),
+                            (_, true) => (0, false),
+                            _ => (0, true),
+                        };
+                        let kt = scratch.kt.add(column * steps * S::LANES + first_lane * steps * slab + skip);
+                        let out = scratch.s.add(r * BLOCK + column + skip);
+                        let scores = Scores::<1> { q, q_row: dp, first_lane, lanes, steps, kt, out, wide, add: part > 0 };
+                        match n {
+                            6 => s.outline(scores.of_rows::<6>()),
+                            4 => s.outline(scores.of_rows::<4>()),
+                            2 => s.outline(scores.of_rows::<2>()),
+                            _ => s.outline(scores),
+                        };
                     }
-                    // If the rows see keys of one half of the slab only, the other half is skipped.
-                    let (skip, wide) = match (keys.low >= column + half, keys.high <= column + half) {
-                        (true, _) => (half, false),
-                        (_, true) => (0, false),
-                        _ => (0, true),
-                    };
-                    let first = part * lanes * steps;
-                    let kt = scratch.kt.add(column * steps * S::LANES + first * slab + skip);
-                    let q = scratch.q.add(r * dp + first * n);
-                    let out = scratch.s.add(r * BLOCK + column + skip);
-                    let add = part > 0;
-                    match n {
-                        6 => s.outline(Scores::<6> { q, lanes, steps, kt, out, wide, add }),
-                        4 => s.outline(Scores::<4> { q, lanes, steps, kt, out, wide, add }),
-                        2 => s.outline(Scores::<2> { q, lanes, steps, kt, out, wide, add }),
-                        _ => s.outline(Scores::<1> { q, lanes, steps, kt, out, wide, add }),
-                    };
                 });
             }
         }
         scale_scores(s, block, 0..1);
-        for_each_group(groups, |r, n, keys| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
+        s.outline(Softmax { block, rows: &mut *rows, first: 0 });
         finite &= scale_weights(s, block, 0..1);
         if !all && !finite {
             for (r, row) in rows.iter().enumerate() {
@@ -142,24 +146,27 @@ unsafe fn products<S: Simd>(
             }
             return;
         }
-        for (column, width) in value_slabs::<S>(dv) {
+        for first_column in (0..dv).step_by(PANEL_COLUMNS) {
+            let columns = first_column..(first_column + PANEL_COLUMNS).min(dv);
             for_each_group(groups, |r, n, keys| {
                 next_v.prefetch(s);
-                let weighted = WeightedValues {
-                    weights: scratch.s.add(r * BLOCK + keys.low),
-                    acc: scratch.acc.add(r * dvp + column),
-                    acc_row: dvp,
-                    v: PackedValues { first: scratch.vp.add(column * BLOCK + keys.low * width), width },
-                    keys: keys.len(),
-                    ahead: Ahead::NONE,
-                };
-                let vectors = width / S::LANES;
-                match n {
-                    6 => s.outline(Values::<6> { weighted, vectors }),
-                    4 => s.outline(Values::<4> { weighted, vectors }),
-                    2 => s.outline(Values::<2> { weighted, vectors }),
-                    _ => s.outline(Values::<1> { weighted, vectors }),
-                };
+                for (column, width) in value_slabs::<S>(columns.clone()) {
+                    let weighted = WeightedValues {
+                        weights: scratch.s.add(r * BLOCK + keys.low),
+                        acc: scratch.acc.add(r * dvp + column),
+                        acc_row: dvp,
+                        v: PackedValues { first: scratch.vp.add(column * BLOCK + keys.low * width), width },
+                        keys: keys.len(),
+                        ahead: Ahead::NONE,
+                    };
+                    let vectors = width / S::LANES;
+                    match n {
+                        6 => s.outline(Values::<6> { weighted, vectors }),
+                        4 => s.outline(Values::<4> { weighted, vectors }),
+                        2 => s.outline(Values::<2> { weighted, vectors }),
+                        _ => s.outline(Values::<1> { weighted, vectors }),
+                    };
+                }
             });
         }
     }
@@ -185,13 +192,14 @@ struct Group {
 /// Upper bound on the register tiles of a tile: the last rows can take three.
 const MAX_GROUPS: usize = MAX_TILE_ROWS / TILE_ROWS + 2;
 
-/// The register tiles of a tile whose rows see a key of the block.
+/// The register tiles of a tile whose rows see a key of the block; sets the keys of every row that will have scores.
 #[inline(always)]
-fn groups_of(rows: &[RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
+fn groups_of(rows: &mut [RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
     let (mut r, mut count) = (0, 0);
     while r < rows.len() {
         let n = rows_at_once(rows.len() - r);
         let keys = KeyRange::around(rows[r..r + n].iter().fold(0, |bits, row| bits | row.visible_bits));
+        rows[r..r + n].iter_mut().for_each(|row| row.set_scored(keys));
         if keys.low < keys.high {
             groups[count] = Group { first: r as u16, rows: n as u8, low: keys.low as u8, high: keys.high as u8 };
             count += 1;

@@ -4,13 +4,16 @@ use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
 use crate::problem::grid::BLOCK;
 use std::mem::MaybeUninit;
 
-/// `R` packed rows of Q times a slab of keys, or times the half of it that begins at `kt`; rows of scores lie [`BLOCK`] apart.
+/// `R` rows of Q times a slab of keys, or times the half of it that begins at `kt`; rows of scores lie [`BLOCK`] apart.
 ///
-/// A slab of more than [`SLAB_BYTES`](super::SLAB_BYTES) is processed in two halves of the lanes: the first stores the sum over its
+/// A slab of more than [`PANEL_BYTES`](super::PANEL_BYTES) is processed in two halves of the lanes: the first stores the sum over its
 /// lanes, the second adds its own, which is the last level of the tree.
 pub struct Scores<const R: usize> {
+    /// Packed rows from the first lane on, or the first of rows that lie `q_row` floats apart.
     pub q: *const f32,
-    /// Lanes, a power of two, and steps per lane.
+    pub q_row: usize,
+    /// The first lane in the order of the tree, lanes, a power of two, and steps per lane.
+    pub first_lane: usize,
     pub lanes: usize,
     pub steps: usize,
     pub kt: *const f32,
@@ -36,32 +39,46 @@ impl<const R: usize> Outlined for Scores<R> {
 }
 
 impl<const R: usize> Scores<R> {
+    /// The same of another number of rows.
+    #[inline(always)]
+    pub fn of_rows<const N: usize>(self) -> Scores<N> {
+        let Self { q, q_row, first_lane, lanes, steps, kt, out, wide, add } = self;
+        Scores { q, q_row, first_lane, lanes, steps, kt, out, wide, add }
+    }
+
     /// `N` vectors of keys, `L` lanes side by side.
     ///
     /// # Safety
     /// The pointers are valid for `R` rows and `N` vectors.
     #[inline(always)]
     pub unsafe fn tile<S: Simd, const N: usize, const L: usize>(self, s: S) {
-        let Self { mut q, lanes, steps, mut kt, out, add, .. } = self;
+        let Self { mut q, q_row, first_lane, lanes, steps, mut kt, out, add, .. } = self;
+        // Floats between the elements of rows, of steps, and of lanes side by side.
+        let (q_row, q_step, q_lane) =
+            if S::PACKED_QUERIES { (1, L * R, R) } else { (q_row, S::LANES, S::lane_order(1) - S::lane_order(0)) };
         let slab = S::SCORE_VECTORS * S::LANES;
         // stash[k]: the finished sum of 2^k * L lanes, until its neighbour is ready.
         let mut stash = [const { MaybeUninit::<[[S::V; N]; R]>::uninit() }; MAX_LANES.ilog2() as usize];
         for turn in 0..lanes / L {
             let mut acc = [[[s.zero(); N]; R]; L];
+            if !S::PACKED_QUERIES {
+                q = self.q.wrapping_add(S::lane_order(first_lane + turn * L));
+            }
             // Two steps per iteration, and moving pointers: fewer instructions other than FMAs.
             // SAFETY: kt and Q have LANES * steps steps.
             unsafe {
                 for _ in 0..steps / 2 {
                     for i in 0..2 * L {
-                        add_step(s, kt.add(i * slab), q.add(i * R), &mut acc[i % L]);
+                        let q = q.add(i / L * q_step + i % L * q_lane);
+                        add_step(s, kt.add(i * slab), q, q_row, &mut acc[i % L]);
                     }
-                    (kt, q) = (kt.wrapping_add(2 * L * slab), q.wrapping_add(2 * L * R));
+                    (kt, q) = (kt.wrapping_add(2 * L * slab), q.wrapping_add(2 * q_step));
                 }
                 if steps % 2 == 1 {
                     for i in 0..L {
-                        add_step(s, kt.add(i * slab), q.add(i * R), &mut acc[i]);
+                        add_step(s, kt.add(i * slab), q.add(i * q_lane), q_row, &mut acc[i]);
                     }
-                    (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(L * R));
+                    (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(q_step));
                 }
             }
             let mut sum = acc[0];
@@ -110,12 +127,13 @@ fn sum_of<S: Simd, const R: usize, const N: usize>(
 /// One step: an element of `R` rows of Q times `N` vectors of keys.
 ///
 /// # Safety
-/// `N` vectors are readable at `k`, `R` floats at `q`.
+/// `N` vectors are readable at `k`, `R` floats, `q_row` apart, at `q`.
 #[inline(always)]
 pub unsafe fn add_step<S: Simd, const R: usize, const N: usize>(
     s: S,
     k: *const f32,
     q: *const f32,
+    q_row: usize,
     acc: &mut [[S::V; N]; R],
 ) {
     let mut keys = [s.zero(); N];
@@ -125,7 +143,7 @@ pub unsafe fn add_step<S: Simd, const R: usize, const N: usize>(
     }
     for r in 0..R {
         // SAFETY: the caller's.
-        let x = s.splat(unsafe { *q.add(r) });
+        let x = s.splat(unsafe { *q.add(r * q_row) });
         for n in 0..N {
             acc[r][n] = s.fma(x, keys[n], acc[r][n]);
         }

@@ -4,13 +4,15 @@ use crate::kernels::generic::attention::weighted::{ValueRows, WeightedValues, lo
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, Outlined, Simd};
 use crate::problem::grid::BLOCK;
+use std::ops::Range;
 
-/// First column and width of the slabs in which a block of V is packed: as wide as a register tile, then two vectors, then one.
+/// First column and width of the slabs in which columns of a block of V are packed: as wide as a register tile, then two vectors, then
+/// one.
 #[inline(always)]
-pub fn value_slabs<S: Simd>(dv: usize) -> impl Iterator<Item = (usize, usize)> {
-    let mut column = 0;
+pub fn value_slabs<S: Simd>(columns: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
+    let Range { start: mut column, end } = columns;
     std::iter::from_fn(move || {
-        let left = dv - column;
+        let left = end - column;
         let vectors = if left >= S::TILE_VECTORS * S::LANES {
             S::TILE_VECTORS
         } else if left >= 2 * S::LANES {
@@ -19,7 +21,7 @@ pub fn value_slabs<S: Simd>(dv: usize) -> impl Iterator<Item = (usize, usize)> {
             1
         };
         let slab = (column, vectors * S::LANES);
-        column = (column + vectors * S::LANES).min(dv);
+        column = (column + vectors * S::LANES).min(end);
         (left > 0).then_some(slab)
     })
 }
@@ -44,7 +46,7 @@ impl PackValues<'_> {
         let check = check && !T::ALWAYS_FINITE;
         let mut finite = true;
         let v = v.cast::<T>();
-        for (column, width) in value_slabs::<S>(dv) {
+        for (column, width) in value_slabs::<S>(0..dv) {
             for j in key_range.low..key_range.high {
                 let row = v.key(0, j).wrapping_add(column);
                 let to = scratch.vp.wrapping_add(column * BLOCK + j * width);
