@@ -151,14 +151,32 @@ unsafe fn grow<S: Simd>(
 unsafe fn weigh<S: Simd, const ALL: bool>(s: S, row: &RowState, x: *mut f32, factor: S::V, sums: *mut f32) {
     // If all logits so far are -inf, -inf - -inf must not become NaN; a visible NaN stays one.
     let minus_max = s.splat(if row.max == f32::NEG_INFINITY { 0.0 } else { -row.max });
-    let rounded = row.max.abs() >= ROUNDED_LOGITS;
+    if row.max.abs() < ROUNDED_LOGITS {
+        // SAFETY: the caller's.
+        unsafe { add_weights::<S, ALL>(s, row, x, sums, |score| s.fma(score, factor, minus_max)) };
+    } else {
+        // SAFETY: the caller's.
+        unsafe { add_weights::<S, ALL>(s, row, x, sums, |score| s.add(s.mul(score, factor), minus_max)) };
+    }
+}
+
+/// The loop of [`weigh`]; `exponent` is that of a score's weight, a power of two.
+///
+/// # Safety
+/// As [`weigh`].
+#[inline(always)]
+unsafe fn add_weights<S: Simd, const ALL: bool>(
+    s: S,
+    row: &RowState,
+    x: *mut f32,
+    sums: *mut f32,
+    exponent: impl Fn(S::V) -> S::V,
+) {
     // SAFETY: the caller's.
     unsafe {
         let mut sum = s.load_f32(sums);
         for i in vectors::<S, ALL>(row) {
-            let score = s.load_f32(x.add(i));
-            let below = if rounded { s.add(s.mul(score, factor), minus_max) } else { s.fma(score, factor, minus_max) };
-            let w = math::exp2(s, below);
+            let w = math::exp2(s, exponent(s.load_f32(x.add(i))));
             let w = if ALL { w } else { s.select_bits(row.visible_bits >> i, w, s.zero()) };
             s.store_f32(x.add(i), w);
             sum = s.add(sum, w);

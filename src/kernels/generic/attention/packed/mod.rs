@@ -101,14 +101,14 @@ unsafe fn products<S: Simd>(
     let groups = &groups[..count];
     // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
     unsafe {
-        (pieces.keys.pack)(&PackKeys { block, k });
         let calls = parts * BLOCK.div_ceil(panel) * groups.len();
         let mut next_k = NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, calls);
         let calls = dv.div_ceil(PANEL_COLUMNS) * groups.len();
         let mut next_v = NextBlock::new(&pieces.tuning, v, dv * pieces.values.unit_bytes, calls);
-        let mut finite = (pieces.values.pack)(&PackValues { block, v, check: !all });
-        for first_key in (0..BLOCK).step_by(panel) {
+        let mut first_key = key_range.low / panel * panel;
+        while first_key < key_range.high {
             let end_key = (first_key + panel).min(key_range.high);
+            (pieces.keys.pack)(&PackKeys { block, k, first_key, end_key });
             for part in 0..parts {
                 for_each_group(groups, |r, n, keys| {
                     next_k.prefetch(s);
@@ -124,9 +124,11 @@ unsafe fn products<S: Simd>(
                             (_, true) => (0, false),
                             _ => (0, true),
                         };
-                        let kt = scratch.kt.add(column * steps * S::LANES + first_lane * steps * slab + skip);
+                        let kt =
+                            scratch.kt.add((column - first_key) * steps * S::LANES + first_lane * steps * slab + skip);
                         let out = scratch.s.add(r * BLOCK + column + skip);
-                        let scores = Scores::<1> { q, q_row: dp, first_lane, lanes, steps, kt, out, wide, add: part > 0 };
+                        let scores =
+                            Scores::<1> { q, q_row: dp, first_lane, lanes, steps, kt, out, wide, add: part > 0 };
                         match n {
                             6 => s.outline(scores.of_rows::<6>()),
                             4 => s.outline(scores.of_rows::<4>()),
@@ -136,18 +138,26 @@ unsafe fn products<S: Simd>(
                     }
                 });
             }
+            first_key += panel;
         }
         scale_scores(s, block, 0..1);
         s.outline(Softmax { block, rows: &mut *rows, first: 0 });
-        finite &= scale_weights(s, block, 0..1);
-        if !all && !finite {
+        let finite = scale_weights(s, block, 0..1);
+        // Masked values are checked before any is added. Otherwise the panels of V use the same memory, one after another.
+        if !all && !((pieces.values.pack)(&PackValues { block, v, columns: (0, dv), check: true }) && finite) {
             for (r, row) in rows.iter().enumerate() {
                 accumulate_visible(pieces.values, block, row, r, v);
             }
             return;
         }
-        for first_column in (0..dv).step_by(PANEL_COLUMNS) {
+        let mut first_column = 0;
+        while first_column < dv {
             let columns = first_column..(first_column + PANEL_COLUMNS).min(dv);
+            let mut packed_from = 0;
+            if all {
+                packed_from = first_column;
+                (pieces.values.pack)(&PackValues { block, v, columns: (columns.start, columns.end), check: false });
+            }
             for_each_group(groups, |r, n, keys| {
                 next_v.prefetch(s);
                 for (column, width) in value_slabs::<S>(columns.clone()) {
@@ -155,7 +165,10 @@ unsafe fn products<S: Simd>(
                         weights: scratch.s.add(r * BLOCK + keys.low),
                         acc: scratch.acc.add(r * dvp + column),
                         acc_row: dvp,
-                        v: PackedValues { first: scratch.vp.add(column * BLOCK + keys.low * width), width },
+                        v: PackedValues {
+                            first: scratch.vp.add((column - packed_from) * BLOCK + keys.low * width),
+                            width,
+                        },
                         keys: keys.len(),
                         ahead: Ahead::NONE,
                     };
@@ -168,6 +181,7 @@ unsafe fn products<S: Simd>(
                     };
                 }
             });
+            first_column += PANEL_COLUMNS;
         }
     }
 }
