@@ -19,6 +19,13 @@ pub(crate) trait Simd: Copy {
     /// Width of a register tile in vectors, 2 or 4: with [`TILE_ROWS`](super::generic::attention::TILE_ROWS) rows, the
     /// largest that leaves registers for operands.
     const TILE_VECTORS: usize;
+    /// Width in vectors of the register tiles of Q K^T, 2 or 4.
+    const SCORE_VECTORS: usize = Self::TILE_VECTORS;
+    /// Lanes of a score that such a tile sums side by side, 1 or 2: as many tiles of registers.
+    const SCORE_LANES: usize = 1;
+    /// Whether the packed path reorders query rows, so that the elements that several rows have in a step lie together. Otherwise
+    /// they are read from as many rows, which costs nothing where an address may be the sum of two registers and a constant.
+    const PACKED_QUERIES: bool = true;
     /// Dot products that are computed together: enough to keep the FMA ports busy, few enough for the registers.
     const PARALLEL_DOTS: usize;
     /// Keys of so many elements are read from the cache on any number of query rows of a few tokens: the longer a key, the less the
@@ -80,6 +87,20 @@ pub(crate) trait Simd: Copy {
     fn sum_lanes(self, v: &[Self::V; MAX_LANES]) -> Self::V;
     /// The largest lane; NaN lanes may be ignored.
     fn max_lane(self, a: Self::V) -> f32;
+    /// Lane i of the result is the largest lane of `v[i]`; NaN lanes may be ignored. Only the first [`Self::LANES`] entries are used.
+    #[inline(always)]
+    fn max_lanes(self, v: &[Self::V; MAX_LANES]) -> Self::V {
+        let mut v = *v;
+        self.transpose(&mut v);
+        let mut n = Self::LANES;
+        while n > 1 {
+            n /= 2;
+            for i in 0..n {
+                v[i] = self.max(v[i], v[i + n]);
+            }
+        }
+        v[0]
+    }
     /// Whether every lane is finite.
     fn all_finite(self, a: Self::V) -> bool;
     /// The transpose of the `LANES x LANES` block in the first [`Self::LANES`] entries.

@@ -105,6 +105,9 @@ impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
     const TILE_VECTORS: usize = 4;
+    const SCORE_VECTORS: usize = 2;
+    const SCORE_LANES: usize = 2;
+    const PACKED_QUERIES: bool = false;
     const PARALLEL_DOTS: usize = 16;
     const DIRECT_DIM: usize = 512;
     const DEINTERLEAVED_BF16: bool = true;
@@ -147,7 +150,8 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn select_lt(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
         let f = self.0.avx512f;
-        f._mm512_mask_blend_ps(f._mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x)
+        // The mask of `y`, because zeros are mostly `x`, and masked-off lanes become zeros in one instruction.
+        f._mm512_mask_blend_ps(f._mm512_cmp_ps_mask::<_CMP_NLT_UQ>(a, b), x, y)
     }
     #[inline(always)]
     fn lt_bits(self, a: __m512, b: __m512) -> u64 {

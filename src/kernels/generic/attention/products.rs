@@ -64,7 +64,7 @@ pub(crate) struct VectorProducts<'a>(pub &'a Pieces);
 impl<S: Simd> Products<S> for VectorProducts<'_> {
     #[inline(always)]
     unsafe fn pack_queries(&self, s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
-        if is_packed::<S>(p, tile) {
+        if S::PACKED_QUERIES && is_packed::<S>(p, tile) {
             let (q, copy) = (scratch.q, scratch.kt);
             // SAFETY: the caller's; no block is packed yet, and the memory of a block of keys is more than that of a register tile.
             unsafe { s.outline(packed::PackQueries { q, rows: tile.rows(), d: p.q.shape[3], copy }) };

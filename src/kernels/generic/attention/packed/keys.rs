@@ -1,14 +1,18 @@
 //! Packed copies of keys.
 
+use super::queries::place;
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, MAX_LANES, Simd};
 
-/// Transposes the keys of a key range into slabs as wide as a register tile: `[slab][step][keys]`. In the vectors at the ends of the key
-/// range, columns outside of it are undefined.
+/// Transposes keys of a block into slabs as wide as a register tile: `[slab][step][keys]`, steps in the order of [`place`]. In the
+/// vectors at the ends of the block's key range, columns outside of it are undefined.
 #[derive(Clone, Copy)]
 pub(crate) struct PackKeys<'a> {
     pub block: &'a Block<'a>,
     pub k: KeyPointers<'a, u8>,
+    /// The keys that are packed, of which those of the key range are read. The first begins a slab.
+    pub first_key: usize,
+    pub end_key: usize,
 }
 
 impl PackKeys<'_> {
@@ -20,7 +24,8 @@ impl PackKeys<'_> {
     pub unsafe fn run<S: Simd, T: Load>(self, s: S) {
         let Block { key_range, d, .. } = *self.block;
         let pairs = d / (2 * S::LANES);
-        for group in (key_range.low / S::LANES * S::LANES..key_range.high).step_by(S::LANES) {
+        let first = key_range.low.max(self.first_key) / S::LANES * S::LANES;
+        for group in (first..key_range.high.min(self.end_key)).step_by(S::LANES) {
             // SAFETY: the caller's; a step loads elements inside the key.
             unsafe {
                 for pair in 0..pairs {
@@ -58,9 +63,9 @@ impl PackKeys<'_> {
     #[inline(always)]
     pub unsafe fn transpose<S: Simd, T: Load, const KIND: u8>(&self, s: S, group: usize, step: usize) {
         let Block { scratch, key_range, d, .. } = *self.block;
-        let (steps, slab) = (d.div_ceil(S::LANES), S::TILE_VECTORS * S::LANES);
-        let first = group / slab * slab;
-        let kt = scratch.kt.wrapping_add(first * steps * S::LANES + (group - first));
+        let (steps, slab) = (d.div_ceil(S::LANES), S::SCORE_VECTORS * S::LANES);
+        let (first, inside) = ((group - self.first_key) / slab * slab, (group - self.first_key) % slab);
+        let kt = scratch.kt.wrapping_add(first * steps * S::LANES + inside);
         let mut v = [s.zero(); MAX_LANES];
         // Vectors inside the key range need no clamping. Unrolled, so that everything stays in registers.
         let whole = group >= key_range.low && group + S::LANES <= key_range.high;
@@ -85,7 +90,7 @@ impl PackKeys<'_> {
             $(
                 if $lane < S::LANES {
                     // SAFETY: kt has steps * LANES rows a slab.
-                    unsafe { s.store_f32(kt.add(($lane * steps + step) * slab), v[S::lane_order($lane)]) };
+                    unsafe { s.store_f32(kt.add(place::<S>($lane, step, steps) * slab), v[S::lane_order($lane)]) };
                 }
             )*};
         }

@@ -44,8 +44,11 @@ pub(crate) use keys::PackKeys;
 pub(super) use queries::PackQueries;
 pub(crate) use values::PackValues;
 
-/// Bytes of the first-level cache for a slab of K.
-const SLAB_BYTES: usize = 16 << 10;
+/// Bytes of the first-level cache for slabs of K or V that all rows read before they go on to the next.
+const PANEL_BYTES: usize = 16 << 10;
+
+/// Columns of V in as many bytes.
+const PANEL_COLUMNS: usize = PANEL_BYTES / (BLOCK * size_of::<f32>());
 
 /// One block of keys for all rows of the tile, which are of one KV head.
 ///
@@ -87,80 +90,98 @@ unsafe fn products<S: Simd>(
 ) {
     let Block { scratch, key_range, all, d, dv, .. } = *block;
     let (dp, dvp) = (padded(d), padded(dv));
-    let (slab, half) = (S::TILE_VECTORS * S::LANES, S::TILE_VECTORS / 2 * S::LANES);
+    let (slab, half) = (S::SCORE_VECTORS * S::LANES, S::SCORE_VECTORS / 2 * S::LANES);
     let steps = d.div_ceil(S::LANES);
-    let parts = if slab * steps * S::LANES * size_of::<f32>() > SLAB_BYTES { 2 } else { 1 };
+    let slab_bytes = slab * steps * S::LANES * size_of::<f32>();
+    let parts = if slab_bytes > PANEL_BYTES { 2 } else { 1 };
+    let panel = slab * (PANEL_BYTES / slab_bytes).max(1);
     let lanes = S::LANES / parts;
     let mut groups = [Group::default(); MAX_GROUPS];
     let count = groups_of(rows, &mut groups);
     let groups = &groups[..count];
     // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
     unsafe {
-        (pieces.keys.pack)(&PackKeys { block, k });
-        let mut next_k =
-            NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, parts * BLOCK / slab * groups.len());
-        let mut next_v = NextBlock::new(
-            &pieces.tuning,
-            v,
-            dv * pieces.values.unit_bytes,
-            value_slabs::<S>(dv).count() * groups.len(),
-        );
-        let mut finite = (pieces.values.pack)(&PackValues { block, v, check: !all });
-        for column in (key_range.low / slab * slab..key_range.high).step_by(slab) {
+        let calls = parts * BLOCK.div_ceil(panel) * groups.len();
+        let mut next_k = NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, calls);
+        let calls = dv.div_ceil(PANEL_COLUMNS) * groups.len();
+        let mut next_v = NextBlock::new(&pieces.tuning, v, dv * pieces.values.unit_bytes, calls);
+        let mut first_key = key_range.low / panel * panel;
+        while first_key < key_range.high {
+            let end_key = (first_key + panel).min(key_range.high);
+            (pieces.keys.pack)(&PackKeys { block, k, first_key, end_key });
             for part in 0..parts {
                 for_each_group(groups, |r, n, keys| {
                     next_k.prefetch(s);
-                    if keys.high <= column || keys.low >= column + slab {
-                        return;
+                    let first_lane = part * lanes;
+                    let q = scratch.q.add(r * dp + if S::PACKED_QUERIES { first_lane * steps * n } else { 0 });
+                    for column in (first_key..end_key).step_by(slab) {
+                        if keys.high <= column || keys.low >= column + slab {
+                            continue;
+                        }
+                        // If the rows see keys of one half of the slab only, the other half is skipped.
+                        let (skip, wide) = match (keys.low >= column + half, keys.high <= column + half) {
+                            (true, _) => (half, false),
+                            (_, true) => (0, false),
+                            _ => (0, true),
+                        };
+                        let kt =
+                            scratch.kt.add((column - first_key) * steps * S::LANES + first_lane * steps * slab + skip);
+                        let out = scratch.s.add(r * BLOCK + column + skip);
+                        let scores =
+                            Scores::<1> { q, q_row: dp, first_lane, lanes, steps, kt, out, wide, add: part > 0 };
+                        match n {
+                            6 => s.outline(scores.of_rows::<6>()),
+                            4 => s.outline(scores.of_rows::<4>()),
+                            2 => s.outline(scores.of_rows::<2>()),
+                            _ => s.outline(scores),
+                        };
                     }
-                    // If the rows see keys of one half of the slab only, the other half is skipped.
-                    let (skip, wide) = match (keys.low >= column + half, keys.high <= column + half) {
-                        (true, _) => (half, false),
-                        (_, true) => (0, false),
-                        _ => (0, true),
-                    };
-                    let first = part * lanes * steps;
-                    let kt = scratch.kt.add(column * steps * S::LANES + first * slab + skip);
-                    let q = scratch.q.add(r * dp + first * n);
-                    let out = scratch.s.add(r * BLOCK + column + skip);
-                    let add = part > 0;
-                    match n {
-                        6 => s.outline(Scores::<6> { q, lanes, steps, kt, out, wide, add }),
-                        4 => s.outline(Scores::<4> { q, lanes, steps, kt, out, wide, add }),
-                        2 => s.outline(Scores::<2> { q, lanes, steps, kt, out, wide, add }),
-                        _ => s.outline(Scores::<1> { q, lanes, steps, kt, out, wide, add }),
-                    };
                 });
             }
+            first_key += panel;
         }
         scale_scores(s, block, 0..1);
-        for_each_group(groups, |r, n, keys| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
-        finite &= scale_weights(s, block, 0..1);
-        if !all && !finite {
+        s.outline(Softmax { block, rows: &mut *rows, first: 0 });
+        let finite = scale_weights(s, block, 0..1);
+        // Masked values are checked before any is added. Otherwise the panels of V use the same memory, one after another.
+        if !all && !((pieces.values.pack)(&PackValues { block, v, columns: (0, dv), check: true }) && finite) {
             for (r, row) in rows.iter().enumerate() {
                 accumulate_visible(pieces.values, block, row, r, v);
             }
             return;
         }
-        for (column, width) in value_slabs::<S>(dv) {
+        let mut first_column = 0;
+        while first_column < dv {
+            let columns = first_column..(first_column + PANEL_COLUMNS).min(dv);
+            let mut packed_from = 0;
+            if all {
+                packed_from = first_column;
+                (pieces.values.pack)(&PackValues { block, v, columns: (columns.start, columns.end), check: false });
+            }
             for_each_group(groups, |r, n, keys| {
                 next_v.prefetch(s);
-                let weighted = WeightedValues {
-                    weights: scratch.s.add(r * BLOCK + keys.low),
-                    acc: scratch.acc.add(r * dvp + column),
-                    acc_row: dvp,
-                    v: PackedValues { first: scratch.vp.add(column * BLOCK + keys.low * width), width },
-                    keys: keys.len(),
-                    ahead: Ahead::NONE,
-                };
-                let vectors = width / S::LANES;
-                match n {
-                    6 => s.outline(Values::<6> { weighted, vectors }),
-                    4 => s.outline(Values::<4> { weighted, vectors }),
-                    2 => s.outline(Values::<2> { weighted, vectors }),
-                    _ => s.outline(Values::<1> { weighted, vectors }),
-                };
+                for (column, width) in value_slabs::<S>(columns.clone()) {
+                    let weighted = WeightedValues {
+                        weights: scratch.s.add(r * BLOCK + keys.low),
+                        acc: scratch.acc.add(r * dvp + column),
+                        acc_row: dvp,
+                        v: PackedValues {
+                            first: scratch.vp.add((column - packed_from) * BLOCK + keys.low * width),
+                            width,
+                        },
+                        keys: keys.len(),
+                        ahead: Ahead::NONE,
+                    };
+                    let vectors = width / S::LANES;
+                    match n {
+                        6 => s.outline(Values::<6> { weighted, vectors }),
+                        4 => s.outline(Values::<4> { weighted, vectors }),
+                        2 => s.outline(Values::<2> { weighted, vectors }),
+                        _ => s.outline(Values::<1> { weighted, vectors }),
+                    };
+                }
             });
+            first_column += PANEL_COLUMNS;
         }
     }
 }
@@ -185,13 +206,14 @@ struct Group {
 /// Upper bound on the register tiles of a tile: the last rows can take three.
 const MAX_GROUPS: usize = MAX_TILE_ROWS / TILE_ROWS + 2;
 
-/// The register tiles of a tile whose rows see a key of the block.
+/// The register tiles of a tile whose rows see a key of the block; sets the keys of every row that will have scores.
 #[inline(always)]
-fn groups_of(rows: &[RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
+fn groups_of(rows: &mut [RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
     let (mut r, mut count) = (0, 0);
     while r < rows.len() {
         let n = rows_at_once(rows.len() - r);
         let keys = KeyRange::around(rows[r..r + n].iter().fold(0, |bits, row| bits | row.visible_bits));
+        rows[r..r + n].iter_mut().for_each(|row| row.set_scored(keys));
         if keys.low < keys.high {
             groups[count] = Group { first: r as u16, rows: n as u8, low: keys.low as u8, high: keys.high as u8 };
             count += 1;

@@ -5,7 +5,8 @@ use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
 use crate::problem::grid::padded;
 
 /// Reorders the rows of Q of every register tile, in place, to `[step][row]`, the order of [`Scores`](super::scores::Scores). Steps go
-/// through the lanes in the order of [`Simd::lane_order`], and for each lane through its element of every vector.
+/// through the lanes in the order of [`Simd::lane_order`], which is its own inverse, [`Simd::SCORE_LANES`] at a time, and for these
+/// through their elements of every vector.
 pub struct PackQueries {
     pub q: *mut f32,
     pub rows: usize,
@@ -36,7 +37,7 @@ impl Outlined for PackQueries {
                         }
                         s.transpose(&mut v);
                         for (lane, v) in v.iter().enumerate().take(S::LANES) {
-                            let to = group.add((walk::<S>(lane, steps) + step) * n + first);
+                            let to = group.add(place::<S>(S::lane_order(lane), step, steps) * n + first);
                             if part == S::LANES {
                                 s.store_f32(to, *v);
                             } else {
@@ -51,8 +52,8 @@ impl Outlined for PackQueries {
     }
 }
 
-/// The first step of a lane; [`Simd::lane_order`] is its own inverse.
+/// The place of a step of the `i`-th lane of the tree: lanes that are summed side by side take turns.
 #[inline(always)]
-pub fn walk<S: Simd>(lane: usize, steps: usize) -> usize {
-    S::lane_order(lane) * steps
+pub fn place<S: Simd>(i: usize, step: usize, steps: usize) -> usize {
+    (i / S::SCORE_LANES * steps + step) * S::SCORE_LANES + i % S::SCORE_LANES
 }

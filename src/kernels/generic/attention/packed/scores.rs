@@ -4,13 +4,16 @@ use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
 use crate::problem::grid::BLOCK;
 use std::mem::MaybeUninit;
 
-/// `R` packed rows of Q times a slab of keys, or times the half of it that begins at `kt`; rows of scores lie [`BLOCK`] apart.
+/// `R` rows of Q times a slab of keys, or times the half of it that begins at `kt`; rows of scores lie [`BLOCK`] apart.
 ///
-/// A slab of more than [`SLAB_BYTES`](super::SLAB_BYTES) is processed in two halves of the lanes: the first stores the sum over its
+/// A slab of more than [`PANEL_BYTES`](super::PANEL_BYTES) is processed in two halves of the lanes: the first stores the sum over its
 /// lanes, the second adds its own, which is the last level of the tree.
 pub struct Scores<const R: usize> {
+    /// Packed rows from the first lane on, or the first of rows that lie `q_row` floats apart.
     pub q: *const f32,
-    /// Lanes, a power of two, and steps per lane.
+    pub q_row: usize,
+    /// The first lane in the order of the tree, lanes, a power of two, and steps per lane.
+    pub first_lane: usize,
     pub lanes: usize,
     pub steps: usize,
     pub kt: *const f32,
@@ -24,52 +27,72 @@ impl<const R: usize> Outlined for Scores<R> {
     unsafe fn run<S: Simd>(self, s: S) {
         // SAFETY: the caller's.
         unsafe {
-            match (S::TILE_VECTORS, self.wide) {
-                (4, true) => self.tile::<S, 4>(s),
-                (4, false) | (2, true) => self.tile::<S, 2>(s),
-                _ => self.tile::<S, 1>(s),
+            match (S::SCORE_VECTORS, S::SCORE_LANES, self.wide) {
+                (4, _, true) => self.tile::<S, 4, 1>(s),
+                (2, 2, true) => self.tile::<S, 2, 2>(s),
+                (4, _, false) | (2, _, true) => self.tile::<S, 2, 1>(s),
+                (_, 2, false) => self.tile::<S, 1, 2>(s),
+                _ => self.tile::<S, 1, 1>(s),
             }
         }
     }
 }
 
 impl<const R: usize> Scores<R> {
+    /// The same of another number of rows.
+    #[inline(always)]
+    pub fn of_rows<const N: usize>(self) -> Scores<N> {
+        let Self { q, q_row, first_lane, lanes, steps, kt, out, wide, add } = self;
+        Scores { q, q_row, first_lane, lanes, steps, kt, out, wide, add }
+    }
+
+    /// `N` vectors of keys, `L` lanes side by side.
+    ///
     /// # Safety
     /// The pointers are valid for `R` rows and `N` vectors.
     #[inline(always)]
-    pub unsafe fn tile<S: Simd, const N: usize>(self, s: S) {
-        let Self { mut q, lanes, steps, mut kt, out, add, .. } = self;
-        let slab = S::TILE_VECTORS * S::LANES;
-        // stash[k]: the finished sum of 2^k lanes, until its neighbour is ready.
+    pub unsafe fn tile<S: Simd, const N: usize, const L: usize>(self, s: S) {
+        let Self { mut q, q_row, first_lane, lanes, steps, mut kt, out, add, .. } = self;
+        // Floats between the elements of rows, of steps, and of lanes side by side.
+        let (q_row, q_step, q_lane) =
+            if S::PACKED_QUERIES { (1, L * R, R) } else { (q_row, S::LANES, S::lane_order(1) - S::lane_order(0)) };
+        let slab = S::SCORE_VECTORS * S::LANES;
+        // stash[k]: the finished sum of 2^k * L lanes, until its neighbour is ready.
         let mut stash = [const { MaybeUninit::<[[S::V; N]; R]>::uninit() }; MAX_LANES.ilog2() as usize];
-        for lane in 0..lanes {
-            let mut acc = [[s.zero(); N]; R];
+        for turn in 0..lanes / L {
+            let mut acc = [[[s.zero(); N]; R]; L];
+            if !S::PACKED_QUERIES {
+                q = self.q.wrapping_add(S::lane_order(first_lane + turn * L));
+            }
             // Two steps per iteration, and moving pointers: fewer instructions other than FMAs.
             // SAFETY: kt and Q have LANES * steps steps.
             unsafe {
                 for _ in 0..steps / 2 {
-                    add_step(s, kt, q, &mut acc);
-                    add_step(s, kt.add(slab), q.add(R), &mut acc);
-                    (kt, q) = (kt.wrapping_add(2 * slab), q.wrapping_add(2 * R));
+                    for i in 0..2 * L {
+                        let q = q.add(i / L * q_step + i % L * q_lane);
+                        add_step(s, kt.add(i * slab), q, q_row, &mut acc[i % L]);
+                    }
+                    (kt, q) = (kt.wrapping_add(2 * L * slab), q.wrapping_add(2 * q_step));
                 }
                 if steps % 2 == 1 {
-                    add_step(s, kt, q, &mut acc);
-                    (kt, q) = (kt.wrapping_add(slab), q.wrapping_add(R));
+                    for i in 0..L {
+                        add_step(s, kt.add(i * slab), q.add(i * q_lane), q_row, &mut acc[i]);
+                    }
+                    (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(q_step));
                 }
+            }
+            let mut sum = acc[0];
+            if L == 2 {
+                sum = sum_of(s, &sum, &acc[1]);
             }
             let mut level = 0;
-            while (lane >> level) & 1 == 1 {
-                // SAFETY: the bit says that a sum of 2^level lanes has been left there.
-                let left = unsafe { stash[level].assume_init_ref() };
-                for r in 0..R {
-                    for n in 0..N {
-                        acc[r][n] = s.add(left[r][n], acc[r][n]);
-                    }
-                }
+            while (turn >> level) & 1 == 1 {
+                // SAFETY: the bit says that a sum of 2^level * L lanes has been left there.
+                sum = sum_of(s, unsafe { stash[level].assume_init_ref() }, &sum);
                 level += 1;
             }
-            if lane + 1 < lanes {
-                stash[level].write(acc);
+            if turn + 1 < lanes / L {
+                stash[level].write(sum);
                 continue;
             }
             for r in 0..R {
@@ -77,7 +100,7 @@ impl<const R: usize> Scores<R> {
                     // SAFETY: out has R rows of BLOCK.
                     unsafe {
                         let to = out.add(r * BLOCK + n * S::LANES);
-                        let sum = if add { s.add(s.load_f32(to), acc[r][n]) } else { acc[r][n] };
+                        let sum = if add { s.add(s.load_f32(to), sum[r][n]) } else { sum[r][n] };
                         s.store_f32(to, sum);
                     }
                 }
@@ -86,15 +109,31 @@ impl<const R: usize> Scores<R> {
     }
 }
 
+#[inline(always)]
+fn sum_of<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    left: &[[S::V; N]; R],
+    right: &[[S::V; N]; R],
+) -> [[S::V; N]; R] {
+    let mut sum = *right;
+    for r in 0..R {
+        for n in 0..N {
+            sum[r][n] = s.add(left[r][n], right[r][n]);
+        }
+    }
+    sum
+}
+
 /// One step: an element of `R` rows of Q times `N` vectors of keys.
 ///
 /// # Safety
-/// `N` vectors are readable at `k`, `R` floats at `q`.
+/// `N` vectors are readable at `k`, `R` floats, `q_row` apart, at `q`.
 #[inline(always)]
 pub unsafe fn add_step<S: Simd, const R: usize, const N: usize>(
     s: S,
     k: *const f32,
     q: *const f32,
+    q_row: usize,
     acc: &mut [[S::V; N]; R],
 ) {
     let mut keys = [s.zero(); N];
@@ -104,7 +143,7 @@ pub unsafe fn add_step<S: Simd, const R: usize, const N: usize>(
     }
     for r in 0..R {
         // SAFETY: the caller's.
-        let x = s.splat(unsafe { *q.add(r) });
+        let x = s.splat(unsafe { *q.add(r * q_row) });
         for n in 0..N {
             acc[r][n] = s.fma(x, keys[n], acc[r][n]);
         }

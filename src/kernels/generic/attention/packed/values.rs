@@ -4,13 +4,15 @@ use crate::kernels::generic::attention::weighted::{ValueRows, WeightedValues, lo
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, Outlined, Simd};
 use crate::problem::grid::BLOCK;
+use std::ops::Range;
 
-/// First column and width of the slabs in which a block of V is packed: as wide as a register tile, then two vectors, then one.
+/// First column and width of the slabs in which columns of a block of V are packed: as wide as a register tile, then two vectors, then
+/// one.
 #[inline(always)]
-pub fn value_slabs<S: Simd>(dv: usize) -> impl Iterator<Item = (usize, usize)> {
-    let mut column = 0;
+pub fn value_slabs<S: Simd>(columns: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
+    let Range { start: mut column, end } = columns;
     std::iter::from_fn(move || {
-        let left = dv - column;
+        let left = end - column;
         let vectors = if left >= S::TILE_VECTORS * S::LANES {
             S::TILE_VECTORS
         } else if left >= 2 * S::LANES {
@@ -19,17 +21,19 @@ pub fn value_slabs<S: Simd>(dv: usize) -> impl Iterator<Item = (usize, usize)> {
             1
         };
         let slab = (column, vectors * S::LANES);
-        column = (column + vectors * S::LANES).min(dv);
+        column = (column + vectors * S::LANES).min(end);
         (left > 0).then_some(slab)
     })
 }
 
-/// Widens the values of a key range into the slabs of [`value_slabs`]: `[slab][key][columns]`. With `check`, says whether all are
-/// finite.
+/// Widens columns of the values of a key range into the slabs of [`value_slabs`]: `[slab][key][columns]`. With `check`, says whether
+/// all are finite.
 #[derive(Clone, Copy)]
 pub(crate) struct PackValues<'a> {
     pub block: &'a Block<'a>,
     pub v: KeyPointers<'a, u8>,
+    /// The first column, at which a slab begins, and the end.
+    pub columns: (usize, usize),
     pub check: bool,
 }
 
@@ -40,14 +44,14 @@ impl PackValues<'_> {
     /// As [`block`].
     #[inline(always)]
     pub unsafe fn run<S: Simd, T: Load>(self, s: S) -> bool {
-        let Self { block: &Block { scratch, key_range, dv, .. }, v, check } = self;
+        let Self { block: &Block { scratch, key_range, .. }, v, columns: (first, end), check } = self;
         let check = check && !T::ALWAYS_FINITE;
         let mut finite = true;
         let v = v.cast::<T>();
-        for (column, width) in value_slabs::<S>(dv) {
+        for (column, width) in value_slabs::<S>(first..end) {
             for j in key_range.low..key_range.high {
                 let row = v.key(0, j).wrapping_add(column);
-                let to = scratch.vp.wrapping_add(column * BLOCK + j * width);
+                let to = scratch.vp.wrapping_add((column - first) * BLOCK + j * width);
                 let mut i = 0;
                 // SAFETY: the value has dv elements; vp has a slab of BLOCK keys for every column of padded(dv).
                 unsafe {
@@ -61,7 +65,7 @@ impl PackValues<'_> {
                         i += 2 * S::LANES;
                     }
                     if i < width {
-                        let part = (dv - column).min(S::LANES);
+                        let part = (end - column).min(S::LANES);
                         let x = load_up_to(s, row, part);
                         s.store_f32(to, x);
                         if check {
