@@ -49,7 +49,7 @@ impl Isa {
             Self::Scalar => 0,
             Self::NeonBf16 if cpu::is_apple() => 5,
             Self::Avx2 | Self::Neon => 10,
-            Self::Avx512Bf16 if !cpu::is_amd() => 15,
+            Self::Avx512Bf16 if cpu::vendor() != "AuthenticAMD" => 15,
             Self::Avx512 | Self::NeonBf16 => 20,
             Self::Avx512Bf16 => 25,
             Self::Amx => 30,

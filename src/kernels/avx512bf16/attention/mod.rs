@@ -173,7 +173,8 @@ struct DotProducts {
 
 impl Products<Avx512> for DotProducts {
     #[inline(always)]
-    unsafe fn pack_queries(&self, s: Avx512, tile: &Tile, scratch: &Scratch, d: usize) {
+    unsafe fn pack_queries(&self, s: Avx512, p: &Problem, tile: &Tile, scratch: &Scratch) {
+        let d = p.q.shape[3];
         // SAFETY: the caller's; the level is available.
         unsafe {
             if tile.head_rows >= PACK_ROWS {
@@ -269,7 +270,8 @@ impl DotProducts {
                 for (before, row) in before.iter_mut().zip(&*rows) {
                     *before = row.max;
                 }
-                s.outline(Softmax { block, rows: &mut *rows, first, keys });
+                rows.iter_mut().for_each(|row| row.set_scored(keys));
+                s.outline(Softmax { block, rows: &mut *rows, first });
                 for (r, row) in rows.iter().enumerate() {
                     self.pack_weights(s, block, row, first + r, before[r]);
                 }
