@@ -21,8 +21,8 @@
 //! ```
 //! - **model**: a process holds some rows of every matrix: those of its heads, and an even part of all other outputs. So no row of
 //!   a matrix is divided. Every dot product is computed by one process as one process alone would compute it, and blocks of
-//!   quantised weights stay whole; the price is that inputs are gathered as well as outputs (four times per layer, where
-//!   partial sums need two reductions, which move about as much and have other bits). More processes than KV heads share a KV head
+//!   quantised weights stay whole; the price is that inputs are gathered as well as outputs, four times per layer, where
+//!   partial sums need two reductions, which have other bits ([mesh](crate::docs::mesh) has the bytes). More processes than KV heads share a KV head
 //!   and divide its query heads.
 //! - **sequence**: a process holds the keys of a span, which begins and ends on the [grid](crate::SPLIT_GRID) of attention,
 //!   and computes the states of its chunks ([`attention_chunks`](crate::attention_chunks)). The states of all spans
@@ -36,7 +36,7 @@
 //!
 //! # Transport
 //! [`Exchange`] is the one operation that is needed, an all-gather along an axis. The feature `mpi` has it over MPI
-//! ([`World`]). What moves is counted ([`Traffic`]).
+//! (`World`). What moves is counted ([`Traffic`]).
 
 mod segments;
 #[cfg(feature = "mpi")]

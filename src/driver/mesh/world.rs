@@ -240,7 +240,11 @@ impl World {
         let lengths: Vec<usize> = lengths.into_iter().map(|n| n as usize).collect();
         let (counts, starts) = layout(&lengths)?;
         let mut all = vec![0u8; lengths.iter().sum()];
-        world.0.all_gather_varcount_into(mine, &mut PartitionMut::new(&mut all[..], counts, starts));
+        if !all.is_empty() {
+            // The address of a slice of no bytes can be that by which MPI knows a gathering in place.
+            let sent = [mine, &[0]].concat();
+            world.0.all_gather_varcount_into(&sent[..mine.len()], &mut PartitionMut::new(&mut all[..], counts, starts));
+        }
         let mut rest = &all[..];
         Ok(lengths.iter().map(|&n| rest.split_off(..n).unwrap_or_default().to_vec()).collect())
     }
