@@ -72,6 +72,8 @@ struct Watch {
     since: AtomicU64,
     /// What is waited for can take any time.
     patient: AtomicBool,
+    /// This process has nothing more to say.
+    finished: AtomicBool,
     terminated: Arc<AtomicBool>,
 }
 
@@ -96,6 +98,9 @@ impl Watch {
 
     /// Why this process has to end.
     fn verdict(&self) -> Option<String> {
+        if self.finished.load(Ordering::SeqCst) {
+            return None;
+        }
         if self.terminated.load(Ordering::SeqCst) {
             return Some(
                 "another process of the mesh has ended before its time, or the mesh was told to end".to_owned(),
@@ -143,6 +148,7 @@ impl World {
             patience,
             since: AtomicU64::new(0),
             patient: AtomicBool::new(false),
+            finished: AtomicBool::new(false),
             terminated,
         });
         let watched = watch.clone();
@@ -281,7 +287,8 @@ impl World {
     /// Waits for all processes, as long as it takes, and leaves. Without it, a process must end by [`Self::abort`], or with all
     /// others by an error that they [agree](Self::agree) on.
     pub fn finish(self) {
-        self.be_patient();
+        // Another process may be gone before this one.
+        self.shared.watch.finished.store(true, Ordering::SeqCst);
         drop(ManuallyDrop::into_inner(self.universe.0));
     }
 }
