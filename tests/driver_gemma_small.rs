@@ -4,17 +4,19 @@
 // Other tests use the rest of it.
 #[allow(dead_code)]
 mod gguf_writer;
+#[allow(dead_code)]
+mod mesh_threads;
 
 use std::collections::BTreeMap;
 
 use gguf_writer::{T, V, Writer};
-use kvlane::DType;
 use kvlane::driver::argmax;
 use kvlane::driver::gguf::Gguf;
 use kvlane::driver::{
     BeamOptions, BeamSearch, Cache, Decoder, ErrorKind, Logits, ModelFile, Request, SamplerOptions, Scheduler, Scratch,
     Speculation, SpeculationOptions, Threads,
 };
+use kvlane::{DType, Mesh, SPLIT_GRID};
 
 const VOCAB: usize = 32;
 const DIM: usize = 16;
@@ -478,5 +480,31 @@ fn sampled_text_has_the_models_distribution() {
                 "token {i}: chi-square {square} of {cells} cells"
             );
         }
+    }
+}
+
+/// Layers with windows on a mesh: segments keep every token, one process keeps rings. Weights are plain floats here, so that
+/// heads that are divided change roundings.
+#[test]
+fn windows_are_divided() {
+    let file = open(&writer()).unwrap();
+    let long = SPLIT_GRID + 40;
+    let run_through = |decoder: &Decoder| {
+        let ids: Vec<u32> = (0..long as u32 + 4).map(|i| (i * i * 7 + i) % VOCAB as u32).collect();
+        let mut cache = decoder.cache(1, 2 * SPLIT_GRID, DType::F32).unwrap();
+        let mut scratch = Scratch::default();
+        let mut all = decoder.forward(&mut cache, &mut scratch, 0, &[&ids[..long]], Logits::Last).unwrap();
+        for id in &ids[long..] {
+            all.extend(decoder.forward(&mut cache, &mut scratch, 0, &[&[*id]], Logits::Last).unwrap());
+        }
+        all
+    };
+    let want = run_through(&decoder(&file));
+    for got in mesh_threads::run(&file, Mesh::new(1, 1, 2), run_through) {
+        assert!(got == want, "segments");
+    }
+    for got in mesh_threads::run(&file, Mesh::new(1, 2, 2), run_through) {
+        let worst = got.iter().zip(&want).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+        assert!(worst < 1e-4, "{worst}");
     }
 }

@@ -167,7 +167,7 @@ fn what_does_not_fit_is_an_error() {
     assert_eq!(sentence(&part(1, 7, 1)), "model=7 parts, but the model has 6 query heads");
     assert_eq!(
         part(1, 1, 3).check_capacity(2 * SPLIT_GRID).unwrap_err().to_string(),
-        "sequence=3 spans, but 2048 tokens are 2 times the 1024 keys at whose multiples spans begin"
+        "sequence=3 segments, but 2048 tokens are 2 times the 1024 keys at whose multiples segments begin"
     );
     assert!(part(1, 1, 2).check_capacity(2 * SPLIT_GRID).is_ok() && part(1, 1, 1).check_capacity(5).is_ok());
     // Weights of another part.

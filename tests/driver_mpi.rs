@@ -10,7 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
-/// The embedded model with room for more than one span of keys. Beyond the 512 positions of its training it speaks nonsense, but
+/// The embedded model with room for more than one segment of keys. Beyond the 512 positions of its training it speaks nonsense, but
 /// the same nonsense.
 fn model() -> PathBuf {
     let mut bytes = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/src/driver/tiny/tiny.gguf")).unwrap();
@@ -51,7 +51,7 @@ fn json(out: &Output) -> Value {
     serde_json::from_slice(&out.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&out.stdout)))
 }
 
-/// Compares what is generated for two prompts, one of which reaches into the second span of keys.
+/// Compares what is generated for two prompts, one of which reaches into the second segment of keys.
 fn assert_like_one_process(model: &Path, meshes: &[(usize, &str)], prompt: &str, max_tokens: &str) {
     let model = model.to_str().unwrap();
     let args = ["--model", model, "--json", "--prompt", "In the beginning", "--prompt", prompt, "--temperature", "0"];
@@ -150,7 +150,7 @@ fn what_does_not_fit_ends_every_process_with_a_sentence() {
     assert_all_say(1, &["--mesh", "model=2"], 2, "has 2 processes, but 1 was started");
     assert_all_say(3, &["--mesh", "model=3"], 2, "more than the model's 2 KV heads");
     assert_all_say(7, &["--mesh", "model=7"], 2, "the model has 6 query heads");
-    assert_all_say(2, &["--mesh", "sequence=2"], 2, "sequence=2 spans, but");
+    assert_all_say(2, &["--mesh", "sequence=2"], 2, "sequence=2 segments, but");
     assert_all_say(2, &["--mesh", "data=2"], 2, "data=2 parts, but there is 1 prompt");
     assert_all_say(2, &["--mesh", "data=2", "--model", "/nowhere.gguf"], 1, "/nowhere.gguf");
     assert_all_say(2, &["--mesh", "data=2", "--prompts", "/nowhere.jsonl"], 1, "/nowhere.jsonl");

@@ -133,7 +133,7 @@ struct LayerCache {
 /// | [`new`](Self::new), [`with_chunk`](Self::with_chunk) | rings | a row each | requests |
 /// | [`without_rings`](Self::without_rings) | every token | a row each | going back, and trees of [guesses](super::Speculation) |
 /// | [`with_beams`](Self::with_beams) | every token | share tokens by a table | [beam search](super::BeamSearch) |
-/// | [`Decoder::cache`](super::Decoder::cache) | as the first, or every token of a span | a row each | a process of a [mesh](super::mesh) |
+/// | [`Decoder::cache`](super::Decoder::cache) | as the first, or every token of a segment | a row each | a process of a [mesh](super::mesh) |
 #[derive(Debug, Clone)]
 pub struct Cache {
     layers: Vec<LayerCache>,
@@ -677,7 +677,7 @@ impl Cache {
     }
 
     /// The keys and the values of a layer, `[rows, slots, kv_heads, head_dim]`, keys after their rotation. A layer without
-    /// a window holds position p of a row in slot p, one with a window in slot p modulo the number of slots; a cache of a span
+    /// a window holds position p of a row in slot p, one with a window in slot p modulo the number of slots; a cache of a segment
     /// counts slots from its first position. Slots that
     /// no token has reached since the cache was made are zero.
     ///

@@ -21,11 +21,11 @@
 //! ```
 //! - **model**: a process holds some rows of every matrix: those of its heads, and an even part of all other outputs. So no row of
 //!   a matrix is divided. Every dot product is computed by one process as one process alone would compute it, and blocks of
-//!   quantised weights stay whole; the price is that inputs are gathered as well as outputs (four times per layer, where
-//!   partial sums need two reductions, which move about as much and have other bits). More processes than KV heads share a KV head
+//!   quantised weights stay whole; the price is that inputs are gathered as well as outputs, four times per layer, where
+//!   partial sums need two reductions, which have other bits ([mesh](crate::docs::mesh) has the bytes). More processes than KV heads share a KV head
 //!   and divide its query heads.
-//! - **sequence**: a process holds the keys of a span, which begins and ends on the [grid](crate::SPLIT_GRID) of attention,
-//!   and computes the states of its chunks ([`attention_chunks`](crate::attention_chunks)). The states of all spans
+//! - **sequence**: a process holds the keys of a segment, which begins and ends on the [grid](crate::SPLIT_GRID) of attention,
+//!   and computes the states of its chunks ([`attention_chunks`](crate::attention_chunks)). The states of all segments
 //!   are gathered and merged ([`merge_chunks`](crate::merge_chunks)) in every process of the axis, which gives the bits of one
 //!   process. Weights are the same along this axis, and linear layers are computed by each.
 //! - **data**: nothing is exchanged. Weights are the same.
@@ -36,7 +36,7 @@
 //!
 //! # Transport
 //! [`Exchange`] is the one operation that is needed, an all-gather along an axis. The feature `mpi` has it over MPI
-//! ([`World`]). What moves is counted ([`Traffic`]).
+//! (`World`). What moves is counted ([`Traffic`]).
 
 mod segments;
 #[cfg(feature = "mpi")]
@@ -60,7 +60,7 @@ use crate::{HeadShard, Mesh, SPLIT_GRID, Shard};
 pub enum MeshAxis {
     /// Heads, and outputs of linear layers.
     Model,
-    /// Spans of the keys.
+    /// Segments of the keys.
     Sequence,
 }
 
@@ -158,14 +158,14 @@ impl MeshPart {
         Ok(())
     }
 
-    /// Checks whether sequences of up to `capacity` tokens have a span for every process.
+    /// Checks whether sequences of up to `capacity` tokens have a segment for every process.
     pub fn check_capacity(&self, capacity: usize) -> Result<()> {
         let sequence = self.mesh.sequence;
-        let spans = capacity.div_ceil(SPLIT_GRID);
-        if sequence > 1 && sequence > spans {
+        let segments = capacity.div_ceil(SPLIT_GRID);
+        if sequence > 1 && sequence > segments {
             return Err(Error::argument(format!(
-                "sequence={sequence} spans, but {capacity} tokens are {spans} times the {SPLIT_GRID} keys at whose multiples \
-                 spans begin"
+                "sequence={sequence} segments, but {capacity} tokens are {segments} times the {SPLIT_GRID} keys at whose multiples \
+                 segments begin"
             )));
         }
         Ok(())

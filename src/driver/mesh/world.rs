@@ -72,6 +72,8 @@ struct Watch {
     since: AtomicU64,
     /// What is waited for can take any time.
     patient: AtomicBool,
+    /// This process has nothing more to say.
+    finished: AtomicBool,
     terminated: Arc<AtomicBool>,
 }
 
@@ -96,6 +98,9 @@ impl Watch {
 
     /// Why this process has to end.
     fn verdict(&self) -> Option<String> {
+        if self.finished.load(Ordering::SeqCst) {
+            return None;
+        }
         if self.terminated.load(Ordering::SeqCst) {
             return Some(
                 "another process of the mesh has ended before its time, or the mesh was told to end".to_owned(),
@@ -143,6 +148,7 @@ impl World {
             patience,
             since: AtomicU64::new(0),
             patient: AtomicBool::new(false),
+            finished: AtomicBool::new(false),
             terminated,
         });
         let watched = watch.clone();
@@ -240,7 +246,11 @@ impl World {
         let lengths: Vec<usize> = lengths.into_iter().map(|n| n as usize).collect();
         let (counts, starts) = layout(&lengths)?;
         let mut all = vec![0u8; lengths.iter().sum()];
-        world.0.all_gather_varcount_into(mine, &mut PartitionMut::new(&mut all[..], counts, starts));
+        if !all.is_empty() {
+            // The address of a slice of no bytes can be that by which MPI knows a gathering in place.
+            let sent = [mine, &[0]].concat();
+            world.0.all_gather_varcount_into(&sent[..mine.len()], &mut PartitionMut::new(&mut all[..], counts, starts));
+        }
         let mut rest = &all[..];
         Ok(lengths.iter().map(|&n| rest.split_off(..n).unwrap_or_default().to_vec()).collect())
     }
@@ -277,7 +287,8 @@ impl World {
     /// Waits for all processes, as long as it takes, and leaves. Without it, a process must end by [`Self::abort`], or with all
     /// others by an error that they [agree](Self::agree) on.
     pub fn finish(self) {
-        self.be_patient();
+        // Another process may be gone before this one.
+        self.shared.watch.finished.store(true, Ordering::SeqCst);
         drop(ManuallyDrop::into_inner(self.universe.0));
     }
 }

@@ -257,7 +257,7 @@ impl<'a> Scheduler<'a> {
         copies.iter().for_each(|&slot| self.retained[slot].clear());
         self.decoder.copy_prefix(&mut self.cache, slot, copies, len)?;
         let Some(first) = self.slots[slot].as_ref().filter(|_| left > 0) else { return Ok(()) };
-        // A span of the keys depends on the capacity.
+        // The segment of the keys depends on the capacity.
         let capacity = if self.cache.segment().is_some() { self.cache.capacity() } else { len };
         let mut cache = self.decoder.cache_with_chunk(1, capacity, self.cache.chunk(), self.cache.formats())?;
         if let Some(Streaming { sinks, .. }) = self.streaming {
