@@ -82,3 +82,9 @@ pub(crate) fn has(feature: &str) -> bool {
         _ => false,
     }
 }
+
+/// The vendor of this CPU, and the [`KEYS`] that it has: what an entry of the tuning's table needs.
+#[cfg(feature = "bench")]
+pub(crate) fn cpu_class() -> (&'static str, Vec<&'static str>) {
+    (vendor(), KEYS.iter().copied().filter(|key| has(key)).collect())
+}
