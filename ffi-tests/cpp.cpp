@@ -320,15 +320,15 @@ int main() {
     refused(KVL_STATUS_INVALID_ENUM, "run is 99", [&] { context.set_tuning(tuning); });
 
     // A buffer for a cache: zero, aligned, moved and not copied.
-    kvlane::cache_buffer<float> keys(1 << 20), few(5);
-    expect(keys.size() == 1 << 20 && reinterpret_cast<std::uintptr_t>(keys.data()) % (2 << 20) == 0, "aligned to a huge page");
+    kvlane::cache_buffer<float> buffer(1 << 20), few(5);
+    expect(buffer.size() == 1 << 20 && reinterpret_cast<std::uintptr_t>(buffer.data()) % (2 << 20) == 0, "aligned to a huge page");
     expect(reinterpret_cast<std::uintptr_t>(few.data()) % 64 == 0 && !few.is_advised(), "aligned to a line");
-    expect(std::all_of(keys.begin(), keys.end(), [](float x) { return x == 0.0f; }), "zero");
-    keys[keys.size() - 1] = 7.0f;
-    const kvl_view of_keys = kvlane::view(keys, {1, 1 << 10, 8, 128});
-    expect(of_keys.data == keys.data() && kvlane::cache_buffer<float>(0).size() == 0, "views of buffers");
-    few = std::move(keys);
-    expect(few.size() == 1 << 20 && few[few.size() - 1] == 7.0f && keys.size() == 0, "moved buffers");
+    expect(std::all_of(buffer.begin(), buffer.end(), [](float x) { return x == 0.0f; }), "zero");
+    buffer[buffer.size() - 1] = 7.0f;
+    const kvl_view of_buffer = kvlane::view(buffer, {1, 1 << 10, 8, 128});
+    expect(of_buffer.data == buffer.data() && kvlane::cache_buffer<float>(0).size() == 0, "views of buffers");
+    few = std::move(buffer);
+    expect(few.size() == 1 << 20 && few[few.size() - 1] == 7.0f && buffer.size() == 0, "moved buffers");
     try {
         kvlane::cache_buffer<float> huge(SIZE_MAX / 4);
         expect(false, "too much memory");

@@ -121,7 +121,7 @@ pub mod driver;
 pub use cache_view::{CacheView, CacheViewMut};
 pub use context::Context;
 #[cfg(feature = "bench")]
-pub(crate) use cpu::{KEYS as CPU_KEYS, has as cpu_has, vendor as cpu_vendor};
+pub(crate) use cpu::cpu_class;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result, Status};
 pub use format::CacheFormat;

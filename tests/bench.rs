@@ -203,6 +203,8 @@ mod command {
         let case = &report.cases[0];
         assert_eq!((case.kernel.as_str(), case.threads), (format!("attention_f32_{best}").as_str(), 1));
         assert!(case.reached().unwrap() > 0.0 && case.timing.best <= case.timing.median);
+        let shares = [&case.memory, &case.arithmetic].map(|bound| case.share(bound).unwrap());
+        assert!(case.reached().unwrap() == shares[0].max(shares[1]) && report.pages.is_some());
         assert!(well_formed(&std::fs::read_to_string(&picture).unwrap()));
 
         let out = kvlane(&["--compare", paths[0], paths[0]]);

@@ -280,13 +280,12 @@ impl Tuned {
 
     /// An entry of the library's table for CPUs like this one.
     pub fn entry_text(&self) -> String {
-        let features: Vec<&str> = crate::CPU_KEYS.iter().copied().filter(|key| crate::cpu_has(key)).collect();
+        let (vendor, features) = crate::cpu_class();
         let cpu = self.machine.cpu.as_deref().unwrap_or(&self.machine.architecture);
         let mut text = format!(
             "    // {cpu}.\n    Entry {{\n        vendor: {:?},\n        features: &{features:?},\n        level: Isa::{:?},\n        \
              tuning: Tuning {{\n",
-            crate::cpu_vendor(),
-            self.level
+            vendor, self.level
         );
         for (field, value) in fields(&self.found) {
             let _ = writeln!(text, "            {field}: {value},");

@@ -65,13 +65,13 @@ pub(crate) fn vendor() -> &'static str {
 }
 
 /// Features by which CPUs of one vendor are told apart, from the newest to the oldest.
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", any(test, feature = "bench")))]
 pub(crate) const KEYS: &[&str] = &["avx512fp16", "avx512bf16", "avxvnni", "avx512vnni"];
 /// Features by which CPUs of one vendor are told apart, from the newest to the oldest.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(all(not(target_arch = "x86_64"), any(test, feature = "bench")))]
 pub(crate) const KEYS: &[&str] = &[];
 
-/// Whether this CPU has one of the [`KEYS`].
+/// Whether this CPU has one of the features by which CPUs are told apart.
 pub(crate) fn has(feature: &str) -> bool {
     match feature {
         #[cfg(target_arch = "x86_64")]
@@ -84,6 +84,12 @@ pub(crate) fn has(feature: &str) -> bool {
         "avx512vnni" => detected!(["avx512vnni"]),
         _ => false,
     }
+}
+
+/// The vendor of this CPU, and those of [`KEYS`] that it has: what an entry of the tuning's table needs.
+#[cfg(feature = "bench")]
+pub(crate) fn cpu_class() -> (&'static str, Vec<&'static str>) {
+    (vendor(), KEYS.iter().copied().filter(|key| has(key)).collect())
 }
 
 /// Whether Apple made this CPU.
