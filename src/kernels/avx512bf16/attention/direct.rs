@@ -3,8 +3,8 @@
 use super::copies::{ZEROS, interleave, load_up_to, prefetch_row};
 use super::packed::repair_scores;
 use super::{
-    Avx512, BLOCK, Block, DotProducts, KeyPointerTable, KeyPointers, KeyRange, LANES, LINE, Packing, QUARTERS, RowState,
-    STEP, VECTOR, all_finite, bf16, level_functions, padded, unpack_head, with_features,
+    Avx512, BLOCK, Block, DotProducts, KeyPointerTable, KeyPointers, KeyRange, LANES, LINE, Packing, QUARTERS,
+    RowState, STEP, VECTOR, all_finite, bf16, level_functions, padded, unpack_head, with_features,
 };
 use crate::kernels::avx512bf16::instructions::dot;
 use std::arch::x86_64::*;
