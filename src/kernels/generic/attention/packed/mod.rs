@@ -148,7 +148,7 @@ unsafe fn products<S: Simd>(
             first_key += panel;
         }
         scale_scores(s, block, 0..1);
-        s.outline(Softmax { block, rows: &mut *rows, first: 0 });
+        for_each_group(groups, |r, n, keys| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
         let finite = scale_weights(s, block, 0..1);
         // Masked values are checked before any is added. Otherwise the panels of V use the same memory, one after another.
         if !all && !((pieces.values.pack)(&PackValues { block, v, columns: (0, dv), check: true }) && finite) {
@@ -213,14 +213,13 @@ struct Group {
 /// Upper bound on the register tiles of a tile: the last rows can take three.
 const MAX_GROUPS: usize = MAX_TILE_ROWS / TILE_ROWS + 2;
 
-/// The register tiles of a tile whose rows see a key of the block; sets the keys of every row that will have scores.
+/// The register tiles of a tile whose rows see a key of the block.
 #[inline(always)]
-fn groups_of(rows: &mut [RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
+fn groups_of(rows: &[RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
     let (mut r, mut count) = (0, 0);
     while r < rows.len() {
         let n = rows_at_once(rows.len() - r);
         let keys = KeyRange::around(rows[r..r + n].iter().fold(0, |bits, row| bits | row.visible_bits));
-        rows[r..r + n].iter_mut().for_each(|row| row.set_scored(keys));
         if keys.low < keys.high {
             groups[count] = Group { first: r as u16, rows: n as u8, low: keys.low as u8, high: keys.high as u8 };
             count += 1;
