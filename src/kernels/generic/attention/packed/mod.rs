@@ -149,9 +149,12 @@ unsafe fn products<S: Simd>(
         }
         scale_scores(s, block, 0..1);
         for_each_group(groups, |r, n, keys| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
-        let finite = scale_weights(s, block, 0..1);
+        let mut finite = scale_weights(s, block, 0..1);
         // Masked values are checked before any is added. Otherwise the panels of V use the same memory, one after another.
-        if !all && !((pieces.values.pack)(&PackValues { block, v, columns: (0, dv), check: true }) && finite) {
+        if !all {
+            finite &= (pieces.values.pack)(&PackValues { block, v, columns: (0, dv), check: true });
+        }
+        if !all && !finite {
             for (r, row) in rows.iter().enumerate() {
                 accumulate_visible(pieces.values, block, row, r, v);
             }
