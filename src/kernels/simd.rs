@@ -87,20 +87,6 @@ pub(crate) trait Simd: Copy {
     fn sum_lanes(self, v: &[Self::V; MAX_LANES]) -> Self::V;
     /// The largest lane; NaN lanes may be ignored.
     fn max_lane(self, a: Self::V) -> f32;
-    /// Lane i of the result is the largest lane of `v[i]`; NaN lanes may be ignored. Only the first [`Self::LANES`] entries are used.
-    #[inline(always)]
-    fn max_lanes(self, v: &[Self::V; MAX_LANES]) -> Self::V {
-        let mut v = *v;
-        self.transpose(&mut v);
-        let mut n = Self::LANES;
-        while n > 1 {
-            n /= 2;
-            for i in 0..n {
-                v[i] = self.max(v[i], v[i + n]);
-            }
-        }
-        v[0]
-    }
     /// Whether every lane is finite.
     fn all_finite(self, a: Self::V) -> bool;
     /// The transpose of the `LANES x LANES` block in the first [`Self::LANES`] entries.

@@ -1,8 +1,7 @@
 //! The scratch memory of a tile, and the state of its rows.
 
-use super::state::EMPTY;
 use crate::kernels::simd::MAX_LANES;
-use crate::problem::grid::{BLOCK, KeyRange, padded};
+use crate::problem::grid::{BLOCK, padded};
 
 /// The state of a query row while its tile runs.
 #[derive(Clone, Copy)]
@@ -18,37 +17,6 @@ pub(crate) struct RowState {
     pub visible_bits: u64,
     pub position: i64,
     pub head: u32,
-    /// The keys of the block whose scores were computed; see [`Self::set_scored`].
-    scored: (u8, u8),
-}
-
-impl RowState {
-    /// A row that has seen no key.
-    #[inline(always)]
-    pub fn new((token, head): (usize, usize), (low, high): (i64, i64), position: i64) -> Self {
-        Self {
-            max: f32::NEG_INFINITY,
-            total: EMPTY,
-            token: token as u32,
-            low,
-            high,
-            visible_bits: 0,
-            position,
-            head: head as u32,
-            scored: (0, 0),
-        }
-    }
-
-    /// Sets the keys of a block that have scores, among them the visible ones. Their weights will be in place of the scores.
-    #[inline(always)]
-    pub fn set_scored(&mut self, keys: KeyRange) {
-        self.scored = (keys.low as u8, keys.high as u8);
-    }
-
-    #[inline(always)]
-    pub fn scored(&self) -> KeyRange {
-        KeyRange { low: self.scored.0 as usize, high: self.scored.1 as usize }
-    }
 }
 
 /// Scratch memory of one worker; see [`Scratch::layout`].

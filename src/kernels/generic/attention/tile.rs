@@ -47,7 +47,16 @@ pub(crate) unsafe fn tile<S: Simd>(
             _ => (p.visibility.visible_keys(tile.batch, token), p.visibility.position(tile.batch, token)),
         };
         seen = Some((token, ((low, high), position)));
-        *row = RowState::new((token, head), (low, high), position);
+        *row = RowState {
+            max: f32::NEG_INFINITY,
+            total: EMPTY,
+            low,
+            high,
+            visible_bits: 0,
+            position,
+            token: token as u32,
+            head: head as u32,
+        };
         if low < high {
             (reach.low, reach.high) = (reach.low.min(low), reach.high.max(high));
         }

@@ -294,8 +294,7 @@ impl MatrixProducts {
                 }
                 let mut before = [0.0; 2 * TILE_PAIRS];
                 before.iter_mut().zip(&*rows).for_each(|(before, row)| *before = row.max);
-                rows.iter_mut().for_each(|row| row.set_scored(keys));
-                s.outline(Softmax { block: &softmax, rows: &mut *rows, first: start });
+                s.outline(Softmax { block: &softmax, rows: &mut *rows, first: start, keys });
                 for pair in 0..pairs {
                     let grown = |r: usize| rows.get(r).map_or(1.0, |row| shrink(s, before[r], row.max));
                     self.rescale(block, first + pair, [grown(2 * pair), grown(2 * pair + 1)]);

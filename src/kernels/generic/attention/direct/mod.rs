@@ -64,8 +64,7 @@ pub(super) unsafe fn block<S: Simd>(
             }
         }
         scale_scores(s, block, heads.clone());
-        rows.iter_mut().for_each(|row| row.set_scored(block.key_range));
-        s.outline(Softmax { block, rows: &mut *rows, first: 0 });
+        s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
         let finite = scale_weights(s, block, heads.clone());
         if block.p.v_packing == Packing::Rows {
             values(pieces.values, false, block, rows, heads, v, finite, Some(&ahead));

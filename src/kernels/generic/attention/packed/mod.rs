@@ -1,5 +1,6 @@
 //! Many query rows (prefill): a block of K is transposed and a block of V widened, once for all rows of the tile. Both products then
-//! run on these copies, in register tiles of [`TILE_ROWS`] rows by [`Simd::TILE_VECTORS`] vectors.
+//! run on these copies, in register tiles of [`TILE_ROWS`] rows: P V by [`Simd::TILE_VECTORS`] vectors, Q K^T by
+//! [`Simd::SCORE_VECTORS`] vectors of [`Simd::SCORE_LANES`] lanes.
 //!
 //! | file | what |
 //! | --- | --- |
@@ -9,14 +10,20 @@
 //! | `prefetch` | prefetches of the next block |
 //!
 //! # What bounds it
-//! The FMA ports, closely followed by the front end. Two steps are 48 FMAs in 72 instructions on AVX-512 (24 cycles of two ports, 18 of
-//! a front end of four) and 24 in 44 on AVX2 (12 and 11), so each instruction counts. A slab of K that would take more than half of the
-//! first-level cache is processed in two halves, each of which stays there for all rows, as does a slab of V. Rows of Q, scores and
-//! accumulators come from the second-level cache.
+//! The FMA ports, closely followed by the front end of a CPU that decodes four instructions per cycle. 48 FMAs are 24 cycles of two
+//! ports; with them go 40 other instructions in Q K^T on AVX-512 and 24 in P V, and 24 FMAs on AVX2 have 24 and 20. K and V are packed and
+//! multiplied in panels of half of the first-level cache, each of which stays there for all rows. A panel is packed where the one before
+//! it was, so that its stores find their lines. Rows of Q, scores and accumulators come from the second-level cache, and to prefetch them
+//! into the first costs more than it brings.
 //!
 //! Beyond its FMAs, a score costs the tree over lanes: (LANES - 1) additions per LANES scores, 12 % of Q K^T at head size 128 on AVX-512,
-//! and as many sums stored until their neighbours are ready. On a Cascade Lake core this loop reaches 97 % of the FMA peak without the
-//! tree, 87 % with its additions alone, 85 % with its stores alone, 79 % with both. Causal blocks compute the keys that any row of a
+//! and sums stored until their neighbours are ready. A register tile of half the keys has room for two lanes side by side, whose sum
+//! needs no store: half as many are left, in exchange for six more broadcasts per 24 FMAs. On Zen 4, where additions have units of their
+//! own and a load per cycle is enough, this takes Q K^T from 82 to 91 % of the FMA peak; a tree over eight lanes would reach 95 %, a plain
+//! sum 99. On a Cascade Lake core, a tile of four vectors and one lane reached 97 % without the tree, 87 %
+//! with its additions alone, 85 % with its stores alone, and 79 % with both.
+//!
+//! P V reaches 95 to 98 % on Zen 4. Softmax takes 5 % of the time, packing 2 to 3 %. Causal blocks compute the keys that any row of a
 //! register tile sees: half slabs in Q K^T, single keys in P V.
 
 mod keys;
@@ -141,10 +148,13 @@ unsafe fn products<S: Simd>(
             first_key += panel;
         }
         scale_scores(s, block, 0..1);
-        s.outline(Softmax { block, rows: &mut *rows, first: 0 });
-        let finite = scale_weights(s, block, 0..1);
+        for_each_group(groups, |r, n, keys| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
+        let mut finite = scale_weights(s, block, 0..1);
         // Masked values are checked before any is added. Otherwise the panels of V use the same memory, one after another.
-        if !all && !((pieces.values.pack)(&PackValues { block, v, columns: (0, dv), check: true }) && finite) {
+        if !all {
+            finite &= (pieces.values.pack)(&PackValues { block, v, columns: (0, dv), check: true });
+        }
+        if !all && !finite {
             for (r, row) in rows.iter().enumerate() {
                 accumulate_visible(pieces.values, block, row, r, v);
             }
@@ -206,14 +216,13 @@ struct Group {
 /// Upper bound on the register tiles of a tile: the last rows can take three.
 const MAX_GROUPS: usize = MAX_TILE_ROWS / TILE_ROWS + 2;
 
-/// The register tiles of a tile whose rows see a key of the block; sets the keys of every row that will have scores.
+/// The register tiles of a tile whose rows see a key of the block.
 #[inline(always)]
-fn groups_of(rows: &mut [RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
+fn groups_of(rows: &[RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
     let (mut r, mut count) = (0, 0);
     while r < rows.len() {
         let n = rows_at_once(rows.len() - r);
         let keys = KeyRange::around(rows[r..r + n].iter().fold(0, |bits, row| bits | row.visible_bits));
-        rows[r..r + n].iter_mut().for_each(|row| row.set_scored(keys));
         if keys.low < keys.high {
             groups[count] = Group { first: r as u16, rows: n as u8, low: keys.low as u8, high: keys.high as u8 };
             count += 1;
