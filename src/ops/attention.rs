@@ -33,7 +33,8 @@ pub struct AttentionTensors<'a> {
     pub q: View<'a>,
     /// Keys: the whole cache, `[batch, keys, kv_heads, dim]`, of any format. [`AttentionOptions::layout`] defines its first two axes.
     pub k: CacheView<'a>,
-    /// Values `[batch, keys, kv_heads, v_dim]`, of any format, independent of that of the keys.
+    /// Values `[batch, keys, kv_heads, v_dim]`, of any format, independent of that of the keys. They may be a part of the keys, in the
+    /// same memory ([latent attention](crate::docs::caches#latent-attention)).
     pub v: CacheView<'a>,
     /// Output `[batch, seq, heads, v_dim]`, of any type.
     pub out: ViewMut<'a>,
