@@ -279,8 +279,7 @@ impl DotProducts {
                 for (before, row) in before.iter_mut().zip(&*rows) {
                     *before = row.max;
                 }
-                rows.iter_mut().for_each(|row| row.set_scored(keys));
-                s.outline(Softmax { block, rows: &mut *rows, first });
+                s.outline(Softmax { block, rows: &mut *rows, first, keys });
                 for (r, row) in rows.iter().enumerate() {
                     self.pack_weights(s, block, row, first + r, before[r]);
                 }
