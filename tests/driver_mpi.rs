@@ -242,6 +242,7 @@ fn an_interrupt_of_one_ends_all_at_a_token() {
     let (child, ranks) = running(4, "data=1,model=2,sequence=2", "600");
     signal(ranks[3], libc::SIGINT);
     let out = child.wait_with_output().unwrap();
-    let notes = text(&out.stderr);
-    assert!(notes.contains("interrupted") && notes.contains("tokens/s"), "{notes}");
+    let (events, notes) = (text(&out.stdout), text(&out.stderr));
+    assert!(events.contains(r#""finish":"cancelled""#) && notes.contains("tokens/s"), "{notes}");
+    assert_eq!(out.status.code(), Some(130), "{notes}");
 }
