@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fn, float8_e5m2
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "libkvlane.so"
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(bfloat16))
+# The formats of caches: the element types, and units of a byte.
+FORMATS = (*DTYPES, np.dtype(np.int8), np.dtype(float8_e4m3fn), np.dtype(float8_e5m2))
 INTERLEAVED, HALF_SPLIT = 0, 1
 CAUSAL, WINDOW_LEFT, WINDOW_RIGHT = 1, 2, 4
 ISA_BEST = 0
@@ -189,7 +191,7 @@ class Error(Exception):
 def view(x: np.ndarray) -> View:
     """A view of an array, with the bytes from its first element to its last one."""
     strides = [s // x.itemsize for s in x.strides]
-    return View(x.ctypes.data, DTYPES.index(x.dtype), 0, x.shape, tuple(strides), behind(x))
+    return View(x.ctypes.data, FORMATS.index(x.dtype), 0, x.shape, tuple(strides), behind(x))
 
 
 def mask(x: np.ndarray) -> Mask:
@@ -261,7 +263,7 @@ class Context:
 
     def attention_error(self, dtype: np.dtype) -> float:
         """What the registry states of the error of attention over K and V of a type, as a fraction of the largest V."""
-        name, code = C.c_char_p(), DTYPES.index(dtype)
+        name, code = C.c_char_p(), FORMATS.index(dtype)
         self.check(self.lib.kvl_context_kernel_name(self.handle, OP_ATTENTION, code, code, C.byref(name)))
         for i in range(self.lib.kvl_kernel_count()):
             info = KernelInfo()

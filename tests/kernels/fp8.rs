@@ -1,7 +1,7 @@
 //! Caches of eight-bit floats: rounded by the definition, to the bit at every level; read, moved, inserted and evicted.
 
 use crate::common::attention::{Case, Shape};
-use crate::common::fp8::{CANARY, Fp8, Scales, magnitudes, nearest, number, quantise};
+use crate::common::fp8::{CANARY, Fp8, Quantised, Scales, magnitudes, nearest, number, quantise};
 use crate::common::int8::{Int8, quantise as quantise_int8, scale_shape};
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
@@ -9,15 +9,15 @@ use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::write::{place, rounded, written};
 use kvlane::{
-    AttentionTensors, CacheFormat, CacheView, CacheViewMut, DType, Destination, KeyRotation, KvCache, KvLayer, KvRead,
-    KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, RmsNorm, Rope, RopeAngles, RopeFrequencies, RopeScaling,
-    Runner, Serial, Source, Status, View, ViewMut, Workspace, attention, copy_pages, defragment_pages, kv_read,
-    kv_write, rms_norm, rope,
+    AttentionOptions, AttentionState, AttentionTensors, CacheFormat, CacheView, CacheViewMut, DType, Destination,
+    KeyRotation, KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, RmsNorm, Rope,
+    RopeAngles, RopeFrequencies, RopeScaling, Runner, Serial, SharedPrefix, Source, Status, View, ViewMut, Workspace,
+    attention, attention_with_prefix, copy_pages, defragment_pages, kv_read, kv_write, merge_states, rms_norm, rope,
 };
 
 tests! {
     levels: every_rounding, every_unit, head_sizes_and_layouts, every_layout, fused_with_norm_and_rope, scales_of_every_kind,
-        nan_in_a_unit, moves, inserted_rows, turned_keys;
+        nan_in_a_unit, moves, inserted_rows, turned_keys, recent_window;
     once: the_definition, refused;
 }
 
@@ -506,6 +506,118 @@ fn turned_keys(level: &Level) {
                 assert_eq!(k.head(b, s, h), wanted, "{format} {scales:?} [{b}, {s}, {h}]");
             }
             k.assert_gaps();
+        }
+    }
+}
+
+/// A quantised past, and recent tokens in full precision: two calls merged have the bits of one with a prefix, and those of a past that
+/// was written at once, however its tokens came there.
+fn recent_window(level: &Level) {
+    let mut rng = Rng::new(410);
+    let (context, heads, group, dim, capacity) = (&level.context, 2, 3, 40, 12);
+    for (past_format, window_type) in [
+        (CacheFormat::Int8, DType::F32),
+        (CacheFormat::Fp8E4m3, DType::Bf16),
+        (CacheFormat::Fp8E5m2, DType::F16),
+        (CacheFormat::Int8, DType::Bf16),
+    ] {
+        let tokens = 33;
+        let all =
+            [(); 2].map(|()| Tensor::random(&mut rng, window_type, [1, tokens, heads, dim], Layout::BSHD, Place::Heap));
+        let empty = |n: usize| {
+            let zeros = Tensor::output(DType::F32, [1, n, heads, dim], Layout::BSHD, Place::Heap);
+            let mut zeros = zeros.cast(DType::F32);
+            zeros.fill(|_| 0.0);
+            Quantised::of(&zeros, past_format, Place::Heap)
+        };
+        let [mut past_k, mut past_v] = [empty(tokens), empty(tokens)];
+        let mut window =
+            [(); 2].map(|()| Tensor::output(window_type, [1, capacity, heads, dim], Layout::BSHD, Place::Heap));
+        let (mut past, mut held) = (0i32, [0i32]);
+        for token in 0..tokens {
+            if held[0] as usize == capacity {
+                // The oldest five tokens of the window are quantised.
+                let n = 5;
+                let mut oldest =
+                    [(); 2].map(|()| Tensor::output(window_type, [1, n, heads, dim], Layout::BSHD, Place::Heap));
+                let [k, v] = &mut oldest;
+                let [window_k, window_v] = &mut window;
+                let from = Source::positions(&[0]);
+                let read = KvRead::new(window_k.view(), window_v.view(), k.view_mut(), v.view_mut(), from);
+                kv_read(context, &Serial, read).unwrap();
+                let (at, counts) = ([past], [n as i32]);
+                let to = Destination::positions(&at).counts(&counts);
+                let write = KvWrite::new(k.view(), v.view(), past_k.view_mut(), past_v.view_mut(), to);
+                kv_write(context, &Serial, write).unwrap();
+                past += n as i32;
+                let mut layers = [KvLayer::new(window_k.view_mut(), window_v.view_mut())];
+                KvCache::new(&mut layers, Slots::Contiguous, &mut held).evict(context, &Serial, 0, 0..n, &[]).unwrap();
+            }
+            let [k, v] = all.each_ref().map(|all| all.cut(0..1, token..token + 1, Layout::BSHD));
+            let [window_k, window_v] = &mut window;
+            let to = Destination::positions(&held);
+            kv_write(context, &Serial, KvWrite::new(k.view(), v.view(), window_k.view_mut(), window_v.view_mut(), to))
+                .unwrap();
+            held[0] += 1;
+        }
+        let q = Tensor::random(&mut rng, DType::F32, [1, 2, heads * group, dim], Layout::BSHD, Place::Heap);
+        let output = || Tensor::output(DType::F32, q.shape, Layout::BSHD, Place::Heap);
+        let (past_lengths, options) = ([past], AttentionOptions::new().causal(true).lengths(&held));
+        let part = |k: CacheView, v: CacheView, options: &AttentionOptions| {
+            let (mut out, mut lse) = (output(), vec![0f32; 2 * heads * group]);
+            let tensors = AttentionTensors::new(q.view(), k, v, out.view_mut()).lse(&mut lse);
+            attention(context, &Serial, &mut Workspace::new(), tensors, options).unwrap();
+            (out, lse)
+        };
+        let merged = |past_k: CacheView, past_v: CacheView, k: CacheView, v: CacheView| {
+            let (before, before_lse) = part(past_k, past_v, &AttentionOptions::new().lengths(&past_lengths));
+            let (recent, recent_lse) = part(k, v, &options);
+            let mut out = output();
+            let states =
+                [AttentionState::new(before.view(), &before_lse), AttentionState::new(recent.view(), &recent_lse)];
+            merge_states(context, &Serial, &states, out.view_mut(), None).unwrap();
+            out
+        };
+        let [window_k, window_v] = &window;
+        let found = merged(past_k.view(), past_v.view(), window_k.view().into(), window_v.view().into());
+
+        // The past, written at once.
+        let [mut once_k, mut once_v] = [empty(tokens), empty(tokens)];
+        let [k, v] = all.each_ref().map(|all| all.cut(0..1, 0..past as usize, Layout::BSHD));
+        let to = Destination::positions(&[0]);
+        kv_write(context, &Serial, KvWrite::new(k.view(), v.view(), once_k.view_mut(), once_v.view_mut(), to)).unwrap();
+        let [recent_k, recent_v] = all.each_ref().map(|all| all.cut(0..1, past as usize..tokens, Layout::BHSD));
+        let at_once = merged(once_k.view(), once_v.view(), recent_k.view().into(), recent_v.view().into());
+        assert_eq!(found.all_bits(), at_once.all_bits(), "{past_format} {window_type}");
+
+        // One call with the past as a prefix.
+        let mut one = output();
+        let n = past as usize;
+        let prefix = SharedPrefix::new(past_k.view().seq(0, n).unwrap(), past_v.view().seq(0, n).unwrap());
+        let tensors = AttentionTensors::new(q.view(), window_k.view(), window_v.view(), one.view_mut());
+        attention_with_prefix(context, &Serial, &mut Workspace::new(), prefix, tensors, &options).unwrap();
+        assert_eq!(found.all_bits(), one.all_bits(), "{past_format} {window_type}");
+
+        // Both are attention over what the two caches hold.
+        let mut case = Case::new(
+            &mut rng,
+            Shape { tokens: 2, kv_heads: heads, group, keys: tokens, dim, v_dim: dim, batch: 1 },
+            DType::F32,
+        );
+        case.options.causal = true;
+        case.q = q.to(Layout::BSHD, Place::Heap);
+        for (tensor, past_cache, recent) in [(&mut case.k, &past_k, &recent_k), (&mut case.v, &past_v, &recent_v)] {
+            tensor.fill(|[_, s, h, d]| match s.checked_sub(n) {
+                None => past_cache.get([0, s, h, d]) as f32,
+                Some(s) => recent.get([0, s, h, d]),
+            });
+        }
+        let want = case.oracle();
+        for at in indices(found.shape) {
+            let error = (f64::from(found.get(at)) - want.out.row(0, at[1], at[2])[at[3]]).abs();
+            // Kernels of bf16 products round weights.
+            let bound = if level.isa.is_partial() || context.isa().is_partial() { 0.02 } else { 2e-5 };
+            assert!(error <= bound, "{past_format} {window_type} {at:?}: off by {error:e}");
         }
     }
 }
