@@ -97,6 +97,20 @@ int main() {
         kvlane::kv_write(context, write);
     });
 
+    // Eight-bit floats, with a static scale for the keys.
+    std::vector<kvlane::fp8_e4m3> k_units(4 * 4);
+    std::vector<kvlane::fp8_e5m2> v_units(4 * 4);
+    std::array<float, 1> half = {0.5f};
+    kvl_cache_scales scales = kvlane::make_scales(kvlane::static_scales(half, {1, 4, 1, 4}));
+    kvl_kv_write_params narrow = KVL_KV_WRITE_PARAMS_INIT;
+    narrow.k = narrow.v = kvlane::view(v, {1, 2, 1, 4});
+    narrow.k_cache = kvlane::view(k_units, {1, 4, 1, 4});
+    narrow.v_cache = kvlane::view(v_units, {1, 4, 1, 4});
+    narrow.positions = &start;
+    narrow.scales = &scales;
+    kvlane::kv_write(context, narrow);
+    expect(k_units[4].bits == 0x40 && v_units[4].bits == 0x3c, "1 as 2 halves, and as 1");
+
     std::array<float, 4> out{};
     float lse = 0;
     kvlane::workspace workspace;

@@ -112,6 +112,16 @@ struct bf16 {
     std::uint16_t bits;
 };
 
+/// A unit of `KVL_FORMAT_FP8_E4M3`.
+struct fp8_e4m3 {
+    std::uint8_t bits;
+};
+
+/// A unit of `KVL_FORMAT_FP8_E5M2`.
+struct fp8_e5m2 {
+    std::uint8_t bits;
+};
+
 namespace detail {
 /* The macro is defined for C; in C++, GCC has the type from version 13 on, and on x86 from 12. */
 #if defined(__FLT16_MANT_DIG__) &&                                                                                      \
@@ -133,6 +143,12 @@ template <class T> constexpr kvl_dtype known_dtype() {
     }
     if (std::is_same<T, std::int8_t>::value) {
         return KVL_FORMAT_INT8;
+    }
+    if (std::is_same<T, fp8_e4m3>::value) {
+        return KVL_FORMAT_FP8_E4M3;
+    }
+    if (std::is_same<T, fp8_e5m2>::value) {
+        return KVL_FORMAT_FP8_E5M2;
     }
     if (std::is_same<T, f16>::value) {
         return KVL_DTYPE_F16;
@@ -164,8 +180,8 @@ template <class T> constexpr kvl_dtype known_dtype() {
 }
 } // namespace detail
 
-/// The element type of a C++ type, or the format of its units: float, std::int8_t, f16 and bf16 of this header, and `_Float16`, `__bf16`, `std::float16_t` and
-/// `std::bfloat16_t` where the compiler has them. Specialise it for a half type of your own.
+/// The element type of a C++ type, or the format of its units: float, std::int8_t, the structs f16, bf16, fp8_e4m3 and fp8_e5m2 of this
+/// header, and `_Float16`, `__bf16`, `std::float16_t` and `std::bfloat16_t` where the compiler has them. Specialise it for a half type of your own.
 template <class T> struct dtype_of : std::integral_constant<kvl_dtype, detail::known_dtype<T>()> {
     static_assert(detail::known_dtype<T>() >= 0, "no element type is known for this type: specialise kvlane::dtype_of");
 };
@@ -627,6 +643,11 @@ inline kvl_cache_scales make_scales(const kvl_view &k, const kvl_view &v = {}) {
     scales.k = k;
     scales.v = v;
     return scales;
+}
+
+/// Static scales of a cache [batch, seq, kv_heads, dim] of eight-bit floats, in a container of one float (or f16), or of one per head.
+template <class C> kvl_view static_scales(C &scales, const axes &cache) {
+    return view(scales, axes{cache[0], cache[1], cache[2], 1}, axes{0, 0, scales.size() > 1 ? 1 : 0, 1});
 }
 
 /// A list of sequences, counts, lengths or parents.
