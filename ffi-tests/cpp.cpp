@@ -100,8 +100,8 @@ int main() {
     // Eight-bit floats, with a static scale for the keys.
     std::vector<kvlane::fp8_e4m3> k_units(4 * 4);
     std::vector<kvlane::fp8_e5m2> v_units(4 * 4);
-    std::array<float, 1> half = {0.5f};
-    kvl_cache_scales scales = kvlane::make_scales(kvlane::static_scales(half, {1, 4, 1, 4}));
+    std::array<float, 1> factor = {0.5f};
+    kvl_cache_scales scales = kvlane::make_scales(kvlane::static_scales(factor, {1, 4, 1, 4}));
     kvl_kv_write_params narrow = KVL_KV_WRITE_PARAMS_INIT;
     narrow.k = narrow.v = kvlane::view(v, {1, 2, 1, 4});
     narrow.k_cache = kvlane::view(k_units, {1, 4, 1, 4});
