@@ -898,7 +898,9 @@ fn drift(level: &Level) {
         });
         let [small, once, running] = errors;
         println!("{format}, {times} evictions: {small:.1e}, at once {once:.1e}, running {running:.1e}");
-        assert!(running <= 1.2 * once + 1e-6, "{format}: {running:e}, but one step has {once:e}");
+        // Keys of few bits are rounded in few places, so that chance weighs more.
+        let most = if format.has_static_scales() { 1.6 } else { 1.2 };
+        assert!(running <= most * once + 1e-6, "{format}: {running:e}, but one step has {once:e}");
         if times == 1000 {
             assert!(
                 small > 5.0 * once,

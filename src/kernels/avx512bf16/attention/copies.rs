@@ -2,7 +2,7 @@
 
 use super::{BLOCK, DotProducts, LANES, LINE, VECTOR};
 use crate::kernels::avx512::Avx512;
-use crate::kernels::generic::attention::{Block, KeyPointers};
+use crate::kernels::generic::attention::{Block, KeyPointers, NEAR_DISTANCE};
 use crate::kernels::simd::{MAX_LANES, Simd, lines};
 use crate::problem::grid::{KeyRange, ones};
 use crate::problem::limits::MAX_HEAD_DIM;
@@ -21,6 +21,18 @@ pub(super) fn prefetch_row(s: Avx512, row: *const bf16, dim: usize) {
     if !row.is_null() {
         for line in lines(row.cast(), dim * size_of::<bf16>()) {
             s.prefetch_far(line);
+        }
+    }
+}
+
+/// Prefetches, for a key or value that is read in the order of memory, so many bytes ahead of it into the second-level cache, and
+/// nearer into the first. Does nothing for 0.
+#[inline(always)]
+pub(super) fn prefetch_run(s: Avx512, row: *const bf16, distance: isize, dim: usize) {
+    if distance != 0 {
+        for line in lines(row.cast(), dim * size_of::<bf16>()) {
+            s.prefetch_far(line.wrapping_offset(distance));
+            s.prefetch(line.wrapping_add(NEAR_DISTANCE));
         }
     }
 }

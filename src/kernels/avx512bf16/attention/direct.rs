@@ -1,12 +1,13 @@
 //! Few query rows (decode): scores and weighted values, from the cache.
 
-use super::copies::{ZEROS, interleave, load_up_to, prefetch_row};
+use super::copies::{ZEROS, interleave, load_up_to, prefetch_row, prefetch_run};
 use super::packed::repair_scores;
 use super::{
     Avx512, BLOCK, Block, DotProducts, KeyPointerTable, KeyPointers, KeyRange, LANES, LINE, Packing, QUARTERS,
     RowState, STEP, VECTOR, all_finite, bf16, level_functions, padded, unpack_head, with_features,
 };
 use crate::kernels::avx512bf16::instructions::dot;
+use crate::kernels::generic::attention::PrefetchDistances;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
@@ -29,17 +30,20 @@ impl DotProducts {
     ) {
         let Block { p, tile, key_range, all, d, dv, .. } = *block;
         let (heads, head_rows) = (tile.kv_heads, tile.head_rows);
+        let distances = PrefetchDistances::new(&self.tuning, block, k.cast(), v.cast());
         // SAFETY: the caller's.
         unsafe {
-            for (head, keys) in spans(block) {
+            for (head, index, keys) in spans(block) {
+                let run = (heads > 1).then(|| distances.of_k(index).distance);
+                let span = Span { head, keys, k, v, run };
                 match (self.query_terms, d.div_ceil(LINE)) {
-                    (1, 1) => short_scores::<1>(self, s, block, head, keys, k, v),
-                    (1, 2) => short_scores::<2>(self, s, block, head, keys, k, v),
-                    (1, 3) => short_scores::<3>(self, s, block, head, keys, k, v),
-                    (1, SHORT) => short_scores::<SHORT>(self, s, block, head, keys, k, v),
-                    (1, _) => long_scores::<1>(self, s, block, head, keys, k, v),
-                    (2, _) => long_scores::<2>(self, s, block, head, keys, k, v),
-                    _ => long_scores::<3>(self, s, block, head, keys, k, v),
+                    (1, 1) => short_scores::<1>(self, s, block, &span),
+                    (1, 2) => short_scores::<2>(self, s, block, &span),
+                    (1, 3) => short_scores::<3>(self, s, block, &span),
+                    (1, SHORT) => short_scores::<SHORT>(self, s, block, &span),
+                    (1, _) => long_scores::<1>(self, s, block, &span),
+                    (2, _) => long_scores::<2>(self, s, block, &span),
+                    _ => long_scores::<3>(self, s, block, &span),
                 }
             }
             if self.query_terms > 1 {
@@ -48,8 +52,9 @@ impl DotProducts {
             self.weigh(s, block, rows, 0, key_range);
             if p.v_packing == Packing::Rows {
                 if all || (0..heads).all(|head| all_finite::<Avx512, bf16>(s, v.cast(), head, key_range, dv)) {
-                    for (head, keys) in spans(block) {
-                        self.head_values(s, block, head, head, keys, k, v);
+                    for (head, index, keys) in spans(block) {
+                        let run = (heads > 1).then(|| distances.of_v(index).distance);
+                        self.head_values(s, block, head, &Span { head, keys, k, v, run });
                     }
                     return;
                 }
@@ -65,7 +70,7 @@ impl DotProducts {
                 unpacked.place(key_range, block.scratch.v_block.cast(), padded(dv) * size_of::<bf16>());
                 let v = unpacked.rows();
                 if all || all_finite::<Avx512, bf16>(s, v.cast(), 0, key_range, dv) {
-                    self.head_values(s, block, head, 0, key_range, k, v);
+                    self.head_values(s, block, head, &Span { head: 0, keys: key_range, k, v, run: None });
                     continue;
                 }
                 for r in head * head_rows..(head + 1) * head_rows {
@@ -75,25 +80,15 @@ impl DotProducts {
         }
     }
 
-    /// Adds the weighted values of some keys to the rows of head `head` of the tile, which is head `at` of the values.
+    /// Adds the weighted values of a span to the rows of head `head` of the tile.
     ///
     /// # Safety
     /// As [`Self::direct_block`]; weights are in place.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn head_values(
-        &self,
-        s: Avx512,
-        block: &Block,
-        head: usize,
-        at: usize,
-        keys: KeyRange,
-        k: KeyPointers<bf16>,
-        v: KeyPointers<bf16>,
-    ) {
+    unsafe fn head_values(&self, s: Avx512, block: &Block, head: usize, span: &Span) {
         let head_rows = block.tile.head_rows;
         for first in (0..head_rows).step_by(QUARTERS) {
-            let values = Values { block, row: head * head_rows + first, head: at, keys, k, v, prefetch: first == 0 };
+            let values = Values { block, row: head * head_rows + first, span, prefetch: first == 0 };
             // SAFETY: the caller's.
             unsafe {
                 match head_rows - first {
@@ -153,23 +148,54 @@ impl DotProducts {
     }
 }
 
-/// Heads and keys in the order in which they are read: several heads of a token lie together.
-#[inline(always)]
-fn spans(block: &Block) -> impl Iterator<Item = (usize, KeyRange)> + use<> {
-    let (heads, one) = (block.tile.kv_heads, block.tile.kv_heads == 1);
-    let several = block.subblocks().take(if one { 0 } else { BLOCK });
-    let whole = (0, block.key_range);
-    one.then_some(whole).into_iter().chain(several.flat_map(move |(_, keys)| (0..heads).map(move |head| (head, keys))))
-}
-
-/// The weighted values of up to four rows of a head, from row `row` of the tile on.
-struct Values<'a> {
-    block: &'a Block<'a>,
-    row: usize,
+/// Keys and values of a head that are read one after another.
+struct Span<'a> {
+    /// The head, as keys and values count them.
     head: usize,
     keys: KeyRange,
     k: KeyPointers<'a, bf16>,
     v: KeyPointers<'a, bf16>,
+    /// If heads are read together: bytes from what is read to what is prefetched, 0 for nothing. Otherwise, keys prefetch the values of
+    /// their block, and values the keys of the next block. That would be more than the second-level cache holds with many heads.
+    run: Option<isize>,
+}
+
+impl Span<'_> {
+    /// Prefetches while key number `j` of the block is read at `at`.
+    #[inline(always)]
+    fn prefetch_by_key(&self, s: Avx512, block: &Block, j: usize, at: *const bf16) {
+        match self.run {
+            None => prefetch_row(s, self.v.key(self.head, j), block.dv),
+            Some(distance) => prefetch_run(s, at, distance, block.d),
+        }
+    }
+
+    /// Prefetches while value number `j` of the block is read at `at`.
+    #[inline(always)]
+    fn prefetch_by_value(&self, s: Avx512, block: &Block, j: usize, at: *const bf16) {
+        match self.run {
+            None if self.k.next(j).is_null() => {}
+            None => prefetch_row(s, self.k.next(j).wrapping_byte_offset(self.k.head_offset(self.head)), block.d),
+            Some(distance) => prefetch_run(s, at, distance, block.dv),
+        }
+    }
+}
+
+/// Heads, subblocks and keys in the order in which they are read: several heads of a token lie together.
+#[inline(always)]
+fn spans(block: &Block) -> impl Iterator<Item = (usize, usize, KeyRange)> + use<> {
+    let (heads, one) = (block.tile.kv_heads, block.tile.kv_heads == 1);
+    let several = block.subblocks().take(if one { 0 } else { BLOCK });
+    let whole = (0, 0, block.key_range);
+    let several = several.flat_map(move |(index, keys)| (0..heads).map(move |head| (head, index, keys)));
+    one.then_some(whole).into_iter().chain(several)
+}
+
+/// The weighted values of up to four rows, from row `row` of the tile on.
+struct Values<'a> {
+    block: &'a Block<'a>,
+    row: usize,
+    span: &'a Span<'a>,
     prefetch: bool,
 }
 
@@ -189,16 +215,9 @@ level_functions! {
     /// # Safety
     /// As [`DotProducts::direct_block`]; queries are packed.
     #[inline(never)]
-    unsafe fn short_scores<const N: usize>(
-        products: &DotProducts,
-        s: Avx512,
-        block: &Block,
-        head: usize,
-        keys: KeyRange,
-        k: KeyPointers<bf16>,
-        v: KeyPointers<bf16>,
-    ) {
-        let Block { d, dv, .. } = *block;
+    unsafe fn short_scores<const N: usize>(products: &DotProducts, s: Avx512, block: &Block, span: &Span) {
+        let Block { d, .. } = *block;
+        let Span { head, keys, k, .. } = *span;
         let KeyRange { low, high } = keys;
         let part = d % LINE;
         let mut tails = [[bf16::ZERO; LINE]; KEYS];
@@ -218,7 +237,7 @@ level_functions! {
                             let j = (first + half + i).clamp(low, high - 1);
                             *key = k.key(head, j);
                             if group == 0 {
-                                prefetch_row(s, v.key(head, j), dv);
+                                span.prefetch_by_key(s, block, j, *key);
                             }
                         }
                         for n in 0..N {
@@ -248,16 +267,9 @@ level_functions! {
     /// # Safety
     /// As [`DotProducts::direct_block`]; queries are packed.
     #[inline(never)]
-    unsafe fn long_scores<const T: usize>(
-        products: &DotProducts,
-        s: Avx512,
-        block: &Block,
-        head: usize,
-        keys: KeyRange,
-        k: KeyPointers<bf16>,
-        v: KeyPointers<bf16>,
-    ) {
-        let Block { d, dv, .. } = *block;
+    unsafe fn long_scores<const T: usize>(products: &DotProducts, s: Avx512, block: &Block, span: &Span) {
+        let Block { d, .. } = *block;
+        let Span { head, keys, k, .. } = *span;
         let KeyRange { low, high } = keys;
         let mut tails = [[bf16::ZERO; LINE]; KEYS];
         for (group, (rows, q)) in products.quarters(block, head).enumerate() {
@@ -269,7 +281,7 @@ level_functions! {
                         let j = (first + i).clamp(low, high - 1);
                         *key = k.key(head, j);
                         if group == 0 {
-                            prefetch_row(s, v.key(head, j), dv);
+                            span.prefetch_by_key(s, block, j, *key);
                         }
                     }
                     let mut sums = [_mm512_setzero_ps(); KEYS];
@@ -344,8 +356,9 @@ unsafe fn columns<const R: usize, const N: usize, const PART: bool>(
     values: &Values,
     column: usize,
 ) -> usize {
-    let Values { block, row, head, keys, k, v, prefetch } = *values;
-    let Block { d, dv, key_range, .. } = *block;
+    let Values { block, row, span, prefetch } = *values;
+    let Span { head, keys, v, .. } = *span;
+    let Block { dv, key_range, .. } = *block;
     let (dvp, terms) = (products.dvp, products.weight_terms);
     let acc = block.scratch.acc.wrapping_add(row * dvp + column);
     // SAFETY: the caller's; outputs are padded to whole vectors.
@@ -363,8 +376,8 @@ unsafe fn columns<const R: usize, const N: usize, const PART: bool>(
                 let j = 2 * pair + i;
                 if j >= key_range.low && j < key_range.high {
                     *from = v.key(head, j).wrapping_add(column);
-                    if prefetch && column == 0 && !k.next(j).is_null() {
-                        prefetch_row(s, k.next(j).wrapping_byte_offset(k.head_offset(head)), d);
+                    if prefetch && column == 0 {
+                        span.prefetch_by_value(s, block, j, *from);
                     }
                 }
             }

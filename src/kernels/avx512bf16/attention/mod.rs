@@ -73,6 +73,7 @@ use crate::layout::Packing;
 use crate::problem::attention::Problem;
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 use crate::problem::tile::{MAX_TILE_ROWS, PACK_ROWS, TILE_ROWS, Tile};
+use crate::tuning::Tuning;
 use half::bf16;
 
 /// Elements of a vector.
@@ -108,8 +109,9 @@ level_functions! {
     /// # Safety
     /// The level is available, `p` is validated, `tile` is inside it, and `memory` has [`scratch_bytes`] for its
     /// rows.
-    unsafe fn tile<const HIGH: bool>(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
+    unsafe fn tile<const HIGH: bool>(pieces: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
         let (scratch, mut products, _) = layout(memory, tile.rows(), p.q.shape[3], p.v_dim);
+        products.tuning = pieces.tuning;
         products.query_terms = match p.q.dtype {
             DType::Bf16 => 1,
             DType::F16 => 2,
@@ -155,6 +157,7 @@ fn layout(base: *mut u8, rows: usize, d: usize, dv: usize) -> (Scratch, DotProdu
         // Memory for copies in f32, half of which suffices.
         k: scratch.kt.cast(),
         v: scratch.vp.cast(),
+        tuning: Tuning::DEFAULT,
         query_terms: 0,
         weight_terms: 0,
         dvp: padded(dv),
@@ -174,6 +177,7 @@ struct DotProducts {
     k: *mut u8,
     /// `[slab of up to four vectors][pair of keys][column]` pairs.
     v: *mut u8,
+    tuning: Tuning,
     query_terms: usize,
     weight_terms: usize,
     /// Floats of a row's outputs.

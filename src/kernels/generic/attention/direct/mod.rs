@@ -30,11 +30,11 @@ use super::{Block, KeyPointers, Pieces, RowState, ValuePieces};
 use crate::kernels::simd::Simd;
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange};
-use prefetch::PrefetchDistances;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 pub(super) use prefetch::Ahead;
+pub(crate) use prefetch::{NEAR_DISTANCE, PrefetchDistances};
 pub(crate) use scores::DirectScores;
 pub(crate) use values::{DirectValues, OneValue, all_finite};
 
