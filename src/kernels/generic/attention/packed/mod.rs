@@ -16,12 +16,12 @@
 //! it was, so that its stores find their lines. Rows of Q, scores and accumulators come from the second-level cache, and to prefetch them
 //! into the first costs more than it brings.
 //!
-//! Beyond its FMAs, a score costs the tree over lanes: (LANES - 1) additions per LANES scores, 12 % of Q K^T at head size 128 on AVX-512,
-//! and sums stored until their neighbours are ready. A register tile of half the keys has room for two lanes side by side, whose sum
-//! needs no store: half as many are left, in exchange for six more broadcasts per 24 FMAs. On Zen 4, where additions have units of their
-//! own and a load per cycle is enough, this takes Q K^T from 82 to 91 % of the FMA peak; a tree over eight lanes would reach 95 %, a plain
-//! sum 99. On a Cascade Lake core, a tile of four vectors and one lane reached 97 % without the tree, 87 %
-//! with its additions alone, 85 % with its stores alone, and 79 % with both.
+//! Beyond its FMAs, a score costs the tree over lanes: (LANES - 1) additions per LANES scores, 12 % of Q K^T at head size 128 on
+//! AVX-512, and sums stored until their neighbours are ready. A register tile of half the keys has room for two lanes side by side,
+//! whose sum needs no store: half as many are left, in exchange for six more broadcasts per 24 FMAs. On Zen 4, where additions have
+//! units of their own and a load per cycle is enough, this takes Q K^T from 82 to 91 % of the FMA peak; a tree over eight lanes would
+//! reach 95 %, a plain sum 99. On a Cascade Lake core, a tile of four vectors and one lane reached 97 % without the tree, 87 % with its
+//! additions alone, 85 % with its stores alone, and 79 % with both.
 //!
 //! P V reaches 95 to 98 % on Zen 4. Softmax takes 5 % of the time, packing 2 to 3 %. Causal blocks compute the keys that any row of a
 //! register tile sees: half slabs in Q K^T, single keys in P V.
