@@ -65,6 +65,8 @@ mod tile;
 mod weighted;
 
 pub(crate) use direct::{DirectScores, DirectValues, OneValue, all_finite};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use direct::{NEAR_DISTANCE, PrefetchDistances};
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) use key_pointers::KeyPointerTable;
 pub(crate) use key_pointers::KeyPointers;

@@ -34,7 +34,9 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 pub(super) use prefetch::Ahead;
-pub(crate) use prefetch::{NEAR_DISTANCE, PrefetchDistances};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use prefetch::NEAR_DISTANCE;
+pub(crate) use prefetch::PrefetchDistances;
 pub(crate) use scores::DirectScores;
 pub(crate) use values::{DirectValues, OneValue, all_finite};
 
