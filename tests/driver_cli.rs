@@ -396,8 +396,8 @@ fn numbers_and_nouns_agree() {
     let notes = |args: &[&str]| String::from_utf8(kvlane(args).stderr).unwrap();
     let args = ["generate", "--max-tokens", "2", "--prompt", "And God said", "--threads"];
     let one = notes(&[&args[..], &["1"]].concat());
-    assert!(one.contains("; decode 1 token, ") && one.contains("; 1 thread\n"), "{one}");
-    assert!(notes(&[&args[..], &["2"]].concat()).contains("; 2 threads\n"));
+    assert!(one.contains("; decode 1 token, ") && one.contains("; 1 thread; cache in f32, "), "{one}");
+    assert!(notes(&[&args[..], &["2"]].concat()).contains("; 2 threads; "));
     assert!(notes(&["cache-cost", "--max-context", "16", "--threads", "1"]).contains(", 1 thread, "));
     // More threads than CPUs are possible, and not without a word.
     let cpus = std::thread::available_parallelism().unwrap().get();

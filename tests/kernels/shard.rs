@@ -248,10 +248,10 @@ fn chunks_are_checked() {
         let error = merge_chunks(context, &Serial, &mut Workspace::new(), spans, &merge, to, lse).unwrap_err();
         assert!(error.message().contains(sentence), "{error}: does not say {sentence:?}");
     }
-    let mut wide = [7f32; 2 * 513];
-    let to = ViewMut::new(&mut wide, [1, 1, 2, 513]).unwrap();
+    let mut wide = [7f32; 2 * 1025];
+    let to = ViewMut::new(&mut wide, [1, 1, 2, 1025]).unwrap();
     let error = merge_chunks(context, &Serial, &mut Workspace::new(), &[&states], &merge, to, None).unwrap_err();
-    assert!(error.message().contains("out has dim = 513"), "{error}");
+    assert!(error.message().contains("out has dim = 1025"), "{error}");
     assert!(wide.iter().chain(&lse).all(|&x| x == 7.0));
     assert_eq!(out, [7f32; 16]);
 }
