@@ -178,11 +178,13 @@ fn processes_that_disagree_say_so() {
     assert_eq!(text(&out.stderr).matches("the command line is generate").count(), 2, "{}", text(&out.stderr));
 }
 
-/// Starts a long generation and waits until it has written something.
+/// Starts many long requests and waits until something was written. They would take minutes, so that none ends all before a signal does.
 fn running(processes: usize, mesh: &str, patience: &str) -> (Child, Vec<u32>) {
     let model = model();
-    let args =
-        ["--model", model.to_str().unwrap(), "--max-tokens", "2900", "--mesh", mesh, "--mesh-patience", patience];
+    let prompts = model.with_extension("jsonl");
+    std::fs::write(&prompts, "{\"prompt\":\"And it came to pass\",\"max_tokens\":2900}\n".repeat(500)).unwrap();
+    let (model, prompts) = (model.to_str().unwrap(), prompts.to_str().unwrap());
+    let args = ["--model", model, "--prompts", prompts, "--slots", "2", "--mesh", mesh, "--mesh-patience", patience];
     let mut child = mpirun(processes, &args).spawn().unwrap();
     let mut first = [0; 8];
     child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
