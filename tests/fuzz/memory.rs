@@ -175,7 +175,7 @@ impl Tensor {
     /// any block has, which is possible with strides of 0 and would take too long.
     pub fn for_each_row(&self, mut visit: impl FnMut([usize; 3], Row)) {
         let elements = self.shape.iter().try_fold(1, |product: i64, &n| product.checked_mul(n));
-        if self.is_empty() || elements.is_none_or(|n| n > 1 << 20) {
+        if self.is_empty() || elements.is_none_or(|n| n > 1 << 22) {
             return;
         }
         let ([batch, seq, heads, dim], size) = (self.shape, element_size(self.dtype) as isize);
