@@ -1,7 +1,6 @@
 //! Caches of eight-bit floats, by their definition, and quantised caches of any format.
 
-use super::int8::Int8;
-use super::memory::Memory;
+use super::int8::{Int8, UnitMemory};
 use super::tensor::{Layout, Place, Tensor, indices};
 use half::f16;
 use kvlane::{CacheFormat, CacheView, CacheViewMut, DType};
@@ -95,10 +94,8 @@ impl Scales {
 
 /// Keys or values in an eight-bit float, with memory of their own.
 pub struct Fp8 {
-    units: Memory,
-    offset: usize,
+    units: UnitMemory,
     pub shape: [usize; 4],
-    strides: [i64; 4],
     pub format: CacheFormat,
     pub scales: Scales,
 }
@@ -109,16 +106,7 @@ pub const CANARY: u8 = 0xff;
 impl Fp8 {
     /// Every unit is a canary.
     pub fn new(format: CacheFormat, shape: [usize; 4], strides: [i64; 4], place: Place, scales: Scales) -> Self {
-        let (mut low, mut high) = (0i64, 0i64);
-        for axis in 0..if shape.contains(&0) { 0 } else { 4 } {
-            let reach = (shape[axis] as i64 - 1) * strides[axis];
-            if reach < 0 { low += reach } else { high += reach }
-        }
-        let slack = if place == Place::Heap { 5 } else { 0 };
-        let elements = if shape.contains(&0) { 0 } else { (high - low) as usize + 1 } + 2 * slack;
-        let mut units = Memory::new(elements, place);
-        units.bytes_mut().fill(CANARY);
-        Self { units, offset: (-low) as usize + slack, shape, strides, format, scales }
+        Self { units: UnitMemory::new(shape, strides, place, CANARY), shape, format, scales }
     }
 
     pub fn output(format: CacheFormat, shape: [usize; 4], layout: Layout, place: Place, scales: Scales) -> Self {
@@ -140,18 +128,12 @@ impl Fp8 {
         cache
     }
 
-    fn index(&self, at: [usize; 4]) -> usize {
-        let steps: i64 = (0..4).map(|axis| at[axis] as i64 * self.strides[axis]).sum();
-        (self.offset as i64 + steps) as usize
-    }
-
     pub fn unit(&self, at: [usize; 4]) -> u8 {
-        self.units.bytes()[self.index(at)]
+        self.units.get(at)
     }
 
     pub fn set_unit(&mut self, at: [usize; 4], unit: u8) {
-        let at = self.index(at);
-        self.units.bytes_mut()[at] = unit;
+        self.units.set(at, unit);
     }
 
     /// The units of a head.
@@ -165,7 +147,8 @@ impl Fp8 {
     }
 
     pub fn view(&self) -> CacheView<'_> {
-        let view = CacheView::fp8_strided(self.units.bytes(), self.format, self.offset, self.shape, self.strides);
+        let view =
+            CacheView::fp8_strided(self.units.bytes(), self.format, self.units.offset, self.shape, self.units.strides);
         let view = view.expect("a view of a cache's own memory");
         match &self.scales {
             Scales::None => view,
@@ -175,8 +158,9 @@ impl Fp8 {
     }
 
     pub fn view_mut(&mut self) -> CacheViewMut<'_> {
-        let Self { units, offset, shape, strides, format, scales } = self;
-        let view = CacheViewMut::fp8_strided(units.bytes_mut(), *format, *offset, *shape, *strides);
+        let Self { units, shape, format, scales } = self;
+        let (offset, strides) = (units.offset, units.strides);
+        let view = CacheViewMut::fp8_strided(units.bytes_mut(), *format, offset, *shape, strides);
         let view = view.expect("a view of a cache's own memory");
         match scales {
             Scales::None => view,
@@ -188,11 +172,7 @@ impl Fp8 {
     /// Panics if memory between units has changed.
     #[track_caller]
     pub fn assert_gaps(&self) {
-        let mut gap = vec![true; self.units.bytes().len()];
-        indices(self.shape).for_each(|at| gap[self.index(at)] = false);
-        for (at, _) in gap.iter().enumerate().filter(|(_, gap)| **gap) {
-            assert_eq!(self.units.bytes()[at], CANARY, "unit {at} of the memory lies in no view and was written");
-        }
+        self.units.assert_gaps();
     }
 }
 

@@ -35,12 +35,66 @@ pub fn quantise(head: &[f32], scales: DType) -> (Vec<i8>, f32) {
     (units, scale)
 }
 
+/// Units of a byte with strides, in memory of their own, of which every byte is a canary at first.
+pub struct UnitMemory {
+    memory: Memory,
+    pub offset: usize,
+    pub shape: [usize; 4],
+    pub strides: [i64; 4],
+    canary: u8,
+}
+
+impl UnitMemory {
+    pub fn new(shape: [usize; 4], strides: [i64; 4], place: Place, canary: u8) -> Self {
+        let (mut low, mut high) = (0i64, 0i64);
+        for axis in 0..if shape.contains(&0) { 0 } else { 4 } {
+            let reach = (shape[axis] as i64 - 1) * strides[axis];
+            if reach < 0 { low += reach } else { high += reach }
+        }
+        let slack = if place == Place::Heap { 5 } else { 0 };
+        let elements = if shape.contains(&0) { 0 } else { (high - low) as usize + 1 } + 2 * slack;
+        let mut memory = Memory::new(elements, place);
+        memory.bytes_mut().fill(canary);
+        Self { memory, offset: (-low) as usize + slack, shape, strides, canary }
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        self.memory.bytes()
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.memory.bytes_mut()
+    }
+
+    fn index(&self, at: [usize; 4]) -> usize {
+        let steps: i64 = (0..4).map(|axis| at[axis] as i64 * self.strides[axis]).sum();
+        (self.offset as i64 + steps) as usize
+    }
+
+    pub fn get(&self, at: [usize; 4]) -> u8 {
+        self.bytes()[self.index(at)]
+    }
+
+    pub fn set(&mut self, at: [usize; 4], unit: u8) {
+        let at = self.index(at);
+        self.bytes_mut()[at] = unit;
+    }
+
+    /// Panics if memory between units has changed.
+    #[track_caller]
+    pub fn assert_gaps(&self) {
+        let mut gap = vec![true; self.bytes().len()];
+        indices(self.shape).for_each(|at| gap[self.index(at)] = false);
+        for (at, _) in gap.iter().enumerate().filter(|(_, gap)| **gap) {
+            assert_eq!(self.bytes()[at], self.canary, "unit {at} of the memory lies in no view and was written");
+        }
+    }
+}
+
 /// Keys or values in int8, with memory of their own.
 pub struct Int8 {
-    units: Memory,
-    offset: usize,
+    units: UnitMemory,
     pub shape: [usize; 4],
-    strides: [i64; 4],
     pub scales: Tensor,
 }
 
@@ -55,16 +109,7 @@ pub const CANARY: u8 = 0x80;
 impl Int8 {
     /// Every unit is a canary, every scale the element that `scales` has.
     pub fn new(shape: [usize; 4], strides: [i64; 4], place: Place, scales: Tensor) -> Self {
-        let (mut low, mut high) = (0i64, 0i64);
-        for axis in 0..if shape.contains(&0) { 0 } else { 4 } {
-            let reach = (shape[axis] as i64 - 1) * strides[axis];
-            if reach < 0 { low += reach } else { high += reach }
-        }
-        let slack = if place == Place::Heap { 5 } else { 0 };
-        let elements = if shape.contains(&0) { 0 } else { (high - low) as usize + 1 } + 2 * slack;
-        let mut units = Memory::new(elements, place);
-        units.bytes_mut().fill(CANARY);
-        Self { units, offset: (-low) as usize + slack, shape, strides, scales }
+        Self { units: UnitMemory::new(shape, strides, place, CANARY), shape, scales }
     }
 
     /// An empty cache to write to.
@@ -97,18 +142,12 @@ impl Int8 {
         cache
     }
 
-    fn index(&self, at: [usize; 4]) -> usize {
-        let steps: i64 = (0..4).map(|axis| at[axis] as i64 * self.strides[axis]).sum();
-        (self.offset as i64 + steps) as usize
-    }
-
     pub fn unit(&self, at: [usize; 4]) -> i8 {
-        self.units.bytes()[self.index(at)] as i8
+        self.units.get(at) as i8
     }
 
     pub fn set_unit(&mut self, at: [usize; 4], unit: i8) {
-        let at = self.index(at);
-        self.units.bytes_mut()[at] = unit as u8;
+        self.units.set(at, unit as u8);
     }
 
     /// A unit times its scale.
@@ -124,26 +163,23 @@ impl Int8 {
     pub fn view(&self) -> CacheView<'_> {
         // SAFETY: plain bytes.
         let units = unsafe { std::slice::from_raw_parts(self.units.bytes().as_ptr().cast(), self.units.bytes().len()) };
-        CacheView::int8_strided(units, self.offset, self.shape, self.strides, self.scales.view())
+        CacheView::int8_strided(units, self.units.offset, self.shape, self.units.strides, self.scales.view())
             .expect("a view of a cache's own memory")
     }
 
     pub fn view_mut(&mut self) -> CacheViewMut<'_> {
+        let (offset, strides) = (self.units.offset, self.units.strides);
         let bytes = self.units.bytes_mut();
         // SAFETY: plain bytes, borrowed exclusively.
         let units = unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), bytes.len()) };
-        CacheViewMut::int8_strided(units, self.offset, self.shape, self.strides, self.scales.view_mut())
+        CacheViewMut::int8_strided(units, offset, self.shape, strides, self.scales.view_mut())
             .expect("a view of a cache's own memory")
     }
 
     /// Panics if memory between units or between scales has changed.
     #[track_caller]
     pub fn assert_gaps(&self) {
-        let mut gap = vec![true; self.units.bytes().len()];
-        indices(self.shape).for_each(|at| gap[self.index(at)] = false);
-        for (at, _) in gap.iter().enumerate().filter(|(_, gap)| **gap) {
-            assert_eq!(self.units.bytes()[at], CANARY, "unit {at} of the memory lies in no view and was written");
-        }
+        self.units.assert_gaps();
         self.scales.assert_gaps();
     }
 
