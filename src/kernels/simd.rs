@@ -33,6 +33,9 @@ pub(crate) trait Simd: Copy {
     const DIRECT_DIM: usize = usize::MAX;
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
     const DEINTERLEAVED_BF16: bool;
+    /// Whether the loops over a cache are compiled for one and for four query rows only, in narrow tiles of registers. Two and three
+    /// rows then convert a key or value as many times.
+    const FEW_LOOPS: bool = false;
 
     /// The `i`-th lane in the order that turns [`Self::sum_lanes`]'s tree into a depth-first walk: for all i, lanes
     /// `lane_order(2i)` and `lane_order(2i + 1)` are added first, then neighbouring pairs of those, and so on.

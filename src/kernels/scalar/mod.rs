@@ -35,18 +35,32 @@ fn map(a: V, f: impl Fn(f32) -> f32) -> V {
     [f(a[0]), f(a[1]), f(a[2]), f(a[3])]
 }
 
-#[inline(always)]
+// Conversions take dozens of instructions without those of a CPU: they are calls, or this level would be half of the library.
+
+/// # Safety
+/// Four elements are readable.
+#[inline(never)]
 unsafe fn load<T: Element>(p: *const T) -> V {
-    // SAFETY: the caller vouches for four elements.
+    // SAFETY: the caller's.
     unsafe { [(*p).to_f32(), (*p.add(1)).to_f32(), (*p.add(2)).to_f32(), (*p.add(3)).to_f32()] }
 }
 
-#[inline(always)]
+/// # Safety
+/// `n` elements are writable.
+#[inline(never)]
 unsafe fn store<T: Element>(p: *mut T, v: V, n: usize) {
     for (i, &x) in v.iter().enumerate().take(n) {
-        // SAFETY: the caller vouches for n elements.
+        // SAFETY: the caller's.
         unsafe { *p.add(i) = T::from_f32(x) };
     }
+}
+
+/// # Safety
+/// Four bytes are readable.
+#[inline(never)]
+unsafe fn load_bytes<T: Copy>(p: *const T, to_f32: impl Fn(T) -> f32) -> V {
+    // SAFETY: the caller's.
+    std::array::from_fn(|i| to_f32(unsafe { *p.add(i) }))
 }
 
 impl Simd for Scalar {
@@ -55,6 +69,7 @@ impl Simd for Scalar {
     const TILE_VECTORS: usize = 2;
     const PARALLEL_DOTS: usize = 8;
     const DEINTERLEAVED_BF16: bool = false;
+    const FEW_LOOPS: bool = true;
 
     level_features!(Scalar, outline! {});
 
@@ -179,8 +194,8 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn load_f32(self, p: *const f32) -> V {
-        // SAFETY: the caller's.
-        unsafe { load(p) }
+        // SAFETY: the caller's; an array has the alignment of its elements.
+        unsafe { *p.cast() }
     }
     #[inline(always)]
     unsafe fn load_f16(self, p: *const f16) -> V {
@@ -206,7 +221,7 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn load_part_f32(self, p: *const f32, n: usize) -> V {
         // SAFETY: the caller's.
-        unsafe { load(copy_part(p, n).as_ptr()) }
+        unsafe { self.load_f32(copy_part(p, n).as_ptr()) }
     }
     #[inline(always)]
     unsafe fn load_i8(self, p: *const i8) -> V {
@@ -215,13 +230,13 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn load_e4m3(self, p: *const E4m3) -> V {
-        // SAFETY: four bytes are readable.
-        std::array::from_fn(|i| unsafe { *p.add(i) }.to_f32())
+        // SAFETY: the caller's.
+        unsafe { load_bytes(p, E4m3::to_f32) }
     }
     #[inline(always)]
     unsafe fn load_e5m2(self, p: *const E5m2) -> V {
-        // SAFETY: four bytes are readable.
-        std::array::from_fn(|i| unsafe { *p.add(i) }.to_f32())
+        // SAFETY: the caller's.
+        unsafe { load_bytes(p, E5m2::to_f32) }
     }
     #[inline(always)]
     unsafe fn store_low_bytes(self, p: *mut u8, v: V) {
@@ -239,8 +254,8 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: V) {
-        // SAFETY: the caller's.
-        unsafe { store(p, v, 4) }
+        // SAFETY: the caller's; an array has the alignment of its elements.
+        unsafe { *p.cast() = v }
     }
     #[inline(always)]
     unsafe fn store_f16(self, p: *mut f16, v: V) {

@@ -31,6 +31,15 @@ impl DirectScores<'_> {
         for head in 0..self.block.tile.kv_heads {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             unsafe {
+                if const { S::FEW_LOOPS } {
+                    for row in (0..rows / 4 * 4).step_by(4) {
+                        self.dots::<S, T, 4, 2>(s, head, row);
+                    }
+                    for row in rows / 4 * 4..rows {
+                        self.dots::<S, T, 1, 2>(s, head, row);
+                    }
+                    continue;
+                }
                 match (rows, S::PARALLEL_DOTS) {
                     // Sixteen keys would fill the tree over lanes, but one row is bound by memory, where fewer streams are faster.
                     (1, _) => self.dots::<S, T, 1, 8>(s, head, 0),

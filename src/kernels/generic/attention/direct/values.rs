@@ -28,7 +28,8 @@ impl DirectValues<'_> {
         let Block { tile, scratch, dv, .. } = *self.block;
         let wide = S::PARALLEL_DOTS == 16;
         for head in self.heads.clone() {
-            for row in (0..tile.head_rows).step_by(4) {
+            let mut row = 0;
+            while row < tile.head_rows {
                 let first = head * tile.head_rows + row;
                 let piece = WeightedValues {
                     weights: scratch.s.wrapping_add(first * BLOCK + self.keys.low),
@@ -38,9 +39,20 @@ impl DirectValues<'_> {
                     keys: self.keys.len(),
                     ahead: if row == 0 { self.ahead } else { Ahead::NONE },
                 };
+                let left = tile.head_rows - row;
                 // SAFETY: the caller's; the rows are inside the tile.
                 unsafe {
-                    match (tile.head_rows - row, wide) {
+                    if const { S::FEW_LOOPS } {
+                        if left < 4 {
+                            piece.columns::<S, 1, 2>(s, dv);
+                            row += 1;
+                        } else {
+                            piece.columns::<S, 4, 2>(s, dv);
+                            row += 4;
+                        }
+                        continue;
+                    }
+                    match (left, wide) {
                         (1, _) => piece.columns::<S, 1, 8>(s, dv),
                         (2, true) => piece.columns::<S, 2, 8>(s, dv),
                         (2, false) => piece.columns::<S, 2, 4>(s, dv),
@@ -50,6 +62,7 @@ impl DirectValues<'_> {
                         (_, false) => piece.columns::<S, 4, 2>(s, dv),
                     }
                 }
+                row += 4;
             }
         }
     }
