@@ -5,7 +5,7 @@ use crate::common::fp8::Quantised;
 use crate::common::int8::{CANARY, Int8, quantise, scale_shape};
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
-use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
+use crate::common::{Layout, Place, Rng, Tensor, scale, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::write::{rounded, written};
 use kvlane::{
@@ -397,11 +397,18 @@ fn reads(level: &Level) {
 /// Attention over keys of one format and values of another has, in both halves, the bits of what is read from the cache in f32.
 fn every_pair_of_formats(level: &Level) {
     let mut rng = Rng::new(305);
+    // Where few cases run, a format of keys meets one of values, another one for the next shape.
+    let step = if scale() < 0.05 { CacheFormat::ALL.len() + 1 } else { 1 };
+    let mut pairs = 0;
     for (tokens, group, keys) in thin(vec![(1, 1, 70), (1, 4, 200), (5, 2, 130), (40, 3, 200)]) {
         for (dim, v_dim) in thin(vec![(1, 7), (16, 16), (33, 40), (64, 64), (128, 128), (80, 65)]) {
             let shape = Shape { batch: 2, tokens, kv_heads: 2, group, keys, dim, v_dim };
             for k_format in CacheFormat::ALL {
                 for v_format in CacheFormat::ALL {
+                    pairs += 1;
+                    if pairs % step != 0 {
+                        continue;
+                    }
                     let mut case = Case::new(&mut rng, shape, DType::F32);
                     case.options.causal = true;
                     case.options.lengths = Some(vec![keys as i32, keys as i32 - 30]);
