@@ -76,6 +76,17 @@ impl Context {
                 }
             }
         }
+        // What has no kernel of integer products is served as by default.
+        let integer = &mut tables[Precision::Integer as usize];
+        for slot in integer.as_flattened_mut().as_flattened_mut() {
+            *slot = slot.filter(|entry| entry.info.precision == Some(Precision::Integer));
+        }
+        let [default, _, integer] = &mut tables;
+        for (slot, other) in
+            integer.as_flattened_mut().as_flattened_mut().iter_mut().zip(default.as_flattened().as_flattened())
+        {
+            *slot = slot.or(*other);
+        }
         let mut full: [Option<&'static Entry>; FORMATS] = [None; FORMATS];
         for entry in registry::entries() {
             let info = &entry.info;
@@ -176,6 +187,13 @@ impl Context {
             Some(entry) => entry,
             None => unreachable!("every full level has attention over {format}"),
         });
+        if keys.info.precision == Some(Precision::Integer) && k != v {
+            // Kernels of integer products say how keys are read; values are read as at the full level.
+            return [Some(keys), self.full[v.index()]].map(|entry| match entry {
+                Some(entry) => entry,
+                None => unreachable!("every full level has attention over {v}"),
+            });
+        }
         if k == v || !keys.info.isa.is_partial() && keys.info.isa == values.info.isa {
             return [keys, values];
         }
@@ -319,7 +337,8 @@ mod tests {
         for level in Isa::ALL.into_iter().filter(|l| l.is_available()) {
             let context = Context::with_max_isa(level).unwrap();
             for kv in DType::ALL {
-                let [fast, high] = Precision::ALL.map(|p| context.kernel_for(Op::Attention, kv, kv, p).unwrap());
+                let [fast, high] = [Precision::Default, Precision::High]
+                    .map(|p| context.kernel_for(Op::Attention, kv, kv, p).unwrap());
                 assert!(high.max_error <= 1e-5 && fast.max_error >= high.max_error, "{kv} {level}");
                 assert!(high.precision != Some(Precision::Default) && fast.precision != Some(Precision::High));
             }

@@ -34,12 +34,23 @@ pub enum Isa {
     /// have the instructions too, at half the rate of the arithmetic that they would replace, so that the level serves there only
     /// if it is named.
     Avx512Bf16 = 7,
+    /// x86-64 with the features of [`Avx512`](Self::Avx512) and AVX512-VNNI. A partial level with a kernel for attention over int8
+    /// keys at [`Precision::Integer`](crate::Precision::Integer) only; the other kernels are those of AVX-512.
+    Avx512Vnni = 8,
 }
 
 impl Isa {
     /// Every level, of every architecture.
-    pub const ALL: [Self; 7] =
-        [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx, Self::Neon, Self::NeonBf16];
+    pub const ALL: [Self; 8] = [
+        Self::Scalar,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Vnni,
+        Self::Avx512Bf16,
+        Self::Amx,
+        Self::Neon,
+        Self::NeonBf16,
+    ];
 
     /// The order of preference: of the available levels, the one with the highest priority serves. It is not the
     /// number of features, because a level with more features can be slower: on some CPUs, products of bf16 have less than the rate
@@ -51,6 +62,7 @@ impl Isa {
             Self::Avx2 | Self::Neon => 10,
             Self::Avx512Bf16 if cpu::vendor() != "AuthenticAMD" => 15,
             Self::Avx512 | Self::NeonBf16 => 20,
+            Self::Avx512Vnni => 22,
             Self::Avx512Bf16 => 25,
             Self::Amx => 30,
         }
@@ -66,12 +78,13 @@ impl Isa {
         self.features().iter().all(|feature| ceiling.features().contains(feature))
     }
 
-    /// `"scalar"`, `"avx2"`, `"avx512"`, `"avx512bf16"`, `"amx"`, `"neon"` or `"neonbf16"`.
+    /// `"scalar"`, `"avx2"`, `"avx512"`, `"avx512vnni"`, `"avx512bf16"`, `"amx"`, `"neon"` or `"neonbf16"`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512vnni",
             Self::Avx512Bf16 => "avx512bf16",
             Self::Amx => "amx",
             Self::Neon => "neon",
@@ -95,8 +108,9 @@ impl Isa {
             Self::Scalar => level_features!(Scalar, feature_names! {}),
             Self::Avx2 => level_features!(Avx2, feature_names! {}),
             Self::Avx512 => level_features!(Avx512, feature_names! {}),
+            Self::Avx512Vnni => level_features!(Avx512Vnni, feature_names! {}),
             Self::Avx512Bf16 => level_features!(Avx512Bf16, feature_names! {}),
-            Self::Amx => level_features!(Avx512, feature_names! { "amx-tile" "amx-bf16" }),
+            Self::Amx => level_features!(Avx512Vnni, feature_names! { "amx-tile" "amx-bf16" }),
             Self::Neon => level_features!(Neon, feature_names! {}),
             Self::NeonBf16 => level_features!(NeonBf16, feature_names! {}),
         }
@@ -104,14 +118,14 @@ impl Isa {
 
     /// Whether the level has kernels for some operations and types only. Other levels serve the rest.
     pub const fn is_partial(self) -> bool {
-        matches!(self, Self::Avx512Bf16 | Self::Amx | Self::NeonBf16)
+        matches!(self, Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx | Self::NeonBf16)
     }
 
     /// Whether kernels of this level are part of this build, which depends on the architecture only.
     pub const fn is_built(self) -> bool {
         match self {
             Self::Scalar => true,
-            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => cfg!(target_arch = "x86_64"),
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => cfg!(target_arch = "x86_64"),
             Self::Neon | Self::NeonBf16 => cfg!(all(target_arch = "aarch64", target_endian = "little")),
         }
     }
@@ -125,6 +139,8 @@ impl Isa {
             Self::Avx2 => level_features!(Avx2, detected! {}),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => level_features!(Avx512, detected! {}),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => level_features!(Avx512Vnni, detected! {}),
             #[cfg(all(target_arch = "x86_64", not(kvlane_emulate_avx512bf16)))]
             Self::Avx512Bf16 => level_features!(Avx512Bf16, detected! {}),
             #[cfg(all(target_arch = "x86_64", kvlane_emulate_avx512bf16))]

@@ -29,6 +29,9 @@ pub const KVL_ISA_NEON_BF16: i32 = 6;
 /// alone and uses those of `KVL_ISA_AVX512` for everything else. It is preferred to that level on CPUs of AMD; on others it serves
 /// where it is asked for.
 pub const KVL_ISA_AVX512_BF16: i32 = 7;
+/// x86-64 with the features of `KVL_ISA_AVX512`, and AVX512-VNNI. Attention over int8 keys at `KVL_PRECISION_INTEGER` only; the other
+/// kernels are those of `KVL_ISA_AVX512`.
+pub const KVL_ISA_AVX512_VNNI: i32 = 8;
 
 /// The name of a level, such as "avx2"; a constant. The name of `KVL_ISA_BEST` is "best".
 ///
@@ -45,6 +48,7 @@ pub extern "C" fn kvl_isa_name(isa: kvl_isa) -> *const c_char {
         KVL_ISA_AMX => c"amx",
         KVL_ISA_NEON_BF16 => c"neonbf16",
         KVL_ISA_AVX512_BF16 => c"avx512bf16",
+        KVL_ISA_AVX512_VNNI => c"avx512vnni",
         _ => c"unknown",
     };
     text.as_ptr()
@@ -71,8 +75,8 @@ const _: () = {
     assert!(KVL_ISA_SCALAR == Isa::Scalar as i32 && KVL_ISA_AVX2 == Isa::Avx2 as i32);
     assert!(KVL_ISA_AVX512 == Isa::Avx512 as i32 && KVL_ISA_NEON == Isa::Neon as i32);
     assert!(KVL_ISA_AMX == Isa::Amx as i32 && KVL_ISA_NEON_BF16 == Isa::NeonBf16 as i32);
-    assert!(KVL_ISA_AVX512_BF16 == Isa::Avx512Bf16 as i32);
-    assert!(Isa::ALL.len() == 7);
+    assert!(KVL_ISA_AVX512_BF16 == Isa::Avx512Bf16 as i32 && KVL_ISA_AVX512_VNNI == Isa::Avx512Vnni as i32);
+    assert!(Isa::ALL.len() == 8);
 };
 
 #[cfg(test)]

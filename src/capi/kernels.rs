@@ -37,6 +37,10 @@ pub type kvl_precision = i32;
 pub const KVL_PRECISION_DEFAULT: i32 = 0;
 /// What f32 arithmetic gives: queries are taken whole, and weights have at least 16 significant bits.
 pub const KVL_PRECISION_HIGH: i32 = 1;
+/// Over int8 keys, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels that have
+/// kernels for it (`KVL_ISA_AVX512_VNNI` and those that have its features): of a logit's error, at most half of a row's scale times the
+/// sum of the magnitudes of the key's elements is due to it. Where there is no such kernel, this is `KVL_PRECISION_DEFAULT`.
+pub const KVL_PRECISION_INTEGER: i32 = 2;
 
 /// A kernel of the library. Start from `KVL_KERNEL_INFO_INIT`.
 #[derive(Clone, Copy)]
@@ -121,7 +125,7 @@ const _: () = {
     assert!(KVL_OP_ATTENTION == Op::Attention as i32 && KVL_OP_MERGE_STATES == Op::MergeStates as i32);
     assert!(KVL_OP_RMS_NORM == Op::RmsNorm as i32 && KVL_OP_KV_READ == Op::KvRead as i32 && Op::ALL.len() == 8);
     assert!(KVL_PRECISION_DEFAULT == Precision::Default as i32 && KVL_PRECISION_HIGH == Precision::High as i32);
-    assert!(Precision::ALL.len() == 2);
+    assert!(KVL_PRECISION_INTEGER == Precision::Integer as i32 && Precision::ALL.len() == 3);
 };
 
 #[cfg(test)]

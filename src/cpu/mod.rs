@@ -16,8 +16,12 @@ macro_rules! level_features {
     (Avx512, $then:ident! { $($rest:tt)* }) => {
         $then! { ["avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512cd" "avx512dq" "avx512vl"] $($rest)* }
     };
+    (Avx512Vnni, $then:ident! { $($rest:tt)* }) => {
+        $then! { ["avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512cd" "avx512dq" "avx512vl" "avx512vnni"] $($rest)* }
+    };
+    // Every CPU with AVX512-BF16 has VNNI.
     (Avx512Bf16, $then:ident! { $($rest:tt)* }) => {
-        $then! { ["avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512cd" "avx512dq" "avx512vl" "avx512bf16"] $($rest)* }
+        $then! { ["avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512cd" "avx512dq" "avx512vl" "avx512vnni" "avx512bf16"] $($rest)* }
     };
     (Neon, $then:ident! { $($rest:tt)* }) => { $then! { ["neon"] $($rest)* } };
     (NeonBf16, $then:ident! { $($rest:tt)* }) => { $then! { ["neon" "bf16"] $($rest)* } };

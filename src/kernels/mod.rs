@@ -11,6 +11,7 @@
 //! | [`scalar`], `avx2`, `avx512`, `neon` | the trait for one level |
 //! | `loops`, `products` | what the bench measures as the limits of the machine |
 //! | `amx` | a partial level: attention over bf16, by tile products |
+//! | `avx512vnni` | a partial level: attention over int8 keys, by products of integers |
 //! | `avx512bf16` | a partial level: attention over bf16, by products of pairs |
 //! | `neonbf16` | a partial level: attention over bf16, by products of small matrices |
 //!
@@ -25,6 +26,8 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512bf16;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512vnni;
 pub(crate) mod generic;
 #[cfg(feature = "bench")]
 pub(crate) mod loops;

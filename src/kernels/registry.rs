@@ -4,7 +4,7 @@
 use super::api::{Function, KernelInfo, Op};
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
-use super::{amx, avx2, avx512, avx512bf16};
+use super::{amx, avx2, avx512, avx512bf16, avx512vnni};
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 use super::{neon, neonbf16};
 use crate::format::CacheFormat;
@@ -46,6 +46,8 @@ static LEVELS: &[&[Entry]] = &[
     avx2::ENTRIES,
     #[cfg(target_arch = "x86_64")]
     avx512::ENTRIES,
+    #[cfg(target_arch = "x86_64")]
+    avx512vnni::ENTRIES,
     #[cfg(target_arch = "x86_64")]
     avx512bf16::ENTRIES,
     #[cfg(target_arch = "x86_64")]

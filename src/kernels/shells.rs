@@ -121,6 +121,7 @@ macro_rules! kernel_shells {
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     scores: scores::<T>,
                     pack: pack_keys::<T>,
+                    quantize_rows: None,
                 }
             }
             const fn value_pieces<T: Load>() -> ValuePieces {
@@ -159,7 +160,7 @@ macro_rules! kernel_shells {
                     (Op::RmsNorm, Bf16, Norm(rms_norm::<half::bf16, SaturatingF16>)),
                 ]
             };
-            pub(super) const fn attention<T: Load>() -> AttentionFns {
+            pub(in $crate::kernels) const fn attention<T: Load>() -> AttentionFns {
                 AttentionFns {
                     tile,
                     reduce,

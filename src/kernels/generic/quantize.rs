@@ -44,6 +44,21 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs) {
     }
 }
 
+/// Quantises `n` numbers that lie together, as [`quantize`] does with f32 scales, and returns the scale. The units may be written over
+/// the numbers, from where these begin.
+///
+/// # Safety
+/// The numbers are readable, and `n` units writable.
+#[inline(always)]
+pub(super) unsafe fn row<S: Simd>(s: S, src: *const f32, dst: *mut i8, n: usize) -> f32 {
+    // SAFETY: the caller's; nothing is staged where numbers lie together.
+    unsafe {
+        let scale = peak(s, (src, 1), n, std::ptr::null_mut()).map_or(f32::NAN, scale_f32);
+        units(s, src, dst, scale, n);
+        scale
+    }
+}
+
 /// What is made of a vector's numbers that lie together. No closure: that would be a function of its own, without the level's
 /// features.
 pub(super) trait Converted<A, B> {

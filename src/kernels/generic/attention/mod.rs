@@ -8,6 +8,7 @@
 //! | `pieces` | the functions of a level for keys of a format, and for values of a format |
 //! | `key_pointers` | pointers to the keys of a block, for every layout |
 //! | `row_pairs` | values in pairs of slots, converted to rows |
+//! | `integer` | scores of int8 keys by products of integers |
 //! | `direct` | the direct path: scores and values of few query rows (decode), from the cache |
 //! | `packed` | the packed path: scores and values of many query rows (prefill), from packed copies of a block |
 //! | `weighted` | sums of weighted values, in the cache or in copies |
@@ -49,6 +50,8 @@
 //! query row adds only the keys that it sees, by the same operations.
 
 mod direct;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod integer;
 mod key_pointers;
 mod logits;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]

@@ -13,6 +13,8 @@ pub(crate) struct KeyPieces {
     pub deinterleaved: bool,
     pub scores: unsafe fn(&DirectScores),
     pub pack: unsafe fn(&PackKeys),
+    /// Makes units of the rows of a tile, which [`Self::scores`] then reads. All rows take the direct path.
+    pub quantize_rows: Option<unsafe fn(*mut f32, usize, usize)>,
 }
 
 /// What a level does with values of one format.

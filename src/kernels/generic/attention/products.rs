@@ -53,8 +53,9 @@ const DIRECT_TOKENS: usize = 32;
 
 /// Whether the rows of a tile take the [`packed`] path.
 #[inline(always)]
-fn is_packed<S: Simd>(p: &Problem, tile: &Tile) -> bool {
-    let direct = p.q.shape[3] >= S::DIRECT_DIM && tile.head_rows <= DIRECT_TOKENS * p.group;
+fn is_packed<S: Simd>(pieces: &Pieces, p: &Problem, tile: &Tile) -> bool {
+    let direct = pieces.keys.quantize_rows.is_some()
+        || p.q.shape[3] >= S::DIRECT_DIM && tile.head_rows <= DIRECT_TOKENS * p.group;
     tile.head_rows >= PACK_ROWS && !direct
 }
 
@@ -64,7 +65,10 @@ pub(crate) struct VectorProducts<'a>(pub &'a Pieces);
 impl<S: Simd> Products<S> for VectorProducts<'_> {
     #[inline(always)]
     unsafe fn pack_queries(&self, s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
-        if S::PACKED_QUERIES && is_packed::<S>(p, tile) {
+        if let Some(quantize_rows) = self.0.keys.quantize_rows {
+            // SAFETY: the caller's.
+            unsafe { quantize_rows(scratch.q, tile.rows(), p.q.shape[3]) };
+        } else if S::PACKED_QUERIES && is_packed::<S>(self.0, p, tile) {
             let (q, copy) = (scratch.q, scratch.kt);
             // SAFETY: the caller's; no block is packed yet, and the memory of a block of keys is more than that of a register tile.
             unsafe { s.outline(packed::PackQueries { q, rows: tile.rows(), d: p.q.shape[3], copy }) };
@@ -82,7 +86,7 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
     ) {
         // SAFETY: the caller's.
         unsafe {
-            if is_packed::<S>(block.p, block.tile) {
+            if is_packed::<S>(self.0, block.p, block.tile) {
                 packed::block(s, self.0, block, rows, k, v.rows());
             } else {
                 direct::block(s, self.0, block, rows, k, v.rows());

@@ -1,0 +1,191 @@
+//! Scores of int8 keys by products of integers ([`Precision::Integer`](crate::Precision::Integer)).
+//!
+//! A query row is quantised as a token and head of an int8 cache with f32 scales is: its largest magnitude divided by 127 is the scale,
+//! units are rounded to nearest, ties to even. A score is the sum of products of units, which is exact in 32 bits and so does not depend
+//! on an order, times the scale of the query, and after it, as at the other precisions, times that of the key. Everything after the
+//! scores is f32, as in the full level below.
+//!
+//! A query with NaN or infinity has a scale of NaN, and gives NaN.
+//!
+//! # What bounds it
+//! A vector of 64 keys' elements takes a load, an exclusive or, and for each row a product that reads its units from memory: at head
+//! size 128 four rows over four keys take 32 products, where f32 takes 128 FMAs and 64 instructions that widen. The sum over lanes is a
+//! tree of 15 additions and 28 shuffles for 16 scores, half of the work. One row is bound by memory.
+
+use super::{Block, DirectScores};
+use crate::kernels::generic::quantize;
+use crate::kernels::simd::Simd;
+use crate::problem::grid::{BLOCK, KeyRange, padded};
+use half::f16;
+
+/// Products of signed bytes, added up in 32 bits. A value proves that the CPU has the level's features.
+pub(crate) trait ByteProducts: Copy {
+    /// The level for everything else.
+    type Level: Simd;
+    /// A vector of units.
+    type Units: Copy;
+    /// A vector of sums.
+    type Sums: Copy;
+    /// Units per vector, at most 64.
+    const UNITS: usize;
+    /// What is added to each unit of a key, for instructions that multiply a signed byte by an unsigned one.
+    const KEY_OFFSET: i32;
+
+    fn level(self) -> Self::Level;
+    fn zero(self) -> Self::Sums;
+    /// Units of a key, with the offset.
+    ///
+    /// # Safety
+    /// [`Self::UNITS`] bytes are readable.
+    unsafe fn keys(self, p: *const i8) -> Self::Units;
+    /// The first `n < UNITS` units of a key, with the offset; the others may be any.
+    ///
+    /// # Safety
+    /// `n` bytes are readable.
+    unsafe fn keys_part(self, p: *const i8, n: usize) -> Self::Units;
+    /// # Safety
+    /// [`Self::UNITS`] bytes are readable.
+    unsafe fn queries(self, p: *const i8) -> Self::Units;
+    /// The first `n < UNITS` units of a query, and zeros.
+    ///
+    /// # Safety
+    /// `n` bytes are readable.
+    unsafe fn queries_part(self, p: *const i8, n: usize) -> Self::Units;
+    /// Adds the products of units, each to one of the sums.
+    fn add(self, sums: Self::Sums, keys: Self::Units, queries: Self::Units) -> Self::Sums;
+    /// The sums over lanes.
+    fn totals(self, sums: &[Self::Sums; SCORES]) -> [i32; SCORES];
+}
+
+/// Scores that are computed together.
+pub(crate) const SCORES: usize = 16;
+
+/// The rows of a tile, which become units.
+#[derive(Clone, Copy)]
+pub(crate) struct IntegerQueries {
+    /// Rows of `padded(d)` floats. Afterwards a row begins with `d` units; its scale in f32 and the sum of its units in 32 bits are
+    /// at [`Row`].
+    pub q: *mut f32,
+    pub rows: usize,
+    pub d: usize,
+}
+
+/// A row of units.
+#[derive(Clone, Copy)]
+struct Row {
+    units: *mut i8,
+    scale: *mut f32,
+    sum: *mut i32,
+}
+
+impl Row {
+    /// Row `r` of `q`. A row has at least 64 bytes, of which units take a fourth.
+    #[inline(always)]
+    fn of(q: *mut f32, r: usize, d: usize) -> Self {
+        let units = q.wrapping_add(r * padded(d)).cast::<i8>();
+        let scale = units.wrapping_add(padded(d)).cast::<f32>();
+        Self { units, scale, sum: scale.wrapping_add(1).cast() }
+    }
+}
+
+impl IntegerQueries {
+    /// # Safety
+    /// The rows are readable and writable.
+    #[inline(always)]
+    pub unsafe fn run<S: Simd>(self, s: S) {
+        let Self { q, rows, d } = self;
+        for r in 0..rows {
+            let row = Row::of(q, r, d);
+            // SAFETY: the caller's. Units are written in order, each behind what has been read; scale and sum lie behind the units.
+            unsafe {
+                let scale = quantize::row(s, q.wrapping_add(r * padded(d)), row.units, d);
+                *row.sum = (0..d).map(|i| i32::from(*row.units.add(i))).sum();
+                *row.scale = scale;
+            }
+        }
+    }
+}
+
+/// Scores of all rows with the keys of a subblock.
+///
+/// # Safety
+/// As [`DirectScores::run`]; keys are int8, and the rows are those that [`IntegerQueries`] has written.
+#[inline(always)]
+pub(crate) unsafe fn scores<P: ByteProducts>(p: P, args: &DirectScores) {
+    let rows = args.block.tile.head_rows;
+    for head in 0..args.block.tile.kv_heads {
+        let mut row = 0;
+        while row < rows {
+            // SAFETY: the caller's; the rows of the head are inside the tile.
+            row += unsafe {
+                match rows - row {
+                    1 => dots::<P, 1, 16>(p, args, head, row),
+                    2 | 3 => dots::<P, 2, 8>(p, args, head, row),
+                    _ => dots::<P, 4, 4>(p, args, head, row),
+                }
+            };
+        }
+    }
+}
+
+/// `R` rows of a head, from `row` on, times the keys of the subblock, `C` keys at a time. Scores of whole groups of `C` keys are
+/// written; those outside the subblock are undefined. Returns `R`.
+///
+/// # Safety
+/// As [`scores`]; the rows are inside the tile.
+#[inline(always)]
+unsafe fn dots<P: ByteProducts, const R: usize, const C: usize>(
+    p: P,
+    args: &DirectScores,
+    head: usize,
+    row: usize,
+) -> usize {
+    const { assert!(R * C == SCORES) };
+    let Block { tile, scratch, d, .. } = *args.block;
+    let first = head * tile.head_rows + row;
+    let rows: [Row; R] = std::array::from_fn(|r| Row::of(scratch.q, first + r, d));
+    let out = scratch.s.wrapping_add(first * BLOCK);
+    let KeyRange { low, high } = args.keys;
+    // SAFETY: the caller's; partial loads read what is left of a key and of a row, and the rows of scores have BLOCK floats.
+    unsafe {
+        let scales: [f32; SCORES] = std::array::from_fn(|i| *rows[i / C].scale);
+        let offsets: [i32; SCORES] = std::array::from_fn(|i| P::KEY_OFFSET * *rows[i / C].sum);
+        for j in (low / C * C..high).step_by(C) {
+            let inside = j >= low && j + C <= high;
+            let mut sums = [p.zero(); SCORES];
+            for c in 0..C {
+                let key = if inside { j + c } else { (j + c).clamp(low, high - 1) };
+                let key = args.k.key(head, key).cast::<i8>();
+                let mut i = 0;
+                while i + P::UNITS <= d {
+                    if row == 0 {
+                        // As many bytes as a pair of vectors of f16 has.
+                        args.ahead.pair(p.level(), key.add(i).cast::<f16>());
+                    }
+                    let units = p.keys(key.add(i));
+                    for r in 0..R {
+                        sums[r * C + c] = p.add(sums[r * C + c], units, p.queries(rows[r].units.add(i)));
+                    }
+                    i += P::UNITS;
+                }
+                if i < d {
+                    let units = p.keys_part(key.add(i), d - i);
+                    for r in 0..R {
+                        let query = p.queries_part(rows[r].units.add(i), d - i);
+                        sums[r * C + c] = p.add(sums[r * C + c], units, query);
+                    }
+                }
+            }
+            let totals = p.totals(&sums);
+            let mut scores = [0.0f32; SCORES];
+            for i in 0..SCORES {
+                // At most 1024 * 127^2, which an f32 holds exactly.
+                scores[i] = (totals[i] - offsets[i]) as f32 * scales[i];
+            }
+            for r in 0..R {
+                std::ptr::copy_nonoverlapping(scores.as_ptr().add(r * C), out.add(r * BLOCK + j), C);
+            }
+        }
+    }
+    R
+}
