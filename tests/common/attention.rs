@@ -1,5 +1,6 @@
 //! One attention call with owned tensors and options, so that it can be repeated in other ways.
 
+use super::int8::quantise;
 use super::memory::Memory;
 use super::oracle;
 use super::rng::Rng;
@@ -66,6 +67,17 @@ fn read(tensor: &Tensor, format: Option<CacheFormat>) -> Array {
     let Some(format) = format else { return tensor.array() };
     let cache = tensor.quantised(format);
     Array { shape: tensor.shape, data: indices(tensor.shape).map(|at| cache.get(at)).collect() }
+}
+
+/// The numbers that queries are rounded to where their products with int8 keys are added up as integers.
+fn integer_queries(q: &Tensor) -> Array {
+    let [batch, tokens, heads, dim] = q.shape;
+    let rows = indices([batch, tokens, heads, 1]).flat_map(|[b, t, h, _]| {
+        let row: Vec<f32> = (0..dim).map(|d| q.get([b, t, h, d])).collect();
+        let (units, scale) = quantise(&row, DType::F32);
+        units.into_iter().map(move |unit| f64::from(unit) * f64::from(scale))
+    });
+    Array { shape: q.shape, data: rows.collect() }
 }
 
 /// Runs a test in a setting.
@@ -492,7 +504,9 @@ impl Case {
             sink_logits: options.sink_logits.as_deref(),
         };
         let [keys, values] = quantised();
-        attention.run(&self.q.array(), &read(&self.k, keys), &read(&self.v, values))
+        let integer = precision() == Precision::Integer && keys == Some(CacheFormat::Int8);
+        let queries = if integer { integer_queries(&self.q) } else { self.q.array() };
+        attention.run(&queries, &read(&self.k, keys), &read(&self.v, values))
     }
 
     /// Checks a result against the kernel's bound.

@@ -95,7 +95,8 @@ impl Level {
 
     /// The calls that the level has its own kernels for.
     fn setting(&self) -> Setting {
-        let has = |&kv: &DType| self.kernel(Op::Attention, kv, kv).isa == self.isa;
+        let has =
+            |&kv: &DType| self.precision == Precision::Integer || self.kernel(Op::Attention, kv, kv).isa == self.isa;
         let mut kv_types: Vec<_> = DType::ALL.into_iter().filter(has).collect();
         if self.quantised.iter().all(Option::is_some) {
             kv_types = vec![DType::F32];
@@ -147,8 +148,15 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
         } else {
             let context = Context::with_max_isa(isa).expect("a context of an available level");
             if context.isa() == isa {
-                let apart = kvlane::kernels().any(|k| k.isa == isa && k.precision == Some(Precision::High));
-                for precision in Precision::ALL.into_iter().take(if apart { 2 } else { 1 }) {
+                let has = |precision| kvlane::kernels().any(|k| k.isa == isa && k.precision == Some(precision));
+                if has(Precision::Integer) {
+                    for quantised in [[Some(CacheFormat::Int8); 2], [Some(CacheFormat::Int8), None]] {
+                        run.push(Level { isa, precision: Precision::Integer, quantised, context: context.clone() });
+                    }
+                    continue;
+                }
+                let apart = has(Precision::High);
+                for precision in [Precision::Default, Precision::High].into_iter().take(if apart { 2 } else { 1 }) {
                     run.push(Level { isa, precision, quantised: [None; 2], context: context.clone() });
                 }
                 // Partial levels have no kernels for quantised caches. Where few cases run, for want of time, both are quantised
@@ -275,12 +283,14 @@ pub fn run(modules: &[&[Test]]) -> ExitCode {
 
     println!();
     let counts = COUNTS.lock().unwrap();
-    for level in levels.iter().filter(|level| level.precision == Precision::Default && level.quantised == [None; 2]) {
-        let kernels: Vec<_> = kvlane::kernels().filter(|k| k.isa == level.isa).collect();
+    let mut isas: Vec<_> = levels.iter().map(|level| level.isa).collect();
+    isas.dedup();
+    for isa in isas {
+        let kernels: Vec<_> = kvlane::kernels().filter(|k| k.isa == isa).collect();
         let reached = kernels.iter().filter(|k| counts.contains_key(k.name)).count();
         let checks: usize = kernels.iter().filter_map(|k| counts.get(k.name)).sum();
-        println!("level {}: {checks} kernel checks, {reached} of {} kernels", level.isa, kernels.len());
-        if !incomplete.contains(level.isa.name()) {
+        println!("level {}: {checks} kernel checks, {reached} of {} kernels", isa, kernels.len());
+        if !incomplete.contains(isa.name()) {
             for kernel in kernels.iter().filter(|k| !counts.contains_key(k.name)) {
                 println!("kernel {} was not reached by any test", kernel.name);
                 failed.push(format!("registry_coverage: {}", kernel.name));
