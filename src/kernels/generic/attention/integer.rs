@@ -152,30 +152,37 @@ unsafe fn dots<P: ByteProducts, const R: usize, const C: usize>(
         let offsets: [i32; SCORES] = std::array::from_fn(|i| P::KEY_OFFSET * *rows[i / C].sum);
         for j in (low / C * C..high).step_by(C) {
             let inside = j >= low && j + C <= high;
-            let mut sums = [p.zero(); SCORES];
-            for c in 0..C {
-                let key = if inside { j + c } else { (j + c).clamp(low, high - 1) };
-                let key = args.k.key(head, key).cast::<i8>();
-                let mut i = 0;
-                while i + P::UNITS <= d {
+            let mut keys = [std::ptr::null(); C];
+            for (c, key) in keys.iter_mut().enumerate() {
+                let j = if inside { j + c } else { (j + c).clamp(low, high - 1) };
+                *key = args.k.key(head, j).cast::<i8>();
+            }
+            // Keys in the inner loop, which is unrolled, so that sums stay in registers.
+            let mut sums = [[p.zero(); C]; R];
+            let mut i = 0;
+            while i + P::UNITS <= d {
+                for c in 0..C {
+                    let key = keys[c].add(i);
                     if row == 0 {
                         // As many bytes as a pair of vectors of f16 has.
-                        args.ahead.pair(p.level(), key.add(i).cast::<f16>());
+                        args.ahead.pair(p.level(), key.cast::<f16>());
                     }
-                    let units = p.keys(key.add(i));
+                    let units = p.keys(key);
                     for r in 0..R {
-                        sums[r * C + c] = p.add(sums[r * C + c], units, p.queries(rows[r].units.add(i)));
+                        sums[r][c] = p.add(sums[r][c], units, p.queries(rows[r].units.add(i)));
                     }
-                    i += P::UNITS;
                 }
-                if i < d {
-                    let units = p.keys_part(key.add(i), d - i);
+                i += P::UNITS;
+            }
+            if i < d {
+                for c in 0..C {
+                    let units = p.keys_part(keys[c].add(i), d - i);
                     for r in 0..R {
-                        let query = p.queries_part(rows[r].units.add(i), d - i);
-                        sums[r * C + c] = p.add(sums[r * C + c], units, query);
+                        sums[r][c] = p.add(sums[r][c], units, p.queries_part(rows[r].units.add(i), d - i));
                     }
                 }
             }
+            let sums: [P::Sums; SCORES] = std::array::from_fn(|i| sums[i / C][i % C]);
             let totals = p.totals(&sums);
             let mut scores = [0.0f32; SCORES];
             for i in 0..SCORES {
