@@ -239,6 +239,12 @@
 #define KVL_ISA_AVX512_BF16 7
 
 /**
+ * x86-64 with the features of `KVL_ISA_AVX512`, and AVX512-VNNI. Attention over int8 keys at `KVL_PRECISION_INTEGER` only; the other
+ * kernels are those of `KVL_ISA_AVX512`.
+ */
+#define KVL_ISA_AVX512_VNNI 8
+
+/**
  * Cosines and sines of RoPE angles. Types: `KVL_FORMAT_F32` twice.
  */
 #define KVL_OP_ROPE_ANGLES 0
@@ -289,6 +295,13 @@
  * What f32 arithmetic gives: queries are taken whole, and weights have at least 16 significant bits.
  */
 #define KVL_PRECISION_HIGH 1
+
+/**
+ * Over int8 keys, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels that have
+ * kernels for it (`KVL_ISA_AVX512_VNNI` and those that have its features): of a logit's error, at most half of a row's scale times the
+ * sum of the magnitudes of the key's elements is due to it. Where there is no such kernel, this is `KVL_PRECISION_DEFAULT`.
+ */
+#define KVL_PRECISION_INTEGER 2
 
 /**
  * Operations that convert to f16 saturate: a number beyond 65504, the largest finite f16, becomes 65504 with its sign.

@@ -172,7 +172,8 @@ impl Context {
     /// The kernels that serve attention over keys of one format and values of another: the one whose way with keys is used, and
     /// the one whose way with values is. Both are of one level, and the same where the formats are.
     ///
-    /// A level that is [partial](Isa::is_partial) serves a pair of formats as a whole or not at all.
+    /// A level that is [partial](Isa::is_partial) serves a pair of formats as a whole or not at all; except that kernels of
+    /// [`Precision::Integer`] are of the level of their keys, and go with values of the full level below.
     pub fn attention_kernels(
         &self,
         k_format: impl Into<CacheFormat>,

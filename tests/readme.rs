@@ -31,11 +31,16 @@ fn the_table_of_operations_is_the_registry() {
         let expected: Vec<String> = Isa::ALL
             .into_iter()
             .filter(|&level| !level.is_partial() || op == Op::Attention)
-            .map(|level| if level.is_partial() { format!("{level} (bf16)") } else { level.to_string() })
+            .map(|level| match level {
+                Isa::Avx512Vnni => format!("{level} (int8)"),
+                level if level.is_partial() => format!("{level} (bf16)"),
+                level => level.to_string(),
+            })
             .collect();
         assert_eq!(levels, expected, "levels of {}", op.name());
         for kernel in kernels().filter(|k| k.isa.is_partial() && k.op == op) {
-            assert_eq!((kernel.op, kernel.src, kernel.dst), (Op::Attention, CacheFormat::Bf16, CacheFormat::Bf16));
+            let format = if kernel.isa == Isa::Avx512Vnni { CacheFormat::Int8 } else { CacheFormat::Bf16 };
+            assert_eq!((kernel.op, kernel.src, kernel.dst), (Op::Attention, format, format));
         }
         for level in Isa::ALL.into_iter().filter(|l| l.is_built() && !l.is_partial()) {
             let mut promised = Vec::new();

@@ -538,7 +538,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
 
     let (scale, softcap) = (c.value() * 0.3, c.value().abs() * 20.0);
     let (scale, softcap) = (if c.maybe(0.5) { 0.0 } else { scale }, if c.maybe(0.7) { 0.0 } else { softcap });
-    let precision = i32::from(c.maybe(0.3));
+    let precision = c.precision();
     let v_packing = c.code(packed.into());
     let params = kvl_attention_params {
         q: c.const_view(&q),

@@ -195,6 +195,10 @@ impl<'a> Call<'a> {
         self.rng.f32()
     }
 
+    pub fn precision(&mut self) -> i32 {
+        self.rng.pick(&[0, 0, 0, 1, 2])
+    }
+
     pub fn dtype(&mut self) -> i32 {
         self.rng.pick(&[0, 1, 2])
     }

@@ -97,7 +97,7 @@ pub fn merge_chunks(mut c: Call) -> i32 {
         c.allow_error();
     }
     c.writes(&out, |_| true);
-    let precision = i32::from(c.maybe(0.3));
+    let precision = c.precision();
     let (list, num_segments) = list(&mut c, &spans);
     let params = kvl_merge_chunks_params {
         segments: list,
