@@ -2522,6 +2522,37 @@ static inline kvl_const_view kvl_make_const_view(const void *data, kvl_dtype dty
     return view;
 }
 
+/* The write of contiguous new keys and values of `seq` tokens of each of `batch` sequences, k [batch, seq, kv_heads, dim] and
+ * v [batch, seq, kv_heads, v_dim], whose heads and dims are those of the caches. `positions`, [batch], has the position of the
+ * first token of each sequence. Everything else has its default. */
+static inline kvl_kv_write_params kvl_make_kv_write(kvl_view k_cache, kvl_view v_cache, const void *k, const void *v,
+                                                    kvl_dtype dtype, int64_t batch, int64_t seq,
+                                                    const int32_t *positions) {
+    kvl_kv_write_params params = KVL_KV_WRITE_PARAMS_INIT;
+    params.k = kvl_make_const_view(k, dtype, batch, seq, k_cache.shape[2], k_cache.shape[3]);
+    params.v = kvl_make_const_view(v, dtype, batch, seq, v_cache.shape[2], v_cache.shape[3]);
+    params.k_cache = k_cache;
+    params.v_cache = v_cache;
+    params.positions = positions;
+    return params;
+}
+
+/* Causal attention of contiguous queries q [batch, seq, heads, dim] to a contiguous output [batch, seq, heads, v_dim] of the
+ * same type, with the dims of the caches. `lengths`, [batch], counts the tokens in the caches, those of the queries included,
+ * which are the last. A prompt and a step of decode differ in `seq` alone. Everything else has its default. */
+static inline kvl_attention_params kvl_make_causal_attention(kvl_view k_cache, kvl_view v_cache, const void *q, void *out,
+                                                             kvl_dtype dtype, int64_t batch, int64_t seq, int64_t heads,
+                                                             const int32_t *lengths) {
+    kvl_attention_params params = KVL_ATTENTION_PARAMS_INIT;
+    params.q = kvl_make_const_view(q, dtype, batch, seq, heads, k_cache.shape[3]);
+    params.k = kvl_as_const(k_cache);
+    params.v = kvl_as_const(v_cache);
+    params.out = kvl_make_view(out, dtype, batch, seq, heads, v_cache.shape[3]);
+    params.flags = KVL_ATTENTION_FLAG_CAUSAL;
+    params.lengths = lengths;
+    return params;
+}
+
 #endif /* KVL_NO_INLINE_HELPERS */
 
 #endif /* KVLANE_H */
