@@ -377,6 +377,23 @@ fn the_example_runs() {
     assert!(printed.lines().last().is_some_and(|l| l.starts_with(" 7 tokens in the cache")), "{printed}");
 }
 
+/// Each program ends with an error if a result is not what the text beside it says.
+#[test]
+fn the_programs_of_the_book_run() {
+    std::fs::create_dir_all(work_directory().join("book")).expect("the directory for test files can be written");
+    let files = std::fs::read_dir(root().join("ffi-tests/book")).expect("the programs are there");
+    let names: Vec<String> = files
+        .map(|entry| entry.expect("and can be listed").file_name().into_string().expect("names are ASCII"))
+        .filter(|name| name.ends_with(".c") || name.ends_with(".cpp"))
+        .collect();
+    assert!(names.len() >= 17, "{names:?}");
+    for name in names {
+        let language = if name.ends_with(".cpp") { Language::Cpp17 } else { Language::C11 };
+        let source = format!("book/{name}");
+        run(&mut execute(&build_with(&source, &source, language, Linkage::Shared, &["-pthread"])));
+    }
+}
+
 #[test]
 fn the_example_of_the_readme_runs() {
     // With one key, the output is its value.
