@@ -16,6 +16,9 @@
  *   kvl_attention_chunks, kvl_merge_chunks      attention over such parts, with the bits of one machine
  *   kvl_pack_row_pairs, kvl_repeat_kv           copies for special needs
  *
+ * The book of this API has a chapter and programs for every task: in the sources, sh include/book/build.sh writes it to
+ * target/book/html/index.html.
+ *
  * Conventions of all functions:
  * - Tensors are views: a pointer, an element type, and shape and strides over the axes batch, seq, heads, dim, in this
  *   order whatever their order in memory. Strides count elements. kvl_make_view and kvl_make_const_view fill in the strides

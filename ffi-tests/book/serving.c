@@ -46,10 +46,18 @@ static workspace space;
 static float memory[LAYERS][2][PAGES * PAGE_SIZE * KV_HEADS * DIM];
 static float plain[LAYERS][2][REQUESTS * PAGES_PER_REQUEST * PAGE_SIZE * KV_HEADS * DIM];
 static float q[REQUESTS * 16 * HEADS * DIM], k[REQUESTS * 16 * KV_HEADS * DIM], v[REQUESTS * 16 * KV_HEADS * DIM];
-static float out[REQUESTS * 16 * HEADS * DIM], wanted[REQUESTS * 16 * HEADS * DIM];
+static float outputs[LAYERS][REQUESTS * 16 * HEADS * DIM], wanted[REQUESTS * 16 * HEADS * DIM];
 
-/* The same step in contiguous rows, to compare with. */
-static void step_plainly(int layer, int64_t seq, const int32_t *lengths, const int32_t *counts, const int32_t *after) {
+static void draw(int layer, int64_t seq, uint32_t step) {
+    project(q, (size_t)(REQUESTS * seq * HEADS * DIM), 10 * step + (uint32_t)layer);
+    project(k, (size_t)(REQUESTS * seq * KV_HEADS * DIM), 10 * step + (uint32_t)layer + 3);
+    project(v, (size_t)(REQUESTS * seq * KV_HEADS * DIM), 10 * step + (uint32_t)layer + 6);
+}
+
+/* The same step in contiguous rows, whose outputs must be those of the pages. */
+static void compare(int layer, int64_t seq, uint32_t number, const int32_t *lengths, const int32_t *counts, const float *got) {
+    const int32_t after[REQUESTS] = {lengths[0] + counts[0], lengths[1] + counts[1]};
+    draw(layer, seq, number);
     const int64_t capacity = PAGES_PER_REQUEST * PAGE_SIZE;
     kvl_view k_cache = kvl_make_view(plain[layer][0], KVL_DTYPE_F32, REQUESTS, capacity, KV_HEADS, DIM);
     kvl_view v_cache = kvl_make_view(plain[layer][1], KVL_DTYPE_F32, REQUESTS, capacity, KV_HEADS, DIM);
@@ -60,12 +68,10 @@ static void step_plainly(int layer, int64_t seq, const int32_t *lengths, const i
         kvl_make_causal_attention(k_cache, v_cache, q, wanted, KVL_DTYPE_F32, REQUESTS, seq, HEADS, after);
     attention.offsets = lengths;
     attend(context, NULL, &space, &attention);
-}
-
-static void draw(int layer, int64_t seq, uint32_t step) {
-    project(q, (size_t)(REQUESTS * seq * HEADS * DIM), 10 * step + (uint32_t)layer);
-    project(k, (size_t)(REQUESTS * seq * KV_HEADS * DIM), 10 * step + (uint32_t)layer + 3);
-    project(v, (size_t)(REQUESTS * seq * KV_HEADS * DIM), 10 * step + (uint32_t)layer + 6);
+    for (int b = 0; b < REQUESTS; b++) {
+        const size_t row = (size_t)(b * seq) * HEADS * DIM;
+        EXPECT(memcmp(got + row, wanted + row, (size_t)counts[b] * HEADS * DIM * sizeof *got) == 0);
+    }
 }
 
 /* [step] */
@@ -86,22 +92,24 @@ static void step(pool *p, int64_t seq, const int32_t *counts, uint32_t number) {
         write.layout = &layout;
         check(kvl_kv_write(context, NULL, &write));
 
-        kvl_attention_params attention = kvl_make_causal_attention(p->layers[i].k, p->layers[i].v, q, out, KVL_DTYPE_F32,
-                                                                   REQUESTS, seq, HEADS, after);
+        kvl_attention_params attention = kvl_make_causal_attention(p->layers[i].k, p->layers[i].v, q, outputs[i],
+                                                                   KVL_DTYPE_F32, REQUESTS, seq, HEADS, after);
         attention.layout = &layout;
         attention.offsets = before; /* tokens are at the start of their rows of q */
         attend(context, NULL, &space, &attention);
-        /* [step] */
-        step_plainly(i, seq, before, counts, after);
-        for (int b = 0; b < REQUESTS; b++) {
-            const size_t row = (size_t)(b * seq) * HEADS * DIM;
-            EXPECT(memcmp(out + row, wanted + row, (size_t)counts[b] * HEADS * DIM * sizeof *out) == 0);
-        }
-        /* [step] */
     }
     memcpy(p->lengths, after, sizeof after);
 }
 /* [step] */
+
+/* A step, and its comparison. */
+static void step_and_compare(pool *p, int64_t seq, const int32_t *counts, uint32_t number) {
+    const int32_t before[REQUESTS] = {p->lengths[0], p->lengths[1]};
+    step(p, seq, counts, number);
+    for (int i = 0; i < LAYERS; i++) {
+        compare(i, seq, number, before, counts, outputs[i]);
+    }
+}
 
 /* [slots] */
 /* The same write by slots, as servers give them that have a slot mapping: slots count over the pool, page by page. */
@@ -122,7 +130,10 @@ static void write_by_slots(const pool *p, int layer, int64_t seq, const int32_t 
 }
 /* [slots] */
 
+static float decoded[10][LAYERS][REQUESTS * HEADS * DIM]; /* the outputs of ten steps */
+
 static void decode_with_a_plan(pool *p) {
+    int32_t lengths[REQUESTS] = {p->lengths[0], p->lengths[1]};
     /* [plan] */
     /* Once, and after requests come or go: everything that all layers share is read and checked here. */
     const int32_t one[REQUESTS] = {1, 1};
@@ -151,14 +162,9 @@ static void decode_with_a_plan(pool *p) {
             attention.q = kvl_make_const_view(q, KVL_DTYPE_F32, REQUESTS, 1, HEADS, DIM);
             attention.k = kvl_as_const(p->layers[i].k);
             attention.v = kvl_as_const(p->layers[i].v);
-            attention.out = kvl_make_view(out, KVL_DTYPE_F32, REQUESTS, 1, HEADS, DIM);
+            attention.out = kvl_make_view(decoded[number][i], KVL_DTYPE_F32, REQUESTS, 1, HEADS, DIM);
             attention.plan = plan; /* in place of flags, lengths and layout */
             attend(context, NULL, &space, &attention);
-            /* [plan] */
-            const int32_t after[REQUESTS] = {p->lengths[0] + 1, p->lengths[1] + 1};
-            step_plainly(i, 1, p->lengths, NULL, after);
-            EXPECT(memcmp(out, wanted, REQUESTS * HEADS * DIM * sizeof *out) == 0);
-            /* [plan] */
         }
         for (int b = 0; b < REQUESTS; b++) {
             p->lengths[b] += 1;
@@ -166,6 +172,13 @@ static void decode_with_a_plan(pool *p) {
     }
     kvl_plan_destroy(plan);
     /* [plan] */
+    for (uint32_t number = 0; number < 10; number++) {
+        for (int i = 0; i < LAYERS; i++) {
+            compare(i, 1, 100 + number, lengths, one, decoded[number][i]);
+        }
+        lengths[0] += 1;
+        lengths[1] += 1;
+    }
 }
 
 static void end_request(pool *p, int request) {
@@ -209,13 +222,13 @@ int main(void) {
         p.layers[i].v = kvl_make_view(memory[i][1], KVL_DTYPE_F32, PAGES, PAGE_SIZE, KV_HEADS, DIM);
     }
     const int32_t prompts[REQUESTS] = {11, 3};
-    step(&p, 11, prompts, 1);
+    step_and_compare(&p, 11, prompts, 1);
     EXPECT(p.lengths[0] == 11 && p.lengths[1] == 3);
 
     /* A slot mapping writes the bytes that the table writes. */
     const int32_t one[REQUESTS] = {1, 1};
     static float before[LAYERS][2][PAGES * PAGE_SIZE * KV_HEADS * DIM];
-    step(&p, 1, one, 2);
+    step_and_compare(&p, 1, one, 2);
     memcpy(before, memory, sizeof memory);
     p.lengths[0] -= 1;
     p.lengths[1] -= 1;
@@ -229,7 +242,7 @@ int main(void) {
     end_request(&p, 1);
     fork_request(&p, 0, 1);
     EXPECT(p.lengths[1] == 22 && p.table[0] == p.table[PAGES_PER_REQUEST] && p.table[2] != p.table[PAGES_PER_REQUEST + 2]);
-    step(&p, 1, one, 3);
+    step_and_compare(&p, 1, one, 3);
 
     /* [defragment] */
     int32_t map[PAGES];
@@ -245,7 +258,7 @@ int main(void) {
         }
     }
     memcpy(p.uses, uses, sizeof uses);
-    step(&p, 1, one, 4);
+    step_and_compare(&p, 1, one, 4);
     free(space.memory);
     kvl_context_destroy(context);
     return 0;
