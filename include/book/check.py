@@ -51,7 +51,8 @@ def main() -> None:
             file = file or name
             if not (html / file).exists():
                 wrong.append(f"{name} links to {target}, which does not exist")
-            elif anchor and file in pages and anchor not in pages[file].anchors:
+            elif anchor and file in pages and anchor not in pages[file].anchors and not anchor.startswith("index_"):
+                # Newer versions of Doxygen link letters of an index that has none, from the index itself.
                 wrong.append(f"{name} links to {target}, but {file} has no such anchor")
 
     # name -> (page, anchor) of everything that is documented.
