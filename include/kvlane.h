@@ -399,7 +399,8 @@
 /**
  * As `KVL_LAYOUT_KIND_CONTIGUOUS`, but a sequence keeps its first `sink_tokens` tokens and its newest ones only:
  * position p lies in slot p while p < sink_tokens, and from there on in slot `sink_tokens + (p - sink_tokens) %
- * (capacity - sink_tokens)`. Lengths count every token that a sequence was given.
+ * (capacity - sink_tokens)`. Lengths count every token that a sequence was given. A call of n queries with a left
+ * window of w needs w + n slots besides those of the sink tokens.
  */
 #define KVL_LAYOUT_KIND_RING 1
 
@@ -960,9 +961,9 @@ typedef struct kvl_kv_write_params {
      */
     const int32_t *sequences;
     /**
-     * [batch, seq]: the slot of each token, instead of `positions`; -1 skips a token. With `KVL_LAYOUT_KIND_PAGED` and
-     * `KVL_LAYOUT_KIND_RAGGED`, slots count over the whole pool, page by page; the layout's table is not read, and
-     * `sequences` must be null.
+     * [batch, seq]: the slot of each token in the row of its sequence, instead of `positions`; -1 skips a token. With
+     * `KVL_LAYOUT_KIND_PAGED` and `KVL_LAYOUT_KIND_RAGGED`, slots count over the whole pool, page by page; the layout's
+     * table is not read, and `sequences` must be null.
      */
     const int32_t *slots;
     /**
@@ -1826,7 +1827,7 @@ kvl_status kvl_repeat_kv(const struct kvl_context *context,
 /**
  * The bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever
  * lengths and masks are, and for the threads of `runner`. Only these shapes, `layout`, `cu_seqlens_q` and `plan` are
- * read; data may be null.
+ * read; data may be null. Few queries can need more bytes than many, so that every shape has to be asked for.
  *
  * Thread safety: may be called from any number of threads at once.
  * Bad input: null, an unknown `struct_size`, an axis that is negative or above 2^31 - 1, and a dim that is not 1 to
@@ -2164,11 +2165,11 @@ kvl_status kvl_cache_set_table_tokens(int32_t *table,
  * Removes the tokens `first` to `end - 1` of a sequence and closes the gap: later tokens move down by `end - first`
  * positions, and their keys are rotated to their new positions. To keep sink tokens, begin after them.
  *
- * `ropes` has an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation. A null entry
- * is a layer whose keys are not rotated. The `pairing`, `rotary_dim` and `inv_freq` of each are those that the keys
- * were written with. Other fields are not read, but a table is an error, since it has no row for a difference of
- * positions. Angles are computed in f64, arithmetic is f32, rounded once to the type of the cache. Values keep every
- * bit.
+ * `ropes` has an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation, or already that
+ * of the position to which they move, as those of a tree of guesses do. A null entry is a layer whose keys are not
+ * rotated. The `pairing`, `rotary_dim` and `inv_freq` of each are those that the keys were written with. Other fields
+ * are not read, but a table is an error, since it has no row for a difference of positions. Angles are computed in
+ * f64, arithmetic is f32, rounded once to the type of the cache. Values keep every bit.
  *
  * Each call adds one rounding to the keys that move. After many small evictions, 16-bit keys stay where they were,
  * because a rotation by less than half a unit in the last place rounds back. `kvl_cache_evict_running` has no such

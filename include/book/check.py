@@ -93,6 +93,11 @@ def main() -> None:
         if f"kvlane::{name}" not in found:
             wrong.append(f"kvlane::{name} is not documented")
 
+    for program in sorted((ROOT / "ffi-tests/book").glob("*.c*")):
+        page = f"{program.name.replace('.', '_8')}-example.html"
+        if program.suffix in (".c", ".cpp") and page not in pages:
+            wrong.append(f"programs.dox does not have {program.name}")
+
     if wrong:
         sys.exit("\n".join(wrong))
     print(f"{len(chapters)} chapters and {len(pages)} pages, {count} links, {len(declared)} names of kvlane.h")
