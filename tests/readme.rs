@@ -76,7 +76,7 @@ fn the_c_examples_are_those_that_are_compiled() {
 #[test]
 fn c_names_exist() {
     let header = include_str!("../include/kvlane.h");
-    let chapters = files("include/book", "md");
+    let chapters = if has_book() { files("include/book", "md") } else { Vec::new() };
     let pages = [
         README,
         include_str!("../CHANGELOG.md"),
@@ -92,6 +92,11 @@ fn c_names_exist() {
             assert!(header.contains(name), "the header has no {name}");
         }
     }
+}
+
+/// Whether this is the repository; the published crate has no CI and no book of the C API.
+fn has_book() -> bool {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(".ci").exists()
 }
 
 /// The files of a directory with an extension: their names and texts.
@@ -111,6 +116,9 @@ fn files(directory: &str, extension: &str) -> Vec<(String, String)> {
 /// The book of the C API has no code but that of its programs, which `tests/ffi.rs` runs, and uses all of them.
 #[test]
 fn the_book_shows_programs_that_run() {
+    if !has_book() {
+        return;
+    }
     let chapters = files("include/book", "md");
     let programs: Vec<_> = ["c", "cpp", "h", "sh"].iter().flat_map(|e| files("ffi-tests/book", e)).collect();
     assert!(chapters.len() >= 20 && programs.len() >= 18);
@@ -138,6 +146,9 @@ fn links_to_files_lead_somewhere() {
     for text in [README, include_str!("../CONTRIBUTING.md")] {
         let targets = text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(target, _)| target);
         for target in targets.filter(|target| !target.starts_with(['#', 'h'])) {
+            if target.starts_with("include/book") && !has_book() {
+                continue;
+            }
             assert!(root.join(target).exists(), "{target} does not exist");
         }
     }
