@@ -41,8 +41,9 @@ int main(void) {
     static float big[8] = {1e6f, -1e6f}, v[8];
     static uint16_t keys[4 * 8], values[4 * 8];
     const int32_t position = 0;
-    kvl_kv_write_params params = kvl_make_kv_write(kvl_make_view(keys, KVL_DTYPE_F16, 1, 4, 1, 8), kvl_make_view(values, KVL_DTYPE_F16, 1, 4, 1, 8),
-                                                   big, v, KVL_DTYPE_F32, 1, 1, &position);
+    kvl_kv_write_params params = kvl_make_kv_write(kvl_make_view(keys, KVL_DTYPE_F16, 1, 4, 1, 8),
+                                                   kvl_make_view(values, KVL_DTYPE_F16, 1, 4, 1, 8), big, v, KVL_DTYPE_F32, 1, 1,
+                                                   &position);
     check(kvl_kv_write(context, NULL, &params));
     EXPECT(keys[0] == 0x7bff && keys[1] == 0xfbff); /* 65504 and -65504 */
     kvl_context_destroy(context);

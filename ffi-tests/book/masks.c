@@ -11,8 +11,9 @@ static float keys[KEYS * DIM], values[KEYS * DIM], q[2 * HEADS * DIM], out[2 * H
 static kvl_attention_params over(int64_t seq) {
     static const int32_t length = KEYS;
     kvl_attention_params params =
-        kvl_make_causal_attention(kvl_make_view(keys, KVL_DTYPE_F32, 1, KEYS, 1, DIM), kvl_make_view(values, KVL_DTYPE_F32, 1, KEYS, 1, DIM),
-                                  q, out, KVL_DTYPE_F32, 1, seq, HEADS, &length);
+        kvl_make_causal_attention(kvl_make_view(keys, KVL_DTYPE_F32, 1, KEYS, 1, DIM),
+                                  kvl_make_view(values, KVL_DTYPE_F32, 1, KEYS, 1, DIM), q, out, KVL_DTYPE_F32, 1, seq, HEADS,
+                                  &length);
     params.lse = lse;
     return params;
 }

@@ -86,7 +86,9 @@ def chapters() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         code = ""
         for file, block in re.findall(r"^\\snippet (\S+) (\w+)$", text, re.M):
             code += (Path("ffi-tests/book") / file).read_text(encoding="utf-8").split(f"[{block}]")[1]
-        for names, found in (in_text, {re.sub(r"->|::", ".", name) for name in NAME.findall(text)}), (in_code, set(re.findall(r"\bkvl_\w+|\bKVL_\w+", code))):
+        said = {re.sub(r"->|::", ".", name) for name in NAME.findall(text)}
+        used = set(re.findall(r"\bkvl_\w+|\bKVL_\w+", code))
+        for names, found in (in_text, said), (in_code, used):
             for name in found:
                 names.setdefault(name, []).append(page[1])
     return in_text, in_code
