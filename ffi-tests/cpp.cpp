@@ -85,6 +85,17 @@ int main() {
     write.rope = &rope;
     kvlane::kv_write(context, write);
     expect(v_cache[4].bits == 0x3f80, "1 in bfloat16");
+    // The helpers of the C header, in C++.
+    kvl_kv_write_params again =
+        kvl_make_kv_write(kvlane::view(k_cache, {1, 4, 1, 4}), kvlane::view(v_cache, {1, 4, 1, 4}), k.data(), v.data(), KVL_DTYPE_F32, 1, 2, &start);
+    again.rope = &rope;
+    const std::vector<kvlane::bf16> before = k_cache;
+    kvlane::kv_write(context, again);
+    expect(std::memcmp(before.data(), k_cache.data(), before.size() * sizeof(kvlane::bf16)) == 0, "the same write");
+    std::array<float, 4> causal{};
+    kvlane::workspace scratch;
+    kvlane::attention(context, scratch, kvl_make_causal_attention(again.k_cache, again.v_cache, q.data(), causal.data(), KVL_DTYPE_F32, 1, 1, 1, &length));
+    expect(std::fabs(causal[0] - 1) < 1e-6f && std::fabs(causal[3] - 4) < 1e-5f, "a mean of equal values");
     write.positions = &length;
     kvlane::kv_write(context, write);
     refused(KVL_STATUS_CAPACITY, "position 3", [&] {

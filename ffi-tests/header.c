@@ -14,6 +14,8 @@ int main(void) {
     attention.out = kvl_make_view(NULL, KVL_DTYPE_F32, 1, 2, 3, 4);
     attention.q = kvl_as_const(attention.out);
     attention.k = kvl_make_const_view(NULL, KVL_DTYPE_BF16, 1, 2, 3, 4);
+    write = kvl_make_kv_write(attention.out, attention.out, NULL, NULL, KVL_DTYPE_F32, 1, 1, NULL);
+    attention = kvl_make_causal_attention(write.k_cache, write.v_cache, NULL, NULL, KVL_DTYPE_F32, 1, 1, 3, NULL);
     return attention.struct_size + write.struct_size + rope.struct_size + frequencies.struct_size + runner.struct_size +
                    context.struct_size + tuning.struct_size + info.struct_size ==
                0;

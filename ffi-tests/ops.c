@@ -1157,10 +1157,37 @@ static void fp8(const kvl_context *context) {
     CHECK(k_units[0] == 0x7e && v_units[0] == 0x7b, "%x %x", k_units[0], v_units[0]);
 }
 
+/* What the inline helpers fill in, field by field. */
+static void helpers(void) {
+    static float k_memory[2 * 5 * 3 * 8], v_memory[2 * 5 * 3 * 4], k[2 * 2 * 3 * 8], v[2 * 2 * 3 * 4], q[2 * 2 * 6 * 8];
+    static float out[2 * 2 * 6 * 4];
+    static const int32_t list[2] = {1, 2};
+    const kvl_view k_cache = kvl_make_view(k_memory, KVL_DTYPE_F32, 2, 5, 3, 8);
+    const kvl_view v_cache = kvl_make_view(v_memory, KVL_DTYPE_F32, 2, 5, 3, 4);
+    kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT, made_write;
+    kvl_attention_params attention = KVL_ATTENTION_PARAMS_INIT, made_attention;
+    write.k = kvl_make_const_view(k, KVL_DTYPE_F32, 2, 2, 3, 8);
+    write.v = kvl_make_const_view(v, KVL_DTYPE_F32, 2, 2, 3, 4);
+    write.k_cache = k_cache;
+    write.v_cache = v_cache;
+    write.positions = list;
+    made_write = kvl_make_kv_write(k_cache, v_cache, k, v, KVL_DTYPE_F32, 2, 2, list);
+    CHECK(memcmp(&write, &made_write, sizeof write) == 0, "kvl_make_kv_write");
+    attention.q = kvl_make_const_view(q, KVL_DTYPE_F32, 2, 2, 6, 8);
+    attention.k = kvl_as_const(k_cache);
+    attention.v = kvl_as_const(v_cache);
+    attention.out = kvl_make_view(out, KVL_DTYPE_F32, 2, 2, 6, 4);
+    attention.flags = KVL_ATTENTION_FLAG_CAUSAL;
+    attention.lengths = list;
+    made_attention = kvl_make_causal_attention(k_cache, v_cache, q, out, KVL_DTYPE_F32, 2, 2, 6, list);
+    CHECK(memcmp(&attention, &made_attention, sizeof attention) == 0, "kvl_make_causal_attention");
+}
+
 int main(void) {
     kvl_isa isa;
     int levels = 0;
     library();
+    helpers();
     huge_pages();
     frequencies();
     alibi();

@@ -16,6 +16,9 @@
  *   kvl_attention_chunks, kvl_merge_chunks      attention over such parts, with the bits of one machine
  *   kvl_pack_row_pairs, kvl_repeat_kv           copies for special needs
  *
+ * The book of this API has a chapter and programs for every task: in the sources, sh include/book/build.sh writes it to
+ * target/book/html/index.html.
+ *
  * Conventions of all functions:
  * - Tensors are views: a pointer, an element type, and shape and strides over the axes batch, seq, heads, dim, in this
  *   order whatever their order in memory. Strides count elements. kvl_make_view and kvl_make_const_view fill in the strides
@@ -409,7 +412,8 @@
 /**
  * As `KVL_LAYOUT_KIND_CONTIGUOUS`, but a sequence keeps its first `sink_tokens` tokens and its newest ones only:
  * position p lies in slot p while p < sink_tokens, and from there on in slot `sink_tokens + (p - sink_tokens) %
- * (capacity - sink_tokens)`. Lengths count every token that a sequence was given.
+ * (capacity - sink_tokens)`. Lengths count every token that a sequence was given. A call of n queries with a left
+ * window of w needs w + n slots besides those of the sink tokens.
  */
 #define KVL_LAYOUT_KIND_RING 1
 
@@ -970,9 +974,9 @@ typedef struct kvl_kv_write_params {
      */
     const int32_t *sequences;
     /**
-     * [batch, seq]: the slot of each token, instead of `positions`; -1 skips a token. With `KVL_LAYOUT_KIND_PAGED` and
-     * `KVL_LAYOUT_KIND_RAGGED`, slots count over the whole pool, page by page; the layout's table is not read, and
-     * `sequences` must be null.
+     * [batch, seq]: the slot of each token in the row of its sequence, instead of `positions`; -1 skips a token. With
+     * `KVL_LAYOUT_KIND_PAGED` and `KVL_LAYOUT_KIND_RAGGED`, slots count over the whole pool, page by page; the layout's
+     * table is not read, and `sequences` must be null.
      */
     const int32_t *slots;
     /**
@@ -1836,7 +1840,7 @@ kvl_status kvl_repeat_kv(const struct kvl_context *context,
 /**
  * The bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever
  * lengths and masks are, and for the threads of `runner`. Only these shapes, `layout`, `cu_seqlens_q` and `plan` are
- * read; data may be null.
+ * read; data may be null. Few queries can need more bytes than many, so that every shape has to be asked for.
  *
  * Thread safety: may be called from any number of threads at once.
  * Bad input: null, an unknown `struct_size`, an axis that is negative or above 2^31 - 1, and a dim that is not 1 to
@@ -2174,11 +2178,11 @@ kvl_status kvl_cache_set_table_tokens(int32_t *table,
  * Removes the tokens `first` to `end - 1` of a sequence and closes the gap: later tokens move down by `end - first`
  * positions, and their keys are rotated to their new positions. To keep sink tokens, begin after them.
  *
- * `ropes` has an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation. A null entry
- * is a layer whose keys are not rotated. The `pairing`, `rotary_dim` and `inv_freq` of each are those that the keys
- * were written with. Other fields are not read, but a table is an error, since it has no row for a difference of
- * positions. Angles are computed in f64, arithmetic is f32, rounded once to the type of the cache. Values keep every
- * bit.
+ * `ropes` has an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation, or already that
+ * of the position to which they move, as those of a tree of guesses do. A null entry is a layer whose keys are not
+ * rotated. The `pairing`, `rotary_dim` and `inv_freq` of each are those that the keys were written with. Other fields
+ * are not read, but a table is an error, since it has no row for a difference of positions. Angles are computed in
+ * f64, arithmetic is f32, rounded once to the type of the cache. Values keep every bit.
  *
  * Each call adds one rounding to the keys that move. After many small evictions, 16-bit keys stay where they were,
  * because a rotation by less than half a unit in the last place rounds back. `kvl_cache_evict_running` has no such
@@ -2533,6 +2537,37 @@ static inline kvl_const_view kvl_make_const_view(const void *data, kvl_dtype dty
     kvl_const_view view = kvl_as_const(kvl_make_view(NULL, dtype, batch, seq, heads, dim));
     view.data = data;
     return view;
+}
+
+/* The write of contiguous new keys and values of `seq` tokens of each of `batch` sequences, k [batch, seq, kv_heads, dim] and
+ * v [batch, seq, kv_heads, v_dim], whose heads and dims are those of the caches. `positions`, [batch], has the position of the
+ * first token of each sequence. Everything else has its default. */
+static inline kvl_kv_write_params kvl_make_kv_write(kvl_view k_cache, kvl_view v_cache, const void *k, const void *v,
+                                                    kvl_dtype dtype, int64_t batch, int64_t seq,
+                                                    const int32_t *positions) {
+    kvl_kv_write_params params = KVL_KV_WRITE_PARAMS_INIT;
+    params.k = kvl_make_const_view(k, dtype, batch, seq, k_cache.shape[2], k_cache.shape[3]);
+    params.v = kvl_make_const_view(v, dtype, batch, seq, v_cache.shape[2], v_cache.shape[3]);
+    params.k_cache = k_cache;
+    params.v_cache = v_cache;
+    params.positions = positions;
+    return params;
+}
+
+/* Causal attention of contiguous queries q [batch, seq, heads, dim] to a contiguous output [batch, seq, heads, v_dim] of the
+ * same type, with the dims of the caches. `lengths`, [batch], counts the tokens in the caches, those of the queries included,
+ * which are the last. A prompt and a step of decode differ in `seq` alone. Everything else has its default. */
+static inline kvl_attention_params kvl_make_causal_attention(kvl_view k_cache, kvl_view v_cache, const void *q, void *out,
+                                                             kvl_dtype dtype, int64_t batch, int64_t seq, int64_t heads,
+                                                             const int32_t *lengths) {
+    kvl_attention_params params = KVL_ATTENTION_PARAMS_INIT;
+    params.q = kvl_make_const_view(q, dtype, batch, seq, heads, k_cache.shape[3]);
+    params.k = kvl_as_const(k_cache);
+    params.v = kvl_as_const(v_cache);
+    params.out = kvl_make_view(out, dtype, batch, seq, heads, v_cache.shape[3]);
+    params.flags = KVL_ATTENTION_FLAG_CAUSAL;
+    params.lengths = lengths;
+    return params;
 }
 
 #endif /* KVL_NO_INLINE_HELPERS */

@@ -260,7 +260,7 @@ fn the_header_compiles_alone() {
 fn inline_helpers_can_be_left_out() {
     let header = root().join("include/kvlane.h");
     let preprocessed = |flags: &[&str]| run(compiler(Language::C11).args(flags).args(["-E", "-P"]).arg(&header));
-    assert_eq!(preprocessed(&[]).matches("static inline").count(), 3);
+    assert_eq!(preprocessed(&[]).matches("static inline").count(), 5);
     let bare = preprocessed(&["-DKVL_NO_INLINE_HELPERS"]);
     assert!(!bare.contains("inline") && bare.contains("kvl_attention("));
 }
@@ -375,6 +375,27 @@ fn the_example_runs() {
     let printed = both("example.c", Language::C11);
     assert_eq!(printed.lines().count(), 4, "{printed}");
     assert!(printed.lines().last().is_some_and(|l| l.starts_with(" 7 tokens in the cache")), "{printed}");
+}
+
+/// Each program ends with an error if a result is not what the text beside it says.
+#[test]
+fn the_programs_of_the_book_run() {
+    if !root().join(".ci").exists() {
+        // The published crate has neither the book nor the repository's CI.
+        return;
+    }
+    std::fs::create_dir_all(work_directory().join("book")).expect("the directory for test files can be written");
+    let files = std::fs::read_dir(root().join("ffi-tests/book")).expect("the programs are there");
+    let names: Vec<String> = files
+        .map(|entry| entry.expect("and can be listed").file_name().into_string().expect("names are ASCII"))
+        .filter(|name| name.ends_with(".c") || name.ends_with(".cpp"))
+        .collect();
+    assert!(names.len() >= 17, "{names:?}");
+    for name in names {
+        let language = if name.ends_with(".cpp") { Language::Cpp17 } else { Language::C11 };
+        let source = format!("book/{name}");
+        run(&mut execute(&build_with(&source, &source, language, Linkage::Shared, &["-pthread"])));
+    }
 }
 
 #[test]
@@ -492,7 +513,9 @@ mod symbols {
             .filter(|name| name.starts_with("kvl_"))
             .map(str::to_owned)
             .collect();
-        let inline = ["kvl_as_const", "kvl_make_const_view", "kvl_make_view"].map(str::to_owned);
+        let inline =
+            ["kvl_as_const", "kvl_make_causal_attention", "kvl_make_const_view", "kvl_make_kv_write", "kvl_make_view"]
+                .map(str::to_owned);
         assert_eq!(declared, allowed().into_iter().chain(inline).collect());
     }
 

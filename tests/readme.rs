@@ -81,7 +81,8 @@ fn the_c_examples_are_those_that_are_compiled() {
 #[test]
 fn c_names_exist() {
     let header = include_str!("../include/kvlane.h");
-    let texts = [
+    let chapters = if has_book() { files("include/book", "md") } else { Vec::new() };
+    let pages = [
         README,
         include_str!("../CHANGELOG.md"),
         include_str!("../CONTRIBUTING.md"),
@@ -90,10 +91,56 @@ fn c_names_exist() {
         include_str!("../src/docs/caches.md"),
         include_str!("../src/docs/glossary.md"),
     ];
-    for text in texts {
+    for text in pages.into_iter().chain(chapters.iter().map(|(_, text)| text.as_str())) {
         let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
         for name in words.filter(|word| word.starts_with("kvl_") || word.starts_with("KVL_")) {
             assert!(header.contains(name), "the header has no {name}");
+        }
+    }
+}
+
+/// Whether this is the repository; the published crate has no CI and no book of the C API.
+fn has_book() -> bool {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(".ci").exists()
+}
+
+/// The files of a directory with an extension: their names and texts.
+fn files(directory: &str, extension: &str) -> Vec<(String, String)> {
+    let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(directory);
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(&directory).unwrap_or_else(|e| panic!("{directory:?}: {e}")) {
+        let path = entry.expect("files can be listed").path();
+        if path.extension().is_some_and(|e| e == extension) {
+            let name = path.file_name().and_then(|name| name.to_str()).expect("names are ASCII").to_owned();
+            found.push((name, std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path:?}: {e}"))));
+        }
+    }
+    found
+}
+
+/// The book of the C API has no code but that of its programs, which `tests/ffi.rs` runs, and uses all of them.
+#[test]
+fn the_book_shows_programs_that_run() {
+    if !has_book() {
+        return;
+    }
+    let chapters = files("include/book", "md");
+    let programs: Vec<_> = ["c", "cpp", "h", "sh"].iter().flat_map(|e| files("ffi-tests/book", e)).collect();
+    assert!(chapters.len() >= 20 && programs.len() >= 18);
+    let mut shown = std::collections::BTreeSet::new();
+    for (chapter, text) in &chapters {
+        assert!(!text.contains("```"), "{chapter} has code that no test runs");
+        for line in text.lines().filter_map(|line| line.strip_prefix("\\snippet ")) {
+            let (file, block) = line.split_once(' ').unwrap_or_else(|| panic!("{chapter}: {line}"));
+            let (_, program) = programs.iter().find(|(name, _)| name == file).unwrap_or_else(|| panic!("no {file}"));
+            assert_eq!(program.matches(&format!("[{block}]")).count(), 2, "{file} has no block {block}");
+            assert!(shown.insert((file, block)), "{chapter} shows block {block} of {file} again");
+        }
+    }
+    for (name, program) in &programs {
+        let blocks = program.lines().filter_map(|line| line.trim().strip_prefix("/* [")?.strip_suffix("] */"));
+        for block in blocks {
+            assert!(shown.contains(&(name.as_str(), block)), "no chapter shows block {block} of {name}");
         }
     }
 }
@@ -104,6 +151,9 @@ fn links_to_files_lead_somewhere() {
     for text in [README, include_str!("../CONTRIBUTING.md")] {
         let targets = text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(target, _)| target);
         for target in targets.filter(|target| !target.starts_with(['#', 'h'])) {
+            if target.starts_with("include/book") && !has_book() {
+                continue;
+            }
             assert!(root.join(target).exists(), "{target} does not exist");
         }
     }

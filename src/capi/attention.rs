@@ -136,7 +136,7 @@ assert_layout!(
 
 /// The bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever
 /// lengths and masks are, and for the threads of `runner`. Only these shapes, `layout`, `cu_seqlens_q` and `plan` are
-/// read; data may be null.
+/// read; data may be null. Few queries can need more bytes than many, so that every shape has to be asked for.
 ///
 /// Thread safety: may be called from any number of threads at once.
 /// Bad input: null, an unknown `struct_size`, an axis that is negative or above 2^31 - 1, and a dim that is not 1 to

@@ -385,11 +385,11 @@ pub unsafe extern "C" fn kvl_cache_set_table_tokens(
 /// Removes the tokens `first` to `end - 1` of a sequence and closes the gap: later tokens move down by `end - first`
 /// positions, and their keys are rotated to their new positions. To keep sink tokens, begin after them.
 ///
-/// `ropes` has an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation. A null entry
-/// is a layer whose keys are not rotated. The `pairing`, `rotary_dim` and `inv_freq` of each are those that the keys
-/// were written with. Other fields are not read, but a table is an error, since it has no row for a difference of
-/// positions. Angles are computed in f64, arithmetic is f32, rounded once to the type of the cache. Values keep every
-/// bit.
+/// `ropes` has an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation, or already that
+/// of the position to which they move, as those of a tree of guesses do. A null entry is a layer whose keys are not
+/// rotated. The `pairing`, `rotary_dim` and `inv_freq` of each are those that the keys were written with. Other fields
+/// are not read, but a table is an error, since it has no row for a difference of positions. Angles are computed in
+/// f64, arithmetic is f32, rounded once to the type of the cache. Values keep every bit.
 ///
 /// Each call adds one rounding to the keys that move. After many small evictions, 16-bit keys stay where they were,
 /// because a rotation by less than half a unit in the last place rounds back. `kvl_cache_evict_running` has no such

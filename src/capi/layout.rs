@@ -11,7 +11,8 @@ pub type kvl_layout_kind = i32;
 pub const KVL_LAYOUT_KIND_CONTIGUOUS: i32 = 0;
 /// As `KVL_LAYOUT_KIND_CONTIGUOUS`, but a sequence keeps its first `sink_tokens` tokens and its newest ones only:
 /// position p lies in slot p while p < sink_tokens, and from there on in slot `sink_tokens + (p - sink_tokens) %
-/// (capacity - sink_tokens)`. Lengths count every token that a sequence was given.
+/// (capacity - sink_tokens)`. Lengths count every token that a sequence was given. A call of n queries with a left
+/// window of w needs w + n slots besides those of the sink tokens.
 pub const KVL_LAYOUT_KIND_RING: i32 = 1;
 /// Caches are pools [pages, page_size, kv_heads, dim]. Position p of sequence b lies in page `table[b *
 /// pages_per_sequence + p / page_size]`, slot p % page_size. Sequences may share pages that none of them writes. NHD

@@ -38,9 +38,9 @@ pub struct kvl_kv_write_params {
     pub counts: *const i32,
     /// [batch]: sequence b of the call is sequence `sequences[b]` of the cache; null for the same.
     pub sequences: *const i32,
-    /// [batch, seq]: the slot of each token, instead of `positions`; -1 skips a token. With `KVL_LAYOUT_KIND_PAGED` and
-    /// `KVL_LAYOUT_KIND_RAGGED`, slots count over the whole pool, page by page; the layout's table is not read, and
-    /// `sequences` must be null.
+    /// [batch, seq]: the slot of each token in the row of its sequence, instead of `positions`; -1 skips a token. With
+    /// `KVL_LAYOUT_KIND_PAGED` and `KVL_LAYOUT_KIND_RAGGED`, slots count over the whole pool, page by page; the layout's
+    /// table is not read, and `sequences` must be null.
     pub slots: *const i32,
     /// Rotates the keys before they are written; null for no rotation. The bits are those of `kvl_rope` into a view of
     /// the cache's type.

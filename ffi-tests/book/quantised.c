@@ -1,0 +1,101 @@
+/* Caches of bytes: int8 with a scale per token and head, and eight-bit floats with static scales. */
+#include "book.h"
+
+enum { HEADS = 4, KV_HEADS = 2, DIM = 64, CAPACITY = 64, TOKENS = 50 };
+
+static kvl_context *context;
+static workspace space;
+static float q[HEADS * DIM], k[TOKENS * KV_HEADS * DIM], v[TOKENS * KV_HEADS * DIM], out[HEADS * DIM], wanted[HEADS * DIM];
+
+/* The largest difference of two lists. */
+static float distance(const float *a, const float *b, size_t n) {
+    float most = 0;
+    for (size_t i = 0; i < n; i++) {
+        most = fmaxf(most, fabsf(a[i] - b[i]));
+    }
+    return most;
+}
+
+static void int8(void) {
+    const int32_t position = 0, length = TOKENS;
+    /* [int8] */
+    static int8_t keys[CAPACITY * KV_HEADS * DIM], values[CAPACITY * KV_HEADS * DIM];
+    static uint16_t k_scales[CAPACITY * KV_HEADS], v_scales[CAPACITY * KV_HEADS]; /* f16 here; f32 is possible too */
+    kvl_view k_cache = kvl_make_view(keys, KVL_FORMAT_INT8, 1, CAPACITY, KV_HEADS, DIM);
+    kvl_view v_cache = kvl_make_view(values, KVL_FORMAT_INT8, 1, CAPACITY, KV_HEADS, DIM);
+    kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
+    scales.k = kvl_make_view(k_scales, KVL_DTYPE_F16, 1, CAPACITY, KV_HEADS, 1);
+    scales.v = kvl_make_view(v_scales, KVL_DTYPE_F16, 1, CAPACITY, KV_HEADS, 1);
+
+    kvl_kv_write_params write = kvl_make_kv_write(k_cache, v_cache, k, v, KVL_DTYPE_F32, 1, TOKENS, &position);
+    write.scales = &scales; /* the write chooses and stores them */
+    check(kvl_kv_write(context, NULL, &write));
+
+    kvl_attention_params attention =
+        kvl_make_causal_attention(k_cache, v_cache, q, out, KVL_DTYPE_F32, 1, 1, HEADS, &length);
+    attention.scales = &scales;
+    attend(context, NULL, &space, &attention);
+    /* [int8] */
+    EXPECT(distance(out, wanted, HEADS * DIM) < 0.01f && distance(out, wanted, HEADS * DIM) > 0);
+
+    /* [read] */
+    /* The numbers that attention computes with, token by token. */
+    static float read_k[TOKENS * KV_HEADS * DIM], read_v[TOKENS * KV_HEADS * DIM];
+    kvl_kv_read_params read = KVL_KV_READ_PARAMS_INIT;
+    read.k_cache = kvl_as_const(k_cache);
+    read.v_cache = kvl_as_const(v_cache);
+    read.k = kvl_make_view(read_k, KVL_DTYPE_F32, 1, TOKENS, KV_HEADS, DIM);
+    read.v = kvl_make_view(read_v, KVL_DTYPE_F32, 1, TOKENS, KV_HEADS, DIM);
+    read.positions = &position;
+    read.scales = &scales;
+    check(kvl_kv_read(context, NULL, &read));
+    /* [read] */
+    EXPECT(distance(read_k, k, TOKENS * KV_HEADS * DIM) <= 0.51f / 127); /* half a unit, where the largest is at most 1 */
+    EXPECT(distance(read_v, v, TOKENS * KV_HEADS * DIM) <= 0.51f / 127);
+}
+
+static void fp8(void) {
+    const int32_t position = 0, length = TOKENS;
+    /* [fp8] */
+    static uint8_t keys[CAPACITY * KV_HEADS * DIM], values[CAPACITY * KV_HEADS * DIM];
+    float k_scale[KV_HEADS] = {1.0f / 448, 1.0f / 448}; /* one per head: the largest key of the head, divided by 448 */
+    kvl_view k_cache = kvl_make_view(keys, KVL_FORMAT_FP8_E4M3, 1, CAPACITY, KV_HEADS, DIM);
+    kvl_view v_cache = kvl_make_view(values, KVL_FORMAT_FP8_E5M2, 1, CAPACITY, KV_HEADS, DIM);
+    kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
+    scales.k = kvl_make_view(k_scale, KVL_DTYPE_F32, 1, CAPACITY, KV_HEADS, 1);
+    scales.k.strides[0] = 0; /* the same scales for all sequences */
+    scales.k.strides[1] = 0; /* and for all tokens */
+    /* scales.v stays absent: the values are multiplied by 1 */
+
+    kvl_kv_write_params write = kvl_make_kv_write(k_cache, v_cache, k, v, KVL_DTYPE_F32, 1, TOKENS, &position);
+    write.scales = &scales; /* read, and not written */
+    check(kvl_kv_write(context, NULL, &write));
+
+    kvl_attention_params attention =
+        kvl_make_causal_attention(k_cache, v_cache, q, out, KVL_DTYPE_F32, 1, 1, HEADS, &length);
+    attention.scales = &scales;
+    attend(context, NULL, &space, &attention);
+    /* [fp8] */
+    EXPECT(distance(out, wanted, HEADS * DIM) < 0.1f && distance(out, wanted, HEADS * DIM) > 0);
+    EXPECT(k_scale[0] == 1.0f / 448);
+}
+
+int main(void) {
+    static float keys[CAPACITY * KV_HEADS * DIM], values[CAPACITY * KV_HEADS * DIM];
+    const int32_t position = 0, length = TOKENS;
+    check(kvl_context_create(NULL, &context));
+    project(q, HEADS * DIM, 1);
+    project(k, TOKENS * KV_HEADS * DIM, 2);
+    project(v, TOKENS * KV_HEADS * DIM, 3);
+    kvl_view k_cache = kvl_make_view(keys, KVL_DTYPE_F32, 1, CAPACITY, KV_HEADS, DIM);
+    kvl_view v_cache = kvl_make_view(values, KVL_DTYPE_F32, 1, CAPACITY, KV_HEADS, DIM);
+    kvl_kv_write_params write = kvl_make_kv_write(k_cache, v_cache, k, v, KVL_DTYPE_F32, 1, TOKENS, &position);
+    check(kvl_kv_write(context, NULL, &write));
+    kvl_attention_params exact = kvl_make_causal_attention(k_cache, v_cache, q, wanted, KVL_DTYPE_F32, 1, 1, HEADS, &length);
+    attend(context, NULL, &space, &exact);
+    int8();
+    fp8();
+    free(space.memory);
+    kvl_context_destroy(context);
+    return 0;
+}
