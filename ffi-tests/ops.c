@@ -107,13 +107,20 @@ static void names(const kvl_context *context) {
     if (isa == KVL_ISA_AVX512_VNNI || isa == KVL_ISA_AVX512_BF16 || isa == KVL_ISA_AMX) {
         CHECK(strcmp(high, "attention_int8_integer_avx512vnni") == 0, "%s", high);
         CHECK(strcmp(other, "attention_f16_avx512") == 0, "%s", other);
+    } else if (isa == KVL_ISA_NEON_DOTPROD || isa == KVL_ISA_NEON_BF16) {
+        CHECK(strcmp(high, "attention_int8_integer_neondotprod") == 0, "%s", high);
+        CHECK(strcmp(other, "attention_f16_neon") == 0, "%s", other);
+    } else if (isa == KVL_ISA_AVX_VNNI) {
+        CHECK(strcmp(high, "attention_int8_integer_avxvnni") == 0, "%s", high);
+        CHECK(strcmp(other, "attention_f16_avx2") == 0, "%s", other);
     } else {
         OK(kvl_context_attention_kernel_names(context, KVL_FORMAT_INT8, KVL_FORMAT_F16, KVL_PRECISION_DEFAULT, &name, &other));
         CHECK(strcmp(high, name) == 0, "%s and %s", high, name);
     }
-    if (isa == KVL_ISA_AVX512_VNNI) {
-        isa = KVL_ISA_AVX512;
-    }
+    isa = isa == KVL_ISA_AVX512_VNNI    ? KVL_ISA_AVX512
+          : isa == KVL_ISA_AVX_VNNI     ? KVL_ISA_AVX2
+          : isa == KVL_ISA_NEON_DOTPROD ? KVL_ISA_NEON
+                                        : isa;
     if (isa == KVL_ISA_AVX512_BF16 || isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) {
         /* Another level serves everything else. */
         only = isa == KVL_ISA_AMX           ? "attention_bf16_amx"

@@ -248,6 +248,16 @@
 #define KVL_ISA_AVX512_VNNI 8
 
 /**
+ * x86-64 with the features of `KVL_ISA_AVX2`, and AVX-VNNI. As `KVL_ISA_AVX512_VNNI`, above AVX2.
+ */
+#define KVL_ISA_AVX_VNNI 9
+
+/**
+ * AArch64 with the features of `KVL_ISA_NEON`, and FEAT_DotProd. As `KVL_ISA_AVX512_VNNI`, above NEON.
+ */
+#define KVL_ISA_NEON_DOTPROD 10
+
+/**
  * Cosines and sines of RoPE angles. Types: `KVL_FORMAT_F32` twice.
  */
 #define KVL_OP_ROPE_ANGLES 0
@@ -301,7 +311,7 @@
 
 /**
  * Over int8 keys, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels that have
- * kernels for it (`KVL_ISA_AVX512_VNNI` and those that have its features): of a logit's error, at most half of a row's scale times the
+ * kernels for it (`KVL_ISA_AVX_VNNI`, `KVL_ISA_AVX512_VNNI`, `KVL_ISA_NEON_DOTPROD`, and those with their features): of a logit's error, at most half of a row's scale times the
  * sum of the magnitudes of the key's elements is due to it. Where there is no such kernel, this is `KVL_PRECISION_DEFAULT`.
  */
 #define KVL_PRECISION_INTEGER 2

@@ -37,18 +37,24 @@ pub enum Isa {
     /// x86-64 with the features of [`Avx512`](Self::Avx512) and AVX512-VNNI. A partial level with a kernel for attention over int8
     /// keys at [`Precision::Integer`](crate::Precision::Integer) only; the other kernels are those of AVX-512.
     Avx512Vnni = 8,
+    /// x86-64 with the features of [`Avx2`](Self::Avx2) and AVX-VNNI, without AVX-512. As [`Avx512Vnni`](Self::Avx512Vnni), above AVX2.
+    AvxVnni = 9,
+    /// AArch64 with the features of [`Neon`](Self::Neon) and FEAT_DotProd. As [`Avx512Vnni`](Self::Avx512Vnni), above NEON.
+    NeonDotprod = 10,
 }
 
 impl Isa {
     /// Every level, of every architecture.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Scalar,
         Self::Avx2,
+        Self::AvxVnni,
         Self::Avx512,
         Self::Avx512Vnni,
         Self::Avx512Bf16,
         Self::Amx,
         Self::Neon,
+        Self::NeonDotprod,
         Self::NeonBf16,
     ];
 
@@ -60,6 +66,7 @@ impl Isa {
             Self::Scalar => 0,
             Self::NeonBf16 if cpu::is_apple() => 5,
             Self::Avx2 | Self::Neon => 10,
+            Self::AvxVnni | Self::NeonDotprod => 12,
             Self::Avx512Bf16 if cpu::vendor() != "AuthenticAMD" => 15,
             Self::Avx512 | Self::NeonBf16 => 20,
             Self::Avx512Vnni => 22,
@@ -78,7 +85,8 @@ impl Isa {
         self.features().iter().all(|feature| ceiling.features().contains(feature))
     }
 
-    /// `"scalar"`, `"avx2"`, `"avx512"`, `"avx512vnni"`, `"avx512bf16"`, `"amx"`, `"neon"` or `"neonbf16"`.
+    /// `"scalar"`, `"avx2"`, `"avxvnni"`, `"avx512"`, `"avx512vnni"`, `"avx512bf16"`, `"amx"`, `"neon"`, `"neondotprod"` or
+    /// `"neonbf16"`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
@@ -87,7 +95,9 @@ impl Isa {
             Self::Avx512Vnni => "avx512vnni",
             Self::Avx512Bf16 => "avx512bf16",
             Self::Amx => "amx",
+            Self::AvxVnni => "avxvnni",
             Self::Neon => "neon",
+            Self::NeonDotprod => "neondotprod",
             Self::NeonBf16 => "neonbf16",
         }
     }
@@ -111,22 +121,31 @@ impl Isa {
             Self::Avx512Vnni => level_features!(Avx512Vnni, feature_names! {}),
             Self::Avx512Bf16 => level_features!(Avx512Bf16, feature_names! {}),
             Self::Amx => level_features!(Avx512Vnni, feature_names! { "amx-tile" "amx-bf16" }),
+            Self::AvxVnni => level_features!(AvxVnni, feature_names! {}),
             Self::Neon => level_features!(Neon, feature_names! {}),
+            Self::NeonDotprod => level_features!(NeonDotprod, feature_names! {}),
             Self::NeonBf16 => level_features!(NeonBf16, feature_names! {}),
         }
     }
 
     /// Whether the level has kernels for some operations and types only. Other levels serve the rest.
     pub const fn is_partial(self) -> bool {
-        matches!(self, Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx | Self::NeonBf16)
+        matches!(
+            self,
+            Self::AvxVnni | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx | Self::NeonDotprod | Self::NeonBf16
+        )
     }
 
     /// Whether kernels of this level are part of this build, which depends on the architecture only.
     pub const fn is_built(self) -> bool {
         match self {
             Self::Scalar => true,
-            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => cfg!(target_arch = "x86_64"),
-            Self::Neon | Self::NeonBf16 => cfg!(all(target_arch = "aarch64", target_endian = "little")),
+            Self::Avx2 | Self::AvxVnni | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => {
+                cfg!(target_arch = "x86_64")
+            }
+            Self::Neon | Self::NeonDotprod | Self::NeonBf16 => {
+                cfg!(all(target_arch = "aarch64", target_endian = "little"))
+            }
         }
     }
 
@@ -137,6 +156,10 @@ impl Isa {
             Self::Scalar => true,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => level_features!(Avx2, detected! {}),
+            #[cfg(all(target_arch = "x86_64", not(kvlane_emulate_avxvnni)))]
+            Self::AvxVnni => level_features!(AvxVnni, detected! {}),
+            #[cfg(all(target_arch = "x86_64", kvlane_emulate_avxvnni))]
+            Self::AvxVnni => level_features!(Avx2, detected! {}),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => level_features!(Avx512, detected! {}),
             #[cfg(target_arch = "x86_64")]
@@ -149,6 +172,8 @@ impl Isa {
             Self::Amx => crate::cpu::amx::is_available(),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::Neon => level_features!(Neon, detected! {}),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonDotprod => level_features!(NeonDotprod, detected! {}),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::NeonBf16 => level_features!(NeonBf16, detected! {}),
             #[allow(unreachable_patterns)]

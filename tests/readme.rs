@@ -1,6 +1,6 @@
 //! The README and the pages of the documentation agree with the code.
 
-use kvlane::{CacheFormat, Isa, Op, kernels};
+use kvlane::{CacheFormat, Isa, Op, Precision, kernels};
 
 const README: &str = include_str!("../README.md");
 
@@ -32,14 +32,15 @@ fn the_table_of_operations_is_the_registry() {
             .into_iter()
             .filter(|&level| !level.is_partial() || op == Op::Attention)
             .map(|level| match level {
-                Isa::Avx512Vnni => format!("{level} (int8)"),
+                Isa::AvxVnni | Isa::Avx512Vnni | Isa::NeonDotprod => format!("{level} (int8)"),
                 level if level.is_partial() => format!("{level} (bf16)"),
                 level => level.to_string(),
             })
             .collect();
         assert_eq!(levels, expected, "levels of {}", op.name());
         for kernel in kernels().filter(|k| k.isa.is_partial() && k.op == op) {
-            let format = if kernel.isa == Isa::Avx512Vnni { CacheFormat::Int8 } else { CacheFormat::Bf16 };
+            let integer = kernel.precision == Some(Precision::Integer);
+            let format = if integer { CacheFormat::Int8 } else { CacheFormat::Bf16 };
             assert_eq!((kernel.op, kernel.src, kernel.dst), (Op::Attention, format, format));
         }
         for level in Isa::ALL.into_iter().filter(|l| l.is_built() && !l.is_partial()) {

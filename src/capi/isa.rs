@@ -32,6 +32,10 @@ pub const KVL_ISA_AVX512_BF16: i32 = 7;
 /// x86-64 with the features of `KVL_ISA_AVX512`, and AVX512-VNNI. Attention over int8 keys at `KVL_PRECISION_INTEGER` only; the other
 /// kernels are those of `KVL_ISA_AVX512`.
 pub const KVL_ISA_AVX512_VNNI: i32 = 8;
+/// x86-64 with the features of `KVL_ISA_AVX2`, and AVX-VNNI. As `KVL_ISA_AVX512_VNNI`, above AVX2.
+pub const KVL_ISA_AVX_VNNI: i32 = 9;
+/// AArch64 with the features of `KVL_ISA_NEON`, and FEAT_DotProd. As `KVL_ISA_AVX512_VNNI`, above NEON.
+pub const KVL_ISA_NEON_DOTPROD: i32 = 10;
 
 /// The name of a level, such as "avx2"; a constant. The name of `KVL_ISA_BEST` is "best".
 ///
@@ -49,6 +53,8 @@ pub extern "C" fn kvl_isa_name(isa: kvl_isa) -> *const c_char {
         KVL_ISA_NEON_BF16 => c"neonbf16",
         KVL_ISA_AVX512_BF16 => c"avx512bf16",
         KVL_ISA_AVX512_VNNI => c"avx512vnni",
+        KVL_ISA_AVX_VNNI => c"avxvnni",
+        KVL_ISA_NEON_DOTPROD => c"neondotprod",
         _ => c"unknown",
     };
     text.as_ptr()
@@ -76,7 +82,8 @@ const _: () = {
     assert!(KVL_ISA_AVX512 == Isa::Avx512 as i32 && KVL_ISA_NEON == Isa::Neon as i32);
     assert!(KVL_ISA_AMX == Isa::Amx as i32 && KVL_ISA_NEON_BF16 == Isa::NeonBf16 as i32);
     assert!(KVL_ISA_AVX512_BF16 == Isa::Avx512Bf16 as i32 && KVL_ISA_AVX512_VNNI == Isa::Avx512Vnni as i32);
-    assert!(Isa::ALL.len() == 8);
+    assert!(KVL_ISA_AVX_VNNI == Isa::AvxVnni as i32 && KVL_ISA_NEON_DOTPROD == Isa::NeonDotprod as i32);
+    assert!(Isa::ALL.len() == 10);
 };
 
 #[cfg(test)]

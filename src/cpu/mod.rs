@@ -13,6 +13,7 @@ pub(crate) mod cache;
 macro_rules! level_features {
     (Scalar, $then:ident! { $($rest:tt)* }) => { $then! { [] $($rest)* } };
     (Avx2, $then:ident! { $($rest:tt)* }) => { $then! { ["avx2" "fma" "f16c"] $($rest)* } };
+    (AvxVnni, $then:ident! { $($rest:tt)* }) => { $then! { ["avx2" "fma" "f16c" "avxvnni"] $($rest)* } };
     (Avx512, $then:ident! { $($rest:tt)* }) => {
         $then! { ["avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512cd" "avx512dq" "avx512vl"] $($rest)* }
     };
@@ -24,7 +25,9 @@ macro_rules! level_features {
         $then! { ["avx2" "fma" "f16c" "avx512f" "avx512bw" "avx512cd" "avx512dq" "avx512vl" "avx512vnni" "avx512bf16"] $($rest)* }
     };
     (Neon, $then:ident! { $($rest:tt)* }) => { $then! { ["neon"] $($rest)* } };
-    (NeonBf16, $then:ident! { $($rest:tt)* }) => { $then! { ["neon" "bf16"] $($rest)* } };
+    (NeonDotprod, $then:ident! { $($rest:tt)* }) => { $then! { ["neon" "dotprod"] $($rest)* } };
+    // Every CPU with FEAT_BF16 has FEAT_DotProd.
+    (NeonBf16, $then:ident! { $($rest:tt)* }) => { $then! { ["neon" "dotprod" "bf16"] $($rest)* } };
 }
 pub(crate) use level_features;
 

@@ -7,52 +7,12 @@
 //! each; the sum of a query's units, times 128, is taken from its scores. (Intel 64 and IA-32 Architectures Software Developer's Manual,
 //! volume 2, VPDPBUSD.)
 
-use super::api::{AttentionFns, Precision};
 use super::avx512::{Avx512, shells};
-use super::generic::attention::integer::{self, ByteProducts, IntegerQueries, SCORES};
-use super::generic::attention::{DirectScores, KeyPieces, Pieces};
-use super::partial::with_features;
-use super::registry::{Entry, entry};
+use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
+use super::partial::{integer_kernels, with_features};
 use std::arch::x86_64::*;
 
-pub(crate) static ENTRIES: &[Entry] = &[entry!(
-    Avx512Vnni,
-    Attention,
-    Int8,
-    Int8,
-    Some(Precision::Integer),
-    "attention_int8_integer_avx512vnni",
-    1e-5,
-    Attention(functions())
-)];
-
-const fn functions() -> AttentionFns {
-    let full = shells::attention::<i8>();
-    let keys = const { &KeyPieces { scores, quantize_rows: Some(quantize_rows), ..*shells::pieces::<i8>().keys } };
-    AttentionFns { pieces: Pieces { keys, ..full.pieces }, ..full }
-}
-
-macro_rules! level_functions {
-    ($($functions:tt)*) => {
-        $crate::cpu::level_features!(Avx512Vnni, with_features! { $($functions)* });
-    };
-}
-
-level_functions! {
-    /// # Safety
-    /// The level is available; `q` has `rows` rows of `padded(d)` floats.
-    unsafe fn quantize_rows(q: *mut f32, rows: usize, d: usize) {
-        // SAFETY: the caller's; the level includes AVX-512.
-        unsafe { IntegerQueries { q, rows, d }.run(Avx512::new_unchecked()) }
-    }
-
-    /// # Safety
-    /// The level is available; the arguments are those of a tile whose rows [`quantize_rows`] has written.
-    unsafe fn scores(args: &DirectScores) {
-        // SAFETY: the caller's.
-        unsafe { integer::scores(Vnni(Avx512::new_unchecked()), args) }
-    }
-}
+integer_kernels!(Avx512Vnni, Avx512Vnni, Avx512, Vnni, "attention_int8_integer_avx512vnni");
 
 /// Proof that the CPU has the level.
 #[derive(Clone, Copy)]
@@ -63,6 +23,7 @@ impl ByteProducts for Vnni {
     type Units = __m512i;
     type Sums = __m512i;
     const UNITS: usize = 64;
+    const SCORES: usize = 16;
     const KEY_OFFSET: i32 = 128;
 
     #[inline(always)]
@@ -100,7 +61,7 @@ impl ByteProducts for Vnni {
         unsafe { _mm512_dpbusd_epi32(sums, keys, queries) }
     }
     #[inline(always)]
-    fn totals(self, v: &[__m512i; SCORES]) -> [i32; SCORES] {
+    fn totals(self, v: &[__m512i; MAX_SCORES]) -> [i32; MAX_SCORES] {
         // SAFETY: as above; vectors of the same size, for which every pattern is a value.
         unsafe {
             let quarters = [four(v[0], v[1], v[2], v[3]), four(v[4], v[5], v[6], v[7])];

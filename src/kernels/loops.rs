@@ -59,19 +59,19 @@ fn on_level(isa: Isa, body: impl Outlined) {
         match isa {
             Isa::Scalar => Scalar::new_unchecked().outline(body),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => super::avx2::Avx2::new_unchecked().outline(body),
+            Isa::Avx2 | Isa::AvxVnni => super::avx2::Avx2::new_unchecked().outline(body),
             // Partial levels run the loops of the level below, and have those of `products` beside them.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 | Isa::Amx => {
                 super::avx512::Avx512::new_unchecked().outline(body)
             }
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-            Isa::Neon | Isa::NeonBf16 => super::neon::Neon::new_unchecked().outline(body),
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonBf16 => super::neon::Neon::new_unchecked().outline(body),
             // Levels of other architectures, listed so that a new level does not compile without its loops.
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 | Isa::Amx => {}
+            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 | Isa::Amx => {}
             #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
-            Isa::Neon | Isa::NeonBf16 => {}
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonBf16 => {}
         }
     }
 }

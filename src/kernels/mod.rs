@@ -11,7 +11,7 @@
 //! | [`scalar`], `avx2`, `avx512`, `neon` | the trait for one level |
 //! | `loops`, `products` | what the bench measures as the limits of the machine |
 //! | `amx` | a partial level: attention over bf16, by tile products |
-//! | `avx512vnni` | a partial level: attention over int8 keys, by products of integers |
+//! | `avxvnni`, `avx512vnni`, `neondotprod` | partial levels: attention over int8 keys, by products of integers |
 //! | `avx512bf16` | a partial level: attention over bf16, by products of pairs |
 //! | `neonbf16` | a partial level: attention over bf16, by products of small matrices |
 //!
@@ -28,6 +28,8 @@ pub(crate) mod avx512;
 pub(crate) mod avx512bf16;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512vnni;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avxvnni;
 pub(crate) mod generic;
 #[cfg(feature = "bench")]
 pub(crate) mod loops;
@@ -35,6 +37,8 @@ pub(crate) mod loops;
 pub(crate) mod neon;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) mod neonbf16;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+pub(crate) mod neondotprod;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) mod partial;
 #[cfg(feature = "bench")]

@@ -21,6 +21,56 @@ macro_rules! partial_kernel_table {
 }
 pub(crate) use partial_kernel_table;
 
+/// Writes the part of the registry of a level that has products of integers over int8 keys and nothing else: `ENTRIES`, and its functions.
+/// The proof of the level is made of that of the full level, whose features `level` includes.
+macro_rules! integer_kernels {
+    ($isa:ident, $level:ident, $full:ident, $proof:ident, $name:literal) => {
+        pub(crate) static ENTRIES: &[$crate::kernels::registry::Entry] = &[$crate::kernels::registry::entry!(
+            $isa,
+            Attention,
+            Int8,
+            Int8,
+            Some($crate::kernels::api::Precision::Integer),
+            $name,
+            1e-5,
+            Attention(functions())
+        )];
+
+        /// Everything but the scores is the full level's.
+        const fn functions() -> $crate::kernels::api::AttentionFns {
+            let full = shells::attention::<i8>();
+            let keys = const {
+                &$crate::kernels::generic::attention::KeyPieces {
+                    scores,
+                    quantize_rows: Some(quantize_rows),
+                    ..*shells::pieces::<i8>().keys
+                }
+            };
+            $crate::kernels::api::AttentionFns {
+                pieces: $crate::kernels::generic::attention::Pieces { keys, ..full.pieces },
+                ..full
+            }
+        }
+
+        $crate::cpu::level_features!($level, with_features! {
+            /// # Safety
+            /// The level is available; `q` has `rows` rows of `padded(d)` floats.
+            unsafe fn quantize_rows(q: *mut f32, rows: usize, d: usize) {
+                // SAFETY: the caller's; the level includes the full one.
+                unsafe { $crate::kernels::generic::attention::integer::IntegerQueries { q, rows, d }.run($full::new_unchecked()) }
+            }
+
+            /// # Safety
+            /// The level is available; the arguments are those of a tile whose rows [`quantize_rows`] has written.
+            unsafe fn scores(args: &$crate::kernels::generic::attention::DirectScores) {
+                // SAFETY: the caller's.
+                unsafe { $crate::kernels::generic::attention::integer::scores($proof($full::new_unchecked()), args) }
+            }
+        });
+    };
+}
+pub(crate) use integer_kernels;
+
 /// The lines of [`partial_kernel_table`] as entries of the registry.
 macro_rules! partial_kernel_lines {
     ($level:ident $($op:ident $src:ident $dst:ident $precision:ident $error:literal $kind:ident($function:expr)

@@ -4,9 +4,9 @@
 use super::api::{Function, KernelInfo, Op};
 use super::scalar;
 #[cfg(target_arch = "x86_64")]
-use super::{amx, avx2, avx512, avx512bf16, avx512vnni};
+use super::{amx, avx2, avx512, avx512bf16, avx512vnni, avxvnni};
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-use super::{neon, neonbf16};
+use super::{neon, neonbf16, neondotprod};
 use crate::format::CacheFormat;
 use crate::isa::Isa;
 
@@ -45,6 +45,8 @@ static LEVELS: &[&[Entry]] = &[
     #[cfg(target_arch = "x86_64")]
     avx2::ENTRIES,
     #[cfg(target_arch = "x86_64")]
+    avxvnni::ENTRIES,
+    #[cfg(target_arch = "x86_64")]
     avx512::ENTRIES,
     #[cfg(target_arch = "x86_64")]
     avx512vnni::ENTRIES,
@@ -54,6 +56,8 @@ static LEVELS: &[&[Entry]] = &[
     amx::ENTRIES,
     #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     neon::ENTRIES,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    neondotprod::ENTRIES,
     #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     neonbf16::ENTRIES,
 ];

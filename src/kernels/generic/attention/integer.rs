@@ -8,7 +8,7 @@
 //! A query with NaN or infinity has a scale of NaN, and gives NaN.
 //!
 //! # What bounds it
-//! A vector of 64 keys' elements takes a load, an exclusive or, and for each row a product that reads its units from memory: at head
+//! On AVX-512, a vector of 64 elements of a key takes a load, an exclusive or, and for each row a product that reads its units from memory: at head
 //! size 128 four rows over four keys take 32 products, where f32 takes 128 FMAs and 64 instructions that widen. The sum over lanes is a
 //! tree of 15 additions and 28 shuffles for 16 scores, half of the work. One row is bound by memory.
 
@@ -28,6 +28,8 @@ pub(crate) trait ByteProducts: Copy {
     type Sums: Copy;
     /// Units per vector, at most 64.
     const UNITS: usize;
+    /// Scores that are computed together, 8 or 16: as many sums as registers allow.
+    const SCORES: usize;
     /// What is added to each unit of a key, for instructions that multiply a signed byte by an unsigned one.
     const KEY_OFFSET: i32;
 
@@ -53,12 +55,12 @@ pub(crate) trait ByteProducts: Copy {
     unsafe fn queries_part(self, p: *const i8, n: usize) -> Self::Units;
     /// Adds the products of units, each to one of the sums.
     fn add(self, sums: Self::Sums, keys: Self::Units, queries: Self::Units) -> Self::Sums;
-    /// The sums over lanes.
-    fn totals(self, sums: &[Self::Sums; SCORES]) -> [i32; SCORES];
+    /// The sums over lanes of the first [`Self::SCORES`] vectors.
+    fn totals(self, sums: &[Self::Sums; MAX_SCORES]) -> [i32; MAX_SCORES];
 }
 
-/// Scores that are computed together.
-pub(crate) const SCORES: usize = 16;
+/// Upper bound of [`ByteProducts::SCORES`].
+pub(crate) const MAX_SCORES: usize = 16;
 
 /// The rows of a tile, which become units.
 #[derive(Clone, Copy)]
@@ -118,10 +120,13 @@ pub(crate) unsafe fn scores<P: ByteProducts>(p: P, args: &DirectScores) {
         while row < rows {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             row += unsafe {
-                match rows - row {
-                    1 => dots::<P, 1, 16>(p, args, head, row),
-                    2 | 3 => dots::<P, 2, 8>(p, args, head, row),
-                    _ => dots::<P, 4, 4>(p, args, head, row),
+                match (rows - row, P::SCORES) {
+                    (1, 16) => dots::<P, 1, 16>(p, args, head, row),
+                    (1, _) => dots::<P, 1, 8>(p, args, head, row),
+                    (2 | 3, 16) => dots::<P, 2, 8>(p, args, head, row),
+                    (2 | 3, _) => dots::<P, 2, 4>(p, args, head, row),
+                    (_, 16) => dots::<P, 4, 4>(p, args, head, row),
+                    _ => dots::<P, 4, 2>(p, args, head, row),
                 }
             };
         }
@@ -140,7 +145,6 @@ unsafe fn dots<P: ByteProducts, const R: usize, const C: usize>(
     head: usize,
     row: usize,
 ) -> usize {
-    const { assert!(R * C == SCORES) };
     let Block { tile, scratch, d, .. } = *args.block;
     let first = head * tile.head_rows + row;
     let rows: [Row; R] = std::array::from_fn(|r| Row::of(scratch.q, first + r, d));
@@ -148,8 +152,8 @@ unsafe fn dots<P: ByteProducts, const R: usize, const C: usize>(
     let KeyRange { low, high } = args.keys;
     // SAFETY: the caller's; partial loads read what is left of a key and of a row, and the rows of scores have BLOCK floats.
     unsafe {
-        let scales: [f32; SCORES] = std::array::from_fn(|i| *rows[i / C].scale);
-        let offsets: [i32; SCORES] = std::array::from_fn(|i| P::KEY_OFFSET * *rows[i / C].sum);
+        let scales: [f32; MAX_SCORES] = std::array::from_fn(|i| *rows[(i / C).min(R - 1)].scale);
+        let offsets: [i32; MAX_SCORES] = std::array::from_fn(|i| P::KEY_OFFSET * *rows[(i / C).min(R - 1)].sum);
         for j in (low / C * C..high).step_by(C) {
             let inside = j >= low && j + C <= high;
             let mut keys = [std::ptr::null(); C];
@@ -182,10 +186,11 @@ unsafe fn dots<P: ByteProducts, const R: usize, const C: usize>(
                     }
                 }
             }
-            let sums: [P::Sums; SCORES] = std::array::from_fn(|i| sums[i / C][i % C]);
+            let sums: [P::Sums; MAX_SCORES] =
+                std::array::from_fn(|i| if i < R * C { sums[i / C][i % C] } else { p.zero() });
             let totals = p.totals(&sums);
-            let mut scores = [0.0f32; SCORES];
-            for i in 0..SCORES {
+            let mut scores = [0.0f32; MAX_SCORES];
+            for i in 0..R * C {
                 // At most 1024 * 127^2, which an f32 holds exactly.
                 scores[i] = (totals[i] - offsets[i]) as f32 * scales[i];
             }

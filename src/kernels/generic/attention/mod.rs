@@ -50,7 +50,7 @@
 //! query row adds only the keys that it sees, by the same operations.
 
 mod direct;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) mod integer;
 mod key_pointers;
 mod logits;
