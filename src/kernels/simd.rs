@@ -312,6 +312,8 @@ pub(crate) trait Load: Copy + Default + 'static {
     const ALWAYS_FINITE: bool;
     /// [`Self::load_pair`] separates even and odd elements on levels with [`Simd::DEINTERLEAVED_BF16`].
     const DEINTERLEAVES: bool;
+    /// Whether values may be packed in pairs of slots.
+    const PACKS_PAIRS: bool;
     /// Whether [`Self::load_pair`] separates even and odd elements.
     #[inline(always)]
     fn deinterleaved<S: Simd>() -> bool {
@@ -346,10 +348,11 @@ pub(crate) trait LoadStore: Element + Load {
 }
 
 macro_rules! load {
-    ($($type:ty: $finite:expr, $load:ident $load_part:ident $pair:expr, $deinterleaves:expr;)*) => {$(
+    ($($type:ty: $finite:expr, $load:ident $load_part:ident $pair:expr, $deinterleaves:expr, $packs_pairs:expr;)*) => {$(
         impl Load for $type {
             const ALWAYS_FINITE: bool = $finite;
             const DEINTERLEAVES: bool = $deinterleaves;
+            const PACKS_PAIRS: bool = $packs_pairs;
             #[inline(always)]
             unsafe fn load_pair<S: Simd>(simd: S, p: *const Self) -> [S::V; 2] {
                 // SAFETY: the caller's.
@@ -370,12 +373,12 @@ macro_rules! load {
 }
 
 load! {
-    f32: false, load_f32 load_part_f32 halves, false;
-    f16: false, load_f16 load_part_f16 halves, false;
-    bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), true;
-    i8: true, load_i8 load_part_i8 halves, false;
-    E4m3: false, load_e4m3 load_part_e4m3 halves, false;
-    E5m2: false, load_e5m2 load_part_e5m2 halves, false;
+    f32: false, load_f32 load_part_f32 halves, false, true;
+    f16: false, load_f16 load_part_f16 halves, false, true;
+    bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), true, true;
+    i8: true, load_i8 load_part_i8 halves, false, false;
+    E4m3: false, load_e4m3 load_part_e4m3 halves, false, false;
+    E5m2: false, load_e5m2 load_part_e5m2 halves, false, false;
 }
 
 macro_rules! store {
@@ -409,6 +412,7 @@ store! {
 impl Load for SaturatingF16 {
     const ALWAYS_FINITE: bool = f16::ALWAYS_FINITE;
     const DEINTERLEAVES: bool = f16::DEINTERLEAVES;
+    const PACKS_PAIRS: bool = f16::PACKS_PAIRS;
     #[inline(always)]
     unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V {
         // SAFETY: the caller's; the type is an f16.

@@ -2,7 +2,9 @@
 
 use super::{Block, SUBBLOCK};
 use crate::format::CacheFormat;
+use crate::kernels::generic::blocks::{self, BlockUnit};
 use crate::kernels::generic::copy;
+use crate::kernels::simd::{Simd, lines};
 use crate::layout::{Packing, Place};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{BLOCK, KeyRange, padded};
@@ -68,6 +70,56 @@ impl<'a, T> KeyPointerTable<'a, T> {
     fn fill(&mut self, keys: Range<usize>, other: usize) {
         let other = self.keys[other];
         self.keys[keys].fill(other);
+    }
+}
+
+/// Widens the keys or the values of a block whose units hold several elements to rows of f32 `[BLOCK][padded(dim)]`, to which the
+/// pointers then lead. So kernels for f32 serve such formats; to widen is exact, but for the roundings that the format has.
+///
+/// # Safety
+/// [`locate`] has set the pointers; the rows hold a block, and are used for tiles of one KV head only.
+pub(crate) struct WidenUnits<'a, 'b> {
+    pub rows: &'a mut KeyPointerTable<'b, u8>,
+    pub key_range: KeyRange,
+    /// The keys that some row of the tile sees, at least one. Nothing else is read.
+    pub visible_bits: u64,
+    pub to: *mut f32,
+    pub dim: usize,
+}
+
+impl WidenUnits<'_, '_> {
+    /// Widens units of type `U`.
+    ///
+    /// # Safety
+    /// As [`WidenUnits`].
+    #[inline(always)]
+    pub unsafe fn run<S: Simd, U: BlockUnit>(self, s: S) {
+        let Self { rows, key_range, visible_bits, to, dim } = self;
+        let (units, width) = (dim / blocks::N, padded(dim));
+        for j in key_range.low..key_range.high {
+            if visible_bits >> j & 1 == 0 {
+                continue;
+            }
+            let next = rows.rows().next(j);
+            if !next.is_null() {
+                lines(next, units * size_of::<U>()).for_each(|line| s.prefetch_far(line));
+            }
+            // SAFETY: the caller's: a visible key has these units, and a row these elements.
+            unsafe {
+                let from = rows.keys[j].assume_init().cast::<U>();
+                for unit in 0..units {
+                    (*from.add(unit)).widen(to.add(j * width + unit * blocks::N));
+                }
+            }
+        }
+        rows.place(key_range, to.cast(), width * size_of::<f32>());
+        // Rows of hidden keys hold anything. Their pointers lead to a visible one, as those of `locate` do.
+        let seen = (visible_bits & key_range.bits()).trailing_zeros() as usize;
+        for j in key_range.low..key_range.high {
+            if visible_bits >> j & 1 == 0 {
+                rows.fill(j..j + 1, seen);
+            }
+        }
     }
 }
 
@@ -275,6 +327,13 @@ unsafe fn gather<T>(
             CacheFormat::Int8 | CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => {
                 gather_units::<T, u8>(dim, step, key_range, block, rows);
             }
+            // Units of several elements always lie together.
+            CacheFormat::Q8_0
+            | CacheFormat::Q4_0
+            | CacheFormat::Q4_1
+            | CacheFormat::Q5_0
+            | CacheFormat::Q5_1
+            | CacheFormat::Iq4Nl => {}
         }
     }
 }

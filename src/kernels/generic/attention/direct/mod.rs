@@ -26,7 +26,7 @@ mod values;
 use super::row_pairs::{Widen, are_pairs, widen};
 use super::scales::{scale_scores, scale_weights};
 use super::softmax::Softmax;
-use super::{Block, KeyPointers, Pieces, RowState, ValuePieces};
+use super::{Block, KeyPointers, PairPieces, Pieces, RowState, ValuePieces};
 use crate::kernels::simd::Simd;
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange};
@@ -68,18 +68,21 @@ pub(super) unsafe fn block<S: Simd>(
         scale_scores(s, block, heads.clone());
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
         let finite = scale_weights(s, block, heads.clone());
-        if block.p.v_packing == Packing::Rows {
-            values(pieces.values, false, block, rows, heads, v, finite, Some(&ahead));
-            return;
-        }
+        let pairs = match (block.p.v_packing, &pieces.values.pairs) {
+            (Packing::RowPairs, Some(pairs)) => pairs,
+            _ => {
+                values(pieces.values, None, block, rows, heads, v, finite, Some(&ahead));
+                return;
+            }
+        };
         if block.all && are_pairs(block.p, &v, block.key_range) {
-            values(pieces.values, true, block, rows, heads, v, finite, Some(&ahead));
+            values(pieces.values, Some(pairs), block, rows, heads, v, finite, Some(&ahead));
             return;
         }
         let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
         for head in heads {
-            let v = widen(pieces.values, &Widen { block, v, head }, &mut pointers);
-            values(pieces.widened, false, block, rows, head..head + 1, v.rows(), finite, None);
+            let v = widen(pairs, &Widen { block, v, head }, &mut pointers);
+            values(pieces.widened, None, block, rows, head..head + 1, v.rows(), finite, None);
         }
     }
 }
@@ -93,7 +96,7 @@ pub(super) unsafe fn block<S: Simd>(
 #[allow(clippy::too_many_arguments)]
 unsafe fn values(
     pieces: &ValuePieces,
-    pairs: bool,
+    pairs: Option<&PairPieces>,
     block: &Block,
     rows: &[RowState],
     heads: Range<usize>,
@@ -105,7 +108,7 @@ unsafe fn values(
     // SAFETY: the caller's.
     unsafe {
         let is_finite = |head| (pieces.all_finite)(v, head, key_range, dv);
-        let all_at_once = pairs || all || finite && heads.clone().all(is_finite);
+        let all_at_once = pairs.is_some() || all || finite && heads.clone().all(is_finite);
         if !all_at_once {
             for r in heads.start * tile.head_rows..heads.end * tile.head_rows {
                 accumulate_visible(pieces, block, &rows[r], r, v);
@@ -113,7 +116,7 @@ unsafe fn values(
             return;
         }
         let ahead = |index| ahead.map_or(Ahead::NONE, |ahead| ahead.of_v(index));
-        let accumulate = if pairs { pieces.accumulate_pairs } else { pieces.accumulate };
+        let accumulate = pairs.map_or(pieces.accumulate, |pairs| pairs.accumulate);
         runs(block, &heads, ahead, |keys, ahead| {
             accumulate(&DirectValues { block, v, heads: heads.clone(), keys, ahead });
         });

@@ -70,17 +70,17 @@ pub(super) unsafe fn block<S: Simd>(
     k: KeyPointers<u8>,
     v: KeyPointers<u8>,
 ) {
-    match block.p.v_packing {
-        // SAFETY: the caller's.
-        Packing::Rows => unsafe { products(s, pieces, block, rows, k, v) },
-        Packing::RowPairs => {
+    match (block.p.v_packing, &pieces.values.pairs) {
+        (Packing::RowPairs, Some(pairs)) => {
             let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
             // SAFETY: the caller's.
             unsafe {
-                let v = widen(pieces.values, &Widen { block, v, head: 0 }, &mut pointers);
+                let v = widen(pairs, &Widen { block, v, head: 0 }, &mut pointers);
                 products(s, &Pieces { values: pieces.widened, ..*pieces }, block, rows, k, v.rows());
             }
         }
+        // SAFETY: the caller's.
+        _ => unsafe { products(s, pieces, block, rows, k, v) },
     }
 }
 
