@@ -194,7 +194,12 @@ impl Tensor {
                 cache.static_scales(&FP8_SCALE)
             }
             Buffer::Blocks(ref mut units, format) => {
-                let strides = self.layout.strides([units_shape[0], units_shape[1], units_shape[2], units_shape[3] / format.unit_elements()]);
+                let strides = self.layout.strides([
+                    units_shape[0],
+                    units_shape[1],
+                    units_shape[2],
+                    units_shape[3] / format.unit_elements(),
+                ]);
                 CacheViewMut::blocks_strided(units.as_mut_slice(), format, 0, units_shape, strides)
             }
             Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view_mut()?.into()),

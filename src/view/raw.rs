@@ -290,8 +290,7 @@ impl<U: Units> RawView<U> {
         let mut axes: [(i128, i128, i128); 4] = [(0, 0, 0); 4];
         for (axis, slot) in axes.iter_mut().enumerate() {
             // The range of steps along this axis between an element of `self` and one of `other`.
-            *slot =
-                ((self.strides[axis] as i128).abs(), -(shapes.1[axis] as i128 - 1), shapes.0[axis] as i128 - 1);
+            *slot = ((self.strides[axis] as i128).abs(), -(shapes.1[axis] as i128 - 1), shapes.0[axis] as i128 - 1);
             if self.strides[axis] < 0 {
                 *slot = (slot.0, -slot.2, -slot.1);
             }

@@ -69,9 +69,9 @@ pub(crate) use direct::{DirectScores, DirectValues, OneValue, all_finite};
 pub(crate) use direct::{NEAR_DISTANCE, PrefetchDistances};
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) use key_pointers::KeyPointerTable;
-pub(crate) use key_pointers::{KeyPointers, WidenUnits};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use key_pointers::{BlockRequest, GatherBuffers, locate};
+pub(crate) use key_pointers::{KeyPointers, WidenUnits};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use logits::{logits, masked_by_bias};
 pub(crate) use packed::{PackKeys, PackValues};
