@@ -28,25 +28,28 @@ fn parts(format: CacheFormat) -> (Option<usize>, usize) {
     }
 }
 
-/// The numbers that a block stands for.
-pub fn elements(format: CacheFormat, block: &[u8]) -> [f32; N] {
+/// A number of a block.
+pub fn element(format: CacheFormat, block: &[u8], i: usize) -> f32 {
     let d = half(block, 0);
     if format == CacheFormat::Q8_0 {
-        return std::array::from_fn(|i| f32::from(block[2 + i] as i8) * d);
+        return f32::from(block[2 + i] as i8) * d;
     }
     let (fifth, nibbles) = parts(format);
-    std::array::from_fn(|i| {
-        let byte = block[nibbles + i % 16];
-        let low = if i < 16 { byte & 15 } else { byte >> 4 };
-        let high = fifth.map_or(0, |at| block[at + i / 8] >> (i % 8) & 1);
-        let q = i32::from(low) + 16 * i32::from(high);
-        match format {
-            CacheFormat::Q4_0 => (q - 8) as f32 * d,
-            CacheFormat::Q5_0 => (q - 16) as f32 * d,
-            CacheFormat::Iq4Nl => TABLE[q as usize] as f32 * d,
-            _ => q as f32 * d + half(block, 2),
-        }
-    })
+    let byte = block[nibbles + i % 16];
+    let low = if i < 16 { byte & 15 } else { byte >> 4 };
+    let high = fifth.map_or(0, |at| block[at + i / 8] >> (i % 8) & 1);
+    let q = i32::from(low) + 16 * i32::from(high);
+    match format {
+        CacheFormat::Q4_0 => (q - 8) as f32 * d,
+        CacheFormat::Q5_0 => (q - 16) as f32 * d,
+        CacheFormat::Iq4Nl => TABLE[q as usize] as f32 * d,
+        _ => q as f32 * d + half(block, 2),
+    }
+}
+
+/// The numbers that a block stands for.
+pub fn elements(format: CacheFormat, block: &[u8]) -> [f32; N] {
+    std::array::from_fn(|i| element(format, block, i))
 }
 
 /// The block next to these numbers.
@@ -61,8 +64,8 @@ pub fn quantise(format: CacheFormat, x: &[f32]) -> Vec<u8> {
         return block;
     }
     let peak = *x.iter().max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap();
-    // The first of several.
-    let peak = *x.iter().find(|x| x.abs() == peak.abs()).unwrap();
+    // The first of several, and no negative zero.
+    let peak = *x.iter().find(|x| x.abs() == peak.abs()).unwrap() + 0.0;
     let least = x.iter().fold(f32::INFINITY, |a, &x| if x < a { x } else { a });
     let most = x.iter().fold(f32::NEG_INFINITY, |a, &x| if x > a { x } else { a });
     let inverse = |d: f32| if d == 0.0 { 0.0 } else { 1.0 / d };
@@ -178,7 +181,7 @@ impl Blocks {
     }
 
     pub fn get(&self, [b, s, h, d]: [usize; 4]) -> f32 {
-        elements(self.format, self.units.unit([b, s, h, d / N]))[d % N]
+        element(self.format, self.units.unit([b, s, h, d / N]), d % N)
     }
 
     pub fn view(&self) -> CacheView<'_> {

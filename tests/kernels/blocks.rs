@@ -285,7 +285,9 @@ fn bits_of_what_is_read(level: &Level) {
     let mut rng = Rng::new(504);
     for (tokens, group, keys) in thin(vec![(1, 1, 1), (1, 1, 200), (1, 4, 130), (3, 2, 65), (40, 3, 200)]) {
         for (dim, v_dim) in thin(vec![(32, 64), (64, 32), (128, 128), (256, 96), (96, 288)]) {
-            for format in FORMATS {
+            // Every format once; more than the rows of f32 do not depend on it.
+            let formats = if (dim, keys) == (32, 1) { &FORMATS[..] } else { &[rng.pick(&FORMATS)] };
+            for &format in formats {
                 let other = rng.pick(&CacheFormat::ALL);
                 for [k_format, v_format] in [[format, other], [other, format], [format, format]] {
                     let shape = Shape { batch: 2, tokens, kv_heads: 2, group, keys, dim, v_dim };

@@ -131,14 +131,15 @@ fn reciprocal(d: f32) -> f32 {
     if d == 0.0 { 0.0 } else { 1.0 / d }
 }
 
-/// The first element with this magnitude.
+/// The first element with this magnitude; positive if that is 0.
 #[inline(always)]
 fn signed_peak(x: &[f32; N], peak: f32) -> f32 {
     let mut at = 0u32;
     for (i, x) in x.iter().enumerate() {
         at |= u32::from(x.abs() == peak) << i;
     }
-    x[at.trailing_zeros() as usize % N]
+    // The sum of a negative zero and a positive one is positive.
+    x[at.trailing_zeros() as usize % N] + 0.0
 }
 
 #[inline(always)]
