@@ -346,6 +346,22 @@ impl<'a> CacheView<'a> {
     /// A cache in one of the formats of blocks, [`CacheFormat::Q8_0`] for example, whose blocks lie at the start of `units` in the
     /// order of its axes. The bytes are aligned to 2. `shape` counts elements, of which a head has a multiple of 32.
     ///
+    /// ```
+    /// use kvlane::*;
+    /// // Room for 16 tokens, two heads of 64 elements, each in two blocks of 34 bytes.
+    /// let shape = [1, 16, 2, 64];
+    /// let mut keys = CacheBuffer::<u8>::zeroed(16 * 2 * CacheFormat::Q8_0.head_bytes(64))?;
+    /// let mut values = CacheBuffer::<u8>::zeroed(16 * 2 * CacheFormat::Q4_0.head_bytes(64))?;
+    /// let k = [1.0f32; 2 * 64];
+    /// let k = View::new(&k, [1, 1, 2, 64])?;
+    /// let k_cache = CacheViewMut::blocks(&mut keys, CacheFormat::Q8_0, shape)?;
+    /// let v_cache = CacheViewMut::blocks(&mut values, CacheFormat::Q4_0, shape)?;
+    /// kv_write(&Context::new()?, &Serial, KvWrite::new(k, k, k_cache, v_cache, Destination::positions(&[0])))?;
+    /// assert_eq!(keys[2..34], [127; 32]);
+    /// assert_eq!(CacheView::blocks(&keys, CacheFormat::Q8_0, shape)?.strides(), [64, 4, 2, 1]);
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
     /// # Errors
     /// `units` is too short for `shape` or not aligned; dim is no multiple of 32; the format is another one.
     pub fn blocks(units: &'a [u8], format: CacheFormat, shape: [usize; 4]) -> Result<Self> {

@@ -127,11 +127,11 @@ macro_rules! kernel_shells {
                 unsafe { args.run::<_, T>($level::new_unchecked()) }
             }
             $(#[target_feature(enable = $feature)])*
-            unsafe fn widen_units<U: BlockUnit>(args: WidenUnits) {
+            unsafe fn widen_units<U: BlockUnit>(args: &WidenUnits) {
                 // SAFETY: the caller's.
                 unsafe { args.run::<_, U>($level::new_unchecked()) }
             }
-            const fn key_pieces<T: Load>(widen: Option<unsafe fn(WidenUnits)>) -> KeyPieces {
+            const fn key_pieces<T: Load>(widen: Option<unsafe fn(&WidenUnits)>) -> KeyPieces {
                 KeyPieces {
                     unit_bytes: size_of::<T>(),
                     widen,
@@ -140,7 +140,7 @@ macro_rules! kernel_shells {
                     pack: pack_keys::<T>,
                 }
             }
-            const fn value_pieces<T: Load>(widen: Option<unsafe fn(WidenUnits)>) -> ValuePieces {
+            const fn value_pieces<T: Load>(widen: Option<unsafe fn(&WidenUnits)>) -> ValuePieces {
                 ValuePieces {
                     unit_bytes: size_of::<T>(),
                     widen,

@@ -73,53 +73,67 @@ impl<'a, T> KeyPointerTable<'a, T> {
     }
 }
 
-/// Widens the keys or the values of a block whose units hold several elements to rows of f32 `[BLOCK][padded(dim)]`, to which the
-/// pointers then lead. So kernels for f32 serve such formats; to widen is exact, but for the roundings that the format has.
-///
-/// # Safety
-/// [`locate`] has set the pointers; the rows hold a block, and are used for tiles of one KV head only.
-pub(crate) struct WidenUnits<'a, 'b> {
-    pub rows: &'a mut KeyPointerTable<'b, u8>,
-    pub key_range: KeyRange,
-    /// The keys that some row of the tile sees, at least one. Nothing else is read.
+/// Widens keys or values whose units hold several elements to rows of f32 that are `padded(dim)` apart, from the row of the first key
+/// on. To widen is exact, but for the roundings that the format has.
+pub(crate) struct WidenUnits<'a> {
+    pub rows: KeyPointers<'a, u8>,
+    /// What is widened: of `keys`, those that some row of the tile sees. Nothing else is read.
+    pub keys: KeyRange,
     pub visible_bits: u64,
     pub to: *mut f32,
     pub dim: usize,
 }
 
-impl WidenUnits<'_, '_> {
+impl<'a> WidenUnits<'a> {
     /// Widens units of type `U`.
     ///
     /// # Safety
-    /// As [`WidenUnits`].
+    /// [`locate`] has set the pointers, for a tile of one KV head; `to` has room for the rows.
     #[inline(always)]
-    pub unsafe fn run<S: Simd, U: BlockUnit>(self, s: S) {
-        let Self { rows, key_range, visible_bits, to, dim } = self;
+    pub unsafe fn run<S: Simd, U: BlockUnit>(&self, s: S) {
+        let Self { rows, keys, visible_bits, to, dim } = *self;
         let (units, width) = (dim / blocks::N, padded(dim));
-        for j in key_range.low..key_range.high {
+        for j in keys.low..keys.high {
             if visible_bits >> j & 1 == 0 {
                 continue;
             }
-            let next = rows.rows().next(j);
+            let next = rows.next(j);
             if !next.is_null() {
                 lines(next, units * size_of::<U>()).for_each(|line| s.prefetch_far(line));
             }
+            let from = rows.key(0, j).cast::<U>();
             // SAFETY: the caller's: a visible key has these units, and a row these elements.
             unsafe {
-                let from = rows.keys[j].assume_init().cast::<U>();
                 for unit in 0..units {
-                    (*from.add(unit)).widen(to.add(j * width + unit * blocks::N));
+                    (*from.add(unit)).widen(to.add((j - keys.low) * width + unit * blocks::N));
                 }
             }
         }
-        rows.place(key_range, to.cast(), width * size_of::<f32>());
-        // Rows of hidden keys hold anything. Their pointers lead to a visible one, as those of `locate` do.
-        let seen = (visible_bits & key_range.bits()).trailing_zeros() as usize;
-        for j in key_range.low..key_range.high {
-            if visible_bits >> j & 1 == 0 {
-                rows.fill(j..j + 1, seen);
+    }
+
+    /// Widens by a function of the level, and returns pointers to the rows, by which kernels of f32 read them. The pointers of hidden keys
+    /// lead to the row of another one, as those of [`locate`] do.
+    ///
+    /// # Safety
+    /// As [`Self::run`]; one of the keys is visible.
+    #[inline(always)]
+    pub unsafe fn by<'b>(
+        &self,
+        widen: unsafe fn(&WidenUnits),
+        memory: &'b mut Pointers<u8>,
+    ) -> KeyPointerTable<'b, u8> {
+        let Self { keys, visible_bits, to, dim, .. } = *self;
+        // SAFETY: the caller's.
+        unsafe { widen(self) };
+        let (mut table, width) = (KeyPointerTable::new(memory), padded(dim) * size_of::<f32>());
+        table.place(keys, to.cast::<u8>().wrapping_sub(keys.low * width), width);
+        let (bits, seen) = (visible_bits & keys.bits(), (visible_bits & keys.bits()).trailing_zeros() as usize);
+        if bits != keys.bits() {
+            for j in (keys.low..keys.high).filter(|j| bits >> j & 1 == 0) {
+                table.fill(j..j + 1, seen);
             }
         }
+        table
     }
 }
 

@@ -11,7 +11,7 @@ pub(crate) struct KeyPieces {
     /// Bytes per element of the rows that the other pieces read.
     pub unit_bytes: usize,
     /// Before the others, which are those of f32, for units of several elements.
-    pub widen: Option<unsafe fn(WidenUnits)>,
+    pub widen: Option<unsafe fn(&WidenUnits)>,
     /// Queries are kept in the order that this format's keys have in registers.
     pub deinterleaved: bool,
     pub scores: unsafe fn(&DirectScores),
@@ -23,7 +23,7 @@ pub(crate) struct KeyPieces {
 pub(crate) struct ValuePieces {
     /// As in [`KeyPieces`].
     pub unit_bytes: usize,
-    pub widen: Option<unsafe fn(WidenUnits)>,
+    pub widen: Option<unsafe fn(&WidenUnits)>,
     /// Accumulators are kept in the order that this format's values have in registers.
     pub deinterleaved: bool,
     pub accumulate: unsafe fn(&DirectValues),

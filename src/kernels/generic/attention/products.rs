@@ -1,6 +1,6 @@
 //! The two products of a block: Q K^T and P V.
 
-use super::key_pointers::{KeyPointerTable, KeyPointers, WidenUnits};
+use super::key_pointers::{KeyPointerTable, KeyPointers};
 use super::{Pieces, RowState, Scratch, direct, packed};
 use crate::kernels::simd::Simd;
 use crate::problem::attention::Problem;
@@ -32,13 +32,6 @@ pub(crate) trait Products<S: Simd> {
     /// # Safety
     /// `scratch` is laid out for the tile's rows.
     unsafe fn pack_queries(&self, s: S, p: &Problem, tile: &Tile, scratch: &Scratch);
-
-    /// Called once per block of keys, after its pointers were set: widens units of several elements.
-    ///
-    /// # Safety
-    /// `k` and `v` point to the block's key range.
-    #[inline(always)]
-    unsafe fn widen(&self, _block: &Block, _k: &mut KeyPointerTable<u8>, _v: &mut KeyPointerTable<u8>) {}
 
     /// One block of keys for all rows of the tile. `scratch.acc` and `scratch.sums` are 0 before the first block of a chunk.
     ///
@@ -75,20 +68,6 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
             let (q, copy) = (scratch.q, scratch.kt);
             // SAFETY: the caller's; no block is packed yet, and the memory of a block of keys is more than that of a register tile.
             unsafe { s.outline(packed::PackQueries { q, rows: tile.rows(), d: p.q.shape[3], copy }) };
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn widen(&self, block: &Block, k: &mut KeyPointerTable<u8>, v: &mut KeyPointerTable<u8>) {
-        let Block { scratch, key_range, visible_bits, d, dv, .. } = *block;
-        // SAFETY: the caller's; the buffers hold a block in f32, and formats with such units have tiles of one KV head.
-        unsafe {
-            if let Some(widen) = self.0.keys.widen {
-                widen(WidenUnits { rows: k, key_range, visible_bits, to: scratch.k_block.cast(), dim: d });
-            }
-            if let Some(widen) = self.0.values.widen {
-                widen(WidenUnits { rows: v, key_range, visible_bits, to: scratch.v_block.cast(), dim: dv });
-            }
         }
     }
 

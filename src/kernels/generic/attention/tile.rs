@@ -201,7 +201,6 @@ unsafe fn one_block<S: Simd>(
     unsafe {
         locate(&BlockRequest { p, tile, base, key_range, visible_bits: any, reach }, &gather_buffers, (&mut k, &mut v));
         let block = Block { p, tile, scratch, base, key_range, visible_bits: any, all, d, dv };
-        products.widen(&block, &mut k, &mut v);
         products.block(s, &block, rows, k.rows(), &mut v);
     }
 }
