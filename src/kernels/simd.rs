@@ -168,6 +168,40 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         unsafe { self.load_e5m2(copy_part(p, n).as_ptr()) }
     }
+    /// An f16, exactly, in every lane.
+    #[inline(always)]
+    fn splat_f16(self, x: f16) -> Self::V {
+        self.splat(x.to_f32_const())
+    }
+    /// Numbers of four bits, converted to f32: [`Self::LANES`] of 32, from number `at` on, which is a multiple of that. The first 16 are the
+    /// low halves of 16 bytes, the others the high halves.
+    ///
+    /// # Safety
+    /// 16 bytes are readable at `p`, and `at` is below 32.
+    #[inline(always)]
+    unsafe fn load_nibbles(self, p: *const u8, at: usize) -> Self::V {
+        let mut numbers = [0i8; MAX_LANES];
+        for (i, number) in numbers.iter_mut().enumerate().take(Self::LANES) {
+            // SAFETY: the caller's.
+            let byte = unsafe { *p.add(at % 16 + i) };
+            *number = if at < 16 { byte & 15 } else { byte >> 4 } as i8;
+        }
+        // SAFETY: the array holds a whole vector.
+        unsafe { self.load_i8(numbers.as_ptr()) }
+    }
+    /// The entries of a table with these numbers: integers from 0 to 15.
+    #[inline(always)]
+    fn look_up(self, numbers: Self::V, table: &[f32; 16]) -> Self::V {
+        let mut entries = [0.0; MAX_LANES];
+        // SAFETY: the array holds a whole vector.
+        unsafe {
+            self.store_f32(entries.as_mut_ptr(), numbers);
+            for x in &mut entries {
+                *x = table[*x as usize % 16];
+            }
+            self.load_f32(entries.as_ptr())
+        }
+    }
     /// Stores the low bytes of the patterns, whose other bits are 0.
     ///
     /// # Safety

@@ -24,8 +24,8 @@
 //!
 //! A factor above 65504 becomes infinite in f16, as in the reference: elements above 8.3 million in q8_0.
 //!
-//! All of it is arithmetic of IEEE 754 in one order, so that every level computes the same bits. The loops are over arrays of 32,
-//! which compilers turn into vectors of each level's width: the reason why there is no vector trait in them.
+//! All of it is arithmetic of IEEE 754 in one order, so that every level computes the same bits. Blocks are widened with the vector
+//! trait; the loops that make blocks are over arrays of 32, which compilers turn into vectors of each level's width.
 
 use super::copy::{gather, scatter};
 use crate::kernels::api::ScaledArgs;
@@ -41,7 +41,7 @@ pub(crate) trait BlockUnit: Copy + 'static {
     ///
     /// # Safety
     /// [`N`] floats are writable at `to`.
-    unsafe fn widen(&self, to: *mut f32);
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32);
 
     /// The block next to these elements, all of which are finite. `peak` is their largest magnitude.
     fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self;
@@ -101,18 +101,6 @@ type Nibbles = [u8; N / 2];
 /// The values that elements of iq4_nl number, times d.
 const TABLE: [f32; 16] =
     [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
-
-/// An f16 as f32, exactly, by arithmetic that is inlined at every level and meets no subnormal number.
-#[inline(always)]
-fn widened(half: u16) -> f32 {
-    let half = u32::from(u16::from_le(half));
-    let (sign, magnitude) = ((half & 0x8000) << 16, (half & 0x7fff) << 13);
-    const SMALLEST: f32 = 1.0 / 16384.0;
-    let subnormal = f32::from_bits(magnitude + SMALLEST.to_bits()) - SMALLEST;
-    let bias = if half & 0x7c00 == 0x7c00 { 2 * 112 } else { 112 };
-    let normal = f32::from_bits(magnitude + (bias << 23));
-    f32::from_bits(if half & 0x7c00 == 0 { subnormal } else { normal }.to_bits() | sign)
-}
 
 /// The f16 next to a number.
 #[inline(always)]
@@ -175,15 +163,6 @@ fn nibbles(q: &[u8; N]) -> Nibbles {
     halves
 }
 
-#[inline(always)]
-fn of_nibbles(q: &Nibbles) -> [u8; N] {
-    let mut all = [0; N];
-    for i in 0..N / 2 {
-        (all[i], all[i + N / 2]) = (q[i] & 15, q[i] >> 4);
-    }
-    all
-}
-
 /// The fifth bits of numbers.
 #[inline(always)]
 fn fifth_bits(q: &[u8; N]) -> [u8; 4] {
@@ -194,39 +173,73 @@ fn fifth_bits(q: &[u8; N]) -> [u8; 4] {
     bits.to_le_bytes()
 }
 
-/// Numbers of five bits.
+/// An f16 as it lies in a block.
 #[inline(always)]
-fn of_five(q: &Nibbles, fifth: [u8; 4]) -> [u8; N] {
-    let (mut all, bits) = (of_nibbles(q), u32::from_le_bytes(fifth));
-    for (i, q) in all.iter_mut().enumerate() {
-        *q |= (((bits >> i) & 1) << 4) as u8;
-    }
-    all
+fn half<S: Simd>(s: S, bits: u16) -> S::V {
+    s.splat_f16(f16::from_bits(u16::from_le(bits)))
 }
 
-/// Writes `d * (q - zero)`.
+/// What is made of the numbers of a block in registers. No closure: that would be a function of its own, without the level's features.
+trait Elements {
+    fn of<S: Simd>(s: S, q: S::V, parts: [S::V; 2]) -> S::V;
+}
+
+/// `d * q`, of parts `[d, _]`.
+struct Scaled;
+
+/// `d * (q - zero)`, of parts `[d, zero]`.
+struct Centred;
+
+/// `d * q + m`, of parts `[d, m]`.
+struct Raised;
+
+/// `d` times an entry of the table.
+struct Listed;
+
+impl Elements for Scaled {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, q: S::V, [d, _]: [S::V; 2]) -> S::V {
+        s.mul(d, q)
+    }
+}
+
+impl Elements for Centred {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, q: S::V, [d, zero]: [S::V; 2]) -> S::V {
+        s.mul(d, s.sub(q, zero))
+    }
+}
+
+impl Elements for Raised {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, q: S::V, [d, m]: [S::V; 2]) -> S::V {
+        s.add(s.mul(d, q), m)
+    }
+}
+
+impl Elements for Listed {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, q: S::V, [d, _]: [S::V; 2]) -> S::V {
+        s.mul(d, s.look_up(q, &TABLE))
+    }
+}
+
+/// Writes the elements of nibbles, with fifth bits if there are any.
 ///
 /// # Safety
 /// [`N`] floats are writable at `to`.
 #[inline(always)]
-unsafe fn put_centred(to: *mut f32, d: u16, q: &[u8; N], zero: i32) {
-    let d = widened(d);
-    for (i, &q) in q.iter().enumerate() {
-        // SAFETY: the caller's.
-        unsafe { *to.add(i) = d * (i32::from(q) - zero) as f32 };
-    }
-}
-
-/// Writes `d * q + m`.
-///
-/// # Safety
-/// As [`put_centred`].
-#[inline(always)]
-unsafe fn put_raised(to: *mut f32, (d, m): (u16, u16), q: &[u8; N]) {
-    let (d, m) = (widened(d), widened(m));
-    for (i, &q) in q.iter().enumerate() {
-        // SAFETY: the caller's.
-        unsafe { *to.add(i) = d * f32::from(q) + m };
+unsafe fn put<S: Simd, E: Elements>(s: S, to: *mut f32, q: &Nibbles, fifth: Option<[u8; 4]>, parts: [S::V; 2]) {
+    for i in (0..N).step_by(S::LANES) {
+        // SAFETY: the caller's; a block has whole vectors.
+        unsafe {
+            let mut q = s.load_nibbles(q.as_ptr(), i);
+            if let Some(bits) = fifth {
+                let bits = u64::from(u32::from_le_bytes(bits)) >> i;
+                q = s.add(q, s.select_bits(bits, s.splat(16.0), s.zero()));
+            }
+            s.store_f32(to.add(i), E::of(s, q, parts));
+        }
     }
 }
 
@@ -257,11 +270,11 @@ fn raised<S: Simd>(s: S, x: &[f32; N], most: u8) -> ((u16, u16), [u8; N]) {
 
 impl BlockUnit for Q8_0 {
     #[inline(always)]
-    unsafe fn widen(&self, to: *mut f32) {
-        let d = widened(self.d);
-        for (i, &q) in self.q.iter().enumerate() {
-            // SAFETY: the caller's.
-            unsafe { *to.add(i) = d * f32::from(q) };
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let d = half(s, self.d);
+        for i in (0..N).step_by(S::LANES) {
+            // SAFETY: the caller's; a block has whole vectors.
+            unsafe { s.store_f32(to.add(i), Scaled::of(s, s.load_i8(self.q.as_ptr().add(i)), [d, d])) };
         }
     }
 
@@ -290,9 +303,10 @@ impl BlockUnit for Q8_0 {
 
 impl BlockUnit for Q4_0 {
     #[inline(always)]
-    unsafe fn widen(&self, to: *mut f32) {
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = [half(s, self.d), s.splat(8.0)];
         // SAFETY: the caller's.
-        unsafe { put_centred(to, self.d, &of_nibbles(&self.q), 8) };
+        unsafe { put::<S, Centred>(s, to, &self.q, None, parts) };
     }
 
     #[inline(always)]
@@ -309,9 +323,10 @@ impl BlockUnit for Q4_0 {
 
 impl BlockUnit for Q4_1 {
     #[inline(always)]
-    unsafe fn widen(&self, to: *mut f32) {
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = [half(s, self.d), half(s, self.m)];
         // SAFETY: the caller's.
-        unsafe { put_raised(to, (self.d, self.m), &of_nibbles(&self.q)) };
+        unsafe { put::<S, Raised>(s, to, &self.q, None, parts) };
     }
 
     #[inline(always)]
@@ -328,9 +343,10 @@ impl BlockUnit for Q4_1 {
 
 impl BlockUnit for Q5_0 {
     #[inline(always)]
-    unsafe fn widen(&self, to: *mut f32) {
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = [half(s, self.d), s.splat(16.0)];
         // SAFETY: the caller's.
-        unsafe { put_centred(to, self.d, &of_five(&self.q, self.fifth), 16) };
+        unsafe { put::<S, Centred>(s, to, &self.q, Some(self.fifth), parts) };
     }
 
     #[inline(always)]
@@ -347,9 +363,10 @@ impl BlockUnit for Q5_0 {
 
 impl BlockUnit for Q5_1 {
     #[inline(always)]
-    unsafe fn widen(&self, to: *mut f32) {
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = [half(s, self.d), half(s, self.m)];
         // SAFETY: the caller's.
-        unsafe { put_raised(to, (self.d, self.m), &of_five(&self.q, self.fifth)) };
+        unsafe { put::<S, Raised>(s, to, &self.q, Some(self.fifth), parts) };
     }
 
     #[inline(always)]
@@ -366,12 +383,10 @@ impl BlockUnit for Q5_1 {
 
 impl BlockUnit for Iq4Nl {
     #[inline(always)]
-    unsafe fn widen(&self, to: *mut f32) {
-        let d = widened(self.d);
-        for (i, &q) in of_nibbles(&self.q).iter().enumerate() {
-            // SAFETY: the caller's.
-            unsafe { *to.add(i) = d * TABLE[usize::from(q)] };
-        }
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = [half(s, self.d); 2];
+        // SAFETY: the caller's.
+        unsafe { put::<S, Listed>(s, to, &self.q, None, parts) };
     }
 
     #[inline(always)]
@@ -460,7 +475,7 @@ pub(crate) unsafe fn dequantize<S: Simd, U: BlockUnit, B: LoadStore>(s: S, args:
             let to = dst.wrapping_offset((block * N) as isize * c.dst_dim);
             // SAFETY: the caller's; a block has whole vectors.
             unsafe {
-                (*src.wrapping_add(block)).widen(x.as_mut_ptr());
+                (*src.wrapping_add(block)).widen(s, x.as_mut_ptr());
                 let target = if c.dst_dim == 1 { to } else { stage.as_mut_ptr() };
                 for i in (0..N).step_by(S::LANES) {
                     B::store(s, target.add(i), s.load_f32(x.as_ptr().add(i)));

@@ -105,7 +105,7 @@ impl<'a> WidenUnits<'a> {
             // SAFETY: the caller's: a visible key has these units, and a row these elements.
             unsafe {
                 for unit in 0..units {
-                    (*from.add(unit)).widen(to.add((j - keys.low) * width + unit * blocks::N));
+                    (*from.add(unit)).widen(s, to.add((j - keys.low) * width + unit * blocks::N));
                 }
             }
         }
