@@ -159,7 +159,7 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
                     (false, false) => 5,
                 };
                 let (int8, e4m3, e5m2) = (CacheFormat::Int8, CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2);
-                let blocks = [Some(CacheFormat::Q8_0), Some(CacheFormat::Q5_1)];
+                let blocks = [Some(CacheFormat::Q8_0), Some(CacheFormat::Q4_0)];
                 let kinds_of =
                     [[Some(int8); 2], [Some(e4m3), Some(e5m2)], [Some(int8), None], [None, Some(int8)], blocks];
                 for quantised in kinds_of.into_iter().take(kinds) {
