@@ -123,6 +123,23 @@ int main() {
     kvlane::kv_write(context, narrow);
     expect(k_units[4].bits == 0x40 && v_units[4].bits == 0x3c, "1 as 2 halves, and as 1");
 
+    // Blocks of 32 elements, whose views count blocks.
+    std::vector<kvlane::q8_0> k_blocks(4);
+    std::vector<kvlane::q4_0> v_blocks(4);
+    std::vector<float> ones(2 * 32, -1.0f);
+    kvl_kv_write_params blocks = KVL_KV_WRITE_PARAMS_INIT;
+    blocks.k = blocks.v = kvlane::view(ones, {1, 2, 1, 32});
+    blocks.k_cache = kvlane::view(k_blocks, {1, 4, 1, 32});
+    blocks.v_cache = kvlane::view(v_blocks, {1, 4, 1, 32});
+    blocks.positions = &start;
+    kvlane::kv_write(context, blocks);
+    expect(k_blocks[1].d == 0x2008 && k_blocks[1].q[31] == -127, "1 / 127 in f16, and -127 of it");
+    expect(v_blocks[1].d == 0x3000 && v_blocks[1].q[15] == 0 && k_blocks[2].d == 0, "-8 times an eighth");
+    refused(KVL_STATUS_BOUNDS, "k_cache", [&] {
+        blocks.k_cache = kvlane::view(k_blocks, {1, 5, 1, 32});
+        kvlane::kv_write(context, blocks);
+    });
+
     std::array<float, 4> out{};
     float lse = 0;
     kvlane::workspace workspace;

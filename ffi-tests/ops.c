@@ -1190,6 +1190,72 @@ static void helpers(void) {
     CHECK(memcmp(&attention, &made_attention, sizeof attention) == 0, "kvl_make_causal_attention");
 }
 
+/* Caches of blocks of 32 elements: keys of one block a head, values of two. */
+static void blocks(const kvl_context *context) {
+    enum { SEQ = 2, KV = 2, CAPACITY = 4, D = 32, V = 64, K_BLOCKS = CAPACITY * KV, V_BLOCKS = 2 * CAPACITY * KV };
+    static const int32_t zero = 0, length = SEQ;
+    float k[SEQ * KV * D], v[SEQ * KV * V], q[KV * D], out[KV * V], v_read[SEQ * KV * V];
+    uint16_t k_units[K_BLOCKS * 17], v_units[V_BLOCKS * 9];
+    kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
+    kvl_kv_read_params read = KVL_KV_READ_PARAMS_INIT;
+    kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
+    size_t bytes;
+    void *memory;
+    int i;
+    for (i = 0; i < SEQ * KV * D; i++) k[i] = i % D == 0 ? 127 : (float)(i % D) + 0.5f;
+    for (i = 0; i < SEQ * KV * V; i++) v[i] = i % 32 == 0 ? -8 : (float)(i % 8);
+    for (i = 0; i < KV * D; i++) q[i] = 0;
+    memset(k_units, 7, sizeof k_units);
+    memset(v_units, 7, sizeof v_units);
+    write.k = kvl_make_const_view(k, KVL_DTYPE_F32, 1, SEQ, KV, D);
+    write.v = kvl_make_const_view(v, KVL_DTYPE_F32, 1, SEQ, KV, V);
+    write.k_cache = kvl_make_view(k_units, KVL_FORMAT_Q8_0, 1, CAPACITY, KV, D);
+    write.v_cache = kvl_make_view(v_units, KVL_FORMAT_Q4_0, 1, CAPACITY, KV, V);
+    CHECK(write.v_cache.strides[0] == CAPACITY * KV * 2 && write.v_cache.strides[2] == 2, "strides count blocks");
+    write.k_cache.bytes = sizeof k_units;
+    write.v_cache.bytes = sizeof v_units - 1;
+    write.positions = &zero;
+    CHECK(kvl_kv_write(context, NULL, &write) == KVL_STATUS_BOUNDS && k_units[0] == 0x0707, "%s", sentence());
+    write.v_cache.bytes = sizeof v_units;
+    write.k_cache.shape[3] = write.k.shape[3] = 31;
+    CHECK(kvl_kv_write(context, NULL, &write) == KVL_STATUS_SHAPE && strstr(sentence(), "dim = 31") != NULL, "%s", sentence());
+    write.k_cache.shape[3] = write.k.shape[3] = D;
+    write.v_cache.strides[3] = 2;
+    CHECK(kvl_kv_write(context, NULL, &write) == KVL_STATUS_STRIDE && k_units[0] == 0x0707, "%s", sentence());
+    write.v_cache.strides[3] = 1;
+    write.v_cache.data = (char *)v_units + 1;
+    write.v_cache.bytes = 0;
+    CHECK(kvl_kv_write(context, NULL, &write) == KVL_STATUS_BOUNDS && strstr(sentence(), "not aligned") != NULL, "%s", sentence());
+    write.v_cache.data = v_units;
+    OK(kvl_kv_write(context, NULL, &write));
+    {
+        /* A factor of 1; ties are rounded away from zero. */
+        const int8_t *block = (const int8_t *)k_units;
+        CHECK(k_units[0] == 0x3c00 && block[2] == 127 && block[3] == 2 && block[33] == 32, "%x %d %d", k_units[0], block[3], block[33]);
+        CHECK(v_units[0] == 0x3c00 && v_units[1] == 0x9980 && v_units[2] == 0xbbaa, "%x %x", v_units[1], v_units[2]);
+        CHECK(k_units[SEQ * KV * 17] == 0x0707 && v_units[SEQ * KV * 18] == 0x0707, "more was written");
+    }
+    read.k_cache = kvl_as_const(write.k_cache);
+    read.v_cache = kvl_as_const(write.v_cache);
+    read.k = kvl_make_view(k, KVL_DTYPE_F32, 1, SEQ, KV, D);
+    read.v = kvl_make_view(v_read, KVL_DTYPE_F32, 1, SEQ, KV, V);
+    read.positions = &zero;
+    OK(kvl_kv_read(context, NULL, &read));
+    for (i = 0; i < SEQ * KV * V; i++) CHECK(v_read[i] == v[i], "%d: %g", i, (double)v_read[i]);
+    CHECK(k[D] == 127 && k[D + 1] == 2, "%g", (double)k[D + 1]);
+
+    p.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, 1, KV, D);
+    p.k = read.k_cache;
+    p.v = read.v_cache;
+    p.out = kvl_make_view(out, KVL_DTYPE_F32, 1, 1, KV, V);
+    p.lengths = &length;
+    memory = workspace_for(&p, &bytes);
+    OK(kvl_attention(context, NULL, memory, bytes, &p));
+    free(memory);
+    /* Queries of zeros weigh all values alike, and these are the same for both tokens. */
+    for (i = 0; i < KV * V; i++) NEAR(out[i], v[i], 1e-5);
+}
+
 int main(void) {
     kvl_isa isa;
     int levels = 0;
@@ -1224,6 +1290,7 @@ int main(void) {
         int8(context);
         int8_writes(context);
         fp8(context);
+        blocks(context);
         merge(context);
         chunks(context);
         kvl_context_destroy(context);

@@ -197,6 +197,41 @@
 #define KVL_FORMAT_FP8_E5M2 5
 
 /**
+ * Units of 32 elements, the blocks of ggml's type of the same name, in 34 bytes: an f16 factor d, then 32 signed bytes q. Element i is
+ * d q. Of this and the next five formats: a head has a multiple of 32 elements, whose units lie one after the other; `shape` counts
+ * elements, `strides` count units, and that of dim is 1; data is aligned to 2 bytes. Products and sums are rounded to f32. Writes
+ * give the bytes of ggml's reference quantiser; a unit with NaN or infinity reads as NaN.
+ */
+#define KVL_FORMAT_Q8_0 6
+
+/**
+ * 18 bytes: an f16 d, then 16 bytes whose low halves are q of elements 0 to 15, the high ones of 16 to 31. Element i is d (q - 8).
+ */
+#define KVL_FORMAT_Q4_0 7
+
+/**
+ * 20 bytes: f16 d, f16 m, 16 bytes as in `KVL_FORMAT_Q4_0`. Element i is d q + m.
+ */
+#define KVL_FORMAT_Q4_1 8
+
+/**
+ * 22 bytes: f16 d, 4 bytes of which bit i (from the lowest bit of the first byte on) is the fifth bit of q of element i, 16 bytes as in
+ * `KVL_FORMAT_Q4_0`. Element i is d (q - 16).
+ */
+#define KVL_FORMAT_Q5_0 9
+
+/**
+ * 24 bytes: f16 d, f16 m, fifth bits and 16 bytes as in `KVL_FORMAT_Q5_0`. Element i is d q + m.
+ */
+#define KVL_FORMAT_Q5_1 10
+
+/**
+ * 18 bytes as in `KVL_FORMAT_Q4_0`. Element i is d times value q of the list -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38,
+ * 53, 69, 89, 113.
+ */
+#define KVL_FORMAT_IQ4_NL 11
+
+/**
  * The best level that the machine offers.
  */
 #define KVL_ISA_BEST 0
@@ -768,8 +803,11 @@ typedef struct kvl_const_view {
  * order in memory. Element [b, s, h, d] is at `data + element_size * (b * strides[0] + s * strides[1] + h * strides[2]
  * + d * strides[3])`.
  *
- * `data` is aligned to the size of an element. Strides may be negative. No two elements of a written view share
- * memory, and nothing outside the elements is ever read or written. A view whose bytes are all 0 is absent.
+ * In a cache of blocks (`KVL_FORMAT_Q8_0` and those after it), b, s, h and d lead to unit d of the head in the same way, by the bytes of
+ * a unit; each holds 32 of the elements that `shape` counts.
+ *
+ * `data` is aligned to the size of an element, or to 2 bytes in a cache of blocks. Strides may be negative. No two elements of a written
+ * view share memory, and nothing outside the elements is ever read or written. A view whose bytes are all 0 is absent.
  */
 typedef struct kvl_view {
     /**
@@ -2506,7 +2544,7 @@ kvl_status kvl_shard_view(const struct kvl_view *view,
  * example for a generator of bindings. */
 #ifndef KVL_NO_INLINE_HELPERS
 
-/* A view of a tensor that lies in memory in the order of its axes. */
+/* A view of a tensor, or of a cache in any format, that lies in memory in the order of its axes. */
 static inline kvl_view kvl_make_view(void *data, kvl_dtype dtype, int64_t batch, int64_t seq, int64_t heads,
                                      int64_t dim) {
     kvl_view view;
@@ -2519,7 +2557,7 @@ static inline kvl_view kvl_make_view(void *data, kvl_dtype dtype, int64_t batch,
     view.shape[3] = dim;
     /* Unsigned, because numbers that are too large are the library's to refuse. */
     view.strides[3] = 1;
-    view.strides[2] = dim;
+    view.strides[2] = dtype >= KVL_FORMAT_Q8_0 && dtype <= KVL_FORMAT_IQ4_NL ? dim / 32 : dim;
     view.strides[1] = (int64_t)((uint64_t)heads * (uint64_t)view.strides[2]);
     view.strides[0] = (int64_t)((uint64_t)seq * (uint64_t)view.strides[1]);
     view.bytes = 0;

@@ -125,6 +125,45 @@ struct fp8_e5m2 {
     std::uint8_t bits;
 };
 
+/// 32 elements of `KVL_FORMAT_Q8_0`; `d` is an f16 here and below, and so is `m`.
+struct q8_0 {
+    std::uint16_t d;
+    std::int8_t q[32];
+};
+
+/// 32 elements of `KVL_FORMAT_Q4_0`.
+struct q4_0 {
+    std::uint16_t d;
+    std::uint8_t q[16];
+};
+
+/// 32 elements of `KVL_FORMAT_Q4_1`.
+struct q4_1 {
+    std::uint16_t d, m;
+    std::uint8_t q[16];
+};
+
+/// 32 elements of `KVL_FORMAT_Q5_0`.
+struct q5_0 {
+    std::uint16_t d;
+    std::uint8_t fifth[4], q[16];
+};
+
+/// 32 elements of `KVL_FORMAT_Q5_1`.
+struct q5_1 {
+    std::uint16_t d, m;
+    std::uint8_t fifth[4], q[16];
+};
+
+/// 32 elements of `KVL_FORMAT_IQ4_NL`.
+struct iq4_nl {
+    std::uint16_t d;
+    std::uint8_t q[16];
+};
+
+static_assert(sizeof(q8_0) == 34 && sizeof(q4_0) == 18 && sizeof(q4_1) == 20, "the blocks of ggml");
+static_assert(sizeof(q5_0) == 22 && sizeof(q5_1) == 24 && sizeof(iq4_nl) == 18, "the blocks of ggml");
+
 namespace detail {
 /* The macro is defined for C; in C++, GCC has the type from version 13 on, and on x86 from 12. */
 #if defined(__FLT16_MANT_DIG__) &&                                                                                      \
@@ -152,6 +191,24 @@ template <class T> constexpr kvl_dtype known_dtype() {
     }
     if (std::is_same<T, fp8_e5m2>::value) {
         return KVL_FORMAT_FP8_E5M2;
+    }
+    if (std::is_same<T, q8_0>::value) {
+        return KVL_FORMAT_Q8_0;
+    }
+    if (std::is_same<T, q4_0>::value) {
+        return KVL_FORMAT_Q4_0;
+    }
+    if (std::is_same<T, q4_1>::value) {
+        return KVL_FORMAT_Q4_1;
+    }
+    if (std::is_same<T, q5_0>::value) {
+        return KVL_FORMAT_Q5_0;
+    }
+    if (std::is_same<T, q5_1>::value) {
+        return KVL_FORMAT_Q5_1;
+    }
+    if (std::is_same<T, iq4_nl>::value) {
+        return KVL_FORMAT_IQ4_NL;
     }
     if (std::is_same<T, f16>::value) {
         return KVL_DTYPE_F16;
@@ -183,8 +240,8 @@ template <class T> constexpr kvl_dtype known_dtype() {
 }
 } // namespace detail
 
-/// The element type of a C++ type, or the format of its units: float, std::int8_t, the structs f16, bf16, fp8_e4m3 and fp8_e5m2 of this
-/// header, and `_Float16`, `__bf16`, `std::float16_t` and `std::bfloat16_t` where the compiler has them. Specialise it for a half type of your own.
+/// The element type of a C++ type, or the format of its units: float, std::int8_t, the structs f16, bf16, fp8_e4m3, fp8_e5m2 and those of
+/// blocks (q8_0 and so on) of this header, and `_Float16`, `__bf16`, `std::float16_t` and `std::bfloat16_t` where the compiler has them. Specialise it for a half type of your own.
 template <class T> struct dtype_of : std::integral_constant<kvl_dtype, detail::known_dtype<T>()> {
     static_assert(detail::known_dtype<T>() >= 0, "no element type is known for this type: specialise kvlane::dtype_of");
 };
@@ -226,16 +283,17 @@ private:
     kvl_const_view view_;
 };
 
-/// A tensor that lies in memory in the order of its axes.
+/// A tensor, or a cache of any units, that lies in memory in the order of its axes. The shape counts elements.
 template <class T> mutable_view view(T *data, const axes &shape) {
     mutable_view result;
     result.data = data;
     result.dtype = dtype_of<T>::value;
+    const bool blocks = dtype_of<T>::value >= KVL_FORMAT_Q8_0 && dtype_of<T>::value <= KVL_FORMAT_IQ4_NL;
     std::uint64_t stride = 1; // Unsigned, because numbers that are too large are the library's to refuse.
     for (std::size_t axis = 4; axis-- > 0;) {
         result.shape[axis] = shape[axis];
         result.strides[axis] = static_cast<std::int64_t>(stride);
-        stride *= static_cast<std::uint64_t>(shape[axis]);
+        stride *= static_cast<std::uint64_t>(blocks && axis == 3 ? shape[axis] / 32 : shape[axis]);
     }
     return result;
 }
@@ -247,7 +305,7 @@ template <class T> kvl_const_view view(const T *data, const axes &shape) {
     return result;
 }
 
-/// A tensor with strides, in elements.
+/// A tensor with strides, in elements; of a cache, in units.
 template <class T> auto view(T *data, const axes &shape, const axes &strides) {
     auto result = view(data, shape);
     for (std::size_t axis = 0; axis < 4; ++axis) {

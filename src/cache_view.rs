@@ -199,6 +199,17 @@ fn fp8(format: CacheFormat) -> Result<CacheFormat> {
     Ok(format)
 }
 
+/// Fails unless a format is one of blocks.
+fn blocks(format: CacheFormat) -> Result<CacheFormat> {
+    ensure!(format.unit_elements() > 1, InvalidValue, "the format is {format}, which is no format of blocks");
+    Ok(format)
+}
+
+/// Strides of a cache whose units lie in the order of its axes.
+fn contiguous_units(format: CacheFormat, [batch, seq, heads, dim]: [usize; 4]) -> [i64; 4] {
+    contiguous([batch, seq, heads, dim / format.unit_elements()])
+}
+
 macro_rules! described {
     () => {
         /// `[batch, seq, kv_heads, dim]`, in elements.
@@ -259,7 +270,7 @@ macro_rules! described {
         ///
         /// # Errors
         /// [`Status::Shape`](crate::Status::Shape): `at` is past the end of the axis.
-        /// [`Status::Unsupported`](crate::Status::Unsupported): [`Axis::Dim`] of a format whose heads share a scale.
+        /// [`Status::Unsupported`](crate::Status::Unsupported): [`Axis::Dim`] of a format whose heads share a scale, or inside a unit.
         pub fn split_at(self, axis: Axis, at: usize) -> Result<(Self, Self)> {
             let n = check_split(self.raw.units.shape, axis, at)?;
             let [low, high] = [(0, at), (at, n - at)].map(|(start, len)| self.raw.narrow(axis as usize, start, len));
@@ -274,7 +285,7 @@ impl<'a> CacheView<'a> {
     /// So values that are a part of their keys, as in latent attention, become a view of the keys.
     ///
     /// # Errors
-    /// As [`batch`](Self::batch).
+    /// As [`batch`](Self::batch). [`Status::Unsupported`](crate::Status::Unsupported): they are not whole units.
     pub fn dim(self, start: usize, len: usize) -> Result<Self> {
         let RawCacheView { units, scales } = self.raw;
         Ok(Self { raw: RawCacheView { units: units.narrow(DIM, start, len)?, scales }, lifetime: PhantomData })
@@ -329,6 +340,48 @@ impl<'a> CacheView<'a> {
     ) -> Result<Self> {
         let buffer = Buffer::of_elements(units.as_ptr().cast_mut(), units.len());
         let units = buffer.view(fp8(format)?, offset, shape, strides)?;
+        Ok(Self { raw: RawCacheView { units, scales: None }, lifetime: PhantomData })
+    }
+
+    /// A cache in one of the formats of blocks, [`CacheFormat::Q8_0`] for example, whose blocks lie at the start of `units` in the
+    /// order of its axes. The bytes are aligned to 2. `shape` counts elements, of which a head has a multiple of 32.
+    ///
+    /// ```
+    /// use kvlane::*;
+    /// // Room for 16 tokens, two heads of 64 elements, each in two blocks of 34 bytes.
+    /// let shape = [1, 16, 2, 64];
+    /// let mut keys = CacheBuffer::<u8>::zeroed(16 * 2 * CacheFormat::Q8_0.head_bytes(64))?;
+    /// let mut values = CacheBuffer::<u8>::zeroed(16 * 2 * CacheFormat::Q4_0.head_bytes(64))?;
+    /// let k = [1.0f32; 2 * 64];
+    /// let k = View::new(&k, [1, 1, 2, 64])?;
+    /// let k_cache = CacheViewMut::blocks(&mut keys, CacheFormat::Q8_0, shape)?;
+    /// let v_cache = CacheViewMut::blocks(&mut values, CacheFormat::Q4_0, shape)?;
+    /// kv_write(&Context::new()?, &Serial, KvWrite::new(k, k, k_cache, v_cache, Destination::positions(&[0])))?;
+    /// assert_eq!(keys[2..34], [127; 32]);
+    /// assert_eq!(CacheView::blocks(&keys, CacheFormat::Q8_0, shape)?.strides(), [64, 4, 2, 1]);
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `units` is too short for `shape` or not aligned; dim is no multiple of 32; the format is another one.
+    pub fn blocks(units: &'a [u8], format: CacheFormat, shape: [usize; 4]) -> Result<Self> {
+        Self::blocks_strided(units, format, 0, shape, contiguous_units(format, shape))
+    }
+
+    /// As [`Self::blocks`], of which block `[0, 0, 0, 0]` is number `offset` of `units`; strides are in blocks and may be negative or 0, but that of
+    /// dim is 1.
+    ///
+    /// # Errors
+    /// As [`Self::blocks`]; shape and strides reach outside of `units`, or the stride of dim is not 1.
+    pub fn blocks_strided(
+        units: &'a [u8],
+        format: CacheFormat,
+        offset: usize,
+        shape: [usize; 4],
+        strides: [i64; 4],
+    ) -> Result<Self> {
+        let buffer = Buffer::of_blocks(units.as_ptr().cast_mut(), units.len(), blocks(format)?.unit_bytes());
+        let units = buffer.view(format, offset, shape, strides)?;
         Ok(Self { raw: RawCacheView { units, scales: None }, lifetime: PhantomData })
     }
 
@@ -406,6 +459,32 @@ impl<'a> CacheViewMut<'a> {
     ) -> Result<Self> {
         let buffer = Buffer::of_elements(units.as_mut_ptr(), units.len());
         let raw = RawCacheView { units: buffer.view(fp8(format)?, offset, shape, strides)?, scales: None };
+        raw.validate_output("the cache")?;
+        Ok(Self { raw, lifetime: PhantomData })
+    }
+
+    /// A cache in one of the formats of blocks, [`CacheFormat::Q8_0`] for example, whose blocks lie at the start of `units` in the
+    /// order of its axes. The bytes are aligned to 2. `shape` counts elements, of which a head has a multiple of 32.
+    ///
+    /// # Errors
+    /// `units` is too short for `shape` or not aligned; dim is no multiple of 32; the format is another one.
+    pub fn blocks(units: &'a mut [u8], format: CacheFormat, shape: [usize; 4]) -> Result<Self> {
+        Self::blocks_strided(units, format, 0, shape, contiguous_units(format, shape))
+    }
+
+    /// As [`Self::blocks`], of which block `[0, 0, 0, 0]` is number `offset` of `units`; no two blocks may share memory.
+    ///
+    /// # Errors
+    /// As [`Self::blocks`]; shape and strides reach outside of `units`, the stride of dim is not 1, or blocks share memory.
+    pub fn blocks_strided(
+        units: &'a mut [u8],
+        format: CacheFormat,
+        offset: usize,
+        shape: [usize; 4],
+        strides: [i64; 4],
+    ) -> Result<Self> {
+        let buffer = Buffer::of_blocks(units.as_mut_ptr(), units.len(), blocks(format)?.unit_bytes());
+        let raw = RawCacheView { units: buffer.view(format, offset, shape, strides)?, scales: None };
         raw.validate_output("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }

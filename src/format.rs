@@ -5,8 +5,9 @@ use crate::dtype::DType;
 /// The storage format of the keys or of the values of a cache.
 ///
 /// A format says how many elements share a *unit*, how many bytes a unit has, and whether units have scales. Shapes
-/// count elements, strides count units; a unit of every format here is one element. Keys and values have formats of
-/// their own, chosen independently.
+/// count elements, strides count units. A unit is one element, or a block of 32 elements that lie together in a head: the
+/// heads of a cache of blocks have a multiple of 32 elements, and their blocks lie one after the other. Keys and values have
+/// formats of their own, chosen independently.
 ///
 /// The values are those of `kvl_format` in the C header; the first three are those of [`DType`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,13 +29,40 @@ pub enum CacheFormat {
     /// A byte per element in the eight-bit float E5M2, the upper half of an f16, up to 57344, times a static scale as in
     /// [`Self::Fp8E4m3`].
     Fp8E5m2 = 5,
+    /// Blocks of ggml's type of the same name: 32 signed bytes and an f16 factor in 34 bytes. So are the next five; see [their
+    /// bytes](crate::docs::caches#blocks).
+    Q8_0 = 6,
+    /// 32 elements of four bits and an f16 factor in 18 bytes.
+    Q4_0 = 7,
+    /// 32 elements of four bits, an f16 factor and an f16 minimum in 20 bytes.
+    Q4_1 = 8,
+    /// 32 elements of five bits and an f16 factor in 22 bytes.
+    Q5_0 = 9,
+    /// 32 elements of five bits, an f16 factor and an f16 minimum in 24 bytes.
+    Q5_1 = 10,
+    /// 32 elements of four bits, which number the values of a table, and an f16 factor in 18 bytes.
+    Iq4Nl = 11,
 }
 
 impl CacheFormat {
     /// Every format.
-    pub const ALL: [Self; 6] = [Self::F32, Self::F16, Self::Bf16, Self::Int8, Self::Fp8E4m3, Self::Fp8E5m2];
+    pub const ALL: [Self; 12] = [
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::Int8,
+        Self::Fp8E4m3,
+        Self::Fp8E5m2,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Iq4Nl,
+    ];
 
-    /// `"f32"`, `"f16"`, `"bf16"`, `"int8"`, `"fp8_e4m3"` or `"fp8_e5m2"`.
+    /// `"f32"`, `"f16"`, `"bf16"`, `"int8"`, `"fp8_e4m3"`, `"fp8_e5m2"`, `"q8_0"`, `"q4_0"`, `"q4_1"`, `"q5_0"`, `"q5_1"` or
+    /// `"iq4_nl"`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -43,6 +71,12 @@ impl CacheFormat {
             Self::Int8 => "int8",
             Self::Fp8E4m3 => "fp8_e4m3",
             Self::Fp8E5m2 => "fp8_e5m2",
+            Self::Q8_0 => "q8_0",
+            Self::Q4_0 => "q4_0",
+            Self::Q4_1 => "q4_1",
+            Self::Q5_0 => "q5_0",
+            Self::Q5_1 => "q5_1",
+            Self::Iq4Nl => "iq4_nl",
         }
     }
 
@@ -62,7 +96,15 @@ impl CacheFormat {
             Self::F32 => Some(DType::F32),
             Self::F16 => Some(DType::F16),
             Self::Bf16 => Some(DType::Bf16),
-            Self::Int8 | Self::Fp8E4m3 | Self::Fp8E5m2 => None,
+            Self::Int8
+            | Self::Fp8E4m3
+            | Self::Fp8E5m2
+            | Self::Q8_0
+            | Self::Q4_0
+            | Self::Q4_1
+            | Self::Q5_0
+            | Self::Q5_1
+            | Self::Iq4Nl => None,
         }
     }
 
@@ -72,13 +114,37 @@ impl CacheFormat {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
             Self::Int8 | Self::Fp8E4m3 | Self::Fp8E5m2 => 1,
+            Self::Q8_0 => 34,
+            Self::Q4_0 | Self::Iq4Nl => 18,
+            Self::Q4_1 => 20,
+            Self::Q5_0 => 22,
+            Self::Q5_1 => 24,
         }
     }
 
-    /// Whether there is a scale per token and head, which a write computes.
+    /// Elements per unit: 1, or 32 in a format of blocks.
+    pub const fn unit_elements(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Int8 | Self::Fp8E4m3 | Self::Fp8E5m2 => 1,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Iq4Nl => 32,
+        }
+    }
+
+    /// The alignment of a unit in bytes: that of its widest number.
+    pub const fn unit_align(self) -> usize {
+        if self.unit_elements() == 1 { self.unit_bytes() } else { 2 }
+    }
+
+    /// Bytes of a head of `dim` elements whose units lie together, without scales beside them; of as many whole units as there are.
+    pub const fn head_bytes(self, dim: usize) -> usize {
+        dim / self.unit_elements() * self.unit_bytes()
+    }
+
+    /// Whether there is a scale per token and head beside the units, which a write computes.
     pub const fn has_scales(self) -> bool {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 | Self::Fp8E4m3 | Self::Fp8E5m2 => false,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Iq4Nl => false,
             Self::Int8 => true,
         }
     }
@@ -88,6 +154,7 @@ impl CacheFormat {
     pub const fn has_static_scales(self) -> bool {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 | Self::Int8 => false,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Iq4Nl => false,
             Self::Fp8E4m3 | Self::Fp8E5m2 => true,
         }
     }

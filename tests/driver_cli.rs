@@ -148,7 +148,7 @@ fn inspect_shows_the_shape() {
     assert_eq!(object["tensors"][0]["name"], "token_embd.weight");
     // What a context takes, by the format of the cache: four layers of two heads of 32, keys and values.
     let object = json(&["inspect", path, "--context", "1000"]);
-    for (format, head) in [("f32", 128), ("bf16", 64), ("int8", 36), ("fp8_e4m3", 32), ("fp8_e5m2", 32)] {
+    for (format, head) in [("f32", 128), ("bf16", 64), ("int8", 36), ("fp8_e4m3", 32), ("q8_0", 34), ("q4_0", 18)] {
         assert_eq!(object["cache_bytes_per_token"][format].as_u64(), Some(4 * 2 * 2 * head));
         assert_eq!(object["cache_bytes"][format].as_u64(), Some(1000 * 4 * 2 * 2 * head));
     }
@@ -181,6 +181,8 @@ fn perplexity_measures_what_a_format_does() {
     // Fewer bits, a larger distance.
     let distances = ["bf16", "int8", "fp8_e4m3", "fp8_e5m2"].map(far);
     assert!(distances[0] > 0.0 && distances.is_sorted(), "{distances:?}");
+    let distances = ["bf16", "q8_0", "q5_1", "q4_0"].map(far);
+    assert!(distances.is_sorted(), "{distances:?}");
     // Values alone; another baseline; the text that a person reads.
     let mixed = with(&["--kv-type", "bf16", "--v-type", "fp8_e4m3", "--baseline=bf16"]);
     assert_eq!((mixed["k_type"].as_str(), mixed["v_type"].as_str()), (Some("bf16"), Some("fp8_e4m3")));

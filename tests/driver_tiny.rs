@@ -145,23 +145,33 @@ fn weights_take_the_memory_of_their_file() {
     assert!(memory >= size && 10 * memory <= 13 * size, "{memory} bytes for tensors of {size}");
 }
 
-/// Every pair of formats with int8 for keys or values, and some with eight-bit floats.
+/// Every pair of formats with int8 for keys or values, and some with eight-bit floats and with blocks.
 fn quantised() -> impl Iterator<Item = Formats> {
     let pairs = CacheFormat::ALL.into_iter().flat_map(|k| CacheFormat::ALL.map(|v| Formats { k, v }));
     let (e4m3, e5m2) = (CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2);
-    let floats = [(e4m3, e4m3), (e5m2, e5m2), (e4m3, CacheFormat::F32), (CacheFormat::Bf16, e5m2)];
-    pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales()).chain(floats.map(|(k, v)| Formats { k, v }))
+    let others = [
+        (e4m3, e4m3),
+        (e5m2, e5m2),
+        (e4m3, CacheFormat::F32),
+        (CacheFormat::Bf16, e5m2),
+        (CacheFormat::Q8_0, CacheFormat::Q8_0),
+        (CacheFormat::Q8_0, CacheFormat::Q4_0),
+        (CacheFormat::Q5_1, CacheFormat::Iq4Nl),
+    ];
+    pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales()).chain(others.map(|(k, v)| Formats { k, v }))
 }
 
-fn is_eight_bit_float(formats: Formats) -> bool {
-    formats.k.has_static_scales() || formats.v.has_static_scales()
+/// Whether keys or values have fewer than seven bits of precision.
+fn is_coarse(formats: Formats) -> bool {
+    let coarse = |format: CacheFormat| format.has_static_scales() || format.head_bytes(32) < 32;
+    coarse(formats.k) || coarse(formats.v)
 }
 
-/// A quantised cache changes logits a little, one of eight-bit floats more, and changes no token whose lead over the next is larger.
+/// A quantised cache changes logits a little, one of eight-bit floats or fewer bits more, and changes no token whose lead over the next is larger.
 #[test]
 fn quantised_caches_stay_close() {
     let (decoder, _) = load(None, 0);
-    // Without eight-bit floats, and with them.
+    // With int8 and q8_0 alone, and with coarser formats.
     let (mut worst, mut close, mut total) = ([0.0f32; 2], [0; 2], [0; 2]);
     for case in cases() {
         // Logits after every token of the reference text, so that tokens do not depend on earlier choices.
@@ -172,7 +182,7 @@ fn quantised_caches_stay_close() {
         };
         let exact = logits(CacheFormat::F32.into());
         for formats in quantised() {
-            let (vocab, kind) = (decoder.config().vocab, usize::from(is_eight_bit_float(formats)));
+            let (vocab, kind) = (decoder.config().vocab, usize::from(is_coarse(formats)));
             for (exact, found) in exact.chunks(vocab).zip(logits(formats).chunks(vocab)) {
                 let off = exact.iter().zip(found).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
                 worst[kind] = worst[kind].max(off);
@@ -218,7 +228,7 @@ fn steps_do_not_depend_on_threads() {
         }
         last
     };
-    for formats in [CacheFormat::F16, CacheFormat::Int8, CacheFormat::Fp8E4m3].map(Formats::from) {
+    for formats in [CacheFormat::F16, CacheFormat::Int8, CacheFormat::Fp8E4m3, CacheFormat::Q8_0].map(Formats::from) {
         let one = run(1, formats);
         for threads in [2, 3] {
             assert!(run(threads, formats) == one, "{threads} threads, {formats}");
@@ -288,6 +298,7 @@ fn a_cache_counts_its_scales() {
     assert_eq!(bytes(CacheFormat::Int8, CacheFormat::Int8), tokens * 2 * (keys + layers * heads * 4));
     assert_eq!(bytes(CacheFormat::F16, CacheFormat::Int8), tokens * (keys * 2 + keys + layers * heads * 4));
     assert_eq!(bytes(CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2), tokens * keys * 2);
+    assert_eq!(bytes(CacheFormat::Q8_0, CacheFormat::Q4_1), tokens * keys / 32 * (34 + 20));
 }
 
 #[test]
@@ -322,12 +333,13 @@ fn forgetting_a_span_is_not_having_read_it() {
         config.ropes[0].stretch = Stretch::Fixed(scaling);
         let decoder = Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap().exact(true);
         let mut scratch = Scratch::default();
-        let formats: [(Formats, f32); 6] = [
+        let formats: [(Formats, f32); 7] = [
             (DType::F32.into(), 1e-4),
             (DType::F16.into(), 0.02),
             (DType::Bf16.into(), 0.2),
             (CacheFormat::Int8.into(), 0.2),
             (CacheFormat::Fp8E4m3.into(), 1.0),
+            (CacheFormat::Q8_0.into(), 0.2),
             (Formats { k: CacheFormat::Int8, v: CacheFormat::F32 }, 0.2),
         ];
         for (formats, tolerance) in formats {

@@ -120,6 +120,8 @@ enum Buffer {
     Int8(Aligned<i8>, Aligned<f32>),
     /// Units of an eight-bit float, with one scale.
     Fp8(Aligned<u8>, CacheFormat),
+    /// Blocks of several elements.
+    Blocks(Aligned<u8>, CacheFormat),
 }
 
 /// Not 1, so that a bench pays for scales.
@@ -146,6 +148,16 @@ impl Tensor {
             format @ (CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2) => {
                 Buffer::Fp8(Aligned::of(n, pages, fp8_unit)?, format)
             }
+            format @ (CacheFormat::Q8_0
+            | CacheFormat::Q4_0
+            | CacheFormat::Q4_1
+            | CacheFormat::Q5_0
+            | CacheFormat::Q5_1
+            | CacheFormat::Iq4Nl) => {
+                // Every byte is a number, and every pair of bytes 0x30 to 0x3b a small f16.
+                let byte = |x: f32| 0x35 + (5.0 * x) as u8;
+                Buffer::Blocks(Aligned::of(format.head_bytes(n), pages, byte)?, format)
+            }
         };
         Ok(Self { buffer, shape, layout })
     }
@@ -161,6 +173,9 @@ impl Tensor {
             Buffer::Fp8(units, format) => {
                 let strides = self.layout.strides(self.shape);
                 CacheView::fp8_strided(units.as_slice(), *format, 0, self.shape, strides)?.static_scales(&FP8_SCALE)
+            }
+            Buffer::Blocks(units, format) => {
+                CacheView::blocks_strided(units.as_slice(), *format, 0, self.shape, self.block_strides(*format))
             }
             Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view()?.into()),
         }
@@ -178,8 +193,22 @@ impl Tensor {
                 let cache = CacheViewMut::fp8_strided(units.as_mut_slice(), format, 0, units_shape, strides)?;
                 cache.static_scales(&FP8_SCALE)
             }
+            Buffer::Blocks(ref mut units, format) => {
+                let strides = self.layout.strides([
+                    units_shape[0],
+                    units_shape[1],
+                    units_shape[2],
+                    units_shape[3] / format.unit_elements(),
+                ]);
+                CacheViewMut::blocks_strided(units.as_mut_slice(), format, 0, units_shape, strides)
+            }
             Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view_mut()?.into()),
         }
+    }
+
+    fn block_strides(&self, format: CacheFormat) -> [i64; 4] {
+        let [batch, seq, heads, dim] = self.shape;
+        self.layout.strides([batch, seq, heads, dim / format.unit_elements()])
     }
 
     /// Strides of the units, and shape and strides of the scales beside them.
@@ -195,7 +224,7 @@ impl Tensor {
             Buffer::F32(x) => View::strided(x.as_slice(), 0, shape, strides),
             Buffer::F16(x) => View::strided(x.as_slice(), 0, shape, strides),
             Buffer::Bf16(x) => View::strided(x.as_slice(), 0, shape, strides),
-            Buffer::Int8(..) | Buffer::Fp8(..) => Err(quantised()),
+            Buffer::Int8(..) | Buffer::Fp8(..) | Buffer::Blocks(..) => Err(quantised()),
         }
     }
 
@@ -205,7 +234,7 @@ impl Tensor {
             Buffer::F32(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
             Buffer::F16(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
             Buffer::Bf16(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
-            Buffer::Int8(..) | Buffer::Fp8(..) => Err(quantised()),
+            Buffer::Int8(..) | Buffer::Fp8(..) | Buffer::Blocks(..) => Err(quantised()),
         }
     }
 }

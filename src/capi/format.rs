@@ -23,6 +23,23 @@ pub const KVL_FORMAT_FP8_E4M3: i32 = 4;
 /// The same in E5M2, the upper half of an f16, with numbers up to 57344. It has infinities, but writes make none: these become 57344
 /// too.
 pub const KVL_FORMAT_FP8_E5M2: i32 = 5;
+/// Units of 32 elements, the blocks of ggml's type of the same name, in 34 bytes: an f16 factor d, then 32 signed bytes q. Element i is
+/// d q. Of this and the next five formats: a head has a multiple of 32 elements, whose units lie one after the other; `shape` counts
+/// elements, `strides` count units, and that of dim is 1; data is aligned to 2 bytes. Products and sums are rounded to f32. Writes
+/// give the bytes of ggml's reference quantiser; a unit with NaN or infinity reads as NaN.
+pub const KVL_FORMAT_Q8_0: i32 = 6;
+/// 18 bytes: an f16 d, then 16 bytes whose low halves are q of elements 0 to 15, the high ones of 16 to 31. Element i is d (q - 8).
+pub const KVL_FORMAT_Q4_0: i32 = 7;
+/// 20 bytes: f16 d, f16 m, 16 bytes as in `KVL_FORMAT_Q4_0`. Element i is d q + m.
+pub const KVL_FORMAT_Q4_1: i32 = 8;
+/// 22 bytes: f16 d, 4 bytes of which bit i (from the lowest bit of the first byte on) is the fifth bit of q of element i, 16 bytes as in
+/// `KVL_FORMAT_Q4_0`. Element i is d (q - 16).
+pub const KVL_FORMAT_Q5_0: i32 = 9;
+/// 24 bytes: f16 d, f16 m, fifth bits and 16 bytes as in `KVL_FORMAT_Q5_0`. Element i is d q + m.
+pub const KVL_FORMAT_Q5_1: i32 = 10;
+/// 18 bytes as in `KVL_FORMAT_Q4_0`. Element i is d times value q of the list -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38,
+/// 53, 69, 89, 113.
+pub const KVL_FORMAT_IQ4_NL: i32 = 11;
 
 pub(super) fn parse_format(name: &str, value: kvl_format) -> Result<CacheFormat> {
     enumeration("kvl_format", name, value, CacheFormat::from_u32)
@@ -44,5 +61,8 @@ const _: () = {
     assert!(KVL_FORMAT_BF16 == CacheFormat::Bf16 as i32 && KVL_FORMAT_BF16 == KVL_DTYPE_BF16);
     assert!(KVL_FORMAT_INT8 == CacheFormat::Int8 as i32);
     assert!(KVL_FORMAT_FP8_E4M3 == CacheFormat::Fp8E4m3 as i32 && KVL_FORMAT_FP8_E5M2 == CacheFormat::Fp8E5m2 as i32);
-    assert!(CacheFormat::ALL.len() == 6);
+    assert!(KVL_FORMAT_Q8_0 == CacheFormat::Q8_0 as i32 && KVL_FORMAT_Q4_0 == CacheFormat::Q4_0 as i32);
+    assert!(KVL_FORMAT_Q4_1 == CacheFormat::Q4_1 as i32 && KVL_FORMAT_Q5_0 == CacheFormat::Q5_0 as i32);
+    assert!(KVL_FORMAT_Q5_1 == CacheFormat::Q5_1 as i32 && KVL_FORMAT_IQ4_NL == CacheFormat::Iq4Nl as i32);
+    assert!(CacheFormat::ALL.len() == 12);
 };

@@ -13,8 +13,11 @@ use std::ffi::c_void;
 /// order in memory. Element [b, s, h, d] is at `data + element_size * (b * strides[0] + s * strides[1] + h * strides[2]
 /// + d * strides[3])`.
 ///
-/// `data` is aligned to the size of an element. Strides may be negative. No two elements of a written view share
-/// memory, and nothing outside the elements is ever read or written. A view whose bytes are all 0 is absent.
+/// In a cache of blocks (`KVL_FORMAT_Q8_0` and those after it), b, s, h and d lead to unit d of the head in the same way, by the bytes of
+/// a unit; each holds 32 of the elements that `shape` counts.
+///
+/// `data` is aligned to the size of an element, or to 2 bytes in a cache of blocks. Strides may be negative. No two elements of a written
+/// view share memory, and nothing outside the elements is ever read or written. A view whose bytes are all 0 is absent.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_view {

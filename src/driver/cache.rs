@@ -29,7 +29,7 @@ impl Formats {
     /// has one per token and head, in f32; static scales are 1 here, and take nothing.
     pub fn token_bytes(self, heads: usize, dim: usize) -> usize {
         let bytes = |format: CacheFormat| {
-            heads * (dim * format.unit_bytes() + if format.has_scales() { size_of::<f32>() } else { 0 })
+            heads * (format.head_bytes(dim) + if format.has_scales() { size_of::<f32>() } else { 0 })
         };
         bytes(self.k) + bytes(self.v)
     }
@@ -65,6 +65,8 @@ enum Buffer {
     Int8(CacheBuffer<i8>, CacheBuffer<f32>),
     /// Units of an eight-bit float, with scales of 1.
     Fp8(CacheBuffer<u8>, CacheFormat),
+    /// Blocks of several elements.
+    Blocks(CacheBuffer<u8>, CacheFormat),
 }
 
 impl Buffer {
@@ -78,6 +80,12 @@ impl Buffer {
             CacheFormat::Bf16 => Self::Bf16(CacheBuffer::zeroed(len)?),
             CacheFormat::Int8 => Self::Int8(CacheBuffer::zeroed(len)?, CacheBuffer::zeroed(tokens)?),
             CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => Self::Fp8(CacheBuffer::zeroed(len)?, format),
+            CacheFormat::Q8_0
+            | CacheFormat::Q4_0
+            | CacheFormat::Q4_1
+            | CacheFormat::Q5_0
+            | CacheFormat::Q5_1
+            | CacheFormat::Iq4Nl => Self::Blocks(CacheBuffer::zeroed(tokens * format.head_bytes(dim))?, format),
         })
     }
 
@@ -88,6 +96,7 @@ impl Buffer {
             Self::Bf16(v) => View::new(v, shape)?.into(),
             Self::Int8(units, scales) => CacheView::int8(units, shape, View::new(scales, of_scales(shape))?)?,
             Self::Fp8(units, format) => CacheView::fp8(units, *format, shape)?,
+            Self::Blocks(units, format) => CacheView::blocks(units, *format, shape)?,
         })
     }
 
@@ -98,6 +107,7 @@ impl Buffer {
             Self::Bf16(v) => ViewMut::new(v, shape)?.into(),
             Self::Int8(units, scales) => CacheViewMut::int8(units, shape, ViewMut::new(scales, of_scales(shape))?)?,
             Self::Fp8(units, format) => CacheViewMut::fp8(units, *format, shape)?,
+            Self::Blocks(units, format) => CacheViewMut::blocks(units, *format, shape)?,
         })
     }
 }
@@ -198,6 +208,14 @@ impl Cache {
     ) -> Result<usize> {
         if chunk == 0 {
             return Err(Error::argument("0 tokens of a row in one pass; at least 1 is needed"));
+        }
+        for format in [formats.k, formats.v] {
+            let (n, dim) = (format.unit_elements(), config.head_dim);
+            if !dim.is_multiple_of(n) {
+                return Err(Error::argument(format!(
+                    "a cache in {format} has units of {n} elements, but the model's heads have {dim}, which is no multiple"
+                )));
+            }
         }
         let per_token = formats.token_bytes(config.kv_heads, config.head_dim);
         let bytes_of = |layer: &LayerConfig| rows.checked_mul(slots(layer))?.checked_mul(per_token);

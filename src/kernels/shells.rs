@@ -9,9 +9,10 @@ macro_rules! kernel_shells {
             use super::$level;
             use $crate::kernels::api::{AttentionFns, CopyArgs, MergeArgs, NormArgs, RopeArgs, ScaledArgs};
             use $crate::kernels::generic::{self, attention::{
-                Deinterleaved, DirectScores, DirectValues, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, Pieces, Scratch,
-                ValuePieces, VectorProducts, Widen,
+                Deinterleaved, DirectScores, DirectValues, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, PairPieces, Pieces,
+                Scratch, ValuePieces, VectorProducts, Widen, WidenUnits,
             }};
+            use $crate::kernels::generic::blocks::BlockUnit;
             use $crate::kernels::generic::fp8::Fp8;
             use $crate::kernels::simd::{Load, LoadStore, Simd};
             use $crate::problem::attention::Problem;
@@ -54,6 +55,16 @@ macro_rules! kernel_shells {
             pub(super) unsafe fn decode<U: Fp8, B: LoadStore>(args: &ScaledArgs) {
                 // SAFETY: the caller's.
                 unsafe { generic::fp8::decode::<_, U, B>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn quantize_blocks<A: LoadStore, U: BlockUnit>(args: &ScaledArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::blocks::quantize::<_, A, U>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn dequantize_blocks<U: BlockUnit, B: LoadStore>(args: &ScaledArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::blocks::dequantize::<_, U, B>($level::new_unchecked(), args) }
             }
             $(#[target_feature(enable = $feature)])*
             pub(super) unsafe fn merge<T: LoadStore>(args: &MergeArgs) {
@@ -115,33 +126,51 @@ macro_rules! kernel_shells {
                 // SAFETY: the caller's.
                 unsafe { args.run::<_, T>($level::new_unchecked()) }
             }
-            const fn key_pieces<T: Load>() -> KeyPieces {
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn widen_units<U: BlockUnit>(args: &WidenUnits) {
+                // SAFETY: the caller's.
+                unsafe { args.run::<_, U>($level::new_unchecked()) }
+            }
+            const fn key_pieces<T: Load>(widen: Option<unsafe fn(&WidenUnits)>) -> KeyPieces {
                 KeyPieces {
                     unit_bytes: size_of::<T>(),
+                    widen,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     scores: scores::<T>,
                     pack: pack_keys::<T>,
                     quantize_rows: None,
                 }
             }
-            const fn value_pieces<T: Load>() -> ValuePieces {
+            const fn value_pieces<T: Load>(widen: Option<unsafe fn(&WidenUnits)>) -> ValuePieces {
                 ValuePieces {
                     unit_bytes: size_of::<T>(),
+                    widen,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     accumulate: accumulate::<T, false>,
-                    accumulate_pairs: accumulate::<T, true>,
                     accumulate_one: accumulate_one::<T>,
                     all_finite: all_finite::<T>,
                     pack: pack_values::<T>,
-                    widen_pairs: widen_pairs::<T>,
+                    pairs: if T::PACKS_PAIRS {
+                        Some(PairPieces { accumulate: accumulate::<T, true>, widen: widen_pairs::<T> })
+                    } else {
+                        None
+                    },
                 }
             }
             pub(in $crate::kernels) const fn pieces<T: Load>() -> Pieces {
                 Pieces {
-                    keys: const { &key_pieces::<T>() },
-                    values: const { &value_pieces::<T>() },
-                    widened: const { &value_pieces::<f32>() },
+                    keys: const { &key_pieces::<T>(None) },
+                    values: const { &value_pieces::<T>(None) },
+                    widened: const { &value_pieces::<f32>(None) },
                     tuning: $crate::tuning::Tuning::DEFAULT,
+                }
+            }
+            /// The pieces of f32, for units that are widened before.
+            const fn block_pieces<U: BlockUnit>() -> Pieces {
+                Pieces {
+                    keys: const { &key_pieces::<f32>(Some(widen_units::<U>)) },
+                    values: const { &value_pieces::<f32>(Some(widen_units::<U>)) },
+                    ..pieces::<f32>()
                 }
             }
             /// The kernels that write f16 saturated, with the operation and the source type. A copy of f16 keeps every bit.
@@ -161,10 +190,16 @@ macro_rules! kernel_shells {
                 ]
             };
             pub(in $crate::kernels) const fn attention<T: Load>() -> AttentionFns {
+                attention_of(pieces::<T>())
+            }
+            pub(super) const fn block_attention<U: BlockUnit>() -> AttentionFns {
+                attention_of(block_pieces::<U>())
+            }
+            const fn attention_of(pieces: Pieces) -> AttentionFns {
                 AttentionFns {
                     tile,
                     reduce,
-                    pieces: pieces::<T>(),
+                    pieces,
                     max_rows: MAX_TILE_ROWS,
                     row_step: 2 * TILE_ROWS,
                     several_heads: true,
@@ -208,6 +243,24 @@ macro_rules! kernel_table {
     KvWrite     F32  Fp8E5m2 0.0 Scaled(encode::<f32, E5m2>)    "kv_write_f32_fp8_e5m2_scalar" "kv_write_f32_fp8_e5m2_avx2" "kv_write_f32_fp8_e5m2_avx512" "kv_write_f32_fp8_e5m2_neon";
     KvWrite     F16  Fp8E5m2 0.0 Scaled(encode::<f16, E5m2>)    "kv_write_f16_fp8_e5m2_scalar" "kv_write_f16_fp8_e5m2_avx2" "kv_write_f16_fp8_e5m2_avx512" "kv_write_f16_fp8_e5m2_neon";
     KvWrite     Bf16 Fp8E5m2 0.0 Scaled(encode::<bf16, E5m2>)   "kv_write_bf16_fp8_e5m2_scalar" "kv_write_bf16_fp8_e5m2_avx2" "kv_write_bf16_fp8_e5m2_avx512" "kv_write_bf16_fp8_e5m2_neon";
+    KvWrite     F32  Q8_0 0.0 Scaled(quantize_blocks::<f32, Q8_0>) "kv_write_f32_q8_0_scalar" "kv_write_f32_q8_0_avx2" "kv_write_f32_q8_0_avx512" "kv_write_f32_q8_0_neon";
+    KvWrite     F16  Q8_0 0.0 Scaled(quantize_blocks::<f16, Q8_0>) "kv_write_f16_q8_0_scalar" "kv_write_f16_q8_0_avx2" "kv_write_f16_q8_0_avx512" "kv_write_f16_q8_0_neon";
+    KvWrite     Bf16 Q8_0 0.0 Scaled(quantize_blocks::<bf16, Q8_0>) "kv_write_bf16_q8_0_scalar" "kv_write_bf16_q8_0_avx2" "kv_write_bf16_q8_0_avx512" "kv_write_bf16_q8_0_neon";
+    KvWrite     F32  Q4_0 0.0 Scaled(quantize_blocks::<f32, Q4_0>) "kv_write_f32_q4_0_scalar" "kv_write_f32_q4_0_avx2" "kv_write_f32_q4_0_avx512" "kv_write_f32_q4_0_neon";
+    KvWrite     F16  Q4_0 0.0 Scaled(quantize_blocks::<f16, Q4_0>) "kv_write_f16_q4_0_scalar" "kv_write_f16_q4_0_avx2" "kv_write_f16_q4_0_avx512" "kv_write_f16_q4_0_neon";
+    KvWrite     Bf16 Q4_0 0.0 Scaled(quantize_blocks::<bf16, Q4_0>) "kv_write_bf16_q4_0_scalar" "kv_write_bf16_q4_0_avx2" "kv_write_bf16_q4_0_avx512" "kv_write_bf16_q4_0_neon";
+    KvWrite     F32  Q4_1 0.0 Scaled(quantize_blocks::<f32, Q4_1>) "kv_write_f32_q4_1_scalar" "kv_write_f32_q4_1_avx2" "kv_write_f32_q4_1_avx512" "kv_write_f32_q4_1_neon";
+    KvWrite     F16  Q4_1 0.0 Scaled(quantize_blocks::<f16, Q4_1>) "kv_write_f16_q4_1_scalar" "kv_write_f16_q4_1_avx2" "kv_write_f16_q4_1_avx512" "kv_write_f16_q4_1_neon";
+    KvWrite     Bf16 Q4_1 0.0 Scaled(quantize_blocks::<bf16, Q4_1>) "kv_write_bf16_q4_1_scalar" "kv_write_bf16_q4_1_avx2" "kv_write_bf16_q4_1_avx512" "kv_write_bf16_q4_1_neon";
+    KvWrite     F32  Q5_0 0.0 Scaled(quantize_blocks::<f32, Q5_0>) "kv_write_f32_q5_0_scalar" "kv_write_f32_q5_0_avx2" "kv_write_f32_q5_0_avx512" "kv_write_f32_q5_0_neon";
+    KvWrite     F16  Q5_0 0.0 Scaled(quantize_blocks::<f16, Q5_0>) "kv_write_f16_q5_0_scalar" "kv_write_f16_q5_0_avx2" "kv_write_f16_q5_0_avx512" "kv_write_f16_q5_0_neon";
+    KvWrite     Bf16 Q5_0 0.0 Scaled(quantize_blocks::<bf16, Q5_0>) "kv_write_bf16_q5_0_scalar" "kv_write_bf16_q5_0_avx2" "kv_write_bf16_q5_0_avx512" "kv_write_bf16_q5_0_neon";
+    KvWrite     F32  Q5_1 0.0 Scaled(quantize_blocks::<f32, Q5_1>) "kv_write_f32_q5_1_scalar" "kv_write_f32_q5_1_avx2" "kv_write_f32_q5_1_avx512" "kv_write_f32_q5_1_neon";
+    KvWrite     F16  Q5_1 0.0 Scaled(quantize_blocks::<f16, Q5_1>) "kv_write_f16_q5_1_scalar" "kv_write_f16_q5_1_avx2" "kv_write_f16_q5_1_avx512" "kv_write_f16_q5_1_neon";
+    KvWrite     Bf16 Q5_1 0.0 Scaled(quantize_blocks::<bf16, Q5_1>) "kv_write_bf16_q5_1_scalar" "kv_write_bf16_q5_1_avx2" "kv_write_bf16_q5_1_avx512" "kv_write_bf16_q5_1_neon";
+    KvWrite     F32  Iq4Nl 0.0 Scaled(quantize_blocks::<f32, Iq4Nl>) "kv_write_f32_iq4_nl_scalar" "kv_write_f32_iq4_nl_avx2" "kv_write_f32_iq4_nl_avx512" "kv_write_f32_iq4_nl_neon";
+    KvWrite     F16  Iq4Nl 0.0 Scaled(quantize_blocks::<f16, Iq4Nl>) "kv_write_f16_iq4_nl_scalar" "kv_write_f16_iq4_nl_avx2" "kv_write_f16_iq4_nl_avx512" "kv_write_f16_iq4_nl_neon";
+    KvWrite     Bf16 Iq4Nl 0.0 Scaled(quantize_blocks::<bf16, Iq4Nl>) "kv_write_bf16_iq4_nl_scalar" "kv_write_bf16_iq4_nl_avx2" "kv_write_bf16_iq4_nl_avx512" "kv_write_bf16_iq4_nl_neon";
     KvRead      Int8 F32  1e-7 Scaled(dequantize::<f32>)        "kv_read_int8_f32_scalar" "kv_read_int8_f32_avx2" "kv_read_int8_f32_avx512" "kv_read_int8_f32_neon";
     KvRead      Int8 F16  1e-7 Scaled(dequantize::<f16>)        "kv_read_int8_f16_scalar" "kv_read_int8_f16_avx2" "kv_read_int8_f16_avx512" "kv_read_int8_f16_neon";
     KvRead      Int8 Bf16 1e-7 Scaled(dequantize::<bf16>)       "kv_read_int8_bf16_scalar" "kv_read_int8_bf16_avx2" "kv_read_int8_bf16_avx512" "kv_read_int8_bf16_neon";
@@ -217,6 +270,24 @@ macro_rules! kernel_table {
     KvRead      Fp8E5m2 F32  1e-7 Scaled(decode::<E5m2, f32>)    "kv_read_fp8_e5m2_f32_scalar" "kv_read_fp8_e5m2_f32_avx2" "kv_read_fp8_e5m2_f32_avx512" "kv_read_fp8_e5m2_f32_neon";
     KvRead      Fp8E5m2 F16  1e-7 Scaled(decode::<E5m2, f16>)    "kv_read_fp8_e5m2_f16_scalar" "kv_read_fp8_e5m2_f16_avx2" "kv_read_fp8_e5m2_f16_avx512" "kv_read_fp8_e5m2_f16_neon";
     KvRead      Fp8E5m2 Bf16 1e-7 Scaled(decode::<E5m2, bf16>)   "kv_read_fp8_e5m2_bf16_scalar" "kv_read_fp8_e5m2_bf16_avx2" "kv_read_fp8_e5m2_bf16_avx512" "kv_read_fp8_e5m2_bf16_neon";
+    KvRead      Q8_0 F32 1e-7 Scaled(dequantize_blocks::<Q8_0, f32>) "kv_read_q8_0_f32_scalar" "kv_read_q8_0_f32_avx2" "kv_read_q8_0_f32_avx512" "kv_read_q8_0_f32_neon";
+    KvRead      Q8_0 F16 1e-7 Scaled(dequantize_blocks::<Q8_0, f16>) "kv_read_q8_0_f16_scalar" "kv_read_q8_0_f16_avx2" "kv_read_q8_0_f16_avx512" "kv_read_q8_0_f16_neon";
+    KvRead      Q8_0 Bf16 1e-7 Scaled(dequantize_blocks::<Q8_0, bf16>) "kv_read_q8_0_bf16_scalar" "kv_read_q8_0_bf16_avx2" "kv_read_q8_0_bf16_avx512" "kv_read_q8_0_bf16_neon";
+    KvRead      Q4_0 F32 1e-7 Scaled(dequantize_blocks::<Q4_0, f32>) "kv_read_q4_0_f32_scalar" "kv_read_q4_0_f32_avx2" "kv_read_q4_0_f32_avx512" "kv_read_q4_0_f32_neon";
+    KvRead      Q4_0 F16 1e-7 Scaled(dequantize_blocks::<Q4_0, f16>) "kv_read_q4_0_f16_scalar" "kv_read_q4_0_f16_avx2" "kv_read_q4_0_f16_avx512" "kv_read_q4_0_f16_neon";
+    KvRead      Q4_0 Bf16 1e-7 Scaled(dequantize_blocks::<Q4_0, bf16>) "kv_read_q4_0_bf16_scalar" "kv_read_q4_0_bf16_avx2" "kv_read_q4_0_bf16_avx512" "kv_read_q4_0_bf16_neon";
+    KvRead      Q4_1 F32 1e-7 Scaled(dequantize_blocks::<Q4_1, f32>) "kv_read_q4_1_f32_scalar" "kv_read_q4_1_f32_avx2" "kv_read_q4_1_f32_avx512" "kv_read_q4_1_f32_neon";
+    KvRead      Q4_1 F16 1e-7 Scaled(dequantize_blocks::<Q4_1, f16>) "kv_read_q4_1_f16_scalar" "kv_read_q4_1_f16_avx2" "kv_read_q4_1_f16_avx512" "kv_read_q4_1_f16_neon";
+    KvRead      Q4_1 Bf16 1e-7 Scaled(dequantize_blocks::<Q4_1, bf16>) "kv_read_q4_1_bf16_scalar" "kv_read_q4_1_bf16_avx2" "kv_read_q4_1_bf16_avx512" "kv_read_q4_1_bf16_neon";
+    KvRead      Q5_0 F32 1e-7 Scaled(dequantize_blocks::<Q5_0, f32>) "kv_read_q5_0_f32_scalar" "kv_read_q5_0_f32_avx2" "kv_read_q5_0_f32_avx512" "kv_read_q5_0_f32_neon";
+    KvRead      Q5_0 F16 1e-7 Scaled(dequantize_blocks::<Q5_0, f16>) "kv_read_q5_0_f16_scalar" "kv_read_q5_0_f16_avx2" "kv_read_q5_0_f16_avx512" "kv_read_q5_0_f16_neon";
+    KvRead      Q5_0 Bf16 1e-7 Scaled(dequantize_blocks::<Q5_0, bf16>) "kv_read_q5_0_bf16_scalar" "kv_read_q5_0_bf16_avx2" "kv_read_q5_0_bf16_avx512" "kv_read_q5_0_bf16_neon";
+    KvRead      Q5_1 F32 1e-7 Scaled(dequantize_blocks::<Q5_1, f32>) "kv_read_q5_1_f32_scalar" "kv_read_q5_1_f32_avx2" "kv_read_q5_1_f32_avx512" "kv_read_q5_1_f32_neon";
+    KvRead      Q5_1 F16 1e-7 Scaled(dequantize_blocks::<Q5_1, f16>) "kv_read_q5_1_f16_scalar" "kv_read_q5_1_f16_avx2" "kv_read_q5_1_f16_avx512" "kv_read_q5_1_f16_neon";
+    KvRead      Q5_1 Bf16 1e-7 Scaled(dequantize_blocks::<Q5_1, bf16>) "kv_read_q5_1_bf16_scalar" "kv_read_q5_1_bf16_avx2" "kv_read_q5_1_bf16_avx512" "kv_read_q5_1_bf16_neon";
+    KvRead      Iq4Nl F32 1e-7 Scaled(dequantize_blocks::<Iq4Nl, f32>) "kv_read_iq4_nl_f32_scalar" "kv_read_iq4_nl_f32_avx2" "kv_read_iq4_nl_f32_avx512" "kv_read_iq4_nl_f32_neon";
+    KvRead      Iq4Nl F16 1e-7 Scaled(dequantize_blocks::<Iq4Nl, f16>) "kv_read_iq4_nl_f16_scalar" "kv_read_iq4_nl_f16_avx2" "kv_read_iq4_nl_f16_avx512" "kv_read_iq4_nl_f16_neon";
+    KvRead      Iq4Nl Bf16 1e-7 Scaled(dequantize_blocks::<Iq4Nl, bf16>) "kv_read_iq4_nl_bf16_scalar" "kv_read_iq4_nl_bf16_avx2" "kv_read_iq4_nl_bf16_avx512" "kv_read_iq4_nl_bf16_neon";
     RepeatKv    F32  F32  0.0  Copy(copy::<f32, f32>)           "repeat_kv_f32_scalar" "repeat_kv_f32_avx2" "repeat_kv_f32_avx512" "repeat_kv_f32_neon";
     RepeatKv    F16  F16  0.0  Copy(copy::<f16, f16>)           "repeat_kv_f16_scalar" "repeat_kv_f16_avx2" "repeat_kv_f16_avx512" "repeat_kv_f16_neon";
     RepeatKv    Bf16 Bf16 0.0  Copy(copy::<bf16, bf16>)         "repeat_kv_bf16_scalar" "repeat_kv_bf16_avx2" "repeat_kv_bf16_avx512" "repeat_kv_bf16_neon";
@@ -226,6 +297,12 @@ macro_rules! kernel_table {
     Attention   Int8 Int8 1e-5 Attention(attention::<i8>())     "attention_int8_scalar" "attention_int8_avx2" "attention_int8_avx512" "attention_int8_neon";
     Attention   Fp8E4m3 Fp8E4m3 1e-5 Attention(attention::<E4m3>()) "attention_fp8_e4m3_scalar" "attention_fp8_e4m3_avx2" "attention_fp8_e4m3_avx512" "attention_fp8_e4m3_neon";
     Attention   Fp8E5m2 Fp8E5m2 1e-5 Attention(attention::<E5m2>()) "attention_fp8_e5m2_scalar" "attention_fp8_e5m2_avx2" "attention_fp8_e5m2_avx512" "attention_fp8_e5m2_neon";
+    Attention   Q8_0 Q8_0 1e-5 Attention(block_attention::<Q8_0>()) "attention_q8_0_scalar" "attention_q8_0_avx2" "attention_q8_0_avx512" "attention_q8_0_neon";
+    Attention   Q4_0 Q4_0 1e-5 Attention(block_attention::<Q4_0>()) "attention_q4_0_scalar" "attention_q4_0_avx2" "attention_q4_0_avx512" "attention_q4_0_neon";
+    Attention   Q4_1 Q4_1 1e-5 Attention(block_attention::<Q4_1>()) "attention_q4_1_scalar" "attention_q4_1_avx2" "attention_q4_1_avx512" "attention_q4_1_neon";
+    Attention   Q5_0 Q5_0 1e-5 Attention(block_attention::<Q5_0>()) "attention_q5_0_scalar" "attention_q5_0_avx2" "attention_q5_0_avx512" "attention_q5_0_neon";
+    Attention   Q5_1 Q5_1 1e-5 Attention(block_attention::<Q5_1>()) "attention_q5_1_scalar" "attention_q5_1_avx2" "attention_q5_1_avx512" "attention_q5_1_neon";
+    Attention   Iq4Nl Iq4Nl 1e-5 Attention(block_attention::<Iq4Nl>()) "attention_iq4_nl_scalar" "attention_iq4_nl_avx2" "attention_iq4_nl_avx512" "attention_iq4_nl_neon";
     MergeStates F32  F32  1e-6 Merge(merge::<f32>)              "merge_states_f32_scalar" "merge_states_f32_avx2" "merge_states_f32_avx512" "merge_states_f32_neon";
     MergeStates F16  F16  1e-6 Merge(merge::<f16>)              "merge_states_f16_scalar" "merge_states_f16_avx2" "merge_states_f16_avx512" "merge_states_f16_neon";
     MergeStates Bf16 Bf16 1e-6 Merge(merge::<bf16>)             "merge_states_bf16_scalar" "merge_states_bf16_avx2" "merge_states_bf16_avx512" "merge_states_bf16_neon";
@@ -248,6 +325,7 @@ macro_rules! kernel_lines {
         $scalar:literal $avx2:literal $avx512:literal $neon:literal;)*) => {
         pub(crate) static ENTRIES: &[$crate::kernels::registry::Entry] = {
             use shells::*;
+            use $crate::kernels::generic::blocks::{Iq4Nl, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
             &[$($crate::kernels::registry::entry!(
                 $level, $op, $src, $dst, None,
                 $crate::kernels::shells::column!($level $scalar $avx2 $avx512 $neon),

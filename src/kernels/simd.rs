@@ -171,6 +171,40 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         unsafe { self.load_e5m2(copy_part(p, n).as_ptr()) }
     }
+    /// An f16, exactly, in every lane.
+    #[inline(always)]
+    fn splat_f16(self, x: f16) -> Self::V {
+        self.splat(x.to_f32_const())
+    }
+    /// Numbers of four bits, converted to f32: [`Self::LANES`] of 32, from number `at` on, which is a multiple of that. The first 16 are the
+    /// low halves of 16 bytes, the others the high halves.
+    ///
+    /// # Safety
+    /// 16 bytes are readable at `p`, and `at` is below 32.
+    #[inline(always)]
+    unsafe fn load_nibbles(self, p: *const u8, at: usize) -> Self::V {
+        let mut numbers = [0i8; MAX_LANES];
+        for (i, number) in numbers.iter_mut().enumerate().take(Self::LANES) {
+            // SAFETY: the caller's.
+            let byte = unsafe { *p.add(at % 16 + i) };
+            *number = if at < 16 { byte & 15 } else { byte >> 4 } as i8;
+        }
+        // SAFETY: the array holds a whole vector.
+        unsafe { self.load_i8(numbers.as_ptr()) }
+    }
+    /// The entries of a table with these numbers: integers from 0 to 15.
+    #[inline(always)]
+    fn look_up(self, numbers: Self::V, table: &[f32; 16]) -> Self::V {
+        let mut entries = [0.0; MAX_LANES];
+        // SAFETY: the array holds a whole vector.
+        unsafe {
+            self.store_f32(entries.as_mut_ptr(), numbers);
+            for x in &mut entries {
+                *x = table[*x as usize % 16];
+            }
+            self.load_f32(entries.as_ptr())
+        }
+    }
     /// Stores the low bytes of the patterns, whose other bits are 0.
     ///
     /// # Safety
@@ -315,6 +349,8 @@ pub(crate) trait Load: Copy + Default + 'static {
     const ALWAYS_FINITE: bool;
     /// [`Self::load_pair`] separates even and odd elements on levels with [`Simd::DEINTERLEAVED_BF16`].
     const DEINTERLEAVES: bool;
+    /// Whether values may be packed in pairs of slots.
+    const PACKS_PAIRS: bool;
     /// Whether [`Self::load_pair`] separates even and odd elements.
     #[inline(always)]
     fn deinterleaved<S: Simd>() -> bool {
@@ -349,10 +385,11 @@ pub(crate) trait LoadStore: Element + Load {
 }
 
 macro_rules! load {
-    ($($type:ty: $finite:expr, $load:ident $load_part:ident $pair:expr, $deinterleaves:expr;)*) => {$(
+    ($($type:ty: $finite:expr, $load:ident $load_part:ident $pair:expr, $deinterleaves:expr, $packs_pairs:expr;)*) => {$(
         impl Load for $type {
             const ALWAYS_FINITE: bool = $finite;
             const DEINTERLEAVES: bool = $deinterleaves;
+            const PACKS_PAIRS: bool = $packs_pairs;
             #[inline(always)]
             unsafe fn load_pair<S: Simd>(simd: S, p: *const Self) -> [S::V; 2] {
                 // SAFETY: the caller's.
@@ -373,12 +410,12 @@ macro_rules! load {
 }
 
 load! {
-    f32: false, load_f32 load_part_f32 halves, false;
-    f16: false, load_f16 load_part_f16 halves, false;
-    bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), true;
-    i8: true, load_i8 load_part_i8 halves, false;
-    E4m3: false, load_e4m3 load_part_e4m3 halves, false;
-    E5m2: false, load_e5m2 load_part_e5m2 halves, false;
+    f32: false, load_f32 load_part_f32 halves, false, true;
+    f16: false, load_f16 load_part_f16 halves, false, true;
+    bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), true, true;
+    i8: true, load_i8 load_part_i8 halves, false, false;
+    E4m3: false, load_e4m3 load_part_e4m3 halves, false, false;
+    E5m2: false, load_e5m2 load_part_e5m2 halves, false, false;
 }
 
 macro_rules! store {
@@ -412,6 +449,7 @@ store! {
 impl Load for SaturatingF16 {
     const ALWAYS_FINITE: bool = f16::ALWAYS_FINITE;
     const DEINTERLEAVES: bool = f16::DEINTERLEAVES;
+    const PACKS_PAIRS: bool = f16::PACKS_PAIRS;
     #[inline(always)]
     unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V {
         // SAFETY: the caller's; the type is an f16.

@@ -79,32 +79,28 @@ pub(crate) enum HeadKernels<'a> {
 impl<'a> HeadKernels<'a> {
     /// From elements into a cache, normalised if there is a norm and rotated if `rotated`.
     pub fn write(context: &Context, norm: Option<RmsNorm<'a>>, rotated: bool, src: DType, dst: CacheFormat) -> Self {
-        match dst {
-            CacheFormat::F32 | CacheFormat::F16 | CacheFormat::Bf16 => match norm {
+        if dst.dtype().is_some() {
+            return match norm {
                 _ if rotated => Self::Rotate(Rotation::new(context, norm, src, dst)),
                 Some(norm) => Self::Norm(context.norm(src, dst), norm),
                 None => Self::Copy(context.copy(Op::KvWrite, src, dst)),
-            },
-            CacheFormat::Int8 | CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => {
-                let to_f32 = match norm {
-                    Some(norm) => Some(ToF32::Norm(context.norm(src, DType::F32), norm)),
-                    None if rotated => Some(ToF32::Rope(context.rope(src, DType::F32))),
-                    None => None,
-                };
-                let rope = (rotated && norm.is_some()).then(|| context.rope(DType::F32, DType::F32));
-                let quantize = context.quantize(if to_f32.is_some() { DType::F32 } else { src }, dst);
-                Self::Quantize(Quantize { to_f32, rope, quantize, sizes: (src.size(), dst.unit_bytes()) })
-            }
+            };
         }
+        let to_f32 = match norm {
+            Some(norm) => Some(ToF32::Norm(context.norm(src, DType::F32), norm)),
+            None if rotated => Some(ToF32::Rope(context.rope(src, DType::F32))),
+            None => None,
+        };
+        let rope = (rotated && norm.is_some()).then(|| context.rope(DType::F32, DType::F32));
+        let quantize = context.quantize(if to_f32.is_some() { DType::F32 } else { src }, dst);
+        Self::Quantize(Quantize { to_f32, rope, quantize, sizes: (src.size(), dst.unit_bytes()) })
     }
 
     /// Out of a cache into elements.
     pub fn read(context: &Context, src: CacheFormat, dst: DType) -> Self {
-        match src {
-            CacheFormat::F32 | CacheFormat::F16 | CacheFormat::Bf16 => Self::Copy(context.copy(Op::KvWrite, src, dst)),
-            CacheFormat::Int8 | CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => {
-                Self::Dequantize(context.dequantize(src, dst))
-            }
+        match src.dtype() {
+            Some(_) => Self::Copy(context.copy(Op::KvWrite, src, dst)),
+            None => Self::Dequantize(context.dequantize(src, dst)),
         }
     }
 
@@ -213,7 +209,7 @@ pub(crate) fn check_staged(name: &str, dim: usize) -> Result<()> {
     ensure!(
         dim <= MAX_ROTARY_DIM,
         Shape,
-        "{name} has dim = {dim}, but heads above {MAX_ROTARY_DIM} are not normalised, rotated or read on the way to one byte per element"
+        "{name} has dim = {dim}, but heads above {MAX_ROTARY_DIM} are not normalised, rotated or read on the way to quantised units"
     );
     Ok(())
 }

@@ -136,8 +136,7 @@ const AHEAD: usize = 4 << 10;
 /// [`AHEAD`] bytes later. The hardware's prefetcher looks less far, and a few dozen cycles of arithmetic per head keep it from
 /// the tokens behind.
 fn ahead<U: Units>(view: &RawView<U>) -> isize {
-    let size = view.dtype.size();
-    let head = view.shape[DIM] * size;
+    let (size, head) = (view.dtype.size(), view.head_bytes());
     let token = view.shape[HEADS].saturating_mul(head);
     let (step, bytes) = match view.strides {
         [.., dim] if dim != 1 => return 0,

@@ -426,7 +426,8 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     let RawWrite { keys: (k, k_cache), values, to, k_norm, rope, v_packing } = write;
     let seq = k.shape[SEQ];
     let angles = context.angles();
-    let bytes = k.elements().saturating_mul(k.dtype.size() + k_cache.dtype.unit_bytes());
+    let heads = k.shape[..DIM].iter().fold(1usize, |n, &axis| n.saturating_mul(axis));
+    let bytes = heads.saturating_mul(k.head_bytes().saturating_add(k_cache.head_bytes()));
     let large = bytes > cache::second_level() / 2;
     let key_kernels = HeadKernels::write(context, *k_norm, rope.is_some(), k.dtype, k_cache.dtype);
     let value_kernels =

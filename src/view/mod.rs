@@ -96,6 +96,11 @@ impl Buffer {
         Self { data, len, unit: "byte", unit_bytes: 1 }
     }
 
+    /// Whole units of several elements in `len` bytes.
+    pub fn of_blocks(data: *mut u8, len: usize, unit_bytes: usize) -> Self {
+        Self { data, len: len / unit_bytes, unit: "block", unit_bytes }
+    }
+
     /// The view whose first element lies `offset` units after the start.
     pub fn view<U: Units>(&self, dtype: U, offset: usize, shape: [usize; 4], strides: [i64; 4]) -> Result<RawView<U>> {
         let Self { data, len, unit, unit_bytes } = *self;

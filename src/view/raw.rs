@@ -15,20 +15,36 @@ pub(crate) const MAX_AXIS: usize = i32::MAX as usize;
 
 /// What a view's units are: elements of a [`DType`], or units of a [`CacheFormat`].
 pub(crate) trait Units: Copy + std::fmt::Debug + std::fmt::Display + PartialEq {
-    /// Bytes per unit: a power of two.
+    /// Bytes per unit.
     fn size(self) -> usize;
 
-    /// Whether an address is one of whole units. A size is a power of two; to divide an address takes a hundred cycles on some
-    /// CPUs, which a small call would notice.
+    /// Elements per unit, along the last axis.
+    fn elements(self) -> usize;
+
+    /// The alignment of a unit in bytes: a power of two.
+    fn align(self) -> usize;
+
+    /// Whether an address is aligned to a unit. To divide an address takes a hundred cycles on some CPUs, which a small call would
+    /// notice.
     #[inline(always)]
     fn is_aligned(self, address: usize) -> bool {
-        address & (self.size() - 1) == 0
+        address & (self.align() - 1) == 0
     }
 }
 
 impl Units for DType {
     #[inline(always)]
     fn size(self) -> usize {
+        self.size()
+    }
+
+    #[inline(always)]
+    fn elements(self) -> usize {
+        1
+    }
+
+    #[inline(always)]
+    fn align(self) -> usize {
         self.size()
     }
 }
@@ -38,6 +54,16 @@ impl Units for CacheFormat {
     fn size(self) -> usize {
         self.unit_bytes()
     }
+
+    #[inline(always)]
+    fn elements(self) -> usize {
+        self.unit_elements()
+    }
+
+    #[inline(always)]
+    fn align(self) -> usize {
+        self.unit_align()
+    }
 }
 
 /// A view without a lifetime: what the C ABI passes and what the operations work on.
@@ -46,6 +72,7 @@ pub(crate) struct RawView<U = DType> {
     /// Element `[0, 0, 0, 0]`.
     pub data: *mut u8,
     pub dtype: U,
+    /// In elements.
     pub shape: [usize; 4],
     /// In units.
     pub strides: [i64; 4],
@@ -97,12 +124,38 @@ impl<U: Units> RawView<U> {
             "{start} + {len} is past the end of the {} axis, which has {n}",
             RawView::axis_name(axis)
         );
+        let per_unit = self.unit_elements(axis);
+        ensure!(
+            per_unit == 1 || start.is_multiple_of(per_unit) && len.is_multiple_of(per_unit),
+            Unsupported,
+            "elements {start} to {} of the {n} of a head are wanted, but in {} each {per_unit} form a unit",
+            start + len,
+            self.dtype
+        );
         self.shape[axis] = len;
         if !self.is_empty() {
-            let units = start as isize * self.strides[axis] as isize;
+            let units = (start / per_unit) as isize * self.strides[axis] as isize;
             self.data = self.data.wrapping_offset(units * self.dtype.size() as isize);
         }
         Ok(self)
+    }
+
+    /// Elements of an axis per unit.
+    #[inline(always)]
+    fn unit_elements(&self, axis: usize) -> usize {
+        if axis == DIM { self.dtype.elements() } else { 1 }
+    }
+
+    /// The shape in units. That of a validated view has no remainder.
+    #[inline(always)]
+    pub fn unit_shape(&self) -> [usize; 4] {
+        let [batch, seq, heads, dim] = self.shape;
+        [batch, seq, heads, if self.dtype.elements() == 1 { dim } else { dim / self.dtype.elements() }]
+    }
+
+    /// Bytes of a head whose units lie together.
+    pub fn head_bytes(&self) -> usize {
+        self.unit_shape()[DIM].saturating_mul(self.dtype.size())
     }
 
     /// The number of elements; `usize::MAX` if it overflows.
@@ -120,13 +173,16 @@ impl<U: Units> RawView<U> {
         }
         ensure!(!self.data.is_null(), NullPointer, "{name}: data is null, but the shape is {:?}", self.shape);
         let size = self.dtype.size();
+        if self.dtype.elements() > 1 {
+            self.validate_blocks(name)?;
+        }
         ensure!(
             self.dtype.is_aligned(self.data.addr()),
             Bounds,
             "{name}: data at {:#x} is not aligned to its {size}-byte elements",
             self.data.addr()
         );
-        let (low, high) = reach(name, self.data.addr(), size, self.shape, self.strides)?;
+        let (low, high) = reach(name, self.data.addr(), size, self.unit_shape(), self.strides)?;
         if let Some(bytes) = self.bytes {
             ensure!(
                 low >= 0,
@@ -146,16 +202,40 @@ impl<U: Units> RawView<U> {
         Ok(Extent { low, high })
     }
 
-    /// As [`Self::validate`]; also checks that no two elements share memory.
+    /// What [`Self::validate`] checks of units of several elements.
+    #[cold]
+    fn validate_blocks(&self, name: &str) -> Result<()> {
+        let (units, dim, n, align) = (self.dtype, self.shape[DIM], self.dtype.elements(), self.dtype.align());
+        ensure!(
+            dim.is_multiple_of(n),
+            Shape,
+            "{name} is {units}, whose units have {n} elements, but has dim = {dim}, which is no multiple"
+        );
+        ensure!(
+            dim == n || self.strides[DIM] == 1,
+            Stride,
+            "{name} is {units}, whose units lie one after the other in a head, but the stride of dim is {} and not 1",
+            self.strides[DIM]
+        );
+        ensure!(
+            units.is_aligned(self.data.addr()),
+            Bounds,
+            "{name}: data at {:#x} is not aligned to {align} bytes, as units of {units} are",
+            self.data.addr()
+        );
+        Ok(())
+    }
+
+    /// As [`Self::validate`]; also checks that no two units share memory.
     pub fn validate_output(&self, name: &str) -> Result<Extent> {
         let extent = self.validate(name)?;
         if self.is_empty() {
             return Ok(extent);
         }
-        let mut axes: Vec4 = Vec4::default();
+        let (mut axes, shape) = (Vec4::default(), self.unit_shape());
         for axis in 0..4 {
-            if self.shape[axis] > 1 {
-                axes.push((self.strides[axis].unsigned_abs(), self.shape[axis]));
+            if shape[axis] > 1 {
+                axes.push((self.strides[axis].unsigned_abs(), shape[axis]));
             }
         }
         axes.sort();
@@ -201,6 +281,7 @@ impl<U: Units> RawView<U> {
         if self.strides != other.strides || self.dtype.size() != other.dtype.size() {
             return true;
         }
+        let shapes = (self.unit_shape(), other.unit_shape());
         let size = self.dtype.size() as i128;
         let distance = other.data.addr() as i128 - self.data.addr() as i128;
         if distance % size != 0 {
@@ -209,8 +290,7 @@ impl<U: Units> RawView<U> {
         let mut axes: [(i128, i128, i128); 4] = [(0, 0, 0); 4];
         for (axis, slot) in axes.iter_mut().enumerate() {
             // The range of steps along this axis between an element of `self` and one of `other`.
-            *slot =
-                ((self.strides[axis] as i128).abs(), -(other.shape[axis] as i128 - 1), self.shape[axis] as i128 - 1);
+            *slot = ((self.strides[axis] as i128).abs(), -(shapes.1[axis] as i128 - 1), shapes.0[axis] as i128 - 1);
             if self.strides[axis] < 0 {
                 *slot = (slot.0, -slot.2, -slot.1);
             }
@@ -225,9 +305,9 @@ impl<U: Units> RawView<U> {
     /// The view is validated and the indices are inside its shape.
     #[inline(always)]
     pub unsafe fn row(&self, b: usize, s: usize, h: usize) -> *mut u8 {
-        let elements = b as i64 * self.strides[BATCH] + s as i64 * self.strides[SEQ] + h as i64 * self.strides[HEADS];
+        let units = b as i64 * self.strides[BATCH] + s as i64 * self.strides[SEQ] + h as i64 * self.strides[HEADS];
         // SAFETY: the indices are inside the shape, so that the sum stays in the validated extent.
-        unsafe { self.data.offset(elements as isize * self.dtype.size() as isize) }
+        unsafe { self.data.offset(units as isize * self.dtype.size() as isize) }
     }
 
     /// Fails unless `self` and `other` agree in `axis`.
@@ -244,7 +324,7 @@ impl<U: Units> RawView<U> {
     }
 }
 
-/// The range of bytes of elements of `size` bytes around the address `at`; the shape has no 0 and no axis above
+/// The range of bytes of units of `size` bytes around the address `at`; the shape, in units, has no 0 and no axis above
 /// [`MAX_AXIS`].
 pub(crate) fn reach(
     name: &str,
@@ -254,14 +334,14 @@ pub(crate) fn reach(
     strides: [i64; 4],
 ) -> Result<(isize, isize)> {
     // The usual case: numbers so small that nothing can overflow.
-    const SMALL: i64 = 1 << 28;
+    const SMALL: i64 = 1 << 27;
     if shape.iter().all(|&n| n as i64 <= SMALL) && strides.iter().all(|&n| n.unsigned_abs() <= SMALL as u64) {
         let (mut low, mut high) = (0, 1);
         for axis in 0..4 {
             let reach = (shape[axis] as i64 - 1) * strides[axis];
             if reach < 0 { low += reach } else { high += reach }
         }
-        let bytes = |elements: i64| isize::try_from(elements * size as i64);
+        let bytes = |units: i64| isize::try_from(units * size as i64);
         if let (Ok(low), Ok(high)) = (bytes(low), bytes(high))
             && at.checked_add_signed(low).is_some()
             && at.checked_add_signed(high).is_some()

@@ -411,8 +411,13 @@ impl Outcome {
 }
 
 impl Case {
-    /// Random f32 queries and output, K and V of a type, all contiguous on the heap.
+    /// Random f32 queries and output, K and V of a type, all contiguous on the heap. Heads have whole units of the formats in which
+    /// they are quantised.
     pub fn new(rng: &mut Rng, shape: Shape, kv: DType) -> Self {
+        let whole =
+            |n: usize, format: Option<CacheFormat>| n.next_multiple_of(format.map_or(1, CacheFormat::unit_elements));
+        let [k_format, v_format] = quantised();
+        let shape = Shape { dim: whole(shape.dim, k_format), v_dim: whole(shape.v_dim, v_format), ..shape };
         let random = |rng: &mut Rng, dtype, shape| Tensor::random(rng, dtype, shape, Layout::BSHD, Place::Heap);
         Self {
             q: random(rng, DType::F32, shape.q()),

@@ -1,5 +1,6 @@
 //! Caches of eight-bit floats, by their definition, and quantised caches of any format.
 
+use super::blocks::Blocks;
 use super::int8::{Int8, UnitMemory};
 use super::tensor::{Layout, Place, Tensor, indices};
 use half::f16;
@@ -180,6 +181,7 @@ impl Fp8 {
 pub enum Quantised {
     Int8(Int8),
     Fp8(Fp8),
+    Blocks(Blocks),
 }
 
 impl Quantised {
@@ -188,6 +190,7 @@ impl Quantised {
         let even = tensor.shape[3].is_multiple_of(2);
         match format {
             CacheFormat::Int8 => Self::Int8(Int8::of(tensor, if even { DType::F32 } else { DType::F16 }, place)),
+            _ if format.unit_elements() > 1 => Self::Blocks(Blocks::of(tensor, format, place)),
             _ => {
                 let scales = Scales::kinds(tensor.shape[2])[if even { 0 } else { 3 }].clone();
                 Self::Fp8(Fp8::of(tensor, format, scales, place))
@@ -199,6 +202,7 @@ impl Quantised {
         match self {
             Self::Int8(_) => CacheFormat::Int8,
             Self::Fp8(cache) => cache.format,
+            Self::Blocks(cache) => cache.format,
         }
     }
 
@@ -207,6 +211,7 @@ impl Quantised {
         match self {
             Self::Int8(cache) => f64::from(cache.unit(at)) * f64::from(cache.scales.get([at[0], at[1], at[2], 0])),
             Self::Fp8(cache) => cache.get(at),
+            Self::Blocks(cache) => cache.get(at).into(),
         }
     }
 
@@ -214,6 +219,7 @@ impl Quantised {
         match self {
             Self::Int8(cache) => cache.view(),
             Self::Fp8(cache) => cache.view(),
+            Self::Blocks(cache) => cache.view(),
         }
     }
 
@@ -221,6 +227,7 @@ impl Quantised {
         match self {
             Self::Int8(cache) => cache.view_mut(),
             Self::Fp8(cache) => cache.view_mut(),
+            Self::Blocks(cache) => cache.view_mut(),
         }
     }
 }

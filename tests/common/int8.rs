@@ -35,9 +35,11 @@ pub fn quantise(head: &[f32], scales: DType) -> (Vec<i8>, f32) {
     (units, scale)
 }
 
-/// Units of a byte with strides, in memory of their own, of which every byte is a canary at first.
+/// Units with strides, in memory of their own, of which every byte is a canary at first.
 pub struct UnitMemory {
     memory: Memory,
+    /// Bytes per unit.
+    size: usize,
     pub offset: usize,
     pub shape: [usize; 4],
     pub strides: [i64; 4],
@@ -45,7 +47,13 @@ pub struct UnitMemory {
 }
 
 impl UnitMemory {
+    /// Units of a byte.
     pub fn new(shape: [usize; 4], strides: [i64; 4], place: Place, canary: u8) -> Self {
+        Self::sized(1, shape, strides, place, canary)
+    }
+
+    /// The shape, in units, and strides of units of `size` bytes.
+    pub fn sized(size: usize, shape: [usize; 4], strides: [i64; 4], place: Place, canary: u8) -> Self {
         let (mut low, mut high) = (0i64, 0i64);
         for axis in 0..if shape.contains(&0) { 0 } else { 4 } {
             let reach = (shape[axis] as i64 - 1) * strides[axis];
@@ -53,9 +61,9 @@ impl UnitMemory {
         }
         let slack = if place == Place::Heap { 5 } else { 0 };
         let elements = if shape.contains(&0) { 0 } else { (high - low) as usize + 1 } + 2 * slack;
-        let mut memory = Memory::new(elements, place);
+        let mut memory = Memory::new(elements * size, place);
         memory.bytes_mut().fill(canary);
-        Self { memory, offset: (-low) as usize + slack, shape, strides, canary }
+        Self { memory, size, offset: (-low) as usize + slack, shape, strides, canary }
     }
 
     pub fn bytes(&self) -> &[u8] {
@@ -71,22 +79,35 @@ impl UnitMemory {
         (self.offset as i64 + steps) as usize
     }
 
+    pub fn unit(&self, at: [usize; 4]) -> &[u8] {
+        let first = self.index(at) * self.size;
+        &self.bytes()[first..first + self.size]
+    }
+
+    pub fn unit_mut(&mut self, at: [usize; 4]) -> &mut [u8] {
+        let (first, size) = (self.index(at) * self.size, self.size);
+        &mut self.bytes_mut()[first..first + size]
+    }
+
+    /// The first byte of a unit.
     pub fn get(&self, at: [usize; 4]) -> u8 {
-        self.bytes()[self.index(at)]
+        self.unit(at)[0]
     }
 
     pub fn set(&mut self, at: [usize; 4], unit: u8) {
-        let at = self.index(at);
-        self.bytes_mut()[at] = unit;
+        self.unit_mut(at)[0] = unit;
     }
 
     /// Panics if memory between units has changed.
     #[track_caller]
     pub fn assert_gaps(&self) {
         let mut gap = vec![true; self.bytes().len()];
-        indices(self.shape).for_each(|at| gap[self.index(at)] = false);
+        indices(self.shape).for_each(|at| {
+            let first = self.index(at) * self.size;
+            gap[first..first + self.size].fill(false);
+        });
         for (at, _) in gap.iter().enumerate().filter(|(_, gap)| **gap) {
-            assert_eq!(self.bytes()[at], self.canary, "unit {at} of the memory lies in no view and was written");
+            assert_eq!(self.bytes()[at], self.canary, "byte {at} of the memory lies in no view and was written");
         }
     }
 }

@@ -4,6 +4,7 @@
 #[cfg(all(kvlane_emulate_amx, target_arch = "x86_64", target_os = "linux"))]
 pub mod amx_emulator;
 pub mod attention;
+pub mod blocks;
 pub mod fp8;
 pub mod int8;
 pub mod memory;

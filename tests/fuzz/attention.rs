@@ -445,7 +445,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
     }
     let rows = Rows::new(&mut c, batch, seq, keys, form);
     let heads = kv_heads * c.rng.between(1, 4) as i64;
-    let (k_format, v_format) = (c.format(), c.format());
+    let (k_format, v_format) = (c.format(dim), c.format(v_dim));
     let (q_type, out_type, bias_type) = (c.dtype(), c.dtype(), c.dtype());
     let ([q0, q1], [k0, k1]) = (rows.q, rows.places.axes);
     let mut q = c.tensor(q_type, [q0, q1, heads, dim], true);
@@ -485,7 +485,7 @@ fn attend(mut c: Call, form: Form) -> i32 {
     c.settle_scales(&mut k_scales);
     c.settle_scales(&mut v_scales);
     let prefix = shared.then(|| {
-        let (tokens, formats) = (c.rng.between(0, 30) as i64, [c.format(), c.format()]);
+        let (tokens, formats) = (c.rng.between(0, 30) as i64, [c.format(dim), c.format(v_dim)]);
         let mut caches = [(formats[0], dim), (formats[1], v_dim)].map(|(format, dim)| {
             let cache = c.tensor(format, [1, tokens, kv_heads, dim], true);
             (cache, c.scales(format, cache.shape, true))

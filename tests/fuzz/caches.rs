@@ -28,7 +28,7 @@ struct Cache {
 type Heads = Vec<(i64, i64, Option<i64>)>;
 
 fn heads(c: &mut Call) -> Heads {
-    let dim = |c: &mut Call| c.rng.pick(&[1, 2, 3, 8, 16, 17, 33]);
+    let dim = |c: &mut Call| c.rng.pick(&[1, 2, 3, 8, 16, 17, 32, 33, 64]);
     (0..c.rng.between(1, 3))
         .map(|_| {
             let v = c.maybe(0.8).then(|| dim(c));
@@ -66,7 +66,7 @@ impl Cache {
         let mut layers = Vec::new();
         for &(heads, dim, v_dim) in heads {
             let mut view = |c: &mut Call, dim: i64| {
-                let format = c.format();
+                let format = c.format(dim);
                 let mut tensor = c.tensor(format, [k0, k1, heads, dim], false);
                 let mut scales = c.scales(format, tensor.shape, false);
                 if let Some(other) = tensors.first() {

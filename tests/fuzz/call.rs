@@ -2,7 +2,7 @@
 
 use crate::abi::*;
 use crate::common::Rng;
-use crate::memory::{Arena, FP8, INT8, MASK, POISON, Row, Tensor, element_size};
+use crate::memory::{Arena, BLOCKS, FP8, INT8, MASK, POISON, Row, Tensor, unit_elements, unit_size};
 use std::ffi::c_void;
 
 /// Objects that live for the whole run.
@@ -86,7 +86,7 @@ const SIZES: [i64; 22] = [
     1 << 31,
     1 << 32,
 ];
-const INTS: [i32; 12] = [0, 1, 2, 3, 4, 5, 6, 7, 64, -1, i32::MIN, i32::MAX];
+const INTS: [i32; 15] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 64, -1, i32::MIN, i32::MAX];
 
 /// A list in memory, and its entries.
 #[derive(Default)]
@@ -203,8 +203,12 @@ impl<'a> Call<'a> {
         self.rng.pick(&[0, 1, 2])
     }
 
-    /// A format of a cache.
-    pub fn format(&mut self) -> i32 {
+    /// A format of a cache whose heads have `dim` elements.
+    pub fn format(&mut self, dim: i64) -> i32 {
+        // Blocks where they fit, and sometimes where they do not.
+        if (dim % 32 == 0 && self.maybe(0.5)) || self.maybe(0.05) && self.hit() {
+            return self.rng.pick(&BLOCKS);
+        }
         self.rng.pick(&[0, 1, 2, INT8, INT8, FP8[0], FP8[1]])
     }
 
@@ -253,23 +257,30 @@ impl<'a> Call<'a> {
             _ => (0..3).for_each(|i| order.swap(i, self.rng.between(i, 3))),
         }
         let (mut strides, mut step) = ([0i64; 4], 1i64);
-        if self.rng.chance(0.1) {
+        let blocks = unit_elements(dtype) > 1;
+        let shape_of_elements = shape;
+        let shape = Tensor { data: std::ptr::null_mut(), dtype, reserved: 0, shape, strides, bytes: 0 }.units();
+        if blocks {
+            // Blocks of a head lie one after the other.
+            order.sort_by_key(|&axis| axis == 3);
+        } else if self.rng.chance(0.1) {
             step = 2;
         }
         let padded = self.rng.chance(0.3);
         for axis in order.into_iter().rev() {
             strides[axis] = step;
             step *= shape[axis].max(1);
-            if padded && self.rng.chance(0.5) {
+            if padded && !(blocks && axis == 3) && self.rng.chance(0.5) {
                 step += self.rng.between(1, 5) as i64;
             }
         }
         let (mut first, mut last) = (0, 0);
         for axis in 0..4 {
-            if repeats && self.rng.chance(0.06) {
+            let free = !(blocks && axis == 3 && shape[3] > 1);
+            if free && repeats && self.rng.chance(0.06) {
                 strides[axis] = 0;
             }
-            if self.rng.chance(0.04) {
+            if free && self.rng.chance(0.04) {
                 strides[axis] = -strides[axis];
             }
             if shape[axis] == 1 && self.rng.chance(0.05) {
@@ -280,12 +291,13 @@ impl<'a> Call<'a> {
             let reach = (shape[axis] - 1).max(0) * strides[axis];
             if reach < 0 { first += reach } else { last += reach }
         }
-        let size = element_size(dtype);
+        let size = unit_size(dtype);
         let empty = shape.contains(&0);
         let elements = if empty { self.rng.below(2) } else { usize::try_from(last - first + 1).expect("small") };
         let skip = self.skip(size);
         let block = self.arena.block(elements * size, skip);
         let at = if empty { 0 } else { usize::try_from(-first).expect("small") };
+        let shape = shape_of_elements;
         Tensor { data: block.wrapping_add(at * size), dtype, reserved: 0, shape, strides, bytes: 0 }
     }
 
@@ -314,8 +326,12 @@ impl<'a> Call<'a> {
                     row.fill(|| rng.u64() as u32);
                 } else if live(index) {
                     let mut at = random as usize;
-                    // Eight-bit floats are below 2.
-                    let bits = if FP8.contains(&tensor.dtype) { 0xbf } else { u32::MAX };
+                    // Eight-bit floats are below 2, and so are factors of blocks, whose high byte may be any.
+                    let bits = match tensor.dtype {
+                        dtype if FP8.contains(&dtype) => 0xbf,
+                        dtype if BLOCKS.contains(&dtype) => 0x3b,
+                        _ => u32::MAX,
+                    };
                     row.fill(|| {
                         at = at.wrapping_add(1);
                         numbers[at % numbers.len()] & bits
@@ -430,7 +446,7 @@ impl<'a> Call<'a> {
                 (tensor.shape, tensor.strides) = (other.shape, other.strides);
             }
             if let Some((start, end)) = self.arena.bounds(other.data) {
-                let size = element_size(tensor.dtype);
+                let size = unit_size(tensor.dtype);
                 tensor.data = tensor.data.wrapping_add(size * self.rng.below((end - start) / size + 1).min(40));
             }
         }
@@ -587,7 +603,7 @@ impl<'a> Call<'a> {
             let mut half = *packed;
             half.shape[3] /= 2;
             half.strides[3] = 2 * step;
-            half.data = half.data.wrapping_offset(odd as isize * step as isize * element_size(packed.dtype) as isize);
+            half.data = half.data.wrapping_offset(odd as isize * step as isize * unit_size(packed.dtype) as isize);
             self.writes(&half, |[b, s, h]| which([b, 2 * s + odd, h]));
         }
     }

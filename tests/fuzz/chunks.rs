@@ -72,7 +72,7 @@ fn list(c: &mut Call, spans: &[kvl_chunk_states]) -> (*const kvl_chunk_states, u
 
 pub fn merge_chunks(mut c: Call) -> i32 {
     c.spoil_rate(0.05);
-    let (right, dtype, formats) = (Spans::new(&mut c), c.dtype(), [c.format(), c.format()]);
+    let (right, dtype, formats) = (Spans::new(&mut c), c.dtype(), [c.format(32), c.format(32)]);
     let spans = right.give(&mut c, true);
     let mut out = c.tensor(dtype, right.shape, false);
     let first = Tensor {

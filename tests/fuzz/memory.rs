@@ -119,10 +119,20 @@ pub const INT8: i32 = 3;
 /// Units of `KVL_FORMAT_FP8_E4M3` and `KVL_FORMAT_FP8_E5M2`, which may have static scales.
 pub const FP8: [i32; 2] = [4, 5];
 
-pub fn element_size(dtype: i32) -> usize {
+/// Units of 32 elements: `KVL_FORMAT_Q8_0` to `KVL_FORMAT_IQ4_NL`.
+pub const BLOCKS: [i32; 6] = [6, 7, 8, 9, 10, 11];
+
+/// Elements per unit.
+pub fn unit_elements(dtype: i32) -> i64 {
+    if BLOCKS.contains(&dtype) { 32 } else { 1 }
+}
+
+/// Bytes per unit.
+pub fn unit_size(dtype: i32) -> usize {
     match dtype {
         MASK | INT8 => 1,
         _ if FP8.contains(&dtype) => 1,
+        _ if BLOCKS.contains(&dtype) => [34, 18, 20, 22, 24, 18][dtype as usize - 6],
         0 => 4,
         1 | 2 => 2,
         // Not a type; the library must detect it.
@@ -146,15 +156,22 @@ impl Tensor {
         self.shape.contains(&0)
     }
 
+    /// The shape in units, of which a wrong one may have a part at the end.
+    pub fn units(&self) -> [i64; 4] {
+        let [batch, seq, heads, dim] = self.shape;
+        let n = unit_elements(self.dtype);
+        [batch, seq, heads, if n == 1 { dim } else { dim.div_euclid(n) + i64::from(dim.rem_euclid(n) > 0) }]
+    }
+
     /// The address range of the elements; `None` if it overflows.
     pub fn reach(&self) -> Option<(usize, usize)> {
         let (mut low, mut high) = (0i128, 1i128);
-        for (&n, &stride) in self.shape.iter().zip(&self.strides) {
+        for (&n, &stride) in self.units().iter().zip(&self.strides) {
             // Shapes and strides have 64 bits each, so that four products fit.
             let last = (i128::from(n) - 1).checked_mul(i128::from(stride))?;
             if last < 0 { low += last } else { high += last }
         }
-        let (at, size) = (self.data.addr() as i128, element_size(self.dtype) as i128);
+        let (at, size) = (self.data.addr() as i128, unit_size(self.dtype) as i128);
         let ends = (at.checked_add(low.checked_mul(size)?)?, at.checked_add(high.checked_mul(size)?)?);
         Some((usize::try_from(ends.0).ok()?, usize::try_from(ends.1).ok()?))
     }
@@ -178,7 +195,7 @@ impl Tensor {
         if self.is_empty() || elements.is_none_or(|n| n > 1 << 22) {
             return;
         }
-        let ([batch, seq, heads, dim], size) = (self.shape, element_size(self.dtype) as isize);
+        let ([batch, seq, heads, dim], size) = (self.units(), unit_size(self.dtype) as isize);
         let step = |i: i64, axis: usize| (i * self.strides[axis]) as isize * size;
         // The stride of a single element has no meaning.
         let along = if dim > 1 { step(1, 3) } else { 0 };
@@ -211,7 +228,7 @@ impl Row {
 
     /// The addresses that the elements take up.
     pub fn ranges(self, add: &mut Vec<(usize, usize)>) {
-        let size = element_size(self.dtype);
+        let size = unit_size(self.dtype);
         if self.step == size as isize {
             add.push((self.at.addr(), self.at.addr() + self.len * size));
         } else {
@@ -227,8 +244,10 @@ impl Row {
         for at in self.elements() {
             // SAFETY: the caller's; unaligned, because a spoiled tensor may be unaligned.
             unsafe {
-                match element_size(self.dtype) {
+                match unit_size(self.dtype) {
                     1 => at.write(bits() as u8),
+                    // Every pair of bytes is an f16, if `bits` gives such bytes.
+                    size if BLOCKS.contains(&self.dtype) => (0..size).for_each(|i| at.add(i).write(bits() as u8)),
                     2 => at.cast::<u16>().write_unaligned(bits() as u16),
                     _ => at.cast::<u32>().write_unaligned(bits()),
                 }
@@ -251,6 +270,9 @@ impl Row {
                     INT8 => true,
                     4 => at.read() & 0x7f != 0x7f,
                     5 => at.read() & 0x7c != 0x7c,
+                    // The factor, and the minimum of those that have one.
+                    8 | 10 => [0, 2].iter().all(|&i| at.add(i).cast::<u16>().read_unaligned() & 0x7c00 != 0x7c00),
+                    format if BLOCKS.contains(&format) => at.cast::<u16>().read_unaligned() & 0x7c00 != 0x7c00,
                     _ => at.cast::<f32>().read_unaligned().is_finite(),
                 }
             }

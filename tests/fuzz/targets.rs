@@ -271,7 +271,7 @@ fn kv_write(mut c: Call) -> i32 {
     let kind = if c.maybe(0.4) { CONTIGUOUS } else { c.rng.pick(&[RING, PAGED, RAGGED]) };
     // Writes do not use an indirect table.
     let kind = if c.hit() { INDIRECT } else { kind };
-    let formats = [c.format(), c.format()];
+    let formats = [c.format(dim), c.format(v_dim)];
     let pairs = (formats[1] < INT8 || c.hit()) && c.maybe(0.35);
     let room = seq + c.rng.below(20) as i64;
     let places = Places::new(&mut c, kind, rows, room, if pairs { 2 } else { 1 }, Use::Write);
@@ -394,7 +394,7 @@ fn kv_read(mut c: Call) -> i32 {
     let ([batch, seq, heads, dim], v_dim) = (c.shape(), c.dim());
     let rows = batch + c.rng.below(3) as i64;
     let kind = c.rng.pick(&[CONTIGUOUS, CONTIGUOUS, RING, PAGED, INDIRECT, RAGGED]);
-    let formats = [c.format(), c.format()];
+    let formats = [c.format(dim), c.format(v_dim)];
     let pairs = (formats[1] < INT8 || c.hit()) && c.maybe(0.25);
     let room = seq + c.rng.below(20) as i64;
     let places = Places::new(&mut c, kind, rows, room, if pairs { 2 } else { 1 }, Use::Read);
@@ -653,7 +653,7 @@ fn context_kernel_name(mut c: Call) -> i32 {
 }
 
 fn context_v_packing(mut c: Call) -> i32 {
-    let format = c.format();
+    let format = c.format(32);
     let (format, context, packing) = (c.code(format), c.context(), c.output::<i32>(Some(1)));
     c.may_write(packing, Some(1));
     c.ready();

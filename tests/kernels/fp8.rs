@@ -7,12 +7,13 @@ use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
+use crate::quantised::{self, Written, head_of, insert, layout_list};
 use crate::write::{place, rounded, written};
 use kvlane::{
     AttentionOptions, AttentionState, AttentionTensors, CacheFormat, CacheView, CacheViewMut, DType, Destination,
-    KeyRotation, KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, RmsNorm, Rope,
-    RopeAngles, RopeFrequencies, RopeScaling, Runner, Serial, SharedPrefix, Source, Status, View, ViewMut, Workspace,
-    attention, attention_with_prefix, copy_pages, defragment_pages, kv_read, kv_write, merge_states, rms_norm, rope,
+    KeyRotation, KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, Rope, RopeAngles,
+    RopeFrequencies, RopeScaling, Runner, Serial, SharedPrefix, Source, Status, View, ViewMut, Workspace, attention,
+    attention_with_prefix, copy_pages, defragment_pages, kv_read, kv_write, merge_states, rope,
 };
 
 tests! {
@@ -23,23 +24,24 @@ tests! {
 
 const FORMATS: [CacheFormat; 2] = [CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2];
 
-fn head_of(tensor: &Tensor, b: usize, s: usize, h: usize) -> Vec<f32> {
-    (0..tensor.shape[3]).map(|d| tensor.get([b, s, h, d])).collect()
-}
-
-/// Checks every head of a cache: those of `written` are what quantising `src` gives.
-#[track_caller]
-fn assert_written(cache: &Fp8, src: &Tensor, to: &Destination, what: &str) {
-    let [batch, seq, ..] = src.shape;
-    let written = written(to, batch, seq, cache.shape[1]);
-    for [b, s, h, _] in indices(scale_shape(cache.shape)) {
-        let wanted = match written.get(&(b, s)) {
-            Some(&(b, t)) => quantise(cache.format, &head_of(src, b, t, h), cache.scales.of(h)),
-            None => vec![CANARY; cache.shape[3]],
-        };
-        assert_eq!(cache.head(b, s, h), wanted, "{what}: [{b}, {s}, {h}]");
+impl Written for Fp8 {
+    fn view_mut(&mut self) -> CacheViewMut<'_> {
+        self.view_mut()
     }
-    cache.assert_gaps();
+
+    #[track_caller]
+    fn assert_written(&self, src: &Tensor, to: &Destination, what: &str) {
+        let [batch, seq, ..] = src.shape;
+        let written = written(to, batch, seq, self.shape[1]);
+        for [b, s, h, _] in indices(scale_shape(self.shape)) {
+            let wanted = match written.get(&(b, s)) {
+                Some(&(b, t)) => quantise(self.format, &head_of(src, b, t, h), self.scales.of(h)),
+                None => vec![CANARY; self.shape[3]],
+            };
+            assert_eq!(self.head(b, s, h), wanted, "{what}: [{b}, {s}, {h}]");
+        }
+        self.assert_gaps();
+    }
 }
 
 fn output(rng: &mut Rng, shape: [usize; 4], at: Place) -> Fp8 {
@@ -157,22 +159,10 @@ fn head_sizes_and_layouts(level: &Level) {
             let to = Destination::positions(&[5, 0]);
             let write = KvWrite::new(k.view(), v.view(), k_cache.view_mut(), v_cache.view_mut(), to);
             kv_write(&level.context, &Serial, write).expect("a valid write");
-            assert_written(&k_cache, &k, &to, &format!("{src} {dim} {layouts:?} {at:?}"));
-            assert_written(&v_cache, &v, &to, &format!("values, {src} {layouts:?} {at:?}"));
+            k_cache.assert_written(&k, &to, &format!("{src} {dim} {layouts:?} {at:?}"));
+            v_cache.assert_written(&v, &to, &format!("values, {src} {layouts:?} {at:?}"));
         }
     }
-}
-
-const PAGES: [i32; 6] = [2, 5, 0, 3, 1, 4];
-const STARTS: [i32; 3] = [2, 12, 24];
-
-fn layout_list() -> [(Slots<'static>, [usize; 2]); 4] {
-    [
-        (Slots::Contiguous, [2, 10]),
-        (Slots::ring(2), [2, 6]),
-        (Slots::paged(&PAGES, 3), [6, 4]),
-        (Slots::ragged(&STARTS), [1, 24]),
-    ]
 }
 
 /// Every layout, written and read, beside another format on the other side; any number of threads.
@@ -200,7 +190,7 @@ fn every_layout(level: &Level) {
                 };
                 kv_write(&level.context, runner, KvWrite::new(k.view(), v.view(), k_cache, v_cache, to))
                     .expect("valid");
-                assert_written(&cache, if keys { &k } else { &v }, &to, &name);
+                cache.assert_written(if keys { &k } else { &v }, &to, &name);
                 plain.assert_gaps();
                 let mut read =
                     [dim, v_dim].map(|dim| Tensor::output(other, [2, 4, 3, dim], Layout::random(&mut rng), at));
@@ -223,47 +213,8 @@ fn every_layout(level: &Level) {
     }
 }
 
-/// The bits of norm, rotation and rounding one after the other through f32.
 fn fused_with_norm_and_rope(level: &Level) {
-    let mut rng = Rng::new(404);
-    let f = RopeFrequencies::new(20, 10_000.0, &RopeScaling::None).unwrap();
-    for (src, heads) in DType::ALL.into_iter().flat_map(|src| [(src, 3), (src, 60)]) {
-        for (layout, [rows, slots]) in layout_list() {
-            for pairing in [Pairing::Interleaved, Pairing::HalfSplit] {
-                for (normed, turned) in [(true, false), (false, true), (true, true)] {
-                    let weight: Vec<f32> = (0..23).map(|_| 1.0 + rng.f32()).collect();
-                    let norm = RmsNorm::new(1e-6).weight(&weight);
-                    let options = Rope::new(pairing, 20, &f, Positions::Explicit(&[4, 5, 6, 7, 0, 1, 2, 3]));
-                    let k_layout = Layout::random(&mut rng);
-                    let k = Tensor::random(&mut rng, src, [2, 4, heads, 23], k_layout, Place::GuardAfter);
-                    let v = Tensor::random(&mut rng, src, [2, 4, heads, 11], Layout::BSHD, Place::GuardAfter);
-                    let mut k_cache = output(&mut rng, [rows, slots, heads, 23], Place::GuardBefore);
-                    let mut v_cache = output(&mut rng, [rows, slots, heads, 11], Place::GuardBefore);
-                    let to = Destination::positions(&[4, 0]).counts(&[4, 3]).layout(layout);
-                    let mut write = KvWrite::new(k.view(), v.view(), k_cache.view_mut(), v_cache.view_mut(), to);
-                    write.k_norm = normed.then_some(norm);
-                    write.rope = turned.then_some(options);
-                    kv_write(&level.context, &Serial, write).expect("a valid write");
-                    let fresh = || Tensor::output(DType::F32, k.shape, Layout::BSHD, Place::Heap);
-                    let mut step = k.cast(DType::F32);
-                    if normed {
-                        let mut next = fresh();
-                        rms_norm(&level.context, &Serial, k.view(), next.view_mut(), &norm).unwrap();
-                        step = next;
-                    }
-                    if turned {
-                        let mut next = fresh();
-                        let from = if normed { step.view() } else { k.view() };
-                        rope(&level.context, &Serial, from, next.view_mut(), &options).unwrap();
-                        step = next;
-                    }
-                    let what = format!("{src} {layout:?} {pairing:?} {normed} {turned}");
-                    assert_written(&k_cache, &step, &to, &what);
-                    assert_written(&v_cache, &v, &to, &what);
-                }
-            }
-        }
-    }
+    quantised::fused_with_norm_and_rope(level, &mut Rng::new(404), (23, 11), output);
 }
 
 /// Attention with no scales, one, and one per head, of both types, is that over what the cache stands for.
@@ -396,14 +347,6 @@ fn moves(level: &Level) {
         });
         assert_eq!(scales, [format!("{:?}", k.cache.scales), format!("{:?}", v.cache.scales)]);
     }
-}
-
-fn insert(level: &Level, dst: KvLayer, src: KvLayer) {
-    let (mut dst, mut src, mut lengths, mut from_lengths) = ([dst], [src], [0, 0], [3, 6]);
-    let mut from = KvCache::new(&mut src, Slots::Contiguous, &mut from_lengths);
-    let mut cache = KvCache::new(&mut dst, Slots::Contiguous, &mut lengths);
-    cache.insert_sequence(&level.context, &Threads(2), 0, &mut from, 1, 5).expect("a valid call");
-    assert_eq!(lengths, [5, 0]);
 }
 
 /// A sequence goes into a cache of another format or other scales, and keeps its units where both are the same.

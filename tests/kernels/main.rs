@@ -8,6 +8,7 @@
 mod common;
 
 mod attention;
+mod blocks;
 mod cache;
 mod errors;
 mod fp8;
@@ -21,6 +22,7 @@ mod norm;
 mod pack;
 mod positions;
 mod properties;
+mod quantised;
 mod rope;
 mod semantics;
 mod shard;
@@ -41,6 +43,7 @@ fn main() -> std::process::ExitCode {
         merge::TESTS,
         int8::TESTS,
         fp8::TESTS,
+        blocks::TESTS,
         invariance::TESTS,
         layouts::TESTS,
         latent::TESTS,

@@ -38,6 +38,8 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
     }
     let token_bytes = |format: CacheFormat| c.layers.len() * Formats::from(format).token_bytes(c.kv_heads, c.head_dim);
 
+    // Blocks divide the heads of some models only.
+    let formats = || CacheFormat::ALL.into_iter().filter(|format| c.head_dim.is_multiple_of(format.unit_elements()));
     let cached = args.context.unwrap_or(c.context);
     // Absent where it fits into no memory.
     let cache_bytes = |format: CacheFormat| Cache::bytes_for(c, 1, cached, format).ok();
@@ -69,11 +71,11 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
             "bos": c.bos,
             "eos": c.eos,
             "chat_template": c.chat_template,
-            "cache_bytes_per_token": CacheFormat::ALL.map(|f| (f.name().to_owned(), token_bytes(f).into()))
-                .into_iter().collect::<serde_json::Map<_, _>>(),
+            "cache_bytes_per_token": formats().map(|f| (f.name().to_owned(), token_bytes(f).into()))
+                .collect::<serde_json::Map<_, _>>(),
             "cache_tokens": cached,
-            "cache_bytes": CacheFormat::ALL.map(|f| (f.name().to_owned(), cache_bytes(f).into()))
-                .into_iter().collect::<serde_json::Map<_, _>>(),
+            "cache_bytes": formats().map(|f| (f.name().to_owned(), cache_bytes(f).into()))
+                .collect::<serde_json::Map<_, _>>(),
             "tensors": tensors.iter().map(|t| json!({
                 "name": t.name, "type": t.ty, "shape": t.shape, "bytes": t.bytes,
             })).collect::<Vec<_>>(),
@@ -132,7 +134,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
             "cache",
             format!(
                 "bytes per token: {}{}",
-                by_format(&|format| token_bytes(format).to_string()),
+                by_format(formats(), &|format| token_bytes(format).to_string()),
                 if c.layers.iter().any(|l| l.window.is_some()) {
                     format!("; local layers keep the tokens of their window and {PREFILL_CHUNK} more")
                 } else {
@@ -145,7 +147,7 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
             format!(
                 "{}: {}",
                 count_of(cached, "token"),
-                by_format(&|format| cache_bytes(format).map_or("more than there is".to_owned(), mebibytes))
+                by_format(formats(), &|format| cache_bytes(format).map_or("more than there is".to_owned(), mebibytes))
             ),
         ),
         ("starts with", tokens(c.bos.as_slice(), named)),
@@ -160,9 +162,9 @@ pub(super) fn inspect(args: &Inspect) -> Result<()> {
 }
 
 /// What formats take, those that take the same together: `64 in f32, 32 in f16 or bf16`.
-fn by_format(of: &dyn Fn(CacheFormat) -> String) -> String {
+fn by_format(formats: impl Iterator<Item = CacheFormat>, of: &dyn Fn(CacheFormat) -> String) -> String {
     let mut groups: Vec<(String, Vec<&str>)> = Vec::new();
-    for format in CacheFormat::ALL {
+    for format in formats {
         let text = of(format);
         match groups.iter_mut().find(|group| group.0 == text) {
             Some(group) => group.1.push(format.name()),

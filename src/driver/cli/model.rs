@@ -25,7 +25,8 @@ pub(super) struct Run {
     /// Number of threads; 0 is one per CPU
     #[arg(long, value_name = "N", default_value = "0", value_parser = values::threads)]
     pub(super) threads: usize,
-    /// Format of the keys and values in the cache; int8 has a scale per token and head, fp8 none
+    /// Format of the keys and values in the cache; int8 has a scale per token and head, fp8 none, the others
+    /// blocks of ggml, for heads of a multiple of 32 elements
     #[arg(long, value_name = "FORMAT", default_value = "f32", value_parser = format_parser(), ignore_case = true)]
     pub(super) kv_type: CacheFormat,
     /// Format of the keys, if it is another than that of --kv-type

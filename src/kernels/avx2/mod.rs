@@ -298,6 +298,32 @@ impl Simd for Avx2 {
         self.0.avx._mm256_cvtepi32_ps(self.0.avx2._mm256_cvtepi8_epi32(bytes))
     }
     #[inline(always)]
+    fn splat_f16(self, x: f16) -> __m256 {
+        // SAFETY: the token proves F16C.
+        unsafe { _mm256_cvtph_ps(_mm_set1_epi16(x.to_bits() as i16)) }
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(self, p: *const u8, at: usize) -> __m256 {
+        // SAFETY: sixteen bytes are readable, of which eight are read; the token proves AVX2.
+        unsafe {
+            let bytes = _mm_loadl_epi64(p.add(at % 16).cast());
+            let bytes = if at < 16 { bytes } else { _mm_srli_epi16::<4>(bytes) };
+            let numbers = _mm_and_si128(bytes, _mm_set1_epi8(15));
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(numbers))
+        }
+    }
+    #[inline(always)]
+    fn look_up(self, numbers: __m256, table: &[f32; 16]) -> __m256 {
+        // SAFETY: the table is two vectors; the token proves AVX2.
+        unsafe {
+            let (low, high) = (_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8)));
+            let index = _mm256_cvttps_epi32(numbers);
+            let [low, high] = [low, high].map(|half| _mm256_permutevar8x32_ps(half, index));
+            // Bit 3 of the number becomes the sign, by which a blend chooses.
+            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_e4m3(self, p: *const E4m3) -> __m256 {
         // SAFETY: eight bytes are readable; the token proves AVX2 and F16C.
         unsafe {

@@ -342,6 +342,26 @@ impl Simd for Avx512 {
         f._mm512_cvtepi32_ps(f._mm512_cvtepi8_epi32(bytes))
     }
     #[inline(always)]
+    fn splat_f16(self, x: f16) -> __m512 {
+        self.0.avx512f._mm512_cvtph_ps(self.0.avx._mm256_set1_epi16(x.to_bits() as i16))
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(self, p: *const u8, at: usize) -> __m512 {
+        // SAFETY: sixteen bytes are readable; the token proves AVX-512.
+        unsafe {
+            let bytes = _mm_loadu_si128(p.cast());
+            let bytes = if at < 16 { bytes } else { _mm_srli_epi16::<4>(bytes) };
+            let numbers = _mm_and_si128(bytes, _mm_set1_epi8(15));
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(numbers))
+        }
+    }
+    #[inline(always)]
+    fn look_up(self, numbers: __m512, table: &[f32; 16]) -> __m512 {
+        let f = self.0.avx512f;
+        // SAFETY: the table is a vector; the token proves AVX-512.
+        unsafe { _mm512_permutexvar_ps(f._mm512_cvttps_epi32(numbers), _mm512_loadu_ps(table.as_ptr())) }
+    }
+    #[inline(always)]
     unsafe fn load_part_i8(self, p: *const i8, n: usize) -> __m512 {
         // SAFETY: masked-off bytes are not read.
         let bytes = unsafe { _mm_maskz_loadu_epi8(Self::prefix(n), p) };

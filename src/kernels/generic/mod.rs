@@ -2,6 +2,7 @@
 //! level's shell, compiled with that level's features.
 
 pub(crate) mod attention;
+pub(crate) mod blocks;
 pub(crate) mod copy;
 pub(crate) mod fp8;
 pub(crate) mod math;

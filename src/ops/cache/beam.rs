@@ -299,14 +299,15 @@ fn block_bytes(cache: &RawCacheView) -> (usize, usize) {
         token.saturating_mul(BLOCK).saturating_add(63) / 64 * 64
     };
     let scales = cache.written_scales().map_or(0, |scales| bytes(scales.dtype.size()));
-    (bytes(cache.shape[DIM].saturating_mul(cache.dtype.unit_bytes())), scales)
+    (bytes(cache.head_bytes()), scales)
 }
 
 /// A block of tokens of a cache, at `memory`.
 fn block_at(memory: *mut u8, cache: &RawCacheView) -> RawCacheView {
     fn view<U: Units>(data: *mut u8, of: &RawView<U>) -> RawView<U> {
         let shape = [1, BLOCK, of.shape[HEADS], of.shape[DIM]];
-        RawView { data, shape, strides: contiguous(shape), bytes: None, ..*of }
+        let block = RawView { data, shape, bytes: None, ..*of };
+        RawView { strides: contiguous(block.unit_shape()), ..block }
     }
     let scales = memory.wrapping_add(block_bytes(cache).0);
     RawCacheView { units: view(memory, &cache.units), scales: cache.written_scales().map(|of| view(scales, of)) }

@@ -440,7 +440,7 @@ impl<'a> Step<'a> {
     fn units(context: &Context, src: &RawCacheView, dst: &RawCacheView) -> Self {
         let scales = src.written_scales().zip(dst.written_scales());
         let scales = scales.map(|(from, to)| context.copy(Op::KvWrite, from.dtype, to.dtype));
-        Self::Copy { units: copy_bytes, scales }
+        Self::Copy { units: copy_of_units(src.dtype.unit_bytes()), scales }
     }
 
     /// From one cache to another: units and scales as they are if the target can hold them.
@@ -518,14 +518,27 @@ unsafe fn static_scale(cache: &RawCacheView, head: usize) -> f32 {
     }
 }
 
-/// Copies units of a byte.
+/// The copy of quantised units of this size.
+fn copy_of_units(bytes: usize) -> CopyFn {
+    match bytes {
+        1 => copy_units::<1>,
+        18 => copy_units::<18>,
+        20 => copy_units::<20>,
+        22 => copy_units::<22>,
+        24 => copy_units::<24>,
+        34 => copy_units::<34>,
+        _ => unreachable!("no quantised format has units of {bytes} bytes"),
+    }
+}
+
+/// Copies units of `N` bytes.
 ///
 /// # Safety
 /// That of [`CopyFn`]; vectors are neither repeated nor interleaved.
-unsafe fn copy_bytes(args: &CopyArgs) {
+unsafe fn copy_units<const N: usize>(args: &CopyArgs) {
     for head in 0..args.heads as isize {
-        let src = args.src.wrapping_offset(head * args.src_head);
-        let dst = args.dst.wrapping_offset(head * args.dst_head);
+        let src = args.src.cast::<[u8; N]>().wrapping_offset(head * args.src_head);
+        let dst = args.dst.cast::<[u8; N]>().wrapping_offset(head * args.dst_head);
         // SAFETY: the caller's.
         unsafe {
             if args.src_dim == 1 && args.dst_dim == 1 {
@@ -575,7 +588,7 @@ unsafe fn move_tokens(step: &Step, src: &RawCacheView, from: Place, dst: &RawCac
 /// # Safety
 /// As [`move_tokens`].
 unsafe fn copy_tokens<U: Units>(kernel: CopyFn, src: &RawView<U>, from: Place, dst: &RawView<U>, to: Place, n: usize) {
-    let [.., heads, dim] = src.shape;
+    let [.., heads, dim] = src.unit_shape();
     let together = |view: &RawView<U>| view.strides[DIM] == 1 && (heads == 1 || view.strides[HEADS] == dim as i64);
     // SAFETY: the caller's, here and below.
     unsafe {
@@ -587,7 +600,7 @@ unsafe fn copy_tokens<U: Units>(kernel: CopyFn, src: &RawView<U>, from: Place, d
     for_each_run(heads, n, |t, h, vectors, axis| {
         let (from, to) = ((from.0, from.1 + t), (to.0, to.1 + t));
         // SAFETY: as above.
-        unsafe { kernel(&vectors_of(src, from, dst, to, h, vectors, axis)) };
+        unsafe { kernel(&CopyArgs { dim, ..vectors_of(src, from, dst, to, h, vectors, axis) }) };
     });
 }
 

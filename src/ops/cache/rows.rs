@@ -139,7 +139,7 @@ pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: 
 /// # Safety
 /// The tokens are inside the view and writable.
 unsafe fn clear<U: Units>(view: &RawView<U>, (row, slot): Place, n: usize) {
-    let (size, dim) = (view.dtype.size(), view.shape[DIM]);
+    let (size, dim) = (view.dtype.size(), view.unit_shape()[DIM]);
     for t in slot..slot + n {
         for h in 0..view.shape[HEADS] {
             // SAFETY: the caller's.

@@ -2,7 +2,9 @@
 
 use super::{Block, SUBBLOCK};
 use crate::format::CacheFormat;
+use crate::kernels::generic::blocks::{self, BlockUnit};
 use crate::kernels::generic::copy;
+use crate::kernels::simd::{Simd, lines};
 use crate::layout::{Packing, Place};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{BLOCK, KeyRange, padded};
@@ -68,6 +70,70 @@ impl<'a, T> KeyPointerTable<'a, T> {
     fn fill(&mut self, keys: Range<usize>, other: usize) {
         let other = self.keys[other];
         self.keys[keys].fill(other);
+    }
+}
+
+/// Widens keys or values whose units hold several elements to rows of f32 that are `padded(dim)` apart, from the row of the first key
+/// on. To widen is exact, but for the roundings that the format has.
+pub(crate) struct WidenUnits<'a> {
+    pub rows: KeyPointers<'a, u8>,
+    /// What is widened: of `keys`, those that some row of the tile sees. Nothing else is read.
+    pub keys: KeyRange,
+    pub visible_bits: u64,
+    pub to: *mut f32,
+    pub dim: usize,
+}
+
+impl<'a> WidenUnits<'a> {
+    /// Widens units of type `U`.
+    ///
+    /// # Safety
+    /// [`locate`] has set the pointers, for a tile of one KV head; `to` has room for the rows.
+    #[inline(always)]
+    pub unsafe fn run<S: Simd, U: BlockUnit>(&self, s: S) {
+        let Self { rows, keys, visible_bits, to, dim } = *self;
+        let (units, width) = (dim / blocks::N, padded(dim));
+        for j in keys.low..keys.high {
+            if visible_bits >> j & 1 == 0 {
+                continue;
+            }
+            let next = rows.next(j);
+            if !next.is_null() {
+                lines(next, units * size_of::<U>()).for_each(|line| s.prefetch_far(line));
+            }
+            let from = rows.key(0, j).cast::<U>();
+            // SAFETY: the caller's: a visible key has these units, and a row these elements.
+            unsafe {
+                for unit in 0..units {
+                    (*from.add(unit)).widen(s, to.add((j - keys.low) * width + unit * blocks::N));
+                }
+            }
+        }
+    }
+
+    /// Widens by a function of the level, and returns pointers to the rows, by which kernels of f32 read them. The pointers of hidden keys
+    /// lead to the row of another one, as those of [`locate`] do.
+    ///
+    /// # Safety
+    /// As [`Self::run`]; one of the keys is visible.
+    #[inline(always)]
+    pub unsafe fn by<'b>(
+        &self,
+        widen: unsafe fn(&WidenUnits),
+        memory: &'b mut Pointers<u8>,
+    ) -> KeyPointerTable<'b, u8> {
+        let Self { keys, visible_bits, to, dim, .. } = *self;
+        // SAFETY: the caller's.
+        unsafe { widen(self) };
+        let (mut table, width) = (KeyPointerTable::new(memory), padded(dim) * size_of::<f32>());
+        table.place(keys, to.cast::<u8>().wrapping_sub(keys.low * width), width);
+        let (bits, seen) = (visible_bits & keys.bits(), (visible_bits & keys.bits()).trailing_zeros() as usize);
+        if bits != keys.bits() {
+            for j in (keys.low..keys.high).filter(|j| bits >> j & 1 == 0) {
+                table.fill(j..j + 1, seen);
+            }
+        }
+        table
     }
 }
 
@@ -275,6 +341,13 @@ unsafe fn gather<T>(
             CacheFormat::Int8 | CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => {
                 gather_units::<T, u8>(dim, step, key_range, block, rows);
             }
+            // Units of several elements always lie together.
+            CacheFormat::Q8_0
+            | CacheFormat::Q4_0
+            | CacheFormat::Q4_1
+            | CacheFormat::Q5_0
+            | CacheFormat::Q5_1
+            | CacheFormat::Iq4Nl => {}
         }
     }
 }

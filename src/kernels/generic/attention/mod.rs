@@ -6,7 +6,7 @@
 //! | `scratch` | the scratch memory of a tile, and the state of its rows |
 //! | `products` | the two products of a block: the trait, and its arguments |
 //! | `pieces` | the functions of a level for keys of a format, and for values of a format |
-//! | `key_pointers` | pointers to the keys of a block, for every layout |
+//! | `key_pointers` | pointers to the keys of a block, for every layout; widened copies of units of several elements |
 //! | `row_pairs` | values in pairs of slots, converted to rows |
 //! | `integer` | scores of int8 keys by products of integers |
 //! | `direct` | the direct path: scores and values of few query rows (decode), from the cache |
@@ -72,9 +72,9 @@ pub(crate) use direct::{DirectScores, DirectValues, OneValue, all_finite};
 pub(crate) use direct::{NEAR_DISTANCE, PrefetchDistances};
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) use key_pointers::KeyPointerTable;
-pub(crate) use key_pointers::KeyPointers;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use key_pointers::{BlockRequest, GatherBuffers, locate};
+pub(crate) use key_pointers::{KeyPointers, WidenUnits};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use logits::{logits, masked_by_bias};
 pub(crate) use packed::{PackKeys, PackValues};
@@ -91,7 +91,7 @@ pub(crate) use softmax::ROUNDED_LOGITS;
 pub(crate) use softmax::Softmax;
 pub(crate) use state::reduce;
 
-pub(crate) use pieces::{KeyPieces, Pieces, ValuePieces};
+pub(crate) use pieces::{KeyPieces, PairPieces, Pieces, ValuePieces};
 pub(crate) use products::{Block, Products, VectorProducts};
 pub(crate) use scratch::{RowState, Scratch};
 pub(crate) use tile::{Deinterleaved, tile};

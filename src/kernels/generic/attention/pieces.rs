@@ -1,6 +1,6 @@
 //! What a level does with keys of one format, and with values of one: attention over any pair is made of two of these.
 
-use super::{DirectScores, DirectValues, KeyPointers, OneValue, PackKeys, PackValues, Widen};
+use super::{DirectScores, DirectValues, KeyPointers, OneValue, PackKeys, PackValues, Widen, WidenUnits};
 use crate::problem::grid::KeyRange;
 use crate::tuning::Tuning;
 
@@ -8,7 +8,10 @@ use crate::tuning::Tuning;
 /// M formats and values of N is made of M + N pieces.
 #[derive(Clone, Copy)]
 pub(crate) struct KeyPieces {
+    /// Bytes per element of the rows that the other pieces read.
     pub unit_bytes: usize,
+    /// Before the others, which are those of f32, for units of several elements.
+    pub widen: Option<unsafe fn(&WidenUnits)>,
     /// Queries are kept in the order that this format's keys have in registers.
     pub deinterleaved: bool,
     pub scores: unsafe fn(&DirectScores),
@@ -20,15 +23,24 @@ pub(crate) struct KeyPieces {
 /// What a level does with values of one format.
 #[derive(Clone, Copy)]
 pub(crate) struct ValuePieces {
+    /// As in [`KeyPieces`].
     pub unit_bytes: usize,
+    pub widen: Option<unsafe fn(&WidenUnits)>,
     /// Accumulators are kept in the order that this format's values have in registers.
     pub deinterleaved: bool,
     pub accumulate: unsafe fn(&DirectValues),
-    pub accumulate_pairs: unsafe fn(&DirectValues),
     pub accumulate_one: unsafe fn(&OneValue),
     pub all_finite: unsafe fn(KeyPointers<u8>, usize, KeyRange, usize) -> bool,
     pub pack: unsafe fn(&PackValues) -> bool,
-    pub widen_pairs: unsafe fn(&Widen),
+    /// For values packed in pairs of slots, which are plain elements.
+    pub pairs: Option<PairPieces>,
+}
+
+/// What a level does with values packed in pairs of slots.
+#[derive(Clone, Copy)]
+pub(crate) struct PairPieces {
+    pub accumulate: unsafe fn(&DirectValues),
+    pub widen: unsafe fn(&Widen),
 }
 
 /// What a level does with a call's keys and values.

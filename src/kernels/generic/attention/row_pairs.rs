@@ -2,7 +2,7 @@
 //! registers; the packed path, and blocks in which neighbouring keys are not pairs, unpack them once per block.
 
 use super::key_pointers::{KeyPointerTable, KeyPointers, Pointers};
-use super::{Block, ValuePieces};
+use super::{Block, PairPieces};
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::dtype::Element;
 use crate::kernels::generic::copy;
@@ -87,7 +87,7 @@ pub(crate) fn are_pairs<T>(p: &Problem, v: &KeyPointers<T>, key_range: KeyRange)
 /// As [`Widen`].
 #[inline(always)]
 pub(super) unsafe fn widen<'a>(
-    pieces: &ValuePieces,
+    pieces: &PairPieces,
     values: &Widen,
     memory: &'a mut Pointers<u8>,
 ) -> KeyPointerTable<'a, u8> {
@@ -95,7 +95,7 @@ pub(super) unsafe fn widen<'a>(
     let mut widened = KeyPointerTable::new(memory);
     widened.place(key_range, scratch.v_block, padded(dv) * size_of::<f32>());
     // SAFETY: the caller's.
-    unsafe { (pieces.widen_pairs)(values) };
+    unsafe { (pieces.widen)(values) };
     widened
 }
 

@@ -200,12 +200,7 @@ unsafe fn one_block<S: Simd>(
     // SAFETY: the block's visible keys are inside k and v, and the scratch buffers have the sizes of their layout.
     unsafe {
         locate(&BlockRequest { p, tile, base, key_range, visible_bits: any, reach }, &gather_buffers, (&mut k, &mut v));
-        products.block(
-            s,
-            &Block { p, tile, scratch, base, key_range, visible_bits: any, all, d, dv },
-            rows,
-            k.rows(),
-            &mut v,
-        );
+        let block = Block { p, tile, scratch, base, key_range, visible_bits: any, all, d, dv };
+        products.block(s, &block, rows, k.rows(), &mut v);
     }
 }

@@ -15,6 +15,9 @@
 //! after it are prefetched, across the seams between K and V and between blocks, where the hardware's prefetcher would have to
 //! start anew.
 //!
+//! Units of several elements are widened to f32 a subblock at a time, whose rows then stay in the first-level cache: a store and a load
+//! per vector more than a kernel of the format's own would have, and one road for every such format.
+//!
 //! Many rows of long keys ([`Simd::DIRECT_DIM`]), as in latent attention, take this path too and are bound by the FMA ports: keys of a
 //! block stay in the second-level cache while rows pass over them, four at a time. On Zen 4, 16 to 128 rows over keys of 576 and
 //! values of 512 run at 89 to 93 % of the FMA peak; the packed path reaches 64 to 86 %.
@@ -26,7 +29,7 @@ mod values;
 use super::row_pairs::{Widen, are_pairs, widen};
 use super::scales::{scale_scores, scale_weights};
 use super::softmax::Softmax;
-use super::{Block, KeyPointers, Pieces, RowState, ValuePieces};
+use super::{Block, KeyPointers, PairPieces, Pieces, RowState, ValuePieces, WidenUnits};
 use crate::kernels::simd::Simd;
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange};
@@ -57,7 +60,9 @@ pub(super) unsafe fn block<S: Simd>(
     let heads = 0..block.tile.kv_heads;
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
-        if ahead.whole {
+        if let Some(widen) = pieces.keys.widen {
+            widened_scores(pieces, widen, block, k);
+        } else if ahead.whole {
             let (spread, ahead) = (ahead.spread, ahead.of_k(0));
             (pieces.keys.scores)(&DirectScores { block, k, keys: block.key_range, spread, ahead });
         } else {
@@ -68,18 +73,81 @@ pub(super) unsafe fn block<S: Simd>(
         scale_scores(s, block, heads.clone());
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
         let finite = scale_weights(s, block, heads.clone());
-        if block.p.v_packing == Packing::Rows {
-            values(pieces.values, false, block, rows, heads, v, finite, Some(&ahead));
+        if let Some(widen) = pieces.values.widen {
+            widened_values(pieces.values, widen, block, rows, v, finite);
             return;
         }
+        let pairs = match (block.p.v_packing, &pieces.values.pairs) {
+            (Packing::RowPairs, Some(pairs)) => pairs,
+            _ => {
+                values(pieces.values, None, block, rows, heads, v, finite, Some(&ahead));
+                return;
+            }
+        };
         if block.all && are_pairs(block.p, &v, block.key_range) {
-            values(pieces.values, true, block, rows, heads, v, finite, Some(&ahead));
+            values(pieces.values, Some(pairs), block, rows, heads, v, finite, Some(&ahead));
             return;
         }
         let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
         for head in heads {
-            let v = widen(pieces.values, &Widen { block, v, head }, &mut pointers);
-            values(pieces.widened, false, block, rows, head..head + 1, v.rows(), finite, None);
+            let v = widen(pairs, &Widen { block, v, head }, &mut pointers);
+            values(pieces.widened, None, block, rows, head..head + 1, v.rows(), finite, None);
+        }
+    }
+}
+
+/// Scores of keys whose units hold several elements: a subblock is widened at a time, so that its rows stay in the first-level cache.
+///
+/// # Safety
+/// As [`block`], for a tile of one KV head.
+#[inline(always)]
+unsafe fn widened_scores(pieces: &Pieces, widen: unsafe fn(&WidenUnits), block: &Block, k: KeyPointers<u8>) {
+    let Block { tile, scratch, visible_bits, d, .. } = *block;
+    for (_, keys) in block.subblocks() {
+        // SAFETY: the caller's; the buffer holds more than a subblock.
+        unsafe {
+            if visible_bits & keys.bits() == 0 {
+                // Nobody sees them, but they are numbers.
+                for row in 0..tile.head_rows {
+                    scratch.s.add(row * BLOCK + keys.low).write_bytes(0, keys.len());
+                }
+                continue;
+            }
+            let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
+            let units = WidenUnits { rows: k, keys, visible_bits, to: scratch.k_block.cast(), dim: d };
+            let table = units.by(widen, &mut memory);
+            (pieces.keys.scores)(&DirectScores { block, k: table.rows(), keys, spread: false, ahead: Ahead::NONE });
+        }
+    }
+}
+
+/// Adds the weighted values of a block whose units hold several elements: widened as in [`widened_scores`] where every row sees every
+/// key, otherwise all at once, since masked values are looked at before any is added.
+///
+/// # Safety
+/// As [`values`], for a tile of one KV head.
+#[inline(always)]
+unsafe fn widened_values(
+    pieces: &ValuePieces,
+    widen: unsafe fn(&WidenUnits),
+    block: &Block,
+    rows: &[RowState],
+    v: KeyPointers<u8>,
+    finite: bool,
+) {
+    let Block { scratch, key_range, visible_bits, all, dv, .. } = *block;
+    let units = WidenUnits { rows: v, keys: key_range, visible_bits, to: scratch.v_block.cast(), dim: dv };
+    let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
+    // SAFETY: the caller's; the buffer holds a block.
+    unsafe {
+        if !all {
+            let table = units.by(widen, &mut memory);
+            values(pieces, None, block, rows, 0..1, table.rows(), finite, None);
+            return;
+        }
+        for (_, keys) in block.subblocks() {
+            let table = WidenUnits { keys, ..units }.by(widen, &mut memory);
+            (pieces.accumulate)(&DirectValues { block, v: table.rows(), heads: 0..1, keys, ahead: Ahead::NONE });
         }
     }
 }
@@ -93,7 +161,7 @@ pub(super) unsafe fn block<S: Simd>(
 #[allow(clippy::too_many_arguments)]
 unsafe fn values(
     pieces: &ValuePieces,
-    pairs: bool,
+    pairs: Option<&PairPieces>,
     block: &Block,
     rows: &[RowState],
     heads: Range<usize>,
@@ -105,7 +173,7 @@ unsafe fn values(
     // SAFETY: the caller's.
     unsafe {
         let is_finite = |head| (pieces.all_finite)(v, head, key_range, dv);
-        let all_at_once = pairs || all || finite && heads.clone().all(is_finite);
+        let all_at_once = pairs.is_some() || all || finite && heads.clone().all(is_finite);
         if !all_at_once {
             for r in heads.start * tile.head_rows..heads.end * tile.head_rows {
                 accumulate_visible(pieces, block, &rows[r], r, v);
@@ -113,7 +181,7 @@ unsafe fn values(
             return;
         }
         let ahead = |index| ahead.map_or(Ahead::NONE, |ahead| ahead.of_v(index));
-        let accumulate = if pairs { pieces.accumulate_pairs } else { pieces.accumulate };
+        let accumulate = pairs.map_or(pieces.accumulate, |pairs| pairs.accumulate);
         runs(block, &heads, ahead, |keys, ahead| {
             accumulate(&DirectValues { block, v, heads: heads.clone(), keys, ahead });
         });

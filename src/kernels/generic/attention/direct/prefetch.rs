@@ -24,7 +24,7 @@ pub struct PrefetchDistances<'a> {
 impl<'a> PrefetchDistances<'a> {
     #[inline(always)]
     pub fn new(tuning: &Tuning, block: &Block, k: KeyPointers<'a, u8>, v: KeyPointers<'a, u8>) -> Self {
-        let piece = SUBBLOCK * block.tile.kv_heads * block.d * block.p.k.dtype.unit_bytes();
+        let piece = SUBBLOCK * block.tile.kv_heads * block.p.k.dtype.head_bytes(block.d);
         let whole = block.tile.kv_heads == 1 && block.key_range.len() == BLOCK;
         let by = if whole { SUBBLOCKS } else { tuning.run_distance.div_ceil(piece).clamp(1, SUBBLOCKS) };
         let kind = if whole { tuning.block } else { tuning.run };

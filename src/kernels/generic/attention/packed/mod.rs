@@ -37,7 +37,7 @@ use super::row_pairs::{Widen, widen};
 use super::scales::{scale_scores, scale_weights};
 use super::softmax::Softmax;
 use super::weighted::WeightedValues;
-use super::{Block, KeyPointers, Pieces, RowState};
+use super::{Block, KeyPointers, Pieces, RowState, WidenUnits};
 use crate::kernels::simd::Simd;
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange, padded};
@@ -70,17 +70,35 @@ pub(super) unsafe fn block<S: Simd>(
     k: KeyPointers<u8>,
     v: KeyPointers<u8>,
 ) {
-    match block.p.v_packing {
-        // SAFETY: the caller's.
-        Packing::Rows => unsafe { products(s, pieces, block, rows, k, v) },
-        Packing::RowPairs => {
+    let Block { scratch, key_range, visible_bits, d, dv, .. } = *block;
+    let mut memory = [[const { MaybeUninit::uninit() }; BLOCK]; 2];
+    let [k_memory, v_memory] = &mut memory;
+    let (k_table, v_table);
+    let (mut k, mut v) = (k, v);
+    // SAFETY: the caller's; the buffers hold a block in f32, and such tiles have one KV head.
+    unsafe {
+        if let Some(widen) = pieces.keys.widen {
+            let units = WidenUnits { rows: k, keys: key_range, visible_bits, to: scratch.k_block.cast(), dim: d };
+            k_table = units.by(widen, k_memory);
+            k = k_table.rows();
+        }
+        if let Some(widen) = pieces.values.widen {
+            let units = WidenUnits { rows: v, keys: key_range, visible_bits, to: scratch.v_block.cast(), dim: dv };
+            v_table = units.by(widen, v_memory);
+            v = v_table.rows();
+        }
+    }
+    match (block.p.v_packing, &pieces.values.pairs) {
+        (Packing::RowPairs, Some(pairs)) => {
             let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
             // SAFETY: the caller's.
             unsafe {
-                let v = widen(pieces.values, &Widen { block, v, head: 0 }, &mut pointers);
+                let v = widen(pairs, &Widen { block, v, head: 0 }, &mut pointers);
                 products(s, &Pieces { values: pieces.widened, ..*pieces }, block, rows, k, v.rows());
             }
         }
+        // SAFETY: the caller's.
+        _ => unsafe { products(s, pieces, block, rows, k, v) },
     }
 }
 

@@ -1,0 +1,489 @@
+//! Blocks of 32 elements: ggml's types, converted to f32 and back.
+//!
+//! | format | bytes | element i |
+//! | --- | --- | --- |
+//! | q8_0 | f16 d, i8 q[32] | d q |
+//! | q4_0 | f16 d, nibbles q | d (q - 8) |
+//! | q4_1 | f16 d, f16 m, nibbles q | d q + m |
+//! | q5_0 | f16 d, u32 fifth bits, nibbles q | d (q - 16) |
+//! | q5_1 | f16 d, f16 m, u32 fifth bits, nibbles q | d q + m |
+//! | iq4_nl | f16 d, nibbles q | d [`TABLE`]\[q\] |
+//!
+//! Of 16 bytes of nibbles, the low halves are elements 0 to 15 and the high ones 16 to 31; bit i of the fifth bits is that of
+//! element i. Every product is rounded to f32, and every sum after it.
+//!
+//! What a write makes of a block are the bytes of ggml's reference quantiser (`quantize_row_*_ref`, compiled without contraction
+//! to FMA), not of its code for x86 and Arm, which rounds ties otherwise: the factor d in f32, its reciprocal, elements times that,
+//! rounded away from zero at ties (q8_0), or cut off after half of a unit was added; last d, and m, are rounded to f16. Three
+//! blocks of which the reference makes nothing definite:
+//! - NaN or an infinity among the elements: converting NaN to an integer is undefined there. Here d is NaN and all other bits are
+//!   0, so that all of the block reads as NaN.
+//! - A factor so small that its reciprocal is infinite: its quotients are undefined too. Here they are 0. d is 0 in f16, so that all
+//!   of the block reads as zeros, or as m.
+//! - No magnitude of 10^-15 in iq4_nl: the reference leaves numbers of another block. Here the element of each is d, which is 0.
+//!
+//! A factor above 65504 becomes infinite in f16, as in the reference: elements above 8.3 million in q8_0.
+//!
+//! All of it is arithmetic of IEEE 754 in one order, so that every level computes the same bits. Blocks are widened with the vector
+//! trait; the loops that make blocks are over arrays of 32, which compilers turn into vectors of each level's width.
+
+use super::copy::{gather, scatter};
+use crate::kernels::api::ScaledArgs;
+use crate::kernels::simd::{LoadStore, MAX_LANES, Simd};
+use half::f16;
+
+/// Elements of a block.
+pub(crate) const N: usize = 32;
+
+/// A block as it lies in a cache.
+pub(crate) trait BlockUnit: Copy + 'static {
+    /// Writes the elements.
+    ///
+    /// # Safety
+    /// [`N`] floats are writable at `to`.
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32);
+
+    /// The block next to these elements, all of which are finite. `peak` is their largest magnitude.
+    fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self;
+
+    /// A block whose elements are all NaN.
+    fn nan() -> Self;
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Q8_0 {
+    d: u16,
+    q: [i8; N],
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Q4_0 {
+    d: u16,
+    q: Nibbles,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Q4_1 {
+    d: u16,
+    m: u16,
+    q: Nibbles,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Q5_0 {
+    d: u16,
+    fifth: [u8; 4],
+    q: Nibbles,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Q5_1 {
+    d: u16,
+    m: u16,
+    fifth: [u8; 4],
+    q: Nibbles,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Iq4Nl {
+    d: u16,
+    q: Nibbles,
+}
+
+type Nibbles = [u8; N / 2];
+
+/// The values that elements of iq4_nl number, times d.
+const TABLE: [f32; 16] =
+    [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
+
+/// The f16 next to a number.
+#[inline(always)]
+fn narrowed<S: Simd>(s: S, x: f32) -> u16 {
+    let mut halves = [f16::ZERO; MAX_LANES];
+    // SAFETY: the array holds a whole vector.
+    unsafe { s.store_f16(halves.as_mut_ptr(), s.splat(x)) };
+    halves[0].to_bits().to_le()
+}
+
+const NAN: u16 = f16::NAN.to_bits().to_le();
+
+/// The reciprocal of a factor, 0 for 0.
+#[inline(always)]
+fn reciprocal(d: f32) -> f32 {
+    if d == 0.0 { 0.0 } else { 1.0 / d }
+}
+
+/// The first element with this magnitude; positive if that is 0.
+#[inline(always)]
+fn signed_peak(x: &[f32; N], peak: f32) -> f32 {
+    let mut at = 0u32;
+    for (i, x) in x.iter().enumerate() {
+        at |= u32::from(x.abs() == peak) << i;
+    }
+    // The sum of a negative zero and a positive one is positive.
+    x[at.trailing_zeros() as usize % N] + 0.0
+}
+
+#[inline(always)]
+fn range(x: &[f32; N]) -> (f32, f32) {
+    let (mut least, mut most) = (f32::MAX, -f32::MAX);
+    for &x in x {
+        // The earlier one of two zeros with different signs.
+        least = if x < least { x } else { least };
+        most = if x > most { x } else { most };
+    }
+    (least, most)
+}
+
+/// What is left of numbers from 0 to 255 when their fraction is cut off, at most `most`; 0 for numbers that are not finite.
+#[inline(always)]
+fn cut(x: &[f32; N], most: u8) -> [u8; N] {
+    let mut cut = [0; N];
+    for (to, &x) in cut.iter_mut().zip(x) {
+        let x = if x.abs() < f32::INFINITY { x } else { 0.0 };
+        // SAFETY: finite, and a quotient of an element by the largest one, from -1 to 32.5.
+        *to = (unsafe { x.to_int_unchecked::<i32>() } as u8).min(most);
+    }
+    cut
+}
+
+/// Low halves of bytes for the first 16 numbers, high halves for the others.
+#[inline(always)]
+fn nibbles(q: &[u8; N]) -> Nibbles {
+    let mut halves = [0; N / 2];
+    for i in 0..N / 2 {
+        halves[i] = q[i] & 15 | q[i + N / 2] << 4;
+    }
+    halves
+}
+
+/// The fifth bits of numbers.
+#[inline(always)]
+fn fifth_bits(q: &[u8; N]) -> [u8; 4] {
+    let mut bits = 0u32;
+    for (i, &q) in q.iter().enumerate() {
+        bits |= u32::from(q >> 4) << i;
+    }
+    bits.to_le_bytes()
+}
+
+/// An f16 as it lies in a block.
+#[inline(always)]
+fn half<S: Simd>(s: S, bits: u16) -> S::V {
+    s.splat_f16(f16::from_bits(u16::from_le(bits)))
+}
+
+/// What is made of the numbers of a block in registers. No closure: that would be a function of its own, without the level's features.
+trait Elements {
+    fn of<S: Simd>(s: S, q: S::V, parts: [S::V; 2]) -> S::V;
+}
+
+/// `d * q`, of parts `[d, _]`.
+struct Scaled;
+
+/// `d * (q - zero)`, of parts `[d, zero]`.
+struct Centred;
+
+/// `d * q + m`, of parts `[d, m]`.
+struct Raised;
+
+/// `d` times an entry of the table.
+struct Listed;
+
+impl Elements for Scaled {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, q: S::V, [d, _]: [S::V; 2]) -> S::V {
+        s.mul(d, q)
+    }
+}
+
+impl Elements for Centred {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, q: S::V, [d, zero]: [S::V; 2]) -> S::V {
+        s.mul(d, s.sub(q, zero))
+    }
+}
+
+impl Elements for Raised {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, q: S::V, [d, m]: [S::V; 2]) -> S::V {
+        s.add(s.mul(d, q), m)
+    }
+}
+
+impl Elements for Listed {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, q: S::V, [d, _]: [S::V; 2]) -> S::V {
+        s.mul(d, s.look_up(q, &TABLE))
+    }
+}
+
+/// Writes the elements of nibbles, with fifth bits if there are any.
+///
+/// # Safety
+/// [`N`] floats are writable at `to`.
+#[inline(always)]
+unsafe fn put<S: Simd, E: Elements>(s: S, to: *mut f32, q: &Nibbles, fifth: Option<[u8; 4]>, parts: [S::V; 2]) {
+    for i in (0..N).step_by(S::LANES) {
+        // SAFETY: the caller's; a block has whole vectors.
+        unsafe {
+            let mut q = s.load_nibbles(q.as_ptr(), i);
+            if let Some(bits) = fifth {
+                let bits = u64::from(u32::from_le_bytes(bits)) >> i;
+                q = s.add(q, s.select_bits(bits, s.splat(16.0), s.zero()));
+            }
+            s.store_f32(to.add(i), E::of(s, q, parts));
+        }
+    }
+}
+
+/// The factor of a format whose numbers are centred at `zero`, and the numbers, of which the largest is `2 * zero - 1`.
+#[inline(always)]
+fn centred<S: Simd>(s: S, x: &[f32; N], peak: f32, zero: u8) -> (u16, [u8; N]) {
+    let d = signed_peak(x, peak) / -f32::from(zero);
+    let (inverse, half) = (reciprocal(d), f32::from(zero) + 0.5);
+    let mut quotients = [0.0; N];
+    for (to, &x) in quotients.iter_mut().zip(x) {
+        *to = x * inverse + half;
+    }
+    (narrowed(s, d), cut(&quotients, 2 * zero - 1))
+}
+
+/// The factor and the minimum of a format whose largest number is `most`, and the numbers.
+#[inline(always)]
+fn raised<S: Simd>(s: S, x: &[f32; N], most: u8) -> ((u16, u16), [u8; N]) {
+    let (low, high) = range(x);
+    let d = (high - low) / f32::from(most);
+    let inverse = reciprocal(d);
+    let mut quotients = [0.0; N];
+    for (to, &x) in quotients.iter_mut().zip(x) {
+        *to = (x - low) * inverse + 0.5;
+    }
+    ((narrowed(s, d), narrowed(s, low)), cut(&quotients, most))
+}
+
+impl BlockUnit for Q8_0 {
+    #[inline(always)]
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let d = half(s, self.d);
+        for i in (0..N).step_by(S::LANES) {
+            // SAFETY: the caller's; a block has whole vectors.
+            unsafe { s.store_f32(to.add(i), Scaled::of(s, s.load_i8(self.q.as_ptr().add(i)), [d, d])) };
+        }
+    }
+
+    #[inline(always)]
+    fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self {
+        let d = peak / 127.0;
+        let inverse = reciprocal(d);
+        let mut q = [0; N];
+        for (q, &x) in q.iter_mut().zip(x) {
+            let x = x * inverse;
+            let x = if x.abs() < f32::INFINITY { x } else { 0.0 };
+            // To nearest, ties away from zero: a fraction of exactly a half survives the truncation.
+            // SAFETY: finite, and a quotient of an element by the largest one, at most 128 in magnitude.
+            let whole = unsafe { x.to_int_unchecked::<i32>() };
+            let rest = x - whole as f32;
+            *q = (whole + i32::from(rest >= 0.5) - i32::from(rest <= -0.5)) as i8;
+        }
+        Self { d: narrowed(s, d), q }
+    }
+
+    #[inline(always)]
+    fn nan() -> Self {
+        Self { d: NAN, q: [0; N] }
+    }
+}
+
+impl BlockUnit for Q4_0 {
+    #[inline(always)]
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = [half(s, self.d), s.splat(8.0)];
+        // SAFETY: the caller's.
+        unsafe { put::<S, Centred>(s, to, &self.q, None, parts) };
+    }
+
+    #[inline(always)]
+    fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self {
+        let (d, q) = centred(s, x, peak, 8);
+        Self { d, q: nibbles(&q) }
+    }
+
+    #[inline(always)]
+    fn nan() -> Self {
+        Self { d: NAN, q: [0; N / 2] }
+    }
+}
+
+impl BlockUnit for Q4_1 {
+    #[inline(always)]
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = [half(s, self.d), half(s, self.m)];
+        // SAFETY: the caller's.
+        unsafe { put::<S, Raised>(s, to, &self.q, None, parts) };
+    }
+
+    #[inline(always)]
+    fn nearest<S: Simd>(s: S, x: &[f32; N], _peak: f32) -> Self {
+        let ((d, m), q) = raised(s, x, 15);
+        Self { d, m, q: nibbles(&q) }
+    }
+
+    #[inline(always)]
+    fn nan() -> Self {
+        Self { d: NAN, m: 0, q: [0; N / 2] }
+    }
+}
+
+impl BlockUnit for Q5_0 {
+    #[inline(always)]
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = [half(s, self.d), s.splat(16.0)];
+        // SAFETY: the caller's.
+        unsafe { put::<S, Centred>(s, to, &self.q, Some(self.fifth), parts) };
+    }
+
+    #[inline(always)]
+    fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self {
+        let (d, q) = centred(s, x, peak, 16);
+        Self { d, fifth: fifth_bits(&q), q: nibbles(&q) }
+    }
+
+    #[inline(always)]
+    fn nan() -> Self {
+        Self { d: NAN, fifth: [0; 4], q: [0; N / 2] }
+    }
+}
+
+impl BlockUnit for Q5_1 {
+    #[inline(always)]
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = [half(s, self.d), half(s, self.m)];
+        // SAFETY: the caller's.
+        unsafe { put::<S, Raised>(s, to, &self.q, Some(self.fifth), parts) };
+    }
+
+    #[inline(always)]
+    fn nearest<S: Simd>(s: S, x: &[f32; N], _peak: f32) -> Self {
+        let ((d, m), q) = raised(s, x, 31);
+        Self { d, m, fifth: fifth_bits(&q), q: nibbles(&q) }
+    }
+
+    #[inline(always)]
+    fn nan() -> Self {
+        Self { d: NAN, m: 0, fifth: [0; 4], q: [0; N / 2] }
+    }
+}
+
+impl BlockUnit for Iq4Nl {
+    #[inline(always)]
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = [half(s, self.d); 2];
+        // SAFETY: the caller's.
+        unsafe { put::<S, Listed>(s, to, &self.q, None, parts) };
+    }
+
+    #[inline(always)]
+    fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self {
+        if peak < 1e-15 {
+            // The number of 1, times 0.
+            return Self { d: 0, q: [0x88; N / 2] };
+        }
+        let inverse = 1.0 / (signed_peak(x, peak) / TABLE[0]);
+        let mut q = [0u8; N];
+        for (q, &x) in q.iter_mut().zip(x) {
+            let x = x * inverse;
+            // The nearest value of the table, of two at the same distance the larger.
+            for i in 1..TABLE.len() {
+                *q += u8::from(x - TABLE[i - 1] >= TABLE[i] - x);
+            }
+        }
+        // The factor with the least error, weighted by squares of elements.
+        let (mut products, mut squares) = (0.0f32, 0.0f32);
+        for (&q, &x) in q.iter().zip(x) {
+            let (value, weight) = (TABLE[usize::from(q)], x * x);
+            products += weight * value * x;
+            squares += weight * value * value;
+        }
+        let d = if squares > 0.0 { products / squares } else { 0.0 };
+        Self { d: if d.is_nan() { NAN } else { narrowed(s, d) }, q: nibbles(&q) }
+    }
+
+    #[inline(always)]
+    fn nan() -> Self {
+        Self { d: NAN, q: [0; N / 2] }
+    }
+}
+
+/// The block next to elements, or one of NaN.
+#[inline(always)]
+fn quantized<S: Simd, U: BlockUnit>(s: S, x: &[f32; N]) -> U {
+    // Magnitudes are in the order of their patterns, those of NaN and infinity the largest.
+    let mut peak = 0;
+    for x in x {
+        peak = peak.max(x.to_bits() & 0x7fff_ffff);
+    }
+    if peak < f32::INFINITY.to_bits() { U::nearest(s, x, f32::from_bits(peak)) } else { U::nan() }
+}
+
+/// Quantises `heads` vectors of whole blocks.
+///
+/// # Safety
+/// Every address that `args` describes is valid; source and units do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, U: BlockUnit>(s: S, args: &ScaledArgs) {
+    let c = &args.copy;
+    for head in 0..c.heads as isize {
+        let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
+        let dst = c.dst.cast::<U>().wrapping_offset(head * c.dst_head);
+        for block in 0..c.dim / N {
+            let (mut x, mut stage) = ([0.0; N], [A::default(); N]);
+            let mut from = src.wrapping_offset((block * N) as isize * c.src_dim);
+            // SAFETY: the caller's; a block has whole vectors.
+            unsafe {
+                if c.src_dim != 1 {
+                    gather(from, c.src_dim, stage.as_mut_ptr(), N);
+                    from = stage.as_ptr();
+                }
+                for i in (0..N).step_by(S::LANES) {
+                    s.store_f32(x.as_mut_ptr().add(i), A::load(s, from.add(i)));
+                }
+                *dst.wrapping_add(block) = quantized(s, &x);
+            }
+        }
+    }
+}
+
+/// Reads `heads` vectors of whole blocks.
+///
+/// # Safety
+/// Every address that `args` describes is valid; the target does not overlap the units.
+#[inline(always)]
+pub(crate) unsafe fn dequantize<S: Simd, U: BlockUnit, B: LoadStore>(s: S, args: &ScaledArgs) {
+    let c = &args.copy;
+    for head in 0..c.heads as isize {
+        let src = c.src.cast::<U>().wrapping_offset(head * c.src_head);
+        let dst = c.dst.cast::<B>().wrapping_offset(head * c.dst_head);
+        for block in 0..c.dim / N {
+            let (mut x, mut stage) = ([0.0; N], [B::default(); N]);
+            let to = dst.wrapping_offset((block * N) as isize * c.dst_dim);
+            // SAFETY: the caller's; a block has whole vectors.
+            unsafe {
+                (*src.wrapping_add(block)).widen(s, x.as_mut_ptr());
+                let target = if c.dst_dim == 1 { to } else { stage.as_mut_ptr() };
+                for i in (0..N).step_by(S::LANES) {
+                    B::store(s, target.add(i), s.load_f32(x.as_ptr().add(i)));
+                }
+                if c.dst_dim != 1 {
+                    scatter(stage.as_ptr(), to, c.dst_dim, N);
+                }
+            }
+        }
+    }
+}
