@@ -5,7 +5,8 @@ use crate::error::Result;
 use crate::format::CacheFormat;
 use crate::isa::Isa;
 use crate::kernels::api::{
-    AnglesFn, AttentionKernel, CopyFn, Function, HadamardFn, KernelInfo, MergeFn, NormFn, Op, Precision, RopeFn, ScaledFn,
+    AnglesFn, AttentionKernel, CopyFn, Function, HadamardFn, KernelInfo, MergeFn, NormFn, Op, Precision, RopeFn,
+    ScaledFn,
 };
 use crate::kernels::registry::{self, Entry};
 use crate::layout::Packing;

@@ -89,7 +89,12 @@ pub(crate) struct Blocks {
 }
 
 impl Blocks {
-    fn new(context: &Context, block: Option<usize>, src: impl Into<CacheFormat>, dst: impl Into<CacheFormat>) -> Option<Self> {
+    fn new(
+        context: &Context,
+        block: Option<usize>,
+        src: impl Into<CacheFormat>,
+        dst: impl Into<CacheFormat>,
+    ) -> Option<Self> {
         block.map(|block| Self { kernel: context.hadamard(src, dst), block })
     }
 

@@ -6,9 +6,9 @@ use crate::cpu::cache;
 use crate::error::{Result, ensure, fail};
 use crate::kernels::api::{CopyArgs, Op};
 use crate::layout::{Layout, Packing, Place};
+use crate::ops::hadamard::check_block;
 use crate::ops::heads::{HeadKernels, Scales, Turn, check_staged};
 use crate::ops::norm::RmsNorm;
-use crate::ops::hadamard::check_block;
 use crate::ops::pack::{check_values, into_pair, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles};
 use crate::ops::setters::setters;
@@ -458,8 +458,9 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     let bytes = k.elements().saturating_mul(k.dtype.size() + k_cache.dtype.unit_bytes());
     let large = bytes > cache::second_level() / 2;
     let key_kernels = HeadKernels::write(context, *k_norm, rope.is_some(), *k_hadamard, k.dtype, k_cache.dtype);
-    let value_kernels =
-        values.as_ref().map(|(v, v_cache)| HeadKernels::write(context, None, false, *v_hadamard, v.dtype, v_cache.dtype));
+    let value_kernels = values
+        .as_ref()
+        .map(|(v, v_cache)| HeadKernels::write(context, None, false, *v_hadamard, v.dtype, v_cache.dtype));
     for_each_token_with(
         runner,
         k.shape,
@@ -501,7 +502,11 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                             }
                         }
                         Packing::RowPairs if v_hadamard.is_some() => {
-                            let copy = into_pair(token_copy(v, (b, t), &v_cache.units, (place.0, place.1 / 2)), &v_cache.units, place.1);
+                            let copy = into_pair(
+                                token_copy(v, (b, t), &v_cache.units, (place.0, place.1 / 2)),
+                                &v_cache.units,
+                                place.1,
+                            );
                             if let Some(kernels) = &value_kernels {
                                 kernels.run(&copy, || [None, None], None);
                             }
