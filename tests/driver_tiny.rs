@@ -147,10 +147,10 @@ fn weights_take_the_memory_of_their_file() {
 
 /// Every pair of formats with int8 for keys or values, and some with eight-bit floats.
 fn quantised() -> impl Iterator<Item = Formats> {
-    let pairs = CacheFormat::ALL.into_iter().flat_map(|k| CacheFormat::ALL.map(|v| Formats { k, v }));
+    let pairs = CacheFormat::ALL.into_iter().flat_map(|k| CacheFormat::ALL.map(|v| Formats::new(k, v)));
     let (e4m3, e5m2) = (CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2);
     let floats = [(e4m3, e4m3), (e5m2, e5m2), (e4m3, CacheFormat::F32), (CacheFormat::Bf16, e5m2)];
-    pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales()).chain(floats.map(|(k, v)| Formats { k, v }))
+    pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales()).chain(floats.map(|(k, v)| Formats::new(k, v)))
 }
 
 fn is_eight_bit_float(formats: Formats) -> bool {
@@ -282,7 +282,7 @@ fn bad_calls_leave_the_cache_alone() {
 fn a_cache_counts_its_scales() {
     let config = embedded::open().unwrap().config().clone();
     let (layers, heads, dim) = (config.layers.len(), config.kv_heads, config.head_dim);
-    let bytes = |k, v| Cache::new(&config, 2, 10, Formats { k, v }).unwrap().bytes();
+    let bytes = |k, v| Cache::new(&config, 2, 10, Formats::new(k, v)).unwrap().bytes();
     let (keys, tokens) = (layers * heads * dim, 2 * 10);
     assert_eq!(bytes(CacheFormat::F32, CacheFormat::Bf16), tokens * keys * (4 + 2));
     assert_eq!(bytes(CacheFormat::Int8, CacheFormat::Int8), tokens * 2 * (keys + layers * heads * 4));
@@ -328,7 +328,7 @@ fn forgetting_a_span_is_not_having_read_it() {
             (DType::Bf16.into(), 0.2),
             (CacheFormat::Int8.into(), 0.2),
             (CacheFormat::Fp8E4m3.into(), 1.0),
-            (Formats { k: CacheFormat::Int8, v: CacheFormat::F32 }, 0.2),
+            (Formats::new(CacheFormat::Int8, CacheFormat::F32), 0.2),
         ];
         for (formats, tolerance) in formats {
             let mut cache = Cache::new(decoder.config(), 2, 64, formats).unwrap();
