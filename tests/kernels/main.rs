@@ -11,6 +11,7 @@ mod attention;
 mod cache;
 mod errors;
 mod fp8;
+mod hadamard;
 mod harness;
 mod int8;
 mod invariance;
@@ -41,6 +42,7 @@ fn main() -> std::process::ExitCode {
         merge::TESTS,
         int8::TESTS,
         fp8::TESTS,
+        hadamard::TESTS,
         invariance::TESTS,
         layouts::TESTS,
         latent::TESTS,
