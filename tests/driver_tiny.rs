@@ -4,8 +4,8 @@
 use kvlane::driver::argmax;
 use kvlane::driver::quant::dequantize;
 use kvlane::driver::{
-    Cache, Decoder, Finish, Formats, Logits, ModelFile, Request, Scheduler, Scratch, Streaming, Stretch, Threads,
-    Tokenizer, embedded, perplexity,
+    Cache, Decoder, Finish, Formats, Logits, ModelFile, Prefilled, Request, Rotate, Scheduler, Scratch, Streaming,
+    Stretch, Threads, Tokenizer, embedded, perplexity,
 };
 use kvlane::{CacheFormat, DType, Isa, Pairing, RopeScaling, YarnScaling};
 use serde::Deserialize;
@@ -150,7 +150,42 @@ fn quantised() -> impl Iterator<Item = Formats> {
     let pairs = CacheFormat::ALL.into_iter().flat_map(|k| CacheFormat::ALL.map(|v| Formats::new(k, v)));
     let (e4m3, e5m2) = (CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2);
     let floats = [(e4m3, e4m3), (e5m2, e5m2), (e4m3, CacheFormat::F32), (CacheFormat::Bf16, e5m2)];
-    pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales()).chain(floats.map(|(k, v)| Formats::new(k, v)))
+    let int8 = Formats::from(CacheFormat::Int8);
+    let rotated = Rotate::ALL[1..].iter().map(move |&rotate| int8.rotate(rotate));
+    let plain = pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales());
+    plain.chain(rotated).chain(floats.map(|(k, v)| Formats::new(k, v)))
+}
+
+/// With a cache in f32, keys and values that are rotated change nothing but roundings: the same text, in one pass, token by token, and
+/// recomputed. Prompts that were prefilled elsewhere have to be rotated alike.
+#[test]
+fn rotated_caches_write_the_same_text() {
+    let (decoder, _) = load(None, 0);
+    for rotate in Rotate::ALL {
+        let formats = Formats::from(CacheFormat::F32).rotate(rotate);
+        for case in cases() {
+            let n = case.greedy_ids.len();
+            let logits = |formats: Formats| {
+                let mut cache = Cache::new(decoder.config(), 1, 64, formats).unwrap();
+                decoder.forward(&mut cache, &mut Scratch::default(), 0, &[&case.prompt_ids], Logits::Last).unwrap()
+            };
+            let (plain, rotated) = (logits(CacheFormat::F32.into()), logits(formats));
+            let worst = plain.iter().zip(&rotated).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+            assert!(worst < 1e-3 && (rotate == Rotate::default()) == (worst == 0.0), "{formats}: {worst}");
+            for recompute in [false, true] {
+                let ids = greedy_in(&decoder, &case.prompt_ids, n, recompute, formats);
+                assert_eq!(ids, case.greedy_ids, "{formats} {:?}", case.prompt);
+            }
+        }
+    }
+    let both = Formats::from(CacheFormat::Int8).rotate(Rotate { k: true, v: true });
+    let mut scheduler = Scheduler::new(&decoder, 1, 64, both).unwrap();
+    let mut ends_well = |formats: Formats| {
+        let prefilled = Prefilled::new(&decoder, &[1u32, 2, 3][..], formats).unwrap();
+        let submitted = scheduler.submit_prefilled(prefilled, Request::new([]).max_tokens(2));
+        submitted.is_ok() && scheduler.run().last().is_some_and(|event| event.finish == Some(Finish::MaxTokens))
+    };
+    assert!(ends_well(both) && !ends_well(CacheFormat::Int8.into()));
 }
 
 fn is_eight_bit_float(formats: Formats) -> bool {
@@ -322,11 +357,15 @@ fn forgetting_a_span_is_not_having_read_it() {
         config.ropes[0].stretch = Stretch::Fixed(scaling);
         let decoder = Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap().exact(true);
         let mut scratch = Scratch::default();
-        let formats: [(Formats, f32); 6] = [
+        let both = Rotate { k: true, v: true };
+        let formats: [(Formats, f32); 9] = [
             (DType::F32.into(), 1e-4),
             (DType::F16.into(), 0.02),
             (DType::Bf16.into(), 0.2),
             (CacheFormat::Int8.into(), 0.2),
+            (Formats::from(DType::F32).rotate(both), 1e-4),
+            (Formats::from(DType::F16).rotate(both), 0.02),
+            (Formats::from(CacheFormat::Int8).rotate(both), 0.2),
             (CacheFormat::Fp8E4m3.into(), 1.0),
             (Formats::new(CacheFormat::Int8, CacheFormat::F32), 0.2),
         ];
