@@ -574,12 +574,7 @@ impl Cache {
                 self.layers.len()
             )));
         }
-        if self.formats.rotate != from.formats.rotate {
-            return Err(Error::argument(format!(
-                "a row of a cache in {} for one in {}: both must be rotated alike",
-                from.formats, self.formats
-            )));
-        }
+        from.check_rotation(self)?;
         if self.segment != from.segment {
             return Err(Error::argument(format!(
                 "a row that holds the positions {:?} for a cache of {:?}",
@@ -603,6 +598,17 @@ impl Cache {
             layer.unrotated[row * sinks * token..][..n].copy_from_slice(source);
         }
         Ok(())
+    }
+
+    /// Checks that rows can be copied to another cache: what is stored would be read with the rotation of that.
+    pub(super) fn check_rotation(&self, to: &Self) -> Result<()> {
+        if self.formats.rotate == to.formats.rotate {
+            return Ok(());
+        }
+        Err(Error::argument(format!(
+            "a row of a cache in {} for one in {}: both must be rotated alike",
+            self.formats, to.formats
+        )))
     }
 
     /// The layers by the window of their rings, which decides layout and slots.

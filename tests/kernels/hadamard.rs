@@ -381,7 +381,7 @@ fn turned_keys(level: &Level) {
             write(&mut want, 0..2, 0, 0);
             write(&mut want, 5..12, 2, 2);
             let got = evicted(false);
-            // Two roundings of the format instead of one; a scale and its rounding spread over the block when RoPE is undone.
+            // Two roundings of the format instead of one: the root of the mean square, relative to the keys.
             let step = match format {
                 CacheFormat::F32 => 4e-6,
                 CacheFormat::F16 => 4e-3,
