@@ -424,6 +424,7 @@ fn kv_write(mut c: Call) -> i32 {
         scales: c.scales_of([&k_scales, &v_scales]),
         k_hadamard: c.hadamard(k.shape[3]),
         v_hadamard: if values { c.hadamard(v.shape[3]) } else { 0 },
+        ..zeroed()
     };
     let rotated = params.k_hadamard != 0 || params.v_hadamard != 0;
     let is_new = rotated || !layout.at.is_null() || !k_norm.is_null() || v_packing != 0 || !params.scales.is_null();
