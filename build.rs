@@ -28,7 +28,7 @@ mod header {
     use std::path::Path;
 
     /// The files of `src/capi` in the order in which the header has their constants, types and functions.
-    const SUBJECTS: [&str; 27] = [
+    const SUBJECTS: [&str; 28] = [
         "library",
         "status",
         "dtype",
@@ -44,6 +44,7 @@ mod header {
         "memory",
         "rope",
         "norm",
+        "hadamard",
         "layout",
         "write",
         "read",

@@ -247,6 +247,10 @@ int main() {
     turned = heads;
     kvlane::rms_norm_in_place(context, kvlane::view(turned, {1, 1, 1, 4}), norm);
     expect(turned == normed, "norm in place");
+    kvlane::hadamard(context, kvlane::view(std::as_const(heads), {1, 1, 1, 4}), kvlane::view(turned, {1, 1, 1, 4}), 2);
+    expect(std::fabs(turned[0] - 4.9497475f) < 1e-5f && turned[2] == 0, "a Hadamard rotation");
+    kvlane::hadamard_in_place(context, kvlane::view(turned, {1, 1, 1, 4}), 2);
+    expect(std::fabs(turned[1] - 4) < 1e-5f, "a Hadamard rotation in place");
     kvlane::pack_row_pairs(context, kvlane::view(std::as_const(heads), {1, 2, 1, 2}), kvlane::view(pairs, {1, 1, 1, 4}));
     expect(pairs == std::vector<float>{3, 0, 4, 0}, "pack");
     kvlane::unpack_row_pairs(context, kvlane::view(std::as_const(pairs), {1, 1, 1, 4}), kvlane::view(apart, {1, 2, 1, 2}));

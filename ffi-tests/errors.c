@@ -113,7 +113,7 @@ static void newer_headers(void) {
     CHECK(memcmp(y, z, sizeof y) == 0, "-");
     dst.data = &output;
     rope.later[1] = 1;
-    REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_rope_params.struct_size is 96, and byte 88", kvl_rope(context, NULL, &src, &dst, &rope.known));
+    REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_rope_params.struct_size is 104, and byte 96", kvl_rope(context, NULL, &src, &dst, &rope.known));
 #undef NEWER
 }
 
@@ -485,6 +485,34 @@ static void norm(void) {
     paint();
     OK(kvl_rms_norm(context, NULL, &src, &dst, &p));
     OK(kvl_rms_norm_rope(context, NULL, &src, &dst, &p, &turn));
+}
+
+static void hadamard(void) {
+    static float x[2 * 2 * 12];
+    const kvl_const_view good_src = kvl_make_const_view(x, KVL_DTYPE_F32, 1, 2, 2, 12);
+    const kvl_view good_dst = kvl_make_view(output.floats, KVL_DTYPE_F32, 1, 2, 2, 12);
+    kvl_const_view src = good_src;
+    kvl_view dst = good_dst;
+    int64_t block = 7;
+    REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_hadamard(NULL, NULL, &src, &dst, 4));
+    REFUSED(KVL_STATUS_NULL_POINTER, "src", kvl_hadamard(context, NULL, NULL, &dst, 4));
+    REFUSED(KVL_STATUS_NULL_POINTER, "dst", kvl_hadamard(context, NULL, &src, NULL, 4));
+    REFUSED(KVL_STATUS_INVALID_VALUE, "block is 0, which is no power of two from 2 to 512", kvl_hadamard(context, NULL, &src, &dst, 0));
+    REFUSED(KVL_STATUS_INVALID_VALUE, "block is 3", kvl_hadamard(context, NULL, &src, &dst, 3));
+    REFUSED(KVL_STATUS_INVALID_VALUE, "block is 1024", kvl_hadamard(context, NULL, &src, &dst, 1024));
+    REFUSED(KVL_STATUS_SHAPE, "block is -1, which is negative", kvl_hadamard(context, NULL, &src, &dst, -1));
+    REFUSED(KVL_STATUS_SHAPE, "block is 8, which does not divide the dim = 12 of src", kvl_hadamard(context, NULL, &src, &dst, 8));
+    dst.shape[3] = 8;
+    REFUSED(KVL_STATUS_SHAPE, "dim", kvl_hadamard(context, NULL, &src, &dst, 4));
+    dst = good_dst;
+    src.data = output.floats + 1;
+    REFUSED(KVL_STATUS_OVERLAP, "src and dst share memory", kvl_hadamard(context, NULL, &src, &dst, 4));
+    src = good_src;
+    paint();
+    OK(kvl_hadamard(context, NULL, &src, &dst, 4));
+    REFUSED(KVL_STATUS_NULL_POINTER, "block", kvl_hadamard_block(12, NULL));
+    REFUSED(KVL_STATUS_SHAPE, "dim is -1, which is negative", kvl_hadamard_block(-1, &block));
+    CHECK(block == 7, "%d", (int)block);
 }
 
 static void pack(void) {
@@ -1494,6 +1522,7 @@ int main(void) {
     rope();
     norm();
     pack();
+    hadamard();
     kv_write();
     kv_read();
     attention();

@@ -87,6 +87,7 @@ class RopeParams(Sized):
         ("table_rows", C.c_int64),
         ("offsets", C.c_void_p),
         ("positions", C.c_void_p),
+        ("k_hadamard", C.c_int64),
     )
 
 
@@ -127,6 +128,8 @@ class WriteParams(Sized):
         ("v_packing", C.c_int32),
         ("reserved", C.c_int32),
         ("scales", C.c_void_p),
+        ("k_hadamard", C.c_int64),
+        ("v_hadamard", C.c_int64),
     )
 
 
@@ -163,6 +166,8 @@ class AttentionParams(Sized):
         ("reserved3", C.c_int32),
         ("query_positions", C.c_void_p),
         ("scales", C.c_void_p),
+        ("k_hadamard", C.c_int64),
+        ("v_hadamard", C.c_int64),
     )
 
 

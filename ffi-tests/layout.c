@@ -74,7 +74,7 @@ AT(kvl_rope_frequencies_params, beta_slow, 72);
 AT(kvl_rope_frequencies_params, attention_factor, 80);
 AT(kvl_rope_frequencies_params, factors, 88);
 
-SIZE(kvl_rope_params, 80);
+SIZE(kvl_rope_params, 88);
 AT(kvl_rope_params, struct_size, 0);
 AT(kvl_rope_params, pairing, 8);
 AT(kvl_rope_params, reserved, 12);
@@ -86,6 +86,7 @@ AT(kvl_rope_params, sin, 48);
 AT(kvl_rope_params, table_rows, 56);
 AT(kvl_rope_params, offsets, 64);
 AT(kvl_rope_params, positions, 72);
+AT(kvl_rope_params, k_hadamard, 80);
 
 SIZE(kvl_rms_norm_params, 24);
 AT(kvl_rms_norm_params, struct_size, 0);
@@ -93,7 +94,7 @@ AT(kvl_rms_norm_params, weight, 8);
 AT(kvl_rms_norm_params, eps, 16);
 AT(kvl_rms_norm_params, reserved, 20);
 
-SIZE(kvl_kv_write_params, 432);
+SIZE(kvl_kv_write_params, 448);
 AT(kvl_kv_write_params, struct_size, 0);
 AT(kvl_kv_write_params, k, 8);
 AT(kvl_kv_write_params, v, 96);
@@ -109,8 +110,10 @@ AT(kvl_kv_write_params, k_norm, 408);
 AT(kvl_kv_write_params, v_packing, 416);
 AT(kvl_kv_write_params, reserved, 420);
 AT(kvl_kv_write_params, scales, 424);
+AT(kvl_kv_write_params, k_hadamard, 432);
+AT(kvl_kv_write_params, v_hadamard, 440);
 
-SIZE(kvl_kv_read_params, 408);
+SIZE(kvl_kv_read_params, 424);
 AT(kvl_kv_read_params, struct_size, 0);
 AT(kvl_kv_read_params, k_cache, 8);
 AT(kvl_kv_read_params, v_cache, 96);
@@ -123,6 +126,8 @@ AT(kvl_kv_read_params, layout, 384);
 AT(kvl_kv_read_params, scales, 392);
 AT(kvl_kv_read_params, v_packing, 400);
 AT(kvl_kv_read_params, reserved, 404);
+AT(kvl_kv_read_params, k_hadamard, 408);
+AT(kvl_kv_read_params, v_hadamard, 416);
 
 SIZE(kvl_kv_layer, 184);
 AT(kvl_kv_layer, k, 0);
@@ -173,7 +178,7 @@ AT(kvl_bit_mask, first_keys, 88);
 AT(kvl_bit_mask, bit_offsets, 96);
 AT(kvl_bit_mask, query_strides, 104);
 
-SIZE(kvl_attention_params, 688);
+SIZE(kvl_attention_params, 704);
 AT(kvl_attention_params, struct_size, 0);
 AT(kvl_attention_params, q, 8);
 AT(kvl_attention_params, k, 96);
@@ -205,12 +210,14 @@ AT(kvl_attention_params, v_packing, 664);
 AT(kvl_attention_params, reserved3, 668);
 AT(kvl_attention_params, query_positions, 672);
 AT(kvl_attention_params, scales, 680);
+AT(kvl_attention_params, k_hadamard, 688);
+AT(kvl_attention_params, v_hadamard, 696);
 
 SIZE(kvl_chunk_states, 16);
 AT(kvl_chunk_states, states, 0);
 AT(kvl_chunk_states, len, 8);
 
-SIZE(kvl_merge_chunks_params, 152);
+SIZE(kvl_merge_chunks_params, 160);
 AT(kvl_merge_chunks_params, struct_size, 0);
 AT(kvl_merge_chunks_params, segments, 8);
 AT(kvl_merge_chunks_params, num_segments, 16);
@@ -222,6 +229,7 @@ AT(kvl_merge_chunks_params, reserved, 44);
 AT(kvl_merge_chunks_params, sink_logits, 48);
 AT(kvl_merge_chunks_params, out, 56);
 AT(kvl_merge_chunks_params, lse, 144);
+AT(kvl_merge_chunks_params, v_hadamard, 152);
 #endif
 
 VALUE(KVL_CONTEXT_FLAG_SATURATE_F16, 1);
@@ -276,6 +284,7 @@ VALUE(KVL_OP_ATTENTION, 4);
 VALUE(KVL_OP_MERGE_STATES, 5);
 VALUE(KVL_OP_RMS_NORM, 6);
 VALUE(KVL_OP_KV_READ, 7);
+VALUE(KVL_OP_HADAMARD, 8);
 VALUE(KVL_PRECISION_DEFAULT, 0);
 VALUE(KVL_PRECISION_HIGH, 1);
 VALUE(KVL_PRECISION_INTEGER, 2);

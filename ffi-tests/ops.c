@@ -77,7 +77,7 @@ static void tuning(kvl_context *context) {
 
 static void names(const kvl_context *context) {
     static const kvl_dtype types[] = {KVL_DTYPE_F32, KVL_DTYPE_F16, KVL_DTYPE_BF16};
-    static const kvl_op both[] = {KVL_OP_ROPE, KVL_OP_KV_WRITE, KVL_OP_RMS_NORM}, one[] = {KVL_OP_REPEAT_KV, KVL_OP_ATTENTION, KVL_OP_MERGE_STATES};
+    static const kvl_op both[] = {KVL_OP_ROPE, KVL_OP_KV_WRITE, KVL_OP_RMS_NORM, KVL_OP_HADAMARD}, one[] = {KVL_OP_REPEAT_KV, KVL_OP_ATTENTION, KVL_OP_MERGE_STATES};
     kvl_isa isa = KVL_ISA_BEST;
     const char *name = NULL, *only = "";
     size_t i, s, d;
@@ -574,6 +574,99 @@ static void *workspace_for(const kvl_attention_params *p, size_t *bytes) {
     memory = aligned_alloc(64, (*bytes + 64) / 64 * 64);
     if (memory == NULL) abort();
     return memory;
+}
+
+/* A Hadamard rotation alone, in a write, in attention, in a read and where keys are turned on. */
+static void hadamard(const kvl_context *context) {
+    enum { KEYS = 6, D = 12, N = KEYS * D };
+    static const float ones[] = {1, 2, 3, 4}, wanted[] = {5, -1, -2, 0};
+    static const int32_t at[] = {0}, length[] = {KEYS};
+    float y[4], k[N], v[N], turned[N], k_cache[N], v_cache[N], k_back[N], v_back[N], q[2 * D], plain[2 * D], out[2 * D];
+    void *workspace;
+    int64_t block = 0;
+    size_t bytes = 0;
+    int i;
+    kvl_const_view src = kvl_make_const_view(ones, KVL_DTYPE_F32, 1, 1, 1, 4);
+    kvl_view dst = kvl_make_view(y, KVL_DTYPE_F32, 1, 1, 1, 4);
+    kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
+    kvl_kv_read_params read = KVL_KV_READ_PARAMS_INIT;
+    kvl_attention_params p = KVL_ATTENTION_PARAMS_INIT;
+    OK(kvl_hadamard(context, NULL, &src, &dst, 4));
+    CHECK(memcmp(y, wanted, sizeof y) == 0, "%g %g %g %g", (double)y[0], (double)y[1], (double)y[2], (double)y[3]);
+    src = kvl_as_const(dst);
+    OK(kvl_hadamard(context, NULL, &src, &dst, 4));
+    CHECK(memcmp(y, ones, sizeof y) == 0, "twice is not at all");
+    OK(kvl_hadamard_block(D, &block));
+    CHECK(block == 4, "%d", (int)block);
+    OK(kvl_hadamard_block(7, &block));
+    CHECK(block == 0, "%d", (int)block);
+    OK(kvl_hadamard_block(4096, &block));
+    CHECK(block == 512, "%d", (int)block);
+
+    fill(k, N, 21);
+    fill(v, N, 22);
+    fill(q, 2 * D, 23);
+    src = kvl_make_const_view(k, KVL_DTYPE_F32, 1, KEYS, 1, D);
+    dst = kvl_make_view(turned, KVL_DTYPE_F32, 1, KEYS, 1, D);
+    OK(kvl_hadamard(context, NULL, &src, &dst, 4));
+    write.k = src;
+    write.v = kvl_make_const_view(v, KVL_DTYPE_F32, 1, KEYS, 1, D);
+    write.k_cache = kvl_make_view(k_cache, KVL_DTYPE_F32, 1, KEYS, 1, D);
+    write.v_cache = kvl_make_view(v_cache, KVL_DTYPE_F32, 1, KEYS, 1, D);
+    write.positions = at;
+    write.k_hadamard = 4;
+    write.v_hadamard = 2;
+    OK(kvl_kv_write(context, NULL, &write));
+    CHECK(memcmp(k_cache, turned, sizeof turned) == 0, "a rotated write");
+
+    p.q = kvl_make_const_view(q, KVL_DTYPE_F32, 1, 1, 2, D);
+    p.k = src;
+    p.v = write.v;
+    p.out = kvl_make_view(plain, KVL_DTYPE_F32, 1, 1, 2, D);
+    p.lengths = length;
+    workspace = workspace_for(&p, &bytes);
+    OK(kvl_attention(context, NULL, workspace, bytes, &p));
+    p.k = kvl_as_const(write.k_cache);
+    p.v = kvl_as_const(write.v_cache);
+    p.out.data = out;
+    p.k_hadamard = 4;
+    p.v_hadamard = 2;
+    OK(kvl_attention(context, NULL, workspace, bytes, &p));
+    free(workspace);
+    for (i = 0; i < 2 * D; i++) NEAR(out[i], (double)plain[i], 1e-5);
+
+    read.k_cache = p.k;
+    read.v_cache = p.v;
+    read.k = kvl_make_view(k_back, KVL_DTYPE_F32, 1, KEYS, 1, D);
+    read.v = kvl_make_view(v_back, KVL_DTYPE_F32, 1, KEYS, 1, D);
+    read.positions = at;
+    read.k_hadamard = 4;
+    read.v_hadamard = 2;
+    OK(kvl_kv_read(context, NULL, &read));
+    for (i = 0; i < N; i++) {
+        NEAR(k_back[i], (double)k[i], 1e-6);
+        NEAR(v_back[i], (double)v[i], 1e-6);
+    }
+    {
+        /* A turn by frequencies of 0 changes nothing, so that keys only move. */
+        static const double still[] = {0, 0};
+        int32_t lengths[] = {KEYS};
+        kvl_rope_params turn = KVL_ROPE_PARAMS_INIT;
+        const kvl_rope_params *turns[1];
+        kvl_kv_layer layer;
+        kvl_cache cache = KVL_CACHE_INIT;
+        memset(&layer, 0, sizeof layer);
+        layer.k = write.k_cache;
+        cache.layers = &layer;
+        cache.num_layers = 1;
+        cache.lengths = lengths;
+        turn.rotary_dim = 4;
+        turn.inv_freq = still;
+        turn.k_hadamard = 4;
+        turns[0] = &turn;
+        OK(kvl_cache_evict(context, NULL, &cache, 0, 0, 2, turns, 1));
+        for (i = 0; i < (KEYS - 2) * D; i++) NEAR(k_cache[i], (double)turned[2 * D + i], 1e-6);
+    }
 }
 
 static void attention(const kvl_context *context) {
@@ -1283,6 +1376,7 @@ int main(void) {
         layouts(context);
         pack(context);
         norm(context);
+        hadamard(context);
         repeat(context);
         attention(context);
         narrow_attention(context);

@@ -333,6 +333,11 @@
 #define KVL_OP_KV_READ 7
 
 /**
+ * The Hadamard rotation of heads, alone or on the way into a cache or out of it. Types: source, target.
+ */
+#define KVL_OP_HADAMARD 8
+
+/**
  * The fastest kernel. Over a bf16 cache, softmax weights are rounded to bf16 at `KVL_ISA_AVX512_BF16`, `KVL_ISA_AMX` and
  * `KVL_ISA_NEON_BF16`: an error of at most 2^-8 of the largest visible value. `KVL_ISA_AVX512_BF16` and `KVL_ISA_NEON_BF16` also take
  * queries in f32 to 16 significant bits, so that a logit errs by at most 2^-16 of the sum of the magnitudes of its products.
@@ -892,6 +897,11 @@ typedef struct kvl_rope_params {
      * [batch, seq]: the position of every token, instead of `offsets`.
      */
     const int32_t *positions;
+    /**
+     * In `kvl_cache_evict` and `kvl_cache_evict_running`, the block of the Hadamard rotation that followed when keys were written
+     * (`kvl_kv_write_params.k_hadamard`); 0 for none. Elsewhere 0.
+     */
+    int64_t k_hadamard;
 } kvl_rope_params;
 
 /**
@@ -1055,6 +1065,15 @@ typedef struct kvl_kv_write_params {
      * The scales of `k_cache` and `v_cache`, for formats that have scales, which are written too; null for none.
      */
     const struct kvl_cache_scales *scales;
+    /**
+     * The block of the Hadamard rotation of the keys, after `rope`; 0 for none. `kvl_hadamard_block` gives the largest block.
+     * `kvl_attention_params.k_hadamard` has to agree.
+     */
+    int64_t k_hadamard;
+    /**
+     * The same for the values.
+     */
+    int64_t v_hadamard;
 } kvl_kv_write_params;
 
 /**
@@ -1113,6 +1132,14 @@ typedef struct kvl_kv_read_params {
      * 0.
      */
     int32_t reserved;
+    /**
+     * The block of the Hadamard rotation that the keys were written with, which is undone; 0 for none.
+     */
+    int64_t k_hadamard;
+    /**
+     * The same for the values.
+     */
+    int64_t v_hadamard;
 } kvl_kv_read_params;
 
 /**
@@ -1352,6 +1379,15 @@ typedef struct kvl_attention_params {
      * The scales of `k` and `v`, for formats that have scales; null for none.
      */
     const struct kvl_cache_scales *scales;
+    /**
+     * The block of the Hadamard rotation that the keys were written with; 0 for none. Queries are given unrotated: each is rotated
+     * once, in f32, as it is loaded, and then counts as one in f32.
+     */
+    int64_t k_hadamard;
+    /**
+     * The same for the values. The rotation of an output row is undone once, in f32, before the row is rounded.
+     */
+    int64_t v_hadamard;
 } kvl_attention_params;
 
 /**
@@ -1479,6 +1515,11 @@ typedef struct kvl_merge_chunks_params {
      * each query and head; null if not wanted.
      */
     float *lse;
+    /**
+     * `kvl_attention_params.v_hadamard` of the segments' calls; 0 for none. States are those of rotated values, and the output is
+     * rotated back.
+     */
+    int64_t v_hadamard;
 } kvl_merge_chunks_params;
 
 /**
@@ -1811,9 +1852,39 @@ kvl_status kvl_rms_norm_rope(const struct kvl_context *context,
                              const struct kvl_rope_params *rope);
 
 /**
+ * Rotates heads by a normalised Walsh-Hadamard matrix, block by block: `dst = H src`, both [batch, seq, heads, dim], of any
+ * strides and types. Element i of a block becomes the sum over j of `x[j] * (-1)^popcount(i & j) / sqrt(block)`. The matrix
+ * is its own inverse. Arithmetic is f32, rounded once to the type of `dst`, by the same bits at every level. `block` is a power of two
+ * from 2 to 512 that divides dim; `kvl_hadamard_block` gives the largest. To rotate in place, let both views be the same.
+ *
+ * `kvl_kv_write`, `kvl_kv_read`, `kvl_attention` and `kvl_cache_evict` take blocks, and do this on the way.
+ *
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs. A null `runner` runs on the
+ * calling thread.
+ * Bad input: null, shapes that differ, a `block` that is no power of two from 2 to 512 or does not divide dim, and views that share
+ * memory without being the same are errors, and nothing is written.
+ */
+kvl_status kvl_hadamard(const struct kvl_context *context,
+                        const struct kvl_parallel_runner *runner,
+                        const struct kvl_const_view *src,
+                        const struct kvl_view *dst,
+                        int64_t block);
+
+/**
+ * The block of the Hadamard rotation of a head of `dim` elements: the largest power of two that divides `dim`, at most 512. If
+ * `dim` is odd there is none, and `*block` is 0.
+ *
+ * Thread safety: may be called from any number of threads at once, with disjoint outputs.
+ * Bad input: null and a negative `dim` are errors, and `*block` is not changed.
+ */
+kvl_status kvl_hadamard_block(int64_t dim,
+                              int64_t *block);
+
+/**
  * Writes new keys and values into their caches, of all sequences in one call, converted to the type of the cache (to
  * nearest, ties to even; what f16 cannot hold becomes an infinity, unless the context was made with
- * `KVL_CONTEXT_FLAG_SATURATE_F16`). Keys are normalised first if `params->k_norm` is given, and rotated if `params->rope` is.
+ * `KVL_CONTEXT_FLAG_SATURATE_F16`). Keys are normalised first if `params->k_norm` is given, and rotated if `params->rope` is. With
+ * `params->k_hadamard` and `params->v_hadamard`, what is written is rotated by Hadamard matrices, in f32, before it is converted.
  * Lengths are the caller's to advance.
  *
  * Thread safety: may be called from any number of threads at once, on disjoint caches or disjoint sequences of a

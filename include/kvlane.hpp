@@ -824,6 +824,17 @@ KVLANE_RESULT_ rope_in_place(const context &context, const kvl_view &x, const kv
     return rope(context, x, x, params, runner);
 }
 
+KVLANE_RESULT_ hadamard(const context &context, const input &src, const kvl_view &dst, int64_t block,
+                        const kvl_parallel_runner *runner = nullptr) {
+    KVLANE_TRY_(kvl_hadamard(context.get(), runner, src.get(), &dst, block));
+    KVLANE_DONE_;
+}
+
+KVLANE_RESULT_ hadamard_in_place(const context &context, const kvl_view &x, int64_t block,
+                                 const kvl_parallel_runner *runner = nullptr) {
+    return hadamard(context, x, x, block, runner);
+}
+
 KVLANE_RESULT_ rms_norm(const context &context, const input &src, const kvl_view &dst,
                         const kvl_rms_norm_params &params, const kvl_parallel_runner *runner = nullptr) {
     KVLANE_TRY_(kvl_rms_norm(context.get(), runner, src.get(), &dst, &params));

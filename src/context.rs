@@ -5,7 +5,8 @@ use crate::error::Result;
 use crate::format::CacheFormat;
 use crate::isa::Isa;
 use crate::kernels::api::{
-    AnglesFn, AttentionKernel, CopyFn, Function, KernelInfo, MergeFn, NormFn, Op, Precision, RopeFn, ScaledFn,
+    AnglesFn, AttentionKernel, CopyFn, Function, HadamardFn, KernelInfo, MergeFn, NormFn, Op, Precision, RopeFn,
+    ScaledFn,
 };
 use crate::kernels::registry::{self, Entry};
 use crate::layout::Packing;
@@ -105,7 +106,7 @@ impl Context {
     /// infinity, as IEEE 754 rounds it, and the softmax of a row that meets it in the cache becomes NaN. With this option it
     /// becomes 65504 with its sign; infinities do too, and NaN stays NaN.
     ///
-    /// The option holds for [`rope`](crate::rope()), [`rms_norm`](crate::rms_norm), [`kv_write`](crate::kv_write) and the operations
+    /// The option holds for [`rope`](crate::rope()), [`rms_norm`](crate::rms_norm), [`hadamard`](crate::hadamard), [`kv_write`](crate::kv_write) and the operations
     /// of a [`KvCache`](crate::KvCache). What is f16 already is copied with all its bits. Outputs of attention and of
     /// [`merge_states`](crate::merge_states) are means of values, and are rounded.
     ///
@@ -275,6 +276,13 @@ impl Context {
         }
     }
 
+    pub(crate) fn hadamard(&self, src: impl Into<CacheFormat>, dst: impl Into<CacheFormat>) -> HadamardFn {
+        match self.function(Op::Hadamard, src.into(), dst.into()) {
+            Function::Hadamard(f) => *f,
+            _ => unreachable!("the registry files Hadamard rotations under Hadamard"),
+        }
+    }
+
     /// From elements to quantised units and, where the format has them, scales.
     pub(crate) fn quantize(&self, src: DType, dst: CacheFormat) -> ScaledFn {
         self.scaled(Op::KvWrite, src.into(), dst)
@@ -312,7 +320,7 @@ mod tests {
                         let [from, to] = [src, dst].map(|format| format.dtype().is_some());
                         let wanted = match op {
                             Op::RopeAngles => src == DType::F32 && dst == DType::F32,
-                            Op::Rope | Op::RmsNorm => from && to,
+                            Op::Rope | Op::RmsNorm | Op::Hadamard => from && to,
                             Op::KvWrite => from,
                             Op::KvRead => !from && to,
                             Op::RepeatKv | Op::MergeStates => src == dst && from,

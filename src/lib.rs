@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | [`rope()`], [`rope_in_place`] | rotary position embedding, both pairings, all common scalings |
 //! | [`rms_norm`], [`rms_norm_rope`] | RMS norm of heads (QK-norm), alone and fused with the rotation |
+//! | [`hadamard`], [`hadamard_in_place`] | the Hadamard rotation of heads, before they are quantised; also fused with the write, the read and attention |
 //! | [`kv_write`] | writes new keys and values of every sequence into the cache, with norm and RoPE of the keys on the way |
 //! | [`kv_read`] | reads tokens of a cache of any format and layout into plain tensors |
 //! | [`attention`] | masked softmax attention of grouped queries over the cache: prefill, chunks, decode |
@@ -143,6 +144,7 @@ pub use ops::chunks::{
     ChunkMerge, MAX_SEGMENTS, attention_chunks, attention_chunks_workspace_size, chunk_states_len, merge_chunks,
     merge_chunks_workspace_size,
 };
+pub use ops::hadamard::{hadamard, hadamard_block, hadamard_in_place};
 pub use ops::mask::{BitMask, Mask};
 pub use ops::merge::{AttentionState, MAX_STATES, merge_states};
 pub use ops::norm::{RmsNorm, rms_norm, rms_norm_in_place, rms_norm_rope, rms_norm_rope_in_place};
@@ -161,7 +163,7 @@ pub use ops::write::{Destination, KvWrite, kv_write};
 #[cfg(feature = "rayon")]
 pub use parallel::{Rayon, ThreadPool};
 pub use parallel::{Runner, Serial};
-pub use problem::limits::{MAX_HEAD_DIM, MAX_ROTARY_DIM};
+pub use problem::limits::{MAX_HADAMARD_BLOCK, MAX_HEAD_DIM, MAX_ROTARY_DIM};
 pub use problem::rotation::Pairing;
 pub use tuning::{KeyOrder, Prefetch, Tuning};
 pub use view::{Axis, View, ViewMut};

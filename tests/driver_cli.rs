@@ -92,6 +92,15 @@ fn keys_and_values_have_formats_of_their_own() {
     }
     let window = ["generate", "--kv-type", "int8", "--window", "48", "--max-tokens", "150"];
     assert!(json(&window)["evicted"].as_u64().unwrap() > 0);
+    assert!(json(&[&window[..], &["--rotate", "both"]].concat())["evicted"].as_u64().unwrap() > 0);
+    let rotated = with(&["--rotate", "both"]);
+    assert_eq!(
+        (&rotated["ids"], rotated["rotate"].as_str(), exact["rotate"].as_str()),
+        (&exact["ids"], Some("both"), Some("none"))
+    );
+    let rotated = with(&["--kv-type", "int8", "--rotate", "k", "--isa", "scalar"]);
+    let ran: Vec<&str> = rotated["kernels"].as_array().unwrap().iter().map(|k| k.as_str().unwrap()).collect();
+    assert!(ran.contains(&"hadamard_f32_f32_scalar"), "{ran:?}");
     let refused = Command::new(env!("CARGO_BIN_EXE_kvlane")).args(["generate", "--v-type", "int4"]).output().unwrap();
     let sentence = String::from_utf8(refused.stderr).unwrap();
     assert!(!refused.status.success() && sentence.contains("'int4'") && sentence.contains("bf16, int8"), "{sentence}");
@@ -190,6 +199,10 @@ fn perplexity_measures_what_a_format_does() {
     assert!(with(&["--threads", "1"]).get("baseline").is_none());
     let text = stdout(&["perplexity", page, "--context", "200", "--kv-type", "int8", "--baseline"]);
     assert!(text.starts_with("perplexity ") && text.contains("KL divergence") && text.contains(" in f32"), "{text}");
+    // Rotated caches are as far from themselves as roundings are.
+    let rotated = with(&["--rotate", "both", "--baseline"]);
+    let divergence = number(&rotated["baseline"], "mean_kl_divergence");
+    assert!(rotated["rotate"].as_str() == Some("both") && divergence < 1e-6, "{rotated}");
     // What cannot be measured.
     for (more, sentence) in [
         (vec!["--context", "1"], "windows of 1 tokens"),

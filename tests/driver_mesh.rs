@@ -64,7 +64,7 @@ fn logits_have_the_bits_of_one_process() {
 fn caches_of_every_format_are_divided() {
     let file = embedded::open().unwrap();
     let long = SPLIT_GRID + 5;
-    let int8_keys = Formats { k: CacheFormat::Int8, v: CacheFormat::Bf16 };
+    let int8_keys = Formats::new(CacheFormat::Int8, CacheFormat::Bf16);
     for formats in [CacheFormat::F16.into(), CacheFormat::Bf16.into(), CacheFormat::Int8.into(), int8_keys] {
         let want = logits(&whole(&file), formats, long);
         let mesh = Mesh::new(1, 2, 2);

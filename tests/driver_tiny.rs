@@ -4,8 +4,8 @@
 use kvlane::driver::argmax;
 use kvlane::driver::quant::dequantize;
 use kvlane::driver::{
-    Cache, Decoder, Finish, Formats, Logits, ModelFile, Request, Scheduler, Scratch, Streaming, Stretch, Threads,
-    Tokenizer, embedded, perplexity,
+    Cache, Decoder, Finish, Formats, Logits, ModelFile, Prefilled, Request, Rotate, Scheduler, Scratch, Streaming,
+    Stretch, Threads, Tokenizer, embedded, perplexity,
 };
 use kvlane::{CacheFormat, DType, Isa, Pairing, RopeScaling, YarnScaling};
 use serde::Deserialize;
@@ -147,7 +147,7 @@ fn weights_take_the_memory_of_their_file() {
 
 /// Every pair of formats with int8 for keys or values, and some with eight-bit floats and with blocks.
 fn quantised() -> impl Iterator<Item = Formats> {
-    let pairs = CacheFormat::ALL.into_iter().flat_map(|k| CacheFormat::ALL.map(|v| Formats { k, v }));
+    let pairs = CacheFormat::ALL.into_iter().flat_map(|k| CacheFormat::ALL.map(|v| Formats::new(k, v)));
     let (e4m3, e5m2) = (CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2);
     let others = [
         (e4m3, e4m3),
@@ -158,7 +158,42 @@ fn quantised() -> impl Iterator<Item = Formats> {
         (CacheFormat::Q8_0, CacheFormat::Q4_0),
         (CacheFormat::Q5_1, CacheFormat::Iq4Nl),
     ];
-    pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales()).chain(others.map(|(k, v)| Formats { k, v }))
+    let int8 = Formats::from(CacheFormat::Int8);
+    let rotated = Rotate::ALL[1..].iter().map(move |&rotate| int8.rotate(rotate));
+    let plain = pairs.filter(|pair| pair.k.has_scales() || pair.v.has_scales());
+    plain.chain(rotated).chain(others.map(|(k, v)| Formats::new(k, v)))
+}
+
+/// With a cache in f32, keys and values that are rotated change nothing but roundings: the same text, in one pass, token by token, and
+/// recomputed. Prompts that were prefilled elsewhere have to be rotated alike.
+#[test]
+fn rotated_caches_write_the_same_text() {
+    let (decoder, _) = load(None, 0);
+    for rotate in Rotate::ALL {
+        let formats = Formats::from(CacheFormat::F32).rotate(rotate);
+        for case in cases() {
+            let n = case.greedy_ids.len();
+            let logits = |formats: Formats| {
+                let mut cache = Cache::new(decoder.config(), 1, 64, formats).unwrap();
+                decoder.forward(&mut cache, &mut Scratch::default(), 0, &[&case.prompt_ids], Logits::Last).unwrap()
+            };
+            let (plain, rotated) = (logits(CacheFormat::F32.into()), logits(formats));
+            let worst = plain.iter().zip(&rotated).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
+            assert!(worst < 1e-3 && (rotate == Rotate::default()) == (worst == 0.0), "{formats}: {worst}");
+            for recompute in [false, true] {
+                let ids = greedy_in(&decoder, &case.prompt_ids, n, recompute, formats);
+                assert_eq!(ids, case.greedy_ids, "{formats} {:?}", case.prompt);
+            }
+        }
+    }
+    let both = Formats::from(CacheFormat::Int8).rotate(Rotate { k: true, v: true });
+    let mut scheduler = Scheduler::new(&decoder, 1, 64, both).unwrap();
+    let mut ends_well = |formats: Formats| {
+        let prefilled = Prefilled::new(&decoder, &[1u32, 2, 3][..], formats).unwrap();
+        let submitted = scheduler.submit_prefilled(prefilled, Request::new([]).max_tokens(2));
+        submitted.is_ok() && scheduler.run().last().is_some_and(|event| event.finish == Some(Finish::MaxTokens))
+    };
+    assert!(ends_well(both) && !ends_well(CacheFormat::Int8.into()));
 }
 
 /// Whether keys or values have fewer than seven bits of precision.
@@ -292,7 +327,7 @@ fn bad_calls_leave_the_cache_alone() {
 fn a_cache_counts_its_scales() {
     let config = embedded::open().unwrap().config().clone();
     let (layers, heads, dim) = (config.layers.len(), config.kv_heads, config.head_dim);
-    let bytes = |k, v| Cache::new(&config, 2, 10, Formats { k, v }).unwrap().bytes();
+    let bytes = |k, v| Cache::new(&config, 2, 10, Formats::new(k, v)).unwrap().bytes();
     let (keys, tokens) = (layers * heads * dim, 2 * 10);
     assert_eq!(bytes(CacheFormat::F32, CacheFormat::Bf16), tokens * keys * (4 + 2));
     assert_eq!(bytes(CacheFormat::Int8, CacheFormat::Int8), tokens * 2 * (keys + layers * heads * 4));
@@ -333,14 +368,18 @@ fn forgetting_a_span_is_not_having_read_it() {
         config.ropes[0].stretch = Stretch::Fixed(scaling);
         let decoder = Decoder::new(config, weights, 0, None, Threads::new(2).unwrap()).unwrap().exact(true);
         let mut scratch = Scratch::default();
-        let formats: [(Formats, f32); 7] = [
+        let both = Rotate { k: true, v: true };
+        let formats: [(Formats, f32); 10] = [
             (DType::F32.into(), 1e-4),
             (DType::F16.into(), 0.02),
             (DType::Bf16.into(), 0.2),
             (CacheFormat::Int8.into(), 0.2),
+            (Formats::from(DType::F32).rotate(both), 1e-4),
+            (Formats::from(DType::F16).rotate(both), 0.02),
+            (Formats::from(CacheFormat::Int8).rotate(both), 0.2),
             (CacheFormat::Fp8E4m3.into(), 1.0),
             (CacheFormat::Q8_0.into(), 0.2),
-            (Formats { k: CacheFormat::Int8, v: CacheFormat::F32 }, 0.2),
+            (Formats::new(CacheFormat::Int8, CacheFormat::F32), 0.2),
         ];
         for (formats, tolerance) in formats {
             let mut cache = Cache::new(decoder.config(), 2, 64, formats).unwrap();

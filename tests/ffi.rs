@@ -49,6 +49,8 @@ const EXPORTS: &[&str] = &[
     "kvl_context_set_tuning",
     "kvl_context_tuning",
     "kvl_context_v_packing",
+    "kvl_hadamard",
+    "kvl_hadamard_block",
     "kvl_isa_available",
     "kvl_isa_name",
     "kvl_kernel_count",

@@ -109,6 +109,19 @@ real, imaginary = x[0, ..., : DIM // 2], x[0, ..., DIM // 2 :]
 wanted = real * np.cos(angle)[:, None] - imaginary * np.sin(angle)[:, None]
 assert np.abs(turned[0, ..., : DIM // 2] - wanted).max() < 1e-5
 
+# A Hadamard rotation, by its definition, alone and in a cache.
+block = kvlane.hadamard_block(DIM)
+matrix = np.array([[(-1) ** (i & j).bit_count() for j in range(block)] for i in range(block)]) / block**0.5
+assert kvlane.hadamard_block(96) == 32 and kvlane.hadamard_block(7) == 0
+rotated = kvlane.hadamard(x.copy())
+assert np.abs(rotated.reshape(-1, block) - x.reshape(-1, block) @ matrix).max() < 1e-5
+plain_caches, rotated_caches = ([np.zeros((1, SEQ, HEADS, DIM), np.float32) for _ in range(2)] for _ in range(2))
+kvlane.kv_write(x, x, *plain_caches, positions=[0])
+kvlane.kv_write(x, x, *rotated_caches, positions=[0], k_hadamard=block, v_hadamard=2)
+assert np.array_equal(rotated_caches[0], rotated)
+apart = kvlane.attention(x, *rotated_caches, k_hadamard=block, v_hadamard=2) - kvlane.attention(x, *plain_caches)
+assert np.abs(apart).max() < 1e-5
+
 # The whole of the header, with its comments.
 functions = [f for name, f in vars(capi).items() if name.startswith("kvl_") and inspect.isfunction(f)]
 assert len(functions) >= 60, len(functions)

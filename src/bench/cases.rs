@@ -9,8 +9,8 @@ use super::limits::Kind;
 use crate::{
     AttentionOptions, AttentionState, AttentionTensors, CacheFormat, Context, DType, Destination, KernelInfo, KvRead,
     KvWrite, Op, Packing, Pairing, Positions, Precision, Result, RmsNorm, Rope, RopeAngles, RopeFrequencies,
-    RopeScaling, Runner, Source, Tuning, Workspace, attention, kv_read, kv_write, merge_states, repeat_kv, rms_norm,
-    rms_norm_rope, rope, rope_in_place,
+    RopeScaling, Runner, Source, Tuning, Workspace, attention, hadamard, kv_read, kv_write, merge_states, repeat_kv,
+    rms_norm, rms_norm_rope, rope, rope_in_place,
 };
 
 /// A kernel with a shape.
@@ -31,8 +31,9 @@ pub struct Case {
 enum Work {
     Angles { positions: usize, dim: usize },
     Rope { shape: [usize; 4], pairing: Pairing, table: bool, in_place: bool, norm: bool },
-    Write { shape: [usize; 4], rope: bool, norm: bool, packing: Packing },
+    Write { shape: [usize; 4], rope: bool, norm: bool, hadamard: bool, packing: Packing },
     Norm { shape: [usize; 4] },
+    Hadamard { shape: [usize; 4] },
     Read { shape: [usize; 4] },
     Repeat { shape: [usize; 4], heads: usize },
     Attention { shape: AttentionShape, layout: Layout, queries: DType, values: CacheFormat },
@@ -151,13 +152,14 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
             let work = Work::Rope { shape: [1, 1, heads, DIM], pairing, table, in_place: false, norm: false };
             add(usual, true, format!("1x{heads}x{DIM}, half-split, table"), work);
             let written = [1, TOKENS, KV_HEADS, DIM];
-            let work = Work::Write { shape: written, rope: true, norm: false, packing: Packing::Rows };
+            let work = Work::Write { shape: written, rope: true, norm: false, hadamard: false, packing: Packing::Rows };
             add(usual, false, format!("with write, {TOKENS}x{KV_HEADS}x{DIM}"), work);
             if src == DType::F32 {
                 // A norm in the same pass, which passes f32 to the rotation.
                 let work = Work::Rope { shape: [1, TOKENS, heads, DIM], pairing, table, in_place: false, norm: true };
                 add(false, false, format!("with norm, {TOKENS}x{heads}x{DIM}"), work);
-                let work = Work::Write { shape: written, rope: true, norm: true, packing: Packing::Rows };
+                let work =
+                    Work::Write { shape: written, rope: true, norm: true, hadamard: false, packing: Packing::Rows };
                 add(false, false, format!("with norm and write, {TOKENS}x{KV_HEADS}x{DIM}"), work);
             }
         }
@@ -165,10 +167,11 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
             let usual = src == dst || src == DType::F32;
             for tokens in [TOKENS, 1] {
                 let shape = [1, tokens, KV_HEADS, DIM];
-                let work = Work::Write { shape, rope: false, norm: false, packing: Packing::Rows };
+                let work = Work::Write { shape, rope: false, norm: false, hadamard: false, packing: Packing::Rows };
                 add(usual, tokens == 1, format!("{tokens}x{KV_HEADS}x{DIM}"), work);
                 if dst == DType::Bf16 {
-                    let work = Work::Write { shape, rope: false, norm: false, packing: Packing::RowPairs };
+                    let work =
+                        Work::Write { shape, rope: false, norm: false, hadamard: false, packing: Packing::RowPairs };
                     add(false, tokens == 1, format!("{tokens}x{KV_HEADS}x{DIM}, values in pairs"), work);
                 }
             }
@@ -249,6 +252,17 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
                 add(usual, tokens == 1, format!("{tokens}x{heads}x{DIM}"), work);
             }
         }
+        Op::Hadamard => {
+            let usual = src == dst || src == DType::F32;
+            let heads = HEADS + KV_HEADS;
+            for (tokens, dim) in [(TOKENS, DIM), (TOKENS, 64), (TOKENS, 256), (1, DIM)] {
+                let work = Work::Hadamard { shape: [1, tokens, heads, dim] };
+                add(usual && dim == DIM, tokens == 1, format!("{tokens}x{heads}x{dim}"), work);
+            }
+            let (shape, packing) = ([1, TOKENS, KV_HEADS, DIM], Packing::Rows);
+            let work = Work::Write { shape, rope: false, norm: false, hadamard: true, packing };
+            add(usual, false, format!("with write, {TOKENS}x{KV_HEADS}x{DIM}"), work);
+        }
     }
     cases
 }
@@ -272,7 +286,7 @@ impl Case {
         match self.work {
             Work::Angles { positions, dim } => positions * dim * to,
             // The table of angles is not counted, because calls for all layers read it from the CPU's cache.
-            Work::Rope { shape, .. } | Work::Norm { shape } => elements(shape) * (from + to),
+            Work::Rope { shape, .. } | Work::Norm { shape } | Work::Hadamard { shape } => elements(shape) * (from + to),
             Work::Write { shape, .. } | Work::Read { shape } => {
                 2 * (cache_bytes(self.kernel.src, shape) + cache_bytes(self.kernel.dst, shape))
             }
@@ -291,6 +305,10 @@ impl Case {
     /// where the count depends on the method.
     pub fn flops(&self) -> f64 {
         let count = match self.work {
+            // A sum per element and bit of an index, and a product.
+            Work::Hadamard { shape } | Work::Write { shape, hadamard: true, .. } => {
+                (1 + shape[3].ilog2() as usize) * elements(shape)
+            }
             Work::Angles { .. } | Work::Write { rope: false, .. } | Work::Repeat { .. } => 0,
             // Per pair: four products and two sums. Per element of a norm: a square, its sum and two products.
             Work::Rope { shape, norm, .. } | Work::Write { shape, rope: true, norm, .. } => {
@@ -358,6 +376,7 @@ impl Case {
         let (mut lse, mut weight) = (Vec::new(), Vec::new());
         match self.work {
             Work::Angles { positions, dim } => need_angles(dim, positions)?,
+            Work::Hadamard { shape } => tensors.extend([source(shape)?, target(shape)?]),
             Work::Norm { shape } => {
                 weight = vec![1.0; shape[3]];
                 tensors.extend([source(shape)?, target(shape)?]);
@@ -471,11 +490,14 @@ impl Prepared {
             (Work::Rope { pairing, table, norm: true, .. }, [src, dst], Some(angles)) => {
                 rms_norm_rope(context, runner, src.view()?, dst.view_mut()?, &norm, &angles.rope(pairing, table))
             }
+            (Work::Hadamard { shape }, [src, dst], _) => {
+                hadamard(context, runner, src.view()?, dst.view_mut()?, shape[3])
+            }
             (Work::Norm { .. }, [src, dst], _) => rms_norm(context, runner, src.view()?, dst.view_mut()?, &norm),
             (Work::Rope { pairing, table, .. }, [src, dst], Some(angles)) => {
                 rope(context, runner, src.view()?, dst.view_mut()?, &angles.rope(pairing, table))
             }
-            (Work::Write { norm: normed, packing, .. }, [k, v, k_cache, v_cache], angles) => {
+            (Work::Write { shape, norm: normed, hadamard, packing, .. }, [k, v, k_cache, v_cache], angles) => {
                 let mut write = KvWrite::new(
                     k.view()?,
                     v.view()?,
@@ -485,6 +507,8 @@ impl Prepared {
                 )
                 .v_packing(packing);
                 write.k_norm = normed.then_some(norm);
+                let block = hadamard.then_some(shape[3]);
+                (write.k_hadamard, write.v_hadamard) = (block, block);
                 write.rope = angles.as_ref().map(|a| a.rope(Pairing::HalfSplit, true));
                 kv_write(context, runner, write)
             }

@@ -3,6 +3,7 @@
 use super::arguments::{list, output_list, reserved, size};
 use super::context::{borrow, kvl_context};
 use super::guard::guard;
+use super::hadamard::parse_block;
 use super::kernels::{kvl_precision, parse_precision};
 use super::layout::{kvl_layout, kvl_packing, parse_packing};
 use super::masks::{kvl_bit_mask, kvl_mask, read_masks};
@@ -122,16 +123,21 @@ pub struct kvl_attention_params {
     pub query_positions: *const i32,
     /// The scales of `k` and `v`, for formats that have scales; null for none.
     pub scales: *const kvl_cache_scales,
+    /// The block of the Hadamard rotation that the keys were written with; 0 for none. Queries are given unrotated: each is rotated
+    /// once, in f32, as it is loaded, and then counts as one in f32.
+    pub k_hadamard: i64,
+    /// The same for the values. The rotation of an output row is undone once, in f32, before the row is rounded.
+    pub v_hadamard: i64,
 }
 
-sized!(kvl_attention_params[precision, layout, query_positions]);
+sized!(kvl_attention_params[precision, layout, query_positions, k_hadamard]);
 assert_layout!(
-    kvl_attention_params, 688,
+    kvl_attention_params, 704,
     struct_size: 0, q: 8, k: 96, v: 184, out: 272, lse: 360, scale: 368, softcap: 372, flags: 376, reserved: 380,
     window_left: 384, window_right: 392, lengths: 400, kv_starts: 408, offsets: 416, mask: 424, bias: 504,
     alibi_slopes: 592, sink_logits: 600, precision: 608, reserved2: 612, layout: 616, cu_seqlens_q: 624,
     num_sequences: 632, prefix_lengths: 640, bit_mask: 648, plan: 656, v_packing: 664, reserved3: 668,
-    query_positions: 672, scales: 680,
+    query_positions: 672, scales: 680, k_hadamard: 688, v_hadamard: 696,
 );
 
 /// The bytes of workspace that `kvl_attention` needs at most for the shapes of `params->q`, `k` and `v`, whatever
@@ -300,6 +306,8 @@ pub(super) unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<
             },
             alibi_slopes: list("alibi_slopes", params.alibi_slopes, heads)?,
             sink_logits: list("sink_logits", params.sink_logits, heads)?,
+            k_hadamard: parse_block("k_hadamard", params.k_hadamard)?,
+            v_hadamard: parse_block("v_hadamard", params.v_hadamard)?,
             precision: parse_precision("precision", params.precision)?,
         })
     }

@@ -4,6 +4,7 @@ use super::arguments::{apart, boolean, output_list, required_list, reserved, siz
 use super::attention::{KVL_ATTENTION_FLAG_WINDOW_LEFT, check_flags, kvl_attention_flag};
 use super::context::{borrow, kvl_context};
 use super::guard::guard;
+use super::hadamard::parse_block;
 use super::layout::{kvl_layout, read_layout, read_sequences};
 use super::plan::window;
 use super::rope::{kvl_rope_params, parse_pairing};
@@ -626,7 +627,8 @@ impl<'a> Ropes<'a> {
         // SAFETY: the caller's.
         let inv_freq = unsafe { required_list("inv_freq", params.inv_freq, rotary_dim / 2) }?;
         let magnitude = if params.magnitude == 0.0 { 1.0 } else { params.magnitude };
-        Ok(Some((RawRotation { pairing, inv_freq }, magnitude)))
+        let hadamard = parse_block("k_hadamard", params.k_hadamard)?;
+        Ok(Some((RawRotation { pairing, inv_freq, hadamard }, magnitude)))
     }
 }
 

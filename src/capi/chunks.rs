@@ -5,6 +5,7 @@ use super::attention::{attention_shape, attention_tensors, kvl_attention_params,
 use super::context::{borrow, kvl_context};
 use super::format::{kvl_format, parse_format};
 use super::guard::guard;
+use super::hadamard::parse_block;
 use super::kernels::{kvl_precision, parse_precision};
 use super::plan;
 use super::runner::{CallerRunner, kvl_parallel_runner};
@@ -60,13 +61,16 @@ pub struct kvl_merge_chunks_params {
     /// Output [batch, seq, heads], contiguous: the natural logarithm of the sum of the exponentials of the logits of
     /// each query and head; null if not wanted.
     pub lse: *mut f32,
+    /// `kvl_attention_params.v_hadamard` of the segments' calls; 0 for none. States are those of rotated values, and the output is
+    /// rotated back.
+    pub v_hadamard: i64,
 }
 
-sized!(kvl_merge_chunks_params);
+sized!(kvl_merge_chunks_params[v_hadamard]);
 assert_layout!(
-    kvl_merge_chunks_params, 152,
+    kvl_merge_chunks_params, 160,
     struct_size: 0, segments: 8, num_segments: 16, kv_heads: 24, k_format: 32, v_format: 36, precision: 40, reserved: 44,
-    sink_logits: 48, out: 56, lse: 144,
+    sink_logits: 48, out: 56, lse: 144, v_hadamard: 152,
 );
 
 /// The number of floats that `kvl_attention_chunks` writes for the shapes of `params->q`, `k` and `v`: for each query
@@ -262,5 +266,6 @@ fn chunk_merge<'a>(params: &kvl_merge_chunks_params, sink_logits: Option<&'a [f3
         v_format: parse_format("v_format", params.v_format)?,
         precision: parse_precision("precision", params.precision)?,
         sink_logits,
+        v_hadamard: parse_block("v_hadamard", params.v_hadamard)?,
     })
 }

@@ -28,6 +28,8 @@ pub const KVL_OP_MERGE_STATES: i32 = 5;
 pub const KVL_OP_RMS_NORM: i32 = 6;
 /// The read of a quantised cache into plain tensors. Types: source format, target.
 pub const KVL_OP_KV_READ: i32 = 7;
+/// The Hadamard rotation of heads, alone or on the way into a cache or out of it. Types: source, target.
+pub const KVL_OP_HADAMARD: i32 = 8;
 
 /// The precision of attention, for levels that have kernels of more than one.
 pub type kvl_precision = i32;
@@ -123,7 +125,8 @@ const _: () = {
     assert!(KVL_OP_ROPE_ANGLES == Op::RopeAngles as i32 && KVL_OP_ROPE == Op::Rope as i32);
     assert!(KVL_OP_KV_WRITE == Op::KvWrite as i32 && KVL_OP_REPEAT_KV == Op::RepeatKv as i32);
     assert!(KVL_OP_ATTENTION == Op::Attention as i32 && KVL_OP_MERGE_STATES == Op::MergeStates as i32);
-    assert!(KVL_OP_RMS_NORM == Op::RmsNorm as i32 && KVL_OP_KV_READ == Op::KvRead as i32 && Op::ALL.len() == 8);
+    assert!(KVL_OP_RMS_NORM == Op::RmsNorm as i32 && KVL_OP_KV_READ == Op::KvRead as i32);
+    assert!(KVL_OP_HADAMARD == Op::Hadamard as i32 && Op::ALL.len() == 9);
     assert!(KVL_PRECISION_DEFAULT == Precision::Default as i32 && KVL_PRECISION_HIGH == Precision::High as i32);
     assert!(KVL_PRECISION_INTEGER == Precision::Integer as i32 && Precision::ALL.len() == 3);
 };

@@ -31,6 +31,7 @@ mod context;
 mod copies;
 mod dtype;
 mod format;
+mod hadamard;
 mod isa;
 mod kernels;
 mod layout;

@@ -3,6 +3,7 @@
 use super::arguments::{list, required_list, reserved};
 use super::context::{borrow, kvl_context};
 use super::guard::guard;
+use super::hadamard::parse_block;
 use super::layout::{kvl_layout, kvl_packing, parse_packing, read_layout};
 use super::runner::{CallerRunner, kvl_parallel_runner};
 use super::scales::{kvl_cache_scales, read_scales, with_scales};
@@ -45,13 +46,17 @@ pub struct kvl_kv_read_params {
     pub v_packing: kvl_packing,
     /// 0.
     pub reserved: i32,
+    /// The block of the Hadamard rotation that the keys were written with, which is undone; 0 for none.
+    pub k_hadamard: i64,
+    /// The same for the values.
+    pub v_hadamard: i64,
 }
 
-sized!(kvl_kv_read_params);
+sized!(kvl_kv_read_params[k_hadamard]);
 assert_layout!(
-    kvl_kv_read_params, 408,
+    kvl_kv_read_params, 424,
     struct_size: 0, k_cache: 8, v_cache: 96, k: 184, v: 272, positions: 360, counts: 368, sequences: 376, layout: 384,
-    scales: 392, v_packing: 400, reserved: 404,
+    scales: 392, v_packing: 400, reserved: 404, k_hadamard: 408, v_hadamard: 416,
 );
 
 /// Reads tokens of a cache, of any format and layout, into plain tensors: the numbers that attention computes with, which are
@@ -104,7 +109,10 @@ pub unsafe extern "C" fn kvl_kv_read(
                 layout: read_layout(params.layout, keys.0.shape[SEQ])?,
             }
         };
-        let read = RawRead { keys, values, from, v_packing: parse_packing("v_packing", params.v_packing)? };
+        let v_packing = parse_packing("v_packing", params.v_packing)?;
+        let k_hadamard = parse_block("k_hadamard", params.k_hadamard)?;
+        let v_hadamard = parse_block("v_hadamard", params.v_hadamard)?;
+        let read = RawRead { keys, values, from, v_packing, k_hadamard, v_hadamard };
         // SAFETY: as above.
         unsafe { kv_read_raw(context, runner.as_dyn(), &read) }
     })

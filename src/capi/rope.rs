@@ -113,13 +113,16 @@ pub struct kvl_rope_params {
     pub offsets: *const i32,
     /// [batch, seq]: the position of every token, instead of `offsets`.
     pub positions: *const i32,
+    /// In `kvl_cache_evict` and `kvl_cache_evict_running`, the block of the Hadamard rotation that followed when keys were written
+    /// (`kvl_kv_write_params.k_hadamard`); 0 for none. Elsewhere 0.
+    pub k_hadamard: i64,
 }
 
-sized!(kvl_rope_params);
+sized!(kvl_rope_params[k_hadamard]);
 assert_layout!(
-    kvl_rope_params, 80,
+    kvl_rope_params, 88,
     struct_size: 0, pairing: 8, reserved: 12, rotary_dim: 16, inv_freq: 24, magnitude: 32, cos: 40, sin: 48,
-    table_rows: 56, offsets: 64, positions: 72,
+    table_rows: 56, offsets: 64, positions: 72, k_hadamard: 80,
 );
 
 /// Computes RoPE frequencies: `inv_freq` receives `pairs` = rotary_dim / 2 numbers in radians per position, and
@@ -282,6 +285,12 @@ pub(super) unsafe fn read_rope<'a>(params: *const kvl_rope_params, src: &RawView
     // SAFETY: the caller's, here and below.
     let params = unsafe { read_sized(params) }?;
     reserved("kvl_rope_params", params.reserved)?;
+    ensure!(
+        params.k_hadamard == 0,
+        InvalidValue,
+        "kvl_rope_params.k_hadamard is {}, but here it must be 0: it is for keys that are evicted, and a write takes its block by itself",
+        params.k_hadamard
+    );
     let pairing = parse_pairing("pairing", params.pairing)?;
     let rotary_dim = size("rotary_dim", params.rotary_dim)?;
     check_rotary_dim(rotary_dim)?;

@@ -3,6 +3,7 @@
 use super::arguments::{list, required_list, reserved};
 use super::context::{borrow, kvl_context};
 use super::guard::guard;
+use super::hadamard::parse_block;
 use super::layout::{kvl_layout, kvl_packing, parse_packing, read_layout};
 use super::norm::{kvl_rms_norm_params, read_rms_norm};
 use super::rope::{kvl_rope_params, read_rope};
@@ -58,18 +59,25 @@ pub struct kvl_kv_write_params {
     pub reserved: i32,
     /// The scales of `k_cache` and `v_cache`, for formats that have scales, which are written too; null for none.
     pub scales: *const kvl_cache_scales,
+    /// The block of the Hadamard rotation of the keys, after `rope`; 0 for none. `kvl_hadamard_block` gives the largest block.
+    /// `kvl_attention_params.k_hadamard` has to agree.
+    pub k_hadamard: i64,
+    /// The same for the values.
+    pub v_hadamard: i64,
 }
 
-sized!(kvl_kv_write_params[layout, scales]);
+sized!(kvl_kv_write_params[layout, scales, k_hadamard]);
 assert_layout!(
-    kvl_kv_write_params, 432,
+    kvl_kv_write_params, 448,
     struct_size: 0, k: 8, v: 96, k_cache: 184, v_cache: 272, positions: 360, counts: 368, sequences: 376, slots: 384,
     rope: 392, layout: 400, k_norm: 408, v_packing: 416, reserved: 420, scales: 424,
+    k_hadamard: 432, v_hadamard: 440,
 );
 
 /// Writes new keys and values into their caches, of all sequences in one call, converted to the type of the cache (to
 /// nearest, ties to even; what f16 cannot hold becomes an infinity, unless the context was made with
-/// `KVL_CONTEXT_FLAG_SATURATE_F16`). Keys are normalised first if `params->k_norm` is given, and rotated if `params->rope` is.
+/// `KVL_CONTEXT_FLAG_SATURATE_F16`). Keys are normalised first if `params->k_norm` is given, and rotated if `params->rope` is. With
+/// `params->k_hadamard` and `params->v_hadamard`, what is written is rotated by Hadamard matrices, in f32, before it is converted.
 /// Lengths are the caller's to advance.
 ///
 /// Thread safety: may be called from any number of threads at once, on disjoint caches or disjoint sequences of a
@@ -140,7 +148,9 @@ pub unsafe extern "C" fn kvl_kv_write(
             false => Some(unsafe { read_rope(params.rope, &keys.0) }?),
         };
         let v_packing = parse_packing("v_packing", params.v_packing)?;
-        let write = RawWrite { keys, values, to, k_norm, rope, v_packing };
+        let k_hadamard = parse_block("k_hadamard", params.k_hadamard)?;
+        let v_hadamard = parse_block("v_hadamard", params.v_hadamard)?;
+        let write = RawWrite { keys, values, to, k_norm, rope, k_hadamard, v_hadamard, v_packing };
         // SAFETY: as above.
         unsafe { kv_write_raw(context, runner.as_dyn(), &write) }
     })

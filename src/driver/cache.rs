@@ -9,7 +9,7 @@ use super::error::{Error, Result};
 use super::model::{LayerConfig, ModelConfig};
 use crate::{
     CacheBuffer, CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner,
-    UnrotatedKeys, View, ViewMut, Workspace, reorder_table,
+    UnrotatedKeys, View, ViewMut, Workspace, hadamard_block, reorder_table,
 };
 
 /// Prompt tokens per pass. More would enlarge the activations without making a pass more efficient.
@@ -22,9 +22,63 @@ pub struct Formats {
     pub k: CacheFormat,
     /// The format of the values.
     pub v: CacheFormat,
+    /// Which of both are rotated by Hadamard matrices before they are stored.
+    pub rotate: Rotate,
+}
+
+/// Which of keys and values are rotated by [Hadamard matrices](crate::hadamard) before they are stored. Attention undoes it, and what a
+/// model computes is the same but for rounding; outliers in single channels, which cost a quantised cache its digits, are spread.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rotate {
+    /// The keys, in the largest blocks that a head has ([`hadamard_block`]).
+    pub k: bool,
+    /// The values, in blocks of at most 64 elements.
+    pub v: bool,
+}
+
+impl Rotate {
+    /// All choices.
+    pub const ALL: [Self; 4] = [
+        Self { k: false, v: false },
+        Self { k: true, v: false },
+        Self { k: false, v: true },
+        Self { k: true, v: true },
+    ];
+
+    /// `"none"`, `"k"`, `"v"` or `"both"`.
+    pub const fn name(self) -> &'static str {
+        match (self.k, self.v) {
+            (false, false) => "none",
+            (true, false) => "k",
+            (false, true) => "v",
+            (true, true) => "both",
+        }
+    }
+
+    /// The choice of this name, if there is one.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|rotate| rotate.name() == name)
+    }
+
+    /// The blocks of keys and of values for heads of `dim` elements.
+    pub(super) fn blocks(self, dim: usize) -> [Option<usize>; 2] {
+        let block = hadamard_block(dim);
+        [block.filter(|_| self.k), block.map(|block| block.min(64)).filter(|_| self.v)]
+    }
 }
 
 impl Formats {
+    /// Keys and values of these formats, not rotated.
+    pub const fn new(k: CacheFormat, v: CacheFormat) -> Self {
+        Self { k, v, rotate: Rotate::ALL[0] }
+    }
+
+    /// The same formats, rotated.
+    #[must_use]
+    pub const fn rotate(self, rotate: Rotate) -> Self {
+        Self { rotate, ..self }
+    }
+
     /// The bytes of the keys and values of one token in one layer, with `heads` heads of `dim` elements. A format with scales
     /// has one per token and head, in f32; static scales are 1 here, and take nothing.
     pub fn token_bytes(self, heads: usize, dim: usize) -> usize {
@@ -38,7 +92,7 @@ impl Formats {
 impl From<CacheFormat> for Formats {
     /// Keys and values of one format.
     fn from(format: CacheFormat) -> Self {
-        Self { k: format, v: format }
+        Self::new(format, format)
     }
 }
 
@@ -51,7 +105,13 @@ impl From<DType> for Formats {
 
 impl std::fmt::Display for Formats {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.k == self.v { self.k.fmt(f) } else { write!(f, "{} and {}", self.k, self.v) }
+        if self.k == self.v { self.k.fmt(f) } else { write!(f, "{} and {}", self.k, self.v) }?;
+        match (self.rotate.k, self.rotate.v) {
+            (false, false) => Ok(()),
+            (true, false) => f.write_str(", keys rotated"),
+            (false, true) => f.write_str(", values rotated"),
+            (true, true) => f.write_str(", rotated"),
+        }
     }
 }
 
@@ -217,6 +277,12 @@ impl Cache {
                 )));
             }
         }
+        if formats.rotate != Rotate::default() && hadamard_block(config.head_dim).is_none() {
+            return Err(Error::argument(format!(
+                "heads of {} elements are not rotated: no power of two from 2 on divides that",
+                config.head_dim
+            )));
+        }
         let per_token = formats.token_bytes(config.kv_heads, config.head_dim);
         let bytes_of = |layer: &LayerConfig| rows.checked_mul(slots(layer))?.checked_mul(per_token);
         let bytes = config.layers.iter().try_fold(0usize, |sum, layer| sum.checked_add(bytes_of(layer)?));
@@ -340,6 +406,12 @@ impl Cache {
     /// The formats of keys and values.
     pub fn formats(&self) -> Formats {
         self.formats
+    }
+
+    /// The blocks of the Hadamard rotations of keys and of values.
+    pub(super) fn hadamard(&self) -> [Option<usize>; 2] {
+        let dim = self.layers.first().map_or(0, |layer| layer.shape[3]);
+        self.formats.rotate.blocks(dim)
     }
 
     /// The positions whose tokens it holds, if not all.
@@ -520,6 +592,7 @@ impl Cache {
                 self.layers.len()
             )));
         }
+        from.check_rotation(self)?;
         if self.segment != from.segment {
             return Err(Error::argument(format!(
                 "a row that holds the positions {:?} for a cache of {:?}",
@@ -543,6 +616,17 @@ impl Cache {
             layer.unrotated[row * sinks * token..][..n].copy_from_slice(source);
         }
         Ok(())
+    }
+
+    /// Checks that rows can be copied to another cache: what is stored would be read with the rotation of that.
+    pub(super) fn check_rotation(&self, to: &Self) -> Result<()> {
+        if self.formats.rotate == to.formats.rotate {
+            return Ok(());
+        }
+        Err(Error::argument(format!(
+            "a row of a cache in {} for one in {}: both must be rotated alike",
+            self.formats, to.formats
+        )))
     }
 
     /// The layers by the window of their rings, which decides layout and slots.
@@ -694,7 +778,8 @@ impl Cache {
         (layout, slots)
     }
 
-    /// The keys and the values of a layer, `[rows, slots, kv_heads, head_dim]`, keys after their rotation. A layer without
+    /// The keys and the values of a layer, `[rows, slots, kv_heads, head_dim]`, as they are stored: keys after RoPE, and both after their
+    /// [`Rotate`]. A layer without
     /// a window holds position p of a row in slot p, one with a window in slot p modulo the number of slots; a cache of a segment
     /// counts slots from its first position. Slots that
     /// no token has reached since the cache was made are zero.

@@ -305,8 +305,11 @@ impl Decoder {
                 "forgetting tokens of a model with layers that see {n} positions only"
             )));
         }
+        let [hadamard, _] = cache.hadamard();
         let rotation = |layer: &LayerConfig| {
-            KeyRotation::new(self.config.ropes[layer.rope].pairing, &self.frequencies[layer.rope])
+            let mut rotation = KeyRotation::new(self.config.ropes[layer.rope].pairing, &self.frequencies[layer.rope]);
+            rotation.hadamard = hadamard;
+            rotation
         };
         let rotations: Vec<_> = self.config.layers.iter().map(rotation).collect();
         if cache.can_run_on(row, span.start) {
@@ -551,7 +554,7 @@ impl Decoder {
             }
         }
 
-        let all = 0..cache.capacity();
+        let (all, hadamard) = (0..cache.capacity(), cache.hadamard());
         work.add_attention(c, cache.segment().unwrap_or(&all), places.iter().map(|&(_, position)| position));
         for (i, (layer, kind)) in self.weights.layers.iter().zip(&c.layers).enumerate() {
             let rope = ropes[kind.rope];
@@ -566,24 +569,23 @@ impl Decoder {
                 None => &kinds[&kind.window].1,
             };
             let (k_cache, v_cache) = cache.views_mut(i)?;
-            kv_write(
-                &self.context,
-                &self.threads,
-                KvWrite::new(
-                    View::strided(qkv, q_dim, kv_shape, strides)?,
-                    View::strided(qkv, q_dim + kv_dim, kv_shape, strides)?,
-                    k_cache,
-                    v_cache,
-                    // Slots are numbered through all rows, as those of a pool of pages are.
-                    Destination::slots(slots).layout(Layout::paged(&[], 0)),
-                )
-                .rope(rope),
-            )?;
+            let mut write = KvWrite::new(
+                View::strided(qkv, q_dim, kv_shape, strides)?,
+                View::strided(qkv, q_dim + kv_dim, kv_shape, strides)?,
+                k_cache,
+                v_cache,
+                // Slots are numbered through all rows, as those of a pool of pages are.
+                Destination::slots(slots).layout(Layout::paged(&[], 0)),
+            )
+            .rope(rope);
+            [write.k_hadamard, write.v_hadamard] = hadamard;
+            kv_write(&self.context, &self.threads, write)?;
             for (&(row, position), x) in places.iter().zip(qkv.chunks_exact(width)) {
                 cache.keep_unrotated(i, row, position as usize, &x[q_dim..q_dim + kv_dim]);
             }
             let mut options = AttentionOptions::new();
             (options.scale, options.softcap) = (c.attn_scale, c.attn_softcap);
+            [options.k_hadamard, options.v_hadamard] = hadamard;
             if let Some(segments) = &segments {
                 options.window_left = kind.window.map(|n| n as u32 - 1);
                 let run = (&self.context, &self.threads as &dyn Runner, &mut *workspace);

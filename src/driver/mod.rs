@@ -53,7 +53,7 @@ mod tokenizer;
 mod work;
 
 pub use beam::{BeamOptions, BeamSearch, EarlyStopping, Hypothesis};
-pub use cache::{Cache, Formats, PREFILL_CHUNK};
+pub use cache::{Cache, Formats, PREFILL_CHUNK, Rotate};
 pub use chat::{ChatTemplate, Message};
 pub use decoder::{Decoder, Logits, Scratch, TreePass};
 pub use error::{Error, ErrorKind, Result};

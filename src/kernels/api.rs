@@ -30,11 +30,13 @@ pub enum Op {
     RmsNorm = 6,
     /// The read of a quantised cache into plain tensors: source format, target type.
     KvRead = 7,
+    /// The Hadamard rotation of heads: source type, target type.
+    Hadamard = 8,
 }
 
 impl Op {
     /// Every operation.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::RopeAngles,
         Self::Rope,
         Self::KvWrite,
@@ -43,6 +45,7 @@ impl Op {
         Self::MergeStates,
         Self::RmsNorm,
         Self::KvRead,
+        Self::Hadamard,
     ];
 
     /// The operation's name, as in kernel names.
@@ -56,6 +59,7 @@ impl Op {
             Self::MergeStates => "merge_states",
             Self::RmsNorm => "rms_norm",
             Self::KvRead => "kv_read",
+            Self::Hadamard => "hadamard",
         }
     }
 
@@ -188,6 +192,15 @@ pub(crate) struct NormArgs {
     pub eps: f32,
 }
 
+/// The heads of one token, and the elements of a block of their Hadamard rotation.
+#[derive(Clone, Copy)]
+pub(crate) struct HadamardArgs {
+    /// Without a second source and repeats.
+    pub copy: CopyArgs,
+    /// A power of two that divides `dim`.
+    pub block: usize,
+}
+
 /// `dim` contiguous elements in each of `states` sources.
 #[derive(Clone, Copy)]
 pub(crate) struct MergeArgs {
@@ -206,6 +219,7 @@ pub(crate) type CopyFn = unsafe fn(&CopyArgs);
 pub(crate) type ScaledFn = unsafe fn(&ScaledArgs);
 pub(crate) type MergeFn = unsafe fn(&MergeArgs);
 pub(crate) type NormFn = unsafe fn(&NormArgs);
+pub(crate) type HadamardFn = unsafe fn(&HadamardArgs);
 /// The scratch memory is aligned to 64 bytes and has [`AttentionFns::scratch_bytes`] bytes for the tile's rows.
 pub(crate) type TileFn = unsafe fn(&Pieces, &Problem, &Tile, *mut u8);
 
@@ -219,6 +233,7 @@ pub(crate) enum Function {
     Merge(MergeFn),
     Norm(NormFn),
     Scaled(ScaledFn),
+    Hadamard(HadamardFn),
 }
 
 /// Attention runs tiles. Query rows that were split over chunks are reduced afterwards.

@@ -98,7 +98,7 @@ mod tests {
     fn grammatical(info: &KernelInfo) -> String {
         let types = match info.op {
             Op::RopeAngles => vec![],
-            Op::Rope | Op::KvWrite | Op::KvRead | Op::RmsNorm => vec![info.src.name(), info.dst.name()],
+            Op::Rope | Op::KvWrite | Op::KvRead | Op::RmsNorm | Op::Hadamard => vec![info.src.name(), info.dst.name()],
             Op::RepeatKv | Op::Attention | Op::MergeStates => vec![info.src.name()],
         };
         // The default precision is not part of the name.

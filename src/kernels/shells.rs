@@ -7,7 +7,7 @@ macro_rules! kernel_shells {
     {[$($feature:literal)*] $level:ident} => {
         pub(in $crate::kernels) mod shells {
             use super::$level;
-            use $crate::kernels::api::{AttentionFns, CopyArgs, MergeArgs, NormArgs, RopeArgs, ScaledArgs};
+            use $crate::kernels::api::{AttentionFns, CopyArgs, HadamardArgs, MergeArgs, NormArgs, RopeArgs, ScaledArgs};
             use $crate::kernels::generic::{self, attention::{
                 Deinterleaved, DirectScores, DirectValues, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, PairPieces, Pieces,
                 Scratch, ValuePieces, VectorProducts, Widen, WidenUnits,
@@ -75,6 +75,11 @@ macro_rules! kernel_shells {
             pub(super) unsafe fn rms_norm<A: LoadStore, B: LoadStore>(args: &NormArgs) {
                 // SAFETY: the caller's.
                 unsafe { generic::norm::rms_norm::<_, A, B>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn hadamard<A: LoadStore, B: LoadStore>(args: &HadamardArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::hadamard::hadamard::<_, A, B>($level::new_unchecked(), args) }
             }
             $(#[target_feature(enable = $feature)])*
             unsafe fn tile(pieces: &Pieces, problem: &Problem, tile: &Tile, scratch: *mut u8) {
@@ -177,7 +182,7 @@ macro_rules! kernel_shells {
             pub(in $crate::kernels) static SATURATING: &[$crate::kernels::registry::Saturating] = {
                 use $crate::dtype::SaturatingF16;
                 use $crate::format::CacheFormat::{Bf16, F16, F32};
-                use $crate::kernels::api::{Function::{Copy, Norm, Rope}, Op};
+                use $crate::kernels::api::{Function::{Copy, Hadamard, Norm, Rope}, Op};
                 &[
                     (Op::Rope, F32, Rope(rope::<f32, SaturatingF16>)),
                     (Op::Rope, F16, Rope(rope::<half::f16, SaturatingF16>)),
@@ -187,6 +192,9 @@ macro_rules! kernel_shells {
                     (Op::RmsNorm, F32, Norm(rms_norm::<f32, SaturatingF16>)),
                     (Op::RmsNorm, F16, Norm(rms_norm::<half::f16, SaturatingF16>)),
                     (Op::RmsNorm, Bf16, Norm(rms_norm::<half::bf16, SaturatingF16>)),
+                    (Op::Hadamard, F32, Hadamard(hadamard::<f32, SaturatingF16>)),
+                    (Op::Hadamard, F16, Hadamard(hadamard::<half::f16, SaturatingF16>)),
+                    (Op::Hadamard, Bf16, Hadamard(hadamard::<half::bf16, SaturatingF16>)),
                 ]
             };
             pub(in $crate::kernels) const fn attention<T: Load>() -> AttentionFns {
@@ -315,6 +323,15 @@ macro_rules! kernel_table {
     RmsNorm     Bf16 F32  2e-7 Norm(rms_norm::<bf16, f32>)      "rms_norm_bf16_f32_scalar" "rms_norm_bf16_f32_avx2" "rms_norm_bf16_f32_avx512" "rms_norm_bf16_f32_neon";
     RmsNorm     Bf16 F16  2e-7 Norm(rms_norm::<bf16, f16>)      "rms_norm_bf16_f16_scalar" "rms_norm_bf16_f16_avx2" "rms_norm_bf16_f16_avx512" "rms_norm_bf16_f16_neon";
     RmsNorm     Bf16 Bf16 2e-7 Norm(rms_norm::<bf16, bf16>)     "rms_norm_bf16_bf16_scalar" "rms_norm_bf16_bf16_avx2" "rms_norm_bf16_bf16_avx512" "rms_norm_bf16_bf16_neon";
+    Hadamard    F32  F32  2e-5 Hadamard(hadamard::<f32, f32>)      "hadamard_f32_f32_scalar" "hadamard_f32_f32_avx2" "hadamard_f32_f32_avx512" "hadamard_f32_f32_neon";
+    Hadamard    F32  F16  2e-5 Hadamard(hadamard::<f32, f16>)      "hadamard_f32_f16_scalar" "hadamard_f32_f16_avx2" "hadamard_f32_f16_avx512" "hadamard_f32_f16_neon";
+    Hadamard    F32  Bf16 2e-5 Hadamard(hadamard::<f32, bf16>)     "hadamard_f32_bf16_scalar" "hadamard_f32_bf16_avx2" "hadamard_f32_bf16_avx512" "hadamard_f32_bf16_neon";
+    Hadamard    F16  F32  2e-5 Hadamard(hadamard::<f16, f32>)      "hadamard_f16_f32_scalar" "hadamard_f16_f32_avx2" "hadamard_f16_f32_avx512" "hadamard_f16_f32_neon";
+    Hadamard    F16  F16  2e-5 Hadamard(hadamard::<f16, f16>)      "hadamard_f16_f16_scalar" "hadamard_f16_f16_avx2" "hadamard_f16_f16_avx512" "hadamard_f16_f16_neon";
+    Hadamard    F16  Bf16 2e-5 Hadamard(hadamard::<f16, bf16>)     "hadamard_f16_bf16_scalar" "hadamard_f16_bf16_avx2" "hadamard_f16_bf16_avx512" "hadamard_f16_bf16_neon";
+    Hadamard    Bf16 F32  2e-5 Hadamard(hadamard::<bf16, f32>)     "hadamard_bf16_f32_scalar" "hadamard_bf16_f32_avx2" "hadamard_bf16_f32_avx512" "hadamard_bf16_f32_neon";
+    Hadamard    Bf16 F16  2e-5 Hadamard(hadamard::<bf16, f16>)     "hadamard_bf16_f16_scalar" "hadamard_bf16_f16_avx2" "hadamard_bf16_f16_avx512" "hadamard_bf16_f16_neon";
+    Hadamard    Bf16 Bf16 2e-5 Hadamard(hadamard::<bf16, bf16>)    "hadamard_bf16_bf16_scalar" "hadamard_bf16_bf16_avx2" "hadamard_bf16_bf16_avx512" "hadamard_bf16_bf16_neon";
     } };
 }
 pub(crate) use kernel_table;

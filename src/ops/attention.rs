@@ -7,6 +7,7 @@ use crate::format::CacheFormat;
 use crate::kernels::api::{AttentionFns, Function, Precision};
 use crate::kernels::registry;
 use crate::layout::{Layout, Packing};
+use crate::ops::hadamard::check_block;
 use crate::ops::jobs::{Jobs, SharedMemory};
 use crate::ops::mask::{BitMask, Mask, RawMasks, Touched, broadcast, check_scores};
 use crate::ops::plan::AttentionPlan;
@@ -127,6 +128,14 @@ pub struct AttentionOptions<'a> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// `[heads]`: one more logit per query row, which takes weight but has no value.
     pub sink_logits: Option<&'a [f32]>,
+    /// The block of the [Hadamard rotation](crate::hadamard) that the keys of the cache were written with
+    /// ([`KvWrite::k_hadamard`](crate::KvWrite::k_hadamard)); none if absent. Queries are given unrotated: each is rotated once, in f32,
+    /// as it is loaded, and then counts as one in f32.
+    pub k_hadamard: Option<usize>,
+    /// The same for the values. The rotation of an output row is undone once, in f32, before the row is rounded; `out` and every state
+    /// that a call returns are unrotated, except those of [`attention_chunks`](crate::attention_chunks), which
+    /// [`merge_chunks`](crate::merge_chunks) finishes.
+    pub v_hadamard: Option<usize>,
     /// A plan. It replaces causality, windows, layout, `cu_seqlens_q`, lengths, first keys, offsets, query positions and prefix
     /// lengths, which must be absent; so must the masks, if the plan was made with any.
     pub plan: Option<&'a AttentionPlan>,
@@ -153,6 +162,8 @@ pub(crate) struct RawAttention<'a> {
     pub bias: Option<RawView>,
     pub alibi_slopes: Option<&'a [f32]>,
     pub sink_logits: Option<&'a [f32]>,
+    pub k_hadamard: Option<usize>,
+    pub v_hadamard: Option<usize>,
     pub precision: Precision,
 }
 
@@ -189,6 +200,8 @@ impl<'a> AttentionOptions<'a> {
             bias: View<'a>,
             alibi_slopes: &'a [f32],
             sink_logits: &'a [f32],
+            k_hadamard: usize,
+            v_hadamard: usize,
             plan: &'a AttentionPlan,
         }
         plain {
@@ -491,6 +504,8 @@ impl<'a> RawAttention<'a> {
             bias: options.bias.map(|b| b.raw),
             alibi_slopes: options.alibi_slopes,
             sink_logits: options.sink_logits,
+            k_hadamard: options.k_hadamard,
+            v_hadamard: options.v_hadamard,
             precision: options.precision,
         })
     }
@@ -605,6 +620,8 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
             "{name} has dim = {n}, which is not between 1 and {MAX_HEAD_DIM}"
         );
     }
+    check_block("k_hadamard", call.k_hadamard, ("k", dim))?;
+    check_block("v_hadamard", call.v_hadamard, ("v", v_dim))?;
     ensure!(
         heads == 0 || kv_heads > 0 && heads.is_multiple_of(kv_heads),
         Shape,
@@ -644,6 +661,8 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
             v: *v,
             v_dim,
             v_packing: call.v_packing,
+            k_hadamard: call.k_hadamard.unwrap_or(0),
+            v_hadamard: call.v_hadamard.unwrap_or(0),
             out: call.out,
             lse: call.lse,
             visibility,

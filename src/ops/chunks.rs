@@ -9,7 +9,8 @@
 //! states: [batch][kv_heads][rows in pieces of PIECE][chunks][rows of the piece][16 + v_dim rounded up to 16]
 //! ```
 //! The meaning of the floats belongs to the kernel: [`merge_chunks`] reads them on a context of the same level and precision,
-//! for the same cache formats.
+//! for the same cache formats. Of rotated values they are the sums of rotated values: the inverse is linear, and is applied once,
+//! to what has been folded.
 
 use crate::cache_view::CacheView;
 use crate::context::Context;
@@ -19,6 +20,7 @@ use crate::format::CacheFormat;
 use crate::kernels::api::{AttentionFns, AttentionKernel, Precision};
 use crate::layout::{Layout, Packing};
 use crate::ops::attention::{AttentionOptions, AttentionTensors, RawAttention, largest, validate_inputs};
+use crate::ops::hadamard::check_block;
 use crate::ops::jobs::{Jobs, SharedMemory};
 use crate::ops::setters::setters;
 use crate::ops::shard::SPLIT_GRID;
@@ -250,17 +252,20 @@ pub struct ChunkMerge<'a> {
     pub precision: Precision,
     /// `[heads]`: as in [`AttentionOptions::sink_logits`]. They count once, in the merge.
     pub sink_logits: Option<&'a [f32]>,
+    /// As in [`AttentionOptions::v_hadamard`], of the calls over the segments: states are those of rotated values, and the merged
+    /// output is rotated back.
+    pub v_hadamard: Option<usize>,
 }
 
 impl<'a> ChunkMerge<'a> {
     /// A merge for a cache of `kv_heads` KV heads and these formats, at the default precision, without sink logits.
     pub fn new(kv_heads: usize, k_format: impl Into<CacheFormat>, v_format: impl Into<CacheFormat>) -> Self {
         let (k_format, v_format) = (k_format.into(), v_format.into());
-        Self { kv_heads, k_format, v_format, precision: Precision::Default, sink_logits: None }
+        Self { kv_heads, k_format, v_format, precision: Precision::Default, sink_logits: None, v_hadamard: None }
     }
 
     setters! {
-        optional { sink_logits: &'a [f32], }
+        optional { sink_logits: &'a [f32], v_hadamard: usize, }
         plain { kv_heads: usize, k_format: CacheFormat, v_format: CacheFormat, precision: Precision, }
     }
 }
@@ -368,6 +373,7 @@ impl RawMerge<'_> {
             Shape,
             "out has {heads} heads, which is no multiple of kv_heads = {kv_heads}"
         );
+        check_block("v_hadamard", self.merge.v_hadamard, ("out", v_dim))?;
         let per_chunk = floats_a_chunk(self.out.shape);
         let mut total = 0usize;
         for (i, RawStates { len: n, .. }) in self.segments.iter().enumerate() {
@@ -577,6 +583,8 @@ impl Grid {
             v: view([self.batch, 0, self.kv_heads, v_dim]).into(),
             v_dim,
             v_packing: Packing::Rows,
+            k_hadamard: 0,
+            v_hadamard: merge.v_hadamard.unwrap_or(0),
             out,
             lse,
             visibility: Visibility::unmasked(self.batch, self.seq, k.units()),

@@ -1,10 +1,13 @@
-//! The heads of a token on their way into a cache or out of it: converted, normalised, rotated, quantised.
+//! The heads of a token on their way into a cache or out of it: converted, normalised, turned by RoPE, rotated by a Hadamard matrix,
+//! quantised.
 
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::format::CacheFormat;
-use crate::kernels::api::{CopyArgs, CopyFn, NormFn, Op, RopeArgs, RopeFn, ScaledArgs, ScaledFn};
+use crate::kernels::api::{
+    CopyArgs, CopyFn, HadamardArgs, HadamardFn, NormFn, Op, RopeArgs, RopeFn, ScaledArgs, ScaledFn,
+};
 use crate::layout::Place;
 use crate::ops::norm::{RmsNorm, Rotation, STAGE};
 use crate::problem::limits::MAX_ROTARY_DIM;
@@ -72,52 +75,105 @@ pub(crate) enum HeadKernels<'a> {
     Copy(CopyFn),
     Norm(NormFn, RmsNorm<'a>),
     Rotate(Rotation<'a>),
-    Quantize(Quantize<'a>),
+    Hadamard(Blocks),
+    Quantize(ScaledFn),
     Dequantize(ScaledFn),
+    Staged(Staged<'a>),
+}
+
+/// A kernel of a Hadamard rotation, and its block.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocks {
+    kernel: HadamardFn,
+    block: usize,
+}
+
+impl Blocks {
+    fn new(
+        context: &Context,
+        block: Option<usize>,
+        src: impl Into<CacheFormat>,
+        dst: impl Into<CacheFormat>,
+    ) -> Option<Self> {
+        block.map(|block| Self { kernel: context.hadamard(src, dst), block })
+    }
+
+    /// # Safety
+    /// As [`HadamardFn`].
+    unsafe fn run(&self, copy: &CopyArgs) {
+        // SAFETY: the caller's.
+        unsafe { (self.kernel)(&HadamardArgs { copy: *copy, block: self.block }) }
+    }
 }
 
 impl<'a> HeadKernels<'a> {
-    /// From elements into a cache, normalised if there is a norm and rotated if `rotated`.
-    pub fn write(context: &Context, norm: Option<RmsNorm<'a>>, rotated: bool, src: DType, dst: CacheFormat) -> Self {
-        if dst.dtype().is_some() {
-            return match norm {
-                _ if rotated => Self::Rotate(Rotation::new(context, norm, src, dst)),
-                Some(norm) => Self::Norm(context.norm(src, dst), norm),
-                None => Self::Copy(context.copy(Op::KvWrite, src, dst)),
-            };
-        }
-        let to_f32 = match norm {
-            Some(norm) => Some(ToF32::Norm(context.norm(src, DType::F32), norm)),
-            None if rotated => Some(ToF32::Rope(context.rope(src, DType::F32))),
-            None => None,
+    /// From elements into a cache: normalised if there is a norm, turned if `turned`, then rotated by blocks of `hadamard`.
+    pub fn write(
+        context: &Context,
+        norm: Option<RmsNorm<'a>>,
+        turned: bool,
+        hadamard: Option<usize>,
+        src: DType,
+        dst: CacheFormat,
+    ) -> Self {
+        let plain = dst.dtype().is_some();
+        let to_f32 = match (norm, turned, hadamard) {
+            (None, false, None) if plain => return Self::Copy(context.copy(Op::KvWrite, src, dst)),
+            (Some(norm), false, None) if plain => return Self::Norm(context.norm(src, dst), norm),
+            (norm, true, None) if plain => return Self::Rotate(Rotation::new(context, norm, src, dst)),
+            (None, false, None) => return Self::Quantize(context.quantize(src, dst)),
+            (None, false, Some(block)) if plain => {
+                return Self::Hadamard(Blocks { kernel: context.hadamard(src, dst), block });
+            }
+            (Some(norm), ..) => ToF32::Norm(context.norm(src, DType::F32), norm),
+            (None, true, _) => ToF32::Rope(context.rope(src, DType::F32)),
+            (None, false, Some(block)) => ToF32::Hadamard(Blocks { kernel: context.hadamard(src, DType::F32), block }),
         };
-        let rope = (rotated && norm.is_some()).then(|| context.rope(DType::F32, DType::F32));
-        let quantize = context.quantize(if to_f32.is_some() { DType::F32 } else { src }, dst);
-        Self::Quantize(Quantize { to_f32, rope, quantize, sizes: (src.size(), dst.unit_bytes()) })
+        let rotates = !matches!(to_f32, ToF32::Hadamard(_));
+        Self::Staged(Staged {
+            rope: (turned && norm.is_some()).then(|| context.rope(DType::F32, DType::F32)),
+            ..Staged::new(context, to_f32, hadamard.filter(|_| rotates), (src.size(), dst))
+        })
     }
 
-    /// Out of a cache into elements.
-    pub fn read(context: &Context, src: CacheFormat, dst: DType) -> Self {
-        match src.dtype() {
-            Some(_) => Self::Copy(context.copy(Op::KvWrite, src, dst)),
-            None => Self::Dequantize(context.dequantize(src, dst)),
+    /// Out of a cache into elements; the rotation by blocks of `hadamard` is undone.
+    pub fn read(context: &Context, hadamard: Option<usize>, src: CacheFormat, dst: DType) -> Self {
+        match (src.dtype(), Blocks::new(context, hadamard, DType::F32, dst)) {
+            (Some(_), None) => Self::Copy(context.copy(Op::KvWrite, src, dst)),
+            (Some(_), Some(blocks)) => Self::Hadamard(Blocks { kernel: context.hadamard(src, dst), ..blocks }),
+            (None, None) => Self::Dequantize(context.dequantize(src, dst)),
+            (None, Some(_)) => {
+                let to_f32 = ToF32::Dequantize(context.dequantize(src, DType::F32));
+                Self::Staged(Staged::new(context, to_f32, hadamard, (src.unit_bytes(), dst.into())))
+            }
         }
     }
 
     /// Between places of quantised caches, through f32.
-    pub fn requantize(context: &Context, rotated: bool, src: CacheFormat, dst: CacheFormat) -> Self {
-        Self::Quantize(Quantize {
-            to_f32: Some(ToF32::Dequantize(context.dequantize(src, DType::F32))),
-            rope: rotated.then(|| context.rope(DType::F32, DType::F32)),
-            quantize: context.quantize(DType::F32, dst),
-            sizes: (src.unit_bytes(), dst.unit_bytes()),
+    pub fn requantize(context: &Context, src: CacheFormat, dst: CacheFormat) -> Self {
+        let to_f32 = ToF32::Dequantize(context.dequantize(src, DType::F32));
+        Self::Staged(Staged::new(context, to_f32, None, (src.unit_bytes(), dst)))
+    }
+
+    /// Keys that are turned on between places of a cache: out of the rotation by blocks of `hadamard`, turned, and back into it.
+    pub fn turn(context: &Context, hadamard: Option<usize>, format: CacheFormat) -> Self {
+        let to_f32 = match (format.dtype(), hadamard) {
+            (Some(dtype), None) => return Self::write(context, None, true, None, dtype, format),
+            (Some(_), Some(block)) => ToF32::Hadamard(Blocks { kernel: context.hadamard(format, DType::F32), block }),
+            (None, _) => ToF32::Dequantize(context.dequantize(format, DType::F32)),
+        };
+        let quantised = matches!(to_f32, ToF32::Dequantize(_));
+        Self::Staged(Staged {
+            before: Blocks::new(context, hadamard.filter(|_| quantised), DType::F32, DType::F32),
+            rope: Some(context.rope(DType::F32, DType::F32)),
+            ..Staged::new(context, to_f32, hadamard, (format.unit_bytes(), format))
         })
     }
 
     /// # Safety
     /// `copy` is valid for the formats of `self`; `scales` gives scales on the sides whose format has scales, and on those with
-    /// static scales that are not 1; `turn` gives angles if heads are rotated; [`check_staged`] has accepted heads that are normalised and rotated, or quantised after
-    /// either.
+    /// static scales that are not 1; `turn` gives angles if heads are turned; [`check_staged`] has accepted heads that pass through
+    /// the stack.
     #[inline(always)]
     pub unsafe fn run(&self, copy: &CopyArgs, scales: impl FnOnce() -> [Option<Scales>; 2], turn: Option<Turn>) {
         // SAFETY: the caller's.
@@ -126,13 +182,14 @@ impl<'a> HeadKernels<'a> {
                 (Self::Copy(kernel), _) => kernel(copy),
                 (Self::Norm(kernel, norm), _) => kernel(&norm.args(*copy)),
                 (Self::Rotate(kernels), Some(turn)) => kernels.run(&turn.args(*copy)),
-                (Self::Quantize(_) | Self::Dequantize(_), _) => self.run_scaled(copy, scales(), turn),
-                _ => unreachable!("rotated heads have angles"),
+                (Self::Hadamard(blocks), _) => blocks.run(copy),
+                (Self::Quantize(_) | Self::Dequantize(_) | Self::Staged(_), _) => self.run_scaled(copy, scales(), turn),
+                _ => unreachable!("turned heads have angles"),
             }
         }
     }
 
-    /// [`Self::run`] into or out of quantised units.
+    /// [`Self::run`] into or out of quantised units, or through the stack.
     ///
     /// # Safety
     /// As [`Self::run`].
@@ -141,40 +198,64 @@ impl<'a> HeadKernels<'a> {
         // SAFETY: the caller's.
         unsafe {
             match self {
-                Self::Quantize(kernels) => kernels.run(copy, &from, &to, turn),
+                Self::Quantize(kernel) => kernel(&to.args(*copy, 0)),
                 Self::Dequantize(kernel) => kernel(&from.args(*copy, 0)),
+                Self::Staged(kernels) => kernels.run(copy, &from, &to, turn),
                 _ => unreachable!("plain units have no scales"),
             }
         }
     }
 }
 
-/// The kernels that convert heads to f32 before they are quantised.
+/// The kernel that converts heads to f32.
 #[derive(Clone, Copy)]
 enum ToF32<'a> {
     Norm(NormFn, RmsNorm<'a>),
     Rope(RopeFn),
     Dequantize(ScaledFn),
+    Hadamard(Blocks),
 }
 
-/// Quantises heads, directly or after a norm and a rotation to f32 on the stack.
+/// The kernel that converts heads from f32.
 #[derive(Clone, Copy)]
-pub(crate) struct Quantize<'a> {
-    to_f32: Option<ToF32<'a>>,
-    /// After [`Self::to_f32`].
+enum FromF32 {
+    Copy(CopyFn),
+    Hadamard(Blocks),
+    Quantize(ScaledFn),
+}
+
+/// Kernels that heads pass one after another, as f32 on the stack.
+#[derive(Clone, Copy)]
+pub(crate) struct Staged<'a> {
+    to_f32: ToF32<'a>,
+    /// In place, in this order: out of a Hadamard rotation, RoPE, into a Hadamard rotation.
+    before: Option<Blocks>,
     rope: Option<RopeFn>,
-    quantize: ScaledFn,
+    after: Option<Blocks>,
+    from_f32: FromF32,
     sizes: (usize, usize),
 }
 
-impl Quantize<'_> {
+impl<'a> Staged<'a> {
+    /// To f32, into a Hadamard rotation if there is a block, and to the format `dst`, from elements or units of `src` bytes.
+    fn new(context: &Context, to_f32: ToF32<'a>, hadamard: Option<usize>, (src, dst): (usize, CacheFormat)) -> Self {
+        let sizes = (src, dst.unit_bytes());
+        let (after, from_f32) = match (dst.dtype(), hadamard) {
+            (Some(_), None) => (None, FromF32::Copy(context.copy(Op::KvWrite, DType::F32, dst))),
+            (Some(_), Some(block)) => {
+                (None, FromF32::Hadamard(Blocks { kernel: context.hadamard(DType::F32, dst), block }))
+            }
+            (None, block) => {
+                let quantize = FromF32::Quantize(context.quantize(DType::F32, dst));
+                (Blocks::new(context, block, DType::F32, DType::F32), quantize)
+            }
+        };
+        Self { to_f32, before: None, rope: None, after, from_f32, sizes }
+    }
+
     /// # Safety
     /// As [`HeadKernels::run`].
     unsafe fn run(&self, all: &CopyArgs, from: &Scales, to: &Scales, turn: Option<Turn>) {
-        let Some(to_f32) = &self.to_f32 else {
-            // SAFETY: the caller's.
-            return unsafe { (self.quantize)(&to.args(*all, 0)) };
-        };
         let mut stage = MaybeUninit::<[f32; MAX_ROTARY_DIM]>::uninit();
         let stage: *mut u8 = stage.as_mut_ptr().cast();
         let (together, staged) = ((STAGE / all.dim).max(1), all.dim as isize);
@@ -186,30 +267,43 @@ impl Quantize<'_> {
             let plain = CopyArgs { heads, src_prefetch: 0, dst_prefetch: 0, ..*all };
             let load = CopyArgs { src, dst: stage, dst_head: staged, dst_dim: 1, ..plain };
             let store = CopyArgs { src: stage, dst, src_head: staged, src_dim: 1, ..plain };
+            let in_place = CopyArgs { dst: stage, dst_head: staged, dst_dim: 1, ..store };
             // SAFETY: the caller's; the stage holds these heads, and each kernel reads what the one before it has written.
             unsafe {
-                match (to_f32, turn) {
+                match (&self.to_f32, turn) {
                     (ToF32::Norm(kernel, norm), _) => kernel(&norm.args(load)),
                     (ToF32::Rope(kernel), Some(turn)) => kernel(&turn.args(load)),
                     (ToF32::Dequantize(kernel), _) => kernel(&from.args(load, first)),
-                    _ => unreachable!("rotated heads have angles"),
+                    (ToF32::Hadamard(blocks), _) => blocks.run(&load),
+                    _ => unreachable!("turned heads have angles"),
+                }
+                if let Some(blocks) = &self.before {
+                    blocks.run(&in_place);
                 }
                 if let (Some(rope), Some(turn)) = (self.rope, turn) {
-                    rope(&turn.args(CopyArgs { dst: stage, dst_head: staged, dst_dim: 1, ..store }));
+                    rope(&turn.args(in_place));
                 }
-                (self.quantize)(&to.args(store, first));
+                if let Some(blocks) = &self.after {
+                    blocks.run(&in_place);
+                }
+                match &self.from_f32 {
+                    FromF32::Copy(kernel) => kernel(&store),
+                    FromF32::Quantize(kernel) => kernel(&to.args(store, first)),
+                    FromF32::Hadamard(blocks) => blocks.run(&store),
+                }
             }
             first += heads;
         }
     }
 }
 
-/// Fails if heads are too long for the stack buffer before they are quantised.
+/// Fails if heads are too long for the stack buffer that they pass through.
 pub(crate) fn check_staged(name: &str, dim: usize) -> Result<()> {
     ensure!(
         dim <= MAX_ROTARY_DIM,
         Shape,
-        "{name} has dim = {dim}, but heads above {MAX_ROTARY_DIM} are not normalised, rotated or read on the way to quantised units"
+        "{name} has dim = {dim}, but heads above {MAX_ROTARY_DIM} are not normalised, rotated or read on the way to quantised units or to a \
+         Hadamard rotation"
     );
     Ok(())
 }

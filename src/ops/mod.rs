@@ -11,6 +11,7 @@ use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, Units};
 pub mod attention;
 pub mod cache;
 pub mod chunks;
+pub mod hadamard;
 mod heads;
 mod jobs;
 pub mod mask;

@@ -115,7 +115,7 @@ pub(crate) unsafe fn pack_token<U: Units>(
 ///
 /// # Safety
 /// The pair lies in the view, which is validated.
-unsafe fn into_pair<U: Units>(copy: CopyArgs, packed: &RawView<U>, slot: usize) -> CopyArgs {
+pub(crate) unsafe fn into_pair<U: Units>(copy: CopyArgs, packed: &RawView<U>, slot: usize) -> CopyArgs {
     let step = packed.strides[DIM] as isize;
     // SAFETY: the caller's; the second element of the pair is in the view as the first is.
     let dst = unsafe { copy.dst.offset((slot % 2) as isize * step * packed.dtype.size() as isize) };

@@ -32,7 +32,8 @@ use crate::view::{self, BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, contiguou
 pub struct SharedPrefix<'a> {
     /// `[1, tokens, kv_heads, dim]`, of any strides.
     pub k: CacheView<'a>,
-    /// `[1, tokens, kv_heads, v_dim]`, of any format, which need not be that of the sequences' own.
+    /// `[1, tokens, kv_heads, v_dim]`, of any format, which need not be that of the sequences' own. Both have the Hadamard rotations
+    /// that the options give.
     pub v: CacheView<'a>,
 }
 

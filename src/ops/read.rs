@@ -5,7 +5,8 @@ use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::format::CacheFormat;
 use crate::layout::{Layout, Packing, Place};
-use crate::ops::heads::{HeadKernels, Scales};
+use crate::ops::hadamard::check_block;
+use crate::ops::heads::{HeadKernels, Scales, check_staged};
 use crate::ops::pack::check_values;
 use crate::ops::setters::setters;
 use crate::ops::{for_each_token, token_copy};
@@ -32,6 +33,10 @@ pub struct KvRead<'a> {
     pub from: Source<'a>,
     /// The packing of the values in their cache.
     pub v_packing: Packing,
+    /// The block of the [Hadamard rotation](crate::hadamard) that the keys were written with, which is undone; none if absent.
+    pub k_hadamard: Option<usize>,
+    /// The same for the values.
+    pub v_hadamard: Option<usize>,
 }
 
 impl<'a> KvRead<'a> {
@@ -43,10 +48,20 @@ impl<'a> KvRead<'a> {
         v: ViewMut<'a>,
         from: Source<'a>,
     ) -> Self {
-        Self { k_cache: k_cache.into(), v_cache: v_cache.into(), k, v, from, v_packing: Packing::Rows }
+        Self {
+            k_cache: k_cache.into(),
+            v_cache: v_cache.into(),
+            k,
+            v,
+            from,
+            v_packing: Packing::Rows,
+            k_hadamard: None,
+            v_hadamard: None,
+        }
     }
 
     setters! {
+        optional { k_hadamard: usize, v_hadamard: usize, }
         plain { v_packing: Packing, }
     }
 }
@@ -135,7 +150,8 @@ impl Source<'_> {
     }
 }
 
-/// Reads tokens of a cache into plain tensors. Elements of a quantised cache are multiplied by their scales. Results
+/// Reads tokens of a cache into plain tensors. Elements of a quantised cache are multiplied by their scales. Hadamard
+/// rotations are undone where the call gives their blocks. Results
 /// are rounded once to the target's type (to nearest, ties to even).
 ///
 /// Everything is checked before the first byte is written. Slots without a token are read as they are.
@@ -181,6 +197,8 @@ pub fn kv_read(context: &Context, runner: &dyn Runner, read: KvRead) -> Result<(
         values: Some((read.v_cache.raw, read.v.raw)),
         from: read.from,
         v_packing: read.v_packing,
+        k_hadamard: read.k_hadamard,
+        v_hadamard: read.v_hadamard,
     };
     // SAFETY: the views borrow what they reach.
     unsafe { kv_read_raw(context, runner, &raw) }
@@ -192,6 +210,8 @@ pub(crate) struct RawRead<'a> {
     pub values: Option<(RawCacheView, RawView)>,
     pub from: Source<'a>,
     pub v_packing: Packing,
+    pub k_hadamard: Option<usize>,
+    pub v_hadamard: Option<usize>,
 }
 
 impl RawRead<'_> {
@@ -199,9 +219,11 @@ impl RawRead<'_> {
         let (k_cache, k) = &self.keys;
         let (k_cache_extent, k_extent) = check_pair("k_cache", k_cache, "k", k)?;
         k.same_axis("k", k_cache, "k_cache", DIM)?;
+        check_rotation("k_hadamard", self.k_hadamard, ("k", k), k_cache)?;
         if let Some((v_cache, v)) = &self.values {
             let (v_cache_extent, v_extent) = check_pair("v_cache", v_cache, "v", v)?;
             check_values(self.from.layout, self.v_packing, (k, k_cache), (v, v_cache))?;
+            check_rotation("v_hadamard", self.v_hadamard, ("v", v), v_cache)?;
             ensure!(!k.overlaps_within(k_extent, v, v_extent), Overlap, "k and v share memory");
             ensure!(!k_cache.overlaps_within(k_cache_extent, v, v_extent), Overlap, "k_cache and v share memory");
             ensure!(!v_cache.overlaps_within(v_cache_extent, k, k_extent), Overlap, "v_cache and k share memory");
@@ -216,7 +238,7 @@ pub(crate) unsafe fn kv_read_raw(context: &Context, runner: &dyn Runner, read: &
     read.validate()?;
     let (k_cache, k) = &read.keys;
     let place = |at: Place| read.from.place(at, k.shape[SEQ], &k_cache.units);
-    let kernels = HeadKernels::read(context, k_cache.dtype, k.dtype);
+    let kernels = HeadKernels::read(context, read.k_hadamard, k_cache.dtype, k.dtype);
     for_each_token(runner, k, |at| {
         let Some(place) = place(at) else { return };
         // SAFETY: the views and the places are valid; every token of the target is this task's alone.
@@ -226,7 +248,7 @@ pub(crate) unsafe fn kv_read_raw(context: &Context, runner: &dyn Runner, read: &
         }
     })?;
     let Some((v_cache, v)) = &read.values else { return Ok(()) };
-    let kernels = HeadKernels::read(context, v_cache.dtype, v.dtype);
+    let kernels = HeadKernels::read(context, read.v_hadamard, v_cache.dtype, v.dtype);
     for_each_token(runner, v, |at| {
         let Some((row, slot)) = place(at) else { return };
         // SAFETY: as above; a slot of a pair is in the view as the pair's first one is.
@@ -243,6 +265,20 @@ pub(crate) unsafe fn kv_read_raw(context: &Context, runner: &dyn Runner, read: &
             kernels.run(&copy, || [Scales::of_token(v_cache, (row, slot)), None], None);
         }
     })
+}
+
+/// Checks the block of a rotation that is undone.
+fn check_rotation(
+    option: &str,
+    block: Option<usize>,
+    (name, dst): (&str, &RawView),
+    cache: &RawCacheView,
+) -> Result<()> {
+    check_block(option, block, (name, dst.shape[DIM]))?;
+    if block.is_some() && cache.dtype.dtype().is_none() {
+        check_staged(name, dst.shape[DIM])?;
+    }
+    Ok(())
 }
 
 /// Checks a cache and its target; returns the memory ranges of both.

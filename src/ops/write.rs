@@ -6,9 +6,10 @@ use crate::cpu::cache;
 use crate::error::{Result, ensure, fail};
 use crate::kernels::api::{CopyArgs, Op};
 use crate::layout::{Layout, Packing, Place};
+use crate::ops::hadamard::check_block;
 use crate::ops::heads::{HeadKernels, Scales, Turn, check_staged};
 use crate::ops::norm::RmsNorm;
-use crate::ops::pack::{check_values, pack_token};
+use crate::ops::pack::{check_values, into_pair, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles};
 use crate::ops::setters::setters;
 use crate::ops::{ahead, for_each_token_with, token_copy};
@@ -39,6 +40,12 @@ pub struct KvWrite<'a> {
     /// Rotates the keys. The bits are those of [`rope()`](crate::rope()) into the type of the cache, or into f32 where the cache is
     /// quantised.
     pub rope: Option<Rope<'a>>,
+    /// The block of the [Hadamard rotation](crate::hadamard) of the keys, after `rope`; none if absent. [`hadamard_block`](crate::hadamard_block)
+    /// gives the largest, and [`AttentionOptions::k_hadamard`](crate::AttentionOptions::k_hadamard) has to agree. The bits are those of
+    /// [`hadamard`](crate::hadamard) from f32 into the type of the cache, or into f32 where the cache is quantised.
+    pub k_hadamard: Option<usize>,
+    /// The same for the values.
+    pub v_hadamard: Option<usize>,
     /// How values lie in their cache; [`Context::v_packing`] names the packing that attention reads fastest.
     pub v_packing: Packing,
 }
@@ -53,11 +60,22 @@ impl<'a> KvWrite<'a> {
         to: Destination<'a>,
     ) -> Self {
         let (k_cache, v_cache) = (k_cache.into(), v_cache.into());
-        Self { k, v, k_cache, v_cache, to, k_norm: None, rope: None, v_packing: Packing::Rows }
+        Self {
+            k,
+            v,
+            k_cache,
+            v_cache,
+            to,
+            k_norm: None,
+            rope: None,
+            k_hadamard: None,
+            v_hadamard: None,
+            v_packing: Packing::Rows,
+        }
     }
 
     setters! {
-        optional { k_norm: RmsNorm<'a>, rope: Rope<'a>, }
+        optional { k_norm: RmsNorm<'a>, rope: Rope<'a>, k_hadamard: usize, v_hadamard: usize, }
         plain { v_packing: Packing, }
     }
 }
@@ -330,7 +348,7 @@ impl Seen {
 ///
 /// Everything is checked before the first byte is written; nothing is clamped. The caller advances the lengths.
 ///
-/// A quantised cache is written through f32, after norm and rotation, by [the rule of its format](crate::docs::caches#formats).
+/// A quantised cache is written through f32, after norm and rotations, by [the rule of its format](crate::docs::caches#formats).
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint caches or disjoint sequences of a cache.
 ///
@@ -372,6 +390,8 @@ pub fn kv_write(context: &Context, runner: &dyn Runner, write: KvWrite) -> Resul
         to: write.to,
         k_norm: write.k_norm,
         rope: write.rope.as_ref().map(Rope::raw),
+        k_hadamard: write.k_hadamard,
+        v_hadamard: write.v_hadamard,
         v_packing: write.v_packing,
     };
     // SAFETY: the views borrow what they reach.
@@ -385,6 +405,8 @@ pub(crate) struct RawWrite<'a> {
     pub to: Destination<'a>,
     pub k_norm: Option<RmsNorm<'a>>,
     pub rope: Option<RawRope<'a>>,
+    pub k_hadamard: Option<usize>,
+    pub v_hadamard: Option<usize>,
     pub v_packing: Packing,
 }
 
@@ -402,7 +424,12 @@ impl RawWrite<'_> {
             ensure!(!crossed, Overlap, "k_cache and v share memory");
             let crossed = v_cache.overlaps_within(v_cache_extent, k, k_extent);
             ensure!(!crossed, Overlap, "v_cache and k share memory");
+            check_block("v_hadamard", self.v_hadamard, ("v", v.shape[DIM]))?;
+            if v_cache.dtype.dtype().is_none() && self.v_hadamard.is_some() {
+                check_staged("v", v.shape[DIM])?;
+            }
         }
+        check_block("k_hadamard", self.k_hadamard, ("k", k.shape[DIM]))?;
         self.to.validate(k.shape[BATCH], k.shape[SEQ], &k_cache.units)?;
         if let Some(rope) = &self.rope {
             rope.validate(k)?;
@@ -412,7 +439,9 @@ impl RawWrite<'_> {
             (Some(norm), None) => norm.validate("k", k)?,
             (None, _) => {}
         }
-        if k_cache.dtype.dtype().is_none() && (self.k_norm.is_some() || self.rope.is_some()) {
+        let (quantised, prepared) = (k_cache.dtype.dtype().is_none(), self.k_norm.is_some() || self.rope.is_some());
+        let rotated = self.k_hadamard.is_some();
+        if quantised && (prepared || rotated) || prepared && rotated {
             check_staged("k", k.shape[DIM])?;
         }
         Ok(())
@@ -423,15 +452,16 @@ impl RawWrite<'_> {
 /// The memory that valid views reach is readable and, for the caches, writable, by this call alone.
 pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write: &RawWrite) -> Result<()> {
     write.validate()?;
-    let RawWrite { keys: (k, k_cache), values, to, k_norm, rope, v_packing } = write;
+    let RawWrite { keys: (k, k_cache), values, to, k_norm, rope, k_hadamard, v_hadamard, v_packing } = write;
     let seq = k.shape[SEQ];
     let angles = context.angles();
     let heads = k.shape[..DIM].iter().fold(1usize, |n, &axis| n.saturating_mul(axis));
     let bytes = heads.saturating_mul(k.head_bytes().saturating_add(k_cache.head_bytes()));
     let large = bytes > cache::second_level() / 2;
-    let key_kernels = HeadKernels::write(context, *k_norm, rope.is_some(), k.dtype, k_cache.dtype);
-    let value_kernels =
-        values.as_ref().map(|(v, v_cache)| HeadKernels::write(context, None, false, v.dtype, v_cache.dtype));
+    let key_kernels = HeadKernels::write(context, *k_norm, rope.is_some(), *k_hadamard, k.dtype, k_cache.dtype);
+    let value_kernels = values
+        .as_ref()
+        .map(|(v, v_cache)| HeadKernels::write(context, None, false, *v_hadamard, v.dtype, v_cache.dtype));
     for_each_token_with(
         runner,
         k.shape,
@@ -470,6 +500,16 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                             }
                             if let Some(kernels) = &value_kernels {
                                 kernels.run(&copy, || [None, Scales::of_token(v_cache, place)], None);
+                            }
+                        }
+                        Packing::RowPairs if v_hadamard.is_some() => {
+                            let copy = into_pair(
+                                token_copy(v, (b, t), &v_cache.units, (place.0, place.1 / 2)),
+                                &v_cache.units,
+                                place.1,
+                            );
+                            if let Some(kernels) = &value_kernels {
+                                kernels.run(&copy, || [None, None], None);
                             }
                         }
                         Packing::RowPairs => {

@@ -3,6 +3,7 @@
 use super::grid::between;
 use super::masks::{BitView, ByteView, visible_by_masks};
 use super::visibility::Visibility;
+use crate::dtype::DType;
 use crate::layout::{Packing, Place};
 use crate::view::{RawCacheView, RawView};
 use std::f32::consts::LOG2_E;
@@ -15,6 +16,9 @@ pub(crate) struct Problem<'a> {
     /// The head size of values, and the packing of `v`.
     pub v_dim: usize,
     pub v_packing: Packing,
+    /// The blocks of the Hadamard rotations of K and of V; 0 means none.
+    pub k_hadamard: usize,
+    pub v_hadamard: usize,
     pub out: RawView,
     /// `[batch, seq, heads]`, contiguous; null if not requested.
     pub lse: *mut f32,
@@ -67,6 +71,11 @@ impl Problem<'_> {
                 }
             }
         }
+    }
+
+    /// The type whose digits queries have: f32 once they are rotated, as they are where K is.
+    pub fn query_dtype(&self) -> DType {
+        if self.k_hadamard == 0 { self.q.dtype } else { DType::F32 }
     }
 
     /// The stride between elements of a value.

@@ -487,6 +487,12 @@ impl Case {
     }
 
     pub fn oracle(&self) -> oracle::State {
+        let [keys, values] = quantised();
+        self.oracle_over(&read(&self.k, keys), &read(&self.v, values))
+    }
+
+    /// The result over other keys and values.
+    fn oracle_over(&self, k: &Array, v: &Array) -> oracle::State {
         let options = &self.options;
         let (bytes, bits) = (options.mask.as_ref(), options.bit_mask.as_ref());
         let shown = move |at| bytes.is_none_or(|m| m.get(at)) && bits.is_none_or(|m| m.get(at));
@@ -508,21 +514,42 @@ impl Case {
             alibi: options.alibi.as_deref(),
             sink_logits: options.sink_logits.as_deref(),
         };
-        let [keys, values] = quantised();
-        let integer = precision() == Precision::Integer && keys == Some(CacheFormat::Int8);
+        let integer = precision() == Precision::Integer && quantised()[0] == Some(CacheFormat::Int8);
         let queries = if integer { integer_queries(&self.q) } else { self.q.array() };
-        attention.run(&queries, &read(&self.k, keys), &read(&self.v, values))
+        attention.run(&queries, k, v)
     }
 
     /// Checks a result against the kernel's bound.
     #[track_caller]
     pub fn assert_close(&self, context: &Context, outcome: &Outcome, what: &dyn Fn() -> String) {
+        self.assert_close_to_state(context, &self.oracle(), outcome, what);
+    }
+
+    /// The same over other keys and values, in f32, which the result is of.
+    #[track_caller]
+    pub fn assert_close_to(
+        &self,
+        context: &Context,
+        (k, v): (&Tensor, &Tensor),
+        outcome: &Outcome,
+        what: &dyn Fn() -> String,
+    ) {
+        self.assert_close_to_state(context, &self.oracle_over(&k.array(), &v.array()), outcome, what);
+    }
+
+    #[track_caller]
+    fn assert_close_to_state(
+        &self,
+        context: &Context,
+        want: &oracle::State,
+        outcome: &Outcome,
+        what: &dyn Fn() -> String,
+    ) {
         let [k, v] = formats(self.k.dtype, self.v.dtype);
         let kernels = context.attention_kernels(k, v, precision());
         let kernel = if kernels[0].max_error < kernels[1].max_error { kernels[1] } else { kernels[0] };
         let bound = f64::from(kernel.max_error);
         let mut largest = 0f64;
-        let want = self.oracle();
         let [batch, tokens, heads, v_dim] = outcome.out.shape;
         for b in 0..batch {
             for t in 0..tokens {

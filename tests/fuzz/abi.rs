@@ -56,17 +56,18 @@ structs! {
     kvl_rope_params {
         struct_size: usize, pairing: i32, reserved: i32, rotary_dim: i64, inv_freq: *const f64, magnitude: f64,
         cos: *const f32, sin: *const f32, table_rows: i64, offsets: *const i32, positions: *const i32,
+        k_hadamard: i64,
     }
     kvl_kv_write_params {
         struct_size: usize, k: kvl_const_view, v: kvl_const_view, k_cache: kvl_view, v_cache: kvl_view,
         positions: *const i32, counts: *const i32, sequences: *const i32, slots: *const i32, rope: *const kvl_rope_params,
         layout: *const kvl_layout, k_norm: *const kvl_rms_norm_params, v_packing: i32, reserved: i32,
-        scales: *const kvl_cache_scales,
+        scales: *const kvl_cache_scales, k_hadamard: i64, v_hadamard: i64,
     }
     kvl_kv_read_params {
         struct_size: usize, k_cache: kvl_const_view, v_cache: kvl_const_view, k: kvl_view, v: kvl_view,
         positions: *const i32, counts: *const i32, sequences: *const i32, layout: *const kvl_layout,
-        scales: *const kvl_cache_scales, v_packing: i32, reserved: i32,
+        scales: *const kvl_cache_scales, v_packing: i32, reserved: i32, k_hadamard: i64, v_hadamard: i64,
     }
     kvl_layout {
         struct_size: usize, kind: i32, sink_tokens: i32, num_sequences: i64, pages_per_sequence: i64, table: *const i32,
@@ -90,13 +91,13 @@ structs! {
         kv_starts: *const i32, offsets: *const i32, mask: kvl_mask, bias: kvl_const_view, alibi_slopes: *const f32,
         sink_logits: *const f32, precision: i32, reserved2: i32, layout: *const kvl_layout, cu_seqlens_q: *const i32,
         num_sequences: i64, prefix_lengths: *const i32, bit_mask: *const kvl_bit_mask, plan: *const kvl_plan, v_packing: i32,
-        reserved3: i32, query_positions: *const i32, scales: *const kvl_cache_scales,
+        reserved3: i32, query_positions: *const i32, scales: *const kvl_cache_scales, k_hadamard: i64, v_hadamard: i64,
     }
     kvl_attention_state { out: kvl_const_view, lse: *const f32 }
     kvl_chunk_states { states: *const f32, len: i64 }
     kvl_merge_chunks_params {
         struct_size: usize, segments: *const kvl_chunk_states, num_segments: usize, kv_heads: i64, k_format: i32, v_format: i32, precision: i32, reserved: i32,
-        sink_logits: *const f32, out: kvl_view, lse: *mut f32,
+        sink_logits: *const f32, out: kvl_view, lse: *mut f32, v_hadamard: i64,
     }
 }
 
@@ -250,6 +251,14 @@ unsafe extern "C" {
         norm: *const kvl_rms_norm_params,
         rope: *const kvl_rope_params,
     ) -> i32;
+    pub fn kvl_hadamard(
+        context: Context,
+        runner: Runner,
+        src: *const kvl_const_view,
+        dst: *const kvl_view,
+        block: i64,
+    ) -> i32;
+    pub fn kvl_hadamard_block(dim: i64, block: *mut i64) -> i32;
     pub fn kvl_pack_row_pairs(
         context: Context,
         runner: Runner,

@@ -559,12 +559,15 @@ fn attend(mut c: Call, form: Form) -> i32 {
         v_packing,
         reserved3: c.code(0),
         scales: c.scales_of([&k_scales, &v_scales]),
+        k_hadamard: c.hadamard(k.shape[3]),
+        v_hadamard: c.hadamard(if packed { v.shape[3] / 2 } else { v.shape[3] }),
         ..said.params
     };
 
     let quantised = k_scales.is_some() || v_scales.is_some();
+    let rotated = params.k_hadamard != 0 || params.v_hadamard != 0;
     let older: &[usize] =
-        if is_new || packed || quantised || !plan.0.is_null() || !bits.is_null() { &[] } else { &OLDER };
+        if is_new || packed || quantised || rotated || !plan.0.is_null() || !bits.is_null() { &[] } else { &OLDER };
     let params = c.sized(&params, older);
     let (context, runner) = (c.context(), c.runner());
     let prefix = prefix.map(|[(k, k_scales), (v, v_scales)]| {
@@ -677,6 +680,7 @@ fn compare(context: *const kvl_context, params: &kvl_attention_params, states: *
         precision: params.precision,
         out: view(&mut merged),
         lse: merged_lse.as_mut_ptr(),
+        v_hadamard: params.v_hadamard,
         ..zeroed()
     };
     let (mut arena, mut bytes, runner) = (crate::memory::Arena::default(), 0, std::ptr::null());

@@ -426,8 +426,9 @@ fn rotations(c: &mut Call, cache: &Cache, num_ropes: usize) -> (*const *const kv
         let inv_freq = c.list(pairs, &wrong, |c, _| f64::from(c.value().abs())).at;
         let cos = if c.hit() { c.arena.copy(&[1.0f32], 0) } else { std::ptr::null_mut() };
         let pairing = i32::from(c.maybe(0.5));
-        let params =
-            kvl_rope_params { pairing: c.code(pairing), reserved: c.code(0), rotary_dim, inv_freq, cos, ..zeroed() };
+        let k_hadamard = c.hadamard(dim as i64);
+        let (pairing, reserved) = (c.code(pairing), c.code(0));
+        let params = kvl_rope_params { pairing, reserved, rotary_dim, inv_freq, cos, k_hadamard, ..zeroed() };
         ropes.push(c.sized(&params, &[]));
     }
     let none = ropes.iter().map(|rope| rope.is_null()).collect();

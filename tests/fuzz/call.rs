@@ -244,6 +244,14 @@ impl<'a> Call<'a> {
         }
     }
 
+    /// The block of a Hadamard rotation of heads of this size, or 0.
+    pub fn hadamard(&mut self, dim: i64) -> i64 {
+        let largest = if dim > 0 { (dim & dim.wrapping_neg()).min(512) } else { 0 };
+        let smaller = self.rng.below(3) as u32;
+        let right = if largest > 1 && self.maybe(0.25) { (largest >> smaller).max(2) } else { 0 };
+        if self.hit() { self.rng.pick(&[1, 3, 48, 64, 512, 1024, -2, i64::MIN, i64::MAX]) } else { right }
+    }
+
     // -----------------------------------------------------------------------------------------------------------------
     // Tensors
 

@@ -109,6 +109,7 @@ pub fn merge_chunks(mut c: Call) -> i32 {
         sink_logits: sinks.at,
         out: c.view(&out),
         lse,
+        v_hadamard: c.hadamard(out.shape[3]),
         ..zeroed()
     };
     let params = c.sized(&params, &[]);

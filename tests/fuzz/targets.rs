@@ -37,6 +37,8 @@ targets! {
     8 kvl_rope: rope,
     8 kvl_rms_norm: rms_norm,
     8 kvl_rms_norm_rope: rms_norm_rope,
+    8 kvl_hadamard: hadamard,
+    1 kvl_hadamard_block: hadamard_block,
     8 kvl_merge_states: merge_states,
     6 kvl_repeat_kv: repeat_kv,
     6 kvl_pack_row_pairs: pack_row_pairs,
@@ -262,6 +264,48 @@ fn transform(mut c: Call, norm: bool, rope: bool) -> i32 {
     c.check(status)
 }
 
+fn hadamard(mut c: Call) -> i32 {
+    c.spoil_rate(0.08);
+    let shape = c.shape();
+    let shape = if c.maybe(0.8) { [shape[0], shape[1], shape[2], shape[3] * c.rng.pick(&[2, 4, 16])] } else { shape };
+    let (from, to) = (c.dtype(), c.dtype());
+    let mut src = c.tensor(from, shape, true);
+    c.settle(&mut src);
+    c.fill(&src, |_| true);
+    let in_place = c.maybe(0.2) && src.strides.iter().zip(src.shape).all(|(&s, n)| s != 0 || n == 1);
+    let dst = match in_place {
+        true => src,
+        false => {
+            let mut dst = c.tensor(to, shape, false);
+            c.alias(&mut dst, &src);
+            c.settle(&mut dst);
+            dst
+        }
+    };
+    let block = c.hadamard(src.shape[3]);
+    if block == 0 {
+        // Here it is no option.
+        c.allow_error();
+    }
+    c.writes(&dst, |_| true);
+    let (src, dst, context, runner) = (c.const_view(&src), c.view(&dst), c.context(), c.runner());
+    let (src, dst) = (c.fixed(src), c.fixed(dst));
+    c.ready();
+    // SAFETY: all data is in blocks of the sizes that the arguments state.
+    let status = unsafe { kvl_hadamard(context, runner, src, dst, block) };
+    c.check(status)
+}
+
+fn hadamard_block(mut c: Call) -> i32 {
+    let right = c.dim();
+    let (dim, block) = (c.number(right), c.output::<i64>(Some(1)));
+    c.may_write(block, Some(1));
+    c.ready();
+    // SAFETY: space for the result, or null.
+    let status = unsafe { kvl_hadamard_block(dim, block) };
+    c.check(status)
+}
+
 fn kv_write(mut c: Call) -> i32 {
     c.spoil_rate(0.035);
     let [batch, seq, heads, dim] = c.shape();
@@ -378,9 +422,12 @@ fn kv_write(mut c: Call) -> i32 {
         v_packing,
         reserved: c.code(0),
         scales: c.scales_of([&k_scales, &v_scales]),
+        k_hadamard: c.hadamard(k.shape[3]),
+        v_hadamard: if values { c.hadamard(v.shape[3]) } else { 0 },
         ..zeroed()
     };
-    let is_new = !layout.at.is_null() || !k_norm.is_null() || v_packing != 0 || !params.scales.is_null();
+    let rotated = params.k_hadamard != 0 || params.v_hadamard != 0;
+    let is_new = rotated || !layout.at.is_null() || !k_norm.is_null() || v_packing != 0 || !params.scales.is_null();
     let older: &[usize] = if is_new { &[] } else { &[offset_of!(kvl_kv_write_params, layout)] };
     let (params, context, runner) = (c.sized(&params, older), c.context(), c.runner());
     c.ready();
@@ -468,6 +515,8 @@ fn kv_read(mut c: Call) -> i32 {
         v_packing,
         reserved: c.code(0),
         scales: c.scales_of([&k_scales, &v_scales]),
+        k_hadamard: c.hadamard(k.shape[3]),
+        v_hadamard: if values { c.hadamard(v.shape[3]) } else { 0 },
         ..zeroed()
     };
     let (params, context, runner) = (c.sized(&params, &[]), c.context(), c.runner());

@@ -85,8 +85,22 @@ const NOT_BLOCKS: [&str; 7] = [
 ];
 
 /// The tests that partial levels run, with exceptions; the others would test the levels below again.
-const PARTIAL: [&str; 8] =
-    ["attention::", "semantics::", "positions::", "invariance::", "latent::", "layouts::", "properties::", "shard::"];
+const PARTIAL: [&str; 14] = [
+    "hadamard::random_calls",
+    "hadamard::head_sizes",
+    "hadamard::non_finite",
+    "hadamard::cut_prompts",
+    "hadamard::segments",
+    "hadamard::prefixes",
+    "attention::",
+    "semantics::",
+    "positions::",
+    "invariance::",
+    "latent::",
+    "layouts::",
+    "properties::",
+    "shard::",
+];
 const NOT_PARTIAL: [&str; 3] =
     ["invariance::memory_bound_operations", "latent::int8_values_inside_keys", "latent::written_in_parts"];
 

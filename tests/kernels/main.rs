@@ -12,6 +12,7 @@ mod blocks;
 mod cache;
 mod errors;
 mod fp8;
+mod hadamard;
 mod harness;
 mod int8;
 mod invariance;
@@ -44,6 +45,7 @@ fn main() -> std::process::ExitCode {
         int8::TESTS,
         fp8::TESTS,
         blocks::TESTS,
+        hadamard::TESTS,
         invariance::TESTS,
         layouts::TESTS,
         latent::TESTS,

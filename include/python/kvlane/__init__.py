@@ -26,7 +26,7 @@ import numpy as np
 from . import capi
 from ._base import Array, Error
 
-__all__ = ["Error", "attention", "capi", "isa", "kv_write", "rope", "rope_frequencies"]
+__all__ = ["Error", "attention", "capi", "hadamard", "hadamard_block", "isa", "kv_write", "rope", "rope_frequencies"]
 __version__ = capi.kvl_version_string()
 
 
@@ -71,7 +71,8 @@ def attention(q: Any, k: Any, v: Any, *, out: Any = None, causal: bool = False, 
               window_right: int | None = None, threads: int = 1, **fields: Any) -> Any:
     """Softmax attention of queries [batch, seq, heads, dim] over keys and values [batch, slots, kv_heads, dim]; returns `out`, a new
     array of float32 if none is given. The other fields are those of `capi.kvl_attention_params`: lengths, kv_starts, offsets, mask,
-    bias, scale, softcap, alibi_slopes, sink_logits, lse, layout, scales and so on. With a layout, lists are as long as its sequences."""
+    bias, scale, softcap, alibi_slopes, sink_logits, lse, layout, scales, k_hadamard, v_hadamard and so on. With a layout, lists are as
+    long as its sequences."""
     shape, v_shape = Array(q, "q").shape, Array(v, "v").shape
     if out is None and len(shape) == len(v_shape) == 4:
         out = np.empty((*shape[:3], v_shape[3]), np.float32)
@@ -95,10 +96,26 @@ def attention(q: Any, k: Any, v: Any, *, out: Any = None, causal: bool = False, 
 
 def kv_write(k: Any, v: Any, k_cache: Any, v_cache: Any, *, threads: int = 1, **fields: Any) -> None:
     """Writes new keys and values [batch, seq, kv_heads, dim] into caches [batch, slots, kv_heads, dim]. The other fields are those of
-    `capi.kvl_kv_write_params`: positions, counts, sequences, slots, rope, k_norm, layout, scales and so on."""
+    `capi.kvl_kv_write_params`: positions, counts, sequences, slots, rope, k_norm, layout, scales, k_hadamard, v_hadamard and so on."""
     params = capi.kvl_kv_write_params(k=k, v=v, k_cache=k_cache, v_cache=v_cache, **fields)
     _counted(fields, ("positions", "counts", "sequences"), params.k.shape[0])
     capi.kvl_kv_write(_context(), _runner(threads), params)
+
+
+def hadamard_block(dim: int) -> int:
+    """The block of the Hadamard rotation of a head of `dim` elements: the largest power of two that divides it, at most 512; 0 if it is
+    odd."""
+    block = C.c_int64()
+    capi.kvl_hadamard_block(dim, block)
+    return block.value
+
+
+def hadamard(x: Any, block: int = 0, *, out: Any = None, threads: int = 1) -> Any:
+    """Rotates heads [batch, seq, heads, dim] by a normalised Walsh-Hadamard matrix, in blocks of `block` elements, or the largest that a
+    head has. Twice is not at all. In place unless `out` is given; returns what was written."""
+    to = x if out is None else out
+    capi.kvl_hadamard(_context(), _runner(threads), x, to, block or hadamard_block(Array(x, "x").shape[3]))
+    return to
 
 
 def rope_frequencies(rotary_dim: int, base: float = 10000.0, **fields: Any) -> tuple[np.ndarray, float]:

@@ -136,6 +136,7 @@ pub(super) fn beams(args: &Generate, loaded: Loaded, mut options: BeamOptions) -
             "isa": decoder.context().isa().name(),
             "k_type": args.run.formats().k.name(),
             "v_type": args.run.formats().v.name(),
+            "rotate": args.run.formats().rotate.name(),
             "cache_bytes": search.cache().bytes(),
             "load_seconds": load.as_secs_f64(),
             "prefill_tokens_per_second": prefill_rate,

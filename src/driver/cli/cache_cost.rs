@@ -78,6 +78,7 @@ pub(super) fn cache_cost(args: &CacheCost) -> Result<()> {
             "isa": decoder.context().isa().name(),
             "k_type": args.run.formats().k.name(),
             "v_type": args.run.formats().v.name(),
+            "rotate": args.run.formats().rotate.name(),
             "cache_bytes": cache.bytes(),
             "points": rows.iter().map(|(n, with, without)| json!({
                 "context": n, "cached_ms": with, "recomputed_ms": without,

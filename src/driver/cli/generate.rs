@@ -391,6 +391,7 @@ impl Figures<'_> {
             "isa": self.decoder.context().isa().name(),
             "k_type": self.formats.k.name(),
             "v_type": self.formats.v.name(),
+            "rotate": self.formats.rotate.name(),
             "cache_bytes": self.scheduler.cache().bytes(),
             "cache_bytes_per_token": self.token_bytes(),
             "evicted": statistics.evicted,
@@ -432,15 +433,22 @@ fn kernel_names(decoder: &Decoder, formats: Formats) -> Vec<&'static str> {
 
 /// The kernels of a pass of the decoder, which computes in f32 and stores in `formats`.
 fn kernels_that_run(context: &Context, formats: Formats) -> Vec<KernelInfo> {
-    let (f32, Formats { k, v }) = (CacheFormat::F32, formats);
+    let (f32, Formats { k, v, rotate }) = (CacheFormat::F32, formats);
     // Keys are rotated on their way into the cache; into a quantised one by two kernels.
-    let keys = if k.dtype().is_none() { Op::KvWrite } else { Op::Rope };
-    let mut ran: Vec<KernelInfo> =
-        [(Op::RopeAngles, f32, f32), (Op::Rope, f32, f32), (keys, f32, k), (Op::KvWrite, f32, v)]
-            .into_iter()
-            .filter_map(|(op, src, dst)| context.kernel(op, src, dst))
-            .chain(context.attention_kernels(k, v, Precision::Default))
-            .collect();
+    let keys = match k.dtype() {
+        None => Op::KvWrite,
+        Some(_) if rotate.k => Op::Hadamard,
+        Some(_) => Op::Rope,
+    };
+    let values = if v.dtype().is_some() && rotate.v { Op::Hadamard } else { Op::KvWrite };
+    let quantised = rotate.k && k.dtype().is_none() || rotate.v && v.dtype().is_none();
+    let between = quantised.then_some((Op::Hadamard, f32, f32));
+    let mut ran: Vec<KernelInfo> = [(Op::RopeAngles, f32, f32), (Op::Rope, f32, f32), (keys, f32, k), (values, f32, v)]
+        .into_iter()
+        .chain(between)
+        .filter_map(|(op, src, dst)| context.kernel(op, src, dst))
+        .chain(context.attention_kernels(k, v, Precision::Default))
+        .collect();
     ran.dedup_by_key(|k| k.name);
     ran
 }

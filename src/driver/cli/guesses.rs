@@ -133,6 +133,7 @@ pub(super) fn guesses(args: &Generate, loaded: Loaded, options: SpeculationOptio
             "isa": decoder.context().isa().name(),
             "k_type": formats.k.name(),
             "v_type": formats.v.name(),
+            "rotate": formats.rotate.name(),
             "cache_bytes": text.cache().bytes(),
             "load_seconds": load.as_secs_f64(),
             "prefill_tokens_per_second": prefill_rate,

@@ -93,7 +93,7 @@ fn exit_code(e: &Error) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::cache::Formats;
+    use crate::driver::cache::{Formats, Rotate};
     use crate::{CacheFormat, Isa};
     use clap::CommandFactory;
 
@@ -118,11 +118,16 @@ mod tests {
             let Command::Generate(args) = cli.command else { panic!("not generate") };
             args.run.formats()
         };
-        let of = |k, v| Formats { k, v };
+        let of = Formats::new;
         assert_eq!(formats(&[]), of(CacheFormat::F32, CacheFormat::F32));
         assert_eq!(formats(&["--kv-type", "int8"]), of(CacheFormat::Int8, CacheFormat::Int8));
         assert_eq!(formats(&["--k-type", "int8"]), of(CacheFormat::Int8, CacheFormat::F32));
         assert_eq!(formats(&["--kv-type", "bf16", "--v-type", "int8"]), of(CacheFormat::Bf16, CacheFormat::Int8));
         assert!(Cli::try_parse_from(["kvlane", "generate", "--k-type", "int4"]).is_err());
+        let rotate = |k, v| Formats::from(CacheFormat::F32).rotate(Rotate { k, v });
+        assert_eq!(formats(&["--rotate", "none"]), rotate(false, false));
+        assert_eq!(formats(&["--rotate", "k"]), rotate(true, false));
+        assert_eq!(formats(&["--rotate", "both"]), rotate(true, true));
+        assert!(Cli::try_parse_from(["kvlane", "generate", "--rotate", "q"]).is_err());
     }
 }

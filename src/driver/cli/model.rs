@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::output::{bar, count_of, note};
-use super::values::{self, format_parser, isa_parser};
-use crate::driver::cache::Formats;
+use super::values::{self, format_parser, isa_parser, rotate_parser};
+use crate::driver::cache::{Formats, Rotate};
 use crate::driver::decoder::Decoder;
 use crate::driver::embedded;
 use crate::driver::error::{Error, Result};
@@ -35,6 +35,9 @@ pub(super) struct Run {
     /// Format of the values, if it is another than that of --kv-type
     #[arg(long, value_name = "FORMAT", value_parser = format_parser(), ignore_case = true)]
     pub(super) v_type: Option<CacheFormat>,
+    /// Rotate keys, values or both by Hadamard matrices before they are stored, which spreads outliers of single channels
+    #[arg(long, value_name = "WHAT", default_value = "none", value_parser = rotate_parser(), ignore_case = true)]
+    pub(super) rotate: Rotate,
     /// The highest instruction-set level to use. Default: the best that this CPU has (and KVLANE_MAX_ISA allows)
     #[arg(long, value_name = "LEVEL", value_parser = isa_parser(), ignore_case = true)]
     pub(super) isa: Option<Isa>,
@@ -71,7 +74,8 @@ impl Run {
 
     /// The formats of the cache.
     pub(super) fn formats(&self) -> Formats {
-        Formats { k: self.k_type.unwrap_or(self.kv_type), v: self.v_type.unwrap_or(self.kv_type) }
+        let [k, v] = [self.k_type, self.v_type].map(|own| own.unwrap_or(self.kv_type));
+        Formats::new(k, v).rotate(self.rotate)
     }
 
     /// Unpacks the model for sequences of up to `longest` tokens.

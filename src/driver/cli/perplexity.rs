@@ -70,6 +70,7 @@ pub(super) fn measure(args: &Measure) -> Result<()> {
             "isa": decoder.context().isa().name(),
             "k_type": formats.k.name(),
             "v_type": formats.v.name(),
+            "rotate": formats.rotate.name(),
             "cache_bytes_per_token": token_bytes,
             "context": context,
             "tokens": result.tokens,

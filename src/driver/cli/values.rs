@@ -3,12 +3,17 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use crate::bench::Pages;
-use crate::driver::MOST_THREADS;
+use crate::driver::{MOST_THREADS, Rotate};
 use crate::{CacheFormat, Isa, Mesh};
 
 pub(super) fn format_parser() -> impl TypedValueParser<Value = CacheFormat> {
     PossibleValuesParser::new(CacheFormat::ALL.map(CacheFormat::name))
         .try_map(|s| CacheFormat::from_name(&s.to_ascii_lowercase()).ok_or_else(|| format!("no format is called {s}")))
+}
+
+pub(super) fn rotate_parser() -> impl TypedValueParser<Value = Rotate> {
+    PossibleValuesParser::new(Rotate::ALL.map(Rotate::name))
+        .try_map(|s| Rotate::from_name(&s.to_ascii_lowercase()).ok_or_else(|| format!("nothing is called {s}")))
 }
 
 /// A level that this CPU has.

@@ -106,8 +106,9 @@ impl<'a> Segments<'a> {
             next.push(sum);
             sum + n
         });
-        let Formats { k, v } = cache.formats();
-        let merge = ChunkMerge::new(c.kv_heads, k, v);
+        let Formats { k, v, .. } = cache.formats();
+        let mut merge = ChunkMerge::new(c.kv_heads, k, v);
+        [_, merge.v_hadamard] = cache.hadamard();
         for &(row, first, n) in &self.rows {
             let mut parts = Vec::with_capacity(next.len());
             for (segment, next) in self.all.iter().zip(&mut next) {

@@ -228,6 +228,7 @@ impl<'a> Scheduler<'a> {
         if n > self.cache.capacity() {
             return Err(Error::argument(format!("a prompt of {n} tokens; 1 to {} fit", self.cache.capacity())));
         }
+        prefilled.cache.check_rotation(&self.cache)?;
         request.prompt.clone_from(&prefilled.tokens);
         let shared = self.check(request)?;
         Ok(self.enqueue(shared, Some(prefilled)))

@@ -5,6 +5,7 @@ pub(crate) mod attention;
 pub(crate) mod blocks;
 pub(crate) mod copy;
 pub(crate) mod fp8;
+pub(crate) mod hadamard;
 pub(crate) mod math;
 pub(crate) mod merge;
 pub(crate) mod norm;

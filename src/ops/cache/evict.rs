@@ -8,8 +8,10 @@ use crate::context::Context;
 use crate::error::{Error, Result, ensure};
 use crate::format::CacheFormat;
 use crate::layout::Layout;
+use crate::ops::hadamard::check_block;
 use crate::ops::heads::check_staged;
 use crate::ops::rope::{RopeFrequencies, check_frequencies, check_rotary_dim};
+use crate::ops::setters::setters;
 use crate::parallel::Runner;
 use crate::problem::limits::MAX_ROTARY_DIM;
 use crate::problem::rotation::Pairing;
@@ -24,12 +26,23 @@ pub struct KeyRotation<'a> {
     pub pairing: Pairing,
     /// The frequencies, with their scaling. [`KvCache::evict`] ignores their magnitude.
     pub frequencies: &'a RopeFrequencies,
+    /// The block of the [Hadamard rotation](crate::hadamard) that followed; none if absent. The keys are brought out of it, turned, and
+    /// brought back.
+    pub hadamard: Option<usize>,
 }
 
 impl<'a> KeyRotation<'a> {
     /// The rotation that keys were written with.
     pub fn new(pairing: Pairing, frequencies: &'a RopeFrequencies) -> Self {
-        Self { pairing, frequencies }
+        Self { pairing, frequencies, hadamard: None }
+    }
+
+    setters! {
+        optional { hadamard: usize, }
+    }
+
+    fn raw(&self) -> RawRotation<'a> {
+        RawRotation { pairing: self.pairing, inv_freq: self.frequencies.inv_freq(), hadamard: self.hadamard }
     }
 }
 
@@ -38,6 +51,7 @@ impl<'a> KeyRotation<'a> {
 pub(crate) struct RawRotation<'a> {
     pub pairing: Pairing,
     pub inv_freq: &'a [f64],
+    pub hadamard: Option<usize>,
 }
 
 impl KvCache<'_, '_> {
@@ -47,7 +61,9 @@ impl KvCache<'_, '_> {
     /// `rotations` has an entry per layer, or one for all layers, or none if keys carry no rotation; `None` is a layer whose
     /// keys are not rotated. Angles are computed in f64; arithmetic is f32, rounded once to the format of the cache. Each call
     /// adds one rounding of every moved key: half a unit in the last place of an element, in f32 the `max_error` of
-    /// [`Op::Rope`](crate::Op::Rope), and half a scale in int8, whose keys are read, rotated and quantised again with a new scale; in fp8 with the same one.
+    /// [`Op::Rope`](crate::Op::Rope), and half a scale in int8, whose keys are read, rotated and quantised again with a new scale; in fp8 with the same one. A [Hadamard
+    /// rotation](KeyRotation::hadamard) of the keys is undone and repeated in f32.
+    ///
     /// These errors [add up](Self#dropping-tokens-in-two-ways). Values, and keys that are not rotated, move with all their bits,
     /// scales included.
     /// Bytes behind the new end of the sequence do not change.
@@ -71,8 +87,7 @@ impl KvCache<'_, '_> {
         drop: Range<usize>,
         rotations: &[Option<KeyRotation>],
     ) -> Result<()> {
-        let raw =
-            |i: usize| Ok(rotations[i].map(|r| RawRotation { pairing: r.pairing, inv_freq: r.frequencies.inv_freq() }));
+        let raw = |i: usize| Ok(rotations[i].as_ref().map(KeyRotation::raw));
         let n = rotations.len();
         // SAFETY: the views borrow what they reach.
         self.with_raw(|cache| unsafe { evict_raw(context, runner, cache, sequence as i64, drop, n, &raw) })
@@ -153,12 +168,8 @@ impl<'a> UnrotatedKeys<'a> {
     }
 
     fn raw(&self) -> RawUnrotated<'a> {
-        let KeyRotation { pairing, frequencies } = self.rotation;
-        RawUnrotated {
-            keys: self.keys.raw,
-            rotation: RawRotation { pairing, inv_freq: frequencies.inv_freq() },
-            magnitude: frequencies.magnitude(),
-        }
+        let Self { keys, rotation } = self;
+        RawUnrotated { keys: keys.raw, rotation: rotation.raw(), magnitude: rotation.frequencies.magnitude() }
     }
 }
 
@@ -206,11 +217,11 @@ pub(crate) unsafe fn evict_raw<'a>(
             let rotation = if piece.values { Ok(None) } else { of_layer((rotations, rotation), piece.layer) };
             let step = match rotation.expect("the rotations were valid a moment ago") {
                 None => Step::copy(context, cache),
-                Some(RawRotation { pairing, inv_freq }) => {
+                Some(RawRotation { pairing, inv_freq, hadamard }) => {
                     let (cos, sin) = (&mut cos[..inv_freq.len()], &mut sin[..inv_freq.len()]);
                     // SAFETY: the context hands out kernels of available levels only.
                     unsafe { angles(-(gap as f64), inv_freq, 1.0, cos, sin) };
-                    Step::rotate(context, cache, cache, pairing, (cos, sin))
+                    Step::turn(context, None, cache.dtype, (pairing, hadamard), (cos, sin))
                 }
             };
             // SAFETY: all positions are the sequence's, on pages that it has once; tokens move down in ascending order, no more
@@ -276,8 +287,9 @@ pub(crate) unsafe fn evict_running_raw<'a>(
         for_each_piece(runner, layers, kept, &|_, piece| {
             let unrotated = if piece.values { Ok(None) } else { of_layer(unrotated, piece.layer) };
             let Some(unrotated) = unrotated.expect("the keys were valid a moment ago") else { return };
-            let RawRotation { pairing, inv_freq } = unrotated.rotation;
-            let (src, cache) = (heads_of(&unrotated.keys, piece.heads).into(), &piece.cache);
+            let RawRotation { pairing, inv_freq, hadamard } = unrotated.rotation;
+            let (dtype, cache) = (unrotated.keys.dtype, &piece.cache);
+            let src = heads_of(&unrotated.keys, piece.heads).into();
             let (mut cos, mut sin) = ([0.0; MAX_ROTARY_DIM / 2], [0.0; MAX_ROTARY_DIM / 2]);
             let (cos, sin) = (&mut cos[..inv_freq.len()], &mut sin[..inv_freq.len()]);
             for token in 0..kept {
@@ -287,7 +299,7 @@ pub(crate) unsafe fn evict_running_raw<'a>(
                 // has once, and the copies have its heads and share no memory with it.
                 unsafe {
                     angles(position, inv_freq, unrotated.magnitude, cos, sin);
-                    let step = Step::rotate(context, &src, cache, pairing, (&*cos, &*sin));
+                    let step = Step::turn(context, Some(dtype), cache.dtype, (pairing, hadamard), (&*cos, &*sin));
                     move_tokens(&step, &src, (0, token), cache, place, 1);
                 }
             }
@@ -345,9 +357,10 @@ fn check_per_layer<T>(
 
 fn check_rotation(rotation: &RawRotation, magnitude: f64, k: &RawCacheView) -> Result<()> {
     let (rotary_dim, dim) = (rotation.inv_freq.len().saturating_mul(2), k.shape[DIM]);
-    if k.dtype.dtype().is_none() {
+    if k.dtype.dtype().is_none() || rotation.hadamard.is_some() {
         check_staged("k", dim)?;
     }
+    check_block("hadamard", rotation.hadamard, ("k", dim))?;
     check_rotary_dim(rotary_dim)?;
     ensure!(rotary_dim <= dim, Shape, "rotary_dim {rotary_dim} is above the head size {dim}");
     check_frequencies(rotation.inv_freq, magnitude)

@@ -451,29 +451,30 @@ impl<'a> Step<'a> {
         match (src.dtype.dtype(), dst.dtype.dtype()) {
             (Some(from), Some(to)) => Self::Copy { units: context.copy(Op::KvWrite, from, to), scales: None },
             (Some(from), None) => {
-                let kernels = HeadKernels::write(context, None, false, from, dst.dtype);
+                let kernels = HeadKernels::write(context, None, false, None, from, dst.dtype);
                 Self::Convert { kernels, turn: None }
             }
-            (None, Some(to)) => Self::Convert { kernels: HeadKernels::read(context, src.dtype, to), turn: None },
+            (None, Some(to)) => Self::Convert { kernels: HeadKernels::read(context, None, src.dtype, to), turn: None },
             // SAFETY: the caller's.
             (None, None) if unsafe { requantizes(src, dst) } => {
-                Self::Convert { kernels: HeadKernels::requantize(context, false, src.dtype, dst.dtype), turn: None }
+                Self::Convert { kernels: HeadKernels::requantize(context, src.dtype, dst.dtype), turn: None }
             }
             (None, None) => Self::units(context, src, dst),
         }
     }
 
-    /// The rotation of keys from one cache to another, which are of one format or of which the source has plain elements.
-    fn rotate(
+    /// Keys that are turned by RoPE and then rotated by blocks of `hadamard`: unturned elements into a cache of a format, or without
+    /// elements, keys of the cache that are turned on.
+    fn turn(
         context: &Context,
-        src: &RawCacheView,
-        dst: &RawCacheView,
-        pairing: Pairing,
+        from: Option<DType>,
+        format: CacheFormat,
+        (pairing, hadamard): (Pairing, Option<usize>),
         (cos, sin): (&'a [f32], &'a [f32]),
     ) -> Self {
-        let kernels = match src.dtype.dtype() {
-            Some(from) => HeadKernels::write(context, None, true, from, dst.dtype),
-            None => HeadKernels::requantize(context, true, src.dtype, dst.dtype),
+        let kernels = match from {
+            Some(from) => HeadKernels::write(context, None, true, hadamard, from, format),
+            None => HeadKernels::turn(context, hadamard, format),
         };
         let turn = Turn { rotary_dim: 2 * cos.len(), pairing, cos: cos.as_ptr(), sin: sin.as_ptr() };
         Self::Convert { kernels, turn: Some(turn) }

@@ -206,7 +206,7 @@ unsafe fn walk<const HIGH: bool>(s: Avx512, p: &Problem, tile: &Tile, memory: *m
         tile,
         scratch: Scratch::layout(memory, tile.rows(), sizes).0,
         sizes,
-        terms: match p.q.dtype {
+        terms: match p.query_dtype() {
             DType::Bf16 => 1,
             DType::F16 => 2,
             DType::F32 => MAX_TERMS,

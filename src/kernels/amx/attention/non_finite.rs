@@ -6,6 +6,7 @@ use super::{Call, LANES, SUPERBLOCK, SUPERBLOCK_KEYS};
 use crate::kernels::avx512::Avx512;
 use crate::kernels::generic::attention::non_finite;
 use crate::kernels::generic::attention::state::load_row;
+use crate::kernels::generic::hadamard::rotate_row;
 use crate::kernels::simd::Simd;
 use crate::problem::grid::BLOCK;
 use half::bf16;
@@ -36,6 +37,7 @@ pub(super) unsafe fn repair_scores(s: Avx512, call: &Call, group: &Group, x: *mu
             let (row, token) = p.visibility.query(tile.batch, group.token[r] as usize);
             let row = p.q.row(row, token, group.head[r] as usize);
             load_row(s, p.q.dtype, row, p.q.strides[3], q, d);
+            rotate_row(s, q, d, p.k_hadamard);
             non_finite::recompute_nan_scores(
                 group.visible_bits[b][r],
                 std::slice::from_raw_parts(q, d),

@@ -8,6 +8,7 @@ use super::scratch::{Group, Sizes};
 use super::{Call, DEPTH, LANES, SUPERBLOCK, join_pair};
 use crate::kernels::avx512::Avx512;
 use crate::kernels::generic::attention::state::{EMPTY, load_row};
+use crate::kernels::generic::hadamard::rotate_row;
 use crate::kernels::simd::{MAX_LANES, Simd};
 use std::arch::x86_64::*;
 
@@ -43,6 +44,7 @@ pub(super) unsafe fn pack_queries(s: Avx512, call: &Call, g: usize, rows: &mut i
             group.slope[r] = p.alibi.map_or(0.0, |slopes| slopes[head]);
             let (row, token) = p.visibility.query(tile.batch, token);
             load_row(s, p.q.dtype, p.q.row(row, token, head), p.q.strides[3], stage.add(r * dk), d);
+            rotate_row(s, stage.add(r * dk), d, p.k_hadamard);
         }
         call.scratch.groups.add(g).write(group);
 

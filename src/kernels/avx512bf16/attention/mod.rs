@@ -112,7 +112,7 @@ level_functions! {
     unsafe fn tile<const HIGH: bool>(pieces: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
         let (scratch, mut products, _) = layout(memory, tile.rows(), p.q.shape[3], p.v_dim);
         products.tuning = pieces.tuning;
-        products.query_terms = match p.q.dtype {
+        products.query_terms = match p.query_dtype() {
             DType::Bf16 => 1,
             DType::F16 => 2,
             DType::F32 => 2 + usize::from(HIGH),

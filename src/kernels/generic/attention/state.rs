@@ -8,12 +8,12 @@
 
 use super::weighted::load_up_to;
 use crate::dtype::DType;
+use crate::kernels::generic::hadamard::rotate_row;
 use crate::kernels::generic::{copy, math};
 use crate::kernels::simd::{LoadStore, Outlined, Simd};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{PARTIAL_HEADER, padded, partial_stride};
 use crate::problem::tile::Tile;
-use crate::view::RawView;
 use half::{bf16, f16};
 
 /// Folds the states that the chunks of a tile left in `tile.partials`, and writes the output. `deinterleaved` as in [`Output`].
@@ -135,13 +135,13 @@ impl Output<'_> {
         }
     }
 
-    /// Divides by the sum, sink logit included, and writes output and LSE.
+    /// Divides by the sum, sink logit included, undoes the rotation of V, and writes output and LSE.
     ///
     /// # Safety
     /// The indices are inside the problem; `acc` holds `padded(dv)` floats, which are only read unless the state is empty.
     #[inline(always)]
     pub unsafe fn finish<S: Simd>(self, s: S, state: (f32, f32), acc: *mut f32) {
-        let Self { p, batch, token, head, deinterleaved } = self;
+        let Self { p, batch, token, head, mut deinterleaved } = self;
         let dv = p.v_dim;
         let (mut max, mut sum) = state;
         let mut factor = 1.0;
@@ -171,6 +171,13 @@ impl Output<'_> {
             } else {
                 factor / sum
             };
+            if p.v_hadamard != 0 && !is_empty(state) {
+                if deinterleaved {
+                    in_order(s, acc, dv);
+                    deinterleaved = false;
+                }
+                rotate_row(s, acc, dv, p.v_hadamard);
+            }
             let (row, token) = p.visibility.query(batch, token);
             let scaled = Scaled { acc, scale, deinterleaved };
             let (dst, stride) = (p.out.row(row, token, head), p.out.strides[3] as isize);
@@ -272,22 +279,34 @@ impl Scaled {
     }
 }
 
-/// Converts a query row to f32, in the element order of K.
+/// Joins the even and the odd elements of every two vectors of an accumulator of `n` elements.
 ///
 /// # Safety
-/// `src` is a row of the view `q` with `d` elements, `dst` has `padded(d)` floats.
+/// `n` floats are readable and writable at `acc`.
 #[inline(always)]
-pub(super) unsafe fn load_query<S: Simd>(
-    s: S,
-    deinterleaved: bool,
-    q: RawView,
-    src: *const u8,
-    dst: *mut f32,
-    d: usize,
-) {
+unsafe fn in_order<S: Simd>(s: S, acc: *mut f32, n: usize) {
+    let pair = 2 * S::LANES;
+    for i in (0..n / pair * pair).step_by(pair) {
+        // SAFETY: the caller's.
+        unsafe {
+            let [first, second] = s.interleave(s.load_f32(acc.add(i)), s.load_f32(acc.add(i + S::LANES)));
+            s.store_f32(acc.add(i), first);
+            s.store_f32(acc.add(i + S::LANES), second);
+        }
+    }
+}
+
+/// Converts a query row to f32, rotated as K is, in the element order of K.
+///
+/// # Safety
+/// `src` is a row of the problem's queries, `dst` has `padded(d)` floats for their d elements.
+#[inline(always)]
+pub(super) unsafe fn load_query<S: Simd>(s: S, deinterleaved: bool, p: &Problem, src: *const u8, dst: *mut f32) {
+    let (q, d) = (&p.q, p.q.shape[3]);
     // SAFETY: the caller's.
     unsafe {
         load_row(s, q.dtype, src, q.strides[3], dst, d);
+        rotate_row(s, dst, d, p.k_hadamard);
         (d..padded(d)).for_each(|i| *dst.add(i) = 0.0);
         if deinterleaved {
             let pair = 2 * S::LANES;

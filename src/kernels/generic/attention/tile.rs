@@ -68,7 +68,7 @@ pub(crate) unsafe fn tile<S: Simd>(
                 row_lines(&p.q, p.q.row(batch, token, head)).for_each(|line| s.prefetch(line));
             }
             let (batch, token) = p.visibility.query(tile.batch, token);
-            load_query(s, deinterleaved.keys, p.q, p.q.row(batch, token, head), scratch.q.add(r * dp), d);
+            load_query(s, deinterleaved.keys, p, p.q.row(batch, token, head), scratch.q.add(r * dp));
         }
     }
     if p.visibility.query_positions.is_some() {

@@ -143,7 +143,7 @@ level_features!(
         /// rows.
         unsafe fn tile<const HIGH: bool>(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
             let (scratch, mut products, _) = layout(memory, tile.rows(), p.q.shape[3], p.v_dim);
-            products.query_terms = match p.q.dtype {
+            products.query_terms = match p.query_dtype() {
                 DType::Bf16 => 1,
                 DType::F16 => 2,
                 DType::F32 => 2 + usize::from(HIGH),
