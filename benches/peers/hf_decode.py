@@ -8,6 +8,7 @@ the context. A row is the median of the steps of one implementation; ratios are 
 
 Needs the wheel of kvlane, PyTorch and transformers.
 """
+
 import argparse
 import statistics
 import time
@@ -30,11 +31,21 @@ options = parser.parse_args()
 def load():
     dtype = getattr(torch, options.dtype)
     if options.model is None:
-        config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                             num_key_value_heads=3, max_position_embeddings=32768, tie_word_embeddings=True)
+        config = LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=32768,
+            tie_word_embeddings=True,
+        )
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if options.model.suffix == ".gguf":
-        return AutoModelForCausalLM.from_pretrained(options.model.parent, gguf_file=options.model.name, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            options.model.parent, gguf_file=options.model.name, dtype=dtype
+        ).eval()
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
 
 
@@ -54,7 +65,9 @@ def main():
     config = model.config.get_text_config()
     torch.manual_seed(1)
     token = torch.randint(1, 1000, (options.batch, 1))
-    print(f"{config.model_type}, {options.dtype}, batch {options.batch}, {options.threads} threads, {kvlane.isa()}, PyTorch {torch.__version__}")
+    print(
+        f"{config.model_type}, {options.dtype}, batch {options.batch}, {options.threads} threads, {kvlane.isa()}, PyTorch {torch.__version__}"
+    )
     for context in map(int, options.context.split(",")):
         room = context + options.steps + 2
         runs = {

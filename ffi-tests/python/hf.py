@@ -284,8 +284,7 @@ if __name__ == "__main__":
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--gemma3", type=Path)
     options = parser.parse_args()
-    # Small tensors, for which threads only wait for each other.
-    threads = torch.get_num_threads()
+    # For small tensors, threads would only wait for each other.
     torch.set_num_threads(1)
     masks()
     cache_by_itself()
@@ -295,7 +294,6 @@ if __name__ == "__main__":
         logits(name, model)
         tokens(name, model, prompts)
     other_uses()
-    torch.set_num_threads(threads)
     texts = "The capital of France is", "Once upon a time, in a village by the sea, there lived"
     if options.smollm2:
         documented(*from_file("smollm2", options.smollm2, texts))
