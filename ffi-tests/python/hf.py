@@ -207,6 +207,9 @@ def cache_by_itself():
     assert torch.equal(whole.keys[0, :, :50], history[1, :, :50]) and whole.batch_size == 4
     cache.layers[1].batch_select_indices(torch.tensor([3]))
     assert whole.batch_size == 1 and torch.equal(whole.keys[0, :, :50], history[1, :, :50])
+    kept, twin = whole.keys[:, :, : whole.length].clone(), copy.deepcopy(cache)
+    twin.update(new[:1], new[:1], 1)
+    assert torch.equal(whole.keys[:, :, : whole.length], kept) and twin.get_seq_length(1) == whole.length + 1
     cache.reset()
     assert cache.get_seq_length() == 0
     # Stored in another type than the model's.
