@@ -6,6 +6,7 @@
 Needs the wheel of kvlane and PyTorch; with --inductor also a C++ compiler.
 """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import kvlane
 import kvlane.torch as ops
@@ -271,12 +272,27 @@ def errors():
     refused(RuntimeError, "modified by an inplace operation", product.backward)
 
 
+def threads_and_modes():
+    """Threads of the caller at once, and inference mode, whose tensors count no versions."""
+    q, k, v = tensors(torch.float32, seq=40)
+    wanted = ops.attention(q, k, v, causal=True)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda i: ops.attention(q, k, v, causal=True, threads=1 + i % 2), range(40)):
+            assert torch.equal(found, wanted)
+    with torch.inference_mode():
+        own = k.clone()
+        for cache in (k, own):
+            ops.kv_write(q[:, :1, :KV_HEADS], q[:, :1, :KV_HEADS], cache, v.clone(), positions=int32(3, 4))
+        assert torch.equal(k, own)
+
+
 if __name__ == "__main__":
     with torch.no_grad():
         attention_by_options()
         pages()
         rotations()
         opchecks()
+        threads_and_modes()
     compiled(["eager", "aot_eager", *(["inductor"] if "--inductor" in sys.argv else [])])
     errors()
     print(f"kvlane {kvlane.__version__} in PyTorch {torch.__version__}: level {kvlane.isa()}, {torch.get_num_threads()} threads")
