@@ -244,10 +244,10 @@ class _Layer(cache_utils.CacheLayerMixin):
         operators.kv_write(key_states.transpose(1, 2), value_states.transpose(1, 2), self.keys.transpose(1, 2), self.values.transpose(1, 2),
                            positions=torch.full((batch,), self.length, dtype=torch.int32),
                            threads=1 if key_states.numel() < _WORTH_THREADS else 0)
-        visible = slice(self.length - seen, self.length + seq)
+        first = self.length - seen
         self.length += seq
         self.recorded += seq
-        return self.keys[:, :, visible], self.values[:, :, visible]
+        return self.keys.narrow(2, first, seen + seq), self.values.narrow(2, first, seen + seq)
 
     def get_seq_length(self) -> int:
         return self.dropped + self.length
