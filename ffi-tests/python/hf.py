@@ -262,7 +262,7 @@ def other_uses():
 def from_file(name, file, texts):
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    tokens(name, model, [tokenizer(text).input_ids for text in texts], new=16, beams=2)
+    tokens(name, model, [tokenizer(text).input_ids for text in texts], new=10, beams=2)
     return model, tokenizer
 
 
