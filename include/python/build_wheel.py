@@ -50,7 +50,9 @@ def main() -> None:
         files[f"{info}/METADATA"] = (
             f"Metadata-Version: 2.4\nName: kvlane\nVersion: {version}\nSummary: {description}\nLicense-Expression: {licence}\n"
             "License-File: LICENSE-MIT\nLicense-File: LICENSE-APACHE\nLicense-File: THIRD_PARTY.md\n"
-            "Requires-Python: >=3.10\nRequires-Dist: numpy\n").encode()
+            "Requires-Python: >=3.10\nRequires-Dist: numpy\n"
+            "Provides-Extra: torch\nRequires-Dist: torch>=2.6; extra == \"torch\"\n"
+            "Provides-Extra: hf\nRequires-Dist: torch>=2.6; extra == \"hf\"\nRequires-Dist: transformers>=5; extra == \"hf\"\n").encode()
         for name in ("LICENSE-MIT", "LICENSE-APACHE", "THIRD_PARTY.md"):
             files[f"{info}/licenses/{name}"] = (ROOT / name).read_bytes()
         files[f"{info}/WHEEL"] = f"Wheel-Version: 1.0\nGenerator: kvlane\nRoot-Is-Purelib: false\nTag: {tag}\n".encode()

@@ -2,7 +2,8 @@
 
 Arrays are those of numpy, or of anything with DLPack (torch, jax, bfloat16 included), with the axes [batch, seq, heads, dim] in any order
 in memory. `attention`, `kv_write` and `rope` are one call each; `kvlane.capi` has the whole C library, generated from its header. A call
-that the library refuses raises `Error`, with a sentence that names the argument, and has written nothing.
+that the library refuses raises `Error`, with a sentence that names the argument, and has written nothing. `kvlane.torch` has operators of
+PyTorch and `kvlane.hf` attention for models of Hugging Face; they import what they need, which this module does not.
 
     k_cache, v_cache = (numpy.zeros((2, 64, 2, 32), numpy.float16) for _ in range(2))
     lengths = numpy.zeros(2, numpy.int32)
