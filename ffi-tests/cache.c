@@ -335,8 +335,8 @@ static void mistakes(void) {
     REFUSED(KVL_STATUS_SHAPE, "no layers", kvl_cache_reorder_workspace_size(&cache, NULL, &bytes));
     cache.num_layers = 2;
     /* The last layer is invalid; the first must not change. */
-    layers[1].k.dtype = 9;
-    REFUSED(KVL_STATUS_INVALID_ENUM, "layer 1: k.dtype is 9", kvl_cache_reset(NULL, &cache, zeros, 1, 1));
+    layers[1].k.dtype = 99;
+    REFUSED(KVL_STATUS_INVALID_ENUM, "layer 1: k.dtype is 99", kvl_cache_reset(NULL, &cache, zeros, 1, 1));
     layers[1].k = layers[0].v;
     REFUSED(KVL_STATUS_OVERLAP, "v of layer 0", kvl_cache_reset(NULL, &cache, zeros, 1, 1));
     layers[1].k = layers[0].k;

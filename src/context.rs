@@ -11,6 +11,7 @@ use crate::kernels::api::{
 use crate::kernels::registry::{self, Entry};
 use crate::layout::Packing;
 use crate::tuning::Tuning;
+use std::sync::Arc;
 
 const FORMATS: usize = CacheFormat::ALL.len();
 
@@ -32,15 +33,18 @@ const FORMATS: usize = CacheFormat::ALL.len();
 #[derive(Clone)]
 pub struct Context {
     isa: Isa,
-    tables: [Table; Precision::ALL.len()],
+    /// By precision, operation, source and target; see [`slot`]. On the heap: a copy would take a good part of a small stack.
+    table: Arc<[Option<&'static Entry>]>,
     /// Attention by format, of the preferred level that is not partial.
     full: [Option<&'static Entry>; FORMATS],
     saturates_f16: bool,
     tuning: Tuning,
 }
 
-/// The kernels of one precision.
-type Table = [[[Option<&'static Entry>; FORMATS]; FORMATS]; Op::ALL.len()];
+/// The place of a kernel in a context's table.
+fn slot(precision: Precision, op: Op, src: CacheFormat, dst: CacheFormat) -> usize {
+    ((precision as usize * Op::ALL.len() + op as usize) * FORMATS + src.index()) * FORMATS + dst.index()
+}
 
 impl Context {
     /// Takes the best level that is available and that `KVLANE_MAX_ISA` allows.
@@ -63,15 +67,15 @@ impl Context {
     fn up_to(ceiling: Option<Isa>) -> Result<Self> {
         let ceilings: Vec<Isa> = ceiling.into_iter().chain(Isa::ceiling_from_env()?).collect();
         let isa = Isa::best_within(&ceilings)?;
-        let mut tables: [Table; Precision::ALL.len()] =
-            [[[[None; FORMATS]; FORMATS]; Op::ALL.len()]; Precision::ALL.len()];
+        let mut table: Vec<Option<&'static Entry>> =
+            vec![None; Precision::ALL.len() * Op::ALL.len() * FORMATS * FORMATS];
         for entry in registry::entries() {
             let info = &entry.info;
             if !info.isa.is_within(isa) || !info.isa.is_available() {
                 continue;
             }
             for precision in Precision::ALL.into_iter().filter(|&p| info.precision.is_none_or(|own| own == p)) {
-                let slot = &mut tables[precision as usize][info.op as usize][info.src.index()][info.dst.index()];
+                let slot = &mut table[slot(precision, info.op, info.src, info.dst)];
                 if slot.is_none_or(|other| other.info.isa.priority_within(isa) < info.isa.priority_within(isa)) {
                     *slot = Some(entry);
                 }
@@ -99,7 +103,7 @@ impl Context {
                 }
             }
         }
-        Ok(Self { isa, tables, full, saturates_f16: false, tuning: Tuning::of_this_cpu(isa) })
+        Ok(Self { isa, table: table.into(), full, saturates_f16: false, tuning: Tuning::of_this_cpu(isa) })
     }
 
     /// Whether operations that convert to f16 saturate. A number beyond 65504, the largest finite f16, otherwise becomes an
@@ -206,7 +210,7 @@ impl Context {
     }
 
     fn entry(&self, op: Op, src: CacheFormat, dst: CacheFormat, precision: Precision) -> Option<&'static Entry> {
-        self.tables[precision as usize][op as usize][src.index()][dst.index()]
+        self.table[slot(precision, op, src, dst)]
     }
 
     /// The best packing of values of a format for the attention kernels in use: [row pairs](Packing::RowPairs) if they
