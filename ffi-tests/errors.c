@@ -561,7 +561,7 @@ static void kv_read(void) {
     REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_kv_read(NULL, NULL, &p));
     REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kv_read_params", kvl_kv_read(context, NULL, NULL));
     p.struct_size -= 8;
-    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_read_params.struct_size is 400");
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_read_params.struct_size is 416");
     p.reserved = 1;
     TRY(KVL_STATUS_INVALID_ENUM, "kvl_kv_read_params.reserved is 1");
     memset(&p.v, 0, sizeof p.v);
@@ -623,8 +623,8 @@ static void kv_write(void) {
     } while (0)
     REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_kv_write(NULL, NULL, &p));
     REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kv_write_params", kvl_kv_write(context, NULL, NULL));
-    p.struct_size -= 16;
-    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 416");
+    p.struct_size -= 8;
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 440");
     {
         static float floats[2 * 8 * 2];
         kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
