@@ -144,7 +144,7 @@ static void contexts(void) {
         const char **name = (const char **)&output.pointer;
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_kernel_name(NULL, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_NULL_POINTER, "name", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, NULL));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "op is 8", kvl_context_kernel_name(context, 8, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "op is 9", kvl_context_kernel_name(context, 9, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_INVALID_ENUM, "src is 6", kvl_context_kernel_name(context, KVL_OP_ROPE, 6, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_INVALID_ENUM, "dst is -2", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, -2, name));
         REFUSED(KVL_STATUS_DTYPE, "attention from f32 to f16",
