@@ -144,7 +144,7 @@ static void contexts(void) {
         const char **name = (const char **)&output.pointer;
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_kernel_name(NULL, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_NULL_POINTER, "name", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, NULL));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "op is 8", kvl_context_kernel_name(context, 8, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "op is 9", kvl_context_kernel_name(context, 9, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_INVALID_ENUM, "src is 12", kvl_context_kernel_name(context, KVL_OP_ROPE, 12, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_INVALID_ENUM, "dst is -2", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, -2, name));
         REFUSED(KVL_STATUS_DTYPE, "attention from f32 to f16",
@@ -561,7 +561,7 @@ static void kv_read(void) {
     REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_kv_read(NULL, NULL, &p));
     REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kv_read_params", kvl_kv_read(context, NULL, NULL));
     p.struct_size -= 8;
-    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_read_params.struct_size is 400");
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_read_params.struct_size is 416");
     p.reserved = 1;
     TRY(KVL_STATUS_INVALID_ENUM, "kvl_kv_read_params.reserved is 1");
     memset(&p.v, 0, sizeof p.v);
@@ -623,8 +623,8 @@ static void kv_write(void) {
     } while (0)
     REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_kv_write(NULL, NULL, &p));
     REFUSED(KVL_STATUS_NULL_POINTER, "kvl_kv_write_params", kvl_kv_write(context, NULL, NULL));
-    p.struct_size -= 16;
-    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 416");
+    p.struct_size -= 8;
+    TRY(KVL_STATUS_STRUCT_SIZE, "kvl_kv_write_params.struct_size is 440");
     {
         static float floats[2 * 8 * 2];
         kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;

@@ -426,7 +426,9 @@ fn rotations(c: &mut Call, cache: &Cache, num_ropes: usize) -> (*const *const kv
         let inv_freq = c.list(pairs, &wrong, |c, _| f64::from(c.value().abs())).at;
         let cos = if c.hit() { c.arena.copy(&[1.0f32], 0) } else { std::ptr::null_mut() };
         let pairing = i32::from(c.maybe(0.5));
-        let k_hadamard = c.hadamard(dim as i64);
+        // The lowest bit of all dims together divides each.
+        let every = if num_ropes == 1 { cache.dims.iter().fold(0, |all, dim| all | dim) } else { dim };
+        let k_hadamard = c.hadamard(every as i64);
         let (pairing, reserved) = (c.code(pairing), c.code(0));
         let params = kvl_rope_params { pairing, reserved, rotary_dim, inv_freq, cos, k_hadamard, ..zeroed() };
         ropes.push(c.sized(&params, &[]));

@@ -464,15 +464,15 @@ fn head_sizes(level: &Level) {
     let mut rng = Rng::new(411);
     for kv in kv_types() {
         for dim in [64, 80, 96, 128, 192, 256, 512] {
-            for (tokens, group) in thin(vec![(1, 1), (1, 4), (5, 2), (40, 3)]) {
+            for (tokens, group) in thin(vec![(1, 4), (5, 2), (40, 1)]) {
                 let v_dim = if rng.chance(0.7) { dim } else { 64 };
-                let shape = Shape { batch: 2, tokens, kv_heads: 2, group, keys: 130, dim, v_dim };
+                let shape = Shape { batch: 1, tokens, kv_heads: 2, group, keys: 70, dim, v_dim };
                 let mut case = Case::new(&mut rng, shape, kv).with(|o| o.causal = true);
                 case.q = case.q.cast(rng.pick(&DType::ALL));
                 let largest = [dim, v_dim].map(hadamard_block);
                 // As llama.cpp has them: values in blocks of 64.
                 let of_values = [largest[0], largest[1].map(|block| block.min(64))];
-                for blocks in [largest, of_values, [largest[0], None], [None, largest[1]]] {
+                for blocks in [largest, rng.pick(&[of_values, [largest[0], None], [None, largest[1]]])] {
                     let call = Rotated::with_blocks(&case, blocks);
                     let outcome = call.run(level, &Serial);
                     call.assert_close(level, &outcome, &format!("{kv} {shape:?} {blocks:?}"));
