@@ -159,8 +159,8 @@ static void contexts(void) {
                 kvl_context_attention_kernel_names(context, 12, 0, 0, names, names + 1));
         REFUSED(KVL_STATUS_INVALID_ENUM, "v_format is -1",
                 kvl_context_attention_kernel_names(context, 0, -1, 0, names, names + 1));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "precision is 2",
-                kvl_context_attention_kernel_names(context, 0, 0, 2, names, names + 1));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "precision is 3",
+                kvl_context_attention_kernel_names(context, 0, 0, 3, names, names + 1));
     }
     {
         kvl_tuning tuning = KVL_TUNING_INIT, before = KVL_TUNING_INIT, after = KVL_TUNING_INIT;
@@ -817,8 +817,8 @@ static void attention(void) {
     TRY(KVL_STATUS_INVALID_ENUM, "reserved");
     p.reserved2 = 1;
     TRY(KVL_STATUS_INVALID_ENUM, "reserved2");
-    p.precision = 2;
-    TRY(KVL_STATUS_INVALID_ENUM, "precision is 2");
+    p.precision = 3;
+    TRY(KVL_STATUS_INVALID_ENUM, "precision is 3");
     p.precision = -1;
     TRY(KVL_STATUS_INVALID_ENUM, "precision is -1");
     /* The size of the struct before it had a precision: later bytes are not read. */
