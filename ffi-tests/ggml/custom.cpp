@@ -31,7 +31,10 @@ struct attention_op {
 };
 
 kvl_dtype dtype(const ggml_tensor *t) {
-    return t->type == GGML_TYPE_F32 ? KVL_DTYPE_F32 : t->type == GGML_TYPE_F16 ? KVL_DTYPE_F16 : t->type == GGML_TYPE_BF16 ? KVL_DTYPE_BF16 : -1;
+    return t->type == GGML_TYPE_F32    ? KVL_DTYPE_F32
+           : t->type == GGML_TYPE_F16  ? KVL_DTYPE_F16
+           : t->type == GGML_TYPE_BF16 ? KVL_DTYPE_BF16
+                                       : -1;
 }
 
 /// ggml's axes are dim first; `seq` and `heads` say which of its axes these are.
@@ -50,32 +53,33 @@ kvlane::mutable_view view(const ggml_tensor *t, int seq, int heads) {
 /// The operator: q, k, v, then the mask and sinks where there are any, as ggml_flash_attn_ext takes them.
 void attention(ggml_tensor *dst, int ith, int nth, void *userdata) {
     auto &op = *static_cast<attention_op *>(userdata);
-    const kvl_status status = op.team.enter(static_cast<std::size_t>(ith), static_cast<std::size_t>(nth), [&](const kvl_parallel_runner *runner) {
-        op.calls++;
-        op.most_threads = std::max(op.most_threads, nth);
-        kvl_attention_params params = KVL_ATTENTION_PARAMS_INIT;
-        params.q = view(dst->src[0], 1, 2);
-        params.k = view(dst->src[1], 1, 2);
-        params.v = view(dst->src[2], 1, 2);
-        params.out = view(dst, 2, 1);
-        params.scale = op.scale;
-        params.softcap = op.softcap;
-        if (const ggml_tensor *mask = dst->src[3]) {
-            // [keys, at least as many queries, heads or 1, sequences or 1]: the bias [batch, seq, heads, keys], of which -inf masks.
-            params.bias = view(mask, 1, 2);
-            params.bias.shape[1] = std::min(params.bias.shape[1], params.q.shape[1]);
-        }
-        if (const ggml_tensor *sinks = dst->src[4]) {
-            params.sink_logits = static_cast<const float *>(sinks->data);
-        }
-        try {
-            kvlane::attention(op.context, op.workspace, params, runner);
-            return KVL_STATUS_OK;
-        } catch (const kvlane::error &error) {
-            op.error = error.what();
-            return error.status();
-        }
-    });
+    const kvl_status status =
+        op.team.enter(static_cast<std::size_t>(ith), static_cast<std::size_t>(nth), [&](const kvl_parallel_runner *runner) {
+            op.calls++;
+            op.most_threads = std::max(op.most_threads, nth);
+            kvl_attention_params params = KVL_ATTENTION_PARAMS_INIT;
+            params.q = view(dst->src[0], 1, 2);
+            params.k = view(dst->src[1], 1, 2);
+            params.v = view(dst->src[2], 1, 2);
+            params.out = view(dst, 2, 1);
+            params.scale = op.scale;
+            params.softcap = op.softcap;
+            if (const ggml_tensor *mask = dst->src[3]) {
+                // [keys, at least as many queries, heads or 1, sequences or 1]: the bias [batch, seq, heads, keys], of which -inf masks.
+                params.bias = view(mask, 1, 2);
+                params.bias.shape[1] = std::min(params.bias.shape[1], params.q.shape[1]);
+            }
+            if (const ggml_tensor *sinks = dst->src[4]) {
+                params.sink_logits = static_cast<const float *>(sinks->data);
+            }
+            try {
+                kvlane::attention(op.context, op.workspace, params, runner);
+                return KVL_STATUS_OK;
+            } catch (const kvlane::error &error) {
+                op.error = error.what();
+                return error.status();
+            }
+        });
     if (ith == 0) {
         op.status = status;
     }
@@ -98,7 +102,10 @@ public:
         ggml_ = ggml_init(params);
         q_ = ggml_new_tensor_4d(ggml_, GGML_TYPE_F32, s.dim, s.tokens, s.heads, s.sequences);
         // As llama.cpp has it: a token's heads side by side, axes permuted by a view.
-        const auto cache = [&] { return ggml_permute(ggml_, fill(ggml_new_tensor_4d(ggml_, s.type, s.dim, s.kv_heads, s.keys, s.sequences)), 0, 2, 1, 3); };
+        const auto cache = [&] {
+            return ggml_permute(ggml_, fill(ggml_new_tensor_4d(ggml_, s.type, s.dim, s.kv_heads, s.keys, s.sequences)), 0, 2, 1,
+                                3);
+        };
         fill(q_);
         k_ = cache();
         v_ = cache();
@@ -107,7 +114,8 @@ public:
         for (std::int64_t b = 0; b < s.sequences; b++) {
             for (std::int64_t t = 0; t < s.tokens; t++) {
                 for (std::int64_t j = 0; j < s.keys; j++) {
-                    static_cast<ggml_fp16_t *>(mask_->data)[(b * s.tokens + t) * s.keys + j] = ggml_fp32_to_fp16(visible(b, t, j) ? 0.0f : -INFINITY);
+                    static_cast<ggml_fp16_t *>(mask_->data)[(b * s.tokens + t) * s.keys + j] =
+                        ggml_fp32_to_fp16(visible(b, t, j) ? 0.0f : -INFINITY);
                 }
             }
         }
@@ -190,10 +198,13 @@ private:
     bool visible(std::int64_t b, std::int64_t t, std::int64_t j) const { return j <= s_.keys - 3 * (b + 1) - s_.tokens + t; }
 
     static double number(const ggml_tensor *t, std::int64_t i, std::int64_t j, std::int64_t k, std::int64_t l) {
-        const char *at = static_cast<const char *>(t->data) + static_cast<std::size_t>(i) * t->nb[0] + static_cast<std::size_t>(j) * t->nb[1] +
-                         static_cast<std::size_t>(k) * t->nb[2] + static_cast<std::size_t>(l) * t->nb[3];
+        const char *at = static_cast<const char *>(t->data) + static_cast<std::size_t>(i) * t->nb[0] +
+                         static_cast<std::size_t>(j) * t->nb[1] + static_cast<std::size_t>(k) * t->nb[2] +
+                         static_cast<std::size_t>(l) * t->nb[3];
         const auto *half = reinterpret_cast<const ggml_fp16_t *>(at);
-        return static_cast<double>(t->type == GGML_TYPE_F32 ? *reinterpret_cast<const float *>(at) : t->type == GGML_TYPE_F16 ? ggml_fp16_to_fp32(*half) : ggml_bf16_to_fp32(ggml_bf16_t{*half}));
+        return static_cast<double>(t->type == GGML_TYPE_F32   ? *reinterpret_cast<const float *>(at)
+                                   : t->type == GGML_TYPE_F16 ? ggml_fp16_to_fp32(*half)
+                                                              : ggml_bf16_to_fp32(ggml_bf16_t{*half}));
     }
 
     ggml_tensor *fill(ggml_tensor *t) {
@@ -234,16 +245,21 @@ int compare(const setting &s) {
         for (std::int64_t i = 0; i < both.size(); i++) {
             const double wanted = exact[static_cast<std::size_t>(i)];
             // NaN is no small error.
-            const auto worst = [&](double &error, float x) { error = std::fabs(x - wanted) <= error ? error : std::fabs(x - wanted); };
+            const auto worst = [&](double &error, float x) {
+                error = std::fabs(x - wanted) <= error ? error : std::fabs(x - wanted);
+            };
             worst(ours, both.result(0)[i]);
             worst(theirs, both.result(1)[i]);
         }
         const std::vector<float> result(both.result(0), both.result(0) + both.size());
         const bool same = first.empty() || std::memcmp(first.data(), result.data(), result.size() * sizeof(float)) == 0;
         first = result;
-        const bool good = ours < (s.type == GGML_TYPE_BF16 ? 2e-3 : 2e-6) && theirs < 2e-2 && same && both.op.calls == 1 && both.op.most_threads == threads;
+        const bool good = ours < (s.type == GGML_TYPE_BF16 ? 2e-3 : 2e-6) && theirs < 2e-2 && same && both.op.calls == 1 &&
+                          both.op.most_threads == threads;
         std::printf("%-34s %d threads: kvlane %.1e and ggml %.1e from f64%s\n", s.name, threads, ours, theirs,
-                    good ? "" : same ? ": too far, or not called" : ": other bits than on one thread");
+                    good   ? ""
+                    : same ? ": too far, or not called"
+                           : ": other bits than on one thread");
         if (!good) {
             return 1;
         }
@@ -255,7 +271,8 @@ int compare(const setting &s) {
 int refuse() {
     both both({"", 1, 1, 64, 4, 2, 32, GGML_TYPE_F16, 0, false}, 3);
     both.q()->ne[0] = 16;
-    const bool computed = both.compute(0), refused = both.op.status == KVL_STATUS_SHAPE && both.op.error.find("16") != std::string::npos;
+    const bool computed = both.compute(0),
+               refused = both.op.status == KVL_STATUS_SHAPE && both.op.error.find("16") != std::string::npos;
     std::printf("a wrong shape: %s\n", refused ? both.op.error.c_str() : "no error");
     return !(computed && refused);
 }

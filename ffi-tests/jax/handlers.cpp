@@ -105,7 +105,9 @@ ffi::Error attention(ffi::ThreadPool pool, bool causal, float scale, float softc
             params.flags |= KVL_ATTENTION_FLAG_WINDOW_LEFT;
             params.window_left = window_left;
         }
-        const auto leading = [](const ffi::AnyBuffer &buffer) { return buffer.dimensions().first(buffer.dimensions().size() - 3); };
+        const auto leading = [](const ffi::AnyBuffer &buffer) {
+            return buffer.dimensions().first(buffer.dimensions().size() - 3);
+        };
         const auto batch = static_cast<std::size_t>(q_view.shape[0]);
         const auto keys = broadcast("k", leading(q), leading(k)), values = broadcast("v", leading(q), leading(v));
         const auto entries = [&](const char *name, const ffi::Buffer<ffi::S32> &buffer) {

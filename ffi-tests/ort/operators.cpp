@@ -67,7 +67,8 @@ struct tensor {
 };
 
 /// A tensor of the given axes, at an element of another.
-kvlane::mutable_view view(void *data, kvl_dtype type, const kvlane::axes &shape, const kvlane::axes &strides, std::int64_t element = 0) {
+kvlane::mutable_view view(void *data, kvl_dtype type, const kvlane::axes &shape, const kvlane::axes &strides,
+                          std::int64_t element = 0) {
     kvlane::mutable_view result;
     result.data = static_cast<char *>(data) + element * static_cast<std::int64_t>(width(type));
     result.dtype = type;
@@ -83,7 +84,8 @@ kvlane::mutable_view by_heads(const char *name, const tensor &t, std::int64_t he
         return view(t.data, dtype(t.type), {n[0], n[2], n[1], n[3]}, {n[1] * n[2] * n[3], n[3], n[2] * n[3], 1});
     }
     if (n.size() != 3 || heads < 1 || n[2] % heads != 0) {
-        throw bad_model(std::string(name) + " of shape " + text(n) + " is not [batch, seq, heads * dim] of " + std::to_string(heads) + " heads");
+        throw bad_model(std::string(name) + " of shape " + text(n) + " is not [batch, seq, heads * dim] of " +
+                        std::to_string(heads) + " heads");
     }
     const std::int64_t dim = n[2] / heads;
     return view(t.data, dtype(t.type), {n[0], n[1], heads, dim}, {n[1] * n[2], n[2], dim, 1});
@@ -111,8 +113,15 @@ std::int32_t int32(std::int64_t x) {
 /// What an operator of this library is given: a call, and the threads.
 class call {
 public:
-    call(OrtKernelContext *context, std::size_t threads)
-        : context_(context), run_{&context_}, runner_(threads, run_) {}
+    call(OrtKernelContext *context, std::size_t threads) : context_(context), run_{&context_}, runner_(threads, run_) {}
+
+    /// The number in an input of one entry.
+    std::int64_t integer(const char *name, const tensor &t) const {
+        if (product(t.shape, 0, t.shape.size()) != 1) {
+            throw bad_model(std::string(name) + " has the shape " + text(t.shape) + ", not one entry");
+        }
+        return t.as<std::int32_t>()[0];
+    }
 
     /// Null if it is absent.
     std::optional<tensor> input(std::size_t i) const {
@@ -214,6 +223,9 @@ struct rotation {
 
     /// `rows` are those of the tables for every token.
     rotation(const tensor &cosines, const tensor &sines, const std::vector<std::int64_t> &rows, bool interleaved) {
+        if (cosines.shape.empty()) {
+            throw bad_model("cosines have no axis");
+        }
         const std::int64_t half = cosines.shape.back(), tables = product(cosines.shape, 0, cosines.shape.size() - 1);
         if (sines.shape != cosines.shape) {
             throw bad_model("cosines have the shape " + text(cosines.shape) + ", sines " + text(sines.shape));
@@ -321,7 +333,8 @@ struct attention {
             make(present_k, keys.k, 0);
             make(present_v, keys.v, 1);
             const pair caches{by_heads("present_key", *present_k, 0), by_heads("present_value", *present_v, 0)};
-            const std::vector<std::int32_t> start(static_cast<std::size_t>(batch)), end(static_cast<std::size_t>(batch), int32(past));
+            const std::vector<std::int32_t> start(static_cast<std::size_t>(batch)),
+                end(static_cast<std::size_t>(batch), int32(past));
             if (past_k) {
                 write(call, {by_heads("past_key", *past_k, 0), by_heads("past_value", *past_v, 0)}, caches, start);
             }
@@ -345,7 +358,8 @@ struct attention {
             params.window_right = right;
         }
         // Queries stand behind the past, or at the end of the keys that are not padding. Keys beyond a shorter mask are masked.
-        std::vector<std::int32_t> lengths(static_cast<std::size_t>(batch), int32(past + new_keys)), offsets(lengths.size(), int32(past));
+        std::vector<std::int32_t> lengths(static_cast<std::size_t>(batch), int32(past + new_keys)),
+            offsets(lengths.size(), int32(past));
         if (nonpad && nonpad->shape != dims{batch}) {
             throw bad_model("nonpad_kv_seqlen has the shape " + text(nonpad->shape) + " for a batch of " + std::to_string(batch));
         }
@@ -383,7 +397,8 @@ struct rotary_embedding {
     static constexpr std::size_t inputs = 4, required = 3, outputs = 1, required_outputs = 1;
 
     explicit rotary_embedding(const attributes &a)
-        : heads(a.integer("num_heads", 0)), rotary_dim(a.integer("rotary_embedding_dim", 0)), interleaved(a.integer("interleaved", 0) != 0) {}
+        : heads(a.integer("num_heads", 0)), rotary_dim(a.integer("rotary_embedding_dim", 0)),
+          interleaved(a.integer("interleaved", 0) != 0) {}
 
     static ONNXTensorElementDataType input_type(std::size_t i, ONNXTensorElementDataType type) {
         return i == 3 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
@@ -420,7 +435,8 @@ struct tensor_scatter {
     static constexpr const char *name = "TensorScatter";
     static constexpr std::size_t inputs = 3, required = 2, outputs = 1, required_outputs = 1;
 
-    explicit tensor_scatter(const attributes &a) : axis(a.integer("axis", -2)), circular(a.word("mode", "linear") == "circular") {}
+    explicit tensor_scatter(const attributes &a)
+        : axis(a.integer("axis", -2)), circular(a.word("mode", "linear") == "circular") {}
 
     static ONNXTensorElementDataType input_type(std::size_t i, ONNXTensorElementDataType type) {
         return i == 2 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
@@ -441,7 +457,8 @@ struct tensor_scatter {
         const auto indices = call.input(2);
         const auto rank = static_cast<std::int64_t>(past.shape.size()), from_front = axis < 0 ? axis + rank : axis;
         if (from_front < 1 || from_front >= rank || update.shape.size() != past.shape.size()) {
-            throw bad_model("axis " + std::to_string(axis) + " of past_cache " + text(past.shape) + " and update " + text(update.shape));
+            throw bad_model("axis " + std::to_string(axis) + " of past_cache " + text(past.shape) + " and update " +
+                            text(update.shape));
         }
         const auto at = static_cast<std::size_t>(from_front);
         const tensor present = *call.output(0, past.shape);
@@ -484,7 +501,8 @@ struct group_query_attention {
         if (heads < 1 || kv_heads < 1) {
             throw bad_model("num_heads and kv_num_heads are at least 1");
         }
-        if (a.integer("kv_cache_bit_width", 0) != 0 || a.integer("qk_output", 0) != 0 || a.integer("sliding_window_cache", 0) != 0) {
+        if (a.integer("kv_cache_bit_width", 0) != 0 || a.integer("qk_output", 0) != 0 ||
+            a.integer("sliding_window_cache", 0) != 0) {
             throw bad_model("GroupQueryAttention of kvlane has plain caches, and no output of scores");
         }
     }
@@ -495,12 +513,14 @@ struct group_query_attention {
 
     void compute(const call &call) const {
         const tensor query = *call.input(0);
-        const auto key = call.input(1), value = call.input(2), past_k = call.input(3), past_v = call.input(4), seqlens = call.input(5),
-                   total = call.input(6), cos = call.input(7), sin = call.input(8), ids = call.input(9), bias = call.input(10),
-                   sink = call.input(11);
-        if (query.shape.size() != 3 || !seqlens || !total || key.has_value() != value.has_value() || past_k.has_value() != past_v.has_value()) {
-            throw bad_model("query has three axes; seqlens_k and total_sequence_length are there; key and value, and past_key and "
-                            "past_value, come together");
+        const auto key = call.input(1), value = call.input(2), past_k = call.input(3), past_v = call.input(4),
+                   seqlens = call.input(5), total = call.input(6), cos = call.input(7), sin = call.input(8), ids = call.input(9),
+                   bias = call.input(10), sink = call.input(11);
+        if (query.shape.size() != 3 || !seqlens || !total || key.has_value() != value.has_value() ||
+            past_k.has_value() != past_v.has_value()) {
+            throw bad_model(
+                "query has three axes; seqlens_k and total_sequence_length are there; key and value, and past_key and "
+                "past_value, come together");
         }
         const std::int64_t batch = query.shape[0], seq = query.shape[1];
         kvlane::mutable_view q;
@@ -512,15 +532,23 @@ struct group_query_attention {
             const auto packed = by_heads("query", query, heads + 2 * kv_heads);
             const auto part = [&](std::int64_t first, std::int64_t count) {
                 const std::int64_t dim = packed.shape[3];
-                return view(query.data, dtype(query.type), {batch, seq, count, dim}, {seq * query.shape[2], query.shape[2], dim, 1}, first * dim);
+                return view(query.data, dtype(query.type), {batch, seq, count, dim},
+                            {seq * query.shape[2], query.shape[2], dim, 1}, first * dim);
             };
             q = part(0, heads);
             tokens = {part(heads, kv_heads), part(heads + kv_heads, kv_heads)};
         }
-        const std::int64_t dim = q.shape[3], all = total->as<std::int32_t>()[0], held = past_k ? past_k->shape.at(2) : 0;
+        const std::int64_t dim = q.shape[3], all = call.integer("total_sequence_length", *total),
+                           held = past_k ? past_k->shape.at(2) : 0;
         if (product(seqlens->shape, 0, seqlens->shape.size()) != batch || all < seq) {
-            throw bad_model("seqlens_k has the shape " + text(seqlens->shape) + " for a batch of " + std::to_string(batch) + ", and of " +
-                            std::to_string(all) + " tokens " + std::to_string(seq) + " are new");
+            throw bad_model("seqlens_k has the shape " + text(seqlens->shape) + " for a batch of " + std::to_string(batch) +
+                            ", and of " + std::to_string(all) + " tokens " + std::to_string(seq) + " are new");
+        }
+        if (ids && ids->shape != dims{batch, seq}) {
+            throw bad_model("position_ids has the shape " + text(ids->shape) + " for a query of " + text(query.shape));
+        }
+        if (sink && product(sink->shape, 0, sink->shape.size()) != heads) {
+            throw bad_model("head_sink has the shape " + text(sink->shape) + " for " + std::to_string(heads) + " heads");
         }
         // A first prompt may be padded on the right; its queries stand at the start all the same.
         std::vector<std::int32_t> start(static_cast<std::size_t>(batch)), before(start.size()), lengths(start.size());
@@ -528,16 +556,13 @@ struct group_query_attention {
         for (std::size_t b = 0; b < before.size(); b++) {
             before[b] = all == seq ? 0 : int32(seqlens->as<std::int32_t>()[b] + std::int64_t{1} - seq);
             lengths[b] = int32(before[b] + seq);
-            if (before[b] < 0 || lengths[b] > std::max(held, std::int64_t{all})) {
-                throw bad_model("sequence " + std::to_string(b) + " has " + std::to_string(lengths[b]) + " tokens, of which " + std::to_string(seq) +
-                                " are new, but the cache holds " + std::to_string(std::max(held, std::int64_t{all})));
+            if (before[b] < 0 || lengths[b] > std::max(held, all)) {
+                throw bad_model("sequence " + std::to_string(b) + " has " + std::to_string(lengths[b]) + " tokens, of which " +
+                                std::to_string(seq) + " are new, but the cache holds " + std::to_string(std::max(held, all)));
             }
             for (std::int64_t s = 0; s < seq; s++) {
                 rows.push_back(ids ? ids->as<std::int64_t>()[static_cast<std::int64_t>(b) * seq + s] : before[b] + s);
             }
-        }
-        if (ids && ids->shape != dims{batch, seq}) {
-            throw bad_model("position_ids has the shape " + text(ids->shape) + " for a query of " + text(query.shape));
         }
 
         const dims shape = {batch, kv_heads, std::max(held, all), dim};
@@ -620,7 +645,8 @@ template <class Operator> struct kernel {
 
 /// An operator for one type.
 template <class Operator> struct custom_op : Ort::CustomOpBase<custom_op<Operator>, kernel<Operator>, true> {
-    custom_op(ONNXTensorElementDataType type_of_tensors, std::size_t number_of_threads) : type(type_of_tensors), threads(number_of_threads) {
+    custom_op(ONNXTensorElementDataType type_of_tensors, std::size_t number_of_threads)
+        : type(type_of_tensors), threads(number_of_threads) {
         // Where ONNX Runtime may give an output the memory of an input.
         if constexpr (!Operator::in_place.empty()) {
             OrtCustomOp::GetMayInplace = [](int **from, int **to) {
@@ -667,7 +693,9 @@ template <class Operator> struct custom_op : Ort::CustomOpBase<custom_op<Operato
 
 template <class Operator> struct types {
     explicit types(std::size_t threads)
-        : of{{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, threads}, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, threads}, {ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, threads}} {}
+        : of{{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, threads},
+             {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, threads},
+             {ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, threads}} {}
 
     void add(Ort::CustomOpDomain &domain) const {
         for (const auto &op : of) {
@@ -697,7 +725,8 @@ struct operators {
 
 } // namespace
 
-extern "C" __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+extern "C" __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
+                                                                               const OrtApiBase *base) {
     Ort::InitApi(base->GetApi(ORT_API_VERSION));
     try {
         static std::mutex mutex;

@@ -185,6 +185,8 @@ print(f"GroupQueryAttention: f32 within {worst[np.float32]:.1e} and float16 with
 for change, words in (
     ({"seqlens_k": np.array([99, 11], np.int32)}, "100"),
     ({"key": normal(np.float32, 2, 1, 24)}, "12"),
+    ({"position_ids": np.zeros((1, 1), np.int64)}, "[1, 1]"),
+    ({"head_sink": normal(np.float32, 3)}, "[3]"),
 ):
     inputs = {"query": normal(np.float32, 2, 1, HEADS * DIM), "key": normal(np.float32, 2, 1, KV_HEADS * DIM),
               "value": normal(np.float32, 2, 1, KV_HEADS * DIM)}
