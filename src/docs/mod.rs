@@ -7,6 +7,7 @@
 //! | [`Layout`](crate::Layout) | the definition of every layout |
 //! | [`masks`](crate::masks) | which query sees which key, the order of operations on a logit, conventions of other libraries |
 //! | [`c_api`] | building and linking the C library, and the rules that all of its functions follow |
+//! | [`runtimes`] | kvlane inside JAX, ONNX Runtime, ggml and candle: operators, in-place caches, threads |
 //! | [`performance`] | how to measure, the figures, and what bounds them |
 //! | [`conformance`] | the tests against other implementations, and the fuzzers |
 //! | [`mesh`] | a decoder on several machines: what moves between them, and what that means for a large model |
@@ -26,3 +27,5 @@ pub mod glossary {}
 pub mod mesh {}
 #[doc = include_str!("performance.md")]
 pub mod performance {}
+#[doc = include_str!("runtimes.md")]
+pub mod runtimes {}
