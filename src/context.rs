@@ -41,9 +41,12 @@ pub struct Context {
     tuning: Tuning,
 }
 
+/// The places of a precision in a context's table.
+const KERNELS: usize = Op::ALL.len() * FORMATS * FORMATS;
+
 /// The place of a kernel in a context's table.
 fn slot(precision: Precision, op: Op, src: CacheFormat, dst: CacheFormat) -> usize {
-    ((precision as usize * Op::ALL.len() + op as usize) * FORMATS + src.index()) * FORMATS + dst.index()
+    precision as usize * KERNELS + (op as usize * FORMATS + src.index()) * FORMATS + dst.index()
 }
 
 impl Context {
@@ -67,8 +70,7 @@ impl Context {
     fn up_to(ceiling: Option<Isa>) -> Result<Self> {
         let ceilings: Vec<Isa> = ceiling.into_iter().chain(Isa::ceiling_from_env()?).collect();
         let isa = Isa::best_within(&ceilings)?;
-        let mut table: Vec<Option<&'static Entry>> =
-            vec![None; Precision::ALL.len() * Op::ALL.len() * FORMATS * FORMATS];
+        let mut table: Vec<Option<&'static Entry>> = vec![None; Precision::ALL.len() * KERNELS];
         for entry in registry::entries() {
             let info = &entry.info;
             if !info.isa.is_within(isa) || !info.isa.is_available() {
@@ -82,15 +84,11 @@ impl Context {
             }
         }
         // What has no kernel of integer products is served as by default.
-        let integer = &mut tables[Precision::Integer as usize];
-        for slot in integer.as_flattened_mut().as_flattened_mut() {
-            *slot = slot.filter(|entry| entry.info.precision == Some(Precision::Integer));
-        }
-        let [default, _, integer] = &mut tables;
-        for (slot, other) in
-            integer.as_flattened_mut().as_flattened_mut().iter_mut().zip(default.as_flattened().as_flattened())
-        {
-            *slot = slot.or(*other);
+        for i in 0..KERNELS {
+            let (default, integer) =
+                (Precision::Default as usize * KERNELS + i, Precision::Integer as usize * KERNELS + i);
+            let own = table[integer].filter(|entry| entry.info.precision == Some(Precision::Integer));
+            table[integer] = own.or(table[default]);
         }
         let mut full: [Option<&'static Entry>; FORMATS] = [None; FORMATS];
         for entry in registry::entries() {
