@@ -1,4 +1,4 @@
-/* Caches of bytes: int8 with a scale per token and head, and eight-bit floats with static scales. */
+/* Quantised caches: int8 with a scale per token and head, eight-bit floats with static scales, blocks, rotated ones. */
 #include "book.h"
 
 enum { HEADS = 4, KV_HEADS = 2, DIM = 64, CAPACITY = 64, TOKENS = 50 };
@@ -80,6 +80,36 @@ static void fp8(void) {
     EXPECT(k_scale[0] == 1.0f / 448);
 }
 
+static void blocks(void) {
+    const int32_t position = 0, length = TOKENS;
+    /* [blocks] */
+    enum { BLOCKS = DIM / 32 };
+    static struct { uint16_t d; int8_t q[32]; } keys[CAPACITY * KV_HEADS * BLOCKS];
+    static struct { uint16_t d; uint8_t q[16]; } values[CAPACITY * KV_HEADS * BLOCKS];
+    kvl_view k_cache = kvl_make_view(keys, KVL_FORMAT_Q8_0, 1, CAPACITY, KV_HEADS, DIM); /* strides count blocks */
+    kvl_view v_cache = kvl_make_view(values, KVL_FORMAT_Q4_0, 1, CAPACITY, KV_HEADS, DIM);
+
+    kvl_kv_write_params write = kvl_make_kv_write(k_cache, v_cache, k, v, KVL_DTYPE_F32, 1, TOKENS, &position);
+    check(kvl_kv_write(context, NULL, &write));
+
+    kvl_attention_params attention =
+        kvl_make_causal_attention(k_cache, v_cache, q, out, KVL_DTYPE_F32, 1, 1, HEADS, &length);
+    attend(context, NULL, &space, &attention);
+    /* [blocks] */
+    EXPECT(distance(out, wanted, HEADS * DIM) < 0.1f && distance(out, wanted, HEADS * DIM) > 0);
+
+    /* [hadamard] */
+    int64_t block;
+    check(kvl_hadamard_block(DIM, &block));
+    write.k_hadamard = write.v_hadamard = block;
+    check(kvl_kv_write(context, NULL, &write));
+    attention.k_hadamard = attention.v_hadamard = block;
+    attend(context, NULL, &space, &attention);
+    /* [hadamard] */
+    EXPECT(block == DIM);
+    EXPECT(distance(out, wanted, HEADS * DIM) < 0.1f && distance(out, wanted, HEADS * DIM) > 0);
+}
+
 int main(void) {
     static float keys[CAPACITY * KV_HEADS * DIM], values[CAPACITY * KV_HEADS * DIM];
     const int32_t position = 0, length = TOKENS;
@@ -95,6 +125,7 @@ int main(void) {
     attend(context, NULL, &space, &exact);
     int8();
     fp8();
+    blocks();
     free(space.memory);
     kvl_context_destroy(context);
     return 0;

@@ -19,7 +19,7 @@ from pathlib import Path
 GROUPS = [
     ("api_abi", r"kvl_(abi|version|status|last_error).*|KVL_(ABI_VERSION|STATUS_.*)"),
     ("api_tuning", r"kvl_(context_(set_)?tuning|tuning|prefetch|key_order|advise_huge_pages)|KVL_(PREFETCH|KEY_ORDER)_.*"),
-    ("api_writes", r"kvl_(kv_write.*|kv_read.*|cache_scales|packing|pack_row_pairs|unpack_row_pairs|repeat_kv|context_v_packing"
+    ("api_writes", r"kvl_(kv_write.*|kv_read.*|hadamard.*|cache_scales|packing|pack_row_pairs|unpack_row_pairs|repeat_kv|context_v_packing"
                    r"|make_kv_write)|KVL_PACKING_.*"),
     ("api_types", r"kvl_(dtype|format)|KVL_(DTYPE|FORMAT)_.*"),
     ("api_contexts", r"kvl_(context|isa|kernel|op|precision)(_.*)?|KVL_(CONTEXT|ISA|OP|PRECISION)_.*"),

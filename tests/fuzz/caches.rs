@@ -428,7 +428,7 @@ fn rotations(c: &mut Call, cache: &Cache, num_ropes: usize) -> (*const *const kv
         let pairing = i32::from(c.maybe(0.5));
         // The lowest bit of all dims together divides each.
         let every = if num_ropes == 1 { cache.dims.iter().fold(0, |all, dim| all | dim) } else { dim };
-        let k_hadamard = c.hadamard(every as i64);
+        let k_hadamard = c.hadamard(every);
         let (pairing, reserved) = (c.code(pairing), c.code(0));
         let params = kvl_rope_params { pairing, reserved, rotary_dim, inv_freq, cos, k_hadamard, ..zeroed() };
         ropes.push(c.sized(&params, &[]));
