@@ -39,8 +39,8 @@ int main() {
     expect(std::strncmp(names.first, "attention_f16_", 14) == 0, names.first);
     expect(std::strncmp(names.second, "attention_int8_", 15) == 0, names.second);
     ok(context.kernel_name(KVL_OP_ROPE, KVL_FORMAT_F32, KVL_FORMAT_F16, name), "kernel name");
-    refused(KVL_STATUS_INVALID_ENUM, "v_format is 9",
-            context.attention_kernel_names(KVL_FORMAT_F16, 9, KVL_PRECISION_HIGH, names));
+    refused(KVL_STATUS_INVALID_ENUM, "v_format is 99",
+            context.attention_kernel_names(KVL_FORMAT_F16, 99, KVL_PRECISION_HIGH, names));
 
     kvl_rope_frequencies_params scaling = KVL_ROPE_FREQUENCIES_PARAMS_INIT;
     scaling.rotary_dim = 4;
