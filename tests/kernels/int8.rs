@@ -348,8 +348,8 @@ fn reads(level: &Level) {
 /// Attention over keys of one format and values of another has, in both halves, the bits of what is read from the cache in f32.
 fn every_pair_of_formats(level: &Level) {
     let mut rng = Rng::new(305);
-    // Where few cases run, a format of keys meets one of values, another one for the next shape.
-    let step = if scale() < 0.05 { CacheFormat::ALL.len() + 1 } else { 1 };
+    // A fifth of the pairs for each shape, others for the next one; where few cases run, a format of keys meets one of values.
+    let step = if scale() < 0.05 { CacheFormat::ALL.len() + 1 } else { 5 };
     let mut pairs = 0;
     for (tokens, group, keys) in thin(vec![(1, 1, 70), (1, 4, 200), (5, 2, 130), (40, 3, 200)]) {
         for (dim, v_dim) in thin(vec![(1, 7), (16, 16), (33, 40), (64, 64), (128, 128), (80, 65)]) {
