@@ -8,13 +8,12 @@ use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
-use crate::quantised::{self, Written, head_of, heads_of, insert, layout_list};
-use crate::write::{place, rounded, written};
+use crate::quantised::{self, Written, head_of, heads_of, insert};
+use crate::write::{rounded, written};
 use kvlane::{
     AttentionTensors, Axis, CacheFormat, CacheView, CacheViewMut, DType, Destination, KeyRotation, KvCache, KvLayer,
     KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling,
-    Runner, Serial, Source, Status, UnrotatedKeys, View, ViewMut, Workspace, attention, copy_pages, defragment_pages,
-    kv_read, kv_write, rope,
+    Runner, Serial, Source, Status, UnrotatedKeys, View, ViewMut, Workspace, attention, kv_read, kv_write, rope,
 };
 use std::collections::BTreeMap;
 
@@ -25,6 +24,15 @@ tests! {
 }
 
 impl Written for Blocks {
+    fn format(&self) -> CacheFormat {
+        self.format
+    }
+    fn view(&self) -> CacheView<'_> {
+        self.view()
+    }
+    fn element(&self, at: [usize; 4]) -> f32 {
+        self.get(at)
+    }
     fn view_mut(&mut self) -> CacheViewMut<'_> {
         self.view_mut()
     }
@@ -203,50 +211,7 @@ fn many_blocks(level: &Level) {
 /// Every layout, written and read, beside another format on the other side; any number of threads.
 fn every_layout(level: &Level) {
     let mut rng = Rng::new(502);
-    for _ in 0..scaled(20) {
-        for (layout, [rows, slots]) in layout_list() {
-            let (src, other) = (rng.pick(&DType::ALL), rng.pick(&DType::ALL));
-            let (dim, v_dim) = (N * rng.between(1, 5), N * rng.between(1, 5));
-            let at = rng.pick(&[Place::GuardAfter, Place::GuardBefore]);
-            let k_layout = Layout::random(&mut rng);
-            let k = Tensor::random(&mut rng, src, [2, 4, 3, dim], k_layout, at);
-            let v = Tensor::random(&mut rng, other, [2, 4, 3, v_dim], Layout::BHSD, at);
-            let to = Destination::positions(&[4, 0]).counts(&[4, 3]).layout(layout);
-            let runner: &dyn Runner = rng.pick::<&dyn Runner>(&[&Serial, &Threads(3)]);
-            for keys in [true, false] {
-                let (name, shapes) =
-                    (format!("{layout:?}, keys: {keys}"), [[rows, slots, 3, dim], [rows, slots, 3, v_dim]]);
-                let mut cache = output(&mut rng, shapes[usize::from(!keys)], at);
-                let mut plain = Tensor::output(DType::F32, shapes[usize::from(keys)], Layout::BSHD, at);
-                let (k_cache, v_cache): (CacheViewMut, CacheViewMut) = if keys {
-                    (cache.view_mut(), plain.view_mut().into())
-                } else {
-                    (plain.view_mut().into(), cache.view_mut())
-                };
-                kv_write(&level.context, runner, KvWrite::new(k.view(), v.view(), k_cache, v_cache, to))
-                    .expect("valid");
-                cache.assert_written(if keys { &k } else { &v }, &to, &name);
-                plain.assert_gaps();
-                let mut read =
-                    [dim, v_dim].map(|dim| Tensor::output(other, [2, 4, 3, dim], Layout::random(&mut rng), at));
-                let [k_read, v_read] = &mut read;
-                let (k_cache, v_cache): (CacheView, CacheView) =
-                    if keys { (cache.view(), plain.view().into()) } else { (plain.view().into(), cache.view()) };
-                let (positions, counts) = ([4, 0], [4, 3]);
-                let from = Source::positions(&positions).counts(&counts).layout(layout);
-                let call = KvRead::new(k_cache, v_cache, k_read.view_mut(), v_read.view_mut(), from);
-                kv_read(&level.context, runner, call).expect("a valid read");
-                let (read, format) = (&read[usize::from(!keys)], cache.format);
-                level.checked(Op::KvRead, format, other);
-                for [b, t, h, d] in indices(read.shape).filter(|at| at[1] < counts[at[0]] as usize) {
-                    let (row, slot) = place(layout, slots, b, positions[b] as usize + t);
-                    let wanted = rounded(other, cache.get([row, slot, h, d]));
-                    assert_eq!(read.bits([b, t, h, d]), wanted, "{name}, {format}");
-                }
-                read.assert_gaps();
-            }
-        }
-    }
+    quantised::every_layout(level, &mut rng, |rng| N * rng.between(1, 5), output);
     // Every kernel that reads is counted, whatever was picked.
     for (format, dst) in FORMATS.into_iter().flat_map(|format| DType::ALL.map(|dst| (format, dst))) {
         let cache = random(&mut rng, format, [1, 2, 1, N]);
@@ -463,48 +428,13 @@ fn moves(level: &Level) {
         let (heads, dim, v_dim) = (rng.between(1, 4), N * rng.between(1, 3), N * rng.between(1, 3));
         let mut k = Mirrored::random(&mut rng, [4, 20, heads, dim]);
         let mut v = Mirrored::random(&mut rng, [4, 20, heads, v_dim]);
-        let lengths = [rng.between(1, 20) as i32, rng.between(3, 20) as i32, rng.between(0, 20) as i32, 20];
-        let runner: &dyn Runner = rng.pick::<&dyn Runner>(&[&Serial, &Threads(3)]);
-        let paged = [[0, 2], [1, 3]].map(|pages| pages.to_vec()).concat();
-        let mut both = |what: &str, call: &dyn Fn(&mut [KvLayer])| {
+        quantised::each_move(level, &mut rng, &mut |what, call| {
             let mut layers = [KvLayer::new(k.cache.view_mut(), v.cache.view_mut())];
             call(&mut layers);
             let mut layers = [KvLayer::new(k.mirror.view_mut(), v.mirror.view_mut())];
             call(&mut layers);
             k.check(&format!("keys, {what}"));
             v.check(&format!("values, {what}"));
-        };
-        let parents: Vec<i32> = (0..4).map(|_| rng.below(4) as i32).collect();
-        let context = &level.context;
-        both("reorder", &|layers| {
-            let mut lengths = lengths;
-            let mut cache = KvCache::new(layers, Slots::Contiguous, &mut lengths);
-            cache.reorder(context, runner, &mut Workspace::new(), &parents).unwrap();
-        });
-        both("copied prefix", &|layers| {
-            let mut lengths = lengths;
-            KvCache::new(layers, Slots::Contiguous, &mut lengths).copy_prefix(context, runner, 1, &[3, 0], 3).unwrap();
-        });
-        both("copied prefix of a ring", &|layers| {
-            let mut lengths = [50, 7, 3, 20];
-            KvCache::new(layers, Slots::ring(2), &mut lengths).copy_prefix(context, runner, 1, &[2], 7).unwrap();
-        });
-        both("evicted", &|layers| {
-            let mut lengths = lengths;
-            KvCache::new(layers, Slots::Contiguous, &mut lengths).evict(context, runner, 3, 2..7, &[]).unwrap();
-        });
-        both("evicted from pages", &|layers| {
-            let mut lengths = [33, 21];
-            KvCache::new(layers, Slots::paged(&paged, 2), &mut lengths).evict(context, runner, 0, 1..9, &[]).unwrap();
-        });
-        both("copied pages", &|layers| copy_pages(context, runner, layers, &[[3, 1], [0, 2]]).unwrap());
-        both("defragmented", &|layers| {
-            let (mut pages, mut map) = ([3, 1, -1, -1], [0; 4]);
-            defragment_pages(context, runner, layers, &mut pages, 2, &[30, 0], &mut map).unwrap();
-        });
-        both("reset", &|layers| {
-            let mut lengths = lengths;
-            KvCache::new(layers, Slots::Contiguous, &mut lengths).reset(runner, &[2, 0], true).unwrap();
         });
     }
 }

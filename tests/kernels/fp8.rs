@@ -7,8 +7,8 @@ use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
-use crate::quantised::{self, Written, head_of, insert, layout_list};
-use crate::write::{place, rounded, written};
+use crate::quantised::{self, Written, head_of, insert};
+use crate::write::{rounded, written};
 use kvlane::{
     AttentionOptions, AttentionState, AttentionTensors, CacheFormat, CacheView, CacheViewMut, DType, Destination,
     KeyRotation, KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, Rope, RopeAngles,
@@ -25,6 +25,15 @@ tests! {
 const FORMATS: [CacheFormat; 2] = [CacheFormat::Fp8E4m3, CacheFormat::Fp8E5m2];
 
 impl Written for Fp8 {
+    fn format(&self) -> CacheFormat {
+        self.format
+    }
+    fn view(&self) -> CacheView<'_> {
+        self.view()
+    }
+    fn element(&self, at: [usize; 4]) -> f32 {
+        self.get(at) as f32
+    }
     fn view_mut(&mut self) -> CacheViewMut<'_> {
         self.view_mut()
     }
@@ -165,52 +174,8 @@ fn head_sizes_and_layouts(level: &Level) {
     }
 }
 
-/// Every layout, written and read, beside another format on the other side; any number of threads.
 fn every_layout(level: &Level) {
-    let mut rng = Rng::new(403);
-    for _ in 0..scaled(20) {
-        for (layout, [rows, slots]) in layout_list() {
-            let (src, other) = (rng.pick(&DType::ALL), rng.pick(&DType::ALL));
-            let (dim, v_dim) = (rng.between(1, 40), rng.between(1, 40));
-            let at = rng.pick(&[Place::GuardAfter, Place::GuardBefore]);
-            let k_layout = Layout::random(&mut rng);
-            let k = Tensor::random(&mut rng, src, [2, 4, 3, dim], k_layout, at);
-            let v = Tensor::random(&mut rng, other, [2, 4, 3, v_dim], Layout::BHSD, at);
-            let to = Destination::positions(&[4, 0]).counts(&[4, 3]).layout(layout);
-            let runner: &dyn Runner = rng.pick::<&dyn Runner>(&[&Serial, &Threads(3)]);
-            for keys in [true, false] {
-                let (name, shapes) =
-                    (format!("{layout:?}, keys: {keys}"), [[rows, slots, 3, dim], [rows, slots, 3, v_dim]]);
-                let mut cache = output(&mut rng, shapes[usize::from(!keys)], at);
-                let mut plain = Tensor::output(DType::F32, shapes[usize::from(keys)], Layout::BSHD, at);
-                let (k_cache, v_cache): (CacheViewMut, CacheViewMut) = if keys {
-                    (cache.view_mut(), plain.view_mut().into())
-                } else {
-                    (plain.view_mut().into(), cache.view_mut())
-                };
-                kv_write(&level.context, runner, KvWrite::new(k.view(), v.view(), k_cache, v_cache, to))
-                    .expect("valid");
-                cache.assert_written(if keys { &k } else { &v }, &to, &name);
-                plain.assert_gaps();
-                let mut read =
-                    [dim, v_dim].map(|dim| Tensor::output(other, [2, 4, 3, dim], Layout::random(&mut rng), at));
-                let [k_read, v_read] = &mut read;
-                let (k_cache, v_cache): (CacheView, CacheView) =
-                    if keys { (cache.view(), plain.view().into()) } else { (plain.view().into(), cache.view()) };
-                let (positions, counts) = ([4, 0], [4, 3]);
-                let from = Source::positions(&positions).counts(&counts).layout(layout);
-                let call = KvRead::new(k_cache, v_cache, k_read.view_mut(), v_read.view_mut(), from);
-                kv_read(&level.context, runner, call).expect("a valid read");
-                let read = &read[usize::from(!keys)];
-                for [b, t, h, d] in indices(read.shape).filter(|at| at[1] < counts[at[0]] as usize) {
-                    let (row, slot) = place(layout, slots, b, positions[b] as usize + t);
-                    let wanted = rounded(other, cache.get([row, slot, h, d]) as f32);
-                    assert_eq!(read.bits([b, t, h, d]), wanted, "{name}");
-                }
-                read.assert_gaps();
-            }
-        }
-    }
+    quantised::every_layout(level, &mut Rng::new(403), |rng| rng.between(1, 40), output);
 }
 
 fn fused_with_norm_and_rope(level: &Level) {

@@ -10,10 +10,10 @@ use crate::harness::{Level, tests};
 use crate::quantised::{self, Written, head_of, layout_list};
 use crate::write::{rounded, written};
 use kvlane::{
-    AttentionOptions, AttentionTensors, CacheFormat, CacheViewMut, DType, Destination, KeyRotation, KvCache, KvLayer,
-    KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, RmsNorm, Rope, RopeAngles, RopeFrequencies,
-    RopeScaling, Runner, Serial, Source, Status, UnrotatedKeys, View, ViewMut, Workspace, attention, copy_pages,
-    defragment_pages, kv_read, kv_write, rope,
+    AttentionOptions, AttentionTensors, CacheFormat, CacheView, CacheViewMut, DType, Destination, KeyRotation, KvCache,
+    KvLayer, KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, RmsNorm, Rope, RopeAngles,
+    RopeFrequencies, RopeScaling, Runner, Serial, Source, Status, UnrotatedKeys, View, ViewMut, Workspace, attention,
+    kv_read, kv_write, rope,
 };
 
 tests! {
@@ -42,6 +42,15 @@ fn assert_untouched(cache: &Int8, (b, s, h): (usize, usize, usize)) {
 }
 
 impl Written for Int8 {
+    fn format(&self) -> CacheFormat {
+        CacheFormat::Int8
+    }
+    fn view(&self) -> CacheView<'_> {
+        self.view()
+    }
+    fn element(&self, at: [usize; 4]) -> f32 {
+        self.get(at)
+    }
     fn view_mut(&mut self) -> CacheViewMut<'_> {
         self.view_mut()
     }
@@ -455,58 +464,21 @@ impl Mirrored {
 /// Operations that move tokens move units and scales to the bit.
 fn moves(level: &Level) {
     let mut rng = Rng::new(307);
-    for round in 0..scaled(60).max(6) {
+    for _ in 0..scaled(60).max(6) {
         let (heads, dim, v_dim) = (rng.between(1, 4), rng.between(1, 40), rng.between(1, 40));
         let scales = [rng.pick(&SCALES), rng.pick(&SCALES)];
         let (mut k, mut v) = (
             Mirrored::random(&mut rng, [4, 20, heads, dim], scales[0]),
             Mirrored::random(&mut rng, [4, 20, heads, v_dim], scales[1]),
         );
-        let lengths = [rng.between(1, 20) as i32, rng.between(3, 20) as i32, rng.between(0, 20) as i32, 20];
-        let runner: &dyn Runner = rng.pick::<&dyn Runner>(&[&Serial, &Threads(3)]);
-        let paged = [[0, 2], [1, 3]].map(|pages| pages.to_vec()).concat();
-        let mut both = |what: &str, call: &dyn Fn(&mut [KvLayer])| {
+        quantised::each_move(level, &mut rng, &mut |what, call| {
             let mut layers = [KvLayer::new(k.cache.view_mut(), v.cache.view_mut())];
             call(&mut layers);
             let mut layers = [KvLayer::new(k.mirror.view_mut(), v.mirror.view_mut())];
             call(&mut layers);
             k.check(&format!("keys, {what}"));
             v.check(&format!("values, {what}"));
-        };
-        let parents: Vec<i32> = (0..4).map(|_| rng.below(4) as i32).collect();
-        let context = &level.context;
-        both("reorder", &|layers| {
-            let mut lengths = lengths;
-            let mut cache = KvCache::new(layers, Slots::Contiguous, &mut lengths);
-            cache.reorder(context, runner, &mut Workspace::new(), &parents).unwrap();
         });
-        both("copied prefix", &|layers| {
-            let mut lengths = lengths;
-            KvCache::new(layers, Slots::Contiguous, &mut lengths).copy_prefix(context, runner, 1, &[3, 0], 3).unwrap();
-        });
-        both("copied prefix of a ring", &|layers| {
-            let mut lengths = [50, 7, 3, 20];
-            KvCache::new(layers, Slots::ring(2), &mut lengths).copy_prefix(context, runner, 1, &[2], 7).unwrap();
-        });
-        both("evicted", &|layers| {
-            let mut lengths = lengths;
-            KvCache::new(layers, Slots::Contiguous, &mut lengths).evict(context, runner, 3, 2..7, &[]).unwrap();
-        });
-        both("evicted from pages", &|layers| {
-            let mut lengths = [33, 21];
-            KvCache::new(layers, Slots::paged(&paged, 2), &mut lengths).evict(context, runner, 0, 1..9, &[]).unwrap();
-        });
-        both("copied pages", &|layers| copy_pages(context, runner, layers, &[[3, 1], [0, 2]]).unwrap());
-        both("defragmented", &|layers| {
-            let (mut pages, mut map) = ([3, 1, -1, -1], [0; 4]);
-            defragment_pages(context, runner, layers, &mut pages, 2, &[30, 0], &mut map).unwrap();
-        });
-        if round % 2 == 0 {
-            both("reset", &|layers| {
-                let mut lengths = lengths;
-                KvCache::new(layers, Slots::Contiguous, &mut lengths).reset(runner, &[2, 0], true).unwrap();
-            });
-        }
     }
 }
 

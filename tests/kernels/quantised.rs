@@ -2,11 +2,13 @@
 
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
-use crate::common::{Layout, Place, Rng, Tensor};
+use crate::common::{Layout, Place, Rng, Tensor, scaled};
 use crate::harness::Level;
+use crate::write::{place, rounded};
 use kvlane::{
-    CacheViewMut, DType, Destination, KvCache, KvLayer, KvWrite, Layout as Slots, Pairing, Positions, RmsNorm, Rope,
-    RopeFrequencies, RopeScaling, Serial, kv_write, rms_norm, rope,
+    CacheFormat, CacheView, CacheViewMut, DType, Destination, KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op,
+    Pairing, Positions, RmsNorm, Rope, RopeFrequencies, RopeScaling, Runner, Serial, Source, Workspace, copy_pages,
+    defragment_pages, kv_read, kv_write, rms_norm, rope,
 };
 
 pub const PAGES: [i32; 6] = [2, 5, 0, 3, 1, 4];
@@ -33,7 +35,11 @@ pub fn heads_of([batch, seq, heads, _]: [usize; 4]) -> impl Iterator<Item = [usi
 
 /// A cache that a test writes to.
 pub trait Written {
+    fn format(&self) -> CacheFormat;
+    fn view(&self) -> CacheView<'_>;
     fn view_mut(&mut self) -> CacheViewMut<'_>;
+    /// The number that an element stands for.
+    fn element(&self, at: [usize; 4]) -> f32;
 
     /// Checks every head: those that are written are what quantising `src` gives, and nothing else has changed.
     fn assert_written(&self, src: &Tensor, to: &Destination, what: &str);
@@ -86,6 +92,58 @@ pub fn fused_with_norm_and_rope<C: Written>(
     }
 }
 
+/// Every layout, written and read, beside another format on the other side; any number of threads.
+pub fn every_layout<C: Written>(
+    level: &Level,
+    rng: &mut Rng,
+    dim: impl Fn(&mut Rng) -> usize,
+    output: impl Fn(&mut Rng, [usize; 4], Place) -> C,
+) {
+    for _ in 0..scaled(20) {
+        for (layout, [rows, slots]) in layout_list() {
+            let (src, other) = (rng.pick(&DType::ALL), rng.pick(&DType::ALL));
+            let (dim, v_dim) = (dim(rng), dim(rng));
+            let at = rng.pick(&[Place::GuardAfter, Place::GuardBefore]);
+            let k_layout = Layout::random(rng);
+            let k = Tensor::random(rng, src, [2, 4, 3, dim], k_layout, at);
+            let v = Tensor::random(rng, other, [2, 4, 3, v_dim], Layout::BHSD, at);
+            let to = Destination::positions(&[4, 0]).counts(&[4, 3]).layout(layout);
+            let runner: &dyn Runner = rng.pick::<&dyn Runner>(&[&Serial, &Threads(3)]);
+            for keys in [true, false] {
+                let (name, shapes) =
+                    (format!("{layout:?}, keys: {keys}"), [[rows, slots, 3, dim], [rows, slots, 3, v_dim]]);
+                let mut cache = output(rng, shapes[usize::from(!keys)], at);
+                let mut plain = Tensor::output(DType::F32, shapes[usize::from(keys)], Layout::BSHD, at);
+                let (k_cache, v_cache): (CacheViewMut, CacheViewMut) = if keys {
+                    (cache.view_mut(), plain.view_mut().into())
+                } else {
+                    (plain.view_mut().into(), cache.view_mut())
+                };
+                kv_write(&level.context, runner, KvWrite::new(k.view(), v.view(), k_cache, v_cache, to))
+                    .expect("valid");
+                cache.assert_written(if keys { &k } else { &v }, &to, &name);
+                plain.assert_gaps();
+                let mut read = [dim, v_dim].map(|dim| Tensor::output(other, [2, 4, 3, dim], Layout::random(rng), at));
+                let [k_read, v_read] = &mut read;
+                let (k_cache, v_cache): (CacheView, CacheView) =
+                    if keys { (cache.view(), plain.view().into()) } else { (plain.view().into(), cache.view()) };
+                let (positions, counts) = ([4, 0], [4, 3]);
+                let from = Source::positions(&positions).counts(&counts).layout(layout);
+                let call = KvRead::new(k_cache, v_cache, k_read.view_mut(), v_read.view_mut(), from);
+                kv_read(&level.context, runner, call).expect("a valid read");
+                let (read, format) = (&read[usize::from(!keys)], cache.format());
+                level.checked(Op::KvRead, format, other);
+                for [b, t, h, d] in indices(read.shape).filter(|at| at[1] < counts[at[0]] as usize) {
+                    let (row, slot) = place(layout, slots, b, positions[b] as usize + t);
+                    let wanted = rounded(other, cache.element([row, slot, h, d]));
+                    assert_eq!(read.bits([b, t, h, d]), wanted, "{name}, {format}");
+                }
+                read.assert_gaps();
+            }
+        }
+    }
+}
+
 /// Inserts the first five tokens of sequence 1 of one cache as sequence 0 of another.
 pub fn insert(level: &Level, dst: KvLayer, src: KvLayer) {
     let (mut dst, mut src, mut lengths, mut from_lengths) = ([dst], [src], [0, 0], [3, 6]);
@@ -93,4 +151,43 @@ pub fn insert(level: &Level, dst: KvLayer, src: KvLayer) {
     let mut cache = KvCache::new(&mut dst, Slots::Contiguous, &mut lengths);
     cache.insert_sequence(&level.context, &Threads(2), 0, &mut from, 1, 5).expect("a valid call");
     assert_eq!(lengths, [5, 0]);
+}
+
+/// Calls `on` with each operation that moves tokens: its name, and the call, for layers of four sequences or pages of 20 slots.
+pub fn each_move(level: &Level, rng: &mut Rng, on: &mut dyn FnMut(&str, &dyn Fn(&mut [KvLayer]))) {
+    let lengths = [rng.between(1, 20) as i32, rng.between(3, 20) as i32, rng.between(0, 20) as i32, 20];
+    let runner: &dyn Runner = rng.pick::<&dyn Runner>(&[&Serial, &Threads(3)]);
+    let paged = [[0, 2], [1, 3]].map(|pages| pages.to_vec()).concat();
+    let parents: Vec<i32> = (0..4).map(|_| rng.below(4) as i32).collect();
+    let context = &level.context;
+    on("reorder", &|layers| {
+        let mut lengths = lengths;
+        let mut cache = KvCache::new(layers, Slots::Contiguous, &mut lengths);
+        cache.reorder(context, runner, &mut Workspace::new(), &parents).unwrap();
+    });
+    on("copied prefix", &|layers| {
+        let mut lengths = lengths;
+        KvCache::new(layers, Slots::Contiguous, &mut lengths).copy_prefix(context, runner, 1, &[3, 0], 3).unwrap();
+    });
+    on("copied prefix of a ring", &|layers| {
+        let mut lengths = [50, 7, 3, 20];
+        KvCache::new(layers, Slots::ring(2), &mut lengths).copy_prefix(context, runner, 1, &[2], 7).unwrap();
+    });
+    on("evicted", &|layers| {
+        let mut lengths = lengths;
+        KvCache::new(layers, Slots::Contiguous, &mut lengths).evict(context, runner, 3, 2..7, &[]).unwrap();
+    });
+    on("evicted from pages", &|layers| {
+        let mut lengths = [33, 21];
+        KvCache::new(layers, Slots::paged(&paged, 2), &mut lengths).evict(context, runner, 0, 1..9, &[]).unwrap();
+    });
+    on("copied pages", &|layers| copy_pages(context, runner, layers, &[[3, 1], [0, 2]]).unwrap());
+    on("defragmented", &|layers| {
+        let (mut pages, mut map) = ([3, 1, -1, -1], [0; 4]);
+        defragment_pages(context, runner, layers, &mut pages, 2, &[30, 0], &mut map).unwrap();
+    });
+    on("reset", &|layers| {
+        let mut lengths = lengths;
+        KvCache::new(layers, Slots::Contiguous, &mut lengths).reset(runner, &[2, 0], true).unwrap();
+    });
 }
