@@ -79,11 +79,10 @@ static void names(const kvl_context *context) {
     static const kvl_dtype types[] = {KVL_DTYPE_F32, KVL_DTYPE_F16, KVL_DTYPE_BF16};
     static const kvl_op both[] = {KVL_OP_ROPE, KVL_OP_KV_WRITE, KVL_OP_RMS_NORM, KVL_OP_HADAMARD}, one[] = {KVL_OP_REPEAT_KV, KVL_OP_ATTENTION, KVL_OP_MERGE_STATES};
     kvl_isa isa = KVL_ISA_BEST;
-    const char *name = NULL, *only = "";
+    const char *name = NULL, *high = NULL, *other = NULL, *only = "";
     size_t i, s, d;
     OK(kvl_context_isa(context, &isa));
     for (s = 0; s < COUNT(types); s++) {
-        const char *high = NULL, *other = NULL;
         OK(kvl_context_kernel_name(context, KVL_OP_ATTENTION, types[s], types[s], &name));
         OK(kvl_context_attention_kernel_names(context, types[s], types[s], KVL_PRECISION_HIGH, &high, &other));
         CHECK(strcmp(high, other) == 0, "%s and %s", high, other);
