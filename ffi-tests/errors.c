@@ -823,7 +823,7 @@ static void attention(void) {
     TRY(KVL_STATUS_INVALID_ENUM, "precision is -1");
     /* The size of the struct before it had a precision: later bytes are not read. */
     p.struct_size = offsetof(kvl_attention_params, precision);
-    p.precision = 2;
+    p.precision = 3;
     OK(kvl_attention(context, NULL, workspace, bytes, &p));
     p = good;
     /* The size before layouts, and a size that no version has. */
@@ -1479,8 +1479,8 @@ static void chunks(void) {
         BOTH(KVL_STATUS_SHAPE, "kv_heads is -1");
         p.k_format = 12;
         BOTH(KVL_STATUS_INVALID_ENUM, "k_format is 12");
-        p.precision = 2;
-        BOTH(KVL_STATUS_INVALID_ENUM, "precision is 2");
+        p.precision = 3;
+        BOTH(KVL_STATUS_INVALID_ENUM, "precision is 3");
         p.out.shape[3] = 1025;
         BOTH(KVL_STATUS_SHAPE, "out has dim = 1025");
         p.out.shape[1] = -1;
