@@ -544,7 +544,9 @@ mod tests {
         let mut ids = BTreeSet::new();
         for kernel in kernels() {
             let cases = cases_of(&kernel);
-            assert!(cases.iter().any(|case| case.quick) || kernel.src != kernel.dst, "{}", kernel.name);
+            // A quick run leaves out conversions of unusual types, and most formats of blocks.
+            let rare = kernel.src != kernel.dst || kernel.src.unit_elements() > 1;
+            assert!(cases.iter().any(|case| case.quick) || rare, "{}", kernel.name);
             assert!(!cases.is_empty(), "{} is in the registry, but has no bench", kernel.name);
             for case in cases {
                 assert!(case.name.len() <= 44, "{} does not fit the table", case.name);
