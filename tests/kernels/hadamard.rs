@@ -472,7 +472,7 @@ fn random_calls(level: &Level) {
 fn head_sizes(level: &Level) {
     let mut rng = Rng::new(411);
     for kv in kv_types() {
-        for dim in [64, 80, 96, 128, 192, 256, 512] {
+        for dim in thin(vec![64, 80, 96, 128, 192, 256, 512]) {
             for (tokens, group) in thin(vec![(1, 4), (5, 2), (40, 1)]) {
                 let v_dim = if rng.chance(0.7) { dim } else { 64 };
                 let shape = Shape { batch: 1, tokens, kv_heads: 2, group, keys: 70, dim, v_dim };

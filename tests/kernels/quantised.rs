@@ -2,7 +2,7 @@
 
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
-use crate::common::{Layout, Place, Rng, Tensor, scaled};
+use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::Level;
 use crate::write::{place, rounded};
 use kvlane::{
@@ -54,7 +54,7 @@ pub fn fused_with_norm_and_rope<C: Written>(
 ) {
     let f = RopeFrequencies::new(20, 10_000.0, &RopeScaling::None).unwrap();
     for (src, heads) in DType::ALL.into_iter().flat_map(|src| [(src, 3), (src, 60)]) {
-        for (layout, [rows, slots]) in layout_list() {
+        for (layout, [rows, slots]) in thin(layout_list().to_vec()) {
             for pairing in [Pairing::Interleaved, Pairing::HalfSplit] {
                 for (normed, turned) in [(true, false), (false, true), (true, true)] {
                     let weight: Vec<f32> = (0..dim).map(|_| 1.0 + rng.f32()).collect();
