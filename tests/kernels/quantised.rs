@@ -153,8 +153,11 @@ pub fn insert(level: &Level, dst: KvLayer, src: KvLayer) {
     assert_eq!(lengths, [5, 0]);
 }
 
+/// A call that moves tokens.
+pub type Move<'a> = dyn Fn(&mut [KvLayer]) + 'a;
+
 /// Calls `on` with each operation that moves tokens: its name, and the call, for layers of four sequences or pages of 20 slots.
-pub fn each_move(level: &Level, rng: &mut Rng, on: &mut dyn FnMut(&str, &dyn Fn(&mut [KvLayer]))) {
+pub fn each_move(level: &Level, rng: &mut Rng, on: &mut dyn FnMut(&str, &Move)) {
     let lengths = [rng.between(1, 20) as i32, rng.between(3, 20) as i32, rng.between(0, 20) as i32, 20];
     let runner: &dyn Runner = rng.pick::<&dyn Runner>(&[&Serial, &Threads(3)]);
     let paged = [[0, 2], [1, 3]].map(|pages| pages.to_vec()).concat();
