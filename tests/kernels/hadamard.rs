@@ -6,7 +6,7 @@ use crate::common::fp8::{Fp8, Quantised, Scales};
 use crate::common::int8::Int8;
 use crate::common::runners::Threads;
 use crate::common::tensor::{Array, indices};
-use crate::common::{Layout, Place, Rng, Tensor, close, half_ulp, scaled, thin};
+use crate::common::{Layout, Place, Rng, Tensor, close, half_ulp, scale, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::semantics::random_case;
 use kvlane::{
@@ -154,6 +154,14 @@ fn own_inverse() {
         assert_ne!(once.all_bits(), x.all_bits());
         assert_eq!(moved(&context, &once, DType::F32, block).all_bits(), x.all_bits(), "{block}");
     }
+}
+
+/// All cases, or the first one where few run, as under emulators.
+fn few<T>(mut cases: Vec<T>) -> Vec<T> {
+    if scale() < 0.05 {
+        cases.truncate(1);
+    }
+    cases
 }
 
 /// The formats that heads of a size can have.
@@ -471,7 +479,7 @@ fn random_calls(level: &Level) {
 
 fn head_sizes(level: &Level) {
     let mut rng = Rng::new(411);
-    for kv in kv_types() {
+    for kv in few(kv_types()) {
         for dim in thin(vec![64, 80, 96, 128, 192, 256, 512]) {
             for (tokens, group) in thin(vec![(1, 4), (5, 2), (40, 1)]) {
                 let v_dim = if rng.chance(0.7) { dim } else { 64 };
@@ -500,8 +508,8 @@ fn every_format(level: &Level) {
     // A format of keys meets one of values, another one for the next shape.
     let step = CacheFormat::ALL.len() + 1;
     let mut pairs = 0;
-    for (tokens, group, keys) in thin(vec![(1, 1, 70), (1, 4, 200), (5, 2, 130), (40, 3, 200)]) {
-        for dim in thin(vec![64, 80, 96, 128, 256]) {
+    for (tokens, group, keys) in few(vec![(5, 2, 130), (1, 1, 70), (1, 4, 200), (40, 3, 200)]) {
+        for dim in few(vec![64, 80, 96, 128, 256]) {
             for k_format in formats_of(dim) {
                 for v_format in formats_of(dim) {
                     pairs += 1;
@@ -580,7 +588,7 @@ fn non_finite(level: &Level) {
 fn cut_prompts(level: &Level) {
     let mut rng = Rng::new(414);
     for kv in kv_types() {
-        for dim in [64, 80, 256] {
+        for dim in few(vec![80, 64, 256]) {
             for group in [1, 5] {
                 let shape = Shape { batch: 1, tokens: 70, kv_heads: 2, group, keys: 70, dim, v_dim: dim };
                 let mut case = Case::new(&mut rng, shape, kv).with(|o| o.causal = true);
@@ -620,7 +628,7 @@ fn cut_prompts(level: &Level) {
 fn segments(level: &Level) {
     let mut rng = Rng::new(415);
     for kv in kv_types() {
-        for (tokens, dim) in [(1, 64), (7, 96)] {
+        for (tokens, dim) in few(vec![(1, 64), (7, 96)]) {
             let keys = 2 * SPLIT_GRID + 70;
             let shape = Shape { batch: 2, tokens, kv_heads: 2, group: 3, keys, dim, v_dim: dim };
             let case = Case::new(&mut rng, shape, kv).with(|o| {
