@@ -74,6 +74,7 @@ impl Problem<'_> {
     }
 
     /// The type whose digits queries have: f32 once they are rotated, as they are where K is.
+    #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
     pub fn query_dtype(&self) -> DType {
         if self.k_hadamard == 0 { self.q.dtype } else { DType::F32 }
     }

@@ -49,6 +49,7 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs) {
 ///
 /// # Safety
 /// The numbers are readable, and `n` units writable.
+#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 #[inline(always)]
 pub(super) unsafe fn row<S: Simd>(s: S, src: *const f32, dst: *mut i8, n: usize) -> f32 {
     // SAFETY: the caller's; nothing is staged where numbers lie together.
