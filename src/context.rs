@@ -76,19 +76,18 @@ impl Context {
             if !info.isa.is_within(isa) || !info.isa.is_available() {
                 continue;
             }
-            for precision in Precision::ALL.into_iter().filter(|&p| info.precision.is_none_or(|own| own == p)) {
+            // What has no kernel of integer products is served as by default.
+            let serves = |p| info.precision.map_or(p != Precision::Integer, |own| own == p);
+            for precision in Precision::ALL.into_iter().filter(|&p| serves(p)) {
                 let slot = &mut table[slot(precision, info.op, info.src, info.dst)];
                 if slot.is_none_or(|other| other.info.isa.priority_within(isa) < info.isa.priority_within(isa)) {
                     *slot = Some(entry);
                 }
             }
         }
-        // What has no kernel of integer products is served as by default.
         for i in 0..KERNELS {
-            let (default, integer) =
-                (Precision::Default as usize * KERNELS + i, Precision::Integer as usize * KERNELS + i);
-            let own = table[integer].filter(|entry| entry.info.precision == Some(Precision::Integer));
-            table[integer] = own.or(table[default]);
+            let [default, integer] = [Precision::Default, Precision::Integer].map(|p| p as usize * KERNELS + i);
+            table[integer] = table[integer].or(table[default]);
         }
         let mut full: [Option<&'static Entry>; FORMATS] = [None; FORMATS];
         for entry in registry::entries() {
@@ -191,20 +190,16 @@ impl Context {
             Some(entry) => entry,
             None => unreachable!("every full level has attention over {format}"),
         });
-        if keys.info.precision == Some(Precision::Integer) && k != v {
-            // Kernels of integer products say how keys are read; values are read as at the full level.
-            return [Some(keys), self.full[v.index()]].map(|entry| match entry {
-                Some(entry) => entry,
-                None => unreachable!("every full level has attention over {v}"),
-            });
-        }
         if k == v || !keys.info.isa.is_partial() && keys.info.isa == values.info.isa {
             return [keys, values];
         }
-        [k, v].map(|format| match self.full[format.index()] {
+        let full = |format: CacheFormat| match self.full[format.index()] {
             Some(entry) => entry,
             None => unreachable!("every full level has attention over {format}"),
-        })
+        };
+        // Kernels of integer products say how keys are read; values are read as at the full level.
+        let integer = keys.info.precision == Some(Precision::Integer);
+        [if integer { keys } else { full(k) }, full(v)]
     }
 
     fn entry(&self, op: Op, src: CacheFormat, dst: CacheFormat, precision: Precision) -> Option<&'static Entry> {
