@@ -8,7 +8,7 @@ use crate::attention::*;
 use crate::caches::*;
 use crate::call::{Call, List, product};
 use crate::chunks::*;
-use crate::memory::{FP8, INT8};
+use crate::memory::{FP8, INT8, Tensor};
 use crate::places::*;
 use crate::shards::*;
 use std::ffi::CStr;
@@ -228,12 +228,8 @@ fn rms_norm_rope(c: Call) -> i32 {
     transform(c, true, true)
 }
 
-/// Norm, rotation, or both.
-fn transform(mut c: Call, norm: bool, rope: bool) -> i32 {
-    c.spoil_rate(0.08);
-    let mut shape = c.shape();
-    shape[3] = if rope { shape[3].max(2) } else { shape[3] };
-    let (from, to) = (c.dtype(), c.dtype());
+/// A filled source and a target of one shape; sometimes the same tensor.
+fn source_and_target(c: &mut Call, (from, to): (i32, i32), shape: [i64; 4]) -> (Tensor, Tensor) {
     let mut src = c.tensor(from, shape, true);
     c.settle(&mut src);
     c.fill(&src, |_| true);
@@ -247,6 +243,16 @@ fn transform(mut c: Call, norm: bool, rope: bool) -> i32 {
             dst
         }
     };
+    (src, dst)
+}
+
+/// Norm, rotation, or both.
+fn transform(mut c: Call, norm: bool, rope: bool) -> i32 {
+    c.spoil_rate(0.08);
+    let mut shape = c.shape();
+    shape[3] = if rope { shape[3].max(2) } else { shape[3] };
+    let (from, to) = (c.dtype(), c.dtype());
+    let (src, dst) = source_and_target(&mut c, (from, to), shape);
     let norm_params = if norm { norm_params(&mut c, src.shape[3]) } else { std::ptr::null() };
     let params = if rope { rope_params(&mut c, src.shape) } else { std::ptr::null() };
     c.writes(&dst, |_| true);
@@ -269,19 +275,7 @@ fn hadamard(mut c: Call) -> i32 {
     let shape = c.shape();
     let shape = if c.maybe(0.8) { [shape[0], shape[1], shape[2], shape[3] * c.rng.pick(&[2, 4, 16])] } else { shape };
     let (from, to) = (c.dtype(), c.dtype());
-    let mut src = c.tensor(from, shape, true);
-    c.settle(&mut src);
-    c.fill(&src, |_| true);
-    let in_place = c.maybe(0.2) && src.strides.iter().zip(src.shape).all(|(&s, n)| s != 0 || n == 1);
-    let dst = match in_place {
-        true => src,
-        false => {
-            let mut dst = c.tensor(to, shape, false);
-            c.alias(&mut dst, &src);
-            c.settle(&mut dst);
-            dst
-        }
-    };
+    let (src, dst) = source_and_target(&mut c, (from, to), shape);
     // Here it is no option.
     let largest = (src.shape[3] & src.shape[3].wrapping_neg()).min(512);
     let block = match c.hadamard(src.shape[3]) {
