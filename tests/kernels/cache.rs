@@ -1,10 +1,10 @@
 //! Operations on whole caches compared with simple models: every bit that must change, and no other byte of any layer.
 
-use crate::common::fp8::Quantised;
 use crate::common::runners::{Backwards, Threads};
 use crate::common::tensor::{Array, indices};
 use crate::common::{Layout as Strides, Place, Rng, Tensor, oracle, scaled};
 use crate::harness::{Level, tests};
+use crate::quantised::Store;
 use crate::write::assert_element;
 use kvlane::*;
 
@@ -794,43 +794,6 @@ fn running_positions(level: &Level) {
     }
 }
 
-/// Keys or values of a cache of any format.
-enum Held {
-    Plain(Tensor),
-    Quantised(Quantised),
-}
-
-impl Held {
-    /// A tensor of f32 in a format.
-    fn of(tensor: &Tensor, format: CacheFormat) -> Self {
-        match format.dtype() {
-            Some(dtype) => Self::Plain(tensor.cast(dtype)),
-            None => Self::Quantised(Quantised::of(tensor, format, Place::Heap)),
-        }
-    }
-
-    fn get(&self, at: [usize; 4]) -> f32 {
-        match self {
-            Self::Plain(tensor) => tensor.get(at),
-            Self::Quantised(cache) => cache.get(at) as f32,
-        }
-    }
-
-    fn view(&self) -> CacheView<'_> {
-        match self {
-            Self::Plain(tensor) => tensor.view().into(),
-            Self::Quantised(cache) => cache.view(),
-        }
-    }
-
-    fn view_mut(&mut self) -> CacheViewMut<'_> {
-        match self {
-            Self::Plain(tensor) => tensor.view_mut().into(),
-            Self::Quantised(cache) => cache.view_mut(),
-        }
-    }
-}
-
 /// Many small evictions: turned keys drift away from their positions, positions that run on do not.
 fn drift(level: &Level) {
     let rng = &mut Rng::new(115);
@@ -848,13 +811,13 @@ fn drift(level: &Level) {
         let (mut q, exact, mut v) = (random([1, 1, heads, dim]), random([1, n, 1, dim]), random([1, n, 1, dim]));
         indices(q.shape).for_each(|at| q.set(at, 3.0 * q.get(at)));
         indices(v.shape).for_each(|at| v.set(at, v.get(at) / 2.0));
-        let held = Held::of(&v, format);
+        let held = Store::of(&v, format);
         // What attention over the tokens that are left is: in f64, each at its new position.
         let place = |p: usize| if p < sinks { p } else { p + times };
         let (mut k, mut values) = (Tensor::input(DType::F32, [1, left, 1, dim], Strides::BSHD, Place::Heap), vec![]);
         for at in indices(k.shape) {
             k.set(at, exact.get([0, place(at[1]), 0, at[3]]));
-            values.push(f64::from(held.get([0, place(at[1]), 0, at[3]])));
+            values.push(held.get([0, place(at[1]), 0, at[3]]));
         }
         let (query, keys) = (array(&q, &|_| left as i64 - 1), array(&k, &|s| s as i64));
         let values = Array { shape: k.shape, data: values };
@@ -864,7 +827,7 @@ fn drift(level: &Level) {
             let mut rotated = Tensor::input(DType::F32, exact.shape, Strides::BSHD, Place::Heap);
             let written = array(&exact, &|s| s as i64);
             rotated.fill(|at| written.row(0, at[1], 0)[at[3]] as f32);
-            let (mut keys, mut values) = (Held::of(&rotated, format), Held::of(&v, format));
+            let (mut keys, mut values) = (Store::of(&rotated, format), Store::of(&v, format));
             let (mut lengths, mut position) = ([n as i32], left as i64 - 1);
             let (context, turn) = (&level.context, [Some(rotation)]);
             {

@@ -1,21 +1,18 @@
 //! The Hadamard rotation: alone, fused with the write, the read and attention, and in caches that are turned on.
 
 use crate::common::attention::{Case, Outcome, Shape, formats, kv_types, precision};
-use crate::common::blocks::Blocks;
-use crate::common::fp8::{Fp8, Quantised, Scales};
-use crate::common::int8::Int8;
 use crate::common::runners::Threads;
 use crate::common::tensor::{Array, indices};
 use crate::common::{Layout, Place, Rng, Tensor, close, half_ulp, scale, scaled, thin};
 use crate::harness::{Level, tests};
+use crate::quantised::Store;
 use crate::semantics::random_case;
 use kvlane::{
-    AttentionOptions, AttentionPlan, AttentionTensors, CacheFormat, CacheView, CacheViewMut, ChunkMerge, Context,
-    DType, Destination, Isa, KeyRotation, KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, MAX_HADAMARD_BLOCK, Op,
-    Packing, Pairing, Positions, Precision, RmsNorm, Rope, RopeFrequencies, RopeScaling, SPLIT_GRID, SegmentLists,
-    Serial, SharedPrefix, Source, Status, UnrotatedKeys, Workspace, attention, attention_chunks, attention_with_prefix,
-    chunk_states_len, hadamard, hadamard_block, hadamard_in_place, kv_read, kv_write, merge_chunks, rms_norm_rope,
-    rope,
+    AttentionOptions, AttentionPlan, AttentionTensors, CacheFormat, ChunkMerge, Context, DType, Destination, Isa,
+    KeyRotation, KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, MAX_HADAMARD_BLOCK, Op, Packing, Pairing,
+    Positions, Precision, RmsNorm, Rope, RopeFrequencies, RopeScaling, SPLIT_GRID, SegmentLists, Serial, SharedPrefix,
+    Source, Status, UnrotatedKeys, Workspace, attention, attention_chunks, attention_with_prefix, chunk_states_len,
+    hadamard, hadamard_block, hadamard_in_place, kv_read, kv_write, merge_chunks, rms_norm_rope, rope,
 };
 
 tests! {
@@ -167,65 +164,6 @@ fn few<T>(mut cases: Vec<T>) -> Vec<T> {
 /// The formats that heads of a size can have.
 fn formats_of(dim: usize) -> impl Iterator<Item = CacheFormat> {
     CacheFormat::ALL.into_iter().filter(move |format| dim.is_multiple_of(format.unit_elements()))
-}
-
-/// A cache of any format.
-enum Store {
-    Plain(Tensor),
-    Quantised(Quantised),
-}
-
-impl Store {
-    fn output(format: CacheFormat, shape: [usize; 4], layout: Layout) -> Self {
-        let place = Place::GuardAfter;
-        match (format.dtype(), format) {
-            (Some(dtype), _) => Self::Plain(Tensor::output(dtype, shape, layout, place)),
-            (None, CacheFormat::Int8) => {
-                let cache = Int8::output(shape, layout, DType::F32, Layout::BSHD, place);
-                Self::Quantised(Quantised::Int8(cache))
-            }
-            (None, format) if format.unit_elements() > 1 => {
-                Self::Quantised(Quantised::Blocks(Blocks::output(format, shape, layout, place)))
-            }
-            (None, format) => {
-                let scales = Scales::kinds(shape[2])[2].clone();
-                Self::Quantised(Quantised::Fp8(Fp8::output(format, shape, layout, place, scales)))
-            }
-        }
-    }
-
-    /// What quantising or rounding a tensor gives.
-    fn of(tensor: &Tensor, format: CacheFormat) -> Self {
-        match format.dtype() {
-            Some(dtype) => Self::Plain(tensor.cast(dtype)),
-            None => Self::Quantised(Quantised::of(tensor, format, Place::Heap)),
-        }
-    }
-
-    fn get(&self, at: [usize; 4]) -> f64 {
-        match self {
-            Self::Plain(tensor) => tensor.get(at).into(),
-            Self::Quantised(cache) => cache.get(at),
-        }
-    }
-
-    fn array(&self, shape: [usize; 4]) -> Array {
-        Array { shape, data: indices(shape).map(|at| self.get(at)).collect() }
-    }
-
-    fn view(&self) -> CacheView<'_> {
-        match self {
-            Self::Plain(tensor) => tensor.view().into(),
-            Self::Quantised(cache) => cache.view(),
-        }
-    }
-
-    fn view_mut(&mut self) -> CacheViewMut<'_> {
-        match self {
-            Self::Plain(tensor) => tensor.view_mut().into(),
-            Self::Quantised(cache) => cache.view_mut(),
-        }
-    }
 }
 
 #[track_caller]

@@ -1,7 +1,10 @@
 //! What the tests of quantised caches share.
 
+use crate::common::blocks::Blocks;
+use crate::common::fp8::{Fp8, Quantised, Scales};
+use crate::common::int8::Int8;
 use crate::common::runners::Threads;
-use crate::common::tensor::indices;
+use crate::common::tensor::{Array, indices};
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::Level;
 use crate::write::{place, rounded};
@@ -31,6 +34,66 @@ pub fn head_of(tensor: &Tensor, b: usize, s: usize, h: usize) -> Vec<f32> {
 /// The first two axes and the heads of a shape.
 pub fn heads_of([batch, seq, heads, _]: [usize; 4]) -> impl Iterator<Item = [usize; 4]> {
     indices([batch, seq, heads, 1])
+}
+
+/// A cache of any format.
+pub enum Store {
+    Plain(Tensor),
+    Quantised(Quantised),
+}
+
+impl Store {
+    /// Units that nothing has been written to.
+    pub fn output(format: CacheFormat, shape: [usize; 4], layout: Layout) -> Self {
+        let place = Place::GuardAfter;
+        match (format.dtype(), format) {
+            (Some(dtype), _) => Self::Plain(Tensor::output(dtype, shape, layout, place)),
+            (None, CacheFormat::Int8) => {
+                let cache = Int8::output(shape, layout, DType::F32, Layout::BSHD, place);
+                Self::Quantised(Quantised::Int8(cache))
+            }
+            (None, format) if format.unit_elements() > 1 => {
+                Self::Quantised(Quantised::Blocks(Blocks::output(format, shape, layout, place)))
+            }
+            (None, format) => {
+                let scales = Scales::kinds(shape[2])[2].clone();
+                Self::Quantised(Quantised::Fp8(Fp8::output(format, shape, layout, place, scales)))
+            }
+        }
+    }
+
+    /// What quantising or rounding a tensor of f32 gives.
+    pub fn of(tensor: &Tensor, format: CacheFormat) -> Self {
+        match format.dtype() {
+            Some(dtype) => Self::Plain(tensor.cast(dtype)),
+            None => Self::Quantised(Quantised::of(tensor, format, Place::Heap)),
+        }
+    }
+
+    pub fn get(&self, at: [usize; 4]) -> f64 {
+        match self {
+            Self::Plain(tensor) => tensor.get(at).into(),
+            Self::Quantised(cache) => cache.get(at),
+        }
+    }
+
+    pub fn array(&self, shape: [usize; 4]) -> Array {
+        Array { shape, data: indices(shape).map(|at| self.get(at)).collect() }
+    }
+
+    pub fn view(&self) -> CacheView<'_> {
+        match self {
+            Self::Plain(tensor) => tensor.view().into(),
+            Self::Quantised(cache) => cache.view(),
+        }
+    }
+
+    pub fn view_mut(&mut self) -> CacheViewMut<'_> {
+        match self {
+            Self::Plain(tensor) => tensor.view_mut().into(),
+            Self::Quantised(cache) => cache.view_mut(),
+        }
+    }
 }
 
 /// A cache that a test writes to.
