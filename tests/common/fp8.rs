@@ -1,6 +1,7 @@
 //! Caches of eight-bit floats, by their definition, and quantised caches of any format.
 
 use super::blocks::Blocks;
+pub use super::blocks::CANARY;
 use super::int8::{Int8, UnitMemory};
 use super::tensor::{Layout, Place, Tensor, indices};
 use half::f16;
@@ -100,9 +101,6 @@ pub struct Fp8 {
     pub format: CacheFormat,
     pub scales: Scales,
 }
-
-/// A unit that no operation writes: the NaN with a sign.
-pub const CANARY: u8 = 0xff;
 
 impl Fp8 {
     /// Every unit is a canary.

@@ -8,12 +8,12 @@ use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
-use crate::quantised::{self, Written, head_of, heads_of, insert};
-use crate::write::{rounded, written};
+use crate::quantised::{self, Bytes, Written, head_of, heads_of, insert};
+use crate::write::rounded;
 use kvlane::{
     AttentionTensors, Axis, CacheFormat, CacheView, CacheViewMut, DType, Destination, KeyRotation, KvCache, KvLayer,
-    KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, Rope, RopeAngles, RopeFrequencies, RopeScaling,
-    Runner, Serial, Source, Status, UnrotatedKeys, View, ViewMut, Workspace, attention, kv_read, kv_write, rope,
+    KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, Rope, RopeFrequencies, RopeScaling, Runner,
+    Serial, Source, Status, UnrotatedKeys, View, ViewMut, Workspace, attention, kv_read, kv_write, rope,
 };
 use std::collections::BTreeMap;
 
@@ -39,15 +39,21 @@ impl Written for Blocks {
 
     #[track_caller]
     fn assert_written(&self, src: &Tensor, to: &Destination, what: &str) {
-        let [batch, seq, ..] = src.shape;
-        let written = written(to, batch, seq, self.shape[1]);
-        for [b, s, h, _] in heads_of(self.shape) {
-            let wanted = match written.get(&(b, s)) {
-                Some(&(b, t)) => quantise_head(self.format, &head_of(src, b, t, h)),
-                None => vec![CANARY; self.format.head_bytes(self.shape[3])],
-            };
-            assert_eq!(self.head(b, s, h), wanted, "{what}, {}: [{b}, {s}, {h}]", self.format);
-        }
+        quantised::assert_written(self, src, to, what);
+    }
+}
+
+impl Bytes for Blocks {
+    fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+    fn head(&self, b: usize, s: usize, h: usize) -> Vec<u8> {
+        self.head(b, s, h)
+    }
+    fn quantised(&self, elements: &[f32], _head: usize) -> Vec<u8> {
+        quantise_head(self.format, elements)
+    }
+    fn assert_gaps(&self) {
         self.assert_gaps();
     }
 }
@@ -505,35 +511,10 @@ fn inserted_rows(level: &Level) {
 /// Keys that are turned after an eviction are read, rotated in f32 and quantised again.
 fn turned_keys(level: &Level) {
     let mut rng = Rng::new(509);
-    let frequencies = RopeFrequencies::new(16, 10_000.0, &RopeScaling::None).unwrap();
     for (pairing, heads) in [(Pairing::HalfSplit, 1), (Pairing::Interleaved, 3), (Pairing::HalfSplit, 90)] {
         for format in FORMATS {
-            let (shape, drop) = ([2, 12, heads, N], 2..5);
-            let mut k = random(&mut rng, format, shape);
-            let before: Vec<Vec<u8>> = heads_of(shape).map(|[b, s, h, _]| k.head(b, s, h)).collect();
-            let mut read = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
-            read.fill(|at| k.get(at));
-            let mut want = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
-            // A turn back is one by the opposite sines.
-            let (cos, mut sin) = frequencies.table(&level.context, 4);
-            sin.iter_mut().for_each(|x| *x = -*x);
-            let turn = Rope::new(pairing, 16, RopeAngles::table(&cos, &sin), Positions::Explicit(&[3; 24]));
-            rope(&level.context, &Serial, read.view(), want.view_mut(), &turn).unwrap();
-            let mut layers = [KvLayer::keys(k.view_mut())];
-            let mut lengths = [4, 11];
-            let mut cache = KvCache::new(&mut layers, Slots::Contiguous, &mut lengths);
-            let rotation = KeyRotation::new(pairing, &frequencies);
-            cache.evict(&level.context, &Threads(2), 1, drop.clone(), &[Some(rotation)]).expect("a valid call");
-            assert_eq!(lengths, [4, 8]);
-            for [b, s, h, _] in heads_of(shape) {
-                let wanted = if b == 1 && (2..8).contains(&s) {
-                    quantise_head(format, &head_of(&want, b, s + 3, h))
-                } else {
-                    before[(b * 12 + s) * heads + h].clone()
-                };
-                assert_eq!(k.head(b, s, h), wanted, "{format} [{b}, {s}, {h}]");
-            }
-            k.assert_gaps();
+            let mut k = random(&mut rng, format, [2, 12, heads, N]);
+            quantised::turned_keys(level, pairing, &mut k);
         }
     }
 }

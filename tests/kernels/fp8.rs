@@ -7,13 +7,13 @@ use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
-use crate::quantised::{self, Written, head_of, insert};
-use crate::write::{rounded, written};
+use crate::quantised::{self, Bytes, Written, head_of, insert};
+use crate::write::rounded;
 use kvlane::{
     AttentionOptions, AttentionState, AttentionTensors, CacheFormat, CacheView, CacheViewMut, DType, Destination,
-    KeyRotation, KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, Rope, RopeAngles,
-    RopeFrequencies, RopeScaling, Runner, Serial, SharedPrefix, Source, Status, View, ViewMut, Workspace, attention,
-    attention_with_prefix, copy_pages, defragment_pages, kv_read, kv_write, merge_states, rope,
+    KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Runner, Serial, SharedPrefix, Source,
+    Status, View, ViewMut, Workspace, attention, attention_with_prefix, copy_pages, defragment_pages, kv_read,
+    kv_write, merge_states,
 };
 
 tests! {
@@ -40,15 +40,21 @@ impl Written for Fp8 {
 
     #[track_caller]
     fn assert_written(&self, src: &Tensor, to: &Destination, what: &str) {
-        let [batch, seq, ..] = src.shape;
-        let written = written(to, batch, seq, self.shape[1]);
-        for [b, s, h, _] in indices(scale_shape(self.shape)) {
-            let wanted = match written.get(&(b, s)) {
-                Some(&(b, t)) => quantise(self.format, &head_of(src, b, t, h), self.scales.of(h)),
-                None => vec![CANARY; self.shape[3]],
-            };
-            assert_eq!(self.head(b, s, h), wanted, "{what}: [{b}, {s}, {h}]");
-        }
+        quantised::assert_written(self, src, to, what);
+    }
+}
+
+impl Bytes for Fp8 {
+    fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+    fn head(&self, b: usize, s: usize, h: usize) -> Vec<u8> {
+        self.head(b, s, h)
+    }
+    fn quantised(&self, elements: &[f32], head: usize) -> Vec<u8> {
+        quantise(self.format, elements, self.scales.of(head))
+    }
+    fn assert_gaps(&self) {
         self.assert_gaps();
     }
 }
@@ -385,35 +391,10 @@ fn inserted_rows(level: &Level) {
 /// Keys that are turned after an eviction are read, rotated in f32 and rounded again with the same scales.
 fn turned_keys(level: &Level) {
     let mut rng = Rng::new(409);
-    let frequencies = RopeFrequencies::new(16, 10_000.0, &RopeScaling::None).unwrap();
     for (pairing, heads) in [(Pairing::HalfSplit, 1), (Pairing::Interleaved, 3), (Pairing::HalfSplit, 90)] {
         for (format, scales) in FORMATS.into_iter().flat_map(|f| Scales::kinds(heads).map(|scales| (f, scales))) {
-            let (shape, drop) = ([2, 12, heads, 19], 2..5);
-            let mut k = random(&mut rng, format, shape, scales.clone());
-            let before: Vec<Vec<u8>> = indices(scale_shape(shape)).map(|[b, s, h, _]| k.head(b, s, h)).collect();
-            let mut read = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
-            read.fill(|at| k.get(at) as f32);
-            let mut want = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
-            // A turn back is one by the opposite sines.
-            let (cos, mut sin) = frequencies.table(&level.context, 4);
-            sin.iter_mut().for_each(|x| *x = -*x);
-            let turn = Rope::new(pairing, 16, RopeAngles::table(&cos, &sin), Positions::Explicit(&[3; 24]));
-            rope(&level.context, &Serial, read.view(), want.view_mut(), &turn).unwrap();
-            let mut layers = [KvLayer::keys(k.view_mut())];
-            let mut lengths = [4, 11];
-            let mut cache = KvCache::new(&mut layers, Slots::Contiguous, &mut lengths);
-            let rotation = KeyRotation::new(pairing, &frequencies);
-            cache.evict(&level.context, &Threads(2), 1, drop.clone(), &[Some(rotation)]).expect("a valid call");
-            assert_eq!(lengths, [4, 8]);
-            for [b, s, h, _] in indices(scale_shape(shape)) {
-                let wanted = if b == 1 && (2..8).contains(&s) {
-                    quantise(format, &head_of(&want, b, s + 3, h), scales.of(h))
-                } else {
-                    before[(b * 12 + s) * heads + h].clone()
-                };
-                assert_eq!(k.head(b, s, h), wanted, "{format} {scales:?} [{b}, {s}, {h}]");
-            }
-            k.assert_gaps();
+            let mut k = random(&mut rng, format, [2, 12, heads, 19], scales);
+            quantised::turned_keys(level, pairing, &mut k);
         }
     }
 }

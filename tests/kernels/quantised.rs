@@ -1,17 +1,17 @@
 //! What the tests of quantised caches share.
 
-use crate::common::blocks::Blocks;
+use crate::common::blocks::{Blocks, CANARY};
 use crate::common::fp8::{Fp8, Quantised, Scales};
 use crate::common::int8::Int8;
 use crate::common::runners::Threads;
 use crate::common::tensor::{Array, indices};
 use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::Level;
-use crate::write::{place, rounded};
+use crate::write::{place, rounded, written};
 use kvlane::{
-    CacheFormat, CacheView, CacheViewMut, DType, Destination, KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op,
-    Pairing, Positions, RmsNorm, Rope, RopeFrequencies, RopeScaling, Runner, Serial, Source, Workspace, copy_pages,
-    defragment_pages, kv_read, kv_write, rms_norm, rope,
+    CacheFormat, CacheView, CacheViewMut, DType, Destination, KeyRotation, KvCache, KvLayer, KvRead, KvWrite,
+    Layout as Slots, Op, Pairing, Positions, RmsNorm, Rope, RopeAngles, RopeFrequencies, RopeScaling, Runner, Serial,
+    Source, Workspace, copy_pages, defragment_pages, kv_read, kv_write, rms_norm, rope,
 };
 
 pub const PAGES: [i32; 6] = [2, 5, 0, 3, 1, 4];
@@ -106,6 +106,61 @@ pub trait Written {
 
     /// Checks every head: those that are written are what quantising `src` gives, and nothing else has changed.
     fn assert_written(&self, src: &Tensor, to: &Destination, what: &str);
+}
+
+/// A cache whose heads are bytes, with nothing beside them that a write changes.
+pub trait Bytes: Written {
+    fn shape(&self) -> [usize; 4];
+    fn head(&self, b: usize, s: usize, h: usize) -> Vec<u8>;
+    /// The bytes of elements in a head of this number.
+    fn quantised(&self, elements: &[f32], head: usize) -> Vec<u8>;
+    fn assert_gaps(&self);
+}
+
+/// [`Written::assert_written`] for caches of bytes.
+#[track_caller]
+pub fn assert_written(cache: &impl Bytes, src: &Tensor, to: &Destination, what: &str) {
+    let ([batch, seq, ..], shape) = (src.shape, cache.shape());
+    let written = written(to, batch, seq, shape[1]);
+    for [b, s, h, _] in heads_of(shape) {
+        let wanted = match written.get(&(b, s)) {
+            Some(&(b, t)) => cache.quantised(&head_of(src, b, t, h), h),
+            None => vec![CANARY; cache.format().head_bytes(shape[3])],
+        };
+        assert_eq!(cache.head(b, s, h), wanted, "{what}, {}: [{b}, {s}, {h}]", cache.format());
+    }
+    cache.assert_gaps();
+}
+
+/// Tokens 2 to 4 of the second of two sequences of 12 are evicted, and the keys behind them turned: the bytes are those of a turn of what
+/// is read, quantised. All others stay.
+pub fn turned_keys(level: &Level, pairing: Pairing, k: &mut impl Bytes) {
+    let (shape, format) = (k.shape(), k.format());
+    let frequencies = RopeFrequencies::new(16, 10_000.0, &RopeScaling::None).unwrap();
+    let before: Vec<Vec<u8>> = heads_of(shape).map(|[b, s, h, _]| k.head(b, s, h)).collect();
+    let mut read = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
+    read.fill(|at| k.element(at));
+    let mut want = Tensor::output(DType::F32, shape, Layout::BSHD, Place::Heap);
+    // A turn back is one by the opposite sines.
+    let (cos, mut sin) = frequencies.table(&level.context, 4);
+    sin.iter_mut().for_each(|x| *x = -*x);
+    let turn = Rope::new(pairing, 16, RopeAngles::table(&cos, &sin), Positions::Explicit(&[3; 24]));
+    rope(&level.context, &Serial, read.view(), want.view_mut(), &turn).unwrap();
+    let mut layers = [KvLayer::keys(k.view_mut())];
+    let mut lengths = [4, 11];
+    let mut cache = KvCache::new(&mut layers, Slots::Contiguous, &mut lengths);
+    let rotation = KeyRotation::new(pairing, &frequencies);
+    cache.evict(&level.context, &Threads(2), 1, 2..5, &[Some(rotation)]).expect("a valid call");
+    assert_eq!(lengths, [4, 8]);
+    for [b, s, h, _] in heads_of(shape) {
+        let wanted = if b == 1 && (2..8).contains(&s) {
+            k.quantised(&head_of(&want, b, s + 3, h), h)
+        } else {
+            before[(b * 12 + s) * shape[2] + h].clone()
+        };
+        assert_eq!(k.head(b, s, h), wanted, "{format} [{b}, {s}, {h}]");
+    }
+    k.assert_gaps();
 }
 
 /// The bits of norm, rotation and quantisation one after the other through f32. `output` makes a cache of a shape.
