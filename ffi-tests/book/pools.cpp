@@ -1,64 +1,13 @@
 // Runners of kvlane.hpp: a parallel loop, a queue of jobs, and a team of threads that all make the call.
+#include "../threads/pool.hpp"
 #include "kvlane.hpp"
 
-#include <condition_variable>
 #include <cstdio>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <mutex>
 
 namespace {
 
 constexpr std::size_t threads = 3;
-
-// A pool as many programs have one.
-class pool {
-public:
-    pool() {
-        for (std::size_t i = 0; i + 1 < threads; i++) {
-            workers_.emplace_back([this] { work(); });
-        }
-    }
-    ~pool() {
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            ends_ = true;
-        }
-        wake_.notify_all();
-        for (std::thread &worker : workers_) {
-            worker.join();
-        }
-    }
-    void submit(std::function<void()> job) {
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            jobs_.push_back(std::move(job));
-        }
-        wake_.notify_one();
-    }
-
-private:
-    void work() {
-        std::unique_lock<std::mutex> lock(mutex_);
-        for (;;) {
-            wake_.wait(lock, [this] { return ends_ || !jobs_.empty(); });
-            if (jobs_.empty()) {
-                return;
-            }
-            const std::function<void()> job = std::move(jobs_.front());
-            jobs_.pop_front();
-            lock.unlock();
-            job();
-            lock.lock();
-        }
-    }
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::deque<std::function<void()>> jobs_;
-    bool ends_ = false;
-    std::vector<std::thread> workers_;
-};
 
 constexpr std::int64_t heads = 16, kv_heads = 4, dim = 64, capacity = 2048;
 
@@ -108,7 +57,7 @@ int main() {
     }
     {
         // [queue]
-        pool jobs; // of the program: submit(job) calls job() once, at some time, on some thread
+        pool jobs(threads - 1); // of the program: submit(job) calls job() once, at some time, on some thread
         auto schedule = [&](std::function<void()> job) { jobs.submit(std::move(job)); };
         kvlane::job_queue<decltype(schedule)> runner(threads, schedule);
         kvlane::attention(context, workspace, params, runner.runner());
