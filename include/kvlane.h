@@ -351,8 +351,9 @@
 
 /**
  * Over int8 keys, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels that have
- * kernels for it (`KVL_ISA_AVX_VNNI`, `KVL_ISA_AVX512_VNNI`, `KVL_ISA_NEON_DOTPROD`, and those with their features): of a logit's error, at most half of a row's scale times the
- * sum of the magnitudes of the key's elements is due to it. Where there is no such kernel, this is `KVL_PRECISION_DEFAULT`.
+ * kernels for it (`KVL_ISA_AVX_VNNI`, `KVL_ISA_AVX512_VNNI`, `KVL_ISA_NEON_DOTPROD`, and those with their features): of
+ * a logit's error, at most half of a row's scale times the sum of the magnitudes of the key's elements is due to it. Where there is no
+ * such kernel, this is `KVL_PRECISION_DEFAULT`.
  */
 #define KVL_PRECISION_INTEGER 2
 

@@ -368,8 +368,8 @@ impl<'a> CacheView<'a> {
         Self::blocks_strided(units, format, 0, shape, contiguous_units(format, shape))
     }
 
-    /// As [`Self::blocks`], of which block `[0, 0, 0, 0]` is number `offset` of `units`; strides are in blocks and may be negative or 0, but that of
-    /// dim is 1.
+    /// As [`Self::blocks`], of which block `[0, 0, 0, 0]` is number `offset` of `units`; strides are in blocks and may be
+    /// negative or 0, but that of dim is 1.
     ///
     /// # Errors
     /// As [`Self::blocks`]; shape and strides reach outside of `units`, or the stride of dim is not 1.

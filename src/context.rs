@@ -107,9 +107,9 @@ impl Context {
     /// infinity, as IEEE 754 rounds it, and the softmax of a row that meets it in the cache becomes NaN. With this option it
     /// becomes 65504 with its sign; infinities do too, and NaN stays NaN.
     ///
-    /// The option holds for [`rope`](crate::rope()), [`rms_norm`](crate::rms_norm), [`hadamard`](crate::hadamard), [`kv_write`](crate::kv_write) and the operations
-    /// of a [`KvCache`](crate::KvCache). What is f16 already is copied with all its bits. Outputs of attention and of
-    /// [`merge_states`](crate::merge_states) are means of values, and are rounded.
+    /// The option holds for [`rope`](crate::rope()), [`rms_norm`](crate::rms_norm), [`hadamard`](crate::hadamard),
+    /// [`kv_write`](crate::kv_write) and the operations of a [`KvCache`](crate::KvCache). What is f16 already is copied with all its
+    /// bits. Outputs of attention and of [`merge_states`](crate::merge_states) are means of values, and are rounded.
     ///
     /// ```
     /// use kvlane::*;

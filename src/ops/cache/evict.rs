@@ -61,8 +61,9 @@ impl KvCache<'_, '_> {
     /// `rotations` has an entry per layer, or one for all layers, or none if keys carry no rotation; `None` is a layer whose
     /// keys are not rotated. Angles are computed in f64; arithmetic is f32, rounded once to the format of the cache. Each call
     /// adds one rounding of every moved key: half a unit in the last place of an element, in f32 the `max_error` of
-    /// [`Op::Rope`](crate::Op::Rope), and half a scale in int8, whose keys are read, rotated and quantised again with a new scale; in fp8 with the same one. A [Hadamard
-    /// rotation](KeyRotation::hadamard) of the keys is undone and repeated in f32.
+    /// [`Op::Rope`](crate::Op::Rope), and half a scale in int8, whose keys are read, rotated and
+    /// quantised again with a new scale; in fp8 with the same one. A [Hadamard rotation](KeyRotation::hadamard) of the keys is undone and
+    /// repeated in f32.
     ///
     /// These errors [add up](Self#dropping-tokens-in-two-ways). Values, and keys that are not rotated, move with all their bits,
     /// scales included.

@@ -8,9 +8,9 @@
 //! A query with NaN or infinity has a scale of NaN, and gives NaN.
 //!
 //! # What bounds it
-//! On AVX-512, a vector of 64 elements of a key takes a load, an exclusive or, and for each row a product that reads its units from memory: at head
-//! size 128 four rows over four keys take 32 products, where f32 takes 128 FMAs and 64 instructions that widen. The sum over lanes is a
-//! tree of 15 additions and 28 shuffles for 16 scores, half of the work. One row is bound by memory.
+//! On AVX-512, a vector of 64 elements of a key takes a load, an exclusive or, and for each row a product that reads its units from
+//! memory: at head size 128 four rows over four keys take 32 products, where f32 takes 128 FMAs and 64 instructions that widen. The sum
+//! over lanes is a tree of 15 additions and 28 shuffles for 16 scores. With four rows and more, the FMAs of P V bind, with one row memory.
 
 use super::{Block, DirectScores};
 use crate::kernels::generic::quantize;
