@@ -388,6 +388,7 @@ fn every_pair_of_formats(level: &Level) {
                     let tensors = AttentionTensors::new(case.q.view(), k_cache, v_cache, out.view_mut());
                     let options = case.options.borrow().precision(kvlane::Precision::High);
                     attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).expect("a valid call");
+                    level.checked(Op::Attention, k_format, v_format);
                     // The oracle reads what the caches hold.
                     case.k.fill(|at| k_units.as_ref().map_or_else(|| k.get(at), |cache| cache.get(at) as f32));
                     case.v.fill(|at| v_units.as_ref().map_or_else(|| v.get(at), |cache| cache.get(at) as f32));
