@@ -393,10 +393,11 @@ fn the_programs_of_the_book_run() {
         .filter(|name| name.ends_with(".c") || name.ends_with(".cpp"))
         .collect();
     assert!(names.len() >= 17, "{names:?}");
+    let shared = format!("-I{}", root().join("ffi-tests/threads").display());
     for name in names {
         let language = if name.ends_with(".cpp") { Language::Cpp17 } else { Language::C11 };
         let source = format!("book/{name}");
-        run(&mut execute(&build_with(&source, &source, language, Linkage::Shared, &["-pthread"])));
+        run(&mut execute(&build_with(&source, &source, language, Linkage::Shared, &["-pthread", &shared])));
     }
 }
 

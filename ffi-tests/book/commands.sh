@@ -12,7 +12,7 @@ if [ ! -e "$PREFIX/lib/pkgconfig/kvlane.pc" ]; then
     # [install]
 fi
 mkdir -p "$work"
-cp ffi-tests/book/* "$work"
+cp ffi-tests/book/* ffi-tests/threads/pool.hpp "$work"
 cd "$work"
 
 # [shared]

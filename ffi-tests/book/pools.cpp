@@ -1,6 +1,6 @@
 // Runners of kvlane.hpp: a parallel loop, a queue of jobs, and a team of threads that all make the call.
-#include "../threads/pool.hpp"
 #include "kvlane.hpp"
+#include "pool.hpp"
 
 #include <cstdio>
 #include <cstring>
