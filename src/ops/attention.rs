@@ -415,7 +415,8 @@ pub(crate) unsafe fn attention_raw(
     memory: Memory,
     call: &RawAttention,
 ) -> Result<()> {
-    let (problem, summary) = validate(call)?;
+    let inputs = validate(call)?;
+    let Inputs { problem, summary, .. } = &inputs;
     if call.out.is_empty() && call.lse.is_null() {
         return Ok(());
     }
@@ -426,7 +427,7 @@ pub(crate) unsafe fn attention_raw(
     }
     let dv = call.v_dim();
     let kernel = context.attention(call.k.dtype, call.v.dtype, call.precision);
-    let Summary { longest, chunks, count } = summary;
+    let Summary { longest, chunks, count } = *summary;
     let together = heads_together(&call.k) && heads_together(&call.v);
     // An upper bound is enough: it only decides whether threads are worth their start.
     let steps = [batch, heads, seq, longest.min(count * CHUNK), d + dv].into_iter().fold(1, usize::saturating_mul);
@@ -449,15 +450,8 @@ pub(crate) unsafe fn attention_raw(
     let (kv_heads, memory) = (call.k.shape[HEADS], SharedMemory(memory.0));
     let rows = |b: usize| problem.visibility.queries(b) * problem.group;
     let tile = |index: usize| plan.tile(index, rows, kv_heads, chunks);
-    let jobs = Jobs {
-        runner,
-        kernel: &kernel,
-        problem: &problem,
-        workers,
-        tiles: plan.tiles,
-        memory,
-        worker_bytes: plan.scratch,
-    };
+    let jobs =
+        Jobs { runner, kernel: &kernel, problem, workers, tiles: plan.tiles, memory, worker_bytes: plan.scratch };
     if !plan.split || workers == 1 {
         // SAFETY: the problem is valid, the tiles cover its rows once, and the workspace holds the scratch of all workers.
         return unsafe { jobs.run_tiles(tile) };
@@ -565,8 +559,9 @@ impl Inputs<'_> {
     }
 }
 
-/// Checks all of a call.
-pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summary)> {
+/// Checks all of a call. Inlined, as what it returns is large.
+#[inline(always)]
+pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>> {
     let RawAttention { q, out, .. } = call;
     let inputs = validate_inputs(call)?;
     let out_extent = out.validate_output("out")?;
@@ -582,7 +577,7 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<(Problem<'a>, Summ
         inputs.check_apart("lse", &lse, lse_extent)?;
         ensure!(!out.overlaps_within(out_extent, &lse, lse_extent), Overlap, "out and lse share memory");
     }
-    Ok((inputs.problem, inputs.summary))
+    Ok(inputs)
 }
 
 /// Checks everything but `out` and `lse`.

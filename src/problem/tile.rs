@@ -35,20 +35,52 @@ impl Tile {
     }
 
     /// Token and query head of every query row of the tile, in order.
-    pub fn tokens_and_heads(&self, p: &Problem) -> impl Iterator<Item = (usize, usize)> + use<> {
+    pub fn tokens_and_heads(&self, p: &Problem) -> TokensAndHeads {
         let Self { kv_head, kv_heads, first_row, head_rows, .. } = *self;
         let group = p.group;
-        let first = (first_row / group, first_row % group);
-        (kv_head..kv_head + kv_heads).flat_map(move |kv_head| {
-            let (mut token, mut number) = first;
-            (0..head_rows).map(move |_| {
-                let row = (token, kv_head * group + number);
-                number += 1;
-                if number == group {
-                    (token, number) = (token + 1, 0);
-                }
-                row
-            })
-        })
+        // Most tiles begin at a KV head's first row.
+        let first = if first_row == 0 { (0, 0) } else { (first_row / group, first_row % group) };
+        let heads = if head_rows == 0 { 0 } else { kv_heads };
+        TokensAndHeads { heads, head_rows, group, first, left: 0, token: 0, number: 0, next_head: kv_head * group }
+    }
+}
+
+/// Iterator of [`Tile::tokens_and_heads`]: by KV head, and in each by query row.
+#[derive(Clone)]
+pub(crate) struct TokensAndHeads {
+    /// KV heads that have not begun, and the query rows of each.
+    heads: usize,
+    head_rows: usize,
+    group: usize,
+    /// Token and number in the group of the first query row of a KV head.
+    first: (usize, usize),
+    /// Query rows left of the KV head that has begun.
+    left: usize,
+    token: usize,
+    number: usize,
+    /// The first query head of the KV head after it.
+    next_head: usize,
+}
+
+impl Iterator for TokensAndHeads {
+    type Item = (usize, usize);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<(usize, usize)> {
+        if self.left == 0 {
+            if self.heads == 0 {
+                return None;
+            }
+            (self.heads, self.left) = (self.heads - 1, self.head_rows);
+            (self.token, self.number) = self.first;
+            self.next_head += self.group;
+        }
+        let row = (self.token, self.next_head - self.group + self.number);
+        self.left -= 1;
+        self.number += 1;
+        if self.number == self.group {
+            (self.token, self.number) = (self.token + 1, 0);
+        }
+        Some(row)
     }
 }

@@ -232,16 +232,16 @@ impl<U: Units> RawView<U> {
         if self.is_empty() {
             return Ok(extent);
         }
-        let (mut axes, shape) = (Vec4::default(), self.unit_shape());
-        for axis in 0..4 {
-            if shape[axis] > 1 {
-                axes.push((self.strides[axis].unsigned_abs(), shape[axis]));
-            }
+        let shape = self.unit_shape();
+        let mut axes: [_; 4] = std::array::from_fn(|axis| (self.strides[axis].unsigned_abs(), shape[axis]));
+        // Most tensors have their axes in order, from the greatest stride on.
+        axes.reverse();
+        if !axes.is_sorted() {
+            axes.sort_unstable();
         }
-        axes.sort();
-        // Sorted by stride: each stride must exceed the extent of all smaller ones.
+        // Sorted by stride: each stride must exceed the extent of all smaller ones. That of an axis of one element may be any number.
         let mut reach = 0u128;
-        for &(stride, n) in axes.as_slice() {
+        for (stride, n) in axes.into_iter().filter(|&(_, n)| n > 1) {
             ensure!(
                 stride as u128 > reach,
                 Stride,
@@ -388,26 +388,6 @@ fn reachable(target: i128, axes: &[(i128, i128, i128)]) -> bool {
         return true;
     }
     (first..=last).any(|step| reachable(target - step * stride, rest))
-}
-
-/// Up to four (stride, length) pairs, on the stack.
-#[derive(Default)]
-struct Vec4 {
-    items: [(u64, usize); 4],
-    len: usize,
-}
-
-impl Vec4 {
-    fn push(&mut self, item: (u64, usize)) {
-        self.items[self.len] = item;
-        self.len += 1;
-    }
-    fn sort(&mut self) {
-        self.items[..self.len].sort_unstable();
-    }
-    fn as_slice(&self) -> &[(u64, usize)] {
-        &self.items[..self.len]
-    }
 }
 
 /// The number of `[batch, seq, heads]` of a shape; `usize::MAX` if it overflows.

@@ -145,6 +145,7 @@ fn exp2<const HIGH: bool>(s: Avx512, x: __m512) -> __m512 {
 pub(super) unsafe fn end_chunk(s: Avx512, call: &Call, g: usize, group: &mut Group, chunk: usize) {
     let Call { tile, sizes: Sizes { dvp, .. }, .. } = *call;
     let states: [_; LANES] = std::array::from_fn(|r| (group.max[r], group.sum[r]));
+    let last = chunk + 1 == tile.end_chunk;
     // SAFETY: the caller's; acc, stage and total have the sizes of their layout.
     unsafe {
         if !states[..group.rows].iter().all(|&state| is_empty(state)) {
@@ -164,7 +165,7 @@ pub(super) unsafe fn end_chunk(s: Avx512, call: &Call, g: usize, group: &mut Gro
             let row = g * LANES + r;
             let (acc, total) = (call.scratch.stage.add(r * dvp), call.scratch.total.add(row * dvp));
             let output = output(call, group, r);
-            output.end_chunk(s, tile, (chunk, row), (states[r], acc), (&mut group.total[r], total));
+            output.end_chunk(s, tile, (chunk, row, last), (states[r], acc), (&mut group.total[r], total));
         }
     }
 }

@@ -101,7 +101,7 @@ pub(crate) struct Output<'a> {
 
 impl Output<'_> {
     /// Ends a chunk for row `r` of a tile: stores the state among the tile's partial states, or folds it into the row's `total` and
-    /// writes the output after the last chunk.
+    /// writes the output if the chunk is the `last`.
     ///
     /// # Safety
     /// The indices are inside the problem and the tile; both accumulators hold `padded(dv)` floats, which are only read unless
@@ -111,11 +111,11 @@ impl Output<'_> {
         self,
         s: S,
         tile: &Tile,
-        (chunk, r): (usize, usize),
+        (chunk, r, last): (usize, usize, bool),
         (state, acc): ((f32, f32), *mut f32),
         (total, total_acc): (&mut (f32, f32), *mut f32),
     ) {
-        let (last, dvp) = (chunk + 1 == tile.end_chunk, padded(self.p.v_dim));
+        let dvp = padded(self.p.v_dim);
         // SAFETY: the caller's; the partials hold a state for every chunk and row of the tile.
         unsafe {
             if !tile.partials.is_null() {
@@ -124,13 +124,16 @@ impl Output<'_> {
                 if !is_empty(state) {
                     std::ptr::copy_nonoverlapping(acc, partial.add(PARTIAL_HEADER), dvp);
                 }
-            } else if last && is_empty(*total) {
-                self.finish(s, state, acc);
-            } else {
+                return;
+            }
+            // A first state needs no copy if it is the last.
+            let (mut joint, mut joint_acc) = (state, acc);
+            if !(last && is_empty(*total)) {
                 fold(s, total, total_acc, state, acc, dvp);
-                if last {
-                    self.finish(s, *total, total_acc);
-                }
+                (joint, joint_acc) = (*total, total_acc);
+            }
+            if last {
+                self.finish(s, joint, joint_acc);
             }
         }
     }
@@ -254,16 +257,16 @@ impl Scaled {
     #[inline(always)]
     unsafe fn run<S: Simd, T: LoadStore, const DEINTERLEAVED: bool>(&self, s: S, first: usize, dst: *mut T, n: usize) {
         let acc = self.acc.wrapping_add(first);
-        let mut i = 0;
+        let pair = 2 * S::LANES;
+        let mut i = n / pair * pair;
         // SAFETY: the caller's.
         unsafe {
-            while i + 2 * S::LANES <= n {
+            for i in (0..i).step_by(pair) {
                 let first = self.times(s, s.load_f32(acc.add(i)));
                 let second = self.times(s, s.load_f32(acc.add(i + S::LANES)));
                 let [first, second] = if DEINTERLEAVED { s.interleave(first, second) } else { [first, second] };
                 T::store(s, dst.add(i), first);
                 T::store(s, dst.add(i + S::LANES), second);
-                i += 2 * S::LANES;
             }
             while i < n {
                 let part = (n - i).min(S::LANES);
@@ -305,7 +308,7 @@ pub(super) unsafe fn load_query<S: Simd>(s: S, deinterleaved: bool, p: &Problem,
     let (q, d) = (&p.q, p.q.shape[3]);
     // SAFETY: the caller's.
     unsafe {
-        load_row(s, q.dtype, src, q.strides[3], dst, d);
+        LoadRow { dtype: q.dtype, src, stride: q.strides[3] as isize, dst, n: d }.run(s);
         rotate_row(s, dst, d, p.k_hadamard);
         (d..padded(d)).for_each(|i| *dst.add(i) = 0.0);
         if deinterleaved {

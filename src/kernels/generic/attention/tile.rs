@@ -3,7 +3,7 @@
 use super::key_pointers::{BlockRequest, GatherBuffers, KeyPointerTable, locate};
 use super::state::{EMPTY, Output, load_query};
 use super::{Block, Products, RowState, Scratch};
-use crate::kernels::simd::{MAX_LANES, Simd, lines};
+use crate::kernels::simd::{MAX_LANES, Outlined, Simd, lines};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{BLOCK, KeyRange, between, padded};
 use crate::problem::tile::{PACK_ROWS, Tile};
@@ -31,61 +31,23 @@ pub(crate) unsafe fn tile<S: Simd>(
     scratch: &Scratch,
     products: &impl Products<S>,
 ) {
-    let (d, dv) = (p.q.shape[3], p.v_dim);
-    let (dp, dvp) = (padded(d), padded(dv));
-    let n = tile.rows();
+    let (n, dvp) = (tile.rows(), padded(p.v_dim));
     // SAFETY: the scratch has `n` states of plain numbers, which are written below before they are read.
     let rows = unsafe { std::slice::from_raw_parts_mut(scratch.rows, n) };
     let always_visible = p.visibility.always_visible(tile.batch);
     let mut reach = TileVisibility { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, always_visible };
-    let far = tile.head_rows >= PACK_ROWS;
-    let mut ahead = tile.tokens_and_heads(p).skip(PREFETCH_ROWS);
-    let mut seen = None;
-    for (r, (row, (token, head))) in rows.iter_mut().zip(tile.tokens_and_heads(p)).enumerate() {
-        let ((low, high), position) = match seen {
-            Some((same, keys)) if same == token => keys,
-            _ => (p.visibility.visible_keys(tile.batch, token), p.visibility.position(tile.batch, token)),
-        };
-        seen = Some((token, ((low, high), position)));
-        *row = RowState {
-            max: f32::NEG_INFINITY,
-            total: EMPTY,
-            low,
-            high,
-            visible_bits: 0,
-            position,
-            token: token as u32,
-            head: head as u32,
-        };
-        if low < high {
-            (reach.low, reach.high) = (reach.low.min(low), reach.high.max(high));
-        }
-        (reach.inner_low, reach.inner_high) = (reach.inner_low.max(low), reach.inner_high.min(high));
-        // SAFETY: token and head are inside q; the scratch row has dp floats.
-        unsafe {
-            if far && let Some((token, head)) = ahead.next() {
-                let (batch, token) = p.visibility.query(tile.batch, token);
-                row_lines(&p.q, p.q.row(batch, token, head)).for_each(|line| s.prefetch(line));
-            }
-            let (batch, token) = p.visibility.query(tile.batch, token);
-            load_query(s, deinterleaved.keys, p, p.q.row(batch, token, head), scratch.q.add(r * dp));
-        }
+    let begin = BeginRows { p, tile, deinterleaved: deinterleaved.keys, rows, q: scratch.q, reach: &mut reach };
+    // SAFETY: the rows are inside the problem, and the scratch has room for them; then the rows of Q have been written.
+    unsafe {
+        s.outline(begin);
+        products.pack_queries(s, p, tile, scratch);
     }
-    if p.visibility.query_positions.is_some() {
-        // No block is visible as a whole to all rows: each key is to be looked at.
-        reach.inner_high = 0;
-    }
-    // SAFETY: the rows of Q have just been written.
-    unsafe { products.pack_queries(s, p, tile, scratch) };
-
-    let output = |row: &RowState| {
-        let (token, head) = (row.token as usize, row.head as usize);
-        Output { p, batch: tile.batch, token, head, deinterleaved: deinterleaved.values }
-    };
-    for chunk in tile.first_chunk..tile.end_chunk {
-        let (from, to) = reach.within(tile.chunks.keys(chunk));
-        let last = chunk + 1 == tile.end_chunk;
-        if from < to {
+    // Without a chunk, outputs of no key are still to be written.
+    let end_chunk = if tile.partials.is_null() { tile.end_chunk.max(tile.first_chunk + 1) } else { tile.end_chunk };
+    for chunk in tile.first_chunk..end_chunk {
+        let (from, to) = if chunk < tile.end_chunk { reach.within(tile.chunks.keys(chunk)) } else { (0, 0) };
+        let seen = from < to;
+        if seen {
             rows.iter_mut().for_each(|row| row.max = f32::NEG_INFINITY);
             // SAFETY: acc has dvp and sums has MAX_LANES floats a row.
             unsafe {
@@ -103,42 +65,118 @@ pub(crate) unsafe fn tile<S: Simd>(
             // SAFETY: the chunk's blocks are done.
             unsafe { products.end_chunk(s, rows, scratch) };
         }
+        let (last, deinterleaved) = (chunk + 1 == end_chunk, deinterleaved.values);
+        // SAFETY: the states and accumulators of the chunk are in place where a key was seen.
+        unsafe { s.outline(EndRows { p, tile, deinterleaved, rows, scratch, chunk, seen, last }) };
+    }
+}
+
+/// Converts the query rows of a tile to f32, writes their states, and joins the keys that they see.
+struct BeginRows<'a> {
+    p: &'a Problem<'a>,
+    tile: &'a Tile,
+    deinterleaved: bool,
+    rows: &'a mut [RowState],
+    q: *mut f32,
+    reach: &'a mut TileVisibility,
+}
+
+impl Outlined for BeginRows<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { p, tile, deinterleaved, rows, q, reach } = self;
+        let dp = padded(p.q.shape[3]);
+        let far = tile.head_rows >= PACK_ROWS;
+        let mut ahead = tile.tokens_and_heads(p).skip(PREFETCH_ROWS);
+        let mut seen = usize::MAX;
+        let (mut keys, mut position, mut at) = ((0, 0), 0, (0, 0));
+        for (r, (row, (token, head))) in rows.iter_mut().zip(tile.tokens_and_heads(p)).enumerate() {
+            if token != seen {
+                seen = token;
+                (keys, position) =
+                    (p.visibility.visible_keys(tile.batch, token), p.visibility.position(tile.batch, token));
+                at = p.visibility.query(tile.batch, token);
+                let (low, high) = keys;
+                if low < high {
+                    (reach.low, reach.high) = (reach.low.min(low), reach.high.max(high));
+                }
+                (reach.inner_low, reach.inner_high) = (reach.inner_low.max(low), reach.inner_high.min(high));
+            }
+            let (low, high) = keys;
+            *row = RowState {
+                max: f32::NEG_INFINITY,
+                total: EMPTY,
+                low,
+                high,
+                visible_bits: 0,
+                position,
+                token: token as u32,
+                head: head as u32,
+            };
+            // SAFETY: token and head are inside q; the scratch row has dp floats.
+            unsafe {
+                if far && let Some((token, head)) = ahead.next() {
+                    let (batch, token) = p.visibility.query(tile.batch, token);
+                    row_lines(&p.q, p.q.row(batch, token, head)).for_each(|line| s.prefetch(line));
+                }
+                load_query(s, deinterleaved, p, p.q.row(at.0, at.1, head), q.add(r * dp));
+            }
+        }
+        if p.visibility.query_positions.is_some() {
+            // No block is visible as a whole to all rows: each key is to be looked at.
+            reach.inner_high = 0;
+        }
+    }
+}
+
+/// Ends a chunk for the rows of a tile, of which one has seen a key of it if `seen`.
+struct EndRows<'a> {
+    p: &'a Problem<'a>,
+    tile: &'a Tile,
+    deinterleaved: bool,
+    rows: &'a mut [RowState],
+    scratch: &'a Scratch,
+    chunk: usize,
+    seen: bool,
+    /// It is the tile's last chunk.
+    last: bool,
+}
+
+impl Outlined for EndRows<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { p, tile, deinterleaved, rows, scratch, chunk, seen, last } = self;
+        let dvp = padded(p.v_dim);
+        let asks = last && tile.head_rows >= PACK_ROWS;
         let mut sums = [0.0; MAX_LANES];
-        for r in 0..n {
-            if far
-                && last
-                && let Some(row) = rows.get(r + PREFETCH_ROWS)
-            {
+        for r in 0..rows.len() {
+            if asks && let Some(row) = rows.get(r + PREFETCH_ROWS) {
                 let (batch, token) = p.visibility.query(tile.batch, row.token as usize);
                 // SAFETY: token and head are inside out.
                 let row = unsafe { p.out.row(batch, token, row.head as usize) };
                 row_lines(&p.out, row).for_each(|line| s.prefetch_write(line));
             }
-            let row = &mut rows[r];
             // SAFETY: the scratch buffers have these rows.
             unsafe {
-                let state = if from < to {
+                let state = if seen {
                     // One sum over lanes for as many rows as there are lanes.
                     if r.is_multiple_of(S::LANES) {
                         let mut lanes = [s.zero(); MAX_LANES];
-                        for (row, lanes) in (r..n).zip(lanes.iter_mut().take(S::LANES)) {
+                        for (row, lanes) in (r..rows.len()).zip(lanes.iter_mut().take(S::LANES)) {
                             *lanes = s.load_f32(scratch.sums.add(row * MAX_LANES));
                         }
                         s.store_f32(sums.as_mut_ptr(), s.sum_lanes(&lanes));
                     }
-                    (row.max, sums[r % S::LANES])
+                    (rows[r].max, sums[r % S::LANES])
                 } else {
                     EMPTY
                 };
+                let row = &mut rows[r];
                 let (acc, total) = (scratch.acc.add(r * dvp), scratch.total.add(r * dvp));
-                output(row).end_chunk(s, tile, (chunk, r), (state, acc), (&mut row.total, total));
+                let output =
+                    Output { p, batch: tile.batch, token: row.token as usize, head: row.head as usize, deinterleaved };
+                output.end_chunk(s, tile, (chunk, r, last), (state, acc), (&mut row.total, total));
             }
-        }
-    }
-    if tile.partials.is_null() && tile.first_chunk == tile.end_chunk {
-        for (r, row) in rows.iter().enumerate() {
-            // SAFETY: as above.
-            unsafe { output(row).finish(s, EMPTY, scratch.acc.add(r * dvp)) };
         }
     }
 }

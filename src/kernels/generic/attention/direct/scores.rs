@@ -81,6 +81,14 @@ impl DirectScores<'_> {
                 let mut sums = [0.0f32; MAX_PARALLEL_DOTS];
                 let KeyRange { low, high } = self.keys;
                 for j in (low / C * C..high).step_by(C) {
+                    // The first tokens of a sequence have few keys: a last one alone is not worth the products of several.
+                    if R == 4 && C > 1 && high - j == 1 {
+                        self.sums::<S, T, R, 1>(s, head, row, |_| j, &mut sums);
+                        for r in 0..R {
+                            *out.add(r * BLOCK + j) = sums[r];
+                        }
+                        return;
+                    }
                     let inside = j >= low && j + C <= high;
                     let key = |c: usize| if inside { j + c } else { (j + c).clamp(low, high - 1) };
                     self.sums::<S, T, R, C>(s, head, row, key, &mut sums);
