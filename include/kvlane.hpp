@@ -654,7 +654,7 @@ private:
 };
 
 /// The threads of a runtime in which all of them make one call, each with its number, as ggml's operators are called with
-/// `(ith, nth)`. Member 0 calls the library, and the others run their share of its tasks:
+/// `(ith, nth)`. Member 0 calls the library, and every member takes the next of its tasks when it is free:
 ///
 ///     kvlane::team team(8); // for at most eight threads
 ///     ...
@@ -663,7 +663,8 @@ private:
 ///     });
 ///
 /// `enter` returns on no member before all `nth` have entered and the function has returned on member 0; what it wrote is then
-/// visible to all of them. Waiting members spin, and yield when it takes longer. The members of one call have different `ith`
+/// visible to all of them. In between, no member waits for one that is late, which on a loaded machine another program may hold up.
+/// Waiting members spin, and yield when it takes longer. The members of one call have different `ith`
 /// from 0 to nth - 1 and the same `nth`; one call at a time. A team may serve calls with different `nth`, one after the other.
 class team {
 public:
@@ -677,7 +678,7 @@ public:
             return KVL_STATUS_INVALID_VALUE;
         }
         if (ith != 0) {
-            return follow(ith, nth);
+            return follow(ith);
         }
         leader led(*this, nth);
         kvl_parallel_runner runner = KVL_PARALLEL_RUNNER_INIT;
@@ -700,9 +701,17 @@ private:
         void *context;
         std::size_t n;
         kvl_status status;
+        /// The next task that nobody has taken.
+        mutable std::atomic<std::size_t> next{0};
+
+        void work() const {
+            for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
+                function(context, i);
+            }
+        }
     };
 
-    /// A member's mailbox: full until the member has done the job. A cache line each.
+    /// A member's mailbox: a job that is offered, `taken` while the member works, else null. A cache line each.
     struct alignas(64) slot {
         std::atomic<const job *> next{nullptr};
     };
@@ -722,16 +731,23 @@ private:
         kvl_status status = KVL_STATUS_INTERNAL;
 
     private:
-        void give(const job &job) {
-            const std::size_t members = job.n < nth_ ? job.n : nth_;
+        void give(const job &given) {
+            const std::size_t members = given.n < nth_ ? given.n : nth_;
             for (std::size_t i = 1; i < members; ++i) {
-                team_.slots_[i].next.store(&job, std::memory_order_release);
+                team_.slots_[i].next.store(&given, std::memory_order_release);
             }
-            for (std::size_t i = 0; job.function != nullptr && i < job.n; i += nth_) {
-                job.function(job.context, i);
+            const bool ends = given.function == nullptr;
+            if (!ends) {
+                given.work();
             }
             for (std::size_t i = 1; i < members; ++i) {
-                detail::wait([&] { return team_.slots_[i].next.load(std::memory_order_acquire) == nullptr; });
+                std::atomic<const job *> &next = team_.slots_[i].next;
+                // All tasks are taken: a member that has not come yet has nothing to do. The end of a call is for every member.
+                const job *offered = &given;
+                if (!ends && next.compare_exchange_strong(offered, nullptr, std::memory_order_relaxed)) {
+                    continue;
+                }
+                detail::wait([&] { return next.load(std::memory_order_acquire) == nullptr; });
             }
         }
 
@@ -739,15 +755,20 @@ private:
         std::size_t nth_;
     };
 
-    kvl_status follow(std::size_t ith, std::size_t nth) {
+    kvl_status follow(std::size_t ith) {
         std::atomic<const job *> &next = slots_[ith].next;
         for (;;) {
-            const job *job = nullptr;
-            detail::wait([&] { return (job = next.load(std::memory_order_acquire)) != nullptr; });
-            const kvl_status status = job->status;
-            const bool ends = job->function == nullptr;
-            for (std::size_t i = ith; !ends && i < job->n; i += nth) {
-                job->function(job->context, i);
+            const job *given = nullptr;
+            detail::wait([&] {
+                given = next.load(std::memory_order_relaxed);
+                // Member 0 may take back what it offered, and by now the address may be that of its next job: it is read once taken.
+                return given != nullptr &&
+                       next.compare_exchange_strong(given, &taken_, std::memory_order_acquire, std::memory_order_relaxed);
+            });
+            const kvl_status status = given->status;
+            const bool ends = given->function == nullptr;
+            if (!ends) {
+                given->work();
             }
             next.store(nullptr, std::memory_order_release);
             if (ends) {
@@ -758,6 +779,8 @@ private:
 
     std::size_t most_;
     std::unique_ptr<slot[]> slots_;
+    /// Its address stands for any job that a member has taken.
+    const job taken_{nullptr, nullptr, 0, KVL_STATUS_OK};
 };
 
 /// Scratch memory for attention: grows when a call needs more, and never shrinks. For one call at a time.

@@ -57,6 +57,19 @@ int main() {
         expect(team.enter(ith, 9, [](const kvl_parallel_runner *) {}) == KVL_STATUS_INVALID_VALUE, "nine of eight");
         expect(team.enter(ith + 3, 3, [](const kvl_parallel_runner *) {}) == KVL_STATUS_INVALID_VALUE, "ith is not below nth");
     });
+    // A member that comes when all tasks are done has held up none of them.
+    std::atomic<bool> done{false};
+    std::atomic<int> tasks{0};
+    on_threads(3, [&](std::size_t ith) {
+        while (ith == 2 && !done) {
+            std::this_thread::yield();
+        }
+        team.enter(ith, 3, [&](const kvl_parallel_runner *runner) {
+            runner->run(runner->ctx, 3, [](void *to, std::size_t) { ++*static_cast<std::atomic<int> *>(to); }, &tasks);
+            done = true;
+        });
+    });
+    expect(tasks == 3, "three tasks of two members");
     // Thousands of small calls, in which members arrive in any order.
     std::size_t sum = 0;
     on_threads(3, [&](std::size_t ith) {
