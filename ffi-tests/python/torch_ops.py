@@ -134,6 +134,49 @@ def pages():
         assert torch.equal(found, ops.attention(q, k, v, lengths=lengths, causal=True))
 
 
+def quantised():
+    """Caches with scales: against attention over what they hold, written and in pages, and what a write rounds."""
+    lengths, table = int32(9, 50), torch.randperm(2 * CAPACITY // PAGE, dtype=torch.int32).view(BATCH, -1)
+    paged = (2 * CAPACITY // PAGE, PAGE, KV_HEADS)
+    causal = visible(CAPACITY, lengths, SEQ)
+    for kind in (torch.float32, torch.float16):
+        # A scale per token and head, computed by the write.
+        q, k, v = tensors(torch.float32)
+        caches = [torch.zeros(*x.shape, dtype=torch.int8) for x in (k, v)]
+        scales = [torch.zeros(x.shape[:3], dtype=kind) for x in (k, v)]
+        ops.kv_write(k, v, *caches, positions=int32(0, 0), k_scales=scales[0], v_scales=scales[1])
+        held = [cache.float() * scale.float()[..., None] for cache, scale in zip(caches, scales)]
+        for x, kept, cache, scale in zip((k, v), held, caches, scales):
+            assert (cache.abs().amax(dim=3) == 127).all()
+            assert ((x - kept).abs() <= 0.51 * scale.float()[..., None]).all()
+        out, lse = ops.attention_with_lse(q, *caches, lengths=lengths, causal=True, k_scales=scales[0], v_scales=scales[1])
+        wanted, wanted_lse = reference(q, *held, causal)
+        close(out, wanted, torch.float32)
+        assert (lse - wanted_lse).abs().max() < 1e-4
+        # The same bits from pages, whose scales lie in pages too, in an order of their own.
+        pages = [torch.zeros(*paged, DIM, dtype=torch.int8) for _ in range(2)]
+        of_pages = [torch.zeros(paged[0], paged[2], paged[1], dtype=kind).transpose(1, 2) for _ in range(2)]
+        ops.kv_write(k, v, *pages, positions=int32(0, 0), block_table=table, k_scales=of_pages[0], v_scales=of_pages[1])
+        assert torch.equal(of_pages[0][table.long()].reshape(scales[0].shape), scales[0])
+        found = ops.attention(q, *pages, lengths=lengths, causal=True, block_table=table, k_scales=of_pages[0], v_scales=of_pages[1])
+        assert torch.equal(found, out)
+        for eight in (torch.float8_e4m3fn, torch.float8_e5m2):
+            # Static ones, for the tensor and for each head, and a cache without any.
+            for static in (torch.tensor(0.25, dtype=kind), torch.tensor([0.25, 2.0], dtype=kind), None):
+                caches = [torch.zeros(*x.shape, dtype=torch.uint8).view(eight) for x in (k, v)]
+                kept = None if static is None else static.clone()
+                ops.kv_write(k, v, *caches, positions=int32(0, 0), k_scales=static, v_scales=static)
+                assert static is None or torch.equal(static, kept)
+                factor = 1.0 if static is None else static.float().expand(KV_HEADS)[:, None]
+                for x, cache in zip((k, v), caches):
+                    assert torch.equal(cache.view(torch.uint8), (x / factor).to(eight).view(torch.uint8))
+                out = ops.attention(q, *caches, lengths=lengths, causal=True, k_scales=static, v_scales=static)
+                close(out, reference(q, *(cache.float() * factor for cache in caches), causal)[0], torch.float32)
+    # Keys and values of formats of their own.
+    mixed = ops.attention(q, held[0], caches[1], lengths=lengths, causal=True, v_scales=torch.tensor([0.5]))
+    close(mixed, reference(q, held[0], caches[1].float() * 0.5, causal)[0], torch.float32)
+
+
 def turned(x, inv_freq, positions, interleaved):
     angle = positions[..., None].double() * inv_freq
     cos, sin = (f(angle)[:, :, None] for f in (torch.cos, torch.sin))
@@ -194,25 +237,42 @@ def opchecks():
         check(torch.ops.kvlane.kv_write.default, (new, new, *cache), {"positions": lengths, "inv_freq": inv_freq, "k_norm": torch.ones(DIM)})
         check(torch.ops.kvlane.kv_write.default, (new, new, *(x.view(8, PAGE, KV_HEADS, DIM) for x in cache)),
               {"slots": int32(5, -1, 7, 40, 41, 127).view(2, 3), "paged": True})
+        per_token = {"k_scales": torch.rand(BATCH, CAPACITY, KV_HEADS), "v_scales": torch.rand(BATCH, CAPACITY, KV_HEADS)}
+        static = {"k_scales": torch.tensor(0.5), "v_scales": torch.rand(KV_HEADS) + 0.5}
+        for of, scales in ((torch.int8, per_token), (torch.float8_e4m3fn, static), (torch.float8_e5m2, {})):
+            cache, utils = [(8 * x).to(of) for x in (k, v)], ["test_autograd_registration", "test_faketensor"]
+            if of == torch.int8:
+                # PyTorch compares what an operator has changed by arithmetic that it does not have for floats of eight bits.
+                utils += ["test_schema", "test_aot_dispatch_dynamic"]
+            check(torch.ops.kvlane.kv_write.default, (new, new, *cache), {"positions": lengths, **scales}, test_utils=utils)
+            for operator in (torch.ops.kvlane.attention.default, torch.ops.kvlane.attention_with_lse.default):
+                check(operator, (q, *cache), {"lengths": lengths, **scales}, test_utils=utils)
         check(torch.ops.kvlane.rope.default, (q, inv_freq, lengths))
         check(torch.ops.kvlane.rope_.default, (q.clone(), inv_freq, lengths), {"interleaved": True})
 
 
 class Step(torch.nn.Module):
-    """A layer's step over its cache."""
+    """A layer's step over its cache, which holds the model's type or another one."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, cache=None):
         super().__init__()
+        cache = cache or dtype
         self.project = torch.nn.Linear(64, (HEADS + 2 * KV_HEADS) * DIM, dtype=dtype)
-        self.register_buffer("k_cache", torch.zeros(BATCH, CAPACITY, KV_HEADS, DIM, dtype=dtype))
-        self.register_buffer("v_cache", torch.zeros(BATCH, CAPACITY, KV_HEADS, DIM, dtype=dtype))
+        self.register_buffer("k_cache", torch.zeros(BATCH, CAPACITY, KV_HEADS, DIM).to(cache))
+        self.register_buffer("v_cache", torch.zeros(BATCH, CAPACITY, KV_HEADS, DIM).to(cache))
         self.register_buffer("inv_freq", torch.from_numpy(kvlane.rope_frequencies(DIM)[0]))
+        per_token = cache == torch.int8
+        self.register_buffer("k_scales", torch.zeros(BATCH, CAPACITY, KV_HEADS) if per_token else None)
+        self.register_buffer("v_scales", torch.zeros(BATCH, CAPACITY, KV_HEADS) if per_token else None)
+        if cache == torch.float8_e4m3fn:
+            self.k_scales = self.v_scales = torch.tensor([0.5, 0.25])
 
     def forward(self, x, lengths):
+        scales = {"k_scales": self.k_scales, "v_scales": self.v_scales}
         q, k, v = self.project(x).unflatten(2, (-1, DIM)).split((HEADS, KV_HEADS, KV_HEADS), dim=2)
-        ops.kv_write(k, v, self.k_cache, self.v_cache, positions=lengths, inv_freq=self.inv_freq)
+        ops.kv_write(k, v, self.k_cache, self.v_cache, positions=lengths, inv_freq=self.inv_freq, **scales)
         q = ops.rope(q, self.inv_freq, lengths)
-        return ops.attention(q, self.k_cache, self.v_cache, lengths=lengths + x.shape[1], causal=True).flatten(2)
+        return ops.attention(q, self.k_cache, self.v_cache, lengths=lengths + x.shape[1], causal=True, **scales).flatten(2)
 
 
 @torch.no_grad()
@@ -238,6 +298,21 @@ def compiled(backends):
         found = program(prompt, int32(0, 3))
         close(found, wanted[0], dtype)
         assert torch.equal(program.k_cache[0, :5], k[0, :5])
+    # A cache with scales is written in place by a compiled step too.
+    for cache in (torch.int8, torch.float8_e4m3fn):
+        step = Step(torch.float32, cache)
+        for backend in backends:
+            call = torch.compile(step, backend=backend, fullgraph=True)
+            found, held = [], []
+            for run in (step, call):
+                step.k_cache.zero_()
+                found.append(run(prompt.float(), int32(0, 3)))
+                held.append((step.k_cache.clone(), step.k_scales.clone()))
+            close(found[1], found[0], torch.float32)
+            assert torch.equal(held[0][0].view(torch.uint8), held[1][0].view(torch.uint8)) and held[0][0].float().count_nonzero() > 0
+            assert torch.equal(held[0][1], held[1][1])
+        exported = torch.export.export(step, (prompt.float(), int32(0, 3)))
+        close(exported.module()(prompt.float(), int32(0, 3)), found[0], torch.float32)
 
 
 def errors():
@@ -254,6 +329,13 @@ def errors():
             refused(TypeError, "q is torch.float64", ops.attention, q.double(), k, v)
             refused(TypeError, "mask is torch.float32", ops.attention, q, k, v, mask=torch.ones(1, 1, 1, CAPACITY))
             refused(kvlane.Error, str(CAPACITY), ops.kv_write, q[:, :, :2], q[:, :, :2], k, v, positions=int32(0, CAPACITY - 1))
+            eight, of_tokens = k.to(torch.int8), torch.ones(BATCH, CAPACITY, KV_HEADS)
+            refused(kvlane.Error, "k is int8, but has no scales", ops.attention, q, eight, v)
+            refused(kvlane.Error, "k is f32, which has no scales, but scales are given", ops.attention, q, k, v, k_scales=of_tokens)
+            refused(ValueError, f"(2, {CAPACITY - 1}, 2), but", ops.attention, q, eight, v, k_scales=of_tokens[:, 1:])
+            refused(TypeError, "k_scales is torch.bfloat16", ops.attention, q, eight, v, k_scales=of_tokens.bfloat16())
+            refused(ValueError, "needs one element or (2,)", ops.attention, q, k.to(torch.float8_e5m2), v, k_scales=torch.ones(3))
+            refused(kvlane.Error, "scales", ops.kv_write, q[:, :, :2], q[:, :, :2], eight, v, positions=lengths)
             refused(ValueError, "rope_positions", ops.kv_write, k, v, k, v, slots=torch.zeros(2, CAPACITY, dtype=torch.int32),
                     inv_freq=torch.ones(4, dtype=torch.float64))
     # Nothing has a gradient, and nothing loses one silently.
@@ -263,6 +345,8 @@ def errors():
     refused(RuntimeError, "kvlane::attention has no gradient", out.sum().backward)
     refused(RuntimeError, "kvlane::rope has no gradient", ops.rope(q * weight, torch.ones(4, dtype=torch.float64), lengths).sum().backward)
     refused(RuntimeError, "writes k_cache, which requires a gradient", ops.kv_write, q[:, :, :2], q[:, :, :2], k * weight, v, positions=lengths)
+    refused(RuntimeError, "writes k_scales, which requires a gradient", ops.kv_write, q[:, :, :2], q[:, :, :2], eight, v, positions=lengths,
+            k_scales=of_tokens.requires_grad_())
     # A backward pass that needs what a write has changed says so, too.
     with torch.no_grad():
         cache = k.clone()
@@ -290,6 +374,7 @@ if __name__ == "__main__":
     with torch.no_grad():
         attention_by_options()
         pages()
+        quantised()
         rotations()
         opchecks()
         threads_and_modes()

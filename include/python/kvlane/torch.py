@@ -1,14 +1,20 @@
 """Operators of PyTorch: attention over a cache, the cache write, and rotary embedding, for tensors on the CPU.
 
 Tensors have the axes [batch, seq, heads, dim], in any order in memory: those of PyTorch's own attention, [batch, heads, seq, dim], are
-given as `x.transpose(1, 2)`, which copies nothing. Types are float32, float16 and bfloat16, each with each; caches may also be
-float8_e4m3fn and float8_e5m2. Lists are int32 tensors, which are never converted from another type.
+given as `x.transpose(1, 2)`, which copies nothing. Types are float32, float16 and bfloat16, each with each; caches may also be int8,
+float8_e4m3fn and float8_e5m2, with scales. Lists are int32 tensors, which are never converted from another type.
 
     k_cache, v_cache = (torch.zeros(2, 64, 2, 32, dtype=torch.bfloat16) for _ in range(2))
     lengths = torch.zeros(2, dtype=torch.int32)
     kvlane.torch.kv_write(k, v, k_cache, v_cache, positions=lengths)
     lengths += k.shape[1]
     out = kvlane.torch.attention(q, k_cache, v_cache, lengths=lengths, causal=True)
+
+The scales of a cache are float32 or float16, and every call on the cache is given the same ones (`k_scales`, `v_scales`). An element is
+what is stored times its scale:
+
+- int8: [batch, slots, kv_heads], a scale per token and head, which `kv_write` computes and writes; of pages [pages, page_size, kv_heads].
+- float8_e4m3fn, float8_e5m2: one element, for the tensor, or [kv_heads]; static scales, which no call writes. They are 1 if absent.
 
 They are `torch.ops.kvlane.attention` and so on, with fake kernels, so that `torch.compile` and `torch.export` take them as they are.
 `threads` is the number of threads, 0 for `torch.get_num_threads()`; no bit of a result depends on it. A call that the library refuses
@@ -37,9 +43,11 @@ _FORMATS = {
     torch.float32: capi.KVL_FORMAT_F32,
     torch.float16: capi.KVL_FORMAT_F16,
     torch.bfloat16: capi.KVL_FORMAT_BF16,
+    torch.int8: capi.KVL_FORMAT_INT8,
     torch.float8_e4m3fn: capi.KVL_FORMAT_FP8_E4M3,
     torch.float8_e5m2: capi.KVL_FORMAT_FP8_E5M2,
 }
+_STATIC_SCALES = (torch.float8_e4m3fn, torch.float8_e5m2)
 # A view and a mask of the header. A decoder makes two calls per layer and token, so they are written at once, and not field by field.
 _VIEW = struct.Struct("@Pii4q4qN")
 _MASK = struct.Struct("@P4q4qN")
@@ -50,8 +58,9 @@ def _setters(kind: type) -> dict:
     return {name: vars(kind)[name].__set__ for name, *_ in kind._fields_}
 
 
-_ATTENTION, _WRITE, _ROPE, _LAYOUT, _NORM = map(_setters, (
-    capi.kvl_attention_params, capi.kvl_kv_write_params, capi.kvl_rope_params, capi.kvl_layout, capi.kvl_rms_norm_params))
+_ATTENTION, _WRITE, _ROPE, _LAYOUT, _NORM, _SCALES = map(_setters, (
+    capi.kvl_attention_params, capi.kvl_kv_write_params, capi.kvl_rope_params, capi.kvl_layout, capi.kvl_rms_norm_params,
+    capi.kvl_cache_scales))
 
 
 def _new(kind: type, setters: dict) -> C.Structure:
@@ -74,6 +83,36 @@ def _view(x: Tensor, name: str) -> capi.kvl_view:
     view = capi.kvl_view()
     _fill(view, 0, x, name)
     return view
+
+
+def _fill_scales(into: C.Structure, offset: int, x: Tensor | None, name: str, cache: Tensor) -> None:
+    if x is None:
+        return
+    if x.dtype not in (torch.float32, torch.float16):
+        raise TypeError(f"{name} is {x.dtype}, but scales are torch.float32 or torch.float16")
+    if x.device.type != "cpu":
+        raise TypeError(f"{name} is on {x.device}; the library reads memory of the CPU")
+    shape, heads = tuple(x.shape), cache.shape[2]
+    if cache.dtype not in _STATIC_SCALES:
+        if shape != tuple(cache.shape[:3]):
+            raise ValueError(f"{name} has the shape {shape}, but a cache in {cache.dtype} needs {tuple(cache.shape[:3])}")
+        strides = x.stride()
+    elif x.numel() == 1:
+        strides = (0, 0, 0)
+    elif shape == (heads,):
+        strides = (0, 0, x.stride(0))
+    else:
+        raise ValueError(f"{name} has the shape {shape}, but a cache in {cache.dtype} needs one element or {(heads,)}")
+    _VIEW.pack_into(into, offset, x.data_ptr(), _FORMATS[x.dtype], 0, *cache.shape[:3], 1, *strides, 1, 0)
+
+
+def _scales(k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> capi.kvl_cache_scales | None:
+    if k_scales is None and v_scales is None:
+        return None
+    scales = _new(capi.kvl_cache_scales, _SCALES)
+    _fill_scales(scales, capi.kvl_cache_scales.k.offset, k_scales, "k_scales", k)
+    _fill_scales(scales, capi.kvl_cache_scales.v.offset, v_scales, "v_scales", v)
+    return scales
 
 
 def _list(x: Tensor | None, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> int | None:
@@ -126,7 +165,7 @@ _size_of_workspace, _attend, _write, _rotate = (
 
 def _run_attention(q, k, v, *, lengths=None, kv_starts=None, offsets=None, mask=None, bias=None, scale=None, softcap=0.0, causal=False,
                    window_left=None, window_right=None, prefix_lengths=None, alibi_slopes=None, sink_logits=None, block_table=None,
-                   cu_seqlens_q=None, high_precision=False, threads=0, with_lse=False):
+                   cu_seqlens_q=None, k_scales=None, v_scales=None, high_precision=False, threads=0, with_lse=False):
     params, put = _new(capi.kvl_attention_params, _ATTENTION), _ATTENTION
     _fill(params, capi.kvl_attention_params.q.offset, q, "q")
     _fill(params, capi.kvl_attention_params.k.offset, k, "k")
@@ -166,6 +205,9 @@ def _run_attention(q, k, v, *, lengths=None, kv_starts=None, offsets=None, mask=
     if block_table is not None:
         layout = _paged(block_table)
         put["layout"](params, C.addressof(layout))
+    scales = _scales(k, v, k_scales, v_scales)
+    if scales is not None:
+        put["scales"](params, C.addressof(scales))
     lse = None
     if with_lse:
         lse = q.new_empty((*q.shape[:3],), dtype=torch.float32)
@@ -208,7 +250,8 @@ def _rotation(inv_freq, positions, batch, seq, interleaved, magnitude) -> capi.k
 
 
 def _kv_write_impl(k, v, k_cache, v_cache, *, positions=None, counts=None, sequences=None, slots=None, block_table=None, paged=False,
-                   inv_freq=None, rope_positions=None, interleaved=False, magnitude=1.0, k_norm=None, k_norm_eps=1e-6, threads=0):
+                   inv_freq=None, rope_positions=None, interleaved=False, magnitude=1.0, k_norm=None, k_norm_eps=1e-6, k_scales=None,
+                   v_scales=None, threads=0):
     params, put = _new(capi.kvl_kv_write_params, _WRITE), _WRITE
     _fill(params, capi.kvl_kv_write_params.k.offset, k, "k")
     _fill(params, capi.kvl_kv_write_params.v.offset, v, "v")
@@ -234,6 +277,9 @@ def _kv_write_impl(k, v, k_cache, v_cache, *, positions=None, counts=None, seque
         _NORM["weight"](norm, _list(k_norm, "k_norm", (k.shape[3],), torch.float32))
         _NORM["eps"](norm, k_norm_eps)
         put["k_norm"](params, C.addressof(norm))
+    scales = _scales(k_cache, v_cache, k_scales, v_scales)
+    if scales is not None:
+        put["scales"](params, C.addressof(scales))
     runner = _threads(threads)
     check(_write(_context(), None if runner is None else C.addressof(runner), C.addressof(params)))
 
@@ -267,7 +313,7 @@ def _rope_in_place_impl(x, inv_freq, positions, *, interleaved=False, magnitude=
 _OPTIONS = ("Tensor? lengths=None, Tensor? kv_starts=None, Tensor? offsets=None, Tensor? mask=None, Tensor? bias=None, float? scale=None, "
             "float softcap=0.0, bool causal=False, SymInt? window_left=None, SymInt? window_right=None, Tensor? prefix_lengths=None, "
             "Tensor? alibi_slopes=None, Tensor? sink_logits=None, Tensor? block_table=None, Tensor? cu_seqlens_q=None, "
-            "bool high_precision=False, int threads=0")
+            "Tensor? k_scales=None, Tensor? v_scales=None, bool high_precision=False, int threads=0")
 _TURN = "Tensor inv_freq, Tensor positions, *, bool interleaved=False, float magnitude=1.0, int threads=0"
 
 _operators = torch.library.Library("kvlane", "DEF")
@@ -310,13 +356,14 @@ def _without_gradient(operator) -> None:
 def _untracked(operator) -> None:
     """A write into what requires a gradient would be lost to it."""
     name = operator._schema.name
-    written = [(i, argument.name) for i, argument in enumerate(operator._schema.arguments)
+    written = [(i, argument.name, argument.kwarg_only) for i, argument in enumerate(operator._schema.arguments)
                if argument.alias_info is not None and argument.alias_info.is_write]
 
     def call(*tensors, **options):
         if torch.is_grad_enabled():
-            for i, argument in written:
-                if tensors[i].requires_grad:
+            for i, argument, is_option in written:
+                x = options.get(argument) if is_option else tensors[i]
+                if x is not None and x.requires_grad:
                     raise RuntimeError(f"{name} writes {argument}, which requires a gradient; call it under torch.no_grad()")
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*tensors, **options)
@@ -331,7 +378,7 @@ _kv_write = _define(
     "kv_write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor? positions=None, Tensor? counts=None, "
     "Tensor? sequences=None, Tensor? slots=None, Tensor? block_table=None, bool paged=False, Tensor? inv_freq=None, "
     "Tensor? rope_positions=None, bool interleaved=False, float magnitude=1.0, Tensor? k_norm=None, float k_norm_eps=1e-06, "
-    "int threads=0) -> ()", _kv_write_impl, _kv_write_fake)
+    "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None, int threads=0) -> ()", _kv_write_impl, _kv_write_fake)
 _rope = _define(f"rope(Tensor x, {_TURN}) -> Tensor", _rope_impl, _rope_fake)
 _rope_in_place = _define(f"rope_(Tensor(a!) x, {_TURN}) -> ()", _rope_in_place_impl, lambda x, inv_freq, positions, **options: None)
 for _operator in (_attention, _attention_with_lse, _rope):
@@ -368,6 +415,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
       one entry broadcast.
     - `scale`, by default `dim ** -0.5`; `softcap`; `alibi_slopes` and `sink_logits`: float32 [heads].
     - `block_table`: int32 [batch, pages]; keys and values are then pages [pages, page_size, kv_heads, dim], and `lengths` is needed.
+    - `k_scales`, `v_scales`: the scales of the cache, see the module.
     - `cu_seqlens_q`: int32 [sequences + 1]; queries are then [1, tokens, heads, dim], and lists have an entry per sequence.
     - `high_precision`: see `KVL_PRECISION_HIGH`. `threads`."""
     return (_attention_impl if _plain(q, k, v) else _attention)(q, k, v, **options)
@@ -388,10 +436,12 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, **options: 
       all pages, `paged=True` stands for it.
     - `inv_freq`: float64 [rotary_dim / 2], rotates keys on the way, at `positions` or at `rope_positions`, int32 [batch] or [batch, seq];
       `interleaved`, `magnitude`.
-    - `k_norm`: float32 [dim], the weights of an RMS norm of the keys, before the rotation; `k_norm_eps`. `threads`."""
+    - `k_norm`: float32 [dim], the weights of an RMS norm of the keys, before the rotation; `k_norm_eps`. `threads`.
+    - `k_scales`, `v_scales`: the scales of the cache, see the module; those of int8 are written."""
     if _plain(k, v, k_cache, v_cache):
         _kv_write_impl(k, v, k_cache, v_cache, **options)
-        _written(k_cache, v_cache)
+        of_tokens = ((k_cache, options.get("k_scales")), (v_cache, options.get("v_scales")))
+        _written(k_cache, v_cache, *(x for cache, x in of_tokens if x is not None and cache.dtype not in _STATIC_SCALES))
     else:
         _kv_write(k, v, k_cache, v_cache, **options)
 
