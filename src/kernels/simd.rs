@@ -84,6 +84,18 @@ pub(crate) trait Simd: Copy {
     fn deinterleave(self, a: Self::V, b: Self::V) -> [Self::V; 2];
     /// The inverse of [`Self::deinterleave`].
     fn interleave(self, even: Self::V, odd: Self::V) -> [Self::V; 2];
+    /// For each bit of the numbers of the elements of `a` followed by `b`, from the lowest bit on: the sum and the difference of elements
+    /// that differ in that bit, in their place. A level may have a quicker way from one bit to the next; the sums are the same.
+    #[inline(always)]
+    fn sums_and_differences(self, a: Self::V, b: Self::V) -> [Self::V; 2] {
+        let mut x = [a, b];
+        for _ in 0..(2 * Self::LANES).trailing_zeros() {
+            // The lowest bit becomes the highest.
+            let [even, odd] = self.deinterleave(x[0], x[1]);
+            x = [self.add(even, odd), self.sub(even, odd)];
+        }
+        x
+    }
 
     /// Lane i of the result is the sum of the lanes of `v[i]`, by the same tree of pairwise additions for every i.
     /// Only the first [`Self::LANES`] entries are used.

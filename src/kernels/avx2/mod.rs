@@ -195,6 +195,20 @@ impl Simd for Avx2 {
         [v._mm256_permute2f128_ps::<0x20>(low, high), v._mm256_permute2f128_ps::<0x31>(low, high)]
     }
     #[inline(always)]
+    fn sums_and_differences(self, a: __m256, b: __m256) -> [__m256; 2] {
+        let (v, a2) = (self.0.avx, self.0.avx2);
+        let both = |[a, b]: [__m256; 2]| [v._mm256_add_ps(a, b), v._mm256_sub_ps(a, b)];
+        // The lowest bit of a lane becomes that of the vector, and that of the vector the higher one of a lane.
+        let even_and_odd = |[a, b]: [__m256; 2]| {
+            [v._mm256_shuffle_ps::<0b10_00_10_00>(a, b), v._mm256_shuffle_ps::<0b11_01_11_01>(a, b)]
+        };
+        let x = both(even_and_odd(both(even_and_odd([a, b]))));
+        let lanes = [v._mm256_permute2f128_ps::<0x20>(x[0], x[1]), v._mm256_permute2f128_ps::<0x31>(x[0], x[1])];
+        // Bits are where they were, but for that of the lane and the higher one of its elements.
+        both(even_and_odd(both(lanes)))
+            .map(|x| v._mm256_castpd_ps(a2._mm256_permute4x64_pd::<0b11_01_10_00>(v._mm256_castps_pd(x))))
+    }
+    #[inline(always)]
     fn sum_lanes(self, v: &[__m256; MAX_LANES]) -> __m256 {
         let a = self.0.avx;
         // Each step of the tree halves the number of vectors: lanes with the bit clear continue with the first, the
