@@ -9,8 +9,8 @@ macro_rules! kernel_shells {
             use super::$level;
             use $crate::kernels::api::{AttentionFns, CopyArgs, HadamardArgs, MergeArgs, NormArgs, RopeArgs, ScaledArgs};
             use $crate::kernels::generic::{self, attention::{
-                Deinterleaved, DirectScores, DirectValues, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, PairPieces, Pieces,
-                Scratch, ValuePieces, VectorProducts, Widen, WidenUnits,
+                Blocks, Deinterleaved, DirectScores, DirectValues, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, PairPieces,
+                Pieces, Scratch, Units, ValuePieces, VectorProducts, Widen, WidenUnits,
             }};
             use $crate::kernels::generic::blocks::BlockUnit;
             use $crate::kernels::generic::fp8::Fp8;
@@ -97,7 +97,7 @@ macro_rules! kernel_shells {
                 unsafe { generic::attention::reduce($level::new_unchecked(), problem, tile, scratch.total, deinterleaved) }
             }
             $(#[target_feature(enable = $feature)])*
-            unsafe fn scores<T: Load>(args: &DirectScores) {
+            unsafe fn scores<T: Units>(args: &DirectScores) {
                 // SAFETY: the caller's.
                 unsafe { args.run::<_, T>($level::new_unchecked()) }
             }
@@ -110,6 +110,11 @@ macro_rules! kernel_shells {
             unsafe fn accumulate<T: Load, const PAIRS: bool>(args: &DirectValues) {
                 // SAFETY: the caller's.
                 unsafe { args.clone().run::<_, T, PAIRS>($level::new_unchecked()) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn accumulate_blocks<U: BlockUnit>(args: &DirectValues) {
+                // SAFETY: the caller's.
+                unsafe { args.run_blocks::<_, U>($level::new_unchecked()) }
             }
             $(#[target_feature(enable = $feature)])*
             unsafe fn accumulate_one<T: Load>(args: &OneValue) {
@@ -136,20 +141,21 @@ macro_rules! kernel_shells {
                 // SAFETY: the caller's.
                 unsafe { args.run::<_, U>($level::new_unchecked()) }
             }
-            const fn key_pieces<T: Load>(widen: Option<unsafe fn(&WidenUnits)>) -> KeyPieces {
+            const fn key_pieces<T: Load>() -> KeyPieces {
                 KeyPieces {
                     unit_bytes: size_of::<T>(),
-                    widen,
+                    widen: None,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     scores: scores::<T>,
+                    widened_scores: scores::<f32>,
                     pack: pack_keys::<T>,
                     quantize_rows: None,
                 }
             }
-            const fn value_pieces<T: Load>(widen: Option<unsafe fn(&WidenUnits)>) -> ValuePieces {
+            const fn value_pieces<T: Load>() -> ValuePieces {
                 ValuePieces {
                     unit_bytes: size_of::<T>(),
-                    widen,
+                    widen: None,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     accumulate: accumulate::<T, false>,
                     accumulate_one: accumulate_one::<T>,
@@ -164,17 +170,29 @@ macro_rules! kernel_shells {
             }
             pub(in $crate::kernels) const fn pieces<T: Load>() -> Pieces {
                 Pieces {
-                    keys: const { &key_pieces::<T>(None) },
-                    values: const { &value_pieces::<T>(None) },
-                    widened: const { &value_pieces::<f32>(None) },
+                    keys: const { &key_pieces::<T>() },
+                    values: const { &value_pieces::<T>() },
+                    widened: const { &value_pieces::<f32>() },
                     tuning: $crate::tuning::Tuning::DEFAULT,
                 }
             }
-            /// The pieces of f32, for units that are widened before.
+            /// The loops over blocks in the cache, and the other pieces of f32, for blocks that are widened before.
             const fn block_pieces<U: BlockUnit>() -> Pieces {
                 Pieces {
-                    keys: const { &key_pieces::<f32>(Some(widen_units::<U>)) },
-                    values: const { &value_pieces::<f32>(Some(widen_units::<U>)) },
+                    keys: const {
+                        &KeyPieces {
+                            widen: Some(widen_units::<U>),
+                            scores: scores::<Blocks<U>>,
+                            ..key_pieces::<f32>()
+                        }
+                    },
+                    values: const {
+                        &ValuePieces {
+                            widen: Some(widen_units::<U>),
+                            accumulate: accumulate_blocks::<U>,
+                            ..value_pieces::<f32>()
+                        }
+                    },
                     ..pieces::<f32>()
                 }
             }

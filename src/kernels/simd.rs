@@ -204,6 +204,19 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the array holds a whole vector.
         unsafe { self.load_i8(numbers.as_ptr()) }
     }
+    /// The entries of a table, a vector of 16 lanes, with numbers as of [`Self::load_nibbles`]. Levels with as many lanes have it.
+    ///
+    /// # Safety
+    /// As [`Self::load_nibbles`].
+    #[inline(always)]
+    unsafe fn look_up_nibbles(self, p: *const u8, at: usize, table: Self::V) -> Self::V {
+        let mut entries = [0.0; MAX_LANES];
+        // SAFETY: the array holds a whole vector; the caller's.
+        unsafe {
+            self.store_f32(entries.as_mut_ptr(), table);
+            self.look_up(self.load_nibbles(p, at), &entries)
+        }
+    }
     /// The entries of a table with these numbers: integers from 0 to 15.
     #[inline(always)]
     fn look_up(self, numbers: Self::V, table: &[f32; 16]) -> Self::V {

@@ -20,7 +20,7 @@ use crate::problem::attention::Problem;
 use crate::problem::grid::{CHUNK, most_chunks, partial_stride};
 use crate::problem::limits::MAX_HEAD_DIM;
 use crate::problem::masks::BitView;
-use crate::problem::tile::Tile;
+use crate::problem::tile::{Tile, reads_blocks};
 use crate::problem::visibility::{Summary, Visibility};
 use crate::view::{self, BATCH, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, View, ViewMut};
 
@@ -390,10 +390,10 @@ fn workspace_size(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], v_dim: us
     most(threads).max(most(1))
 }
 
-/// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together. Units of
-/// several elements are widened, a head at a time.
-fn heads_together(view: &RawView<CacheFormat>) -> bool {
-    view.dtype.unit_elements() == 1
+/// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together, each for so
+/// many query rows. Blocks that are widened before are read a head at a time.
+fn heads_together(view: &RawView<CacheFormat>, rows: usize) -> bool {
+    (view.dtype.unit_elements() == 1 || reads_blocks(rows))
         && view.strides[DIM] == 1
         && view.strides[HEADS].unsigned_abs() < view.strides[SEQ].unsigned_abs()
 }
@@ -428,7 +428,8 @@ pub(crate) unsafe fn attention_raw(
     let dv = call.v_dim();
     let kernel = context.attention(call.k.dtype, call.v.dtype, call.precision);
     let Summary { longest, chunks, count } = *summary;
-    let together = heads_together(&call.k) && heads_together(&call.v);
+    let rows = seq.saturating_mul(heads / k_shape[HEADS].max(1));
+    let together = heads_together(&call.k, rows) && heads_together(&call.v, rows);
     // An upper bound is enough: it only decides whether threads are worth their start.
     let steps = [batch, heads, seq, longest.min(count * CHUNK), d + dv].into_iter().fold(1, usize::saturating_mul);
     let workers = workers_for(runner, steps, GRAIN);

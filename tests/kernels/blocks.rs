@@ -1,7 +1,7 @@
 //! Caches of ggml's blocks: what ggml's reference code makes of numbers and reads, to the bit at every level; attention over them has the
 //! bits of attention over what they stand for; moved, inserted and turned.
 
-use crate::common::attention::{Case, Shape, random_bias};
+use crate::common::attention::{Case, Shape, precision, random_bias};
 use crate::common::blocks::{Blocks, CANARY, FORMATS, N, elements, quantise, quantise_head};
 use crate::common::fp8::Quantised;
 use crate::common::runners::Threads;
@@ -11,14 +11,15 @@ use crate::harness::{Level, tests};
 use crate::quantised::{self, Bytes, Written, head_of, heads_of, insert};
 use crate::write::rounded;
 use kvlane::{
-    AttentionTensors, Axis, CacheFormat, CacheView, CacheViewMut, DType, Destination, KeyRotation, KvCache, KvLayer,
-    KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, Rope, RopeFrequencies, RopeScaling, Runner,
-    Serial, Source, Status, UnrotatedKeys, View, ViewMut, Workspace, attention, kv_read, kv_write, rope,
+    AttentionOptions, AttentionTensors, Axis, CacheFormat, CacheView, CacheViewMut, DType, Destination, KeyRotation,
+    KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, Rope, RopeFrequencies,
+    RopeScaling, Runner, Serial, Source, Status, UnrotatedKeys, View, ViewMut, Workspace, attention, kv_read, kv_write,
+    rope,
 };
 use std::collections::BTreeMap;
 
 tests! {
-    levels: goldens, many_blocks, every_layout, fused_with_norm_and_rope, bits_of_what_is_read, every_mask, hidden_blocks,
+    levels: goldens, many_blocks, every_layout, fused_with_norm_and_rope, bits_of_what_is_read, rows_of_a_head, every_mask, hidden_blocks,
         moves, inserted_rows, turned_keys, running_positions;
     once: the_definition, refused;
 }
@@ -304,6 +305,35 @@ fn bits_of_what_is_read(level: &Level) {
                     assert!(found == run(k_read, v_read), "{k_format} {v_format} {shape:?}");
                 }
             }
+        }
+    }
+}
+
+/// One to twelve query rows of a KV head, some of which read blocks from the cache and some after they were widened, of several heads at a
+/// time or of one; in sequences with as many rows, and beside one of eight.
+fn rows_of_a_head(level: &Level) {
+    let mut rng = Rng::new(508);
+    for rows in 1..=12 {
+        let formats = [rng.pick(&FORMATS), rng.pick(&FORMATS)];
+        let sides = [(96, formats[0]), (160, formats[1])].map(|(dim, format)| {
+            let layout = Layout::random(&mut rng);
+            Both::of(&Tensor::random(&mut rng, DType::F32, [2, 150, 3, dim], layout, Place::Heap), format)
+        });
+        let ragged = [0, rows, rows + 8];
+        for starts in [None, Some(&ragged[..])] {
+            let (batch, tokens) = if starts.is_some() { (1, ragged[2] as usize) } else { (2, rows as usize) };
+            let q = Tensor::random(&mut rng, DType::F32, [batch, tokens, 3, 96], Layout::BSHD, Place::Heap);
+            let run = |k: CacheView, v: CacheView| {
+                let mut out = Tensor::output(DType::F32, [batch, tokens, 3, 160], Layout::BSHD, Place::Heap);
+                let mut options = AttentionOptions::new().causal(true).precision(precision()).lengths(&[150, 150]);
+                options.cu_seqlens_q = starts;
+                let tensors = AttentionTensors::new(q.view(), k, v, out.view_mut());
+                attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).expect("a valid call");
+                out.all_bits()
+            };
+            let [k, v] = &sides;
+            let found = run(k.cache.view(), v.cache.view());
+            assert!(found == run(k.plain.view().into(), v.plain.view().into()), "{rows} {starts:?} {formats:?}");
         }
     }
 }

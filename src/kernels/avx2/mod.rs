@@ -320,10 +320,13 @@ impl Simd for Avx2 {
     unsafe fn load_nibbles(self, p: *const u8, at: usize) -> __m256 {
         // SAFETY: sixteen bytes are readable, of which eight are read; the token proves AVX2.
         unsafe {
-            let bytes = _mm_loadl_epi64(p.add(at % 16).cast());
-            let bytes = if at < 16 { bytes } else { _mm_srli_epi16::<4>(bytes) };
-            let numbers = _mm_and_si128(bytes, _mm_set1_epi8(15));
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(numbers))
+            // Both halves of bytes are of the same lanes, so that compilers widen them once.
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(at % 16).cast()));
+            _mm256_cvtepi32_ps(if at < 16 {
+                _mm256_and_si256(bytes, _mm256_set1_epi32(15))
+            } else {
+                _mm256_srli_epi32::<4>(bytes)
+            })
         }
     }
     #[inline(always)]

@@ -346,20 +346,12 @@ impl Simd for Avx512 {
         self.0.avx512f._mm512_cvtph_ps(self.0.avx._mm256_set1_epi16(x.to_bits() as i16))
     }
     #[inline(always)]
-    unsafe fn load_nibbles(self, p: *const u8, at: usize) -> __m512 {
-        // SAFETY: sixteen bytes are readable; the token proves AVX-512.
-        unsafe {
-            let bytes = _mm_loadu_si128(p.cast());
-            let bytes = if at < 16 { bytes } else { _mm_srli_epi16::<4>(bytes) };
-            let numbers = _mm_and_si128(bytes, _mm_set1_epi8(15));
-            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(numbers))
-        }
-    }
-    #[inline(always)]
-    fn look_up(self, numbers: __m512, table: &[f32; 16]) -> __m512 {
+    unsafe fn look_up_nibbles(self, p: *const u8, at: usize, table: __m512) -> __m512 {
         let f = self.0.avx512f;
-        // SAFETY: the table is a vector; the token proves AVX-512.
-        unsafe { _mm512_permutexvar_ps(f._mm512_cvttps_epi32(numbers), _mm512_loadu_ps(table.as_ptr())) }
+        // SAFETY: sixteen bytes are readable.
+        let bytes = f._mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(p.cast()) });
+        // The permutation takes the lowest four bits of each lane.
+        f._mm512_permutexvar_ps(if at < 16 { bytes } else { f._mm512_srli_epi32::<4>(bytes) }, table)
     }
     #[inline(always)]
     unsafe fn load_part_i8(self, p: *const i8, n: usize) -> __m512 {

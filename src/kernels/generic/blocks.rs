@@ -37,11 +37,25 @@ pub(crate) const N: usize = 32;
 
 /// A block as it lies in a cache.
 pub(crate) trait BlockUnit: Copy + 'static {
+    /// What [`Self::elements`] needs beside numbers: the factor, and what is added or taken off; or where a vector holds 16 entries, the
+    /// elements of 16 numbers, and those of the next 16.
+    fn parts<S: Simd>(&self, s: S) -> [S::V; 2];
+
+    /// A vector of elements from `at` on, which is a multiple of a vector below [`N`].
+    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V;
+
     /// Writes the elements.
     ///
     /// # Safety
     /// [`N`] floats are writable at `to`.
-    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32);
+    #[inline(always)]
+    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
+        let parts = self.parts(s);
+        for i in (0..N).step_by(S::LANES) {
+            // SAFETY: the caller's; a block has whole vectors.
+            unsafe { s.store_f32(to.add(i), self.elements(s, parts, i)) };
+        }
+    }
 
     /// The block next to these elements, all of which are finite. `peak` is their largest magnitude.
     fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self;
@@ -182,7 +196,24 @@ fn half<S: Simd>(s: S, bits: u16) -> S::V {
 /// What is made of the numbers of a block in registers. No closure: that would be a function of its own, without the level's features.
 trait Elements {
     fn of<S: Simd>(s: S, q: S::V, parts: [S::V; 2]) -> S::V;
+
+    /// The elements of the numbers from 0 to 15 and from 16 to 31, on levels with as many lanes.
+    #[inline(always)]
+    fn all<S: Simd>(s: S, parts: [S::V; 2]) -> [S::V; 2] {
+        // SAFETY: the array holds two vectors.
+        [0, 16].map(|i| Self::of(s, unsafe { s.load_f32(NUMBERS.as_ptr().add(i)) }, parts))
+    }
 }
+
+/// Numbers of five bits.
+const NUMBERS: [f32; N] = {
+    let (mut numbers, mut i) = ([0.0; N], 0);
+    while i < N {
+        numbers[i] = i as f32;
+        i += 1;
+    }
+    numbers
+};
 
 /// `d * q`, of parts `[d, _]`.
 struct Scaled;
@@ -222,24 +253,45 @@ impl Elements for Listed {
     fn of<S: Simd>(s: S, q: S::V, [d, _]: [S::V; 2]) -> S::V {
         s.mul(d, s.look_up(q, &TABLE))
     }
+    #[inline(always)]
+    fn all<S: Simd>(s: S, [d, _]: [S::V; 2]) -> [S::V; 2] {
+        // SAFETY: the table is a vector.
+        [s.mul(d, unsafe { s.load_f32(TABLE.as_ptr()) }); 2]
+    }
 }
 
-/// Writes the elements of nibbles, with fifth bits if there are any.
-///
-/// # Safety
-/// [`N`] floats are writable at `to`.
+/// Whether a vector holds the elements of all numbers of four bits. They are then computed once per block, and looked up.
+const fn holds_all<S: Simd>() -> bool {
+    S::LANES == 16
+}
+
+/// [`BlockUnit::parts`] of nibbles.
 #[inline(always)]
-unsafe fn put<S: Simd, E: Elements>(s: S, to: *mut f32, q: &Nibbles, fifth: Option<[u8; 4]>, parts: [S::V; 2]) {
-    for i in (0..N).step_by(S::LANES) {
-        // SAFETY: the caller's; a block has whole vectors.
-        unsafe {
-            let mut q = s.load_nibbles(q.as_ptr(), i);
-            if let Some(bits) = fifth {
-                let bits = u64::from(u32::from_le_bytes(bits)) >> i;
-                q = s.add(q, s.select_bits(bits, s.splat(16.0), s.zero()));
-            }
-            s.store_f32(to.add(i), E::of(s, q, parts));
+fn nibble_parts<S: Simd, E: Elements>(s: S, parts: [S::V; 2]) -> [S::V; 2] {
+    if holds_all::<S>() { E::all(s, parts) } else { parts }
+}
+
+/// [`BlockUnit::elements`] of nibbles, with fifth bits if there are any.
+#[inline(always)]
+fn nibble_elements<S: Simd, E: Elements>(
+    s: S,
+    q: &Nibbles,
+    fifth: Option<[u8; 4]>,
+    parts: [S::V; 2],
+    at: usize,
+) -> S::V {
+    let bits = fifth.map(|bits| u64::from(u32::from_le_bytes(bits)) >> at);
+    // SAFETY: there are 16 bytes.
+    unsafe {
+        if holds_all::<S>() {
+            let low = s.look_up_nibbles(q.as_ptr(), at, parts[0]);
+            return bits.map_or(low, |bits| s.select_bits(bits, s.look_up_nibbles(q.as_ptr(), at, parts[1]), low));
         }
+        let mut q = s.load_nibbles(q.as_ptr(), at);
+        if let Some(bits) = bits {
+            q = s.add(q, s.select_bits(bits, s.splat(16.0), s.zero()));
+        }
+        E::of(s, q, parts)
     }
 }
 
@@ -270,12 +322,14 @@ fn raised<S: Simd>(s: S, x: &[f32; N], most: u8) -> ((u16, u16), [u8; N]) {
 
 impl BlockUnit for Q8_0 {
     #[inline(always)]
-    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
-        let d = half(s, self.d);
-        for i in (0..N).step_by(S::LANES) {
-            // SAFETY: the caller's; a block has whole vectors.
-            unsafe { s.store_f32(to.add(i), Scaled::of(s, s.load_i8(self.q.as_ptr().add(i)), [d, d])) };
-        }
+    fn parts<S: Simd>(&self, s: S) -> [S::V; 2] {
+        [half(s, self.d); 2]
+    }
+
+    #[inline(always)]
+    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
+        // SAFETY: a vector from `at` on is inside the block.
+        Scaled::of(s, unsafe { s.load_i8(self.q.as_ptr().add(at)) }, parts)
     }
 
     #[inline(always)]
@@ -303,10 +357,13 @@ impl BlockUnit for Q8_0 {
 
 impl BlockUnit for Q4_0 {
     #[inline(always)]
-    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
-        let parts = [half(s, self.d), s.splat(8.0)];
-        // SAFETY: the caller's.
-        unsafe { put::<S, Centred>(s, to, &self.q, None, parts) };
+    fn parts<S: Simd>(&self, s: S) -> [S::V; 2] {
+        nibble_parts::<S, Centred>(s, [half(s, self.d), s.splat(8.0)])
+    }
+
+    #[inline(always)]
+    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
+        nibble_elements::<S, Centred>(s, &self.q, None, parts, at)
     }
 
     #[inline(always)]
@@ -323,10 +380,13 @@ impl BlockUnit for Q4_0 {
 
 impl BlockUnit for Q4_1 {
     #[inline(always)]
-    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
-        let parts = [half(s, self.d), half(s, self.m)];
-        // SAFETY: the caller's.
-        unsafe { put::<S, Raised>(s, to, &self.q, None, parts) };
+    fn parts<S: Simd>(&self, s: S) -> [S::V; 2] {
+        nibble_parts::<S, Raised>(s, [half(s, self.d), half(s, self.m)])
+    }
+
+    #[inline(always)]
+    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
+        nibble_elements::<S, Raised>(s, &self.q, None, parts, at)
     }
 
     #[inline(always)]
@@ -343,10 +403,13 @@ impl BlockUnit for Q4_1 {
 
 impl BlockUnit for Q5_0 {
     #[inline(always)]
-    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
-        let parts = [half(s, self.d), s.splat(16.0)];
-        // SAFETY: the caller's.
-        unsafe { put::<S, Centred>(s, to, &self.q, Some(self.fifth), parts) };
+    fn parts<S: Simd>(&self, s: S) -> [S::V; 2] {
+        nibble_parts::<S, Centred>(s, [half(s, self.d), s.splat(16.0)])
+    }
+
+    #[inline(always)]
+    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
+        nibble_elements::<S, Centred>(s, &self.q, Some(self.fifth), parts, at)
     }
 
     #[inline(always)]
@@ -363,10 +426,13 @@ impl BlockUnit for Q5_0 {
 
 impl BlockUnit for Q5_1 {
     #[inline(always)]
-    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
-        let parts = [half(s, self.d), half(s, self.m)];
-        // SAFETY: the caller's.
-        unsafe { put::<S, Raised>(s, to, &self.q, Some(self.fifth), parts) };
+    fn parts<S: Simd>(&self, s: S) -> [S::V; 2] {
+        nibble_parts::<S, Raised>(s, [half(s, self.d), half(s, self.m)])
+    }
+
+    #[inline(always)]
+    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
+        nibble_elements::<S, Raised>(s, &self.q, Some(self.fifth), parts, at)
     }
 
     #[inline(always)]
@@ -383,10 +449,13 @@ impl BlockUnit for Q5_1 {
 
 impl BlockUnit for Iq4Nl {
     #[inline(always)]
-    unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
-        let parts = [half(s, self.d); 2];
-        // SAFETY: the caller's.
-        unsafe { put::<S, Listed>(s, to, &self.q, None, parts) };
+    fn parts<S: Simd>(&self, s: S) -> [S::V; 2] {
+        nibble_parts::<S, Listed>(s, [half(s, self.d); 2])
+    }
+
+    #[inline(always)]
+    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
+        nibble_elements::<S, Listed>(s, &self.q, None, parts, at)
     }
 
     #[inline(always)]

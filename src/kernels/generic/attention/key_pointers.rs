@@ -82,16 +82,18 @@ pub(crate) struct WidenUnits<'a> {
     pub visible_bits: u64,
     pub to: *mut f32,
     pub dim: usize,
+    /// The KV head of the tile.
+    pub head: usize,
 }
 
 impl<'a> WidenUnits<'a> {
     /// Widens units of type `U`.
     ///
     /// # Safety
-    /// [`locate`] has set the pointers, for a tile of one KV head; `to` has room for the rows.
+    /// [`locate`] has set the pointers; `to` has room for the rows.
     #[inline(always)]
     pub unsafe fn run<S: Simd, U: BlockUnit>(&self, s: S) {
-        let Self { rows, keys, visible_bits, to, dim } = *self;
+        let Self { rows, keys, visible_bits, to, dim, head } = *self;
         let (units, width) = (dim / blocks::N, padded(dim));
         for j in keys.low..keys.high {
             if visible_bits >> j & 1 == 0 {
@@ -99,9 +101,10 @@ impl<'a> WidenUnits<'a> {
             }
             let next = rows.next(j);
             if !next.is_null() {
+                let next = next.wrapping_byte_offset(rows.head_offset(head));
                 lines(next, units * size_of::<U>()).for_each(|line| s.prefetch_far(line));
             }
-            let from = rows.key(0, j).cast::<U>();
+            let from = rows.key(head, j).cast::<U>();
             // SAFETY: the caller's: a visible key has these units, and a row these elements.
             unsafe {
                 for unit in 0..units {

@@ -7,6 +7,7 @@
 //! | `products` | the two products of a block: the trait, and its arguments |
 //! | `pieces` | the functions of a level for keys of a format, and for values of a format |
 //! | `key_pointers` | pointers to the keys of a block, for every layout; widened copies of units of several elements |
+//! | `units` | how loops over a cache read units of one element, and of several |
 //! | `row_pairs` | values in pairs of slots, converted to rows |
 //! | `integer` | scores of int8 keys by products of integers |
 //! | `direct` | the direct path: scores and values of few query rows (decode), from the cache |
@@ -65,6 +66,7 @@ mod scratch;
 mod softmax;
 pub(crate) mod state;
 mod tile;
+mod units;
 mod weighted;
 
 pub(crate) use direct::{DirectScores, DirectValues, OneValue, all_finite};
@@ -95,6 +97,7 @@ pub(crate) use pieces::{KeyPieces, PairPieces, Pieces, ValuePieces};
 pub(crate) use products::{Block, Products, VectorProducts};
 pub(crate) use scratch::{RowState, Scratch};
 pub(crate) use tile::{Deinterleaved, tile};
+pub(crate) use units::{Blocks, Units};
 
 /// Keys that `direct` processes before it continues with the next KV head.
 const SUBBLOCK: usize = 16;

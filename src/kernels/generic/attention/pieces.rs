@@ -8,13 +8,16 @@ use crate::tuning::Tuning;
 /// M formats and values of N is made of M + N pieces.
 #[derive(Clone, Copy)]
 pub(crate) struct KeyPieces {
-    /// Bytes per element of the rows that the other pieces read.
+    /// Bytes per element of the rows that [`Self::pack`] reads.
     pub unit_bytes: usize,
-    /// Before the others, which are those of f32, for units of several elements.
+    /// For units of several elements: makes rows of f32 of them, for [`Self::pack`] and [`Self::widened_scores`].
     pub widen: Option<unsafe fn(&WidenUnits)>,
     /// Queries are kept in the order that this format's keys have in registers.
     pub deinterleaved: bool,
+    /// From the cache.
     pub scores: unsafe fn(&DirectScores),
+    /// From rows of f32.
+    pub widened_scores: unsafe fn(&DirectScores),
     pub pack: unsafe fn(&PackKeys),
     /// Makes units of the rows of a tile, which [`Self::scores`] then reads. All rows take the direct path.
     pub quantize_rows: Option<unsafe fn(*mut f32, usize, usize)>,
@@ -25,9 +28,11 @@ pub(crate) struct KeyPieces {
 pub(crate) struct ValuePieces {
     /// As in [`KeyPieces`].
     pub unit_bytes: usize,
+    /// As in [`KeyPieces`], for all other pieces but [`Self::accumulate`].
     pub widen: Option<unsafe fn(&WidenUnits)>,
     /// Accumulators are kept in the order that this format's values have in registers.
     pub deinterleaved: bool,
+    /// From the cache.
     pub accumulate: unsafe fn(&DirectValues),
     pub accumulate_one: unsafe fn(&OneValue),
     pub all_finite: unsafe fn(KeyPointers<u8>, usize, KeyRange, usize) -> bool,

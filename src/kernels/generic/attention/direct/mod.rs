@@ -5,6 +5,7 @@
 //! | this one | one block: scores, softmax, values, and which of them prefetch what |
 //! | `scores` | dot products of rows with keys |
 //! | `values` | weighted sums of values |
+//! | `block_values` | weighted sums of values in blocks |
 //! | `prefetch` | prefetch distances |
 //!
 //! # What bounds it
@@ -15,13 +16,27 @@
 //! after it are prefetched, across the seams between K and V and between blocks, where the hardware's prefetcher would have to
 //! start anew.
 //!
-//! Units of several elements are widened to f32 a subblock at a time, whose rows then stay in the first-level cache: a store and a load
-//! per vector more than a kernel of the format's own would have, and one road for every such format.
+//! Blocks are read from the cache as well, by loops of their own formats. Arithmetic binds them, also with one row. Per 32 elements
+//! on AVX-512, all of these operations of a whole vector, of which Zen 4 runs two per cycle (one of each kind):
+//!
+//! | | factor | elements | and per row |
+//! | --- | --- | --- | --- |
+//! | q8_0 | 1 broadcast, 1 conversion | 2 extensions, 2 conversions, 2 products | 2 FMAs |
+//! | q4_0, iq4_nl | 1 broadcast, 1 conversion | 1 product for the 16 elements there are, 1 extension, 1 shift, 2 look-ups | 2 FMAs |
+//! | q4_1 | 2 broadcasts, 2 conversions | as q4_0, and 1 addition | 2 FMAs |
+//! | q5_0, q5_1 | as q4_0, q4_1 | twice the products and additions, 4 look-ups | 2 FMAs |
+//!
+//! An element is rounded as the dequantised one is, so that the factor is not moved to the score or the weight. In loops these come to 5.8
+//! cycles for q8_0, 6.1 for q4_0 with one row, and to 11 with four, where products and FMAs share their ports; scores take one cycle
+//! more for the sum over lanes. Loops read keys in their order and prefetch without branches. Where rows would widen a block more than
+//! twice ([`reads_blocks`]), and where masks make single keys matter, blocks are widened to f32 first: a subblock at a time, whose rows
+//! then stay in the first-level cache, at a store and a load per vector.
 //!
 //! Many rows of long keys ([`Simd::DIRECT_DIM`]), as in latent attention, take this path too and are bound by the FMA ports: keys of a
 //! block stay in the second-level cache while rows pass over them, four at a time. On Zen 4, 16 to 128 rows over keys of 576 and
 //! values of 512 run at 89 to 93 % of the FMA peak; the packed path reaches 64 to 86 %.
 
+mod block_values;
 mod prefetch;
 mod scores;
 mod values;
@@ -33,6 +48,7 @@ use super::{Block, KeyPointers, PairPieces, Pieces, RowState, ValuePieces, Widen
 use crate::kernels::simd::Simd;
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange};
+use crate::problem::tile::{Tile, reads_blocks};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -60,7 +76,9 @@ pub(super) unsafe fn block<S: Simd>(
     let heads = 0..block.tile.kv_heads;
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
-        if let Some(widen) = pieces.keys.widen {
+        if let Some(widen) = pieces.keys.widen
+            && widens(block.tile)
+        {
             widened_scores(pieces, widen, block, k);
         } else if ahead.whole {
             let (spread, ahead) = (ahead.spread, ahead.of_k(0));
@@ -73,8 +91,12 @@ pub(super) unsafe fn block<S: Simd>(
         scale_scores(s, block, heads.clone());
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
         let finite = scale_weights(s, block, heads.clone());
-        if let Some(widen) = pieces.values.widen {
-            widened_values(pieces.values, widen, block, rows, v, finite);
+        if let Some(widen) = pieces.values.widen
+            && (!block.all || widens(block.tile))
+        {
+            for head in heads {
+                widened_values(pieces.widened, widen, block, rows, head, v, finite);
+            }
             return;
         }
         let pairs = match (block.p.v_packing, &pieces.values.pairs) {
@@ -96,6 +118,23 @@ pub(super) unsafe fn block<S: Simd>(
     }
 }
 
+/// Whether units of several elements are widened to rows of f32 before they are read. A tile of several KV heads has few rows of each
+/// (of some sequences as many as are widened elsewhere).
+#[inline(always)]
+fn widens(tile: &Tile) -> bool {
+    tile.kv_heads == 1 && !reads_blocks(tile.head_rows)
+}
+
+/// Query rows that one loop over blocks in the cache takes, of those that are left: few loops, since there are many formats.
+#[inline(always)]
+fn rows_at_once<S: Simd>(left: usize) -> usize {
+    match left {
+        4.. => 4,
+        2..4 if !S::FEW_LOOPS => 2,
+        _ => 1,
+    }
+}
+
 /// Scores of keys whose units hold several elements: a subblock is widened at a time, so that its rows stay in the first-level cache.
 ///
 /// # Safety
@@ -114,40 +153,49 @@ unsafe fn widened_scores(pieces: &Pieces, widen: unsafe fn(&WidenUnits), block: 
                 continue;
             }
             let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
-            let units = WidenUnits { rows: k, keys, visible_bits, to: scratch.k_block.cast(), dim: d };
+            let units = WidenUnits { rows: k, keys, visible_bits, to: scratch.k_block.cast(), dim: d, head: 0 };
             let table = units.by(widen, &mut memory);
-            (pieces.keys.scores)(&DirectScores { block, k: table.rows(), keys, spread: false, ahead: Ahead::NONE });
+            (pieces.keys.widened_scores)(&DirectScores {
+                block,
+                k: table.rows(),
+                keys,
+                spread: false,
+                ahead: Ahead::NONE,
+            });
         }
     }
 }
 
-/// Adds the weighted values of a block whose units hold several elements: widened as in [`widened_scores`] where every row sees every
-/// key, otherwise all at once, since masked values are looked at before any is added.
+/// Adds the weighted values of a block and KV head whose units hold several elements: widened as in [`widened_scores`] where every row
+/// sees every key, otherwise all at once, since masked values are looked at before any is added.
 ///
 /// # Safety
-/// As [`values`], for a tile of one KV head.
+/// As [`values`].
 #[inline(always)]
 unsafe fn widened_values(
     pieces: &ValuePieces,
     widen: unsafe fn(&WidenUnits),
     block: &Block,
     rows: &[RowState],
+    head: usize,
     v: KeyPointers<u8>,
     finite: bool,
 ) {
     let Block { scratch, key_range, visible_bits, all, dv, .. } = *block;
-    let units = WidenUnits { rows: v, keys: key_range, visible_bits, to: scratch.v_block.cast(), dim: dv };
+    let units = WidenUnits { rows: v, keys: key_range, visible_bits, to: scratch.v_block.cast(), dim: dv, head };
+    let heads = head..head + 1;
     let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
     // SAFETY: the caller's; the buffer holds a block.
     unsafe {
         if !all {
             let table = units.by(widen, &mut memory);
-            values(pieces, None, block, rows, 0..1, table.rows(), finite, None);
+            values(pieces, None, block, rows, heads, table.rows(), finite, None);
             return;
         }
         for (_, keys) in block.subblocks() {
             let table = WidenUnits { keys, ..units }.by(widen, &mut memory);
-            (pieces.accumulate)(&DirectValues { block, v: table.rows(), heads: 0..1, keys, ahead: Ahead::NONE });
+            let heads = heads.clone();
+            (pieces.accumulate)(&DirectValues { block, v: table.rows(), heads, keys, ahead: Ahead::NONE });
         }
     }
 }

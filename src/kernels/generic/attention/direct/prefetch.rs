@@ -85,6 +85,21 @@ impl Ahead {
     /// Prefetches nothing.
     pub const NONE: Self = Self { distance: 0, kind: Prefetch::Off };
 
+    /// The same in two distances, for loops that prefetch without a branch: into the second-level cache and into the first. These loops
+    /// are bound by arithmetic, so that prefetches into both levels cost nothing.
+    #[inline(always)]
+    pub fn distances(&self) -> Distances {
+        // What is at hand is fetched once more where nothing is to be prefetched.
+        let (far, near) = match self.kind {
+            Prefetch::Off => (0, 0),
+            Prefetch::FirstLevel => (0, self.distance),
+            Prefetch::SecondLevel | Prefetch::BothLevels | Prefetch::BothLevelsInPairs => {
+                (self.distance, NEAR_DISTANCE as isize)
+            }
+        };
+        Distances { far, near }
+    }
+
     /// Prefetches for a pair of vectors at `p`.
     #[inline(always)]
     pub fn pair<S: Simd, T>(&self, s: S, p: *const T) {
@@ -103,5 +118,27 @@ impl Ahead {
                 }
             }
         }
+    }
+}
+
+/// Whether the unit before number `index` of a row began in an earlier half of a line, so that this one is prefetched.
+#[inline(always)]
+pub const fn begins_half_line<U>(index: usize) -> bool {
+    index * size_of::<U>() % (LINE / 2) < size_of::<U>()
+}
+
+/// See [`Ahead::distances`].
+#[derive(Clone, Copy)]
+pub struct Distances {
+    far: isize,
+    near: isize,
+}
+
+impl Distances {
+    /// Prefetches for what is at `p`.
+    #[inline(always)]
+    pub fn prefetch<S: Simd, U>(&self, s: S, p: *const U) {
+        s.prefetch_far(p.cast::<u8>().wrapping_offset(self.far));
+        s.prefetch(p.cast::<u8>().wrapping_offset(self.near));
     }
 }

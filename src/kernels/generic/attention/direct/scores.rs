@@ -1,9 +1,9 @@
 //! Dot products of query rows with keys that lie in the cache.
 
-use super::prefetch::Ahead;
-use crate::kernels::generic::attention::weighted::load_up_to;
-use crate::kernels::generic::attention::{Block, KeyPointers};
-use crate::kernels::simd::{Load, MAX_LANES, Simd};
+use super::prefetch::{Ahead, begins_half_line};
+use super::rows_at_once;
+use crate::kernels::generic::attention::{Block, KeyPointers, Units};
+use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 
 /// Upper bound of [`Simd::PARALLEL_DOTS`].
@@ -21,12 +21,12 @@ pub(crate) struct DirectScores<'a> {
 }
 
 impl DirectScores<'_> {
-    /// Scores for keys of type `T`.
+    /// Scores for keys in units of `T`.
     ///
     /// # Safety
     /// As [`block`].
     #[inline(always)]
-    pub unsafe fn run<S: Simd, T: Load>(self, s: S) {
+    pub unsafe fn run<S: Simd, T: Units>(self, s: S) {
         let rows = self.block.tile.head_rows;
         for head in 0..self.block.tile.kv_heads {
             // SAFETY: the caller's; the rows of the head are inside the tile.
@@ -37,6 +37,21 @@ impl DirectScores<'_> {
                     }
                     for row in rows / 4 * 4..rows {
                         self.dots::<S, T, 1, 2>(s, head, row);
+                    }
+                    continue;
+                }
+                if const { T::ELEMENTS > 1 } {
+                    let mut row = 0;
+                    while row < rows {
+                        let n = rows_at_once::<S>(rows - row);
+                        match (n, S::PARALLEL_DOTS) {
+                            (1, _) => self.dots::<S, T, 1, 8>(s, head, row),
+                            (2, 16) => self.dots::<S, T, 2, 8>(s, head, row),
+                            (2, _) => self.dots::<S, T, 2, 4>(s, head, row),
+                            (_, 16) => self.dots::<S, T, 4, 4>(s, head, row),
+                            _ => self.dots::<S, T, 4, 2>(s, head, row),
+                        }
+                        row += n;
                     }
                     continue;
                 }
@@ -72,17 +87,17 @@ impl DirectScores<'_> {
     /// # Safety
     /// As [`block`]; the rows are inside the tile.
     #[inline(always)]
-    pub unsafe fn dots<S: Simd, T: Load, const R: usize, const C: usize>(&self, s: S, head: usize, row: usize) {
+    pub unsafe fn dots<S: Simd, T: Units, const R: usize, const C: usize>(&self, s: S, head: usize, row: usize) {
         let Block { tile, scratch, .. } = *self.block;
         let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK);
         // SAFETY: the caller's; the rows of scores have BLOCK floats.
         unsafe {
-            if !self.spread {
+            if T::ELEMENTS > 1 || !self.spread {
                 let mut sums = [0.0f32; MAX_PARALLEL_DOTS];
                 let KeyRange { low, high } = self.keys;
                 for j in (low / C * C..high).step_by(C) {
                     // The first tokens of a sequence have few keys: a last one alone is not worth the products of several.
-                    if R == 4 && C > 1 && high - j == 1 {
+                    if T::ELEMENTS == 1 && R == 4 && C > 1 && high - j == 1 {
                         self.sums::<S, T, R, 1>(s, head, row, |_| j, &mut sums);
                         for r in 0..R {
                             *out.add(r * BLOCK + j) = sums[r];
@@ -127,7 +142,7 @@ impl DirectScores<'_> {
     /// # Safety
     /// As [`Self::dots`]; `key` gives keys of the key range.
     #[inline(always)]
-    pub unsafe fn sums<S: Simd, T: Load, const R: usize, const C: usize>(
+    pub unsafe fn sums<S: Simd, T: Units, const R: usize, const C: usize>(
         &self,
         s: S,
         head: usize,
@@ -140,31 +155,40 @@ impl DirectScores<'_> {
         let q = scratch.q.wrapping_add((head * tile.head_rows + row) * dp);
         let mut keys = [std::ptr::null(); C];
         for c in 0..C {
-            keys[c] = self.k.key(head, key(c)).cast::<T>();
+            keys[c] = self.k.key(head, key(c)).cast::<T::Unit>();
         }
+        let distances = if row == 0 { self.ahead } else { Ahead::NONE }.distances();
         let mut acc = [[s.zero(); C]; R];
         let mut i = 0;
         // SAFETY: the caller's; a partial load reads what is left of a key, and Q is padded with zeros.
         unsafe {
-            while i + 2 * S::LANES <= d {
-                for c in 0..C {
-                    let at = keys[c].add(i);
-                    if row == 0 {
-                        self.ahead.pair(s, at);
-                    }
-                    let k = T::load_pair(s, at);
-                    for r in 0..R {
-                        let q = q.add(r * dp + i);
-                        acc[r][c] = s.fma(s.load_f32(q), k[0], acc[r][c]);
-                        acc[r][c] = s.fma(s.load_f32(q.add(S::LANES)), k[1], acc[r][c]);
+            let step = (2 * S::LANES).max(T::ELEMENTS);
+            while i + step <= d {
+                if T::ELEMENTS > 1 && begins_half_line::<T::Unit>(i / T::ELEMENTS) {
+                    for key in keys {
+                        distances.prefetch(s, key.add(i / T::ELEMENTS));
                     }
                 }
-                i += 2 * S::LANES;
+                for c in 0..C {
+                    let unit = keys[c].add(i / T::ELEMENTS);
+                    if T::ELEMENTS == 1 && row == 0 {
+                        self.ahead.pair(s, unit);
+                    }
+                    for n in (0..step).step_by(2 * S::LANES) {
+                        let k = T::pair(s, unit, n);
+                        for r in 0..R {
+                            let q = q.add(r * dp + i + n);
+                            acc[r][c] = s.fma(s.load_f32(q), k[0], acc[r][c]);
+                            acc[r][c] = s.fma(s.load_f32(q.add(S::LANES)), k[1], acc[r][c]);
+                        }
+                    }
+                }
+                i += step;
             }
-            while i < d {
+            while T::ELEMENTS == 1 && i < d {
                 let part = (d - i).min(S::LANES);
                 for c in 0..C {
-                    let k = load_up_to(s, keys[c].add(i), part);
+                    let k = T::rest(s, keys[c].add(i), part);
                     for r in 0..R {
                         acc[r][c] = s.fma(s.load_f32(q.add(r * dp + i)), k, acc[r][c]);
                     }

@@ -1,0 +1,119 @@
+//! Weighted sums of values in blocks that lie in the cache.
+
+use super::prefetch::{Ahead, begins_half_line};
+use super::{DirectValues, rows_at_once};
+use crate::kernels::generic::attention::Block;
+use crate::kernels::generic::blocks::{BlockUnit, N as ELEMENTS};
+use crate::kernels::simd::Simd;
+use crate::problem::grid::{BLOCK, padded};
+
+impl DirectValues<'_> {
+    /// Adds values in blocks of type `U`.
+    ///
+    /// # Safety
+    /// As [`block`](super::block).
+    #[inline(always)]
+    pub unsafe fn run_blocks<S: Simd, U: BlockUnit>(&self, s: S) {
+        let rows = self.block.tile.head_rows;
+        for head in self.heads.clone() {
+            let mut row = 0;
+            while row < rows {
+                let n = rows_at_once::<S>(rows - row);
+                // SAFETY: the caller's; the rows are inside the tile.
+                unsafe {
+                    if const { S::FEW_LOOPS } {
+                        match n {
+                            4 => self.rows::<S, U, 4, 2>(s, head, row),
+                            _ => self.rows::<S, U, 1, 2>(s, head, row),
+                        }
+                        row += n;
+                        continue;
+                    }
+                    match (n, S::PARALLEL_DOTS) {
+                        (1, 16) => self.rows::<S, U, 1, 8>(s, head, row),
+                        (1, _) => self.rows::<S, U, 1, 4>(s, head, row),
+                        (2, 16) => self.rows::<S, U, 2, 8>(s, head, row),
+                        (2, _) => self.rows::<S, U, 2, 4>(s, head, row),
+                        (_, 16) => self.rows::<S, U, 4, 4>(s, head, row),
+                        _ => self.rows::<S, U, 4, 2>(s, head, row),
+                    }
+                }
+                row += n;
+            }
+        }
+    }
+
+    /// All columns of `R` rows of a head, from `row` on, `N` vectors at a time.
+    ///
+    /// # Safety
+    /// As [`Self::run_blocks`]; the rows are inside the tile.
+    #[inline(always)]
+    unsafe fn rows<S: Simd, U: BlockUnit, const R: usize, const N: usize>(&self, s: S, head: usize, row: usize) {
+        let (mut column, dv) = (0, self.block.dv);
+        // SAFETY: the caller's; `column` never passes dv, which is a multiple of two vectors.
+        unsafe {
+            while column + N * S::LANES <= dv {
+                self.columns::<S, U, R, N>(s, head, row, column);
+                column += N * S::LANES;
+            }
+            while N > 2 && column < dv {
+                self.columns::<S, U, R, 2>(s, head, row, column);
+                column += 2 * S::LANES;
+            }
+        }
+    }
+
+    /// `N` vectors of columns from `column` on: whole blocks, or a part of one.
+    ///
+    /// # Safety
+    /// As [`Self::rows`].
+    #[inline(always)]
+    unsafe fn columns<S: Simd, U: BlockUnit, const R: usize, const N: usize>(
+        &self,
+        s: S,
+        head: usize,
+        row: usize,
+        column: usize,
+    ) {
+        let Block { tile, scratch, dv, .. } = *self.block;
+        let (first, keys) = (head * tile.head_rows + row, self.keys.len());
+        let weights = scratch.s.wrapping_add(first * BLOCK + self.keys.low);
+        let acc = scratch.acc.wrapping_add(first * padded(dv) + column);
+        // With pairs of vectors as large as a block, a pass begins with one.
+        let within = if 2 * S::LANES < ELEMENTS { column % ELEMENTS } else { 0 };
+        let v = self.v.cast::<U>();
+        let at = |key: usize| v.key(head, self.keys.low + key).wrapping_add(column / ELEMENTS);
+        let distances = if row == 0 { self.ahead } else { Ahead::NONE }.distances();
+        let mut sums = [[s.zero(); N]; R];
+        // SAFETY: the caller's.
+        unsafe {
+            for r in 0..R {
+                for n in 0..N {
+                    sums[r][n] = s.load_f32(acc.add(r * padded(dv) + n * S::LANES));
+                }
+            }
+            for key in 0..keys {
+                let mut x = [s.zero(); N];
+                for (n, x) in x.iter_mut().enumerate() {
+                    let i = within + n * S::LANES;
+                    let unit = at(key).add(i / ELEMENTS);
+                    if n * S::LANES % ELEMENTS == 0 && begins_half_line::<U>(n * S::LANES / ELEMENTS) {
+                        distances.prefetch(s, unit);
+                    }
+                    *x = (*unit).elements(s, (*unit).parts(s), i % ELEMENTS);
+                }
+                for r in 0..R {
+                    let w = s.splat(*weights.add(r * BLOCK + key));
+                    for n in 0..N {
+                        sums[r][n] = s.fma(w, x[n], sums[r][n]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for n in 0..N {
+                    s.store_f32(acc.add(r * padded(dv) + n * S::LANES), sums[r][n]);
+                }
+            }
+        }
+    }
+}
