@@ -3,7 +3,6 @@
 use super::grid::between;
 use super::masks::{BitView, ByteView, visible_by_masks};
 use super::visibility::Visibility;
-use crate::dtype::DType;
 use crate::layout::{Packing, Place};
 use crate::view::{RawCacheView, RawView};
 use std::f32::consts::LOG2_E;
@@ -75,8 +74,8 @@ impl Problem<'_> {
 
     /// The type whose digits queries have: f32 once they are rotated, as they are where K is.
     #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
-    pub fn query_dtype(&self) -> DType {
-        if self.k_hadamard == 0 { self.q.dtype } else { DType::F32 }
+    pub fn query_dtype(&self) -> crate::dtype::DType {
+        if self.k_hadamard == 0 { self.q.dtype } else { crate::dtype::DType::F32 }
     }
 
     /// The stride between elements of a value.
