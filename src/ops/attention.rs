@@ -390,10 +390,10 @@ fn workspace_size(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], v_dim: us
     most(threads).max(most(1))
 }
 
-/// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together. Units of
-/// several elements are widened, a head at a time.
+/// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together. Blocks and
+/// affine units are widened, a head at a time.
 fn heads_together(view: &RawView<CacheFormat>) -> bool {
-    view.dtype.unit_elements() == 1
+    !(view.dtype.is_blocks() || view.dtype.is_affine())
         && view.strides[DIM] == 1
         && view.strides[HEADS].unsigned_abs() < view.strides[SEQ].unsigned_abs()
 }
