@@ -4,8 +4,8 @@ use crate::dtype::{DType, Element};
 use crate::error::{Error, Result, ensure};
 use crate::format::CacheFormat;
 use crate::view::{
-    Affine, Axis, BATCH, Buffer, DIM, Extent, HEADS, RawAffine, RawCacheView, RawView, SEQ, Units, View, ViewMut, ZeroType,
-    apart_is_unknown, check_split, contiguous,
+    Affine, Axis, BATCH, Buffer, DIM, Extent, HEADS, RawAffine, RawCacheView, RawView, SEQ, Units, View, ViewMut,
+    ZeroType, apart_is_unknown, check_split, contiguous,
 };
 use std::marker::PhantomData;
 
@@ -137,7 +137,13 @@ impl RawCacheView {
 
     /// As [`Self::overlaps_within`], for another cache. Both may have the same static scales, which nobody writes.
     pub fn overlaps_cache(&self, own: CacheExtent, other: &Self, extent: CacheExtent) -> bool {
-        fn meet<V: Units>(cache: &RawCacheView, own: CacheExtent, view: &RawView<V>, extent: Extent, fixed: bool) -> bool {
+        fn meet<V: Units>(
+            cache: &RawCacheView,
+            own: CacheExtent,
+            view: &RawView<V>,
+            extent: Extent,
+            fixed: bool,
+        ) -> bool {
             if fixed && cache.has_fixed_scales() {
                 apart_is_unknown(&cache.units, own.units, view, extent)
             } else {
@@ -695,7 +701,8 @@ impl<'a> CacheViewMut<'a> {
         strides: [i64; 4],
     ) -> Result<Self> {
         let buffer = Buffer::of_elements(units.as_mut_ptr(), units.len());
-        let raw = RawCacheView { units: buffer.view(fp8(format)?, offset, shape, strides)?, scales: None, affine: None };
+        let raw =
+            RawCacheView { units: buffer.view(fp8(format)?, offset, shape, strides)?, scales: None, affine: None };
         raw.validate_output("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }

@@ -365,11 +365,6 @@ impl RawAffine {
 }
 
 /// Whether elements of two valid views may share bytes. Scales between the units that they belong to are recognised as apart.
-pub(crate) fn apart_is_unknown<U: Units, V: Units>(
-    a: &RawView<U>,
-    of_a: Extent,
-    b: &RawView<V>,
-    of_b: Extent,
-) -> bool {
+pub(crate) fn apart_is_unknown<U: Units, V: Units>(a: &RawView<U>, of_a: Extent, b: &RawView<V>, of_b: Extent) -> bool {
     a.overlaps_within(of_a, b, of_b) && a.interleaves(b).is_none_or(|shared| shared)
 }

@@ -114,7 +114,10 @@ unsafe fn put_parameters(
         let mut stored = put(at, groups.scale_dtype, scale);
         if !stored.is_finite() {
             stored = put(at, groups.scale_dtype, f32::NAN);
-        } else if stored == 0.0 && groups.of.zeros == Zeros::Point && matches!(groups.zero_type, Some(ZeroType::Float(_))) {
+        } else if stored == 0.0
+            && groups.of.zeros == Zeros::Point
+            && matches!(groups.zero_type, Some(ZeroType::Float(_)))
+        {
             stored = put(at, groups.scale_dtype, CONSTANT);
         }
         let at = row.zeros.wrapping_offset(group as isize * groups.zero_step);
@@ -261,14 +264,7 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
     /// # Safety
     /// `n <= N` elements are readable at `from` and writable at `to`.
     #[inline(always)]
-    unsafe fn run<const EACH: bool>(
-        &self,
-        s: S,
-        from: *const u8,
-        n: usize,
-        factors: (S::V, S::V, S::V),
-        to: *mut f32,
-    ) {
+    unsafe fn run<const EACH: bool>(&self, s: S, from: *const u8, n: usize, factors: (S::V, S::V, S::V), to: *mut f32) {
         let (mut bytes, mut elements) = ([0u8; N], [0.0; N]);
         let (mut source, mut target) = (from, to);
         // SAFETY: the caller's; arrays hold N.
@@ -424,7 +420,13 @@ impl Quotients {
             let quotient = if divides { x / self.factor[i] } else { x * self.factor[i] };
             let quotient = quotient + self.zero[i];
             let (low, high) = (range.low - self.moved[i], range.low + range.levels - self.moved[i]);
-            let quotient = if quotient > low { quotient } else if quotient <= low { low } else { high };
+            let quotient = if quotient > low {
+                quotient
+            } else if quotient <= low {
+                low
+            } else {
+                high
+            };
             let quotient = if quotient < high { quotient } else { high };
             let q = rounded(quotient) + self.moved[i];
             // Numbers in memory are those of integers, or these and `wrap`.

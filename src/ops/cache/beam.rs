@@ -323,7 +323,11 @@ fn block_at(memory: *mut u8, cache: &RawCacheView) -> RawCacheView {
         }
         affine
     });
-    RawCacheView { units: view(memory, &cache.units), scales: cache.written_scales().map(|of| view(scales, of)), affine }
+    RawCacheView {
+        units: view(memory, &cache.units),
+        scales: cache.written_scales().map(|of| view(scales, of)),
+        affine,
+    }
 }
 
 /// The workspace, of which every worker has a part.

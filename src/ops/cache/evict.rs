@@ -1,8 +1,8 @@
 //! Dropping tokens from the middle of a sequence: see [`KvCache`].
 
 use super::{
-    KvCache, RawCache, RowOf, Step, check_apart, check_movable, check_pages_unshared, for_each_piece, heads_of, move_range,
-    move_tokens,
+    KvCache, RawCache, RowOf, Step, check_apart, check_movable, check_pages_unshared, for_each_piece, heads_of,
+    move_range, move_tokens,
 };
 use crate::context::Context;
 use crate::error::{Error, Result, ensure};

@@ -114,7 +114,8 @@ unsafe fn widened_scores(pieces: &Pieces, widen: unsafe fn(&WidenUnits), block: 
                 continue;
             }
             let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
-            let units = WidenUnits { rows: k, keys, visible_bits, to: scratch.k_block.cast(), dim: d, block, values: false };
+            let units =
+                WidenUnits { rows: k, keys, visible_bits, to: scratch.k_block.cast(), dim: d, block, values: false };
             let table = units.by(widen, &mut memory);
             (pieces.keys.scores)(&DirectScores { block, k: table.rows(), keys, spread: false, ahead: Ahead::NONE });
         }
@@ -136,7 +137,8 @@ unsafe fn widened_values(
     finite: bool,
 ) {
     let Block { scratch, key_range, visible_bits, all, dv, .. } = *block;
-    let units = WidenUnits { rows: v, keys: key_range, visible_bits, to: scratch.v_block.cast(), dim: dv, block, values: true };
+    let units =
+        WidenUnits { rows: v, keys: key_range, visible_bits, to: scratch.v_block.cast(), dim: dv, block, values: true };
     let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
     // SAFETY: the caller's; the buffer holds a block.
     unsafe {

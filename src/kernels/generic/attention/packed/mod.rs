@@ -78,12 +78,28 @@ pub(super) unsafe fn block<S: Simd>(
     // SAFETY: the caller's; the buffers hold a block in f32, and such tiles have one KV head.
     unsafe {
         if let Some(widen) = pieces.keys.widen {
-            let units = WidenUnits { rows: k, keys: key_range, visible_bits, to: scratch.k_block.cast(), dim: d, block, values: false };
+            let units = WidenUnits {
+                rows: k,
+                keys: key_range,
+                visible_bits,
+                to: scratch.k_block.cast(),
+                dim: d,
+                block,
+                values: false,
+            };
             k_table = units.by(widen, k_memory);
             k = k_table.rows();
         }
         if let Some(widen) = pieces.values.widen {
-            let units = WidenUnits { rows: v, keys: key_range, visible_bits, to: scratch.v_block.cast(), dim: dv, block, values: true };
+            let units = WidenUnits {
+                rows: v,
+                keys: key_range,
+                visible_bits,
+                to: scratch.v_block.cast(),
+                dim: dv,
+                block,
+                values: true,
+            };
             v_table = units.by(widen, v_memory);
             v = v_table.rows();
         }
