@@ -6,7 +6,7 @@ use super::rng::Rng;
 use super::tensor::{Layout, Place, Tensor, indices};
 use half::{bf16, f16};
 use kvlane::{
-    Affine, AffineScales, CacheFormat, CacheView, CacheViewMut, DType, Integers, Nibbles, View, ZeroPoints, Zeros,
+    Affine, AffineScales, CacheFormat, CacheView, CacheViewMut, DType, Integers, Nibbles, ZeroPoints, Zeros,
 };
 
 /// The type of zero points.
@@ -83,6 +83,10 @@ impl Kind {
         kinds(self) == kinds(other)
     }
 
+    fn shares_tokens(&self) -> bool {
+        matches!(self.granularity, Granularity::ChannelAndSlots(n) if n > 1)
+    }
+
     fn bits(&self) -> u32 {
         if self.format == CacheFormat::Affine8 { 8 } else { 4 }
     }
@@ -125,8 +129,13 @@ impl Kind {
         if matches!(self.zeros, Some(ZeroType::U8 | ZeroType::I8)) {
             (least, most) = (least.min(0.0), most.max(0.0));
         }
+        // No negative zero.
+        least += 0.0;
         let mut scale = match self.zeros {
-            None => most.max(-least) / (low + levels),
+            None => most.abs().max(least.abs()) / (low + levels),
+            Some(ZeroType::Float(_)) if self.of.zeros == Zeros::Point && self.shares_tokens() => {
+                (most - least) * (1.0 / levels)
+            }
             Some(_) => (most - least) / levels,
         };
         if !stored(scale).is_finite() {
@@ -376,7 +385,7 @@ impl Described {
                 let integers = unsafe { std::slice::from_raw_parts_mut(integers.as_mut_ptr().cast(), integers.len()) };
                 of_scales.zeros(ZeroPoints::i8_mut(integers, shape_of_scales).unwrap())
             }
-            Some(ZeroType::Float(_)) if kind.is_fixed() => of_scales.zeros(View::from(zeros.as_ref().unwrap().view())),
+            Some(ZeroType::Float(_)) if kind.is_fixed() => of_scales.zeros(zeros.as_ref().unwrap().view()),
             Some(ZeroType::Float(_)) => of_scales.zeros(zeros.as_mut().unwrap().view_mut()),
         };
         let (offset, strides) = (units.offset, units.strides);

@@ -182,7 +182,7 @@ pub enum Quantised {
     Int8(Int8),
     Fp8(Fp8),
     Blocks(Blocks),
-    Described(Described),
+    Described(Box<Described>),
 }
 
 impl Quantised {
@@ -195,7 +195,7 @@ impl Quantised {
                 // Another description for every shape.
                 let seed = tensor.shape.iter().fold(0, |seed, &n| 31 * seed + n as u64);
                 let kind = Kind::random(&mut Rng::new(seed), format, tensor.shape[3], 0);
-                Self::Described(Described::of(tensor, kind, place))
+                Self::Described(Box::new(Described::of(tensor, kind, place)))
             }
             _ if format.is_blocks() => Self::Blocks(Blocks::of(tensor, format, place)),
             _ => {

@@ -56,7 +56,7 @@ impl Store {
             (None, format) if format.is_affine() => {
                 let seed = shape.iter().fold(0, |seed, &n| 31 * seed + n as u64);
                 let kind = Kind::random(&mut Rng::new(seed), format, shape[3], 0);
-                Self::Quantised(Quantised::Described(Described::output(kind, shape, layout, place)))
+                Self::Quantised(Quantised::Described(Box::new(Described::output(kind, shape, layout, place))))
             }
             (None, format) if format.is_blocks() => {
                 Self::Quantised(Quantised::Blocks(Blocks::output(format, shape, layout, place)))

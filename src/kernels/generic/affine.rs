@@ -17,7 +17,8 @@
 //!
 //! The largest integer is 127 or 7 where numbers have a sign, else 255 or 15. Every operation is rounded to f32; scales and zero points
 //! are rounded to their types, zero points to a finite number, and as stored they quantise. Integers are rounded to the nearest, ties to even, between the least and
-//! the largest. A group with NaN or an infinity, or whose scale is not finite, has the scale NaN, so that all of it reads as NaN. A scale
+//! the largest. Where tokens share a scale, that of float points is the range times the reciprocal of the levels: OpenVINO does both so.
+//! A group with NaN or an infinity, or whose scale is not finite, has the scale NaN, so that all of it reads as NaN. A scale
 //! of 0, or one whose reciprocal is infinite, makes quotients 0. Scales that a write reads quantise by the last column; there, NaN
 //! becomes the largest integer.
 
@@ -448,7 +449,7 @@ unsafe fn computed(
     groups: &AffineGroups,
     range: Range,
     row: &AffineRow,
-    group: usize,
+    (group, tokens): (usize, usize),
     (least, most, peak): (f32, f32, u32),
 ) -> (f32, f32) {
     let finite = peak < f32::INFINITY.to_bits();
@@ -459,6 +460,9 @@ unsafe fn computed(
     let scale = match groups.zero_type {
         _ if !finite => f32::NAN,
         None => f32::from_bits(peak) / (range.low + range.levels),
+        Some(ZeroType::Float(_)) if groups.of.zeros == Zeros::Point && tokens > 1 => {
+            (most - least) * (1.0 / range.levels)
+        }
         Some(_) => (most - least) / range.levels,
     };
     let floats = matches!(groups.zero_type, Some(ZeroType::Float(_)));
@@ -468,7 +472,8 @@ unsafe fn computed(
         Zeros::Point if scale == 0.0 => range.low,
         Zeros::Point => rounded((range.low - least / scale).clamp(range.low, range.low + range.levels)),
         Zeros::Minimum | Zeros::Shift => {
-            let minimum = if range.low == 0.0 { least } else { least - range.low * scale };
+            // No negative zero, which a positive one among the elements would hide or not.
+            let minimum = if range.low == 0.0 { least + 0.0 } else { least + 0.0 - range.low * scale };
             if groups.of.zeros == Zeros::Shift { -minimum } else { minimum }
         }
     };
@@ -528,7 +533,7 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, const BITS: u32>(s: S, args
                         };
                         let peak = peak[lanes.clone()].iter().fold(0, |a, &b| a.max(b));
                         let extremes = (of(&least, f32::min, f32::MAX), of(&most, f32::max, -f32::MAX), peak);
-                        computed(groups, range, &row, index, extremes)
+                        computed(groups, range, &row, (index, affine.tokens), extremes)
                     }
                 };
                 quotients.set(groups, both, if n > N || group >= N { 0..N } else { lanes });
