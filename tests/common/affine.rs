@@ -5,9 +5,7 @@ use super::int8::UnitMemory;
 use super::rng::Rng;
 use super::tensor::{Layout, Place, Tensor, indices};
 use half::{bf16, f16};
-use kvlane::{
-    Affine, AffineScales, CacheFormat, CacheView, CacheViewMut, DType, Integers, Nibbles, ZeroPoints, Zeros,
-};
+use kvlane::{Affine, AffineScales, CacheFormat, CacheView, CacheViewMut, DType, Integers, Nibbles, ZeroPoints, Zeros};
 
 /// The type of zero points.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -11,14 +11,15 @@ use crate::harness::{Level, tests};
 use crate::quantised::{self, Bytes, Written, head_of, heads_of, insert};
 use crate::write::{rounded, written};
 use kvlane::{
-    Affine, AffineScales, AttentionTensors, CacheFormat, CacheView, CacheViewMut, DType, Destination, Integers,
-    KvLayer, KvRead, KvWrite, Layout as Slots, Op, Pairing, RmsNorm, Serial, Source, Status, View, ViewMut, Workspace,
-    ZeroPoints, Zeros, attention, kv_read, kv_write,
+    Affine, AffineScales, AttentionOptions, AttentionState, AttentionTensors, CacheFormat, CacheView, CacheViewMut,
+    DType, Destination, Integers, KvLayer, KvRead, KvWrite, Layout as Slots, Nibbles, Op, Pairing, RmsNorm, Serial,
+    Source, Status, View, ViewMut, Workspace, ZeroPoints, Zeros, attention, kv_read, kv_write, merge_states,
 };
+use std::collections::BTreeMap;
 
 tests! {
     levels: every_layout, fused_with_norm_and_rope, extremes, blocks_of_tokens, bits_of_what_is_read, moves,
-        inserted_rows, turned_keys;
+        inserted_rows, turned_keys, onnx_runtime, openvino, quanto, recent_window;
     once: inline_scales, refused;
 }
 
@@ -455,4 +456,203 @@ fn refused() {
     let written = AffineScales::written(ViewMut::new(&mut own, [1, 4, 2, 8]).unwrap());
     let error = CacheViewMut::affine(&mut units, eight, shape, of, written).unwrap_err();
     assert!(error.status() == Status::Shape && error.message().contains("batch = 1"), "{error}");
+}
+
+/// Arrays that runtimes have recorded, by name.
+struct Goldens(BTreeMap<&'static str, Vec<u8>>);
+
+impl Goldens {
+    fn read() -> Self {
+        let digit = |c: u8| (c as char).to_digit(16).expect("hexadecimal digits") as u8;
+        let bytes = |text: &str| text.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect();
+        let lines = include_str!("../data/affine_goldens.txt").lines();
+        Self(lines.filter_map(|line| line.split_once(' ')).map(|(name, text)| (name, bytes(text))).collect())
+    }
+
+    fn bytes(&self, name: &str) -> &[u8] {
+        self.0.get(name).unwrap_or_else(|| panic!("nothing is called {name}"))
+    }
+
+    fn f32(&self, name: &str) -> Vec<f32> {
+        self.bytes(name).chunks(4).map(|x| f32::from_le_bytes(x.try_into().unwrap())).collect()
+    }
+
+    fn f16(&self, name: &str) -> Vec<f32> {
+        self.bytes(name).chunks(2).map(|x| half::f16::from_le_bytes(x.try_into().unwrap()).to_f32()).collect()
+    }
+}
+
+fn assert_near(found: &[f32], wanted: &[f32], most: f32, what: &str) {
+    assert_eq!(found.len(), wanted.len());
+    let error = found.iter().zip(wanted).fold(0.0f32, |worst, (a, b)| worst.max((a - b).abs()));
+    assert!(error <= most, "{what}: off by {error:e}");
+}
+
+/// GroupQueryAttention of ONNX Runtime: the bytes of its caches, after a write behind a past, and its outputs.
+fn onnx_runtime(level: &Level) {
+    let goldens = Goldens::read();
+    for (bits, format, integers) in
+        [(8, CacheFormat::Affine8, Integers::Signed), (4, CacheFormat::Affine4, Integers::Offset)]
+    {
+        for (kind, of_scales) in [("tensor", [1, 1, 1, 1]), ("channel", [1, 1, 2, 32])] {
+            let name = |part: &str| format!("ort_{bits}_{kind}.{part}");
+            let head = 4 * bits;
+            // Batch, heads, tokens, elements, in memory.
+            let (shape, strides) = ([1, 5, 2, 32], [10 * head as i64, head as i64, 5 * head as i64, 1]);
+            let (of, context) = (Affine::new(integers), &level.context);
+            let scales = [goldens.f32(&name("k_scale")), goldens.f32(&name("v_scale"))];
+            let fixed = |i: usize| AffineScales::fixed(View::new(&scales[i], of_scales).unwrap());
+            let mut caches = [("past_k"), ("past_v")].map(|past| {
+                let mut cache = vec![0u8; 10 * head];
+                for (to, from) in cache.chunks_mut(5 * head).zip(goldens.bytes(&name(past)).chunks(3 * head)) {
+                    to[..3 * head].copy_from_slice(from);
+                }
+                cache
+            });
+            let [k, v, q] = ["k", "v", "q"].map(|part| goldens.f16(&name(part)));
+            let [k_cache, v_cache] = &mut caches;
+            let mut i = 0;
+            let [k_cache, v_cache] = [k_cache, v_cache].map(|cache| {
+                i += 1;
+                CacheViewMut::affine_strided(cache, format, 0, shape, strides, of, fixed(i - 1)).unwrap()
+            });
+            let [k, v] = [&k, &v].map(|x| View::new(x, [1, 2, 2, 32]).unwrap());
+            let write = KvWrite::new(k, v, k_cache, v_cache, Destination::positions(&[3]));
+            kv_write(context, &Serial, write).expect("a valid write");
+            for (cache, part) in caches.iter().zip(["present_k", "present_v"]) {
+                assert_eq!(cache, goldens.bytes(&name(part)), "{}", name(part));
+            }
+            let view =
+                |i: usize| CacheView::affine_strided(&caches[i], format, 0, shape, strides, of, fixed(i)).unwrap();
+            let mut out = [0f32; 2 * 4 * 32];
+            let (q, target) = (View::new(&q, [1, 2, 4, 32]).unwrap(), ViewMut::new(&mut out, [1, 2, 4, 32]).unwrap());
+            let tensors = AttentionTensors::new(q, view(0), view(1), target);
+            let options = AttentionOptions::new().causal(true);
+            attention(context, &Serial, &mut Workspace::new(), tensors, &options).expect("a valid call");
+            assert_near(&out, &goldens.f32(&name("out")), 4e-6, &name("out"));
+        }
+    }
+}
+
+/// PagedAttention of OpenVINO: the bytes of a page of keys by channel and of one of values by token, and what it reads there.
+fn openvino(level: &Level) {
+    let goldens = Goldens::read();
+    for (bits, format, name) in [(8, CacheFormat::Affine8, "ov_u8"), (4, CacheFormat::Affine4, "ov_u4")] {
+        let name = |part: &str| format!("{name}.{part}");
+        let of = Affine::new(Integers::Unsigned).nibbles(Nibbles::HighFirst);
+        let (shape, head) = ([1, 32, 1, 32], 4 * bits);
+        let record = 8 + head as i64;
+        let mut keys = vec![0u32; goldens.bytes(&name("key_cache")).len() / 4];
+        let mut values = vec![0u32; goldens.bytes(&name("value_cache")).len() / 4];
+        let view = |data: *mut u8, of_scales: [usize; 4], strides: [i64; 4], zeros: usize, units: usize, seq: i64| {
+            // SAFETY: scales, zero points and integers lie in the page, which is used through its view alone.
+            unsafe {
+                let float = |at: usize| ViewMut::from_raw(data.add(at), DType::F32, of_scales, strides).unwrap();
+                let scales = AffineScales::written(float(0)).zeros(float(zeros));
+                CacheViewMut::affine_from_raw(data.add(units), format, shape, [0, seq, 0, 1], of, scales).unwrap()
+            }
+        };
+        let (k_data, v_data): (*mut u8, *mut u8) = (keys.as_mut_ptr().cast(), values.as_mut_ptr().cast());
+        let k_cache = || view(k_data, [1, 1, 1, 32], [0, 0, 0, 1], 128, 256, head as i64);
+        let v_cache = || view(v_data, [1, 32, 1, 1], [0, record / 4, 0, 0], 4, 8, record);
+        let [k, v, q] = ["k", "v", "q"].map(|part| goldens.f16(&name(part)));
+        let [k, v] = [&k, &v].map(|x| View::new(x, shape).unwrap());
+        let layout = Slots::paged(&[0], 1);
+        let write = KvWrite::new(k, v, k_cache(), v_cache(), Destination::positions(&[0]).layout(layout));
+        kv_write(&level.context, &Serial, write).expect("a valid write");
+        let bytes = |words: &[u32]| -> Vec<u8> { words.iter().flat_map(|word| word.to_ne_bytes()).collect() };
+        let (found, wanted) = (bytes(&values), goldens.bytes(&name("value_cache")));
+        assert_eq!(found, wanted, "{}", name("value_cache"));
+        let (found, wanted) = (bytes(&keys), goldens.bytes(&name("key_cache")));
+        assert_eq!(found, wanted, "{}", name("key_cache"));
+        let mut out = [0f32; 32 * 2 * 32];
+        let q_shape = [1, 32, 2, 32];
+        let (q, target) = (View::new(&q, q_shape).unwrap(), ViewMut::new(&mut out, q_shape).unwrap());
+        let tensors = AttentionTensors::new(q, k_cache(), v_cache(), target);
+        let options = AttentionOptions::new().causal(true).lengths(&[32]).layout(layout);
+        attention(&level.context, &Serial, &mut Workspace::new(), tensors, &options).expect("a valid call");
+        assert_near(&out, &goldens.f32(&name("out")), 1e-5, &name("out"));
+    }
+}
+
+/// Hugging Face's QuantoQuantizedLayer: scales, shifts and integers, and what it makes of them, by token and by channel and 64 tokens.
+fn quanto(level: &Level) {
+    let goldens = Goldens::read();
+    for (name, of_scales) in [("quanto_token", [1, 64, 1, 1]), ("quanto_channel", [1, 1, 1, 64])] {
+        let part = |part: &str| format!("{name}.{part}");
+        let (x, shape) = (goldens.f16(&part("x")), [1, 64, 1, 64]);
+        let (mut units, mut scales, mut zeros) = (vec![0u8; 64 * 32], [0f32; 64], [0f32; 64]);
+        let mut values = vec![0f32; 64 * 64];
+        let of = Affine::new(Integers::Unsigned).zeros(Zeros::Shift);
+        let written = AffineScales::written(ViewMut::new(&mut scales, of_scales).unwrap());
+        let written = written.zeros(ViewMut::new(&mut zeros, of_scales).unwrap());
+        let k_cache = CacheViewMut::affine(&mut units, CacheFormat::Affine4, shape, of, written).unwrap();
+        let k = View::new(&x, shape).unwrap();
+        let v_cache = ViewMut::new(&mut values, shape).unwrap();
+        let write = KvWrite::new(k, k, k_cache, v_cache, Destination::positions(&[0]));
+        kv_write(&level.context, &Serial, write).expect("a valid write");
+        assert_eq!(scales[..], goldens.f32(&part("scale")), "{name}");
+        assert_eq!(zeros[..], goldens.f32(&part("shift")), "{name}");
+        let numbers: Vec<u8> = units.iter().flat_map(|byte| [byte & 15, byte >> 4]).collect();
+        assert_eq!(numbers, goldens.bytes(&part("q")), "{name}");
+        let fixed = AffineScales::fixed(View::new(&scales, of_scales).unwrap());
+        let fixed = fixed.zeros(View::new(&zeros, of_scales).unwrap());
+        let k_cache = CacheView::affine(&units, CacheFormat::Affine4, shape, of, fixed).unwrap();
+        let (mut read, mut rest) = (vec![0f32; 64 * 64], vec![0f32; 64 * 64]);
+        let (k, v) = (ViewMut::new(&mut read, shape).unwrap(), ViewMut::new(&mut rest, shape).unwrap());
+        let from = Source::positions(&[0]);
+        kv_read(&level.context, &Serial, KvRead::new(k_cache, View::new(&values, shape).unwrap(), k, v, from)).unwrap();
+        assert_eq!(read, goldens.f32(&part("read")), "{name}");
+    }
+}
+
+/// KIVI's way: keys in four bits by channel and 32 tokens, values by token, and a recent window in full precision, in two calls that are
+/// merged: near attention over what the caches hold.
+fn recent_window(level: &Level) {
+    let mut rng = Rng::new(611);
+    let (past, recent, group, dim) = (96, 20, 4, 64);
+    let shape = Shape { batch: 1, tokens: 1, kv_heads: 2, group, keys: past + recent, dim, v_dim: dim };
+    let mut case = Case::new(&mut rng, shape, DType::F32);
+    let cut = |tensor: &Tensor, tokens| tensor.cut(0..1, tokens, Layout::BSHD);
+    let (k, v) = (cut(&case.k, 0..past), cut(&case.v, 0..past));
+    let of = Affine::new(Integers::Unsigned).zeros(Zeros::Minimum);
+    let zeros = Some(ZeroType::Float(DType::F16));
+    let kind = |granularity| Kind { format: CacheFormat::Affine4, of, granularity, scales: DType::F16, zeros };
+    let by_channel = kind(Granularity::ChannelAndSlots(32));
+    let mut k_cache = Described::output(by_channel, k.shape, Layout::BSHD, Place::GuardAfter);
+    let mut v_cache = Described::output(kind(Granularity::Group(32)), v.shape, Layout::BSHD, Place::GuardAfter);
+    // Tokens leave the window 32 at a time.
+    for first in (0..past).step_by(32) {
+        let (k, v) = (cut(&k, first..first + 32), cut(&v, first..first + 32));
+        let positions = [first as i32];
+        let to = Destination::positions(&positions);
+        let write = KvWrite::new(k.view(), v.view(), k_cache.view_mut(), v_cache.view_mut(), to);
+        kv_write(&level.context, &Serial, write).expect("a valid write");
+    }
+    let (recent_k, recent_v) = (cut(&case.k, past..past + recent), cut(&case.v, past..past + recent));
+    let rows = 2 * group;
+    let run = |k: CacheView, v: CacheView| {
+        let mut out = Tensor::output(DType::F32, [1, 1, rows, dim], Layout::BSHD, Place::Heap);
+        let mut lse = vec![0f32; rows];
+        let tensors = AttentionTensors::new(case.q.view(), k, v, out.view_mut()).lse(&mut lse);
+        attention(&level.context, &Serial, &mut Workspace::new(), tensors, &AttentionOptions::new()).unwrap();
+        (out, lse)
+    };
+    let (old, old_lse) = run(k_cache.view(), v_cache.view());
+    let (new, new_lse) = run(recent_k.view().into(), recent_v.view().into());
+    let mut out = Tensor::output(DType::F32, [1, 1, rows, dim], Layout::BSHD, Place::Heap);
+    let states = [AttentionState::new(old.view(), &old_lse), AttentionState::new(new.view(), &new_lse)];
+    merge_states(&level.context, &Serial, &states, out.view_mut(), None).expect("a valid merge");
+    let hold = |tensor: &mut Tensor, cache: &Described| {
+        for at in indices(cache.shape) {
+            tensor.set(at, cache.get(at));
+        }
+    };
+    hold(&mut case.k, &k_cache);
+    hold(&mut case.v, &v_cache);
+    let want = case.oracle();
+    for at in indices(out.shape) {
+        let error = (f64::from(out.get(at)) - want.out.row(0, 0, at[2])[at[3]]).abs();
+        assert!(error <= 2e-5, "{at:?}: off by {error:e}");
+    }
 }
