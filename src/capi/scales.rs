@@ -114,7 +114,7 @@ pub(super) fn with_scales(units: RawView<CacheFormat>, name: &str, from: &Scales
 /// The units of an affine format with what describes them.
 #[cold]
 fn described(units: RawView<CacheFormat>, name: &str, scales: RawView, from: &Scales) -> Result<RawCacheView> {
-    let (zeros, flags) = (&from.zeros, from.affine);
+    let (zeros, flags, cache) = (&from.zeros, from.affine, name.trim_start_matches("the scales of "));
     let has = |flag: u32| flags & flag != 0;
     let known = 2 * KVL_AFFINE_FIXED - 1;
     ensure!(flags & !known == 0, InvalidEnum, "{name} have unknown bits {:#x} of KVL_AFFINE", flags & !known);
@@ -136,9 +136,8 @@ fn described(units: RawView<CacheFormat>, name: &str, scales: RawView, from: &Sc
         _ => Zeros::Point,
     };
     let nibbles = if has(KVL_AFFINE_HIGH_FIRST) { Nibbles::HighFirst } else { Nibbles::LowFirst };
-    let zeros = if zeros.is_absent() { None } else { Some(zeros.zeros(&format!("the zero points of {name}"))?) };
+    let zeros = if zeros.is_absent() { None } else { Some(zeros.zeros(&format!("the zero points of {cache}"))?) };
     let of = Affine::new(integers).nibbles(nibbles).zeros(kind);
-    let cache = name.trim_start_matches("the scales of ");
     let units = RawCacheView { units, scales: None, affine: None };
     units.with_affine(cache, RawAffine::new(of, scales, zeros, has(KVL_AFFINE_FIXED)))
 }
