@@ -145,7 +145,7 @@ static void contexts(void) {
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_kernel_name(NULL, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_NULL_POINTER, "name", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, NULL));
         REFUSED(KVL_STATUS_INVALID_ENUM, "op is 9", kvl_context_kernel_name(context, 9, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "src is 12", kvl_context_kernel_name(context, KVL_OP_ROPE, 12, KVL_DTYPE_F32, name));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "src is 14", kvl_context_kernel_name(context, KVL_OP_ROPE, 14, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_INVALID_ENUM, "dst is -2", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, -2, name));
         REFUSED(KVL_STATUS_DTYPE, "attention from f32 to f16",
                 kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_DTYPE_F32, KVL_DTYPE_F16, name));
@@ -155,8 +155,8 @@ static void contexts(void) {
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_attention_kernel_names(NULL, 0, 0, 0, names, names + 1));
         REFUSED(KVL_STATUS_NULL_POINTER, "k_name", kvl_context_attention_kernel_names(context, 0, 0, 0, NULL, names));
         REFUSED(KVL_STATUS_NULL_POINTER, "v_name", kvl_context_attention_kernel_names(context, 0, 0, 0, names, NULL));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "k_format is 12",
-                kvl_context_attention_kernel_names(context, 12, 0, 0, names, names + 1));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "k_format is 14",
+                kvl_context_attention_kernel_names(context, 14, 0, 0, names, names + 1));
         REFUSED(KVL_STATUS_INVALID_ENUM, "v_format is -1",
                 kvl_context_attention_kernel_names(context, 0, -1, 0, names, names + 1));
         REFUSED(KVL_STATUS_INVALID_ENUM, "precision is 3",
@@ -197,7 +197,7 @@ static void contexts(void) {
         kvl_packing *packing = (kvl_packing *)output.bytes;
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_v_packing(NULL, KVL_DTYPE_BF16, packing));
         REFUSED(KVL_STATUS_NULL_POINTER, "packing", kvl_context_v_packing(context, KVL_DTYPE_BF16, NULL));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "v_format is 12", kvl_context_v_packing(context, 12, packing));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "v_format is 14", kvl_context_v_packing(context, 14, packing));
     }
     {
         kvl_kernel_info info = KVL_KERNEL_INFO_INIT;
@@ -1497,8 +1497,8 @@ static void chunks(void) {
         BOTH(KVL_STATUS_SHAPE, "no multiple of kv_heads = 3");
         p.kv_heads = -1;
         BOTH(KVL_STATUS_SHAPE, "kv_heads is -1");
-        p.k_format = 12;
-        BOTH(KVL_STATUS_INVALID_ENUM, "k_format is 12");
+        p.k_format = 14;
+        BOTH(KVL_STATUS_INVALID_ENUM, "k_format is 14");
         p.precision = 3;
         BOTH(KVL_STATUS_INVALID_ENUM, "precision is 3");
         p.out.shape[3] = 1025;

@@ -162,6 +162,16 @@
 #define KVL_DTYPE_BF16 2
 
 /**
+ * Unsigned bytes: zero points of affine caches alone.
+ */
+#define KVL_DTYPE_U8 16
+
+/**
+ * Signed bytes: the same.
+ */
+#define KVL_DTYPE_I8 17
+
+/**
  * Elements of `KVL_DTYPE_F32`.
  */
 #define KVL_FORMAT_F32 0
@@ -453,16 +463,6 @@
  * Writes read scales and zero points instead of computing them.
  */
 #define KVL_AFFINE_FIXED 32
-
-/**
- * The type of zero points that are unsigned bytes.
- */
-#define KVL_ZERO_U8 16
-
-/**
- * The type of zero points that are signed bytes.
- */
-#define KVL_ZERO_I8 17
 
 /**
  * Elements 2i and 2i + 1: the original paper, Meta's Llama code, llama.cpp's Llama files.
@@ -1057,7 +1057,7 @@ typedef struct kvl_cache_scales {
     struct kvl_view v;
     /**
      * The zero points of the keys, in the shape of their scales, for affine formats; absent for none. Its `dtype` is a `kvl_dtype`,
-     * `KVL_ZERO_U8` or `KVL_ZERO_I8`.
+     * `KVL_DTYPE_U8` or `KVL_DTYPE_I8`.
      */
     struct kvl_view k_zeros;
     /**

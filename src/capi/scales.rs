@@ -2,7 +2,7 @@
 
 use super::sized::{assert_layout, read_sized, sized};
 use super::views::kvl_view;
-use crate::error::{Result, ensure};
+use crate::error::{Error, Result, ensure};
 use crate::format::CacheFormat;
 use crate::view::{RawAffine, RawCacheView, RawView};
 use crate::{Affine, Integers, Nibbles, Zeros};
@@ -32,7 +32,7 @@ pub struct kvl_cache_scales {
     /// The scales of the values; absent if their format has none, or static ones of 1.
     pub v: kvl_view,
     /// The zero points of the keys, in the shape of their scales, for affine formats; absent for none. Its `dtype` is a `kvl_dtype`,
-    /// `KVL_ZERO_U8` or `KVL_ZERO_I8`.
+    /// `KVL_DTYPE_U8` or `KVL_DTYPE_I8`.
     pub k_zeros: kvl_view,
     /// The zero points of the values.
     pub v_zeros: kvl_view,
@@ -60,11 +60,6 @@ pub const KVL_AFFINE_MINIMUM: u32 = 8;
 pub const KVL_AFFINE_SHIFT: u32 = 16;
 /// Writes read scales and zero points instead of computing them.
 pub const KVL_AFFINE_FIXED: u32 = 32;
-
-/// The type of zero points that are unsigned bytes.
-pub const KVL_ZERO_U8: i32 = 16;
-/// The type of zero points that are signed bytes.
-pub const KVL_ZERO_I8: i32 = 17;
 
 /// The scales of keys or of values, as a call gives them.
 #[derive(Clone, Copy)]
@@ -136,7 +131,11 @@ fn described(units: RawView<CacheFormat>, name: &str, scales: RawView, from: &Sc
         _ => Zeros::Point,
     };
     let nibbles = if has(KVL_AFFINE_HIGH_FIRST) { Nibbles::HighFirst } else { Nibbles::LowFirst };
-    let zeros = if zeros.is_absent() { None } else { Some(zeros.zeros(&format!("the zero points of {cache}"))?) };
+    let of_cache = |e: Error| {
+        let what = e.message().trim_start_matches("zeros").to_owned();
+        Error::new(e.status(), format!("the zero points of {cache}{what}"))
+    };
+    let zeros = if zeros.is_absent() { None } else { Some(zeros.zeros("zeros").map_err(of_cache)?) };
     let of = Affine::new(integers).nibbles(nibbles).zeros(kind);
     let units = RawCacheView { units, scales: None, affine: None };
     units.with_affine(cache, RawAffine::new(of, scales, zeros, has(KVL_AFFINE_FIXED)))

@@ -1,9 +1,8 @@
 //! Tensors in the caller's memory.
 
 use super::arguments::{reserved, shape};
-use super::dtype::{element_type, kvl_dtype};
+use super::dtype::{KVL_DTYPE_I8, KVL_DTYPE_U8, element_type, kvl_dtype};
 use super::format::unit_format;
-use super::scales::{KVL_ZERO_I8, KVL_ZERO_U8};
 use super::sized::assert_layout;
 use crate::error::Result;
 use crate::format::CacheFormat;
@@ -76,8 +75,8 @@ impl kvl_view {
     /// Zero points, whose `dtype` may be one of integers.
     pub(super) fn zeros(&self, name: &str) -> Result<RawView<ZeroType>> {
         self.read(name, |name, value| match value {
-            KVL_ZERO_U8 => Ok(ZeroType::U8),
-            KVL_ZERO_I8 => Ok(ZeroType::I8),
+            KVL_DTYPE_U8 => Ok(ZeroType::U8),
+            KVL_DTYPE_I8 => Ok(ZeroType::I8),
             _ => Ok(ZeroType::Float(element_type(name, value)?)),
         })
     }
