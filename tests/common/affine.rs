@@ -127,8 +127,8 @@ impl Kind {
         if matches!(self.zeros, Some(ZeroType::U8 | ZeroType::I8)) {
             (least, most) = (least.min(0.0), most.max(0.0));
         }
-        // No negative zero.
-        least += 0.0;
+        // No negative zeros.
+        (least, most) = (least + 0.0, most + 0.0);
         let mut scale = match self.zeros {
             None => most.abs().max(least.abs()) / (low + levels),
             Some(ZeroType::Float(_)) if self.of.zeros == Zeros::Point && self.shares_tokens() => {

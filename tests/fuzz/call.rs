@@ -443,7 +443,8 @@ impl<'a> Call<'a> {
         let at = self.sized(&all, older);
         if at.is_null() {
             // They are no arguments of the call.
-            self.tensors.retain(|t| !scales.iter().any(|s| s.is_some_and(|s| s.data == t.data)));
+            let given = [k, v, k_zeros, v_zeros].map(|view| view.data.cast::<u8>());
+            self.tensors.retain(|t| !given.contains(&t.data));
         }
         at
     }
@@ -464,6 +465,9 @@ impl<'a> Call<'a> {
             zeros.data = tensor.data.wrapping_offset(offset as isize);
             zeros.bytes = if tensor.bytes == 0 { 0 } else { left as usize };
         }
+        // These are what the call is given.
+        self.tensors.retain(|t| t.data != tensor.data);
+        self.tensors.extend([scales, zeros]);
         (self.view(&scales), self.view(&zeros), self.code(flags))
     }
 

@@ -457,13 +457,13 @@ unsafe fn computed(
         Some(ZeroType::U8 | ZeroType::I8) => (least.min(0.0), most.max(0.0)),
         _ => (least, most),
     };
+    // No negative zero, whichever zeros are found to be least and most.
+    let range_of = most - least + 0.0;
     let scale = match groups.zero_type {
         _ if !finite => f32::NAN,
         None => f32::from_bits(peak) / (range.low + range.levels),
-        Some(ZeroType::Float(_)) if groups.of.zeros == Zeros::Point && tokens > 1 => {
-            (most - least) * (1.0 / range.levels)
-        }
-        Some(_) => (most - least) / range.levels,
+        Some(ZeroType::Float(_)) if groups.of.zeros == Zeros::Point && tokens > 1 => range_of * (1.0 / range.levels),
+        Some(_) => range_of / range.levels,
     };
     let floats = matches!(groups.zero_type, Some(ZeroType::Float(_)));
     let zero = |scale: f32| match groups.of.zeros {
