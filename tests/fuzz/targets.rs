@@ -438,9 +438,9 @@ fn kv_write(mut c: Call) -> i32 {
     c.check(status)
 }
 
-/// The slots that share one of `scales` scales.
+/// The slots that share one of `scales` scales; not more than a cache of this memory has.
 pub fn sharing(slots: i64, scales: i64) -> usize {
-    if (1..slots).contains(&scales) { (slots / scales) as usize } else { 1 }
+    if (1..slots).contains(&scales) { (slots / scales).min(1 << 10) as usize } else { 1 }
 }
 
 fn kv_read(mut c: Call) -> i32 {
