@@ -16,7 +16,7 @@ use crate::error::{Error, Result, ensure};
 /// | [`Zeros::Minimum`] | q s + z |
 /// | [`Zeros::Shift`] | q s - z |
 ///
-/// The shape of the scales says which elements share one: see [`AffineScales`].
+/// The shape of the scales says which elements share one: see [`AffineScales`](crate::AffineScales).
 ///
 /// | cache | description |
 /// | --- | --- |
