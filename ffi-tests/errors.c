@@ -145,7 +145,7 @@ static void contexts(void) {
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_kernel_name(NULL, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_NULL_POINTER, "name", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, KVL_DTYPE_F32, NULL));
         REFUSED(KVL_STATUS_INVALID_ENUM, "op is 9", kvl_context_kernel_name(context, 9, KVL_DTYPE_F32, KVL_DTYPE_F32, name));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "src is 12", kvl_context_kernel_name(context, KVL_OP_ROPE, 12, KVL_DTYPE_F32, name));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "src is 14", kvl_context_kernel_name(context, KVL_OP_ROPE, 14, KVL_DTYPE_F32, name));
         REFUSED(KVL_STATUS_INVALID_ENUM, "dst is -2", kvl_context_kernel_name(context, KVL_OP_ROPE, KVL_DTYPE_F32, -2, name));
         REFUSED(KVL_STATUS_DTYPE, "attention from f32 to f16",
                 kvl_context_kernel_name(context, KVL_OP_ATTENTION, KVL_DTYPE_F32, KVL_DTYPE_F16, name));
@@ -155,8 +155,8 @@ static void contexts(void) {
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_attention_kernel_names(NULL, 0, 0, 0, names, names + 1));
         REFUSED(KVL_STATUS_NULL_POINTER, "k_name", kvl_context_attention_kernel_names(context, 0, 0, 0, NULL, names));
         REFUSED(KVL_STATUS_NULL_POINTER, "v_name", kvl_context_attention_kernel_names(context, 0, 0, 0, names, NULL));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "k_format is 12",
-                kvl_context_attention_kernel_names(context, 12, 0, 0, names, names + 1));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "k_format is 14",
+                kvl_context_attention_kernel_names(context, 14, 0, 0, names, names + 1));
         REFUSED(KVL_STATUS_INVALID_ENUM, "v_format is -1",
                 kvl_context_attention_kernel_names(context, 0, -1, 0, names, names + 1));
         REFUSED(KVL_STATUS_INVALID_ENUM, "precision is 3",
@@ -197,7 +197,7 @@ static void contexts(void) {
         kvl_packing *packing = (kvl_packing *)output.bytes;
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_v_packing(NULL, KVL_DTYPE_BF16, packing));
         REFUSED(KVL_STATUS_NULL_POINTER, "packing", kvl_context_v_packing(context, KVL_DTYPE_BF16, NULL));
-        REFUSED(KVL_STATUS_INVALID_ENUM, "v_format is 12", kvl_context_v_packing(context, 12, packing));
+        REFUSED(KVL_STATUS_INVALID_ENUM, "v_format is 14", kvl_context_v_packing(context, 14, packing));
     }
     {
         kvl_kernel_info info = KVL_KERNEL_INFO_INIT;
@@ -1256,6 +1256,26 @@ static void attention(void) {
         SCALES(KVL_STATUS_OVERLAP, "k and out share memory");
         scales.v.data = output.floats + 2 * 3 * 4 * 8 + 5, scales.v.bytes = 0;
         SCALES(KVL_STATUS_OVERLAP, "share memory");
+        scales.k_affine = KVL_AFFINE_SIGNED;
+        SCALES(KVL_STATUS_INVALID_VALUE, "k_affine, v_affine = 0x1, but are those of int8");
+        scales.v_zeros = scales.v;
+        SCALES(KVL_STATUS_INVALID_VALUE, "the scales of v have zero points");
+        p.k.dtype = KVL_FORMAT_AFFINE8;
+        scales.k_affine = KVL_AFFINE_SIGNED | KVL_AFFINE_OFFSET;
+        SCALES(KVL_STATUS_INVALID_ENUM, "the scales of k have the bits 1 and 2 of KVL_AFFINE, which exclude each other");
+        p.k.dtype = KVL_FORMAT_AFFINE8;
+        scales.k_affine = 64;
+        SCALES(KVL_STATUS_INVALID_ENUM, "the scales of k have unknown bits 0x40 of KVL_AFFINE");
+        p.k.dtype = KVL_FORMAT_AFFINE8;
+        scales.k_zeros = scales.k;
+        scales.k_zeros.dtype = 18;
+        SCALES(KVL_STATUS_INVALID_ENUM, "the zero points of k.dtype is 18, which is no kvl_dtype");
+        p.k.dtype = KVL_FORMAT_AFFINE8;
+        memset(&scales.k, 0, sizeof scales.k);
+        SCALES(KVL_STATUS_INVALID_VALUE, "k is affine8, but has no scales");
+        p.k.dtype = KVL_FORMAT_AFFINE8;
+        scales.k.shape[1] = 3;
+        SCALES(KVL_STATUS_SHAPE, "the scales of k have seq = 3, which does not divide the 5 of k");
         p.v_packing = KVL_PACKING_ROW_PAIRS;
         SCALES(KVL_STATUS_UNSUPPORTED, "v is int8, whose values are never packed in pairs");
         p.q.dtype = KVL_FORMAT_INT8;
@@ -1477,8 +1497,8 @@ static void chunks(void) {
         BOTH(KVL_STATUS_SHAPE, "no multiple of kv_heads = 3");
         p.kv_heads = -1;
         BOTH(KVL_STATUS_SHAPE, "kv_heads is -1");
-        p.k_format = 12;
-        BOTH(KVL_STATUS_INVALID_ENUM, "k_format is 12");
+        p.k_format = 14;
+        BOTH(KVL_STATUS_INVALID_ENUM, "k_format is 14");
         p.precision = 3;
         BOTH(KVL_STATUS_INVALID_ENUM, "precision is 3");
         p.out.shape[3] = 1025;

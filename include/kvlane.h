@@ -162,6 +162,16 @@
 #define KVL_DTYPE_BF16 2
 
 /**
+ * Unsigned bytes: zero points of affine caches alone.
+ */
+#define KVL_DTYPE_U8 16
+
+/**
+ * Signed bytes: the same.
+ */
+#define KVL_DTYPE_I8 17
+
+/**
  * Elements of `KVL_DTYPE_F32`.
  */
 #define KVL_FORMAT_F32 0
@@ -230,6 +240,18 @@
  * 53, 69, 89, 113.
  */
 #define KVL_FORMAT_IQ4_NL 11
+
+/**
+ * A byte per element, an integer, of whose group `kvl_cache_scales` gives a scale and perhaps a zero point, and says how it lies. Of this
+ * and the next format, units lie one after the other in a head: the stride of dim is 1.
+ */
+#define KVL_FORMAT_AFFINE8 12
+
+/**
+ * The same in four bits: a unit is a byte of two elements, of which a head has an even number. `shape` counts elements, `strides` count
+ * bytes.
+ */
+#define KVL_FORMAT_AFFINE4 13
 
 /**
  * The best level that the machine offers.
@@ -411,6 +433,36 @@
  * Keys that are multiplied side by side are as far apart as the block allows.
  */
 #define KVL_KEY_ORDER_SPREAD 2
+
+/**
+ * Integers from -128 to 127, or from -8 to 7, in two's complement.
+ */
+#define KVL_AFFINE_SIGNED 1
+
+/**
+ * The same integers, each of which lies as the unsigned one that is 128, or 8, greater.
+ */
+#define KVL_AFFINE_OFFSET 2
+
+/**
+ * The even one of two elements lies in the high half of a byte.
+ */
+#define KVL_AFFINE_HIGH_FIRST 4
+
+/**
+ * Zero points are floats that are added to products: q * scale + zero.
+ */
+#define KVL_AFFINE_MINIMUM 8
+
+/**
+ * Zero points are floats that are subtracted from products: q * scale - zero.
+ */
+#define KVL_AFFINE_SHIFT 16
+
+/**
+ * Writes read scales and zero points instead of computing them.
+ */
+#define KVL_AFFINE_FIXED 32
 
 /**
  * Elements 2i and 2i + 1: the original paper, Meta's Llama code, llama.cpp's Llama files.
@@ -968,6 +1020,12 @@ typedef struct kvl_layout {
 } kvl_layout;
 
 /**
+ * What `kvl_cache_scales.k_affine` and `v_affine` are sums of. 0 stands for unsigned integers, the even one of two elements in the low
+ * half of a byte, and zero points that are subtracted from integers: an element is (q - zero) * scale, each operation rounded to f32.
+ */
+typedef uint32_t kvl_affine;
+
+/**
  * Where the scales of a cache lie, for formats that have scales. Start from `KVL_CACHE_SCALES_INIT`.
  *
  * `KVL_FORMAT_INT8` has one scale per token and head, f32 or f16: a view [batch, seq, kv_heads, 1] whose first two axes are those
@@ -977,6 +1035,12 @@ typedef struct kvl_layout {
  * `KVL_FORMAT_FP8_E4M3` and `KVL_FORMAT_FP8_E5M2` have static scales, which every function reads and none writes: a view of the same
  * shape whose strides are 0 along the first two axes, and along kv_heads too where one scale serves the tensor. Absent, they are 1.
  * Every call on the same units must be given the same scales. Views of a call may share them.
+ * `KVL_FORMAT_AFFINE8` and `KVL_FORMAT_AFFINE4` have scales of f32, f16 or bf16, and perhaps zero points, whose shape says which elements
+ * share them: each axis has 1 entry, or as many as the units, or along seq and dim a number that divides that of the units, so that
+ * as many neighbours share each. A scale for each token and head is [batch, seq, kv_heads, 1], one for each channel
+ * [1, 1, kv_heads, dim], one for each channel and 32 tokens [batch, seq / 32, kv_heads, dim]. Scales may lie between the units. Writes
+ * compute scales and zero points, which then belong to one sequence or page and one head, and tokens that share them are written in
+ * one call; with `KVL_AFFINE_FIXED` they read them.
  */
 typedef struct kvl_cache_scales {
     /**
@@ -991,6 +1055,23 @@ typedef struct kvl_cache_scales {
      * The scales of the values; absent if their format has none, or static ones of 1.
      */
     struct kvl_view v;
+    /**
+     * The zero points of the keys, in the shape of their scales, for affine formats; absent for none. Its `dtype` is a `kvl_dtype`,
+     * `KVL_DTYPE_U8` or `KVL_DTYPE_I8`.
+     */
+    struct kvl_view k_zeros;
+    /**
+     * The zero points of the values.
+     */
+    struct kvl_view v_zeros;
+    /**
+     * How the integers of the keys lie and what zero points are, for affine formats: a sum of `KVL_AFFINE_*`. Else 0.
+     */
+    kvl_affine k_affine;
+    /**
+     * The same for the values.
+     */
+    kvl_affine v_affine;
 } kvl_cache_scales;
 
 /**
@@ -2629,7 +2710,8 @@ static inline kvl_view kvl_make_view(void *data, kvl_dtype dtype, int64_t batch,
     view.shape[3] = dim;
     /* Unsigned, because numbers that are too large are the library's to refuse. */
     view.strides[3] = 1;
-    view.strides[2] = dtype >= KVL_FORMAT_Q8_0 && dtype <= KVL_FORMAT_IQ4_NL ? dim / 32 : dim;
+    view.strides[2] = dtype >= KVL_FORMAT_Q8_0 && dtype <= KVL_FORMAT_IQ4_NL ? dim / 32
+                                                                         : dtype == KVL_FORMAT_AFFINE4 ? dim / 2 : dim;
     view.strides[1] = (int64_t)((uint64_t)heads * (uint64_t)view.strides[2]);
     view.strides[0] = (int64_t)((uint64_t)seq * (uint64_t)view.strides[1]);
     view.bytes = 0;

@@ -161,6 +161,16 @@ struct iq4_nl {
     std::uint8_t q[16];
 };
 
+/// An element of `KVL_FORMAT_AFFINE8`.
+struct affine8 {
+    std::uint8_t bits;
+};
+
+/// Two elements of `KVL_FORMAT_AFFINE4`.
+struct affine4 {
+    std::uint8_t bits;
+};
+
 static_assert(sizeof(q8_0) == 34 && sizeof(q4_0) == 18 && sizeof(q4_1) == 20, "the blocks of ggml");
 static_assert(sizeof(q5_0) == 22 && sizeof(q5_1) == 24 && sizeof(iq4_nl) == 18, "the blocks of ggml");
 
@@ -209,6 +219,12 @@ template <class T> constexpr kvl_dtype known_dtype() {
     }
     if (std::is_same<T, iq4_nl>::value) {
         return KVL_FORMAT_IQ4_NL;
+    }
+    if (std::is_same<T, affine8>::value) {
+        return KVL_FORMAT_AFFINE8;
+    }
+    if (std::is_same<T, affine4>::value) {
+        return KVL_FORMAT_AFFINE4;
     }
     if (std::is_same<T, f16>::value) {
         return KVL_DTYPE_F16;
@@ -289,11 +305,12 @@ template <class T> mutable_view view(T *data, const axes &shape) {
     result.data = data;
     result.dtype = dtype_of<T>::value;
     const bool blocks = dtype_of<T>::value >= KVL_FORMAT_Q8_0 && dtype_of<T>::value <= KVL_FORMAT_IQ4_NL;
+    const std::int64_t per_unit = blocks ? 32 : dtype_of<T>::value == KVL_FORMAT_AFFINE4 ? 2 : 1;
     std::uint64_t stride = 1; // Unsigned, because numbers that are too large are the library's to refuse.
     for (std::size_t axis = 4; axis-- > 0;) {
         result.shape[axis] = shape[axis];
         result.strides[axis] = static_cast<std::int64_t>(stride);
-        stride *= static_cast<std::uint64_t>(blocks && axis == 3 ? shape[axis] / 32 : shape[axis]);
+        stride *= static_cast<std::uint64_t>(axis == 3 ? shape[axis] / per_unit : shape[axis]);
     }
     return result;
 }
@@ -1006,6 +1023,17 @@ inline kvl_cache_scales make_scales(const kvl_view &k, const kvl_view &v = {}) {
     kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
     scales.k = k;
     scales.v = v;
+    return scales;
+}
+
+/// The same with the zero points of affine formats, and what describes their integers: sums of `KVL_AFFINE_*`.
+inline kvl_cache_scales make_scales(const kvl_view &k, const kvl_view &k_zeros, kvl_affine k_affine, const kvl_view &v = {},
+                                    const kvl_view &v_zeros = {}, kvl_affine v_affine = 0) {
+    kvl_cache_scales scales = make_scales(k, v);
+    scales.k_zeros = k_zeros;
+    scales.v_zeros = v_zeros;
+    scales.k_affine = k_affine;
+    scales.v_affine = v_affine;
     return scales;
 }
 

@@ -4,7 +4,8 @@ use crate::dtype::{DType, Element};
 use crate::error::{Error, Result, ensure};
 use crate::format::CacheFormat;
 use crate::view::{
-    Axis, BATCH, Buffer, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, Units, View, ViewMut, check_split, contiguous,
+    Affine, Axis, BATCH, Buffer, DIM, Extent, HEADS, RawAffine, RawCacheView, RawView, SEQ, Units, View, ViewMut,
+    ZeroType, apart_is_unknown, check_split, contiguous,
 };
 use std::marker::PhantomData;
 
@@ -57,22 +58,28 @@ impl<'a> From<CacheViewMut<'a>> for CacheView<'a> {
 pub(crate) struct CacheExtent {
     units: Extent,
     scales: Extent,
+    /// Of the scales and of the zero points of an affine format.
+    affine: [Extent; 2],
 }
 
 /// Each of these is about units and scales alike, and hides the method of the same name that is about the units alone.
 impl RawCacheView {
     /// Checks units and scales, and that there are the scales that the format has; `name` is the argument's name.
     pub fn validate(&self, name: &str) -> Result<CacheExtent> {
-        self.check(name, RawView::validate, RawView::validate)
+        self.check(name, RawView::validate, RawView::validate, false)
     }
 
     /// As [`Self::validate`]; also checks that no unit and no scale that is written shares memory with another one.
     pub fn validate_output(&self, name: &str) -> Result<CacheExtent> {
         let scales = if self.dtype.has_static_scales() { RawView::validate } else { RawView::validate_output };
-        let extent = self.check(name, RawView::validate_output, scales)?;
+        let extent = self.check(name, RawView::validate_output, scales, true)?;
         if let Some(scales) = &self.scales {
             let shared = self.units.overlaps_within(extent.units, scales, extent.scales);
             ensure!(!shared, Overlap, "{name} and its scales share memory");
+        }
+        if let Some(affine) = &self.affine {
+            let shared = affine.overlaps(extent.affine, &self.units, extent.units);
+            ensure!(!shared, Overlap, "{name} and its scales or zero points share memory");
         }
         Ok(extent)
     }
@@ -82,40 +89,79 @@ impl RawCacheView {
         name: &str,
         units: fn(&RawView<CacheFormat>, &str) -> Result<Extent>,
         scales: fn(&RawView, &str) -> Result<Extent>,
+        written: bool,
     ) -> Result<CacheExtent> {
         let units = units(&self.units, name)?;
         self.check_scales(name)?;
+        let affine = self.check_affine(name, written)?;
         let scales = match &self.scales {
             None => Extent { low: 0, high: 0 },
             Some(view) => {
                 scales(view, "").map_err(|e| Error::new(e.status(), format!("the scales of {name}{}", e.message())))?
             }
         };
-        Ok(CacheExtent { units, scales })
+        Ok(CacheExtent { units, scales, affine })
+    }
+
+    /// Checks that units of an affine format, and no others, are described, and how.
+    fn check_affine(&self, name: &str, written: bool) -> Result<[Extent; 2]> {
+        let (format, shape) = (self.units.dtype, self.units.shape);
+        let Some(mut affine) = self.affine else {
+            ensure!(!format.is_affine(), InvalidValue, "{name} is {format}, but has no scales");
+            return Ok([Extent { low: 0, high: 0 }; 2]);
+        };
+        ensure!(format.is_affine(), InvalidValue, "{name} is {format}, but scales of an affine format are given");
+        let (stride, dim) = (self.units.strides[DIM], shape[DIM]);
+        ensure!(
+            stride == 1 || dim <= format.unit_elements(),
+            Stride,
+            "{name} is {format}, whose units lie one after the other in a head, but the stride of dim is {stride} and not 1"
+        );
+        affine.validate(name, shape, 8 / format.unit_elements(), written)
     }
 
     /// Whether a unit or a scale may share a byte with an element of `other`; false positives are possible.
     pub fn overlaps<V: Units>(&self, other: &RawView<V>) -> bool {
-        self.units.overlaps(other) || self.scales.is_some_and(|scales| scales.overlaps(other))
+        let (Ok(own), Ok(extent)) = (self.validate("view"), other.validate("view")) else {
+            return true;
+        };
+        self.overlaps_within(own, other, extent)
     }
 
     /// As [`Self::overlaps`], with known extents.
     pub fn overlaps_within<V: Units>(&self, own: CacheExtent, other: &RawView<V>, extent: Extent) -> bool {
-        self.units.overlaps_within(own.units, other, extent)
+        apart_is_unknown(&self.units, own.units, other, extent)
             || self.scales.is_some_and(|scales| scales.overlaps_within(own.scales, other, extent))
+            || self.affine.is_some_and(|affine| affine.overlaps(own.affine, other, extent))
     }
 
     /// As [`Self::overlaps_within`], for another cache. Both may have the same static scales, which nobody writes.
     pub fn overlaps_cache(&self, own: CacheExtent, other: &Self, extent: CacheExtent) -> bool {
-        let shared = self.dtype.has_static_scales() && other.dtype.has_static_scales();
+        fn meet<V: Units>(
+            cache: &RawCacheView,
+            own: CacheExtent,
+            view: &RawView<V>,
+            extent: Extent,
+            fixed: bool,
+        ) -> bool {
+            if fixed && cache.has_fixed_scales() {
+                apart_is_unknown(&cache.units, own.units, view, extent)
+            } else {
+                cache.overlaps_within(own, view, extent)
+            }
+        }
+        let fixed = other.has_fixed_scales();
         self.overlaps_within(own, &other.units, extent.units)
-            || other.scales.is_some_and(|scales| {
-                if shared {
-                    self.units.overlaps_within(own.units, &scales, extent.scales)
-                } else {
-                    self.overlaps_within(own, &scales, extent.scales)
-                }
+            || other.scales.is_some_and(|scales| meet(self, own, &scales, extent.scales, fixed))
+            || other.affine.is_some_and(|affine| {
+                meet(self, own, &affine.scales, extent.affine[0], fixed)
+                    || affine.zeros.is_some_and(|zeros| meet(self, own, &zeros, extent.affine[1], fixed))
             })
+    }
+
+    /// Whether there are scales that nobody writes.
+    fn has_fixed_scales(&self) -> bool {
+        self.dtype.has_static_scales() || self.affine.is_some_and(|affine| affine.fixed)
     }
 
     /// The scales that are written with the units: one per token and head.
@@ -140,7 +186,24 @@ impl RawCacheView {
                 Some(scales)
             }
         };
-        Ok(Self { units: self.units.narrow(axis, start, len)?, scales })
+        let units = self.units.narrow(axis, start, len)?;
+        let affine = match self.affine {
+            Some(affine) => Some(affine.narrow(axis, start, len)?),
+            None => None,
+        };
+        Ok(Self { units, scales, affine })
+    }
+
+    /// Units of an affine format with what describes them.
+    fn described(units: RawView<CacheFormat>, of: Affine, scales: &AffineScales) -> Result<Self> {
+        let AffineScales { scales, zeros, fixed, .. } = *scales;
+        Self { units, scales: None, affine: None }.with_affine("the cache", RawAffine::new(of, scales, zeros, fixed))
+    }
+
+    /// The same units with a description; `name` is the argument's name.
+    pub fn with_affine(self, name: &str, mut affine: RawAffine) -> Result<Self> {
+        affine.fit(name, self.units.shape, 8 / self.units.dtype.unit_elements().min(2))?;
+        Ok(Self { affine: Some(affine), ..self })
     }
 
     /// Checks that there are the scales that the format has, and their shape. `name` is the argument's name.
@@ -188,7 +251,7 @@ impl RawCacheView {
         );
         let (shape, strides) = ([batch, seq, heads, 1], [0, 0, i64::from(n > 1), 0]);
         self.scales = Some(RawView { data: data.cast_mut(), dtype, shape, strides, bytes: None });
-        self.check("the cache", RawView::validate, RawView::validate)?;
+        self.check("the cache", RawView::validate, RawView::validate, false)?;
         Ok(self)
     }
 }
@@ -201,8 +264,131 @@ fn fp8(format: CacheFormat) -> Result<CacheFormat> {
 
 /// Fails unless a format is one of blocks.
 fn blocks(format: CacheFormat) -> Result<CacheFormat> {
-    ensure!(format.unit_elements() > 1, InvalidValue, "the format is {format}, which is no format of blocks");
+    ensure!(format.is_blocks(), InvalidValue, "the format is {format}, which is no format of blocks");
     Ok(format)
+}
+
+/// Fails unless a format is an affine one.
+fn affine(format: CacheFormat) -> Result<CacheFormat> {
+    ensure!(format.is_affine(), InvalidValue, "the format is {format}, which is no affine format");
+    Ok(format)
+}
+
+/// The zero points of an affine cache, in the shape of its scales.
+#[derive(Debug)]
+pub struct ZeroPoints<'a> {
+    raw: RawView<ZeroType>,
+    /// They may be written.
+    exclusive: bool,
+    lifetime: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: a borrow of a slice of plain numbers, and slices of those cross threads.
+unsafe impl Send for ZeroPoints<'_> {}
+
+impl<'a> From<View<'a>> for ZeroPoints<'a> {
+    /// Floats that writes read.
+    fn from(view: View<'a>) -> Self {
+        Self::of(view.raw, false)
+    }
+}
+
+impl<'a> From<ViewMut<'a>> for ZeroPoints<'a> {
+    /// Floats that writes compute.
+    fn from(view: ViewMut<'a>) -> Self {
+        Self::of(view.raw, true)
+    }
+}
+
+impl<'a> ZeroPoints<'a> {
+    fn of(view: RawView, exclusive: bool) -> Self {
+        let RawView { data, dtype, shape, strides, bytes } = view;
+        let raw = RawView { data, dtype: ZeroType::Float(dtype), shape, strides, bytes };
+        Self { raw, exclusive, lifetime: PhantomData }
+    }
+
+    fn integers<T>(data: *mut T, len: usize, dtype: ZeroType, shape: [usize; 4], exclusive: bool) -> Result<Self> {
+        let raw = Buffer::of_elements(data, len).view(dtype, 0, shape, contiguous(shape))?;
+        Ok(Self { raw, exclusive, lifetime: PhantomData })
+    }
+
+    /// Integers that writes read, at the start of `data` in the order of their axes.
+    ///
+    /// # Errors
+    /// `data` is too short for `shape`.
+    pub fn u8(data: &'a [u8], shape: [usize; 4]) -> Result<Self> {
+        Self::integers(data.as_ptr().cast_mut(), data.len(), ZeroType::U8, shape, false)
+    }
+
+    /// As [`Self::u8`], of signed integers.
+    ///
+    /// # Errors
+    /// As [`Self::u8`].
+    pub fn i8(data: &'a [i8], shape: [usize; 4]) -> Result<Self> {
+        Self::integers(data.as_ptr().cast_mut(), data.len(), ZeroType::I8, shape, false)
+    }
+
+    /// As [`Self::u8`], of integers that writes compute.
+    ///
+    /// # Errors
+    /// As [`Self::u8`].
+    pub fn u8_mut(data: &'a mut [u8], shape: [usize; 4]) -> Result<Self> {
+        Self::integers(data.as_mut_ptr(), data.len(), ZeroType::U8, shape, true)
+    }
+
+    /// As [`Self::u8_mut`], of signed integers.
+    ///
+    /// # Errors
+    /// As [`Self::u8`].
+    pub fn i8_mut(data: &'a mut [i8], shape: [usize; 4]) -> Result<Self> {
+        Self::integers(data.as_mut_ptr(), data.len(), ZeroType::I8, shape, true)
+    }
+}
+
+/// The scales of an affine cache, of f32, f16 or bf16, and its zero points.
+///
+/// Their shape says which elements of the cache, `[batch, seq, kv_heads, dim]`, share a scale. Each axis has one entry, or as
+/// many as the cache, or along seq and dim a number that divides the cache's, so that so many neighbours share each:
+///
+/// | a scale for each | shape |
+/// | --- | --- |
+/// | cache | `[1, 1, 1, 1]` |
+/// | channel (an element of a head) | `[1, 1, kv_heads, dim]` |
+/// | token and head | `[batch, seq, kv_heads, 1]` |
+/// | 64 elements of a head of a token | `[batch, seq, kv_heads, dim / 64]` |
+/// | channel and 32 tokens | `[batch, seq / 32, kv_heads, dim]` |
+/// | channel and page | `[pages, 1, kv_heads, dim]` |
+///
+/// Scales that writes compute belong to one sequence (or page) and head. Scales may lie between the units, where a layout has both
+/// in one buffer, as [`CacheViewMut::affine_from_raw`] takes them.
+#[derive(Debug)]
+pub struct AffineScales<'a> {
+    scales: RawView,
+    zeros: Option<RawView<ZeroType>>,
+    fixed: bool,
+    lifetime: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: as of `ZeroPoints`.
+unsafe impl Send for AffineScales<'_> {}
+
+impl<'a> AffineScales<'a> {
+    /// Scales that every operation reads and none writes, without zero points.
+    pub fn fixed(scales: View<'a>) -> Self {
+        Self { scales: scales.raw, zeros: None, fixed: true, lifetime: PhantomData }
+    }
+
+    /// Scales that writes compute, without zero points.
+    pub fn written(scales: ViewMut<'a>) -> Self {
+        Self { scales: scales.raw, zeros: None, fixed: false, lifetime: PhantomData }
+    }
+
+    /// The same with zero points. Writes compute scales and zero points if both are theirs to write, and else read both.
+    #[must_use]
+    pub fn zeros(self, zeros: impl Into<ZeroPoints<'a>>) -> Self {
+        let zeros = zeros.into();
+        Self { zeros: Some(zeros.raw), fixed: self.fixed || !zeros.exclusive, ..self }
+    }
 }
 
 /// Strides of a cache whose units lie in the order of its axes.
@@ -287,8 +473,13 @@ impl<'a> CacheView<'a> {
     /// # Errors
     /// As [`batch`](Self::batch). [`Status::Unsupported`](crate::Status::Unsupported): they are not whole units.
     pub fn dim(self, start: usize, len: usize) -> Result<Self> {
-        let RawCacheView { units, scales } = self.raw;
-        Ok(Self { raw: RawCacheView { units: units.narrow(DIM, start, len)?, scales }, lifetime: PhantomData })
+        let RawCacheView { units, scales, affine } = self.raw;
+        let affine = match affine {
+            Some(affine) if affine.scales.shape[DIM] > 1 => Some(affine.narrow(DIM, start, len)?),
+            affine => affine,
+        };
+        let raw = RawCacheView { units: units.narrow(DIM, start, len)?, scales, affine };
+        Ok(Self { raw, lifetime: PhantomData })
     }
 
     /// A cache in [`CacheFormat::Int8`] whose units lie at the start of `units` in the order of their axes, with `scales`
@@ -313,7 +504,7 @@ impl<'a> CacheView<'a> {
     ) -> Result<Self> {
         let buffer = Buffer::of_elements(units.as_ptr().cast_mut(), units.len());
         let units = buffer.view(CacheFormat::Int8, offset, shape, strides)?;
-        let raw = RawCacheView { units, scales: Some(scales.raw) };
+        let raw = RawCacheView { units, scales: Some(scales.raw), affine: None };
         raw.check_scales("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }
@@ -340,7 +531,7 @@ impl<'a> CacheView<'a> {
     ) -> Result<Self> {
         let buffer = Buffer::of_elements(units.as_ptr().cast_mut(), units.len());
         let units = buffer.view(fp8(format)?, offset, shape, strides)?;
-        Ok(Self { raw: RawCacheView { units, scales: None }, lifetime: PhantomData })
+        Ok(Self { raw: RawCacheView { units, scales: None, affine: None }, lifetime: PhantomData })
     }
 
     /// A cache in one of the formats of blocks, [`CacheFormat::Q8_0`] for example, whose blocks lie at the start of `units` in the
@@ -382,7 +573,59 @@ impl<'a> CacheView<'a> {
     ) -> Result<Self> {
         let buffer = Buffer::of_blocks(units.as_ptr().cast_mut(), units.len(), blocks(format)?.unit_bytes());
         let units = buffer.view(format, offset, shape, strides)?;
-        Ok(Self { raw: RawCacheView { units, scales: None }, lifetime: PhantomData })
+        Ok(Self { raw: RawCacheView { units, scales: None, affine: None }, lifetime: PhantomData })
+    }
+
+    /// A cache in [`CacheFormat::Affine8`] or [`CacheFormat::Affine4`] whose units lie at the start of `units` in the order of its axes.
+    /// `shape` counts elements, of which a head has an even number in `Affine4`.
+    ///
+    /// ```
+    /// use kvlane::*;
+    /// // Four tokens of two heads of eight elements in four bits, with a scale and a zero point for each token and head.
+    /// let (shape, of_scales) = ([1, 4, 2, 8], [1, 4, 2, 1]);
+    /// let (mut units, mut scales, mut zeros) = ([0u8; 4 * 2 * 4], [0f32; 8], [0f32; 8]);
+    /// let of = Affine::new(Integers::Unsigned).nibbles(Nibbles::HighFirst);
+    /// let written = AffineScales::written(ViewMut::new(&mut scales, of_scales)?).zeros(ViewMut::new(&mut zeros, of_scales)?);
+    /// let k_cache = CacheViewMut::affine(&mut units, CacheFormat::Affine4, shape, of, written)?;
+    /// let (k, mut values) = ([0.0f32, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 15.0], [0f32; 64]);
+    /// let k = View::strided(&k, 0, [1, 1, 2, 8], [0, 0, 0, 1])?; // both heads are equal
+    /// let write = KvWrite::new(k, k, k_cache, ViewMut::new(&mut values, shape)?, Destination::positions(&[0]));
+    /// kv_write(&Context::new()?, &Serial, write)?;
+    /// assert_eq!(units[..4], [0x01, 0x23, 0x45, 0x6f]);
+    /// assert_eq!((scales[0], zeros[0]), (1.0, 0.0));
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `units` is too short for `shape`; the format is another one; the scales do not fit the shape.
+    pub fn affine(
+        units: &'a [u8],
+        format: CacheFormat,
+        shape: [usize; 4],
+        of: Affine,
+        scales: AffineScales<'a>,
+    ) -> Result<Self> {
+        Self::affine_strided(units, format, 0, shape, contiguous_units(format, shape), of, scales)
+    }
+
+    /// As [`Self::affine`], of which unit `[0, 0, 0, 0]` is `units[offset]`; strides are in units and may be negative or 0, but that
+    /// of dim is 1.
+    ///
+    /// # Errors
+    /// As [`Self::affine`]; shape and strides reach outside of `units`, or the stride of dim is not 1.
+    pub fn affine_strided(
+        units: &'a [u8],
+        format: CacheFormat,
+        offset: usize,
+        shape: [usize; 4],
+        strides: [i64; 4],
+        of: Affine,
+        scales: AffineScales<'a>,
+    ) -> Result<Self> {
+        let buffer = Buffer::of_elements(units.as_ptr().cast_mut(), units.len());
+        let raw = RawCacheView::described(buffer.view(affine(format)?, offset, shape, strides)?, of, &scales)?;
+        raw.validate("the cache")?;
+        Ok(Self { raw, lifetime: PhantomData })
     }
 
     /// A cache in any format whose unit `[0, 0, 0, 0]` lies at `data`; strides are in units and may be negative or 0.
@@ -401,7 +644,7 @@ impl<'a> CacheView<'a> {
         scales: Option<View<'a>>,
     ) -> Result<Self> {
         let units = RawView { data: data.cast_mut(), dtype: format, shape, strides, bytes: None };
-        let raw = RawCacheView { units, scales: scales.map(|view| view.raw) };
+        let raw = RawCacheView { units, scales: scales.map(|view| view.raw), affine: None };
         raw.validate("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }
@@ -432,7 +675,7 @@ impl<'a> CacheViewMut<'a> {
     ) -> Result<Self> {
         let buffer = Buffer::of_elements(units.as_mut_ptr(), units.len());
         let units = buffer.view(CacheFormat::Int8, offset, shape, strides)?;
-        let raw = RawCacheView { units, scales: Some(scales.raw) };
+        let raw = RawCacheView { units, scales: Some(scales.raw), affine: None };
         raw.validate_output("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }
@@ -458,7 +701,8 @@ impl<'a> CacheViewMut<'a> {
         strides: [i64; 4],
     ) -> Result<Self> {
         let buffer = Buffer::of_elements(units.as_mut_ptr(), units.len());
-        let raw = RawCacheView { units: buffer.view(fp8(format)?, offset, shape, strides)?, scales: None };
+        let raw =
+            RawCacheView { units: buffer.view(fp8(format)?, offset, shape, strides)?, scales: None, affine: None };
         raw.validate_output("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }
@@ -484,7 +728,63 @@ impl<'a> CacheViewMut<'a> {
         strides: [i64; 4],
     ) -> Result<Self> {
         let buffer = Buffer::of_blocks(units.as_mut_ptr(), units.len(), blocks(format)?.unit_bytes());
-        let raw = RawCacheView { units: buffer.view(format, offset, shape, strides)?, scales: None };
+        let raw = RawCacheView { units: buffer.view(format, offset, shape, strides)?, scales: None, affine: None };
+        raw.validate_output("the cache")?;
+        Ok(Self { raw, lifetime: PhantomData })
+    }
+
+    /// A cache in [`CacheFormat::Affine8`] or [`CacheFormat::Affine4`] whose units lie at the start of `units` in the order of its axes.
+    /// `shape` counts elements, of which a head has an even number in `Affine4`.
+    ///
+    /// # Errors
+    /// As [`CacheView::affine`]; scales that writes compute are shared by sequences or heads, or share memory.
+    pub fn affine(
+        units: &'a mut [u8],
+        format: CacheFormat,
+        shape: [usize; 4],
+        of: Affine,
+        scales: AffineScales<'a>,
+    ) -> Result<Self> {
+        Self::affine_strided(units, format, 0, shape, contiguous_units(format, shape), of, scales)
+    }
+
+    /// As [`Self::affine`], of which unit `[0, 0, 0, 0]` is `units[offset]`; no two units may share memory.
+    ///
+    /// # Errors
+    /// As [`Self::affine`]; shape and strides reach outside of `units`, the stride of dim is not 1, or units share memory.
+    pub fn affine_strided(
+        units: &'a mut [u8],
+        format: CacheFormat,
+        offset: usize,
+        shape: [usize; 4],
+        strides: [i64; 4],
+        of: Affine,
+        scales: AffineScales<'a>,
+    ) -> Result<Self> {
+        let buffer = Buffer::of_elements(units.as_mut_ptr(), units.len());
+        let raw = RawCacheView::described(buffer.view(affine(format)?, offset, shape, strides)?, of, &scales)?;
+        raw.validate_output("the cache")?;
+        Ok(Self { raw, lifetime: PhantomData })
+    }
+
+    /// An affine cache whose unit `[0, 0, 0, 0]` lies at `data`, for scales between the units of one buffer: their views come from
+    /// [`ViewMut::from_raw`]. A [`CacheView`] of such a cache comes from this one, or from [`CacheView::affine_strided`].
+    ///
+    /// # Errors
+    /// As [`Self::affine_strided`].
+    ///
+    /// # Safety
+    /// For the lifetime `'a`, the memory of all units is readable, writable, initialised, and used through this view alone.
+    pub unsafe fn affine_from_raw(
+        data: *mut u8,
+        format: CacheFormat,
+        shape: [usize; 4],
+        strides: [i64; 4],
+        of: Affine,
+        scales: AffineScales<'a>,
+    ) -> Result<Self> {
+        let units = RawView { data, dtype: affine(format)?, shape, strides, bytes: None };
+        let raw = RawCacheView::described(units, of, &scales)?;
         raw.validate_output("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }
@@ -504,7 +804,7 @@ impl<'a> CacheViewMut<'a> {
         scales: Option<ViewMut<'a>>,
     ) -> Result<Self> {
         let units = RawView { data, dtype: format, shape, strides, bytes: None };
-        let raw = RawCacheView { units, scales: scales.map(|view| view.raw) };
+        let raw = RawCacheView { units, scales: scales.map(|view| view.raw), affine: None };
         raw.validate_output("the cache")?;
         Ok(Self { raw, lifetime: PhantomData })
     }

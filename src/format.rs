@@ -5,7 +5,7 @@ use crate::dtype::DType;
 /// The storage format of the keys or of the values of a cache.
 ///
 /// A format says how many elements share a *unit*, how many bytes a unit has, and whether units have scales. Shapes
-/// count elements, strides count units. A unit is one element, or a block of 32 elements that lie together in a head: the
+/// count elements, strides count units. A unit is one element, or two, or a block of 32 elements that lie together in a head: the
 /// heads of a cache of blocks have a multiple of 32 elements, and their blocks lie one after the other. Keys and values have
 /// formats of their own, chosen independently.
 ///
@@ -42,11 +42,16 @@ pub enum CacheFormat {
     Q5_1 = 10,
     /// 32 elements of four bits, which number the values of a table, and an f16 factor in 18 bytes.
     Iq4Nl = 11,
+    /// Integers of eight bits, and a scale and perhaps a zero point for each of their groups, all as an
+    /// [`Affine`](crate::Affine) describes them: the caches of ONNX Runtime and OpenVINO, for example.
+    Affine8 = 12,
+    /// The same with integers of four bits, two of which are a unit.
+    Affine4 = 13,
 }
 
 impl CacheFormat {
     /// Every format.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::F32,
         Self::F16,
         Self::Bf16,
@@ -59,10 +64,12 @@ impl CacheFormat {
         Self::Q5_0,
         Self::Q5_1,
         Self::Iq4Nl,
+        Self::Affine8,
+        Self::Affine4,
     ];
 
-    /// `"f32"`, `"f16"`, `"bf16"`, `"int8"`, `"fp8_e4m3"`, `"fp8_e5m2"`, `"q8_0"`, `"q4_0"`, `"q4_1"`, `"q5_0"`, `"q5_1"` or
-    /// `"iq4_nl"`.
+    /// `"f32"`, `"f16"`, `"bf16"`, `"int8"`, `"fp8_e4m3"`, `"fp8_e5m2"`, `"q8_0"`, `"q4_0"`, `"q4_1"`, `"q5_0"`, `"q5_1"`,
+    /// `"iq4_nl"`, `"affine8"` or `"affine4"`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -77,6 +84,8 @@ impl CacheFormat {
             Self::Q5_0 => "q5_0",
             Self::Q5_1 => "q5_1",
             Self::Iq4Nl => "iq4_nl",
+            Self::Affine8 => "affine8",
+            Self::Affine4 => "affine4",
         }
     }
 
@@ -104,7 +113,9 @@ impl CacheFormat {
             | Self::Q4_1
             | Self::Q5_0
             | Self::Q5_1
-            | Self::Iq4Nl => None,
+            | Self::Iq4Nl
+            | Self::Affine8
+            | Self::Affine4 => None,
         }
     }
 
@@ -113,7 +124,7 @@ impl CacheFormat {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-            Self::Int8 | Self::Fp8E4m3 | Self::Fp8E5m2 => 1,
+            Self::Int8 | Self::Fp8E4m3 | Self::Fp8E5m2 | Self::Affine8 | Self::Affine4 => 1,
             Self::Q8_0 => 34,
             Self::Q4_0 | Self::Iq4Nl => 18,
             Self::Q4_1 => 20,
@@ -122,17 +133,28 @@ impl CacheFormat {
         }
     }
 
-    /// Elements per unit: 1, or 32 in a format of blocks.
+    /// Elements per unit: 1, or 32 in a format of blocks, or 2 in [`Self::Affine4`].
     pub const fn unit_elements(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 | Self::Int8 | Self::Fp8E4m3 | Self::Fp8E5m2 => 1,
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Int8 | Self::Fp8E4m3 | Self::Fp8E5m2 | Self::Affine8 => 1,
+            Self::Affine4 => 2,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Iq4Nl => 32,
         }
     }
 
     /// The alignment of a unit in bytes: that of its widest number.
     pub const fn unit_align(self) -> usize {
-        if self.unit_elements() == 1 { self.unit_bytes() } else { 2 }
+        if self.is_blocks() { 2 } else { self.unit_bytes() }
+    }
+
+    /// Whether this is a format of blocks, whose units have factors of their own.
+    pub const fn is_blocks(self) -> bool {
+        self.unit_elements() == 32
+    }
+
+    /// Whether an [`Affine`](crate::Affine) describes the units, and says where their scales lie.
+    pub const fn is_affine(self) -> bool {
+        matches!(self, Self::Affine8 | Self::Affine4)
     }
 
     /// Bytes of a head of `dim` elements whose units lie together, without scales beside them; of as many whole units as there are.
@@ -145,6 +167,7 @@ impl CacheFormat {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 | Self::Fp8E4m3 | Self::Fp8E5m2 => false,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Iq4Nl => false,
+            Self::Affine8 | Self::Affine4 => false,
             Self::Int8 => true,
         }
     }
@@ -155,6 +178,7 @@ impl CacheFormat {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 | Self::Int8 => false,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Iq4Nl => false,
+            Self::Affine8 | Self::Affine4 => false,
             Self::Fp8E4m3 | Self::Fp8E5m2 => true,
         }
     }

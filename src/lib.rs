@@ -119,7 +119,7 @@ pub mod bench;
 #[cfg(feature = "driver")]
 pub mod driver;
 
-pub use cache_view::{CacheView, CacheViewMut};
+pub use cache_view::{AffineScales, CacheView, CacheViewMut, ZeroPoints};
 pub use context::Context;
 #[cfg(feature = "bench")]
 pub(crate) use cpu::cpu_class;
@@ -166,7 +166,7 @@ pub use parallel::{Runner, Serial};
 pub use problem::limits::{MAX_HADAMARD_BLOCK, MAX_HEAD_DIM, MAX_ROTARY_DIM};
 pub use problem::rotation::Pairing;
 pub use tuning::{KeyOrder, Prefetch, Tuning};
-pub use view::{Axis, View, ViewMut};
+pub use view::{Affine, Axis, Integers, Nibbles, View, ViewMut, Zeros};
 
 /// The README's Rust examples are documentation tests.
 #[cfg(all(doctest, feature = "rayon"))]

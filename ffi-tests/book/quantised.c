@@ -1,4 +1,4 @@
-/* Quantised caches: int8 with a scale per token and head, eight-bit floats with static scales, blocks, rotated ones. */
+/* Quantised caches: int8 with a scale per token and head, eight-bit floats with static scales, blocks, described ones, rotated ones. */
 #include "book.h"
 
 enum { HEADS = 4, KV_HEADS = 2, DIM = 64, CAPACITY = 64, TOKENS = 50 };
@@ -110,6 +110,43 @@ static void blocks(void) {
     EXPECT(distance(out, wanted, HEADS * DIM) < 0.1f && distance(out, wanted, HEADS * DIM) > 0);
 }
 
+static void affine(void) {
+    const int32_t position = 0, length = TOKENS;
+    /* [affine] */
+    typedef struct { float scale, zero; uint8_t q[DIM]; } record; /* of a token and head */
+    static record keys[CAPACITY * KV_HEADS], values[CAPACITY * KV_HEADS];
+    enum { BYTES = sizeof(record), FLOATS = sizeof(record) / sizeof(float) };
+    kvl_view k_cache = kvl_make_view(keys[0].q, KVL_FORMAT_AFFINE8, 1, CAPACITY, KV_HEADS, DIM);
+    kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
+    k_cache.strides[2] = BYTES;
+    k_cache.strides[1] = KV_HEADS * BYTES;
+    scales.k = kvl_make_view(&keys[0].scale, KVL_DTYPE_F32, 1, CAPACITY, KV_HEADS, 1);
+    scales.k.strides[2] = FLOATS;
+    scales.k.strides[1] = KV_HEADS * FLOATS;
+    scales.k_zeros = scales.k;
+    scales.k_zeros.data = &keys[0].zero;
+    scales.k_affine = 0; /* unsigned integers, from which zero points are subtracted */
+
+    kvl_view v_cache = k_cache; /* the values in the same way */
+    v_cache.data = values[0].q;
+    scales.v = scales.k;
+    scales.v.data = &values[0].scale;
+    scales.v_zeros = scales.k_zeros;
+    scales.v_zeros.data = &values[0].zero;
+
+    kvl_kv_write_params write = kvl_make_kv_write(k_cache, v_cache, k, v, KVL_DTYPE_F32, 1, TOKENS, &position);
+    write.scales = &scales; /* the write computes and stores them */
+    check(kvl_kv_write(context, NULL, &write));
+
+    kvl_attention_params attention =
+        kvl_make_causal_attention(k_cache, v_cache, q, out, KVL_DTYPE_F32, 1, 1, HEADS, &length);
+    attention.scales = &scales;
+    attend(context, NULL, &space, &attention);
+    /* [affine] */
+    EXPECT(distance(out, wanted, HEADS * DIM) < 0.02f && distance(out, wanted, HEADS * DIM) > 0);
+    EXPECT(keys[0].scale > 0 && keys[TOKENS * KV_HEADS].scale == 0);
+}
+
 int main(void) {
     static float keys[CAPACITY * KV_HEADS * DIM], values[CAPACITY * KV_HEADS * DIM];
     const int32_t position = 0, length = TOKENS;
@@ -126,6 +163,7 @@ int main(void) {
     int8();
     fp8();
     blocks();
+    affine();
     free(space.memory);
     kvl_context_destroy(context);
     return 0;

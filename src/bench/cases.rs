@@ -116,14 +116,13 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
     let queries = src.dtype().unwrap_or(DType::F32);
     let mut cases = Vec::new();
     // Blocks are measured in two formats; the others differ in how a block is widened.
-    let rare =
-        |format: CacheFormat| format.unit_elements() > 1 && !matches!(format, CacheFormat::Q8_0 | CacheFormat::Q4_0);
+    let rare = |format: CacheFormat| format.is_blocks() && !matches!(format, CacheFormat::Q8_0 | CacheFormat::Q4_0);
     let quick_too = !rare(src) && !rare(dst);
     let mut add = |quick: bool, small: bool, name: String, work: Work| {
         if let Work::Attention { shape, .. } = &work
             && !shape.dim.is_multiple_of(src.unit_elements())
         {
-            // Such heads have no blocks.
+            // Such heads have no whole units.
             return;
         }
         cases.push(Case { kernel: *kernel, name, quick: quick && quick_too, small, work });
@@ -270,8 +269,8 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
 /// Bytes of keys or of values of a format, with their scales.
 fn cache_bytes(format: CacheFormat, shape: [usize; 4]) -> usize {
     let [batch, seq, heads, _] = shape;
-    let scales = if format.has_scales() { batch * seq * heads * size_of::<f32>() } else { 0 };
-    batch * seq * heads * format.head_bytes(shape[3]) + scales
+    let scales = usize::from(format.has_scales()) + 2 * usize::from(format.is_affine());
+    batch * seq * heads * (format.head_bytes(shape[3]) + scales * size_of::<f32>())
 }
 
 impl Case {
@@ -545,7 +544,7 @@ mod tests {
         for kernel in kernels() {
             let cases = cases_of(&kernel);
             // A quick run leaves out conversions of unusual types, and most formats of blocks.
-            let rare = kernel.src != kernel.dst || kernel.src.unit_elements() > 1;
+            let rare = kernel.src != kernel.dst || kernel.src.is_blocks();
             assert!(cases.iter().any(|case| case.quick) || rare, "{}", kernel.name);
             assert!(!cases.is_empty(), "{} is in the registry, but has no bench", kernel.name);
             for case in cases {

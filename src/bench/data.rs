@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::view::{bhsd, contiguous};
 use crate::{
-    Advice, CacheBuffer, CacheFormat, CacheUnit, CacheView, CacheViewMut, Element, Error, Result, Status, View,
-    ViewMut, advise,
+    Advice, Affine, AffineScales, CacheBuffer, CacheFormat, CacheUnit, CacheView, CacheViewMut, Element, Error,
+    Integers, Result, Status, View, ViewMut, advise,
 };
 
 /// The pages of the memory that is measured.
@@ -122,7 +122,12 @@ enum Buffer {
     Fp8(Aligned<u8>, CacheFormat),
     /// Blocks of several elements.
     Blocks(Aligned<u8>, CacheFormat),
+    /// Unsigned integers, and a scale and a zero point per token and head.
+    Affine(Aligned<u8>, [Aligned<f32>; 2], CacheFormat),
 }
+
+/// The description of affine formats here.
+const AFFINE: Affine = Affine::new(Integers::Unsigned);
 
 /// Not 1, so that a bench pays for scales.
 static FP8_SCALE: [f32; 1] = [0.75];
@@ -158,6 +163,13 @@ impl Tensor {
                 let byte = |x: f32| 0x35 + (5.0 * x) as u8;
                 Buffer::Blocks(Aligned::of(format.head_bytes(n), pages, byte)?, format)
             }
+            format @ (CacheFormat::Affine8 | CacheFormat::Affine4) => {
+                let heads = n / shape[3].max(1);
+                let scales = Aligned::of(heads, pages, |x| (1.0 + 0.5 * x) / 128.0)?;
+                let zeros = Aligned::of(heads, pages, |x| 128.0 + x)?;
+                let byte = |x: f32| (128.0 + 127.0 * x) as u8;
+                Buffer::Affine(Aligned::of(format.head_bytes(n), pages, byte)?, [scales, zeros], format)
+            }
         };
         Ok(Self { buffer, shape, layout })
     }
@@ -177,6 +189,13 @@ impl Tensor {
             Buffer::Blocks(units, format) => {
                 CacheView::blocks_strided(units.as_slice(), *format, 0, self.shape, self.block_strides(*format))
             }
+            Buffer::Affine(units, [scales, zeros], format) => {
+                let (_, shape, strides) = self.int8();
+                let scales = AffineScales::fixed(View::strided(scales.as_slice(), 0, shape, strides)?);
+                let scales = scales.zeros(View::strided(zeros.as_slice(), 0, shape, strides)?);
+                let strides = self.block_strides(*format);
+                CacheView::affine_strided(units.as_slice(), *format, 0, self.shape, strides, AFFINE, scales)
+            }
             Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view()?.into()),
         }
     }
@@ -184,6 +203,11 @@ impl Tensor {
     /// As [`Self::cache`], to be written to.
     pub fn cache_mut(&mut self) -> Result<CacheViewMut<'_>> {
         let ((strides, shape, scale_strides), units_shape) = (self.int8(), self.shape);
+        let layout = self.layout;
+        let block_strides = |format: CacheFormat| {
+            let [batch, seq, heads, dim] = units_shape;
+            layout.strides([batch, seq, heads, dim / format.unit_elements()])
+        };
         match self.buffer {
             Buffer::Int8(ref mut units, ref mut scales) => {
                 let scales = ViewMut::strided(scales.as_mut_slice(), 0, shape, scale_strides)?;
@@ -194,13 +218,13 @@ impl Tensor {
                 cache.static_scales(&FP8_SCALE)
             }
             Buffer::Blocks(ref mut units, format) => {
-                let strides = self.layout.strides([
-                    units_shape[0],
-                    units_shape[1],
-                    units_shape[2],
-                    units_shape[3] / format.unit_elements(),
-                ]);
-                CacheViewMut::blocks_strided(units.as_mut_slice(), format, 0, units_shape, strides)
+                CacheViewMut::blocks_strided(units.as_mut_slice(), format, 0, units_shape, block_strides(format))
+            }
+            Buffer::Affine(ref mut units, [ref mut scales, ref mut zeros], format) => {
+                let scales = AffineScales::written(ViewMut::strided(scales.as_mut_slice(), 0, shape, scale_strides)?);
+                let scales = scales.zeros(ViewMut::strided(zeros.as_mut_slice(), 0, shape, scale_strides)?);
+                let strides = block_strides(format);
+                CacheViewMut::affine_strided(units.as_mut_slice(), format, 0, units_shape, strides, AFFINE, scales)
             }
             Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view_mut()?.into()),
         }
@@ -224,7 +248,7 @@ impl Tensor {
             Buffer::F32(x) => View::strided(x.as_slice(), 0, shape, strides),
             Buffer::F16(x) => View::strided(x.as_slice(), 0, shape, strides),
             Buffer::Bf16(x) => View::strided(x.as_slice(), 0, shape, strides),
-            Buffer::Int8(..) | Buffer::Fp8(..) | Buffer::Blocks(..) => Err(quantised()),
+            Buffer::Int8(..) | Buffer::Fp8(..) | Buffer::Blocks(..) | Buffer::Affine(..) => Err(quantised()),
         }
     }
 
@@ -234,7 +258,7 @@ impl Tensor {
             Buffer::F32(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
             Buffer::F16(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
             Buffer::Bf16(x) => ViewMut::strided(x.as_mut_slice(), 0, shape, strides),
-            Buffer::Int8(..) | Buffer::Fp8(..) | Buffer::Blocks(..) => Err(quantised()),
+            Buffer::Int8(..) | Buffer::Fp8(..) | Buffer::Blocks(..) | Buffer::Affine(..) => Err(quantised()),
         }
     }
 }

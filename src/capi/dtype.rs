@@ -11,6 +11,10 @@ pub const KVL_DTYPE_F32: i32 = 0;
 pub const KVL_DTYPE_F16: i32 = 1;
 /// bfloat16: the upper half of a binary32.
 pub const KVL_DTYPE_BF16: i32 = 2;
+/// Unsigned bytes: zero points of affine caches alone.
+pub const KVL_DTYPE_U8: i32 = 16;
+/// Signed bytes: the same.
+pub const KVL_DTYPE_I8: i32 = 17;
 
 /// The type in the field of a view: `name` is the view's, since a call that computes makes no string in vain.
 pub(super) fn element_type(name: &str, value: kvl_dtype) -> Result<DType> {

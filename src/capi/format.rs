@@ -41,6 +41,13 @@ pub const KVL_FORMAT_Q5_1: i32 = 10;
 /// 53, 69, 89, 113.
 pub const KVL_FORMAT_IQ4_NL: i32 = 11;
 
+/// A byte per element, an integer, of whose group `kvl_cache_scales` gives a scale and perhaps a zero point, and says how it lies. Of this
+/// and the next format, units lie one after the other in a head: the stride of dim is 1.
+pub const KVL_FORMAT_AFFINE8: i32 = 12;
+/// The same in four bits: a unit is a byte of two elements, of which a head has an even number. `shape` counts elements, `strides` count
+/// bytes.
+pub const KVL_FORMAT_AFFINE4: i32 = 13;
+
 pub(super) fn parse_format(name: &str, value: kvl_format) -> Result<CacheFormat> {
     enumeration("kvl_format", name, value, CacheFormat::from_u32)
 }
@@ -64,5 +71,6 @@ const _: () = {
     assert!(KVL_FORMAT_Q8_0 == CacheFormat::Q8_0 as i32 && KVL_FORMAT_Q4_0 == CacheFormat::Q4_0 as i32);
     assert!(KVL_FORMAT_Q4_1 == CacheFormat::Q4_1 as i32 && KVL_FORMAT_Q5_0 == CacheFormat::Q5_0 as i32);
     assert!(KVL_FORMAT_Q5_1 == CacheFormat::Q5_1 as i32 && KVL_FORMAT_IQ4_NL == CacheFormat::Iq4Nl as i32);
-    assert!(CacheFormat::ALL.len() == 12);
+    assert!(KVL_FORMAT_AFFINE8 == CacheFormat::Affine8 as i32 && KVL_FORMAT_AFFINE4 == CacheFormat::Affine4 as i32);
+    assert!(CacheFormat::ALL.len() == 14);
 };

@@ -1,12 +1,12 @@
 //! Tensors in the caller's memory.
 
 use super::arguments::{reserved, shape};
-use super::dtype::{element_type, kvl_dtype};
+use super::dtype::{KVL_DTYPE_I8, KVL_DTYPE_U8, element_type, kvl_dtype};
 use super::format::unit_format;
 use super::sized::assert_layout;
 use crate::error::Result;
 use crate::format::CacheFormat;
-use crate::view::RawView;
+use crate::view::{RawView, ZeroType};
 use std::ffi::c_void;
 
 /// A tensor in the caller's memory that is written. The axes are always batch, seq, heads, dim; strides give their
@@ -70,6 +70,15 @@ impl kvl_view {
     /// The units of a cache, whose `dtype` is a `kvl_format`.
     pub(super) fn units(&self, name: &str) -> Result<RawView<CacheFormat>> {
         self.read(name, unit_format)
+    }
+
+    /// Zero points, whose `dtype` may be one of integers.
+    pub(super) fn zeros(&self, name: &str) -> Result<RawView<ZeroType>> {
+        self.read(name, |name, value| match value {
+            KVL_DTYPE_U8 => Ok(ZeroType::U8),
+            KVL_DTYPE_I8 => Ok(ZeroType::I8),
+            _ => Ok(ZeroType::Float(element_type(name, value)?)),
+        })
     }
 
     fn read<U>(&self, name: &str, kind: fn(&str, i32) -> Result<U>) -> Result<RawView<U>> {

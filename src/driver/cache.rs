@@ -8,8 +8,8 @@ use half::{bf16, f16};
 use super::error::{Error, Result};
 use super::model::{LayerConfig, ModelConfig};
 use crate::{
-    CacheBuffer, CacheFormat, CacheView, CacheViewMut, Context, DType, KeyRotation, KvCache, KvLayer, Layout, Runner,
-    UnrotatedKeys, View, ViewMut, Workspace, hadamard_block, reorder_table,
+    Affine, AffineScales, CacheBuffer, CacheFormat, CacheView, CacheViewMut, Context, DType, Integers, KeyRotation,
+    KvCache, KvLayer, Layout, Runner, UnrotatedKeys, View, ViewMut, Workspace, hadamard_block, reorder_table,
 };
 
 /// Prompt tokens per pass. More would enlarge the activations without making a pass more efficient.
@@ -80,10 +80,11 @@ impl Formats {
     }
 
     /// The bytes of the keys and values of one token in one layer, with `heads` heads of `dim` elements. A format with scales
-    /// has one per token and head, in f32; static scales are 1 here, and take nothing.
+    /// has one per token and head, in f32, and an affine one a zero point too; static scales are 1 here, and take nothing.
     pub fn token_bytes(self, heads: usize, dim: usize) -> usize {
         let bytes = |format: CacheFormat| {
-            heads * (format.head_bytes(dim) + if format.has_scales() { size_of::<f32>() } else { 0 })
+            let scales = usize::from(format.has_scales()) + 2 * usize::from(format.is_affine());
+            heads * (format.head_bytes(dim) + scales * size_of::<f32>())
         };
         bytes(self.k) + bytes(self.v)
     }
@@ -127,7 +128,12 @@ enum Buffer {
     Fp8(CacheBuffer<u8>, CacheFormat),
     /// Blocks of several elements.
     Blocks(CacheBuffer<u8>, CacheFormat),
+    /// Unsigned integers, and a scale and a zero point per token and head.
+    Affine(CacheBuffer<u8>, [CacheBuffer<f32>; 2], CacheFormat),
 }
+
+/// The description of affine formats here.
+const AFFINE: Affine = Affine::new(Integers::Unsigned);
 
 impl Buffer {
     fn zeros(format: CacheFormat, shape: [usize; 4]) -> Result<Self> {
@@ -146,6 +152,10 @@ impl Buffer {
             | CacheFormat::Q5_0
             | CacheFormat::Q5_1
             | CacheFormat::Iq4Nl => Self::Blocks(CacheBuffer::zeroed(tokens * format.head_bytes(dim))?, format),
+            CacheFormat::Affine8 | CacheFormat::Affine4 => {
+                let units = CacheBuffer::zeroed(tokens * format.head_bytes(dim))?;
+                Self::Affine(units, [CacheBuffer::zeroed(tokens)?, CacheBuffer::zeroed(tokens)?], format)
+            }
         })
     }
 
@@ -157,6 +167,11 @@ impl Buffer {
             Self::Int8(units, scales) => CacheView::int8(units, shape, View::new(scales, of_scales(shape))?)?,
             Self::Fp8(units, format) => CacheView::fp8(units, *format, shape)?,
             Self::Blocks(units, format) => CacheView::blocks(units, *format, shape)?,
+            Self::Affine(units, [scales, zeros], format) => {
+                let scales = AffineScales::fixed(View::new(scales, of_scales(shape))?);
+                let scales = scales.zeros(View::new(zeros, of_scales(shape))?);
+                CacheView::affine(units, *format, shape, AFFINE, scales)?
+            }
         })
     }
 
@@ -168,6 +183,11 @@ impl Buffer {
             Self::Int8(units, scales) => CacheViewMut::int8(units, shape, ViewMut::new(scales, of_scales(shape))?)?,
             Self::Fp8(units, format) => CacheViewMut::fp8(units, *format, shape)?,
             Self::Blocks(units, format) => CacheViewMut::blocks(units, *format, shape)?,
+            Self::Affine(units, [scales, zeros], format) => {
+                let scales = AffineScales::written(ViewMut::new(scales, of_scales(shape))?);
+                let scales = scales.zeros(ViewMut::new(zeros, of_scales(shape))?);
+                CacheViewMut::affine(units, *format, shape, AFFINE, scales)?
+            }
         })
     }
 }

@@ -8,6 +8,7 @@ use crate::problem::attention::Problem;
 use crate::problem::rotation::Pairing;
 use crate::problem::tile::Tile;
 use crate::tuning::Tuning;
+use crate::view::{AffineGroups, AffineRow};
 
 /// The operation of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -181,6 +182,31 @@ pub(crate) struct ScaledArgs {
     pub scale_head: isize,
     /// F32 or f16.
     pub scale_dtype: DType,
+    /// Instead of scales, what describes units of an affine format.
+    pub affine: Option<AffineArgs>,
+}
+
+/// The description of affine units, and the scales and zero points of the heads of one token, or of as many tokens as share them.
+#[derive(Clone, Copy)]
+pub(crate) struct AffineArgs {
+    pub groups: AffineGroups,
+    /// Those of the first head.
+    pub first: AffineRow,
+    /// From the scales and the zero points of a head to those of the next one, in bytes.
+    pub head_steps: [isize; 2],
+    /// Tokens that are quantised together, and what lies between them, in elements of the source and in units.
+    pub tokens: usize,
+    pub src_token: isize,
+    pub dst_token: isize,
+}
+
+impl AffineArgs {
+    /// The scales and zero points of a head.
+    #[inline(always)]
+    pub fn row(&self, head: usize) -> AffineRow {
+        let at = |first: *mut u8, step: isize| first.wrapping_offset(head as isize * step);
+        AffineRow { scales: at(self.first.scales, self.head_steps[0]), zeros: at(self.first.zeros, self.head_steps[1]) }
+    }
 }
 
 /// The heads of one token, with the parameters of their norm.

@@ -67,6 +67,16 @@ macro_rules! kernel_shells {
                 unsafe { generic::blocks::dequantize::<_, U, B>($level::new_unchecked(), args) }
             }
             $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn quantize_affine<A: LoadStore, const BITS: u32>(args: &ScaledArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::affine::quantize::<_, A, BITS>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            pub(super) unsafe fn dequantize_affine<B: LoadStore, const BITS: u32>(args: &ScaledArgs) {
+                // SAFETY: the caller's.
+                unsafe { generic::affine::dequantize::<_, B, BITS>($level::new_unchecked(), args) }
+            }
+            $(#[target_feature(enable = $feature)])*
             pub(super) unsafe fn merge<T: LoadStore>(args: &MergeArgs) {
                 // SAFETY: the caller's.
                 unsafe { generic::merge::merge::<_, T>($level::new_unchecked(), args) }
@@ -141,10 +151,16 @@ macro_rules! kernel_shells {
                 // SAFETY: the caller's.
                 unsafe { args.run::<_, U>($level::new_unchecked()) }
             }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn widen_affine<const BITS: u32>(args: &WidenUnits) {
+                // SAFETY: the caller's.
+                unsafe { args.run_affine::<_, BITS>($level::new_unchecked()) }
+            }
             const fn key_pieces<T: Load>() -> KeyPieces {
                 KeyPieces {
                     unit_bytes: size_of::<T>(),
                     widen: None,
+                    reads_units: true,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     scores: scores::<T>,
                     widened_scores: scores::<f32>,
@@ -156,6 +172,7 @@ macro_rules! kernel_shells {
                 ValuePieces {
                     unit_bytes: size_of::<T>(),
                     widen: None,
+                    reads_units: true,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     accumulate: accumulate::<T, false>,
                     accumulate_one: accumulate_one::<T>,
@@ -196,6 +213,14 @@ macro_rules! kernel_shells {
                     ..pieces::<f32>()
                 }
             }
+            /// The same for integers of an affine format.
+            const fn affine_pieces<const BITS: u32>() -> Pieces {
+                Pieces {
+                    keys: const { &KeyPieces { widen: Some(widen_affine::<BITS>), reads_units: false, ..key_pieces::<f32>() } },
+                    values: const { &ValuePieces { widen: Some(widen_affine::<BITS>), reads_units: false, ..value_pieces::<f32>() } },
+                    ..pieces::<f32>()
+                }
+            }
             /// The kernels that write f16 saturated, with the operation and the source type. A copy of f16 keeps every bit.
             pub(in $crate::kernels) static SATURATING: &[$crate::kernels::registry::Saturating] = {
                 use $crate::dtype::SaturatingF16;
@@ -220,6 +245,9 @@ macro_rules! kernel_shells {
             }
             pub(super) const fn block_attention<U: BlockUnit>() -> AttentionFns {
                 attention_of(block_pieces::<U>())
+            }
+            pub(super) const fn affine_attention<const BITS: u32>() -> AttentionFns {
+                attention_of(affine_pieces::<BITS>())
             }
             const fn attention_of(pieces: Pieces) -> AttentionFns {
                 AttentionFns {
@@ -287,6 +315,12 @@ macro_rules! kernel_table {
     KvWrite     F32  Iq4Nl 0.0 Scaled(quantize_blocks::<f32, Iq4Nl>) "kv_write_f32_iq4_nl_scalar" "kv_write_f32_iq4_nl_avx2" "kv_write_f32_iq4_nl_avx512" "kv_write_f32_iq4_nl_neon";
     KvWrite     F16  Iq4Nl 0.0 Scaled(quantize_blocks::<f16, Iq4Nl>) "kv_write_f16_iq4_nl_scalar" "kv_write_f16_iq4_nl_avx2" "kv_write_f16_iq4_nl_avx512" "kv_write_f16_iq4_nl_neon";
     KvWrite     Bf16 Iq4Nl 0.0 Scaled(quantize_blocks::<bf16, Iq4Nl>) "kv_write_bf16_iq4_nl_scalar" "kv_write_bf16_iq4_nl_avx2" "kv_write_bf16_iq4_nl_avx512" "kv_write_bf16_iq4_nl_neon";
+    KvWrite     F32  Affine8 0.0 Scaled(quantize_affine::<f32, 8>) "kv_write_f32_affine8_scalar" "kv_write_f32_affine8_avx2" "kv_write_f32_affine8_avx512" "kv_write_f32_affine8_neon";
+    KvWrite     F16  Affine8 0.0 Scaled(quantize_affine::<f16, 8>) "kv_write_f16_affine8_scalar" "kv_write_f16_affine8_avx2" "kv_write_f16_affine8_avx512" "kv_write_f16_affine8_neon";
+    KvWrite     Bf16 Affine8 0.0 Scaled(quantize_affine::<bf16, 8>) "kv_write_bf16_affine8_scalar" "kv_write_bf16_affine8_avx2" "kv_write_bf16_affine8_avx512" "kv_write_bf16_affine8_neon";
+    KvWrite     F32  Affine4 0.0 Scaled(quantize_affine::<f32, 4>) "kv_write_f32_affine4_scalar" "kv_write_f32_affine4_avx2" "kv_write_f32_affine4_avx512" "kv_write_f32_affine4_neon";
+    KvWrite     F16  Affine4 0.0 Scaled(quantize_affine::<f16, 4>) "kv_write_f16_affine4_scalar" "kv_write_f16_affine4_avx2" "kv_write_f16_affine4_avx512" "kv_write_f16_affine4_neon";
+    KvWrite     Bf16 Affine4 0.0 Scaled(quantize_affine::<bf16, 4>) "kv_write_bf16_affine4_scalar" "kv_write_bf16_affine4_avx2" "kv_write_bf16_affine4_avx512" "kv_write_bf16_affine4_neon";
     KvRead      Int8 F32  1e-7 Scaled(dequantize::<f32>)        "kv_read_int8_f32_scalar" "kv_read_int8_f32_avx2" "kv_read_int8_f32_avx512" "kv_read_int8_f32_neon";
     KvRead      Int8 F16  1e-7 Scaled(dequantize::<f16>)        "kv_read_int8_f16_scalar" "kv_read_int8_f16_avx2" "kv_read_int8_f16_avx512" "kv_read_int8_f16_neon";
     KvRead      Int8 Bf16 1e-7 Scaled(dequantize::<bf16>)       "kv_read_int8_bf16_scalar" "kv_read_int8_bf16_avx2" "kv_read_int8_bf16_avx512" "kv_read_int8_bf16_neon";
@@ -314,6 +348,12 @@ macro_rules! kernel_table {
     KvRead      Iq4Nl F32 1e-7 Scaled(dequantize_blocks::<Iq4Nl, f32>) "kv_read_iq4_nl_f32_scalar" "kv_read_iq4_nl_f32_avx2" "kv_read_iq4_nl_f32_avx512" "kv_read_iq4_nl_f32_neon";
     KvRead      Iq4Nl F16 1e-7 Scaled(dequantize_blocks::<Iq4Nl, f16>) "kv_read_iq4_nl_f16_scalar" "kv_read_iq4_nl_f16_avx2" "kv_read_iq4_nl_f16_avx512" "kv_read_iq4_nl_f16_neon";
     KvRead      Iq4Nl Bf16 1e-7 Scaled(dequantize_blocks::<Iq4Nl, bf16>) "kv_read_iq4_nl_bf16_scalar" "kv_read_iq4_nl_bf16_avx2" "kv_read_iq4_nl_bf16_avx512" "kv_read_iq4_nl_bf16_neon";
+    KvRead      Affine8 F32  1e-7 Scaled(dequantize_affine::<f32, 8>) "kv_read_affine8_f32_scalar" "kv_read_affine8_f32_avx2" "kv_read_affine8_f32_avx512" "kv_read_affine8_f32_neon";
+    KvRead      Affine8 F16  1e-7 Scaled(dequantize_affine::<f16, 8>) "kv_read_affine8_f16_scalar" "kv_read_affine8_f16_avx2" "kv_read_affine8_f16_avx512" "kv_read_affine8_f16_neon";
+    KvRead      Affine8 Bf16 1e-7 Scaled(dequantize_affine::<bf16, 8>) "kv_read_affine8_bf16_scalar" "kv_read_affine8_bf16_avx2" "kv_read_affine8_bf16_avx512" "kv_read_affine8_bf16_neon";
+    KvRead      Affine4 F32  1e-7 Scaled(dequantize_affine::<f32, 4>) "kv_read_affine4_f32_scalar" "kv_read_affine4_f32_avx2" "kv_read_affine4_f32_avx512" "kv_read_affine4_f32_neon";
+    KvRead      Affine4 F16  1e-7 Scaled(dequantize_affine::<f16, 4>) "kv_read_affine4_f16_scalar" "kv_read_affine4_f16_avx2" "kv_read_affine4_f16_avx512" "kv_read_affine4_f16_neon";
+    KvRead      Affine4 Bf16 1e-7 Scaled(dequantize_affine::<bf16, 4>) "kv_read_affine4_bf16_scalar" "kv_read_affine4_bf16_avx2" "kv_read_affine4_bf16_avx512" "kv_read_affine4_bf16_neon";
     RepeatKv    F32  F32  0.0  Copy(copy::<f32, f32>)           "repeat_kv_f32_scalar" "repeat_kv_f32_avx2" "repeat_kv_f32_avx512" "repeat_kv_f32_neon";
     RepeatKv    F16  F16  0.0  Copy(copy::<f16, f16>)           "repeat_kv_f16_scalar" "repeat_kv_f16_avx2" "repeat_kv_f16_avx512" "repeat_kv_f16_neon";
     RepeatKv    Bf16 Bf16 0.0  Copy(copy::<bf16, bf16>)         "repeat_kv_bf16_scalar" "repeat_kv_bf16_avx2" "repeat_kv_bf16_avx512" "repeat_kv_bf16_neon";
@@ -329,6 +369,8 @@ macro_rules! kernel_table {
     Attention   Q5_0 Q5_0 1e-5 Attention(block_attention::<Q5_0>()) "attention_q5_0_scalar" "attention_q5_0_avx2" "attention_q5_0_avx512" "attention_q5_0_neon";
     Attention   Q5_1 Q5_1 1e-5 Attention(block_attention::<Q5_1>()) "attention_q5_1_scalar" "attention_q5_1_avx2" "attention_q5_1_avx512" "attention_q5_1_neon";
     Attention   Iq4Nl Iq4Nl 1e-5 Attention(block_attention::<Iq4Nl>()) "attention_iq4_nl_scalar" "attention_iq4_nl_avx2" "attention_iq4_nl_avx512" "attention_iq4_nl_neon";
+    Attention   Affine8 Affine8 1e-5 Attention(affine_attention::<8>()) "attention_affine8_scalar" "attention_affine8_avx2" "attention_affine8_avx512" "attention_affine8_neon";
+    Attention   Affine4 Affine4 1e-5 Attention(affine_attention::<4>()) "attention_affine4_scalar" "attention_affine4_avx2" "attention_affine4_avx512" "attention_affine4_neon";
     MergeStates F32  F32  1e-6 Merge(merge::<f32>)              "merge_states_f32_scalar" "merge_states_f32_avx2" "merge_states_f32_avx512" "merge_states_f32_neon";
     MergeStates F16  F16  1e-6 Merge(merge::<f16>)              "merge_states_f16_scalar" "merge_states_f16_avx2" "merge_states_f16_avx512" "merge_states_f16_neon";
     MergeStates Bf16 Bf16 1e-6 Merge(merge::<bf16>)             "merge_states_bf16_scalar" "merge_states_bf16_avx2" "merge_states_bf16_avx512" "merge_states_bf16_neon";

@@ -159,6 +159,16 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         unsafe { self.load_i8(copy_part(p, n).as_ptr()) }
     }
+    /// Unsigned bytes, converted to f32.
+    ///
+    /// # Safety
+    /// As [`Self::load_f32`].
+    #[inline(always)]
+    unsafe fn load_u8(self, p: *const u8) -> Self::V {
+        // SAFETY: the caller's.
+        let signed = unsafe { self.load_i8(p.cast()) };
+        self.select_lt(signed, self.zero(), self.add(signed, self.splat(256.0)), signed)
+    }
     /// Eight-bit floats E4M3: see [`E4m3`].
     ///
     /// # Safety

@@ -391,11 +391,10 @@ fn workspace_size(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], v_dim: us
 }
 
 /// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together, each for so
-/// many query rows. Blocks that are widened before are read a head at a time.
+/// many query rows. Blocks that are widened before, and affine units, are read a head at a time.
 fn heads_together(view: &RawView<CacheFormat>, rows: usize) -> bool {
-    (view.dtype.unit_elements() == 1 || reads_blocks(rows))
-        && view.strides[DIM] == 1
-        && view.strides[HEADS].unsigned_abs() < view.strides[SEQ].unsigned_abs()
+    let reads_units = if view.dtype.is_blocks() { reads_blocks(rows) } else { !view.dtype.is_affine() };
+    reads_units && view.strides[DIM] == 1 && view.strides[HEADS].unsigned_abs() < view.strides[SEQ].unsigned_abs()
 }
 
 /// Where a call has its workspace.

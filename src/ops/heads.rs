@@ -6,13 +6,13 @@ use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::format::CacheFormat;
 use crate::kernels::api::{
-    CopyArgs, CopyFn, HadamardArgs, HadamardFn, NormFn, Op, RopeArgs, RopeFn, ScaledArgs, ScaledFn,
+    AffineArgs, CopyArgs, CopyFn, HadamardArgs, HadamardFn, NormFn, Op, RopeArgs, RopeFn, ScaledArgs, ScaledFn,
 };
 use crate::layout::Place;
 use crate::ops::norm::{RmsNorm, Rotation, STAGE};
 use crate::problem::limits::MAX_ROTARY_DIM;
 use crate::problem::rotation::Pairing;
-use crate::view::{HEADS, RawCacheView, RawView};
+use crate::view::{HEADS, RawCacheView, RawView, SEQ};
 use std::mem::MaybeUninit;
 
 /// The angles of a token.
@@ -37,6 +37,7 @@ pub(crate) struct Scales {
     data: *mut u8,
     step: isize,
     dtype: DType,
+    affine: Option<AffineArgs>,
 }
 
 impl Scales {
@@ -44,13 +45,45 @@ impl Scales {
     ///
     /// # Safety
     /// The view is valid and the token and the head are inside.
-    pub unsafe fn along(view: &RawView, axis: usize, (row, slot): Place, head: usize) -> Self {
+    unsafe fn along(view: &RawView, axis: usize, (row, slot): Place, head: usize) -> Self {
         // SAFETY: the caller's.
-        Self { data: unsafe { view.row(row, slot, head) }, step: view.strides[axis] as isize, dtype: view.dtype }
+        let data = unsafe { view.row(row, slot, head) };
+        Self { data, step: view.strides[axis] as isize, dtype: view.dtype, affine: None }
     }
 
     /// Static scales of 1.
-    const ONE: Self = Self { data: std::ptr::null_mut(), step: 0, dtype: DType::F32 };
+    const ONE: Self = Self { data: std::ptr::null_mut(), step: 0, dtype: DType::F32, affine: None };
+
+    /// The scales of vectors of a cache along an axis, from a token and a head on, if the cache has scales. Tokens that share scales are
+    /// none of several vectors along seq.
+    ///
+    /// # Safety
+    /// As [`Self::along`].
+    pub unsafe fn of_vectors(cache: &RawCacheView, axis: usize, place: Place, head: usize) -> Option<Self> {
+        // SAFETY: the caller's, here and below.
+        let Some(affine) = &cache.affine else {
+            return cache.scales.as_ref().map(|scales| unsafe { Self::along(scales, axis, place, head) });
+        };
+        // SAFETY: as above.
+        let first = unsafe { affine.row(place.0, place.1, head) };
+        let args = AffineArgs {
+            groups: affine.groups(),
+            first,
+            head_steps: affine.steps(axis),
+            tokens: 1,
+            src_token: 0,
+            dst_token: 0,
+        };
+        Some(Self { affine: Some(args), ..Self::ONE })
+    }
+
+    /// The same scales of several tokens, `src` elements apart in their source and `dst` units in the cache.
+    fn of_tokens(mut self, tokens: usize, src: isize, dst: isize) -> Self {
+        if let Some(affine) = &mut self.affine {
+            (affine.tokens, affine.src_token, affine.dst_token) = (tokens, src, dst);
+        }
+        self
+    }
 
     /// The scales of the heads of a token, if the cache has scales.
     ///
@@ -58,14 +91,27 @@ impl Scales {
     /// As [`Self::along`].
     pub unsafe fn of_token(cache: &RawCacheView, place: Place) -> Option<Self> {
         // SAFETY: the caller's.
-        cache.scales.as_ref().map(|scales| unsafe { Self::along(scales, HEADS, place, 0) })
+        unsafe { Self::of_vectors(cache, HEADS, place, 0) }
+    }
+
+    /// The scales of the heads of `tokens` tokens that share them, of which the first goes to a place.
+    ///
+    /// # Safety
+    /// As [`Self::along`].
+    pub unsafe fn of_block(tokens: usize, src: &RawView, cache: &RawCacheView, place: Place) -> Option<Self> {
+        // SAFETY: the caller's.
+        let scales = unsafe { Self::of_token(cache, place) };
+        scales.map(|scales| scales.of_tokens(tokens, src.strides[SEQ] as isize, cache.strides[SEQ] as isize))
     }
 
     fn args(&self, copy: CopyArgs, first: usize) -> ScaledArgs {
-        let Self { data, step, dtype } = *self;
+        let Self { data, step, dtype, mut affine } = *self;
+        if let Some(affine) = &mut affine {
+            affine.first = affine.row(first);
+        }
         // The null of scales that are 1 has the step 0.
         let scales = data.wrapping_offset(first as isize * step * dtype.size() as isize);
-        ScaledArgs { copy, scales, scale_head: step, scale_dtype: dtype }
+        ScaledArgs { copy, scales, scale_head: step, scale_dtype: dtype, affine }
     }
 }
 

@@ -154,6 +154,35 @@ impl Destination<'_> {
         }
     }
 
+    /// Fails unless the tokens that share scales of a cache are all written, or none of them. All else has been checked.
+    fn check_shared(&self, name: &str, cache: &RawCacheView, src: &RawView) -> Result<()> {
+        let ([batch, seq, ..], shared) = (src.shape, tokens_sharing(cache));
+        if shared == 1 || src.is_empty() {
+            return Ok(());
+        }
+        for row in 0..batch {
+            let mut token = 0;
+            while token < seq {
+                let Some((of, slot)) = self.place(row, token, seq, &cache.units) else {
+                    token += 1;
+                    continue;
+                };
+                let whole = |i| self.place(row, token + i, seq, &cache.units) == Some((of, slot + i));
+                let written = (1..shared).take_while(|&i| token + i < seq && whole(i)).count() + 1;
+                ensure!(
+                    slot.is_multiple_of(shared) && written == shared,
+                    Unsupported,
+                    "tokens [{row}, {token}] to [{row}, {}] go to slots {slot} to {}, but in {name} scales are of {shared} tokens, from a \
+                     slot that is a multiple of {shared} on: all of them are written together, in order",
+                    token + written - 1,
+                    slot + written - 1
+                );
+                token += shared;
+            }
+        }
+        Ok(())
+    }
+
     fn validate<U: Units>(&self, batch: usize, seq: usize, cache: &RawView<U>) -> Result<()> {
         for (name, list) in [("counts", self.counts), ("sequences", self.sequences)] {
             if let Some(list) = list {
@@ -444,8 +473,29 @@ impl RawWrite<'_> {
         if quantised && (prepared || rotated) || prepared && rotated {
             check_staged("k", k.shape[DIM])?;
         }
+        self.to.check_shared("k_cache", k_cache, k)?;
+        if let Some((v, v_cache)) = &self.values {
+            self.to.check_shared("v_cache", v_cache, v)?;
+            ensure!(
+                tokens_sharing(v_cache) == 1 || self.v_hadamard.is_none(),
+                Unsupported,
+                "{} tokens of v_cache share scales, but v_hadamard rotates them one by one: rotate v before it is written",
+                tokens_sharing(v_cache)
+            );
+        }
+        ensure!(
+            tokens_sharing(k_cache) == 1 || !prepared && !rotated,
+            Unsupported,
+            "{} tokens of k_cache share scales, but norms and rotations are of one token: apply them to k before it is written",
+            tokens_sharing(k_cache)
+        );
         Ok(())
     }
+}
+
+/// Tokens that share scales which a write computes.
+pub(super) fn tokens_sharing(cache: &RawCacheView) -> usize {
+    cache.affine.filter(|affine| !affine.fixed).map_or(1, |affine| affine.shared[SEQ])
 }
 
 /// # Safety
@@ -487,7 +537,13 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                         }
                         _ => None,
                     };
-                    key_kernels.run(&copy, || [None, Scales::of_token(k_cache, place)], turn);
+                    match tokens_sharing(k_cache) {
+                        1 => key_kernels.run(&copy, || [None, Scales::of_token(k_cache, place)], turn),
+                        n if place.1.is_multiple_of(n) => {
+                            key_kernels.run(&copy, || [None, Scales::of_block(n, k, k_cache, place)], None);
+                        }
+                        _ => {}
+                    }
                 }
                 if let Some((v, v_cache)) = values
                     && !v.is_empty()
@@ -498,8 +554,14 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                             if let Some(next) = next {
                                 ask_for(&mut copy, k.row(b, t + 1, 0), k_cache.row(next.0, next.1, 0));
                             }
-                            if let Some(kernels) = &value_kernels {
-                                kernels.run(&copy, || [None, Scales::of_token(v_cache, place)], None);
+                            match (&value_kernels, tokens_sharing(v_cache)) {
+                                (Some(kernels), 1) => {
+                                    kernels.run(&copy, || [None, Scales::of_token(v_cache, place)], None);
+                                }
+                                (Some(kernels), n) if place.1.is_multiple_of(n) => {
+                                    kernels.run(&copy, || [None, Scales::of_block(n, v, v_cache, place)], None);
+                                }
+                                _ => {}
                             }
                         }
                         Packing::RowPairs if v_hadamard.is_some() => {

@@ -3,8 +3,11 @@
 //! Every tensor of the library has rank 4, with its axes in the order `[batch, seq, heads, dim]`. Their order in memory is given by
 //! strides in elements: BSHD, BHSD, a slice of a fused QKV buffer and a shard of the heads differ in their strides only.
 
+mod affine;
 mod raw;
 
+pub use affine::{Affine, Integers, Nibbles, Zeros};
+pub(crate) use affine::{AffineGroups, AffineRow, RawAffine, ZeroType, apart_is_unknown};
 pub(crate) use raw::*;
 
 use crate::dtype::{DType, Element};

@@ -1,5 +1,6 @@
 //! Views without a lifetime: checks of shape, strides and memory.
 
+use super::affine::RawAffine;
 use crate::dtype::DType;
 use crate::error::{Result, ensure};
 use crate::format::CacheFormat;
@@ -299,6 +300,33 @@ impl<U: Units> RawView<U> {
         reachable(distance / size, &axes)
     }
 
+    /// Whether an element of `self` shares a byte with one of `other`, if their strides in bytes agree along all axes on which both
+    /// have several; otherwise this is not known.
+    pub fn interleaves<V: Units>(&self, other: &RawView<V>) -> Option<bool> {
+        // Elements that lie together are one.
+        fn runs<U: Units>(view: &RawView<U>) -> ([i128; 4], [usize; 4], i128) {
+            let (size, mut shape) = (view.dtype.size() as i128, view.unit_shape());
+            let together = view.strides[DIM] == 1 || shape[DIM] == 1;
+            let bytes = if together { shape[DIM] as i128 * size } else { size };
+            if together {
+                shape[DIM] = 1;
+            }
+            (view.strides.map(|stride| stride as i128 * size), shape, bytes)
+        }
+        let ((own, shape, bytes), (others, of_other, other_bytes)) = (runs(self), runs(other));
+        let mut axes: [(i128, i128, i128); 5] = [(1, 1 - other_bytes, bytes - 1); 5];
+        for axis in 0..4 {
+            let stride = if shape[axis] > 1 { own[axis] } else { others[axis] };
+            if of_other[axis] > 1 && others[axis] != stride {
+                return None;
+            }
+            let (back, on) = (of_other[axis] as i128 - 1, shape[axis] as i128 - 1);
+            axes[axis] = if stride < 0 { (-stride, -on, back) } else { (stride, -back, on) };
+        }
+        axes.sort_by_key(|a| std::cmp::Reverse(a.0));
+        Some(reachable(other.data.addr() as i128 - self.data.addr() as i128, &axes))
+    }
+
     /// The address of element `[b, s, h, 0]`.
     ///
     /// # Safety
@@ -414,6 +442,8 @@ pub(crate) struct RawCacheView {
     /// `[batch, seq, heads, 1]` of f32 or f16, of the same first three axes as the units. Static scales may be absent, and have the
     /// stride 0 along the first two axes.
     pub scales: Option<RawView>,
+    /// What describes units of an affine format, with its scales.
+    pub affine: Option<RawAffine>,
 }
 
 impl std::ops::Deref for RawCacheView {
@@ -426,7 +456,7 @@ impl std::ops::Deref for RawCacheView {
 
 impl From<RawView> for RawCacheView {
     fn from(view: RawView) -> Self {
-        Self { units: view.units(), scales: None }
+        Self { units: view.units(), scales: None, affine: None }
     }
 }
 

@@ -151,12 +151,12 @@ impl Blocks {
 
     /// With the order of the axes that a layout has; dim stays the innermost one.
     pub fn output(format: CacheFormat, shape: [usize; 4], layout: super::Layout, place: Place) -> Self {
-        Self::new(format, shape, inner(shape, layout.strides(shape)), place)
+        Self::new(format, shape, inner(shape, layout.strides(shape), N), place)
     }
 
     /// What quantising a tensor gives, with the order of the tensor's axes.
     pub fn of(tensor: &Tensor, format: CacheFormat, place: Place) -> Self {
-        let mut cache = Self::new(format, tensor.shape, inner(tensor.shape, tensor.strides), place);
+        let mut cache = Self::new(format, tensor.shape, inner(tensor.shape, tensor.strides, N), place);
         let [batch, seq, heads, dim] = tensor.shape;
         for [b, s, h, _] in indices([batch, seq, heads, 1]) {
             let head: Vec<f32> = (0..dim).map(|d| tensor.get([b, s, h, d])).collect();
@@ -204,11 +204,11 @@ impl Blocks {
     }
 }
 
-/// Strides in blocks with the signs of others, and the order of all axes but the last, which is the innermost; axes of stride 0 stay.
-fn inner(shape: [usize; 4], strides: [i64; 4]) -> [i64; 4] {
+/// Strides in units of so many elements with the signs of others, and the order of all axes but the last, which is the innermost; axes of stride 0 stay.
+pub fn inner(shape: [usize; 4], strides: [i64; 4], per_unit: usize) -> [i64; 4] {
     let mut axes: Vec<usize> = (0..3).filter(|&axis| strides[axis] != 0).collect();
     axes.sort_by_key(|&axis| strides[axis].unsigned_abs());
-    let (mut inner, mut step) = ([0, 0, 0, 1], (shape[3] / N).max(1) as i64);
+    let (mut inner, mut step) = ([0, 0, 0, 1], (shape[3] / per_unit).max(1) as i64);
     for axis in axes {
         step += (strides[axis] % 3).abs();
         inner[axis] = step * strides[axis].signum();

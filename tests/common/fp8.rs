@@ -1,8 +1,10 @@
 //! Caches of eight-bit floats, by their definition, and quantised caches of any format.
 
+use super::affine::{Described, Kind};
 use super::blocks::Blocks;
 pub use super::blocks::CANARY;
 use super::int8::{Int8, UnitMemory};
+use super::rng::Rng;
 use super::tensor::{Layout, Place, Tensor, indices};
 use half::f16;
 use kvlane::{CacheFormat, CacheView, CacheViewMut, DType};
@@ -180,6 +182,7 @@ pub enum Quantised {
     Int8(Int8),
     Fp8(Fp8),
     Blocks(Blocks),
+    Described(Box<Described>),
 }
 
 impl Quantised {
@@ -188,7 +191,13 @@ impl Quantised {
         let even = tensor.shape[3].is_multiple_of(2);
         match format {
             CacheFormat::Int8 => Self::Int8(Int8::of(tensor, if even { DType::F32 } else { DType::F16 }, place)),
-            _ if format.unit_elements() > 1 => Self::Blocks(Blocks::of(tensor, format, place)),
+            _ if format.is_affine() => {
+                // Another description for every shape.
+                let seed = tensor.shape.iter().fold(0, |seed, &n| 31 * seed + n as u64);
+                let kind = Kind::random(&mut Rng::new(seed), format, tensor.shape[3], 0);
+                Self::Described(Box::new(Described::of(tensor, kind, place)))
+            }
+            _ if format.is_blocks() => Self::Blocks(Blocks::of(tensor, format, place)),
             _ => {
                 let scales = Scales::kinds(tensor.shape[2])[if even { 0 } else { 3 }].clone();
                 Self::Fp8(Fp8::of(tensor, format, scales, place))
@@ -201,6 +210,7 @@ impl Quantised {
             Self::Int8(_) => CacheFormat::Int8,
             Self::Fp8(cache) => cache.format,
             Self::Blocks(cache) => cache.format,
+            Self::Described(cache) => cache.kind.format,
         }
     }
 
@@ -210,6 +220,7 @@ impl Quantised {
             Self::Int8(cache) => f64::from(cache.unit(at)) * f64::from(cache.scales.get([at[0], at[1], at[2], 0])),
             Self::Fp8(cache) => cache.get(at),
             Self::Blocks(cache) => cache.get(at).into(),
+            Self::Described(cache) => cache.get(at).into(),
         }
     }
 
@@ -218,6 +229,7 @@ impl Quantised {
             Self::Int8(cache) => cache.view(),
             Self::Fp8(cache) => cache.view(),
             Self::Blocks(cache) => cache.view(),
+            Self::Described(cache) => cache.view(),
         }
     }
 
@@ -226,6 +238,7 @@ impl Quantised {
             Self::Int8(cache) => cache.view_mut(),
             Self::Fp8(cache) => cache.view_mut(),
             Self::Blocks(cache) => cache.view_mut(),
+            Self::Described(cache) => cache.view_mut(),
         }
     }
 }

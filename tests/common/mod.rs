@@ -1,6 +1,7 @@
 //! Shared by all test binaries: the oracle, tensors of any layout between guard pages, random numbers.
 #![allow(dead_code)] // Each binary uses a part of it.
 
+pub mod affine;
 #[cfg(all(kvlane_emulate_amx, target_arch = "x86_64", target_os = "linux"))]
 pub mod amx_emulator;
 pub mod attention;

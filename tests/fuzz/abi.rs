@@ -77,7 +77,9 @@ structs! {
         struct_size: usize, data: *const u8, bytes: usize, offset: i64, shape: [i64; 4], strides: [i64; 3],
         first_keys: *const i32, bit_offsets: *const i64, query_strides: *const i64,
     }
-    kvl_cache_scales { struct_size: usize, k: kvl_view, v: kvl_view }
+    kvl_cache_scales {
+        struct_size: usize, k: kvl_view, v: kvl_view, k_zeros: kvl_view, v_zeros: kvl_view, k_affine: u32, v_affine: u32,
+    }
     kvl_kv_layer { k: kvl_view, v: kvl_view, scales: *const kvl_cache_scales }
     kvl_cache {
         struct_size: usize, layers: *const kvl_kv_layer, num_layers: usize, layout: *const kvl_layout, lengths: *mut i32,

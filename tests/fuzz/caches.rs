@@ -4,6 +4,7 @@ use crate::abi::*;
 use crate::call::{Call, List, product};
 use crate::memory::{FP8, Tensor};
 use crate::places::*;
+use crate::targets::sharing;
 
 /// The caches of several layers, and the arguments of the call for them.
 struct Cache {
@@ -116,7 +117,9 @@ impl Cache {
     /// Slots that the call writes.
     fn writes(&self, c: &mut Call, places: &Slots) {
         for tensor in &self.tensors {
-            c.writes(tensor, |at| places.contains(&(at[0] as i64, at[1] as i64)));
+            let per = sharing(self.places.axes[1], tensor.shape[1]) as i64;
+            let slots = |slot: usize| (0..per).map(move |i| slot as i64 * per + i);
+            c.writes(tensor, |at| slots(at[1]).any(|slot| places.contains(&(at[0] as i64, slot))));
         }
     }
 

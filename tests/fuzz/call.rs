@@ -2,8 +2,9 @@
 
 use crate::abi::*;
 use crate::common::Rng;
-use crate::memory::{Arena, BLOCKS, FP8, INT8, MASK, POISON, Row, Tensor, unit_elements, unit_size};
+use crate::memory::{AFFINE, Arena, BLOCKS, FP8, INT8, MASK, POISON, Row, Tensor, unit_elements, unit_size};
 use std::ffi::c_void;
+use std::mem::offset_of;
 
 /// Objects that live for the whole run.
 pub struct World {
@@ -113,6 +114,8 @@ pub struct Call<'a> {
     written: Vec<(usize, usize)>,
     /// Elements that must be finite after the call.
     results: Vec<Row>,
+    /// Scales of affine units, each followed by a zero point, by their address, and what `k_affine` or `v_affine` is.
+    affine: Vec<(*mut u8, i32)>,
 }
 
 impl<'a> Call<'a> {
@@ -125,6 +128,7 @@ impl<'a> Call<'a> {
             arena: Arena::default(),
             rate,
             spoiled: false,
+            affine: Vec::new(),
             broken: false,
             wild,
             tensors: Vec::new(),
@@ -209,7 +213,8 @@ impl<'a> Call<'a> {
         if (dim % 32 == 0 && self.maybe(0.5)) || self.maybe(0.05) && self.hit() {
             return self.rng.pick(&BLOCKS);
         }
-        self.rng.pick(&[0, 1, 2, INT8, INT8, FP8[0], FP8[1]])
+        let affine = if dim % 2 == 0 { self.rng.pick(&AFFINE) } else { AFFINE[0] };
+        self.rng.pick(&[0, 1, 2, INT8, INT8, FP8[0], FP8[1], affine, affine])
     }
 
     /// The numbers below `n` in any order.
@@ -265,7 +270,7 @@ impl<'a> Call<'a> {
             _ => (0..3).for_each(|i| order.swap(i, self.rng.between(i, 3))),
         }
         let (mut strides, mut step) = ([0i64; 4], 1i64);
-        let blocks = unit_elements(dtype) > 1;
+        let blocks = unit_elements(dtype) > 1 || AFFINE.contains(&dtype);
         let shape_of_elements = shape;
         let shape = Tensor { data: std::ptr::null_mut(), dtype, reserved: 0, shape, strides, bytes: 0 }.units();
         if blocks {
@@ -391,6 +396,15 @@ impl<'a> Call<'a> {
             (0..if one { 3 } else { 2 }).for_each(|axis| scales.strides[axis] = 0);
             return Some(scales);
         }
+        if AFFINE.contains(&format) && !self.hit() {
+            // A scale and a zero point for each token and head.
+            let dtype = self.rng.pick(&[0, 1, 2]);
+            let scales = self.tensor(dtype, [batch, seq, heads, 2], repeats);
+            let flags = self.rng.pick(&[0, 1, 2]) + self.rng.pick(&[0, 4]) + self.rng.pick(&[0, 8, 16]);
+            let fixed = if repeats && self.maybe(0.5) { 32 } else { 0 };
+            self.affine.push((scales.data, flags + fixed));
+            return Some(scales);
+        }
         (format == INT8 || self.hit()).then(|| {
             let dtype = self.rng.pick(&[0, 1]);
             self.tensor(dtype, [batch, seq, heads, 1], repeats)
@@ -412,13 +426,49 @@ impl<'a> Call<'a> {
         if scales.iter().all(|s| s.is_none()) && !self.maybe(0.1) {
             return std::ptr::null();
         }
-        let [k, v] = scales.map(|s| s.as_ref().map_or(zeroed(), |tensor| self.view(tensor)));
-        let at = self.sized(&kvl_cache_scales { k, v, ..zeroed() }, &[]);
+        let [(k, k_zeros, k_affine), (v, v_zeros, v_affine)] =
+            scales.map(|s| s.as_ref().map_or((zeroed(), zeroed(), 0), |tensor| self.scales_and_zeros(tensor)));
+        let described = |s: &Option<Tensor>| s.is_some_and(|s| self.affine.iter().any(|(data, _)| *data == s.data));
+        let older = [offset_of!(kvl_cache_scales, k_zeros)];
+        let older = if scales.iter().any(|s| described(s)) { &[][..] } else { &older };
+        let all = kvl_cache_scales {
+            k,
+            v,
+            k_zeros,
+            v_zeros,
+            k_affine: k_affine as u32,
+            v_affine: v_affine as u32,
+            ..zeroed()
+        };
+        let at = self.sized(&all, older);
         if at.is_null() {
             // They are no arguments of the call.
-            self.tensors.retain(|t| !scales.iter().any(|s| s.is_some_and(|s| s.data == t.data)));
+            let given = [k, v, k_zeros, v_zeros].map(|view| view.data.cast::<u8>());
+            self.tensors.retain(|t| !given.contains(&t.data));
         }
         at
+    }
+
+    /// The views of scales, and for affine units of the zero points between them, and what describes these.
+    fn scales_and_zeros(&mut self, tensor: &Tensor) -> (kvl_view, kvl_view, i32) {
+        let Some(&(_, flags)) = self.affine.iter().find(|(data, _)| *data == tensor.data) else {
+            return (self.view(tensor), zeroed(), 0);
+        };
+        let (step, size) = (tensor.strides[3], unit_size(tensor.dtype) as i64);
+        let mut scales = *tensor;
+        scales.shape[3] /= 2;
+        scales.strides[3] = step.wrapping_mul(2);
+        let mut zeros = scales;
+        let offset = step.wrapping_mul(size);
+        let left = tensor.bytes as i64 - offset.clamp(-(1 << 40), 1 << 40);
+        if tensor.bytes == 0 || offset >= 0 && left > 0 {
+            zeros.data = tensor.data.wrapping_offset(offset as isize);
+            zeros.bytes = if tensor.bytes == 0 { 0 } else { left as usize };
+        }
+        // These are what the call is given.
+        self.tensors.retain(|t| t.data != tensor.data);
+        self.tensors.extend([scales, zeros]);
+        (self.view(&scales), self.view(&zeros), self.code(flags))
     }
 
     fn spoil(&mut self, tensor: &mut Tensor) {

@@ -122,16 +122,23 @@ pub const FP8: [i32; 2] = [4, 5];
 /// Units of 32 elements: `KVL_FORMAT_Q8_0` to `KVL_FORMAT_IQ4_NL`.
 pub const BLOCKS: [i32; 6] = [6, 7, 8, 9, 10, 11];
 
+/// Integers that `kvl_cache_scales` describes: `KVL_FORMAT_AFFINE8` and `KVL_FORMAT_AFFINE4`.
+pub const AFFINE: [i32; 2] = [12, 13];
+
 /// Elements per unit.
 pub fn unit_elements(dtype: i32) -> i64 {
-    if BLOCKS.contains(&dtype) { 32 } else { 1 }
+    match dtype {
+        13 => 2,
+        _ if BLOCKS.contains(&dtype) => 32,
+        _ => 1,
+    }
 }
 
 /// Bytes per unit.
 pub fn unit_size(dtype: i32) -> usize {
     match dtype {
         MASK | INT8 => 1,
-        _ if FP8.contains(&dtype) => 1,
+        _ if FP8.contains(&dtype) || AFFINE.contains(&dtype) => 1,
         _ if BLOCKS.contains(&dtype) => [34, 18, 20, 22, 24, 18][dtype as usize - 6],
         0 => 4,
         1 | 2 => 2,
@@ -267,7 +274,7 @@ impl Row {
                     1 => at.cast::<u16>().read_unaligned() & 0x7c00 != 0x7c00,
                     2 => at.cast::<u16>().read_unaligned() & 0x7f80 != 0x7f80,
                     // Every byte is a number.
-                    INT8 => true,
+                    INT8 | 12 | 13 => true,
                     4 => at.read() & 0x7f != 0x7f,
                     5 => at.read() & 0x7c != 0x7c,
                     // The factor, and the minimum of those that have one.

@@ -402,7 +402,11 @@ fn kv_write(mut c: Call) -> i32 {
         _ => (),
     }
     for (format, scales) in formats.into_iter().zip([&k_scales, &v_scales]) {
-        scales.iter().filter(|_| !FP8.contains(&format)).for_each(|scales| c.writes(scales, written));
+        for scales in scales.iter().filter(|_| !FP8.contains(&format)) {
+            // Fewer affine scales than slots are shared by neighbours.
+            let per = sharing(k_cache.shape[1], scales.shape[1]);
+            c.writes(scales, |[row, slot, head]| (0..per).any(|i| written([row, slot * per + i, head])));
+        }
     }
     let absent: [kvl_const_view; 2] = [zeroed(), zeroed()];
     let params = kvl_kv_write_params {
@@ -432,6 +436,11 @@ fn kv_write(mut c: Call) -> i32 {
     // SAFETY: all data is in blocks of the sizes that the arguments state.
     let status = unsafe { kvl_kv_write(context, runner, params) };
     c.check(status)
+}
+
+/// The slots that share one of `scales` scales; not more than a cache of this memory has.
+pub fn sharing(slots: i64, scales: i64) -> usize {
+    if (1..slots).contains(&scales) { (slots / scales).min(1 << 10) as usize } else { 1 }
 }
 
 fn kv_read(mut c: Call) -> i32 {

@@ -291,7 +291,7 @@ fn bits_of_what_is_read(level: &Level) {
                     let found = run(k_cache, v_cache);
                     level.checked(Op::Attention, format, format);
                     // Blocks alone become f32: scales of other formats are applied elsewhere, in another order of roundings.
-                    let blocks = |format: CacheFormat| format.unit_elements() > 1;
+                    let blocks = |format: CacheFormat| format.is_blocks() || format.is_affine();
                     let k_read = match &k {
                         Some(both) if blocks(k_format) => both.plain.view().into(),
                         Some(both) => both.cache.view(),

@@ -7,6 +7,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod affine;
 mod attention;
 mod blocks;
 mod cache;
@@ -45,6 +46,7 @@ fn main() -> std::process::ExitCode {
         int8::TESTS,
         fp8::TESTS,
         blocks::TESTS,
+        affine::TESTS,
         hadamard::TESTS,
         invariance::TESTS,
         layouts::TESTS,

@@ -1,5 +1,6 @@
 //! What the tests of quantised caches share.
 
+use crate::common::affine::{Described, Kind};
 use crate::common::blocks::{Blocks, CANARY};
 use crate::common::fp8::{Fp8, Quantised, Scales};
 use crate::common::int8::Int8;
@@ -52,7 +53,12 @@ impl Store {
                 let cache = Int8::output(shape, layout, DType::F32, Layout::BSHD, place);
                 Self::Quantised(Quantised::Int8(cache))
             }
-            (None, format) if format.unit_elements() > 1 => {
+            (None, format) if format.is_affine() => {
+                let seed = shape.iter().fold(0, |seed, &n| 31 * seed + n as u64);
+                let kind = Kind::random(&mut Rng::new(seed), format, shape[3], 0);
+                Self::Quantised(Quantised::Described(Box::new(Described::output(kind, shape, layout, place))))
+            }
+            (None, format) if format.is_blocks() => {
                 Self::Quantised(Quantised::Blocks(Blocks::output(format, shape, layout, place)))
             }
             (None, format) => {

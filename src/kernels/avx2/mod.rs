@@ -312,6 +312,12 @@ impl Simd for Avx2 {
         self.0.avx._mm256_cvtepi32_ps(self.0.avx2._mm256_cvtepi8_epi32(bytes))
     }
     #[inline(always)]
+    unsafe fn load_u8(self, p: *const u8) -> __m256 {
+        // SAFETY: eight bytes are readable.
+        let bytes = unsafe { _mm_loadl_epi64(p.cast()) };
+        self.0.avx._mm256_cvtepi32_ps(self.0.avx2._mm256_cvtepu8_epi32(bytes))
+    }
+    #[inline(always)]
     fn splat_f16(self, x: f16) -> __m256 {
         // SAFETY: the token proves F16C.
         unsafe { _mm256_cvtph_ps(_mm_set1_epi16(x.to_bits() as i16)) }

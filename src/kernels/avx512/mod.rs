@@ -342,6 +342,13 @@ impl Simd for Avx512 {
         f._mm512_cvtepi32_ps(f._mm512_cvtepi8_epi32(bytes))
     }
     #[inline(always)]
+    unsafe fn load_u8(self, p: *const u8) -> __m512 {
+        // SAFETY: sixteen bytes are readable.
+        let bytes = unsafe { _mm_loadu_si128(p.cast()) };
+        let f = self.0.avx512f;
+        f._mm512_cvtepi32_ps(f._mm512_cvtepu8_epi32(bytes))
+    }
+    #[inline(always)]
     fn splat_f16(self, x: f16) -> __m512 {
         self.0.avx512f._mm512_cvtph_ps(self.0.avx._mm256_set1_epi16(x.to_bits() as i16))
     }

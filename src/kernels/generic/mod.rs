@@ -1,6 +1,7 @@
 //! The algorithms, each once, over the vector trait. Everything is `inline(always)`: the code that runs is the copy inside a
 //! level's shell, compiled with that level's features.
 
+pub(crate) mod affine;
 pub(crate) mod attention;
 pub(crate) mod blocks;
 pub(crate) mod copy;

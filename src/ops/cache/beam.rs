@@ -1,7 +1,7 @@
 //! Beam search: sequences are replaced by their parents, by moving tokens or by moving entries of a table.
 
 use super::lengths::check_slots_free;
-use super::{KvCache, Layers, RawCache, SafeLayers, Step, cache_at, for_each_piece, move_tokens};
+use super::{KvCache, Layers, RawCache, SafeLayers, Step, cache_at, check_movable, for_each_piece, move_tokens};
 use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::layout::Layout;
@@ -299,6 +299,10 @@ fn block_bytes(cache: &RawCacheView) -> (usize, usize) {
         token.saturating_mul(BLOCK).saturating_add(63) / 64 * 64
     };
     let scales = cache.written_scales().map_or(0, |scales| bytes(scales.dtype.size()));
+    let scales = cache.affine.filter(|affine| !affine.fixed).map_or(scales, |affine| {
+        let zeros = affine.zeros.map_or(0, |zeros| bytes(zeros.head_bytes()));
+        bytes(affine.scales.head_bytes()).saturating_add(zeros)
+    });
     (bytes(cache.head_bytes()), scales)
 }
 
@@ -310,7 +314,20 @@ fn block_at(memory: *mut u8, cache: &RawCacheView) -> RawCacheView {
         RawView { strides: contiguous(block.unit_shape()), ..block }
     }
     let scales = memory.wrapping_add(block_bytes(cache).0);
-    RawCacheView { units: view(memory, &cache.units), scales: cache.written_scales().map(|of| view(scales, of)) }
+    let affine = cache.affine.map(|mut affine| {
+        if !affine.fixed {
+            let heads = cache.shape[HEADS];
+            affine.scales = view(scales, &affine.scales);
+            let bytes = (heads * affine.scales.head_bytes() * BLOCK).next_multiple_of(64);
+            affine.zeros = affine.zeros.map(|zeros| view(scales.wrapping_add(bytes), &zeros));
+        }
+        affine
+    });
+    RawCacheView {
+        units: view(memory, &cache.units),
+        scales: cache.written_scales().map(|of| view(scales, of)),
+        affine,
+    }
 }
 
 /// The workspace, of which every worker has a part.
@@ -338,6 +355,7 @@ pub(crate) unsafe fn reorder_raw(
     parents: &[i32],
 ) -> Result<()> {
     let first = cache.validate()?;
+    check_movable(cache.layers, "the cache")?;
     let rows = cache.lengths.len();
     check_parents(parents, rows)?;
     let how = match cache.layout {

@@ -1,8 +1,8 @@
 //! Dropping tokens from the middle of a sequence: see [`KvCache`].
 
 use super::{
-    KvCache, RawCache, RowOf, Step, check_apart, check_pages_unshared, for_each_piece, heads_of, move_range,
-    move_tokens,
+    KvCache, RawCache, RowOf, Step, check_apart, check_movable, check_pages_unshared, for_each_piece, heads_of,
+    move_range, move_tokens,
 };
 use crate::context::Context;
 use crate::error::{Error, Result, ensure};
@@ -313,6 +313,7 @@ pub(crate) unsafe fn evict_running_raw<'a>(
 /// Checks the cache and what is to be dropped; returns the keys of the first layer, the sequence and its length.
 fn check_drop(cache: &RawCache, row: i64, drop: &Range<usize>) -> Result<(RawView<CacheFormat>, usize, usize)> {
     let first = cache.validate()?;
+    check_movable(cache.layers, "the cache")?;
     let row = cache.check_row("sequence", row)?;
     let why = match cache.layout {
         Layout::Contiguous | Layout::Paged { .. } | Layout::Ragged { .. } => None,

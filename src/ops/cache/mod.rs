@@ -33,7 +33,7 @@ use crate::ops::COPY_GRAIN;
 use crate::ops::heads::{HeadKernels, Scales, Turn};
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::problem::rotation::Pairing;
-use crate::view::{BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, Units};
+use crate::view::{BATCH, DIM, HEADS, RawAffine, RawCacheView, RawView, SEQ, Units};
 use std::ops::Range;
 
 /// The cache of one layer: keys and values, `[batch, slots, kv_heads, dim]` each. The layout of the [`KvCache`] defines the
@@ -405,7 +405,11 @@ fn for_each_piece(
 
 /// As [`heads_of`], with their scales.
 fn cache_heads_of(cache: &RawCacheView, heads: (usize, usize)) -> RawCacheView {
-    RawCacheView { units: heads_of(&cache.units, heads), scales: cache.scales.map(|scales| heads_of(&scales, heads)) }
+    RawCacheView {
+        units: heads_of(&cache.units, heads),
+        scales: cache.scales.map(|scales| heads_of(&scales, heads)),
+        affine: cache.affine.map(|affine| affine.heads(heads.0, heads.1)),
+    }
 }
 
 /// Heads `first .. first + count` of a view.
@@ -497,6 +501,11 @@ unsafe fn requantizes(src: &RawCacheView, dst: &RawCacheView) -> bool {
             from.to_bits() != to.to_bits()
         });
     }
+    if let (Some(a), Some(b)) = (&src.affine, &dst.affine)
+        && src.dtype == dst.dtype
+    {
+        return !a.is_alike(b);
+    }
     let [from, to] = [src, dst].map(|cache| cache.scales.map(|scales| scales.dtype));
     src.dtype != dst.dtype || from == Some(DType::F32) && to == Some(DType::F16)
 }
@@ -570,18 +579,72 @@ unsafe fn move_tokens(step: &Step, src: &RawCacheView, from: Place, dst: &RawCac
             if let (Some(kernel), Some(src), Some(dst)) = (scales, &src.scales, &dst.scales) {
                 copy_tokens(*kernel, src, from, dst, to, n);
             }
+            if let (Some(src), Some(dst)) = (&src.affine, &dst.affine)
+                && !dst.fixed
+            {
+                copy_parameters(src, from, dst, to, (heads, n));
+            }
         },
         Step::Convert { kernels, turn } => for_each_run(heads, n, |t, h, vectors, axis| {
             let (from, to) = ((from.0, from.1 + t), (to.0, to.1 + t));
             // SAFETY: as above.
             unsafe {
-                let scales = [(src, from), (dst, to)]
-                    .map(|(cache, at)| cache.scales.as_ref().map(|scales| Scales::along(scales, axis, at, h)));
+                let scales = [(src, from), (dst, to)].map(|(cache, at)| Scales::of_vectors(cache, axis, at, h));
                 let vectors = vectors_of(&src.units, from, &dst.units, to, h, vectors, axis);
                 kernels.run(&vectors, || scales, *turn);
             }
         }),
     }
+}
+
+/// Copies the scales and zero points of `n` tokens; of tokens that share them, as many as do.
+///
+/// # Safety
+/// As [`move_tokens`], for descriptions that are alike.
+unsafe fn copy_parameters(src: &RawAffine, from: Place, dst: &RawAffine, to: Place, (heads, n): (usize, usize)) {
+    for t in (0..n).step_by(dst.shared[SEQ]) {
+        for head in 0..heads {
+            // SAFETY: the caller's.
+            unsafe {
+                let (from, to) = (src.row(from.0, from.1 + t, head), dst.row(to.0, to.1 + t, head));
+                let ([src_scales, src_zeros], [dst_scales, dst_zeros]) = (src.steps(DIM), dst.steps(DIM));
+                for group in 0..dst.scales.shape[DIM] as isize {
+                    let copy = |from: *mut u8, src: isize, to: *mut u8, dst: isize, bytes| {
+                        std::ptr::copy(from.offset(group * src), to.offset(group * dst), bytes);
+                    };
+                    copy(from.scales, src_scales, to.scales, dst_scales, dst.scales.dtype.size());
+                    if let Some(zeros) = &dst.zeros {
+                        copy(from.zeros, src_zeros, to.zeros, dst_zeros, zeros.dtype.size());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Fails if tokens of a cache cannot be moved with their scales: several share those that writes compute, or those that none writes
+/// belong to sequences or slots.
+fn check_movable(layers: &dyn Layers, whose: &str) -> Result<()> {
+    for i in 0..2 * layers.count() {
+        let Some(RawCacheView { affine: Some(affine), .. }) = cache_at(layers, i)? else { continue };
+        let (name, layer, [batch, seq, ..]) = (["k", "v"][i % 2], i / 2, affine.scales.shape);
+        if affine.fixed {
+            ensure!(
+                (batch, seq) == (1, 1),
+                Unsupported,
+                "{name} of layer {layer} of {whose} has scales that are not written, for {batch} sequences and {seq} slots: tokens stay \
+                 where they are"
+            );
+        } else {
+            let shared = affine.shared[SEQ];
+            ensure!(
+                shared == 1,
+                Unsupported,
+                "{name} of layer {layer} of {whose} has scales that {shared} tokens share: tokens are not moved one by one"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Copies `n` tokens.

@@ -1,7 +1,7 @@
 //! Whole sequences: emptied, inserted from another cache, copied in part.
 
 use super::{
-    KvCache, RawCache, RowOf, SafeLayers, Step, cache_at, cache_heads_of, check_apart, check_held,
+    KvCache, RawCache, RowOf, SafeLayers, Step, cache_at, cache_heads_of, check_apart, check_held, check_movable,
     check_pages_unshared, for_each_piece, held, lost, move_range, requantizes,
 };
 use crate::context::Context;
@@ -9,7 +9,7 @@ use crate::error::{Result, ensure, fail};
 use crate::layout::{Layout, Place};
 use crate::ops::heads::check_staged;
 use crate::parallel::Runner;
-use crate::view::{DIM, HEADS, RawView, SEQ, Units};
+use crate::view::{DIM, HEADS, RawAffine, RawView, SEQ, Units};
 
 impl KvCache<'_, '_> {
     /// Empties sequences: their lengths become 0. With `zero`, their slots are filled with zeros too; in a paged cache, all
@@ -124,6 +124,9 @@ pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: 
                         if let Some(scales) = piece.cache.written_scales() {
                             clear(scales, place, n);
                         }
+                        if let Some(affine) = piece.cache.affine.filter(|affine| !affine.fixed) {
+                            clear_parameters(&affine, place, (piece.cache.shape[HEADS], n));
+                        }
                     }
                     done += n;
                 }
@@ -132,6 +135,27 @@ pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: 
     }
     rows.iter().for_each(|&row| cache.lengths[row as usize] = 0);
     Ok(())
+}
+
+/// Fills the scales and zero points of `n` tokens with zeros; of tokens that share them, if the first is one of these.
+///
+/// # Safety
+/// The tokens are inside the cache, and what is filled is writable.
+unsafe fn clear_parameters(affine: &RawAffine, (row, slot): Place, (heads, n): (usize, usize)) {
+    for t in (slot..slot + n).filter(|t| t.is_multiple_of(affine.shared[SEQ])) {
+        for head in 0..heads {
+            // SAFETY: the caller's.
+            unsafe {
+                let ([scales, zeros], of) = (affine.steps(DIM), affine.row(row, t, head));
+                for group in 0..affine.scales.shape[DIM] as isize {
+                    of.scales.offset(group * scales).write_bytes(0, affine.scales.dtype.size());
+                    if let Some(view) = &affine.zeros {
+                        of.zeros.offset(group * zeros).write_bytes(0, view.dtype.size());
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Fills `n` tokens with zeros, which are all bits 0 in every type.
@@ -169,6 +193,8 @@ pub(crate) unsafe fn insert_sequence_raw(
     length: usize,
 ) -> Result<()> {
     let (first, from_first) = (to.validate()?, from.validate()?);
+    check_movable(to.layers, "the cache")?;
+    check_movable(from.layers, "the cache to copy from")?;
     let (row, from_row) = (to.check_row("sequence", row)?, from.check_row("from_sequence", from_row)?);
     ensure!(
         !matches!(to.layout, Layout::Indirect { .. }),
@@ -248,6 +274,7 @@ pub(crate) unsafe fn copy_prefix_raw(
     tokens: usize,
 ) -> Result<()> {
     let first = cache.validate()?;
+    check_movable(cache.layers, "the cache")?;
     let from = cache.check_row("from", from)?;
     cache.check_rows("to", to)?;
     let layout = cache.layout;

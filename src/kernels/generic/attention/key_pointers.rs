@@ -2,6 +2,7 @@
 
 use super::{Block, SUBBLOCK};
 use crate::format::CacheFormat;
+use crate::kernels::generic::affine::{self, Widener};
 use crate::kernels::generic::blocks::{self, BlockUnit};
 use crate::kernels::generic::copy;
 use crate::kernels::simd::{Simd, lines};
@@ -10,6 +11,7 @@ use crate::problem::attention::Problem;
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 use crate::problem::tile::Tile;
 use crate::problem::visibility::TileVisibility;
+use crate::view::AffineRow;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -82,6 +84,9 @@ pub(crate) struct WidenUnits<'a> {
     pub visible_bits: u64,
     pub to: *mut f32,
     pub dim: usize,
+    /// The block, and whether its values are widened: where scales lie beside units.
+    pub block: &'a Block<'a>,
+    pub values: bool,
     /// The KV head of the tile.
     pub head: usize,
 }
@@ -93,7 +98,7 @@ impl<'a> WidenUnits<'a> {
     /// [`locate`] has set the pointers; `to` has room for the rows.
     #[inline(always)]
     pub unsafe fn run<S: Simd, U: BlockUnit>(&self, s: S) {
-        let Self { rows, keys, visible_bits, to, dim, head } = *self;
+        let Self { rows, keys, visible_bits, to, dim, head, .. } = *self;
         let (units, width) = (dim / blocks::N, padded(dim));
         for j in keys.low..keys.high {
             if visible_bits >> j & 1 == 0 {
@@ -110,6 +115,52 @@ impl<'a> WidenUnits<'a> {
                 for unit in 0..units {
                     (*from.add(unit)).widen(s, to.add((j - keys.low) * width + unit * blocks::N));
                 }
+            }
+        }
+    }
+
+    /// Widens integers of `BITS` bits that an affine format describes.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[inline(always)]
+    pub unsafe fn run_affine<S: Simd, const BITS: u32>(&self, s: S) {
+        let Self { rows, keys, visible_bits, to, dim, block, values, .. } = *self;
+        let Block { p, tile, base, .. } = *block;
+        let cache = if values { &p.v } else { &p.k };
+        let Some(affine) = &cache.affine else { unreachable!("the check of a cache finds what describes it") };
+        let mut parameters = [AffineRow { scales: std::ptr::null_mut(), zeros: std::ptr::null_mut() }; BLOCK];
+        let mut j = keys.low;
+        while j < keys.high {
+            let visible = (visible_bits >> j).trailing_ones() as usize;
+            if visible == 0 {
+                j += 1;
+                continue;
+            }
+            let ((row, slot), run) = p.visibility.place(tile.batch, base + j);
+            let end = (j + run.min(visible)).min(keys.high);
+            for (i, to) in parameters[j..end].iter_mut().enumerate() {
+                // SAFETY: the caller's: visible keys are inside the cache, and the tile has this head.
+                *to = unsafe { affine.row(row, slot + i, tile.kv_head) };
+            }
+            j = end;
+        }
+        let (mut widener, width) = (Widener::<S, BITS>::new(s, affine.groups()), padded(dim));
+        // Scales that neighbouring keys share are unpacked once for all of them.
+        let panel = if widener.is_uniform(dim) { dim } else { affine::N };
+        for first in (0..dim).step_by(panel) {
+            let n = (dim - first).min(panel);
+            for j in keys.low..keys.high {
+                if visible_bits >> j & 1 == 0 {
+                    continue;
+                }
+                let next = rows.next(j);
+                if first == 0 && !next.is_null() {
+                    lines(next, dim * BITS as usize / 8).for_each(|line| s.prefetch_far(line));
+                }
+                let to = to.wrapping_add((j - keys.low) * width + first);
+                // SAFETY: the caller's: a visible key has these units, and a row these elements.
+                unsafe { widener.widen(s, &parameters[j], rows.key(0, j), (first, n, dim), to) };
             }
         }
     }
@@ -344,13 +395,15 @@ unsafe fn gather<T>(
             CacheFormat::Int8 | CacheFormat::Fp8E4m3 | CacheFormat::Fp8E5m2 => {
                 gather_units::<T, u8>(dim, step, key_range, block, rows);
             }
-            // Units of several elements always lie together.
+            // Units that are widened always lie together.
             CacheFormat::Q8_0
             | CacheFormat::Q4_0
             | CacheFormat::Q4_1
             | CacheFormat::Q5_0
             | CacheFormat::Q5_1
-            | CacheFormat::Iq4Nl => {}
+            | CacheFormat::Iq4Nl
+            | CacheFormat::Affine8
+            | CacheFormat::Affine4 => {}
         }
     }
 }

@@ -10,8 +10,11 @@ use crate::tuning::Tuning;
 pub(crate) struct KeyPieces {
     /// Bytes per element of the rows that [`Self::pack`] reads.
     pub unit_bytes: usize,
-    /// For units of several elements: makes rows of f32 of them, for [`Self::pack`] and [`Self::widened_scores`].
+    /// For units of several elements, or that are described: makes rows of f32 of them, for [`Self::pack`] and
+    /// [`Self::widened_scores`].
     pub widen: Option<unsafe fn(&WidenUnits)>,
+    /// Whether [`Self::scores`] reads such units too. Otherwise they are always widened.
+    pub reads_units: bool,
     /// Queries are kept in the order that this format's keys have in registers.
     pub deinterleaved: bool,
     /// From the cache.
@@ -30,6 +33,8 @@ pub(crate) struct ValuePieces {
     pub unit_bytes: usize,
     /// As in [`KeyPieces`], for all other pieces but [`Self::accumulate`].
     pub widen: Option<unsafe fn(&WidenUnits)>,
+    /// As in [`KeyPieces`], of [`Self::accumulate`].
+    pub reads_units: bool,
     /// Accumulators are kept in the order that this format's values have in registers.
     pub deinterleaved: bool,
     /// From the cache.

@@ -77,7 +77,7 @@ pub(super) unsafe fn block<S: Simd>(
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
         if let Some(widen) = pieces.keys.widen
-            && widens(block.tile)
+            && (!pieces.keys.reads_units || widens(block.tile))
         {
             widened_scores(pieces, widen, block, k);
         } else if ahead.whole {
@@ -92,7 +92,7 @@ pub(super) unsafe fn block<S: Simd>(
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
         let finite = scale_weights(s, block, heads.clone());
         if let Some(widen) = pieces.values.widen
-            && (!block.all || widens(block.tile))
+            && (!pieces.values.reads_units || !block.all || widens(block.tile))
         {
             for head in heads {
                 widened_values(pieces.widened, widen, block, rows, head, v, finite);
@@ -153,7 +153,8 @@ unsafe fn widened_scores(pieces: &Pieces, widen: unsafe fn(&WidenUnits), block: 
                 continue;
             }
             let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
-            let units = WidenUnits { rows: k, keys, visible_bits, to: scratch.k_block.cast(), dim: d, head: 0 };
+            let to = scratch.k_block.cast();
+            let units = WidenUnits { rows: k, keys, visible_bits, to, dim: d, block, values: false, head: 0 };
             let table = units.by(widen, &mut memory);
             (pieces.keys.widened_scores)(&DirectScores {
                 block,
@@ -182,7 +183,8 @@ unsafe fn widened_values(
     finite: bool,
 ) {
     let Block { scratch, key_range, visible_bits, all, dv, .. } = *block;
-    let units = WidenUnits { rows: v, keys: key_range, visible_bits, to: scratch.v_block.cast(), dim: dv, head };
+    let to = scratch.v_block.cast();
+    let units = WidenUnits { rows: v, keys: key_range, visible_bits, to, dim: dv, block, values: true, head };
     let heads = head..head + 1;
     let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
     // SAFETY: the caller's; the buffer holds a block.

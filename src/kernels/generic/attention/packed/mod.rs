@@ -78,14 +78,16 @@ pub(super) unsafe fn block<S: Simd>(
     // SAFETY: the caller's; the buffers hold a block in f32, and such tiles have one KV head.
     unsafe {
         if let Some(widen) = pieces.keys.widen {
+            let to = scratch.k_block.cast();
             let units =
-                WidenUnits { rows: k, keys: key_range, visible_bits, to: scratch.k_block.cast(), dim: d, head: 0 };
+                WidenUnits { rows: k, keys: key_range, visible_bits, to, dim: d, block, values: false, head: 0 };
             k_table = units.by(widen, k_memory);
             k = k_table.rows();
         }
         if let Some(widen) = pieces.values.widen {
+            let to = scratch.v_block.cast();
             let units =
-                WidenUnits { rows: v, keys: key_range, visible_bits, to: scratch.v_block.cast(), dim: dv, head: 0 };
+                WidenUnits { rows: v, keys: key_range, visible_bits, to, dim: dv, block, values: true, head: 0 };
             v_table = units.by(widen, v_memory);
             v = v_table.rows();
         }

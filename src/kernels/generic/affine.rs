@@ -1,0 +1,582 @@
+//! Units of affine formats, as an [`Affine`](crate::Affine) describes them: integers of eight or four bits, converted to f32 and back.
+//!
+//! One function of a level reads all descriptions of a width, and one writes them: what differs are numbers in registers and
+//! addresses. An integer q becomes `(q - a) * s + m`, each operation rounded to f32, where s is the scale, and a the zero point of
+//! `Point`, else 0, and m that of `Minimum`, or the negative one of `Shift`, else a negative 0, which changes no bit.
+//!
+//! # What a write computes
+//! Of the elements of a group, least and most, and with `levels` of 255 or 15, and `low` the least integer (0, or -128, or -8):
+//!
+//! | zero points | scale | zero point | integer before it is rounded |
+//! | --- | --- | --- | --- |
+//! | none | largest magnitude / largest integer | | x (1 / s) |
+//! | `Point`, floats | (most - least) / levels, 1e-4 for 0 | low - least / s | x (1 / s) + z |
+//! | `Point`, integers | the same, of a range with 0 in it | nearest to low - least / s | x (1 / s), and z after rounding |
+//! | `Minimum` | (most - least) / levels | least - low s | (x - z) / s |
+//! | `Shift` | the same | the negative one | (x + z) / s |
+//!
+//! The largest integer is 127 or 7 where numbers have a sign, else 255 or 15. Every operation is rounded to f32; scales and zero points
+//! are rounded to their types, zero points to a finite number, and as stored they quantise. Integers are rounded to the nearest, ties to even, between the least and
+//! the largest. Where tokens share a scale, that of float points is the range times the reciprocal of the levels: OpenVINO does both so.
+//! A group with NaN or an infinity, or whose scale is not finite, has the scale NaN, so that all of it reads as NaN. A scale
+//! of 0, or one whose reciprocal is infinite, makes quotients 0. Scales that a write reads quantise by the last column; there, NaN
+//! becomes the largest integer.
+
+use super::copy::{gather, scatter};
+use crate::dtype::DType;
+use crate::kernels::api::{AffineArgs, ScaledArgs};
+use crate::kernels::simd::{LoadStore, Simd};
+use crate::view::{AffineGroups, AffineRow, ZeroType};
+use crate::{Integers, Nibbles, Zeros};
+use half::{bf16, f16};
+
+/// The scale of a group of equal elements whose zero points are floats.
+const CONSTANT: f32 = 1e-4;
+
+/// Elements that are converted at a time.
+pub(crate) const N: usize = 32;
+
+/// Numbers that make elements of integers, one for each of [`N`] elements.
+struct Factors {
+    s: [f32; N],
+    a: [f32; N],
+    m: [f32; N],
+}
+
+/// The scale and the zero point of a group.
+///
+/// # Safety
+/// The row has the group.
+#[inline(always)]
+unsafe fn parameters(groups: &AffineGroups, row: &AffineRow, group: usize) -> (f32, f32) {
+    #[inline(always)]
+    unsafe fn float(at: *const u8, dtype: DType) -> f32 {
+        // SAFETY: the caller's.
+        unsafe {
+            match dtype {
+                DType::F32 => *at.cast::<f32>(),
+                DType::F16 => (*at.cast::<f16>()).to_f32(),
+                DType::Bf16 => (*at.cast::<bf16>()).to_f32(),
+            }
+        }
+    }
+    let group = group as isize;
+    // SAFETY: the caller's.
+    unsafe {
+        let scale = float(row.scales.wrapping_offset(group * groups.scale_step), groups.scale_dtype);
+        let at = row.zeros.wrapping_offset(group * groups.zero_step);
+        let zero = match groups.zero_type {
+            None => 0.0,
+            Some(ZeroType::Float(dtype)) => float(at, dtype),
+            Some(ZeroType::U8) => f32::from(*at),
+            Some(ZeroType::I8) => f32::from(*at.cast::<i8>()),
+        };
+        (scale, zero)
+    }
+}
+
+/// Stores the scale and the zero point of a group, and returns them as stored.
+///
+/// # Safety
+/// The row has the group, and it is writable.
+#[inline(always)]
+unsafe fn put_parameters(
+    groups: &AffineGroups,
+    row: &AffineRow,
+    group: usize,
+    scale: f32,
+    zero: impl FnOnce(f32) -> f32,
+) -> (f32, f32) {
+    #[inline(always)]
+    unsafe fn put(at: *mut u8, dtype: DType, x: f32) -> f32 {
+        // SAFETY: the caller's.
+        unsafe {
+            match dtype {
+                DType::F32 => {
+                    *at.cast::<f32>() = x;
+                    x
+                }
+                DType::F16 => {
+                    let x = if x.is_nan() { f16::NAN } else { f16::from_f32(x) };
+                    *at.cast::<f16>() = x;
+                    x.to_f32()
+                }
+                DType::Bf16 => {
+                    let x = if x.is_nan() { bf16::NAN } else { bf16::from_f32(x) };
+                    *at.cast::<bf16>() = x;
+                    x.to_f32()
+                }
+            }
+        }
+    }
+    let at = row.scales.wrapping_offset(group as isize * groups.scale_step);
+    // SAFETY: the caller's.
+    unsafe {
+        let mut stored = put(at, groups.scale_dtype, scale);
+        if !stored.is_finite() {
+            stored = put(at, groups.scale_dtype, f32::NAN);
+        } else if stored == 0.0
+            && groups.of.zeros == Zeros::Point
+            && matches!(groups.zero_type, Some(ZeroType::Float(_)))
+        {
+            stored = put(at, groups.scale_dtype, CONSTANT);
+        }
+        let at = row.zeros.wrapping_offset(group as isize * groups.zero_step);
+        let Some(zero_type) = groups.zero_type else { return (stored, 0.0) };
+        let zero = zero(stored);
+        let zero = match zero_type {
+            ZeroType::Float(dtype) => {
+                let most = match dtype {
+                    DType::F32 => f32::MAX,
+                    DType::F16 => f16::MAX.to_f32(),
+                    DType::Bf16 => bf16::MAX.to_f32(),
+                };
+                put(at, dtype, zero.clamp(-most, most))
+            }
+            ZeroType::U8 => {
+                // Saturates; 0 for NaN.
+                *at = zero as u8;
+                f32::from(*at)
+            }
+            ZeroType::I8 => {
+                *at.cast::<i8>() = zero as i8;
+                f32::from(*at.cast::<i8>())
+            }
+        };
+        (stored, zero)
+    }
+}
+
+/// Integers from `low` to `low + levels`.
+#[derive(Clone, Copy)]
+struct Range {
+    low: f32,
+    levels: f32,
+    /// Numbers in memory below this are the integers; from this on, they are greater by `wrap`.
+    below: f32,
+    wrap: f32,
+}
+
+impl Range {
+    #[inline(always)]
+    fn new<const BITS: u32>(integers: Integers) -> Self {
+        let (half, levels) = ((1 << (BITS - 1)) as f32, ((1 << BITS) - 1) as f32);
+        let (low, below, wrap) = match integers {
+            Integers::Unsigned => (0.0, f32::INFINITY, 0.0),
+            Integers::Signed => (-half, half, 2.0 * half),
+            Integers::Offset => (-half, 0.0, half),
+        };
+        Self { low, levels, below, wrap }
+    }
+}
+
+/// Makes elements of the units of one cache.
+pub(crate) struct Widener<S: Simd, const BITS: u32> {
+    groups: AffineGroups,
+    below: S::V,
+    wrap: S::V,
+    factors: Factors,
+    /// What the factors are of: scales, zero points and the first element.
+    of: (*const u8, *const u8, usize),
+}
+
+impl<S: Simd, const BITS: u32> Widener<S, BITS> {
+    #[inline(always)]
+    pub fn new(s: S, groups: AffineGroups) -> Self {
+        let Range { below, wrap, .. } = Range::new::<BITS>(groups.of.integers);
+        let factors = Factors { s: [0.0; N], a: [0.0; N], m: [0.0; N] };
+        let of = (std::ptr::null(), std::ptr::null(), usize::MAX);
+        Self { groups, below: s.splat(below), wrap: s.splat(wrap), factors, of }
+    }
+
+    /// Whether all elements of every [`N`] in a head of `dim` share a scale.
+    #[inline(always)]
+    pub fn is_uniform(&self, dim: usize) -> bool {
+        self.groups.group.is_multiple_of(N) || self.groups.group >= dim
+    }
+
+    /// Writes elements `first .. first + n` of a head of `dim`, whose first unit lies at `units`; `first` is a multiple of [`N`].
+    ///
+    /// # Safety
+    /// The head has these units, scales and zero points, and `n` floats are writable at `to`.
+    #[inline(always)]
+    pub unsafe fn widen(
+        &mut self,
+        s: S,
+        row: &AffineRow,
+        units: *const u8,
+        (first, n, dim): (usize, usize, usize),
+        to: *mut f32,
+    ) {
+        let group = self.groups.group;
+        let uniform = self.is_uniform(dim);
+        for at in (first..first + n).step_by(N) {
+            let len = (first + n - at).min(N);
+            // SAFETY: the caller's.
+            unsafe {
+                let from = units.add(at * BITS as usize / 8);
+                let to = to.add(at - first);
+                if uniform {
+                    let (scale, zero) = parameters(&self.groups, row, if group >= dim { 0 } else { at / group });
+                    let (a, m) = self.offsets(zero);
+                    let factors = (s.splat(scale), s.splat(a), s.splat(m));
+                    self.run::<false>(s, from, len, factors, to);
+                } else {
+                    self.expand(row, at, len);
+                    self.run::<true>(s, from, len, (s.zero(), s.zero(), s.zero()), to);
+                }
+            }
+        }
+    }
+
+    /// What is subtracted from integers, and added to products.
+    #[inline(always)]
+    fn offsets(&self, zero: f32) -> (f32, f32) {
+        match self.groups.of.zeros {
+            _ if self.groups.zero_type.is_none() => (0.0, -0.0),
+            Zeros::Point => (zero, -0.0),
+            Zeros::Minimum => (0.0, zero),
+            Zeros::Shift => (0.0, -zero),
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::widen`].
+    #[inline(always)]
+    unsafe fn expand(&mut self, row: &AffineRow, first: usize, n: usize) {
+        let of = (row.scales.cast_const(), row.zeros.cast_const(), first);
+        if of == self.of {
+            return;
+        }
+        self.of = of;
+        let (mut seen, mut numbers) = (usize::MAX, (0.0, 0.0, 0.0));
+        for i in 0..n {
+            let group = (first + i) / self.groups.group;
+            if group != seen {
+                // SAFETY: the caller's.
+                let (scale, zero) = unsafe { parameters(&self.groups, row, group) };
+                let (a, m) = self.offsets(zero);
+                (seen, numbers) = (group, (scale, a, m));
+            }
+            (self.factors.s[i], self.factors.a[i], self.factors.m[i]) = numbers;
+        }
+    }
+
+    /// # Safety
+    /// `n <= N` elements are readable at `from` and writable at `to`.
+    #[inline(always)]
+    unsafe fn run<const EACH: bool>(&self, s: S, from: *const u8, n: usize, factors: (S::V, S::V, S::V), to: *mut f32) {
+        let (mut bytes, mut elements) = ([0u8; N], [0.0; N]);
+        let (mut source, mut target) = (from, to);
+        // SAFETY: the caller's; arrays hold N.
+        unsafe {
+            if n < N {
+                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), n * BITS as usize / 8);
+                (source, target) = (bytes.as_ptr(), elements.as_mut_ptr());
+            }
+            if BITS == 8 {
+                for i in (0..N).step_by(S::LANES) {
+                    self.put::<EACH>(s, i, s.load_u8(source.add(i)), factors, target);
+                }
+            } else {
+                let swapped = self.groups.of.nibbles == Nibbles::HighFirst;
+                for i in (0..N / 2).step_by(S::LANES) {
+                    let (low, high) = (s.load_nibbles(source, i), s.load_nibbles(source, i + N / 2));
+                    let [x, y] = if swapped { s.interleave(high, low) } else { s.interleave(low, high) };
+                    self.put::<EACH>(s, 2 * i, x, factors, target);
+                    self.put::<EACH>(s, 2 * i + S::LANES, y, factors, target);
+                }
+            }
+            if n < N {
+                std::ptr::copy_nonoverlapping(elements.as_ptr(), to, n);
+            }
+        }
+    }
+
+    /// # Safety
+    /// A vector from element `i` on is writable at `to`.
+    #[inline(always)]
+    unsafe fn put<const EACH: bool>(&self, s: S, i: usize, q: S::V, factors: (S::V, S::V, S::V), to: *mut f32) {
+        // SAFETY: the caller's; the factors have N elements.
+        unsafe {
+            let (scale, a, m) = if EACH {
+                let Factors { s: scale, a, m } = &self.factors;
+                let at = |x: &[f32; N]| x.as_ptr().wrapping_add(i);
+                (s.load_f32(at(scale)), s.load_f32(at(a)), s.load_f32(at(m)))
+            } else {
+                factors
+            };
+            let q = s.select_lt(q, self.below, q, s.sub(q, self.wrap));
+            s.store_f32(to.add(i), s.add(s.mul(s.sub(q, a), scale), m));
+        }
+    }
+}
+
+/// The description of the units of a call.
+#[inline(always)]
+fn described(args: &ScaledArgs) -> &AffineArgs {
+    match &args.affine {
+        Some(affine) => affine,
+        None => unreachable!("the check of a cache finds what describes it"),
+    }
+}
+
+/// Reads `heads` vectors of integers.
+///
+/// # Safety
+/// Every address that `args` describes is valid; the target does not overlap units, scales and zero points.
+#[inline(always)]
+pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore, const BITS: u32>(s: S, args: &ScaledArgs) {
+    let (c, affine) = (&args.copy, described(args));
+    let mut widener = Widener::<S, BITS>::new(s, affine.groups);
+    for head in 0..c.heads {
+        let row = affine.row(head);
+        let src = c.src.wrapping_offset(head as isize * c.src_head);
+        let dst = c.dst.cast::<B>().wrapping_offset(head as isize * c.dst_head);
+        for first in (0..c.dim).step_by(N) {
+            let n = (c.dim - first).min(N);
+            let (mut x, mut stage) = ([0.0; N], [B::default(); N]);
+            let to = dst.wrapping_offset(first as isize * c.dst_dim);
+            // SAFETY: the caller's; arrays hold N.
+            unsafe {
+                widener.widen(s, &row, src, (first, n, c.dim), x.as_mut_ptr());
+                let together = c.dst_dim == 1 && n == N;
+                let target = if together { to } else { stage.as_mut_ptr() };
+                for i in (0..N).step_by(S::LANES) {
+                    B::store(s, target.add(i), s.load_f32(x.as_ptr().add(i)));
+                }
+                if !together {
+                    scatter(stage.as_ptr(), to, c.dst_dim, n);
+                }
+            }
+        }
+    }
+}
+
+/// Loads `n <= N` elements with any stride as f32; the others are 0.
+///
+/// # Safety
+/// The elements are readable.
+#[inline(always)]
+unsafe fn load<S: Simd, A: LoadStore>(s: S, from: *const A, step: isize, n: usize) -> [f32; N] {
+    let (mut x, mut stage, mut source) = ([0.0; N], [A::default(); N], from);
+    // SAFETY: the caller's; arrays hold N.
+    unsafe {
+        if step != 1 || n < N {
+            gather(from, step, stage.as_mut_ptr(), n);
+            source = stage.as_ptr();
+        }
+        for i in (0..N).step_by(S::LANES) {
+            s.store_f32(x.as_mut_ptr().add(i), A::load(s, source.add(i)));
+        }
+    }
+    x
+}
+
+/// The nearest integer, ties to even, of a number below 2^22.
+#[inline(always)]
+fn rounded(x: f32) -> f32 {
+    const SHIFT: f32 = (3 << 22) as f32;
+    (x + SHIFT) - SHIFT
+}
+
+/// What makes integers of elements, one for each of [`N`] elements.
+struct Quotients {
+    /// Subtracted before, and added after division, and added after rounding.
+    less: [f32; N],
+    zero: [f32; N],
+    moved: [f32; N],
+    /// The scale, or infinity for 0; or its reciprocal, or 0.
+    factor: [f32; N],
+    /// Where this is true, the scale is NaN.
+    void: [bool; N],
+}
+
+impl Quotients {
+    #[inline(always)]
+    fn set(&mut self, groups: &AffineGroups, (scale, zero): (f32, f32), lanes: std::ops::Range<usize>) {
+        let finite = |x: f32| if x.is_finite() { x } else { 0.0 };
+        let inverse = finite(1.0 / scale);
+        let divisor = if inverse == 0.0 { f32::INFINITY } else { scale };
+        let (less, zero, moved, factor) = match (groups.zero_type, groups.of.zeros) {
+            (None, _) => (0.0, 0.0, 0.0, inverse),
+            (Some(ZeroType::Float(_)), Zeros::Point) => (0.0, finite(zero), 0.0, inverse),
+            (Some(_), Zeros::Point) => (0.0, 0.0, zero, inverse),
+            (Some(_), Zeros::Minimum) => (finite(zero), 0.0, 0.0, divisor),
+            (Some(_), Zeros::Shift) => (-finite(zero), 0.0, 0.0, divisor),
+        };
+        self.less[lanes.clone()].fill(less);
+        self.zero[lanes.clone()].fill(zero);
+        self.moved[lanes.clone()].fill(moved);
+        self.factor[lanes.clone()].fill(factor);
+        self.void[lanes].fill(scale.is_nan());
+    }
+
+    /// The numbers that lie in memory for these elements.
+    #[inline(always)]
+    fn numbers(&self, range: Range, divides: bool, x: &[f32; N]) -> [u8; N] {
+        let mut numbers = [0; N];
+        for i in 0..N {
+            let x = x[i] - self.less[i];
+            let quotient = if divides { x / self.factor[i] } else { x * self.factor[i] };
+            let quotient = quotient + self.zero[i];
+            let (low, high) = (range.low - self.moved[i], range.low + range.levels - self.moved[i]);
+            let quotient = if quotient > low {
+                quotient
+            } else if quotient <= low {
+                low
+            } else {
+                high
+            };
+            let quotient = if quotient < high { quotient } else { high };
+            let q = rounded(quotient) + self.moved[i];
+            // Numbers in memory are those of integers, or these and `wrap`.
+            let q = if range.below == 0.0 || q < 0.0 { q + range.wrap } else { q };
+            let q = if self.void[i] { 0.0 } else { q };
+            // SAFETY: from 0 to 255.
+            numbers[i] = unsafe { q.to_int_unchecked::<i32>() } as u8;
+        }
+        numbers
+    }
+}
+
+/// Least and most of a group, and its scale and zero point.
+///
+/// # Safety
+/// The row has the group, and it is writable.
+#[inline(always)]
+unsafe fn computed(
+    groups: &AffineGroups,
+    range: Range,
+    row: &AffineRow,
+    (group, tokens): (usize, usize),
+    (least, most, peak): (f32, f32, u32),
+) -> (f32, f32) {
+    let finite = peak < f32::INFINITY.to_bits();
+    let (least, most) = match groups.zero_type {
+        Some(ZeroType::U8 | ZeroType::I8) => (least.min(0.0), most.max(0.0)),
+        _ => (least, most),
+    };
+    // No negative zero, whichever zeros are found to be least and most.
+    let range_of = most - least + 0.0;
+    let scale = match groups.zero_type {
+        _ if !finite => f32::NAN,
+        None => f32::from_bits(peak) / (range.low + range.levels),
+        Some(ZeroType::Float(_)) if groups.of.zeros == Zeros::Point && tokens > 1 => range_of * (1.0 / range.levels),
+        Some(_) => range_of / range.levels,
+    };
+    let floats = matches!(groups.zero_type, Some(ZeroType::Float(_)));
+    let zero = |scale: f32| match groups.of.zeros {
+        _ if scale.is_nan() => f32::NAN,
+        Zeros::Point if floats => range.low - least / scale,
+        Zeros::Point if scale == 0.0 => range.low,
+        Zeros::Point => rounded((range.low - least / scale).clamp(range.low, range.low + range.levels)),
+        Zeros::Minimum | Zeros::Shift => {
+            // No negative zero, which a positive one among the elements would hide or not.
+            let minimum = if range.low == 0.0 { least + 0.0 } else { least + 0.0 - range.low * scale };
+            if groups.of.zeros == Zeros::Shift { -minimum } else { minimum }
+        }
+    };
+    // SAFETY: the caller's.
+    unsafe { put_parameters(groups, row, group, scale, zero) }
+}
+
+/// Quantises `heads` vectors, of as many tokens as share scales.
+///
+/// # Safety
+/// Every address that `args` describes is valid; source, units, scales and zero points do not overlap.
+#[inline(always)]
+pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, const BITS: u32>(s: S, args: &ScaledArgs) {
+    let (c, affine) = (&args.copy, described(args));
+    let groups = &affine.groups;
+    let group = groups.group.min(c.dim).max(1);
+    // Groups that are quantised together, and the elements of them.
+    let width = (N / group).max(1) * group;
+    let range = Range::new::<BITS>(groups.of.integers);
+    let divides = groups.zero_type.is_some() && groups.of.zeros != Zeros::Point;
+    let mut quotients =
+        Quotients { less: [0.0; N], zero: [0.0; N], moved: [0.0; N], factor: [0.0; N], void: [false; N] };
+    for head in 0..c.heads {
+        let row = affine.row(head);
+        let src = c.src.cast::<A>().wrapping_offset(head as isize * c.src_head);
+        let dst = c.dst.wrapping_offset(head as isize * c.dst_head);
+        for first in (0..c.dim).step_by(width) {
+            let n = (c.dim - first).min(width);
+            let at = |token: usize, i: usize| {
+                let elements = token as isize * affine.src_token + (first + i) as isize * c.src_dim;
+                src.wrapping_offset(elements)
+            };
+            let (mut least, mut most, mut peak) = ([f32::MAX; N], [-f32::MAX; N], [0u32; N]);
+            if !groups.fixed {
+                for token in 0..affine.tokens {
+                    for i in (0..n).step_by(N) {
+                        let len = (n - i).min(N);
+                        // SAFETY: the caller's.
+                        let x = unsafe { load(s, at(token, i), c.src_dim, len) };
+                        if len == N {
+                            fold(&mut least, &mut most, &mut peak, &x, N);
+                        } else {
+                            fold(&mut least, &mut most, &mut peak, &x, len);
+                        }
+                    }
+                }
+            }
+            for lanes in (0..n.min(N)).step_by(group) {
+                let (index, lanes) = ((first + lanes) / group, lanes..(lanes + group).min(N));
+                // SAFETY: the caller's.
+                let both = unsafe {
+                    if groups.fixed {
+                        parameters(groups, &row, index)
+                    } else {
+                        let of = |x: &[f32; N], f: fn(f32, f32) -> f32, from: f32| {
+                            x[lanes.clone()].iter().fold(from, |a, &b| f(a, b))
+                        };
+                        let peak = peak[lanes.clone()].iter().fold(0, |a, &b| a.max(b));
+                        let extremes = (of(&least, f32::min, f32::MAX), of(&most, f32::max, -f32::MAX), peak);
+                        computed(groups, range, &row, (index, affine.tokens), extremes)
+                    }
+                };
+                quotients.set(groups, both, if n > N || group >= N { 0..N } else { lanes });
+            }
+            for token in 0..affine.tokens {
+                for i in (0..n).step_by(N) {
+                    let len = (n - i).min(N);
+                    // SAFETY: the caller's; what is written are the units of these elements.
+                    unsafe {
+                        let x = load(s, at(token, i), c.src_dim, len);
+                        let numbers = quotients.numbers(range, divides, &x);
+                        let bytes = token as isize * affine.dst_token + ((first + i) * BITS as usize / 8) as isize;
+                        let to = dst.wrapping_offset(bytes);
+                        if BITS == 8 {
+                            std::ptr::copy_nonoverlapping(numbers.as_ptr(), to, len);
+                        } else {
+                            let pairs = pairs(&numbers, groups.of.nibbles);
+                            std::ptr::copy_nonoverlapping(pairs.as_ptr(), to, len / 2);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn fold(least: &mut [f32; N], most: &mut [f32; N], peak: &mut [u32; N], x: &[f32; N], n: usize) {
+    for i in 0..n {
+        least[i] = if x[i] < least[i] { x[i] } else { least[i] };
+        most[i] = if x[i] > most[i] { x[i] } else { most[i] };
+        // Magnitudes are in the order of their patterns, those of NaN and infinity the largest.
+        peak[i] = peak[i].max(x[i].to_bits() & 0x7fff_ffff);
+    }
+}
+
+/// Two numbers to a byte.
+#[inline(always)]
+fn pairs(numbers: &[u8; N], nibbles: Nibbles) -> [u8; N / 2] {
+    let mut pairs = [0; N / 2];
+    for i in 0..N / 2 {
+        let (even, odd) = (numbers[2 * i], numbers[2 * i + 1]);
+        pairs[i] = if nibbles == Nibbles::HighFirst { even << 4 | odd } else { odd << 4 | even };
+    }
+    pairs
+}
