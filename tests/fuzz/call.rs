@@ -454,6 +454,9 @@ impl<'a> Call<'a> {
         let Some(&(_, flags)) = self.affine.iter().find(|(data, _)| *data == tensor.data) else {
             return (self.view(tensor), zeroed(), 0);
         };
+        if tensor.shape[3] != 2 {
+            return (self.view(tensor), zeroed(), self.code(flags));
+        }
         let (step, size) = (tensor.strides[3], unit_size(tensor.dtype) as i64);
         let mut scales = *tensor;
         scales.shape[3] /= 2;
