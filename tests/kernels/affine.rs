@@ -459,14 +459,21 @@ fn refused() {
 }
 
 /// Arrays that runtimes have recorded, by name.
-struct Goldens(BTreeMap<&'static str, Vec<u8>>);
+struct Goldens(BTreeMap<String, Vec<u8>>);
 
 impl Goldens {
-    fn read() -> Self {
+    /// None in the published crate, which leaves large recordings out.
+    fn read() -> Option<Self> {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        if !root.join(".ci").exists() {
+            return None;
+        }
+        let text =
+            std::fs::read_to_string(root.join("tests/data/affine_goldens.txt")).expect("the recording can be read");
         let digit = |c: u8| (c as char).to_digit(16).expect("hexadecimal digits") as u8;
         let bytes = |text: &str| text.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect();
-        let lines = include_str!("../data/affine_goldens.txt").lines();
-        Self(lines.filter_map(|line| line.split_once(' ')).map(|(name, text)| (name, bytes(text))).collect())
+        let lines = text.lines().filter_map(|line| line.split_once(' '));
+        Some(Self(lines.map(|(name, text)| (name.to_owned(), bytes(text))).collect()))
     }
 
     fn bytes(&self, name: &str) -> &[u8] {
@@ -490,7 +497,7 @@ fn assert_near(found: &[f32], wanted: &[f32], most: f32, what: &str) {
 
 /// GroupQueryAttention of ONNX Runtime: the bytes of its caches, after a write behind a past, and its outputs.
 fn onnx_runtime(level: &Level) {
-    let goldens = Goldens::read();
+    let Some(goldens) = Goldens::read() else { return };
     for (bits, format, integers) in
         [(8, CacheFormat::Affine8, Integers::Signed), (4, CacheFormat::Affine4, Integers::Offset)]
     {
@@ -536,7 +543,7 @@ fn onnx_runtime(level: &Level) {
 
 /// PagedAttention of OpenVINO: the bytes of a page of keys by channel and of one of values by token, and what it reads there.
 fn openvino(level: &Level) {
-    let goldens = Goldens::read();
+    let Some(goldens) = Goldens::read() else { return };
     for (bits, format, name) in [(8, CacheFormat::Affine8, "ov_u8"), (4, CacheFormat::Affine4, "ov_u4")] {
         let name = |part: &str| format!("{name}.{part}");
         let of = Affine::new(Integers::Unsigned).nibbles(Nibbles::HighFirst);
@@ -577,7 +584,7 @@ fn openvino(level: &Level) {
 
 /// Hugging Face's QuantoQuantizedLayer: scales, shifts and integers, and what it makes of them, by token and by channel and 64 tokens.
 fn quanto(level: &Level) {
-    let goldens = Goldens::read();
+    let Some(goldens) = Goldens::read() else { return };
     for (name, of_scales) in [("quanto_token", [1, 64, 1, 1]), ("quanto_channel", [1, 1, 1, 64])] {
         let part = |part: &str| format!("{name}.{part}");
         let (x, shape) = (goldens.f16(&part("x")), [1, 64, 1, 64]);
