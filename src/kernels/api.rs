@@ -173,7 +173,7 @@ impl std::ops::Deref for RopeArgs {
 
 /// The heads of one token, elements on one side and quantised units on the other, and the scales of the units.
 #[derive(Clone, Copy)]
-pub(crate) struct ScaledArgs {
+pub(crate) struct ScaledArgs<'a> {
     /// Without a second source, repeats and prefetches.
     pub copy: CopyArgs,
     /// The scale of the first head; null for static scales of 1.
@@ -183,7 +183,9 @@ pub(crate) struct ScaledArgs {
     /// F32 or f16.
     pub scale_dtype: DType,
     /// Instead of scales, what describes units of an affine format.
-    pub affine: Option<AffineArgs>,
+    pub affine: Option<&'a AffineArgs>,
+    /// The number of the first head among those that `affine` describes.
+    pub first: usize,
 }
 
 /// The description of affine units, and the scales and zero points of the heads of one token, or of as many tokens as share them.

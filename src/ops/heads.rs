@@ -104,14 +104,11 @@ impl Scales {
         scales.map(|scales| scales.of_tokens(tokens, src.strides[SEQ] as isize, cache.strides[SEQ] as isize))
     }
 
-    fn args(&self, copy: CopyArgs, first: usize) -> ScaledArgs {
-        let Self { data, step, dtype, mut affine } = *self;
-        if let Some(affine) = &mut affine {
-            affine.first = affine.row(first);
-        }
+    fn args(&self, copy: CopyArgs, first: usize) -> ScaledArgs<'_> {
+        let Self { data, step, dtype, affine } = self;
         // The null of scales that are 1 has the step 0.
         let scales = data.wrapping_offset(first as isize * step * dtype.size() as isize);
-        ScaledArgs { copy, scales, scale_head: step, scale_dtype: dtype, affine }
+        ScaledArgs { copy, scales, scale_head: *step, scale_dtype: *dtype, affine: affine.as_ref(), first }
     }
 }
 
@@ -240,13 +237,13 @@ impl<'a> HeadKernels<'a> {
     /// # Safety
     /// As [`Self::run`].
     unsafe fn run_scaled(&self, copy: &CopyArgs, scales: [Option<Scales>; 2], turn: Option<Turn>) {
-        let [from, to] = scales.map(|scales| scales.unwrap_or(Scales::ONE));
+        let [from, to] = [0, 1].map(|side| scales[side].as_ref().unwrap_or(&Scales::ONE));
         // SAFETY: the caller's.
         unsafe {
             match self {
                 Self::Quantize(kernel) => kernel(&to.args(*copy, 0)),
                 Self::Dequantize(kernel) => kernel(&from.args(*copy, 0)),
-                Self::Staged(kernels) => kernels.run(copy, &from, &to, turn),
+                Self::Staged(kernels) => kernels.run(copy, from, to, turn),
                 _ => unreachable!("plain units have no scales"),
             }
         }

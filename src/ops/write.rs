@@ -495,7 +495,7 @@ impl RawWrite<'_> {
 
 /// Tokens that share scales which a write computes.
 pub(super) fn tokens_sharing(cache: &RawCacheView) -> usize {
-    cache.affine.filter(|affine| !affine.fixed).map_or(1, |affine| affine.shared[SEQ])
+    cache.affine.as_ref().filter(|affine| !affine.fixed).map_or(1, |affine| affine.shared[SEQ])
 }
 
 /// # Safety
@@ -512,6 +512,8 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     let value_kernels = values
         .as_ref()
         .map(|(v, v_cache)| HeadKernels::write(context, None, false, *v_hadamard, v.dtype, v_cache.dtype));
+    // Tokens that share scales are written with the first of them.
+    let shared = [tokens_sharing(k_cache), values.as_ref().map_or(1, |(_, v_cache)| tokens_sharing(v_cache))];
     for_each_token_with(
         runner,
         k.shape,
@@ -537,12 +539,8 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                         }
                         _ => None,
                     };
-                    match tokens_sharing(k_cache) {
-                        1 => key_kernels.run(&copy, || [None, Scales::of_token(k_cache, place)], turn),
-                        n if place.1.is_multiple_of(n) => {
-                            key_kernels.run(&copy, || [None, Scales::of_block(n, k, k_cache, place)], None);
-                        }
-                        _ => {}
+                    if place.1.is_multiple_of(shared[0]) {
+                        key_kernels.run(&copy, || [None, Scales::of_block(shared[0], k, k_cache, place)], turn);
                     }
                 }
                 if let Some((v, v_cache)) = values
@@ -554,14 +552,10 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                             if let Some(next) = next {
                                 ask_for(&mut copy, k.row(b, t + 1, 0), k_cache.row(next.0, next.1, 0));
                             }
-                            match (&value_kernels, tokens_sharing(v_cache)) {
-                                (Some(kernels), 1) => {
-                                    kernels.run(&copy, || [None, Scales::of_token(v_cache, place)], None);
-                                }
-                                (Some(kernels), n) if place.1.is_multiple_of(n) => {
-                                    kernels.run(&copy, || [None, Scales::of_block(n, v, v_cache, place)], None);
-                                }
-                                _ => {}
+                            if let Some(kernels) = &value_kernels
+                                && place.1.is_multiple_of(shared[1])
+                            {
+                                kernels.run(&copy, || [None, Scales::of_block(shared[1], v, v_cache, place)], None);
                             }
                         }
                         Packing::RowPairs if v_hadamard.is_some() => {

@@ -314,8 +314,8 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
 
 /// The description of the units of a call.
 #[inline(always)]
-fn described(args: &ScaledArgs) -> &AffineArgs {
-    match &args.affine {
+fn described<'a>(args: &ScaledArgs<'a>) -> &'a AffineArgs {
+    match args.affine {
         Some(affine) => affine,
         None => unreachable!("the check of a cache finds what describes it"),
     }
@@ -330,7 +330,7 @@ pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore, const BITS: u32>(s: S, ar
     let (c, affine) = (&args.copy, described(args));
     let mut widener = Widener::<S, BITS>::new(s, affine.groups);
     for head in 0..c.heads {
-        let row = affine.row(head);
+        let row = affine.row(args.first + head);
         let src = c.src.wrapping_offset(head as isize * c.src_head);
         let dst = c.dst.cast::<B>().wrapping_offset(head as isize * c.dst_head);
         for first in (0..c.dim).step_by(N) {
@@ -497,7 +497,7 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, const BITS: u32>(s: S, args
     let mut quotients =
         Quotients { less: [0.0; N], zero: [0.0; N], moved: [0.0; N], factor: [0.0; N], void: [false; N] };
     for head in 0..c.heads {
-        let row = affine.row(head);
+        let row = affine.row(args.first + head);
         let src = c.src.cast::<A>().wrapping_offset(head as isize * c.src_head);
         let dst = c.dst.wrapping_offset(head as isize * c.dst_head);
         for first in (0..c.dim).step_by(width) {
