@@ -110,6 +110,11 @@ impl Layout {
             Self::Bhsd => bhsd(shape),
         }
     }
+
+    /// Strides of the units of a cache whose shape counts elements.
+    fn unit_strides(self, [batch, seq, heads, dim]: [usize; 4], format: CacheFormat) -> [i64; 4] {
+        self.strides([batch, seq, heads, dim / format.unit_elements()])
+    }
 }
 
 enum Buffer {
@@ -187,13 +192,14 @@ impl Tensor {
                 CacheView::fp8_strided(units.as_slice(), *format, 0, self.shape, strides)?.static_scales(&FP8_SCALE)
             }
             Buffer::Blocks(units, format) => {
-                CacheView::blocks_strided(units.as_slice(), *format, 0, self.shape, self.block_strides(*format))
+                let strides = self.layout.unit_strides(self.shape, *format);
+                CacheView::blocks_strided(units.as_slice(), *format, 0, self.shape, strides)
             }
             Buffer::Affine(units, [scales, zeros], format) => {
                 let (_, shape, strides) = self.int8();
                 let scales = AffineScales::fixed(View::strided(scales.as_slice(), 0, shape, strides)?);
                 let scales = scales.zeros(View::strided(zeros.as_slice(), 0, shape, strides)?);
-                let strides = self.block_strides(*format);
+                let strides = self.layout.unit_strides(self.shape, *format);
                 CacheView::affine_strided(units.as_slice(), *format, 0, self.shape, strides, AFFINE, scales)
             }
             Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view()?.into()),
@@ -204,10 +210,6 @@ impl Tensor {
     pub fn cache_mut(&mut self) -> Result<CacheViewMut<'_>> {
         let ((strides, shape, scale_strides), units_shape) = (self.int8(), self.shape);
         let layout = self.layout;
-        let block_strides = |format: CacheFormat| {
-            let [batch, seq, heads, dim] = units_shape;
-            layout.strides([batch, seq, heads, dim / format.unit_elements()])
-        };
         match self.buffer {
             Buffer::Int8(ref mut units, ref mut scales) => {
                 let scales = ViewMut::strided(scales.as_mut_slice(), 0, shape, scale_strides)?;
@@ -218,21 +220,17 @@ impl Tensor {
                 cache.static_scales(&FP8_SCALE)
             }
             Buffer::Blocks(ref mut units, format) => {
-                CacheViewMut::blocks_strided(units.as_mut_slice(), format, 0, units_shape, block_strides(format))
+                let strides = layout.unit_strides(units_shape, format);
+                CacheViewMut::blocks_strided(units.as_mut_slice(), format, 0, units_shape, strides)
             }
             Buffer::Affine(ref mut units, [ref mut scales, ref mut zeros], format) => {
                 let scales = AffineScales::written(ViewMut::strided(scales.as_mut_slice(), 0, shape, scale_strides)?);
                 let scales = scales.zeros(ViewMut::strided(zeros.as_mut_slice(), 0, shape, scale_strides)?);
-                let strides = block_strides(format);
+                let strides = layout.unit_strides(units_shape, format);
                 CacheViewMut::affine_strided(units.as_mut_slice(), format, 0, units_shape, strides, AFFINE, scales)
             }
             Buffer::F32(_) | Buffer::F16(_) | Buffer::Bf16(_) => Ok(self.view_mut()?.into()),
         }
-    }
-
-    fn block_strides(&self, format: CacheFormat) -> [i64; 4] {
-        let [batch, seq, heads, dim] = self.shape;
-        self.layout.strides([batch, seq, heads, dim / format.unit_elements()])
     }
 
     /// Strides of the units, and shape and strides of the scales beside them.

@@ -306,15 +306,13 @@ impl RawAffine {
     }
 
     pub fn groups(&self) -> AffineGroups {
-        fn step<U: Units>(view: &RawView<U>) -> isize {
-            if view.shape[DIM] == 1 { 0 } else { view.strides[DIM] as isize * view.dtype.size() as isize }
-        }
+        let [scale_step, zero_step] = self.steps(DIM);
         AffineGroups {
             of: self.of,
             scale_dtype: self.scales.dtype,
             zero_type: self.zeros.map(|zeros| zeros.dtype),
-            scale_step: step(&self.scales),
-            zero_step: self.zeros.as_ref().map_or(0, step),
+            scale_step,
+            zero_step,
             group: self.shared[DIM],
             fixed: self.fixed,
         }
