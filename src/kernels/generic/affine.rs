@@ -170,6 +170,20 @@ impl Range {
     }
 }
 
+/// What makes elements of integers that share a scale and a zero point, in every lane.
+struct Shared<S: Simd> {
+    scale: S::V,
+    a: S::V,
+    m: S::V,
+    /// The elements of all numbers, if [`holds_nibbles`].
+    table: S::V,
+}
+
+/// Whether a vector holds the elements of all numbers. They are then computed once, and looked up.
+const fn holds_nibbles<S: Simd>(bits: u32) -> bool {
+    bits == 4 && S::LANES == 16
+}
+
 /// Makes elements of the units of one cache.
 pub(crate) struct Widener<S: Simd, const BITS: u32> {
     groups: AffineGroups,
@@ -210,6 +224,23 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
     ) {
         let group = self.groups.group;
         let uniform = self.is_uniform(dim);
+        if group >= dim {
+            let whole = n / N * N;
+            // SAFETY: the caller's.
+            unsafe {
+                let shared = self.shared(s, parameters(&self.groups, row, 0));
+                let from = units.add(first * BITS as usize / 8);
+                if BITS == 8 && self.groups.of.integers == Integers::Signed {
+                    self.run_all::<true>(s, from, whole, &shared, to);
+                } else {
+                    self.run_all::<false>(s, from, whole, &shared, to);
+                }
+                if whole < n {
+                    self.run::<false>(s, from.add(whole * BITS as usize / 8), n - whole, &shared, to.add(whole));
+                }
+            }
+            return;
+        }
         for at in (first..first + n).step_by(N) {
             let len = (first + n - at).min(N);
             // SAFETY: the caller's.
@@ -217,14 +248,87 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
                 let from = units.add(at * BITS as usize / 8);
                 let to = to.add(at - first);
                 if uniform {
-                    let (scale, zero) = parameters(&self.groups, row, if group >= dim { 0 } else { at / group });
-                    let (a, m) = self.offsets(zero);
-                    let factors = (s.splat(scale), s.splat(a), s.splat(m));
-                    self.run::<false>(s, from, len, factors, to);
+                    let shared = self.shared(s, parameters(&self.groups, row, at / group));
+                    self.run::<false>(s, from, len, &shared, to);
                 } else {
                     self.expand(row, at, len);
-                    self.run::<true>(s, from, len, (s.zero(), s.zero(), s.zero()), to);
+                    let none = Shared { scale: s.zero(), a: s.zero(), m: s.zero(), table: s.zero() };
+                    self.run::<true>(s, from, len, &none, to);
                 }
+            }
+        }
+    }
+
+    /// What makes elements of integers that share a scale and a zero point.
+    #[inline(always)]
+    fn shared(&self, s: S, (scale, zero): (f32, f32)) -> Shared<S> {
+        let (a, m) = self.offsets(zero);
+        let mut shared = Shared { scale: s.splat(scale), a: s.splat(a), m: s.splat(m), table: s.zero() };
+        if const { holds_nibbles::<S>(BITS) } {
+            const NUMBERS: [f32; 16] =
+                [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
+            // SAFETY: the numbers are a vector.
+            shared.table = self.elements(s, unsafe { s.load_f32(NUMBERS.as_ptr()) }, &shared);
+        }
+        shared
+    }
+
+    /// Elements of numbers as they lie in memory.
+    #[inline(always)]
+    fn elements(&self, s: S, q: S::V, &Shared { scale, a, m, .. }: &Shared<S>) -> S::V {
+        let q = s.select_lt(q, self.below, q, s.sub(q, self.wrap));
+        s.add(s.mul(s.sub(q, a), scale), m)
+    }
+
+    /// As [`Self::run`], of `n` elements, a multiple of [`N`], that share factors. `SIGNED`: bytes are the integers.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[inline(always)]
+    unsafe fn run_all<const SIGNED: bool>(&self, s: S, from: *const u8, n: usize, shared: &Shared<S>, to: *mut f32) {
+        let &Shared { scale, a, m, .. } = shared;
+        // Numbers without a sign are the integers, or all of them are greater by the same.
+        let offset = if self.groups.of.integers == Integers::Offset { self.wrap } else { s.zero() };
+        for at in (0..n).step_by(N) {
+            // SAFETY: the caller's.
+            unsafe {
+                let to = to.add(at);
+                if BITS == 4 {
+                    self.nibbles(s, from.add(at / 2), shared, to);
+                    continue;
+                }
+                for i in (0..N).step_by(S::LANES) {
+                    let q = if SIGNED {
+                        s.load_i8(from.add(at + i).cast())
+                    } else {
+                        s.sub(s.load_u8(from.add(at + i)), offset)
+                    };
+                    s.store_f32(to.add(i), s.add(s.mul(s.sub(q, a), scale), m));
+                }
+            }
+        }
+    }
+
+    /// Elements of [`N`] numbers of four bits that share factors.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[inline(always)]
+    unsafe fn nibbles(&self, s: S, source: *const u8, shared: &Shared<S>, to: *mut f32) {
+        let swapped = self.groups.of.nibbles == Nibbles::HighFirst;
+        // SAFETY: the caller's.
+        unsafe {
+            for i in (0..N / 2).step_by(S::LANES) {
+                let [low, high] = [i, i + N / 2].map(|at| {
+                    if const { holds_nibbles::<S>(BITS) } {
+                        s.look_up_nibbles(source, at, shared.table)
+                    } else {
+                        self.elements(s, s.load_nibbles(source, at), shared)
+                    }
+                });
+                let [x, y] = if swapped { s.interleave(high, low) } else { s.interleave(low, high) };
+                s.store_f32(to.add(2 * i), x);
+                s.store_f32(to.add(2 * i + S::LANES), y);
             }
         }
     }
@@ -265,7 +369,7 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
     /// # Safety
     /// `n <= N` elements are readable at `from` and writable at `to`.
     #[inline(always)]
-    unsafe fn run<const EACH: bool>(&self, s: S, from: *const u8, n: usize, factors: (S::V, S::V, S::V), to: *mut f32) {
+    unsafe fn run<const EACH: bool>(&self, s: S, from: *const u8, n: usize, shared: &Shared<S>, to: *mut f32) {
         let (mut bytes, mut elements) = ([0u8; N], [0.0; N]);
         let (mut source, mut target) = (from, to);
         // SAFETY: the caller's; arrays hold N.
@@ -276,15 +380,17 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
             }
             if BITS == 8 {
                 for i in (0..N).step_by(S::LANES) {
-                    self.put::<EACH>(s, i, s.load_u8(source.add(i)), factors, target);
+                    self.put::<EACH>(s, i, s.load_u8(source.add(i)), shared, target);
                 }
+            } else if !EACH {
+                self.nibbles(s, source, shared, target);
             } else {
                 let swapped = self.groups.of.nibbles == Nibbles::HighFirst;
                 for i in (0..N / 2).step_by(S::LANES) {
                     let (low, high) = (s.load_nibbles(source, i), s.load_nibbles(source, i + N / 2));
                     let [x, y] = if swapped { s.interleave(high, low) } else { s.interleave(low, high) };
-                    self.put::<EACH>(s, 2 * i, x, factors, target);
-                    self.put::<EACH>(s, 2 * i + S::LANES, y, factors, target);
+                    self.put::<EACH>(s, 2 * i, x, shared, target);
+                    self.put::<EACH>(s, 2 * i + S::LANES, y, shared, target);
                 }
             }
             if n < N {
@@ -296,18 +402,17 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
     /// # Safety
     /// A vector from element `i` on is writable at `to`.
     #[inline(always)]
-    unsafe fn put<const EACH: bool>(&self, s: S, i: usize, q: S::V, factors: (S::V, S::V, S::V), to: *mut f32) {
+    unsafe fn put<const EACH: bool>(&self, s: S, i: usize, q: S::V, shared: &Shared<S>, to: *mut f32) {
         // SAFETY: the caller's; the factors have N elements.
         unsafe {
-            let (scale, a, m) = if EACH {
+            let x = if EACH {
                 let Factors { s: scale, a, m } = &self.factors;
-                let at = |x: &[f32; N]| x.as_ptr().wrapping_add(i);
-                (s.load_f32(at(scale)), s.load_f32(at(a)), s.load_f32(at(m)))
+                let at = |x: &[f32; N]| s.load_f32(x.as_ptr().wrapping_add(i));
+                self.elements(s, q, &Shared { scale: at(scale), a: at(a), m: at(m), table: s.zero() })
             } else {
-                factors
+                self.elements(s, q, shared)
             };
-            let q = s.select_lt(q, self.below, q, s.sub(q, self.wrap));
-            s.store_f32(to.add(i), s.add(s.mul(s.sub(q, a), scale), m));
+            s.store_f32(to.add(i), x);
         }
     }
 }
