@@ -1,6 +1,6 @@
 // A library of custom operators for ONNX Runtime: Attention, RotaryEmbedding and TensorScatter of ONNX (opset 23 to 25) and
 // GroupQueryAttention of com.microsoft, in the domain `kvlane`, with the inputs, outputs and attributes of the originals, for float,
-// float16 and bfloat16, on the threads of the session.
+// float16 and bfloat16, on the threads of the session; the last with caches of integers of eight and four bits too.
 //
 // The session option `kvlane.threads` says how many tasks an operator may have at once, because a kernel cannot ask for the number of
 // threads; by default as many as the machine has CPUs.
@@ -11,10 +11,14 @@
 #undef ORT_API_MANUAL_INIT
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <thread>
+#include <vector>
 
 namespace {
 
@@ -53,7 +57,9 @@ kvl_dtype dtype(ONNXTensorElementDataType type) {
     }
 }
 
-std::size_t width(kvl_dtype type) { return type == KVL_DTYPE_F32 ? 4 : 2; }
+std::size_t width(kvl_dtype type) {
+    return type == KVL_DTYPE_F32 ? 4 : type == KVL_FORMAT_AFFINE8 || type == KVL_FORMAT_AFFINE4 ? 1 : 2;
+}
 
 /// An input or an output.
 struct tensor {
@@ -256,7 +262,8 @@ struct pair {
 
 /// Writes tokens into caches, from the position of each sequence on.
 void write(const call &call, const pair &tokens, const pair &caches, const std::vector<std::int32_t> &positions,
-           const std::vector<std::int32_t> *counts = nullptr, const kvl_rope_params *rope = nullptr) {
+           const std::vector<std::int32_t> *counts = nullptr, const kvl_rope_params *rope = nullptr,
+           const kvl_cache_scales *scales = nullptr) {
     if (tokens.k.shape[1] == 0) {
         return;
     }
@@ -268,6 +275,7 @@ void write(const call &call, const pair &tokens, const pair &caches, const std::
     params.positions = positions.data();
     params.counts = counts == nullptr ? nullptr : counts->data();
     params.rope = rope;
+    params.scales = scales;
     kvlane::kv_write(context(), params, call.runner());
 }
 
@@ -300,6 +308,7 @@ void set_mask(kvl_attention_params &params, const tensor &mask) {
 struct attention {
     static constexpr const char *name = "Attention";
     static constexpr std::size_t inputs = 7, required = 3, outputs = 3, required_outputs = 1;
+    static constexpr bool quantizes = false;
 
     explicit attention(const attributes &a)
         : q_heads(a.integer("q_num_heads", 0)), kv_heads(a.integer("kv_num_heads", 0)), scale(a.real("scale", 0)),
@@ -395,6 +404,7 @@ struct attention {
 struct rotary_embedding {
     static constexpr const char *name = "RotaryEmbedding";
     static constexpr std::size_t inputs = 4, required = 3, outputs = 1, required_outputs = 1;
+    static constexpr bool quantizes = false;
 
     explicit rotary_embedding(const attributes &a)
         : heads(a.integer("num_heads", 0)), rotary_dim(a.integer("rotary_embedding_dim", 0)),
@@ -434,6 +444,7 @@ struct rotary_embedding {
 struct tensor_scatter {
     static constexpr const char *name = "TensorScatter";
     static constexpr std::size_t inputs = 3, required = 2, outputs = 1, required_outputs = 1;
+    static constexpr bool quantizes = false;
 
     explicit tensor_scatter(const attributes &a)
         : axis(a.integer("axis", -2)), circular(a.word("mode", "linear") == "circular") {}
@@ -489,33 +500,74 @@ struct tensor_scatter {
 };
 
 /// com.microsoft: query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos_cache, sin_cache, position_ids,
-/// attention_bias, head_sink; output, present_key, present_value. Without key and value, query has all three.
+/// attention_bias, head_sink, k_scale, v_scale; output, present_key, present_value. Without key and value, query has all three.
 struct group_query_attention {
     static constexpr const char *name = "GroupQueryAttention";
-    static constexpr std::size_t inputs = 12, required = 1, outputs = 3, required_outputs = 3;
+    static constexpr std::size_t inputs = 14, required = 1, outputs = 3, required_outputs = 3;
+    static constexpr bool quantizes = true;
 
     explicit group_query_attention(const attributes &a)
         : heads(a.integer("num_heads", 0)), kv_heads(a.integer("kv_num_heads", 0)), window(a.integer("local_window_size", -1)),
           scale(a.real("scale", 0)), softcap(a.real("softcap", 0)), rotary(a.integer("do_rotary", 0) != 0),
-          interleaved(a.integer("rotary_interleaved", 0) != 0), smooth(a.integer("smooth_softmax", 0) == 1) {
+          interleaved(a.integer("rotary_interleaved", 0) != 0), smooth(a.integer("smooth_softmax", 0) == 1),
+          bits(a.integer("kv_cache_bit_width", 0)), quant{a.word("k_quant_type", "NONE"), a.word("v_quant_type", "NONE")} {
         if (heads < 1 || kv_heads < 1) {
             throw bad_model("num_heads and kv_num_heads are at least 1");
         }
-        if (a.integer("kv_cache_bit_width", 0) != 0 || a.integer("qk_output", 0) != 0 ||
-            a.integer("sliding_window_cache", 0) != 0) {
-            throw bad_model("GroupQueryAttention of kvlane has plain caches, and no output of scores");
+        if (a.integer("qk_output", 0) != 0 || a.integer("sliding_window_cache", 0) != 0) {
+            throw bad_model("GroupQueryAttention of kvlane has whole caches, and no output of scores");
+        }
+        for (const std::string &of : quant) {
+            if (bits == 0 ? of != "NONE" : (bits != 8 && bits != 4) || (of != "PER_TENSOR" && of != "PER_CHANNEL")) {
+                throw bad_model("k_quant_type and v_quant_type are PER_TENSOR or PER_CHANNEL, with a kv_cache_bit_width of 8 or 4, "
+                                "or NONE without one; here " + of + " and " + std::to_string(bits));
+            }
         }
     }
 
     static ONNXTensorElementDataType input_type(std::size_t i, ONNXTensorElementDataType type) {
-        return i == 5 || i == 6 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : i == 9 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : type;
+        return i == 5 || i == 6 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32
+               : i == 9         ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
+               : i >= 12        ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
+                                : type;
+    }
+
+    /// A cache, whose integers of four bits lie two in a byte.
+    kvlane::mutable_view cache(const char *name_of, const tensor &t, std::int64_t dim) const {
+        const auto wanted = bits == 8   ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8
+                            : bits == 4 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
+                                        : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+        const bool integers = t.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 || t.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+        if (integers ? t.type != wanted : bits != 0) {
+            throw bad_model(std::string(name_of) + " is not of the type that kv_cache_bit_width = " + std::to_string(bits) + " has");
+        }
+        if (!integers) {
+            return by_heads(name_of, t, 0);
+        }
+        const dims &n = t.shape;
+        if (n.size() != 4 || n[3] * 8 != dim * bits) {
+            throw bad_model(std::string(name_of) + " of shape " + text(n) + " has not " + std::to_string(bits) +
+                            " bits for each of " + std::to_string(dim) + " elements");
+        }
+        return view(t.data, bits == 8 ? KVL_FORMAT_AFFINE8 : KVL_FORMAT_AFFINE4, {n[0], n[2], n[1], dim},
+                    {n[1] * n[2] * n[3], n[3], n[2] * n[3], 1});
+    }
+
+    /// One scale, or one for each channel of each head.
+    kvl_view scales_of(const char *name_of, const std::optional<tensor> &t, const std::string &of, std::int64_t dim) const {
+        const std::int64_t n = of == "PER_CHANNEL" ? kv_heads * dim : 1;
+        if (!t || product(t->shape, 0, t->shape.size()) != n) {
+            throw bad_model(std::string(name_of) + (t ? " of shape " + text(t->shape) : " is absent and") + " has not " +
+                            std::to_string(n) + " scales, as " + of + " asks");
+        }
+        return view(t->data, KVL_DTYPE_F32, {1, 1, n == 1 ? 1 : kv_heads, n == 1 ? 1 : dim}, {n, n, n == 1 ? 1 : dim, 1});
     }
 
     void compute(const call &call) const {
         const tensor query = *call.input(0);
         const auto key = call.input(1), value = call.input(2), past_k = call.input(3), past_v = call.input(4),
                    seqlens = call.input(5), total = call.input(6), cos = call.input(7), sin = call.input(8), ids = call.input(9),
-                   bias = call.input(10), sink = call.input(11);
+                   bias = call.input(10), sink = call.input(11), k_scale = call.input(12), v_scale = call.input(13);
         if (query.shape.size() != 3 || !seqlens || !total || key.has_value() != value.has_value() ||
             past_k.has_value() != past_v.has_value()) {
             throw bad_model(
@@ -565,16 +617,38 @@ struct group_query_attention {
             }
         }
 
-        const dims shape = {batch, kv_heads, std::max(held, all), dim};
+        const dims shape = {batch, kv_heads, std::max(held, all), bits == 0 ? dim : dim * bits / 8};
         const tensor present_k = *call.output(1, shape), present_v = *call.output(2, shape);
-        const pair caches{by_heads("present_key", present_k, 0), by_heads("present_value", present_v, 0)};
+        const pair caches{cache("present_key", present_k, dim), cache("present_value", present_v, dim)};
+        kvl_cache_scales scales = KVL_CACHE_SCALES_INIT;
+        if (bits != 0) {
+            scales.k = scales_of("k_scale", k_scale, quant[0], dim);
+            scales.v = scales_of("v_scale", v_scale, quant[1], dim);
+            scales.k_affine = scales.v_affine = KVL_AFFINE_FIXED + (bits == 8 ? KVL_AFFINE_SIGNED : KVL_AFFINE_OFFSET);
+        }
         const bool shared = past_k && past_k->data == present_k.data && past_v->data == present_v.data;
         if (!shared) {
-            if (past_k) {
+            const auto row = static_cast<std::size_t>(shape[3]) * width(caches.k.dtype);
+            if (past_k && bits == 0) {
                 write(call, {by_heads("past_key", *past_k, 0), by_heads("past_value", *past_v, 0)}, caches, start, &before);
+            } else if (past_k) {
+                const auto copy = [&](const char *name_of, const tensor &past, const tensor &present) {
+                    cache(name_of, past, dim);
+                    if (past.shape[0] != batch || past.shape[1] != kv_heads) {
+                        throw bad_model(std::string(name_of) + " has the shape " + text(past.shape) + " for present ones of " +
+                                        text(shape));
+                    }
+                    for (std::int64_t i = 0; i < batch * kv_heads; i++) {
+                        const std::int64_t tokens = std::min<std::int64_t>(before[static_cast<std::size_t>(i / kv_heads)], past.shape[2]);
+                        std::memcpy(static_cast<char *>(present.data) + static_cast<std::size_t>(i * shape[2]) * row,
+                                    static_cast<const char *>(past.data) + static_cast<std::size_t>(i * past.shape[2]) * row,
+                                    static_cast<std::size_t>(tokens) * row);
+                    }
+                };
+                copy("past_key", *past_k, present_k);
+                copy("past_value", *past_v, present_v);
             }
             for (const tensor *present : {&present_k, &present_v}) {
-                const std::size_t row = static_cast<std::size_t>(dim) * width(dtype(present->type));
                 for (std::int64_t i = 0; i < batch * kv_heads; i++) {
                     const std::int64_t length = lengths[static_cast<std::size_t>(i / kv_heads)], capacity = shape[2];
                     std::memset(static_cast<char *>(present->data) + static_cast<std::size_t>(i * capacity + length) * row, 0,
@@ -593,12 +667,13 @@ struct group_query_attention {
             kvlane::rope(context(), q, to, rotate->params, call.runner());
             q = to;
         }
-        write(call, tokens, caches, before, nullptr, rotate ? &rotate->params : nullptr);
+        write(call, tokens, caches, before, nullptr, rotate ? &rotate->params : nullptr, bits == 0 ? nullptr : &scales);
 
         kvl_attention_params params = KVL_ATTENTION_PARAMS_INIT;
         params.q = q;
         params.k = caches.k;
         params.v = caches.v;
+        params.scales = bits == 0 ? nullptr : &scales;
         params.scale = scale;
         params.softcap = softcap;
         params.flags = KVL_ATTENTION_FLAG_CAUSAL;
@@ -625,6 +700,8 @@ struct group_query_attention {
     std::int64_t heads, kv_heads, window;
     float scale, softcap;
     bool rotary, interleaved, smooth;
+    std::int64_t bits;
+    std::string quant[2];
 };
 
 OrtStatusPtr failed(const std::exception &error) { return Ort::GetApi().CreateStatus(ORT_INVALID_ARGUMENT, error.what()); }
@@ -643,10 +720,10 @@ template <class Operator> struct kernel {
     std::size_t threads;
 };
 
-/// An operator for one type.
+/// An operator for one type, and one of caches if it quantises them.
 template <class Operator> struct custom_op : Ort::CustomOpBase<custom_op<Operator>, kernel<Operator>, true> {
-    custom_op(ONNXTensorElementDataType type_of_tensors, std::size_t number_of_threads)
-        : type(type_of_tensors), threads(number_of_threads) {
+    custom_op(ONNXTensorElementDataType type_of_tensors, ONNXTensorElementDataType type_of_caches, std::size_t number_of_threads)
+        : type(type_of_tensors), cache(type_of_caches), threads(number_of_threads) {
         // Where ONNX Runtime may give an output the memory of an input.
         if constexpr (!Operator::in_place.empty()) {
             OrtCustomOp::GetMayInplace = [](int **from, int **to) {
@@ -677,33 +754,47 @@ template <class Operator> struct custom_op : Ort::CustomOpBase<custom_op<Operato
 
     const char *GetName() const { return Operator::name; }
     std::size_t GetInputTypeCount() const { return Operator::inputs; }
-    ONNXTensorElementDataType GetInputType(std::size_t i) const { return Operator::input_type(i, type); }
+    ONNXTensorElementDataType GetInputType(std::size_t i) const {
+        return Operator::quantizes && is(i, 0) ? cache : Operator::input_type(i, type);
+    }
     OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(std::size_t i) const {
         return i < Operator::required ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
     }
     std::size_t GetOutputTypeCount() const { return Operator::outputs; }
-    ONNXTensorElementDataType GetOutputType(std::size_t) const { return type; }
+    ONNXTensorElementDataType GetOutputType(std::size_t i) const { return Operator::quantizes && is(i, 1) ? cache : type; }
     OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(std::size_t i) const {
         return i < Operator::required_outputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
     }
 
-    ONNXTensorElementDataType type;
+    /// Whether an input (0) or output (1) is a cache that may be updated in place.
+    static bool is(std::size_t i, std::size_t which) {
+        const auto &pairs = Operator::in_place;
+        return std::any_of(pairs.begin(), pairs.end(), [&](const auto &of) { return of[which] == static_cast<int>(i); });
+    }
+
+    ONNXTensorElementDataType type, cache;
     std::size_t threads;
 };
 
 template <class Operator> struct types {
-    explicit types(std::size_t threads)
-        : of{{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, threads},
-             {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, threads},
-             {ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, threads}} {}
-
-    void add(Ort::CustomOpDomain &domain) const {
-        for (const auto &op : of) {
-            domain.Add(&op);
+    explicit types(std::size_t threads) {
+        for (const auto type : {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                                ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16}) {
+            for (const auto cache : {type, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8}) {
+                if (cache == type || Operator::quantizes) {
+                    of.push_back(std::make_unique<custom_op<Operator>>(type, cache, threads));
+                }
+            }
         }
     }
 
-    custom_op<Operator> of[3];
+    void add(Ort::CustomOpDomain &domain) const {
+        for (const auto &op : of) {
+            domain.Add(op.get());
+        }
+    }
+
+    std::vector<std::unique_ptr<custom_op<Operator>>> of;
 };
 
 /// What lives as long as the library, for each number of threads.

@@ -125,17 +125,17 @@ def tables(dtype, rows, rotary_dim):
 def gqa(inputs, dtype, **attributes):
     """A model of one node, whose inputs may be absent."""
     onnx_type, _ = TYPES[dtype]
+    cache_type = {0: onnx_type, 8: TensorProto.INT8, 4: TensorProto.UINT8}[attributes.get("kv_cache_bit_width", 0)]
     names = ["query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache",
-             "position_ids", "attention_bias", "head_sink"]
+             "position_ids", "attention_bias", "head_sink", "k_scale", "v_scale"]
     while names[-1] not in inputs:
         names.pop()
     used = [name if name in inputs else "" for name in names]
     outputs = ["output", "present_key", "present_value"]
     node = helper.make_node("GroupQueryAttention", used, outputs, domain="com.microsoft", num_heads=HEADS, kv_num_heads=KV_HEADS,
                             **attributes)
-    of = {np.dtype(np.int32): TensorProto.INT32, np.dtype(np.int64): TensorProto.INT64}
-    given = [helper.make_tensor_value_info(n, of.get(x.dtype, onnx_type), x.shape) for n, x in inputs.items()]
-    made = [helper.make_tensor_value_info(n, onnx_type, None) for n in outputs]
+    given = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape) for n, x in inputs.items()]
+    made = [helper.make_tensor_value_info(n, t, None) for n, t in zip(outputs, (onnx_type, cache_type, cache_type))]
     return helper.make_model(helper.make_graph([node], "gqa", given, made), ir_version=10,
                              opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)])
 
@@ -182,6 +182,60 @@ for dtype, (_, tolerance) in TYPES.items():
                     close(got, want, tolerance, tolerance, (dtype, lengths, attributes, extra, name))
                     worst[dtype] = max(worst[dtype], float(np.abs(got.astype(np.float32) - want.astype(np.float32)).max()))
 print(f"GroupQueryAttention: f32 within {worst[np.float32]:.1e} and float16 within {worst[np.float16]:.1e} of ONNX Runtime's")
+
+
+def quantised(bits, kinds, lengths, seq, **attributes):
+    """A model whose caches are integers, and its inputs. `lengths` are those with the new tokens."""
+    batch, total = len(lengths), max(lengths)
+    inputs = {"query": normal(np.float32, batch, seq, HEADS * DIM)}
+    inputs |= {name: normal(np.float32, batch, seq, KV_HEADS * DIM) for name in ("key", "value")}
+    # An empty past says of which type caches are.
+    shape = (batch, KV_HEADS, 0 if total == seq else 80, DIM * bits // 8)
+    past = [rng.integers(0, 256, shape).astype(np.uint8) for _ in range(2)]
+    inputs |= dict(zip(("past_key", "past_value"), (x.view(np.int8) if bits == 8 else x for x in past)))
+    inputs |= {"seqlens_k": np.array(lengths, np.int32) - 1, "total_sequence_length": np.array([total], np.int32)}
+    if "do_rotary" in attributes:
+        inputs |= dict(zip(("cos_cache", "sin_cache"), tables(np.float32, 100, DIM)))
+    for name, kind in zip(("k_scale", "v_scale"), kinds):
+        of = rng.uniform(0.5, 1.5, [1] if kind == "PER_TENSOR" else [KV_HEADS, 1, DIM])
+        inputs[name] = (of * (3 / 127 if bits == 8 else 3 / 7)).astype(np.float32)
+    return gqa(inputs, np.float32, kv_cache_bit_width=bits, k_quant_type=kinds[0], v_quant_type=kinds[1], **attributes), inputs
+
+
+far, turned = 0.0, [0, 0]
+for bits in (8, 4):
+    for kinds in (("PER_TENSOR", "PER_TENSOR"), ("PER_CHANNEL", "PER_CHANNEL")):
+        for lengths, seq in (([9, 9], 9), ([30, 12], 1), ([30], 6)):
+            for attributes in ({}, {"do_rotary": 1}):
+                model, inputs = quantised(bits, kinds, lengths, seq, **attributes)
+                ours, theirs = (run(session(model, kvlane), None, inputs) for kvlane in (True, False))
+                same = True
+                for b, length in enumerate(lengths):
+                    for got, want in zip(ours[1:], theirs[1:]):
+                        got, want = (x[b, :, :length] for x in (got, want))
+                        # A rotation that is rounded otherwise may change an integer by one.
+                        different = np.count_nonzero(got != want)
+                        same &= not different
+                        turned[0] += different
+                        turned[1] += got.size
+                        assert attributes or not different, (bits, kinds, lengths, different)
+                if same:
+                    close(ours[0], theirs[0], 1e-5, 1e-5, (bits, kinds, lengths, attributes))
+                    far = max(far, float(np.abs(ours[0] - theirs[0]).max()))
+assert turned[0] < turned[1] / 1000, turned
+print(f"GroupQueryAttention: caches of int8 and int4 with the same bytes, but for {turned[0]} of {turned[1]} after a rotation; outputs "
+      f"within {far:.1e}")
+for change, words in (({"k_scale": np.ones(3, np.float32)}, "k_scale of shape [3] has not 1 scales"),
+                      ({"past_key": np.zeros((1, KV_HEADS, 80, 8), np.int8)}, "past_key of shape [1, 2, 80, 8]")):
+    _, inputs = quantised(8, ("PER_TENSOR", "PER_TENSOR"), [30], 1)
+    inputs |= change
+    model = gqa(inputs, np.float32, kv_cache_bit_width=8, k_quant_type="PER_TENSOR", v_quant_type="PER_TENSOR")
+    try:
+        run(session(model, True), None, inputs)
+        sys.exit(f"{list(change)} is no error")
+    except Exception as error:
+        assert words in str(error), error
+
 for change, words in (
     ({"seqlens_k": np.array([99, 11], np.int32)}, "100"),
     ({"key": normal(np.float32, 2, 1, 24)}, "12"),
