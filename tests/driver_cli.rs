@@ -217,6 +217,48 @@ fn perplexity_measures_what_a_format_does() {
 }
 
 #[test]
+fn cache_error_measures_every_format() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/page.txt");
+    let with = |more: &[&str]| json(&[&["cache-error", page, "--context", "200"], more].concat());
+    let all = with(&["--layers"]);
+    let formats = all["formats"].as_array().unwrap();
+    let find = |name: &str| formats.iter().find(|f| f["k_type"] == name && f["v_type"] == name).unwrap();
+    assert_eq!(formats.len(), kvlane::CacheFormat::ALL.len());
+    let number = |object: &serde_json::Value, part: &str, key: &str| object[part][key].as_f64().unwrap();
+    for part in ["k", "v", "attention"] {
+        let of = |key: &str| ["f32", "f16", "q8_0", "q5_0", "q4_0"].map(|name| number(find(name), part, key));
+        let (cosines, errors) = (of("mean_cosine"), of("largest_error"));
+        assert!(errors[0] == 0.0 && errors.is_sorted() && errors[4] < 10.0, "{part}: {errors:?}");
+        assert!(
+            cosines[0] > 1.0 - 1e-12 && cosines.iter().rev().is_sorted() && cosines[4] > 0.9,
+            "{part}: {cosines:?}"
+        );
+        let layers = find("q4_0")["layers"].as_array().unwrap();
+        let largest = layers.iter().map(|layer| number(layer, part, "largest_error")).fold(0.0, f64::max);
+        assert_eq!((layers.len(), largest), (4, errors[4]), "{part}");
+    }
+    assert_eq!(find("int8")["cache_bytes_per_token"].as_u64(), Some(4 * 2 * 2 * 36));
+    // A pair, rotated.
+    let pair = with(&["--k-type", "q8_0", "--v-type", "fp8_e4m3", "--rotate", "both"]);
+    let pair = &pair["formats"][0];
+    let named = ["k_type", "v_type", "rotate"].map(|key| pair[key].as_str().unwrap());
+    assert_eq!(named, ["q8_0", "fp8_e4m3", "both"]);
+    assert!(number(pair, "k", "largest_error") < number(pair, "v", "largest_error") && pair.get("layers").is_none());
+    let text = stdout(&["cache-error", page, "--kv-type", "int8", "--layers"]);
+    assert!(text.starts_with("| keys and values |") && text.contains("| int8 | 576 | all |"), "{text}");
+    assert_eq!(text.lines().count(), 2 + 5);
+    assert!(
+        stdout(&["cache-error", page, "--kv-type", "f16"])
+            .lines()
+            .last()
+            .unwrap()
+            .starts_with("| f16 | 1024 | 1.000000 |")
+    );
+    assert_eq!(kvlane(&["cache-error", "no/such/file"]).status.code(), Some(1));
+    assert_eq!(kvlane(&["cache-error", page, "--context", "1"]).status.code(), Some(2));
+}
+
+#[test]
 fn cache_cost_measures_both() {
     let object = json(&["cache-cost", "--max-context", "40", "--threads", "1"]);
     let points = object["points"].as_array().unwrap();

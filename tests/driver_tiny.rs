@@ -5,9 +5,9 @@ use kvlane::driver::argmax;
 use kvlane::driver::quant::dequantize;
 use kvlane::driver::{
     Cache, Decoder, Finish, Formats, Logits, ModelFile, Prefilled, Request, Rotate, Scheduler, Scratch, Streaming,
-    Stretch, Threads, Tokenizer, embedded, perplexity,
+    Stretch, Threads, Tokenizer, cache_error, embedded, perplexity,
 };
-use kvlane::{CacheFormat, DType, Isa, Pairing, RopeScaling, YarnScaling};
+use kvlane::{CacheFormat, DType, Isa, KvRead, Pairing, RopeScaling, Serial, Source, ViewMut, YarnScaling, kv_read};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -591,6 +591,66 @@ fn a_hugging_face_directory_is_the_same_model() {
         let worst = logits(&decoder).iter().zip(logits(&other)).fold(0.0f32, |w, (a, b)| w.max((a - b).abs()));
         // q.k has the same products, added in another order.
         assert!(worst < 1e-4, "{worst}");
+    }
+}
+
+/// What a run with a cache in a format has in its first layer is as far from f32 as is measured; later layers are exact up to there.
+#[test]
+fn cache_errors_are_those_of_a_run() {
+    let (decoder, tokenizer) = load(None, 2);
+    let ids = tokenizer.encode(include_str!("data/page.txt"), true).unwrap()[..300].to_vec();
+    let (c, rotate) = (decoder.config(), Rotate { k: true, v: true });
+    let formats = [
+        CacheFormat::F32.into(),
+        CacheFormat::F16.into(),
+        Formats::from(CacheFormat::Int8).rotate(rotate),
+        CacheFormat::Int8.into(),
+        Formats::new(CacheFormat::F32, CacheFormat::Q4_0),
+        CacheFormat::Q4_0.into(),
+    ];
+    let measured = |context: usize| cache_error(&decoder, &ids, (context, None), &formats, &mut |_| ()).unwrap();
+    let found = measured(300);
+    let read = |formats: Formats| {
+        let mut cache = Cache::new(c, 1, ids.len(), formats).unwrap();
+        decoder.forward(&mut cache, &mut Scratch::default(), 0, &[&ids], Logits::None).unwrap();
+        let shape = [1, ids.len(), c.kv_heads, c.head_dim];
+        let [mut k, mut v] = [(); 2].map(|()| vec![0.0f32; shape.iter().product()]);
+        let (k_cache, v_cache) = cache.views(0).unwrap();
+        let targets = (ViewMut::new(&mut k, shape).unwrap(), ViewMut::new(&mut v, shape).unwrap());
+        let mut read = KvRead::new(k_cache, v_cache, targets.0, targets.1, Source::positions(&[0]));
+        // Heads of 32.
+        let block = |rotated: bool| rotated.then_some(32);
+        [read.k_hadamard, read.v_hadamard] = [block(formats.rotate.k), block(formats.rotate.v)];
+        kv_read(decoder.context(), &Serial, read).unwrap();
+        [k, v]
+    };
+    let near = |found: f64, want: f64| assert!((found - want).abs() <= 1e-9 * want.abs(), "{found}, not {want}");
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
+    let exact = read(CacheFormat::F32.into());
+    for (&formats, layers) in formats.iter().zip(&found) {
+        assert_eq!(layers.len(), c.layers.len());
+        let here = read(formats);
+        for (i, found) in [layers[0].k, layers[0].v].iter().enumerate() {
+            let pairs = here[i].chunks(c.head_dim).zip(exact[i].chunks(c.head_dim));
+            let cosines: Vec<f64> = pairs.map(|(a, b)| dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()).collect();
+            let largest = here[i].iter().zip(&exact[i]).map(|(&a, &b)| (f64::from(a) - f64::from(b)).abs());
+            near(found.mean_cosine, cosines.iter().sum::<f64>() / cosines.len() as f64);
+            near(found.least_cosine, cosines.iter().copied().fold(1.0, f64::min));
+            let rms = (dot(&exact[i], &exact[i]) / exact[i].len() as f64).sqrt();
+            near(found.largest_error, largest.fold(0.0, f64::max) / rms);
+        }
+    }
+    for layer in 0..c.layers.len() {
+        let attention: Vec<f64> = found.iter().map(|layers| layers[layer].attention.largest_error).collect();
+        assert!(attention[0] == 0.0 && found[0][layer].k.largest_error == 0.0, "{attention:?}");
+        assert!(attention[0] < attention[1] && attention[1] < attention[2].min(attention[3]), "{attention:?}");
+        assert!(attention[2].max(attention[3]) < attention[5], "{attention:?}");
+        assert!(found[4][layer].k.largest_error == 0.0 && found[4][layer].v == found[5][layer].v);
+    }
+    // Values of the first layer are those of their tokens, wherever these stand.
+    near(measured(70)[5][0].v.mean_cosine, found[5][0].v.mean_cosine);
+    for (ids, context) in [(&ids[..0], 100), (&ids[..], 1)] {
+        assert!(cache_error(&decoder, ids, (context, None), &formats, &mut |_| ()).is_err());
     }
 }
 

@@ -99,9 +99,27 @@ pub struct Scratch {
     rounded: Rounded,
     workspace: Workspace,
     work: Work,
+    /// The queries of every layer after RoPE, `[tokens, q_dim]`, of all passes; empty where they are not kept.
+    queries: Vec<Vec<f32>>,
 }
 
 impl Scratch {
+    /// Memory that also keeps the queries of all passes, until they are taken.
+    pub(super) fn keeping_queries(layers: usize) -> Self {
+        Self { queries: vec![Vec::new(); layers], ..Self::default() }
+    }
+
+    /// The queries of every layer, `[tokens, heads, head_dim]`, of all passes since they were last taken.
+    pub(super) fn take_queries(&mut self) -> Vec<Vec<f32>> {
+        self.queries.iter_mut().map(std::mem::take).collect()
+    }
+
+    /// The outputs of attention in the last layer, `[tokens, heads, head_dim]`, of the last pass.
+    #[cfg(test)]
+    pub(super) fn last_attention(&self) -> &[f32] {
+        &self.own_attn
+    }
+
     /// What all passes with this memory have computed.
     pub fn work(&self) -> Work {
         self.work
@@ -482,8 +500,23 @@ impl Decoder {
         let linear = self.linear();
         let (q_dim, kv_dim) = (c.q_dim(), c.kv_dim());
         let width = q_dim + 2 * kv_dim;
-        let Scratch { x, h, delta, qkv, own_attn, attn, own, room, states, all_states, ffn, rounded, workspace, work } =
-            scratch;
+        let Scratch {
+            x,
+            h,
+            delta,
+            qkv,
+            own_attn,
+            attn,
+            own,
+            room,
+            states,
+            all_states,
+            ffn,
+            rounded,
+            workspace,
+            work,
+            queries,
+        } = scratch;
         // Every buffer is written before it is read, so that the values of `resize` do not matter.
         x.resize(m * c.dim, 0.0);
         h.resize(m * c.dim, 0.0);
@@ -564,6 +597,9 @@ impl Decoder {
                 head_norms(qkv, width, (q_dim, q_norm), (kv_dim, k_norm), c.rms_eps);
             }
             rope_in_place(&self.context, &self.threads, ViewMut::strided(qkv, 0, q_shape, strides)?, &rope)?;
+            if let Some(queries) = queries.get_mut(i) {
+                qkv.chunks_exact(width).for_each(|token| queries.extend_from_slice(&token[..q_dim]));
+            }
             let slots = match &segments {
                 Some(segments) => &segments.slots,
                 None => &kinds[&kind.window].1,

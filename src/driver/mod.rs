@@ -15,7 +15,7 @@
 //! differently. [`Decoder`] appends tokens to the sequences of a [`Cache`] and returns logits. [`Scheduler`] runs several
 //! requests over one cache, [`BeamSearch`] finds the continuations that are the most likely as a whole, and [`Speculation`]
 //! guesses several tokens and verifies them in one pass. [`ChatTemplate`] makes text of conversations. [`cli`] parses
-//! arguments and prints; [`perplexity()`] measures what a format of the cache does to predictions; `kvlane bench` is the command line of [`crate::bench`].
+//! arguments and prints; [`perplexity()`] measures what a format of the cache does to predictions, [`cache_error()`] what it does to keys, values and attention; `kvlane bench` is the command line of [`crate::bench`].
 //!
 //! The decoder uses the public API only, as any other program would: views, [`rope_in_place`](crate::rope_in_place),
 //! [`kv_write`](crate::kv_write) with its fused rotation of the keys, [`attention`](crate::attention()).
@@ -31,6 +31,7 @@
 
 mod beam;
 mod cache;
+mod cache_error;
 mod chat;
 pub mod cli;
 mod decoder;
@@ -54,6 +55,7 @@ mod work;
 
 pub use beam::{BeamOptions, BeamSearch, EarlyStopping, Hypothesis};
 pub use cache::{Cache, Formats, PREFILL_CHUNK, Rotate};
+pub use cache_error::{CacheError, Deviation, cache_error};
 pub use chat::{ChatTemplate, Message};
 pub use decoder::{Decoder, Logits, Scratch, TreePass};
 pub use error::{Error, ErrorKind, Result};

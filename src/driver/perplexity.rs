@@ -60,18 +60,12 @@ pub fn perplexity(
     if ids.len() < 2 {
         return Err(Error::argument(format!("the text has {} tokens, but the first one is not predicted", ids.len())));
     }
-    let least = 2 + usize::from(first.is_some());
-    if context < least {
-        return Err(Error::argument(format!("windows of {context} tokens; {least} is the least")));
-    }
+    let windows = windows(ids, (context, first))?;
     let window = context.min(ids.len());
     let make = |formats: Formats| Cache::with_chunk(decoder.config(), 1, window, CHUNK, formats);
     let (mut cache, mut other, mut scratch) = (make(formats)?, baseline.map(make).transpose()?, Scratch::default());
     let (mut sums, mut done) = (Sums::default(), 0);
-    while done < ids.len() {
-        let start = if done > 0 { first } else { None };
-        let len = (window - usize::from(start.is_some())).min(ids.len() - done);
-        let tokens: Vec<u32> = start.into_iter().chain(ids[done..done + len].iter().copied()).collect();
+    for (tokens, len) in windows {
         cache.reset(0);
         other.iter_mut().for_each(|cache| cache.reset(0));
         for at in (0..tokens.len()).step_by(CHUNK) {
@@ -89,6 +83,23 @@ pub fn perplexity(
         done += len;
     }
     Ok(sums.finish(other.is_some()))
+}
+
+/// Cuts a text into windows of at most `context` tokens, each but the first one with `first` before it. Returns the tokens of each, and how
+/// many of them are of the text.
+pub(super) fn windows(ids: &[u32], (context, first): (usize, Option<u32>)) -> Result<Vec<(Vec<u32>, usize)>> {
+    let least = 2 + usize::from(first.is_some());
+    if context < least {
+        return Err(Error::argument(format!("windows of {context} tokens; {least} is the least")));
+    }
+    let (mut windows, mut done) = (Vec::new(), 0);
+    while done < ids.len() {
+        let start = first.filter(|_| done > 0);
+        let len = (context - usize::from(start.is_some())).min(ids.len() - done);
+        windows.push((start.into_iter().chain(ids[done..done + len].iter().copied()).collect(), len));
+        done += len;
+    }
+    Ok(windows)
 }
 
 /// The distribution of the next token.

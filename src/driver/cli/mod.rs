@@ -4,6 +4,7 @@
 mod beams;
 mod bench;
 mod cache_cost;
+mod cache_error;
 mod chat;
 mod generate;
 mod guesses;
@@ -26,6 +27,7 @@ use clap::{Parser, Subcommand};
 
 use self::bench::{Bench, bench};
 use self::cache_cost::{CacheCost, cache_cost};
+use self::cache_error::{Deviations, deviations};
 use self::chat::{Chat, chat};
 use self::generate::{Generate, generate};
 use self::info::{Info, info};
@@ -57,6 +59,8 @@ enum Command {
     #[command(allow_negative_numbers = true)]
     Perplexity(Measure),
     #[command(allow_negative_numbers = true)]
+    CacheError(Deviations),
+    #[command(allow_negative_numbers = true)]
     Bench(Bench),
     Tune(Tune),
 }
@@ -71,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => inspect(&args).map(done),
         Command::CacheCost(args) => cache_cost(&args).map(done),
         Command::Perplexity(args) => measure(&args).map(done),
+        Command::CacheError(args) => deviations(&args).map(done),
         Command::Bench(args) => bench(&args).map(done),
         Command::Tune(args) => tune_cpu(&args).map(done),
     };

@@ -26,9 +26,9 @@ pub(super) struct Run {
     #[arg(long, value_name = "N", default_value = "0", value_parser = values::threads)]
     pub(super) threads: usize,
     /// Format of the keys and values in the cache; int8 has a scale per token and head, fp8 none, the others
-    /// blocks of ggml, for heads of a multiple of 32 elements
-    #[arg(long, value_name = "FORMAT", default_value = "f32", value_parser = format_parser(), ignore_case = true)]
-    pub(super) kv_type: CacheFormat,
+    /// blocks of ggml, for heads of a multiple of 32 elements. Default: f32, or all of them for cache-error
+    #[arg(long, value_name = "FORMAT", value_parser = format_parser(), ignore_case = true)]
+    pub(super) kv_type: Option<CacheFormat>,
     /// Format of the keys, if it is another than that of --kv-type
     #[arg(long, value_name = "FORMAT", value_parser = format_parser(), ignore_case = true)]
     pub(super) k_type: Option<CacheFormat>,
@@ -74,8 +74,13 @@ impl Run {
 
     /// The formats of the cache.
     pub(super) fn formats(&self) -> Formats {
-        let [k, v] = [self.k_type, self.v_type].map(|own| own.unwrap_or(self.kv_type));
+        let [k, v] = [self.k_type, self.v_type].map(|own| own.or(self.kv_type).unwrap_or(CacheFormat::F32));
         Formats::new(k, v).rotate(self.rotate)
+    }
+
+    /// Whether an option names a format.
+    pub(super) fn names_formats(&self) -> bool {
+        [self.kv_type, self.k_type, self.v_type].iter().any(Option::is_some)
     }
 
     /// Unpacks the model for sequences of up to `longest` tokens.

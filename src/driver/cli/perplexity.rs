@@ -1,6 +1,6 @@
 //! `kvlane perplexity`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
@@ -11,6 +11,7 @@ use super::values::{self, format_parser};
 use crate::CacheFormat;
 use crate::driver::error::{Error, Result};
 use crate::driver::files;
+use crate::driver::model::ModelFile;
 use crate::driver::perplexity::perplexity;
 
 /// Measure how well a model predicts a text, and what the format of the cache does to that.
@@ -37,21 +38,36 @@ pub(super) struct Measure {
     json: bool,
 }
 
+/// The tokens of a text and the windows that they are cut into.
+pub(super) struct Tokens {
+    pub(super) ids: Vec<u32>,
+    pub(super) context: usize,
+    /// The token that every window starts with, if the model expects one.
+    pub(super) first: Option<u32>,
+}
+
+impl Tokens {
+    pub(super) fn read(path: &Path, file: &ModelFile, context: Option<usize>) -> Result<Self> {
+        let text = files::text(path)?;
+        let model_context = file.config().context;
+        let context = context.unwrap_or(model_context.min(2048));
+        if context > model_context {
+            return Err(Error::argument(format!(
+                "windows of {context} tokens, but the model was made for {model_context}"
+            )));
+        }
+        let tokenizer = file.tokenizer()?;
+        let (ids, plain) = (tokenizer.encode(&text, true)?, tokenizer.encode(&text, false)?);
+        // The token that the tokenizer puts before a text, if it does.
+        let first = ids.first().copied().filter(|_| ids.len() > plain.len() && ids.first() != plain.first());
+        Ok(Self { ids, context, first })
+    }
+}
+
 pub(super) fn measure(args: &Measure) -> Result<()> {
     args.run.check()?;
-    let text = files::text(&args.text)?;
     let file = open(args.run.model.as_ref())?;
-    let model_context = file.config().context;
-    let context = args.context.unwrap_or(model_context.min(2048));
-    if context > model_context {
-        return Err(Error::argument(format!(
-            "windows of {context} tokens, but the model was made for {model_context}"
-        )));
-    }
-    let tokenizer = file.tokenizer()?;
-    let (ids, plain) = (tokenizer.encode(&text, true)?, tokenizer.encode(&text, false)?);
-    // The token that the tokenizer puts before a text, if it does.
-    let first = ids.first().copied().filter(|_| ids.len() > plain.len() && ids.first() != plain.first());
+    let Tokens { ids, context, first } = Tokens::read(&args.text, &file, args.context)?;
     let formats = args.run.formats();
     let decoder = args.run.load(&file, context)?;
     let progress = bar("measuring", ids.len(), false);
