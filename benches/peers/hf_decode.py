@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tokens per second of a Hugging Face model that decodes, with kvlane and with PyTorch's own attention, in turns in one process.
 
-    python benches/peers/hf_decode.py [MODEL] [--context 4096,16384] [--threads N] [--dtype float32] [--batch N] [--steps N]
+    python benches/peers/hf_decode.py [MODEL] [--context 4096,16384] [--threads N] [--dtype float32] [--batch N] [--steps N] [--types int8,q4_0]
 
 MODEL is a directory or a GGUF file; without one it is a Llama of 135 million random weights. Caches are filled with random numbers up to
 the context. A row is the median of the steps of one implementation; ratios are to `sdpa` with its default cache, DynamicCache.
@@ -25,6 +25,7 @@ parser.add_argument("--threads", type=int, default=torch.get_num_threads())
 parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
 parser.add_argument("--batch", type=int, default=1)
 parser.add_argument("--steps", type=int, default=15)
+parser.add_argument("--types", default="int8,q4_0", help="quantised caches, too")
 options = parser.parse_args()
 
 
@@ -78,6 +79,9 @@ def main():
         }
         if options.dtype == "float32":
             runs["kvlane, Cache, f16"] = "kvlane", filled(kvlane.hf.Cache(config, room, torch.float16), config, context)
+        for kind in options.types.split(","):
+            if kind:
+                runs[f"kvlane, {kind}"] = "kvlane", filled(kvlane.hf.Cache(config, room, k_type=kind, v_type=kind), config, context)
         seconds = {name: [] for name in runs}
         for step in range(-1, options.steps):
             for name, (implementation, cache) in runs.items():

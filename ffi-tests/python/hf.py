@@ -218,6 +218,102 @@ def cache_by_itself():
     refused(ValueError, "linear_attention", kvlane.hf.Cache, Gemma3TextConfig(**SIZES, num_hidden_layers=1, layer_types=["linear_attention"]))
 
 
+# The error of an element in units of the largest of its head.
+TYPES = {"f16": 5e-4, "bf16": 4e-3, "int8": 4e-3, "q8_0": 5e-3, "fp8_e4m3": 6.3e-2, "q5_1": 4e-2, "q5_0": 6.5e-2, "q4_1": 8e-2,
+         "fp8_e5m2": 0.126, "q4_0": 0.126, "iq4_nl": 0.126}
+
+
+@torch.no_grad()
+def quantised():
+    """What a quantised cache holds, attention over that, and all that is done with caches."""
+    config, causal = LlamaConfig(**SIZES, num_hidden_layers=2), torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    module = torch.nn.Module()
+    module.is_causal = True
+
+    def numbers(x):
+        return x.numbers() if hasattr(x, "numbers") else x.float()
+
+    def held(x, k_type, v_type):
+        return tuple(map(numbers, kvlane.hf.Cache(config, k_type=k_type, v_type=v_type).update(x, -x, 0)))
+
+    for k_type, v_type in (*((kind, kind) for kind in TYPES), ("int8", "q4_0"), ("q5_1", None), (None, "fp8_e4m3")):
+        new, q = torch.randn(2, 2, 40, 32), torch.randn(2, 4, 40, 32)
+        types = {"k_type": k_type, "v_type": v_type}
+        cache = kvlane.hf.Cache(config, 40, **types)
+        # A prompt, another part of it, a token.
+        for first, last in ((0, 20), (20, 39), (39, 40)):
+            keys, values = cache.update(new[:, :, first:last], -new[:, :, first:last], 0)
+        for x, wanted, kind in ((keys, new, k_type), (values, -new, v_type)):
+            assert x.shape == new.shape and x.dtype == torch.float32 or kind in ("f16", "bf16"), kind
+            bound = TYPES.get(kind, 0.0) * wanted.abs().amax(dim=3, keepdim=True)
+            assert ((numbers(x) - wanted).abs() <= bound).all() and (torch.equal(numbers(x), wanted) == (kind is None)), kind
+            # Whatever else is done with it is done with its numbers.
+            assert torch.equal((x + 0).float(), numbers(x)) and torch.equal(x.transpose(1, 2)[:, 3].float(), numbers(x)[:, :, 3]), kind
+        assert all(map(torch.equal, map(numbers, (keys, values)), held(new, **types))), types
+        wholes = numbers(keys), numbers(values)
+        padded_one = torch.tensor([[[[40, 0, 0, -1, 0]]], [[[40, 7, 0, 9, 0]]]], dtype=torch.int32)
+        for mask in (None, causal, padded_one):
+            for queries in (q, q[:, :, -1:]):
+                given = causal[:, :, -queries.shape[2] :] if mask is causal else mask
+                padded_one[..., 2] = 40 - queries.shape[2]
+                found, wanted = (kvlane.hf.attention(module, queries, *x, given)[0] for x in ((keys, values), wholes))
+                # bf16 products of bf16 caches round the weights.
+                assert (found - wanted).abs().max() < (3e-2 if "bf16" in (k_type, v_type) else 2e-5), (types, mask is None)
+                with torch.enable_grad():
+                    assert torch.equal(kvlane.hf.attention(module, queries, keys, values, given)[0], found)
+                if queries is q:
+                    sdpa = torch.nn.functional.scaled_dot_product_attention(q, keys.float(), values.float(), attn_mask=causal, enable_gqa=True)
+                    assert mask is padded_one or (sdpa.transpose(1, 2) - wanted).abs().max() < 2e-5
+        # Growth, beams, crops, copies, windows that drop tokens.
+        keys, values = (numbers(x) for x in cache.update(new[:, :, :1].repeat(1, 1, 600, 1), -new[:, :, :1].repeat(1, 1, 600, 1), 0))
+        assert torch.equal(keys[:, :, :40], wholes[0]) and torch.equal(values[:, :, 640 - 600 :], wholes[1][:, :, :1].expand(-1, -1, 600, -1))
+        cache.layers[0].crop(-600)
+        cache.layers[0].reorder_cache(torch.tensor([1, 1]))
+        cache.layers[0].batch_repeat_interleave(2)
+        twin = copy.deepcopy(cache)
+        cache.layers[0].batch_select_indices(torch.tensor([3]))
+        for one, rows in ((cache, 1), (twin, 4)):
+            keys, values = (numbers(x) for x in one.update(*(x[:1, :, :1].expand(rows, -1, -1, -1) for x in (new, -new)), 0))
+            for x, whole in ((keys, wholes[0]), (values, wholes[1])):
+                assert x.shape[:3] == (rows, 2, 41) and torch.equal(x[-1, :, :40], whole[1]) and torch.equal(x[-1, :, 40], whole[0, :, 0])
+        windows = kvlane.hf.Cache(Gemma3TextConfig(**SIZES, **HYBRID), **types)
+        for _ in range(50):
+            keys, values = (numbers(x) for x in windows.update(new, -new, 0))
+        assert torch.equal(keys[:, :, -40:], wholes[0]) and torch.equal(values[:, :, :15], wholes[1][:, :, -15:])
+        assert windows.get_seq_length() == 2000 and windows.layers[0].keys.shape[2] < 1000
+    exact, small = kvlane.hf.Cache(config, 300), kvlane.hf.Cache(config, 300, k_type="int8", v_type="q4_0")
+    exact.update(new, new, 0), small.update(new, new, 0)
+    assert (exact.nbytes, small.nbytes) == (2 * 2 * 2 * 300 * 32 * 4, 2 * 2 * 300 * (32 + 4 + 18)), (exact.nbytes, small.nbytes)
+    refused(ValueError, "v_type is 'int4', which is none of f32", kvlane.hf.Cache, config, v_type="int4")
+    refused(ValueError, "k_type is torch.int8, which is none of", kvlane.hf.Cache, config, k_type=torch.int8)
+    odd = kvlane.hf.Cache(config, k_type="q4_0")
+    refused(ValueError, "blocks of 32 elements, but the model's heads have 24", odd.update, new[..., :24], new[..., :24], 0)
+    # Whole models: decoding as in one pass, padded, with windows, and in other implementations.
+    for name, model in list(small_models())[:2]:
+        model.eval()
+        config = model.config.get_text_config()
+        batch = padded([torch.randint(3, 199, (n,)).tolist() for n in (30, 21)], 0)
+        for types in ({"k_type": "int8", "v_type": "int8"}, {"k_type": "q8_0", "v_type": "q5_1"}):
+            whole, steps = [], []
+            for implementation in ("kvlane", "eager"):
+                model.set_attn_implementation(implementation)
+                whole.append(model(**batch, cache=kvlane.hf.Cache(config, **types)).logits[:, -1])
+                cache = kvlane.hf.Cache(config, **types)
+                for first, last in ((0, 20), *((i, i + 1) for i in range(20, 30))):
+                    logits_here = model(batch["input_ids"][:, first:last], attention_mask=batch["attention_mask"][:, :last], cache=cache).logits
+                steps.append(logits_here[:, -1])
+            exact = model(**batch, use_cache=False).logits[:, -1]
+            # A rounding to a neighbour, which may follow from one of an f32, is in proportion to the format.
+            for found in (whole[1], *steps):
+                assert (found - whole[0]).abs().max() < 0.02 * exact.abs().max(), (name, types)
+            assert 0 < (whole[0] - exact).abs().max() < 0.1 * exact.abs().max(), (name, types)
+        for options in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 3}):
+            inputs = batch if "num_beams" in options else padded([batch["input_ids"][0].tolist()], 0)
+            found = generated(model, "kvlane", inputs, max_new_tokens=12, cache=kvlane.hf.Cache(config, **types), **options)
+            assert found.shape[1] == inputs["input_ids"].shape[1] + 12
+    print(f"caches in {', '.join(TYPES)}: attention is that over their numbers")
+
+
 @torch.no_grad()
 def other_uses():
     """A model that is compiled, one that looks both ways, types, errors."""
@@ -263,7 +359,38 @@ def from_file(name, file, texts):
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     tokens(name, model, [tokenizer(text).input_ids for text in texts], new=10, beams=2)
+    with_quantised_caches(name, model, tokenizer, texts)
     return model, tokenizer
+
+
+@torch.no_grad()
+def with_quantised_caches(name, model, tokenizer, texts):
+    """Greedy texts with caches of eight bits, the loss of a text with fewer, and their bytes."""
+    config = model.config.get_text_config()
+    page = (Path(__file__).parents[2] / "tests/data/page.txt").read_text()
+    ids = tokenizer(page, return_tensors="pt").input_ids[:, :300]
+    model.set_attn_implementation("kvlane")
+
+    def measured(k_type, v_type):
+        """The loss of a prompt and of tokens after it, one by one, and the bytes of the cache."""
+        cache = kvlane.hf.Cache(config, 300, k_type=k_type, v_type=v_type)
+        pieces = [ids[:, :280], *ids[:, 280:].split(1, dim=1)]
+        every = torch.cat([model(piece, cache=cache).logits for piece in pieces], dim=1)
+        return torch.nn.functional.cross_entropy(every[0, :-1], ids[0, 1:]).item(), cache.nbytes
+
+    exact, size = measured(None, None)
+    for k_type, v_type, bound, share in (("int8", "int8", 0.01, 0.3), ("q8_0", "q8_0", 0.005, 0.27), ("q8_0", "q4_0", 0.03, 0.21),
+                                         ("fp8_e4m3", "fp8_e4m3", 0.02, 0.2501)):
+        loss, bytes_here = measured(k_type, v_type)
+        assert abs(loss - exact) < bound * exact and loss != exact and bytes_here < share * size, (name, k_type, v_type, loss, exact)
+    for text in texts:
+        inputs = tokenizer(text, return_tensors="pt")
+        wanted = generated(model, "kvlane", inputs, max_new_tokens=10, cache=kvlane.hf.Cache(config))
+        # One scale for a head of Gemma's 256 elements moves its close choices.
+        for kind in ("int8", "q8_0") if config.head_dim <= 64 else ("q8_0",):
+            found = generated(model, "kvlane", inputs, max_new_tokens=10, cache=kvlane.hf.Cache(config, k_type=kind, v_type=kind))
+            assert torch.equal(found, wanted), (name, kind, tokenizer.decode(found[0]))
+    print(f"{name}: losses of a page with quantised caches are near {exact:.4f}, and q8_0 gives the greedy texts")
 
 
 def documented(model, tokenizer):
@@ -291,6 +418,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     masks()
     cache_by_itself()
+    quantised()
     prompts = [torch.randint(3, 199, (n,)).tolist() for n in (23, 9, 1)]
     for name, model in small_models():
         model.eval()

@@ -175,6 +175,39 @@ def quantised():
     # Keys and values of formats of their own.
     mixed = ops.attention(q, held[0], caches[1], lengths=lengths, causal=True, v_scales=torch.tensor([0.5]))
     close(mixed, reference(q, held[0], caches[1].float() * 0.5, causal)[0], torch.float32)
+    # Blocks of ggml, in either order of the axes and in pages.
+    for format, (unit, numbers) in BLOCKS.items():
+        for order in (lambda *shape: torch.zeros(*shape, dtype=torch.uint8), lambda *shape: heads_first(*shape, dtype=torch.uint8)):
+            caches = [order(BATCH, CAPACITY, KV_HEADS, unit * DIM // 32) for _ in range(2)]
+            formats = {"k_format": format, "v_format": format}
+            ops.kv_write(k, v, *caches, positions=int32(0, 0), **formats)
+            held = [numbers(cache) for cache in caches]
+            for x, kept in zip((k, v), held):
+                assert ((x - kept).abs() <= x.abs().amax(dim=3, keepdim=True) / (7.9 if unit == 18 else 230)).all(), format
+            out = ops.attention(q, *caches, lengths=lengths, causal=True, **formats)
+            close(out, reference(q, *held, causal)[0], torch.float32)
+            with torch.enable_grad():
+                assert torch.equal(out, ops.attention(q, *caches, lengths=lengths, causal=True, **formats))
+        pages = [torch.zeros(*paged, unit, dtype=torch.uint8) for _ in range(2)]
+        ops.kv_write(k, v, *pages, positions=int32(0, 0), block_table=table, **formats)
+        assert torch.equal(ops.attention(q, *pages, lengths=lengths, causal=True, block_table=table, **formats), out)
+        # Values alone.
+        close(ops.attention(q, k, caches[1], lengths=lengths, causal=True, v_format=format), reference(q, k, held[1], causal)[0], torch.float32)
+
+
+def q8_0(blocks):
+    blocks = blocks.contiguous().unflatten(3, (-1, 34))
+    return (blocks[..., :2].contiguous().view(torch.float16).float() * blocks[..., 2:].view(torch.int8).float()).flatten(3)
+
+
+def q4_0(blocks):
+    blocks = blocks.contiguous().unflatten(3, (-1, 18))
+    halves = torch.cat((blocks[..., 2:] & 15, blocks[..., 2:] >> 4), dim=-1)
+    return (blocks[..., :2].contiguous().view(torch.float16).float() * (halves.float() - 8)).flatten(3)
+
+
+# The bytes of a block, and what they stand for.
+BLOCKS = {"q8_0": (34, q8_0), "q4_0": (18, q4_0)}
 
 
 def turned(x, inv_freq, positions, interleaved):
@@ -247,6 +280,9 @@ def opchecks():
             check(torch.ops.kvlane.kv_write.default, (new, new, *cache), {"positions": lengths, **scales}, test_utils=utils)
             for operator in (torch.ops.kvlane.attention.default, torch.ops.kvlane.attention_with_lse.default):
                 check(operator, (q, *cache), {"lengths": lengths, **scales}, test_utils=utils)
+        cache, formats = [torch.zeros(BATCH, CAPACITY, KV_HEADS, 34, dtype=torch.uint8) for _ in range(2)], {"k_format": "q8_0", "v_format": "q8_0"}
+        check(torch.ops.kvlane.kv_write.default, (new, new, *cache), {"positions": lengths, **formats})
+        check(torch.ops.kvlane.attention.default, (q, *cache), {"lengths": lengths, **formats})
         check(torch.ops.kvlane.rope.default, (q, inv_freq, lengths))
         check(torch.ops.kvlane.rope_.default, (q.clone(), inv_freq, lengths), {"interleaved": True})
 
@@ -327,6 +363,13 @@ def errors():
             refused(TypeError, "list with gaps", ops.attention, q, k, v, lengths=int32(1, 2, 3, 4)[::2])
             refused(ValueError, "(3,), but (2,)", ops.attention, q, k, v, lengths=int32(1, 2, 3))
             refused(TypeError, "q is torch.float64", ops.attention, q.double(), k, v)
+            blocks = torch.zeros(BATCH, CAPACITY, KV_HEADS, 34, dtype=torch.uint8)
+            refused(TypeError, "k is torch.uint8, which is none of", ops.attention, q, blocks, v)
+            refused(TypeError, "k is torch.float32, but a cache in q8_0 is torch.uint8", ops.attention, q, k, v, k_format="q8_0")
+            refused(ValueError, "v_format is 'q3_0', which is none of q8_0", ops.attention, q, k, blocks, v_format="q3_0")
+            refused(ValueError, "a block of q8_0 is 34 bytes", ops.attention, q, blocks[..., :33], v, k_format="q8_0")
+            refused(ValueError, "a block of q4_0 is 18 bytes", ops.attention, q, blocks[..., :18], v, k_format="q4_0")
+            refused(ValueError, "v_format is 'int8'", ops.kv_write, k, v, k.clone(), blocks, positions=lengths, v_format="int8")
             refused(TypeError, "mask is torch.float32", ops.attention, q, k, v, mask=torch.ones(1, 1, 1, CAPACITY))
             refused(kvlane.Error, str(CAPACITY), ops.kv_write, q[:, :, :2], q[:, :, :2], k, v, positions=int32(0, CAPACITY - 1))
             eight, of_tokens = k.to(torch.int8), torch.ones(BATCH, CAPACITY, KV_HEADS)

@@ -2,7 +2,7 @@
 
 Tensors have the axes [batch, seq, heads, dim], in any order in memory: those of PyTorch's own attention, [batch, heads, seq, dim], are
 given as `x.transpose(1, 2)`, which copies nothing. Types are float32, float16 and bfloat16, each with each; caches may also be int8,
-float8_e4m3fn and float8_e5m2, with scales. Lists are int32 tensors, which are never converted from another type.
+float8_e4m3fn and float8_e5m2, with scales, or blocks of ggml. Lists are int32 tensors, which are never converted from another type.
 
     k_cache, v_cache = (torch.zeros(2, 64, 2, 32, dtype=torch.bfloat16) for _ in range(2))
     lengths = torch.zeros(2, dtype=torch.int32)
@@ -15,6 +15,9 @@ what is stored times its scale:
 
 - int8: [batch, slots, kv_heads], a scale per token and head, which `kv_write` computes and writes; of pages [pages, page_size, kv_heads].
 - float8_e4m3fn, float8_e5m2: one element, for the tensor, or [kv_heads]; static scales, which no call writes. They are 1 if absent.
+
+Blocks have their scales inside: the cache is uint8, the bytes of a head along its last axis, and every call on it is given the name of the
+format (`k_format`, `v_format`): q8_0, of 34 bytes for 32 elements, q4_0 (18), q4_1 (20), q5_0 (22), q5_1 (24), iq4_nl (18).
 
 They are `torch.ops.kvlane.attention` and so on, with fake kernels, so that `torch.compile` and `torch.export` take them as they are.
 `threads` is the number of threads, 0 for `torch.get_num_threads()`; no bit of a result depends on it. A call that the library refuses
@@ -47,6 +50,16 @@ _FORMATS = {
     torch.float8_e4m3fn: capi.KVL_FORMAT_FP8_E4M3,
     torch.float8_e5m2: capi.KVL_FORMAT_FP8_E5M2,
 }
+# Formats of blocks of 32 elements, and the bytes of a block.
+_BLOCK_ELEMENTS = 32
+_BLOCKS = {
+    "q8_0": (capi.KVL_FORMAT_Q8_0, 34),
+    "q4_0": (capi.KVL_FORMAT_Q4_0, 18),
+    "q4_1": (capi.KVL_FORMAT_Q4_1, 20),
+    "q5_0": (capi.KVL_FORMAT_Q5_0, 22),
+    "q5_1": (capi.KVL_FORMAT_Q5_1, 24),
+    "iq4_nl": (capi.KVL_FORMAT_IQ4_NL, 18),
+}
 _STATIC_SCALES = (torch.float8_e4m3fn, torch.float8_e5m2)
 # A view and a mask of the header. A decoder makes two calls per layer and token, so they are written at once, and not field by field.
 _VIEW = struct.Struct("@Pii4q4qN")
@@ -58,9 +71,11 @@ def _setters(kind: type) -> dict:
     return {name: vars(kind)[name].__set__ for name, *_ in kind._fields_}
 
 
-_ATTENTION, _WRITE, _ROPE, _LAYOUT, _NORM, _SCALES = map(_setters, (
-    capi.kvl_attention_params, capi.kvl_kv_write_params, capi.kvl_rope_params, capi.kvl_layout, capi.kvl_rms_norm_params,
-    capi.kvl_cache_scales))
+_ATTENTION, _WRITE, _READ, _ROPE, _LAYOUT, _NORM, _SCALES = map(_setters, (
+    capi.kvl_attention_params, capi.kvl_kv_write_params, capi.kvl_kv_read_params, capi.kvl_rope_params, capi.kvl_layout,
+    capi.kvl_rms_norm_params, capi.kvl_cache_scales))
+_Q, _K, _V, _OUT, _MASK_AT, _BIAS = (getattr(capi.kvl_attention_params, name).offset for name in ("q", "k", "v", "out", "mask", "bias"))
+_NEW_K, _NEW_V, _K_CACHE, _V_CACHE = (getattr(capi.kvl_kv_write_params, name).offset for name in ("k", "v", "k_cache", "v_cache"))
 
 
 def _new(kind: type, setters: dict) -> C.Structure:
@@ -70,13 +85,38 @@ def _new(kind: type, setters: dict) -> C.Structure:
     return params
 
 
-def _fill(into: C.Structure, offset: int, x: Tensor, name: str) -> None:
-    if x.dim() != 4:
-        raise TypeError(f"{name} has {x.dim()} axes, not the 4 of [batch, seq, heads, dim]")
-    kind = _FORMATS.get(x.dtype)
-    if kind is None:
-        raise TypeError(f"{name} is {x.dtype}, which is none of {', '.join(map(str, _FORMATS))}")
-    _VIEW.pack_into(into, offset, x.data_ptr(), kind, 0, *x.shape, *x.stride(), 0)
+def _block_bytes(format: str, name: str) -> tuple[int, int]:
+    if format not in _BLOCKS:
+        raise ValueError(f"{name[0]}_format is {format!r}, which is none of {', '.join(_BLOCKS)}")
+    return _BLOCKS[format]
+
+
+def _dim(x: Tensor, format: str | None, name: str) -> int:
+    """The elements of a head."""
+    return x.shape[3] if format is None else x.shape[3] // _block_bytes(format, name)[1] * _BLOCK_ELEMENTS
+
+
+def _fill(into: C.Structure, offset: int, x: Tensor, name: str, heads_first: bool = False, format: str | None = None) -> None:
+    shape, strides = x.shape, x.stride()
+    if len(shape) != 4:
+        raise TypeError(f"{name} has {len(shape)} axes, not the 4 of [batch, seq, heads, dim]")
+    (batch, seq, heads, dim), (per_batch, per_token, per_head, step) = shape, strides
+    if format is None:
+        kind = _FORMATS.get(x.dtype)
+        if kind is None:
+            raise TypeError(f"{name} is {x.dtype}, which is none of {', '.join(map(str, _FORMATS))}")
+    else:
+        kind, unit = _block_bytes(format, name)
+        if x.dtype != torch.uint8:
+            raise TypeError(f"{name} is {x.dtype}, but a cache in {format} is torch.uint8")
+        if dim % unit or (dim > 1 and step != 1) or any(n > 1 and s % unit for n, s in zip(shape[:3], strides)):
+            raise ValueError(f"{name} has the shape {tuple(shape)} and the strides {strides}, but a block of {format} is {unit} bytes that "
+                             "lie together")
+        dim, step = dim // unit * _BLOCK_ELEMENTS, 1
+        per_batch, per_token, per_head = per_batch // unit, per_token // unit, per_head // unit
+    if heads_first:
+        seq, heads, per_token, per_head = heads, seq, per_head, per_token
+    _VIEW.pack_into(into, offset, x.data_ptr(), kind, 0, batch, seq, heads, dim, per_batch, per_token, per_head, step, 0)
 
 
 def _view(x: Tensor, name: str) -> capi.kvl_view:
@@ -85,14 +125,14 @@ def _view(x: Tensor, name: str) -> capi.kvl_view:
     return view
 
 
-def _fill_scales(into: C.Structure, offset: int, x: Tensor | None, name: str, cache: Tensor) -> None:
+def _fill_scales(into: C.Structure, offset: int, x: Tensor | None, name: str, cache: Tensor, heads_first: bool) -> None:
     if x is None:
         return
     if x.dtype not in (torch.float32, torch.float16):
         raise TypeError(f"{name} is {x.dtype}, but scales are torch.float32 or torch.float16")
     if x.device.type != "cpu":
         raise TypeError(f"{name} is on {x.device}; the library reads memory of the CPU")
-    shape, heads = tuple(x.shape), cache.shape[2]
+    shape, heads = tuple(x.shape), cache.shape[1 if heads_first else 2]
     if cache.dtype not in _STATIC_SCALES:
         if shape != tuple(cache.shape[:3]):
             raise ValueError(f"{name} has the shape {shape}, but a cache in {cache.dtype} needs {tuple(cache.shape[:3])}")
@@ -103,15 +143,21 @@ def _fill_scales(into: C.Structure, offset: int, x: Tensor | None, name: str, ca
         strides = (0, 0, x.stride(0))
     else:
         raise ValueError(f"{name} has the shape {shape}, but a cache in {cache.dtype} needs one element or {(heads,)}")
-    _VIEW.pack_into(into, offset, x.data_ptr(), _FORMATS[x.dtype], 0, *cache.shape[:3], 1, *strides, 1, 0)
+    (batch, seq, heads), (per_batch, per_token, per_head) = cache.shape[:3], strides
+    if heads_first:
+        seq, heads = heads, seq
+        if x.dim() == 3:
+            per_token, per_head = per_head, per_token
+    _VIEW.pack_into(into, offset, x.data_ptr(), _FORMATS[x.dtype], 0, batch, seq, heads, 1, per_batch, per_token, per_head, 1, 0)
 
 
-def _scales(k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> capi.kvl_cache_scales | None:
+def _scales(k: Tensor, v: Tensor | None, k_scales: Tensor | None, v_scales: Tensor | None,
+            heads_first: bool) -> capi.kvl_cache_scales | None:
     if k_scales is None and v_scales is None:
         return None
     scales = _new(capi.kvl_cache_scales, _SCALES)
-    _fill_scales(scales, capi.kvl_cache_scales.k.offset, k_scales, "k_scales", k)
-    _fill_scales(scales, capi.kvl_cache_scales.v.offset, v_scales, "v_scales", v)
+    _fill_scales(scales, capi.kvl_cache_scales.k.offset, k_scales, "k_scales", k, heads_first)
+    _fill_scales(scales, capi.kvl_cache_scales.v.offset, v_scales, "v_scales", v, heads_first)
     return scales
 
 
@@ -150,45 +196,57 @@ def _threads(threads: int) -> capi.kvl_parallel_runner | None:
 class _Workspace(threading.local):
     """Scratch memory of a thread, kept between its calls."""
 
-    room = torch.empty(0, dtype=torch.uint8)
+    def __init__(self) -> None:
+        self.grow(1 << 16)
 
-    def at_least(self, size: int) -> int:
-        if self.room.numel() < size + 63:
-            self.room = torch.empty(size + 63, dtype=torch.uint8)
-        return self.room.data_ptr() + 63 & ~63
+    def grow(self, size: int) -> None:
+        self.room = torch.empty(size + 63, dtype=torch.uint8, device="cpu")
+        self.address, self.size = self.room.data_ptr() + 63 & ~63, size
 
 
 _workspace = _Workspace()
-_size_of_workspace, _attend, _write, _rotate = (
-    LIBRARY.kvl_attention_workspace_size, LIBRARY.kvl_attention, LIBRARY.kvl_kv_write, LIBRARY.kvl_rope)
+_size_of_workspace, _attend, _write, _read, _rotate = (
+    LIBRARY.kvl_attention_workspace_size, LIBRARY.kvl_attention, LIBRARY.kvl_kv_write, LIBRARY.kvl_kv_read, LIBRARY.kvl_rope)
 
 
+# Between two layers of a decoder its weights push everything out of the CPU's caches, so that every call of PyTorch here, and every
+# function of Python, takes several times as long as in a loop of its own.
 def _run_attention(q, k, v, *, lengths=None, kv_starts=None, offsets=None, mask=None, bias=None, scale=None, softcap=0.0, causal=False,
                    window_left=None, window_right=None, prefix_lengths=None, alibi_slopes=None, sink_logits=None, block_table=None,
-                   cu_seqlens_q=None, k_scales=None, v_scales=None, high_precision=False, threads=0, with_lse=False):
+                   cu_seqlens_q=None, k_scales=None, v_scales=None, k_format=None, v_format=None, high_precision=False, threads=0,
+                   with_lse=False, heads_first=False):
+    """With `heads_first`, queries, the cache and its scales are [batch, heads, seq, dim]."""
     params, put = _new(capi.kvl_attention_params, _ATTENTION), _ATTENTION
-    _fill(params, capi.kvl_attention_params.q.offset, q, "q")
-    _fill(params, capi.kvl_attention_params.k.offset, k, "k")
-    _fill(params, capi.kvl_attention_params.v.offset, v, "v")
-    out = q.new_empty((*q.shape[:3], v.shape[3]))
-    _fill(params, capi.kvl_attention_params.out.offset, out, "out")
+    _fill(params, _Q, q, "q", heads_first)
+    _fill(params, _K, k, "k", heads_first, k_format)
+    _fill(params, _V, v, "v", heads_first, v_format)
     batch, seq, heads = q.shape[:3]
+    if heads_first:
+        seq, heads = heads, seq
+    out = q.new_empty((batch, seq, heads, _dim(v, v_format, "v")))
+    _fill(params, _OUT, out, "out")
     if cu_seqlens_q is not None:
         batch = max(cu_seqlens_q.numel() - 1, 0)
         put["cu_seqlens_q"](params, _list(cu_seqlens_q, "cu_seqlens_q", (batch + 1,)))
         put["num_sequences"](params, batch)
-    put["lengths"](params, _list(lengths, "lengths", (batch,)))
-    put["kv_starts"](params, _list(kv_starts, "kv_starts", (batch,)))
-    put["offsets"](params, _list(offsets, "offsets", (batch,)))
-    put["prefix_lengths"](params, _list(prefix_lengths, "prefix_lengths", (batch,)))
-    put["alibi_slopes"](params, _list(alibi_slopes, "alibi_slopes", (heads,), torch.float32))
-    put["sink_logits"](params, _list(sink_logits, "sink_logits", (heads,), torch.float32))
+    if lengths is not None:
+        put["lengths"](params, _list(lengths, "lengths", (batch,)))
+    if kv_starts is not None:
+        put["kv_starts"](params, _list(kv_starts, "kv_starts", (batch,)))
+    if offsets is not None:
+        put["offsets"](params, _list(offsets, "offsets", (batch,)))
+    if prefix_lengths is not None:
+        put["prefix_lengths"](params, _list(prefix_lengths, "prefix_lengths", (batch,)))
+    if alibi_slopes is not None:
+        put["alibi_slopes"](params, _list(alibi_slopes, "alibi_slopes", (heads,), torch.float32))
+    if sink_logits is not None:
+        put["sink_logits"](params, _list(sink_logits, "sink_logits", (heads,), torch.float32))
     if mask is not None:
         if mask.dtype != torch.bool or mask.dim() != 4:
             raise TypeError(f"mask is {mask.dtype} with {mask.dim()} axes, not torch.bool with the 4 of [batch, seq, heads, keys]")
-        _MASK.pack_into(params, capi.kvl_attention_params.mask.offset, mask.data_ptr(), *mask.shape, *mask.stride(), 0)
+        _MASK.pack_into(params, _MASK_AT, mask.data_ptr(), *mask.shape, *mask.stride(), 0)
     if bias is not None:
-        _fill(params, capi.kvl_attention_params.bias.offset, bias, "bias")
+        _fill(params, _BIAS, bias, "bias")
     if scale is not None:
         put["scale"](params, scale)
     put["softcap"](params, softcap)
@@ -205,17 +263,24 @@ def _run_attention(q, k, v, *, lengths=None, kv_starts=None, offsets=None, mask=
     if block_table is not None:
         layout = _paged(block_table)
         put["layout"](params, C.addressof(layout))
-    scales = _scales(k, v, k_scales, v_scales)
+    scales = _scales(k, v, k_scales, v_scales, heads_first)
     if scales is not None:
         put["scales"](params, C.addressof(scales))
     lse = None
     if with_lse:
         lse = q.new_empty((*q.shape[:3],), dtype=torch.float32)
         put["lse"](params, lse.data_ptr())
-    runner, size, at = _threads(threads), C.c_size_t(), C.addressof(params)
+    runner, workspace, at = _threads(threads), _workspace, C.addressof(params)
     runner = None if runner is None else C.addressof(runner)
-    check(_size_of_workspace(at, runner, C.byref(size)))
-    check(_attend(_context(), runner, _workspace.at_least(size.value), size.value, at))
+    status = _attend(_context(), runner, workspace.address, workspace.size, at)
+    if status == capi.KVL_STATUS_WORKSPACE:
+        # Nothing has been written.
+        size = C.c_size_t()
+        check(_size_of_workspace(at, runner, C.byref(size)))
+        workspace.grow(size.value)
+        status = _attend(_context(), runner, workspace.address, workspace.size, at)
+    if status:
+        check(status)
     return (out, lse) if with_lse else out
 
 
@@ -229,7 +294,7 @@ def _attention_with_lse_impl(q, k, v, **options):
 
 def _attention_fake(q, k, v, **options):
     torch._check(q.dim() == k.dim() == v.dim() == 4, lambda: "q, k and v have the 4 axes of [batch, seq, heads, dim]")
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+    return q.new_empty((*q.shape[:3], _dim(v, options.get("v_format"), "v")))
 
 
 def _attention_with_lse_fake(q, k, v, **options):
@@ -251,17 +316,26 @@ def _rotation(inv_freq, positions, batch, seq, interleaved, magnitude) -> capi.k
 
 def _kv_write_impl(k, v, k_cache, v_cache, *, positions=None, counts=None, sequences=None, slots=None, block_table=None, paged=False,
                    inv_freq=None, rope_positions=None, interleaved=False, magnitude=1.0, k_norm=None, k_norm_eps=1e-6, k_scales=None,
-                   v_scales=None, threads=0):
+                   v_scales=None, k_format=None, v_format=None, threads=0, position=None, heads_first=False):
+    """`position`, a number, is that of all sequences; with `heads_first`, the new tokens, the cache and its scales are [batch, heads, seq,
+    dim]."""
     params, put = _new(capi.kvl_kv_write_params, _WRITE), _WRITE
-    _fill(params, capi.kvl_kv_write_params.k.offset, k, "k")
-    _fill(params, capi.kvl_kv_write_params.v.offset, v, "v")
-    _fill(params, capi.kvl_kv_write_params.k_cache.offset, k_cache, "k_cache")
-    _fill(params, capi.kvl_kv_write_params.v_cache.offset, v_cache, "v_cache")
-    batch, seq = k.shape[:2]
-    put["positions"](params, _list(positions, "positions", (batch,)))
-    put["counts"](params, _list(counts, "counts", (batch,)))
-    put["sequences"](params, _list(sequences, "sequences", (batch,)))
-    put["slots"](params, _list(slots, "slots", (batch, seq)))
+    _fill(params, _NEW_K, k, "k", heads_first)
+    _fill(params, _NEW_V, v, "v", heads_first)
+    _fill(params, _K_CACHE, k_cache, "k_cache", heads_first, k_format)
+    _fill(params, _V_CACHE, v_cache, "v_cache", heads_first, v_format)
+    batch, seq = k.shape[0], k.shape[2 if heads_first else 1]
+    if position is not None:
+        place = (C.c_int32 * batch)(*batch * (position,))
+        put["positions"](params, C.addressof(place))
+    if positions is not None:
+        put["positions"](params, _list(positions, "positions", (batch,)))
+    if counts is not None:
+        put["counts"](params, _list(counts, "counts", (batch,)))
+    if sequences is not None:
+        put["sequences"](params, _list(sequences, "sequences", (batch,)))
+    if slots is not None:
+        put["slots"](params, _list(slots, "slots", (batch, seq)))
     if paged or block_table is not None:
         layout = _paged(block_table)
         put["layout"](params, C.addressof(layout))
@@ -277,16 +351,34 @@ def _kv_write_impl(k, v, k_cache, v_cache, *, positions=None, counts=None, seque
         _NORM["weight"](norm, _list(k_norm, "k_norm", (k.shape[3],), torch.float32))
         _NORM["eps"](norm, k_norm_eps)
         put["k_norm"](params, C.addressof(norm))
-    scales = _scales(k_cache, v_cache, k_scales, v_scales)
+    scales = _scales(k_cache, v_cache, k_scales, v_scales, heads_first)
     if scales is not None:
         put["scales"](params, C.addressof(scales))
     runner = _threads(threads)
-    check(_write(_context(), None if runner is None else C.addressof(runner), C.addressof(params)))
+    status = _write(_context(), None if runner is None else C.addressof(runner), C.addressof(params))
+    if status:
+        check(status)
 
 
 def _kv_write_fake(k, v, k_cache, v_cache, **options):
     torch._check(k.dim() == v.dim() == k_cache.dim() == v_cache.dim() == 4,
                  lambda: "k, v and the caches have the 4 axes of [batch, seq, heads, dim]")
+
+
+def _numbers(cache: Tensor, scales: Tensor | None, format: str | None, dtype: torch.dtype) -> Tensor:
+    """The elements of a cache [batch, heads, seq, dim]."""
+    out = torch.empty((*cache.shape[:3], _dim(cache, format, "k")), dtype=dtype, device="cpu")
+    params = _new(capi.kvl_kv_read_params, _READ)
+    _fill(params, capi.kvl_kv_read_params.k_cache.offset, cache, "k_cache", True, format)
+    _fill(params, capi.kvl_kv_read_params.k.offset, out, "k", True)
+    place = (C.c_int32 * cache.shape[0])()
+    _READ["positions"](params, C.addressof(place))
+    described = _scales(cache, None, scales, None, True)
+    if described is not None:
+        _READ["scales"](params, C.addressof(described))
+    runner = _threads(0)
+    check(_read(_context(), None if runner is None else C.addressof(runner), C.addressof(params)))
+    return out
 
 
 def _rotate_into(x, out, inv_freq, positions, interleaved, magnitude, threads):
@@ -313,7 +405,7 @@ def _rope_in_place_impl(x, inv_freq, positions, *, interleaved=False, magnitude=
 _OPTIONS = ("Tensor? lengths=None, Tensor? kv_starts=None, Tensor? offsets=None, Tensor? mask=None, Tensor? bias=None, float? scale=None, "
             "float softcap=0.0, bool causal=False, SymInt? window_left=None, SymInt? window_right=None, Tensor? prefix_lengths=None, "
             "Tensor? alibi_slopes=None, Tensor? sink_logits=None, Tensor? block_table=None, Tensor? cu_seqlens_q=None, "
-            "Tensor? k_scales=None, Tensor? v_scales=None, bool high_precision=False, int threads=0")
+            "Tensor? k_scales=None, Tensor? v_scales=None, str? k_format=None, str? v_format=None, bool high_precision=False, int threads=0")
 _TURN = "Tensor inv_freq, Tensor positions, *, bool interleaved=False, float magnitude=1.0, int threads=0"
 
 _operators = torch.library.Library("kvlane", "DEF")
@@ -378,7 +470,8 @@ _kv_write = _define(
     "kv_write(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor? positions=None, Tensor? counts=None, "
     "Tensor? sequences=None, Tensor? slots=None, Tensor? block_table=None, bool paged=False, Tensor? inv_freq=None, "
     "Tensor? rope_positions=None, bool interleaved=False, float magnitude=1.0, Tensor? k_norm=None, float k_norm_eps=1e-06, "
-    "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None, int threads=0) -> ()", _kv_write_impl, _kv_write_fake)
+    "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None, str? k_format=None, str? v_format=None, int threads=0) -> ()",
+    _kv_write_impl, _kv_write_fake)
 _rope = _define(f"rope(Tensor x, {_TURN}) -> Tensor", _rope_impl, _rope_fake)
 _rope_in_place = _define(f"rope_(Tensor(a!) x, {_TURN}) -> ()", _rope_in_place_impl, lambda x, inv_freq, positions, **options: None)
 for _operator in (_attention, _attention_with_lse, _rope):
@@ -392,14 +485,16 @@ def _plain(*tensors: Tensor) -> bool:
     so that it is passed by then."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(x) is Tensor and x.device.type == "cpu" for x in tensors)
+    for x in tensors:
+        if type(x) is not Tensor or not x.is_cpu:
+            return False
+    return True
 
 
 def _written(*tensors: Tensor) -> None:
     """Tells PyTorch, which the dispatcher would have told, so that a backward pass that needs the former values notices."""
-    for x in tensors:
-        if not x.is_inference():
-            torch.autograd.graph.increment_version(x)
+    # The version of an inference tensor stays.
+    torch.autograd.graph.increment_version(tensors)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -415,7 +510,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
       one entry broadcast.
     - `scale`, by default `dim ** -0.5`; `softcap`; `alibi_slopes` and `sink_logits`: float32 [heads].
     - `block_table`: int32 [batch, pages]; keys and values are then pages [pages, page_size, kv_heads, dim], and `lengths` is needed.
-    - `k_scales`, `v_scales`: the scales of the cache, see the module.
+    - `k_scales`, `v_scales`, `k_format`, `v_format`: the scales of the cache, or the names of its blocks, see the module.
     - `cu_seqlens_q`: int32 [sequences + 1]; queries are then [1, tokens, heads, dim], and lists have an entry per sequence.
     - `high_precision`: see `KVL_PRECISION_HIGH`. `threads`."""
     return (_attention_impl if _plain(q, k, v) else _attention)(q, k, v, **options)
@@ -437,7 +532,7 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, **options: 
     - `inv_freq`: float64 [rotary_dim / 2], rotates keys on the way, at `positions` or at `rope_positions`, int32 [batch] or [batch, seq];
       `interleaved`, `magnitude`.
     - `k_norm`: float32 [dim], the weights of an RMS norm of the keys, before the rotation; `k_norm_eps`. `threads`.
-    - `k_scales`, `v_scales`: the scales of the cache, see the module; those of int8 are written."""
+    - `k_scales`, `v_scales`, `k_format`, `v_format`: as of `attention`; scales of int8 are written."""
     if _plain(k, v, k_cache, v_cache):
         _kv_write_impl(k, v, k_cache, v_cache, **options)
         of_tokens = ((k_cache, options.get("k_scales")), (v_cache, options.get("v_scales")))
