@@ -4,7 +4,8 @@
     python benches/peers/hf_decode.py [MODEL] [--context 4096,16384] [--threads N] [--dtype float32] [--batch N] [--steps N] [--types int8,q4_0]
 
 MODEL is a directory or a GGUF file; without one it is a Llama of 135 million random weights. Caches are filled with random numbers up to
-the context. A row is the median of the steps of one implementation; ratios are to `sdpa` with its default cache, DynamicCache.
+the context. A row is the median of the steps of one implementation; ratios are to `sdpa` with its default cache, DynamicCache. The last row,
+whose attention returns its queries and whose cache keeps nothing, is what the rest of the model takes.
 
 Needs the wheel of kvlane, PyTorch and transformers.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import kvlane.hf
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", type=Path)
@@ -58,10 +59,17 @@ def filled(cache, config, context):
     return cache
 
 
+class Nothing(DynamicCache):
+    def update(self, keys, values, *args, **kwargs):
+        return keys, values
+
+
 @torch.no_grad()
 def main():
     torch.set_num_threads(options.threads)
     kvlane.hf.register()
+    AttentionInterface.register("none", lambda module, query, key, value, mask, **rest: (query.transpose(1, 2), None))
+    AttentionMaskInterface.register("none", lambda *args, **kwargs: None)
     model = load()
     config = model.config.get_text_config()
     torch.manual_seed(1)
@@ -82,6 +90,7 @@ def main():
         for kind in options.types.split(","):
             if kind:
                 runs[f"kvlane, {kind}"] = "kvlane", filled(kvlane.hf.Cache(config, room, k_type=kind, v_type=kind), config, context)
+        runs["nothing"] = "none", Nothing(config=config)
         seconds = {name: [] for name in runs}
         for step in range(-1, options.steps):
             for name, (implementation, cache) in runs.items():

@@ -483,7 +483,8 @@ for _operator in (_kv_write, _rope_in_place):
 def _plain(*tensors: Tensor) -> bool:
     """Whether nothing but values is wanted. The dispatcher takes longer over a call with many arguments than the call itself may take,
     so that it is passed by then."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+    # Where a graph is traced otherwise, a mode of the dispatcher or another type of tensor tells.
+    if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
         return False
     for x in tensors:
         if type(x) is not Tensor or not x.is_cpu:
