@@ -226,6 +226,8 @@ TYPES = {"f16": 5e-4, "bf16": 4e-3, "int8": 4e-3, "q8_0": 5e-3, "fp8_e4m3": 6.3e
 @torch.no_grad()
 def quantised():
     """What a quantised cache holds, attention over that, and all that is done with caches."""
+    formats = {name.removeprefix("KVL_FORMAT_").lower() for name in dir(kvlane.capi) if name.startswith("KVL_FORMAT_")}
+    assert formats == {"f32", *TYPES, "affine8", "affine4"}, formats
     config, causal = LlamaConfig(**SIZES, num_hidden_layers=2), torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
     module = torch.nn.Module()
     module.is_causal = True

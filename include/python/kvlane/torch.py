@@ -494,8 +494,9 @@ def _plain(*tensors: Tensor) -> bool:
 
 def _written(*tensors: Tensor) -> None:
     """Tells PyTorch, which the dispatcher would have told, so that a backward pass that needs the former values notices."""
-    # The version of an inference tensor stays.
-    torch.autograd.graph.increment_version(tensors)
+    for x in tensors:
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
