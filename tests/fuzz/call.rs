@@ -114,8 +114,8 @@ pub struct Call<'a> {
     written: Vec<(usize, usize)>,
     /// Elements that must be finite after the call.
     results: Vec<Row>,
-    /// Scales of affine units, each followed by a zero point, by their address, and what `k_affine` or `v_affine` is.
-    affine: Vec<(*mut u8, i32)>,
+    /// Scales of affine units, each followed by a zero point: their address, their number in a head, and what `k_affine` or `v_affine` is.
+    affine: Vec<(*mut u8, i64, i32)>,
 }
 
 impl<'a> Call<'a> {
@@ -383,7 +383,7 @@ impl<'a> Call<'a> {
 
     /// Scales for a cache of a format and shape, if the format has any; static ones have been filled. A hostile call may give some to
     /// another format.
-    pub fn scales(&mut self, format: i32, [batch, seq, heads, _]: [i64; 4], repeats: bool) -> Option<Tensor> {
+    pub fn scales(&mut self, format: i32, [batch, seq, heads, dim]: [i64; 4], repeats: bool) -> Option<Tensor> {
         if FP8.contains(&format) && !self.hit() {
             if self.maybe(0.4) {
                 return None;
@@ -397,12 +397,29 @@ impl<'a> Call<'a> {
             return Some(scales);
         }
         if AFFINE.contains(&format) && !self.hit() {
-            // A scale and a zero point for each token and head.
+            // A scale and a zero point for each token and head, or for some elements of them.
             let dtype = self.rng.pick(&[0, 1, 2]);
-            let scales = self.tensor(dtype, [batch, seq, heads, 2], repeats);
+            let group = self.rng.pick(&[1, 2, 4, 6, 16, 32]);
+            let groups = if group < dim && dim % group == 0 && self.maybe(0.4) { dim / group } else { 1 };
             let flags = self.rng.pick(&[0, 1, 2]) + self.rng.pick(&[0, 4]) + self.rng.pick(&[0, 8, 16]);
             let fixed = if repeats && self.maybe(0.5) { 32 } else { 0 };
-            self.affine.push((scales.data, flags + fixed));
+            let mut shape = [batch, seq, heads, 2 * groups];
+            let wide = fixed != 0 && self.maybe(0.5);
+            for axis in (0..3).filter(|_| wide) {
+                // Shared by neighbours, or by all.
+                let share = if axis == 1 { self.rng.pick(&[1, 2, 4, i64::MAX]) } else { self.rng.pick(&[1, i64::MAX]) };
+                shape[axis] = match shape[axis] {
+                    n if n > 0 && n % share == 0 => n / share,
+                    n if share == i64::MAX => n.min(1),
+                    n => n,
+                };
+            }
+            let scales = self.tensor(dtype, shape, repeats);
+            if wide {
+                // Those of no live token may be those of live ones, too.
+                self.fill(&scales, |_| true);
+            }
+            self.affine.push((scales.data, groups, flags + fixed));
             return Some(scales);
         }
         (format == INT8 || self.hit()).then(|| {
@@ -428,7 +445,7 @@ impl<'a> Call<'a> {
         }
         let [(k, k_zeros, k_affine), (v, v_zeros, v_affine)] =
             scales.map(|s| s.as_ref().map_or((zeroed(), zeroed(), 0), |tensor| self.scales_and_zeros(tensor)));
-        let described = |s: &Option<Tensor>| s.is_some_and(|s| self.affine.iter().any(|(data, _)| *data == s.data));
+        let described = |s: &Option<Tensor>| s.is_some_and(|s| self.affine.iter().any(|(data, ..)| *data == s.data));
         let older = [offset_of!(kvl_cache_scales, k_zeros)];
         let older = if scales.iter().any(|s| described(s)) { &[][..] } else { &older };
         let all = kvl_cache_scales {
@@ -451,10 +468,10 @@ impl<'a> Call<'a> {
 
     /// The views of scales, and for affine units of the zero points between them, and what describes these.
     fn scales_and_zeros(&mut self, tensor: &Tensor) -> (kvl_view, kvl_view, i32) {
-        let Some(&(_, flags)) = self.affine.iter().find(|(data, _)| *data == tensor.data) else {
+        let Some(&(_, groups, flags)) = self.affine.iter().find(|(data, ..)| *data == tensor.data) else {
             return (self.view(tensor), zeroed(), 0);
         };
-        if tensor.shape[3] != 2 {
+        if tensor.shape[3] != 2 * groups {
             return (self.view(tensor), zeroed(), self.code(flags));
         }
         let (step, size) = (tensor.strides[3], unit_size(tensor.dtype) as i64);
