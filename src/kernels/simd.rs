@@ -294,6 +294,16 @@ pub(crate) trait Simd: Copy {
             self.store_bf16(p.add(Self::LANES), v[1]);
         }
     }
+    /// As [`Self::store_pair_bf16`], of lanes that are quiet if they are NaN, and then have no bits in their lower halves: those computed
+    /// from bf16, and from numbers that are not NaN.
+    ///
+    /// # Safety
+    /// As [`Self::store_pair_bf16`].
+    #[inline(always)]
+    unsafe fn store_pair_bf16_short(self, p: *mut bf16, v: [Self::V; 2]) {
+        // SAFETY: the caller's.
+        unsafe { self.store_pair_bf16(p, v) }
+    }
     /// Stores the first `n < LANES` lanes. Nothing beyond `n` elements is written.
     ///
     /// # Safety

@@ -3,14 +3,16 @@
 use crate::common::tensor::indices;
 use crate::common::{Layout, Place, Rng, Tensor, close, half_ulp, oracle, scaled, thin};
 use crate::harness::{Level, tests};
+use half::bf16;
 use kvlane::{
     Context, DType, Destination, Isa, KvWrite, Llama3Scaling, LongRopeScaling, Op, Pairing, Positions, Rope,
-    RopeAngles, RopeFrequencies, RopeScaling, Serial, YarnScaling, kv_write, rope, rope_in_place,
+    RopeAngles, RopeFrequencies, RopeScaling, Serial, ViewMut, YarnScaling, kv_write, rope, rope_in_place,
 };
 
 tests! {
     levels: types_and_layouts, rotary_dims, positions, angles, angles_far_out, table_and_frequencies, in_place,
-        fused_with_write, beyond_rotary_dim_is_copied;
+        fused_with_write, beyond_rotary_dim_is_copied,
+        any_bits_of_bf16;
     once: goldens, llama3_by_wavelength, yarn_by_the_paper, ntk_and_linear, longrope_magnitude, levels_agree_on_angles,
         scaling_errors;
 }
@@ -88,6 +90,40 @@ fn rotary_dims(level: &Level) {
                 let y = Tensor::output(DType::F32, shape, Layout::BSHD, Place::GuardAfter);
                 check(level, &x, y, &f, pairing, Positions::Offsets(&[1000]), &format!("{rotary_dim} of {shape:?}"));
             }
+        }
+    }
+}
+
+/// Heads whose elements lie together have a loop of their own, which must agree with that of others for every pattern.
+fn any_bits_of_bf16(level: &Level) {
+    let mut rng = Rng::new(58);
+    for half in [15, 16, 32, 33, 48, 64, 130] {
+        let (dim, heads) = (2 * half, 3);
+        let shape = [1, 4, heads, dim];
+        let elements = 4 * heads * dim;
+        let x: Vec<bf16> = (0..elements)
+            .map(|i| if i % 7 == 0 { bf16::from_bits(rng.u64() as u16) } else { bf16::from_f32(rng.f32()) })
+            .collect();
+        let [mut cos, mut sin] = [0, 1].map(|_| (0..4 * half).map(|_| rng.f32()).collect::<Vec<f32>>());
+        // The rows of two tokens have what a rotation of numbers has not.
+        cos[half + half / 2] = f32::from_bits(0x7fff_ffff);
+        sin[2 * half] = f32::INFINITY;
+        let options = Rope::new(Pairing::HalfSplit, dim, RopeAngles::table(&cos, &sin), Positions::Offsets(&[0]));
+        let mut together = x.clone();
+        let view = ViewMut::new(&mut together, shape).expect("a view");
+        rope_in_place(&level.context, &Serial, view, &options).expect("a valid call");
+        let mut apart = vec![bf16::ZERO; 2 * elements];
+        apart.iter_mut().step_by(2).zip(&x).for_each(|(to, x)| *to = *x);
+        let strides = [0, 2 * heads * dim, 2 * dim, 2].map(|n| n as i64);
+        let view = ViewMut::strided(&mut apart, 0, shape, strides).expect("a view");
+        rope_in_place(&level.context, &Serial, view, &options).expect("a valid call");
+        level.checked(Op::Rope, DType::Bf16, DType::Bf16);
+        for (i, (a, b)) in together.iter().zip(apart.iter().step_by(2)).enumerate() {
+            // Which of two NaNs a product passes on is up to the compiler.
+            assert!(
+                a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(),
+                "element {i} of {half} pairs: {a:?}, {b:?}"
+            );
         }
     }
 }

@@ -55,13 +55,19 @@ impl Avx2 {
     #[inline(always)]
     fn rounded_bf16(self, v: __m256) -> __m256i {
         let (a, a2) = (self.0.avx, self.0.avx2);
-        let bits = a._mm256_castps_si256(v);
-        let odd = a2._mm256_and_si256(a2._mm256_srli_epi32::<16>(bits), a._mm256_set1_epi32(1));
-        let rounded = a2._mm256_add_epi32(bits, a2._mm256_add_epi32(odd, a._mm256_set1_epi32(0x7fff)));
         // The increment could turn a NaN into infinity, so NaNs keep their upper half and become quiet.
         let nan = a._mm256_cmp_ps::<_CMP_UNORD_Q>(v, v);
-        let quiet = a2._mm256_or_si256(bits, a._mm256_set1_epi32(0x40_0000));
-        a2._mm256_blendv_epi8(rounded, quiet, a._mm256_castps_si256(nan))
+        let quiet = a2._mm256_or_si256(a._mm256_castps_si256(v), a._mm256_set1_epi32(0x40_0000));
+        a2._mm256_blendv_epi8(self.rounded_short(v), quiet, a._mm256_castps_si256(nan))
+    }
+
+    /// As [`Self::rounded_bf16`], for lanes as in [`Simd::store_pair_bf16_short`], whose upper halves no increment reaches.
+    #[inline(always)]
+    fn rounded_short(self, v: __m256) -> __m256i {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let bits = a._mm256_castps_si256(v);
+        let odd = a2._mm256_and_si256(a2._mm256_srli_epi32::<16>(bits), a._mm256_set1_epi32(1));
+        a2._mm256_add_epi32(bits, a2._mm256_add_epi32(odd, a._mm256_set1_epi32(0x7fff)))
     }
 
     #[inline(always)]
@@ -401,6 +407,14 @@ impl Simd for Avx2 {
         let even = a2._mm256_srli_epi32::<16>(self.rounded_bf16(even));
         // Every other 16 bits, from the odd ones.
         let both = a2._mm256_blend_epi16::<0b1010_1010>(even, self.rounded_bf16(odd));
+        // SAFETY: the caller's.
+        unsafe { _mm256_storeu_si256(p.cast(), both) }
+    }
+    #[inline(always)]
+    unsafe fn store_pair_bf16_short(self, p: *mut bf16, [even, odd]: [__m256; 2]) {
+        let a2 = self.0.avx2;
+        let even = a2._mm256_srli_epi32::<16>(self.rounded_short(even));
+        let both = a2._mm256_blend_epi16::<0b1010_1010>(even, self.rounded_short(odd));
         // SAFETY: the caller's.
         unsafe { _mm256_storeu_si256(p.cast(), both) }
     }

@@ -60,14 +60,28 @@ impl Avx512 {
     #[inline(always)]
     fn rounded_bf16(self, v: __m512) -> __m512i {
         let f = self.0.avx512f;
+        // The increment could turn a NaN into infinity, so NaNs keep their upper half and become quiet.
+        let nan = f._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+        f._mm512_mask_or_epi32(self.rounded_short(v), nan, f._mm512_castps_si512(v), f._mm512_set1_epi32(0x40_0000))
+    }
+
+    /// As [`Self::rounded_bf16`], for lanes as in [`Simd::store_pair_bf16_short`], whose upper halves no increment reaches.
+    #[inline(always)]
+    fn rounded_short(self, v: __m512) -> __m512i {
+        let f = self.0.avx512f;
         let bits = f._mm512_castps_si512(v);
         // To nearest, ties to even: adds half of the cut-off range, minus one where the last kept bit is 0.
         let odd = f._mm512_test_epi32_mask(bits, f._mm512_set1_epi32(0x1_0000));
         let rounded = f._mm512_add_epi32(bits, f._mm512_set1_epi32(0x7fff));
-        let rounded = f._mm512_mask_add_epi32(rounded, odd, rounded, f._mm512_set1_epi32(1));
-        // The increment could turn a NaN into infinity, so NaNs keep their upper half and become quiet.
-        let nan = f._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
-        f._mm512_mask_or_epi32(rounded, nan, bits, f._mm512_set1_epi32(0x40_0000))
+        f._mm512_mask_add_epi32(rounded, odd, rounded, f._mm512_set1_epi32(1))
+    }
+
+    /// The upper halves of even and odd elements, in turns.
+    #[inline(always)]
+    fn upper_halves(self, even: __m512i, odd: __m512i) -> __m512i {
+        let f = self.0.avx512f;
+        let odd = f._mm512_and_si512(odd, f._mm512_set1_epi32(0xffff_0000_u32 as i32));
+        f._mm512_or_si512(f._mm512_srli_epi32::<16>(even), odd)
     }
 
     #[inline(always)]
@@ -418,11 +432,13 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn store_pair_bf16(self, p: *mut bf16, [even, odd]: [__m512; 2]) {
-        let f = self.0.avx512f;
-        let even = f._mm512_srli_epi32::<16>(self.rounded_bf16(even));
-        let odd = f._mm512_and_si512(self.rounded_bf16(odd), f._mm512_set1_epi32(0xffff_0000_u32 as i32));
         // SAFETY: the caller's.
-        unsafe { _mm512_storeu_si512(p.cast(), f._mm512_or_si512(even, odd)) }
+        unsafe { _mm512_storeu_si512(p.cast(), self.upper_halves(self.rounded_bf16(even), self.rounded_bf16(odd))) }
+    }
+    #[inline(always)]
+    unsafe fn store_pair_bf16_short(self, p: *mut bf16, [even, odd]: [__m512; 2]) {
+        // SAFETY: the caller's.
+        unsafe { _mm512_storeu_si512(p.cast(), self.upper_halves(self.rounded_short(even), self.rounded_short(odd))) }
     }
     #[inline(always)]
     unsafe fn store_part_f32(self, p: *mut f32, v: __m512, n: usize) {

@@ -8,6 +8,7 @@ use super::copy;
 use crate::kernels::api::RopeArgs;
 use crate::kernels::simd::{LoadStore, Simd};
 use crate::problem::rotation::Pairing;
+use std::mem::MaybeUninit;
 
 /// Pairs per step; the interleaved form duplicates their cosines and sines on the stack.
 const CHUNK: usize = copy::STAGE / 2;
@@ -61,17 +62,29 @@ unsafe fn half_split<S: Simd, A: LoadStore, B: LoadStore>(
 ) {
     let half = (args.rotary_dim / 2) as isize;
     let c = &args.copy;
-    for head in 0..c.heads as isize {
-        let x0 = c.src.cast::<A>().wrapping_offset(head * c.src_head + first as isize * c.src_dim);
-        let y0 = c.dst.cast::<B>().wrapping_offset(head * c.dst_head + first as isize * c.dst_dim);
+    let contiguous = c.src_dim == 1 && c.dst_dim == 1;
+    let mut separated = [MaybeUninit::<f32>::uninit(); 2 * CHUNK];
+    // Pairs at the beginning that are loaded and stored as even and odd elements.
+    let together = if contiguous && A::deinterleaved::<S>() && B::deinterleaved::<S>() {
+        // SAFETY: the caller's; the buffer holds two chunks.
+        unsafe { separate(s, [cos, sin], pairs, separated.as_mut_ptr().cast()) }
+    } else {
+        0
+    };
+    let mut x0 = c.src.cast::<A>().wrapping_offset(first as isize * c.src_dim);
+    let mut y0 = c.dst.cast::<B>().wrapping_offset(first as isize * c.dst_dim);
+    for _ in 0..c.heads {
         if first == 0 {
             copy::ask_for_next::<S, A, B>(s, c, x0, y0, c.dim);
         }
         let x1 = x0.wrapping_offset(half * c.src_dim);
         let y1 = y0.wrapping_offset(half * c.dst_dim);
-        if c.src_dim == 1 && c.dst_dim == 1 {
+        if contiguous {
             // SAFETY: the caller's.
-            unsafe { rotate_halves::<S, A, B>(s, x0, x1, y0, y1, cos, sin, pairs) };
+            unsafe {
+                rotate_separated::<S, A, B>(s, [x0, x1], [y0, y1], separated.as_ptr().cast(), together);
+                rotate_halves::<S, A, B>(s, [x0, x1], [y0, y1], [cos, sin], together, pairs);
+            }
         } else {
             let mut x = [A::default(); 2 * CHUNK];
             let mut y = [B::default(); 2 * CHUNK];
@@ -80,10 +93,65 @@ unsafe fn half_split<S: Simd, A: LoadStore, B: LoadStore>(
             unsafe {
                 copy::gather(x0, c.src_dim, px, pairs);
                 copy::gather(x1, c.src_dim, px.add(CHUNK), pairs);
-                rotate_halves::<S, A, B>(s, px, px.add(CHUNK), py, py.add(CHUNK), cos, sin, pairs);
+                let (x, y) = ([px.cast_const(), px.add(CHUNK)], [py, py.add(CHUNK)]);
+                rotate_halves::<S, A, B>(s, x, y, [cos, sin], 0, pairs);
                 copy::scatter(py, y0, c.dst_dim, pairs);
                 copy::scatter(py.add(CHUNK), y1, c.dst_dim, pairs);
             }
+        }
+        x0 = x0.wrapping_offset(c.src_head);
+        y0 = y0.wrapping_offset(c.dst_head);
+    }
+}
+
+/// Separates even and odd cosines and sines of whole pairs of vectors: `[even cosines, odd cosines, even sines, odd sines]` for each
+/// pair. Returns how many cosines it took: none if one of them or of the sines is not finite, see [`Simd::store_pair_bf16_short`].
+///
+/// # Safety
+/// `n` elements are readable at both, and `2 * n` floats writable at `to`.
+#[inline(always)]
+unsafe fn separate<S: Simd>(s: S, from: [*const f32; 2], n: usize, to: *mut f32) -> usize {
+    let step = 2 * S::LANES;
+    let whole = n / step * step;
+    for i in (0..whole).step_by(step) {
+        for (which, from) in from.into_iter().enumerate() {
+            // SAFETY: i + step <= n.
+            unsafe {
+                let (a, b) = (s.load_f32(from.add(i)), s.load_f32(from.add(i + S::LANES)));
+                if !(s.all_finite(a) && s.all_finite(b)) {
+                    return 0;
+                }
+                let parts = s.deinterleave(a, b);
+                for (part, v) in parts.into_iter().enumerate() {
+                    s.store_f32(to.add(2 * i + which * step + part * S::LANES), v);
+                }
+            }
+        }
+    }
+    whole
+}
+
+/// The first `n` pairs, even and odd elements apart.
+///
+/// # Safety
+/// `n` elements are valid at every pointer, and [`separate`] has written their angles.
+#[inline(always)]
+unsafe fn rotate_separated<S: Simd, A: LoadStore, B: LoadStore>(
+    s: S,
+    x: [*const A; 2],
+    y: [*mut B; 2],
+    angles: *const f32,
+    n: usize,
+) {
+    for i in (0..n).step_by(2 * S::LANES) {
+        // SAFETY: n is a multiple of two vectors; all loads precede the stores, so that in-place calls are valid.
+        unsafe {
+            let (a, b) = (A::load_pair(s, x[0].add(i)), A::load_pair(s, x[1].add(i)));
+            let angle = |k: usize| s.load_f32(angles.add(2 * i + k * S::LANES));
+            let (even0, even1) = rotate(s, a[0], b[0], angle(0), angle(2));
+            let (odd0, odd1) = rotate(s, a[1], b[1], angle(1), angle(3));
+            s.store_pair_bf16_short(y[0].add(i).cast(), [even0, odd0]);
+            s.store_pair_bf16_short(y[1].add(i).cast(), [even1, odd1]);
         }
     }
 }
@@ -96,28 +164,50 @@ fn rotate<S: Simd>(s: S, a: S::V, b: S::V, c: S::V, d: S::V) -> (S::V, S::V) {
     (s.fma(a, c, minus), s.fma(b, c, s.mul(a, d)))
 }
 
+/// Vectors of either half that are loaded before any is stored: neighbouring lines in their order.
+const AT_ONCE: usize = 4;
+
+/// The pairs from number `i` to `n`.
+///
 /// # Safety
 /// `n` elements are valid at every pointer.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 unsafe fn rotate_halves<S: Simd, A: LoadStore, B: LoadStore>(
     s: S,
-    x0: *const A,
-    x1: *const A,
-    y0: *mut B,
-    y1: *mut B,
-    cos: *const f32,
-    sin: *const f32,
+    x: [*const A; 2],
+    y: [*mut B; 2],
+    [cos, sin]: [*const f32; 2],
+    mut i: usize,
     n: usize,
 ) {
-    let mut i = 0;
+    while i + AT_ONCE * S::LANES <= n {
+        let mut v = [[s.zero(); AT_ONCE]; 2];
+        // SAFETY: as many vectors are left; all loads precede the stores, so that in-place calls are valid.
+        unsafe {
+            for half in 0..2 {
+                for j in 0..AT_ONCE {
+                    v[half][j] = A::load(s, x[half].add(i + j * S::LANES));
+                }
+            }
+            for j in 0..AT_ONCE {
+                let at = i + j * S::LANES;
+                (v[0][j], v[1][j]) = rotate(s, v[0][j], v[1][j], s.load_f32(cos.add(at)), s.load_f32(sin.add(at)));
+            }
+            for half in 0..2 {
+                for j in 0..AT_ONCE {
+                    B::store(s, y[half].add(i + j * S::LANES), v[half][j]);
+                }
+            }
+        }
+        i += AT_ONCE * S::LANES;
+    }
     while i + S::LANES <= n {
         // SAFETY: i + LANES <= n; both loads precede both stores, so that in-place calls are valid.
         unsafe {
-            let (a, b) = (A::load(s, x0.add(i)), A::load(s, x1.add(i)));
+            let (a, b) = (A::load(s, x[0].add(i)), A::load(s, x[1].add(i)));
             let (a, b) = rotate(s, a, b, s.load_f32(cos.add(i)), s.load_f32(sin.add(i)));
-            B::store(s, y0.add(i), a);
-            B::store(s, y1.add(i), b);
+            B::store(s, y[0].add(i), a);
+            B::store(s, y[1].add(i), b);
         }
         i += S::LANES;
     }
@@ -125,11 +215,11 @@ unsafe fn rotate_halves<S: Simd, A: LoadStore, B: LoadStore>(
         let rest = n - i;
         // SAFETY: rest elements are left.
         unsafe {
-            let (a, b) = (A::load_part(s, x0.add(i), rest), A::load_part(s, x1.add(i), rest));
+            let (a, b) = (A::load_part(s, x[0].add(i), rest), A::load_part(s, x[1].add(i), rest));
             let (c, d) = (s.load_part_f32(cos.add(i), rest), s.load_part_f32(sin.add(i), rest));
             let (a, b) = rotate(s, a, b, c, d);
-            B::store_part(s, y0.add(i), a, rest);
-            B::store_part(s, y1.add(i), b, rest);
+            B::store_part(s, y[0].add(i), a, rest);
+            B::store_part(s, y[1].add(i), b, rest);
         }
     }
 }
