@@ -12,7 +12,7 @@ use crate::ops::norm::RmsNorm;
 use crate::ops::pack::{check_values, into_pair, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles};
 use crate::ops::setters::setters;
-use crate::ops::{ahead, for_each_token_with, token_copy};
+use crate::ops::{ahead, asks_for_elements, for_each_token_with, token_copy};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, Units, View};
 
@@ -527,7 +527,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                     let mut copy = token_copy(k, (b, t), &k_cache.units, place);
                     match values {
                         Some((v, v_cache)) if large && *v_packing == Packing::Rows && !v.is_empty() => {
-                            ask_for(&mut copy, v.row(b, t, 0), v_cache.row(place.0, place.1, 0));
+                            ask_for(&mut copy, (v, v.row(b, t, 0)), (&v_cache.units, v_cache.row(place.0, place.1, 0)));
                         }
                         _ if large => (copy.src_prefetch, copy.dst_prefetch) = (ahead(k), ahead(&k_cache.units)),
                         _ => {}
@@ -550,7 +550,8 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                         Packing::Rows => {
                             let mut copy = token_copy(v, (b, t), &v_cache.units, place);
                             if let Some(next) = next {
-                                ask_for(&mut copy, k.row(b, t + 1, 0), k_cache.row(next.0, next.1, 0));
+                                let k_cache = (&k_cache.units, k_cache.row(next.0, next.1, 0).cast_const());
+                                ask_for(&mut copy, (k, k.row(b, t + 1, 0)), k_cache);
                             }
                             if let Some(kernels) = &value_kernels
                                 && place.1.is_multiple_of(shared[1])
@@ -592,9 +593,18 @@ fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawCacheView)
 
 /// Sets the prefetch of a token's copy to what is copied next: to the values during the keys of a large write, and to the next
 /// keys during the values.
-fn ask_for(copy: &mut CopyArgs, src: *const u8, dst: *const u8) {
-    if (copy.src_dim, copy.dst_dim) == (1, 1) {
+fn ask_for<U: Units>(
+    copy: &mut CopyArgs,
+    (src_view, src): (&RawView, *const u8),
+    (dst_view, dst): (&RawView<U>, *const u8),
+) {
+    if (copy.src_dim, copy.dst_dim) != (1, 1) {
+        return;
+    }
+    if asks_for_elements(src_view.dtype.size()) {
         copy.src_prefetch = src.addr().wrapping_sub(copy.src.addr()) as isize;
+    }
+    if asks_for_elements(dst_view.dtype.size()) {
         copy.dst_prefetch = dst.addr().wrapping_sub(copy.dst.addr()) as isize;
     }
 }
