@@ -6,7 +6,7 @@
 use crate::error::{Result, ensure};
 use crate::kernels::api::CopyArgs;
 use crate::parallel::{Runner, for_each_tile, workers_for};
-use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, Units};
+use crate::view::{BATCH, DIM, HEADS, RawView, SEQ, Units, contiguous};
 
 pub mod attention;
 pub mod cache;
@@ -133,10 +133,12 @@ fn is_large(views: &[&RawView]) -> bool {
 /// The prefetch distance, in bytes, of a walk over a large view.
 const AHEAD: usize = 4 << 10;
 
-/// Whether walks over elements of that many bytes prefetch. f32 takes so little arithmetic per line that AMD's hardware keeps ahead by
-/// itself: on Zen 4, prefetches cost a tenth of RoPE and of Hadamard rotations, and a fifth of copies and merges.
-fn asks_for_elements(size: usize) -> bool {
-    size != 4 || crate::cpu::vendor() != "AuthenticAMD"
+/// Whether a walk prefetches a view. Not f32 in the order of memory on AMD: so few instructions pass per line that the hardware keeps
+/// ahead by itself, and on Zen 4 prefetches cost a tenth of RoPE and Hadamard rotations, and a fifth of copies and merges.
+fn asks_for<U: Units>(view: &RawView<U>) -> bool {
+    let [_, tokens, heads, dim] = view.shape;
+    let in_order = view.strides[SEQ..] == contiguous([1, tokens, heads, dim])[SEQ..];
+    !(in_order && view.dtype.size() == 4 && crate::cpu::vendor() == "AuthenticAMD")
 }
 
 /// The prefetch distance in bytes from a head of a view, for a walk token by token: the head that the walk reaches about
@@ -144,7 +146,7 @@ fn asks_for_elements(size: usize) -> bool {
 /// the tokens behind.
 fn ahead<U: Units>(view: &RawView<U>) -> isize {
     let (size, head) = (view.dtype.size(), view.head_bytes());
-    if !asks_for_elements(size) {
+    if !asks_for(view) {
         return 0;
     }
     let token = view.shape[HEADS].saturating_mul(head);
@@ -177,7 +179,7 @@ fn check_in_place_or_apart(src: &RawView, dst: &RawView) -> Result<()> {
 mod tests {
     use super::*;
     use crate::dtype::DType;
-    use crate::view::{bhsd, contiguous};
+    use crate::view::bhsd;
 
     #[test]
     fn a_walk_asks_for_what_it_comes_to() {

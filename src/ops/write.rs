@@ -12,7 +12,7 @@ use crate::ops::norm::RmsNorm;
 use crate::ops::pack::{check_values, into_pair, pack_token};
 use crate::ops::rope::{RawRope, Rope, TokenAngles};
 use crate::ops::setters::setters;
-use crate::ops::{ahead, asks_for_elements, for_each_token_with, token_copy};
+use crate::ops::{ahead, asks_for, for_each_token_with, token_copy};
 use crate::parallel::Runner;
 use crate::view::{BATCH, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, Units, View};
 
@@ -507,7 +507,10 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
     let angles = context.angles();
     let heads = k.shape[..DIM].iter().fold(1usize, |n, &axis| n.saturating_mul(axis));
     let bytes = heads.saturating_mul(k.head_bytes().saturating_add(k_cache.head_bytes()));
-    let large = bytes > cache::second_level() / 2;
+    let asks = bytes > cache::second_level() / 2
+        && (asks_for(k)
+            || asks_for(&k_cache.units)
+            || values.as_ref().is_some_and(|(v, v_cache)| asks_for(v) || asks_for(&v_cache.units)));
     let key_kernels = HeadKernels::write(context, *k_norm, rope.is_some(), *k_hadamard, k.dtype, k_cache.dtype);
     let value_kernels = values
         .as_ref()
@@ -522,14 +525,14 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
             let Some(place) = to.place(b, t, seq, &k_cache.units) else { return };
             // SAFETY: the views and the destination are valid; no two tokens share a slot.
             unsafe {
-                let next = if large && t + 1 < seq { to.place(b, t + 1, seq, &k_cache.units) } else { None };
+                let next = if asks && t + 1 < seq { to.place(b, t + 1, seq, &k_cache.units) } else { None };
                 if !k.is_empty() {
                     let mut copy = token_copy(k, (b, t), &k_cache.units, place);
                     match values {
-                        Some((v, v_cache)) if large && *v_packing == Packing::Rows && !v.is_empty() => {
-                            ask_for(&mut copy, (v, v.row(b, t, 0)), (&v_cache.units, v_cache.row(place.0, place.1, 0)));
+                        Some((v, v_cache)) if asks && *v_packing == Packing::Rows && !v.is_empty() => {
+                            ask_for(&mut copy, v.row(b, t, 0), v_cache.row(place.0, place.1, 0));
                         }
-                        _ if large => (copy.src_prefetch, copy.dst_prefetch) = (ahead(k), ahead(&k_cache.units)),
+                        _ if asks => (copy.src_prefetch, copy.dst_prefetch) = (ahead(k), ahead(&k_cache.units)),
                         _ => {}
                     }
                     let turn = match (rope, token_angles) {
@@ -550,8 +553,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                         Packing::Rows => {
                             let mut copy = token_copy(v, (b, t), &v_cache.units, place);
                             if let Some(next) = next {
-                                let k_cache = (&k_cache.units, k_cache.row(next.0, next.1, 0).cast_const());
-                                ask_for(&mut copy, (k, k.row(b, t + 1, 0)), k_cache);
+                                ask_for(&mut copy, k.row(b, t + 1, 0), k_cache.row(next.0, next.1, 0));
                             }
                             if let Some(kernels) = &value_kernels
                                 && place.1.is_multiple_of(shared[1])
@@ -571,7 +573,7 @@ pub(crate) unsafe fn kv_write_raw(context: &Context, runner: &dyn Runner, write:
                         }
                         Packing::RowPairs => {
                             let v_copy = context.copy(Op::KvWrite, v.dtype, v_cache.dtype);
-                            let ahead = if large { (ahead(v), ahead(&v_cache.units)) } else { (0, 0) };
+                            let ahead = if asks { (ahead(v), ahead(&v_cache.units)) } else { (0, 0) };
                             pack_token(v_copy, v, (b, t), &v_cache.units, ahead, |t| {
                                 to.place(b, t, seq, &k_cache.units)
                             });
@@ -593,18 +595,9 @@ fn check_pair(name: &str, src: &RawView, cache_name: &str, cache: &RawCacheView)
 
 /// Sets the prefetch of a token's copy to what is copied next: to the values during the keys of a large write, and to the next
 /// keys during the values.
-fn ask_for<U: Units>(
-    copy: &mut CopyArgs,
-    (src_view, src): (&RawView, *const u8),
-    (dst_view, dst): (&RawView<U>, *const u8),
-) {
-    if (copy.src_dim, copy.dst_dim) != (1, 1) {
-        return;
-    }
-    if asks_for_elements(src_view.dtype.size()) {
+fn ask_for(copy: &mut CopyArgs, src: *const u8, dst: *const u8) {
+    if (copy.src_dim, copy.dst_dim) == (1, 1) {
         copy.src_prefetch = src.addr().wrapping_sub(copy.src.addr()) as isize;
-    }
-    if asks_for_elements(dst_view.dtype.size()) {
         copy.dst_prefetch = dst.addr().wrapping_sub(copy.dst.addr()) as isize;
     }
 }
