@@ -299,8 +299,8 @@
 #define KVL_ISA_AVX512_BF16 7
 
 /**
- * x86-64 with the features of `KVL_ISA_AVX512`, and AVX512-VNNI. Attention over int8 keys at `KVL_PRECISION_INTEGER` only; the other
- * kernels are those of `KVL_ISA_AVX512`.
+ * x86-64 with the features of `KVL_ISA_AVX512`, and AVX512-VNNI. Attention over keys in int8 and in blocks at `KVL_PRECISION_INTEGER` only;
+ * the other kernels are those of `KVL_ISA_AVX512`.
  */
 #define KVL_ISA_AVX512_VNNI 8
 
@@ -372,8 +372,8 @@
 #define KVL_PRECISION_HIGH 1
 
 /**
- * Over int8 keys, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels that have
- * kernels for it (`KVL_ISA_AVX_VNNI`, `KVL_ISA_AVX512_VNNI`, `KVL_ISA_NEON_DOTPROD`, and those with their features): of
+ * Over keys in int8 or in blocks, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels
+ * that have kernels for it (`KVL_ISA_AVX_VNNI`, `KVL_ISA_AVX512_VNNI`, `KVL_ISA_NEON_DOTPROD`, and those with their features): of
  * a logit's error, at most half of a row's scale times the sum of the magnitudes of the key's elements is due to it. Where there is no
  * such kernel, this is `KVL_PRECISION_DEFAULT`.
  */

@@ -34,8 +34,8 @@ pub enum Isa {
     /// have the instructions too, at half the rate of the arithmetic that they would replace, so that the level serves there only
     /// if it is named.
     Avx512Bf16 = 7,
-    /// x86-64 with the features of [`Avx512`](Self::Avx512) and AVX512-VNNI. A partial level with a kernel for attention over int8
-    /// keys at [`Precision::Integer`](crate::Precision::Integer) only; the other kernels are those of AVX-512.
+    /// x86-64 with the features of [`Avx512`](Self::Avx512) and AVX512-VNNI. A partial level with kernels for attention over keys
+    /// in int8 and in blocks at [`Precision::Integer`](crate::Precision::Integer) only; the other kernels are those of AVX-512.
     Avx512Vnni = 8,
     /// x86-64 with the features of [`Avx2`](Self::Avx2) and AVX-VNNI, without AVX-512. As [`Avx512Vnni`](Self::Avx512Vnni), above AVX2.
     AvxVnni = 9,

@@ -29,8 +29,8 @@ pub const KVL_ISA_NEON_BF16: i32 = 6;
 /// alone and uses those of `KVL_ISA_AVX512` for everything else. It is preferred to that level on CPUs of AMD; on others it serves
 /// where it is asked for.
 pub const KVL_ISA_AVX512_BF16: i32 = 7;
-/// x86-64 with the features of `KVL_ISA_AVX512`, and AVX512-VNNI. Attention over int8 keys at `KVL_PRECISION_INTEGER` only; the other
-/// kernels are those of `KVL_ISA_AVX512`.
+/// x86-64 with the features of `KVL_ISA_AVX512`, and AVX512-VNNI. Attention over keys in int8 and in blocks at `KVL_PRECISION_INTEGER` only;
+/// the other kernels are those of `KVL_ISA_AVX512`.
 pub const KVL_ISA_AVX512_VNNI: i32 = 8;
 /// x86-64 with the features of `KVL_ISA_AVX2`, and AVX-VNNI. As `KVL_ISA_AVX512_VNNI`, above AVX2.
 pub const KVL_ISA_AVX_VNNI: i32 = 9;

@@ -39,8 +39,8 @@ pub type kvl_precision = i32;
 pub const KVL_PRECISION_DEFAULT: i32 = 0;
 /// What f32 arithmetic gives: queries are taken whole, and weights have at least 16 significant bits.
 pub const KVL_PRECISION_HIGH: i32 = 1;
-/// Over int8 keys, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels that have
-/// kernels for it (`KVL_ISA_AVX_VNNI`, `KVL_ISA_AVX512_VNNI`, `KVL_ISA_NEON_DOTPROD`, and those with their features): of
+/// Over keys in int8 or in blocks, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels
+/// that have kernels for it (`KVL_ISA_AVX_VNNI`, `KVL_ISA_AVX512_VNNI`, `KVL_ISA_NEON_DOTPROD`, and those with their features): of
 /// a logit's error, at most half of a row's scale times the sum of the magnitudes of the key's elements is due to it. Where there is no
 /// such kernel, this is `KVL_PRECISION_DEFAULT`.
 pub const KVL_PRECISION_INTEGER: i32 = 2;

@@ -83,8 +83,8 @@ pub enum Precision {
     Default = 0,
     /// The precision of f32 arithmetic: queries keep all bits, and weights have at least 16 significant bits.
     High = 1,
-    /// Over int8 keys, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels that have
-    /// kernels for it: of a logit's error, at most half of a row's scale times the sum of the magnitudes of the key's elements is due
+    /// Over keys in int8 or in blocks, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels
+    /// that have kernels for it: of a logit's error, at most half of a row's scale times the sum of the magnitudes of the key's elements is due
     /// to it. Where there is no such kernel, this is [`Self::Default`].
     Integer = 2,
 }

@@ -1,6 +1,6 @@
 //! AVX-512 with VNNI: products of bytes, added up in 32 bits (`vpdpbusd`).
 //!
-//! A partial level: attention over int8 keys at [`Precision::Integer`](super::api::Precision), with values of any format. Only the
+//! A partial level: attention over int8 keys, and keys in blocks, at [`Precision::Integer`](super::api::Precision), with values of any format. Only the
 //! scores are of this level; the rest of the kernel is AVX-512's.
 //!
 //! The instruction multiplies unsigned bytes by signed ones. Keys become unsigned when their highest bit is turned, which adds 128 to
@@ -9,10 +9,19 @@
 
 use super::avx512::{Avx512, shells};
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
+use super::generic::attention::integer_blocks::{BYTES, BlockProducts, HALF, IntegerUnit};
 use super::partial::{integer_kernels, with_features};
 use std::arch::x86_64::*;
 
-integer_kernels!(Avx512Vnni, Avx512Vnni, Avx512, Vnni, "attention_int8_integer_avx512vnni");
+integer_kernels!(Avx512Vnni, Avx512Vnni, Avx512, Vnni,
+    Int8 "attention_int8_integer_avx512vnni"
+    Q8_0 "attention_q8_0_integer_avx512vnni"
+    Q4_0 "attention_q4_0_integer_avx512vnni"
+    Q4_1 "attention_q4_1_integer_avx512vnni"
+    Q5_0 "attention_q5_0_integer_avx512vnni"
+    Q5_1 "attention_q5_1_integer_avx512vnni"
+    Iq4Nl "attention_iq4_nl_integer_avx512vnni"
+);
 
 /// Proof that the CPU has the level.
 #[derive(Clone, Copy)]
@@ -75,10 +84,144 @@ impl ByteProducts for Vnni {
     }
 }
 
-/// The first `n < 64` bytes.
+/// The first `n <= 64` bytes.
 #[inline(always)]
 fn first(n: usize) -> u64 {
-    (1 << n) - 1
+    if n == 0 { 0 } else { u64::MAX >> (64 - n) }
+}
+
+/// Where two vectors begin that have all of four blocks that is to be taken from them.
+const fn windows(size: usize, at: usize) -> [usize; 2] {
+    let end = at + 3 * size + HALF;
+    // The first 16 numbers lie in the vectors that have the factors.
+    let windows = [if end <= 2 * 64 { 0 } else { at }, end - 64];
+    assert!(windows[1] <= windows[0] + 64 && windows[1] + 64 <= 4 * size);
+    windows
+}
+
+/// Numbers of the words of two vectors at `windows` that are, for each of four blocks of `size` bytes, `n` words from byte `at` on, each of
+/// them `times` times.
+const fn words(windows: [usize; 2], size: usize, at: usize, n: usize, times: usize) -> [u16; 32] {
+    let (mut words, mut i) = ([0; 32], 0);
+    while i < 4 * n * times {
+        let byte = at + i / (n * times) * size + i / times % n * 2;
+        words[i] = (if byte + 2 <= windows[0] + 64 { byte - windows[0] } else { 64 + byte - windows[1] }) as u16 / 2;
+        i += 1;
+    }
+    words
+}
+
+/// Some of the words of the vectors at `windows` behind `p`, where bytes from `end` on count as zeros.
+///
+/// # Safety
+/// The level is available, and these bytes are readable.
+#[inline(always)]
+unsafe fn pick(p: *const u8, end: usize, windows: [usize; 2], words: &[u16; 32]) -> __m512i {
+    // SAFETY: the caller's; masked bytes are not read.
+    unsafe {
+        let bytes = [0, 1].map(|i| first(end.saturating_sub(windows[i]).min(64)));
+        let low = _mm512_maskz_loadu_epi8(bytes[0], p.wrapping_add(windows[0]).cast());
+        let high = _mm512_maskz_loadu_epi8(bytes[1], p.wrapping_add(windows[1]).cast());
+        _mm512_permutex2var_epi16(low, _mm512_loadu_si512(words.as_ptr().cast()), high)
+    }
+}
+
+impl BlockProducts for Vnni {
+    #[inline(always)]
+    unsafe fn halves<U: IntegerUnit, const SECOND: bool>(self, p: *const u8, n: usize) -> __m512i {
+        const { assert!(Self::BLOCKS == 4) };
+        let at = const { windows(size_of::<U>(), U::STARTS[SECOND as usize]) };
+        let words = const {
+            let first = U::STARTS[SECOND as usize];
+            &words(windows(size_of::<U>(), first), size_of::<U>(), first, HALF / 2, 1)
+        };
+        // SAFETY: the caller's.
+        unsafe { pick(p, n * size_of::<U>(), at, words) }
+    }
+    #[inline(always)]
+    unsafe fn factors<U: IntegerUnit, const MINIMA: bool>(self, p: *const u8, n: usize) -> __m512 {
+        let at = const { windows(size_of::<U>(), U::AT) };
+        let words = const { &words(windows(size_of::<U>(), U::AT), size_of::<U>(), if MINIMA { 2 } else { 0 }, 1, 4) };
+        // SAFETY: the caller's.
+        unsafe { _mm512_cvtph_ps(_mm512_castsi512_si256(pick(p, n * size_of::<U>(), at, words))) }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, x: __m512i) -> __m512i {
+        // SAFETY: the level is available, here and below.
+        unsafe { _mm512_and_si512(x, _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn high_nibbles(self, x: __m512i) -> __m512i {
+        // SAFETY: as above.
+        self.low_nibbles(unsafe { _mm512_srli_epi16::<4>(x) })
+    }
+    #[inline(always)]
+    fn signed(self, x: __m512i) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_xor_si512(x, _mm512_set1_epi8(i8::MIN)) }
+    }
+    #[inline(always)]
+    fn listed(self, x: __m512i) -> __m512i {
+        // SAFETY: as above; the table has 16 bytes.
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(BYTES.as_ptr().cast()));
+            _mm512_shuffle_epi8(self.signed(table), x)
+        }
+    }
+    #[inline(always)]
+    fn with_fifth_bits(self, x: __m512i, bits: u64) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_mask_add_epi8(x, bits, x, _mm512_set1_epi8(16)) }
+    }
+    #[inline(always)]
+    fn ones(self) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_set1_epi8(1) }
+    }
+    #[inline(always)]
+    fn four(self, [a, b, c, d]: [__m512i; 4]) -> __m512i {
+        // SAFETY: as above.
+        unsafe { four(a, b, c, d) }
+    }
+    #[inline(always)]
+    fn times(self, x: __m512i, factor: i32) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_mullo_epi32(x, _mm512_set1_epi32(factor)) }
+    }
+    #[inline(always)]
+    fn difference(self, a: __m512i, b: __m512i) -> __m512 {
+        // SAFETY: as above.
+        unsafe { _mm512_cvtepi32_ps(_mm512_sub_epi32(a, b)) }
+    }
+    #[inline(always)]
+    fn one_of_each(self, [a, b, c, d]: [__m512; 4]) -> __m512 {
+        // SAFETY: as above.
+        unsafe {
+            let (ab, cd) = (_mm512_mask_blend_ps(0x2222, a, b), _mm512_mask_blend_ps(0x8888, c, d));
+            _mm512_mask_blend_ps(0xcccc, ab, cd)
+        }
+    }
+    #[inline(always)]
+    fn over_blocks(self, x: __m512) -> [f32; 4] {
+        // SAFETY: as above.
+        unsafe {
+            let x = _mm512_add_ps(x, _mm512_shuffle_f32x4::<0x4e>(x, x));
+            let x = _mm512_castps512_ps256(x);
+            std::mem::transmute(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)))
+        }
+    }
+    #[inline(always)]
+    fn over_blocks_of_four(self, [a, b, c, d]: [__m512; 4], factors: [f32; 4]) -> [[f32; 4]; 4] {
+        // SAFETY: as above; vectors of the same size.
+        unsafe {
+            let low = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            let high = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
+            let (even, odd) = (_mm512_shuffle_f32x4::<0x88>(low, high), _mm512_shuffle_f32x4::<0xdd>(low, high));
+            let transposed = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let factors = _mm512_broadcast_f32x4(_mm_loadu_ps(factors.as_ptr()));
+            std::mem::transmute(_mm512_permutexvar_ps(transposed, _mm512_mul_ps(_mm512_add_ps(even, odd), factors)))
+        }
+    }
 }
 
 /// In each block of four lanes, the sum of this block of each of four vectors.

@@ -1,20 +1,37 @@
 //! AVX2 with AVX-VNNI: products of bytes, added up in 32 bits (`vpdpbusd` on 256 bits), which Intel's CPUs without AVX-512 have from the
 //! twelfth generation on.
 //!
-//! A partial level: attention over int8 keys at [`Precision::Integer`](super::api::Precision), with values of any format. Only the
+//! A partial level: attention over int8 keys, and keys in blocks, at [`Precision::Integer`](super::api::Precision), with values of any format. Only the
 //! scores are of this level; the rest of the kernel is AVX2's. Keys become unsigned as in [`avx512vnni`](super::avx512vnni).
 //!
 //! Never timed. With `--cfg kvlane_emulate_avxvnni` the instruction is emulated, and the level is available wherever AVX2 is.
 
 use super::avx2::{Avx2, shells};
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
+use super::generic::attention::integer_blocks::{BYTES, BlockProducts, IntegerUnit, transposed};
 use super::partial::{integer_kernels, with_features};
 use std::arch::x86_64::*;
 
 #[cfg(not(kvlane_emulate_avxvnni))]
-integer_kernels!(AvxVnni, AvxVnni, Avx2, Vnni, "attention_int8_integer_avxvnni");
+integer_kernels!(AvxVnni, AvxVnni, Avx2, Vnni,
+    Int8 "attention_int8_integer_avxvnni"
+    Q8_0 "attention_q8_0_integer_avxvnni"
+    Q4_0 "attention_q4_0_integer_avxvnni"
+    Q4_1 "attention_q4_1_integer_avxvnni"
+    Q5_0 "attention_q5_0_integer_avxvnni"
+    Q5_1 "attention_q5_1_integer_avxvnni"
+    Iq4Nl "attention_iq4_nl_integer_avxvnni"
+);
 #[cfg(kvlane_emulate_avxvnni)]
-integer_kernels!(AvxVnni, Avx2, Avx2, Vnni, "attention_int8_integer_avxvnni");
+integer_kernels!(AvxVnni, Avx2, Avx2, Vnni,
+    Int8 "attention_int8_integer_avxvnni"
+    Q8_0 "attention_q8_0_integer_avxvnni"
+    Q4_0 "attention_q4_0_integer_avxvnni"
+    Q4_1 "attention_q4_1_integer_avxvnni"
+    Q5_0 "attention_q5_0_integer_avxvnni"
+    Q5_1 "attention_q5_1_integer_avxvnni"
+    Iq4Nl "attention_iq4_nl_integer_avxvnni"
+);
 
 /// Proof that the CPU has the level.
 #[derive(Clone, Copy)]
@@ -89,6 +106,101 @@ impl ByteProducts for Vnni {
             _mm256_storeu_si256(totals.as_mut_ptr().cast(), _mm256_add_epi32(halves[0], halves[1]));
         }
         totals
+    }
+}
+
+impl BlockProducts for Vnni {
+    #[inline(always)]
+    unsafe fn halves<U: IntegerUnit, const SECOND: bool>(self, p: *const u8, n: usize) -> __m256i {
+        let p = p.wrapping_add(U::STARTS[usize::from(SECOND)]);
+        // SAFETY: the caller's.
+        unsafe {
+            let first = _mm_loadu_si128(p.cast());
+            if n < 2 {
+                return _mm256_zextsi128_si256(first);
+            }
+            _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(first), _mm_loadu_si128(p.add(size_of::<U>()).cast()))
+        }
+    }
+    #[inline(always)]
+    unsafe fn factors<U: IntegerUnit, const MINIMA: bool>(self, p: *const u8, n: usize) -> __m256 {
+        let p = p.wrapping_add(if MINIMA { 2 } else { 0 });
+        // SAFETY: the caller's.
+        unsafe {
+            let first = p.cast::<i16>().read_unaligned();
+            let second = if n < 2 { 0 } else { p.add(size_of::<U>()).cast::<i16>().read_unaligned() };
+            _mm256_cvtph_ps(_mm_unpacklo_epi64(_mm_set1_epi16(first), _mm_set1_epi16(second)))
+        }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, x: __m256i) -> __m256i {
+        // SAFETY: the level is available, here and below.
+        unsafe { _mm256_and_si256(x, _mm256_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn high_nibbles(self, x: __m256i) -> __m256i {
+        // SAFETY: as above.
+        self.low_nibbles(unsafe { _mm256_srli_epi16::<4>(x) })
+    }
+    #[inline(always)]
+    fn signed(self, x: __m256i) -> __m256i {
+        // SAFETY: as above.
+        unsafe { _mm256_xor_si256(x, _mm256_set1_epi8(i8::MIN)) }
+    }
+    #[inline(always)]
+    fn listed(self, x: __m256i) -> __m256i {
+        // SAFETY: as above; the table has 16 bytes.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(BYTES.as_ptr().cast()));
+            _mm256_shuffle_epi8(self.signed(table), x)
+        }
+    }
+    #[inline(always)]
+    fn with_fifth_bits(self, x: __m256i, bits: u64) -> __m256i {
+        // SAFETY: as above.
+        unsafe {
+            // The byte of the bit in each byte, then the bit.
+            let bytes = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+            let bits = _mm256_shuffle_epi8(_mm256_set1_epi32(bits as i32), bytes);
+            let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+            let set = _mm256_cmpeq_epi8(_mm256_and_si256(bits, bit), bit);
+            _mm256_add_epi8(x, _mm256_and_si256(set, _mm256_set1_epi8(16)))
+        }
+    }
+    #[inline(always)]
+    fn ones(self) -> __m256i {
+        // SAFETY: as above.
+        unsafe { _mm256_set1_epi8(1) }
+    }
+    #[inline(always)]
+    fn four(self, [a, b, c, d]: [__m256i; 4]) -> __m256i {
+        // SAFETY: as above.
+        unsafe { four(a, b, c, d) }
+    }
+    #[inline(always)]
+    fn times(self, x: __m256i, factor: i32) -> __m256i {
+        // SAFETY: as above.
+        unsafe { _mm256_mullo_epi32(x, _mm256_set1_epi32(factor)) }
+    }
+    #[inline(always)]
+    fn difference(self, a: __m256i, b: __m256i) -> __m256 {
+        // SAFETY: as above.
+        unsafe { _mm256_cvtepi32_ps(_mm256_sub_epi32(a, b)) }
+    }
+    #[inline(always)]
+    fn one_of_each(self, [a, b, c, d]: [__m256; 4]) -> __m256 {
+        // SAFETY: as above.
+        unsafe { _mm256_blend_ps::<0xcc>(_mm256_blend_ps::<0x22>(a, b), _mm256_blend_ps::<0x88>(c, d)) }
+    }
+    #[inline(always)]
+    fn over_blocks(self, x: __m256) -> [f32; 4] {
+        // SAFETY: as above; vectors of the same size.
+        unsafe { std::mem::transmute(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x))) }
+    }
+    #[inline(always)]
+    fn over_blocks_of_four(self, x: [__m256; 4], factors: [f32; 4]) -> [[f32; 4]; 4] {
+        let sums = [self.over_blocks(x[0]), self.over_blocks(x[1]), self.over_blocks(x[2]), self.over_blocks(x[3])];
+        transposed(sums, factors)
     }
 }
 

@@ -21,20 +21,16 @@ macro_rules! partial_kernel_table {
 }
 pub(crate) use partial_kernel_table;
 
-/// Writes the part of the registry of a level that has products of integers over int8 keys and nothing else: `ENTRIES`, and its functions.
-/// The proof of the level is made of that of the full level, whose features `level` includes.
+/// Writes the part of the registry of a level that has products of integers over int8 keys and keys in blocks, and nothing else:
+/// `ENTRIES`, and its functions. The proof of the level is made of that of the full level, whose features `level` includes.
 macro_rules! integer_kernels {
-    ($isa:ident, $level:ident, $full:ident, $proof:ident, $name:literal) => {
-        pub(crate) static ENTRIES: &[$crate::kernels::registry::Entry] = &[$crate::kernels::registry::entry!(
-            $isa,
-            Attention,
-            Int8,
-            Int8,
-            Some($crate::kernels::api::Precision::Integer),
-            $name,
-            1e-5,
-            Attention(functions())
-        )];
+    ($isa:ident, $level:ident, $full:ident, $proof:ident, Int8 $int8:literal $($blocks:ident $name:literal)*) => {
+        pub(crate) static ENTRIES: &[$crate::kernels::registry::Entry] = &[
+            $crate::kernels::partial::integer_entry!($isa Int8 $int8 functions()),
+            $($crate::kernels::partial::integer_entry!(
+                $isa $blocks $name block_functions::<$crate::kernels::generic::blocks::$blocks>()
+            )),*
+        ];
 
         /// Everything but the scores is the full level's.
         const fn functions() -> $crate::kernels::api::AttentionFns {
@@ -52,10 +48,29 @@ macro_rules! integer_kernels {
             }
         }
 
+        /// The same for keys in blocks, which are never widened.
+        const fn block_functions<U: $crate::kernels::generic::attention::integer_blocks::IntegerUnit>()
+        -> $crate::kernels::api::AttentionFns {
+            let full = shells::block_attention::<U>();
+            let keys = const {
+                &$crate::kernels::generic::attention::KeyPieces {
+                    widen: None,
+                    scores: block_scores::<U>,
+                    quantize_rows: Some(quantize_rows_for_blocks),
+                    ..*shells::block_attention::<U>().pieces.keys
+                }
+            };
+            $crate::kernels::api::AttentionFns {
+                pieces: $crate::kernels::generic::attention::Pieces { keys, ..full.pieces },
+                ..full
+            }
+        }
+
         $crate::cpu::level_features!($level, with_features! {
             /// # Safety
-            /// The level is available; `q` has `rows` rows of `padded(d)` floats.
-            unsafe fn quantize_rows(q: *mut f32, rows: usize, d: usize) {
+            /// The level is available; `scratch` has `rows` rows of `padded(d)` floats.
+            unsafe fn quantize_rows(scratch: &$crate::kernels::generic::attention::Scratch, rows: usize, d: usize) {
+                let q = scratch.q;
                 // SAFETY: the caller's; the level includes the full one.
                 unsafe { $crate::kernels::generic::attention::integer::IntegerQueries { q, rows, d }.run($full::new_unchecked()) }
             }
@@ -66,10 +81,64 @@ macro_rules! integer_kernels {
                 // SAFETY: the caller's.
                 unsafe { $crate::kernels::generic::attention::integer::scores($proof($full::new_unchecked()), args) }
             }
+
+            /// # Safety
+            /// As [`quantize_rows`].
+            unsafe fn quantize_rows_for_blocks(
+                scratch: &$crate::kernels::generic::attention::Scratch,
+                rows: usize,
+                d: usize,
+            ) {
+                // SAFETY: the caller's.
+                unsafe {
+                    let p = $proof($full::new_unchecked());
+                    $crate::kernels::generic::attention::integer_blocks::quantize_rows(p, scratch, rows, d);
+                }
+            }
+
+            /// # Safety
+            /// The level is available; the arguments are those of a tile whose rows [`quantize_rows_for_blocks`] has written.
+            unsafe fn block_scores<U: $crate::kernels::generic::attention::integer_blocks::IntegerUnit>(
+                args: &$crate::kernels::generic::attention::DirectScores,
+            ) {
+                // SAFETY: the caller's.
+                unsafe {
+                    let p = $proof($full::new_unchecked());
+                    $crate::kernels::generic::attention::integer_blocks::scores::<_, U>(p, args, block_products);
+                }
+            }
+
+            /// # Safety
+            /// The level is available; the keys have been taken apart.
+            #[inline(never)]
+            unsafe fn block_products(args: &$crate::kernels::generic::attention::integer_blocks::Products) {
+                // SAFETY: the caller's.
+                unsafe {
+                    let p = $proof($full::new_unchecked());
+                    $crate::kernels::generic::attention::integer_blocks::multiply(p, args);
+                }
+            }
         });
     };
 }
 pub(crate) use integer_kernels;
+
+/// A line of [`integer_kernels`].
+macro_rules! integer_entry {
+    ($isa:ident $format:ident $name:literal $functions:expr) => {
+        $crate::kernels::registry::entry!(
+            $isa,
+            Attention,
+            $format,
+            $format,
+            Some($crate::kernels::api::Precision::Integer),
+            $name,
+            1e-5,
+            Attention($functions)
+        )
+    };
+}
+pub(crate) use integer_entry;
 
 /// The lines of [`partial_kernel_table`] as entries of the registry.
 macro_rules! partial_kernel_lines {

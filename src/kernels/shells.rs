@@ -243,7 +243,7 @@ macro_rules! kernel_shells {
             pub(in $crate::kernels) const fn attention<T: Load>() -> AttentionFns {
                 attention_of(pieces::<T>())
             }
-            pub(super) const fn block_attention<U: BlockUnit>() -> AttentionFns {
+            pub(in $crate::kernels) const fn block_attention<U: BlockUnit>() -> AttentionFns {
                 attention_of(block_pieces::<U>())
             }
             pub(super) const fn affine_attention<const BITS: u32>() -> AttentionFns {

@@ -69,7 +69,7 @@ fn read(tensor: &Tensor, format: Option<CacheFormat>) -> Array {
     Array { shape: tensor.shape, data: indices(tensor.shape).map(|at| cache.get(at)).collect() }
 }
 
-/// The numbers that queries are rounded to where their products with int8 keys are added up as integers.
+/// The numbers that queries are rounded to where their products with int8 keys, or keys in blocks, are added up as integers.
 fn integer_queries(q: &Tensor) -> Array {
     let [batch, tokens, heads, dim] = q.shape;
     let rows = indices([batch, tokens, heads, 1]).flat_map(|[b, t, h, _]| {
@@ -514,7 +514,8 @@ impl Case {
             alibi: options.alibi.as_deref(),
             sink_logits: options.sink_logits.as_deref(),
         };
-        let integer = precision() == Precision::Integer && quantised()[0] == Some(CacheFormat::Int8);
+        let integer = precision() == Precision::Integer
+            && quantised()[0].is_some_and(|format| format == CacheFormat::Int8 || format.is_blocks());
         let queries = if integer { integer_queries(&self.q) } else { self.q.array() };
         attention.run(&queries, k, v)
     }

@@ -1,7 +1,7 @@
 //! Caches of ggml's blocks: what ggml's reference code makes of numbers and reads, to the bit at every level; attention over them has the
 //! bits of attention over what they stand for; moved, inserted and turned.
 
-use crate::common::attention::{Case, Shape, precision, random_bias};
+use crate::common::attention::{Case, Options, Setting, Shape, precision, random_bias, with_setting};
 use crate::common::blocks::{Blocks, CANARY, FORMATS, N, elements, quantise, quantise_head};
 use crate::common::fp8::Quantised;
 use crate::common::runners::Threads;
@@ -11,17 +11,17 @@ use crate::harness::{Level, tests};
 use crate::quantised::{self, Bytes, Written, head_of, heads_of, insert};
 use crate::write::rounded;
 use kvlane::{
-    AttentionOptions, AttentionTensors, Axis, CacheFormat, CacheView, CacheViewMut, DType, Destination, KeyRotation,
-    KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions, Rope, RopeFrequencies,
-    RopeScaling, Runner, Serial, Source, Status, UnrotatedKeys, View, ViewMut, Workspace, attention, kv_read, kv_write,
-    rope,
+    AttentionOptions, AttentionTensors, Axis, CacheFormat, CacheView, CacheViewMut, Context, DType, Destination, Isa,
+    KernelInfo, KeyRotation, KvCache, KvLayer, KvRead, KvWrite, Layout as Slots, Op, Packing, Pairing, Positions,
+    Precision, Rope, RopeFrequencies, RopeScaling, Runner, Serial, Source, Status, UnrotatedKeys, View, ViewMut,
+    Workspace, attention, kv_read, kv_write, rope,
 };
 use std::collections::BTreeMap;
 
 tests! {
     levels: goldens, many_blocks, every_layout, fused_with_norm_and_rope, bits_of_what_is_read, rows_of_a_head, every_mask, hidden_blocks,
         moves, inserted_rows, turned_keys, running_positions;
-    once: the_definition, refused;
+    once: products_of_integers, the_definition, refused;
 }
 
 impl Written for Blocks {
@@ -423,6 +423,53 @@ fn hidden_blocks(level: &Level) {
                 let sees_it = at[0] == 1 && at[2] / group == 1 && (of_keys || at[3] >= N);
                 assert_eq!(out.get(at).is_nan(), sees_it, "{format}, keys {of_keys}, {tokens} tokens, {at:?}");
             }
+        }
+    }
+}
+
+/// Products of integers at the levels that have them: every format, one to thirteen rows of a head, heads with and without whole vectors of
+/// blocks, of neighbouring KV heads and apart; compared with the result for rounded queries, and row by row with that of single tokens.
+fn products_of_integers() {
+    let mut rng = Rng::new(509);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let context = Context::with_max_isa(isa).expect("a level of this CPU");
+        let has = |k: KernelInfo| k.isa == isa && k.precision == Some(Precision::Integer);
+        if context.isa() != isa || !kvlane::kernels().any(has) {
+            continue;
+        }
+        for format in FORMATS {
+            let quantised = [Some(format); 2];
+            let setting = Setting { precision: Precision::Integer, kv_types: vec![DType::F32], quantised };
+            let level = Level { isa, precision: Precision::Integer, quantised, context: context.clone() };
+            with_setting(setting, || {
+                for (tokens, group, keys, dim) in [
+                    (1, 1, 77, 32),
+                    (1, 2, 70, 224),
+                    (1, 4, 130, 128),
+                    (1, 5, 66, 96),
+                    (3, 1, 64, 64),
+                    (13, 1, 150, 288),
+                ] {
+                    let shape = Shape { batch: 2, tokens, kv_heads: 3, group, keys, dim, v_dim: 64 };
+                    let mut case = Case::new(&mut rng, shape, DType::F32);
+                    case.k = case.k.to(Layout::random(&mut rng), Place::Heap);
+                    case.options.causal = true;
+                    case.options.lengths = Some(vec![keys as i32, (keys as i32 - 30).max(1)]);
+                    let found = case.run(&context);
+                    level.checked(Op::Attention, format, format);
+                    case.assert_close(&context, &found, &|| format!("{format} {shape:?} {isa}"));
+                    let (lengths, options) = (case.options.lengths.clone(), Options::default());
+                    let alone = case.moved([Layout::BSHD; 4], Place::Heap, options).with(|options| {
+                        (options.causal, options.lengths) = (true, lengths);
+                    });
+                    let last = case.q.cut(0..2, tokens - 1..tokens, Layout::BSHD);
+                    let alone = Case { q: last, ..alone }.run(&context);
+                    for b in 0..2 {
+                        assert!(found.row_bits(b, tokens - 1) == alone.row_bits(b, 0), "{format} {shape:?} {isa}");
+                    }
+                }
+                hidden_blocks(&level);
+            });
         }
     }
 }

@@ -175,7 +175,11 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
             if context.isa() == isa {
                 let has = |precision| kvlane::kernels().any(|k| k.isa == isa && k.precision == Some(precision));
                 if has(Precision::Integer) {
-                    for quantised in [[Some(CacheFormat::Int8); 2], [Some(CacheFormat::Int8), None]] {
+                    let int8 = Some(CacheFormat::Int8);
+                    let blocks = [Some(CacheFormat::Q8_0), Some(CacheFormat::Q4_0)];
+                    // Few random cases of whole blocks have keys that nobody sees.
+                    let kinds = if scale() < 0.05 { 2 } else { 3 };
+                    for quantised in [[int8; 2], [int8, None], blocks].into_iter().take(kinds) {
                         run.push(Level { isa, precision: Precision::Integer, quantised, context: context.clone() });
                     }
                     continue;

@@ -113,7 +113,7 @@ pub(crate) struct Iq4Nl {
 type Nibbles = [u8; N / 2];
 
 /// The values that elements of iq4_nl number, times d.
-const TABLE: [f32; 16] =
+pub(crate) const TABLE: [f32; 16] =
     [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
 
 /// The f16 next to a number.

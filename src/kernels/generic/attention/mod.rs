@@ -10,6 +10,7 @@
 //! | `units` | how loops over a cache read units of one element, and of several |
 //! | `row_pairs` | values in pairs of slots, converted to rows |
 //! | `integer` | scores of int8 keys by products of integers |
+//! | `integer_blocks` | the same for keys in blocks |
 //! | `direct` | the direct path: scores and values of few query rows (decode), from the cache |
 //! | `packed` | the packed path: scores and values of many query rows (prefill), from packed copies of a block |
 //! | `weighted` | sums of weighted values, in the cache or in copies |
@@ -53,6 +54,8 @@
 mod direct;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) mod integer;
+#[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
+pub(crate) mod integer_blocks;
 mod key_pointers;
 mod logits;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]

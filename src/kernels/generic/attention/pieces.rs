@@ -1,6 +1,6 @@
 //! What a level does with keys of one format, and with values of one: attention over any pair is made of two of these.
 
-use super::{DirectScores, DirectValues, KeyPointers, OneValue, PackKeys, PackValues, Widen, WidenUnits};
+use super::{DirectScores, DirectValues, KeyPointers, OneValue, PackKeys, PackValues, Scratch, Widen, WidenUnits};
 use crate::problem::grid::KeyRange;
 use crate::tuning::Tuning;
 
@@ -22,8 +22,8 @@ pub(crate) struct KeyPieces {
     /// From rows of f32.
     pub widened_scores: unsafe fn(&DirectScores),
     pub pack: unsafe fn(&PackKeys),
-    /// Makes units of the rows of a tile, which [`Self::scores`] then reads. All rows take the direct path.
-    pub quantize_rows: Option<unsafe fn(*mut f32, usize, usize)>,
+    /// Makes units of so many rows of a tile, of so many elements, which [`Self::scores`] then reads. All rows take the direct path.
+    pub quantize_rows: Option<unsafe fn(&Scratch, usize, usize)>,
 }
 
 /// What a level does with values of one format.

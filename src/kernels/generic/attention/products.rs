@@ -67,7 +67,7 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
     unsafe fn pack_queries(&self, s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
         if let Some(quantize_rows) = self.0.keys.quantize_rows {
             // SAFETY: the caller's.
-            unsafe { quantize_rows(scratch.q, tile.rows(), p.q.shape[3]) };
+            unsafe { quantize_rows(scratch, tile.rows(), p.q.shape[3]) };
         } else if S::PACKED_QUERIES && is_packed::<S>(self.0, p, tile) {
             let (q, copy) = (scratch.q, scratch.kt);
             // SAFETY: the caller's; no block is packed yet, and the memory of a block of keys is more than that of a register tile.
