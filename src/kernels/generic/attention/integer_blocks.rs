@@ -25,6 +25,7 @@ use crate::kernels::simd::{LINE, Simd};
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 use crate::problem::limits::MAX_HEAD_DIM;
 use crate::problem::tile::MAX_TILE_ROWS;
+use std::marker::PhantomData;
 
 /// Units of a block in a vector.
 pub(crate) const HALF: usize = N / 2;
@@ -150,6 +151,7 @@ pub(crate) fn transposed(x: [[f32; 4]; 4], factors: [f32; 4]) -> [[f32; 4]; 4] {
 }
 
 /// What is made of [`BlockProducts::BLOCKS`] blocks of a key.
+#[derive(Clone, Copy)]
 #[repr(C)]
 struct Part<P: ByteProducts> {
     units: [P::Units; 2],
@@ -231,11 +233,22 @@ pub(crate) unsafe fn scores<P: BlockProducts, U: IntegerUnit>(
         Kind::Nibbles => U::ZERO,
         Kind::Bytes | Kind::Listed => P::KEY_OFFSET,
     };
+    let rows = args.block.tile.head_rows;
     for head in 0..args.block.tile.kv_heads {
-        for first in (low / SUBBLOCK * SUBBLOCK..high).step_by(SUBBLOCK) {
-            let keys = KeyRange { low: low.max(first), high: high.min(first + SUBBLOCK) };
-            // SAFETY: the caller's.
-            unsafe {
+        // SAFETY: the caller's, here and below.
+        unsafe {
+            if rows <= 4 {
+                let few = Products { block: args.block, head, keys: args.keys, zero, minima: U::MINIMA };
+                let keys = InCache::<P, U>::new(args, head);
+                if rows == 1 {
+                    one_row(p, &few, 0, &keys)
+                } else {
+                    four_rows(p, &few, 0, rows, &keys)
+                }
+                continue;
+            }
+            for first in (low / SUBBLOCK * SUBBLOCK..high).step_by(SUBBLOCK) {
+                let keys = KeyRange { low: low.max(first), high: high.min(first + SUBBLOCK) };
                 take_apart::<P, U>(p, args, head, keys);
                 products(&Products { block: args.block, head, keys, zero, minima: U::MINIMA });
             }
@@ -250,24 +263,112 @@ pub(crate) unsafe fn scores<P: BlockProducts, U: IntegerUnit>(
 #[inline(always)]
 unsafe fn take_apart<P: BlockProducts, U: IntegerUnit>(p: P, args: &DirectScores, head: usize, keys: KeyRange) {
     let Block { scratch, d, .. } = *args.block;
-    let (blocks, count) = (d / N, parts::<P>(d));
-    let distances = args.ahead.distances();
-    for j in keys.low / 4 * 4..keys.high.next_multiple_of(4) {
-        let key = args.k.key(head, j.clamp(keys.low, keys.high - 1));
-        let to = Memory::<P>::of(scratch).keys.wrapping_add(j % SUBBLOCK * count);
-        for line in (0..blocks * size_of::<U>()).step_by(LINE) {
-            distances.prefetch(p.level(), key.wrapping_add(line));
-        }
+    let (source, count) = (InCache::<P, U>::new(args, head), parts::<P>(d));
+    for j in (keys.low / 4 * 4..keys.high).step_by(4) {
+        let first = Memory::<P>::of(scratch).keys.wrapping_add(j % SUBBLOCK * count);
         // SAFETY: the caller's; the memory has a part for every one of a subblock of keys.
         unsafe {
-            for i in 0..blocks / P::BLOCKS {
-                to.add(i).write(part::<P, U>(p, key.add(i * P::BLOCKS * size_of::<U>()), P::BLOCKS));
-            }
-            let rest = blocks % P::BLOCKS;
-            if rest > 0 {
-                to.add(count - 1).write(part::<P, U>(p, key.add((blocks - rest) * size_of::<U>()), rest));
+            let group = source.group(p, keys, j);
+            for i in 0..count {
+                for (c, part) in source.parts(p, &group, i).into_iter().enumerate() {
+                    first.add(c * count + i).write(part);
+                }
             }
         }
+    }
+}
+
+/// Where parts of keys come from, four keys at a time.
+trait Source<P: BlockProducts> {
+    type Group;
+    /// Keys `j..j + 4`; others stand for those outside of `keys`.
+    ///
+    /// # Safety
+    /// As [`scores`].
+    unsafe fn group(&self, p: P, keys: KeyRange, j: usize) -> Self::Group;
+    /// Part `i` of each.
+    ///
+    /// # Safety
+    /// As [`scores`].
+    unsafe fn parts(&self, p: P, group: &Self::Group, i: usize) -> [Part<P>; 4];
+}
+
+/// Keys in the cache.
+struct InCache<'a, P, U> {
+    args: &'a DirectScores<'a>,
+    head: usize,
+    /// Blocks of a head.
+    blocks: usize,
+    types: PhantomData<(P, U)>,
+}
+
+impl<'a, P: BlockProducts, U: IntegerUnit> InCache<'a, P, U> {
+    #[inline(always)]
+    fn new(args: &'a DirectScores<'a>, head: usize) -> Self {
+        Self { args, head, blocks: args.block.d / N, types: PhantomData }
+    }
+}
+
+impl<P: BlockProducts, U: IntegerUnit> Source<P> for InCache<'_, P, U> {
+    type Group = [*const u8; 4];
+
+    #[inline(always)]
+    unsafe fn group(&self, p: P, KeyRange { low, high }: KeyRange, j: usize) -> [*const u8; 4] {
+        let distances = self.args.ahead.distances();
+        let keys = std::array::from_fn(|c| self.args.k.key(self.head, (j + c).clamp(low, high - 1)));
+        for c in 0..4 {
+            for line in (0..self.blocks * size_of::<U>()).step_by(LINE) {
+                distances.prefetch(p.level(), keys[c].wrapping_add(line));
+            }
+        }
+        keys
+    }
+
+    #[inline(always)]
+    unsafe fn parts(&self, p: P, keys: &[*const u8; 4], i: usize) -> [Part<P>; 4] {
+        let (at, left) = (i * P::BLOCKS * size_of::<U>(), self.blocks - i * P::BLOCKS);
+        let [a, b, c, d] = *keys;
+        // SAFETY: the caller's.
+        unsafe {
+            if left >= P::BLOCKS {
+                let n = P::BLOCKS;
+                [
+                    part::<P, U>(p, a.add(at), n),
+                    part::<P, U>(p, b.add(at), n),
+                    part::<P, U>(p, c.add(at), n),
+                    part::<P, U>(p, d.add(at), n),
+                ]
+            } else {
+                [
+                    part::<P, U>(p, a.add(at), left),
+                    part::<P, U>(p, b.add(at), left),
+                    part::<P, U>(p, c.add(at), left),
+                    part::<P, U>(p, d.add(at), left),
+                ]
+            }
+        }
+    }
+}
+
+/// Keys that were taken apart.
+struct Apart<P: ByteProducts> {
+    keys: *const Part<P>,
+    /// Parts of a head.
+    count: usize,
+}
+
+impl<P: BlockProducts> Source<P> for Apart<P> {
+    type Group = [*const Part<P>; 4];
+
+    #[inline(always)]
+    unsafe fn group(&self, _: P, _: KeyRange, j: usize) -> [*const Part<P>; 4] {
+        std::array::from_fn(|c| self.keys.wrapping_add((j + c) % SUBBLOCK * self.count))
+    }
+
+    #[inline(always)]
+    unsafe fn parts(&self, _: P, [a, b, c, d]: &[*const Part<P>; 4], i: usize) -> [Part<P>; 4] {
+        // SAFETY: the caller's.
+        unsafe { [*a.add(i), *b.add(i), *c.add(i), *d.add(i)] }
     }
 }
 
@@ -315,13 +416,15 @@ pub(crate) struct Products<'a> {
 #[inline(always)]
 pub(crate) unsafe fn multiply<P: BlockProducts>(p: P, args: &Products) {
     let rows = args.block.tile.head_rows;
+    let keys = Memory::<P>::of(args.block.scratch).keys;
+    let source = Apart { keys, count: parts::<P>(args.block.d) };
     let mut row = 0;
     while row < rows {
         // SAFETY: the caller's.
         unsafe {
             match rows - row {
-                1 => one_row(p, args, row),
-                left => four_rows(p, args, row, left.min(4)),
+                1 => one_row(p, args, row, &source),
+                left => four_rows(p, args, row, left.min(4), &source),
             }
         }
         row += 4;
@@ -364,10 +467,10 @@ impl<P: BlockProducts> RowSums<P> {
 /// Rows `row..row + n` of the head; the last one stands for those that are missing to four.
 ///
 /// # Safety
-/// As [`multiply`].
+/// As [`scores`]; `source` has the keys.
 #[inline(always)]
-unsafe fn four_rows<P: BlockProducts>(p: P, args: &Products, row: usize, n: usize) {
-    let Products { block: &Block { tile, scratch, d, .. }, head, keys: KeyRange { low, high }, zero, minima } = *args;
+unsafe fn four_rows<P: BlockProducts>(p: P, args: &Products, row: usize, n: usize, source: &impl Source<P>) {
+    let Products { block: &Block { tile, scratch, d, .. }, head, keys, zero, minima } = *args;
     let (s, memory, count) = (p.level(), Memory::<P>::of(scratch), parts::<P>(d));
     let first = head * tile.head_rows + row;
     let numbers: [usize; 4] = std::array::from_fn(|r| first + r.min(n - 1));
@@ -379,29 +482,23 @@ unsafe fn four_rows<P: BlockProducts>(p: P, args: &Products, row: usize, n: usiz
         for i in 0..count {
             memory.sums.add(i).write(RowSums::new(p, rows, i, zero));
         }
-        for j in (low / 4 * 4..high).step_by(4) {
-            let keys: [*const Part<P>; 4] =
-                std::array::from_fn(|c| memory.keys.wrapping_add((j + c) % SUBBLOCK * count).cast_const());
+        for j in (keys.low / 4 * 4..keys.high).step_by(4) {
+            let group = source.group(p, keys, j);
             let mut scores = [s.zero(); 4];
             for i in 0..count {
-                let of_rows = &*memory.sums.add(i);
-                let mut units = [[p.ones(); 2]; 4];
-                for c in 0..4 {
-                    units[c] = (*keys[c].add(i)).units;
-                }
+                let (of_rows, parts) = (&*memory.sums.add(i), source.parts(p, &group, i));
                 let mut sums = [[p.zero(); 4]; 4];
                 for r in 0..4 {
                     let queries = row_units(p, rows[r], i);
                     for c in 0..4 {
-                        sums[c][r] = products(p, units[c], queries);
+                        sums[c][r] = products(p, parts[c].units, queries);
                     }
                 }
                 for c in 0..4 {
-                    let key = &*keys[c].add(i);
                     let total = p.difference(p.four(sums[c]), of_rows.offsets);
-                    scores[c] = s.fma(total, key.factors, scores[c]);
+                    scores[c] = s.fma(total, parts[c].factors, scores[c]);
                     if minima {
-                        scores[c] = s.fma(of_rows.sums, key.minima, scores[c]);
+                        scores[c] = s.fma(of_rows.sums, parts[c].minima, scores[c]);
                     }
                 }
             }
@@ -416,10 +513,10 @@ unsafe fn four_rows<P: BlockProducts>(p: P, args: &Products, row: usize, n: usiz
 /// One row of the head.
 ///
 /// # Safety
-/// As [`multiply`].
+/// As [`four_rows`].
 #[inline(always)]
-unsafe fn one_row<P: BlockProducts>(p: P, args: &Products, row: usize) {
-    let Products { block: &Block { tile, scratch, d, .. }, head, keys: KeyRange { low, high }, zero, minima } = *args;
+unsafe fn one_row<P: BlockProducts>(p: P, args: &Products, row: usize, source: &impl Source<P>) {
+    let Products { block: &Block { tile, scratch, d, .. }, head, keys, zero, minima } = *args;
     let (s, memory, count) = (p.level(), Memory::<P>::of(scratch), parts::<P>(d));
     let number = head * tile.head_rows + row;
     let (row, out) = (scratch.q.wrapping_add(number * padded(d)).cast_const(), scratch.s.wrapping_add(number * BLOCK));
@@ -429,19 +526,17 @@ unsafe fn one_row<P: BlockProducts>(p: P, args: &Products, row: usize) {
         for i in 0..count {
             memory.sums.add(i).write(RowSums::new(p, [row; 4], i, zero));
         }
-        for j in (low / 4 * 4..high).step_by(4) {
-            let keys: [*const Part<P>; 4] =
-                std::array::from_fn(|c| memory.keys.wrapping_add((j + c) % SUBBLOCK * count).cast_const());
+        for j in (keys.low / 4 * 4..keys.high).step_by(4) {
+            let group = source.group(p, keys, j);
             let mut scores = s.zero();
             for i in 0..count {
-                let of_row = &*memory.sums.add(i);
+                let (of_row, parts) = (&*memory.sums.add(i), source.parts(p, &group, i));
                 let queries = row_units(p, row, i);
                 let (mut sums, mut factors, mut lows) = ([p.zero(); 4], [s.zero(); 4], [s.zero(); 4]);
                 for c in 0..4 {
-                    let key = &*keys[c].add(i);
-                    sums[c] = products(p, key.units, queries);
-                    factors[c] = key.factors;
-                    lows[c] = key.minima;
+                    sums[c] = products(p, parts[c].units, queries);
+                    factors[c] = parts[c].factors;
+                    lows[c] = parts[c].minima;
                 }
                 let total = p.difference(p.four(sums), of_row.offsets);
                 scores = s.fma(total, p.one_of_each(factors), scores);
