@@ -175,7 +175,7 @@ impl Context {
     /// the one whose way with values is. Both are of one level, and the same where the formats are.
     ///
     /// A level that is [partial](Isa::is_partial) serves a pair of formats as a whole or not at all; except that kernels of
-    /// [`Precision::Integer`] are of the level of their keys, and go with values of the full level below.
+    /// [`Precision::Integer`] are of the level of their keys, and go with values of that level or of the full level below.
     pub fn attention_kernels(
         &self,
         k_format: impl Into<CacheFormat>,
@@ -197,9 +197,10 @@ impl Context {
             Some(entry) => entry,
             None => unreachable!("every full level has attention over {format}"),
         };
-        // Kernels of integer products say how keys are read; values are read as at the full level.
+        // Kernels of integer products say how keys are read. Values are read as at the full level, unless they have such kernels too.
         let integer = keys.info.precision == Some(Precision::Integer);
-        [if integer { keys } else { full(k) }, full(v)]
+        let both = integer && values.info.precision == keys.info.precision && values.info.isa == keys.info.isa;
+        [if integer { keys } else { full(k) }, if both { values } else { full(v) }]
     }
 
     fn entry(&self, op: Op, src: CacheFormat, dst: CacheFormat, precision: Precision) -> Option<&'static Entry> {

@@ -1,7 +1,7 @@
-//! AVX-512 with VNNI: products of bytes, added up in 32 bits (`vpdpbusd`).
+//! AVX-512 with VNNI: products of bytes (`vpdpbusd`) and of words (`vpdpwssd`), added up in 32 bits.
 //!
-//! A partial level: attention over int8 keys, and keys in blocks, at [`Precision::Integer`](super::api::Precision), with values of any format. Only the
-//! scores are of this level; the rest of the kernel is AVX-512's.
+//! A partial level: attention over keys in int8 and in blocks at [`Precision::Integer`](super::api::Precision), with values of any format.
+//! Only the scores, and the weighted values in these formats, are of this level; the rest of the kernel is AVX-512's.
 //!
 //! The instruction multiplies unsigned bytes by signed ones. Keys become unsigned when their highest bit is turned, which adds 128 to
 //! each; the sum of a query's units, times 128, is taken from its scores. (Intel 64 and IA-32 Architectures Software Developer's Manual,
@@ -9,11 +9,12 @@
 
 use super::avx512::{Avx512, shells};
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
-use super::generic::attention::integer_blocks::{BYTES, BlockProducts, HALF, IntegerUnit};
-use super::partial::{integer_kernels, with_features};
+use super::generic::attention::integer_blocks::{BYTES, BlockProducts, HALF, IntegerUnit, Kind};
+use super::generic::attention::integer_values::WordProducts;
+use super::partial::{integer_kernels, integer_value_shells, with_features};
 use std::arch::x86_64::*;
 
-integer_kernels!(Avx512Vnni, Avx512Vnni, Avx512, Vnni,
+integer_kernels!(Avx512Vnni, Avx512Vnni, Avx512, Vnni, words 2e-3,
     Int8 "attention_int8_integer_avx512vnni"
     Q8_0 "attention_q8_0_integer_avx512vnni"
     Q4_0 "attention_q4_0_integer_avx512vnni"
@@ -22,6 +23,8 @@ integer_kernels!(Avx512Vnni, Avx512Vnni, Avx512, Vnni,
     Q5_1 "attention_q5_1_integer_avx512vnni"
     Iq4Nl "attention_iq4_nl_integer_avx512vnni"
 );
+
+integer_value_shells!(Avx512Vnni, Avx512, Vnni);
 
 /// Proof that the CPU has the level.
 #[derive(Clone, Copy)]
@@ -221,6 +224,62 @@ impl BlockProducts for Vnni {
             let factors = _mm512_broadcast_f32x4(_mm_loadu_ps(factors.as_ptr()));
             std::mem::transmute(_mm512_permutexvar_ps(transposed, _mm512_mul_ps(_mm512_add_ps(even, odd), factors)))
         }
+    }
+}
+
+impl WordProducts for Vnni {
+    type Bytes = __m256i;
+
+    #[inline(always)]
+    unsafe fn numbers<U: IntegerUnit>(self, p: *const u8) -> __m256i {
+        // SAFETY: the caller's; the table has 16 bytes.
+        unsafe {
+            let at = p.add(U::AT);
+            if let Kind::Bytes = U::KIND {
+                return _mm256_loadu_si256(at.cast());
+            }
+            let low = _mm_loadu_si128(at.cast());
+            let both = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), _mm_srli_epi16::<4>(low));
+            let mut q = _mm256_and_si256(both, _mm256_set1_epi8(15));
+            if let Kind::Listed = U::KIND {
+                return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(BYTES.as_ptr().cast())), q);
+            }
+            if let Some(fifth) = const { U::FIFTH } {
+                let bits = p.add(fifth).cast::<u32>().read_unaligned();
+                q = _mm256_mask_add_epi8(q, bits, q, _mm256_set1_epi8(16));
+            }
+            if U::ZERO == 0 { q } else { _mm256_sub_epi8(q, _mm256_set1_epi8(U::ZERO as i8)) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn bytes(self, p: *const u8, n: usize) -> __m256i {
+        // SAFETY: the caller's; masked bytes are not read.
+        unsafe { _mm256_maskz_loadu_epi8(first(n) as u32, p.cast()) }
+    }
+    #[inline(always)]
+    fn pairs(self, a: __m256i, b: __m256i) -> [__m512i; 2] {
+        // SAFETY: the level is available, here and below.
+        unsafe { [_mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(a, b)), _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(a, b))] }
+    }
+    #[inline(always)]
+    fn pair(self, words: i32) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_set1_epi32(words) }
+    }
+    #[inline(always)]
+    fn add_words(self, sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_dpwssd_epi32(sums, a, b) }
+    }
+    #[inline(always)]
+    fn in_order(self, [a, b]: [__m512; 2]) -> [__m512; 2] {
+        // SAFETY: as above. A vector has eight elements of the first half of a block, and eight of the second.
+        unsafe { [_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b)] }
+    }
+    #[inline(always)]
+    unsafe fn store_words(self, x: __m512, to: *mut i16) {
+        // SAFETY: as above.
+        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x))) }
     }
 }
 

@@ -1,8 +1,8 @@
 //! AVX2 with AVX-VNNI: products of bytes, added up in 32 bits (`vpdpbusd` on 256 bits), which Intel's CPUs without AVX-512 have from the
 //! twelfth generation on.
 //!
-//! A partial level: attention over int8 keys, and keys in blocks, at [`Precision::Integer`](super::api::Precision), with values of any format. Only the
-//! scores are of this level; the rest of the kernel is AVX2's. Keys become unsigned as in [`avx512vnni`](super::avx512vnni).
+//! A partial level: attention over keys in int8 and in blocks at [`Precision::Integer`](super::api::Precision), with values of any
+//! format. Only the scores are of this level; the rest of the kernel is AVX2's. Keys become unsigned as in [`avx512vnni`](super::avx512vnni).
 //!
 //! Never timed. With `--cfg kvlane_emulate_avxvnni` the instruction is emulated, and the level is available wherever AVX2 is.
 
@@ -13,7 +13,7 @@ use super::partial::{integer_kernels, with_features};
 use std::arch::x86_64::*;
 
 #[cfg(not(kvlane_emulate_avxvnni))]
-integer_kernels!(AvxVnni, AvxVnni, Avx2, Vnni,
+integer_kernels!(AvxVnni, AvxVnni, Avx2, Vnni, floats 1e-5,
     Int8 "attention_int8_integer_avxvnni"
     Q8_0 "attention_q8_0_integer_avxvnni"
     Q4_0 "attention_q4_0_integer_avxvnni"
@@ -23,7 +23,7 @@ integer_kernels!(AvxVnni, AvxVnni, Avx2, Vnni,
     Iq4Nl "attention_iq4_nl_integer_avxvnni"
 );
 #[cfg(kvlane_emulate_avxvnni)]
-integer_kernels!(AvxVnni, Avx2, Avx2, Vnni,
+integer_kernels!(AvxVnni, Avx2, Avx2, Vnni, floats 1e-5,
     Int8 "attention_int8_integer_avxvnni"
     Q8_0 "attention_q8_0_integer_avxvnni"
     Q4_0 "attention_q4_0_integer_avxvnni"

@@ -1,7 +1,7 @@
 //! NEON with FEAT_DotProd: products of signed bytes, added up in 32 bits (`sdot`).
 //!
-//! A partial level: attention over int8 keys, and keys in blocks, at [`Precision::Integer`](super::api::Precision), with values of any format. Only the
-//! scores are of this level; the rest of the kernel is NEON's.
+//! A partial level: attention over keys in int8 and in blocks at [`Precision::Integer`](super::api::Precision), with values of any
+//! format. Only the scores are of this level; the rest of the kernel is NEON's.
 //!
 //! Never timed. The intrinsic is not stable, so that the product is one instruction of inline assembly.
 
@@ -13,7 +13,7 @@ use super::simd::Simd;
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-integer_kernels!(NeonDotprod, NeonDotprod, Neon, Dotprod,
+integer_kernels!(NeonDotprod, NeonDotprod, Neon, Dotprod, floats 1e-5,
     Int8 "attention_int8_integer_neondotprod"
     Q8_0 "attention_q8_0_integer_neondotprod"
     Q4_0 "attention_q4_0_integer_neondotprod"

@@ -21,18 +21,19 @@ macro_rules! partial_kernel_table {
 }
 pub(crate) use partial_kernel_table;
 
-/// Writes the part of the registry of a level that has products of integers over int8 keys and keys in blocks, and nothing else:
-/// `ENTRIES`, and its functions. The proof of the level is made of that of the full level, whose features `level` includes.
+/// Writes the part of the registry of a level that has products of integers over int8 and blocks, and nothing else: `ENTRIES`, and its
+/// functions. The proof of the level is made of that of the full level, whose features `level` includes. With `words`, values are
+/// weighted by products of integers too, by the shells of [`integer_value_shells`]; with `floats`, as at the full level.
 macro_rules! integer_kernels {
-    ($isa:ident, $level:ident, $full:ident, $proof:ident, Int8 $int8:literal $($blocks:ident $name:literal)*) => {
+    ($isa:ident, $level:ident, $full:ident, $proof:ident, $values:ident $error:literal, Int8 $int8:literal $($blocks:ident $name:literal)*) => {
         pub(crate) static ENTRIES: &[$crate::kernels::registry::Entry] = &[
-            $crate::kernels::partial::integer_entry!($isa Int8 $int8 functions()),
+            $crate::kernels::partial::integer_entry!($isa Int8 $int8 $error functions()),
             $($crate::kernels::partial::integer_entry!(
-                $isa $blocks $name block_functions::<$crate::kernels::generic::blocks::$blocks>()
+                $isa $blocks $name $error block_functions::<$crate::kernels::generic::blocks::$blocks>()
             )),*
         ];
 
-        /// Everything but the scores is the full level's.
+        /// Everything but the scores, and with `words` the weighted values, is the full level's.
         const fn functions() -> $crate::kernels::api::AttentionFns {
             let full = shells::attention::<i8>();
             let keys = const {
@@ -42,8 +43,9 @@ macro_rules! integer_kernels {
                     ..*shells::pieces::<i8>().keys
                 }
             };
+            let values = $crate::kernels::partial::integer_value_pieces!($values i8, shells::attention::<i8>());
             $crate::kernels::api::AttentionFns {
-                pieces: $crate::kernels::generic::attention::Pieces { keys, ..full.pieces },
+                pieces: $crate::kernels::generic::attention::Pieces { keys, values, ..full.pieces },
                 ..full
             }
         }
@@ -60,8 +62,9 @@ macro_rules! integer_kernels {
                     ..*shells::block_attention::<U>().pieces.keys
                 }
             };
+            let values = $crate::kernels::partial::integer_value_pieces!($values U, shells::block_attention::<U>());
             $crate::kernels::api::AttentionFns {
-                pieces: $crate::kernels::generic::attention::Pieces { keys, ..full.pieces },
+                pieces: $crate::kernels::generic::attention::Pieces { keys, values, ..full.pieces },
                 ..full
             }
         }
@@ -123,9 +126,61 @@ macro_rules! integer_kernels {
 }
 pub(crate) use integer_kernels;
 
+/// The pieces for values of [`integer_kernels`].
+macro_rules! integer_value_pieces {
+    (floats $unit:ident, $functions:expr) => {
+        $functions.pieces.values
+    };
+    (words $unit:ident, $functions:expr) => {
+        const {
+            &$crate::kernels::generic::attention::ValuePieces {
+                integer: Some(integer_values::<$unit>),
+                ..*$functions.pieces.values
+            }
+        }
+    };
+}
+pub(crate) use integer_value_pieces;
+
+/// Writes the shells for values of a level with products of words.
+#[cfg(target_arch = "x86_64")]
+macro_rules! integer_value_shells {
+    ($level:ident, $full:ident, $proof:ident) => {
+        $crate::cpu::level_features!(
+            $level,
+            with_features! {
+                /// # Safety
+                /// The level is available; the arguments are those of a block.
+                unsafe fn integer_values<U: $crate::kernels::generic::attention::integer_values::ValueUnit>(
+                    args: &mut $crate::kernels::generic::attention::IntegerValues,
+                ) {
+                    // SAFETY: the caller's.
+                    unsafe {
+                        let p = $proof($full::new_unchecked());
+                        $crate::kernels::generic::attention::integer_values::values::<_, U>(p, args, value_weights);
+                    }
+                }
+
+                /// # Safety
+                /// The level is available; the arguments are those of a block.
+                #[inline(never)]
+                unsafe fn value_weights(args: &mut $crate::kernels::generic::attention::integer_values::ValueWeights) {
+                    // SAFETY: the caller's.
+                    unsafe {
+                        let p = $proof($full::new_unchecked());
+                        $crate::kernels::generic::attention::integer_values::make_integers(p, args);
+                    }
+                }
+            }
+        );
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(crate) use integer_value_shells;
+
 /// A line of [`integer_kernels`].
 macro_rules! integer_entry {
-    ($isa:ident $format:ident $name:literal $functions:expr) => {
+    ($isa:ident $format:ident $name:literal $error:literal $functions:expr) => {
         $crate::kernels::registry::entry!(
             $isa,
             Attention,
@@ -133,7 +188,7 @@ macro_rules! integer_entry {
             $format,
             Some($crate::kernels::api::Precision::Integer),
             $name,
-            1e-5,
+            $error,
             Attention($functions)
         )
     };

@@ -178,6 +178,7 @@ macro_rules! kernel_shells {
                     accumulate_one: accumulate_one::<T>,
                     all_finite: all_finite::<T>,
                     pack: pack_values::<T>,
+                    integer: None,
                     pairs: if T::PACKS_PAIRS {
                         Some(PairPieces { accumulate: accumulate::<T, true>, widen: widen_pairs::<T> })
                     } else {

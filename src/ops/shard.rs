@@ -16,7 +16,7 @@ pub const SPLIT_GRID: usize = CHUNK;
 /// | split by | a shard computes | the parts become one |
 /// | --- | --- | --- |
 /// | data | some sequences of the batch | side by side: the bits of the whole |
-/// | model | some KV heads, and the query heads that read them | side by side: the bits of the whole |
+/// | model | some KV heads, and the query heads that read them | side by side: the bits of the whole (at [`Precision::Integer`](crate::Precision::Integer), as long as both have four query heads per KV head and more, or neither) |
 /// | sequence | all heads over a segment of the keys, with an LSE | by [`merge_states`](crate::merge_states) within its error, by [`merge_chunks`](crate::merge_chunks) to the bit |
 ///
 /// Positions count from the start of a segment. A logit is the same in every shard, because windows, causality and ALiBi depend

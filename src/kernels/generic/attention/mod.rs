@@ -11,6 +11,7 @@
 //! | `row_pairs` | values in pairs of slots, converted to rows |
 //! | `integer` | scores of int8 keys by products of integers |
 //! | `integer_blocks` | the same for keys in blocks |
+//! | `integer_values` | sums of weighted values by products of integers |
 //! | `direct` | the direct path: scores and values of few query rows (decode), from the cache |
 //! | `packed` | the packed path: scores and values of many query rows (prefill), from packed copies of a block |
 //! | `weighted` | sums of weighted values, in the cache or in copies |
@@ -56,6 +57,8 @@ mod direct;
 pub(crate) mod integer;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) mod integer_blocks;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod integer_values;
 mod key_pointers;
 mod logits;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
@@ -72,9 +75,10 @@ mod tile;
 mod units;
 mod weighted;
 
-pub(crate) use direct::{DirectScores, DirectValues, OneValue, all_finite};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use direct::{NEAR_DISTANCE, PrefetchDistances};
+pub(crate) use direct::NEAR_DISTANCE;
+pub(crate) use direct::{DirectScores, DirectValues, OneValue, all_finite};
+pub(crate) use direct::{IntegerValues, PrefetchDistances};
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) use key_pointers::KeyPointerTable;
 #[cfg(target_arch = "x86_64")]

@@ -1,6 +1,8 @@
 //! What a level does with keys of one format, and with values of one: attention over any pair is made of two of these.
 
-use super::{DirectScores, DirectValues, KeyPointers, OneValue, PackKeys, PackValues, Scratch, Widen, WidenUnits};
+use super::{
+    DirectScores, DirectValues, IntegerValues, KeyPointers, OneValue, PackKeys, PackValues, Scratch, Widen, WidenUnits,
+};
 use crate::problem::grid::KeyRange;
 use crate::tuning::Tuning;
 
@@ -42,6 +44,8 @@ pub(crate) struct ValuePieces {
     pub accumulate_one: unsafe fn(&OneValue),
     pub all_finite: unsafe fn(KeyPointers<u8>, usize, KeyRange, usize) -> bool,
     pub pack: unsafe fn(&PackValues) -> bool,
+    /// In place of the others, but for rows in f32: products of integers.
+    pub integer: Option<unsafe fn(&mut IntegerValues)>,
     /// For values packed in pairs of slots, which are plain elements.
     pub pairs: Option<PairPieces>,
 }

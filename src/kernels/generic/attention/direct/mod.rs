@@ -45,6 +45,7 @@ use super::row_pairs::{Widen, are_pairs, widen};
 use super::scales::{scale_scores, scale_weights};
 use super::softmax::Softmax;
 use super::{Block, KeyPointers, PairPieces, Pieces, RowState, ValuePieces, WidenUnits};
+use crate::kernels::generic::attention::key_pointers::SUBBLOCKS;
 use crate::kernels::simd::Simd;
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange};
@@ -59,6 +60,22 @@ pub(crate) use prefetch::PrefetchDistances;
 pub(crate) use scores::DirectScores;
 pub(crate) use values::{DirectValues, OneValue, all_finite};
 
+/// Query heads per KV head from which on values are weighted by products of integers, where a level has them: with fewer, to take values
+/// apart costs what products save.
+const INTEGER_GROUP: usize = 4;
+
+/// The values of a block and KV head, to be added to the accumulators of all of its rows.
+pub(crate) struct IntegerValues<'a> {
+    pub block: &'a Block<'a>,
+    /// All of the tile.
+    pub rows: &'a [RowState],
+    pub head: usize,
+    pub v: KeyPointers<'a, u8>,
+    pub ahead: &'a PrefetchDistances<'a>,
+    /// Called with the rows of the tile that are to add up their values in f32.
+    pub in_f32: &'a mut dyn FnMut(usize),
+}
+
 /// One block of keys for all rows of the tile.
 ///
 /// # Safety
@@ -72,7 +89,13 @@ pub(super) unsafe fn block<S: Simd>(
     k: KeyPointers<u8>,
     v: KeyPointers<u8>,
 ) {
-    let ahead = PrefetchDistances::new(&pieces.tuning, block, k, v);
+    let mut ahead = PrefetchDistances::new(&pieces.tuning, block, k, v);
+    // A property of the call, not of the tile, so that bits do not depend on how a prompt is cut.
+    let integer = if block.p.group >= INTEGER_GROUP { pieces.values.integer } else { None };
+    if integer.is_some() {
+        // They are read one head after the other.
+        ahead.by = SUBBLOCKS;
+    }
     let heads = 0..block.tile.kv_heads;
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
@@ -91,6 +114,12 @@ pub(super) unsafe fn block<S: Simd>(
         scale_scores(s, block, heads.clone());
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
         let finite = scale_weights(s, block, heads.clone());
+        if let Some(integer) = integer {
+            for head in heads {
+                integer_values(pieces, integer, block, rows, head, v, &ahead);
+            }
+            return;
+        }
         if let Some(widen) = pieces.values.widen
             && (!pieces.values.reads_units || !block.all || widens(block.tile))
         {
@@ -200,6 +229,37 @@ unsafe fn widened_values(
             (pieces.accumulate)(&DirectValues { block, v: table.rows(), heads, keys, ahead: Ahead::NONE });
         }
     }
+}
+
+/// Adds the weighted values of a block and KV head by products of integers.
+///
+/// # Safety
+/// As [`block`]; weights are in place.
+unsafe fn integer_values(
+    pieces: &Pieces,
+    integer: unsafe fn(&mut IntegerValues),
+    block: &Block,
+    rows: &[RowState],
+    head: usize,
+    v: KeyPointers<u8>,
+    ahead: &PrefetchDistances,
+) {
+    let Block { scratch, key_range, visible_bits, dv, .. } = *block;
+    let mut in_f32 = |r: usize| {
+        // SAFETY: the caller's; the buffer holds a block.
+        unsafe {
+            let Some(widen) = pieces.values.widen else {
+                accumulate_visible(pieces.values, block, &rows[r], r, v);
+                return;
+            };
+            let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
+            let to = scratch.v_block.cast();
+            let units = WidenUnits { rows: v, keys: key_range, visible_bits, to, dim: dv, block, values: true, head };
+            accumulate_visible(pieces.widened, block, &rows[r], r, units.by(widen, &mut memory).rows());
+        }
+    };
+    // SAFETY: the caller's.
+    unsafe { integer(&mut IntegerValues { block, rows, head, v, ahead, in_f32: &mut in_f32 }) };
 }
 
 /// Adds the weighted values of a block for some KV heads, and prefetches. With `pairs`, the key range consists of whole pairs and every
