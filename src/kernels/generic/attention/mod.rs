@@ -75,10 +75,9 @@ mod tile;
 mod units;
 mod weighted;
 
+pub(crate) use direct::{DirectScores, DirectValues, IntegerValues, OneValue, all_finite};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use direct::NEAR_DISTANCE;
-pub(crate) use direct::{DirectScores, DirectValues, OneValue, all_finite};
-pub(crate) use direct::{IntegerValues, PrefetchDistances};
+pub(crate) use direct::{NEAR_DISTANCE, PrefetchDistances};
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) use key_pointers::KeyPointerTable;
 #[cfg(target_arch = "x86_64")]

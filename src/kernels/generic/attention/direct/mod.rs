@@ -65,6 +65,7 @@ pub(crate) use values::{DirectValues, OneValue, all_finite};
 const INTEGER_GROUP: usize = 4;
 
 /// The values of a block and KV head, to be added to the accumulators of all of its rows.
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "no level there has these products"))]
 pub(crate) struct IntegerValues<'a> {
     pub block: &'a Block<'a>,
     /// All of the tile.
