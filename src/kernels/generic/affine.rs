@@ -309,6 +309,22 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
         }
     }
 
+    /// Elements of a vector of numbers, as of [`Simd::load_nibbles`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn nibble(&self, s: S, source: *const u8, at: usize, shared: &Shared<S>) -> S::V {
+        // SAFETY: the caller's.
+        unsafe {
+            if const { holds_nibbles::<S>(BITS) } {
+                s.look_up_nibbles(source, at, shared.table)
+            } else {
+                self.elements(s, s.load_nibbles(source, at), shared)
+            }
+        }
+    }
+
     /// Elements of [`N`] numbers of four bits that share factors.
     ///
     /// # Safety
@@ -319,13 +335,7 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
         // SAFETY: the caller's.
         unsafe {
             for i in (0..N / 2).step_by(S::LANES) {
-                let [low, high] = [i, i + N / 2].map(|at| {
-                    if const { holds_nibbles::<S>(BITS) } {
-                        s.look_up_nibbles(source, at, shared.table)
-                    } else {
-                        self.elements(s, s.load_nibbles(source, at), shared)
-                    }
-                });
+                let (low, high) = (self.nibble(s, source, i, shared), self.nibble(s, source, i + N / 2, shared));
                 let [x, y] = if swapped { s.interleave(high, low) } else { s.interleave(low, high) };
                 s.store_f32(to.add(2 * i), x);
                 s.store_f32(to.add(2 * i + S::LANES), y);
