@@ -12,26 +12,24 @@ use super::generic::attention::integer_blocks::{BYTES, BlockProducts, IntegerUni
 use super::partial::{integer_kernels, with_features};
 use std::arch::x86_64::*;
 
+/// The kernels, compiled with the features of a level.
+macro_rules! kernels {
+    ($level:ident) => {
+        integer_kernels!(AvxVnni, $level, Avx2, Vnni, floats 1e-5,
+            Int8 "attention_int8_integer_avxvnni"
+            Q8_0 "attention_q8_0_integer_avxvnni"
+            Q4_0 "attention_q4_0_integer_avxvnni"
+            Q4_1 "attention_q4_1_integer_avxvnni"
+            Q5_0 "attention_q5_0_integer_avxvnni"
+            Q5_1 "attention_q5_1_integer_avxvnni"
+            Iq4Nl "attention_iq4_nl_integer_avxvnni"
+        );
+    };
+}
 #[cfg(not(kvlane_emulate_avxvnni))]
-integer_kernels!(AvxVnni, AvxVnni, Avx2, Vnni, floats 1e-5,
-    Int8 "attention_int8_integer_avxvnni"
-    Q8_0 "attention_q8_0_integer_avxvnni"
-    Q4_0 "attention_q4_0_integer_avxvnni"
-    Q4_1 "attention_q4_1_integer_avxvnni"
-    Q5_0 "attention_q5_0_integer_avxvnni"
-    Q5_1 "attention_q5_1_integer_avxvnni"
-    Iq4Nl "attention_iq4_nl_integer_avxvnni"
-);
+kernels!(AvxVnni);
 #[cfg(kvlane_emulate_avxvnni)]
-integer_kernels!(AvxVnni, Avx2, Avx2, Vnni, floats 1e-5,
-    Int8 "attention_int8_integer_avxvnni"
-    Q8_0 "attention_q8_0_integer_avxvnni"
-    Q4_0 "attention_q4_0_integer_avxvnni"
-    Q4_1 "attention_q4_1_integer_avxvnni"
-    Q5_0 "attention_q5_0_integer_avxvnni"
-    Q5_1 "attention_q5_1_integer_avxvnni"
-    Iq4Nl "attention_iq4_nl_integer_avxvnni"
-);
+kernels!(Avx2);
 
 /// Proof that the CPU has the level.
 #[derive(Clone, Copy)]

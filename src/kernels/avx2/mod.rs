@@ -70,6 +70,13 @@ impl Avx2 {
         a2._mm256_add_epi32(bits, a2._mm256_add_epi32(odd, a._mm256_set1_epi32(0x7fff)))
     }
 
+    /// The upper halves of even and odd elements, in turns.
+    #[inline(always)]
+    fn upper_halves(self, even: __m256i, odd: __m256i) -> __m256i {
+        let a2 = self.0.avx2;
+        a2._mm256_blend_epi16::<0b1010_1010>(a2._mm256_srli_epi32::<16>(even), odd)
+    }
+
     #[inline(always)]
     fn widen_bf16(self, v: __m128i) -> __m256 {
         let a2 = self.0.avx2;
@@ -403,20 +410,13 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store_pair_bf16(self, p: *mut bf16, [even, odd]: [__m256; 2]) {
-        let a2 = self.0.avx2;
-        let even = a2._mm256_srli_epi32::<16>(self.rounded_bf16(even));
-        // Every other 16 bits, from the odd ones.
-        let both = a2._mm256_blend_epi16::<0b1010_1010>(even, self.rounded_bf16(odd));
         // SAFETY: the caller's.
-        unsafe { _mm256_storeu_si256(p.cast(), both) }
+        unsafe { _mm256_storeu_si256(p.cast(), self.upper_halves(self.rounded_bf16(even), self.rounded_bf16(odd))) }
     }
     #[inline(always)]
     unsafe fn store_pair_bf16_short(self, p: *mut bf16, [even, odd]: [__m256; 2]) {
-        let a2 = self.0.avx2;
-        let even = a2._mm256_srli_epi32::<16>(self.rounded_short(even));
-        let both = a2._mm256_blend_epi16::<0b1010_1010>(even, self.rounded_short(odd));
         // SAFETY: the caller's.
-        unsafe { _mm256_storeu_si256(p.cast(), both) }
+        unsafe { _mm256_storeu_si256(p.cast(), self.upper_halves(self.rounded_short(even), self.rounded_short(odd))) }
     }
     #[inline(always)]
     unsafe fn store_part_f32(self, p: *mut f32, v: __m256, n: usize) {

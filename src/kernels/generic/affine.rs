@@ -170,13 +170,21 @@ impl Range {
     }
 }
 
-/// What makes elements of integers that share a scale and a zero point, in every lane.
+/// What makes elements of integers, in every lane: of those that share a scale and a zero point, the same.
 struct Shared<S: Simd> {
     scale: S::V,
     a: S::V,
     m: S::V,
     /// The elements of all numbers, if [`holds_nibbles`].
     table: S::V,
+}
+
+impl<S: Simd> Shared<S> {
+    /// Elements of integers.
+    #[inline(always)]
+    fn elements(&self, s: S, q: S::V) -> S::V {
+        s.add(s.mul(s.sub(q, self.a), self.scale), self.m)
+    }
 }
 
 /// Whether a vector holds the elements of all numbers. They are then computed once, and looked up.
@@ -222,39 +230,29 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
         (first, n, dim): (usize, usize, usize),
         to: *mut f32,
     ) {
-        let group = self.groups.group;
-        let uniform = self.is_uniform(dim);
-        if group >= dim {
-            let whole = n / N * N;
+        let (group, end) = (self.groups.group, first + n);
+        let mut at = first;
+        while at < end {
             // SAFETY: the caller's.
             unsafe {
-                let shared = self.shared(s, parameters(&self.groups, row, 0));
-                let from = units.add(first * BITS as usize / 8);
-                if BITS == 8 && self.groups.of.integers == Integers::Signed {
-                    self.run_all::<true>(s, from, whole, &shared, to);
+                let (from, to) = (units.add(at * BITS as usize / 8), to.add(at - first));
+                let len = if self.is_uniform(dim) {
+                    let index = if group >= dim { 0 } else { at / group };
+                    let len = ((index + 1) * group).min(end) - at;
+                    let shared = self.shared(s, parameters(&self.groups, row, index));
+                    let whole = len / N * N;
+                    self.run_shared(s, from, whole, &shared, to);
+                    if whole < len {
+                        self.run(s, from.add(whole * BITS as usize / 8), len - whole, Some(&shared), to.add(whole));
+                    }
+                    len
                 } else {
-                    self.run_all::<false>(s, from, whole, &shared, to);
-                }
-                if whole < n {
-                    self.run::<false>(s, from.add(whole * BITS as usize / 8), n - whole, &shared, to.add(whole));
-                }
-            }
-            return;
-        }
-        for at in (first..first + n).step_by(N) {
-            let len = (first + n - at).min(N);
-            // SAFETY: the caller's.
-            unsafe {
-                let from = units.add(at * BITS as usize / 8);
-                let to = to.add(at - first);
-                if uniform {
-                    let shared = self.shared(s, parameters(&self.groups, row, at / group));
-                    self.run::<false>(s, from, len, &shared, to);
-                } else {
+                    let len = (end - at).min(N);
                     self.expand(row, at, len);
-                    let none = Shared { scale: s.zero(), a: s.zero(), m: s.zero(), table: s.zero() };
-                    self.run::<true>(s, from, len, &none, to);
-                }
+                    self.run(s, from, len, None, to);
+                    len
+                };
+                at += len;
             }
         }
     }
@@ -275,35 +273,32 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
 
     /// Elements of numbers as they lie in memory.
     #[inline(always)]
-    fn elements(&self, s: S, q: S::V, &Shared { scale, a, m, .. }: &Shared<S>) -> S::V {
-        let q = s.select_lt(q, self.below, q, s.sub(q, self.wrap));
-        s.add(s.mul(s.sub(q, a), scale), m)
+    fn elements(&self, s: S, q: S::V, shared: &Shared<S>) -> S::V {
+        shared.elements(s, s.select_lt(q, self.below, q, s.sub(q, self.wrap)))
     }
 
-    /// As [`Self::run`], of `n` elements, a multiple of [`N`], that share factors. `SIGNED`: bytes are the integers.
+    /// As [`Self::run`], of `n` elements, a multiple of [`N`], that share factors.
     ///
     /// # Safety
     /// As [`Self::run`].
     #[inline(always)]
-    unsafe fn run_all<const SIGNED: bool>(&self, s: S, from: *const u8, n: usize, shared: &Shared<S>, to: *mut f32) {
-        let &Shared { scale, a, m, .. } = shared;
-        // Numbers without a sign are the integers, or all of them are greater by the same.
-        let offset = if self.groups.of.integers == Integers::Offset { self.wrap } else { s.zero() };
-        for at in (0..n).step_by(N) {
-            // SAFETY: the caller's.
-            unsafe {
-                let to = to.add(at);
-                if BITS == 4 {
-                    self.nibbles(s, from.add(at / 2), shared, to);
-                    continue;
+    unsafe fn run_shared(&self, s: S, from: *const u8, n: usize, shared: &Shared<S>, to: *mut f32) {
+        let integers = self.groups.of.integers;
+        // SAFETY: the caller's, here and below.
+        unsafe {
+            if BITS == 4 {
+                for at in (0..n).step_by(N) {
+                    self.nibbles(s, from.add(at / 2), shared, to.add(at));
                 }
-                for i in (0..N).step_by(S::LANES) {
-                    let q = if SIGNED {
-                        s.load_i8(from.add(at + i).cast())
-                    } else {
-                        s.sub(s.load_u8(from.add(at + i)), offset)
-                    };
-                    s.store_f32(to.add(i), s.add(s.mul(s.sub(q, a), scale), m));
+            } else if integers == Integers::Signed {
+                for at in (0..n).step_by(S::LANES) {
+                    s.store_f32(to.add(at), shared.elements(s, s.load_i8(from.add(at).cast())));
+                }
+            } else {
+                // Numbers are the integers, or all of them are greater by the same.
+                let offset = if integers == Integers::Offset { self.wrap } else { s.zero() };
+                for at in (0..n).step_by(S::LANES) {
+                    s.store_f32(to.add(at), shared.elements(s, s.sub(s.load_u8(from.add(at)), offset)));
                 }
             }
         }
@@ -376,10 +371,12 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
         }
     }
 
+    /// Makes elements by shared factors, or by those of each.
+    ///
     /// # Safety
     /// `n <= N` elements are readable at `from` and writable at `to`.
     #[inline(always)]
-    unsafe fn run<const EACH: bool>(&self, s: S, from: *const u8, n: usize, shared: &Shared<S>, to: *mut f32) {
+    unsafe fn run(&self, s: S, from: *const u8, n: usize, shared: Option<&Shared<S>>, to: *mut f32) {
         let (mut bytes, mut elements) = ([0u8; N], [0.0; N]);
         let (mut source, mut target) = (from, to);
         // SAFETY: the caller's; arrays hold N.
@@ -388,19 +385,19 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
                 std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), n * BITS as usize / 8);
                 (source, target) = (bytes.as_ptr(), elements.as_mut_ptr());
             }
-            if BITS == 8 {
+            if let Some(shared) = shared {
+                self.run_shared(s, source, N, shared, target);
+            } else if BITS == 8 {
                 for i in (0..N).step_by(S::LANES) {
-                    self.put::<EACH>(s, i, s.load_u8(source.add(i)), shared, target);
+                    self.put(s, i, s.load_u8(source.add(i)), target);
                 }
-            } else if !EACH {
-                self.nibbles(s, source, shared, target);
             } else {
                 let swapped = self.groups.of.nibbles == Nibbles::HighFirst;
                 for i in (0..N / 2).step_by(S::LANES) {
                     let (low, high) = (s.load_nibbles(source, i), s.load_nibbles(source, i + N / 2));
                     let [x, y] = if swapped { s.interleave(high, low) } else { s.interleave(low, high) };
-                    self.put::<EACH>(s, 2 * i, x, shared, target);
-                    self.put::<EACH>(s, 2 * i + S::LANES, y, shared, target);
+                    self.put(s, 2 * i, x, target);
+                    self.put(s, 2 * i + S::LANES, y, target);
                 }
             }
             if n < N {
@@ -409,20 +406,18 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
         }
     }
 
+    /// The elements of a vector from number `i` on, by the factors of each.
+    ///
     /// # Safety
     /// A vector from element `i` on is writable at `to`.
     #[inline(always)]
-    unsafe fn put<const EACH: bool>(&self, s: S, i: usize, q: S::V, shared: &Shared<S>, to: *mut f32) {
+    unsafe fn put(&self, s: S, i: usize, q: S::V, to: *mut f32) {
+        let Factors { s: scale, a, m } = &self.factors;
         // SAFETY: the caller's; the factors have N elements.
         unsafe {
-            let x = if EACH {
-                let Factors { s: scale, a, m } = &self.factors;
-                let at = |x: &[f32; N]| s.load_f32(x.as_ptr().wrapping_add(i));
-                self.elements(s, q, &Shared { scale: at(scale), a: at(a), m: at(m), table: s.zero() })
-            } else {
-                self.elements(s, q, shared)
-            };
-            s.store_f32(to.add(i), x);
+            let (scale, a) = (s.load_f32(scale.as_ptr().add(i)), s.load_f32(a.as_ptr().add(i)));
+            let each = Shared { scale, a, m: s.load_f32(m.as_ptr().add(i)), table: s.zero() };
+            s.store_f32(to.add(i), self.elements(s, q, &each));
         }
     }
 }
