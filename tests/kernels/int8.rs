@@ -17,7 +17,7 @@ use kvlane::{
 };
 
 tests! {
-    levels: head_sizes_and_layouts, special_heads, small_heads, every_layout, fused_with_norm_and_rope, reads, every_pair_of_formats,
+    levels: head_sizes_and_layouts, special_heads, small_heads, near_halves, every_layout, fused_with_norm_and_rope, reads, every_pair_of_formats,
         nan_in_a_scale, moves, inserted_rows, turned_keys, running_positions;
     once: the_definition, refused;
 }
@@ -164,6 +164,36 @@ fn special_heads(level: &Level) {
                 }
                 assert_eq!(!elements.iter().all(|x| x.is_finite()), scale.is_nan());
             }
+        }
+    }
+}
+
+/// Elements that are a few roundings from the middle between two units, in heads that fill eight vectors of a level, and in another one.
+fn near_halves(level: &Level) {
+    let mut rng = Rng::new(313);
+    for dim in [32, 64, 70, 128] {
+        let seq = scaled(60);
+        for scales in SCALES {
+            let mut k = Tensor::input(DType::F32, [1, seq, 1, dim], Layout::BSHD, Place::GuardAfter);
+            let mut heads = Vec::new();
+            for _ in 0..seq {
+                let peak = (1.0 + rng.f32().abs()) * 2f32.powi(rng.between(0, 8) as i32 - 4);
+                let (_, scale) = quantise(&[peak], scales);
+                let element = |i: usize| {
+                    let middle = (rng.between(0, 252) as f32 - 126.0 + 0.5) * scale;
+                    let off = rng.between(0, 6) as i32 - 3;
+                    if i == 0 { peak } else { f32::from_bits(middle.to_bits().wrapping_add_signed(off)) }
+                };
+                heads.push((0..dim).map(element).collect::<Vec<f32>>());
+            }
+            k.fill(|[_, s, _, d]| heads[s][d]);
+            let v = Tensor::input(DType::F32, [1, seq, 1, 0], Layout::BSHD, Place::Heap);
+            let mut cache = Int8::output(k.shape, Layout::BSHD, scales, Layout::BSHD, Place::GuardAfter);
+            let mut none = Int8::output(v.shape, Layout::BSHD, scales, Layout::BSHD, Place::GuardAfter);
+            let to = Destination::positions(&[0]);
+            let write = KvWrite::new(k.view(), v.view(), cache.view_mut(), none.view_mut(), to);
+            kv_write(&level.context, &Serial, write).expect("a valid write");
+            cache.assert_written(&k, &to, &format!("{scales} {dim}"));
         }
     }
 }

@@ -463,21 +463,29 @@ pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore, const BITS: u32>(s: S, ar
     }
 }
 
-/// Loads `n <= N` elements with any stride as f32; the others are 0.
+/// Vectors of the level with the fewest lanes in [`N`] elements.
+const MAX_VECTORS: usize = N / 4;
+
+/// [`N`] elements: the first `N / LANES` vectors.
+type Vectors<S> = [<S as Simd>::V; MAX_VECTORS];
+
+/// Loads `n <= N` elements with any stride as f32; the others are the last one.
 ///
 /// # Safety
-/// The elements are readable.
+/// The elements are readable, and there is one.
 #[inline(always)]
-unsafe fn load<S: Simd, A: LoadStore>(s: S, from: *const A, step: isize, n: usize) -> [f32; N] {
-    let (mut x, mut stage, mut source) = ([0.0; N], [A::default(); N], from);
+unsafe fn load<S: Simd, A: LoadStore>(s: S, from: *const A, step: isize, n: usize) -> Vectors<S> {
+    let (mut x, mut stage, mut source) = ([s.zero(); MAX_VECTORS], [A::default(); N], from);
     // SAFETY: the caller's; arrays hold N.
     unsafe {
         if step != 1 || n < N {
             gather(from, step, stage.as_mut_ptr(), n);
+            let last = stage[n - 1];
+            stage[n..].fill(last);
             source = stage.as_ptr();
         }
-        for i in (0..N).step_by(S::LANES) {
-            s.store_f32(x.as_mut_ptr().add(i), A::load(s, source.add(i)));
+        for (i, x) in x[..N / S::LANES].iter_mut().enumerate() {
+            *x = A::load(s, source.add(i * S::LANES));
         }
     }
     x
@@ -498,8 +506,8 @@ struct Quotients {
     moved: [f32; N],
     /// The scale, or infinity for 0; or its reciprocal, or 0.
     factor: [f32; N],
-    /// Where this is true, the scale is NaN.
-    void: [bool; N],
+    /// 1 where the scale is NaN, else 0.
+    void: [f32; N],
 }
 
 impl Quotients {
@@ -519,34 +527,134 @@ impl Quotients {
         self.zero[lanes.clone()].fill(zero);
         self.moved[lanes.clone()].fill(moved);
         self.factor[lanes.clone()].fill(factor);
-        self.void[lanes].fill(scale.is_nan());
+        self.void[lanes].fill(f32::from(scale.is_nan()));
     }
 
-    /// The numbers that lie in memory for these elements.
+    /// The numbers that lie in memory for the elements of a vector, from number `i` on.
     #[inline(always)]
-    fn numbers(&self, range: Range, divides: bool, x: &[f32; N]) -> [u8; N] {
-        let mut numbers = [0; N];
-        for i in 0..N {
-            let x = x[i] - self.less[i];
-            let quotient = if divides { x / self.factor[i] } else { x * self.factor[i] };
-            let quotient = quotient + self.zero[i];
-            let (low, high) = (range.low - self.moved[i], range.low + range.levels - self.moved[i]);
-            let quotient = if quotient > low {
-                quotient
-            } else if quotient <= low {
-                low
-            } else {
-                high
-            };
-            let quotient = if quotient < high { quotient } else { high };
-            let q = rounded(quotient) + self.moved[i];
-            // Numbers in memory are those of integers, or these and `wrap`.
-            let q = if range.below == 0.0 || q < 0.0 { q + range.wrap } else { q };
-            let q = if self.void[i] { 0.0 } else { q };
-            // SAFETY: from 0 to 255.
-            numbers[i] = unsafe { q.to_int_unchecked::<i32>() } as u8;
+    fn numbers<S: Simd>(&self, s: S, range: Range, divides: bool, x: S::V, i: usize) -> S::V {
+        // SAFETY: the arrays hold N, and a vector from i on.
+        let [less, zero, moved, factor, void] = unsafe {
+            [
+                s.load_f32(self.less.as_ptr().add(i)),
+                s.load_f32(self.zero.as_ptr().add(i)),
+                s.load_f32(self.moved.as_ptr().add(i)),
+                s.load_f32(self.factor.as_ptr().add(i)),
+                s.load_f32(self.void.as_ptr().add(i)),
+            ]
+        };
+        let x = s.sub(x, less);
+        let quotient = s.add(if divides { s.div(x, factor) } else { s.mul(x, factor) }, zero);
+        let low = s.sub(s.splat(range.low), moved);
+        let high = s.sub(s.splat(range.low + range.levels), moved);
+        // NaN becomes the largest.
+        let quotient = s.max(low, s.select_lt(quotient, high, quotient, high));
+        let q = s.add(s.round(quotient), moved);
+        // Numbers in memory are those of integers, or these and `wrap`.
+        let wraps = s.splat(if range.below == 0.0 { f32::INFINITY } else { 0.0 });
+        let q = s.select_lt(q, wraps, s.add(q, s.splat(range.wrap)), q);
+        s.select_lt(s.zero(), void, s.zero(), q)
+    }
+
+    /// Writes the units of these elements.
+    ///
+    /// # Safety
+    /// Units of [`N`] elements are writable at `to`.
+    #[inline(always)]
+    unsafe fn put<S: Simd, const BITS: u32>(
+        &self,
+        s: S,
+        range: Range,
+        (divides, nibbles): (bool, Nibbles),
+        x: &Vectors<S>,
+        to: *mut u8,
+    ) {
+        // Adds 2^23, so that the pattern ends with the integer.
+        let (shift, byte) = (s.splat((1 << 23) as f32), s.splat(f32::from_bits(0xff)));
+        for i in (0..N / S::LANES).step_by(2) {
+            let first = self.numbers(s, range, divides, x[i], i * S::LANES);
+            let second = self.numbers(s, range, divides, x[i + 1], (i + 1) * S::LANES);
+            // SAFETY: the caller's.
+            unsafe {
+                if BITS == 8 {
+                    s.store_low_bytes(to.add(i * S::LANES), s.and_bits(s.add(first, shift), byte));
+                    s.store_low_bytes(to.add((i + 1) * S::LANES), s.and_bits(s.add(second, shift), byte));
+                } else {
+                    let [even, odd] = s.deinterleave(first, second);
+                    let (low, high) = if nibbles == Nibbles::HighFirst { (odd, even) } else { (even, odd) };
+                    let both = s.fma(high, s.splat(16.0), low);
+                    s.store_low_bytes(to.add(i / 2 * S::LANES), s.and_bits(s.add(both, shift), byte));
+                }
+            }
         }
-        numbers
+    }
+}
+
+/// The least and the largest element, and the largest magnitude, in each lane of [`N`]; a magnitude is NaN if an element is not finite.
+struct Extremes<S: Simd> {
+    least: Vectors<S>,
+    most: Vectors<S>,
+    peak: Vectors<S>,
+    /// 0, or NaN where an element is not finite.
+    nonfinite: Vectors<S>,
+}
+
+impl<S: Simd> Extremes<S> {
+    #[inline(always)]
+    fn new(s: S) -> Self {
+        Self {
+            least: [s.splat(f32::MAX); MAX_VECTORS],
+            most: [s.splat(-f32::MAX); MAX_VECTORS],
+            peak: [s.zero(); MAX_VECTORS],
+            nonfinite: [s.zero(); MAX_VECTORS],
+        }
+    }
+
+    #[inline(always)]
+    fn fold(&mut self, s: S, x: &Vectors<S>) {
+        for i in 0..N / S::LANES {
+            let x = x[i];
+            self.least[i] = s.select_lt(x, self.least[i], x, self.least[i]);
+            self.most[i] = s.select_lt(self.most[i], x, x, self.most[i]);
+            self.peak[i] = s.max(s.abs(x), self.peak[i]);
+            // 0 times a finite number is 0, and 0 times NaN or infinity is NaN, which persists.
+            self.nonfinite[i] = s.fma(x, s.zero(), self.nonfinite[i]);
+        }
+    }
+
+    /// Those of all lanes in a range, of whole vectors or within [`N`] elements.
+    #[inline(always)]
+    fn of(&self, s: S, lanes: std::ops::Range<usize>) -> (f32, f32, Option<f32>) {
+        if lanes.start.is_multiple_of(S::LANES) && lanes.end.is_multiple_of(S::LANES) {
+            let (mut least, mut most) = (s.splat(f32::MAX), s.splat(-f32::MAX));
+            let (mut peak, mut nonfinite) = (s.zero(), s.zero());
+            // All vectors have constant numbers, so that they stay in registers.
+            for i in 0..N / S::LANES {
+                if lanes.contains(&(i * S::LANES)) {
+                    least = s.select_lt(self.least[i], least, self.least[i], least);
+                    most = s.max(most, self.most[i]);
+                    peak = s.max(peak, self.peak[i]);
+                    nonfinite = s.add(nonfinite, self.nonfinite[i]);
+                }
+            }
+            let least = -s.max_lane(s.mul(least, s.splat(-1.0)));
+            return (least, s.max_lane(most), if s.all_finite(nonfinite) { Some(s.max_lane(peak)) } else { None });
+        }
+        let mut lists = [[0.0; N]; 4];
+        for (list, vectors) in lists.iter_mut().zip([&self.least, &self.most, &self.peak, &self.nonfinite]) {
+            for i in 0..N / S::LANES {
+                // SAFETY: a list holds N.
+                unsafe { s.store_f32(list.as_mut_ptr().add(i * S::LANES), vectors[i]) };
+            }
+        }
+        let (mut least, mut most, mut peak, mut nonfinite) = (f32::MAX, -f32::MAX, 0.0, 0.0);
+        for i in lanes {
+            least = lists[0][i].min(least);
+            most = lists[1][i].max(most);
+            peak = lists[2][i].max(peak);
+            nonfinite += lists[3][i];
+        }
+        (least, most, (nonfinite == 0.0).then_some(peak))
     }
 }
 
@@ -560,20 +668,21 @@ unsafe fn computed(
     range: Range,
     row: &AffineRow,
     (group, tokens): (usize, usize),
-    (least, most, peak): (f32, f32, u32),
+    (least, most, peak): (f32, f32, Option<f32>),
 ) -> (f32, f32) {
-    let finite = peak < f32::INFINITY.to_bits();
     let (least, most) = match groups.zero_type {
         Some(ZeroType::U8 | ZeroType::I8) => (least.min(0.0), most.max(0.0)),
         _ => (least, most),
     };
     // No negative zero, whichever zeros are found to be least and most.
     let range_of = most - least + 0.0;
-    let scale = match groups.zero_type {
-        _ if !finite => f32::NAN,
-        None => f32::from_bits(peak) / (range.low + range.levels),
-        Some(ZeroType::Float(_)) if groups.of.zeros == Zeros::Point && tokens > 1 => range_of * (1.0 / range.levels),
-        Some(_) => range_of / range.levels,
+    let scale = match (groups.zero_type, peak) {
+        (_, None) => f32::NAN,
+        (None, Some(peak)) => peak / (range.low + range.levels),
+        (Some(ZeroType::Float(_)), _) if groups.of.zeros == Zeros::Point && tokens > 1 => {
+            range_of * (1.0 / range.levels)
+        }
+        (Some(_), _) => range_of / range.levels,
     };
     let floats = matches!(groups.zero_type, Some(ZeroType::Float(_)));
     let zero = |scale: f32| match groups.of.zeros {
@@ -604,8 +713,7 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, const BITS: u32>(s: S, args
     let width = (N / group).max(1) * group;
     let range = Range::new::<BITS>(groups.of.integers);
     let divides = groups.zero_type.is_some() && groups.of.zeros != Zeros::Point;
-    let mut quotients =
-        Quotients { less: [0.0; N], zero: [0.0; N], moved: [0.0; N], factor: [0.0; N], void: [false; N] };
+    let mut quotients = Quotients { less: [0.0; N], zero: [0.0; N], moved: [0.0; N], factor: [0.0; N], void: [0.0; N] };
     for head in 0..c.heads {
         let row = affine.row(args.first + head);
         let src = c.src.cast::<A>().wrapping_offset(head as isize * c.src_head);
@@ -616,18 +724,13 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, const BITS: u32>(s: S, args
                 let elements = token as isize * affine.src_token + (first + i) as isize * c.src_dim;
                 src.wrapping_offset(elements)
             };
-            let (mut least, mut most, mut peak) = ([f32::MAX; N], [-f32::MAX; N], [0u32; N]);
+            let mut extremes = Extremes::new(s);
             if !groups.fixed {
                 for token in 0..affine.tokens {
                     for i in (0..n).step_by(N) {
                         let len = (n - i).min(N);
                         // SAFETY: the caller's.
-                        let x = unsafe { load(s, at(token, i), c.src_dim, len) };
-                        if len == N {
-                            fold(&mut least, &mut most, &mut peak, &x, N);
-                        } else {
-                            fold(&mut least, &mut most, &mut peak, &x, len);
-                        }
+                        extremes.fold(s, &unsafe { load(s, at(token, i), c.src_dim, len) });
                     }
                 }
             }
@@ -638,11 +741,7 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, const BITS: u32>(s: S, args
                     if groups.fixed {
                         parameters(groups, &row, index)
                     } else {
-                        let of = |x: &[f32; N], f: fn(f32, f32) -> f32, from: f32| {
-                            x[lanes.clone()].iter().fold(from, |a, &b| f(a, b))
-                        };
-                        let peak = peak[lanes.clone()].iter().fold(0, |a, &b| a.max(b));
-                        let extremes = (of(&least, f32::min, f32::MAX), of(&most, f32::max, -f32::MAX), peak);
+                        let extremes = extremes.of(s, lanes.clone());
                         computed(groups, range, &row, (index, affine.tokens), extremes)
                     }
                 };
@@ -654,39 +753,19 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, const BITS: u32>(s: S, args
                     // SAFETY: the caller's; what is written are the units of these elements.
                     unsafe {
                         let x = load(s, at(token, i), c.src_dim, len);
-                        let numbers = quotients.numbers(range, divides, &x);
                         let bytes = token as isize * affine.dst_token + ((first + i) * BITS as usize / 8) as isize;
                         let to = dst.wrapping_offset(bytes);
-                        if BITS == 8 {
-                            std::ptr::copy_nonoverlapping(numbers.as_ptr(), to, len);
+                        if len == N {
+                            quotients.put::<S, BITS>(s, range, (divides, groups.of.nibbles), &x, to);
                         } else {
-                            let pairs = pairs(&numbers, groups.of.nibbles);
-                            std::ptr::copy_nonoverlapping(pairs.as_ptr(), to, len / 2);
+                            let mut units = [0u8; N];
+                            let stage = units.as_mut_ptr();
+                            quotients.put::<S, BITS>(s, range, (divides, groups.of.nibbles), &x, stage);
+                            std::ptr::copy_nonoverlapping(stage, to, len * BITS as usize / 8);
                         }
                     }
                 }
             }
         }
     }
-}
-
-#[inline(always)]
-fn fold(least: &mut [f32; N], most: &mut [f32; N], peak: &mut [u32; N], x: &[f32; N], n: usize) {
-    for i in 0..n {
-        least[i] = if x[i] < least[i] { x[i] } else { least[i] };
-        most[i] = if x[i] > most[i] { x[i] } else { most[i] };
-        // Magnitudes are in the order of their patterns, those of NaN and infinity the largest.
-        peak[i] = peak[i].max(x[i].to_bits() & 0x7fff_ffff);
-    }
-}
-
-/// Two numbers to a byte.
-#[inline(always)]
-fn pairs(numbers: &[u8; N], nibbles: Nibbles) -> [u8; N / 2] {
-    let mut pairs = [0; N / 2];
-    for i in 0..N / 2 {
-        let (even, odd) = (numbers[2 * i], numbers[2 * i + 1]);
-        pairs[i] = if nibbles == Nibbles::HighFirst { even << 4 | odd } else { odd << 4 | even };
-    }
-    pairs
 }

@@ -24,8 +24,7 @@
 //!
 //! A factor above 65504 becomes infinite in f16, as in the reference: elements above 8.3 million in q8_0.
 //!
-//! All of it is arithmetic of IEEE 754 in one order, so that every level computes the same bits. Blocks are widened with the vector
-//! trait; the loops that make blocks are over arrays of 32, which compilers turn into vectors of each level's width.
+//! All of it is arithmetic of IEEE 754 in one order, so that every level computes the same bits.
 
 use super::copy::{gather, scatter};
 use crate::kernels::api::ScaledArgs;
@@ -58,7 +57,7 @@ pub(crate) trait BlockUnit: Copy + 'static {
     }
 
     /// The block next to these elements, all of which are finite. `peak` is their largest magnitude.
-    fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self;
+    fn nearest<S: Simd>(s: S, x: &Vectors<S>, peak: f32) -> Self;
 
     /// A block whose elements are all NaN.
     fn nan() -> Self;
@@ -127,62 +126,86 @@ fn narrowed<S: Simd>(s: S, x: f32) -> u16 {
 
 const NAN: u16 = f16::NAN.to_bits().to_le();
 
-/// The reciprocal of a factor, 0 for 0.
+/// The reciprocal of a factor, 0 for 0; `None` if it is infinite.
 #[inline(always)]
-fn reciprocal(d: f32) -> f32 {
-    if d == 0.0 { 0.0 } else { 1.0 / d }
+fn reciprocal(d: f32) -> Option<f32> {
+    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+    inverse.is_finite().then_some(inverse)
+}
+
+/// Vectors of the level with the fewest lanes in a block.
+const MAX_VECTORS: usize = N / 4;
+
+/// The elements, or the numbers, of a block: the first `N / LANES` vectors.
+type Vectors<S> = [<S as Simd>::V; MAX_VECTORS];
+
+/// Bits of a block's elements from those of each vector, which [`Simd::lt_bits`] makes of vector i.
+macro_rules! bits {
+    ($s:ty, |$i:ident| $bits:expr) => {{
+        let mut all = 0;
+        for $i in 0..N / <$s>::LANES {
+            all |= $bits << ($i * <$s>::LANES);
+        }
+        all as u32
+    }};
 }
 
 /// The first element with this magnitude; positive if that is 0.
 #[inline(always)]
-fn signed_peak(x: &[f32; N], peak: f32) -> f32 {
-    let mut at = 0u32;
-    for (i, x) in x.iter().enumerate() {
-        at |= u32::from(x.abs() == peak) << i;
-    }
-    // The sum of a negative zero and a positive one is positive.
-    x[at.trailing_zeros() as usize % N] + 0.0
+fn signed_peak<S: Simd>(s: S, x: &Vectors<S>, peak: f32) -> f32 {
+    let all = s.splat(peak);
+    let below = bits!(S, |i| s.lt_bits(s.abs(x[i]), all));
+    let negative = bits!(S, |i| s.lt_bits(x[i], s.zero()));
+    if negative >> ((!below).trailing_zeros() % u32::BITS) & 1 == 1 { -peak } else { peak }
 }
 
+/// The smallest and the largest element. A smallest one that is zero has the sign of the first zero.
 #[inline(always)]
-fn range(x: &[f32; N]) -> (f32, f32) {
-    let (mut least, mut most) = (f32::MAX, -f32::MAX);
-    for &x in x {
-        // The earlier one of two zeros with different signs.
-        least = if x < least { x } else { least };
-        most = if x > most { x } else { most };
+fn range<S: Simd>(s: S, x: &Vectors<S>) -> (f32, f32) {
+    let (mut least, mut most) = (x[0], x[0]);
+    for &x in &x[1..N / S::LANES] {
+        least = s.select_lt(x, least, x, least);
+        most = s.max(most, x);
     }
-    (least, most)
+    let (least, most) = (-s.max_lane(s.mul(least, s.splat(-1.0))), s.max_lane(most));
+    if least != 0.0 {
+        return (least, most);
+    }
+    let positive = bits!(S, |i| s.lt_bits(s.zero(), x[i]));
+    let signs = bits!(S, |i| s.lt_bits(s.copysign(s.splat(1.0), x[i]), s.zero()));
+    (if signs >> ((!positive).trailing_zeros() % u32::BITS) & 1 == 1 { -0.0 } else { 0.0 }, most)
 }
 
-/// What is left of numbers from 0 to 255 when their fraction is cut off, at most `most`; 0 for numbers that are not finite.
+/// `x * inverse + half` without its fraction, from 0 to `most`; 0 for NaN.
 #[inline(always)]
-fn cut(x: &[f32; N], most: u8) -> [u8; N] {
-    let mut cut = [0; N];
-    for (to, &x) in cut.iter_mut().zip(x) {
-        let x = if x.abs() < f32::INFINITY { x } else { 0.0 };
-        // SAFETY: finite, and a quotient of an element by the largest one, from -1 to 32.5.
-        *to = (unsafe { x.to_int_unchecked::<i32>() } as u8).min(most);
-    }
-    cut
+fn cut<S: Simd>(s: S, x: S::V, inverse: f32, half: f32, most: f32) -> S::V {
+    let x = s.max(s.add(s.mul(x, s.splat(inverse)), s.splat(half)), s.zero());
+    let nearest = s.round(x);
+    let whole = s.select_lt(x, nearest, s.sub(nearest, s.splat(1.0)), nearest);
+    s.select_lt(whole, s.splat(most), whole, s.splat(most))
 }
 
 /// Low halves of bytes for the first 16 numbers, high halves for the others.
 #[inline(always)]
-fn nibbles(q: &[u8; N]) -> Nibbles {
+fn nibbles<S: Simd>(s: S, q: &Vectors<S>) -> Nibbles {
+    // Adds 2^23, so that the pattern ends with the integer.
+    let (shift, byte) = (s.splat((1 << 23) as f32), s.splat(f32::from_bits(0xff)));
     let mut halves = [0; N / 2];
-    for i in 0..N / 2 {
-        halves[i] = q[i] & 15 | q[i + N / 2] << 4;
+    for i in 0..N / 2 / S::LANES {
+        let both = s.fma(q[i + N / 2 / S::LANES], s.splat(16.0), q[i]);
+        // SAFETY: the array holds 16 bytes.
+        unsafe { s.store_low_bytes(halves.as_mut_ptr().add(i * S::LANES), s.and_bits(s.add(both, shift), byte)) };
     }
     halves
 }
 
-/// The fifth bits of numbers.
+/// Takes the fifth bits off numbers.
 #[inline(always)]
-fn fifth_bits(q: &[u8; N]) -> [u8; 4] {
-    let mut bits = 0u32;
-    for (i, &q) in q.iter().enumerate() {
-        bits |= u32::from(q >> 4) << i;
+fn fifth_bits<S: Simd>(s: S, q: &mut Vectors<S>) -> [u8; 4] {
+    let most = s.splat(15.0);
+    let bits = bits!(S, |i| s.lt_bits(most, q[i]));
+    for q in &mut q[..N / S::LANES] {
+        *q = s.select_lt(most, *q, s.sub(*q, s.splat(16.0)), *q);
     }
     bits.to_le_bytes()
 }
@@ -297,27 +320,32 @@ fn nibble_elements<S: Simd, E: Elements>(
 
 /// The factor of a format whose numbers are centred at `zero`, and the numbers, of which the largest is `2 * zero - 1`.
 #[inline(always)]
-fn centred<S: Simd>(s: S, x: &[f32; N], peak: f32, zero: u8) -> (u16, [u8; N]) {
-    let d = signed_peak(x, peak) / -f32::from(zero);
-    let (inverse, half) = (reciprocal(d), f32::from(zero) + 0.5);
-    let mut quotients = [0.0; N];
-    for (to, &x) in quotients.iter_mut().zip(x) {
-        *to = x * inverse + half;
+fn centred<S: Simd>(s: S, x: &Vectors<S>, peak: f32, zero: u8) -> (u16, Vectors<S>) {
+    let zero = f32::from(zero);
+    let d = signed_peak(s, x, peak) / -zero;
+    let (inverse, half) = match reciprocal(d) {
+        Some(inverse) => (inverse, zero + 0.5),
+        None => (0.0, 0.0),
+    };
+    let mut q = *x;
+    for q in &mut q[..N / S::LANES] {
+        *q = cut(s, *q, inverse, half, 2.0 * zero - 1.0);
     }
-    (narrowed(s, d), cut(&quotients, 2 * zero - 1))
+    (narrowed(s, d), q)
 }
 
 /// The factor and the minimum of a format whose largest number is `most`, and the numbers.
 #[inline(always)]
-fn raised<S: Simd>(s: S, x: &[f32; N], most: u8) -> ((u16, u16), [u8; N]) {
-    let (low, high) = range(x);
-    let d = (high - low) / f32::from(most);
-    let inverse = reciprocal(d);
-    let mut quotients = [0.0; N];
-    for (to, &x) in quotients.iter_mut().zip(x) {
-        *to = (x - low) * inverse + 0.5;
+fn raised<S: Simd>(s: S, x: &Vectors<S>, most: u8) -> ((u16, u16), Vectors<S>) {
+    let (low, high) = range(s, x);
+    // No negative zero, whichever zeros are the smallest and the largest.
+    let d = (high - low + 0.0) / f32::from(most);
+    let inverse = reciprocal(d).unwrap_or(0.0);
+    let (mut q, least) = (*x, s.splat(low));
+    for q in &mut q[..N / S::LANES] {
+        *q = cut(s, s.sub(*q, least), inverse, 0.5, f32::from(most));
     }
-    ((narrowed(s, d), narrowed(s, low)), cut(&quotients, most))
+    ((narrowed(s, d), narrowed(s, low)), q)
 }
 
 impl BlockUnit for Q8_0 {
@@ -333,18 +361,18 @@ impl BlockUnit for Q8_0 {
     }
 
     #[inline(always)]
-    fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self {
+    fn nearest<S: Simd>(s: S, x: &Vectors<S>, peak: f32) -> Self {
         let d = peak / 127.0;
-        let inverse = reciprocal(d);
+        let inverse = s.splat(reciprocal(d).unwrap_or(0.0));
         let mut q = [0; N];
-        for (q, &x) in q.iter_mut().zip(x) {
-            let x = x * inverse;
-            let x = if x.abs() < f32::INFINITY { x } else { 0.0 };
-            // To nearest, ties away from zero: a fraction of exactly a half survives the truncation.
-            // SAFETY: finite, and a quotient of an element by the largest one, at most 128 in magnitude.
-            let whole = unsafe { x.to_int_unchecked::<i32>() };
-            let rest = x - whole as f32;
-            *q = (whole + i32::from(rest >= 0.5) - i32::from(rest <= -0.5)) as i8;
+        for i in 0..N / S::LANES {
+            let x = s.mul(x[i], inverse);
+            // To nearest, ties away from zero: those to even have a rest of a half where they went down.
+            let nearest = s.round(s.abs(x));
+            let rest = s.sub(s.abs(x), nearest);
+            let away = s.select_lt(rest, s.splat(0.5), nearest, s.add(nearest, s.splat(1.0)));
+            // SAFETY: the array holds a block. Numbers are quotients by the largest one, times 127.
+            unsafe { s.store_i8(q.as_mut_ptr().add(i * S::LANES), s.copysign(away, x)) };
         }
         Self { d: narrowed(s, d), q }
     }
@@ -367,9 +395,9 @@ impl BlockUnit for Q4_0 {
     }
 
     #[inline(always)]
-    fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self {
+    fn nearest<S: Simd>(s: S, x: &Vectors<S>, peak: f32) -> Self {
         let (d, q) = centred(s, x, peak, 8);
-        Self { d, q: nibbles(&q) }
+        Self { d, q: nibbles(s, &q) }
     }
 
     #[inline(always)]
@@ -390,9 +418,9 @@ impl BlockUnit for Q4_1 {
     }
 
     #[inline(always)]
-    fn nearest<S: Simd>(s: S, x: &[f32; N], _peak: f32) -> Self {
+    fn nearest<S: Simd>(s: S, x: &Vectors<S>, _peak: f32) -> Self {
         let ((d, m), q) = raised(s, x, 15);
-        Self { d, m, q: nibbles(&q) }
+        Self { d, m, q: nibbles(s, &q) }
     }
 
     #[inline(always)]
@@ -413,9 +441,9 @@ impl BlockUnit for Q5_0 {
     }
 
     #[inline(always)]
-    fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self {
-        let (d, q) = centred(s, x, peak, 16);
-        Self { d, fifth: fifth_bits(&q), q: nibbles(&q) }
+    fn nearest<S: Simd>(s: S, x: &Vectors<S>, peak: f32) -> Self {
+        let (d, mut q) = centred(s, x, peak, 16);
+        Self { d, fifth: fifth_bits(s, &mut q), q: nibbles(s, &q) }
     }
 
     #[inline(always)]
@@ -436,9 +464,9 @@ impl BlockUnit for Q5_1 {
     }
 
     #[inline(always)]
-    fn nearest<S: Simd>(s: S, x: &[f32; N], _peak: f32) -> Self {
-        let ((d, m), q) = raised(s, x, 31);
-        Self { d, m, fifth: fifth_bits(&q), q: nibbles(&q) }
+    fn nearest<S: Simd>(s: S, x: &Vectors<S>, _peak: f32) -> Self {
+        let ((d, m), mut q) = raised(s, x, 31);
+        Self { d, m, fifth: fifth_bits(s, &mut q), q: nibbles(s, &q) }
     }
 
     #[inline(always)]
@@ -459,29 +487,34 @@ impl BlockUnit for Iq4Nl {
     }
 
     #[inline(always)]
-    fn nearest<S: Simd>(s: S, x: &[f32; N], peak: f32) -> Self {
+    fn nearest<S: Simd>(s: S, x: &Vectors<S>, peak: f32) -> Self {
         if peak < 1e-15 {
             // The number of 1, times 0.
             return Self { d: 0, q: [0x88; N / 2] };
         }
-        let inverse = 1.0 / (signed_peak(x, peak) / TABLE[0]);
-        let mut q = [0u8; N];
-        for (q, &x) in q.iter_mut().zip(x) {
-            let x = x * inverse;
+        let inverse = s.splat(1.0 / (signed_peak(s, x, peak) / TABLE[0]));
+        let (mut q, mut products, mut squares) = (*x, [0.0; N], [0.0; N]);
+        for (i, q) in q[..N / S::LANES].iter_mut().enumerate() {
+            let quotient = s.mul(*q, inverse);
             // The nearest value of the table, of two at the same distance the larger.
-            for i in 1..TABLE.len() {
-                *q += u8::from(x - TABLE[i - 1] >= TABLE[i] - x);
+            let (mut number, mut value) = (s.zero(), s.splat(TABLE[0]));
+            for j in 1..TABLE.len() {
+                let middle = s.splat((TABLE[j - 1] + TABLE[j]) / 2.0);
+                number = s.select_lt(quotient, middle, number, s.splat(j as f32));
+                value = s.select_lt(quotient, middle, value, s.splat(TABLE[j]));
             }
+            let weighted = s.mul(s.mul(*q, *q), value);
+            // SAFETY: the arrays hold a block.
+            unsafe {
+                s.store_f32(products.as_mut_ptr().add(i * S::LANES), s.mul(weighted, *q));
+                s.store_f32(squares.as_mut_ptr().add(i * S::LANES), s.mul(weighted, value));
+            }
+            *q = number;
         }
-        // The factor with the least error, weighted by squares of elements.
-        let (mut products, mut squares) = (0.0f32, 0.0f32);
-        for (&q, &x) in q.iter().zip(x) {
-            let (value, weight) = (TABLE[usize::from(q)], x * x);
-            products += weight * value * x;
-            squares += weight * value * value;
-        }
+        // The factor with the least error, weighted by squares of elements. Sums are in the order of elements.
+        let (products, squares) = (products.iter().fold(0.0, |a, b| a + b), squares.iter().fold(0.0, |a, b| a + b));
         let d = if squares > 0.0 { products / squares } else { 0.0 };
-        Self { d: if d.is_nan() { NAN } else { narrowed(s, d) }, q: nibbles(&q) }
+        Self { d: if d.is_nan() { NAN } else { narrowed(s, d) }, q: nibbles(s, &q) }
     }
 
     #[inline(always)]
@@ -492,13 +525,14 @@ impl BlockUnit for Iq4Nl {
 
 /// The block next to elements, or one of NaN.
 #[inline(always)]
-fn quantized<S: Simd, U: BlockUnit>(s: S, x: &[f32; N]) -> U {
-    // Magnitudes are in the order of their patterns, those of NaN and infinity the largest.
-    let mut peak = 0;
-    for x in x {
-        peak = peak.max(x.to_bits() & 0x7fff_ffff);
+fn quantized<S: Simd, U: BlockUnit>(s: S, x: &Vectors<S>) -> U {
+    let (mut largest, mut nonfinite) = (s.zero(), s.zero());
+    for &x in &x[..N / S::LANES] {
+        largest = s.max(largest, s.abs(x));
+        // 0 times a finite number is 0, and 0 times NaN or infinity is NaN, which persists.
+        nonfinite = s.fma(x, s.zero(), nonfinite);
     }
-    if peak < f32::INFINITY.to_bits() { U::nearest(s, x, f32::from_bits(peak)) } else { U::nan() }
+    if s.all_finite(nonfinite) { U::nearest(s, x, s.max_lane(largest)) } else { U::nan() }
 }
 
 /// Quantises `heads` vectors of whole blocks.
@@ -512,7 +546,7 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, U: BlockUnit>(s: S, args: &
         let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
         let dst = c.dst.cast::<U>().wrapping_offset(head * c.dst_head);
         for block in 0..c.dim / N {
-            let (mut x, mut stage) = ([0.0; N], [A::default(); N]);
+            let (mut x, mut stage) = ([s.zero(); MAX_VECTORS], [A::default(); N]);
             let mut from = src.wrapping_offset((block * N) as isize * c.src_dim);
             // SAFETY: the caller's; a block has whole vectors.
             unsafe {
@@ -520,8 +554,8 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, U: BlockUnit>(s: S, args: &
                     gather(from, c.src_dim, stage.as_mut_ptr(), N);
                     from = stage.as_ptr();
                 }
-                for i in (0..N).step_by(S::LANES) {
-                    s.store_f32(x.as_mut_ptr().add(i), A::load(s, from.add(i)));
+                for (i, x) in x[..N / S::LANES].iter_mut().enumerate() {
+                    *x = A::load(s, from.add(i * S::LANES));
                 }
                 *dst.wrapping_add(block) = quantized(s, &x);
             }

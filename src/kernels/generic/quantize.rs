@@ -9,8 +9,10 @@
 //! NaN.
 //!
 //! The largest magnitude does not depend on the order, and divisions and roundings are those of IEEE 754, so that
-//! every level computes the same bits. A head is read twice, the second time from the first-level cache. Bound by
-//! memory for f32; the only operation slower than a conversion is a division per vector.
+//! every level computes the same bits. A head is read twice, the second time from the first-level cache, unless it stays in registers.
+//! Units are products by the reciprocal of the scale, which are rounded to the same integers as quotients where none is close to a half;
+//! one head in a hundred has such an element, and is divided. What bounds it: with 16 lanes, a vector takes ten operations and a head
+//! two maxima over lanes; the steps of one head depend on each other, and two heads at most are in flight.
 
 use super::copy::{STAGE, gather, scatter};
 use crate::dtype::DType;
@@ -35,6 +37,11 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs) {
     for head in 0..c.heads as isize {
         let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
         let dst = c.dst.cast::<i8>().wrapping_offset(head * c.dst_head);
+        if c.dim == RESIDENT * S::LANES && c.src_dim == 1 && c.dst_dim == 1 {
+            // SAFETY: the caller's.
+            unsafe { resident(s, args, head, src, dst) };
+            continue;
+        }
         // SAFETY: the caller's, here and below; what is staged fits its buffer.
         let peak = unsafe { peak(s, (src, c.src_dim), c.dim, from) };
         // SAFETY: as above.
@@ -42,6 +49,62 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs) {
         // SAFETY: as above.
         unsafe { convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &ToUnits(scale)) };
     }
+}
+
+/// Vectors of a head that stays in registers from the largest magnitude to the units.
+const RESIDENT: usize = 8;
+
+/// Quantises a head of as many vectors, whose elements and units lie together.
+///
+/// # Safety
+/// As [`quantize`].
+#[inline(always)]
+unsafe fn resident<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs, head: isize, src: *const A, dst: *mut i8) {
+    let (mut x, mut largest, mut nonfinite) = ([s.zero(); RESIDENT], s.zero(), s.zero());
+    for (i, x) in x.iter_mut().enumerate() {
+        // SAFETY: the caller's.
+        *x = unsafe { A::load(s, src.add(i * S::LANES)) };
+        (largest, nonfinite) = widest(s, *x, (largest, nonfinite));
+    }
+    let peak = if s.all_finite(nonfinite) { Some(s.max_lane(largest)) } else { None };
+    // SAFETY: the caller's, here and below.
+    let scale = unsafe { put_scale(args, head, peak) };
+    if has_near_products(scale) {
+        let (inverse, mut farthest) = (s.splat(1.0 / scale), s.zero());
+        for (i, &x) in x.iter().enumerate() {
+            let unit;
+            (unit, farthest) = near_unit(s, s.mul(x, inverse), farthest);
+            // SAFETY: as above.
+            unsafe { s.store_i8(dst.add(i * S::LANES), unit) };
+        }
+        if s.max_lane(farthest) < SURE {
+            return;
+        }
+    }
+    // SAFETY: as above.
+    unsafe { units::<_, _, true>(s, src, dst, scale, RESIDENT * S::LANES) };
+}
+
+/// The largest magnitudes with those of a vector, and whether all was finite: 0 times a finite number is 0, and 0 times NaN or infinity
+/// is NaN, which persists.
+#[inline(always)]
+fn widest<S: Simd>(s: S, x: S::V, (largest, nonfinite): (S::V, S::V)) -> (S::V, S::V) {
+    (s.max(largest, s.abs(x)), s.fma(x, s.zero(), nonfinite))
+}
+
+/// Whether elements times the reciprocal of their scale are at most 2^-15 from their quotients, and no quotient is beyond the largest unit.
+fn has_near_products(scale: f32) -> bool {
+    (f32::MIN_POSITIVE..f16::MAX.to_f32_const()).contains(&scale)
+}
+
+/// Where no product is farther than this from its unit, none of the quotients is nearer to another one.
+const SURE: f32 = 0.5 - 1.0 / (1 << 15) as f32;
+
+/// The unit nearest to such a product, and the largest distances with this one.
+#[inline(always)]
+fn near_unit<S: Simd>(s: S, product: S::V, farthest: S::V) -> (S::V, S::V) {
+    let unit = s.round(product);
+    (unit, s.max(farthest, s.abs(s.sub(product, unit))))
 }
 
 /// Quantises `n` numbers that lie together, as [`quantize`] does with f32 scales, and returns the scale. The units may be written over
@@ -55,7 +118,7 @@ pub(super) unsafe fn row<S: Simd>(s: S, src: *const f32, dst: *mut i8, n: usize)
     // SAFETY: the caller's; nothing is staged where numbers lie together.
     unsafe {
         let scale = peak(s, (src, 1), n, std::ptr::null_mut()).map_or(f32::NAN, scale_f32);
-        units(s, src, dst, scale, n);
+        units::<_, _, true>(s, src, dst, scale, n);
         scale
     }
 }
@@ -123,14 +186,12 @@ unsafe fn peak<S: Simd, A: LoadStore>(s: S, (src, step): (*const A, isize), n: u
             while i < len {
                 let v =
                     if i + S::LANES <= len { A::load(s, from.add(i)) } else { A::load_part(s, from.add(i), len - i) };
-                largest = s.max(largest, s.abs(v));
-                // 0 times a finite number is 0, and 0 times NaN or infinity is NaN, which persists.
-                nonfinite = s.fma(v, s.zero(), nonfinite);
+                (largest, nonfinite) = widest(s, v, (largest, nonfinite));
                 i += S::LANES;
             }
         }
     }
-    s.all_finite(nonfinite).then(|| s.max_lane(largest))
+    if s.all_finite(nonfinite) { Some(s.max_lane(largest)) } else { None }
 }
 
 /// Stores the scale of a head with this largest magnitude, and returns it as stored.
@@ -182,20 +243,43 @@ impl<A: LoadStore> Converted<A, i8> for ToUnits {
     #[inline(always)]
     unsafe fn run<S: Simd>(&self, s: S, src: *const A, dst: *mut i8, n: usize) {
         // SAFETY: the caller's.
-        unsafe { units(s, src, dst, self.0, n) };
+        unsafe { units::<_, _, false>(s, src, dst, self.0, n) };
     }
 }
 
-/// `n` elements as units of a scale.
+/// `n` elements as units of a scale. With `OVER`, units may lie where elements do, from where these begin, and all quotients are computed;
+/// without, only where products by the reciprocal leave a doubt.
 ///
 /// # Safety
 /// `n` elements are readable at `src` and `n` units writable at `dst`.
 #[inline(always)]
-unsafe fn units<S: Simd, A: LoadStore>(s: S, src: *const A, dst: *mut i8, scale: f32, n: usize) {
+unsafe fn units<S: Simd, A: LoadStore, const OVER: bool>(s: S, src: *const A, dst: *mut i8, scale: f32, n: usize) {
     if scale.is_nan() || scale == 0.0 {
         // SAFETY: the caller's.
         unsafe { dst.write_bytes(0, n) };
         return;
+    }
+    if !OVER && has_near_products(scale) {
+        let (inverse, mut farthest) = (s.splat(1.0 / scale), s.zero());
+        let mut i = 0;
+        while i < n {
+            // SAFETY: the caller's; a part is what is left.
+            unsafe {
+                let whole = i + S::LANES <= n;
+                let v = if whole { A::load(s, src.add(i)) } else { A::load_part(s, src.add(i), n - i) };
+                let unit;
+                (unit, farthest) = near_unit(s, s.mul(v, inverse), farthest);
+                if whole {
+                    s.store_i8(dst.add(i), unit);
+                } else {
+                    s.store_part_i8(dst.add(i), unit, n - i);
+                }
+            }
+            i += S::LANES;
+        }
+        if s.max_lane(farthest) < SURE {
+            return;
+        }
     }
     let (scale, most) = (s.splat(scale), s.splat(MAX_UNIT));
     let least = s.splat(-MAX_UNIT);
