@@ -16,7 +16,7 @@ use super::copy::STAGE;
 use super::quantize::{Converted, ToElements, convert};
 use crate::dtype::DType;
 use crate::kernels::api::ScaledArgs;
-use crate::kernels::simd::{Load, LoadStore, Simd, clamped};
+use crate::kernels::simd::{Load, LoadStore, Simd};
 use half::f16;
 use std::mem::MaybeUninit;
 
@@ -80,8 +80,8 @@ impl Fp8 for E5m2 {
 #[inline(always)]
 pub(crate) fn rounded<S: Simd, U: Fp8>(s: S, v: S::V) -> S::V {
     let pattern = |bits: u32| s.splat(f32::from_bits(bits));
-    let v = clamped(s, v, U::MAX);
-    let magnitude = s.abs(v);
+    let (magnitude, largest) = (s.abs(v), s.splat(U::MAX));
+    let magnitude = s.select_lt(largest, magnitude, largest, magnitude);
     // To nearest, ties to even: adds half of the cut-off range, minus one where the last kept bit is 0.
     let odd = s.and_bits(s.shift_bits(magnitude, U::SHIFT), pattern(1));
     let up = s.add_bits(odd, pattern((1 << (U::SHIFT - 1)) - 1));
