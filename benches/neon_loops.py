@@ -18,6 +18,8 @@ The loops of the level neonbf16 are counted in `bfmmla` instructions. Each is 16
   32; a pair of rows by eight pairs of columns: 8, and 8 more that only detect NaN. These are recognised by the shuffles that bring
   keys into pairs (of 64 bits) or transpose values (of 16).
 
+Those of the level neoni8mm, over int8, in `smmla`, of 32 multiply-adds: four pairs of rows by two pairs of keys, sixteen elements an iteration: 16.
+
 Fails if a kind of loop does not exist, or if the best loop of a kind has fewer multiply-adds per load or more stores to the stack
 than its bound.
 """
@@ -37,6 +39,7 @@ KINDS = {
     ("bfmmla", 16, "2d"): ("decode, scores: 1 x 8 pairs, two steps a turn", 0.9, 0),
     ("bfmmla", 32, "2d"): ("decode, scores: 4 x 4 pairs, two steps a turn", 2.6, 0),
     ("bfmmla", 16, "8h"): ("decode, values: 1 x 8 pairs, a step a turn", 2.2, 0),
+    ("smmla", 16, "2d"): ("scores of integers: 4 x 2 pairs, sixteen elements a turn", 1.9, 0),
 }
 LINE = re.compile(r"^\s+([0-9a-f]+):\s+(\S+)\s*(.*)$")
 
@@ -72,7 +75,7 @@ def main():
         loads = sum(name.startswith("ld") and name != "ldrb" for name in names)
         spills = sum(name.startswith("st") and "[sp" in operands for _, name, operands in loop)
         shuffle = next((operands.split(",")[0].split(".")[-1] for _, name, operands in loop if name == "zip1"), "")
-        for instruction in ("fmla", "bfmmla"):
+        for instruction in ("fmla", "bfmmla", "smmla"):
             kind = (instruction, names.count(instruction), shuffle)
             if kind in KINDS:
                 best[kind] = max(best[kind], (kind[1] / max(loads, 1), -spills, loads, len(loop)))

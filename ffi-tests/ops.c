@@ -103,10 +103,16 @@ static void names(const kvl_context *context) {
         }
     }
     OK(kvl_context_attention_kernel_names(context, KVL_FORMAT_INT8, KVL_FORMAT_F16, KVL_PRECISION_INTEGER, &high, &other));
-    if (isa == KVL_ISA_AVX512_VNNI || isa == KVL_ISA_AVX512_BF16 || isa == KVL_ISA_AMX) {
+    if (isa == KVL_ISA_AMX) {
+        CHECK(strcmp(high, "attention_int8_integer_amx") == 0, "%s", high);
+        CHECK(strcmp(other, "attention_f16_avx512") == 0, "%s", other);
+    } else if (isa == KVL_ISA_AVX512_VNNI || isa == KVL_ISA_AVX512_BF16) {
         CHECK(strcmp(high, "attention_int8_integer_avx512vnni") == 0, "%s", high);
         CHECK(strcmp(other, "attention_f16_avx512") == 0, "%s", other);
-    } else if (isa == KVL_ISA_NEON_DOTPROD || isa == KVL_ISA_NEON_BF16) {
+    } else if (isa == KVL_ISA_NEON_I8MM || isa == KVL_ISA_NEON_BF16) {
+        CHECK(strcmp(high, "attention_int8_integer_neoni8mm") == 0, "%s", high);
+        CHECK(strcmp(other, "attention_f16_neon") == 0, "%s", other);
+    } else if (isa == KVL_ISA_NEON_DOTPROD) {
         CHECK(strcmp(high, "attention_int8_integer_neondotprod") == 0, "%s", high);
         CHECK(strcmp(other, "attention_f16_neon") == 0, "%s", other);
     } else if (isa == KVL_ISA_AVX_VNNI) {
@@ -119,6 +125,7 @@ static void names(const kvl_context *context) {
     isa = isa == KVL_ISA_AVX512_VNNI    ? KVL_ISA_AVX512
           : isa == KVL_ISA_AVX_VNNI     ? KVL_ISA_AVX2
           : isa == KVL_ISA_NEON_DOTPROD ? KVL_ISA_NEON
+          : isa == KVL_ISA_NEON_I8MM    ? KVL_ISA_NEON
                                         : isa;
     if (isa == KVL_ISA_AVX512_BF16 || isa == KVL_ISA_AMX || isa == KVL_ISA_NEON_BF16) {
         /* Another level serves everything else. */

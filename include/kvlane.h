@@ -279,14 +279,15 @@
 #define KVL_ISA_NEON 4
 
 /**
- * x86-64 with all features of `KVL_ISA_AVX512`, and AMX tiles with bf16 products. This level has kernels for attention
- * over bf16 alone and uses those of `KVL_ISA_AVX512` for everything else. It is preferred to that level.
+ * x86-64 with all features of `KVL_ISA_AVX512_VNNI`, and AMX tiles with products of bf16 and int8. This level has kernels for attention
+ * over bf16, and over int8 keys at `KVL_PRECISION_INTEGER`, alone and uses those of the levels below for everything else. It is
+ * preferred to these.
  */
 #define KVL_ISA_AMX 5
 
 /**
- * AArch64 with all features of `KVL_ISA_NEON`, and bf16 matrix products (FEAT_BF16). This level has kernels for
- * attention over bf16 alone and uses those of `KVL_ISA_NEON` for everything else. It is preferred to that level,
+ * AArch64 with all features of `KVL_ISA_NEON_I8MM`, and bf16 matrix products (FEAT_BF16). This level has kernels for
+ * attention over bf16 alone and uses those of the levels below for everything else. It is preferred to these,
  * except on CPUs of Apple.
  */
 #define KVL_ISA_NEON_BF16 6
@@ -313,6 +314,12 @@
  * AArch64 with the features of `KVL_ISA_NEON`, and FEAT_DotProd. As `KVL_ISA_AVX512_VNNI`, above NEON.
  */
 #define KVL_ISA_NEON_DOTPROD 10
+
+/**
+ * AArch64 with the features of `KVL_ISA_NEON_DOTPROD`, and matrix products of bytes (FEAT_I8MM), which serve two query rows and more. As
+ * `KVL_ISA_AVX512_VNNI`, above NEON.
+ */
+#define KVL_ISA_NEON_I8MM 11
 
 /**
  * Cosines and sines of RoPE angles. Types: `KVL_FORMAT_F32` twice.

@@ -175,7 +175,8 @@ impl Context {
     /// the one whose way with values is. Both are of one level, and the same where the formats are.
     ///
     /// A level that is [partial](Isa::is_partial) serves a pair of formats as a whole or not at all; except that kernels of
-    /// [`Precision::Integer`] are of the level of their keys, and go with values of that level or of the full level below.
+    /// [`Precision::Integer`] are of the level of their keys, and go with values of that level, or of one with the features of the other, or
+    /// of the full level below.
     pub fn attention_kernels(
         &self,
         k_format: impl Into<CacheFormat>,
@@ -199,7 +200,8 @@ impl Context {
         };
         // Kernels of integer products say how keys are read. Values are read as at the full level, unless they have such kernels too.
         let integer = keys.info.precision == Some(Precision::Integer);
-        let both = integer && values.info.precision == keys.info.precision && values.info.isa == keys.info.isa;
+        let joined = values.info.isa.is_within(keys.info.isa) || keys.info.isa.is_within(values.info.isa);
+        let both = integer && values.info.precision == keys.info.precision && joined;
         [if integer { keys } else { full(k) }, if both { values } else { full(v) }]
     }
 

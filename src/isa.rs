@@ -22,11 +22,12 @@ pub enum Isa {
     Avx512 = 3,
     /// AArch64 with Advanced SIMD.
     Neon = 4,
-    /// x86-64 with the features of [`Avx512`](Self::Avx512), AMX tiles and their bf16 products. A partial level with
-    /// kernels for attention over bf16 only; the other kernels are those of AVX-512.
+    /// x86-64 with the features of [`Avx512Vnni`](Self::Avx512Vnni), AMX tiles and their products of bf16 and int8. A partial level with
+    /// kernels for attention over bf16, and over int8 keys at [`Precision::Integer`](crate::Precision::Integer), only; the other kernels
+    /// are those of AVX-512 and AVX512-VNNI.
     Amx = 5,
-    /// AArch64 with the features of [`Neon`](Self::Neon) and bf16 matrix products (FEAT_BF16). A partial level with
-    /// kernels for attention over bf16 only; the other kernels are those of NEON. It is preferred to NEON, except on CPUs of
+    /// AArch64 with the features of [`NeonI8mm`](Self::NeonI8mm) and bf16 matrix products (FEAT_BF16). A partial level with
+    /// kernels for attention over bf16 only; the other kernels are those of the levels below. It is preferred to these, except on CPUs of
     /// Apple, where its products are slower than the arithmetic that they would replace; there it serves only if it is named.
     NeonBf16 = 6,
     /// x86-64 with the features of [`Avx512`](Self::Avx512) and AVX512-BF16. A partial level with kernels for attention over
@@ -41,11 +42,14 @@ pub enum Isa {
     AvxVnni = 9,
     /// AArch64 with the features of [`Neon`](Self::Neon) and FEAT_DotProd. As [`Avx512Vnni`](Self::Avx512Vnni), above NEON.
     NeonDotprod = 10,
+    /// AArch64 with the features of [`NeonDotprod`](Self::NeonDotprod) and matrix products of bytes (FEAT_I8MM), which serve two query
+    /// rows and more. As [`Avx512Vnni`](Self::Avx512Vnni), above NEON.
+    NeonI8mm = 11,
 }
 
 impl Isa {
     /// Every level, of every architecture.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Scalar,
         Self::Avx2,
         Self::AvxVnni,
@@ -55,6 +59,7 @@ impl Isa {
         Self::Amx,
         Self::Neon,
         Self::NeonDotprod,
+        Self::NeonI8mm,
         Self::NeonBf16,
     ];
 
@@ -67,6 +72,7 @@ impl Isa {
             Self::NeonBf16 if cpu::is_apple() => 5,
             Self::Avx2 | Self::Neon => 10,
             Self::AvxVnni | Self::NeonDotprod => 12,
+            Self::NeonI8mm => 14,
             Self::Avx512Bf16 if cpu::vendor() != "AuthenticAMD" => 15,
             Self::Avx512 | Self::NeonBf16 => 20,
             Self::Avx512Vnni => 22,
@@ -85,8 +91,8 @@ impl Isa {
         self.features().iter().all(|feature| ceiling.features().contains(feature))
     }
 
-    /// `"scalar"`, `"avx2"`, `"avxvnni"`, `"avx512"`, `"avx512vnni"`, `"avx512bf16"`, `"amx"`, `"neon"`, `"neondotprod"` or
-    /// `"neonbf16"`.
+    /// `"scalar"`, `"avx2"`, `"avxvnni"`, `"avx512"`, `"avx512vnni"`, `"avx512bf16"`, `"amx"`, `"neon"`, `"neondotprod"`,
+    /// `"neoni8mm"` or `"neonbf16"`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
@@ -98,6 +104,7 @@ impl Isa {
             Self::AvxVnni => "avxvnni",
             Self::Neon => "neon",
             Self::NeonDotprod => "neondotprod",
+            Self::NeonI8mm => "neoni8mm",
             Self::NeonBf16 => "neonbf16",
         }
     }
@@ -120,10 +127,11 @@ impl Isa {
             Self::Avx512 => level_features!(Avx512, feature_names! {}),
             Self::Avx512Vnni => level_features!(Avx512Vnni, feature_names! {}),
             Self::Avx512Bf16 => level_features!(Avx512Bf16, feature_names! {}),
-            Self::Amx => level_features!(Avx512Vnni, feature_names! { "amx-tile" "amx-bf16" }),
+            Self::Amx => level_features!(Avx512Vnni, feature_names! { "amx-tile" "amx-bf16" "amx-int8" }),
             Self::AvxVnni => level_features!(AvxVnni, feature_names! {}),
             Self::Neon => level_features!(Neon, feature_names! {}),
             Self::NeonDotprod => level_features!(NeonDotprod, feature_names! {}),
+            Self::NeonI8mm => level_features!(NeonI8mm, feature_names! {}),
             Self::NeonBf16 => level_features!(NeonBf16, feature_names! {}),
         }
     }
@@ -132,7 +140,13 @@ impl Isa {
     pub const fn is_partial(self) -> bool {
         matches!(
             self,
-            Self::AvxVnni | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx | Self::NeonDotprod | Self::NeonBf16
+            Self::AvxVnni
+                | Self::Avx512Vnni
+                | Self::Avx512Bf16
+                | Self::Amx
+                | Self::NeonDotprod
+                | Self::NeonI8mm
+                | Self::NeonBf16
         )
     }
 
@@ -143,7 +157,7 @@ impl Isa {
             Self::Avx2 | Self::AvxVnni | Self::Avx512 | Self::Avx512Vnni | Self::Avx512Bf16 | Self::Amx => {
                 cfg!(target_arch = "x86_64")
             }
-            Self::Neon | Self::NeonDotprod | Self::NeonBf16 => {
+            Self::Neon | Self::NeonDotprod | Self::NeonI8mm | Self::NeonBf16 => {
                 cfg!(all(target_arch = "aarch64", target_endian = "little"))
             }
         }
@@ -174,6 +188,8 @@ impl Isa {
             Self::Neon => level_features!(Neon, detected! {}),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::NeonDotprod => level_features!(NeonDotprod, detected! {}),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Self::NeonI8mm => level_features!(NeonI8mm, detected! {}),
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
             Self::NeonBf16 => level_features!(NeonBf16, detected! {}),
             #[allow(unreachable_patterns)]

@@ -451,7 +451,7 @@ fn the_environment_lowers_the_level() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(
         text.contains(
-            "KVLANE_MAX_ISA is \"fastest\", which is none of scalar, avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx, neon, neondotprod, neonbf16"
+            "KVLANE_MAX_ISA is \"fastest\", which is none of scalar, avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx, neon, neondotprod, neoni8mm, neonbf16"
         ),
         "{text}"
     );

@@ -32,7 +32,10 @@ fn the_table_of_operations_is_the_registry() {
             .into_iter()
             .filter(|&level| !level.is_partial() || op == Op::Attention)
             .map(|level| match level {
-                Isa::AvxVnni | Isa::Avx512Vnni | Isa::NeonDotprod => format!("{level} (int8 and blocks)"),
+                Isa::AvxVnni | Isa::Avx512Vnni | Isa::NeonDotprod | Isa::NeonI8mm => {
+                    format!("{level} (int8 and blocks)")
+                }
+                Isa::Amx => format!("{level} (bf16 and int8)"),
                 level if level.is_partial() => format!("{level} (bf16)"),
                 level => level.to_string(),
             })

@@ -337,6 +337,7 @@ impl Case {
         let has = |feature: &str| self.kernel.isa.features().contains(&feature);
         match self.work {
             _ if self.flops() == 0.0 => None,
+            Work::Attention { .. } if self.kernel.precision == Some(Precision::Integer) => Some(Kind::Fma),
             Work::Attention { .. } if has("amx-bf16") => Some(Kind::Bf16Tiles),
             Work::Attention { .. } if self.kernel.isa.is_partial() && (has("avx512bf16") || has("bf16")) => {
                 Some(Kind::Bf16Dot)

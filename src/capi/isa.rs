@@ -18,11 +18,12 @@ pub const KVL_ISA_AVX2: i32 = 2;
 pub const KVL_ISA_AVX512: i32 = 3;
 /// AArch64 with Advanced SIMD.
 pub const KVL_ISA_NEON: i32 = 4;
-/// x86-64 with all features of `KVL_ISA_AVX512`, and AMX tiles with bf16 products. This level has kernels for attention
-/// over bf16 alone and uses those of `KVL_ISA_AVX512` for everything else. It is preferred to that level.
+/// x86-64 with all features of `KVL_ISA_AVX512_VNNI`, and AMX tiles with products of bf16 and int8. This level has kernels for attention
+/// over bf16, and over int8 keys at `KVL_PRECISION_INTEGER`, alone and uses those of the levels below for everything else. It is
+/// preferred to these.
 pub const KVL_ISA_AMX: i32 = 5;
-/// AArch64 with all features of `KVL_ISA_NEON`, and bf16 matrix products (FEAT_BF16). This level has kernels for
-/// attention over bf16 alone and uses those of `KVL_ISA_NEON` for everything else. It is preferred to that level,
+/// AArch64 with all features of `KVL_ISA_NEON_I8MM`, and bf16 matrix products (FEAT_BF16). This level has kernels for
+/// attention over bf16 alone and uses those of the levels below for everything else. It is preferred to these,
 /// except on CPUs of Apple.
 pub const KVL_ISA_NEON_BF16: i32 = 6;
 /// x86-64 with all features of `KVL_ISA_AVX512`, and BF16 products (AVX512-BF16). This level has kernels for attention over bf16
@@ -36,6 +37,9 @@ pub const KVL_ISA_AVX512_VNNI: i32 = 8;
 pub const KVL_ISA_AVX_VNNI: i32 = 9;
 /// AArch64 with the features of `KVL_ISA_NEON`, and FEAT_DotProd. As `KVL_ISA_AVX512_VNNI`, above NEON.
 pub const KVL_ISA_NEON_DOTPROD: i32 = 10;
+/// AArch64 with the features of `KVL_ISA_NEON_DOTPROD`, and matrix products of bytes (FEAT_I8MM), which serve two query rows and more. As
+/// `KVL_ISA_AVX512_VNNI`, above NEON.
+pub const KVL_ISA_NEON_I8MM: i32 = 11;
 
 /// The name of a level, such as "avx2"; a constant. The name of `KVL_ISA_BEST` is "best".
 ///
@@ -55,6 +59,7 @@ pub extern "C" fn kvl_isa_name(isa: kvl_isa) -> *const c_char {
         KVL_ISA_AVX512_VNNI => c"avx512vnni",
         KVL_ISA_AVX_VNNI => c"avxvnni",
         KVL_ISA_NEON_DOTPROD => c"neondotprod",
+        KVL_ISA_NEON_I8MM => c"neoni8mm",
         _ => c"unknown",
     };
     text.as_ptr()
@@ -83,7 +88,7 @@ const _: () = {
     assert!(KVL_ISA_AMX == Isa::Amx as i32 && KVL_ISA_NEON_BF16 == Isa::NeonBf16 as i32);
     assert!(KVL_ISA_AVX512_BF16 == Isa::Avx512Bf16 as i32 && KVL_ISA_AVX512_VNNI == Isa::Avx512Vnni as i32);
     assert!(KVL_ISA_AVX_VNNI == Isa::AvxVnni as i32 && KVL_ISA_NEON_DOTPROD == Isa::NeonDotprod as i32);
-    assert!(Isa::ALL.len() == 10);
+    assert!(KVL_ISA_NEON_I8MM == Isa::NeonI8mm as i32 && Isa::ALL.len() == 11);
 };
 
 #[cfg(test)]

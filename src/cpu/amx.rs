@@ -1,11 +1,11 @@
-//! AMX: detection of tiles with bf16 products, and the permission to use them.
+//! AMX: detection of tiles with products of bf16 and int8, and the permission to use them.
 //!
-//! Detection uses CPUID (7, 0).EDX bits 24 (tiles) and 22 (bf16), and XCR0 bits 17 and 18, by which the operating
+//! Detection uses CPUID (7, 0).EDX bits 24 (tiles), 22 (bf16) and 25 (int8), and XCR0 bits 17 and 18, by which the operating
 //! system declares support. On Linux a process must also request the permission to use the tile data once
 //! (`arch_prctl`, 5.16 and later), for all of its threads. Linux refuses it if a thread has an alternate signal stack
 //! that is too small for the larger frame. Then the level is not available, and AVX-512 serves.
 //!
-//! With `--cfg kvlane_emulate_amx` the level is available wherever AVX-512 is. Its instructions then fault, and a
+//! With `--cfg kvlane_emulate_amx` the level is available wherever AVX-512 with VNNI is. Its instructions then fault, and a
 //! handler emulates them: `tests/common/amx_emulator.rs`.
 
 use super::{detected, level_features};
@@ -16,33 +16,28 @@ use std::sync::OnceLock;
 pub(crate) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
-        level_features!(Avx512, detected! {})
-            && (cfg!(kvlane_emulate_amx) || cpu_has_bf16_tiles() && permission_granted())
+        level_features!(Avx512Vnni, detected! {})
+            && (cfg!(kvlane_emulate_amx) || cpu_has_tiles() && permission_granted())
     })
 }
 
-/// Whether the CPU has tiles with bf16 products and the operating system saves them.
-fn cpu_has_bf16_tiles() -> bool {
+/// Whether the CPU has tiles with both products and the operating system saves them.
+fn cpu_has_tiles() -> bool {
     use std::arch::x86_64::{__cpuid, __cpuid_count};
     const TILE: u32 = 1 << 24;
     const BF16: u32 = 1 << 22;
+    const INT8: u32 = 1 << 25;
+    const ALL: u32 = TILE | BF16 | INT8;
     const OSXSAVE: u32 = 1 << 27;
     // Tile configuration and tile data.
     const STATE: u32 = 1 << 17 | 1 << 18;
-    if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 || __cpuid_count(7, 0).edx & (TILE | BF16) != TILE | BF16 {
+    if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 || __cpuid_count(7, 0).edx & ALL != ALL {
         return false;
     }
     let low: u32;
     // SAFETY: OSXSAVE is set, so that the instruction exists; it only reads.
     unsafe { asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") _, options(nomem, nostack, preserves_flags)) };
     low & STATE == STATE
-}
-
-/// Whether the tiles, if they are there, have products of 8-bit integers.
-#[cfg(feature = "bench")]
-pub(crate) fn has_int8_tiles() -> bool {
-    use std::arch::x86_64::{__cpuid, __cpuid_count};
-    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & 1 << 25 != 0
 }
 
 #[cfg(target_os = "linux")]

@@ -26,8 +26,9 @@ macro_rules! level_features {
     };
     (Neon, $then:ident! { $($rest:tt)* }) => { $then! { ["neon"] $($rest)* } };
     (NeonDotprod, $then:ident! { $($rest:tt)* }) => { $then! { ["neon" "dotprod"] $($rest)* } };
-    // Every CPU with FEAT_BF16 has FEAT_DotProd.
-    (NeonBf16, $then:ident! { $($rest:tt)* }) => { $then! { ["neon" "dotprod" "bf16"] $($rest)* } };
+    // Every CPU with FEAT_I8MM has FEAT_DotProd, and every one with FEAT_BF16 has FEAT_I8MM: both came with Armv8.6.
+    (NeonI8mm, $then:ident! { $($rest:tt)* }) => { $then! { ["neon" "dotprod" "i8mm"] $($rest)* } };
+    (NeonBf16, $then:ident! { $($rest:tt)* }) => { $then! { ["neon" "dotprod" "i8mm" "bf16"] $($rest)* } };
 }
 pub(crate) use level_features;
 

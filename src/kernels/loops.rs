@@ -66,12 +66,14 @@ fn on_level(isa: Isa, body: impl Outlined) {
                 super::avx512::Avx512::new_unchecked().outline(body)
             }
             #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-            Isa::Neon | Isa::NeonDotprod | Isa::NeonBf16 => super::neon::Neon::new_unchecked().outline(body),
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm | Isa::NeonBf16 => {
+                super::neon::Neon::new_unchecked().outline(body)
+            }
             // Levels of other architectures, listed so that a new level does not compile without its loops.
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::AvxVnni | Isa::Avx512 | Isa::Avx512Vnni | Isa::Avx512Bf16 | Isa::Amx => {}
             #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
-            Isa::Neon | Isa::NeonDotprod | Isa::NeonBf16 => {}
+            Isa::Neon | Isa::NeonDotprod | Isa::NeonI8mm | Isa::NeonBf16 => {}
         }
     }
 }

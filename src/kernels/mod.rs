@@ -10,8 +10,8 @@
 //! | [`generic`] | the algorithms, over the trait |
 //! | [`scalar`], `avx2`, `avx512`, `neon` | the trait for one level |
 //! | `loops`, `products` | what the bench measures as the limits of the machine |
-//! | `amx` | a partial level: attention over bf16, by tile products |
-//! | `avxvnni`, `avx512vnni`, `neondotprod` | partial levels: attention over int8 keys, by products of integers |
+//! | `amx` | a partial level: attention over bf16, and over int8 keys, by tile products |
+//! | `avxvnni`, `avx512vnni`, `neondotprod`, `neoni8mm` | partial levels: attention over int8 keys, by products of integers |
 //! | `avx512bf16` | a partial level: attention over bf16, by products of pairs |
 //! | `neonbf16` | a partial level: attention over bf16, by products of small matrices |
 //!
@@ -39,6 +39,8 @@ pub(crate) mod neon;
 pub(crate) mod neonbf16;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) mod neondotprod;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+pub(crate) mod neoni8mm;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) mod partial;
 #[cfg(feature = "bench")]

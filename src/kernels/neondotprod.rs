@@ -5,15 +5,17 @@
 //!
 //! Never timed. The intrinsic is not stable, so that the product is one instruction of inline assembly.
 
+use super::generic::attention::DirectScores;
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
 use super::generic::attention::integer_blocks::{BYTES, BlockProducts, IntegerUnit, transposed};
 use super::neon::{Neon, shells};
+use super::neoni8mm;
 use super::partial::{integer_kernels, with_features};
 use super::simd::Simd;
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-integer_kernels!(NeonDotprod, NeonDotprod, Neon, Dotprod, floats 1e-5,
+integer_kernels!(NeonDotprod, NeonDotprod, Neon, vectors, floats 1e-5,
     Int8 "attention_int8_integer_neondotprod"
     Q8_0 "attention_q8_0_integer_neondotprod"
     Q4_0 "attention_q4_0_integer_neondotprod"
@@ -23,14 +25,20 @@ integer_kernels!(NeonDotprod, NeonDotprod, Neon, Dotprod, floats 1e-5,
     Iq4Nl "attention_iq4_nl_integer_neondotprod"
 );
 
-/// Proof that the CPU has the level.
+/// Proof that the CPU has the level; with `MATRICES`, that it has the products of [`neoni8mm`], too.
 #[derive(Clone, Copy)]
-struct Dotprod(Neon);
+pub(super) struct Dotprod<const MATRICES: bool>(pub(super) Neon);
+
+/// Proof that the CPU has the level.
+#[inline(always)]
+fn vectors(neon: Neon) -> Dotprod<false> {
+    Dotprod(neon)
+}
 
 /// Bytes of a vector.
-const UNITS: usize = 16;
+pub(super) const UNITS: usize = 16;
 
-impl ByteProducts for Dotprod {
+impl<const MATRICES: bool> ByteProducts for Dotprod<MATRICES> {
     type Level = Neon;
     type Units = int8x16_t;
     type Sums = int32x4_t;
@@ -89,9 +97,14 @@ impl ByteProducts for Dotprod {
         }
         totals
     }
+    #[inline(always)]
+    unsafe fn matrix_scores(self, args: &DirectScores, head: usize, row: usize) -> usize {
+        // SAFETY: the caller's.
+        if MATRICES { unsafe { neoni8mm::matrix_scores(Dotprod(self.0), args, head, row) } } else { 0 }
+    }
 }
 
-impl BlockProducts for Dotprod {
+impl<const MATRICES: bool> BlockProducts for Dotprod<MATRICES> {
     #[inline(always)]
     unsafe fn halves<U: IntegerUnit, const SECOND: bool>(self, p: *const u8, _: usize) -> int8x16_t {
         // SAFETY: the caller's.
@@ -140,6 +153,27 @@ impl BlockProducts for Dotprod {
     fn four(self, [a, b, c, d]: [int32x4_t; 4]) -> int32x4_t {
         // SAFETY: as above.
         unsafe { vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)) }
+    }
+    #[inline(always)]
+    unsafe fn matrix_totals(
+        self,
+        keys: [[int8x16_t; 2]; 4],
+        rows: [*const f32; 4],
+        part: usize,
+        d: usize,
+    ) -> Option<[int32x4_t; 4]> {
+        // SAFETY: the caller's.
+        if MATRICES { Some(unsafe { neoni8mm::totals(keys, [rows[0], rows[2]], part, d) }) } else { None }
+    }
+    #[inline(always)]
+    unsafe fn prepare_matrices(self, rows: [*const f32; 4], d: usize) {
+        if MATRICES {
+            // SAFETY: the caller's; the third row is not the first.
+            unsafe {
+                neoni8mm::write_pairs(Dotprod(self.0), [rows[0], rows[1]], d);
+                neoni8mm::write_pairs(Dotprod(self.0), [rows[2], rows[3]], d);
+            }
+        }
     }
     #[inline(always)]
     fn times(self, x: int32x4_t, factor: i32) -> int32x4_t {

@@ -12,9 +12,9 @@ macro_rules! with_features {
 pub(crate) use with_features;
 
 /// Writes a partial level's part of the registry, `ENTRIES`. Every line is a kernel, with its name on every partial level:
-/// operation, source and target format, precision, largest error, function, names.
+/// operation, source and target format, precision, largest error, function, names. `$more` is an entry of this level alone.
 macro_rules! partial_kernel_table {
-    ($level:ident) => { $crate::kernels::partial::partial_kernel_lines! { $level
+    ($level:ident $($more:expr)?) => { $crate::kernels::partial::partial_kernel_lines! { $level [$($more)?]
     Attention Bf16 Bf16 Default 4e-3 Attention(functions::<false>()) "attention_bf16_amx"      "attention_bf16_neonbf16"      "attention_bf16_avx512bf16";
     Attention Bf16 Bf16 High    1e-5 Attention(functions::<true>())  "attention_bf16_high_amx" "attention_bf16_high_neonbf16" "attention_bf16_high_avx512bf16";
     } };
@@ -34,7 +34,7 @@ macro_rules! integer_kernels {
         ];
 
         /// Everything but the scores, and with `words` the weighted values, is the full level's.
-        const fn functions() -> $crate::kernels::api::AttentionFns {
+        pub(crate) const fn functions() -> $crate::kernels::api::AttentionFns {
             let full = shells::attention::<i8>();
             let keys = const {
                 &$crate::kernels::generic::attention::KeyPieces {
@@ -80,7 +80,7 @@ macro_rules! integer_kernels {
 
             /// # Safety
             /// The level is available; the arguments are those of a tile whose rows [`quantize_rows`] has written.
-            unsafe fn scores(args: &$crate::kernels::generic::attention::DirectScores) {
+            pub(crate) unsafe fn scores(args: &$crate::kernels::generic::attention::DirectScores) {
                 // SAFETY: the caller's.
                 unsafe { $crate::kernels::generic::attention::integer::scores($proof($full::new_unchecked()), args) }
             }
@@ -197,13 +197,13 @@ pub(crate) use integer_entry;
 
 /// The lines of [`partial_kernel_table`] as entries of the registry.
 macro_rules! partial_kernel_lines {
-    ($level:ident $($op:ident $src:ident $dst:ident $precision:ident $error:literal $kind:ident($function:expr)
+    ($level:ident [$($more:expr)?] $($op:ident $src:ident $dst:ident $precision:ident $error:literal $kind:ident($function:expr)
         $amx:literal $neonbf16:literal $avx512bf16:literal;)*) => {
         pub(crate) static ENTRIES: &[$crate::kernels::registry::Entry] = &[$($crate::kernels::registry::entry!(
             $level, $op, $src, $dst, Some($crate::kernels::api::Precision::$precision),
             $crate::kernels::partial::partial_column!($level $amx $neonbf16 $avx512bf16),
             $error, $kind($function)
-        )),*];
+        ),)* $($more)?];
     };
 }
 pub(crate) use partial_kernel_lines;

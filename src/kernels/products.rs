@@ -66,10 +66,10 @@ mod native {
             Products::Int8 if narrow && !wide && is_x86_feature_detected!("avxvnni") => {
                 Some(ProductLoop { by: "vpdpbusd ymm", operations: CHAINS * 64, run: int8_narrow })
             }
-            Products::Bf16Tiles if isa == Isa::Amx && peak::has_bf16() => {
+            Products::Bf16Tiles if isa == Isa::Amx && peak::is_available() => {
                 Some(ProductLoop { by: "tdpbf16ps", operations: peak::BF16_OPERATIONS, run: peak::bf16 })
             }
-            Products::Int8Tiles if isa == Isa::Amx && peak::has_int8() => {
+            Products::Int8Tiles if isa == Isa::Amx && peak::is_available() => {
                 Some(ProductLoop { by: "tdpbssd", operations: peak::INT8_OPERATIONS, run: peak::int8 })
             }
             _ => None,

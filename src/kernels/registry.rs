@@ -6,7 +6,7 @@ use super::scalar;
 #[cfg(target_arch = "x86_64")]
 use super::{amx, avx2, avx512, avx512bf16, avx512vnni, avxvnni};
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-use super::{neon, neonbf16, neondotprod};
+use super::{neon, neonbf16, neondotprod, neoni8mm};
 use crate::format::CacheFormat;
 use crate::isa::Isa;
 
@@ -58,6 +58,8 @@ static LEVELS: &[&[Entry]] = &[
     neon::ENTRIES,
     #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     neondotprod::ENTRIES,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    neoni8mm::ENTRIES,
     #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     neonbf16::ENTRIES,
 ];

@@ -163,8 +163,8 @@ unsafe fn perform(state: &mut State, registers: &[i64]) -> Option<usize> {
             }
             Some(4 + address.length)
         }
-        // tdpbf16ps tmm, tmm, tmm
-        (0x5c, REP, 3) => {
+        // tdpbf16ps, tdpbssd tmm, tmm, tmm
+        (0x5c, REP, 3) | (0x5e, REPNE, 3) => {
             let (to, a, b) = (reg, rm + b, v);
             if to == a || to == b || a == b {
                 return None;
@@ -173,6 +173,10 @@ unsafe fn perform(state: &mut State, registers: &[i64]) -> Option<usize> {
             let (rows, columns, depth) = (state.rows[to], state.row_bytes[to] / 4, state.row_bytes[a] / 4);
             if rows != state.rows[a] || state.row_bytes[to] != state.row_bytes[b] || depth != state.rows[b] {
                 return None;
+            }
+            if opcode == 0x5e {
+                multiply_bytes(tile(state, to)?, &source_a, &source_b, rows, columns, depth);
+                return Some(5);
             }
             // SAFETY: the library assumes AMX only with AVX-512, which implies FMA.
             unsafe { multiply(tile(state, to)?, &source_a, &source_b, rows, columns, depth) };
@@ -240,6 +244,23 @@ fn configure(state: &mut State, config: &[u8; 64]) -> Option<()> {
     state.tiles = [CLEAR; 8];
     state.configured = true;
     Some(())
+}
+
+/// Products of four signed bytes each are added to the target, modulo 2^32.
+fn multiply_bytes(to: &mut Tile, a: &Tile, b: &Tile, rows: usize, columns: usize, depth: usize) {
+    for (to, a) in to.0.iter_mut().zip(&a.0).take(rows) {
+        for (n, to) in to.as_chunks_mut::<4>().0.iter_mut().enumerate().take(columns) {
+            let mut sum = i32::from_le_bytes(*to);
+            for (k, b) in b.0.iter().enumerate().take(depth) {
+                for i in 0..4 {
+                    sum = sum.wrapping_add(i32::from(a[4 * k + i] as i8) * i32::from(b[4 * n + i] as i8));
+                }
+            }
+            *to = sum.to_le_bytes();
+        }
+        to[4 * columns..].fill(0);
+    }
+    to.0[rows..].fill([0; 64]);
 }
 
 /// Even and odd products are summed separately, by fused multiply-adds in order, from 0. Then both sums and the target

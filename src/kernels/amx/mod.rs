@@ -1,14 +1,15 @@
-//! AMX: eight tiles of sixteen rows by sixty-four bytes, and products of bf16 tiles that are summed in f32.
+//! AMX: eight tiles of sixteen rows by sixty-four bytes, and products of tiles: of bf16, summed in f32, and of int8, summed in 32 bits.
 //!
-//! A partial level: attention over bf16 keys and values, with one kernel per [`Precision`](super::api::Precision). All
-//! other operations, and all instructions of these kernels that are not tile products, are AVX-512's.
+//! A partial level: attention over bf16 keys and values, with one kernel per [`Precision`](super::api::Precision), and over int8 keys at
+//! `Precision::Integer`. All other operations, and all instructions of these kernels that are not tile products, are AVX-512's.
 
 mod attention;
+mod int8;
 #[cfg(feature = "bench")]
 pub(crate) mod peak;
 mod tiles;
 
-use super::partial::partial_kernel_table;
+use super::partial::{integer_entry, partial_kernel_table};
 use attention::functions;
 
-partial_kernel_table!(Amx);
+partial_kernel_table!(Amx integer_entry!(Amx Int8 "attention_int8_integer_amx" 2e-3 int8::functions()));

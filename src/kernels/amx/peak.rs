@@ -9,16 +9,12 @@ pub(crate) const BF16_OPERATIONS: usize = 4 * 2 * 16 * 16 * 32;
 /// Operations of a step of [`int8`]: four products of 16 rows, 16 columns and 64 elements.
 pub(crate) const INT8_OPERATIONS: usize = 4 * 2 * 16 * 16 * 64;
 
-pub(crate) fn has_bf16() -> bool {
+pub(crate) fn is_available() -> bool {
     !cfg!(kvlane_emulate_amx) && crate::cpu::amx::is_available()
 }
 
-pub(crate) fn has_int8() -> bool {
-    has_bf16() && crate::cpu::amx::has_int8_tiles()
-}
-
 /// # Safety
-/// [`has_bf16`].
+/// [`is_available`].
 pub(crate) unsafe fn bf16(steps: u64) {
     // SAFETY: the caller's; nothing else on this thread uses the tiles during a bench.
     let tiles = unsafe { Tiles::configure() };
@@ -29,7 +25,7 @@ pub(crate) unsafe fn bf16(steps: u64) {
 }
 
 /// # Safety
-/// [`has_int8`].
+/// [`is_available`].
 pub(crate) unsafe fn int8(steps: u64) {
     // SAFETY: the caller's; nothing else on this thread uses the tiles during a bench.
     let tiles = unsafe { Tiles::configure() };

@@ -155,6 +155,26 @@ impl Tiles {
             }
         }
     }
+
+    /// `accumulator[n] += a * b[n]`, of signed bytes. The operand A is row-major with rows `stride` bytes apart; the operands B have four
+    /// rows interleaved.
+    ///
+    /// # Safety
+    /// The operands are readable.
+    #[inline(always)]
+    pub unsafe fn multiply_bytes(&self, a: Operand, stride: isize, b: [Operand; 4]) {
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            asm!("tileloadd tmm4, [{a} + {s}]", "tileloadd tmm5, [{b0} + {t}]", "tdpbssd tmm0, tmm4, tmm5",
+                "tileloadd tmm6, [{b1} + {t}]", "tdpbssd tmm1, tmm4, tmm6",
+                "tileloadd tmm7, [{b2} + {t}]", "tdpbssd tmm2, tmm4, tmm7",
+                "tileloadd tmm5, [{b3} + {t}]", "tdpbssd tmm3, tmm4, tmm5",
+                a = in(reg) a, s = in(reg) stride, t = in(reg) ROW_BYTES,
+                b0 = in(reg) b[0], b1 = in(reg) b[1], b2 = in(reg) b[2], b3 = in(reg) b[3],
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _, options(readonly, nostack, preserves_flags));
+        }
+    }
 }
 
 #[cfg(feature = "bench")]

@@ -57,6 +57,16 @@ pub(crate) trait ByteProducts: Copy {
     fn add(self, sums: Self::Sums, keys: Self::Units, queries: Self::Units) -> Self::Sums;
     /// The sums over lanes of the first [`Self::SCORES`] vectors.
     fn totals(self, sums: &[Self::Sums; MAX_SCORES]) -> [i32; MAX_SCORES];
+
+    /// Scores of some rows of a head, from `row` on, by products of matrices, where a level has them. Returns how many rows; 0 if there are
+    /// too few.
+    ///
+    /// # Safety
+    /// As [`scores`].
+    #[inline(always)]
+    unsafe fn matrix_scores(self, _: &DirectScores, _head: usize, _row: usize) -> usize {
+        0
+    }
 }
 
 /// Upper bound of [`ByteProducts::SCORES`].
@@ -74,16 +84,16 @@ pub(crate) struct IntegerQueries {
 
 /// A row of units.
 #[derive(Clone, Copy)]
-struct Row {
-    units: *mut i8,
-    scale: *mut f32,
+pub(crate) struct Row {
+    pub units: *mut i8,
+    pub scale: *mut f32,
     sum: *mut i32,
 }
 
 impl Row {
     /// Row `r` of `q`. A row has at least 64 bytes, of which units take a fourth.
     #[inline(always)]
-    fn of(q: *mut f32, r: usize, d: usize) -> Self {
+    pub fn of(q: *mut f32, r: usize, d: usize) -> Self {
         let units = q.wrapping_add(r * padded(d)).cast::<i8>();
         let scale = units.wrapping_add(padded(d)).cast::<f32>();
         Self { units, scale, sum: scale.wrapping_add(1).cast() }
@@ -120,7 +130,9 @@ pub(crate) unsafe fn scores<P: ByteProducts>(p: P, args: &DirectScores) {
         while row < rows {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             row += unsafe {
+                let n = p.matrix_scores(args, head, row);
                 match (rows - row, P::SCORES) {
+                    _ if n > 0 => n,
                     (1, 16) => dots::<P, 1, 16>(p, args, head, row),
                     (1, _) => dots::<P, 1, 8>(p, args, head, row),
                     (2 | 3, 16) => dots::<P, 2, 8>(p, args, head, row),

@@ -134,6 +134,28 @@ pub(crate) trait BlockProducts: ByteProducts {
 
     /// In the four lanes of each block, the sum of these lanes of each of four vectors.
     fn four(self, x: [Self::Sums; 4]) -> Self::Sums;
+    /// For products of matrices, where a level has them: makes copies of four rows of `d` elements, of which the first two are not the last
+    /// two, behind their units.
+    ///
+    /// # Safety
+    /// The rows are those that [`quantize_rows`] has written.
+    #[inline(always)]
+    unsafe fn prepare_matrices(self, _rows: [*const f32; 4], _d: usize) {}
+    /// Where a level has products of matrices: the sums of products of the units of a part of four keys with those of four rows. For each
+    /// key, in the four lanes of each block, one of each row.
+    ///
+    /// # Safety
+    /// The rows are those of [`Self::prepare_matrices`].
+    #[inline(always)]
+    unsafe fn matrix_totals(
+        self,
+        _keys: [[Self::Units; 2]; 4],
+        _rows: [*const f32; 4],
+        _part: usize,
+        _d: usize,
+    ) -> Option<[Self::Sums; 4]> {
+        None
+    }
     fn times(self, x: Self::Sums, factor: i32) -> Self::Sums;
     /// `a - b`.
     fn difference(self, a: Self::Sums, b: Self::Sums) -> V<Self>;
@@ -483,20 +505,29 @@ unsafe fn four_rows<P: BlockProducts>(p: P, args: &Products, row: usize, n: usiz
         for i in 0..count {
             memory.sums.add(i).write(RowSums::new(p, rows, i, zero));
         }
+        p.prepare_matrices(rows, d);
         for j in (keys.low / 4 * 4..keys.high).step_by(4) {
             let group = source.group(p, keys, j);
             let mut scores = [s.zero(); 4];
             for i in 0..count {
                 let (of_rows, parts) = (&*memory.sums.add(i), source.parts(p, &group, i));
+                let units = [parts[0].units, parts[1].units, parts[2].units, parts[3].units];
+                let totals = p.matrix_totals(units, rows, i, d);
                 let mut sums = [[p.zero(); 4]; 4];
-                for r in 0..4 {
-                    let queries = row_units(p, rows[r], i);
-                    for c in 0..4 {
-                        sums[c][r] = products(p, parts[c].units, queries);
+                if totals.is_none() {
+                    for r in 0..4 {
+                        let queries = row_units(p, rows[r], i);
+                        for c in 0..4 {
+                            sums[c][r] = products(p, parts[c].units, queries);
+                        }
                     }
                 }
                 for c in 0..4 {
-                    let total = p.difference(p.four(sums[c]), of_rows.offsets);
+                    let sums = match totals {
+                        Some(totals) => totals[c],
+                        None => p.four(sums[c]),
+                    };
+                    let total = p.difference(sums, of_rows.offsets);
                     scores[c] = s.fma(total, parts[c].factors, scores[c]);
                     if minima {
                         scores[c] = s.fma(of_rows.sums, parts[c].minima, scores[c]);
