@@ -9,9 +9,9 @@
 //! of no matter.
 //!
 //! # What bounds it
-//! Never timed; by counts, at head size 128, a block takes eight transpositions of 64 shuffles, and then sixteen rows take eight products of
-//! 16 cycles, ten tiles of operands, two cycles per tile's four rows each, and 64 conversions and multiplications. Where AVX512-VNNI
-//! takes 1024 products and a tree of 43 instructions per sixteen scores, these are 2752: the transpositions pay from about twelve rows on.
+//! Never timed. By counts, at head size 128: a block takes eight transpositions of 64 shuffles, once for all rows. Sixteen rows then take
+//! eight products of 16 cycles, ten tiles of operands of 8 cycles each, and 64 conversions and multiplications, where AVX512-VNNI takes 2048
+//! products and 64 trees of 43 instructions.
 
 use super::tiles::{ROW_BYTES, TILE_BYTES, Tiles};
 use crate::cpu::level_features;
