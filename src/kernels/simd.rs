@@ -49,6 +49,15 @@ pub(crate) trait Simd: Copy {
     unsafe fn outline<B: Outlined>(self, body: B);
 
     fn splat(self, x: f32) -> Self::V;
+    /// The float at `p` in every lane.
+    ///
+    /// # Safety
+    /// It is readable.
+    #[inline(always)]
+    unsafe fn splat_from(self, p: *const f32) -> Self::V {
+        // SAFETY: the caller's.
+        self.splat(unsafe { *p })
+    }
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;

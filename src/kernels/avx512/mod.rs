@@ -6,6 +6,7 @@ use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
 use crate::kernels::simd::outline;
 use half::{bf16, f16};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 pulp::simd_type!({
@@ -27,6 +28,35 @@ pulp::simd_type!({
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512(Token);
 
+/// The float at `p` in every lane. Zen 4 has no port of vectors take part in this instruction, as in the one for floats, which
+/// compilers prefer.
+///
+/// # Safety
+/// The float is readable, and the CPU has AVX-512F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn broadcast(p: *const f32) -> __m512 {
+    let v;
+    // SAFETY: the caller's.
+    unsafe {
+        asm!("vpbroadcastd {v}, dword ptr [{p}]", v = lateout(zmm_reg) v, p = in(reg) p,
+            options(pure, readonly, nostack, preserves_flags));
+    }
+    v
+}
+
+/// A mask that compilers do not know. Of a known one they make shuffles, for which there are fewer ports.
+#[inline(always)]
+fn unknown<const MASK: u16>() -> __mmask16 {
+    let mask: u32;
+    // SAFETY: sets a register.
+    unsafe {
+        asm!("mov {mask:e}, {MASK}", mask = lateout(reg) mask, MASK = const MASK,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    mask as __mmask16
+}
+
 impl Avx512 {
     /// # Safety
     /// The CPU has the level's features.
@@ -40,14 +70,6 @@ impl Avx512 {
     fn prefix(n: usize) -> u16 {
         debug_assert!(n < 16);
         (1u16 << n) - 1
-    }
-
-    /// Lanes whose bit in `mask` is clear continue with `a`, the others with `b`. To each, the lane given by `index`
-    /// is added.
-    #[inline(always)]
-    fn join(self, mask: u16, index: __m512i, a: __m512, b: __m512) -> __m512 {
-        let f = self.0.avx512f;
-        f._mm512_add_ps(f._mm512_mask_blend_ps(mask, a, b), f._mm512_permutex2var_ps(a, index, b))
     }
 
     #[inline(always)]
@@ -136,6 +158,11 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         self.0.avx512f._mm512_set1_ps(x)
+    }
+    #[inline(always)]
+    unsafe fn splat_from(self, p: *const f32) -> __m512 {
+        // SAFETY: the caller's; the token proves AVX-512F.
+        unsafe { broadcast(p) }
     }
     #[inline(always)]
     fn add(self, a: __m512, b: __m512) -> __m512 {
@@ -235,23 +262,28 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn sum_lanes(self, v: &[__m512; MAX_LANES]) -> __m512 {
         let f = self.0.avx512f;
-        // Each step of the tree halves the number of vectors. The blend runs on either vector port; only the exchange
-        // needs the shuffle port.
-        let by8 = f._mm512_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
-        let by4 = f._mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
-        let by2 = f._mm512_setr_epi32(2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
-        let by1 = f._mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
-        let mut w = [v[0]; 8];
+        // Each step of the tree halves the number of vectors: lanes with the bit clear continue with the first, the others with the
+        // second. Blends run on every vector port, exchanges on two.
+        let (mut w, second) = ([v[0]; 8], unknown::<0xff00>());
         for i in 0..8 {
-            w[i] = self.join(0xff00, by8, v[i], v[i + 8]);
+            let (a, b) = (v[i], v[i + 8]);
+            w[i] = f._mm512_add_ps(f._mm512_mask_blend_ps(second, a, b), f._mm512_shuffle_f32x4::<0b01_00_11_10>(a, b));
         }
+        let second = unknown::<0xf0f0>();
         for i in 0..4 {
-            w[i] = self.join(0xf0f0, by4, w[i], w[i + 4]);
+            let (a, b) = (w[i], w[i + 4]);
+            let others = f._mm512_mask_blend_ps(second, b, a);
+            let others = f._mm512_shuffle_f32x4::<0b10_11_00_01>(others, others);
+            w[i] = f._mm512_add_ps(f._mm512_mask_blend_ps(second, a, b), others);
         }
+        let second = unknown::<0xcccc>();
         for i in 0..2 {
-            w[i] = self.join(0xcccc, by2, w[i], w[i + 2]);
+            let (a, b) = (w[i], w[i + 2]);
+            w[i] = f._mm512_add_ps(f._mm512_mask_blend_ps(second, a, b), f._mm512_shuffle_ps::<0b01_00_11_10>(a, b));
         }
-        self.join(0xaaaa, by1, w[0], w[1])
+        let second = unknown::<0xaaaa>();
+        let others = f._mm512_permute_ps::<0b10_11_00_01>(f._mm512_mask_blend_ps(second, w[1], w[0]));
+        f._mm512_add_ps(f._mm512_mask_blend_ps(second, w[0], w[1]), others)
     }
     #[inline(always)]
     fn max_lane(self, a: __m512) -> f32 {

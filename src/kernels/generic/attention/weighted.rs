@@ -149,7 +149,9 @@ impl<V: ValueRows> WeightedValues<V> {
             } else {
                 for n in (0..N).step_by(2) {
                     let at = v.add(n * S::LANES);
-                    if V::IN_CACHE && self.ahead.distance != 0 {
+                    if V::IN_CACHE && size_of::<V::Element>() == 1 {
+                        self.ahead.distances().prefetch(s, at);
+                    } else if V::IN_CACHE && self.ahead.distance != 0 {
                         self.ahead.pair(s, at);
                     }
                     [x[n], x[n + 1]] = V::Element::load_pair(s, at);
@@ -171,7 +173,7 @@ impl<V: ValueRows> WeightedValues<V> {
     ) {
         for r in 0..R {
             // SAFETY: the caller's.
-            let w = s.splat(unsafe { *self.weights.add(r * BLOCK + j) });
+            let w = unsafe { s.splat_from(self.weights.add(r * BLOCK + j)) };
             for n in 0..N {
                 sums[r][n] = s.fma(w, x[n], sums[r][n]);
             }

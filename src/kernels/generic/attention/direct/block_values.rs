@@ -103,7 +103,7 @@ impl DirectValues<'_> {
                     *x = (*unit).elements(s, (*unit).parts(s), i % ELEMENTS);
                 }
                 for r in 0..R {
-                    let w = s.splat(*weights.add(r * BLOCK + key));
+                    let w = s.splat_from(weights.add(r * BLOCK + key));
                     for n in 0..N {
                         sums[r][n] = s.fma(w, x[n], sums[r][n]);
                     }

@@ -171,7 +171,9 @@ impl DirectScores<'_> {
                 }
                 for c in 0..C {
                     let unit = keys[c].add(i / T::ELEMENTS);
-                    if T::ELEMENTS == 1 && row == 0 {
+                    if size_of::<T::Unit>() == 1 {
+                        distances.prefetch(s, unit);
+                    } else if T::ELEMENTS == 1 && row == 0 {
                         self.ahead.pair(s, unit);
                     }
                     for n in (0..step).step_by(2 * S::LANES) {
