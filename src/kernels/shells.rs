@@ -9,7 +9,7 @@ macro_rules! kernel_shells {
             use super::$level;
             use $crate::kernels::api::{AttentionFns, CopyArgs, HadamardArgs, MergeArgs, NormArgs, RopeArgs, ScaledArgs};
             use $crate::kernels::generic::{self, attention::{
-                Blocks, Deinterleaved, DirectScores, DirectValues, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, PairPieces,
+                Blocks, Deinterleaved, DirectScores, DirectValues, KeyFractions, KeyPieces, KeyPointers, OneValue, PackKeys, PackValues, PairPieces,
                 Pieces, Scratch, Units, ValuePieces, VectorProducts, Widen, WidenUnits,
             }};
             use $crate::kernels::generic::blocks::BlockUnit;
@@ -95,7 +95,7 @@ macro_rules! kernel_shells {
             unsafe fn tile(pieces: &Pieces, problem: &Problem, tile: &Tile, scratch: *mut u8) {
                 let scratch = Scratch::layout(scratch, tile.rows(), problem.q.shape[3], problem.v_dim).0;
                 let order = Deinterleaved { keys: pieces.keys.deinterleaved, values: pieces.values.deinterleaved };
-                let products = VectorProducts(pieces);
+                let products = VectorProducts::new(pieces);
                 // SAFETY: the caller's.
                 unsafe { generic::attention::tile($level::new_unchecked(), order, problem, tile, &scratch, &products) }
             }
@@ -110,6 +110,11 @@ macro_rules! kernel_shells {
             unsafe fn scores<T: Units>(args: &DirectScores) {
                 // SAFETY: the caller's.
                 unsafe { args.run::<_, T>($level::new_unchecked()) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn scores_short<T: Units>(args: &DirectScores) {
+                // SAFETY: the caller's.
+                unsafe { args.run_short::<_, T>($level::new_unchecked()) }
             }
             $(#[target_feature(enable = $feature)])*
             unsafe fn pack_keys<T: Load>(args: &PackKeys) {
@@ -156,13 +161,21 @@ macro_rules! kernel_shells {
                 // SAFETY: the caller's.
                 unsafe { args.run_affine::<_, BITS>($level::new_unchecked()) }
             }
+            const fn in_fractions<T: Load>() -> bool {
+                T::IN_FRACTIONS && <$level as Simd>::E4M3_FRACTION != 1.0
+            }
             const fn key_pieces<T: Load>() -> KeyPieces {
                 KeyPieces {
                     unit_bytes: size_of::<T>(),
                     widen: None,
                     reads_units: true,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
-                    scores: scores::<T>,
+                    scores: scores::<T::InLoops>,
+                    fractions: if in_fractions::<T>() {
+                        Some(KeyFractions { factor: <$level as Simd>::E4M3_FRACTION, scores: scores_short::<T> })
+                    } else {
+                        None
+                    },
                     widened_scores: scores::<f32>,
                     pack: pack_keys::<T>,
                     quantize_rows: None,
@@ -174,7 +187,8 @@ macro_rules! kernel_shells {
                     widen: None,
                     reads_units: true,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
-                    accumulate: accumulate::<T, false>,
+                    accumulate: accumulate::<T::InLoops, false>,
+                    fractions: if in_fractions::<T>() { <$level as Simd>::E4M3_FRACTION } else { 1.0 },
                     accumulate_one: accumulate_one::<T>,
                     all_finite: all_finite::<T>,
                     pack: pack_values::<T>,

@@ -5,7 +5,7 @@
 //! Every method is `inline(always)`, and is inlined into functions with the level's `target_feature`s only (the shells
 //! that [`kernel_shells!`](super::kernel_shells) writes). Without inlining it would pass vectors through memory.
 
-use super::generic::fp8::{E4m3, E5m2};
+use super::generic::fp8::{E4m3, E4m3Fraction, E5m2};
 use crate::dtype::{Element, SaturatingF16};
 pub(crate) use crate::problem::limits::MAX_LANES;
 use half::{bf16, f16};
@@ -33,6 +33,8 @@ pub(crate) trait Simd: Copy {
     const DIRECT_DIM: usize = usize::MAX;
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
     const DEINTERLEAVED_BF16: bool;
+    /// What [`Self::load_e4m3_fraction`] leaves to be multiplied by: a power of two, or 1.
+    const E4M3_FRACTION: f32 = 1.0;
     /// Whether the loops over a cache are compiled for one and for four query rows only, in narrow tiles of registers. Two and three
     /// rows then convert a key or value as many times.
     const FEW_LOOPS: bool = false;
@@ -189,6 +191,32 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_part_e4m3(self, p: *const E4m3, n: usize) -> Self::V {
         // SAFETY: the caller's.
         unsafe { self.load_e4m3(copy_part(p, n).as_ptr()) }
+    }
+    /// Eight-bit floats E4M3 divided by [`Self::E4M3_FRACTION`], exactly.
+    ///
+    /// # Safety
+    /// As [`Self::load_f32`].
+    #[inline(always)]
+    unsafe fn load_e4m3_fraction(self, p: *const E4m3Fraction) -> Self::V {
+        const { assert!(Self::E4M3_FRACTION == 1.0) };
+        // SAFETY: the caller's.
+        unsafe { self.load_e4m3(p.cast()) }
+    }
+    /// # Safety
+    /// As [`Self::load_part_f32`].
+    #[inline(always)]
+    unsafe fn load_part_e4m3_fraction(self, p: *const E4m3Fraction, n: usize) -> Self::V {
+        // SAFETY: the caller's.
+        unsafe { self.load_e4m3_fraction(copy_part(p, n).as_ptr()) }
+    }
+    /// The first and the second half of `2 * LANES`.
+    ///
+    /// # Safety
+    /// `2 * LANES` elements are readable at `p`.
+    #[inline(always)]
+    unsafe fn load_pair_e4m3_fraction(self, p: *const E4m3Fraction) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [self.load_e4m3_fraction(p), self.load_e4m3_fraction(p.add(Self::LANES))] }
     }
     /// Eight-bit floats E5M2: see [`E5m2`].
     ///
@@ -405,6 +433,10 @@ pub(crate) trait Load: Copy + Default + 'static {
     const DEINTERLEAVES: bool;
     /// Whether values may be packed in pairs of slots.
     const PACKS_PAIRS: bool;
+    /// As what units are read by the loops over a cache: themselves, or [`E4m3Fraction`].
+    type InLoops: Load;
+    /// Whether that are fractions of elements.
+    const IN_FRACTIONS: bool;
     /// Whether [`Self::load_pair`] separates even and odd elements.
     #[inline(always)]
     fn deinterleaved<S: Simd>() -> bool {
@@ -439,11 +471,13 @@ pub(crate) trait LoadStore: Element + Load {
 }
 
 macro_rules! load {
-    ($($type:ty: $finite:expr, $load:ident $load_part:ident $pair:expr, $deinterleaves:expr, $packs_pairs:expr;)*) => {$(
+    ($($type:ty: $finite:expr, $load:ident $load_part:ident $pair:expr, $deinterleaves:expr, $packs_pairs:expr, $in_loops:ty, $fractions:expr;)*) => {$(
         impl Load for $type {
             const ALWAYS_FINITE: bool = $finite;
             const DEINTERLEAVES: bool = $deinterleaves;
             const PACKS_PAIRS: bool = $packs_pairs;
+            type InLoops = $in_loops;
+            const IN_FRACTIONS: bool = $fractions;
             #[inline(always)]
             unsafe fn load_pair<S: Simd>(simd: S, p: *const Self) -> [S::V; 2] {
                 // SAFETY: the caller's.
@@ -464,12 +498,13 @@ macro_rules! load {
 }
 
 load! {
-    f32: false, load_f32 load_part_f32 halves, false, true;
-    f16: false, load_f16 load_part_f16 halves, false, true;
-    bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), true, true;
-    i8: true, load_i8 load_part_i8 halves, false, false;
-    E4m3: false, load_e4m3 load_part_e4m3 halves, false, false;
-    E5m2: false, load_e5m2 load_part_e5m2 halves, false, false;
+    f32: false, load_f32 load_part_f32 halves, false, true, Self, false;
+    f16: false, load_f16 load_part_f16 halves, false, true, Self, false;
+    bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), true, true, Self, false;
+    i8: true, load_i8 load_part_i8 halves, false, false, Self, false;
+    E4m3: false, load_e4m3 load_part_e4m3 halves, false, false, E4m3Fraction, true;
+    E4m3Fraction: false, load_e4m3_fraction load_part_e4m3_fraction fractions, false, false, Self, false;
+    E5m2: false, load_e5m2 load_part_e5m2 halves, false, false, Self, false;
 }
 
 macro_rules! store {
@@ -504,6 +539,8 @@ impl Load for SaturatingF16 {
     const ALWAYS_FINITE: bool = f16::ALWAYS_FINITE;
     const DEINTERLEAVES: bool = f16::DEINTERLEAVES;
     const PACKS_PAIRS: bool = f16::PACKS_PAIRS;
+    type InLoops = Self;
+    const IN_FRACTIONS: bool = false;
     #[inline(always)]
     unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V {
         // SAFETY: the caller's; the type is an f16.
@@ -563,6 +600,16 @@ unsafe fn put_halves<S: Simd, T: LoadStore>(simd: S, p: *mut T, v: [S::V; 2]) {
         T::store(simd, p, v[0]);
         T::store(simd, p.add(S::LANES), v[1]);
     }
+}
+
+/// [`Simd::load_pair_e4m3_fraction`]; a closure would not be inlined.
+///
+/// # Safety
+/// As [`Load::load_pair`].
+#[inline(always)]
+unsafe fn fractions<S: Simd>(simd: S, p: *const E4m3Fraction) -> [S::V; 2] {
+    // SAFETY: the caller's.
+    unsafe { simd.load_pair_e4m3_fraction(p) }
 }
 
 /// The first and the second half of `2 * LANES` elements.

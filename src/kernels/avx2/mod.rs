@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
-use super::generic::fp8::{E4m3, E5m2};
+use super::generic::fp8::{E4m3, E4m3Fraction, E5m2};
 use super::simd::{MAX_LANES, Simd};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
@@ -94,6 +94,7 @@ impl Simd for Avx2 {
     const PARALLEL_DOTS: usize = 8;
     const DIRECT_DIM: usize = 512;
     const DEINTERLEAVED_BF16: bool = true;
+    const E4M3_FRACTION: f32 = 256.0;
 
     level_features!(Avx2, outline! {});
 
@@ -361,14 +362,32 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_e4m3(self, p: *const E4m3) -> __m256 {
+        // SAFETY: the caller's.
+        self.mul(unsafe { self.load_e4m3_fraction(p.cast()) }, self.splat(Self::E4M3_FRACTION))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3_fraction(self, p: *const E4m3Fraction) -> __m256 {
         // SAFETY: eight bytes are readable; the token proves AVX2 and F16C.
         unsafe {
             // The sign in bit 15 and the magnitude in the bits 7 to 13 are an f16 of a 256th; bit 14 is a copy of the sign.
             let half = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(_mm_loadl_epi64(p.cast())));
-            let half = _mm_and_si128(half, _mm_set1_epi16(0xbfff_u16 as i16));
-            // The largest magnitude is NaN.
-            let nan = _mm_cmpeq_epi16(_mm_add_epi16(half, half), _mm_set1_epi16(0x7f00));
-            self.mul(_mm256_cvtph_ps(_mm_or_si128(half, nan)), self.splat(256.0))
+            // The largest magnitude is NaN. It alone carries into bit 14, which becomes 1 then, as all of the exponent, and otherwise 0.
+            let carry = _mm_and_si128(_mm_add_epi16(half, _mm_set1_epi16(0x80)), _mm_set1_epi16(0x4000));
+            _mm256_cvtph_ps(_mm_xor_si128(half, carry))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_pair_e4m3_fraction(self, p: *const E4m3Fraction) -> [__m256; 2] {
+        // SAFETY: sixteen bytes are readable; the token proves AVX2 and F16C.
+        unsafe {
+            let half = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())));
+            // As above.
+            let carry = _mm256_and_si256(_mm256_add_epi16(half, _mm256_set1_epi16(0x80)), _mm256_set1_epi16(0x4000));
+            let half = _mm256_xor_si256(half, carry);
+            [
+                _mm256_cvtph_ps(_mm256_castsi256_si128(half)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half)),
+            ]
         }
     }
     #[inline(always)]

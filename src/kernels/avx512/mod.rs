@@ -1,6 +1,6 @@
 //! AVX-512 (F, BW, CD, DQ, VL): sixteen lanes, thirty-two registers, masked loads that never fault on masked-off lanes.
 
-use super::generic::fp8::{E4m3, E5m2};
+use super::generic::fp8::{E4m3, E4m3Fraction, E5m2};
 use super::simd::{MAX_LANES, Simd};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
@@ -108,17 +108,19 @@ impl Avx512 {
 
     #[inline(always)]
     fn widen_e4m3(self, bytes: __m128i) -> __m512 {
-        let (a2, f) = (self.0.avx2, self.0.avx512f);
+        let f = self.0.avx512f;
+        f._mm512_mul_ps(self.widen_e4m3_fraction(bytes), f._mm512_set1_ps(Self::E4M3_FRACTION))
+    }
+
+    #[inline(always)]
+    fn widen_e4m3_fraction(self, bytes: __m128i) -> __m512 {
+        let (a, a2) = (self.0.avx, self.0.avx2);
         // The sign in bit 15 and the magnitude in the bits 7 to 13 are an f16 of a 256th; bit 14 is a copy of the sign.
         let half = a2._mm256_slli_epi16::<7>(a2._mm256_cvtepi8_epi16(bytes));
-        let half = self.0.avx._mm256_castps_si256(self.0.avx._mm256_and_ps(
-            self.0.avx._mm256_castsi256_ps(half),
-            self.0.avx._mm256_castsi256_ps(self.0.avx._mm256_set1_epi16(0xbfff_u16 as i16)),
-        ));
-        // The largest magnitude is NaN.
-        let magnitude = a2._mm256_add_epi16(half, half);
-        let nan = a2._mm256_cmpeq_epi16(magnitude, self.0.avx._mm256_set1_epi16(0x7f00));
-        f._mm512_mul_ps(f._mm512_cvtph_ps(a2._mm256_or_si256(half, nan)), f._mm512_set1_ps(256.0))
+        // The largest magnitude is NaN. It alone carries into bit 14, which becomes 1 then, as all of the exponent, and otherwise 0.
+        let carried = a2._mm256_add_epi16(half, a._mm256_set1_epi16(0x80));
+        let carry = a2._mm256_and_si256(carried, a._mm256_set1_epi16(0x4000));
+        self.0.avx512f._mm512_cvtph_ps(a2._mm256_xor_si256(half, carry))
     }
 
     #[inline(always)]
@@ -147,6 +149,7 @@ impl Simd for Avx512 {
     const PARALLEL_DOTS: usize = 16;
     const DIRECT_DIM: usize = 512;
     const DEINTERLEAVED_BF16: bool = true;
+    const E4M3_FRACTION: f32 = 256.0;
 
     level_features!(Avx512, outline! {});
 
@@ -422,6 +425,11 @@ impl Simd for Avx512 {
     unsafe fn load_part_e4m3(self, p: *const E4m3, n: usize) -> __m512 {
         // SAFETY: masked-off bytes are not read.
         self.widen_e4m3(unsafe { _mm_maskz_loadu_epi8(Self::prefix(n), p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3_fraction(self, p: *const E4m3Fraction) -> __m512 {
+        // SAFETY: sixteen bytes are readable.
+        self.widen_e4m3_fraction(unsafe { _mm_loadu_si128(p.cast()) })
     }
     #[inline(always)]
     unsafe fn load_e5m2(self, p: *const E5m2) -> __m512 {

@@ -25,6 +25,11 @@ use std::mem::MaybeUninit;
 #[repr(transparent)]
 pub(crate) struct E4m3(pub u8);
 
+/// The same unit, read as its number divided by [`Simd::E4M3_FRACTION`]: what queries and weights are multiplied by instead.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub(crate) struct E4m3Fraction(pub u8);
+
 /// A unit of [`CacheFormat::Fp8E5m2`](crate::CacheFormat::Fp8E5m2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(transparent)]

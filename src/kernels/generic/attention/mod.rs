@@ -99,7 +99,7 @@ pub(crate) use softmax::ROUNDED_LOGITS;
 pub(crate) use softmax::Softmax;
 pub(crate) use state::reduce;
 
-pub(crate) use pieces::{KeyPieces, PairPieces, Pieces, ValuePieces};
+pub(crate) use pieces::{KeyFractions, KeyPieces, PairPieces, Pieces, ValuePieces};
 pub(crate) use products::{Block, Products, VectorProducts};
 pub(crate) use scratch::{RowState, Scratch};
 pub(crate) use tile::{Deinterleaved, tile};

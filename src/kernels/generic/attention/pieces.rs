@@ -21,11 +21,22 @@ pub(crate) struct KeyPieces {
     pub deinterleaved: bool,
     /// From the cache.
     pub scores: unsafe fn(&DirectScores),
+    /// If [`Self::scores`] reads fractions of elements.
+    pub fractions: Option<KeyFractions>,
     /// From rows of f32.
     pub widened_scores: unsafe fn(&DirectScores),
     pub pack: unsafe fn(&PackKeys),
     /// Makes units of so many rows of a tile, of so many elements, which [`Self::scores`] then reads. All rows take the direct path.
     pub quantize_rows: Option<unsafe fn(&Scratch, usize, usize)>,
+}
+
+/// Elements are read as themselves divided by a power of two, where that takes fewer instructions; queries are multiplied by it
+/// instead. Both is exact, and so are the same bits.
+#[derive(Clone, Copy)]
+pub(crate) struct KeyFractions {
+    pub factor: f32,
+    /// Scores of queries that are too large to be multiplied.
+    pub scores: unsafe fn(&DirectScores),
 }
 
 /// What a level does with values of one format.
@@ -41,6 +52,8 @@ pub(crate) struct ValuePieces {
     pub deinterleaved: bool,
     /// From the cache.
     pub accumulate: unsafe fn(&DirectValues),
+    /// As [`KeyFractions::factor`], of [`Self::accumulate`], for weights. 1: it reads elements.
+    pub fractions: f32,
     pub accumulate_one: unsafe fn(&OneValue),
     pub all_finite: unsafe fn(KeyPointers<u8>, usize, KeyRange, usize) -> bool,
     pub pack: unsafe fn(&PackValues) -> bool,

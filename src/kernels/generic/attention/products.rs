@@ -1,11 +1,13 @@
 //! The two products of a block: Q K^T and P V.
 
 use super::key_pointers::{KeyPointerTable, KeyPointers};
+use super::scales::{Rows, multiply};
 use super::{Pieces, RowState, Scratch, direct, packed};
 use crate::kernels::simd::Simd;
 use crate::problem::attention::Problem;
-use crate::problem::grid::KeyRange;
+use crate::problem::grid::{KeyRange, padded};
 use crate::problem::tile::{PACK_ROWS, Tile};
+use std::cell::Cell;
 
 /// One block of keys of a tile.
 #[derive(Clone, Copy)]
@@ -60,18 +62,35 @@ fn is_packed<S: Simd>(pieces: &Pieces, p: &Problem, tile: &Tile) -> bool {
 }
 
 /// [`Products`] with the vector trait, by the [`direct`] or the [`packed`] path.
-pub(crate) struct VectorProducts<'a>(pub &'a Pieces);
+pub(crate) struct VectorProducts<'a> {
+    pieces: &'a Pieces,
+    /// The queries of the tile were multiplied by [`KeyFractions::factor`](super::KeyFractions::factor).
+    fractions: Cell<bool>,
+}
+
+impl<'a> VectorProducts<'a> {
+    pub fn new(pieces: &'a Pieces) -> Self {
+        Self { pieces, fractions: Cell::new(false) }
+    }
+}
 
 impl<S: Simd> Products<S> for VectorProducts<'_> {
     #[inline(always)]
     unsafe fn pack_queries(&self, s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
-        if let Some(quantize_rows) = self.0.keys.quantize_rows {
+        let packed = is_packed::<S>(self.pieces, p, tile);
+        if let Some(quantize_rows) = self.pieces.keys.quantize_rows {
             // SAFETY: the caller's.
             unsafe { quantize_rows(scratch, tile.rows(), p.q.shape[3]) };
-        } else if S::PACKED_QUERIES && is_packed::<S>(self.0, p, tile) {
+        } else if S::PACKED_QUERIES && packed {
             let (q, copy) = (scratch.q, scratch.kt);
             // SAFETY: the caller's; no block is packed yet, and the memory of a block of keys is more than that of a register tile.
             unsafe { s.outline(packed::PackQueries { q, rows: tile.rows(), d: p.q.shape[3], copy }) };
+        }
+        if let Some(fractions) = &self.pieces.keys.fractions {
+            let dp = padded(p.q.shape[3]);
+            let rows = Rows { x: scratch.q, rows: tile.rows(), width: dp, low: 0, high: dp };
+            // SAFETY: the caller's; rows are padded.
+            self.fractions.set(!packed && unsafe { multiply(s, rows, fractions.factor) });
         }
     }
 
@@ -86,10 +105,14 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
     ) {
         // SAFETY: the caller's.
         unsafe {
-            if is_packed::<S>(self.0, block.p, block.tile) {
-                packed::block(s, self.0, block, rows, k, v.rows());
+            if is_packed::<S>(self.pieces, block.p, block.tile) {
+                packed::block(s, self.pieces, block, rows, k, v.rows());
             } else {
-                direct::block(s, self.0, block, rows, k, v.rows());
+                let scores = match &self.pieces.keys.fractions {
+                    Some(fractions) if !self.fractions.get() => fractions.scores,
+                    _ => self.pieces.keys.scores,
+                };
+                direct::block(s, self.pieces, scores, block, rows, k, v.rows());
             }
         }
     }

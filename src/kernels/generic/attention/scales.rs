@@ -69,6 +69,65 @@ unsafe fn scale<S: Simd>(s: S, block: &Block, heads: Range<usize>, scales: &RawV
     finite
 }
 
+/// Rows of floats, [`Self::width`] apart, of which columns from `low` up to `high` count.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    pub x: *mut f32,
+    pub rows: usize,
+    pub width: usize,
+    pub low: usize,
+    pub high: usize,
+}
+
+/// Multiplies rows by a power of two above 1 and at most 2^8, unless a number is so large that the product could overflow, or not finite.
+/// Returns whether it did; otherwise nothing is changed. Columns of whole vectors may be multiplied.
+///
+/// # Safety
+/// The rows are readable and writable.
+#[inline(always)]
+pub(super) unsafe fn multiply<S: Simd>(s: S, rows: Rows, factor: f32) -> bool {
+    let mut small = true;
+    // SAFETY: the caller's.
+    unsafe { s.outline(Multiply { rows, factor, small: &mut small }) };
+    small
+}
+
+/// See [`multiply`].
+struct Multiply<'a> {
+    rows: Rows,
+    factor: f32,
+    small: &'a mut bool,
+}
+
+impl Outlined for Multiply<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { rows: Rows { x, rows, width, low, high }, factor, small } = self;
+        let vectors = (low / S::LANES * S::LANES..high).step_by(S::LANES);
+        let (limit, factor) = (s.splat(f32::MAX / 256.0), s.splat(factor));
+        let lanes = u64::MAX >> (64 - S::LANES);
+        // SAFETY: the caller's.
+        unsafe {
+            for row in 0..rows {
+                for i in vectors.clone() {
+                    let inside = lanes << low.saturating_sub(i) & lanes >> (i + S::LANES).saturating_sub(high);
+                    let large = !s.lt_bits(s.abs(s.load_f32(x.add(row * width + i))), limit);
+                    if large & inside != 0 {
+                        *small = false;
+                        return;
+                    }
+                }
+            }
+            for row in 0..rows {
+                for i in vectors.clone() {
+                    let at = x.add(row * width + i);
+                    s.store_f32(at, s.mul(s.load_f32(at), factor));
+                }
+            }
+        }
+    }
+}
+
 /// The scales of a block's visible keys for one KV head of the tile, 0 for other keys.
 ///
 /// # Safety

@@ -42,7 +42,7 @@ mod scores;
 mod values;
 
 use super::row_pairs::{Widen, are_pairs, widen};
-use super::scales::{scale_scores, scale_weights};
+use super::scales::{Rows, multiply, scale_scores, scale_weights};
 use super::softmax::Softmax;
 use super::{Block, KeyPointers, PairPieces, Pieces, RowState, ValuePieces, WidenUnits};
 use crate::kernels::generic::attention::key_pointers::SUBBLOCKS;
@@ -77,7 +77,7 @@ pub(crate) struct IntegerValues<'a> {
     pub in_f32: &'a mut dyn FnMut(usize),
 }
 
-/// One block of keys for all rows of the tile.
+/// One block of keys for all rows of the tile. `scores` is that of the pieces for keys in the cache.
 ///
 /// # Safety
 /// `k` and `v` point to the block's key range; values packed in pairs are as they lie in the cache.
@@ -85,6 +85,7 @@ pub(crate) struct IntegerValues<'a> {
 pub(super) unsafe fn block<S: Simd>(
     s: S,
     pieces: &Pieces,
+    scores: unsafe fn(&DirectScores),
     block: &Block,
     rows: &mut [RowState],
     k: KeyPointers<u8>,
@@ -106,10 +107,10 @@ pub(super) unsafe fn block<S: Simd>(
             widened_scores(pieces, widen, block, k);
         } else if ahead.whole {
             let (spread, ahead) = (ahead.spread, ahead.of_k(0));
-            (pieces.keys.scores)(&DirectScores { block, k, keys: block.key_range, spread, ahead });
+            scores(&DirectScores { block, k, keys: block.key_range, spread, ahead });
         } else {
             for (index, keys) in block.subblocks() {
-                (pieces.keys.scores)(&DirectScores { block, k, keys, spread: false, ahead: ahead.of_k(index) });
+                scores(&DirectScores { block, k, keys, spread: false, ahead: ahead.of_k(index) });
             }
         }
         scale_scores(s, block, heads.clone());
@@ -125,25 +126,25 @@ pub(super) unsafe fn block<S: Simd>(
             && (!pieces.values.reads_units || !block.all || widens(block.tile))
         {
             for head in heads {
-                widened_values(pieces.widened, widen, block, rows, head, v, finite);
+                widened_values(s, pieces.widened, widen, block, rows, head, v, finite);
             }
             return;
         }
         let pairs = match (block.p.v_packing, &pieces.values.pairs) {
             (Packing::RowPairs, Some(pairs)) => pairs,
             _ => {
-                values(pieces.values, None, block, rows, heads, v, finite, Some(&ahead));
+                values(s, pieces.values, None, block, rows, heads, v, finite, Some(&ahead));
                 return;
             }
         };
         if block.all && are_pairs(block.p, &v, block.key_range) {
-            values(pieces.values, Some(pairs), block, rows, heads, v, finite, Some(&ahead));
+            values(s, pieces.values, Some(pairs), block, rows, heads, v, finite, Some(&ahead));
             return;
         }
         let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
         for head in heads {
             let v = widen(pairs, &Widen { block, v, head }, &mut pointers);
-            values(pieces.widened, None, block, rows, head..head + 1, v.rows(), finite, None);
+            values(s, pieces.widened, None, block, rows, head..head + 1, v.rows(), finite, None);
         }
     }
 }
@@ -203,7 +204,8 @@ unsafe fn widened_scores(pieces: &Pieces, widen: unsafe fn(&WidenUnits), block: 
 /// # Safety
 /// As [`values`].
 #[inline(always)]
-unsafe fn widened_values(
+unsafe fn widened_values<S: Simd>(
+    s: S,
     pieces: &ValuePieces,
     widen: unsafe fn(&WidenUnits),
     block: &Block,
@@ -221,7 +223,7 @@ unsafe fn widened_values(
     unsafe {
         if !all {
             let table = units.by(widen, &mut memory);
-            values(pieces, None, block, rows, heads, table.rows(), finite, None);
+            values(s, pieces, None, block, rows, heads, table.rows(), finite, None);
             return;
         }
         for (_, keys) in block.subblocks() {
@@ -270,7 +272,8 @@ unsafe fn integer_values(
 /// As [`block`]; weights are in place.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn values(
+unsafe fn values<S: Simd>(
+    s: S,
     pieces: &ValuePieces,
     pairs: Option<&PairPieces>,
     block: &Block,
@@ -280,13 +283,19 @@ unsafe fn values(
     finite: bool,
     ahead: Option<&PrefetchDistances>,
 ) {
-    let Block { tile, key_range, all, dv, .. } = *block;
+    let Block { tile, scratch, key_range, all, dv, .. } = *block;
+    let rows_of_heads = heads.start * tile.head_rows..heads.end * tile.head_rows;
     // SAFETY: the caller's.
     unsafe {
         let is_finite = |head| (pieces.all_finite)(v, head, key_range, dv);
-        let all_at_once = pairs.is_some() || all || finite && heads.clone().all(is_finite);
+        let mut all_at_once = pairs.is_some() || all || finite && heads.clone().all(is_finite);
+        if all_at_once && pieces.fractions != 1.0 {
+            let KeyRange { low, high } = key_range;
+            let (x, rows) = (scratch.s.add(rows_of_heads.start * BLOCK), rows_of_heads.len());
+            all_at_once = multiply(s, Rows { x, rows, width: BLOCK, low, high }, pieces.fractions);
+        }
         if !all_at_once {
-            for r in heads.start * tile.head_rows..heads.end * tile.head_rows {
+            for r in rows_of_heads {
                 accumulate_visible(pieces, block, &rows[r], r, v);
             }
             return;

@@ -81,6 +81,20 @@ impl DirectScores<'_> {
 }
 
 impl DirectScores<'_> {
+    /// The same in the fewest loops, for cases that hardly occur.
+    ///
+    /// # Safety
+    /// As [`block`].
+    #[inline(always)]
+    pub unsafe fn run_short<S: Simd, T: Units>(self, s: S) {
+        for head in 0..self.block.tile.kv_heads {
+            for row in 0..self.block.tile.head_rows {
+                // SAFETY: the caller's; the rows of the head are inside the tile.
+                unsafe { Self { spread: false, ..self }.dots::<S, T, 1, 2>(s, head, row) };
+            }
+        }
+    }
+
     /// `R` rows of a head, from `row` on, times the keys of the subblock, `C` keys at a time; vectors run along the head dimension.
     /// Scores of whole groups of `C` keys are written; those outside the subblock are undefined.
     ///
