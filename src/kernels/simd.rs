@@ -251,6 +251,16 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the array holds a whole vector.
         unsafe { self.load_i8(numbers.as_ptr()) }
     }
+    /// Numbers of five bits, as [`Self::load_nibbles`]: of number i, bit i of `fifth` is the highest one.
+    ///
+    /// # Safety
+    /// As [`Self::load_nibbles`].
+    #[inline(always)]
+    unsafe fn load_fives(self, p: *const u8, fifth: u32, at: usize) -> Self::V {
+        let sixteens = self.select_bits(u64::from(fifth) >> at, self.splat(16.0), self.zero());
+        // SAFETY: the caller's.
+        self.add(unsafe { self.load_nibbles(p, at) }, sixteens)
+    }
     /// The entries of a table, a vector of 16 lanes, with numbers as of [`Self::load_nibbles`]. Levels with as many lanes have it.
     ///
     /// # Safety

@@ -4,7 +4,7 @@
 //! A level that this CPU has and that did not run is a failure. Which levels it has is asked of the standard library here, not of the
 //! crate; `KVLANE_REQUIRE_ISA` names levels that must have run as well, as for `tests/kernels`.
 
-use super::generic::fp8::{self, E4m3, E5m2, Fp8};
+use super::generic::fp8::{self, E4m3, E4m3Fraction, E5m2, Fp8};
 use super::generic::math;
 use super::simd::{Load, LoadStore, MAX_LANES, Outlined, Simd};
 use crate::dtype::DType;
@@ -486,6 +486,26 @@ level_test! {
             0x7d..=0x7f => f32::NAN,
             _ => number(unit, 2, 15),
         });
+    }
+}
+
+level_test! {
+    fn fractions_are_of_eight_bit_floats<S>(s) {
+        let all: [u8; 256 + MAX_LANES] = std::array::from_fn(|i| i as u8);
+        let number = |i: usize| E4m3(all[i]).to_f32() / S::E4M3_FRACTION;
+        for first in (0..256).step_by(S::LANES) {
+            let p = all[first..].as_ptr().cast::<E4m3Fraction>();
+            // SAFETY: two whole vectors of bytes are there, of the last ones with those that follow.
+            let (one, pair) = unsafe { (E4m3Fraction::load(s, p), E4m3Fraction::load_pair(s, p)) };
+            assert_lanes(s, one, |i| number(first + i), "a load");
+            assert_lanes(s, pair[0], |i| number(first + i), "the first half");
+            assert_lanes(s, pair[1], |i| number(first + S::LANES + i), "the second half");
+            for n in 0..S::LANES {
+                // SAFETY: n bytes are there.
+                let part = unsafe { E4m3Fraction::load_part(s, p, n) };
+                assert_lanes(s, part, |i| if i < n { number(first + i) } else { 0.0 }, "a partial load");
+            }
+        }
     }
 }
 

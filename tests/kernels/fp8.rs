@@ -18,7 +18,7 @@ use kvlane::{
 
 tests! {
     levels: every_rounding, every_unit, head_sizes_and_layouts, every_layout, fused_with_norm_and_rope, scales_of_every_kind,
-        nan_in_a_unit, moves, inserted_rows, turned_keys, recent_window;
+        large_numbers, nan_in_a_unit, moves, inserted_rows, turned_keys, recent_window;
     once: the_definition, refused;
 }
 
@@ -213,6 +213,51 @@ fn scales_of_every_kind(level: &Level) {
                     assert!(error <= 2e-5, "{k_scales:?} {v_scales:?} {shape:?} {at:?}: off by {error:e}");
                 }
             }
+        }
+    }
+}
+
+/// Queries and scales so large that no power of two more fits into them: a query has the bits of one over the numbers in f32, and
+/// outputs are the outputs of a small scale, times what scales differ by.
+fn large_numbers(level: &Level) {
+    let mut rng = Rng::new(411);
+    for (kv_heads, group, dim) in [(1, 4, 128), (3, 1, 40), (2, 3, 16)] {
+        let shape = Shape { batch: 1, tokens: 1, kv_heads, group, keys: 150, dim, v_dim: dim };
+        let case = Case::new(&mut rng, shape, DType::F32);
+        let of = |x: &Tensor, scale: f32| Fp8::of(x, FORMATS[0], Scales::F32(vec![scale]), Place::Heap);
+        let run = |q: &Tensor, k: CacheView, v: CacheView| {
+            let mut out = Tensor::output(DType::F32, q.shape, Layout::BSHD, Place::Heap);
+            let tensors = AttentionTensors::new(q.view(), k, v, out.view_mut());
+            attention(&level.context, &Serial, &mut Workspace::new(), tensors, &case.options.borrow()).unwrap();
+            out
+        };
+        for large in [1.0, 3e36] {
+            let mut q = case.q.to(Layout::BSHD, Place::Heap);
+            let (mut k, v) = (of(&case.k, 1.0), of(&case.v, 1.0));
+            for at in indices(q.shape) {
+                if at[3] == 5 {
+                    q.set(at, q.get(at) * large);
+                }
+            }
+            // Small, so that products are finite.
+            for [b, s, h, _] in indices([1, 150, kv_heads, 1]) {
+                k.set_unit([b, s, h, 5], [0, 1, 0x80, 2][s % 4]);
+            }
+            let [mut k_numbers, mut v_numbers] = [&case.k, &case.v].map(|x| x.to(Layout::BSHD, Place::Heap));
+            k_numbers.fill(|at| k.get(at) as f32);
+            v_numbers.fill(|at| v.get(at) as f32);
+            let found = run(&q, k.view(), v.view());
+            let wanted = run(&q, k_numbers.view().into(), v_numbers.view().into());
+            assert_eq!(found.all_bits(), wanted.all_bits(), "queries times {large}, {shape:?}");
+        }
+        let power = 2f32.powi(122);
+        let k = of(&case.k, 1.0);
+        let mut v = of(&case.v, 1.0);
+        let small = run(&case.q, k.view(), v.view());
+        v.scales = Scales::F32(vec![power]);
+        let large = run(&case.q, k.view(), v.view());
+        for at in indices(small.shape) {
+            assert_eq!(large.get(at), small.get(at) * power, "{shape:?} {at:?}");
         }
     }
 }

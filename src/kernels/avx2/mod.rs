@@ -350,6 +350,23 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_fives(self, p: *const u8, fifth: u32, at: usize) -> __m256 {
+        // SAFETY: sixteen bytes are readable, of which eight are read; the token proves AVX2.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(at % 16).cast()));
+            let low =
+                if at < 16 { _mm256_and_si256(bytes, _mm256_set1_epi32(15)) } else { _mm256_srli_epi32::<4>(bytes) };
+            // Bit `at + i` of each lane i becomes bit 4.
+            let (fifth, each) = (_mm256_set1_epi32(fifth as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+            let fifth = if at < 4 {
+                _mm256_srlv_epi32(_mm256_slli_epi32::<4>(fifth), _mm256_add_epi32(each, _mm256_set1_epi32(at as i32)))
+            } else {
+                _mm256_srlv_epi32(fifth, _mm256_add_epi32(each, _mm256_set1_epi32(at as i32 - 4)))
+            };
+            _mm256_cvtepi32_ps(_mm256_or_si256(low, _mm256_and_si256(fifth, _mm256_set1_epi32(16))))
+        }
+    }
+    #[inline(always)]
     fn look_up(self, numbers: __m256, table: &[f32; 16]) -> __m256 {
         // SAFETY: the table is two vectors; the token proves AVX2.
         unsafe {
@@ -384,10 +401,7 @@ impl Simd for Avx2 {
             // As above.
             let carry = _mm256_and_si256(_mm256_add_epi16(half, _mm256_set1_epi16(0x80)), _mm256_set1_epi16(0x4000));
             let half = _mm256_xor_si256(half, carry);
-            [
-                _mm256_cvtph_ps(_mm256_castsi256_si128(half)),
-                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half)),
-            ]
+            [_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half))]
         }
     }
     #[inline(always)]

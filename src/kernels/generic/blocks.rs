@@ -303,17 +303,17 @@ fn nibble_elements<S: Simd, E: Elements>(
     parts: [S::V; 2],
     at: usize,
 ) -> S::V {
-    let bits = fifth.map(|bits| u64::from(u32::from_le_bytes(bits)) >> at);
     // SAFETY: there are 16 bytes.
     unsafe {
         if holds_all::<S>() {
+            let bits = fifth.map(|bits| u64::from(u32::from_le_bytes(bits)) >> at);
             let low = s.look_up_nibbles(q.as_ptr(), at, parts[0]);
             return bits.map_or(low, |bits| s.select_bits(bits, s.look_up_nibbles(q.as_ptr(), at, parts[1]), low));
         }
-        let mut q = s.load_nibbles(q.as_ptr(), at);
-        if let Some(bits) = bits {
-            q = s.add(q, s.select_bits(bits, s.splat(16.0), s.zero()));
-        }
+        let q = match fifth {
+            Some(bits) => s.load_fives(q.as_ptr(), u32::from_le_bytes(bits), at),
+            None => s.load_nibbles(q.as_ptr(), at),
+        };
         E::of(s, q, parts)
     }
 }

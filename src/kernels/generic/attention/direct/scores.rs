@@ -183,6 +183,25 @@ impl DirectScores<'_> {
                         distances.prefetch(s, key.add(i / T::ELEMENTS));
                     }
                 }
+                if const { S::PARALLEL_DOTS < 16 && size_of::<T::Unit>() == 1 } {
+                    // With few registers, what is loaded of Q has to be used at once, or accumulators go to memory.
+                    let mut k = [[s.zero(); 2]; C];
+                    for c in 0..C {
+                        let unit = keys[c].add(i);
+                        distances.prefetch(s, unit);
+                        k[c] = T::pair(s, unit, 0);
+                    }
+                    for half in 0..2 {
+                        for r in 0..R {
+                            let q = s.load_f32(q.add(r * dp + i + half * S::LANES));
+                            for c in 0..C {
+                                acc[r][c] = s.fma(q, k[c][half], acc[r][c]);
+                            }
+                        }
+                    }
+                    i += step;
+                    continue;
+                }
                 for c in 0..C {
                     let unit = keys[c].add(i / T::ELEMENTS);
                     if size_of::<T::Unit>() == 1 {
