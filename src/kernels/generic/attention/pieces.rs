@@ -30,8 +30,8 @@ pub(crate) struct KeyPieces {
     pub quantize_rows: Option<unsafe fn(&Scratch, usize, usize)>,
 }
 
-/// Elements are read as themselves divided by a power of two, where that takes fewer instructions; queries are multiplied by it
-/// instead. Both is exact, and so are the same bits.
+/// Elements are read as themselves divided by a power of two, where that takes fewer instructions, and queries are multiplied by it
+/// instead. Both are exact, so that bits are the same.
 #[derive(Clone, Copy)]
 pub(crate) struct KeyFractions {
     pub factor: f32,

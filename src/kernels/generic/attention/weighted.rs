@@ -149,7 +149,8 @@ impl<V: ValueRows> WeightedValues<V> {
             } else {
                 for n in (0..N).step_by(2) {
                     let at = v.add(n * S::LANES);
-                    if V::IN_CACHE && size_of::<V::Element>() == 1 {
+                    if V::IN_CACHE && R == 4 && size_of::<V::Element>() == 1 {
+                        // Bound by arithmetic.
                         self.ahead.distances().prefetch(s, at);
                     } else if V::IN_CACHE && self.ahead.distance != 0 {
                         self.ahead.pair(s, at);

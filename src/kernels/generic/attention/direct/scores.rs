@@ -183,7 +183,7 @@ impl DirectScores<'_> {
                         distances.prefetch(s, key.add(i / T::ELEMENTS));
                     }
                 }
-                if const { S::PARALLEL_DOTS < 16 && size_of::<T::Unit>() == 1 } {
+                if const { R == 4 && S::PARALLEL_DOTS < 16 && size_of::<T::Unit>() == 1 } {
                     // With few registers, what is loaded of Q has to be used at once, or accumulators go to memory.
                     let mut k = [[s.zero(); 2]; C];
                     for c in 0..C {
@@ -204,7 +204,7 @@ impl DirectScores<'_> {
                 }
                 for c in 0..C {
                     let unit = keys[c].add(i / T::ELEMENTS);
-                    if size_of::<T::Unit>() == 1 {
+                    if R == 4 && size_of::<T::Unit>() == 1 {
                         distances.prefetch(s, unit);
                     } else if T::ELEMENTS == 1 && row == 0 {
                         self.ahead.pair(s, unit);
