@@ -10,7 +10,10 @@
 //! the scale, rounded to f32. All of it is arithmetic of IEEE 754, so that every level computes the same bits.
 //!
 //! Both formats are parts of an f16, which every level widens in one instruction: E5M2 is its upper half, and E4M3 is one
-//! of a 256th of the number, with three bits of the fraction and four of the exponent.
+//! of a 256th of the number, with three bits of the fraction and four of the exponent. Decode reads that 256th
+//! ([`E4m3Fraction`]) where a product with 256 would take a port of FMAs, and multiplies queries and weights by 256 instead.
+//! Products are the same, as powers of two are exact. Queries and weights that are not below 2^120 are not multiplied, and take
+//! loops that read whole numbers.
 
 use super::copy::STAGE;
 use super::quantize::{Converted, ToElements, convert};
