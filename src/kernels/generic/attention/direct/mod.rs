@@ -207,6 +207,7 @@ unsafe fn widened_scores(pieces: &Pieces, widen: unsafe fn(&WidenUnits), block: 
 /// # Safety
 /// As [`values`].
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn widened_values<S: Simd>(
     s: S,
     pieces: &ValuePieces,
