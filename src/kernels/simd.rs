@@ -510,7 +510,7 @@ macro_rules! load {
 load! {
     f32: false, load_f32 load_part_f32 halves, false, true, Self, false;
     f16: false, load_f16 load_part_f16 halves, false, true, Self, false;
-    bf16: false, load_bf16 load_part_bf16 |s: S, p| s.load_pair_bf16(p), true, true, Self, false;
+    bf16: false, load_bf16 load_part_bf16 bf16_pair, true, true, Self, false;
     i8: true, load_i8 load_part_i8 halves, false, false, Self, false;
     E4m3: false, load_e4m3 load_part_e4m3 halves, false, false, E4m3Fraction, true;
     E4m3Fraction: false, load_e4m3_fraction load_part_e4m3_fraction fractions, false, false, Self, false;
@@ -542,7 +542,7 @@ macro_rules! store {
 store! {
     f32: store_f32 store_part_f32 put_halves;
     f16: store_f16 store_part_f16 put_halves;
-    bf16: store_bf16 store_part_bf16 |s: S, p, v| s.store_pair_bf16(p, v);
+    bf16: store_bf16 store_part_bf16 put_bf16_pair;
 }
 
 impl Load for SaturatingF16 {
@@ -612,7 +612,27 @@ unsafe fn put_halves<S: Simd, T: LoadStore>(simd: S, p: *mut T, v: [S::V; 2]) {
     }
 }
 
-/// [`Simd::load_pair_e4m3_fraction`]; a closure would not be inlined.
+/// [`Simd::load_pair_bf16`]. No closure, which would be a function of its own without the level's features.
+///
+/// # Safety
+/// As [`Load::load_pair`].
+#[inline(always)]
+unsafe fn bf16_pair<S: Simd>(simd: S, p: *const bf16) -> [S::V; 2] {
+    // SAFETY: the caller's.
+    unsafe { simd.load_pair_bf16(p) }
+}
+
+/// [`Simd::store_pair_bf16`], for the same reason.
+///
+/// # Safety
+/// As [`LoadStore::store_pair`].
+#[inline(always)]
+unsafe fn put_bf16_pair<S: Simd>(simd: S, p: *mut bf16, v: [S::V; 2]) {
+    // SAFETY: the caller's.
+    unsafe { simd.store_pair_bf16(p, v) }
+}
+
+/// [`Simd::load_pair_e4m3_fraction`], for the same reason.
 ///
 /// # Safety
 /// As [`Load::load_pair`].
