@@ -9,9 +9,10 @@
 
 use super::avx512::{Avx512, shells};
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
-use super::generic::attention::integer_blocks::{BYTES, BlockProducts, HALF, IntegerUnit, Kind};
+use super::generic::attention::integer_blocks::{BYTES, BlockProducts, IntegerUnit, Kind};
 use super::generic::attention::integer_values::WordProducts;
 use super::partial::{integer_kernels, integer_value_shells, with_features};
+use half::f16;
 use std::arch::x86_64::*;
 
 integer_kernels!(Avx512Vnni, Avx512Vnni, Avx512, Vnni, words 2e-3,
@@ -93,60 +94,57 @@ fn first(n: usize) -> u64 {
     if n == 0 { 0 } else { u64::MAX >> (64 - n) }
 }
 
-/// Where two vectors begin that have all of four blocks that is to be taken from them.
-const fn windows(size: usize, at: usize) -> [usize; 2] {
-    let end = at + 3 * size + HALF;
-    // The first 16 numbers lie in the vectors that have the factors.
-    let windows = [if end <= 2 * 64 { 0 } else { at }, end - 64];
-    assert!(windows[1] <= windows[0] + 64 && windows[1] + 64 <= 4 * size);
-    windows
+/// The first and the last vector of four blocks.
+const fn windows(size: usize) -> [usize; 2] {
+    [0, 4 * size - 64]
 }
 
-/// Numbers of the words of two vectors at `windows` that are, for each of four blocks of `size` bytes, `n` words from byte `at` on, each of
-/// them `times` times.
-const fn words(windows: [usize; 2], size: usize, at: usize, n: usize, times: usize) -> [u16; 32] {
+/// Numbers of the words of two vectors at [`windows`] that are, for each of four blocks of `size` bytes, 16 bytes from byte `at` on.
+const fn words(size: usize, at: usize) -> [u16; 32] {
     let (mut words, mut i) = ([0; 32], 0);
-    while i < 4 * n * times {
-        let byte = at + i / (n * times) * size + i / times % n * 2;
-        words[i] = (if byte + 2 <= windows[0] + 64 { byte - windows[0] } else { 64 + byte - windows[1] }) as u16 / 2;
+    while i < 32 {
+        let byte = at + i / 8 * size + i % 8 * 2;
+        words[i] = (if byte + 2 <= 64 { byte } else { 64 + byte - windows(size)[1] }) as u16 / 2;
         i += 1;
     }
     words
 }
 
-/// Some of the words of the vectors at `windows` behind `p`, where bytes from `end` on count as zeros.
-///
-/// # Safety
-/// The level is available, and these bytes are readable.
-#[inline(always)]
-unsafe fn pick(p: *const u8, end: usize, windows: [usize; 2], words: &[u16; 32]) -> __m512i {
-    // SAFETY: the caller's; masked bytes are not read.
-    unsafe {
-        let bytes = [0, 1].map(|i| first(end.saturating_sub(windows[i]).min(64)));
-        let low = _mm512_maskz_loadu_epi8(bytes[0], p.wrapping_add(windows[0]).cast());
-        let high = _mm512_maskz_loadu_epi8(bytes[1], p.wrapping_add(windows[1]).cast());
-        _mm512_permutex2var_epi16(low, _mm512_loadu_si512(words.as_ptr().cast()), high)
-    }
-}
-
 impl BlockProducts for Vnni {
+    const GROUPS: usize = 2;
+
     #[inline(always)]
-    unsafe fn halves<U: IntegerUnit, const SECOND: bool>(self, p: *const u8, n: usize) -> __m512i {
-        const { assert!(Self::BLOCKS == 4) };
-        let at = const { windows(size_of::<U>(), U::STARTS[SECOND as usize]) };
-        let words = const {
-            let first = U::STARTS[SECOND as usize];
-            &words(windows(size_of::<U>(), first), size_of::<U>(), first, HALF / 2, 1)
-        };
-        // SAFETY: the caller's.
-        unsafe { pick(p, n * size_of::<U>(), at, words) }
+    unsafe fn bytes_of<U: IntegerUnit>(self, p: *const u8, n: usize) -> [__m512i; 2] {
+        let size = size_of::<U>();
+        let p = p.wrapping_add(U::STARTS[0]);
+        // SAFETY: the caller's. Half vectors: whole ones would take longer, since nearly all of them cross lines.
+        unsafe {
+            let mut low = _mm512_castsi256_si512(_mm256_loadu_si256(p.cast()));
+            if n > 1 {
+                low = _mm512_inserti64x4::<1>(low, _mm256_loadu_si256(p.add(size).cast()));
+            }
+            let mut high = low;
+            if n > 2 {
+                high = _mm512_castsi256_si512(_mm256_loadu_si256(p.add(2 * size).cast()));
+            }
+            if n > 3 {
+                high = _mm512_inserti64x4::<1>(high, _mm256_loadu_si256(p.add(3 * size).cast()));
+            }
+            // The even and the odd halves.
+            [_mm512_shuffle_i32x4::<0x88>(low, high), _mm512_shuffle_i32x4::<0xdd>(low, high)]
+        }
     }
     #[inline(always)]
-    unsafe fn factors<U: IntegerUnit, const MINIMA: bool>(self, p: *const u8, n: usize) -> __m512 {
-        let at = const { windows(size_of::<U>(), U::AT) };
-        let words = const { &words(windows(size_of::<U>(), U::AT), size_of::<U>(), if MINIMA { 2 } else { 0 }, 1, 4) };
-        // SAFETY: the caller's.
-        unsafe { _mm512_cvtph_ps(_mm512_castsi512_si256(pick(p, n * size_of::<U>(), at, words))) }
+    unsafe fn nibbles_of<U: IntegerUnit>(self, p: *const u8, n: usize) -> __m512i {
+        let (windows, words) = const { (windows(size_of::<U>()), &words(size_of::<U>(), U::AT)) };
+        let end = n * size_of::<U>();
+        // SAFETY: the caller's; masked bytes are not read.
+        unsafe {
+            let low = _mm512_maskz_loadu_epi8(first(end.min(64)), p.cast());
+            let high = first(end.saturating_sub(windows[1]).min(64));
+            let high = _mm512_maskz_loadu_epi8(high, p.wrapping_add(windows[1]).cast());
+            _mm512_permutex2var_epi16(low, _mm512_loadu_si512(words.as_ptr().cast()), high)
+        }
     }
     #[inline(always)]
     fn low_nibbles(self, x: __m512i) -> __m512i {
@@ -182,9 +180,18 @@ impl BlockProducts for Vnni {
         unsafe { _mm512_set1_epi8(1) }
     }
     #[inline(always)]
-    fn four(self, [a, b, c, d]: [__m512i; 4]) -> __m512i {
+    fn transposed(self, [a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
         // SAFETY: as above.
-        unsafe { four(a, b, c, d) }
+        unsafe {
+            let low = [_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d)];
+            let high = [_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d)];
+            [
+                _mm512_unpacklo_epi64(low[0], low[1]),
+                _mm512_unpackhi_epi64(low[0], low[1]),
+                _mm512_unpacklo_epi64(high[0], high[1]),
+                _mm512_unpackhi_epi64(high[0], high[1]),
+            ]
+        }
     }
     #[inline(always)]
     fn times(self, x: __m512i, factor: i32) -> __m512i {
@@ -192,39 +199,43 @@ impl BlockProducts for Vnni {
         unsafe { _mm512_mullo_epi32(x, _mm512_set1_epi32(factor)) }
     }
     #[inline(always)]
-    fn difference(self, a: __m512i, b: __m512i) -> __m512 {
+    fn float(self, x: __m512i) -> __m512 {
         // SAFETY: as above.
-        unsafe { _mm512_cvtepi32_ps(_mm512_sub_epi32(a, b)) }
+        unsafe { _mm512_cvtepi32_ps(x) }
     }
     #[inline(always)]
-    fn one_of_each(self, [a, b, c, d]: [__m512; 4]) -> __m512 {
-        // SAFETY: as above.
-        unsafe {
-            let (ab, cd) = (_mm512_mask_blend_ps(0x2222, a, b), _mm512_mask_blend_ps(0x8888, c, d));
-            _mm512_mask_blend_ps(0xcccc, ab, cd)
-        }
-    }
-    #[inline(always)]
-    fn over_blocks(self, x: __m512) -> [f32; 4] {
-        // SAFETY: as above.
-        unsafe {
-            let x = _mm512_add_ps(x, _mm512_shuffle_f32x4::<0x4e>(x, x));
-            let x = _mm512_castps512_ps256(x);
-            std::mem::transmute(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)))
-        }
-    }
-    #[inline(always)]
-    fn over_blocks_of_four(self, [a, b, c, d]: [__m512; 4], factors: [f32; 4]) -> [[f32; 4]; 4] {
+    fn over_blocks(self, [x, y]: [[__m512; 4]; 2], factors: [f32; 4]) -> [[[f32; 4]; 2]; 4] {
         // SAFETY: as above; vectors of the same size.
         unsafe {
-            let low = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
-            let high = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
-            let (even, odd) = (_mm512_shuffle_f32x4::<0x88>(low, high), _mm512_shuffle_f32x4::<0xdd>(low, high));
-            let transposed = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-            let factors = _mm512_broadcast_f32x4(_mm_loadu_ps(factors.as_ptr()));
-            std::mem::transmute(_mm512_permutexvar_ps(transposed, _mm512_mul_ps(_mm512_add_ps(even, odd), factors)))
+            let (mut pairs, mut sums) = ([_mm512_setzero_ps(); 4], [_mm512_setzero_ps(); 2]);
+            // The sums of the even and of the odd blocks of the first group, and those of the second.
+            for r in 0..4 {
+                pairs[r] =
+                    _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(x[r], y[r]), _mm512_shuffle_f32x4::<0xee>(x[r], y[r]));
+            }
+            for i in 0..2 {
+                let [a, b] = [pairs[2 * i], pairs[2 * i + 1]];
+                let sum = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+                let [a, b] = [factors[2 * i], factors[2 * i + 1]];
+                let factors = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(a), _mm512_set1_ps(b));
+                sums[i] = _mm512_mul_ps(sum, factors);
+            }
+            std::mem::transmute(sums)
         }
     }
+}
+
+/// Numbers of every fourth and of every second of 64 words.
+const FOURTHS: [u16; 32] = every(4);
+const EVENS: [u16; 32] = every(2);
+
+const fn every(step: usize) -> [u16; 32] {
+    let (mut words, mut i) = ([0; 32], 0);
+    while i * step < 64 {
+        words[i] = (i * step) as u16;
+        i += 1;
+    }
+    words
 }
 
 impl WordProducts for Vnni {
@@ -257,9 +268,33 @@ impl WordProducts for Vnni {
         unsafe { _mm256_maskz_loadu_epi8(first(n) as u32, p.cast()) }
     }
     #[inline(always)]
+    unsafe fn gathered(self, p: *const f16, b: usize) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe {
+            let (low, high) = (_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(32).cast()));
+            let fourths = _mm512_add_epi16(_mm512_loadu_si512(FOURTHS.as_ptr().cast()), _mm512_set1_epi16(b as i16));
+            _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutex2var_epi16(low, fourths, high)))
+        }
+    }
+    #[inline(always)]
     fn pairs(self, a: __m256i, b: __m256i) -> [__m512i; 2] {
         // SAFETY: the level is available, here and below.
         unsafe { [_mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(a, b)), _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(a, b))] }
+    }
+    #[inline(always)]
+    unsafe fn nibble_pairs<U: IntegerUnit>(self, a: *const u8, b: *const u8) -> [__m512i; 2] {
+        // SAFETY: the caller's.
+        unsafe {
+            let (a, b) = (_mm_loadu_si128(a.add(U::AT).cast()), _mm_loadu_si128(b.add(U::AT).cast()));
+            let b = _mm512_slli_epi32::<16>(_mm512_cvtepu8_epi32(b));
+            let both = _mm512_or_si512(_mm512_cvtepu8_epi32(a), b);
+            let q = [_mm512_and_si512(both, _mm512_set1_epi16(15)), _mm512_srli_epi16::<4>(both)];
+            if U::ZERO == 0 {
+                return q;
+            }
+            let zero = _mm512_set1_epi16(U::ZERO as i16);
+            [_mm512_sub_epi16(q[0], zero), _mm512_sub_epi16(q[1], zero)]
+        }
     }
     #[inline(always)]
     fn pair(self, words: i32) -> __m512i {
@@ -277,9 +312,13 @@ impl WordProducts for Vnni {
         unsafe { [_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b)] }
     }
     #[inline(always)]
-    unsafe fn store_words(self, x: __m512, to: *mut i16) {
+    unsafe fn store_words(self, [a, b]: [__m512; 2], to: *mut i16) {
         // SAFETY: as above.
-        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x))) }
+        unsafe {
+            let evens = _mm512_loadu_si512(EVENS.as_ptr().cast());
+            let words = _mm512_permutex2var_epi16(_mm512_cvtps_epi32(a), evens, _mm512_cvtps_epi32(b));
+            _mm512_storeu_si512(to.cast(), words);
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 
 use super::avx2::{Avx2, shells};
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
-use super::generic::attention::integer_blocks::{BYTES, BlockProducts, IntegerUnit, transposed};
+use super::generic::attention::integer_blocks::{BYTES, BlockProducts, IntegerUnit};
 use super::partial::{integer_kernels, with_features};
 use std::arch::x86_64::*;
 
@@ -108,9 +108,21 @@ impl ByteProducts for Vnni {
 }
 
 impl BlockProducts for Vnni {
+    const GROUPS: usize = 1;
+
     #[inline(always)]
-    unsafe fn halves<U: IntegerUnit, const SECOND: bool>(self, p: *const u8, n: usize) -> __m256i {
-        let p = p.wrapping_add(U::STARTS[usize::from(SECOND)]);
+    unsafe fn bytes_of<U: IntegerUnit>(self, p: *const u8, n: usize) -> [__m256i; 2] {
+        let p = p.wrapping_add(U::STARTS[0]);
+        // SAFETY: the caller's.
+        unsafe {
+            let first = _mm256_loadu_si256(p.cast());
+            let second = if n < 2 { first } else { _mm256_loadu_si256(p.add(size_of::<U>()).cast()) };
+            [_mm256_permute2x128_si256::<0x20>(first, second), _mm256_permute2x128_si256::<0x31>(first, second)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn nibbles_of<U: IntegerUnit>(self, p: *const u8, n: usize) -> __m256i {
+        let p = p.wrapping_add(U::STARTS[0]);
         // SAFETY: the caller's.
         unsafe {
             let first = _mm_loadu_si128(p.cast());
@@ -118,16 +130,6 @@ impl BlockProducts for Vnni {
                 return _mm256_zextsi128_si256(first);
             }
             _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(first), _mm_loadu_si128(p.add(size_of::<U>()).cast()))
-        }
-    }
-    #[inline(always)]
-    unsafe fn factors<U: IntegerUnit, const MINIMA: bool>(self, p: *const u8, n: usize) -> __m256 {
-        let p = p.wrapping_add(if MINIMA { 2 } else { 0 });
-        // SAFETY: the caller's.
-        unsafe {
-            let first = p.cast::<i16>().read_unaligned();
-            let second = if n < 2 { 0 } else { p.add(size_of::<U>()).cast::<i16>().read_unaligned() };
-            _mm256_cvtph_ps(_mm_unpacklo_epi64(_mm_set1_epi16(first), _mm_set1_epi16(second)))
         }
     }
     #[inline(always)]
@@ -171,9 +173,18 @@ impl BlockProducts for Vnni {
         unsafe { _mm256_set1_epi8(1) }
     }
     #[inline(always)]
-    fn four(self, [a, b, c, d]: [__m256i; 4]) -> __m256i {
+    fn transposed(self, [a, b, c, d]: [__m256i; 4]) -> [__m256i; 4] {
         // SAFETY: as above.
-        unsafe { four(a, b, c, d) }
+        unsafe {
+            let low = [_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d)];
+            let high = [_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d)];
+            [
+                _mm256_unpacklo_epi64(low[0], low[1]),
+                _mm256_unpackhi_epi64(low[0], low[1]),
+                _mm256_unpacklo_epi64(high[0], high[1]),
+                _mm256_unpackhi_epi64(high[0], high[1]),
+            ]
+        }
     }
     #[inline(always)]
     fn times(self, x: __m256i, factor: i32) -> __m256i {
@@ -181,24 +192,21 @@ impl BlockProducts for Vnni {
         unsafe { _mm256_mullo_epi32(x, _mm256_set1_epi32(factor)) }
     }
     #[inline(always)]
-    fn difference(self, a: __m256i, b: __m256i) -> __m256 {
+    fn float(self, x: __m256i) -> __m256 {
         // SAFETY: as above.
-        unsafe { _mm256_cvtepi32_ps(_mm256_sub_epi32(a, b)) }
+        unsafe { _mm256_cvtepi32_ps(x) }
     }
     #[inline(always)]
-    fn one_of_each(self, [a, b, c, d]: [__m256; 4]) -> __m256 {
-        // SAFETY: as above.
-        unsafe { _mm256_blend_ps::<0xcc>(_mm256_blend_ps::<0x22>(a, b), _mm256_blend_ps::<0x88>(c, d)) }
-    }
-    #[inline(always)]
-    fn over_blocks(self, x: __m256) -> [f32; 4] {
-        // SAFETY: as above; vectors of the same size.
-        unsafe { std::mem::transmute(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x))) }
-    }
-    #[inline(always)]
-    fn over_blocks_of_four(self, x: [__m256; 4], factors: [f32; 4]) -> [[f32; 4]; 4] {
-        let sums = [self.over_blocks(x[0]), self.over_blocks(x[1]), self.over_blocks(x[2]), self.over_blocks(x[3])];
-        transposed(sums, factors)
+    fn over_blocks(self, [x, _]: [[__m256; 4]; 2], factors: [f32; 4]) -> [[[f32; 4]; 2]; 4] {
+        let mut sums = [[[0.0; 4]; 2]; 4];
+        for r in 0..4 {
+            // SAFETY: as above; four numbers are stored.
+            unsafe {
+                let sum = _mm_add_ps(_mm256_castps256_ps128(x[r]), _mm256_extractf128_ps::<1>(x[r]));
+                _mm_storeu_ps(sums[r][0].as_mut_ptr(), _mm_mul_ps(sum, _mm_set1_ps(factors[r])));
+            }
+        }
+        sums
     }
 }
 

@@ -11,15 +11,17 @@
 //!
 //! # What bounds it
 //! On AVX-512 with four rows, a pair of keys takes four products per 16 elements, one conversion and half a shuffle; as f32 it would take
-//! eight FMAs and the widening. For blocks of 128 elements, factors and weights take about 13 operations per key more. A
-//! profile on Zen 4 shows 35 cycles per key of q8_0, weights included, and 46 for the loops of f32.
+//! eight FMAs and the widening. Zen 4 runs one of these products per cycle: 16 cycles per key of 128 elements. The loop takes 17 in q8_0
+//! and 18.5 in q4_0. To copy factors takes 5, weights 7, of which 3 make them integers, so that a key takes 30, and 46 in the
+//! loops of f32.
 
 use super::integer::ByteProducts;
-use super::integer_blocks::{BlockProducts, IntegerUnit};
+use super::integer_blocks::{BlockProducts, IntegerUnit, Kind};
 use super::{Block, IntegerValues, RowState, SUBBLOCK, Scratch};
 use crate::kernels::generic::blocks::N;
-use crate::kernels::simd::{MAX_LANES, Simd};
+use crate::kernels::simd::{LINE, MAX_LANES, Simd};
 use crate::problem::grid::{BLOCK, KeyRange, padded};
+use half::f16;
 
 type V<P> = <<P as ByteProducts>::Level as Simd>::V;
 
@@ -38,8 +40,18 @@ pub(crate) trait WordProducts: BlockProducts {
     /// # Safety
     /// They are readable.
     unsafe fn bytes(self, p: *const u8, n: usize) -> Self::Bytes;
+    /// Number `b` of each four f16, of as many as a vector has lanes.
+    ///
+    /// # Safety
+    /// They are readable.
+    unsafe fn gathered(self, p: *const f16, b: usize) -> V<Self>;
     /// The bytes of both as words, in pairs, in the order of [`Self::in_order`].
     fn pairs(self, a: Self::Bytes, b: Self::Bytes) -> [Self::Units; 2];
+    /// The same of two blocks of nibbles without fifth bits, as words, in pairs, in their order.
+    ///
+    /// # Safety
+    /// The blocks are readable.
+    unsafe fn nibble_pairs<U: IntegerUnit>(self, a: *const u8, b: *const u8) -> [Self::Units; 2];
     /// Two words, over and over.
     fn pair(self, words: i32) -> Self::Units;
     /// Adds the products of words, each pair to one of the sums.
@@ -50,7 +62,7 @@ pub(crate) trait WordProducts: BlockProducts {
     ///
     /// # Safety
     /// There is room; the magnitudes are at most 32767.
-    unsafe fn store_words(self, x: V<Self>, to: *mut i16);
+    unsafe fn store_words(self, x: [V<Self>; 2], to: *mut i16);
 }
 
 /// The units of values.
@@ -61,16 +73,14 @@ pub(crate) trait ValueUnit: 'static {
     const FACTORS: bool;
     const MINIMA: bool;
 
-    /// The numbers of `n` elements, up to [`N`].
+    /// Whether the elements of pairs are to be put in order.
+    const SHUFFLED: bool;
+
+    /// Pairs of the numbers of `n` elements, up to [`N`], of two values.
     ///
     /// # Safety
     /// They are readable.
-    unsafe fn numbers<P: WordProducts>(p: P, from: *const u8, n: usize) -> P::Bytes;
-    /// As [`BlockProducts::factors`].
-    ///
-    /// # Safety
-    /// The same.
-    unsafe fn factors<P: WordProducts, const MINIMA: bool>(p: P, from: *const u8, n: usize) -> V<P>;
+    unsafe fn pairs<P: WordProducts>(p: P, a: *const u8, b: *const u8, n: usize) -> [P::Units; 2];
 }
 
 impl ValueUnit for i8 {
@@ -78,14 +88,12 @@ impl ValueUnit for i8 {
     const FACTORS: bool = false;
     const MINIMA: bool = false;
 
+    const SHUFFLED: bool = true;
+
     #[inline(always)]
-    unsafe fn numbers<P: WordProducts>(p: P, from: *const u8, n: usize) -> P::Bytes {
+    unsafe fn pairs<P: WordProducts>(p: P, a: *const u8, b: *const u8, n: usize) -> [P::Units; 2] {
         // SAFETY: the caller's.
-        unsafe { p.bytes(from, n) }
-    }
-    #[inline(always)]
-    unsafe fn factors<P: WordProducts, const MINIMA: bool>(p: P, _: *const u8, _: usize) -> V<P> {
-        p.level().zero()
+        unsafe { p.pairs(p.bytes(a, n), p.bytes(b, n)) }
     }
 }
 
@@ -94,15 +102,14 @@ impl<U: IntegerUnit> ValueUnit for U {
     const FACTORS: bool = true;
     const MINIMA: bool = U::MINIMA;
 
+    const SHUFFLED: bool = !matches!(U::KIND, Kind::Nibbles) || U::FIFTH.is_some();
+
     #[inline(always)]
-    unsafe fn numbers<P: WordProducts>(p: P, from: *const u8, _: usize) -> P::Bytes {
+    unsafe fn pairs<P: WordProducts>(p: P, a: *const u8, b: *const u8, _: usize) -> [P::Units; 2] {
         // SAFETY: the caller's.
-        unsafe { p.numbers::<U>(from) }
-    }
-    #[inline(always)]
-    unsafe fn factors<P: WordProducts, const MINIMA: bool>(p: P, from: *const u8, n: usize) -> V<P> {
-        // SAFETY: the caller's.
-        unsafe { p.factors::<U, MINIMA>(from, n) }
+        unsafe {
+            if Self::SHUFFLED { p.pairs(p.numbers::<U>(a), p.numbers::<U>(b)) } else { p.nibble_pairs::<U>(a, b) }
+        }
     }
 }
 
@@ -120,13 +127,14 @@ const LEAST_WEIGHT: f32 = f32::from_bits((127 - 110) << 23);
 struct Memory {
     /// Blocks of a value.
     blocks: usize,
-    /// `[blocks][BLOCK]`, as they are, and divided by the largest one.
-    factors: *mut f32,
-    minima: *mut f32,
+    /// `[blocks / GATHERED][BLOCK][GATHERED]`, rounded up, as they are.
+    factors: *mut f16,
+    minima: *mut f16,
+    /// `[blocks][BLOCK]`, divided by the largest one.
     quotients: *mut f32,
     /// `[blocks]`.
     largest: *mut f32,
-    /// `[ROWS][blocks][BLOCK]`.
+    /// `[blocks][ROWS][BLOCK]`, so that rows are a constant apart.
     weights: *mut i16,
     /// `[ROWS][blocks]`: what weights are multiples of, and the weighted sums of the minima.
     steps: *mut f32,
@@ -139,10 +147,17 @@ impl Memory {
         let blocks = dv.div_ceil(N);
         // There are at least 1024 floats per block.
         let at = |n: usize| scratch.vp.wrapping_add(n * blocks);
-        let (factors, minima, quotients) = (at(0), at(BLOCK), at(2 * BLOCK));
-        let (weights, steps, sums, largest) =
-            (at(3 * BLOCK).cast(), at(5 * BLOCK), at(5 * BLOCK + 4), at(5 * BLOCK + 8));
+        let (factors, minima, quotients) = (at(0).cast(), at(BLOCK * GATHERED / 2).cast(), at(BLOCK * GATHERED));
+        let weights = at(BLOCK * (GATHERED + 1)).cast();
+        let rest = BLOCK * (GATHERED + 1 + ROWS / 2);
+        let (steps, sums, largest) = (at(rest), at(rest + ROWS), at(rest + 2 * ROWS));
         Self { blocks, factors, minima, quotients, largest, weights, steps, sums }
+    }
+
+    /// The weights of row `r` of those with weights for block `b`.
+    #[inline(always)]
+    fn weights(&self, b: usize, r: usize) -> *mut i16 {
+        self.weights.wrapping_add((b * ROWS + r) * BLOCK)
     }
 }
 
@@ -190,7 +205,7 @@ pub(crate) unsafe fn values<P: WordProducts, U: ValueUnit>(
     // SAFETY: the caller's; the rows are inside the tile.
     unsafe {
         if U::FACTORS {
-            all_factors::<P, U>(p, args);
+            all_factors::<U>(args);
         }
         for row in (0..tile.head_rows).step_by(ROWS) {
             (weights.first, weights.n) = (head + row, (tile.head_rows - row).min(ROWS));
@@ -212,66 +227,54 @@ pub(crate) unsafe fn values<P: WordProducts, U: ValueUnit>(
     }
 }
 
-/// The factors and minima of all keys. Others stand for keys outside of the key range, up to whole groups of four.
+/// The factors and minima of all keys, and with them all lines of the values.
 ///
 /// # Safety
 /// As [`values`].
 #[inline(always)]
-unsafe fn all_factors<P: WordProducts, U: ValueUnit>(p: P, args: &IntegerValues) {
+unsafe fn all_factors<U: ValueUnit>(args: &IntegerValues) {
     let Block { scratch, key_range: KeyRange { low, high }, dv, .. } = *args.block;
     let memory = Memory::of(scratch, dv);
-    for j in (low / 4 * 4..high).step_by(4) {
-        let keys: [*const u8; 4] = std::array::from_fn(|c| args.v.key(args.head, (j + c).clamp(low, high - 1)));
-        // SAFETY: the caller's.
-        unsafe {
-            for i in 0..memory.blocks / P::BLOCKS {
-                factors::<P, U>(p, keys, i * P::BLOCKS, P::BLOCKS, &memory, j);
-            }
-            let rest = memory.blocks % P::BLOCKS;
-            if rest > 0 {
-                factors::<P, U>(p, keys, memory.blocks - rest, rest, &memory, j);
+    // SAFETY: the caller's; a block begins with its factor, and with its minimum.
+    unsafe {
+        for first in (0..memory.blocks).step_by(GATHERED) {
+            for j in low..high {
+                let value = args.v.key(args.head, j).add(first * U::BYTES);
+                let at = first * BLOCK + j * GATHERED;
+                gather::<U>(value, memory.blocks - first, memory.factors.add(at));
+                if U::MINIMA {
+                    gather::<U>(value.add(size_of::<f16>()), memory.blocks - first, memory.minima.add(at));
+                }
             }
         }
     }
 }
 
-/// The factors and minima of `n` blocks of four keys, of which the first is key `j`, from block `first` on.
+/// The f16 at the start of up to [`GATHERED`] of `n` blocks. Four are one store.
 ///
 /// # Safety
-/// As [`values`].
+/// The blocks are readable, and there is room for [`GATHERED`].
 #[inline(always)]
-unsafe fn factors<P: WordProducts, U: ValueUnit>(
-    p: P,
-    keys: [*const u8; 4],
-    first: usize,
-    n: usize,
-    memory: &Memory,
-    j: usize,
-) {
-    let s = p.level();
-    let (mut factors, mut minima) = ([s.zero(); 4], [s.zero(); 4]);
-    // SAFETY: the caller's; the arrays hold a vector.
+unsafe fn gather<U: ValueUnit>(from: *const u8, n: usize, to: *mut f16) {
+    let half = |b: usize| from.wrapping_add(b * U::BYTES).cast::<u16>();
+    // SAFETY: the caller's.
     unsafe {
-        for c in 0..4 {
-            let at = keys[c].add(first * U::BYTES);
-            factors[c] = U::factors::<P, false>(p, at, n);
-            if U::MINIMA {
-                minima[c] = U::factors::<P, true>(p, at, n);
+        if n >= GATHERED {
+            let mut four = 0;
+            for b in 0..GATHERED {
+                four |= u64::from(half(b).read_unaligned()) << (16 * b);
             }
-        }
-        let mut lanes = [[0.0f32; 4]; MAX_LANES / 4];
-        s.store_f32(lanes.as_mut_ptr().cast(), p.one_of_each(factors));
-        for b in 0..n {
-            memory.factors.add((first + b) * BLOCK + j).cast::<[f32; 4]>().write(lanes[b]);
-        }
-        if U::MINIMA {
-            s.store_f32(lanes.as_mut_ptr().cast(), p.one_of_each(minima));
+            to.cast::<u64>().write(four);
+        } else {
             for b in 0..n {
-                memory.minima.add((first + b) * BLOCK + j).cast::<[f32; 4]>().write(lanes[b]);
+                to.add(b).cast::<u16>().write(half(b).read_unaligned());
             }
         }
     }
 }
+
+/// Blocks of a value whose factors lie together.
+const GATHERED: usize = 4;
 
 /// Makes integers of the weights of some rows.
 ///
@@ -280,6 +283,12 @@ unsafe fn factors<P: WordProducts, U: ValueUnit>(
 #[inline(always)]
 pub(crate) unsafe fn make_integers<P: WordProducts>(p: P, args: &mut ValueWeights) {
     let memory = Memory::of(args.block.scratch, args.block.dv);
+    let mut peaks = [(0.0, true); ROWS];
+    // All of them first, since each takes a chain of shuffles and ends in a division.
+    for r in 0..args.n {
+        // SAFETY: the caller's.
+        peaks[r] = unsafe { peak(p, args, r, args.rows[args.first + r].visible_bits) };
+    }
     for r in 0..args.n {
         let visible = args.rows[args.first + r].visible_bits;
         // SAFETY: the caller's.
@@ -288,9 +297,27 @@ pub(crate) unsafe fn make_integers<P: WordProducts>(p: P, args: &mut ValueWeight
                 args.bits = visible;
                 args.finite = quotients(p, &memory, visible);
             }
-            args.in_f32[r] = !weights(p, args, &memory, r, visible);
+            args.in_f32[r] = !weights(p, args, &memory, r, visible, peaks[r]);
         }
     }
+}
+
+/// The largest magnitude of the weights of row `r` for the keys `bits`, and whether all are finite.
+///
+/// # Safety
+/// As [`values`].
+#[inline(always)]
+unsafe fn peak<P: WordProducts>(p: P, args: &ValueWeights, r: usize, bits: u64) -> (f32, bool) {
+    let (s, lanes) = (p.level(), <P::Level as Simd>::LANES);
+    let (mut largest, mut finite) = (s.zero(), true);
+    let from = args.block.scratch.s.wrapping_add((args.first + r) * BLOCK);
+    for i in 0..BLOCK / lanes {
+        // SAFETY: the caller's.
+        let x = s.select_bits(bits >> (i * lanes), unsafe { s.load_f32(from.add(i * lanes)) }, s.zero());
+        finite &= s.all_finite(x);
+        largest = s.max(s.abs(x), largest);
+    }
+    (s.max_lane(largest), finite)
 }
 
 /// Divides the factors of some keys by the largest magnitude among them, block by block. Returns whether all are finite.
@@ -302,49 +329,61 @@ unsafe fn quotients<P: WordProducts>(p: P, memory: &Memory, bits: u64) -> bool {
     let (s, lanes) = (p.level(), <P::Level as Simd>::LANES);
     let mut finite = true;
     for b in 0..memory.blocks {
-        let (mut x, mut largest) = ([s.zero(); BLOCK / MAX_LANES], s.zero());
+        let mut largest = s.zero();
         // SAFETY: the caller's; factors of other keys are any.
         unsafe {
             for i in 0..BLOCK / lanes {
-                let factors = s.load_f32(memory.factors.add(b * BLOCK + i * lanes));
-                x[i] = s.select_bits(bits >> (i * lanes), factors, s.zero());
-                finite &= s.all_finite(x[i]);
-                largest = s.max(s.abs(x[i]), largest);
+                let at = b / GATHERED * GATHERED * BLOCK + i * lanes * GATHERED;
+                let factors = p.gathered(memory.factors.add(at), b % GATHERED);
+                let x = s.select_bits(bits >> (i * lanes), factors, s.zero());
+                finite &= s.all_finite(x);
+                largest = s.max(s.abs(x), largest);
+                s.store_f32(memory.quotients.add(b * BLOCK + i * lanes), x);
             }
-            let largest = s.max_lane(largest);
-            *memory.largest.add(b) = largest;
+            *memory.largest.add(b) = s.max_lane(largest);
+        }
+    }
+    for b in 0..memory.blocks {
+        // SAFETY: as above.
+        unsafe {
+            let largest = *memory.largest.add(b);
             let inverse = s.splat(if largest > 0.0 { 1.0 / largest } else { 0.0 });
             for i in 0..BLOCK / lanes {
-                s.store_f32(memory.quotients.add(b * BLOCK + i * lanes), s.mul(x[i], inverse));
+                let at = memory.quotients.add(b * BLOCK + i * lanes);
+                s.store_f32(at, s.mul(s.load_f32(at), inverse));
             }
         }
     }
     finite
 }
 
-/// Makes integers of the weights of row `r` for the keys `bits`. Returns false, and makes zeros, if the row is to be computed in f32.
+/// Makes integers of the weights of row `r` for the keys `bits`, of which [`peak`] was computed. Returns false, and makes zeros, if the row is to be computed in f32.
 ///
 /// # Safety
 /// As [`values`].
 #[inline(always)]
-unsafe fn weights<P: WordProducts>(p: P, args: &ValueWeights, memory: &Memory, r: usize, bits: u64) -> bool {
+unsafe fn weights<P: WordProducts>(
+    p: P,
+    args: &ValueWeights,
+    memory: &Memory,
+    r: usize,
+    bits: u64,
+    (largest, finite): (f32, bool),
+) -> bool {
     let ValueWeights { factors, minima, .. } = *args;
     let (s, lanes) = (p.level(), <P::Level as Simd>::LANES);
     let blocks = if factors { memory.blocks } else { 1 };
-    let (mut x, mut largest) = ([s.zero(); BLOCK / MAX_LANES], s.zero());
-    let mut finite = args.finite;
+    let finite = finite && args.finite;
+    let mut x = [s.zero(); BLOCK / MAX_LANES];
     // SAFETY: the caller's.
     unsafe {
         let from = args.block.scratch.s.add((args.first + r) * BLOCK);
         for i in 0..BLOCK / lanes {
             x[i] = s.select_bits(bits >> (i * lanes), s.load_f32(from.add(i * lanes)), s.zero());
-            finite &= s.all_finite(x[i]);
-            largest = s.max(s.abs(x[i]), largest);
         }
-        let largest = s.max_lane(largest);
         if !finite || !factors && largest < LEAST_WEIGHT && largest > 0.0 {
             for b in 0..blocks {
-                std::ptr::write_bytes(memory.weights.add((r * blocks + b) * BLOCK), 0, BLOCK);
+                std::ptr::write_bytes(memory.weights(b, r), 0, BLOCK);
                 *memory.steps.add(r * blocks + b) = 0.0;
                 *memory.sums.add(r * blocks + b) = 0.0;
             }
@@ -357,13 +396,14 @@ unsafe fn weights<P: WordProducts>(p: P, args: &ValueWeights, memory: &Memory, r
             scaled[i] = s.mul(x[i], s.splat(inverse));
         }
         for b in 0..blocks {
-            let to = memory.weights.add((r * blocks + b) * BLOCK);
-            for i in 0..BLOCK / lanes {
-                let mut weight = scaled[i];
+            let to = memory.weights(b, r);
+            for i in (0..BLOCK / lanes).step_by(2) {
+                let mut two = [scaled[i], scaled[i + 1]];
                 if factors {
-                    weight = s.mul(weight, s.load_f32(memory.quotients.add(b * BLOCK + i * lanes)));
+                    let quotients = memory.quotients.add(b * BLOCK + i * lanes);
+                    two = [s.mul(two[0], s.load_f32(quotients)), s.mul(two[1], s.load_f32(quotients.add(lanes)))];
                 }
-                p.store_words(weight, to.add(i * lanes));
+                p.store_words(two, to.add(i * lanes));
             }
             *memory.steps.add(r * blocks + b) = if factors { *memory.largest.add(b) * step } else { step };
         }
@@ -374,7 +414,10 @@ unsafe fn weights<P: WordProducts>(p: P, args: &ValueWeights, memory: &Memory, r
             let mut sums = [s.zero(); MAX_LANES];
             for b in first..blocks.min(first + lanes) {
                 for i in 0..BLOCK / lanes {
-                    let minima = s.load_f32(memory.minima.add(b * BLOCK + i * lanes));
+                    let minima = p.gathered(
+                        memory.minima.add(b / GATHERED * GATHERED * BLOCK + i * lanes * GATHERED),
+                        b % GATHERED,
+                    );
                     let minima = s.select_bits(bits >> (i * lanes), minima, s.zero());
                     sums[b - first] = s.fma(x[i], minima, sums[b - first]);
                 }
@@ -407,35 +450,39 @@ unsafe fn rows<P: WordProducts, U: ValueUnit, const R: usize>(
     for first in (0..memory.blocks).step_by(2) {
         // A last one alone is computed twice.
         let blocks = [first, (first + 1).min(memory.blocks - 1)];
-        let mut weights = [[std::ptr::null::<i32>(); 2]; R];
-        for r in 0..R {
-            for n in 0..2 {
-                let b = if U::FACTORS { blocks[n] } else { 0 };
-                weights[r][n] = memory.weights.wrapping_add(((row + r) * of_row + b) * BLOCK).cast();
-            }
+        let mut weights = [std::ptr::null::<i32>(); 2];
+        for n in 0..2 {
+            weights[n] = memory.weights(if U::FACTORS { blocks[n] } else { 0 }, row).cast();
         }
         let mut sums = [[[p.zero(); 2]; 2]; R];
-        let mut distances = args.ahead.of_v(low / SUBBLOCK).distances();
+        let mut ahead = args.ahead.of_v(low / SUBBLOCK).distance;
+        // Every line of a value, two for two blocks as long as there are any: one that is left out is waited for.
+        let line = first / 2 * 2 * LINE;
+        let [near, far] = [line, line + LINE].map(|line| prefetch && line < memory.blocks * U::BYTES);
         // SAFETY: the caller's; others stand for keys outside of the range, whose weights are 0.
         unsafe {
             for pair in low / 2..high.div_ceil(2) {
                 if prefetch && pair % (SUBBLOCK / 2) == 0 {
-                    distances = args.ahead.of_v(2 * pair / SUBBLOCK).distances();
+                    ahead = args.ahead.of_v(2 * pair / SUBBLOCK).distance;
                 }
                 let a = args.v.key(args.head, (2 * pair).max(low));
                 let b = args.v.key(args.head, (2 * pair + 1).min(high - 1));
-                if prefetch {
-                    distances.prefetch(s, a.wrapping_add(first * U::BYTES));
-                    distances.prefetch(s, b.wrapping_add(first * U::BYTES));
+                if near {
+                    s.prefetch_far(a.wrapping_add(line).wrapping_offset(ahead));
+                    s.prefetch_far(b.wrapping_add(line).wrapping_offset(ahead));
+                }
+                if far {
+                    s.prefetch_far(a.wrapping_add(line + LINE).wrapping_offset(ahead));
+                    s.prefetch_far(b.wrapping_add(line + LINE).wrapping_offset(ahead));
                 }
                 let mut x = [[p.ones(); 2]; 2];
                 for n in 0..2 {
                     let (at, len) = (blocks[n] * U::BYTES, (dv - blocks[n] * N).min(N));
-                    x[n] = p.pairs(U::numbers(p, a.add(at), len), U::numbers(p, b.add(at), len));
+                    x[n] = U::pairs(p, a.add(at), b.add(at), len);
                 }
                 for r in 0..R {
                     for n in 0..2 {
-                        let weight = p.pair(*weights[r][n].add(pair));
+                        let weight = p.pair(*weights[n].add(r * BLOCK / 2 + pair));
                         sums[r][n][0] = p.add_words(sums[r][n][0], x[n][0], weight);
                         sums[r][n][1] = p.add_words(sums[r][n][1], x[n][1], weight);
                     }
@@ -449,7 +496,10 @@ unsafe fn rows<P: WordProducts, U: ValueUnit, const R: usize>(
                     let number = (row + r) * of_row + if U::FACTORS { blocks[n] } else { 0 };
                     let step = s.splat(*memory.steps.add(number));
                     let [low, high] = sums[r][n];
-                    let x = p.in_order([p.difference(low, p.zero()), p.difference(high, p.zero())]);
+                    let mut x = [p.float(low), p.float(high)];
+                    if U::SHUFFLED {
+                        x = p.in_order(x);
+                    }
                     for i in 0..2 {
                         let column = blocks[n] * N + i * <P::Level as Simd>::LANES;
                         // The last block may be half of one.

@@ -10,7 +10,7 @@
 //! | `units` | how loops over a cache read units of one element, and of several |
 //! | `row_pairs` | values in pairs of slots, converted to rows |
 //! | `integer` | scores of int8 keys by products of integers |
-//! | `integer_blocks` | the same for keys in blocks |
+//! | `integer_blocks` | the same for keys in blocks, in two ways: `integer_words` and `integer_quarters` |
 //! | `integer_values` | sums of weighted values by products of integers |
 //! | `direct` | the direct path: scores and values of few query rows (decode), from the cache |
 //! | `packed` | the packed path: scores and values of many query rows (prefill), from packed copies of a block |
@@ -57,8 +57,12 @@ mod direct;
 pub(crate) mod integer;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 pub(crate) mod integer_blocks;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+mod integer_quarters;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod integer_values;
+#[cfg(target_arch = "x86_64")]
+mod integer_words;
 mod key_pointers;
 mod logits;
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]

@@ -101,6 +101,8 @@ pub(super) unsafe fn block<S: Simd>(
         // They are read one head after the other.
         ahead.by = SUBBLOCKS;
     }
+    // And so are keys then, for which a loop over a whole block has fewer beginnings.
+    let by_head = integer.is_some() && pieces.keys.quantize_rows.is_some() && block.key_range.len() == BLOCK;
     let heads = 0..block.tile.kv_heads;
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
@@ -108,7 +110,7 @@ pub(super) unsafe fn block<S: Simd>(
             && (!pieces.keys.reads_units || widens(block.tile))
         {
             widened_scores(pieces, widen, block, k);
-        } else if ahead.whole {
+        } else if ahead.whole || by_head {
             let (spread, ahead) = (ahead.spread, ahead.of_k(0));
             scores(&DirectScores { block, k, keys: block.key_range, spread, ahead });
         } else {
