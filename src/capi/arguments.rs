@@ -16,6 +16,7 @@ pub(super) unsafe fn read<T: Copy>(name: &str, from: *const T) -> Result<T> {
 ///
 /// # Safety
 /// `data` is null or points to `n` elements that nobody writes while the slice is in use.
+#[inline(always)]
 pub(super) unsafe fn list<'a, T>(name: &str, data: *const T, n: usize) -> Result<Option<&'a [T]>> {
     if data.is_null() {
         return Ok(None);
@@ -61,6 +62,7 @@ pub(super) fn check_list<T>(name: &str, data: *const T, n: usize) -> Result<()> 
 }
 
 /// A size from C, where sizes are signed so that a wrong sign is an error and not a huge number.
+#[inline(always)]
 pub(super) fn size(name: &str, value: i64) -> Result<usize> {
     match usize::try_from(value) {
         Ok(value) => Ok(value),
@@ -68,6 +70,7 @@ pub(super) fn size(name: &str, value: i64) -> Result<usize> {
     }
 }
 
+#[inline(always)]
 pub(super) fn shape(name: &str, shape: [i64; 4], axes: [&str; 4]) -> Result<[usize; 4]> {
     let mut sizes = [0; 4];
     for axis in 0..4 {
@@ -83,6 +86,7 @@ pub(super) fn shape(name: &str, shape: [i64; 4], axes: [&str; 4]) -> Result<[usi
     Ok(sizes)
 }
 
+#[inline(always)]
 pub(super) fn reserved(name: &str, value: i32) -> Result<()> {
     ensure!(value == 0, InvalidEnum, "{name}.reserved is {value}, but must be 0");
     Ok(())

@@ -10,7 +10,7 @@ use super::masks::{kvl_bit_mask, kvl_mask, read_masks};
 use super::plan::{self, kvl_plan};
 use super::runner::{CallerRunner, kvl_parallel_runner};
 use super::scales::{kvl_cache_scales, read_scales, with_scales};
-use super::sized::{Growing, assert_layout, read_sized, sized};
+use super::sized::{Growing, assert_layout, read_sized, read_sized_to, sized};
 use super::status::kvl_status;
 use super::views::{kvl_const_view, kvl_view};
 use crate::error::{Result, ensure};
@@ -19,8 +19,9 @@ use crate::ops::attention::{
     Memory, RawAttention, attention_raw, attention_shapes, attention_workspace_size, fill_alibi_slopes,
 };
 use crate::problem::limits::MAX_HEAD_DIM;
-use crate::view::{BATCH, DIM, HEADS, MAX_AXIS, RawView, SEQ, Units};
+use crate::view::{BATCH, DIM, HEADS, MAX_AXIS, RawCacheView, RawView, SEQ, Units};
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 
 /// What `kvl_attention_params.flags` is a sum of.
 pub type kvl_attention_flag = u32;
@@ -189,11 +190,14 @@ pub unsafe extern "C" fn kvl_attention(
     guard(|| {
         // SAFETY: the caller's promise, here and below.
         let (context, runner) = unsafe { (borrow(context)?, CallerRunner::new(runner)?) };
+        let mut copy = MaybeUninit::uninit();
         // SAFETY: as above.
-        let call = unsafe { raw_attention(&read_sized(params)?) }?;
-        let memory = Memory::Fixed(workspace.cast(), workspace_bytes);
-        // SAFETY: as above.
-        unsafe { attention_raw(context, runner.as_dyn(), memory, &call) }
+        unsafe {
+            with_attention(read_sized_to(params, &mut copy)?, &|call| {
+                let memory = Memory::Fixed(workspace.cast(), workspace_bytes);
+                attention_raw(context, runner.as_dyn(), memory, call)
+            })
+        }
     })
 }
 
@@ -264,9 +268,14 @@ pub(super) fn attention_shape<U: Units>(name: &str, raw: RawView<U>) -> Result<[
     Ok(raw.shape)
 }
 
+/// Calls `f` with the call that the parameters describe, which is too large to be returned at no cost.
+///
 /// # Safety
 /// `params` is what the header describes.
-pub(super) unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<RawAttention<'a>> {
+pub(super) unsafe fn with_attention(
+    params: &kvl_attention_params,
+    f: &dyn Fn(&RawAttention) -> Result<()>,
+) -> Result<()> {
     reserved("kvl_attention_params", params.reserved)?;
     ensure!(
         params.reserved2 == 0,
@@ -284,14 +293,20 @@ pub(super) unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<
     let heads = q.shape[HEADS];
     // SAFETY: the caller's, here and below.
     let (visibility, planned) = unsafe { plan::visibility(params, &q, k) }?;
+    let (k, v) = if params.scales.is_null() {
+        let cache = |units| RawCacheView { units, scales: None, affine: None };
+        (cache(k), cache(v))
+    } else {
+        // SAFETY: as above.
+        let [k_scales, v_scales] = unsafe { read_scales(params.scales) }?;
+        (with_scales(k, "the scales of k", &k_scales)?, with_scales(v, "the scales of v", &v_scales)?)
+    };
     // SAFETY: as above.
-    let [k_scales, v_scales] = unsafe { read_scales(params.scales) }?;
-    // SAFETY: as above.
-    unsafe {
-        Ok(RawAttention {
+    let call = unsafe {
+        RawAttention {
             q,
-            k: with_scales(k, "the scales of k", &k_scales)?,
-            v: with_scales(v, "the scales of v", &v_scales)?,
+            k,
+            v,
             out: params.out.raw("out")?,
             lse: params.lse,
             scale: (params.scale != 0.0).then_some(params.scale),
@@ -309,8 +324,9 @@ pub(super) unsafe fn raw_attention<'a>(params: &kvl_attention_params) -> Result<
             k_hadamard: parse_block("k_hadamard", params.k_hadamard)?,
             v_hadamard: parse_block("v_hadamard", params.v_hadamard)?,
             precision: parse_precision("precision", params.precision)?,
-        })
-    }
+        }
+    };
+    f(&call)
 }
 
 pub(super) fn check_flags(flags: kvl_attention_flag) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Exports for attention whose keys are spread over several calls.
 
 use super::arguments::{list, required_list, reserved, size};
-use super::attention::{attention_shape, attention_tensors, kvl_attention_params, raw_attention, workspace_size};
+use super::attention::{attention_shape, attention_tensors, kvl_attention_params, with_attention, workspace_size};
 use super::context::{borrow, kvl_context};
 use super::format::{kvl_format, parse_format};
 use super::guard::guard;
@@ -157,10 +157,12 @@ pub unsafe extern "C" fn kvl_attention_chunks(
             ensure!(!given, InvalidValue, "{name} is given where segments are merged, not where they are computed");
         }
         // SAFETY: as above.
-        let attention = unsafe { raw_attention(&params) }?;
-        let call = RawChunks { attention, states, len: size("states_len", states_len)? };
-        // SAFETY: as above.
-        unsafe { attention_chunks_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, &call) }
+        unsafe {
+            with_attention(&params, &|attention| {
+                let call = RawChunks { attention: *attention, states, len: size("states_len", states_len)? };
+                attention_chunks_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, &call)
+            })
+        }
     })
 }
 

@@ -17,6 +17,7 @@ pub const KVL_DTYPE_U8: i32 = 16;
 pub const KVL_DTYPE_I8: i32 = 17;
 
 /// The type in the field of a view: `name` is the view's, since a call that computes makes no string in vain.
+#[inline(always)]
 pub(super) fn element_type(name: &str, value: kvl_dtype) -> Result<DType> {
     match u32::try_from(value).ok().and_then(DType::from_u32) {
         Some(dtype) => Ok(dtype),

@@ -53,6 +53,7 @@ pub(super) fn parse_format(name: &str, value: kvl_format) -> Result<CacheFormat>
 }
 
 /// Like [`parse_format`], for the field of a view: `name` is the view's, since a call that computes makes no string in vain.
+#[inline(always)]
 pub(super) fn unit_format(name: &str, value: i32) -> Result<CacheFormat> {
     match u32::try_from(value).ok().and_then(CacheFormat::from_u32) {
         Some(format) => Ok(format),

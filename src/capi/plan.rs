@@ -152,6 +152,7 @@ unsafe fn with_visibility<T>(
 ///
 /// # Safety
 /// `params` is what the header describes, and its lists and its plan live as long as the result is used.
+#[inline(always)]
 pub(super) unsafe fn visibility<'a>(
     params: &kvl_attention_params,
     q: &RawView,
@@ -183,6 +184,7 @@ pub(super) unsafe fn visibility<'a>(
 
 /// # Safety
 /// `params` is what the header describes.
+#[inline(always)]
 unsafe fn own_visibility<'a>(
     params: &kvl_attention_params,
     q: &RawView,
@@ -265,6 +267,7 @@ unsafe fn read_cu_seqlens_q<'a>(params: &kvl_attention_params) -> Result<Option<
 }
 
 /// A window is given by its flag: without it, the number of keys must be 0.
+#[inline(always)]
 pub(super) fn window(name: &str, keys: i64, given: bool) -> Result<Option<i64>> {
     ensure!(given || keys == 0, InvalidValue, "{name} is {keys}, but its flag is not set");
     ensure!(

@@ -1,7 +1,7 @@
 //! Attention over a shared prefix.
 
 use super::arguments::read;
-use super::attention::{attention_shape, attention_tensors, kvl_attention_params, raw_attention};
+use super::attention::{attention_shape, attention_tensors, kvl_attention_params, with_attention};
 use super::context::{borrow, kvl_context};
 use super::guard::guard;
 use super::plan;
@@ -80,8 +80,10 @@ pub unsafe extern "C" fn kvl_attention_with_prefix(
             with_scales(v.units("prefix_v")?, "the scales of prefix_v", &v_scales)?,
         );
         // SAFETY: as above.
-        let call = unsafe { raw_attention(&read_sized(params)?) }?;
-        // SAFETY: as above.
-        unsafe { attention_with_prefix_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, prefix, &call) }
+        unsafe {
+            with_attention(&read_sized(params)?, &|call| {
+                attention_with_prefix_raw(context, runner.as_dyn(), workspace.cast(), workspace_bytes, prefix, call)
+            })
+        }
     })
 }

@@ -91,7 +91,13 @@ pub(super) unsafe fn read_scales(from: *const kvl_cache_scales) -> Result<[Scale
 }
 
 /// The units of a cache with its scales; `name` is that of the scales. Whether the format has any is checked by the operation.
+#[inline(always)]
 pub(super) fn with_scales(units: RawView<CacheFormat>, name: &str, from: &Scales) -> Result<RawCacheView> {
+    if from.is_absent() { Ok(RawCacheView { units, scales: None, affine: None }) } else { scaled(units, name, from) }
+}
+
+/// [`with_scales`] of some.
+fn scaled(units: RawView<CacheFormat>, name: &str, from: &Scales) -> Result<RawCacheView> {
     let Scales { scales, zeros, affine } = from;
     let view = if scales.is_absent() { None } else { Some(scales.raw(name)?) };
     if let (true, Some(view)) = (units.dtype.is_affine(), view) {

@@ -1,6 +1,7 @@
 //! Structs that begin with their size, and the layout of all structs.
 
 use crate::error::{Result, ensure};
+use std::mem::MaybeUninit;
 
 /// A struct that begins with its size: plain integers, floats and pointers, for which all zeros is a value.
 ///
@@ -55,6 +56,16 @@ const MAX_SIZE: usize = 1 << 16;
 /// # Safety
 /// `from` is null or points to a struct that is as long as its first field says.
 pub(super) unsafe fn read_sized<T: Growing>(from: *const T) -> Result<T> {
+    let mut value = MaybeUninit::uninit();
+    // SAFETY: the caller's.
+    unsafe { read_sized_to(from, &mut value).copied() }
+}
+
+/// As [`read_sized`], to a place of its own: small calls would notice another copy of a large struct.
+///
+/// # Safety
+/// As [`read_sized`].
+pub(super) unsafe fn read_sized_to<T: Growing>(from: *const T, to: &mut MaybeUninit<T>) -> Result<&T> {
     ensure!(!from.is_null(), NullPointer, "the pointer to {} is null", T::NAME);
     // SAFETY: not null; the caller's promise covers the first field. Unaligned, because nothing else needs alignment.
     let size = unsafe { from.cast::<usize>().read_unaligned() };
@@ -77,11 +88,15 @@ pub(super) unsafe fn read_sized<T: Growing>(from: *const T) -> Result<T> {
             T::NAME
         );
     }
-    let mut value = std::mem::MaybeUninit::<T>::zeroed();
     // SAFETY: the bytes are readable by the caller's promise and are no more than a `T` has; zeros are a valid `T`.
     unsafe {
-        std::ptr::copy_nonoverlapping(from.cast::<u8>(), value.as_mut_ptr().cast(), size.min(known));
-        Ok(value.assume_init())
+        if size >= known {
+            std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.as_mut_ptr().cast(), known);
+        } else {
+            to.as_mut_ptr().write_bytes(0, 1);
+            std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.as_mut_ptr().cast(), size);
+        }
+        Ok(to.assume_init_ref())
     }
 }
 

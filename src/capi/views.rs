@@ -58,16 +58,19 @@ pub struct kvl_const_view {
 
 assert_layout!(kvl_const_view, 88, data: 0, dtype: 8, reserved: 12, shape: 16, strides: 48, bytes: 80);
 
+// Inlined: a result as large as a view would be copied once more.
 impl kvl_view {
     pub(super) const ABSENT: Self =
         Self { data: std::ptr::null_mut(), dtype: 0, reserved: 0, shape: [0; 4], strides: [0; 4], bytes: 0 };
 
     /// A tensor of elements.
+    #[inline(always)]
     pub(super) fn raw(&self, name: &str) -> Result<RawView> {
         self.read(name, element_type)
     }
 
     /// The units of a cache, whose `dtype` is a `kvl_format`.
+    #[inline(always)]
     pub(super) fn units(&self, name: &str) -> Result<RawView<CacheFormat>> {
         self.read(name, unit_format)
     }
@@ -81,6 +84,7 @@ impl kvl_view {
         })
     }
 
+    #[inline(always)]
     fn read<U>(&self, name: &str, kind: fn(&str, i32) -> Result<U>) -> Result<RawView<U>> {
         reserved(name, self.reserved)?;
         Ok(RawView {
@@ -104,15 +108,18 @@ impl kvl_view {
 
 impl kvl_const_view {
     /// The operations do not write through views that they only read.
+    #[inline(always)]
     pub(super) fn raw(&self, name: &str) -> Result<RawView> {
         self.as_view().raw(name)
     }
 
     /// As [`kvl_view::units`].
+    #[inline(always)]
     pub(super) fn units(&self, name: &str) -> Result<RawView<CacheFormat>> {
         self.as_view().units(name)
     }
 
+    #[inline(always)]
     fn as_view(&self) -> kvl_view {
         let Self { data, dtype, reserved, shape, strides, bytes } = *self;
         kvl_view { data: data.cast_mut(), dtype, reserved, shape, strides, bytes }

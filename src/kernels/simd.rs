@@ -19,9 +19,9 @@ pub(crate) trait Simd: Copy {
     /// Width of a register tile in vectors, 2 or 4: with [`TILE_ROWS`](super::generic::attention::TILE_ROWS) rows, the
     /// largest that leaves registers for operands.
     const TILE_VECTORS: usize;
-    /// Width in vectors of the register tiles of Q K^T, 2 or 4.
+    /// Width in vectors of the register tiles of Q K^T: 2 or 4, or 1 with four [`Self::SCORE_LANES`].
     const SCORE_VECTORS: usize = Self::TILE_VECTORS;
-    /// Lanes of a score that such a tile sums side by side, 1 or 2: as many tiles of registers.
+    /// Lanes of a score that such a tile sums side by side: as many tiles of registers, of half of the rows if they are 2.
     const SCORE_LANES: usize = 1;
     /// Whether the packed path reorders query rows, so that the elements that several rows have in a step lie together. Otherwise
     /// they are read from as many rows, which costs nothing where an address may be the sum of two registers and a constant.

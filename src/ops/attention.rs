@@ -468,6 +468,7 @@ pub(crate) unsafe fn attention_raw(
 }
 
 impl<'a> RawAttention<'a> {
+    #[inline(always)]
     pub(crate) fn new(tensors: AttentionTensors<'a>, options: &AttentionOptions<'a>) -> Result<Self> {
         let AttentionTensors { q, k, v, out, lse } = tensors;
         if let Some(lse) = &lse {
@@ -561,7 +562,7 @@ impl Inputs<'_> {
 
 /// Checks all of a call. Inlined, as what it returns is large.
 #[inline(always)]
-pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>> {
+pub(super) fn validate<'a>(call: &'a RawAttention<'a>) -> Result<Inputs<'a>> {
     let RawAttention { q, out, .. } = call;
     let inputs = validate_inputs(call)?;
     let out_extent = out.validate_output("out")?;
@@ -580,14 +581,14 @@ pub(super) fn validate<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>> {
     Ok(inputs)
 }
 
-/// Checks everything but `out` and `lse`.
-pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>> {
-    let RawAttention { q, k, v, .. } = call;
+/// Checks everything but `out` and `lse`. Inlined, as [`validate`].
+#[inline(always)]
+pub(super) fn validate_inputs<'a>(call: &'a RawAttention<'a>) -> Result<Inputs<'a>> {
+    let RawAttention { q, k, v, visibility, .. } = call;
     let extents = (q.validate("q")?, [k.validate("k")?, v.validate("v")?]);
     let (kv_heads, v_dim) = (k.shape[HEADS], call.v_dim());
-    let visibility = call.visibility;
     if call.planned.is_none() {
-        call_rows(q.shape, &visibility)?;
+        call_rows(q.shape, visibility)?;
     }
     k.same_axis("k", q, "q", DIM)?;
     let slots = match call.v_packing {
@@ -625,7 +626,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
 
     let summary = match call.planned {
         Some(planned) => planned.summary,
-        None => visibility::validate(&visibility)?,
+        None => visibility::validate(visibility)?,
     };
     for (name, list) in [("alibi_slopes", call.alibi_slopes), ("sink_logits", call.sink_logits)] {
         let n = list.map_or(heads, <[f32]>::len);
@@ -643,7 +644,7 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
         }
         _ => None,
     };
-    let masks = call.masks.validate(&visibility, heads, summary.longest)?;
+    let masks = call.masks.validate(visibility, heads, summary.longest)?;
     if let Some(bias) = &call.bias {
         check_scores("bias", bias.shape, [batch, seq, heads], summary.longest)?;
         bias.validate("bias")?;
@@ -651,14 +652,14 @@ pub(super) fn validate_inputs<'a>(call: &RawAttention<'a>) -> Result<Inputs<'a>>
     let (mask, bit_mask) = call.masks.views();
     Ok(Inputs {
         problem: Problem {
-            q: *q,
-            k: *k,
-            v: *v,
+            q,
+            k,
+            v,
             v_dim,
             v_packing: call.v_packing,
             k_hadamard: call.k_hadamard.unwrap_or(0),
             v_hadamard: call.v_hadamard.unwrap_or(0),
-            out: call.out,
+            out: &call.out,
             lse: call.lse,
             visibility,
             group: heads / kv_heads.max(1),

@@ -33,7 +33,7 @@ use crate::problem::grid::{CHUNK, Chunks, partial_stride};
 use crate::problem::limits::MAX_HEAD_DIM;
 use crate::problem::tile::Tile;
 use crate::problem::visibility::Visibility;
-use crate::view::{self, DIM, Extent, HEADS, RawView, SEQ, View, ViewMut, contiguous};
+use crate::view::{self, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, View, ViewMut, contiguous};
 
 /// Query rows of a KV head that are computed together; part of the format of the states, and so not the choice of a kernel.
 const PIECE: usize = 192;
@@ -118,7 +118,7 @@ pub(crate) struct RawChunks<'a> {
 
 impl<'a> RawChunks<'a> {
     /// Checks everything; returns the number of chunks too.
-    fn validate(&self) -> Result<(Problem<'a>, usize)> {
+    fn validate(&'a self) -> Result<(Problem<'a>, usize)> {
         let call = &self.attention;
         ensure!(
             call.sink_logits.is_none(),
@@ -206,7 +206,7 @@ struct SegmentJob<'a> {
 }
 
 impl<'a> SegmentJob<'a> {
-    fn new(context: &Context, runner: &dyn Runner, call: &RawChunks<'a>) -> Result<Self> {
+    fn new(context: &Context, runner: &dyn Runner, call: &'a RawChunks<'a>) -> Result<Self> {
         let (problem, chunks) = call.validate()?;
         let kernel = context.attention(problem.k.dtype, problem.v.dtype, call.attention.precision);
         let grid = Grid::new(problem.q.shape, problem.k.shape[HEADS]);
@@ -451,8 +451,7 @@ pub(crate) unsafe fn merge_chunks_raw(
 
 /// A checked merge.
 struct MergeJob<'a> {
-    problem: Problem<'a>,
-    segments: &'a [RawStates],
+    call: &'a RawMerge<'a>,
     kernel: AttentionKernel,
     grid: Grid,
     /// Chunks of all segments.
@@ -465,43 +464,46 @@ struct MergeJob<'a> {
 }
 
 impl<'a> MergeJob<'a> {
-    fn new(context: &Context, runner: &dyn Runner, call: &RawMerge<'a>) -> Result<Self> {
+    fn new(context: &Context, runner: &dyn Runner, call: &'a RawMerge<'a>) -> Result<Self> {
         let chunks = call.validate()?;
-        let RawMerge { segments, merge, out, lse } = call;
+        let RawMerge { merge, out, .. } = call;
         let (kernel, v_dim) = (context.attention(merge.k_format, merge.v_format, merge.precision), out.shape[DIM]);
         let grid = Grid::new(out.shape, merge.kv_heads);
         let workers = workers(runner.num_threads(), grid.tiles());
         let scratch = grid.scratch(&kernel, 1, v_dim);
         let each = scratch.saturating_add(grid.copy_bytes(chunks, v_dim));
-        let (problem, workspace) = (grid.problem(merge, *out, *lse), workers.saturating_mul(each));
-        Ok(Self { problem, segments, kernel, grid, chunks, workers, scratch, each, workspace })
+        let workspace = workers.saturating_mul(each);
+        Ok(Self { call, kernel, grid, chunks, workers, scratch, each, workspace })
     }
 
     /// # Safety
     /// As [`merge_chunks_raw`], with `self.workspace` bytes at `workspace`, aligned to 64.
     unsafe fn run(&self, runner: &dyn Runner, workspace: *mut u8) -> Result<()> {
-        let (grid, stride) = (&self.grid, partial_stride(self.problem.v_dim));
+        let (grid, inputs) = (&self.grid, self.grid.no_inputs(self.call.out.shape[DIM]));
+        let problem = inputs.problem(grid, self.call);
+        let stride = partial_stride(problem.v_dim);
         let jobs = Jobs {
             runner,
             kernel: &self.kernel,
-            problem: &self.problem,
+            problem: &problem,
             workers: self.workers,
             tiles: grid.tiles(),
             memory: SharedMemory(workspace),
             worker_bytes: self.each,
         };
+        let (segments, scratch, end_chunk) = (self.call.segments, self.scratch, self.chunks);
         let tile = |index: usize, own: *mut u8| {
             let tile = grid.tile(index);
-            let partials = own.wrapping_add(self.scratch).cast::<f32>();
+            let partials = own.wrapping_add(scratch).cast::<f32>();
             let mut done = 0;
-            for RawStates { data, len } in self.segments {
-                let chunks = len / floats_a_chunk(self.problem.out.shape);
+            for RawStates { data, len } in segments {
+                let chunks = len / floats_a_chunk(problem.out.shape);
                 let (from, n) = (grid.first(&tile) * chunks * stride, chunks * tile.head_rows * stride);
                 // SAFETY: the states have these, the tile's rows in every chunk, and the copy has room for all chunks of a piece.
                 unsafe { std::ptr::copy_nonoverlapping(data.add(from), partials.add(done), n) };
                 done += n;
             }
-            Tile { end_chunk: self.chunks, partials, ..tile }
+            Tile { end_chunk, partials, ..tile }
         };
         // SAFETY: the states of all chunks are there; reducing reads nothing else, and writes the tile's rows of the output.
         unsafe { jobs.reduce(tile) }
@@ -566,8 +568,8 @@ impl Grid {
         (tile.batch * self.kv_heads + tile.kv_head) * self.rows + tile.first_row
     }
 
-    /// The problem as reducing reads it: the places of the rows. It has neither keys nor queries.
-    fn problem<'a>(&self, merge: &ChunkMerge<'a>, out: RawView, lse: *mut f32) -> Problem<'a> {
+    /// Inputs without keys, for values of so many elements.
+    fn no_inputs(&self, v_dim: usize) -> NoInputs {
         let view = |shape: [usize; 4]| RawView {
             data: std::ptr::null_mut(),
             dtype: DType::F32,
@@ -575,20 +577,41 @@ impl Grid {
             strides: contiguous(shape),
             bytes: None,
         };
-        let v_dim = out.shape[DIM];
         let k = view([self.batch, 0, self.kv_heads, 1]);
-        Problem {
+        NoInputs {
             q: view([self.batch, self.seq, self.heads, 1]),
             k: k.into(),
             v: view([self.batch, 0, self.kv_heads, v_dim]).into(),
-            v_dim,
+            visibility: Visibility::unmasked(self.batch, self.seq, k.units()),
+        }
+    }
+}
+
+/// See [`Grid::no_inputs`].
+struct NoInputs {
+    q: RawView,
+    k: RawCacheView,
+    v: RawCacheView,
+    visibility: Visibility<'static>,
+}
+
+impl NoInputs {
+    /// The problem as reducing reads it: the places of the rows.
+    fn problem<'a>(&'a self, grid: &Grid, call: &'a RawMerge<'a>) -> Problem<'a> {
+        let Self { q, k, v, visibility } = self;
+        let RawMerge { merge, out, lse, .. } = call;
+        Problem {
+            q,
+            k,
+            v,
+            v_dim: out.shape[DIM],
             v_packing: Packing::Rows,
             k_hadamard: 0,
             v_hadamard: merge.v_hadamard.unwrap_or(0),
             out,
-            lse,
-            visibility: Visibility::unmasked(self.batch, self.seq, k.units()),
-            group: self.heads / self.kv_heads,
+            lse: *lse,
+            visibility,
+            group: grid.heads / grid.kv_heads,
             scale: 1.0,
             softcap: 0.0,
             mask: None,

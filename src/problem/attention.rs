@@ -7,22 +7,22 @@ use crate::layout::{Packing, Place};
 use crate::view::{RawCacheView, RawView};
 use std::f32::consts::LOG2_E;
 
-/// One attention call: validated, shared by all tiles.
+/// One attention call: validated, shared by all tiles. What is large is borrowed: a call on one key would notice its copies.
 pub(crate) struct Problem<'a> {
-    pub q: RawView,
-    pub k: RawCacheView,
-    pub v: RawCacheView,
+    pub q: &'a RawView,
+    pub k: &'a RawCacheView,
+    pub v: &'a RawCacheView,
     /// The head size of values, and the packing of `v`.
     pub v_dim: usize,
     pub v_packing: Packing,
     /// The blocks of the Hadamard rotations of K and of V; 0 means none.
     pub k_hadamard: usize,
     pub v_hadamard: usize,
-    pub out: RawView,
+    pub out: &'a RawView,
     /// `[batch, seq, heads]`, contiguous; null if not requested.
     pub lse: *mut f32,
     /// The sequences, and the keys that their queries may see.
-    pub visibility: Visibility<'a>,
+    pub visibility: &'a Visibility<'a>,
     /// Query heads per KV head.
     pub group: usize,
     pub scale: f32,

@@ -7,14 +7,15 @@ use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::semantics::random_case;
 use kvlane::{
-    AttentionState, DType, Destination, KeyOrder, KvWrite, Op, Pairing, Positions, Prefetch, Rope, RopeFrequencies,
-    RopeScaling, Runner, alibi_slopes, kv_write, merge_states, repeat_kv, rope,
+    AttentionOptions, AttentionState, AttentionTensors, DType, Destination, KeyOrder, KvWrite, Op, Pairing, Positions,
+    Prefetch, Rope, RopeFrequencies, RopeScaling, Runner, View, ViewMut, Workspace, alibi_slopes, attention, kv_write,
+    merge_states, repeat_kv, rope,
 };
 
 tests! {
     levels: attention_and_threads, long_decode_and_threads, memory_bound_operations_and_threads, row_alone_and_in_a_batch,
         strides, prompt_in_chunks, capacity_and_dead_keys, more_tokens_around, same_call_twice, dirty_workspace,
-        tunings;
+        tunings, places_of_one_token;
     once:;
 }
 
@@ -409,6 +410,89 @@ fn tunings(level: &Level) {
                 let outcome = case.run(&level.context.clone().tuned(tuning));
                 level.checked(Op::Attention, dtype, dtype);
                 assert!(outcome.all_bits() == usual, "{dtype} {shape:?} {tuning:?}");
+            }
+        }
+    }
+}
+
+/// Queries and outputs of one token may be taken where they lie: at whole vectors, and for outputs without an LSE.
+fn places_of_one_token(level: &Level) {
+    let mut rng = Rng::new(71);
+    for dtype in kv_types() {
+        for (kv_heads, group, keys_, dim, v_dim) in thin(vec![
+            (3, 4, 1, 64, 32),
+            (2, 3, 40, 32, 64),
+            (1, 1, 65, 128, 128),
+            (2, 4, 1090, 32, 32),
+            (1, 16, 70, 64, 32),
+            (1, 14, 70, 512, 64),
+        ]) {
+            let heads = kv_heads * group;
+            let q = Tensor::random(&mut rng, DType::F32, [1, 1, heads, dim], Layout::BSHD, Place::Heap);
+            let layout = rng.pick(&[Layout::BSHD, Layout::BHSD]);
+            let k = Tensor::random(&mut rng, dtype, [1, keys_, kv_heads, dim], layout, Place::Heap);
+            let v = Tensor::random(&mut rng, dtype, [1, keys_, kv_heads, v_dim], layout, Place::Heap);
+            // One head sees no key, others not all.
+            let hidden = Tensor::random(&mut rng, DType::F32, [1, 1, heads, keys_], Layout::BSHD, Place::Heap);
+            let bias: Vec<f32> = (0..heads * keys_)
+                .map(|i| {
+                    if i / keys_ == 1 || hidden.get([0, 0, i / keys_, i % keys_]) > 1.0 {
+                        f32::NEG_INFINITY
+                    } else {
+                        0.5
+                    }
+                })
+                .collect();
+            for masked in [false, true] {
+                let mut options = AttentionOptions::new();
+                if masked {
+                    options = options.bias(View::new(&bias, [1, 1, heads, keys_]).unwrap());
+                }
+                // Floats past an address that is a multiple of 64, and between heads.
+                let run = |past: usize, gap: usize, with_lse: bool| {
+                    let aligned = |n: usize| {
+                        let memory = vec![f32::NAN; n + 32];
+                        let first = memory.as_ptr().align_offset(64) + past;
+                        (memory, first)
+                    };
+                    let [q_row, out_row] = [dim + gap, v_dim + gap];
+                    let (mut own_q, q_first) = aligned(heads * q_row);
+                    for (head, to) in own_q[q_first..].chunks_mut(q_row).take(heads).enumerate() {
+                        to[..dim].iter_mut().enumerate().for_each(|(i, to)| *to = q.get([0, 0, head, i]));
+                    }
+                    let (mut out, first) = aligned(heads * out_row);
+                    let mut lse = vec![0.0; heads];
+                    let mut tensors = AttentionTensors::new(
+                        View::strided(&own_q, q_first, [1, 1, heads, dim], [0, 0, q_row as i64, 1]).unwrap(),
+                        keys(&k),
+                        values(&v),
+                        ViewMut::strided(&mut out, first, [1, 1, heads, v_dim], [0, 0, out_row as i64, 1]).unwrap(),
+                    );
+                    if with_lse {
+                        tensors = tensors.lse(&mut lse);
+                    }
+                    attention(&level.context, &kvlane::Serial, &mut Workspace::new(), tensors, &options).unwrap();
+                    level.checked(Op::Attention, dtype, dtype);
+                    let mut bits = Vec::new();
+                    for (i, x) in out.iter().enumerate() {
+                        let inside = i >= first && i < first + heads * out_row && (i - first) % out_row < v_dim;
+                        if inside {
+                            bits.push(x.to_bits());
+                        } else {
+                            assert!(x.is_nan());
+                        }
+                    }
+                    bits
+                };
+                let usual = run(1, 0, true);
+                for (past, gap, with_lse) in
+                    [(0, 0, false), (0, 0, true), (1, 0, false), (0, 16, false), (0, 16, true), (0, 80, false)]
+                {
+                    assert!(
+                        run(past, gap, with_lse) == usual,
+                        "{dtype} {heads} heads, {keys_} keys: {past} {gap} {with_lse}"
+                    );
+                }
             }
         }
     }

@@ -90,6 +90,7 @@ impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;
     const TILE_VECTORS: usize = 2;
+    const SCORE_LANES: usize = 2;
     const PACKED_QUERIES: bool = false;
     const PARALLEL_DOTS: usize = 8;
     const DIRECT_DIM: usize = 512;

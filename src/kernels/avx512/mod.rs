@@ -143,8 +143,8 @@ impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
     const TILE_VECTORS: usize = 4;
-    const SCORE_VECTORS: usize = 2;
-    const SCORE_LANES: usize = 2;
+    const SCORE_VECTORS: usize = 1;
+    const SCORE_LANES: usize = 4;
     const PACKED_QUERIES: bool = false;
     const PARALLEL_DOTS: usize = 16;
     const DIRECT_DIM: usize = 512;

@@ -20,7 +20,7 @@ use super::integer_blocks::{BlockProducts, IntegerUnit, Kind};
 use super::{Block, IntegerValues, RowState, SUBBLOCK, Scratch};
 use crate::kernels::generic::blocks::N;
 use crate::kernels::simd::{LINE, MAX_LANES, Simd};
-use crate::problem::grid::{BLOCK, KeyRange, padded};
+use crate::problem::grid::{BLOCK, KeyRange};
 use half::f16;
 
 type V<P> = <<P as ByteProducts>::Level as Simd>::V;
@@ -189,7 +189,7 @@ pub(crate) unsafe fn values<P: WordProducts, U: ValueUnit>(
     args: &mut IntegerValues,
     integers: unsafe fn(&mut ValueWeights),
 ) {
-    let Block { tile, scratch, dv, .. } = *args.block;
+    let Block { tile, scratch, .. } = *args.block;
     let head = args.head * tile.head_rows;
     let mut weights = ValueWeights {
         block: args.block,
@@ -210,7 +210,7 @@ pub(crate) unsafe fn values<P: WordProducts, U: ValueUnit>(
         for row in (0..tile.head_rows).step_by(ROWS) {
             (weights.first, weights.n) = (head + row, (tile.head_rows - row).min(ROWS));
             integers(&mut weights);
-            let at = |r: usize| scratch.acc.wrapping_add((head + row + r) * padded(dv));
+            let at = |r: usize| scratch.acc.wrapping_add((head + row + r) * scratch.acc_row);
             match weights.n {
                 4 => rows::<P, U, 4>(p, args, at(0), 0, row == 0),
                 3 => {
@@ -504,7 +504,7 @@ unsafe fn rows<P: WordProducts, U: ValueUnit, const R: usize>(
                         let column = blocks[n] * N + i * <P::Level as Simd>::LANES;
                         // The last block may be half of one.
                         if column < dv {
-                            let acc = acc.add(r * padded(dv) + column);
+                            let acc = acc.add(r * args.block.scratch.acc_row + column);
                             let mut total = s.fma(x[i], step, s.load_f32(acc));
                             if U::MINIMA {
                                 total = s.add(total, s.splat(*memory.sums.add(number)));

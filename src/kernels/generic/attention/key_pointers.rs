@@ -127,7 +127,7 @@ impl<'a> WidenUnits<'a> {
     pub unsafe fn run_affine<S: Simd, const BITS: u32>(&self, s: S) {
         let Self { rows, keys, visible_bits, to, dim, block, values, .. } = *self;
         let Block { p, tile, base, .. } = *block;
-        let cache = if values { &p.v } else { &p.k };
+        let cache = if values { p.v } else { p.k };
         let Some(affine) = &cache.affine else { unreachable!("the check of a cache finds what describes it") };
         let mut parameters = [AffineRow { scales: std::ptr::null_mut(), zeros: std::ptr::null_mut() }; BLOCK];
         let mut j = keys.low;

@@ -28,11 +28,11 @@
 //! [`BLOCK`] and chunks of [`CHUNK`], both on a grid that begins at key 0 of the sequence, whatever is visible:
 //!
 //! ```text
-//! Q rows -> f32 (once)                      scratch.q     [rows][dp]
+//! Q rows -> f32 (once)                      scratch.q     [rows][dp], or where the rows of one token lie
 //! per block: visible bits of every row      RowState      one u64: BLOCK is 64
 //!            S = Q K^T                      scratch.s     [rows][BLOCK]
 //!            P = 2^(S - max), 0 where hidden, in place
-//!            O = O * 2^(old max - max) + P V    scratch.acc   [rows][dvp]
+//!            O = O * 2^(old max - max) + P V    scratch.acc   [rows][dvp], or rows of the output
 //! per chunk: (max, sum, O) folded into the row's total, in ascending order   scratch.total [rows][dvp]
 //! at the end: O / sum -> out, max + ln sum -> LSE
 //! ```

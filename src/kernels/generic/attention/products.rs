@@ -22,6 +22,9 @@ pub(crate) struct Block<'a> {
     pub visible_bits: u64,
     /// Every row sees every key of the key range.
     pub all: bool,
+    /// Accumulators are rows of the output, and nothing is to be done after this block but to divide them by their sums. Who does so
+    /// marks the rows as finished.
+    pub finish: bool,
     pub d: usize,
     pub dv: usize,
 }
@@ -29,13 +32,33 @@ pub(crate) struct Block<'a> {
 /// The two products of a block, and the softmax between them. Every implementation reads rows as f32 from `scratch.q`; at the end of a
 /// chunk, a row's weighted values are in `scratch.acc` and its sum of weights in `scratch.sums`.
 pub(crate) trait Products<S: Simd> {
+    /// Whether rows of f32 may stay where they lie, from `scratch.q` on and `scratch.q_row` floats apart, for tiles of one token.
+    fn reads_queries(&self, _p: &Problem, _tile: &Tile) -> bool {
+        false
+    }
+
+    /// Whether accumulators may be rows of the output, from `scratch.acc` on and `scratch.acc_row` floats apart, for such tiles.
+    fn writes_outputs(&self) -> bool {
+        false
+    }
+
     /// Called once per tile, after its rows were written to `scratch.q`.
     ///
     /// # Safety
     /// `scratch` is laid out for the tile's rows.
     unsafe fn pack_queries(&self, s: S, p: &Problem, tile: &Tile, scratch: &Scratch);
 
-    /// One block of keys for all rows of the tile. `scratch.acc` and `scratch.sums` are 0 before the first block of a chunk.
+    /// Called before the first block of a chunk, for tiles of `rows` rows. `scratch.sums` are 0, and rows are fresh.
+    ///
+    /// # Safety
+    /// `scratch` is laid out for these rows.
+    #[inline(always)]
+    unsafe fn begin_chunk(&self, p: &Problem, scratch: &Scratch, rows: usize) {
+        // SAFETY: acc has padded(dv) floats a row.
+        unsafe { std::ptr::write_bytes(scratch.acc, 0, rows * padded(p.v_dim)) };
+    }
+
+    /// One block of keys for all rows of the tile.
     ///
     /// # Safety
     /// `k` and `v` point to the block's key range; values packed in pairs are as they lie in the cache.
@@ -75,6 +98,23 @@ impl<'a> VectorProducts<'a> {
 }
 
 impl<S: Simd> Products<S> for VectorProducts<'_> {
+    #[inline(always)]
+    fn reads_queries(&self, p: &Problem, tile: &Tile) -> bool {
+        let keys = self.pieces.keys;
+        let changed = keys.quantize_rows.is_some() || keys.fractions.is_some() || keys.deinterleaved;
+        !(changed || S::PACKED_QUERIES && is_packed::<S>(self.pieces, p, tile))
+    }
+
+    #[inline(always)]
+    fn writes_outputs(&self) -> bool {
+        !self.pieces.values.deinterleaved
+    }
+
+    #[inline(always)]
+    unsafe fn begin_chunk(&self, _p: &Problem, _scratch: &Scratch, _rows: usize) {
+        // Fresh rows are written before they are read.
+    }
+
     #[inline(always)]
     unsafe fn pack_queries(&self, s: S, p: &Problem, tile: &Tile, scratch: &Scratch) {
         let packed = is_packed::<S>(self.pieces, p, tile);

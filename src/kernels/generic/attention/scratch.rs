@@ -17,13 +17,22 @@ pub(crate) struct RowState {
     pub visible_bits: u64,
     pub position: i64,
     pub head: u32,
+    /// Its accumulator is not written yet in the chunk: it stands for zeros.
+    pub fresh: bool,
+    /// Its output is written.
+    pub finished: bool,
 }
 
 /// Scratch memory of one worker; see [`Scratch::layout`].
+#[derive(Clone, Copy)]
 pub(crate) struct Scratch {
     pub q: *mut f32,
+    /// Floats between neighbouring rows of `q`.
+    pub q_row: usize,
     pub s: *mut f32,
     pub acc: *mut f32,
+    /// Floats between neighbouring rows of `acc`.
+    pub acc_row: usize,
     pub total: *mut f32,
     /// The sum of weights of each query row, per lane: `[rows][MAX_LANES]`.
     pub sums: *mut f32,
@@ -53,8 +62,10 @@ impl Scratch {
         };
         let scratch = Self {
             q: floats(rows * dp),
+            q_row: dp,
             s: floats(rows * BLOCK),
             acc: floats(rows * dvp),
+            acc_row: dvp,
             total: floats(rows * dvp),
             sums: floats(rows * MAX_LANES),
             kt: floats(dp * BLOCK),

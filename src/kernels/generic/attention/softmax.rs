@@ -43,7 +43,7 @@ impl Outlined for Softmax<'_> {
                     row_logits(s, block, row, x, keys);
                 }
                 let scores = Scores { x, sums: scratch.sums.add((first + r) * MAX_LANES), factor };
-                let acc = scratch.acc.add((first + r) * dvp);
+                let acc = scratch.acc.add((first + r) * scratch.acc_row);
                 if row.visible_bits == u64::MAX {
                     scores.weigh::<S, true>(s, row, 0..BLOCK, acc, dvp);
                 } else {

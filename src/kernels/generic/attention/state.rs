@@ -6,7 +6,7 @@
 //! A row of Q has the element order of [`Load::load_pair`] for the format of K, an accumulator that for the format of V: for bf16, on
 //! some levels, the even elements of every two vectors come first, then the odd ones.
 
-use super::weighted::load_up_to;
+use super::weighted::{load_up_to, scaled};
 use crate::dtype::DType;
 use crate::kernels::generic::hadamard::rotate_row;
 use crate::kernels::generic::{copy, math};
@@ -246,8 +246,7 @@ impl Scaled {
 
     #[inline(always)]
     fn times<S: Simd>(&self, s: S, x: S::V) -> S::V {
-        // Skipping a masked key and adding 0 times its value can differ in the sign of a zero; adding +0 removes the difference.
-        s.add(s.mul(x, s.splat(self.scale)), s.zero())
+        scaled(s, x, s.splat(self.scale))
     }
 
     /// Writes `n` elements, from number `first` on, to consecutive addresses.

@@ -3,6 +3,7 @@
 use super::key_pointers::{BlockRequest, GatherBuffers, KeyPointerTable, locate};
 use super::state::{EMPTY, Output, load_query};
 use super::{Block, Products, RowState, Scratch};
+use crate::dtype::DType;
 use crate::kernels::simd::{MAX_LANES, Outlined, Simd, lines};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{BLOCK, KeyRange, between, padded};
@@ -31,12 +32,30 @@ pub(crate) unsafe fn tile<S: Simd>(
     scratch: &Scratch,
     products: &impl Products<S>,
 ) {
-    let (n, dvp) = (tile.rows(), padded(p.v_dim));
+    let n = tile.rows();
     // SAFETY: the scratch has `n` states of plain numbers, which are written below before they are read.
     let rows = unsafe { std::slice::from_raw_parts_mut(scratch.rows, n) };
     let always_visible = p.visibility.always_visible(tile.batch);
     let mut reach = TileVisibility { low: i64::MAX, high: 0, inner_low: 0, inner_high: i64::MAX, always_visible };
-    let begin = BeginRows { p, tile, deinterleaved: deinterleaved.keys, rows, q: scratch.q, reach: &mut reach };
+    let mut scratch = *scratch;
+    let (mut q, mut in_output) = (Some(scratch.q), false);
+    if products.reads_queries(p, tile)
+        && p.k_hadamard == 0
+        && let Some((rows, step)) = rows_in_place(p, tile, p.q)
+    {
+        // Nothing writes to them.
+        (scratch.q, scratch.q_row, q) = (rows, step, None);
+    }
+    if products.writes_outputs()
+        && tile.partials.is_null()
+        && p.v_hadamard == 0
+        && let Some((rows, step)) = rows_in_place(p, tile, p.out)
+    {
+        (scratch.acc, scratch.acc_row) = (rows, step);
+        in_output = true;
+    }
+    let scratch = &scratch;
+    let begin = BeginRows { p, tile, deinterleaved: deinterleaved.keys, rows, q, reach: &mut reach };
     // SAFETY: the rows are inside the problem, and the scratch has room for them; then the rows of Q have been written.
     unsafe {
         s.outline(begin);
@@ -44,31 +63,68 @@ pub(crate) unsafe fn tile<S: Simd>(
     }
     // Without a chunk, outputs of no key are still to be written.
     let end_chunk = if tile.partials.is_null() { tile.end_chunk.max(tile.first_chunk + 1) } else { tile.end_chunk };
+    // With the last weights of a chunk, its outputs are known.
+    let finishes = in_output && tile.first_chunk + 1 == end_chunk && p.sinks.is_none() && p.lse.is_null();
     for chunk in tile.first_chunk..end_chunk {
         let (from, to) = if chunk < tile.end_chunk { reach.within(tile.chunks.keys(chunk)) } else { (0, 0) };
         let seen = from < to;
         if seen {
-            rows.iter_mut().for_each(|row| row.max = f32::NEG_INFINITY);
-            // SAFETY: acc has dvp and sums has MAX_LANES floats a row.
+            if chunk > tile.first_chunk {
+                rows.iter_mut().for_each(|row| (row.max, row.fresh) = (f32::NEG_INFINITY, true));
+            }
+            // SAFETY: sums has MAX_LANES floats a row.
             unsafe {
-                std::ptr::write_bytes(scratch.acc, 0, n * dvp);
                 std::ptr::write_bytes(scratch.sums, 0, n * MAX_LANES);
+                products.begin_chunk(p, scratch, n);
             }
             for block in from / BLOCK..to.div_ceil(BLOCK) {
                 let key_range = KeyRange {
                     low: from.saturating_sub(block * BLOCK).min(BLOCK),
                     high: (to - block * BLOCK).min(BLOCK),
                 };
+                let finish = finishes && (block + 1) * BLOCK >= to;
                 // SAFETY: keys from..to are visible to some query row, hence inside the views.
-                unsafe { one_block(s, p, tile, scratch, products, rows, block, key_range, &reach) };
+                unsafe { one_block(s, p, tile, scratch, products, rows, block, key_range, &reach, finish) };
             }
             // SAFETY: the chunk's blocks are done.
             unsafe { products.end_chunk(s, rows, scratch) };
+            if finishes && rows[0].finished {
+                continue;
+            }
         }
         let (last, deinterleaved) = (chunk + 1 == end_chunk, deinterleaved.values);
         // SAFETY: the states and accumulators of the chunk are in place where a key was seen.
         unsafe { s.outline(EndRows { p, tile, deinterleaved, rows, scratch, chunk, seen, last }) };
     }
+}
+
+/// The rows of a tile in the queries or the output, and the floats between them, if kernels can take them as they are: floats of one
+/// token that lie evenly, in whole vectors.
+#[inline(always)]
+fn rows_in_place(p: &Problem, tile: &Tile, view: &RawView) -> Option<(*mut f32, usize)> {
+    /// Bytes of the longest vector.
+    const ALIGN: usize = MAX_LANES * size_of::<f32>();
+    let Tile { batch, kv_head, kv_heads, first_row, head_rows, .. } = *tile;
+    let group = p.group;
+    let (token, in_group) = if first_row == 0 { (0, 0) } else { (first_row / group, first_row % group) };
+    let row = view.strides[2];
+    // Rows of several KV heads lie evenly if they are whole groups.
+    if view.dtype != DType::F32
+        || view.strides[3] != 1
+        || !view.shape[3].is_multiple_of(MAX_LANES)
+        // Far apart, they could meet in few sets of a cache.
+        || !(0..=2 * view.shape[3] as i64).contains(&row)
+        || !(row as usize).is_multiple_of(MAX_LANES)
+        || in_group + head_rows > group
+        || kv_heads > 1 && head_rows != group
+    {
+        return None;
+    }
+    let (batch, token) = p.visibility.query(batch, token);
+    // SAFETY: the tile has this token and this head.
+    let first = unsafe { view.row(batch, token, kv_head * group + in_group) };
+    // Elsewhere, every vector may lie on two lines.
+    first.addr().is_multiple_of(ALIGN).then_some((first.cast(), row as usize))
 }
 
 /// Converts the query rows of a tile to f32, writes their states, and joins the keys that they see.
@@ -77,7 +133,8 @@ struct BeginRows<'a> {
     tile: &'a Tile,
     deinterleaved: bool,
     rows: &'a mut [RowState],
-    q: *mut f32,
+    /// Where rows go, if they are not read in place.
+    q: Option<*mut f32>,
     reach: &'a mut TileVisibility,
 }
 
@@ -87,7 +144,7 @@ impl Outlined for BeginRows<'_> {
         let Self { p, tile, deinterleaved, rows, q, reach } = self;
         let dp = padded(p.q.shape[3]);
         let far = tile.head_rows >= PACK_ROWS;
-        let mut ahead = tile.tokens_and_heads(p).skip(PREFETCH_ROWS);
+        let (mut ahead, mut near) = (tile.tokens_and_heads(p).skip(FAR_ROWS), tile.tokens_and_heads(p).skip(NEAR_ROWS));
         let mut seen = usize::MAX;
         let (mut keys, mut position, mut at) = ((0, 0), 0, (0, 0));
         for (r, (row, (token, head))) in rows.iter_mut().zip(tile.tokens_and_heads(p)).enumerate() {
@@ -112,12 +169,19 @@ impl Outlined for BeginRows<'_> {
                 position,
                 token: token as u32,
                 head: head as u32,
+                fresh: true,
+                finished: false,
             };
+            let Some(q) = q else { continue };
             // SAFETY: token and head are inside q; the scratch row has dp floats.
             unsafe {
+                if far && let Some((token, head)) = near.next() {
+                    let (batch, token) = p.visibility.query(tile.batch, token);
+                    row_lines(p.q, p.q.row(batch, token, head)).for_each(|line| s.prefetch(line));
+                }
                 if far && let Some((token, head)) = ahead.next() {
                     let (batch, token) = p.visibility.query(tile.batch, token);
-                    row_lines(&p.q, p.q.row(batch, token, head)).for_each(|line| s.prefetch(line));
+                    row_lines(p.q, p.q.row(batch, token, head)).for_each(|line| s.prefetch_far(line));
                 }
                 load_query(s, deinterleaved, p, p.q.row(at.0, at.1, head), q.add(r * dp));
             }
@@ -147,14 +211,15 @@ impl Outlined for EndRows<'_> {
     unsafe fn run<S: Simd>(self, s: S) {
         let Self { p, tile, deinterleaved, rows, scratch, chunk, seen, last } = self;
         let dvp = padded(p.v_dim);
+        let acc_row = scratch.acc_row;
         let asks = last && tile.head_rows >= PACK_ROWS;
         let mut sums = [0.0; MAX_LANES];
         for r in 0..rows.len() {
-            if asks && let Some(row) = rows.get(r + PREFETCH_ROWS) {
+            if asks && let Some(row) = rows.get(r + FAR_ROWS) {
                 let (batch, token) = p.visibility.query(tile.batch, row.token as usize);
                 // SAFETY: token and head are inside out.
                 let row = unsafe { p.out.row(batch, token, row.head as usize) };
-                row_lines(&p.out, row).for_each(|line| s.prefetch_write(line));
+                row_lines(p.out, row).for_each(|line| s.prefetch_write(line));
             }
             // SAFETY: the scratch buffers have these rows.
             unsafe {
@@ -172,7 +237,7 @@ impl Outlined for EndRows<'_> {
                     EMPTY
                 };
                 let row = &mut rows[r];
-                let (acc, total) = (scratch.acc.add(r * dvp), scratch.total.add(r * dvp));
+                let (acc, total) = (scratch.acc.add(r * acc_row), scratch.total.add(r * dvp));
                 let output =
                     Output { p, batch: tile.batch, token: row.token as usize, head: row.head as usize, deinterleaved };
                 output.end_chunk(s, tile, (chunk, r, last), (state, acc), (&mut row.total, total));
@@ -181,9 +246,11 @@ impl Outlined for EndRows<'_> {
     }
 }
 
-/// Rows of Q and of the output are prefetched this many rows ahead on the packed path: in a prompt they lie in runs of a few rows,
-/// too short for the hardware prefetcher.
-const PREFETCH_ROWS: usize = 8;
+/// Rows of Q and of the output are prefetched this many rows ahead on the packed path, those of Q into the second-level cache: in a
+/// prompt they lie in runs of a few rows, too short for the hardware prefetcher.
+const FAR_ROWS: usize = 16;
+/// The same for rows of Q that are then prefetched into the first level.
+const NEAR_ROWS: usize = 4;
 
 /// The cache lines of a row, if its elements lie together.
 #[inline(always)]
@@ -207,6 +274,7 @@ unsafe fn one_block<S: Simd>(
     block: usize,
     key_range: KeyRange,
     reach: &TileVisibility,
+    finish: bool,
 ) {
     let base = block * BLOCK;
     let full = key_range.bits();
@@ -214,7 +282,10 @@ unsafe fn one_block<S: Simd>(
     let mut all = p.bias.is_none();
     let mut any = full;
     if inner && p.mask.is_none() && p.bit_mask.is_none() {
-        rows.iter_mut().for_each(|row| row.visible_bits = full);
+        for row in rows.iter_mut() {
+            // SAFETY: a field of the row. Plain stores would become scatters, which take three times as long on CPUs of AMD.
+            unsafe { (&raw mut row.visible_bits).write_volatile(full) };
+        }
     } else {
         any = 0;
         let always_visible = between(reach.always_visible, base);
@@ -238,7 +309,7 @@ unsafe fn one_block<S: Simd>(
     // SAFETY: the block's visible keys are inside k and v, and the scratch buffers have the sizes of their layout.
     unsafe {
         locate(&BlockRequest { p, tile, base, key_range, visible_bits: any, reach }, &gather_buffers, (&mut k, &mut v));
-        let block = Block { p, tile, scratch, base, key_range, visible_bits: any, all, d, dv };
+        let block = Block { p, tile, scratch, base, key_range, visible_bits: any, all, finish, d, dv };
         products.block(s, &block, rows, k.rows(), &mut v);
     }
 }

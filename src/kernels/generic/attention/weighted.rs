@@ -41,6 +41,10 @@ pub struct WeightedValues<V> {
     pub acc_row: usize,
     pub v: V,
     pub keys: usize,
+    /// The accumulators are not read: they stand for zeros.
+    pub fresh: bool,
+    /// If not null, a factor for each row's sums.
+    pub scales: *const f32,
     pub ahead: Ahead,
 }
 
@@ -84,9 +88,11 @@ impl<V: ValueRows> WeightedValues<V> {
         let mut sums = [[s.zero(); N]; R];
         // SAFETY: the caller's.
         unsafe {
-            for r in 0..R {
-                for n in 0..N {
-                    sums[r][n] = s.load_f32(acc.add(r * self.acc_row + n * S::LANES));
+            if !self.fresh {
+                for r in 0..R {
+                    for n in 0..N {
+                        sums[r][n] = s.load_f32(acc.add(r * self.acc_row + n * S::LANES));
+                    }
                 }
             }
             // Two keys per iteration: instructions other than FMAs are costly here, for the front end as for the ports.
@@ -96,6 +102,14 @@ impl<V: ValueRows> WeightedValues<V> {
             }
             if self.keys % 2 == 1 {
                 self.add_key(s, self.keys - 1, offset, part, &mut sums);
+            }
+            if !self.scales.is_null() {
+                for r in 0..R {
+                    let scale = s.splat(*self.scales.add(r));
+                    for n in 0..N {
+                        sums[r][n] = scaled(s, sums[r][n], scale);
+                    }
+                }
             }
             for r in 0..R {
                 for n in 0..N {
@@ -180,6 +194,13 @@ impl<V: ValueRows> WeightedValues<V> {
             }
         }
     }
+}
+
+/// Weighted values times what their sum of weights is divided by.
+#[inline(always)]
+pub fn scaled<S: Simd>(s: S, x: S::V, scale: S::V) -> S::V {
+    // Skipping a masked key and adding 0 times its value can differ in the sign of a zero; adding +0 removes the difference.
+    s.add(s.mul(x, scale), s.zero())
 }
 
 /// Loads a vector of which `part` elements are read and the others are 0.

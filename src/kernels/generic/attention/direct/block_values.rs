@@ -5,7 +5,7 @@ use super::{DirectValues, rows_at_once};
 use crate::kernels::generic::attention::Block;
 use crate::kernels::generic::blocks::{BlockUnit, N as ELEMENTS};
 use crate::kernels::simd::Simd;
-use crate::problem::grid::{BLOCK, padded};
+use crate::problem::grid::BLOCK;
 
 impl DirectValues<'_> {
     /// Adds values in blocks of type `U`.
@@ -75,10 +75,11 @@ impl DirectValues<'_> {
         row: usize,
         column: usize,
     ) {
-        let Block { tile, scratch, dv, .. } = *self.block;
+        let Block { tile, scratch, .. } = *self.block;
         let (first, keys) = (head * tile.head_rows + row, self.keys.len());
         let weights = scratch.s.wrapping_add(first * BLOCK + self.keys.low);
-        let acc = scratch.acc.wrapping_add(first * padded(dv) + column);
+        let acc_row = scratch.acc_row;
+        let acc = scratch.acc.wrapping_add(first * acc_row + column);
         // With pairs of vectors as large as a block, a pass begins with one.
         let within = if 2 * S::LANES < ELEMENTS { column % ELEMENTS } else { 0 };
         let v = self.v.cast::<U>();
@@ -87,9 +88,11 @@ impl DirectValues<'_> {
         let mut sums = [[s.zero(); N]; R];
         // SAFETY: the caller's.
         unsafe {
-            for r in 0..R {
-                for n in 0..N {
-                    sums[r][n] = s.load_f32(acc.add(r * padded(dv) + n * S::LANES));
+            if !self.fresh {
+                for r in 0..R {
+                    for n in 0..N {
+                        sums[r][n] = s.load_f32(acc.add(r * acc_row + n * S::LANES));
+                    }
                 }
             }
             for key in 0..keys {
@@ -111,7 +114,7 @@ impl DirectValues<'_> {
             }
             for r in 0..R {
                 for n in 0..N {
-                    s.store_f32(acc.add(r * padded(dv) + n * S::LANES), sums[r][n]);
+                    s.store_f32(acc.add(r * acc_row + n * S::LANES), sums[r][n]);
                 }
             }
         }

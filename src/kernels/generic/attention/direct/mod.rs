@@ -37,7 +37,13 @@
 //!
 //! Many rows of long keys ([`Simd::DIRECT_DIM`]), as in latent attention, take this path too and are bound by the FMA ports: keys of a
 //! block stay in the second-level cache while rows pass over them, four at a time. On Zen 4, 16 to 128 rows over keys of 576 and
-//! values of 512 run at 89 to 93 % of the FMA peak; the packed path reaches 64 to 86 %.
+//! values of 512 run at 89 to 93 % of the FMA peak; the packed path reaches 64 to 86 %. At AVX2, eight sums are as many as two ports with
+//! a latency of four cycles take. There keys of f32 have twelve, of three rows and four keys, and their values six rows and two vectors:
+//! 85 to 88 %, where eight reach 81 %. Keys that are widened leave no registers for twelve.
+//!
+//! Beside its loops, a call on few keys costs what it moves. Queries of one token that need no conversion are read in place, accumulators
+//! of one token are rows of the output where that is f32, the first values of a chunk are not added to zeros in memory, and the last ones
+//! are scaled before they are stored.
 
 mod block_values;
 mod prefetch;
@@ -49,12 +55,13 @@ use super::scales::{Rows, multiply, scale_scores, scale_weights};
 use super::softmax::Softmax;
 use super::{Block, KeyPointers, PairPieces, Pieces, RowState, ValuePieces, WidenUnits};
 use crate::kernels::generic::attention::key_pointers::SUBBLOCKS;
-use crate::kernels::simd::Simd;
+use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::layout::Packing;
-use crate::problem::grid::{BLOCK, KeyRange};
+use crate::problem::grid::{BLOCK, KeyRange, ones, padded};
 use crate::problem::tile::{Tile, reads_blocks};
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::ptr::null;
 
 pub(super) use prefetch::Ahead;
 #[cfg(target_arch = "x86_64")]
@@ -104,6 +111,8 @@ pub(super) unsafe fn block<S: Simd>(
     // And so are keys then, for which a loop over a whole block has fewer beginnings.
     let by_head = integer.is_some() && pieces.keys.quantize_rows.is_some() && block.key_range.len() == BLOCK;
     let heads = 0..block.tile.kv_heads;
+    // All rows are written together.
+    let fresh = rows[0].fresh;
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
         if let Some(widen) = pieces.keys.widen
@@ -121,7 +130,13 @@ pub(super) unsafe fn block<S: Simd>(
         scale_scores(s, block, heads.clone());
         s.outline(Softmax { block, rows: &mut *rows, first: 0, keys: block.key_range });
         let finite = scale_weights(s, block, heads.clone());
+        if fresh {
+            rows.iter_mut().for_each(|row| row.fresh = false);
+        }
         if let Some(integer) = integer {
+            if fresh {
+                clear(block, 0..rows.len());
+            }
             for head in heads {
                 integer_values(pieces, integer, block, rows, head, v, &ahead);
             }
@@ -131,25 +146,33 @@ pub(super) unsafe fn block<S: Simd>(
             && (!pieces.values.reads_units || !block.all || widens(block.tile))
         {
             for head in heads {
-                widened_values(s, pieces.widened, widen, block, rows, head, v, finite);
+                widened_values(s, pieces.widened, widen, block, rows, head, v, finite, fresh);
             }
             return;
+        }
+        let mut scales = null();
+        if block.finish && pieces.values.widen.is_none() && row_scales(s, block, rows) {
+            scales = block.scratch.total.cast_const();
         }
         let pairs = match (block.p.v_packing, &pieces.values.pairs) {
             (Packing::RowPairs, Some(pairs)) => pairs,
             _ => {
-                values(s, pieces.values, None, block, rows, heads, v, finite, Some(&ahead));
+                let finished =
+                    values(s, pieces.values, None, block, rows, heads, v, finite, fresh, scales, Some(&ahead));
+                rows.iter_mut().for_each(|row| row.finished = finished);
                 return;
             }
         };
         if block.all && are_pairs(block.p, &v, block.key_range) {
-            values(s, pieces.values, Some(pairs), block, rows, heads, v, finite, Some(&ahead));
+            let finished =
+                values(s, pieces.values, Some(pairs), block, rows, heads, v, finite, fresh, scales, Some(&ahead));
+            rows.iter_mut().for_each(|row| row.finished = finished);
             return;
         }
         let mut pointers = [const { MaybeUninit::uninit() }; BLOCK];
         for head in heads {
             let v = widen(pairs, &Widen { block, v, head }, &mut pointers);
-            values(s, pieces.widened, None, block, rows, head..head + 1, v.rows(), finite, None);
+            values(s, pieces.widened, None, block, rows, head..head + 1, v.rows(), finite, fresh, null(), None);
         }
     }
 }
@@ -219,6 +242,7 @@ unsafe fn widened_values<S: Simd>(
     head: usize,
     v: KeyPointers<u8>,
     finite: bool,
+    mut fresh: bool,
 ) {
     let Block { scratch, key_range, visible_bits, all, dv, .. } = *block;
     let to = scratch.v_block.cast();
@@ -229,13 +253,22 @@ unsafe fn widened_values<S: Simd>(
     unsafe {
         if !all {
             let table = units.by(widen, &mut memory);
-            values(s, pieces, None, block, rows, heads, table.rows(), finite, None);
+            values(s, pieces, None, block, rows, heads, table.rows(), finite, fresh, null(), None);
             return;
         }
         for (_, keys) in block.subblocks() {
             let table = WidenUnits { keys, ..units }.by(widen, &mut memory);
             let heads = heads.clone();
-            (pieces.accumulate)(&DirectValues { block, v: table.rows(), heads, keys, ahead: Ahead::NONE });
+            (pieces.accumulate)(&DirectValues {
+                block,
+                v: table.rows(),
+                heads,
+                keys,
+                fresh,
+                scales: null(),
+                ahead: Ahead::NONE,
+            });
+            fresh = false;
         }
     }
 }
@@ -272,7 +305,8 @@ unsafe fn integer_values(
 }
 
 /// Adds the weighted values of a block for some KV heads, and prefetches. With `pairs`, the key range consists of whole pairs and every
-/// row sees every key. `finite`: the scales of the values are finite.
+/// row sees every key. `finite`: the scales of the values are finite; `fresh`: the rows are. Whether the sums have been multiplied by the
+/// `scales` that there may be.
 ///
 /// # Safety
 /// As [`block`]; weights are in place.
@@ -287,8 +321,10 @@ unsafe fn values<S: Simd>(
     heads: Range<usize>,
     v: KeyPointers<u8>,
     finite: bool,
+    mut fresh: bool,
+    scales: *const f32,
     ahead: Option<&PrefetchDistances>,
-) {
+) -> bool {
     let Block { tile, scratch, key_range, all, dv, .. } = *block;
     let rows_of_heads = heads.start * tile.head_rows..heads.end * tile.head_rows;
     // SAFETY: the caller's.
@@ -301,17 +337,23 @@ unsafe fn values<S: Simd>(
             all_at_once = multiply(s, Rows { x, rows, width: BLOCK, low, high }, pieces.fractions);
         }
         if !all_at_once {
+            if fresh {
+                clear(block, rows_of_heads.clone());
+            }
             for r in rows_of_heads {
                 accumulate_visible(pieces, block, &rows[r], r, v);
             }
-            return;
+            return false;
         }
         let ahead = |index| ahead.map_or(Ahead::NONE, |ahead| ahead.of_v(index));
         let accumulate = pairs.map_or(pieces.accumulate, |pairs| pairs.accumulate);
         runs(block, &heads, ahead, |keys, ahead| {
-            accumulate(&DirectValues { block, v, heads: heads.clone(), keys, ahead });
+            let scales = if keys.high == key_range.high { scales } else { null() };
+            accumulate(&DirectValues { block, v, heads: heads.clone(), keys, fresh, scales, ahead });
+            fresh = false;
         });
     }
+    !scales.is_null()
 }
 
 /// Calls `f` with the subblocks of a block and their prefetch distances. For one head, neighbouring subblocks of the same distance are
@@ -335,6 +377,44 @@ fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> Ahead, mut
     }
     if let Some((keys, ahead)) = run {
         f(keys, ahead);
+    }
+}
+
+/// Writes what the weighted values of each row are to be multiplied by to `scratch.total`; false if a row has no weights. No chunk comes
+/// before this one.
+///
+/// # Safety
+/// As [`block`]; weights are in place.
+#[inline(always)]
+unsafe fn row_scales<S: Simd>(s: S, block: &Block, rows: &[RowState]) -> bool {
+    let Block { scratch, .. } = *block;
+    for first in (0..rows.len()).step_by(S::LANES) {
+        let n = (rows.len() - first).min(S::LANES);
+        let mut lanes = [s.zero(); MAX_LANES];
+        for (i, lanes) in lanes.iter_mut().enumerate().take(n) {
+            // SAFETY: sums has MAX_LANES floats a row.
+            *lanes = unsafe { s.load_f32(scratch.sums.add((first + i) * MAX_LANES)) };
+        }
+        let sums = s.sum_lanes(&lanes);
+        if s.lt_bits(s.zero(), sums) & ones(n) != ones(n) {
+            return false;
+        }
+        // SAFETY: a row of totals has a whole vector.
+        unsafe { s.store_f32(scratch.total.add(first), s.div(s.splat(1.0), sums)) };
+    }
+    true
+}
+
+/// Makes the accumulators of some rows of the tile zeros.
+///
+/// # Safety
+/// The rows are inside the tile.
+#[inline(always)]
+pub(super) unsafe fn clear(block: &Block, rows: Range<usize>) {
+    let Block { scratch, dv, .. } = *block;
+    for row in rows {
+        // SAFETY: acc has these floats in a row.
+        unsafe { scratch.acc.add(row * scratch.acc_row).write_bytes(0, padded(dv)) };
     }
 }
 

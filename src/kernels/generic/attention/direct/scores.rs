@@ -4,7 +4,8 @@ use super::prefetch::{Ahead, begins_half_line};
 use super::rows_at_once;
 use crate::kernels::generic::attention::{Block, KeyPointers, Units};
 use crate::kernels::simd::{MAX_LANES, Simd};
-use crate::problem::grid::{BLOCK, KeyRange, padded};
+use crate::problem::grid::{BLOCK, KeyRange};
+use crate::problem::tile::PACK_ROWS;
 
 /// Upper bound of [`Simd::PARALLEL_DOTS`].
 pub const MAX_PARALLEL_DOTS: usize = 16;
@@ -28,6 +29,8 @@ impl DirectScores<'_> {
     #[inline(always)]
     pub unsafe fn run<S: Simd, T: Units>(self, s: S) {
         let rows = self.block.tile.head_rows;
+        // Twelve sums keep two ports busy. With keys that are widened, they are more than sixteen registers hold.
+        let twelve = const { S::PARALLEL_DOTS < 16 && T::ELEMENTS == 1 && size_of::<T::Unit>() == size_of::<f32>() };
         for head in 0..self.block.tile.kv_heads {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             unsafe {
@@ -61,13 +64,19 @@ impl DirectScores<'_> {
                     (2, 16) => self.dots::<S, T, 2, 8>(s, head, 0),
                     (2, _) => self.dots::<S, T, 2, 4>(s, head, 0),
                     _ => {
-                        for row in (0..rows).step_by(4) {
+                        // What threes leave goes by four.
+                        let threes = if twelve && rows >= PACK_ROWS { rows - rows % 3 * 4 } else { 0 };
+                        for row in (0..threes).step_by(3) {
+                            self.dots::<S, T, 3, 4>(s, head, row);
+                        }
+                        for row in (threes..rows).step_by(4) {
                             match (rows - row, S::PARALLEL_DOTS) {
                                 (1, 16) => self.dots::<S, T, 1, 4>(s, head, row),
                                 (1, _) => self.dots::<S, T, 1, 2>(s, head, row),
                                 (2, 16) => self.dots::<S, T, 2, 4>(s, head, row),
                                 (2, _) => self.dots::<S, T, 2, 2>(s, head, row),
                                 (3, 16) => self.dots::<S, T, 3, 4>(s, head, row),
+                                (3, _) if twelve => self.dots::<S, T, 3, 4>(s, head, row),
                                 (3, _) => self.dots::<S, T, 3, 2>(s, head, row),
                                 (_, 16) => self.dots::<S, T, 4, 4>(s, head, row),
                                 _ => self.dots::<S, T, 4, 2>(s, head, row),
@@ -165,8 +174,8 @@ impl DirectScores<'_> {
         sums: &mut [f32; MAX_PARALLEL_DOTS],
     ) {
         let Block { tile, scratch, d, .. } = *self.block;
-        let dp = padded(d);
-        let q = scratch.q.wrapping_add((head * tile.head_rows + row) * dp);
+        let q_row = scratch.q_row;
+        let q = scratch.q.wrapping_add((head * tile.head_rows + row) * q_row);
         let mut keys = [std::ptr::null(); C];
         for c in 0..C {
             keys[c] = self.k.key(head, key(c)).cast::<T::Unit>();
@@ -193,7 +202,7 @@ impl DirectScores<'_> {
                     }
                     for half in 0..2 {
                         for r in 0..R {
-                            let q = s.load_f32(q.add(r * dp + i + half * S::LANES));
+                            let q = s.load_f32(q.add(r * q_row + i + half * S::LANES));
                             for c in 0..C {
                                 acc[r][c] = s.fma(q, k[c][half], acc[r][c]);
                             }
@@ -212,7 +221,7 @@ impl DirectScores<'_> {
                     for n in (0..step).step_by(2 * S::LANES) {
                         let k = T::pair(s, unit, n);
                         for r in 0..R {
-                            let q = q.add(r * dp + i + n);
+                            let q = q.add(r * q_row + i + n);
                             acc[r][c] = s.fma(s.load_f32(q), k[0], acc[r][c]);
                             acc[r][c] = s.fma(s.load_f32(q.add(S::LANES)), k[1], acc[r][c]);
                         }
@@ -225,7 +234,7 @@ impl DirectScores<'_> {
                 for c in 0..C {
                     let k = T::rest(s, keys[c].add(i), part);
                     for r in 0..R {
-                        acc[r][c] = s.fma(s.load_f32(q.add(r * dp + i)), k, acc[r][c]);
+                        acc[r][c] = s.fma(s.load_f32(q.add(r * q_row + i)), k, acc[r][c]);
                     }
                 }
                 i += part;

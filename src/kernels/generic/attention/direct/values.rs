@@ -5,7 +5,8 @@ use crate::kernels::generic::attention::row_pairs::load_two;
 use crate::kernels::generic::attention::weighted::{ValueRows, WeightedValues, load_up_to};
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, Simd};
-use crate::problem::grid::{BLOCK, KeyRange, padded};
+use crate::problem::grid::{BLOCK, KeyRange};
+use crate::problem::tile::PACK_ROWS;
 use std::ops::Range;
 
 /// Adds the weighted values of a subblock to the accumulators of some heads' rows.
@@ -15,6 +16,10 @@ pub(crate) struct DirectValues<'a> {
     pub v: KeyPointers<'a, u8>,
     pub heads: Range<usize>,
     pub keys: KeyRange,
+    /// As in [`WeightedValues`].
+    pub fresh: bool,
+    /// As in [`WeightedValues`], of all rows of the tile. Blocks have none.
+    pub scales: *const f32,
     pub ahead: Ahead,
 }
 
@@ -33,10 +38,12 @@ impl DirectValues<'_> {
                 let first = head * tile.head_rows + row;
                 let piece = WeightedValues {
                     weights: scratch.s.wrapping_add(first * BLOCK + self.keys.low),
-                    acc: scratch.acc.wrapping_add(first * padded(dv)),
-                    acc_row: padded(dv),
+                    acc: scratch.acc.wrapping_add(first * scratch.acc_row),
+                    acc_row: scratch.acc_row,
                     v: CacheValues::<T, PAIRS> { rows: self.v.cast(), head, first: self.keys.low },
                     keys: self.keys.len(),
+                    fresh: self.fresh,
+                    scales: if self.scales.is_null() { self.scales } else { self.scales.wrapping_add(first) },
                     ahead: if row == 0 { self.ahead } else { Ahead::NONE },
                 };
                 let left = tile.head_rows - row;
@@ -50,6 +57,14 @@ impl DirectValues<'_> {
                             piece.columns::<S, 4, 2>(s, dv);
                             row += 4;
                         }
+                        continue;
+                    }
+                    if const { S::PARALLEL_DOTS < 16 && size_of::<T>() == size_of::<f32>() }
+                        && left >= 6
+                        && tile.head_rows >= PACK_ROWS
+                    {
+                        piece.columns::<S, 6, 2>(s, dv);
+                        row += 6;
                         continue;
                     }
                     match (left, wide) {
@@ -165,10 +180,12 @@ impl OneValue<'_> {
         let Self { block: &Block { tile, scratch, dv, .. }, row, key, v } = *self;
         let one = WeightedValues {
             weights: scratch.s.wrapping_add(row * BLOCK + key),
-            acc: scratch.acc.wrapping_add(row * padded(dv)),
-            acc_row: padded(dv),
+            acc: scratch.acc.wrapping_add(row * scratch.acc_row),
+            acc_row: scratch.acc_row,
             v: CacheValues::<T, false> { rows: v.cast(), head: row / tile.head_rows, first: key },
             keys: 1,
+            fresh: false,
+            scales: std::ptr::null(),
             ahead: Ahead::NONE,
         };
         // SAFETY: the caller's.

@@ -11,17 +11,19 @@
 //!
 //! # What bounds it
 //! The FMA ports, closely followed by the front end of a CPU that decodes four instructions per cycle. 48 FMAs are 24 cycles of two
-//! ports; with them go 40 other instructions in Q K^T on AVX-512 and 24 in P V, and 24 FMAs on AVX2 have 24 and 20. K and V are packed and
+//! ports; with them go 30 other instructions in Q K^T on AVX-512 and 24 in P V, and 24 FMAs on AVX2 have 24 and 20. K and V are packed and
 //! multiplied in panels of half of the first-level cache, each of which stays there for all rows. A panel is packed where the one before
 //! it was, so that its stores find their lines. Rows of Q, scores and accumulators come from the second-level cache, and to prefetch them
 //! into the first costs more than it brings.
 //!
 //! Beyond its FMAs, a score costs the tree over lanes: (LANES - 1) additions per LANES scores, 12 % of Q K^T at head size 128 on
-//! AVX-512, and sums stored until their neighbours are ready. A register tile of half the keys has room for two lanes side by side,
-//! whose sum needs no store: half as many are left, in exchange for six more broadcasts per 24 FMAs. On Zen 4, where additions have
-//! units of their own and a load per cycle is enough, this takes Q K^T from 82 to 91 % of the FMA peak; a tree over eight lanes would
-//! reach 95 %, a plain sum 99. On a Cascade Lake core, a tile of four vectors and one lane reached 97 % without the tree, 87 % with its
-//! additions alone, 85 % with its stores alone, and 79 % with both.
+//! AVX-512, and sums stored until their neighbours are ready. A register tile of one vector of keys has room for four lanes side by
+//! side, whose sums need no store, and an element of Q is then the memory operand of the one FMA that takes it. On Zen 4, where
+//! additions have units of their own, such tiles run at the FMA peak in a loop of their own, tiles of two vectors and two lanes at 83 to
+//! 91 %, of four vectors and one lane at 80 %. At AVX2, three rows, two vectors and two lanes reach 98 % there, six rows and one lane
+//! 92 %. On a Cascade Lake core, a tile of four vectors and one lane reached 97 % without the tree, 87 % with its additions alone, 85 %
+//! with its stores alone, and 79 % with both; tiles of one vector have not been measured there, and two loads per cycle leave them at most
+//! 86 %.
 //!
 //! P V reaches 95 to 98 % on Zen 4. Softmax takes 5 % of the time, packing 2 to 3 %. Causal blocks compute the keys that any row of a
 //! register tile sees: half slabs in Q K^T, single keys in P V.
@@ -32,7 +34,7 @@ mod queries;
 mod scores;
 mod values;
 
-use super::direct::{Ahead, accumulate_visible};
+use super::direct::{Ahead, accumulate_visible, clear};
 use super::row_pairs::{Widen, widen};
 use super::scales::{scale_scores, scale_weights};
 use super::softmax::Softmax;
@@ -40,7 +42,7 @@ use super::weighted::WeightedValues;
 use super::{Block, KeyPointers, Pieces, RowState, WidenUnits};
 use crate::kernels::simd::Simd;
 use crate::layout::Packing;
-use crate::problem::grid::{BLOCK, KeyRange, padded};
+use crate::problem::grid::{BLOCK, KeyRange};
 use crate::problem::tile::{MAX_TILE_ROWS, TILE_ROWS};
 use prefetch::NextBlock;
 use scores::Scores;
@@ -118,7 +120,7 @@ unsafe fn products<S: Simd>(
     v: KeyPointers<u8>,
 ) {
     let Block { scratch, key_range, all, d, dv, .. } = *block;
-    let (dp, dvp) = (padded(d), padded(dv));
+    let (q_row, acc_row) = (scratch.q_row, scratch.acc_row);
     let (slab, half) = (S::SCORE_VECTORS * S::LANES, S::SCORE_VECTORS / 2 * S::LANES);
     let steps = d.div_ceil(S::LANES);
     let slab_bytes = slab * steps * S::LANES * size_of::<f32>();
@@ -139,16 +141,17 @@ unsafe fn products<S: Simd>(
             let end_key = (first_key + panel).min(key_range.high);
             (pieces.keys.pack)(&PackKeys { block, k, first_key, end_key });
             for part in 0..parts {
-                for_each_group(groups, |r, n, keys| {
+                for_each_group(groups, |r, n, keys, _| {
                     next_k.prefetch(s);
                     let first_lane = part * lanes;
-                    let q = scratch.q.add(r * dp + if S::PACKED_QUERIES { first_lane * steps * n } else { 0 });
+                    let q = scratch.q.add(r * q_row + if S::PACKED_QUERIES { first_lane * steps * n } else { 0 });
                     for column in (first_key..end_key).step_by(slab) {
                         if keys.high <= column || keys.low >= column + slab {
                             continue;
                         }
                         // If the rows see keys of one half of the slab only, the other half is skipped.
                         let (skip, wide) = match (keys.low >= column + half, keys.high <= column + half) {
+                            _ if half == 0 => (0, true),
                             (true, _) => (half, false),
                             (_, true) => (0, false),
                             _ => (0, true),
@@ -156,8 +159,7 @@ unsafe fn products<S: Simd>(
                         let kt =
                             scratch.kt.add((column - first_key) * steps * S::LANES + first_lane * steps * slab + skip);
                         let out = scratch.s.add(r * BLOCK + column + skip);
-                        let scores =
-                            Scores::<1> { q, q_row: dp, first_lane, lanes, steps, kt, out, wide, add: part > 0 };
+                        let scores = Scores::<1> { q, q_row, first_lane, lanes, steps, kt, out, wide, add: part > 0 };
                         match n {
                             6 => s.outline(scores.of_rows::<6>()),
                             4 => s.outline(scores.of_rows::<4>()),
@@ -170,14 +172,17 @@ unsafe fn products<S: Simd>(
             first_key += panel;
         }
         scale_scores(s, block, 0..1);
-        for_each_group(groups, |r, n, keys| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
+        for_each_group(groups, |r, n, keys, _| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
         let mut finite = scale_weights(s, block, 0..1);
         // Masked values are checked before any is added. Otherwise the panels of V use the same memory, one after another.
         if !all {
             finite &= (pieces.values.pack)(&PackValues { block, v, columns: (0, dv), check: true });
         }
         if !all && !finite {
-            for (r, row) in rows.iter().enumerate() {
+            for (r, row) in rows.iter_mut().enumerate() {
+                if std::mem::take(&mut row.fresh) {
+                    clear(block, r..r + 1);
+                }
                 accumulate_visible(pieces.values, block, row, r, v);
             }
             return;
@@ -190,18 +195,20 @@ unsafe fn products<S: Simd>(
                 packed_from = first_column;
                 (pieces.values.pack)(&PackValues { block, v, columns: (columns.start, columns.end), check: false });
             }
-            for_each_group(groups, |r, n, keys| {
+            for_each_group(groups, |r, n, keys, fresh| {
                 next_v.prefetch(s);
                 for (column, width) in value_slabs::<S>(columns.clone()) {
                     let weighted = WeightedValues {
                         weights: scratch.s.add(r * BLOCK + keys.low),
-                        acc: scratch.acc.add(r * dvp + column),
-                        acc_row: dvp,
+                        acc: scratch.acc.add(r * acc_row + column),
+                        acc_row,
                         v: PackedValues {
                             first: scratch.vp.add((column - packed_from) * BLOCK + keys.low * width),
                             width,
                         },
                         keys: keys.len(),
+                        fresh,
+                        scales: std::ptr::null(),
                         ahead: Ahead::NONE,
                     };
                     let vectors = width / S::LANES;
@@ -215,14 +222,15 @@ unsafe fn products<S: Simd>(
             });
             first_column += PANEL_COLUMNS;
         }
+        for_each_group(groups, |r, n, _, _| rows[r..r + n].iter_mut().for_each(|row| row.fresh = false));
     }
 }
 
-/// Calls `f` with the first row, the number of rows and the keys of every register tile.
+/// Calls `f` with the first row, the number of rows and the keys of every register tile, and whether its rows are fresh.
 #[inline(always)]
-fn for_each_group(groups: &[Group], mut f: impl FnMut(usize, usize, KeyRange)) {
-    for group in groups {
-        f(group.first as usize, group.rows as usize, KeyRange { low: group.low as usize, high: group.high as usize });
+fn for_each_group(groups: &[Group], mut f: impl FnMut(usize, usize, KeyRange, bool)) {
+    for &Group { first, rows, low, high, fresh } in groups {
+        f(first as usize, rows as usize, KeyRange { low: low as usize, high: high as usize }, fresh);
     }
 }
 
@@ -233,6 +241,8 @@ struct Group {
     rows: u8,
     low: u8,
     high: u8,
+    /// See [`RowState`]; rows of a register tile are written together.
+    fresh: bool,
 }
 
 /// Upper bound on the register tiles of a tile: the last rows can take three.
@@ -246,7 +256,13 @@ fn groups_of(rows: &[RowState], groups: &mut [Group; MAX_GROUPS]) -> usize {
         let n = rows_at_once(rows.len() - r);
         let keys = KeyRange::around(rows[r..r + n].iter().fold(0, |bits, row| bits | row.visible_bits));
         if keys.low < keys.high {
-            groups[count] = Group { first: r as u16, rows: n as u8, low: keys.low as u8, high: keys.high as u8 };
+            groups[count] = Group {
+                first: r as u16,
+                rows: n as u8,
+                low: keys.low as u8,
+                high: keys.high as u8,
+                fresh: rows[r].fresh,
+            };
             count += 1;
         }
         r += n;

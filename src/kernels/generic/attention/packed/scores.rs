@@ -28,11 +28,12 @@ impl<const R: usize> Outlined for Scores<R> {
         // SAFETY: the caller's.
         unsafe {
             match (S::SCORE_VECTORS, S::SCORE_LANES, self.wide) {
-                (4, _, true) => self.tile::<S, 4, 1>(s),
-                (2, 2, true) => self.tile::<S, 2, 2>(s),
-                (4, _, false) | (2, _, true) => self.tile::<S, 2, 1>(s),
-                (_, 2, false) => self.tile::<S, 1, 2>(s),
-                _ => self.tile::<S, 1, 1>(s),
+                (1, 4, _) => self.tile::<S, R, 1, 4>(s, 0),
+                (2, 2, true) => self.halves::<S, 2>(s),
+                (2, 2, false) => self.halves::<S, 1>(s),
+                (4, _, true) => self.tile::<S, R, 4, 1>(s, 0),
+                (4, _, false) | (2, _, true) => self.tile::<S, R, 2, 1>(s, 0),
+                _ => self.tile::<S, R, 1, 1>(s, 0),
             }
         }
     }
@@ -46,37 +47,63 @@ impl<const R: usize> Scores<R> {
         Scores { q, q_row, first_lane, lanes, steps, kt, out, wide, add }
     }
 
-    /// `N` vectors of keys, `L` lanes side by side.
+    /// Two lanes side by side, for half of the rows and then for the others.
+    ///
+    /// # Safety
+    /// As [`Self::tile`].
+    #[inline(always)]
+    unsafe fn halves<S: Simd, const N: usize>(&self, s: S) {
+        // SAFETY: the caller's.
+        unsafe {
+            match R {
+                6 => {
+                    self.tile::<S, 3, N, 2>(s, 0);
+                    self.tile::<S, 3, N, 2>(s, 3);
+                }
+                4 => {
+                    self.tile::<S, 2, N, 2>(s, 0);
+                    self.tile::<S, 2, N, 2>(s, 2);
+                }
+                _ => self.tile::<S, R, N, 2>(s, 0),
+            }
+        }
+    }
+
+    /// `K` rows from `first` on and `N` vectors of keys, `L` lanes side by side.
     ///
     /// # Safety
     /// The pointers are valid for `R` rows and `N` vectors.
     #[inline(always)]
-    pub unsafe fn tile<S: Simd, const N: usize, const L: usize>(self, s: S) {
-        let Self { mut q, q_row, first_lane, lanes, steps, mut kt, out, add, .. } = self;
-        // Floats between the elements of rows, of steps, and of lanes side by side.
-        let (q_row, q_step, q_lane) =
-            if S::PACKED_QUERIES { (1, L * R, R) } else { (q_row, S::LANES, S::lane_order(1) - S::lane_order(0)) };
+    unsafe fn tile<S: Simd, const K: usize, const N: usize, const L: usize>(&self, s: S, first: usize) {
+        let Self { q_row, first_lane, lanes, steps, mut kt, add, .. } = *self;
+        // Floats between the elements of rows and of steps, and to those of the lanes side by side.
+        let (q_row, q_step) = if S::PACKED_QUERIES { (1, L * R) } else { (q_row, S::LANES) };
+        let q_lane = |i: usize| if S::PACKED_QUERIES { i * R } else { S::lane_order(i) };
+        let (rows, out) = (self.q.wrapping_add(first * q_row), self.out.wrapping_add(first * BLOCK));
+        let mut q = rows;
         let slab = S::SCORE_VECTORS * S::LANES;
         // stash[k]: the finished sum of 2^k * L lanes, until its neighbour is ready.
-        let mut stash = [const { MaybeUninit::<[[S::V; N]; R]>::uninit() }; MAX_LANES.ilog2() as usize];
+        let mut stash = [const { MaybeUninit::<[[S::V; N]; K]>::uninit() }; MAX_LANES.ilog2() as usize];
         for turn in 0..lanes / L {
-            let mut acc = [[[s.zero(); N]; R]; L];
+            let mut acc = [[[s.zero(); N]; K]; L];
             if !S::PACKED_QUERIES {
-                q = self.q.wrapping_add(S::lane_order(first_lane + turn * L));
+                q = rows.wrapping_add(S::lane_order(first_lane + turn * L));
             }
             // Two steps per iteration, and moving pointers: fewer instructions other than FMAs.
             // SAFETY: kt and Q have LANES * steps steps.
             unsafe {
                 for _ in 0..steps / 2 {
-                    for i in 0..2 * L {
-                        let q = q.add(i / L * q_step + i % L * q_lane);
-                        add_step(s, kt.add(i * slab), q, q_row, &mut acc[i % L]);
+                    // Loops so short that they are unrolled, and sums stay in registers.
+                    for _ in 0..2 {
+                        for i in 0..L {
+                            add_step(s, kt.add(i * slab), q.add(q_lane(i)), q_row, &mut acc[i]);
+                        }
+                        (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(q_step));
                     }
-                    (kt, q) = (kt.wrapping_add(2 * L * slab), q.wrapping_add(2 * q_step));
                 }
                 if steps % 2 == 1 {
                     for i in 0..L {
-                        add_step(s, kt.add(i * slab), q.add(i * q_lane), q_row, &mut acc[i]);
+                        add_step(s, kt.add(i * slab), q.add(q_lane(i)), q_row, &mut acc[i]);
                     }
                     (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(q_step));
                 }
@@ -84,6 +111,9 @@ impl<const R: usize> Scores<R> {
             let mut sum = acc[0];
             if L == 2 {
                 sum = sum_of(s, &sum, &acc[1]);
+            }
+            if L == 4 {
+                sum = sum_of(s, &sum_of(s, &sum, &acc[1]), &sum_of(s, &acc[2], &acc[3]));
             }
             let mut level = 0;
             while (turn >> level) & 1 == 1 {
@@ -95,7 +125,7 @@ impl<const R: usize> Scores<R> {
                 stash[level].write(sum);
                 continue;
             }
-            for r in 0..R {
+            for r in 0..K {
                 for n in 0..N {
                     // SAFETY: out has R rows of BLOCK.
                     unsafe {
