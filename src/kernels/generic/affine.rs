@@ -22,7 +22,10 @@
 //! of 0, or one whose reciprocal is infinite, makes quotients 0. Scales that a write reads quantise by the last column; there, NaN
 //! becomes the largest integer.
 
+/// Elements that are converted at a time, as many as blocks have.
+pub(crate) use super::blocks::N;
 use super::copy::{gather, scatter};
+use super::quantize::{self, MAX_VECTORS, Vectors, min_lane, widest};
 use crate::dtype::DType;
 use crate::kernels::api::{AffineArgs, ScaledArgs};
 use crate::kernels::simd::{LoadStore, Simd};
@@ -32,9 +35,6 @@ use half::{bf16, f16};
 
 /// The scale of a group of equal elements whose zero points are floats.
 const CONSTANT: f32 = 1e-4;
-
-/// Elements that are converted at a time.
-pub(crate) const N: usize = 32;
 
 /// Numbers that make elements of integers, one for each of [`N`] elements.
 struct Factors {
@@ -463,12 +463,6 @@ pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore, const BITS: u32>(s: S, ar
     }
 }
 
-/// Vectors of the level with the fewest lanes in [`N`] elements.
-const MAX_VECTORS: usize = N / 4;
-
-/// [`N`] elements: the first `N / LANES` vectors.
-type Vectors<S> = [<S as Simd>::V; MAX_VECTORS];
-
 /// Loads `n <= N` elements with any stride as f32; the others are the last one.
 ///
 /// # Safety
@@ -569,21 +563,18 @@ impl Quotients {
         x: &Vectors<S>,
         to: *mut u8,
     ) {
-        // Adds 2^23, so that the pattern ends with the integer.
-        let (shift, byte) = (s.splat((1 << 23) as f32), s.splat(f32::from_bits(0xff)));
         for i in (0..N / S::LANES).step_by(2) {
             let first = self.numbers(s, range, divides, x[i], i * S::LANES);
             let second = self.numbers(s, range, divides, x[i + 1], (i + 1) * S::LANES);
             // SAFETY: the caller's.
             unsafe {
                 if BITS == 8 {
-                    s.store_low_bytes(to.add(i * S::LANES), s.and_bits(s.add(first, shift), byte));
-                    s.store_low_bytes(to.add((i + 1) * S::LANES), s.and_bits(s.add(second, shift), byte));
+                    s.store_low_bytes(to.add(i * S::LANES), quantize::bytes(s, first));
+                    s.store_low_bytes(to.add((i + 1) * S::LANES), quantize::bytes(s, second));
                 } else {
                     let [even, odd] = s.deinterleave(first, second);
                     let (low, high) = if nibbles == Nibbles::HighFirst { (odd, even) } else { (even, odd) };
-                    let both = s.fma(high, s.splat(16.0), low);
-                    s.store_low_bytes(to.add(i / 2 * S::LANES), s.and_bits(s.add(both, shift), byte));
+                    s.store_low_bytes(to.add(i / 2 * S::LANES), quantize::nibbles(s, low, high));
                 }
             }
         }
@@ -616,9 +607,7 @@ impl<S: Simd> Extremes<S> {
             let x = x[i];
             self.least[i] = s.select_lt(x, self.least[i], x, self.least[i]);
             self.most[i] = s.select_lt(self.most[i], x, x, self.most[i]);
-            self.peak[i] = s.max(s.abs(x), self.peak[i]);
-            // 0 times a finite number is 0, and 0 times NaN or infinity is NaN, which persists.
-            self.nonfinite[i] = s.fma(x, s.zero(), self.nonfinite[i]);
+            (self.peak[i], self.nonfinite[i]) = widest(s, x, (self.peak[i], self.nonfinite[i]));
         }
     }
 
@@ -637,7 +626,7 @@ impl<S: Simd> Extremes<S> {
                     nonfinite = s.add(nonfinite, self.nonfinite[i]);
                 }
             }
-            let least = -s.max_lane(s.mul(least, s.splat(-1.0)));
+            let least = min_lane(s, least);
             return (least, s.max_lane(most), if s.all_finite(nonfinite) { Some(s.max_lane(peak)) } else { None });
         }
         let mut lists = [[0.0; N]; 4];

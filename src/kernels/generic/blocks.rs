@@ -27,6 +27,7 @@
 //! All of it is arithmetic of IEEE 754 in one order, so that every level computes the same bits.
 
 use super::copy::{gather, scatter};
+use super::quantize::{self, MAX_VECTORS, Vectors, min_lane, widest};
 use crate::kernels::api::ScaledArgs;
 use crate::kernels::simd::{LoadStore, MAX_LANES, Simd};
 use half::f16;
@@ -133,12 +134,6 @@ fn reciprocal(d: f32) -> Option<f32> {
     inverse.is_finite().then_some(inverse)
 }
 
-/// Vectors of the level with the fewest lanes in a block.
-const MAX_VECTORS: usize = N / 4;
-
-/// The elements, or the numbers, of a block: the first `N / LANES` vectors.
-type Vectors<S> = [<S as Simd>::V; MAX_VECTORS];
-
 /// Bits of a block's elements from those of each vector, which [`Simd::lt_bits`] makes of vector i.
 macro_rules! bits {
     ($s:ty, |$i:ident| $bits:expr) => {{
@@ -167,7 +162,7 @@ fn range<S: Simd>(s: S, x: &Vectors<S>) -> (f32, f32) {
         least = s.select_lt(x, least, x, least);
         most = s.max(most, x);
     }
-    let (least, most) = (-s.max_lane(s.mul(least, s.splat(-1.0))), s.max_lane(most));
+    let (least, most) = (min_lane(s, least), s.max_lane(most));
     if least != 0.0 {
         return (least, most);
     }
@@ -188,13 +183,11 @@ fn cut<S: Simd>(s: S, x: S::V, inverse: f32, half: f32, most: f32) -> S::V {
 /// Low halves of bytes for the first 16 numbers, high halves for the others.
 #[inline(always)]
 fn nibbles<S: Simd>(s: S, q: &Vectors<S>) -> Nibbles {
-    // Adds 2^23, so that the pattern ends with the integer.
-    let (shift, byte) = (s.splat((1 << 23) as f32), s.splat(f32::from_bits(0xff)));
     let mut halves = [0; N / 2];
     for i in 0..N / 2 / S::LANES {
-        let both = s.fma(q[i + N / 2 / S::LANES], s.splat(16.0), q[i]);
+        let both = quantize::nibbles(s, q[i], q[i + N / 2 / S::LANES]);
         // SAFETY: the array holds 16 bytes.
-        unsafe { s.store_low_bytes(halves.as_mut_ptr().add(i * S::LANES), s.and_bits(s.add(both, shift), byte)) };
+        unsafe { s.store_low_bytes(halves.as_mut_ptr().add(i * S::LANES), both) };
     }
     halves
 }
@@ -528,9 +521,7 @@ impl BlockUnit for Iq4Nl {
 fn quantized<S: Simd, U: BlockUnit>(s: S, x: &Vectors<S>) -> U {
     let (mut largest, mut nonfinite) = (s.zero(), s.zero());
     for &x in &x[..N / S::LANES] {
-        largest = s.max(largest, s.abs(x));
-        // 0 times a finite number is 0, and 0 times NaN or infinity is NaN, which persists.
-        nonfinite = s.fma(x, s.zero(), nonfinite);
+        (largest, nonfinite) = widest(s, x, (largest, nonfinite));
     }
     if s.all_finite(nonfinite) { U::nearest(s, x, s.max_lane(largest)) } else { U::nan() }
 }

@@ -85,11 +85,36 @@ unsafe fn resident<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs, head: isize, 
     unsafe { units::<_, _, true>(s, src, dst, scale, RESIDENT * S::LANES) };
 }
 
+/// [`N`](super::blocks::N) elements: the first `N / LANES` vectors.
+pub(super) type Vectors<S> = [<S as Simd>::V; MAX_VECTORS];
+
+/// Vectors of the level with the fewest lanes.
+pub(super) const MAX_VECTORS: usize = super::blocks::N / 4;
+
 /// The largest magnitudes with those of a vector, and whether all was finite: 0 times a finite number is 0, and 0 times NaN or infinity
 /// is NaN, which persists.
 #[inline(always)]
-fn widest<S: Simd>(s: S, x: S::V, (largest, nonfinite): (S::V, S::V)) -> (S::V, S::V) {
+pub(super) fn widest<S: Simd>(s: S, x: S::V, (largest, nonfinite): (S::V, S::V)) -> (S::V, S::V) {
     (s.max(largest, s.abs(x)), s.fma(x, s.zero(), nonfinite))
+}
+
+/// The smallest lane; no lane is NaN.
+#[inline(always)]
+pub(super) fn min_lane<S: Simd>(s: S, a: S::V) -> f32 {
+    -s.max_lane(s.mul(a, s.splat(-1.0)))
+}
+
+/// Integers from 0 to 255 as the low bytes of patterns that are 0 otherwise, for [`Simd::store_low_bytes`].
+#[inline(always)]
+pub(super) fn bytes<S: Simd>(s: S, integers: S::V) -> S::V {
+    // From 2^23 on, a pattern ends with the integer.
+    s.and_bits(s.add(integers, s.splat((1 << 23) as f32)), s.splat(f32::from_bits(0xff)))
+}
+
+/// The same of two integers from 0 to 15 to a byte.
+#[inline(always)]
+pub(super) fn nibbles<S: Simd>(s: S, low: S::V, high: S::V) -> S::V {
+    bytes(s, s.fma(high, s.splat(16.0), low))
 }
 
 /// Whether elements times the reciprocal of their scale are at most 2^-15 from their quotients, and no quotient is beyond the largest unit.
