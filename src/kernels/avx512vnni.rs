@@ -9,7 +9,7 @@
 
 use super::avx512::{Avx512, shells};
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
-use super::generic::attention::integer_blocks::{BYTES, BlockProducts, IntegerUnit, Kind};
+use super::generic::attention::integer_blocks::{BYTES, BlockProducts, BlockUnits, IntegerUnit, Kind};
 use super::generic::attention::integer_values::WordProducts;
 use super::partial::{integer_kernels, integer_value_shells, with_features};
 use half::f16;
@@ -110,6 +110,47 @@ const fn words(size: usize, at: usize) -> [u16; 32] {
     words
 }
 
+impl BlockUnits for Vnni {
+    #[inline(always)]
+    fn low_nibbles(self, x: __m512i) -> __m512i {
+        // SAFETY: the level is available, here and below.
+        unsafe { _mm512_and_si512(x, _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn high_nibbles(self, x: __m512i) -> __m512i {
+        // SAFETY: as above.
+        self.low_nibbles(unsafe { _mm512_srli_epi16::<4>(x) })
+    }
+    #[inline(always)]
+    fn signed(self, x: __m512i) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_xor_si512(x, _mm512_set1_epi8(i8::MIN)) }
+    }
+    #[inline(always)]
+    fn listed(self, x: __m512i) -> __m512i {
+        // SAFETY: as above; the table has 16 bytes.
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(BYTES.as_ptr().cast()));
+            _mm512_shuffle_epi8(self.signed(table), x)
+        }
+    }
+    #[inline(always)]
+    fn with_fifth_bits(self, x: __m512i, bits: u64) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_mask_add_epi8(x, bits, x, _mm512_set1_epi8(16)) }
+    }
+    #[inline(always)]
+    fn ones(self) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_set1_epi8(1) }
+    }
+    #[inline(always)]
+    fn times(self, x: __m512i, factor: i32) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_mullo_epi32(x, _mm512_set1_epi32(factor)) }
+    }
+}
+
 impl BlockProducts for Vnni {
     const GROUPS: usize = 2;
 
@@ -147,41 +188,8 @@ impl BlockProducts for Vnni {
         }
     }
     #[inline(always)]
-    fn low_nibbles(self, x: __m512i) -> __m512i {
-        // SAFETY: the level is available, here and below.
-        unsafe { _mm512_and_si512(x, _mm512_set1_epi8(15)) }
-    }
-    #[inline(always)]
-    fn high_nibbles(self, x: __m512i) -> __m512i {
-        // SAFETY: as above.
-        self.low_nibbles(unsafe { _mm512_srli_epi16::<4>(x) })
-    }
-    #[inline(always)]
-    fn signed(self, x: __m512i) -> __m512i {
-        // SAFETY: as above.
-        unsafe { _mm512_xor_si512(x, _mm512_set1_epi8(i8::MIN)) }
-    }
-    #[inline(always)]
-    fn listed(self, x: __m512i) -> __m512i {
-        // SAFETY: as above; the table has 16 bytes.
-        unsafe {
-            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(BYTES.as_ptr().cast()));
-            _mm512_shuffle_epi8(self.signed(table), x)
-        }
-    }
-    #[inline(always)]
-    fn with_fifth_bits(self, x: __m512i, bits: u64) -> __m512i {
-        // SAFETY: as above.
-        unsafe { _mm512_mask_add_epi8(x, bits, x, _mm512_set1_epi8(16)) }
-    }
-    #[inline(always)]
-    fn ones(self) -> __m512i {
-        // SAFETY: as above.
-        unsafe { _mm512_set1_epi8(1) }
-    }
-    #[inline(always)]
     fn transposed(self, [a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
-        // SAFETY: as above.
+        // SAFETY: the level is available, here and below.
         unsafe {
             let low = [_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d)];
             let high = [_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d)];
@@ -192,11 +200,6 @@ impl BlockProducts for Vnni {
                 _mm512_unpackhi_epi64(high[0], high[1]),
             ]
         }
-    }
-    #[inline(always)]
-    fn times(self, x: __m512i, factor: i32) -> __m512i {
-        // SAFETY: as above.
-        unsafe { _mm512_mullo_epi32(x, _mm512_set1_epi32(factor)) }
     }
     #[inline(always)]
     fn float(self, x: __m512i) -> __m512 {

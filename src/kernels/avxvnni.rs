@@ -8,7 +8,7 @@
 
 use super::avx2::{Avx2, shells};
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
-use super::generic::attention::integer_blocks::{BYTES, BlockProducts, IntegerUnit};
+use super::generic::attention::integer_blocks::{BYTES, BlockProducts, BlockUnits, IntegerUnit};
 use super::partial::{integer_kernels, with_features};
 use std::arch::x86_64::*;
 
@@ -107,31 +107,7 @@ impl ByteProducts for Vnni {
     }
 }
 
-impl BlockProducts for Vnni {
-    const GROUPS: usize = 1;
-
-    #[inline(always)]
-    unsafe fn bytes_of<U: IntegerUnit>(self, p: *const u8, n: usize) -> [__m256i; 2] {
-        let p = p.wrapping_add(U::STARTS[0]);
-        // SAFETY: the caller's.
-        unsafe {
-            let first = _mm256_loadu_si256(p.cast());
-            let second = if n < 2 { first } else { _mm256_loadu_si256(p.add(size_of::<U>()).cast()) };
-            [_mm256_permute2x128_si256::<0x20>(first, second), _mm256_permute2x128_si256::<0x31>(first, second)]
-        }
-    }
-    #[inline(always)]
-    unsafe fn nibbles_of<U: IntegerUnit>(self, p: *const u8, n: usize) -> __m256i {
-        let p = p.wrapping_add(U::STARTS[0]);
-        // SAFETY: the caller's.
-        unsafe {
-            let first = _mm_loadu_si128(p.cast());
-            if n < 2 {
-                return _mm256_zextsi128_si256(first);
-            }
-            _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(first), _mm_loadu_si128(p.add(size_of::<U>()).cast()))
-        }
-    }
+impl BlockUnits for Vnni {
     #[inline(always)]
     fn low_nibbles(self, x: __m256i) -> __m256i {
         // SAFETY: the level is available, here and below.
@@ -173,8 +149,40 @@ impl BlockProducts for Vnni {
         unsafe { _mm256_set1_epi8(1) }
     }
     #[inline(always)]
-    fn transposed(self, [a, b, c, d]: [__m256i; 4]) -> [__m256i; 4] {
+    fn times(self, x: __m256i, factor: i32) -> __m256i {
         // SAFETY: as above.
+        unsafe { _mm256_mullo_epi32(x, _mm256_set1_epi32(factor)) }
+    }
+}
+
+impl BlockProducts for Vnni {
+    const GROUPS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn bytes_of<U: IntegerUnit>(self, p: *const u8, n: usize) -> [__m256i; 2] {
+        let p = p.wrapping_add(U::STARTS[0]);
+        // SAFETY: the caller's.
+        unsafe {
+            let first = _mm256_loadu_si256(p.cast());
+            let second = if n < 2 { first } else { _mm256_loadu_si256(p.add(size_of::<U>()).cast()) };
+            [_mm256_permute2x128_si256::<0x20>(first, second), _mm256_permute2x128_si256::<0x31>(first, second)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn nibbles_of<U: IntegerUnit>(self, p: *const u8, n: usize) -> __m256i {
+        let p = p.wrapping_add(U::STARTS[0]);
+        // SAFETY: the caller's.
+        unsafe {
+            let first = _mm_loadu_si128(p.cast());
+            if n < 2 {
+                return _mm256_zextsi128_si256(first);
+            }
+            _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(first), _mm_loadu_si128(p.add(size_of::<U>()).cast()))
+        }
+    }
+    #[inline(always)]
+    fn transposed(self, [a, b, c, d]: [__m256i; 4]) -> [__m256i; 4] {
+        // SAFETY: the level is available, here and below.
         unsafe {
             let low = [_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d)];
             let high = [_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d)];
@@ -185,11 +193,6 @@ impl BlockProducts for Vnni {
                 _mm256_unpackhi_epi64(high[0], high[1]),
             ]
         }
-    }
-    #[inline(always)]
-    fn times(self, x: __m256i, factor: i32) -> __m256i {
-        // SAFETY: as above.
-        unsafe { _mm256_mullo_epi32(x, _mm256_set1_epi32(factor)) }
     }
     #[inline(always)]
     fn float(self, x: __m256i) -> __m256 {

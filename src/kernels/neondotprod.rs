@@ -7,7 +7,7 @@
 
 use super::generic::attention::DirectScores;
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
-use super::generic::attention::integer_blocks::{BYTES, BlockProducts, IntegerUnit, transposed};
+use super::generic::attention::integer_blocks::{BYTES, BlockProducts, BlockUnits, IntegerUnit, transposed};
 use super::neon::{Neon, shells};
 use super::neoni8mm;
 use super::partial::{integer_kernels, with_features};
@@ -104,18 +104,7 @@ impl<const MATRICES: bool> ByteProducts for Dotprod<MATRICES> {
     }
 }
 
-impl<const MATRICES: bool> BlockProducts for Dotprod<MATRICES> {
-    #[inline(always)]
-    unsafe fn halves<U: IntegerUnit, const SECOND: bool>(self, p: *const u8, _: usize) -> int8x16_t {
-        // SAFETY: the caller's.
-        unsafe { vld1q_s8(p.add(U::STARTS[usize::from(SECOND)]).cast()) }
-    }
-    #[inline(always)]
-    unsafe fn factors<U: IntegerUnit, const MINIMA: bool>(self, p: *const u8, _: usize) -> float32x4_t {
-        // SAFETY: the caller's.
-        let bits = unsafe { p.cast::<u16>().add(usize::from(MINIMA)).read_unaligned() };
-        self.0.splat_f16(half::f16::from_bits(bits))
-    }
+impl<const MATRICES: bool> BlockUnits for Dotprod<MATRICES> {
     #[inline(always)]
     fn low_nibbles(self, x: int8x16_t) -> int8x16_t {
         // SAFETY: the level is available, here and below.
@@ -150,8 +139,27 @@ impl<const MATRICES: bool> BlockProducts for Dotprod<MATRICES> {
         unsafe { vdupq_n_s8(1) }
     }
     #[inline(always)]
-    fn four(self, [a, b, c, d]: [int32x4_t; 4]) -> int32x4_t {
+    fn times(self, x: int32x4_t, factor: i32) -> int32x4_t {
         // SAFETY: as above.
+        unsafe { vmulq_n_s32(x, factor) }
+    }
+}
+
+impl<const MATRICES: bool> BlockProducts for Dotprod<MATRICES> {
+    #[inline(always)]
+    unsafe fn halves<U: IntegerUnit, const SECOND: bool>(self, p: *const u8, _: usize) -> int8x16_t {
+        // SAFETY: the caller's.
+        unsafe { vld1q_s8(p.add(U::STARTS[usize::from(SECOND)]).cast()) }
+    }
+    #[inline(always)]
+    unsafe fn factors<U: IntegerUnit, const MINIMA: bool>(self, p: *const u8, _: usize) -> float32x4_t {
+        // SAFETY: the caller's.
+        let bits = unsafe { p.cast::<u16>().add(usize::from(MINIMA)).read_unaligned() };
+        self.0.splat_f16(half::f16::from_bits(bits))
+    }
+    #[inline(always)]
+    fn four(self, [a, b, c, d]: [int32x4_t; 4]) -> int32x4_t {
+        // SAFETY: the level is available, here and below.
         unsafe { vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)) }
     }
     #[inline(always)]
@@ -174,11 +182,6 @@ impl<const MATRICES: bool> BlockProducts for Dotprod<MATRICES> {
                 neoni8mm::write_pairs(Dotprod(self.0), [rows[2], rows[3]], d);
             }
         }
-    }
-    #[inline(always)]
-    fn times(self, x: int32x4_t, factor: i32) -> int32x4_t {
-        // SAFETY: as above.
-        unsafe { vmulq_n_s32(x, factor) }
     }
     #[inline(always)]
     fn difference(self, a: int32x4_t, b: int32x4_t) -> float32x4_t {

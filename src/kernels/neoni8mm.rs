@@ -7,7 +7,7 @@
 //! and 16; of blocks, four rows take 28 per 32 elements of four keys in place of 44.
 
 use super::generic::attention::integer::{ByteProducts, Row};
-use super::generic::attention::integer_blocks::BlockProducts;
+use super::generic::attention::integer_blocks::BlockUnits;
 use super::generic::attention::{Block, DirectScores};
 use super::neon::{Neon, shells};
 use super::neondotprod::{Dotprod, UNITS};

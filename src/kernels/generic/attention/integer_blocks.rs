@@ -4,12 +4,17 @@
 //! sums over lanes are left (`integer_words`). On AArch64, where levels have products of matrices, sums of quarters are transposed after it
 //! (`integer_quarters`). Both round alike.
 
+use super::Block;
+use super::integer::ByteProducts;
 use crate::kernels::generic::blocks::{BlockUnit, Iq4Nl, N, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TABLE};
+use crate::kernels::simd::{LINE, Simd};
+use crate::problem::grid::KeyRange;
+use crate::problem::tile::MAX_TILE_ROWS;
 
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
-pub(crate) use super::integer_quarters::{BlockProducts, Products, multiply, quantize_rows, scores, transposed};
+pub(crate) use super::integer_quarters::{BlockProducts, multiply, quantize_rows, scores, transposed};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use super::integer_words::{BlockProducts, Products, multiply, quantize_rows, scores};
+pub(crate) use super::integer_words::{BlockProducts, multiply, quantize_rows, scores};
 
 /// Units of a block in a vector.
 pub(crate) const HALF: usize = N / 2;
@@ -85,3 +90,50 @@ pub(crate) const BYTES: [i8; 16] = {
     }
     bytes
 };
+
+pub(super) type V<P> = <<P as ByteProducts>::Level as Simd>::V;
+
+/// The bytes of blocks as units of a key. A vector of units has [`HALF`] bytes of each of [`Self::BLOCKS`] blocks.
+pub(crate) trait BlockUnits: ByteProducts {
+    /// Blocks per vector.
+    const BLOCKS: usize = Self::UNITS / HALF;
+
+    fn low_nibbles(self, x: Self::Units) -> Self::Units;
+    fn high_nibbles(self, x: Self::Units) -> Self::Units;
+    /// Signed bytes as units of a key, with the offset.
+    fn signed(self, x: Self::Units) -> Self::Units;
+    /// Entries of [`BYTES`], with the offset.
+    fn listed(self, x: Self::Units) -> Self::Units;
+    /// Adds 16 to the bytes whose bits are set.
+    fn with_fifth_bits(self, x: Self::Units, bits: u64) -> Self::Units;
+    /// Units of a key that are all 1, without an offset.
+    fn ones(self) -> Self::Units;
+    fn times(self, x: Self::Sums, factor: i32) -> Self::Sums;
+}
+
+/// What is taken from each unit of a key in blocks of type `U`.
+pub(super) const fn zero<P: ByteProducts, U: IntegerUnit>() -> i32 {
+    match U::KIND {
+        Kind::Nibbles => U::ZERO,
+        Kind::Bytes | Kind::Listed => P::KEY_OFFSET,
+    }
+}
+
+/// Parts of a head of `d` elements: [`BlockUnits::BLOCKS`] blocks each.
+pub(super) const fn parts<P: BlockUnits>(d: usize) -> usize {
+    d.div_ceil(N * P::BLOCKS)
+}
+
+/// Rows whose scales lie before the sums of rows, in whole lines.
+pub(super) const ROWS: usize = MAX_TILE_ROWS.next_multiple_of(LINE / size_of::<f32>());
+
+/// The keys of a subblock that was taken apart, times all rows of a head.
+pub(crate) struct Products<'a> {
+    pub(super) block: &'a Block<'a>,
+    pub(super) head: usize,
+    pub(super) keys: KeyRange,
+    /// What is taken from each unit of a key.
+    pub(super) zero: i32,
+    /// Whether blocks have minima.
+    pub(super) minima: bool,
+}

@@ -13,7 +13,7 @@
 //! of a subblock are taken apart into memory first, and one loop for all formats passes over them once per four rows. (Vectors that are
 //! stored and loaded again at once wait for each other: with one to four rows, that cost as much as the products.)
 
-use super::integer_blocks::{HALF, IntegerUnit, Kind};
+use super::integer_blocks::{BlockUnits, HALF, IntegerUnit, Kind, Products, ROWS, V, parts, zero};
 use super::{Block, DirectScores, SUBBLOCK, Scratch};
 use crate::kernels::generic::attention::integer::ByteProducts;
 use crate::kernels::generic::blocks::N;
@@ -21,17 +21,11 @@ use crate::kernels::generic::quantize;
 use crate::kernels::simd::{LINE, Simd};
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 use crate::problem::limits::MAX_HEAD_DIM;
-use crate::problem::tile::MAX_TILE_ROWS;
 use std::marker::PhantomData;
-
-type V<P> = <<P as ByteProducts>::Level as Simd>::V;
 
 /// Products of bytes with blocks. A vector of units has [`HALF`] bytes of each of [`Self::BLOCKS`] blocks, and vectors of sums and of f32
 /// have four lanes for each.
-pub(crate) trait BlockProducts: ByteProducts {
-    /// Blocks per vector.
-    const BLOCKS: usize = Self::UNITS / HALF;
-
+pub(crate) trait BlockProducts: BlockUnits {
     /// The first, or with `SECOND` the second [`HALF`] bytes of the numbers of `n` blocks at `p`, and zeros for blocks beyond them.
     ///
     /// # Safety
@@ -42,16 +36,6 @@ pub(crate) trait BlockProducts: ByteProducts {
     /// # Safety
     /// The blocks are readable.
     unsafe fn factors<U: IntegerUnit, const MINIMA: bool>(self, p: *const u8, n: usize) -> V<Self>;
-    fn low_nibbles(self, x: Self::Units) -> Self::Units;
-    fn high_nibbles(self, x: Self::Units) -> Self::Units;
-    /// Signed bytes as units of a key, with the offset.
-    fn signed(self, x: Self::Units) -> Self::Units;
-    /// Entries of [`BYTES`], with the offset.
-    fn listed(self, x: Self::Units) -> Self::Units;
-    /// Adds 16 to the bytes whose bits are set.
-    fn with_fifth_bits(self, x: Self::Units, bits: u64) -> Self::Units;
-    /// Units of a key that are all 1, without an offset.
-    fn ones(self) -> Self::Units;
 
     /// In the four lanes of each block, the sum of these lanes of each of four vectors.
     fn four(self, x: [Self::Sums; 4]) -> Self::Sums;
@@ -77,7 +61,6 @@ pub(crate) trait BlockProducts: ByteProducts {
     ) -> Option<[Self::Sums; 4]> {
         None
     }
-    fn times(self, x: Self::Sums, factor: i32) -> Self::Sums;
     /// `a - b`.
     fn difference(self, a: Self::Sums, b: Self::Sums) -> V<Self>;
     /// In the four lanes of each block, these lanes of one of the vectors each, whose four lanes are equal.
@@ -109,14 +92,6 @@ struct RowSums<P: ByteProducts> {
     offsets: P::Sums,
     sums: V<P>,
 }
-
-/// Parts of a head of `d` elements.
-const fn parts<P: BlockProducts>(d: usize) -> usize {
-    d.div_ceil(N * P::BLOCKS)
-}
-
-/// Rows whose scales lie before the [`RowSums`], in whole lines.
-const ROWS: usize = MAX_TILE_ROWS.next_multiple_of(LINE / size_of::<f32>());
 
 /// The memory of scratch that a call uses, beside the rows.
 struct Memory<P: ByteProducts> {
@@ -173,16 +148,13 @@ pub(crate) unsafe fn scores<P: BlockProducts, U: IntegerUnit>(
     products: unsafe fn(&Products),
 ) {
     let KeyRange { low, high } = args.keys;
-    let zero = match U::KIND {
-        Kind::Nibbles => U::ZERO,
-        Kind::Bytes | Kind::Listed => P::KEY_OFFSET,
-    };
     let rows = args.block.tile.head_rows;
     for head in 0..args.block.tile.kv_heads {
         // SAFETY: the caller's, here and below.
         unsafe {
             if rows <= 4 {
-                let few = Products { block: args.block, head, keys: args.keys, zero, minima: U::MINIMA };
+                let few =
+                    Products { block: args.block, head, keys: args.keys, zero: zero::<P, U>(), minima: U::MINIMA };
                 let keys = InCache::<P, U>::new(args, head);
                 if rows == 1 {
                     one_row(p, &few, 0, &keys)
@@ -194,7 +166,7 @@ pub(crate) unsafe fn scores<P: BlockProducts, U: IntegerUnit>(
             for first in (low / SUBBLOCK * SUBBLOCK..high).step_by(SUBBLOCK) {
                 let keys = KeyRange { low: low.max(first), high: high.min(first + SUBBLOCK) };
                 take_apart::<P, U>(p, args, head, keys);
-                products(&Products { block: args.block, head, keys, zero, minima: U::MINIMA });
+                products(&Products { block: args.block, head, keys, zero: zero::<P, U>(), minima: U::MINIMA });
             }
         }
     }
@@ -342,17 +314,6 @@ unsafe fn part<P: BlockProducts, U: IntegerUnit>(p: P, from: *const u8, n: usize
         let minima = if U::MINIMA { p.factors::<U, true>(from, n) } else { p.level().zero() };
         Part { units, factors, minima }
     }
-}
-
-/// The keys of a subblock that was taken apart, times all rows of a head.
-pub(crate) struct Products<'a> {
-    block: &'a Block<'a>,
-    head: usize,
-    keys: KeyRange,
-    /// What is taken from each unit of a key.
-    zero: i32,
-    /// Whether blocks have minima.
-    minima: bool,
 }
 
 /// # Safety

@@ -22,7 +22,7 @@
 //! the loops take 17 and 15, with all of a call around them 21 and 18, and those of f32 59. Shuffles of the next keys and products
 //! wait for each other in the queue of 64 operations, so that neither port is always busy.
 
-use super::integer_blocks::{HALF, IntegerUnit, Kind};
+use super::integer_blocks::{BlockUnits, HALF, IntegerUnit, Kind, Products, ROWS, V, parts, zero};
 use super::{Block, DirectScores, KeyPointers, SUBBLOCK, Scratch};
 use crate::kernels::generic::attention::integer::ByteProducts;
 use crate::kernels::generic::blocks::N;
@@ -30,11 +30,8 @@ use crate::kernels::generic::quantize;
 use crate::kernels::simd::{LINE, MAX_LANES, Simd};
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 use crate::problem::limits::MAX_HEAD_DIM;
-use crate::problem::tile::MAX_TILE_ROWS;
 use half::f16;
 use std::marker::PhantomData;
-
-type V<P> = <<P as ByteProducts>::Level as Simd>::V;
 
 /// Keys of a group, whose scores lie side by side in a vector.
 const GROUP: usize = 4;
@@ -45,9 +42,7 @@ const WORDS: usize = HALF / size_of::<Word>();
 
 /// Products of bytes with blocks. A vector of units has [`HALF`] bytes of each of [`Self::BLOCKS`] blocks, and vectors of sums and of f32
 /// have four lanes for each.
-pub(crate) trait BlockProducts: ByteProducts {
-    /// Blocks per vector.
-    const BLOCKS: usize = Self::UNITS / HALF;
+pub(crate) trait BlockProducts: BlockUnits {
     /// Groups of keys that are multiplied side by side, one or two: as many as registers allow.
     const GROUPS: usize;
 
@@ -61,20 +56,9 @@ pub(crate) trait BlockProducts: ByteProducts {
     /// # Safety
     /// The blocks are readable.
     unsafe fn nibbles_of<U: IntegerUnit>(self, p: *const u8, n: usize) -> Self::Units;
-    fn low_nibbles(self, x: Self::Units) -> Self::Units;
-    fn high_nibbles(self, x: Self::Units) -> Self::Units;
-    /// Signed bytes as units of a key, with the offset.
-    fn signed(self, x: Self::Units) -> Self::Units;
-    /// Entries of [`BYTES`], with the offset.
-    fn listed(self, x: Self::Units) -> Self::Units;
-    /// Adds 16 to the bytes whose bits are set.
-    fn with_fifth_bits(self, x: Self::Units, bits: u64) -> Self::Units;
-    /// Units of a key that are all 1, without an offset.
-    fn ones(self) -> Self::Units;
 
     /// The four words that each vector has of a block become one word of each of four vectors.
     fn transposed(self, x: [Self::Units; 4]) -> [Self::Units; 4];
-    fn times(self, x: Self::Sums, factor: i32) -> Self::Sums;
     fn float(self, x: Self::Sums) -> V<Self>;
     /// The sums over blocks of each of the four lanes, of one or two groups and four rows, times a factor per row.
     fn over_blocks(self, x: [[V<Self>; 4]; 2], factors: [f32; 4]) -> [[[f32; GROUP]; 2]; 4];
@@ -99,14 +83,6 @@ struct RowSums<P: ByteProducts, const R: usize> {
     offsets: [P::Sums; R],
     sums: [V<P>; R],
 }
-
-/// Parts of a head of `d` elements.
-const fn parts<P: BlockProducts>(d: usize) -> usize {
-    d.div_ceil(N * P::BLOCKS)
-}
-
-/// Rows whose scales lie before the [`RowSums`], in whole lines.
-const ROWS: usize = MAX_TILE_ROWS.next_multiple_of(LINE / size_of::<f32>());
 
 /// The memory of scratch that a call uses, beside the rows.
 struct Memory<P: ByteProducts> {
@@ -173,16 +149,13 @@ pub(crate) unsafe fn scores<P: BlockProducts, U: IntegerUnit>(
     products: unsafe fn(&Products),
 ) {
     let KeyRange { low, high } = args.keys;
-    let zero = match U::KIND {
-        Kind::Nibbles => U::ZERO,
-        Kind::Bytes | Kind::Listed => P::KEY_OFFSET,
-    };
     let rows = args.block.tile.head_rows;
     for head in 0..args.block.tile.kv_heads {
         // SAFETY: the caller's, here and below.
         unsafe {
             if rows <= 4 {
-                let few = Products { block: args.block, head, keys: args.keys, zero, minima: U::MINIMA };
+                let few =
+                    Products { block: args.block, head, keys: args.keys, zero: zero::<P, U>(), minima: U::MINIMA };
                 let keys = InCache::<P, U>::new(args, head);
                 match (rows, args.block.d == N * P::BLOCKS) {
                     (1, _) => some_rows::<P, 1, false>(p, &few, 0, 1, &keys),
@@ -194,7 +167,7 @@ pub(crate) unsafe fn scores<P: BlockProducts, U: IntegerUnit>(
             for first in (low / SUBBLOCK * SUBBLOCK..high).step_by(SUBBLOCK) {
                 let keys = KeyRange { low: low.max(first), high: high.min(first + SUBBLOCK) };
                 take_apart::<P, U>(p, args, head, keys);
-                products(&Products { block: args.block, head, keys, zero, minima: U::MINIMA });
+                products(&Products { block: args.block, head, keys, zero: zero::<P, U>(), minima: U::MINIMA });
             }
         }
     }
@@ -382,17 +355,6 @@ unsafe fn units<P: BlockProducts, U: IntegerUnit>(
         }
         units
     }
-}
-
-/// The keys of a subblock that was taken apart, times all rows of a head.
-pub(crate) struct Products<'a> {
-    block: &'a Block<'a>,
-    head: usize,
-    keys: KeyRange,
-    /// What is taken from each unit of a key.
-    zero: i32,
-    /// Whether blocks have minima.
-    minima: bool,
 }
 
 /// # Safety
