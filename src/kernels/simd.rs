@@ -589,13 +589,7 @@ impl LoadStore for SaturatingF16 {
 /// The largest finite f16 of the same sign in lanes that are larger, infinities included; NaN stays NaN.
 #[inline(always)]
 fn saturated<S: Simd>(s: S, v: S::V) -> S::V {
-    clamped(s, v, f16::MAX.to_f32_const())
-}
-
-/// `largest` with the sign of the lane in lanes that are larger, infinities included; NaN stays NaN.
-#[inline(always)]
-pub(crate) fn clamped<S: Simd>(s: S, v: S::V, largest: f32) -> S::V {
-    let largest = s.splat(largest);
+    let largest = s.splat(f16::MAX.to_f32_const());
     s.select_lt(largest, s.abs(v), s.copysign(largest, v), v)
 }
 
