@@ -179,8 +179,8 @@ static void contexts(void) {
         tuning.run = -1;
         REFUSED(KVL_STATUS_INVALID_ENUM, "run is -1", kvl_context_set_tuning((kvl_context *)context, &tuning));
         tuning.run = KVL_PREFETCH_DEFAULT;
-        tuning.reserved = 3;
-        REFUSED(KVL_STATUS_INVALID_VALUE, "reserved is 3", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.run_one_row = 6;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "run_one_row is 6", kvl_context_set_tuning((kvl_context *)context, &tuning));
         tuning.struct_size = 31;
         REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_tuning.struct_size is 31", kvl_context_set_tuning((kvl_context *)context, &tuning));
         OK(kvl_context_tuning(context, &after));

@@ -47,7 +47,7 @@ AT(kvl_tuning, struct_size, 0);
 AT(kvl_tuning, block, 8);
 AT(kvl_tuning, block_order, 12);
 AT(kvl_tuning, run, 16);
-AT(kvl_tuning, reserved, 20);
+AT(kvl_tuning, run_one_row, 20);
 AT(kvl_tuning, run_distance, 24);
 SIZE(kvl_kernel_info, 40);
 AT(kvl_kernel_info, struct_size, 0);

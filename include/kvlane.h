@@ -728,11 +728,11 @@ typedef struct kvl_tuning {
      */
     kvl_prefetch run;
     /**
-     * Must be 0.
+     * The same where every KV head has one query row.
      */
-    int32_t reserved;
+    kvl_prefetch run_one_row;
     /**
-     * Bytes from what is read to what `run` prefetches, at most a block of 64 keys.
+     * Bytes from what is read to what `run` and `run_one_row` prefetch, at most a block of 64 keys.
      */
     size_t run_distance;
 } kvl_tuning;
@@ -1795,7 +1795,7 @@ kvl_status kvl_context_v_packing(const struct kvl_context *context,
                                  kvl_packing *packing);
 
 /**
- * Writes the tuning of a context to `*tuning`: that of this CPU, or what `kvl_context_set_tuning` has set. No field but the reserved one is zero.
+ * Writes the tuning of a context to `*tuning`: that of this CPU, or what `kvl_context_set_tuning` has set. No field is zero.
  *
  * Thread safety: may be called from any number of threads at once.
  * Bad input: null and an unknown `tuning->struct_size` are errors, and `*tuning` is not changed.
@@ -1807,8 +1807,8 @@ kvl_status kvl_context_tuning(const struct kvl_context *context,
  * Sets the tuning of a context, for the calls that begin afterwards.
  *
  * Thread safety: no other call may use the context at the same time.
- * Bad input: null, an unknown `tuning->struct_size`, a number that is no value of its enumeration, and a reserved field that is
- * not 0 are errors, and the context is not changed. Any distance is valid.
+ * Bad input: null, an unknown `tuning->struct_size` and a number that is no value of its enumeration are errors, and the context is not
+ * changed. Any distance is valid.
  */
 kvl_status kvl_context_set_tuning(struct kvl_context *context,
                                   const struct kvl_tuning *tuning);

@@ -27,7 +27,9 @@ pub struct Tuning {
     pub block_order: KeyOrder,
     /// Prefetches where the heads of a token are read together, in the order of memory.
     pub run: Prefetch,
-    /// Bytes from what is read to what [`Self::run`] prefetches, at most a block of 64 keys.
+    /// The same where every KV head has one query row: so little is computed per line there that some CPUs keep ahead by themselves.
+    pub run_one_row: Prefetch,
+    /// Bytes from what is read to what [`Self::run`] and [`Self::run_one_row`] prefetch, at most a block of 64 keys.
     pub run_distance: usize,
 }
 
@@ -91,9 +93,23 @@ const TABLE: &[Entry] = &[
             block: Prefetch::SecondLevel,
             block_order: KeyOrder::Spread,
             run: Prefetch::BothLevels,
+            run_one_row: Prefetch::BothLevels,
             run_distance: 64 << 10,
         },
     },
+    Entry {
+        vendor: "AuthenticAMD",
+        features: &["avx512bf16"],
+        level: Isa::Avx2,
+        tuning: Tuning {
+            block: Prefetch::BothLevels,
+            block_order: KeyOrder::Spread,
+            run: Prefetch::BothLevels,
+            run_one_row: Prefetch::BothLevels,
+            run_distance: 64 << 10,
+        },
+    },
+    // Zen 3.
     Entry {
         vendor: "AuthenticAMD",
         features: &[],
@@ -102,6 +118,7 @@ const TABLE: &[Entry] = &[
             block: Prefetch::BothLevels,
             block_order: KeyOrder::Spread,
             run: Prefetch::BothLevels,
+            run_one_row: Prefetch::Off,
             run_distance: 64 << 10,
         },
     },
@@ -116,6 +133,7 @@ impl Tuning {
             block: if x86 { Prefetch::BothLevelsInPairs } else { Prefetch::BothLevels },
             block_order: KeyOrder::Spread,
             run: Prefetch::FirstLevel,
+            run_one_row: Prefetch::FirstLevel,
             run_distance: 12 << 10,
         }
     };
@@ -157,6 +175,13 @@ impl Tuning {
     #[must_use]
     pub fn run(mut self, run: Prefetch) -> Self {
         self.run = run;
+        self
+    }
+
+    /// Sets [`Self::run_one_row`].
+    #[must_use]
+    pub fn run_one_row(mut self, run: Prefetch) -> Self {
+        self.run_one_row = run;
         self
     }
 

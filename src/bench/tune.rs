@@ -1,7 +1,7 @@
 //! The search for the tuning of this CPU.
 //!
-//! Two groups of cases depend on two parts of a [`Tuning`]: decode over one KV head at a time, and decode over heads that lie
-//! together. Each part is searched on its own group, every candidate once per round, so that a change in the machine's
+//! Three groups of cases depend on three parts of a [`Tuning`]: decode over one KV head at a time, and decode over heads that lie
+//! together, with several query rows per KV head and with one. Each part is searched on its own group, every candidate once per round, so that a change in the machine's
 //! load meets all of them; the best few are compared again. A candidate replaces the table's entry only if it is faster by more than
 //! chance. The gain that is shown is measured afterwards, by the two in turns, and what does not gain then is not taken.
 
@@ -83,15 +83,13 @@ const LEAST_GAIN: f64 = 1.01;
 const FINALISTS: usize = 4;
 
 /// The groups of cases, and the shapes of each: caches that are larger than those of the CPU, in both orders of memory.
-const GROUPS: [(&str, &[&str]); 2] = [
+const GROUPS: [(&str, &[&str]); 3] = [
     (
         "decode, one KV head at a time",
         &["decode 16384, 32/8x128, bhsd", "decode 4096, 32/32x128, bhsd", "decode 4096, 32/8x256, bhsd"],
     ),
-    (
-        "decode, the heads of a token together",
-        &["decode 16384, 32/8x128, bshd", "decode 4096, 32/32x128, bshd", "decode 4096, 32/8x256, bshd"],
-    ),
+    ("decode, the heads of a token together", &["decode 16384, 32/8x128, bshd", "decode 4096, 32/8x256, bshd"]),
+    ("decode, the heads of a token together, one query row each", &["decode 4096, 32/32x128, bshd"]),
 ];
 
 /// The formats of K and V whose cases are timed: those whose decode memory can bind, each of its own number of bytes per element.
@@ -121,7 +119,7 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     }
     let entry = context.tuning();
     let groups = GROUPS.map(|(_, shapes)| cases(level, shapes, options.quick));
-    let [block, run] = &groups;
+    let [block, run, one_row] = &groups;
     let mut search = Search {
         threads: &threads,
         pages,
@@ -129,7 +127,7 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
         observe,
         done: 0,
         // All candidates, the best, and the comparison at the end.
-        total: 3 * (block.len() + run.len()),
+        total: 3 * (block.len() + run.len() + one_row.len()),
     };
     let mut found = entry;
 
@@ -149,6 +147,10 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     let best = search.best(run, &candidates)?;
     (found.run, found.run_distance) = (best.run, best.run_distance);
 
+    let entry_and_distance = entry.run_distance(found.run_distance);
+    let candidates = Prefetch::ALL.map(|kind| entry_and_distance.run_one_row(kind));
+    found.run_one_row = search.best(one_row, &[&[entry_and_distance], &candidates[..]].concat())?.run_one_row;
+
     let mut gains = Vec::new();
     for ((name, _), cases) in GROUPS.into_iter().zip(&groups) {
         let mut group = Gains { name, cases: Vec::new() };
@@ -163,6 +165,9 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     }
     if gains[1].mean() < 1.0 {
         (found.run, found.run_distance) = (entry.run, entry.run_distance);
+    }
+    if gains[2].mean() < 1.0 {
+        found.run_one_row = entry.run_one_row;
     }
     Ok(Tuned { machine, level, threads: threads.count(), pages, entry, found, groups: gains })
 }
@@ -185,7 +190,7 @@ fn level(given: Option<Isa>) -> Result<Isa> {
 
 /// The cases of a level with these shapes; of f32 and bf16 and the first two shapes only, if quick.
 fn cases(level: Isa, shapes: &[&str], quick: bool) -> Vec<Case> {
-    let shapes = if quick { &shapes[..2] } else { shapes };
+    let shapes = if quick { &shapes[..shapes.len().min(2)] } else { shapes };
     let formats: &[&str] = if quick { &["f32", "bf16"] } else { &FORMATS };
     kernels()
         .filter(|kernel| kernel.op == Op::Attention && kernel.isa == level)
@@ -309,12 +314,13 @@ impl Tuned {
 }
 
 /// The names of a tuning's fields, and their values as Rust has them.
-fn fields(tuning: &Tuning) -> [(&'static str, String); 4] {
+fn fields(tuning: &Tuning) -> [(&'static str, String); 5] {
     let kind = |kind: Prefetch| format!("Prefetch::{kind:?}");
     [
         ("block", kind(tuning.block)),
         ("block_order", format!("KeyOrder::{:?}", tuning.block_order)),
         ("run", kind(tuning.run)),
+        ("run_one_row", kind(tuning.run_one_row)),
         ("run_distance", tuning.run_distance.to_string()),
     ]
 }
@@ -333,7 +339,7 @@ mod tests {
         for level in Isa::ALL.into_iter().filter(|level| level.is_available() && !level.is_partial()) {
             for (name, shapes) in GROUPS {
                 assert_eq!(cases(level, shapes, false).len(), FORMATS.len() * shapes.len(), "{name} {level}");
-                assert_eq!(cases(level, shapes, true).len(), 4, "{name} {level}");
+                assert_eq!(cases(level, shapes, true).len(), 2 * shapes.len().min(2), "{name} {level}");
             }
         }
     }
@@ -362,8 +368,9 @@ mod tests {
             "Off  <- changed",
             "decode: 2.00 times as fast",
             "level: Isa::Scalar,",
-            "run: Prefetch::Off,\n            run_distance: 4096,",
-            ".run(Prefetch::Off)\n        .run_distance(4096)",
+            "run: Prefetch::Off,\n            run_one_row: ",
+            ".run(Prefetch::Off)\n        .run_one_row(",
+            ".run_distance(4096)",
         ] {
             assert!(text.contains(part), "{text}\nlacks {part:?}");
         }

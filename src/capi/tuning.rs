@@ -5,7 +5,7 @@ use super::context::{borrow, kvl_context};
 use super::guard::guard;
 use super::sized::{assert_layout, read_sized, sized, write_sized};
 use super::status::kvl_status;
-use crate::error::{Result, ensure};
+use crate::error::Result;
 use crate::tuning::{KeyOrder, Prefetch, Tuning};
 
 /// Into which cache of the CPU lines are prefetched.
@@ -47,19 +47,19 @@ pub struct kvl_tuning {
     pub block_order: kvl_key_order,
     /// Prefetches where the heads of a token are read together, in the order of memory.
     pub run: kvl_prefetch,
-    /// Must be 0.
-    pub reserved: i32,
-    /// Bytes from what is read to what `run` prefetches, at most a block of 64 keys.
+    /// The same where every KV head has one query row.
+    pub run_one_row: kvl_prefetch,
+    /// Bytes from what is read to what `run` and `run_one_row` prefetch, at most a block of 64 keys.
     pub run_distance: usize,
 }
 
 sized!(kvl_tuning);
 assert_layout!(
     kvl_tuning, 32,
-    struct_size: 0, block: 8, block_order: 12, run: 16, reserved: 20, run_distance: 24,
+    struct_size: 0, block: 8, block_order: 12, run: 16, run_one_row: 20, run_distance: 24,
 );
 
-/// Writes the tuning of a context to `*tuning`: that of this CPU, or what `kvl_context_set_tuning` has set. No field but the reserved one is zero.
+/// Writes the tuning of a context to `*tuning`: that of this CPU, or what `kvl_context_set_tuning` has set. No field is zero.
 ///
 /// Thread safety: may be called from any number of threads at once.
 /// Bad input: null and an unknown `tuning->struct_size` are errors, and `*tuning` is not changed.
@@ -75,7 +75,7 @@ pub unsafe extern "C" fn kvl_context_tuning(context: *const kvl_context, tuning:
             block: own.block as i32 + 1,
             block_order: own.block_order as i32 + 1,
             run: own.run as i32 + 1,
-            reserved: 0,
+            run_one_row: own.run_one_row as i32 + 1,
             run_distance: own.run_distance,
         };
         // SAFETY: the caller's promise.
@@ -87,8 +87,8 @@ pub unsafe extern "C" fn kvl_context_tuning(context: *const kvl_context, tuning:
 /// Sets the tuning of a context, for the calls that begin afterwards.
 ///
 /// Thread safety: no other call may use the context at the same time.
-/// Bad input: null, an unknown `tuning->struct_size`, a number that is no value of its enumeration, and a reserved field that is
-/// not 0 are errors, and the context is not changed. Any distance is valid.
+/// Bad input: null, an unknown `tuning->struct_size` and a number that is no value of its enumeration are errors, and the context is not
+/// changed. Any distance is valid.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvl_context_set_tuning(context: *mut kvl_context, tuning: *const kvl_tuning) -> kvl_status {
     guard(|| {
@@ -96,11 +96,11 @@ pub unsafe extern "C" fn kvl_context_set_tuning(context: *mut kvl_context, tunin
         let own = unsafe { borrow(context) }?;
         // SAFETY: the caller's promise.
         let wanted = unsafe { read_sized(tuning) }?;
-        ensure!(wanted.reserved == 0, InvalidValue, "kvl_tuning.reserved is {}, but it must be 0", wanted.reserved);
         let mut tuning = Tuning::of_this_cpu(own.isa());
         let prefetch = |name: &str, value, usual| choice("kvl_prefetch", name, value, &Prefetch::ALL, usual);
         tuning.block = prefetch("block", wanted.block, tuning.block)?;
         tuning.run = prefetch("run", wanted.run, tuning.run)?;
+        tuning.run_one_row = prefetch("run_one_row", wanted.run_one_row, tuning.run_one_row)?;
         tuning.block_order =
             choice("kvl_key_order", "block_order", wanted.block_order, &KeyOrder::ALL, tuning.block_order)?;
         if wanted.run_distance != 0 {

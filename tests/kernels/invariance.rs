@@ -398,7 +398,7 @@ fn tunings(level: &Level) {
     let mut rng = Rng::new(69);
     for dtype in kv_types() {
         for (tokens, kv_heads, group, keys) in
-            thin(vec![(1, 4, 4, 700), (1, 1, 1, 300), (2, 3, 2, 129), (40, 1, 2, 200)])
+            thin(vec![(1, 4, 4, 700), (1, 3, 1, 200), (1, 1, 1, 300), (2, 3, 2, 129), (40, 1, 2, 200)])
         {
             let shape = Shape { tokens, kv_heads, group, keys, dim: 40, v_dim: 72, ..Shape::default() };
             let case = Case::new(&mut rng, shape, dtype).with(|o| o.causal = true);
@@ -406,7 +406,9 @@ fn tunings(level: &Level) {
             for block in Prefetch::ALL {
                 let distance = rng.pick(&[0, 1, 64, 5000, 1 << 20, usize::MAX]);
                 let (run, order) = (rng.pick(&Prefetch::ALL), rng.pick(&KeyOrder::ALL));
-                let tuning = level.context.tuning().block(block).block_order(order).run(run).run_distance(distance);
+                let one_row = rng.pick(&Prefetch::ALL);
+                let tuning = level.context.tuning().block(block).block_order(order).run(run).run_one_row(one_row);
+                let tuning = tuning.run_distance(distance);
                 let outcome = case.run(&level.context.clone().tuned(tuning));
                 level.checked(Op::Attention, dtype, dtype);
                 assert!(outcome.all_bits() == usual, "{dtype} {shape:?} {tuning:?}");

@@ -27,7 +27,8 @@ impl<'a> PrefetchDistances<'a> {
         let piece = SUBBLOCK * block.tile.kv_heads * block.p.k.dtype.head_bytes(block.d);
         let whole = block.tile.kv_heads == 1 && block.key_range.len() == BLOCK;
         let by = if whole { SUBBLOCKS } else { tuning.run_distance.div_ceil(piece).clamp(1, SUBBLOCKS) };
-        let kind = if whole { tuning.block } else { tuning.run };
+        let run = if block.tile.head_rows == 1 { tuning.run_one_row } else { tuning.run };
+        let kind = if whole { tuning.block } else { run };
         let spread = tuning.block_order == KeyOrder::Spread;
         Self { k, v, key_range: block.key_range, by, whole, spread, kind }
     }
