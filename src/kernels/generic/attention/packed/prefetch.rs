@@ -7,6 +7,7 @@ use crate::tuning::Tuning;
 
 /// Prefetches K or V of the next block while this one is computed, a few lines at a time: more lines than a core has fill buffers
 /// would stall it.
+#[derive(Clone, Copy)]
 pub struct NextBlock<'a> {
     pub rows: KeyPointers<'a, u8>,
     /// The row that is prefetched, the next address in it, and the bytes left.
@@ -32,6 +33,18 @@ impl<'a> NextBlock<'a> {
 
     #[inline(always)]
     pub fn prefetch<S: Simd>(&mut self, s: S) {
+        if const { S::PARALLEL_DOTS < 16 } {
+            // In registers: in memory, each prefetch would wait for the address that the one before it stored.
+            let mut next = *self;
+            next.prefetch_each(s);
+            *self = next;
+        } else {
+            self.prefetch_each(s);
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch_each<S: Simd>(&mut self, s: S) {
         for _ in 0..self.each {
             if self.left == 0 {
                 return;
