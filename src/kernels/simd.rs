@@ -70,6 +70,11 @@ pub(crate) trait Simd: Copy {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `x` where `a < b`, otherwise `y` (also if either is NaN).
     fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
+    /// 0 where `a < b`, otherwise `x` (also if either is NaN).
+    #[inline(always)]
+    fn clear_lt(self, a: Self::V, b: Self::V, x: Self::V) -> Self::V {
+        self.select_lt(a, b, self.zero(), x)
+    }
     /// Bit i is set if lane i of `a` is less than that of `b`.
     fn lt_bits(self, a: Self::V, b: Self::V) -> u64;
     /// `x` in lane i if bit i of `bits` is set, otherwise `y`.

@@ -138,6 +138,12 @@ impl Simd for Avx2 {
         v._mm256_blendv_ps(y, x, v._mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
     }
     #[inline(always)]
+    fn clear_lt(self, a: __m256, b: __m256, x: __m256) -> __m256 {
+        // Compilers turn a blend with zeros into two instructions.
+        let v = self.0.avx;
+        v._mm256_andnot_ps(v._mm256_cmp_ps::<_CMP_LT_OQ>(a, b), x)
+    }
+    #[inline(always)]
     fn lt_bits(self, a: __m256, b: __m256) -> u64 {
         let v = self.0.avx;
         v._mm256_movemask_ps(v._mm256_cmp_ps::<_CMP_LT_OQ>(a, b)) as u64

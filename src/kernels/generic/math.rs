@@ -65,7 +65,7 @@ pub(crate) fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     let shifted = s.add(x, magic);
     let remainder = s.sub(x, s.sub(shifted, magic));
     let p = polynomial(s, remainder, EXP2_OF_REMAINDER);
-    s.select_lt(x, s.splat(-126.0), s.zero(), s.add_exponent(p, shifted))
+    s.clear_lt(x, s.splat(-126.0), s.add_exponent(p, shifted))
 }
 
 /// 2^x of one number, with the bits of [`exp2`] on a vector.

@@ -55,6 +55,7 @@ impl Outlined for Softmax<'_> {
 }
 
 /// The scores of one row.
+#[derive(Clone, Copy)]
 struct Scores {
     x: *mut f32,
     sums: *mut f32,
@@ -102,13 +103,40 @@ impl Scores {
             // If all logits so far are -inf, -inf - -inf must not become NaN; a visible NaN stays one.
             let minus_max = s.splat(if row.max == f32::NEG_INFINITY { 0.0 } else { -row.max });
             let rounded = row.max.abs() >= ROUNDED_LOGITS;
+            let visible_bits = row.visible_bits;
+            // A loop of its own without the branch, where vectors are short.
+            if const { S::PARALLEL_DOTS < 16 } && !rounded {
+                self.weights::<S, ALL>(s, visible_bits, keys, minus_max, false);
+            } else {
+                self.weights::<S, ALL>(s, visible_bits, keys, minus_max, rounded);
+            }
+        }
+    }
+
+    /// Scores to weights, which are added to the sums.
+    ///
+    /// # Safety
+    /// As [`Self::weigh`].
+    #[inline(always)]
+    unsafe fn weights<S: Simd, const ALL: bool>(
+        self,
+        s: S,
+        visible_bits: u64,
+        keys: Range<usize>,
+        minus_max: S::V,
+        rounded: bool,
+    ) {
+        let Self { x, sums, factor } = self;
+        let factor = s.splat(factor);
+        // SAFETY: the caller's.
+        unsafe {
             let mut sum = s.load_f32(sums);
             for i in keys.step_by(S::LANES) {
                 let score = s.load_f32(x.add(i));
                 let below =
                     if rounded { s.add(s.mul(score, factor), minus_max) } else { s.fma(score, factor, minus_max) };
                 let w = math::exp2(s, below);
-                let w = if ALL { w } else { s.select_bits(row.visible_bits >> i, w, s.zero()) };
+                let w = if ALL { w } else { s.select_bits(visible_bits >> i, w, s.zero()) };
                 s.store_f32(x.add(i), w);
                 sum = s.add(sum, w);
             }
