@@ -157,6 +157,18 @@ macro_rules! kernel_shells {
                 unsafe { args.run::<_, U>($level::new_unchecked()) }
             }
             $(#[target_feature(enable = $feature)])*
+            unsafe fn widen_elements<T: Load>(args: &WidenUnits) {
+                // SAFETY: the caller's.
+                unsafe { args.run_elements::<_, T>($level::new_unchecked()) }
+            }
+            const fn elements<T: Load>() -> Option<unsafe fn(&WidenUnits)> {
+                if <$level as Simd>::WIDENS_ONCE && size_of::<T>() == 1 {
+                    Some(widen_elements::<T>)
+                } else {
+                    None
+                }
+            }
+            $(#[target_feature(enable = $feature)])*
             unsafe fn widen_affine<const BITS: u32>(args: &WidenUnits) {
                 // SAFETY: the caller's.
                 unsafe { args.run_affine::<_, BITS>($level::new_unchecked()) }
@@ -168,6 +180,7 @@ macro_rules! kernel_shells {
                 KeyPieces {
                     unit_bytes: size_of::<T>(),
                     widen: None,
+                    widen_elements: elements::<T>(),
                     reads_units: true,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     scores: scores::<T::InLoops>,
@@ -185,6 +198,7 @@ macro_rules! kernel_shells {
                 ValuePieces {
                     unit_bytes: size_of::<T>(),
                     widen: None,
+                    widen_elements: elements::<T>(),
                     reads_units: true,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     accumulate: accumulate::<T::InLoops, false>,

@@ -31,6 +31,9 @@ pub(crate) trait Simd: Copy {
     /// Keys of so many elements are read from the cache on any number of query rows of a few tokens: the longer a key, the less the
     /// sum over lanes counts, and what a packed copy costs is then more than what it saves.
     const DIRECT_DIM: usize = usize::MAX;
+    /// Whether the direct path widens elements of one byte once for all query rows, if these are many and keys are long
+    /// ([`Self::DIRECT_DIM`]): where registers are few, a loop takes four rows at a time, and would widen an element as many times.
+    const WIDENS_ONCE: bool = false;
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
     const DEINTERLEAVED_BF16: bool;
     /// What [`Self::load_e4m3_fraction`] leaves to be multiplied by: a power of two, or 1.

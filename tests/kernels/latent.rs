@@ -1,19 +1,20 @@
 //! Latent attention (MLA): values are the first elements of their keys, in the same memory, and many query heads share one KV head.
 
 use crate::common::attention::{Case, Outcome, Shape, kv_types, precision};
+use crate::common::fp8::Quantised;
 use crate::common::int8::Int8;
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
 use crate::common::{Layout as Strides, Place, Rng, Tensor, thin};
 use crate::harness::{Level, tests};
 use kvlane::{
-    AttentionOptions, AttentionPlan, AttentionTensors, Axis, CacheView, DType, Destination, KvWrite, Layout, Op,
-    Pairing, Positions, Rope, RopeFrequencies, RopeScaling, Runner, Serial, View, ViewMut, Workspace, attention,
-    kv_write, rope,
+    AttentionOptions, AttentionPlan, AttentionTensors, Axis, CacheFormat, CacheView, DType, Destination, KvWrite,
+    Layout, Op, Pairing, Positions, Rope, RopeFrequencies, RopeScaling, Runner, Serial, View, ViewMut, Workspace,
+    attention, kv_write, rope,
 };
 
 tests! {
-    levels: values_inside_keys, int8_values_inside_keys, prompts_in_chunks, heads_alone, written_in_parts;
+    levels: values_inside_keys, quantised_values_inside_keys, prompts_in_chunks, heads_alone, written_in_parts;
     once:;
 }
 
@@ -40,10 +41,22 @@ fn latent_case(rng: &mut Rng, dtype: DType, shape: Shape) -> Case {
 
 /// The call with values that are a view of the keys.
 fn run(level: &Level, runner: &dyn Runner, case: &Case, k: CacheView, options: &AttentionOptions) -> Outcome {
+    run_apart(level, runner, case, k, k, options)
+}
+
+/// The call with values that are the first elements of `v`.
+fn run_apart(
+    level: &Level,
+    runner: &dyn Runner,
+    case: &Case,
+    k: CacheView,
+    v: CacheView,
+    options: &AttentionOptions,
+) -> Outcome {
     let [batch, tokens, heads, _] = case.q.shape;
     let mut out = Tensor::output(case.out_dtype, [batch, tokens, heads, LATENT], Strides::BSHD, Place::GuardAfter);
     let mut lse = vec![f32::NAN; batch * tokens * heads];
-    let v = k.dim(0, LATENT).expect("the first elements");
+    let v = v.dim(0, LATENT).expect("the first elements");
     let tensors = AttentionTensors::new(case.q.view(), k, v, out.view_mut()).lse(&mut lse);
     attention(&level.context, runner, &mut Workspace::new(), tensors, options).expect("a valid call");
     Outcome { out, lse }
@@ -88,17 +101,33 @@ fn values_inside_keys(level: &Level) {
     }
 }
 
-/// Values share the scales of their keys.
-fn int8_values_inside_keys(level: &Level) {
+/// Values share the scales of their keys. Heads of a token have the bits that few of them have alone, which read the cache where many
+/// read a widened copy, and so they have with values in other memory.
+fn quantised_values_inside_keys(level: &Level) {
     let mut rng = Rng::new(401);
-    for (tokens, group) in thin(vec![(1, 16), (1, 128), (5, 16)]) {
-        let shape = Shape { tokens, group, keys: 140, ..Shape::default() };
+    let formats = CacheFormat::ALL.into_iter().filter(|format| format.dtype().is_none() && !format.is_affine());
+    for (format, (tokens, group, keys)) in formats.zip([(1, 16, 140), (2, 128, 75), (5, 16, 140)].into_iter().cycle()) {
+        let shape = Shape { tokens, group, keys, ..Shape::default() };
         let mut case = latent_case(&mut rng, DType::F32, shape);
-        let cache = Int8::of(&case.k, DType::F32, Place::GuardAfter);
-        case.k.fill(|at| cache.get(at));
+        let cache = Quantised::of(&case.k, format, Place::GuardAfter);
+        let copy = Quantised::of(&case.k, format, Place::GuardAfter);
+        case.k.fill(|at| cache.get(at) as f32);
         case.v = elements(&case.k, 0..LATENT);
-        let got = run(level, &Serial, &case, cache.view(), &case.options.borrow());
-        case.assert_close(&level.context, &got, &|| format!("int8 {shape:?}"));
+        let options = case.options.borrow();
+        let got = run(level, &Serial, &case, cache.view(), &options);
+        case.assert_close(&level.context, &got, &|| format!("{format} {shape:?}"));
+        let apart = run_apart(level, &Serial, &case, cache.view(), copy.view(), &options);
+        assert!(got.all_bits() == apart.all_bits(), "{format} {shape:?}, values in other memory");
+        for heads in [1, 5, 12] {
+            let mut q = Tensor::input(DType::F32, [1, tokens, heads, DIM], Strides::PADDED, Place::Heap);
+            q.fill(|at| case.q.get(at));
+            let some = Case { q, ..latent_case(&mut rng, DType::F32, Shape::default()) };
+            let some = run(level, &Serial, &some, cache.view(), &options);
+            for [_, t, h, _] in indices([1, tokens, heads, 1]) {
+                let same = (0..LATENT).all(|d| some.out.bits([0, t, h, d]) == got.out.bits([0, t, h, d]));
+                assert!(same, "{format} {shape:?}, head {h} of {heads}");
+            }
+        }
     }
 }
 

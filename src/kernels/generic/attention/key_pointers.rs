@@ -1,11 +1,12 @@
 //! One pointer per key and value of a block. The loops over a block read these pointers and know no layout.
 
+use super::weighted::load_up_to;
 use super::{Block, SUBBLOCK};
 use crate::format::CacheFormat;
 use crate::kernels::generic::affine::{self, Widener};
 use crate::kernels::generic::blocks::{self, BlockUnit};
 use crate::kernels::generic::copy;
-use crate::kernels::simd::{Simd, lines};
+use crate::kernels::simd::{Load, Simd, lines};
 use crate::layout::{Packing, Place};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{BLOCK, KeyRange, padded};
@@ -119,6 +120,46 @@ impl<'a> WidenUnits<'a> {
         }
     }
 
+    /// Widens elements of type `T`, to the order that loops have them in.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[inline(always)]
+    pub unsafe fn run_elements<S: Simd, T: Load>(&self, s: S) {
+        let Self { rows, keys, visible_bits, to, dim, head, .. } = *self;
+        let (width, pair) = (padded(dim), 2 * S::LANES);
+        let factor = s.splat(S::E4M3_FRACTION);
+        for j in keys.low..keys.high {
+            if visible_bits >> j & 1 == 0 {
+                continue;
+            }
+            let next = rows.next(j);
+            if !next.is_null() {
+                let next = next.wrapping_byte_offset(rows.head_offset(head));
+                lines(next, dim * size_of::<T>()).for_each(|line| s.prefetch_far(line));
+            }
+            let (from, to) = (rows.key(head, j).cast::<T>(), to.wrapping_add((j - keys.low) * width));
+            let mut i = 0;
+            // SAFETY: the caller's: a visible key has these elements, and a row whole vectors.
+            unsafe {
+                while i + pair <= dim {
+                    let mut x = <T::InLoops as Load>::load_pair(s, from.add(i).cast());
+                    if T::IN_FRACTIONS {
+                        x = [s.mul(x[0], factor), s.mul(x[1], factor)];
+                    }
+                    s.store_f32(to.add(i), x[0]);
+                    s.store_f32(to.add(i + S::LANES), x[1]);
+                    i += pair;
+                }
+                while i < dim {
+                    let part = (dim - i).min(S::LANES);
+                    s.store_f32(to.add(i), load_up_to(s, from.add(i), part));
+                    i += part;
+                }
+            }
+        }
+    }
+
     /// Widens integers of `BITS` bits that an affine format describes.
     ///
     /// # Safety
@@ -176,9 +217,15 @@ impl<'a> WidenUnits<'a> {
         widen: unsafe fn(&WidenUnits),
         memory: &'b mut Pointers<u8>,
     ) -> KeyPointerTable<'b, u8> {
-        let Self { keys, visible_bits, to, dim, .. } = *self;
         // SAFETY: the caller's.
         unsafe { widen(self) };
+        self.table(memory)
+    }
+
+    /// The pointers of [`Self::by`], to rows that are or will be widened.
+    #[inline(always)]
+    pub fn table<'b>(&self, memory: &'b mut Pointers<u8>) -> KeyPointerTable<'b, u8> {
+        let Self { keys, visible_bits, to, dim, .. } = *self;
         let (mut table, width) = (KeyPointerTable::new(memory), padded(dim) * size_of::<f32>());
         table.place(keys, to.cast::<u8>().wrapping_sub(keys.low * width), width);
         let (bits, seen) = (visible_bits & keys.bits(), (visible_bits & keys.bits()).trailing_zeros() as usize);

@@ -15,6 +15,9 @@ pub(crate) struct KeyPieces {
     /// For units of several elements, or that are described: makes rows of f32 of them, for [`Self::pack`] and
     /// [`Self::widened_scores`].
     pub widen: Option<unsafe fn(&WidenUnits)>,
+    /// For elements of one byte: the same in the order of [`Self::deinterleaved`], for [`Self::widened_scores`] only, where
+    /// [`Simd::WIDENS_ONCE`](crate::kernels::simd::Simd::WIDENS_ONCE).
+    pub widen_elements: Option<unsafe fn(&WidenUnits)>,
     /// Whether [`Self::scores`] reads such units too. Otherwise they are always widened.
     pub reads_units: bool,
     /// Queries are kept in the order that this format's keys have in registers.
@@ -46,6 +49,8 @@ pub(crate) struct ValuePieces {
     pub unit_bytes: usize,
     /// As in [`KeyPieces`], for all other pieces but [`Self::accumulate`].
     pub widen: Option<unsafe fn(&WidenUnits)>,
+    /// As in [`KeyPieces`], for the direct path.
+    pub widen_elements: Option<unsafe fn(&WidenUnits)>,
     /// As in [`KeyPieces`], of [`Self::accumulate`].
     pub reads_units: bool,
     /// Accumulators are kept in the order that this format's values have in registers.

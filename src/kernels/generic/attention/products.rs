@@ -7,6 +7,7 @@ use crate::kernels::simd::Simd;
 use crate::problem::attention::Problem;
 use crate::problem::grid::{KeyRange, padded};
 use crate::problem::tile::{PACK_ROWS, Tile};
+use crate::view::RawCacheView;
 use std::cell::Cell;
 
 /// One block of keys of a tile.
@@ -84,6 +85,13 @@ fn is_packed<S: Simd>(pieces: &Pieces, p: &Problem, tile: &Tile) -> bool {
     tile.head_rows >= PACK_ROWS && !direct
 }
 
+/// Whether a tile of many rows that takes the [`direct`] path reads a widened copy of elements that are widened for it. Elements that do
+/// not lie together are gathered in the memory of that copy.
+#[inline(always)]
+pub(super) fn widens_once<S: Simd>(p: &Problem, cache: &RawCacheView, tile: &Tile) -> bool {
+    S::WIDENS_ONCE && tile.head_rows >= PACK_ROWS && p.q.shape[3] >= S::DIRECT_DIM && cache.units.strides[3] == 1
+}
+
 /// [`Products`] with the vector trait, by the [`direct`] or the [`packed`] path.
 pub(crate) struct VectorProducts<'a> {
     pieces: &'a Pieces,
@@ -129,8 +137,9 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
         if let Some(fractions) = &self.pieces.keys.fractions {
             let dp = padded(p.q.shape[3]);
             let rows = Rows { x: scratch.q, rows: tile.rows(), width: dp, low: 0, high: dp };
+            let once = self.pieces.keys.widen_elements.is_some() && widens_once::<S>(p, p.k, tile);
             // SAFETY: the caller's; rows are padded.
-            self.fractions.set(!packed && unsafe { multiply(s, rows, fractions.factor) });
+            self.fractions.set(!packed && !once && unsafe { multiply(s, rows, fractions.factor) });
         }
     }
 

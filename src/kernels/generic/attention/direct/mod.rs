@@ -39,7 +39,10 @@
 //! block stay in the second-level cache while rows pass over them, four at a time. On Zen 4, 16 to 128 rows over keys of 576 and
 //! values of 512 run at 89 to 93 % of the FMA peak; the packed path reaches 64 to 86 %. At AVX2, eight sums are as many as two ports with
 //! a latency of four cycles take. There keys of f32 have twelve, of three rows and four keys, and their values six rows and two vectors:
-//! 85 to 88 %, where eight reach 81 %. Keys that are widened leave no registers for twelve.
+//! 85 to 88 %, where eight reach 81 %. Keys that are widened leave no registers for twelve. Elements of one byte are therefore widened
+//! once for all rows of a tile ([`Simd::WIDENS_ONCE`]), and where values are the first elements of their keys, both products read one
+//! copy. On Zen 3, 128 rows of E4M3 so take 60 % of the time, of E5M2 72 %, of int8 and q8_0 90 %; 16 rows of int8 gain nothing. For
+//! f16 and bf16, which are widened by one or two instructions, a copy costs as much as it saves with 128 rows, and more with 16.
 //!
 //! Beside its loops, a call on few keys costs what it moves. Queries of one token that need no conversion are read in place, accumulators
 //! of one token are rows of the output where that is f32, the first values of a chunk are not added to zeros in memory, and the last ones
@@ -50,6 +53,7 @@ mod prefetch;
 mod scores;
 mod values;
 
+use super::products::widens_once;
 use super::row_pairs::{Widen, are_pairs, widen};
 use super::scales::{Rows, multiply, scale_scores, scale_weights};
 use super::softmax::Softmax;
@@ -113,12 +117,19 @@ pub(super) unsafe fn block<S: Simd>(
     let heads = 0..block.tile.kv_heads;
     // All rows are written together.
     let fresh = rows[0].fresh;
+    let widened_keys;
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
-        if let Some(widen) = pieces.keys.widen
-            && (!pieces.keys.reads_units || widens(block.tile))
-        {
-            widened_scores(pieces, widen, block, k);
+        let widen_keys = match pieces.keys.widen {
+            Some(widen) => (!pieces.keys.reads_units || widens(block.tile)).then_some(widen),
+            None if pieces.keys.quantize_rows.is_none() && widens_once::<S>(block.p, block.p.k, block.tile) => {
+                pieces.keys.widen_elements
+            }
+            None => None,
+        };
+        widened_keys = S::WIDENS_ONCE && widen_keys.is_some() && values_are_keys::<S>(block, k, v);
+        if let Some(widen) = widen_keys {
+            widened_scores(pieces, widen, block, k, widened_keys);
         } else if ahead.whole || by_head {
             let (spread, ahead) = (ahead.spread, ahead.of_k(0));
             scores(&DirectScores { block, k, keys: block.key_range, spread, ahead });
@@ -142,9 +153,23 @@ pub(super) unsafe fn block<S: Simd>(
             }
             return;
         }
-        if let Some(widen) = pieces.values.widen
-            && (!pieces.values.reads_units || !block.all || widens(block.tile))
-        {
+        if widened_keys {
+            let Block { scratch, key_range: keys, visible_bits, d: dim, .. } = *block;
+            let to = scratch.k_block.cast();
+            let units = WidenUnits { rows: k, keys, visible_bits, to, dim, block, values: false, head: 0 };
+            let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
+            let table = units.table(&mut memory);
+            values(s, pieces.widened, None, block, rows, heads, table.rows(), finite, fresh, null(), None);
+            return;
+        }
+        let widen_values = match pieces.values.widen {
+            Some(widen) => (!pieces.values.reads_units || !block.all || widens(block.tile)).then_some(widen),
+            None if block.p.v_packing == Packing::Rows && widens_once::<S>(block.p, block.p.v, block.tile) => {
+                pieces.values.widen_elements
+            }
+            None => None,
+        };
+        if let Some(widen) = widen_values {
             for head in heads {
                 widened_values(s, pieces.widened, widen, block, rows, head, v, finite, fresh);
             }
@@ -184,6 +209,19 @@ fn widens(tile: &Tile) -> bool {
     tile.kv_heads == 1 && !reads_blocks(tile.head_rows)
 }
 
+/// Whether values are the first elements of their keys (latent attention), so that a widened copy of the keys serves both.
+#[inline(always)]
+fn values_are_keys<S: Simd>(block: &Block, k: KeyPointers<u8>, v: KeyPointers<u8>) -> bool {
+    let Block { p, tile, key_range, d, dv, .. } = *block;
+    let same = p.k.dtype == p.v.dtype && p.k.affine.is_none() && p.v.affine.is_none() && p.v_packing == Packing::Rows;
+    // Pairs of vectors of a key are in the order of those of a value.
+    same && widens_once::<S>(p, p.k, tile)
+        && p.v.strides[3] == 1
+        && dv <= d
+        && dv.is_multiple_of(2 * S::LANES)
+        && (key_range.low..key_range.high).all(|j| k.key(0, j) == v.key(0, j))
+}
+
 /// Query rows that one loop over blocks in the cache takes, of those that are left: few loops, since there are many formats.
 #[inline(always)]
 fn rows_at_once<S: Simd>(left: usize) -> usize {
@@ -194,13 +232,20 @@ fn rows_at_once<S: Simd>(left: usize) -> usize {
     }
 }
 
-/// Scores of keys whose units hold several elements: a subblock is widened at a time, so that its rows stay in the first-level cache.
+/// Scores of keys that are widened, a subblock at a time, so that its rows stay in the first-level cache. The copies are one after
+/// another if they are to be kept, otherwise in one place.
 ///
 /// # Safety
 /// As [`block`], for a tile of one KV head.
 #[inline(always)]
-unsafe fn widened_scores(pieces: &Pieces, widen: unsafe fn(&WidenUnits), block: &Block, k: KeyPointers<u8>) {
-    let Block { tile, scratch, visible_bits, d, .. } = *block;
+unsafe fn widened_scores(
+    pieces: &Pieces,
+    widen: unsafe fn(&WidenUnits),
+    block: &Block,
+    k: KeyPointers<u8>,
+    keep: bool,
+) {
+    let Block { tile, scratch, key_range, visible_bits, d, .. } = *block;
     for (_, keys) in block.subblocks() {
         // SAFETY: the caller's; the buffer holds more than a subblock.
         unsafe {
@@ -212,7 +257,8 @@ unsafe fn widened_scores(pieces: &Pieces, widen: unsafe fn(&WidenUnits), block: 
                 continue;
             }
             let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
-            let to = scratch.k_block.cast();
+            let first = if keep { (keys.low - key_range.low) * padded(d) } else { 0 };
+            let to = scratch.k_block.cast::<f32>().wrapping_add(first);
             let units = WidenUnits { rows: k, keys, visible_bits, to, dim: d, block, values: false, head: 0 };
             let table = units.by(widen, &mut memory);
             (pieces.keys.widened_scores)(&DirectScores {
