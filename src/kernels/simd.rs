@@ -247,7 +247,7 @@ pub(crate) trait Simd: Copy {
     /// low halves of 16 bytes, the others the high halves.
     ///
     /// # Safety
-    /// 16 bytes are readable at `p`, and `at` is below 32.
+    /// [`Self::LANES`] bytes are readable at `p + at % 16`, and `at` is below 32.
     #[inline(always)]
     unsafe fn load_nibbles(self, p: *const u8, at: usize) -> Self::V {
         let mut numbers = [0i8; MAX_LANES];
@@ -258,6 +258,17 @@ pub(crate) trait Simd: Copy {
         }
         // SAFETY: the array holds a whole vector.
         unsafe { self.load_i8(numbers.as_ptr()) }
+    }
+    /// Numbers of four bits that lie in the order of elements, converted to f32: two of each of [`Self::LANES`] bytes, the low half first,
+    /// or with `swapped` the high half.
+    ///
+    /// # Safety
+    /// [`Self::LANES`] bytes are readable at `p`.
+    #[inline(always)]
+    unsafe fn load_nibble_pairs(self, p: *const u8, swapped: bool) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        let (low, high) = unsafe { (self.load_nibbles(p, 0), self.load_nibbles(p, 16)) };
+        if swapped { self.interleave(high, low) } else { self.interleave(low, high) }
     }
     /// Numbers of five bits, as [`Self::load_nibbles`]: of number i, bit i of `fifth` is the highest one.
     ///

@@ -358,6 +358,24 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_nibble_pairs(self, p: *const u8, swapped: bool) -> [__m256; 2] {
+        let mut x = [self.zero(); 2];
+        // SAFETY: eight bytes are readable; the token proves AVX2.
+        unsafe {
+            // Numbers of a vector are a word of 32 bits, which every lane shifts by its own count.
+            let counts = if swapped {
+                _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24)
+            } else {
+                _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)
+            };
+            for (i, x) in x.iter_mut().enumerate() {
+                let word = _mm256_set1_epi32(p.cast::<i32>().add(i).read_unaligned());
+                *x = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(word, counts), _mm256_set1_epi32(15)));
+            }
+        }
+        x
+    }
+    #[inline(always)]
     unsafe fn load_fives(self, p: *const u8, fifth: u32, at: usize) -> __m256 {
         // SAFETY: sixteen bytes are readable, of which eight are read; the token proves AVX2.
         unsafe {

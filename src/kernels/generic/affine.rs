@@ -30,7 +30,7 @@ use crate::dtype::DType;
 use crate::kernels::api::{AffineArgs, ScaledArgs};
 use crate::kernels::simd::{LoadStore, Simd};
 use crate::view::{AffineGroups, AffineRow, ZeroType};
-use crate::{Integers, Nibbles, Zeros};
+use crate::{Affine, Integers, Nibbles, Zeros};
 use half::{bf16, f16};
 
 /// The scale of a group of equal elements whose zero points are floats.
@@ -288,7 +288,11 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
         unsafe {
             if BITS == 4 {
                 for at in (0..n).step_by(N) {
-                    self.nibbles(s, from.add(at / 2), shared, to.add(at));
+                    if const { holds_nibbles::<S>(BITS) } {
+                        self.look_up(s, from.add(at / 2), shared, to.add(at));
+                    } else {
+                        self.nibbles(s, from.add(at / 2), shared, to.add(at));
+                    }
                 }
             } else if integers == Integers::Signed {
                 for at in (0..n).step_by(S::LANES) {
@@ -304,33 +308,41 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
         }
     }
 
-    /// Elements of a vector of numbers, as of [`Simd::load_nibbles`].
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn nibble(&self, s: S, source: *const u8, at: usize, shared: &Shared<S>) -> S::V {
-        // SAFETY: the caller's.
-        unsafe {
-            if const { holds_nibbles::<S>(BITS) } {
-                s.look_up_nibbles(source, at, shared.table)
-            } else {
-                self.elements(s, s.load_nibbles(source, at), shared)
-            }
-        }
-    }
-
     /// Elements of [`N`] numbers of four bits that share factors.
     ///
     /// # Safety
     /// As [`Self::run`].
     #[inline(always)]
     unsafe fn nibbles(&self, s: S, source: *const u8, shared: &Shared<S>, to: *mut f32) {
+        let Affine { integers, nibbles, .. } = self.groups.of;
+        for i in (0..N).step_by(2 * S::LANES) {
+            // SAFETY: the caller's.
+            unsafe {
+                let q = s.load_nibble_pairs(source.add(i / 2), nibbles == Nibbles::HighFirst);
+                for (n, &q) in q.iter().enumerate() {
+                    let x = match integers {
+                        Integers::Unsigned => shared.elements(s, q),
+                        Integers::Offset => shared.elements(s, s.sub(q, self.wrap)),
+                        Integers::Signed => self.elements(s, q, shared),
+                    };
+                    s.store_f32(to.add(i + n * S::LANES), x);
+                }
+            }
+        }
+    }
+
+    /// The same by their table.
+    ///
+    /// # Safety
+    /// As [`Self::run`].
+    #[inline(always)]
+    unsafe fn look_up(&self, s: S, source: *const u8, shared: &Shared<S>, to: *mut f32) {
         let swapped = self.groups.of.nibbles == Nibbles::HighFirst;
         // SAFETY: the caller's.
         unsafe {
             for i in (0..N / 2).step_by(S::LANES) {
-                let (low, high) = (self.nibble(s, source, i, shared), self.nibble(s, source, i + N / 2, shared));
+                let low = s.look_up_nibbles(source, i, shared.table);
+                let high = s.look_up_nibbles(source, i + N / 2, shared.table);
                 let [x, y] = if swapped { s.interleave(high, low) } else { s.interleave(low, high) };
                 s.store_f32(to.add(2 * i), x);
                 s.store_f32(to.add(2 * i + S::LANES), y);
@@ -393,11 +405,10 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
                 }
             } else {
                 let swapped = self.groups.of.nibbles == Nibbles::HighFirst;
-                for i in (0..N / 2).step_by(S::LANES) {
-                    let (low, high) = (s.load_nibbles(source, i), s.load_nibbles(source, i + N / 2));
-                    let [x, y] = if swapped { s.interleave(high, low) } else { s.interleave(low, high) };
-                    self.put(s, 2 * i, x, target);
-                    self.put(s, 2 * i + S::LANES, y, target);
+                for i in (0..N).step_by(2 * S::LANES) {
+                    let [x, y] = s.load_nibble_pairs(source.add(i / 2), swapped);
+                    self.put(s, i, x, target);
+                    self.put(s, i + S::LANES, y, target);
                 }
             }
             if n < N {
