@@ -132,6 +132,16 @@ macro_rules! kernel_shells {
                 unsafe { args.run_blocks::<_, U>($level::new_unchecked()) }
             }
             $(#[target_feature(enable = $feature)])*
+            unsafe fn scores_affine<const BITS: u32>(args: &DirectScores) {
+                // SAFETY: the caller's.
+                unsafe { args.run_affine::<_, BITS>($level::new_unchecked()) }
+            }
+            $(#[target_feature(enable = $feature)])*
+            unsafe fn accumulate_affine<const BITS: u32>(args: &DirectValues) {
+                // SAFETY: the caller's.
+                unsafe { args.run_affine::<_, BITS>($level::new_unchecked()) }
+            }
+            $(#[target_feature(enable = $feature)])*
             unsafe fn accumulate_one<T: Load>(args: &OneValue) {
                 // SAFETY: the caller's.
                 unsafe { args.run::<_, T>($level::new_unchecked()) }
@@ -245,8 +255,20 @@ macro_rules! kernel_shells {
             /// The same for integers of an affine format.
             const fn affine_pieces<const BITS: u32>() -> Pieces {
                 Pieces {
-                    keys: const { &KeyPieces { widen: Some(widen_affine::<BITS>), reads_units: false, ..key_pieces::<f32>() } },
-                    values: const { &ValuePieces { widen: Some(widen_affine::<BITS>), reads_units: false, ..value_pieces::<f32>() } },
+                    keys: const {
+                        &KeyPieces {
+                            widen: Some(widen_affine::<BITS>),
+                            scores: scores_affine::<BITS>,
+                            ..key_pieces::<f32>()
+                        }
+                    },
+                    values: const {
+                        &ValuePieces {
+                            widen: Some(widen_affine::<BITS>),
+                            accumulate: accumulate_affine::<BITS>,
+                            ..value_pieces::<f32>()
+                        }
+                    },
                     ..pieces::<f32>()
                 }
             }

@@ -11,9 +11,11 @@
 //! | [`masks`] | boolean and bit masks: which of a block's keys they let through |
 //! | [`grid`] | blocks and chunks of keys: the absolute grid on which every sum is taken |
 //! | [`tile`] | the query rows that one kernel call works on |
+//! | [`affine`] | which affine units are read where they lie |
 //! | [`rotation`] | how RoPE pairs elements |
 //! | [`limits`] | the largest sizes |
 
+pub(crate) mod affine;
 pub(crate) mod attention;
 pub(crate) mod grid;
 pub(crate) mod limits;

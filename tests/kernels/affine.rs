@@ -2,7 +2,7 @@
 //! over what they stand for; moved, inserted and turned.
 
 use crate::common::affine::{Described, Granularity, Kind, ZeroType};
-use crate::common::attention::{Case, Shape};
+use crate::common::attention::{Case, MaskTensor, Shape};
 use crate::common::blocks::CANARY;
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
@@ -18,7 +18,7 @@ use kvlane::{
 use std::collections::BTreeMap;
 
 tests! {
-    levels: every_layout, fused_with_norm_and_rope, extremes, blocks_of_tokens, bits_of_what_is_read, moves,
+    levels: every_layout, fused_with_norm_and_rope, extremes, blocks_of_tokens, bits_of_what_is_read, read_in_loops, moves,
         inserted_rows, turned_keys, onnx_runtime, openvino, quanto, recent_window;
     once: inline_scales, refused;
 }
@@ -242,6 +242,80 @@ fn bits_of_what_is_read(level: &Level) {
             assert_eq!(run(k.0.view(), v.0.view()), wanted, "{shape:?} {:?} {:?}", k.0.kind, v.0.kind);
             level.checked(Op::Attention, k.0.kind.format, k.0.kind.format);
             level.checked(Op::Attention, v.0.kind.format, v.0.kind.format);
+        }
+    }
+}
+
+/// Every kind of numbers, zero points and granularity that loops over a cache read, and some that they do not, with the bits of what they
+/// stand for: over pages, with keys that one row or none sees, on any number of rows.
+fn read_in_loops(level: &Level) {
+    const PAGES: [i32; 6] = [4, 0, 2, 5, 1, 3];
+    let mut rng = Rng::new(613);
+    let float = |rng: &mut Rng| Some(ZeroType::Float(rng.pick(&DType::ALL)));
+    let kinds = |rng: &mut Rng| {
+        [
+            (Integers::Signed, Zeros::Point, None),
+            (Integers::Offset, Zeros::Point, None),
+            (Integers::Unsigned, Zeros::Point, Some(ZeroType::U8)),
+            (Integers::Signed, Zeros::Point, Some(ZeroType::I8)),
+            (Integers::Offset, Zeros::Point, Some(ZeroType::I8)),
+            (Integers::Unsigned, Zeros::Point, float(rng)),
+            (Integers::Signed, Zeros::Point, float(rng)),
+            (Integers::Offset, Zeros::Point, float(rng)),
+            (Integers::Unsigned, Zeros::Minimum, float(rng)),
+            (Integers::Offset, Zeros::Shift, float(rng)),
+            (Integers::Signed, Zeros::Minimum, float(rng)),
+        ]
+    };
+    let granularities = [
+        Granularity::Group(0),
+        Granularity::Group(32),
+        Granularity::Channel,
+        Granularity::ChannelAndSlots(8),
+        Granularity::ChannelAndSlots(2),
+        Granularity::Tensor,
+    ];
+    let (heads, slots, keys) = (2, 24, 72);
+    for format in FORMATS {
+        for granularity in thin(granularities.to_vec()) {
+            for (integers, zeros, zero_type) in thin(kinds(&mut rng).to_vec()) {
+                let (tokens, group) = rng.pick(&[(1, 1), (1, 2), (1, 4), (1, 5), (2, 3), (2, 4)]);
+                let (dim, v_dim) = rng.pick(&[(64, 96), (96, 64), (128, 160)]);
+                let shape = Shape { batch: 2, tokens, kv_heads: heads, group, keys, dim, v_dim };
+                let mut case = Case::new(&mut rng, shape, DType::F32);
+                case.options.causal = true;
+                case.options.lengths = Some(vec![rng.between(1, keys) as i32, rng.between(1, keys) as i32]);
+                case.options.window_left = if rng.chance(0.3) { Some(rng.between(1, 40) as u32) } else { None };
+                if rng.chance(0.3) {
+                    let scores = shape.scores();
+                    let strides = Layout::BSHD.strides(scores);
+                    let visible = |at: [usize; 4]| at[3] % 3 != 1;
+                    case.options.mask = Some(MaskTensor::new(scores, strides, Place::Heap, visible));
+                }
+                let nibbles = rng.pick(&[Nibbles::LowFirst, Nibbles::HighFirst]);
+                let of = Affine::new(integers).nibbles(nibbles).zeros(zeros);
+                let [k, v] = [dim, v_dim].map(|dim| {
+                    let kind = Kind { format, of, granularity, scales: rng.pick(&DType::ALL), zeros: zero_type };
+                    let layout = Layout::random(&mut rng);
+                    let x = Tensor::random(&mut rng, DType::F32, [6, slots, heads, dim], layout, Place::Heap);
+                    let cache = Described::of(&x, kind, Place::GuardAfter);
+                    let mut plain = Tensor::input(DType::F32, x.shape, Layout::BSHD, Place::Heap);
+                    plain.fill(|at| cache.get(at));
+                    (cache, plain)
+                });
+                let run = |k: CacheView, v: CacheView| {
+                    let mut out =
+                        Tensor::output(DType::F32, [2, tokens, heads * group, v_dim], Layout::BSHD, Place::Heap);
+                    let tensors = AttentionTensors::new(case.q.view(), k, v, out.view_mut());
+                    let options = case.options.borrow().layout(Slots::paged(&PAGES, 3));
+                    attention(&level.context, &Threads(2), &mut Workspace::new(), tensors, &options)
+                        .expect("a valid call");
+                    out.all_bits()
+                };
+                let wanted = run(k.1.view().into(), v.1.view().into());
+                assert_eq!(run(k.0.view(), v.0.view()), wanted, "{shape:?} {:?} {:?}", k.0.kind, v.0.kind);
+                level.checked(Op::Attention, format, format);
+            }
         }
     }
 }

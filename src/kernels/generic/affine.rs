@@ -192,6 +192,57 @@ const fn holds_nibbles<S: Simd>(bits: u32) -> bool {
     bits == 4 && S::LANES == 16
 }
 
+/// Numbers of four bits.
+pub(crate) const NUMBERS: [f32; 16] =
+    [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
+
+/// Numbers as loops over a cache load them.
+pub(crate) trait Numbers: 'static {
+    const BITS: u32;
+
+    /// `2 * LANES` numbers, of bytes whose high halves come first with `swapped`.
+    ///
+    /// # Safety
+    /// They are readable.
+    unsafe fn pair<S: Simd>(s: S, from: *const u8, swapped: bool) -> [S::V; 2];
+}
+
+/// Bytes with a sign.
+pub(crate) struct SignedBytes;
+
+/// Bytes without a sign.
+pub(crate) struct Bytes;
+
+/// Halves of bytes, without a sign.
+pub(crate) struct Halves;
+
+impl Numbers for SignedBytes {
+    const BITS: u32 = 8;
+    #[inline(always)]
+    unsafe fn pair<S: Simd>(s: S, from: *const u8, _: bool) -> [S::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [s.load_i8(from.cast()), s.load_i8(from.add(S::LANES).cast())] }
+    }
+}
+
+impl Numbers for Bytes {
+    const BITS: u32 = 8;
+    #[inline(always)]
+    unsafe fn pair<S: Simd>(s: S, from: *const u8, _: bool) -> [S::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [s.load_u8(from), s.load_u8(from.add(S::LANES))] }
+    }
+}
+
+impl Numbers for Halves {
+    const BITS: u32 = 4;
+    #[inline(always)]
+    unsafe fn pair<S: Simd>(s: S, from: *const u8, swapped: bool) -> [S::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { s.load_nibble_pairs(from, swapped) }
+    }
+}
+
 /// Makes elements of the units of one cache.
 pub(crate) struct Widener<S: Simd, const BITS: u32> {
     groups: AffineGroups,
@@ -263,8 +314,6 @@ impl<S: Simd, const BITS: u32> Widener<S, BITS> {
         let (a, m) = self.offsets(zero);
         let mut shared = Shared { scale: s.splat(scale), a: s.splat(a), m: s.splat(m), table: s.zero() };
         if const { holds_nibbles::<S>(BITS) } {
-            const NUMBERS: [f32; 16] =
-                [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
             // SAFETY: the numbers are a vector.
             shared.table = self.elements(s, unsafe { s.load_f32(NUMBERS.as_ptr()) }, &shared);
         }

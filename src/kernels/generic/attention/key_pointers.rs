@@ -166,7 +166,7 @@ impl<'a> WidenUnits<'a> {
     /// As [`Self::run`].
     #[inline(always)]
     pub unsafe fn run_affine<S: Simd, const BITS: u32>(&self, s: S) {
-        let Self { rows, keys, visible_bits, to, dim, block, values, .. } = *self;
+        let Self { rows, keys, visible_bits, to, dim, block, values, head } = *self;
         let Block { p, tile, base, .. } = *block;
         let cache = if values { p.v } else { p.k };
         let Some(affine) = &cache.affine else { unreachable!("the check of a cache finds what describes it") };
@@ -182,7 +182,7 @@ impl<'a> WidenUnits<'a> {
             let end = (j + run.min(visible)).min(keys.high);
             for (i, to) in parameters[j..end].iter_mut().enumerate() {
                 // SAFETY: the caller's: visible keys are inside the cache, and the tile has this head.
-                *to = unsafe { affine.row(row, slot + i, tile.kv_head) };
+                *to = unsafe { affine.row(row, slot + i, tile.kv_head + head) };
             }
             j = end;
         }
@@ -197,11 +197,12 @@ impl<'a> WidenUnits<'a> {
                 }
                 let next = rows.next(j);
                 if first == 0 && !next.is_null() {
+                    let next = next.wrapping_byte_offset(rows.head_offset(head));
                     lines(next, dim * BITS as usize / 8).for_each(|line| s.prefetch_far(line));
                 }
                 let to = to.wrapping_add((j - keys.low) * width + first);
                 // SAFETY: the caller's: a visible key has these units, and a row these elements.
-                unsafe { widener.widen(s, &parameters[j], rows.key(0, j), (first, n, dim), to) };
+                unsafe { widener.widen(s, &parameters[j], rows.key(head, j), (first, n, dim), to) };
             }
         }
     }

@@ -6,6 +6,7 @@
 //! | `scores` | dot products of rows with keys |
 //! | `values` | weighted sums of values |
 //! | `block_values` | weighted sums of values in blocks |
+//! | `affine` | both of keys and values in affine units |
 //! | `prefetch` | prefetch distances |
 //!
 //! # What bounds it
@@ -35,6 +36,9 @@
 //! twice ([`reads_blocks`]), and where masks make single keys matter, blocks are widened to f32 first: a subblock at a time, whose rows
 //! then stay in the first-level cache, at a store and a load per vector.
 //!
+//! Affine units are read so too, by loops for the ways of [`AffineLoops`]: where neighbouring elements of a head share a scale, or tokens
+//! share those of a channel; see `affine`. Others are widened.
+//!
 //! Many rows of long keys ([`Simd::DIRECT_DIM`]), as in latent attention, take this path too and are bound by the FMA ports: keys of a
 //! block stay in the second-level cache while rows pass over them, four at a time. On Zen 4, 16 to 128 rows over keys of 576 and
 //! values of 512 run at 89 to 93 % of the FMA peak; the packed path reaches 64 to 86 %. At AVX2, eight sums are as many as two ports with
@@ -48,6 +52,7 @@
 //! of one token are rows of the output where that is f32, the first values of a chunk are not added to zeros in memory, and the last ones
 //! are scaled before they are stored.
 
+mod affine;
 mod block_values;
 mod prefetch;
 mod scores;
@@ -61,8 +66,10 @@ use super::{Block, KeyPointers, PairPieces, Pieces, RowState, ValuePieces, Widen
 use crate::kernels::generic::attention::key_pointers::SUBBLOCKS;
 use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::layout::Packing;
+use crate::problem::affine::AffineLoops;
 use crate::problem::grid::{BLOCK, KeyRange, ones, padded};
 use crate::problem::tile::{Tile, reads_blocks};
+use crate::view::RawCacheView;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::ptr::null;
@@ -121,7 +128,10 @@ pub(super) unsafe fn block<S: Simd>(
     // SAFETY: the caller's; the scratch parts have a row for every row of the tile.
     unsafe {
         let widen_keys = match pieces.keys.widen {
-            Some(widen) => (!pieces.keys.reads_units || widens(block.tile)).then_some(widen),
+            Some(widen) => {
+                let in_loops = pieces.keys.reads_units && reads_units(block.p.k, block.d);
+                (!in_loops || widens(block.tile)).then_some(widen)
+            }
             None if pieces.keys.quantize_rows.is_none() && widens_once::<S>(block.p, block.p.k, block.tile) => {
                 pieces.keys.widen_elements
             }
@@ -163,7 +173,10 @@ pub(super) unsafe fn block<S: Simd>(
             return;
         }
         let widen_values = match pieces.values.widen {
-            Some(widen) => (!pieces.values.reads_units || !block.all || widens(block.tile)).then_some(widen),
+            Some(widen) => {
+                let in_loops = pieces.values.reads_units && block.all && reads_units(block.p.v, block.dv);
+                (!in_loops || widens(block.tile)).then_some(widen)
+            }
             None if block.p.v_packing == Packing::Rows && widens_once::<S>(block.p, block.p.v, block.tile) => {
                 pieces.values.widen_elements
             }
@@ -220,6 +233,12 @@ fn values_are_keys<S: Simd>(block: &Block, k: KeyPointers<u8>, v: KeyPointers<u8
         && dv <= d
         && dv.is_multiple_of(2 * S::LANES)
         && (key_range.low..key_range.high).all(|j| k.key(0, j) == v.key(0, j))
+}
+
+/// Whether loops read the units of a cache, which may have a description.
+#[inline(always)]
+fn reads_units(cache: &RawCacheView, dim: usize) -> bool {
+    cache.affine.is_none() || AffineLoops::of(cache, dim).is_some()
 }
 
 /// Query rows that one loop over blocks in the cache takes, of those that are left: few loops, since there are many formats.
