@@ -8,6 +8,7 @@
 use super::generic::fp8::{E4m3, E4m3Fraction, E5m2};
 use crate::dtype::{Element, SaturatingF16};
 pub(crate) use crate::problem::limits::MAX_LANES;
+use crate::problem::tile::PACK_ROWS;
 use half::{bf16, f16};
 
 /// One instruction-set level: f32 vectors, and loads and stores that convert.
@@ -31,6 +32,9 @@ pub(crate) trait Simd: Copy {
     /// Keys of so many elements are read from the cache on any number of query rows of a few tokens: the longer a key, the less the
     /// sum over lanes counts, and what a packed copy costs is then more than what it saves.
     const DIRECT_DIM: usize = usize::MAX;
+    /// Up to so many query rows of a KV head are read from a cache of f32, f16 or bf16 whose keys are neighbours, whatever
+    /// their size.
+    const DIRECT_ROWS: usize = PACK_ROWS - 1;
     /// Whether the direct path widens elements of one byte once for all query rows, if these are many and keys are long
     /// ([`Self::DIRECT_DIM`]): where registers are few, a loop takes four rows at a time, and would widen an element as many times.
     const WIDENS_ONCE: bool = false;

@@ -94,6 +94,7 @@ impl Simd for Avx2 {
     const PACKED_QUERIES: bool = false;
     const PARALLEL_DOTS: usize = 8;
     const DIRECT_DIM: usize = 512;
+    const DIRECT_ROWS: usize = 16;
     const WIDENS_ONCE: bool = true;
     const DEINTERLEAVED_BF16: bool = true;
     const E4M3_FRACTION: f32 = 256.0;
