@@ -1,7 +1,7 @@
 //! Sums of weighted values, read from the cache or from a packed copy.
 
 use super::direct::Ahead;
-use crate::kernels::simd::{Load, Simd};
+use crate::kernels::simd::{LINE, Load, Simd};
 use crate::problem::grid::BLOCK;
 
 /// The place of the values that [`WeightedValues`] adds.
@@ -46,6 +46,9 @@ pub struct WeightedValues<V> {
     /// If not null, a factor for each row's sums.
     pub scales: *const f32,
     pub ahead: Ahead,
+    /// What is ahead lies as the values do, one after another, and is prefetched in the order of memory: passes over columns would
+    /// otherwise ask for some lines of every row, which memory answers later.
+    pub in_order: bool,
 }
 
 impl<V: ValueRows> WeightedValues<V> {
@@ -167,7 +170,16 @@ impl<V: ValueRows> WeightedValues<V> {
                         // Bound by arithmetic.
                         self.ahead.distances().prefetch(s, at);
                     } else if V::IN_CACHE && self.ahead.distance != 0 {
-                        self.ahead.pair(s, at);
+                        if const { S::PARALLEL_DOTS < 16 } && self.in_order {
+                            let bytes = S::LANES * size_of::<V::Element>();
+                            let (begun, here) = (offset as usize * self.keys, j * N * bytes + n * bytes);
+                            let next = self.v.at(0, 0).wrapping_byte_offset(self.ahead.distance);
+                            let next = next.wrapping_byte_add(begun + here);
+                            // Pairs of short vectors share a line.
+                            self.ahead.in_order(s, at, (here % LINE < 2 * bytes).then_some(next));
+                        } else {
+                            self.ahead.pair(s, at);
+                        }
                     }
                     [x[n], x[n + 1]] = V::Element::load_pair(s, at);
                 }

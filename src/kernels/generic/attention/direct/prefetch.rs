@@ -122,6 +122,26 @@ impl Ahead {
     }
 }
 
+impl Ahead {
+    /// Prefetches for a pair of vectors at `p`, which are no longer than a line, where the lines that are far ahead have an order of their
+    /// own: `next` is the next of them, if it is time for one.
+    #[inline(always)]
+    pub fn in_order<S: Simd, T>(&self, s: S, p: *const T, next: Option<*const T>) {
+        if let Some(next) = next {
+            match self.kind {
+                Prefetch::Off => {}
+                Prefetch::FirstLevel => s.prefetch(next.cast()),
+                Prefetch::SecondLevel | Prefetch::BothLevels | Prefetch::BothLevelsInPairs => {
+                    s.prefetch_far(next.cast())
+                }
+            }
+        }
+        if matches!(self.kind, Prefetch::BothLevels | Prefetch::BothLevelsInPairs) {
+            s.prefetch(p.cast::<u8>().wrapping_add(NEAR_DISTANCE));
+        }
+    }
+}
+
 /// Whether the unit before number `index` of a row began in an earlier half of a line, so that this one is prefetched.
 #[inline(always)]
 pub const fn begins_half_line<U>(index: usize) -> bool {

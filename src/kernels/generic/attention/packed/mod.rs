@@ -210,6 +210,7 @@ unsafe fn products<S: Simd>(
                         fresh,
                         scales: std::ptr::null(),
                         ahead: Ahead::NONE,
+                        in_order: false,
                     };
                     let vectors = width / S::LANES;
                     match n {
