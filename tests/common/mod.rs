@@ -30,6 +30,13 @@ pub fn scale() -> f64 {
     })
 }
 
+/// What other programs have recorded in a file of `tests/data`. The crate as it is published comes without.
+pub fn recording(name: &str) -> Option<String> {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = || std::fs::read_to_string(root.join("tests/data").join(name)).expect("the recording can be read");
+    root.join(".ci").exists().then(read)
+}
+
 /// `n` cases, scaled; at least one. A third of them where caches are quantised: such a setting changes how elements are read, not
 /// where they are, and there are many.
 pub fn scaled(n: usize) -> usize {

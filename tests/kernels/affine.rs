@@ -6,7 +6,7 @@ use crate::common::attention::{Case, MaskTensor, Shape};
 use crate::common::blocks::CANARY;
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
-use crate::common::{Layout, Place, Rng, Tensor, scaled, thin};
+use crate::common::{Layout, Place, Rng, Tensor, recording, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::quantised::{self, Bytes, Written, head_of, heads_of, insert};
 use crate::write::{rounded, written};
@@ -538,12 +538,7 @@ struct Goldens(BTreeMap<String, Vec<u8>>);
 impl Goldens {
     /// None in the published crate, which leaves large recordings out.
     fn read() -> Option<Self> {
-        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-        if !root.join(".ci").exists() {
-            return None;
-        }
-        let text =
-            std::fs::read_to_string(root.join("tests/data/affine_goldens.txt")).expect("the recording can be read");
+        let text = recording("affine_goldens.txt")?;
         let digit = |c: u8| (c as char).to_digit(16).expect("hexadecimal digits") as u8;
         let bytes = |text: &str| text.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect();
         let lines = text.lines().filter_map(|line| line.split_once(' '));
