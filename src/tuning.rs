@@ -218,7 +218,9 @@ mod tests {
     #[test]
     fn entries_can_be_met() {
         for (i, entry) in TABLE.iter().enumerate() {
-            assert!(entry.features.iter().all(|feature| cpu::KEYS.contains(feature)), "{:?}", entry.features);
+            // Entries with features are of x86-64, and other architectures do not know its keys.
+            let is_known = entry.features.iter().all(|feature| cpu::KEYS.contains(feature));
+            assert!(is_known || !cfg!(target_arch = "x86_64"), "{:?}", entry.features);
             let hidden = TABLE[..i].iter().any(|earlier| {
                 (earlier.vendor.is_empty() || earlier.vendor == entry.vendor)
                     && earlier.features.iter().all(|feature| entry.features.contains(feature))
