@@ -1,9 +1,10 @@
 //! The search for the tuning of this CPU.
 //!
 //! Three groups of cases depend on three parts of a [`Tuning`]: decode over one KV head at a time, and decode over heads that lie
-//! together, with several query rows per KV head and with one. Each part is searched on its own group, every candidate once per round, so that a change in the machine's
-//! load meets all of them; the best few are compared again. A candidate replaces the table's entry only if it is faster by more than
-//! chance. The gain that is shown is measured afterwards, by the two in turns, and what does not gain then is not taken.
+//! together, with several query rows per KV head and with one. Each part is searched on its own group, every candidate once per round,
+//! so that a change in the machine's load meets all of them; the best few are compared again. A candidate replaces the table's entry only
+//! if it is faster by more than chance. The gain that is shown is measured afterwards, by the two in turns, and what does not gain then is
+//! not taken.
 
 use std::fmt::Write;
 use std::time::{Duration, Instant};
@@ -127,7 +128,7 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
         observe,
         done: 0,
         // All candidates, the best, and the comparison at the end.
-        total: 3 * (block.len() + run.len() + one_row.len()),
+        total: 3 * groups.iter().map(Vec::len).sum::<usize>(),
     };
     let mut found = entry;
 
@@ -147,9 +148,10 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     let best = search.best(run, &candidates)?;
     (found.run, found.run_distance) = (best.run, best.run_distance);
 
-    let entry_and_distance = entry.run_distance(found.run_distance);
-    let candidates = Prefetch::ALL.map(|kind| entry_and_distance.run_one_row(kind));
-    found.run_one_row = search.best(one_row, &[&[entry_and_distance], &candidates[..]].concat())?.run_one_row;
+    let entry_there = entry.run_distance(found.run_distance);
+    let mut candidates = vec![entry_there];
+    candidates.extend(Prefetch::ALL.map(|kind| entry_there.run_one_row(kind)));
+    found.run_one_row = search.best(one_row, &candidates)?.run_one_row;
 
     let mut gains = Vec::new();
     for ((name, _), cases) in GROUPS.into_iter().zip(&groups) {
@@ -346,7 +348,7 @@ mod tests {
 
     #[test]
     fn an_entry_can_be_pasted() {
-        let found = Tuning::default().run(Prefetch::Off).run_distance(4096);
+        let found = Tuning::default().run(Prefetch::Off).run_one_row(Prefetch::SecondLevel).run_distance(4096);
         let tuned = Tuned {
             machine: Machine { cpu: Some("A CPU".to_owned()), ..Machine::default() },
             level: Isa::Scalar,
@@ -368,9 +370,8 @@ mod tests {
             "Off  <- changed",
             "decode: 2.00 times as fast",
             "level: Isa::Scalar,",
-            "run: Prefetch::Off,\n            run_one_row: ",
-            ".run(Prefetch::Off)\n        .run_one_row(",
-            ".run_distance(4096)",
+            "run: Prefetch::Off,\n            run_one_row: Prefetch::SecondLevel,\n            run_distance: 4096,",
+            ".run(Prefetch::Off)\n        .run_one_row(Prefetch::SecondLevel)\n        .run_distance(4096)",
         ] {
             assert!(text.contains(part), "{text}\nlacks {part:?}");
         }
