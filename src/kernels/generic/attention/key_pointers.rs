@@ -105,11 +105,7 @@ impl<'a> WidenUnits<'a> {
             if visible_bits >> j & 1 == 0 {
                 continue;
             }
-            let next = rows.next(j);
-            if !next.is_null() {
-                let next = next.wrapping_byte_offset(rows.head_offset(head));
-                lines(next, units * size_of::<U>()).for_each(|line| s.prefetch_far(line));
-            }
+            self.prefetch_next(s, j, units * size_of::<U>());
             let from = rows.key(head, j).cast::<U>();
             // SAFETY: the caller's: a visible key has these units, and a row these elements.
             unsafe {
@@ -117,6 +113,16 @@ impl<'a> WidenUnits<'a> {
                     (*from.add(unit)).widen(s, to.add((j - keys.low) * width + unit * blocks::N));
                 }
             }
+        }
+    }
+
+    /// Prefetches what comes after the `bytes` of key `j`.
+    #[inline(always)]
+    fn prefetch_next<S: Simd>(&self, s: S, j: usize, bytes: usize) {
+        let next = self.rows.next(j);
+        if !next.is_null() {
+            let next = next.wrapping_byte_offset(self.rows.head_offset(self.head));
+            lines(next, bytes).for_each(|line| s.prefetch_far(line));
         }
     }
 
@@ -133,11 +139,7 @@ impl<'a> WidenUnits<'a> {
             if visible_bits >> j & 1 == 0 {
                 continue;
             }
-            let next = rows.next(j);
-            if !next.is_null() {
-                let next = next.wrapping_byte_offset(rows.head_offset(head));
-                lines(next, dim * size_of::<T>()).for_each(|line| s.prefetch_far(line));
-            }
+            self.prefetch_next(s, j, dim * size_of::<T>());
             let (from, to) = (rows.key(head, j).cast::<T>(), to.wrapping_add((j - keys.low) * width));
             let mut i = 0;
             // SAFETY: the caller's: a visible key has these elements, and a row whole vectors.
@@ -195,10 +197,8 @@ impl<'a> WidenUnits<'a> {
                 if visible_bits >> j & 1 == 0 {
                     continue;
                 }
-                let next = rows.next(j);
-                if first == 0 && !next.is_null() {
-                    let next = next.wrapping_byte_offset(rows.head_offset(head));
-                    lines(next, dim * BITS as usize / 8).for_each(|line| s.prefetch_far(line));
+                if first == 0 {
+                    self.prefetch_next(s, j, dim * BITS as usize / 8);
                 }
                 let to = to.wrapping_add((j - keys.low) * width + first);
                 // SAFETY: the caller's: a visible key has these units, and a row these elements.

@@ -87,17 +87,10 @@ impl<V: ValueRows> WeightedValues<V> {
     /// As [`Self::columns`].
     #[inline(always)]
     pub unsafe fn add<S: Simd, const R: usize, const N: usize>(&self, s: S, column: usize, part: usize) {
-        let acc = self.acc.wrapping_add(column);
-        let mut sums = [[s.zero(); N]; R];
+        let acc = Accumulators { at: self.acc.wrapping_add(column), row: self.acc_row };
         // SAFETY: the caller's.
         unsafe {
-            if !self.fresh {
-                for r in 0..R {
-                    for n in 0..N {
-                        sums[r][n] = s.load_f32(acc.add(r * self.acc_row + n * S::LANES));
-                    }
-                }
-            }
+            let mut sums = acc.load::<S, R, N>(s, self.fresh);
             // Two keys per iteration: instructions other than FMAs are costly here, for the front end as for the ports.
             let offset = self.v.offset(column);
             for turn in 0..self.keys / 2 {
@@ -114,11 +107,7 @@ impl<V: ValueRows> WeightedValues<V> {
                     }
                 }
             }
-            for r in 0..R {
-                for n in 0..N {
-                    s.store_f32(acc.add(r * self.acc_row + n * S::LANES), sums[r][n]);
-                }
-            }
+            acc.store(s, &sums);
         }
     }
 }
@@ -198,12 +187,67 @@ impl<V: ValueRows> WeightedValues<V> {
         x: &[S::V; N],
         sums: &mut [[S::V; N]; R],
     ) {
-        for r in 0..R {
-            // SAFETY: the caller's.
-            let w = unsafe { s.splat_from(self.weights.add(r * BLOCK + j)) };
-            for n in 0..N {
-                sums[r][n] = s.fma(w, x[n], sums[r][n]);
+        // SAFETY: the caller's.
+        unsafe { add_weighted(s, self.weights.add(j), x, sums) };
+    }
+}
+
+/// Accumulators of some rows, from a column on.
+#[derive(Clone, Copy)]
+pub struct Accumulators {
+    pub at: *mut f32,
+    /// Floats from one row to the next.
+    pub row: usize,
+}
+
+impl Accumulators {
+    /// `N` vectors of `R` rows; zeros stand for those of `fresh` rows.
+    ///
+    /// # Safety
+    /// They are readable, unless they are fresh.
+    #[inline(always)]
+    pub unsafe fn load<S: Simd, const R: usize, const N: usize>(self, s: S, fresh: bool) -> [[S::V; N]; R] {
+        let mut sums = [[s.zero(); N]; R];
+        if !fresh {
+            for r in 0..R {
+                for n in 0..N {
+                    // SAFETY: the caller's.
+                    sums[r][n] = unsafe { s.load_f32(self.at.add(r * self.row + n * S::LANES)) };
+                }
             }
+        }
+        sums
+    }
+
+    /// # Safety
+    /// The vectors are writable.
+    #[inline(always)]
+    pub unsafe fn store<S: Simd, const R: usize, const N: usize>(self, s: S, sums: &[[S::V; N]; R]) {
+        for r in 0..R {
+            for n in 0..N {
+                // SAFETY: the caller's.
+                unsafe { s.store_f32(self.at.add(r * self.row + n * S::LANES), sums[r][n]) };
+            }
+        }
+    }
+}
+
+/// Adds a value to the sums of each row, times the row's weight. Rows of weights are [`BLOCK`] floats apart.
+///
+/// # Safety
+/// The weights are readable.
+#[inline(always)]
+pub unsafe fn add_weighted<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    weights: *const f32,
+    x: &[S::V; N],
+    sums: &mut [[S::V; N]; R],
+) {
+    for r in 0..R {
+        // SAFETY: the caller's.
+        let w = unsafe { s.splat_from(weights.add(r * BLOCK)) };
+        for n in 0..N {
+            sums[r][n] = s.fma(w, x[n], sums[r][n]);
         }
     }
 }

@@ -7,9 +7,10 @@
 //! for bytes (q8_0: 12, and 3 for the factor), and 20 for halves of bytes (q4_0: 18, and 3), of which minima make 4 more.
 
 use super::prefetch::{Ahead, Distances};
-use super::{DirectScores, DirectValues, rows_at_once};
+use super::{DirectScores, DirectValues, rows_in_loops};
 use crate::dtype::DType;
 use crate::kernels::generic::affine::{Bytes, Halves, NUMBERS, Numbers, SignedBytes};
+use crate::kernels::generic::attention::weighted::{Accumulators, add_weighted};
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::generic::copy;
 use crate::kernels::simd::{LINE, Load, MAX_LANES, Outlined, Simd};
@@ -18,6 +19,7 @@ use crate::problem::grid::{BLOCK, KeyRange};
 use crate::view::{AffineGroups, AffineRow, RawAffine, RawCacheView, SEQ, ZeroType};
 use crate::{Nibbles, Zeros};
 use half::{bf16, f16};
+use std::marker::PhantomData;
 
 /// The keys or values of a range that are read.
 #[derive(Clone, Copy)]
@@ -302,16 +304,16 @@ const fn looks_up<S: Simd, U: Numbers>(channels: bool) -> bool {
 macro_rules! outline {
     ($s:expr, $loops:expr, $bits:ident, $of:ident { $($field:ident),* }) => {
         match ($loops.signed, $loops.minima, $loops.channels) {
-            (true, _, false) => $s.outline($of::<SignedBytes, false, false> { $($field,)* numbers: SignedBytes }),
-            (true, _, true) => $s.outline($of::<SignedBytes, false, true> { $($field,)* numbers: SignedBytes }),
-            (_, false, false) if $bits == 8 => $s.outline($of::<Bytes, false, false> { $($field,)* numbers: Bytes }),
-            (_, false, true) if $bits == 8 => $s.outline($of::<Bytes, false, true> { $($field,)* numbers: Bytes }),
-            (_, true, false) if $bits == 8 => $s.outline($of::<Bytes, true, false> { $($field,)* numbers: Bytes }),
-            (_, true, true) if $bits == 8 => $s.outline($of::<Bytes, true, true> { $($field,)* numbers: Bytes }),
-            (_, false, false) => $s.outline($of::<Halves, false, false> { $($field,)* numbers: Halves }),
-            (_, false, true) => $s.outline($of::<Halves, false, true> { $($field,)* numbers: Halves }),
-            (_, true, false) => $s.outline($of::<Halves, true, false> { $($field,)* numbers: Halves }),
-            (_, true, true) => $s.outline($of::<Halves, true, true> { $($field,)* numbers: Halves }),
+            (true, _, false) => $s.outline($of::<SignedBytes, false, false> { $($field,)* numbers: PhantomData }),
+            (true, _, true) => $s.outline($of::<SignedBytes, false, true> { $($field,)* numbers: PhantomData }),
+            (_, false, false) if $bits == 8 => $s.outline($of::<Bytes, false, false> { $($field,)* numbers: PhantomData }),
+            (_, false, true) if $bits == 8 => $s.outline($of::<Bytes, false, true> { $($field,)* numbers: PhantomData }),
+            (_, true, false) if $bits == 8 => $s.outline($of::<Bytes, true, false> { $($field,)* numbers: PhantomData }),
+            (_, true, true) if $bits == 8 => $s.outline($of::<Bytes, true, true> { $($field,)* numbers: PhantomData }),
+            (_, false, false) => $s.outline($of::<Halves, false, false> { $($field,)* numbers: PhantomData }),
+            (_, false, true) => $s.outline($of::<Halves, false, true> { $($field,)* numbers: PhantomData }),
+            (_, true, false) => $s.outline($of::<Halves, true, false> { $($field,)* numbers: PhantomData }),
+            (_, true, true) => $s.outline($of::<Halves, true, true> { $($field,)* numbers: PhantomData }),
         }
     };
 }
@@ -353,8 +355,7 @@ const MAX_PRODUCTS: usize = 16;
 /// Scores of all rows.
 struct Scores<'a, U, const MINIMA: bool, const CHANNELS: bool> {
     units: Units<'a>,
-    #[expect(dead_code, reason = "a type")]
-    numbers: U,
+    numbers: PhantomData<U>,
 }
 
 impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Outlined for Scores<'_, U, MINIMA, CHANNELS> {
@@ -397,28 +398,8 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Scores<'_, U, MINIMA,
     /// The factors of the keys are in place.
     #[inline(always)]
     unsafe fn rows<S: Simd>(&self, s: S, head: usize, keys: KeyRange) {
-        let (mut row, rows) = (0, self.units.block.tile.head_rows);
-        while row < rows {
-            let n = rows_at_once::<S>(rows - row);
-            // SAFETY: the caller's; the rows of the head are inside the tile.
-            unsafe {
-                if const { S::FEW_LOOPS } {
-                    match n {
-                        4 => self.dots::<S, 4, 2>(s, head, row, keys),
-                        _ => self.dots::<S, 1, 2>(s, head, row, keys),
-                    }
-                } else {
-                    match (n, S::PARALLEL_DOTS) {
-                        (1, _) => self.dots::<S, 1, 8>(s, head, row, keys),
-                        (2, 16) => self.dots::<S, 2, 8>(s, head, row, keys),
-                        (2, _) => self.dots::<S, 2, 4>(s, head, row, keys),
-                        (_, 16) => self.dots::<S, 4, 4>(s, head, row, keys),
-                        _ => self.dots::<S, 4, 2>(s, head, row, keys),
-                    }
-                }
-            }
-            row += n;
-        }
+        // SAFETY: the caller's; the rows of the head are inside the tile.
+        unsafe { rows_in_loops!(S, self.units.block.tile.head_rows, 8, |row| self.dots::<S>(s, head, row, keys)) };
     }
 
     /// `R` rows of a head, from `row` on, times keys, `C` at a time.
@@ -585,8 +566,7 @@ struct Sums<'a, U, const MINIMA: bool, const CHANNELS: bool> {
     units: Units<'a>,
     heads: (usize, usize),
     fresh: bool,
-    #[expect(dead_code, reason = "a type")]
-    numbers: U,
+    numbers: PhantomData<U>,
 }
 
 impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Outlined for Sums<'_, U, MINIMA, CHANNELS> {
@@ -622,30 +602,9 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Sums<'_, U, MINIMA, C
     /// The factors of the keys are in place.
     #[inline(always)]
     unsafe fn rows<S: Simd>(&self, s: S, head: usize, keys: KeyRange, fresh: bool) {
-        let (mut row, rows) = (0, self.units.block.tile.head_rows);
-        while row < rows {
-            let n = rows_at_once::<S>(rows - row);
-            let at = (head, row);
-            // SAFETY: the caller's; the rows of the head are inside the tile.
-            unsafe {
-                if const { S::FEW_LOOPS } {
-                    match n {
-                        4 => self.row_columns::<S, 4, 2>(s, at, keys, fresh),
-                        _ => self.row_columns::<S, 1, 2>(s, at, keys, fresh),
-                    }
-                } else {
-                    match (n, S::PARALLEL_DOTS) {
-                        (1, 16) => self.row_columns::<S, 1, 8>(s, at, keys, fresh),
-                        (1, _) => self.row_columns::<S, 1, 4>(s, at, keys, fresh),
-                        (2, 16) => self.row_columns::<S, 2, 8>(s, at, keys, fresh),
-                        (2, _) => self.row_columns::<S, 2, 4>(s, at, keys, fresh),
-                        (_, 16) => self.row_columns::<S, 4, 4>(s, at, keys, fresh),
-                        _ => self.row_columns::<S, 4, 2>(s, at, keys, fresh),
-                    }
-                }
-            }
-            row += n;
-        }
+        let rows = self.units.block.tile.head_rows;
+        // SAFETY: the caller's; the rows of the head are inside the tile.
+        unsafe { rows_in_loops!(S, rows, 4, |row| self.row_columns::<S>(s, (head, row), keys, fresh)) };
     }
 
     /// All columns of `R` rows, `N` vectors at a time.
@@ -695,22 +654,14 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Sums<'_, U, MINIMA, C
         let Block { tile, scratch, .. } = *units.block;
         let first = head * tile.head_rows + row;
         let weights = scratch.s.wrapping_add(first * BLOCK);
-        let acc_row = scratch.acc_row;
-        let acc = scratch.acc.wrapping_add(first * acc_row + column);
+        let acc = Accumulators { at: scratch.acc.wrapping_add(first * scratch.acc_row + column), row: scratch.acc_row };
         let (swapped, bits) = (units.swapped(), U::BITS as usize);
         let (offset, width) = (column * bits / 8, N * S::LANES * bits / 8);
         let distances = if row == 0 { units.ahead } else { Ahead::NONE }.distances();
         let begins_line = row == 0 && offset % LINE < width;
-        let mut sums = [[s.zero(); N]; R];
         // SAFETY: the caller's.
         unsafe {
-            if !fresh {
-                for r in 0..R {
-                    for n in 0..N {
-                        sums[r][n] = s.load_f32(acc.add(r * acc_row + n * S::LANES));
-                    }
-                }
-            }
+            let mut sums = acc.load::<S, R, N>(s, fresh);
             let mut of_columns = [Factors::none(s); N];
             if CHANNELS {
                 for n in 0..N {
@@ -739,18 +690,9 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Sums<'_, U, MINIMA, C
                         [x[n], x[n + 1]] = factors.pair::<U, MINIMA>(s, units, swapped);
                     }
                 }
-                for r in 0..R {
-                    let w = s.splat_from(weights.add(r * BLOCK + key));
-                    for n in 0..N {
-                        sums[r][n] = s.fma(w, x[n], sums[r][n]);
-                    }
-                }
+                add_weighted(s, weights.add(key), &x, &mut sums);
             }
-            for r in 0..R {
-                for n in 0..N {
-                    s.store_f32(acc.add(r * acc_row + n * S::LANES), sums[r][n]);
-                }
-            }
+            acc.store(s, &sums);
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Weighted sums of values in blocks that lie in the cache.
 
 use super::prefetch::{Ahead, begins_half_line};
-use super::{DirectValues, rows_at_once};
+use super::{DirectValues, rows_in_loops};
 use crate::kernels::generic::attention::Block;
+use crate::kernels::generic::attention::weighted::{Accumulators, add_weighted};
 use crate::kernels::generic::blocks::{BlockUnit, N as ELEMENTS};
 use crate::kernels::simd::Simd;
 use crate::problem::grid::BLOCK;
@@ -14,32 +15,9 @@ impl DirectValues<'_> {
     /// As [`block`](super::block).
     #[inline(always)]
     pub unsafe fn run_blocks<S: Simd, U: BlockUnit>(&self, s: S) {
-        let rows = self.block.tile.head_rows;
         for head in self.heads.clone() {
-            let mut row = 0;
-            while row < rows {
-                let n = rows_at_once::<S>(rows - row);
-                // SAFETY: the caller's; the rows are inside the tile.
-                unsafe {
-                    if const { S::FEW_LOOPS } {
-                        match n {
-                            4 => self.rows::<S, U, 4, 2>(s, head, row),
-                            _ => self.rows::<S, U, 1, 2>(s, head, row),
-                        }
-                        row += n;
-                        continue;
-                    }
-                    match (n, S::PARALLEL_DOTS) {
-                        (1, 16) => self.rows::<S, U, 1, 8>(s, head, row),
-                        (1, _) => self.rows::<S, U, 1, 4>(s, head, row),
-                        (2, 16) => self.rows::<S, U, 2, 8>(s, head, row),
-                        (2, _) => self.rows::<S, U, 2, 4>(s, head, row),
-                        (_, 16) => self.rows::<S, U, 4, 4>(s, head, row),
-                        _ => self.rows::<S, U, 4, 2>(s, head, row),
-                    }
-                }
-                row += n;
-            }
+            // SAFETY: the caller's; the rows are inside the tile.
+            unsafe { rows_in_loops!(S, self.block.tile.head_rows, 4, |row| self.rows::<S, U>(s, head, row)) };
         }
     }
 
@@ -78,23 +56,15 @@ impl DirectValues<'_> {
         let Block { tile, scratch, .. } = *self.block;
         let (first, keys) = (head * tile.head_rows + row, self.keys.len());
         let weights = scratch.s.wrapping_add(first * BLOCK + self.keys.low);
-        let acc_row = scratch.acc_row;
-        let acc = scratch.acc.wrapping_add(first * acc_row + column);
+        let acc = Accumulators { at: scratch.acc.wrapping_add(first * scratch.acc_row + column), row: scratch.acc_row };
         // With pairs of vectors as large as a block, a pass begins with one.
         let within = if 2 * S::LANES < ELEMENTS { column % ELEMENTS } else { 0 };
         let v = self.v.cast::<U>();
         let at = |key: usize| v.key(head, self.keys.low + key).wrapping_add(column / ELEMENTS);
         let distances = if row == 0 { self.ahead } else { Ahead::NONE }.distances();
-        let mut sums = [[s.zero(); N]; R];
         // SAFETY: the caller's.
         unsafe {
-            if !self.fresh {
-                for r in 0..R {
-                    for n in 0..N {
-                        sums[r][n] = s.load_f32(acc.add(r * acc_row + n * S::LANES));
-                    }
-                }
-            }
+            let mut sums = acc.load::<S, R, N>(s, self.fresh);
             for key in 0..keys {
                 let mut x = [s.zero(); N];
                 for (n, x) in x.iter_mut().enumerate() {
@@ -105,18 +75,9 @@ impl DirectValues<'_> {
                     }
                     *x = (*unit).elements(s, (*unit).parts(s), i % ELEMENTS);
                 }
-                for r in 0..R {
-                    let w = s.splat_from(weights.add(r * BLOCK + key));
-                    for n in 0..N {
-                        sums[r][n] = s.fma(w, x[n], sums[r][n]);
-                    }
-                }
+                add_weighted(s, weights.add(key), &x, &mut sums);
             }
-            for r in 0..R {
-                for n in 0..N {
-                    s.store_f32(acc.add(r * acc_row + n * S::LANES), sums[r][n]);
-                }
-            }
+            acc.store(s, &sums);
         }
     }
 }

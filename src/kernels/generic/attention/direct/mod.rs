@@ -141,7 +141,7 @@ pub(super) unsafe fn block<S: Simd>(
             }
             None => None,
         };
-        widened_keys = S::WIDENS_ONCE && widen_keys.is_some() && values_are_keys::<S>(block, k, v);
+        widened_keys = widen_keys.is_some() && values_are_keys::<S>(block, k, v);
         if let Some(widen) = widen_keys {
             widened_scores(pieces, widen, block, k, widened_keys);
         } else if ahead.whole || by_head {
@@ -245,15 +245,41 @@ fn reads_units(cache: &RawCacheView, dim: usize) -> bool {
     cache.affine.is_none() || AffineLoops::of(cache, dim).is_some()
 }
 
-/// Query rows that one loop over blocks in the cache takes, of those that are left: few loops, since there are many formats.
-#[inline(always)]
-fn rows_at_once<S: Simd>(left: usize) -> usize {
-    match left {
-        4.. => 4,
-        2..4 if !S::FEW_LOOPS => 2,
-        _ => 1,
-    }
+/// Calls a loop over units of several elements, or that are described, for `$rows` query rows, from `$row` on, with two more parameters:
+/// how many rows it takes, and how many keys or vectors, which are as many as registers allow (`$alone` for one row, where they are few).
+/// Few loops, since there are many formats.
+macro_rules! rows_in_loops {
+    ($level:ty, $rows:expr, $alone:literal, |$row:ident| $this:ident.$function:ident::<$($type:ty),*>($($argument:expr),*)) => {{
+        let (mut $row, rows) = (0, $rows);
+        while $row < rows {
+            let left = rows - $row;
+            $row += if const { <$level as Simd>::FEW_LOOPS } {
+                if left < 4 {
+                    $this.$function::<$($type,)* 1, 2>($($argument),*);
+                    1
+                } else {
+                    $this.$function::<$($type,)* 4, 2>($($argument),*);
+                    4
+                }
+            } else {
+                match (left, <$level as Simd>::PARALLEL_DOTS) {
+                    (1, 16) => $this.$function::<$($type,)* 1, 8>($($argument),*),
+                    (1, _) => $this.$function::<$($type,)* 1, $alone>($($argument),*),
+                    (2 | 3, 16) => $this.$function::<$($type,)* 2, 8>($($argument),*),
+                    (2 | 3, _) => $this.$function::<$($type,)* 2, 4>($($argument),*),
+                    (_, 16) => $this.$function::<$($type,)* 4, 4>($($argument),*),
+                    _ => $this.$function::<$($type,)* 4, 2>($($argument),*),
+                }
+                match left {
+                    4.. => 4,
+                    2 | 3 => 2,
+                    _ => 1,
+                }
+            };
+        }
+    }};
 }
+use rows_in_loops;
 
 /// Scores of keys that are widened, a subblock at a time, so that its rows stay in the first-level cache. The copies are one after
 /// another if they are to be kept, otherwise in one place.

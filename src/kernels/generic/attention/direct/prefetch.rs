@@ -120,9 +120,7 @@ impl Ahead {
             }
         }
     }
-}
 
-impl Ahead {
     /// Prefetches for a pair of vectors at `p`, which are no longer than a line, where the lines that are far ahead have an order of their
     /// own: `next` is the next of them, if it is time for one.
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! Dot products of query rows with keys that lie in the cache.
 
 use super::prefetch::{Ahead, begins_half_line};
-use super::rows_at_once;
+use super::rows_in_loops;
 use crate::kernels::generic::attention::{Block, KeyPointers, Units};
 use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
@@ -44,18 +44,7 @@ impl DirectScores<'_> {
                     continue;
                 }
                 if const { T::ELEMENTS > 1 } {
-                    let mut row = 0;
-                    while row < rows {
-                        let n = rows_at_once::<S>(rows - row);
-                        match (n, S::PARALLEL_DOTS) {
-                            (1, _) => self.dots::<S, T, 1, 8>(s, head, row),
-                            (2, 16) => self.dots::<S, T, 2, 8>(s, head, row),
-                            (2, _) => self.dots::<S, T, 2, 4>(s, head, row),
-                            (_, 16) => self.dots::<S, T, 4, 4>(s, head, row),
-                            _ => self.dots::<S, T, 4, 2>(s, head, row),
-                        }
-                        row += n;
-                    }
+                    rows_in_loops!(S, rows, 8, |row| self.dots::<S, T>(s, head, row));
                     continue;
                 }
                 match (rows, S::PARALLEL_DOTS) {
