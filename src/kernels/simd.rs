@@ -42,6 +42,10 @@ pub(crate) trait Simd: Copy {
     const DEINTERLEAVED_BF16: bool;
     /// What [`Self::load_e4m3_fraction`] leaves to be multiplied by: a power of two, or 1.
     const E4M3_FRACTION: f32 = 1.0;
+    /// Whether decode reads a cache in loops for few registers and a narrow front end: what is loaded of a query is used at once for all
+    /// keys, the sum over lanes of a score is taken in two steps ([`Self::half_sums`], [`Self::sum_halves`]), and prefetches stand
+    /// between loops.
+    const NARROW_LOOPS: bool = false;
     /// Whether the loops over a cache are compiled for one and for four query rows only, in narrow tiles of registers. Two and three
     /// rows then convert a key or value as many times.
     const FEW_LOOPS: bool = false;
@@ -123,6 +127,17 @@ pub(crate) trait Simd: Copy {
     /// Lane i of the result is the sum of the lanes of `v[i]`, by the same tree of pairwise additions for every i.
     /// Only the first [`Self::LANES`] entries are used.
     fn sum_lanes(self, v: &[Self::V; MAX_LANES]) -> Self::V;
+    /// The first step of the tree, for vectors `i` (`a`) and `i + LANES / 2` (`b`) of [`Self::sum_lanes`], at levels with
+    /// [`Self::NARROW_LOOPS`].
+    #[inline(always)]
+    fn half_sums(self, _a: Self::V, _b: Self::V) -> Self::V {
+        unreachable!("the level has no narrow loops")
+    }
+    /// The other steps: of `half_sums` of all `i` makes what `sum_lanes` returns.
+    #[inline(always)]
+    fn sum_halves(self, _v: &[Self::V; MAX_LANES / 2]) -> Self::V {
+        unreachable!("the level has no narrow loops")
+    }
     /// The largest lane; NaN lanes may be ignored.
     fn max_lane(self, a: Self::V) -> f32;
     /// Whether every lane is finite.

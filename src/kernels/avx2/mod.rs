@@ -96,6 +96,7 @@ impl Simd for Avx2 {
     const DIRECT_DIM: usize = 512;
     const DIRECT_ROWS: usize = 16;
     const WIDENS_ONCE: bool = true;
+    const NARROW_LOOPS: bool = true;
     const DEINTERLEAVED_BF16: bool = true;
     const E4M3_FRACTION: f32 = 256.0;
 
@@ -233,14 +234,22 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn sum_lanes(self, v: &[__m256; MAX_LANES]) -> __m256 {
-        let a = self.0.avx;
-        // Each step of the tree halves the number of vectors: lanes with the bit clear continue with the first, the
-        // others with the second.
-        let mut w = [v[0]; 4];
+        let mut halves = [v[0]; MAX_LANES / 2];
         for i in 0..4 {
-            let (x, y) = (v[i], v[i + 4]);
-            w[i] = a._mm256_add_ps(a._mm256_blend_ps::<0xf0>(x, y), a._mm256_permute2f128_ps::<0x21>(x, y));
+            halves[i] = self.half_sums(v[i], v[i + 4]);
         }
+        self.sum_halves(&halves)
+    }
+    // Each step of the tree halves the number of vectors: lanes with the bit clear continue with the first, the others with the second.
+    #[inline(always)]
+    fn half_sums(self, x: __m256, y: __m256) -> __m256 {
+        let a = self.0.avx;
+        a._mm256_add_ps(a._mm256_blend_ps::<0xf0>(x, y), a._mm256_permute2f128_ps::<0x21>(x, y))
+    }
+    #[inline(always)]
+    fn sum_halves(self, v: &[__m256; MAX_LANES / 2]) -> __m256 {
+        let a = self.0.avx;
+        let mut w = [v[0], v[1], v[2], v[3]];
         for i in 0..2 {
             let (x, y) = (w[i], w[i + 2]);
             w[i] = a._mm256_add_ps(a._mm256_blend_ps::<0xcc>(x, y), a._mm256_shuffle_ps::<0b01_00_11_10>(x, y));

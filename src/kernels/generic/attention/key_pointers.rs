@@ -272,6 +272,12 @@ impl<'a, T> KeyPointers<'a, T> {
         head as isize * self.head
     }
 
+    /// Bytes from a key to one so many slots later, in a run of slots.
+    #[inline(always)]
+    pub fn seq_offset(&self, keys: usize) -> isize {
+        self.seq.wrapping_mul(keys as isize)
+    }
+
     /// Bytes between neighbouring keys of the key range, if that distance is constant.
     #[cfg(target_arch = "x86_64")]
     pub fn stride(&self, key_range: KeyRange) -> Option<isize> {

@@ -9,6 +9,8 @@ pub trait ValueRows {
     type Element: Load;
     /// The values lie in the cache, and others come after them.
     const IN_CACHE: bool;
+    /// Those of two keys lie together, and [`Self::add_two`] prefetches.
+    const IN_PAIRS: bool = false;
     /// The address of a key's element; `offset` is [`Self::offset`] of its column, in bytes.
     fn at(&self, key: usize, offset: isize) -> *const Self::Element;
     fn offset(&self, column: usize) -> isize;
@@ -32,6 +34,9 @@ pub trait ValueRows {
         unsafe { weighted.add_each(s, j, offset, part, sums) };
     }
 }
+
+/// Keys between prefetches at levels with [`Simd::NARROW_LOOPS`].
+const TURN: usize = 8;
 
 /// `acc[r] += sum over keys of weights[r][key] * v[key]`, key after key. Rows of weights are [`BLOCK`] floats apart.
 pub struct WeightedValues<V> {
@@ -93,7 +98,17 @@ impl<V: ValueRows> WeightedValues<V> {
             let mut sums = acc.load::<S, R, N>(s, self.fresh);
             // Two keys per iteration: instructions other than FMAs are costly here, for the front end as for the ports.
             let offset = self.v.offset(column);
-            for turn in 0..self.keys / 2 {
+            let mut j = 0;
+            if const { Self::is_narrow::<S>(R, N) } {
+                while j + TURN <= self.keys {
+                    self.prefetch_turn::<S, N>(s, j, offset);
+                    for j in (j..j + TURN).step_by(2) {
+                        V::add_two(s, self, j, offset, part, &mut sums);
+                    }
+                    j += TURN;
+                }
+            }
+            for turn in j / 2..self.keys / 2 {
                 V::add_two(s, self, 2 * turn, offset, part, &mut sums);
             }
             if self.keys % 2 == 1 {
@@ -133,6 +148,34 @@ impl<V: ValueRows> WeightedValues<V> {
         }
     }
 
+    /// Whether prefetches stand between turns of keys: with four rows of elements of 16 bits. Memory binds loops over f32, which want
+    /// prefetches evenly, and those over bytes keep up with near ones only.
+    const fn is_narrow<S: Simd>(rows: usize, vectors: usize) -> bool {
+        S::NARROW_LOOPS && V::IN_CACHE && !V::IN_PAIRS && rows == 4 && vectors > 1 && size_of::<V::Element>() == 2
+    }
+
+    /// Prefetches for a turn of keys, from `j` on.
+    #[inline(always)]
+    fn prefetch_turn<S: Simd, const N: usize>(&self, s: S, j: usize, offset: isize) {
+        let Self { ahead, v, .. } = self;
+        let bytes = N * S::LANES * size_of::<V::Element>();
+        if ahead.distance == 0 {
+            return;
+        }
+        if self.in_order {
+            let next = v
+                .at(0, 0)
+                .wrapping_byte_offset(ahead.distance)
+                .wrapping_byte_add(offset as usize * self.keys + j * bytes);
+            ahead.lines(s, next.cast(), TURN * bytes);
+        // Passes before may have had the line.
+        } else if offset as usize % LINE < bytes {
+            for j in j..j + TURN {
+                ahead.lines(s, v.at(j, offset).wrapping_byte_offset(ahead.distance).cast(), bytes);
+            }
+        }
+    }
+
     /// One key of [`Self::add`].
     ///
     /// # Safety
@@ -155,7 +198,9 @@ impl<V: ValueRows> WeightedValues<V> {
             } else {
                 for n in (0..N).step_by(2) {
                     let at = v.add(n * S::LANES);
-                    if V::IN_CACHE && R == 4 && size_of::<V::Element>() == 1 {
+                    if const { Self::is_narrow::<S>(R, N) } {
+                        // Done, for a turn of keys.
+                    } else if V::IN_CACHE && R == 4 && size_of::<V::Element>() == 1 {
                         // Bound by arithmetic.
                         self.ahead.distances().prefetch(s, at);
                     } else if V::IN_CACHE && self.ahead.distance != 0 {

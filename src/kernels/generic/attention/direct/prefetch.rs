@@ -101,6 +101,24 @@ impl Ahead {
         Distances { far, near }
     }
 
+    /// Prefetches `bytes` from `next` on, which are far ahead.
+    #[inline(always)]
+    pub fn lines<S: Simd>(&self, s: S, next: *const u8, bytes: usize) {
+        match self.kind {
+            Prefetch::Off => {}
+            Prefetch::FirstLevel => {
+                for line in (0..bytes).step_by(LINE) {
+                    s.prefetch(next.wrapping_add(line));
+                }
+            }
+            Prefetch::SecondLevel | Prefetch::BothLevels | Prefetch::BothLevelsInPairs => {
+                for line in (0..bytes).step_by(LINE) {
+                    s.prefetch_far(next.wrapping_add(line));
+                }
+            }
+        }
+    }
+
     /// Prefetches for a pair of vectors at `p`.
     #[inline(always)]
     pub fn pair<S: Simd, T>(&self, s: S, p: *const T) {
@@ -154,6 +172,12 @@ pub struct Distances {
 }
 
 impl Distances {
+    /// The same, with another distance for the first-level cache if something is prefetched into the second.
+    #[inline(always)]
+    pub fn near(self, near: isize) -> Self {
+        if self.far == 0 { self } else { Self { near, ..self } }
+    }
+
     /// Prefetches for what is at `p`.
     #[inline(always)]
     pub fn prefetch<S: Simd, U>(&self, s: S, p: *const U) {

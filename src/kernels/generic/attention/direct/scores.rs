@@ -6,6 +6,7 @@ use crate::kernels::generic::attention::{Block, KeyPointers, Units};
 use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
 use crate::problem::tile::PACK_ROWS;
+use std::mem::MaybeUninit;
 
 /// Upper bound of [`Simd::PARALLEL_DOTS`].
 pub const MAX_PARALLEL_DOTS: usize = 16;
@@ -78,6 +79,16 @@ impl DirectScores<'_> {
     }
 }
 
+/// Whether sums over lanes are taken in two steps, for several rows of elements that are widened. Loops over f32 have more to load
+/// than a narrow front end minds, and memory binds them.
+const fn is_narrow<S: Simd, T: Units>(rows: usize, keys: usize) -> bool {
+    S::NARROW_LOOPS
+        && T::ELEMENTS == 1
+        && size_of::<T::Unit>() < size_of::<f32>()
+        && rows > 1
+        && rows * keys == S::LANES
+}
+
 impl DirectScores<'_> {
     /// The same in the fewest loops, for cases that hardly occur.
     ///
@@ -107,7 +118,15 @@ impl DirectScores<'_> {
             if T::ELEMENTS > 1 || !self.spread {
                 let mut sums = [0.0f32; MAX_PARALLEL_DOTS];
                 let KeyRange { low, high } = self.keys;
-                for j in (low / C * C..high).step_by(C) {
+                let mut next = low / C * C;
+                while next < high {
+                    let j = next;
+                    if const { is_narrow::<S, T>(R, C) } && j >= low && j + S::LANES <= high {
+                        self.in_two_steps::<S, T, R, C>(s, head, row, j, None);
+                        next += S::LANES;
+                        continue;
+                    }
+                    next += C;
                     // The first tokens of a sequence have few keys: a last one alone is not worth the products of several.
                     if T::ELEMENTS == 1 && R == 4 && C > 1 && high - j == 1 {
                         self.sums::<S, T, R, 1>(s, head, row, |_| j, &mut sums);
@@ -126,8 +145,14 @@ impl DirectScores<'_> {
                 return;
             }
             // Sums of keys that are far apart are collected and transposed, so that stores write neighbouring keys.
-            let mut sums = [[0.0f32; MAX_PARALLEL_DOTS]; MAX_LANES];
             let apart = BLOCK / C;
+            if const { is_narrow::<S, T>(R, C) } {
+                for first in (0..apart).step_by(S::LANES / C) {
+                    self.in_two_steps::<S, T, R, C>(s, head, row, first, Some(apart));
+                }
+                return;
+            }
+            let mut sums = [[0.0f32; MAX_PARALLEL_DOTS]; MAX_LANES];
             let at_once = S::LANES.min(apart);
             for first in (0..apart).step_by(at_once) {
                 for (i, sums) in sums.iter_mut().enumerate().take(at_once) {
@@ -149,6 +174,65 @@ impl DirectScores<'_> {
         }
     }
 
+    /// The scores of `R` rows for a vector of keys from `first` on: neighbours, or `C` runs of neighbours that are `apart`. The first step
+    /// of the sum over lanes is taken with the products of `C` keys, the others together.
+    ///
+    /// # Safety
+    /// As [`Self::dots`]; the keys are in the key range.
+    #[inline(always)]
+    unsafe fn in_two_steps<S: Simd, T: Units, const R: usize, const C: usize>(
+        &self,
+        s: S,
+        head: usize,
+        row: usize,
+        first: usize,
+        apart: Option<usize>,
+    ) {
+        let Block { tile, scratch, .. } = *self.block;
+        let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK + first);
+        let turns = S::LANES / C;
+        let mut halves = MaybeUninit::<[[f32; MAX_LANES / 2 * MAX_LANES]; R]>::uninit();
+        let half = halves.as_mut_ptr().cast::<f32>();
+        let half = |r: usize, i: usize| half.wrapping_add((r * MAX_LANES / 2 + i) * MAX_LANES);
+        // SAFETY: the caller's; the rows of scores have BLOCK floats, and halves that are read have been written.
+        unsafe {
+            for turn in 0..turns {
+                let acc = match apart {
+                    Some(apart) => self.products::<S, T, R, C>(s, head, row, |c| first + turn + c * apart),
+                    None => self.products::<S, T, R, C>(s, head, row, |c| first + turn * C + c),
+                };
+                for r in 0..R {
+                    for c in 0..C / 2 {
+                        s.store_f32(half(r, c * turns + turn), s.half_sums(acc[r][c], acc[r][c + C / 2]));
+                    }
+                }
+            }
+            for r in 0..R {
+                let mut halves = [s.zero(); MAX_LANES / 2];
+                for (i, to) in halves.iter_mut().enumerate().take(S::LANES / 2) {
+                    *to = s.load_f32(half(r, i));
+                }
+                let (sums, out) = (s.sum_halves(&halves), out.add(r * BLOCK));
+                let mut lanes = [0.0f32; MAX_LANES];
+                s.store_f32(lanes.as_mut_ptr(), sums);
+                match apart {
+                    Some(apart) => {
+                        for c in 0..C {
+                            std::ptr::copy_nonoverlapping(lanes.as_ptr().add(c * turns), out.add(c * apart), turns);
+                        }
+                    }
+                    None => {
+                        for turn in 0..turns {
+                            for c in 0..C {
+                                *out.add(turn * C + c) = lanes[c * turns + turn];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     /// The products of `R` rows with `C` keys, as `[R][C]`.
     ///
     /// # Safety
@@ -162,6 +246,31 @@ impl DirectScores<'_> {
         key: impl Fn(usize) -> usize,
         sums: &mut [f32; MAX_PARALLEL_DOTS],
     ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let acc = self.products::<S, T, R, C>(s, head, row, key);
+            for n in (0..R * C).step_by(S::LANES) {
+                let mut lanes = [s.zero(); MAX_LANES];
+                for (i, lane) in lanes.iter_mut().enumerate().take(S::LANES.min(R * C - n)) {
+                    *lane = acc[(n + i) / C][(n + i) % C];
+                }
+                s.store_f32(sums.as_mut_ptr().add(n), s.sum_lanes(&lanes));
+            }
+        }
+    }
+
+    /// The lanes of these products, which are to be added up.
+    ///
+    /// # Safety
+    /// As [`Self::sums`].
+    #[inline(always)]
+    unsafe fn products<S: Simd, T: Units, const R: usize, const C: usize>(
+        &self,
+        s: S,
+        head: usize,
+        row: usize,
+        key: impl Fn(usize) -> usize,
+    ) -> [[S::V; C]; R] {
         let Block { tile, scratch, d, .. } = *self.block;
         let q_row = scratch.q_row;
         let q = scratch.q.wrapping_add((head * tile.head_rows + row) * q_row);
@@ -169,7 +278,12 @@ impl DirectScores<'_> {
         for c in 0..C {
             keys[c] = self.k.key(head, key(c)).cast::<T::Unit>();
         }
-        let distances = if row == 0 { self.ahead } else { Ahead::NONE }.distances();
+        let mut distances = if row == 0 { self.ahead } else { Ahead::NONE }.distances();
+        if const { is_narrow::<S, T>(R, C) } && tile.kv_heads > 1 {
+            // The next keys of this head: with what another head reads next, rows of some sizes would compete for a few sets of the
+            // first-level cache.
+            distances = distances.near(self.k.seq_offset(C));
+        }
         let mut acc = [[s.zero(); C]; R];
         let mut i = 0;
         // SAFETY: the caller's; a partial load reads what is left of a key, and Q is padded with zeros.
@@ -181,7 +295,8 @@ impl DirectScores<'_> {
                         distances.prefetch(s, key.add(i / T::ELEMENTS));
                     }
                 }
-                if const { R == 4 && S::PARALLEL_DOTS < 16 && size_of::<T::Unit>() == 1 } {
+                let at_once = R == 4 && S::PARALLEL_DOTS < 16 && size_of::<T::Unit>() == 1;
+                if const { is_narrow::<S, T>(R, C) } || at_once {
                     // With few registers, what is loaded of Q has to be used at once, or accumulators go to memory.
                     let mut k = [[s.zero(); 2]; C];
                     for c in 0..C {
@@ -228,13 +343,7 @@ impl DirectScores<'_> {
                 }
                 i += part;
             }
-            for n in (0..R * C).step_by(S::LANES) {
-                let mut lanes = [s.zero(); MAX_LANES];
-                for (i, lane) in lanes.iter_mut().enumerate().take(S::LANES.min(R * C - n)) {
-                    *lane = acc[(n + i) / C][(n + i) % C];
-                }
-                s.store_f32(sums.as_mut_ptr().add(n), s.sum_lanes(&lanes));
-            }
         }
+        acc
     }
 }

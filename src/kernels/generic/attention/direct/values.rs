@@ -101,6 +101,7 @@ pub struct CacheValues<'a, T, const PAIRS: bool> {
 impl<T: Load, const PAIRS: bool> ValueRows for CacheValues<'_, T, PAIRS> {
     type Element = T;
     const IN_CACHE: bool = true;
+    const IN_PAIRS: bool = PAIRS;
     #[inline(always)]
     fn at(&self, key: usize, offset: isize) -> *const T {
         self.rows.key(0, self.first + key).wrapping_byte_offset(offset)
