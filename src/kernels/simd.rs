@@ -42,6 +42,9 @@ pub(crate) trait Simd: Copy {
     const DEINTERLEAVED_BF16: bool;
     /// What [`Self::load_e4m3_fraction`] leaves to be multiplied by: a power of two, or 1.
     const E4M3_FRACTION: f32 = 1.0;
+    /// Whether cache writes convert several vectors at a time, and quantise several heads or blocks, whose scales are computed side by
+    /// side. For levels whose [`Self::fma`] rounds once.
+    const WRITES_SEVERAL: bool = false;
     /// Whether decode reads a cache in loops for few registers and a narrow front end: what is loaded of a query is used at once for all
     /// keys, the sum over lanes of a score is taken in two steps ([`Self::half_sums`], [`Self::sum_halves`]), and prefetches stand
     /// between loops.
@@ -366,6 +369,39 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// As [`Self::store_f32`].
     unsafe fn store_bf16(self, p: *mut bf16, v: Self::V);
+    /// As [`Self::store_f32`], of four vectors that lie together.
+    ///
+    /// # Safety
+    /// `4 * LANES` elements are writable at `p`.
+    #[inline(always)]
+    unsafe fn store_four_f32(self, p: *mut f32, v: [Self::V; 4]) {
+        for (i, v) in v.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { self.store_f32(p.add(i * Self::LANES), v) };
+        }
+    }
+    /// As [`Self::store_f16`], of four vectors that lie together.
+    ///
+    /// # Safety
+    /// `4 * LANES` elements are writable at `p`.
+    #[inline(always)]
+    unsafe fn store_four_f16(self, p: *mut f16, v: [Self::V; 4]) {
+        for (i, v) in v.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { self.store_f16(p.add(i * Self::LANES), v) };
+        }
+    }
+    /// As [`Self::store_bf16`], of four vectors that lie together.
+    ///
+    /// # Safety
+    /// As [`Self::store_four_f16`].
+    #[inline(always)]
+    unsafe fn store_four_bf16(self, p: *mut bf16, v: [Self::V; 4]) {
+        for (i, v) in v.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { self.store_bf16(p.add(i * Self::LANES), v) };
+        }
+    }
     /// The inverse of [`Self::load_pair_bf16`], each element rounded as by [`Self::store_bf16`].
     ///
     /// # Safety
@@ -513,6 +549,11 @@ pub(crate) trait LoadStore: Element + Load {
     /// # Safety
     /// `2 * LANES` elements are writable at `p`.
     unsafe fn store_pair<S: Simd>(simd: S, p: *mut Self, v: [S::V; 2]);
+    /// Four vectors that lie together.
+    ///
+    /// # Safety
+    /// `4 * LANES` elements are writable at `p`.
+    unsafe fn store_four<S: Simd>(simd: S, p: *mut Self, v: [S::V; 4]);
     /// # Safety
     /// As [`Simd::store_part_f32`].
     unsafe fn store_part<S: Simd>(simd: S, p: *mut Self, v: S::V, n: usize);
@@ -556,7 +597,7 @@ load! {
 }
 
 macro_rules! store {
-    ($($type:ty: $store:ident $store_part:ident $put_pair:expr;)*) => {$(
+    ($($type:ty: $store:ident $store_part:ident $put_pair:expr, $store_four:ident;)*) => {$(
         impl LoadStore for $type {
             #[inline(always)]
             unsafe fn store<S: Simd>(simd: S, p: *mut Self, v: S::V) {
@@ -569,6 +610,11 @@ macro_rules! store {
                 unsafe { $put_pair(simd, p, v) }
             }
             #[inline(always)]
+            unsafe fn store_four<S: Simd>(simd: S, p: *mut Self, v: [S::V; 4]) {
+                // SAFETY: the caller's.
+                unsafe { simd.$store_four(p, v) }
+            }
+            #[inline(always)]
             unsafe fn store_part<S: Simd>(simd: S, p: *mut Self, v: S::V, n: usize) {
                 // SAFETY: the caller's.
                 unsafe { simd.$store_part(p, v, n) }
@@ -578,9 +624,9 @@ macro_rules! store {
 }
 
 store! {
-    f32: store_f32 store_part_f32 put_halves;
-    f16: store_f16 store_part_f16 put_halves;
-    bf16: store_bf16 store_part_bf16 put_bf16_pair;
+    f32: store_f32 store_part_f32 put_halves, store_four_f32;
+    f16: store_f16 store_part_f16 put_halves, store_four_f16;
+    bf16: store_bf16 store_part_bf16 put_bf16_pair, store_four_bf16;
 }
 
 impl Load for SaturatingF16 {
@@ -616,6 +662,14 @@ impl LoadStore for SaturatingF16 {
     unsafe fn store_pair<S: Simd>(simd: S, p: *mut Self, v: [S::V; 2]) {
         // SAFETY: as above.
         unsafe { f16::store_pair(simd, p.cast(), v.map(|v| saturated(simd, v))) }
+    }
+    #[inline(always)]
+    unsafe fn store_four<S: Simd>(simd: S, p: *mut Self, mut v: [S::V; 4]) {
+        for v in &mut v {
+            *v = saturated(simd, *v);
+        }
+        // SAFETY: as above.
+        unsafe { f16::store_four(simd, p.cast(), v) }
     }
     #[inline(always)]
     unsafe fn store_part<S: Simd>(simd: S, p: *mut Self, v: S::V, n: usize) {

@@ -99,6 +99,7 @@ impl Simd for Avx2 {
     const NARROW_LOOPS: bool = true;
     const DEINTERLEAVED_BF16: bool = true;
     const E4M3_FRACTION: f32 = 256.0;
+    const WRITES_SEVERAL: bool = true;
 
     level_features!(Avx2, outline! {});
 
@@ -476,6 +477,34 @@ impl Simd for Avx2 {
     unsafe fn store_bf16(self, p: *mut bf16, v: __m256) {
         // SAFETY: the caller's.
         unsafe { _mm_storeu_si128(p.cast(), self.round_bf16(v)) }
+    }
+    #[inline(always)]
+    unsafe fn store_four_f16(self, p: *mut f16, v: [__m256; 4]) {
+        for (i, v) in v.as_chunks::<2>().0.iter().enumerate() {
+            // SAFETY: the caller's; the token proves F16C. A store of what is converted takes more than that of a whole vector.
+            unsafe {
+                let [low, high] = v.map(|v| _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v));
+                _mm256_storeu_si256(p.add(16 * i).cast(), _mm256_set_m128i(high, low));
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_four_bf16(self, p: *mut bf16, v: [__m256; 4]) {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let nan = |x, y| a._mm256_cmp_ps::<_CMP_UNORD_Q>(x, y);
+        if a._mm256_movemask_ps(a._mm256_or_ps(nan(v[0], v[1]), nan(v[2], v[3]))) != 0 {
+            for (i, v) in v.into_iter().enumerate() {
+                // SAFETY: the caller's.
+                unsafe { self.store_bf16(p.add(8 * i), v) };
+            }
+            return;
+        }
+        for (i, v) in v.as_chunks::<2>().0.iter().enumerate() {
+            let [x, y] = v.map(|v| a2._mm256_srli_epi32::<16>(self.rounded_short(v)));
+            let words = a2._mm256_permute4x64_epi64::<0b11_01_10_00>(a2._mm256_packus_epi32(x, y));
+            // SAFETY: the caller's.
+            unsafe { _mm256_storeu_si256(p.add(16 * i).cast(), words) };
+        }
     }
     #[inline(always)]
     unsafe fn store_pair_bf16(self, p: *mut bf16, [even, odd]: [__m256; 2]) {

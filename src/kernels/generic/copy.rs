@@ -1,7 +1,8 @@
 //! Converting copies: the cache write and the explicit repeat of heads.
 //!
 //! Bound by memory: every source element is read once and every target element written once; widening and narrowing are
-//! one to six instructions a vector, which hide behind the loads.
+//! one to six instructions a vector, which hide behind the loads. Where the level has it ([`Simd::WRITES_SEVERAL`]), four vectors are
+//! narrowed at a time: whole vectors are stored, and NaN is looked for once.
 
 use crate::dtype::DType;
 use crate::kernels::api::CopyArgs;
@@ -21,6 +22,17 @@ pub(crate) unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(s: S, src: *const 
         return;
     }
     let mut i = 0;
+    while const { S::WRITES_SEVERAL } && i + 4 * S::LANES <= n {
+        let mut v = [s.zero(); 4];
+        // SAFETY: four vectors are left.
+        unsafe {
+            for (j, v) in v.iter_mut().enumerate() {
+                *v = A::load(s, src.add(i + j * S::LANES));
+            }
+            B::store_four(s, dst.add(i), v);
+        }
+        i += 4 * S::LANES;
+    }
     while i + S::LANES <= n {
         // SAFETY: i + LANES <= n.
         unsafe { B::store(s, dst.add(i), A::load(s, src.add(i))) };
@@ -55,7 +67,7 @@ pub(crate) unsafe fn copy<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &Copy
     let together =
         args.repeats == 1 && (args.src_dim, args.dst_dim) == (1, 1) && (args.src_head, args.dst_head) == (dim, dim);
     let (heads, dim) = if together { (1, args.heads * args.dim) } else { (args.heads, args.dim) };
-    // A conversion is slow enough for the hardware's prefetcher.
+    // A conversion of one vector at a time is slow enough for the hardware's prefetcher.
     let asks = A::DTYPE == B::DTYPE && (args.src_prefetch, args.dst_prefetch) != (0, 0);
     for head in 0..heads {
         let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
@@ -67,6 +79,17 @@ pub(crate) unsafe fn copy<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &Copy
                 ask_for_next::<S, A, B>(s, &CopyArgs { src_prefetch, ..*args }, src, dst, dim);
             }
             if args.src_dim == 1 && args.dst_dim == 1 {
+                if const { S::WRITES_SEVERAL } && A::DTYPE != B::DTYPE && args.src_prefetch != 0 {
+                    // A part at a time, so that prefetches are spread.
+                    for first in (0..dim).step_by(STAGE) {
+                        let (n, src, dst) =
+                            ((dim - first).min(STAGE), src.wrapping_add(first), dst.wrapping_add(first));
+                        ask_for_next::<S, A, B>(s, args, src, dst, n);
+                        // SAFETY: the caller's.
+                        unsafe { run::<S, A, B>(s, src, dst, n) };
+                    }
+                    continue;
+                }
                 // SAFETY: the caller's.
                 unsafe { run::<S, A, B>(s, src, dst, dim) };
             } else {
@@ -87,12 +110,17 @@ pub(crate) fn ask_for_next<S: Simd, A: LoadStore, B: LoadStore>(
     dst: *const B,
     dim: usize,
 ) {
+    prefetch_next(s, args, (src.cast(), dim * size_of::<A>()), (dst.cast(), dim * size_of::<B>()));
+}
+
+/// The same of what is copied after some bytes, which go to others.
+#[inline(always)]
+pub(crate) fn prefetch_next<S: Simd>(s: S, args: &CopyArgs, from: (*const u8, usize), to: (*const u8, usize)) {
     if args.src_prefetch != 0 {
-        lines(src.cast(), dim * size_of::<A>()).for_each(|line| s.prefetch(line.wrapping_offset(args.src_prefetch)));
+        lines(from.0, from.1).for_each(|line| s.prefetch(line.wrapping_offset(args.src_prefetch)));
     }
     if args.dst_prefetch != 0 {
-        lines(dst.cast(), dim * size_of::<B>())
-            .for_each(|line| s.prefetch_write(line.wrapping_offset(args.dst_prefetch)));
+        lines(to.0, to.1).for_each(|line| s.prefetch_write(line.wrapping_offset(args.dst_prefetch)));
     }
 }
 
