@@ -5,7 +5,7 @@
 //! Every method is `inline(always)`, and is inlined into functions with the level's `target_feature`s only (the shells
 //! that [`kernel_shells!`](super::kernel_shells) writes). Without inlining it would pass vectors through memory.
 
-use super::generic::fp8::{E4m3, E4m3Fraction, E5m2};
+use super::generic::fp8::{E4m3, E4m3Fraction, E5m2, Fp8, rounded};
 use crate::dtype::{Element, SaturatingF16};
 pub(crate) use crate::problem::limits::MAX_LANES;
 use crate::problem::tile::PACK_ROWS;
@@ -82,6 +82,11 @@ pub(crate) trait Simd: Copy {
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger; `b` where `a` is a quiet NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller; `b` where either is NaN.
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        self.select_lt(a, b, a, b)
+    }
     /// `x` where `a < b`, otherwise `y` (also if either is NaN).
     fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
     /// 0 where `a < b`, otherwise `x` (also if either is NaN).
@@ -143,6 +148,24 @@ pub(crate) trait Simd: Copy {
     }
     /// The largest lane; NaN lanes may be ignored.
     fn max_lane(self, a: Self::V) -> f32;
+    /// The larger of numbers without a sign; not finite if one of them is not.
+    #[inline(always)]
+    fn max_bits(self, a: Self::V, b: Self::V) -> Self::V {
+        let larger = self.max(a, b);
+        // A NaN minus itself is NaN, and so is its sum with a number.
+        self.add(larger, self.add(self.sub(a, a), self.sub(b, b)))
+    }
+    /// Lane i of the result is what the operation makes of all lanes of `v[i]`. Only the first [`Self::LANES`] entries are used.
+    #[inline(always)]
+    fn fold_lanes<F: Fold>(self, v: &[Self::V; MAX_LANES]) -> Self::V {
+        let mut rows = *v;
+        self.transpose(&mut rows);
+        let mut all = rows[0];
+        for &row in &rows[1..Self::LANES] {
+            all = F::of(self, all, row);
+        }
+        all
+    }
     /// Whether every lane is finite.
     fn all_finite(self, a: Self::V) -> bool;
     /// The transpose of the `LANES x LANES` block in the first [`Self::LANES`] entries.
@@ -349,6 +372,17 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// As [`Self::store_f32`].
     unsafe fn store_i8(self, p: *mut i8, v: Self::V);
+    /// As [`Self::store_i8`], of four vectors that lie together.
+    ///
+    /// # Safety
+    /// `4 * LANES` bytes are writable at `p`.
+    #[inline(always)]
+    unsafe fn store_four_i8(self, p: *mut i8, v: [Self::V; 4]) {
+        for (i, v) in v.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { self.store_i8(p.add(i * Self::LANES), v) };
+        }
+    }
     /// # Safety
     /// As [`Self::store_part_f32`].
     #[inline(always)]
@@ -358,6 +392,19 @@ pub(crate) trait Simd: Copy {
         unsafe {
             self.store_i8(buffer.as_mut_ptr(), v);
             std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
+        }
+    }
+    /// The units of an eight-bit float next to a block's magnitudes, which are at most the largest number or NaN, with the signs of as
+    /// many other numbers.
+    ///
+    /// # Safety
+    /// [`BLOCK`] bytes are writable at `p`.
+    #[inline(always)]
+    unsafe fn store_fp8<U: Fp8>(self, p: *mut u8, magnitudes: &BlockVectors<Self>, signs: &BlockVectors<Self>) {
+        for i in 0..BLOCK / Self::LANES {
+            let units = rounded::<_, U>(self, self.copysign(magnitudes[i], signs[i]));
+            // SAFETY: the caller's.
+            unsafe { self.store_low_bytes(p.add(i * Self::LANES), units) };
         }
     }
     /// # Safety
@@ -459,6 +506,15 @@ pub(crate) trait Simd: Copy {
     }
 }
 
+/// Elements of a block, or that are converted at a time.
+pub(crate) const BLOCK: usize = 32;
+
+/// [`BLOCK`] elements: the first `BLOCK / LANES` vectors.
+pub(crate) type BlockVectors<S> = [<S as Simd>::V; MAX_VECTORS];
+
+/// Vectors of a block at the level with the fewest lanes.
+pub(crate) const MAX_VECTORS: usize = BLOCK / 4;
+
 /// Bytes of a cache line.
 pub(crate) const LINE: usize = 64;
 
@@ -466,6 +522,21 @@ pub(crate) const LINE: usize = 64;
 #[inline(always)]
 pub(crate) fn lines(p: *const u8, bytes: usize) -> impl Iterator<Item = *const u8> {
     (0..bytes).step_by(LINE).map(move |i| p.wrapping_add(i))
+}
+
+/// An operation whose order does not matter. No closure, which would be a function of its own without the level's features.
+pub(crate) trait Fold {
+    fn of<S: Simd>(s: S, a: S::V, b: S::V) -> S::V;
+}
+
+/// [`Simd::max_bits`].
+pub(crate) struct MaxBits;
+
+impl Fold for MaxBits {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, a: S::V, b: S::V) -> S::V {
+        s.max_bits(a, b)
+    }
 }
 
 /// A part of a kernel that becomes a separate function.

@@ -1,7 +1,7 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
-use super::generic::fp8::{E4m3, E4m3Fraction, E5m2};
-use super::simd::{MAX_LANES, Simd};
+use super::generic::fp8::{E4m3, E4m3Fraction, E5m2, Fp8};
+use super::simd::{BlockVectors, Fold, MAX_LANES, Simd};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
 use crate::kernels::simd::outline;
@@ -77,6 +77,14 @@ impl Avx2 {
         a2._mm256_blend_epi16::<0b1010_1010>(a2._mm256_srli_epi32::<16>(even), odd)
     }
 
+    /// The bytes that were packed from four vectors, in the order of their lanes.
+    #[inline(always)]
+    fn in_order(self, bytes: __m256i) -> __m256i {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        // A pack takes four lanes of each of its operands in turns.
+        a2._mm256_permutevar8x32_epi32(bytes, a._mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
+    }
+
     #[inline(always)]
     fn widen_bf16(self, v: __m128i) -> __m256 {
         let a2 = self.0.avx2;
@@ -135,6 +143,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn max(self, a: __m256, b: __m256) -> __m256 {
         self.0.avx._mm256_max_ps(a, b)
+    }
+    #[inline(always)]
+    fn min(self, a: __m256, b: __m256) -> __m256 {
+        self.0.avx._mm256_min_ps(a, b)
     }
     #[inline(always)]
     fn select_lt(self, a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
@@ -265,6 +277,27 @@ impl Simd for Avx2 {
         let m = sse._mm_max_ps(m, sse._mm_movehl_ps(m, m));
         let m = sse._mm_max_ss(m, self.0.sse3._mm_movehdup_ps(m));
         sse._mm_cvtss_f32(m)
+    }
+    #[inline(always)]
+    fn max_bits(self, a: __m256, b: __m256) -> __m256 {
+        let (a1, a2) = (self.0.avx, self.0.avx2);
+        a1._mm256_castsi256_ps(a2._mm256_max_epi32(a1._mm256_castps_si256(a), a1._mm256_castps_si256(b)))
+    }
+    #[inline(always)]
+    fn fold_lanes<F: Fold>(self, v: &[__m256; MAX_LANES]) -> __m256 {
+        let a = self.0.avx;
+        // The tree of `sum_lanes`.
+        let mut w = [v[0]; 4];
+        for i in 0..4 {
+            let (x, y) = (v[i], v[i + 4]);
+            w[i] = F::of(self, a._mm256_blend_ps::<0xf0>(x, y), a._mm256_permute2f128_ps::<0x21>(x, y));
+        }
+        for i in 0..2 {
+            let (x, y) = (w[i], w[i + 2]);
+            w[i] = F::of(self, a._mm256_blend_ps::<0xcc>(x, y), a._mm256_shuffle_ps::<0b01_00_11_10>(x, y));
+        }
+        let swapped = a._mm256_permute_ps::<0b10_11_00_01>(a._mm256_blend_ps::<0xaa>(w[1], w[0]));
+        F::of(self, a._mm256_blend_ps::<0xaa>(w[0], w[1]), swapped)
     }
     #[inline(always)]
     fn all_finite(self, a: __m256) -> bool {
@@ -462,6 +495,44 @@ impl Simd for Avx2 {
         let words = a._mm256_castsi256_si128(a2._mm256_permute4x64_epi64::<0b11_01_10_00>(words));
         // SAFETY: eight bytes are writable.
         unsafe { _mm_storel_epi64(p.cast(), _mm_packs_epi16(words, words)) }
+    }
+    #[inline(always)]
+    unsafe fn store_four_i8(self, p: *mut i8, v: [__m256; 4]) {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        // The rounding mode as above.
+        let [x, y, z, w] = v.map(|v| a._mm256_cvtps_epi32(v));
+        let bytes = a2._mm256_packs_epi16(a2._mm256_packs_epi32(x, y), a2._mm256_packs_epi32(z, w));
+        // SAFETY: 32 bytes are writable.
+        unsafe { _mm256_storeu_si256(p.cast(), self.in_order(bytes)) }
+    }
+    #[inline(always)]
+    unsafe fn store_fp8<U: Fp8>(self, p: *mut u8, magnitudes: &BlockVectors<Self>, signs: &BlockVectors<Self>) {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        // A power of two whose last place is that of a unit is added, which rounds, and is taken off the pattern, which leaves the number of
+        // last places: the unit, but for its exponent.
+        let (power, least) = (self.splat((1 << U::SHIFT) as f32), self.splat(U::MIN_NORMAL));
+        let unbiased = (U::SHIFT << 23) + ((U::BIAS + 1) << (23 - U::SHIFT));
+        let (x, y) = (magnitudes, signs);
+        let mut words = [a._mm256_setzero_si256(); 4];
+        for (word, &x) in words.iter_mut().zip(x) {
+            let exponent = a._mm256_and_ps(x, self.splat(f32::INFINITY));
+            let exponent = self.max_bits(exponent, least);
+            let sum = a._mm256_castps_si256(self.fma(exponent, power, x));
+            let biased = a._mm256_castps_si256(self.shift_bits(exponent, U::SHIFT));
+            let last = a2._mm256_sub_epi32(sum, a._mm256_castps_si256(exponent));
+            *word = a2._mm256_sub_epi32(a2._mm256_add_epi32(last, biased), a._mm256_set1_epi32(unbiased as i32));
+        }
+        // NaN becomes a negative number, which is a large one without a sign.
+        let words = [a2._mm256_packs_epi32(words[0], words[1]), a2._mm256_packs_epi32(words[2], words[3])]
+            .map(|words| a2._mm256_min_epu16(words, a._mm256_set1_epi16(0x7f)));
+        let units = a2._mm256_packus_epi16(words[0], words[1]);
+        let [s, t, u, v] = [y[0], y[1], y[2], y[3]].map(|y| a._mm256_castps_si256(y));
+        let signs = a2._mm256_packs_epi16(a2._mm256_packs_epi32(s, t), a2._mm256_packs_epi32(u, v));
+        let signs = a2._mm256_and_si256(signs, a._mm256_set1_epi8(i8::MIN));
+        let nan = a2._mm256_cmpeq_epi8(units, a._mm256_set1_epi8(0x7f));
+        let units = a2._mm256_or_si256(units, a2._mm256_andnot_si256(nan, signs));
+        // SAFETY: 32 bytes are writable.
+        unsafe { _mm256_storeu_si256(p.cast(), self.in_order(units)) }
     }
     #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: __m256) {

@@ -10,16 +10,25 @@
 //!
 //! The largest magnitude does not depend on the order, and divisions and roundings are those of IEEE 754, so that
 //! every level computes the same bits. A head is read twice, the second time from the first-level cache, unless it stays in registers.
-//! Units are products by the reciprocal of the scale, which are rounded to the same integers as quotients where none is close to a half;
-//! one head in a hundred has such an element, and is divided. What bounds it: with 16 lanes, a vector takes ten operations and a head
-//! two maxima over lanes; the steps of one head depend on each other, and two heads at most are in flight.
+//!
+//! One head after another: units are products by the reciprocal of the scale, which are rounded to the same integers as quotients where
+//! none is close to a half; one head in a hundred has such an element, and is divided. What bounds it: with 16 lanes, a vector takes ten
+//! operations and a head two maxima over lanes; the steps of one head depend on each other, and two heads at most are in flight.
+//!
+//! Several heads ([`Simd::WRITES_SEVERAL`]): those of half of the lanes are reduced to one vector of magnitudes by a tree and divided
+//! side by side, before the units of the heads before them are written, so that nothing waits for the 60 cycles of maxima and divisions.
+//! Quotients are exact enough without a division ([`Reciprocals`]). What bounds it, in AVX2: of 8 elements, two operations for
+//! magnitudes, two multiply-adds, one conversion and 1.25 to pack them, at four per cycle 25 cycles of a head of 128. Loops with
+//! multiply-adds and packs reach 2.5 per cycle: 8 cycles for magnitudes and 27 for units, and with what is computed once per head 60.
 
-use super::copy::{STAGE, gather, scatter};
+use super::copy::{STAGE, gather, prefetch_next, scatter};
 use crate::dtype::DType;
 use crate::kernels::api::ScaledArgs;
-use crate::kernels::simd::{Load, LoadStore, Simd};
+pub(super) use crate::kernels::simd::{BlockVectors as Vectors, MAX_VECTORS};
+use crate::kernels::simd::{Load, LoadStore, MAX_LANES, MaxBits, Simd};
 use half::f16;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// The largest magnitude of a unit.
 const MAX_UNIT: f32 = 127.0;
@@ -30,14 +39,47 @@ const MAX_UNIT: f32 = 127.0;
 /// Every address that `args` describes is valid; source, units and scales do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn quantize<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs) {
+    let heads = args.copy.heads;
+    if const { S::WRITES_SEVERAL } && (args.copy.src_dim, args.copy.dst_dim) == (1, 1) {
+        // The scales of the next heads are computed before the units of the last ones, which hides how long they take.
+        let step = together::<S>();
+        let mut scales = [Scales::new(), Scales::new()];
+        let mut now = 0;
+        // SAFETY: the caller's, here and below.
+        unsafe {
+            scales[0].compute::<_, A>(s, args, 0..step.min(heads));
+            while !scales[now].heads.is_empty() {
+                let (next, end) = (1 - now, scales[now].heads.end);
+                scales[next].compute::<_, A>(s, args, end..(end + step).min(heads));
+                if scales[now].holds {
+                    scales[now].quantize::<_, A>(s, args);
+                } else {
+                    each::<_, A>(s, args, scales[now].heads.clone());
+                }
+                now = next;
+            }
+        }
+        return;
+    }
+    // SAFETY: the caller's.
+    unsafe { each::<_, A>(s, args, 0..heads) };
+}
+
+/// Quantises heads one after another.
+///
+/// # Safety
+/// As [`quantize`].
+#[inline(always)]
+unsafe fn each<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs, heads: Range<usize>) {
     let c = &args.copy;
     let mut from = MaybeUninit::<[A; STAGE]>::uninit();
     let mut to = MaybeUninit::<[i8; STAGE]>::uninit();
     let (from, to): (*mut A, *mut i8) = (from.as_mut_ptr().cast(), to.as_mut_ptr().cast());
-    for head in 0..c.heads as isize {
+    for head in heads {
+        let head = head as isize;
         let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
         let dst = c.dst.cast::<i8>().wrapping_offset(head * c.dst_head);
-        if c.dim == RESIDENT * S::LANES && c.src_dim == 1 && c.dst_dim == 1 {
+        if const { !S::WRITES_SEVERAL } && c.dim == RESIDENT * S::LANES && c.src_dim == 1 && c.dst_dim == 1 {
             // SAFETY: the caller's.
             unsafe { resident(s, args, head, src, dst) };
             continue;
@@ -48,6 +90,202 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs) {
         let scale = unsafe { put_scale(args, head, peak) };
         // SAFETY: as above.
         unsafe { convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &ToUnits(scale)) };
+    }
+}
+
+/// The scales of a few heads whose elements and units lie together.
+struct Scales {
+    heads: Range<usize>,
+    /// As they are stored.
+    floats: [f32; MAX_LANES],
+    halves: [f16; MAX_LANES],
+    reciprocals: Reciprocals,
+    /// Whether [`Reciprocals`] hold for all scales.
+    holds: bool,
+}
+
+impl Scales {
+    #[inline(always)]
+    fn new() -> Self {
+        let reciprocals = Reciprocals::new();
+        Self { heads: 0..0, floats: [0.0; MAX_LANES], halves: [f16::ZERO; MAX_LANES], reciprocals, holds: false }
+    }
+
+    /// Computes those of at most [`together`] heads.
+    ///
+    /// # Safety
+    /// As [`quantize`].
+    #[inline(always)]
+    unsafe fn compute<S: Simd, A: LoadStore>(&mut self, s: S, args: &ScaledArgs, heads: Range<usize>) {
+        let c = &args.copy;
+        self.heads = heads.clone();
+        if heads.is_empty() {
+            return;
+        }
+        let mut from = [c.src.cast::<A>(); MAX_LANES];
+        for (i, from) in from[..together::<S>()].iter_mut().enumerate() {
+            // Where there are fewer, the last one again.
+            *from = from.wrapping_offset((heads.start + i).min(heads.end - 1) as isize * c.src_head);
+        }
+        // SAFETY: the caller's.
+        let rows = unsafe { magnitudes(s, &from, c.dim) };
+        let mut scales = s.div(s.fold_lanes::<MaxBits>(&rows), s.splat(MAX_UNIT));
+        let mut least = Reciprocals::LEAST;
+        // SAFETY: an array holds a whole vector.
+        unsafe {
+            if args.scale_dtype == DType::F16 {
+                s.store_f16(self.halves.as_mut_ptr(), scales);
+                (scales, least) = (s.load_f16(self.halves.as_ptr()), f16::MIN_POSITIVE.to_f32_const());
+            }
+            s.store_f32(self.floats.as_mut_ptr(), scales);
+        }
+        self.holds = !Reciprocals::holds(s, scales, least) & ((1 << heads.len()) - 1) == 0;
+        self.reciprocals.set(s, scales);
+    }
+
+    /// Stores the scales, and quantises the heads.
+    ///
+    /// # Safety
+    /// As [`quantize`]; reciprocals hold.
+    #[inline(always)]
+    unsafe fn quantize<S: Simd, A: LoadStore>(&self, s: S, args: &ScaledArgs) {
+        let c = &args.copy;
+        for (i, head) in self.heads.clone().enumerate() {
+            let (head, at) = (head as isize, head as isize * args.scale_head);
+            let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
+            let dst = c.dst.cast::<i8>().wrapping_offset(head * c.dst_head);
+            // SAFETY: the caller's; a part is what is left.
+            unsafe {
+                match args.scale_dtype {
+                    DType::F32 => *args.scales.cast::<f32>().wrapping_offset(at) = self.floats[i],
+                    DType::F16 => *args.scales.cast::<f16>().wrapping_offset(at) = self.halves[i],
+                    // The check of a cache's scales rejects bf16.
+                    DType::Bf16 => {}
+                }
+                prefetch_next(s, c, (src.cast(), c.dim * size_of::<A>()), (dst.cast(), c.dim));
+                let by = self.reciprocals.of(s, i);
+                let mut at = 0;
+                while at + 4 * S::LANES <= c.dim {
+                    let mut units = [s.zero(); 4];
+                    for (i, unit) in units.iter_mut().enumerate() {
+                        *unit = by.quotient(s, A::load(s, src.add(at + i * S::LANES)));
+                    }
+                    s.store_four_i8(dst.add(at), units);
+                    at += 4 * S::LANES;
+                }
+                while at + S::LANES <= c.dim {
+                    s.store_i8(dst.add(at), by.quotient(s, A::load(s, src.add(at))));
+                    at += S::LANES;
+                }
+                if at < c.dim {
+                    let left = c.dim - at;
+                    s.store_part_i8(dst.add(at), by.quotient(s, A::load_part(s, src.add(at), left)), left);
+                }
+            }
+        }
+    }
+}
+
+/// Heads or groups whose scales are computed together: half of the lanes, so that the next ones are in flight with them.
+pub(super) const fn together<S: Simd>() -> usize {
+    S::LANES / 2
+}
+
+/// The largest magnitudes of [`together`] heads in the lanes of a vector each; not finite where an element is not.
+///
+/// # Safety
+/// `n` elements are readable at each address.
+#[inline(always)]
+unsafe fn magnitudes<S: Simd, A: LoadStore>(s: S, from: &[*const A; MAX_LANES], n: usize) -> [S::V; MAX_LANES] {
+    let mut most = [s.zero(); MAX_LANES];
+    let mut at = 0;
+    // SAFETY: the caller's; a part is what is left.
+    unsafe {
+        while at + 2 * S::LANES <= n {
+            for i in 0..together::<S>() {
+                let [x, y] = [A::load(s, from[i].add(at)), A::load(s, from[i].add(at + S::LANES))];
+                most[i] = s.max_bits(most[i], s.max_bits(s.abs(x), s.abs(y)));
+            }
+            at += 2 * S::LANES;
+        }
+        while at < n {
+            let left = n - at;
+            for i in 0..together::<S>() {
+                let from = from[i].add(at);
+                let x = if left >= S::LANES { A::load(s, from) } else { A::load_part(s, from, left) };
+                most[i] = s.max_bits(most[i], s.abs(x));
+            }
+            at += S::LANES;
+        }
+    }
+    most
+}
+
+/// The reciprocals of several divisors in two parts, whose sum is closer to them than an f32. The products of a dividend with both,
+/// rounded and added in one operation, are on the same side of every number of five bits, and of every integer and a half below 256, as
+/// the rounded quotient, and rounded to the same integer. That was counted for all fractions of divisors, and does not hold for the
+/// largest one.
+pub(super) struct Reciprocals {
+    high: [f32; MAX_LANES],
+    low: [f32; MAX_LANES],
+}
+
+/// One of [`Reciprocals`], in every lane.
+pub(super) struct Reciprocal<S: Simd> {
+    high: S::V,
+    low: S::V,
+}
+
+impl Reciprocals {
+    /// The least divisor: far from those whose products are subnormal.
+    pub const LEAST: f32 = f32::from_bits((127 - 90) << 23);
+
+    pub const fn new() -> Self {
+        Self { high: [0.0; MAX_LANES], low: [0.0; MAX_LANES] }
+    }
+
+    /// The bits of divisors for which they hold: from `least` on, which is at least [`Self::LEAST`], below the largest f16, without the
+    /// largest fraction.
+    #[inline(always)]
+    pub fn holds<S: Simd>(s: S, divisors: S::V, least: f32) -> u64 {
+        let fraction = s.splat(f32::from_bits((1 << 23) - 1));
+        s.lt_bits(divisors, s.splat(f16::MAX.to_f32_const()))
+            & !s.lt_bits(divisors, s.splat(least))
+            & s.lt_bits(s.and_bits(divisors, fraction), fraction)
+    }
+
+    /// Sets those of these divisors, and returns their first parts: the nearest f32.
+    #[inline(always)]
+    pub fn set<S: Simd>(&mut self, s: S, divisors: S::V) -> S::V {
+        let one = s.splat(1.0);
+        let high = s.div(one, divisors);
+        let low = s.mul(s.fma(s.mul(divisors, s.splat(-1.0)), high, one), high);
+        // SAFETY: an array holds a whole vector.
+        unsafe {
+            s.store_f32(self.high.as_mut_ptr(), high);
+            s.store_f32(self.low.as_mut_ptr(), low);
+        }
+        high
+    }
+
+    /// That of divisor i.
+    #[inline(always)]
+    pub fn of<S: Simd>(&self, s: S, i: usize) -> Reciprocal<S> {
+        Reciprocal { high: s.splat(self.high[i]), low: s.splat(self.low[i]) }
+    }
+}
+
+impl<S: Simd> Reciprocal<S> {
+    /// The quotients by the divisor.
+    #[inline(always)]
+    pub fn quotient(&self, s: S, x: S::V) -> S::V {
+        s.fma(x, self.high, s.mul(x, self.low))
+    }
+
+    /// The products with the nearest f32.
+    #[inline(always)]
+    pub fn product(&self, s: S, x: S::V) -> S::V {
+        s.mul(x, self.high)
     }
 }
 
@@ -84,12 +322,6 @@ unsafe fn resident<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs, head: isize, 
     // SAFETY: as above.
     unsafe { units::<_, _, true>(s, src, dst, scale, RESIDENT * S::LANES) };
 }
-
-/// [`N`](super::blocks::N) elements: the first `N / LANES` vectors.
-pub(super) type Vectors<S> = [<S as Simd>::V; MAX_VECTORS];
-
-/// Vectors of the level with the fewest lanes.
-pub(super) const MAX_VECTORS: usize = super::blocks::N / 4;
 
 /// The largest magnitudes with those of a vector, and whether all was finite: 0 times a finite number is 0, and 0 times NaN or infinity
 /// is NaN, which persists.
