@@ -394,6 +394,62 @@ pub(crate) trait Simd: Copy {
             std::ptr::copy_nonoverlapping(buffer.as_ptr(), p, n);
         }
     }
+    /// Halves of the numbers of a block, rounded to the nearest integer, ties away from zero, as bytes. Numbers are from -255 to 255.
+    ///
+    /// # Safety
+    /// [`BLOCK`] bytes are writable at `p`.
+    #[inline(always)]
+    unsafe fn store_halves_away(self, p: *mut i8, v: &BlockVectors<Self>) {
+        for (i, &x) in v[..BLOCK / Self::LANES].iter().enumerate() {
+            let x = self.mul(x, self.splat(0.5));
+            // To nearest, ties to even, which have a rest of a half where they went down.
+            let nearest = self.round(self.abs(x));
+            let rest = self.sub(self.abs(x), nearest);
+            let away = self.select_lt(rest, self.splat(0.5), nearest, self.add(nearest, self.splat(1.0)));
+            // SAFETY: the caller's.
+            unsafe { self.store_i8(p.add(i * Self::LANES), self.copysign(away, x)) };
+        }
+    }
+    /// The integers of a block's numbers, which are below 2^15 and above -1, without their fractions; those above `most` become `most`.
+    #[inline(always)]
+    fn cut_block(self, v: &BlockVectors<Self>, most: u8) -> [u8; BLOCK] {
+        let (mut bytes, most) = ([0; BLOCK], self.splat(f32::from(most)));
+        for (i, &x) in v[..BLOCK / Self::LANES].iter().enumerate() {
+            let nearest = self.round(x);
+            let whole = self.select_lt(x, nearest, self.sub(nearest, self.splat(1.0)), nearest);
+            let whole = self.select_lt(whole, most, self.max(whole, self.zero()), most);
+            // From 2^23 on, a pattern ends with the integer.
+            let low = self.and_bits(self.add(whole, self.splat((1 << 23) as f32)), self.splat(f32::from_bits(0xff)));
+            // SAFETY: the array holds a block.
+            unsafe { self.store_low_bytes(bytes.as_mut_ptr().add(i * Self::LANES), low) };
+        }
+        bytes
+    }
+    /// How many of 15 integers each of a block's numbers, which are above -256 and below 255, is not less than.
+    #[inline(always)]
+    fn count_reached(self, v: &BlockVectors<Self>, integers: &[i16; 15]) -> [u8; BLOCK] {
+        let mut numbers = [0.0; BLOCK];
+        for (i, &x) in v[..BLOCK / Self::LANES].iter().enumerate() {
+            // SAFETY: the array holds a block.
+            unsafe { self.store_f32(numbers.as_mut_ptr().add(i * Self::LANES), x) };
+        }
+        numbers.map(|x| integers.iter().map(|&integer| u8::from(x >= f32::from(integer))).sum())
+    }
+    /// The entries of a table with these numbers from 0 to 15.
+    #[inline(always)]
+    fn look_up_bytes(self, numbers: [u8; BLOCK], table: &[i8; 16]) -> [i8; BLOCK] {
+        numbers.map(|number| table[usize::from(number % 16)])
+    }
+    /// The low halves of bytes: those of the first 16 as low halves, those of the others as high halves.
+    #[inline(always)]
+    fn low_halves(self, bytes: [u8; BLOCK]) -> [u8; BLOCK / 2] {
+        std::array::from_fn(|i| bytes[i] & 15 | bytes[i + BLOCK / 2] << 4)
+    }
+    /// Bit 4 of every byte; that of byte i as bit i.
+    #[inline(always)]
+    fn fifth_bits(self, bytes: [u8; BLOCK]) -> u32 {
+        bytes.iter().rev().fold(0, |bits, byte| bits << 1 | u32::from(byte >> 4 & 1))
+    }
     /// The units of an eight-bit float next to a block's magnitudes, which are at most the largest number or NaN, with the signs of as
     /// many other numbers.
     ///
@@ -532,10 +588,30 @@ pub(crate) trait Fold {
 /// [`Simd::max_bits`].
 pub(crate) struct MaxBits;
 
+/// [`Simd::max`].
+pub(crate) struct Max;
+
+/// [`Simd::min`].
+pub(crate) struct Min;
+
 impl Fold for MaxBits {
     #[inline(always)]
     fn of<S: Simd>(s: S, a: S::V, b: S::V) -> S::V {
         s.max_bits(a, b)
+    }
+}
+
+impl Fold for Max {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, a: S::V, b: S::V) -> S::V {
+        s.max(a, b)
+    }
+}
+
+impl Fold for Min {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, a: S::V, b: S::V) -> S::V {
+        s.min(a, b)
     }
 }
 

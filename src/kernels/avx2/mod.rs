@@ -1,7 +1,7 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
 use super::generic::fp8::{E4m3, E4m3Fraction, E5m2, Fp8};
-use super::simd::{BlockVectors, Fold, MAX_LANES, Simd};
+use super::simd::{BLOCK, BlockVectors, Fold, MAX_LANES, Simd};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
 use crate::kernels::simd::outline;
@@ -75,6 +75,18 @@ impl Avx2 {
     fn upper_halves(self, even: __m256i, odd: __m256i) -> __m256i {
         let a2 = self.0.avx2;
         a2._mm256_blend_epi16::<0b1010_1010>(a2._mm256_srli_epi32::<16>(even), odd)
+    }
+
+    #[inline(always)]
+    fn array(bytes: __m256i) -> [u8; BLOCK] {
+        // SAFETY: both are 32 bytes.
+        unsafe { std::mem::transmute(bytes) }
+    }
+
+    #[inline(always)]
+    fn vector(bytes: [u8; BLOCK]) -> __m256i {
+        // SAFETY: as above.
+        unsafe { std::mem::transmute(bytes) }
     }
 
     /// The bytes that were packed from four vectors, in the order of their lanes.
@@ -504,6 +516,66 @@ impl Simd for Avx2 {
         let bytes = a2._mm256_packs_epi16(a2._mm256_packs_epi32(x, y), a2._mm256_packs_epi32(z, w));
         // SAFETY: 32 bytes are writable.
         unsafe { _mm256_storeu_si256(p.cast(), self.in_order(bytes)) }
+    }
+    #[inline(always)]
+    unsafe fn store_halves_away(self, p: *mut i8, v: &BlockVectors<Self>) {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let [x, y, z, w] = [v[0], v[1], v[2], v[3]].map(|v| a._mm256_cvttps_epi32(v));
+        let words = [a2._mm256_packs_epi32(x, y), a2._mm256_packs_epi32(z, w)];
+        // The average with 0 is rounded up.
+        let [low, high] = words.map(|words| {
+            let away = a2._mm256_avg_epu16(a2._mm256_abs_epi16(words), a._mm256_setzero_si256());
+            a2._mm256_sign_epi16(away, words)
+        });
+        // SAFETY: 32 bytes are writable.
+        unsafe { _mm256_storeu_si256(p.cast(), self.in_order(a2._mm256_packs_epi16(low, high))) }
+    }
+    #[inline(always)]
+    fn cut_block(self, v: &BlockVectors<Self>, most: u8) -> [u8; BLOCK] {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let [x, y, z, w] = [v[0], v[1], v[2], v[3]].map(|v| a._mm256_cvttps_epi32(v));
+        let bytes = a2._mm256_packus_epi16(a2._mm256_packs_epi32(x, y), a2._mm256_packs_epi32(z, w));
+        Self::array(a2._mm256_min_epu8(self.in_order(bytes), a._mm256_set1_epi8(most as i8)))
+    }
+    #[inline(always)]
+    fn count_reached(self, v: &BlockVectors<Self>, integers: &[i16; 15]) -> [u8; BLOCK] {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let [x, y, z, w] = [v[0], v[1], v[2], v[3]]
+            .map(|v| a._mm256_cvtps_epi32(a._mm256_round_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(v)));
+        let words = [a2._mm256_packs_epi32(x, y), a2._mm256_packs_epi32(z, w)];
+        // Halves rounded down reach what half of an even integer reaches, and halves rounded up what half of an odd one does, rounded up.
+        let [x, y] = words.map(|words| a2._mm256_srai_epi16::<1>(words));
+        let [z, w] = words.map(|words| a2._mm256_srai_epi16::<1>(a2._mm256_sub_epi16(words, a._mm256_set1_epi16(-1))));
+        let (down, up) = (a2._mm256_packs_epi16(x, y), a2._mm256_packs_epi16(z, w));
+        let mut count = a._mm256_setzero_si256();
+        for &integer in integers {
+            let halves = if integer % 2 == 0 { down } else { up };
+            let below = ((integer + (integer & 1)) / 2 - 1) as i8;
+            count = a2._mm256_sub_epi8(count, a2._mm256_cmpgt_epi8(halves, a._mm256_set1_epi8(below)));
+        }
+        Self::array(self.in_order(count))
+    }
+    #[inline(always)]
+    fn look_up_bytes(self, numbers: [u8; BLOCK], table: &[i8; 16]) -> [i8; BLOCK] {
+        // SAFETY: the table is 16 bytes; both results are 32 bytes.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            std::mem::transmute(_mm256_shuffle_epi8(table, Self::vector(numbers)))
+        }
+    }
+    #[inline(always)]
+    fn low_halves(self, bytes: [u8; BLOCK]) -> [u8; BLOCK / 2] {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let numbers = a2._mm256_and_si256(Self::vector(bytes), a._mm256_set1_epi8(15));
+        let high =
+            a._mm256_castsi256_si128(a2._mm256_slli_epi16::<4>(a2._mm256_permute4x64_epi64::<0b11_10_11_10>(numbers)));
+        // SAFETY: the token proves SSE2; both are 16 bytes.
+        unsafe { std::mem::transmute(_mm_or_si128(a._mm256_castsi256_si128(numbers), high)) }
+    }
+    #[inline(always)]
+    fn fifth_bits(self, bytes: [u8; BLOCK]) -> u32 {
+        let a2 = self.0.avx2;
+        a2._mm256_movemask_epi8(a2._mm256_slli_epi16::<3>(Self::vector(bytes))) as u32
     }
     #[inline(always)]
     unsafe fn store_fp8<U: Fp8>(self, p: *mut u8, magnitudes: &BlockVectors<Self>, signs: &BlockVectors<Self>) {

@@ -25,15 +25,24 @@
 //! A factor above 65504 becomes infinite in f16, as in the reference: elements above 8.3 million in q8_0.
 //!
 //! All of it is arithmetic of IEEE 754 in one order, so that every level computes the same bits.
+//!
+//! A write takes block after block, or with [`Simd::WRITES_SEVERAL`] as many as a vector has lanes: their largest magnitudes or their
+//! ranges are reduced by one tree, their factors are one division, and both are in flight with the numbers of the blocks before. Blocks
+//! that need more are written one by one: with NaN or an infinity, with a largest magnitude of both signs in the formats where its sign
+//! counts, or with a least element of 0 where that is stored. What bounds it, in AVX2: an element of a vector costs two operations for
+//! the magnitude, or three for a range; a product (and a sum) and a conversion; and packing, which halves the number of vectors with
+//! each step: ties of q8_0 are rounded in words, from cut-off doubles, and numbers are limited as bytes. That is 30 operations for a
+//! block of q8_0, 45 for q4_0, beside 20 for its addresses and a share of the tree: 18 and 21 cycles.
 
-use super::copy::{gather, scatter};
+use super::copy::{gather, prefetch_next, scatter};
 use super::quantize::{self, MAX_VECTORS, Vectors, min_lane, widest};
-use crate::kernels::api::ScaledArgs;
-use crate::kernels::simd::{LoadStore, MAX_LANES, Simd};
+use crate::kernels::api::{CopyArgs, ScaledArgs};
+use crate::kernels::simd::{LoadStore, MAX_LANES, Max, MaxBits, Min, Simd};
 use half::f16;
+use std::mem::MaybeUninit;
 
 /// Elements of a block.
-pub(crate) const N: usize = 32;
+pub(crate) use crate::kernels::simd::BLOCK as N;
 
 /// A block as it lies in a cache.
 pub(crate) trait BlockUnit: Copy + 'static {
@@ -62,6 +71,96 @@ pub(crate) trait BlockUnit: Copy + 'static {
 
     /// A block whose elements are all NaN.
     fn nan() -> Self;
+
+    /// The factors of several blocks.
+    ///
+    /// # Safety
+    /// Their elements are readable.
+    unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors);
+
+    /// Writes the block next to the elements of number i.
+    ///
+    /// # Safety
+    /// The elements are readable, and the block is writable.
+    unsafe fn put<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, i: usize, factors: &Factors);
+}
+
+/// As many blocks as a vector has lanes: the first elements of each, and where the block goes. Where there are fewer, the last one
+/// again.
+pub(crate) struct Several<A, U> {
+    from: [*const A; MAX_LANES],
+    to: [*mut U; MAX_LANES],
+    n: usize,
+}
+
+impl<A: LoadStore, U> Several<A, U> {
+    /// The elements of block i.
+    ///
+    /// # Safety
+    /// They are readable.
+    #[inline(always)]
+    unsafe fn elements<S: Simd>(&self, s: S, i: usize) -> Vectors<S> {
+        let mut x = [s.zero(); MAX_VECTORS];
+        for (j, x) in x[..N / S::LANES].iter_mut().enumerate() {
+            // SAFETY: the caller's; a block has whole vectors.
+            *x = unsafe { A::load(s, self.from[i].add(j * S::LANES)) };
+        }
+        x
+    }
+
+    /// The largest magnitude of each block; not finite if an element is not.
+    ///
+    /// # Safety
+    /// The elements are readable.
+    #[inline(always)]
+    unsafe fn peaks<S: Simd>(&self, s: S) -> S::V {
+        let mut rows = [s.zero(); MAX_LANES];
+        for (i, row) in rows[..S::LANES].iter_mut().enumerate() {
+            // SAFETY: the caller's.
+            let x = unsafe { self.elements(s, i) };
+            *row = s.abs(x[0]);
+            for &x in &x[1..N / S::LANES] {
+                *row = s.max_bits(*row, s.abs(x));
+            }
+        }
+        s.fold_lanes::<MaxBits>(&rows)
+    }
+
+    /// The element with the largest magnitude of each block; and the bits of blocks where it has both signs, or is 0, or an element is not
+    /// finite.
+    ///
+    /// # Safety
+    /// The elements are readable.
+    #[inline(always)]
+    unsafe fn signed_peaks<S: Simd>(&self, s: S) -> (S::V, u64) {
+        // SAFETY: the caller's.
+        let (least, most, finite) = unsafe { self.ranges(s) };
+        let below = s.sub(s.zero(), least);
+        let apart = s.lt_bits(most, below) | s.lt_bits(below, most);
+        (s.select_lt(most, below, least, most), if finite { !apart } else { u64::MAX })
+    }
+
+    /// The least and the most element of each block, and whether all elements are finite: else these may be any numbers.
+    ///
+    /// # Safety
+    /// The elements are readable.
+    #[inline(always)]
+    unsafe fn ranges<S: Simd>(&self, s: S) -> (S::V, S::V, bool) {
+        let (mut least, mut most, mut sum) = ([s.zero(); MAX_LANES], [s.zero(); MAX_LANES], s.zero());
+        for i in 0..S::LANES {
+            // SAFETY: the caller's.
+            let x = unsafe { self.elements(s, i) };
+            (least[i], most[i]) = (x[0], x[0]);
+            let mut own = x[0];
+            for &x in &x[1..N / S::LANES] {
+                least[i] = s.min(least[i], x);
+                most[i] = s.max(most[i], x);
+                own = s.add(own, x);
+            }
+            sum = s.add(sum, own);
+        }
+        (s.fold_lanes::<Min>(&least), s.fold_lanes::<Max>(&most), s.all_finite(sum))
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -115,6 +214,26 @@ type Nibbles = [u8; N / 2];
 /// The values that elements of iq4_nl number, times d.
 pub(crate) const TABLE: [f32; 16] =
     [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
+
+/// The same as bytes.
+const VALUES: [i8; 16] = {
+    let (mut values, mut i) = ([0; 16], 0);
+    while i < 16 {
+        values[i] = TABLE[i] as i8;
+        i += 1;
+    }
+    values
+};
+
+/// Twice the middles between neighbours.
+const MIDDLES: [i16; 15] = {
+    let (mut middles, mut i) = ([0; 15], 0);
+    while i < 15 {
+        middles[i] = (TABLE[i] + TABLE[i + 1]) as i16;
+        i += 1;
+    }
+    middles
+};
 
 /// The f16 next to a number.
 #[inline(always)]
@@ -207,6 +326,27 @@ fn fifth_bits<S: Simd>(s: S, q: &mut Vectors<S>) -> [u8; 4] {
 #[inline(always)]
 fn half<S: Simd>(s: S, bits: u16) -> S::V {
     s.splat_f16(f16::from_bits(u16::from_le(bits)))
+}
+
+/// The sums of as many blocks as a vector has lanes, each in the order of elements.
+///
+/// # Safety
+/// The blocks are readable.
+#[inline(always)]
+unsafe fn sums_of<S: Simd>(s: S, blocks: *const f32) -> S::V {
+    let mut sum = s.zero();
+    for at in (0..N).step_by(S::LANES) {
+        let mut rows = [s.zero(); MAX_LANES];
+        for (i, row) in rows[..S::LANES].iter_mut().enumerate() {
+            // SAFETY: a block has whole vectors.
+            *row = unsafe { s.load_f32(blocks.add(i * N + at)) };
+        }
+        s.transpose(&mut rows);
+        for &row in &rows[..S::LANES] {
+            sum = s.add(sum, row);
+        }
+    }
+    sum
 }
 
 /// What is made of the numbers of a block in registers. No closure: that would be a function of its own, without the level's features.
@@ -327,6 +467,91 @@ fn centred<S: Simd>(s: S, x: &Vectors<S>, peak: f32, zero: u8) -> (u16, Vectors<
     (narrowed(s, d), q)
 }
 
+/// What [`Several`] are quantised by.
+pub(crate) struct Factors {
+    d: [f16; MAX_LANES],
+    m: [f16; MAX_LANES],
+    inverse: [f32; MAX_LANES],
+    /// What is subtracted from elements.
+    less: [f32; MAX_LANES],
+    /// The bits of blocks that need what is not computed side by side.
+    left: u64,
+}
+
+impl Factors {
+    #[inline(always)]
+    fn new() -> Self {
+        let (halves, floats) = ([f16::ZERO; MAX_LANES], [0.0; MAX_LANES]);
+        Self { d: halves, m: halves, inverse: floats, less: floats, left: 0 }
+    }
+
+    #[inline(always)]
+    fn set<S: Simd>(&mut self, s: S, d: S::V, inverse: S::V, left: u64) {
+        // SAFETY: the arrays hold whole vectors.
+        unsafe {
+            s.store_f16(self.d.as_mut_ptr(), d);
+            s.store_f32(self.inverse.as_mut_ptr(), inverse);
+        }
+        self.left = left;
+    }
+
+    /// The factors of a format whose numbers are centred at `zero`. Left are blocks whose factor has an infinite reciprocal as well.
+    ///
+    /// # Safety
+    /// The elements are readable.
+    #[inline(always)]
+    unsafe fn centred<S: Simd, A: LoadStore, U>(&mut self, s: S, several: &Several<A, U>, zero: f32) {
+        // SAFETY: the caller's.
+        let (peak, left) = unsafe { several.signed_peaks(s) };
+        let d = s.div(peak, s.splat(-zero));
+        let inverse = s.div(s.splat(1.0), d);
+        let left = left | !s.lt_bits(s.abs(inverse), s.splat(f32::INFINITY));
+        self.set(s, d, inverse, left);
+    }
+
+    /// The factors of a format whose largest number is `largest`. Left are blocks whose least element is 0, which has a sign.
+    ///
+    /// # Safety
+    /// The elements are readable.
+    #[inline(always)]
+    unsafe fn raised<S: Simd, A: LoadStore, U>(&mut self, s: S, several: &Several<A, U>, largest: f32) {
+        // SAFETY: the caller's.
+        let (least, most, finite) = unsafe { several.ranges(s) };
+        let d = s.div(s.add(s.sub(most, least), s.zero()), s.splat(largest));
+        let inverse = s.div(s.splat(1.0), d);
+        let inverse = s.select_lt(inverse, s.splat(f32::INFINITY), inverse, s.zero());
+        let apart = s.lt_bits(least, s.zero()) | s.lt_bits(s.zero(), least);
+        self.set(s, d, inverse, if finite { !apart } else { u64::MAX });
+        // SAFETY: the arrays hold whole vectors.
+        unsafe {
+            s.store_f16(self.m.as_mut_ptr(), least);
+            s.store_f32(self.less.as_mut_ptr(), least);
+        }
+    }
+
+    /// The numbers of block i, up to `most`: of quotients and `half`, without their fractions.
+    ///
+    /// # Safety
+    /// The elements are readable.
+    #[inline(always)]
+    unsafe fn numbers<S: Simd, A: LoadStore, U, const RAISED: bool>(
+        &self,
+        s: S,
+        several: &Several<A, U>,
+        i: usize,
+        (half, most): (f32, u8),
+    ) -> [u8; N] {
+        // SAFETY: the caller's.
+        let mut x = unsafe { several.elements(s, i) };
+        let (inverse, less, half) = (s.splat(self.inverse[i]), s.splat(self.less[i]), s.splat(half));
+        for x in &mut x[..N / S::LANES] {
+            let above = if RAISED { s.sub(*x, less) } else { *x };
+            *x = s.add(s.mul(above, inverse), half);
+        }
+        s.cut_block(&x, most)
+    }
+}
+
 /// The factor and the minimum of a format whose largest number is `most`, and the numbers.
 #[inline(always)]
 fn raised<S: Simd>(s: S, x: &Vectors<S>, most: u8) -> ((u16, u16), Vectors<S>) {
@@ -374,6 +599,32 @@ impl BlockUnit for Q8_0 {
     fn nan() -> Self {
         Self { d: NAN, q: [0; N] }
     }
+
+    #[inline(always)]
+    unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors) {
+        // SAFETY: the caller's.
+        let peaks = unsafe { several.peaks(s) };
+        let d = s.div(peaks, s.splat(127.0));
+        let inverse = s.div(s.splat(1.0), d);
+        // Twice a larger one may be infinite. One that is infinite becomes 0.
+        let (most, infinite) = (s.splat(f32::from_bits((127 + 126) << 23)), s.splat(f32::INFINITY));
+        let doubled = s.select_lt(inverse, most, s.add(inverse, inverse), s.zero());
+        let left = !s.lt_bits(peaks, infinite) | !s.lt_bits(inverse, most) & s.lt_bits(inverse, infinite);
+        factors.set(s, d, doubled, left);
+    }
+
+    #[inline(always)]
+    unsafe fn put<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, i: usize, factors: &Factors) {
+        // SAFETY: the caller's.
+        unsafe {
+            let (mut x, to, by) = (several.elements(s, i), several.to[i], s.splat(factors.inverse[i]));
+            for x in &mut x[..N / S::LANES] {
+                *x = s.mul(*x, by);
+            }
+            (*to).d = factors.d[i].to_bits().to_le();
+            s.store_halves_away((&raw mut (*to).q).cast(), &x);
+        }
+    }
 }
 
 impl BlockUnit for Q4_0 {
@@ -396,6 +647,22 @@ impl BlockUnit for Q4_0 {
     #[inline(always)]
     fn nan() -> Self {
         Self { d: NAN, q: [0; N / 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors) {
+        // SAFETY: the caller's.
+        unsafe { factors.centred(s, several, 8.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn put<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, i: usize, factors: &Factors) {
+        // SAFETY: the caller's.
+        unsafe {
+            let (to, q) = (several.to[i], factors.numbers::<_, _, _, false>(s, several, i, (8.5, 15)));
+            (*to).d = factors.d[i].to_bits().to_le();
+            (*to).q = s.low_halves(q);
+        }
     }
 }
 
@@ -420,6 +687,23 @@ impl BlockUnit for Q4_1 {
     fn nan() -> Self {
         Self { d: NAN, m: 0, q: [0; N / 2] }
     }
+
+    #[inline(always)]
+    unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors) {
+        // SAFETY: the caller's.
+        unsafe { factors.raised(s, several, 15.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn put<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, i: usize, factors: &Factors) {
+        // SAFETY: the caller's.
+        unsafe {
+            let (to, q) = (several.to[i], factors.numbers::<_, _, _, true>(s, several, i, (0.5, 15)));
+            (*to).d = factors.d[i].to_bits().to_le();
+            (*to).m = factors.m[i].to_bits().to_le();
+            (*to).q = s.low_halves(q);
+        }
+    }
 }
 
 impl BlockUnit for Q5_0 {
@@ -443,6 +727,23 @@ impl BlockUnit for Q5_0 {
     fn nan() -> Self {
         Self { d: NAN, fifth: [0; 4], q: [0; N / 2] }
     }
+
+    #[inline(always)]
+    unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors) {
+        // SAFETY: the caller's.
+        unsafe { factors.centred(s, several, 16.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn put<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, i: usize, factors: &Factors) {
+        // SAFETY: the caller's.
+        unsafe {
+            let (to, q) = (several.to[i], factors.numbers::<_, _, _, false>(s, several, i, (16.5, 31)));
+            (*to).d = factors.d[i].to_bits().to_le();
+            (*to).fifth = s.fifth_bits(q).to_le_bytes();
+            (*to).q = s.low_halves(q);
+        }
+    }
 }
 
 impl BlockUnit for Q5_1 {
@@ -465,6 +766,24 @@ impl BlockUnit for Q5_1 {
     #[inline(always)]
     fn nan() -> Self {
         Self { d: NAN, m: 0, fifth: [0; 4], q: [0; N / 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors) {
+        // SAFETY: the caller's.
+        unsafe { factors.raised(s, several, 31.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn put<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, i: usize, factors: &Factors) {
+        // SAFETY: the caller's.
+        unsafe {
+            let (to, q) = (several.to[i], factors.numbers::<_, _, _, true>(s, several, i, (0.5, 31)));
+            (*to).d = factors.d[i].to_bits().to_le();
+            (*to).m = factors.m[i].to_bits().to_le();
+            (*to).fifth = s.fifth_bits(q).to_le_bytes();
+            (*to).q = s.low_halves(q);
+        }
     }
 }
 
@@ -514,6 +833,47 @@ impl BlockUnit for Iq4Nl {
     fn nan() -> Self {
         Self { d: NAN, q: [0; N / 2] }
     }
+
+    /// Writes the blocks as well: their factors are computed from their numbers.
+    #[inline(always)]
+    unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors) {
+        // SAFETY: the caller's, here and below.
+        let (peak, mut left) = unsafe { several.signed_peaks(s) };
+        let inverse = s.div(s.splat(1.0), s.div(peak, s.splat(TABLE[0])));
+        left |= s.lt_bits(s.abs(peak), s.splat(1e-15));
+        factors.set(s, inverse, s.add(inverse, inverse), left);
+        let mut sums = [const { MaybeUninit::<[[f32; N]; MAX_LANES]>::uninit() }; 2];
+        let [products, squares] = sums.each_mut().map(|sums| sums.as_mut_ptr().cast::<f32>());
+        for i in 0..S::LANES {
+            // SAFETY: as above; the arrays hold blocks.
+            unsafe {
+                let (x, doubled) = (several.elements(s, i), s.splat(factors.inverse[i]));
+                let mut q = x;
+                for q in &mut q[..N / S::LANES] {
+                    *q = s.mul(*q, doubled);
+                }
+                let numbers = s.count_reached(&q, &MIDDLES);
+                let values = s.look_up_bytes(numbers, &VALUES);
+                for (j, &x) in x[..N / S::LANES].iter().enumerate() {
+                    let value = s.load_i8(values.as_ptr().add(j * S::LANES));
+                    let weighted = s.mul(s.mul(x, x), value);
+                    s.store_f32(products.add(i * N + j * S::LANES), s.mul(weighted, x));
+                    s.store_f32(squares.add(i * N + j * S::LANES), s.mul(weighted, value));
+                }
+                (*several.to[i]).q = s.low_halves(numbers);
+            }
+        }
+        // SAFETY: as many blocks are written as are read.
+        let (products, squares) = unsafe { (sums_of(s, products), sums_of(s, squares)) };
+        let d = s.select_lt(s.zero(), squares, s.div(products, squares), s.zero());
+        factors.set(s, d, inverse, left | !s.lt_bits(s.abs(d), s.splat(f32::INFINITY)));
+    }
+
+    #[inline(always)]
+    unsafe fn put<S: Simd, A: LoadStore>(_: S, several: &Several<A, Self>, i: usize, factors: &Factors) {
+        // SAFETY: the caller's.
+        unsafe { (*several.to[i]).d = factors.d[i].to_bits().to_le() };
+    }
 }
 
 /// The block next to elements, or one of NaN.
@@ -526,12 +886,96 @@ fn quantized<S: Simd, U: BlockUnit>(s: S, x: &Vectors<S>) -> U {
     if s.all_finite(nonfinite) { U::nearest(s, x, s.max_lane(largest)) } else { U::nan() }
 }
 
+/// The blocks of heads whose elements lie together, in order.
+struct BlocksOf<'a> {
+    copy: &'a CopyArgs,
+    head: usize,
+    block: usize,
+}
+
+impl BlocksOf<'_> {
+    /// The next ones.
+    #[inline(always)]
+    fn take<S: Simd, A, U>(&mut self, _: S, several: &mut Several<A, U>) {
+        let c = self.copy;
+        let (of_head, mut n) = (c.dim / N, 0);
+        let at = |head: usize, block: usize| {
+            let src = c.src.cast::<A>().wrapping_offset(head as isize * c.src_head).wrapping_add(block * N);
+            (src, c.dst.cast::<U>().wrapping_offset(head as isize * c.dst_head).wrapping_add(block))
+        };
+        let (mut src, mut dst) = at(self.head, self.block);
+        while n < S::LANES && self.head < c.heads {
+            (several.from[n], several.to[n]) = (src, dst);
+            (src, dst) = (src.wrapping_add(N), dst.wrapping_add(1));
+            n += 1;
+            self.block += 1;
+            if self.block == of_head {
+                (self.head, self.block) = (self.head + 1, 0);
+                (src, dst) = at(self.head, 0);
+            }
+        }
+        several.n = n;
+        if n > 0 {
+            for i in n..S::LANES {
+                (several.from[i], several.to[i]) = (several.from[n - 1], several.to[n - 1]);
+            }
+        }
+    }
+}
+
+/// Quantises `heads` vectors of whole blocks, whose elements lie together, several blocks at a time. The factors of the next ones are
+/// computed before the last ones are written, which hides how long they take.
+///
+/// # Safety
+/// As [`quantize`].
+#[inline(always)]
+unsafe fn quantize_several<S: Simd, A: LoadStore, U: BlockUnit>(s: S, args: &ScaledArgs) {
+    let mut blocks = BlocksOf { copy: &args.copy, head: 0, block: 0 };
+    let mut several =
+        [const { Several::<A, U> { from: [std::ptr::null(); _], to: [std::ptr::null_mut(); _], n: 0 } }; 2];
+    let mut factors = [Factors::new(), Factors::new()];
+    blocks.take(s, &mut several[0]);
+    if several[0].n > 0 {
+        // SAFETY: the caller's, here and below.
+        unsafe { U::factors(s, &several[0], &mut factors[0]) };
+    }
+    let mut now = 0;
+    while several[now].n > 0 {
+        let next = 1 - now;
+        blocks.take(s, &mut several[next]);
+        // SAFETY: as above.
+        unsafe {
+            if several[next].n > 0 {
+                U::factors(s, &several[next], &mut factors[next]);
+            }
+            let (several, factors) = (&several[now], &factors[now]);
+            for i in 0..several.n {
+                let (from, to) = (several.from[i].cast(), several.to[i].cast_const().cast());
+                prefetch_next(s, &args.copy, (from, N * size_of::<A>()), (to, size_of::<U>()));
+                U::put(s, several, i, factors);
+            }
+            let mut left = factors.left & ((1 << several.n) - 1);
+            while left != 0 {
+                let i = left.trailing_zeros() as usize;
+                *several.to[i] = quantized(s, &several.elements(s, i));
+                left &= left - 1;
+            }
+        }
+        now = next;
+    }
+}
+
 /// Quantises `heads` vectors of whole blocks.
 ///
 /// # Safety
 /// Every address that `args` describes is valid; source and units do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, U: BlockUnit>(s: S, args: &ScaledArgs) {
+    if const { S::WRITES_SEVERAL } && args.copy.src_dim == 1 && args.copy.dim >= N {
+        // SAFETY: the caller's.
+        unsafe { quantize_several::<_, A, U>(s, args) };
+        return;
+    }
     let c = &args.copy;
     for head in 0..c.heads as isize {
         let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
