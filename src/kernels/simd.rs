@@ -463,6 +463,38 @@ pub(crate) trait Simd: Copy {
             unsafe { self.store_low_bytes(p.add(i * Self::LANES), units) };
         }
     }
+    /// The nearest integers to a block's numbers, ties to even, plus `bias`, between 0 and the largest number of `BITS` bits, which are 8 or
+    /// 4, with the bits of `flip` inverted: a byte each, or two in a byte, the first in its low half or with `swapped` in its high half.
+    /// Numbers are below 2^23.
+    ///
+    /// # Safety
+    /// `BLOCK * BITS / 8` bytes are writable at `p`.
+    #[inline(always)]
+    unsafe fn store_integers<const BITS: u32>(
+        self,
+        p: *mut u8,
+        v: &BlockVectors<Self>,
+        bias: i16,
+        flip: u8,
+        swapped: bool,
+    ) {
+        let mut numbers = [0.0; BLOCK];
+        for (i, &x) in v[..BLOCK / Self::LANES].iter().enumerate() {
+            // SAFETY: the array holds a block.
+            unsafe { self.store_f32(numbers.as_mut_ptr().add(i * Self::LANES), x) };
+        }
+        let most = (1 << BITS) - 1;
+        let number = |i: usize| (numbers[i].round_ties_even() as i32 + i32::from(bias)).clamp(0, most) as u8 ^ flip;
+        for i in 0..BLOCK * BITS as usize / 8 {
+            let byte = match (BITS, swapped) {
+                (8, _) => number(i),
+                (_, false) => number(2 * i) | number(2 * i + 1) << 4,
+                (_, true) => number(2 * i + 1) | number(2 * i) << 4,
+            };
+            // SAFETY: the caller's.
+            unsafe { *p.add(i) = byte };
+        }
+    }
     /// # Safety
     /// [`Self::LANES`] elements are writable at `p`.
     unsafe fn store_f32(self, p: *mut f32, v: Self::V);

@@ -607,6 +607,34 @@ impl Simd for Avx2 {
         unsafe { _mm256_storeu_si256(p.cast(), self.in_order(units)) }
     }
     #[inline(always)]
+    unsafe fn store_integers<const BITS: u32>(
+        self,
+        p: *mut u8,
+        v: &BlockVectors<Self>,
+        bias: i16,
+        flip: u8,
+        swapped: bool,
+    ) {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let [x, y, z, w] = [v[0], v[1], v[2], v[3]].map(|v| a._mm256_cvtps_epi32(v));
+        let [low, high] = [a2._mm256_packs_epi32(x, y), a2._mm256_packs_epi32(z, w)]
+            .map(|words| a2._mm256_adds_epi16(words, a._mm256_set1_epi16(bias)));
+        let numbers = a2._mm256_packus_epi16(low, high);
+        let flip = a._mm256_set1_epi8(flip as i8);
+        if BITS == 8 {
+            // SAFETY: 32 bytes are writable.
+            unsafe { _mm256_storeu_si256(p.cast(), self.in_order(a2._mm256_xor_si256(numbers, flip))) };
+            return;
+        }
+        let numbers = a2._mm256_xor_si256(a2._mm256_min_epu8(numbers, a._mm256_set1_epi8(15)), flip);
+        let places = a._mm256_set1_epi16(if swapped { 0x0110 } else { 0x1001 });
+        let pairs = a2._mm256_maddubs_epi16(numbers, places);
+        let bytes = a2._mm256_packus_epi16(pairs, pairs);
+        let high = a2._mm256_extracti128_si256::<1>(bytes);
+        // SAFETY: 16 bytes are writable; the token proves SSE2. A pack took four lanes of each vector.
+        unsafe { _mm_storeu_si128(p.cast(), _mm_unpacklo_epi16(a._mm256_castsi256_si128(bytes), high)) };
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: __m256) {
         // SAFETY: the caller's.
         unsafe { _mm256_storeu_ps(p, v) }
