@@ -84,11 +84,12 @@ impl RawCacheView {
         Ok(extent)
     }
 
+    #[inline(always)]
     fn check(
         &self,
         name: &str,
-        units: fn(&RawView<CacheFormat>, &str) -> Result<Extent>,
-        scales: fn(&RawView, &str) -> Result<Extent>,
+        units: impl Fn(&RawView<CacheFormat>, &str) -> Result<Extent>,
+        scales: impl Fn(&RawView, &str) -> Result<Extent>,
         written: bool,
     ) -> Result<CacheExtent> {
         let units = units(&self.units, name)?;

@@ -268,6 +268,11 @@ impl Layout<'_> {
         Ok(())
     }
 
+    /// Whether a table says where tokens lie.
+    pub(crate) fn has_table(&self) -> bool {
+        matches!(self, Self::Paged { .. } | Self::Indirect { .. })
+    }
+
     /// Checks that positions `from..to` of a sequence, which are within its capacity, lie inside the cache.
     pub(crate) fn validate_row<U: Units>(
         &self,

@@ -305,8 +305,8 @@ pub(super) unsafe fn with_attention(
     let call = unsafe {
         RawAttention {
             q,
-            k,
-            v,
+            k: &k,
+            v: &v,
             out: params.out.raw("out")?,
             lse: params.lse,
             scale: (params.scale != 0.0).then_some(params.scale),

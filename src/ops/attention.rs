@@ -144,12 +144,13 @@ pub struct AttentionOptions<'a> {
     pub precision: Precision,
 }
 
-/// [`AttentionTensors`] and [`AttentionOptions`] without lifetimes on the views, as the C ABI has them.
+/// [`AttentionTensors`] and [`AttentionOptions`] without lifetimes on the views, as the C ABI has them. Views of caches are large, and
+/// borrowed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawAttention<'a> {
     pub q: RawView,
-    pub k: RawCacheView,
-    pub v: RawCacheView,
+    pub k: &'a RawCacheView,
+    pub v: &'a RawCacheView,
     pub out: RawView,
     /// Null if no LSE is wanted.
     pub lse: *mut f32,
@@ -353,10 +354,10 @@ pub fn attention(
     context: &Context,
     runner: &dyn Runner,
     workspace: &mut Workspace,
-    tensors: AttentionTensors,
+    mut tensors: AttentionTensors,
     options: &AttentionOptions,
 ) -> Result<()> {
-    let call = RawAttention::new(tensors, options)?;
+    let call = RawAttention::new(&mut tensors, options)?;
     // SAFETY: the views borrow what they reach, and the LSE has an entry per query row.
     unsafe { attention_raw(context, runner, Memory::Growing(workspace), &call) }
 }
@@ -474,9 +475,9 @@ pub(crate) unsafe fn attention_raw(
 
 impl<'a> RawAttention<'a> {
     #[inline(always)]
-    pub(crate) fn new(tensors: AttentionTensors<'a>, options: &AttentionOptions<'a>) -> Result<Self> {
+    pub(crate) fn new(tensors: &'a mut AttentionTensors, options: &AttentionOptions<'a>) -> Result<Self> {
         let AttentionTensors { q, k, v, out, lse } = tensors;
-        if let Some(lse) = &lse {
+        if let Some(lse) = lse {
             let rows = view::rows(q.shape());
             ensure!(lse.len() == rows, Shape, "lse has {} entries, but q has {rows} rows", lse.len());
         }
@@ -491,10 +492,10 @@ impl<'a> RawAttention<'a> {
         };
         Ok(Self {
             q: q.raw,
-            k: k.raw,
-            v: v.raw,
+            k: &k.raw,
+            v: &v.raw,
             out: out.raw,
-            lse: lse.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr),
+            lse: lse.as_deref_mut().map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr),
             scale: options.scale,
             softcap: options.softcap,
             v_packing: options.v_packing,
@@ -589,7 +590,8 @@ pub(super) fn validate<'a>(call: &'a RawAttention<'a>) -> Result<Inputs<'a>> {
 /// Checks everything but `out` and `lse`. Inlined, as [`validate`].
 #[inline(always)]
 pub(super) fn validate_inputs<'a>(call: &'a RawAttention<'a>) -> Result<Inputs<'a>> {
-    let RawAttention { q, k, v, visibility, .. } = call;
+    let RawAttention { q, visibility, .. } = call;
+    let (k, v) = (call.k, call.v);
     let extents = (q.validate("q")?, [k.validate("k")?, v.validate("v")?]);
     let (kv_heads, v_dim) = (k.shape[HEADS], call.v_dim());
     if call.planned.is_none() {

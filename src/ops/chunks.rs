@@ -86,7 +86,8 @@ pub fn attention_chunks<'a>(
     states: &mut [f32],
 ) -> Result<()> {
     let out = ViewMut::new::<f32>(&mut [], [0; 4])?;
-    let attention = RawAttention::new(AttentionTensors::new(q, k, v, out), options)?;
+    let mut tensors = AttentionTensors::new(q, k, v, out);
+    let attention = RawAttention::new(&mut tensors, options)?;
     let call = RawChunks { attention, states: states.as_mut_ptr(), len: states.len() };
     let job = SegmentJob::new(context, runner, &call)?;
     workspace.reserve(job.workspace);
@@ -127,7 +128,7 @@ impl<'a> RawChunks<'a> {
         );
         check_format(call.visibility.cu_seqlens_q.is_some(), &call.visibility.layout)?;
         let inputs = validate_inputs(call)?;
-        let (keys, v_dim) = (call.visibility.layout.most_keys(&call.k), inputs.problem.v_dim);
+        let (keys, v_dim) = (call.visibility.layout.most_keys(call.k), inputs.problem.v_dim);
         let (n, want) = (self.len, chunk_states_len(call.q.shape, keys, v_dim));
         ensure!(n == want, Shape, "states has {n} floats, but must have {want} for {keys} keys");
         let chunks = chunks_of(keys);

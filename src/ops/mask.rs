@@ -374,7 +374,17 @@ impl Touched {
     }
 
     /// Fails if an output shares memory with one of them.
+    #[inline(always)]
     pub fn check_apart(&self, name: &str, out: &RawView) -> Result<()> {
+        if self.is_empty() { Ok(()) } else { self.check_any_apart(name, out) }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.iter().all(|(_, touched)| touched.is_empty())
+    }
+
+    /// [`Self::check_apart`] of any masks.
+    fn check_any_apart(&self, name: &str, out: &RawView) -> Result<()> {
         for (mask, touched) in self.0.iter().filter(|(_, touched)| !touched.is_empty()) {
             let (reach, at) = (out.validate(name)?, out.data.addr() as i128);
             let meet = touched.start < at + reach.high as i128 && at + (reach.low as i128) < touched.end;

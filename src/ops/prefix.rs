@@ -89,10 +89,10 @@ pub fn attention_with_prefix(
     runner: &dyn Runner,
     workspace: &mut Workspace,
     prefix: SharedPrefix,
-    tensors: AttentionTensors,
+    mut tensors: AttentionTensors,
     options: &AttentionOptions,
 ) -> Result<()> {
-    let call = RawAttention::new(tensors, options)?;
+    let call = RawAttention::new(&mut tensors, options)?;
     let (q, k) = attention_shapes(
         call.q.shape,
         call.k.units,
@@ -181,7 +181,7 @@ pub(crate) unsafe fn attention_with_prefix_raw(
         ensure!(!view.overlaps(&call.out), Overlap, "{name} and out share memory");
         ensure!(call.lse.is_null() || !view.overlaps(&lse), Overlap, "{name} and lse share memory");
     }
-    k.same_axis("the prefix's k", &call.k, "k", HEADS)?;
+    k.same_axis("the prefix's k", call.k, "k", HEADS)?;
     let (n, v_dim) = (v.shape[DIM], call.v_dim());
     ensure!(n == v_dim, Shape, "the prefix's v has dim = {n}, but v has {v_dim}");
     ensure!(call.alibi_slopes.is_none(), InvalidValue, "alibi_slopes and a shared prefix disagree about positions");
@@ -219,8 +219,8 @@ pub(crate) unsafe fn attention_with_prefix_raw(
         let q = one_row(context, runner, &call.q, workspace.wrapping_add(3 * parts.out + 2 * parts.lse))?;
         let all = RawAttention {
             q,
-            k,
-            v,
+            k: &k,
+            v: &v,
             out: f32_view(outs[0].data, [1, batch * seq, heads, v_dim]),
             lse: lses[0],
             visibility: Visibility::unmasked(1, batch * seq, k.units),

@@ -34,6 +34,9 @@ pub(super) fn validate(visibility: &Visibility) -> Result<Summary> {
         }
     }
     let summary = summarize(visibility)?;
+    if !visibility.layout.has_table() {
+        return Ok(summary);
+    }
     for row in (0..batch).filter(|&row| visibility.queries(row) > 0) {
         let (low, length, always_visible) =
             (visibility.first_visible(row), visibility.length(row), visibility.always_visible(row));
@@ -53,8 +56,10 @@ pub(super) fn validate(visibility: &Visibility) -> Result<Summary> {
 
 /// Sums up lists that are valid in themselves, unless a ring has overwritten what their queries see.
 pub(super) fn summarize(visibility: &Visibility) -> Result<Summary> {
-    for row in (0..visibility.batch).filter(|&row| visibility.queries(row) > 0) {
-        check_retained(visibility, row)?;
+    if matches!(visibility.layout, Layout::Ring { .. }) {
+        for row in (0..visibility.batch).filter(|&row| visibility.queries(row) > 0) {
+            check_retained(visibility, row)?;
+        }
     }
     Ok(visibility.summarize())
 }

@@ -122,28 +122,41 @@ impl Visibility<'_> {
         }
     }
 
+    #[inline]
     pub fn length(&self, batch: usize) -> i64 {
         self.lengths.map_or_else(|| self.layout.capacity(&self.cache, batch) as i64, |l| l[batch] as i64)
     }
 
     /// The number of queries of a sequence.
+    #[inline]
     pub fn queries(&self, batch: usize) -> usize {
         self.cu_seqlens_q.map_or(self.seq, |s| (s[batch + 1] - s[batch]) as usize)
     }
 
     /// The indices of a query on axes 0 and 1 of `q` and `out`.
+    #[inline]
     pub fn query(&self, batch: usize, token: usize) -> (usize, usize) {
         self.cu_seqlens_q.map_or((batch, token), |s| (0, s[batch] as usize + token))
     }
 
     /// The first key that a sequence still holds, apart from its `always_visible` keys.
+    #[inline]
     pub fn retained_from(&self, batch: usize) -> i64 {
         self.layout.retained_from(&self.cache, self.length(batch) as usize) as i64
     }
 
     /// The keys that every query of `batch` sees in spite of causality and windows: those of its prefix, and the sink
     /// tokens of a ring that has overwritten keys, in which case there is only one query.
+    #[inline(always)]
     pub fn always_visible(&self, batch: usize) -> (i64, i64) {
+        if self.prefix_lengths.is_none() && !matches!(self.layout, Layout::Ring { .. }) {
+            return (0, 0);
+        }
+        self.any_always_visible(batch)
+    }
+
+    /// [`Self::always_visible`] of any sequence.
+    fn any_always_visible(&self, batch: usize) -> (i64, i64) {
         let low = self.kv_starts.map_or(0, |s| s[batch] as i64);
         let mut high = self.prefix_lengths.map_or(0, |p| p[batch] as i64);
         if let Layout::Ring { sink_tokens } = self.layout
@@ -157,6 +170,7 @@ impl Visibility<'_> {
     }
 
     /// The end of the keys that query `token` of `batch` may see by length, causality and window, if keys stand at their numbers.
+    #[inline]
     fn right_end(&self, batch: usize, token: usize) -> i64 {
         let (mut high, position) = (self.length(batch), self.position(batch, token));
         if self.causal {
@@ -169,12 +183,14 @@ impl Visibility<'_> {
     }
 
     /// The first of them, by first key, window and the keys that a ring retains.
+    #[inline]
     fn left_end(&self, batch: usize, token: usize) -> i64 {
         let low = self.first_held(batch);
         self.window_left.map_or(low, |left| low.max(self.position(batch, token) - left))
     }
 
     /// The first key that is neither before the start nor lost to a ring.
+    #[inline]
     fn first_held(&self, batch: usize) -> i64 {
         self.kv_starts.map_or(0, |s| s[batch] as i64).max(self.retained_from(batch))
     }
@@ -219,6 +235,7 @@ impl Visibility<'_> {
 
     /// The first key that any query of `batch` may see, apart from those [always visible](Self::always_visible); the length or more
     /// if there is none.
+    #[inline]
     pub fn first_visible(&self, batch: usize) -> i64 {
         if self.query_positions.is_none() {
             // Each query begins where the one before does, or later.
@@ -229,6 +246,7 @@ impl Visibility<'_> {
     }
 
     /// The key that query `token` of `batch` itself is, or would be.
+    #[inline]
     fn own_key(&self, batch: usize, token: usize) -> i64 {
         let offset = match self.offsets {
             Some(o) => o[batch] as i64,
@@ -238,6 +256,7 @@ impl Visibility<'_> {
     }
 
     /// The keys that the queries of `batch` are, if they have positions of their own.
+    #[inline]
     pub fn own_keys(&self, batch: usize) -> Option<OwnKeys<'_>> {
         let positions = self.query_positions?;
         let (first, n) = (self.position_index(batch), self.queries(batch));
@@ -245,11 +264,13 @@ impl Visibility<'_> {
     }
 
     /// Where the positions of `batch` begin in their list.
+    #[inline]
     fn position_index(&self, batch: usize) -> usize {
         self.cu_seqlens_q.map_or(batch * self.seq, |s| s[batch] as usize)
     }
 
     /// The position of query `token` of `batch` among the keys.
+    #[inline]
     pub fn position(&self, batch: usize, token: usize) -> i64 {
         match self.query_positions {
             Some(positions) => positions[self.position_index(batch) + token].into(),
@@ -285,9 +306,29 @@ impl Visibility<'_> {
         self.layout.place(&self.cache, batch, position)
     }
 
+    /// Whether nothing hides the first key of a sequence from its first query, and nothing but its position and the length hides others.
+    #[inline(always)]
+    fn sees_first_key(&self) -> bool {
+        self.kv_starts.is_none()
+            && self.prefix_lengths.is_none()
+            && self.window_left.is_none()
+            && self.query_positions.is_none()
+            && !matches!(self.layout, Layout::Ring { .. })
+    }
+
     /// Computes the summary of valid lists.
     pub fn summarize(&self) -> Summary {
         let (mut longest, mut before, mut first, mut end) = (0, 0, usize::MAX, 0);
+        if self.sees_first_key() {
+            for row in 0..self.batch {
+                let length = self.length(row) as usize;
+                longest = longest.max(length);
+                if self.queries(row) > 0 {
+                    end = end.max(length.div_ceil(CHUNK));
+                }
+            }
+            return Summary { longest, chunks: Chunks::default(), count: end };
+        }
         for row in 0..self.batch {
             longest = longest.max(self.length(row) as usize);
             if self.queries(row) == 0 {

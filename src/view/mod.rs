@@ -112,18 +112,19 @@ impl Buffer {
         let data = data.wrapping_add(offset * unit_bytes);
         let view = RawView { data, dtype, shape, strides, bytes: None };
         let extent = view.validate("view")?;
-        let (low, high) = (extent.low / unit_bytes as isize, extent.high / unit_bytes as isize);
+        // In bytes: a division takes long on some CPUs.
+        let (begin, end, size) = (offset * unit_bytes, len * unit_bytes, unit_bytes as isize);
         ensure!(
-            low + offset as isize >= 0,
+            extent.low + begin as isize >= 0,
             Bounds,
             "strides {strides:?} from offset {offset} reach {} {unit}s before the start of the slice",
-            -(low + offset as isize)
+            -(extent.low / size + offset as isize)
         );
         ensure!(
-            high + offset as isize <= len as isize,
+            extent.high + begin as isize <= end as isize,
             Bounds,
             "shape {shape:?} with strides {strides:?} from offset {offset} reaches {unit} {} of a slice of {len}",
-            high + offset as isize
+            extent.high / size + offset as isize
         );
         Ok(view)
     }

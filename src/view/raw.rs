@@ -2,7 +2,7 @@
 
 use super::affine::RawAffine;
 use crate::dtype::DType;
-use crate::error::{Result, ensure};
+use crate::error::{Error, Result, Status, ensure};
 use crate::format::CacheFormat;
 
 /// Axis numbers of a view.
@@ -165,7 +165,34 @@ impl<U: Units> RawView<U> {
     }
 
     /// Checks shape, strides and buffer; `name` is the argument's name in messages.
+    #[inline(always)]
     pub fn validate(&self, name: &str) -> Result<Extent> {
+        match self.usual() {
+            Some(extent) => Ok(extent),
+            None => self.validate_any(name),
+        }
+    }
+
+    /// The extent of a valid view of plain units, if its axes are so short and its strides so small, none of them negative, that nothing
+    /// overflows.
+    #[inline(always)]
+    fn usual(&self) -> Option<Extent> {
+        let ([a, b, c, d], [sa, sb, sc, sd]) = (self.shape.map(|n| n as u64), self.strides.map(|stride| stride as u64));
+        let (small, address) = ((a | b | c | d | sa | sb | sc | sd) < SMALL as u64, self.data.addr());
+        if !small || self.is_empty() || address == 0 || self.dtype.elements() > 1 || !self.dtype.is_aligned(address) {
+            return None;
+        }
+        let high = (1 + (a - 1) * sa + (b - 1) * sb + (c - 1) * sc + (d - 1) * sd) * self.dtype.size() as u64;
+        let high = usize::try_from(high).ok()?;
+        if self.bytes.is_some_and(|bytes| high > bytes) || address.checked_add(high).is_none() {
+            return None;
+        }
+        Some(Extent { low: 0, high: high as isize })
+    }
+
+    /// [`Self::validate`] of any view.
+    #[inline(never)]
+    fn validate_any(&self, name: &str) -> Result<Extent> {
         for (axis, &n) in self.shape.iter().enumerate() {
             ensure!(n <= MAX_AXIS, Shape, "{name}: axis {axis} has {n} elements, more than {MAX_AXIS}");
         }
@@ -227,10 +254,25 @@ impl<U: Units> RawView<U> {
         Ok(())
     }
 
+    /// Whether every stride of a view that is not empty is positive and exceeds what the axes behind it reach, as in most tensors: no two
+    /// units share memory.
+    #[inline(always)]
+    fn is_nested(&self) -> bool {
+        let (n, strides) = (self.unit_shape(), self.strides);
+        let (mut reach, mut nested) = (0u64, true);
+        for axis in [DIM, HEADS, SEQ, BATCH] {
+            let (last, stride) = (n[axis] as u64 - 1, strides[axis] as u64);
+            // No product of small numbers overflows.
+            nested &= last == 0 || (last | stride) < SMALL as u64 && stride > reach;
+            reach = reach.wrapping_add(last.wrapping_mul(stride));
+        }
+        nested
+    }
+
     /// As [`Self::validate`]; also checks that no two units share memory.
     pub fn validate_output(&self, name: &str) -> Result<Extent> {
         let extent = self.validate(name)?;
-        if self.is_empty() {
+        if self.is_empty() || self.is_nested() {
             return Ok(extent);
         }
         let shape = self.unit_shape();
@@ -339,18 +381,22 @@ impl<U: Units> RawView<U> {
     }
 
     /// Fails unless `self` and `other` agree in `axis`.
+    #[inline(always)]
     pub fn same_axis<V: Units>(&self, name: &str, other: &RawView<V>, other_name: &str, axis: usize) -> Result<()> {
-        ensure!(
-            self.shape[axis] == other.shape[axis],
-            Shape,
-            "{name} has {} = {}, but {other_name} has {}",
-            RawView::axis_name(axis),
-            self.shape[axis],
-            other.shape[axis]
-        );
-        Ok(())
+        let (n, wanted) = (self.shape[axis], other.shape[axis]);
+        if n == wanted { Ok(()) } else { Err(differs((name, n), (other_name, wanted), axis)) }
     }
 }
+
+/// The error of two tensors that disagree about an axis.
+#[cold]
+fn differs((name, n): (&str, usize), (other, wanted): (&str, usize), axis: usize) -> Error {
+    let axis = RawView::axis_name(axis);
+    Error::new(Status::Shape, format!("{name} has {axis} = {n}, but {other} has {wanted}"))
+}
+
+/// Axes and strides up to this are so small that no extent overflows.
+const SMALL: i64 = 1 << 27;
 
 /// The range of bytes of units of `size` bytes around the address `at`; the shape, in units, has no 0 and no axis above
 /// [`MAX_AXIS`].
@@ -361,8 +407,7 @@ pub(crate) fn reach(
     shape: [usize; 4],
     strides: [i64; 4],
 ) -> Result<(isize, isize)> {
-    // The usual case: numbers so small that nothing can overflow.
-    const SMALL: i64 = 1 << 27;
+    // The usual case.
     if shape.iter().all(|&n| n as i64 <= SMALL) && strides.iter().all(|&n| n.unsigned_abs() <= SMALL as u64) {
         let (mut low, mut high) = (0, 1);
         for axis in 0..4 {
