@@ -46,6 +46,8 @@ pub(super) struct Threads {
     ctx: *mut c_void,
     num_threads: usize,
     run: Run,
+    /// See [`Runner::sleeps`].
+    sleeps: bool,
 }
 
 /// `kvl_parallel_runner.run`.
@@ -73,11 +75,13 @@ impl CallerRunner {
         };
         ensure!(runner.num_threads > 0, InvalidValue, "kvl_parallel_runner.num_threads is 0");
         // SAFETY: the caller's.
-        if let Some(pool) = unsafe { super::pool::behind(&runner) } {
+        let pool = unsafe { super::pool::behind(&runner) };
+        if let Some(pool) = pool {
             // Before anything else is looked at, so that small and large calls agree.
             pool.check()?;
         }
-        Ok(Self::Threads(Threads { ctx: runner.ctx, num_threads: runner.num_threads, run }))
+        let sleeps = pool.is_some_and(Runner::sleeps);
+        Ok(Self::Threads(Threads { ctx: runner.ctx, num_threads: runner.num_threads, run, sleeps }))
     }
 
     pub(super) fn as_dyn(&self) -> &dyn Runner {
@@ -106,6 +110,10 @@ unsafe extern "C" fn trampoline(task_ctx: *mut c_void, i: usize) {
 impl Runner for Threads {
     fn num_threads(&self) -> usize {
         self.num_threads
+    }
+
+    fn sleeps(&self) -> bool {
+        self.sleeps
     }
 
     fn run(&self, n: usize, task: &(dyn Fn(usize) + Sync)) -> bool {

@@ -84,6 +84,10 @@ impl Runner for ThreadPool {
         Ok(())
     }
 
+    fn sleeps(&self) -> bool {
+        true
+    }
+
     fn run(&self, n: usize, task: &(dyn Fn(usize) + Sync)) -> bool {
         self.check().is_ok() && Rayon::pool(&self.pool).run(n, task)
     }
