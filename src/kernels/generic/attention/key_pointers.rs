@@ -359,9 +359,13 @@ pub(crate) unsafe fn locate<'a, T>(
             ((view.strides[1] as isize).wrapping_mul(unit), (view.strides[2] as isize).wrapping_mul(unit));
     }
     if visible_bits == key_range.bits() {
-        // The usual case: this block and the next are one run of slots.
+        // The usual case: this block and what is read of the next are one run of slots.
         let (place, run) = p.visibility.place(tile.batch, base + key_range.low);
-        if run >= 2 * BLOCK - key_range.low {
+        let last = run >= key_range.len() && !(0..SUBBLOCKS).any(|i| request.reach.covers(base + BLOCK + i * SUBBLOCK));
+        if last {
+            k.run(key_range.low..key_range.high, request.at::<T>(place).0);
+            request.values(v, key_range.low..key_range.high, place);
+        } else if run >= 2 * BLOCK - key_range.low {
             let key = request.at::<T>(place).0;
             k.run(key_range.low..key_range.high, key);
             request.values(v, key_range.low..key_range.high, place);

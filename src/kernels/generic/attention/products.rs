@@ -3,7 +3,7 @@
 use super::key_pointers::{KeyPointerTable, KeyPointers};
 use super::scales::{Rows, multiply};
 use super::{Pieces, RowState, Scratch, direct, packed};
-use crate::kernels::simd::Simd;
+use crate::kernels::simd::{Outlined, Simd};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{KeyRange, padded};
 use crate::problem::tile::{PACK_ROWS, Tile};
@@ -164,7 +164,11 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
         // SAFETY: the caller's.
         unsafe {
             if is_packed::<S>(self.pieces, block.p, block.tile) {
-                packed::block(s, self.pieces, block, rows, k, v.rows());
+                if const { S::PARALLEL_DOTS < 16 } {
+                    s.outline(PackedBlock { pieces: self.pieces, block, rows, k, v: v.rows() });
+                } else {
+                    packed::block(s, self.pieces, block, rows, k, v.rows());
+                }
             } else {
                 let scores = match &self.pieces.keys.fractions {
                     Some(fractions) if !self.fractions.get() => fractions.scores,
@@ -173,5 +177,23 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
                 direct::block(s, self.pieces, scores, block, rows, k, v.rows());
             }
         }
+    }
+}
+
+/// A function of its own, so that a small call does not pass by what a large one prepares.
+struct PackedBlock<'a> {
+    pieces: &'a Pieces,
+    block: &'a Block<'a>,
+    rows: &'a mut [RowState],
+    k: KeyPointers<'a, u8>,
+    v: KeyPointers<'a, u8>,
+}
+
+impl Outlined for PackedBlock<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { pieces, block, rows, k, v } = self;
+        // SAFETY: the caller's.
+        unsafe { packed::block(s, pieces, block, rows, k, v) };
     }
 }

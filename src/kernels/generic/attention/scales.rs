@@ -45,6 +45,25 @@ pub(super) unsafe fn scale_weights<S: Simd>(s: S, block: &Block, heads: Range<us
 unsafe fn scale<S: Simd>(s: S, block: &Block, heads: Range<usize>, scales: &RawView) -> bool {
     let Block { tile, scratch, key_range, .. } = *block;
     let mut finite = true;
+    if const { S::PARALLEL_DOTS < 16 } && key_range.len() == 1 {
+        let (row, slot) = block.p.visibility.place(tile.batch, block.base + key_range.low).0;
+        for head in heads {
+            // SAFETY: the caller's: some row sees the only key of the range; the tile has the head and its rows.
+            unsafe {
+                let at = scales.row(row, slot, tile.kv_head + head);
+                let factor = match scales.dtype {
+                    DType::F32 => *at.cast::<f32>(),
+                    DType::F16 => (*at.cast::<f16>()).to_f32(),
+                    DType::Bf16 => f32::NAN,
+                };
+                finite &= factor.is_finite();
+                for r in head * tile.head_rows..(head + 1) * tile.head_rows {
+                    *scratch.s.add(r * BLOCK + key_range.low) *= factor;
+                }
+            }
+        }
+        return finite;
+    }
     for head in heads {
         // SAFETY: the caller's; the tile has the head and its rows.
         unsafe {

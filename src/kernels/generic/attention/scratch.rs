@@ -1,5 +1,6 @@
 //! The scratch memory of a tile, and the state of its rows.
 
+use super::state::EMPTY;
 use crate::kernels::simd::MAX_LANES;
 use crate::problem::grid::{BLOCK, padded};
 
@@ -21,6 +22,15 @@ pub(crate) struct RowState {
     pub fresh: bool,
     /// Its output is written.
     pub finished: bool,
+}
+
+impl RowState {
+    /// Before the first chunk, of a token at position 0 and a head.
+    #[inline(always)]
+    pub fn new((low, high): (i64, i64), (token, head): (u32, u32)) -> Self {
+        let (max, total) = (f32::NEG_INFINITY, EMPTY);
+        Self { max, total, low, high, visible_bits: 0, position: 0, token, head, fresh: true, finished: false }
+    }
 }
 
 /// Scratch memory of one worker; see [`Scratch::layout`].

@@ -7,7 +7,7 @@ use super::logits::row_logits;
 use super::{Block, RowState};
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
-use crate::problem::grid::{BLOCK, KeyRange, padded};
+use crate::problem::grid::{BLOCK, KeyRange, ones, padded};
 use std::ops::Range;
 
 /// From this magnitude on, the largest logit times log2(e) is rounded by half a unit or more, and the exact difference of an FMA
@@ -35,6 +35,11 @@ impl Outlined for Softmax<'_> {
         let vectors = keys.low / S::LANES * S::LANES..keys.high;
         let plain = p.plain_factor(p.scale);
         let factor = plain.unwrap_or(1.0);
+        if const { S::PARALLEL_DOTS < 16 } && keys.len() == 1 && plain.is_some() && block.all && rows[0].fresh {
+            // SAFETY: as below.
+            unsafe { one_key(s, block, rows, first, keys.low, factor) };
+            return;
+        }
         for (r, row) in rows.iter_mut().enumerate() {
             // SAFETY: the scratch parts have a row for every row of the tile; vectors stay inside a row of BLOCK.
             unsafe {
@@ -49,6 +54,50 @@ impl Outlined for Softmax<'_> {
                 } else {
                     scores.weigh::<S, false>(s, row, vectors.clone(), acc, dvp);
                 }
+            }
+        }
+    }
+}
+
+/// The weights of one key in fresh rows that see it, by a vector of rows at a time: what is done once per row would otherwise cost more than
+/// the products of a call on one key.
+///
+/// # Safety
+/// As of [`Softmax`], in a plain call.
+#[inline(always)]
+unsafe fn one_key<S: Simd>(s: S, block: &Block, rows: &mut [RowState], first: usize, key: usize, factor: f32) {
+    let Block { scratch, dv, .. } = *block;
+    let (factors, minus, limit) = (s.splat(factor), s.splat(-1.0), s.splat(ROUNDED_LOGITS));
+    let lane = key % S::LANES;
+    for (i, rows) in rows.chunks_mut(S::LANES).enumerate() {
+        let first = first + i * S::LANES;
+        // SAFETY: the caller's.
+        unsafe {
+            let (x, sums) = (scratch.s.add(first * BLOCK), scratch.sums.add(first * MAX_LANES));
+            let mut floats = [0.0; MAX_LANES];
+            for r in 0..rows.len() {
+                floats[r] = *x.add(r * BLOCK + key);
+            }
+            let scores = s.load_f32(floats.as_ptr());
+            let max = s.mul(scores, factors);
+            if s.lt_bits(s.abs(max), limit) & ones(rows.len()) != ones(rows.len()) {
+                // Some are large, infinite or NaN.
+                let vector = key - lane..key + 1;
+                for (r, row) in rows.iter_mut().enumerate() {
+                    let scores = Scores { x: x.add(r * BLOCK), sums: sums.add(r * MAX_LANES), factor };
+                    let acc = scratch.acc.add((first + r) * scratch.acc_row);
+                    scores.weigh::<S, false>(s, row, vector.clone(), acc, padded(dv));
+                }
+                continue;
+            }
+            s.store_f32(floats.as_mut_ptr(), max);
+            for (row, &max) in rows.iter_mut().zip(&floats) {
+                row.max = max;
+            }
+            s.store_f32(floats.as_mut_ptr(), math::exp2(s, s.fma(scores, factors, s.mul(max, minus))));
+            for r in 0..rows.len() {
+                *x.add(r * BLOCK + key) = floats[r];
+                *sums.add(r * MAX_LANES + lane) = floats[r];
             }
         }
     }

@@ -6,11 +6,12 @@
 //! A row of Q has the element order of [`Load::load_pair`] for the format of K, an accumulator that for the format of V: for bf16, on
 //! some levels, the even elements of every two vectors come first, then the odd ones.
 
+use super::Scratch;
 use super::weighted::{load_up_to, scaled};
 use crate::dtype::DType;
 use crate::kernels::generic::hadamard::rotate_row;
 use crate::kernels::generic::{copy, math};
-use crate::kernels::simd::{LoadStore, Outlined, Simd};
+use crate::kernels::simd::{LoadStore, MAX_LANES, Outlined, Simd};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{PARTIAL_HEADER, padded, partial_stride};
 use crate::problem::tile::Tile;
@@ -193,6 +194,36 @@ impl Output<'_> {
     }
 }
 
+/// The rows of one token, whose accumulators and the factors for them (in `scratch.total`) are in place.
+pub(super) struct TokenRows<'a> {
+    pub scratch: &'a Scratch,
+    pub rows: usize,
+    pub dv: usize,
+    /// See [`Output`].
+    pub deinterleaved: bool,
+    /// Elements between the heads of the output, whose own elements lie together.
+    pub step: i64,
+}
+
+impl TokenRows<'_> {
+    /// Writes the output, as [`Output::finish`] does.
+    ///
+    /// # Safety
+    /// `dst` is the first row of the output.
+    #[inline(always)]
+    pub unsafe fn finish<S: Simd, T: LoadStore>(&self, s: S, dst: *mut T) {
+        let Self { scratch, rows, dv, deinterleaved, step } = *self;
+        for r in 0..rows {
+            // SAFETY: the caller's; the scratch has these rows.
+            unsafe {
+                let (acc, scale) = (scratch.acc.add(r * scratch.acc_row), *scratch.total.add(r));
+                let dst = dst.wrapping_offset(r as isize * step as isize);
+                Scaled { acc, scale, deinterleaved }.store::<S, T>(s, dst, 1, dv);
+            }
+        }
+    }
+}
+
 /// A row that needs a factor and its elements in order.
 struct Scaled {
     acc: *const f32,
@@ -263,6 +294,10 @@ impl Scaled {
             for i in (0..i).step_by(pair) {
                 let first = self.times(s, s.load_f32(acc.add(i)));
                 let second = self.times(s, s.load_f32(acc.add(i + S::LANES)));
+                if const { S::PARALLEL_DOTS < 16 } && DEINTERLEAVED && T::deinterleaved::<S>() {
+                    T::store_pair(s, dst.add(i), [first, second]);
+                    continue;
+                }
                 let [first, second] = if DEINTERLEAVED { s.interleave(first, second) } else { [first, second] };
                 T::store(s, dst.add(i), first);
                 T::store(s, dst.add(i + S::LANES), second);
@@ -307,6 +342,10 @@ pub(super) unsafe fn load_query<S: Simd>(s: S, deinterleaved: bool, p: &Problem,
     let (q, d) = (&p.q, p.q.shape[3]);
     // SAFETY: the caller's.
     unsafe {
+        if const { S::PARALLEL_DOTS < 16 } && deinterleaved && loads_separated::<S>(p) {
+            load_token(s, p, src, dst, 1);
+            return;
+        }
         LoadRow { dtype: q.dtype, src, stride: q.strides[3] as isize, dst, n: d }.run(s);
         rotate_row(s, dst, d, p.k_hadamard);
         (d..padded(d)).for_each(|i| *dst.add(i) = 0.0);
@@ -316,6 +355,55 @@ pub(super) unsafe fn load_query<S: Simd>(s: S, deinterleaved: bool, p: &Problem,
                 let [even, odd] = s.deinterleave(s.load_f32(dst.add(i)), s.load_f32(dst.add(i + S::LANES)));
                 s.store_f32(dst.add(i), even);
                 s.store_f32(dst.add(i + S::LANES), odd);
+            }
+        }
+    }
+}
+
+/// Whether queries take one pass to rows whose even and odd elements of every two vectors are apart.
+#[inline(always)]
+pub(super) fn loads_separated<S: Simd>(p: &Problem) -> bool {
+    p.q.strides[3] == 1 && p.k_hadamard == 0 && p.q.shape[3].is_multiple_of(MAX_LANES.max(2 * S::LANES))
+}
+
+/// Such rows of `rows` heads of a token, from `src` on.
+///
+/// # Safety
+/// As [`load_query`].
+#[inline(always)]
+pub(super) unsafe fn load_token<S: Simd>(s: S, p: &Problem, src: *const u8, dst: *mut f32, rows: usize) {
+    let of = (p.q.strides[2] as isize, p.q.shape[3]);
+    // SAFETY: the caller's.
+    unsafe {
+        match p.q.dtype {
+            DType::F32 => load_separated::<S, f32>(s, src.cast(), of, dst, rows),
+            DType::F16 => load_separated::<S, f16>(s, src.cast(), of, dst, rows),
+            DType::Bf16 => load_separated::<S, bf16>(s, src.cast(), of, dst, rows),
+        }
+    }
+}
+
+/// # Safety
+/// As [`load_token`]: `rows` rows of `n` elements, `step` apart.
+#[inline(always)]
+unsafe fn load_separated<S: Simd, T: LoadStore>(
+    s: S,
+    src: *const T,
+    (step, n): (isize, usize),
+    dst: *mut f32,
+    rows: usize,
+) {
+    for r in 0..rows {
+        let (src, dst) = (src.wrapping_offset(r as isize * step), dst.wrapping_add(r * n));
+        for i in (0..n).step_by(2 * S::LANES) {
+            // SAFETY: the caller's.
+            unsafe {
+                let mut x = T::load_pair(s, src.add(i));
+                if !T::deinterleaved::<S>() {
+                    x = s.deinterleave(x[0], x[1]);
+                }
+                s.store_f32(dst.add(i), x[0]);
+                s.store_f32(dst.add(i + S::LANES), x[1]);
             }
         }
     }

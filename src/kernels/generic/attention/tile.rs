@@ -1,7 +1,8 @@
 //! The walk of a tile over chunks and blocks.
 
+use super::direct::row_scales;
 use super::key_pointers::{BlockRequest, GatherBuffers, KeyPointerTable, locate};
-use super::state::{EMPTY, Output, load_query};
+use super::state::{EMPTY, Output, TokenRows, load_query, load_token, loads_separated};
 use super::{Block, Products, RowState, Scratch};
 use crate::dtype::DType;
 use crate::kernels::simd::{MAX_LANES, Outlined, Simd, lines};
@@ -10,6 +11,7 @@ use crate::problem::grid::{BLOCK, KeyRange, between, padded};
 use crate::problem::tile::{PACK_ROWS, Tile};
 use crate::problem::visibility::TileVisibility;
 use crate::view::RawView;
+use half::{bf16, f16};
 use std::mem::MaybeUninit;
 
 /// Whether even and odd elements of every two vectors are kept apart, in queries (`keys`) and in accumulators (`values`).
@@ -41,7 +43,7 @@ pub(crate) unsafe fn tile<S: Simd>(
     let (mut q, mut in_output) = (Some(scratch.q), false);
     if products.reads_queries(p, tile)
         && p.k_hadamard == 0
-        && let Some((rows, step)) = rows_in_place(p, tile, p.q)
+        && let Some((rows, step)) = rows_in_place::<S>(p, tile, p.q)
     {
         // Nothing writes to them.
         (scratch.q, scratch.q_row, q) = (rows, step, None);
@@ -49,7 +51,7 @@ pub(crate) unsafe fn tile<S: Simd>(
     if products.writes_outputs()
         && tile.partials.is_null()
         && p.v_hadamard == 0
-        && let Some((rows, step)) = rows_in_place(p, tile, p.out)
+        && let Some((rows, step)) = rows_in_place::<S>(p, tile, p.out)
     {
         (scratch.acc, scratch.acc_row) = (rows, step);
         in_output = true;
@@ -101,9 +103,12 @@ pub(crate) unsafe fn tile<S: Simd>(
 /// The rows of a tile in the queries or the output, and the floats between them, if kernels can take them as they are: floats of one
 /// token that lie evenly, in whole vectors.
 #[inline(always)]
-fn rows_in_place(p: &Problem, tile: &Tile, view: &RawView) -> Option<(*mut f32, usize)> {
-    /// Bytes of the longest vector.
-    const ALIGN: usize = MAX_LANES * size_of::<f32>();
+fn rows_in_place<S: Simd>(p: &Problem, tile: &Tile, view: &RawView) -> Option<(*mut f32, usize)> {
+    /// With so few keys, to copy rows costs more than vectors that lie on two lines.
+    const FEW_KEYS: i64 = 8;
+    let short = const { S::PARALLEL_DOTS < 16 };
+    // Bytes of a vector.
+    let align = if short { S::LANES } else { MAX_LANES } * size_of::<f32>();
     let Tile { batch, kv_head, kv_heads, first_row, head_rows, .. } = *tile;
     let group = p.group;
     let (token, in_group) = if first_row == 0 { (0, 0) } else { (first_row / group, first_row % group) };
@@ -120,11 +125,12 @@ fn rows_in_place(p: &Problem, tile: &Tile, view: &RawView) -> Option<(*mut f32, 
     {
         return None;
     }
+    let few = short && p.visibility.length(batch) <= FEW_KEYS;
     let (batch, token) = p.visibility.query(batch, token);
     // SAFETY: the tile has this token and this head.
     let first = unsafe { view.row(batch, token, kv_head * group + in_group) };
-    // Elsewhere, every vector may lie on two lines.
-    first.addr().is_multiple_of(ALIGN).then_some((first.cast(), row as usize))
+    // Elsewhere, vectors may lie on two lines.
+    (few || first.addr().is_multiple_of(align)).then_some((first.cast(), row as usize))
 }
 
 /// Converts the query rows of a tile to f32, writes their states, and joins the keys that they see.
@@ -143,6 +149,29 @@ impl Outlined for BeginRows<'_> {
     unsafe fn run<S: Simd>(self, s: S) {
         let Self { p, tile, deinterleaved, rows, q, reach } = self;
         let dp = padded(p.q.shape[3]);
+        if const { S::PARALLEL_DOTS < 16 } && is_one_token(p, tile) {
+            let (low, high) = p.visibility.visible_keys(tile.batch, 0);
+            if low < high {
+                (reach.low, reach.high) = (low, high);
+            }
+            (reach.inner_low, reach.inner_high) = (low, if p.visibility.query_positions.is_some() { 0 } else { high });
+            let (batch, token) = p.visibility.query(tile.batch, 0);
+            let (mut head, position) = (tile.kv_head * p.group, p.visibility.position(tile.batch, 0));
+            let separated = q.is_some() && deinterleaved && loads_separated::<S>(p);
+            if separated && let Some(q) = q {
+                // SAFETY: token and heads are inside q; the scratch rows have dp floats.
+                unsafe { load_token(s, p, p.q.row(batch, token, head), q, rows.len()) };
+            }
+            for (r, row) in rows.iter_mut().enumerate() {
+                *row = RowState { position, ..RowState::new((low, high), (0, head as u32)) };
+                if !separated && let Some(q) = q {
+                    // SAFETY: token and head are inside q; the scratch row has dp floats.
+                    unsafe { load_query(s, deinterleaved, p, p.q.row(batch, token, head), q.add(r * dp)) };
+                }
+                head += 1;
+            }
+            return;
+        }
         let far = tile.head_rows >= PACK_ROWS;
         let (mut ahead, mut near) = (tile.tokens_and_heads(p).skip(FAR_ROWS), tile.tokens_and_heads(p).skip(NEAR_ROWS));
         let mut seen = usize::MAX;
@@ -160,18 +189,7 @@ impl Outlined for BeginRows<'_> {
                 (reach.inner_low, reach.inner_high) = (reach.inner_low.max(low), reach.inner_high.min(high));
             }
             let (low, high) = keys;
-            *row = RowState {
-                max: f32::NEG_INFINITY,
-                total: EMPTY,
-                low,
-                high,
-                visible_bits: 0,
-                position,
-                token: token as u32,
-                head: head as u32,
-                fresh: true,
-                finished: false,
-            };
+            *row = RowState { position, ..RowState::new((low, high), (token as u32, head as u32)) };
             let Some(q) = q else { continue };
             // SAFETY: token and head are inside q; the scratch row has dp floats.
             unsafe {
@@ -212,6 +230,26 @@ impl Outlined for EndRows<'_> {
         let Self { p, tile, deinterleaved, rows, scratch, chunk, seen, last } = self;
         let dvp = padded(p.v_dim);
         let acc_row = scratch.acc_row;
+        // SAFETY: the caller's; the first chunk leaves the totals free, and one token's rows are inside out.
+        unsafe {
+            if const { S::PARALLEL_DOTS < 16 }
+                && seen
+                && last
+                && chunk == tile.first_chunk
+                && is_plain(p, tile)
+                && row_scales(s, scratch, rows.len())
+            {
+                let (batch, token) = p.visibility.query(tile.batch, 0);
+                let dst = p.out.row(batch, token, tile.kv_head * p.group);
+                let token = TokenRows { scratch, rows: rows.len(), dv: p.v_dim, deinterleaved, step: p.out.strides[2] };
+                match p.out.dtype {
+                    DType::F32 => token.finish::<S, f32>(s, dst.cast()),
+                    DType::F16 => token.finish::<S, f16>(s, dst.cast()),
+                    DType::Bf16 => token.finish::<S, bf16>(s, dst.cast()),
+                }
+                return;
+            }
+        }
         let asks = last && tile.head_rows >= PACK_ROWS;
         let mut sums = [0.0; MAX_LANES];
         for r in 0..rows.len() {
@@ -244,6 +282,23 @@ impl Outlined for EndRows<'_> {
             }
         }
     }
+}
+
+/// Whether a tile's outputs are accumulators divided by their sums, of whole groups of heads of a sequence's only token.
+#[inline(always)]
+fn is_plain(p: &Problem, tile: &Tile) -> bool {
+    is_one_token(p, tile)
+        && tile.partials.is_null()
+        && p.sinks.is_none()
+        && p.lse.is_null()
+        && p.v_hadamard == 0
+        && p.out.strides[3] == 1
+}
+
+/// Whether the rows of a tile are whole groups of heads of a sequence's only token: heads differ, and nothing else.
+#[inline(always)]
+fn is_one_token(p: &Problem, tile: &Tile) -> bool {
+    tile.first_row == 0 && tile.head_rows == p.group && p.visibility.queries(tile.batch) == 1
 }
 
 /// Rows of Q and of the output are prefetched this many rows ahead on the packed path, those of Q into the second-level cache: in a

@@ -86,6 +86,61 @@ impl<V: ValueRows> WeightedValues<V> {
         }
     }
 
+    /// [`Self::columns`] of one key and fresh accumulators: loops that read weights and pointers once.
+    ///
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    pub unsafe fn one_key<S: Simd, const R: usize>(&self, s: S, dv: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            if self.scales.is_null() {
+                self.one_key_scaled::<S, R, false>(s, dv);
+            } else {
+                self.one_key_scaled::<S, R, true>(s, dv);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    unsafe fn one_key_scaled<S: Simd, const R: usize, const SCALED: bool>(&self, s: S, dv: usize) {
+        let v = self.v.at(0, self.v.offset(0));
+        let (mut weights, mut scales) = ([s.zero(); R], [s.zero(); R]);
+        // SAFETY: the caller's; i never passes dv.
+        unsafe {
+            for r in 0..R {
+                weights[r] = s.splat_from(self.weights.add(r * BLOCK));
+                if SCALED {
+                    scales[r] = s.splat_from(self.scales.add(r));
+                }
+            }
+            let mut i = 0;
+            while i < dv {
+                let pair = i + 2 * S::LANES <= dv;
+                let x = if pair {
+                    V::Element::load_pair(s, v.add(i))
+                } else {
+                    [load_up_to(s, v.add(i), (dv - i).min(S::LANES)), s.zero()]
+                };
+                for r in 0..R {
+                    for n in 0..2 {
+                        if n == 1 && !pair {
+                            break;
+                        }
+                        let mut y = s.fma(weights[r], x[n], s.zero());
+                        if SCALED {
+                            y = scaled(s, y, scales[r]);
+                        }
+                        s.store_f32(self.acc.add(r * self.acc_row + i + n * S::LANES), y);
+                    }
+                }
+                i += if pair { 2 * S::LANES } else { S::LANES };
+            }
+        }
+    }
+
     /// `N` vectors of columns from `column` on, or one of `part` elements.
     ///
     /// # Safety

@@ -57,6 +57,15 @@ impl DirectValues<'_> {
                 let left = tile.head_rows - row;
                 // SAFETY: the caller's; the rows are inside the tile.
                 unsafe {
+                    if const { S::PARALLEL_DOTS < 16 && !S::FEW_LOOPS && !PAIRS }
+                        && left >= 4
+                        && self.fresh
+                        && self.keys.len() == 1
+                    {
+                        piece.one_key::<S, 4>(s, dv);
+                        row += 4;
+                        continue;
+                    }
                     if const { S::FEW_LOOPS } {
                         if left < 4 {
                             piece.columns::<S, 1, 2>(s, dv);
