@@ -1049,7 +1049,8 @@ typedef uint32_t kvl_affine;
  * as many neighbours share each. A scale for each token and head is [batch, seq, kv_heads, 1], one for each channel
  * [1, 1, kv_heads, dim], one for each channel and 32 tokens [batch, seq / 32, kv_heads, dim]. Scales may lie between the units. Writes
  * compute scales and zero points, which then belong to one sequence or page and one head, and tokens that share them are written in
- * one call; with `KVL_AFFINE_FIXED` they read them.
+ * one call; with `KVL_AFFINE_FIXED` they read them. Moved one by one, tokens that come to share scales are quantised again, and those
+ * that go to other fixed scales too.
  */
 typedef struct kvl_cache_scales {
     /**
@@ -2275,13 +2276,15 @@ kvl_status kvl_cache_reset(const struct kvl_parallel_runner *runner,
  * Copies the first `length` tokens of sequence `from_sequence` of the cache `from`, which is only read, into
  * `sequence` of the cache `to`, which then has that length: a prompt that was prefilled alone takes its place in a
  * batch. Both caches have the same number of layers, with the same heads and dims. Types (converted to nearest, ties
- * to even) and layouts may differ. A ring takes the tokens that it would hold after `length`.
+ * to even) and layouts may differ. A ring takes the tokens that it would hold after `length`. Where tokens share scales
+ * that they did not share before, they are quantised again.
  *
  * Thread safety: may be called from any number of threads at once, on disjoint caches. A null `runner` runs on the
  * calling thread.
  * Bad input: null, an unknown `struct_size`, caches that differ in more than types and layouts or share memory, a
  * sequence that does not exist, a length above that of the source or above the capacity, tokens that a ring has
- * overwritten, a page that another sequence uses, and an indirect target are errors, and nothing is written.
+ * overwritten, a page that another sequence uses, heads above 1024 elements for a cache in which several tokens share
+ * scales, and an indirect target are errors, and nothing is written.
  */
 kvl_status kvl_cache_insert_sequence(const struct kvl_context *context,
                                      const struct kvl_parallel_runner *runner,
@@ -2299,7 +2302,8 @@ kvl_status kvl_cache_insert_sequence(const struct kvl_context *context,
  * calling thread.
  * Bad input: null, an unknown `struct_size`, views that do not fit each other, a sequence that does not exist, comes
  * twice or is the source, more tokens than the source has or a sequence holds, tokens that a ring has overwritten, a
- * page that another sequence uses, and an indirect cache are errors, and nothing is written.
+ * page that another sequence uses, heads above 1024 elements with scales that several tokens share, and an indirect
+ * cache are errors, and nothing is written.
  */
 kvl_status kvl_cache_copy_prefix(const struct kvl_context *context,
                                  const struct kvl_parallel_runner *runner,
@@ -2392,7 +2396,9 @@ kvl_status kvl_cache_set_table_tokens(int32_t *table,
  * of the position to which they move, as those of a tree of guesses do. A null entry is a layer whose keys are not
  * rotated. The `pairing`, `rotary_dim` and `inv_freq` of each are those that the keys were written with. Other fields
  * are not read, but a table is an error, since it has no row for a difference of positions. Angles are computed in
- * f64, arithmetic is f32, rounded once to the type of the cache. Values keep every bit.
+ * f64, arithmetic is f32, rounded once to the type of the cache. Values keep every bit, unless several tokens share
+ * scales and move by other numbers than multiples of these: then they are quantised again, those that stay with them
+ * too.
  *
  * Each call adds one rounding to the keys that move. After many small evictions, 16-bit keys stay where they were,
  * because a rotation by less than half a unit in the last place rounds back. `kvl_cache_evict_running` has no such
@@ -2402,8 +2408,9 @@ kvl_status kvl_cache_set_table_tokens(int32_t *table,
  * calling thread.
  * Bad input: null, an unknown `struct_size` or enumeration value, views that do not fit each other, a sequence that
  * does not exist, a range that is empty the wrong way or goes beyond the length, a number of ropes that fits nothing,
- * a `rotary_dim` above a layer's dim, a page to be written that another sequence uses, a ring (which drops its oldest
- * tokens by itself), and an indirect cache are errors, and nothing is written.
+ * a `rotary_dim` above a layer's dim, heads above 1024 elements with scales that several tokens share, a page to be
+ * written that another sequence uses, a ring (which drops its oldest tokens by itself), and an indirect cache are
+ * errors, and nothing is written.
  */
 kvl_status kvl_cache_evict(const struct kvl_context *context,
                            const struct kvl_parallel_runner *runner,
@@ -2421,7 +2428,8 @@ kvl_status kvl_cache_evict(const struct kvl_context *context,
  *
  * `dropped` is the number of tokens that the sequence has lost before this call. After it, token t of the sequence has
  * RoPE position `t + dropped + (end - first)`, and the next query and key have position `length + dropped`, with the
- * new length and the new sum. Lengths, causality, windows and ALiBi still count from 0.
+ * new length and the new sum. Lengths, causality, windows and ALiBi still count from 0. Scales that several tokens
+ * share are as with `kvl_cache_evict`.
  *
  * `ropes` and `keys` have an entry per layer, or one for all, or none (`num_ropes` 0) where keys carry no rotation or
  * no token is kept before the gap. A null rope is a layer whose keys before the gap stay as they are. The `pairing`,

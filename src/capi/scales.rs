@@ -21,7 +21,8 @@ use crate::{Affine, Integers, Nibbles, Zeros};
 /// as many neighbours share each. A scale for each token and head is [batch, seq, kv_heads, 1], one for each channel
 /// [1, 1, kv_heads, dim], one for each channel and 32 tokens [batch, seq / 32, kv_heads, dim]. Scales may lie between the units. Writes
 /// compute scales and zero points, which then belong to one sequence or page and one head, and tokens that share them are written in
-/// one call; with `KVL_AFFINE_FIXED` they read them.
+/// one call; with `KVL_AFFINE_FIXED` they read them. Moved one by one, tokens that come to share scales are quantised again, and those
+/// that go to other fixed scales too.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_cache_scales {

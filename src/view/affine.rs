@@ -342,14 +342,19 @@ impl RawAffine {
         }
     }
 
-    /// Whether units of one cache are those of the other with the same scales and zero points, copied where writes compute them.
+    /// Whether units of one cache are those of the other with the same scales and zero points, which both can hold.
     pub fn is_alike(&self, other: &Self) -> bool {
         let kinds = |of: &Self| {
             let zeros = of.zeros.map(|zeros| zeros.dtype);
-            (of.of, of.fixed, of.scales.dtype, zeros, of.scales.shape[DIM], of.shared[SEQ] == 1)
+            (of.of, of.fixed, of.scales.dtype, zeros, of.scales.shape[DIM])
         };
+        kinds(self) == kinds(other)
+    }
+
+    /// Whether scales and zero points are the same ones.
+    pub fn is_same(&self, other: &Self) -> bool {
         let place = |of: &Self| (of.scales.data, of.scales.strides, of.zeros.map(|zeros| (zeros.data, zeros.strides)));
-        kinds(self) == kinds(other) && (!self.fixed || place(self) == place(other))
+        place(self) == place(other)
     }
 
     /// Bytes from the scale of an index of an axis to that of the next, and the same of zero points; neighbours along it share none,

@@ -1,18 +1,23 @@
 //! Beam search: sequences are replaced by their parents, by moving tokens or by moving entries of a table.
 
 use super::lengths::check_slots_free;
-use super::{KvCache, Layers, RawCache, SafeLayers, Step, cache_at, check_movable, for_each_piece, move_tokens};
+use super::{
+    KvCache, Layers, RawCache, SafeLayers, Step, cache_at, check_requantized, copy_parameters, copy_tokens,
+    for_each_piece, move_tokens,
+};
 use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::layout::Layout;
 use crate::ops::workspace::{Workspace, check_workspace};
+use crate::ops::write::tokens_sharing;
 use crate::parallel::{MAX_WORKERS, Runner};
 use crate::view::{DIM, HEADS, RawCacheView, RawView, SEQ, Units, contiguous};
 
 impl KvCache<'_, '_> {
     /// Replaces every sequence b by what sequence `parents[b]` was, tokens and length (beam search). Only valid tokens move,
     /// and only those of sequences that are not their own parents. A sequence may be the parent of several sequences, or of
-    /// none.
+    /// none. Tokens keep all bits, with the scales that they share; fixed scales of sequences stay, and units are
+    /// [quantised by them](crate::docs::caches#described-integers) where they differ.
     ///
     /// The sequences of a paged cache are reordered by the caller, who permutes the table and shares pages;
     /// [`copy_pages`](crate::copy_pages) gives a sequence a last page of its own. Ragged sequences have no room for each
@@ -294,38 +299,42 @@ fn buffer_bytes(layers: &dyn Layers) -> Result<usize> {
 
 /// Bytes of the units and of the scales of a block of tokens; multiples of 64.
 fn block_bytes(cache: &RawCacheView) -> (usize, usize) {
-    let bytes = |per_head: usize| {
-        let token = cache.shape[HEADS].saturating_mul(per_head);
-        token.saturating_mul(BLOCK).saturating_add(63) / 64 * 64
-    };
-    let scales = cache.written_scales().map_or(0, |scales| bytes(scales.dtype.size()));
+    let bytes = |per_head: usize, entries| list_bytes(cache, per_head, entries);
+    let scales = cache.written_scales().map_or(0, |scales| bytes(scales.dtype.size(), BLOCK));
     let scales = cache.affine.filter(|affine| !affine.fixed).map_or(scales, |affine| {
-        let zeros = affine.zeros.map_or(0, |zeros| bytes(zeros.head_bytes()));
-        bytes(affine.scales.head_bytes()).saturating_add(zeros)
+        let entries = BLOCK.div_ceil(affine.shared[SEQ]);
+        let zeros = affine.zeros.map_or(0, |zeros| bytes(zeros.head_bytes(), entries));
+        bytes(affine.scales.head_bytes(), entries).saturating_add(zeros)
     });
-    (bytes(cache.head_bytes()), scales)
+    (bytes(cache.head_bytes(), BLOCK), scales)
 }
 
-/// A block of tokens of a cache, at `memory`.
+/// Bytes of so many entries of all heads; a multiple of 64.
+fn list_bytes(cache: &RawCacheView, per_head: usize, entries: usize) -> usize {
+    let token = cache.shape[HEADS].saturating_mul(per_head);
+    token.saturating_mul(entries).saturating_add(63) / 64 * 64
+}
+
+/// A block of tokens of a cache, at `memory`. Scales that tokens share are those of as many as begin in a block.
 fn block_at(memory: *mut u8, cache: &RawCacheView) -> RawCacheView {
-    fn view<U: Units>(data: *mut u8, of: &RawView<U>) -> RawView<U> {
-        let shape = [1, BLOCK, of.shape[HEADS], of.shape[DIM]];
+    fn view<U: Units>(data: *mut u8, of: &RawView<U>, entries: usize) -> RawView<U> {
+        let shape = [1, entries, of.shape[HEADS], of.shape[DIM]];
         let block = RawView { data, shape, bytes: None, ..*of };
         RawView { strides: contiguous(block.unit_shape()), ..block }
     }
     let scales = memory.wrapping_add(block_bytes(cache).0);
     let affine = cache.affine.map(|mut affine| {
         if !affine.fixed {
-            let heads = cache.shape[HEADS];
-            affine.scales = view(scales, &affine.scales);
-            let bytes = (heads * affine.scales.head_bytes() * BLOCK).next_multiple_of(64);
-            affine.zeros = affine.zeros.map(|zeros| view(scales.wrapping_add(bytes), &zeros));
+            let entries = BLOCK.div_ceil(affine.shared[SEQ]);
+            let zeros = scales.wrapping_add(list_bytes(cache, affine.scales.head_bytes(), entries));
+            affine.scales = view(scales, &affine.scales, entries);
+            affine.zeros = affine.zeros.map(|of| view(zeros, &of, entries));
         }
         affine
     });
     RawCacheView {
-        units: view(memory, &cache.units),
-        scales: cache.written_scales().map(|of| view(scales, of)),
+        units: view(memory, &cache.units, BLOCK),
+        scales: cache.written_scales().map(|of| view(scales, of, BLOCK)),
         affine,
     }
 }
@@ -355,7 +364,7 @@ pub(crate) unsafe fn reorder_raw(
     parents: &[i32],
 ) -> Result<()> {
     let first = cache.validate()?;
-    check_movable(cache.layers, "the cache")?;
+    check_requantized(cache.layers, false)?;
     let rows = cache.lengths.len();
     check_parents(parents, rows)?;
     let how = match cache.layout {
@@ -379,17 +388,36 @@ pub(crate) unsafe fn reorder_raw(
         let cache = &piece.cache;
         let step = Step::copy(context, cache);
         let buffer = block_at(buffers.at(worker * buffer_bytes), cache);
+        let shared = tokens_sharing(cache);
         for block in (0..longest).step_by(BLOCK) {
-            let mut buffered = 0;
+            let (mut buffered, mut origin) = (0, 0);
+            // The first token here whose scales no token before it shares.
+            let first = block.next_multiple_of(shared) - block;
             for m in moves {
                 let n = if m.from == BUFFER { buffered } else { used(m.from).saturating_sub(block).min(BLOCK) };
                 let row = |r: i32| if r == BUFFER { (&buffer, (0, 0)) } else { (cache, (r as usize, block)) };
                 let ((src, from), (dst, to)) = (row(m.from), row(m.to));
+                if m.to == BUFFER {
+                    (buffered, origin) = (n, m.from as usize);
+                }
                 // SAFETY: sequences and slots are inside the views, two sequences share nothing, and no other piece has these
                 // heads.
-                unsafe { move_tokens(&step, src, from, dst, to, n) };
-                if m.to == BUFFER {
-                    buffered = n;
+                unsafe {
+                    match (&step, &src.affine, &dst.affine) {
+                        (Step::Copy { units, .. }, Some(of_src), Some(of_dst)) if shared > 1 => {
+                            copy_tokens(*units, &src.units, from, &dst.units, to, n);
+                            // The buffer begins with these scales.
+                            let [from, to] = [(m.from, from), (m.to, to)]
+                                .map(|(r, (row, slot))| (row, if r == BUFFER { 0 } else { slot + first }));
+                            copy_parameters(of_src, from, of_dst, to, (cache.shape[HEADS], n.saturating_sub(first)));
+                        }
+                        (Step::Fixed(step), ..) if m.to == BUFFER => step.copy(src, from, dst, to, n),
+                        (Step::Fixed(step), ..) => {
+                            let place = if m.from == BUFFER { (origin, block) } else { from };
+                            step.run((&src.units, from), (cache, place), (dst, to), n);
+                        }
+                        _ => move_tokens(&step, src, from, dst, to, n),
+                    }
                 }
             }
         }

@@ -1,15 +1,16 @@
 //! Dropping tokens from the middle of a sequence: see [`KvCache`].
 
+use super::shared_scales::Token;
 use super::{
-    KvCache, RawCache, RowOf, Step, check_apart, check_movable, check_pages_unshared, for_each_piece, heads_of,
-    move_range, move_tokens,
+    KvCache, Load, RawCache, RowOf, Step, check_apart, check_pages_unshared, check_requantized, for_each_piece,
+    heads_of, in_layer, move_positions, move_tokens,
 };
 use crate::context::Context;
-use crate::error::{Error, Result, ensure};
+use crate::error::{Result, ensure};
 use crate::format::CacheFormat;
 use crate::layout::Layout;
 use crate::ops::hadamard::check_block;
-use crate::ops::heads::check_staged;
+use crate::ops::heads::{Turn, check_staged};
 use crate::ops::rope::{RopeFrequencies, check_frequencies, check_rotary_dim};
 use crate::ops::setters::setters;
 use crate::parallel::Runner;
@@ -66,15 +67,15 @@ impl KvCache<'_, '_> {
     /// repeated in f32.
     ///
     /// These errors [add up](Self#dropping-tokens-in-two-ways). Values, and keys that are not rotated, move with all their bits,
-    /// scales included.
-    /// Bytes behind the new end of the sequence do not change.
+    /// scales included, unless [several tokens share scales](crate::docs::caches#tokens-that-share-scales) and the gap is not one of whole
+    /// blocks. Units behind the new end of the sequence do not change.
     ///
     /// In a paged cache, tokens move from page to page; the caller frees pages that the sequence no longer needs.
     ///
     /// # Errors
     /// - [`Status::OutOfRange`](crate::Status::OutOfRange): the sequence does not exist, or `drop` is no range of its tokens.
     /// - [`Status::Shape`](crate::Status::Shape): the number of rotations fits neither all layers nor each, or a `rotary_dim`
-    ///   exceeds the dim of a layer.
+    ///   exceeds the dim of a layer, or heads above 1024 elements have scales that several tokens share.
     /// - [`Status::Overlap`](crate::Status::Overlap): a page would be written that another sequence uses too.
     /// - [`Status::InvalidValue`](crate::Status::InvalidValue): the layout is a ring, whose positions are bound to slots, or
     ///   [`Layout::Indirect`], whose tokens belong to several sequences.
@@ -96,7 +97,8 @@ impl KvCache<'_, '_> {
 
     /// Drops the tokens `drop` of a sequence and closes the gap, and lets RoPE positions run on: the keys of later tokens move
     /// with all their bits, as values do, and the keys before the gap are written again from unrotated copies. Whatever the
-    /// number of calls, each key has been rounded once.
+    /// number of calls, each key has been rounded once. Where [several tokens share scales](crate::docs::caches#tokens-that-share-scales),
+    /// that holds for gaps of whole blocks.
     ///
     /// `dropped` is the number of tokens that the sequence has lost before this call. After it, every token t, by its new
     /// number, has RoPE position `t + dropped + drop.len()`, and the next query and key take `length + dropped`, with the new
@@ -205,7 +207,7 @@ pub(crate) unsafe fn evict_raw<'a>(
     rotation: &(dyn Fn(usize) -> Result<Option<RawRotation<'a>>> + Sync),
 ) -> Result<()> {
     let (first, row, length) = check_drop(cache, row, &drop)?;
-    let (layers, layout, gap) = (cache.layers, cache.layout, drop.len());
+    let (layers, layout, lengths, gap) = (cache.layers, cache.layout, &*cache.lengths, drop.len());
     check_per_layer(cache, "rotations", (rotations, rotation), |rotation, k| check_rotation(&rotation, 1.0, k))?;
     let moved = length - drop.end;
     if gap > 0 && moved > 0 {
@@ -217,17 +219,18 @@ pub(crate) unsafe fn evict_raw<'a>(
             let (mut cos, mut sin) = ([0.0; MAX_ROTARY_DIM / 2], [0.0; MAX_ROTARY_DIM / 2]);
             let rotation = if piece.values { Ok(None) } else { of_layer((rotations, rotation), piece.layer) };
             let step = match rotation.expect("the rotations were valid a moment ago") {
-                None => Step::copy(context, cache),
+                None => Step::copy_any(context, cache),
                 Some(RawRotation { pairing, inv_freq, hadamard }) => {
                     let (cos, sin) = (&mut cos[..inv_freq.len()], &mut sin[..inv_freq.len()]);
                     // SAFETY: the context hands out kernels of available levels only.
                     unsafe { angles(-(gap as f64), inv_freq, 1.0, cos, sin) };
-                    Step::turn(context, None, cache.dtype, (pairing, hadamard), (cos, sin))
+                    Step::turn(context, None, cache, (pairing, hadamard), (cos, sin))
                 }
             };
+            let after = |other| if other == row.row { length - gap } else { lengths[other] as usize };
             // SAFETY: all positions are the sequence's, on pages that it has once; tokens move down in ascending order, no more
             // at a time than the gap is long, so that none is written before it was read.
-            unsafe { move_range(&step, row, drop.end..length, row, drop.start, gap) };
+            unsafe { move_positions(&step, row, &[drop.end..length], row, gap, &after) };
         })?;
     }
     cache.lengths[row] = (length - gap) as i32;
@@ -275,33 +278,56 @@ pub(crate) unsafe fn evict_running_raw<'a>(
     if gap > 0 && (moved > 0 || rewrites) {
         check_pages_of_gap(cache, &first, row, &drop, if rewrites { 0 } else { kept })?;
     }
-    if gap > 0 && moved > 0 {
-        for_each_piece(runner, layers, moved, &|_, piece| {
+    if gap > 0 && (moved > 0 || rewrites) {
+        let (angles, lengths) = (context.angles(), &*cache.lengths);
+        let work = moved.saturating_add(if rewrites { kept } else { 0 });
+        for_each_piece(runner, layers, work, &|_, piece| {
             let cache = &piece.cache;
-            let (row, step) = (RowOf { layout: &layout, cache, row }, Step::copy(context, cache));
-            // SAFETY: as in `evict_raw`.
-            unsafe { move_range(&step, row, drop.end..length, row, drop.start, gap) };
-        })?;
-    }
-    if rewrites {
-        let angles = context.angles();
-        for_each_piece(runner, layers, kept, &|_, piece| {
-            let unrotated = if piece.values { Ok(None) } else { of_layer(unrotated, piece.layer) };
-            let Some(unrotated) = unrotated.expect("the keys were valid a moment ago") else { return };
+            let dst = RowOf { layout: &layout, cache, row };
+            let after = |other| if other == row { length - gap } else { lengths[other] as usize };
+            let place = |position| layout.place(&cache.units, row, position).0;
+            let step = Step::copy_any(context, cache);
+            let unrotated = if piece.values || kept == 0 { Ok(None) } else { of_layer(unrotated, piece.layer) };
+            let Some(unrotated) = unrotated.expect("the keys were valid a moment ago") else {
+                // SAFETY: as in `evict_raw`.
+                unsafe { move_positions(&step, dst, &[drop.end..length], dst, gap, &after) };
+                return;
+            };
             let RawRotation { pairing, inv_freq, hadamard } = unrotated.rotation;
-            let (dtype, cache) = (unrotated.keys.dtype, &piece.cache);
-            let src = heads_of(&unrotated.keys, piece.heads).into();
+            let (dtype, src) = (unrotated.keys.dtype, heads_of(&unrotated.keys, piece.heads).into());
             let (mut cos, mut sin) = ([0.0; MAX_ROTARY_DIM / 2], [0.0; MAX_ROTARY_DIM / 2]);
             let (cos, sin) = (&mut cos[..inv_freq.len()], &mut sin[..inv_freq.len()]);
-            for token in 0..kept {
-                let place = layout.place(&cache.units, row, token).0;
+            let turn_to = |token: usize, cos: &mut [f32], sin: &mut [f32]| {
                 let position = (token + dropped + gap) as f64;
-                // SAFETY: the context hands out kernels of available levels only; the token is the sequence's, on a page that it
-                // has once, and the copies have its heads and share no memory with it.
-                unsafe {
-                    angles(position, inv_freq, unrotated.magnitude, cos, sin);
-                    let step = Step::turn(context, Some(dtype), cache.dtype, (pairing, hadamard), (&*cos, &*sin));
-                    move_tokens(&step, &src, (0, token), cache, place, 1);
+                // SAFETY: the context hands out kernels of available levels only.
+                unsafe { angles(position, inv_freq, unrotated.magnitude, cos, sin) };
+            };
+            if let Step::Blocks(blocks) = &step {
+                // Tokens before and behind the gap can share scales.
+                let load = Load::turned(context, Some(dtype), cache.dtype, hadamard, None);
+                let mut last = None;
+                let mut arrives = |position| {
+                    if position >= kept {
+                        return Some(blocks.token(cache, place(position + gap)));
+                    }
+                    if last.replace(position) != Some(position) {
+                        turn_to(position, cos, sin);
+                    }
+                    let turn = Turn::new(pairing, cos, sin);
+                    Some(Token { cache: &src, at: (0, position), load: &load, turn: Some(turn) })
+                };
+                // SAFETY: as in `evict_raw`, and below.
+                unsafe { blocks.fill(dst, 0..length - gap, &after, &mut arrives) };
+                return;
+            }
+            // SAFETY: as in `evict_raw`; the tokens before the gap are the sequence's, on pages that it has once, and the copies
+            // have its heads and share no memory with it.
+            unsafe {
+                move_positions(&step, dst, &[drop.end..length], dst, gap, &after);
+                for token in 0..kept {
+                    turn_to(token, cos, sin);
+                    let step = Step::turn(context, Some(dtype), cache, (pairing, hadamard), (&*cos, &*sin));
+                    move_tokens(&step, &src, (0, token), cache, place(token), 1);
                 }
             }
         })?;
@@ -313,7 +339,7 @@ pub(crate) unsafe fn evict_running_raw<'a>(
 /// Checks the cache and what is to be dropped; returns the keys of the first layer, the sequence and its length.
 fn check_drop(cache: &RawCache, row: i64, drop: &Range<usize>) -> Result<(RawView<CacheFormat>, usize, usize)> {
     let first = cache.validate()?;
-    check_movable(cache.layers, "the cache")?;
+    check_requantized(cache.layers, true)?;
     let row = cache.check_row("sequence", row)?;
     let why = match cache.layout {
         Layout::Contiguous | Layout::Paged { .. } | Layout::Ragged { .. } => None,
@@ -352,7 +378,7 @@ fn check_per_layer<T>(
             let Some(given) = of_layer(given, i)? else { return Ok(()) };
             check(given, &layers.layer(i)?.k)
         };
-        check().map_err(|e: Error| Error::new(e.status(), format!("layer {i}: {}", e.message())))?;
+        check().map_err(|e| in_layer(i, e))?;
     }
     Ok(())
 }

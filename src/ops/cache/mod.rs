@@ -8,6 +8,7 @@ mod evict;
 mod lengths;
 mod pages;
 mod rows;
+mod shared_scales;
 
 pub use beam::{reorder_table, reorder_table_workspace_size, reorder_workspace_size, set_table_tokens};
 pub use evict::{KeyRotation, UnrotatedKeys};
@@ -30,10 +31,13 @@ use crate::format::CacheFormat;
 use crate::kernels::api::{CopyArgs, CopyFn, Op};
 use crate::layout::{Layout, Place};
 use crate::ops::COPY_GRAIN;
-use crate::ops::heads::{HeadKernels, Scales, Turn};
+use crate::ops::heads::{HeadKernels, Scales, Turn, check_staged};
+use crate::ops::write::tokens_sharing;
 use crate::parallel::{Runner, for_each_tile, workers_for};
+use crate::problem::limits::MAX_HEAD_DIM;
 use crate::problem::rotation::Pairing;
 use crate::view::{BATCH, DIM, HEADS, RawAffine, RawCacheView, RawView, SEQ, Units};
+use shared_scales::{Blocks, Fixed, Load, scales_have_places};
 use std::ops::Range;
 
 /// The cache of one layer: keys and values, `[batch, slots, kv_heads, dim]` each. The layout of the [`KvCache`] defines the
@@ -235,7 +239,6 @@ impl RawCache<'_> {
 fn validate_layers(layers: &dyn Layers) -> Result<RawView<CacheFormat>> {
     let n = layers.count();
     ensure!(n > 0, Shape, "the cache has no layers");
-    let in_layer = |i: usize, e: Error| Error::new(e.status(), format!("layer {i}: {}", e.message()));
     let first = layers.layer(0).map_err(|e| in_layer(0, e))?.k.units;
     for i in 0..n {
         let check = || {
@@ -260,6 +263,16 @@ fn validate_layers(layers: &dyn Layers) -> Result<RawView<CacheFormat>> {
         }
     }
     Ok(first)
+}
+
+/// An error that names the layer.
+fn in_layer(layer: usize, e: Error) -> Error {
+    Error::new(e.status(), format!("layer {layer}: {}", e.message()))
+}
+
+/// The name of cache i in its layer.
+fn plane(i: usize) -> &'static str {
+    ["k", "v"][i % 2]
 }
 
 /// Checks that a view shares no memory with the caches of `layers` before number `end`.
@@ -429,15 +442,28 @@ enum Step<'a> {
     Copy { units: CopyFn, scales: Option<CopyFn> },
     /// In another format, or turned by one set of angles.
     Convert { kernels: HeadKernels<'a>, turn: Option<Turn> },
+    /// The same where the scales of places are, which are not written; else quantised again.
+    Fixed(Fixed<'a>),
+    /// Into blocks of tokens that share scales.
+    Blocks(Blocks<'a>),
 }
 
 impl<'a> Step<'a> {
-    /// The copy of tokens of a cache to other places of it.
+    /// The copy of tokens of a cache to other places of it; of those that share scales, all that do, to slots that share scales.
     fn copy(context: &Context, cache: &RawCacheView) -> Self {
         match cache.dtype.dtype() {
             Some(dtype) => Self::Copy { units: context.copy(Op::KvWrite, dtype, dtype), scales: None },
+            None if scales_have_places(cache) => Self::Fixed(Fixed::new(context, cache.dtype)),
             None => Self::units(context, cache, cache),
         }
+    }
+
+    /// The same of any tokens to any slots.
+    fn copy_any(context: &Context, cache: &RawCacheView) -> Self {
+        if tokens_sharing(cache) > 1 {
+            return Self::Blocks(Blocks::between(context, cache, cache));
+        }
+        Self::copy(context, cache)
     }
 
     /// The copy of quantised units, and of the scales that are written with them.
@@ -452,6 +478,9 @@ impl<'a> Step<'a> {
     /// # Safety
     /// The caches are valid.
     unsafe fn between(context: &Context, src: &RawCacheView, dst: &RawCacheView) -> Self {
+        if tokens_sharing(dst) > 1 {
+            return Self::Blocks(Blocks::between(context, src, dst));
+        }
         match (src.dtype.dtype(), dst.dtype.dtype()) {
             (Some(from), Some(to)) => Self::Copy { units: context.copy(Op::KvWrite, from, to), scales: None },
             (Some(from), None) => {
@@ -461,31 +490,41 @@ impl<'a> Step<'a> {
             (None, Some(to)) => Self::Convert { kernels: HeadKernels::read(context, None, src.dtype, to), turn: None },
             // SAFETY: the caller's.
             (None, None) if unsafe { requantizes(src, dst) } => {
+                if let (Some(a), Some(b)) = (&src.affine, &dst.affine)
+                    && src.dtype == dst.dtype
+                    && a.is_alike(b)
+                {
+                    return Self::Fixed(Fixed::new(context, dst.dtype));
+                }
                 Self::Convert { kernels: HeadKernels::requantize(context, src.dtype, dst.dtype), turn: None }
             }
             (None, None) => Self::units(context, src, dst),
         }
     }
 
-    /// Keys that are turned by RoPE and then rotated by blocks of `hadamard`: unturned elements into a cache of a format, or without
+    /// Keys that are turned by RoPE and then rotated by blocks of `hadamard`: unturned elements into a cache, or without
     /// elements, keys of the cache that are turned on.
     fn turn(
         context: &Context,
         from: Option<DType>,
-        format: CacheFormat,
+        cache: &RawCacheView,
         (pairing, hadamard): (Pairing, Option<usize>),
         (cos, sin): (&'a [f32], &'a [f32]),
     ) -> Self {
+        let turn = Turn::new(pairing, cos, sin);
+        if tokens_sharing(cache) > 1 {
+            let load = Load::turned(context, from, cache.dtype, hadamard, Some(turn));
+            return Self::Blocks(Blocks::new(context, cache, load));
+        }
         let kernels = match from {
-            Some(from) => HeadKernels::write(context, None, true, hadamard, from, format),
-            None => HeadKernels::turn(context, hadamard, format),
+            Some(from) => HeadKernels::write(context, None, true, hadamard, from, cache.dtype),
+            None => HeadKernels::turn(context, hadamard, cache.dtype, cache.dtype),
         };
-        let turn = Turn { rotary_dim: 2 * cos.len(), pairing, cos: cos.as_ptr(), sin: sin.as_ptr() };
         Self::Convert { kernels, turn: Some(turn) }
     }
 }
 
-/// Whether heads that go from one quantised cache to another are quantised again: the formats differ, or static scales do, or
+/// Whether heads that go from one quantised cache to another are, or may be, quantised again: the formats differ, or static scales do, or
 /// scales per token and head lose digits.
 ///
 /// # Safety
@@ -504,7 +543,7 @@ unsafe fn requantizes(src: &RawCacheView, dst: &RawCacheView) -> bool {
     if let (Some(a), Some(b)) = (&src.affine, &dst.affine)
         && src.dtype == dst.dtype
     {
-        return !a.is_alike(b);
+        return !a.is_alike(b) || a.fixed && (scales_have_places(src) || !a.is_same(b));
     }
     let [from, to] = [src, dst].map(|cache| cache.scales.map(|scales| scales.dtype));
     src.dtype != dst.dtype || from == Some(DType::F32) && to == Some(DType::F16)
@@ -585,16 +624,30 @@ unsafe fn move_tokens(step: &Step, src: &RawCacheView, from: Place, dst: &RawCac
                 copy_parameters(src, from, dst, to, (heads, n));
             }
         },
-        Step::Convert { kernels, turn } => for_each_run(heads, n, |t, h, vectors, axis| {
-            let (from, to) = ((from.0, from.1 + t), (to.0, to.1 + t));
-            // SAFETY: as above.
-            unsafe {
-                let scales = [(src, from), (dst, to)].map(|(cache, at)| Scales::of_vectors(cache, axis, at, h));
-                let vectors = vectors_of(&src.units, from, &dst.units, to, h, vectors, axis);
-                kernels.run(&vectors, || scales, *turn);
+        Step::Convert { kernels, turn } => {
+            let run = |t: usize, h, vectors, axis| {
+                let (from, to) = ((from.0, from.1 + t), (to.0, to.1 + t));
+                // SAFETY: as above.
+                unsafe {
+                    let scales = [(src, from), (dst, to)].map(|(cache, at)| Scales::of_vectors(cache, axis, at, h));
+                    let vectors = vectors_of(&src.units, from, &dst.units, to, h, vectors, axis);
+                    kernels.run(&vectors, || scales, *turn);
+                }
+            };
+            if [src, dst].into_iter().any(has_blocks) {
+                (0..n).for_each(|t| run(t, 0, heads, HEADS));
+            } else {
+                for_each_run(heads, n, run);
             }
-        }),
+        }
+        Step::Fixed(step) => unsafe { step.run((&src.units, from), (src, from), (dst, to), n) },
+        Step::Blocks(_) => unreachable!("blocks are filled as such"),
     }
+}
+
+/// Whether some tokens share scales and others have others, so that scales of tokens are not at equal distances.
+fn has_blocks(cache: &RawCacheView) -> bool {
+    cache.affine.as_ref().is_some_and(|affine| affine.shared[SEQ] > 1 && affine.scales.shape[SEQ] > 1)
 }
 
 /// Copies the scales and zero points of `n` tokens; of tokens that share them, as many as do.
@@ -622,28 +675,26 @@ unsafe fn copy_parameters(src: &RawAffine, from: Place, dst: &RawAffine, to: Pla
     }
 }
 
-/// Fails if tokens of a cache cannot be moved with their scales: several share those that writes compute, or those that none writes
-/// belong to sequences or slots.
-fn check_movable(layers: &dyn Layers, whose: &str) -> Result<()> {
+/// Checks heads of caches that moves may quantise again, whatever the step: those whose scales have places, and with `blocks` those of
+/// tokens that share scales.
+fn check_requantized(layers: &dyn Layers, blocks: bool) -> Result<()> {
     for i in 0..2 * layers.count() {
-        let Some(RawCacheView { affine: Some(affine), .. }) = cache_at(layers, i)? else { continue };
-        let (name, layer, [batch, seq, ..]) = (["k", "v"][i % 2], i / 2, affine.scales.shape);
-        if affine.fixed {
-            ensure!(
-                (batch, seq) == (1, 1),
-                Unsupported,
-                "{name} of layer {layer} of {whose} has scales that are not written, for {batch} sequences and {seq} slots: tokens stay \
-                 where they are"
-            );
-        } else {
-            let shared = affine.shared[SEQ];
-            ensure!(
-                shared == 1,
-                Unsupported,
-                "{name} of layer {layer} of {whose} has scales that {shared} tokens share: tokens are not moved one by one"
-            );
-        }
+        let Some(cache) = cache_at(layers, i)? else { continue };
+        let check = if scales_have_places(&cache) { check_staged(plane(i), cache.shape[DIM]) } else { Ok(()) };
+        check.and_then(|()| if blocks { check_blocks(i, &cache) } else { Ok(()) }).map_err(|e| in_layer(i / 2, e))?;
     }
+    Ok(())
+}
+
+/// Checks the heads of cache `i` if several tokens share scales.
+fn check_blocks(i: usize, cache: &RawCacheView) -> Result<()> {
+    let (shared, dim) = (tokens_sharing(cache), cache.shape[DIM]);
+    ensure!(
+        shared == 1 || dim <= MAX_HEAD_DIM,
+        Shape,
+        "{} has dim = {dim} and scales that {shared} tokens share, but such heads above {MAX_HEAD_DIM} do not move",
+        plane(i)
+    );
     Ok(())
 }
 
@@ -715,6 +766,40 @@ struct RowOf<'a> {
     layout: &'a Layout<'a>,
     cache: &'a RawCacheView,
     row: usize,
+}
+
+/// Moves positions of one sequence to those that are lower by `down` of another, or by more than 0 of the same. `after` is the number of
+/// tokens that each sequence of the target has then.
+///
+/// # Safety
+/// As [`move_tokens`], in ascending order and for every `down` tokens in turn; all positions have been validated, and so have heads by
+/// [`check_requantized`].
+unsafe fn move_positions(
+    step: &Step,
+    src: RowOf,
+    ranges: &[Range<usize>],
+    dst: RowOf,
+    down: usize,
+    after: &dyn Fn(usize) -> usize,
+) {
+    if let Step::Blocks(blocks) = step {
+        let filled = ranges.iter().filter(|range| !range.is_empty());
+        let Some(first) = filled.clone().map(|range| range.start).min() else { return };
+        let end = filled.map(|range| range.end).max().unwrap_or(first);
+        let mut arrives = |position: usize| {
+            let from = position + down;
+            let place = || src.layout.place(&src.cache.units, src.row, from).0;
+            ranges.iter().any(|range| range.contains(&from)).then(|| blocks.token(src.cache, place()))
+        };
+        // SAFETY: the caller's.
+        unsafe { blocks.fill(dst, first - down..end - down, after, &mut arrives) };
+        return;
+    }
+    let most = if down == 0 { usize::MAX } else { down };
+    for range in ranges {
+        // SAFETY: the caller's.
+        unsafe { move_range(step, src, range.clone(), dst, range.start - down, most) };
+    }
 }
 
 /// Moves positions `from` of one sequence to the positions from `to` on of another, in ascending order, at most `most` at a time.

@@ -1,14 +1,17 @@
 //! Pages of a paged cache: copied, and gathered at the start of their pool.
 
-use super::{KvLayer, Layers, SafeLayers, Step, cache_at, for_each_piece, move_tokens, validate_layers, validate_rows};
+use super::{
+    KvLayer, Layers, SafeLayers, Step, check_requantized, for_each_piece, move_tokens, validate_layers, validate_rows,
+};
 use crate::context::Context;
 use crate::error::{Result, ensure};
 use crate::layout::Layout;
 use crate::parallel::Runner;
-use crate::view::{BATCH, RawCacheView, SEQ};
+use crate::view::{BATCH, SEQ};
 
 /// Copies whole pages of a pool, from `moves[i][0]` to `moves[i][1]`, in all layers: for a sequence that is about to write to a
-/// page that it shares. The views of the layers are `[pages, page_size, kv_heads, dim]`.
+/// page that it shares. The views of the layers are `[pages, page_size, kv_heads, dim]`. Fixed scales of pages or slots stay, and units
+/// are [quantised by them](crate::docs::caches#described-integers) where they differ.
 ///
 /// Thread safety: may be called from any number of threads at once on disjoint pools.
 ///
@@ -73,7 +76,7 @@ pub(crate) unsafe fn copy_pages_raw(
     moves: &[[i32; 2]],
 ) -> Result<()> {
     let [pages, size, ..] = validate_layers(layers)?.shape;
-    check_pages_movable(layers)?;
+    check_requantized(layers, false)?;
     for (i, &[from, to]) in moves.iter().enumerate() {
         for (name, page) in [("from", from), ("to", to)] {
             ensure!(
@@ -102,22 +105,6 @@ pub(crate) unsafe fn copy_pages_raw(
     })
 }
 
-/// Fails if scales that are not written belong to pages or slots.
-fn check_pages_movable(layers: &dyn Layers) -> Result<()> {
-    for i in 0..2 * layers.count() {
-        let Some(RawCacheView { affine: Some(affine), .. }) = cache_at(layers, i)? else { continue };
-        let [pages, slots, ..] = affine.scales.shape;
-        ensure!(
-            !affine.fixed || (pages, slots) == (1, 1),
-            Unsupported,
-            "{} of layer {} has scales that are not written, for {pages} pages and {slots} slots: pages stay where they are",
-            ["k", "v"][i % 2],
-            i / 2
-        );
-    }
-    Ok(())
-}
-
 /// # Safety
 /// The memory that valid views reach is readable and writable by this call alone.
 pub(crate) unsafe fn defragment_pages_raw(
@@ -130,7 +117,7 @@ pub(crate) unsafe fn defragment_pages_raw(
     map: &mut [i32],
 ) -> Result<usize> {
     let first = validate_layers(layers)?;
-    check_pages_movable(layers)?;
+    check_requantized(layers, false)?;
     let (count, size) = (first.shape[BATCH], first.shape[SEQ]);
     let n = map.len();
     ensure!(n == count, Shape, "map has {n} entries, but the pool has {count} pages");

@@ -1,8 +1,8 @@
 //! Whole sequences: emptied, inserted from another cache, copied in part.
 
 use super::{
-    KvCache, RawCache, RowOf, SafeLayers, Step, cache_at, cache_heads_of, check_apart, check_held, check_movable,
-    check_pages_unshared, for_each_piece, held, lost, move_range, requantizes,
+    KvCache, RawCache, RowOf, SafeLayers, Step, cache_at, cache_heads_of, check_apart, check_blocks, check_held,
+    check_pages_unshared, check_requantized, for_each_piece, held, in_layer, lost, move_positions, plane, requantizes,
 };
 use crate::context::Context;
 use crate::error::{Result, ensure, fail};
@@ -13,7 +13,7 @@ use crate::view::{DIM, HEADS, RawAffine, RawView, SEQ, Units};
 
 impl KvCache<'_, '_> {
     /// Empties sequences: their lengths become 0. With `zero`, their slots are filled with zeros too; in a paged cache, all
-    /// slots of the pages in use.
+    /// slots of the pages in use. Scales that tokens of a ragged neighbour share stay.
     ///
     /// # Errors
     /// [`Status::OutOfRange`](crate::Status::OutOfRange): a sequence does not exist.
@@ -31,11 +31,14 @@ impl KvCache<'_, '_> {
     ///
     /// Both caches have the same number of layers, and these have the same heads and dims. Formats may differ (elements are
     /// converted to the nearest value, ties to even). Int8 keeps its units and scales in another int8 cache, unless that has f16
-    /// scales for f32 ones, and fp8 keeps its units in a cache of the same format and static scales: otherwise heads are quantised again. Layouts may differ too: a paged sequence becomes a contiguous one, or the
+    /// scales for f32 ones, fp8 keeps its units in a cache of the same format and static scales, and described integers where the
+    /// description is the same and [tokens that share scales](crate::docs::caches#tokens-that-share-scales) have shared them: otherwise heads
+    /// are quantised again. Layouts may differ too: a paged sequence becomes a contiguous one, or the
     /// reverse. A ring takes the tokens that it would hold after `length` tokens; the other cache must hold those.
     ///
     /// # Errors
-    /// - [`Status::Shape`](crate::Status::Shape): the caches differ in layers, heads or dims.
+    /// - [`Status::Shape`](crate::Status::Shape): the caches differ in layers, heads or dims, or heads above 1024 elements go to a cache
+    ///   in which several tokens share scales.
     /// - [`Status::OutOfRange`](crate::Status::OutOfRange): a sequence does not exist, or `length` exceeds that of the source,
     ///   or tokens were overwritten.
     /// - [`Status::Capacity`](crate::Status::Capacity): `length` exceeds the capacity of the sequence.
@@ -62,13 +65,16 @@ impl KvCache<'_, '_> {
     }
 
     /// Copies the first `tokens` tokens of sequence `from` into the sequences `to`, whose lengths become `tokens`: one prompt,
-    /// many continuations. Sequences of a paged cache can share full pages by their table instead, without a copy.
+    /// many continuations. Sequences of a paged cache can share full pages by their table instead, without a copy. Tokens that [share
+    /// scales](crate::docs::caches#tokens-that-share-scales) are copied with them; where ragged sequences begin at other places of their
+    /// blocks, they are quantised again.
     ///
     /// # Errors
     /// - [`Status::OutOfRange`](crate::Status::OutOfRange): a sequence does not exist, `tokens` exceeds the length of the
     ///   source, or tokens were overwritten.
     /// - [`Status::DuplicateSlot`](crate::Status::DuplicateSlot): a sequence comes twice, or is the source.
     /// - [`Status::Capacity`](crate::Status::Capacity): `tokens` exceeds the capacity of a sequence.
+    /// - [`Status::Shape`](crate::Status::Shape): heads above 1024 elements have scales that several tokens share.
     /// - [`Status::Overlap`](crate::Status::Overlap): a page would be written that another sequence uses too.
     /// - [`Status::InvalidValue`](crate::Status::InvalidValue): the layout is [`Indirect`](Layout::Indirect); copy entries of
     ///   its table instead.
@@ -116,7 +122,11 @@ pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: 
             for &row in rows {
                 let (row, mut done) = (row as usize, 0);
                 while done < tokens(row) {
-                    let (place, run) = layout.place(&piece.cache.units, row, done);
+                    // Sink tokens and the other slots of a ring can share scales.
+                    let (place, run) = match layout {
+                        Layout::Ring { .. } => ((row, done), slots - done),
+                        _ => layout.place(&piece.cache.units, row, done),
+                    };
                     let n = run.min(tokens(row) - done);
                     // SAFETY: the slots are the sequence's, inside the view, and this piece's heads are no other's.
                     unsafe {
@@ -137,12 +147,13 @@ pub(crate) unsafe fn reset_raw(runner: &dyn Runner, cache: &mut RawCache, rows: 
     Ok(())
 }
 
-/// Fills the scales and zero points of `n` tokens with zeros; of tokens that share them, if the first is one of these.
+/// Fills the scales and zero points of `n` tokens with zeros; of tokens that share them, if all are among these.
 ///
 /// # Safety
 /// The tokens are inside the cache, and what is filled is writable.
 unsafe fn clear_parameters(affine: &RawAffine, (row, slot): Place, (heads, n): (usize, usize)) {
-    for t in (slot..slot + n).filter(|t| t.is_multiple_of(affine.shared[SEQ])) {
+    let (shared, end) = (affine.shared[SEQ], slot + n);
+    for t in (slot.next_multiple_of(shared)..end).step_by(shared).take_while(|t| end - t >= shared) {
         for head in 0..heads {
             // SAFETY: the caller's.
             unsafe {
@@ -193,8 +204,6 @@ pub(crate) unsafe fn insert_sequence_raw(
     length: usize,
 ) -> Result<()> {
     let (first, from_first) = (to.validate()?, from.validate()?);
-    check_movable(to.layers, "the cache")?;
-    check_movable(from.layers, "the cache to copy from")?;
     let (row, from_row) = (to.check_row("sequence", row)?, from.check_row("from_sequence", from_row)?);
     ensure!(
         !matches!(to.layout, Layout::Indirect { .. }),
@@ -213,7 +222,7 @@ pub(crate) unsafe fn insert_sequence_raw(
                         same,
                         Shape,
                         "{} of layer {} has {} = {}, but in the cache to copy from it has {}",
-                        ["k", "v"][i % 2],
+                        plane(i),
                         i / 2,
                         RawView::axis_name(axis),
                         dst.shape[axis],
@@ -221,9 +230,9 @@ pub(crate) unsafe fn insert_sequence_raw(
                     );
                 }
                 // SAFETY: the caches have been validated.
-                if unsafe { requantizes(src, dst) } {
-                    check_staged(&format!("{} of layer {}", ["k", "v"][i % 2], i / 2), src.shape[DIM])?;
-                }
+                let staged =
+                    if unsafe { requantizes(src, dst) } { check_staged(plane(i), src.shape[DIM]) } else { Ok(()) };
+                staged.and_then(|()| check_blocks(i, dst)).map_err(|e| in_layer(i / 2, e))?;
                 check_apart(from.layers, 2 * n, dst, "the two caches")?;
             }
             (None, None) => {}
@@ -245,6 +254,7 @@ pub(crate) unsafe fn insert_sequence_raw(
     }
     check_pages_unshared(&to.layout, &first, row, (0, length), &|other| to.length(other))?;
     let tokens = ranges.iter().map(|range| range.len()).sum();
+    let lengths = &*to.lengths;
     for_each_piece(runner, to.layers, tokens, &|_, piece| {
         let index = 2 * piece.layer + usize::from(piece.values);
         let Ok(Some(src)) = cache_at(from.layers, index) else { unreachable!("both caches have the same planes") };
@@ -253,10 +263,9 @@ pub(crate) unsafe fn insert_sequence_raw(
         let step = unsafe { Step::between(context, &src, &piece.cache) };
         let dst = RowOf { layout: &to.layout, cache: &piece.cache, row };
         let src = RowOf { layout: &from.layout, cache: &src, row: from_row };
-        for range in &ranges {
-            // SAFETY: both sequences hold these positions, the caches share no memory, and this piece's heads are no other's.
-            unsafe { move_range(&step, src, range.clone(), dst, range.start, usize::MAX) };
-        }
+        let after = |other| if other == row { length } else { lengths[other] as usize };
+        // SAFETY: both sequences hold these positions, the caches share no memory, and this piece's heads are no other's.
+        unsafe { move_positions(&step, src, &ranges, dst, 0, &after) };
     })?;
     // At most a capacity, which fits.
     to.lengths[row] = length as i32;
@@ -274,7 +283,7 @@ pub(crate) unsafe fn copy_prefix_raw(
     tokens: usize,
 ) -> Result<()> {
     let first = cache.validate()?;
-    check_movable(cache.layers, "the cache")?;
+    check_requantized(cache.layers, true)?;
     let from = cache.check_row("from", from)?;
     cache.check_rows("to", to)?;
     let layout = cache.layout;
@@ -300,17 +309,20 @@ pub(crate) unsafe fn copy_prefix_raw(
         check_pages_unshared(&layout, &first, row, (0, tokens), &becomes)?;
     }
     let work = ranges.iter().map(|range| range.len()).sum::<usize>().saturating_mul(to.len());
+    let lengths = &*cache.lengths;
     for_each_piece(runner, cache.layers, work, &|_, piece| {
-        let step = Step::copy(context, &piece.cache);
+        let step = Step::copy_any(context, &piece.cache);
         let src = RowOf { layout: &layout, cache: &piece.cache, row: from };
-        for &row in to {
-            for range in &ranges {
-                // SAFETY: both sequences hold these positions, in slots that are not the same ones, and this piece's heads are
-                // no other's.
-                unsafe {
-                    move_range(&step, src, range.clone(), RowOf { row: row as usize, ..src }, range.start, usize::MAX)
-                };
-            }
+        for (i, &row) in to.iter().enumerate() {
+            // Ragged neighbours that are still to come hold nothing yet.
+            let after = |other| match to.iter().position(|&row| row as usize == other) {
+                Some(n) if n > i => 0,
+                Some(_) => tokens,
+                None => lengths[other] as usize,
+            };
+            // SAFETY: both sequences hold these positions, in slots that are not the same ones, and this piece's heads are no
+            // other's.
+            unsafe { move_positions(&step, src, &ranges, RowOf { row: row as usize, ..src }, 0, &after) };
         }
     })?;
     to.iter().for_each(|&row| cache.lengths[row as usize] = tokens as i32);
