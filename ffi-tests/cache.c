@@ -394,6 +394,39 @@ static void shards(void) {
     CHECK(first == -1, "%d", (int)first);
 }
 
+/* Two tokens share a scale, and are quantised again where they did not share it before. */
+static void shared_scales(void) {
+    static signed char units[2 * 4] = {127, 64, 127, -127, 9, 9, 9, 9}, large[4 * 1026];
+    static float scales[2 * 2] = {1, 2, 5, 6}, large_scales[2 * 1026];
+    const int32_t to = 1;
+    int32_t lengths[2] = {4, 0};
+    kvl_cache_scales described = KVL_CACHE_SCALES_INIT;
+    kvl_kv_layer layer;
+    kvl_cache cache = KVL_CACHE_INIT;
+    memset(&layer, 0, sizeof layer);
+    described.k = kvl_make_view(scales, KVL_DTYPE_F32, 2, 2, 1, 1);
+    described.k_affine = KVL_AFFINE_SIGNED;
+    layer.k = kvl_make_view(units, KVL_FORMAT_AFFINE8, 2, 4, 1, 1);
+    layer.scales = &described;
+    cache.layers = &layer;
+    cache.num_layers = 1;
+    cache.lengths = lengths;
+    /* 127, 64, 254, -254 become 64, 254 by a scale of 2, and -254, which keeps its own. */
+    OK(kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 0));
+    OK(kvl_cache_copy_prefix(context, NULL, &cache, 0, &to, 1, 3));
+    {
+        static const signed char wanted[2 * 4] = {32, 127, -127, -127, 32, 127, -127, 9};
+        static const float scales_wanted[2 * 2] = {2, 2, 2, 2};
+        CHECK(memcmp(units, wanted, sizeof units) == 0, "%d %d %d %d", units[0], units[1], units[2], units[3]);
+        CHECK(memcmp(scales, scales_wanted, sizeof scales) == 0, "%g %g", scales[0], scales[1]);
+        CHECK(lengths[0] == 3 && lengths[1] == 3, "%d %d", (int)lengths[0], (int)lengths[1]);
+    }
+    described.k = kvl_make_view(large_scales, KVL_DTYPE_F32, 1, 2, 1, 1026);
+    layer.k = kvl_make_view(large, KVL_FORMAT_AFFINE8, 1, 4, 1, 1026);
+    REFUSED(KVL_STATUS_SHAPE, "layer 0: k has dim = 1026 and scales that 2 tokens share, but such heads above 1024 do not move",
+            kvl_cache_evict(context, NULL, &cache, 0, 0, 1, NULL, 0));
+}
+
 int main(void) {
     kvl_context *made = NULL;
     OK(kvl_context_create(NULL, &made));
@@ -401,6 +434,7 @@ int main(void) {
     rows();
     evict();
     evict_running();
+    shared_scales();
     tables();
     pages();
     mistakes();

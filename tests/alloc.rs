@@ -201,6 +201,18 @@ fn all_operations(context: &Context, runner: &dyn Runner) -> usize {
                     most = most.max(allocations(|| kv_write(context, runner, write).unwrap()));
                 }
             }
+            // Tokens that share scales, quantised again, with keys that are turned.
+            let (size, room) = ([2, seq + 9 - (seq + 9) % 4, 4, 64], seq + 9 - (seq + 9) % 4);
+            let (mut units, mut scales) = (vec![0u8; 2 * room * 4 * 64], vec![0.5f32; 2 * (room / 4) * 4 * 64]);
+            let written = AffineScales::written(ViewMut::new(&mut scales, [2, room / 4, 4, 64]).unwrap());
+            let of = Affine::new(Integers::Signed);
+            let k = CacheViewMut::affine(&mut units, CacheFormat::Affine8, size, of, written).unwrap();
+            let mut layers = [KvLayer::keys(k)];
+            let mut lengths = [room as i32, 2];
+            let mut cache = KvCache::new(&mut layers, Slots::Contiguous, &mut lengths);
+            let turns = [Some(KeyRotation::new(Pairing::Interleaved, &frequencies))];
+            most = most.max(allocations(|| cache.evict(context, runner, 0, 1..2, &turns).unwrap()));
+            most = most.max(allocations(|| cache.copy_prefix(context, runner, 0, &[1], room - 1).unwrap()));
             let (from, to) = (x.view(), y.view_mut());
             most = most.max(allocations(|| rms_norm(context, runner, from, to, &norm).unwrap()));
             let to = y.view_mut();

@@ -22,6 +22,10 @@ pub enum Granularity {
     Group(usize),
     /// An element of a head, in so many slots.
     ChannelAndSlots(usize),
+    /// So many elements of a head, or all for 0, in so many slots.
+    GroupAndSlots(usize, usize),
+    /// A head in so many slots, by a scale that is not written; for 0 an element in all slots of a sequence or page.
+    Places(usize),
     /// An element of a head, whose scale is not written.
     Channel,
     /// All, by a scale that is not written.
@@ -40,10 +44,10 @@ pub struct Kind {
 
 impl Kind {
     pub fn is_fixed(&self) -> bool {
-        matches!(self.granularity, Granularity::Channel | Granularity::Tensor)
+        matches!(self.granularity, Granularity::Channel | Granularity::Tensor | Granularity::Places(_))
     }
 
-    /// Any description of a cache of this shape whose tokens can be moved; with 0 slots that share scales, or this many.
+    /// Any description of a cache of this shape whose tokens can be written one by one; or with so many slots that share scales.
     pub fn random(rng: &mut Rng, format: CacheFormat, dim: usize, slots: usize) -> Self {
         let halves = [dim, dim / 2, dim / 4, 1].into_iter();
         let even = |n: &usize| {
@@ -82,7 +86,7 @@ impl Kind {
     }
 
     fn shares_tokens(&self) -> bool {
-        matches!(self.granularity, Granularity::ChannelAndSlots(n) if n > 1)
+        matches!(self.granularity, Granularity::ChannelAndSlots(n) | Granularity::GroupAndSlots(_, n) if n > 1)
     }
 
     fn bits(&self) -> u32 {
@@ -101,6 +105,10 @@ impl Kind {
             Granularity::Group(0) => [batch, seq, heads, 1],
             Granularity::Group(n) => [batch, seq, heads, dim / n],
             Granularity::ChannelAndSlots(n) => [batch, seq / n, heads, dim],
+            Granularity::GroupAndSlots(0, n) => [batch, seq / n, heads, 1],
+            Granularity::GroupAndSlots(group, n) => [batch, seq / n, heads, dim / group],
+            Granularity::Places(0) => [batch, 1, heads, dim],
+            Granularity::Places(n) => [batch, seq / n, heads, 1],
             Granularity::Channel => [1, 1, heads, dim],
             Granularity::Tensor => [1; 4],
         }
@@ -194,6 +202,13 @@ impl Kind {
         };
         q as f32
     }
+}
+
+/// A token as it is stored: by heads, its elements, the numbers in memory, and its scales with zero points.
+pub struct Stored {
+    pub elements: Vec<Vec<f32>>,
+    pub numbers: Vec<Vec<u8>>,
+    pub parameters: Vec<Vec<(f32, f32)>>,
 }
 
 /// Keys or values in described integers, with memory of their own.
@@ -334,10 +349,8 @@ impl Described {
     }
 
     pub fn get(&self, at: [usize; 4]) -> f32 {
-        let (unit, shift) = self.place(at);
-        let number = self.units.get(unit) >> shift & ((1u32 << self.kind.bits()) - 1) as u8;
         let index = self.index(at);
-        self.kind.element(self.kind.integer_of(number), self.scales.get(index), self.zero(index))
+        self.kind.element(self.kind.integer_of(self.number_at(at)), self.scales.get(index), self.zero(index))
     }
 
     /// All bits of a head: units, scales and zero points.
@@ -351,6 +364,91 @@ impl Described {
             [bits(self.scales.get(index)), bits(self.zero(index))]
         });
         units.chain(parameters).collect()
+    }
+
+    /// Slots that share a scale.
+    pub fn sharing(&self) -> usize {
+        self.shape[1] / self.scales.shape[1]
+    }
+
+    /// Whether units and scales of the one can be those of the other.
+    pub fn is_alike(&self, other: &Self) -> bool {
+        let kinds = |cache: &Self| {
+            let Kind { format, of, scales, zeros, .. } = cache.kind;
+            (format, of, scales, zeros, cache.kind.is_fixed(), cache.scales.shape[3])
+        };
+        kinds(self) == kinds(other)
+    }
+
+    /// A token as it is stored.
+    pub fn token(&self, [b, s]: [usize; 2]) -> Stored {
+        let [.., heads, dim] = self.shape;
+        let elements = (0..heads).map(|h| (0..dim).map(|d| self.get([b, s, h, d])).collect()).collect();
+        let numbers = (0..heads).map(|h| (0..dim).map(|d| self.number_at([b, s, h, d])).collect()).collect();
+        let parameters =
+            |h: usize| self.indices([b, s], h).map(|index| (self.scales.get(index), self.zero(index))).collect();
+        Stored { elements, numbers, parameters: (0..heads).map(parameters).collect() }
+    }
+
+    fn indices(&self, [b, s]: [usize; 2], h: usize) -> impl Iterator<Item = [usize; 4]> {
+        let [i, j, k, _] = self.index([b, s, h, 0]);
+        (0..self.scales.shape[3]).map(move |group| [i, j, k, group])
+    }
+
+    /// Stores the numbers of a head.
+    pub fn put_numbers(&mut self, [b, s]: [usize; 2], h: usize, numbers: &[u8]) {
+        numbers.iter().enumerate().for_each(|(d, &number)| self.set_number([b, s, h, d], number));
+    }
+
+    /// Stores the scales and zero points of all heads of a token.
+    pub fn put_parameters(&mut self, at: [usize; 2], stored: &Stored) {
+        for (h, parameters) in stored.parameters.iter().enumerate() {
+            let indices: Vec<_> = self.indices(at, h).collect();
+            for (index, &(scale, zero)) in indices.into_iter().zip(parameters) {
+                self.scales.set(index, scale);
+                self.set_zero(index, zero);
+            }
+        }
+    }
+
+    /// The same cache with strides of its own.
+    pub fn copied(&self) -> Self {
+        let mut copy = Self::output(self.kind, self.shape, Layout::BSHD, Place::Heap);
+        for at in indices(self.shape) {
+            copy.set_number(at, self.number_at(at));
+        }
+        for index in indices(self.scales.shape) {
+            copy.scales.set(index, self.scales.get(index));
+            copy.set_zero(index, self.zero(index));
+        }
+        copy
+    }
+
+    /// Scales of slots without tokens become NaN, if they are written.
+    pub fn poison(&mut self, live: &dyn Fn([usize; 2]) -> bool) {
+        let shared = self.sharing();
+        for index in indices(self.scales.shape) {
+            let [b, block, ..] = index;
+            if !self.kind.is_fixed() && !(0..shared).any(|i| live([b, block * shared + i])) {
+                self.scales.set(index, f32::NAN);
+            }
+        }
+    }
+
+    /// Some scales that are not written become those of the first place.
+    pub fn repeat_places(&mut self, rng: &mut Rng) {
+        for index in indices(self.scales.shape) {
+            if self.kind.is_fixed() && rng.chance(0.5) {
+                let first = [0, 0, index[2], index[3]];
+                self.scales.set(index, self.scales.get(first));
+                self.set_zero(index, self.zero(first));
+            }
+        }
+    }
+
+    fn number_at(&self, at: [usize; 4]) -> u8 {
+        let (unit, shift) = self.place(at);
+        self.units.get(unit) >> shift & ((1u32 << self.kind.bits()) - 1) as u8
     }
 
     pub fn view(&self) -> CacheView<'_> {

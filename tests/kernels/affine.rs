@@ -71,7 +71,7 @@ impl Bytes for Described {
     }
 }
 
-/// A cache of any description whose tokens can be moved.
+/// A cache of any description whose tokens can be written one by one.
 fn output(rng: &mut Rng, shape: [usize; 4], place: Place) -> Described {
     let formats = if shape[3].is_multiple_of(2) { &FORMATS[..] } else { &FORMATS[..1] };
     let format = rng.pick(formats);

@@ -18,7 +18,7 @@ tests! {
 
 /// A layout with owned lists.
 #[derive(Clone, Debug)]
-enum Kind {
+pub enum Kind {
     Contiguous,
     Ring(usize),
     Paged { pages: Vec<i32>, per_row: usize },
@@ -27,7 +27,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn borrow(&self) -> Layout<'_> {
+    pub fn borrow(&self) -> Layout<'_> {
         match self {
             Self::Contiguous => Layout::Contiguous,
             Self::Ring(sinks) => Layout::ring(*sinks),
@@ -38,7 +38,7 @@ impl Kind {
     }
 
     /// The slot of a position, from the definition and not from the library.
-    fn place(&self, slots: usize, row: usize, position: usize) -> (usize, usize) {
+    pub fn place(&self, slots: usize, row: usize, position: usize) -> (usize, usize) {
         match self {
             Self::Contiguous => (row, position),
             Self::Ring(sinks) if position < *sinks => (row, position),
@@ -50,7 +50,7 @@ impl Kind {
     }
 
     /// The positions that a sequence of a given length holds.
-    fn held(&self, slots: usize, length: usize) -> Vec<usize> {
+    pub fn held(&self, slots: usize, length: usize) -> Vec<usize> {
         let lost = |p: &usize| match self {
             Self::Ring(sinks) => *p >= *sinks && p + (slots - sinks) < length,
             _ => false,
@@ -219,11 +219,11 @@ impl Stack {
     }
 }
 
-fn runner(rng: &mut Rng) -> &'static dyn Runner {
+pub fn runner(rng: &mut Rng) -> &'static dyn Runner {
     rng.pick::<&dyn Runner>(&[&Serial, &Threads(3), &Backwards(5)])
 }
 
-fn permutation(rng: &mut Rng, n: usize) -> Vec<i32> {
+pub fn permutation(rng: &mut Rng, n: usize) -> Vec<i32> {
     let mut order: Vec<i32> = (0..n as i32).collect();
     (1..n).rev().for_each(|i| order.swap(i, rng.below(i + 1)));
     order

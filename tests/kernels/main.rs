@@ -28,6 +28,7 @@ mod quantised;
 mod rope;
 mod semantics;
 mod shard;
+mod shared_scales;
 mod views;
 mod write;
 mod write_layouts;
@@ -55,6 +56,7 @@ fn main() -> std::process::ExitCode {
         properties::TESTS,
         cache::TESTS,
         shard::TESTS,
+        shared_scales::TESTS,
         views::TESTS,
     ])
 }
