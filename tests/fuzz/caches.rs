@@ -13,7 +13,7 @@ struct Cache {
     num_layers: usize,
     places: Places,
     layout: Given,
-    tensors: Vec<Tensor>,
+    tensors: Vec<Plane>,
     /// Head sizes of K, by layer.
     dims: Vec<i64>,
     /// Heads, and their size in K, by layer.
@@ -23,6 +23,15 @@ struct Cache {
     lengths: List<i32>,
     /// The number of entries of lists with one entry per sequence; `None` if it overflows.
     rows: Option<i64>,
+}
+
+/// Units, or scales.
+struct Plane {
+    tensor: Tensor,
+    /// The slots of an entry.
+    slots: i64,
+    /// The slots that may be written together: those that share scales.
+    together: i64,
 }
 
 /// By layer: heads, head sizes of K and of V; V may be absent.
@@ -63,21 +72,24 @@ impl Cache {
 
     fn new(c: &mut Call, places: Places, heads: &Heads, right: Vec<i64>) -> Self {
         let [k0, k1] = places.axes;
-        let mut tensors: Vec<Tensor> = Vec::new();
+        c.moves = true;
+        let mut tensors: Vec<Plane> = Vec::new();
         let mut layers = Vec::new();
         for &(heads, dim, v_dim) in heads {
             let mut view = |c: &mut Call, dim: i64| {
                 let format = c.format(dim);
                 let mut tensor = c.tensor(format, [k0, k1, heads, dim], false);
                 let mut scales = c.scales(format, tensor.shape, false);
-                if let Some(other) = tensors.first() {
+                if let Some(Plane { tensor: other, .. }) = tensors.first() {
                     c.alias(&mut tensor, other);
                     scales.iter_mut().for_each(|scales| c.alias(scales, other));
                 }
                 c.settle(&mut tensor);
                 c.settle_scales(&mut scales);
-                tensors.push(tensor);
-                tensors.extend(scales.filter(|_| !FP8.contains(&format)));
+                let own = scales.filter(|_| !FP8.contains(&format));
+                let together = own.map_or(1, |scales| sharing(k1, scales.shape[1]) as i64);
+                tensors.push(Plane { tensor, slots: 1, together });
+                tensors.extend(own.map(|tensor| Plane { tensor, slots: together, together }));
                 (c.view(&tensor), scales)
             };
             let (k, k_scales) = view(c, dim);
@@ -109,17 +121,29 @@ impl Cache {
         for row in 0..self.lengths.values.len() as i64 {
             live.extend(self.layout.places(row, 0..self.length(row), self.length(row)));
         }
-        for tensor in &self.tensors {
-            c.fill(tensor, |at| all || live.contains(&(at[0] as i64, at[1] as i64)));
+        for &Plane { ref tensor, slots, .. } in &self.tensors {
+            let holds = |row: usize, slot| live.contains(&(row as i64, slot));
+            c.fill(tensor, |at| all || (0..slots).any(|i| holds(at[0], at[1] as i64 * slots + i)));
         }
     }
 
-    /// Slots that the call writes.
+    /// Slots that the call writes; with them, those that share scales.
     fn writes(&self, c: &mut Call, places: &Slots) {
-        for tensor in &self.tensors {
-            let per = sharing(self.places.axes[1], tensor.shape[1]) as i64;
-            let slots = |slot: usize| (0..per).map(move |i| slot as i64 * per + i);
-            c.writes(tensor, |at| slots(at[1]).any(|slot| places.contains(&(at[0] as i64, slot))));
+        for &Plane { ref tensor, slots, together } in &self.tensors {
+            c.writes(tensor, |at| {
+                let first = at[1] as i64 * slots / together * together;
+                (0..together).any(|i| places.contains(&(at[0] as i64, first + i)))
+            });
+        }
+    }
+
+    /// Slots of sequences that the call fills with zeros, and their scales, if no other sequence shares them.
+    fn clears(&self, c: &mut Call, sequences: &[Slots]) {
+        for &Plane { ref tensor, slots, .. } in &self.tensors {
+            c.writes(tensor, |[row, entry, _]| {
+                let all = |places: &Slots| (0..slots).all(|i| places.contains(&(row as i64, entry as i64 * slots + i)));
+                sequences.iter().any(all)
+            });
         }
     }
 
@@ -212,11 +236,11 @@ pub fn cache_reset(mut c: Call) -> i32 {
     cache.fill(&mut c, false);
     let (n, rows) = cache.some_rows(&mut c, -1);
     let zero = c.code(zero.into());
-    let mut cleared = Slots::default();
+    let mut sequences = Vec::new();
     let [_, slots] = cache.places.axes;
     for &row in if zero == 1 { &rows.values[..] } else { &[] } {
-        let row = i64::from(row);
-        let size = cache.tensors[0].shape[1].max(1);
+        let (row, mut cleared) = (i64::from(row), Slots::default());
+        let size = cache.tensors[0].tensor.shape[1].max(1);
         match cache.layout.kind() {
             PAGED => {
                 let end = cache.length(row).max(0).saturating_add(size - 1) / size * size;
@@ -228,8 +252,9 @@ pub fn cache_reset(mut c: Call) -> i32 {
             }
             _ => cleared.extend((0..slots.max(size).min(1 << 14)).map(|slot| (row, slot))),
         }
+        sequences.push(cleared);
     }
-    cache.writes(&mut c, &cleared);
+    cache.clears(&mut c, &sequences);
     cache.changes_lengths(&mut c);
     let runner = c.runner();
     c.ready();
@@ -257,6 +282,8 @@ pub fn cache_insert_sequence(mut c: Call) -> i32 {
     // A ring that still holds all tokens.
     let from = side(&mut c, &ALL, Use::Read, false);
     from.fill(&mut c, false);
+    // Tokens that stay in a block are read.
+    to.fill(&mut c, false);
     let row = c.rng.below(to.places.rows as usize) as i64;
     let from_row = c.rng.below(from.places.rows as usize) as i64;
     let most = from.right[from_row as usize].min(to.places.room(row as usize));
@@ -317,7 +344,7 @@ pub fn cache_reorder(mut c: Call) -> i32 {
     let mut written = Slots::default();
     for (row, &parent) in parents.values.iter().enumerate() {
         if row as i32 != parent {
-            let slots = cache.length(parent.into()).min(cache.tensors[0].shape[1]).min(1 << 14);
+            let slots = cache.length(parent.into()).min(cache.tensors[0].tensor.shape[1]).min(1 << 14);
             written.extend((0..slots).map(|slot| (row as i64, slot)));
         }
     }
@@ -492,7 +519,7 @@ pub fn cache_evict_running(mut c: Call) -> i32 {
         let (heads, dim) = cache.heads.get(i).copied().unwrap_or((1, 2));
         let dtype = c.dtype();
         let mut tensor = c.tensor(dtype, [1, kept, heads, dim], true);
-        c.alias(&mut tensor, &cache.tensors[0]);
+        c.alias(&mut tensor, &cache.tensors[0].tensor);
         c.settle(&mut tensor);
         c.fill(&tensor, |_| true);
         keys.push(c.const_view(&tensor));
@@ -526,7 +553,7 @@ pub fn cache_copy_pages(mut c: Call) -> i32 {
         _ => pages.get(sources + i / 2).copied().unwrap_or(0),
     });
     let mut written = Slots::default();
-    let size = cache.tensors[0].shape[1].clamp(0, 1 << 14);
+    let size = cache.tensors[0].tensor.shape[1].clamp(0, 1 << 14);
     for pair in moves.values.chunks_exact(2) {
         written.extend((0..size).map(|slot| (i64::from(pair[1]), slot)));
     }
@@ -543,7 +570,7 @@ pub fn cache_defragment(mut c: Call) -> i32 {
     let cache = Cache::any(&mut c, &[PAGED], Use::Read, true);
     cache.fill(&mut c, true);
     let (rows, per_row) = (c.number(cache.places.rows), c.number(cache.places.pages_per_row));
-    let shape = cache.tensors[0].shape;
+    let shape = cache.tensors[0].tensor.shape;
     let pages = shape[0];
     let wrong = [-1, i32::MIN, i32::MAX, pages as i32];
     let table = c.list(product(&[rows, per_row]), &wrong, |_, i| cache.places.table.get(i).copied().unwrap_or(0));

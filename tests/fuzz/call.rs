@@ -116,6 +116,8 @@ pub struct Call<'a> {
     results: Vec<Row>,
     /// Scales of affine units, each followed by a zero point: their address, their number in a head, and what `k_affine` or `v_affine` is.
     affine: Vec<(*mut u8, i64, i32)>,
+    /// Tokens that share scales may be moved one by one, and are filled by the caller.
+    pub moves: bool,
 }
 
 impl<'a> Call<'a> {
@@ -129,6 +131,7 @@ impl<'a> Call<'a> {
             rate,
             spoiled: false,
             affine: Vec::new(),
+            moves: false,
             broken: false,
             wild,
             tensors: Vec::new(),
@@ -402,10 +405,11 @@ impl<'a> Call<'a> {
             let group = self.rng.pick(&[1, 2, 4, 6, 16, 32]);
             let groups = if group < dim && dim % group == 0 && self.maybe(0.4) { dim / group } else { 1 };
             let flags = self.rng.pick(&[0, 1, 2]) + self.rng.pick(&[0, 4]) + self.rng.pick(&[0, 8, 16]);
-            let fixed = if repeats && self.maybe(0.5) { 32 } else { 0 };
+            let fixed = if self.maybe(if repeats { 0.5 } else { 0.3 }) { 32 } else { 0 };
             let mut shape = [batch, seq, heads, 2 * groups];
-            let wide = fixed != 0 && self.maybe(0.5);
-            for axis in (0..3).filter(|_| wide) {
+            // A write takes all tokens that share scales, which random places are not.
+            let wide = (fixed != 0 || repeats || self.moves) && self.maybe(0.5);
+            for axis in (0..3).filter(|&axis| wide && (fixed != 0 || axis == 1)) {
                 // Shared by neighbours, or by all.
                 let share = if axis == 1 { self.rng.pick(&[1, 2, 4, i64::MAX]) } else { self.rng.pick(&[1, i64::MAX]) };
                 shape[axis] = match shape[axis] {
@@ -414,8 +418,8 @@ impl<'a> Call<'a> {
                     n => n,
                 };
             }
-            let scales = self.tensor(dtype, shape, repeats);
-            if wide {
+            let scales = self.tensor(dtype, shape, repeats || fixed != 0);
+            if fixed != 0 || wide && !self.moves {
                 // Those of no live token may be those of live ones, too.
                 self.fill(&scales, |_| true);
             }
