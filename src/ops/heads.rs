@@ -203,19 +203,18 @@ impl<'a> HeadKernels<'a> {
         Self::Staged(Staged::new(context, to_f32, None, (src.unit_bytes(), dst)))
     }
 
-    /// Keys that are turned on, from places of a cache to others of `dst`: out of the rotation by blocks of `hadamard`, turned, and back
-    /// into it.
-    pub fn turn(context: &Context, hadamard: Option<usize>, src: CacheFormat, dst: CacheFormat) -> Self {
-        let to_f32 = match (src.dtype(), hadamard) {
-            (Some(dtype), None) => return Self::write(context, None, true, None, dtype, dst),
-            (Some(_), Some(block)) => ToF32::Hadamard(Blocks { kernel: context.hadamard(src, DType::F32), block }),
-            (None, _) => ToF32::Dequantize(context.dequantize(src, DType::F32)),
+    /// Keys that are turned on between places of a cache: out of the rotation by blocks of `hadamard`, turned, and back into it.
+    pub fn turn(context: &Context, hadamard: Option<usize>, format: CacheFormat) -> Self {
+        let to_f32 = match (format.dtype(), hadamard) {
+            (Some(dtype), None) => return Self::write(context, None, true, None, dtype, format),
+            (Some(_), Some(block)) => ToF32::Hadamard(Blocks { kernel: context.hadamard(format, DType::F32), block }),
+            (None, _) => ToF32::Dequantize(context.dequantize(format, DType::F32)),
         };
         let quantised = matches!(to_f32, ToF32::Dequantize(_));
         Self::Staged(Staged {
             before: Blocks::new(context, hadamard.filter(|_| quantised), DType::F32, DType::F32),
             rope: Some(context.rope(DType::F32, DType::F32)),
-            ..Staged::new(context, to_f32, hadamard, (src.unit_bytes(), dst))
+            ..Staged::new(context, to_f32, hadamard, (format.unit_bytes(), format))
         })
     }
 

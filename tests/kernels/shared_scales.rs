@@ -233,7 +233,7 @@ fn arrive(cache: &mut Described, arrivals: &[(Slot, Arrival)], live: &BTreeSet<S
 /// Elements of tokens that are turned back by `gap` positions.
 fn turned_back(
     level: &Level,
-    (pairing, frequencies): (Pairing, &RopeFrequencies),
+    KeyRotation { pairing, frequencies, hadamard: block, .. }: KeyRotation,
     gap: usize,
     tokens: Vec<Vec<Vec<f32>>>,
 ) -> Vec<Vec<Vec<f32>>> {
@@ -244,6 +244,9 @@ fn turned_back(
     }
     let mut read = Tensor::output(DType::F32, [1, n, heads, dim], Strides::BSHD, Place::Heap);
     read.fill(|[_, t, h, d]| tokens[t][h][d]);
+    if let Some(block) = block {
+        hadamard_in_place(&level.context, &Serial, read.view_mut(), block).unwrap();
+    }
     let mut want = Tensor::output(DType::F32, read.shape, Strides::BSHD, Place::Heap);
     let (cos, mut sin) = frequencies.table(&level.context, gap + 1);
     sin.iter_mut().for_each(|x| *x = -*x);
@@ -251,6 +254,9 @@ fn turned_back(
     let angles = RopeAngles::table(&cos, &sin);
     let turn = Rope::new(pairing, frequencies.inv_freq().len() * 2, angles, Positions::Explicit(&positions));
     rope(&level.context, &Serial, read.view(), want.view_mut(), &turn).unwrap();
+    if let Some(block) = block {
+        hadamard_in_place(&level.context, &Serial, want.view_mut(), block).unwrap();
+    }
     elements_of(&want)
 }
 
@@ -329,12 +335,14 @@ fn turned(level: &Level) {
         let moves = if drop.is_empty() { Vec::new() } else { moves };
         let places: Vec<_> = moves.iter().map(|&p| (stack.at(row, p - drop.len()), stack.at(row, p))).collect();
         let before = places.iter().map(|&(_, from)| stack.caches[0].token(from).elements).collect();
-        let turned = turned_back(level, (pairing, frequencies), drop.len(), before);
+        let mut rotation = KeyRotation::new(pairing, frequencies);
+        rotation.hadamard = hadamard_block(stack.caches[0].shape[3]).filter(|_| rng.chance(0.4));
+        let turned = turned_back(level, rotation, drop.len(), before);
         let keys = places.iter().zip(turned).map(|(&(to, _), x)| (to, Arrival::Elements(x))).collect::<Vec<_>>();
         arrive(&mut wanted[0], &keys, &after);
         let values = places.iter().map(|&(to, from)| (to, Arrival::Own(from))).collect::<Vec<_>>();
         arrive(&mut wanted[1], &values, &after);
-        let (runner, rotation) = (runner(rng), KeyRotation::new(pairing, frequencies));
+        let runner = runner(rng);
         stack.call(|cache| cache.evict(&level.context, runner, row, drop.clone(), &[Some(rotation)]));
         stack.assert_is(&wanted, &lengths, &format!("{drop:?}"));
     }
@@ -360,6 +368,11 @@ fn running_positions(level: &Level) {
         let positions: Vec<i32> = (0..keys.shape[1]).map(|t| (t + lost + drop.len()) as i32).collect();
         let turn = Rope::new(pairing, dim / 2 * 2, frequencies, Positions::Explicit(&positions));
         rope(&level.context, &Serial, keys.view(), made.view_mut(), &turn).unwrap();
+        let mut rotation = KeyRotation::new(pairing, frequencies);
+        rotation.hadamard = hadamard_block(dim).filter(|_| rng.chance(0.4));
+        if let Some(block) = rotation.hadamard {
+            hadamard_in_place(&level.context, &Serial, made.view_mut(), block).unwrap();
+        }
         let made = elements_of(&made);
         let mut wanted = stack.copied();
         let after = live(&stack.places, stack.slots(), &lengths);
@@ -374,7 +387,7 @@ fn running_positions(level: &Level) {
             }
             arrive(cache, &arrivals, &after);
         }
-        let (runner, rotation) = (runner(rng), KeyRotation::new(pairing, frequencies));
+        let runner = runner(rng);
         let unrotated = UnrotatedKeys::new(keys.view(), rotation);
         stack.call(|cache| cache.evict_running(&level.context, runner, row, drop.clone(), lost, &[Some(unrotated)]));
         stack.assert_is(&wanted, &lengths, &format!("{drop:?}"));

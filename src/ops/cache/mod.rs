@@ -518,7 +518,7 @@ impl<'a> Step<'a> {
         }
         let kernels = match from {
             Some(from) => HeadKernels::write(context, None, true, hadamard, from, cache.dtype),
-            None => HeadKernels::turn(context, hadamard, cache.dtype, cache.dtype),
+            None => HeadKernels::turn(context, hadamard, cache.dtype),
         };
         Self::Convert { kernels, turn: Some(turn) }
     }

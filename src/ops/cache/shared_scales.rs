@@ -37,7 +37,8 @@ use std::ops::Range;
 /// How a head of a token becomes f32.
 #[derive(Clone, Copy)]
 pub(super) struct Load<'a> {
-    kernels: HeadKernels<'a>,
+    /// From where the token lies to f32, and from there in place.
+    steps: [Option<HeadKernels<'a>>; 4],
     turn: Option<Turn>,
     /// Units are those of the target, if it has their scales.
     keeps: bool,
@@ -52,7 +53,7 @@ impl<'a> Load<'a> {
         };
         let keeps = src.dtype == dst.dtype
             && matches!((&src.affine, &dst.affine), (Some(a), Some(b)) if !a.fixed && a.is_alike(b));
-        Self { kernels, turn: None, keeps }
+        Self { steps: [Some(kernels), None, None, None], turn: None, keeps }
     }
 
     /// Turned: unturned elements, or without a type of elements, keys of a cache of a format that are turned on.
@@ -63,11 +64,17 @@ impl<'a> Load<'a> {
         hadamard: Option<usize>,
         turn: Option<Turn>,
     ) -> Self {
-        let kernels = match from {
-            Some(from) => HeadKernels::write(context, None, true, hadamard, from, DType::F32.into()),
-            None => HeadKernels::turn(context, hadamard, format, DType::F32.into()),
+        let rope = |from| Some(HeadKernels::write(context, None, true, None, from, DType::F32.into()));
+        let rotate =
+            hadamard.map(|_| HeadKernels::write(context, None, false, hadamard, DType::F32, DType::F32.into()));
+        let steps = match from {
+            Some(from) => [rope(from), rotate, None, None],
+            None => {
+                let read = HeadKernels::read(context, None, format, DType::F32);
+                [Some(read), rotate, rope(DType::F32), rotate]
+            }
         };
-        Self { kernels, turn, keeps: false }
+        Self { steps, turn, keeps: false }
     }
 }
 
@@ -93,12 +100,15 @@ impl Token<'_> {
     /// # Safety
     /// The cache is valid and has the token and the head, which fits into `to`.
     unsafe fn load(&self, head: usize, to: &mut [f32; MAX_HEAD_DIM]) {
-        let (Self { cache, at, .. }, Load { kernels, turn, .. }) = (self, self.load);
+        let (Self { cache, at, .. }, Load { steps, turn, .. }) = (self, self.load);
+        let (to, dim): (*mut u8, _) = (to.as_mut_ptr().cast(), cache.shape[DIM]);
         // SAFETY: the caller's.
-        unsafe {
-            let copy = one(cache.row(at.0, at.1, head), to.as_mut_ptr().cast(), cache.shape[DIM]);
-            let copy = CopyArgs { src_dim: cache.strides[DIM] as isize, ..copy };
-            kernels.run(&copy, || [Scales::of_vectors(cache, HEADS, *at, head), None], self.turn.or(*turn));
+        let copy = one(unsafe { cache.row(at.0, at.1, head) }, to, dim);
+        let mut copy = CopyArgs { src_dim: cache.strides[DIM] as isize, ..copy };
+        for kernels in steps.iter().flatten() {
+            // SAFETY: the caller's; only the first of the kernels reads what has scales.
+            unsafe { kernels.run(&copy, || [Scales::of_vectors(cache, HEADS, *at, head), None], self.turn.or(*turn)) };
+            copy = one(to, to, dim);
         }
     }
 }
