@@ -301,8 +301,11 @@ impl<'a> Staged<'a> {
         Self { to_f32, before: None, rope: None, after, from_f32, sizes }
     }
 
+    /// Not inlined, so that kernels which need no stage have none on their stack.
+    ///
     /// # Safety
     /// As [`HeadKernels::run`].
+    #[inline(never)]
     unsafe fn run(&self, all: &CopyArgs, from: &Scales, to: &Scales, turn: Option<Turn>) {
         let mut stage = MaybeUninit::<[f32; MAX_ROTARY_DIM]>::uninit();
         let stage: *mut u8 = stage.as_mut_ptr().cast();

@@ -259,11 +259,13 @@ impl<'a> Blocks<'a> {
         let dim = dst.shape[DIM];
         let mut stage = Stage {
             head: [0.0; MAX_HEAD_DIM],
-            extremes: [[f32::MAX; MAX_HEAD_DIM], [-f32::MAX; MAX_HEAD_DIM]],
+            extremes: [[0.0; MAX_HEAD_DIM]; 2],
             scales: [0.0; MAX_HEAD_DIM],
             zeros: [0.0; MAX_HEAD_DIM],
         };
         let [least, most] = &mut stage.extremes;
+        least.fill(f32::MAX);
+        most.fill(-f32::MAX);
         for slot in slots.clone() {
             let Some((token, _)) = token(slot) else { continue };
             // SAFETY: the caller's.
