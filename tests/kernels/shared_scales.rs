@@ -180,8 +180,8 @@ fn arrive(cache: &mut Described, arrivals: &[(Slot, Arrival)], live: &BTreeSet<S
                 |numbers: &[(f32, f32)]| -> Vec<_> { numbers.iter().map(|x| (x.0.to_bits(), x.1.to_bits())).collect() };
             let there = cache.token(*to).parameters;
             cache.quantise(&|[_, _, h, d]| elements[h][d], &|at| at == *to, false);
-            for h in 0..heads {
-                if let Some(stored) = stored.filter(|stored| bits(&stored.parameters[h]) == bits(&there[h])) {
+            for (h, there) in there.iter().enumerate() {
+                if let Some(stored) = stored.filter(|stored| bits(&stored.parameters[h]) == bits(there)) {
                     cache.put_numbers(*to, h, &stored.numbers[h]);
                 }
             }
@@ -378,7 +378,8 @@ fn running_positions(level: &Level) {
         let after = live(&stack.places, stack.slots(), &lengths);
         for (i, cache) in wanted.iter_mut().enumerate().filter(|_| !drop.is_empty()) {
             let mut arrivals = Vec::new();
-            for p in if i == 0 { 0 } else { kept }..lengths[row] as usize {
+            let first = if i == 0 { 0 } else { kept };
+            for p in (first..lengths[row] as usize).collect::<Vec<_>>() {
                 let arrival = match p < kept {
                     true => Arrival::Elements(made[p].clone()),
                     false => Arrival::Own(stack.at(row, p + drop.len())),
@@ -432,8 +433,8 @@ fn copied_prefixes(level: &Level) {
 
 /// The source of an insertion.
 enum Origin {
-    Described(Described),
-    Store(Store),
+    Described(Box<Described>),
+    Store(Box<Store>),
 }
 
 /// From caches of any format and layout.
@@ -488,11 +489,11 @@ fn inserted(level: &Level) {
                     if kind.is_fixed() && to.is_alike(&cache) && rng.chance(0.5) {
                         cache.put_parameters([0, 0], &to.token([0, 0]));
                     }
-                    Origin::Described(cache)
+                    Origin::Described(Box::new(cache))
                 }
                 2 => {
                     let kind = kind(rng, shape[3], shared);
-                    Origin::Described(described(rng, kind, shape, &from_live))
+                    Origin::Described(Box::new(described(rng, kind, shape, &from_live)))
                 }
                 _ => {
                     let format = rng.pick(&[
@@ -506,7 +507,7 @@ fn inserted(level: &Level) {
                     for [b, s, h, d] in indices(shape).filter(|at| !from_live.contains(&[at[0], at[1]])) {
                         x.set([b, s, h, d], f32::NAN);
                     }
-                    Origin::Store(Store::of(&x, format))
+                    Origin::Store(Box::new(Store::of(&x, format)))
                 }
             }
         });

@@ -18,6 +18,7 @@ use crate::problem::limits::MAX_ROTARY_DIM;
 use crate::problem::rotation::Pairing;
 use crate::view::{BATCH, DIM, HEADS, RawCacheView, RawView, SEQ, View};
 use std::ops::Range;
+use std::slice::from_ref;
 
 /// The rotation that the keys of a layer were written with.
 #[derive(Clone, Copy, Debug)]
@@ -230,7 +231,7 @@ pub(crate) unsafe fn evict_raw<'a>(
             let after = |other| if other == row.row { length - gap } else { lengths[other] as usize };
             // SAFETY: all positions are the sequence's, on pages that it has once; tokens move down in ascending order, no more
             // at a time than the gap is long, so that none is written before it was read.
-            unsafe { move_positions(&step, row, &[drop.end..length], row, gap, &after) };
+            unsafe { move_positions(&step, row, from_ref(&(drop.end..length)), row, gap, &after) };
         })?;
     }
     cache.lengths[row] = (length - gap) as i32;
@@ -290,7 +291,7 @@ pub(crate) unsafe fn evict_running_raw<'a>(
             let unrotated = if piece.values || kept == 0 { Ok(None) } else { of_layer(unrotated, piece.layer) };
             let Some(unrotated) = unrotated.expect("the keys were valid a moment ago") else {
                 // SAFETY: as in `evict_raw`.
-                unsafe { move_positions(&step, dst, &[drop.end..length], dst, gap, &after) };
+                unsafe { move_positions(&step, dst, from_ref(&(drop.end..length)), dst, gap, &after) };
                 return;
             };
             let RawRotation { pairing, inv_freq, hadamard } = unrotated.rotation;
@@ -323,7 +324,7 @@ pub(crate) unsafe fn evict_running_raw<'a>(
             // SAFETY: as in `evict_raw`; the tokens before the gap are the sequence's, on pages that it has once, and the copies
             // have its heads and share no memory with it.
             unsafe {
-                move_positions(&step, dst, &[drop.end..length], dst, gap, &after);
+                move_positions(&step, dst, from_ref(&(drop.end..length)), dst, gap, &after);
                 for token in 0..kept {
                     turn_to(token, cos, sin);
                     let step = Step::turn(context, Some(dtype), cache, (pairing, hadamard), (&*cos, &*sin));

@@ -437,6 +437,7 @@ fn heads_of<U: Units>(view: &RawView<U>, (first, count): (usize, usize)) -> RawV
 }
 
 /// What tokens become on their way.
+#[allow(clippy::large_enum_variant)] // One lies on the stack of a piece, and a call allocates nothing.
 enum Step<'a> {
     /// The same: units, in another type perhaps, and scales.
     Copy { units: CopyFn, scales: Option<CopyFn> },
