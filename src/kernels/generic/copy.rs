@@ -22,7 +22,7 @@ pub(crate) unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(s: S, src: *const 
         return;
     }
     let mut i = 0;
-    while const { S::WRITES_SEVERAL } && i + 4 * S::LANES <= n {
+    while const { S::WRITES_SEVERAL } && A::DTYPE != B::DTYPE && i + 4 * S::LANES <= n {
         let mut v = [s.zero(); 4];
         // SAFETY: four vectors are left.
         unsafe {
