@@ -282,7 +282,7 @@ fn check_apart(layers: &dyn Layers, end: usize, view: &RawCacheView, whose: &str
         if let Some(b) = cache_at(layers, j)?
             && b.overlaps_cache(b.validate("view")?, view, a)
         {
-            let name = ["k", "v"][j % 2];
+            let name = plane(j);
             crate::error::fail!(Overlap, "{name} of layer {} shares memory with another view of {whose}", j / 2);
         }
     }
