@@ -170,8 +170,8 @@ static void contexts(void) {
         REFUSED(KVL_STATUS_NULL_POINTER, "context", kvl_context_set_tuning(NULL, &tuning));
         REFUSED(KVL_STATUS_NULL_POINTER, "kvl_tuning", kvl_context_set_tuning((kvl_context *)context, NULL));
         tuning.run_distance = 7;
-        tuning.block = 6;
-        REFUSED(KVL_STATUS_INVALID_ENUM, "block is 6", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.block = 7;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "block is 7", kvl_context_set_tuning((kvl_context *)context, &tuning));
         tuning.block = KVL_PREFETCH_DEFAULT;
         tuning.block_order = 3;
         REFUSED(KVL_STATUS_INVALID_ENUM, "block_order is 3", kvl_context_set_tuning((kvl_context *)context, &tuning));
@@ -179,8 +179,15 @@ static void contexts(void) {
         tuning.run = -1;
         REFUSED(KVL_STATUS_INVALID_ENUM, "run is -1", kvl_context_set_tuning((kvl_context *)context, &tuning));
         tuning.run = KVL_PREFETCH_DEFAULT;
-        tuning.run_one_row = 6;
-        REFUSED(KVL_STATUS_INVALID_ENUM, "run_one_row is 6", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.run_one_row = 7;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "run_one_row is 7", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.run_one_row = KVL_PREFETCH_DEFAULT;
+        tuning.run_long_heads = 7;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "run_long_heads is 7", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.run_long_heads = KVL_PREFETCH_DEFAULT;
+        tuning.reserved = 1;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "kvl_tuning.reserved is 1", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.reserved = 0;
         tuning.struct_size = 31;
         REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_tuning.struct_size is 31", kvl_context_set_tuning((kvl_context *)context, &tuning));
         OK(kvl_context_tuning(context, &after));

@@ -42,13 +42,15 @@ AT(kvl_context_params, struct_size, 0);
 AT(kvl_context_params, max_isa, 8);
 AT(kvl_context_params, flags, 12);
 
-SIZE(kvl_tuning, 32);
+SIZE(kvl_tuning, 40);
 AT(kvl_tuning, struct_size, 0);
 AT(kvl_tuning, block, 8);
 AT(kvl_tuning, block_order, 12);
 AT(kvl_tuning, run, 16);
 AT(kvl_tuning, run_one_row, 20);
 AT(kvl_tuning, run_distance, 24);
+AT(kvl_tuning, run_long_heads, 32);
+AT(kvl_tuning, reserved, 36);
 SIZE(kvl_kernel_info, 40);
 AT(kvl_kernel_info, struct_size, 0);
 AT(kvl_kernel_info, name, 8);

@@ -429,6 +429,11 @@
 #define KVL_PREFETCH_BOTH_LEVELS_IN_PAIRS 5
 
 /**
+ * Into the first-level cache, what the same KV head has a few keys later.
+ */
+#define KVL_PREFETCH_NEXT_KEYS 6
+
+/**
  * As the library does it on this CPU.
  */
 #define KVL_KEY_ORDER_DEFAULT 0
@@ -732,9 +737,17 @@ typedef struct kvl_tuning {
      */
     kvl_prefetch run_one_row;
     /**
-     * Bytes from what is read to what `run` and `run_one_row` prefetch, at most a block of 64 keys.
+     * Bytes from what is read to what `run`, `run_one_row` and `run_long_heads` prefetch, at most a block of 64 keys.
      */
     size_t run_distance;
+    /**
+     * As `run` where a KV head has several query rows and a key or value 512 bytes or more.
+     */
+    kvl_prefetch run_long_heads;
+    /**
+     * 0.
+     */
+    int32_t reserved;
 } kvl_tuning;
 
 /**

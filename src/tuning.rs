@@ -29,7 +29,10 @@ pub struct Tuning {
     pub run: Prefetch,
     /// The same where every KV head has one query row: so little is computed per line there that some CPUs keep ahead by themselves.
     pub run_one_row: Prefetch,
-    /// Bytes from what is read to what [`Self::run`] and [`Self::run_one_row`] prefetch, at most a block of 64 keys.
+    /// The same where a KV head has several query rows and a key or value 512 bytes or more: some CPUs keep ahead of such runs by
+    /// themselves.
+    pub run_long_heads: Prefetch,
+    /// Bytes from what is read to what [`Self::run`], [`Self::run_one_row`] and [`Self::run_long_heads`] prefetch, at most a block of 64 keys.
     pub run_distance: usize,
 }
 
@@ -48,12 +51,15 @@ pub enum Prefetch {
     /// As [`Self::BothLevels`], for CPUs that bring lines into the second-level cache in pairs: one prefetch for two lines, where a
     /// loop reads two at a time.
     BothLevelsInPairs,
+    /// Into the first-level cache, what the same KV head has a few keys later. The hardware's prefetcher is left to bring what is
+    /// farther ahead.
+    NextKeys,
 }
 
 impl Prefetch {
     /// Every kind.
-    pub const ALL: [Self; 5] =
-        [Self::Off, Self::FirstLevel, Self::SecondLevel, Self::BothLevels, Self::BothLevelsInPairs];
+    pub const ALL: [Self; 6] =
+        [Self::Off, Self::FirstLevel, Self::SecondLevel, Self::BothLevels, Self::BothLevelsInPairs, Self::NextKeys];
 }
 
 /// The order in which a loop reads the keys of a block.
@@ -94,6 +100,7 @@ const TABLE: &[Entry] = &[
             block_order: KeyOrder::Spread,
             run: Prefetch::BothLevels,
             run_one_row: Prefetch::BothLevels,
+            run_long_heads: Prefetch::BothLevels,
             run_distance: 64 << 10,
         },
     },
@@ -106,6 +113,7 @@ const TABLE: &[Entry] = &[
             block_order: KeyOrder::Spread,
             run: Prefetch::BothLevels,
             run_one_row: Prefetch::BothLevels,
+            run_long_heads: Prefetch::BothLevels,
             run_distance: 64 << 10,
         },
     },
@@ -119,6 +127,7 @@ const TABLE: &[Entry] = &[
             block_order: KeyOrder::Spread,
             run: Prefetch::BothLevels,
             run_one_row: Prefetch::Off,
+            run_long_heads: Prefetch::NextKeys,
             run_distance: 64 << 10,
         },
     },
@@ -134,6 +143,7 @@ impl Tuning {
             block_order: KeyOrder::Spread,
             run: Prefetch::FirstLevel,
             run_one_row: Prefetch::FirstLevel,
+            run_long_heads: Prefetch::FirstLevel,
             run_distance: 12 << 10,
         }
     };
@@ -182,6 +192,13 @@ impl Tuning {
     #[must_use]
     pub fn run_one_row(mut self, run: Prefetch) -> Self {
         self.run_one_row = run;
+        self
+    }
+
+    /// Sets [`Self::run_long_heads`].
+    #[must_use]
+    pub fn run_long_heads(mut self, run: Prefetch) -> Self {
+        self.run_long_heads = run;
         self
     }
 

@@ -83,19 +83,38 @@ const LEAST_GAIN: f64 = 1.01;
 /// Candidates that are compared a second time.
 const FINALISTS: usize = 4;
 
-/// The groups of cases, and the shapes of each: caches that are larger than those of the CPU, in both orders of memory.
-const GROUPS: [(&str, &[&str]); 3] = [
-    (
-        "decode, one KV head at a time",
-        &["decode 16384, 32/8x128, bhsd", "decode 4096, 32/32x128, bhsd", "decode 4096, 32/8x256, bhsd"],
-    ),
-    ("decode, the heads of a token together", &["decode 16384, 32/8x128, bshd", "decode 4096, 32/8x256, bshd"]),
-    ("decode, the heads of a token together, one query row each", &["decode 4096, 32/32x128, bshd"]),
-];
-
 /// The formats of K and V whose cases are timed: those whose decode memory can bind, each of its own number of bytes per element.
 /// The search takes minutes with these, and as long again with every two more.
-const FORMATS: [&str; 6] = ["f32", "f16", "bf16", "int8", "q8_0", "q4_0"];
+const FORMATS: &[&str] = &["f32", "f16", "bf16", "int8", "q8_0", "q4_0"];
+/// Those of them whose heads of 128, and of 256, have less than 512 bytes, and the others.
+const SHORT_128: &[&str] = &["f16", "bf16", "int8", "q8_0", "q4_0"];
+const SHORT_256: &[&str] = &["int8", "q8_0", "q4_0"];
+const LONG_128: &[&str] = &["f32"];
+const LONG_256: &[&str] = &["f32", "f16", "bf16"];
+
+/// A name, and shapes with formats.
+type Group = (&'static str, &'static [(&'static str, &'static [&'static str])]);
+
+/// The groups of cases: caches that are larger than those of the CPU, in both orders of memory.
+const GROUPS: [Group; 4] = [
+    (
+        "decode, one KV head at a time",
+        &[
+            ("decode 16384, 32/8x128, bhsd", FORMATS),
+            ("decode 4096, 32/32x128, bhsd", FORMATS),
+            ("decode 4096, 32/8x256, bhsd", FORMATS),
+        ],
+    ),
+    (
+        "decode, the heads of a token together",
+        &[("decode 16384, 32/8x128, bshd", SHORT_128), ("decode 4096, 32/8x256, bshd", SHORT_256)],
+    ),
+    ("decode, the heads of a token together, one query row each", &[("decode 4096, 32/32x128, bshd", FORMATS)]),
+    (
+        "decode, the heads of a token together, 512 bytes or more each",
+        &[("decode 16384, 32/8x128, bshd", LONG_128), ("decode 4096, 32/8x256, bshd", LONG_256)],
+    ),
+];
 
 /// Run distances that are tried, in bytes. A subblock of 16 keys of all heads of a token is the least that has an effect.
 const DISTANCES: [usize; 6] = [4 << 10, 12 << 10, 32 << 10, 64 << 10, 128 << 10, 512 << 10];
@@ -120,7 +139,7 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     }
     let entry = context.tuning();
     let groups = GROUPS.map(|(_, shapes)| cases(level, shapes, options.quick));
-    let [block, run, one_row] = &groups;
+    let [block, run, one_row, long_heads] = &groups;
     let mut search = Search {
         threads: &threads,
         pages,
@@ -153,6 +172,10 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     candidates.extend(Prefetch::ALL.map(|kind| entry_there.run_one_row(kind)));
     found.run_one_row = search.best(one_row, &candidates)?.run_one_row;
 
+    let mut candidates = vec![entry_there];
+    candidates.extend(Prefetch::ALL.map(|kind| entry_there.run_long_heads(kind)));
+    found.run_long_heads = search.best(long_heads, &candidates)?.run_long_heads;
+
     let mut gains = Vec::new();
     for ((name, _), cases) in GROUPS.into_iter().zip(&groups) {
         let mut group = Gains { name, cases: Vec::new() };
@@ -170,6 +193,9 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     }
     if gains[2].mean() < 1.0 {
         found.run_one_row = entry.run_one_row;
+    }
+    if gains[3].mean() < 1.0 {
+        found.run_long_heads = entry.run_long_heads;
     }
     Ok(Tuned { machine, level, threads: threads.count(), pages, entry, found, groups: gains })
 }
@@ -190,15 +216,21 @@ fn level(given: Option<Isa>) -> Result<Isa> {
     }
 }
 
-/// The cases of a level with these shapes; of f32 and bf16 and the first two shapes only, if quick.
-fn cases(level: Isa, shapes: &[&str], quick: bool) -> Vec<Case> {
+/// The formats that are timed if the search is quick, of two shapes of each group.
+const QUICK_FORMATS: [&str; 2] = ["f32", "bf16"];
+
+/// The cases of a level with these shapes and formats.
+fn cases(level: Isa, shapes: &[(&str, &[&str])], quick: bool) -> Vec<Case> {
     let shapes = if quick { &shapes[..shapes.len().min(2)] } else { shapes };
-    let formats: &[&str] = if quick { &["f32", "bf16"] } else { &FORMATS };
+    let is_wanted = |case: &Case| {
+        let format = case.kernel.src.name();
+        let listed = shapes.iter().any(|(shape, formats)| **shape == *case.name && formats.contains(&format));
+        listed && (!quick || QUICK_FORMATS.contains(&format))
+    };
     kernels()
         .filter(|kernel| kernel.op == Op::Attention && kernel.isa == level)
-        .filter(|kernel| formats.contains(&kernel.src.name()))
         .flat_map(|kernel| cases_of(&kernel))
-        .filter(|case| shapes.contains(&&*case.name))
+        .filter(is_wanted)
         .collect()
 }
 
@@ -316,13 +348,14 @@ impl Tuned {
 }
 
 /// The names of a tuning's fields, and their values as Rust has them.
-fn fields(tuning: &Tuning) -> [(&'static str, String); 5] {
+fn fields(tuning: &Tuning) -> [(&'static str, String); 6] {
     let kind = |kind: Prefetch| format!("Prefetch::{kind:?}");
     [
         ("block", kind(tuning.block)),
         ("block_order", format!("KeyOrder::{:?}", tuning.block_order)),
         ("run", kind(tuning.run)),
         ("run_one_row", kind(tuning.run_one_row)),
+        ("run_long_heads", kind(tuning.run_long_heads)),
         ("run_distance", tuning.run_distance.to_string()),
     ]
 }
@@ -340,15 +373,18 @@ mod tests {
     fn every_shape_names_a_case() {
         for level in Isa::ALL.into_iter().filter(|level| level.is_available() && !level.is_partial()) {
             for (name, shapes) in GROUPS {
-                assert_eq!(cases(level, shapes, false).len(), FORMATS.len() * shapes.len(), "{name} {level}");
-                assert_eq!(cases(level, shapes, true).len(), 2 * shapes.len().min(2), "{name} {level}");
+                let all: usize = shapes.iter().map(|(_, formats)| formats.len()).sum();
+                assert_eq!(cases(level, shapes, false).len(), all, "{name} {level}");
+                let of = |formats: &[&str]| formats.iter().filter(|format| QUICK_FORMATS.contains(format)).count();
+                let quick: usize = shapes.iter().take(2).map(|(_, formats)| of(formats)).sum();
+                assert_eq!(cases(level, shapes, true).len(), quick, "{name} {level}");
             }
         }
     }
 
     #[test]
     fn an_entry_can_be_pasted() {
-        let found = Tuning::default().run(Prefetch::Off).run_one_row(Prefetch::SecondLevel).run_distance(4096);
+        let found = Tuning::default().run(Prefetch::Off).run_long_heads(Prefetch::NextKeys).run_distance(4096);
         let tuned = Tuned {
             machine: Machine { cpu: Some("A CPU".to_owned()), ..Machine::default() },
             level: Isa::Scalar,
@@ -370,8 +406,8 @@ mod tests {
             "Off  <- changed",
             "decode: 2.00 times as fast",
             "level: Isa::Scalar,",
-            "run: Prefetch::Off,\n            run_one_row: Prefetch::SecondLevel,\n            run_distance: 4096,",
-            ".run(Prefetch::Off)\n        .run_one_row(Prefetch::SecondLevel)\n        .run_distance(4096)",
+            "run_long_heads: Prefetch::NextKeys,\n            run_distance: 4096,",
+            ".run_long_heads(Prefetch::NextKeys)\n        .run_distance(4096)",
         ] {
             assert!(text.contains(part), "{text}\nlacks {part:?}");
         }

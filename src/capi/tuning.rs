@@ -1,6 +1,6 @@
 //! The tuning of a context.
 
-use super::arguments::enumeration;
+use super::arguments::{enumeration, reserved};
 use super::context::{borrow, kvl_context};
 use super::guard::guard;
 use super::sized::{assert_layout, read_sized, sized, write_sized};
@@ -22,6 +22,8 @@ pub const KVL_PREFETCH_SECOND_LEVEL: i32 = 3;
 pub const KVL_PREFETCH_BOTH_LEVELS: i32 = 4;
 /// As `KVL_PREFETCH_BOTH_LEVELS`, with one prefetch for two lines into the second-level cache.
 pub const KVL_PREFETCH_BOTH_LEVELS_IN_PAIRS: i32 = 5;
+/// Into the first-level cache, what the same KV head has a few keys later.
+pub const KVL_PREFETCH_NEXT_KEYS: i32 = 6;
 
 /// The order in which a loop reads the keys of a block.
 pub type kvl_key_order = i32;
@@ -49,14 +51,18 @@ pub struct kvl_tuning {
     pub run: kvl_prefetch,
     /// The same where every KV head has one query row.
     pub run_one_row: kvl_prefetch,
-    /// Bytes from what is read to what `run` and `run_one_row` prefetch, at most a block of 64 keys.
+    /// Bytes from what is read to what `run`, `run_one_row` and `run_long_heads` prefetch, at most a block of 64 keys.
     pub run_distance: usize,
+    /// As `run` where a KV head has several query rows and a key or value 512 bytes or more.
+    pub run_long_heads: kvl_prefetch,
+    /// 0.
+    pub reserved: i32,
 }
 
-sized!(kvl_tuning);
+sized!(kvl_tuning[run_long_heads]);
 assert_layout!(
-    kvl_tuning, 32,
-    struct_size: 0, block: 8, block_order: 12, run: 16, run_one_row: 20, run_distance: 24,
+    kvl_tuning, 40,
+    struct_size: 0, block: 8, block_order: 12, run: 16, run_one_row: 20, run_distance: 24, run_long_heads: 32, reserved: 36,
 );
 
 /// Writes the tuning of a context to `*tuning`: that of this CPU, or what `kvl_context_set_tuning` has set. No field is zero.
@@ -77,6 +83,8 @@ pub unsafe extern "C" fn kvl_context_tuning(context: *const kvl_context, tuning:
             run: own.run as i32 + 1,
             run_one_row: own.run_one_row as i32 + 1,
             run_distance: own.run_distance,
+            run_long_heads: own.run_long_heads as i32 + 1,
+            reserved: 0,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(tuning, filled) };
@@ -96,11 +104,13 @@ pub unsafe extern "C" fn kvl_context_set_tuning(context: *mut kvl_context, tunin
         let own = unsafe { borrow(context) }?;
         // SAFETY: the caller's promise.
         let wanted = unsafe { read_sized(tuning) }?;
+        reserved("kvl_tuning", wanted.reserved)?;
         let mut tuning = Tuning::of_this_cpu(own.isa());
         let prefetch = |name: &str, value, usual| choice("kvl_prefetch", name, value, &Prefetch::ALL, usual);
         tuning.block = prefetch("block", wanted.block, tuning.block)?;
         tuning.run = prefetch("run", wanted.run, tuning.run)?;
         tuning.run_one_row = prefetch("run_one_row", wanted.run_one_row, tuning.run_one_row)?;
+        tuning.run_long_heads = prefetch("run_long_heads", wanted.run_long_heads, tuning.run_long_heads)?;
         tuning.block_order =
             choice("kvl_key_order", "block_order", wanted.block_order, &KeyOrder::ALL, tuning.block_order)?;
         if wanted.run_distance != 0 {
@@ -129,7 +139,8 @@ const _: () = {
     assert!(KVL_PREFETCH_FIRST_LEVEL == Prefetch::FirstLevel as i32 + 1);
     assert!(KVL_PREFETCH_SECOND_LEVEL == Prefetch::SecondLevel as i32 + 1);
     assert!(KVL_PREFETCH_BOTH_LEVELS == Prefetch::BothLevels as i32 + 1);
-    assert!(KVL_PREFETCH_BOTH_LEVELS_IN_PAIRS == Prefetch::BothLevelsInPairs as i32 + 1 && Prefetch::ALL.len() == 5);
+    assert!(KVL_PREFETCH_BOTH_LEVELS_IN_PAIRS == Prefetch::BothLevelsInPairs as i32 + 1);
+    assert!(KVL_PREFETCH_NEXT_KEYS == Prefetch::NextKeys as i32 + 1 && Prefetch::ALL.len() == 6);
     assert!(KVL_KEY_ORDER_SEQUENTIAL == KeyOrder::Sequential as i32 + 1);
     assert!(KVL_KEY_ORDER_SPREAD == KeyOrder::Spread as i32 + 1 && KeyOrder::ALL.len() == 2);
 };

@@ -47,7 +47,7 @@ pub(crate) trait Simd: Copy {
     const WRITES_SEVERAL: bool = false;
     /// Whether decode reads a cache in loops for few registers and a narrow front end: what is loaded of a query is used at once for all
     /// keys, the sum over lanes of a score is taken in two steps ([`Self::half_sums`], [`Self::sum_halves`]), and prefetches stand
-    /// between loops.
+    /// between turns of keys or take no branch.
     const NARROW_LOOPS: bool = false;
     /// Whether the loops over a cache are compiled for one and for four query rows only, in narrow tiles of registers. Two and three
     /// rows then convert a key or value as many times.

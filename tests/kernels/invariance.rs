@@ -408,7 +408,7 @@ fn tunings(level: &Level) {
                 let (run, order) = (rng.pick(&Prefetch::ALL), rng.pick(&KeyOrder::ALL));
                 let one_row = rng.pick(&Prefetch::ALL);
                 let tuning = level.context.tuning().block(block).block_order(order).run(run).run_one_row(one_row);
-                let tuning = tuning.run_distance(distance);
+                let tuning = tuning.run_long_heads(rng.pick(&Prefetch::ALL)).run_distance(distance);
                 let outcome = case.run(&level.context.clone().tuned(tuning));
                 level.checked(Op::Attention, dtype, dtype);
                 assert!(outcome.all_bits() == usual, "{dtype} {shape:?} {tuning:?}");

@@ -1,8 +1,9 @@
 //! Sums of weighted values, read from the cache or from a packed copy.
 
-use super::direct::Ahead;
+use super::direct::{Ahead, NEAR_DISTANCE, VALUES_AHEAD};
 use crate::kernels::simd::{LINE, Load, Simd};
 use crate::problem::grid::BLOCK;
+use crate::tuning::Prefetch;
 
 /// The place of the values that [`WeightedValues`] adds.
 pub trait ValueRows {
@@ -154,7 +155,31 @@ impl<V: ValueRows> WeightedValues<V> {
             // Two keys per iteration: instructions other than FMAs are costly here, for the front end as for the ports.
             let offset = self.v.offset(column);
             let mut j = 0;
-            if const { Self::is_narrow::<S>(R, N) } {
+            let kind = if self.ahead.distance == 0 { Prefetch::Off } else { self.ahead.kind };
+            if const { Self::prefetches_by_key::<S>(R, N) } && kind == Prefetch::NextKeys {
+                while j < self.keys {
+                    self.prefetch_next::<S, N>(s, j, offset);
+                    self.add_values(s, j, &self.load_key::<S, N>(s, j, offset), &mut sums);
+                    j += 1;
+                }
+            } else if const { Self::prefetches_by_key::<S>(R, N) && size_of::<V::Element>() == size_of::<f32>() }
+                && kind == Prefetch::BothLevels
+            {
+                if self.in_order {
+                    while j < self.keys {
+                        self.prefetch_in_order::<S, N>(s, j, offset);
+                        self.add_values(s, j, &self.load_key::<S, N>(s, j, offset), &mut sums);
+                        j += 1;
+                    }
+                } else {
+                    while j < self.keys {
+                        s.prefetch_far(self.v.at(j, offset).cast::<u8>().wrapping_offset(self.ahead.distance));
+                        self.prefetch_next::<S, N>(s, j, offset);
+                        self.add_values(s, j, &self.load_key::<S, N>(s, j, offset), &mut sums);
+                        j += 1;
+                    }
+                }
+            } else if const { Self::is_narrow::<S>(R, N) } {
                 while j + TURN <= self.keys {
                     self.prefetch_turn::<S, N>(s, j, offset);
                     for j in (j..j + TURN).step_by(2) {
@@ -166,7 +191,7 @@ impl<V: ValueRows> WeightedValues<V> {
             for turn in j / 2..self.keys / 2 {
                 V::add_two(s, self, 2 * turn, offset, part, &mut sums);
             }
-            if self.keys % 2 == 1 {
+            if self.keys % 2 == 1 && j < self.keys {
                 self.add_key(s, self.keys - 1, offset, part, &mut sums);
             }
             if !self.scales.is_null() {
@@ -201,6 +226,48 @@ impl<V: ValueRows> WeightedValues<V> {
             self.add_key(s, j, offset, part, sums);
             self.add_key(s, j + 1, offset, part, sums);
         }
+    }
+
+    /// Whether there are loops that prefetch at every key without a branch.
+    const fn prefetches_by_key<S: Simd>(rows: usize, vectors: usize) -> bool {
+        let bytes = size_of::<V::Element>();
+        S::NARROW_LOOPS && V::IN_CACHE && !V::IN_PAIRS && rows == 4 && vectors == 2 && bytes >= 2
+    }
+
+    /// Prefetches the vectors of the key some keys after `j`; of the first keys, those of the next columns, after the last ones.
+    #[inline(always)]
+    fn prefetch_next<S: Simd, const N: usize>(&self, s: S, j: usize, offset: isize) {
+        let next = j + VALUES_AHEAD;
+        let columns = (N * S::LANES * size_of::<V::Element>()) as isize;
+        let (key, offset) =
+            if next < self.keys { (next, offset) } else { (next.saturating_sub(self.keys).min(j), offset + columns) };
+        s.prefetch(self.v.at(key, offset).cast());
+    }
+
+    /// Prefetches into both levels where what is ahead lies in order: two halves by turns, since memory serves two streams faster.
+    #[inline(always)]
+    fn prefetch_in_order<S: Simd, const N: usize>(&self, s: S, j: usize, offset: isize) {
+        let bytes = N * S::LANES * size_of::<V::Element>();
+        let line = (offset as usize * self.keys + j * bytes) / LINE;
+        let half = self.v.at(self.keys / 2, 0).addr().wrapping_sub(self.v.at(0, 0).addr());
+        let next = line % 2 * half + line / 2 * LINE;
+        s.prefetch_far(self.v.at(0, 0).cast::<u8>().wrapping_offset(self.ahead.distance).wrapping_add(next));
+        s.prefetch(self.v.at(j, offset).cast::<u8>().wrapping_add(NEAR_DISTANCE));
+    }
+
+    /// The vectors of a key.
+    ///
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    unsafe fn load_key<S: Simd, const N: usize>(&self, s: S, j: usize, offset: isize) -> [S::V; N] {
+        let v = self.v.at(j, offset);
+        let mut x = [s.zero(); N];
+        for n in (0..N).step_by(2) {
+            // SAFETY: the caller's.
+            [x[n], x[n + 1]] = unsafe { V::Element::load_pair(s, v.add(n * S::LANES)) };
+        }
+        x
     }
 
     /// Whether prefetches stand between turns of keys: with four rows of elements of 16 bits. Memory binds loops over f32, which want

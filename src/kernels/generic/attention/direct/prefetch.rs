@@ -1,5 +1,6 @@
 //! Prefetch distances of the direct path.
 
+use crate::format::CacheFormat;
 use crate::kernels::generic::attention::key_pointers::SUBBLOCKS;
 use crate::kernels::generic::attention::{Block, KeyPointers, SUBBLOCK};
 use crate::kernels::simd::{LINE, Simd};
@@ -18,7 +19,8 @@ pub struct PrefetchDistances<'a> {
     /// Its keys are read in several streams that are a page or more apart, because on some CPUs one stream does not reach the
     /// bandwidth of memory.
     pub spread: bool,
-    kind: Prefetch,
+    kind_of_k: Prefetch,
+    kind_of_v: Prefetch,
 }
 
 impl<'a> PrefetchDistances<'a> {
@@ -27,37 +29,48 @@ impl<'a> PrefetchDistances<'a> {
         let piece = SUBBLOCK * block.tile.kv_heads * block.p.k.dtype.head_bytes(block.d);
         let whole = block.tile.kv_heads == 1 && block.key_range.len() == BLOCK;
         let by = if whole { SUBBLOCKS } else { tuning.run_distance.div_ceil(piece).clamp(1, SUBBLOCKS) };
-        let run = if block.tile.head_rows == 1 { tuning.run_one_row } else { tuning.run };
-        let kind = if whole { tuning.block } else { run };
+        let kind = |format: CacheFormat, dim| match format {
+            _ if whole => tuning.block,
+            _ if block.tile.head_rows == 1 => tuning.run_one_row,
+            format if format.head_bytes(dim) >= LONG_HEAD => tuning.run_long_heads,
+            _ => tuning.run,
+        };
+        let (kind_of_k, kind_of_v) = (kind(block.p.k.dtype, block.d), kind(block.p.v.dtype, block.dv));
         let spread = tuning.block_order == KeyOrder::Spread;
-        Self { k, v, key_range: block.key_range, by, whole, spread, kind }
+        Self { k, v, key_range: block.key_range, by, whole, spread, kind_of_k, kind_of_v }
     }
 
     #[inline(always)]
     pub fn of_k(&self, index: usize) -> Ahead {
+        if self.kind_of_k == Prefetch::NextKeys {
+            return Ahead { distance: self.k.seq_offset(KEYS_AHEAD), kind: self.kind_of_k };
+        }
         let target = index + self.by;
         let to = if target < SUBBLOCKS {
             self.k.subblock(self.key_range, target)
         } else {
             self.v.subblock(self.key_range, target - SUBBLOCKS)
         };
-        self.ahead(self.k.subblock(self.key_range, index), to)
+        Self::ahead(self.kind_of_k, self.k.subblock(self.key_range, index), to)
     }
 
     #[inline(always)]
     pub fn of_v(&self, index: usize) -> Ahead {
+        if self.kind_of_v == Prefetch::NextKeys {
+            return Ahead { distance: self.v.seq_offset(VALUES_AHEAD), kind: self.kind_of_v };
+        }
         let target = index + self.by;
         let to = if target < SUBBLOCKS {
             self.v.subblock(self.key_range, target)
         } else {
             self.k.subblock(self.key_range, target)
         };
-        self.ahead(self.v.subblock(self.key_range, index), to)
+        Self::ahead(self.kind_of_v, self.v.subblock(self.key_range, index), to)
     }
 
     #[inline(always)]
-    fn ahead(&self, from: *const u8, to: *const u8) -> Ahead {
-        match self.kind {
+    fn ahead(kind: Prefetch, from: *const u8, to: *const u8) -> Ahead {
+        match kind {
             Prefetch::Off => Ahead::NONE,
             kind => Ahead { distance: distance(from, to), kind },
         }
@@ -73,6 +86,14 @@ pub fn distance<T>(from: *const T, to: *const T) -> isize {
 /// Distance in bytes of the prefetch into the first-level cache where both levels are prefetched: what is read until a line in the
 /// second level is due is more than the first holds.
 pub const NEAR_DISTANCE: usize = 512;
+
+/// Bytes of a head from which on [`Tuning::run_long_heads`] serves.
+const LONG_HEAD: usize = 512;
+
+/// Keys from the one that is read to that which [`Prefetch::NextKeys`] brings: those of the next step.
+const KEYS_AHEAD: usize = 2;
+/// The same for values, which take fewer instructions each.
+pub const VALUES_AHEAD: usize = 4;
 
 /// What a loop over keys or values prefetches.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -93,7 +114,7 @@ impl Ahead {
         // What is at hand is fetched once more where nothing is to be prefetched.
         let (far, near) = match self.kind {
             Prefetch::Off => (0, 0),
-            Prefetch::FirstLevel => (0, self.distance),
+            Prefetch::FirstLevel | Prefetch::NextKeys => (0, self.distance),
             Prefetch::SecondLevel | Prefetch::BothLevels | Prefetch::BothLevelsInPairs => {
                 (self.distance, NEAR_DISTANCE as isize)
             }
@@ -106,7 +127,7 @@ impl Ahead {
     pub fn lines<S: Simd>(&self, s: S, next: *const u8, bytes: usize) {
         match self.kind {
             Prefetch::Off => {}
-            Prefetch::FirstLevel => {
+            Prefetch::FirstLevel | Prefetch::NextKeys => {
                 for line in (0..bytes).step_by(LINE) {
                     s.prefetch(next.wrapping_add(line));
                 }
@@ -127,7 +148,7 @@ impl Ahead {
             let next = p.wrapping_offset(self.distance).wrapping_add(line);
             match self.kind {
                 Prefetch::Off => {}
-                Prefetch::FirstLevel => s.prefetch(next),
+                Prefetch::FirstLevel | Prefetch::NextKeys => s.prefetch(next),
                 Prefetch::SecondLevel => s.prefetch_far(next),
                 Prefetch::BothLevels | Prefetch::BothLevelsInPairs => {
                     if line % (2 * LINE) == 0 || self.kind == Prefetch::BothLevels {
@@ -146,7 +167,7 @@ impl Ahead {
         if let Some(next) = next {
             match self.kind {
                 Prefetch::Off => {}
-                Prefetch::FirstLevel => s.prefetch(next.cast()),
+                Prefetch::FirstLevel | Prefetch::NextKeys => s.prefetch(next.cast()),
                 Prefetch::SecondLevel | Prefetch::BothLevels | Prefetch::BothLevelsInPairs => {
                     s.prefetch_far(next.cast())
                 }
@@ -176,6 +197,12 @@ impl Distances {
     #[inline(always)]
     pub fn near(self, near: isize) -> Self {
         if self.far == 0 { self } else { Self { near, ..self } }
+    }
+
+    /// Prefetches into the first-level cache only.
+    #[inline(always)]
+    pub fn prefetch_near<S: Simd, U>(&self, s: S, p: *const U) {
+        s.prefetch(p.cast::<u8>().wrapping_offset(self.near));
     }
 
     /// Prefetches for what is at `p`.

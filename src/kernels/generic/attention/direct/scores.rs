@@ -6,6 +6,7 @@ use crate::kernels::generic::attention::{Block, KeyPointers, Units};
 use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
 use crate::problem::tile::PACK_ROWS;
+use crate::tuning::Prefetch;
 use std::mem::MaybeUninit;
 
 /// Upper bound of [`Simd::PARALLEL_DOTS`].
@@ -79,17 +80,36 @@ impl DirectScores<'_> {
     }
 }
 
-/// Whether sums over lanes are taken in two steps, for several rows of elements that are widened. Loops over f32 have more to load
-/// than a narrow front end minds, and memory binds them.
+/// How a loop takes its sums over lanes and prefetches.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    /// Sums in one step; prefetches by the kind of the tuning.
+    Wide,
+    /// Sums in two steps; prefetches into both levels.
+    Narrow,
+    /// Sums in two steps; prefetches into the first-level cache only.
+    NarrowNear,
+}
+
+/// Whether a loop can take sums over lanes in two steps, for several rows.
 const fn is_narrow<S: Simd, T: Units>(rows: usize, keys: usize) -> bool {
-    S::NARROW_LOOPS
-        && T::ELEMENTS == 1
-        && size_of::<T::Unit>() < size_of::<f32>()
-        && rows > 1
-        && rows * keys == S::LANES
+    S::NARROW_LOOPS && T::ELEMENTS == 1 && rows > 1 && rows * keys == S::LANES
 }
 
 impl DirectScores<'_> {
+    /// The loop for `R` rows and `C` keys. Narrow loops over f32 have no way of their own for every kind of prefetch.
+    #[inline(always)]
+    fn way<S: Simd, T: Units, const R: usize, const C: usize>(&self) -> Way {
+        let bytes = const { size_of::<T::Unit>() };
+        match self.ahead.kind {
+            _ if const { !is_narrow::<S, T>(R, C) } => Way::Wide,
+            Prefetch::Off | Prefetch::NextKeys if bytes > 1 => Way::NarrowNear,
+            Prefetch::BothLevels => Way::Narrow,
+            _ if bytes < size_of::<f32>() => Way::Narrow,
+            _ => Way::Wide,
+        }
+    }
+
     /// The same in the fewest loops, for cases that hardly occur.
     ///
     /// # Safety
@@ -113,6 +133,7 @@ impl DirectScores<'_> {
     pub unsafe fn dots<S: Simd, T: Units, const R: usize, const C: usize>(&self, s: S, head: usize, row: usize) {
         let Block { tile, scratch, .. } = *self.block;
         let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK);
+        let way = self.way::<S, T, R, C>();
         // SAFETY: the caller's; the rows of scores have BLOCK floats.
         unsafe {
             if T::ELEMENTS > 1 || !self.spread {
@@ -121,8 +142,11 @@ impl DirectScores<'_> {
                 let mut next = low / C * C;
                 while next < high {
                     let j = next;
-                    if const { is_narrow::<S, T>(R, C) } && j >= low && j + S::LANES <= high {
-                        self.in_two_steps::<S, T, R, C>(s, head, row, j, None);
+                    if const { is_narrow::<S, T>(R, C) } && way != Way::Wide && j >= low && j + S::LANES <= high {
+                        match way {
+                            Way::NarrowNear => self.in_two_steps::<S, T, R, C>(s, head, row, j, None, Way::NarrowNear),
+                            _ => self.in_two_steps::<S, T, R, C>(s, head, row, j, None, Way::Narrow),
+                        }
                         next += S::LANES;
                         continue;
                     }
@@ -146,9 +170,14 @@ impl DirectScores<'_> {
             }
             // Sums of keys that are far apart are collected and transposed, so that stores write neighbouring keys.
             let apart = BLOCK / C;
-            if const { is_narrow::<S, T>(R, C) } {
+            if const { is_narrow::<S, T>(R, C) } && way != Way::Wide {
                 for first in (0..apart).step_by(S::LANES / C) {
-                    self.in_two_steps::<S, T, R, C>(s, head, row, first, Some(apart));
+                    match way {
+                        Way::NarrowNear => {
+                            self.in_two_steps::<S, T, R, C>(s, head, row, first, Some(apart), Way::NarrowNear)
+                        }
+                        _ => self.in_two_steps::<S, T, R, C>(s, head, row, first, Some(apart), Way::Narrow),
+                    }
                 }
                 return;
             }
@@ -187,6 +216,7 @@ impl DirectScores<'_> {
         row: usize,
         first: usize,
         apart: Option<usize>,
+        way: Way,
     ) {
         let Block { tile, scratch, .. } = *self.block;
         let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK + first);
@@ -198,8 +228,8 @@ impl DirectScores<'_> {
         unsafe {
             for turn in 0..turns {
                 let acc = match apart {
-                    Some(apart) => self.products::<S, T, R, C>(s, head, row, |c| first + turn + c * apart),
-                    None => self.products::<S, T, R, C>(s, head, row, |c| first + turn * C + c),
+                    Some(apart) => self.products::<S, T, R, C>(s, head, row, |c| first + turn + c * apart, way),
+                    None => self.products::<S, T, R, C>(s, head, row, |c| first + turn * C + c, way),
                 };
                 for r in 0..R {
                     for c in 0..C / 2 {
@@ -248,7 +278,9 @@ impl DirectScores<'_> {
     ) {
         // SAFETY: the caller's.
         unsafe {
-            let acc = self.products::<S, T, R, C>(s, head, row, key);
+            let narrow = const { is_narrow::<S, T>(R, C) && size_of::<T::Unit>() < size_of::<f32>() };
+            let way = if narrow { Way::Narrow } else { Way::Wide };
+            let acc = self.products::<S, T, R, C>(s, head, row, key, way);
             for n in (0..R * C).step_by(S::LANES) {
                 let mut lanes = [s.zero(); MAX_LANES];
                 for (i, lane) in lanes.iter_mut().enumerate().take(S::LANES.min(R * C - n)) {
@@ -270,6 +302,7 @@ impl DirectScores<'_> {
         head: usize,
         row: usize,
         key: impl Fn(usize) -> usize,
+        way: Way,
     ) -> [[S::V; C]; R] {
         let Block { tile, scratch, d, .. } = *self.block;
         let q_row = scratch.q_row;
@@ -279,7 +312,7 @@ impl DirectScores<'_> {
             keys[c] = self.k.key(head, key(c)).cast::<T::Unit>();
         }
         let mut distances = if row == 0 { self.ahead } else { Ahead::NONE }.distances();
-        if const { is_narrow::<S, T>(R, C) } && tile.kv_heads > 1 {
+        if way == Way::Narrow && tile.kv_heads > 1 && self.ahead.kind != Prefetch::NextKeys {
             // The next keys of this head: with what another head reads next, rows of some sizes would compete for a few sets of the
             // first-level cache.
             distances = distances.near(self.k.seq_offset(C));
@@ -296,12 +329,16 @@ impl DirectScores<'_> {
                     }
                 }
                 let at_once = R == 4 && S::PARALLEL_DOTS < 16 && size_of::<T::Unit>() == 1;
-                if const { is_narrow::<S, T>(R, C) } || at_once {
+                if way != Way::Wide || at_once {
                     // With few registers, what is loaded of Q has to be used at once, or accumulators go to memory.
                     let mut k = [[s.zero(); 2]; C];
                     for c in 0..C {
                         let unit = keys[c].add(i);
-                        distances.prefetch(s, unit);
+                        if way == Way::NarrowNear {
+                            distances.prefetch_near(s, unit);
+                        } else {
+                            distances.prefetch(s, unit);
+                        }
                         k[c] = T::pair(s, unit, 0);
                     }
                     for half in 0..2 {
