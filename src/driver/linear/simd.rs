@@ -155,7 +155,8 @@ mod x86 {
 
     use super::Simd;
 
-    /// AVX2 with F16C: two registers for sixteen lanes.
+    /// AVX2 with F16C: two registers for sixteen lanes. Written out, because a closure may stay a function of its own, without
+    /// the unit's features, which then calls each instruction as a function.
     #[derive(Debug, Clone, Copy)]
     pub(crate) struct Avx2;
 
@@ -176,10 +177,11 @@ mod x86 {
                 // Lanes of 16 bits are shifted; the mask drops what comes from the neighbour.
                 let mask = _mm256_set1_epi8((((1u32 << n) - 1) << to) as i8);
                 let count = _mm_cvtsi32_si128(from.abs_diff(to) as i32);
-                v.map(|v| match from >= to {
-                    true => _mm256_and_si256(_mm256_srl_epi16(v, count), mask),
-                    false => _mm256_and_si256(_mm256_sll_epi16(v, count), mask),
-                })
+                let shifted = match from >= to {
+                    true => [_mm256_srl_epi16(v[0], count), _mm256_srl_epi16(v[1], count)],
+                    false => [_mm256_sll_epi16(v[0], count), _mm256_sll_epi16(v[1], count)],
+                };
+                [_mm256_and_si256(shifted[0], mask), _mm256_and_si256(shifted[1], mask)]
             }
         }
 
@@ -191,8 +193,9 @@ mod x86 {
         #[inline(always)]
         unsafe fn byte(self, v: Self::Bytes, c: usize) -> Self::Ints {
             unsafe {
-                let count = _mm_cvtsi32_si128(8 * c as i32);
-                v.map(|v| _mm256_and_si256(_mm256_srl_epi32(v, count), _mm256_set1_epi32(255)))
+                let (count, mask) = (_mm_cvtsi32_si128(8 * c as i32), _mm256_set1_epi32(255));
+                let shifted = [_mm256_srl_epi32(v[0], count), _mm256_srl_epi32(v[1], count)];
+                [_mm256_and_si256(shifted[0], mask), _mm256_and_si256(shifted[1], mask)]
             }
         }
 
@@ -201,8 +204,9 @@ mod x86 {
             unsafe {
                 let (x, ones) = (_mm256_set1_epi32(x), _mm256_set1_epi16(1));
                 // Two products below 64 * 128 fit 16 bits.
-                let dot = |sum, w| _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
-                [dot(sum[0], w[0]), dot(sum[1], w[1])]
+                let pairs = [_mm256_maddubs_epi16(w[0], x), _mm256_maddubs_epi16(w[1], x)];
+                let dots = [_mm256_madd_epi16(pairs[0], ones), _mm256_madd_epi16(pairs[1], ones)];
+                [_mm256_add_epi32(sum[0], dots[0]), _mm256_add_epi32(sum[1], dots[1])]
             }
         }
 
@@ -213,12 +217,12 @@ mod x86 {
                 let (low, high) = (self.bits(w, 0, 0, 4), self.bits(w, 4, 0, 4));
                 let (x, ones) = (_mm256_set1_epi32(x), _mm256_set1_epi16(1));
                 let sixteen = _mm256_set1_epi16(16);
-                let dot = |sum, low, high| {
-                    let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones);
-                    let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), sixteen);
-                    _mm256_add_epi32(sum, _mm256_add_epi32(low, high))
-                };
-                [dot(sum[0], low[0], high[0]), dot(sum[1], low[1], high[1])]
+                let low = [_mm256_maddubs_epi16(low[0], x), _mm256_maddubs_epi16(low[1], x)];
+                let high = [_mm256_maddubs_epi16(high[0], x), _mm256_maddubs_epi16(high[1], x)];
+                let low = [_mm256_madd_epi16(low[0], ones), _mm256_madd_epi16(low[1], ones)];
+                let high = [_mm256_madd_epi16(high[0], sixteen), _mm256_madd_epi16(high[1], sixteen)];
+                let dots = [_mm256_add_epi32(low[0], high[0]), _mm256_add_epi32(low[1], high[1])];
+                [_mm256_add_epi32(sum[0], dots[0]), _mm256_add_epi32(sum[1], dots[1])]
             }
         }
 
@@ -229,7 +233,10 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn add_ints(self, v: Self::Ints, x: i32) -> Self::Ints {
-            unsafe { v.map(|v| _mm256_add_epi32(v, _mm256_set1_epi32(x))) }
+            unsafe {
+                let x = _mm256_set1_epi32(x);
+                [_mm256_add_epi32(v[0], x), _mm256_add_epi32(v[1], x)]
+            }
         }
 
         #[inline(always)]
@@ -243,14 +250,14 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_halves(self, p: *const u8) -> Self::Floats {
             unsafe {
-                let half = |p: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
-                [half(p), half(p.add(16))]
+                let halves = [_mm_loadu_si128(p.cast()), _mm_loadu_si128(p.add(16).cast())];
+                [_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])]
             }
         }
 
         #[inline(always)]
         unsafe fn to_floats(self, v: Self::Ints) -> Self::Floats {
-            unsafe { v.map(|v| _mm256_cvtepi32_ps(v)) }
+            unsafe { [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])] }
         }
 
         #[inline(always)]
