@@ -30,6 +30,11 @@ pub fn scale() -> f64 {
     })
 }
 
+/// Whether few cases run, for want of time: under emulators and sanitizers.
+pub fn few_cases() -> bool {
+    scale() < 0.05
+}
+
 /// What other programs have recorded in a file of `tests/data`. The crate as it is published comes without.
 pub fn recording(name: &str) -> Option<String> {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -79,9 +79,12 @@ impl Attention<'_> {
                     let logits: Vec<f64> = seen
                         .iter()
                         .map(|&j| {
-                            let products = || q.row(b, t, h).iter().zip(k.row(b, j, kv_head)).map(|(q, k)| q * k);
-                            let mut x = products().sum::<f64>() * scale;
-                            let mut size = products().map(f64::abs).sum::<f64>() * scale.abs();
+                            let (mut x, mut size) = (0.0, 0.0);
+                            for (q, k) in q.row(b, t, h).iter().zip(k.row(b, j, kv_head)) {
+                                x += q * k;
+                                size += (q * k).abs();
+                            }
+                            (x, size) = (x * scale, size * scale.abs());
                             if let Some(cap) = self.softcap {
                                 x = cap * (x / cap).tanh();
                                 size = size.min(cap);
@@ -106,10 +109,11 @@ impl Attention<'_> {
                     let weights: Vec<f64> = logits.iter().map(|x| (x - shift).exp()).collect();
                     let sum = weights.iter().sum::<f64>() + (sink - shift).exp();
                     for (&j, weight) in seen.iter().zip(&weights) {
+                        let share = weight / sum;
                         for (o, v) in state.out.row_mut(b, t, h).iter_mut().zip(v.row(b, j, kv_head)) {
                             value = value.max(v.abs());
                             if sum != 0.0 {
-                                *o += weight / sum * v;
+                                *o += share * v;
                             }
                         }
                     }

@@ -156,8 +156,10 @@ impl Tensor {
         let memory = Memory::new(elements * dtype.size(), place);
         let (offset, quantised) = ((-low) as usize + slack, OnceLock::new());
         let mut tensor = Self { dtype, shape, strides, gaps, place, quantised, offset, memory };
-        for at in 0..elements {
-            tensor.set_bits(at, tensor.gap_bits(at));
+        let pattern: Vec<u8> =
+            (0..4).flat_map(|at| tensor.gap_bits(at).to_le_bytes()[..dtype.size()].to_vec()).collect();
+        for bytes in tensor.memory.bytes_mut().chunks_mut(pattern.len()) {
+            bytes.copy_from_slice(&pattern[..bytes.len()]);
         }
         tensor
     }
@@ -172,10 +174,13 @@ impl Tensor {
     }
 
     fn set_bits(&mut self, at: usize, bits: u32) {
-        self.quantised.take();
-        let size = self.dtype.size();
-        let bytes = &bits.to_le_bytes()[..size];
-        self.memory.bytes_mut()[at * size..(at + 1) * size].copy_from_slice(bytes);
+        if self.quantised.get().is_some() {
+            self.quantised.take();
+        }
+        match self.dtype {
+            DType::F32 => self.memory.bytes_mut().as_chunks_mut().0[at] = bits.to_le_bytes(),
+            _ => self.memory.bytes_mut().as_chunks_mut().0[at] = (bits as u16).to_le_bytes(),
+        }
     }
 
     fn index(&self, at: [usize; 4]) -> usize {
@@ -185,10 +190,11 @@ impl Tensor {
 
     /// The bit pattern of an element, in the low bits.
     pub fn bits(&self, at: [usize; 4]) -> u32 {
-        let (size, i) = (self.dtype.size(), self.index(at));
-        let mut bytes = [0; 4];
-        bytes[..size].copy_from_slice(&self.memory.bytes()[i * size..(i + 1) * size]);
-        u32::from_le_bytes(bytes)
+        let i = self.index(at);
+        match self.dtype {
+            DType::F32 => u32::from_le_bytes(self.memory.bytes().as_chunks().0[i]),
+            _ => u16::from_le_bytes(self.memory.bytes().as_chunks().0[i]).into(),
+        }
     }
 
     pub fn get(&self, at: [usize; 4]) -> f32 {
@@ -331,8 +337,18 @@ pub fn poison(dtype: DType, i: usize) -> u32 {
     }
 }
 
-/// All indices of a shape, in the order of the axes.
+/// All indices of a shape, in the order of the axes. They are counted up, because most of the tests' time would go into divisions.
 pub fn indices(shape: [usize; 4]) -> impl Iterator<Item = [usize; 4]> {
-    let [_, s, h, d] = shape;
-    (0..shape.iter().product()).map(move |i| [i / (s * h * d), i / (h * d) % s, i / d % h, i % d])
+    let mut next = [0; 4];
+    (0..shape.iter().product()).map(move |_| {
+        let at = next;
+        for axis in (0..4).rev() {
+            next[axis] += 1;
+            if next[axis] < shape[axis] {
+                break;
+            }
+            next[axis] = 0;
+        }
+        at
+    })
 }

@@ -6,7 +6,7 @@ use crate::common::blocks::{Blocks, CANARY, FORMATS, N, elements, quantise, quan
 use crate::common::fp8::Quantised;
 use crate::common::runners::Threads;
 use crate::common::tensor::indices;
-use crate::common::{Layout, Place, Rng, Tensor, recording, scaled, thin};
+use crate::common::{Layout, Place, Rng, Tensor, few_cases, recording, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::quantised::{self, Bytes, Written, head_of, heads_of, insert};
 use crate::write::rounded;
@@ -437,7 +437,7 @@ fn products_of_integers() {
         if context.isa() != isa || !kvlane::kernels().any(has) {
             continue;
         }
-        for format in FORMATS.into_iter().chain([CacheFormat::Int8]) {
+        for (i, format) in FORMATS.into_iter().chain([CacheFormat::Int8]).enumerate() {
             let quantised = [Some(format); 2];
             let setting = Setting { precision: Precision::Integer, kv_types: vec![DType::F32], quantised };
             let level = Level { isa, precision: Precision::Integer, quantised, context: context.clone() };
@@ -449,7 +449,12 @@ fn products_of_integers() {
                     (1, 5, 66, 96),
                     (3, 1, 64, 64),
                     (13, 1, 150, 288),
-                ] {
+                ]
+                .into_iter()
+                // Where few cases run, a format takes every other shape, int8 the one with subnormal scales.
+                .skip(if few_cases() { (i + 1) % 2 } else { 0 })
+                .step_by(if few_cases() { 2 } else { 1 })
+                {
                     let shape = Shape { batch: 2, tokens, kv_heads: 3, group, keys, dim, v_dim: 64 };
                     let mut case = Case::new(&mut rng, shape, DType::F32);
                     for tensor in [&mut case.k, &mut case.v] {

@@ -13,7 +13,7 @@
 //! With `--cfg kvlane_emulate_amx` the instructions of the AMX level are emulated.
 
 use crate::common::attention::{LARGEST_ERRORS, Setting, with_setting};
-use crate::common::scale;
+use crate::common::few_cases;
 use kvlane::{CacheFormat, Context, DType, Isa, KernelInfo, Op, Precision};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -178,7 +178,7 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
                     let int8 = Some(CacheFormat::Int8);
                     let blocks = [Some(CacheFormat::Q8_0), Some(CacheFormat::Q4_0)];
                     // Few random cases of whole blocks have keys that nobody sees.
-                    let kinds = match (isa, scale() < 0.05) {
+                    let kinds = match (isa, few_cases()) {
                         // Values, and one row, are as at the levels below; and so are other formats than int8 in AMX.
                         (Isa::Amx, _) | (Isa::NeonI8mm, true) => 1,
                         (_, true) => 2,
@@ -197,7 +197,7 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
                 }
                 // Partial levels have no kernels for quantised caches. Where few cases run, for want of time, both are quantised
                 // or none is, and the portable level, which is the same everywhere, is left to where all run.
-                let kinds = match (isa, scale() < 0.05) {
+                let kinds = match (isa, few_cases()) {
                     (isa, _) if isa.is_partial() => 0,
                     (Isa::Scalar, true) => 0,
                     (_, true) => 2,
