@@ -313,6 +313,10 @@ static void *on_a_small_stack(void *unused) {
         kvl_context *context = NULL;
         params.max_isa = levels[i];
         if (!kvl_isa_available(levels[i])) continue;
+#ifdef SMALL_STACK
+        /* On a large stack for the sanitizers, with which the portable level takes most of the time. */
+        if (levels[i] == KVL_ISA_SCALAR) continue;
+#endif
         OK(kvl_context_create(&params, &context));
         for (format = KVL_FORMAT_F32; format <= KVL_FORMAT_FP8_E5M2; format++) operations(context, NULL, format, &got);
         kvl_context_destroy(context);

@@ -8,11 +8,11 @@
 //! sanitizer.
 #![cfg(all(feature = "capi", target_os = "linux"))]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Every symbol that the shared library exports. An addition extends the ABI for good.
 const EXPORTS: &[&str] = &[
@@ -199,17 +199,31 @@ fn build(name: &str, source: &str, language: Language, linkage: Linkage) -> Path
     build_with(name, source, language, linkage, &[])
 }
 
-/// `flags` go to the compiler and to the linker.
+/// A program's object file, which is compiled once: with sanitizers the larger ones take a minute.
+fn object(source: &str, language: Language, flags: &[&str]) -> PathBuf {
+    static COMPILED: Mutex<BTreeMap<PathBuf, Arc<OnceLock<()>>>> = Mutex::new(BTreeMap::new());
+    let object = work_directory().join("objects").join(format!("{source}-{language:?}.o"));
+    let once = COMPILED.lock().expect("nobody panics with the lock").entry(object.clone()).or_default().clone();
+    once.get_or_init(|| {
+        std::fs::create_dir_all(object.parent().expect("a directory")).expect("it can be written");
+        let mut command = compiler(language);
+        command.args(["-D_POSIX_C_SOURCE=200809L", "-O1", "-c", "-o"]).arg(&object);
+        command.arg(root().join("ffi-tests").join(source));
+        if cfg!(debug_assertions) || std::env::var_os("KVLANE_FFI_SANITIZE").is_some() {
+            // What the header says of the stack is said of optimised code.
+            command.arg("-DSMALL_STACK=8388608");
+        }
+        run(command.args(flags.iter().filter(|flag| !flag.starts_with("-l"))));
+    });
+    object
+}
+
+/// `flags` go to the compiler and to the linker; they are the same wherever a source is built.
 fn build_with(name: &str, source: &str, language: Language, linkage: Linkage, flags: &[&str]) -> PathBuf {
     let libraries = libraries();
     let program = work_directory().join(format!("{name}-{linkage:?}"));
     let mut command = compiler(language);
-    command.args(["-D_POSIX_C_SOURCE=200809L", "-O1", "-o"]).arg(&program).arg(root().join("ffi-tests").join(source));
-    if cfg!(debug_assertions) || std::env::var_os("KVLANE_FFI_SANITIZE").is_some() {
-        // What the header says of the stack is said of optimised code.
-        command.arg("-DSMALL_STACK=8388608");
-    }
-    command.args(["-x", "none"]).args(flags);
+    command.arg("-o").arg(&program).args(["-x", "none"]).arg(object(source, language, flags)).args(flags);
     match linkage {
         Linkage::Shared => {
             let mut rpath = OsString::from("-Wl,-rpath,");
@@ -571,14 +585,7 @@ mod symbols {
             ("threads.c", Language::C11),
             ("cpp.cpp", Language::Cpp17),
         ] {
-            // A separate file, because another test may be writing its program.
-            let object = work_directory().join(format!("{source}.o"));
-            std::fs::create_dir_all(work_directory()).expect("the directory for test files can be written");
-            run(compiler(language)
-                .args(["-D_POSIX_C_SOURCE=200809L", "-c", "-o"])
-                .arg(&object)
-                .arg(root().join("ffi-tests").join(source)));
-            let text = readelf(&["--syms"], &object);
+            let text = readelf(&["--syms"], &object(source, language, &[]));
             for line in text.lines().filter(|l| l.contains(" UND ")) {
                 used.extend(line.split_whitespace().last().filter(|n| n.starts_with("kvl_")).map(str::to_owned));
             }
