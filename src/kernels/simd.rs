@@ -5,7 +5,7 @@
 //! Every method is `inline(always)`, and is inlined into functions with the level's `target_feature`s only (the shells
 //! that [`kernel_shells!`](super::kernel_shells) writes). Without inlining it would pass vectors through memory.
 
-use super::generic::fp8::{E4m3, E4m3Fraction, E5m2, Fp8, rounded};
+use super::generic::fp8::{E4m3, E4m3Fraction, E5m2, Fp8};
 use crate::dtype::{Element, SaturatingF16};
 pub(crate) use crate::problem::limits::MAX_LANES;
 use crate::problem::tile::PACK_ROWS;
@@ -43,7 +43,8 @@ pub(crate) trait Simd: Copy {
     /// What [`Self::load_e4m3_fraction`] leaves to be multiplied by: a power of two, or 1.
     const E4M3_FRACTION: f32 = 1.0;
     /// Whether cache writes convert several vectors at a time, and quantise several heads or blocks, whose scales are computed side by
-    /// side. For levels whose [`Self::fma`] rounds once.
+    /// side. For levels whose [`Self::fma`] rounds once. They have the stores of four vectors, and all methods of [`BlockVectors`] and of
+    /// bytes of a block.
     const WRITES_SEVERAL: bool = false;
     /// Whether decode reads a cache in loops for few registers and a narrow front end: what is loaded of a query is used at once for all
     /// keys, the sum over lanes of a score is taken in two steps ([`Self::half_sums`], [`Self::sum_halves`]), and prefetches stand
@@ -377,11 +378,8 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `4 * LANES` bytes are writable at `p`.
     #[inline(always)]
-    unsafe fn store_four_i8(self, p: *mut i8, v: [Self::V; 4]) {
-        for (i, v) in v.into_iter().enumerate() {
-            // SAFETY: the caller's.
-            unsafe { self.store_i8(p.add(i * Self::LANES), v) };
-        }
+    unsafe fn store_four_i8(self, _p: *mut i8, _v: [Self::V; 4]) {
+        unreachable!("the level writes one vector or block at a time")
     }
     /// # Safety
     /// As [`Self::store_part_f32`].
@@ -399,56 +397,33 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// [`BLOCK`] bytes are writable at `p`.
     #[inline(always)]
-    unsafe fn store_halves_away(self, p: *mut i8, v: &BlockVectors<Self>) {
-        for (i, &x) in v[..BLOCK / Self::LANES].iter().enumerate() {
-            let x = self.mul(x, self.splat(0.5));
-            // To nearest, ties to even, which have a rest of a half where they went down.
-            let nearest = self.round(self.abs(x));
-            let rest = self.sub(self.abs(x), nearest);
-            let away = self.select_lt(rest, self.splat(0.5), nearest, self.add(nearest, self.splat(1.0)));
-            // SAFETY: the caller's.
-            unsafe { self.store_i8(p.add(i * Self::LANES), self.copysign(away, x)) };
-        }
+    unsafe fn store_halves_away(self, _p: *mut i8, _v: &BlockVectors<Self>) {
+        unreachable!("the level writes one vector or block at a time")
     }
     /// The integers of a block's numbers, which are below 2^15 and above -1, without their fractions; those above `most` become `most`.
     #[inline(always)]
-    fn cut_block(self, v: &BlockVectors<Self>, most: u8) -> [u8; BLOCK] {
-        let (mut bytes, most) = ([0; BLOCK], self.splat(f32::from(most)));
-        for (i, &x) in v[..BLOCK / Self::LANES].iter().enumerate() {
-            let nearest = self.round(x);
-            let whole = self.select_lt(x, nearest, self.sub(nearest, self.splat(1.0)), nearest);
-            let whole = self.select_lt(whole, most, self.max(whole, self.zero()), most);
-            // From 2^23 on, a pattern ends with the integer.
-            let low = self.and_bits(self.add(whole, self.splat((1 << 23) as f32)), self.splat(f32::from_bits(0xff)));
-            // SAFETY: the array holds a block.
-            unsafe { self.store_low_bytes(bytes.as_mut_ptr().add(i * Self::LANES), low) };
-        }
-        bytes
+    fn cut_block(self, _v: &BlockVectors<Self>, _most: u8) -> [u8; BLOCK] {
+        unreachable!("the level writes one vector or block at a time")
     }
     /// How many of 15 integers each of a block's numbers, which are above -256 and below 255, is not less than.
     #[inline(always)]
-    fn count_reached(self, v: &BlockVectors<Self>, integers: &[i16; 15]) -> [u8; BLOCK] {
-        let mut numbers = [0.0; BLOCK];
-        for (i, &x) in v[..BLOCK / Self::LANES].iter().enumerate() {
-            // SAFETY: the array holds a block.
-            unsafe { self.store_f32(numbers.as_mut_ptr().add(i * Self::LANES), x) };
-        }
-        numbers.map(|x| integers.iter().map(|&integer| u8::from(x >= f32::from(integer))).sum())
+    fn count_reached(self, _v: &BlockVectors<Self>, _integers: &[i16; 15]) -> [u8; BLOCK] {
+        unreachable!("the level writes one vector or block at a time")
     }
     /// The entries of a table with these numbers from 0 to 15.
     #[inline(always)]
-    fn look_up_bytes(self, numbers: [u8; BLOCK], table: &[i8; 16]) -> [i8; BLOCK] {
-        numbers.map(|number| table[usize::from(number % 16)])
+    fn look_up_bytes(self, _numbers: [u8; BLOCK], _table: &[i8; 16]) -> [i8; BLOCK] {
+        unreachable!("the level writes one vector or block at a time")
     }
     /// The low halves of bytes: those of the first 16 as low halves, those of the others as high halves.
     #[inline(always)]
-    fn low_halves(self, bytes: [u8; BLOCK]) -> [u8; BLOCK / 2] {
-        std::array::from_fn(|i| bytes[i] & 15 | bytes[i + BLOCK / 2] << 4)
+    fn low_halves(self, _bytes: [u8; BLOCK]) -> [u8; BLOCK / 2] {
+        unreachable!("the level writes one vector or block at a time")
     }
     /// Bit 4 of every byte; that of byte i as bit i.
     #[inline(always)]
-    fn fifth_bits(self, bytes: [u8; BLOCK]) -> u32 {
-        bytes.iter().rev().fold(0, |bits, byte| bits << 1 | u32::from(byte >> 4 & 1))
+    fn fifth_bits(self, _bytes: [u8; BLOCK]) -> u32 {
+        unreachable!("the level writes one vector or block at a time")
     }
     /// The units of an eight-bit float next to a block's magnitudes, which are at most the largest number or NaN, with the signs of as
     /// many other numbers.
@@ -456,12 +431,8 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// [`BLOCK`] bytes are writable at `p`.
     #[inline(always)]
-    unsafe fn store_fp8<U: Fp8>(self, p: *mut u8, magnitudes: &BlockVectors<Self>, signs: &BlockVectors<Self>) {
-        for i in 0..BLOCK / Self::LANES {
-            let units = rounded::<_, U>(self, self.copysign(magnitudes[i], signs[i]));
-            // SAFETY: the caller's.
-            unsafe { self.store_low_bytes(p.add(i * Self::LANES), units) };
-        }
+    unsafe fn store_fp8<U: Fp8>(self, _p: *mut u8, _magnitudes: &BlockVectors<Self>, _signs: &BlockVectors<Self>) {
+        unreachable!("the level writes one vector or block at a time")
     }
     /// The nearest integers to a block's numbers, ties to even, plus `bias`, between 0 and the largest number of `BITS` bits, which are 8 or
     /// 4, with the bits of `flip` inverted: a byte each, or two in a byte, the first in its low half or with `swapped` in its high half.
@@ -472,28 +443,13 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     unsafe fn store_integers<const BITS: u32>(
         self,
-        p: *mut u8,
-        v: &BlockVectors<Self>,
-        bias: i16,
-        flip: u8,
-        swapped: bool,
+        _p: *mut u8,
+        _v: &BlockVectors<Self>,
+        _bias: i16,
+        _flip: u8,
+        _swapped: bool,
     ) {
-        let mut numbers = [0.0; BLOCK];
-        for (i, &x) in v[..BLOCK / Self::LANES].iter().enumerate() {
-            // SAFETY: the array holds a block.
-            unsafe { self.store_f32(numbers.as_mut_ptr().add(i * Self::LANES), x) };
-        }
-        let most = (1 << BITS) - 1;
-        let number = |i: usize| (numbers[i].round_ties_even() as i32 + i32::from(bias)).clamp(0, most) as u8 ^ flip;
-        for i in 0..BLOCK * BITS as usize / 8 {
-            let byte = match (BITS, swapped) {
-                (8, _) => number(i),
-                (_, false) => number(2 * i) | number(2 * i + 1) << 4,
-                (_, true) => number(2 * i + 1) | number(2 * i) << 4,
-            };
-            // SAFETY: the caller's.
-            unsafe { *p.add(i) = byte };
-        }
+        unreachable!("the level writes one vector or block at a time")
     }
     /// # Safety
     /// [`Self::LANES`] elements are writable at `p`.
@@ -520,22 +476,16 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `4 * LANES` elements are writable at `p`.
     #[inline(always)]
-    unsafe fn store_four_f16(self, p: *mut f16, v: [Self::V; 4]) {
-        for (i, v) in v.into_iter().enumerate() {
-            // SAFETY: the caller's.
-            unsafe { self.store_f16(p.add(i * Self::LANES), v) };
-        }
+    unsafe fn store_four_f16(self, _p: *mut f16, _v: [Self::V; 4]) {
+        unreachable!("the level writes one vector or block at a time")
     }
     /// As [`Self::store_bf16`], of four vectors that lie together.
     ///
     /// # Safety
     /// As [`Self::store_four_f16`].
     #[inline(always)]
-    unsafe fn store_four_bf16(self, p: *mut bf16, v: [Self::V; 4]) {
-        for (i, v) in v.into_iter().enumerate() {
-            // SAFETY: the caller's.
-            unsafe { self.store_bf16(p.add(i * Self::LANES), v) };
-        }
+    unsafe fn store_four_bf16(self, _p: *mut bf16, _v: [Self::V; 4]) {
+        unreachable!("the level writes one vector or block at a time")
     }
     /// The inverse of [`Self::load_pair_bf16`], each element rounded as by [`Self::store_bf16`].
     ///
