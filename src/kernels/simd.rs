@@ -29,6 +29,9 @@ pub(crate) trait Simd: Copy {
     const PACKED_QUERIES: bool = true;
     /// Dot products that are computed together: enough to keep the FMA ports busy, few enough for the registers.
     const PARALLEL_DOTS: usize;
+    /// Whether vector registers are 16, not 32, and vectors short. Tiles of registers in loops over a cache are then narrow or use at once
+    /// what they load, and calls on one key or one token, which the front end binds, have loops and in-place rows of their own.
+    const FEW_REGISTERS: bool = Self::PARALLEL_DOTS < 16;
     /// Keys of so many elements are read from the cache on any number of query rows of a few tokens: the longer a key, the less the
     /// sum over lanes counts, and what a packed copy costs is then more than what it saves.
     const DIRECT_DIM: usize = usize::MAX;

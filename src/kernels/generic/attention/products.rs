@@ -164,7 +164,7 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
         // SAFETY: the caller's.
         unsafe {
             if is_packed::<S>(self.pieces, block.p, block.tile) {
-                if const { S::PARALLEL_DOTS < 16 } {
+                if const { S::FEW_REGISTERS } {
                     s.outline(PackedBlock { pieces: self.pieces, block, rows, k, v: v.rows() });
                 } else {
                     packed::block(s, self.pieces, block, rows, k, v.rows());

@@ -45,7 +45,7 @@ pub(super) unsafe fn scale_weights<S: Simd>(s: S, block: &Block, heads: Range<us
 unsafe fn scale<S: Simd>(s: S, block: &Block, heads: Range<usize>, scales: &RawView) -> bool {
     let Block { tile, scratch, key_range, .. } = *block;
     let mut finite = true;
-    if const { S::PARALLEL_DOTS < 16 } && key_range.len() == 1 {
+    if const { S::FEW_REGISTERS } && key_range.len() == 1 {
         let (row, slot) = block.p.visibility.place(tile.batch, block.base + key_range.low).0;
         for head in heads {
             // SAFETY: the caller's: some row sees the only key of the range; the tile has the head and its rows.

@@ -35,7 +35,7 @@ impl Outlined for Softmax<'_> {
         let vectors = keys.low / S::LANES * S::LANES..keys.high;
         let plain = p.plain_factor(p.scale);
         let factor = plain.unwrap_or(1.0);
-        if const { S::PARALLEL_DOTS < 16 } && keys.len() == 1 && plain.is_some() && block.all && rows[0].fresh {
+        if const { S::FEW_REGISTERS } && keys.len() == 1 && plain.is_some() && block.all && rows[0].fresh {
             // SAFETY: as below.
             unsafe { one_key(s, block, rows, first, keys.low, factor) };
             return;
@@ -154,7 +154,7 @@ impl Scores {
             let rounded = row.max.abs() >= ROUNDED_LOGITS;
             let visible_bits = row.visible_bits;
             // A loop of its own without the branch, where vectors are short.
-            if const { S::PARALLEL_DOTS < 16 } && !rounded {
+            if const { S::FEW_REGISTERS } && !rounded {
                 self.weights::<S, ALL>(s, visible_bits, keys, minus_max, false);
             } else {
                 self.weights::<S, ALL>(s, visible_bits, keys, minus_max, rounded);

@@ -294,7 +294,7 @@ impl Scaled {
             for i in (0..i).step_by(pair) {
                 let first = self.times(s, s.load_f32(acc.add(i)));
                 let second = self.times(s, s.load_f32(acc.add(i + S::LANES)));
-                if const { S::PARALLEL_DOTS < 16 } && DEINTERLEAVED && T::deinterleaved::<S>() {
+                if const { S::FEW_REGISTERS } && DEINTERLEAVED && T::deinterleaved::<S>() {
                     T::store_pair(s, dst.add(i), [first, second]);
                     continue;
                 }
@@ -342,7 +342,7 @@ pub(super) unsafe fn load_query<S: Simd>(s: S, deinterleaved: bool, p: &Problem,
     let (q, d) = (&p.q, p.q.shape[3]);
     // SAFETY: the caller's.
     unsafe {
-        if const { S::PARALLEL_DOTS < 16 } && deinterleaved && loads_separated::<S>(p) {
+        if const { S::FEW_REGISTERS } && deinterleaved && loads_separated::<S>(p) {
             load_token(s, p, src, dst, 1);
             return;
         }

@@ -106,7 +106,7 @@ pub(crate) unsafe fn tile<S: Simd>(
 fn rows_in_place<S: Simd>(p: &Problem, tile: &Tile, view: &RawView) -> Option<(*mut f32, usize)> {
     /// With so few keys, to copy rows costs more than vectors that lie on two lines.
     const FEW_KEYS: i64 = 8;
-    let short = const { S::PARALLEL_DOTS < 16 };
+    let short = const { S::FEW_REGISTERS };
     // Bytes of a vector.
     let align = if short { S::LANES } else { MAX_LANES } * size_of::<f32>();
     let Tile { batch, kv_head, kv_heads, first_row, head_rows, .. } = *tile;
@@ -149,7 +149,7 @@ impl Outlined for BeginRows<'_> {
     unsafe fn run<S: Simd>(self, s: S) {
         let Self { p, tile, deinterleaved, rows, q, reach } = self;
         let dp = padded(p.q.shape[3]);
-        if const { S::PARALLEL_DOTS < 16 } && is_one_token(p, tile) {
+        if const { S::FEW_REGISTERS } && is_one_token(p, tile) {
             let (low, high) = p.visibility.visible_keys(tile.batch, 0);
             if low < high {
                 (reach.low, reach.high) = (low, high);
@@ -232,7 +232,7 @@ impl Outlined for EndRows<'_> {
         let acc_row = scratch.acc_row;
         // SAFETY: the caller's; the first chunk leaves the totals free, and one token's rows are inside out.
         unsafe {
-            if const { S::PARALLEL_DOTS < 16 }
+            if const { S::FEW_REGISTERS }
                 && seen
                 && last
                 && chunk == tile.first_chunk

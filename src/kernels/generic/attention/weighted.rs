@@ -326,7 +326,7 @@ impl<V: ValueRows> WeightedValues<V> {
                         // Bound by arithmetic.
                         self.ahead.distances().prefetch(s, at);
                     } else if V::IN_CACHE && self.ahead.distance != 0 {
-                        if const { S::PARALLEL_DOTS < 16 } && self.in_order {
+                        if const { S::FEW_REGISTERS } && self.in_order {
                             let bytes = S::LANES * size_of::<V::Element>();
                             let (begun, here) = (offset as usize * self.keys, j * N * bytes + n * bytes);
                             let next = self.v.at(0, 0).wrapping_byte_offset(self.ahead.distance);

@@ -527,7 +527,7 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Scores<'_, U, MINIMA,
                 }
                 return;
             }
-            if const { R == 4 && S::PARALLEL_DOTS < 16 } {
+            if const { R == 4 && S::FEW_REGISTERS } {
                 // With few registers, what is loaded of Q has to be used at once, or accumulators go to memory.
                 for n in (0..STEP).step_by(2 * S::LANES) {
                     let at = i + n;

@@ -32,7 +32,7 @@ impl DirectScores<'_> {
     pub unsafe fn run<S: Simd, T: Units>(self, s: S) {
         let rows = self.block.tile.head_rows;
         // Twelve sums keep two ports busy. With keys that are widened, they are more than sixteen registers hold.
-        let twelve = const { S::PARALLEL_DOTS < 16 && T::ELEMENTS == 1 && size_of::<T::Unit>() == size_of::<f32>() };
+        let twelve = const { S::FEW_REGISTERS && T::ELEMENTS == 1 && size_of::<T::Unit>() == size_of::<f32>() };
         for head in 0..self.block.tile.kv_heads {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             unsafe {
@@ -328,7 +328,7 @@ impl DirectScores<'_> {
                         distances.prefetch(s, key.add(i / T::ELEMENTS));
                     }
                 }
-                let at_once = R == 4 && S::PARALLEL_DOTS < 16 && size_of::<T::Unit>() == 1;
+                let at_once = R == 4 && S::FEW_REGISTERS && size_of::<T::Unit>() == 1;
                 if way != Way::Wide || at_once {
                     // With few registers, what is loaded of Q has to be used at once, or accumulators go to memory.
                     let mut k = [[s.zero(); 2]; C];

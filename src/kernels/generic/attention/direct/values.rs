@@ -31,7 +31,7 @@ impl DirectValues<'_> {
     #[inline(always)]
     pub unsafe fn run<S: Simd, T: Load, const PAIRS: bool>(self, s: S) {
         let Block { tile, scratch, dv, .. } = *self.block;
-        let wide = S::PARALLEL_DOTS == 16;
+        let wide = !S::FEW_REGISTERS;
         let row_bytes = dv * size_of::<T>();
         let in_order = !PAIRS
             && tile.kv_heads == 1
@@ -57,7 +57,7 @@ impl DirectValues<'_> {
                 let left = tile.head_rows - row;
                 // SAFETY: the caller's; the rows are inside the tile.
                 unsafe {
-                    if const { S::PARALLEL_DOTS < 16 && !S::FEW_LOOPS && !PAIRS }
+                    if const { S::FEW_REGISTERS && !S::FEW_LOOPS && !PAIRS }
                         && left >= 4
                         && self.fresh
                         && self.keys.len() == 1
@@ -76,7 +76,7 @@ impl DirectValues<'_> {
                         }
                         continue;
                     }
-                    if const { S::PARALLEL_DOTS < 16 && size_of::<T>() == size_of::<f32>() }
+                    if const { S::FEW_REGISTERS && size_of::<T>() == size_of::<f32>() }
                         && left >= 6
                         && tile.head_rows >= PACK_ROWS
                     {

@@ -33,7 +33,7 @@ impl<'a> NextBlock<'a> {
 
     #[inline(always)]
     pub fn prefetch<S: Simd>(&mut self, s: S) {
-        if const { S::PARALLEL_DOTS < 16 } {
+        if const { S::FEW_REGISTERS } {
             // In registers: in memory, each prefetch would wait for the address that the one before it stored.
             let mut next = *self;
             next.prefetch_each(s);
