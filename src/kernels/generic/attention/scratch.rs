@@ -1,7 +1,7 @@
 //! The scratch memory of a tile, and the state of its rows.
 
 use super::state::EMPTY;
-use crate::kernels::simd::MAX_LANES;
+use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::problem::grid::{BLOCK, padded};
 
 /// The state of a query row while its tile runs.
@@ -56,6 +56,20 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
+    /// The sums of weights of query rows from `first` on, as many as a vector has lanes, or up to `end`; other lanes are 0.
+    ///
+    /// # Safety
+    /// The sums of these rows are in place.
+    #[inline(always)]
+    pub unsafe fn row_sums<S: Simd>(&self, s: S, first: usize, end: usize) -> S::V {
+        let mut lanes = [s.zero(); MAX_LANES];
+        for (row, lanes) in (first..end).zip(&mut lanes[..S::LANES]) {
+            // SAFETY: the caller's; sums has MAX_LANES floats a row.
+            *lanes = unsafe { s.load_f32(self.sums.add(row * MAX_LANES)) };
+        }
+        s.sum_lanes(&lanes)
+    }
+
     /// Bytes for tiles of `rows` rows; a multiple of 64.
     pub fn bytes(rows: usize, d: usize, dv: usize) -> usize {
         Self::layout(std::ptr::null_mut(), rows, d, dv).1

@@ -264,11 +264,7 @@ impl Outlined for EndRows<'_> {
                 let state = if seen {
                     // One sum over lanes for as many rows as there are lanes.
                     if r.is_multiple_of(S::LANES) {
-                        let mut lanes = [s.zero(); MAX_LANES];
-                        for (row, lanes) in (r..rows.len()).zip(lanes.iter_mut().take(S::LANES)) {
-                            *lanes = s.load_f32(scratch.sums.add(row * MAX_LANES));
-                        }
-                        s.store_f32(sums.as_mut_ptr(), s.sum_lanes(&lanes));
+                        s.store_f32(sums.as_mut_ptr(), scratch.row_sums(s, r, rows.len()));
                     }
                     (rows[r].max, sums[r % S::LANES])
                 } else {

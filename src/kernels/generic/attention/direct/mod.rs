@@ -83,7 +83,7 @@ use super::scales::{Rows, multiply, scale_scores, scale_weights};
 use super::softmax::Softmax;
 use super::{Block, KeyPointers, PairPieces, Pieces, RowState, Scratch, ValuePieces, WidenUnits};
 use crate::kernels::generic::attention::key_pointers::SUBBLOCKS;
-use crate::kernels::simd::{MAX_LANES, Simd};
+use crate::kernels::simd::Simd;
 use crate::layout::Packing;
 use crate::problem::affine::AffineLoops;
 use crate::problem::grid::{BLOCK, KeyRange, ones, padded};
@@ -498,12 +498,8 @@ fn runs(block: &Block, heads: &Range<usize>, ahead: impl Fn(usize) -> Ahead, mut
 pub(super) unsafe fn row_scales<S: Simd>(s: S, scratch: &Scratch, rows: usize) -> bool {
     for first in (0..rows).step_by(S::LANES) {
         let n = (rows - first).min(S::LANES);
-        let mut lanes = [s.zero(); MAX_LANES];
-        for (i, lanes) in lanes.iter_mut().enumerate().take(n) {
-            // SAFETY: sums has MAX_LANES floats a row.
-            *lanes = unsafe { s.load_f32(scratch.sums.add((first + i) * MAX_LANES)) };
-        }
-        let sums = s.sum_lanes(&lanes);
+        // SAFETY: the caller's.
+        let sums = unsafe { scratch.row_sums(s, first, rows) };
         if s.lt_bits(s.zero(), sums) & ones(n) != ones(n) {
             return false;
         }
