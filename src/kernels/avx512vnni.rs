@@ -9,8 +9,9 @@
 
 use super::avx512::{Avx512, shells};
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
-use super::generic::attention::integer_blocks::{BYTES, BlockProducts, BlockUnits, IntegerUnit, Kind};
+use super::generic::attention::integer_blocks::{BlockProducts, BlockUnits, IntegerUnit, Kind};
 use super::generic::attention::integer_values::WordProducts;
+use super::generic::blocks::VALUES;
 use super::partial::{integer_kernels, integer_value_shells, with_features};
 use half::f16;
 use std::arch::x86_64::*;
@@ -130,7 +131,7 @@ impl BlockUnits for Vnni {
     fn listed(self, x: __m512i) -> __m512i {
         // SAFETY: as above; the table has 16 bytes.
         unsafe {
-            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(BYTES.as_ptr().cast()));
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(VALUES.as_ptr().cast()));
             _mm512_shuffle_epi8(self.signed(table), x)
         }
     }
@@ -256,7 +257,7 @@ impl WordProducts for Vnni {
             let both = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), _mm_srli_epi16::<4>(low));
             let mut q = _mm256_and_si256(both, _mm256_set1_epi8(15));
             if let Kind::Listed = U::KIND {
-                return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(BYTES.as_ptr().cast())), q);
+                return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(VALUES.as_ptr().cast())), q);
             }
             if let Some(fifth) = const { U::FIFTH } {
                 let bits = p.add(fifth).cast::<u32>().read_unaligned();

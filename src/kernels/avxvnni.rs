@@ -8,7 +8,8 @@
 
 use super::avx2::{Avx2, shells};
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
-use super::generic::attention::integer_blocks::{BYTES, BlockProducts, BlockUnits, IntegerUnit};
+use super::generic::attention::integer_blocks::{BlockProducts, BlockUnits, IntegerUnit};
+use super::generic::blocks::VALUES;
 use super::partial::{integer_kernels, with_features};
 use std::arch::x86_64::*;
 
@@ -127,7 +128,7 @@ impl BlockUnits for Vnni {
     fn listed(self, x: __m256i) -> __m256i {
         // SAFETY: as above; the table has 16 bytes.
         unsafe {
-            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(BYTES.as_ptr().cast()));
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(VALUES.as_ptr().cast()));
             _mm256_shuffle_epi8(self.signed(table), x)
         }
     }

@@ -7,7 +7,8 @@
 
 use super::generic::attention::DirectScores;
 use super::generic::attention::integer::{ByteProducts, MAX_SCORES};
-use super::generic::attention::integer_blocks::{BYTES, BlockProducts, BlockUnits, IntegerUnit, transposed};
+use super::generic::attention::integer_blocks::{BlockProducts, BlockUnits, IntegerUnit, transposed};
+use super::generic::blocks::VALUES;
 use super::neon::{Neon, shells};
 use super::neoni8mm;
 use super::partial::{integer_kernels, with_features};
@@ -122,7 +123,7 @@ impl<const MATRICES: bool> BlockUnits for Dotprod<MATRICES> {
     #[inline(always)]
     fn listed(self, x: int8x16_t) -> int8x16_t {
         // SAFETY: as above; the table has 16 bytes.
-        unsafe { vqtbl1q_s8(vld1q_s8(BYTES.as_ptr()), vreinterpretq_u8_s8(x)) }
+        unsafe { vqtbl1q_s8(vld1q_s8(VALUES.as_ptr()), vreinterpretq_u8_s8(x)) }
     }
     #[inline(always)]
     fn with_fifth_bits(self, x: int8x16_t, bits: u64) -> int8x16_t {

@@ -170,36 +170,26 @@ pub(crate) struct Q8_0 {
     q: [i8; N],
 }
 
+/// Numbers of four bits, or of five with four bytes of `FIFTHS`, of elements that are centred, or with one of `MINIMA` raised.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(crate) struct Q4_0 {
+pub(crate) struct NibbleBlock<const MINIMA: usize, const FIFTHS: usize> {
     d: u16,
+    m: [u16; MINIMA],
+    fifths: [u8; FIFTHS],
     q: Nibbles,
 }
 
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(crate) struct Q4_1 {
-    d: u16,
-    m: u16,
-    q: Nibbles,
-}
+pub(crate) type Q4_0 = NibbleBlock<0, 0>;
+pub(crate) type Q4_1 = NibbleBlock<1, 0>;
+pub(crate) type Q5_0 = NibbleBlock<0, 4>;
+pub(crate) type Q5_1 = NibbleBlock<1, 4>;
 
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(crate) struct Q5_0 {
-    d: u16,
-    fifth: [u8; 4],
-    q: Nibbles,
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(crate) struct Q5_1 {
-    d: u16,
-    m: u16,
-    fifth: [u8; 4],
-    q: Nibbles,
+impl<const MINIMA: usize, const FIFTHS: usize> NibbleBlock<MINIMA, FIFTHS> {
+    const RAISED: bool = MINIMA == 1;
+    const LARGEST: u8 = if FIFTHS == 4 { 31 } else { 15 };
+    /// The number of a centred block's elements that are 0.
+    pub const CENTRE: u8 = Self::LARGEST / 2 + 1;
 }
 
 #[derive(Clone, Copy)]
@@ -216,7 +206,7 @@ pub(crate) const TABLE: [f32; 16] =
     [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
 
 /// The same as bytes.
-const VALUES: [i8; 16] = {
+pub(crate) const VALUES: [i8; 16] = {
     let (mut values, mut i) = ([0; 16], 0);
     while i < 16 {
         values[i] = TABLE[i] as i8;
@@ -534,18 +524,19 @@ impl Factors {
     /// # Safety
     /// The elements are readable.
     #[inline(always)]
-    unsafe fn numbers<S: Simd, A: LoadStore, U, const RAISED: bool>(
+    unsafe fn numbers<S: Simd, A: LoadStore, U>(
         &self,
         s: S,
         several: &Several<A, U>,
         i: usize,
+        raised: bool,
         (half, most): (f32, u8),
     ) -> [u8; N] {
         // SAFETY: the caller's.
         let mut x = unsafe { several.elements(s, i) };
         let (inverse, less, half) = (s.splat(self.inverse[i]), s.splat(self.less[i]), s.splat(half));
         for x in &mut x[..N / S::LANES] {
-            let above = if RAISED { s.sub(*x, less) } else { *x };
+            let above = if raised { s.sub(*x, less) } else { *x };
             *x = s.add(s.mul(above, inverse), half);
         }
         s.cut_block(&x, most)
@@ -627,161 +618,69 @@ impl BlockUnit for Q8_0 {
     }
 }
 
-impl BlockUnit for Q4_0 {
+impl<const MINIMA: usize, const FIFTHS: usize> BlockUnit for NibbleBlock<MINIMA, FIFTHS> {
     #[inline(always)]
     fn parts<S: Simd>(&self, s: S) -> [S::V; 2] {
-        nibble_parts::<S, Centred>(s, [half(s, self.d), s.splat(8.0)])
+        match self.m.first() {
+            Some(&m) => nibble_parts::<S, Raised>(s, [half(s, self.d), half(s, m)]),
+            None => nibble_parts::<S, Centred>(s, [half(s, self.d), s.splat(f32::from(Self::CENTRE))]),
+        }
     }
 
     #[inline(always)]
     fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
-        nibble_elements::<S, Centred>(s, &self.q, None, parts, at)
+        let fifths = self.fifths.first_chunk().copied();
+        if Self::RAISED {
+            nibble_elements::<S, Raised>(s, &self.q, fifths, parts, at)
+        } else {
+            nibble_elements::<S, Centred>(s, &self.q, fifths, parts, at)
+        }
     }
 
     #[inline(always)]
     fn nearest<S: Simd>(s: S, x: &Vectors<S>, peak: f32) -> Self {
-        let (d, q) = centred(s, x, peak, 8);
-        Self { d, q: nibbles(s, &q) }
+        let (d, m, mut q) = if Self::RAISED {
+            let ((d, m), q) = raised(s, x, Self::LARGEST);
+            (d, m, q)
+        } else {
+            let (d, q) = centred(s, x, peak, Self::CENTRE);
+            (d, 0, q)
+        };
+        let mut fifths = [0; FIFTHS];
+        if let Some(fifths) = fifths.first_chunk_mut() {
+            *fifths = fifth_bits(s, &mut q);
+        }
+        Self { d, m: [m; MINIMA], fifths, q: nibbles(s, &q) }
     }
 
     #[inline(always)]
     fn nan() -> Self {
-        Self { d: NAN, q: [0; N / 2] }
+        Self { d: NAN, m: [0; MINIMA], fifths: [0; FIFTHS], q: [0; N / 2] }
     }
 
     #[inline(always)]
     unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors) {
         // SAFETY: the caller's.
-        unsafe { factors.centred(s, several, 8.0) }
-    }
-
-    #[inline(always)]
-    unsafe fn put<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, i: usize, factors: &Factors) {
-        // SAFETY: the caller's.
         unsafe {
-            let (to, q) = (several.to[i], factors.numbers::<_, _, _, false>(s, several, i, (8.5, 15)));
-            (*to).d = factors.d[i].to_bits().to_le();
-            (*to).q = s.low_halves(q);
+            if Self::RAISED {
+                factors.raised(s, several, f32::from(Self::LARGEST));
+            } else {
+                factors.centred(s, several, f32::from(Self::CENTRE));
+            }
         }
     }
-}
-
-impl BlockUnit for Q4_1 {
-    #[inline(always)]
-    fn parts<S: Simd>(&self, s: S) -> [S::V; 2] {
-        nibble_parts::<S, Raised>(s, [half(s, self.d), half(s, self.m)])
-    }
-
-    #[inline(always)]
-    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
-        nibble_elements::<S, Raised>(s, &self.q, None, parts, at)
-    }
-
-    #[inline(always)]
-    fn nearest<S: Simd>(s: S, x: &Vectors<S>, _peak: f32) -> Self {
-        let ((d, m), q) = raised(s, x, 15);
-        Self { d, m, q: nibbles(s, &q) }
-    }
-
-    #[inline(always)]
-    fn nan() -> Self {
-        Self { d: NAN, m: 0, q: [0; N / 2] }
-    }
-
-    #[inline(always)]
-    unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors) {
-        // SAFETY: the caller's.
-        unsafe { factors.raised(s, several, 15.0) }
-    }
 
     #[inline(always)]
     unsafe fn put<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, i: usize, factors: &Factors) {
+        let half = if Self::RAISED { 0.5 } else { f32::from(Self::CENTRE) + 0.5 };
         // SAFETY: the caller's.
         unsafe {
-            let (to, q) = (several.to[i], factors.numbers::<_, _, _, true>(s, several, i, (0.5, 15)));
+            let (to, q) = (several.to[i], factors.numbers(s, several, i, Self::RAISED, (half, Self::LARGEST)));
             (*to).d = factors.d[i].to_bits().to_le();
-            (*to).m = factors.m[i].to_bits().to_le();
-            (*to).q = s.low_halves(q);
-        }
-    }
-}
-
-impl BlockUnit for Q5_0 {
-    #[inline(always)]
-    fn parts<S: Simd>(&self, s: S) -> [S::V; 2] {
-        nibble_parts::<S, Centred>(s, [half(s, self.d), s.splat(16.0)])
-    }
-
-    #[inline(always)]
-    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
-        nibble_elements::<S, Centred>(s, &self.q, Some(self.fifth), parts, at)
-    }
-
-    #[inline(always)]
-    fn nearest<S: Simd>(s: S, x: &Vectors<S>, peak: f32) -> Self {
-        let (d, mut q) = centred(s, x, peak, 16);
-        Self { d, fifth: fifth_bits(s, &mut q), q: nibbles(s, &q) }
-    }
-
-    #[inline(always)]
-    fn nan() -> Self {
-        Self { d: NAN, fifth: [0; 4], q: [0; N / 2] }
-    }
-
-    #[inline(always)]
-    unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors) {
-        // SAFETY: the caller's.
-        unsafe { factors.centred(s, several, 16.0) }
-    }
-
-    #[inline(always)]
-    unsafe fn put<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, i: usize, factors: &Factors) {
-        // SAFETY: the caller's.
-        unsafe {
-            let (to, q) = (several.to[i], factors.numbers::<_, _, _, false>(s, several, i, (16.5, 31)));
-            (*to).d = factors.d[i].to_bits().to_le();
-            (*to).fifth = s.fifth_bits(q).to_le_bytes();
-            (*to).q = s.low_halves(q);
-        }
-    }
-}
-
-impl BlockUnit for Q5_1 {
-    #[inline(always)]
-    fn parts<S: Simd>(&self, s: S) -> [S::V; 2] {
-        nibble_parts::<S, Raised>(s, [half(s, self.d), half(s, self.m)])
-    }
-
-    #[inline(always)]
-    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
-        nibble_elements::<S, Raised>(s, &self.q, Some(self.fifth), parts, at)
-    }
-
-    #[inline(always)]
-    fn nearest<S: Simd>(s: S, x: &Vectors<S>, _peak: f32) -> Self {
-        let ((d, m), mut q) = raised(s, x, 31);
-        Self { d, m, fifth: fifth_bits(s, &mut q), q: nibbles(s, &q) }
-    }
-
-    #[inline(always)]
-    fn nan() -> Self {
-        Self { d: NAN, m: 0, fifth: [0; 4], q: [0; N / 2] }
-    }
-
-    #[inline(always)]
-    unsafe fn factors<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, factors: &mut Factors) {
-        // SAFETY: the caller's.
-        unsafe { factors.raised(s, several, 31.0) }
-    }
-
-    #[inline(always)]
-    unsafe fn put<S: Simd, A: LoadStore>(s: S, several: &Several<A, Self>, i: usize, factors: &Factors) {
-        // SAFETY: the caller's.
-        unsafe {
-            let (to, q) = (several.to[i], factors.numbers::<_, _, _, true>(s, several, i, (0.5, 31)));
-            (*to).d = factors.d[i].to_bits().to_le();
-            (*to).m = factors.m[i].to_bits().to_le();
-            (*to).fifth = s.fifth_bits(q).to_le_bytes();
+            (*to).m = [factors.m[i].to_bits().to_le(); MINIMA];
+            if FIFTHS == 4 {
+                (&raw mut (*to).fifths).cast::<[u8; 4]>().write(s.fifth_bits(q).to_le_bytes());
+            }
             (*to).q = s.low_halves(q);
         }
     }

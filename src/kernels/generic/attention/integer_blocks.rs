@@ -6,7 +6,7 @@
 
 use super::Block;
 use super::integer::ByteProducts;
-use crate::kernels::generic::blocks::{BlockUnit, Iq4Nl, N, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TABLE};
+use crate::kernels::generic::blocks::{BlockUnit, Iq4Nl, N, NibbleBlock, Q8_0};
 use crate::kernels::simd::{LINE, Simd};
 use crate::problem::grid::KeyRange;
 use crate::problem::tile::MAX_TILE_ROWS;
@@ -50,46 +50,18 @@ impl IntegerUnit for Q8_0 {
     const AT: usize = 2;
 }
 
-impl IntegerUnit for Q4_0 {
+impl<const MINIMA: usize, const FIFTHS: usize> IntegerUnit for NibbleBlock<MINIMA, FIFTHS> {
     const KIND: Kind = Kind::Nibbles;
-    const ZERO: i32 = 8;
-    const AT: usize = 2;
-}
-
-impl IntegerUnit for Q4_1 {
-    const KIND: Kind = Kind::Nibbles;
-    const AT: usize = 4;
-    const MINIMA: bool = true;
-}
-
-impl IntegerUnit for Q5_0 {
-    const KIND: Kind = Kind::Nibbles;
-    const ZERO: i32 = 16;
-    const AT: usize = 6;
-    const FIFTH: Option<usize> = Some(2);
-}
-
-impl IntegerUnit for Q5_1 {
-    const KIND: Kind = Kind::Nibbles;
-    const AT: usize = 8;
-    const FIFTH: Option<usize> = Some(4);
-    const MINIMA: bool = true;
+    const ZERO: i32 = if MINIMA == 0 { Self::CENTRE as i32 } else { 0 };
+    const AT: usize = size_of::<Self>() - HALF;
+    const FIFTH: Option<usize> = if FIFTHS == 4 { Some(Self::AT - FIFTHS) } else { None };
+    const MINIMA: bool = MINIMA == 1;
 }
 
 impl IntegerUnit for Iq4Nl {
     const KIND: Kind = Kind::Listed;
     const AT: usize = 2;
 }
-
-/// [`TABLE`] as bytes.
-pub(crate) const BYTES: [i8; 16] = {
-    let (mut bytes, mut i) = ([0; 16], 0);
-    while i < 16 {
-        bytes[i] = TABLE[i] as i8;
-        i += 1;
-    }
-    bytes
-};
 
 pub(super) type V<P> = <<P as ByteProducts>::Level as Simd>::V;
 
@@ -102,7 +74,7 @@ pub(crate) trait BlockUnits: ByteProducts {
     fn high_nibbles(self, x: Self::Units) -> Self::Units;
     /// Signed bytes as units of a key, with the offset.
     fn signed(self, x: Self::Units) -> Self::Units;
-    /// Entries of [`BYTES`], with the offset.
+    /// Entries of [`VALUES`](crate::kernels::generic::blocks::VALUES), with the offset.
     fn listed(self, x: Self::Units) -> Self::Units;
     /// Adds 16 to the bytes whose bits are set.
     fn with_fifth_bits(self, x: Self::Units, bits: u64) -> Self::Units;
