@@ -91,6 +91,22 @@ pub(super) const fn zero<P: ByteProducts, U: IntegerUnit>() -> i32 {
     }
 }
 
+/// The fifth bits of the numbers in the first and in the second [`HALF`] of `n` blocks, which begin `at` bytes behind the first of each.
+///
+/// # Safety
+/// The blocks are readable.
+#[inline(always)]
+pub(super) unsafe fn fifth_bits<U: IntegerUnit>(from: *const u8, n: usize, at: usize) -> [u64; 2] {
+    let mut bits = [0; 2];
+    for i in 0..n {
+        // SAFETY: the caller's.
+        let of_block = u32::from_le(unsafe { from.add(i * size_of::<U>() + at).cast::<u32>().read_unaligned() });
+        bits[0] |= u64::from(of_block & 0xffff) << (HALF * i);
+        bits[1] |= u64::from(of_block >> HALF) << (HALF * i);
+    }
+    bits
+}
+
 /// Parts of a head of `d` elements: [`BlockUnits::BLOCKS`] blocks each.
 pub(super) const fn parts<P: BlockUnits>(d: usize) -> usize {
     d.div_ceil(N * P::BLOCKS)

@@ -13,7 +13,7 @@
 //! of a subblock are taken apart into memory first, and one loop for all formats passes over them once per four rows. (Vectors that are
 //! stored and loaded again at once wait for each other: with one to four rows, that cost as much as the products.)
 
-use super::integer_blocks::{BlockUnits, HALF, IntegerUnit, Kind, Products, ROWS, V, parts, zero};
+use super::integer_blocks::{BlockUnits, HALF, IntegerUnit, Kind, Products, ROWS, V, fifth_bits, parts, zero};
 use super::{Block, DirectScores, SUBBLOCK, Scratch};
 use crate::kernels::generic::attention::integer::ByteProducts;
 use crate::kernels::generic::blocks::N;
@@ -301,13 +301,7 @@ unsafe fn part<P: BlockProducts, U: IntegerUnit>(p: P, from: *const u8, n: usize
             Kind::Listed => [p.listed(p.low_nibbles(first)), p.listed(p.high_nibbles(first))],
         };
         if let Some(at) = const { U::FIFTH } {
-            let mut bits = [0u64; 2];
-            for i in 0..n {
-                let of_block =
-                    u64::from(u32::from_le(from.add(i * size_of::<U>() + at).cast::<u32>().read_unaligned()));
-                bits[0] |= (of_block & 0xffff) << (HALF * i);
-                bits[1] |= of_block >> HALF << (HALF * i);
-            }
+            let bits = fifth_bits::<U>(from, n, at);
             units = [p.with_fifth_bits(units[0], bits[0]), p.with_fifth_bits(units[1], bits[1])];
         }
         let factors = p.factors::<U, false>(from, n);

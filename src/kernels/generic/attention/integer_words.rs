@@ -22,7 +22,7 @@
 //! the loops take 17 and 15, with all of a call around them 21 and 18, and those of f32 59. Shuffles of the next keys and products
 //! wait for each other in the queue of 64 operations, so that neither port is always busy.
 
-use super::integer_blocks::{BlockUnits, HALF, IntegerUnit, Kind, Products, ROWS, V, parts, zero};
+use super::integer_blocks::{BlockUnits, HALF, IntegerUnit, Kind, Products, ROWS, V, fifth_bits, parts, zero};
 use super::{Block, DirectScores, KeyPointers, SUBBLOCK, Scratch};
 use crate::kernels::generic::attention::integer::ByteProducts;
 use crate::kernels::generic::blocks::N;
@@ -316,14 +316,7 @@ unsafe fn units<P: BlockProducts, U: IntegerUnit>(
             [halves[0][c], halves[1][c]] = match const { U::FIFTH } {
                 None => whole,
                 Some(at) => {
-                    let mut bits = [0u64; 2];
-                    for i in 0..n {
-                        let of_block = u64::from(u32::from_le(
-                            from[c].add(i * size_of::<U>() + at).cast::<u32>().read_unaligned(),
-                        ));
-                        bits[0] |= (of_block & 0xffff) << (HALF * i);
-                        bits[1] |= of_block >> HALF << (HALF * i);
-                    }
+                    let bits = fifth_bits::<U>(from[c], n, at);
                     let nibbles = [p.low_nibbles(whole[0]), p.high_nibbles(whole[0])];
                     [p.with_fifth_bits(nibbles[0], bits[0]), p.with_fifth_bits(nibbles[1], bits[1])]
                 }
