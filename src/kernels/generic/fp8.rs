@@ -21,8 +21,7 @@
 //! head of 128.
 
 use super::copy::{STAGE, prefetch_next};
-use super::quantize::{Converted, Reciprocal, Reciprocals, ToElements, convert};
-use crate::dtype::DType;
+use super::quantize::{self, Converted, Reciprocal, Reciprocals, ToElements, convert};
 use crate::kernels::api::ScaledArgs;
 use crate::kernels::simd::{BLOCK, Load, LoadStore, MAX_VECTORS, Simd};
 use half::f16;
@@ -114,19 +113,8 @@ pub(crate) fn rounded<S: Simd, U: Fp8>(s: S, v: S::V) -> S::V {
 /// The scale's address is valid, or null.
 #[inline(always)]
 unsafe fn scale_of(args: &ScaledArgs, head: isize) -> f32 {
-    if args.scales.is_null() {
-        return 1.0;
-    }
-    let at = head * args.scale_head;
     // SAFETY: the caller's.
-    unsafe {
-        match args.scale_dtype {
-            DType::F32 => *args.scales.cast::<f32>().wrapping_offset(at),
-            DType::F16 => (*args.scales.cast::<f16>().wrapping_offset(at)).to_f32(),
-            // The check of a cache's scales rejects bf16.
-            DType::Bf16 => f32::NAN,
-        }
-    }
+    if args.scales.is_null() { 1.0 } else { unsafe { quantize::scale_of(args, head) } }
 }
 
 /// Writes `heads` vectors as units of their scales.

@@ -558,6 +558,24 @@ unsafe fn units<S: Simd, A: LoadStore, const OVER: bool>(s: S, src: *const A, ds
     }
 }
 
+/// The scale of a head.
+///
+/// # Safety
+/// Its address is valid.
+#[inline(always)]
+pub(super) unsafe fn scale_of(args: &ScaledArgs, head: isize) -> f32 {
+    let at = head * args.scale_head;
+    // SAFETY: the caller's.
+    unsafe {
+        match args.scale_dtype {
+            DType::F32 => *args.scales.cast::<f32>().wrapping_offset(at),
+            DType::F16 => (*args.scales.cast::<f16>().wrapping_offset(at)).to_f32(),
+            // The check of a cache's scales rejects bf16.
+            DType::Bf16 => f32::NAN,
+        }
+    }
+}
+
 /// Reads `heads` vectors of units, multiplied by their scales.
 ///
 /// # Safety
@@ -571,16 +589,11 @@ pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore>(s: S, args: &ScaledArgs) 
     for head in 0..c.heads as isize {
         let src = c.src.cast::<i8>().wrapping_offset(head * c.src_head);
         let dst = c.dst.cast::<B>().wrapping_offset(head * c.dst_head);
-        let at = head * args.scale_head;
-        // SAFETY: the caller's, here and below; what is staged fits its buffer.
-        let scale = match args.scale_dtype {
-            DType::F32 => unsafe { *args.scales.cast::<f32>().wrapping_offset(at) },
-            DType::F16 => unsafe { *args.scales.cast::<f16>().wrapping_offset(at) }.to_f32(),
-            // The check of a cache's scales rejects bf16.
-            DType::Bf16 => f32::NAN,
-        };
-        // SAFETY: as above.
-        unsafe { convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &ToElements(scale)) };
+        // SAFETY: the caller's; what is staged fits its buffer.
+        unsafe {
+            let elements = ToElements(scale_of(args, head));
+            convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &elements);
+        }
     }
 }
 
