@@ -73,21 +73,38 @@ unsafe fn token_copy<U: Units, V: Units>(
     to: (usize, usize),
 ) -> CopyArgs {
     // SAFETY: the caller's.
-    unsafe {
-        CopyArgs {
-            src: src.row(from.0, from.1, 0),
-            second: std::ptr::null(),
-            dst: dst.row(to.0, to.1, 0),
-            heads: src.shape[HEADS],
-            repeats: 1,
-            src_head: src.strides[HEADS] as isize,
-            dst_head: dst.strides[HEADS] as isize,
-            src_dim: src.strides[DIM] as isize,
-            dst_dim: dst.strides[DIM] as isize,
-            dim: src.shape[DIM],
-            src_prefetch: 0,
-            dst_prefetch: 0,
-        }
+    unsafe { vectors_copy(src, from, dst, to, 0, src.shape[HEADS], HEADS) }
+}
+
+/// The copy of vectors along an axis, from a token and a head on.
+///
+/// # Safety
+/// The views are valid, and the token and the head are inside them.
+#[inline]
+unsafe fn vectors_copy<U: Units, V: Units>(
+    src: &RawView<U>,
+    from: (usize, usize),
+    dst: &RawView<V>,
+    to: (usize, usize),
+    head: usize,
+    vectors: usize,
+    axis: usize,
+) -> CopyArgs {
+    CopyArgs {
+        // SAFETY: the caller's.
+        src: unsafe { src.row(from.0, from.1, head) },
+        second: std::ptr::null(),
+        // SAFETY: as above.
+        dst: unsafe { dst.row(to.0, to.1, head) },
+        heads: vectors,
+        repeats: 1,
+        src_head: src.strides[axis] as isize,
+        dst_head: dst.strides[axis] as isize,
+        src_dim: src.strides[DIM] as isize,
+        dst_dim: dst.strides[DIM] as isize,
+        dim: src.shape[DIM],
+        src_prefetch: 0,
+        dst_prefetch: 0,
     }
 }
 

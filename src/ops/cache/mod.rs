@@ -30,9 +30,9 @@ use crate::error::{Error, Result, ensure};
 use crate::format::CacheFormat;
 use crate::kernels::api::{CopyArgs, CopyFn, Op};
 use crate::layout::{Layout, Place};
-use crate::ops::COPY_GRAIN;
 use crate::ops::heads::{HeadKernels, Scales, Turn, check_staged};
 use crate::ops::write::tokens_sharing;
+use crate::ops::{COPY_GRAIN, vectors_copy};
 use crate::parallel::{Runner, for_each_tile, workers_for};
 use crate::problem::limits::MAX_HEAD_DIM;
 use crate::problem::rotation::Pairing;
@@ -631,7 +631,7 @@ unsafe fn move_tokens(step: &Step, src: &RawCacheView, from: Place, dst: &RawCac
                 // SAFETY: as above.
                 unsafe {
                     let scales = [(src, from), (dst, to)].map(|(cache, at)| Scales::of_vectors(cache, axis, at, h));
-                    let vectors = vectors_of(&src.units, from, &dst.units, to, h, vectors, axis);
+                    let vectors = vectors_copy(&src.units, from, &dst.units, to, h, vectors, axis);
                     kernels.run(&vectors, || scales, *turn);
                 }
             };
@@ -709,14 +709,14 @@ unsafe fn copy_tokens<U: Units>(kernel: CopyFn, src: &RawView<U>, from: Place, d
     // SAFETY: the caller's, here and below.
     unsafe {
         if together(src) && together(dst) {
-            kernel(&CopyArgs { dim: heads * dim, ..vectors_of(src, from, dst, to, 0, n, SEQ) });
+            kernel(&CopyArgs { dim: heads * dim, ..vectors_copy(src, from, dst, to, 0, n, SEQ) });
             return;
         }
     }
     for_each_run(heads, n, |t, h, vectors, axis| {
         let (from, to) = ((from.0, from.1 + t), (to.0, to.1 + t));
         // SAFETY: as above.
-        unsafe { kernel(&CopyArgs { dim, ..vectors_of(src, from, dst, to, h, vectors, axis) }) };
+        unsafe { kernel(&CopyArgs { dim, ..vectors_copy(src, from, dst, to, h, vectors, axis) }) };
     });
 }
 
@@ -727,37 +727,6 @@ fn for_each_run(heads: usize, n: usize, run: impl Fn(usize, usize, usize, usize)
         (0..heads).for_each(|h| run(0, h, n, SEQ));
     } else {
         (0..n).for_each(|t| run(t, 0, heads, HEADS));
-    }
-}
-
-/// Vectors along an axis, from a token and a head on.
-///
-/// # Safety
-/// The views are valid, and the token and the head are inside them.
-unsafe fn vectors_of<U: Units>(
-    src: &RawView<U>,
-    from: Place,
-    dst: &RawView<U>,
-    to: Place,
-    head: usize,
-    vectors: usize,
-    axis: usize,
-) -> CopyArgs {
-    CopyArgs {
-        // SAFETY: the caller's.
-        src: unsafe { src.row(from.0, from.1, head) },
-        second: std::ptr::null(),
-        // SAFETY: as above.
-        dst: unsafe { dst.row(to.0, to.1, head) },
-        heads: vectors,
-        repeats: 1,
-        src_head: src.strides[axis] as isize,
-        dst_head: dst.strides[axis] as isize,
-        src_dim: src.strides[DIM] as isize,
-        dst_dim: dst.strides[DIM] as isize,
-        dim: src.shape[DIM],
-        src_prefetch: 0,
-        dst_prefetch: 0,
     }
 }
 

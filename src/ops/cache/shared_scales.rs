@@ -22,13 +22,14 @@
 //!
 //! Scales that writes compute belong to one head, and pieces are of heads, so that no two workers meet at a block.
 
-use super::{RowOf, copy_of_units, copy_parameters, copy_tokens, vectors_of};
+use super::{RowOf, copy_of_units, copy_parameters, copy_tokens};
 use crate::context::Context;
 use crate::dtype::DType;
 use crate::format::CacheFormat;
 use crate::kernels::api::{AffineArgs, CopyArgs, CopyFn, ScaledArgs, ScaledFn};
 use crate::layout::{Layout, Place};
 use crate::ops::heads::{HeadKernels, Scales, Turn};
+use crate::ops::vectors_copy;
 use crate::ops::write::tokens_sharing;
 use crate::problem::limits::MAX_HEAD_DIM;
 use crate::view::{AffineGroups, AffineRow, DIM, HEADS, RawAffine, RawCacheView, RawView, SEQ, Units};
@@ -389,7 +390,7 @@ impl Fixed<'_> {
             for head in 0..dst.shape[HEADS] {
                 // SAFETY: the caller's.
                 unsafe {
-                    let copy = vectors_of(units, at, &dst.units, to, head, 1, HEADS);
+                    let copy = vectors_copy(units, at, &dst.units, to, head, 1, HEADS);
                     if same_parameters((src, from), (dst, to), head) {
                         (self.units)(&CopyArgs { dim: dst.unit_shape()[DIM], ..copy });
                     } else {
