@@ -8,10 +8,10 @@ use serde_json::json;
 
 use super::generate::{Generate, Loaded};
 use super::interrupt::{self, Interrupts};
-use super::output::{bar, count_of, note, print, print_json, progress_bar};
+use super::output::{count_of, note, print, print_json, progress_bar, with_prompt_bar};
 use super::values;
 use crate::driver::beam::{BeamOptions, BeamSearch, EarlyStopping, Hypothesis};
-use crate::driver::cache::{Cache, PREFILL_CHUNK};
+use crate::driver::cache::Cache;
 use crate::driver::error::{Error, Result};
 
 /// The options of a beam search.
@@ -71,15 +71,7 @@ pub(super) fn beams(args: &Generate, loaded: Loaded, mut options: BeamOptions) -
 
     let interrupts = Interrupts::watch()?;
     let start = Instant::now();
-    let progress = (prompt.len() > PREFILL_CHUNK).then(|| bar("prompt", prompt.len(), false));
-    search.prefill(&mut |done| {
-        if let Some(bar) = &progress {
-            bar.set_position(done as u64);
-        }
-    })?;
-    if let Some(bar) = progress {
-        bar.finish_and_clear();
-    }
+    with_prompt_bar(prompt.len(), |progress| search.prefill(progress))?;
     let prefill = start.elapsed().as_secs_f64();
 
     let start = Instant::now();

@@ -10,9 +10,9 @@ use serde_json::json;
 use super::generate::{Generate, Loaded};
 use super::interrupt::{self, Interrupts};
 use super::model::open;
-use super::output::{bar, count_of, note, print, print_json};
+use super::output::{count_of, note, print, print_json, with_prompt_bar};
 use super::values;
-use crate::driver::cache::{Cache, PREFILL_CHUNK};
+use crate::driver::cache::Cache;
 use crate::driver::error::{Error, Result};
 use crate::driver::sampling::SamplerOptions;
 use crate::driver::scheduler::Finish;
@@ -79,15 +79,7 @@ pub(super) fn guesses(args: &Generate, loaded: Loaded, options: SpeculationOptio
 
     let interrupts = Interrupts::watch()?;
     let start = Instant::now();
-    let progress = (prompt.len() > PREFILL_CHUNK).then(|| bar("prompt", prompt.len(), false));
-    let mut new = text.prefill(&mut |done| {
-        if let Some(bar) = &progress {
-            bar.set_position(done as u64);
-        }
-    })?;
-    if let Some(bar) = progress {
-        bar.finish_and_clear();
-    }
+    let mut new = with_prompt_bar(prompt.len(), |progress| text.prefill(progress))?;
     let prefill = start.elapsed().as_secs_f64();
 
     let start = Instant::now();

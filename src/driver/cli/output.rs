@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::driver::cache::PREFILL_CHUNK;
 use crate::driver::error::{Error, Result};
 
 pub(super) fn print(text: &str) -> Result<()> {
@@ -48,6 +49,20 @@ pub(super) fn bar(what: &str, len: usize, bytes: bool) -> ProgressBar {
         false => "{prefix} {wide_bar} {pos}/{len} tokens",
     };
     progress_bar(what, len, template)
+}
+
+/// What `prefill` returns, which tells how many tokens of a prompt are done. There is a bar if they are many.
+pub(super) fn with_prompt_bar<T>(tokens: usize, prefill: impl FnOnce(&mut dyn FnMut(usize)) -> T) -> T {
+    let progress = (tokens > PREFILL_CHUNK).then(|| bar("prompt", tokens, false));
+    let result = prefill(&mut |done| {
+        if let Some(bar) = &progress {
+            bar.set_position(done as u64);
+        }
+    });
+    if let Some(bar) = progress {
+        bar.finish_and_clear();
+    }
+    result
 }
 
 /// A bar on standard error if that is a terminal, otherwise a hidden one; `template` is in indicatif's syntax.
