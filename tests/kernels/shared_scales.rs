@@ -8,6 +8,7 @@ use crate::harness::{Level, tests};
 use crate::quantised::{Store, heads_of};
 use kvlane::*;
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 tests! {
     levels: evicted, turned, running_positions, copied_prefixes, inserted, reordered, moved_pages;
@@ -127,6 +128,12 @@ impl Stack {
         self.places.place(self.slots(), row, position).into()
     }
 
+    /// Where the tokens behind a gap move to, and from where.
+    fn closing(&self, row: usize, gap: &Range<usize>) -> Vec<(Slot, Slot)> {
+        let behind = if gap.is_empty() { 0..0 } else { gap.end..self.lengths[row] as usize };
+        behind.map(|p| (self.at(row, p - gap.len()), self.at(row, p))).collect()
+    }
+
     fn call<T>(&mut self, call: impl FnOnce(&mut KvCache) -> Result<T>) -> T {
         let [k, v] = &mut self.caches;
         let mut layers = [KvLayer::new(k.view_mut(), v.view_mut())];
@@ -160,6 +167,11 @@ fn live(places: &Places, slots: usize, lengths: &[i32]) -> BTreeSet<Slot> {
         places.held(slots, length as usize).into_iter().map(move |p| places.place(slots, row, p).into())
     };
     lengths.iter().enumerate().flat_map(held).collect()
+}
+
+/// Tokens of the same cache, where they go and where they were.
+fn own(places: &[(Slot, Slot)]) -> Vec<(Slot, Arrival)> {
+    places.iter().map(|&(to, from)| (to, Arrival::Own(from))).collect()
 }
 
 /// What a cache is after tokens have arrived, in ascending order of their positions; `live` are the slots with tokens afterwards.
@@ -268,7 +280,7 @@ fn elements_of(tensor: &Tensor) -> Vec<Vec<Vec<f32>>> {
 }
 
 /// A range of the tokens of a sequence, and lengths without it.
-fn dropped(rng: &mut Rng, stack: &Stack) -> (usize, std::ops::Range<usize>, Vec<i32>) {
+fn dropped(rng: &mut Rng, stack: &Stack) -> (usize, Range<usize>, Vec<i32>) {
     let row = rng.below(ROWS);
     let length = stack.lengths[row] as usize;
     let (a, b) = (rng.between(0, length), rng.between(0, length));
@@ -299,12 +311,9 @@ fn evicted(level: &Level) {
             if stack.lengths.len() == 1 { (0, 100..101, vec![589]) } else { dropped(rng, &stack) };
         let mut wanted = stack.copied();
         let after = live(&stack.places, stack.slots(), &lengths);
-        let moves: Vec<_> = (drop.end..stack.lengths[row] as usize).collect();
-        let moves = if drop.is_empty() { Vec::new() } else { moves };
+        let places = stack.closing(row, &drop);
         for cache in &mut wanted {
-            let arrivals: Vec<_> =
-                moves.iter().map(|&p| (stack.at(row, p - drop.len()), Arrival::Own(stack.at(row, p)))).collect();
-            arrive(cache, &arrivals, &after);
+            arrive(cache, &own(&places), &after);
         }
         let runner = runner(rng);
         if rng.chance(0.5) {
@@ -331,17 +340,14 @@ fn turned(level: &Level) {
         let (row, drop, lengths) = dropped(rng, &stack);
         let mut wanted = stack.copied();
         let after = live(&stack.places, stack.slots(), &lengths);
-        let moves: Vec<_> = (drop.end..stack.lengths[row] as usize).collect();
-        let moves = if drop.is_empty() { Vec::new() } else { moves };
-        let places: Vec<_> = moves.iter().map(|&p| (stack.at(row, p - drop.len()), stack.at(row, p))).collect();
+        let places = stack.closing(row, &drop);
         let before = places.iter().map(|&(_, from)| stack.caches[0].token(from).elements).collect();
         let mut rotation = KeyRotation::new(pairing, frequencies);
         rotation.hadamard = hadamard_block(stack.caches[0].shape[3]).filter(|_| rng.chance(0.4));
         let turned = turned_back(level, rotation, drop.len(), before);
         let keys = places.iter().zip(turned).map(|(&(to, _), x)| (to, Arrival::Elements(x))).collect::<Vec<_>>();
         arrive(&mut wanted[0], &keys, &after);
-        let values = places.iter().map(|&(to, from)| (to, Arrival::Own(from))).collect::<Vec<_>>();
-        arrive(&mut wanted[1], &values, &after);
+        arrive(&mut wanted[1], &own(&places), &after);
         let runner = runner(rng);
         stack.call(|cache| cache.evict(&level.context, runner, row, drop.clone(), &[Some(rotation)]));
         stack.assert_is(&wanted, &lengths, &format!("{drop:?}"));
