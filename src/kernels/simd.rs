@@ -190,6 +190,15 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `2 * LANES` elements are readable at `p`.
     unsafe fn load_pair_bf16(self, p: *const bf16) -> [Self::V; 2];
+    /// The first or the second vector of these, loaded anew each time: the pairs of both would take registers in between.
+    ///
+    /// # Safety
+    /// As [`Self::load_pair_bf16`].
+    #[inline(always)]
+    unsafe fn load_half_bf16(self, p: *const bf16, half: usize) -> Self::V {
+        // SAFETY: the caller's.
+        unsafe { self.load_pair_bf16(p)[half] }
+    }
     /// Prefetches the cache line at `p`, which may be any address.
     fn prefetch(self, p: *const u8);
     /// As [`Self::prefetch`], into the second-level cache.

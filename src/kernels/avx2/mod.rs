@@ -364,6 +364,21 @@ impl Simd for Avx2 {
         [v._mm256_castsi256_ps(a2._mm256_slli_epi32::<16>(pairs)), v._mm256_castsi256_ps(odd)]
     }
     #[inline(always)]
+    unsafe fn load_half_bf16(self, p: *const bf16, half: usize) -> __m256 {
+        /// A vector at any address.
+        #[derive(Clone, Copy)]
+        #[repr(C, packed)]
+        struct Unaligned(__m256i);
+        let (v, a2) = (self.0.avx, self.0.avx2);
+        // SAFETY: the caller's. Volatile, or compilers would load once for both halves.
+        let Unaligned(pairs) = unsafe { p.cast::<Unaligned>().read_volatile() };
+        v._mm256_castsi256_ps(if half == 0 {
+            a2._mm256_slli_epi32::<16>(pairs)
+        } else {
+            a2._mm256_and_si256(pairs, v._mm256_set1_epi32(0xffff_0000_u32 as i32))
+        })
+    }
+    #[inline(always)]
     fn prefetch(self, p: *const u8) {
         // SAFETY: a prefetch never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }

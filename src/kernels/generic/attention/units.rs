@@ -17,6 +17,16 @@ pub(crate) trait Units: 'static {
     /// These elements are readable; those of a block lie in one.
     unsafe fn pair<S: Simd>(s: S, unit: *const Self::Unit, at: usize) -> [S::V; 2];
 
+    /// The first or the second of the vectors of [`Self::pair`].
+    ///
+    /// # Safety
+    /// As [`Self::pair`].
+    #[inline(always)]
+    unsafe fn half<S: Simd>(s: S, unit: *const Self::Unit, at: usize, half: usize) -> S::V {
+        // SAFETY: the caller's.
+        unsafe { Self::pair(s, unit, at)[half] }
+    }
+
     /// The last `part` elements, at most a vector, and zeros. A head of blocks has whole pairs of vectors.
     ///
     /// # Safety
@@ -32,6 +42,18 @@ impl<T: Load> Units for T {
     unsafe fn pair<S: Simd>(s: S, unit: *const T, at: usize) -> [S::V; 2] {
         // SAFETY: the caller's.
         unsafe { T::load_pair(s, unit.add(at)) }
+    }
+
+    #[inline(always)]
+    unsafe fn half<S: Simd>(s: S, unit: *const T, at: usize, half: usize) -> S::V {
+        // SAFETY: the caller's.
+        unsafe {
+            if const { T::DEINTERLEAVES && S::DEINTERLEAVED_BF16 } {
+                s.load_half_bf16(unit.add(at).cast(), half)
+            } else {
+                T::load(s, unit.add(at + half * S::LANES))
+            }
+        }
     }
 
     #[inline(always)]

@@ -55,12 +55,20 @@ impl DirectScores<'_> {
                     (2, 16) => self.dots::<S, T, 2, 8>(s, head, 0),
                     (2, _) => self.dots::<S, T, 2, 4>(s, head, 0),
                     _ => {
-                        // What threes leave goes by four.
-                        let threes = if twelve && rows >= PACK_ROWS { rows - rows % 3 * 4 } else { 0 };
-                        for row in (0..threes).step_by(3) {
-                            self.dots::<S, T, 3, 4>(s, head, row);
+                        // What sixes or threes leave goes by four.
+                        let mut done = 0;
+                        if const { is_tall::<S, T>(6, 2) } && rows >= PACK_ROWS {
+                            done = rows - if rows % 6 == 2 { 8 } else { rows % 6 };
+                            for row in (0..done).step_by(6) {
+                                self.dots::<S, T, 6, 2>(s, head, row);
+                            }
+                        } else if twelve && rows >= PACK_ROWS {
+                            done = rows - rows % 3 * 4;
+                            for row in (0..done).step_by(3) {
+                                self.dots::<S, T, 3, 4>(s, head, row);
+                            }
                         }
-                        for row in (threes..rows).step_by(4) {
+                        for row in (done..rows).step_by(4) {
                             match (rows - row, S::PARALLEL_DOTS) {
                                 (1, 16) => self.dots::<S, T, 1, 4>(s, head, row),
                                 (1, _) => self.dots::<S, T, 1, 2>(s, head, row),
@@ -94,6 +102,12 @@ enum Way {
 /// Whether a loop can take sums over lanes in two steps, for several rows.
 const fn is_narrow<S: Simd, T: Units>(rows: usize, keys: usize) -> bool {
     S::NARROW_LOOPS && T::ELEMENTS == 1 && rows > 1 && rows * keys == S::LANES
+}
+
+/// Whether six rows and two keys have a loop of their own at levels with few registers, for elements of two bytes: twelve sums keep two
+/// ports busy, and leave registers for a vector of both keys and of one row.
+const fn is_tall<S: Simd, T: Units>(rows: usize, keys: usize) -> bool {
+    S::NARROW_LOOPS && T::ELEMENTS == 1 && size_of::<T::Unit>() == 2 && rows == 6 && keys == 2
 }
 
 impl DirectScores<'_> {
@@ -327,6 +341,25 @@ impl DirectScores<'_> {
                     for key in keys {
                         distances.prefetch(s, key.add(i / T::ELEMENTS));
                     }
+                }
+                if const { is_tall::<S, T>(R, C) } {
+                    for key in keys {
+                        distances.prefetch(s, key.add(i));
+                    }
+                    for half in 0..2 {
+                        let mut k = [s.zero(); C];
+                        for c in 0..C {
+                            k[c] = T::half(s, keys[c].add(i), 0, half);
+                        }
+                        for r in 0..R {
+                            let q = s.load_f32(q.add(r * q_row + i + half * S::LANES));
+                            for c in 0..C {
+                                acc[r][c] = s.fma(q, k[c], acc[r][c]);
+                            }
+                        }
+                    }
+                    i += step;
+                    continue;
                 }
                 let at_once = R == 4 && S::FEW_REGISTERS && size_of::<T::Unit>() == 1;
                 if way != Way::Wide || at_once {

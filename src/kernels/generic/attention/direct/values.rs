@@ -76,8 +76,10 @@ impl DirectValues<'_> {
                         }
                         continue;
                     }
-                    if const { S::FEW_REGISTERS && size_of::<T>() == size_of::<f32>() }
-                        && left >= 6
+                    if const {
+                        S::FEW_REGISTERS
+                            && (size_of::<T>() == size_of::<f32>() || S::NARROW_LOOPS && size_of::<T>() > 1 && !PAIRS)
+                    } && left >= 6
                         && tile.head_rows >= PACK_ROWS
                     {
                         piece.columns::<S, 6, 2>(s, dv);
