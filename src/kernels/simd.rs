@@ -22,8 +22,12 @@ pub(crate) trait Simd: Copy {
     const TILE_VECTORS: usize;
     /// Width in vectors of the register tiles of Q K^T: 2 or 4, or 1 with four [`Self::SCORE_LANES`].
     const SCORE_VECTORS: usize = Self::TILE_VECTORS;
-    /// Lanes of a score that such a tile sums side by side: as many tiles of registers, of half of the rows if they are 2.
+    /// Lanes of a score that such a tile sums side by side, 1 or 4: as many tiles of registers.
     const SCORE_LANES: usize = 1;
+    /// Whether scores of the packed path are sums of vectors along the head, from copies of keys as rows, instead of single elements from
+    /// transposed ones. With few registers, sums of lanes are stored until their neighbours are ready, which costs as much as to add lanes
+    /// by shuffles, and rows are cheaper to copy. For levels without [`Self::PACKED_QUERIES`].
+    const ROW_SCORES: bool = false;
     /// Whether the packed path reorders query rows, so that the elements that several rows have in a step lie together. Otherwise
     /// they are read from as many rows, which costs nothing where an address may be the sum of two registers and a constant.
     const PACKED_QUERIES: bool = true;
@@ -149,6 +153,12 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn sum_halves(self, _v: &[Self::V; MAX_LANES / 2]) -> Self::V {
         unreachable!("the level has no narrow loops")
+    }
+    /// The sums of the lanes of four vectors, by the tree of [`Self::sum_lanes`], in the first four lanes, at levels with
+    /// [`Self::ROW_SCORES`].
+    #[inline(always)]
+    fn sum_lanes_of_four(self, _v: [Self::V; 4]) -> Self::V {
+        unreachable!("the level has no scores from rows")
     }
     /// The largest lane; NaN lanes may be ignored.
     fn max_lane(self, a: Self::V) -> f32;

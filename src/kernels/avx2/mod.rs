@@ -110,7 +110,7 @@ impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;
     const TILE_VECTORS: usize = 2;
-    const SCORE_LANES: usize = 2;
+    const ROW_SCORES: bool = true;
     const PACKED_QUERIES: bool = false;
     const PARALLEL_DOTS: usize = 8;
     const DIRECT_DIM: usize = 512;
@@ -281,6 +281,16 @@ impl Simd for Avx2 {
         }
         let swapped = a._mm256_permute_ps::<0b10_11_00_01>(a._mm256_blend_ps::<0xaa>(w[1], w[0]));
         a._mm256_add_ps(a._mm256_blend_ps::<0xaa>(w[0], w[1]), swapped)
+    }
+    #[inline(always)]
+    fn sum_lanes_of_four(self, v: [__m256; 4]) -> __m256 {
+        let (a, sse) = (self.0.avx, self.0.sse);
+        // As `sum_lanes`, whose every step would take each vector twice.
+        let (x, y) = (self.half_sums(v[0], v[2]), self.half_sums(v[1], v[3]));
+        let pairs = a._mm256_add_ps(a._mm256_blend_ps::<0xcc>(x, y), a._mm256_shuffle_ps::<0b01_00_11_10>(x, y));
+        let twice = a._mm256_add_ps(pairs, a._mm256_permute_ps::<0b10_11_00_01>(pairs));
+        let (low, high) = (a._mm256_castps256_ps128(twice), a._mm256_extractf128_ps::<1>(twice));
+        a._mm256_castps128_ps256(sse._mm_shuffle_ps::<0b10_00_10_00>(low, high))
     }
     #[inline(always)]
     fn max_lane(self, a: __m256) -> f32 {

@@ -1,11 +1,14 @@
 //! Packed copies of keys.
 
 use super::queries::place;
+use super::row_scores::{KEYS, row_floats};
+use crate::kernels::generic::attention::weighted::load_up_to;
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, MAX_LANES, Simd};
 
 /// Transposes keys of a block into slabs as wide as a register tile: `[slab][step][keys]`, steps in the order of [`place`]. In the
-/// vectors at the ends of the block's key range, columns outside of it are undefined.
+/// vectors at the ends of the block's key range, columns outside of it are undefined. With [`Simd::ROW_SCORES`], widens them to rows of
+/// whole vectors instead, up to a whole group of [`KEYS`] at both ends.
 #[derive(Clone, Copy)]
 pub(crate) struct PackKeys<'a> {
     pub block: &'a Block<'a>,
@@ -23,6 +26,11 @@ impl PackKeys<'_> {
     #[inline(always)]
     pub unsafe fn run<S: Simd, T: Load>(self, s: S) {
         let Block { key_range, d, .. } = *self.block;
+        if const { S::ROW_SCORES } {
+            // SAFETY: the caller's.
+            unsafe { self.rows::<S, T>(s) };
+            return;
+        }
         let pairs = d / (2 * S::LANES);
         let first = key_range.low.max(self.first_key) / S::LANES * S::LANES;
         for group in (first..key_range.high.min(self.end_key)).step_by(S::LANES) {
@@ -56,6 +64,35 @@ pub const ODD: u8 = 2;
 pub const PART: u8 = 3;
 
 impl PackKeys<'_> {
+    /// Keys as rows.
+    ///
+    /// # Safety
+    /// As [`block`].
+    #[inline(always)]
+    unsafe fn rows<S: Simd, T: Load>(&self, s: S) {
+        let Self { block: &Block { scratch, key_range, d, .. }, k, first_key, end_key } = *self;
+        let first = key_range.low.max(first_key) / KEYS * KEYS;
+        let end = key_range.high.min(end_key).next_multiple_of(KEYS);
+        for j in first..end {
+            let from = k.key(0, j.clamp(key_range.low, key_range.high - 1)).cast::<T>();
+            let to = scratch.kt.wrapping_add((j - first_key) * row_floats::<S>(d));
+            let mut i = 0;
+            // SAFETY: the caller's; kt has BLOCK rows of padded(d) floats.
+            unsafe {
+                while i + 2 * S::LANES <= d {
+                    let x = T::load_pair(s, from.add(i));
+                    s.store_f32(to.add(i), x[0]);
+                    s.store_f32(to.add(i + S::LANES), x[1]);
+                    i += 2 * S::LANES;
+                }
+                while i < d {
+                    s.store_f32(to.add(i), load_up_to(s, from.add(i), (d - i).min(S::LANES)));
+                    i += S::LANES;
+                }
+            }
+        }
+    }
+
     /// One step of `LANES` keys from `group` on.
     ///
     /// # Safety

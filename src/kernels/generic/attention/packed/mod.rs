@@ -1,17 +1,19 @@
 //! Many query rows (prefill): a block of K is transposed and a block of V widened, once for all rows of the tile. Both products then
 //! run on these copies, in register tiles of [`TILE_ROWS`] rows: P V by [`Simd::TILE_VECTORS`] vectors, Q K^T by
-//! [`Simd::SCORE_VECTORS`] vectors of [`Simd::SCORE_LANES`] lanes.
+//! [`Simd::SCORE_VECTORS`] vectors of [`Simd::SCORE_LANES`] lanes. With [`Simd::ROW_SCORES`], a block of K is widened too, and Q K^T runs
+//! by three rows of Q and [`KEYS`] keys.
 //!
 //! | file | what |
 //! | --- | --- |
 //! | this one | one block, and the register tiles of its rows |
 //! | `queries`, `keys`, `values` | packed copies, and the weighted sums of values |
-//! | `scores` | dot products |
+//! | `scores` | dot products with transposed keys |
+//! | `row_scores` | dot products with rows of keys |
 //! | `prefetch` | prefetches of the next block |
 //!
 //! # What bounds it
 //! The FMA ports, closely followed by the front end of a CPU that decodes four instructions per cycle. 48 FMAs are 24 cycles of two
-//! ports; with them go 30 other instructions in Q K^T on AVX-512 and 24 in P V, and 24 FMAs on AVX2 have 24 and 20. K and V are packed and
+//! ports; with them go 30 other instructions in Q K^T on AVX-512 and 24 in P V, and 24 FMAs on AVX2 have 20 and 20. K and V are packed and
 //! multiplied in panels of half of the first-level cache, each of which stays there for all rows. A panel is packed where the one before
 //! it was, so that its stores find their lines. Rows of Q, scores and accumulators come from the second-level cache, and to prefetch them
 //! into the first costs more than it brings.
@@ -20,17 +22,24 @@
 //! AVX-512, and sums stored until their neighbours are ready. A register tile of one vector of keys has room for four lanes side by
 //! side, whose sums need no store, and an element of Q is then the memory operand of the one FMA that takes it. On Zen 4, where
 //! additions have units of their own, such tiles run at the FMA peak in a loop of their own, tiles of two vectors and two lanes at 83 to
-//! 91 %, of four vectors and one lane at 80 %. At AVX2, three rows, two vectors and two lanes reach 98 % there, six rows and one lane
-//! 92 %. On a Cascade Lake core, a tile of four vectors and one lane reached 97 % without the tree, 87 % with its additions alone, 85 %
-//! with its stores alone, and 79 % with both; tiles of one vector have not been measured there, and two loads per cycle leave them at most
-//! 86 %.
+//! 91 %, of four vectors and one lane at 80 %. On a Cascade Lake core, a tile of four vectors and one lane reached 97 % without the tree,
+//! 87 % with its additions alone, 85 % with its stores alone, and 79 % with both; tiles of one vector have not been measured there, and
+//! two loads per cycle leave them at most 86 %.
 //!
-//! P V reaches 95 to 98 % on Zen 4. Softmax takes 5 % of the time, packing 2 to 3 %. Causal blocks compute the keys that any row of a
+//! AVX2 has sixteen registers, of which twelve are sums. In loops of their own on Zen 3, at head size 128, tiles of three rows, two
+//! vectors and two lanes of transposed keys run at 99 % without the tree, at 99 % with the additions of two lanes, and at 82 to 87 % with
+//! the sums that are stored: a store costs two cycles of FMAs, and 768 FMAs have 24. Three rows and four keys by vectors along the head
+//! have 7 loads per 12 FMAs and run at 99 % without sums over lanes. With them they run at 84 to 88 %: 192 FMAs have 11 additions, 20
+//! moves between lanes and three stores. Both take the same time in a block; rows of keys need no transposition, and are copied in half
+//! of the time. Two more lanes side by side would be 16 loads per 12 FMAs.
+//!
+//! P V reaches 95 to 98 % on Zen 4, and 93 to 94 % on Zen 3, where what is missing are the stores of accumulators. Softmax takes 5 % of the time, packing 2 to 3 %. Causal blocks compute the keys that any row of a
 //! register tile sees: half slabs in Q K^T, single keys in P V.
 
 mod keys;
 mod prefetch;
 mod queries;
+mod row_scores;
 mod scores;
 mod values;
 
@@ -45,9 +54,10 @@ use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange};
 use crate::problem::tile::{MAX_TILE_ROWS, TILE_ROWS};
 use prefetch::NextBlock;
+use row_scores::{KEYS, RowScores, panel_keys, row_floats};
 use scores::Scores;
 use std::mem::MaybeUninit;
-use values::{PackedValues, Values, value_slabs};
+use values::{PackedValues, PanelValues, Values, value_slabs};
 
 pub(crate) use keys::PackKeys;
 pub(super) use queries::PackQueries;
@@ -119,23 +129,112 @@ unsafe fn products<S: Simd>(
     k: KeyPointers<u8>,
     v: KeyPointers<u8>,
 ) {
-    let Block { scratch, key_range, all, d, dv, .. } = *block;
-    let (q_row, acc_row) = (scratch.q_row, scratch.acc_row);
+    let Block { scratch, all, dv, .. } = *block;
+    let acc_row = scratch.acc_row;
+    let mut groups = [Group::default(); MAX_GROUPS];
+    let count = groups_of(rows, &mut groups);
+    let groups = &groups[..count];
+    // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
+    unsafe {
+        if const { S::ROW_SCORES } {
+            row_scores(s, pieces, block, groups, k);
+        } else {
+            slab_scores(s, pieces, block, groups, k);
+        }
+        let calls = dv.div_ceil(PANEL_COLUMNS) * groups.len();
+        let mut next_v = NextBlock::new(&pieces.tuning, v, dv * pieces.values.unit_bytes, calls);
+        scale_scores(s, block, 0..1);
+        for_each_group(groups, |r, n, keys, _| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
+        let mut finite = scale_weights(s, block, 0..1);
+        // Masked values are checked before any is added. Otherwise the panels of V use the same memory, one after another.
+        if !all {
+            finite &= (pieces.values.pack)(&PackValues { block, v, columns: (0, dv), check: true });
+        }
+        if !all && !finite {
+            for (r, row) in rows.iter_mut().enumerate() {
+                if std::mem::take(&mut row.fresh) {
+                    clear(block, r..r + 1);
+                }
+                accumulate_visible(pieces.values, block, row, r, v);
+            }
+            return;
+        }
+        let mut first_column = 0;
+        while first_column < dv {
+            let columns = first_column..(first_column + PANEL_COLUMNS).min(dv);
+            let mut packed_from = 0;
+            if all {
+                packed_from = first_column;
+                (pieces.values.pack)(&PackValues { block, v, columns: (columns.start, columns.end), check: false });
+            }
+            for_each_group(groups, |r, n, keys, fresh| {
+                next_v.prefetch(s);
+                if const { S::NARROW_LOOPS } {
+                    let panel = PanelValues::<1> {
+                        weights: scratch.s.add(r * BLOCK + keys.low),
+                        acc: scratch.acc.add(r * acc_row + columns.start),
+                        acc_row,
+                        v: scratch.vp.add((columns.start - packed_from) * BLOCK),
+                        columns: columns.len(),
+                        keys,
+                        fresh,
+                    };
+                    match n {
+                        6 => s.outline(panel.of_rows::<6>()),
+                        4 => s.outline(panel.of_rows::<4>()),
+                        2 => s.outline(panel.of_rows::<2>()),
+                        _ => s.outline(panel),
+                    };
+                    return;
+                }
+                for (column, width) in value_slabs::<S>(columns.clone()) {
+                    let weighted = WeightedValues {
+                        weights: scratch.s.add(r * BLOCK + keys.low),
+                        acc: scratch.acc.add(r * acc_row + column),
+                        acc_row,
+                        v: PackedValues {
+                            first: scratch.vp.add((column - packed_from) * BLOCK + keys.low * width),
+                            width,
+                        },
+                        keys: keys.len(),
+                        fresh,
+                        scales: std::ptr::null(),
+                        ahead: Ahead::NONE,
+                        in_order: false,
+                    };
+                    let vectors = width / S::LANES;
+                    match n {
+                        6 => s.outline(Values::<6> { weighted, vectors }),
+                        4 => s.outline(Values::<4> { weighted, vectors }),
+                        2 => s.outline(Values::<2> { weighted, vectors }),
+                        _ => s.outline(Values::<1> { weighted, vectors }),
+                    };
+                }
+            });
+            first_column += PANEL_COLUMNS;
+        }
+        for_each_group(groups, |r, n, _, _| rows[r..r + n].iter_mut().for_each(|row| row.fresh = false));
+    }
+}
+
+/// Scores of the register tiles, from keys that are transposed.
+///
+/// # Safety
+/// As [`products`].
+#[inline(always)]
+unsafe fn slab_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[Group], k: KeyPointers<u8>) {
+    let Block { scratch, key_range, d, .. } = *block;
+    let q_row = scratch.q_row;
     let (slab, half) = (S::SCORE_VECTORS * S::LANES, S::SCORE_VECTORS / 2 * S::LANES);
     let steps = d.div_ceil(S::LANES);
     let slab_bytes = slab * steps * S::LANES * size_of::<f32>();
     let parts = if slab_bytes > PANEL_BYTES { 2 } else { 1 };
     let panel = slab * (PANEL_BYTES / slab_bytes).max(1);
     let lanes = S::LANES / parts;
-    let mut groups = [Group::default(); MAX_GROUPS];
-    let count = groups_of(rows, &mut groups);
-    let groups = &groups[..count];
     // SAFETY: the caller's; the scratch parts have the sizes their layout gives, and r stays inside the tile.
     unsafe {
         let calls = parts * BLOCK.div_ceil(panel) * groups.len();
         let mut next_k = NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, calls);
-        let calls = dv.div_ceil(PANEL_COLUMNS) * groups.len();
-        let mut next_v = NextBlock::new(&pieces.tuning, v, dv * pieces.values.unit_bytes, calls);
         let mut first_key = key_range.low / panel * panel;
         while first_key < key_range.high {
             let end_key = (first_key + panel).min(key_range.high);
@@ -171,59 +270,48 @@ unsafe fn products<S: Simd>(
             }
             first_key += panel;
         }
-        scale_scores(s, block, 0..1);
-        for_each_group(groups, |r, n, keys, _| s.outline(Softmax { block, rows: &mut rows[r..r + n], first: r, keys }));
-        let mut finite = scale_weights(s, block, 0..1);
-        // Masked values are checked before any is added. Otherwise the panels of V use the same memory, one after another.
-        if !all {
-            finite &= (pieces.values.pack)(&PackValues { block, v, columns: (0, dv), check: true });
-        }
-        if !all && !finite {
-            for (r, row) in rows.iter_mut().enumerate() {
-                if std::mem::take(&mut row.fresh) {
-                    clear(block, r..r + 1);
+    }
+}
+
+/// Scores of the register tiles, from rows of keys.
+///
+/// # Safety
+/// As [`products`].
+#[inline(always)]
+unsafe fn row_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[Group], k: KeyPointers<u8>) {
+    let Block { scratch, key_range, d, .. } = *block;
+    let (q_row, width, panel) = (scratch.q_row, row_floats::<S>(d), panel_keys::<S>(d));
+    let calls = BLOCK.div_ceil(panel) * groups.len();
+    let mut next_k = NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, calls);
+    let mut first_key = key_range.low / panel * panel;
+    // SAFETY: as of [`slab_scores`].
+    unsafe {
+        while first_key < key_range.high {
+            let end_key = (first_key + panel).min(key_range.high);
+            (pieces.keys.pack)(&PackKeys { block, k, first_key, end_key });
+            for_each_group(groups, |r, n, keys, _| {
+                next_k.prefetch(s);
+                let (low, high) = (keys.low.max(first_key) / KEYS * KEYS, keys.high.min(end_key));
+                if low >= high {
+                    return;
                 }
-                accumulate_visible(pieces.values, block, row, r, v);
-            }
-            return;
-        }
-        let mut first_column = 0;
-        while first_column < dv {
-            let columns = first_column..(first_column + PANEL_COLUMNS).min(dv);
-            let mut packed_from = 0;
-            if all {
-                packed_from = first_column;
-                (pieces.values.pack)(&PackValues { block, v, columns: (columns.start, columns.end), check: false });
-            }
-            for_each_group(groups, |r, n, keys, fresh| {
-                next_v.prefetch(s);
-                for (column, width) in value_slabs::<S>(columns.clone()) {
-                    let weighted = WeightedValues {
-                        weights: scratch.s.add(r * BLOCK + keys.low),
-                        acc: scratch.acc.add(r * acc_row + column),
-                        acc_row,
-                        v: PackedValues {
-                            first: scratch.vp.add((column - packed_from) * BLOCK + keys.low * width),
-                            width,
-                        },
-                        keys: keys.len(),
-                        fresh,
-                        scales: std::ptr::null(),
-                        ahead: Ahead::NONE,
-                        in_order: false,
-                    };
-                    let vectors = width / S::LANES;
-                    match n {
-                        6 => s.outline(Values::<6> { weighted, vectors }),
-                        4 => s.outline(Values::<4> { weighted, vectors }),
-                        2 => s.outline(Values::<2> { weighted, vectors }),
-                        _ => s.outline(Values::<1> { weighted, vectors }),
-                    };
-                }
+                let scores = RowScores::<1> {
+                    q: scratch.q.add(r * q_row),
+                    q_row,
+                    k: scratch.kt.add((low - first_key) * width),
+                    d,
+                    keys: high - low,
+                    out: scratch.s.add(r * BLOCK + low),
+                };
+                match n {
+                    6 => s.outline(scores.of_rows::<6>()),
+                    4 => s.outline(scores.of_rows::<4>()),
+                    2 => s.outline(scores.of_rows::<2>()),
+                    _ => s.outline(scores),
+                };
             });
-            first_column += PANEL_COLUMNS;
+            first_key += panel;
         }
-        for_each_group(groups, |r, n, _, _| rows[r..r + n].iter_mut().for_each(|row| row.fresh = false));
     }
 }
 

@@ -28,12 +28,10 @@ impl<const R: usize> Outlined for Scores<R> {
         // SAFETY: the caller's.
         unsafe {
             match (S::SCORE_VECTORS, S::SCORE_LANES, self.wide) {
-                (1, 4, _) => self.tile::<S, R, 1, 4>(s, 0),
-                (2, 2, true) => self.halves::<S, 2>(s),
-                (2, 2, false) => self.halves::<S, 1>(s),
-                (4, _, true) => self.tile::<S, R, 4, 1>(s, 0),
-                (4, _, false) | (2, _, true) => self.tile::<S, R, 2, 1>(s, 0),
-                _ => self.tile::<S, R, 1, 1>(s, 0),
+                (1, 4, _) => self.tile::<S, 1, 4>(s),
+                (4, _, true) => self.tile::<S, 4, 1>(s),
+                (4, _, false) | (2, _, true) => self.tile::<S, 2, 1>(s),
+                _ => self.tile::<S, 1, 1>(s),
             }
         }
     }
@@ -47,47 +45,24 @@ impl<const R: usize> Scores<R> {
         Scores { q, q_row, first_lane, lanes, steps, kt, out, wide, add }
     }
 
-    /// Two lanes side by side, for half of the rows and then for the others.
-    ///
-    /// # Safety
-    /// As [`Self::tile`].
-    #[inline(always)]
-    unsafe fn halves<S: Simd, const N: usize>(&self, s: S) {
-        // SAFETY: the caller's.
-        unsafe {
-            match R {
-                6 => {
-                    self.tile::<S, 3, N, 2>(s, 0);
-                    self.tile::<S, 3, N, 2>(s, 3);
-                }
-                4 => {
-                    self.tile::<S, 2, N, 2>(s, 0);
-                    self.tile::<S, 2, N, 2>(s, 2);
-                }
-                _ => self.tile::<S, R, N, 2>(s, 0),
-            }
-        }
-    }
-
-    /// `K` rows from `first` on and `N` vectors of keys, `L` lanes side by side.
+    /// `N` vectors of keys, `L` lanes side by side.
     ///
     /// # Safety
     /// The pointers are valid for `R` rows and `N` vectors.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const K: usize, const N: usize, const L: usize>(&self, s: S, first: usize) {
-        let Self { q_row, first_lane, lanes, steps, mut kt, add, .. } = *self;
+    unsafe fn tile<S: Simd, const N: usize, const L: usize>(&self, s: S) {
+        let Self { q_row, first_lane, lanes, steps, mut kt, out, add, .. } = *self;
         // Floats between the elements of rows and of steps, and to those of the lanes side by side.
         let (q_row, q_step) = if S::PACKED_QUERIES { (1, L * R) } else { (q_row, S::LANES) };
         let q_lane = |i: usize| if S::PACKED_QUERIES { i * R } else { S::lane_order(i) };
-        let (rows, out) = (self.q.wrapping_add(first * q_row), self.out.wrapping_add(first * BLOCK));
-        let mut q = rows;
+        let mut q = self.q;
         let slab = S::SCORE_VECTORS * S::LANES;
         // stash[k]: the finished sum of 2^k * L lanes, until its neighbour is ready.
-        let mut stash = [const { MaybeUninit::<[[S::V; N]; K]>::uninit() }; MAX_LANES.ilog2() as usize];
+        let mut stash = [const { MaybeUninit::<[[S::V; N]; R]>::uninit() }; MAX_LANES.ilog2() as usize];
         for turn in 0..lanes / L {
-            let mut acc = [[[s.zero(); N]; K]; L];
+            let mut acc = [[[s.zero(); N]; R]; L];
             if !S::PACKED_QUERIES {
-                q = rows.wrapping_add(S::lane_order(first_lane + turn * L));
+                q = self.q.wrapping_add(S::lane_order(first_lane + turn * L));
             }
             // Two steps per iteration, and moving pointers: fewer instructions other than FMAs.
             // SAFETY: kt and Q have LANES * steps steps.
@@ -109,9 +84,6 @@ impl<const R: usize> Scores<R> {
                 }
             }
             let mut sum = acc[0];
-            if L == 2 {
-                sum = sum_of(s, &sum, &acc[1]);
-            }
             if L == 4 {
                 sum = sum_of(s, &sum_of(s, &sum, &acc[1]), &sum_of(s, &acc[2], &acc[3]));
             }
@@ -125,7 +97,7 @@ impl<const R: usize> Scores<R> {
                 stash[level].write(sum);
                 continue;
             }
-            for r in 0..K {
+            for r in 0..R {
                 for n in 0..N {
                     // SAFETY: out has R rows of BLOCK.
                     unsafe {

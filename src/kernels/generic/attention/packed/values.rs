@@ -1,9 +1,10 @@
 //! Packed copies of values, and their weighted sums.
 
+use crate::kernels::generic::attention::direct::Ahead;
 use crate::kernels::generic::attention::weighted::{ValueRows, WeightedValues, load_up_to};
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, Outlined, Simd};
-use crate::problem::grid::BLOCK;
+use crate::problem::grid::{BLOCK, KeyRange};
 use std::ops::Range;
 
 /// First column and width of the slabs in which columns of a block of V are packed: as wide as a register tile, then two vectors, then
@@ -113,6 +114,56 @@ impl<const R: usize> Outlined for Values<R> {
                 4 if S::TILE_VECTORS == 4 => self.weighted.add::<S, R, 4>(s, 0, S::LANES),
                 2 => self.weighted.add::<S, R, 2>(s, 0, S::LANES),
                 _ => self.weighted.add::<S, R, 1>(s, 0, S::LANES),
+            }
+        }
+    }
+}
+
+/// Adds the weighted values of all slabs of a panel to `R` rows: one call for all, where a call costs as much as some keys.
+pub struct PanelValues<const R: usize> {
+    pub weights: *const f32,
+    pub acc: *mut f32,
+    /// Floats between neighbouring accumulators.
+    pub acc_row: usize,
+    /// The slabs, which begin with a block's first key.
+    pub v: *const f32,
+    pub columns: usize,
+    pub keys: KeyRange,
+    /// As in [`WeightedValues`].
+    pub fresh: bool,
+}
+
+impl<const R: usize> PanelValues<R> {
+    /// The same of another number of rows.
+    #[inline(always)]
+    pub fn of_rows<const N: usize>(self) -> PanelValues<N> {
+        let Self { weights, acc, acc_row, v, columns, keys, fresh } = self;
+        PanelValues { weights, acc, acc_row, v, columns, keys, fresh }
+    }
+}
+
+impl<const R: usize> Outlined for PanelValues<R> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { weights, acc, acc_row, v, columns, keys, fresh } = self;
+        for (column, width) in value_slabs::<S>(0..columns) {
+            let weighted = WeightedValues {
+                weights,
+                acc: acc.wrapping_add(column),
+                acc_row,
+                v: PackedValues { first: v.wrapping_add(column * BLOCK + keys.low * width), width },
+                keys: keys.len(),
+                fresh,
+                scales: std::ptr::null(),
+                ahead: Ahead::NONE,
+                in_order: false,
+            };
+            // SAFETY: the caller's.
+            unsafe {
+                match width / S::LANES {
+                    2 => weighted.add::<S, R, 2>(s, 0, S::LANES),
+                    _ => weighted.add::<S, R, 1>(s, 0, S::LANES),
+                }
             }
         }
     }
