@@ -1,7 +1,7 @@
 //! Sums of weighted values, read from the cache or from a packed copy.
 
 use super::direct::{Ahead, NEAR_DISTANCE, VALUES_AHEAD};
-use crate::kernels::simd::{LINE, Load, Simd};
+use crate::kernels::simd::{LINE, Load, Outlined, Simd};
 use crate::problem::grid::BLOCK;
 use crate::tuning::Prefetch;
 
@@ -39,6 +39,17 @@ pub trait ValueRows {
 /// Keys between prefetches at levels with [`Simd::NARROW_LOOPS`].
 const TURN: usize = 8;
 
+/// What a loop prefetches at every key.
+#[derive(Clone, Copy)]
+pub enum ByKey {
+    /// The next keys, into the first-level cache.
+    Next,
+    /// These, and what is ahead into the second-level cache.
+    Far,
+    /// What is ahead in the order of memory, and what comes next there.
+    InOrder,
+}
+
 /// `acc[r] += sum over keys of weights[r][key] * v[key]`, key after key. Rows of weights are [`BLOCK`] floats apart.
 pub struct WeightedValues<V> {
     pub weights: *const f32,
@@ -64,26 +75,40 @@ impl<V: ValueRows> WeightedValues<V> {
     /// The pointers are valid for `R` rows, `keys` keys and `dv` columns; accumulators are padded to whole vectors.
     #[inline(always)]
     pub unsafe fn columns<S: Simd, const R: usize, const N: usize>(&self, s: S, dv: usize) {
-        let mut i = 0;
         // SAFETY: the caller's; i never passes dv.
         unsafe {
-            while i + N * S::LANES <= dv {
-                self.add::<S, R, N>(s, i, S::LANES);
-                i += N * S::LANES;
+            let mut i = dv / (N * S::LANES) * (N * S::LANES);
+            match self.by_key::<S>(R, N) {
+                Some(by_key) => s.outline(ColumnsByKey::<V, R, N> { weighted: self, dv, by_key }),
+                None => self.whole_columns::<S, R, N>(s, dv, None),
             }
             while N > 4 && i + 4 * S::LANES <= dv {
-                self.add::<S, R, 4>(s, i, S::LANES);
+                self.add::<S, R, 4>(s, i, S::LANES, None);
                 i += 4 * S::LANES;
             }
             while N > 2 && i + 2 * S::LANES <= dv {
-                self.add::<S, R, 2>(s, i, S::LANES);
+                self.add::<S, R, 2>(s, i, S::LANES, None);
                 i += 2 * S::LANES;
             }
             while i < dv {
                 let part = (dv - i).min(S::LANES);
-                self.add::<S, R, 1>(s, i, part);
+                self.add::<S, R, 1>(s, i, part, None);
                 i += part;
             }
+        }
+    }
+
+    /// As many columns as there are in groups of `N` vectors.
+    ///
+    /// # Safety
+    /// As [`Self::columns`].
+    #[inline(always)]
+    unsafe fn whole_columns<S: Simd, const R: usize, const N: usize>(&self, s: S, dv: usize, by_key: Option<ByKey>) {
+        let mut i = 0;
+        while i + N * S::LANES <= dv {
+            // SAFETY: the caller's.
+            unsafe { self.add::<S, R, N>(s, i, S::LANES, by_key) };
+            i += N * S::LANES;
         }
     }
 
@@ -147,7 +172,13 @@ impl<V: ValueRows> WeightedValues<V> {
     /// # Safety
     /// As [`Self::columns`].
     #[inline(always)]
-    pub unsafe fn add<S: Simd, const R: usize, const N: usize>(&self, s: S, column: usize, part: usize) {
+    pub unsafe fn add<S: Simd, const R: usize, const N: usize>(
+        &self,
+        s: S,
+        column: usize,
+        part: usize,
+        by_key: Option<ByKey>,
+    ) {
         let acc = Accumulators { at: self.acc.wrapping_add(column), row: self.acc_row };
         // SAFETY: the caller's.
         unsafe {
@@ -155,29 +186,18 @@ impl<V: ValueRows> WeightedValues<V> {
             // Two keys per iteration: instructions other than FMAs are costly here, for the front end as for the ports.
             let offset = self.v.offset(column);
             let mut j = 0;
-            let kind = if self.ahead.distance == 0 { Prefetch::Off } else { self.ahead.kind };
-            if const { Self::prefetches_by_key::<S>(R, N) } && kind == Prefetch::NextKeys {
+            if let Some(by_key) = by_key {
                 while j < self.keys {
-                    self.prefetch_next::<S, N>(s, j, offset);
+                    match by_key {
+                        ByKey::Next => self.prefetch_next::<S, N>(s, j, offset),
+                        ByKey::Far => {
+                            s.prefetch_far(self.v.at(j, offset).cast::<u8>().wrapping_offset(self.ahead.distance));
+                            self.prefetch_next::<S, N>(s, j, offset);
+                        }
+                        ByKey::InOrder => self.prefetch_in_order::<S, N>(s, j, offset),
+                    }
                     self.add_values(s, j, &self.load_key::<S, N>(s, j, offset), &mut sums);
                     j += 1;
-                }
-            } else if const { Self::prefetches_by_key::<S>(R, N) && size_of::<V::Element>() == size_of::<f32>() }
-                && kind == Prefetch::BothLevels
-            {
-                if self.in_order {
-                    while j < self.keys {
-                        self.prefetch_in_order::<S, N>(s, j, offset);
-                        self.add_values(s, j, &self.load_key::<S, N>(s, j, offset), &mut sums);
-                        j += 1;
-                    }
-                } else {
-                    while j < self.keys {
-                        s.prefetch_far(self.v.at(j, offset).cast::<u8>().wrapping_offset(self.ahead.distance));
-                        self.prefetch_next::<S, N>(s, j, offset);
-                        self.add_values(s, j, &self.load_key::<S, N>(s, j, offset), &mut sums);
-                        j += 1;
-                    }
                 }
             } else if const { Self::is_narrow::<S>(R, N) } {
                 while j + TURN <= self.keys {
@@ -207,6 +227,29 @@ impl<V: ValueRows> WeightedValues<V> {
     }
 }
 
+/// [`WeightedValues::whole_columns`] with prefetches at every key: a function of its own, since loops of several ways in one take registers
+/// from each other.
+struct ColumnsByKey<'a, V, const R: usize, const N: usize> {
+    weighted: &'a WeightedValues<V>,
+    dv: usize,
+    by_key: ByKey,
+}
+
+impl<V: ValueRows, const R: usize, const N: usize> Outlined for ColumnsByKey<'_, V, R, N> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { weighted, dv, by_key } = self;
+        // SAFETY: the caller's.
+        unsafe {
+            match by_key {
+                ByKey::Next => weighted.whole_columns::<S, R, N>(s, dv, Some(ByKey::Next)),
+                ByKey::Far => weighted.whole_columns::<S, R, N>(s, dv, Some(ByKey::Far)),
+                ByKey::InOrder => weighted.whole_columns::<S, R, N>(s, dv, Some(ByKey::InOrder)),
+            }
+        }
+    }
+}
+
 impl<V: ValueRows> WeightedValues<V> {
     /// Two keys of [`Self::add`], one after the other.
     ///
@@ -228,10 +271,21 @@ impl<V: ValueRows> WeightedValues<V> {
         }
     }
 
-    /// Whether there are loops that prefetch at every key without a branch.
-    const fn prefetches_by_key<S: Simd>(rows: usize, vectors: usize) -> bool {
+    /// How a loop prefetches at every key without a branch, where there is one: for four rows; into both levels for f32 only.
+    #[inline(always)]
+    fn by_key<S: Simd>(&self, rows: usize, vectors: usize) -> Option<ByKey> {
         let bytes = size_of::<V::Element>();
-        S::NARROW_LOOPS && V::IN_CACHE && !V::IN_PAIRS && rows == 4 && vectors == 2 && bytes >= 2
+        let has_loops = S::NARROW_LOOPS && V::IN_CACHE && !V::IN_PAIRS && rows == 4 && vectors == 2 && bytes > 1;
+        if !has_loops || self.ahead.distance == 0 {
+            return None;
+        }
+        match self.ahead.kind {
+            Prefetch::NextKeys => Some(ByKey::Next),
+            Prefetch::BothLevels if bytes == size_of::<f32>() => {
+                Some(if self.in_order { ByKey::InOrder } else { ByKey::Far })
+            }
+            _ => None,
+        }
     }
 
     /// Prefetches the vectors of the key some keys after `j`; of the first keys, those of the next columns, after the last ones.
@@ -292,8 +346,9 @@ impl<V: ValueRows> WeightedValues<V> {
             ahead.lines(s, next.cast(), TURN * bytes);
         // Passes before may have had the line.
         } else if offset as usize % LINE < bytes {
+            let offset = offset.wrapping_add(ahead.distance);
             for j in j..j + TURN {
-                ahead.lines(s, v.at(j, offset).wrapping_byte_offset(ahead.distance).cast(), bytes);
+                ahead.lines(s, v.at(j, offset).cast(), bytes);
             }
         }
     }

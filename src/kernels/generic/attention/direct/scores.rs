@@ -1,13 +1,15 @@
 //! Dot products of query rows with keys that lie in the cache.
 
-use super::prefetch::{Ahead, begins_half_line};
+use super::prefetch::{Ahead, Distances, begins_half_line};
 use super::rows_in_loops;
 use crate::kernels::generic::attention::{Block, KeyPointers, Units};
-use crate::kernels::simd::{MAX_LANES, Simd};
+use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
 use crate::problem::tile::PACK_ROWS;
 use crate::tuning::Prefetch;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// Upper bound of [`Simd::PARALLEL_DOTS`].
 pub const MAX_PARALLEL_DOTS: usize = 16;
@@ -110,6 +112,41 @@ const fn is_tall<S: Simd, T: Units>(rows: usize, keys: usize) -> bool {
     S::NARROW_LOOPS && T::ELEMENTS == 1 && size_of::<T::Unit>() == 2 && rows == 6 && keys == 2
 }
 
+/// [`DirectScores::in_two_steps`] for every `step` of some keys by [`Way::NarrowNear`]: a function of its own, since loops of several
+/// ways in one take registers from each other.
+struct NearScores<'a, T, const R: usize, const C: usize> {
+    of: &'a DirectScores<'a>,
+    head: usize,
+    row: usize,
+    keys: Range<usize>,
+    step: usize,
+    apart: Option<usize>,
+    units: PhantomData<T>,
+}
+
+impl<T: Units, const R: usize, const C: usize> Outlined for NearScores<'_, T, R, C> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { of, head, row, keys, step, apart, .. } = self;
+        let distances = of.distances(row, Way::NarrowNear, C);
+        // SAFETY: the caller's.
+        unsafe {
+            match apart {
+                Some(apart) => {
+                    for first in keys.step_by(step) {
+                        of.in_two_steps::<S, T, R, C>(s, head, row, first, Some(apart), Way::NarrowNear, distances);
+                    }
+                }
+                None => {
+                    for first in keys.step_by(step) {
+                        of.in_two_steps::<S, T, R, C>(s, head, row, first, None, Way::NarrowNear, distances);
+                    }
+                }
+            }
+        }
+    }
+}
+
 impl DirectScores<'_> {
     /// The loop for `R` rows and `C` keys. Narrow loops over f32 have no way of their own for every kind of prefetch.
     #[inline(always)]
@@ -122,6 +159,18 @@ impl DirectScores<'_> {
             _ if bytes < size_of::<f32>() => Way::Narrow,
             _ => Way::Wide,
         }
+    }
+
+    /// Prefetch distances of rows from `row` on, `keys` keys at a time. What the first rows of a head have read, the others find.
+    #[inline(always)]
+    fn distances(&self, row: usize, way: Way, keys: usize) -> Distances {
+        let distances = if row == 0 { self.ahead } else { Ahead::NONE }.distances();
+        if way == Way::Narrow && self.block.tile.kv_heads > 1 {
+            // The next keys of this head: with what another head reads next, rows of some sizes would compete for a few sets of the
+            // first-level cache.
+            return distances.near(self.k.seq_offset(keys));
+        }
+        distances
     }
 
     /// The same in the fewest loops, for cases that hardly occur.
@@ -148,6 +197,7 @@ impl DirectScores<'_> {
         let Block { tile, scratch, .. } = *self.block;
         let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK);
         let way = self.way::<S, T, R, C>();
+        let distances = self.distances(row, way, C);
         // SAFETY: the caller's; the rows of scores have BLOCK floats.
         unsafe {
             if T::ELEMENTS > 1 || !self.spread {
@@ -157,17 +207,29 @@ impl DirectScores<'_> {
                 while next < high {
                     let j = next;
                     if const { is_narrow::<S, T>(R, C) } && way != Way::Wide && j >= low && j + S::LANES <= high {
-                        match way {
-                            Way::NarrowNear => self.in_two_steps::<S, T, R, C>(s, head, row, j, None, Way::NarrowNear),
-                            _ => self.in_two_steps::<S, T, R, C>(s, head, row, j, None, Way::Narrow),
+                        next += (high - j) / S::LANES * S::LANES;
+                        let (keys, step) = (j..next, S::LANES);
+                        if way == Way::NarrowNear {
+                            s.outline(NearScores::<T, R, C> {
+                                of: self,
+                                head,
+                                row,
+                                keys,
+                                step,
+                                apart: None,
+                                units: PhantomData,
+                            });
+                        } else {
+                            for j in keys.step_by(step) {
+                                self.in_two_steps::<S, T, R, C>(s, head, row, j, None, Way::Narrow, distances);
+                            }
                         }
-                        next += S::LANES;
                         continue;
                     }
                     next += C;
                     // The first tokens of a sequence have few keys: a last one alone is not worth the products of several.
                     if T::ELEMENTS == 1 && R == 4 && C > 1 && high - j == 1 {
-                        self.sums::<S, T, R, 1>(s, head, row, |_| j, &mut sums);
+                        self.sums::<S, T, R, 1>(s, head, row, |_| j, distances, &mut sums);
                         for r in 0..R {
                             *out.add(r * BLOCK + j) = sums[r];
                         }
@@ -175,7 +237,7 @@ impl DirectScores<'_> {
                     }
                     let inside = j >= low && j + C <= high;
                     let key = |c: usize| if inside { j + c } else { (j + c).clamp(low, high - 1) };
-                    self.sums::<S, T, R, C>(s, head, row, key, &mut sums);
+                    self.sums::<S, T, R, C>(s, head, row, key, distances, &mut sums);
                     for r in 0..R {
                         std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * C), out.add(r * BLOCK + j), C);
                     }
@@ -185,12 +247,13 @@ impl DirectScores<'_> {
             // Sums of keys that are far apart are collected and transposed, so that stores write neighbouring keys.
             let apart = BLOCK / C;
             if const { is_narrow::<S, T>(R, C) } && way != Way::Wide {
-                for first in (0..apart).step_by(S::LANES / C) {
-                    match way {
-                        Way::NarrowNear => {
-                            self.in_two_steps::<S, T, R, C>(s, head, row, first, Some(apart), Way::NarrowNear)
-                        }
-                        _ => self.in_two_steps::<S, T, R, C>(s, head, row, first, Some(apart), Way::Narrow),
+                let (keys, step) = (0..apart, S::LANES / C);
+                if way == Way::NarrowNear {
+                    let apart = Some(apart);
+                    s.outline(NearScores::<T, R, C> { of: self, head, row, keys, step, apart, units: PhantomData });
+                } else {
+                    for first in keys.step_by(step) {
+                        self.in_two_steps::<S, T, R, C>(s, head, row, first, Some(apart), Way::Narrow, distances);
                     }
                 }
                 return;
@@ -199,7 +262,7 @@ impl DirectScores<'_> {
             let at_once = S::LANES.min(apart);
             for first in (0..apart).step_by(at_once) {
                 for (i, sums) in sums.iter_mut().enumerate().take(at_once) {
-                    self.sums::<S, T, R, C>(s, head, row, |c| first + i + c * apart, sums);
+                    self.sums::<S, T, R, C>(s, head, row, |c| first + i + c * apart, distances, sums);
                 }
                 for n in (0..R * C).step_by(S::LANES) {
                     let mut x = [s.zero(); MAX_LANES];
@@ -231,6 +294,7 @@ impl DirectScores<'_> {
         first: usize,
         apart: Option<usize>,
         way: Way,
+        distances: Distances,
     ) {
         let Block { tile, scratch, .. } = *self.block;
         let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK + first);
@@ -242,8 +306,10 @@ impl DirectScores<'_> {
         unsafe {
             for turn in 0..turns {
                 let acc = match apart {
-                    Some(apart) => self.products::<S, T, R, C>(s, head, row, |c| first + turn + c * apart, way),
-                    None => self.products::<S, T, R, C>(s, head, row, |c| first + turn * C + c, way),
+                    Some(apart) => {
+                        self.products::<S, T, R, C>(s, head, row, |c| first + turn + c * apart, way, distances)
+                    }
+                    None => self.products::<S, T, R, C>(s, head, row, |c| first + turn * C + c, way, distances),
                 };
                 for r in 0..R {
                     for c in 0..C / 2 {
@@ -288,13 +354,14 @@ impl DirectScores<'_> {
         head: usize,
         row: usize,
         key: impl Fn(usize) -> usize,
+        distances: Distances,
         sums: &mut [f32; MAX_PARALLEL_DOTS],
     ) {
         // SAFETY: the caller's.
         unsafe {
             let narrow = const { is_narrow::<S, T>(R, C) && size_of::<T::Unit>() < size_of::<f32>() };
             let way = if narrow { Way::Narrow } else { Way::Wide };
-            let acc = self.products::<S, T, R, C>(s, head, row, key, way);
+            let acc = self.products::<S, T, R, C>(s, head, row, key, way, distances);
             for n in (0..R * C).step_by(S::LANES) {
                 let mut lanes = [s.zero(); MAX_LANES];
                 for (i, lane) in lanes.iter_mut().enumerate().take(S::LANES.min(R * C - n)) {
@@ -317,6 +384,7 @@ impl DirectScores<'_> {
         row: usize,
         key: impl Fn(usize) -> usize,
         way: Way,
+        distances: Distances,
     ) -> [[S::V; C]; R] {
         let Block { tile, scratch, d, .. } = *self.block;
         let q_row = scratch.q_row;
@@ -324,12 +392,6 @@ impl DirectScores<'_> {
         let mut keys = [std::ptr::null(); C];
         for c in 0..C {
             keys[c] = self.k.key(head, key(c)).cast::<T::Unit>();
-        }
-        let mut distances = if row == 0 { self.ahead } else { Ahead::NONE }.distances();
-        if way == Way::Narrow && tile.kv_heads > 1 && self.ahead.kind != Prefetch::NextKeys {
-            // The next keys of this head: with what another head reads next, rows of some sizes would compete for a few sets of the
-            // first-level cache.
-            distances = distances.near(self.k.seq_offset(C));
         }
         let mut acc = [[s.zero(); C]; R];
         let mut i = 0;

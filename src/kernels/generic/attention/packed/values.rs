@@ -111,9 +111,9 @@ impl<const R: usize> Outlined for Values<R> {
         // SAFETY: the caller's.
         unsafe {
             match self.vectors {
-                4 if S::TILE_VECTORS == 4 => self.weighted.add::<S, R, 4>(s, 0, S::LANES),
-                2 => self.weighted.add::<S, R, 2>(s, 0, S::LANES),
-                _ => self.weighted.add::<S, R, 1>(s, 0, S::LANES),
+                4 if S::TILE_VECTORS == 4 => self.weighted.add::<S, R, 4>(s, 0, S::LANES, None),
+                2 => self.weighted.add::<S, R, 2>(s, 0, S::LANES, None),
+                _ => self.weighted.add::<S, R, 1>(s, 0, S::LANES, None),
             }
         }
     }
@@ -161,8 +161,8 @@ impl<const R: usize> Outlined for PanelValues<R> {
             // SAFETY: the caller's.
             unsafe {
                 match width / S::LANES {
-                    2 => weighted.add::<S, R, 2>(s, 0, S::LANES),
-                    _ => weighted.add::<S, R, 1>(s, 0, S::LANES),
+                    2 => weighted.add::<S, R, 2>(s, 0, S::LANES, None),
+                    _ => weighted.add::<S, R, 1>(s, 0, S::LANES, None),
                 }
             }
         }
