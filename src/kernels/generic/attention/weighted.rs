@@ -4,6 +4,7 @@ use super::direct::{Ahead, NEAR_DISTANCE, VALUES_AHEAD};
 use crate::kernels::simd::{LINE, Load, Outlined, Simd};
 use crate::problem::grid::BLOCK;
 use crate::tuning::Prefetch;
+use std::hint::black_box;
 
 /// The place of the values that [`WeightedValues`] adds.
 pub trait ValueRows {
@@ -202,8 +203,8 @@ impl<V: ValueRows> WeightedValues<V> {
             } else if const { Self::is_narrow::<S>(R, N) } {
                 while j + TURN <= self.keys {
                     self.prefetch_turn::<S, N>(s, j, offset);
-                    for j in (j..j + TURN).step_by(2) {
-                        V::add_two(s, self, j, offset, part, &mut sums);
+                    for i in (0..TURN).step_by(2) {
+                        V::add_two(s, self, j + i, offset, part, &mut sums);
                     }
                     j += TURN;
                 }
@@ -346,9 +347,10 @@ impl<V: ValueRows> WeightedValues<V> {
             ahead.lines(s, next.cast(), TURN * bytes);
         // Passes before may have had the line.
         } else if offset as usize % LINE < bytes {
-            let offset = offset.wrapping_add(ahead.distance);
-            for j in j..j + TURN {
-                ahead.lines(s, v.at(j, offset).cast(), bytes);
+            // One number: compilers would add both to every line.
+            let offset = black_box(offset.wrapping_add(ahead.distance));
+            for i in 0..TURN {
+                ahead.lines(s, v.at(j + i, offset).cast(), bytes);
             }
         }
     }
