@@ -134,12 +134,12 @@ impl<T: Units, const R: usize, const C: usize> Outlined for NearScores<'_, T, R,
             match apart {
                 Some(apart) => {
                     for first in keys.step_by(step) {
-                        of.in_two_steps::<S, T, R, C>(s, head, row, first, Some(apart), Way::NarrowNear, distances);
+                        of.in_two_steps::<S, T, R, C>(s, (head, row), first, Some(apart), Way::NarrowNear, distances);
                     }
                 }
                 None => {
                     for first in keys.step_by(step) {
-                        of.in_two_steps::<S, T, R, C>(s, head, row, first, None, Way::NarrowNear, distances);
+                        of.in_two_steps::<S, T, R, C>(s, (head, row), first, None, Way::NarrowNear, distances);
                     }
                 }
             }
@@ -221,7 +221,7 @@ impl DirectScores<'_> {
                             });
                         } else {
                             for j in keys.step_by(step) {
-                                self.in_two_steps::<S, T, R, C>(s, head, row, j, None, Way::Narrow, distances);
+                                self.in_two_steps::<S, T, R, C>(s, (head, row), j, None, Way::Narrow, distances);
                             }
                         }
                         continue;
@@ -253,7 +253,7 @@ impl DirectScores<'_> {
                     s.outline(NearScores::<T, R, C> { of: self, head, row, keys, step, apart, units: PhantomData });
                 } else {
                     for first in keys.step_by(step) {
-                        self.in_two_steps::<S, T, R, C>(s, head, row, first, Some(apart), Way::Narrow, distances);
+                        self.in_two_steps::<S, T, R, C>(s, (head, row), first, Some(apart), Way::Narrow, distances);
                     }
                 }
                 return;
@@ -289,8 +289,7 @@ impl DirectScores<'_> {
     unsafe fn in_two_steps<S: Simd, T: Units, const R: usize, const C: usize>(
         &self,
         s: S,
-        head: usize,
-        row: usize,
+        (head, row): (usize, usize),
         first: usize,
         apart: Option<usize>,
         way: Way,
