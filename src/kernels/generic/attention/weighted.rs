@@ -305,7 +305,8 @@ impl<V: ValueRows> WeightedValues<V> {
         let bytes = N * S::LANES * size_of::<V::Element>();
         let line = (offset as usize * self.keys + j * bytes) / LINE;
         let half = self.v.at(self.keys / 2, 0).addr().wrapping_sub(self.v.at(0, 0).addr());
-        let next = line % 2 * half + line / 2 * LINE;
+        // Pages may lie in any order.
+        let next = (line % 2 * half).wrapping_add(line / 2 * LINE);
         s.prefetch_far(self.v.at(0, 0).cast::<u8>().wrapping_offset(self.ahead.distance).wrapping_add(next));
         s.prefetch(self.v.at(j, offset).cast::<u8>().wrapping_add(NEAR_DISTANCE));
     }
