@@ -713,9 +713,22 @@ level_test! {
     }
 }
 
+/// Patterns of NaN, of both signs, quiet and signalling.
+const NANS: [u32; 9] = [
+    0x7fc0_0000,
+    0xffc0_0000,
+    0x7f80_0001,
+    0xff80_0001,
+    0x7fff_ffff,
+    0xffff_ffff,
+    0x7fbf_ffff,
+    0x7f80_8000,
+    0xffc0_0102,
+];
+
 level_test! {
     fn a_nan_stays_one<S>(s) {
-        for bits in [0x7fc0_0000u32, 0xffc0_0000, 0x7f80_0001, 0xff80_0001, 0x7fff_ffff, 0x7fbf_ffff, 0x7f80_8000] {
+        for bits in NANS {
             let v = s.splat(f32::from_bits(bits));
             let (mut a, mut b) = ([f16::ZERO; 2 * MAX_LANES], [bf16::ZERO; 2 * MAX_LANES]);
             // SAFETY: room for a vector, and for two.
@@ -772,7 +785,10 @@ level_test! {
         for x in [-126.000_01, -127.0, -1e30, f32::MIN, f32::NEG_INFINITY] {
             assert_lanes(s, math::exp2(s, s.splat(x)), |_| 0.0, "exp2 of a number below its range");
         }
-        assert!(lanes(s, math::exp2(s, s.splat(f32::NAN)))[..S::LANES].iter().all(|x| x.is_nan()));
+        for bits in NANS {
+            let powers = lanes(s, math::exp2(s, s.splat(f32::from_bits(bits))));
+            assert!(powers[..S::LANES].iter().all(|x| x.is_nan()), "exp2 of the NaN {bits:08x}");
+        }
         for x in grid(-130.0, 127.0, 1000) {
             assert_lanes(s, math::exp2(s, s.splat(x)), |_| math::exp2_1(s, x), "exp2 of one number");
         }
@@ -807,7 +823,10 @@ level_test! {
             assert_lanes(s, math::exp(s, s.splat(x)), |_| 0.0, "exp of a number below its range");
         }
         assert_lanes(s, math::exp(s, s.zero()), |_| 1.0, "exp of 0");
-        assert!(lanes(s, math::exp(s, s.splat(f32::NAN)))[..S::LANES].iter().all(|x| x.is_nan()));
+        for bits in NANS {
+            let y = lanes(s, math::exp(s, s.splat(f32::from_bits(bits))));
+            assert!(y[..S::LANES].iter().all(|x| x.is_nan()), "exp of the NaN {bits:08x}");
+        }
     }
 }
 
@@ -822,7 +841,10 @@ level_test! {
             assert_lanes(s, math::tanh(s, s.splat(x)), |_| y, "tanh");
             assert_lanes(s, math::tanh(s, s.splat(-x)), |_| -y, "tanh");
         }
-        assert!(lanes(s, math::tanh(s, s.splat(f32::NAN)))[..S::LANES].iter().all(|x| x.is_nan()));
+        for bits in NANS {
+            let y = lanes(s, math::tanh(s, s.splat(f32::from_bits(bits))));
+            assert!(y[..S::LANES].iter().all(|x| x.is_nan()), "tanh of the NaN {bits:08x}");
+        }
     }
 }
 

@@ -328,6 +328,15 @@ impl Tensor {
     }
 }
 
+/// NaNs, quiet and signalling, whose payloads differ in their last bits; memory full of ones holds such.
+pub fn nans(dtype: DType) -> [u32; 4] {
+    match dtype {
+        DType::F32 => [0x7fc0_0000, 0xffff_ffff, 0x7f80_0001, 0xffc0_0102],
+        DType::F16 => [0x7e00, 0xffff, 0x7c01, 0xfe02],
+        DType::Bf16 => [0x7fc0, 0xffff, 0x7f81, 0xffc2],
+    }
+}
+
 /// NaN or an infinity.
 pub fn poison(dtype: DType, i: usize) -> u32 {
     match dtype {

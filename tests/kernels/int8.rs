@@ -4,7 +4,7 @@ use crate::common::attention::{Case, Shape};
 use crate::common::fp8::Quantised;
 use crate::common::int8::{CANARY, Int8, quantise, scale_shape};
 use crate::common::runners::Threads;
-use crate::common::tensor::indices;
+use crate::common::tensor::{indices, nans};
 use crate::common::{Layout, Place, Rng, Tensor, scale, scaled, thin};
 use crate::harness::{Level, tests};
 use crate::quantised::{self, Written, head_of, layout_list};
@@ -449,7 +449,8 @@ fn nan_in_a_scale(level: &Level) {
                     poisoned.scales.set([0, 70, 1, 0], x);
                     poisoned.scales.set([0, 89, 0, 0], x);
                 }
-                poisoned.scales.set([1, 40, 1, 0], f32::NAN);
+                let all_ones = nans(poisoned.scales.dtype)[1];
+                poisoned.scales.set_element_bits([1, 40, 1, 0], all_ones);
                 let mut out = Tensor::output(DType::F32, case.q.shape, Layout::BSHD, Place::Heap);
                 let tensors = AttentionTensors::new(case.q.view(), k.view(), v.view(), out.view_mut());
                 let options = AttentionOptions::new().lengths(&[60, 90]);

@@ -5,7 +5,7 @@ use crate::common::attention::{
     BitMaskTensor, Case, MaskTensor, Options, Shape, kv_types, narrow, quantised, random_bias,
 };
 use crate::common::runners::Threads;
-use crate::common::tensor::{Gaps, poison};
+use crate::common::tensor::{Gaps, nans, poison};
 use crate::common::{Layout, Place, Rng, Tensor, close, scaled, thin};
 use crate::harness::{Level, tests};
 use kvlane::{AttentionOptions, AttentionPlan, CacheFormat, DType, Op, Serial, Workspace, alibi_slopes};
@@ -403,19 +403,20 @@ fn live_nan_propagates(level: &Level) {
         for tokens in [1, 16] {
             // Alone in its chunk, first, last, among others, and as the only visible key.
             for (keys, j) in thin(vec![(1, 0), (70, 0), (70, 69), (1030, 500), (1030, 1029)]) {
-                for which in 0..3 {
+                for (which, nan) in (0..3).flat_map(|which| (0..4).map(move |nan| (which, nan))) {
                     let shape = Shape { tokens, keys, dim: 19, v_dim: 19, ..Shape::default() };
                     let mut case = Case::new(&mut rng, shape, dtype);
                     let tensor = [&mut case.q, &mut case.k, &mut case.v].into_iter().nth(which).unwrap();
                     let at = [0, if which == 0 { 0 } else { j }, 0, 18];
-                    tensor.set_element_bits(at, poison(tensor.dtype, 0));
+                    let nan = nans(tensor.dtype)[nan];
+                    tensor.set_element_bits(at, nan);
                     let outcome = case.run(&level.context);
                     level.checked(Op::Attention, dtype, dtype);
                     assert!(
                         outcome.out.get([0, 0, 0, 18]).is_nan(),
-                        "{dtype} keys {keys} NaN in tensor {which} at {j}"
+                        "{dtype} keys {keys} the NaN {nan:#x} in tensor {which} at {j}"
                     );
-                    assert_eq!(outcome.lse[0].is_nan(), which < 2);
+                    assert_eq!(outcome.lse[0].is_nan(), which < 2, "{dtype} keys {keys} the NaN {nan:#x} at {j}");
                 }
             }
         }
@@ -718,7 +719,7 @@ fn bias_types(level: &Level) {
         }
     }
     // A bias of NaN or +inf masks nothing, and the result is NaN.
-    for x in [f32::NAN, f32::INFINITY] {
+    for x in nans(DType::F32).map(f32::from_bits).into_iter().chain([f32::INFINITY]) {
         let shape = Shape { tokens: 2, ..Shape::default() };
         let mut bias = Tensor::strided(DType::F32, shape.scores(), [0, 70, 70, 1], Place::Heap, Gaps::Poison);
         bias.fill(|at| if at[1] == 0 && at[3] == 40 { x } else { 0.0 });

@@ -57,7 +57,8 @@ pub(crate) fn polynomial<S: Simd, const N: usize>(s: S, x: S::V, coefficients: [
 /// 2^x for x <= 127, with a relative error of at most 1.8e-7, or 2e-7 where a level rounds products and sums apart; 0
 /// below -126 (so for -inf too), NaN for NaN, 1 for 0.
 ///
-/// The remainder to the nearest integer goes through the polynomial, and the integer is added to the exponent.
+/// The remainder to the nearest integer goes through the polynomial, and the integer becomes the exponent of a factor. Added to the
+/// exponent of the polynomial itself, it would save a multiplication, and would make numbers of NaNs by the last bits of their payloads.
 #[inline(always)]
 pub(crate) fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     // 1.5 * 2^23: the sum has no fraction bits, so that its lowest bits are the integer.
@@ -65,7 +66,7 @@ pub(crate) fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     let shifted = s.add(x, magic);
     let remainder = s.sub(x, s.sub(shifted, magic));
     let p = polynomial(s, remainder, EXP2_OF_REMAINDER);
-    s.clear_lt(x, s.splat(-126.0), s.add_exponent(p, shifted))
+    s.clear_lt(x, s.splat(-126.0), s.mul(p, s.add_exponent(s.splat(1.0), shifted)))
 }
 
 /// 2^x of one number, with the bits of [`exp2`] on a vector.

@@ -1,7 +1,7 @@
 //! Scores to softmax weights, in place.
 //!
 //! Bound by the arithmetic ports. In a plain call the scale is part of an FMA in the exponential: two passes of 2 and
-//! 13 instructions per vector of scores.
+//! 14 instructions per vector of scores.
 
 use super::logits::row_logits;
 use super::{Block, RowState};
