@@ -1,6 +1,6 @@
 //! One pointer per key and value of a block. The loops over a block read these pointers and know no layout.
 
-use super::weighted::load_up_to;
+use super::weighted::widen_row;
 use super::{Block, SUBBLOCK};
 use crate::format::CacheFormat;
 use crate::kernels::generic::affine::{self, Widener};
@@ -133,32 +133,15 @@ impl<'a> WidenUnits<'a> {
     #[inline(always)]
     pub unsafe fn run_elements<S: Simd, T: Load>(&self, s: S) {
         let Self { rows, keys, visible_bits, to, dim, head, .. } = *self;
-        let (width, pair) = (padded(dim), 2 * S::LANES);
-        let factor = s.splat(S::E4M3_FRACTION);
+        let width = padded(dim);
         for j in keys.low..keys.high {
             if visible_bits >> j & 1 == 0 {
                 continue;
             }
             self.prefetch_next(s, j, dim * size_of::<T>());
             let (from, to) = (rows.key(head, j).cast::<T>(), to.wrapping_add((j - keys.low) * width));
-            let mut i = 0;
             // SAFETY: the caller's: a visible key has these elements, and a row whole vectors.
-            unsafe {
-                while i + pair <= dim {
-                    let mut x = <T::InLoops as Load>::load_pair(s, from.add(i).cast());
-                    if T::IN_FRACTIONS {
-                        x = [s.mul(x[0], factor), s.mul(x[1], factor)];
-                    }
-                    s.store_f32(to.add(i), x[0]);
-                    s.store_f32(to.add(i + S::LANES), x[1]);
-                    i += pair;
-                }
-                while i < dim {
-                    let part = (dim - i).min(S::LANES);
-                    s.store_f32(to.add(i), load_up_to(s, from.add(i), part));
-                    i += part;
-                }
-            }
+            unsafe { widen_row(s, from, to, dim) };
         }
     }
 

@@ -493,3 +493,30 @@ pub unsafe fn load_up_to<S: Simd, T: Load>(s: S, from: *const T, part: usize) ->
     // SAFETY: the caller's.
     unsafe { if part == S::LANES { T::load(s, from) } else { T::load_part(s, from, part) } }
 }
+
+/// Widens `n` elements to f32, in the order of [`Load::load_pair`], and zeros up to a whole vector.
+///
+/// # Safety
+/// The elements are readable, and there is room for whole vectors at `to`.
+#[inline(always)]
+pub unsafe fn widen_row<S: Simd, T: Load>(s: S, from: *const T, to: *mut f32, n: usize) {
+    let factor = s.splat(S::E4M3_FRACTION);
+    let mut i = 0;
+    // SAFETY: the caller's.
+    unsafe {
+        while i + 2 * S::LANES <= n {
+            let mut x = <T::InLoops as Load>::load_pair(s, from.add(i).cast());
+            if T::IN_FRACTIONS {
+                x = [s.mul(x[0], factor), s.mul(x[1], factor)];
+            }
+            s.store_f32(to.add(i), x[0]);
+            s.store_f32(to.add(i + S::LANES), x[1]);
+            i += 2 * S::LANES;
+        }
+        while i < n {
+            let part = (n - i).min(S::LANES);
+            s.store_f32(to.add(i), load_up_to(s, from.add(i), part));
+            i += part;
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use super::queries::place;
 use super::row_scores::{KEYS, row_floats};
-use crate::kernels::generic::attention::weighted::load_up_to;
+use crate::kernels::generic::attention::weighted::widen_row;
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, MAX_LANES, Simd};
 
@@ -76,20 +76,8 @@ impl PackKeys<'_> {
         for j in first..end {
             let from = k.key(0, j.clamp(key_range.low, key_range.high - 1)).cast::<T>();
             let to = scratch.kt.wrapping_add((j - first_key) * row_floats::<S>(d));
-            let mut i = 0;
             // SAFETY: the caller's; kt has BLOCK rows of padded(d) floats.
-            unsafe {
-                while i + 2 * S::LANES <= d {
-                    let x = T::load_pair(s, from.add(i));
-                    s.store_f32(to.add(i), x[0]);
-                    s.store_f32(to.add(i + S::LANES), x[1]);
-                    i += 2 * S::LANES;
-                }
-                while i < d {
-                    s.store_f32(to.add(i), load_up_to(s, from.add(i), (d - i).min(S::LANES)));
-                    i += S::LANES;
-                }
-            }
+            unsafe { widen_row(s, from, to, d) };
         }
     }
 

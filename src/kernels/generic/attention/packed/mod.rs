@@ -33,8 +33,9 @@
 //! moves between lanes and three stores. Both take the same time in a block; rows of keys need no transposition, and are copied in half
 //! of the time. Two more lanes side by side would be 16 loads per 12 FMAs.
 //!
-//! P V reaches 95 to 98 % on Zen 4, and 93 to 94 % on Zen 3, where what is missing are the stores of accumulators. Softmax takes 5 % of the time, packing 2 to 3 %. Causal blocks compute the keys that any row of a
-//! register tile sees: half slabs in Q K^T, single keys in P V.
+//! P V reaches 95 to 98 % on Zen 4, and 93 to 94 % on Zen 3, where what is missing are the stores of accumulators. Softmax takes 5 % of
+//! the time, packing 2 to 3 %. Causal blocks compute the keys that any row of a register tile sees: half slabs in Q K^T, single keys in
+//! P V.
 
 mod keys;
 mod prefetch;
@@ -49,7 +50,7 @@ use super::scales::{scale_scores, scale_weights};
 use super::softmax::Softmax;
 use super::weighted::WeightedValues;
 use super::{Block, KeyPointers, Pieces, RowState, WidenUnits};
-use crate::kernels::simd::Simd;
+use crate::kernels::simd::{Outlined, Simd};
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange};
 use crate::problem::tile::{MAX_TILE_ROWS, TILE_ROWS};
@@ -170,7 +171,7 @@ unsafe fn products<S: Simd>(
             for_each_group(groups, |r, n, keys, fresh| {
                 next_v.prefetch(s);
                 if const { S::NARROW_LOOPS } {
-                    let panel = PanelValues::<1> {
+                    let panel = PanelValues {
                         weights: scratch.s.add(r * BLOCK + keys.low),
                         acc: scratch.acc.add(r * acc_row + columns.start),
                         acc_row,
@@ -179,12 +180,7 @@ unsafe fn products<S: Simd>(
                         keys,
                         fresh,
                     };
-                    match n {
-                        6 => s.outline(panel.of_rows::<6>()),
-                        4 => s.outline(panel.of_rows::<4>()),
-                        2 => s.outline(panel.of_rows::<2>()),
-                        _ => s.outline(panel),
-                    };
+                    run_tile(s, panel, n);
                     return;
                 }
                 for (column, width) in value_slabs::<S>(columns.clone()) {
@@ -202,13 +198,7 @@ unsafe fn products<S: Simd>(
                         ahead: Ahead::NONE,
                         in_order: false,
                     };
-                    let vectors = width / S::LANES;
-                    match n {
-                        6 => s.outline(Values::<6> { weighted, vectors }),
-                        4 => s.outline(Values::<4> { weighted, vectors }),
-                        2 => s.outline(Values::<2> { weighted, vectors }),
-                        _ => s.outline(Values::<1> { weighted, vectors }),
-                    };
+                    run_tile(s, Values { weighted, vectors: width / S::LANES }, n);
                 }
             });
             first_column += PANEL_COLUMNS;
@@ -235,9 +225,7 @@ unsafe fn slab_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[G
     unsafe {
         let calls = parts * BLOCK.div_ceil(panel) * groups.len();
         let mut next_k = NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, calls);
-        let mut first_key = key_range.low / panel * panel;
-        while first_key < key_range.high {
-            let end_key = (first_key + panel).min(key_range.high);
+        for (first_key, end_key) in panels(key_range, panel) {
             (pieces.keys.pack)(&PackKeys { block, k, first_key, end_key });
             for part in 0..parts {
                 for_each_group(groups, |r, n, keys, _| {
@@ -258,17 +246,11 @@ unsafe fn slab_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[G
                         let kt =
                             scratch.kt.add((column - first_key) * steps * S::LANES + first_lane * steps * slab + skip);
                         let out = scratch.s.add(r * BLOCK + column + skip);
-                        let scores = Scores::<1> { q, q_row, first_lane, lanes, steps, kt, out, wide, add: part > 0 };
-                        match n {
-                            6 => s.outline(scores.of_rows::<6>()),
-                            4 => s.outline(scores.of_rows::<4>()),
-                            2 => s.outline(scores.of_rows::<2>()),
-                            _ => s.outline(scores),
-                        };
+                        let scores = Scores { q, q_row, first_lane, lanes, steps, kt, out, wide, add: part > 0 };
+                        run_tile(s, scores, n);
                     }
                 });
             }
-            first_key += panel;
         }
     }
 }
@@ -283,11 +265,9 @@ unsafe fn row_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[Gr
     let (q_row, width, panel) = (scratch.q_row, row_floats::<S>(d), panel_keys::<S>(d));
     let calls = BLOCK.div_ceil(panel) * groups.len();
     let mut next_k = NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, calls);
-    let mut first_key = key_range.low / panel * panel;
     // SAFETY: as of [`slab_scores`].
     unsafe {
-        while first_key < key_range.high {
-            let end_key = (first_key + panel).min(key_range.high);
+        for (first_key, end_key) in panels(key_range, panel) {
             (pieces.keys.pack)(&PackKeys { block, k, first_key, end_key });
             for_each_group(groups, |r, n, keys, _| {
                 next_k.prefetch(s);
@@ -295,7 +275,7 @@ unsafe fn row_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[Gr
                 if low >= high {
                     return;
                 }
-                let scores = RowScores::<1> {
+                let scores = RowScores {
                     q: scratch.q.add(r * q_row),
                     q_row,
                     k: scratch.kt.add((low - first_key) * width),
@@ -303,15 +283,48 @@ unsafe fn row_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[Gr
                     keys: high - low,
                     out: scratch.s.add(r * BLOCK + low),
                 };
-                match n {
-                    6 => s.outline(scores.of_rows::<6>()),
-                    4 => s.outline(scores.of_rows::<4>()),
-                    2 => s.outline(scores.of_rows::<2>()),
-                    _ => s.outline(scores),
-                };
+                run_tile(s, scores, n);
             });
-            first_key += panel;
         }
+    }
+}
+
+/// The first and the end of the keys of every panel of a key range, on a grid of `panel` keys.
+#[inline(always)]
+fn panels(keys: KeyRange, panel: usize) -> impl Iterator<Item = (usize, usize)> {
+    (keys.low / panel * panel..keys.high).step_by(panel).map(move |first| (first, (first + panel).min(keys.high)))
+}
+
+/// A product of the rows of a register tile, compiled for each number of them that [`rows_at_once`] gives.
+trait RowTile {
+    /// # Safety
+    /// What the product points to is valid for `ROWS` rows.
+    unsafe fn run<S: Simd, const ROWS: usize>(self, s: S);
+}
+
+/// A [`RowTile`] of `ROWS` rows.
+struct OfRows<T, const ROWS: usize>(T);
+
+impl<T: RowTile, const ROWS: usize> Outlined for OfRows<T, ROWS> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        // SAFETY: the caller's.
+        unsafe { self.0.run::<S, ROWS>(s) }
+    }
+}
+
+/// # Safety
+/// As of [`RowTile::run`], for `rows` rows.
+#[inline(always)]
+unsafe fn run_tile<S: Simd>(s: S, tile: impl RowTile, rows: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        match rows {
+            6 => s.outline(OfRows::<_, 6>(tile)),
+            4 => s.outline(OfRows::<_, 4>(tile)),
+            2 => s.outline(OfRows::<_, 2>(tile)),
+            _ => s.outline(OfRows::<_, 1>(tile)),
+        };
     }
 }
 

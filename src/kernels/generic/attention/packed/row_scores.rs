@@ -1,6 +1,7 @@
 //! Dot products of query rows with rows of keys.
 
-use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
+use super::RowTile;
+use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::problem::grid::BLOCK;
 
 /// Keys of a register tile.
@@ -19,8 +20,8 @@ pub fn panel_keys<S: Simd>(d: usize) -> usize {
     KEYS * ((super::PANEL_BYTES + tile / 2) / tile).max(1)
 }
 
-/// `R` rows of Q times `keys` keys, in groups of [`KEYS`], whose last may reach beyond; rows of scores lie [`BLOCK`] apart.
-pub struct RowScores<const R: usize> {
+/// Rows of Q times `keys` keys, in groups of [`KEYS`], whose last may reach beyond; rows of scores lie [`BLOCK`] apart.
+pub struct RowScores {
     pub q: *const f32,
     /// Floats between rows of Q.
     pub q_row: usize,
@@ -31,9 +32,9 @@ pub struct RowScores<const R: usize> {
     pub out: *mut f32,
 }
 
-impl<const R: usize> Outlined for RowScores<R> {
+impl RowTile for RowScores {
     #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
+    unsafe fn run<S: Simd, const R: usize>(self, s: S) {
         // SAFETY: the caller's.
         unsafe {
             match R {
@@ -51,18 +52,11 @@ impl<const R: usize> Outlined for RowScores<R> {
     }
 }
 
-impl<const R: usize> RowScores<R> {
-    /// The same of another number of rows.
-    #[inline(always)]
-    pub fn of_rows<const N: usize>(self) -> RowScores<N> {
-        let Self { q, q_row, k, d, keys, out } = self;
-        RowScores { q, q_row, k, d, keys, out }
-    }
-
+impl RowScores {
     /// `N` rows from `first` on.
     ///
     /// # Safety
-    /// The pointers are valid for `R` rows of Q and whole groups of keys.
+    /// The pointers are valid for these rows of Q and whole groups of keys.
     #[inline(always)]
     unsafe fn tiles<S: Simd, const N: usize>(&self, s: S, first: usize) {
         let Self { q_row, d, keys, .. } = *self;

@@ -1,14 +1,15 @@
 //! Dot products of packed query rows with packed keys.
 
-use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
+use super::RowTile;
+use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::problem::grid::BLOCK;
 use std::mem::MaybeUninit;
 
-/// `R` rows of Q times a slab of keys, or times the half of it that begins at `kt`; rows of scores lie [`BLOCK`] apart.
+/// Rows of Q times a slab of keys, or times the half of it that begins at `kt`; rows of scores lie [`BLOCK`] apart.
 ///
 /// A slab of more than [`PANEL_BYTES`](super::PANEL_BYTES) is processed in two halves of the lanes: the first stores the sum over its
 /// lanes, the second adds its own, which is the last level of the tree.
-pub struct Scores<const R: usize> {
+pub struct Scores {
     /// Packed rows from the first lane on, or the first of rows that lie `q_row` floats apart.
     pub q: *const f32,
     pub q_row: usize,
@@ -22,35 +23,28 @@ pub struct Scores<const R: usize> {
     pub add: bool,
 }
 
-impl<const R: usize> Outlined for Scores<R> {
+impl RowTile for Scores {
     #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
+    unsafe fn run<S: Simd, const R: usize>(self, s: S) {
         // SAFETY: the caller's.
         unsafe {
             match (S::SCORE_VECTORS, S::SCORE_LANES, self.wide) {
-                (1, 4, _) => self.tile::<S, 1, 4>(s),
-                (4, _, true) => self.tile::<S, 4, 1>(s),
-                (4, _, false) | (2, _, true) => self.tile::<S, 2, 1>(s),
-                _ => self.tile::<S, 1, 1>(s),
+                (1, 4, _) => self.tile::<S, R, 1, 4>(s),
+                (4, _, true) => self.tile::<S, R, 4, 1>(s),
+                (4, _, false) | (2, _, true) => self.tile::<S, R, 2, 1>(s),
+                _ => self.tile::<S, R, 1, 1>(s),
             }
         }
     }
 }
 
-impl<const R: usize> Scores<R> {
-    /// The same of another number of rows.
-    #[inline(always)]
-    pub fn of_rows<const N: usize>(self) -> Scores<N> {
-        let Self { q, q_row, first_lane, lanes, steps, kt, out, wide, add } = self;
-        Scores { q, q_row, first_lane, lanes, steps, kt, out, wide, add }
-    }
-
-    /// `N` vectors of keys, `L` lanes side by side.
+impl Scores {
+    /// `R` rows, `N` vectors of keys, `L` lanes side by side.
     ///
     /// # Safety
     /// The pointers are valid for `R` rows and `N` vectors.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const N: usize, const L: usize>(&self, s: S) {
+    unsafe fn tile<S: Simd, const R: usize, const N: usize, const L: usize>(&self, s: S) {
         let Self { q_row, first_lane, lanes, steps, mut kt, out, add, .. } = *self;
         // Floats between the elements of rows and of steps, and to those of the lanes side by side.
         let (q_row, q_step) = if S::PACKED_QUERIES { (1, L * R) } else { (q_row, S::LANES) };

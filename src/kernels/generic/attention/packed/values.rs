@@ -1,9 +1,10 @@
 //! Packed copies of values, and their weighted sums.
 
+use super::RowTile;
 use crate::kernels::generic::attention::direct::Ahead;
 use crate::kernels::generic::attention::weighted::{ValueRows, WeightedValues, load_up_to};
 use crate::kernels::generic::attention::{Block, KeyPointers};
-use crate::kernels::simd::{Load, Outlined, Simd};
+use crate::kernels::simd::{Load, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
 use std::ops::Range;
 
@@ -99,15 +100,15 @@ impl ValueRows for PackedValues {
     }
 }
 
-/// Adds the weighted values of a slab to `R` rows.
-pub struct Values<const R: usize> {
+/// Adds the weighted values of a slab to rows.
+pub struct Values {
     pub weighted: WeightedValues<PackedValues>,
     pub vectors: usize,
 }
 
-impl<const R: usize> Outlined for Values<R> {
+impl RowTile for Values {
     #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
+    unsafe fn run<S: Simd, const R: usize>(self, s: S) {
         // SAFETY: the caller's.
         unsafe {
             match self.vectors {
@@ -119,8 +120,8 @@ impl<const R: usize> Outlined for Values<R> {
     }
 }
 
-/// Adds the weighted values of all slabs of a panel to `R` rows: one call for all, where a call costs as much as some keys.
-pub struct PanelValues<const R: usize> {
+/// Adds the weighted values of all slabs of a panel to rows: one call for all, where a call costs as much as some keys.
+pub struct PanelValues {
     pub weights: *const f32,
     pub acc: *mut f32,
     /// Floats between neighbouring accumulators.
@@ -133,18 +134,9 @@ pub struct PanelValues<const R: usize> {
     pub fresh: bool,
 }
 
-impl<const R: usize> PanelValues<R> {
-    /// The same of another number of rows.
+impl RowTile for PanelValues {
     #[inline(always)]
-    pub fn of_rows<const N: usize>(self) -> PanelValues<N> {
-        let Self { weights, acc, acc_row, v, columns, keys, fresh } = self;
-        PanelValues { weights, acc, acc_row, v, columns, keys, fresh }
-    }
-}
-
-impl<const R: usize> Outlined for PanelValues<R> {
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
+    unsafe fn run<S: Simd, const R: usize>(self, s: S) {
         let Self { weights, acc, acc_row, v, columns, keys, fresh } = self;
         for (column, width) in value_slabs::<S>(0..columns) {
             let weighted = WeightedValues {
