@@ -426,6 +426,9 @@ pub fn attention_chunks(c: Call) -> i32 {
 fn attend(mut c: Call, form: Form) -> i32 {
     let (shared, span) = (form == Form::Shared, form == Form::Span);
     c.spoil_rate(if form == Form::Plain { 0.03 } else { 0.025 });
+    if span {
+        c.often_wild();
+    }
     let [mut batch, mut seq, mut kv_heads, dim] = c.shape();
     let v_dim = if c.maybe(0.7) { dim } else { c.dim() };
     let keys = match c.rng.below(40) {
