@@ -313,8 +313,10 @@ impl<T: RowTile, const ROWS: usize> Outlined for OfRows<T, ROWS> {
     }
 }
 
+/// Runs a product for `rows` rows.
+///
 /// # Safety
-/// As of [`RowTile::run`], for `rows` rows.
+/// As of [`RowTile::run`].
 #[inline(always)]
 unsafe fn run_tile<S: Simd>(s: S, tile: impl RowTile, rows: usize) {
     // SAFETY: the caller's.
