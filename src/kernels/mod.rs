@@ -17,9 +17,6 @@
 //!
 //! A kernel takes only what an operation has validated; it allocates nothing, starts no thread and keeps no state.
 
-// The registry then leaves levels out.
-#![cfg_attr(fuzzing, allow(dead_code))]
-
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 pub(crate) mod api;

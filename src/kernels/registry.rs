@@ -2,11 +2,9 @@
 //! the only source for dispatch, tests and benches.
 
 use super::api::{Function, KernelInfo, Op};
-#[cfg(target_arch = "x86_64")]
-use super::avx2;
 use super::scalar;
-#[cfg(all(target_arch = "x86_64", not(fuzzing)))]
-use super::{amx, avx512, avx512bf16, avx512vnni, avxvnni};
+#[cfg(target_arch = "x86_64")]
+use super::{amx, avx2, avx512, avx512bf16, avx512vnni, avxvnni};
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 use super::{neon, neonbf16, neondotprod, neoni8mm};
 use crate::format::CacheFormat;
@@ -41,21 +39,20 @@ macro_rules! entry {
 }
 pub(crate) use entry;
 
-/// The entries of every level, the portable one first. Fuzzing guided by coverage is about arguments, not about loops, whose counters
-/// take minutes to compile for a level: there, x86-64 has those up to AVX2.
+/// The entries of every level, the portable one first.
 static LEVELS: &[&[Entry]] = &[
     scalar::ENTRIES,
     #[cfg(target_arch = "x86_64")]
     avx2::ENTRIES,
-    #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
+    #[cfg(target_arch = "x86_64")]
     avxvnni::ENTRIES,
-    #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
+    #[cfg(target_arch = "x86_64")]
     avx512::ENTRIES,
-    #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
+    #[cfg(target_arch = "x86_64")]
     avx512vnni::ENTRIES,
-    #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
+    #[cfg(target_arch = "x86_64")]
     avx512bf16::ENTRIES,
-    #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
+    #[cfg(target_arch = "x86_64")]
     amx::ENTRIES,
     #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
     neon::ENTRIES,
@@ -75,7 +72,7 @@ pub(crate) fn saturating(level: Isa) -> &'static [Saturating] {
     match level {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::shells::SATURATING,
-        #[cfg(all(target_arch = "x86_64", not(fuzzing)))]
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => avx512::shells::SATURATING,
         #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
         Isa::Neon => neon::shells::SATURATING,
