@@ -26,18 +26,18 @@ static void expect(bool condition, const char *what) {
 int main() {
     kvlane::team team(8);
     for (std::size_t nth : {1, 3, 8}) {
-        layer layer;
+        layer served;
         std::vector<std::size_t> seen(nth);
         on_threads(nth, [&](std::size_t ith) {
-            for (std::int64_t tokens : {300, 700, 1, 1, 1}) {
-                const kvl_status status = team.enter(ith, nth, [&](const kvl_parallel_runner *runner) { layer.step(tokens, runner); });
+            for (const layer::part &added : layer::parts) {
+                const kvl_status status = team.enter(ith, nth, [&](const kvl_parallel_runner *runner) { served.step(added, runner); });
                 // Every member sees what the operator wrote, without a barrier of its own.
-                seen[ith] += status == KVL_STATUS_OK ? layer.outputs.size() : 0;
+                seen[ith] += status == KVL_STATUS_OK ? served.outputs.size() : 0;
                 // Members do not run ahead: the next operator would change what is being read.
                 team.enter(ith, nth, [](const kvl_parallel_runner *) {});
             }
         });
-        expect(layer.as_alone(), "the bits of one thread");
+        expect(served.as_alone(), "the bits of one thread");
         for (std::size_t sizes : seen) {
             expect(sizes == seen[0] && sizes > 0, "all members see the same outputs");
         }

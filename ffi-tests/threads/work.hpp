@@ -10,6 +10,13 @@
 struct layer {
     static constexpr std::int64_t batch = 2, capacity = 1100, heads = 8, kv_heads = 2, dim = 64;
 
+    /// New tokens, and how many of them attend.
+    struct part {
+        std::int64_t tokens, queries;
+    };
+    /// A prompt, more tokens of which the last attend, and three steps of decode.
+    static constexpr part parts[] = {{150, 150}, {850, 20}, {1, 1}, {1, 1}, {1, 1}};
+
     kvlane::context context;
     kvlane::workspace workspace;
     std::vector<float> k_cache, v_cache, outputs;
@@ -17,9 +24,10 @@ struct layer {
 
     layer() : k_cache(batch * capacity * kv_heads * dim), v_cache(k_cache.size()) {}
 
-    /// Adds `tokens` to every sequence and attends: a prompt, or a step of decode.
-    void step(std::int64_t tokens, const kvl_parallel_runner *runner) {
-        const std::vector<float> q = noise(batch * tokens * heads * dim, 1), k = noise(batch * tokens * kv_heads * dim, 2);
+    /// Adds tokens to every sequence, and the last of them attend.
+    void step(part added, const kvl_parallel_runner *runner) {
+        const auto [tokens, queries] = added;
+        const std::vector<float> q = noise(batch * queries * heads * dim, 1), k = noise(batch * tokens * kv_heads * dim, 2);
         std::vector<float> out(q.size());
         kvl_kv_write_params write = KVL_KV_WRITE_PARAMS_INIT;
         write.k = write.v = kvlane::view(k.data(), {batch, tokens, kv_heads, dim});
@@ -31,20 +39,19 @@ struct layer {
             length += static_cast<std::int32_t>(tokens);
         }
         kvl_attention_params attention = KVL_ATTENTION_PARAMS_INIT;
-        attention.q = kvlane::view(q.data(), {batch, tokens, heads, dim});
+        attention.q = kvlane::view(q.data(), {batch, queries, heads, dim});
         attention.k = kvlane::as_const(write.k_cache);
         attention.v = kvlane::as_const(write.v_cache);
-        attention.out = kvlane::view(out, {batch, tokens, heads, dim});
+        attention.out = kvlane::view(out, {batch, queries, heads, dim});
         attention.flags = KVL_ATTENTION_FLAG_CAUSAL;
         attention.lengths = lengths.data();
         kvlane::attention(context, workspace, attention, runner);
         outputs.insert(outputs.end(), out.begin(), out.end());
     }
 
-    /// A prompt of 300 tokens, then 700 more, and three steps of decode.
     void run(const kvl_parallel_runner *runner) {
-        for (std::int64_t tokens : {300, 700, 1, 1, 1}) {
-            step(tokens, runner);
+        for (const part &added : parts) {
+            step(added, runner);
         }
     }
 
