@@ -31,7 +31,7 @@
 
 /// Elements that are converted at a time, as many as blocks have.
 pub(crate) use super::blocks::N;
-use super::copy::{gather, prefetch_next, scatter};
+use super::copy::{prefetch_next, scatter};
 use super::quantize::{self, MAX_VECTORS, Reciprocal, Reciprocals, Vectors, min_lane, together, widest};
 use crate::dtype::DType;
 use crate::kernels::api::{AffineArgs, ScaledArgs};
@@ -39,7 +39,6 @@ use crate::kernels::simd::{LoadStore, MAX_LANES, Max, Min, Outlined, Simd};
 use crate::view::{AffineGroups, AffineRow, ZeroType};
 use crate::{Affine, Integers, Nibbles, Zeros};
 use half::{bf16, f16};
-use std::marker::PhantomData;
 
 /// The scale of a group of equal elements whose zero points are floats.
 const CONSTANT: f32 = 1e-4;
@@ -531,28 +530,6 @@ pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore, const BITS: u32>(s: S, ar
     }
 }
 
-/// Loads `n <= N` elements with any stride as f32; the others are the last one.
-///
-/// # Safety
-/// The elements are readable, and there is one.
-#[inline(always)]
-unsafe fn load<S: Simd, A: LoadStore>(s: S, from: *const A, step: isize, n: usize) -> Vectors<S> {
-    let (mut x, mut stage, mut source) = ([s.zero(); MAX_VECTORS], [A::default(); N], from);
-    // SAFETY: the caller's; arrays hold N.
-    unsafe {
-        if step != 1 || n < N {
-            gather(from, step, stage.as_mut_ptr(), n);
-            let last = stage[n - 1];
-            stage[n..].fill(last);
-            source = stage.as_ptr();
-        }
-        for (i, x) in x[..N / S::LANES].iter_mut().enumerate() {
-            *x = A::load(s, source.add(i * S::LANES));
-        }
-    }
-    x
-}
-
 /// The nearest integer, ties to even, of a number below 2^22.
 #[inline(always)]
 fn rounded(x: f32) -> f32 {
@@ -959,7 +936,7 @@ impl<'a, const BITS: u32> Together<'a, BITS> {
                 let (heads, first) = (head..head + 1, number * self.group);
                 let elements = first..first + self.group;
                 // SAFETY: the caller's.
-                unsafe { s.outline(Each::<A, BITS> { args: self.args, heads, elements, source: PhantomData }) };
+                unsafe { s.outline(Each::<BITS> { args: self.args, dtype: A::DTYPE, heads, elements }) };
                 continue;
             }
             let (at, row) = (number * self.group, self.affine.row(self.args.first + head));
@@ -1063,108 +1040,94 @@ unsafe fn extremes<S: Simd, A: LoadStore>(
     (least, most, s.add(s.add(sum[0], sum[1]), s.add(sum[2], sum[3])))
 }
 
-/// Groups that are quantised one after another: these elements of these heads.
-struct Each<'a, A, const BITS: u32> {
-    args: &'a ScaledArgs<'a>,
-    heads: std::ops::Range<usize>,
-    elements: std::ops::Range<usize>,
-    source: PhantomData<A>,
-}
-
-impl<A: LoadStore, const BITS: u32> Outlined for Each<'_, A, BITS> {
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self, s: S) {
-        // SAFETY: the caller's.
-        unsafe { each::<_, A, BITS>(s, self.args, self.heads, self.elements) };
-    }
-}
-
 /// Quantises `heads` vectors, of as many tokens as share scales.
 ///
 /// # Safety
 /// Every address that `args` describes is valid; source, units, scales and zero points do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, const BITS: u32>(s: S, args: &ScaledArgs) {
-    let (heads, elements) = (0..args.copy.heads, 0..args.copy.dim);
+    let together = if const { S::WRITES_SEVERAL } { Together::<BITS>::new(args) } else { None };
     // SAFETY: the caller's.
     unsafe {
-        if const { !S::WRITES_SEVERAL } {
-            each::<_, A, BITS>(s, args, heads, elements);
-        } else if let Some(groups) = Together::<BITS>::new(args) {
-            groups.quantize::<_, A>(s);
-        } else {
-            s.outline(Each::<A, BITS> { args, heads, elements, source: PhantomData });
+        match together {
+            Some(groups) => groups.quantize::<_, A>(s),
+            None => {
+                s.outline(Each::<BITS> { args, dtype: A::DTYPE, heads: 0..args.copy.heads, elements: 0..args.copy.dim })
+            }
         }
     }
 }
 
-/// Quantises groups one after another, or several of a block: these elements of these heads.
-///
-/// # Safety
-/// As [`quantize`]; the elements are whole groups.
-#[inline(always)]
-unsafe fn each<S: Simd, A: LoadStore, const BITS: u32>(
-    s: S,
-    args: &ScaledArgs,
+/// Groups that are quantised one after another, or several of a block: these elements of these heads, whole groups. One function for all
+/// types of elements.
+struct Each<'a, const BITS: u32> {
+    args: &'a ScaledArgs<'a>,
+    dtype: DType,
     heads: std::ops::Range<usize>,
     elements: std::ops::Range<usize>,
-) {
-    let (c, affine) = (&args.copy, described(args));
-    let groups = &affine.groups;
-    let group = groups.group.min(c.dim).max(1);
-    // Groups that are quantised together, and the elements of them.
-    let width = (N / group).max(1) * group;
-    let range = Range::new::<BITS>(groups.of.integers);
-    let divides = groups.zero_type.is_some() && groups.of.zeros != Zeros::Point;
-    let mut quotients = Quotients { less: [0.0; N], zero: [0.0; N], moved: [0.0; N], factor: [0.0; N], void: [0.0; N] };
-    for head in heads {
-        let row = affine.row(args.first + head);
-        let src = c.src.cast::<A>().wrapping_offset(head as isize * c.src_head);
-        let dst = c.dst.wrapping_offset(head as isize * c.dst_head);
-        for first in elements.clone().step_by(width) {
-            let n = (elements.end - first).min(width);
-            let at = |token: usize, i: usize| {
-                let elements = token as isize * affine.src_token + (first + i) as isize * c.src_dim;
-                src.wrapping_offset(elements)
-            };
-            let mut extremes = Extremes::new(s);
-            if !groups.fixed {
+}
+
+impl<const BITS: u32> Outlined for Each<'_, BITS> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { args, dtype, heads, elements } = self;
+        let (c, affine) = (&args.copy, described(args));
+        let groups = &affine.groups;
+        let group = groups.group.min(c.dim).max(1);
+        // Groups that are quantised together, and the elements of them.
+        let width = (N / group).max(1) * group;
+        let range = Range::new::<BITS>(groups.of.integers);
+        let size = dtype.size() as isize;
+        let divides = groups.zero_type.is_some() && groups.of.zeros != Zeros::Point;
+        let mut quotients =
+            Quotients { less: [0.0; N], zero: [0.0; N], moved: [0.0; N], factor: [0.0; N], void: [0.0; N] };
+        for head in heads {
+            let row = affine.row(args.first + head);
+            let src = c.src.wrapping_offset(head as isize * c.src_head * size);
+            let dst = c.dst.wrapping_offset(head as isize * c.dst_head);
+            for first in elements.clone().step_by(width) {
+                let n = (elements.end - first).min(width);
+                let at = |token: usize, i: usize| {
+                    let elements = token as isize * affine.src_token + (first + i) as isize * c.src_dim;
+                    src.wrapping_offset(elements * size)
+                };
+                let mut extremes = Extremes::new(s);
+                if !groups.fixed {
+                    for token in 0..affine.tokens {
+                        for i in (0..n).step_by(N) {
+                            let len = (n - i).min(N);
+                            // SAFETY: the caller's.
+                            extremes.fold(s, &unsafe { quantize::load(s, dtype, at(token, i), c.src_dim, len) });
+                        }
+                    }
+                }
+                for lanes in (0..n.min(N)).step_by(group) {
+                    let (index, lanes) = ((first + lanes) / group, lanes..(lanes + group).min(N));
+                    // SAFETY: the caller's.
+                    let both = unsafe {
+                        if groups.fixed {
+                            parameters(groups, &row, index)
+                        } else {
+                            let extremes = extremes.of(s, lanes.clone());
+                            computed(groups, range, &row, (index, affine.tokens), extremes)
+                        }
+                    };
+                    quotients.set(groups, both, if n > N || group >= N { 0..N } else { lanes });
+                }
                 for token in 0..affine.tokens {
                     for i in (0..n).step_by(N) {
                         let len = (n - i).min(N);
-                        // SAFETY: the caller's.
-                        extremes.fold(s, &unsafe { load(s, at(token, i), c.src_dim, len) });
-                    }
-                }
-            }
-            for lanes in (0..n.min(N)).step_by(group) {
-                let (index, lanes) = ((first + lanes) / group, lanes..(lanes + group).min(N));
-                // SAFETY: the caller's.
-                let both = unsafe {
-                    if groups.fixed {
-                        parameters(groups, &row, index)
-                    } else {
-                        let extremes = extremes.of(s, lanes.clone());
-                        computed(groups, range, &row, (index, affine.tokens), extremes)
-                    }
-                };
-                quotients.set(groups, both, if n > N || group >= N { 0..N } else { lanes });
-            }
-            for token in 0..affine.tokens {
-                for i in (0..n).step_by(N) {
-                    let len = (n - i).min(N);
-                    // SAFETY: the caller's; what is written are the units of these elements.
-                    unsafe {
-                        let x = load(s, at(token, i), c.src_dim, len);
-                        let bytes = token as isize * affine.dst_token + ((first + i) * BITS as usize / 8) as isize;
-                        let to = dst.wrapping_offset(bytes);
-                        if len == N {
-                            quotients.put::<S, BITS>(s, range, (divides, groups.of.nibbles), &x, to);
-                        } else {
+                        // SAFETY: the caller's; what is written are the units of these elements.
+                        unsafe {
+                            let x = quantize::load(s, dtype, at(token, i), c.src_dim, len);
+                            let bytes = token as isize * affine.dst_token + ((first + i) * BITS as usize / 8) as isize;
+                            let to = dst.wrapping_offset(bytes);
                             let mut units = [0u8; N];
-                            let stage = units.as_mut_ptr();
-                            quotients.put::<S, BITS>(s, range, (divides, groups.of.nibbles), &x, stage);
-                            std::ptr::copy_nonoverlapping(stage, to, len * BITS as usize / 8);
+                            let target = if len == N { to } else { units.as_mut_ptr() };
+                            quotients.put::<S, BITS>(s, range, (divides, groups.of.nibbles), &x, target);
+                            if len < N {
+                                std::ptr::copy_nonoverlapping(target, to, len * BITS as usize / 8);
+                            }
                         }
                     }
                 }

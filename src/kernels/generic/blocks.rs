@@ -34,10 +34,11 @@
 //! each step: ties of q8_0 are rounded in words, from cut-off doubles, and numbers are limited as bytes. That is 30 operations for a
 //! block of q8_0, 45 for q4_0, beside 20 for its addresses and a share of the tree: 18 and 21 cycles.
 
-use super::copy::{gather, prefetch_next, scatter};
+use super::copy::{prefetch_next, scatter};
 use super::quantize::{self, MAX_VECTORS, Vectors, min_lane, widest};
+use crate::dtype::DType;
 use crate::kernels::api::{CopyArgs, ScaledArgs};
-use crate::kernels::simd::{LoadStore, MAX_LANES, Max, MaxBits, Min, Simd};
+use crate::kernels::simd::{LoadStore, MAX_LANES, Max, MaxBits, Min, Outlined, Simd};
 use half::f16;
 use std::mem::MaybeUninit;
 
@@ -833,16 +834,12 @@ unsafe fn quantize_several<S: Simd, A: LoadStore, U: BlockUnit>(s: S, args: &Sca
     let mut several =
         [const { Several::<A, U> { from: [std::ptr::null(); _], to: [std::ptr::null_mut(); _], n: 0 } }; 2];
     let mut factors = [Factors::new(), Factors::new()];
-    blocks.take(s, &mut several[0]);
-    if several[0].n > 0 {
-        // SAFETY: the caller's, here and below.
-        unsafe { U::factors(s, &several[0], &mut factors[0]) };
-    }
     let mut now = 0;
-    while several[now].n > 0 {
+    // The first turn writes nothing.
+    loop {
         let next = 1 - now;
         blocks.take(s, &mut several[next]);
-        // SAFETY: as above.
+        // SAFETY: the caller's.
         unsafe {
             if several[next].n > 0 {
                 U::factors(s, &several[next], &mut factors[next]);
@@ -856,9 +853,13 @@ unsafe fn quantize_several<S: Simd, A: LoadStore, U: BlockUnit>(s: S, args: &Sca
             let mut left = factors.left & ((1 << several.n) - 1);
             while left != 0 {
                 let i = left.trailing_zeros() as usize;
-                *several.to[i] = quantized(s, &several.elements(s, i));
+                let (dtype, from) = (A::DTYPE, several.from[i].cast());
+                s.outline(Blocks { dtype, from, step: 1, to: several.to[i], n: 1 });
                 left &= left - 1;
             }
+        }
+        if several[next].n == 0 {
+            break;
         }
         now = next;
     }
@@ -870,30 +871,55 @@ unsafe fn quantize_several<S: Simd, A: LoadStore, U: BlockUnit>(s: S, args: &Sca
 /// Every address that `args` describes is valid; source and units do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn quantize<S: Simd, A: LoadStore, U: BlockUnit>(s: S, args: &ScaledArgs) {
-    if const { S::WRITES_SEVERAL } && args.copy.src_dim == 1 && args.copy.dim >= N {
+    let c = &args.copy;
+    if const { S::WRITES_SEVERAL } && c.src_dim == 1 && c.dim >= N {
         // SAFETY: the caller's.
         unsafe { quantize_several::<_, A, U>(s, args) };
         return;
     }
-    let c = &args.copy;
     for head in 0..c.heads as isize {
         let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
-        let dst = c.dst.cast::<U>().wrapping_offset(head * c.dst_head);
-        for block in 0..c.dim / N {
-            let (mut x, mut stage) = ([s.zero(); MAX_VECTORS], [A::default(); N]);
-            let mut from = src.wrapping_offset((block * N) as isize * c.src_dim);
-            // SAFETY: the caller's; a block has whole vectors.
+        let to = c.dst.cast::<U>().wrapping_offset(head * c.dst_head);
+        // SAFETY: the caller's.
+        unsafe { s.outline(Blocks { dtype: A::DTYPE, from: src.cast(), step: c.src_dim, to, n: c.dim / N }) };
+    }
+}
+
+/// Blocks of elements that are `step` elements apart, which are quantised one after another. One function for all types of elements.
+struct Blocks<U> {
+    dtype: DType,
+    from: *const u8,
+    step: isize,
+    to: *mut U,
+    n: usize,
+}
+
+impl<U: BlockUnit> Outlined for Blocks<U> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let block = (N * self.dtype.size()) as isize * self.step;
+        for i in 0..self.n {
+            let from = self.from.wrapping_offset(i as isize * block);
+            // SAFETY: the caller's.
             unsafe {
-                if c.src_dim != 1 {
-                    gather(from, c.src_dim, stage.as_mut_ptr(), N);
-                    from = stage.as_ptr();
-                }
-                for (i, x) in x[..N / S::LANES].iter_mut().enumerate() {
-                    *x = A::load(s, from.add(i * S::LANES));
-                }
-                *dst.wrapping_add(block) = quantized(s, &x);
+                let x = quantize::load(s, self.dtype, from, self.step, N);
+                *self.to.add(i) = quantized(s, &x);
             }
         }
+    }
+}
+
+/// [`BlockUnit::widen`], for elements that are stored as any type.
+struct Widened<U> {
+    block: *const U,
+    to: *mut f32,
+}
+
+impl<U: BlockUnit> Outlined for Widened<U> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        // SAFETY: the caller's.
+        unsafe { (*self.block).widen(s, self.to) }
     }
 }
 
@@ -912,7 +938,7 @@ pub(crate) unsafe fn dequantize<S: Simd, U: BlockUnit, B: LoadStore>(s: S, args:
             let to = dst.wrapping_offset((block * N) as isize * c.dst_dim);
             // SAFETY: the caller's; a block has whole vectors.
             unsafe {
-                (*src.wrapping_add(block)).widen(s, x.as_mut_ptr());
+                s.outline(Widened { block: src.wrapping_add(block), to: x.as_mut_ptr() });
                 let target = if c.dst_dim == 1 { to } else { stage.as_mut_ptr() };
                 for i in (0..N).step_by(S::LANES) {
                     B::store(s, target.add(i), s.load_f32(x.as_ptr().add(i)));

@@ -6,7 +6,9 @@
 
 use crate::dtype::DType;
 use crate::kernels::api::CopyArgs;
-use crate::kernels::simd::{LoadStore, MAX_LANES, Simd, lines};
+use crate::kernels::simd::{LoadStore, MAX_LANES, Outlined, Simd, lines};
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 /// Copies `n` elements that lie together, converting them.
 ///
@@ -50,6 +52,28 @@ pub(crate) unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(s: S, src: *const 
 /// Every address that `args` describes is valid; source and target do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn copy<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &CopyArgs) {
+    // SAFETY: the caller's.
+    unsafe { s.outline(Heads { args, types: PhantomData::<(A, B)> }) }
+}
+
+/// [`copy`]: one function for all that copies.
+struct Heads<'a, A, B> {
+    args: &'a CopyArgs,
+    types: PhantomData<(A, B)>,
+}
+
+impl<A: LoadStore, B: LoadStore> Outlined for Heads<'_, A, B> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        // SAFETY: the caller's.
+        unsafe { heads::<S, A, B>(s, self.args) }
+    }
+}
+
+/// # Safety
+/// As [`copy`].
+#[inline(always)]
+unsafe fn heads<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &CopyArgs) {
     if !args.second.is_null() {
         for head in 0..args.heads {
             let [src, second] =
@@ -64,11 +88,13 @@ pub(crate) unsafe fn copy<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &Copy
     }
     // Heads that lie one after the other on both sides are one run.
     let dim = args.dim as isize;
-    let together =
-        args.repeats == 1 && (args.src_dim, args.dst_dim) == (1, 1) && (args.src_head, args.dst_head) == (dim, dim);
+    let contiguous = (args.src_dim, args.dst_dim) == (1, 1);
+    let together = args.repeats == 1 && contiguous && (args.src_head, args.dst_head) == (dim, dim);
     let (heads, dim) = if together { (1, args.heads * args.dim) } else { (args.heads, args.dim) };
-    // A conversion of one vector at a time is slow enough for the hardware's prefetcher.
+    // A conversion of one vector at a time is slow enough for the hardware's prefetcher; of several, a part at a time is converted, so
+    // that prefetches are spread.
     let asks = A::DTYPE == B::DTYPE && (args.src_prefetch, args.dst_prefetch) != (0, 0);
+    let by_parts = const { S::WRITES_SEVERAL } && args.src_prefetch != 0 && contiguous;
     for head in 0..heads {
         let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
         for repeat in 0..args.repeats {
@@ -78,23 +104,30 @@ pub(crate) unsafe fn copy<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &Copy
                 let src_prefetch = if repeat == 0 { args.src_prefetch } else { 0 };
                 ask_for_next::<S, A, B>(s, &CopyArgs { src_prefetch, ..*args }, src, dst, dim);
             }
-            if args.src_dim == 1 && args.dst_dim == 1 {
-                if const { S::WRITES_SEVERAL } && A::DTYPE != B::DTYPE && args.src_prefetch != 0 {
-                    // A part at a time, so that prefetches are spread.
-                    for first in (0..dim).step_by(STAGE) {
-                        let (n, src, dst) =
-                            ((dim - first).min(STAGE), src.wrapping_add(first), dst.wrapping_add(first));
-                        ask_for_next::<S, A, B>(s, args, src, dst, n);
-                        // SAFETY: the caller's.
-                        unsafe { run::<S, A, B>(s, src, dst, n) };
+            if A::DTYPE == B::DTYPE {
+                // SAFETY: the caller's; equal types need no conversion.
+                unsafe {
+                    if contiguous {
+                        run::<S, A, B>(s, src, dst, dim);
+                    } else {
+                        for i in 0..dim as isize {
+                            *dst.wrapping_offset(i * args.dst_dim) = *src.cast::<B>().wrapping_offset(i * args.src_dim);
+                        }
                     }
-                    continue;
+                }
+                continue;
+            }
+            let mut first = 0;
+            while first < dim {
+                let n = if by_parts { (dim - first).min(STAGE) } else { dim };
+                // Nothing but whole vectors has strides.
+                let (src, dst) = (src.wrapping_add(first), dst.wrapping_add(first));
+                if by_parts {
+                    ask_for_next::<S, A, B>(s, args, src, dst, n);
                 }
                 // SAFETY: the caller's.
-                unsafe { run::<S, A, B>(s, src, dst, dim) };
-            } else {
-                // SAFETY: the caller's.
-                unsafe { strided::<S, A, B>(s, src, args.src_dim, dst, args.dst_dim, dim) };
+                unsafe { convert(s, (src, args.src_dim), (dst, args.dst_dim), n, &Same) };
+                first += n;
             }
         }
     }
@@ -160,92 +193,67 @@ unsafe fn interleave<S: Simd, A: LoadStore, B: LoadStore>(s: S, src: [*const A; 
 /// Elements a staging buffer holds.
 pub(crate) const STAGE: usize = 256;
 
-/// Copies `n` elements with any strides through a buffer, so that they are converted by the same instructions as others.
-///
-/// # Safety
-/// As [`run`], with strides.
-#[inline(always)]
-unsafe fn strided<S: Simd, A: LoadStore, B: LoadStore>(
-    s: S,
-    src: *const A,
-    src_dim: isize,
-    dst: *mut B,
-    dst_dim: isize,
-    n: usize,
-) {
-    if A::DTYPE == B::DTYPE {
-        for i in 0..n as isize {
-            // SAFETY: the caller's; equal types need no conversion.
-            unsafe { *dst.wrapping_offset(i * dst_dim) = *src.cast::<B>().wrapping_offset(i * src_dim) };
-        }
-        return;
-    }
-    // SAFETY: the caller's; what is staged lies in buffers.
-    unsafe { staged(s, (src, src_dim), (dst, dst_dim), n, &Converted) };
-}
-
-/// What is made of elements that lie together. No closure: that would be a function of its own, without the level's features.
-pub(crate) trait Staged {
-    /// `len` elements, from number `first` of a vector on.
+/// What is made of numbers that lie together. No closure: that would be a function of its own, without the level's features.
+pub(crate) trait Converted<A, B> {
+    /// Those of a vector from number `first` on.
     ///
     /// # Safety
-    /// As [`run`].
-    unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(
-        &self,
-        s: S,
-        first: usize,
-        from: *const A,
-        to: *mut B,
-        len: usize,
-    );
+    /// `n` numbers are readable at `src` and writable at `dst`.
+    unsafe fn run<S: Simd>(&self, s: S, first: usize, src: *const A, dst: *mut B, n: usize);
 }
 
 /// The same numbers.
-struct Converted;
+struct Same;
 
-impl Staged for Converted {
+impl<A: LoadStore, B: LoadStore> Converted<A, B> for Same {
     #[inline(always)]
-    unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(
-        &self,
-        s: S,
-        _first: usize,
-        from: *const A,
-        to: *mut B,
-        len: usize,
-    ) {
+    unsafe fn run<S: Simd>(&self, s: S, _: usize, src: *const A, dst: *mut B, n: usize) {
         // SAFETY: the caller's.
-        unsafe { run::<S, A, B>(s, from, to, len) };
+        unsafe { run::<S, A, B>(s, src, dst, n) };
     }
 }
 
-/// Brings `n` elements with any strides into a buffer, a part at a time, and what is made of it to its place.
+/// Converts a vector of `n` numbers with any strides; through buffers, a part at a time, if they do not lie together, so that all are
+/// converted by the same instructions.
 ///
 /// # Safety
-/// The elements are readable and writable.
+/// The numbers are readable and writable.
 #[inline(always)]
-pub(crate) unsafe fn staged<S: Simd, A: LoadStore, B: LoadStore>(
+pub(crate) unsafe fn convert<S: Simd, A: Copy, B: Copy>(
     s: S,
     (src, src_dim): (*const A, isize),
     (dst, dst_dim): (*mut B, isize),
     n: usize,
-    stage: &impl Staged,
+    converted: &impl Converted<A, B>,
 ) {
-    let mut from = [A::default(); STAGE];
-    let mut to = [B::default(); STAGE];
-    for first in (0..n).step_by(STAGE) {
-        let (len, at) = ((n - first).min(STAGE), first as isize);
-        // SAFETY: the caller's; len fits both buffers.
+    let mut from = MaybeUninit::<[A; STAGE]>::uninit();
+    let mut to = MaybeUninit::<[B; STAGE]>::uninit();
+    let (from, to): (*mut A, *mut B) = (from.as_mut_ptr().cast(), to.as_mut_ptr().cast());
+    let mut first = 0;
+    while first < n {
+        let len = if (src_dim, dst_dim) == (1, 1) { n } else { (n - first).min(STAGE) };
+        let mut source = src.wrapping_offset(first as isize * src_dim);
+        let target = dst.wrapping_offset(first as isize * dst_dim);
+        // SAFETY: the caller's; len fits both buffers where they are used.
         unsafe {
-            gather(src.wrapping_offset(at * src_dim), src_dim, from.as_mut_ptr(), len);
-            stage.run(s, first, from.as_ptr(), to.as_mut_ptr(), len);
-            scatter(to.as_ptr(), dst.wrapping_offset(at * dst_dim), dst_dim, len);
+            if src_dim != 1 {
+                gather(source, src_dim, from, len);
+                source = from;
+            }
+            converted.run(s, first, source, if dst_dim == 1 { target } else { to }, len);
+            if dst_dim != 1 {
+                scatter(to, target, dst_dim, len);
+            }
         }
+        first += len;
     }
 }
 
+// Strides between elements are rare, and many kernels end here: one function for all.
+
 /// # Safety
 /// `n` elements are readable at `src` with that stride, and writable at `dst` without.
-#[inline(always)]
+#[inline(never)]
 pub(crate) unsafe fn gather<T: Copy>(src: *const T, stride: isize, dst: *mut T, n: usize) {
     for i in 0..n {
         // SAFETY: the caller's.
@@ -255,7 +263,7 @@ pub(crate) unsafe fn gather<T: Copy>(src: *const T, stride: isize, dst: *mut T, 
 
 /// # Safety
 /// `n` elements are readable at `src`, and writable at `dst` with that stride.
-#[inline(always)]
+#[inline(never)]
 pub(crate) unsafe fn scatter<T: Copy>(src: *const T, dst: *mut T, stride: isize, n: usize) {
     for i in 0..n {
         // SAFETY: the caller's.

@@ -20,12 +20,11 @@
 //! vector, 11 with a scale, and 4 for signs, NaN and packing; at the 2.5 operations per cycle that such a mix reaches, 100 cycles of a
 //! head of 128.
 
-use super::copy::{STAGE, prefetch_next};
-use super::quantize::{self, Converted, Reciprocal, Reciprocals, ToElements, convert};
+use super::copy::{Converted, STAGE, convert, prefetch_next};
+use super::quantize::{self, Reciprocal, Reciprocals, ToElements};
 use crate::kernels::api::ScaledArgs;
 use crate::kernels::simd::{BLOCK, Load, LoadStore, MAX_VECTORS, Simd};
 use half::f16;
-use std::mem::MaybeUninit;
 
 /// A unit of [`CacheFormat::Fp8E4m3`](crate::CacheFormat::Fp8E4m3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -129,16 +128,13 @@ pub(crate) unsafe fn encode<S: Simd, A: LoadStore, U: Fp8>(s: S, args: &ScaledAr
         unsafe { encode_together::<_, A, U>(s, args) };
         return;
     }
-    let mut from = MaybeUninit::<[A; STAGE]>::uninit();
-    let mut to = MaybeUninit::<[U; STAGE]>::uninit();
-    let (from, to): (*mut A, *mut U) = (from.as_mut_ptr().cast(), to.as_mut_ptr().cast());
     for head in 0..c.heads as isize {
         let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
         let dst = c.dst.cast::<U>().wrapping_offset(head * c.dst_head);
-        // SAFETY: the caller's; what is staged fits its buffer.
+        // SAFETY: the caller's.
         unsafe {
             let units = ToUnits(scale_of(args, head));
-            convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &units);
+            convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, &units);
         }
     }
 }
@@ -181,7 +177,7 @@ unsafe fn encode_together<S: Simd, A: LoadStore, U: Fp8>(s: S, args: &ScaledArgs
                 };
             }
             if done < dim {
-                ToUnits(scale).run(s, src.add(done), dst.add(done), dim - done);
+                ToUnits(scale).run(s, done, src.add(done), dst.add(done), dim - done);
             }
         }
     }
@@ -224,7 +220,7 @@ struct ToUnits(f32);
 
 impl<A: LoadStore, U: Fp8> Converted<A, U> for ToUnits {
     #[inline(always)]
-    unsafe fn run<S: Simd>(&self, s: S, src: *const A, dst: *mut U, n: usize) {
+    unsafe fn run<S: Simd>(&self, s: S, _: usize, src: *const A, dst: *mut U, n: usize) {
         let (dst, scale, divides) = (dst.cast::<u8>(), s.splat(self.0), self.0 != 1.0);
         let mut i = 0;
         while i < n {
@@ -251,16 +247,13 @@ impl<A: LoadStore, U: Fp8> Converted<A, U> for ToUnits {
 #[inline(always)]
 pub(crate) unsafe fn decode<S: Simd, U: Fp8, B: LoadStore>(s: S, args: &ScaledArgs) {
     let c = &args.copy;
-    let mut from = MaybeUninit::<[U; STAGE]>::uninit();
-    let mut to = MaybeUninit::<[B; STAGE]>::uninit();
-    let (from, to): (*mut U, *mut B) = (from.as_mut_ptr().cast(), to.as_mut_ptr().cast());
     for head in 0..c.heads as isize {
         let src = c.src.cast::<U>().wrapping_offset(head * c.src_head);
         let dst = c.dst.cast::<B>().wrapping_offset(head * c.dst_head);
-        // SAFETY: the caller's; what is staged fits its buffer.
+        // SAFETY: the caller's.
         unsafe {
             let elements = ToElements(scale_of(args, head));
-            convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &elements);
+            convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, &elements);
         }
     }
 }

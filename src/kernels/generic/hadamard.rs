@@ -71,10 +71,8 @@ pub(crate) unsafe fn hadamard<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &
                     }
                 }
                 rotate_row(s, stage, n, block);
-                if c.dst_dim == 1 {
-                    copy::run::<S, f32, B>(s, stage, dst, n);
-                } else {
-                    copy::run::<S, f32, B>(s, stage, to, n);
+                copy::run::<S, f32, B>(s, stage, if c.dst_dim == 1 { dst } else { to }, n);
+                if c.dst_dim != 1 {
                     copy::scatter(to, dst, c.dst_dim, n);
                 }
             }

@@ -9,9 +9,10 @@
 //! many. A head is read twice, the second time from the first-level cache. Several heads are processed together, first
 //! their sums, then their roots, to overlap the latency of the roots.
 
-use super::copy::{self, STAGE, Staged};
+use super::copy::{self, Converted, STAGE};
 use crate::kernels::api::NormArgs;
-use crate::kernels::simd::{LoadStore, MAX_LANES, Simd};
+use crate::kernels::simd::{LoadStore, MAX_LANES, Simd, copy_part};
+use std::mem::MaybeUninit;
 
 /// Independent sums; [`STAGE`] is a multiple of it.
 const SUMS: usize = MAX_LANES;
@@ -41,33 +42,10 @@ pub(crate) unsafe fn rms_norm<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &
             let dst = c.dst.cast::<B>().wrapping_offset(head as isize * c.dst_head);
             // SAFETY: the caller's.
             unsafe {
-                scale_strided::<S, A, B>(s, (source(head), c.src_dim), (dst, c.dst_dim), args.weight, root, c.dim)
-            };
+                let scaled = Scaled { weight: args.weight, root };
+                copy::convert(s, (source(head), c.src_dim), (dst, c.dst_dim), c.dim, &scaled);
+            }
         }
-    }
-}
-
-/// [`scale`] with any strides.
-///
-/// # Safety
-/// As [`scale`], with strides.
-#[inline(always)]
-unsafe fn scale_strided<S: Simd, A: LoadStore, B: LoadStore>(
-    s: S,
-    (src, src_dim): (*const A, isize),
-    (dst, dst_dim): (*mut B, isize),
-    weight: *const f32,
-    root: f32,
-    n: usize,
-) {
-    if src_dim == 1 && dst_dim == 1 {
-        // SAFETY: the caller's.
-        unsafe { scale::<S, A, B>(s, src, dst, weight, root, n) };
-        return;
-    }
-    // SAFETY: the caller's; what is staged lies in buffers.
-    unsafe {
-        copy::staged(s, (src, src_dim), (dst, dst_dim), n, &Scaled { weight, root });
     }
 }
 
@@ -77,19 +55,12 @@ struct Scaled {
     root: f32,
 }
 
-impl Staged for Scaled {
+impl<A: LoadStore, B: LoadStore> Converted<A, B> for Scaled {
     #[inline(always)]
-    unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(
-        &self,
-        s: S,
-        first: usize,
-        from: *const A,
-        to: *mut B,
-        len: usize,
-    ) {
+    unsafe fn run<S: Simd>(&self, s: S, first: usize, src: *const A, dst: *mut B, n: usize) {
         let weight = if self.weight.is_null() { self.weight } else { self.weight.wrapping_add(first) };
         // SAFETY: the caller's.
-        unsafe { scale::<S, A, B>(s, from, to, weight, self.root, len) };
+        unsafe { scale::<S, A, B>(s, src, dst, weight, self.root, n) };
     }
 }
 
@@ -98,21 +69,21 @@ impl Staged for Scaled {
 #[inline(always)]
 unsafe fn sum_of_squares<S: Simd, A: LoadStore>(s: S, src: *const A, stride: isize, n: usize) -> f64 {
     let mut sums = [0.0f64; SUMS];
-    if stride == 1 {
-        // SAFETY: the caller's.
-        unsafe { add_squares::<S, A>(s, src, n, &mut sums) };
-    } else {
-        let mut from = [A::default(); STAGE];
-        let mut done = 0;
-        while done < n {
-            let len = (n - done).min(STAGE);
-            // SAFETY: the caller's; len fits the buffer.
-            unsafe {
-                copy::gather(src.wrapping_offset(done as isize * stride), stride, from.as_mut_ptr(), len);
-                add_squares::<S, A>(s, from.as_ptr(), len, &mut sums);
+    let mut stage = MaybeUninit::<[A; STAGE]>::uninit();
+    let stage: *mut A = stage.as_mut_ptr().cast();
+    let mut done = 0;
+    while done < n {
+        let len = if stride == 1 { n } else { (n - done).min(STAGE) };
+        let mut from = src.wrapping_offset(done as isize * stride);
+        // SAFETY: the caller's; len fits the stage where it is used.
+        unsafe {
+            if stride != 1 {
+                copy::gather(from, stride, stage, len);
+                from = stage;
             }
-            done += len;
+            add_squares::<S, A>(s, from, len, &mut sums);
         }
+        done += len;
     }
     let mut width = SUMS;
     while width > 1 {
@@ -130,17 +101,16 @@ unsafe fn sum_of_squares<S: Simd, A: LoadStore>(s: S, src: *const A, stride: isi
 unsafe fn add_squares<S: Simd, A: LoadStore>(s: S, src: *const A, n: usize, sums: &mut [f64; SUMS]) {
     let mut i = 0;
     while i < n {
-        // Missing elements at the end are 0, which changes no sum.
-        let mut x = [0.0f32; SUMS];
-        let len = (n - i).min(SUMS);
-        // SAFETY: len elements are left, and fit into the buffer. The constant length makes the usual case two or four
-        // loads.
+        let last;
+        let (mut x, mut from) = ([0.0f32; SUMS], src.wrapping_add(i));
+        // SAFETY: what is left is readable, and fits into the buffer. The constant length makes it two or four loads.
         unsafe {
-            if len == SUMS {
-                copy::run::<S, A, f32>(s, src.add(i), x.as_mut_ptr(), SUMS);
-            } else {
-                copy::run::<S, A, f32>(s, src.add(i), x.as_mut_ptr(), len);
+            if n - i < SUMS {
+                // Missing elements at the end are 0, which changes no sum.
+                last = copy_part(from, n - i);
+                from = last.as_ptr();
             }
+            copy::run::<S, A, f32>(s, from, x.as_mut_ptr(), SUMS);
         }
         for (sum, x) in sums.iter_mut().zip(x) {
             *sum += f64::from(x) * f64::from(x);

@@ -21,12 +21,13 @@
 //! magnitudes, two multiply-adds, one conversion and 1.25 to pack them, at four per cycle 25 cycles of a head of 128. Loops with
 //! multiply-adds and packs reach 2.5 per cycle: 8 cycles for magnitudes and 27 for units, and with what is computed once per head 60.
 
-use super::copy::{STAGE, gather, prefetch_next, scatter};
+use super::copy::{Converted, STAGE, convert, gather, prefetch_next};
 use crate::dtype::DType;
 use crate::kernels::api::ScaledArgs;
+use crate::kernels::simd::{BLOCK, Load, LoadStore, MAX_LANES, MaxBits, Outlined, Simd};
 pub(super) use crate::kernels::simd::{BlockVectors as Vectors, MAX_VECTORS};
-use crate::kernels::simd::{Load, LoadStore, MAX_LANES, MaxBits, Simd};
-use half::f16;
+use half::{bf16, f16};
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -44,52 +45,59 @@ pub(crate) unsafe fn quantize<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs) {
         // The scales of the next heads are computed before the units of the last ones, which hides how long they take.
         let step = together::<S>();
         let mut scales = [Scales::new(), Scales::new()];
-        let mut now = 0;
-        // SAFETY: the caller's, here and below.
-        unsafe {
-            scales[0].compute::<_, A>(s, args, 0..step.min(heads));
-            while !scales[now].heads.is_empty() {
-                let (next, end) = (1 - now, scales[now].heads.end);
+        let (mut now, mut end) = (0, 0);
+        // The first turn writes nothing.
+        loop {
+            let next = 1 - now;
+            // SAFETY: the caller's.
+            unsafe {
                 scales[next].compute::<_, A>(s, args, end..(end + step).min(heads));
                 if scales[now].holds {
                     scales[now].quantize::<_, A>(s, args);
                 } else {
-                    each::<_, A>(s, args, scales[now].heads.clone());
+                    s.outline(Each::<A> { args, heads: scales[now].heads.clone(), elements: PhantomData });
                 }
-                now = next;
             }
+            if scales[next].heads.is_empty() {
+                break;
+            }
+            (now, end) = (next, scales[next].heads.end);
         }
         return;
     }
+    let all = Each::<A> { args, heads: 0..heads, elements: PhantomData };
     // SAFETY: the caller's.
-    unsafe { each::<_, A>(s, args, 0..heads) };
+    unsafe { if const { S::WRITES_SEVERAL } { s.outline(all) } else { all.run(s) } };
 }
 
-/// Quantises heads one after another.
-///
-/// # Safety
-/// As [`quantize`].
-#[inline(always)]
-unsafe fn each<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs, heads: Range<usize>) {
-    let c = &args.copy;
-    let mut from = MaybeUninit::<[A; STAGE]>::uninit();
-    let mut to = MaybeUninit::<[i8; STAGE]>::uninit();
-    let (from, to): (*mut A, *mut i8) = (from.as_mut_ptr().cast(), to.as_mut_ptr().cast());
-    for head in heads {
-        let head = head as isize;
-        let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
-        let dst = c.dst.cast::<i8>().wrapping_offset(head * c.dst_head);
-        if const { !S::WRITES_SEVERAL } && c.dim == RESIDENT * S::LANES && c.src_dim == 1 && c.dst_dim == 1 {
-            // SAFETY: the caller's.
-            unsafe { resident(s, args, head, src, dst) };
-            continue;
+/// Heads that are quantised one after another.
+struct Each<'a, A> {
+    args: &'a ScaledArgs<'a>,
+    heads: Range<usize>,
+    elements: PhantomData<A>,
+}
+
+impl<A: LoadStore> Outlined for Each<'_, A> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Self { args, heads, .. } = self;
+        let c = &args.copy;
+        for head in heads {
+            let head = head as isize;
+            let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
+            let dst = c.dst.cast::<i8>().wrapping_offset(head * c.dst_head);
+            if const { !S::WRITES_SEVERAL } && c.dim == RESIDENT * S::LANES && c.src_dim == 1 && c.dst_dim == 1 {
+                // SAFETY: the caller's.
+                unsafe { resident(s, args, head, src, dst) };
+                continue;
+            }
+            // SAFETY: the caller's, here and below.
+            let peak = unsafe { peak(s, (src, c.src_dim), c.dim) };
+            // SAFETY: as above.
+            let scale = unsafe { put_scale(args, head, peak) };
+            // SAFETY: as above.
+            unsafe { convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, &ToUnits(scale)) };
         }
-        // SAFETY: the caller's, here and below; what is staged fits its buffer.
-        let peak = unsafe { peak(s, (src, c.src_dim), c.dim, from) };
-        // SAFETY: as above.
-        let scale = unsafe { put_scale(args, head, peak) };
-        // SAFETY: as above.
-        unsafe { convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &ToUnits(scale)) };
     }
 }
 
@@ -372,62 +380,22 @@ fn near_unit<S: Simd>(s: S, product: S::V, farthest: S::V) -> (S::V, S::V) {
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]
 #[inline(always)]
 pub(super) unsafe fn row<S: Simd>(s: S, src: *const f32, dst: *mut i8, n: usize) -> f32 {
-    // SAFETY: the caller's; nothing is staged where numbers lie together.
+    // SAFETY: the caller's.
     unsafe {
-        let scale = peak(s, (src, 1), n, std::ptr::null_mut()).map_or(f32::NAN, scale_f32);
+        let scale = peak(s, (src, 1), n).map_or(f32::NAN, scale_f32);
         units::<_, _, true>(s, src, dst, scale, n);
         scale
-    }
-}
-
-/// What is made of a vector's numbers that lie together. No closure: that would be a function of its own, without the level's
-/// features.
-pub(super) trait Converted<A, B> {
-    /// # Safety
-    /// `n` numbers are readable at `src` and writable at `dst`.
-    unsafe fn run<S: Simd>(&self, s: S, src: *const A, dst: *mut B, n: usize);
-}
-
-/// Converts a vector of `n` numbers with any strides; through the buffers, a part at a time, if they do not lie together.
-///
-/// # Safety
-/// The numbers are readable and writable; both buffers have room for [`STAGE`].
-#[inline(always)]
-pub(super) unsafe fn convert<S: Simd, A: Copy, B: Copy>(
-    s: S,
-    (src, src_dim): (*const A, isize),
-    (dst, dst_dim): (*mut B, isize),
-    n: usize,
-    (from, to): (*mut A, *mut B),
-    converted: &impl Converted<A, B>,
-) {
-    let step = if src_dim == 1 && dst_dim == 1 { n.max(1) } else { STAGE };
-    for first in (0..n).step_by(step) {
-        let (len, at) = ((n - first).min(step), first as isize);
-        // SAFETY: the caller's; len fits both buffers where they are used.
-        unsafe {
-            let mut source = src.wrapping_offset(at * src_dim);
-            if src_dim != 1 {
-                gather(source, src_dim, from, len);
-                source = from;
-            }
-            let target = dst.wrapping_offset(at * dst_dim);
-            if dst_dim == 1 {
-                converted.run(s, source, target, len);
-            } else {
-                converted.run(s, source, to, len);
-                scatter(to, target, dst_dim, len);
-            }
-        }
     }
 }
 
 /// The largest magnitude of a vector; `None` if an element is NaN or infinite.
 ///
 /// # Safety
-/// `n` elements are readable at `src` with that stride; `stage` has room for [`STAGE`].
+/// `n` elements are readable at `src` with that stride.
 #[inline(always)]
-unsafe fn peak<S: Simd, A: LoadStore>(s: S, (src, step): (*const A, isize), n: usize, stage: *mut A) -> Option<f32> {
+unsafe fn peak<S: Simd, A: LoadStore>(s: S, (src, step): (*const A, isize), n: usize) -> Option<f32> {
+    let mut stage = MaybeUninit::<[A; STAGE]>::uninit();
+    let stage: *mut A = stage.as_mut_ptr().cast();
     let (mut largest, mut nonfinite) = (s.zero(), s.zero());
     let len = if step == 1 { n.max(1) } else { STAGE };
     for first in (0..n).step_by(len) {
@@ -449,6 +417,39 @@ unsafe fn peak<S: Simd, A: LoadStore>(s: S, (src, step): (*const A, isize), n: u
         }
     }
     if s.all_finite(nonfinite) { Some(s.max_lane(largest)) } else { None }
+}
+
+/// `n <= BLOCK` elements of a type with any stride as f32; the others are the last one.
+///
+/// # Safety
+/// The elements are readable, and there is one.
+#[inline(always)]
+pub(super) unsafe fn load<S: Simd>(s: S, dtype: DType, from: *const u8, step: isize, n: usize) -> Vectors<S> {
+    #[inline(always)]
+    unsafe fn load<S: Simd, A: LoadStore>(s: S, from: *const A, step: isize, n: usize) -> Vectors<S> {
+        let (mut x, mut stage, mut source) = ([s.zero(); MAX_VECTORS], [A::default(); BLOCK], from);
+        // SAFETY: the caller's; arrays hold a block.
+        unsafe {
+            if step != 1 || n < BLOCK {
+                gather(from, step, stage.as_mut_ptr(), n);
+                let last = stage[n - 1];
+                stage[n..].fill(last);
+                source = stage.as_ptr();
+            }
+            for (i, x) in x[..BLOCK / S::LANES].iter_mut().enumerate() {
+                *x = A::load(s, source.add(i * S::LANES));
+            }
+        }
+        x
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        match dtype {
+            DType::F32 => load::<S, f32>(s, from.cast(), step, n),
+            DType::F16 => load::<S, f16>(s, from.cast(), step, n),
+            DType::Bf16 => load::<S, bf16>(s, from.cast(), step, n),
+        }
+    }
 }
 
 /// Stores the scale of a head with this largest magnitude, and returns it as stored.
@@ -498,7 +499,7 @@ struct ToUnits(f32);
 
 impl<A: LoadStore> Converted<A, i8> for ToUnits {
     #[inline(always)]
-    unsafe fn run<S: Simd>(&self, s: S, src: *const A, dst: *mut i8, n: usize) {
+    unsafe fn run<S: Simd>(&self, s: S, _: usize, src: *const A, dst: *mut i8, n: usize) {
         // SAFETY: the caller's.
         unsafe { units::<_, _, false>(s, src, dst, self.0, n) };
     }
@@ -583,16 +584,13 @@ pub(super) unsafe fn scale_of(args: &ScaledArgs, head: isize) -> f32 {
 #[inline(always)]
 pub(crate) unsafe fn dequantize<S: Simd, B: LoadStore>(s: S, args: &ScaledArgs) {
     let c = &args.copy;
-    let mut from = MaybeUninit::<[i8; STAGE]>::uninit();
-    let mut to = MaybeUninit::<[B; STAGE]>::uninit();
-    let (from, to): (*mut i8, *mut B) = (from.as_mut_ptr().cast(), to.as_mut_ptr().cast());
     for head in 0..c.heads as isize {
         let src = c.src.cast::<i8>().wrapping_offset(head * c.src_head);
         let dst = c.dst.cast::<B>().wrapping_offset(head * c.dst_head);
-        // SAFETY: the caller's; what is staged fits its buffer.
+        // SAFETY: the caller's.
         unsafe {
             let elements = ToElements(scale_of(args, head));
-            convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, (from, to), &elements);
+            convert(s, (src, c.src_dim), (dst, c.dst_dim), c.dim, &elements);
         }
     }
 }
@@ -602,7 +600,7 @@ pub(super) struct ToElements(pub f32);
 
 impl<U: Load, B: LoadStore> Converted<U, B> for ToElements {
     #[inline(always)]
-    unsafe fn run<S: Simd>(&self, s: S, src: *const U, dst: *mut B, n: usize) {
+    unsafe fn run<S: Simd>(&self, s: S, _: usize, src: *const U, dst: *mut B, n: usize) {
         // SAFETY: the caller's.
         unsafe { elements(s, src, dst, self.0, n) };
     }

@@ -63,6 +63,7 @@ unsafe fn half_split<S: Simd, A: LoadStore, B: LoadStore>(
     let half = (args.rotary_dim / 2) as isize;
     let c = &args.copy;
     let contiguous = c.src_dim == 1 && c.dst_dim == 1;
+    let mut stage = Stage::<A, B>::new();
     let mut separated = [MaybeUninit::<f32>::uninit(); 2 * CHUNK];
     // Pairs at the beginning that are loaded and stored as even and odd elements.
     let together = if contiguous && A::deinterleaved::<S>() && B::deinterleaved::<S>() {
@@ -77,30 +78,48 @@ unsafe fn half_split<S: Simd, A: LoadStore, B: LoadStore>(
         if first == 0 {
             copy::ask_for_next::<S, A, B>(s, c, x0, y0, c.dim);
         }
-        let x1 = x0.wrapping_offset(half * c.src_dim);
-        let y1 = y0.wrapping_offset(half * c.dst_dim);
-        if contiguous {
-            // SAFETY: the caller's.
-            unsafe {
-                rotate_separated::<S, A, B>(s, [x0, x1], [y0, y1], separated.as_ptr().cast(), together);
-                rotate_halves::<S, A, B>(s, [x0, x1], [y0, y1], [cos, sin], together, pairs);
+        let x = [x0, x0.wrapping_offset(half * c.src_dim)];
+        let y = [y0, y0.wrapping_offset(half * c.dst_dim)];
+        let (mut from, mut to) = (x, y);
+        // SAFETY: the caller's; the buffers hold two chunks.
+        unsafe {
+            if !contiguous {
+                let (gathered, rotated) = stage.halves();
+                for (x, gathered) in x.into_iter().zip(gathered) {
+                    copy::gather(x, c.src_dim, gathered, pairs);
+                }
+                (from, to) = (gathered.map(|p| p.cast_const()), rotated);
             }
-        } else {
-            let mut x = [A::default(); 2 * CHUNK];
-            let mut y = [B::default(); 2 * CHUNK];
-            let (px, py) = (x.as_mut_ptr(), y.as_mut_ptr());
-            // SAFETY: the caller's; the buffers hold two chunks.
-            unsafe {
-                copy::gather(x0, c.src_dim, px, pairs);
-                copy::gather(x1, c.src_dim, px.add(CHUNK), pairs);
-                let (x, y) = ([px.cast_const(), px.add(CHUNK)], [py, py.add(CHUNK)]);
-                rotate_halves::<S, A, B>(s, x, y, [cos, sin], 0, pairs);
-                copy::scatter(py, y0, c.dst_dim, pairs);
-                copy::scatter(py.add(CHUNK), y1, c.dst_dim, pairs);
+            rotate_separated::<S, A, B>(s, from, to, separated.as_ptr().cast(), together);
+            rotate_halves::<S, A, B>(s, from, to, [cos, sin], together, pairs);
+            if !contiguous {
+                for (to, y) in to.into_iter().zip(y) {
+                    copy::scatter(to, y, c.dst_dim, pairs);
+                }
             }
         }
         x0 = x0.wrapping_offset(c.src_head);
         y0 = y0.wrapping_offset(c.dst_head);
+    }
+}
+
+/// Where elements with strides lie together: those of two chunks before and after.
+struct Stage<A, B> {
+    from: [MaybeUninit<A>; 2 * CHUNK],
+    to: [MaybeUninit<B>; 2 * CHUNK],
+}
+
+impl<A, B> Stage<A, B> {
+    #[inline(always)]
+    fn new() -> Self {
+        Self { from: [const { MaybeUninit::uninit() }; 2 * CHUNK], to: [const { MaybeUninit::uninit() }; 2 * CHUNK] }
+    }
+
+    /// Either half of both.
+    #[inline(always)]
+    fn halves(&mut self) -> ([*mut A; 2], [*mut B; 2]) {
+        let (from, to) = (self.from.as_mut_ptr().cast::<A>(), self.to.as_mut_ptr().cast::<B>());
+        ([from, from.wrapping_add(CHUNK)], [to, to.wrapping_add(CHUNK)])
     }
 }
 
@@ -246,23 +265,25 @@ unsafe fn interleaved<S: Simd, A: LoadStore, B: LoadStore>(
     }
     let c = &args.copy;
     let n = 2 * pairs;
+    let contiguous = c.src_dim == 1 && c.dst_dim == 1;
+    let mut stage = Stage::<A, B>::new();
     for head in 0..c.heads as isize {
         let x = c.src.cast::<A>().wrapping_offset(head * c.src_head + 2 * first as isize * c.src_dim);
         let y = c.dst.cast::<B>().wrapping_offset(head * c.dst_head + 2 * first as isize * c.dst_dim);
         if first == 0 {
             copy::ask_for_next::<S, A, B>(s, c, x, y, c.dim);
         }
-        if c.src_dim == 1 && c.dst_dim == 1 {
-            // SAFETY: the caller's.
-            unsafe { rotate_pairs::<S, A, B>(s, x, y, cosines.as_ptr(), sines.as_ptr(), n) };
-        } else {
-            let mut from = [A::default(); 2 * CHUNK];
-            let mut to = [B::default(); 2 * CHUNK];
-            // SAFETY: the caller's; the buffers hold two chunks.
-            unsafe {
-                copy::gather(x, c.src_dim, from.as_mut_ptr(), n);
-                rotate_pairs::<S, A, B>(s, from.as_ptr(), to.as_mut_ptr(), cosines.as_ptr(), sines.as_ptr(), n);
-                copy::scatter(to.as_ptr(), y, c.dst_dim, n);
+        let (mut from, mut to) = (x, y);
+        // SAFETY: the caller's; the buffers hold two chunks.
+        unsafe {
+            if !contiguous {
+                let ([gathered, _], [rotated, _]) = stage.halves();
+                copy::gather(x, c.src_dim, gathered, n);
+                (from, to) = (gathered, rotated);
+            }
+            rotate_pairs::<S, A, B>(s, from, to, cosines.as_ptr(), sines.as_ptr(), n);
+            if !contiguous {
+                copy::scatter(to, y, c.dst_dim, n);
             }
         }
     }
