@@ -798,7 +798,7 @@ fn running_positions(level: &Level) {
 fn drift(level: &Level) {
     let rng = &mut Rng::new(115);
     let (n, sinks, heads, dim) = (1300, 4, 8, 64);
-    let times = scaled(1000).clamp(100, 1000);
+    let times = scaled(1000).clamp(30, 1000);
     let left = n - times;
     let frequencies = &RopeFrequencies::new(dim, 10_000.0, &RopeScaling::None).unwrap();
     let rotation = KeyRotation::new(Pairing::HalfSplit, frequencies);

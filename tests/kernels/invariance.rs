@@ -301,8 +301,8 @@ fn prompt_in_chunks(level: &Level) {
                     options,
                 };
                 let whole = model.run(level, &[total], &kvlane::Serial);
-                // Token by token; where few cases run, a long prompt from shortly before the grid of chunks on.
-                let first = if few_cases() && total > SPLIT_GRID { SPLIT_GRID - 20 } else { 1 };
+                // Token by token; where few cases run, only the last, or those around the grid of chunks.
+                let first = if few_cases() { total.min(SPLIT_GRID) - 20 } else { 1 };
                 let mut cuts = vec![[vec![first], vec![1; total - first]].concat()];
                 for _ in 0..scaled(3) {
                     let mut pieces = Vec::new();
