@@ -111,10 +111,8 @@ pub(crate) trait Simd: Copy {
     fn copysign(self, a: Self::V, b: Self::V) -> Self::V;
     /// Rounds to the nearest integer, ties to even; |a| < 2^22.
     fn round(self, a: Self::V) -> Self::V;
-    /// 2^n for integral n in -126..=127.
+    /// 2^n for n in -126..=127, which the lowest nine bits of a pattern hold in two's complement; any number for any other pattern.
     fn exp2i(self, n: Self::V) -> Self::V;
-    /// `a * 2^n`, where the lowest nine bits of `n`'s pattern hold n in two's complement; `a` and the result are normal.
-    fn add_exponent(self, a: Self::V, n: Self::V) -> Self::V;
     /// The sum of the patterns as integers of 32 bits, without the carry.
     fn add_bits(self, a: Self::V, b: Self::V) -> Self::V;
     fn and_bits(self, a: Self::V, b: Self::V) -> Self::V;

@@ -261,15 +261,8 @@ level_test! {
 level_test! {
     fn powers_of_two_are_exact<S>(s) {
         for n in -126..=127 {
-            assert_lanes(s, s.exp2i(s.splat(n as f32)), |_| 2f32.powi(n), "exp2i");
             // 1.5 * 2^23 + n has n in its lowest bits.
-            for a in [1.0f32, -1.5, 1.999_999_9] {
-                let scaled = f64::from(a) * 2f64.powi(n);
-                if scaled.abs() < f64::from(f32::MAX) && scaled.abs() >= f64::from(f32::MIN_POSITIVE) {
-                    let power = s.splat(12_582_912.0 + n as f32);
-                    assert_lanes(s, s.add_exponent(s.splat(a), power), |_| scaled as f32, "add_exponent");
-                }
-            }
+            assert_lanes(s, s.exp2i(s.splat(12_582_912.0 + n as f32)), |_| 2f32.powi(n), "exp2i");
         }
     }
 }

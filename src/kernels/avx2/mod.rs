@@ -199,18 +199,12 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn exp2i(self, n: __m256) -> __m256 {
         let (a, a2) = (self.0.avx, self.0.avx2);
-        let biased = a2._mm256_add_epi32(a._mm256_cvtps_epi32(n), a._mm256_set1_epi32(127));
-        a._mm256_castsi256_ps(a2._mm256_slli_epi32::<23>(biased))
+        let shifted = a2._mm256_slli_epi32::<23>(a._mm256_castps_si256(n));
+        a._mm256_castsi256_ps(a2._mm256_add_epi32(a._mm256_castps_si256(self.splat(1.0)), shifted))
     }
     #[inline(always)]
     fn swap_pairs(self, a: __m256) -> __m256 {
         self.0.avx._mm256_permute_ps::<0b10_11_00_01>(a)
-    }
-    #[inline(always)]
-    fn add_exponent(self, a: __m256, n: __m256) -> __m256 {
-        let (v, a2) = (self.0.avx, self.0.avx2);
-        let shifted = a2._mm256_slli_epi32::<23>(v._mm256_castps_si256(n));
-        v._mm256_castsi256_ps(a2._mm256_add_epi32(v._mm256_castps_si256(a), shifted))
     }
     #[inline(always)]
     fn add_bits(self, a: __m256, b: __m256) -> __m256 {

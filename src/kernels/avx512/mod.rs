@@ -222,17 +222,12 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn exp2i(self, n: __m512) -> __m512 {
         let f = self.0.avx512f;
-        f._mm512_scalef_ps(f._mm512_set1_ps(1.0), n)
+        let shifted = f._mm512_slli_epi32::<23>(f._mm512_castps_si512(n));
+        f._mm512_castsi512_ps(f._mm512_add_epi32(f._mm512_castps_si512(f._mm512_set1_ps(1.0)), shifted))
     }
     #[inline(always)]
     fn swap_pairs(self, a: __m512) -> __m512 {
         self.0.avx512f._mm512_permute_ps::<0b10_11_00_01>(a)
-    }
-    #[inline(always)]
-    fn add_exponent(self, a: __m512, n: __m512) -> __m512 {
-        let f = self.0.avx512f;
-        let shifted = f._mm512_slli_epi32::<23>(f._mm512_castps_si512(n));
-        f._mm512_castsi512_ps(f._mm512_add_epi32(f._mm512_castps_si512(a), shifted))
     }
     #[inline(always)]
     fn add_bits(self, a: __m512, b: __m512) -> __m512 {

@@ -2,6 +2,9 @@
 
 use crate::kernels::simd::Simd;
 
+/// 1.5 * 2^23: a sum with it has no fraction bits, so that it is rounded to the nearest integer, which its lowest bits are.
+const SHIFT: f32 = 12_582_912.0;
+
 /// Below this, e^x is less than the smallest normal f32 and is replaced by 0, because subnormal weights cost hundreds
 /// of cycles each and change no sum.
 const EXP_MIN: f32 = -87.336_54;
@@ -15,7 +18,8 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     let floor = s.splat(EXP_MIN);
     // NaN compares false and is kept; -inf is replaced before it can become inf - inf.
     let y = s.select_lt(x, floor, floor, x);
-    let n = s.round(s.mul(y, s.splat(std::f32::consts::LOG2_E)));
+    let shifted = s.add(s.mul(y, s.splat(std::f32::consts::LOG2_E)), s.splat(SHIFT));
+    let n = s.sub(shifted, s.splat(SHIFT));
     let r = s.fma(n, s.splat(-0.693_359_4), y);
     let r = s.fma(n, s.splat(2.121_944_4e-4), r);
     let p = s.splat(1.987_569_1e-4);
@@ -25,7 +29,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     let p = s.fma(p, r, s.splat(1.666_666_5e-1));
     let p = s.fma(p, r, s.splat(0.5));
     let p = s.fma(p, s.mul(r, r), s.add(r, s.splat(1.0)));
-    s.select_lt(x, floor, s.zero(), s.mul(p, s.exp2i(n)))
+    s.select_lt(x, floor, s.zero(), s.mul(p, s.exp2i(shifted)))
 }
 
 /// Coefficients of polynomials for 2^x, the highest power first: the least relative error among those with 2^0 = 1 (Lawson's
@@ -61,12 +65,10 @@ pub(crate) fn polynomial<S: Simd, const N: usize>(s: S, x: S::V, coefficients: [
 /// exponent of the polynomial itself, it would save a multiplication, and would make numbers of NaNs by the last bits of their payloads.
 #[inline(always)]
 pub(crate) fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
-    // 1.5 * 2^23: the sum has no fraction bits, so that its lowest bits are the integer.
-    let magic = s.splat(12_582_912.0);
-    let shifted = s.add(x, magic);
-    let remainder = s.sub(x, s.sub(shifted, magic));
+    let shifted = s.add(x, s.splat(SHIFT));
+    let remainder = s.sub(x, s.sub(shifted, s.splat(SHIFT)));
     let p = polynomial(s, remainder, EXP2_OF_REMAINDER);
-    s.clear_lt(x, s.splat(-126.0), s.mul(p, s.add_exponent(s.splat(1.0), shifted)))
+    s.clear_lt(x, s.splat(-126.0), s.mul(p, s.exp2i(shifted)))
 }
 
 /// 2^x of one number, with the bits of [`exp2`] on a vector.

@@ -130,18 +130,12 @@ impl Simd for Neon {
     #[inline(always)]
     fn exp2i(self, n: float32x4_t) -> float32x4_t {
         let s = self.0.neon;
-        let biased = s.vaddq_s32(s.vcvtq_s32_f32(n), s.vdupq_n_s32(127));
-        s.vreinterpretq_f32_s32(s.vshlq_n_s32::<23>(biased))
+        let shifted = s.vshlq_n_u32::<23>(s.vreinterpretq_u32_f32(n));
+        s.vreinterpretq_f32_u32(s.vaddq_u32(s.vreinterpretq_u32_f32(s.vdupq_n_f32(1.0)), shifted))
     }
     #[inline(always)]
     fn swap_pairs(self, a: float32x4_t) -> float32x4_t {
         self.0.neon.vrev64q_f32(a)
-    }
-    #[inline(always)]
-    fn add_exponent(self, a: float32x4_t, n: float32x4_t) -> float32x4_t {
-        let s = self.0.neon;
-        let shifted = s.vshlq_n_u32::<23>(s.vreinterpretq_u32_f32(n));
-        s.vreinterpretq_f32_u32(s.vaddq_u32(s.vreinterpretq_u32_f32(a), shifted))
     }
     #[inline(always)]
     fn add_bits(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {

@@ -142,15 +142,11 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn exp2i(self, n: V) -> V {
-        map(n, |n| f32::from_bits((((n as i32) + 127) << 23) as u32))
+        map(n, |n| f32::from_bits(1f32.to_bits().wrapping_add(n.to_bits() << 23)))
     }
     #[inline(always)]
     fn swap_pairs(self, a: V) -> V {
         [a[1], a[0], a[3], a[2]]
-    }
-    #[inline(always)]
-    fn add_exponent(self, a: V, n: V) -> V {
-        map2(a, n, |a, n| f32::from_bits(a.to_bits().wrapping_add(n.to_bits() << 23)))
     }
     #[inline(always)]
     fn add_bits(self, a: V, b: V) -> V {
