@@ -733,7 +733,7 @@ typedef struct kvl_tuning {
      */
     kvl_prefetch run;
     /**
-     * The same where every KV head has one query row.
+     * The same where every KV head has one query row. Keys and values of at most 64 bytes, and blocks, go by `run` nevertheless.
      */
     kvl_prefetch run_one_row;
     /**

@@ -27,7 +27,8 @@ pub struct Tuning {
     pub block_order: KeyOrder,
     /// Prefetches where the heads of a token are read together, in the order of memory.
     pub run: Prefetch,
-    /// The same where every KV head has one query row: so little is computed per line there that some CPUs keep ahead by themselves.
+    /// The same where every KV head has one query row: so little is computed per line there that some CPUs keep ahead by themselves. Keys
+    /// and values of at most 64 bytes, and blocks (q8_0 and its kin), go by [`Self::run`] as with several rows.
     pub run_one_row: Prefetch,
     /// The same where a KV head has several query rows and a key or value 512 bytes or more: some CPUs keep ahead of such runs by
     /// themselves.

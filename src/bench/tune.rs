@@ -91,6 +91,9 @@ const SHORT_128: &[&str] = &["f16", "bf16", "int8", "q8_0", "q4_0"];
 const SHORT_256: &[&str] = &["int8", "q8_0", "q4_0"];
 const LONG_128: &[&str] = &["f32"];
 const LONG_256: &[&str] = &["f32", "f16", "bf16"];
+/// The blocks, and the others.
+const BLOCKS: &[&str] = &["q8_0", "q4_0"];
+const OTHERS: &[&str] = &["f32", "f16", "bf16", "int8"];
 
 /// A name, and shapes with formats.
 type Group = (&'static str, &'static [(&'static str, &'static [&'static str])]);
@@ -107,9 +110,13 @@ const GROUPS: [Group; 4] = [
     ),
     (
         "decode, the heads of a token together",
-        &[("decode 16384, 32/8x128, bshd", SHORT_128), ("decode 4096, 32/8x256, bshd", SHORT_256)],
+        &[
+            ("decode 16384, 32/8x128, bshd", SHORT_128),
+            ("decode 4096, 32/8x256, bshd", SHORT_256),
+            ("decode 4096, 32/32x128, bshd", BLOCKS),
+        ],
     ),
-    ("decode, the heads of a token together, one query row each", &[("decode 4096, 32/32x128, bshd", FORMATS)]),
+    ("decode, the heads of a token together, one query row each", &[("decode 4096, 32/32x128, bshd", OTHERS)]),
     (
         "decode, the heads of a token together, 512 bytes or more each",
         &[("decode 16384, 32/8x128, bshd", LONG_128), ("decode 4096, 32/8x256, bshd", LONG_256)],

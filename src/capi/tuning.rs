@@ -49,7 +49,7 @@ pub struct kvl_tuning {
     pub block_order: kvl_key_order,
     /// Prefetches where the heads of a token are read together, in the order of memory.
     pub run: kvl_prefetch,
-    /// The same where every KV head has one query row.
+    /// The same where every KV head has one query row. Keys and values of at most 64 bytes, and blocks, go by `run` nevertheless.
     pub run_one_row: kvl_prefetch,
     /// Bytes from what is read to what `run`, `run_one_row` and `run_long_heads` prefetch, at most a block of 64 keys.
     pub run_distance: usize,

@@ -16,7 +16,7 @@ use std::mem::MaybeUninit;
 /// `n` elements are readable at `src` and writable at `dst`; the two do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(s: S, src: *const A, dst: *mut B, n: usize) {
-    // VectorProducts of f32 keep every bit, and for a head of one or two hundred of them a call takes as long as the copy.
+    // Vectors of f32 keep every bit, and for a head of one or two hundred of them a call takes as long as the copy.
     let short = A::DTYPE == DType::F32 && n <= STAGE;
     if A::DTYPE == B::DTYPE && !short {
         // SAFETY: the caller's; equal types need no conversion, and memcpy keeps every bit, NaN payloads too.
@@ -120,7 +120,7 @@ unsafe fn heads<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &CopyArgs) {
             let mut first = 0;
             while first < dim {
                 let n = if by_parts { (dim - first).min(STAGE) } else { dim };
-                // Nothing but whole vectors has strides.
+                // Vectors with strides are not parted.
                 let (src, dst) = (src.wrapping_add(first), dst.wrapping_add(first));
                 if by_parts {
                     ask_for_next::<S, A, B>(s, args, src, dst, n);

@@ -29,10 +29,13 @@ impl<'a> PrefetchDistances<'a> {
         let piece = SUBBLOCK * block.tile.kv_heads * block.p.k.dtype.head_bytes(block.d);
         let whole = block.tile.kv_heads == 1 && block.key_range.len() == BLOCK;
         let by = if whole { SUBBLOCKS } else { tuning.run_distance.div_ceil(piece).clamp(1, SUBBLOCKS) };
-        let kind = |format: CacheFormat, dim| match format {
+        let one_row = block.tile.head_rows == 1;
+        let kind = |format: CacheFormat, dim| match format.head_bytes(dim) {
             _ if whole => tuning.block,
-            _ if block.tile.head_rows == 1 => tuning.run_one_row,
-            format if format.head_bytes(dim) >= LONG_HEAD => tuning.run_long_heads,
+            // The hardware's prefetchers do not keep ahead of single lines, nor of blocks, whose heads begin anywhere in a line.
+            bytes if one_row && (bytes <= LINE || format.is_blocks()) => tuning.run,
+            _ if one_row => tuning.run_one_row,
+            LONG_HEAD.. => tuning.run_long_heads,
             _ => tuning.run,
         };
         let (kind_of_k, kind_of_v) = (kind(block.p.k.dtype, block.d), kind(block.p.v.dtype, block.dv));
