@@ -32,7 +32,7 @@ impl<'a> PrefetchDistances<'a> {
         let one_row = block.tile.head_rows == 1;
         let kind = |format: CacheFormat, dim| match format.head_bytes(dim) {
             _ if whole => tuning.block,
-            // The hardware's prefetchers do not keep ahead of single lines, nor of blocks, whose heads begin anywhere in a line.
+            // By measurement on Zen 3, where prefetches of longer heads lose what these gain.
             bytes if one_row && (bytes <= LINE || format.is_blocks()) => tuning.run,
             _ if one_row => tuning.run_one_row,
             LONG_HEAD.. => tuning.run_long_heads,
