@@ -670,11 +670,6 @@ pub(crate) trait Load: Copy + Default + 'static {
     type InLoops: Load;
     /// Whether that are fractions of elements.
     const IN_FRACTIONS: bool;
-    /// Whether [`Self::load_pair`] separates even and odd elements.
-    #[inline(always)]
-    fn deinterleaved<S: Simd>() -> bool {
-        Self::DEINTERLEAVES && S::DEINTERLEAVED_BF16
-    }
     /// # Safety
     /// As [`Simd::load_f32`].
     unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V;
@@ -686,6 +681,11 @@ pub(crate) trait Load: Copy + Default + 'static {
     /// # Safety
     /// As [`Simd::load_part_f32`].
     unsafe fn load_part<S: Simd>(simd: S, p: *const Self, n: usize) -> S::V;
+}
+
+/// Whether [`Load::load_pair`] separates even and odd elements.
+pub(crate) const fn deinterleaved<S: Simd, T: Load>() -> bool {
+    T::DEINTERLEAVES && S::DEINTERLEAVED_BF16
 }
 
 /// Loads and stores by element type.

@@ -6,7 +6,7 @@
 
 use super::generic::fp8::{self, E4m3, E4m3Fraction, E5m2, Fp8};
 use super::generic::math;
-use super::simd::{Load, LoadStore, MAX_LANES, Outlined, Simd};
+use super::simd::{Load, LoadStore, MAX_LANES, Outlined, Simd, deinterleaved};
 use crate::dtype::DType;
 use crate::isa::Isa;
 use half::{bf16, f16};
@@ -350,7 +350,7 @@ fn partial<S: Simd, T: LoadStore>(s: S) {
             unsafe { (T::load(s, source.as_ptr().add(skip)), T::load_pair(s, source.as_ptr().add(skip))) };
         assert_lanes(s, one, |i| (skip + i) as f32, "a load");
         for half in 0..2 {
-            let element = |i: usize| if T::deinterleaved::<S>() { 2 * i + half } else { half * n + i };
+            let element = |i: usize| if deinterleaved::<S, T>() { 2 * i + half } else { half * n + i };
             assert_lanes(s, pair[half], |i| (skip + element(i)) as f32, "a load of a pair");
         }
         // SAFETY: as above.
@@ -385,7 +385,7 @@ level_test! {
             // SAFETY: two vectors of bytes are there.
             let pair = unsafe { i8::load_pair(s, source.as_ptr()) };
             for half in 0..2 {
-                let element = |i: usize| if i8::deinterleaved::<S>() { 2 * i + half } else { half * S::LANES + i };
+                let element = |i: usize| if deinterleaved::<S, i8>() { 2 * i + half } else { half * S::LANES + i };
                 assert_lanes(s, pair[half], |i| source[element(i)].into(), "a load of a pair of bytes");
             }
         }
@@ -681,7 +681,7 @@ fn rounding<S: Simd, T: Bits16>(s: S) {
         check(&out);
         // SAFETY: the same.
         unsafe {
-            let pair = if T::deinterleaved::<S>() {
+            let pair = if deinterleaved::<S, T>() {
                 s.deinterleave(s.load_f32(chunk.as_ptr()), s.load_f32(chunk.as_ptr().add(S::LANES)))
             } else {
                 [s.load_f32(chunk.as_ptr()), s.load_f32(chunk.as_ptr().add(S::LANES))]

@@ -10,6 +10,11 @@ use crate::kernels::simd::{LoadStore, MAX_LANES, Outlined, Simd, lines};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
+/// Whether elements of one type are those of the other.
+const fn same<A: LoadStore, B: LoadStore>() -> bool {
+    A::DTYPE as u32 == B::DTYPE as u32
+}
+
 /// Copies `n` elements that lie together, converting them.
 ///
 /// # Safety
@@ -18,13 +23,13 @@ use std::mem::MaybeUninit;
 pub(crate) unsafe fn run<S: Simd, A: LoadStore, B: LoadStore>(s: S, src: *const A, dst: *mut B, n: usize) {
     // Vectors of f32 keep every bit, and for a head of one or two hundred of them a call takes as long as the copy.
     let short = A::DTYPE == DType::F32 && n <= STAGE;
-    if A::DTYPE == B::DTYPE && !short {
+    if const { same::<A, B>() } && !short {
         // SAFETY: the caller's; equal types need no conversion, and memcpy keeps every bit, NaN payloads too.
         unsafe { std::ptr::copy_nonoverlapping(src.cast::<B>(), dst, n) };
         return;
     }
     let mut i = 0;
-    while const { S::WRITES_SEVERAL } && A::DTYPE != B::DTYPE && i + 4 * S::LANES <= n {
+    while const { S::WRITES_SEVERAL && !same::<A, B>() } && i + 4 * S::LANES <= n {
         let mut v = [s.zero(); 4];
         // SAFETY: four vectors are left.
         unsafe {
@@ -65,69 +70,63 @@ struct Heads<'a, A, B> {
 impl<A: LoadStore, B: LoadStore> Outlined for Heads<'_, A, B> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
-        // SAFETY: the caller's.
-        unsafe { heads::<S, A, B>(s, self.args) }
-    }
-}
-
-/// # Safety
-/// As [`copy`].
-#[inline(always)]
-unsafe fn heads<S: Simd, A: LoadStore, B: LoadStore>(s: S, args: &CopyArgs) {
-    if !args.second.is_null() {
-        for head in 0..args.heads {
-            let [src, second] =
-                [args.src, args.second].map(|p| p.cast::<A>().wrapping_offset(head as isize * args.src_head));
-            let dst = args.dst.cast::<B>().wrapping_offset(head as isize * args.dst_head);
-            ask_for_next::<S, A, B>(s, args, src, dst, args.dim);
-            ask_for_next::<S, A, B>(s, args, second, dst.wrapping_add(args.dim), args.dim);
-            // SAFETY: the caller's.
-            unsafe { interleave::<S, A, B>(s, [src, second], dst, args.dim) };
-        }
-        return;
-    }
-    // Heads that lie one after the other on both sides are one run.
-    let dim = args.dim as isize;
-    let contiguous = (args.src_dim, args.dst_dim) == (1, 1);
-    let together = args.repeats == 1 && contiguous && (args.src_head, args.dst_head) == (dim, dim);
-    let (heads, dim) = if together { (1, args.heads * args.dim) } else { (args.heads, args.dim) };
-    // A conversion of one vector at a time is slow enough for the hardware's prefetcher; of several, a part at a time is converted, so
-    // that prefetches are spread.
-    let asks = A::DTYPE == B::DTYPE && (args.src_prefetch, args.dst_prefetch) != (0, 0);
-    let by_parts = const { S::WRITES_SEVERAL } && args.src_prefetch != 0 && contiguous;
-    for head in 0..heads {
-        let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
-        for repeat in 0..args.repeats {
-            let target = (head * args.repeats + repeat) as isize;
-            let dst = args.dst.cast::<B>().wrapping_offset(target * args.dst_head);
-            if asks {
-                let src_prefetch = if repeat == 0 { args.src_prefetch } else { 0 };
-                ask_for_next::<S, A, B>(s, &CopyArgs { src_prefetch, ..*args }, src, dst, dim);
+        let Self { args, .. } = self;
+        if !args.second.is_null() {
+            for head in 0..args.heads {
+                let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
+                let second = args.second.cast::<A>().wrapping_offset(head as isize * args.src_head);
+                let dst = args.dst.cast::<B>().wrapping_offset(head as isize * args.dst_head);
+                ask_for_next::<S, A, B>(s, args, src, dst, args.dim);
+                ask_for_next::<S, A, B>(s, args, second, dst.wrapping_add(args.dim), args.dim);
+                // SAFETY: the caller's.
+                unsafe { interleave::<S, A, B>(s, [src, second], dst, args.dim) };
             }
-            if A::DTYPE == B::DTYPE {
-                // SAFETY: the caller's; equal types need no conversion.
-                unsafe {
-                    if contiguous {
-                        run::<S, A, B>(s, src, dst, dim);
-                    } else {
-                        for i in 0..dim as isize {
-                            *dst.wrapping_offset(i * args.dst_dim) = *src.cast::<B>().wrapping_offset(i * args.src_dim);
+            return;
+        }
+        // Heads that lie one after the other on both sides are one run.
+        let dim = args.dim as isize;
+        let contiguous = (args.src_dim, args.dst_dim) == (1, 1);
+        let together = args.repeats == 1 && contiguous && (args.src_head, args.dst_head) == (dim, dim);
+        let (heads, dim) = if together { (1, args.heads * args.dim) } else { (args.heads, args.dim) };
+        // A conversion of one vector at a time is slow enough for the hardware's prefetcher; of several, a part at a time is converted, so
+        // that prefetches are spread.
+        let asks = const { same::<A, B>() } && (args.src_prefetch, args.dst_prefetch) != (0, 0);
+        let by_parts = const { S::WRITES_SEVERAL } && args.src_prefetch != 0 && contiguous;
+        for head in 0..heads {
+            let src = args.src.cast::<A>().wrapping_offset(head as isize * args.src_head);
+            for repeat in 0..args.repeats {
+                let target = (head * args.repeats + repeat) as isize;
+                let dst = args.dst.cast::<B>().wrapping_offset(target * args.dst_head);
+                if asks {
+                    let src_prefetch = if repeat == 0 { args.src_prefetch } else { 0 };
+                    ask_for_next::<S, A, B>(s, &CopyArgs { src_prefetch, ..*args }, src, dst, dim);
+                }
+                if const { same::<A, B>() } {
+                    // SAFETY: the caller's; equal types need no conversion.
+                    unsafe {
+                        if contiguous {
+                            run::<S, A, B>(s, src, dst, dim);
+                        } else {
+                            for i in 0..dim as isize {
+                                *dst.wrapping_offset(i * args.dst_dim) =
+                                    *src.cast::<B>().wrapping_offset(i * args.src_dim);
+                            }
                         }
                     }
+                    continue;
                 }
-                continue;
-            }
-            let mut first = 0;
-            while first < dim {
-                let n = if by_parts { (dim - first).min(STAGE) } else { dim };
-                // Vectors with strides are not parted.
-                let (src, dst) = (src.wrapping_add(first), dst.wrapping_add(first));
-                if by_parts {
-                    ask_for_next::<S, A, B>(s, args, src, dst, n);
+                let mut first = 0;
+                while first < dim {
+                    let n = if by_parts { (dim - first).min(STAGE) } else { dim };
+                    // Vectors with strides are not parted.
+                    let (src, dst) = (src.wrapping_add(first), dst.wrapping_add(first));
+                    if by_parts {
+                        ask_for_next::<S, A, B>(s, args, src, dst, n);
+                    }
+                    // SAFETY: the caller's.
+                    unsafe { convert(s, (src, args.src_dim), (dst, args.dst_dim), n, &Same) };
+                    first += n;
                 }
-                // SAFETY: the caller's.
-                unsafe { convert(s, (src, args.src_dim), (dst, args.dst_dim), n, &Same) };
-                first += n;
             }
         }
     }
@@ -163,10 +162,11 @@ pub(crate) fn prefetch_next<S: Simd>(s: S, args: &CopyArgs, from: (*const u8, us
 /// As [`run`], with `2 * n` elements at `dst`.
 #[inline(always)]
 unsafe fn interleave<S: Simd, A: LoadStore, B: LoadStore>(s: S, src: [*const A; 2], dst: *mut B, n: usize) {
-    if A::DTYPE == B::DTYPE {
+    if const { same::<A, B>() } {
+        let [first, second] = src;
         for i in 0..n {
             // SAFETY: the caller's; equal types need no conversion.
-            unsafe { *dst.cast::<[B; 2]>().add(i) = src.map(|src| *src.add(i).cast::<B>()) };
+            unsafe { *dst.cast::<[B; 2]>().add(i) = [*first.add(i).cast(), *second.add(i).cast()] };
         }
         return;
     }

@@ -6,7 +6,7 @@
 
 use super::copy;
 use crate::kernels::api::RopeArgs;
-use crate::kernels::simd::{LoadStore, Simd};
+use crate::kernels::simd::{LoadStore, Simd, deinterleaved};
 use crate::problem::rotation::Pairing;
 use std::mem::MaybeUninit;
 
@@ -66,7 +66,7 @@ unsafe fn half_split<S: Simd, A: LoadStore, B: LoadStore>(
     let mut stage = Stage::<A, B>::new();
     let mut separated = [MaybeUninit::<f32>::uninit(); 2 * CHUNK];
     // Pairs at the beginning that are loaded and stored as even and odd elements.
-    let together = if contiguous && A::deinterleaved::<S>() && B::deinterleaved::<S>() {
+    let together = if const { deinterleaved::<S, A>() && deinterleaved::<S, B>() } && contiguous {
         // SAFETY: the caller's; the buffer holds two chunks.
         unsafe { separate(s, [cos, sin], pairs, separated.as_mut_ptr().cast()) }
     } else {
@@ -88,9 +88,11 @@ unsafe fn half_split<S: Simd, A: LoadStore, B: LoadStore>(
                 for (x, gathered) in x.into_iter().zip(gathered) {
                     copy::gather(x, c.src_dim, gathered, pairs);
                 }
-                (from, to) = (gathered.map(|p| p.cast_const()), rotated);
+                (from, to) = ([gathered[0].cast_const(), gathered[1].cast_const()], rotated);
             }
-            rotate_separated::<S, A, B>(s, from, to, separated.as_ptr().cast(), together);
+            if const { deinterleaved::<S, A>() && deinterleaved::<S, B>() } {
+                rotate_separated::<S, A, B>(s, from, to, separated.as_ptr().cast(), together);
+            }
             rotate_halves::<S, A, B>(s, from, to, [cos, sin], together, pairs);
             if !contiguous {
                 for (to, y) in to.into_iter().zip(y) {

@@ -6,7 +6,7 @@ use super::{Block, PairPieces};
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::dtype::Element;
 use crate::kernels::generic::copy;
-use crate::kernels::simd::{Load, MAX_LANES, Simd, lines};
+use crate::kernels::simd::{Load, MAX_LANES, Simd, deinterleaved, lines};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{KeyRange, padded};
 use crate::problem::limits::MAX_HEAD_DIM;
@@ -191,7 +191,7 @@ pub(super) unsafe fn load_two<S: Simd, T: Load, const N: usize>(s: S, from: *con
             let (low, high) = (halves::<S, T>(s, from), halves::<S, T>(s, from.add(2 * S::LANES)));
             for i in 0..2 {
                 [x[i][n], x[i][n + 1]] =
-                    if T::deinterleaved::<S>() { s.deinterleave(low[i], high[i]) } else { [low[i], high[i]] };
+                    if const { deinterleaved::<S, T>() } { s.deinterleave(low[i], high[i]) } else { [low[i], high[i]] };
             }
         }
     }
@@ -206,7 +206,7 @@ pub(super) unsafe fn load_two<S: Simd, T: Load, const N: usize>(s: S, from: *con
 unsafe fn halves<S: Simd, T: Load>(s: S, from: *const T) -> [S::V; 2] {
     // SAFETY: the caller's.
     let [a, b] = unsafe { T::load_pair(s, from) };
-    if T::deinterleaved::<S>() { [a, b] } else { s.deinterleave(a, b) }
+    if const { deinterleaved::<S, T>() } { [a, b] } else { s.deinterleave(a, b) }
 }
 
 /// # Safety

@@ -11,7 +11,7 @@ use super::weighted::{load_up_to, scaled};
 use crate::dtype::DType;
 use crate::kernels::generic::hadamard::rotate_row;
 use crate::kernels::generic::{copy, math};
-use crate::kernels::simd::{LoadStore, MAX_LANES, Outlined, Simd};
+use crate::kernels::simd::{LoadStore, MAX_LANES, Outlined, Simd, deinterleaved};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{PARTIAL_HEADER, padded, partial_stride};
 use crate::problem::tile::Tile;
@@ -294,7 +294,7 @@ impl Scaled {
             for i in (0..i).step_by(pair) {
                 let first = self.times(s, s.load_f32(acc.add(i)));
                 let second = self.times(s, s.load_f32(acc.add(i + S::LANES)));
-                if const { S::FEW_REGISTERS } && DEINTERLEAVED && T::deinterleaved::<S>() {
+                if const { S::FEW_REGISTERS && DEINTERLEAVED && deinterleaved::<S, T>() } {
                     T::store_pair(s, dst.add(i), [first, second]);
                     continue;
                 }
@@ -399,7 +399,7 @@ unsafe fn load_separated<S: Simd, T: LoadStore>(
             // SAFETY: the caller's.
             unsafe {
                 let mut x = T::load_pair(s, src.add(i));
-                if !T::deinterleaved::<S>() {
+                if const { !deinterleaved::<S, T>() } {
                     x = s.deinterleave(x[0], x[1]);
                 }
                 s.store_f32(dst.add(i), x[0]);

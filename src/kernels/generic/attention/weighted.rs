@@ -79,15 +79,18 @@ impl<V: ValueRows> WeightedValues<V> {
         // SAFETY: the caller's; i never passes dv.
         unsafe {
             let mut i = dv / (N * S::LANES) * (N * S::LANES);
-            match self.by_key::<S>(R, N) {
-                Some(by_key) => s.outline(ColumnsByKey::<V, R, N> { weighted: self, dv, by_key }),
-                None => self.whole_columns::<S, R, N>(s, dv, None),
+            if const { Self::has_loops_by_key::<S>(R, N) }
+                && let Some(by_key) = self.by_key()
+            {
+                s.outline(ColumnsByKey::<V, R, N> { weighted: self, dv, by_key });
+            } else {
+                self.whole_columns::<S, R, N>(s, dv, None);
             }
-            while N > 4 && i + 4 * S::LANES <= dv {
+            while const { N > 4 } && i + 4 * S::LANES <= dv {
                 self.add::<S, R, 4>(s, i, S::LANES, None);
                 i += 4 * S::LANES;
             }
-            while N > 2 && i + 2 * S::LANES <= dv {
+            while const { N > 2 } && i + 2 * S::LANES <= dv {
                 self.add::<S, R, 2>(s, i, S::LANES, None);
                 i += 2 * S::LANES;
             }
@@ -187,7 +190,9 @@ impl<V: ValueRows> WeightedValues<V> {
             // Two keys per iteration: instructions other than FMAs are costly here, for the front end as for the ports.
             let offset = self.v.offset(column);
             let mut j = 0;
-            if let Some(by_key) = by_key {
+            if const { Self::has_loops_by_key::<S>(R, N) }
+                && let Some(by_key) = by_key
+            {
                 while j < self.keys {
                     match by_key {
                         ByKey::Next => self.prefetch_next::<S, N>(s, j, offset),
@@ -272,17 +277,21 @@ impl<V: ValueRows> WeightedValues<V> {
         }
     }
 
-    /// How a loop prefetches at every key without a branch, where there is one: for four rows; into both levels for f32 only.
-    #[inline(always)]
-    fn by_key<S: Simd>(&self, rows: usize, vectors: usize) -> Option<ByKey> {
+    /// Whether there are loops that prefetch at every key without a branch.
+    const fn has_loops_by_key<S: Simd>(rows: usize, vectors: usize) -> bool {
         let bytes = size_of::<V::Element>();
-        let has_loops = S::NARROW_LOOPS && V::IN_CACHE && !V::IN_PAIRS && rows == 4 && vectors == 2 && bytes > 1;
-        if !has_loops || self.ahead.distance == 0 {
+        S::NARROW_LOOPS && V::IN_CACHE && !V::IN_PAIRS && rows == 4 && vectors == 2 && bytes > 1
+    }
+
+    /// How such a loop prefetches, if one does: into both levels for f32 only.
+    #[inline(always)]
+    fn by_key(&self) -> Option<ByKey> {
+        if self.ahead.distance == 0 {
             return None;
         }
         match self.ahead.kind {
             Prefetch::NextKeys => Some(ByKey::Next),
-            Prefetch::BothLevels if bytes == size_of::<f32>() => {
+            Prefetch::BothLevels if size_of::<V::Element>() == size_of::<f32>() => {
                 Some(if self.in_order { ByKey::InOrder } else { ByKey::Far })
             }
             _ => None,
@@ -373,14 +382,14 @@ impl<V: ValueRows> WeightedValues<V> {
         let mut x = [s.zero(); N];
         // SAFETY: the caller's.
         unsafe {
-            if N == 1 {
+            if const { N == 1 } {
                 x[0] = load_up_to(s, v, part);
             } else {
                 for n in (0..N).step_by(2) {
                     let at = v.add(n * S::LANES);
                     if const { Self::is_narrow::<S>(R, N) } {
                         // Done, for a turn of keys.
-                    } else if V::IN_CACHE && R == 4 && size_of::<V::Element>() == 1 {
+                    } else if const { V::IN_CACHE && R == 4 && size_of::<V::Element>() == 1 } {
                         // Bound by arithmetic.
                         self.ahead.distances().prefetch(s, at);
                     } else if V::IN_CACHE && self.ahead.distance != 0 {

@@ -167,7 +167,8 @@ impl<'a> Units<'a> {
         s: S,
         at: usize,
     ) -> Factors<S> {
-        let [scales, points, minima] = self.factors.map(|factors| factors.wrapping_add(at));
+        let [scales, points, minima] = self.factors;
+        let (scales, points, minima) = (scales.wrapping_add(at), points.wrapping_add(at), minima.wrapping_add(at));
         // SAFETY: the caller's; the numbers are a vector where a table is.
         unsafe {
             let mut factors = if CHANNELS {
@@ -510,17 +511,17 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Scores<'_, U, MINIMA,
             if CHANNELS {
                 for n in (0..STEP).step_by(2 * S::LANES) {
                     let at = i + n;
-                    let both = [at, at + S::LANES].map(|at| (at, q.wrapping_add(at)));
                     let of = [
-                        units.factors::<S, U, MINIMA, true>(s, both[0].0),
-                        units.factors::<S, U, MINIMA, true>(s, both[1].0),
+                        units.factors::<S, U, MINIMA, true>(s, at),
+                        units.factors::<S, U, MINIMA, true>(s, at + S::LANES),
                     ];
                     for c in 0..C {
                         let x = U::pair(s, keys[c].add(at * bits / 8), swapped);
                         for half in 0..2 {
                             let x = of[half].element::<MINIMA>(s, x[half]);
                             for r in 0..R {
-                                acc[r][c] = s.fma(s.load_f32(both[half].1.add(r * q_row)), x, acc[r][c]);
+                                let q = s.load_f32(q.add(r * q_row + at + half * S::LANES));
+                                acc[r][c] = s.fma(q, x, acc[r][c]);
                             }
                         }
                     }
@@ -628,7 +629,7 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Sums<'_, U, MINIMA, C
                     self.columns::<S, R, N>(s, at, (column, index), keys, fresh);
                     column += N * S::LANES;
                 }
-                while N > 2 && column < end {
+                while const { N > 2 } && column < end {
                     self.columns::<S, R, 2>(s, at, (column, index), keys, fresh);
                     column += 2 * S::LANES;
                 }

@@ -34,7 +34,7 @@ impl DirectValues<'_> {
                 self.columns::<S, U, R, N>(s, head, row, column);
                 column += N * S::LANES;
             }
-            while N > 2 && column < dv {
+            while const { N > 2 } && column < dv {
                 self.columns::<S, U, R, 2>(s, head, row, column);
                 column += 2 * S::LANES;
             }

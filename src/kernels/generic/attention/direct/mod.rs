@@ -281,13 +281,18 @@ macro_rules! rows_in_loops {
                     4
                 }
             } else {
-                match (left, <$level as Simd>::PARALLEL_DOTS) {
-                    (1, 16) => $this.$function::<$($type,)* 1, 8>($($argument),*),
-                    (1, _) => $this.$function::<$($type,)* 1, $alone>($($argument),*),
-                    (2 | 3, 16) => $this.$function::<$($type,)* 2, 8>($($argument),*),
-                    (2 | 3, _) => $this.$function::<$($type,)* 2, 4>($($argument),*),
-                    (_, 16) => $this.$function::<$($type,)* 4, 4>($($argument),*),
-                    _ => $this.$function::<$($type,)* 4, 2>($($argument),*),
+                if const { <$level as Simd>::FEW_REGISTERS } {
+                    match left {
+                        1 => $this.$function::<$($type,)* 1, $alone>($($argument),*),
+                        2 | 3 => $this.$function::<$($type,)* 2, 4>($($argument),*),
+                        _ => $this.$function::<$($type,)* 4, 2>($($argument),*),
+                    }
+                } else {
+                    match left {
+                        1 => $this.$function::<$($type,)* 1, 8>($($argument),*),
+                        2 | 3 => $this.$function::<$($type,)* 2, 8>($($argument),*),
+                        _ => $this.$function::<$($type,)* 4, 4>($($argument),*),
+                    }
                 }
                 match left {
                     4.. => 4,

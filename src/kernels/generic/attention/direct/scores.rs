@@ -33,8 +33,6 @@ impl DirectScores<'_> {
     #[inline(always)]
     pub unsafe fn run<S: Simd, T: Units>(self, s: S) {
         let rows = self.block.tile.head_rows;
-        // Twelve sums keep two ports busy. With keys that are widened, they are more than sixteen registers hold.
-        let twelve = const { S::FEW_REGISTERS && T::ELEMENTS == 1 && size_of::<T::Unit>() == size_of::<f32>() };
         for head in 0..self.block.tile.kv_heads {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             unsafe {
@@ -51,37 +49,38 @@ impl DirectScores<'_> {
                     rows_in_loops!(S, rows, 8, |row| self.dots::<S, T>(s, head, row));
                     continue;
                 }
-                match (rows, S::PARALLEL_DOTS) {
+                // What sixes or threes leave goes by four.
+                let mut done = 0;
+                if const { is_tall::<S, T>(6, 2) } && rows >= PACK_ROWS {
+                    done = rows - if rows % 6 == 2 { 8 } else { rows % 6 };
+                    for row in (0..done).step_by(6) {
+                        self.dots::<S, T, 6, 2>(s, head, row);
+                    }
+                } else if const { twelve::<S, T>() } && rows >= PACK_ROWS {
+                    done = rows - rows % 3 * 4;
+                    for row in (0..done).step_by(3) {
+                        self.dots::<S, T, 3, 4>(s, head, row);
+                    }
+                }
+                for row in (done..rows).step_by(4) {
+                    let left = rows - row;
+                    // Loops of one and two rows have no test of their own for the first rows.
+                    let few = if row == 0 { self } else { Self { ahead: Ahead::NONE, ..self } };
                     // Sixteen keys would fill the tree over lanes, but one row is bound by memory, where fewer streams are faster.
-                    (1, _) => self.dots::<S, T, 1, 8>(s, head, 0),
-                    (2, 16) => self.dots::<S, T, 2, 8>(s, head, 0),
-                    (2, _) => self.dots::<S, T, 2, 4>(s, head, 0),
-                    _ => {
-                        // What sixes or threes leave goes by four.
-                        let mut done = 0;
-                        if const { is_tall::<S, T>(6, 2) } && rows >= PACK_ROWS {
-                            done = rows - if rows % 6 == 2 { 8 } else { rows % 6 };
-                            for row in (0..done).step_by(6) {
-                                self.dots::<S, T, 6, 2>(s, head, row);
-                            }
-                        } else if twelve && rows >= PACK_ROWS {
-                            done = rows - rows % 3 * 4;
-                            for row in (0..done).step_by(3) {
-                                self.dots::<S, T, 3, 4>(s, head, row);
-                            }
+                    if left == 1 {
+                        few.dots::<S, T, 1, 8>(s, head, row);
+                    } else if const { S::FEW_REGISTERS } {
+                        match left {
+                            2 => few.dots::<S, T, 2, 4>(s, head, row),
+                            3 if const { twelve::<S, T>() } => self.dots::<S, T, 3, 4>(s, head, row),
+                            3 => self.dots::<S, T, 3, 2>(s, head, row),
+                            _ => self.dots::<S, T, 4, 2>(s, head, row),
                         }
-                        for row in (done..rows).step_by(4) {
-                            match (rows - row, S::PARALLEL_DOTS) {
-                                (1, 16) => self.dots::<S, T, 1, 4>(s, head, row),
-                                (1, _) => self.dots::<S, T, 1, 2>(s, head, row),
-                                (2, 16) => self.dots::<S, T, 2, 4>(s, head, row),
-                                (2, _) => self.dots::<S, T, 2, 2>(s, head, row),
-                                (3, 16) => self.dots::<S, T, 3, 4>(s, head, row),
-                                (3, _) if twelve => self.dots::<S, T, 3, 4>(s, head, row),
-                                (3, _) => self.dots::<S, T, 3, 2>(s, head, row),
-                                (_, 16) => self.dots::<S, T, 4, 4>(s, head, row),
-                                _ => self.dots::<S, T, 4, 2>(s, head, row),
-                            }
+                    } else {
+                        match left {
+                            2 => few.dots::<S, T, 2, 8>(s, head, row),
+                            3 => self.dots::<S, T, 3, 4>(s, head, row),
+                            _ => self.dots::<S, T, 4, 4>(s, head, row),
                         }
                     }
                 }
@@ -104,6 +103,11 @@ enum Way {
 /// Whether a loop can take sums over lanes in two steps, for several rows.
 const fn is_narrow<S: Simd, T: Units>(rows: usize, keys: usize) -> bool {
     S::NARROW_LOOPS && T::ELEMENTS == 1 && rows > 1 && rows * keys == S::LANES
+}
+
+/// Whether loops have twelve sums, which keep two ports busy. With keys that are widened, they are more than sixteen registers hold.
+const fn twelve<S: Simd, T: Units>() -> bool {
+    S::FEW_REGISTERS && T::ELEMENTS == 1 && size_of::<T::Unit>() == size_of::<f32>()
 }
 
 /// Whether six rows and two keys have a loop of their own at levels with few registers, for elements of two bytes: twelve sums keep two
@@ -200,7 +204,7 @@ impl DirectScores<'_> {
         let distances = self.distances(row, way, C);
         // SAFETY: the caller's; the rows of scores have BLOCK floats.
         unsafe {
-            if T::ELEMENTS > 1 || !self.spread {
+            if const { T::ELEMENTS > 1 } || !self.spread {
                 let mut sums = [0.0f32; MAX_PARALLEL_DOTS];
                 let KeyRange { low, high } = self.keys;
                 let mut next = low / C * C;
@@ -228,7 +232,7 @@ impl DirectScores<'_> {
                     }
                     next += C;
                     // The first tokens of a sequence have few keys: a last one alone is not worth the products of several.
-                    if T::ELEMENTS == 1 && R == 4 && C > 1 && high - j == 1 {
+                    if const { T::ELEMENTS == 1 && R == 4 && C > 1 } && high - j == 1 {
                         self.sums::<S, T, R, 1>(s, head, row, |_| j, distances, &mut sums);
                         for r in 0..R {
                             *out.add(r * BLOCK + j) = sums[r];
@@ -398,7 +402,7 @@ impl DirectScores<'_> {
         unsafe {
             let step = (2 * S::LANES).max(T::ELEMENTS);
             while i + step <= d {
-                if T::ELEMENTS > 1 && begins_half_line::<T::Unit>(i / T::ELEMENTS) {
+                if const { T::ELEMENTS > 1 } && begins_half_line::<T::Unit>(i / T::ELEMENTS) {
                     for key in keys {
                         distances.prefetch(s, key.add(i / T::ELEMENTS));
                     }
@@ -422,8 +426,8 @@ impl DirectScores<'_> {
                     i += step;
                     continue;
                 }
-                let at_once = R == 4 && S::FEW_REGISTERS && size_of::<T::Unit>() == 1;
-                if way != Way::Wide || at_once {
+                let at_once = const { R == 4 && S::FEW_REGISTERS && size_of::<T::Unit>() == 1 };
+                if const { is_narrow::<S, T>(R, C) } && way != Way::Wide || at_once {
                     // With few registers, what is loaded of Q has to be used at once, or accumulators go to memory.
                     let mut k = [[s.zero(); 2]; C];
                     for c in 0..C {
@@ -450,7 +454,7 @@ impl DirectScores<'_> {
                     let unit = keys[c].add(i / T::ELEMENTS);
                     if R == 4 && size_of::<T::Unit>() == 1 {
                         distances.prefetch(s, unit);
-                    } else if T::ELEMENTS == 1 && row == 0 {
+                    } else if const { T::ELEMENTS == 1 } && (const { R < 3 } || row == 0) {
                         self.ahead.pair(s, unit);
                     }
                     for n in (0..step).step_by(2 * S::LANES) {
@@ -464,7 +468,7 @@ impl DirectScores<'_> {
                 }
                 i += step;
             }
-            while T::ELEMENTS == 1 && i < d {
+            while const { T::ELEMENTS == 1 } && i < d {
                 let part = (d - i).min(S::LANES);
                 for c in 0..C {
                     let k = T::rest(s, keys[c].add(i), part);

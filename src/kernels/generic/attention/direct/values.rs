@@ -31,7 +31,6 @@ impl DirectValues<'_> {
     #[inline(always)]
     pub unsafe fn run<S: Simd, T: Load, const PAIRS: bool>(self, s: S) {
         let Block { tile, scratch, dv, .. } = *self.block;
-        let wide = !S::FEW_REGISTERS;
         let row_bytes = dv * size_of::<T>();
         let in_order = !PAIRS
             && tile.kv_heads == 1
@@ -86,14 +85,20 @@ impl DirectValues<'_> {
                         row += 6;
                         continue;
                     }
-                    match (left, wide) {
-                        (1, _) => piece.columns::<S, 1, 8>(s, dv),
-                        (2, true) => piece.columns::<S, 2, 8>(s, dv),
-                        (2, false) => piece.columns::<S, 2, 4>(s, dv),
-                        (3, true) => piece.columns::<S, 3, 8>(s, dv),
-                        (3, false) => piece.columns::<S, 3, 2>(s, dv),
-                        (_, true) => piece.columns::<S, 4, 4>(s, dv),
-                        (_, false) => piece.columns::<S, 4, 2>(s, dv),
+                    if left == 1 {
+                        piece.columns::<S, 1, 8>(s, dv);
+                    } else if const { S::FEW_REGISTERS } {
+                        match left {
+                            2 => piece.columns::<S, 2, 4>(s, dv),
+                            3 => piece.columns::<S, 3, 2>(s, dv),
+                            _ => piece.columns::<S, 4, 2>(s, dv),
+                        }
+                    } else {
+                        match left {
+                            2 => piece.columns::<S, 2, 8>(s, dv),
+                            3 => piece.columns::<S, 3, 8>(s, dv),
+                            _ => piece.columns::<S, 4, 4>(s, dv),
+                        }
                     }
                 }
                 row += 4;
@@ -131,7 +136,7 @@ impl<T: Load, const PAIRS: bool> ValueRows for CacheValues<'_, T, PAIRS> {
         part: usize,
         sums: &mut [[S::V; N]; R],
     ) {
-        if !PAIRS {
+        if const { !PAIRS } {
             // SAFETY: the caller's.
             unsafe { weighted.add_each(s, j, offset, part, sums) };
             return;

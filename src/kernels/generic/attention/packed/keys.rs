@@ -4,7 +4,7 @@ use super::queries::place;
 use super::row_scores::{KEYS, row_floats};
 use crate::kernels::generic::attention::weighted::widen_row;
 use crate::kernels::generic::attention::{Block, KeyPointers};
-use crate::kernels::simd::{Load, MAX_LANES, Simd};
+use crate::kernels::simd::{Load, MAX_LANES, Simd, deinterleaved};
 
 /// Transposes keys of a block into slabs as wide as a register tile: `[slab][step][keys]`, steps in the order of [`place`]. In the
 /// vectors at the ends of the block's key range, columns outside of it are undefined. With [`Simd::ROW_SCORES`], widens them to rows of
@@ -37,7 +37,7 @@ impl PackKeys<'_> {
             // SAFETY: the caller's; a step loads elements inside the key.
             unsafe {
                 for pair in 0..pairs {
-                    if T::deinterleaved::<S>() {
+                    if const { deinterleaved::<S, T>() } {
                         self.transpose::<S, T, EVEN>(s, group, 2 * pair);
                         self.transpose::<S, T, ODD>(s, group, 2 * pair + 1);
                     } else {

@@ -28,11 +28,18 @@ impl RowTile for Scores {
     unsafe fn run<S: Simd, const R: usize>(self, s: S) {
         // SAFETY: the caller's.
         unsafe {
-            match (S::SCORE_VECTORS, S::SCORE_LANES, self.wide) {
-                (1, 4, _) => self.tile::<S, R, 1, 4>(s),
-                (4, _, true) => self.tile::<S, R, 4, 1>(s),
-                (4, _, false) | (2, _, true) => self.tile::<S, R, 2, 1>(s),
-                _ => self.tile::<S, R, 1, 1>(s),
+            if const { S::SCORE_VECTORS == 4 } {
+                if self.wide {
+                    self.tile::<S, R, 4, 1>(s);
+                } else {
+                    self.tile::<S, R, 2, 1>(s);
+                }
+            } else if const { S::SCORE_VECTORS == 2 } && self.wide {
+                self.tile::<S, R, 2, 1>(s);
+            } else if const { S::SCORE_LANES == 4 } {
+                self.tile::<S, R, 1, 4>(s);
+            } else {
+                self.tile::<S, R, 1, 1>(s);
             }
         }
     }

@@ -112,7 +112,7 @@ impl RowTile for Values {
         // SAFETY: the caller's.
         unsafe {
             match self.vectors {
-                4 if S::TILE_VECTORS == 4 => self.weighted.add::<S, R, 4>(s, 0, S::LANES, None),
+                4 if const { S::TILE_VECTORS == 4 } => self.weighted.add::<S, R, 4>(s, 0, S::LANES, None),
                 2 => self.weighted.add::<S, R, 2>(s, 0, S::LANES, None),
                 _ => self.weighted.add::<S, R, 1>(s, 0, S::LANES, None),
             }
