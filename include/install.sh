@@ -14,7 +14,8 @@
 #   --target TRIPLE    another target of Rust; for musl only the static library is made
 #   --archive DIR      writes DIR/kvlane-VERSION-TARGET.tar.gz with all of it and the licences, and installs nothing
 #
-# CC, AR, NM and OBJCOPY select tools, CARGO cargo, and CARGO_TARGET_DIR where it builds.
+# CC, AR, NM and OBJCOPY select tools, CARGO cargo, and CARGO_TARGET_DIR where it builds. CARGOFLAGS are further words for
+# `cargo build`, as --frozen.
 #
 # `cargo cinstall` gives the same files. This script does more to the libraries: both come from one object in which only the
 # functions of the header have global names, so that the archive can be linked beside other archives of Rust code; neither
@@ -89,7 +90,8 @@ abi=$(sed -n 's/^#define KVL_ABI_VERSION \([0-9]*\)$/\1/p' include/kvlane.h)
 major=$((abi / 65536)) minor=$((abi % 65536))
 soname=libkvlane.so.$major file=libkvlane.so.$major.$minor.0
 
-"$cargo" build --release --lib --features capi ${target:+--target "$target"} --message-format=json-render-diagnostics >/dev/null
+# shellcheck disable=SC2086 # words on purpose
+"$cargo" build --release --lib --features capi ${target:+--target "$target"} ${CARGOFLAGS:-} --message-format=json-render-diagnostics >/dev/null
 built=${CARGO_TARGET_DIR:-target}/${target:+$target/}release
 [ -e "$built/libkvlane.a" ] || fail "cargo has built no $built/libkvlane.a"
 work=$(mktemp -d "${TMPDIR:-/tmp}/kvlane-install.XXXXXX")
