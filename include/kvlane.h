@@ -379,12 +379,13 @@
 #define KVL_PRECISION_HIGH 1
 
 /**
- * Over keys in int8 or in blocks, queries are rounded to int8, with a scale a row, and products are added up as integers, at the levels
- * that have kernels for it (`KVL_ISA_AVX_VNNI`, `KVL_ISA_AVX512_VNNI`, `KVL_ISA_NEON_DOTPROD`, and those with their features): of
- * a logit's error, at most half of a row's scale times the sum of the magnitudes of the key's elements is due to it. With four query
- * heads per KV head and more, `KVL_ISA_AVX512_VNNI` also rounds the weights of values in int8 and in blocks, to 65534ths of the largest
- * among 64 keys (in blocks, of the largest weight times the largest factor): an error of at most 2^-10 of the largest magnitude of
- * their elements (2^-9 in q4_1 and q5_1). Where there is no such kernel, this is `KVL_PRECISION_DEFAULT`.
+ * Over keys in int8 or in blocks, queries are rounded to int8, with a scale a row, and products are added up as integers, at the
+ * levels that have kernels for it (`KVL_ISA_AVX_VNNI`, `KVL_ISA_AVX512_VNNI`, `KVL_ISA_NEON_DOTPROD`, those that include the last two,
+ * and over blocks of four and five bits `KVL_ISA_AVX2`): of a logit's error, at most half of a row's scale times the sum of the
+ * magnitudes of the key's elements is due to it. With four query heads per KV head and more, `KVL_ISA_AVX512_VNNI` also rounds the
+ * weights of values in int8 and in blocks, to 65534ths of the largest among 64 keys (in blocks, of the largest weight times the
+ * largest factor): an error of at most 2^-10 of the largest magnitude of their elements (2^-9 in q4_1 and q5_1). Where there is no
+ * such kernel, this is `KVL_PRECISION_DEFAULT`.
  */
 #define KVL_PRECISION_INTEGER 2
 

@@ -70,10 +70,19 @@ impl Context {
     fn up_to(ceiling: Option<Isa>) -> Result<Self> {
         let ceilings: Vec<Isa> = ceiling.into_iter().chain(Isa::ceiling_from_env()?).collect();
         let isa = Isa::best_within(&ceilings)?;
+        let full_level = Isa::ALL
+            .into_iter()
+            .filter(|level| !level.is_partial() && level.is_within(isa) && level.is_available())
+            .max_by_key(|level| level.priority_within(isa));
         let mut table: Vec<Option<&'static Entry>> = vec![None; Precision::ALL.len() * KERNELS];
         for entry in registry::entries() {
             let info = &entry.info;
             if !info.isa.is_within(isa) || !info.isa.is_available() {
+                continue;
+            }
+            // Kernels of integer products at a full level read queries as the rest of its kernels do.
+            let integer = info.precision == Some(Precision::Integer);
+            if integer && !info.isa.is_partial() && Some(info.isa) != full_level {
                 continue;
             }
             // What has no kernel of integer products is served as by default.
@@ -92,12 +101,8 @@ impl Context {
         let mut full: [Option<&'static Entry>; FORMATS] = [None; FORMATS];
         for entry in registry::entries() {
             let info = &entry.info;
-            let serves = info.op == Op::Attention && !info.isa.is_partial();
-            if serves && info.isa.is_within(isa) && info.isa.is_available() {
-                let slot = &mut full[info.src.index()];
-                if slot.is_none_or(|other| other.info.isa.priority_within(isa) < info.isa.priority_within(isa)) {
-                    *slot = Some(entry);
-                }
+            if info.op == Op::Attention && info.precision.is_none() && Some(info.isa) == full_level {
+                full[info.src.index()] = Some(entry);
             }
         }
         Ok(Self { isa, table: table.into(), full, saturates_f16: false, tuning: Tuning::of_this_cpu(isa) })
@@ -191,7 +196,8 @@ impl Context {
             Some(entry) => entry,
             None => unreachable!("every full level has attention over {format}"),
         });
-        if k == v || !keys.info.isa.is_partial() && keys.info.isa == values.info.isa {
+        let [integer, of_values] = [keys, values].map(|entry| entry.info.precision == Some(Precision::Integer));
+        if k == v || !keys.info.isa.is_partial() && keys.info.isa == values.info.isa && (integer || !of_values) {
             return [keys, values];
         }
         let full = |format: CacheFormat| match self.full[format.index()] {
@@ -199,9 +205,8 @@ impl Context {
             None => unreachable!("every full level has attention over {format}"),
         };
         // Kernels of integer products say how keys are read. Values are read as at the full level, unless they have such kernels too.
-        let integer = keys.info.precision == Some(Precision::Integer);
         let joined = values.info.isa.is_within(keys.info.isa) || keys.info.isa.is_within(values.info.isa);
-        let both = integer && values.info.precision == keys.info.precision && joined;
+        let both = integer && of_values && joined;
         [if integer { keys } else { full(k) }, if both { values } else { full(v) }]
     }
 
@@ -329,10 +334,11 @@ mod tests {
                         for precision in Precision::ALL {
                             let found = registry::kernels()
                                 .filter(|k| k.isa == level && k.op == op && k.src == src && k.dst == dst)
-                                .filter(|k| k.precision.is_none_or(|p| p == precision))
+                                .filter(|k| k.precision.map_or(precision != Precision::Integer, |p| p == precision))
                                 .count();
                             let most = usize::from(wanted);
-                            let least = if level.is_partial() { 0 } else { most };
+                            let may_lack = level.is_partial() || precision == Precision::Integer;
+                            let least = if may_lack { 0 } else { most };
                             assert!((least..=most).contains(&found), "{op:?} {src} {dst} {level} {precision:?}");
                         }
                     }

@@ -25,7 +25,7 @@ pub(crate) use partial_kernel_table;
 /// functions. The proof of the level is made of that of the full level, whose features `level` includes. With `words`, values are
 /// weighted by products of integers too, by the shells of [`integer_value_shells`]; with `floats`, as at the full level.
 macro_rules! integer_kernels {
-    ($isa:ident, $level:ident, $full:ident, $proof:ident, $values:ident $error:literal, Int8 $int8:literal $($blocks:ident $name:literal)*) => {
+    ($isa:ident, $level:ident, $full:ident, $proof:path, $values:ident $error:literal, Int8 $int8:literal $($blocks:ident $name:literal)*) => {
         pub(crate) static ENTRIES: &[$crate::kernels::registry::Entry] = &[
             $crate::kernels::partial::integer_entry!($isa Int8 $int8 $error functions()),
             $($crate::kernels::partial::integer_entry!(
@@ -50,7 +50,33 @@ macro_rules! integer_kernels {
             }
         }
 
-        /// The same for keys in blocks, which are never widened.
+        $crate::kernels::partial::integer_block_kernels!($level, $full, $proof, $values);
+
+        $crate::cpu::level_features!($level, with_features! {
+            /// # Safety
+            /// The level is available; `scratch` has `rows` rows of `padded(d)` floats.
+            unsafe fn quantize_rows(scratch: &$crate::kernels::generic::attention::Scratch, rows: usize, d: usize) {
+                let q = scratch.q;
+                // SAFETY: the caller's; the level includes the full one.
+                unsafe { $crate::kernels::generic::attention::integer::IntegerQueries { q, rows, d }.run($full::new_unchecked()) }
+            }
+
+            /// # Safety
+            /// The level is available; the arguments are those of a tile whose rows [`quantize_rows`] has written.
+            pub(crate) unsafe fn scores(args: &$crate::kernels::generic::attention::DirectScores) {
+                // SAFETY: the caller's.
+                unsafe { $crate::kernels::generic::attention::integer::scores($proof($full::new_unchecked()), args) }
+            }
+        });
+    };
+}
+pub(crate) use integer_kernels;
+
+/// Writes the functions of a level that has products of integers over blocks: `block_functions`, of which [`integer_kernels`] states the
+/// parameters. Everything but the scores, and with `words` the weighted values, is the full level's.
+macro_rules! integer_block_kernels {
+    ($level:ident, $full:ident, $proof:path, $values:ident) => {
+        /// Keys are never widened.
         const fn block_functions<U: $crate::kernels::generic::attention::integer_blocks::IntegerUnit>()
         -> $crate::kernels::api::AttentionFns {
             let full = shells::block_attention::<U>();
@@ -72,21 +98,6 @@ macro_rules! integer_kernels {
         $crate::cpu::level_features!($level, with_features! {
             /// # Safety
             /// The level is available; `scratch` has `rows` rows of `padded(d)` floats.
-            unsafe fn quantize_rows(scratch: &$crate::kernels::generic::attention::Scratch, rows: usize, d: usize) {
-                let q = scratch.q;
-                // SAFETY: the caller's; the level includes the full one.
-                unsafe { $crate::kernels::generic::attention::integer::IntegerQueries { q, rows, d }.run($full::new_unchecked()) }
-            }
-
-            /// # Safety
-            /// The level is available; the arguments are those of a tile whose rows [`quantize_rows`] has written.
-            pub(crate) unsafe fn scores(args: &$crate::kernels::generic::attention::DirectScores) {
-                // SAFETY: the caller's.
-                unsafe { $crate::kernels::generic::attention::integer::scores($proof($full::new_unchecked()), args) }
-            }
-
-            /// # Safety
-            /// As [`quantize_rows`].
             unsafe fn quantize_rows_for_blocks(
                 scratch: &$crate::kernels::generic::attention::Scratch,
                 rows: usize,
@@ -124,7 +135,7 @@ macro_rules! integer_kernels {
         });
     };
 }
-pub(crate) use integer_kernels;
+pub(crate) use integer_block_kernels;
 
 /// The pieces for values of [`integer_kernels`].
 macro_rules! integer_value_pieces {

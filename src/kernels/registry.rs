@@ -45,6 +45,8 @@ static LEVELS: &[&[Entry]] = &[
     #[cfg(target_arch = "x86_64")]
     avx2::ENTRIES,
     #[cfg(target_arch = "x86_64")]
+    avx2::bytes::ENTRIES,
+    #[cfg(target_arch = "x86_64")]
     avxvnni::ENTRIES,
     #[cfg(target_arch = "x86_64")]
     avx512::ENTRIES,

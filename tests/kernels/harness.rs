@@ -84,7 +84,8 @@ const NOT_BLOCKS: [&str; 7] = [
     "shard::rows_and_heads_are_the_bits_of_the_whole",
 ];
 
-/// The tests that partial levels run, with exceptions; the others would test the levels below again.
+/// The tests that partial levels, and full ones at the precision of integer products, run, with exceptions; the others would test the
+/// levels below again.
 const PARTIAL: [&str; 14] = [
     "hadamard::random_calls",
     "hadamard::head_sizes",
@@ -116,6 +117,11 @@ impl Level {
             assert_eq!(kernel.isa, self.isa, "{} does not serve level {}", kernel.name, self.isa);
         }
         kernel
+    }
+
+    /// Whether the level has kernels of its own for some calls only.
+    fn is_partial(&self) -> bool {
+        self.isa.is_partial() || self.precision == Precision::Integer
     }
 
     /// The calls that the level has its own kernels for.
@@ -184,10 +190,14 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
                         (_, true) => 2,
                         (_, false) => 3,
                     };
-                    for quantised in [[int8; 2], [int8, None], blocks].into_iter().take(kinds) {
+                    let with_blocks = [[Some(CacheFormat::Q4_0), Some(CacheFormat::Q8_0)]];
+                    let with_int8 = [[int8; 2], [int8, None], blocks];
+                    // AVX2 has such products for blocks of four and five bits only.
+                    let kinds_of = if isa == Isa::Avx2 { &with_blocks[..] } else { &with_int8[..kinds] };
+                    for &quantised in kinds_of {
                         run.push(Level { isa, precision: Precision::Integer, quantised, context: context.clone() });
                     }
-                    if !has(Precision::High) {
+                    if isa.is_partial() && !has(Precision::High) {
                         continue;
                     }
                 }
@@ -278,7 +288,7 @@ pub fn run(modules: &[&[Test]]) -> ExitCode {
                     if level.quantised.iter().flatten().any(|f| f.unit_elements() > 1) && names(&NOT_BLOCKS) {
                         continue;
                     }
-                    if !level.isa.is_partial() || names(&PARTIAL) && !names(&NOT_PARTIAL) {
+                    if !level.is_partial() || names(&PARTIAL) && !names(&NOT_PARTIAL) {
                         let body = move || with_setting(level.setting(), || body(level));
                         cases.push((format!("{name}[{}]", level.name()), Box::new(body)));
                     }

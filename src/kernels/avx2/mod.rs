@@ -1,5 +1,7 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
+pub(crate) mod bytes;
+
 use super::generic::fp8::{E4m3, E4m3Fraction, E5m2, Fp8};
 use super::simd::{BLOCK, BlockVectors, Fold, MAX_LANES, Simd};
 use crate::cpu::level_features;

@@ -4,8 +4,8 @@
 //! sums over lanes are left (`integer_words`). On AArch64, where levels have products of matrices, sums of quarters are transposed after it
 //! (`integer_quarters`). Both round alike.
 
-use super::Block;
 use super::integer::ByteProducts;
+use super::{Block, DirectScores};
 use crate::kernels::generic::blocks::{BlockUnit, Iq4Nl, N, NibbleBlock, Q8_0};
 use crate::kernels::simd::{LINE, Simd};
 use crate::problem::grid::KeyRange;
@@ -14,7 +14,7 @@ use crate::problem::tile::MAX_TILE_ROWS;
 #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
 pub(crate) use super::integer_quarters::{BlockProducts, multiply, quantize_rows, scores, transposed};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use super::integer_words::{BlockProducts, multiply, quantize_rows, scores};
+pub(crate) use super::integer_words::{BlockProducts, WORDS, multiply, quantize_rows, scores};
 
 /// Units of a block in a vector.
 pub(crate) const HALF: usize = N / 2;
@@ -124,4 +124,16 @@ pub(crate) struct Products<'a> {
     pub(super) zero: i32,
     /// Whether blocks have minima.
     pub(super) minima: bool,
+    /// Whether units of keys are numbers of four or five bits.
+    #[cfg_attr(target_arch = "aarch64", expect(dead_code, reason = "products of matrices take all units alike"))]
+    pub(super) numbers: bool,
+}
+
+impl<'a> Products<'a> {
+    /// Of keys in blocks of type `U`.
+    #[inline(always)]
+    pub(super) fn of<P: ByteProducts, U: IntegerUnit>(args: &DirectScores<'a>, head: usize, keys: KeyRange) -> Self {
+        let (zero, numbers) = (zero::<P, U>(), matches!(U::KIND, Kind::Nibbles));
+        Self { block: args.block, head, keys, zero, minima: U::MINIMA, numbers }
+    }
 }

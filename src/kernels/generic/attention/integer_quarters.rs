@@ -13,7 +13,7 @@
 //! of a subblock are taken apart into memory first, and one loop for all formats passes over them once per four rows. (Vectors that are
 //! stored and loaded again at once wait for each other: with one to four rows, that cost as much as the products.)
 
-use super::integer_blocks::{BlockUnits, HALF, IntegerUnit, Kind, Products, ROWS, V, fifth_bits, parts, zero};
+use super::integer_blocks::{BlockUnits, HALF, IntegerUnit, Kind, Products, ROWS, V, fifth_bits, parts};
 use super::{Block, DirectScores, SUBBLOCK, Scratch};
 use crate::kernels::generic::attention::integer::ByteProducts;
 use crate::kernels::generic::blocks::N;
@@ -153,8 +153,7 @@ pub(crate) unsafe fn scores<P: BlockProducts, U: IntegerUnit>(
         // SAFETY: the caller's, here and below.
         unsafe {
             if rows <= 4 {
-                let few =
-                    Products { block: args.block, head, keys: args.keys, zero: zero::<P, U>(), minima: U::MINIMA };
+                let few = Products::of::<P, U>(args, head, args.keys);
                 let keys = InCache::<P, U>::new(args, head);
                 if rows == 1 {
                     one_row(p, &few, 0, &keys)
@@ -166,7 +165,7 @@ pub(crate) unsafe fn scores<P: BlockProducts, U: IntegerUnit>(
             for first in (low / SUBBLOCK * SUBBLOCK..high).step_by(SUBBLOCK) {
                 let keys = KeyRange { low: low.max(first), high: high.min(first + SUBBLOCK) };
                 take_apart::<P, U>(p, args, head, keys);
-                products(&Products { block: args.block, head, keys, zero: zero::<P, U>(), minima: U::MINIMA });
+                products(&Products::of::<P, U>(args, head, keys));
             }
         }
     }
@@ -369,7 +368,7 @@ impl<P: BlockProducts> RowSums<P> {
 /// As [`scores`]; `source` has the keys.
 #[inline(always)]
 unsafe fn four_rows<P: BlockProducts>(p: P, args: &Products, row: usize, n: usize, source: &impl Source<P>) {
-    let Products { block: &Block { tile, scratch, d, .. }, head, keys, zero, minima } = *args;
+    let Products { block: &Block { tile, scratch, d, .. }, head, keys, zero, minima, .. } = *args;
     let (s, memory, count) = (p.level(), Memory::<P>::of(scratch), parts::<P>(d));
     let first = head * tile.head_rows + row;
     let numbers: [usize; 4] = std::array::from_fn(|r| first + r.min(n - 1));
@@ -424,7 +423,7 @@ unsafe fn four_rows<P: BlockProducts>(p: P, args: &Products, row: usize, n: usiz
 /// As [`four_rows`].
 #[inline(always)]
 unsafe fn one_row<P: BlockProducts>(p: P, args: &Products, row: usize, source: &impl Source<P>) {
-    let Products { block: &Block { tile, scratch, d, .. }, head, keys, zero, minima } = *args;
+    let Products { block: &Block { tile, scratch, d, .. }, head, keys, zero, minima, .. } = *args;
     let (s, memory, count) = (p.level(), Memory::<P>::of(scratch), parts::<P>(d));
     let number = head * tile.head_rows + row;
     let (row, out) = (scratch.q.wrapping_add(number * padded(d)).cast_const(), scratch.s.wrapping_add(number * BLOCK));

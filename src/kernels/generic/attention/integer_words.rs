@@ -22,7 +22,7 @@
 //! the loops take 17 and 15, with all of a call around them 21 and 18, and those of f32 59. Shuffles of the next keys and products
 //! wait for each other in the queue of 64 operations, so that neither port is always busy.
 
-use super::integer_blocks::{BlockUnits, HALF, IntegerUnit, Kind, Products, ROWS, V, fifth_bits, parts, zero};
+use super::integer_blocks::{BlockUnits, HALF, IntegerUnit, Kind, Products, ROWS, V, fifth_bits, parts};
 use super::{Block, DirectScores, KeyPointers, SUBBLOCK, Scratch};
 use crate::kernels::generic::attention::integer::ByteProducts;
 use crate::kernels::generic::blocks::N;
@@ -38,13 +38,29 @@ const GROUP: usize = 4;
 /// Four units, whose products are added up.
 type Word = [i8; 4];
 /// Such words of a half of a block.
-const WORDS: usize = HALF / size_of::<Word>();
+pub(crate) const WORDS: usize = HALF / size_of::<Word>();
 
 /// Products of bytes with blocks. A vector of units has [`HALF`] bytes of each of [`Self::BLOCKS`] blocks, and vectors of sums and of f32
 /// have four lanes for each.
 pub(crate) trait BlockProducts: BlockUnits {
     /// Groups of keys that are multiplied side by side, one or two: as many as registers allow.
     const GROUPS: usize;
+    /// Whether [`Self::add_numbers`] adds products of numbers in fewer operations than [`ByteProducts::add`].
+    const ADDS_NUMBERS: bool = false;
+
+    /// Adds the products of the words of a half of blocks, whose numbers are from 0 to 31, with units of a row.
+    ///
+    /// # Safety
+    /// [`ByteProducts::UNITS`] bytes are readable at each of `queries`.
+    #[inline(always)]
+    unsafe fn add_numbers(
+        self,
+        sums: Self::Sums,
+        _keys: &[Self::Units; WORDS],
+        _queries: [*const i8; WORDS],
+    ) -> Self::Sums {
+        sums
+    }
 
     /// Both [`HALF`]s of `n` blocks of bytes at `p`; the others may be any.
     ///
@@ -154,11 +170,11 @@ pub(crate) unsafe fn scores<P: BlockProducts, U: IntegerUnit>(
         // SAFETY: the caller's, here and below.
         unsafe {
             if rows <= 4 {
-                let few =
-                    Products { block: args.block, head, keys: args.keys, zero: zero::<P, U>(), minima: U::MINIMA };
+                let few = Products::of::<P, U>(args, head, args.keys);
                 let keys = InCache::<P, U>::new(args, head);
                 match (rows, args.block.d == N * P::BLOCKS) {
                     (1, _) => some_rows::<P, 1, false>(p, &few, 0, 1, &keys),
+                    (2, _) if const { P::GROUPS == 1 } => some_rows::<P, 2, false>(p, &few, 0, 2, &keys),
                     (_, true) => some_rows::<P, 4, true>(p, &few, 0, rows, &keys),
                     (_, false) => some_rows::<P, 4, false>(p, &few, 0, rows, &keys),
                 }
@@ -167,7 +183,7 @@ pub(crate) unsafe fn scores<P: BlockProducts, U: IntegerUnit>(
             for first in (low / SUBBLOCK * SUBBLOCK..high).step_by(SUBBLOCK) {
                 let keys = KeyRange { low: low.max(first), high: high.min(first + SUBBLOCK) };
                 take_apart::<P, U>(p, args, head, keys);
-                products(&Products { block: args.block, head, keys, zero: zero::<P, U>(), minima: U::MINIMA });
+                products(&Products::of::<P, U>(args, head, keys));
             }
         }
     }
@@ -206,6 +222,8 @@ const SIDE: usize = 2 * GROUP;
 /// Where parts of keys come from.
 trait Source<P: BlockProducts> {
     type Group: Copy;
+    /// Whether all units are numbers of four or five bits.
+    const NUMBERS: bool;
     /// Keys `j..j + GROUP`; others stand for those outside of `keys`.
     ///
     /// # Safety
@@ -251,6 +269,7 @@ impl<'a, P: BlockProducts, U: IntegerUnit> InCache<'a, P, U> {
 
 impl<P: BlockProducts, U: IntegerUnit> Source<P> for InCache<'_, P, U> {
     type Group = [*const u8; GROUP];
+    const NUMBERS: bool = matches!(U::KIND, Kind::Nibbles);
 
     #[inline(always)]
     unsafe fn group(&self, _: P, KeyRange { low, high }: KeyRange, j: usize) -> [*const u8; GROUP] {
@@ -271,14 +290,15 @@ impl<P: BlockProducts, U: IntegerUnit> Source<P> for InCache<'_, P, U> {
 }
 
 /// Keys that were taken apart.
-struct Apart<P: ByteProducts> {
+struct Apart<P: ByteProducts, const NUMBERS: bool> {
     keys: *const Part<P>,
     /// Parts of a head.
     count: usize,
 }
 
-impl<P: BlockProducts> Source<P> for Apart<P> {
+impl<P: BlockProducts, const NUMBERS: bool> Source<P> for Apart<P, NUMBERS> {
     type Group = *const Part<P>;
+    const NUMBERS: bool = NUMBERS;
 
     #[inline(always)]
     unsafe fn group(&self, _: P, _: KeyRange, j: usize) -> *const Part<P> {
@@ -354,9 +374,23 @@ unsafe fn units<P: BlockProducts, U: IntegerUnit>(
 /// As [`scores`]; the keys have been taken apart.
 #[inline(always)]
 pub(crate) unsafe fn multiply<P: BlockProducts>(p: P, args: &Products) {
+    // SAFETY: the caller's.
+    unsafe {
+        if const { P::ADDS_NUMBERS } && args.numbers {
+            multiply_apart::<P, true>(p, args);
+        } else {
+            multiply_apart::<P, false>(p, args);
+        }
+    }
+}
+
+/// # Safety
+/// As [`multiply`]; with `NUMBERS`, units are numbers.
+#[inline(always)]
+unsafe fn multiply_apart<P: BlockProducts, const NUMBERS: bool>(p: P, args: &Products) {
     let rows = args.block.tile.head_rows;
     let keys = Memory::<P>::of(args.block.scratch).keys;
-    let source = Apart { keys, count: parts::<P>(args.block.d) };
+    let source = Apart::<P, NUMBERS> { keys, count: parts::<P>(args.block.d) };
     let mut row = 0;
     while row < rows {
         // SAFETY: the caller's.
@@ -365,15 +399,20 @@ pub(crate) unsafe fn multiply<P: BlockProducts>(p: P, args: &Products) {
     }
 }
 
+/// Where the units of a row are that belong to a word of a part of `n` blocks.
+#[inline(always)]
+fn words_of<P: BlockProducts>(row: *const f32, part: usize, word: usize, n: usize) -> *const i8 {
+    row.cast::<[Word; GROUP]>().wrapping_add(part * 2 * WORDS * P::BLOCKS + word * n).cast()
+}
+
 /// The units of a row that belong to a word of a part of `n` blocks.
 ///
 /// # Safety
 /// The row has these units.
 #[inline(always)]
 unsafe fn row_units<P: BlockProducts>(p: P, row: *const f32, part: usize, word: usize, n: usize) -> P::Units {
-    let units = row.cast::<[Word; GROUP]>().wrapping_add(part * 2 * WORDS * P::BLOCKS + word * n);
     // SAFETY: the caller's.
-    unsafe { p.queries(units.cast()) }
+    unsafe { p.queries(words_of::<P>(row, part, word, n)) }
 }
 
 impl<P: BlockProducts, const R: usize> RowSums<P, R> {
@@ -408,7 +447,7 @@ unsafe fn some_rows<P: BlockProducts, const R: usize, const ONE: bool>(
     n: usize,
     source: &impl Source<P>,
 ) {
-    let Products { block: &Block { tile, scratch, d, .. }, head, keys, zero, minima } = *args;
+    let Products { block: &Block { tile, scratch, d, .. }, head, keys, zero, minima, .. } = *args;
     let (s, memory, blocks) = (p.level(), Memory::<P>::of(scratch), d / N);
     let first = head * tile.head_rows + row;
     let mut rows = [std::ptr::null(); R];
@@ -481,6 +520,18 @@ unsafe fn add_part<P: BlockProducts, const R: usize, S: Source<P>>(
         let second = if P::GROUPS == 2 { source.part(p, &groups[1], 1, i, n) } else { first };
         let (units, halves) = ([first.0, second.0], [first.1, second.1]);
         for half in 0..2 {
+            if const { P::ADDS_NUMBERS && S::NUMBERS } {
+                for r in 0..R {
+                    let mut queries = [std::ptr::null(); WORDS];
+                    for word in 0..WORDS {
+                        queries[word] = words_of::<P>(rows[r], i, half * WORDS + word, n);
+                    }
+                    for g in 0..P::GROUPS {
+                        sums[g][r] = p.add_numbers(sums[g][r], &units[g][half], queries);
+                    }
+                }
+                continue;
+            }
             for word in 0..WORDS {
                 for r in 0..R {
                     let queries = row_units(p, rows[r], i, half * WORDS + word, n);
