@@ -11,7 +11,8 @@
 //! | [`scalar`], `avx2`, `avx512`, `neon` | the trait for one level |
 //! | `loops`, `products` | what the bench measures as the limits of the machine |
 //! | `amx` | a partial level: attention over bf16, and over int8 keys, by tile products |
-//! | `avxvnni`, `avx512vnni`, `neondotprod`, `neoni8mm` | partial levels: attention over int8 keys, by products of integers |
+//! | `avxvnni`, `avx512vnni`, `neondotprod`, `neoni8mm` | partial levels: attention over keys in int8 and blocks, by products of integers |
+//! | `avx2::bytes` | the same over blocks of four and five bits at AVX2, and what `avxvnni` is made of |
 //! | `avx512bf16` | a partial level: attention over bf16, by products of pairs |
 //! | `neonbf16` | a partial level: attention over bf16, by products of small matrices |
 //!
