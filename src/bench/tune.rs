@@ -235,7 +235,7 @@ fn cases(level: Isa, shapes: &[(&str, &[&str])], quick: bool) -> Vec<Case> {
         listed && (!quick || QUICK_FORMATS.contains(&format))
     };
     kernels()
-        .filter(|kernel| kernel.op == Op::Attention && kernel.isa == level)
+        .filter(|kernel| kernel.op == Op::Attention && kernel.isa == level && kernel.precision.is_none())
         .flat_map(|kernel| cases_of(&kernel))
         .filter(is_wanted)
         .collect()

@@ -190,10 +190,13 @@ fn levels() -> (Vec<Level>, Vec<(Isa, &'static str)>) {
                         (_, true) => 2,
                         (_, false) => 3,
                     };
-                    let with_blocks = [[Some(CacheFormat::Q4_0), Some(CacheFormat::Q8_0)]];
                     let with_int8 = [[int8; 2], [int8, None], blocks];
                     // AVX2 has such products for blocks of four and five bits only.
-                    let kinds_of = if isa == Isa::Avx2 { &with_blocks[..] } else { &with_int8[..kinds] };
+                    let of_four_bits = [[Some(CacheFormat::Q4_0); 2]];
+                    let kinds_of = match (isa, few_cases()) {
+                        (Isa::Avx2, few) => &of_four_bits[usize::from(few)..],
+                        _ => &with_int8[..kinds],
+                    };
                     for &quantised in kinds_of {
                         run.push(Level { isa, precision: Precision::Integer, quantised, context: context.clone() });
                     }
