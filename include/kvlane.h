@@ -279,7 +279,7 @@
 #define KVL_ISA_NEON 4
 
 /**
- * x86-64 with all features of `KVL_ISA_AVX512_VNNI`, and AMX tiles with products of bf16 and int8. This level has kernels for attention
+ * x86-64 with all features of `KVL_ISA_AVX512_BF16`, and AMX tiles with products of bf16 and int8. This level has kernels for attention
  * over bf16, and over int8 keys at `KVL_PRECISION_INTEGER`, alone and uses those of the levels below for everything else. It is
  * preferred to these.
  */

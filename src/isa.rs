@@ -22,7 +22,7 @@ pub enum Isa {
     Avx512 = 3,
     /// AArch64 with Advanced SIMD.
     Neon = 4,
-    /// x86-64 with the features of [`Avx512Vnni`](Self::Avx512Vnni), AMX tiles and their products of bf16 and int8. A partial level with
+    /// x86-64 with the features of [`Avx512Bf16`](Self::Avx512Bf16), AMX tiles and their products of bf16 and int8. A partial level with
     /// kernels for attention over bf16, and over int8 keys at [`Precision::Integer`](crate::Precision::Integer), only; the other kernels
     /// are those of AVX-512 and AVX512-VNNI.
     Amx = 5,
@@ -127,7 +127,7 @@ impl Isa {
             Self::Avx512 => level_features!(Avx512, feature_names! {}),
             Self::Avx512Vnni => level_features!(Avx512Vnni, feature_names! {}),
             Self::Avx512Bf16 => level_features!(Avx512Bf16, feature_names! {}),
-            Self::Amx => level_features!(Avx512Vnni, feature_names! { "amx-tile" "amx-bf16" "amx-int8" }),
+            Self::Amx => level_features!(Avx512Bf16, feature_names! { "amx-tile" "amx-bf16" "amx-int8" }),
             Self::AvxVnni => level_features!(AvxVnni, feature_names! {}),
             Self::Neon => level_features!(Neon, feature_names! {}),
             Self::NeonDotprod => level_features!(NeonDotprod, feature_names! {}),

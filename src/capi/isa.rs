@@ -18,7 +18,7 @@ pub const KVL_ISA_AVX2: i32 = 2;
 pub const KVL_ISA_AVX512: i32 = 3;
 /// AArch64 with Advanced SIMD.
 pub const KVL_ISA_NEON: i32 = 4;
-/// x86-64 with all features of `KVL_ISA_AVX512_VNNI`, and AMX tiles with products of bf16 and int8. This level has kernels for attention
+/// x86-64 with all features of `KVL_ISA_AVX512_BF16`, and AMX tiles with products of bf16 and int8. This level has kernels for attention
 /// over bf16, and over int8 keys at `KVL_PRECISION_INTEGER`, alone and uses those of the levels below for everything else. It is
 /// preferred to these.
 pub const KVL_ISA_AMX: i32 = 5;

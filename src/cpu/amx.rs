@@ -16,8 +16,10 @@ use std::sync::OnceLock;
 pub(crate) fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
-        level_features!(Avx512Vnni, detected! {})
-            && (cfg!(kvlane_emulate_amx) || cpu_has_tiles() && permission_granted())
+        if cfg!(kvlane_emulate_amx) {
+            return level_features!(Avx512Vnni, detected! {});
+        }
+        level_features!(Avx512Bf16, detected! {}) && cpu_has_tiles() && permission_granted()
     })
 }
 

@@ -281,8 +281,8 @@ pub(crate) struct AttentionFns {
     pub max_rows: usize,
     /// The query rows of a KV head should be a multiple of this if they need more than one tile.
     pub row_step: usize,
-    /// Whether a tile may have several KV heads.
-    pub several_heads: bool,
+    /// The most KV heads of a tile.
+    pub max_heads: usize,
     /// Scratch bytes for `(rows, dim, v_dim)`, a multiple of 64.
     pub scratch_bytes: fn(usize, usize, usize) -> usize,
 }

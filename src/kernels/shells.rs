@@ -307,7 +307,7 @@ macro_rules! kernel_shells {
                     pieces,
                     max_rows: MAX_TILE_ROWS,
                     row_step: 2 * TILE_ROWS,
-                    several_heads: true,
+                    max_heads: usize::MAX,
                     scratch_bytes: Scratch::bytes,
                 }
             }

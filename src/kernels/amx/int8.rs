@@ -105,7 +105,7 @@ unsafe fn block_scores(s: Avx512, args: &DirectScores) {
                 tiles.multiply_bytes(units.add(step * DEPTH), (padded(d) * size_of::<f32>()) as isize, keys);
             }
             for group in 0..GROUPS {
-                tiles.store(group, sums.add(group).cast());
+                tiles.store(group, sums.add(group).cast(), ROW_BYTES);
             }
             for r in 0..LANES.min(tile.head_rows - row) {
                 let scale = s.splat(*Row::of(scratch.q, row + r, d).scale);

@@ -84,15 +84,15 @@ impl Tiles {
         }
     }
 
-    /// Stores accumulator `i`.
+    /// Stores accumulator `i` as rows `stride` bytes apart.
     ///
     /// # Safety
-    /// A tile is writable at `to`.
+    /// Such rows are writable at `to`.
     #[inline(always)]
-    pub unsafe fn store(&self, i: usize, to: *mut f32) {
+    pub unsafe fn store(&self, i: usize, to: *mut f32, stride: isize) {
         macro_rules! store {
             ($tile:tt) => {
-                asm!(concat!("tilestored [{p} + {s}], ", $tile), p = in(reg) to, s = in(reg) ROW_BYTES,
+                asm!(concat!("tilestored [{p} + {s}], ", $tile), p = in(reg) to, s = in(reg) stride,
                     options(nostack, preserves_flags))
             };
         }
@@ -107,51 +107,67 @@ impl Tiles {
         }
     }
 
-    /// `accumulator[m * N + n] += a[m] * b[n]`. The operands A are row-major with rows `stride` bytes apart; the
-    /// operands B have pairs of rows interleaved.
+    /// `accumulator[2 * m + n] += a[m] * b[n]`, of bf16, of operands that are whole tiles in memory: A row-major, B with pairs of rows
+    /// interleaved.
     ///
     /// # Safety
-    /// The operands are readable; `M` by `N` is one of 4x1, 3x1, 2x1, 1x1, 2x2, 1x2.
+    /// The operands are readable.
     #[inline(always)]
-    pub unsafe fn multiply<const M: usize, const N: usize>(&self, a: [Operand; M], stride: isize, b: [Operand; N]) {
-        /// The instructions of one shape; each operand is loaded right before the first product that needs it.
-        macro_rules! products {
-            ($($line:literal),* ; $($name:ident = $value:expr),* ; $($acc:tt)*) => {
-                asm!($($line),*, $($name = in(reg) $value,)* s = in(reg) stride, t = in(reg) ROW_BYTES,
-                    $(out($acc) _,)* out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                    options(readonly, nostack, preserves_flags))
-            };
-        }
+    pub unsafe fn multiply(&self, a: [Operand; 2], b: [Operand; 2]) {
         // SAFETY: the caller's; the tiles are configured.
         unsafe {
-            match (M, N) {
-                (2, 2) => products!(
-                    "tileloadd tmm6, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b1} + {t}]", "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7" ;
-                    a0 = a[0], a1 = a[1 % M], b0 = b[0], b1 = b[1 % N] ; "tmm0" "tmm1" "tmm2" "tmm3"),
-                (1, 2) => products!(
-                    "tileloadd tmm6, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b1} + {t}]", "tdpbf16ps tmm1, tmm4, tmm7" ;
-                    a0 = a[0], b0 = b[0], b1 = b[1 % N] ; "tmm0" "tmm1"),
-                (4, 1) => products!(
-                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7",
-                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm1, tmm5, tmm7",
-                    "tileloadd tmm6, [{a2} + {s}]", "tdpbf16ps tmm2, tmm6, tmm7",
-                    "tileloadd tmm4, [{a3} + {s}]", "tdpbf16ps tmm3, tmm4, tmm7" ;
-                    a0 = a[0], a1 = a[1 % M], a2 = a[2 % M], a3 = a[3 % M], b0 = b[0] ; "tmm0" "tmm1" "tmm2" "tmm3"),
-                (3, 1) => products!(
-                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7",
-                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm1, tmm5, tmm7",
-                    "tileloadd tmm6, [{a2} + {s}]", "tdpbf16ps tmm2, tmm6, tmm7" ;
-                    a0 = a[0], a1 = a[1 % M], a2 = a[2 % M], b0 = b[0] ; "tmm0" "tmm1" "tmm2"),
-                (2, 1) => products!(
-                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7",
-                    "tileloadd tmm5, [{a1} + {s}]", "tdpbf16ps tmm1, tmm5, tmm7" ;
-                    a0 = a[0], a1 = a[1 % M], b0 = b[0] ; "tmm0" "tmm1"),
-                _ => products!(
-                    "tileloadd tmm7, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {s}]", "tdpbf16ps tmm0, tmm4, tmm7" ;
-                    a0 = a[0], b0 = b[0] ; "tmm0"),
+            asm!("tileloadd tmm6, [{b0} + {t}]", "tileloadd tmm4, [{a0} + {t}]", "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {t}]", "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{a1} + {t}]", "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7",
+                a0 = in(reg) a[0], a1 = in(reg) a[1], b0 = in(reg) b[0], b1 = in(reg) b[1], t = in(reg) ROW_BYTES,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _, options(readonly, nostack, preserves_flags));
+        }
+    }
+
+    /// Loads an operand, a whole tile in memory, for [`Self::add_held_by`] and [`Self::add_by_held`].
+    ///
+    /// # Safety
+    /// The operand is readable.
+    #[inline(always)]
+    pub unsafe fn hold(&self, operand: Operand) {
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            asm!("tileloadd tmm7, [{p} + {t}]", p = in(reg) operand, t = in(reg) ROW_BYTES, out("tmm7") _,
+                options(readonly, nostack, preserves_flags));
+        }
+    }
+
+    /// `accumulator[i] += held * b`, of bf16; rows of `b` are `stride` bytes apart.
+    ///
+    /// # Safety
+    /// The operand is readable.
+    #[inline(always)]
+    pub unsafe fn add_held_by(&self, i: usize, b: Operand, stride: isize) {
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            match i {
+                0 => add!("tmm0" "tmm4" b stride "tmm7, tmm4"),
+                1 => add!("tmm1" "tmm5" b stride "tmm7, tmm5"),
+                2 => add!("tmm2" "tmm6" b stride "tmm7, tmm6"),
+                _ => add!("tmm3" "tmm4" b stride "tmm7, tmm4"),
+            }
+        }
+    }
+
+    /// `accumulator[i] += a * held`, of bf16; rows of `a` are `stride` bytes apart.
+    ///
+    /// # Safety
+    /// The operand is readable.
+    #[inline(always)]
+    pub unsafe fn add_by_held(&self, i: usize, a: Operand, stride: isize) {
+        // SAFETY: the caller's; the tiles are configured.
+        unsafe {
+            match i {
+                0 => add!("tmm0" "tmm4" a stride "tmm4, tmm7"),
+                1 => add!("tmm1" "tmm5" a stride "tmm5, tmm7"),
+                2 => add!("tmm2" "tmm6" a stride "tmm6, tmm7"),
+                _ => add!("tmm3" "tmm4" a stride "tmm4, tmm7"),
             }
         }
     }
@@ -176,6 +192,15 @@ impl Tiles {
         }
     }
 }
+
+/// Loads an operand, and adds its product with the one that is held.
+macro_rules! add {
+    ($sum:tt $tile:tt $from:ident $stride:ident $operands:literal) => {
+        asm!(concat!("tileloadd ", $tile, ", [{p} + {s}]"), concat!("tdpbf16ps ", $sum, ", ", $operands),
+            p = in(reg) $from, s = in(reg) $stride, out($sum) _, out($tile) _, options(readonly, nostack, preserves_flags))
+    };
+}
+use add;
 
 #[cfg(feature = "bench")]
 impl Tiles {

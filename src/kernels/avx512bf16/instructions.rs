@@ -28,13 +28,13 @@ pub(super) unsafe fn dot(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
 /// # Safety
 /// The level is available.
 #[inline(always)]
-pub(super) unsafe fn round(low: __m512, high: __m512) -> __m512i {
-    #[cfg(not(kvlane_emulate_avx512bf16))]
+pub(in crate::kernels) unsafe fn round(low: __m512, high: __m512) -> __m512i {
+    #[cfg(not(any(kvlane_emulate_avx512bf16, kvlane_emulate_amx)))]
     // SAFETY: the caller's; the types have the same bits.
     unsafe {
         std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
     }
-    #[cfg(kvlane_emulate_avx512bf16)]
+    #[cfg(any(kvlane_emulate_avx512bf16, kvlane_emulate_amx))]
     // SAFETY: the caller's.
     unsafe {
         emulated::round(low, high)
@@ -42,7 +42,7 @@ pub(super) unsafe fn round(low: __m512, high: __m512) -> __m512i {
 }
 
 /// The same by instructions of AVX-512. Payloads of NaN can differ.
-#[cfg(any(test, kvlane_emulate_avx512bf16))]
+#[cfg(any(test, kvlane_emulate_avx512bf16, kvlane_emulate_amx))]
 mod emulated {
     use std::arch::x86_64::*;
 

@@ -9,7 +9,7 @@
 //! With `--cfg kvlane_emulate_avx512bf16` the two instructions are emulated, and the level is available wherever AVX-512 is.
 
 mod attention;
-mod instructions;
+pub(super) mod instructions;
 
 use super::partial::partial_kernel_table;
 use attention::functions;

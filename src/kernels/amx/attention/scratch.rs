@@ -1,85 +1,99 @@
 //! The scratch memory of a tile, and the state of its rows.
 
 use super::super::tiles::TILE_BYTES;
-use super::{DEPTH, LANES, MAX_TERMS, SUPERBLOCK, SUPERBLOCK_KEYS};
-use crate::kernels::generic::attention::GatherBuffers;
+use super::{DEPTH, LANES, MAX_HEADS, MAX_TERMS, SUPERBLOCK, SUPERBLOCK_KEYS};
+use crate::kernels::generic::attention::{GatherBuffers, RowState};
 use crate::problem::grid::BLOCK;
 use half::bf16;
 
-/// Sixteen query rows while their tile runs. A lane without a row sees all keys, and its results are ignored.
+/// Sixteen query rows while their tile runs, or fewer. Of the other rows of its tiles, no number means anything.
 #[repr(C, align(64))]
 pub(super) struct Group {
-    /// The largest logit of the chunk so far, times log2(e).
+    /// The largest logits of the chunk so far, times log2(e).
     pub max: [f32; LANES],
-    /// Sums of the weights before rounding.
-    pub sum: [f32; LANES],
-    /// Sums of the weights after rounding.
-    pub rounded: [f32; LANES],
+    /// Sums of the weights before rounding, by lane, and after rounding.
+    pub sums: [[f32; LANES]; LANES],
+    pub rounded: [[f32; LANES]; LANES],
     /// The visible keys of every row, for every block of the superblock.
     pub visible_bits: [[u64; LANES]; SUPERBLOCK],
-    pub low: [i64; LANES],
-    pub high: [i64; LANES],
-    pub position: [i64; LANES],
-    pub token: [u32; LANES],
-    pub head: [u32; LANES],
-    pub slope: [f32; LANES],
-    /// Largest logit and sum of weights of the chunks before, per row.
-    pub total: [(f32, f32); LANES],
+    /// The keys that all rows see, by length, first key, causality and window.
+    pub inner: (i64, i64),
     pub rows: usize,
+    pub states: [RowState; LANES],
 }
 
-/// Head sizes, and their multiples that fill tiles.
+/// Head sizes, and their multiples that fill tile products.
 #[derive(Clone, Copy)]
 pub(super) struct Sizes {
-    /// The head size of keys, and that size rounded up to whole tile products.
     pub d: usize,
     pub dk: usize,
-    /// The head size of values, and that size rounded up to whole tiles.
     pub dv: usize,
     pub dvp: usize,
 }
 
 impl Sizes {
     pub fn new(d: usize, dv: usize) -> Self {
-        Self { d, dk: d.next_multiple_of(DEPTH), dv, dvp: dv.next_multiple_of(LANES) }
+        Self { d, dk: d.next_multiple_of(DEPTH), dv, dvp: dv.next_multiple_of(DEPTH) }
+    }
+
+    /// Tile products over the elements of a key.
+    #[inline(always)]
+    pub fn steps(&self) -> usize {
+        self.dk / DEPTH
+    }
+
+    /// The place of a tile of keys: the tiles of sixteen keys of the superblock, in pairs for each step over the head dims.
+    #[inline(always)]
+    pub fn key_tile(&self, keys: usize, step: usize) -> usize {
+        (keys / 2 * self.steps() + step) * 2 + keys % 2
+    }
+
+    /// Tiles of a value.
+    #[inline(always)]
+    pub fn tiles(&self) -> usize {
+        self.dvp / LANES
     }
 }
 
-/// Pairs of weights of a group and superblock in [`Scratch::p`]: two terms.
+/// Floats from one row of scores to the next: those of a superblock, and a line more, so that rows do not meet in few sets of a cache.
+pub(super) const SCORES_ROW: usize = SUPERBLOCK_KEYS + LANES;
+/// Floats of the scores of a group.
+pub(super) const SCORES: usize = LANES * SCORES_ROW;
+/// Bytes of the weights of a group, in tiles of 32 keys: of their first terms, and of both.
+pub(super) const SECOND_TERM: usize = SUPERBLOCK_KEYS / DEPTH * TILE_BYTES;
 pub(super) const WEIGHTS: usize = 2 * SECOND_TERM;
-/// The distance from a pair's first term to its second.
-pub(super) const SECOND_TERM: usize = SUPERBLOCK_KEYS / 2 * LANES;
 
 /// Scratch memory of one worker.
 pub(super) struct Scratch {
-    /// Packed queries: `[groups][terms][dk / 32]` tiles.
+    /// Packed queries: `[groups][terms][steps]` tiles.
     pub q: *mut u8,
-    /// Scores, transposed: `[2 jobs][2 groups][256][16]`.
+    /// Scores of the groups of a job, or of one group for each KV head: `[16][SCORES_ROW]`.
     pub s: *mut f32,
-    /// Pairs of weights: `[2 jobs][2 groups][2 terms][8]` tiles.
-    pub p: *mut u32,
-    /// Outputs of the chunk, transposed: `[groups][dvp][16]`.
+    /// Their weights: `[2 terms][8]` tiles.
+    pub p: *mut u8,
+    /// Outputs of the chunk: `[groups][tiles]` tiles.
     pub acc: *mut f32,
     /// Outputs of the chunks before: `[rows][dvp]`.
     pub total: *mut f32,
-    /// Rows of a group on their way to or from the transposed form: `[16][dvp]`, or `[16][dk]`.
+    /// A row of a query or of an output.
     pub stage: *mut f32,
-    /// Copies of keys: `[256][dk]`.
-    pub k: *mut u16,
-    /// Packed values: `[4][2][dvp / 16]` tiles.
+    /// Scores of one group with a block, transposed: four tiles.
+    pub transposed: *mut f32,
+    /// Packed keys, in the order in which products take them: [`Sizes::key_tile`].
+    pub k: *mut u8,
+    /// Packed values, in the order in which products take them: [`Call::value_tile`](super::Call::value_tile).
     pub v: *mut u8,
-    /// Gathered keys and values of a block whose elements do not lie together: `[64][dk]`, `[64][dvp]`.
-    pub gather_buffers: GatherBuffers,
+    /// Gathered keys and values of a superblock whose elements do not lie together: `[256][dk]`, `[256][dvp]`.
+    gathered: GatherBuffers,
+    sizes: Sizes,
     pub groups: *mut Group,
 }
 
 impl Scratch {
     /// Cuts the memory at `base`, aligned to 64 bytes, into its parts; returns the bytes used.
-    pub fn layout(base: *mut u8, rows: usize, sizes: Sizes) -> (Self, usize) {
+    pub fn layout(base: *mut u8, groups: usize, sizes: Sizes) -> (Self, usize) {
         let Sizes { dk, dvp, .. } = sizes;
-        let groups = rows.div_ceil(LANES);
-        // One job at a time, or two in turns.
-        let slots = if groups <= 2 { groups } else { 4 };
+        let slots = groups.min(MAX_HEADS);
         let mut used = 0;
         let mut bytes = |n: usize| {
             let at = base.wrapping_add(used);
@@ -87,25 +101,35 @@ impl Scratch {
             at
         };
         let scratch = Self {
-            q: bytes(groups * MAX_TERMS * (dk / DEPTH) * TILE_BYTES),
-            s: bytes(slots * SUPERBLOCK_KEYS * LANES * size_of::<f32>()).cast(),
-            p: bytes(slots * WEIGHTS * size_of::<u32>()).cast(),
-            acc: bytes(groups * dvp * LANES * size_of::<f32>()).cast(),
+            q: bytes(groups * MAX_TERMS * sizes.steps() * TILE_BYTES),
+            s: bytes(slots * SCORES * size_of::<f32>()).cast(),
+            p: bytes(slots * WEIGHTS),
+            acc: bytes(groups * sizes.tiles() * TILE_BYTES).cast(),
             total: bytes(groups * LANES * dvp * size_of::<f32>()).cast(),
-            stage: bytes(LANES * dk.max(dvp) * size_of::<f32>()).cast(),
-            k: bytes(SUPERBLOCK_KEYS * dk * size_of::<bf16>()).cast(),
+            stage: bytes(dk.max(dvp) * size_of::<f32>()).cast(),
+            transposed: bytes(BLOCK / LANES * TILE_BYTES).cast(),
+            k: bytes(SUPERBLOCK_KEYS * dk * size_of::<bf16>()),
             v: bytes(SUPERBLOCK_KEYS * dvp * size_of::<bf16>()),
-            gather_buffers: GatherBuffers {
-                k: bytes(BLOCK * dk * size_of::<bf16>()),
-                v: bytes(BLOCK * dvp * size_of::<bf16>()),
+            gathered: GatherBuffers {
+                k: bytes(SUPERBLOCK_KEYS * dk * size_of::<bf16>()),
+                v: bytes(SUPERBLOCK_KEYS * dvp * size_of::<bf16>()),
             },
+            sizes,
             groups: bytes(groups * size_of::<Group>()).cast(),
         };
         (scratch, used)
     }
+
+    /// Memory for gathered keys and values of block `b`.
+    pub fn gather_buffers(&self, b: usize) -> GatherBuffers {
+        let Sizes { dk, dvp, .. } = self.sizes;
+        let at = |buffer: *mut u8, width: usize| buffer.wrapping_add(b * BLOCK * width * size_of::<bf16>());
+        GatherBuffers { k: at(self.gathered.k, dk), v: at(self.gathered.v, dvp) }
+    }
 }
 
-/// Scratch bytes for `(rows, dim, v_dim)`.
+/// Scratch bytes for `(rows, dim, v_dim)`, also if every row is of another KV head.
 pub(super) fn scratch_bytes(rows: usize, d: usize, dv: usize) -> usize {
-    Scratch::layout(std::ptr::null_mut(), rows, Sizes::new(d, dv)).1
+    let groups = rows.div_ceil(LANES).max(rows.min(MAX_HEADS));
+    Scratch::layout(std::ptr::null_mut(), groups, Sizes::new(d, dv)).1
 }

@@ -1,26 +1,24 @@
-//! Values of a block, transposed into tiles.
+//! Values of a block as tiles whose rows are pairs of keys.
 //!
-//! Bound by shuffles on one port: 1300 per block at head size 128 (1000 from packed pairs), once for all rows of the
-//! tile. That is some 15 % of a block's time at 256 rows. The lines of the next block are prefetched in the same loop.
+//! Bound by shuffles on one port, 256 per block at head size 128 (none from packed pairs), and as much by the check for elements that
+//! are not finite. The lines of the next block are prefetched in the same loop.
 
 use super::super::tiles::{ROW_BYTES, TILE_BYTES};
 use super::scratch::Sizes;
-use super::{Call, DEPTH, LANES};
+use super::{Call, DEPTH, LANES, PARTS, output_order};
 use crate::kernels::avx512::Avx512;
-use crate::kernels::generic::attention::{KeyPointerTable, KeyPointers, are_pairs, unpack_pairs};
-use crate::kernels::simd::{MAX_LANES, Simd};
-use crate::layout::Packing;
-use crate::problem::grid::{BLOCK, KeyRange, ones};
+use crate::kernels::generic::attention::{KeyPointerTable, KeyPointers, are_pairs, unpack_head};
+use crate::kernels::simd::Simd;
+use crate::problem::grid::{BLOCK, KeyRange, ones, padded};
 use half::bf16;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 /// The exponent bits of a bf16: all set in infinities and NaN.
 const EXPONENT: i16 = 0x7f80;
 
-/// Transposes the values of a block's key range into tiles, with zeros for other keys and for elements that are not
+/// Packs the values of a block's key range into tiles, with zeros for other keys and for elements that are not
 /// finite. Returns the keys that have such elements.
-///
-/// The transpose starts by making pairs of rows; row pairs of the cache that match the key range skip this step.
 ///
 /// # Safety
 /// The key range is inside V.
@@ -28,43 +26,45 @@ const EXPONENT: i16 = 0x7f80;
 pub(super) unsafe fn pack_values(
     s: Avx512,
     call: &Call,
-    b: usize,
+    (b, head): (usize, usize),
     key_range: KeyRange,
-    k: KeyPointers<bf16>,
-    v: &mut KeyPointerTable<bf16>,
+    v: KeyPointers<bf16>,
 ) -> u64 {
-    let Call { p, sizes: Sizes { dv, dvp, .. }, .. } = *call;
-    let packed = p.v_packing == Packing::RowPairs;
-    let pairs = packed && are_pairs(p, &v.rows(), key_range);
+    let Call { p, natural, sizes: Sizes { dv, .. }, .. } = *call;
+    let pairs = natural && are_pairs(p, &v, key_range);
+    let mut memory = [const { MaybeUninit::uninit() }; BLOCK];
+    let mut unpacked = KeyPointerTable::new(&mut memory);
+    let (mut v, mut head) = (v, head);
     // SAFETY: the caller's; the copies have room for 64 keys.
     unsafe {
-        if packed && !pairs {
-            unpack_pairs::<bf16, _>(p, key_range, call.scratch.gather_buffers.v, v);
+        if natural && !pairs {
+            let block = call.scratch.gather_buffers(b).v;
+            unpack_head::<bf16, _>(p, key_range, block, v, head);
+            unpacked.place(key_range, block.cast(), padded(dv) * size_of::<bf16>());
+            (v, head) = (unpacked.rows(), 0);
         }
-        let v = v.rows();
-        let to = call.scratch.v.add(b * BLOCK * dvp * size_of::<bf16>());
-        let values = Values { v, pairs, key_range, dv, dvp, to, k };
-        if values.transpose::<false>(s) {
+        let values = Values { call, v, head, b, pairs, key_range };
+        if values.pack::<false>(s) {
             return 0;
         }
-        values.transpose::<true>(s);
+        values.pack::<true>(s);
         let step = if pairs { 2 } else { 1 };
-        let is_non_finite = |j: &usize| (0..dv).any(|i| !(*v.key(0, *j).add(step * i)).is_finite());
+        let is_non_finite = |j: &usize| (0..dv).any(|i| !(*v.key(head, *j).add(step * i)).is_finite());
         (key_range.low..key_range.high).filter(is_non_finite).fold(0, |bits, j| bits | 1 << j)
     }
 }
 
-/// The values of a block, and the tiles to which they are transposed.
+/// The values of a block and KV head, which go to tiles.
 struct Values<'a> {
+    call: &'a Call<'a>,
     v: KeyPointers<'a, bf16>,
+    /// The KV head, among those of the pointers.
+    head: usize,
+    /// The block of the superblock.
+    b: usize,
     /// Every even key of the key range forms a pair of slots with the next one.
     pairs: bool,
     key_range: KeyRange,
-    dv: usize,
-    dvp: usize,
-    to: *mut u8,
-    /// The keys, whose next block is prefetched together with that of the values.
-    k: KeyPointers<'a, bf16>,
 }
 
 impl Values<'_> {
@@ -73,31 +73,78 @@ impl Values<'_> {
     /// # Safety
     /// The keys are readable, the tiles writable.
     #[inline(always)]
-    unsafe fn transpose<const CLEAN: bool>(&self, s: Avx512) -> bool {
+    unsafe fn pack<const CLEAN: bool>(&self, s: Avx512) -> bool {
+        let Sizes { dv, dvp, .. } = self.call.sizes;
+        // What is not whole takes a test for each vector.
+        let whole = self.key_range.len() == BLOCK && dv == dvp && (self.pairs || !self.call.natural);
+        // SAFETY: the caller's.
+        unsafe {
+            match (whole && !CLEAN, self.pairs) {
+                (true, false) => self.pack_whole::<false>(s),
+                (true, true) => self.pack_whole::<true>(s),
+                (false, _) => self.pack_parts::<CLEAN>(s),
+            }
+        }
+    }
+
+    /// The tile and row to which the pairs of keys `j` and `j + 1` go, from element `column` on.
+    #[inline(always)]
+    fn to(&self, j: usize, column: usize) -> *mut u8 {
+        let tile = self.call.value_tile(column / LANES, self.b * PARTS + j / DEPTH);
+        self.call.scratch.v.wrapping_add(tile * TILE_BYTES + j % DEPTH / 2 * ROW_BYTES as usize)
+    }
+
+    /// [`Self::pack`] of a whole block whose heads fill tiles, and lie in rows or, with `PAIRS`, in pairs of rows.
+    ///
+    /// # Safety
+    /// As [`Self::pack`].
+    #[inline(always)]
+    unsafe fn pack_whole<const PAIRS: bool>(&self, s: Avx512) -> bool {
+        let dv = self.call.sizes.dv;
+        // SAFETY: the caller's; `s` proves the features.
+        unsafe {
+            let exponent = _mm512_set1_epi16(EXPONENT);
+            let mut largest = [_mm512_setzero_si512(); 2];
+            for j in (0..BLOCK).step_by(2) {
+                let rows = [self.v.key(self.head, j), self.v.key(self.head, j + 1)];
+                for column in (0..dv).step_by(DEPTH) {
+                    if !self.call.direct {
+                        self.prefetch_next(s, j, column);
+                    }
+                    let at = if PAIRS {
+                        [rows[0].add(2 * column), rows[0].add(2 * column + DEPTH)]
+                    } else {
+                        [rows[0].add(column), rows[1].add(column)]
+                    };
+                    let x = [_mm512_loadu_si512(at[0].cast()), _mm512_loadu_si512(at[1].cast())];
+                    for (x, largest) in x.iter().zip(&mut largest) {
+                        *largest = _mm512_max_epu16(*largest, _mm512_and_si512(*x, exponent));
+                    }
+                    let pairs =
+                        if PAIRS { x } else { [_mm512_unpacklo_epi16(x[0], x[1]), _mm512_unpackhi_epi16(x[0], x[1])] };
+                    let to = self.to(j, column);
+                    _mm512_storeu_si512(to.cast(), pairs[0]);
+                    _mm512_storeu_si512(to.add(TILE_BYTES).cast(), pairs[1]);
+                }
+            }
+            _mm512_cmpge_epu16_mask(_mm512_max_epu16(largest[0], largest[1]), exponent) == 0
+        }
+    }
+
+    /// [`Self::pack`] in all other cases.
+    ///
+    /// # Safety
+    /// As [`Self::pack`].
+    #[inline(always)]
+    unsafe fn pack_parts<const CLEAN: bool>(&self, s: Avx512) -> bool {
         // SAFETY: the caller's; `s` proves the features.
         unsafe {
             let mut largest = _mm512_setzero_si512();
-            for half in 0..2 {
-                let tiles = self.to.wrapping_add(half * (self.dvp / LANES) * TILE_BYTES);
-                for column in (0..self.dvp).step_by(DEPTH) {
-                    let mut x = [[s.zero(); MAX_LANES]; 2];
-                    for pair in 0..LANES {
-                        let j = half * DEPTH + 2 * pair;
-                        self.prefetch_next(s, j, column);
-                        let [first, second] = self.pair::<CLEAN>(s, j, column, &mut largest);
-                        (x[0][pair], x[1][pair]) = (_mm512_castsi512_ps(first), _mm512_castsi512_ps(second));
-                    }
-                    for (part, x) in x.iter_mut().enumerate() {
-                        s.transpose(x);
-                        for (i, x) in x.iter().enumerate() {
-                            // Rows are unpacked within each quarter: elements 0 to 3 of both keys, and 4 to 7.
-                            let element =
-                                column + if self.pairs { part * LANES + i } else { i / 4 * 8 + part * 4 + i % 4 };
-                            if element < self.dvp {
-                                let at = element / LANES * TILE_BYTES + element % LANES * ROW_BYTES as usize;
-                                s.store_f32(tiles.add(at).cast(), *x);
-                            }
-                        }
+            for j in (0..BLOCK).step_by(2) {
+                for column in (0..self.call.sizes.dvp).step_by(DEPTH) {
+                    let pair = self.pair::<CLEAN>(s, j, column, &mut largest);
+                    for (i, x) in pair.into_iter().enumerate() {
+                        _mm512_storeu_si512(self.to(j, column).add(i * TILE_BYTES).cast(), x);
                     }
                 }
             }
@@ -108,7 +155,7 @@ impl Values<'_> {
     /// Elements `column..column + 32` of keys `j` and `j + 1` as pairs; as [`Self::load`].
     ///
     /// # Safety
-    /// As [`Self::transpose`].
+    /// As [`Self::pack`].
     #[inline(always)]
     unsafe fn pair<const CLEAN: bool>(
         &self,
@@ -117,7 +164,7 @@ impl Values<'_> {
         column: usize,
         largest: &mut __m512i,
     ) -> [__m512i; 2] {
-        let left = self.dv - column;
+        let left = self.call.sizes.dv - column;
         // SAFETY: the caller's.
         unsafe {
             if self.pairs {
@@ -129,7 +176,12 @@ impl Values<'_> {
             }
             let even = self.load::<CLEAN>(s, j, column, left, largest);
             let odd = self.load::<CLEAN>(s, j + 1, column, left, largest);
-            [_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)]
+            let (first, second) = (_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd));
+            if !self.call.natural {
+                return [first, second];
+            }
+            let [first, second] = output_order(s, [_mm512_castsi512_ps(first), _mm512_castsi512_ps(second)]);
+            [_mm512_castps_si512(first), _mm512_castps_si512(second)]
         }
     }
 
@@ -137,7 +189,7 @@ impl Values<'_> {
     /// `largest` to their exponents.
     ///
     /// # Safety
-    /// As [`Self::transpose`].
+    /// As [`Self::pack`].
     #[inline(always)]
     unsafe fn load<const CLEAN: bool>(
         &self,
@@ -153,7 +205,7 @@ impl Values<'_> {
                 return _mm512_setzero_si512();
             }
             let exponent = _mm512_set1_epi16(EXPONENT);
-            let from = self.v.key(0, key).wrapping_add(first);
+            let from = self.v.key(self.head, key).wrapping_add(first);
             let x = _mm512_maskz_loadu_epi16(ones(n.min(DEPTH)) as u32, from.cast());
             if CLEAN {
                 let finite = _mm512_cmpneq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
@@ -164,7 +216,7 @@ impl Values<'_> {
         }
     }
 
-    /// Prefetches the lines that [`Self::pair`] loads of the next block, and those of its keys.
+    /// Prefetches the lines that [`Self::pair`] loads of the next block.
     #[inline(always)]
     fn prefetch_next(&self, s: Avx512, j: usize, column: usize) {
         let prefetch = |row: *const bf16, element: usize| {
@@ -172,16 +224,12 @@ impl Values<'_> {
                 s.prefetch_far(row.wrapping_add(element).cast());
             }
         };
-        for j in [j, j + 1] {
-            prefetch(self.k.next(j), column);
-        }
         if self.pairs {
             prefetch(self.v.next_pair(j), 2 * column);
             prefetch(self.v.next_pair(j), 2 * column + DEPTH);
         } else {
-            for j in [j, j + 1] {
-                prefetch(self.v.next(j), column);
-            }
+            prefetch(self.v.next(j), column);
+            prefetch(self.v.next(j + 1), column);
         }
     }
 }

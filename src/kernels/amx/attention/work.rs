@@ -1,12 +1,11 @@
-//! Tile products: scores and weighted values, interleaved with the softmax of another job.
+//! Tile products: scores and weighted values.
 //!
-//! Bound by `tdpbf16ps`, 16 cycles each. A step is the products of two or four pairs of tiles, 64 cycles for two
-//! groups, with 64 lines of operands.
+//! Bound by `tdpbf16ps`, 16 cycles each, as long as the operands come in time: for two groups, a step is four products and four tiles of
+//! operands, 64 lines.
 
 use super::super::tiles::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
-use super::keys::Keys;
-use super::scratch::{Group, SECOND_TERM, WEIGHTS};
-use super::{Call, DEPTH, LANES, SUPERBLOCK, SUPERBLOCK_KEYS};
+use super::scratch::{Group, SCORES, SCORES_ROW, SECOND_TERM, WEIGHTS};
+use super::{Call, DEPTH, LANES, SUPERBLOCK};
 use crate::problem::grid::BLOCK;
 
 /// One or two groups, and the blocks of a superblock that are visible to them.
@@ -16,14 +15,12 @@ pub(super) struct Job {
     pub groups: usize,
     list: [usize; SUPERBLOCK],
     count: usize,
-    /// The half of the memory for scores and weights that the job uses: two jobs are in progress at a time.
-    pub parity: usize,
 }
 
 impl Job {
-    /// A job for the groups from `first` on, if any block is visible to them.
-    pub fn new(groups: &[Group], first: usize, parity: usize) -> Option<Self> {
-        let mut job = Self { first, groups: (groups.len() - first).min(2), list: [0; SUPERBLOCK], count: 0, parity };
+    /// A job for the groups from `first` on, at most so many, if any block is visible to them.
+    pub fn new(groups: &[Group], first: usize, most: usize) -> Option<Self> {
+        let mut job = Self { first, groups: (groups.len() - first).min(most), list: [0; SUPERBLOCK], count: 0 };
         for b in 0..SUPERBLOCK {
             let is_visible = |group: &Group| group.visible_bits[b][..group.rows].iter().any(|&bits| bits != 0);
             if groups[first..first + job.groups].iter().any(is_visible) {
@@ -34,175 +31,138 @@ impl Job {
         (job.count > 0).then_some(job)
     }
 
+    #[inline(always)]
     pub fn blocks(&self) -> &[usize] {
         &self.list[..self.count]
     }
-
-    /// The place of group `i` of the job in the memory for scores and weights.
-    pub fn slot(&self, i: usize) -> usize {
-        self.parity * 2 + i
-    }
 }
 
-/// Pending tile products, which run between the vectors of another job's softmax: the outputs of one job, then the
-/// scores of another. One step is the products of two or four pairs of tiles.
-pub(super) struct Work<'a> {
-    tiles: &'a Tiles,
-    call: &'a Call<'a>,
-    keys: &'a [Keys; SUPERBLOCK],
-    outputs: Option<Job>,
-    scores: Option<Job>,
-    /// The tiles of values or keys to which the accumulators belong.
-    tile: usize,
-    /// Index into the list of blocks; half of the block, or step over the head dimension; term.
-    block: usize,
-    part: usize,
-    term: usize,
-}
-
-impl<'a> Work<'a> {
-    pub fn new(
-        tiles: &'a Tiles,
-        call: &'a Call<'a>,
-        keys: &'a [Keys; SUPERBLOCK],
-        outputs: Option<Job>,
-        scores: Option<Job>,
-    ) -> Self {
-        Self { tiles, call, keys, outputs, scores, tile: 0, block: 0, part: 0, term: 0 }
-    }
-
-    /// The number of steps of all products, or slightly less.
-    pub fn steps<const HIGH: bool>(&self) -> usize {
-        let depth = self.call.sizes.dk / DEPTH * self.call.terms;
-        let scores = self.scores.map_or(0, |job| job.count * job.groups * depth);
-        let tiles = self.call.sizes.dvp / LANES;
-        let outputs =
-            self.outputs.map_or(0, |job| tiles.div_ceil(4 / job.groups) * 2 * job.count * if HIGH { 2 } else { 1 });
-        scores + outputs
-    }
-
-    /// Runs the remaining steps.
-    ///
-    /// # Safety
-    /// As [`Self::step`].
-    #[inline(never)]
-    pub unsafe fn finish<const HIGH: bool>(&mut self) {
-        // SAFETY: the caller's.
-        while unsafe { self.step::<HIGH>() } {}
-    }
-
-    /// Runs one step; returns false if none was left.
-    ///
-    /// # Safety
-    /// Values and weights of the blocks of the outputs, queries and keys of those of the scores are in place.
-    #[inline(always)]
-    pub unsafe fn step<const HIGH: bool>(&mut self) -> bool {
-        // SAFETY: the caller's.
-        unsafe {
-            if let Some(job) = self.outputs {
-                match (job.groups, self.call.sizes.dvp / LANES - self.tile) {
-                    (1, 4..) => self.outputs::<HIGH, 4, 1>(&job),
-                    (1, 3) => self.outputs::<HIGH, 3, 1>(&job),
-                    (1, 2) => self.outputs::<HIGH, 2, 1>(&job),
-                    (1, _) => self.outputs::<HIGH, 1, 1>(&job),
-                    (_, 2..) => self.outputs::<HIGH, 2, 2>(&job),
-                    (_, _) => self.outputs::<HIGH, 1, 2>(&job),
-                }
-            } else if let Some(job) = self.scores {
-                match job.groups {
-                    1 => self.scores::<4, 1>(&job),
-                    _ => self.scores::<2, 2>(&job),
-                }
-            } else {
-                return false;
+/// Scores of a job's rows with the keys of its blocks.
+///
+/// # Safety
+/// Queries and keys are in place.
+#[inline(always)]
+pub(super) unsafe fn scores(tiles: &Tiles, call: &Call, job: &Job) {
+    // SAFETY: the caller's.
+    unsafe {
+        for &b in job.blocks() {
+            match job.groups {
+                1 => score_tiles::<1, 4>(tiles, call, job, b, 0),
+                _ => (0..BLOCK / LANES).step_by(2).for_each(|i| score_tiles::<2, 2>(tiles, call, job, b, i)),
             }
-            true
         }
     }
+}
 
-    /// # Safety
-    /// As [`Self::step`].
-    #[inline(always)]
-    unsafe fn outputs<const HIGH: bool, const M: usize, const N: usize>(&mut self, job: &Job) {
-        let scratch = &self.call.scratch;
-        let count = self.call.sizes.dvp / LANES;
-        let (b, part) = (job.list[self.block], self.part);
-        // SAFETY: the caller's; M more tiles of values there are.
-        unsafe {
-            let acc = |m: usize, n: usize| scratch.acc.add(((job.first + n) * count + self.tile + m) * LANES * LANES);
-            if (self.block, self.part, self.term) == (0, 0, 0) {
-                for m in 0..M {
-                    for n in 0..N {
-                        self.tiles.load(m * N + n, acc(m, n));
-                    }
+/// Scores of `M` groups with the keys of `N` tiles of a block, from tile `first` on.
+///
+/// # Safety
+/// As [`scores`].
+#[inline(always)]
+unsafe fn score_tiles<const M: usize, const N: usize>(tiles: &Tiles, call: &Call, job: &Job, b: usize, first: usize) {
+    let Call { scratch, sizes, terms, .. } = call;
+    let steps = sizes.steps();
+    tiles.zero();
+    for step in 0..steps {
+        let key = |n: usize| sizes.key_tile(b * BLOCK / LANES + first + n, step) * TILE_BYTES;
+        let k: [Operand; N] = std::array::from_fn(|n| scratch.k.wrapping_add(key(n)).cast_const());
+        for term in 0..*terms {
+            let query = |m: usize| (((job.first + m) * terms + term) * steps + step) * TILE_BYTES;
+            let q: [Operand; M] = std::array::from_fn(|m| scratch.q.wrapping_add(query(m)).cast_const());
+            // SAFETY: the caller's.
+            unsafe { multiply(tiles, q, k) };
+        }
+    }
+    for m in 0..M {
+        for n in 0..N {
+            let to = scratch.s.wrapping_add(m * SCORES + b * BLOCK + (first + n) * LANES);
+            // SAFETY: the caller's; two groups have their scores there.
+            unsafe { tiles.store(m * N + n, to, (SCORES_ROW * size_of::<f32>()) as isize) };
+        }
+    }
+}
+
+/// Adds the products of the operands of one group or two to the accumulators.
+///
+/// # Safety
+/// The operands are readable; `M` by `N` is 2 by 2 or 1 by at most 4.
+#[inline(always)]
+unsafe fn multiply<const M: usize, const N: usize>(tiles: &Tiles, a: [Operand; M], b: [Operand; N]) {
+    // SAFETY: the caller's.
+    unsafe {
+        if M == 2 {
+            tiles.multiply([a[0], a[1 % M]], [b[0], b[1 % N]]);
+        } else {
+            tiles.hold(a[0]);
+            (0..N).for_each(|n| tiles.add_held_by(n, b[n], ROW_BYTES));
+        }
+    }
+}
+
+/// Adds the weighted values of a job's blocks to its rows.
+///
+/// # Safety
+/// Values and weights are in place.
+#[inline(always)]
+pub(super) unsafe fn outputs<const HIGH: bool>(tiles: &Tiles, call: &Call, job: &Job) {
+    let count = call.sizes.tiles();
+    let mut i = 0;
+    // SAFETY: the caller's; the count is even.
+    unsafe {
+        while i < count {
+            match (job.groups, count - i) {
+                (1, 4..) => {
+                    output_tiles::<HIGH, 1, 4>(tiles, call, job, i);
+                    i += 4;
                 }
-            }
-            let values = scratch.v.add(((2 * b + part) * count + self.tile) * TILE_BYTES);
-            let v: [Operand; M] = std::array::from_fn(|m| values.add(m * TILE_BYTES).cast_const());
-            let weights =
-                scratch.p.add(job.slot(0) * WEIGHTS + self.term * SECOND_TERM + (2 * b + part) * LANES * LANES);
-            let w: [Operand; N] = std::array::from_fn(|n| weights.add(n * WEIGHTS).cast_const().cast());
-            self.tiles.multiply(v, ROW_BYTES, w);
-            self.term += 1;
-            if self.term == if HIGH { 2 } else { 1 } {
-                (self.term, self.part) = (0, part + 1);
-            }
-            if self.part == 2 {
-                (self.part, self.block) = (0, self.block + 1);
-            }
-            if self.block == job.count {
-                for m in 0..M {
-                    for n in 0..N {
-                        self.tiles.store(m * N + n, acc(m, n));
-                    }
+                (1, _) => {
+                    output_tiles::<HIGH, 1, 2>(tiles, call, job, i);
+                    i += 2;
                 }
-                (self.block, self.tile) = (0, self.tile + M);
-                if self.tile == count {
-                    (self.tile, self.outputs) = (0, None);
+                _ => {
+                    output_tiles::<HIGH, 2, 2>(tiles, call, job, i);
+                    i += 2;
                 }
             }
         }
     }
+}
 
-    /// # Safety
-    /// As [`Self::step`].
-    #[inline(always)]
-    unsafe fn scores<const M: usize, const N: usize>(&mut self, job: &Job) {
-        let Call { scratch, terms, .. } = self.call;
-        let steps = self.call.sizes.dk / DEPTH;
-        let b = job.list[self.block];
-        // SAFETY: the caller's; Q has steps * terms tiles a group, a block four tiles of keys and of scores.
-        unsafe {
-            if (self.part, self.term) == (0, 0) {
-                self.tiles.zero();
+/// [`outputs`] of `M` groups and `N` tiles of the values, from tile `first` on.
+///
+/// # Safety
+/// As [`outputs`].
+#[inline(always)]
+unsafe fn output_tiles<const HIGH: bool, const M: usize, const N: usize>(
+    tiles: &Tiles,
+    call: &Call,
+    job: &Job,
+    first: usize,
+) {
+    let Call { scratch, sizes, .. } = call;
+    let count = sizes.tiles();
+    let acc = |m: usize, n: usize| scratch.acc.wrapping_add(((job.first + m) * count + first + n) * LANES * LANES);
+    // SAFETY: the caller's.
+    unsafe {
+        for m in 0..M {
+            for n in 0..N {
+                tiles.load(m * N + n, acc(m, n));
             }
-            let Keys { first, stride } = self.keys[b];
-            let k: [Operand; M] = std::array::from_fn(|m| {
-                let key = (self.tile + m) * LANES;
-                first.wrapping_offset(key as isize * stride).wrapping_add(self.part * ROW_BYTES as usize)
-            });
-            let q: [Operand; N] = std::array::from_fn(|n| {
-                scratch.q.add((((job.first + n) * terms + self.term) * steps + self.part) * TILE_BYTES).cast_const()
-            });
-            self.tiles.multiply(k, stride, q);
-            self.term += 1;
-            if self.term == *terms {
-                (self.term, self.part) = (0, self.part + 1);
+        }
+        for &b in job.blocks() {
+            for part in b * BLOCK / DEPTH..(b + 1) * BLOCK / DEPTH {
+                let value = |n: usize| call.value_tile(first + n, part) * TILE_BYTES;
+                let v: [Operand; N] = std::array::from_fn(|n| scratch.v.add(value(n)).cast_const());
+                for term in 0..if HIGH { 2 } else { 1 } {
+                    let weights = scratch.p.add(term * SECOND_TERM + part * TILE_BYTES);
+                    let w: [Operand; M] = std::array::from_fn(|m| weights.add(m * WEIGHTS).cast_const());
+                    multiply(tiles, w, v);
+                }
             }
-            if self.part == steps {
-                for m in 0..M {
-                    for n in 0..N {
-                        let at = job.slot(n) * SUPERBLOCK_KEYS + b * BLOCK + (self.tile + m) * LANES;
-                        self.tiles.store(m * N + n, scratch.s.add(at * LANES));
-                    }
-                }
-                (self.part, self.tile) = (0, self.tile + M);
-                if self.tile == BLOCK / LANES {
-                    (self.tile, self.block) = (0, self.block + 1);
-                }
-                if self.block == job.count {
-                    (self.block, self.scores) = (0, None);
-                }
+        }
+        for m in 0..M {
+            for n in 0..N {
+                tiles.store(m * N + n, acc(m, n), ROW_BYTES);
             }
         }
     }

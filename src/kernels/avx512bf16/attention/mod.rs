@@ -100,7 +100,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
         pieces: shells::pieces::<bf16>(),
         max_rows: MAX_TILE_ROWS,
         row_step: 2 * TILE_ROWS,
-        several_heads: true,
+        max_heads: usize::MAX,
         scratch_bytes,
     }
 }

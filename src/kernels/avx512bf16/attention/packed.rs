@@ -178,7 +178,7 @@ pub(super) unsafe fn repair_scores(s: Avx512, block: &Block, rows: &[RowState], 
             if repair != 0 {
                 let q = std::slice::from_raw_parts(scratch.q.add(r * padded(d)), d);
                 let head = r / tile.head_rows;
-                non_finite::recompute_nan_scores(repair, q, 1, false, |j| k.key(head, j), |j| scores.add(j));
+                non_finite::recompute_nan_scores(repair, q, 1, |j| k.key(head, j), |j| scores.add(j));
             }
         }
     }

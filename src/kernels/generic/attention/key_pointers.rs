@@ -269,6 +269,12 @@ impl<'a, T> KeyPointers<'a, T> {
         even.then_some(self.seq)
     }
 
+    /// Whether the pairs of slots of a whole block, for values packed in pairs, lie [`Self::seq_offset`] apart.
+    #[cfg(target_arch = "x86_64")]
+    pub fn stride_of_pairs(&self) -> bool {
+        (2..BLOCK).step_by(2).all(|j| self.key(0, j) == self.key(0, j - 2).wrapping_byte_offset(self.seq))
+    }
+
     /// The start of a subblock of this block or of the next; null if it is not read.
     #[inline(always)]
     pub fn subblock(&self, key_range: KeyRange, index: usize) -> *const T {

@@ -3,18 +3,17 @@
 //! Where a positive scale is all that lies between the two ([`Problem::plain_factor`]), it is one factor in the
 //! exponential, and nothing here runs.
 
+use super::RowState;
 use super::state::load_row;
-use super::{Block, RowState};
 use crate::kernels::generic::math;
 use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::problem::attention::Problem;
 use crate::problem::grid::{BLOCK, KeyRange};
 use std::f32::consts::LOG2_E;
 
-/// The logits, times log2(e), of a vector of scores. `scale` is the call's, or its magnitude if the queries carry its
-/// sign; `alibi` is the slopes and the distances from the queries to the keys.
+/// The logits, times log2(e), of a vector of scores; `alibi` is the slopes and the distances from the queries to the keys.
 #[inline(always)]
-pub(crate) fn logits<S: Simd>(
+fn logits<S: Simd>(
     s: S,
     p: &Problem,
     scale: f32,
@@ -37,29 +36,35 @@ pub(crate) fn logits<S: Simd>(
 
 /// Bit i is set where the bias in lane i is -inf, which masks a key.
 #[inline(always)]
-pub(crate) fn masked_by_bias<S: Simd>(s: S, bias: S::V) -> u64 {
+fn masked_by_bias<S: Simd>(s: S, bias: S::V) -> u64 {
     s.lt_bits(bias, s.splat(f32::MIN))
 }
 
-/// Replaces one row's scores by its logits times log2(e), and removes the keys that the bias masks from
-/// `row.visible_bits`.
+/// Replaces one row's scores in the block at `base` by its logits times log2(e), and removes the keys that the bias masks from
+/// `row.visible_bits`. Vectors outside of `keys` stay as they are.
 ///
 /// # Safety
-/// `x` has the row's [`BLOCK`] scores; the keys of the block's key range are inside the bias.
+/// `x` has the row's [`BLOCK`] scores; the keys of the key range are inside the bias.
 #[inline(always)]
-pub(super) unsafe fn row_logits<S: Simd>(s: S, block: &Block, row: &mut RowState, x: *mut f32, keys: KeyRange) {
-    let Block { p, tile, base, key_range, .. } = *block;
+pub(crate) unsafe fn row_logits<S: Simd>(
+    s: S,
+    (p, batch): (&Problem, usize),
+    (base, key_range): (usize, KeyRange),
+    keys: KeyRange,
+    row: &mut RowState,
+    x: *mut f32,
+) {
     let mut bias_row = [0.0f32; BLOCK];
     if let Some(bias) = &p.bias {
         // SAFETY: the caller's.
         unsafe {
-            let at = bias.row(tile.batch, row.token as usize, row.head as usize);
+            let at = bias.row(batch, row.token as usize, row.head as usize);
             let first = (base + key_range.low) as isize * bias.strides[3] as isize * bias.dtype.size() as isize;
             let to = bias_row.as_mut_ptr().add(key_range.low);
             load_row(s, bias.dtype, at.offset(first), bias.strides[3], to, key_range.len());
         }
     }
-    let own_keys = p.alibi.and_then(|_| p.visibility.own_keys(tile.batch));
+    let own_keys = p.alibi.and_then(|_| p.visibility.own_keys(batch));
     for i in (keys.low / S::LANES * S::LANES..keys.high).step_by(S::LANES) {
         // SAFETY: i + LANES <= BLOCK.
         unsafe {

@@ -88,7 +88,7 @@ pub(crate) use key_pointers::KeyPointerTable;
 pub(crate) use key_pointers::{BlockRequest, GatherBuffers, locate};
 pub(crate) use key_pointers::{KeyPointers, WidenUnits};
 #[cfg(target_arch = "x86_64")]
-pub(crate) use logits::{logits, masked_by_bias};
+pub(crate) use logits::row_logits;
 pub(crate) use packed::{PackKeys, PackValues};
 pub(crate) use row_pairs::Widen;
 #[cfg(target_arch = "x86_64")]
@@ -106,8 +106,10 @@ pub(crate) use state::reduce;
 pub(crate) use pieces::{KeyFractions, KeyPieces, PairPieces, Pieces, ValuePieces};
 pub(crate) use products::{Block, Products, VectorProducts};
 pub(crate) use scratch::{RowState, Scratch};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use tile::row_lines;
 pub(crate) use tile::{Deinterleaved, tile};
 pub(crate) use units::{Blocks, Units};
 
-/// Keys that `direct` processes before it continues with the next KV head.
-const SUBBLOCK: usize = 16;
+/// Keys that `direct` processes before it continues with the next KV head, and for which prefetches know a place.
+pub(crate) const SUBBLOCK: usize = 16;

@@ -15,7 +15,7 @@ fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
 }
 
 /// Recomputes a query row's scores with the keys `visible_bits`, where they are NaN, as sums of products in ascending
-/// order. `negate` negates them: the queries carry the sign of the scale.
+/// order.
 ///
 /// # Safety
 /// `score` gives the address of the score with a key, `key` the address of the key; a key has as many elements as `q`,
@@ -25,7 +25,6 @@ pub(crate) unsafe fn recompute_nan_scores(
     visible_bits: u64,
     q: &[f32],
     step: isize,
-    negate: bool,
     key: impl Fn(usize) -> *const bf16,
     score: impl Fn(usize) -> *mut f32,
 ) {
@@ -37,7 +36,7 @@ pub(crate) unsafe fn recompute_nan_scores(
                 let key = key(j);
                 let element = |i: usize| (*key.wrapping_offset(i as isize * step)).to_f32();
                 let sum: f32 = q.iter().enumerate().map(|(i, q)| q * element(i)).sum();
-                *score = if negate { -sum } else { sum };
+                *score = sum;
             }
         }
     }

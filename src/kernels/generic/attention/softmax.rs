@@ -45,7 +45,7 @@ impl Outlined for Softmax<'_> {
             unsafe {
                 let x = scratch.s.add((first + r) * BLOCK);
                 if plain.is_none() {
-                    row_logits(s, block, row, x, keys);
+                    row_logits(s, (p, block.tile.batch), (block.base, block.key_range), keys, row, x);
                 }
                 let scores = Scores { x, sums: scratch.sums.add((first + r) * MAX_LANES), factor };
                 let acc = scratch.acc.add((first + r) * scratch.acc_row);

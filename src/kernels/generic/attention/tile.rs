@@ -308,7 +308,7 @@ const NEAR_ROWS: usize = 4;
 
 /// The cache lines of a row, if its elements lie together.
 #[inline(always)]
-fn row_lines(view: &RawView, row: *const u8) -> impl Iterator<Item = *const u8> + use<> {
+pub(crate) fn row_lines(view: &RawView, row: *const u8) -> impl Iterator<Item = *const u8> + use<> {
     lines(row, if view.strides[3] == 1 { view.shape[3] * view.dtype.size() } else { 0 })
 }
 

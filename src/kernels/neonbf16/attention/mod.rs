@@ -130,7 +130,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
         pieces: shells::pieces::<bf16>(),
         max_rows: MAX_TILE_ROWS,
         row_step: 2 * TILE_PAIRS,
-        several_heads: false,
+        max_heads: 1,
         scratch_bytes,
     }
 }

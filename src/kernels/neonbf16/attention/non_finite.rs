@@ -27,7 +27,7 @@ pub(super) unsafe fn repair_scores(block: &Block, rows: &[RowState], first: usiz
             }
             let q = std::slice::from_raw_parts(scratch.q.add((first + r) * padded(d)), d);
             let visible_bits = row.visible_bits & key_range.bits();
-            non_finite::recompute_nan_scores(visible_bits, q, 1, false, |j| k.key(0, j), |j| scores.add(j));
+            non_finite::recompute_nan_scores(visible_bits, q, 1, |j| k.key(0, j), |j| scores.add(j));
         }
     }
 }

@@ -1,0 +1,338 @@
+//! Few query rows: products with keys and values that are read once.
+//!
+//! A tile of sixteen keys, as they lie in the cache, takes the place of the queries, and the queries, transposed, that of the keys: the
+//! same products in the same order, whose sums are transposed afterwards. Values that are packed in pairs of slots are operands as they
+//! lie in the cache, where all rows see all keys; others are packed, a block at a time.
+//!
+//! # What bounds it
+//! Memory, if tile products do not stop the reading: hardware prefetchers are idle while products are computed, and a loop that reads 28
+//! GB/s from the third-level cache falls to 14 with 350 cycles of products per 16 KiB. So what is read next is prefetched between the
+//! products, sixteen lines for each, in the order of memory (for several KV heads, whole tokens): K and packed pairs of V then come at
+//! 27 GB/s, V in rows, whose packing takes another 700 cycles per block, at 23. More lines at a time wait for each other.
+
+use super::super::tiles::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
+use super::scratch::{Group, SCORES, SCORES_ROW, SECOND_TERM, Sizes, WEIGHTS};
+use super::values::pack_values;
+use super::{Call, DEPTH, LANES, PARTS};
+use crate::kernels::avx512::Avx512;
+use crate::kernels::generic::attention::{KeyPointers, SUBBLOCK, are_pairs};
+use crate::kernels::simd::{LINE, MAX_LANES, Simd};
+use crate::problem::grid::{BLOCK, KeyRange, ones};
+use half::bf16;
+use std::arch::x86_64::*;
+
+/// Rows that are transposed by fewer instructions.
+const FEW_ROWS: usize = 4;
+/// Lines that are prefetched for each product of a tile of a block.
+const LINES: usize = 16;
+
+/// Writes a statement for the accumulators 0 to 3, whose number is part of instructions.
+macro_rules! four_times {
+    ($i:ident => $body:expr) => {
+        four_times!(@ $i $body, 0 1 2 3)
+    };
+    (@ $i:ident $body:expr, $($number:literal)*) => {
+        $({
+            const I: usize = $number;
+            let $i = I;
+            $body
+        })*
+    };
+}
+
+/// Transposes the packed queries of all groups.
+///
+/// # Safety
+/// The queries are packed.
+#[inline(always)]
+pub(super) unsafe fn transpose_queries(s: Avx512, call: &Call) {
+    for tile in 0..call.tile.kv_heads * call.terms * call.sizes.steps() {
+        let tile = call.scratch.q.wrapping_add(tile * TILE_BYTES).cast::<f32>();
+        let mut x = [s.zero(); MAX_LANES];
+        // SAFETY: the caller's; a tile has sixteen vectors.
+        unsafe {
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = s.load_f32(tile.add(i * LANES));
+            }
+            s.transpose(&mut x);
+            for (i, x) in x.iter().enumerate() {
+                s.store_f32(tile.add(i * LANES), *x);
+            }
+        }
+    }
+}
+
+/// Scores of the rows of KV head `head` of the tile, which are a group, with the keys of block `b`.
+///
+/// # Safety
+/// The transposed queries are in place; the key range is inside K.
+#[inline(always)]
+pub(super) unsafe fn scores(
+    s: Avx512,
+    tiles: &Tiles,
+    call: &Call,
+    (b, head, rows): (usize, usize, usize),
+    key_range: KeyRange,
+    k: KeyPointers<bf16>,
+) {
+    let Call { scratch, sizes, terms, .. } = call;
+    let steps = sizes.steps();
+    let mut ahead = Ahead::new(call, head, k, sizes.d * size_of::<bf16>(), 1);
+    // SAFETY: the caller's.
+    unsafe {
+        let (first, stride) = place_keys(call, head, key_range, k);
+        tiles.zero();
+        for step in 0..steps {
+            for term in 0..*terms {
+                tiles.hold(scratch.q.add(((head * terms + term) * steps + step) * TILE_BYTES));
+                let key = first.wrapping_add(step * ROW_BYTES as usize);
+                four_times!(i => {
+                    tiles.add_by_held(i, key.wrapping_offset((i * LANES) as isize * stride), stride);
+                    ahead.prefetch(s);
+                });
+            }
+        }
+        let sums = scratch.transposed;
+        (0..4).for_each(|i| tiles.store(i, sums.add(i * LANES * LANES), ROW_BYTES));
+        for i in 0..BLOCK / LANES {
+            let to = scratch.s.add(head * SCORES + b * BLOCK + i * LANES);
+            let sums = sums.add(i * LANES * LANES);
+            if rows <= FEW_ROWS {
+                let scores = transpose_few(s, sums);
+                for (r, scores) in scores[..rows].iter().enumerate() {
+                    s.store_f32(to.add(r * SCORES_ROW), *scores);
+                }
+            } else {
+                let mut x = [s.zero(); MAX_LANES];
+                for (i, x) in x.iter_mut().enumerate() {
+                    *x = s.load_f32(sums.add(i * LANES));
+                }
+                s.transpose(&mut x);
+                for (r, x) in x[..rows].iter().enumerate() {
+                    s.store_f32(to.add(r * SCORES_ROW), *x);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the weighted values of block `b` to the rows of a KV head. Returns the keys whose values have elements that are not finite, which
+/// are left out.
+///
+/// # Safety
+/// The weights are in place; the key range is inside V.
+#[inline(always)]
+pub(super) unsafe fn outputs<const HIGH: bool>(
+    s: Avx512,
+    tiles: &Tiles,
+    call: &Call,
+    (b, head, group): (usize, usize, &Group),
+    key_range: KeyRange,
+    v: KeyPointers<bf16>,
+) -> u64 {
+    let Call { p, sizes, natural, .. } = call;
+    let (count, width) = (sizes.tiles(), sizes.dv * size_of::<bf16>());
+    let mut non_finite = 0;
+    // Where every row sees every key, NaN and infinity come through the products.
+    let as_they_are = *natural
+        && sizes.dv == sizes.dvp
+        && key_range.len() == BLOCK
+        && group.visible_bits[b][..group.rows].iter().all(|&bits| bits == u64::MAX)
+        && are_pairs(p, &v, key_range)
+        && v.stride_of_pairs();
+    // SAFETY: the caller's.
+    unsafe {
+        if !as_they_are {
+            non_finite = pack_values(s, call, (b, head), key_range, v);
+        }
+        let mut ahead =
+            if *natural { Ahead::new(call, head, v, 2 * width, 2) } else { Ahead::new(call, head, v, width, 1) };
+        let place = if as_they_are { Some((v.key(head, 0).cast::<u8>(), v.seq_offset(1))) } else { None };
+        for first in (0..count).step_by(4) {
+            if first + 2 == count {
+                output_tiles::<HIGH, 2>(s, tiles, call, (b, head, first), place, &mut ahead);
+            } else {
+                output_tiles::<HIGH, 4>(s, tiles, call, (b, head, first), place, &mut ahead);
+            }
+        }
+    }
+    non_finite
+}
+
+/// [`outputs`] of `N` tiles, from tile `first` on, by values at `place`, with the bytes between pairs, or packed ones.
+///
+/// # Safety
+/// The weights and the values are in place; `N` is 2 or 4.
+#[inline(always)]
+unsafe fn output_tiles<const HIGH: bool, const N: usize>(
+    s: Avx512,
+    tiles: &Tiles,
+    call: &Call,
+    (b, head, first): (usize, usize, usize),
+    place: Option<(Operand, isize)>,
+    ahead: &mut Ahead,
+) {
+    let Call { scratch, sizes, .. } = call;
+    let acc = scratch.acc.wrapping_add((head * sizes.tiles() + first) * LANES * LANES);
+    // SAFETY: the caller's.
+    unsafe {
+        four_times!(i => if i < N { tiles.load(i, acc.wrapping_add(i * LANES * LANES)) });
+        for part in 0..PARTS {
+            for term in 0..if HIGH { 2 } else { 1 } {
+                let weights = term * SECOND_TERM + (b * PARTS + part) * TILE_BYTES;
+                tiles.hold(scratch.p.add(head * WEIGHTS + weights));
+                four_times!(i => if i < N {
+                    let (values, stride) = match place {
+                        Some((values, stride)) => {
+                            let pair = values.wrapping_offset((part * DEPTH / 2) as isize * stride);
+                            (pair.wrapping_add((first + i) * ROW_BYTES as usize), stride)
+                        }
+                        None => {
+                            (scratch.v.add(call.value_tile(first + i, part) * TILE_BYTES).cast_const(), ROW_BYTES)
+                        }
+                    };
+                    tiles.add_held_by(i, values, stride);
+                    ahead.prefetch(s);
+                });
+            }
+        }
+        four_times!(i => if i < N { tiles.store(i, acc.wrapping_add(i * LANES * LANES), ROW_BYTES) });
+    }
+}
+
+/// What is read of the next block: of the tokens of all KV heads, a part for each head.
+struct Ahead<'a> {
+    rows: KeyPointers<'a, bf16>,
+    /// Keys in a row of memory, the first key that is not begun, and the end.
+    step: usize,
+    key: usize,
+    end: usize,
+    /// Lines of a row, and whether rows follow each other.
+    lines: usize,
+    together: bool,
+    /// The next line, and those that are left of a run; 0 at the end.
+    line: *const u8,
+    left: usize,
+}
+
+impl<'a> Ahead<'a> {
+    /// `width` bytes of a KV head lie together, of `step` keys.
+    #[inline(always)]
+    fn new(call: &Call, head: usize, rows: KeyPointers<'a, bf16>, width: usize, step: usize) -> Self {
+        let heads = call.tile.kv_heads;
+        let part = |head: usize| head * (BLOCK / step) / heads * step;
+        let (key, end, lines) = (part(head), part(head + 1), (heads * width).div_ceil(LINE));
+        let together = rows.seq_offset(1) == (lines * LINE) as isize;
+        let mut ahead = Self { rows, step, key, end, lines, together, line: std::ptr::null(), left: 0 };
+        ahead.begin_run();
+        ahead
+    }
+
+    /// Goes to the rows from the key on that are known to follow each other, or ends: at the end of the part, or where nothing is read.
+    #[inline(always)]
+    fn begin_run(&mut self) {
+        self.left = 0;
+        if self.key < self.end {
+            let row = if self.step == 1 { self.rows.next(self.key) } else { self.rows.next_pair(self.key) };
+            if !row.is_null() {
+                let run = if self.together { (self.key / SUBBLOCK + 1) * SUBBLOCK } else { self.key + self.step };
+                let run = run.min(self.end) - self.key;
+                (self.line, self.left) = (row.cast(), run / self.step * self.lines);
+                self.key += run;
+            }
+        }
+    }
+
+    /// Prefetches the next lines.
+    #[inline(always)]
+    fn prefetch(&mut self, s: Avx512) {
+        if self.left >= LINES {
+            for i in 0..LINES {
+                s.prefetch_far(self.line.wrapping_add(i * LINE));
+            }
+            (self.line, self.left) = (self.line.wrapping_add(LINES * LINE), self.left - LINES);
+            if self.left == 0 {
+                self.begin_run();
+            }
+        } else if self.left != 0 {
+            self.prefetch_parts(s);
+        }
+    }
+
+    /// [`Self::prefetch`] of several runs.
+    #[inline(never)]
+    fn prefetch_parts(&mut self, s: Avx512) {
+        for _ in 0..LINES {
+            if self.left == 0 {
+                return;
+            }
+            s.prefetch_far(self.line);
+            (self.line, self.left) = (self.line.wrapping_add(LINE), self.left - 1);
+            if self.left == 0 {
+                self.begin_run();
+            }
+        }
+    }
+}
+
+/// The first four elements of sixteen vectors, transposed.
+///
+/// # Safety
+/// The vectors are readable at `from`, and aligned.
+#[inline(always)]
+unsafe fn transpose_few(_: Avx512, from: *const f32) -> [__m512; FEW_ROWS] {
+    // SAFETY: the caller's; the argument proves the features.
+    unsafe {
+        // Loops, not closures, which would not have the level's features.
+        let mut quarters = [_mm512_setzero_ps(); 4];
+        for (i, x) in quarters.iter_mut().enumerate() {
+            let from = from.add(4 * i * LANES);
+            *x = _mm512_castps128_ps512(_mm_load_ps(from));
+            *x = _mm512_insertf32x4::<1>(*x, _mm_load_ps(from.add(LANES)));
+            *x = _mm512_insertf32x4::<2>(*x, _mm_load_ps(from.add(2 * LANES)));
+            *x = _mm512_insertf32x4::<3>(*x, _mm_load_ps(from.add(3 * LANES)));
+        }
+        let mut rows = [_mm512_setzero_ps(); FEW_ROWS];
+        let mut order = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+        for rows in rows.as_chunks_mut::<2>().0 {
+            let low = _mm512_permutex2var_ps(quarters[0], order, quarters[1]);
+            let high = _mm512_permutex2var_ps(quarters[2], order, quarters[3]);
+            rows[0] = _mm512_shuffle_f32x4::<0b01_00_01_00>(low, high);
+            rows[1] = _mm512_shuffle_f32x4::<0b11_10_11_10>(low, high);
+            order = _mm512_add_epi32(order, _mm512_set1_epi32(2));
+        }
+        rows
+    }
+}
+
+/// The keys of a block as rows of whole tiles: the first, and the bytes from one to the next. They are in the cache, or in a copy with
+/// zeros around the key range and after each head.
+///
+/// # Safety
+/// The key range is inside K.
+#[inline(always)]
+unsafe fn place_keys(call: &Call, head: usize, key_range: KeyRange, k: KeyPointers<bf16>) -> (Operand, isize) {
+    let Sizes { d, dk, .. } = call.sizes;
+    if d == dk
+        && key_range.len() == BLOCK
+        && let Some(stride) = k.stride(key_range)
+    {
+        return (k.key(head, 0).cast(), stride);
+    }
+    let copy = call.scratch.k.cast::<u16>();
+    for j in 0..BLOCK {
+        // SAFETY: the caller's; masked-off lanes are not accessed. The copy has room for 64 keys.
+        unsafe {
+            let row = copy.add(j * dk);
+            if j < key_range.low || j >= key_range.high {
+                std::ptr::write_bytes(row, 0, dk);
+                continue;
+            }
+            for i in (0..dk).step_by(DEPTH) {
+                let x = _mm512_maskz_loadu_epi16(ones(d - i) as u32, k.key(head, j).wrapping_add(i).cast());
+                _mm512_storeu_si512(row.add(i).cast(), x);
+            }
+        }
+    }
+    (copy.cast(), (dk * size_of::<bf16>()) as isize)
+}
