@@ -132,6 +132,33 @@ const TABLE: &[Entry] = &[
             run_distance: 64 << 10,
         },
     },
+    // Sapphire Rapids and later.
+    Entry {
+        vendor: "GenuineIntel",
+        features: &["avx512fp16"],
+        level: Isa::Avx512,
+        tuning: Tuning {
+            block: Prefetch::BothLevels,
+            block_order: KeyOrder::Spread,
+            run: Prefetch::BothLevels,
+            run_one_row: Prefetch::SecondLevel,
+            run_long_heads: Prefetch::SecondLevel,
+            run_distance: 12 << 10,
+        },
+    },
+    Entry {
+        vendor: "GenuineIntel",
+        features: &["avx512fp16"],
+        level: Isa::Avx2,
+        tuning: Tuning {
+            block: Prefetch::BothLevels,
+            block_order: KeyOrder::Spread,
+            run: Prefetch::SecondLevel,
+            run_one_row: Prefetch::BothLevels,
+            run_long_heads: Prefetch::BothLevels,
+            run_distance: 12 << 10,
+        },
+    },
 ];
 
 impl Tuning {
@@ -226,11 +253,13 @@ mod tests {
     fn the_first_entry_that_fits_serves() {
         for isa in [Isa::Avx512, Isa::Avx2, Isa::Scalar, Isa::Neon] {
             assert_eq!(Tuning::of("", |_| true, isa), Tuning::DEFAULT);
-            assert_eq!(Tuning::of("GenuineIntel", |_| true, isa), Tuning::DEFAULT);
+            assert_eq!(Tuning::of("GenuineIntel", |_| false, isa), Tuning::DEFAULT);
         }
         let amd = |isa| Tuning::of("AuthenticAMD", |_| true, isa);
         assert_eq!(amd(Isa::Scalar), Tuning::DEFAULT);
         assert!(amd(Isa::Avx512).fetch_bytes() == 64 && amd(Isa::Avx2) != Tuning::DEFAULT);
+        let intel = |isa| Tuning::of("GenuineIntel", |feature| feature == "avx512fp16", isa);
+        assert!(intel(Isa::Avx512) != Tuning::DEFAULT && intel(Isa::Avx512) != intel(Isa::Avx2));
     }
 
     #[test]
