@@ -44,7 +44,7 @@ pub fn run(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Repor
     let machine = Machine::detect();
     let best = Context::new()?;
     let pages = choose_pages(&machine, options.pages)?;
-    let levels = levels(&options.levels, best.isa())?;
+    let levels = levels(&options.levels)?;
     // Without levels, a quick run takes the kernels that a program would get, whatever their level.
     let default = |k: &KernelInfo| best.kernel(k.op, k.src, k.dst).is_some_and(|chosen| chosen.name == k.name);
     let every = !options.quick || !options.levels.is_empty();
@@ -144,17 +144,27 @@ pub fn skipped(kernel: &KernelInfo) -> String {
     format!("{}: {why}", kernel.name)
 }
 
-/// The levels to measure, none above `best`.
-fn levels(given: &[Isa], best: Isa) -> Result<Vec<Isa>> {
+/// The levels to measure, of those that `KVLANE_MAX_ISA` allows. The best need not include all others: AVX-VNNI is no feature of those with
+/// AVX-512.
+fn levels(given: &[Isa]) -> Result<Vec<Isa>> {
+    let ceiling = Isa::ceiling_from_env()?;
     if given.is_empty() {
-        return Ok(Isa::ALL.into_iter().filter(|l| l.is_within(best) && l.is_available()).collect());
+        return Ok(Isa::ALL
+            .into_iter()
+            .filter(|l| ceiling.is_none_or(|ceiling| l.is_within(ceiling)) && l.is_available())
+            .collect());
     }
     for level in given {
         if !level.is_available() {
             return Err(Error::new(format!("this machine cannot run {level}: `kvlane info` tells what it lacks")));
         }
-        if !level.is_within(best) {
-            return Err(Error::new(format!("{} allows no more than {best}, so {level} cannot be measured", Isa::ENV)));
+        if let Some(ceiling) = ceiling
+            && !level.is_within(ceiling)
+        {
+            return Err(Error::new(format!(
+                "{} allows no more than {ceiling}, so {level} cannot be measured",
+                Isa::ENV
+            )));
         }
     }
     Ok(given.to_vec())

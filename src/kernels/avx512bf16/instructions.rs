@@ -58,6 +58,7 @@ mod emulated {
     }
 
     /// `a * b + sum`.
+    #[cfg(any(test, kvlane_emulate_avx512bf16))]
     #[inline(always)]
     unsafe fn multiply_add(a: __m512, b: __m512, sum: __m512) -> __m512 {
         // SAFETY: as above.
@@ -66,6 +67,7 @@ mod emulated {
 
     /// # Safety
     /// AVX-512 is available.
+    #[cfg(any(test, kvlane_emulate_avx512bf16))]
     #[inline(always)]
     pub unsafe fn dot(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
         // SAFETY: the caller's.

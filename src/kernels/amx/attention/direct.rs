@@ -139,7 +139,7 @@ pub(super) unsafe fn outputs<const HIGH: bool>(
         && key_range.len() == BLOCK
         && group.visible_bits[b][..group.rows].iter().all(|&bits| bits == u64::MAX)
         && are_pairs(p, &v, key_range)
-        && v.stride_of_pairs();
+        && v.pairs_lie_evenly();
     // SAFETY: the caller's.
     unsafe {
         if !as_they_are {

@@ -271,7 +271,7 @@ impl<'a, T> KeyPointers<'a, T> {
 
     /// Whether the pairs of slots of a whole block, for values packed in pairs, lie [`Self::seq_offset`] apart.
     #[cfg(target_arch = "x86_64")]
-    pub fn stride_of_pairs(&self) -> bool {
+    pub fn pairs_lie_evenly(&self) -> bool {
         (2..BLOCK).step_by(2).all(|j| self.key(0, j) == self.key(0, j - 2).wrapping_byte_offset(self.seq))
     }
 
