@@ -99,7 +99,7 @@ use std::iter::Skip;
 use std::mem::MaybeUninit;
 use work::Job;
 
-/// Rows of a group: lanes of a vector, columns of a tile.
+/// Rows of a group, and of a tile; lanes of a vector.
 const LANES: usize = 16;
 /// Blocks of a superblock.
 const SUPERBLOCK: usize = 2;
@@ -133,125 +133,125 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
 
 // The entry points, and pieces of them that both precisions share.
 level_functions! {
-        /// # Safety
-        /// The level is available, `p` is validated, `tile` is inside it, and `memory` has [`scratch::scratch_bytes`]
-        /// for its rows.
-        unsafe fn tile<const HIGH: bool>(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
-            // SAFETY: the caller's; the level includes AVX-512.
-            unsafe { walk::<HIGH>(Avx512::new_unchecked(), p, tile, memory) }
-        }
+    /// # Safety
+    /// The level is available, `p` is validated, `tile` is inside it, and `memory` has [`scratch::scratch_bytes`]
+    /// for its rows.
+    unsafe fn tile<const HIGH: bool>(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
+        // SAFETY: the caller's; the level includes AVX-512.
+        unsafe { walk::<HIGH>(Avx512::new_unchecked(), p, tile, memory) }
+    }
 
-        /// Folds the partial states that the chunks of a tile left in `tile.partials`, and writes the output.
-        ///
-        /// # Safety
-        /// As [`tile`]; the partial states of all chunks have been written.
-        unsafe fn reduce(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
-            let total = Scratch::layout(memory, groups(tile), Sizes::new(p.q.shape[3], p.v_dim)).0.total;
-            // SAFETY: the caller's; the level includes AVX-512, and the scratch holds at least one row.
-            unsafe { generic::reduce(Avx512::new_unchecked(), p, tile, total, false) }
-        }
+    /// Folds the partial states that the chunks of a tile left in `tile.partials`, and writes the output.
+    ///
+    /// # Safety
+    /// As [`tile`]; the partial states of all chunks have been written.
+    unsafe fn reduce(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
+        let total = Scratch::layout(memory, groups(tile), Sizes::new(p.q.shape[3], p.v_dim)).0.total;
+        // SAFETY: the caller's; the level includes AVX-512, and the scratch holds at least one row.
+        unsafe { generic::reduce(Avx512::new_unchecked(), p, tile, total, false) }
+    }
 
-        /// # Safety
-        /// As [`queries::pack_queries`].
-        unsafe fn pack_queries(s: Avx512, call: &Call, g: usize, rows: (&mut TokensAndHeads, &mut Skip<TokensAndHeads>)) {
-            // SAFETY: the caller's.
-            unsafe { queries::pack_queries(s, call, g, rows) }
-        }
+    /// # Safety
+    /// As [`queries::pack_queries`].
+    unsafe fn pack_queries(s: Avx512, call: &Call, g: usize, rows: (&mut TokensAndHeads, &mut Skip<TokensAndHeads>)) {
+        // SAFETY: the caller's.
+        unsafe { queries::pack_queries(s, call, g, rows) }
+    }
 
-        /// # Safety
-        /// As [`values::pack_values`].
-        unsafe fn pack_values(
-            s: Avx512,
-            call: &Call,
-            block: (usize, usize),
-            key_range: KeyRange,
-            v: KeyPointers<bf16>,
-        ) -> u64 {
-            // SAFETY: the caller's.
-            unsafe { values::pack_values(s, call, block, key_range, v) }
-        }
+    /// # Safety
+    /// As [`values::pack_values`].
+    unsafe fn pack_values(
+        s: Avx512,
+        call: &Call,
+        block: (usize, usize),
+        key_range: KeyRange,
+        v: KeyPointers<bf16>,
+    ) -> u64 {
+        // SAFETY: the caller's.
+        unsafe { values::pack_values(s, call, block, key_range, v) }
+    }
 
-        /// # Safety
-        /// As [`keys::pack_keys`].
-        unsafe fn pack_keys(s: Avx512, call: &Call, b: usize, key_range: KeyRange, k: KeyPointers<bf16>) {
-            // SAFETY: the caller's.
-            unsafe { keys::pack_keys(s, call, b, key_range, k) }
-        }
+    /// # Safety
+    /// As [`keys::pack_keys`].
+    unsafe fn pack_keys(s: Avx512, call: &Call, b: usize, key_range: KeyRange, k: KeyPointers<bf16>) {
+        // SAFETY: the caller's.
+        unsafe { keys::pack_keys(s, call, b, key_range, k) }
+    }
 
-        /// # Safety
-        /// As [`logits::mask_scores`].
-        unsafe fn mask_scores(s: Avx512, call: &Call, group: &mut Group, r: usize, at: (usize, usize), x: *mut f32) {
-            // SAFETY: the caller's.
-            unsafe { logits::mask_scores(s, call, group, r, at, x) }
-        }
+    /// # Safety
+    /// As [`logits::mask_scores`].
+    unsafe fn mask_scores(s: Avx512, call: &Call, group: &mut Group, r: usize, at: (usize, usize), x: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { logits::mask_scores(s, call, group, r, at, x) }
+    }
 
-        /// # Safety
-        /// As [`direct::scores`].
-        unsafe fn direct_scores(
-            s: Avx512,
-            tiles: &Tiles,
-            call: &Call,
-            block: (usize, usize, usize),
-            key_range: KeyRange,
-            k: KeyPointers<bf16>,
-        ) {
-            // SAFETY: the caller's.
-            unsafe { direct::scores(s, tiles, call, block, key_range, k) }
-        }
+    /// # Safety
+    /// As [`direct::scores`].
+    unsafe fn direct_scores(
+        s: Avx512,
+        tiles: &Tiles,
+        call: &Call,
+        block: (usize, usize, usize),
+        key_range: KeyRange,
+        k: KeyPointers<bf16>,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { direct::scores(s, tiles, call, block, key_range, k) }
+    }
 
-        /// # Safety
-        /// As [`direct::outputs`].
-        unsafe fn direct_outputs<const HIGH: bool>(
-            s: Avx512,
-            tiles: &Tiles,
-            call: &Call,
-            block: (usize, usize, &Group),
-            key_range: KeyRange,
-            v: KeyPointers<bf16>,
-        ) -> u64 {
-            // SAFETY: the caller's.
-            unsafe { direct::outputs::<HIGH>(s, tiles, call, block, key_range, v) }
-        }
+    /// # Safety
+    /// As [`direct::outputs`].
+    unsafe fn direct_outputs<const HIGH: bool>(
+        s: Avx512,
+        tiles: &Tiles,
+        call: &Call,
+        block: (usize, usize, &Group),
+        key_range: KeyRange,
+        v: KeyPointers<bf16>,
+    ) -> u64 {
+        // SAFETY: the caller's.
+        unsafe { direct::outputs::<HIGH>(s, tiles, call, block, key_range, v) }
+    }
 
-        /// # Safety
-        /// As [`work::scores`].
-        unsafe fn scores(tiles: &Tiles, call: &Call, job: &Job) {
-            // SAFETY: the caller's.
-            unsafe { work::scores(tiles, call, job) }
-        }
+    /// # Safety
+    /// As [`work::scores`].
+    unsafe fn scores(tiles: &Tiles, call: &Call, job: &Job) {
+        // SAFETY: the caller's.
+        unsafe { work::scores(tiles, call, job) }
+    }
 
-        /// # Safety
-        /// As [`work::outputs`].
-        unsafe fn outputs<const HIGH: bool>(tiles: &Tiles, call: &Call, job: &Job) {
-            // SAFETY: the caller's.
-            unsafe { work::outputs::<HIGH>(tiles, call, job) }
-        }
+    /// # Safety
+    /// As [`work::outputs`].
+    unsafe fn outputs<const HIGH: bool>(tiles: &Tiles, call: &Call, job: &Job) {
+        // SAFETY: the caller's.
+        unsafe { work::outputs::<HIGH>(tiles, call, job) }
+    }
 
-        /// # Safety
-        /// As [`weigh_rows`].
-        unsafe fn weigh<const HIGH: bool>(
-            s: Avx512,
-            call: &Call,
-            group: &mut Group,
-            job: (&Job, usize, usize),
-            index: usize,
-        ) {
-            // SAFETY: the caller's.
-            unsafe { weigh_rows::<HIGH>(s, call, group, job, index) }
-        }
+    /// # Safety
+    /// As [`weigh_rows`].
+    unsafe fn weigh<const HIGH: bool>(
+        s: Avx512,
+        call: &Call,
+        group: &mut Group,
+        job: (&Job, usize, usize),
+        index: usize,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { weigh_rows::<HIGH>(s, call, group, job, index) }
+    }
 
-        /// # Safety
-        /// As [`softmax::end_chunk`].
-        unsafe fn end_chunk(
-            s: Avx512,
-            call: &Call,
-            group: (usize, &mut Group),
-            chunk: usize,
-            ahead: &mut Skip<TokensAndHeads>,
-        ) {
-            // SAFETY: the caller's.
-            unsafe { softmax::end_chunk(s, call, group, chunk, ahead) }
-        }
+    /// # Safety
+    /// As [`softmax::end_chunk`].
+    unsafe fn end_chunk(
+        s: Avx512,
+        call: &Call,
+        group: (usize, &mut Group),
+        chunk: usize,
+        ahead: &mut Skip<TokensAndHeads>,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { softmax::end_chunk(s, call, group, chunk, ahead) }
+    }
 }
 
 /// One call of [`tile`].
@@ -283,8 +283,8 @@ fn groups(tile: &Tile) -> usize {
 }
 
 impl Call<'_> {
-    /// The place of a tile of values: pairs of neighbouring tiles of a value, for each part of 32 keys of the superblock, or of the block
-    /// if there is one group only.
+    /// The place of a tile of values: pairs of neighbouring tiles of a value, for each part of 32 keys of the superblock, or of a block if
+    /// values are packed a block at a time.
     #[inline(always)]
     fn value_tile(&self, tile: usize, part: usize) -> usize {
         let (part, parts) = if self.direct { (part % PARTS, PARTS) } else { (part, SUPERBLOCK * PARTS) };
