@@ -10,9 +10,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 /// Every symbol that the shared library exports. An addition extends the ABI for good.
 const EXPORTS: &[&str] = &[
@@ -127,7 +129,16 @@ fn emulated() -> bool {
 
 /// Runs a command that must succeed; returns its output.
 fn run(command: &mut Command) -> String {
-    let output = command.output().unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}"));
+    let mut output = command.output();
+    // A process that another test has just begun may still hold the program's file, open for writing.
+    for _ in 0..50 {
+        if !matches!(&output, Err(e) if e.kind() == ErrorKind::ExecutableFileBusy) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        output = command.output();
+    }
+    let output = output.unwrap_or_else(|e| panic!("{command:?} cannot be started: {e}"));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(
         output.status.success(),

@@ -11,7 +11,7 @@
 //! 27 GB/s, V in rows, whose packing takes another 700 cycles per block, at 23. More lines at a time wait for each other.
 
 use super::super::tiles::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
-use super::scratch::{Group, SCORES, SCORES_ROW, SECOND_TERM, Sizes, WEIGHTS};
+use super::scratch::{Group, SCORES_ROW, SECOND_TERM, Sizes, WEIGHTS};
 use super::values::pack_values;
 use super::{Call, DEPTH, LANES, PARTS};
 use crate::kernels::avx512::Avx512;
@@ -20,6 +20,7 @@ use crate::kernels::simd::{LINE, MAX_LANES, Simd};
 use crate::problem::grid::{BLOCK, KeyRange, ones};
 use half::bf16;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// Rows that are transposed by fewer instructions.
 const FEW_ROWS: usize = 4;
@@ -78,6 +79,8 @@ pub(super) unsafe fn scores(
     let Call { scratch, sizes, terms, .. } = call;
     let steps = sizes.steps();
     let mut ahead = Ahead::new(call, head, k, sizes.d * size_of::<bf16>(), 1);
+    // Scores with keys outside the key range will be replaced.
+    let used = key_range.low / LANES..key_range.high.div_ceil(LANES);
     // SAFETY: the caller's.
     unsafe {
         let (first, stride) = place_keys(call, head, key_range, k);
@@ -86,16 +89,18 @@ pub(super) unsafe fn scores(
             for term in 0..*terms {
                 tiles.hold(scratch.q.add(((head * terms + term) * steps + step) * TILE_BYTES));
                 let key = first.wrapping_add(step * ROW_BYTES as usize);
-                four_times!(i => {
+                four_times!(i => if used.contains(&i) {
                     tiles.add_by_held(i, key.wrapping_offset((i * LANES) as isize * stride), stride);
                     ahead.prefetch(s);
                 });
             }
         }
         let sums = scratch.transposed;
-        (0..4).for_each(|i| tiles.store(i, sums.add(i * LANES * LANES), ROW_BYTES));
-        for i in 0..BLOCK / LANES {
-            let to = scratch.s.add(head * SCORES + b * BLOCK + i * LANES);
+        for i in used {
+            tiles.store(i, sums.add(i * LANES * LANES), ROW_BYTES);
+        }
+        for i in key_range.low / LANES..key_range.high.div_ceil(LANES) {
+            let to = scratch.s.add(head * call.cut.group_rows * SCORES_ROW + b * BLOCK + i * LANES);
             let sums = sums.add(i * LANES * LANES);
             if rows <= FEW_ROWS {
                 let scores = transpose_few(s, sums);
@@ -148,18 +153,24 @@ pub(super) unsafe fn outputs<const HIGH: bool>(
         let mut ahead =
             if *natural { Ahead::new(call, head, v, 2 * width, 2) } else { Ahead::new(call, head, v, width, 1) };
         let place = if as_they_are { Some((v.key(head, 0).cast::<u8>(), v.seq_offset(1))) } else { None };
+        let parts = || (place, parts_of(key_range));
         for first in (0..count).step_by(4) {
             if first + 2 == count {
-                output_tiles::<HIGH, 2>(s, tiles, call, (b, head, first), place, &mut ahead);
+                output_tiles::<HIGH, 2>(s, tiles, call, (b, head, first), parts(), &mut ahead);
             } else {
-                output_tiles::<HIGH, 4>(s, tiles, call, (b, head, first), place, &mut ahead);
+                output_tiles::<HIGH, 4>(s, tiles, call, (b, head, first), parts(), &mut ahead);
             }
         }
     }
     non_finite
 }
 
-/// [`outputs`] of `N` tiles, from tile `first` on, by values at `place`, with the bytes between pairs, or packed ones.
+/// The parts of 32 keys of a block that a key range touches. The weights of the others are 0.
+pub(super) fn parts_of(key_range: KeyRange) -> Range<usize> {
+    key_range.low / DEPTH..key_range.high.div_ceil(DEPTH)
+}
+
+/// [`outputs`] of `N` tiles, from tile `first` on, by some parts of the values at `place`, with the bytes between pairs, or packed ones.
 ///
 /// # Safety
 /// The weights and the values are in place; `N` is 2 or 4.
@@ -169,7 +180,7 @@ unsafe fn output_tiles<const HIGH: bool, const N: usize>(
     tiles: &Tiles,
     call: &Call,
     (b, head, first): (usize, usize, usize),
-    place: Option<(Operand, isize)>,
+    (place, parts): (Option<(Operand, isize)>, Range<usize>),
     ahead: &mut Ahead,
 ) {
     let Call { scratch, sizes, .. } = call;
@@ -177,7 +188,7 @@ unsafe fn output_tiles<const HIGH: bool, const N: usize>(
     // SAFETY: the caller's.
     unsafe {
         four_times!(i => if i < N { tiles.load(i, acc.wrapping_add(i * LANES * LANES)) });
-        for part in 0..PARTS {
+        for part in parts.clone() {
             for term in 0..if HIGH { 2 } else { 1 } {
                 let weights = term * SECOND_TERM + (b * PARTS + part) * TILE_BYTES;
                 tiles.hold(scratch.p.add(head * WEIGHTS + weights));
@@ -320,7 +331,7 @@ unsafe fn place_keys(call: &Call, head: usize, key_range: KeyRange, k: KeyPointe
         return (k.key(head, 0).cast(), stride);
     }
     let copy = call.scratch.k.cast::<u16>();
-    for j in 0..BLOCK {
+    for j in key_range.low / LANES * LANES..key_range.high.next_multiple_of(LANES) {
         // SAFETY: the caller's; masked-off lanes are not accessed. The copy has room for 64 keys.
         unsafe {
             let row = copy.add(j * dk);

@@ -93,7 +93,7 @@ use crate::problem::grid::{BLOCK, CHUNK, KeyRange, between};
 use crate::problem::tile::{Tile, TokensAndHeads};
 use crate::problem::visibility::TileVisibility;
 use half::bf16;
-use scratch::{Group, SCORES_ROW, Scratch, Sizes};
+use scratch::{Cut, Group, SCORES_ROW, Scratch, Sizes};
 use std::arch::x86_64::*;
 use std::iter::Skip;
 use std::mem::MaybeUninit;
@@ -146,7 +146,7 @@ level_functions! {
     /// # Safety
     /// As [`tile`]; the partial states of all chunks have been written.
     unsafe fn reduce(_: &Pieces, p: &Problem, tile: &Tile, memory: *mut u8) {
-        let total = Scratch::layout(memory, groups(tile), Sizes::new(p.q.shape[3], p.v_dim)).0.total;
+        let total = Scratch::layout(memory, cut(tile), Sizes::new(p.q.shape[3], p.v_dim)).0.total;
         // SAFETY: the caller's; the level includes AVX-512, and the scratch holds at least one row.
         unsafe { generic::reduce(Avx512::new_unchecked(), p, tile, total, false) }
     }
@@ -268,8 +268,7 @@ struct Call<'a> {
     natural: bool,
     /// One group for each KV head: keys are read from the cache, and values packed a block at a time.
     direct: bool,
-    /// The rows of a group, but for the last.
-    group_rows: usize,
+    cut: Cut,
 }
 
 /// Whether a tile has so few rows of a KV head that keys are read from the cache.
@@ -278,8 +277,8 @@ fn is_direct(tile: &Tile) -> bool {
 }
 
 /// The groups of a tile.
-fn groups(tile: &Tile) -> usize {
-    if is_direct(tile) { tile.kv_heads } else { tile.rows().div_ceil(LANES) }
+fn cut(tile: &Tile) -> Cut {
+    if is_direct(tile) { Cut::direct(tile.kv_heads, tile.head_rows) } else { Cut::packed(tile.rows()) }
 }
 
 impl Call<'_> {
@@ -299,11 +298,11 @@ impl Call<'_> {
 #[inline(always)]
 unsafe fn walk<const HIGH: bool>(s: Avx512, p: &Problem, tile: &Tile, memory: *mut u8) {
     let sizes = Sizes::new(p.q.shape[3], p.v_dim);
-    let (direct, n) = (is_direct(tile), groups(tile));
+    let (cut, n) = (cut(tile), cut(tile).groups);
     let call = Call {
         p,
         tile,
-        scratch: Scratch::layout(memory, n, sizes).0,
+        scratch: Scratch::layout(memory, cut, sizes).0,
         sizes,
         terms: match p.query_dtype() {
             DType::Bf16 => 1,
@@ -314,8 +313,8 @@ unsafe fn walk<const HIGH: bool>(s: Avx512, p: &Problem, tile: &Tile, memory: *m
         // them.
         factor: p.plain_factor(p.scale).filter(|factor| factor.is_normal()),
         natural: p.v_packing == Packing::RowPairs,
-        direct,
-        group_rows: if direct { tile.head_rows } else { LANES },
+        direct: is_direct(tile),
+        cut,
     };
     // SAFETY: the caller's; the scratch has `n` groups, which `pack_queries` writes before they are read.
     unsafe {
@@ -488,7 +487,7 @@ unsafe fn weigh_rows<const HIGH: bool>(
     index: usize,
 ) {
     for r in 0..group.rows {
-        let x = call.scratch.s.wrapping_add((i * LANES + r) * SCORES_ROW);
+        let x = call.scratch.s.wrapping_add((i * call.cut.group_rows + r) * SCORES_ROW);
         // SAFETY: the caller's.
         unsafe {
             for &b in job.blocks() {

@@ -31,7 +31,8 @@ pub(super) unsafe fn pack_queries(
     // SAFETY: the caller's; every field of the group is written; tokens and heads are inside q.
     unsafe {
         let group = call.scratch.groups.add(g);
-        (*group).rows = (tile.rows() - g * call.group_rows).min(call.group_rows);
+        let group_rows = call.cut.group_rows;
+        (*group).rows = (tile.rows() - g * group_rows).min(group_rows);
         (*group).inner = if p.visibility.query_positions.is_some() { (0, 0) } else { (0, i64::MAX) };
         (*group).visible_bits = [[0; LANES]; SUPERBLOCK];
         let tiles = call.scratch.q.add(g * terms * steps * TILE_BYTES);

@@ -57,8 +57,6 @@ impl Sizes {
 
 /// Floats from one row of scores to the next: those of a superblock, and a line more, so that rows do not meet in few sets of a cache.
 pub(super) const SCORES_ROW: usize = SUPERBLOCK_KEYS + LANES;
-/// Floats of the scores of a group.
-pub(super) const SCORES: usize = LANES * SCORES_ROW;
 /// Bytes of the weights of a group, in tiles of 32 keys: of their first terms, and of both.
 pub(super) const SECOND_TERM: usize = SUPERBLOCK_KEYS / DEPTH * TILE_BYTES;
 pub(super) const WEIGHTS: usize = 2 * SECOND_TERM;
@@ -67,7 +65,7 @@ pub(super) const WEIGHTS: usize = 2 * SECOND_TERM;
 pub(super) struct Scratch {
     /// Packed queries: `[groups][terms][steps]` tiles.
     pub q: *mut u8,
-    /// Scores of the groups of a job, or of one group for each KV head: `[16][SCORES_ROW]`.
+    /// Scores of the groups of a job, or of one group for each KV head: `[rows of a group][SCORES_ROW]`.
     pub s: *mut f32,
     /// Their weights: `[2 terms][8]` tiles.
     pub p: *mut u8,
@@ -91,9 +89,8 @@ pub(super) struct Scratch {
 
 impl Scratch {
     /// Cuts the memory at `base`, aligned to 64 bytes, into its parts; returns the bytes used.
-    pub fn layout(base: *mut u8, groups: usize, sizes: Sizes) -> (Self, usize) {
-        let Sizes { dk, dvp, .. } = sizes;
-        let slots = groups.min(MAX_HEADS);
+    pub fn layout(base: *mut u8, cut: Cut, sizes: Sizes) -> (Self, usize) {
+        let (Sizes { dk, dvp, .. }, Cut { groups, group_rows, slots }) = (sizes, cut);
         let mut used = 0;
         let mut bytes = |n: usize| {
             let at = base.wrapping_add(used);
@@ -102,10 +99,10 @@ impl Scratch {
         };
         let scratch = Self {
             q: bytes(groups * MAX_TERMS * sizes.steps() * TILE_BYTES),
-            s: bytes(slots * SCORES * size_of::<f32>()).cast(),
+            s: bytes(slots * group_rows * SCORES_ROW * size_of::<f32>()).cast(),
             p: bytes(slots * WEIGHTS),
             acc: bytes(groups * sizes.tiles() * TILE_BYTES).cast(),
-            total: bytes(groups * LANES * dvp * size_of::<f32>()).cast(),
+            total: bytes(groups * group_rows * dvp * size_of::<f32>()).cast(),
             stage: bytes(dk.max(dvp) * size_of::<f32>()).cast(),
             transposed: bytes(BLOCK / LANES * TILE_BYTES).cast(),
             k: bytes(SUPERBLOCK_KEYS * dk * size_of::<bf16>()),
@@ -128,8 +125,34 @@ impl Scratch {
     }
 }
 
-/// Scratch bytes for `(rows, dim, v_dim)`, also if every row is of another KV head.
+/// How the rows of a tile are cut into groups.
+#[derive(Clone, Copy)]
+pub(super) struct Cut {
+    pub groups: usize,
+    /// The rows of a group, but for the last.
+    pub group_rows: usize,
+    /// Groups that have scores and weights at the same time.
+    pub slots: usize,
+}
+
+impl Cut {
+    /// Many rows of a KV head.
+    pub fn packed(rows: usize) -> Self {
+        let groups = rows.div_ceil(LANES);
+        Self { groups, group_rows: LANES, slots: groups.min(2) }
+    }
+
+    /// At most sixteen rows of each of some KV heads.
+    pub fn direct(heads: usize, rows: usize) -> Self {
+        Self { groups: heads, group_rows: rows, slots: heads }
+    }
+}
+
+/// Scratch bytes for `(rows, dim, v_dim)`, of however many KV heads these are.
 pub(super) fn scratch_bytes(rows: usize, d: usize, dv: usize) -> usize {
-    let groups = rows.div_ceil(LANES).max(rows.min(MAX_HEADS));
-    Scratch::layout(std::ptr::null_mut(), groups, Sizes::new(d, dv)).1
+    let bytes = |cut| Scratch::layout(std::ptr::null_mut(), cut, Sizes::new(d, dv)).1;
+    (1..=MAX_HEADS.min(rows))
+        .filter(|heads| rows.is_multiple_of(*heads) && rows / heads <= LANES)
+        .map(|heads| bytes(Cut::direct(heads, rows / heads)))
+        .fold(bytes(Cut::packed(rows)), usize::max)
 }

@@ -4,7 +4,7 @@
 //! reduction, four FMAs and a scaling of two, a sum; half of a rounding and of the sums of rounded weights).
 
 use super::super::tiles::{ROW_BYTES, TILE_BYTES};
-use super::scratch::{Group, SCORES, SCORES_ROW, SECOND_TERM, WEIGHTS};
+use super::scratch::{Group, SCORES_ROW, SECOND_TERM, WEIGHTS};
 use super::work::Job;
 use super::{Call, DEPTH, LANES, output_order, round};
 use crate::kernels::avx512::Avx512;
@@ -26,7 +26,7 @@ pub(super) unsafe fn softmax<const HIGH: bool>(
     group: &mut Group,
     (job, i, g): (&Job, usize, usize),
 ) {
-    let x = call.scratch.s.wrapping_add(i * SCORES);
+    let x = call.scratch.s.wrapping_add(i * call.cut.group_rows * SCORES_ROW);
     let w = call.scratch.p.wrapping_add(i * WEIGHTS);
     let factor = call.factor.unwrap_or(1.0);
     // SAFETY: the caller's; states are sixteen floats.
@@ -227,10 +227,16 @@ pub(super) unsafe fn end_chunk(
                     s.store_f32(stage.add((i + 1) * LANES), x[1]);
                 }
             }
-            let total = call.scratch.total.add((g * LANES + r) * sizes.dvp);
+            let total = call.scratch.total.add((g * call.cut.group_rows + r) * sizes.dvp);
             let (token, head) = (row.token as usize, row.head as usize);
             let output = Output { p, batch: tile.batch, token, head, deinterleaved: false };
-            output.end_chunk(s, tile, (chunk, g * call.group_rows + r, last), (state, stage), (&mut row.total, total));
+            output.end_chunk(
+                s,
+                tile,
+                (chunk, g * call.cut.group_rows + r, last),
+                (state, stage),
+                (&mut row.total, total),
+            );
         }
     }
 }

@@ -4,6 +4,7 @@
 //! are not finite. The lines of the next block are prefetched in the same loop.
 
 use super::super::tiles::{ROW_BYTES, TILE_BYTES};
+use super::direct::parts_of;
 use super::scratch::Sizes;
 use super::{Call, DEPTH, LANES, PARTS, output_order};
 use crate::kernels::avx512::Avx512;
@@ -140,7 +141,8 @@ impl Values<'_> {
         // SAFETY: the caller's; `s` proves the features.
         unsafe {
             let mut largest = _mm512_setzero_si512();
-            for j in (0..BLOCK).step_by(2) {
+            let parts = if self.call.direct { parts_of(self.key_range) } else { 0..PARTS };
+            for j in (parts.start * DEPTH..parts.end * DEPTH).step_by(2) {
                 for column in (0..self.call.sizes.dvp).step_by(DEPTH) {
                     let pair = self.pair::<CLEAN>(s, j, column, &mut largest);
                     for (i, x) in pair.into_iter().enumerate() {

@@ -4,7 +4,7 @@
 //! operands, 64 lines.
 
 use super::super::tiles::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
-use super::scratch::{Group, SCORES, SCORES_ROW, SECOND_TERM, WEIGHTS};
+use super::scratch::{Group, SCORES_ROW, SECOND_TERM, WEIGHTS};
 use super::{Call, DEPTH, LANES, SUPERBLOCK};
 use crate::problem::grid::BLOCK;
 
@@ -75,7 +75,7 @@ unsafe fn score_tiles<const M: usize, const N: usize>(tiles: &Tiles, call: &Call
     }
     for m in 0..M {
         for n in 0..N {
-            let to = scratch.s.wrapping_add(m * SCORES + b * BLOCK + (first + n) * LANES);
+            let to = scratch.s.wrapping_add(m * LANES * SCORES_ROW + b * BLOCK + (first + n) * LANES);
             // SAFETY: the caller's; two groups have their scores there.
             unsafe { tiles.store(m * N + n, to, (SCORES_ROW * size_of::<f32>()) as isize) };
         }
