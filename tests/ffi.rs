@@ -202,7 +202,9 @@ fn libraries() -> &'static Path {
 
 fn work_directory() -> PathBuf {
     // One per architecture, because a target directory can serve several.
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ffi-{}", std::env::consts::ARCH))
+    // Tests of a library with sanitizers may run at the same time.
+    let sanitized = if std::env::var_os("KVLANE_FFI_SANITIZE").is_some() { "-sanitized" } else { "" };
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ffi-{}{sanitized}", std::env::consts::ARCH))
 }
 
 /// `name` is unique to the test, because tests run at the same time and a running program cannot be overwritten.
