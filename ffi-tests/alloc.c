@@ -35,7 +35,7 @@ int posix_memalign(void **to, size_t alignment, size_t size) {
 
 enum { BATCH = 2, SEQ = 3, HEADS = 4, KV = 2, KEYS = 40, D = 16 };
 
-static _Alignas(64) unsigned char workspace[1 << 21];
+static _Alignas(64) unsigned char workspace[1 << 20];
 static float q[BATCH * SEQ * HEADS * D], k[BATCH * SEQ * KV * D], out[BATCH * SEQ * HEADS * D], lse[BATCH * SEQ * HEADS];
 static float repeated[BATCH * SEQ * HEADS * D], cosines[8 * D / 2], sines[8 * D / 2], slopes[HEADS];
 static uint16_t k_cache[BATCH * KEYS * KV * D], v_cache[BATCH * KEYS * KV * D];

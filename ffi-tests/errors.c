@@ -793,11 +793,11 @@ static void kv_write(void) {
 static void attention(void) {
     static float x[2 * 5 * 4 * 8];
     static union {
-        unsigned char bytes[(1 << 19) + 64];
+        unsigned char bytes[(1 << 18) + 64];
         double aligned;
     } memory;
     void *workspace = memory.bytes + (64 - (uintptr_t)memory.bytes % 64) % 64;
-    size_t bytes = 1 << 19, *needed = (size_t *)output.bytes;
+    size_t bytes = 1 << 18, *needed = (size_t *)output.bytes;
     static const unsigned char mask[1];
     int32_t list[2];
     float ones[4] = {1, 1, 1, 1};

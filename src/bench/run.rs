@@ -148,19 +148,15 @@ pub fn skipped(kernel: &KernelInfo) -> String {
 /// AVX-512.
 fn levels(given: &[Isa]) -> Result<Vec<Isa>> {
     let ceiling = Isa::ceiling_from_env()?;
+    let exceeded = |level: Isa| ceiling.filter(|&ceiling| !level.is_within(ceiling));
     if given.is_empty() {
-        return Ok(Isa::ALL
-            .into_iter()
-            .filter(|l| ceiling.is_none_or(|ceiling| l.is_within(ceiling)) && l.is_available())
-            .collect());
+        return Ok(Isa::ALL.into_iter().filter(|&l| exceeded(l).is_none() && l.is_available()).collect());
     }
     for level in given {
         if !level.is_available() {
             return Err(Error::new(format!("this machine cannot run {level}: `kvlane info` tells what it lacks")));
         }
-        if let Some(ceiling) = ceiling
-            && !level.is_within(ceiling)
-        {
+        if let Some(ceiling) = exceeded(*level) {
             return Err(Error::new(format!(
                 "{} allows no more than {ceiling}, so {level} cannot be measured",
                 Isa::ENV

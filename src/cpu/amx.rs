@@ -1,7 +1,7 @@
 //! AMX: detection of tiles with products of bf16 and int8, and the permission to use them.
 //!
 //! Detection uses CPUID (7, 0).EDX bits 24 (tiles), 22 (bf16) and 25 (int8), and XCR0 bits 17 and 18, by which the operating
-//! system declares support. On Linux a process must also request the permission to use the tile data once
+//! system declares support; AVX512-BF16, which every such CPU has, must not be hidden. On Linux a process must also request the permission to use the tile data once
 //! (`arch_prctl`, 5.16 and later), for all of its threads. Linux refuses it if a thread has an alternate signal stack
 //! that is too small for the larger frame. Then the level is not available, and AVX-512 serves.
 //!

@@ -63,15 +63,10 @@ impl Tiling {
         let (keys, kv_heads) = (k[SEQ], k[HEADS].max(1));
         let rows = seq.saturating_mul(heads / kv_heads).max(1);
         let jobs = 2 * workers;
-        let (tile_heads, tile_rows) = if together && kernel.max_heads > 1 && rows < PACK_ROWS {
+        let (tile_heads, tile_rows) = if together && rows < PACK_ROWS {
             let groups = jobs.div_ceil(batch.saturating_mul(chunks).max(1));
-            (
-                kv_heads
-                    .div_ceil(if workers > 1 { groups } else { 1 })
-                    .min(kernel.max_rows / rows)
-                    .min(kernel.max_heads),
-                rows,
-            )
+            let heads = kv_heads.div_ceil(if workers > 1 { groups } else { 1 });
+            (heads.min(kernel.max_rows / rows).min(kernel.max_heads), rows)
         } else if rows <= MIN_TILE_ROWS {
             (1, rows)
         } else {

@@ -1,7 +1,8 @@
 //! AMX: eight tiles of sixteen rows by sixty-four bytes, and products of tiles: of bf16, summed in f32, and of int8, summed in 32 bits.
 //!
 //! A partial level: attention over bf16 keys and values, with one kernel per [`Precision`](super::api::Precision), and over int8 keys at
-//! `Precision::Integer`. All other operations, and all instructions of these kernels that are not tile products, are AVX-512's.
+//! `Precision::Integer`. All other operations, and all instructions of these kernels that are neither tile products nor roundings to bf16
+//! (AVX512-BF16), are AVX-512's.
 
 mod attention;
 mod int8;

@@ -125,7 +125,7 @@ impl Tiles {
         }
     }
 
-    /// Loads an operand, a whole tile in memory, for [`Self::add_held_by`] and [`Self::add_by_held`].
+    /// Loads an operand, a whole tile in memory, for [`Self::add`].
     ///
     /// # Safety
     /// The operand is readable.
@@ -138,36 +138,34 @@ impl Tiles {
         }
     }
 
-    /// `accumulator[i] += held * b`, of bf16; rows of `b` are `stride` bytes apart.
+    /// Adds the product of the operand that is held, which is A with `HELD_IS_A` and else B, and another, of bf16, to accumulator `i`. Rows of
+    /// the other are `stride` bytes apart.
     ///
     /// # Safety
     /// The operand is readable.
     #[inline(always)]
-    pub unsafe fn add_held_by(&self, i: usize, b: Operand, stride: isize) {
-        // SAFETY: the caller's; the tiles are configured.
-        unsafe {
-            match i {
-                0 => add!("tmm0" "tmm4" b stride "tmm7, tmm4"),
-                1 => add!("tmm1" "tmm5" b stride "tmm7, tmm5"),
-                2 => add!("tmm2" "tmm6" b stride "tmm7, tmm6"),
-                _ => add!("tmm3" "tmm4" b stride "tmm7, tmm4"),
-            }
+    pub unsafe fn add<const HELD_IS_A: bool>(&self, i: usize, other: Operand, stride: isize) {
+        macro_rules! add {
+            ($sum:tt $tile:tt $operands:expr) => {
+                asm!(concat!("tileloadd ", $tile, ", [{p} + {s}]"), concat!("tdpbf16ps ", $sum, ", ", $operands),
+                    p = in(reg) other, s = in(reg) stride, out($sum) _, out($tile) _,
+                    options(readonly, nostack, preserves_flags))
+            };
+            ($sum:tt $tile:tt) => {
+                if HELD_IS_A {
+                    add!($sum $tile concat!("tmm7, ", $tile))
+                } else {
+                    add!($sum $tile concat!($tile, ", tmm7"))
+                }
+            };
         }
-    }
-
-    /// `accumulator[i] += a * held`, of bf16; rows of `a` are `stride` bytes apart.
-    ///
-    /// # Safety
-    /// The operand is readable.
-    #[inline(always)]
-    pub unsafe fn add_by_held(&self, i: usize, a: Operand, stride: isize) {
         // SAFETY: the caller's; the tiles are configured.
         unsafe {
             match i {
-                0 => add!("tmm0" "tmm4" a stride "tmm4, tmm7"),
-                1 => add!("tmm1" "tmm5" a stride "tmm5, tmm7"),
-                2 => add!("tmm2" "tmm6" a stride "tmm6, tmm7"),
-                _ => add!("tmm3" "tmm4" a stride "tmm4, tmm7"),
+                0 => add!("tmm0" "tmm4"),
+                1 => add!("tmm1" "tmm5"),
+                2 => add!("tmm2" "tmm6"),
+                _ => add!("tmm3" "tmm4"),
             }
         }
     }
@@ -192,15 +190,6 @@ impl Tiles {
         }
     }
 }
-
-/// Loads an operand, and adds its product with the one that is held.
-macro_rules! add {
-    ($sum:tt $tile:tt $from:ident $stride:ident $operands:literal) => {
-        asm!(concat!("tileloadd ", $tile, ", [{p} + {s}]"), concat!("tdpbf16ps ", $sum, ", ", $operands),
-            p = in(reg) $from, s = in(reg) $stride, out($sum) _, out($tile) _, options(readonly, nostack, preserves_flags))
-    };
-}
-use add;
 
 #[cfg(feature = "bench")]
 impl Tiles {

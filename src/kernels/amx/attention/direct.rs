@@ -34,8 +34,7 @@ macro_rules! four_times {
     };
     (@ $i:ident $body:expr, $($number:literal)*) => {
         $({
-            const I: usize = $number;
-            let $i = I;
+            let $i: usize = $number;
             $body
         })*
     };
@@ -49,14 +48,9 @@ macro_rules! four_times {
 pub(super) unsafe fn transpose_queries(s: Avx512, call: &Call) {
     for tile in 0..call.tile.kv_heads * call.terms * call.sizes.steps() {
         let tile = call.scratch.q.wrapping_add(tile * TILE_BYTES).cast::<f32>();
-        let mut x = [s.zero(); MAX_LANES];
         // SAFETY: the caller's; a tile has sixteen vectors.
         unsafe {
-            for (i, x) in x.iter_mut().enumerate() {
-                *x = s.load_f32(tile.add(i * LANES));
-            }
-            s.transpose(&mut x);
-            for (i, x) in x.iter().enumerate() {
+            for (i, x) in transpose(s, tile).iter().enumerate() {
                 s.store_f32(tile.add(i * LANES), *x);
             }
         }
@@ -90,16 +84,16 @@ pub(super) unsafe fn scores(
                 tiles.hold(scratch.q.add(((head * terms + term) * steps + step) * TILE_BYTES));
                 let key = first.wrapping_add(step * ROW_BYTES as usize);
                 four_times!(i => if used.contains(&i) {
-                    tiles.add_by_held(i, key.wrapping_offset((i * LANES) as isize * stride), stride);
+                    tiles.add::<false>(i, key.wrapping_offset((i * LANES) as isize * stride), stride);
                     ahead.prefetch(s);
                 });
             }
         }
         let sums = scratch.transposed;
-        for i in used {
+        for i in used.clone() {
             tiles.store(i, sums.add(i * LANES * LANES), ROW_BYTES);
         }
-        for i in key_range.low / LANES..key_range.high.div_ceil(LANES) {
+        for i in used {
             let to = scratch.s.add(head * call.cut.group_rows * SCORES_ROW + b * BLOCK + i * LANES);
             let sums = sums.add(i * LANES * LANES);
             if rows <= FEW_ROWS {
@@ -108,12 +102,7 @@ pub(super) unsafe fn scores(
                     s.store_f32(to.add(r * SCORES_ROW), *scores);
                 }
             } else {
-                let mut x = [s.zero(); MAX_LANES];
-                for (i, x) in x.iter_mut().enumerate() {
-                    *x = s.load_f32(sums.add(i * LANES));
-                }
-                s.transpose(&mut x);
-                for (r, x) in x[..rows].iter().enumerate() {
+                for (r, x) in transpose(s, sums)[..rows].iter().enumerate() {
                     s.store_f32(to.add(r * SCORES_ROW), *x);
                 }
             }
@@ -143,16 +132,16 @@ pub(super) unsafe fn outputs<const HIGH: bool>(
         && sizes.dv == sizes.dvp
         && key_range.len() == BLOCK
         && group.visible_bits[b][..group.rows].iter().all(|&bits| bits == u64::MAX)
-        && are_pairs(p, &v, key_range)
-        && v.pairs_lie_evenly();
+        && are_pairs(p, &v, key_range);
+    let stride = if as_they_are { v.stride(key_range, 2) } else { None };
+    let place = stride.map(|stride| (v.key(head, 0).cast::<u8>(), stride));
     // SAFETY: the caller's.
     unsafe {
-        if !as_they_are {
+        if place.is_none() {
             non_finite = pack_values(s, call, (b, head), key_range, v);
         }
         let mut ahead =
             if *natural { Ahead::new(call, head, v, 2 * width, 2) } else { Ahead::new(call, head, v, width, 1) };
-        let place = if as_they_are { Some((v.key(head, 0).cast::<u8>(), v.seq_offset(1))) } else { None };
         let parts = || (place, parts_of(key_range));
         for first in (0..count).step_by(4) {
             if first + 2 == count {
@@ -202,7 +191,7 @@ unsafe fn output_tiles<const HIGH: bool, const N: usize>(
                             (scratch.v.add(call.value_tile(first + i, part) * TILE_BYTES).cast_const(), ROW_BYTES)
                         }
                     };
-                    tiles.add_held_by(i, values, stride);
+                    tiles.add::<true>(i, values, stride);
                     ahead.prefetch(s);
                 });
             }
@@ -286,6 +275,21 @@ impl<'a> Ahead<'a> {
     }
 }
 
+/// A tile, transposed.
+///
+/// # Safety
+/// The tile is readable at `from`.
+#[inline(always)]
+unsafe fn transpose(s: Avx512, from: *const f32) -> [__m512; MAX_LANES] {
+    let mut x = [s.zero(); MAX_LANES];
+    for (i, x) in x.iter_mut().enumerate() {
+        // SAFETY: the caller's.
+        *x = unsafe { s.load_f32(from.add(i * LANES)) };
+    }
+    s.transpose(&mut x);
+    x
+}
+
 /// The first four elements of sixteen vectors, transposed.
 ///
 /// # Safety
@@ -326,7 +330,7 @@ unsafe fn place_keys(call: &Call, head: usize, key_range: KeyRange, k: KeyPointe
     let Sizes { d, dk, .. } = call.sizes;
     if d == dk
         && key_range.len() == BLOCK
-        && let Some(stride) = k.stride(key_range)
+        && let Some(stride) = k.stride(key_range, 1)
     {
         return (k.key(head, 0).cast(), stride);
     }

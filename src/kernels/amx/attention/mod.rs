@@ -233,7 +233,7 @@ level_functions! {
         s: Avx512,
         call: &Call,
         group: &mut Group,
-        job: (&Job, usize, usize),
+        job: (&Job, usize),
         index: usize,
     ) {
         // SAFETY: the caller's.
@@ -282,6 +282,12 @@ fn cut(tile: &Tile) -> Cut {
 }
 
 impl Call<'_> {
+    /// The place of group `g` in the memory for scores and weights.
+    #[inline(always)]
+    fn slot(&self, g: usize) -> usize {
+        if self.direct { g } else { g % 2 }
+    }
+
     /// The place of a tile of values: pairs of neighbouring tiles of a value, for each part of 32 keys of the superblock, or of a block if
     /// values are packed a block at a time.
     #[inline(always)]
@@ -298,7 +304,8 @@ impl Call<'_> {
 #[inline(always)]
 unsafe fn walk<const HIGH: bool>(s: Avx512, p: &Problem, tile: &Tile, memory: *mut u8) {
     let sizes = Sizes::new(p.q.shape[3], p.v_dim);
-    let (cut, n) = (cut(tile), cut(tile).groups);
+    let cut = cut(tile);
+    let n = cut.groups;
     let call = Call {
         p,
         tile,
@@ -413,11 +420,11 @@ unsafe fn superblock<const HIGH: bool>(
         // SAFETY: blocks with visible keys are packed; a job's scores, weights and outputs are computed in this order.
         unsafe {
             scores(tiles, call, &job);
-            for i in 0..job.groups {
-                weigh::<HIGH>(s, call, &mut groups[first + i], (&job, i, first + i), index);
+            for g in first..first + job.groups {
+                weigh::<HIGH>(s, call, &mut groups[g], (&job, g), index);
             }
             outputs::<HIGH>(tiles, call, &job);
-            non_finite::add_non_finite(call, groups, job, 0, &non_finite_keys, index);
+            non_finite::add_non_finite(call, groups, job, &non_finite_keys, index);
         }
     }
 }
@@ -451,30 +458,32 @@ unsafe fn direct_superblock<const HIGH: bool>(
                 direct_scores(s, tiles, call, (b, head, group.rows), *key_range, k.rows());
             }
         }
+        let mut jobs = [None; MAX_HEADS];
         for head in 0..groups.len() {
-            if let Some(job) = Job::new(groups, head, 1) {
-                weigh::<HIGH>(s, call, &mut groups[head], (&job, head, head), index);
+            jobs[head] = Job::new(groups, head, 1);
+            if let Some(job) = &jobs[head] {
+                weigh::<HIGH>(s, call, &mut groups[head], (job, head), index);
             }
         }
         for (b, block) in located.iter().enumerate() {
             let Some(Located { key_range, v, .. }) = block else { continue };
             for (head, group) in groups.iter().enumerate() {
                 // Without a visible key, the weights are those of another superblock.
-                if group.visible_bits[b][..group.rows].iter().any(|&bits| bits != 0) {
+                if jobs[head].is_some_and(|job| job.blocks().contains(&b)) {
                     non_finite_keys[head][b] =
                         direct_outputs::<HIGH>(s, tiles, call, (b, head, group), *key_range, v.rows());
                 }
             }
         }
-        for (head, keys) in non_finite_keys[..groups.len()].iter().enumerate() {
-            if let Some(job) = Job::new(groups, head, 1) {
-                non_finite::add_non_finite(call, groups, job, head, keys, index);
+        for (job, keys) in jobs.into_iter().zip(&non_finite_keys) {
+            if let Some(job) = job {
+                non_finite::add_non_finite(call, groups, job, keys, index);
             }
         }
     }
 }
 
-/// Replaces the scores of group `g`, in slot `i`, by weights.
+/// Replaces the scores of group `g` of a job by weights.
 ///
 /// # Safety
 /// The scores are in place.
@@ -483,11 +492,11 @@ unsafe fn weigh_rows<const HIGH: bool>(
     s: Avx512,
     call: &Call,
     group: &mut Group,
-    (job, i, g): (&Job, usize, usize),
+    (job, g): (&Job, usize),
     index: usize,
 ) {
     for r in 0..group.rows {
-        let x = call.scratch.s.wrapping_add((i * call.cut.group_rows + r) * SCORES_ROW);
+        let x = call.scratch.s.wrapping_add((call.slot(g) * call.cut.group_rows + r) * SCORES_ROW);
         // SAFETY: the caller's.
         unsafe {
             for &b in job.blocks() {
@@ -502,7 +511,7 @@ unsafe fn weigh_rows<const HIGH: bool>(
         }
     }
     // SAFETY: the caller's.
-    unsafe { softmax::softmax::<HIGH>(s, call, group, (job, i, g)) };
+    unsafe { softmax::softmax::<HIGH>(s, call, group, (job, g)) };
 }
 
 /// Two vectors as bf16, to the nearest, ties to even; subnormal numbers become zeros.

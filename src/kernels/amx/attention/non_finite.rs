@@ -52,7 +52,7 @@ pub(super) unsafe fn repair_scores(
 }
 
 /// Adds the elements of values that are not finite, of the keys `non_finite` of each block, to the rows of a job to
-/// which these keys are visible. The weights of its groups are in the slots from `slot` on.
+/// which these keys are visible.
 ///
 /// # Safety
 /// The job's outputs have just been computed, and its weights are still in place.
@@ -61,15 +61,14 @@ pub(super) unsafe fn add_non_finite(
     call: &Call,
     groups: &[Group],
     job: Job,
-    slot: usize,
     non_finite: &[u64; SUPERBLOCK],
     index: usize,
 ) {
     for &b in job.blocks().iter().filter(|&&b| non_finite[b] != 0) {
-        for i in 0..job.groups {
-            let group = &groups[job.first + i];
-            let w = call.scratch.p.wrapping_add((slot + i) * WEIGHTS + b * BLOCK / DEPTH * TILE_BYTES);
-            let acc = call.scratch.acc.wrapping_add((job.first + i) * call.sizes.tiles() * LANES * LANES);
+        for g in job.first..job.first + job.groups {
+            let group = &groups[g];
+            let w = call.scratch.p.wrapping_add(call.slot(g) * WEIGHTS + b * BLOCK / DEPTH * TILE_BYTES);
+            let acc = call.scratch.acc.wrapping_add(g * call.sizes.tiles() * LANES * LANES);
             // SAFETY: the caller's.
             unsafe { add_block(call, group, non_finite[b], w, b, index * SUPERBLOCK_KEYS + b * BLOCK, acc) };
         }

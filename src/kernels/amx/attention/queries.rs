@@ -45,8 +45,7 @@ pub(super) unsafe fn pack_queries(
             let inner = &mut (*group).inner;
             *inner = (inner.0.max(keys.0), inner.1.min(keys.1));
             let position = p.visibility.position(tile.batch, token);
-            let state = RowState { position, ..RowState::new(keys, (token as u32, head as u32)) };
-            (&raw mut (*group).states[r]).write(state);
+            (*group).states[r] = RowState { position, ..RowState::new(keys, (token as u32, head as u32)) };
             let (row, token) = p.visibility.query(tile.batch, token);
             let (from, to) = (p.q.row(row, token, head), tiles.add(r * ROW_BYTES as usize));
             if as_they_are {

@@ -67,7 +67,7 @@ pub(super) struct Scratch {
     pub q: *mut u8,
     /// Scores of the groups of a job, or of one group for each KV head: `[rows of a group][SCORES_ROW]`.
     pub s: *mut f32,
-    /// Their weights: `[2 terms][8]` tiles.
+    /// Their weights: `[2 terms][4]` tiles.
     pub p: *mut u8,
     /// Outputs of the chunk: `[groups][tiles]` tiles.
     pub acc: *mut f32,
@@ -81,7 +81,7 @@ pub(super) struct Scratch {
     pub k: *mut u8,
     /// Packed values, in the order in which products take them: [`Call::value_tile`](super::Call::value_tile).
     pub v: *mut u8,
-    /// Gathered keys and values of a superblock whose elements do not lie together: `[256][dk]`, `[256][dvp]`.
+    /// Gathered keys and values of a superblock whose elements do not lie together: `[128][dk]`, `[128][dvp]`.
     gathered: GatherBuffers,
     sizes: Sizes,
     pub groups: *mut Group,
@@ -148,11 +148,10 @@ impl Cut {
     }
 }
 
-/// Scratch bytes for `(rows, dim, v_dim)`, of however many KV heads these are.
+/// Scratch bytes for `(rows, dim, v_dim)`, of however many KV heads these are: the more, the more bytes.
 pub(super) fn scratch_bytes(rows: usize, d: usize, dv: usize) -> usize {
     let bytes = |cut| Scratch::layout(std::ptr::null_mut(), cut, Sizes::new(d, dv)).1;
-    (1..=MAX_HEADS.min(rows))
-        .filter(|heads| rows.is_multiple_of(*heads) && rows / heads <= LANES)
-        .map(|heads| bytes(Cut::direct(heads, rows / heads)))
-        .fold(bytes(Cut::packed(rows)), usize::max)
+    let heads = rows.clamp(1, MAX_HEADS);
+    let direct = if rows <= heads * LANES { bytes(Cut::direct(heads, rows.div_ceil(heads))) } else { 0 };
+    direct.max(bytes(Cut::packed(rows)))
 }

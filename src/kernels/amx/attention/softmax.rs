@@ -15,19 +15,14 @@ use crate::kernels::simd::{MAX_LANES, Simd};
 use crate::problem::grid::BLOCK;
 use std::arch::x86_64::*;
 
-/// Replaces the logits of group `g` of a job, in slot `i`, by packed weights. Updates the rows' states and rescales their accumulators.
+/// Replaces the logits of group `g` of a job by packed weights. Updates the rows' states and rescales their accumulators.
 ///
 /// # Safety
 /// The job's logits are in place; `group` is group `g`.
 #[inline(always)]
-pub(super) unsafe fn softmax<const HIGH: bool>(
-    s: Avx512,
-    call: &Call,
-    group: &mut Group,
-    (job, i, g): (&Job, usize, usize),
-) {
-    let x = call.scratch.s.wrapping_add(i * call.cut.group_rows * SCORES_ROW);
-    let w = call.scratch.p.wrapping_add(i * WEIGHTS);
+pub(super) unsafe fn softmax<const HIGH: bool>(s: Avx512, call: &Call, group: &mut Group, (job, g): (&Job, usize)) {
+    let x = call.scratch.s.wrapping_add(call.slot(g) * call.cut.group_rows * SCORES_ROW);
+    let w = call.scratch.p.wrapping_add(call.slot(g) * WEIGHTS);
     let factor = call.factor.unwrap_or(1.0);
     // SAFETY: the caller's; states are sixteen floats.
     unsafe {
@@ -227,16 +222,11 @@ pub(super) unsafe fn end_chunk(
                     s.store_f32(stage.add((i + 1) * LANES), x[1]);
                 }
             }
-            let total = call.scratch.total.add((g * call.cut.group_rows + r) * sizes.dvp);
+            let index = g * call.cut.group_rows + r;
+            let total = call.scratch.total.add(index * sizes.dvp);
             let (token, head) = (row.token as usize, row.head as usize);
             let output = Output { p, batch: tile.batch, token, head, deinterleaved: false };
-            output.end_chunk(
-                s,
-                tile,
-                (chunk, g * call.cut.group_rows + r, last),
-                (state, stage),
-                (&mut row.total, total),
-            );
+            output.end_chunk(s, tile, (chunk, index, last), (state, stage), (&mut row.total, total));
         }
     }
 }

@@ -94,7 +94,7 @@ unsafe fn multiply<const M: usize, const N: usize>(tiles: &Tiles, a: [Operand; M
             tiles.multiply([a[0], a[1 % M]], [b[0], b[1 % N]]);
         } else {
             tiles.hold(a[0]);
-            (0..N).for_each(|n| tiles.add_held_by(n, b[n], ROW_BYTES));
+            (0..N).for_each(|n| tiles.add::<true>(n, b[n], ROW_BYTES));
         }
     }
 }

@@ -261,18 +261,14 @@ impl<'a, T> KeyPointers<'a, T> {
         self.seq.wrapping_mul(keys as isize)
     }
 
-    /// Bytes between neighbouring keys of the key range, if that distance is constant.
+    /// Bytes between keys of the key range that are `step` apart, of which 1 or, in pairs of slots, 2 share a row, if that distance is
+    /// constant.
     #[cfg(target_arch = "x86_64")]
-    pub fn stride(&self, key_range: KeyRange) -> Option<isize> {
-        let even = (key_range.low + 1..key_range.high)
-            .all(|j| self.key(0, j) == self.key(0, j - 1).wrapping_byte_offset(self.seq));
+    pub fn stride(&self, key_range: KeyRange, step: usize) -> Option<isize> {
+        let even = (key_range.low + step..key_range.high)
+            .step_by(step)
+            .all(|j| self.key(0, j) == self.key(0, j - step).wrapping_byte_offset(self.seq));
         even.then_some(self.seq)
-    }
-
-    /// Whether the pairs of slots of a whole block, for values packed in pairs, lie [`Self::seq_offset`] apart.
-    #[cfg(target_arch = "x86_64")]
-    pub fn pairs_lie_evenly(&self) -> bool {
-        (2..BLOCK).step_by(2).all(|j| self.key(0, j) == self.key(0, j - 2).wrapping_byte_offset(self.seq))
     }
 
     /// The start of a subblock of this block or of the next; null if it is not read.

@@ -13,15 +13,8 @@ use std::f32::consts::LOG2_E;
 
 /// The logits, times log2(e), of a vector of scores; `alibi` is the slopes and the distances from the queries to the keys.
 #[inline(always)]
-fn logits<S: Simd>(
-    s: S,
-    p: &Problem,
-    scale: f32,
-    scores: S::V,
-    alibi: Option<(S::V, S::V)>,
-    bias: Option<S::V>,
-) -> S::V {
-    let mut x = s.mul(scores, s.splat(scale));
+fn logits<S: Simd>(s: S, p: &Problem, scores: S::V, alibi: Option<(S::V, S::V)>, bias: Option<S::V>) -> S::V {
+    let mut x = s.mul(scores, s.splat(p.scale));
     if p.softcap != 0.0 {
         x = s.mul(math::tanh(s, s.mul(x, s.splat(1.0 / p.softcap))), s.splat(p.softcap));
     }
@@ -89,7 +82,7 @@ pub(crate) unsafe fn row_logits<S: Simd>(
                 row.visible_bits &= !(masked_by_bias(s, x) << i);
                 bias = Some(x);
             }
-            s.store_f32(x.add(i), logits(s, p, p.scale, s.load_f32(x.add(i)), alibi, bias));
+            s.store_f32(x.add(i), logits(s, p, s.load_f32(x.add(i)), alibi, bias));
         }
     }
 }
