@@ -185,9 +185,9 @@ static void contexts(void) {
         tuning.run_long_heads = 7;
         REFUSED(KVL_STATUS_INVALID_ENUM, "run_long_heads is 7", kvl_context_set_tuning((kvl_context *)context, &tuning));
         tuning.run_long_heads = KVL_PREFETCH_DEFAULT;
-        tuning.reserved = 1;
-        REFUSED(KVL_STATUS_INVALID_ENUM, "kvl_tuning.reserved is 1", kvl_context_set_tuning((kvl_context *)context, &tuning));
-        tuning.reserved = 0;
+        tuning.score_tiles = 3;
+        REFUSED(KVL_STATUS_INVALID_ENUM, "score_tiles is 3", kvl_context_set_tuning((kvl_context *)context, &tuning));
+        tuning.score_tiles = KVL_SCORE_TILES_DEFAULT;
         tuning.struct_size = 31;
         REFUSED(KVL_STATUS_STRUCT_SIZE, "kvl_tuning.struct_size is 31", kvl_context_set_tuning((kvl_context *)context, &tuning));
         OK(kvl_context_tuning(context, &after));

@@ -50,7 +50,7 @@ AT(kvl_tuning, run, 16);
 AT(kvl_tuning, run_one_row, 20);
 AT(kvl_tuning, run_distance, 24);
 AT(kvl_tuning, run_long_heads, 32);
-AT(kvl_tuning, reserved, 36);
+AT(kvl_tuning, score_tiles, 36);
 SIZE(kvl_kernel_info, 40);
 AT(kvl_kernel_info, struct_size, 0);
 AT(kvl_kernel_info, name, 8);

@@ -55,16 +55,17 @@ static void huge_pages(void) {
 static void tuning(kvl_context *context) {
     kvl_tuning usual = KVL_TUNING_INIT, set = KVL_TUNING_INIT, got = KVL_TUNING_INIT;
     OK(kvl_context_tuning(context, &usual));
-    CHECK(usual.block != 0 && usual.block_order != 0 && usual.run != 0 && usual.run_one_row != 0 && usual.run_long_heads != 0 && usual.run_distance != 0, "%d", (int)usual.block);
+    CHECK(usual.block != 0 && usual.block_order != 0 && usual.run != 0 && usual.run_one_row != 0 && usual.run_long_heads != 0 && usual.run_distance != 0 && usual.score_tiles != 0, "%d", (int)usual.block);
     set.block = KVL_PREFETCH_OFF;
     set.block_order = KVL_KEY_ORDER_SEQUENTIAL;
     set.run_one_row = KVL_PREFETCH_SECOND_LEVEL;
     set.run_long_heads = KVL_PREFETCH_NEXT_KEYS;
     set.run_distance = 100;
+    set.score_tiles = KVL_SCORE_TILES_NARROW;
     OK(kvl_context_set_tuning(context, &set));
     OK(kvl_context_tuning(context, &got));
     CHECK(got.block == KVL_PREFETCH_OFF && got.block_order == KVL_KEY_ORDER_SEQUENTIAL && got.run_distance == 100, "%d", (int)got.block);
-    CHECK(got.run_long_heads == KVL_PREFETCH_NEXT_KEYS, "%d", (int)got.run_long_heads);
+    CHECK(got.run_long_heads == KVL_PREFETCH_NEXT_KEYS && got.score_tiles == KVL_SCORE_TILES_NARROW, "%d", (int)got.run_long_heads);
     CHECK(got.run == usual.run && got.run_one_row == KVL_PREFETCH_SECOND_LEVEL, "%d", (int)got.run);
     /* What was read can be set. */
     OK(kvl_context_set_tuning(context, &usual));

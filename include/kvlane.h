@@ -450,6 +450,21 @@
 #define KVL_KEY_ORDER_SPREAD 2
 
 /**
+ * As the library does it on this CPU.
+ */
+#define KVL_SCORE_TILES_DEFAULT 0
+
+/**
+ * One vector of keys, and four lanes of the scores side by side.
+ */
+#define KVL_SCORE_TILES_NARROW 1
+
+/**
+ * Four vectors of keys, and copies of the queries.
+ */
+#define KVL_SCORE_TILES_WIDE 2
+
+/**
  * Integers from -128 to 127, or from -8 to 7, in two's complement.
  */
 #define KVL_AFFINE_SIGNED 1
@@ -711,8 +726,13 @@ typedef int32_t kvl_prefetch;
 typedef int32_t kvl_key_order;
 
 /**
- * How attention of few query rows prefetches keys and values, and in which order it reads keys. It changes the time of a call,
- * and no bit of its result. `kvlane tune` measures which is best. Start from `KVL_TUNING_INIT`; zero means the library's choice for this
+ * The tiles of registers in which six query rows are multiplied by keys.
+ */
+typedef int32_t kvl_score_tiles;
+
+/**
+ * How attention of few query rows prefetches keys and values, in which order it reads keys, and in which registers prompts compute
+ * scores. It changes the time of a call, and no bit of its result. `kvlane tune` measures which is best. Start from `KVL_TUNING_INIT`; zero means the library's choice for this
  * CPU. The levels of matrix products prefetch in ways of their own.
  */
 typedef struct kvl_tuning {
@@ -746,9 +766,9 @@ typedef struct kvl_tuning {
      */
     kvl_prefetch run_long_heads;
     /**
-     * 0.
+     * The tiles of registers in which prompts compute scores at the level AVX-512. Other levels have one kind.
      */
-    int32_t reserved;
+    kvl_score_tiles score_tiles;
 } kvl_tuning;
 
 /**

@@ -165,7 +165,7 @@ pub use parallel::{Rayon, ThreadPool};
 pub use parallel::{Runner, Serial};
 pub use problem::limits::{MAX_HADAMARD_BLOCK, MAX_HEAD_DIM, MAX_ROTARY_DIM};
 pub use problem::rotation::Pairing;
-pub use tuning::{KeyOrder, Prefetch, Tuning};
+pub use tuning::{KeyOrder, Prefetch, ScoreTiles, Tuning};
 pub use view::{Affine, Axis, Integers, Nibbles, View, ViewMut, Zeros};
 
 /// The README's Rust examples are documentation tests.

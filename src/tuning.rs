@@ -1,13 +1,13 @@
-//! How loops over a cache prefetch and in which order they read, by CPU.
+//! How loops over a cache prefetch, in which order they read, and in which registers they multiply, by CPU.
 
 use crate::cpu;
 use crate::isa::Isa;
 
-/// How decode prefetches keys and values, and in which order it reads keys. A tuning changes the time of a call, and no bit
-/// of its result.
+/// How decode prefetches keys and values, in which order it reads keys, and in which registers prompts compute scores. A tuning changes
+/// the time of a call, and no bit of its result.
 ///
 /// A [`Context`](crate::Context) has the tuning of this CPU; [`Context::tuned`](crate::Context::tuned) sets another, and `kvlane tune`
-/// measures which is best. It serves attention of few query rows at the levels scalar, avx2, avx512 and neon. Prompts at these levels
+/// measures which is best. It serves attention at the levels scalar, avx2, avx512 and neon. Prompts at these levels
 /// always prefetch into the second-level cache, two lines at a time if [`Self::block`] says so. The levels of matrix products prefetch
 /// in ways of their own.
 ///
@@ -35,6 +35,8 @@ pub struct Tuning {
     pub run_long_heads: Prefetch,
     /// Bytes from what is read to what [`Self::run`], [`Self::run_one_row`] and [`Self::run_long_heads`] prefetch, at most a block of 64 keys.
     pub run_distance: usize,
+    /// The tiles of registers in which prompts compute scores at avx512. Other levels have one kind.
+    pub score_tiles: ScoreTiles,
 }
 
 /// Into which cache of the CPU lines are prefetched.
@@ -78,6 +80,22 @@ impl KeyOrder {
     pub const ALL: [Self; 2] = [Self::Sequential, Self::Spread];
 }
 
+/// The tiles of registers in which six query rows are multiplied by keys: both have the same sums in the same order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ScoreTiles {
+    /// One vector of keys, and four lanes of the scores side by side: an element of a query per multiply-add, and few sums to store. For
+    /// CPUs that load as many operands as they multiply.
+    Narrow,
+    /// Four vectors of keys, and copies of the queries: an element of a query for four multiply-adds, and more sums to store.
+    Wide,
+}
+
+impl ScoreTiles {
+    /// Both kinds.
+    pub const ALL: [Self; 2] = [Self::Narrow, Self::Wide];
+}
+
 /// A class of CPUs, and its tuning for the kernels of a level.
 struct Entry {
     /// As CPUID has it; empty: any.
@@ -103,6 +121,7 @@ const TABLE: &[Entry] = &[
             run_one_row: Prefetch::BothLevels,
             run_long_heads: Prefetch::BothLevels,
             run_distance: 64 << 10,
+            score_tiles: ScoreTiles::Narrow,
         },
     },
     Entry {
@@ -116,6 +135,7 @@ const TABLE: &[Entry] = &[
             run_one_row: Prefetch::BothLevels,
             run_long_heads: Prefetch::BothLevels,
             run_distance: 64 << 10,
+            score_tiles: ScoreTiles::Narrow,
         },
     },
     // Zen 3.
@@ -130,6 +150,7 @@ const TABLE: &[Entry] = &[
             run_one_row: Prefetch::Off,
             run_long_heads: Prefetch::NextKeys,
             run_distance: 64 << 10,
+            score_tiles: ScoreTiles::Narrow,
         },
     },
     // Sapphire Rapids and later.
@@ -144,6 +165,7 @@ const TABLE: &[Entry] = &[
             run_one_row: Prefetch::SecondLevel,
             run_long_heads: Prefetch::SecondLevel,
             run_distance: 12 << 10,
+            score_tiles: ScoreTiles::Wide,
         },
     },
     Entry {
@@ -157,6 +179,7 @@ const TABLE: &[Entry] = &[
             run_one_row: Prefetch::BothLevels,
             run_long_heads: Prefetch::BothLevels,
             run_distance: 12 << 10,
+            score_tiles: ScoreTiles::Wide,
         },
     },
 ];
@@ -173,6 +196,7 @@ impl Tuning {
             run_one_row: Prefetch::FirstLevel,
             run_long_heads: Prefetch::FirstLevel,
             run_distance: 12 << 10,
+            score_tiles: ScoreTiles::Wide,
         }
     };
 
@@ -234,6 +258,13 @@ impl Tuning {
     #[must_use]
     pub fn run_distance(mut self, bytes: usize) -> Self {
         self.run_distance = bytes;
+        self
+    }
+
+    /// Sets [`Self::score_tiles`].
+    #[must_use]
+    pub fn score_tiles(mut self, tiles: ScoreTiles) -> Self {
+        self.score_tiles = tiles;
         self
     }
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 # Names by group; the first that fits counts.
 GROUPS = [
     ("api_abi", r"kvl_(abi|version|status|last_error).*|KVL_(ABI_VERSION|STATUS_.*)"),
-    ("api_tuning", r"kvl_(context_(set_)?tuning|tuning|prefetch|key_order|advise_huge_pages)|KVL_(PREFETCH|KEY_ORDER)_.*"),
+    ("api_tuning", r"kvl_(context_(set_)?tuning|tuning|prefetch|key_order|score_tiles|advise_huge_pages)|KVL_(PREFETCH|KEY_ORDER|SCORE_TILES)_.*"),
     ("api_writes", r"kvl_(kv_write.*|kv_read.*|hadamard.*|cache_scales|packing|pack_row_pairs|unpack_row_pairs|repeat_kv|context_v_packing"
                    r"|make_kv_write)|KVL_PACKING_.*"),
     ("api_types", r"kvl_(dtype|format)|KVL_(DTYPE|FORMAT)_.*"),

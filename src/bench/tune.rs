@@ -1,7 +1,7 @@
 //! The search for the tuning of this CPU.
 //!
-//! Three groups of cases depend on three parts of a [`Tuning`]: decode over one KV head at a time, and decode over heads that lie
-//! together, with several query rows per KV head and with one. Each part is searched on its own group, every candidate once per round,
+//! Groups of cases depend on parts of a [`Tuning`]: decode over one KV head at a time, decode over heads that lie together, with several
+//! query rows per KV head, with one, and with long heads, and prompts. Each part is searched on its own group, every candidate once per round,
 //! so that a change in the machine's load meets all of them; the best few are compared again. A candidate replaces the table's entry only
 //! if it is faster by more than chance. The gain that is shown is measured afterwards, by the two in turns, and what does not gain then is
 //! not taken.
@@ -16,7 +16,7 @@ use super::machine::Machine;
 use super::report::{seconds, threads};
 use super::run::{Progress, choose_pages};
 use super::{Error, Result};
-use crate::{Context, Isa, KeyOrder, Op, Prefetch, Tuning, kernels};
+use crate::{Context, Isa, KeyOrder, Op, Prefetch, ScoreTiles, Tuning, kernels};
 
 /// What to tune.
 #[derive(Clone, Debug, Default)]
@@ -98,8 +98,8 @@ const OTHERS: &[&str] = &["f32", "f16", "bf16", "int8"];
 /// A name, and shapes with formats.
 type Group = (&'static str, &'static [(&'static str, &'static [&'static str])]);
 
-/// The groups of cases: caches that are larger than those of the CPU, in both orders of memory.
-const GROUPS: [Group; 4] = [
+/// The groups of cases: of decode, caches that are larger than those of the CPU, in both orders of memory.
+const GROUPS: [Group; 5] = [
     (
         "decode, one KV head at a time",
         &[
@@ -121,6 +121,7 @@ const GROUPS: [Group; 4] = [
         "decode, the heads of a token together, 512 bytes or more each",
         &[("decode 16384, 32/8x128, bshd", LONG_128), ("decode 4096, 32/8x256, bshd", LONG_256)],
     ),
+    ("prompts", &[("prefill 512, 32/8x128", OTHERS)]),
 ];
 
 /// Run distances that are tried, in bytes. A subblock of 16 keys of all heads of a token is the least that has an effect.
@@ -145,8 +146,12 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
         )));
     }
     let entry = context.tuning();
-    let groups = GROUPS.map(|(_, shapes)| cases(level, shapes, options.quick));
-    let [block, run, one_row, long_heads] = &groups;
+    let mut groups = GROUPS.map(|(_, shapes)| cases(level, shapes, options.quick));
+    if level != Isa::Avx512 {
+        // Other levels have one kind of register tiles.
+        groups[4].clear();
+    }
+    let [block, run, one_row, long_heads, prompts] = &groups;
     let mut search = Search {
         threads: &threads,
         pages,
@@ -183,6 +188,10 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     candidates.extend(Prefetch::ALL.map(|kind| entry_there.run_long_heads(kind)));
     found.run_long_heads = search.best(long_heads, &candidates)?.run_long_heads;
 
+    let candidates: Vec<Tuning> =
+        [entry].into_iter().chain(ScoreTiles::ALL.map(|tiles| entry.score_tiles(tiles))).collect();
+    found.score_tiles = search.best(prompts, &candidates)?.score_tiles;
+
     let mut gains = Vec::new();
     for ((name, _), cases) in GROUPS.into_iter().zip(&groups) {
         let mut group = Gains { name, cases: Vec::new() };
@@ -203,6 +212,9 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     }
     if gains[3].mean() < 1.0 {
         found.run_long_heads = entry.run_long_heads;
+    }
+    if gains[4].mean() < 1.0 {
+        found.score_tiles = entry.score_tiles;
     }
     Ok(Tuned { machine, level, threads: threads.count(), pages, entry, found, groups: gains })
 }
@@ -316,7 +328,7 @@ impl Tuned {
             let changed = if entry == found { "" } else { "  <- changed" };
             let _ = writeln!(text, "  {field:<16} {:<22} {}{changed}", short(&entry), short(&found));
         }
-        for group in &self.groups {
+        for group in self.groups.iter().filter(|group| !group.cases.is_empty()) {
             let _ = writeln!(text, "\n{}: {:.2} times as fast", group.name, group.mean());
             let _ = writeln!(text, "  {:<58} {:>9} {:>9} {:>6}", "case", "table", "found", "gain");
             for case in &group.cases {
@@ -355,7 +367,7 @@ impl Tuned {
 }
 
 /// The names of a tuning's fields, and their values as Rust has them.
-fn fields(tuning: &Tuning) -> [(&'static str, String); 6] {
+fn fields(tuning: &Tuning) -> [(&'static str, String); 7] {
     let kind = |kind: Prefetch| format!("Prefetch::{kind:?}");
     [
         ("block", kind(tuning.block)),
@@ -364,6 +376,7 @@ fn fields(tuning: &Tuning) -> [(&'static str, String); 6] {
         ("run_one_row", kind(tuning.run_one_row)),
         ("run_long_heads", kind(tuning.run_long_heads)),
         ("run_distance", tuning.run_distance.to_string()),
+        ("score_tiles", format!("ScoreTiles::{:?}", tuning.score_tiles)),
     ]
 }
 
@@ -413,8 +426,8 @@ mod tests {
             "Off  <- changed",
             "decode: 2.00 times as fast",
             "level: Isa::Scalar,",
-            "run_long_heads: Prefetch::NextKeys,\n            run_distance: 4096,",
-            ".run_long_heads(Prefetch::NextKeys)\n        .run_distance(4096)",
+            "run_long_heads: Prefetch::NextKeys,\n            run_distance: 4096,\n            score_tiles: ScoreTiles::Wide,",
+            ".run_long_heads(Prefetch::NextKeys)\n        .run_distance(4096)\n        .score_tiles(ScoreTiles::Wide)",
         ] {
             assert!(text.contains(part), "{text}\nlacks {part:?}");
         }

@@ -1,12 +1,12 @@
 //! The tuning of a context.
 
-use super::arguments::{enumeration, reserved};
+use super::arguments::enumeration;
 use super::context::{borrow, kvl_context};
 use super::guard::guard;
 use super::sized::{assert_layout, read_sized, sized, write_sized};
 use super::status::kvl_status;
 use crate::error::Result;
-use crate::tuning::{KeyOrder, Prefetch, Tuning};
+use crate::tuning::{KeyOrder, Prefetch, ScoreTiles, Tuning};
 
 /// Into which cache of the CPU lines are prefetched.
 pub type kvl_prefetch = i32;
@@ -34,8 +34,17 @@ pub const KVL_KEY_ORDER_SEQUENTIAL: i32 = 1;
 /// Keys that are multiplied side by side are as far apart as the block allows.
 pub const KVL_KEY_ORDER_SPREAD: i32 = 2;
 
-/// How attention of few query rows prefetches keys and values, and in which order it reads keys. It changes the time of a call,
-/// and no bit of its result. `kvlane tune` measures which is best. Start from `KVL_TUNING_INIT`; zero means the library's choice for this
+/// The tiles of registers in which six query rows are multiplied by keys.
+pub type kvl_score_tiles = i32;
+/// As the library does it on this CPU.
+pub const KVL_SCORE_TILES_DEFAULT: i32 = 0;
+/// One vector of keys, and four lanes of the scores side by side.
+pub const KVL_SCORE_TILES_NARROW: i32 = 1;
+/// Four vectors of keys, and copies of the queries.
+pub const KVL_SCORE_TILES_WIDE: i32 = 2;
+
+/// How attention of few query rows prefetches keys and values, in which order it reads keys, and in which registers prompts compute
+/// scores. It changes the time of a call, and no bit of its result. `kvlane tune` measures which is best. Start from `KVL_TUNING_INIT`; zero means the library's choice for this
 /// CPU. The levels of matrix products prefetch in ways of their own.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -55,14 +64,14 @@ pub struct kvl_tuning {
     pub run_distance: usize,
     /// As `run` where a KV head has several query rows and a key or value 512 bytes or more.
     pub run_long_heads: kvl_prefetch,
-    /// 0.
-    pub reserved: i32,
+    /// The tiles of registers in which prompts compute scores at the level AVX-512. Other levels have one kind.
+    pub score_tiles: kvl_score_tiles,
 }
 
 sized!(kvl_tuning[run_long_heads]);
 assert_layout!(
     kvl_tuning, 40,
-    struct_size: 0, block: 8, block_order: 12, run: 16, run_one_row: 20, run_distance: 24, run_long_heads: 32, reserved: 36,
+    struct_size: 0, block: 8, block_order: 12, run: 16, run_one_row: 20, run_distance: 24, run_long_heads: 32, score_tiles: 36,
 );
 
 /// Writes the tuning of a context to `*tuning`: that of this CPU, or what `kvl_context_set_tuning` has set. No field is zero.
@@ -84,7 +93,7 @@ pub unsafe extern "C" fn kvl_context_tuning(context: *const kvl_context, tuning:
             run_one_row: own.run_one_row as i32 + 1,
             run_distance: own.run_distance,
             run_long_heads: own.run_long_heads as i32 + 1,
-            reserved: 0,
+            score_tiles: own.score_tiles as i32 + 1,
         };
         // SAFETY: the caller's promise.
         unsafe { write_sized(tuning, filled) };
@@ -104,7 +113,6 @@ pub unsafe extern "C" fn kvl_context_set_tuning(context: *mut kvl_context, tunin
         let own = unsafe { borrow(context) }?;
         // SAFETY: the caller's promise.
         let wanted = unsafe { read_sized(tuning) }?;
-        reserved("kvl_tuning", wanted.reserved)?;
         let mut tuning = Tuning::of_this_cpu(own.isa());
         let prefetch = |name: &str, value, usual| choice("kvl_prefetch", name, value, &Prefetch::ALL, usual);
         tuning.block = prefetch("block", wanted.block, tuning.block)?;
@@ -113,6 +121,8 @@ pub unsafe extern "C" fn kvl_context_set_tuning(context: *mut kvl_context, tunin
         tuning.run_long_heads = prefetch("run_long_heads", wanted.run_long_heads, tuning.run_long_heads)?;
         tuning.block_order =
             choice("kvl_key_order", "block_order", wanted.block_order, &KeyOrder::ALL, tuning.block_order)?;
+        tuning.score_tiles =
+            choice("kvl_score_tiles", "score_tiles", wanted.score_tiles, &ScoreTiles::ALL, tuning.score_tiles)?;
         if wanted.run_distance != 0 {
             tuning.run_distance = wanted.run_distance;
         }
@@ -134,7 +144,7 @@ fn choice<T: Copy>(of: &str, name: &str, value: i32, all: &[T], usual: T) -> Res
 // The values are pinned twice, here and in the enumerations; they cannot drift apart.
 const _: () = {
     // What `choice` takes for the library's own.
-    assert!(KVL_PREFETCH_DEFAULT == 0 && KVL_KEY_ORDER_DEFAULT == 0);
+    assert!(KVL_PREFETCH_DEFAULT == 0 && KVL_KEY_ORDER_DEFAULT == 0 && KVL_SCORE_TILES_DEFAULT == 0);
     assert!(KVL_PREFETCH_OFF == Prefetch::Off as i32 + 1);
     assert!(KVL_PREFETCH_FIRST_LEVEL == Prefetch::FirstLevel as i32 + 1);
     assert!(KVL_PREFETCH_SECOND_LEVEL == Prefetch::SecondLevel as i32 + 1);
@@ -143,4 +153,6 @@ const _: () = {
     assert!(KVL_PREFETCH_NEXT_KEYS == Prefetch::NextKeys as i32 + 1 && Prefetch::ALL.len() == 6);
     assert!(KVL_KEY_ORDER_SEQUENTIAL == KeyOrder::Sequential as i32 + 1);
     assert!(KVL_KEY_ORDER_SPREAD == KeyOrder::Spread as i32 + 1 && KeyOrder::ALL.len() == 2);
+    assert!(KVL_SCORE_TILES_NARROW == ScoreTiles::Narrow as i32 + 1);
+    assert!(KVL_SCORE_TILES_WIDE == ScoreTiles::Wide as i32 + 1 && ScoreTiles::ALL.len() == 2);
 };

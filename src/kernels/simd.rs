@@ -20,17 +20,12 @@ pub(crate) trait Simd: Copy {
     /// Width of a register tile in vectors, 2 or 4: with [`TILE_ROWS`](super::generic::attention::TILE_ROWS) rows, the
     /// largest that leaves registers for operands.
     const TILE_VECTORS: usize;
-    /// Width in vectors of the register tiles of Q K^T: 2 or 4, or 1 with four [`Self::SCORE_LANES`].
-    const SCORE_VECTORS: usize = Self::TILE_VECTORS;
-    /// Lanes of a score that such a tile sums side by side, 1 or 4: as many tiles of registers.
-    const SCORE_LANES: usize = 1;
+    /// Whether Q K^T has narrow register tiles too, as [`ScoreTiles`](crate::tuning::ScoreTiles) has them.
+    const NARROW_SCORES: bool = false;
     /// Whether scores of the packed path are sums of vectors along the head, from copies of keys as rows, instead of single elements from
     /// transposed ones. With few registers, sums of lanes are stored until their neighbours are ready, which costs as much as to add lanes
-    /// by shuffles, and rows are cheaper to copy. For levels without [`Self::PACKED_QUERIES`].
+    /// by shuffles, and rows are cheaper to copy.
     const ROW_SCORES: bool = false;
-    /// Whether the packed path reorders query rows, so that the elements that several rows have in a step lie together. Otherwise
-    /// they are read from as many rows, which costs nothing where an address may be the sum of two registers and a constant.
-    const PACKED_QUERIES: bool = true;
     /// Dot products that are computed together: enough to keep the FMA ports busy, few enough for the registers.
     const PARALLEL_DOTS: usize;
     /// Whether vector registers are 16, not 32, and vectors short. Tiles of registers in loops over a cache are then narrow or use at once

@@ -44,7 +44,7 @@ structs! {
     kvl_context_params { struct_size: usize, max_isa: i32, flags: u32 }
     kvl_tuning {
         struct_size: usize, block: i32, block_order: i32, run: i32, run_one_row: i32, run_distance: usize,
-        run_long_heads: i32, reserved: i32,
+        run_long_heads: i32, score_tiles: i32,
     }
     kvl_kernel_info {
         struct_size: usize, name: *const c_char, op: i32, src: i32, dst: i32, isa: i32, available: i32, max_error: f32,

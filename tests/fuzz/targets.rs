@@ -739,8 +739,10 @@ fn context_set_tuning(mut c: Call) -> i32 {
         c.code(right)
     };
     let (block, run, run_one_row, run_long_heads, block_order) = (kind(7), kind(7), kind(7), kind(7), kind(3));
+    let score_tiles = kind(3);
     let run_distance = c.rng.pick(&[0, 1, 64, 4096, 100_000, usize::MAX]);
-    let tuning = kvl_tuning { block, block_order, run, run_one_row, run_distance, run_long_heads, ..zeroed() };
+    let tuning =
+        kvl_tuning { block, block_order, run, run_one_row, run_distance, run_long_heads, score_tiles, ..zeroed() };
     let (tuning, context) = (c.sized(&tuning, &[]), c.context());
     c.ready();
     // SAFETY: a context that no other call uses, or null, and a struct of the right size or null.

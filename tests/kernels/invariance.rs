@@ -8,8 +8,8 @@ use crate::harness::{Level, tests};
 use crate::semantics::random_case;
 use kvlane::{
     AttentionOptions, AttentionState, AttentionTensors, DType, Destination, KeyOrder, KvWrite, Op, Pairing, Positions,
-    Prefetch, Rope, RopeFrequencies, RopeScaling, Runner, SPLIT_GRID, View, ViewMut, Workspace, alibi_slopes,
-    attention, kv_write, merge_states, repeat_kv, rope,
+    Prefetch, Rope, RopeFrequencies, RopeScaling, Runner, SPLIT_GRID, ScoreTiles, View, ViewMut, Workspace,
+    alibi_slopes, attention, kv_write, merge_states, repeat_kv, rope,
 };
 
 tests! {
@@ -394,8 +394,7 @@ fn same_call_twice(level: &Level) {
     }
 }
 
-/// A workspace full of NaN: no byte of it is read before it is written.
-/// Prefetches move no value, wherever they point.
+/// Prefetches move no value, wherever they point, and orders of loops and tiles of registers change no sum.
 fn tunings(level: &Level) {
     let mut rng = Rng::new(69);
     for dtype in kv_types() {
@@ -411,12 +410,35 @@ fn tunings(level: &Level) {
                 let one_row = rng.pick(&Prefetch::ALL);
                 let tuning = level.context.tuning().block(block).block_order(order).run(run).run_one_row(one_row);
                 let tuning = tuning.run_long_heads(rng.pick(&Prefetch::ALL)).run_distance(distance);
+                let tuning = tuning.score_tiles(rng.pick(&ScoreTiles::ALL));
                 let outcome = case.run(&level.context.clone().tuned(tuning));
                 level.checked(Op::Attention, dtype, dtype);
                 assert!(outcome.all_bits() == usual, "{dtype} {shape:?} {tuning:?}");
             }
         }
+        // Prompts, from slabs of keys that are processed as a whole and in halves.
+        for (tokens, group, keys, dim) in
+            thin(vec![(31, 2, 150, 128), (70, 1, 90, 24), (9, 6, 66, 264), (40, 1, 70, 600)])
+        {
+            let shape = Shape { tokens, kv_heads: 2, group, keys, dim, v_dim: dim, ..Shape::default() };
+            let case = Case::new(&mut rng, shape, dtype).with(|o| o.causal = true);
+            both_score_tiles(level, &case, &format!("{dtype} {shape:?}"));
+        }
     }
+    for _ in 0..scaled(100) {
+        let (case, what) = random_case(&mut rng);
+        both_score_tiles(level, &case, &what);
+    }
+}
+
+/// Scores have the same bits by each kind of register tiles.
+fn both_score_tiles(level: &Level, case: &Case, what: &str) {
+    let [narrow, wide] = ScoreTiles::ALL.map(|tiles| {
+        let context = level.context.clone().tuned(level.context.tuning().score_tiles(tiles));
+        case.run(&context).all_bits()
+    });
+    level.checked(Op::Attention, case.k.dtype, case.v.dtype);
+    assert!(narrow == wide, "{what}");
 }
 
 /// Queries and outputs of one token may be taken where they lie: at whole vectors, and for outputs without an LSE.

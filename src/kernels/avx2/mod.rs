@@ -113,7 +113,6 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const TILE_VECTORS: usize = 2;
     const ROW_SCORES: bool = true;
-    const PACKED_QUERIES: bool = false;
     const PARALLEL_DOTS: usize = 8;
     const DIRECT_DIM: usize = 512;
     const DIRECT_ROWS: usize = 16;

@@ -143,9 +143,7 @@ impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
     const TILE_VECTORS: usize = 4;
-    const SCORE_VECTORS: usize = 1;
-    const SCORE_LANES: usize = 4;
-    const PACKED_QUERIES: bool = false;
+    const NARROW_SCORES: bool = true;
     const PARALLEL_DOTS: usize = 16;
     const DIRECT_DIM: usize = 512;
     const DEINTERLEAVED_BF16: bool = true;

@@ -119,7 +119,7 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
     fn reads_queries(&self, p: &Problem, tile: &Tile) -> bool {
         let keys = self.pieces.keys;
         let changed = keys.quantize_rows.is_some() || keys.fractions.is_some() || keys.deinterleaved;
-        !(changed || S::PACKED_QUERIES && is_packed::<S>(self.pieces, p, tile))
+        !(changed || packed::packs_queries::<S>(&self.pieces.tuning) && is_packed::<S>(self.pieces, p, tile))
     }
 
     #[inline(always)]
@@ -138,7 +138,7 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
         if let Some(quantize_rows) = self.pieces.keys.quantize_rows {
             // SAFETY: the caller's.
             unsafe { quantize_rows(scratch, tile.rows(), p.q.shape[3]) };
-        } else if S::PACKED_QUERIES && packed {
+        } else if packed && packed::packs_queries::<S>(&self.pieces.tuning) {
             let (q, copy) = (scratch.q, scratch.kt);
             // SAFETY: the caller's; no block is packed yet, and the memory of a block of keys is more than that of a register tile.
             unsafe { s.outline(packed::PackQueries { q, rows: tile.rows(), d: p.q.shape[3], copy }) };

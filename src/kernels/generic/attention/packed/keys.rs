@@ -1,12 +1,12 @@
 //! Packed copies of keys.
 
-use super::queries::place;
+use super::ScoreShape;
 use super::row_scores::{KEYS, row_floats};
 use crate::kernels::generic::attention::weighted::widen_row;
 use crate::kernels::generic::attention::{Block, KeyPointers};
 use crate::kernels::simd::{Load, MAX_LANES, Simd, deinterleaved};
 
-/// Transposes keys of a block into slabs as wide as a register tile: `[slab][step][keys]`, steps in the order of [`place`]. In the
+/// Transposes keys of a block into slabs as wide as a register tile: `[slab][step][keys]`, steps in the order of [`ScoreShape::place`]. In the
 /// vectors at the ends of the block's key range, columns outside of it are undefined. With [`Simd::ROW_SCORES`], widens them to rows of
 /// whole vectors instead, up to a whole group of [`KEYS`] at both ends.
 #[derive(Clone, Copy)]
@@ -16,6 +16,7 @@ pub(crate) struct PackKeys<'a> {
     /// The keys that are packed, of which those of the key range are read. The first begins a slab.
     pub first_key: usize,
     pub end_key: usize,
+    pub shape: ScoreShape,
 }
 
 impl PackKeys<'_> {
@@ -70,7 +71,7 @@ impl PackKeys<'_> {
     /// As [`block`].
     #[inline(always)]
     unsafe fn rows<S: Simd, T: Load>(&self, s: S) {
-        let Self { block: &Block { scratch, key_range, d, .. }, k, first_key, end_key } = *self;
+        let Self { block: &Block { scratch, key_range, d, .. }, k, first_key, end_key, .. } = *self;
         let first = key_range.low.max(first_key) / KEYS * KEYS;
         let end = key_range.high.min(end_key).next_multiple_of(KEYS);
         for j in first..end {
@@ -88,7 +89,7 @@ impl PackKeys<'_> {
     #[inline(always)]
     pub unsafe fn transpose<S: Simd, T: Load, const KIND: u8>(&self, s: S, group: usize, step: usize) {
         let Block { scratch, key_range, d, .. } = *self.block;
-        let (steps, slab) = (d.div_ceil(S::LANES), S::SCORE_VECTORS * S::LANES);
+        let (steps, slab) = (d.div_ceil(S::LANES), self.shape.vectors * S::LANES);
         let (first, inside) = ((group - self.first_key) / slab * slab, (group - self.first_key) % slab);
         let kt = scratch.kt.wrapping_add(first * steps * S::LANES + inside);
         let mut v = [s.zero(); MAX_LANES];
@@ -115,7 +116,7 @@ impl PackKeys<'_> {
             $(
                 if $lane < S::LANES {
                     // SAFETY: kt has steps * LANES rows a slab.
-                    unsafe { s.store_f32(kt.add(place::<S>($lane, step, steps) * slab), v[S::lane_order($lane)]) };
+                    unsafe { s.store_f32(kt.add(self.shape.place($lane, step, steps) * slab), v[S::lane_order($lane)]) };
                 }
             )*};
         }

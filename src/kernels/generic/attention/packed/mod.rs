@@ -1,6 +1,6 @@
 //! Many query rows (prefill): a block of K is transposed and a block of V widened, once for all rows of the tile. Both products then
 //! run on these copies, in register tiles of [`TILE_ROWS`] rows: P V by [`Simd::TILE_VECTORS`] vectors, Q K^T by
-//! [`Simd::SCORE_VECTORS`] vectors of [`Simd::SCORE_LANES`] lanes. With [`Simd::ROW_SCORES`], a block of K is widened too, and Q K^T runs
+//! as many or, with narrow [`ScoreTiles`], by one vector and four lanes. With [`Simd::ROW_SCORES`], a block of K is widened too, and Q K^T runs
 //! by three rows of Q and [`KEYS`] keys.
 //!
 //! | file | what |
@@ -19,12 +19,14 @@
 //! into the first costs more than it brings.
 //!
 //! Beyond its FMAs, a score costs the tree over lanes: (LANES - 1) additions per LANES scores, 12 % of Q K^T at head size 128 on
-//! AVX-512, and sums stored until their neighbours are ready. A register tile of one vector of keys has room for four lanes side by
-//! side, whose sums need no store, and an element of Q is then the memory operand of the one FMA that takes it. On Zen 4, where
+//! AVX-512, and sums stored until their neighbours are ready. A narrow register tile, of one vector of keys, has room for four lanes side
+//! by side, whose sums need no store, and an element of Q is then the memory operand of the one FMA that takes it. On Zen 4, where
 //! additions have units of their own, such tiles run at the FMA peak in a loop of their own, tiles of two vectors and two lanes at 83 to
-//! 91 %, of four vectors and one lane at 80 %. On a Cascade Lake core, a tile of four vectors and one lane reached 97 % without the tree,
-//! 87 % with its additions alone, 85 % with its stores alone, and 79 % with both; tiles of one vector have not been measured there, and
-//! two loads per cycle leave them at most 86 %.
+//! 91 %, of four vectors and one lane (wide) at 80 %. On CPUs of Intel, two loads per cycle leave narrow tiles at most 86 %. A Cascade
+//! Lake core reached 97 % with wide tiles without the tree, 87 % with its additions alone, 85 % with its stores alone, and 79 % with
+//! both. A Xeon of the Sapphire Rapids class, on which no loop that reads operands exceeds 86 %, the sums of values neither, reached 66
+//! to 68 % with narrow tiles, 66 to 70 % with wide ones and copies of the queries, 83 % with these without the tree; prompts are 1.03
+//! (512 tokens) to 1.10 times as fast with wide ones. The first step of a sum is a product, so that no register is cleared for it.
 //!
 //! AVX2 has sixteen registers, of which twelve are sums. In loops of their own on Zen 3, at head size 128, tiles of three rows, two
 //! vectors and two lanes of transposed keys run at 99 % without the tree, at 99 % with the additions of two lanes, and at 82 to 87 % with
@@ -54,6 +56,7 @@ use crate::kernels::simd::{Outlined, Simd};
 use crate::layout::Packing;
 use crate::problem::grid::{BLOCK, KeyRange};
 use crate::problem::tile::{MAX_TILE_ROWS, TILE_ROWS};
+use crate::tuning::{ScoreTiles, Tuning};
 use prefetch::NextBlock;
 use row_scores::{KEYS, RowScores, panel_keys, row_floats};
 use scores::Scores;
@@ -215,7 +218,9 @@ unsafe fn products<S: Simd>(
 unsafe fn slab_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[Group], k: KeyPointers<u8>) {
     let Block { scratch, key_range, d, .. } = *block;
     let q_row = scratch.q_row;
-    let (slab, half) = (S::SCORE_VECTORS * S::LANES, S::SCORE_VECTORS / 2 * S::LANES);
+    let shape = ScoreShape::of::<S>(&pieces.tuning);
+    let ScoreShape { vectors, lanes: at_once } = shape;
+    let (slab, half) = (vectors * S::LANES, vectors / 2 * S::LANES);
     let steps = d.div_ceil(S::LANES);
     let slab_bytes = slab * steps * S::LANES * size_of::<f32>();
     let parts = if slab_bytes > PANEL_BYTES { 2 } else { 1 };
@@ -226,27 +231,29 @@ unsafe fn slab_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[G
         let calls = parts * BLOCK.div_ceil(panel) * groups.len();
         let mut next_k = NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, calls);
         for (first_key, end_key) in panels(key_range, panel) {
-            (pieces.keys.pack)(&PackKeys { block, k, first_key, end_key });
+            (pieces.keys.pack)(&PackKeys { block, k, first_key, end_key, shape });
             for part in 0..parts {
                 for_each_group(groups, |r, n, keys, _| {
                     next_k.prefetch(s);
                     let first_lane = part * lanes;
-                    let q = scratch.q.add(r * q_row + if S::PACKED_QUERIES { first_lane * steps * n } else { 0 });
+                    let q = scratch.q.add(r * q_row + if at_once == 1 { first_lane * steps * n } else { 0 });
                     for column in (first_key..end_key).step_by(slab) {
                         if keys.high <= column || keys.low >= column + slab {
                             continue;
                         }
                         // If the rows see keys of one half of the slab only, the other half is skipped.
-                        let (skip, wide) = match (keys.low >= column + half, keys.high <= column + half) {
-                            _ if half == 0 => (0, true),
-                            (true, _) => (half, false),
-                            (_, true) => (0, false),
-                            _ => (0, true),
+                        let (skip, multiplied) = match (keys.low >= column + half, keys.high <= column + half) {
+                            _ if half == 0 => (0, vectors),
+                            (true, _) => (half, vectors / 2),
+                            (_, true) => (0, vectors / 2),
+                            _ => (0, vectors),
                         };
                         let kt =
                             scratch.kt.add((column - first_key) * steps * S::LANES + first_lane * steps * slab + skip);
                         let out = scratch.s.add(r * BLOCK + column + skip);
-                        let scores = Scores { q, q_row, first_lane, lanes, steps, kt, out, wide, add: part > 0 };
+                        let add = part > 0;
+                        let (slab_vectors, vectors) = (vectors, multiplied);
+                        let scores = Scores { q, q_row, first_lane, lanes, steps, kt, out, slab_vectors, vectors, add };
                         run_tile(s, scores, n);
                     }
                 });
@@ -263,12 +270,13 @@ unsafe fn slab_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[G
 unsafe fn row_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[Group], k: KeyPointers<u8>) {
     let Block { scratch, key_range, d, .. } = *block;
     let (q_row, width, panel) = (scratch.q_row, row_floats::<S>(d), panel_keys::<S>(d));
+    let shape = ScoreShape::of::<S>(&pieces.tuning);
     let calls = BLOCK.div_ceil(panel) * groups.len();
     let mut next_k = NextBlock::new(&pieces.tuning, k, d * pieces.keys.unit_bytes, calls);
     // SAFETY: as of [`slab_scores`].
     unsafe {
         for (first_key, end_key) in panels(key_range, panel) {
-            (pieces.keys.pack)(&PackKeys { block, k, first_key, end_key });
+            (pieces.keys.pack)(&PackKeys { block, k, first_key, end_key, shape });
             for_each_group(groups, |r, n, keys, _| {
                 next_k.prefetch(s);
                 let (low, high) = (keys.low.max(first_key) / KEYS * KEYS, keys.high.min(end_key));
@@ -287,6 +295,40 @@ unsafe fn row_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[Gr
             });
         }
     }
+}
+
+/// The register tiles of Q K^T for transposed keys.
+#[derive(Clone, Copy)]
+pub(crate) struct ScoreShape {
+    /// Vectors of keys.
+    pub vectors: usize,
+    /// Lanes of a score that are summed side by side, 1 or 4: as many tiles of registers.
+    pub lanes: usize,
+}
+
+impl ScoreShape {
+    #[inline(always)]
+    fn of<S: Simd>(tuning: &Tuning) -> Self {
+        if S::NARROW_SCORES && tuning.score_tiles == ScoreTiles::Narrow {
+            Self { vectors: 1, lanes: 4 }
+        } else {
+            Self { vectors: S::TILE_VECTORS, lanes: 1 }
+        }
+    }
+
+    /// The place of a step of the `i`-th lane of the tree: lanes that are summed side by side take turns.
+    #[inline(always)]
+    fn place(self, i: usize, step: usize, steps: usize) -> usize {
+        let Self { lanes, .. } = self;
+        (i / lanes * steps + step) * lanes + i % lanes
+    }
+}
+
+/// Whether query rows are reordered, so that the elements that several rows have in a step lie together. Otherwise they are read from as
+/// many rows: by narrow tiles, whose addresses are sums of two registers and a constant, and along the head.
+#[inline(always)]
+pub(super) fn packs_queries<S: Simd>(tuning: &Tuning) -> bool {
+    !S::ROW_SCORES && ScoreShape::of::<S>(tuning).lanes == 1
 }
 
 /// The first and the end of the keys of every panel of a key range, on a grid of `panel` keys.

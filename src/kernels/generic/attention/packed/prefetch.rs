@@ -33,14 +33,10 @@ impl<'a> NextBlock<'a> {
 
     #[inline(always)]
     pub fn prefetch<S: Simd>(&mut self, s: S) {
-        if const { S::FEW_REGISTERS } {
-            // In registers: in memory, each prefetch would wait for the address that the one before it stored.
-            let mut next = *self;
-            next.prefetch_each(s);
-            *self = next;
-        } else {
-            self.prefetch_each(s);
-        }
+        // In registers: in memory, each prefetch would wait for the address that the one before it stored.
+        let mut next = *self;
+        next.prefetch_each(s);
+        *self = next;
     }
 
     #[inline(always)]

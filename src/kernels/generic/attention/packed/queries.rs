@@ -5,8 +5,7 @@ use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
 use crate::problem::grid::padded;
 
 /// Reorders the rows of Q of every register tile, in place, to `[step][row]`, the order of [`Scores`](super::scores::Scores). Steps go
-/// through the lanes in the order of [`Simd::lane_order`], which is its own inverse, [`Simd::SCORE_LANES`] at a time, and for these
-/// through their elements of every vector.
+/// through the lanes in the order of [`Simd::lane_order`], which is its own inverse, and for each through its elements of every vector.
 pub struct PackQueries {
     pub q: *mut f32,
     pub rows: usize,
@@ -37,7 +36,7 @@ impl Outlined for PackQueries {
                         }
                         s.transpose(&mut v);
                         for (lane, v) in v.iter().enumerate().take(S::LANES) {
-                            let to = group.add(place::<S>(S::lane_order(lane), step, steps) * n + first);
+                            let to = group.add((S::lane_order(lane) * steps + step) * n + first);
                             if part == S::LANES {
                                 s.store_f32(to, *v);
                             } else {
@@ -50,10 +49,4 @@ impl Outlined for PackQueries {
             r += n;
         }
     }
-}
-
-/// The place of a step of the `i`-th lane of the tree: lanes that are summed side by side take turns.
-#[inline(always)]
-pub fn place<S: Simd>(i: usize, step: usize, steps: usize) -> usize {
-    (i / S::SCORE_LANES * steps + step) * S::SCORE_LANES + i % S::SCORE_LANES
 }

@@ -19,7 +19,9 @@ pub struct Scores {
     pub steps: usize,
     pub kt: *const f32,
     pub out: *mut f32,
-    pub wide: bool,
+    /// Vectors of keys of the slab, and those that are multiplied: all or half of them.
+    pub slab_vectors: usize,
+    pub vectors: usize,
     pub add: bool,
 }
 
@@ -28,18 +30,11 @@ impl RowTile for Scores {
     unsafe fn run<S: Simd, const R: usize>(self, s: S) {
         // SAFETY: the caller's.
         unsafe {
-            if const { S::SCORE_VECTORS == 4 } {
-                if self.wide {
-                    self.tile::<S, R, 4, 1>(s);
-                } else {
-                    self.tile::<S, R, 2, 1>(s);
-                }
-            } else if const { S::SCORE_VECTORS == 2 } && self.wide {
-                self.tile::<S, R, 2, 1>(s);
-            } else if const { S::SCORE_LANES == 4 } {
-                self.tile::<S, R, 1, 4>(s);
-            } else {
-                self.tile::<S, R, 1, 1>(s);
+            match self.vectors {
+                1 if const { S::NARROW_SCORES } => self.tile::<S, R, 1, 4>(s),
+                4 if const { S::TILE_VECTORS == 4 } => self.tile::<S, R, 4, 1>(s),
+                1 if const { S::TILE_VECTORS == 2 } => self.tile::<S, R, 1, 1>(s),
+                _ => self.tile::<S, R, 2, 1>(s),
             }
         }
     }
@@ -53,22 +48,28 @@ impl Scores {
     #[inline(always)]
     unsafe fn tile<S: Simd, const R: usize, const N: usize, const L: usize>(&self, s: S) {
         let Self { q_row, first_lane, lanes, steps, mut kt, out, add, .. } = *self;
+        // Narrow tiles read rows where they lie.
+        let packed = L == 1;
         // Floats between the elements of rows and of steps, and to those of the lanes side by side.
-        let (q_row, q_step) = if S::PACKED_QUERIES { (1, L * R) } else { (q_row, S::LANES) };
-        let q_lane = |i: usize| if S::PACKED_QUERIES { i * R } else { S::lane_order(i) };
+        let (q_row, q_step) = if packed { (1, R) } else { (q_row, S::LANES) };
+        let q_lane = |i: usize| if packed { 0 } else { S::lane_order(i) };
         let mut q = self.q;
-        let slab = S::SCORE_VECTORS * S::LANES;
+        let slab = self.slab_vectors * S::LANES;
         // stash[k]: the finished sum of 2^k * L lanes, until its neighbour is ready.
         let mut stash = [const { MaybeUninit::<[[S::V; N]; R]>::uninit() }; MAX_LANES.ilog2() as usize];
         for turn in 0..lanes / L {
             let mut acc = [[[s.zero(); N]; R]; L];
-            if !S::PACKED_QUERIES {
+            if !packed {
                 q = self.q.wrapping_add(S::lane_order(first_lane + turn * L));
             }
             // Two steps per iteration, and moving pointers: fewer instructions other than FMAs.
             // SAFETY: kt and Q have LANES * steps steps.
             unsafe {
-                for _ in 0..steps / 2 {
+                for i in 0..L {
+                    first_step(s, kt.add(i * slab), q.add(q_lane(i)), q_row, &mut acc[i]);
+                }
+                (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(q_step));
+                for _ in 0..(steps - 1) / 2 {
                     // Loops so short that they are unrolled, and sums stay in registers.
                     for _ in 0..2 {
                         for i in 0..L {
@@ -77,7 +78,7 @@ impl Scores {
                         (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(q_step));
                     }
                 }
-                if steps % 2 == 1 {
+                if steps % 2 == 0 {
                     for i in 0..L {
                         add_step(s, kt.add(i * slab), q.add(q_lane(i)), q_row, &mut acc[i]);
                     }
@@ -149,6 +150,33 @@ pub unsafe fn add_step<S: Simd, const R: usize, const N: usize>(
         let x = s.splat(unsafe { *q.add(r * q_row) });
         for n in 0..N {
             acc[r][n] = s.fma(x, keys[n], acc[r][n]);
+        }
+    }
+}
+
+/// As [`add_step`], for sums that have no step yet. What it leaves differs from that of an addition to +0 in the sign of a zero at most,
+/// of which no weight and no log-sum-exp depends.
+///
+/// # Safety
+/// As [`add_step`].
+#[inline(always)]
+unsafe fn first_step<S: Simd, const R: usize, const N: usize>(
+    s: S,
+    k: *const f32,
+    q: *const f32,
+    q_row: usize,
+    acc: &mut [[S::V; N]; R],
+) {
+    let mut x = [s.zero(); N];
+    for (n, x) in x.iter_mut().enumerate() {
+        // SAFETY: the caller's.
+        *x = unsafe { s.load_f32(k.add(n * S::LANES)) };
+    }
+    for r in 0..R {
+        // SAFETY: the caller's.
+        let y = s.splat(unsafe { *q.add(r * q_row) });
+        for n in 0..N {
+            acc[r][n] = s.mul(y, x[n]);
         }
     }
 }
