@@ -530,6 +530,19 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `n` elements are writable at `p`.
     unsafe fn store_part_f32(self, p: *mut f32, v: Self::V, n: usize);
+    /// Stores the `n` lanes from `first` on.
+    ///
+    /// # Safety
+    /// `n` floats are writable at `p`.
+    #[inline(always)]
+    unsafe fn store_lanes_f32(self, p: *mut f32, v: Self::V, first: usize, n: usize) {
+        let mut buffer = [0.0f32; MAX_LANES];
+        // SAFETY: the buffer holds a whole vector; the caller vouches for n floats at p.
+        unsafe {
+            self.store_f32(buffer.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(buffer[first..].as_ptr(), p, n);
+        }
+    }
     /// # Safety
     /// As [`Self::store_part_f32`].
     #[inline(always)]

@@ -479,6 +479,11 @@ impl Simd for Avx512 {
         unsafe { _mm512_mask_storeu_ps(p, Self::prefix(n), v) }
     }
     #[inline(always)]
+    unsafe fn store_lanes_f32(self, p: *mut f32, v: __m512, first: usize, n: usize) {
+        // SAFETY: masked-off lanes are not accessed.
+        unsafe { _mm512_mask_storeu_ps(p.wrapping_sub(first), Self::prefix(n) << first, v) }
+    }
+    #[inline(always)]
     unsafe fn store_part_f16(self, p: *mut f16, v: __m512, n: usize) {
         let narrow = self.0.avx512f._mm512_cvtps_ph::<TO_NEAREST>(v);
         // SAFETY: masked-off lanes are not accessed; the token proves BW and VL.

@@ -140,7 +140,7 @@ impl<S: Simd> Products<S> for VectorProducts<'_> {
             unsafe { quantize_rows(scratch, tile.rows(), p.q.shape[3]) };
         } else if packed && packed::packs_queries::<S>(&self.pieces.tuning) {
             let (q, copy) = (scratch.q, scratch.kt);
-            // SAFETY: the caller's; no block is packed yet, and the memory of a block of keys is more than that of a register tile.
+            // SAFETY: the caller's; no block is packed yet, and the memory of a block of keys is more than that of two register tiles.
             unsafe { s.outline(packed::PackQueries { q, rows: tile.rows(), d: p.q.shape[3], copy }) };
         }
         if let Some(fractions) = &self.pieces.keys.fractions {
