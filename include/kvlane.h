@@ -732,8 +732,8 @@ typedef int32_t kvl_score_tiles;
 
 /**
  * How attention of few query rows prefetches keys and values, in which order it reads keys, and in which registers prompts compute
- * scores. It changes the time of a call, and no bit of its result. `kvlane tune` measures which is best. Start from `KVL_TUNING_INIT`; zero means the library's choice for this
- * CPU. The levels of matrix products prefetch in ways of their own.
+ * scores. It changes the time of a call, and no bit of its result. `kvlane tune` measures which is best. Start from `KVL_TUNING_INIT`;
+ * zero means the library's choice for this CPU. The levels of matrix products prefetch in ways of their own.
  */
 typedef struct kvl_tuning {
     /**

@@ -1,10 +1,10 @@
 //! The search for the tuning of this CPU.
 //!
 //! Groups of cases depend on parts of a [`Tuning`]: decode over one KV head at a time, decode over heads that lie together, with several
-//! query rows per KV head, with one, and with long heads, and prompts. Each part is searched on its own group, every candidate once per round,
-//! so that a change in the machine's load meets all of them; the best few are compared again. A candidate replaces the table's entry only
-//! if it is faster by more than chance. The gain that is shown is measured afterwards, by the two in turns, and what does not gain then is
-//! not taken.
+//! query rows per KV head, with one, and with long heads, and prompts. Each part is searched on its own group, every candidate once per
+//! round, so that a change in the machine's load meets all of them; the best few are compared again. A candidate replaces the table's
+//! entry only if it is faster by more than chance. The gain that is shown is measured afterwards, by the two in turns, and what does not
+//! gain then is not taken.
 
 use std::fmt::Write;
 use std::time::{Duration, Instant};

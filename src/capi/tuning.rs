@@ -44,8 +44,8 @@ pub const KVL_SCORE_TILES_NARROW: i32 = 1;
 pub const KVL_SCORE_TILES_WIDE: i32 = 2;
 
 /// How attention of few query rows prefetches keys and values, in which order it reads keys, and in which registers prompts compute
-/// scores. It changes the time of a call, and no bit of its result. `kvlane tune` measures which is best. Start from `KVL_TUNING_INIT`; zero means the library's choice for this
-/// CPU. The levels of matrix products prefetch in ways of their own.
+/// scores. It changes the time of a call, and no bit of its result. `kvlane tune` measures which is best. Start from `KVL_TUNING_INIT`;
+/// zero means the library's choice for this CPU. The levels of matrix products prefetch in ways of their own.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct kvl_tuning {

@@ -15,10 +15,10 @@ use crate::driver::error::{Error, Result};
 
 /// Search how this CPU prefetches best, and in which registers it multiplies.
 ///
-/// Times attention with every way to prefetch and to order reads, on caches that are larger than the CPU's, and prompts with every kind
-/// of register tiles, and prints the fastest beside the library's entry for this CPU, with the gain. The entry that it writes can be pasted into the library's
-/// table, or a program can set it (`Context::tuned`, `kvl_context_set_tuning`). No bit of a result depends on it. Run it on a
-/// quiet machine.
+/// Times attention with every way to prefetch and to order reads, on caches that are larger than the CPU's, and prompts with every
+/// kind of register tiles, and prints the fastest beside the library's entry for this CPU, with the gain. The entry that it writes
+/// can be pasted into the library's table, or a program can set it (`Context::tuned`, `kvl_context_set_tuning`). No bit of a result
+/// depends on it. Run it on a quiet machine.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   kvlane tune --quick
