@@ -188,8 +188,8 @@ pub fn tune(options: &Options, observe: &mut dyn FnMut(Progress)) -> Result<Tune
     candidates.extend(Prefetch::ALL.map(|kind| entry_there.run_long_heads(kind)));
     found.run_long_heads = search.best(long_heads, &candidates)?.run_long_heads;
 
-    let candidates: Vec<Tuning> =
-        [entry].into_iter().chain(ScoreTiles::ALL.map(|tiles| entry.score_tiles(tiles))).collect();
+    let mut candidates = vec![entry];
+    candidates.extend(ScoreTiles::ALL.map(|tiles| entry.score_tiles(tiles)));
     found.score_tiles = search.best(prompts, &candidates)?.score_tiles;
 
     let mut gains = Vec::new();

@@ -524,6 +524,7 @@ fn places_of_one_token(level: &Level) {
     }
 }
 
+/// A workspace full of NaN: no byte of it is read before it is written.
 fn dirty_workspace(level: &Level) {
     let mut rng = Rng::new(69);
     let runner = Threads(3);

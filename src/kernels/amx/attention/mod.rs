@@ -65,7 +65,7 @@
 //! memory. Together 4 to 5 thousand cycles, of which it reaches half.
 //!
 //! Tile products are slower after arithmetic on vectors of 512 bits, up to 500 ns after half a microsecond of it, and with operands other
-//! than zero. Both together leave what a loop in C reaches too. Products and softmax overlap little: steps of products between the rows
+//! than zero. A loop in C that does the same work takes as long. Products and softmax overlap little: steps of products between the rows
 //! of another job's softmax gain where there are more products (queries of several terms), and nothing with bf16.
 
 mod direct;

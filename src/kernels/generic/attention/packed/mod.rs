@@ -26,7 +26,7 @@
 //! Lake core reached 97 % with wide tiles without the tree, 87 % with its additions alone, 85 % with its stores alone, and 79 % with
 //! both. A Xeon of the Sapphire Rapids class, on which no loop that reads operands exceeds 86 %, the sums of values neither, reached 66
 //! to 68 % with narrow tiles, 66 to 70 % with wide ones and copies of the queries, 83 % with these without the tree; prompts are 1.03
-//! (512 tokens) to 1.10 times as fast with wide ones. The first step of a sum is a product, so that no register is cleared for it.
+//! (512 tokens) to 1.10 times as fast with wide ones.
 //!
 //! AVX2 has sixteen registers, of which twelve are sums. In loops of their own on Zen 3, at head size 128, tiles of three rows, two
 //! vectors and two lanes of transposed keys run at 99 % without the tree, at 99 % with the additions of two lanes, and at 82 to 87 % with
@@ -219,8 +219,9 @@ unsafe fn slab_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[G
     let Block { scratch, key_range, d, .. } = *block;
     let q_row = scratch.q_row;
     let shape = ScoreShape::of::<S>(&pieces.tuning);
-    let ScoreShape { vectors, lanes: at_once } = shape;
-    let (slab, half) = (vectors * S::LANES, vectors / 2 * S::LANES);
+    let slab_vectors = shape.vectors;
+    let (slab, half) = (slab_vectors * S::LANES, slab_vectors / 2 * S::LANES);
+    let packed = packs_queries::<S>(&pieces.tuning);
     let steps = d.div_ceil(S::LANES);
     let slab_bytes = slab * steps * S::LANES * size_of::<f32>();
     let parts = if slab_bytes > PANEL_BYTES { 2 } else { 1 };
@@ -236,23 +237,22 @@ unsafe fn slab_scores<S: Simd>(s: S, pieces: &Pieces, block: &Block, groups: &[G
                 for_each_group(groups, |r, n, keys, _| {
                     next_k.prefetch(s);
                     let first_lane = part * lanes;
-                    let q = scratch.q.add(r * q_row + if at_once == 1 { first_lane * steps * n } else { 0 });
+                    let q = scratch.q.add(r * q_row + if packed { first_lane * steps * n } else { 0 });
                     for column in (first_key..end_key).step_by(slab) {
                         if keys.high <= column || keys.low >= column + slab {
                             continue;
                         }
                         // If the rows see keys of one half of the slab only, the other half is skipped.
-                        let (skip, multiplied) = match (keys.low >= column + half, keys.high <= column + half) {
-                            _ if half == 0 => (0, vectors),
-                            (true, _) => (half, vectors / 2),
-                            (_, true) => (0, vectors / 2),
-                            _ => (0, vectors),
+                        let (skip, vectors) = match (keys.low >= column + half, keys.high <= column + half) {
+                            _ if half == 0 => (0, slab_vectors),
+                            (true, _) => (half, slab_vectors / 2),
+                            (_, true) => (0, slab_vectors / 2),
+                            _ => (0, slab_vectors),
                         };
                         let kt =
                             scratch.kt.add((column - first_key) * steps * S::LANES + first_lane * steps * slab + skip);
                         let out = scratch.s.add(r * BLOCK + column + skip);
                         let add = part > 0;
-                        let (slab_vectors, vectors) = (vectors, multiplied);
                         let scores = Scores { q, q_row, first_lane, lanes, steps, kt, out, slab_vectors, vectors, add };
                         run_tile(s, scores, n);
                     }
@@ -319,7 +319,7 @@ impl ScoreShape {
     /// The place of a step of the `i`-th lane of the tree: lanes that are summed side by side take turns.
     #[inline(always)]
     fn place(self, i: usize, step: usize, steps: usize) -> usize {
-        let Self { lanes, .. } = self;
+        let lanes = self.lanes;
         (i / lanes * steps + step) * lanes + i % lanes
     }
 }

@@ -35,24 +35,19 @@ impl<'a> NextBlock<'a> {
     pub fn prefetch<S: Simd>(&mut self, s: S) {
         // In registers: in memory, each prefetch would wait for the address that the one before it stored.
         let mut next = *self;
-        next.prefetch_each(s);
-        *self = next;
-    }
-
-    #[inline(always)]
-    fn prefetch_each<S: Simd>(&mut self, s: S) {
-        for _ in 0..self.each {
-            if self.left == 0 {
-                return;
+        for _ in 0..next.each {
+            if next.left == 0 {
+                break;
             }
-            s.prefetch_far(self.at);
-            self.at = self.at.wrapping_add(self.fetch_bytes);
-            self.left = self.left.saturating_sub(self.fetch_bytes);
-            if self.left == 0 && self.key + 1 < BLOCK {
-                self.key += 1;
-                self.at = self.rows.next(self.key);
-                self.left = if self.at.is_null() { 0 } else { self.row };
+            s.prefetch_far(next.at);
+            next.at = next.at.wrapping_add(next.fetch_bytes);
+            next.left = next.left.saturating_sub(next.fetch_bytes);
+            if next.left == 0 && next.key + 1 < BLOCK {
+                next.key += 1;
+                next.at = next.rows.next(next.key);
+                next.left = if next.at.is_null() { 0 } else { next.row };
             }
         }
+        *self = next;
     }
 }

@@ -41,14 +41,14 @@ impl Outlined for PackQueries {
                         s.transpose(&mut v);
                         for (lane, v) in v.iter().enumerate().take(S::LANES) {
                             let at = S::lane_order(lane) * steps + step;
-                            let to = group.add(at * n + first);
-                            if second > 0 {
-                                s.store_part_f32(to, *v, n);
-                                s.store_lanes_f32(group.add(n * dp + at * second), *v, n, second);
-                            } else if part == S::LANES {
+                            let (to, own) = (group.add(at * n + first), part.min(n - first));
+                            if own == S::LANES {
                                 s.store_f32(to, *v);
                             } else {
-                                s.store_part_f32(to, *v, part);
+                                s.store_part_f32(to, *v, own);
+                            }
+                            if second > 0 {
+                                s.store_lanes_f32(group.add(n * dp + at * second), *v, n, second);
                             }
                         }
                     }

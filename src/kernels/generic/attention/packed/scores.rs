@@ -22,6 +22,7 @@ pub struct Scores {
     /// Vectors of keys of the slab, and those that are multiplied: all or half of them.
     pub slab_vectors: usize,
     pub vectors: usize,
+    /// Adds to what is at `out`.
     pub add: bool,
 }
 
@@ -66,21 +67,21 @@ impl Scores {
             // SAFETY: kt and Q have LANES * steps steps.
             unsafe {
                 for i in 0..L {
-                    first_step(s, kt.add(i * slab), q.add(q_lane(i)), q_row, &mut acc[i]);
+                    add_step::<S, R, N, true>(s, kt.add(i * slab), q.add(q_lane(i)), q_row, &mut acc[i]);
                 }
                 (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(q_step));
                 for _ in 0..(steps - 1) / 2 {
                     // Loops so short that they are unrolled, and sums stay in registers.
                     for _ in 0..2 {
                         for i in 0..L {
-                            add_step(s, kt.add(i * slab), q.add(q_lane(i)), q_row, &mut acc[i]);
+                            add_step::<S, R, N, false>(s, kt.add(i * slab), q.add(q_lane(i)), q_row, &mut acc[i]);
                         }
                         (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(q_step));
                     }
                 }
                 if steps % 2 == 0 {
                     for i in 0..L {
-                        add_step(s, kt.add(i * slab), q.add(q_lane(i)), q_row, &mut acc[i]);
+                        add_step::<S, R, N, false>(s, kt.add(i * slab), q.add(q_lane(i)), q_row, &mut acc[i]);
                     }
                     (kt, q) = (kt.wrapping_add(L * slab), q.wrapping_add(q_step));
                 }
@@ -128,12 +129,13 @@ fn sum_of<S: Simd, const R: usize, const N: usize>(
     sum
 }
 
-/// One step: an element of `R` rows of Q times `N` vectors of keys.
+/// One step: an element of `R` rows of Q times `N` vectors of keys. The first one sets the sums: that differs from an addition to 0 in the
+/// sign of a zero at most, on which no weight and no log-sum-exp depends, and no register is cleared for it.
 ///
 /// # Safety
 /// `N` vectors are readable at `k`, `R` floats, `q_row` apart, at `q`.
 #[inline(always)]
-pub unsafe fn add_step<S: Simd, const R: usize, const N: usize>(
+unsafe fn add_step<S: Simd, const R: usize, const N: usize, const FIRST: bool>(
     s: S,
     k: *const f32,
     q: *const f32,
@@ -149,34 +151,7 @@ pub unsafe fn add_step<S: Simd, const R: usize, const N: usize>(
         // SAFETY: the caller's.
         let x = s.splat(unsafe { *q.add(r * q_row) });
         for n in 0..N {
-            acc[r][n] = s.fma(x, keys[n], acc[r][n]);
-        }
-    }
-}
-
-/// As [`add_step`], for sums that have no step yet. What it leaves differs from that of an addition to +0 in the sign of a zero at most,
-/// of which no weight and no log-sum-exp depends.
-///
-/// # Safety
-/// As [`add_step`].
-#[inline(always)]
-unsafe fn first_step<S: Simd, const R: usize, const N: usize>(
-    s: S,
-    k: *const f32,
-    q: *const f32,
-    q_row: usize,
-    acc: &mut [[S::V; N]; R],
-) {
-    let mut x = [s.zero(); N];
-    for (n, x) in x.iter_mut().enumerate() {
-        // SAFETY: the caller's.
-        *x = unsafe { s.load_f32(k.add(n * S::LANES)) };
-    }
-    for r in 0..R {
-        // SAFETY: the caller's.
-        let y = s.splat(unsafe { *q.add(r * q_row) });
-        for n in 0..N {
-            acc[r][n] = s.mul(y, x[n]);
+            acc[r][n] = if FIRST { s.mul(x, keys[n]) } else { s.fma(x, keys[n], acc[r][n]) };
         }
     }
 }
