@@ -80,7 +80,7 @@ impl Avx2 {
     }
 
     #[inline(always)]
-    fn array(bytes: __m256i) -> [u8; BLOCK] {
+    pub fn array(bytes: __m256i) -> [u8; BLOCK] {
         // SAFETY: both are 32 bytes.
         unsafe { std::mem::transmute(bytes) }
     }
@@ -89,6 +89,20 @@ impl Avx2 {
     fn vector(bytes: [u8; BLOCK]) -> __m256i {
         // SAFETY: as above.
         unsafe { std::mem::transmute(bytes) }
+    }
+
+    /// How many of these integers each of some numbers is not less than, of whose halves, rounded to integers, the first are rounded down
+    /// and the second up.
+    #[inline(always)]
+    pub fn count_halves(self, [down, up]: [__m256i; 2], integers: &[i16; 15]) -> __m256i {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let mut count = a._mm256_setzero_si256();
+        for &integer in integers {
+            let halves = if integer % 2 == 0 { down } else { up };
+            let below = ((integer + (integer & 1)) / 2 - 1) as i8;
+            count = a2._mm256_sub_epi8(count, a2._mm256_cmpgt_epi8(halves, a._mm256_set1_epi8(below)));
+        }
+        count
     }
 
     /// The bytes that were packed from four vectors, in the order of their lanes.
@@ -566,14 +580,8 @@ impl Simd for Avx2 {
         // Halves rounded down reach what half of an even integer reaches, and halves rounded up what half of an odd one does, rounded up.
         let [x, y] = words.map(|words| a2._mm256_srai_epi16::<1>(words));
         let [z, w] = words.map(|words| a2._mm256_srai_epi16::<1>(a2._mm256_sub_epi16(words, a._mm256_set1_epi16(-1))));
-        let (down, up) = (a2._mm256_packs_epi16(x, y), a2._mm256_packs_epi16(z, w));
-        let mut count = a._mm256_setzero_si256();
-        for &integer in integers {
-            let halves = if integer % 2 == 0 { down } else { up };
-            let below = ((integer + (integer & 1)) / 2 - 1) as i8;
-            count = a2._mm256_sub_epi8(count, a2._mm256_cmpgt_epi8(halves, a._mm256_set1_epi8(below)));
-        }
-        Self::array(self.in_order(count))
+        let halves = [a2._mm256_packs_epi16(x, y), a2._mm256_packs_epi16(z, w)];
+        Self::array(self.in_order(self.count_halves(halves, integers)))
     }
     #[inline(always)]
     fn look_up_bytes(self, numbers: [u8; BLOCK], table: &[i8; 16]) -> [i8; BLOCK] {

@@ -1,7 +1,8 @@
 //! AVX-512 (F, BW, CD, DQ, VL): sixteen lanes, thirty-two registers, masked loads that never fault on masked-off lanes.
 
-use super::generic::fp8::{E4m3, E4m3Fraction, E5m2};
-use super::simd::{MAX_LANES, Simd};
+use super::avx2::Avx2;
+use super::generic::fp8::{E4m3, E4m3Fraction, E5m2, Fp8};
+use super::simd::{BLOCK, BlockVectors, Fold, MAX_LANES, Simd};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
 use crate::kernels::simd::outline;
@@ -130,6 +131,22 @@ impl Avx512 {
         self.0.avx512f._mm512_cvtph_ps(a2._mm256_slli_epi16::<8>(a2._mm256_cvtepu8_epi16(bytes)))
     }
 
+    /// The level below, which this one includes.
+    #[inline(always)]
+    fn avx2(self) -> Avx2 {
+        // SAFETY: the token proves its features.
+        unsafe { Avx2::new_unchecked() }
+    }
+
+    /// A block of bytes in the order of lanes, packed from words that were packed from two vectors.
+    #[inline(always)]
+    fn in_order(self, bytes: __m512i) -> __m256i {
+        let f = self.0.avx512f;
+        // A pack takes four lanes of each of its operands in turns.
+        let order = f._mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+        f._mm512_castsi512_si256(f._mm512_permutexvar_epi32(order, bytes))
+    }
+
     #[inline(always)]
     fn widen_bf16(self, v: __m256i) -> __m512 {
         let f = self.0.avx512f;
@@ -148,6 +165,7 @@ impl Simd for Avx512 {
     const DIRECT_DIM: usize = 512;
     const DEINTERLEAVED_BF16: bool = true;
     const E4M3_FRACTION: f32 = 256.0;
+    const WRITES_SEVERAL: bool = true;
 
     level_features!(Avx512, outline! {});
 
@@ -188,6 +206,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn max(self, a: __m512, b: __m512) -> __m512 {
         self.0.avx512f._mm512_max_ps(a, b)
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        self.0.avx512f._mm512_min_ps(a, b)
     }
     #[inline(always)]
     fn select_lt(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
@@ -284,6 +306,38 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn max_lane(self, a: __m512) -> f32 {
         self.0.avx512f._mm512_reduce_max_ps(a)
+    }
+    #[inline(always)]
+    fn max_bits(self, a: __m512, b: __m512) -> __m512 {
+        let f = self.0.avx512f;
+        f._mm512_castsi512_ps(f._mm512_max_epi32(f._mm512_castps_si512(a), f._mm512_castps_si512(b)))
+    }
+    #[inline(always)]
+    fn fold_lanes<F: Fold>(self, v: &[__m512; MAX_LANES]) -> __m512 {
+        let f = self.0.avx512f;
+        // The tree of `sum_lanes`.
+        let (mut w, second) = ([v[0]; 8], unknown::<0xff00>());
+        for i in 0..8 {
+            let (a, b) = (v[i], v[i + 8]);
+            let others = f._mm512_shuffle_f32x4::<0b01_00_11_10>(a, b);
+            w[i] = F::of(self, f._mm512_mask_blend_ps(second, a, b), others);
+        }
+        let second = unknown::<0xf0f0>();
+        for i in 0..4 {
+            let (a, b) = (w[i], w[i + 4]);
+            let others = f._mm512_mask_blend_ps(second, b, a);
+            let others = f._mm512_shuffle_f32x4::<0b10_11_00_01>(others, others);
+            w[i] = F::of(self, f._mm512_mask_blend_ps(second, a, b), others);
+        }
+        let second = unknown::<0xcccc>();
+        for i in 0..2 {
+            let (a, b) = (w[i], w[i + 2]);
+            let others = f._mm512_shuffle_ps::<0b01_00_11_10>(a, b);
+            w[i] = F::of(self, f._mm512_mask_blend_ps(second, a, b), others);
+        }
+        let second = unknown::<0xaaaa>();
+        let others = f._mm512_permute_ps::<0b10_11_00_01>(f._mm512_mask_blend_ps(second, w[1], w[0]));
+        F::of(self, f._mm512_mask_blend_ps(second, w[0], w[1]), others)
     }
     #[inline(always)]
     fn all_finite(self, a: __m512) -> bool {
@@ -449,6 +503,110 @@ impl Simd for Avx512 {
         unsafe { _mm_storeu_si128(p.cast(), bytes) }
     }
     #[inline(always)]
+    unsafe fn store_four_i8(self, p: *mut i8, v: [__m512; 4]) {
+        let (f, bw) = (self.0.avx512f, self.0.avx512bw);
+        // The rounding mode as above.
+        let [x, y, z, w] = v.map(|v| f._mm512_cvtps_epi32(v));
+        let bytes = bw._mm512_packs_epi16(bw._mm512_packs_epi32(x, y), bw._mm512_packs_epi32(z, w));
+        let order = f._mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        // SAFETY: 64 bytes are writable.
+        unsafe { _mm512_storeu_si512(p.cast(), f._mm512_permutexvar_epi32(order, bytes)) }
+    }
+    #[inline(always)]
+    unsafe fn store_halves_away(self, p: *mut i8, v: &BlockVectors<Self>) {
+        let (f, bw) = (self.0.avx512f, self.0.avx512bw);
+        let words = bw._mm512_packs_epi32(f._mm512_cvttps_epi32(v[0]), f._mm512_cvttps_epi32(v[1]));
+        // The average with 0 is rounded up.
+        let zero = f._mm512_setzero_si512();
+        let away = bw._mm512_avg_epu16(bw._mm512_abs_epi16(words), zero);
+        let away = bw._mm512_mask_sub_epi16(away, bw._mm512_movepi16_mask(words), zero, away);
+        // SAFETY: 32 bytes are writable.
+        unsafe { _mm256_storeu_si256(p.cast(), self.in_order(bw._mm512_packs_epi16(away, away))) }
+    }
+    #[inline(always)]
+    fn cut_block(self, v: &BlockVectors<Self>, most: u8) -> [u8; BLOCK] {
+        let (f, bw) = (self.0.avx512f, self.0.avx512bw);
+        let words = bw._mm512_packs_epi32(f._mm512_cvttps_epi32(v[0]), f._mm512_cvttps_epi32(v[1]));
+        let bytes = self.in_order(bw._mm512_packus_epi16(words, words));
+        Avx2::array(self.0.avx2._mm256_min_epu8(bytes, self.0.avx._mm256_set1_epi8(most as i8)))
+    }
+    #[inline(always)]
+    fn count_reached(self, v: &BlockVectors<Self>, integers: &[i16; 15]) -> [u8; BLOCK] {
+        const DOWN: i32 = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+        let (f, bw) = (self.0.avx512f, self.0.avx512bw);
+        let [x, y] = [v[0], v[1]].map(|v| f._mm512_cvt_roundps_epi32::<DOWN>(v));
+        let words = bw._mm512_packs_epi32(x, y);
+        // Halves rounded down reach what half of an even integer reaches, and halves rounded up what half of an odd one does, rounded up.
+        let above = bw._mm512_sub_epi16(words, f._mm512_set1_epi32(-1));
+        let halves = [bw._mm512_srai_epi16::<1>(words), bw._mm512_srai_epi16::<1>(above)];
+        let halves = halves.map(|words| self.in_order(bw._mm512_packs_epi16(words, words)));
+        Avx2::array(self.avx2().count_halves(halves, integers))
+    }
+    #[inline(always)]
+    fn look_up_bytes(self, numbers: [u8; BLOCK], table: &[i8; 16]) -> [i8; BLOCK] {
+        self.avx2().look_up_bytes(numbers, table)
+    }
+    #[inline(always)]
+    fn low_halves(self, bytes: [u8; BLOCK]) -> [u8; BLOCK / 2] {
+        self.avx2().low_halves(bytes)
+    }
+    #[inline(always)]
+    fn fifth_bits(self, bytes: [u8; BLOCK]) -> u32 {
+        self.avx2().fifth_bits(bytes)
+    }
+    #[inline(always)]
+    unsafe fn store_fp8<U: Fp8>(self, p: *mut u8, magnitudes: &BlockVectors<Self>, signs: &BlockVectors<Self>) {
+        let (f, bw, dq) = (self.0.avx512f, self.0.avx512bw, self.0.avx512dq);
+        // A power of two whose last place is that of a unit is added, which rounds, and is taken off the pattern, which leaves the number of
+        // last places: the unit, but for its exponent.
+        let (power, least) = (self.splat((1 << U::SHIFT) as f32), self.splat(U::MIN_NORMAL));
+        let unbiased = (U::SHIFT << 23) + ((U::BIAS + 1) << (23 - U::SHIFT));
+        let mut words = [f._mm512_setzero_si512(); 2];
+        for (word, &x) in words.iter_mut().zip(magnitudes) {
+            let exponent = self.max_bits(self.and_bits(x, self.splat(f32::INFINITY)), least);
+            let sum = f._mm512_castps_si512(self.fma(exponent, power, x));
+            let biased = f._mm512_castps_si512(self.shift_bits(exponent, U::SHIFT));
+            let last = f._mm512_sub_epi32(sum, f._mm512_castps_si512(exponent));
+            *word = f._mm512_sub_epi32(f._mm512_add_epi32(last, biased), f._mm512_set1_epi32(unbiased as i32));
+        }
+        // NaN becomes a negative number, which is a large one without a sign.
+        let words = bw._mm512_packs_epi32(words[0], words[1]);
+        let words = bw._mm512_min_epu16(words, f._mm512_set1_epi16(0x7f));
+        let units = self.in_order(bw._mm512_packus_epi16(words, words));
+        let [low, high] = [signs[0], signs[1]].map(|y| u32::from(dq._mm512_movepi32_mask(f._mm512_castps_si512(y))));
+        // SAFETY: 32 bytes are writable; the token proves BW and VL.
+        unsafe {
+            let negative = (low | high << 16) & _mm256_cmpneq_epi8_mask(units, _mm256_set1_epi8(0x7f));
+            let units = _mm256_mask_add_epi8(units, negative, units, _mm256_set1_epi8(i8::MIN));
+            _mm256_storeu_si256(p.cast(), units);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_integers<const BITS: u32>(
+        self,
+        p: *mut u8,
+        v: &BlockVectors<Self>,
+        bias: i16,
+        flip: u8,
+        swapped: bool,
+    ) {
+        let (a, a2, f, bw) = (self.0.avx, self.0.avx2, self.0.avx512f, self.0.avx512bw);
+        let words = bw._mm512_packs_epi32(f._mm512_cvtps_epi32(v[0]), f._mm512_cvtps_epi32(v[1]));
+        let words = bw._mm512_adds_epi16(words, f._mm512_set1_epi16(bias));
+        let numbers = self.in_order(bw._mm512_packus_epi16(words, words));
+        let flip = a._mm256_set1_epi8(flip as i8);
+        if BITS == 8 {
+            // SAFETY: 32 bytes are writable.
+            unsafe { _mm256_storeu_si256(p.cast(), a2._mm256_xor_si256(numbers, flip)) };
+            return;
+        }
+        let numbers = a2._mm256_xor_si256(a2._mm256_min_epu8(numbers, a._mm256_set1_epi8(15)), flip);
+        let places = a._mm256_set1_epi16(if swapped { 0x0110 } else { 0x1001 });
+        let pairs = a2._mm256_maddubs_epi16(numbers, places);
+        // SAFETY: 16 bytes are writable; the token proves BW and VL.
+        unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtepi16_epi8(pairs)) };
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, p: *mut f32, v: __m512) {
         // SAFETY: the caller's.
         unsafe { _mm512_storeu_ps(p, v) }
@@ -462,6 +620,20 @@ impl Simd for Avx512 {
     unsafe fn store_bf16(self, p: *mut bf16, v: __m512) {
         // SAFETY: the caller's.
         unsafe { _mm256_storeu_si256(p.cast(), self.round_bf16(v)) }
+    }
+    #[inline(always)]
+    unsafe fn store_four_f16(self, p: *mut f16, v: [__m512; 4]) {
+        for (i, v) in v.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { self.store_f16(p.add(16 * i), v) };
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_four_bf16(self, p: *mut bf16, v: [__m512; 4]) {
+        for (i, v) in v.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { self.store_bf16(p.add(16 * i), v) };
+        }
     }
     #[inline(always)]
     unsafe fn store_pair_bf16(self, p: *mut bf16, [even, odd]: [__m512; 2]) {
