@@ -133,6 +133,17 @@ pub(crate) trait Simd: Copy {
         x
     }
 
+    /// Adds the squares of the lanes, which are exact, to as many sums from `first` on, a multiple of [`Self::LANES`].
+    #[inline(always)]
+    fn add_squares(self, v: Self::V, sums: &mut [f64; MAX_LANES], first: usize) {
+        let mut lanes = [0.0f32; MAX_LANES];
+        // SAFETY: the array holds a whole vector.
+        unsafe { self.store_f32(lanes.as_mut_ptr(), v) };
+        for (sum, x) in sums[first..first + Self::LANES].iter_mut().zip(lanes) {
+            *sum += f64::from(x) * f64::from(x);
+        }
+    }
+
     /// Lane i of the result is the sum of the lanes of `v[i]`, by the same tree of pairwise additions for every i.
     /// Only the first [`Self::LANES`] entries are used.
     fn sum_lanes(self, v: &[Self::V; MAX_LANES]) -> Self::V;

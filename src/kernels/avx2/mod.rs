@@ -267,6 +267,16 @@ impl Simd for Avx2 {
             .map(|x| v._mm256_castpd_ps(a2._mm256_permute4x64_pd::<0b11_01_10_00>(v._mm256_castps_pd(x))))
     }
     #[inline(always)]
+    fn add_squares(self, v: __m256, sums: &mut [f64; MAX_LANES], first: usize) {
+        let a = self.0.avx;
+        let halves = [a._mm256_castps256_ps128(v), a._mm256_extractf128_ps::<1>(v)];
+        for (half, sums) in halves.into_iter().zip(sums[first..first + 8].as_chunks_mut::<4>().0) {
+            let x = a._mm256_cvtps_pd(half);
+            // SAFETY: four sums; the token proves FMA. A square is exact, so that one rounding is left either way.
+            unsafe { _mm256_storeu_pd(sums.as_mut_ptr(), _mm256_fmadd_pd(x, x, _mm256_loadu_pd(sums.as_ptr()))) };
+        }
+    }
+    #[inline(always)]
     fn sum_lanes(self, v: &[__m256; MAX_LANES]) -> __m256 {
         let mut halves = [v[0]; MAX_LANES / 2];
         for i in 0..4 {

@@ -278,6 +278,19 @@ impl Simd for Avx512 {
         [f._mm512_permutex2var_ps(even, low, odd), f._mm512_permutex2var_ps(even, high, odd)]
     }
     #[inline(always)]
+    fn add_squares(self, v: __m512, sums: &mut [f64; MAX_LANES], first: usize) {
+        debug_assert_eq!(first, 0);
+        let (f, dq) = (self.0.avx512f, self.0.avx512dq);
+        for (half, sums) in [f._mm512_castps512_ps256(v), dq._mm512_extractf32x8_ps::<1>(v)]
+            .into_iter()
+            .zip(sums.as_chunks_mut::<8>().0)
+        {
+            let x = f._mm512_cvtps_pd(half);
+            // SAFETY: eight sums. A square is exact, so that one rounding is left either way.
+            unsafe { _mm512_storeu_pd(sums.as_mut_ptr(), _mm512_fmadd_pd(x, x, _mm512_loadu_pd(sums.as_ptr()))) };
+        }
+    }
+    #[inline(always)]
     fn sum_lanes(self, v: &[__m512; MAX_LANES]) -> __m512 {
         let f = self.0.avx512f;
         // Each step of the tree halves the number of vectors: lanes with the bit clear continue with the first, the others with the
@@ -630,9 +643,23 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn store_four_bf16(self, p: *mut bf16, v: [__m512; 4]) {
-        for (i, v) in v.into_iter().enumerate() {
+        let (f, bw) = (self.0.avx512f, self.0.avx512bw);
+        let nan = f._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v[0], v[1]);
+        if nan | f._mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v[2], v[3]) != 0 {
+            for (i, v) in v.into_iter().enumerate() {
+                // SAFETY: the caller's.
+                unsafe { self.store_bf16(p.add(16 * i), v) };
+            }
+            return;
+        }
+        // A pack takes four lanes of each of its operands in turns.
+        let order = f._mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+        for (i, &[x, y]) in v.as_chunks::<2>().0.iter().enumerate() {
+            let x = f._mm512_srli_epi32::<16>(self.rounded_short(x));
+            let y = f._mm512_srli_epi32::<16>(self.rounded_short(y));
+            let words = f._mm512_permutexvar_epi64(order, bw._mm512_packus_epi32(x, y));
             // SAFETY: the caller's.
-            unsafe { self.store_bf16(p.add(16 * i), v) };
+            unsafe { _mm512_storeu_si512(p.add(32 * i).cast(), words) };
         }
     }
     #[inline(always)]

@@ -175,12 +175,17 @@ unsafe fn stretches<S: Simd, A: LoadStore, B: LoadStore, const VECTORS: usize>(
                 }
                 step *= 2;
             }
-            for i in 0..VECTORS {
-                let v = match factor {
-                    Some(factor) => s.mul(x[i], factor),
-                    None => x[i],
-                };
-                B::store(s, dst.add(i * S::LANES), v);
+            if let Some(factor) = factor {
+                for x in &mut x {
+                    *x = s.mul(*x, factor);
+                }
+            }
+            let (fours, rest) = if const { S::WRITES_SEVERAL } { x.as_chunks::<4>() } else { (&[][..], &x[..]) };
+            for (i, x) in fours.iter().enumerate() {
+                B::store_four(s, dst.add(4 * i * S::LANES), *x);
+            }
+            for (i, x) in (4 * fours.len()..).zip(rest) {
+                B::store(s, dst.add(i * S::LANES), *x);
             }
         }
     }

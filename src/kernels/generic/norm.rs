@@ -5,13 +5,13 @@
 //! the same root. The root is rounded to f32 once; `x * root` and the product with the weight are rounded once each.
 //!
 //! Bound by memory for f32 beyond the second-level cache. f16 and bf16 have half the bytes and are bound by arithmetic
-//! as much: on AVX-512, sixteen squares in f64 take about eleven vector operations, and scaling and rounding take as
-//! many. A head is read twice, the second time from the first-level cache. Several heads are processed together, first
-//! their sums, then their roots, to overlap the latency of the roots.
+//! as much: on AVX-512, sixteen squares in f64 take seven vector operations beside the widening of the elements, and to scale them and
+//! round the products to bf16 takes ten. A head is read twice, the second time from the first-level cache. Several heads are processed
+//! together, first their sums, then their roots, to overlap the latency of the roots.
 
 use super::copy::{self, Converted, STAGE};
 use crate::kernels::api::NormArgs;
-use crate::kernels::simd::{LoadStore, MAX_LANES, Simd, copy_part};
+use crate::kernels::simd::{LoadStore, MAX_LANES, Simd};
 use std::mem::MaybeUninit;
 
 /// Independent sums; [`STAGE`] is a multiple of it.
@@ -100,22 +100,20 @@ unsafe fn sum_of_squares<S: Simd, A: LoadStore>(s: S, src: *const A, stride: isi
 #[inline(always)]
 unsafe fn add_squares<S: Simd, A: LoadStore>(s: S, src: *const A, n: usize, sums: &mut [f64; SUMS]) {
     let mut i = 0;
-    while i < n {
-        let last;
-        let (mut x, mut from) = ([0.0f32; SUMS], src.wrapping_add(i));
-        // SAFETY: what is left is readable, and fits into the buffer. The constant length makes it two or four loads.
-        unsafe {
-            if n - i < SUMS {
-                // Missing elements at the end are 0, which changes no sum.
-                last = copy_part(from, n - i);
-                from = last.as_ptr();
+    // SAFETY: the caller's; a part is what is left.
+    unsafe {
+        while i + SUMS <= n {
+            for first in (0..SUMS).step_by(S::LANES) {
+                s.add_squares(A::load(s, src.add(i + first)), sums, first);
             }
-            copy::run::<S, A, f32>(s, from, x.as_mut_ptr(), SUMS);
+            i += SUMS;
         }
-        for (sum, x) in sums.iter_mut().zip(x) {
-            *sum += f64::from(x) * f64::from(x);
+        for first in (0..n - i).step_by(S::LANES) {
+            let (from, left) = (src.add(i + first), n - i - first);
+            // Missing elements at the end are 0, which changes no sum.
+            let x = if left < S::LANES { A::load_part(s, from, left) } else { A::load(s, from) };
+            s.add_squares(x, sums, first);
         }
-        i += SUMS;
     }
 }
 
@@ -134,16 +132,20 @@ unsafe fn scale<S: Simd, A: LoadStore, B: LoadStore>(
 ) {
     let factor = s.splat(root);
     let mut i = 0;
-    while i + S::LANES <= n {
-        // SAFETY: i + LANES <= n; the load precedes the store, so that in-place calls are valid.
-        unsafe {
-            let mut v = s.mul(A::load(s, src.add(i)), factor);
-            if !weight.is_null() {
-                v = s.mul(v, s.load_f32(weight.add(i)));
+    // SAFETY: so many elements are left; loads precede stores, so that in-place calls are valid.
+    unsafe {
+        while const { S::WRITES_SEVERAL } && i + 4 * S::LANES <= n {
+            let mut v = [s.zero(); 4];
+            for (j, v) in v.iter_mut().enumerate() {
+                *v = scaled(s, src, weight, factor, i + j * S::LANES);
             }
-            B::store(s, dst.add(i), v);
+            B::store_four(s, dst.add(i), v);
+            i += 4 * S::LANES;
         }
-        i += S::LANES;
+        while i + S::LANES <= n {
+            B::store(s, dst.add(i), scaled(s, src, weight, factor, i));
+            i += S::LANES;
+        }
     }
     if i < n {
         let rest = n - i;
@@ -155,5 +157,18 @@ unsafe fn scale<S: Simd, A: LoadStore, B: LoadStore>(
             }
             B::store_part(s, dst.add(i), v, rest);
         }
+    }
+}
+
+/// A vector of elements from `i` on, scaled.
+///
+/// # Safety
+/// As [`scale`], of a vector from `i` on.
+#[inline(always)]
+unsafe fn scaled<S: Simd, A: LoadStore>(s: S, src: *const A, weight: *const f32, factor: S::V, i: usize) -> S::V {
+    // SAFETY: the caller's.
+    unsafe {
+        let v = s.mul(A::load(s, src.add(i)), factor);
+        if weight.is_null() { v } else { s.mul(v, s.load_f32(weight.add(i))) }
     }
 }
