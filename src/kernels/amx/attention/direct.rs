@@ -145,9 +145,9 @@ pub(super) unsafe fn outputs<const HIGH: bool>(
         let parts = || (place, parts_of(key_range));
         for first in (0..count).step_by(4) {
             if first + 2 == count {
-                output_tiles::<HIGH, 2>(s, tiles, call, (b, head, first), parts(), &mut ahead);
+                output_tiles::<HIGH, 2>(s, tiles, call, (b, head, group, first), parts(), &mut ahead);
             } else {
-                output_tiles::<HIGH, 4>(s, tiles, call, (b, head, first), parts(), &mut ahead);
+                output_tiles::<HIGH, 4>(s, tiles, call, (b, head, group, first), parts(), &mut ahead);
             }
         }
     }
@@ -168,7 +168,7 @@ unsafe fn output_tiles<const HIGH: bool, const N: usize>(
     s: Avx512,
     tiles: &Tiles,
     call: &Call,
-    (b, head, first): (usize, usize, usize),
+    (b, head, group, first): (usize, usize, &Group, usize),
     (place, parts): (Option<(Operand, isize)>, Range<usize>),
     ahead: &mut Ahead,
 ) {
@@ -176,7 +176,11 @@ unsafe fn output_tiles<const HIGH: bool, const N: usize>(
     let acc = scratch.acc.wrapping_add((head * sizes.tiles() + first) * LANES * LANES);
     // SAFETY: the caller's.
     unsafe {
-        four_times!(i => if i < N { tiles.load(i, acc.wrapping_add(i * LANES * LANES)) });
+        if group.fresh {
+            tiles.zero();
+        } else {
+            four_times!(i => if i < N { tiles.load(i, acc.wrapping_add(i * LANES * LANES)) });
+        }
         for part in parts.clone() {
             for term in 0..if HIGH { 2 } else { 1 } {
                 let weights = term * SECOND_TERM + (b * PARTS + part) * TILE_BYTES;

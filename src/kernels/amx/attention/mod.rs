@@ -223,9 +223,9 @@ level_functions! {
 
     /// # Safety
     /// As [`work::outputs`].
-    unsafe fn outputs<const HIGH: bool>(tiles: &Tiles, call: &Call, job: &Job) {
+    unsafe fn outputs<const HIGH: bool>(tiles: &Tiles, call: &Call, job: &Job, fresh: bool) {
         // SAFETY: the caller's.
-        unsafe { work::outputs::<HIGH>(tiles, call, job) }
+        unsafe { work::outputs::<HIGH>(tiles, call, job, fresh) }
     }
 
     /// # Safety
@@ -345,11 +345,11 @@ unsafe fn walk<const HIGH: bool>(s: Avx512, p: &Problem, tile: &Tile, memory: *m
         for chunk in tile.first_chunk..tile.end_chunk {
             let (from, to) = reach.within(tile.chunks.keys(chunk));
             for group in groups.iter_mut() {
-                group.max = [f32::NEG_INFINITY; LANES];
-                (group.sums, group.rounded) = ([[0.0; LANES]; LANES], [[0.0; LANES]; LANES]);
+                (group.max, group.fresh) = ([f32::NEG_INFINITY; LANES], true);
+                group.sums[..group.rows].fill([0.0; LANES]);
+                group.rounded[..group.rows].fill([0.0; LANES]);
             }
             if from < to {
-                std::ptr::write_bytes(call.scratch.acc, 0, n * sizes.tiles() * LANES * LANES);
                 for index in from / SUPERBLOCK_KEYS..to.div_ceil(SUPERBLOCK_KEYS) {
                     superblock::<HIGH>(s, &tiles, &call, groups, index, (from, to), &reach);
                 }
@@ -424,7 +424,8 @@ unsafe fn superblock<const HIGH: bool>(
             for g in first..first + job.groups {
                 weigh::<HIGH>(s, call, &mut groups[g], (&job, g), index);
             }
-            outputs::<HIGH>(tiles, call, &job);
+            outputs::<HIGH>(tiles, call, &job, groups[first].fresh);
+            groups[first..first + job.groups].iter_mut().for_each(|group| group.fresh = false);
             non_finite::add_non_finite(call, groups, job, &non_finite_keys, index);
         }
     }
@@ -468,11 +469,12 @@ unsafe fn direct_superblock<const HIGH: bool>(
         }
         for (b, block) in located.iter().enumerate() {
             let Some(Located { key_range, v, .. }) = block else { continue };
-            for (head, group) in groups.iter().enumerate() {
+            for (head, group) in groups.iter_mut().enumerate() {
                 // Without a visible key, the weights are those of another superblock.
                 if jobs[head].is_some_and(|job| job.blocks().contains(&b)) {
                     non_finite_keys[head][b] =
                         direct_outputs::<HIGH>(s, tiles, call, (b, head, group), *key_range, v.rows());
+                    group.fresh = false;
                 }
             }
         }

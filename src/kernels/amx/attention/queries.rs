@@ -34,7 +34,7 @@ pub(super) unsafe fn pack_queries(
         let group_rows = call.cut.group_rows;
         (*group).rows = (tile.rows() - g * group_rows).min(group_rows);
         (*group).inner = if p.visibility.query_positions.is_some() { (0, 0) } else { (0, i64::MAX) };
-        (*group).visible_bits = [[0; LANES]; SUPERBLOCK];
+        ((*group).visible_bits, (*group).fresh) = ([[0; LANES]; SUPERBLOCK], true);
         let tiles = call.scratch.q.add(g * terms * steps * TILE_BYTES);
         for (r, (token, head)) in rows.take((*group).rows).enumerate() {
             if let Some((token, head)) = ahead.next() {

@@ -19,6 +19,8 @@ pub(super) struct Group {
     /// The keys that all rows see, by length, first key, causality and window.
     pub inner: (i64, i64),
     pub rows: usize,
+    /// No values have been added in this chunk, and the outputs stand for zeros.
+    pub fresh: bool,
     pub states: [RowState; LANES],
 }
 

@@ -99,12 +99,12 @@ unsafe fn multiply<const M: usize, const N: usize>(tiles: &Tiles, a: [Operand; M
     }
 }
 
-/// Adds the weighted values of a job's blocks to its rows.
+/// Adds the weighted values of a job's blocks to its rows, or with `fresh` to zeros.
 ///
 /// # Safety
 /// Values and weights are in place.
 #[inline(always)]
-pub(super) unsafe fn outputs<const HIGH: bool>(tiles: &Tiles, call: &Call, job: &Job) {
+pub(super) unsafe fn outputs<const HIGH: bool>(tiles: &Tiles, call: &Call, job: &Job, fresh: bool) {
     let count = call.sizes.tiles();
     let mut i = 0;
     // SAFETY: the caller's; the count is even.
@@ -112,15 +112,15 @@ pub(super) unsafe fn outputs<const HIGH: bool>(tiles: &Tiles, call: &Call, job: 
         while i < count {
             match (job.groups, count - i) {
                 (1, 4..) => {
-                    output_tiles::<HIGH, 1, 4>(tiles, call, job, i);
+                    output_tiles::<HIGH, 1, 4>(tiles, call, (job, fresh), i);
                     i += 4;
                 }
                 (1, _) => {
-                    output_tiles::<HIGH, 1, 2>(tiles, call, job, i);
+                    output_tiles::<HIGH, 1, 2>(tiles, call, (job, fresh), i);
                     i += 2;
                 }
                 _ => {
-                    output_tiles::<HIGH, 2, 2>(tiles, call, job, i);
+                    output_tiles::<HIGH, 2, 2>(tiles, call, (job, fresh), i);
                     i += 2;
                 }
             }
@@ -136,7 +136,7 @@ pub(super) unsafe fn outputs<const HIGH: bool>(tiles: &Tiles, call: &Call, job: 
 unsafe fn output_tiles<const HIGH: bool, const M: usize, const N: usize>(
     tiles: &Tiles,
     call: &Call,
-    job: &Job,
+    (job, fresh): (&Job, bool),
     first: usize,
 ) {
     let Call { scratch, sizes, .. } = call;
@@ -144,9 +144,13 @@ unsafe fn output_tiles<const HIGH: bool, const M: usize, const N: usize>(
     let acc = |m: usize, n: usize| scratch.acc.wrapping_add(((job.first + m) * count + first + n) * LANES * LANES);
     // SAFETY: the caller's.
     unsafe {
-        for m in 0..M {
-            for n in 0..N {
-                tiles.load(m * N + n, acc(m, n));
+        if fresh {
+            tiles.zero();
+        } else {
+            for m in 0..M {
+                for n in 0..N {
+                    tiles.load(m * N + n, acc(m, n));
+                }
             }
         }
         for &b in job.blocks() {
