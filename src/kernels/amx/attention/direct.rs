@@ -50,6 +50,10 @@ pub(super) unsafe fn transpose_queries(s: Avx512, call: &Call) {
         let tile = call.scratch.q.wrapping_add(tile * TILE_BYTES).cast::<f32>();
         // SAFETY: the caller's; a tile has sixteen vectors.
         unsafe {
+            if call.cut.group_rows <= FEW_ROWS {
+                transpose_first(s, tile);
+                continue;
+            }
             for (i, x) in transpose(s, tile).iter().enumerate() {
                 s.store_f32(tile.add(i * LANES), *x);
             }
@@ -292,6 +296,35 @@ unsafe fn transpose(s: Avx512, from: *const f32) -> [__m512; MAX_LANES] {
     }
     s.transpose(&mut x);
     x
+}
+
+/// Transposes the first four rows of a tile, to the first four elements of all rows. The others keep what they have.
+///
+/// # Safety
+/// The tile is readable and writable, and aligned.
+#[inline(always)]
+unsafe fn transpose_first(s: Avx512, tile: *mut f32) {
+    // SAFETY: the caller's; the argument proves the features.
+    unsafe {
+        let [a, b] = [s.load_f32(tile), s.load_f32(tile.add(LANES))];
+        let [c, d] = [s.load_f32(tile.add(2 * LANES)), s.load_f32(tile.add(3 * LANES))];
+        let low = [_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d))];
+        let high = [_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d))];
+        // Elements of rows i, i + 4, i + 8 and i + 12 of the result, one row in each quarter.
+        let quarters = [
+            _mm512_unpacklo_pd(low[0], low[1]),
+            _mm512_unpackhi_pd(low[0], low[1]),
+            _mm512_unpacklo_pd(high[0], high[1]),
+            _mm512_unpackhi_pd(high[0], high[1]),
+        ];
+        for (i, x) in quarters.into_iter().enumerate() {
+            let (x, to) = (_mm512_castpd_ps(x), tile.add(i * LANES));
+            _mm_store_ps(to, _mm512_castps512_ps128(x));
+            _mm_store_ps(to.add(4 * LANES), _mm512_extractf32x4_ps::<1>(x));
+            _mm_store_ps(to.add(8 * LANES), _mm512_extractf32x4_ps::<2>(x));
+            _mm_store_ps(to.add(12 * LANES), _mm512_extractf32x4_ps::<3>(x));
+        }
+    }
 }
 
 /// The first four elements of sixteen vectors, transposed.

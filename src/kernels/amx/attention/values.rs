@@ -143,6 +143,12 @@ impl Values<'_> {
             let mut largest = _mm512_setzero_si512();
             let parts = if self.call.direct { parts_of(self.key_range) } else { 0..PARTS };
             for j in (parts.start * DEPTH..parts.end * DEPTH).step_by(2) {
+                if j + 2 <= self.key_range.low || j >= self.key_range.high {
+                    for column in (0..self.call.sizes.dvp).step_by(LANES) {
+                        _mm512_storeu_si512(self.to(j, column).cast(), _mm512_setzero_si512());
+                    }
+                    continue;
+                }
                 for column in (0..self.call.sizes.dvp).step_by(DEPTH) {
                     let pair = self.pair::<CLEAN>(s, j, column, &mut largest);
                     for (i, x) in pair.into_iter().enumerate() {
