@@ -9,17 +9,18 @@
 //! NaN.
 //!
 //! The largest magnitude does not depend on the order, and divisions and roundings are those of IEEE 754, so that
-//! every level computes the same bits. A head is read twice, the second time from the first-level cache, unless it stays in registers.
+//! every level computes the same bits. A head is read twice, the second time from the first-level cache.
 //!
 //! One head after another: units are products by the reciprocal of the scale, which are rounded to the same integers as quotients where
-//! none is close to a half; one head in a hundred has such an element, and is divided. What bounds it: with 16 lanes, a vector takes ten
-//! operations and a head two maxima over lanes; the steps of one head depend on each other, and two heads at most are in flight.
+//! none is close to a half; one head in a hundred has such an element, and is divided. What bounds it: the steps of one head depend on each
+//! other, and two heads at most are in flight.
 //!
 //! Several heads ([`Simd::WRITES_SEVERAL`]): those of half of the lanes are reduced to one vector of magnitudes by a tree and divided
 //! side by side, before the units of the heads before them are written, so that nothing waits for the 60 cycles of maxima and divisions.
 //! Quotients are exact enough without a division ([`Reciprocals`]). What bounds it, in AVX2: of 8 elements, two operations for
 //! magnitudes, two multiply-adds, one conversion and 1.25 to pack them, at four per cycle 25 cycles of a head of 128. Loops with
 //! multiply-adds and packs reach 2.5 per cycle: 8 cycles for magnitudes and 27 for units, and with what is computed once per head 60.
+//! AVX-512 takes as many operations for 16 elements, on two ports, and is bound by memory.
 
 use super::copy::{Converted, STAGE, convert, gather, prefetch_next};
 use crate::dtype::DType;
@@ -86,11 +87,6 @@ impl<A: LoadStore> Outlined for Each<'_, A> {
             let head = head as isize;
             let src = c.src.cast::<A>().wrapping_offset(head * c.src_head);
             let dst = c.dst.cast::<i8>().wrapping_offset(head * c.dst_head);
-            if const { !S::WRITES_SEVERAL } && c.dim == RESIDENT * S::LANES && c.src_dim == 1 && c.dst_dim == 1 {
-                // SAFETY: the caller's.
-                unsafe { resident(s, args, head, src, dst) };
-                continue;
-            }
             // SAFETY: the caller's, here and below.
             let peak = unsafe { peak(s, (src, c.src_dim), c.dim) };
             // SAFETY: as above.
@@ -295,40 +291,6 @@ impl<S: Simd> Reciprocal<S> {
     pub fn product(&self, s: S, x: S::V) -> S::V {
         s.mul(x, self.high)
     }
-}
-
-/// Vectors of a head that stays in registers from the largest magnitude to the units.
-const RESIDENT: usize = 8;
-
-/// Quantises a head of as many vectors, whose elements and units lie together.
-///
-/// # Safety
-/// As [`quantize`].
-#[inline(always)]
-unsafe fn resident<S: Simd, A: LoadStore>(s: S, args: &ScaledArgs, head: isize, src: *const A, dst: *mut i8) {
-    let (mut x, mut largest, mut nonfinite) = ([s.zero(); RESIDENT], s.zero(), s.zero());
-    for (i, x) in x.iter_mut().enumerate() {
-        // SAFETY: the caller's.
-        *x = unsafe { A::load(s, src.add(i * S::LANES)) };
-        (largest, nonfinite) = widest(s, *x, (largest, nonfinite));
-    }
-    let peak = if s.all_finite(nonfinite) { Some(s.max_lane(largest)) } else { None };
-    // SAFETY: the caller's, here and below.
-    let scale = unsafe { put_scale(args, head, peak) };
-    if has_near_products(scale) {
-        let (inverse, mut farthest) = (s.splat(1.0 / scale), s.zero());
-        for (i, &x) in x.iter().enumerate() {
-            let unit;
-            (unit, farthest) = near_unit(s, s.mul(x, inverse), farthest);
-            // SAFETY: as above.
-            unsafe { s.store_i8(dst.add(i * S::LANES), unit) };
-        }
-        if s.max_lane(farthest) < SURE {
-            return;
-        }
-    }
-    // SAFETY: as above.
-    unsafe { units::<_, _, true>(s, src, dst, scale, RESIDENT * S::LANES) };
 }
 
 /// The largest magnitudes with those of a vector, and whether all was finite: 0 times a finite number is 0, and 0 times NaN or infinity
