@@ -32,7 +32,8 @@
 //! counts, or with a least element of 0 where that is stored. What bounds it, in AVX2: an element of a vector costs two operations for
 //! the magnitude, or three for a range; a product (and a sum) and a conversion; and packing, which halves the number of vectors with
 //! each step: ties of q8_0 are rounded in words, from cut-off doubles, and numbers are limited as bytes. That is 30 operations for a
-//! block of q8_0, 45 for q4_0, beside 20 for its addresses and a share of the tree: 18 and 21 cycles.
+//! block of q8_0, 45 for q4_0, beside 20 for its addresses and a share of the tree: 18 and 21 cycles. AVX-512 takes half as many, and
+//! memory binds it, except in iq4_nl, whose factor is of sums in the order of elements.
 
 use super::copy::{prefetch_next, scatter};
 use super::quantize::{self, MAX_VECTORS, Vectors, min_lane, widest};
