@@ -6,7 +6,10 @@
 
 use super::generic::fp8::{self, E4m3, E4m3Fraction, E5m2, Fp8};
 use super::generic::math;
-use super::simd::{Load, LoadStore, MAX_LANES, Outlined, Simd, deinterleaved};
+use super::simd::{
+    BLOCK, BlockVectors, Fold, Load, LoadStore, MAX_LANES, MAX_VECTORS, Max, MaxBits, Min, Outlined, Simd,
+    deinterleaved,
+};
 use crate::dtype::DType;
 use crate::isa::Isa;
 use half::{bf16, f16};
@@ -314,6 +317,162 @@ level_test! {
             let mut vectors = [s.zero(); MAX_LANES];
             (0..MAX_LANES).for_each(|i| vectors[i] = vector(s, &rows[i]));
             assert_lanes(s, s.sum_lanes(&vectors), |i| tree_sum::<S>(&rows[i]), "sum_lanes");
+        }
+    }
+}
+
+/// What an operation makes of the lanes of each vector.
+#[inline(always)]
+fn folded<S: Simd, F: Fold>(s: S, rows: &[Lanes; MAX_LANES], of: impl Fn(f32, f32) -> f32, what: &str) {
+    let mut vectors = [s.zero(); MAX_LANES];
+    (0..MAX_LANES).for_each(|i| vectors[i] = vector(s, &rows[i]));
+    let want = |i: usize| rows[i][1..S::LANES].iter().fold(rows[i][0], |a, &b| of(a, b));
+    assert_lanes(s, s.fold_lanes::<F>(&vectors), want, what);
+}
+
+level_test! {
+    fn lanes_are_folded_and_squares_added<S>(s) {
+        let mut rng = Rng(6);
+        for _ in 0..500 {
+            let rows: [Lanes; MAX_LANES] = std::array::from_fn(|_| rng.finite());
+            folded::<S, Max>(s, &rows, f32::max, "the largest lanes");
+            folded::<S, Min>(s, &rows, f32::min, "the smallest lanes");
+            let mut magnitudes = rows.map(|row| row.map(f32::abs));
+            folded::<S, MaxBits>(s, &magnitudes, f32::max, "the largest magnitudes");
+            let at = (rng.u64() as usize % S::LANES, rng.u64() as usize % S::LANES);
+            for x in [f32::INFINITY, f32::NAN] {
+                magnitudes[at.0][at.1] = x;
+                let mut vectors = [s.zero(); MAX_LANES];
+                (0..MAX_LANES).for_each(|i| vectors[i] = vector(s, &magnitudes[i]));
+                let largest = lanes(s, s.fold_lanes::<MaxBits>(&vectors));
+                assert!((0..S::LANES).all(|i| largest[i].is_finite() == (i != at.0)), "{largest:?}");
+            }
+
+            let before: [f64; MAX_LANES] = std::array::from_fn(|_| f64::from(rng.f32()));
+            for first in (0..MAX_LANES).step_by(S::LANES) {
+                let mut sums = before;
+                s.add_squares(vector(s, &rows[0]), &mut sums, first);
+                for (i, (sum, before)) in sums.into_iter().zip(before).enumerate() {
+                    let inside = i >= first && i < first + S::LANES;
+                    let x = if inside { f64::from(rows[0][i - first]) } else { 0.0 };
+                    assert_eq!(sum.to_bits(), (before + x * x).to_bits(), "sum {i}, from {first} on");
+                }
+            }
+        }
+    }
+}
+
+/// Four vectors of one type, stored together and one by one.
+#[inline(always)]
+fn stored_together<S: Simd, T: LoadStore>(s: S, v: [S::V; 4]) {
+    let (mut all, mut each) = (vec![T::default(); 4 * S::LANES], vec![T::default(); 4 * S::LANES]);
+    // SAFETY: room for four vectors.
+    unsafe {
+        T::store_four(s, all.as_mut_ptr(), v);
+        (0..4).for_each(|i| T::store(s, each.as_mut_ptr().add(i * S::LANES), v[i]));
+    }
+    let bits = |x: &[T]| x.iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&all), bits(&each), "{:?}", T::DTYPE);
+}
+
+/// A block of numbers as vectors.
+#[inline(always)]
+fn block<S: Simd>(s: S, x: &[f32; BLOCK]) -> BlockVectors<S> {
+    let mut v = [s.zero(); MAX_VECTORS];
+    for (i, v) in v[..BLOCK / S::LANES].iter_mut().enumerate() {
+        // SAFETY: a block has whole vectors.
+        *v = unsafe { s.load_f32(x.as_ptr().add(i * S::LANES)) };
+    }
+    v
+}
+
+/// A block of eight-bit floats, from magnitudes and signs, and the same by [`fp8::rounded`].
+#[inline(always)]
+fn block_of_fp8<S: Simd, U: Fp8>(s: S, magnitudes: &[f32; BLOCK], signs: &[f32; BLOCK]) {
+    let (mut units, mut want) = ([0u8; BLOCK], [0u8; BLOCK]);
+    let (x, y) = (block(s, magnitudes), block(s, signs));
+    // SAFETY: the arrays hold a block.
+    unsafe {
+        s.store_fp8::<U>(units.as_mut_ptr(), &x, &y);
+        for i in 0..BLOCK / S::LANES {
+            let unit = fp8::rounded::<S, U>(s, s.copysign(x[i], y[i]));
+            s.store_low_bytes(want.as_mut_ptr().add(i * S::LANES), unit);
+        }
+    }
+    assert_eq!(units, want, "{magnitudes:?} with the signs of {signs:?}");
+}
+
+level_test! {
+    /// Of the levels that write several vectors at a time.
+    fn several_vectors_and_blocks_are_written<S>(s) {
+        if !S::WRITES_SEVERAL {
+            return;
+        }
+        const INTEGERS: [i16; 15] = [-231, -187, -148, -114, -84, -57, -32, -9, 14, 38, 63, 91, 122, 158, 202];
+        let mut rng = Rng(7);
+        for round in 0..500 {
+            let v = [0; 4].map(|_| vector(s, &if round % 2 == 0 { rng.finite() } else { rng.any() }));
+            stored_together::<S, f32>(s, v);
+            stored_together::<S, f16>(s, v);
+            stored_together::<S, bf16>(s, v);
+            let numbers = [0; 4].map(|_| vector(s, &rng.finite().map(|x| x * 63.5)));
+            let (mut all, mut each) = ([0i8; 4 * MAX_LANES], [0i8; 4 * MAX_LANES]);
+            // SAFETY: room for four vectors of bytes.
+            unsafe {
+                s.store_four_i8(all.as_mut_ptr(), numbers);
+                (0..4).for_each(|i| s.store_i8(each.as_mut_ptr().add(i * S::LANES), numbers[i]));
+            }
+            assert_eq!(all, each);
+
+            // Quarters, with integers and ties among them, but for every fourth number.
+            let x: [f32; BLOCK] = std::array::from_fn(|i| {
+                let x = rng.f32() * 127.0;
+                if i % 4 == 0 { x } else { (4.0 * x).round() / 4.0 }
+            });
+            let mut halves = [0i8; BLOCK];
+            // SAFETY: the array holds a block, here and below.
+            unsafe { s.store_halves_away(halves.as_mut_ptr(), &block(s, &x)) };
+            let away = |x: f32| (x.trunc() / 2.0).round() as i8;
+            assert_eq!(halves, x.map(away), "{x:?}");
+            let reached = |x: f32| INTEGERS.iter().filter(|&&integer| x >= f32::from(integer)).count() as u8;
+            assert_eq!(s.count_reached(&block(s, &x), &INTEGERS), x.map(reached), "{x:?}");
+            let large = x.map(|x| x.abs() * if round % 2 == 0 { 0.25 } else { 100.0 });
+            for most in [15, 31, 255] {
+                assert_eq!(s.cut_block(&block(s, &large), most), large.map(|x| x.min(most.into()) as u8), "{large:?}");
+            }
+
+            let bytes: [u8; BLOCK] = std::array::from_fn(|_| rng.u64() as u8);
+            let numbers = bytes.map(|byte| byte & 15);
+            let table: [i8; 16] = std::array::from_fn(|_| rng.u64() as i8);
+            assert_eq!(s.look_up_bytes(numbers, &table), numbers.map(|i| table[usize::from(i)]));
+            let pairs: [u8; BLOCK / 2] = std::array::from_fn(|i| numbers[i] | numbers[i + BLOCK / 2] << 4);
+            assert_eq!(s.low_halves(bytes), pairs);
+            let fifths = (0..BLOCK).fold(0, |bits, i| bits | u32::from(bytes[i] >> 4 & 1) << i);
+            assert_eq!(s.fifth_bits(bytes), fifths);
+
+            let wide = if round % 3 == 0 { x.map(|x| x * 30_000.0) } else { x };
+            for (bias, flip) in [(0, 0), (128, 0x80), (8, 8), (-3, 0)] {
+                let integer = |x: f32, most: f32| (x.round_ties_even() + f32::from(bias)).clamp(0.0, most) as u8 ^ flip;
+                let (mut eights, mut fours) = ([0u8; BLOCK], [0u8; BLOCK / 2]);
+                // SAFETY: as above.
+                unsafe { s.store_integers::<8>(eights.as_mut_ptr(), &block(s, &wide), bias, flip, false) };
+                assert_eq!(eights, wide.map(|x| integer(x, 255.0)), "{wide:?} and {bias}");
+                for swapped in [false, true].into_iter().filter(|_| flip < 16) {
+                    // SAFETY: as above.
+                    unsafe { s.store_integers::<4>(fours.as_mut_ptr(), &block(s, &wide), bias, flip, swapped) };
+                    let pair = |i: usize| {
+                        let [first, second] = [wide[2 * i], wide[2 * i + 1]].map(|x| integer(x, 15.0));
+                        if swapped { second | first << 4 } else { first | second << 4 }
+                    };
+                    assert_eq!(fours, std::array::from_fn(pair), "{wide:?} and {bias}");
+                }
+            }
+
+            let scale = 2f32.powi(rng.u64() as i32 % 24 - 16);
+            let mut magnitudes = x.map(|x| x.abs() * scale);
+            magnitudes[round % BLOCK] = f32::NAN;
+            block_of_fp8::<S, E4m3>(s, &magnitudes.map(|x| if x > 448.0 { 448.0 } else { x }), &x);
+            block_of_fp8::<S, E5m2>(s, &magnitudes.map(|x| if x > 57344.0 { 57344.0 } else { x }), &x);
         }
     }
 }
