@@ -502,8 +502,11 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `4 * LANES` elements are writable at `p`.
     #[inline(always)]
-    unsafe fn store_four_f16(self, _p: *mut f16, _v: [Self::V; 4]) {
-        unreachable!("the level writes one vector or block at a time")
+    unsafe fn store_four_f16(self, p: *mut f16, v: [Self::V; 4]) {
+        for (i, v) in v.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe { self.store_f16(p.add(i * Self::LANES), v) };
+        }
     }
     /// As [`Self::store_bf16`], of four vectors that lie together.
     ///
@@ -601,10 +604,14 @@ pub(crate) fn lines(p: *const u8, bytes: usize) -> impl Iterator<Item = *const u
     (0..bytes).step_by(LINE).map(move |i| p.wrapping_add(i))
 }
 
-/// An operation whose order does not matter. No closure, which would be a function of its own without the level's features.
+/// An operation on two vectors. No closure, which would be a function of its own without the level's features.
 pub(crate) trait Fold {
     fn of<S: Simd>(s: S, a: S::V, b: S::V) -> S::V;
 }
+
+/// [`Simd::add`], of levels whose [`Simd::fold_lanes`] goes by the tree of [`Simd::sum_lanes`].
+#[cfg(target_arch = "x86_64")]
+pub(crate) struct Sum;
 
 /// [`Simd::max_bits`].
 pub(crate) struct MaxBits;
@@ -614,6 +621,14 @@ pub(crate) struct Max;
 
 /// [`Simd::min`].
 pub(crate) struct Min;
+
+#[cfg(target_arch = "x86_64")]
+impl Fold for Sum {
+    #[inline(always)]
+    fn of<S: Simd>(s: S, a: S::V, b: S::V) -> S::V {
+        s.add(a, b)
+    }
+}
 
 impl Fold for MaxBits {
     #[inline(always)]

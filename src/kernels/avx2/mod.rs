@@ -105,6 +105,15 @@ impl Avx2 {
         count
     }
 
+    /// Numbers up to 15, with the bits of `flip` inverted, two to a word: the first in the low half of the low byte, or with `swapped` in its
+    /// high half.
+    #[inline(always)]
+    pub fn nibble_pairs(self, numbers: __m256i, flip: __m256i, swapped: bool) -> __m256i {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let numbers = a2._mm256_xor_si256(a2._mm256_min_epu8(numbers, a._mm256_set1_epi8(15)), flip);
+        a2._mm256_maddubs_epi16(numbers, a._mm256_set1_epi16(if swapped { 0x0110 } else { 0x1001 }))
+    }
+
     /// The bytes that were packed from four vectors, in the order of their lanes.
     #[inline(always)]
     fn in_order(self, bytes: __m256i) -> __m256i {
@@ -664,9 +673,7 @@ impl Simd for Avx2 {
             unsafe { _mm256_storeu_si256(p.cast(), self.in_order(a2._mm256_xor_si256(numbers, flip))) };
             return;
         }
-        let numbers = a2._mm256_xor_si256(a2._mm256_min_epu8(numbers, a._mm256_set1_epi8(15)), flip);
-        let places = a._mm256_set1_epi16(if swapped { 0x0110 } else { 0x1001 });
-        let pairs = a2._mm256_maddubs_epi16(numbers, places);
+        let pairs = self.nibble_pairs(numbers, flip, swapped);
         let bytes = a2._mm256_packus_epi16(pairs, pairs);
         let high = a2._mm256_extracti128_si256::<1>(bytes);
         // SAFETY: 16 bytes are writable; the token proves SSE2. A pack took four lanes of each vector.

@@ -2,7 +2,7 @@
 
 use super::avx2::Avx2;
 use super::generic::fp8::{E4m3, E4m3Fraction, E5m2, Fp8};
-use super::simd::{BLOCK, BlockVectors, Fold, MAX_LANES, Simd};
+use super::simd::{BLOCK, BlockVectors, Fold, MAX_LANES, Simd, Sum};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
 use crate::kernels::simd::outline;
@@ -292,29 +292,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn sum_lanes(self, v: &[__m512; MAX_LANES]) -> __m512 {
-        let f = self.0.avx512f;
-        // Each step of the tree halves the number of vectors: lanes with the bit clear continue with the first, the others with the
-        // second. Blends run on every vector port, exchanges on two.
-        let (mut w, second) = ([v[0]; 8], unknown::<0xff00>());
-        for i in 0..8 {
-            let (a, b) = (v[i], v[i + 8]);
-            w[i] = f._mm512_add_ps(f._mm512_mask_blend_ps(second, a, b), f._mm512_shuffle_f32x4::<0b01_00_11_10>(a, b));
-        }
-        let second = unknown::<0xf0f0>();
-        for i in 0..4 {
-            let (a, b) = (w[i], w[i + 4]);
-            let others = f._mm512_mask_blend_ps(second, b, a);
-            let others = f._mm512_shuffle_f32x4::<0b10_11_00_01>(others, others);
-            w[i] = f._mm512_add_ps(f._mm512_mask_blend_ps(second, a, b), others);
-        }
-        let second = unknown::<0xcccc>();
-        for i in 0..2 {
-            let (a, b) = (w[i], w[i + 2]);
-            w[i] = f._mm512_add_ps(f._mm512_mask_blend_ps(second, a, b), f._mm512_shuffle_ps::<0b01_00_11_10>(a, b));
-        }
-        let second = unknown::<0xaaaa>();
-        let others = f._mm512_permute_ps::<0b10_11_00_01>(f._mm512_mask_blend_ps(second, w[1], w[0]));
-        f._mm512_add_ps(f._mm512_mask_blend_ps(second, w[0], w[1]), others)
+        self.fold_lanes::<Sum>(v)
     }
     #[inline(always)]
     fn max_lane(self, a: __m512) -> f32 {
@@ -328,7 +306,8 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn fold_lanes<F: Fold>(self, v: &[__m512; MAX_LANES]) -> __m512 {
         let f = self.0.avx512f;
-        // The tree of `sum_lanes`.
+        // Each step of the tree halves the number of vectors: lanes with the bit clear continue with the first, the others with the
+        // second. Blends run on every vector port, exchanges on two.
         let (mut w, second) = ([v[0]; 8], unknown::<0xff00>());
         for i in 0..8 {
             let (a, b) = (v[i], v[i + 8]);
@@ -613,9 +592,7 @@ impl Simd for Avx512 {
             unsafe { _mm256_storeu_si256(p.cast(), a2._mm256_xor_si256(numbers, flip)) };
             return;
         }
-        let numbers = a2._mm256_xor_si256(a2._mm256_min_epu8(numbers, a._mm256_set1_epi8(15)), flip);
-        let places = a._mm256_set1_epi16(if swapped { 0x0110 } else { 0x1001 });
-        let pairs = a2._mm256_maddubs_epi16(numbers, places);
+        let pairs = self.avx2().nibble_pairs(numbers, flip, swapped);
         // SAFETY: 16 bytes are writable; the token proves BW and VL.
         unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtepi16_epi8(pairs)) };
     }
@@ -633,13 +610,6 @@ impl Simd for Avx512 {
     unsafe fn store_bf16(self, p: *mut bf16, v: __m512) {
         // SAFETY: the caller's.
         unsafe { _mm256_storeu_si256(p.cast(), self.round_bf16(v)) }
-    }
-    #[inline(always)]
-    unsafe fn store_four_f16(self, p: *mut f16, v: [__m512; 4]) {
-        for (i, v) in v.into_iter().enumerate() {
-            // SAFETY: the caller's.
-            unsafe { self.store_f16(p.add(16 * i), v) };
-        }
     }
     #[inline(always)]
     unsafe fn store_four_bf16(self, p: *mut bf16, v: [__m512; 4]) {
