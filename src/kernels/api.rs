@@ -287,6 +287,13 @@ pub(crate) struct AttentionFns {
     pub scratch_bytes: fn(usize, usize, usize) -> usize,
 }
 
+impl AttentionFns {
+    /// The most query rows of a KV head for which loops read the units of both caches.
+    pub fn unit_rows(&self) -> usize {
+        self.pieces.keys.unit_rows.min(self.pieces.values.unit_rows)
+    }
+}
+
 /// Attention over keys of one format and values of another.
 #[derive(Clone, Copy)]
 pub(crate) struct AttentionKernel {

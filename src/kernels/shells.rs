@@ -191,7 +191,7 @@ macro_rules! kernel_shells {
                     unit_bytes: size_of::<T>(),
                     widen: None,
                     widen_elements: elements::<T>(),
-                    reads_units: true,
+                    unit_rows: usize::MAX,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     scores: scores::<T::InLoops>,
                     fractions: if in_fractions::<T>() {
@@ -209,7 +209,7 @@ macro_rules! kernel_shells {
                     unit_bytes: size_of::<T>(),
                     widen: None,
                     widen_elements: elements::<T>(),
-                    reads_units: true,
+                    unit_rows: usize::MAX,
                     deinterleaved: T::DEINTERLEAVES && <$level as Simd>::DEINTERLEAVED_BF16,
                     accumulate: accumulate::<T::InLoops, false>,
                     fractions: if in_fractions::<T>() { <$level as Simd>::E4M3_FRACTION } else { 1.0 },
@@ -238,6 +238,7 @@ macro_rules! kernel_shells {
                     keys: const {
                         &KeyPieces {
                             widen: Some(widen_units::<U>),
+                            unit_rows: generic::attention::unit_rows::<$level>(8 * size_of::<U>() / generic::blocks::N),
                             scores: scores::<Blocks<U>>,
                             ..key_pieces::<f32>()
                         }
@@ -245,6 +246,7 @@ macro_rules! kernel_shells {
                     values: const {
                         &ValuePieces {
                             widen: Some(widen_units::<U>),
+                            unit_rows: generic::attention::unit_rows::<$level>(8 * size_of::<U>() / generic::blocks::N),
                             accumulate: accumulate_blocks::<U>,
                             ..value_pieces::<f32>()
                         }
@@ -258,6 +260,7 @@ macro_rules! kernel_shells {
                     keys: const {
                         &KeyPieces {
                             widen: Some(widen_affine::<BITS>),
+                            unit_rows: generic::attention::unit_rows::<$level>(BITS as usize),
                             scores: scores_affine::<BITS>,
                             ..key_pieces::<f32>()
                         }
@@ -265,6 +268,7 @@ macro_rules! kernel_shells {
                     values: const {
                         &ValuePieces {
                             widen: Some(widen_affine::<BITS>),
+                            unit_rows: generic::attention::unit_rows::<$level>(BITS as usize),
                             accumulate: accumulate_affine::<BITS>,
                             ..value_pieces::<f32>()
                         }

@@ -21,7 +21,7 @@ use crate::problem::attention::Problem;
 use crate::problem::grid::{CHUNK, most_chunks, partial_stride};
 use crate::problem::limits::MAX_HEAD_DIM;
 use crate::problem::masks::BitView;
-use crate::problem::tile::{Tile, reads_blocks};
+use crate::problem::tile::Tile;
 use crate::problem::visibility::{Summary, Visibility};
 use crate::view::{self, BATCH, DIM, Extent, HEADS, RawCacheView, RawView, SEQ, View, ViewMut};
 
@@ -392,12 +392,11 @@ fn workspace_size(kernel: &AttentionFns, q: [usize; 4], k: [usize; 4], v_dim: us
     most(threads).max(most(1))
 }
 
-/// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together, each for so
-/// many query rows of keys or values of `dim` elements. Units that are widened before are read a head at a time.
-fn heads_together(view: &RawCacheView, dim: usize, rows: usize) -> bool {
+/// Whether the heads of a token lie closer together than its neighbours in the sequence, so that several are read together. Units that
+/// are widened before, here those of keys or values of `dim` elements that no loop reads, are read a head at a time.
+fn heads_together(view: &RawCacheView, dim: usize) -> bool {
     let reads_units = match view.dtype {
-        format if format.is_blocks() => reads_blocks(rows),
-        format if format.is_affine() => reads_blocks(rows) && AffineLoops::of(view, dim).is_some(),
+        format if format.is_affine() => AffineLoops::of(view, dim).is_some(),
         _ => true,
     };
     reads_units && view.strides[DIM] == 1 && view.strides[HEADS].unsigned_abs() < view.strides[SEQ].unsigned_abs()
@@ -434,7 +433,7 @@ pub(crate) unsafe fn attention_raw(
     let kernel = context.attention(call.k.dtype, call.v.dtype, call.precision);
     let Summary { longest, chunks, count } = *summary;
     let rows = seq.saturating_mul(heads / k_shape[HEADS].max(1));
-    let together = heads_together(problem.k, d, rows) && heads_together(problem.v, dv, rows);
+    let together = rows <= kernel.unit_rows() && heads_together(problem.k, d) && heads_together(problem.v, dv);
     // An upper bound is enough: it only decides whether threads are worth their start.
     let steps = [batch, heads, seq, longest.min(count * CHUNK), d + dv].into_iter().fold(1, usize::saturating_mul);
     let workers = workers_for(runner, steps, GRAIN);

@@ -10,12 +10,6 @@ pub(crate) const MAX_TILE_ROWS: usize = 480;
 /// The number of query rows of a KV head from which on the packed path pays.
 pub(crate) const PACK_ROWS: usize = 12;
 
-/// Whether so many query rows of a KV head read blocks of several elements from the cache. Loops over blocks take four rows, two or one
-/// at a time, and widen a block each time: where that is more than twice, blocks are widened to rows of f32 before.
-pub(crate) const fn reads_blocks(rows: usize) -> bool {
-    rows <= 6 || rows == 8
-}
-
 /// The query rows and chunks of one kernel call, and the destination of the result.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile {

@@ -279,7 +279,7 @@ fn read_in_loops(level: &Level) {
     for format in FORMATS {
         for granularity in thin(granularities.to_vec()) {
             for (integers, zeros, zero_type) in thin(kinds(&mut rng).to_vec()) {
-                let (tokens, group) = rng.pick(&[(1, 1), (1, 2), (1, 4), (1, 5), (2, 3), (2, 4)]);
+                let (tokens, group) = rng.pick(&[(1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (2, 3), (1, 7), (2, 4)]);
                 let (dim, v_dim) = rng.pick(&[(64, 96), (96, 64), (128, 160)]);
                 let shape = Shape { batch: 2, tokens, kv_heads: heads, group, keys, dim, v_dim };
                 let mut case = Case::new(&mut rng, shape, DType::F32);

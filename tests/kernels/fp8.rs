@@ -191,7 +191,7 @@ fn fused_with_norm_and_rope(level: &Level) {
 /// Attention with no scales, one, and one per head, of both types, is that over what the cache stands for.
 fn scales_of_every_kind(level: &Level) {
     let mut rng = Rng::new(405);
-    for (tokens, group, keys) in thin(vec![(1, 1, 70), (1, 4, 200), (40, 3, 130)]) {
+    for (tokens, group, keys) in thin(vec![(1, 1, 70), (1, 4, 200), (1, 6, 66), (1, 7, 70), (40, 3, 130)]) {
         let shape = Shape { batch: 2, tokens, kv_heads: 3, group, keys, dim: 48, v_dim: 33 };
         for (i, k_scales) in Scales::kinds(3).into_iter().enumerate() {
             for (j, v_scales) in Scales::kinds(3).into_iter().enumerate() {

@@ -390,7 +390,7 @@ fn every_pair_of_formats(level: &Level) {
     // A fifth of the pairs for each shape, others for the next one; where few cases run, a format of keys meets one of values.
     let step = if scale() < 0.05 { CacheFormat::ALL.len() + 1 } else { 5 };
     let mut pairs = 0;
-    for (tokens, group, keys) in thin(vec![(1, 1, 70), (1, 4, 200), (5, 2, 130), (12, 3, 130)]) {
+    for (tokens, group, keys) in thin(vec![(1, 1, 70), (1, 4, 200), (1, 7, 70), (5, 2, 130), (12, 3, 130)]) {
         for (dim, v_dim) in thin(vec![(1, 7), (16, 16), (33, 40), (64, 64), (128, 128), (80, 65)]) {
             let shape = Shape { batch: 2, tokens, kv_heads: 2, group, keys, dim, v_dim };
             for k_format in CacheFormat::ALL {

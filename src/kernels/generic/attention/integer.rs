@@ -135,8 +135,10 @@ pub(crate) unsafe fn scores<P: ByteProducts>(p: P, args: &DirectScores) {
                     _ if n > 0 => n,
                     (1, 16) => dots::<P, 1, 16>(p, args, head, row),
                     (1, _) => dots::<P, 1, 8>(p, args, head, row),
-                    (2 | 3, 16) => dots::<P, 2, 8>(p, args, head, row),
-                    (2 | 3, _) => dots::<P, 2, 4>(p, args, head, row),
+                    (2, 16) => dots::<P, 2, 8>(p, args, head, row),
+                    (2, _) => dots::<P, 2, 4>(p, args, head, row),
+                    (3, 16) => dots::<P, 3, 4>(p, args, head, row),
+                    (3, _) => dots::<P, 3, 2>(p, args, head, row),
                     (_, 16) => dots::<P, 4, 4>(p, args, head, row),
                     _ => dots::<P, 4, 2>(p, args, head, row),
                 }

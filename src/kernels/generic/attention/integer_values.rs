@@ -210,15 +210,12 @@ pub(crate) unsafe fn values<P: WordProducts, U: ValueUnit>(
         for row in (0..tile.head_rows).step_by(ROWS) {
             (weights.first, weights.n) = (head + row, (tile.head_rows - row).min(ROWS));
             integers(&mut weights);
-            let at = |r: usize| scratch.acc.wrapping_add((head + row + r) * scratch.acc_row);
+            let acc = scratch.acc.wrapping_add((head + row) * scratch.acc_row);
             match weights.n {
-                4 => rows::<P, U, 4>(p, args, at(0), 0, row == 0),
-                3 => {
-                    rows::<P, U, 2>(p, args, at(0), 0, row == 0);
-                    rows::<P, U, 1>(p, args, at(2), 2, false);
-                }
-                2 => rows::<P, U, 2>(p, args, at(0), 0, row == 0),
-                _ => rows::<P, U, 1>(p, args, at(0), 0, row == 0),
+                4 => rows::<P, U, 4>(p, args, acc, 0, row == 0),
+                3 => rows::<P, U, 3>(p, args, acc, 0, row == 0),
+                2 => rows::<P, U, 2>(p, args, acc, 0, row == 0),
+                _ => rows::<P, U, 1>(p, args, acc, 0, row == 0),
             }
             for r in (0..weights.n).filter(|&r| weights.in_f32[r]) {
                 (args.in_f32)(head + row + r);

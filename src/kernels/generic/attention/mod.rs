@@ -79,7 +79,7 @@ mod tile;
 mod units;
 mod weighted;
 
-pub(crate) use direct::{DirectScores, DirectValues, IntegerValues, OneValue, all_finite};
+pub(crate) use direct::{DirectScores, DirectValues, IntegerValues, OneValue, all_finite, unit_rows};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use direct::{NEAR_DISTANCE, PrefetchDistances};
 #[cfg(any(target_arch = "x86_64", all(target_arch = "aarch64", target_endian = "little")))]

@@ -18,8 +18,8 @@ pub(crate) struct KeyPieces {
     /// For elements of one byte: the same in the order of [`Self::deinterleaved`], for [`Self::widened_scores`] only, where
     /// [`Simd::WIDENS_ONCE`](crate::kernels::simd::Simd::WIDENS_ONCE).
     pub widen_elements: Option<unsafe fn(&WidenUnits)>,
-    /// Whether [`Self::scores`] reads such units too. Otherwise they are always widened.
-    pub reads_units: bool,
+    /// The most query rows of a KV head for which [`Self::scores`] reads such units. For more, they are widened.
+    pub unit_rows: usize,
     /// Queries are kept in the order that this format's keys have in registers.
     pub deinterleaved: bool,
     /// From the cache.
@@ -52,7 +52,7 @@ pub(crate) struct ValuePieces {
     /// As in [`KeyPieces`], for the direct path.
     pub widen_elements: Option<unsafe fn(&WidenUnits)>,
     /// As in [`KeyPieces`], of [`Self::accumulate`].
-    pub reads_units: bool,
+    pub unit_rows: usize,
     /// Accumulators are kept in the order that this format's values have in registers.
     pub deinterleaved: bool,
     /// From the cache.

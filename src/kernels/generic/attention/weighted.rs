@@ -389,7 +389,7 @@ impl<V: ValueRows> WeightedValues<V> {
                     let at = v.add(n * S::LANES);
                     if const { Self::is_narrow::<S>(R, N) } {
                         // Done, for a turn of keys.
-                    } else if const { V::IN_CACHE && R == 4 && size_of::<V::Element>() == 1 } {
+                    } else if const { V::IN_CACHE && R >= 4 && size_of::<V::Element>() == 1 } {
                         // Bound by arithmetic.
                         self.ahead.distances().prefetch(s, at);
                     } else if V::IN_CACHE && self.ahead.distance != 0 {

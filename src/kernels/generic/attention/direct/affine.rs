@@ -7,7 +7,7 @@
 //! for bytes (q8_0: 12, and 3 for the factor), and 20 for halves of bytes (q4_0: 18, and 3), of which minima make 4 more.
 
 use super::prefetch::{Ahead, Distances};
-use super::{DirectScores, DirectValues, rows_in_loops};
+use super::{DirectScores, DirectValues, PASS_ROWS, rows_in_loops};
 use crate::dtype::DType;
 use crate::kernels::generic::affine::{Bytes, Halves, NUMBERS, Numbers, SignedBytes};
 use crate::kernels::generic::attention::weighted::{Accumulators, add_weighted};
@@ -351,7 +351,7 @@ impl DirectValues<'_> {
 }
 
 /// Upper bound of the products that are computed together.
-const MAX_PRODUCTS: usize = 16;
+const MAX_PRODUCTS: usize = 32;
 
 /// Scores of all rows.
 struct Scores<'a, U, const MINIMA: bool, const CHANNELS: bool> {
@@ -400,7 +400,9 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Scores<'_, U, MINIMA,
     #[inline(always)]
     unsafe fn rows<S: Simd>(&self, s: S, head: usize, keys: KeyRange) {
         // SAFETY: the caller's; the rows of the head are inside the tile.
-        unsafe { rows_in_loops!(S, self.units.block.tile.head_rows, 8, |row| self.dots::<S>(s, head, row, keys)) };
+        unsafe {
+            rows_in_loops!(S, self.units.block.tile.head_rows, PASS_ROWS, 8, |row| self.dots::<S>(s, head, row, keys))
+        };
     }
 
     /// `R` rows of a head, from `row` on, times keys, `C` at a time.
@@ -605,7 +607,7 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Sums<'_, U, MINIMA, C
     unsafe fn rows<S: Simd>(&self, s: S, head: usize, keys: KeyRange, fresh: bool) {
         let rows = self.units.block.tile.head_rows;
         // SAFETY: the caller's; the rows of the head are inside the tile.
-        unsafe { rows_in_loops!(S, rows, 4, |row| self.row_columns::<S>(s, (head, row), keys, fresh)) };
+        unsafe { rows_in_loops!(S, rows, PASS_ROWS, 4, |row| self.row_columns::<S>(s, (head, row), keys, fresh)) };
     }
 
     /// All columns of `R` rows, `N` vectors at a time.

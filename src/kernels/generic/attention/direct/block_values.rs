@@ -1,7 +1,7 @@
 //! Weighted sums of values in blocks that lie in the cache.
 
 use super::prefetch::{Ahead, begins_half_line};
-use super::{DirectValues, rows_in_loops};
+use super::{DirectValues, PASS_ROWS, rows_in_loops};
 use crate::kernels::generic::attention::Block;
 use crate::kernels::generic::attention::weighted::{Accumulators, add_weighted};
 use crate::kernels::generic::blocks::{BlockUnit, N as ELEMENTS};
@@ -17,7 +17,9 @@ impl DirectValues<'_> {
     pub unsafe fn run_blocks<S: Simd, U: BlockUnit>(&self, s: S) {
         for head in self.heads.clone() {
             // SAFETY: the caller's; the rows are inside the tile.
-            unsafe { rows_in_loops!(S, self.block.tile.head_rows, 4, |row| self.rows::<S, U>(s, head, row)) };
+            unsafe {
+                rows_in_loops!(S, self.block.tile.head_rows, PASS_ROWS, 4, |row| self.rows::<S, U>(s, head, row))
+            };
         }
     }
 

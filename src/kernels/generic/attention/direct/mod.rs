@@ -11,9 +11,11 @@
 //!
 //! # What bounds it
 //! Reading K and V, as long as a KV head serves up to about four rows. Every vector of K is loaded (and widened) once for up to
-//! four rows, four keys at a time: on AVX-512, 16 FMAs for 4 loads of K and 4 of Q, and 50 instructions per 16 scores for the sum
-//! over lanes. Every vector of V is loaded once for up to four rows: 16 FMAs for 4 loads and 4 broadcasts. To widen a vector,
-//! bf16 takes one instruction (even and odd elements apart), f16 one, int8 two, E5M2 three, E4M3 five, as a 256th.
+//! four rows, with 32 registers for up to eight, four or two keys at a time: on AVX-512, 16 FMAs for 4 loads of K and 4 of Q, and 50
+//! instructions per 16 scores for the sum over lanes. Every vector of V is loaded once for as many rows: 16 FMAs for 4 loads and 4
+//! broadcasts. To widen a vector, bf16 takes one instruction (even and odd elements apart), f16 one, int8 two, E5M2 three, E4M3 five,
+//! as a 256th. So five to eight rows take 0.65 to 0.95 of the time that two passes of up to four took on a Xeon of the Sapphire Rapids
+//! class, the less, the more instructions widen a vector.
 //! With four rows, formats of eight bits are bound by arithmetic: int8 takes 97 cycles per key and head of 128 on Zen 4, of which the
 //! FMAs are 64, and the sum over lanes about 8, since its 50 instructions hardly overlap with the FMAs of the next keys. (To leave sums
 //! in memory and to add them up later took longer.) While one subblock is computed, the subblocks
@@ -32,16 +34,16 @@
 //!
 //! An element is rounded as the dequantised one is, so that the factor is not moved to the score or the weight. In loops these come to 5.8
 //! cycles for q8_0, 6.1 for q4_0 with one row, and to 11 with four, where products and FMAs share their ports; scores take one cycle
-//! more for the sum over lanes. Loops read keys in their order and prefetch without branches. Where rows would widen a block more than
-//! twice ([`reads_blocks`]), and where masks make single keys matter, blocks are widened to f32 first: a subblock at a time, whose rows
+//! more for the sum over lanes. Loops read keys in their order and prefetch without branches. Where rows would widen a block too often
+//! ([`unit_rows`]), and where masks make single keys matter, blocks are widened to f32 first: a subblock at a time, whose rows
 //! then stay in the first-level cache, at a store and a load per vector.
 //!
 //! Affine units are read so too, by loops for the ways of [`AffineLoops`]: where neighbouring elements of a head share a scale, or tokens
 //! share those of a channel; see `affine`. Others are widened.
 //!
 //! Many rows of long keys ([`Simd::DIRECT_DIM`]), as in latent attention, take this path too and are bound by the FMA ports: keys of a
-//! block stay in the second-level cache while rows pass over them, four at a time. On Zen 4, 16 to 128 rows over keys of 576 and
-//! values of 512 run at 89 to 93 % of the FMA peak; the packed path reaches 64 to 86 %. At AVX2, eight sums are as many as two ports with
+//! block stay in the second-level cache while rows pass over them. On Zen 4, 16 to 128 rows over keys of 576 and
+//! values of 512 run at 89 to 93 % of the FMA peak, four at a time (eight were not timed there); the packed path reaches 64 to 86 %. At AVX2, eight sums are as many as two ports with
 //! a latency of four cycles take. There keys of f32 have twelve, of three rows and four keys, and their values six rows and two vectors.
 //! From [`PACK_ROWS`](crate::problem::tile::PACK_ROWS) rows on, elements of two bytes have twelve too: six rows and two keys, six rows
 //! and two vectors of values. That leaves registers for a vector of both keys and of one row, and for the mask of bf16, whose even and odd
@@ -53,9 +55,9 @@
 //! q8_0 90 %; 16 rows of int8 gain nothing. For f16 and bf16, which are widened by one or two instructions, a copy costs as much as it saves
 //! with 128 rows, and more with 16.
 //!
-//! At AVX2, up to sixteen rows ([`Simd::DIRECT_ROWS`]) take this path where keys of f32, f16 or bf16 are neighbours: what a packed copy
-//! costs is more than what it saves. Where other heads lie between keys, a block competes for a few sets of the first-level cache each
-//! time that rows pass over it.
+//! At AVX2, up to sixteen rows ([`Simd::DIRECT_ROWS`]) take this path where keys of f32, f16 or bf16 are neighbours, at AVX-512 up to
+//! 24: what a packed copy costs is more than what it saves (sixteen rows take 0.7 to 0.9 of the time at AVX-512). Where other heads lie
+//! between keys, a block competes for a few sets of the first-level cache each time that rows pass over it.
 //!
 //! Four rows take loops of their own at AVX2 ([`Simd::NARROW_LOOPS`]), 64 FMAs a key of 128 for scores, and
 //! as many for values. A vector of Q is loaded once for both keys of a step: loaded for each, 72 loads a key are more than 32 cycles
@@ -92,7 +94,7 @@ use crate::kernels::simd::Simd;
 use crate::layout::Packing;
 use crate::problem::affine::AffineLoops;
 use crate::problem::grid::{BLOCK, KeyRange, ones, padded};
-use crate::problem::tile::{Tile, reads_blocks};
+use crate::problem::tile::Tile;
 use crate::view::RawCacheView;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -152,8 +154,8 @@ pub(super) unsafe fn block<S: Simd>(
     unsafe {
         let widen_keys = match pieces.keys.widen {
             Some(widen) => {
-                let in_loops = pieces.keys.reads_units && reads_units(block.p.k, block.d);
-                (!in_loops || widens(block.tile)).then_some(widen)
+                let in_loops = reads_units(block.p.k, block.d) && !widens(block.tile, pieces.keys.unit_rows);
+                (!in_loops).then_some(widen)
             }
             None if pieces.keys.quantize_rows.is_none() && widens_once::<S>(block.p, block.p.k, block.tile) => {
                 pieces.keys.widen_elements
@@ -197,8 +199,9 @@ pub(super) unsafe fn block<S: Simd>(
         }
         let widen_values = match pieces.values.widen {
             Some(widen) => {
-                let in_loops = pieces.values.reads_units && block.all && reads_units(block.p.v, block.dv);
-                (!in_loops || widens(block.tile)).then_some(widen)
+                let widens = widens(block.tile, pieces.values.unit_rows);
+                let in_loops = block.all && reads_units(block.p.v, block.dv) && !widens;
+                (!in_loops).then_some(widen)
             }
             None if block.p.v_packing == Packing::Rows && widens_once::<S>(block.p, block.p.v, block.tile) => {
                 pieces.values.widen_elements
@@ -238,11 +241,11 @@ pub(super) unsafe fn block<S: Simd>(
     }
 }
 
-/// Whether units of several elements are widened to rows of f32 before they are read. A tile of several KV heads has few rows of each
-/// (of some sequences as many as are widened elsewhere).
+/// Whether units that loops read for up to `unit_rows` rows are widened to rows of f32 before. A tile of several KV heads has few rows of
+/// each (of some sequences as many as are widened elsewhere).
 #[inline(always)]
-fn widens(tile: &Tile) -> bool {
-    tile.kv_heads == 1 && !reads_blocks(tile.head_rows)
+fn widens(tile: &Tile, unit_rows: usize) -> bool {
+    tile.kv_heads == 1 && tile.head_rows > unit_rows
 }
 
 /// Whether values are the first elements of their keys (latent attention), so that a widened copy of the keys serves both.
@@ -264,11 +267,32 @@ fn reads_units(cache: &RawCacheView, dim: usize) -> bool {
     cache.affine.is_none() || AffineLoops::of(cache, dim).is_some()
 }
 
-/// Calls a loop over units of several elements, or that are described, for `$rows` query rows, from `$row` on, with two more parameters:
-/// how many rows it takes, and how many keys or vectors, which are as many as registers allow (`$alone` for one row, where they are few).
-/// Few loops, since there are many formats.
+/// The most rows that one pass over units takes at levels with many registers, and at others.
+const PASS_ROWS: usize = 8;
+const FEW_PASS_ROWS: usize = 4;
+
+/// The most query rows of a KV head that read units of so many bits per element from the cache: those of one pass, or of two where that
+/// takes less than to widen units to rows of f32, as it does for bytes.
+pub(crate) const fn unit_rows<S: Simd>(bits: usize) -> usize {
+    match bits {
+        _ if S::FEW_LOOPS => 1,
+        _ if !S::FEW_REGISTERS => PASS_ROWS,
+        8 => 2 * FEW_PASS_ROWS,
+        _ => FEW_PASS_ROWS,
+    }
+}
+
+/// Rows of the next pass of `left` rows there, up to `most`: few passes, of nearly equal size.
+#[inline(always)]
+const fn rows_of_pass(left: usize, most: usize) -> usize {
+    left.div_ceil(left.div_ceil(most))
+}
+
+/// Calls a loop over units that are widened, for `$rows` query rows, from `$row` on, with two more parameters: how many rows it takes, and
+/// how many keys or vectors, which are as many as registers allow (`$alone` for one row, where they are few). All rows take what is
+/// widened once, if registers suffice for `$most`. Few loops where they do not, since there are many formats.
 macro_rules! rows_in_loops {
-    ($level:ty, $rows:expr, $alone:literal, |$row:ident| $this:ident.$function:ident::<$($type:ty),*>($($argument:expr),*)) => {{
+    ($level:ty, $rows:expr, $most:expr, $alone:literal, |$row:ident| $this:ident.$function:ident::<$($type:ty),*>($($argument:expr),*)) => {{
         let (mut $row, rows) = (0, $rows);
         while $row < rows {
             let left = rows - $row;
@@ -280,25 +304,27 @@ macro_rules! rows_in_loops {
                     $this.$function::<$($type,)* 4, 2>($($argument),*);
                     4
                 }
-            } else {
-                if const { <$level as Simd>::FEW_REGISTERS } {
-                    match left {
-                        1 => $this.$function::<$($type,)* 1, $alone>($($argument),*),
-                        2 | 3 => $this.$function::<$($type,)* 2, 4>($($argument),*),
-                        _ => $this.$function::<$($type,)* 4, 2>($($argument),*),
-                    }
-                } else {
-                    match left {
-                        1 => $this.$function::<$($type,)* 1, 8>($($argument),*),
-                        2 | 3 => $this.$function::<$($type,)* 2, 8>($($argument),*),
-                        _ => $this.$function::<$($type,)* 4, 4>($($argument),*),
-                    }
-                }
+            } else if const { <$level as Simd>::FEW_REGISTERS } {
                 match left {
-                    4.. => 4,
-                    2 | 3 => 2,
-                    _ => 1,
+                    1 => $this.$function::<$($type,)* 1, $alone>($($argument),*),
+                    2 => $this.$function::<$($type,)* 2, 4>($($argument),*),
+                    3 => $this.$function::<$($type,)* 3, 2>($($argument),*),
+                    _ => $this.$function::<$($type,)* 4, 2>($($argument),*),
                 }
+                left.min(super::FEW_PASS_ROWS)
+            } else {
+                let pass = super::rows_of_pass(left, $most);
+                match pass {
+                    1 => $this.$function::<$($type,)* 1, 8>($($argument),*),
+                    2 => $this.$function::<$($type,)* 2, 8>($($argument),*),
+                    3 => $this.$function::<$($type,)* 3, 4>($($argument),*),
+                    4 => $this.$function::<$($type,)* 4, 4>($($argument),*),
+                    5 => $this.$function::<$($type,)* 5, 4>($($argument),*),
+                    6 => $this.$function::<$($type,)* 6, 2>($($argument),*),
+                    7 => $this.$function::<$($type,)* 7, 2>($($argument),*),
+                    _ => $this.$function::<$($type,)* 8, 2>($($argument),*),
+                }
+                pass
             };
         }
     }};

@@ -1,8 +1,8 @@
 //! Dot products of query rows with keys that lie in the cache.
 
 use super::prefetch::{Ahead, Distances, begins_half_line};
-use super::rows_in_loops;
-use crate::kernels::generic::attention::{Block, KeyPointers, Units};
+use super::{PASS_ROWS, rows_in_loops};
+use crate::kernels::generic::attention::{Block, KeyPointers, SUBBLOCK, Units};
 use crate::kernels::simd::{MAX_LANES, Outlined, Simd};
 use crate::problem::grid::{BLOCK, KeyRange};
 use crate::problem::tile::PACK_ROWS;
@@ -12,7 +12,10 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Upper bound of [`Simd::PARALLEL_DOTS`].
-pub const MAX_PARALLEL_DOTS: usize = 16;
+pub const MAX_PARALLEL_DOTS: usize = 32;
+
+/// Bytes of the smallest first-level cache.
+const FIRST_LEVEL: usize = 32 << 10;
 
 /// Scores of all rows with the keys of a subblock.
 #[derive(Clone, Copy)]
@@ -33,20 +36,15 @@ impl DirectScores<'_> {
     #[inline(always)]
     pub unsafe fn run<S: Simd, T: Units>(self, s: S) {
         let rows = self.block.tile.head_rows;
+        // Keys of a subblock stay in the first-level cache from pass to pass, if the queries of one leave them room.
+        let long =
+            self.keys.len() <= SUBBLOCK && (SUBBLOCK + PASS_ROWS) * self.block.d * size_of::<f32>() > FIRST_LEVEL;
+        let most = if long { PASS_ROWS / 2 } else { PASS_ROWS };
         for head in 0..self.block.tile.kv_heads {
             // SAFETY: the caller's; the rows of the head are inside the tile.
             unsafe {
-                if const { S::FEW_LOOPS } {
-                    for row in (0..rows / 4 * 4).step_by(4) {
-                        self.dots::<S, T, 4, 2>(s, head, row);
-                    }
-                    for row in rows / 4 * 4..rows {
-                        self.dots::<S, T, 1, 2>(s, head, row);
-                    }
-                    continue;
-                }
-                if const { T::ELEMENTS > 1 } {
-                    rows_in_loops!(S, rows, 8, |row| self.dots::<S, T>(s, head, row));
+                if const { S::FEW_LOOPS || !S::FEW_REGISTERS || T::ELEMENTS > 1 } {
+                    rows_in_loops!(S, rows, most, 8, |row| self.dots::<S, T>(s, head, row));
                     continue;
                 }
                 // What sixes or threes leave goes by four.
@@ -67,21 +65,12 @@ impl DirectScores<'_> {
                     // Loops of one and two rows have no test of their own for the first rows.
                     let few = if row == 0 { self } else { Self { ahead: Ahead::NONE, ..self } };
                     // Sixteen keys would fill the tree over lanes, but one row is bound by memory, where fewer streams are faster.
-                    if left == 1 {
-                        few.dots::<S, T, 1, 8>(s, head, row);
-                    } else if const { S::FEW_REGISTERS } {
-                        match left {
-                            2 => few.dots::<S, T, 2, 4>(s, head, row),
-                            3 if const { twelve::<S, T>() } => self.dots::<S, T, 3, 4>(s, head, row),
-                            3 => self.dots::<S, T, 3, 2>(s, head, row),
-                            _ => self.dots::<S, T, 4, 2>(s, head, row),
-                        }
-                    } else {
-                        match left {
-                            2 => few.dots::<S, T, 2, 8>(s, head, row),
-                            3 => self.dots::<S, T, 3, 4>(s, head, row),
-                            _ => self.dots::<S, T, 4, 4>(s, head, row),
-                        }
+                    match left {
+                        1 => few.dots::<S, T, 1, 8>(s, head, row),
+                        2 => few.dots::<S, T, 2, 4>(s, head, row),
+                        3 if const { twelve::<S, T>() } => self.dots::<S, T, 3, 4>(s, head, row),
+                        3 => self.dots::<S, T, 3, 2>(s, head, row),
+                        _ => self.dots::<S, T, 4, 2>(s, head, row),
                     }
                 }
             }
@@ -232,7 +221,7 @@ impl DirectScores<'_> {
                     }
                     next += C;
                     // The first tokens of a sequence have few keys: a last one alone is not worth the products of several.
-                    if const { T::ELEMENTS == 1 && R == 4 && C > 1 } && high - j == 1 {
+                    if const { T::ELEMENTS == 1 && R >= 4 && C > 1 } && high - j == 1 {
                         self.sums::<S, T, R, 1>(s, head, row, |_| j, distances, &mut sums);
                         for r in 0..R {
                             *out.add(r * BLOCK + j) = sums[r];

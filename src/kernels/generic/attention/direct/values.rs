@@ -1,6 +1,7 @@
 //! Weighted sums of values that lie in the cache.
 
 use super::prefetch::Ahead;
+use super::{PASS_ROWS, rows_of_pass};
 use crate::kernels::generic::attention::row_pairs::load_two;
 use crate::kernels::generic::attention::weighted::{ValueRows, WeightedValues, load_up_to};
 use crate::kernels::generic::attention::{Block, KeyPointers};
@@ -85,20 +86,27 @@ impl DirectValues<'_> {
                         row += 6;
                         continue;
                     }
-                    if left == 1 {
-                        piece.columns::<S, 1, 8>(s, dv);
-                    } else if const { S::FEW_REGISTERS } {
-                        match left {
-                            2 => piece.columns::<S, 2, 4>(s, dv),
-                            3 => piece.columns::<S, 3, 2>(s, dv),
-                            _ => piece.columns::<S, 4, 2>(s, dv),
-                        }
-                    } else {
-                        match left {
+                    if const { !S::FEW_REGISTERS } {
+                        let pass = rows_of_pass(left, PASS_ROWS);
+                        match pass {
+                            1 => piece.columns::<S, 1, 8>(s, dv),
                             2 => piece.columns::<S, 2, 8>(s, dv),
                             3 => piece.columns::<S, 3, 8>(s, dv),
-                            _ => piece.columns::<S, 4, 4>(s, dv),
+                            4 => piece.columns::<S, 4, 4>(s, dv),
+                            5 => piece.columns::<S, 5, 4>(s, dv),
+                            6 if const { size_of::<T>() > 1 } => piece.columns::<S, 6, 4>(s, dv),
+                            6 => piece.columns::<S, 6, 2>(s, dv),
+                            7 => piece.columns::<S, 7, 2>(s, dv),
+                            _ => piece.columns::<S, 8, 2>(s, dv),
                         }
+                        row += pass;
+                        continue;
+                    }
+                    match left {
+                        1 => piece.columns::<S, 1, 8>(s, dv),
+                        2 => piece.columns::<S, 2, 4>(s, dv),
+                        3 => piece.columns::<S, 3, 2>(s, dv),
+                        _ => piece.columns::<S, 4, 2>(s, dv),
                     }
                 }
                 row += 4;
