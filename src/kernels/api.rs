@@ -283,15 +283,10 @@ pub(crate) struct AttentionFns {
     pub row_step: usize,
     /// The most KV heads of a tile.
     pub max_heads: usize,
+    /// The most query rows of a KV head in a tile of several.
+    pub direct_rows: usize,
     /// Scratch bytes for `(rows, dim, v_dim)`, a multiple of 64.
     pub scratch_bytes: fn(usize, usize, usize) -> usize,
-}
-
-impl AttentionFns {
-    /// The most query rows of a KV head for which loops read the units of both caches.
-    pub fn unit_rows(&self) -> usize {
-        self.pieces.keys.unit_rows.min(self.pieces.values.unit_rows)
-    }
 }
 
 /// Attention over keys of one format and values of another.
@@ -304,7 +299,8 @@ impl AttentionKernel {
     /// The kernel for keys in the format of `keys` and values in the format of `values`. Both are of one level; if it
     /// is partial, they are the same.
     pub fn new(keys: AttentionFns, values: AttentionFns, tuning: Tuning) -> Self {
-        Self { fns: AttentionFns { pieces: Pieces { keys: keys.pieces.keys, tuning, ..values.pieces }, ..keys } }
+        let pieces = Pieces { keys: keys.pieces.keys, tuning, ..values.pieces };
+        Self { fns: AttentionFns { pieces, direct_rows: keys.direct_rows.min(values.direct_rows), ..keys } }
     }
 
     /// # Safety

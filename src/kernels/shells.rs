@@ -296,15 +296,17 @@ macro_rules! kernel_shells {
                 ]
             };
             pub(in $crate::kernels) const fn attention<T: Load>() -> AttentionFns {
-                attention_of(pieces::<T>())
+                attention_of(pieces::<T>(), generic::attention::direct_rows::<$level>(size_of::<T>()))
             }
             pub(in $crate::kernels) const fn block_attention<U: BlockUnit>() -> AttentionFns {
-                attention_of(block_pieces::<U>())
+                let pieces = block_pieces::<U>();
+                attention_of(pieces, pieces.keys.unit_rows)
             }
             pub(super) const fn affine_attention<const BITS: u32>() -> AttentionFns {
-                attention_of(affine_pieces::<BITS>())
+                let pieces = affine_pieces::<BITS>();
+                attention_of(pieces, pieces.keys.unit_rows)
             }
-            const fn attention_of(pieces: Pieces) -> AttentionFns {
+            const fn attention_of(pieces: Pieces, direct_rows: usize) -> AttentionFns {
                 AttentionFns {
                     tile,
                     reduce,
@@ -312,6 +314,7 @@ macro_rules! kernel_shells {
                     max_rows: MAX_TILE_ROWS,
                     row_step: 2 * TILE_ROWS,
                     max_heads: usize::MAX,
+                    direct_rows,
                     scratch_bytes: Scratch::bytes,
                 }
             }

@@ -433,7 +433,7 @@ pub(crate) unsafe fn attention_raw(
     let kernel = context.attention(call.k.dtype, call.v.dtype, call.precision);
     let Summary { longest, chunks, count } = *summary;
     let rows = seq.saturating_mul(heads / k_shape[HEADS].max(1));
-    let together = rows <= kernel.unit_rows() && heads_together(problem.k, d) && heads_together(problem.v, dv);
+    let together = rows <= kernel.direct_rows && heads_together(problem.k, d) && heads_together(problem.v, dv);
     // An upper bound is enough: it only decides whether threads are worth their start.
     let steps = [batch, heads, seq, longest.min(count * CHUNK), d + dv].into_iter().fold(1, usize::saturating_mul);
     let workers = workers_for(runner, steps, GRAIN);

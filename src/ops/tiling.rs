@@ -4,7 +4,7 @@ use crate::cpu::cache;
 use crate::kernels::api::AttentionFns;
 use crate::parallel::MAX_WORKERS;
 use crate::problem::grid::{BLOCK, Chunks, most_chunks, padded, partial_stride};
-use crate::problem::tile::{PACK_ROWS, Tile};
+use crate::problem::tile::Tile;
 use crate::view::{HEADS, SEQ};
 
 /// The cut of query rows into tiles. It depends on shapes, lengths, threads and the CPU's cache only, and no bit of a result
@@ -63,7 +63,7 @@ impl Tiling {
         let (keys, kv_heads) = (k[SEQ], k[HEADS].max(1));
         let rows = seq.saturating_mul(heads / kv_heads).max(1);
         let jobs = 2 * workers;
-        let (tile_heads, tile_rows) = if together && rows < PACK_ROWS {
+        let (tile_heads, tile_rows) = if together && rows <= kernel.direct_rows {
             let groups = jobs.div_ceil(batch.saturating_mul(chunks).max(1));
             let heads = kv_heads.div_ceil(if workers > 1 { groups } else { 1 });
             (heads.min(kernel.max_rows / rows).min(kernel.max_heads), rows)

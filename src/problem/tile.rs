@@ -14,7 +14,7 @@ pub(crate) const PACK_ROWS: usize = 12;
 #[derive(Clone, Copy)]
 pub(crate) struct Tile {
     pub batch: usize,
-    /// KV heads `kv_head..kv_head + kv_heads`; several only if there are fewer than [`PACK_ROWS`] rows of each.
+    /// KV heads `kv_head..kv_head + kv_heads`; several only if there are few rows of each.
     pub kv_head: usize,
     pub kv_heads: usize,
     /// Query rows `first_row..first_row + head_rows` of every KV head. Query row r belongs to token `r / group` and to

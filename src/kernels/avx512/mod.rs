@@ -164,6 +164,7 @@ impl Simd for Avx512 {
     const PARALLEL_DOTS: usize = 16;
     const DIRECT_DIM: usize = 512;
     const DIRECT_ROWS: usize = 24;
+    const WIDENS_ONCE: bool = true;
     const DEINTERLEAVED_BF16: bool = true;
     const E4M3_FRACTION: f32 = 256.0;
     const WRITES_SEVERAL: bool = true;

@@ -128,6 +128,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
         max_rows: MAX_ROWS,
         row_step: 2 * LANES,
         max_heads: MAX_HEADS,
+        direct_rows: LANES,
         scratch_bytes: scratch::scratch_bytes,
     }
 }

@@ -101,6 +101,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
         max_rows: MAX_TILE_ROWS,
         row_step: 2 * TILE_ROWS,
         max_heads: usize::MAX,
+        direct_rows: PACK_ROWS - 1,
         scratch_bytes,
     }
 }

@@ -104,7 +104,7 @@ pub(crate) use softmax::Softmax;
 pub(crate) use state::reduce;
 
 pub(crate) use pieces::{KeyFractions, KeyPieces, PairPieces, Pieces, ValuePieces};
-pub(crate) use products::{Block, Products, VectorProducts};
+pub(crate) use products::{Block, Products, VectorProducts, direct_rows};
 pub(crate) use scratch::{RowState, Scratch};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use tile::row_lines;

@@ -77,12 +77,18 @@ pub(crate) trait Products<S: Simd> {
 /// every row.
 const DIRECT_TOKENS: usize = 32;
 
+/// The most query rows of a KV head in a tile of several, for elements of so many bytes. Those of one byte are widened at every pass.
+pub(crate) const fn direct_rows<S: Simd>(bytes: usize) -> usize {
+    if bytes > 1 { S::DIRECT_ROWS } else { PACK_ROWS - 1 }
+}
+
 /// Whether the rows of a tile take the [`packed`] path.
 #[inline(always)]
 fn is_packed<S: Simd>(pieces: &Pieces, p: &Problem, tile: &Tile) -> bool {
     let direct = pieces.keys.quantize_rows.is_some()
         || p.q.shape[3] >= S::DIRECT_DIM && tile.head_rows <= DIRECT_TOKENS * p.group
-        || tile.head_rows <= S::DIRECT_ROWS && reads_again(p);
+        || tile.head_rows <= S::DIRECT_ROWS && reads_again(p)
+        || tile.kv_heads > 1;
     tile.head_rows >= PACK_ROWS && !direct
 }
 

@@ -97,7 +97,7 @@ use crate::layout::Packing;
 use crate::problem::attention::Problem;
 use crate::problem::grid::{BLOCK, KeyRange, padded};
 use crate::problem::limits::MAX_HEAD_DIM;
-use crate::problem::tile::{MAX_TILE_ROWS, Tile};
+use crate::problem::tile::{MAX_TILE_ROWS, PACK_ROWS, Tile};
 use groups::{Group, groups};
 use half::bf16;
 use state::shrink;
@@ -131,6 +131,7 @@ pub(super) const fn functions<const HIGH: bool>() -> AttentionFns {
         max_rows: MAX_TILE_ROWS,
         row_step: 2 * TILE_PAIRS,
         max_heads: 1,
+        direct_rows: PACK_ROWS - 1,
         scratch_bytes,
     }
 }
