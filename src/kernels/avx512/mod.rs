@@ -473,6 +473,11 @@ impl Simd for Avx512 {
         self.widen_e4m3_fraction(unsafe { _mm_loadu_si128(p.cast()) })
     }
     #[inline(always)]
+    unsafe fn load_part_e4m3_fraction(self, p: *const E4m3Fraction, n: usize) -> __m512 {
+        // SAFETY: masked-off bytes are not read.
+        self.widen_e4m3_fraction(unsafe { _mm_maskz_loadu_epi8(Self::prefix(n), p.cast()) })
+    }
+    #[inline(always)]
     unsafe fn load_e5m2(self, p: *const E5m2) -> __m512 {
         // SAFETY: sixteen bytes are readable.
         self.widen_e5m2(unsafe { _mm_loadu_si128(p.cast()) })

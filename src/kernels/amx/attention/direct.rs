@@ -12,14 +12,15 @@
 
 use super::super::tiles::{Operand, ROW_BYTES, TILE_BYTES, Tiles};
 use super::scratch::{Group, SCORES_ROW, SECOND_TERM, Sizes, WEIGHTS};
-use super::values::pack_values;
+use super::values::{first_elements, pack_values};
 use super::{Call, DEPTH, LANES, PARTS};
 use crate::kernels::avx512::Avx512;
 use crate::kernels::generic::attention::{KeyPointers, SUBBLOCK, are_pairs};
 use crate::kernels::simd::{LINE, MAX_LANES, Simd};
-use crate::problem::grid::{BLOCK, KeyRange, ones};
+use crate::problem::grid::{BLOCK, KeyRange};
 use half::bf16;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Rows that are transposed by fewer instructions.
@@ -81,14 +82,26 @@ pub(super) unsafe fn scores(
     let used = key_range.low / LANES..key_range.high.div_ceil(LANES);
     // SAFETY: the caller's.
     unsafe {
-        let (first, stride) = place_keys(call, head, key_range, k);
+        let whole = key_range.len() == BLOCK && sizes.d == sizes.dk;
+        let stride = if whole { k.stride(key_range, 1) } else { None };
+        let first = k.key(head, key_range.low).cast::<u8>();
+        let mut keys = [const { MaybeUninit::uninit() }; BLOCK / LANES];
+        if stride.is_none() {
+            super::place_block(s, call, head, key_range, k, &mut keys);
+        }
         tiles.zero();
         for step in 0..steps {
             for term in 0..*terms {
                 tiles.hold(scratch.q.add(((head * terms + term) * steps + step) * TILE_BYTES));
-                let key = first.wrapping_add(step * ROW_BYTES as usize);
                 four_times!(i => if used.contains(&i) {
-                    tiles.add::<false>(i, key.wrapping_offset((i * LANES) as isize * stride), stride);
+                    let (key, stride) = match stride {
+                        Some(stride) => {
+                            let key = first.wrapping_offset((i * LANES) as isize * stride);
+                            (key.wrapping_add(step * ROW_BYTES as usize), stride)
+                        }
+                        None => keys[i].assume_init_ref().step(step),
+                    };
+                    tiles.add::<false>(i, key, stride);
                     ahead.prefetch(s);
                 });
             }
@@ -215,8 +228,8 @@ struct Ahead<'a> {
     step: usize,
     key: usize,
     end: usize,
-    /// Lines of a row, and whether rows follow each other.
-    lines: usize,
+    /// Bytes of a row, and whether rows follow each other.
+    bytes: usize,
     together: bool,
     /// The next line, and those that are left of a run; 0 at the end.
     line: *const u8,
@@ -229,9 +242,9 @@ impl<'a> Ahead<'a> {
     fn new(call: &Call, head: usize, rows: KeyPointers<'a, bf16>, width: usize, step: usize) -> Self {
         let heads = call.tile.kv_heads;
         let part = |head: usize| head * (BLOCK / step) / heads * step;
-        let (key, end, lines) = (part(head), part(head + 1), (heads * width).div_ceil(LINE));
-        let together = rows.seq_offset(1) == (lines * LINE) as isize;
-        let mut ahead = Self { rows, step, key, end, lines, together, line: std::ptr::null(), left: 0 };
+        let (key, end, bytes) = (part(head), part(head + 1), heads * width);
+        let together = rows.seq_offset(1) == bytes as isize;
+        let mut ahead = Self { rows, step, key, end, bytes, together, line: std::ptr::null(), left: 0 };
         ahead.begin_run();
         ahead
     }
@@ -245,7 +258,7 @@ impl<'a> Ahead<'a> {
             if !row.is_null() {
                 let run = if self.together { (self.key / SUBBLOCK + 1) * SUBBLOCK } else { self.key + self.step };
                 let run = run.min(self.end) - self.key;
-                (self.line, self.left) = (row.cast(), run / self.step * self.lines);
+                (self.line, self.left) = (row.cast(), (run / self.step * self.bytes).div_ceil(LINE));
                 self.key += run;
             }
         }
@@ -357,34 +370,80 @@ unsafe fn transpose_few(_: Avx512, from: *const f32) -> [__m512; FEW_ROWS] {
     }
 }
 
-/// The keys of a block as rows of whole tiles: the first, and the bytes from one to the next. They are in the cache, or in a copy with
-/// zeros around the key range and after each head.
+/// Sixteen keys as rows of tiles: in the cache those of the first steps, and in a copy those of the others.
+#[derive(Clone, Copy)]
+pub(super) struct PlacedKeys {
+    /// The first key, and the bytes from one to the next.
+    cache: (Operand, isize),
+    in_cache: usize,
+    copy: (Operand, isize),
+}
+
+impl PlacedKeys {
+    /// The elements of a step.
+    #[inline(always)]
+    fn step(&self, step: usize) -> (Operand, isize) {
+        let ((keys, stride), step) =
+            if step < self.in_cache { (self.cache, step) } else { (self.copy, step - self.in_cache) };
+        (keys.wrapping_add(step * ROW_BYTES as usize), stride)
+    }
+}
+
+/// [`place_keys`] for all of a key range.
 ///
 /// # Safety
-/// The key range is inside K.
+/// As [`place_keys`].
 #[inline(always)]
-unsafe fn place_keys(call: &Call, head: usize, key_range: KeyRange, k: KeyPointers<bf16>) -> (Operand, isize) {
-    let Sizes { d, dk, .. } = call.sizes;
-    if d == dk
-        && key_range.len() == BLOCK
-        && let Some(stride) = k.stride(key_range, 1)
-    {
-        return (k.key(head, 0).cast(), stride);
+pub(super) unsafe fn place_block(
+    s: Avx512,
+    call: &Call,
+    head: usize,
+    key_range: KeyRange,
+    k: KeyPointers<bf16>,
+    keys: &mut [MaybeUninit<PlacedKeys>; BLOCK / LANES],
+) {
+    for i in key_range.low / LANES..key_range.high.div_ceil(LANES) {
+        // SAFETY: the caller's.
+        unsafe { keys[i].write(place_keys(s, call, (head, i), key_range, k)) };
     }
-    let copy = call.scratch.k.cast::<u16>();
-    for j in key_range.low / LANES * LANES..key_range.high.next_multiple_of(LANES) {
-        // SAFETY: the caller's; masked-off lanes are not accessed. The copy has room for 64 keys.
+}
+
+/// The `i`-th sixteen keys of a block. Copies what a tile cannot read from the cache, with zeros around the key range and after each head:
+/// of keys that are a constant apart, the last step if a head ends in it, otherwise everything.
+///
+/// # Safety
+/// The key range is inside K, and some of these keys in it.
+#[inline(always)]
+unsafe fn place_keys(
+    s: Avx512,
+    call: &Call,
+    (head, i): (usize, usize),
+    key_range: KeyRange,
+    k: KeyPointers<bf16>,
+) -> PlacedKeys {
+    let Sizes { d, dk, .. } = call.sizes;
+    let keys = KeyRange { low: key_range.low.max(i * LANES), high: key_range.high.min((i + 1) * LANES) };
+    let stride = if keys.len() == LANES { k.stride(keys, 1) } else { None };
+    let in_cache = if stride.is_some() { d / DEPTH } else { 0 };
+    let (copy, first) = (call.scratch.k.cast::<u16>().wrapping_add(i * LANES * dk), in_cache * DEPTH);
+    let width = dk - first;
+    for j in i * LANES..if width == 0 { 0 } else { (i + 1) * LANES } {
+        // SAFETY: the caller's. The copy has room for 64 keys.
         unsafe {
-            let row = copy.add(j * dk);
-            if j < key_range.low || j >= key_range.high {
-                std::ptr::write_bytes(row, 0, dk);
+            let row = copy.add(j % LANES * width);
+            if j < keys.low || j >= keys.high {
+                std::ptr::write_bytes(row, 0, width);
                 continue;
             }
-            for i in (0..dk).step_by(DEPTH) {
-                let x = _mm512_maskz_loadu_epi16(ones(d - i) as u32, k.key(head, j).wrapping_add(i).cast());
-                _mm512_storeu_si512(row.add(i).cast(), x);
+            for i in (first..dk).step_by(DEPTH) {
+                let x = first_elements(s, k.key(head, j).wrapping_add(i), d - i);
+                _mm512_storeu_si512(row.add(i - first).cast(), x);
             }
         }
     }
-    (copy.cast(), (dk * size_of::<bf16>()) as isize)
+    PlacedKeys {
+        cache: (k.key(head, keys.low).cast(), stride.unwrap_or(0)),
+        in_cache,
+        copy: (copy.cast(), (width * size_of::<bf16>()) as isize),
+    }
 }

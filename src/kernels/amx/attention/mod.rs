@@ -202,6 +202,20 @@ level_functions! {
     }
 
     /// # Safety
+    /// As [`direct::place_block`].
+    unsafe fn place_block(
+        s: Avx512,
+        call: &Call,
+        head: usize,
+        key_range: KeyRange,
+        k: KeyPointers<bf16>,
+        keys: &mut [MaybeUninit<direct::PlacedKeys>; BLOCK / LANES],
+    ) {
+        // SAFETY: the caller's.
+        unsafe { direct::place_block(s, call, head, key_range, k, keys) }
+    }
+
+    /// # Safety
     /// As [`direct::outputs`].
     unsafe fn direct_outputs<const HIGH: bool>(
         s: Avx512,

@@ -55,6 +55,16 @@ pub(super) unsafe fn pack_values(
     }
 }
 
+/// Up to `n` elements at `from`, zeros otherwise.
+///
+/// # Safety
+/// They are readable.
+#[inline(always)]
+pub(super) unsafe fn first_elements(_: Avx512, from: *const bf16, n: usize) -> __m512i {
+    // SAFETY: the caller's; masked-off lanes are not accessed. The first argument proves the features.
+    unsafe { _mm512_maskz_loadu_epi16(ones(n.min(DEPTH)) as u32, from.cast()) }
+}
+
 /// The values of a block and KV head, which go to tiles.
 struct Values<'a> {
     call: &'a Call<'a>,
@@ -75,9 +85,8 @@ impl Values<'_> {
     /// The keys are readable, the tiles writable.
     #[inline(always)]
     unsafe fn pack<const CLEAN: bool>(&self, s: Avx512) -> bool {
-        let Sizes { dv, dvp, .. } = self.call.sizes;
         // What is not whole takes a test for each vector.
-        let whole = self.key_range.len() == BLOCK && dv == dvp && (self.pairs || !self.call.natural);
+        let whole = self.key_range.len() == BLOCK && (self.pairs || !self.call.natural);
         // SAFETY: the caller's.
         unsafe {
             match (whole && !CLEAN, self.pairs) {
@@ -95,7 +104,7 @@ impl Values<'_> {
         self.call.scratch.v.wrapping_add(tile * TILE_BYTES + j % DEPTH / 2 * ROW_BYTES as usize)
     }
 
-    /// [`Self::pack`] of a whole block whose heads fill tiles, and lie in rows or, with `PAIRS`, in pairs of rows.
+    /// [`Self::pack`] of a whole block that lies in rows or, with `PAIRS`, in pairs of rows.
     ///
     /// # Safety
     /// As [`Self::pack`].
@@ -113,11 +122,18 @@ impl Values<'_> {
                         self.prefetch_next(s, j, column);
                     }
                     let at = if PAIRS {
-                        [rows[0].add(2 * column), rows[0].add(2 * column + DEPTH)]
+                        [rows[0].add(2 * column), rows[0].wrapping_add(2 * column + DEPTH)]
                     } else {
                         [rows[0].add(column), rows[1].add(column)]
                     };
-                    let x = [_mm512_loadu_si512(at[0].cast()), _mm512_loadu_si512(at[1].cast())];
+                    let left = dv - column;
+                    let x = if left >= DEPTH {
+                        [_mm512_loadu_si512(at[0].cast()), _mm512_loadu_si512(at[1].cast())]
+                    } else if PAIRS {
+                        [first_elements(s, at[0], 2 * left), first_elements(s, at[1], (2 * left).saturating_sub(DEPTH))]
+                    } else {
+                        [first_elements(s, at[0], left), first_elements(s, at[1], left)]
+                    };
                     for (x, largest) in x.iter().zip(&mut largest) {
                         *largest = _mm512_max_epu16(*largest, _mm512_and_si512(*x, exponent));
                     }
@@ -201,7 +217,7 @@ impl Values<'_> {
     #[inline(always)]
     unsafe fn load<const CLEAN: bool>(
         &self,
-        _: Avx512,
+        s: Avx512,
         key: usize,
         first: usize,
         n: usize,
@@ -213,8 +229,7 @@ impl Values<'_> {
                 return _mm512_setzero_si512();
             }
             let exponent = _mm512_set1_epi16(EXPONENT);
-            let from = self.v.key(self.head, key).wrapping_add(first);
-            let x = _mm512_maskz_loadu_epi16(ones(n.min(DEPTH)) as u32, from.cast());
+            let x = first_elements(s, self.v.key(self.head, key).wrapping_add(first), n);
             if CLEAN {
                 let finite = _mm512_cmpneq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
                 return _mm512_maskz_mov_epi16(finite, x);
