@@ -34,8 +34,8 @@ pub(crate) trait Simd: Copy {
     /// Keys of so many elements are read from the cache on any number of query rows of a few tokens: the longer a key, the less the
     /// sum over lanes counts, and what a packed copy costs is then more than what it saves.
     const DIRECT_DIM: usize = usize::MAX;
-    /// Up to so many query rows of a KV head are read from a cache of f32, f16 or bf16 where keys are neighbours or several heads of a key
-    /// are, whatever their size.
+    /// So many query rows of a KV head take the direct path over f32, f16 or bf16 where keys are neighbours or several heads of a key are,
+    /// whatever their size, and over units that are widened before.
     const DIRECT_ROWS: usize = PACK_ROWS - 1;
     /// Whether the direct path widens elements of one byte once for all query rows, if these are many and keys are long
     /// ([`Self::DIRECT_DIM`]): where registers are few, a loop takes four rows at a time, and would widen an element as many times.

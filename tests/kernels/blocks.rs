@@ -309,11 +309,11 @@ fn bits_of_what_is_read(level: &Level) {
     }
 }
 
-/// One to twelve query rows of a KV head, some of which read blocks from the cache and some after they were widened, of several heads at a
+/// One to 25 query rows of a KV head, some of which read blocks from the cache and some after they were widened, of several heads at a
 /// time or of one; in sequences with as many rows, and beside one of eight.
 fn rows_of_a_head(level: &Level) {
     let mut rng = Rng::new(508);
-    for rows in 1..=12 {
+    for rows in (1..=12).chain([16, 24, 25]) {
         let formats = [rng.pick(&FORMATS), rng.pick(&FORMATS)];
         let sides = [(96, formats[0]), (160, formats[1])].map(|(dim, format)| {
             let layout = Layout::random(&mut rng);

@@ -87,7 +87,7 @@ pub(crate) const fn direct_rows<S: Simd>(bytes: usize) -> usize {
 fn is_packed<S: Simd>(pieces: &Pieces, p: &Problem, tile: &Tile) -> bool {
     let direct = pieces.keys.quantize_rows.is_some()
         || p.q.shape[3] >= S::DIRECT_DIM && tile.head_rows <= DIRECT_TOKENS * p.group
-        || tile.head_rows <= S::DIRECT_ROWS && reads_again(p)
+        || tile.head_rows <= S::DIRECT_ROWS && reads_again(pieces, p)
         || tile.kv_heads > 1;
     tile.head_rows >= PACK_ROWS && !direct
 }
@@ -99,12 +99,14 @@ pub(super) fn widens_once<S: Simd>(p: &Problem, cache: &RawCacheView, tile: &Til
     S::WIDENS_ONCE && tile.head_rows >= PACK_ROWS && p.q.shape[3] >= S::DIRECT_DIM && cache.units.strides[3] == 1
 }
 
-/// Whether loops of four rows may read a block several times: its keys are neighbours, so that they do not compete for a few sets of the
-/// first-level cache, as those between which other heads lie do, and are cheap to widen.
+/// Whether loops of few rows may read a block several times: its keys are neighbours, so that they do not compete for a few sets of the
+/// first-level cache, as those between which other heads lie do, and are cheap to widen, or widened before.
 #[inline(always)]
-fn reads_again(p: &Problem) -> bool {
+fn reads_again(pieces: &Pieces, p: &Problem) -> bool {
     let row = p.k.units.strides[1] as isize * p.k.units.dtype.unit_bytes() as isize;
-    p.k.dtype.dtype().is_some() && p.v.dtype.dtype().is_some() && row == p.k.dtype.head_bytes(p.q.shape[3]) as isize
+    let neighbours = row == p.k.dtype.head_bytes(p.q.shape[3]) as isize;
+    (pieces.keys.widen.is_some() || p.k.dtype.dtype().is_some() && neighbours)
+        && (pieces.values.widen.is_some() || p.v.dtype.dtype().is_some())
 }
 
 /// [`Products`] with the vector trait, by the [`direct`] or the [`packed`] path.

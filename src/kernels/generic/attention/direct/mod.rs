@@ -59,7 +59,9 @@
 //! 24: what a packed copy costs is more than what it saves (sixteen rows take 0.7 to 0.9 of the time at AVX-512). Where other heads lie
 //! between keys, a block of one head competes for a few sets of the first-level cache each time that rows pass over it, and is read in
 //! pieces. A tile then has several heads, whose subblocks are read in the order of memory: sixteen rows of each of eight heads of 128 on
-//! 16,384 keys take 0.6 of the time at AVX-512, and 0.65 to 0.75 at AVX2, on a Xeon of the Sapphire Rapids class.
+//! 16,384 keys take 0.6 of the time at AVX-512, and 0.65 to 0.75 at AVX2, on a Xeon of the Sapphire Rapids class. As many rows take this
+//! path over blocks and affine units, which are widened first (0.75 to 0.9 of the time with sixteen rows at AVX-512); over bytes they do
+//! not, where a packed copy costs no more.
 //!
 //! Four rows take loops of their own at AVX2 ([`Simd::NARROW_LOOPS`]), 64 FMAs a key of 128 for scores, and
 //! as many for values. A vector of Q is loaded once for both keys of a step: loaded for each, 72 loads a key are more than 32 cycles
