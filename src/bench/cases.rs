@@ -194,6 +194,8 @@ pub fn cases_of(kernel: &KernelInfo) -> Vec<Case> {
                 (true, decode(8, 2048, HEADS, KV_HEADS, DIM)),
                 (true, decode(1, 4096, HEADS, HEADS, DIM)),
                 (true, decode(1, 4096, 9, 3, 64)),
+                (true, decode(1, 4096, 16 * KV_HEADS, KV_HEADS, DIM)),
+                (false, decode(1, 4096, 8 * KV_HEADS, KV_HEADS, DIM)),
                 (false, decode(1, 4096, HEADS, KV_HEADS, 80)),
                 (false, decode(1, 4096, HEADS, KV_HEADS, 96)),
                 (false, decode(1, 4096, HEADS, KV_HEADS, 256)),
