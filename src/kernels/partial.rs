@@ -1,5 +1,7 @@
 //! The shells and the registry lines of a level that has some kernels.
 
+use crate::kernels::simd::Simd;
+
 /// Writes functions with the features of a level: the shells of its kernels, around bodies that are inlined.
 ///
 /// Called through [`level_features`](crate::cpu::level_features).
@@ -10,6 +12,12 @@ macro_rules! with_features {
     };
 }
 pub(crate) use with_features;
+
+/// The most query rows of a KV head in a tile of several, for products of integers over int8 beside a full level `S` that takes `full`: with
+/// many registers, units are operands as they lie in the cache, for any number of rows.
+pub(crate) const fn direct_rows<S: Simd>(full: usize) -> usize {
+    if S::FEW_REGISTERS { full } else { S::DIRECT_ROWS }
+}
 
 /// Writes a partial level's part of the registry, `ENTRIES`. Every line is a kernel, with its name on every partial level:
 /// operation, source and target format, precision, largest error, function, names. `$more` is an entry of this level alone.
@@ -46,6 +54,7 @@ macro_rules! integer_kernels {
             let values = $crate::kernels::partial::integer_value_pieces!($values i8, shells::attention::<i8>());
             $crate::kernels::api::AttentionFns {
                 pieces: $crate::kernels::generic::attention::Pieces { keys, values, ..full.pieces },
+                direct_rows: $crate::kernels::partial::direct_rows::<$full>(full.direct_rows),
                 ..full
             }
         }

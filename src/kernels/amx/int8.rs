@@ -43,7 +43,7 @@ struct Sums([[[i32; LANES]; LANES]; GROUPS]);
 pub(super) const fn functions() -> AttentionFns {
     let below = avx512vnni::functions();
     let keys = const { &KeyPieces { scores, ..*avx512vnni::functions().pieces.keys } };
-    AttentionFns { pieces: Pieces { keys, ..below.pieces }, ..below }
+    AttentionFns { pieces: Pieces { keys, ..below.pieces }, direct_rows: PACK_ROWS - 1, ..below }
 }
 
 level_features!(

@@ -11,7 +11,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Upper bound of [`Simd::PARALLEL_DOTS`].
+/// Room for the sums of a register tile, in whole vectors.
 pub const MAX_PARALLEL_DOTS: usize = 32;
 
 /// Bytes of the smallest first-level cache.
