@@ -38,7 +38,7 @@ pub(crate) trait Simd: Copy {
     /// whatever their size, and over units that are widened before.
     const DIRECT_ROWS: usize = PACK_ROWS - 1;
     /// Whether the direct path widens elements of one byte once for all query rows, if these are many and keys are long
-    /// ([`Self::DIRECT_DIM`]): where registers are few, a loop takes four rows at a time, and would widen an element as many times.
+    /// ([`Self::DIRECT_DIM`]): a loop takes four or eight rows at a time, and would widen an element at every pass.
     const WIDENS_ONCE: bool = false;
     /// Whether [`Self::load_pair_bf16`] separates even and odd elements.
     const DEINTERLEAVED_BF16: bool;

@@ -7,6 +7,7 @@
 //! for bytes (q8_0: 12, and 3 for the factor), and 20 for halves of bytes (q4_0: 18, and 3), of which minima make 4 more.
 
 use super::prefetch::{Ahead, Distances};
+use super::scores::MAX_PARALLEL_DOTS;
 use super::{DirectScores, DirectValues, PASS_ROWS, rows_in_loops};
 use crate::dtype::DType;
 use crate::kernels::generic::affine::{Bytes, Halves, NUMBERS, Numbers, SignedBytes};
@@ -350,9 +351,6 @@ impl DirectValues<'_> {
     }
 }
 
-/// Upper bound of the products that are computed together.
-const MAX_PRODUCTS: usize = 32;
-
 /// Scores of all rows.
 struct Scores<'a, U, const MINIMA: bool, const CHANNELS: bool> {
     units: Units<'a>,
@@ -414,7 +412,7 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Scores<'_, U, MINIMA,
         let Block { tile, scratch, .. } = *self.units.block;
         let out = scratch.s.wrapping_add((head * tile.head_rows + row) * BLOCK);
         let distances = if row == 0 { self.units.ahead } else { Ahead::NONE }.distances();
-        let mut sums = [0.0f32; MAX_PRODUCTS];
+        let mut sums = [0.0f32; MAX_PARALLEL_DOTS];
         for j in (keys.low..keys.high).step_by(C) {
             let mut of = [j; C];
             for c in 0..C {
@@ -448,7 +446,7 @@ impl<U: Numbers, const MINIMA: bool, const CHANNELS: bool> Scores<'_, U, MINIMA,
         (head, row): (usize, usize),
         of: [usize; C],
         distances: Distances,
-        sums: &mut [f32; MAX_PRODUCTS],
+        sums: &mut [f32; MAX_PARALLEL_DOTS],
     ) {
         let units = &self.units;
         let Block { tile, scratch, d, .. } = *units.block;

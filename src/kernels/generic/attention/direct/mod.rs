@@ -42,18 +42,18 @@
 //! share those of a channel; see `affine`. Others are widened.
 //!
 //! Many rows of long keys ([`Simd::DIRECT_DIM`]), as in latent attention, take this path too and are bound by the FMA ports: keys of a
-//! block stay in the second-level cache while rows pass over them. On Zen 4, 16 to 128 rows over keys of 576 and
-//! values of 512 run at 89 to 93 % of the FMA peak, four at a time (eight were not timed there); the packed path reaches 64 to 86 %. At AVX2, eight sums are as many as two ports with
-//! a latency of four cycles take. There keys of f32 have twelve, of three rows and four keys, and their values six rows and two vectors.
-//! From [`PACK_ROWS`](crate::problem::tile::PACK_ROWS) rows on, elements of two bytes have twelve too: six rows and two keys, six rows
-//! and two vectors of values. That leaves registers for a vector of both keys and of one row, and for the mask of bf16, whose even and odd
-//! elements are therefore loaded apart. On Zen 3, loops of scores alone over keys of 576 in the second-level cache so run at 93 % of the
-//! FMA peak in f16 and 87 in bf16, with four rows and two keys at 87 and 81; loops of values at 94 and 92 %, with four rows at 88 and 84.
-//! One token of 128 heads on 4096 keys runs at 84 % (before at 78 and 79), f32 at 80.
-//! Elements of one byte are widened once for all rows of a tile ([`Simd::WIDENS_ONCE`]), and where values are the first
-//! elements of their keys, both products read one copy. On Zen 3, 128 rows of E4M3 so take 60 % of the time, of E5M2 72 %, of int8 and
-//! q8_0 90 %; 16 rows of int8 gain nothing. At AVX-512, E4M3 takes 0.63 to 0.95 of the time with 16 to 128 rows. For f16 and bf16, which are widened by one or two instructions, a copy costs as much as it saves
-//! with 128 rows, and more with 16.
+//! block stay in the second-level cache while rows pass over them. On Zen 4, 16 to 128 rows over keys of 576 and values of 512 run at 89
+//! to 93 % of the FMA peak, four at a time (eight were not timed there); the packed path reaches 64 to 86 %. At AVX2, eight sums are as
+//! many as two ports with a latency of four cycles take. There keys of f32 have twelve, of three rows and four keys, and their values six
+//! rows and two vectors. From [`PACK_ROWS`](crate::problem::tile::PACK_ROWS) rows on, elements of two bytes have twelve too: six rows and
+//! two keys, six rows and two vectors of values. That leaves registers for a vector of both keys and of one row, and for the mask of bf16,
+//! whose even and odd elements are therefore loaded apart. On Zen 3, loops of scores alone over keys of 576 in the second-level cache so
+//! run at 93 % of the FMA peak in f16 and 87 in bf16, with four rows and two keys at 87 and 81; loops of values at 94 and 92 %, with four
+//! rows at 88 and 84. One token of 128 heads on 4096 keys runs at 84 % (before at 78 and 79), f32 at 80. Elements of one byte are widened
+//! once for all rows of a tile ([`Simd::WIDENS_ONCE`]), and where values are the first elements of their keys, both products read one
+//! copy. On Zen 3, 128 rows of E4M3 so take 60 % of the time, of E5M2 72 %, of int8 and q8_0 90 %; 16 rows of int8 gain nothing. At
+//! AVX-512, E4M3 takes 0.63 to 0.95 of the time with 16 to 128 rows. For f16 and bf16, which are widened by one or two instructions, a
+//! copy costs as much as it saves with 128 rows, and more with 16.
 //!
 //! At AVX2, up to sixteen rows ([`Simd::DIRECT_ROWS`]) take this path where keys of f32, f16 or bf16 are neighbours, at AVX-512 up to
 //! 24: what a packed copy costs is more than what it saves (sixteen rows take 0.7 to 0.9 of the time at AVX-512). Where other heads lie
