@@ -310,6 +310,15 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         unsafe { self.load_e5m2(copy_part(p, n).as_ptr()) }
     }
+    /// The first and the second half of `2 * LANES`.
+    ///
+    /// # Safety
+    /// `2 * LANES` elements are readable at `p`.
+    #[inline(always)]
+    unsafe fn load_pair_e5m2(self, p: *const E5m2) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [self.load_e5m2(p), self.load_e5m2(p.add(Self::LANES))] }
+    }
     /// An f16, exactly, in every lane.
     #[inline(always)]
     fn splat_f16(self, x: f16) -> Self::V {
@@ -776,7 +785,7 @@ load! {
     i8: true, load_i8 load_part_i8 halves, false, false, Self, false;
     E4m3: false, load_e4m3 load_part_e4m3 halves, false, false, E4m3Fraction, true;
     E4m3Fraction: false, load_e4m3_fraction load_part_e4m3_fraction fractions, false, false, Self, false;
-    E5m2: false, load_e5m2 load_part_e5m2 halves, false, false, Self, false;
+    E5m2: false, load_e5m2 load_part_e5m2 e5m2_pair, false, false, Self, false;
 }
 
 macro_rules! store {
@@ -909,6 +918,16 @@ unsafe fn put_bf16_pair<S: Simd>(simd: S, p: *mut bf16, v: [S::V; 2]) {
 unsafe fn fractions<S: Simd>(simd: S, p: *const E4m3Fraction) -> [S::V; 2] {
     // SAFETY: the caller's.
     unsafe { simd.load_pair_e4m3_fraction(p) }
+}
+
+/// [`Simd::load_pair_e5m2`], for the same reason.
+///
+/// # Safety
+/// As [`Load::load_pair`].
+#[inline(always)]
+unsafe fn e5m2_pair<S: Simd>(simd: S, p: *const E5m2) -> [S::V; 2] {
+    // SAFETY: the caller's.
+    unsafe { simd.load_pair_e5m2(p) }
 }
 
 /// The first and the second half of `2 * LANES` elements.

@@ -131,6 +131,13 @@ impl Avx512 {
         self.0.avx512f._mm512_cvtph_ps(a2._mm256_slli_epi16::<8>(a2._mm256_cvtepu8_epi16(bytes)))
     }
 
+    #[inline(always)]
+    fn widen_pair_f16(self, halves: __m512i) -> [__m512; 2] {
+        let f = self.0.avx512f;
+        let (low, high) = (f._mm512_castsi512_si256(halves), f._mm512_extracti64x4_epi64::<1>(halves));
+        [f._mm512_cvtph_ps(low), f._mm512_cvtph_ps(high)]
+    }
+
     /// The level below, which this one includes.
     #[inline(always)]
     fn avx2(self) -> Avx2 {
@@ -473,6 +480,16 @@ impl Simd for Avx512 {
         self.widen_e4m3_fraction(unsafe { _mm_loadu_si128(p.cast()) })
     }
     #[inline(always)]
+    unsafe fn load_pair_e4m3_fraction(self, p: *const E4m3Fraction) -> [__m512; 2] {
+        let (f, bw) = (self.0.avx512f, self.0.avx512bw);
+        // SAFETY: 32 bytes are readable.
+        let bytes = unsafe { _mm256_loadu_si256(p.cast()) };
+        // As of sixteen, with an operation for `half ^ (carried & 0x4000)`.
+        let half = bw._mm512_slli_epi16::<7>(bw._mm512_cvtepi8_epi16(bytes));
+        let carried = bw._mm512_add_epi16(half, f._mm512_set1_epi16(0x80));
+        self.widen_pair_f16(f._mm512_ternarylogic_epi32::<0x78>(half, carried, f._mm512_set1_epi16(0x4000)))
+    }
+    #[inline(always)]
     unsafe fn load_part_e4m3_fraction(self, p: *const E4m3Fraction, n: usize) -> __m512 {
         // SAFETY: masked-off bytes are not read.
         self.widen_e4m3_fraction(unsafe { _mm_maskz_loadu_epi8(Self::prefix(n), p.cast()) })
@@ -481,6 +498,13 @@ impl Simd for Avx512 {
     unsafe fn load_e5m2(self, p: *const E5m2) -> __m512 {
         // SAFETY: sixteen bytes are readable.
         self.widen_e5m2(unsafe { _mm_loadu_si128(p.cast()) })
+    }
+    #[inline(always)]
+    unsafe fn load_pair_e5m2(self, p: *const E5m2) -> [__m512; 2] {
+        let bw = self.0.avx512bw;
+        // SAFETY: 32 bytes are readable.
+        let bytes = unsafe { _mm256_loadu_si256(p.cast()) };
+        self.widen_pair_f16(bw._mm512_slli_epi16::<8>(bw._mm512_cvtepu8_epi16(bytes)))
     }
     #[inline(always)]
     unsafe fn load_part_e5m2(self, p: *const E5m2, n: usize) -> __m512 {
