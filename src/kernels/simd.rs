@@ -192,9 +192,25 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// [`Self::LANES`] elements are readable at `p`, with the alignment of an element.
     unsafe fn load_f32(self, p: *const f32) -> Self::V;
+    /// The first and the second half of `2 * LANES`.
+    ///
+    /// # Safety
+    /// `2 * LANES` elements are readable at `p`.
+    #[inline(always)]
+    unsafe fn load_pair_f32(self, p: *const f32) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [self.load_f32(p), self.load_f32(p.add(Self::LANES))] }
+    }
     /// # Safety
     /// As [`Self::load_f32`].
     unsafe fn load_f16(self, p: *const f16) -> Self::V;
+    /// # Safety
+    /// As [`Self::load_pair_f32`].
+    #[inline(always)]
+    unsafe fn load_pair_f16(self, p: *const f16) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [self.load_f16(p), self.load_f16(p.add(Self::LANES))] }
+    }
     /// # Safety
     /// As [`Self::load_f32`].
     unsafe fn load_bf16(self, p: *const bf16) -> Self::V;
@@ -250,6 +266,13 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         unsafe { self.load_i8(copy_part(p, n).as_ptr()) }
     }
+    /// # Safety
+    /// As [`Self::load_pair_f32`].
+    #[inline(always)]
+    unsafe fn load_pair_i8(self, p: *const i8) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [self.load_i8(p), self.load_i8(p.add(Self::LANES))] }
+    }
     /// Unsigned bytes, converted to f32.
     ///
     /// # Safety
@@ -272,6 +295,13 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         unsafe { self.load_e4m3(copy_part(p, n).as_ptr()) }
     }
+    /// # Safety
+    /// As [`Self::load_pair_f32`].
+    #[inline(always)]
+    unsafe fn load_pair_e4m3(self, p: *const E4m3) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [self.load_e4m3(p), self.load_e4m3(p.add(Self::LANES))] }
+    }
     /// Eight-bit floats E4M3 divided by [`Self::E4M3_FRACTION`], exactly.
     ///
     /// # Safety
@@ -289,10 +319,8 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         unsafe { self.load_e4m3_fraction(copy_part(p, n).as_ptr()) }
     }
-    /// The first and the second half of `2 * LANES`.
-    ///
     /// # Safety
-    /// `2 * LANES` elements are readable at `p`.
+    /// As [`Self::load_pair_f32`].
     #[inline(always)]
     unsafe fn load_pair_e4m3_fraction(self, p: *const E4m3Fraction) -> [Self::V; 2] {
         // SAFETY: the caller's.
@@ -310,10 +338,8 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         unsafe { self.load_e5m2(copy_part(p, n).as_ptr()) }
     }
-    /// The first and the second half of `2 * LANES`.
-    ///
     /// # Safety
-    /// `2 * LANES` elements are readable at `p`.
+    /// As [`Self::load_pair_f32`].
     #[inline(always)]
     unsafe fn load_pair_e5m2(self, p: *const E5m2) -> [Self::V; 2] {
         // SAFETY: the caller's.
@@ -340,6 +366,15 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the array holds a whole vector.
         unsafe { self.load_i8(numbers.as_ptr()) }
     }
+    /// `2 * LANES` of these numbers, from number `at` on, a multiple of that.
+    ///
+    /// # Safety
+    /// Sixteen bytes are readable at `p`, and `at` is below 32.
+    #[inline(always)]
+    unsafe fn load_pair_nibbles(self, p: *const u8, at: usize) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [self.load_nibbles(p, at), self.load_nibbles(p, at + Self::LANES)] }
+    }
     /// Numbers of four bits that lie in the order of elements, converted to f32: two of each of [`Self::LANES`] bytes, the low half first,
     /// or with `swapped` the high half.
     ///
@@ -361,31 +396,37 @@ pub(crate) trait Simd: Copy {
         // SAFETY: the caller's.
         self.add(unsafe { self.load_nibbles(p, at) }, sixteens)
     }
-    /// The entries of a table, a vector of 16 lanes, with numbers as of [`Self::load_nibbles`]. Levels with as many lanes have it.
+    /// `2 * LANES` of these numbers, from number `at` on, a multiple of that.
+    ///
+    /// # Safety
+    /// Sixteen bytes are readable at `p`, and `at` is below 32.
+    #[inline(always)]
+    unsafe fn load_pair_fives(self, p: *const u8, fifth: u32, at: usize) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [self.load_fives(p, fifth, at), self.load_fives(p, fifth, at + Self::LANES)] }
+    }
+    /// The entries of a table with `2 * LANES` numbers of four bits, from number `at` on, a multiple of that, converted to f32.
+    ///
+    /// # Safety
+    /// As [`Self::load_pair_fives`].
+    #[inline(always)]
+    unsafe fn look_up_pair(self, p: *const u8, at: usize, table: &[i8; 16]) -> [Self::V; 2] {
+        let mut entries = [0i8; 2 * MAX_LANES];
+        for (i, entry) in entries.iter_mut().enumerate().take(2 * Self::LANES) {
+            // SAFETY: the caller's.
+            let byte = unsafe { *p.add(at % 16 + i) };
+            *entry = table[usize::from(if at < 16 { byte & 15 } else { byte >> 4 })];
+        }
+        // SAFETY: the array holds two vectors.
+        unsafe { self.load_pair_i8(entries.as_ptr()) }
+    }
+    /// The entries of a table, a vector of 16 lanes, with numbers as of [`Self::load_nibbles`], at levels with as many lanes.
     ///
     /// # Safety
     /// As [`Self::load_nibbles`].
     #[inline(always)]
-    unsafe fn look_up_nibbles(self, p: *const u8, at: usize, table: Self::V) -> Self::V {
-        let mut entries = [0.0; MAX_LANES];
-        // SAFETY: the array holds a whole vector; the caller's.
-        unsafe {
-            self.store_f32(entries.as_mut_ptr(), table);
-            self.look_up(self.load_nibbles(p, at), &entries)
-        }
-    }
-    /// The entries of a table with these numbers: integers from 0 to 15.
-    #[inline(always)]
-    fn look_up(self, numbers: Self::V, table: &[f32; 16]) -> Self::V {
-        let mut entries = [0.0; MAX_LANES];
-        // SAFETY: the array holds a whole vector.
-        unsafe {
-            self.store_f32(entries.as_mut_ptr(), numbers);
-            for x in &mut entries {
-                *x = table[*x as usize % 16];
-            }
-            self.load_f32(entries.as_ptr())
-        }
+    unsafe fn look_up_nibbles(self, _p: *const u8, _at: usize, _table: Self::V) -> Self::V {
+        unreachable!("a table is longer than a vector")
     }
     /// Stores the low bytes of the patterns, whose other bits are 0.
     ///
@@ -752,7 +793,7 @@ pub(crate) trait LoadStore: Element + Load {
 }
 
 macro_rules! load {
-    ($($type:ty: $finite:expr, $load:ident $load_part:ident $pair:expr, $deinterleaves:expr, $packs_pairs:expr, $in_loops:ty, $fractions:expr;)*) => {$(
+    ($($type:ty: $finite:expr, $load:ident $load_part:ident $load_pair:ident, $deinterleaves:expr, $packs_pairs:expr, $in_loops:ty, $fractions:expr;)*) => {$(
         impl Load for $type {
             const ALWAYS_FINITE: bool = $finite;
             const DEINTERLEAVES: bool = $deinterleaves;
@@ -762,7 +803,7 @@ macro_rules! load {
             #[inline(always)]
             unsafe fn load_pair<S: Simd>(simd: S, p: *const Self) -> [S::V; 2] {
                 // SAFETY: the caller's.
-                unsafe { $pair(simd, p) }
+                unsafe { simd.$load_pair(p) }
             }
             #[inline(always)]
             unsafe fn load<S: Simd>(simd: S, p: *const Self) -> S::V {
@@ -779,13 +820,13 @@ macro_rules! load {
 }
 
 load! {
-    f32: false, load_f32 load_part_f32 halves, false, true, Self, false;
-    f16: false, load_f16 load_part_f16 halves, false, true, Self, false;
-    bf16: false, load_bf16 load_part_bf16 bf16_pair, true, true, Self, false;
-    i8: true, load_i8 load_part_i8 halves, false, false, Self, false;
-    E4m3: false, load_e4m3 load_part_e4m3 halves, false, false, E4m3Fraction, true;
-    E4m3Fraction: false, load_e4m3_fraction load_part_e4m3_fraction fractions, false, false, Self, false;
-    E5m2: false, load_e5m2 load_part_e5m2 e5m2_pair, false, false, Self, false;
+    f32: false, load_f32 load_part_f32 load_pair_f32, false, true, Self, false;
+    f16: false, load_f16 load_part_f16 load_pair_f16, false, true, Self, false;
+    bf16: false, load_bf16 load_part_bf16 load_pair_bf16, true, true, Self, false;
+    i8: true, load_i8 load_part_i8 load_pair_i8, false, false, Self, false;
+    E4m3: false, load_e4m3 load_part_e4m3 load_pair_e4m3, false, false, E4m3Fraction, true;
+    E4m3Fraction: false, load_e4m3_fraction load_part_e4m3_fraction load_pair_e4m3_fraction, false, false, Self, false;
+    E5m2: false, load_e5m2 load_part_e5m2 load_pair_e5m2, false, false, Self, false;
 }
 
 macro_rules! store {
@@ -877,7 +918,7 @@ fn saturated<S: Simd>(s: S, v: S::V) -> S::V {
     s.select_lt(largest, s.abs(v), s.copysign(largest, v), v)
 }
 
-/// The inverse of [`halves`].
+/// Stores the first and the second half of `2 * LANES` elements.
 ///
 /// # Safety
 /// As [`LoadStore::store_pair`].
@@ -890,17 +931,7 @@ unsafe fn put_halves<S: Simd, T: LoadStore>(simd: S, p: *mut T, v: [S::V; 2]) {
     }
 }
 
-/// [`Simd::load_pair_bf16`]. No closure, which would be a function of its own without the level's features.
-///
-/// # Safety
-/// As [`Load::load_pair`].
-#[inline(always)]
-unsafe fn bf16_pair<S: Simd>(simd: S, p: *const bf16) -> [S::V; 2] {
-    // SAFETY: the caller's.
-    unsafe { simd.load_pair_bf16(p) }
-}
-
-/// [`Simd::store_pair_bf16`], for the same reason.
+/// [`Simd::store_pair_bf16`]. No closure, which would be a function of its own without the level's features.
 ///
 /// # Safety
 /// As [`LoadStore::store_pair`].
@@ -908,34 +939,4 @@ unsafe fn bf16_pair<S: Simd>(simd: S, p: *const bf16) -> [S::V; 2] {
 unsafe fn put_bf16_pair<S: Simd>(simd: S, p: *mut bf16, v: [S::V; 2]) {
     // SAFETY: the caller's.
     unsafe { simd.store_pair_bf16(p, v) }
-}
-
-/// [`Simd::load_pair_e4m3_fraction`], for the same reason.
-///
-/// # Safety
-/// As [`Load::load_pair`].
-#[inline(always)]
-unsafe fn fractions<S: Simd>(simd: S, p: *const E4m3Fraction) -> [S::V; 2] {
-    // SAFETY: the caller's.
-    unsafe { simd.load_pair_e4m3_fraction(p) }
-}
-
-/// [`Simd::load_pair_e5m2`], for the same reason.
-///
-/// # Safety
-/// As [`Load::load_pair`].
-#[inline(always)]
-unsafe fn e5m2_pair<S: Simd>(simd: S, p: *const E5m2) -> [S::V; 2] {
-    // SAFETY: the caller's.
-    unsafe { simd.load_pair_e5m2(p) }
-}
-
-/// The first and the second half of `2 * LANES` elements.
-///
-/// # Safety
-/// As [`Load::load_pair`].
-#[inline(always)]
-unsafe fn halves<S: Simd, T: Load>(simd: S, p: *const T) -> [S::V; 2] {
-    // SAFETY: the caller's.
-    unsafe { [T::load(simd, p), T::load(simd, p.add(S::LANES))] }
 }

@@ -122,6 +122,29 @@ impl Avx2 {
         a2._mm256_permutevar8x32_epi32(bytes, a._mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))
     }
 
+    /// The numbers of a block's nibbles.
+    ///
+    /// # Safety
+    /// Sixteen bytes are readable.
+    #[inline(always)]
+    unsafe fn nibbles(self, p: *const u8) -> __m256i {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        // SAFETY: the caller's.
+        let bytes = a2._mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(p.cast()) });
+        let halves = a2._mm256_srlv_epi64(bytes, a._mm256_setr_epi64x(0, 0, 4, 4));
+        a2._mm256_and_si256(halves, a._mm256_set1_epi8(15))
+    }
+
+    /// The bytes from `at` on, 0 or 16, as floats.
+    #[inline(always)]
+    fn floats(self, bytes: __m256i, at: usize) -> [__m256; 2] {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        let half = if at < 16 { a._mm256_castsi256_si128(bytes) } else { a2._mm256_extracti128_si256::<1>(bytes) };
+        // SAFETY: the token proves SSE2.
+        let upper = unsafe { _mm_unpackhi_epi64(half, half) };
+        [a._mm256_cvtepi32_ps(a2._mm256_cvtepi8_epi32(half)), a._mm256_cvtepi32_ps(a2._mm256_cvtepi8_epi32(upper))]
+    }
+
     #[inline(always)]
     fn widen_bf16(self, v: __m128i) -> __m256 {
         let a2 = self.0.avx2;
@@ -485,32 +508,23 @@ impl Simd for Avx2 {
         x
     }
     #[inline(always)]
-    unsafe fn load_fives(self, p: *const u8, fifth: u32, at: usize) -> __m256 {
-        // SAFETY: sixteen bytes are readable, of which eight are read; the token proves AVX2.
-        unsafe {
-            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(at % 16).cast()));
-            let low =
-                if at < 16 { _mm256_and_si256(bytes, _mm256_set1_epi32(15)) } else { _mm256_srli_epi32::<4>(bytes) };
-            // Bit `at + i` of each lane i becomes bit 4.
-            let (fifth, each) = (_mm256_set1_epi32(fifth as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-            let fifth = if at < 4 {
-                _mm256_srlv_epi32(_mm256_slli_epi32::<4>(fifth), _mm256_add_epi32(each, _mm256_set1_epi32(at as i32)))
-            } else {
-                _mm256_srlv_epi32(fifth, _mm256_add_epi32(each, _mm256_set1_epi32(at as i32 - 4)))
-            };
-            _mm256_cvtepi32_ps(_mm256_or_si256(low, _mm256_and_si256(fifth, _mm256_set1_epi32(16))))
-        }
+    unsafe fn load_pair_fives(self, p: *const u8, fifth: u32, at: usize) -> [__m256; 2] {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        // The byte of the bit in each byte, then the bit.
+        let bytes = a._mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+        let bits = a2._mm256_shuffle_epi8(a._mm256_set1_epi32(fifth as i32), bytes);
+        let each = a._mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+        let set = a2._mm256_cmpeq_epi8(a2._mm256_and_si256(bits, each), each);
+        // SAFETY: the caller's.
+        let nibbles = unsafe { self.nibbles(p) };
+        self.floats(a2._mm256_or_si256(nibbles, a2._mm256_and_si256(set, a._mm256_set1_epi8(16))), at)
     }
     #[inline(always)]
-    fn look_up(self, numbers: __m256, table: &[f32; 16]) -> __m256 {
-        // SAFETY: the table is two vectors; the token proves AVX2.
-        unsafe {
-            let (low, high) = (_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8)));
-            let index = _mm256_cvttps_epi32(numbers);
-            let [low, high] = [low, high].map(|half| _mm256_permutevar8x32_ps(half, index));
-            // Bit 3 of the number becomes the sign, by which a blend chooses.
-            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
-        }
+    unsafe fn look_up_pair(self, p: *const u8, at: usize, table: &[i8; 16]) -> [__m256; 2] {
+        let a2 = self.0.avx2;
+        // SAFETY: the caller's; the table is 16 bytes.
+        let (nibbles, table) = unsafe { (self.nibbles(p), _mm_loadu_si128(table.as_ptr().cast())) };
+        self.floats(a2._mm256_shuffle_epi8(a2._mm256_broadcastsi128_si256(table), nibbles), at)
     }
     #[inline(always)]
     unsafe fn load_e4m3(self, p: *const E4m3) -> __m256 {

@@ -48,12 +48,12 @@ pub(crate) use crate::kernels::simd::BLOCK as N;
 
 /// A block as it lies in a cache.
 pub(crate) trait BlockUnit: Copy + 'static {
-    /// What [`Self::elements`] needs beside numbers: the factor, and what is added or taken off; or where a vector holds 16 entries, the
+    /// What [`Self::pair`] needs beside numbers: the factor, and what is added or taken off; or where a vector holds 16 entries, the
     /// elements of 16 numbers, and those of the next 16.
     fn parts<S: Simd>(&self, s: S) -> [S::V; 2];
 
-    /// A vector of elements from `at` on, which is a multiple of a vector below [`N`].
-    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V;
+    /// Two vectors of elements from `at` on, which is a multiple of as many below [`N`].
+    fn pair<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> [S::V; 2];
 
     /// Writes the elements.
     ///
@@ -62,9 +62,13 @@ pub(crate) trait BlockUnit: Copy + 'static {
     #[inline(always)]
     unsafe fn widen<S: Simd>(&self, s: S, to: *mut f32) {
         let parts = self.parts(s);
-        for i in (0..N).step_by(S::LANES) {
-            // SAFETY: the caller's; a block has whole vectors.
-            unsafe { s.store_f32(to.add(i), self.elements(s, parts, i)) };
+        for i in (0..N).step_by(2 * S::LANES) {
+            let [x, y] = self.pair(s, parts, i);
+            // SAFETY: the caller's; a block has whole pairs of vectors.
+            unsafe {
+                s.store_f32(to.add(i), x);
+                s.store_f32(to.add(i + S::LANES), y);
+            }
         }
     }
 
@@ -343,7 +347,22 @@ unsafe fn sums_of<S: Simd>(s: S, blocks: *const f32) -> S::V {
 
 /// What is made of the numbers of a block in registers. No closure: that would be a function of its own, without the level's features.
 trait Elements {
-    fn of<S: Simd>(s: S, q: S::V, parts: [S::V; 2]) -> S::V;
+    fn of<S: Simd>(s: S, x: S::V, parts: [S::V; 2]) -> S::V;
+
+    /// Two vectors of what [`Self::of`] takes, from number `at` on, with fifth bits if there are any.
+    ///
+    /// # Safety
+    /// The bytes are those of a block, and `at` is a multiple of two vectors below [`N`].
+    #[inline(always)]
+    unsafe fn numbers<S: Simd>(s: S, q: *const u8, fifth: Option<u32>, at: usize) -> [S::V; 2] {
+        // SAFETY: the caller's.
+        unsafe {
+            match fifth {
+                Some(bits) => s.load_pair_fives(q, bits, at),
+                None => s.load_pair_nibbles(q, at),
+            }
+        }
+    }
 
     /// The elements of the numbers from 0 to 15 and from 16 to 31, on levels with as many lanes.
     #[inline(always)]
@@ -363,9 +382,6 @@ const NUMBERS: [f32; N] = {
     numbers
 };
 
-/// `d * q`, of parts `[d, _]`.
-struct Scaled;
-
 /// `d * (q - zero)`, of parts `[d, zero]`.
 struct Centred;
 
@@ -374,13 +390,6 @@ struct Raised;
 
 /// `d` times an entry of the table.
 struct Listed;
-
-impl Elements for Scaled {
-    #[inline(always)]
-    fn of<S: Simd>(s: S, q: S::V, [d, _]: [S::V; 2]) -> S::V {
-        s.mul(d, q)
-    }
-}
 
 impl Elements for Centred {
     #[inline(always)]
@@ -398,8 +407,13 @@ impl Elements for Raised {
 
 impl Elements for Listed {
     #[inline(always)]
-    fn of<S: Simd>(s: S, q: S::V, [d, _]: [S::V; 2]) -> S::V {
-        s.mul(d, s.look_up(q, &TABLE))
+    fn of<S: Simd>(s: S, x: S::V, [d, _]: [S::V; 2]) -> S::V {
+        s.mul(d, x)
+    }
+    #[inline(always)]
+    unsafe fn numbers<S: Simd>(s: S, q: *const u8, _: Option<u32>, at: usize) -> [S::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { s.look_up_pair(q, at, &VALUES) }
     }
     #[inline(always)]
     fn all<S: Simd>(s: S, [d, _]: [S::V; 2]) -> [S::V; 2] {
@@ -419,27 +433,27 @@ fn nibble_parts<S: Simd, E: Elements>(s: S, parts: [S::V; 2]) -> [S::V; 2] {
     if holds_all::<S>() { E::all(s, parts) } else { parts }
 }
 
-/// [`BlockUnit::elements`] of nibbles, with fifth bits if there are any.
+/// [`BlockUnit::pair`] of nibbles, with fifth bits if there are any.
 #[inline(always)]
-fn nibble_elements<S: Simd, E: Elements>(
+fn nibble_pair<S: Simd, E: Elements>(
     s: S,
     q: &Nibbles,
     fifth: Option<[u8; 4]>,
     parts: [S::V; 2],
     at: usize,
-) -> S::V {
+) -> [S::V; 2] {
+    let (q, fifth) = (q.as_ptr(), fifth.map(u32::from_le_bytes));
     // SAFETY: there are 16 bytes.
     unsafe {
         if holds_all::<S>() {
-            let bits = fifth.map(|bits| u64::from(u32::from_le_bytes(bits)) >> at);
-            let low = s.look_up_nibbles(q.as_ptr(), at, parts[0]);
-            return bits.map_or(low, |bits| s.select_bits(bits, s.look_up_nibbles(q.as_ptr(), at, parts[1]), low));
+            let low = [s.look_up_nibbles(q, 0, parts[0]), s.look_up_nibbles(q, 16, parts[0])];
+            let Some(bits) = fifth else { return low };
+            let high = [s.look_up_nibbles(q, 0, parts[1]), s.look_up_nibbles(q, 16, parts[1])];
+            let bits = u64::from(bits);
+            return [s.select_bits(bits, high[0], low[0]), s.select_bits(bits >> 16, high[1], low[1])];
         }
-        let q = match fifth {
-            Some(bits) => s.load_fives(q.as_ptr(), u32::from_le_bytes(bits), at),
-            None => s.load_nibbles(q.as_ptr(), at),
-        };
-        E::of(s, q, parts)
+        let [x, y] = E::numbers(s, q, fifth, at);
+        [E::of(s, x, parts), E::of(s, y, parts)]
     }
 }
 
@@ -566,9 +580,10 @@ impl BlockUnit for Q8_0 {
     }
 
     #[inline(always)]
-    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
-        // SAFETY: a vector from `at` on is inside the block.
-        Scaled::of(s, unsafe { s.load_i8(self.q.as_ptr().add(at)) }, parts)
+    fn pair<S: Simd>(&self, s: S, [d, _]: [S::V; 2], at: usize) -> [S::V; 2] {
+        // SAFETY: two vectors from `at` on are inside the block.
+        let [x, y] = unsafe { s.load_pair_i8(self.q.as_ptr().add(at)) };
+        [s.mul(d, x), s.mul(d, y)]
     }
 
     #[inline(always)]
@@ -630,12 +645,12 @@ impl<const MINIMA: usize, const FIFTHS: usize> BlockUnit for NibbleBlock<MINIMA,
     }
 
     #[inline(always)]
-    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
+    fn pair<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> [S::V; 2] {
         let fifths = self.fifths.first_chunk().copied();
         if Self::RAISED {
-            nibble_elements::<S, Raised>(s, &self.q, fifths, parts, at)
+            nibble_pair::<S, Raised>(s, &self.q, fifths, parts, at)
         } else {
-            nibble_elements::<S, Centred>(s, &self.q, fifths, parts, at)
+            nibble_pair::<S, Centred>(s, &self.q, fifths, parts, at)
         }
     }
 
@@ -695,8 +710,8 @@ impl BlockUnit for Iq4Nl {
     }
 
     #[inline(always)]
-    fn elements<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> S::V {
-        nibble_elements::<S, Listed>(s, &self.q, None, parts, at)
+    fn pair<S: Simd>(&self, s: S, parts: [S::V; 2], at: usize) -> [S::V; 2] {
+        nibble_pair::<S, Listed>(s, &self.q, None, parts, at)
     }
 
     #[inline(always)]

@@ -7,7 +7,7 @@
 //! The f16 conversions are part of the base architecture, but their intrinsics require `fp16`. So each is one
 //! instruction of inline assembly.
 
-use super::generic::fp8::{E4m3, E5m2};
+use super::generic::fp8::{E4m3, E4m3Fraction, E5m2};
 use super::simd::{MAX_LANES, Simd, copy_part};
 use crate::cpu::level_features;
 use crate::kernels::shells::{kernel_shells, kernel_table};
@@ -50,12 +50,68 @@ unsafe fn widen_f16(narrow: uint16x4_t) -> float32x4_t {
     wide
 }
 
+/// # Safety
+/// As [`widen_f16`].
+#[inline(always)]
+unsafe fn widen_pair_f16(narrow: uint16x8_t) -> [float32x4_t; 2] {
+    let high: float32x4_t;
+    // SAFETY: the caller's; registers alone are touched.
+    unsafe {
+        asm!("fcvtl2 {high:v}.4s, {narrow:v}.8h", high = lateout(vreg) high, narrow = in(vreg) narrow,
+            options(pure, nomem, nostack, preserves_flags));
+        [widen_f16(vget_low_u16(narrow)), high]
+    }
+}
+
+/// 256ths of E4M3 as f16.
+///
+/// # Safety
+/// The CPU has NEON.
+#[inline(always)]
+unsafe fn halves_of_e4m3(bytes: int8x8_t) -> uint16x8_t {
+    // SAFETY: the caller's.
+    unsafe {
+        // The sign in bit 15 and the magnitude in the bits 7 to 13 are an f16 of a 256th; bit 14 is a copy of the sign.
+        let half = vreinterpretq_u16_s16(vshll_n_s8::<7>(bytes));
+        // The largest magnitude is NaN. It alone carries into bit 14, which becomes 1 then, as all of the exponent, and otherwise 0.
+        let carry = vandq_u16(vaddq_u16(half, vdupq_n_u16(0x80)), vdupq_n_u16(0x4000));
+        veorq_u16(half, carry)
+    }
+}
+
+/// Signed bytes as floats.
+///
+/// # Safety
+/// The CPU has NEON.
+#[inline(always)]
+unsafe fn floats(bytes: int8x8_t) -> [float32x4_t; 2] {
+    // SAFETY: the caller's.
+    unsafe {
+        let words = vmovl_s8(bytes);
+        [vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), vcvtq_f32_s32(vmovl_high_s16(words))]
+    }
+}
+
+/// Eight numbers of four bits, from number `at` on, of which the first 16 are low halves of bytes.
+///
+/// # Safety
+/// The CPU has NEON, and sixteen bytes are readable.
+#[inline(always)]
+unsafe fn nibbles(p: *const u8, at: usize) -> uint8x8_t {
+    // SAFETY: the caller's; eight of the bytes are read.
+    unsafe {
+        let bytes = vld1_u8(p.add(at % 16));
+        if at < 16 { vand_u8(bytes, vdup_n_u8(15)) } else { vshr_n_u8::<4>(bytes) }
+    }
+}
+
 impl Simd for Neon {
     type V = float32x4_t;
     const LANES: usize = 4;
     const TILE_VECTORS: usize = 4;
     const PARALLEL_DOTS: usize = 16;
     const DEINTERLEAVED_BF16: bool = false;
+    const E4M3_FRACTION: f32 = 256.0;
 
     level_features!(Neon, outline! {});
 
@@ -203,6 +259,11 @@ impl Simd for Neon {
         unsafe { widen_f16(vld1_u16(p.cast())) }
     }
     #[inline(always)]
+    unsafe fn load_pair_f16(self, p: *const f16) -> [float32x4_t; 2] {
+        // SAFETY: as above.
+        unsafe { widen_pair_f16(vld1q_u16(p.cast())) }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> float32x4_t {
         let n = self.0.neon;
         // SAFETY: the caller's.
@@ -211,8 +272,11 @@ impl Simd for Neon {
     }
     #[inline(always)]
     unsafe fn load_pair_bf16(self, p: *const bf16) -> [float32x4_t; 2] {
+        let n = self.0.neon;
         // SAFETY: the caller's.
-        unsafe { [self.load_bf16(p), self.load_bf16(p.add(4))] }
+        let narrow = unsafe { vld1q_u16(p.cast()) };
+        [n.vshll_n_u16::<16>(n.vget_low_u16(narrow)), n.vshll_high_n_u16::<16>(narrow)]
+            .map(|wide| n.vreinterpretq_f32_u32(wide))
     }
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
@@ -243,17 +307,48 @@ impl Simd for Neon {
         }
     }
     #[inline(always)]
+    unsafe fn load_pair_i8(self, p: *const i8) -> [float32x4_t; 2] {
+        // SAFETY: eight bytes are readable; the level has NEON.
+        unsafe { floats(vld1_s8(p)) }
+    }
+    #[inline(always)]
+    unsafe fn load_pair_nibbles(self, p: *const u8, at: usize) -> [float32x4_t; 2] {
+        // SAFETY: the caller's; the level has NEON.
+        unsafe { floats(vreinterpret_s8_u8(nibbles(p, at))) }
+    }
+    #[inline(always)]
+    unsafe fn load_pair_fives(self, p: *const u8, fifth: u32, at: usize) -> [float32x4_t; 2] {
+        // SAFETY: the caller's; the level has NEON.
+        unsafe {
+            // The bit of each byte.
+            let each = vcreate_u8(0x8040_2010_0804_0201);
+            let set = vtst_u8(vdup_n_u8((fifth >> at) as u8), each);
+            let numbers = vorr_u8(nibbles(p, at), vand_u8(set, vdup_n_u8(16)));
+            floats(vreinterpret_s8_u8(numbers))
+        }
+    }
+    #[inline(always)]
+    unsafe fn look_up_pair(self, p: *const u8, at: usize, table: &[i8; 16]) -> [float32x4_t; 2] {
+        // SAFETY: the caller's; the table is 16 bytes; the level has NEON.
+        unsafe { floats(vqtbl1_s8(vld1q_s8(table.as_ptr()), nibbles(p, at))) }
+    }
+    #[inline(always)]
     unsafe fn load_e4m3(self, p: *const E4m3) -> float32x4_t {
+        // SAFETY: the caller's.
+        self.mul(unsafe { self.load_e4m3_fraction(p.cast()) }, self.splat(Self::E4M3_FRACTION))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3_fraction(self, p: *const E4m3Fraction) -> float32x4_t {
         // SAFETY: four bytes are readable; the level has NEON.
         unsafe {
             let bytes = vreinterpret_s8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
-            // The sign in bit 15 and the magnitude in the bits 7 to 13 are an f16 of a 256th; bit 14 is a copy of the sign.
-            let half = vreinterpret_u16_s16(vshl_n_s16::<7>(vget_low_s16(vmovl_s8(bytes))));
-            let half = vand_u16(half, vdup_n_u16(0xbfff));
-            // The largest magnitude is NaN.
-            let nan = vceq_u16(vadd_u16(half, half), vdup_n_u16(0x7f00));
-            self.mul(widen_f16(vorr_u16(half, nan)), self.splat(256.0))
+            widen_f16(vget_low_u16(halves_of_e4m3(bytes)))
         }
+    }
+    #[inline(always)]
+    unsafe fn load_pair_e4m3_fraction(self, p: *const E4m3Fraction) -> [float32x4_t; 2] {
+        // SAFETY: eight bytes are readable; the level has NEON.
+        unsafe { widen_pair_f16(halves_of_e4m3(vld1_s8(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn load_e5m2(self, p: *const E5m2) -> float32x4_t {
@@ -262,6 +357,11 @@ impl Simd for Neon {
             let bytes = vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
             widen_f16(vshl_n_u16::<8>(vget_low_u16(vmovl_u8(bytes))))
         }
+    }
+    #[inline(always)]
+    unsafe fn load_pair_e5m2(self, p: *const E5m2) -> [float32x4_t; 2] {
+        // SAFETY: eight bytes are readable; the level has NEON.
+        unsafe { widen_pair_f16(vshll_n_u8::<8>(vld1_u8(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn store_low_bytes(self, p: *mut u8, v: float32x4_t) {

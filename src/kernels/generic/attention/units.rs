@@ -76,8 +76,7 @@ impl<U: BlockUnit> Units for Blocks<U> {
     unsafe fn pair<S: Simd>(s: S, unit: *const U, at: usize) -> [S::V; 2] {
         // SAFETY: the caller's.
         let unit = unsafe { &*unit };
-        let parts = unit.parts(s);
-        [unit.elements(s, parts, at), unit.elements(s, parts, at + S::LANES)]
+        unit.pair(s, unit.parts(s), at)
     }
 
     #[inline(always)]

@@ -69,13 +69,13 @@ impl DirectValues<'_> {
             let mut sums = acc.load::<S, R, N>(s, self.fresh);
             for key in 0..keys {
                 let mut x = [s.zero(); N];
-                for (n, x) in x.iter_mut().enumerate() {
+                for n in (0..N).step_by(2) {
                     let i = within + n * S::LANES;
                     let unit = at(key).add(i / ELEMENTS);
                     if n * S::LANES % ELEMENTS == 0 && begins_half_line::<U>(n * S::LANES / ELEMENTS) {
                         distances.prefetch(s, unit);
                     }
-                    *x = (*unit).elements(s, (*unit).parts(s), i % ELEMENTS);
+                    [x[n], x[n + 1]] = (*unit).pair(s, (*unit).parts(s), i % ELEMENTS);
                 }
                 add_weighted(s, weights.add(key), &x, &mut sums);
             }
