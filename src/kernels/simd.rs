@@ -428,6 +428,14 @@ pub(crate) trait Simd: Copy {
     unsafe fn look_up_nibbles(self, _p: *const u8, _at: usize, _table: Self::V) -> Self::V {
         unreachable!("a table is longer than a vector")
     }
+    /// The same of two vectors, with numbers as of [`Self::load_fives`], from number 0 on.
+    ///
+    /// # Safety
+    /// As [`Self::look_up_nibbles`].
+    #[inline(always)]
+    unsafe fn look_up_fives(self, _p: *const u8, _fifth: u32, _table: [Self::V; 2]) -> [Self::V; 2] {
+        unreachable!("a table is longer than two vectors")
+    }
     /// Stores the low bytes of the patterns, whose other bits are 0.
     ///
     /// # Safety

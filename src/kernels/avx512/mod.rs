@@ -450,6 +450,19 @@ impl Simd for Avx512 {
         self.0.avx512f._mm512_cvtph_ps(self.0.avx._mm256_set1_epi16(x.to_bits() as i16))
     }
     #[inline(always)]
+    unsafe fn look_up_fives(self, p: *const u8, fifth: u32, table: [__m512; 2]) -> [__m512; 2] {
+        let f = self.0.avx512f;
+        // SAFETY: sixteen bytes are readable.
+        let low = f._mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(p.cast()) });
+        // Bit i of each lane i, and bit 16 + i, become bit 4. The permutation takes the lowest five bits.
+        let first = f._mm512_setr_epi32(28, 29, 30, 31, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11);
+        let (fifth, bit) = (f._mm512_set1_epi32(fifth as i32), f._mm512_set1_epi32(16));
+        let second = f._mm512_add_epi32(first, bit);
+        let numbers = [(low, first), (f._mm512_srli_epi32::<4>(low), second)]
+            .map(|(x, counts)| f._mm512_ternarylogic_epi32::<0xca>(bit, f._mm512_rorv_epi32(fifth, counts), x));
+        numbers.map(|numbers| f._mm512_permutex2var_ps(table[0], numbers, table[1]))
+    }
+    #[inline(always)]
     unsafe fn look_up_nibbles(self, p: *const u8, at: usize, table: __m512) -> __m512 {
         let f = self.0.avx512f;
         // SAFETY: sixteen bytes are readable.

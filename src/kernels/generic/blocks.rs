@@ -446,11 +446,10 @@ fn nibble_pair<S: Simd, E: Elements>(
     // SAFETY: there are 16 bytes.
     unsafe {
         if holds_all::<S>() {
-            let low = [s.look_up_nibbles(q, 0, parts[0]), s.look_up_nibbles(q, 16, parts[0])];
-            let Some(bits) = fifth else { return low };
-            let high = [s.look_up_nibbles(q, 0, parts[1]), s.look_up_nibbles(q, 16, parts[1])];
-            let bits = u64::from(bits);
-            return [s.select_bits(bits, high[0], low[0]), s.select_bits(bits >> 16, high[1], low[1])];
+            return match fifth {
+                Some(bits) => s.look_up_fives(q, bits, parts),
+                None => [s.look_up_nibbles(q, 0, parts[0]), s.look_up_nibbles(q, 16, parts[0])],
+            };
         }
         let [x, y] = E::numbers(s, q, fifth, at);
         [E::of(s, x, parts), E::of(s, y, parts)]
