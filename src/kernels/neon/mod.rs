@@ -259,11 +259,6 @@ impl Simd for Neon {
         unsafe { widen_f16(vld1_u16(p.cast())) }
     }
     #[inline(always)]
-    unsafe fn load_pair_f16(self, p: *const f16) -> [float32x4_t; 2] {
-        // SAFETY: as above.
-        unsafe { widen_pair_f16(vld1q_u16(p.cast())) }
-    }
-    #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> float32x4_t {
         let n = self.0.neon;
         // SAFETY: the caller's.
@@ -272,11 +267,8 @@ impl Simd for Neon {
     }
     #[inline(always)]
     unsafe fn load_pair_bf16(self, p: *const bf16) -> [float32x4_t; 2] {
-        let n = self.0.neon;
-        // SAFETY: the caller's.
-        let narrow = unsafe { vld1q_u16(p.cast()) };
-        [n.vshll_n_u16::<16>(n.vget_low_u16(narrow)), n.vshll_high_n_u16::<16>(narrow)]
-            .map(|wide| n.vreinterpretq_f32_u32(wide))
+        // SAFETY: the caller's. One load for both would take a register from loops that have none left.
+        unsafe { [self.load_bf16(p), self.load_bf16(p.add(4))] }
     }
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
