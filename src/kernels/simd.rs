@@ -283,6 +283,13 @@ pub(crate) trait Simd: Copy {
         let signed = unsafe { self.load_i8(p.cast()) };
         self.select_lt(signed, self.zero(), self.add(signed, self.splat(256.0)), signed)
     }
+    /// # Safety
+    /// As [`Self::load_pair_f32`].
+    #[inline(always)]
+    unsafe fn load_pair_u8(self, p: *const u8) -> [Self::V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [self.load_u8(p), self.load_u8(p.add(Self::LANES))] }
+    }
     /// Eight-bit floats E4M3: see [`E4m3`].
     ///
     /// # Safety

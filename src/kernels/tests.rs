@@ -587,6 +587,13 @@ fn all_units<S: Simd, U: Fp8>(s: S, unit: impl Fn(u8) -> U, want: impl Fn(u8) ->
         // SAFETY: a whole vector of bytes is there.
         let v = unsafe { U::load(s, all.as_ptr().add(first)) };
         assert_lanes(s, v, |i| want((first + i) as u8), "a load of eight-bit floats");
+        if first.is_multiple_of(2 * S::LANES) {
+            // SAFETY: two whole vectors of bytes are there.
+            let pair = unsafe { U::load_pair(s, all.as_ptr().add(first)) };
+            for (half, v) in pair.into_iter().enumerate() {
+                assert_lanes(s, v, |i| want((first + half * S::LANES + i) as u8), "a pair of loads");
+            }
+        }
         for n in 0..S::LANES {
             let source: Box<[U]> = all[first..first + n].into();
             // SAFETY: n bytes are there.
@@ -656,6 +663,60 @@ level_test! {
                 // SAFETY: n bytes are there.
                 let part = unsafe { E4m3Fraction::load_part(s, p, n) };
                 assert_lanes(s, part, |i| if i < n { number(first + i) } else { 0.0 }, "a partial load");
+            }
+        }
+    }
+}
+
+level_test! {
+    fn numbers_of_a_block_are_read_in_pairs<S>(s) {
+        let mut rng = Rng(23);
+        for _ in 0..100 {
+            let bytes: [u8; BLOCK] = std::array::from_fn(|_| rng.u64() as u8);
+            let table: [i8; 16] = std::array::from_fn(|_| rng.u64() as i8);
+            let fifth = rng.u64() as u32;
+            let nibble = |i: usize| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 };
+            let number = |i: usize| nibble(i) + 16 * (fifth >> i & 1) as u8;
+            let p = bytes.as_ptr();
+            let assert_pair = |pair: [S::V; 2], want: &dyn Fn(usize) -> f32, what: &str| {
+                for (half, v) in pair.into_iter().enumerate() {
+                    assert_lanes(s, v, |lane| want(half * S::LANES + lane), what);
+                }
+            };
+            for at in (0..BLOCK).step_by(2 * S::LANES) {
+                // SAFETY: a block has 16 bytes of nibbles, and 32 bytes hold a pair of vectors from each place.
+                unsafe {
+                    let from = p.add(at);
+                    assert_pair(s.load_pair_i8(from.cast()), &|i| f32::from(bytes[at + i] as i8), "load_pair_i8");
+                    assert_pair(s.load_pair_u8(from), &|i| f32::from(bytes[at + i]), "load_pair_u8");
+                    if S::LANES < 16 {
+                        assert_pair(s.load_pair_nibbles(p, at), &|i| f32::from(nibble(at + i)), "load_pair_nibbles");
+                        assert_pair(s.load_pair_fives(p, fifth, at), &|i| f32::from(number(at + i)), "load_pair_fives");
+                        let entry = |i: usize| f32::from(table[usize::from(nibble(at + i))]);
+                        assert_pair(s.look_up_pair(p, at, &table), &entry, "look_up_pair");
+                    }
+                    for swapped in [false, true] {
+                        let in_order = |i: usize| {
+                            let byte = bytes[at / 2 + i / 2];
+                            f32::from(if i.is_multiple_of(2) == swapped { byte >> 4 } else { byte & 15 })
+                        };
+                        assert_pair(s.load_nibble_pairs(p.add(at / 2), swapped), &in_order, "load_nibble_pairs");
+                    }
+                }
+            }
+            if S::LANES == 16 {
+                let entries: [f32; BLOCK] = std::array::from_fn(|_| rng.f32());
+                // SAFETY: as above; the entries are two vectors.
+                unsafe {
+                    let tables = [s.load_f32(entries.as_ptr()), s.load_f32(entries.as_ptr().add(16))];
+                    let looked_up = s.look_up_fives(p, fifth, tables);
+                    assert_pair(looked_up, &|i| entries[usize::from(number(i))], "look_up_fives");
+                    for at in [0, 16] {
+                        let looked_up = s.look_up_nibbles(p, at, tables[1]);
+                        let entry = |lane: usize| entries[16 + usize::from(nibble(at + lane))];
+                        assert_lanes(s, looked_up, entry, "look_up_nibbles");
+                    }
+                }
             }
         }
     }

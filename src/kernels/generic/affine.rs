@@ -228,7 +228,7 @@ impl Numbers for SignedBytes {
     #[inline(always)]
     unsafe fn pair<S: Simd>(s: S, from: *const u8, _: bool) -> [S::V; 2] {
         // SAFETY: the caller's.
-        unsafe { [s.load_i8(from.cast()), s.load_i8(from.add(S::LANES).cast())] }
+        unsafe { s.load_pair_i8(from.cast()) }
     }
 }
 
@@ -237,7 +237,7 @@ impl Numbers for Bytes {
     #[inline(always)]
     unsafe fn pair<S: Simd>(s: S, from: *const u8, _: bool) -> [S::V; 2] {
         // SAFETY: the caller's.
-        unsafe { [s.load_u8(from), s.load_u8(from.add(S::LANES))] }
+        unsafe { s.load_pair_u8(from) }
     }
 }
 

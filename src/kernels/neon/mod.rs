@@ -304,6 +304,31 @@ impl Simd for Neon {
         unsafe { floats(vld1_s8(p)) }
     }
     #[inline(always)]
+    unsafe fn load_u8(self, p: *const u8) -> float32x4_t {
+        // SAFETY: four bytes are readable; the level has NEON.
+        unsafe {
+            let bytes = vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_pair_u8(self, p: *const u8) -> [float32x4_t; 2] {
+        // SAFETY: eight bytes are readable; the level has NEON.
+        unsafe {
+            let words = vmovl_u8(vld1_u8(p));
+            [vcvtq_f32_u32(vmovl_u16(vget_low_u16(words))), vcvtq_f32_u32(vmovl_high_u16(words))]
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_nibble_pairs(self, p: *const u8, swapped: bool) -> [float32x4_t; 2] {
+        // SAFETY: four bytes are readable; the level has NEON.
+        unsafe {
+            let bytes = vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            let (low, high) = (vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8::<4>(bytes));
+            floats(vreinterpret_s8_u8(if swapped { vzip1_u8(high, low) } else { vzip1_u8(low, high) }))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_pair_nibbles(self, p: *const u8, at: usize) -> [float32x4_t; 2] {
         // SAFETY: the caller's; the level has NEON.
         unsafe { floats(vreinterpret_s8_u8(nibbles(p, at))) }
