@@ -393,24 +393,20 @@ pub(crate) trait Simd: Copy {
         let (low, high) = unsafe { (self.load_nibbles(p, 0), self.load_nibbles(p, 16)) };
         if swapped { self.interleave(high, low) } else { self.interleave(low, high) }
     }
-    /// Numbers of five bits, as [`Self::load_nibbles`]: of number i, bit i of `fifth` is the highest one.
-    ///
-    /// # Safety
-    /// As [`Self::load_nibbles`].
-    #[inline(always)]
-    unsafe fn load_fives(self, p: *const u8, fifth: u32, at: usize) -> Self::V {
-        let sixteens = self.select_bits(u64::from(fifth) >> at, self.splat(16.0), self.zero());
-        // SAFETY: the caller's.
-        self.add(unsafe { self.load_nibbles(p, at) }, sixteens)
-    }
-    /// `2 * LANES` of these numbers, from number `at` on, a multiple of that.
+    /// `2 * LANES` numbers of five bits, from number `at` on, a multiple of that: those of [`Self::load_nibbles`], with bit i of `fifth` as the
+    /// highest one of number i.
     ///
     /// # Safety
     /// Sixteen bytes are readable at `p`, and `at` is below 32.
     #[inline(always)]
     unsafe fn load_pair_fives(self, p: *const u8, fifth: u32, at: usize) -> [Self::V; 2] {
         // SAFETY: the caller's.
-        unsafe { [self.load_fives(p, fifth, at), self.load_fives(p, fifth, at + Self::LANES)] }
+        let mut numbers = unsafe { self.load_pair_nibbles(p, at) };
+        for (i, x) in numbers.iter_mut().enumerate() {
+            let bits = u64::from(fifth) >> (at + i * Self::LANES);
+            *x = self.add(*x, self.select_bits(bits, self.splat(16.0), self.zero()));
+        }
+        numbers
     }
     /// The entries of a table with `2 * LANES` numbers of four bits, from number `at` on, a multiple of that, converted to f32.
     ///
@@ -435,7 +431,7 @@ pub(crate) trait Simd: Copy {
     unsafe fn look_up_nibbles(self, _p: *const u8, _at: usize, _table: Self::V) -> Self::V {
         unreachable!("a table is longer than a vector")
     }
-    /// The same of two vectors, with numbers as of [`Self::load_fives`], from number 0 on.
+    /// The same of two vectors, with numbers as of [`Self::load_pair_fives`], from number 0 on.
     ///
     /// # Safety
     /// As [`Self::look_up_nibbles`].

@@ -123,15 +123,7 @@ impl<const VNNI: bool> BlockUnits for Bytes<VNNI> {
     }
     #[inline(always)]
     fn with_fifth_bits(self, x: __m256i, bits: u64) -> __m256i {
-        // SAFETY: as above.
-        unsafe {
-            // The byte of the bit in each byte, then the bit.
-            let bytes = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
-            let bits = _mm256_shuffle_epi8(_mm256_set1_epi32(bits as i32), bytes);
-            let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-            let set = _mm256_cmpeq_epi8(_mm256_and_si256(bits, bit), bit);
-            _mm256_add_epi8(x, _mm256_and_si256(set, _mm256_set1_epi8(16)))
-        }
+        self.0.with_fifth_bits(x, bits as u32)
     }
     #[inline(always)]
     fn ones(self) -> __m256i {

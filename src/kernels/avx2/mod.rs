@@ -135,6 +135,26 @@ impl Avx2 {
         a2._mm256_and_si256(halves, a._mm256_set1_epi8(15))
     }
 
+    /// Numbers with the bits as their fifth ones, that of byte i bit i.
+    #[inline(always)]
+    pub fn with_fifth_bits(self, numbers: __m256i, bits: u32) -> __m256i {
+        let (a, a2) = (self.0.avx, self.0.avx2);
+        // The byte of the bit in each byte, then the bit.
+        let bytes = a._mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
+        let bits = a2._mm256_shuffle_epi8(a._mm256_set1_epi32(bits as i32), bytes);
+        let bit = a._mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+        let set = a2._mm256_cmpeq_epi8(a2._mm256_and_si256(bits, bit), bit);
+        a2._mm256_or_si256(numbers, a2._mm256_and_si256(set, a._mm256_set1_epi8(16)))
+    }
+
+    /// The entries of a table with these numbers from 0 to 15.
+    #[inline(always)]
+    fn entries(self, numbers: __m256i, table: &[i8; 16]) -> __m256i {
+        // SAFETY: the table is 16 bytes; the token proves SSE2.
+        let table = unsafe { _mm_loadu_si128(table.as_ptr().cast()) };
+        self.0.avx2._mm256_shuffle_epi8(self.0.avx2._mm256_broadcastsi128_si256(table), numbers)
+    }
+
     /// The bytes from `at` on, 0 or 16, as floats.
     #[inline(always)]
     fn floats(self, bytes: __m256i, at: usize) -> [__m256; 2] {
@@ -509,22 +529,13 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_pair_fives(self, p: *const u8, fifth: u32, at: usize) -> [__m256; 2] {
-        let (a, a2) = (self.0.avx, self.0.avx2);
-        // The byte of the bit in each byte, then the bit.
-        let bytes = a._mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
-        let bits = a2._mm256_shuffle_epi8(a._mm256_set1_epi32(fifth as i32), bytes);
-        let each = a._mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-        let set = a2._mm256_cmpeq_epi8(a2._mm256_and_si256(bits, each), each);
         // SAFETY: the caller's.
-        let nibbles = unsafe { self.nibbles(p) };
-        self.floats(a2._mm256_or_si256(nibbles, a2._mm256_and_si256(set, a._mm256_set1_epi8(16))), at)
+        self.floats(self.with_fifth_bits(unsafe { self.nibbles(p) }, fifth), at)
     }
     #[inline(always)]
     unsafe fn look_up_pair(self, p: *const u8, at: usize, table: &[i8; 16]) -> [__m256; 2] {
-        let a2 = self.0.avx2;
-        // SAFETY: the caller's; the table is 16 bytes.
-        let (nibbles, table) = unsafe { (self.nibbles(p), _mm_loadu_si128(table.as_ptr().cast())) };
-        self.floats(a2._mm256_shuffle_epi8(a2._mm256_broadcastsi128_si256(table), nibbles), at)
+        // SAFETY: the caller's.
+        self.floats(self.entries(unsafe { self.nibbles(p) }, table), at)
     }
     #[inline(always)]
     unsafe fn load_e4m3(self, p: *const E4m3) -> __m256 {
@@ -618,11 +629,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn look_up_bytes(self, numbers: [u8; BLOCK], table: &[i8; 16]) -> [i8; BLOCK] {
-        // SAFETY: the table is 16 bytes; both results are 32 bytes.
-        unsafe {
-            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
-            std::mem::transmute(_mm256_shuffle_epi8(table, Self::vector(numbers)))
-        }
+        Self::array(self.entries(Self::vector(numbers), table)).map(|entry| entry as i8)
     }
     #[inline(always)]
     fn low_halves(self, bytes: [u8; BLOCK]) -> [u8; BLOCK / 2] {

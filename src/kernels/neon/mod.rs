@@ -83,6 +83,16 @@ unsafe fn halves_of_e4m3(bytes: int8x8_t) -> uint16x8_t {
     }
 }
 
+/// Four bytes, twice.
+///
+/// # Safety
+/// The CPU has NEON, and the bytes are readable.
+#[inline(always)]
+unsafe fn four_bytes(p: *const u8) -> uint8x8_t {
+    // SAFETY: the caller's.
+    unsafe { vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned())) }
+}
+
 /// Signed bytes as floats.
 ///
 /// # Safety
@@ -297,10 +307,7 @@ impl Simd for Neon {
     #[inline(always)]
     unsafe fn load_i8(self, p: *const i8) -> float32x4_t {
         // SAFETY: four bytes are readable; the level has NEON.
-        unsafe {
-            let bytes = vreinterpret_s8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
-            vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))
-        }
+        unsafe { floats(vreinterpret_s8_u8(four_bytes(p.cast())))[0] }
     }
     #[inline(always)]
     unsafe fn load_pair_i8(self, p: *const i8) -> [float32x4_t; 2] {
@@ -311,7 +318,7 @@ impl Simd for Neon {
     unsafe fn load_u8(self, p: *const u8) -> float32x4_t {
         // SAFETY: four bytes are readable; the level has NEON.
         unsafe {
-            let bytes = vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            let bytes = four_bytes(p);
             vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))))
         }
     }
@@ -327,7 +334,7 @@ impl Simd for Neon {
     unsafe fn load_nibble_pairs(self, p: *const u8, swapped: bool) -> [float32x4_t; 2] {
         // SAFETY: four bytes are readable; the level has NEON.
         unsafe {
-            let bytes = vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            let bytes = four_bytes(p);
             let (low, high) = (vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8::<4>(bytes));
             floats(vreinterpret_s8_u8(if swapped { vzip1_u8(high, low) } else { vzip1_u8(low, high) }))
         }
@@ -362,7 +369,7 @@ impl Simd for Neon {
     unsafe fn load_e4m3_fraction(self, p: *const E4m3Fraction) -> float32x4_t {
         // SAFETY: four bytes are readable; the level has NEON.
         unsafe {
-            let bytes = vreinterpret_s8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            let bytes = vreinterpret_s8_u8(four_bytes(p.cast()));
             widen_f16(vget_low_u16(halves_of_e4m3(bytes)))
         }
     }
@@ -375,7 +382,7 @@ impl Simd for Neon {
     unsafe fn load_e5m2(self, p: *const E5m2) -> float32x4_t {
         // SAFETY: four bytes are readable; the level has NEON. An E5M2 is the upper half of an f16.
         unsafe {
-            let bytes = vreinterpret_u8_u32(vdup_n_u32(p.cast::<u32>().read_unaligned()));
+            let bytes = four_bytes(p.cast());
             widen_f16(vshl_n_u16::<8>(vget_low_u16(vmovl_u8(bytes))))
         }
     }
